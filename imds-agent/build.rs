@@ -1,0 +1,9 @@
+//! Builds the BPF object that the agent embeds.
+
+use anyhow::Result;
+
+fn main() -> Result<()> {
+    let object = imds_ebpf_build::build()?;
+    println!("cargo::rustc-env=IMDS_EBPF_OBJECT={}", object.display());
+    Ok(())
+}

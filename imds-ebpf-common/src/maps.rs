@@ -1,0 +1,123 @@
+//! Layout of the maps' keys and values. All integers are in host byte order.
+
+/// Number of the layout below. It changes with every change of meaning that the sizes do not show, so that a newer
+/// agent never reads an older one's maps for something else.
+pub const LAYOUT: u32 = 1;
+
+/// What is in force, read by the programs for packets to a guarded endpoint only.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Policy {
+    /// A [`Mode`](crate::Mode).
+    pub mode: u32,
+    /// The [`LAYOUT`] with which the maps were written; 0 before the first agent wrote it.
+    pub layout: u32,
+}
+
+/// What a [`Counter`] counts.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct CounterKey {
+    /// Index of the interface in the node's network namespace; [`CounterKey::DEPARTED`] for those that are gone.
+    pub ifindex: u32,
+    /// A [`Verdict`](crate::Verdict).
+    pub verdict: u32,
+}
+
+impl CounterKey {
+    /// Stands for all interfaces that no longer exist. The kernel gives no interface the index 0.
+    pub const DEPARTED: u32 = 0;
+}
+
+/// Packets and bytes, one per CPU.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Counter {
+    /// Packets as the hook sees them: a GSO super-packet is one.
+    pub packets: u64,
+    /// Bytes of these packets, link-layer header included.
+    pub bytes: u64,
+}
+
+/// What the agent knows of an interface of the node.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct InterfaceRecord {
+    /// Name, padded with zero bytes.
+    pub name: [u8; 16],
+    /// A [`Role`].
+    pub role: u8,
+    /// A [`Backend`].
+    pub backend: u8,
+    /// 1 where the agent made the interface's clsact qdisc, else 0.
+    pub made_qdisc: u8,
+    /// Zero.
+    pub reserved: u8,
+}
+
+/// What an interface is to the guard.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Role {
+    /// None of the others: an interface of the node's own.
+    #[default]
+    Other = 0,
+    /// The node's end of a pod's link, or included by the operator.
+    Pod = 1,
+    /// The default route or the route to a guarded endpoint leaves here.
+    Uplink = 2,
+    /// A bridge.
+    Bridge = 3,
+    /// Loopback.
+    Loopback = 4,
+    /// Would be a pod's, but the operator excluded it.
+    Excluded = 5,
+}
+
+impl Role {
+    /// The role with this number, or `None` where no version of this layout has given it.
+    #[must_use]
+    pub const fn from_u8(role: u8) -> Option<Self> {
+        match role {
+            0 => Some(Self::Other),
+            1 => Some(Self::Pod),
+            2 => Some(Self::Uplink),
+            3 => Some(Self::Bridge),
+            4 => Some(Self::Loopback),
+            5 => Some(Self::Excluded),
+            _ => None,
+        }
+    }
+}
+
+/// How a program is attached to an interface.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, Default, Eq, Ord, PartialEq, PartialOrd)]
+pub enum Backend {
+    /// Not at all.
+    #[default]
+    None = 0,
+    /// A TCX link (kernel 6.6, commit e420bed02507).
+    Tcx = 1,
+    /// A direct-action filter on the clsact qdisc.
+    Clsact = 2,
+}
+
+const _: () = assert!(size_of::<Policy>() == 8);
+const _: () = assert!(size_of::<CounterKey>() == 8);
+const _: () = assert!(size_of::<Counter>() == 16);
+const _: () = assert!(size_of::<InterfaceRecord>() == 20);
+
+#[cfg(feature = "user")]
+mod pod {
+    use super::{Counter, CounterKey, InterfaceRecord, Policy};
+
+    // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
+    unsafe impl aya::Pod for Policy {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for CounterKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Counter {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for InterfaceRecord {}
+}

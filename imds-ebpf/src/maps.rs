@@ -1,0 +1,58 @@
+//! The maps, private, beside their typed accessors.
+
+use aya_ebpf::{
+    bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST},
+    btf_maps::{Array, HashMap, PerCpuHashMap},
+    macros::btf_map,
+};
+use imds_ebpf_common::{Counter, CounterKey, InterfaceRecord, Mode, Policy, Verdict};
+
+/// Interfaces that one node can have: far above the 1,000 pods that Kubernetes' largest nodes run.
+const INTERFACES: usize = 16_384;
+const COUNTERS: usize = (INTERFACES + 1) * Verdict::COUNTED.len();
+
+#[btf_map(name = "imds_policy")]
+static POLICY: Array<Policy, 1> = Array::new();
+
+#[btf_map(name = "imds_counters")]
+static COUNTS: PerCpuHashMap<CounterKey, Counter, COUNTERS, { BPF_F_NO_PREALLOC as usize }> =
+    PerCpuHashMap::new();
+
+/// Written and read by user space alone; it is here so that it has BTF and is pinned with the others.
+#[btf_map(name = "imds_interfaces")]
+static INTERFACE_RECORDS: HashMap<u32, InterfaceRecord, INTERFACES, { BPF_F_NO_PREALLOC as usize }> =
+    HashMap::new();
+
+/// The mode in force; [`Mode::Enforce`] where it can't be read.
+#[inline(always)]
+pub(crate) fn mode() -> Mode {
+    POLICY.get(0).map_or(Mode::Enforce, |policy| Mode::from_u32(policy.mode))
+}
+
+/// Adds a packet of `bytes` bytes. Where the map is full the packet goes uncounted: the verdict never depends on it.
+#[inline(always)]
+pub(crate) fn count(ifindex: u32, verdict: Verdict, bytes: u32) {
+    let key = CounterKey { ifindex, verdict: verdict as u32 };
+    let bytes = u64::from(bytes);
+    if add(&key, bytes) {
+        return;
+    }
+    // User space makes the entry when it attaches the interface; this is for a packet that comes before.
+    let first = Counter { packets: 1, bytes };
+    if COUNTS.insert(key, first, u64::from(BPF_NOEXIST)).is_err() {
+        // Another CPU was quicker, or the map is full.
+        add(&key, bytes);
+    }
+}
+
+/// Adds to this CPU's counter, if there is one.
+#[inline(always)]
+fn add(key: &CounterKey, bytes: u64) -> bool {
+    let Some(counter) = COUNTS.get_ptr_mut(key) else { return false };
+    // SAFETY: the map owns the value and nothing frees it under a running program; it is this CPU's own, and programs
+    // at TC ingress run in softirq context, which another one on the same CPU does not interrupt.
+    let counter = unsafe { &mut *counter };
+    counter.packets += 1;
+    counter.bytes += bytes;
+    true
+}

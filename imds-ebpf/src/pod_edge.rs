@@ -1,0 +1,17 @@
+//! The pod edge: all that arrives here was sent by a pod.
+
+use aya_ebpf::programs::TcContext;
+use imds_ebpf_common::{Frame, Verdict};
+
+use crate::{maps, packet::Skb};
+
+#[inline(always)]
+pub(crate) fn judge(ctx: &TcContext, frame: Frame) -> Verdict {
+    let skb = Skb::new(ctx);
+    let verdict = imds_ebpf_common::judge(&skb, frame, maps::mode);
+    match verdict {
+        Verdict::Foreign => {}
+        Verdict::Deny | Verdict::Audit | Verdict::Allow => maps::count(skb.ifindex(), verdict, skb.len()),
+    }
+    verdict
+}
