@@ -1,1 +1,17 @@
-//! x
+//! imds-agent: keeps pods and containers away from the cloud instance metadata service.
+//!
+//! [`cli`] is what the user calls. [`guard`] follows the node's interfaces; [`state`] says what each of them is and
+//! [`reconcile`] what is to be done about it, both without I/O; [`datapath`] does it in the kernel. [`node`] is what
+//! the kernel says is there.
+
+pub mod cli;
+pub mod config;
+pub mod datapath;
+
+pub mod guard;
+pub mod node;
+pub mod preflight;
+
+pub mod reconcile;
+pub mod state;
+pub mod status;

@@ -1,2 +1,14 @@
-//! x
-fn main() {}
+//! The imds-agent binary.
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use imds_agent::cli::{self, Cli};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
+        .format_target(false)
+        .init();
+    cli::main(cli)
+}

@@ -88,6 +88,19 @@ impl Role {
             _ => None,
         }
     }
+
+    /// The name, as users see it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Other => "other",
+            Self::Pod => "pod",
+            Self::Uplink => "uplink",
+            Self::Bridge => "bridge",
+            Self::Loopback => "loopback",
+            Self::Excluded => "excluded",
+        }
+    }
 }
 
 /// How a program is attached to an interface.
@@ -101,6 +114,18 @@ pub enum Backend {
     Tcx = 1,
     /// A direct-action filter on the clsact qdisc.
     Clsact = 2,
+}
+
+impl Backend {
+    /// The name, as users see it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Tcx => "tcx",
+            Self::Clsact => "clsact",
+        }
+    }
 }
 
 const _: () = assert!(size_of::<Policy>() == 8);

@@ -31,6 +31,16 @@ impl Mode {
             _ => Self::Enforce,
         }
     }
+
+    /// The name, as it is in the configuration.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Enforce => "enforce",
+            Self::Audit => "audit",
+            Self::Off => "off",
+        }
+    }
 }
 
 /// The outcome for one packet.

@@ -1,0 +1,87 @@
+//! The command line.
+
+mod run;
+mod status;
+mod unload;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Args, Parser, Subcommand};
+
+/// Where maps, programs and links are pinned unless the user says otherwise.
+pub const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/imds";
+
+/// Keeps pods and containers away from the cloud instance metadata service (169.254.169.254).
+///
+/// What `run` puts into the kernel stays in force when the agent stops, is killed or upgraded; `unload` removes it.
+///
+/// Exit status: 0 done, 1 failure, 2 a command line or configuration that can't be used, 3 `status` found that
+/// something is not enforced.
+#[derive(Debug, Parser)]
+#[command(version, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Protect this node, and follow its pods as they come and go
+    Run(run::RunArgs),
+    /// Show what is guarded how, and what is not
+    Status(status::StatusArgs),
+    /// Remove every program, link, map and pin
+    Unload(unload::UnloadArgs),
+}
+
+#[derive(Args, Debug)]
+struct PinDirArg {
+    /// Directory on a bpffs in which everything is pinned
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_PIN_DIR)]
+    pin_dir: PathBuf,
+}
+
+/// Why a command ends early.
+#[derive(Debug)]
+enum Failure {
+    /// What the user gave can't be used.
+    Usage(anyhow::Error),
+    /// It can't be done here, or failed.
+    Failed(anyhow::Error),
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+/// A check whose answer is no: `status` with something unenforced.
+const NOT_HELD: u8 = 3;
+
+/// Carries out a command.
+#[must_use]
+pub fn main(cli: Cli) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return report(1, &error.into()),
+    };
+    let outcome = runtime.block_on(async {
+        match cli.command {
+            Command::Run(args) => run::run(args).await,
+            Command::Status(args) => status::status(args).await,
+            Command::Unload(args) => unload::unload(args).await,
+        }
+    });
+    match outcome {
+        Ok(code) => code,
+        Err(Failure::Usage(error)) => report(2, &error),
+        Err(Failure::Failed(error)) => report(1, &error),
+    }
+}
+
+/// Says on one line what is wrong. A verifier's log comes after it, as it is.
+fn report(code: u8, error: &anyhow::Error) -> ExitCode {
+    eprintln!("imds-agent: {error:#}");
+    ExitCode::from(code)
+}

@@ -1,0 +1,220 @@
+//! The bpf(2) calls on links that aya lacks: by interface index, where aya goes by a name that may have passed to
+//! another interface, and with the answers that the reconcile loop needs.
+
+use std::{
+    ffi::{CString, c_long},
+    io,
+    os::{
+        fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
+    ptr,
+};
+
+use aya_obj::generated::{
+    BPF_F_BEFORE,
+    bpf_attach_type::BPF_TCX_INGRESS,
+    bpf_cmd::{
+        self, BPF_LINK_CREATE, BPF_LINK_DETACH, BPF_LINK_UPDATE, BPF_OBJ_GET, BPF_OBJ_GET_INFO_BY_FD,
+        BPF_OBJ_PIN, BPF_PROG_QUERY,
+    },
+    bpf_link_type::BPF_LINK_TYPE_TCX,
+};
+
+/// Most programs on one hook: `BPF_MPROG_MAX` (`include/linux/bpf_mprog.h`).
+const MPROG_MAX: u32 = 64;
+
+/// The loopback interface's index in every network namespace (`LOOPBACK_IFINDEX`, include/net/flow.h).
+const LOOPBACK: u32 = 1;
+
+/// What the kernel says of a TCX link.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct TcxLink {
+    /// Id of the link.
+    pub id: u32,
+    /// Id of its program.
+    pub program: u32,
+    /// Index of its interface, in the namespace where that is now; 0 once it is detached.
+    pub ifindex: u32,
+}
+
+/// One entry of a TCX hook, in the order in which they run.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Entry {
+    /// Id of the program.
+    pub program: u32,
+    /// Id of its link; 0 where it was attached without one.
+    pub link: u32,
+}
+
+/// Whether the kernel has TCX (6.6, commit e420bed02507).
+#[must_use]
+pub fn has_tcx() -> bool {
+    tcx_entries(LOOPBACK).is_ok()
+}
+
+/// Attaches a program to an interface's TCX ingress hook, before all others.
+pub fn link_create_first(program: impl AsFd, ifindex: u32) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        prog_fd: i32,
+        target_ifindex: u32,
+        attach_type: u32,
+        flags: u32,
+        relative: u32,
+        pad: u32,
+        expected_revision: u64,
+    }
+    let attr = Attr {
+        prog_fd: program.as_fd().as_raw_fd(),
+        target_ifindex: ifindex,
+        attach_type: BPF_TCX_INGRESS as u32,
+        // Before nothing in particular is before everything.
+        flags: BPF_F_BEFORE,
+        relative: 0,
+        pad: 0,
+        expected_revision: 0,
+    };
+    bpf_fd(BPF_LINK_CREATE, attr)
+}
+
+/// Puts another program in a link's place, atomically.
+pub fn link_update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        link_fd: i32,
+        new_prog_fd: i32,
+        flags: u32,
+        old_prog_fd: u32,
+    }
+    let attr = Attr {
+        link_fd: link.as_fd().as_raw_fd(),
+        new_prog_fd: program.as_fd().as_raw_fd(),
+        flags: 0,
+        old_prog_fd: 0,
+    };
+    bpf(BPF_LINK_UPDATE, attr).map(drop)
+}
+
+/// Detaches a link at once, whoever else holds it.
+pub fn link_detach(link: impl AsFd) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        link_fd: i32,
+    }
+    bpf(BPF_LINK_DETACH, Attr { link_fd: link.as_fd().as_raw_fd() }).map(drop)
+}
+
+/// Describes an object that should be a TCX link; `None` where it is something else.
+pub fn tcx_link(link: impl AsFd) -> io::Result<Option<TcxLink>> {
+    #[repr(C)]
+    struct Attr {
+        bpf_fd: i32,
+        info_len: u32,
+        info: u64,
+    }
+    /// The start of `struct bpf_link_info`, as far as TCX links fill it.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Info {
+        kind: u32,
+        id: u32,
+        program: u32,
+        pad: u32,
+        ifindex: u32,
+        attach_type: u32,
+    }
+    #[expect(clippy::cast_possible_truncation, reason = "24 bytes")]
+    const INFO_LEN: u32 = size_of::<Info>() as u32;
+    if !is_link(&link)? {
+        return Ok(None);
+    }
+    let mut info = Info::default();
+    let attr = Attr { bpf_fd: link.as_fd().as_raw_fd(), info_len: INFO_LEN, info: (&raw mut info) as u64 };
+    bpf(BPF_OBJ_GET_INFO_BY_FD, attr)?;
+    let is_ours = info.kind == BPF_LINK_TYPE_TCX as u32 && info.attach_type == BPF_TCX_INGRESS as u32;
+    Ok(is_ours.then_some(TcxLink { id: info.id, program: info.program, ifindex: info.ifindex }))
+}
+
+/// What is on an interface's TCX ingress hook, in order.
+pub fn tcx_entries(ifindex: u32) -> io::Result<Vec<Entry>> {
+    #[repr(C)]
+    struct Attr {
+        target_ifindex: u32,
+        attach_type: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        prog_ids: u64,
+        count: u32,
+        pad: u32,
+        prog_attach_flags: u64,
+        link_ids: u64,
+        link_attach_flags: u64,
+        revision: u64,
+    }
+    let (mut programs, mut links) = ([0_u32; MPROG_MAX as usize], [0_u32; MPROG_MAX as usize]);
+    let mut attr = Attr {
+        target_ifindex: ifindex,
+        attach_type: BPF_TCX_INGRESS as u32,
+        query_flags: 0,
+        attach_flags: 0,
+        prog_ids: programs.as_mut_ptr() as u64,
+        count: MPROG_MAX,
+        pad: 0,
+        prog_attach_flags: 0,
+        link_ids: links.as_mut_ptr() as u64,
+        link_attach_flags: 0,
+        revision: 0,
+    };
+    bpf_mut(BPF_PROG_QUERY, &mut attr)?;
+    let entries = programs.into_iter().zip(links).take(attr.count as usize);
+    Ok(entries.map(|(program, link)| Entry { program, link }).collect())
+}
+
+/// Opens what is pinned at `path`.
+pub fn get(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    bpf_fd(BPF_OBJ_GET, PinAttr { pathname: path.as_ptr() as u64, bpf_fd: 0, file_flags: 0 })
+}
+
+/// Pins an object at `path`, where nothing may be yet.
+pub fn pin(object: impl AsFd, path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let bpf_fd = object.as_fd().as_raw_fd();
+    bpf(BPF_OBJ_PIN, PinAttr { pathname: path.as_ptr() as u64, bpf_fd, file_flags: 0 }).map(drop)
+}
+
+#[repr(C)]
+struct PinAttr {
+    pathname: u64,
+    bpf_fd: i32,
+    file_flags: u32,
+}
+
+/// Whether a BPF object is a link: asking one of another type for a link's description would be answered with its own.
+fn is_link(object: &impl AsFd) -> io::Result<bool> {
+    let path = format!("/proc/self/fd/{}", object.as_fd().as_raw_fd());
+    let name = std::fs::read_link(path)?;
+    // With an underscore when just made (bpf_link_prime), with a hyphen when opened again (bpf_link_new_fd).
+    Ok(["anon_inode:bpf_link", "anon_inode:bpf-link"].into_iter().any(|link| name.as_os_str() == link))
+}
+
+fn bpf_fd<T>(command: bpf_cmd, attr: T) -> io::Result<OwnedFd> {
+    let fd = bpf(command, attr)?;
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn bpf<T>(command: bpf_cmd, mut attr: T) -> io::Result<c_long> {
+    bpf_mut(command, &mut attr)
+}
+
+fn bpf_mut<T>(command: bpf_cmd, attr: &mut T) -> io::Result<c_long> {
+    // SAFETY: every T of this module is the start of the command's part of union bpf_attr, without implicit padding;
+    // pointers in it are to buffers of the size beside them, which outlive the call.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, command as libc::c_int, ptr::from_mut(attr), size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}

@@ -1,0 +1,342 @@
+//! Direct-action filters on the clsact qdisc: the way before TCX, and what every kernel since 4.5 has.
+
+use std::{
+    io,
+    os::fd::{AsRawFd as _, BorrowedFd},
+};
+
+use imds_ebpf_common::{Backend, names::PROG_POD_EDGE};
+use rtnetlink::{
+    packet_core::{NLM_F_CREATE, NLM_F_EXCL},
+    packet_route::{
+        RouteNetlinkMessage,
+        tc::{TcAttribute, TcBpfFlags, TcFilterBpf, TcFilterBpfOption, TcHandle, TcMessage, TcOption},
+    },
+};
+
+use super::bpf;
+use crate::{
+    node::netlink::{Netlink, NetlinkError},
+    reconcile::{Attachment, Place},
+};
+
+/// Handles of our filters, of which one is in use: the other is where a filter moves to. Nothing but "imds", so that
+/// they meet no other's 1.
+const HANDLES: [TcHandle; 2] =
+    [TcHandle { major: 0x696d, minor: 0x6473 }, TcHandle { major: 0x696d, minor: 0x6474 }];
+const INGRESS: TcHandle = TcHandle { major: u16::MAX, minor: TcHandle::MIN_INGRESS };
+const EGRESS: TcHandle = TcHandle { major: u16::MAX, minor: TcHandle::MIN_EGRESS };
+/// The clsact qdisc's own handle, ffff:0.
+const CLSACT_HANDLE: TcHandle = TcHandle { major: u16::MAX, minor: 0 };
+/// Filters see packets of every protocol, VLAN-tagged ones too.
+const ETH_P_ALL: u16 = 0x0003_u16.to_be();
+const FIRST_PRIORITY: u16 = 1;
+
+/// A filter of chain 0, where all classification starts.
+#[derive(Clone, Debug, Eq, PartialEq)]
+struct Filter {
+    priority: u16,
+    handle: TcHandle,
+    protocol: u16,
+    kind: String,
+    program: Option<u32>,
+    name: Option<String>,
+}
+
+impl Filter {
+    /// Whether it is one of imds-agent's.
+    fn is_ours(&self) -> bool {
+        HANDLES.contains(&self.handle)
+            && self.name.as_ref().is_some_and(|name| name.starts_with(PROG_POD_EDGE))
+    }
+
+    /// Whether a BPF filter can share its priority: all filters of one have one kind and protocol.
+    fn takes_company(&self) -> bool {
+        self.kind == TcFilterBpf::KIND && self.protocol == ETH_P_ALL
+    }
+
+    fn from_message(message: TcMessage) -> Option<Self> {
+        // The dump begins with an entry for each priority as such, with handle 0.
+        if message.header.handle == TcHandle::UNSPEC {
+            return None;
+        }
+        let info = TcHandle::from(message.header.info);
+        let mut filter = Self {
+            priority: info.major,
+            handle: message.header.handle,
+            protocol: info.minor,
+            kind: String::new(),
+            program: None,
+            name: None,
+        };
+        for attribute in message.attributes {
+            match attribute {
+                TcAttribute::Kind(kind) => filter.kind = kind,
+                TcAttribute::Chain(chain) if chain != 0 => return None,
+                TcAttribute::Options(options) => filter.read(options),
+                _ => {}
+            }
+        }
+        Some(filter)
+    }
+
+    fn read(&mut self, options: Vec<TcOption>) {
+        for option in options {
+            match option {
+                TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => self.program = Some(id),
+                TcOption::Bpf(TcFilterBpfOption::ProgName(name)) => self.name = Some(name),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// What of ours is among the filters at ingress of an interface, of which `program` should be it.
+pub async fn attachment(
+    netlink: &Netlink,
+    ifindex: u32,
+    program: u32,
+) -> Result<Option<Attachment>, NetlinkError> {
+    let filters = filters(netlink, ifindex).await?;
+    let ours = filters.iter().find(|filter| filter.is_ours());
+    Ok(ours.map(|ours| Attachment {
+        backend: Backend::Clsact,
+        current: ours.program == Some(program),
+        pinned: true,
+        // TCX comes before all filters (tcx_run in net/core/dev.c); a kernel without it answers with an error.
+        place: match bpf::tcx_entries(ifindex) {
+            Ok(entries) if !entries.is_empty() => Place::Stuck,
+            Ok(_) | Err(_) => place(&filters, ours),
+        },
+    }))
+}
+
+/// Where `ours` stands among `filters`, which are in the order in which they run.
+fn place(filters: &[Filter], ours: &Filter) -> Place {
+    if filters.first().is_some_and(Filter::is_ours) {
+        return Place::First;
+    }
+    let best = best_priority(filters);
+    let can_be_first = foreign(filters).all(|filter| filter.priority >= best);
+    if can_be_first || best < ours.priority { Place::Behind } else { Place::Stuck }
+}
+
+/// The lowest priority at which a BPF filter can be.
+fn best_priority(filters: &[Filter]) -> u16 {
+    let is_free = |priority: &u16| {
+        foreign(filters).filter(|filter| filter.priority == *priority).all(Filter::takes_company)
+    };
+    (FIRST_PRIORITY..u16::MAX).find(is_free).unwrap_or(u16::MAX)
+}
+
+fn foreign(filters: &[Filter]) -> impl Iterator<Item = &Filter> {
+    filters.iter().filter(|filter| !filter.is_ours())
+}
+
+/// The filters at ingress of an interface, in the order in which they run; none where it has no such qdisc.
+async fn filters(netlink: &Netlink, ifindex: u32) -> Result<Vec<Filter>, NetlinkError> {
+    filters_of(netlink, ifindex, INGRESS).await
+}
+
+async fn filters_of(netlink: &Netlink, ifindex: u32, parent: TcHandle) -> Result<Vec<Filter>, NetlinkError> {
+    let request = RouteNetlinkMessage::GetTrafficFilter(message(ifindex, parent));
+    let answers = match netlink.dump(format!("listing filters of interface {ifindex}"), request).await {
+        // No such qdisc (EINVAL), or the interface is gone.
+        Err(error) if matches!(error.errno(), Some(libc::EINVAL | libc::ENODEV | libc::ENOENT)) => {
+            return Ok(Vec::new());
+        }
+        answers => answers?,
+    };
+    let filters = answers.into_iter().filter_map(|answer| match answer {
+        RouteNetlinkMessage::NewTrafficFilter(message) => Filter::from_message(message),
+        _ => None,
+    });
+    Ok(filters.collect())
+}
+
+/// Makes the clsact qdisc. Returns whether it was missing.
+pub async fn ensure_qdisc(netlink: &Netlink, ifindex: u32) -> Result<bool, NetlinkError> {
+    let call = format!("adding a clsact qdisc to interface {ifindex}");
+    let request = RouteNetlinkMessage::NewQueueDiscipline(qdisc(ifindex));
+    match netlink.acknowledged(call, request, NLM_F_CREATE | NLM_F_EXCL).await {
+        Ok(()) => Ok(true),
+        Err(error) if error.errno() == Some(libc::EEXIST) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Removes the clsact qdisc, unless somebody has a filter on it.
+pub async fn remove_unused_qdisc(netlink: &Netlink, ifindex: u32) -> Result<(), NetlinkError> {
+    for parent in [INGRESS, EGRESS] {
+        if !filters_of(netlink, ifindex, parent).await?.is_empty() {
+            return Ok(());
+        }
+    }
+    let call = format!("removing the clsact qdisc of interface {ifindex}");
+    ignore_missing(
+        netlink.acknowledged(call, RouteNetlinkMessage::DelQueueDiscipline(qdisc(ifindex)), 0).await,
+    )
+}
+
+/// Adds a filter before all others, as far as can be. Where one of ours is there already, it goes once the new one is
+/// in force.
+pub async fn attach_first(
+    netlink: &Netlink,
+    ifindex: u32,
+    program: BorrowedFd<'_>,
+    name: &str,
+) -> Result<(), NetlinkError> {
+    let filters = filters(netlink, ifindex).await?;
+    let priority = best_priority(&filters);
+    let used: Vec<_> = filters.iter().filter(|filter| filter.is_ours()).collect();
+    let is_free = |handle: &TcHandle| used.iter().all(|filter| filter.handle != *handle);
+    let Some(handle) = HANDLES.into_iter().find(is_free) else {
+        // Left by an agent that was killed between the two steps below; the next round finds one free.
+        return detach(netlink, ifindex, used.last().copied()).await;
+    };
+    // A new BPF filter goes before the others of its priority (cls_bpf_change: list_add_rcu).
+    write(netlink, ifindex, priority, handle, program, name, NLM_F_CREATE | NLM_F_EXCL).await?;
+    detach(netlink, ifindex, used).await
+}
+
+/// Puts another program in the place of our filter's, atomically (`cls_bpf_change`: `list_replace_rcu`).
+pub async fn replace(
+    netlink: &Netlink,
+    ifindex: u32,
+    program: BorrowedFd<'_>,
+    name: &str,
+) -> Result<(), NetlinkError> {
+    let filters = filters(netlink, ifindex).await?;
+    let mut ours = filters.iter().filter(|filter| filter.is_ours());
+    let Some(Filter { priority, handle, .. }) = ours.next() else {
+        return attach_first(netlink, ifindex, program, name).await;
+    };
+    write(netlink, ifindex, *priority, *handle, program, name, NLM_F_CREATE).await?;
+    detach(netlink, ifindex, ours).await
+}
+
+/// Removes all our filters. Returns whether there was one.
+pub async fn detach_all(netlink: &Netlink, ifindex: u32) -> Result<bool, NetlinkError> {
+    let filters = filters(netlink, ifindex).await?;
+    let ours: Vec<_> = filters.iter().filter(|filter| filter.is_ours()).collect();
+    let any = !ours.is_empty();
+    detach(netlink, ifindex, ours).await?;
+    Ok(any)
+}
+
+async fn detach(
+    netlink: &Netlink,
+    ifindex: u32,
+    filters: impl IntoIterator<Item = &Filter>,
+) -> Result<(), NetlinkError> {
+    for filter in filters {
+        let mut message = filter_message(ifindex, filter.priority, filter.handle);
+        message.attributes.push(TcAttribute::Kind(TcFilterBpf::KIND.to_owned()));
+        let call = format!("removing a filter of interface {ifindex}");
+        ignore_missing(netlink.acknowledged(call, RouteNetlinkMessage::DelTrafficFilter(message), 0).await)?;
+    }
+    Ok(())
+}
+
+async fn write(
+    netlink: &Netlink,
+    ifindex: u32,
+    priority: u16,
+    handle: TcHandle,
+    program: BorrowedFd<'_>,
+    name: &str,
+    flags: u16,
+) -> Result<(), NetlinkError> {
+    let fd = u32::try_from(program.as_raw_fd())
+        .map_err(|error| NetlinkError::new("program", io::Error::other(error)))?;
+    let mut message = filter_message(ifindex, priority, handle);
+    message.attributes.push(TcAttribute::Kind(TcFilterBpf::KIND.to_owned()));
+    message.attributes.push(TcAttribute::Options(
+        [
+            TcFilterBpfOption::ProgFd(fd),
+            TcFilterBpfOption::ProgName(name.to_owned()),
+            TcFilterBpfOption::Flags(TcBpfFlags::DirectAction),
+        ]
+        .map(TcOption::Bpf)
+        .into(),
+    ));
+    let call = format!("attaching a filter to interface {ifindex} at priority {priority}");
+    netlink.acknowledged(call, RouteNetlinkMessage::NewTrafficFilter(message), flags).await
+}
+
+fn message(ifindex: u32, parent: TcHandle) -> TcMessage {
+    let mut message = TcMessage::with_index(ifindex.cast_signed());
+    message.header.parent = parent;
+    message
+}
+
+fn qdisc(ifindex: u32) -> TcMessage {
+    let mut message = message(ifindex, TcHandle::CLSACT);
+    message.header.handle = CLSACT_HANDLE;
+    message.attributes.push(TcAttribute::Kind("clsact".to_owned()));
+    message
+}
+
+fn filter_message(ifindex: u32, priority: u16, handle: TcHandle) -> TcMessage {
+    let mut message = message(ifindex, INGRESS);
+    message.header.handle = handle;
+    message.header.info = TcHandle { major: priority, minor: ETH_P_ALL }.into();
+    message
+}
+
+/// What is to be removed may be gone already, alone or with its interface.
+fn ignore_missing(result: Result<(), NetlinkError>) -> Result<(), NetlinkError> {
+    match result {
+        Err(error) if matches!(error.errno(), Some(libc::ENOENT | libc::ENODEV | libc::EINVAL)) => Ok(()),
+        result => result,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn filter(priority: u16, handle: TcHandle, kind: &str, name: &str) -> Filter {
+        Filter {
+            priority,
+            handle,
+            protocol: ETH_P_ALL,
+            kind: kind.to_owned(),
+            program: None,
+            name: Some(name.to_owned()),
+        }
+    }
+
+    fn ours(priority: u16) -> Filter {
+        filter(priority, HANDLES[0], "bpf", PROG_POD_EDGE)
+    }
+
+    fn other(priority: u16, kind: &str) -> Filter {
+        filter(priority, TcHandle { major: 0, minor: 1 }, kind, "other")
+    }
+
+    #[test]
+    fn first_is_first() {
+        assert_eq!(place(&[ours(1)], &ours(1)), Place::First);
+        assert_eq!(place(&[ours(1), other(1, "bpf"), other(2, "u32")], &ours(1)), Place::First);
+        assert_eq!(place(&[ours(2), other(3, "u32")], &ours(2)), Place::First);
+    }
+
+    #[test]
+    fn another_bpf_filter_of_the_same_priority_can_be_passed() {
+        assert_eq!(place(&[other(1, "bpf"), ours(1)], &ours(1)), Place::Behind);
+        assert_eq!(best_priority(&[other(1, "bpf")]), 1);
+    }
+
+    #[test]
+    fn a_filter_of_another_kind_at_the_first_priority_can_not() {
+        assert_eq!(best_priority(&[other(1, "matchall")]), 2);
+        assert_eq!(place(&[other(1, "matchall"), ours(2)], &ours(2)), Place::Stuck);
+        assert_eq!(place(&[other(1, "matchall"), ours(3)], &ours(3)), Place::Behind);
+    }
+
+    #[test]
+    fn a_place_that_became_free_is_taken() {
+        assert_eq!(place(&[other(2, "u32"), ours(3)], &ours(3)), Place::Behind);
+    }
+}

@@ -1,0 +1,131 @@
+//! Packets and bytes by interface and verdict, summed over the CPUs.
+
+use std::{collections::BTreeMap, ops::AddAssign};
+
+use aya::{
+    maps::{MapError, PerCpuValues},
+    util::nr_cpus,
+};
+use imds_ebpf_common::{Counter, CounterKey, Verdict, names::MAP_COUNTERS};
+use serde::Serialize;
+
+use super::{DatapathError, object::Maps};
+
+/// `BPF_NOEXIST`: make an entry, but leave one that is there.
+const NOEXIST: u64 = 1;
+
+/// Packets and bytes.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize)]
+pub struct Count {
+    /// Packets; a GSO super-packet is one.
+    pub packets: u64,
+    /// Bytes, link-layer header included.
+    pub bytes: u64,
+}
+
+impl AddAssign for Count {
+    fn add_assign(&mut self, other: Self) {
+        self.packets += other.packets;
+        self.bytes += other.bytes;
+    }
+}
+
+/// The counts of one interface.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize)]
+pub struct Counts {
+    /// Dropped.
+    pub denied: Count,
+    /// Passed because the mode is audit.
+    pub audited: Count,
+    /// Passed because the mode is off.
+    pub allowed: Count,
+}
+
+impl Counts {
+    fn of(&mut self, verdict: u32) -> Option<&mut Count> {
+        Verdict::COUNTED.into_iter().find(|&counted| counted as u32 == verdict).and_then(|verdict| {
+            match verdict {
+                Verdict::Deny => Some(&mut self.denied),
+                Verdict::Audit => Some(&mut self.audited),
+                Verdict::Allow => Some(&mut self.allowed),
+                Verdict::Foreign => None,
+            }
+        })
+    }
+}
+
+impl AddAssign for Counts {
+    fn add_assign(&mut self, other: Self) {
+        self.denied += other.denied;
+        self.audited += other.audited;
+        self.allowed += other.allowed;
+    }
+}
+
+/// All counts by interface index; those of interfaces that are gone at [`CounterKey::DEPARTED`].
+pub fn read(maps: &Maps) -> Result<BTreeMap<u32, Counts>, MapError> {
+    let mut counts: BTreeMap<u32, Counts> = BTreeMap::new();
+    for entry in &maps.counters {
+        let (key, values) = match entry {
+            Ok(entry) => entry,
+            // Removed while we looked.
+            Err(MapError::KeyNotFound) => continue,
+            Err(error) => return Err(error),
+        };
+        if let Some(count) = counts.entry(key.ifindex).or_default().of(key.verdict) {
+            *count += sum(&values);
+        }
+    }
+    Ok(counts)
+}
+
+/// Makes an interface's entries, so that the programs need not. Where that fails they do it with the first packet.
+pub(super) fn prepare(maps: &mut Maps, ifindex: u32) {
+    for verdict in Verdict::COUNTED {
+        let zero = on_first_cpu(Count::default());
+        let key = CounterKey { ifindex, verdict: verdict as u32 };
+        if let Some(zero) = zero
+            && let Err(error) = maps.counters.insert(key, zero, NOEXIST)
+        {
+            log::debug!("counter of interface {ifindex}: {error}");
+        }
+    }
+}
+
+/// Adds an interface's counts to those of the departed, and removes its entries.
+pub(super) fn fold(maps: &mut Maps, ifindex: u32) -> Result<(), DatapathError> {
+    let failed = |source| DatapathError::Map { map: MAP_COUNTERS, source };
+    for verdict in Verdict::COUNTED {
+        let key = CounterKey { ifindex, verdict: verdict as u32 };
+        let departed = CounterKey { ifindex: CounterKey::DEPARTED, ..key };
+        let Ok(values) = maps.counters.get(&key, 0) else { continue };
+        let count = sum(&values);
+        if count != Count::default() {
+            let mut total = maps.counters.get(&departed, 0).map(|values| sum(&values)).unwrap_or_default();
+            total += count;
+            if let Some(total) = on_first_cpu(total) {
+                maps.counters.insert(departed, total, 0).map_err(failed)?;
+            }
+        }
+        match maps.counters.remove(&key) {
+            Ok(()) | Err(MapError::KeyNotFound) => {}
+            Err(error) => return Err(failed(error)),
+        }
+    }
+    Ok(())
+}
+
+fn sum(values: &PerCpuValues<Counter>) -> Count {
+    let mut sum = Count::default();
+    for &Counter { packets, bytes } in values.iter() {
+        sum += Count { packets, bytes };
+    }
+    sum
+}
+
+/// A value for the map that has all of `count` on one CPU.
+fn on_first_cpu(Count { packets, bytes }: Count) -> Option<PerCpuValues<Counter>> {
+    let mut values = vec![Counter::default(); nr_cpus().ok()?];
+    *values.first_mut()? = Counter { packets, bytes };
+    PerCpuValues::try_from(values).ok()
+}

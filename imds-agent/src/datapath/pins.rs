@@ -1,0 +1,355 @@
+//! The pin directory: where it may be, who holds it, and what is in it.
+
+use std::{
+    fs::{self, DirBuilder, File, Permissions},
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
+    },
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use imds_ebpf_common::names::LINK_POD_EDGE_PREFIX;
+use nix::{
+    fcntl::{Flock, FlockArg},
+    mount::{MsFlags, mount},
+    sys::statfs::{FsType, statfs},
+};
+use thiserror::Error;
+
+use super::bpf;
+
+/// Where a bpffs is by convention, and the only place where the agent mounts one.
+const BPFFS: &str = "/sys/fs/bpf";
+const BPFFS_MAGIC: FsType = FsType(libc::BPF_FS_MAGIC);
+/// Owner only: whoever can open a pin can detach or rewrite it.
+const MODE: u32 = 0o700;
+/// How long to wait for the lock: `status` holds it for a moment to see whether somebody else does.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+const LOCK_RETRY: Duration = Duration::from_millis(20);
+
+/// Why a pin directory can't be used.
+#[derive(Debug, Error)]
+pub enum PinError {
+    /// The path is on another file system.
+    #[error("{} is not on a bpffs; mount one with `mount -t bpf bpf {}` or choose another --pin-dir", path.display(), mount_point.display())]
+    NotBpffs {
+        /// The pin directory.
+        path: PathBuf,
+        /// Where one could be mounted.
+        mount_point: PathBuf,
+    },
+    /// No bpffs was at its conventional place, and mounting one failed.
+    #[error(
+        "there is no bpffs at {BPFFS} and mounting one failed; run `mount -t bpf bpf {BPFFS}` on the host"
+    )]
+    Mount(#[source] io::Error),
+    /// Another process holds the directory.
+    #[error("another agent{} holds {}; there can be one for each --pin-dir", pid_phrase(*pid), path.display())]
+    Held {
+        /// The pin directory.
+        path: PathBuf,
+        /// The holder, where it can be seen from this pid namespace.
+        pid: Option<i32>,
+    },
+    /// A file operation failed.
+    #[error("can't {operation} {}", path.display())]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// With what.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+fn pid_phrase(pid: Option<i32>) -> String {
+    pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default()
+}
+
+fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PinError {
+    let path = path.to_owned();
+    move |source| PinError::Io { operation, path, source }
+}
+
+/// A pin directory: paths only.
+#[derive(Clone, Debug)]
+pub struct PinDir {
+    root: PathBuf,
+}
+
+impl PinDir {
+    /// The pin directory at `root`, which need not exist.
+    pub fn new(root: &Path) -> Result<Self, PinError> {
+        let root = std::path::absolute(root).map_err(io_error("resolve", root))?;
+        Ok(Self { root })
+    }
+
+    /// The directory itself.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Pin of a map.
+    #[must_use]
+    pub fn map(&self, name: &str) -> PathBuf {
+        self.maps().join(name)
+    }
+
+    /// Pin of a program.
+    #[must_use]
+    pub fn program(&self, name: &str) -> PathBuf {
+        self.programs().join(name)
+    }
+
+    /// Pin of the TCX link of an interface.
+    #[must_use]
+    pub fn link(&self, ifindex: u32) -> PathBuf {
+        self.links().join(format!("{LINK_POD_EDGE_PREFIX}{ifindex}"))
+    }
+
+    /// The pinned links of interfaces, by the index under which each was pinned.
+    pub fn pinned_links(&self) -> Result<Vec<(u32, PathBuf)>, PinError> {
+        let links = self.links();
+        let entries = match fs::read_dir(&links) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(io_error("list", &links)(error)),
+        };
+        let mut pinned = Vec::new();
+        for entry in entries {
+            let path = entry.map_err(io_error("list", &links))?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if let Some(ifindex) =
+                name.strip_prefix(LINK_POD_EDGE_PREFIX).and_then(|index| index.parse().ok())
+            {
+                pinned.push((ifindex, path));
+            }
+        }
+        Ok(pinned)
+    }
+
+    fn maps(&self) -> PathBuf {
+        self.root.join("maps")
+    }
+
+    fn programs(&self) -> PathBuf {
+        self.root.join("progs")
+    }
+
+    fn links(&self) -> PathBuf {
+        self.root.join("links")
+    }
+
+    /// Whether there is anything at all.
+    #[must_use]
+    pub fn exists(&self) -> bool {
+        self.root.exists()
+    }
+
+    /// Makes what is missing of the directory, on a bpffs, and takes it for this process alone.
+    pub fn claim(&self) -> Result<Claim, PinError> {
+        self.ensure_bpffs()?;
+        let is_new = !self.root.exists();
+        self.make_directories()?;
+        match self.lock() {
+            Ok(lock) => Ok(Claim { dir: self.clone(), lock, is_new }),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Takes the directory for this process alone, if it exists.
+    pub fn claim_existing(&self) -> Result<Option<Claim>, PinError> {
+        if !self.exists() {
+            return Ok(None);
+        }
+        Ok(Some(Claim { dir: self.clone(), lock: self.lock()?, is_new: false }))
+    }
+
+    /// Whether another process holds the directory, and which, where that can be seen.
+    pub fn holder(&self) -> Result<Option<Holder>, PinError> {
+        let directory = match File::open(&self.root) {
+            Ok(directory) => directory,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(io_error("open", &self.root)(error)),
+        };
+        let inode = directory.metadata().map_err(io_error("inspect", &self.root))?.ino();
+        match Flock::lock(directory, FlockArg::LockSharedNonblock) {
+            Ok(_released_on_drop) => Ok(None),
+            Err(_) => Ok(Some(Holder { pid: holder_of(inode) })),
+        }
+    }
+
+    fn make_directories(&self) -> Result<(), PinError> {
+        for directory in [&self.root, &self.maps(), &self.programs(), &self.links()] {
+            DirBuilder::new()
+                .mode(MODE)
+                .recursive(true)
+                .create(directory)
+                .map_err(io_error("create", directory))?;
+        }
+        fs::set_permissions(&self.root, Permissions::from_mode(MODE)).map_err(io_error("protect", &self.root))
+    }
+
+    /// Takes the lock of the directory that is at the path then: one that was removed meanwhile is no use.
+    fn lock(&self) -> Result<Flock<File>, PinError> {
+        let deadline = Instant::now() + LOCK_PATIENCE;
+        loop {
+            let directory = File::open(&self.root).map_err(io_error("open", &self.root))?;
+            let inode = directory.metadata().map_err(io_error("inspect", &self.root))?.ino();
+            match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) if self.is_at_path(inode) => return Ok(lock),
+                Ok(_) => self.make_directories()?,
+                Err(_) if Instant::now() < deadline => thread::sleep(LOCK_RETRY),
+                Err(_) => return Err(PinError::Held { path: self.root.clone(), pid: holder_of(inode) }),
+            }
+        }
+    }
+
+    fn is_at_path(&self, inode: u64) -> bool {
+        fs::metadata(&self.root).is_ok_and(|metadata| metadata.ino() == inode)
+    }
+
+    fn ensure_bpffs(&self) -> Result<(), PinError> {
+        if self.is_on_bpffs()? {
+            return Ok(());
+        }
+        if !self.root.starts_with(BPFFS) {
+            let mount_point = self.root.parent().unwrap_or(&self.root).to_owned();
+            return Err(PinError::NotBpffs { path: self.root.clone(), mount_point });
+        }
+        mount(
+            Some("bpf"),
+            BPFFS,
+            Some("bpf"),
+            MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
+            None::<&str>,
+        )
+        .map_err(|errno| PinError::Mount(errno.into()))?;
+        log::info!("mounted a bpffs at {BPFFS}");
+        Ok(())
+    }
+
+    fn is_on_bpffs(&self) -> Result<bool, PinError> {
+        let existing = self.root.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+        let stat = statfs(existing).map_err(|errno| io_error("inspect", existing)(errno.into()))?;
+        Ok(stat.filesystem_type() == BPFFS_MAGIC)
+    }
+}
+
+/// Another process that holds the pin directory.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Holder {
+    /// Its pid, where that can be seen from this pid namespace.
+    pub pid: Option<i32>,
+}
+
+/// The pin directory, held by this process until dropped.
+#[derive(Debug)]
+pub struct Claim {
+    dir: PinDir,
+    lock: Flock<File>,
+    is_new: bool,
+}
+
+impl Claim {
+    /// The paths in it.
+    #[must_use]
+    pub fn dir(&self) -> &PinDir {
+        &self.dir
+    }
+
+    /// Whether the directory was made for this claim.
+    #[must_use]
+    pub fn is_new(&self) -> bool {
+        self.is_new
+    }
+
+    /// Makes again, and holds again, what somebody removed. Returns whether anything was missing.
+    pub fn restore(&mut self) -> Result<bool, PinError> {
+        let held = self.lock.metadata().map_err(io_error("inspect", self.dir.root()))?.ino();
+        let is_whole = self.dir.is_at_path(held)
+            && [self.dir.maps(), self.dir.programs(), self.dir.links()].iter().all(|path| path.is_dir());
+        if is_whole {
+            return Ok(false);
+        }
+        self.dir.ensure_bpffs()?;
+        self.dir.make_directories()?;
+        if !self.dir.is_at_path(held) {
+            self.lock = self.dir.lock()?;
+        }
+        Ok(true)
+    }
+
+    /// Removes the directory with all pins in it.
+    pub fn remove(self) -> Result<(), PinError> {
+        fs::remove_dir_all(self.dir.root()).map_err(io_error("remove", self.dir.root()))
+    }
+}
+
+/// Pins an object at `path`, in place of whatever is there, with no moment without a pin.
+pub fn pin_over(object: impl AsFd, path: &Path) -> Result<(), PinError> {
+    // A bpffs takes no dots in names.
+    let mut new = path.as_os_str().to_owned();
+    new.push("_new");
+    let new = PathBuf::from(new);
+    unpin(&new)?;
+    bpf::pin(object, &new).map_err(io_error("pin", &new))?;
+    fs::rename(&new, path).map_err(io_error("replace", path))
+}
+
+/// Opens what is pinned at `path`, or `None` where nothing is.
+pub fn open(path: &Path) -> Result<Option<OwnedFd>, PinError> {
+    match bpf::get(path) {
+        Ok(object) => Ok(Some(object)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(io_error("open", path)(error)),
+    }
+}
+
+/// Removes a pin, if it is there.
+pub fn unpin(path: &Path) -> Result<(), PinError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("unpin", path)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// The process that holds a flock(2) on an inode, from /proc/locks: `1: FLOCK ADVISORY WRITE PID MAJ:MIN:INODE 0 EOF`.
+fn holder_of(inode: u64) -> Option<i32> {
+    let locks = fs::read_to_string("/proc/locks").ok()?;
+    locks.lines().find_map(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        let [_, "FLOCK", _, "WRITE", pid, file, ..] = fields[..] else { return None };
+        let same = file.rsplit(':').next()?.parse() == Ok(inode);
+        pid.parse().ok().filter(|&pid| same && pid > 0)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_pins() {
+        let dir = PinDir::new(Path::new("/sys/fs/bpf/imds")).unwrap();
+        assert_eq!(dir.link(12), Path::new("/sys/fs/bpf/imds/links/pod_edge_12"));
+        assert_eq!(dir.map("m"), Path::new("/sys/fs/bpf/imds/maps/m"));
+        assert_eq!(dir.program("p"), Path::new("/sys/fs/bpf/imds/progs/p"));
+    }
+
+    #[test]
+    fn a_directory_on_another_file_system_is_refused_with_the_remedy() {
+        let elsewhere = tempfile::tempdir().unwrap();
+        let dir = PinDir::new(&elsewhere.path().join("pins")).unwrap();
+        let error = dir.claim().unwrap_err();
+        assert!(matches!(error, PinError::NotBpffs { .. }), "{error}");
+        assert!(error.to_string().contains("mount -t bpf bpf"), "{error}");
+        assert!(!dir.exists());
+    }
+}

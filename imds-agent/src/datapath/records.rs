@@ -1,0 +1,57 @@
+//! What the agent knows of each interface, in a pinned map: for `status`, for `bpftool`, and for the next agent.
+
+use imds_ebpf_common::{Backend, InterfaceRecord, Role, names::MAP_INTERFACES};
+
+use super::{DatapathError, object::Maps};
+use crate::node::links::Link;
+
+/// The record of an interface.
+#[must_use]
+pub fn get(maps: &Maps, ifindex: u32) -> Option<InterfaceRecord> {
+    maps.interfaces.get(&ifindex, 0).ok()
+}
+
+/// Writes what an interface is and how it is guarded. That an agent made its qdisc stays known until it has no filter
+/// of ours.
+pub(super) fn put(maps: &mut Maps, link: &Link, role: Role, backend: Backend) -> Result<(), DatapathError> {
+    let old = get(maps, link.index).unwrap_or_default();
+    let made_qdisc = if backend == Backend::Clsact { old.made_qdisc } else { 0 };
+    let new = InterfaceRecord {
+        name: padded(&link.name),
+        role: role as u8,
+        backend: backend as u8,
+        made_qdisc,
+        reserved: 0,
+    };
+    if new == old { Ok(()) } else { write(maps, link.index, new) }
+}
+
+/// Notes that the interface's qdisc is the agent's own doing.
+pub(super) fn mark_qdisc(maps: &mut Maps, link: &Link) -> Result<(), DatapathError> {
+    let mut record = get(maps, link.index).unwrap_or_default();
+    record.name = padded(&link.name);
+    record.backend = Backend::Clsact as u8;
+    record.made_qdisc = 1;
+    write(maps, link.index, record)
+}
+
+/// Removes an interface's record, if there is one.
+pub(super) fn remove(maps: &mut Maps, ifindex: u32) {
+    if let Err(error) = maps.interfaces.remove(&ifindex) {
+        log::debug!("no record of interface {ifindex} to remove: {error}");
+    }
+}
+
+fn write(maps: &mut Maps, ifindex: u32, record: InterfaceRecord) -> Result<(), DatapathError> {
+    let failed = |source| DatapathError::Map { map: MAP_INTERFACES, source };
+    maps.interfaces.insert(ifindex, record, 0).map_err(failed)
+}
+
+/// An interface name as the kernel keeps it: at most 15 bytes, then zeros.
+fn padded(name: &str) -> [u8; 16] {
+    let mut padded = [0; 16];
+    for (to, from) in padded.iter_mut().zip(name.bytes().take(15)) {
+        *to = from;
+    }
+    padded
+}

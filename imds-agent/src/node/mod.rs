@@ -1,0 +1,4 @@
+//! What the kernel says is there.
+
+pub mod links;
+pub mod netlink;

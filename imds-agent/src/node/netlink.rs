@@ -1,0 +1,277 @@
+//! rtnetlink: the interfaces, the ways out of the node, filters, and news of each.
+
+use std::{collections::BTreeSet, future::ready, io, net::Ipv4Addr};
+
+use futures_util::{Stream, StreamExt as _, TryStreamExt as _, stream};
+use imds_ebpf_common::IMDS_IPV4;
+use nix::net::if_::if_nameindex;
+use rtnetlink::{
+    Handle, MulticastGroup, RouteMessageBuilder,
+    packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
+    packet_route::{
+        RouteNetlinkMessage,
+        route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType},
+    },
+};
+use thiserror::Error;
+
+use super::links::Link;
+
+/// The endpoint as the address that it is.
+const IMDS: Ipv4Addr = Ipv4Addr::new(IMDS_IPV4[0], IMDS_IPV4[1], IMDS_IPV4[2], IMDS_IPV4[3]);
+
+/// A request to rtnetlink that failed.
+#[derive(Debug, Error)]
+#[error("netlink: {call}")]
+pub struct NetlinkError {
+    /// The request, and its subject.
+    call: String,
+    /// What the kernel said.
+    source: io::Error,
+}
+
+impl NetlinkError {
+    /// The kernel's error number, where it is one of the kernel's.
+    #[must_use]
+    pub fn errno(&self) -> Option<i32> {
+        self.source.raw_os_error()
+    }
+
+    pub(crate) fn new(call: impl Into<String>, source: io::Error) -> Self {
+        Self { call: call.into(), source }
+    }
+
+    pub(crate) fn from_rtnetlink(call: impl Into<String>, error: rtnetlink::Error) -> Self {
+        let source = match error {
+            rtnetlink::Error::NetlinkError(message) => message.to_io(),
+            other => io::Error::other(other),
+        };
+        Self::new(call, source)
+    }
+}
+
+/// News from the kernel.
+#[derive(Debug)]
+pub enum Event {
+    /// An interface is new or has changed.
+    Link(Link),
+    /// The interface with this index is gone from the namespace.
+    LinkGone(u32),
+    /// A route that may decide which interfaces are uplinks has changed.
+    Route,
+    /// A qdisc or filter on the interface with this index has changed.
+    Filter(u32),
+    /// Events were lost.
+    Overrun,
+}
+
+/// A connection to rtnetlink in the network namespace of the calling thread.
+#[derive(Clone, Debug)]
+pub struct Netlink {
+    handle: Handle,
+}
+
+impl Netlink {
+    /// Connects. Must be called within a tokio runtime.
+    pub fn connect() -> Result<Self, NetlinkError> {
+        let (connection, handle, _) =
+            rtnetlink::new_connection().map_err(|source| NetlinkError::new("connecting", source))?;
+        tokio::spawn(connection);
+        Ok(Self { handle })
+    }
+
+    /// All news from now on; news of filters only where `filters` says so. The stream never ends while the kernel can
+    /// be heard.
+    pub fn events(filters: bool) -> Result<impl Stream<Item = Event> + Unpin, NetlinkError> {
+        let mut groups = vec![MulticastGroup::Link, MulticastGroup::Ipv4Route, MulticastGroup::Ipv4Rule];
+        if filters {
+            groups.push(MulticastGroup::Tc);
+        }
+        let (connection, _, messages) = rtnetlink::new_multicast_connection(&groups)
+            .map_err(|source| NetlinkError::new("subscribing to events", source))?;
+        tokio::spawn(connection);
+        Ok(messages.filter_map(|(message, _)| ready(event(message.payload))))
+    }
+
+    /// All interfaces of the namespace.
+    pub async fn links(&self) -> Result<Vec<Link>, NetlinkError> {
+        // A description that the library can't decode is left out of the dump; the names are asked for first, so that
+        // an interface that lacks from the dump is either gone by then or such a one.
+        let names =
+            if_nameindex().map_err(|errno| NetlinkError::new("listing interface names", errno.into()))?;
+        let links = self.handle.link().get().execute();
+        let mut links: Vec<Link> = links
+            .try_filter_map(|message| ready(Ok(Link::from_message(message))))
+            .try_collect()
+            .await
+            .map_err(|error| NetlinkError::from_rtnetlink("dumping interfaces", error))?;
+        let known: BTreeSet<u32> = links.iter().map(|link| link.index).collect();
+        let unreadable = names.iter().filter(|interface| !known.contains(&interface.index()));
+        links.extend(unreadable.map(|interface| {
+            Link::unreadable(interface.index(), interface.name().to_string_lossy().into_owned())
+        }));
+        Ok(links)
+    }
+
+    /// Indices of the interfaces through which the node leaves: for the main table's default routes, and for the route
+    /// that the kernel chooses to the guarded endpoint.
+    ///
+    /// Only IPv4 routes count: an IPv6 default route can come from a router advertisement, which a pod can send.
+    pub async fn uplinks(&self) -> Result<BTreeSet<u32>, NetlinkError> {
+        let dump = self.handle.route().get(RouteMessageBuilder::<Ipv4Addr>::new().build()).execute();
+        let mut uplinks: BTreeSet<u32> = dump
+            .try_filter(|route| ready(is_main_default(route)))
+            .map_ok(|route| outgoing(&route))
+            .try_collect::<Vec<_>>()
+            .await
+            .map_err(|error| NetlinkError::from_rtnetlink("dumping routes", error))?
+            .into_iter()
+            .flatten()
+            .collect();
+
+        let to_endpoint = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(IMDS, 32).build();
+        let mut route = std::pin::pin!(self.handle.route().get(to_endpoint).execute());
+        match route.try_next().await {
+            Ok(Some(route)) if route.header.kind == RouteType::Unicast => uplinks.extend(outgoing(&route)),
+            Ok(_) => {}
+            Err(error) => {
+                let error = NetlinkError::from_rtnetlink(format!("looking up the route to {IMDS}"), error);
+                if !matches!(
+                    error.errno(),
+                    Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EACCES | libc::EINVAL)
+                ) {
+                    return Err(error);
+                }
+            }
+        }
+        Ok(uplinks)
+    }
+
+    /// Sends a request that is answered with an acknowledgement.
+    pub(crate) async fn acknowledged(
+        &self,
+        call: impl Into<String>,
+        message: RouteNetlinkMessage,
+        flags: u16,
+    ) -> Result<(), NetlinkError> {
+        let mut answers = self.request(message, NLM_F_ACK | flags);
+        while let Some(answer) = answers.next().await {
+            if let Err(source) = answer {
+                return Err(NetlinkError::new(call, source));
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends a request that is answered with a list.
+    pub(crate) async fn dump(
+        &self,
+        call: impl Into<String>,
+        message: RouteNetlinkMessage,
+    ) -> Result<Vec<RouteNetlinkMessage>, NetlinkError> {
+        self.request(message, NLM_F_DUMP)
+            .try_collect()
+            .await
+            .map_err(|source| NetlinkError::new(call, source))
+    }
+
+    fn request(
+        &self,
+        message: RouteNetlinkMessage,
+        flags: u16,
+    ) -> impl Stream<Item = io::Result<RouteNetlinkMessage>> + Unpin {
+        let mut request = NetlinkMessage::from(message);
+        request.header.flags = NLM_F_REQUEST | flags;
+        let answers = match self.handle.clone().request(request) {
+            Ok(answers) => answers.map(Ok).left_stream(),
+            Err(error) => stream::iter([Err(io::Error::other(error))]).right_stream(),
+        };
+        answers.try_filter_map(|answer| {
+            ready(match answer.payload {
+                NetlinkPayload::Error(error) if error.code.is_some() => Err(error.to_io()),
+                NetlinkPayload::InnerMessage(message) => Ok(Some(message)),
+                _ => Ok(None),
+            })
+        })
+    }
+}
+
+fn event(payload: NetlinkPayload<RouteNetlinkMessage>) -> Option<Event> {
+    let message = match payload {
+        NetlinkPayload::Overrun(_) => return Some(Event::Overrun),
+        NetlinkPayload::InnerMessage(message) => message,
+        _ => return None,
+    };
+    match message {
+        RouteNetlinkMessage::NewLink(link) => Link::from_message(link).map(Event::Link),
+        RouteNetlinkMessage::DelLink(link) => {
+            Link::from_message(link).map(|link| Event::LinkGone(link.index))
+        }
+        RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route) => {
+            leads_to_endpoint(&route).then_some(Event::Route)
+        }
+        RouteNetlinkMessage::NewRule(_) | RouteNetlinkMessage::DelRule(_) => Some(Event::Route),
+        RouteNetlinkMessage::NewTrafficFilter(tc)
+        | RouteNetlinkMessage::DelTrafficFilter(tc)
+        | RouteNetlinkMessage::NewQueueDiscipline(tc)
+        | RouteNetlinkMessage::DelQueueDiscipline(tc) => {
+            u32::try_from(tc.header.index).ok().map(Event::Filter)
+        }
+        _ => None,
+    }
+}
+
+/// Whether the route's destination is or contains the guarded endpoint: true of a default route, false of the host
+/// route that comes with a pod.
+fn leads_to_endpoint(route: &RouteMessage) -> bool {
+    let length = u32::from(route.header.destination_prefix_length);
+    let destination = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(address)) => Some(*address),
+        _ => None,
+    });
+    let differing = u32::from(destination.unwrap_or(Ipv4Addr::UNSPECIFIED)) ^ u32::from(IMDS);
+    length == 0 || differing.leading_zeros() >= length
+}
+
+fn is_main_default(route: &RouteMessage) -> bool {
+    route.header.table == RouteHeader::RT_TABLE_MAIN
+        && route.header.destination_prefix_length == 0
+        && route.header.kind == RouteType::Unicast
+}
+
+/// The interfaces through which a route leaves.
+fn outgoing(route: &RouteMessage) -> Vec<u32> {
+    let mut interfaces = Vec::new();
+    for attribute in &route.attributes {
+        match attribute {
+            RouteAttribute::Oif(index) => interfaces.push(*index),
+            RouteAttribute::MultiPath(hops) => interfaces.extend(hops.iter().map(|hop| hop.interface_index)),
+            _ => {}
+        }
+    }
+    interfaces
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn route(destination: Ipv4Addr, length: u8) -> RouteMessage {
+        RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(destination, length)
+            .output_interface(3)
+            .build()
+    }
+
+    #[test]
+    fn which_routes_decide_the_uplink() {
+        let any = Ipv4Addr::UNSPECIFIED;
+        assert!(leads_to_endpoint(&route(any, 0)));
+        assert!(leads_to_endpoint(&route(Ipv4Addr::new(169, 254, 0, 0), 16)));
+        assert!(leads_to_endpoint(&route(IMDS, 32)));
+        assert!(!leads_to_endpoint(&route(Ipv4Addr::new(10, 0, 0, 7), 32)));
+        assert!(!leads_to_endpoint(&route(Ipv4Addr::new(169, 254, 169, 253), 32)));
+        assert!(is_main_default(&route(any, 0)) && !is_main_default(&route(IMDS, 32)));
+        assert_eq!(outgoing(&route(any, 0)), [3]);
+    }
+}

@@ -1,0 +1,101 @@
+//! What has to be true before anything is touched.
+
+use std::io;
+
+use aya::{
+    maps::MapType,
+    programs::{ProgramError, ProgramType},
+    sys::{is_map_supported, is_program_supported},
+};
+use caps::{CapSet, Capability};
+use nix::sys::{
+    resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit},
+    utsname::uname,
+};
+use thiserror::Error;
+
+/// Why the agent can't work here.
+#[derive(Debug, Error)]
+pub enum PreflightError {
+    /// The process lacks capabilities.
+    #[error("missing {}: run as root, or grant CAP_BPF and CAP_NET_ADMIN", .0.join(" and "))]
+    Capabilities(Vec<&'static str>),
+    /// The kernel lacks a feature.
+    #[error(
+        "kernel {release} lacks {feature}; imds-agent needs Linux 5.10 or newer, built with CONFIG_BPF_SYSCALL and CONFIG_NET_CLS_BPF"
+    )]
+    TooOld {
+        /// What uname(2) says.
+        release: String,
+        /// What is missing.
+        feature: &'static str,
+    },
+    /// The kernel could, but does not let this process.
+    #[error(
+        "the kernel refuses bpf(2) to this process; a container needs CAP_BPF in the initial user namespace, and lockdown or a seccomp profile may forbid it"
+    )]
+    Forbidden(#[source] io::Error),
+}
+
+/// Checks the process's capabilities: what every command needs that looks at BPF objects.
+pub fn check_capabilities() -> Result<(), PreflightError> {
+    let has = |capability| caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false);
+    let mut missing = Vec::new();
+    // CAP_SYS_ADMIN is what bpf(2) asked for before Linux 5.8, and still takes.
+    if !has(Capability::CAP_BPF) && !has(Capability::CAP_SYS_ADMIN) {
+        missing.push("CAP_BPF");
+    }
+    if !has(Capability::CAP_NET_ADMIN) {
+        missing.push("CAP_NET_ADMIN");
+    }
+    if missing.is_empty() { Ok(()) } else { Err(PreflightError::Capabilities(missing)) }
+}
+
+/// Checks, by trying, that the kernel has what the datapath can't do without.
+pub fn check_kernel() -> Result<(), PreflightError> {
+    // TC programs, and what the maps are made of.
+    let programs = is_program_supported(ProgramType::SchedClassifier).map_err(errno_of);
+    demand("BPF programs for TC", programs)?;
+    for (feature, map_type) in [
+        ("BPF array maps", MapType::Array),
+        ("BPF hash maps", MapType::Hash),
+        ("BPF per-CPU hash maps", MapType::PerCpuHash),
+    ] {
+        demand(feature, is_map_supported(map_type).map_err(|error| error.io_error))?;
+    }
+    Ok(())
+}
+
+/// Lifts the limits that 1,000 interfaces would meet: one descriptor for each, and before Linux 5.11 locked memory for
+/// maps and programs. Where that is not allowed, what meets the limit says so.
+pub fn lift_limits() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(errno) = raised {
+        log::debug!("can't raise the limit of open files: {errno}");
+    }
+    if let Err(errno) = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY) {
+        log::debug!("can't raise the limit of locked memory: {errno}");
+    }
+}
+
+fn demand(feature: &'static str, supported: Result<bool, io::Error>) -> Result<(), PreflightError> {
+    let too_old = || {
+        let release = uname().map(|name| name.release().to_string_lossy().into_owned());
+        PreflightError::TooOld { release: release.unwrap_or_else(|_| "(unknown)".to_owned()), feature }
+    };
+    match supported {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(too_old()),
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Err(too_old()),
+        Err(error) => Err(PreflightError::Forbidden(error)),
+    }
+}
+
+fn errno_of(error: ProgramError) -> io::Error {
+    match error {
+        ProgramError::SyscallError(error) => error.io_error,
+        ProgramError::LoadError { io_error, .. } => io_error,
+        other => io::Error::other(other),
+    }
+}

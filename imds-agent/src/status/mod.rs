@@ -1,0 +1,243 @@
+//! What is in force, as the kernel says it: whether or not an agent runs.
+
+mod table;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+    path::PathBuf,
+};
+
+use imds_ebpf_common::{Backend, CounterKey, IMDS_IPV4, Mode, Role};
+use serde::Serialize;
+
+use crate::{
+    config::Interfaces,
+    datapath::{
+        DatapathError, bpf, clsact,
+        counters::{self, Counts},
+        object::{self, Maps, ObjectError},
+        pins::{self, PinDir},
+        records,
+    },
+    node::{links::Link, netlink::Netlink},
+    reconcile::{Attachment, Place},
+    state,
+};
+
+/// Version of the JSON form: within one, fields are only added.
+const SCHEMA: u32 = 1;
+
+/// The whole of it.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// [`SCHEMA`].
+    pub schema: u32,
+    /// Version of the program that made the report.
+    pub version: &'static str,
+    /// The pin directory.
+    pub pin_dir: PathBuf,
+    /// In one word.
+    pub state: State,
+    /// The agent on this pin directory.
+    pub agent: Agent,
+    /// The mode in force; `None` where nothing is loaded.
+    pub mode: Option<&'static str>,
+    /// The guarded addresses.
+    pub endpoints: Vec<Ipv4Addr>,
+    /// Every interface of the node.
+    pub interfaces: Vec<Interface>,
+    /// Counts of interfaces that are gone.
+    pub departed: Counts,
+    /// Counts of all, those that are gone too.
+    pub total: Counts,
+    /// What is not as it should be.
+    pub problems: Vec<Problem>,
+}
+
+/// In one word.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Every pod is denied.
+    Enforcing,
+    /// Every pod is watched, none denied.
+    Auditing,
+    /// Every pod is let through, because the operator says so.
+    Off,
+    /// There are problems.
+    Degraded,
+    /// Nothing is loaded.
+    Unloaded,
+}
+
+/// The agent on a pin directory.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Agent {
+    /// Whether one runs.
+    pub running: bool,
+    /// Its pid, where that can be seen from here.
+    pub pid: Option<i32>,
+}
+
+/// One interface of the node.
+#[derive(Debug, Serialize)]
+pub struct Interface {
+    /// Interface index.
+    pub ifindex: u32,
+    /// Name.
+    pub name: String,
+    /// What it is to the guard.
+    pub role: &'static str,
+    /// How it is guarded, if it is.
+    pub guard: Option<&'static str>,
+    /// Whether no other program sees its packets before; `None` where it is not guarded.
+    pub first: Option<bool>,
+    /// What was counted there.
+    #[serde(flatten)]
+    pub counts: Counts,
+}
+
+/// Something that is not as it should be.
+#[derive(Debug, Serialize)]
+pub struct Problem {
+    /// The interface that has it, or `None` where it is the node's.
+    pub interface: Option<String>,
+    /// What it is.
+    pub problem: String,
+    /// What to do.
+    pub remedy: String,
+}
+
+/// Asks the kernel.
+pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, DatapathError> {
+    let holder = pins.holder()?;
+    let mut report = Report {
+        schema: SCHEMA,
+        version: env!("CARGO_PKG_VERSION"),
+        pin_dir: pins.root().to_owned(),
+        state: State::Unloaded,
+        agent: Agent { running: holder.is_some(), pid: holder.and_then(|holder| holder.pid) },
+        mode: None,
+        endpoints: Vec::new(),
+        interfaces: Vec::new(),
+        departed: Counts::default(),
+        total: Counts::default(),
+        problems: Vec::new(),
+    };
+    if !object::is_loaded(pins) {
+        return Ok(report);
+    }
+    let maps = Maps::open(pins)?;
+    let policy = maps.policy.get(&0, 0).map_err(unreadable)?;
+    let mode = Mode::from_u32(policy.mode);
+    report.mode = Some(mode.name());
+    report.endpoints = vec![Ipv4Addr::from(IMDS_IPV4)];
+    if !report.agent.running {
+        report.problem(
+            None,
+            "no agent is running: pods that start now are not guarded",
+            "start `imds-agent run`",
+        );
+    }
+
+    let mut counts = counters::read(&maps).map_err(unreadable)?;
+    let uplinks = netlink.uplinks().await?;
+    for link in netlink.links().await? {
+        report.add(&link, pins, &maps, &uplinks, &mut counts, netlink).await?;
+    }
+    // Of interfaces that are gone and not yet forgotten, too.
+    for (_, gone) in std::iter::once((CounterKey::DEPARTED, Counts::default())).chain(counts) {
+        report.departed += gone;
+    }
+    report.total += report.departed;
+    report.state = match mode {
+        _ if !report.problems.is_empty() => State::Degraded,
+        Mode::Enforce => State::Enforcing,
+        Mode::Audit => State::Auditing,
+        Mode::Off => State::Off,
+    };
+    Ok(report)
+}
+
+impl Report {
+    fn problem(&mut self, interface: Option<&str>, problem: impl Into<String>, remedy: impl Into<String>) {
+        let interface = interface.map(str::to_owned);
+        self.problems.push(Problem { interface, problem: problem.into(), remedy: remedy.into() });
+    }
+
+    async fn add(
+        &mut self,
+        link: &Link,
+        pins: &PinDir,
+        maps: &Maps,
+        uplinks: &BTreeSet<u32>,
+        counts: &mut BTreeMap<u32, Counts>,
+        netlink: &Netlink,
+    ) -> Result<(), DatapathError> {
+        let counts = counts.remove(&link.index).unwrap_or_default();
+        self.total += counts;
+        // The agent knows the configuration, this command does not.
+        let recorded = records::get(maps, link.index).and_then(|record| Role::from_u8(record.role));
+        let role = recorded.unwrap_or_else(|| state::role(link, uplinks, &Interfaces::default()));
+        let attachment = attachment(link, pins, netlink).await?;
+        if role == Role::Pod {
+            self.judge(&link.name, attachment);
+        }
+        self.interfaces.push(Interface {
+            ifindex: link.index,
+            name: link.name.clone(),
+            role: role.name(),
+            guard: attachment.map(|attachment| attachment.backend.name()),
+            first: attachment.map(|attachment| attachment.place == Place::First),
+            counts,
+        });
+        Ok(())
+    }
+
+    fn judge(&mut self, name: &str, attachment: Option<Attachment>) {
+        let Some(attachment) = attachment else {
+            let remedy =
+                if self.agent.running { "the agent's log says why" } else { "start `imds-agent run`" };
+            return self.problem(Some(name), "is a pod's and is not guarded", remedy);
+        };
+        if attachment.place != Place::First {
+            let remedy = format!("`bpftool net show` and `tc filter show dev {name} ingress` name them");
+            self.problem(Some(name), "other programs see packets first and can let them pass", remedy);
+        }
+        if !attachment.current {
+            let remedy = "an agent that starts replaces it";
+            self.problem(Some(name), "runs another program than the pinned one", remedy);
+        }
+        if !attachment.pinned {
+            let remedy = "a running agent pins it again";
+            self.problem(Some(name), "the link is not pinned: it ends with the agent", remedy);
+        }
+    }
+}
+
+/// What guards an interface; TCX runs before clsact, so it is the one to name where there are both.
+async fn attachment(
+    link: &Link,
+    pins: &PinDir,
+    netlink: &Netlink,
+) -> Result<Option<Attachment>, DatapathError> {
+    let program = object::pinned_program(pins, link.frame)?;
+    let pinned = pins::open(&pins.link(link.index))?.and_then(|fd| bpf::tcx_link(fd).ok().flatten());
+    // A kernel without TCX answers with an error: then there is nothing.
+    let entries = bpf::tcx_entries(link.index).unwrap_or_default();
+    let is_pinned = |entry: &bpf::Entry| pinned.is_some_and(|pinned| pinned.id == entry.link);
+    if let Some(position) = entries.iter().position(|entry| is_pinned(entry) || entry.program == program) {
+        return Ok(Some(Attachment {
+            backend: Backend::Tcx,
+            current: entries[position].program == program,
+            pinned: is_pinned(&entries[position]),
+            place: if position == 0 { Place::First } else { Place::Behind },
+        }));
+    }
+    Ok(clsact::attachment(netlink, link.index, program).await?)
+}
+
+fn unreadable(source: aya::maps::MapError) -> DatapathError {
+    DatapathError::Object(ObjectError::Map { name: "of the pin directory", source })
+}

@@ -1,0 +1,93 @@
+//! The report as a table for people.
+
+use std::fmt::Write as _;
+
+use comfy_table::{Cell, CellAlignment, Table, presets::NOTHING};
+
+use super::{Report, State};
+use crate::datapath::counters::{Count, Counts};
+
+impl Report {
+    /// The report as text that ends with a newline.
+    #[must_use]
+    pub fn table(&self) -> String {
+        let mut text = String::new();
+        // Writing to a string does not fail.
+        let _ok = self.write(&mut text);
+        text
+    }
+
+    fn write(&self, text: &mut String) -> std::fmt::Result {
+        if self.state == State::Unloaded {
+            return writeln!(text, "nothing is loaded at {}", self.pin_dir.display());
+        }
+        let endpoints: Vec<_> = self.endpoints.iter().map(ToString::to_string).collect();
+        let agent = match (self.agent.running, self.agent.pid) {
+            (true, Some(pid)) => format!("running, pid {pid}"),
+            (true, None) => "running".to_owned(),
+            (false, _) => "not running".to_owned(),
+        };
+        writeln!(text, "state      {}", self.state.name())?;
+        writeln!(text, "mode       {}", self.mode.unwrap_or("unknown"))?;
+        writeln!(text, "endpoints  {}", endpoints.join(" "))?;
+        writeln!(text, "agent      {agent}")?;
+        writeln!(text, "pins       {}", self.pin_dir.display())?;
+        writeln!(text)?;
+        writeln!(text, "{}", self.interfaces_table().trim_fmt())?;
+        if !self.problems.is_empty() {
+            writeln!(text, "\nproblems:")?;
+        }
+        for problem in &self.problems {
+            let subject = problem.interface.as_ref().map(|name| format!("{name}: ")).unwrap_or_default();
+            writeln!(text, "  {subject}{} ({})", problem.problem, problem.remedy)?;
+        }
+        Ok(())
+    }
+
+    fn interfaces_table(&self) -> Table {
+        let mut table = Table::new();
+        table.load_style(NOTHING);
+        table.set_header(["INTERFACE", "INDEX", "ROLE", "GUARD", "DENIED", "AUDITED", "ALLOWED"]);
+        for interface in &self.interfaces {
+            let guard = match (interface.guard, interface.first) {
+                (None, _) => "-".to_owned(),
+                (Some(guard), Some(true)) => format!("{guard}, first"),
+                (Some(guard), _) => format!("{guard}, not first"),
+            };
+            let known =
+                [interface.name.clone(), interface.ifindex.to_string(), interface.role.to_owned(), guard];
+            table.add_row(known.map(Cell::new).into_iter().chain(cells(&interface.counts)));
+        }
+        let blank = || Cell::new("");
+        let sum =
+            |name, counts| [Cell::new(name), blank(), blank(), blank()].into_iter().chain(cells(counts));
+        table.add_row(sum("(departed)", &self.departed));
+        table.add_row(sum("total", &self.total));
+        table
+    }
+}
+
+impl State {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Enforcing => "enforcing",
+            Self::Auditing => "auditing",
+            Self::Off => "off",
+            Self::Degraded => "degraded",
+            Self::Unloaded => "unloaded",
+        }
+    }
+}
+
+fn cells(counts: &Counts) -> [Cell; 3] {
+    [counts.denied, counts.audited, counts.allowed]
+        .map(|count| Cell::new(phrase(count)).set_alignment(CellAlignment::Left))
+}
+
+fn phrase(Count { packets, bytes }: Count) -> String {
+    match packets {
+        0 => "0".to_owned(),
+        1 => format!("1 packet, {bytes} bytes"),
+        _ => format!("{packets} packets, {bytes} bytes"),
+    }
+}
