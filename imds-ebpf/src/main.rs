@@ -15,13 +15,15 @@ use imds_ebpf_common::{Frame, Verdict};
 
 /// Ingress of the node's end of a pod's link.
 #[classifier]
-pub fn imds_pod_edge(ctx: TcContext) -> i32 {
+#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+fn imds_pod_edge(ctx: TcContext) -> i32 {
     action(pod_edge::judge(&ctx, Frame::Ethernet))
 }
 
 /// The same for interfaces without a link layer.
 #[classifier]
-pub fn imds_pod_edgel3(ctx: TcContext) -> i32 {
+#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+fn imds_pod_edgel3(ctx: TcContext) -> i32 {
     action(pod_edge::judge(&ctx, Frame::Ip))
 }
 

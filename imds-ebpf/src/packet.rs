@@ -48,6 +48,7 @@ impl Packet for Skb<'_> {
 impl Skb<'_> {
     #[cold]
     #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "both are below the length of a few headers")]
     fn read_nonlinear<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
         let mut bytes = [0_u8; N];
         // SAFETY: the buffer is N bytes and outlives the call; the helper checks the range against the packet.
