@@ -19,7 +19,6 @@ const ETH_P_QINQ1: u16 = 0x9100_u16.to_be();
 const ETH_P_QINQ2: u16 = 0x9200_u16.to_be();
 const ETH_P_QINQ3: u16 = 0x9300_u16.to_be();
 
-const ETHER_TYPE_OFFSET: usize = offset_of!(EthHdr, ether_type);
 const VLAN_TAG_LEN: usize = 4;
 const DESTINATION_OFFSET: usize = offset_of!(Ipv4Hdr, dst_addr);
 
@@ -29,6 +28,14 @@ const DESTINATION_OFFSET: usize = offset_of!(Ipv4Hdr, dst_addr);
 pub trait Packet {
     /// Reads `N` bytes at `offset` from the start of the packet, or `None` where the packet is shorter.
     fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]>;
+
+    /// Reads a 16-bit and a 32-bit word, as they are in memory, at two offsets of which the second is the greater.
+    ///
+    /// Both at once, so that an implementation need compare the packet's length but once.
+    #[inline(always)]
+    fn read_words(&self, first: usize, second: usize) -> Option<(u16, u32)> {
+        Some((u16::from_ne_bytes(self.read(first)?), u32::from_ne_bytes(self.read(second)?)))
+    }
 }
 
 impl Packet for [u8] {
@@ -57,35 +64,48 @@ pub enum Frame {
 #[must_use]
 pub fn ipv4_destination<P: Packet + ?Sized>(packet: &P, frame: Frame) -> Option<[u8; 4]> {
     match frame {
-        Frame::Ethernet => match u16::from_ne_bytes(packet.read(ETHER_TYPE_OFFSET)?) {
-            ETH_P_IP => packet.read(EthHdr::LEN + DESTINATION_OFFSET),
-            ether_type if is_vlan(ether_type) => packet.read(behind_tags(packet)? + DESTINATION_OFFSET),
-            _ => None,
-        },
+        Frame::Ethernet => in_ethernet(packet),
         Frame::Ip => {
-            // Four bytes of which one is wanted: the verifier follows no comparison that reaches one byte only.
-            let [version_ihl, ..]: [u8; 4] = packet.read(0)?;
-            if version_ihl >> 4 == 4 { packet.read(DESTINATION_OFFSET) } else { None }
+            let (word, destination) = packet.read_words(0, DESTINATION_OFFSET)?;
+            let [version_ihl, _] = word.to_ne_bytes();
+            (version_ihl >> 4 == 4).then_some(destination.to_ne_bytes())
         }
     }
+}
+
+#[inline(always)]
+fn in_ethernet<P: Packet + ?Sized>(packet: &P) -> Option<[u8; 4]> {
+    // At each depth the destination is read along with the EtherType that says whether it is one: a packet that is too
+    // short for it has none behind more tags either.
+    let (ether_type, destination) = at_depth(packet, 0)?;
+    if ether_type == ETH_P_IP {
+        return Some(destination);
+    }
+    if !is_vlan(ether_type) {
+        return None;
+    }
+    for tags in 1..=MAX_VLAN_TAGS {
+        let (ether_type, destination) = at_depth(packet, tags)?;
+        if ether_type == ETH_P_IP {
+            return Some(destination);
+        }
+        if !is_vlan(ether_type) {
+            return None;
+        }
+    }
+    None
+}
+
+/// The EtherType behind so many VLAN tags, and where the destination is if that is IPv4.
+#[inline(always)]
+fn at_depth<P: Packet + ?Sized>(packet: &P, tags: usize) -> Option<(u16, [u8; 4])> {
+    let header = EthHdr::LEN + tags * VLAN_TAG_LEN;
+    let (ether_type, destination) =
+        packet.read_words(header - size_of::<u16>(), header + DESTINATION_OFFSET)?;
+    Some((ether_type, destination.to_ne_bytes()))
 }
 
 #[inline(always)]
 const fn is_vlan(ether_type: u16) -> bool {
     matches!(ether_type, ETH_P_8021Q | ETH_P_8021AD | ETH_P_QINQ1 | ETH_P_QINQ2 | ETH_P_QINQ3)
-}
-
-/// Offset of the IPv4 header behind one or more VLAN tags.
-#[cold]
-#[inline(always)]
-fn behind_tags<P: Packet + ?Sized>(packet: &P) -> Option<usize> {
-    for tags in 1..=MAX_VLAN_TAGS {
-        let header = EthHdr::LEN + tags * VLAN_TAG_LEN;
-        match u16::from_ne_bytes(packet.read(header - size_of::<u16>())?) {
-            ETH_P_IP => return Some(header),
-            ether_type if is_vlan(ether_type) => {}
-            _ => return None,
-        }
-    }
-    None
 }

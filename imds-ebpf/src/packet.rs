@@ -1,7 +1,5 @@
 //! Bounded access to the bytes of a socket buffer.
 
-use core::mem::transmute_copy;
-
 use aya_ebpf::{bindings::__sk_buff, helpers::bpf_skb_load_bytes, programs::TcContext};
 use imds_ebpf_common::Packet;
 
@@ -32,20 +30,35 @@ impl<'a> Skb<'a> {
 }
 
 impl Packet for Skb<'_> {
-    /// Reads from the linear part where it reaches, else through the helper, which changes nothing: a sender chooses
-    /// how little of its packet is linear (`AF_PACKET` with a mapped ring leaves 14 bytes).
     #[inline(always)]
     fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
         let start = self.ctx.data() + offset;
         if start + N <= self.ctx.data_end() {
-            // SAFETY: the range was just compared with data_end, as the verifier demands too.
-            return Some(unsafe { load(start) });
+            // SAFETY: the range was just compared with data_end, as the verifier demands too; bytes need no alignment.
+            return Some(unsafe { *(start as *const [u8; N]) });
         }
         self.read_nonlinear(offset)
+    }
+
+    #[inline(always)]
+    fn read_words(&self, first: usize, second: usize) -> Option<(u16, u32)> {
+        let start = self.ctx.data();
+        if start + second + size_of::<u32>() > self.ctx.data_end() {
+            let (first, second) = (self.read_nonlinear(first)?, self.read_nonlinear(second)?);
+            return Some((u16::from_ne_bytes(first), u32::from_ne_bytes(second)));
+        }
+        // SAFETY: in range, as the second word is and the first comes before it. A BPF load has the alignment rules of
+        // the machine below, and the verifier refuses the program where the packet's layout does not meet them.
+        let first = unsafe { *((start + first) as *const u16) };
+        // SAFETY: as above.
+        let second = unsafe { *((start + second) as *const u32) };
+        Some((first, second))
     }
 }
 
 impl Skb<'_> {
+    /// Reads through the helper, which changes nothing: a sender chooses how little of its packet is linear
+    /// (`AF_PACKET` with a mapped ring leaves 14 bytes).
     #[cold]
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "both are below the length of a few headers")]
@@ -56,31 +69,5 @@ impl Skb<'_> {
             bpf_skb_load_bytes(self.ctx.skb.skb.cast(), offset as u32, bytes.as_mut_ptr().cast(), N as u32)
         };
         (failed == 0).then_some(bytes)
-    }
-}
-
-/// Reads `N` bytes of linear packet data, two and four of them with one instruction.
-///
-/// # Safety
-///
-/// `address` to `address + N` is within the linear part of the packet.
-#[inline(always)]
-unsafe fn load<const N: usize>(address: usize) -> [u8; N] {
-    match N {
-        2 => {
-            // SAFETY: in range says the caller. A BPF load has the alignment rules of the machine below, and the
-            // verifier refuses the program where that machine has any that the packet's layout does not meet.
-            let word = unsafe { *(address as *const u16) };
-            // SAFETY: N is 2: both are two bytes.
-            unsafe { transmute_copy(&word) }
-        }
-        4 => {
-            // SAFETY: as above.
-            let word = unsafe { *(address as *const u32) };
-            // SAFETY: N is 4: both are four bytes.
-            unsafe { transmute_copy(&word) }
-        }
-        // SAFETY: in range says the caller, and bytes need no alignment.
-        _ => unsafe { *(address as *const [u8; N]) },
     }
 }
