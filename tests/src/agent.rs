@@ -3,7 +3,7 @@
 use std::{
     env, fs,
     io::{BufRead as _, BufReader},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
     sync::{Arc, Mutex, mpsc},
     thread,
@@ -47,9 +47,9 @@ impl Backend {
 }
 
 impl World {
-    /// `imds-agent run` on this world's node, to be refined and started.
+    /// `imds-agent run` on this world's node.
     pub fn agent(&self) -> AgentCommand<'_> {
-        AgentCommand { world: self, args: vec!["run".into()] }
+        self.imds_agent(&["run"])
     }
 
     /// An agent that runs and guards every pod that there is.
@@ -63,31 +63,21 @@ impl World {
     #[must_use]
     #[track_caller]
     pub fn status(&self) -> Status {
-        let output = self.imds_agent(&["status", "-o", "json"]);
-        serde_json::from_slice(&output.stdout)
-            .unwrap_or_else(|error| panic!("status is not as documented: {error}: {output:?}"))
+        let output = self.imds_agent(&["status", "-o", "json"]).output();
+        let status = serde_json::from_slice(&output.stdout);
+        status.unwrap_or_else(|error| panic!("status is not as documented: {error}: {output:?}"))
     }
 
     /// `imds-agent unload`, which has to succeed.
     #[track_caller]
     pub fn unload(&self) {
-        let output = self.imds_agent(&["unload"]);
+        let output = self.imds_agent(&["unload"]).output();
         assert!(output.status.success(), "unload failed: {output:?}");
     }
 
-    /// Runs imds-agent on the node with this world's pin directory and waits for its end.
-    #[track_caller]
-    pub fn imds_agent(&self, args: &[&str]) -> Output {
-        output(self.imds_agent_command(args))
-    }
-
-    /// The same, not yet started.
-    #[must_use]
-    #[track_caller]
-    pub fn imds_agent_command(&self, args: &[&str]) -> Command {
-        let mut command = self.node.command(binary());
-        command.args(args).arg("--pin-dir").arg(self.pin_dir());
-        command
+    /// Any command of imds-agent on this world's node, with its pin directory.
+    pub fn imds_agent(&self, args: &[&str]) -> AgentCommand<'_> {
+        AgentCommand { world: self, args: Vec::new(), pin_dir: self.pin_dir().to_owned() }.args(args)
     }
 }
 
@@ -108,12 +98,13 @@ pub fn output(mut command: Command) -> Output {
     output.expect("wait for a child")
 }
 
-/// `imds-agent run`, not yet started.
+/// A command of imds-agent, not yet started.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct AgentCommand<'w> {
     world: &'w World,
     args: Vec<String>,
+    pin_dir: PathBuf,
 }
 
 impl<'w> AgentCommand<'w> {
@@ -140,17 +131,29 @@ impl<'w> AgentCommand<'w> {
         self
     }
 
+    /// With another pin directory than the world's.
+    pub fn pin_dir(self, path: &Path) -> Self {
+        Self { pin_dir: path.to_owned(), ..self }
+    }
+
     /// `run --once`: protects the node and ends.
     #[track_caller]
     pub fn once(self) -> Output {
-        output(self.args(&["--once"]).command())
+        self.args(&["--once"]).output()
+    }
+
+    /// Runs it until it ends by itself: for what has to fail.
+    #[track_caller]
+    pub fn output(&self) -> Output {
+        output(self.command())
     }
 
     /// The process, not yet started and with nothing redirected.
     #[track_caller]
     pub fn command(&self) -> Command {
-        let args: Vec<_> = self.args.iter().map(String::as_str).collect();
-        self.world.imds_agent_command(&args)
+        let mut command = self.world.node.command(binary());
+        command.args(&self.args).arg("--pin-dir").arg(&self.pin_dir);
+        command
     }
 
     /// Starts it.

@@ -10,19 +10,12 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-use etherparse::PacketBuilder;
 use nix::sys::socket::{MsgFlags, SockaddrIn, sendto};
 
-use crate::{
-    Pod,
-    probe::raw_socket,
-    services::{ECHO_PORT, HTTP_PORT},
-};
+use crate::{Pod, packets, probe::raw_socket, services::ECHO_PORT};
 
 /// Different packets of a SYN flood; they are sent again and again.
 const SYNS: u16 = 1024;
-const TTL: u8 = 64;
-const WINDOW: u16 = 64_240;
 
 /// A running flood. Dropping it stops it.
 #[derive(Debug)]
@@ -45,7 +38,9 @@ impl Flood {
     pub fn syn(pod: &Pod, destination: Ipv4Addr) -> Self {
         let socket = pod.netns.run(raw_socket).expect("a raw socket");
         let to = SockaddrIn::from(SocketAddrV4::new(destination, 0));
-        let packets: Vec<_> = (0..SYNS).map(|number| syn(pod.address, destination, number)).collect();
+        let packets: Vec<_> = (0..SYNS)
+            .map(|number| packets::syn(pod.address, destination, 10_000 + number, u32::from(number) << 16))
+            .collect();
         let mut next = packets.into_iter().cycle();
         Self::start(move || {
             let packet = next.next().expect("an endless iterator");
@@ -89,13 +84,4 @@ impl Drop for Flood {
     fn drop(&mut self) {
         self.join();
     }
-}
-
-fn syn(source: Ipv4Addr, destination: Ipv4Addr, number: u16) -> Vec<u8> {
-    let builder = PacketBuilder::ipv4(source.octets(), destination.octets(), TTL)
-        .tcp(10_000 + number, HTTP_PORT, u32::from(number) << 16, WINDOW)
-        .syn();
-    let mut packet = Vec::with_capacity(builder.size(0));
-    builder.write(&mut packet, &[]).expect("write to a Vec");
-    packet
 }

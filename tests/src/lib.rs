@@ -9,13 +9,17 @@
 #![expect(clippy::must_use_candidate, reason = "a probe is often sent for its packets alone")]
 
 pub mod flood;
+pub mod foreign;
+pub mod hook;
 pub mod netns;
+pub mod packets;
 pub mod poll;
 pub mod probe;
 pub mod status;
 
 mod agent;
 mod arrivals;
+mod expect;
 mod packet_socket;
 mod pins;
 mod pod;
@@ -24,6 +28,7 @@ mod world;
 
 pub use agent::{Agent, AgentCommand, Backend, output};
 pub use arrivals::Arrivals;
+pub use expect::with_each_backend;
 pub use netns::Netns;
 pub use packet_socket::PacketSocket;
 pub use pod::{Pod, PodLink};
