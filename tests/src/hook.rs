@@ -4,7 +4,7 @@ use std::path::Path;
 
 use aya::{
     maps::{MapInfo, loaded_maps},
-    programs::{SchedClassifier, loaded_programs, tc::TcAttachType},
+    programs::{ProgramInfo, SchedClassifier, loaded_programs, tc::TcAttachType},
 };
 use serde_json::Value;
 
@@ -35,7 +35,7 @@ impl Attached {
 pub fn tcx(netns: &Netns, interface: &str) -> Vec<Attached> {
     let (_, programs) =
         netns.run(|| SchedClassifier::query_tcx(interface, TcAttachType::Ingress)).expect("query TCX");
-    let attached = |program: &aya::programs::ProgramInfo| Attached {
+    let attached = |program: &ProgramInfo| Attached {
         id: program.id(),
         name: program.name_as_str().unwrap_or_default().to_owned(),
     };
@@ -75,6 +75,12 @@ pub fn program_exists(id: u32) -> bool {
 #[must_use]
 pub fn map_exists(id: u32) -> bool {
     loaded_maps().flatten().any(|map| map.id() == id)
+}
+
+/// The kernel's number of a pinned program.
+#[must_use]
+pub fn pinned_program(pin: &Path) -> u32 {
+    ProgramInfo::from_pin(pin).expect("a pinned program").id()
 }
 
 /// The kernel's number of a pinned map.
