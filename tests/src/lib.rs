@@ -1,1 +1,36 @@
-//! x
+//! A node, its pods and a metadata service, made of network namespaces.
+//!
+//! [`World`] is the topology, [`Agent`] is imds-agent running on its node, [`probe`] and [`flood`] are what pods do.
+//! Worlds share nothing: they run in parallel in one process and in several, touch no interface of the machine's own,
+//! and are gone when dropped, also by a panic. What a killed process left behind goes when the next one starts.
+//!
+//! This is a test harness: what should not fail, panics.
+#![expect(clippy::missing_panics_doc, reason = "every function here panics where a test would")]
+#![expect(clippy::must_use_candidate, reason = "a probe is often sent for its packets alone")]
+
+pub mod flood;
+pub mod foreign;
+pub mod hook;
+pub mod netns;
+pub mod packets;
+pub mod poll;
+pub mod probe;
+pub mod status;
+
+mod agent;
+mod arrivals;
+mod expect;
+mod packet_socket;
+mod pins;
+mod pod;
+mod services;
+mod world;
+
+pub use agent::{Agent, AgentCommand, Backend, output};
+pub use arrivals::Arrivals;
+pub use expect::with_each_backend;
+pub use netns::Netns;
+pub use packet_socket::PacketSocket;
+pub use pod::{Pod, PodLink};
+pub use status::Status;
+pub use world::{METADATA, SERVICE, World};

@@ -1,0 +1,280 @@
+//! imds-agent on a world's node.
+
+use std::{
+    env, fs,
+    io::{BufRead as _, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Output, Stdio},
+    sync::{Arc, Mutex, mpsc},
+    thread,
+    time::Duration,
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use crate::{
+    Status, World,
+    netns::unique,
+    poll::{poll_until, try_poll},
+};
+
+/// How long any command of the agent may take.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long an agent may take to be ready, or to go.
+const READY_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// How the agent attaches its programs.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Backend {
+    /// TCX links.
+    Tcx,
+    /// Filters on a clsact qdisc.
+    Clsact,
+}
+
+impl Backend {
+    /// Its name on the command line and in the status.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tcx => "tcx",
+            Self::Clsact => "clsact",
+        }
+    }
+}
+
+impl World {
+    /// `imds-agent run` on this world's node.
+    pub fn agent(&self) -> AgentCommand<'_> {
+        self.imds_agent(&["run"])
+    }
+
+    /// An agent that runs and guards every pod that there is.
+    #[must_use]
+    #[track_caller]
+    pub fn start_agent(&self, backend: Backend) -> Agent<'_> {
+        self.agent().backend(backend).spawn_ready()
+    }
+
+    /// `imds-agent status`.
+    #[must_use]
+    #[track_caller]
+    pub fn status(&self) -> Status {
+        let output = self.imds_agent(&["status", "-o", "json"]).output();
+        let status = serde_json::from_slice(&output.stdout);
+        status.unwrap_or_else(|error| panic!("status is not as documented: {error}: {output:?}"))
+    }
+
+    /// `imds-agent unload`, which has to succeed.
+    #[track_caller]
+    pub fn unload(&self) {
+        let output = self.imds_agent(&["unload"]).output();
+        assert!(output.status.success(), "unload failed: {output:?}");
+    }
+
+    /// Any command of imds-agent on this world's node, with its pin directory.
+    pub fn imds_agent(&self, args: &[&str]) -> AgentCommand<'_> {
+        AgentCommand { world: self, args: Vec::new(), pin_dir: self.pin_dir().to_owned() }.args(args)
+    }
+}
+
+/// Runs a command that must end by itself within 30 seconds.
+#[track_caller]
+pub fn output(mut command: Command) -> Output {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let pid = pid(&child);
+    let (sender, receiver) = mpsc::channel();
+    let waiter = thread::spawn(move || sender.send(child.wait_with_output()));
+    let output = receiver.recv_timeout(COMMAND_TIMEOUT).unwrap_or_else(|_| {
+        // Still ours: the waiter has not reaped it.
+        let _ = kill(pid, Signal::SIGKILL);
+        panic!("{command:?} did not end within {COMMAND_TIMEOUT:?}");
+    });
+    let _ = waiter.join();
+    output.expect("wait for a child")
+}
+
+/// A command of imds-agent, not yet started.
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct AgentCommand<'w> {
+    world: &'w World,
+    args: Vec<String>,
+    pin_dir: PathBuf,
+}
+
+impl<'w> AgentCommand<'w> {
+    /// Attaches in this way only.
+    pub fn backend(self, backend: Backend) -> Self {
+        self.args(&["--tc-backend", backend.name()])
+    }
+
+    /// Looks for what was detached every so many seconds.
+    pub fn resync(self, seconds: u32) -> Self {
+        self.args(&["--resync", &seconds.to_string()])
+    }
+
+    /// With this configuration, as a file of its own.
+    pub fn config(self, toml: &str) -> Self {
+        let path = self.world.scratch_dir().join(unique("config-")).with_extension("toml");
+        fs::write(&path, toml).expect("write a configuration");
+        self.args(&["--config", path.to_str().expect("a UTF-8 path")])
+    }
+
+    /// With these arguments too.
+    pub fn args(mut self, args: &[&str]) -> Self {
+        self.args.extend(args.iter().map(ToString::to_string));
+        self
+    }
+
+    /// With another pin directory than the world's.
+    pub fn pin_dir(self, path: &Path) -> Self {
+        Self { pin_dir: path.to_owned(), ..self }
+    }
+
+    /// `run --once`: protects the node and ends.
+    #[track_caller]
+    pub fn once(self) -> Output {
+        self.args(&["--once"]).output()
+    }
+
+    /// Runs it until it ends by itself: for what has to fail.
+    #[track_caller]
+    pub fn output(&self) -> Output {
+        output(self.command())
+    }
+
+    /// The process, not yet started and with nothing redirected.
+    #[track_caller]
+    pub fn command(&self) -> Command {
+        let mut command = self.world.node.command(binary());
+        command.args(&self.args).arg("--pin-dir").arg(&self.pin_dir);
+        command
+    }
+
+    /// Starts it.
+    #[must_use]
+    #[track_caller]
+    pub fn spawn(self) -> Agent<'w> {
+        let mut command = self.command();
+        command.stdin(Stdio::null()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        let stderr = child.stderr.take().expect("a pipe");
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let lines = Arc::clone(&log);
+        // Ends with the process.
+        thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                lines.lock().expect("no reader panicked").push(line);
+            }
+        });
+        Agent { world: self.world, child, log }
+    }
+
+    /// Starts it and waits until every pod that there is, is guarded.
+    #[must_use]
+    #[track_caller]
+    pub fn spawn_ready(self) -> Agent<'w> {
+        let mut agent = self.spawn();
+        agent.wait_ready();
+        agent
+    }
+}
+
+/// A running agent. Dropping it kills it, which ends no enforcement.
+#[derive(Debug)]
+pub struct Agent<'w> {
+    world: &'w World,
+    child: Child,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+impl Agent<'_> {
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until the status says that this agent runs, has no problems and guards every pod's interface.
+    #[track_caller]
+    pub fn wait_ready(&mut self) -> Status {
+        let pid = self.pid();
+        let mut last = None;
+        let ready = try_poll(READY_TIMEOUT, || {
+            let ended = self.child.try_wait().expect("wait for the agent");
+            assert!(ended.is_none(), "the agent ended ({ended:?}):\n{}", self.log());
+            let status = self.world.status();
+            let ready = status.is_ready() && status.agent.pid == Some(pid);
+            last = Some(status.clone());
+            ready.then_some(status)
+        });
+        ready.unwrap_or_else(|| panic!("the agent is not ready: {last:#?}\n{}", self.log()))
+    }
+
+    /// All that it wrote to its standard error so far.
+    #[must_use]
+    pub fn log(&self) -> String {
+        self.log.lock().expect("the reader is well").join("\n")
+    }
+
+    /// Waits for a line of its log that contains `pattern`.
+    #[track_caller]
+    pub fn wait_for_log(&self, pattern: &str, deadline: Duration) -> String {
+        let found = try_poll(deadline, || {
+            self.log.lock().expect("the reader is well").iter().find(|line| line.contains(pattern)).cloned()
+        });
+        found.unwrap_or_else(|| panic!("no {pattern:?} in the log within {deadline:?}:\n{}", self.log()))
+    }
+
+    /// Kills it in the way that it can't notice.
+    pub fn kill9(mut self) {
+        self.child.kill().expect("kill the agent");
+        self.child.wait().expect("wait for the agent");
+    }
+
+    /// Asks it to end, and waits.
+    #[track_caller]
+    pub fn terminate(mut self) -> ExitStatus {
+        kill(pid(&self.child), Signal::SIGTERM).expect("signal the agent");
+        poll_until(READY_TIMEOUT, "the agent to end after SIGTERM", || {
+            self.child.try_wait().expect("wait for the agent")
+        })
+    }
+}
+
+impl Drop for Agent<'_> {
+    fn drop(&mut self) {
+        // Both fail where it is gone already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if thread::panicking() {
+            eprintln!("log of agent {}:\n{}", self.pid(), self.log());
+        }
+    }
+}
+
+fn pid(child: &Child) -> Pid {
+    Pid::from_raw(child.id().try_into().expect("process ids are positive C ints"))
+}
+
+/// `$IMDS_AGENT`, or the one that was built with the running executable.
+#[track_caller]
+fn binary() -> PathBuf {
+    if let Some(path) = env::var_os("IMDS_AGENT") {
+        return path.into();
+    }
+    let executable = env::current_exe().expect("path of this executable");
+    let found = executable
+        .ancestors()
+        .skip(1)
+        .map(|directory| directory.join("imds-agent"))
+        .find(|path| path.is_file());
+    found.unwrap_or_else(|| {
+        panic!("no imds-agent beside {}: run `cargo xtask test`, or set IMDS_AGENT", executable.display())
+    })
+}

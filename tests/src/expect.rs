@@ -1,0 +1,101 @@
+//! What tests expect of a guarded node.
+
+use std::{net::Ipv4Addr, thread};
+
+use crate::{
+    Backend, METADATA, Netns, Pod, SERVICE, Status, World,
+    poll::{poll_until, try_poll},
+    probe::{LONG, Outcome, SHORT, http_get, icmp_echo, reachable, udp_echo},
+};
+
+/// Runs a test once for each way of attaching.
+pub fn with_each_backend(test: impl Fn(Backend)) {
+    for backend in [Backend::Tcx, Backend::Clsact] {
+        // Shown where the test fails.
+        eprintln!("backend: {}", backend.name());
+        test(backend);
+    }
+}
+
+impl World {
+    /// Neither TCP nor UDP nor ICMP from `pod` gets an answer from the metadata service, and nothing arrives there.
+    #[track_caller]
+    pub fn assert_blocked(&self, pod: &Pod) {
+        self.assert_nothing_arrives(|| {
+            for (protocol, outcome) in probe_all(&pod.netns, METADATA) {
+                assert!(!outcome.is_answer(), "{protocol} from {} got an answer", pod.host_ifname);
+            }
+        });
+    }
+
+    /// The metadata service answers `pod`.
+    #[track_caller]
+    pub fn assert_open(&self, pod: &Pod) {
+        assert_reaches(&pod.netns, METADATA, &pod.host_ifname);
+    }
+
+    /// What is not guarded works: the node's own access, and `pod`'s to everything else.
+    #[track_caller]
+    pub fn assert_harmless(&self, pod: &Pod) {
+        assert_reaches(&self.node, METADATA, "the node");
+        assert_reaches(&self.node, SERVICE, "the node");
+        assert_reaches(&pod.netns, SERVICE, &pod.host_ifname);
+        assert!(
+            icmp_echo(&pod.netns, self.node_address(), LONG).is_answer(),
+            "{} to the node",
+            pod.host_ifname
+        );
+        assert!(icmp_echo(&self.node, pod.address, LONG).is_answer(), "the node to {}", pod.host_ifname);
+    }
+
+    /// No packet arrives at the metadata service during `work`.
+    #[track_caller]
+    pub fn assert_nothing_arrives<T>(&self, work: impl FnOnce() -> T) -> T {
+        let before = self.arrivals();
+        let result = work();
+        assert_eq!(before, self.arrivals(), "packets arrived at the metadata service");
+        result
+    }
+
+    /// Polls the status until it is as `wanted`.
+    #[track_caller]
+    pub fn status_when(&self, what: &str, wanted: impl Fn(&Status) -> bool) -> Status {
+        let mut last = None;
+        let found = try_poll(LONG, || {
+            let status = self.status();
+            let is_wanted = wanted(&status);
+            last = Some(status.clone());
+            is_wanted.then_some(status)
+        });
+        found.unwrap_or_else(|| panic!("waited in vain until {what}: {last:#?}"))
+    }
+
+    /// Waits until a running agent guards `pod`.
+    #[track_caller]
+    pub fn wait_guarded(&self, pod: &Pod) -> Status {
+        self.status_when("the pod is guarded", |status| {
+            status.find(&pod.host_ifname).is_some_and(|interface| interface.guard.is_some())
+        })
+    }
+}
+
+#[track_caller]
+fn assert_reaches(netns: &Netns, address: Ipv4Addr, who: &str) {
+    assert!(reachable(netns, address), "{who} does not reach {address} by HTTP");
+    poll_until(LONG, &format!("a UDP echo for {who} from {address}"), || {
+        udp_echo(netns, address, SHORT).is_answer().then_some(())
+    });
+    assert!(icmp_echo(netns, address, LONG).is_answer(), "{who} does not reach {address} by ICMP");
+}
+
+/// Tries all protocols at the same time, as those that fail take long.
+fn probe_all(netns: &Netns, address: Ipv4Addr) -> [(&'static str, Outcome); 3] {
+    thread::scope(|scope| {
+        let probes = [
+            ("TCP", scope.spawn(|| http_get(netns, address, SHORT))),
+            ("UDP", scope.spawn(|| udp_echo(netns, address, SHORT))),
+            ("ICMP", scope.spawn(|| icmp_echo(netns, address, SHORT))),
+        ];
+        probes.map(|(protocol, thread)| (protocol, thread.join().expect("probes do not panic")))
+    })
+}

@@ -1,0 +1,87 @@
+//! Many packets, as fast as one thread sends them.
+
+use std::{
+    net::{Ipv4Addr, SocketAddrV4, UdpSocket},
+    os::fd::AsRawFd as _,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::{self, JoinHandle},
+};
+
+use nix::sys::socket::{MsgFlags, SockaddrIn, sendto};
+
+use crate::{Pod, packets, probe::raw_socket, services::ECHO_PORT};
+
+/// Different packets of a SYN flood; they are sent again and again.
+const SYNS: u16 = 1024;
+
+/// A running flood. Dropping it stops it.
+#[derive(Debug)]
+pub struct Flood {
+    stop: Arc<AtomicBool>,
+    sent: Arc<AtomicU64>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Flood {
+    /// UDP datagrams from `pod` to the echo port of `destination`.
+    #[must_use]
+    pub fn udp(pod: &Pod, destination: Ipv4Addr) -> Self {
+        let socket = pod.netns.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))).expect("a UDP socket");
+        Self::start(move || socket.send_to(b"flood", (destination, ECHO_PORT)).is_ok())
+    }
+
+    /// TCP connection requests from `pod` to the HTTP port of `destination`, from many source ports.
+    #[must_use]
+    pub fn syn(pod: &Pod, destination: Ipv4Addr) -> Self {
+        let socket = pod.netns.run(raw_socket).expect("a raw socket");
+        let to = SockaddrIn::from(SocketAddrV4::new(destination, 0));
+        let packets: Vec<_> = (0..SYNS)
+            .map(|number| packets::syn(pod.address, destination, 10_000 + number, u32::from(number) << 16))
+            .collect();
+        let mut next = packets.into_iter().cycle();
+        Self::start(move || {
+            let packet = next.next().expect("an endless iterator");
+            sendto(socket.as_raw_fd(), &packet, &to, MsgFlags::empty()).is_ok()
+        })
+    }
+
+    /// Packets that left the pod so far: dropped ones too, those that its kernel did not take not.
+    #[must_use]
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    /// Stops and tells how many packets left the pod.
+    pub fn stop(mut self) -> u64 {
+        self.join();
+        self.sent()
+    }
+
+    fn start(mut send_one: impl FnMut() -> bool + Send + 'static) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let sent = Arc::new(AtomicU64::new(0));
+        let (stopped, counter) = (Arc::clone(&stop), Arc::clone(&sent));
+        let thread = thread::spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                counter.fetch_add(u64::from(send_one()), Ordering::Relaxed);
+            }
+        });
+        Self { stop, sent, thread: Some(thread) }
+    }
+
+    fn join(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Flood {
+    fn drop(&mut self) {
+        self.join();
+    }
+}

@@ -1,0 +1,156 @@
+//! What others on a node do: attach programs of their own, and detach ours.
+
+use std::{
+    ffi::CString,
+    fs, io,
+    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+    os::unix::ffi::OsStrExt as _,
+    path::{Path, PathBuf},
+};
+
+use crate::{Netns, hook::run_tc, pins::PinDir};
+
+/// TC action that ends classification and lets the packet pass.
+pub const TC_ACT_OK: i32 = 0;
+
+// Commands and constants of include/uapi/linux/bpf.h.
+const BPF_PROG_LOAD: libc::c_long = 5;
+const BPF_OBJ_PIN: libc::c_long = 6;
+const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_LINK_CREATE: libc::c_long = 28;
+const BPF_LINK_DETACH: libc::c_long = 34;
+const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
+const BPF_TCX_INGRESS: u32 = 46;
+const BPF_F_BEFORE: u32 = 1 << 3;
+
+/// A TC program that returns the same for every packet. It goes with the last link or filter that has it.
+#[derive(Debug)]
+pub struct Foreign {
+    program: OwnedFd,
+    pin: PathBuf,
+    _pins: PinDir,
+}
+
+impl Foreign {
+    /// Loads a program that returns `action`.
+    #[must_use]
+    pub fn returning(action: i32) -> Self {
+        // r0 = action; exit
+        let instructions = [0xb7_u64 | u64::from(action.cast_unsigned()) << 32, 0x95];
+        let mut attributes = ProgLoad {
+            prog_type: BPF_PROG_TYPE_SCHED_CLS,
+            insn_cnt: 2,
+            insns: address(&instructions),
+            license: address(c"GPL".to_bytes_with_nul()),
+            prog_name: *b"foreign\0\0\0\0\0\0\0\0\0",
+            ..ProgLoad::default()
+        };
+        let program = bpf_fd(BPF_PROG_LOAD, &mut attributes).expect("load a program of two instructions");
+
+        let pins = PinDir::new();
+        fs::create_dir(pins.path()).expect("a directory on bpffs");
+        let pin = pins.path().join("foreign");
+        let path = c_path(&pin);
+        let mut attributes =
+            ObjPin { pathname: address(path.as_bytes_with_nul()), bpf_fd: raw(&program), file_flags: 0 };
+        bpf(BPF_OBJ_PIN, &mut attributes).expect("pin a program");
+        Self { program, pin, _pins: pins }
+    }
+
+    /// Attaches it to TCX ingress before all others. It is detached when the link is closed.
+    #[must_use]
+    pub fn attach_tcx_first(&self, netns: &Netns, ifindex: u32) -> OwnedFd {
+        let mut attributes = LinkCreate {
+            prog_fd: raw(&self.program),
+            target_ifindex: ifindex,
+            attach_type: BPF_TCX_INGRESS,
+            flags: BPF_F_BEFORE,
+            ..LinkCreate::default()
+        };
+        // The kernel looks the index up in the caller's namespace.
+        netns.run(|| bpf_fd(BPF_LINK_CREATE, &mut attributes)).expect("create a TCX link")
+    }
+
+    /// Adds it as a direct-action filter of clsact ingress, which the interface must have.
+    pub fn attach_filter(&self, netns: &Netns, interface: &str, priority: u16) {
+        let (pin, priority) = (self.pin.to_str().expect("a UTF-8 path"), priority.to_string());
+        let filter = ["filter", "add", "dev", interface, "ingress", "prio", &priority, "protocol", "all"];
+        run_tc(netns, &[&filter[..], &["bpf", "direct-action", "pinned", pin]].concat());
+    }
+}
+
+/// Detaches a pinned link; the pin stays, with nothing behind it (as `bpftool link detach` does).
+pub fn detach_link(pin: &Path) {
+    let path = c_path(pin);
+    let mut attributes = ObjPin { pathname: address(path.as_bytes_with_nul()), bpf_fd: 0, file_flags: 0 };
+    let link =
+        bpf_fd(BPF_OBJ_GET, &mut attributes).unwrap_or_else(|error| panic!("{}: {error}", pin.display()));
+    bpf(BPF_LINK_DETACH, &mut raw(&link)).expect("detach a link");
+}
+
+/// The part of `union bpf_attr` that `BPF_PROG_LOAD` needs.
+#[repr(C)]
+#[derive(Default)]
+struct ProgLoad {
+    prog_type: u32,
+    insn_cnt: u32,
+    insns: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log_buf: u64,
+    kern_version: u32,
+    prog_flags: u32,
+    prog_name: [u8; 16],
+}
+
+/// The same for `BPF_OBJ_PIN` and `BPF_OBJ_GET`.
+#[repr(C)]
+struct ObjPin {
+    pathname: u64,
+    bpf_fd: u32,
+    file_flags: u32,
+}
+
+/// The same for `BPF_LINK_CREATE` of a TCX link.
+#[repr(C)]
+#[derive(Default)]
+struct LinkCreate {
+    prog_fd: u32,
+    target_ifindex: u32,
+    attach_type: u32,
+    flags: u32,
+    relative_fd: u32,
+    reserved: u32,
+    expected_revision: u64,
+}
+
+fn bpf_fd<T>(command: libc::c_long, attributes: &mut T) -> io::Result<OwnedFd> {
+    let fd = bpf(command, attributes)?;
+    // SAFETY: the commands that are called through here return a new descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<RawFd> {
+    // SAFETY: the kernel reads and writes no more than the size says, takes the rest of the union for zero, and what
+    // the attributes point to outlives the call.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attributes), size_of::<T>()) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result.try_into().expect("descriptors are C ints"))
+    }
+}
+
+fn address<T>(data: &[T]) -> u64 {
+    data.as_ptr() as u64
+}
+
+fn raw(fd: &OwnedFd) -> u32 {
+    fd.as_raw_fd().cast_unsigned()
+}
+
+fn c_path(path: &Path) -> CString {
+    CString::new(path.as_os_str().as_bytes()).expect("a path without zero bytes")
+}

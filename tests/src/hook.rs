@@ -1,0 +1,100 @@
+//! What is attached at the TC ingress hook of an interface, as the kernel tells it.
+
+use std::path::Path;
+
+use aya::{
+    maps::{MapInfo, loaded_maps},
+    programs::{ProgramInfo, SchedClassifier, loaded_programs, tc::TcAttachType},
+};
+use serde_json::Value;
+
+use crate::{Netns, netns::checked};
+
+/// How the agent's programs begin: the kernel keeps 15 bytes of a name.
+pub const OURS: &str = "imds_";
+
+/// A program at the hook.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Attached {
+    /// The kernel's number of the program.
+    pub id: u32,
+    /// Its name.
+    pub name: String,
+}
+
+impl Attached {
+    /// Whether it is one of the agent's.
+    #[must_use]
+    pub fn is_ours(&self) -> bool {
+        self.name.starts_with(OURS)
+    }
+}
+
+/// The programs of TCX, which runs before clsact, in the order in which they run.
+#[must_use]
+pub fn tcx(netns: &Netns, interface: &str) -> Vec<Attached> {
+    let (_, programs) =
+        netns.run(|| SchedClassifier::query_tcx(interface, TcAttachType::Ingress)).expect("query TCX");
+    let attached = |program: &ProgramInfo| Attached {
+        id: program.id(),
+        name: program.name_as_str().unwrap_or_default().to_owned(),
+    };
+    programs.iter().map(attached).collect()
+}
+
+/// The BPF filters of clsact in the order in which they run.
+#[must_use]
+pub fn filters(netns: &Netns, interface: &str) -> Vec<Attached> {
+    let attached = |filter: &Value| {
+        let program = filter.pointer("/options/prog")?;
+        let id = program["id"].as_u64()?.try_into().expect("program ids have 32 bits");
+        Some(Attached { id, name: program["name"].as_str().unwrap_or_default().to_owned() })
+    };
+    tc(netns, &["filter", "show", "dev", interface, "ingress"]).iter().filter_map(attached).collect()
+}
+
+/// All programs of the hook in the order in which they run.
+#[must_use]
+pub fn programs(netns: &Netns, interface: &str) -> Vec<Attached> {
+    [tcx(netns, interface), filters(netns, interface)].concat()
+}
+
+/// Whether the interface has a clsact qdisc.
+#[must_use]
+pub fn has_clsact(netns: &Netns, interface: &str) -> bool {
+    tc(netns, &["qdisc", "show", "dev", interface]).iter().any(|qdisc| qdisc["kind"] == "clsact")
+}
+
+/// Whether the kernel still has a program, attached or not.
+#[must_use]
+pub fn program_exists(id: u32) -> bool {
+    loaded_programs().flatten().any(|program| program.id() == id)
+}
+
+/// Whether the kernel still has a map.
+#[must_use]
+pub fn map_exists(id: u32) -> bool {
+    loaded_maps().flatten().any(|map| map.id() == id)
+}
+
+/// The kernel's number of a pinned program.
+#[must_use]
+pub fn pinned_program(pin: &Path) -> u32 {
+    ProgramInfo::from_pin(pin).expect("a pinned program").id()
+}
+
+/// The kernel's number of a pinned map.
+#[must_use]
+pub fn pinned_map(pin: &Path) -> u32 {
+    MapInfo::from_pin(pin).expect("a pinned map").id()
+}
+
+/// Runs `tc` in a namespace.
+pub fn run_tc(netns: &Netns, args: &[&str]) {
+    checked(netns.command("tc").args(args), None);
+}
+
+fn tc(netns: &Netns, args: &[&str]) -> Vec<Value> {
+    let output = checked(netns.command("tc").arg("-json").args(args), None);
+    serde_json::from_str(&output).expect("JSON of tc")
+}

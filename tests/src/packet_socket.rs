@@ -1,0 +1,147 @@
+//! `AF_PACKET` sockets: whole frames, past every check that the IP stack makes.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    time::Duration,
+};
+
+use crate::{Netns, poll::try_poll};
+
+/// A packet socket bound to one interface.
+#[derive(Debug)]
+pub struct PacketSocket(OwnedFd);
+
+impl PacketSocket {
+    /// A socket that sends and receives whole frames on `interface` of `netns`.
+    #[must_use]
+    pub fn frames(netns: &Netns, interface: &str) -> Self {
+        Self::open(netns, interface, libc::SOCK_RAW, libc::ETH_P_ALL)
+    }
+
+    /// A socket that receives what arrives on `interface` of `netns` as IPv4, from its IP header on, before
+    /// the IP stack judges it.
+    #[must_use]
+    pub(crate) fn ipv4(netns: &Netns, interface: &str) -> Self {
+        Self::open(netns, interface, libc::SOCK_DGRAM, libc::ETH_P_IP)
+    }
+
+    /// Sends one frame, Ethernet header included.
+    pub fn send(&self, frame: &[u8]) -> io::Result<()> {
+        // SAFETY: pointer and length are of one live slice.
+        let sent = unsafe { libc::send(self.0.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
+        if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Sends one frame of more than a page of which only the first `linear` bytes are in one piece in the kernel: where
+    /// they are depends on the sender.
+    pub fn send_scattered(&self, frame: &[u8], linear: u16) -> io::Result<()> {
+        // struct virtio_net_hdr: of its ten bytes, the third and fourth are hdr_len.
+        let mut with_header = [[0; 2], linear.to_ne_bytes(), [0; 2], [0; 2], [0; 2]].concat();
+        with_header.extend_from_slice(frame);
+        self.set(libc::SOL_PACKET, libc::PACKET_VNET_HDR, 1);
+        let sent = self.send(&with_header);
+        self.set(libc::SOL_PACKET, libc::PACKET_VNET_HDR, 0);
+        sent
+    }
+
+    /// Whether a frame with `marker` in it comes within `deadline`, or has come already.
+    #[must_use]
+    pub fn sees(&self, marker: &[u8], deadline: Duration) -> bool {
+        let mut buffer = [0; 2048];
+        let mut is_marked = || {
+            while let Ok(frame) = self.receive(&mut buffer) {
+                if frame.windows(marker.len()).any(|window| window == marker) {
+                    return Some(());
+                }
+            }
+            None
+        };
+        try_poll(deadline, &mut is_marked).is_some()
+    }
+
+    /// Receives one packet, cut to the buffer's length, if there is one.
+    pub(crate) fn receive<'a>(&self, buffer: &'a mut [u8]) -> io::Result<&'a [u8]> {
+        // SAFETY: pointer and length are of one live slice.
+        let got = unsafe { libc::recv(self.0.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
+        let got = usize::try_from(got).map_err(|_| io::Error::last_os_error())?;
+        Ok(&buffer[..got])
+    }
+
+    /// How many packets the kernel dropped because nobody had read the earlier ones, since the last call.
+    pub(crate) fn take_dropped(&self) -> u64 {
+        let mut statistics = libc::tpacket_stats { tp_packets: 0, tp_drops: 0 };
+        let mut length = socklen::<libc::tpacket_stats>();
+        // SAFETY: the structure is the one that packet(7) names for this option, and outlives the call.
+        let result = unsafe {
+            libc::getsockopt(
+                self.0.as_raw_fd(),
+                libc::SOL_PACKET,
+                libc::PACKET_STATISTICS,
+                (&raw mut statistics).cast(),
+                &raw mut length,
+            )
+        };
+        assert_eq!(result, 0, "PACKET_STATISTICS: {}", io::Error::last_os_error());
+        statistics.tp_drops.into()
+    }
+
+    /// Lets the socket hold up to `bytes` of unread packets.
+    pub(crate) fn buffer(&self, bytes: libc::c_int) {
+        self.set(libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, bytes);
+    }
+
+    fn set(&self, level: libc::c_int, option: libc::c_int, value: libc::c_int) {
+        let (pointer, length) = ((&raw const value).cast(), socklen::<libc::c_int>());
+        // SAFETY: all options that are set here take a C int, which outlives the call.
+        let result = unsafe { libc::setsockopt(self.0.as_raw_fd(), level, option, pointer, length) };
+        assert_eq!(result, 0, "option {option}: {}", io::Error::last_os_error());
+    }
+
+    fn open(netns: &Netns, interface: &str, kind: libc::c_int, protocol: libc::c_int) -> Self {
+        netns.run(|| {
+            let ifindex = nix::net::if_::if_nametoindex(interface).expect("an interface of the namespace");
+            let protocol = u16::try_from(protocol).expect("an EtherType").to_be();
+            // SAFETY: takes integers only.
+            let fd = unsafe {
+                libc::socket(
+                    libc::AF_PACKET,
+                    kind | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC,
+                    protocol.into(),
+                )
+            };
+            assert!(fd >= 0, "packet socket: {}", io::Error::last_os_error());
+            // SAFETY: just opened, and nobody else's.
+            let socket = Self(unsafe { OwnedFd::from_raw_fd(fd) });
+            socket.bind(ifindex, protocol);
+            socket
+        })
+    }
+
+    fn bind(&self, ifindex: u32, protocol: u16) {
+        let address = libc::sockaddr_ll {
+            sll_family: libc::AF_PACKET.try_into().expect("a small constant"),
+            sll_protocol: protocol,
+            sll_ifindex: ifindex.try_into().expect("interface indexes are positive C ints"),
+            sll_hatype: 0,
+            sll_pkttype: 0,
+            sll_halen: 0,
+            sll_addr: [0; 8],
+        };
+        // SAFETY: a packet socket's address, with its own length.
+        let result = unsafe {
+            libc::bind(self.0.as_raw_fd(), (&raw const address).cast(), socklen::<libc::sockaddr_ll>())
+        };
+        assert_eq!(result, 0, "bind a packet socket: {}", io::Error::last_os_error());
+    }
+}
+
+impl AsFd for PacketSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+fn socklen<T>() -> libc::socklen_t {
+    size_of::<T>().try_into().expect("a small structure")
+}

@@ -1,0 +1,92 @@
+//! Packets as pods can make them by hand.
+
+use std::net::Ipv4Addr;
+
+use etherparse::{IpFragOffset, IpNumber, Ipv4Header, Ipv4Options, PacketBuilder};
+
+use crate::{Pod, services::HTTP_PORT};
+
+const TTL: u8 = 64;
+/// Nobody answers there; an echo would make the pod send more packets of its own accord.
+const UDP_PORT: u16 = 9999;
+const ETHERTYPE_IPV4: [u8; 2] = [0x08, 0x00];
+
+/// A UDP datagram to a port where nobody listens.
+#[must_use]
+pub fn udp(source: Ipv4Addr, destination: Ipv4Addr, payload: &[u8]) -> Vec<u8> {
+    let builder = PacketBuilder::ipv4(source.octets(), destination.octets(), TTL).udp(40_000, UDP_PORT);
+    let mut packet = Vec::with_capacity(builder.size(payload.len()));
+    builder.write(&mut packet, payload).expect("write to a Vec");
+    packet
+}
+
+/// A TCP connection request to the HTTP port.
+#[must_use]
+pub fn syn(source: Ipv4Addr, destination: Ipv4Addr, source_port: u16, sequence: u32) -> Vec<u8> {
+    let builder = PacketBuilder::ipv4(source.octets(), destination.octets(), TTL)
+        .tcp(source_port, HTTP_PORT, sequence, 64_240)
+        .syn();
+    let mut packet = Vec::with_capacity(builder.size(0));
+    builder.write(&mut packet, &[]).expect("write to a Vec");
+    packet
+}
+
+/// A packet of any IP protocol, with 16 bytes that mean nothing to any.
+#[must_use]
+pub fn protocol(source: Ipv4Addr, destination: Ipv4Addr, protocol: u8) -> Vec<u8> {
+    ipv4(source, destination, protocol, |_| {})
+}
+
+/// The same with IPv4 options.
+#[must_use]
+pub fn with_options(source: Ipv4Addr, destination: Ipv4Addr, options: &[u8]) -> Vec<u8> {
+    let options = Ipv4Options::try_from(options).expect("up to 40 bytes, a multiple of 4");
+    ipv4(source, destination, IpNumber::UDP.0, |header| header.options = options)
+}
+
+/// One fragment of a UDP datagram, `offset` times eight bytes into it.
+#[must_use]
+pub fn fragment(source: Ipv4Addr, destination: Ipv4Addr, offset: u16, more: bool) -> Vec<u8> {
+    ipv4(source, destination, IpNumber::UDP.0, |header| {
+        header.fragment_offset = IpFragOffset::try_new(offset).expect("13 bits");
+        header.more_fragments = more;
+        header.dont_fragment = false;
+        header.identification = 0x1b4d;
+    })
+}
+
+/// An Ethernet frame from `pod` to its gateway.
+#[must_use]
+pub fn frame(pod: &Pod, packet: &[u8]) -> Vec<u8> {
+    tagged_frame(pod, pod.gateway_mac, &[], packet)
+}
+
+/// An Ethernet frame from `pod` with VLAN tags, outermost first: type and content of each.
+#[must_use]
+pub fn tagged_frame(pod: &Pod, destination: [u8; 6], tags: &[(u16, u16)], packet: &[u8]) -> Vec<u8> {
+    let mut frame = [destination, pod.mac].concat();
+    for (ether_type, tag) in tags {
+        frame.extend_from_slice(&ether_type.to_be_bytes());
+        frame.extend_from_slice(&tag.to_be_bytes());
+    }
+    frame.extend_from_slice(&ETHERTYPE_IPV4);
+    frame.extend_from_slice(packet);
+    frame
+}
+
+fn ipv4(
+    source: Ipv4Addr,
+    destination: Ipv4Addr,
+    protocol: u8,
+    adapt: impl FnOnce(&mut Ipv4Header),
+) -> Vec<u8> {
+    let payload = [0, 7].repeat(8);
+    let mut header = Ipv4Header::new(0, TTL, IpNumber(protocol), source.octets(), destination.octets())
+        .expect("no payload is not too much");
+    adapt(&mut header);
+    header.set_payload_len(payload.len()).expect("a small packet");
+    let mut packet = Vec::new();
+    header.write(&mut packet).expect("write to a Vec");
+    packet.extend_from_slice(&payload);
+    packet
+}

@@ -1,0 +1,127 @@
+//! Pods, as far as the network sees them.
+
+use std::{net::Ipv4Addr, sync::Arc};
+
+use crate::Netns;
+
+/// All pod addresses.
+pub(crate) const PODS: &str = "10.244.0.0/16";
+pub(crate) const BRIDGED_GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 244, 2, 1);
+pub(crate) const BRIDGED_GATEWAY_MAC: [u8; 6] = [0x02, 0x42, 10, 244, 2, 1];
+/// Answered for by proxy ARP, as with Calico and Azure CNI.
+const ROUTED_GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+/// Calico's, for the node's end of every pod's link.
+const ROUTED_GATEWAY_MAC: [u8; 6] = [0xee; 6];
+
+/// How a pod is connected to its node.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum PodLink {
+    /// By a veth of its own with a host route, as Calico, Azure CNI and CNI's ptp do.
+    Routed,
+    /// By a veth enslaved to the bridge [`World::BRIDGE`](crate::World::BRIDGE), as kubenet and flannel do.
+    Bridged,
+}
+
+/// A network namespace with `eth0`, a veth whose other end is the node's.
+#[derive(Debug)]
+pub struct Pod {
+    /// The pod's network namespace.
+    pub netns: Netns,
+    /// The pod's IPv4 address.
+    pub address: Ipv4Addr,
+    /// MAC address of the pod's `eth0`.
+    pub mac: [u8; 6],
+    /// MAC address that the pod's default route leads to.
+    pub gateway_mac: [u8; 6],
+    /// Name of the node's end of the link.
+    pub host_ifname: String,
+    /// Index of the node's end of the link in the node's namespace.
+    pub host_ifindex: u32,
+    node: Arc<Netns>,
+}
+
+impl Pod {
+    /// The pod's interface, in the pod.
+    pub const IFNAME: &str = "eth0";
+
+    pub(crate) fn new(node: &Arc<Netns>, link: PodLink, number: u8) -> Self {
+        let (subnet, gateway_mac) = match link {
+            PodLink::Routed => (1, ROUTED_GATEWAY_MAC),
+            PodLink::Bridged => (2, BRIDGED_GATEWAY_MAC),
+        };
+        // The bridge has the first address of its subnet.
+        let host = number.checked_add(2).filter(|host| *host < u8::MAX).expect("at most 252 pods");
+        let address = Ipv4Addr::new(10, 244, subnet, host);
+        let mac = [0x02, 0x42, 10, 244, subnet, host];
+        // Looks as random as real ones, and differs for every number (Knuth's multiplicative hash).
+        let host_ifname = format!("veth{:08x}", (u32::from(number) + 1).wrapping_mul(2_654_435_761));
+        let netns = Netns::new(&format!("pod{number}"));
+        let mut pod =
+            Self { netns, address, mac, gateway_mac, host_ifname, host_ifindex: 0, node: Arc::clone(node) };
+        pod.make_link();
+        match link {
+            PodLink::Routed => pod.connect_routed(),
+            PodLink::Bridged => pod.connect_bridged(),
+        }
+        let host_ifindex = node.run(|| nix::net::if_::if_nametoindex(pod.host_ifname.as_str()));
+        pod.host_ifindex = host_ifindex.expect("the interface that was just made");
+        pod
+    }
+
+    /// Deletes the link, then the namespace with all processes, as a container runtime does.
+    pub fn delete(self) {
+        drop(self);
+    }
+
+    fn make_link(&self) {
+        self.netns.sysctl("ipv4/conf/all/rp_filter", "0");
+        self.netns.sysctl("ipv4/conf/default/rp_filter", "0");
+        self.node.ip(&format!(
+            "link add {veth} address {host_mac} type veth peer name {eth0} address {mac} netns {netns}
+             link set {veth} up",
+            veth = self.host_ifname,
+            // A bridge port has a MAC address other than the bridge's.
+            host_mac = mac_text(ROUTED_GATEWAY_MAC),
+            eth0 = Self::IFNAME,
+            mac = mac_text(self.mac),
+            netns = self.netns.name(),
+        ));
+        self.netns.ip(&format!("link set lo up\nlink set {} up", Self::IFNAME));
+    }
+
+    fn connect_routed(&self) {
+        let (veth, eth0, address) = (&self.host_ifname, Self::IFNAME, self.address);
+        self.node.sysctl(&format!("ipv4/conf/{veth}/proxy_arp"), "1");
+        // The kernel's default waits up to 0.8 s before it answers for others.
+        self.node.sysctl(&format!("ipv4/neigh/{veth}/proxy_delay"), "0");
+        self.node.ip(&format!("route add {address}/32 dev {veth}"));
+        self.netns.ip(&format!(
+            "addr add {address}/32 dev {eth0}
+             route add {ROUTED_GATEWAY} dev {eth0} scope link
+             route add default via {ROUTED_GATEWAY} dev {eth0}"
+        ));
+    }
+
+    fn connect_bridged(&self) {
+        let (veth, eth0, address) = (&self.host_ifname, Self::IFNAME, self.address);
+        self.node.ip(&format!("link set {veth} master {}", crate::World::BRIDGE));
+        self.netns.ip(&format!(
+            "addr add {address}/24 dev {eth0}
+             route add default via {BRIDGED_GATEWAY} dev {eth0}"
+        ));
+    }
+}
+
+impl Drop for Pod {
+    fn drop(&mut self) {
+        // Fails where the node was dropped first, or the test deleted the interface itself.
+        let mut command = self.node.command("ip");
+        let _ =
+            command.args(["link", "delete", &self.host_ifname]).stderr(std::process::Stdio::null()).status();
+    }
+}
+
+/// A MAC address as `ip` reads it.
+pub(crate) fn mac_text(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}

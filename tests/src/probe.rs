@@ -1,0 +1,149 @@
+//! What a program in a namespace finds when it tries to reach an address.
+
+use std::{
+    io::{self, ErrorKind, Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream, UdpSocket},
+    os::fd::AsRawFd as _,
+    time::{Duration, Instant},
+};
+
+use etherparse::{IcmpEchoHeader, Icmpv4Header, Icmpv4Type};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, recv, sendto, setsockopt, socket,
+    sockopt,
+};
+
+use crate::{
+    Netns,
+    poll::try_poll,
+    services::{ECHO_PORT, HTTP_PORT},
+};
+
+/// How long a probe waits that is expected to fail: some hundred times a round trip here.
+pub const SHORT: Duration = Duration::from_millis(400);
+/// How long a probe is repeated that is expected to succeed, for machines that are busy.
+pub const LONG: Duration = Duration::from_secs(5);
+
+/// What became of a probe.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The answer.
+    Answer(Vec<u8>),
+    /// Silence.
+    Timeout,
+    /// Somebody said that nobody listens.
+    Refused,
+    /// The caller's own kernel or a router said no.
+    Error(io::Error),
+}
+
+impl Outcome {
+    /// Whether there was an answer.
+    #[must_use]
+    pub fn is_answer(&self) -> bool {
+        matches!(self, Self::Answer(_))
+    }
+}
+
+impl From<io::Result<Vec<u8>>> for Outcome {
+    fn from(result: io::Result<Vec<u8>>) -> Self {
+        match result {
+            Ok(answer) => Self::Answer(answer),
+            Err(error) => match error.kind() {
+                ErrorKind::TimedOut | ErrorKind::WouldBlock => Self::Timeout,
+                ErrorKind::ConnectionRefused => Self::Refused,
+                _ => Self::Error(error),
+            },
+        }
+    }
+}
+
+/// Whether the HTTP server at `address` answers, tried for [`LONG`].
+pub fn reachable(netns: &Netns, address: Ipv4Addr) -> bool {
+    try_poll(LONG, || http_get(netns, address, SHORT).is_answer().then_some(())).is_some()
+}
+
+/// Asks the HTTP server at `address` for a document.
+pub fn http_get(netns: &Netns, address: Ipv4Addr, timeout: Duration) -> Outcome {
+    let connected = netns.run(|| connect(address, timeout));
+    connected.and_then(|mut stream| http_exchange(&mut stream, timeout)).into()
+}
+
+/// Opens a connection to the HTTP server at `address`, from the calling thread's namespace.
+pub fn connect(address: Ipv4Addr, timeout: Duration) -> io::Result<TcpStream> {
+    TcpStream::connect_timeout(&SocketAddr::from((address, HTTP_PORT)), timeout)
+}
+
+/// Asks for a document on an open connection.
+pub fn http_exchange(stream: &mut TcpStream, timeout: Duration) -> io::Result<Vec<u8>> {
+    stream.set_read_timeout(Some(timeout))?;
+    stream.write_all(b"GET /metadata/instance HTTP/1.1\r\nHost: metadata\r\nMetadata: true\r\n\r\n")?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    if answer.starts_with(b"HTTP/1.1 200 ") { Ok(answer) } else { Err(ErrorKind::InvalidData.into()) }
+}
+
+/// Sends a datagram to the echo server at `address`.
+pub fn udp_echo(netns: &Netns, address: Ipv4Addr, timeout: Duration) -> Outcome {
+    let exchange = || {
+        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+        socket.connect((address, ECHO_PORT))?;
+        socket.set_read_timeout(Some(timeout))?;
+        socket.send(b"echo")?;
+        let mut buffer = [0; 16];
+        let length = socket.recv(&mut buffer)?;
+        Ok(buffer[..length].to_vec())
+    };
+    netns.run(exchange).into()
+}
+
+/// Pings `address`.
+pub fn icmp_echo(netns: &Netns, address: Ipv4Addr, timeout: Duration) -> Outcome {
+    let echo = IcmpEchoHeader { id: 0x1b4d, seq: 1 };
+    let mut request = Icmpv4Header::with_checksum(Icmpv4Type::EchoRequest(echo), b"echo").to_bytes().to_vec();
+    request.extend_from_slice(b"echo");
+    let is_reply = |packet: &[u8]| {
+        let ip = etherparse::Ipv4Slice::from_slice(packet).ok()?;
+        let (header, _) = Icmpv4Header::from_slice(ip.payload().payload).ok()?;
+        Some(ip.header().source_addr() == address && header.icmp_type == Icmpv4Type::EchoReply(echo))
+    };
+    let exchange = || {
+        let protocol = SockProtocol::Icmp;
+        let socket = socket(AddressFamily::Inet, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?;
+        setsockopt(&socket, sockopt::ReceiveTimeout, &timeval(timeout))?;
+        let to = SockaddrIn::from(SocketAddrV4::new(address, 0));
+        sendto(socket.as_raw_fd(), &request, &to, MsgFlags::empty())?;
+        let end = Instant::now() + timeout;
+        let mut buffer = [0; 256];
+        while Instant::now() < end {
+            let length = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
+            if is_reply(&buffer[..length]) == Some(true) {
+                return Ok(buffer[..length].to_vec());
+            }
+        }
+        Err(ErrorKind::TimedOut.into())
+    };
+    netns.run(exchange).into()
+}
+
+/// Sends IP packets as they are, headers included; the kernel fills in what is zero of source, ID and checksum.
+pub fn send_ipv4(netns: &Netns, destination: Ipv4Addr, packets: &[Vec<u8>]) -> io::Result<()> {
+    netns.run(|| {
+        let socket = raw_socket()?;
+        let to = SockaddrIn::from(SocketAddrV4::new(destination, 0));
+        for packet in packets {
+            sendto(socket.as_raw_fd(), packet, &to, MsgFlags::empty())?;
+        }
+        Ok(())
+    })
+}
+
+/// A socket that takes IP packets with their headers (raw(7): `IPPROTO_RAW` implies `IP_HDRINCL`).
+pub(crate) fn raw_socket() -> nix::Result<std::os::fd::OwnedFd> {
+    socket(AddressFamily::Inet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Raw)
+}
+
+fn timeval(duration: Duration) -> nix::sys::time::TimeVal {
+    let microseconds = duration.as_micros().try_into().expect("a timeout of less than 290,000 years");
+    nix::sys::time::TimeValLike::microseconds(microseconds)
+}

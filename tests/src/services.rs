@@ -1,0 +1,127 @@
+//! The servers in the fabric: HTTP and UDP echo, at the metadata address and at an ordinary one.
+
+use std::{
+    io::{self, ErrorKind, PipeReader, PipeWriter, Read as _, Write as _},
+    net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsFd,
+    thread::{self, JoinHandle},
+};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::Netns;
+
+pub(crate) const HTTP_PORT: u16 = 80;
+pub(crate) const ECHO_PORT: u16 = 7;
+
+/// What the metadata service tells, in the form of Azure's.
+const DOCUMENT: &str = r#"{"compute":{"azEnvironment":"AzurePublicCloud","location":"westeurope","name":"node-0","osType":"Linux","vmId":"02aab8a4-74ef-476e-8182-f6d2ba4166a6"}}"#;
+const MAX_REQUEST: usize = 8192;
+
+/// Serves in the background until dropped.
+#[derive(Debug)]
+pub(crate) struct Services {
+    stop: Option<PipeWriter>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Services {
+    /// Serves at each of `addresses`, which `fabric` has.
+    pub(crate) fn start(fabric: &Netns, addresses: &[Ipv4Addr]) -> Self {
+        let mut server = fabric.run(|| Server::bind(addresses)).expect("bind the fabric's servers");
+        let (stopped, stop) = io::pipe().expect("a pipe");
+        let thread = thread::spawn(move || while server.turn(&stopped) {});
+        Self { stop: Some(stop), thread: Some(thread) }
+    }
+}
+
+impl Drop for Services {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Server {
+    listeners: Vec<TcpListener>,
+    echoes: Vec<UdpSocket>,
+    connections: Vec<Connection>,
+}
+
+struct Connection {
+    stream: TcpStream,
+    request: Vec<u8>,
+}
+
+impl Server {
+    fn bind(addresses: &[Ipv4Addr]) -> io::Result<Self> {
+        let mut server = Self { listeners: Vec::new(), echoes: Vec::new(), connections: Vec::new() };
+        for address in addresses {
+            let listener = TcpListener::bind((*address, HTTP_PORT))?;
+            listener.set_nonblocking(true)?;
+            server.listeners.push(listener);
+            let echo = UdpSocket::bind((*address, ECHO_PORT))?;
+            echo.set_nonblocking(true)?;
+            server.echoes.push(echo);
+        }
+        Ok(server)
+    }
+
+    /// Waits for something to do and does it; `false` when told to stop.
+    fn turn(&mut self, stopped: &PipeReader) -> bool {
+        let sources = (self.listeners.iter().map(AsFd::as_fd))
+            .chain(self.echoes.iter().map(AsFd::as_fd))
+            .chain(self.connections.iter().map(|connection| connection.stream.as_fd()))
+            .chain([stopped.as_fd()]);
+        let mut fds: Vec<_> = sources.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        poll(&mut fds, PollTimeout::NONE).expect("poll");
+        if fds.last().and_then(PollFd::any) == Some(true) {
+            return false;
+        }
+        // Everything is non-blocking, and there is little of it: no need to know which one is ready.
+        self.connections.retain_mut(Connection::is_open_after_reading);
+        self.echoes.iter().for_each(echo_all);
+        for listener in &self.listeners {
+            while let Ok((stream, _)) = listener.accept() {
+                if stream.set_nonblocking(true).is_ok() {
+                    self.connections.push(Connection { stream, request: Vec::new() });
+                }
+            }
+        }
+        true
+    }
+}
+
+impl Connection {
+    /// Reads what there is, and answers once the request is complete.
+    fn is_open_after_reading(&mut self) -> bool {
+        let mut buffer = [0; 1024];
+        loop {
+            match self.stream.read(&mut buffer) {
+                Ok(1..) if self.request.len() > MAX_REQUEST => return false,
+                Ok(length @ 1..) => self.request.extend_from_slice(&buffer[..length]),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return true,
+                Ok(0) | Err(_) => return false,
+            }
+            if self.request.ends_with(b"\r\n\r\n") {
+                let status =
+                    if self.request.starts_with(b"GET ") { "200 OK" } else { "405 Method Not Allowed" };
+                let head =
+                    format!("HTTP/1.1 {status}\r\nContent-Type: application/json\r\nConnection: close\r\n");
+                let answer = format!("{head}Content-Length: {}\r\n\r\n{DOCUMENT}", DOCUMENT.len());
+                // A client that is gone wants no answer; one that waits has room for this little.
+                let _ = self.stream.write_all(answer.as_bytes());
+                return false;
+            }
+        }
+    }
+}
+
+fn echo_all(socket: &UdpSocket) {
+    let mut buffer = [0; 2048];
+    while let Ok((length, from)) = socket.recv_from(&mut buffer) {
+        let _ = socket.send_to(&buffer[..length], from);
+    }
+}

@@ -1,0 +1,104 @@
+//! What `imds-agent status -o json` says: schema 1.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+/// The whole document. Keys that a later version adds are ignored; one that is missing is an error.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct Status {
+    pub schema: u32,
+    pub version: String,
+    pub pin_dir: PathBuf,
+    pub state: String,
+    pub agent: AgentProcess,
+    pub mode: Option<String>,
+    pub endpoints: Vec<String>,
+    pub interfaces: Vec<Interface>,
+    pub departed: Counts,
+    pub total: Counts,
+    pub problems: Vec<Problem>,
+}
+
+/// The agent that holds the pin directory's lock.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct AgentProcess {
+    pub running: bool,
+    pub pid: Option<u32>,
+}
+
+/// An interface of the node.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct Interface {
+    pub ifindex: u32,
+    pub name: String,
+    pub role: String,
+    pub guard: Option<String>,
+    pub first: Option<bool>,
+    #[serde(flatten)]
+    pub counts: Counts,
+}
+
+/// Packets to guarded endpoints, by what was done with them.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct Counts {
+    pub denied: Count,
+    pub audited: Count,
+    pub allowed: Count,
+}
+
+/// Packets and their bytes.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct Count {
+    pub packets: u64,
+    pub bytes: u64,
+}
+
+/// Something that is not as it should be.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct Problem {
+    pub interface: Option<String>,
+    pub problem: String,
+    pub remedy: String,
+}
+
+impl Status {
+    /// The interface with this name, if the agent knows of it.
+    #[must_use]
+    pub fn find(&self, name: &str) -> Option<&Interface> {
+        self.interfaces.iter().find(|interface| interface.name == name)
+    }
+
+    /// The interface with this name.
+    #[must_use]
+    #[track_caller]
+    pub fn interface(&self, name: &str) -> &Interface {
+        self.find(name).unwrap_or_else(|| panic!("no {name} in {self:#?}"))
+    }
+
+    /// What `get` takes of every interface's counts and of those that are gone, added up.
+    #[must_use]
+    pub fn sum(&self, get: impl Fn(&Counts) -> u64) -> u64 {
+        let of_interfaces: u64 = self.interfaces.iter().map(|interface| get(&interface.counts)).sum();
+        of_interfaces + get(&self.departed)
+    }
+
+    /// Packets denied so far, on all interfaces that ever were.
+    #[must_use]
+    pub fn denied(&self) -> u64 {
+        self.total.denied.packets
+    }
+
+    /// Whether an agent runs, everything is enforced and every pod's interface is guarded.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        let guarded = |interface: &Interface| interface.role != "pod" || interface.guard.is_some();
+        self.agent.running && self.problems.is_empty() && self.interfaces.iter().all(guarded)
+    }
+}

@@ -1,0 +1,142 @@
+//! The topology: a node, its uplink, and the metadata service behind it.
+
+use std::{
+    net::Ipv4Addr,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
+};
+
+use tempfile::TempDir;
+
+use crate::{
+    Arrivals, Netns, Pod, PodLink,
+    arrivals::Counter,
+    pins::PinDir,
+    pod::{BRIDGED_GATEWAY, BRIDGED_GATEWAY_MAC, PODS, mac_text},
+    services::Services,
+};
+
+/// The metadata service.
+pub const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+/// Some other service, equally far away (TEST-NET-2, RFC 5737).
+pub const SERVICE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 10);
+
+const NODE_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 4);
+const FABRIC_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
+const FABRIC_IFNAME: &str = "node0";
+
+/// A node and the network around it:
+///
+/// ```text
+/// pod ─ eth0 ── veth1a2b3c4d ───────── node ─ uplink0 ── node0 ─ fabric: 169.254.169.254, 198.51.100.10
+/// pod ─ eth0 ── veth5e6f7a8b ─ cni0 ──╯
+/// ```
+///
+/// Whatever runs in `node` is what a hostNetwork pod or the kubelet is on a real one.
+#[derive(Debug)]
+pub struct World {
+    /// The node's network namespace.
+    pub node: Arc<Netns>,
+    /// The network beyond the node's uplink.
+    pub fabric: Netns,
+    pub(crate) pins: PinDir,
+    /// For configuration files.
+    pub(crate) scratch: TempDir,
+    arrivals: Counter,
+    pods: AtomicU8,
+    _services: Services,
+}
+
+impl World {
+    /// The node's interface towards the fabric. Its peer is in another namespace, as a pod's would be.
+    pub const UPLINK: &str = "uplink0";
+    /// The bridge of the pods that have one.
+    pub const BRIDGE: &str = "cni0";
+
+    /// Makes a node without pods.
+    #[must_use]
+    #[expect(clippy::new_without_default, reason = "making a world is work that its name should show")]
+    pub fn new() -> Self {
+        let node = Netns::new("node");
+        let fabric = Netns::new("fabric");
+        for netns in [&node, &fabric] {
+            // The machine's own defaults, which IPv4 inherits, may differ.
+            netns.sysctl("ipv4/conf/all/rp_filter", "0");
+            netns.sysctl("ipv4/conf/default/rp_filter", "0");
+        }
+        node.sysctl("ipv4/ip_forward", "1");
+        node.ip(&format!(
+            "link set lo up
+             link add {uplink} type veth peer name {FABRIC_IFNAME} netns {fabric}
+             addr add {NODE_ADDRESS}/24 dev {uplink}
+             link set {uplink} up
+             link add {bridge} address {bridge_mac} type bridge
+             addr add {BRIDGED_GATEWAY}/24 dev {bridge}
+             link set {bridge} up",
+            uplink = Self::UPLINK,
+            fabric = fabric.name(),
+            bridge = Self::BRIDGE,
+            bridge_mac = mac_text(BRIDGED_GATEWAY_MAC),
+        ));
+        fabric.ip(&format!(
+            "link set lo up
+             addr add {METADATA}/32 dev lo
+             addr add {SERVICE}/32 dev lo
+             addr add {FABRIC_ADDRESS}/24 dev {FABRIC_IFNAME}
+             link set {FABRIC_IFNAME} up
+             route add {PODS} via {NODE_ADDRESS}"
+        ));
+        node.ip(&format!("route add default via {FABRIC_ADDRESS}"));
+        let arrivals = Counter::start(&fabric, FABRIC_IFNAME);
+        let services = Services::start(&fabric, &[METADATA, SERVICE]);
+        Self {
+            node: Arc::new(node),
+            fabric,
+            pins: PinDir::new(),
+            scratch: TempDir::with_prefix("imds-test-").expect("a temporary directory"),
+            arrivals,
+            pods: AtomicU8::new(0),
+            _services: services,
+        }
+    }
+
+    /// Adds a pod, at any time. It is gone when dropped.
+    #[must_use]
+    pub fn add_pod(&self, link: PodLink) -> Pod {
+        Pod::new(&self.node, link, self.pods.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// The node's own address on its uplink.
+    #[must_use]
+    pub fn node_address(&self) -> Ipv4Addr {
+        NODE_ADDRESS
+    }
+
+    /// What arrived at the fabric for the metadata service so far: all that was sent before the call is in it.
+    #[must_use]
+    pub fn arrivals(&self) -> Arrivals {
+        self.arrivals.read(&self.node)
+    }
+
+    /// The pin directory of this world's agent. It exists once the agent made it.
+    #[must_use]
+    pub fn pin_dir(&self) -> &Path {
+        self.pins.path()
+    }
+
+    /// A directory for files, removed with the world.
+    #[must_use]
+    pub fn scratch_dir(&self) -> &Path {
+        self.scratch.path()
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        // An agent that still runs would pin anew what is removed next.
+        self.node.kill_processes();
+    }
+}

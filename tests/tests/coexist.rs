@@ -1,0 +1,132 @@
+//! Programs of others on the same hook: a CNI's, which may accept packets and so end their way through the hook.
+
+use imds_tests::{
+    Backend, Pod, PodLink, SERVICE, World,
+    foreign::{Foreign, TC_ACT_OK},
+    hook::{self, Attached, run_tc},
+    poll::poll_until,
+    probe::{LONG, reachable},
+};
+
+fn names(programs: &[Attached]) -> Vec<bool> {
+    programs.iter().map(Attached::is_ours).collect()
+}
+
+#[track_caller]
+fn assert_first(world: &World, pod: &Pod) {
+    let status = world.status_when("the guard is first", |status| {
+        status.find(&pod.host_ifname).is_some_and(|interface| interface.first == Some(true))
+    });
+    assert!(status.problems.is_empty(), "{:#?}", status.problems);
+    assert_eq!(names(&hook::programs(&world.node, &pod.host_ifname)), [true, false]);
+    world.assert_blocked(pod);
+    world.assert_harmless(pod);
+}
+
+#[test]
+fn a_tcx_program_that_accepts_all_and_was_there_before_comes_second() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let _link = Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex);
+    world.assert_open(&pod);
+    let _agent = world.start_agent(Backend::Tcx);
+    assert_first(&world, &pod);
+}
+
+#[test]
+fn a_tcx_program_that_gets_in_front_later_does_not_stay_there() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let agent = world.agent().backend(Backend::Tcx).resync(1).spawn_ready();
+    let _link = Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex);
+    assert_first(&world, &pod);
+
+    agent.kill9();
+    let _another = Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex);
+    assert_eq!(world.status().interface(&pod.host_ifname).first, Some(false));
+    let _agent = world.start_agent(Backend::Tcx);
+    poll_until(LONG, "the guard to be first", || {
+        let programs = names(&hook::programs(&world.node, &pod.host_ifname));
+        (programs == [true, false, false]).then_some(())
+    });
+    world.assert_blocked(&pod);
+}
+
+#[test]
+fn a_bpf_filter_that_accepts_all_and_was_there_before_comes_second() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Bridged);
+    run_tc(&world.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
+    Foreign::returning(TC_ACT_OK).attach_filter(&world.node, &pod.host_ifname, 1);
+    world.assert_open(&pod);
+    let _agent = world.start_agent(Backend::Clsact);
+    assert_first(&world, &pod);
+}
+
+#[test]
+fn a_bpf_filter_that_gets_in_front_later_does_not_stay_there() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Bridged);
+    let _agent = world.agent().backend(Backend::Clsact).resync(1).spawn_ready();
+    Foreign::returning(TC_ACT_OK).attach_filter(&world.node, &pod.host_ifname, 1);
+    assert_first(&world, &pod);
+}
+
+/// Classifies every packet, which ends its way through the clsact hook, at the priority that comes first of all. A
+/// filter of another kind can't share it.
+fn add_u32_filter(world: &World, pod: &Pod) {
+    let filter = ["filter", "add", "dev", &pod.host_ifname, "ingress", "prio", "1", "protocol", "all"];
+    run_tc(&world.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
+    run_tc(&world.node, &[&filter[..], &["u32", "match", "u32", "0", "0", "classid", "1:1"]].concat());
+}
+
+#[test]
+fn a_filter_that_clsact_can_not_get_in_front_of_is_a_problem_that_the_status_names() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    add_u32_filter(&world, &pod);
+    let _agent = world.agent().backend(Backend::Clsact).spawn();
+
+    let status = world.wait_guarded(&pod);
+    let interface = status.interface(&pod.host_ifname);
+    assert_eq!((interface.guard.as_deref(), interface.first), (Some("clsact"), Some(false)));
+    assert!(status.problems.iter().any(|problem| problem.interface.as_ref() == Some(&pod.host_ifname)));
+    assert_eq!(status.state, "degraded");
+    assert_eq!(world.imds_agent(&["status"]).output().status.code(), Some(3));
+    // What that means, as long as the other filter takes every packet.
+    world.assert_open(&pod);
+
+    run_tc(&world.node, &["filter", "delete", "dev", &pod.host_ifname, "ingress", "prio", "1"]);
+    world.assert_blocked(&pod);
+}
+
+#[test]
+fn tcx_comes_before_every_filter() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    add_u32_filter(&world, &pod);
+    let agent = world.start_agent(Backend::Tcx);
+    assert_eq!(world.status().interface(&pod.host_ifname).first, Some(true));
+    world.assert_blocked(&pod);
+    assert!(reachable(&pod.netns, SERVICE));
+
+    drop(agent);
+    world.unload();
+    // Neither ours to remove.
+    assert!(hook::has_clsact(&world.node, &pod.host_ifname));
+    world.assert_open(&pod);
+}
+
+#[test]
+fn a_program_that_drops_other_traffic_still_sees_it() {
+    const TC_ACT_SHOT: i32 = 2;
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    assert!(reachable(&pod.netns, SERVICE));
+    let link = Foreign::returning(TC_ACT_SHOT).attach_tcx_first(&world.node, pod.host_ifindex);
+    let _agent = world.start_agent(Backend::Tcx);
+    // The guard, which is before it now, leaves what it does not deny to the others.
+    assert!(!imds_tests::probe::udp_echo(&pod.netns, SERVICE, imds_tests::probe::SHORT).is_answer());
+    drop(link);
+    world.assert_harmless(&pod);
+}

@@ -1,0 +1,184 @@
+//! Packets that a pod makes by hand: whatever reaches the metadata service without the agent, does not with it.
+
+use std::net::Ipv4Addr;
+
+use imds_tests::{
+    METADATA, PacketSocket, Pod, PodLink, SERVICE, Status, World, packets,
+    probe::{LONG, SHORT},
+    with_each_backend,
+};
+
+const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
+/// One that is nobody's here.
+const STRANGER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 77);
+
+fn denied(status: &Status, pod: &Pod) -> u64 {
+    status.interface(&pod.host_ifname).counts.denied.packets
+}
+
+/// Packets that Linux forwards, named.
+fn forwarded_packets(source: Ipv4Addr, destination: Ipv4Addr) -> Vec<(String, Vec<u8>)> {
+    let mut all = vec![
+        ("UDP".into(), packets::udp(source, destination, b"datagram")),
+        ("UDP without payload".into(), packets::udp(source, destination, b"")),
+        ("TCP SYN".into(), packets::syn(source, destination, 40_000, 1)),
+        ("first fragment".into(), packets::fragment(source, destination, 0, true)),
+        ("middle fragment".into(), packets::fragment(source, destination, 2, true)),
+        ("last fragment".into(), packets::fragment(source, destination, 4, false)),
+        ("last fragment far out".into(), packets::fragment(source, destination, 8000, false)),
+    ];
+    // ICMP, IGMP, IPIP, 6in4, DCCP, GRE, ESP, SCTP, UDP-Lite, experimental and reserved.
+    for protocol in [1, 2, 4, 41, 33, 47, 50, 132, 136, 253, 255] {
+        all.push((format!("protocol {protocol}"), packets::protocol(source, destination, protocol)));
+    }
+    let options: [(&str, &[u8]); 4] = [
+        ("one no-operation and end", &[1, 0, 0, 0]),
+        ("40 no-operations", &[1; 40]),
+        ("record route", &[7, 7, 4, 0, 0, 0, 0, 0]),
+        ("an unknown option", &[0x1e, 4, 0, 0]),
+    ];
+    for (name, options) in options {
+        all.push((format!("options: {name}"), packets::with_options(source, destination, options)));
+    }
+    all
+}
+
+#[test]
+fn every_kind_of_ip_packet_is_denied() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pods = LINKS.map(|link| world.add_pod(link));
+        let send = |pod: &Pod, packet: &Vec<u8>| {
+            PacketSocket::frames(&pod.netns, Pod::IFNAME).send(&packets::frame(pod, packet)).unwrap();
+        };
+        for pod in &pods {
+            for (name, packet) in forwarded_packets(pod.address, METADATA) {
+                let before = world.arrivals().from(pod.address);
+                send(pod, &packet);
+                assert!(
+                    world.arrivals().from(pod.address) > before,
+                    "{name} does not arrive even without the agent"
+                );
+            }
+        }
+
+        let _agent = world.start_agent(backend);
+        for pod in &pods {
+            for (name, packet) in forwarded_packets(pod.address, METADATA) {
+                let before = denied(&world.status(), pod);
+                world.assert_nothing_arrives(|| send(pod, &packet));
+                assert_eq!(denied(&world.status(), pod), before + 1, "{name}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_forged_source_address_is_of_no_use() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let [pod, neighbour] = LINKS.map(|link| world.add_pod(link));
+        let forged = [world.node_address(), neighbour.address, STRANGER];
+        let send_all = || {
+            let socket = PacketSocket::frames(&pod.netns, Pod::IFNAME);
+            for source in forged {
+                let mut frame = packets::frame(&pod, &packets::udp(source, METADATA, b"forged"));
+                socket.send(&frame).unwrap();
+                // Nor is a forged MAC address.
+                frame[6..12].copy_from_slice(&[0x02, 0xde, 0xad, 0xbe, 0xef, 0x01]);
+                socket.send(&frame).unwrap();
+            }
+        };
+        // Linux drops what comes in with an address of its own as the source: that one would not arrive anyway.
+        send_all();
+        let arrivals = world.arrivals();
+        assert_eq!((arrivals.from(neighbour.address), arrivals.from(STRANGER)), (2, 2));
+
+        let _agent = world.start_agent(backend);
+        world.assert_nothing_arrives(send_all);
+        assert_eq!(denied(&world.status(), &pod), 6);
+    });
+}
+
+/// A priority tag: its VLAN id is 0, and Linux takes the frame for untagged.
+const PRIORITY_TAG: (u16, u16) = (0x8100, 0x2000);
+const PRIORITY_TAG_AD: (u16, u16) = (0x88a8, 0x2000);
+
+#[test]
+fn priority_tags_hide_nothing() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pods = LINKS.map(|link| world.add_pod(link));
+        let tags: [&[_]; 4] =
+            [&[PRIORITY_TAG], &[PRIORITY_TAG_AD], &[PRIORITY_TAG_AD, PRIORITY_TAG], &[PRIORITY_TAG; 2]];
+        let send = |pod: &Pod, tags: &[(u16, u16)]| {
+            let packet = packets::udp(pod.address, METADATA, b"tagged");
+            let frame = packets::tagged_frame(pod, pod.gateway_mac, tags, &packet);
+            PacketSocket::frames(&pod.netns, Pod::IFNAME).send(&frame).unwrap();
+        };
+        for pod in &pods {
+            for tags in tags {
+                let before = world.arrivals().from(pod.address);
+                send(pod, tags);
+                assert_eq!(world.arrivals().from(pod.address), before + 1, "{tags:x?} without the agent");
+            }
+        }
+
+        let _agent = world.start_agent(backend);
+        for pod in &pods {
+            for tags in tags {
+                let before = denied(&world.status(), pod);
+                world.assert_nothing_arrives(|| send(pod, tags));
+                assert_eq!(denied(&world.status(), pod), before + 1, "{tags:x?}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_vlan_does_not_lead_past_the_guard_through_the_bridge() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let [pod, port] = [PodLink::Bridged, PodLink::Bridged].map(|link| world.add_pod(link));
+        let watcher = PacketSocket::frames(&port.netns, Pod::IFNAME);
+        let socket = PacketSocket::frames(&pod.netns, Pod::IFNAME);
+        let tags: [&[_]; 2] = [&[(0x8100, 5)], &[(0x88a8, 6), (0x8100, 7)]];
+        let send = |marker: &[u8], destination| {
+            for tags in tags {
+                let packet = packets::udp(pod.address, destination, marker);
+                socket.send(&packets::tagged_frame(&pod, port.mac, tags, &packet)).unwrap();
+            }
+        };
+        let sees_both = |marker: &[u8]| (0..tags.len()).all(|_| watcher.sees(marker, LONG));
+        send(b"without agent", METADATA);
+        assert!(sees_both(b"without agent"));
+
+        let _agent = world.start_agent(backend);
+        send(b"with agent", METADATA);
+        // Comes after, so that the other had its time.
+        send(b"elsewhere", SERVICE);
+        assert!(watcher.sees(b"elsewhere", LONG) && !watcher.sees(b"with agent", SHORT));
+        assert_eq!(denied(&world.status(), &pod), 2);
+    });
+}
+
+#[test]
+fn a_jumbo_frame_that_is_not_in_one_piece_is_denied() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pod = world.add_pod(PodLink::Routed);
+        world.fabric.ip("link set node0 mtu 9000");
+        world.node.ip(&format!("link set {} mtu 9000\nlink set {} mtu 9000", World::UPLINK, pod.host_ifname));
+        pod.netns.ip("link set eth0 mtu 9000");
+        let frame = packets::frame(&pod, &packets::udp(pod.address, METADATA, &[0; 8000]));
+        let socket = PacketSocket::frames(&pod.netns, Pod::IFNAME);
+        // The Ethernet header alone, and a cut within the destination address.
+        let send = || [14, 32].map(|linear| socket.send_scattered(&frame, linear).unwrap());
+        send();
+        assert_eq!(world.arrivals().from(pod.address), 2);
+
+        let _agent = world.start_agent(backend);
+        world.assert_nothing_arrives(send);
+        assert_eq!(denied(&world.status(), &pod), 2);
+    });
+}

@@ -1,0 +1,207 @@
+//! The agent follows the node: pods come and go, and somebody detaches what it attached.
+
+use std::{fs, path::PathBuf};
+
+use imds_tests::{
+    METADATA, Pod, PodLink, World, hook, packets,
+    poll::poll_until,
+    probe::{LONG, send_ipv4},
+    with_each_backend,
+};
+
+const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
+
+fn link_pin(world: &World, pod: &Pod) -> PathBuf {
+    world.pin_dir().join(format!("links/pod_edge_{}", pod.host_ifindex))
+}
+
+#[test]
+fn a_pod_that_comes_after_the_agent_is_guarded() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let _agent = world.start_agent(backend);
+        for link in LINKS {
+            let pod = world.add_pod(link);
+            let status = world.wait_guarded(&pod);
+            let interface = status.interface(&pod.host_ifname);
+            assert_eq!((interface.role.as_str(), interface.guard.as_deref()), ("pod", Some(backend.name())));
+            assert_eq!((interface.ifindex, interface.first), (pod.host_ifindex, Some(true)));
+            world.assert_blocked(&pod);
+            world.assert_harmless(&pod);
+        }
+    });
+}
+
+#[test]
+fn a_pod_that_goes_is_forgotten_but_its_counts_are_not() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let [gone, stays] = LINKS.map(|link| world.add_pod(link));
+        let _agent = world.start_agent(backend);
+        for (pod, packets) in [(&gone, 5), (&stays, 3)] {
+            let packet = packets::udp(pod.address, METADATA, b"counted");
+            send_ipv4(&pod.netns, METADATA, &vec![packet; packets]).unwrap();
+        }
+        let before = world.status_when("all are counted", |status| status.total.denied.packets == 8);
+        let (name, pin) = (gone.host_ifname.clone(), link_pin(&world, &gone));
+        let counts = before.interface(&name).counts;
+        assert_eq!(counts.denied.packets, 5);
+
+        gone.delete();
+
+        let after = world.status_when("the interface is forgotten", |status| status.find(&name).is_none());
+        assert_eq!((after.departed, after.total), (counts, before.total));
+        assert_eq!(after.interface(&stays.host_ifname).counts.denied.packets, 3);
+        poll_until(LONG, "the link's pin to go", || (!pin.exists()).then_some(()));
+        assert!(after.problems.is_empty());
+        world.assert_blocked(&stays);
+    });
+}
+
+#[test]
+fn pods_that_came_and_went_while_no_agent_ran_are_noticed() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pod = world.add_pod(PodLink::Routed);
+        let agent = world.start_agent(backend);
+        let packet = packets::udp(pod.address, METADATA, b"counted");
+        send_ipv4(&pod.netns, METADATA, &[packet]).unwrap();
+        world.status_when("it is counted", |status| status.total.denied.packets == 1);
+        agent.kill9();
+        let name = pod.host_ifname.clone();
+        pod.delete();
+        let late = world.add_pod(PodLink::Bridged);
+
+        let _agent = world.start_agent(backend);
+        let status = world.status_when("the interface is forgotten", |status| status.find(&name).is_none());
+        assert_eq!((status.departed.denied.packets, status.total.denied.packets), (1, 1));
+        world.assert_blocked(&late);
+    });
+}
+
+#[test]
+fn pods_that_come_and_go_in_a_hurry_leave_nothing() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let _agent = world.start_agent(backend);
+        for number in 0..20 {
+            // Its namespace is gone before or after the agent saw it.
+            let _pod = world.add_pod(LINKS[number % 2]);
+        }
+        let stays = world.add_pod(PodLink::Routed);
+        world.status_when("only the last pod is there", |status| {
+            let mut pods = status.interfaces.iter().filter(|interface| interface.role == "pod");
+            let last = pods.next().is_some_and(|pod| pod.name == stays.host_ifname && pod.guard.is_some());
+            last && pods.next().is_none() && status.problems.is_empty()
+        });
+        let links = fs::read_dir(world.pin_dir().join("links")).unwrap().count();
+        assert!(links <= 1, "{links} links pinned");
+        world.assert_blocked(&stays);
+    });
+}
+
+#[test]
+fn a_renamed_interface_stays_guarded_and_keeps_its_counts() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pod = world.add_pod(PodLink::Bridged);
+        let _agent = world.start_agent(backend);
+        send_ipv4(&pod.netns, METADATA, &[packets::udp(pod.address, METADATA, b"counted")]).unwrap();
+        world.status_when("it is counted", |status| status.total.denied.packets == 1);
+
+        let old = &pod.host_ifname;
+        world.node.ip(&format!("link set {old} down\nlink set {old} name renamed0\nlink set renamed0 up"));
+
+        let status = world.status_when("the new name is there", |status| status.find("renamed0").is_some());
+        assert!(status.find(old).is_none());
+        let renamed = status.interface("renamed0");
+        assert_eq!((renamed.ifindex, renamed.counts.denied.packets), (pod.host_ifindex, 1));
+        assert_eq!(renamed.guard.as_deref(), Some(backend.name()));
+        world.assert_blocked(&pod);
+    });
+}
+
+#[test]
+fn every_interface_has_its_role_and_only_pods_are_guarded() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        // Both ends in the node's own namespace: no pod's.
+        world.node.ip("link add inner0 type veth peer name inner1\nlink set inner0 up\nlink set inner1 up");
+        let pods = LINKS.map(|link| world.add_pod(link));
+        let _agent = world.start_agent(backend);
+
+        let status = world.status();
+        for pod in &pods {
+            assert_eq!(status.interface(&pod.host_ifname).role, "pod");
+        }
+        let others = [
+            ("lo", "loopback"),
+            (World::UPLINK, "uplink"),
+            (World::BRIDGE, "bridge"),
+            ("inner0", "other"),
+            ("inner1", "other"),
+        ];
+        for (name, role) in others {
+            let interface = status.interface(name);
+            assert_eq!((interface.role.as_str(), interface.guard.as_deref()), (role, None), "{name}");
+            assert_eq!(interface.first, None, "{name}");
+            assert_eq!(hook::programs(&world.node, name), [], "{name}");
+            assert!(!hook::has_clsact(&world.node, name), "{name}");
+        }
+    });
+}
+
+#[test]
+fn an_excluded_interface_is_left_alone() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let [excluded, guarded] = LINKS.map(|link| world.add_pod(link));
+        let glob = format!("{}*", &excluded.host_ifname[..8]);
+        assert!(!guarded.host_ifname.starts_with(&glob[..8]));
+        let config = format!("[interfaces]\nexclude = [\"{glob}\"]");
+        let _agent = world.agent().backend(backend).config(&config).spawn_ready();
+
+        world.assert_open(&excluded);
+        world.assert_blocked(&guarded);
+        let status = world.status();
+        let interface = status.interface(&excluded.host_ifname);
+        assert_eq!((interface.role.as_str(), interface.guard.as_deref()), ("excluded", None));
+        assert_eq!(hook::programs(&world.node, &excluded.host_ifname), []);
+        assert_eq!(status.state, "enforcing");
+    });
+}
+
+#[test]
+fn what_the_next_agent_excludes_is_freed() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let [excluded, guarded] = LINKS.map(|link| world.add_pod(link));
+        let agent = world.start_agent(backend);
+        world.assert_blocked(&excluded);
+        assert!(agent.terminate().success());
+
+        let config = format!("[interfaces]\nexclude = [\"{}\"]", excluded.host_ifname);
+        let _agent = world.agent().backend(backend).config(&config).spawn_ready();
+        world.assert_open(&excluded);
+        world.assert_blocked(&guarded);
+        assert_eq!(hook::programs(&world.node, &excluded.host_ifname), []);
+        assert!(!link_pin(&world, &excluded).exists());
+    });
+}
+
+#[test]
+fn an_included_interface_is_guarded_whatever_it_is() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        world.node.ip("link add inner0 type veth peer name inner1\nlink set inner0 up\nlink set inner1 up");
+        let config = "[interfaces]\ninclude = [\"inner?\"]\nexclude = [\"inner1\"]";
+        let _agent = world.agent().backend(backend).config(config).spawn_ready();
+
+        let status = world.status();
+        let (included, excluded) = (status.interface("inner0"), status.interface("inner1"));
+        assert_eq!((included.role.as_str(), included.guard.as_deref()), ("pod", Some(backend.name())));
+        assert_eq!((excluded.role.as_str(), excluded.guard.as_deref()), ("excluded", None));
+        assert!(hook::programs(&world.node, "inner0").iter().all(hook::Attached::is_ours));
+        assert_eq!(hook::programs(&world.node, "inner1"), []);
+    });
+}

@@ -1,0 +1,175 @@
+//! The harness itself, without an agent: what the other tests take for granted.
+
+use std::{
+    net::Ipv4Addr,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
+};
+
+use imds_tests::{
+    METADATA, Netns, PodLink, SERVICE, World,
+    flood::Flood,
+    poll::poll_until,
+    probe::{LONG, SHORT, http_get, icmp_echo, reachable, udp_echo},
+};
+
+#[track_caller]
+fn assert_reaches_everything(netns: &Netns) {
+    for address in [METADATA, SERVICE] {
+        assert!(reachable(netns, address), "HTTP at {address}");
+        assert!(udp_echo(netns, address, LONG).is_answer(), "UDP at {address}");
+        assert!(icmp_echo(netns, address, LONG).is_answer(), "ICMP at {address}");
+    }
+}
+
+#[test]
+fn a_routed_pod_reaches_the_metadata_service_and_others() {
+    let world = World::new();
+    assert_reaches_everything(&world.add_pod(PodLink::Routed).netns);
+}
+
+#[test]
+fn a_bridged_pod_reaches_the_metadata_service_and_others() {
+    let world = World::new();
+    assert_reaches_everything(&world.add_pod(PodLink::Bridged).netns);
+}
+
+#[test]
+fn the_node_reaches_the_metadata_service_and_others() {
+    assert_reaches_everything(&World::new().node);
+}
+
+#[test]
+fn pods_reach_each_other() {
+    let world = World::new();
+    let pods = [PodLink::Routed, PodLink::Bridged, PodLink::Routed, PodLink::Bridged]
+        .map(|link| world.add_pod(link));
+    for from in &pods {
+        for to in &pods {
+            assert!(
+                icmp_echo(&from.netns, to.address, LONG).is_answer(),
+                "{} to {}",
+                from.address,
+                to.address
+            );
+        }
+    }
+}
+
+#[test]
+fn nobody_answers_where_nobody_is() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let nobody = Ipv4Addr::new(203, 0, 113, 1);
+    assert!(!http_get(&pod.netns, nobody, SHORT).is_answer());
+    assert!(!udp_echo(&pod.netns, nobody, SHORT).is_answer());
+    assert!(!icmp_echo(&pod.netns, nobody, SHORT).is_answer());
+}
+
+#[test]
+fn arrivals_are_counted_by_source() {
+    let world = World::new();
+    let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
+    assert_eq!(world.arrivals().total(), 0);
+
+    for (pod, pings) in pods.iter().zip([3, 2]) {
+        for _ in 0..pings {
+            assert!(icmp_echo(&pod.netns, METADATA, LONG).is_answer());
+        }
+        assert!(icmp_echo(&pod.netns, SERVICE, LONG).is_answer());
+    }
+    assert!(icmp_echo(&world.node, METADATA, LONG).is_answer());
+
+    let arrivals = world.arrivals();
+    assert_eq!(arrivals.from(pods[0].address), 3);
+    assert_eq!(arrivals.from(pods[1].address), 2);
+    assert_eq!(arrivals.from(world.node_address()), 1);
+    assert_eq!(arrivals.total(), 6);
+}
+
+#[test]
+fn every_packet_sent_before_the_count_is_in_it() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Bridged);
+    let flood = Flood::udp(&pod, METADATA);
+    poll_until(LONG, "10,000 packets", || (flood.sent() > 10_000).then_some(()));
+    let sent = flood.stop();
+
+    let arrived = world.arrivals();
+    // A CPU's backlog drops what it has no room for.
+    assert!(arrived.total() > sent / 2, "{} of {sent} arrived", arrived.total());
+    assert_eq!(arrived, world.arrivals());
+}
+
+#[test]
+fn a_flood_of_connection_requests_arrives_and_the_server_survives_it() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let flood = Flood::syn(&pod, METADATA);
+    poll_until(LONG, "10,000 packets to arrive", || (world.arrivals().total() > 10_000).then_some(()));
+    assert!(flood.stop() > 0);
+    assert!(reachable(&pod.netns, METADATA));
+}
+
+#[test]
+fn a_deleted_pod_leaves_no_interface_and_its_processes_die() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let path = pod.netns.path();
+    let device = world.node.run(|| nix::net::if_::if_nametoindex(pod.host_ifname.as_str())).unwrap();
+    assert_eq!(device, pod.host_ifindex);
+    let mut process = pod.netns.command("sleep").arg("1000").spawn().unwrap();
+
+    let name = pod.host_ifname.clone();
+    pod.delete();
+
+    assert!(!path.exists());
+    assert!(world.node.run(|| nix::net::if_::if_nametoindex(name.as_str())).is_err());
+    assert!(!process.wait().unwrap().success());
+}
+
+fn traces(world: &World) -> [PathBuf; 4] {
+    [world.node.path(), world.fabric.path(), world.pin_dir().into(), world.scratch_dir().into()]
+}
+
+#[test]
+fn nothing_of_a_dropped_world_is_left() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Bridged);
+    std::fs::create_dir_all(world.pin_dir().join("links")).unwrap();
+    let (traces, pod_path) = (traces(&world), pod.netns.path());
+    assert!(traces.iter().all(|path| path.exists()) && pod_path.exists());
+
+    drop(world);
+    drop(pod);
+
+    assert!(traces.iter().map(PathBuf::as_path).chain([pod_path.as_path()]).all(|path| !path.exists()));
+}
+
+#[test]
+fn nothing_is_left_of_the_world_of_a_test_that_panics() {
+    let mut left = Vec::new();
+    let result = catch_unwind(AssertUnwindSafe(|| {
+        let world = World::new();
+        let pod = world.add_pod(PodLink::Routed);
+        left.extend(traces(&world));
+        left.push(pod.netns.path());
+        // Also a panic in another namespace is the test's.
+        pod.netns.run(|| panic!("as a failing test would"));
+    }));
+    assert_eq!(result.unwrap_err().downcast_ref(), Some(&"as a failing test would"));
+    assert!(!left.is_empty() && left.iter().all(|path| !path.exists()));
+}
+
+#[test]
+fn the_next_process_sweeps_up_after_one_that_was_killed() {
+    // No process has such an id: it is above the kernel's PID_MAX_LIMIT of 2^22.
+    let name = format!("imds-{}-0-node", (1 << 22) + std::process::id());
+    let path = Path::new("/run/netns").join(&name);
+    let added = std::process::Command::new("ip").args(["netns", "add", &name]).status().unwrap();
+    assert!(added.success());
+    let executable = std::env::current_exe().unwrap();
+    let swept = std::process::Command::new(executable).arg("the_node_reaches").output().unwrap();
+    assert!(swept.status.success(), "{swept:?}");
+    assert!(!path.exists());
+}

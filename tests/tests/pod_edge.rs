@@ -1,0 +1,188 @@
+//! The pod edge: no packet of a pod reaches the metadata service, and nothing else is touched.
+
+use imds_tests::{
+    METADATA, Pod, PodLink, SERVICE, Status, World, packets,
+    probe::{LONG, SHORT, connect, http_exchange, reachable, send_ipv4},
+    with_each_backend,
+};
+
+const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
+
+fn denied(status: &Status, pod: &Pod) -> u64 {
+    status.interface(&pod.host_ifname).counts.denied.packets
+}
+
+#[test]
+fn pods_are_blocked_and_nothing_else_is_until_unload() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pods = LINKS.map(|link| world.add_pod(link));
+        for pod in &pods {
+            world.assert_open(pod);
+        }
+
+        let agent = world.start_agent(backend);
+        for pod in &pods {
+            world.assert_blocked(pod);
+            world.assert_harmless(pod);
+        }
+        let status = world.status();
+        assert_eq!((status.state.as_str(), status.mode.as_deref()), ("enforcing", Some("enforce")));
+        assert_eq!(status.endpoints, [METADATA.to_string()]);
+        for pod in &pods {
+            let interface = status.interface(&pod.host_ifname);
+            assert_eq!(interface.ifindex, pod.host_ifindex);
+            assert_eq!(interface.guard.as_deref(), Some(backend.name()));
+            assert_eq!(interface.first, Some(true));
+            assert!(interface.counts.denied.packets > 0);
+        }
+
+        assert!(agent.terminate().success());
+        for pod in &pods {
+            world.assert_blocked(pod);
+        }
+        world.unload();
+        for pod in &pods {
+            world.assert_open(pod);
+        }
+    });
+}
+
+#[test]
+fn a_denied_packet_is_counted_once_with_its_bytes_on_its_own_interface() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pods = LINKS.map(|link| world.add_pod(link));
+        let _agent = world.start_agent(backend);
+
+        let packet = packets::udp(pods[0].address, METADATA, b"five!");
+        let frame_length = u64::try_from(packets::frame(&pods[0], &packet).len()).unwrap();
+        world.assert_nothing_arrives(|| send_ipv4(&pods[0].netns, METADATA, &vec![packet; 7]).unwrap());
+        send_ipv4(&pods[1].netns, SERVICE, &[packets::udp(pods[1].address, SERVICE, b"five!")]).unwrap();
+
+        let status = world.status();
+        let counts = status.interface(&pods[0].host_ifname).counts;
+        assert_eq!((counts.denied.packets, counts.denied.bytes), (7, 7 * frame_length));
+        assert_eq!((counts.audited.packets, counts.allowed.packets), (0, 0));
+        assert_eq!(status.interface(&pods[1].host_ifname).counts, imds_tests::status::Counts::default());
+        assert_eq!(status.total, counts);
+    });
+}
+
+#[test]
+fn audit_mode_counts_and_lets_pass() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pods = LINKS.map(|link| world.add_pod(link));
+        let _agent = world.agent().backend(backend).config("mode = \"audit\"").spawn_ready();
+        for pod in &pods {
+            world.assert_open(pod);
+        }
+
+        let status = world.status();
+        assert_eq!((status.state.as_str(), status.mode.as_deref()), ("auditing", Some("audit")));
+        for pod in &pods {
+            let counts = status.interface(&pod.host_ifname).counts;
+            assert!(counts.audited.packets > 0 && counts.audited.bytes > 0);
+            assert_eq!((counts.denied.packets, counts.allowed.packets), (0, 0));
+        }
+    });
+}
+
+#[test]
+fn off_mode_lets_pass() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pods = LINKS.map(|link| world.add_pod(link));
+        let _agent = world.agent().backend(backend).config("mode = \"off\"").spawn_ready();
+        for pod in &pods {
+            world.assert_open(pod);
+        }
+
+        let status = world.status();
+        assert_eq!((status.state.as_str(), status.mode.as_deref()), ("off", Some("off")));
+        for pod in &pods {
+            let counts = status.interface(&pod.host_ifname).counts;
+            assert!(counts.allowed.packets > 0);
+            assert_eq!((counts.denied.packets, counts.audited.packets), (0, 0));
+        }
+    });
+}
+
+#[test]
+fn the_mode_changes_with_the_next_agent() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    for (mode, is_blocked) in [("audit", false), ("enforce", true), ("off", false), ("enforce", true)] {
+        let agent = world.agent().config(&format!("mode = \"{mode}\"")).spawn_ready();
+        assert_eq!(world.status().mode.as_deref(), Some(mode));
+        if is_blocked {
+            world.assert_blocked(&pod);
+        } else {
+            world.assert_open(&pod);
+        }
+        assert!(agent.terminate().success());
+    }
+}
+
+#[test]
+fn a_connection_that_was_open_before_the_agent_came_is_cut() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pods = LINKS.map(|link| world.add_pod(link));
+        let streams = pods.each_ref().map(|pod| {
+            assert!(reachable(&pod.netns, METADATA));
+            pod.netns.run(|| connect(METADATA, LONG)).unwrap()
+        });
+        let mut of_node = world.node.run(|| connect(METADATA, LONG)).unwrap();
+        let mut elsewhere = pods[0].netns.run(|| connect(SERVICE, LONG)).unwrap();
+
+        let _agent = world.start_agent(backend);
+        for mut stream in streams {
+            world.assert_nothing_arrives(|| http_exchange(&mut stream, SHORT).unwrap_err());
+        }
+        assert!(pods.iter().all(|pod| denied(&world.status(), pod) > 0));
+        http_exchange(&mut of_node, LONG).unwrap();
+        http_exchange(&mut elsewhere, LONG).unwrap();
+    });
+}
+
+#[test]
+fn one_run_protects_without_a_process_that_stays() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pods = LINKS.map(|link| world.add_pod(link));
+        let output = world.agent().backend(backend).once();
+        assert!(output.status.success(), "{output:?}");
+
+        let status = world.status();
+        assert!(!status.agent.running && status.problems.is_empty(), "{status:#?}");
+        assert_eq!(status.state, "enforcing");
+        for pod in &pods {
+            world.assert_blocked(pod);
+            world.assert_harmless(pod);
+        }
+    });
+}
+
+#[test]
+fn the_status_command_tells_by_its_exit_code_whether_all_is_enforced() {
+    let world = World::new();
+    let _pod = world.add_pod(PodLink::Routed);
+    let code = || world.imds_agent(&["status"]).output().status.code();
+    assert_eq!((code(), world.status().state.as_str()), (Some(3), "unloaded"));
+    let agent = world.agent().spawn_ready();
+    assert_eq!((code(), world.status().state.as_str()), (Some(0), "enforcing"));
+
+    agent.kill9();
+    let late = world.add_pod(PodLink::Routed);
+    assert_eq!((code(), world.status().state.as_str()), (Some(3), "degraded"));
+    let problems = world.status().problems;
+    let problem = problems.iter().find(|problem| problem.interface.as_ref() == Some(&late.host_ifname));
+    let problem = problem.unwrap_or_else(|| panic!("{problems:#?}"));
+    assert!(!problem.problem.is_empty() && !problem.remedy.is_empty());
+
+    let _agent = world.agent().spawn_ready();
+    assert_eq!((code(), world.status().state.as_str()), (Some(0), "enforcing"));
+    world.assert_blocked(&late);
+}

@@ -1,0 +1,206 @@
+//! What the agent can't do it says in one line that names the subject, and leaves nothing behind.
+
+use std::{
+    fs, io,
+    os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
+    path::Path,
+    process::{Command, Output},
+};
+
+use imds_tests::{AgentCommand, PodLink, World, hook, output};
+
+/// One world with a pod, in which an agent is refused.
+struct Refusal {
+    world: World,
+    pod: imds_tests::Pod,
+}
+
+impl Refusal {
+    fn new() -> Self {
+        let world = World::new();
+        let pod = world.add_pod(PodLink::Routed);
+        Self { world, pod }
+    }
+
+    fn agent(&self) -> AgentCommand<'_> {
+        self.world.agent()
+    }
+
+    /// `output` is of an agent that failed with this code and one line that contains all `subjects`, and left nothing.
+    #[track_caller]
+    fn assert(&self, output: &Output, code: i32, subjects: &[&str]) {
+        assert_line(output, code, subjects);
+        assert!(!self.world.pin_dir().exists(), "{}", self.world.pin_dir().display());
+        assert_eq!(hook::programs(&self.world.node, &self.pod.host_ifname), []);
+        assert!(!hook::has_clsact(&self.world.node, &self.pod.host_ifname));
+    }
+}
+
+#[track_caller]
+fn assert_line(output: &Output, code: i32, subjects: &[&str]) {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    assert!(stderr.starts_with("imds-agent: "), "{stderr}");
+    for subject in subjects {
+        assert!(stderr.contains(subject), "{subject:?} is not in: {stderr}");
+    }
+}
+
+/// The same command, run by `wrapper`.
+fn wrapped(world: &World, wrapper: &[&str], agent: &AgentCommand<'_>) -> Command {
+    let inner = agent.command();
+    let mut command = world.node.command(wrapper[0]);
+    command.args(&wrapper[1..]).arg(inner.get_program()).args(inner.get_args());
+    command
+}
+
+#[test]
+fn a_user_who_is_not_root() {
+    let refusal = Refusal::new();
+    let inner = refusal.agent().command();
+    // Where nobody can get at it.
+    let copy = refusal.world.scratch_dir().join("imds-agent");
+    fs::copy(inner.get_program(), &copy).unwrap();
+    fs::set_permissions(refusal.world.scratch_dir(), fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = refusal.world.node.command("setpriv");
+    command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(copy).args(inner.get_args());
+    refusal.assert(&output(command), 1, &["CAP_BPF", "CAP_NET_ADMIN"]);
+}
+
+#[test]
+fn a_root_without_the_capabilities() {
+    // CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON (capabilities(7)).
+    let cases = [
+        ("-net_admin", "CAP_NET_ADMIN"),
+        ("-bpf,-sys_admin", "CAP_BPF"),
+        ("-perfmon,-sys_admin", "CAP_PERFMON"),
+    ];
+    let refusal = Refusal::new();
+    for (dropped, name) in cases {
+        let wrapper = ["setpriv", &format!("--bounding-set={dropped}"), &format!("--inh-caps={dropped}")];
+        refusal.assert(&output(wrapped(&refusal.world, &wrapper, &refusal.agent())), 1, &[name]);
+    }
+}
+
+#[test]
+fn a_pin_directory_that_is_on_no_bpffs() {
+    let refusal = Refusal::new();
+    let path = refusal.world.scratch_dir().join("pins");
+    let agent = refusal.agent().pin_dir(&path);
+    refusal.assert(&agent.output(), 1, &[path.to_str().unwrap(), "bpffs"]);
+    assert!(!path.exists());
+}
+
+/// Makes bpf(2) fail with `errno` in a process that is about to be executed.
+fn refuse_bpf(errno: i32) -> io::Result<()> {
+    const fn statement(code: u32, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
+        #[expect(clippy::cast_possible_truncation, reason = "codes are 16 bits, the constants are not")]
+        let code = code as u16;
+        libc::sock_filter { code, jt, jf, k }
+    }
+    let bpf = u32::try_from(libc::SYS_bpf).map_err(io::Error::other)?;
+    let mut filter = [
+        // The first field of struct seccomp_data is the number of the system call.
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, bpf, 0, 1),
+        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | errno.cast_unsigned(), 0, 0),
+        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0, 0),
+    ];
+    let program = libc::sock_fprog { len: 4, filter: filter.as_mut_ptr() };
+    // SAFETY: the program and its filter outlive the call, which copies them.
+    let result = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[test]
+fn a_kernel_without_bpf_or_one_that_refuses_it() {
+    let refusal = Refusal::new();
+    for errno in [libc::ENOSYS, libc::EPERM] {
+        let mut command = refusal.agent().command();
+        // SAFETY: between fork and exec it makes one system call, and allocates nothing.
+        unsafe { command.pre_exec(move || refuse_bpf(errno)) };
+        refusal.assert(&output(command), 1, &["kernel"]);
+    }
+}
+
+#[test]
+fn a_second_agent_on_the_same_pin_directory() {
+    let refusal = Refusal::new();
+    let mut first = refusal.agent().spawn_ready();
+    assert_line(
+        &refusal.agent().output(),
+        1,
+        &[&first.pid().to_string(), refusal.world.pin_dir().to_str().unwrap()],
+    );
+    assert_line(&refusal.agent().once(), 1, &[&first.pid().to_string()]);
+    first.wait_ready();
+    refusal.world.assert_blocked(&refusal.pod);
+}
+
+#[test]
+fn two_agents_with_their_own_pin_directories_are_no_trouble() {
+    let [one, other] = [Refusal::new(), Refusal::new()];
+    let _agents = [one.agent().spawn_ready(), other.agent().spawn_ready()];
+    one.world.assert_blocked(&one.pod);
+    other.world.assert_blocked(&other.pod);
+}
+
+#[test]
+fn a_configuration_that_can_not_be_read() {
+    let refusal = Refusal::new();
+    let missing = refusal.world.scratch_dir().join("missing.toml");
+    for path in [missing.as_path(), refusal.world.scratch_dir(), Path::new("/dev/null/config.toml")] {
+        let path = path.to_str().unwrap();
+        refusal.assert(&refusal.agent().args(&["--config", path]).output(), 2, &[path]);
+    }
+}
+
+#[test]
+fn a_configuration_that_is_wrong() {
+    let cases: [(&str, &[&str]); 9] = [
+        ("mode = \"enforce\"\nmodus = \"audit\"", &[":2:", "modus"]),
+        ("[interfaces]\n\nexcluded = []", &[":3:", "excluded"]),
+        ("mode = \"observe\"", &[":1:", "observe"]),
+        ("mode = 1", &[":1:"]),
+        ("mode = \"audit\"\nmode = \"off\"", &[":2:", "mode"]),
+        ("mode = \"audit", &[":1:"]),
+        ("= [", &[":1:"]),
+        ("[interfaces]\nexclude = [\"veth[\"]", &[":2:", "veth["]),
+        ("[interfaces]\ninclude = \"veth*\"", &[":2:"]),
+    ];
+    let refusal = Refusal::new();
+    for (config, subjects) in cases {
+        refusal.assert(&refusal.agent().config(config).output(), 2, &[&[".toml"], subjects].concat());
+    }
+}
+
+#[test]
+fn a_wrong_configuration_changes_nothing_of_what_is_in_force() {
+    let refusal = Refusal::new();
+    refusal.agent().spawn_ready().kill9();
+    let before = hook::programs(&refusal.world.node, &refusal.pod.host_ifname);
+    assert_line(&refusal.agent().config("mode = \"of\"").output(), 2, &["of"]);
+    assert_eq!(hook::programs(&refusal.world.node, &refusal.pod.host_ifname), before);
+    refusal.world.assert_blocked(&refusal.pod);
+    assert_eq!(refusal.world.status().mode.as_deref(), Some("enforce"));
+}
+
+#[test]
+fn a_wrong_command_line() {
+    let refusal = Refusal::new();
+    let cases: [&[&str]; 6] = [
+        &[],
+        &["start"],
+        &["run", "--fast"],
+        &["run", "--tc-backend", "xdp"],
+        &["run", "--resync", "soon"],
+        &["status", "-o", "xml"],
+    ];
+    for args in cases {
+        let output = refusal.world.imds_agent(args).output();
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {output:?}");
+        assert!(!output.stderr.is_empty() && output.stdout.is_empty(), "{args:?}: {output:?}");
+    }
+    assert!(!refusal.world.pin_dir().exists());
+}

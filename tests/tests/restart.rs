@@ -1,0 +1,168 @@
+//! Enforcement outlives the agent, and the next agent takes over without a gap.
+
+use std::time::{Duration, Instant};
+
+use imds_tests::{
+    Backend, METADATA, Pod, PodLink, World,
+    flood::Flood,
+    hook::{self, Attached},
+    poll::poll_until,
+    probe::LONG,
+    with_each_backend,
+};
+
+const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
+
+fn programs_of(world: &World, pod: &Pod) -> Vec<Attached> {
+    hook::programs(&world.node, &pod.host_ifname)
+}
+
+#[test]
+fn enforcement_outlives_an_agent_that_is_killed() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pods = LINKS.map(|link| world.add_pod(link));
+        world.start_agent(backend).kill9();
+        let status = world.status();
+        assert!(!status.agent.running);
+        assert_eq!((status.agent.pid, status.state.as_str()), (None, "enforcing"));
+        for pod in &pods {
+            world.assert_blocked(pod);
+            world.assert_harmless(pod);
+        }
+    });
+}
+
+#[test]
+fn enforcement_outlives_an_agent_that_is_told_to_end() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pods = LINKS.map(|link| world.add_pod(link));
+        assert!(world.start_agent(backend).terminate().success());
+        for pod in &pods {
+            world.assert_blocked(pod);
+        }
+    });
+}
+
+#[test]
+fn the_next_agent_goes_on_counting_and_replaces_the_programs() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pods = LINKS.map(|link| world.add_pod(link));
+        world.start_agent(backend).kill9();
+        for pod in &pods {
+            world.assert_blocked(pod);
+        }
+        let before = world.status();
+        let programs_before = pods.each_ref().map(|pod| programs_of(&world, pod));
+        assert!(before.total.denied.packets > 0);
+
+        let _agent = world.start_agent(backend);
+        let after = world.status();
+        assert_eq!(after.total.denied, before.total.denied);
+        for (pod, programs_before) in pods.iter().zip(programs_before) {
+            let name = pod.host_ifname.as_str();
+            assert_eq!(after.interface(name).counts, before.interface(name).counts);
+            let programs_after = programs_of(&world, pod);
+            assert_eq!((programs_before.len(), programs_after.len()), (1, 1));
+            assert!(programs_after[0].is_ours());
+            assert_ne!(programs_after[0].id, programs_before[0].id);
+            let old = programs_before[0].id;
+            poll_until(LONG, "the old program to go", || (!hook::program_exists(old)).then_some(()));
+
+            world.assert_blocked(pod);
+            let denied = world.status().interface(name).counts.denied.packets;
+            assert!(denied > before.interface(name).counts.denied.packets);
+        }
+    });
+}
+
+/// Each of the pods floods the metadata service: what the guard withstands has to arrive without it.
+fn flood(pods: &[Pod; 2]) -> [Flood; 2] {
+    [Flood::udp(&pods[0], METADATA), Flood::syn(&pods[1], METADATA)]
+}
+
+#[track_caller]
+fn assert_flood_arrives(world: &World, pods: &[Pod; 2]) {
+    let before = world.arrivals();
+    let floods = flood(pods);
+    poll_until(LONG, "1,000 packets to arrive from each pod", || {
+        let now = world.arrivals();
+        pods.iter().all(|pod| now.from(pod.address) >= before.from(pod.address) + 1000).then_some(())
+    });
+    drop(floods);
+}
+
+fn flood_while_agents_are_killed_and_started(backend: Backend) {
+    const RESTARTS: u32 = 20;
+    const DURATION: Duration = Duration::from_secs(10);
+
+    let world = World::new();
+    let pods = LINKS.map(|link| world.add_pod(link));
+    assert_flood_arrives(&world, &pods);
+
+    let mut agent = world.start_agent(backend);
+    let mut denied = world.status().total.denied.packets;
+    let before = world.arrivals();
+    let start = Instant::now();
+    let floods = flood(&pods);
+    let mut restarts = 0;
+    while restarts < RESTARTS || start.elapsed() < DURATION {
+        agent.kill9();
+        agent = world.start_agent(backend);
+        restarts += 1;
+        let now = world.status().total.denied.packets;
+        assert!(now > denied, "the count went from {denied} to {now} at restart {restarts}");
+        denied = now;
+    }
+    let sent: u64 = floods.into_iter().map(Flood::stop).sum();
+    assert_eq!(world.arrivals(), before, "of {sent} packets during {restarts} restarts");
+    assert!(sent > 100_000, "{sent} packets are no flood");
+    // Each packet was counted at most once; the kernel may drop some on the way to the hook.
+    let denied = world.status().total.denied.packets;
+    assert!(denied <= sent && denied > sent / 2, "{denied} of {sent} counted");
+
+    drop(agent);
+    world.unload();
+    assert_flood_arrives(&world, &pods);
+}
+
+#[test]
+fn no_packet_of_a_flood_passes_while_tcx_agents_are_killed_and_started() {
+    flood_while_agents_are_killed_and_started(Backend::Tcx);
+}
+
+#[test]
+fn no_packet_of_a_flood_passes_while_clsact_agents_are_killed_and_started() {
+    flood_while_agents_are_killed_and_started(Backend::Clsact);
+}
+
+#[test]
+fn no_packet_of_a_flood_passes_while_the_way_of_attaching_changes() {
+    let world = World::new();
+    let pods = LINKS.map(|link| world.add_pod(link));
+    assert_flood_arrives(&world, &pods);
+    let mut agent = world.start_agent(Backend::Tcx);
+    let before = world.arrivals();
+    let floods = flood(&pods);
+    for backend in [Backend::Clsact, Backend::Tcx].repeat(3) {
+        agent.kill9();
+        agent = world.start_agent(backend);
+        let status = world.status();
+        for pod in &pods {
+            let interface = status.interface(&pod.host_ifname);
+            assert_eq!(interface.guard.as_deref(), Some(backend.name()));
+            let (tcx, filters) =
+                (hook::tcx(&world.node, &pod.host_ifname), hook::filters(&world.node, &pod.host_ifname));
+            let expected = if backend == Backend::Tcx { (1, 0) } else { (0, 1) };
+            assert_eq!((tcx.len(), filters.len()), expected, "with {}", backend.name());
+            assert_eq!(hook::has_clsact(&world.node, &pod.host_ifname), backend == Backend::Clsact);
+        }
+    }
+    let sent: u64 = floods.into_iter().map(Flood::stop).sum();
+    assert_eq!(world.arrivals(), before, "of {sent} packets");
+    drop(agent);
+    world.unload();
+    assert_flood_arrives(&world, &pods);
+}

@@ -1,0 +1,133 @@
+//! `unload` leaves nothing of ours, and all that is somebody else's.
+
+use std::fs;
+
+use imds_tests::{
+    Pod, PodLink, World,
+    foreign::{Foreign, TC_ACT_OK},
+    hook::{self, run_tc},
+    poll::poll_until,
+    probe::LONG,
+    with_each_backend,
+};
+
+const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
+const MAPS: [&str; 3] = ["maps/imds_policy", "maps/imds_counters", "maps/imds_interfaces"];
+
+fn our_programs(world: &World, pods: &[Pod]) -> Vec<u32> {
+    let attached = pods.iter().flat_map(|pod| hook::programs(&world.node, &pod.host_ifname));
+    let mut ids: Vec<_> = attached.filter(hook::Attached::is_ours).map(|program| program.id).collect();
+    for program in fs::read_dir(world.pin_dir().join("progs")).unwrap() {
+        ids.push(hook::pinned_program(&program.unwrap().path()));
+    }
+    ids
+}
+
+#[test]
+fn nothing_is_left() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pods = LINKS.map(|link| world.add_pod(link));
+        world.start_agent(backend).kill9();
+        let programs = our_programs(&world, &pods);
+        assert!(programs.len() >= 4, "one a pod and two pins: {programs:?}");
+        let maps = MAPS.map(|map| hook::pinned_map(&world.pin_dir().join(map)));
+
+        world.unload();
+
+        assert!(!world.pin_dir().exists());
+        for pod in &pods {
+            assert_eq!(hook::programs(&world.node, &pod.host_ifname), []);
+            assert!(!hook::has_clsact(&world.node, &pod.host_ifname));
+            world.assert_open(pod);
+        }
+        // The kernel frees after a grace period.
+        poll_until(LONG, "programs and maps to be freed", || {
+            let programs_left = programs.iter().any(|id| hook::program_exists(*id));
+            let maps_left = maps.iter().any(|id| hook::map_exists(*id));
+            (!programs_left && !maps_left).then_some(())
+        });
+        assert_eq!(world.status().state, "unloaded");
+    });
+}
+
+#[test]
+fn unloading_what_is_not_loaded_is_no_failure() {
+    let world = World::new();
+    world.unload();
+    world.agent().once();
+    world.unload();
+    world.unload();
+    assert!(!world.pin_dir().exists());
+}
+
+#[test]
+fn a_clsact_qdisc_that_was_there_before_stays_with_its_filters() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pods = LINKS.map(|link| world.add_pod(link));
+        for pod in &pods {
+            run_tc(&world.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
+        }
+        let with_filter = &pods[0].host_ifname;
+        Foreign::returning(TC_ACT_OK).attach_filter(&world.node, with_filter, 7);
+        let theirs = hook::filters(&world.node, with_filter);
+        world.start_agent(backend).kill9();
+        world.assert_blocked(&pods[0]);
+
+        world.unload();
+        assert!(pods.iter().all(|pod| hook::has_clsact(&world.node, &pod.host_ifname)));
+        assert_eq!(hook::programs(&world.node, with_filter), theirs);
+        assert_eq!(hook::programs(&world.node, &pods[1].host_ifname), []);
+    });
+}
+
+#[test]
+fn a_filter_that_somebody_added_to_our_qdisc_stays() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    world.start_agent(imds_tests::Backend::Clsact).kill9();
+    Foreign::returning(TC_ACT_OK).attach_filter(&world.node, &pod.host_ifname, 7);
+    world.unload();
+    let left = hook::filters(&world.node, &pod.host_ifname);
+    assert_eq!(left.iter().map(hook::Attached::is_ours).collect::<Vec<_>>(), [false]);
+}
+
+#[test]
+fn somebody_elses_tcx_program_stays() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Bridged);
+    let _link = Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex);
+    let theirs = hook::tcx(&world.node, &pod.host_ifname);
+    world.start_agent(imds_tests::Backend::Tcx).kill9();
+    world.unload();
+    assert_eq!(hook::tcx(&world.node, &pod.host_ifname), theirs);
+}
+
+#[test]
+fn it_is_refused_while_an_agent_runs() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pod = world.add_pod(PodLink::Routed);
+        let mut agent = world.start_agent(backend);
+
+        let output = world.imds_agent(&["unload"]).output();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        assert!(stderr.contains(&agent.pid().to_string()), "{stderr}");
+        agent.wait_ready();
+        world.assert_blocked(&pod);
+    });
+}
+
+#[test]
+fn a_world_without_its_pods_is_unloaded_too() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pod = world.add_pod(PodLink::Routed);
+        world.start_agent(backend).kill9();
+        pod.delete();
+        world.unload();
+        assert!(!world.pin_dir().exists());
+    });
+}
