@@ -150,13 +150,20 @@ impl TryFrom<Vec<String>> for Globs {
 }
 
 fn parse_error(error: &toml::de::Error, text: &str, path: &Path) -> ConfigError {
-    let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+    let span = error.span().unwrap_or_default();
+    let before = text.get(..span.start).unwrap_or_default();
+    let there = text.get(span).unwrap_or_default();
     let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+    let message = error.message().lines().collect::<Vec<_>>().join("; ");
     ConfigError::Parse {
         path: path.to_owned(),
         line: before.matches('\n').count() + 1,
         column: before[line_start..].chars().count() + 1,
-        message: error.message().lines().collect::<Vec<_>>().join("; "),
+        message: if there.is_empty() || there.contains('\n') || message.contains(there) {
+            message
+        } else {
+            format!("{message}: {there}")
+        },
     }
 }
 

@@ -72,7 +72,7 @@ impl Guard {
             self.see(link).await;
         }
         self.settled = true;
-        Ok(())
+        self.datapath.announce_ready()
     }
 
     /// Takes in one piece of news.

@@ -18,7 +18,7 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 pub enum PreflightError {
     /// The process lacks capabilities.
-    #[error("missing {}: run as root, or grant CAP_BPF and CAP_NET_ADMIN", .0.join(" and "))]
+    #[error("missing {}: run as root, or grant CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN", .0.join(" and "))]
     Capabilities(Vec<&'static str>),
     /// The kernel lacks a feature.
     #[error(
@@ -41,9 +41,12 @@ pub enum PreflightError {
 pub fn check_capabilities() -> Result<(), PreflightError> {
     let has = |capability| caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false);
     let mut missing = Vec::new();
-    // CAP_SYS_ADMIN is what bpf(2) asked for before Linux 5.8, and still takes.
-    if !has(Capability::CAP_BPF) && !has(Capability::CAP_SYS_ADMIN) {
-        missing.push("CAP_BPF");
+    // CAP_SYS_ADMIN stands for both (capabilities(7)). Without CAP_PERFMON the verifier follows programs as if they
+    // were an attacker's, and refuses ours (bpf_allow_ptr_leaks and its kin, include/linux/bpf.h).
+    for (capability, name) in [(Capability::CAP_BPF, "CAP_BPF"), (Capability::CAP_PERFMON, "CAP_PERFMON")] {
+        if !has(capability) && !has(Capability::CAP_SYS_ADMIN) {
+            missing.push(name);
+        }
     }
     if !has(Capability::CAP_NET_ADMIN) {
         missing.push("CAP_NET_ADMIN");

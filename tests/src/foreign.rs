@@ -57,6 +57,11 @@ impl Foreign {
         Self { program, pin, _pins: pins }
     }
 
+    /// Where it is pinned.
+    pub fn pin(&self) -> &Path {
+        &self.pin
+    }
+
     /// Attaches it to TCX ingress before all others. It is detached when the link is closed.
     #[must_use]
     pub fn attach_tcx_first(&self, netns: &Netns, ifindex: u32) -> OwnedFd {

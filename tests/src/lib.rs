@@ -15,6 +15,7 @@ pub mod netns;
 pub mod packets;
 pub mod poll;
 pub mod probe;
+pub mod program;
 pub mod status;
 
 mod agent;

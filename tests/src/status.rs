@@ -26,6 +26,7 @@ pub struct Status {
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct AgentProcess {
     pub running: bool,
+    pub ready: bool,
     pub pid: Option<u32>,
 }
 
@@ -95,10 +96,21 @@ impl Status {
         self.total.denied.packets
     }
 
+    /// All that is there is enforced, and no agent runs that would guard what comes.
+    #[track_caller]
+    pub fn assert_lacks_only_an_agent(&self) {
+        assert_eq!((self.agent.running, self.agent.pid, self.state.as_str()), (false, None, "degraded"));
+        let [Problem { interface: None, .. }] = &self.problems[..] else { panic!("{:#?}", self.problems) };
+        assert!(self.interfaces.iter().all(is_guarded_if_a_pods), "{:#?}", self.interfaces);
+    }
+
     /// Whether an agent runs, everything is enforced and every pod's interface is guarded.
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        let guarded = |interface: &Interface| interface.role != "pod" || interface.guard.is_some();
-        self.agent.running && self.problems.is_empty() && self.interfaces.iter().all(guarded)
+        self.agent.ready && self.problems.is_empty() && self.interfaces.iter().all(is_guarded_if_a_pods)
     }
+}
+
+fn is_guarded_if_a_pods(interface: &Interface) -> bool {
+    interface.role != "pod" || interface.guard.is_some()
 }

@@ -15,9 +15,10 @@ fn names(programs: &[Attached]) -> Vec<bool> {
 #[track_caller]
 fn assert_first(world: &World, pod: &Pod) {
     let status = world.status_when("the guard is first", |status| {
-        status.find(&pod.host_ifname).is_some_and(|interface| interface.first == Some(true))
+        let is_first = status.find(&pod.host_ifname).is_some_and(|interface| interface.first == Some(true));
+        is_first && status.problems.is_empty()
     });
-    assert!(status.problems.is_empty(), "{:#?}", status.problems);
+    assert_eq!(status.state, "enforcing");
     assert_eq!(names(&hook::programs(&world.node, &pod.host_ifname)), [true, false]);
     world.assert_blocked(pod);
     world.assert_harmless(pod);

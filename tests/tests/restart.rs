@@ -23,9 +23,7 @@ fn enforcement_outlives_an_agent_that_is_killed() {
         let world = World::new();
         let pods = LINKS.map(|link| world.add_pod(link));
         world.start_agent(backend).kill9();
-        let status = world.status();
-        assert!(!status.agent.running);
-        assert_eq!((status.agent.pid, status.state.as_str()), (None, "enforcing"));
+        world.status().assert_lacks_only_an_agent();
         for pod in &pods {
             world.assert_blocked(pod);
             world.assert_harmless(pod);

@@ -211,6 +211,11 @@ impl Datapath {
         Ok(())
     }
 
+    /// Lets `status` know that every interface was looked at.
+    pub fn announce_ready(&mut self) -> Result<(), DatapathError> {
+        Ok(self.claim.announce_ready()?)
+    }
+
     /// Makes the pin directory whole again, where somebody removed some of it. Returns whether that was so.
     pub fn restore_pins(&mut self) -> Result<bool, DatapathError> {
         let mut missing = self.claim.restore()?;

@@ -157,10 +157,7 @@ impl PinDir {
         self.ensure_bpffs()?;
         let is_new = !self.root.exists();
         self.make_directories()?;
-        match self.lock() {
-            Ok(lock) => Ok(Claim { dir: self.clone(), lock, is_new }),
-            Err(error) => Err(error),
-        }
+        Ok(Claim { dir: self.clone(), lock: self.lock(&self.root)?, ready: None, is_new })
     }
 
     /// Takes the directory for this process alone, if it exists.
@@ -168,21 +165,16 @@ impl PinDir {
         if !self.exists() {
             return Ok(None);
         }
-        Ok(Some(Claim { dir: self.clone(), lock: self.lock()?, is_new: false }))
+        Ok(Some(Claim { dir: self.clone(), lock: self.lock(&self.root)?, ready: None, is_new: false }))
     }
 
-    /// Whether another process holds the directory, and which, where that can be seen.
+    /// The process that holds the directory, if there is one.
     pub fn holder(&self) -> Result<Option<Holder>, PinError> {
-        let directory = match File::open(&self.root) {
-            Ok(directory) => directory,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(io_error("open", &self.root)(error)),
-        };
-        let inode = directory.metadata().map_err(io_error("inspect", &self.root))?.ino();
-        match Flock::lock(directory, FlockArg::LockSharedNonblock) {
-            Ok(_released_on_drop) => Ok(None),
-            Err(_) => Ok(Some(Holder { pid: holder_of(inode) })),
+        if !is_locked(&self.root)? {
+            return Ok(None);
         }
+        let inode = fs::metadata(&self.root).map_err(io_error("inspect", &self.root))?.ino();
+        Ok(Some(Holder { pid: holder_of(inode), is_ready: is_locked(&self.maps())? }))
     }
 
     fn make_directories(&self) -> Result<(), PinError> {
@@ -196,23 +188,19 @@ impl PinDir {
         fs::set_permissions(&self.root, Permissions::from_mode(MODE)).map_err(io_error("protect", &self.root))
     }
 
-    /// Takes the lock of the directory that is at the path then: one that was removed meanwhile is no use.
-    fn lock(&self) -> Result<Flock<File>, PinError> {
+    /// Takes the lock of the directory that is at `path` then: one that was removed meanwhile is no use.
+    fn lock(&self, path: &Path) -> Result<Flock<File>, PinError> {
         let deadline = Instant::now() + LOCK_PATIENCE;
         loop {
-            let directory = File::open(&self.root).map_err(io_error("open", &self.root))?;
-            let inode = directory.metadata().map_err(io_error("inspect", &self.root))?.ino();
+            let directory = File::open(path).map_err(io_error("open", path))?;
+            let inode = directory.metadata().map_err(io_error("inspect", path))?.ino();
             match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) if self.is_at_path(inode) => return Ok(lock),
+                Ok(lock) if is_at(path, inode) => return Ok(lock),
                 Ok(_) => self.make_directories()?,
                 Err(_) if Instant::now() < deadline => thread::sleep(LOCK_RETRY),
                 Err(_) => return Err(PinError::Held { path: self.root.clone(), pid: holder_of(inode) }),
             }
         }
-    }
-
-    fn is_at_path(&self, inode: u64) -> bool {
-        fs::metadata(&self.root).is_ok_and(|metadata| metadata.ino() == inode)
     }
 
     fn ensure_bpffs(&self) -> Result<(), PinError> {
@@ -247,6 +235,8 @@ impl PinDir {
 pub struct Holder {
     /// Its pid, where that can be seen from this pid namespace.
     pub pid: Option<i32>,
+    /// Whether it is through with its first look at every interface.
+    pub is_ready: bool,
 }
 
 /// The pin directory, held by this process until dropped.
@@ -254,6 +244,8 @@ pub struct Holder {
 pub struct Claim {
     dir: PinDir,
     lock: Flock<File>,
+    /// Lock of the maps' directory, which says that the holder is ready: like the other one it can't outlive it.
+    ready: Option<Flock<File>>,
     is_new: bool,
 }
 
@@ -270,18 +262,29 @@ impl Claim {
         self.is_new
     }
 
+    /// Lets `status` know that every interface was looked at.
+    pub fn announce_ready(&mut self) -> Result<(), PinError> {
+        if self.ready.is_none() {
+            self.ready = Some(self.dir.lock(&self.dir.maps())?);
+        }
+        Ok(())
+    }
+
     /// Makes again, and holds again, what somebody removed. Returns whether anything was missing.
     pub fn restore(&mut self) -> Result<bool, PinError> {
-        let held = self.lock.metadata().map_err(io_error("inspect", self.dir.root()))?.ino();
-        let is_whole = self.dir.is_at_path(held)
+        let whole = holds(&self.lock, &self.dir.root)
+            && self.ready.as_ref().is_none_or(|ready| holds(ready, &self.dir.maps()))
             && [self.dir.maps(), self.dir.programs(), self.dir.links()].iter().all(|path| path.is_dir());
-        if is_whole {
+        if whole {
             return Ok(false);
         }
         self.dir.ensure_bpffs()?;
         self.dir.make_directories()?;
-        if !self.dir.is_at_path(held) {
-            self.lock = self.dir.lock()?;
+        if !holds(&self.lock, &self.dir.root) {
+            self.lock = self.dir.lock(&self.dir.root)?;
+        }
+        if self.ready.take().is_some() {
+            self.announce_ready()?;
         }
         Ok(true)
     }
@@ -318,6 +321,25 @@ pub fn unpin(path: &Path) -> Result<(), PinError> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("unpin", path)(error)),
         _ => Ok(()),
     }
+}
+
+/// Whether a lock is that of the directory that is at `path` now.
+fn holds(lock: &Flock<File>, path: &Path) -> bool {
+    lock.metadata().is_ok_and(|metadata| is_at(path, metadata.ino()))
+}
+
+fn is_at(path: &Path, inode: u64) -> bool {
+    fs::metadata(path).is_ok_and(|metadata| metadata.ino() == inode)
+}
+
+/// Whether a process holds the lock of the directory at `path`, if there is one.
+fn is_locked(path: &Path) -> Result<bool, PinError> {
+    let directory = match File::open(path) {
+        Ok(directory) => directory,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(io_error("open", path)(error)),
+    };
+    Ok(Flock::lock(directory, FlockArg::LockSharedNonblock).is_err())
 }
 
 /// The process that holds a flock(2) on an inode, from /proc/locks: `1: FLOCK ADVISORY WRITE PID MAJ:MIN:INODE 0 EOF`.

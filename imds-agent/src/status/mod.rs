@@ -76,6 +76,8 @@ pub enum State {
 pub struct Agent {
     /// Whether one runs.
     pub running: bool,
+    /// Whether it has looked at every interface since it started.
+    pub ready: bool,
     /// Its pid, where that can be seen from here.
     pub pid: Option<i32>,
 }
@@ -117,7 +119,11 @@ pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapath
         version: env!("CARGO_PKG_VERSION"),
         pin_dir: pins.root().to_owned(),
         state: State::Unloaded,
-        agent: Agent { running: holder.is_some(), pid: holder.and_then(|holder| holder.pid) },
+        agent: Agent {
+            running: holder.is_some(),
+            ready: holder.is_some_and(|holder| holder.is_ready),
+            pid: holder.and_then(|holder| holder.pid),
+        },
         mode: None,
         endpoints: Vec::new(),
         interfaces: Vec::new(),

@@ -22,9 +22,10 @@ impl Report {
             return writeln!(text, "nothing is loaded at {}", self.pin_dir.display());
         }
         let endpoints: Vec<_> = self.endpoints.iter().map(ToString::to_string).collect();
+        let word = if self.agent.ready { "running" } else { "starting" };
         let agent = match (self.agent.running, self.agent.pid) {
-            (true, Some(pid)) => format!("running, pid {pid}"),
-            (true, None) => "running".to_owned(),
+            (true, Some(pid)) => format!("{word}, pid {pid}"),
+            (true, None) => word.to_owned(),
             (false, _) => "not running".to_owned(),
         };
         writeln!(text, "state      {}", self.state.name())?;

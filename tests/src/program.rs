@@ -1,0 +1,98 @@
+//! The BPF programs on packets that no network carried: `BPF_PROG_TEST_RUN`.
+
+use std::{path::Path, time::Instant};
+
+use aya::{
+    Ebpf, EbpfLoader, Pod,
+    maps::{Array, MapData, PerCpuHashMap},
+    programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions},
+};
+
+/// The programs of an object, loaded on maps of their own and attached to nothing.
+#[derive(Debug)]
+pub struct Object {
+    ebpf: Ebpf,
+}
+
+impl Object {
+    /// Loads every program of `object`.
+    pub fn load(object: &[u8]) -> Self {
+        let mut ebpf = EbpfLoader::new().load(object).expect("load the object");
+        for (name, program) in ebpf.programs_mut() {
+            let program: &mut SchedClassifier = program.try_into().expect("a TC program");
+            program.load().unwrap_or_else(|error| panic!("load {name}: {error}"));
+        }
+        Self { ebpf }
+    }
+
+    /// One of its programs.
+    pub fn program(&self, name: &str) -> &SchedClassifier {
+        self.ebpf.program(name).expect("a program of this name").try_into().expect("a TC program")
+    }
+
+    /// Sets the only element of an array.
+    pub fn set<V: Pod>(&mut self, map: &str, value: V) {
+        let mut map: Array<&mut MapData, V> =
+            self.ebpf.map_mut(map).expect("a map of this name").try_into().expect("an array of this type");
+        map.set(0, value, 0).expect("write the map");
+    }
+
+    /// The values of a key of a per-CPU hash, one for each CPU; empty where it has none.
+    pub fn per_cpu<K: Pod, V: Pod>(&self, map: &str, key: &K) -> Vec<V> {
+        let map: PerCpuHashMap<&MapData, K, V> =
+            self.ebpf.map(map).expect("a map of this name").try_into().expect("a per-CPU hash of this type");
+        map.get(key, 0).map(|values| values.to_vec()).unwrap_or_default()
+    }
+
+    /// Names of its programs, sorted.
+    pub fn program_names(&self) -> Vec<String> {
+        sorted(self.ebpf.programs().map(|(name, _)| name))
+    }
+
+    /// Names of its maps, sorted.
+    pub fn map_names(&self) -> Vec<String> {
+        sorted(self.ebpf.maps().map(|(name, _)| name))
+    }
+}
+
+fn sorted<'a>(names: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let mut names: Vec<_> = names.map(str::to_owned).collect();
+    names.sort();
+    names
+}
+
+/// The pinned program at `path`.
+pub fn pinned(path: &Path) -> SchedClassifier {
+    SchedClassifier::from_pin(path).expect("open a pinned TC program")
+}
+
+/// What the program returns for `packet`, which must come out of it as it went in.
+pub fn action(program: &SchedClassifier, packet: &[u8]) -> i32 {
+    try_action(program, packet).expect("the kernel takes this packet for a test run")
+}
+
+/// The same, or `None` for a packet that the kernel takes for no test run: it wants an Ethernet header and more, and
+/// newer kernels a whole IP header where the EtherType says IP (`bpf_prog_test_run_skb`).
+pub fn try_action(program: &SchedClassifier, packet: &[u8]) -> Option<i32> {
+    let mut after = vec![0; packet.len() + 64];
+    let options =
+        TestRunOptions { data_in: Some(packet), data_out: Some(&mut after), ..TestRunOptions::default() };
+    let result = match program.test_run(options) {
+        Ok(result) => result,
+        Err(ProgramError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EINVAL) => {
+            return None;
+        }
+        Err(error) => panic!("BPF_PROG_TEST_RUN: {error}"),
+    };
+    assert_eq!(&after[..result.data_size_out as usize], packet, "the program changed the packet");
+    Some(result.return_value.cast_signed())
+}
+
+/// Nanoseconds that one run takes, on average over `repeat` of them. Taken around the call: what the kernel reports is
+/// cut to whole ones, of which a run takes few.
+pub fn nanoseconds(program: &SchedClassifier, packet: &[u8], repeat: u32) -> f64 {
+    let options = TestRunOptions { data_in: Some(packet), repeat, ..TestRunOptions::default() };
+    let start = Instant::now();
+    program.test_run(options).expect("BPF_PROG_TEST_RUN");
+    start.elapsed().as_secs_f64() * 1e9 / f64::from(repeat)
+}

@@ -1,0 +1,245 @@
+//! The programs on hand-made packets: what the kernel's verifier, JIT and helpers make of them, packet for packet the
+//! same as the host's.
+
+use std::cell::Cell;
+
+use etherparse::{EtherType, Ipv4Extensions, Ipv4Header, PacketBuilder, SingleVlanHeader, VlanId, ip_number};
+use imds_agent::datapath::object::OBJECT;
+use imds_ebpf_common::{
+    Counter, CounterKey, Frame, IMDS_IPV4, Mode, Policy, Verdict, judge,
+    names::{MAP_COUNTERS, MAP_POLICY, MAPS, PROG_POD_EDGE, PROG_POD_EDGE_L3, PROGRAMS},
+    packet::MAX_VLAN_TAGS,
+};
+use imds_tests::program::{Object, action, try_action};
+use proptest::{
+    collection::vec,
+    prelude::*,
+    sample::{Index, select},
+    test_runner::{Config, TestRunner},
+};
+
+const TC_ACT_UNSPEC: i32 = -1;
+const TC_ACT_SHOT: i32 = 2;
+const POD: [u8; 4] = [10, 244, 0, 7];
+const OTHER: [u8; 4] = [198, 51, 100, 10];
+const ETHERNET_LEN: usize = 14;
+
+fn object(mode: Mode) -> Object {
+    let mut object = Object::load(OBJECT);
+    object.set(MAP_POLICY, Policy { mode: mode as u32, layout: 0 });
+    object
+}
+
+fn ethernet() -> etherparse::PacketBuilderStep<etherparse::Ethernet2Header> {
+    PacketBuilder::ethernet2([0x02, 0, 0, 0, 0, 1], [0x02, 0, 0, 0, 0, 2])
+}
+
+fn udp(destination: [u8; 4]) -> Vec<u8> {
+    let mut packet = Vec::new();
+    ethernet().ipv4(POD, destination, 64).udp(5353, 53).write(&mut packet, b"payload").unwrap();
+    packet
+}
+
+fn raw(destination: [u8; 4], protocol: u8) -> Vec<u8> {
+    let header = Ipv4Header::new(8, 64, protocol.into(), POD, destination).unwrap();
+    let mut packet = Vec::new();
+    let ip = etherparse::IpHeaders::Ipv4(header, Ipv4Extensions::default());
+    ethernet().ip(ip).write(&mut packet, protocol.into(), &[0; 8]).unwrap();
+    packet
+}
+
+/// `packet` with VLAN tags put behind its addresses.
+fn with_tags(packet: &[u8], tags: &[u16]) -> Vec<u8> {
+    let (macs, rest) = packet.split_at(12);
+    let tags = tags.iter().flat_map(|tpid| [tpid.to_be_bytes(), [0, 5]].concat());
+    macs.iter().copied().chain(tags).chain(rest.iter().copied()).collect()
+}
+
+/// Every packet here is denied when it goes to the endpoint, and let through when it goes elsewhere.
+fn packets_to(destination: [u8; 4]) -> Vec<(&'static str, Vec<u8>)> {
+    let mut tcp = Vec::new();
+    ethernet().ipv4(POD, destination, 64).tcp(40_000, 80, 7, 64_240).syn().write(&mut tcp, &[]).unwrap();
+    let mut icmp = Vec::new();
+    ethernet().ipv4(POD, destination, 64).icmpv4_echo_request(1, 1).write(&mut icmp, &[0; 48]).unwrap();
+    let mut tagged = Vec::new();
+    ethernet()
+        .vlan(etherparse::VlanHeader::Single(SingleVlanHeader {
+            vlan_id: VlanId::try_new(7).unwrap(),
+            ether_type: EtherType::IPV4,
+            ..SingleVlanHeader::default()
+        }))
+        .ipv4(POD, destination, 64)
+        .udp(1, 2)
+        .write(&mut tagged, &[])
+        .unwrap();
+    let mut with_options = Ipv4Header::new(8, 64, ip_number::UDP, POD, destination).unwrap();
+    with_options.options = [1_u8; 40].into();
+    let mut options = Vec::new();
+    let ip = etherparse::IpHeaders::Ipv4(with_options, Ipv4Extensions::default());
+    ethernet().ip(ip).write(&mut options, ip_number::UDP, &[0; 8]).unwrap();
+    let mut fragment = udp(destination);
+    fragment[ETHERNET_LEN + 6..ETHERNET_LEN + 8].copy_from_slice(&0x2003_u16.to_be_bytes());
+    let mut nonsense = udp(destination);
+    nonsense[ETHERNET_LEN] = 0xf1;
+    let mut jumbo = Vec::new();
+    ethernet().ipv4(POD, destination, 64).udp(1, 2).write(&mut jumbo, &[0; 3000]).unwrap();
+    let cut = udp(destination)[..ETHERNET_LEN + 20].to_vec();
+    let forged = [&[0xff; 6][..], &[0; 6], &udp(destination)[12..]].concat();
+    vec![
+        ("TCP SYN", tcp),
+        ("UDP", udp(destination)),
+        ("ICMP echo", icmp),
+        ("SCTP", raw(destination, 132)),
+        ("IPv4 in IPv4", raw(destination, 4)),
+        ("an unassigned protocol", raw(destination, 253)),
+        ("40 bytes of options", options),
+        ("a fragment that is not the first", fragment),
+        ("a header of a version and length that do not exist", nonsense),
+        ("a jumbo frame", jumbo),
+        ("cut off behind the destination", cut),
+        ("broadcast from no address", forged),
+        ("802.1Q by etherparse", tagged),
+        ("802.1Q", with_tags(&udp(destination), &[0x8100])),
+        ("802.1ad", with_tags(&udp(destination), &[0x88a8])),
+        ("QinQ", with_tags(&udp(destination), &[0x88a8, 0x8100])),
+        ("QinQ of old", with_tags(&udp(destination), &[0x9100, 0x9200])),
+        ("as many tags as devices can stack", with_tags(&udp(destination), &[0x8100; MAX_VLAN_TAGS])),
+    ]
+}
+
+#[test]
+fn every_packet_to_the_endpoint_is_denied_and_the_same_packet_elsewhere_is_not() {
+    let object = object(Mode::Enforce);
+    let program = object.program(PROG_POD_EDGE);
+    for ((name, guarded), (_, other)) in packets_to(IMDS_IPV4).into_iter().zip(packets_to(OTHER)) {
+        assert_eq!(action(program, &guarded), TC_ACT_SHOT, "{name}");
+        assert_eq!(action(program, &other), TC_ACT_UNSPEC, "{name} to another address");
+    }
+}
+
+#[test]
+fn what_only_looks_like_the_endpoint_is_let_through() {
+    let object = object(Mode::Enforce);
+    let program = object.program(PROG_POD_EDGE);
+    let mut from_endpoint = Vec::new();
+    ethernet().ipv4(IMDS_IPV4, POD, 64).udp(80, 4000).write(&mut from_endpoint, &IMDS_IPV4).unwrap();
+    let mut arp = udp(IMDS_IPV4);
+    arp[12..14].copy_from_slice(&0x0806_u16.to_be_bytes());
+    let mut ipv6 = Vec::new();
+    ethernet().ipv6([0xfd; 16], [0xfc; 16], 64).udp(1, 2).write(&mut ipv6, &[]).unwrap();
+    for (name, packet) in [
+        ("the endpoint as the source", from_endpoint),
+        ("ARP", arp),
+        ("IPv6", ipv6),
+        (
+            "cut off within the destination",
+            with_tags(&udp(IMDS_IPV4), &[0x8100])[..ETHERNET_LEN + 4 + 19].to_vec(),
+        ),
+        ("a tag and no more", with_tags(&udp(IMDS_IPV4), &[0x8100])[..ETHERNET_LEN + 2].to_vec()),
+        ("more tags than devices can stack", with_tags(&udp(IMDS_IPV4), &[0x8100; MAX_VLAN_TAGS + 1])),
+    ] {
+        assert_eq!(action(program, &packet), TC_ACT_UNSPEC, "{name}");
+    }
+    for last in 0..=255_u8 {
+        let neighbour = [169, 254, 169, last];
+        let expected = if last == 254 { TC_ACT_SHOT } else { TC_ACT_UNSPEC };
+        assert_eq!(action(program, &udp(neighbour)), expected, "{neighbour:?}");
+    }
+}
+
+#[test]
+fn packets_without_a_link_layer_are_judged_by_the_other_program() {
+    let object = object(Mode::Enforce);
+    let program = object.program(PROG_POD_EDGE_L3);
+    for ((name, guarded), (_, other)) in packets_to(IMDS_IPV4).into_iter().zip(packets_to(OTHER)).take(8) {
+        assert_eq!(action(program, &guarded[ETHERNET_LEN..]), TC_ACT_SHOT, "{name}");
+        assert_eq!(action(program, &other[ETHERNET_LEN..]), TC_ACT_UNSPEC, "{name} to another address");
+    }
+}
+
+#[test]
+fn the_mode_decides_and_every_guarded_packet_is_counted_under_its_verdict() {
+    for (mode, verdict, expected) in [
+        (Mode::Enforce, Verdict::Deny, TC_ACT_SHOT),
+        (Mode::Audit, Verdict::Audit, TC_ACT_UNSPEC),
+        (Mode::Off, Verdict::Allow, TC_ACT_UNSPEC),
+    ] {
+        let object = object(mode);
+        let program = object.program(PROG_POD_EDGE);
+        let packet = udp(IMDS_IPV4);
+        for _ in 0..3 {
+            assert_eq!(action(program, &packet), expected, "{mode:?}");
+            assert_eq!(action(program, &udp(OTHER)), TC_ACT_UNSPEC, "{mode:?}");
+        }
+        // A test run's packet comes from the loopback interface.
+        for counted in Verdict::COUNTED {
+            let key = CounterKey { ifindex: 1, verdict: counted as u32 };
+            let counters: Vec<Counter> = object.per_cpu(MAP_COUNTERS, &key);
+            let sum = counters.iter().fold((0, 0), |sum, cpu| (sum.0 + cpu.packets, sum.1 + cpu.bytes));
+            let expected = if counted == verdict { (3, 3 * packet.len() as u64) } else { (0, 0) };
+            assert_eq!(sum, expected, "{mode:?}: {counted:?}");
+        }
+    }
+}
+
+#[test]
+fn a_policy_that_was_never_written_or_is_unknown_denies() {
+    let never_written = Object::load(OBJECT);
+    assert_eq!(action(never_written.program(PROG_POD_EDGE), &udp(IMDS_IPV4)), TC_ACT_SHOT);
+    let mut unknown = Object::load(OBJECT);
+    unknown.set(MAP_POLICY, Policy { mode: 77, layout: 0 });
+    assert_eq!(action(unknown.program(PROG_POD_EDGE), &udp(IMDS_IPV4)), TC_ACT_SHOT);
+}
+
+#[test]
+fn the_kernel_and_the_host_agree_on_any_packet() {
+    let object = object(Mode::Enforce);
+    let packets = packets_to(IMDS_IPV4);
+    let valid = select(packets.into_iter().map(|(_, packet)| packet).collect::<Vec<_>>());
+    let mutated = (valid, vec((any::<Index>(), any::<u8>()), 0..4), any::<Index>(), 0..3_usize);
+    let mutated = mutated.prop_map(|(mut packet, changes, cut, whole)| {
+        for (place, value) in changes {
+            let place = place.index(packet.len().min(64));
+            packet[place] = value;
+        }
+        if whole == 0 {
+            packet.truncate(cut.index(packet.len().min(80)));
+        }
+        packet
+    });
+    let any_bytes = vec(any::<u8>(), 0..100);
+    let packet = prop_oneof![4 => mutated, 1 => any_bytes];
+    let compared = Cell::new(0);
+    let config = Config { cases: 20_000, failure_persistence: None, ..Config::default() };
+    TestRunner::new(config)
+        .run(&packet, |packet| {
+            for (name, frame) in [(PROG_POD_EDGE, Frame::Ethernet), (PROG_POD_EDGE_L3, Frame::Ip)] {
+                let expected = match judge(&packet[..], frame, || Mode::Enforce) {
+                    Verdict::Deny => TC_ACT_SHOT,
+                    Verdict::Foreign | Verdict::Audit | Verdict::Allow => TC_ACT_UNSPEC,
+                };
+                if let Some(action) = try_action(object.program(name), &packet) {
+                    prop_assert_eq!(action, expected, "{}", name);
+                    compared.set(compared.get() + 1);
+                }
+            }
+            Ok(())
+        })
+        .unwrap();
+    assert!(compared.get() > 30_000, "the kernel took only {} of 40,000 packets", compared.get());
+}
+
+#[test]
+fn the_object_has_the_names_that_user_space_asks_for() {
+    let object = Object::load(OBJECT);
+    let sorted = |names: &[&str]| {
+        let mut names: Vec<_> = names.iter().map(|&name| name.to_owned()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(object.program_names(), sorted(&PROGRAMS));
+    assert_eq!(object.map_names(), sorted(&MAPS));
+    for name in PROGRAMS.into_iter().chain(MAPS) {
+        assert!(name.len() < 16, "the kernel cuts {name}");
+    }
+}
