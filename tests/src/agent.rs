@@ -161,7 +161,7 @@ impl<'w> AgentCommand<'w> {
     #[track_caller]
     pub fn spawn(self) -> Agent<'w> {
         let mut command = self.command();
-        command.stdin(Stdio::null()).stderr(Stdio::piped());
+        command.env("RUST_LOG", "info").stdin(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
         let stderr = child.stderr.take().expect("a pipe");
         let log = Arc::new(Mutex::new(Vec::new()));
@@ -200,14 +200,20 @@ impl Agent<'_> {
         self.child.id()
     }
 
-    /// Waits until the status says that this agent runs, has no problems and guards every pod's interface.
+    /// Waits until this agent has said that it looked at every interface, and the status that it has no problems and
+    /// guards every pod's. The status alone would not do: until a new agent replaces them, it shows the programs of the
+    /// one before.
     #[track_caller]
     pub fn wait_ready(&mut self) -> Status {
         let pid = self.pid();
+        let ready_line = format!("pins in {}", self.world.pin_dir().display());
         let mut last = None;
         let ready = try_poll(READY_TIMEOUT, || {
             let ended = self.child.try_wait().expect("wait for the agent");
             assert!(ended.is_none(), "the agent ended ({ended:?}):\n{}", self.log());
+            if !self.log().contains(&ready_line) {
+                return None;
+            }
             let status = self.world.status();
             let ready = status.is_ready() && status.agent.pid == Some(pid);
             last = Some(status.clone());

@@ -95,10 +95,17 @@ impl Status {
         self.total.denied.packets
     }
 
-    /// Whether an agent runs, everything is enforced and every pod's interface is guarded.
+    /// Whether an agent runs, something is loaded, and every pod's interface is guarded with no problems.
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        let guarded = |interface: &Interface| interface.role != "pod" || interface.guard.is_some();
-        self.agent.running && self.problems.is_empty() && self.interfaces.iter().all(guarded)
+        let is_guarded = |interface: &Interface| interface.role != "pod" || interface.guard.is_some();
+        let is_loaded = ["enforcing", "auditing", "off"].contains(&self.state.as_str());
+        self.agent.running && is_loaded && self.problems.is_empty() && self.interfaces.iter().all(is_guarded)
+    }
+
+    /// Whether all is well but for the agent, which does not run.
+    #[must_use]
+    pub fn lacks_agent_only(&self) -> bool {
+        !self.agent.running && matches!(&self.problems[..], [Problem { interface: None, .. }])
     }
 }

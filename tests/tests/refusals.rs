@@ -70,16 +70,37 @@ fn a_user_who_is_not_root() {
 
 #[test]
 fn a_root_without_the_capabilities() {
-    // CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON (capabilities(7)).
-    let cases = [
-        ("-net_admin", "CAP_NET_ADMIN"),
-        ("-bpf,-sys_admin", "CAP_BPF"),
-        ("-perfmon,-sys_admin", "CAP_PERFMON"),
-    ];
+    // CAP_SYS_ADMIN stands for CAP_BPF too (capabilities(7)).
+    let cases = [("-net_admin", "CAP_NET_ADMIN"), ("-bpf,-sys_admin", "CAP_BPF")];
     let refusal = Refusal::new();
     for (dropped, name) in cases {
-        let wrapper = ["setpriv", &format!("--bounding-set={dropped}"), &format!("--inh-caps={dropped}")];
-        refusal.assert(&output(wrapped(&refusal.world, &wrapper, &refusal.agent())), 1, &[name]);
+        refusal.assert(&run_with_capabilities(&refusal.world, dropped), 1, &[name]);
+    }
+}
+
+fn run_with_capabilities(world: &World, capabilities: &str) -> Output {
+    let (bounding, inheritable) =
+        (format!("--bounding-set={capabilities}"), format!("--inh-caps={capabilities}"));
+    output(wrapped(world, &["setpriv", &bounding, &inheritable], &world.agent().args(&["--once"])))
+}
+
+#[test]
+fn three_capabilities_are_all_that_it_takes() {
+    let Refusal { world, pod } = Refusal::new();
+    let result = run_with_capabilities(&world, "-all,+bpf,+net_admin,+perfmon");
+    assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
+    world.assert_blocked(&pod);
+}
+
+#[test]
+fn without_cap_perfmon_it_protects_or_says_what_is_missing() {
+    let refusal = Refusal::new();
+    // The verifier then follows paths that are only speculated on, and may refuse a program that it takes otherwise.
+    let result = run_with_capabilities(&refusal.world, "-all,+bpf,+net_admin");
+    if result.status.success() {
+        refusal.world.assert_blocked(&refusal.pod);
+    } else {
+        refusal.assert(&result, 1, &["CAP_PERFMON"]);
     }
 }
 
@@ -163,7 +184,7 @@ fn a_configuration_that_is_wrong() {
         ("[interfaces]\n\nexcluded = []", &[":3:", "excluded"]),
         ("mode = \"observe\"", &[":1:", "observe"]),
         ("mode = 1", &[":1:"]),
-        ("mode = \"audit\"\nmode = \"off\"", &[":2:", "mode"]),
+        ("mode = \"audit\"\nmode = \"off\"", &[":2:", "duplicate"]),
         ("mode = \"audit", &[":1:"]),
         ("= [", &[":1:"]),
         ("[interfaces]\nexclude = [\"veth[\"]", &[":2:", "veth["]),
