@@ -161,7 +161,7 @@ impl<'w> AgentCommand<'w> {
     #[track_caller]
     pub fn spawn(self) -> Agent<'w> {
         let mut command = self.command();
-        command.stdin(Stdio::null()).stderr(Stdio::piped());
+        command.env("RUST_LOG", "info").stdin(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
         let stderr = child.stderr.take().expect("a pipe");
         let log = Arc::new(Mutex::new(Vec::new()));
@@ -200,7 +200,8 @@ impl Agent<'_> {
         self.child.id()
     }
 
-    /// Waits until the status says that this agent runs, has no problems and guards every pod's interface.
+    /// Waits until the status says that this agent has looked at every interface, has no problems and guards every
+    /// pod's.
     #[track_caller]
     pub fn wait_ready(&mut self) -> Status {
         let pid = self.pid();

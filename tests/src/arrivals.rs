@@ -6,7 +6,7 @@ use std::{
     net::{Ipv4Addr, SocketAddrV4, UdpSocket},
     os::fd::AsFd as _,
     sync::{
-        Arc, Mutex,
+        Arc, Condvar, Mutex,
         atomic::{AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
@@ -19,13 +19,15 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::{METADATA, Netns, PacketSocket, SERVICE, poll::try_poll};
+use crate::{METADATA, Netns, PacketSocket, SERVICE};
 
 /// The discard port: nothing listens there.
 const BARRIER_PORT: u16 = 9;
 const UDP: u8 = 17;
 /// Between the pod and the fabric a packet waits in a CPU's backlog twice: behind either veth pair.
 const HOPS: usize = 2;
+const RETRIES: u32 = 100;
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 const BUFFER: libc::c_int = 32 << 20;
 
 /// IPv4 packets that arrived for the metadata service, of any protocol and however broken, retransmissions included.
@@ -53,9 +55,15 @@ impl Arrivals {
 /// Reads packets in the background until dropped.
 #[derive(Debug)]
 pub(crate) struct Counter {
-    state: Arc<Mutex<State>>,
+    shared: Arc<Shared>,
     stop: Option<PipeWriter>,
     thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    barrier_passed: Condvar,
 }
 
 #[derive(Debug, Default)]
@@ -69,9 +77,9 @@ impl Counter {
     pub(crate) fn start(fabric: &Netns, interface: &str) -> Self {
         let socket = PacketSocket::ipv4(fabric, interface);
         socket.buffer(BUFFER);
-        let state = Arc::new(Mutex::new(State::default()));
+        let shared = Arc::new(Shared::default());
         let (stopped, stop) = io::pipe().expect("a pipe");
-        let shared = Arc::clone(&state);
+        let of_thread = Arc::clone(&shared);
         let thread = thread::spawn(move || {
             let mut fds = [
                 PollFd::new(socket.as_fd(), PollFlags::POLLIN),
@@ -82,10 +90,10 @@ impl Counter {
                 if fds[1].any() == Some(true) {
                     return;
                 }
-                read_all(&socket, &shared);
+                of_thread.read_all(&socket);
             }
         });
-        Self { state, stop: Some(stop), thread: Some(thread) }
+        Self { shared, stop: Some(stop), thread: Some(thread) }
     }
 
     /// What arrived, with everything that was sent before the call.
@@ -103,17 +111,16 @@ impl Counter {
                 }
             }
         });
-        self.state.lock().expect("reader is well").arrivals.clone()
+        self.shared.state.lock().expect("the reader is well").arrivals.clone()
     }
 
     fn pass_barrier(&self, socket: &UdpSocket) {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let mark = NEXT.fetch_add(1, Ordering::Relaxed);
-        let passed = || self.state.lock().expect("reader is well").barriers.remove(&mark).then_some(());
-        let arrived = (0..100).any(|_| {
+        let arrived = (0..RETRIES).any(|_| {
             // Repeated, because a full queue drops it.
             let sent = socket.send_to(&mark.to_be_bytes(), SocketAddrV4::new(SERVICE, BARRIER_PORT));
-            sent.is_ok() && try_poll(Duration::from_millis(100), passed).is_some()
+            sent.is_ok() && self.shared.wait_for(mark)
         });
         assert!(arrived, "the node's packets do not reach the fabric");
     }
@@ -128,13 +135,23 @@ impl Drop for Counter {
     }
 }
 
-fn read_all(socket: &PacketSocket, state: &Mutex<State>) {
-    let mut buffer = [0; 128];
-    let mut state = state.lock().expect("no reader panicked");
-    while let Ok(packet) = socket.receive(&mut buffer) {
-        state.see(packet);
+impl Shared {
+    fn read_all(&self, socket: &PacketSocket) {
+        let mut buffer = [0; 128];
+        let mut state = self.state.lock().expect("no reader panicked");
+        while let Ok(packet) = socket.receive(&mut buffer) {
+            state.see(packet);
+        }
+        state.arrivals.unread += socket.take_dropped();
+        self.barrier_passed.notify_all();
     }
-    state.arrivals.unread += socket.take_dropped();
+
+    fn wait_for(&self, mark: u64) -> bool {
+        let state = self.state.lock().expect("the reader is well");
+        let is_missing = |state: &mut State| !state.barriers.remove(&mark);
+        let waited = self.barrier_passed.wait_timeout_while(state, RETRY_INTERVAL, is_missing);
+        !waited.expect("the reader is well").1.timed_out()
+    }
 }
 
 impl State {

@@ -78,9 +78,22 @@ fn a_root_without_the_capabilities() {
     ];
     let refusal = Refusal::new();
     for (dropped, name) in cases {
-        let wrapper = ["setpriv", &format!("--bounding-set={dropped}"), &format!("--inh-caps={dropped}")];
-        refusal.assert(&output(wrapped(&refusal.world, &wrapper, &refusal.agent())), 1, &[name]);
+        refusal.assert(&run_with_capabilities(&refusal.world, dropped), 1, &[name]);
     }
+}
+
+fn run_with_capabilities(world: &World, capabilities: &str) -> Output {
+    let (bounding, inheritable) =
+        (format!("--bounding-set={capabilities}"), format!("--inh-caps={capabilities}"));
+    output(wrapped(world, &["setpriv", &bounding, &inheritable], &world.agent().args(&["--once"])))
+}
+
+#[test]
+fn three_capabilities_are_all_that_it_takes() {
+    let Refusal { world, pod } = Refusal::new();
+    let result = run_with_capabilities(&world, "-all,+bpf,+net_admin,+perfmon");
+    assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
+    world.assert_blocked(&pod);
 }
 
 #[test]
@@ -163,7 +176,7 @@ fn a_configuration_that_is_wrong() {
         ("[interfaces]\n\nexcluded = []", &[":3:", "excluded"]),
         ("mode = \"observe\"", &[":1:", "observe"]),
         ("mode = 1", &[":1:"]),
-        ("mode = \"audit\"\nmode = \"off\"", &[":2:", "mode"]),
+        ("mode = \"audit\"\nmode = \"off\"", &[":2:", "duplicate", "mode"]),
         ("mode = \"audit", &[":1:"]),
         ("= [", &[":1:"]),
         ("[interfaces]\nexclude = [\"veth[\"]", &[":2:", "veth["]),
