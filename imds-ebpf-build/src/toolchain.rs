@@ -48,21 +48,6 @@ impl Toolchain {
         &self.linker
     }
 
-    /// What to install for [`Self::clippy`], or `None` where it is there.
-    #[must_use]
-    pub fn missing_clippy(&self) -> Option<&'static str> {
-        match self.compiler {
-            Compiler::Nightly => {
-                let there = nightly("cargo-clippy").arg("--version").output();
-                (!there.is_ok_and(|output| output.status.success()))
-                    .then_some("rustup component add clippy --toolchain nightly")
-            }
-            Compiler::Debian => {
-                (!Path::new(DEBIAN_CLIPPY).is_file()).then_some("apt-get install rust-web-clippy")
-            }
-        }
-    }
-
     /// `cargo build` of the BPF object, for the workspace at `workspace`, with object files in `target_dir`. The code
     /// is told that it runs on a `target_arch` kernel.
     #[must_use]
@@ -95,8 +80,9 @@ impl Toolchain {
         target_dir: &Path,
         target_arch: &str,
     ) -> Command {
+        let host = Host::current();
         let mut cargo = match self.compiler {
-            Compiler::Nightly => nightly(program),
+            Compiler::Nightly => nightly(&host, program),
             Compiler::Debian => Command::new(program),
         };
         leave_outer_cargo(&mut cargo);
@@ -113,15 +99,29 @@ impl Toolchain {
         let arch = format!("--cfg=bpf_target_arch=\"{target_arch}\"");
         cargo.env("CARGO_ENCODED_RUSTFLAGS", ["-Cdebuginfo=2", "-Clink-arg=--btf", &arch].join("\x1f"));
         if let Some(dir) = self.linker.parent() {
-            cargo.env("PATH", Host::current().path_after(dir));
+            cargo.env("PATH", host.path_after(dir));
         }
         cargo
     }
 }
 
+impl Compiler {
+    /// Whether it has a clippy.
+    #[must_use]
+    pub fn has_clippy(self, host: &Host) -> bool {
+        match self {
+            Self::Nightly => {
+                let there = nightly(host, "cargo-clippy").arg("--version").output();
+                there.is_ok_and(|output| output.status.success())
+            }
+            Self::Debian => host.file(DEBIAN_CLIPPY).is_file(),
+        }
+    }
+}
+
 /// A program of rustup's nightly.
-fn nightly(program: &str) -> Command {
-    let mut rustup = Command::new(Host::current().find("rustup").unwrap_or_else(|| "rustup".into()));
+fn nightly(host: &Host, program: &str) -> Command {
+    let mut rustup = Command::new(host.find("rustup").unwrap_or_else(|| "rustup".into()));
     leave_outer_cargo(&mut rustup);
     rustup.args(["run", "nightly", program]);
     rustup
