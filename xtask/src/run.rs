@@ -4,7 +4,7 @@ use std::{
     ffi::{OsStr, OsString},
     os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
-    process::{Command, ExitCode},
+    process::{Command, ExitCode, Stdio},
 };
 
 use anyhow::{Result, bail};
@@ -45,7 +45,8 @@ impl Run {
         let status = supervisor.run(Command::new(&agent).arg("run").args(&self.agent_args))?;
         match after(was_loaded, pin_dir.exists(), &self.agent_args) {
             After::Nothing => {}
-            After::Unload => execute(Command::new(&agent).arg("unload").arg("--pin-dir").arg(&pin_dir))?,
+            // Without its output, which would end it if the terminal is gone.
+            After::Unload => execute(unload(&agent, &pin_dir).stdout(Stdio::null()))?,
             After::Leave(why) => say(format_args!(
                 "{why}: enforcement goes on, `{} unload --pin-dir {}` ends it",
                 agent.display(),
@@ -54,6 +55,12 @@ impl Run {
         }
         Ok(ExitCode::from(exit_code(status)))
     }
+}
+
+fn unload(agent: &Path, pin_dir: &Path) -> Command {
+    let mut unload = Command::new(agent);
+    unload.arg("unload").arg("--pin-dir").arg(pin_dir);
+    unload
 }
 
 /// What to do with the programs when the agent has ended.
