@@ -134,7 +134,7 @@ impl Missing {
         }
         let survey = Survey::of(host);
         if survey.toolchain().is_err() {
-            install_linker(host, &survey).with_context(|| format!("missing: {self}"))?;
+            install_linker(host, &survey)?;
         }
         let left = Self::on(host, purposes);
         if !left.is_empty() {
@@ -146,7 +146,7 @@ impl Missing {
 
 impl fmt::Display for Missing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.things.join("; "))
+        f.write_str(&self.things.join(". Also "))
     }
 }
 
@@ -158,7 +158,7 @@ fn install_linker(host: &Host, survey: &Survey) -> Result<()> {
         install_packages(host, &[format!("llvm-{llvm}-dev")])?;
     }
     say("building bpf-linker: this takes a minute");
-    execute(&mut linker_install(llvm))
+    execute(&mut linker_install(llvm)).context("could not build bpf-linker")
 }
 
 fn install_packages(host: &Host, packages: &[String]) -> Result<()> {

@@ -15,10 +15,11 @@ pub(crate) fn root() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
 }
 
-/// `cargo SUBCOMMAND` for the host's crates: the cargo that runs us, with the settings of its user.
+/// `cargo SUBCOMMAND` for the host's crates: the cargo that runs us, with the settings of its user. In his directory
+/// too, for a relative `CARGO_TARGET_DIR` to mean the same.
 pub(crate) fn cargo(subcommand: &str) -> Command {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.arg(subcommand).current_dir(root());
+    cargo.arg(subcommand);
     cargo
 }
 
