@@ -178,6 +178,15 @@ mod tests {
         let variable =
             |name| clippy.get_envs().find(|(key, _)| *key == name).and_then(|(_, value)| value).unwrap();
         assert_eq!(variable("RUSTC"), DEBIAN_RUSTC);
-        assert!(env::split_paths(variable("PATH")).any(|dir| dir == Path::new("/opt/a dir")));
+        assert_eq!(env::split_paths(variable("PATH")).next().as_deref(), Some(Path::new("/opt/a dir")));
+    }
+
+    #[test]
+    fn nightly_builds_core_itself() {
+        let toolchain = Toolchain::new(Compiler::Nightly, PathBuf::from("/bin/bpf-linker"));
+        let build = toolchain.build(Path::new("/w"), Path::new("/t"), "aarch64");
+        let arguments: Vec<_> = build.get_args().collect();
+        assert_eq!(arguments[..5], ["run", "nightly", "cargo", "build", "-Zbuild-std=core"]);
+        assert!(build.get_envs().all(|(name, _)| name != "RUSTC_BOOTSTRAP"));
     }
 }

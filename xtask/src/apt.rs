@@ -4,7 +4,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::workspace::{execute, say};
+use crate::workspace::execute;
 
 /// Installs packages, and their lists first where those do not know them.
 pub(crate) fn install(packages: &[String]) -> Result<()> {
@@ -16,7 +16,6 @@ pub(crate) fn install(packages: &[String]) -> Result<()> {
     if !unknown.is_empty() {
         bail!("this distribution has no {}, Debian 12 with its security updates has", unknown.join(", "));
     }
-    say(format_args!("installing {}", packages.join(" ")));
     // A package of the user's that conflicts is his to remove.
     let mut install = apt_get(&["install", "--yes", "--no-install-recommends", "--no-remove"]);
     execute(install.args(packages))
@@ -26,7 +25,7 @@ pub(crate) fn install(packages: &[String]) -> Result<()> {
 fn apt_get(arguments: &[&str]) -> Command {
     let mut apt_get = Command::new("apt-get");
     // Another apt-get, such as unattended-upgrades, is waited for.
-    apt_get.args(["-q", "-o", "DPkg::Lock::Timeout=300", "-o", "Dpkg::Use-Pty=0"]).args(arguments);
+    apt_get.args(arguments).args(["-o", "DPkg::Lock::Timeout=300"]);
     apt_get.env("DEBIAN_FRONTEND", "noninteractive").stdin(Stdio::null()).stdout(Stdio::null());
     apt_get
 }
