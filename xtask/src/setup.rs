@@ -33,8 +33,9 @@ struct Tool {
     package: &'static str,
 }
 
-const TEST_TOOLS: [Tool; 3] = [
+const TEST_TOOLS: [Tool; 4] = [
     Tool { program: "ip", package: "iproute2" },
+    Tool { program: "tc", package: "iproute2" },
     Tool { program: "bpftool", package: "bpftool" },
     Tool { program: "nsenter", package: "util-linux" },
 ];

@@ -33,7 +33,9 @@ impl Test {
         setup::ensure(Purpose::Test)?;
         // With all targets, so that cargo chooses the same features, and compiles nothing twice.
         execute(cargo("build").args(HOST_CRATES).arg("--all-targets"))?;
-        execute(cargo("test").args(HOST_CRATES).arg("--").args(self.filter).env("IMDS_AGENT", agent))?;
+        let mut test = cargo("test");
+        test.args(HOST_CRATES).arg("--no-fail-fast").arg("--").args(self.filter).env("IMDS_AGENT", agent);
+        execute(&mut test)?;
         Ok(ExitCode::SUCCESS)
     }
 }
