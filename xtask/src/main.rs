@@ -1,2 +1,55 @@
-//! x
-fn main() {}
+//! `cargo xtask`: everything that is done with this workspace and is more than one cargo command.
+//!
+//! A command is one file: a clap struct with a `run` method.
+
+mod apt;
+mod build;
+mod lint;
+mod run;
+mod setup;
+mod supervise;
+mod test;
+mod workspace;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use workspace::say;
+
+/// Sets up, builds, runs and tests imds-agent.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Setup(setup::Setup),
+    Build(build::Build),
+    Run(run::Run),
+    Test(test::Test),
+    Lint(lint::Lint),
+}
+
+impl Command {
+    fn run(self) -> Result<ExitCode> {
+        match self {
+            Self::Setup(setup) => setup.run(),
+            Self::Build(build) => build.run(),
+            Self::Run(run) => run.run(),
+            Self::Test(test) => test.run(),
+            Self::Lint(lint) => lint.run(),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    Cli::parse().command.run().unwrap_or_else(|error| {
+        say(format_args!("error: {error:#}"));
+        ExitCode::FAILURE
+    })
+}

@@ -1,0 +1,93 @@
+//! Where programs are looked for.
+
+use std::{
+    env,
+    ffi::{OsStr, OsString},
+    iter,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+};
+
+/// This machine, or a directory that a test made to look like one.
+#[derive(Clone, Debug)]
+pub struct Host {
+    root: PathBuf,
+    path: OsString,
+    cargo_bins: Vec<PathBuf>,
+}
+
+impl Host {
+    /// The machine and the environment of this process.
+    #[must_use]
+    pub fn current() -> Self {
+        let bin_below = |variable, dir| Some(PathBuf::from(env::var_os(variable)?).join(dir));
+        Self {
+            root: PathBuf::from("/"),
+            path: env::var_os("PATH").unwrap_or_default(),
+            // Where `cargo install` leaves programs: `sudo` and systemd give a PATH without them.
+            cargo_bins: [
+                bin_below("CARGO_INSTALL_ROOT", "bin"),
+                bin_below("CARGO_HOME", "bin"),
+                bin_below("HOME", ".cargo/bin"),
+            ]
+            .into_iter()
+            .flatten()
+            .collect(),
+        }
+    }
+
+    /// A machine whose files are below `root`, with `bin` as its PATH.
+    #[must_use]
+    pub fn below(root: &Path) -> Self {
+        Self { root: root.to_owned(), path: root.join("bin").into_os_string(), cargo_bins: Vec::new() }
+    }
+
+    /// The program of that name on the PATH, among cargo's installed ones, or among the system administrator's, which
+    /// other users' PATHs lack.
+    #[must_use]
+    pub fn find(&self, program: &str) -> Option<PathBuf> {
+        self.find_all(program).next()
+    }
+
+    /// All programs of that name, in that order.
+    pub fn find_all(&self, program: &str) -> impl Iterator<Item = PathBuf> {
+        let dirs = env::split_paths(&self.path).chain(self.cargo_bins.iter().cloned());
+        let dirs = dirs.chain(["usr/local/sbin", "usr/sbin", "sbin"].map(|dir| self.root.join(dir)));
+        dirs.map(move |dir| dir.join(program)).filter(|path| is_executable(path))
+    }
+
+    /// `path`, which is absolute on this machine.
+    #[must_use]
+    pub fn file(&self, path: &str) -> PathBuf {
+        self.root.join(path.trim_start_matches('/'))
+    }
+
+    /// The PATH with the programs of `dir` before all others.
+    #[must_use]
+    pub fn path_after(&self, dir: &Path) -> OsString {
+        prepended(dir, &self.path)
+    }
+}
+
+/// Whether `path` is a file that somebody may execute.
+fn is_executable(path: &Path) -> bool {
+    path.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+}
+
+fn prepended(dir: &Path, path: &OsStr) -> OsString {
+    // A directory with a colon in its name cannot be on a PATH.
+    env::join_paths(iter::once(dir.to_owned()).chain(env::split_paths(path)))
+        .unwrap_or_else(|_| path.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_with_a_space_can_be_on_the_path_but_one_with_a_colon_cannot() {
+        let path = OsStr::new("/usr/bin:/bin");
+        assert_eq!(prepended(Path::new("/home/a user/bin"), path), "/home/a user/bin:/usr/bin:/bin");
+        assert_eq!(prepended(Path::new("/a:b"), path), path);
+    }
+}

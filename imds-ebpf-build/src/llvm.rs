@@ -1,0 +1,72 @@
+//! Which LLVM a compiler and a linker bring.
+//!
+//! LLVM reads the bitcode of its own and of older versions only.
+
+use std::{
+    fs::File,
+    io::{self, Read as _},
+    path::Path,
+};
+
+/// The names of shared libraries are at the beginning of an executable.
+const HEAD: u64 = 1 << 20;
+
+/// The major version that `rustc -vV` names.
+pub(crate) fn of_rustc(version: &str) -> Option<u32> {
+    version.lines().find_map(|line| leading_number(line.strip_prefix("LLVM version: ")?.as_bytes()))
+}
+
+/// The major version of the libLLVM that an executable loads. One with LLVM linked in statically does not say.
+pub(crate) fn of_executable(path: &Path) -> io::Result<Option<u32>> {
+    let mut head = Vec::new();
+    File::open(path)?.take(HEAD).read_to_end(&mut head)?;
+    Ok(of_library_name(&head))
+}
+
+/// What bpf-linker prints when it meets bitcode of a newer LLVM than its own.
+pub(crate) fn is_too_old(linker_output: &str) -> bool {
+    linker_output.contains("Reader: 'LLVM")
+}
+
+/// Finds `libLLVM.so.22.1` or `libLLVM-22.so`.
+fn of_library_name(bytes: &[u8]) -> Option<u32> {
+    const NAME: &[u8] = b"libLLVM";
+    bytes.windows(NAME.len()).enumerate().filter(|(_, window)| *window == NAME).find_map(|(at, _)| {
+        let rest = &bytes[at + NAME.len()..];
+        leading_number(rest.strip_prefix(b".so.").or_else(|| rest.strip_prefix(b"-"))?)
+    })
+}
+
+fn leading_number(bytes: &[u8]) -> Option<u32> {
+    let digits = bytes.iter().take_while(|byte| byte.is_ascii_digit()).count();
+    str::from_utf8(&bytes[..digits]).ok()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rustc_names_its_llvm() {
+        assert_eq!(of_rustc("rustc 1.96.0\nhost: x\nLLVM version: 22.1.8\n"), Some(22));
+        assert_eq!(of_rustc("rustc 1.96.0\nLLVM version: unknown\n"), None);
+        assert_eq!(of_rustc(""), None);
+    }
+
+    #[test]
+    fn a_library_name_holds_the_major_version() {
+        assert_eq!(of_library_name(b"\0libc.so.6\0libLLVM.so.22.1\0"), Some(22));
+        assert_eq!(of_library_name(b"\0libLLVM-19.so\0"), Some(19));
+        assert_eq!(of_library_name(b"libLLVMCore libLLVM.so.23"), Some(23));
+        assert_eq!(of_library_name(b"libLLVM.so.\0libLLVM"), None);
+        assert_eq!(of_library_name(b""), None);
+    }
+
+    #[test]
+    fn the_linker_complains_of_newer_bitcode() {
+        let complaint =
+            "ERROR llvm: Invalid record (Producer: 'LLVM23.0.0-rust-1.99.0-nightly' Reader: 'LLVM 22.1.2')";
+        assert!(is_too_old(complaint));
+        assert!(!is_too_old("ERROR llvm: Expected a single module"));
+    }
+}

@@ -1,0 +1,293 @@
+//! What is there of the toolchains, and what each lacks.
+
+use std::{
+    error::Error,
+    fmt,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use crate::{
+    Host, Toolchain, llvm,
+    toolchain::{DEBIAN_CARGO, DEBIAN_RUSTC, LINKER_VERSION, TARGET, leave_outer_cargo},
+};
+
+/// What Debian's compiler for the BPF object consists of; its bpf-linker is built with the `llvm-…-dev` of the same
+/// LLVM.
+pub const DEBIAN_PACKAGES: [&str; 4] = ["rustc-web", "cargo-web", "rust-web-llvm", "libstd-rust-web-dev-bpf"];
+
+/// A compiler that can build the BPF object.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Compiler {
+    /// rustup's nightly with rust-src.
+    Nightly,
+    /// Debian's `rustc-web`, `cargo-web` and `libstd-rust-web-dev-bpf`.
+    Debian,
+}
+
+/// A bpf-linker that starts.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Linker {
+    /// The program.
+    pub path: PathBuf,
+    /// The major version of its LLVM, where it can be told.
+    pub llvm: Option<u32>,
+}
+
+/// Both compilers and the linker: the major version of its LLVM, where it can be told, for a compiler that is complete.
+#[derive(Debug)]
+pub struct Survey {
+    /// bpf-linker.
+    pub linker: Result<Linker, Lack>,
+    /// rustup's nightly.
+    pub nightly: Result<Option<u32>, Lack>,
+    /// Debian's packages.
+    pub debian: Result<Option<u32>, Lack>,
+}
+
+/// Why a part of a toolchain cannot be used.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Lack {
+    /// No bpf-linker.
+    Linker,
+    /// A bpf-linker that does not start, for example because its libLLVM is gone.
+    BrokenLinker(PathBuf),
+    /// No rustup.
+    Rustup,
+    /// No nightly toolchain.
+    Nightly,
+    /// A nightly without rust-src.
+    RustSrc,
+    /// No rustc or cargo of Debian's.
+    DebianCompiler,
+    /// No precompiled `core` for the BPF target.
+    DebianCore,
+    /// The compiler's bitcode is of a newer LLVM than the linker can read.
+    OlderLinker {
+        /// The LLVM of the compiler.
+        compiler: u32,
+        /// The LLVM of the linker.
+        linker: u32,
+    },
+}
+
+/// No toolchain is complete: the survey that found none.
+#[derive(Debug)]
+pub struct NoToolchain {
+    linker: Option<Lack>,
+    nightly: Option<Lack>,
+    debian: Option<Lack>,
+}
+
+impl Survey {
+    /// Looks for all parts on `host`.
+    #[must_use]
+    pub fn of(host: &Host) -> Self {
+        Self { linker: linker(host), nightly: nightly(host), debian: debian(host) }
+    }
+
+    /// The first toolchain that is complete.
+    pub fn toolchain(&self) -> Result<Toolchain, NoToolchain> {
+        let usable = |compiler: &Result<Option<u32>, Lack>| {
+            let llvm = compiler.clone()?;
+            match (llvm, self.linker.as_ref().ok().and_then(|linker| linker.llvm)) {
+                (Some(compiler), Some(linker)) if compiler > linker => {
+                    Err(Lack::OlderLinker { compiler, linker })
+                }
+                _ => Ok(()),
+            }
+        };
+        let (nightly, debian) = (usable(&self.nightly), usable(&self.debian));
+        match (&self.linker, &nightly, &debian) {
+            (Ok(linker), Ok(()), _) => Ok(Toolchain::new(Compiler::Nightly, linker.path.clone())),
+            (Ok(linker), Err(_), Ok(())) => Ok(Toolchain::new(Compiler::Debian, linker.path.clone())),
+            (Err(_), _, _) | (Ok(_), Err(_), Err(_)) => Err(NoToolchain {
+                linker: self.linker.as_ref().err().cloned(),
+                nightly: nightly.err(),
+                debian: debian.err(),
+            }),
+        }
+    }
+}
+
+/// The first one that starts.
+fn linker(host: &Host) -> Result<Linker, Lack> {
+    let mut broken = None;
+    for path in host.find_all("bpf-linker") {
+        if output(&path, &["--version"]).is_some() {
+            let llvm = llvm::of_executable(&path).ok().flatten();
+            return Ok(Linker { path, llvm });
+        }
+        broken.get_or_insert(path);
+    }
+    Err(broken.map_or(Lack::Linker, Lack::BrokenLinker))
+}
+
+fn nightly(host: &Host) -> Result<Option<u32>, Lack> {
+    let rustup = host.find("rustup").ok_or(Lack::Rustup)?;
+    let sysroot = output(&rustup, &["run", "nightly", "rustc", "--print", "sysroot"]).ok_or(Lack::Nightly)?;
+    let sysroot = Path::new(sysroot.trim_end());
+    if !sysroot.join("lib/rustlib/src/rust/library/core").is_dir() {
+        return Err(Lack::RustSrc);
+    }
+    Ok(output(&sysroot.join("bin/rustc"), &["-vV"]).as_deref().and_then(llvm::of_rustc))
+}
+
+fn debian(host: &Host) -> Result<Option<u32>, Lack> {
+    let rustc = host.file(DEBIAN_RUSTC);
+    if !rustc.is_file() || !host.file(DEBIAN_CARGO).is_file() {
+        return Err(Lack::DebianCompiler);
+    }
+    if !host.file("/usr/lib/rustlib").join(TARGET).join("lib").is_dir() {
+        return Err(Lack::DebianCore);
+    }
+    Ok(output(&rustc, &["-vV"]).as_deref().and_then(llvm::of_rustc))
+}
+
+/// What a program prints, if it starts and succeeds.
+fn output(program: &Path, arguments: &[&str]) -> Option<String> {
+    let mut command = Command::new(program);
+    leave_outer_cargo(&mut command);
+    let output = command.args(arguments).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+impl fmt::Display for Compiler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Nightly => "rustup's nightly with rust-src",
+            Self::Debian => "Debian's rustc-web with its precompiled core",
+        })
+    }
+}
+
+impl fmt::Display for Lack {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Linker => f.write_str("is neither on the PATH nor among cargo's programs"),
+            Self::BrokenLinker(path) => write!(f, "at {} does not start", path.display()),
+            Self::Rustup => f.write_str("cannot be had without rustup"),
+            Self::Nightly => f.write_str("is not installed"),
+            Self::RustSrc => f.write_str("lacks rust-src"),
+            Self::DebianCompiler => f.write_str("rustc-web and cargo-web are not installed"),
+            Self::DebianCore => f.write_str("libstd-rust-web-dev-bpf is not installed"),
+            Self::OlderLinker { compiler, linker } => {
+                write!(f, "has LLVM {compiler}, which bpf-linker's LLVM {linker} cannot read")
+            }
+        }
+    }
+}
+
+impl Error for Lack {}
+
+impl fmt::Display for NoToolchain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let say = |lack: &Option<Lack>| lack.as_ref().map_or_else(|| "is there".to_owned(), Lack::to_string);
+        write!(
+            f,
+            "no toolchain can build the BPF object: bpf-linker {}; rustup's nightly {}; Debian's compiler: {}. \
+             `cargo xtask setup` as root on Debian installs what is missing, or do one of: \
+             (1) rustup toolchain install nightly --component rust-src, and put a bpf-linker of \
+             https://github.com/aya-rs/bpf-linker/releases on the PATH; \
+             (2) apt-get install {} llvm-22-dev && LLVM_PREFIX=/usr/lib/llvm-22 cargo install bpf-linker \
+             --version {LINKER_VERSION} --no-default-features --features llvm-22",
+            say(&self.linker),
+            say(&self.nightly),
+            say(&self.debian),
+            DEBIAN_PACKAGES.join(" "),
+        )
+    }
+}
+
+impl Error for NoToolchain {}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::PermissionsExt as _};
+
+    use super::*;
+
+    fn survey(
+        linker: Option<u32>,
+        nightly: Result<Option<u32>, Lack>,
+        debian: Result<Option<u32>, Lack>,
+    ) -> Survey {
+        Survey { linker: Ok(Linker { path: "/bin/bpf-linker".into(), llvm: linker }), nightly, debian }
+    }
+
+    fn chosen(survey: &Survey) -> Option<Compiler> {
+        survey.toolchain().ok().map(|toolchain| toolchain.compiler())
+    }
+
+    #[test]
+    fn nightly_comes_first_unless_the_linker_cannot_read_it() {
+        assert_eq!(chosen(&survey(Some(22), Ok(Some(22)), Ok(Some(22)))), Some(Compiler::Nightly));
+        assert_eq!(chosen(&survey(Some(22), Ok(Some(23)), Ok(Some(22)))), Some(Compiler::Debian));
+        assert_eq!(chosen(&survey(Some(22), Err(Lack::RustSrc), Ok(Some(22)))), Some(Compiler::Debian));
+        assert_eq!(chosen(&survey(Some(22), Ok(Some(23)), Ok(Some(23)))), None);
+    }
+
+    #[test]
+    fn an_unknown_llvm_is_no_hindrance() {
+        assert_eq!(chosen(&survey(None, Ok(Some(23)), Err(Lack::DebianCore))), Some(Compiler::Nightly));
+        assert_eq!(chosen(&survey(Some(22), Ok(None), Err(Lack::DebianCore))), Some(Compiler::Nightly));
+    }
+
+    #[test]
+    fn the_error_is_one_line_that_says_what_is_missing_and_both_ways() {
+        let linker = Err(Lack::Linker);
+        let survey = Survey { linker, nightly: Err(Lack::RustSrc), debian: Ok(Some(22)) };
+        let message = survey.toolchain().unwrap_err().to_string();
+        assert!(!message.contains('\n'), "{message}");
+        for part in [
+            "bpf-linker is neither",
+            "nightly lacks rust-src",
+            "Debian's compiler: is there",
+            "(1) rustup",
+            "(2) apt-get",
+        ] {
+            assert!(message.contains(part), "no {part:?} in {message}");
+        }
+    }
+
+    /// One test for all that starts a program: a script cannot be started while another thread's fork holds it open.
+    #[test]
+    fn parts_are_found_where_they_are_installed() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = &dir.path().join("a root with spaces");
+        let host = &Host::below(root);
+        let survey = Survey::of(host);
+        assert_eq!(survey.linker, Err(Lack::Linker));
+        assert_eq!(survey.nightly, Err(Lack::Rustup));
+        assert_eq!(survey.debian, Err(Lack::DebianCompiler));
+
+        script(&root.join("bin/bpf-linker"), "exit 1");
+        script(&root.join("bin/rustup"), "exit 1");
+        script(&host.file(DEBIAN_CARGO), "");
+        script(&host.file(DEBIAN_RUSTC), "echo LLVM version: 22.1.8");
+        let survey = Survey::of(host);
+        assert_eq!(survey.linker, Err(Lack::BrokenLinker(root.join("bin/bpf-linker"))));
+        assert_eq!(survey.nightly, Err(Lack::Nightly));
+        assert_eq!(survey.debian, Err(Lack::DebianCore));
+
+        let nightly = root.join("nightly");
+        // Behind the broken one on the PATH.
+        script(&root.join("usr/sbin/bpf-linker"), "# libLLVM.so.22.1");
+        script(&root.join("bin/rustup"), &format!("echo '{}'", nightly.display()));
+        fs::create_dir_all(host.file("/usr/lib/rustlib").join(TARGET).join("lib")).unwrap();
+        let survey = Survey::of(host);
+        assert_eq!(survey.linker, Ok(Linker { path: root.join("usr/sbin/bpf-linker"), llvm: Some(22) }));
+        assert_eq!(survey.nightly, Err(Lack::RustSrc));
+        assert_eq!(survey.debian, Ok(Some(22)));
+
+        script(&nightly.join("bin/rustc"), "echo LLVM version: 23.1.0");
+        fs::create_dir_all(nightly.join("lib/rustlib/src/rust/library/core")).unwrap();
+        assert_eq!(Survey::of(host).nightly, Ok(Some(23)));
+    }
+
+    fn script(path: &Path, body: &str) {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, format!("#!/bin/sh\n{body}\n")).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+}

@@ -1,0 +1,192 @@
+//! The commands of a toolchain that is complete.
+
+use std::{
+    env,
+    ffi::OsStr,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use crate::{Compiler, Host, NoToolchain, Survey};
+
+/// Where Debian's compiler is: never rustup's, which comes first on the PATH.
+pub(crate) const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
+pub(crate) const DEBIAN_CARGO: &str = "/usr/bin/cargo";
+const DEBIAN_CLIPPY: &str = "/usr/bin/cargo-clippy";
+pub(crate) const LINKER_VERSION: &str = "0.13.0";
+const RUSTUP_TOOLCHAIN: &str = "RUSTUP_TOOLCHAIN";
+pub(crate) const TARGET: &str = "bpfel-unknown-none";
+/// The package, its binary, and the file that a build leaves.
+pub(crate) const OBJECT: &str = "imds-ebpf";
+
+/// A compiler and a linker for the BPF object.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Toolchain {
+    compiler: Compiler,
+    linker: PathBuf,
+}
+
+impl Toolchain {
+    /// The first toolchain that is complete on this machine, or what is missing of each.
+    pub fn detect() -> Result<Self, NoToolchain> {
+        Survey::of(&Host::current()).toolchain()
+    }
+
+    pub(crate) const fn new(compiler: Compiler, linker: PathBuf) -> Self {
+        Self { compiler, linker }
+    }
+
+    /// Whose compiler it is.
+    #[must_use]
+    pub const fn compiler(&self) -> Compiler {
+        self.compiler
+    }
+
+    /// The bpf-linker.
+    #[must_use]
+    pub fn linker(&self) -> &Path {
+        &self.linker
+    }
+
+    /// `cargo build` of the BPF object, for the workspace at `workspace`, with object files in `target_dir`. The code
+    /// is told that it runs on a `target_arch` kernel.
+    #[must_use]
+    pub fn build(&self, workspace: &Path, target_dir: &Path, target_arch: &str) -> Command {
+        let program = match self.compiler {
+            Compiler::Nightly => "cargo",
+            Compiler::Debian => DEBIAN_CARGO,
+        };
+        self.cargo(program, "build", workspace, target_dir, target_arch)
+    }
+
+    /// `cargo clippy` of the same, with warnings as errors.
+    #[must_use]
+    pub fn clippy(&self, workspace: &Path, target_dir: &Path, target_arch: &str) -> Command {
+        // Not `cargo clippy`: cargo prefers the cargo-clippy in its home, which is rustup's, to its own.
+        let program = match self.compiler {
+            Compiler::Nightly => "cargo-clippy",
+            Compiler::Debian => DEBIAN_CLIPPY,
+        };
+        let mut clippy = self.cargo(program, "clippy", workspace, target_dir, target_arch);
+        clippy.args(["--", "--deny", "warnings"]);
+        clippy
+    }
+
+    fn cargo(
+        &self,
+        program: &str,
+        subcommand: &str,
+        workspace: &Path,
+        target_dir: &Path,
+        target_arch: &str,
+    ) -> Command {
+        let host = Host::current();
+        let mut cargo = match self.compiler {
+            Compiler::Nightly => nightly(&host, program),
+            Compiler::Debian => Command::new(program),
+        };
+        leave_outer_cargo(&mut cargo);
+        cargo.arg(subcommand);
+        match self.compiler {
+            Compiler::Nightly => cargo.arg("-Zbuild-std=core"),
+            // aya-ebpf turns on one unstable feature, for inline assembly.
+            Compiler::Debian => {
+                cargo.env("CARGO", DEBIAN_CARGO).env("RUSTC", DEBIAN_RUSTC).env("RUSTC_BOOTSTRAP", "aya_ebpf")
+            }
+        };
+        cargo.args(["--locked", "--release", "--package", OBJECT, "--target", TARGET]);
+        cargo.arg("--target-dir").arg(target_dir).current_dir(workspace);
+        let arch = format!("--cfg=bpf_target_arch=\"{target_arch}\"");
+        cargo.env("CARGO_ENCODED_RUSTFLAGS", ["-Cdebuginfo=2", "-Clink-arg=--btf", &arch].join("\x1f"));
+        if let Some(dir) = self.linker.parent() {
+            cargo.env("PATH", host.path_after(dir));
+        }
+        cargo
+    }
+}
+
+impl Compiler {
+    /// Whether it has a clippy.
+    #[must_use]
+    pub fn has_clippy(self, host: &Host) -> bool {
+        match self {
+            Self::Nightly => {
+                let there = nightly(host, "cargo-clippy").arg("--version").output();
+                there.is_ok_and(|output| output.status.success())
+            }
+            Self::Debian => host.file(DEBIAN_CLIPPY).is_file(),
+        }
+    }
+}
+
+/// A program of rustup's nightly.
+fn nightly(host: &Host, program: &str) -> Command {
+    let mut rustup = Command::new(host.find("rustup").unwrap_or_else(|| "rustup".into()));
+    leave_outer_cargo(&mut rustup);
+    rustup.args(["run", "nightly", program]);
+    rustup
+}
+
+/// Builds and installs a bpf-linker with Debian's LLVM of that major version, in place of one that does not work.
+#[must_use]
+pub fn linker_install(llvm: u32) -> Command {
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    leave_outer_cargo(&mut cargo);
+    // The compiler of rust-toolchain.toml, wherever we run.
+    cargo.envs(env::var_os(RUSTUP_TOOLCHAIN).map(|toolchain| (RUSTUP_TOOLCHAIN, toolchain)));
+    cargo.args(["install", "bpf-linker", "--version", LINKER_VERSION, "--locked", "--force"]);
+    cargo.arg("--no-default-features").arg("--features").arg(format!("llvm-{llvm}"));
+    cargo.env("LLVM_PREFIX", format!("/usr/lib/llvm-{llvm}"));
+    cargo
+}
+
+/// Removes what the outer cargo, or its user, set for the compiler of the host's code.
+pub(crate) fn leave_outer_cargo(command: &mut Command) {
+    for (name, _) in env::vars_os().filter(|(name, _)| is_for_the_host(name)) {
+        command.env_remove(name);
+    }
+}
+
+fn is_for_the_host(variable: &OsStr) -> bool {
+    const NAMES: [&str; 4] = ["CARGO", "CARGO_ENCODED_RUSTFLAGS", "RUSTFLAGS", RUSTUP_TOOLCHAIN];
+    const PREFIXES: [&str; 5] =
+        ["CARGO_BUILD_", "CARGO_PROFILE_", "CARGO_TARGET_", "CARGO_UNSTABLE_", "RUSTC"];
+    let variable = variable.to_string_lossy();
+    NAMES.contains(&&*variable) || PREFIXES.iter().any(|prefix| variable.starts_with(prefix))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_for_the_host_are_told_from_settings_for_cargo() {
+        for name in ["CARGO", "RUSTC", "RUSTC_WRAPPER", "CARGO_TARGET_DIR", "CARGO_PROFILE_RELEASE_LTO"] {
+            assert!(is_for_the_host(OsStr::new(name)), "{name}");
+        }
+        for name in ["CARGO_HOME", "CARGO_NET_OFFLINE", "CARGO_MAKEFLAGS", "RUSTUP_HOME", "PATH"] {
+            assert!(!is_for_the_host(OsStr::new(name)), "{name}");
+        }
+    }
+
+    #[test]
+    fn debian_s_compiler_is_named_in_full() {
+        let toolchain = Toolchain::new(Compiler::Debian, PathBuf::from("/opt/a dir/bpf-linker"));
+        let clippy = toolchain.clippy(Path::new("/w s"), Path::new("/t d"), "x86_64");
+        assert_eq!(clippy.get_program(), DEBIAN_CLIPPY);
+        assert_eq!(clippy.get_current_dir(), Some(Path::new("/w s")));
+        let variable =
+            |name| clippy.get_envs().find(|(key, _)| *key == name).and_then(|(_, value)| value).unwrap();
+        assert_eq!(variable("RUSTC"), DEBIAN_RUSTC);
+        assert_eq!(env::split_paths(variable("PATH")).next().as_deref(), Some(Path::new("/opt/a dir")));
+    }
+
+    #[test]
+    fn nightly_builds_core_itself() {
+        let toolchain = Toolchain::new(Compiler::Nightly, PathBuf::from("/bin/bpf-linker"));
+        let build = toolchain.build(Path::new("/w"), Path::new("/t"), "aarch64");
+        let arguments: Vec<_> = build.get_args().collect();
+        assert_eq!(arguments[..5], ["run", "nightly", "cargo", "build", "-Zbuild-std=core"]);
+        assert!(build.get_envs().all(|(name, _)| name != "RUSTC_BOOTSTRAP"));
+    }
+}

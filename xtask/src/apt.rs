@@ -1,0 +1,80 @@
+//! Debian's package manager.
+
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::workspace::execute;
+
+/// Installs packages, and their lists first where those do not know them.
+pub(crate) fn install(packages: &[String]) -> Result<()> {
+    let mut unknown = without_candidate(packages)?;
+    if !unknown.is_empty() {
+        execute(&mut apt_get(&["update"])).context("apt-get update failed: is this machine online?")?;
+        unknown = without_candidate(packages)?;
+    }
+    if !unknown.is_empty() {
+        bail!("this distribution has no {}, Debian 12 with its security updates has", unknown.join(", "));
+    }
+    // A package of the user's that conflicts is his to remove.
+    let mut install = apt_get(&["install", "--yes", "--no-install-recommends", "--no-remove"]);
+    execute(install.args(packages))
+        .context("could not install packages: if apt-get could not fetch them, run `apt-get update` first")
+}
+
+fn apt_get(arguments: &[&str]) -> Command {
+    let mut apt_get = Command::new("apt-get");
+    // Another apt-get, such as unattended-upgrades, is waited for.
+    apt_get.args(arguments).args(["-o", "DPkg::Lock::Timeout=300"]);
+    apt_get.env("DEBIAN_FRONTEND", "noninteractive").stdin(Stdio::null()).stdout(Stdio::null());
+    apt_get
+}
+
+fn without_candidate(packages: &[String]) -> Result<Vec<&str>> {
+    let mut apt_cache = Command::new("apt-cache");
+    let output = apt_cache
+        .arg("policy")
+        .args(packages)
+        .env("LC_ALL", "C")
+        .output()
+        .context("could not start apt-cache")?;
+    if !output.status.success() {
+        bail!("apt-cache policy failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    let policy = String::from_utf8_lossy(&output.stdout);
+    Ok(packages.iter().map(String::as_str).filter(|package| !has_candidate(&policy, package)).collect())
+}
+
+/// Whether the output of `apt-cache policy` names a version of `package` that could be installed.
+fn has_candidate(policy: &str, package: &str) -> bool {
+    let mut lines = policy.lines().skip_while(|line| line.strip_suffix(':') != Some(package)).skip(1);
+    lines
+        .find_map(|line| line.trim_start().strip_prefix("Candidate: "))
+        .is_some_and(|version| version != "(none)")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const POLICY: &str = "\
+rustc-web:
+  Installed: (none)
+  Candidate: (none)
+  Version table:
+bpftool:
+  Installed: 7.1.0+6.1.192-2
+  Candidate: 7.1.0+6.1.192-2
+  Version table:
+ *** 7.1.0+6.1.192-2 500
+        500 http://deb.debian.org/debian-security bookworm-security/main amd64 Packages
+";
+
+    #[test]
+    fn only_a_package_with_a_version_has_a_candidate() {
+        assert!(has_candidate(POLICY, "bpftool"));
+        assert!(!has_candidate(POLICY, "rustc-web"));
+        assert!(!has_candidate(POLICY, "rustc"));
+        assert!(!has_candidate("", "bpftool"));
+    }
+}

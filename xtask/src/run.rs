@@ -1,0 +1,118 @@
+//! The agent in the foreground.
+
+use std::{
+    ffi::{OsStr, OsString},
+    os::unix::ffi::OsStrExt as _,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode, Stdio},
+};
+
+use anyhow::{Result, bail};
+use nix::unistd::Uid;
+
+use crate::{
+    build,
+    supervise::{Supervisor, exit_code},
+    workspace::{execute, say},
+};
+
+/// Where the agent pins its programs unless told otherwise.
+const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/imds";
+
+/// Protect this node until Ctrl-C: build and run the agent, then unload its programs
+///
+/// Programs that were loaded before stay loaded, as they do with --once.
+#[derive(clap::Args)]
+pub(crate) struct Run {
+    /// Options of `imds-agent run`
+    #[arg(last = true)]
+    agent_args: Vec<OsString>,
+}
+
+impl Run {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        if !Uid::effective().is_root() {
+            bail!(
+                "the agent loads BPF programs: run it as root, e.g. `sudo -E env \"PATH=$PATH\" cargo xtask run`"
+            );
+        }
+        let agent = build::release()?;
+        let pin_dir = pin_dir(&self.agent_args);
+        let was_loaded = pin_dir.exists();
+
+        // Also for `unload`: a second Ctrl-C must not stop it half way.
+        let supervisor = Supervisor::new()?;
+        let status = supervisor.run(Command::new(&agent).arg("run").args(&self.agent_args))?;
+        match after(was_loaded, pin_dir.exists(), &self.agent_args) {
+            After::Nothing => {}
+            // Without its output, which would end it if the terminal is gone.
+            After::Unload => execute(unload(&agent, &pin_dir).stdout(Stdio::null()))?,
+            After::Leave(why) => say(format_args!(
+                "{why}: enforcement goes on, `{} unload --pin-dir {}` ends it",
+                agent.display(),
+                pin_dir.display()
+            )),
+        }
+        Ok(ExitCode::from(exit_code(status)))
+    }
+}
+
+fn unload(agent: &Path, pin_dir: &Path) -> Command {
+    let mut unload = Command::new(agent);
+    unload.arg("unload").arg("--pin-dir").arg(pin_dir);
+    unload
+}
+
+/// What to do with the programs when the agent has ended.
+#[derive(Debug, Eq, PartialEq)]
+enum After {
+    Nothing,
+    Unload,
+    Leave(&'static str),
+}
+
+fn after(was_loaded: bool, is_loaded: bool, agent_args: &[OsString]) -> After {
+    if !is_loaded {
+        After::Nothing
+    } else if was_loaded {
+        After::Leave("programs were loaded before this run")
+    } else if agent_args.iter().any(|argument| argument == "--once") {
+        After::Leave("the agent ran once")
+    } else {
+        After::Unload
+    }
+}
+
+/// The agent's `--pin-dir`, or its default.
+fn pin_dir(agent_args: &[OsString]) -> PathBuf {
+    let separate = agent_args.windows(2).find(|pair| pair[0] == "--pin-dir").map(|pair| pair[1].as_os_str());
+    let joined = agent_args.iter().find_map(|argument| argument.as_bytes().strip_prefix(b"--pin-dir="));
+    separate
+        .or(joined.map(OsStr::from_bytes))
+        .map_or_else(|| Path::new(DEFAULT_PIN_DIR).into(), PathBuf::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(args: &[&str]) -> Vec<OsString> {
+        args.iter().map(OsString::from).collect()
+    }
+
+    #[test]
+    fn only_what_this_run_loaded_is_unloaded() {
+        assert_eq!(after(false, true, &args(&["--config", "x"])), After::Unload);
+        assert_eq!(after(false, false, &[]), After::Nothing);
+        assert!(matches!(after(true, true, &[]), After::Leave(_)));
+        assert!(matches!(after(false, true, &args(&["--once"])), After::Leave(_)));
+    }
+
+    #[test]
+    fn the_pin_dir_is_the_agent_s() {
+        assert_eq!(pin_dir(&args(&["--once"])), Path::new(DEFAULT_PIN_DIR));
+        assert_eq!(pin_dir(&args(&["--pin-dir", "/sys/fs/bpf/a b"])), Path::new("/sys/fs/bpf/a b"));
+        assert_eq!(pin_dir(&args(&["--once", "--pin-dir=/p"])), Path::new("/p"));
+        assert_eq!(pin_dir(&args(&["--pin-dir"])), Path::new(DEFAULT_PIN_DIR));
+    }
+}

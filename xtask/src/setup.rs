@@ -1,0 +1,221 @@
+//! What building and testing need of the machine.
+
+use std::{fmt, process::ExitCode};
+
+use anyhow::{Context as _, Result, bail};
+use imds_ebpf_build::{Compiler, DEBIAN_PACKAGES, Host, Survey, linker_install};
+use nix::unistd::Uid;
+
+use crate::{
+    apt,
+    workspace::{execute, say},
+};
+
+/// Install what is missing for building, testing and linting: Debian packages and bpf-linker
+#[derive(clap::Args)]
+pub(crate) struct Setup {
+    /// Only report what is there and what is missing
+    #[arg(long)]
+    check: bool,
+}
+
+/// What the machine is needed for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Purpose {
+    Build,
+    Test,
+    Lint,
+}
+
+/// A program that the tests start, and the Debian package that has it.
+struct Tool {
+    program: &'static str,
+    package: &'static str,
+}
+
+const TEST_TOOLS: [Tool; 4] = [
+    Tool { program: "ip", package: "iproute2" },
+    Tool { program: "tc", package: "iproute2" },
+    Tool { program: "bpftool", package: "bpftool" },
+    Tool { program: "nsenter", package: "util-linux" },
+];
+const CLIPPY_PACKAGE: &str = "rust-web-clippy";
+
+impl Setup {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        let (host, purposes) = (Host::current(), [Purpose::Build, Purpose::Test, Purpose::Lint]);
+        let missing = Missing::on(&host, &purposes);
+        if !self.check {
+            missing.install(&host, &purposes)?;
+        } else if !missing.is_empty() {
+            bail!("missing: {missing}");
+        }
+        let toolchain = Survey::of(&host).toolchain()?;
+        say(format_args!(
+            "all is there; the BPF object is built with {} and {}",
+            toolchain.compiler(),
+            toolchain.linker().display()
+        ));
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Installs what is missing for `purpose`, without a word where nothing is.
+pub(crate) fn ensure(purpose: Purpose) -> Result<()> {
+    let host = Host::current();
+    Missing::on(&host, &[purpose]).install(&host, &[purpose])
+}
+
+/// What a machine lacks.
+#[derive(Debug, Default)]
+struct Missing {
+    /// Each thing, and what to do about it.
+    things: Vec<String>,
+    /// Debian's packages for that. bpf-linker comes after them, see [`install_linker`].
+    packages: Vec<&'static str>,
+}
+
+impl Missing {
+    fn on(host: &Host, purposes: &[Purpose]) -> Self {
+        let mut missing = Self::default();
+        let survey = Survey::of(host);
+        let toolchain = survey.toolchain();
+        if let Err(error) = &toolchain {
+            missing.things.push(error.to_string());
+            if survey.debian.is_err() {
+                missing.packages.extend(DEBIAN_PACKAGES);
+            }
+        }
+        if purposes.contains(&Purpose::Lint) {
+            let compiler = toolchain.map_or(Compiler::Debian, |toolchain| toolchain.compiler());
+            missing.look_for_clippy(host, compiler);
+        }
+        if purposes.contains(&Purpose::Test) {
+            for tool in TEST_TOOLS.iter().filter(|tool| host.find(tool.program).is_none()) {
+                missing.add(format!("the tests' {} (package {})", tool.program, tool.package), tool.package);
+            }
+        }
+        missing
+    }
+
+    fn look_for_clippy(&mut self, host: &Host, compiler: Compiler) {
+        if compiler.has_clippy(host) {
+            return;
+        }
+        match compiler {
+            Compiler::Debian => {
+                self.add(format!("clippy for the BPF crate (package {CLIPPY_PACKAGE})"), CLIPPY_PACKAGE);
+            }
+            // rustup's toolchains are the user's to change.
+            Compiler::Nightly => self.things.push(
+                "clippy for the BPF crate (rustup component add clippy --toolchain nightly)".to_owned(),
+            ),
+        }
+    }
+
+    fn add(&mut self, thing: String, package: &'static str) {
+        self.things.push(thing);
+        if !self.packages.contains(&package) {
+            self.packages.push(package);
+        }
+    }
+
+    const fn is_empty(&self) -> bool {
+        self.things.is_empty()
+    }
+
+    fn install(&self, host: &Host, purposes: &[Purpose]) -> Result<()> {
+        if self.is_empty() {
+            return Ok(());
+        }
+        if !self.packages.is_empty() {
+            let packages: Vec<_> = self.packages.iter().copied().map(str::to_owned).collect();
+            install_packages(host, &packages).with_context(|| format!("missing: {self}"))?;
+        }
+        let survey = Survey::of(host);
+        if survey.toolchain().is_err() {
+            install_linker(host, &survey)?;
+        }
+        let left = Self::on(host, purposes);
+        if !left.is_empty() {
+            bail!("still missing after the set-up: {left}");
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.things.join(". Also "))
+    }
+}
+
+/// Builds bpf-linker with the LLVM of Debian's compiler, which changes within a Debian release.
+fn install_linker(host: &Host, survey: &Survey) -> Result<()> {
+    let llvm =
+        survey.debian.clone()?.with_context(|| format!("{} does not name its LLVM", Compiler::Debian))?;
+    if !host.file(&format!("/usr/lib/llvm-{llvm}/lib/libLLVM.so")).exists() {
+        install_packages(host, &[format!("llvm-{llvm}-dev")])?;
+    }
+    say("building bpf-linker: this takes a minute");
+    execute(&mut linker_install(llvm)).context("could not build bpf-linker")
+}
+
+fn install_packages(host: &Host, packages: &[String]) -> Result<()> {
+    if host.find("apt-get").is_none() {
+        bail!("only on Debian and its like does the set-up know the packages ({})", packages.join(", "));
+    }
+    if !Uid::effective().is_root() {
+        bail!("it takes root to run `apt-get install {}`", packages.join(" "));
+    }
+    apt::install(packages)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::symlink, path::Path};
+
+    use super::*;
+
+    const ALL: [Purpose; 3] = [Purpose::Build, Purpose::Test, Purpose::Lint];
+
+    /// A machine on which programs at these paths start, and do nothing.
+    fn host(root: &Path, programs: &[&str]) -> Host {
+        for path in programs.iter().map(|program| root.join(program)) {
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            symlink("/bin/true", &path).unwrap();
+        }
+        Host::below(root)
+    }
+
+    #[test]
+    fn an_empty_machine_lacks_all_of_the_debian_way() {
+        let root = tempfile::tempdir().unwrap();
+        let missing = Missing::on(&host(root.path(), &[]), &ALL);
+        let mut expected = DEBIAN_PACKAGES.to_vec();
+        expected.extend([CLIPPY_PACKAGE, "iproute2", "bpftool", "util-linux"]);
+        assert_eq!(missing.packages, expected);
+        assert!(!missing.to_string().contains('\n'), "{missing}");
+    }
+
+    #[test]
+    fn a_purpose_asks_for_no_more_than_it_needs() {
+        let root = tempfile::tempdir().unwrap();
+        let core = root.path().join("usr/lib/rustlib/bpfel-unknown-none/lib");
+        fs::create_dir_all(core).unwrap();
+        let host = host(root.path(), &["usr/bin/rustc", "usr/bin/cargo", "bin/bpf-linker"]);
+        assert!(Missing::on(&host, &[Purpose::Build]).is_empty());
+        assert_eq!(Missing::on(&host, &[Purpose::Lint]).packages, [CLIPPY_PACKAGE]);
+        assert_eq!(Missing::on(&host, &[Purpose::Test]).packages, ["iproute2", "bpftool", "util-linux"]);
+    }
+
+    #[test]
+    fn a_missing_linker_alone_needs_no_package_of_the_compiler() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir_all(root.path().join("usr/lib/rustlib/bpfel-unknown-none/lib")).unwrap();
+        let host = host(root.path(), &["usr/bin/rustc", "usr/bin/cargo"]);
+        let missing = Missing::on(&host, &[Purpose::Build]);
+        assert!(missing.packages.is_empty(), "{missing:?}");
+        assert!(missing.to_string().contains("bpf-linker is neither"), "{missing}");
+    }
+}
