@@ -1,6 +1,9 @@
 //! Enforcement outlives the agent, and the next agent takes over without a gap.
 
-use std::time::{Duration, Instant};
+use std::{
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
 use imds_tests::{
     Backend, METADATA, Pod, PodLink, World,
@@ -108,6 +111,10 @@ fn flood_while_agents_are_killed_and_started(backend: Backend) {
     let mut restarts = 0;
     while restarts < RESTARTS || start.elapsed() < DURATION {
         agent.kill9();
+        // One that does not live to take over: it is killed a little later each time.
+        let stillborn = world.agent().backend(backend).spawn();
+        sleep(Duration::from_millis(restarts.into()));
+        stillborn.kill9();
         agent = world.start_agent(backend);
         restarts += 1;
         let now = world.status().total.denied.packets;
