@@ -151,7 +151,8 @@ impl<'w> AgentCommand<'w> {
     /// The process, not yet started and with nothing redirected.
     #[track_caller]
     pub fn command(&self) -> Command {
-        let mut command = self.world.node.command(binary());
+        let binary = self.world.agent.clone().unwrap_or_else(binary);
+        let mut command = self.world.node.command(binary);
         command.args(&self.args).arg("--pin-dir").arg(&self.pin_dir);
         command
     }

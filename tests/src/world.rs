@@ -2,7 +2,7 @@
 
 use std::{
     net::Ipv4Addr,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicU8, Ordering},
@@ -45,6 +45,8 @@ pub struct World {
     pub(crate) pins: PinDir,
     /// For configuration files.
     pub(crate) scratch: TempDir,
+    /// The agent's binary, where it is not the one that tests use.
+    pub(crate) agent: Option<PathBuf>,
     arrivals: Counter,
     pods: AtomicU8,
     _services: Services,
@@ -97,10 +99,18 @@ impl World {
             fabric,
             pins: PinDir::new(),
             scratch: TempDir::with_prefix("imds-test-").expect("a temporary directory"),
+            agent: None,
             arrivals,
             pods: AtomicU8::new(0),
             _services: services,
         }
+    }
+
+    /// The same node, on which every command of imds-agent is this binary.
+    #[must_use]
+    pub fn with_agent(mut self, binary: PathBuf) -> Self {
+        self.agent = Some(binary);
+        self
     }
 
     /// Adds a pod, at any time. It is gone when dropped.

@@ -3,7 +3,9 @@
 //! A command is one file: a clap struct with a `run` method.
 
 mod apt;
+mod bench;
 mod build;
+mod demo;
 mod lint;
 mod run;
 mod setup;
@@ -33,6 +35,8 @@ enum Command {
     Run(run::Run),
     Test(test::Test),
     Lint(lint::Lint),
+    Demo(demo::Demo),
+    Bench(bench::Bench),
 }
 
 impl Command {
@@ -43,6 +47,8 @@ impl Command {
             Self::Run(run) => run.run(),
             Self::Test(test) => test.run(),
             Self::Lint(lint) => lint.run(),
+            Self::Demo(demo) => demo.run(),
+            Self::Bench(bench) => bench.run(),
         }
     }
 }

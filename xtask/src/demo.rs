@@ -1,0 +1,145 @@
+//! The agent at work on a node that is made of network namespaces.
+
+use std::{net::Ipv4Addr, process::ExitCode, thread};
+
+use anyhow::{Context as _, Result, bail};
+use imds_tests::{
+    METADATA, Netns, Pod, PodLink, SERVICE, World,
+    probe::{Outcome, SHORT, http_get},
+};
+use nix::{
+    sched::{CloneFlags, unshare},
+    sys::{
+        signal::{SigSet, Signal},
+        signalfd::{SfdFlags, SignalFd},
+    },
+    unistd::Uid,
+};
+
+use crate::{
+    build,
+    setup::{self, Purpose},
+    workspace::say,
+};
+
+/// Show the agent at work: a node, two pods and a metadata service, made of network namespaces and removed again
+#[derive(clap::Args)]
+pub(crate) struct Demo {}
+
+impl Demo {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        let Self {} = self;
+        if !Uid::effective().is_root() {
+            bail!("the demo makes network namespaces: run it as root");
+        }
+        setup::ensure(Purpose::Test)?;
+        let agent = build::release()?;
+        let interrupt = Interrupt::new()?;
+
+        say("making a node with two pods, and a metadata service behind its uplink");
+        let world = World::new().with_agent(agent);
+        let pods = [world.add_pod(PodLink::Routed), world.add_pod(PodLink::Bridged)];
+        let probes = probes(&world, &pods);
+        let before = observe(&probes, &interrupt)?;
+
+        say("starting imds-agent on the node");
+        let running = world.agent().spawn_ready();
+        let during = observe(&probes, &interrupt)?;
+        let status = world.imds_agent(&["status"]).output();
+
+        say("killing imds-agent with SIGKILL");
+        running.kill9();
+        let killed = observe(&probes, &interrupt)?;
+
+        say("unloading");
+        let unload = world.imds_agent(&["unload"]).output();
+        if !unload.status.success() {
+            bail!("unload failed: {}", String::from_utf8_lossy(&unload.stderr));
+        }
+        let after = observe(&probes, &interrupt)?;
+
+        let row = |from: &str, to: &str, cells: [&str; 4]| {
+            println!(
+                "{from:<30} {to:<16} {:<12} {:<12} {:<12} {:<12}",
+                cells[0], cells[1], cells[2], cells[3]
+            );
+        };
+        println!();
+        row("HTTP FROM", "TO", ["BEFORE", "RUNNING", "KILLED", "UNLOADED"]);
+        for (index, probe) in probes.iter().enumerate() {
+            let cells = [before[index], during[index], killed[index], after[index]];
+            row(probe.from, &probe.to.to_string(), cells);
+        }
+        println!("\nimds-agent status, while it ran:\n\n{}", String::from_utf8_lossy(&status.stdout));
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Somebody who asks for a document.
+struct Probe<'a> {
+    from: &'static str,
+    netns: &'a Netns,
+    in_container: bool,
+    to: Ipv4Addr,
+}
+
+fn probes<'a>(world: &'a World, [routed, bridged]: &'a [Pod; 2]) -> Vec<Probe<'a>> {
+    let probe = |from, netns, in_container, to| Probe { from, netns, in_container, to };
+    vec![
+        probe("pod with a routed link", &routed.netns, true, METADATA),
+        probe("pod on a bridge", &bridged.netns, true, METADATA),
+        probe("pod with hostNetwork", &world.node, true, METADATA),
+        probe("process of the node", &world.node, false, METADATA),
+        probe("pod with a routed link", &routed.netns, true, SERVICE),
+        probe("pod on a bridge", &bridged.netns, true, SERVICE),
+    ]
+}
+
+fn observe(probes: &[Probe<'_>], interrupt: &Interrupt) -> Result<Vec<&'static str>> {
+    interrupt.check()?;
+    probes.iter().map(Probe::observe).collect()
+}
+
+impl Probe<'_> {
+    fn observe(&self) -> Result<&'static str> {
+        let outcome = thread::scope(|scope| {
+            let asking = scope.spawn(|| {
+                if self.in_container {
+                    // All that a container has of its own but the network, which is the pod's or the node's.
+                    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)?;
+                }
+                Ok::<_, nix::Error>(http_get(self.netns, self.to, SHORT))
+            });
+            asking.join().expect("probes do not panic")
+        });
+        Ok(match outcome.context("could not make a container's namespaces")? {
+            Outcome::Answer(_) => "200 OK",
+            Outcome::Timeout => "no answer",
+            Outcome::Refused => "refused",
+            Outcome::Error(_) => "error",
+        })
+    }
+}
+
+/// Ctrl-C and its like, taken at the next step: the world's namespaces are then removed on the way out.
+struct Interrupt {
+    signals: SignalFd,
+}
+
+impl Interrupt {
+    /// Blocks the signals for this thread and for all that it starts from now on.
+    fn new() -> Result<Self> {
+        let blocked: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
+        blocked.thread_block().context("could not block signals")?;
+        let signals =
+            SignalFd::with_flags(&blocked, SfdFlags::SFD_NONBLOCK).context("could not open a signalfd")?;
+        Ok(Self { signals })
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.signals.read_signal().context("could not read a signal")?.is_some() {
+            bail!("interrupted: everything is removed");
+        }
+        Ok(())
+    }
+}
