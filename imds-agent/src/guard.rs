@@ -58,7 +58,11 @@ impl Guard {
     /// Reads everything anew and puts right what is not as it should be. What fails on one interface is in
     /// [`Guard::failures`] and does not keep the others from it.
     pub async fn resync(&mut self) -> Result<(), DatapathError> {
-        if self.datapath.restore_pins()? && self.settled {
+        // Guarding goes on without pins; what comes of it is said at the end.
+        let restored = self.datapath.restore_pins();
+        if let Ok(true) = restored
+            && self.settled
+        {
             log::warn!("restored what was missing from {}", self.datapath.pins().root().display());
         }
         self.uplinks = self.netlink.uplinks().await?;
@@ -72,6 +76,7 @@ impl Guard {
             self.see(link).await;
         }
         self.settled = true;
+        restored?;
         self.datapath.announce_ready()
     }
 
@@ -136,7 +141,7 @@ impl Guard {
         let actual = self.datapath.observe(link, !self.settled).await?;
         if is_new && actual.is_empty() {
             // What is recorded or counted under this index was another interface's.
-            self.datapath.forget(link.index)?;
+            self.datapath.take_over(link)?;
         }
         let actions = plan(wanted, &actual);
         for &action in &actions {

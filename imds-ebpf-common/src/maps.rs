@@ -12,6 +12,8 @@ pub struct Policy {
     pub mode: u32,
     /// The [`LAYOUT`] with which the maps were written; 0 before the first agent wrote it.
     pub layout: u32,
+    /// Inode number of the node's network namespace: the one in which the agent runs.
+    pub netns: u32,
 }
 
 /// What a [`Counter`] counts.
@@ -128,7 +130,7 @@ impl Backend {
     }
 }
 
-const _: () = assert!(size_of::<Policy>() == 8);
+const _: () = assert!(size_of::<Policy>() == 12);
 const _: () = assert!(size_of::<CounterKey>() == 8);
 const _: () = assert!(size_of::<Counter>() == 16);
 const _: () = assert!(size_of::<InterfaceRecord>() == 20);

@@ -24,7 +24,7 @@ fn main() {
     let empty = Foreign::returning(TC_ACT_UNSPEC);
     let empty = program::pinned(empty.pin());
     let mut enforcing = Object::load(OBJECT);
-    enforcing.set(MAP_POLICY, Policy { mode: Mode::Enforce as u32, layout: 0 });
+    enforcing.set(MAP_POLICY, Policy { mode: Mode::Enforce as u32, ..Policy::default() });
     let ours = enforcing.program(PROG_POD_EDGE);
 
     println!(

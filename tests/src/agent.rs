@@ -63,9 +63,14 @@ impl World {
     #[must_use]
     #[track_caller]
     pub fn status(&self) -> Status {
+        self.try_status().unwrap_or_else(|failure| panic!("status is not as documented: {failure}"))
+    }
+
+    /// The same where it may fail, as it does while pins that are not the agent's await their replacement.
+    #[track_caller]
+    fn try_status(&self) -> Result<Status, String> {
         let output = self.imds_agent(&["status", "-o", "json"]).output();
-        let status = serde_json::from_slice(&output.stdout);
-        status.unwrap_or_else(|error| panic!("status is not as documented: {error}: {output:?}"))
+        serde_json::from_slice(&output.stdout).map_err(|error| format!("{error}: {output:?}"))
     }
 
     /// `imds-agent unload`, which has to succeed.
@@ -210,10 +215,9 @@ impl Agent<'_> {
         let ready = try_poll(READY_TIMEOUT, || {
             let ended = self.child.try_wait().expect("wait for the agent");
             assert!(ended.is_none(), "the agent ended ({ended:?}):\n{}", self.log());
-            let status = self.world.status();
-            let ready = status.is_ready() && status.agent.pid == Some(pid);
+            let status = self.world.try_status();
             last = Some(status.clone());
-            ready.then_some(status)
+            status.ok().filter(|status| status.is_ready() && status.agent.pid == Some(pid))
         });
         ready.unwrap_or_else(|| panic!("the agent is not ready: {last:#?}\n{}", self.log()))
     }

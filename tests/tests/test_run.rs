@@ -26,7 +26,7 @@ const ETHERNET_LEN: usize = 14;
 
 fn object(mode: Mode) -> Object {
     let mut object = Object::load(OBJECT);
-    object.set(MAP_POLICY, Policy { mode: mode as u32, layout: 0 });
+    object.set(MAP_POLICY, Policy { mode: mode as u32, ..Policy::default() });
     object
 }
 
@@ -187,7 +187,7 @@ fn a_policy_that_was_never_written_or_is_unknown_denies() {
     let never_written = Object::load(OBJECT);
     assert_eq!(action(never_written.program(PROG_POD_EDGE), &udp(IMDS_IPV4)), TC_ACT_SHOT);
     let mut unknown = Object::load(OBJECT);
-    unknown.set(MAP_POLICY, Policy { mode: 77, layout: 0 });
+    unknown.set(MAP_POLICY, Policy { mode: 77, ..Policy::default() });
     assert_eq!(action(unknown.program(PROG_POD_EDGE), &udp(IMDS_IPV4)), TC_ACT_SHOT);
 }
 

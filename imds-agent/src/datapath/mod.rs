@@ -3,6 +3,7 @@
 pub mod bpf;
 pub mod clsact;
 pub mod counters;
+pub mod home;
 pub mod object;
 pub mod pins;
 pub mod records;
@@ -49,6 +50,14 @@ pub enum DatapathError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The pins belong to another network namespace.
+    #[error("{} belongs to network namespace {netns}, not to this one: use another --pin-dir here, or run this there with `nsenter --net=`", path.display())]
+    Elsewhere {
+        /// The pin directory.
+        path: PathBuf,
+        /// Inode number of the namespace, as in `lsns -t net`.
+        netns: u32,
+    },
     /// A map that can't be written.
     #[error("can't write the map {map}")]
     Map {
@@ -66,7 +75,7 @@ impl DatapathError {
         let errno = match self {
             Self::Netlink(error) => error.errno(),
             Self::Link { source, .. } => source.raw_os_error(),
-            Self::Object(_) | Self::Pin(_) | Self::Map { .. } => None,
+            Self::Object(_) | Self::Pin(_) | Self::Elsewhere { .. } | Self::Map { .. } => None,
         };
         errno == Some(libc::ENODEV)
     }
@@ -101,12 +110,13 @@ impl Datapath {
     }
 
     fn load(pins: &PinDir, mode: Mode) -> Result<(Programs, Maps, Links), DatapathError> {
+        home::ensure_free(pins)?;
         for reason in object::drop_foreign_maps(pins)? {
             log::warn!("starting with new maps and counters: {reason}");
         }
         let programs = Programs::load(pins)?;
         let mut maps = Maps::open(pins)?;
-        let policy = Policy { mode: mode as u32, layout: LAYOUT };
+        let policy = Policy { mode: mode as u32, layout: LAYOUT, netns: home::this_netns()? };
         maps.policy
             .set(0, policy, 0)
             .map_err(|source| DatapathError::Map { map: imds_ebpf_common::names::MAP_POLICY, source })?;
@@ -203,6 +213,16 @@ impl Datapath {
         records::put(&mut self.maps, link, role, backend)
     }
 
+    /// Forgets what an interface's index stood for before it was this one's.
+    pub fn take_over(&mut self, link: &Link) -> Result<(), DatapathError> {
+        let made_qdisc = records::get(&self.maps, link.index)
+            .is_some_and(|record| record.made_qdisc == 1 && record.name == records::padded(&link.name));
+        self.forget(link.index)?;
+        // By the same name it is most likely the same interface, whose filter somebody removed: a qdisc that is there
+        // then is still the agent's.
+        if made_qdisc { records::mark_qdisc(&mut self.maps, link) } else { Ok(()) }
+    }
+
     /// Forgets an interface that is gone, and keeps its counts in the sum of those that are.
     pub fn forget(&mut self, ifindex: u32) -> Result<(), DatapathError> {
         self.links.forget(self.claim.dir(), ifindex)?;
@@ -252,6 +272,7 @@ pub async fn unload(pins: &PinDir, netlink: &Netlink, links: &[Link]) -> Result<
     let Some(claim) = pins.claim_existing()? else {
         return Ok(removed);
     };
+    home::ensure_no_filters_elsewhere(pins)?;
     for (_, path) in pins.pinned_links()? {
         removed.interfaces += usize::from(tcx::detach_pinned(&path)?);
     }

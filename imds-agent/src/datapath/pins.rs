@@ -71,7 +71,7 @@ fn pid_phrase(pid: Option<i32>) -> String {
     pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default()
 }
 
-fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PinError {
+pub(super) fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PinError {
     let path = path.to_owned();
     move |source| PinError::Io { operation, path, source }
 }

@@ -48,7 +48,7 @@ fn write(maps: &mut Maps, ifindex: u32, record: InterfaceRecord) -> Result<(), D
 }
 
 /// An interface name as the kernel keeps it: at most 15 bytes, then zeros.
-fn padded(name: &str) -> [u8; 16] {
+pub(super) fn padded(name: &str) -> [u8; 16] {
     let mut padded = [0; 16];
     for (to, from) in padded.iter_mut().zip(name.bytes().take(15)) {
         *to = from;

@@ -16,6 +16,7 @@ use crate::{
     datapath::{
         DatapathError, bpf, clsact,
         counters::{self, Counts},
+        home,
         object::{self, Maps, ObjectError},
         pins::{self, PinDir},
         records,
@@ -134,6 +135,7 @@ pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapath
     if !object::is_loaded(pins) {
         return Ok(report);
     }
+    home::ensure_ours(pins)?;
     let maps = Maps::open(pins)?;
     let policy = maps.policy.get(&0, 0).map_err(unreadable)?;
     let mode = Mode::from_u32(policy.mode);

@@ -1,0 +1,128 @@
+//! What somebody else left in the pin directory is not taken for the agent's.
+
+use std::fs;
+
+use imds_tests::{
+    Backend, Netns, Pod, PodLink, World,
+    foreign::{Foreign, TC_ACT_OK},
+    hook, output, with_each_backend,
+};
+
+fn bpftool(args: &[&str]) {
+    let mut command = std::process::Command::new("bpftool");
+    command.args(args);
+    let output = output(command);
+    assert!(output.status.success(), "bpftool {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn guarded_world(backend: Backend) -> (World, Pod) {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    world.assert_open(&pod);
+    world.start_agent(backend).kill9();
+    world.assert_blocked(&pod);
+    (world, pod)
+}
+
+/// The next agent starts with new maps, says why, and guards.
+#[track_caller]
+fn assert_starts_anew(world: &World, pod: &Pod, backend: Backend, reason: &str) {
+    world.assert_blocked(pod);
+    let agent = world.start_agent(backend);
+    let log = agent.log();
+    assert!(log.contains("starting with new maps and counters") && log.contains(reason), "{reason}: {log}");
+    world.assert_blocked(pod);
+    world.assert_harmless(pod);
+    assert!(world.status().interface(&pod.host_ifname).counts.denied.packets > 0);
+    agent.kill9();
+
+    // Once is enough.
+    let agent = world.start_agent(backend);
+    assert!(!agent.log().contains("starting with new maps"), "{}", agent.log());
+    drop(agent);
+    world.unload();
+    world.assert_open(pod);
+}
+
+#[test]
+fn a_map_of_another_layout_is_replaced() {
+    with_each_backend(|backend| {
+        let (world, pod) = guarded_world(backend);
+        let pin = world.pin_dir().join("maps/imds_counters");
+        fs::remove_file(&pin).unwrap();
+        let pin = pin.to_str().unwrap();
+        bpftool(&[
+            "map", "create", pin, "type", "hash", "key", "4", "value", "8", "entries", "7", "name", "other",
+        ]);
+        assert_starts_anew(&world, &pod, backend, "imds_counters");
+    });
+}
+
+#[test]
+fn maps_that_another_version_wrote_are_replaced() {
+    let (world, pod) = guarded_world(Backend::Tcx);
+    let pin = world.pin_dir().join("maps/imds_policy");
+    // Mode 2 is off: a policy that is misread must not open anything.
+    let value = "2 0 0 0 99 0 0 0 1 0 0 0".split(' ');
+    let update = ["map", "update", "pinned", pin.to_str().unwrap(), "key", "0", "0", "0", "0", "value"];
+    let before = world.status().total.denied.packets;
+    assert!(before > 0);
+    bpftool(&update.into_iter().chain(value).collect::<Vec<_>>());
+    // Until then the programs go by it, as it is their own map.
+    world.assert_open(&pod);
+    let agent = world.start_agent(Backend::Tcx);
+    assert!(agent.log().contains("layout 99"), "{}", agent.log());
+    world.assert_blocked(&pod);
+}
+
+#[test]
+fn a_program_in_the_place_of_a_map_or_a_link_is_replaced() {
+    let (world, pod) = guarded_world(Backend::Tcx);
+    let foreign = Foreign::returning(TC_ACT_OK);
+    let (map, link) = (
+        world.pin_dir().join("maps/imds_policy"),
+        world.pin_dir().join(format!("links/pod_edge_{}", pod.host_ifindex)),
+    );
+    for pin in [&map, &link] {
+        fs::remove_file(pin).unwrap();
+        bpftool(&["prog", "pin", "pinned", foreign.pin().to_str().unwrap(), pin.to_str().unwrap()]);
+    }
+    let agent = world.start_agent(Backend::Tcx);
+    assert!(
+        agent.log().contains("imds_policy") && agent.log().contains("links/pod_edge_"),
+        "{}",
+        agent.log()
+    );
+    world.assert_blocked(&pod);
+    assert_eq!(hook::tcx(&world.node, &pod.host_ifname).len(), 1);
+}
+
+/// `imds-agent` with this world's pin directory, in another network namespace.
+fn elsewhere(world: &World, netns: &Netns, args: &[&str]) -> std::process::Output {
+    let here = world.imds_agent(args).command();
+    let mut there = netns.command(here.get_program());
+    there.args(here.get_args());
+    output(there)
+}
+
+#[test]
+fn the_pins_of_another_network_namespace_are_left_alone() {
+    with_each_backend(|backend| {
+        let (world, pod) = guarded_world(backend);
+        let refused = |args: &[&str]| {
+            let output = elsewhere(&world, &world.fabric, args);
+            let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(1), "{args:?}: {stderr}");
+            assert!(stderr.contains("network namespace"), "{args:?}: {stderr}");
+        };
+        refused(&["status"]);
+        match backend {
+            // Links show that they are in use; filters of another namespace can't be seen, only removed there.
+            Backend::Tcx => refused(&["run", "--once"]),
+            Backend::Clsact => refused(&["unload"]),
+        }
+        world.assert_blocked(&pod);
+        world.unload();
+        world.assert_open(&pod);
+    });
+}
