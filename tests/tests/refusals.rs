@@ -105,6 +105,33 @@ fn a_pin_directory_that_is_on_no_bpffs() {
     assert!(!path.exists());
 }
 
+/// Runs the agent in a mount namespace whose /sys/fs/bpf is no bpffs: there is none then, as on a bare machine.
+fn run_without_bpffs(world: &World, capabilities: &str) -> Output {
+    let bounding = format!("--bounding-set={capabilities}");
+    let script = format!("umount -l /sys/fs/bpf && exec setpriv {bounding} --inh-caps=-all \"$@\"");
+    output(wrapped(
+        world,
+        &["unshare", "--mount", "sh", "-c", &script, "sh"],
+        &world.agent().args(&["--once"]),
+    ))
+}
+
+#[test]
+fn a_missing_bpffs_is_mounted_where_that_is_allowed() {
+    let Refusal { world, pod: _pod } = Refusal::new();
+    let result = run_without_bpffs(&world, "+all");
+    let stderr = String::from_utf8_lossy(&result.stderr);
+    assert!(result.status.success() && stderr.contains("mounted a bpffs at /sys/fs/bpf"), "{stderr}");
+    // It is gone with the mount namespace, and with it what was pinned there.
+}
+
+#[test]
+fn a_missing_bpffs_that_can_not_be_mounted() {
+    let refusal = Refusal::new();
+    let result = run_without_bpffs(&refusal.world, "-sys_admin");
+    refusal.assert(&result, 1, &["/sys/fs/bpf", "mount -t bpf bpf /sys/fs/bpf"]);
+}
+
 /// Makes bpf(2) fail with `errno` in a process that is about to be executed.
 fn refuse_bpf(errno: i32) -> io::Result<()> {
     const fn statement(code: u32, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
