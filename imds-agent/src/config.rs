@@ -6,7 +6,7 @@ use std::{
 };
 
 use globset::{Glob, GlobSet, GlobSetBuilder};
-use imds_ebpf_common::Mode;
+use imds_ebpf_common::{Hook, Mode};
 use serde::Deserialize;
 use thiserror::Error;
 
@@ -15,8 +15,43 @@ use thiserror::Error;
 pub struct Config {
     /// What happens to a packet from a pod to a guarded endpoint.
     pub mode: Mode,
+    /// Where packets and calls are judged.
+    pub hooks: Hooks,
     /// Which interfaces are pods'.
     pub interfaces: Interfaces,
+}
+
+/// The hooks that are on.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Hooks {
+    bits: u32,
+}
+
+impl Hooks {
+    /// The hooks of [`Policy::hooks`](imds_ebpf_common::Policy::hooks).
+    #[must_use]
+    pub const fn from_bits(bits: u32) -> Self {
+        Self { bits }
+    }
+
+    /// As [`Policy::hooks`](imds_ebpf_common::Policy::hooks) has them.
+    #[must_use]
+    pub const fn bits(self) -> u32 {
+        self.bits
+    }
+
+    /// Whether this one is on.
+    #[must_use]
+    pub const fn has(self, hook: Hook) -> bool {
+        self.bits & hook.bit() != 0
+    }
+}
+
+impl Default for Hooks {
+    /// All.
+    fn default() -> Self {
+        HooksTable::default().into()
+    }
 }
 
 /// Exceptions from the classification of interfaces, by name.
@@ -63,6 +98,12 @@ pub enum ConfigError {
         /// What is wrong, on one line.
         message: String,
     },
+    /// Nothing would be guarded.
+    #[error("{}: every one of the hooks is off, so that nothing would be guarded; use mode = \"off\" for that", path.display())]
+    NoHook {
+        /// The file.
+        path: PathBuf,
+    },
     /// A glob is in both lists.
     #[error("{}: interfaces.include and interfaces.exclude both have {glob:?}: it can only be in one", path.display())]
     Contradiction {
@@ -88,7 +129,11 @@ impl Config {
         if let Some(glob) = include.patterns.iter().find(|glob| exclude.patterns.contains(glob)) {
             return Err(ConfigError::Contradiction { path: path.to_owned(), glob: glob.clone() });
         }
-        Ok(Self { mode: file.mode.into(), interfaces: Interfaces { include, exclude } })
+        let hooks = Hooks::from(file.hooks);
+        if hooks.bits() == 0 {
+            return Err(ConfigError::NoHook { path: path.to_owned() });
+        }
+        Ok(Self { mode: file.mode.into(), hooks, interfaces: Interfaces { include, exclude } })
     }
 }
 
@@ -98,7 +143,30 @@ struct File {
     #[serde(default)]
     mode: ModeName,
     #[serde(default)]
+    hooks: HooksTable,
+    #[serde(default)]
     interfaces: InterfacesTable,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct HooksTable {
+    pod_edge: bool,
+    node_edge: bool,
+    socket: bool,
+}
+
+impl Default for HooksTable {
+    fn default() -> Self {
+        Self { pod_edge: true, node_edge: true, socket: true }
+    }
+}
+
+impl From<HooksTable> for Hooks {
+    fn from(HooksTable { pod_edge, node_edge, socket }: HooksTable) -> Self {
+        let switches = [(Hook::PodEdge, pod_edge), (Hook::NodeEdge, node_edge), (Hook::Socket, socket)];
+        Self::from_bits(switches.iter().filter(|(_, on)| *on).map(|(hook, _)| hook.bit()).sum())
+    }
 }
 
 #[derive(Clone, Copy, Default, Deserialize)]
@@ -191,6 +259,16 @@ mod tests {
         assert_eq!(config.mode, Mode::Audit);
         assert!(config.interfaces.includes("tun7") && !config.interfaces.includes("xtun7"));
         assert!(config.interfaces.excludes("veth3") && !config.interfaces.excludes("veth4"));
+    }
+
+    #[test]
+    fn hooks_are_on_unless_switched_off() {
+        let on = |text: &str| Hook::ALL.map(|hook| parse(text).unwrap().hooks.has(hook));
+        assert_eq!(on(""), [true; 3]);
+        assert_eq!(on("[hooks]\nnode_edge = false"), [true, false, true]);
+        assert_eq!(on("[hooks]\npod_edge = false\nsocket = false"), [false, true, false]);
+        let all_off = "[hooks]\npod_edge = false\nsocket = false\nnode_edge = false";
+        assert!(parse(all_off).unwrap_err().contains("hooks"));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use imds_ebpf_common::{Backend, Role};
+use imds_ebpf_common::{Backend, Edge, Role};
 
 use crate::{
     config::Interfaces,
@@ -43,9 +43,9 @@ impl Guard {
         }
     }
 
-    /// Interfaces that should be guarded.
-    pub fn wanted(&self) -> impl Iterator<Item = &Link> {
-        self.links.values().filter(|link| self.role(link) == Role::Pod)
+    /// Interfaces that should be guarded at an edge.
+    pub fn wanted(&self, edge: Edge) -> impl Iterator<Item = &Link> {
+        self.links.values().filter(move |link| self.datapath.wanted(self.role(link), edge) != Backend::None)
     }
 
     /// What is not as it should be, by interface.
@@ -64,6 +64,9 @@ impl Guard {
             && self.settled
         {
             log::warn!("restored what was missing from {}", self.datapath.pins().root().display());
+        }
+        for done in self.datapath.restore_sockets()? {
+            if self.settled { log::warn!("{done}") } else { log::info!("{done}") }
         }
         self.uplinks = self.netlink.uplinks().await?;
         let links = self.netlink.links().await?;
@@ -137,36 +140,43 @@ impl Guard {
 
     async fn reconcile(&mut self, link: &Link, is_new: bool) -> Result<(), DatapathError> {
         let role = self.role(link);
-        let wanted = if role == Role::Pod { self.datapath.backend() } else { Backend::None };
-        let actual = self.datapath.observe(link, !self.settled).await?;
-        if is_new && actual.is_empty() {
+        let mut actual = Vec::new();
+        for edge in Edge::ALL {
+            actual.push((edge, self.datapath.observe(link, edge, !self.settled).await?));
+        }
+        if is_new && actual.iter().all(|(_, attachments)| attachments.is_empty()) {
             // What is recorded or counted under this index was another interface's.
             self.datapath.take_over(link)?;
         }
-        let actions = plan(wanted, &actual);
-        for &action in &actions {
-            self.datapath.apply(link, action).await?;
-            self.report(link, role, action, is_new);
+        // What the role asks for is attached before anything else is taken away.
+        actual.sort_by_key(|(edge, _)| role.edge() != Some(*edge));
+        for (edge, attachments) in actual {
+            let wanted = self.datapath.wanted(role, edge);
+            let actions = plan(wanted, &attachments);
+            for &action in &actions {
+                self.datapath.apply(link, edge, action).await?;
+                self.report(link, (role, edge), action, is_new);
+            }
+            let is_moved = |action: &Action| matches!(action, Action::Attach(_) | Action::Raise(_));
+            if wanted == Backend::Clsact && actions.iter().any(is_moved) {
+                self.warn_if_stuck(link, edge).await?;
+            }
         }
-        self.datapath.record(link, role, wanted)?;
-        if wanted == Backend::Clsact
-            && actions.iter().any(|action| matches!(action, Action::Attach(_) | Action::Raise(_)))
-        {
-            self.warn_if_stuck(link).await?;
-        }
-        Ok(())
+        let backend = role.edge().map_or(Backend::None, |edge| self.datapath.wanted(role, edge));
+        self.datapath.record(link, role, backend)
     }
 
-    fn report(&self, link: &Link, role: Role, action: Action, is_new: bool) {
+    fn report(&self, link: &Link, (role, edge): (Role, Edge), action: Action, is_new: bool) {
         let Link { name, index, .. } = link;
+        let at = edge.hook().name();
         match action {
             Action::Attach(backend) if is_new => {
-                log::info!("guarding {name} (index {index}) by {}", backend.name());
+                log::info!("guarding {name} (index {index}) at {at} by {}", backend.name());
             }
             // A change of classification or of the peer's namespace, or somebody's doing: it can't be told apart, and
             // in doubt it is said.
             Action::Attach(backend) => {
-                log::warn!("guarding {name} (index {index}) again, by {}", backend.name());
+                log::warn!("guarding {name} (index {index}) again, at {at} by {}", backend.name());
             }
             Action::Replace(backend) if self.settled => {
                 log::warn!(
@@ -175,34 +185,31 @@ impl Guard {
                 );
             }
             Action::Replace(_) => {
-                log::info!("guarding {name} (index {index}): took over from an earlier agent");
+                log::info!("guarding {name} (index {index}) at {at}: took over from an earlier agent");
             }
             Action::Pin(_) => log::warn!("{name} (index {index}): pinned again"),
             Action::Raise(_) => {
                 log::warn!("{name} (index {index}): put before programs that had got in front");
             }
-            Action::Detach(backend) if role == Role::Pod => {
-                log::info!(
-                    "{name} (index {index}): {} came in the place of {}",
-                    self.datapath.backend().name(),
-                    backend.name()
-                );
+            Action::Detach(backend) if role.edge() == Some(edge) => {
+                log::info!("{name} (index {index}): no longer at {at} by {}", backend.name());
             }
             Action::Detach(_) => {
-                log::warn!("{name} (index {index}) is no longer guarded: its role is {}", role.name());
+                log::warn!(
+                    "{name} (index {index}) is no longer guarded at {at}: its role is {}",
+                    role.name()
+                );
             }
         }
     }
 
-    async fn warn_if_stuck(&mut self, link: &Link) -> Result<(), DatapathError> {
-        let attachments = self.datapath.observe(link, false).await?;
+    async fn warn_if_stuck(&mut self, link: &Link, edge: Edge) -> Result<(), DatapathError> {
+        let attachments = self.datapath.observe(link, edge, false).await?;
         if attachments.iter().any(|attachment| attachment.place == Place::Stuck) {
+            let Link { name, index, .. } = link;
             log::warn!(
-                "{} (index {}): another filter sees packets first and can let them pass; `tc filter show dev {} ingress` \
-                 names it",
-                link.name,
-                link.index,
-                link.name
+                "{name} (index {index}): another filter sees packets first and can let them pass; `tc filter show dev \
+                 {name} ingress` or `egress` names it"
             );
         }
         Ok(())

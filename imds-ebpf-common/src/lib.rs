@@ -14,4 +14,4 @@ pub mod verdict;
 pub use endpoint::IMDS_IPV4;
 pub use maps::{Backend, Counter, CounterKey, InterfaceRecord, Policy, Role};
 pub use packet::{Frame, Packet};
-pub use verdict::{Mode, Verdict, judge};
+pub use verdict::{Edge, Hook, Mode, Verdict, judge, judge_ipv4, judge_ipv6};

@@ -1,5 +1,7 @@
 //! Layout of the maps' keys and values. All integers are in host byte order.
 
+use crate::{Edge, Hook, Verdict};
+
 /// Number of the layout below. It changes with every change of meaning that the sizes do not show, so that a newer
 /// agent never reads an older one's maps for something else.
 pub const LAYOUT: u32 = 1;
@@ -14,30 +16,47 @@ pub struct Policy {
     pub layout: u32,
     /// Inode number of the node's network namespace: the one in which the agent runs.
     pub netns: u32,
+    /// The hooks that are on: a [`Hook::bit`](crate::Hook::bit) each.
+    pub hooks: u32,
+    /// Cookie of the node's network namespace (`SO_NETNS_COOKIE`); 0 for the initial one, whose cookie the programs
+    /// can ask for themselves.
+    pub netns_cookie: u64,
 }
 
 /// What a [`Counter`] counts.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct CounterKey {
-    /// Index of the interface in the node's network namespace; [`CounterKey::DEPARTED`] for those that are gone.
+    /// Index of the interface in the node's network namespace; [`CounterKey::DEPARTED`] for those that are gone, and
+    /// for sockets.
     pub ifindex: u32,
+    /// A [`Hook`](crate::Hook).
+    pub hook: u8,
     /// A [`Verdict`](crate::Verdict).
-    pub verdict: u32,
+    pub verdict: u8,
+    /// Zero.
+    pub reserved: u16,
 }
 
 impl CounterKey {
     /// Stands for all interfaces that no longer exist. The kernel gives no interface the index 0.
     pub const DEPARTED: u32 = 0;
+
+    /// The key for what `hook` on this interface judged so.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(ifindex: u32, hook: Hook, verdict: Verdict) -> Self {
+        Self { ifindex, hook: hook as u8, verdict: verdict as u8, reserved: 0 }
+    }
 }
 
 /// Packets and bytes, one per CPU.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Counter {
-    /// Packets as the hook sees them: a GSO super-packet is one.
+    /// Packets as the hook sees them: a GSO super-packet is one, and so is a call on a socket.
     pub packets: u64,
-    /// Bytes of these packets, link-layer header included.
+    /// Bytes of these packets, link-layer header included; none of calls on sockets.
     pub bytes: u64,
 }
 
@@ -91,6 +110,16 @@ impl Role {
         }
     }
 
+    /// The edge at which interfaces of this role are guarded, if they are.
+    #[must_use]
+    pub const fn edge(self) -> Option<Edge> {
+        match self {
+            Self::Pod => Some(Edge::Pod),
+            Self::Other | Self::Uplink | Self::Bridge => Some(Edge::Node),
+            Self::Loopback | Self::Excluded => None,
+        }
+    }
+
     /// The name, as users see it.
     #[must_use]
     pub const fn name(self) -> &'static str {
@@ -130,7 +159,7 @@ impl Backend {
     }
 }
 
-const _: () = assert!(size_of::<Policy>() == 12);
+const _: () = assert!(size_of::<Policy>() == 24);
 const _: () = assert!(size_of::<CounterKey>() == 8);
 const _: () = assert!(size_of::<Counter>() == 16);
 const _: () = assert!(size_of::<InterfaceRecord>() == 20);

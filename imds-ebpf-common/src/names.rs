@@ -3,10 +3,24 @@
 //! The BPF object names its symbols so too; a test holds both sides together. The kernel keeps 15 bytes of a name
 //! (`BPF_OBJ_NAME_LEN`).
 
-/// TC ingress program for interfaces with an Ethernet header.
+use crate::{Edge, Frame};
+
+/// TC ingress program for pods' interfaces with an Ethernet header.
 pub const PROG_POD_EDGE: &str = "imds_pod_edge";
-/// TC ingress program for interfaces without a link layer.
-pub const PROG_POD_EDGE_L3: &str = "imds_pod_edgel3";
+/// The same for those without a link layer.
+pub const PROG_POD_L3: &str = "imds_pod_l3";
+/// TC egress program for the node's own interfaces with an Ethernet header.
+pub const PROG_NODE_EDGE: &str = "imds_node_edge";
+/// The same for those without a link layer.
+pub const PROG_NODE_L3: &str = "imds_node_l3";
+/// cgroup program for connect(2) on IPv4 sockets.
+pub const PROG_CONNECT4: &str = "imds_connect4";
+/// cgroup program for connect(2) on IPv6 sockets.
+pub const PROG_CONNECT6: &str = "imds_connect6";
+/// cgroup program for sendmsg(2) and its like on unconnected IPv4 UDP sockets.
+pub const PROG_SENDMSG4: &str = "imds_sendmsg4";
+/// The same for IPv6.
+pub const PROG_SENDMSG6: &str = "imds_sendmsg6";
 
 /// Array of one [`Policy`](crate::Policy).
 pub const MAP_POLICY: &str = "imds_policy";
@@ -15,10 +29,37 @@ pub const MAP_COUNTERS: &str = "imds_counters";
 /// Hash of interface index to [`InterfaceRecord`](crate::InterfaceRecord).
 pub const MAP_INTERFACES: &str = "imds_interfaces";
 
-/// All programs of the object.
-pub const PROGRAMS: [&str; 2] = [PROG_POD_EDGE, PROG_POD_EDGE_L3];
-/// All maps of the object.
+/// Global of the object: 1 where TC programs may call `bpf_get_netns_cookie`.
+pub const GLOBAL_TC_HAS_COOKIE: &str = "TC_HAS_COOKIE";
+
+/// The TC programs.
+pub const TC_PROGRAMS: [&str; 4] = [PROG_POD_EDGE, PROG_POD_L3, PROG_NODE_EDGE, PROG_NODE_L3];
+/// The cgroup programs.
+pub const SOCKET_PROGRAMS: [&str; 4] = [PROG_CONNECT4, PROG_CONNECT6, PROG_SENDMSG4, PROG_SENDMSG6];
+/// Pins of their links, in the same order.
+pub const SOCKET_LINKS: [&str; 4] = ["connect4", "connect6", "sendmsg4", "sendmsg6"];
+/// All maps of the object that have a name of their own.
 pub const MAPS: [&str; 3] = [MAP_POLICY, MAP_COUNTERS, MAP_INTERFACES];
 
-/// Pin of the TCX link of an interface: this, then the decimal interface index.
-pub const LINK_POD_EDGE_PREFIX: &str = "pod_edge_";
+/// How the names of the TC programs begin, as filters have them.
+pub const PREFIX: &str = "imds_";
+
+/// How the pin of an interface's TCX link begins; the decimal interface index follows.
+#[must_use]
+pub const fn link_prefix(edge: Edge) -> &'static str {
+    match edge {
+        Edge::Pod => "pod_edge_",
+        Edge::Node => "node_edge_",
+    }
+}
+
+/// The TC program for an edge and for packets that start with `frame` there.
+#[must_use]
+pub const fn tc_program(edge: Edge, frame: Frame) -> &'static str {
+    match (edge, frame) {
+        (Edge::Pod, Frame::Ethernet) => PROG_POD_EDGE,
+        (Edge::Pod, Frame::Ip) => PROG_POD_L3,
+        (Edge::Node, Frame::Ethernet) => PROG_NODE_EDGE,
+        (Edge::Node, Frame::Ip) => PROG_NODE_L3,
+    }
+}

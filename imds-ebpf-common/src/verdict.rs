@@ -43,6 +43,62 @@ impl Mode {
     }
 }
 
+/// Where a program of ours sees traffic.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum Hook {
+    /// TC ingress of the node's end of a pod's link.
+    PodEdge = 1,
+    /// TC egress of an interface of the node's own.
+    NodeEdge = 2,
+    /// connect(2) and sendmsg(2) of a socket, by cgroup.
+    Socket = 3,
+}
+
+impl Hook {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::PodEdge, Self::NodeEdge, Self::Socket];
+
+    /// This hook's bit in [`Policy::hooks`](crate::Policy::hooks).
+    #[must_use]
+    pub const fn bit(self) -> u32 {
+        1 << self as u32
+    }
+
+    /// The name, as it is in the configuration.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::PodEdge => "pod_edge",
+            Self::NodeEdge => "node_edge",
+            Self::Socket => "socket",
+        }
+    }
+}
+
+/// The hooks that are TC's.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum Edge {
+    /// [`Hook::PodEdge`].
+    Pod,
+    /// [`Hook::NodeEdge`].
+    Node,
+}
+
+impl Edge {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Pod, Self::Node];
+
+    /// The hook that it is.
+    #[must_use]
+    pub const fn hook(self) -> Hook {
+        match self {
+            Self::Pod => Hook::PodEdge,
+            Self::Node => Hook::NodeEdge,
+        }
+    }
+}
+
 /// The outcome for one packet.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -68,11 +124,30 @@ impl Verdict {
 #[inline(always)]
 pub fn judge<P: Packet + ?Sized>(packet: &P, frame: Frame, mode: impl FnOnce() -> Mode) -> Verdict {
     match packet::ipv4_destination(packet, frame) {
-        Some(destination) if endpoint::is_guarded(destination) => match mode() {
-            Mode::Enforce => Verdict::Deny,
-            Mode::Audit => Verdict::Audit,
-            Mode::Off => Verdict::Allow,
-        },
-        Some(_) | None => Verdict::Foreign,
+        Some(destination) => judge_ipv4(destination, mode),
+        None => Verdict::Foreign,
+    }
+}
+
+/// Judges an IPv4 destination, in network byte order.
+#[inline(always)]
+pub fn judge_ipv4(destination: [u8; 4], mode: impl FnOnce() -> Mode) -> Verdict {
+    if !endpoint::is_guarded(destination) {
+        return Verdict::Foreign;
+    }
+    match mode() {
+        Mode::Enforce => Verdict::Deny,
+        Mode::Audit => Verdict::Audit,
+        Mode::Off => Verdict::Allow,
+    }
+}
+
+/// Judges an IPv6 destination, in network byte order: an IPv4-mapped one (RFC 4291, 2.5.5.2), by which an IPv6 socket
+/// sends IPv4 packets, is judged as what it maps.
+#[inline(always)]
+pub fn judge_ipv6(destination: [u8; 16], mode: impl FnOnce() -> Mode) -> Verdict {
+    match destination {
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] => judge_ipv4([a, b, c, d], mode),
+        _ => Verdict::Foreign,
     }
 }

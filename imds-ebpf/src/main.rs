@@ -3,13 +3,16 @@
 #![no_main]
 
 mod maps;
+mod netns;
+mod node_edge;
 mod packet;
 mod pod_edge;
+mod socket;
 
 use aya_ebpf::{
     bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
-    macros::classifier,
-    programs::TcContext,
+    macros::{cgroup_sock_addr, classifier},
+    programs::{SockAddrContext, TcContext},
 };
 use imds_ebpf_common::{Frame, Verdict};
 
@@ -23,8 +26,59 @@ fn imds_pod_edge(ctx: TcContext) -> i32 {
 /// The same for interfaces without a link layer.
 #[classifier]
 #[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
-fn imds_pod_edgel3(ctx: TcContext) -> i32 {
+fn imds_pod_l3(ctx: TcContext) -> i32 {
     action(pod_edge::judge(&ctx, Frame::Ip))
+}
+
+/// Egress of an interface of the node's own.
+#[classifier]
+#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+fn imds_node_edge(ctx: TcContext) -> i32 {
+    action(node_edge::judge(&ctx, Frame::Ethernet))
+}
+
+/// The same for interfaces without a link layer.
+#[classifier]
+#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+fn imds_node_l3(ctx: TcContext) -> i32 {
+    action(node_edge::judge(&ctx, Frame::Ip))
+}
+
+/// connect(2) on an IPv4 socket.
+#[cgroup_sock_addr(connect4)]
+#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+fn imds_connect4(ctx: SockAddrContext) -> i32 {
+    permission(socket::judge_v4(&ctx))
+}
+
+/// connect(2) on an IPv6 socket.
+#[cgroup_sock_addr(connect6)]
+#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+fn imds_connect6(ctx: SockAddrContext) -> i32 {
+    permission(socket::judge_v6(&ctx))
+}
+
+/// sendmsg(2) and its like on an unconnected IPv4 UDP socket.
+#[cgroup_sock_addr(sendmsg4)]
+#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+fn imds_sendmsg4(ctx: SockAddrContext) -> i32 {
+    permission(socket::judge_v4(&ctx))
+}
+
+/// The same for IPv6.
+#[cgroup_sock_addr(sendmsg6)]
+#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+fn imds_sendmsg6(ctx: SockAddrContext) -> i32 {
+    permission(socket::judge_v6(&ctx))
+}
+
+/// What a socket program returns: 1 lets the call go on, 0 ends it with `EPERM`.
+#[inline(always)]
+const fn permission(verdict: Verdict) -> i32 {
+    match verdict {
+        Verdict::Deny => 0,
+        Verdict::Foreign | Verdict::Audit | Verdict::Allow => 1,
+    }
 }
 
 /// `TC_ACT_UNSPEC` for all that is not denied: it leaves the packet to the other programs on the hook, which

@@ -5,11 +5,11 @@ use aya_ebpf::{
     btf_maps::{Array, HashMap, PerCpuHashMap},
     macros::btf_map,
 };
-use imds_ebpf_common::{Counter, CounterKey, InterfaceRecord, Mode, Policy, Verdict};
+use imds_ebpf_common::{Counter, CounterKey, Hook, InterfaceRecord, Mode, Policy, Verdict};
 
 /// Interfaces that one node can have: far above the 1,000 pods that Kubernetes' largest nodes run.
 const INTERFACES: usize = 16_384;
-const COUNTERS: usize = (INTERFACES + 1) * Verdict::COUNTED.len();
+const COUNTERS: usize = (INTERFACES + Hook::ALL.len()) * Verdict::COUNTED.len();
 
 #[btf_map(name = "imds_policy")]
 static POLICY: Array<Policy, 1> = Array::new();
@@ -29,10 +29,16 @@ pub(crate) fn mode() -> Mode {
     POLICY.get(0).map_or(Mode::Enforce, |policy| Mode::from_u32(policy.mode))
 }
 
+/// Cookie of the node's network namespace; `None` for the initial one.
+#[inline(always)]
+pub(crate) fn node_cookie() -> Option<u64> {
+    POLICY.get(0).map(|policy| policy.netns_cookie).filter(|&cookie| cookie != 0)
+}
+
 /// Adds a packet of `bytes` bytes. Where the map is full the packet goes uncounted: the verdict never depends on it.
 #[inline(always)]
-pub(crate) fn count(ifindex: u32, verdict: Verdict, bytes: u32) {
-    let key = CounterKey { ifindex, verdict: verdict as u32 };
+pub(crate) fn count(ifindex: u32, hook: Hook, verdict: Verdict, bytes: u32) {
+    let key = CounterKey::new(ifindex, hook, verdict);
     let bytes = u64::from(bytes);
     if add(&key, bytes) {
         return;

@@ -1,7 +1,7 @@
 //! The pod edge: all that arrives here was sent by a pod.
 
 use aya_ebpf::programs::TcContext;
-use imds_ebpf_common::{Frame, Verdict};
+use imds_ebpf_common::{Frame, Hook, Verdict};
 
 use crate::{maps, packet::Skb};
 
@@ -11,7 +11,9 @@ pub(crate) fn judge(ctx: &TcContext, frame: Frame) -> Verdict {
     let verdict = imds_ebpf_common::judge(&skb, frame, maps::mode);
     match verdict {
         Verdict::Foreign => {}
-        Verdict::Deny | Verdict::Audit | Verdict::Allow => maps::count(skb.ifindex(), verdict, skb.len()),
+        Verdict::Deny | Verdict::Audit | Verdict::Allow => {
+            maps::count(skb.ifindex(), Hook::PodEdge, verdict, skb.len());
+        }
     }
     verdict
 }

@@ -26,6 +26,9 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long an agent may take to be ready, or to go.
 const READY_TIMEOUT: Duration = Duration::from_secs(15);
 
+/// The hooks that there are.
+const HOOKS: [&str; 3] = ["pod_edge", "node_edge", "socket"];
+
 /// How the agent attaches its programs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Backend {
@@ -47,9 +50,10 @@ impl Backend {
 }
 
 impl World {
-    /// `imds-agent run` on this world's node.
+    /// `imds-agent run` on this world's node. Only the pod edge is on, unless the test says otherwise, and sockets are
+    /// guarded in this world's cgroup only.
     pub fn agent(&self) -> AgentCommand<'_> {
-        self.imds_agent(&["run"])
+        AgentCommand { run: Some((String::new(), vec!["pod_edge"])), ..self.imds_agent(&["run"]) }
     }
 
     /// An agent that runs and guards every pod that there is.
@@ -82,7 +86,8 @@ impl World {
 
     /// Any command of imds-agent on this world's node, with its pin directory.
     pub fn imds_agent(&self, args: &[&str]) -> AgentCommand<'_> {
-        AgentCommand { world: self, args: Vec::new(), pin_dir: self.pin_dir().to_owned() }.args(args)
+        AgentCommand { world: self, args: Vec::new(), pin_dir: self.pin_dir().to_owned(), run: None }
+            .args(args)
     }
 }
 
@@ -110,6 +115,8 @@ pub struct AgentCommand<'w> {
     world: &'w World,
     args: Vec<String>,
     pin_dir: PathBuf,
+    /// Configuration and hooks that are on, for `run`.
+    run: Option<(String, Vec<&'static str>)>,
 }
 
 impl<'w> AgentCommand<'w> {
@@ -123,11 +130,25 @@ impl<'w> AgentCommand<'w> {
         self.args(&["--resync", &seconds.to_string()])
     }
 
-    /// With this configuration, as a file of its own.
-    pub fn config(self, toml: &str) -> Self {
-        let path = self.world.scratch_dir().join(unique("config-")).with_extension("toml");
-        fs::write(&path, toml).expect("write a configuration");
-        self.args(&["--config", path.to_str().expect("a UTF-8 path")])
+    /// With this configuration, which says nothing of hooks.
+    pub fn config(mut self, toml: &str) -> Self {
+        if let Some((config, _)) = &mut self.run {
+            toml.clone_into(config);
+        }
+        self
+    }
+
+    /// With this file as the configuration.
+    pub fn config_file(self, path: &str) -> Self {
+        Self { run: None, ..self }.args(&["--config", path])
+    }
+
+    /// With these hooks on, and no others.
+    pub fn hooks(mut self, on: &[&'static str]) -> Self {
+        if let Some((_, hooks)) = &mut self.run {
+            *hooks = on.to_vec();
+        }
+        self
     }
 
     /// With these arguments too.
@@ -159,6 +180,13 @@ impl<'w> AgentCommand<'w> {
         let binary = self.world.agent.clone().unwrap_or_else(binary);
         let mut command = self.world.node.command(binary);
         command.args(&self.args).arg("--pin-dir").arg(&self.pin_dir);
+        if let Some((config, on)) = &self.run {
+            // Behind what the test has to say, so that the lines of that keep their numbers.
+            let hooks = HOOKS.map(|hook| format!("{hook} = {}\n", on.contains(&hook))).concat();
+            let path = self.world.scratch_dir().join(unique("config-")).with_extension("toml");
+            fs::write(&path, format!("{config}\n[hooks]\n{hooks}")).expect("write a configuration");
+            command.arg("--config").arg(path).arg("--cgroup").arg(self.world.cgroup());
+        }
         command
     }
 

@@ -8,6 +8,7 @@
 #![expect(clippy::missing_panics_doc, reason = "every function here panics where a test would")]
 #![expect(clippy::must_use_candidate, reason = "a probe is often sent for its packets alone")]
 
+pub mod cgroup;
 pub mod flood;
 pub mod foreign;
 pub mod hook;

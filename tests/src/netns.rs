@@ -22,7 +22,7 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::{pins, poll::poll_until};
+use crate::{cgroup, pins, poll::poll_until};
 
 const DIRECTORY: &str = "/run/netns";
 const PREFIX: &str = "imds-";
@@ -142,6 +142,7 @@ fn enter(namespace: &impl AsFd) -> nix::Result<()> {
 /// Removes what processes that were killed left behind.
 fn sweep() {
     pins::sweep();
+    cgroup::sweep();
     let Ok(entries) = fs::read_dir(DIRECTORY) else { return };
     for name in entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
         if !is_leftover(&name, PREFIX) {

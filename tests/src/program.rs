@@ -5,7 +5,7 @@ use std::{path::Path, time::Instant};
 use aya::{
     Ebpf, EbpfLoader, Pod,
     maps::{Array, MapData, PerCpuHashMap},
-    programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions},
+    programs::{Program, ProgramError, SchedClassifier, TestRun as _, TestRunOptions},
 };
 
 /// The programs of an object, loaded on maps of their own and attached to nothing.
@@ -19,8 +19,12 @@ impl Object {
     pub fn load(object: &[u8]) -> Self {
         let mut ebpf = EbpfLoader::new().load(object).expect("load the object");
         for (name, program) in ebpf.programs_mut() {
-            let program: &mut SchedClassifier = program.try_into().expect("a TC program");
-            program.load().unwrap_or_else(|error| panic!("load {name}: {error}"));
+            let loaded = match program {
+                Program::SchedClassifier(program) => program.load(),
+                Program::CgroupSockAddr(program) => program.load(),
+                _ => panic!("{name} is of a type that the agent has no programs of"),
+            };
+            loaded.unwrap_or_else(|error| panic!("load {name}: {error}"));
         }
         Self { ebpf }
     }
@@ -49,9 +53,9 @@ impl Object {
         sorted(self.ebpf.programs().map(|(name, _)| name))
     }
 
-    /// Names of its maps, sorted.
+    /// Names of its maps, sorted, but for those of its sections.
     pub fn map_names(&self) -> Vec<String> {
-        sorted(self.ebpf.maps().map(|(name, _)| name))
+        sorted(self.ebpf.maps().map(|(name, _)| name).filter(|name| !name.starts_with('.')))
     }
 }
 

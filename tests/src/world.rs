@@ -14,6 +14,7 @@ use tempfile::TempDir;
 use crate::{
     Arrivals, Netns, Pod, PodLink,
     arrivals::Counter,
+    cgroup::Cgroup,
     pins::PinDir,
     pod::{BRIDGED_GATEWAY, BRIDGED_GATEWAY_MAC, PODS, mac_text},
     services::Services,
@@ -47,6 +48,8 @@ pub struct World {
     pub(crate) scratch: TempDir,
     /// The agent's binary, where it is not the one that tests use.
     pub(crate) agent: Option<PathBuf>,
+    /// Where the sockets are that the agent guards, if it does.
+    cgroup: Cgroup,
     arrivals: Counter,
     pods: AtomicU8,
     _services: Services,
@@ -100,6 +103,7 @@ impl World {
             pins: PinDir::new(),
             scratch: TempDir::with_prefix("imds-test-").expect("a temporary directory"),
             agent: None,
+            cgroup: Cgroup::new(),
             arrivals,
             pods: AtomicU8::new(0),
             _services: services,
@@ -135,6 +139,17 @@ impl World {
     #[must_use]
     pub fn pin_dir(&self) -> &Path {
         self.pins.path()
+    }
+
+    /// The cgroup of this world: what runs in it has its sockets guarded.
+    #[must_use]
+    pub fn cgroup(&self) -> &Path {
+        self.cgroup.path()
+    }
+
+    /// Runs `work` in this world's cgroup, as the programs of a container are in the container's.
+    pub fn in_cgroup<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        self.cgroup.run(work)
     }
 
     /// A directory for files, removed with the world.

@@ -63,7 +63,7 @@ fn maps_that_another_version_wrote_are_replaced() {
     let (world, pod) = guarded_world(Backend::Tcx);
     let pin = world.pin_dir().join("maps/imds_policy");
     // Mode 2 is off: a policy that is misread must not open anything.
-    let value = "2 0 0 0 99 0 0 0 1 0 0 0".split(' ');
+    let value = "2 0 0 0 99 0 0 0 1 0 0 0 1 0 0 0 0 0 0 0 0 0 0 0".split(' ');
     let update = ["map", "update", "pinned", pin.to_str().unwrap(), "key", "0", "0", "0", "0", "value"];
     let before = world.status().total.denied.packets;
     assert!(before > 0);

@@ -192,7 +192,7 @@ fn a_configuration_that_can_not_be_read() {
     let missing = refusal.world.scratch_dir().join("missing.toml");
     for path in [missing.as_path(), refusal.world.scratch_dir(), Path::new("/dev/null/config.toml")] {
         let path = path.to_str().unwrap();
-        refusal.assert(&refusal.agent().args(&["--config", path]).output(), 2, &[path]);
+        refusal.assert(&refusal.agent().config_file(path).output(), 2, &[path]);
     }
 }
 

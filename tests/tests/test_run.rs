@@ -6,8 +6,8 @@ use std::cell::Cell;
 use etherparse::{EtherType, Ipv4Extensions, Ipv4Header, PacketBuilder, SingleVlanHeader, VlanId, ip_number};
 use imds_agent::datapath::object::OBJECT;
 use imds_ebpf_common::{
-    Counter, CounterKey, Frame, IMDS_IPV4, Mode, Policy, Verdict, judge,
-    names::{MAP_COUNTERS, MAP_POLICY, MAPS, PROG_POD_EDGE, PROG_POD_EDGE_L3, PROGRAMS},
+    Counter, CounterKey, Frame, Hook, IMDS_IPV4, Mode, Policy, Verdict, judge,
+    names::{MAP_COUNTERS, MAP_POLICY, MAPS, PROG_POD_EDGE, PROG_POD_L3, SOCKET_PROGRAMS, TC_PROGRAMS},
     packet::MAX_VLAN_TAGS,
 };
 use imds_tests::program::{Object, action, try_action};
@@ -150,7 +150,7 @@ fn what_only_looks_like_the_endpoint_is_let_through() {
 #[test]
 fn packets_without_a_link_layer_are_judged_by_the_other_program() {
     let object = object(Mode::Enforce);
-    let program = object.program(PROG_POD_EDGE_L3);
+    let program = object.program(PROG_POD_L3);
     for ((name, guarded), (_, other)) in packets_to(IMDS_IPV4).into_iter().zip(packets_to(OTHER)).take(8) {
         assert_eq!(action(program, &guarded[ETHERNET_LEN..]), TC_ACT_SHOT, "{name}");
         assert_eq!(action(program, &other[ETHERNET_LEN..]), TC_ACT_UNSPEC, "{name} to another address");
@@ -173,7 +173,7 @@ fn the_mode_decides_and_every_guarded_packet_is_counted_under_its_verdict() {
         }
         // A test run's packet comes from the loopback interface.
         for counted in Verdict::COUNTED {
-            let key = CounterKey { ifindex: 1, verdict: counted as u32 };
+            let key = CounterKey::new(1, Hook::PodEdge, counted);
             let counters: Vec<Counter> = object.per_cpu(MAP_COUNTERS, &key);
             let sum = counters.iter().fold((0, 0), |sum, cpu| (sum.0 + cpu.packets, sum.1 + cpu.bytes));
             let expected = if counted == verdict { (3, 3 * packet.len() as u64) } else { (0, 0) };
@@ -213,7 +213,7 @@ fn the_kernel_and_the_host_agree_on_any_packet() {
     let config = Config { cases: 20_000, failure_persistence: None, ..Config::default() };
     TestRunner::new(config)
         .run(&packet, |packet| {
-            for (name, frame) in [(PROG_POD_EDGE, Frame::Ethernet), (PROG_POD_EDGE_L3, Frame::Ip)] {
+            for (name, frame) in [(PROG_POD_EDGE, Frame::Ethernet), (PROG_POD_L3, Frame::Ip)] {
                 let expected = match judge(&packet[..], frame, || Mode::Enforce) {
                     Verdict::Deny => TC_ACT_SHOT,
                     Verdict::Foreign | Verdict::Audit | Verdict::Allow => TC_ACT_UNSPEC,
@@ -237,9 +237,10 @@ fn the_object_has_the_names_that_user_space_asks_for() {
         names.sort();
         names
     };
-    assert_eq!(object.program_names(), sorted(&PROGRAMS));
+    let programs = [TC_PROGRAMS, SOCKET_PROGRAMS].concat();
+    assert_eq!(object.program_names(), sorted(&programs));
     assert_eq!(object.map_names(), sorted(&MAPS));
-    for name in PROGRAMS.into_iter().chain(MAPS) {
+    for name in programs.into_iter().chain(MAPS) {
         assert!(name.len() < 16, "the kernel cuts {name}");
     }
 }

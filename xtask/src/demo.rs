@@ -1,6 +1,6 @@
 //! The agent at work on a node that is made of network namespaces.
 
-use std::{net::Ipv4Addr, process::ExitCode, thread};
+use std::{io::ErrorKind, net::Ipv4Addr, process::ExitCode, thread};
 
 use anyhow::{Context as _, Result, bail};
 use imds_tests::{
@@ -40,27 +40,29 @@ impl Demo {
         let world = World::new().with_agent(agent);
         let pods = [world.add_pod(PodLink::Routed), world.add_pod(PodLink::Bridged)];
         let probes = probes(&world, &pods);
-        let before = observe(&probes, &interrupt)?;
+        // Where the agent guards sockets: here too, and nowhere else on this machine.
+        let observe = || world.in_cgroup(|| observe(&probes, &interrupt));
+        let before = observe()?;
 
         say("starting imds-agent on the node");
-        let running = world.agent().spawn_ready();
-        let during = observe(&probes, &interrupt)?;
+        let running = world.agent().hooks(&["pod_edge", "node_edge", "socket"]).spawn_ready();
+        let during = observe()?;
         let status = world.imds_agent(&["status"]).output();
 
         say("killing imds-agent with SIGKILL");
         running.kill9();
-        let killed = observe(&probes, &interrupt)?;
+        let killed = observe()?;
 
         say("unloading");
         let unload = world.imds_agent(&["unload"]).output();
         if !unload.status.success() {
             bail!("unload failed: {}", String::from_utf8_lossy(&unload.stderr));
         }
-        let after = observe(&probes, &interrupt)?;
+        let after = observe()?;
 
         let row = |from: &str, to: &str, cells: [&str; 4]| {
             println!(
-                "{from:<30} {to:<16} {:<12} {:<12} {:<12} {:<12}",
+                "{from:<30} {to:<16} {:<10} {:<14} {:<14} {:<10}",
                 cells[0], cells[1], cells[2], cells[3]
             );
         };
@@ -116,6 +118,7 @@ impl Probe<'_> {
             Outcome::Answer(_) => "200 OK",
             Outcome::Timeout => "no answer",
             Outcome::Refused => "refused",
+            Outcome::Error(error) if error.kind() == ErrorKind::PermissionDenied => "not permitted",
             Outcome::Error(_) => "error",
         })
     }

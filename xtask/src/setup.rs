@@ -33,9 +33,10 @@ struct Tool {
     package: &'static str,
 }
 
-const TEST_TOOLS: [Tool; 4] = [
+const TEST_TOOLS: [Tool; 5] = [
     Tool { program: "ip", package: "iproute2" },
     Tool { program: "tc", package: "iproute2" },
+    Tool { program: "nft", package: "nftables" },
     Tool { program: "bpftool", package: "bpftool" },
     Tool { program: "nsenter", package: "util-linux" },
 ];
@@ -193,7 +194,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let missing = Missing::on(&host(root.path(), &[]), &ALL);
         let mut expected = DEBIAN_PACKAGES.to_vec();
-        expected.extend([CLIPPY_PACKAGE, "iproute2", "bpftool", "util-linux"]);
+        expected.extend([CLIPPY_PACKAGE, "iproute2", "nftables", "bpftool", "util-linux"]);
         assert_eq!(missing.packages, expected);
         assert!(!missing.to_string().contains('\n'), "{missing}");
     }
@@ -206,7 +207,10 @@ mod tests {
         let host = host(root.path(), &["usr/bin/rustc", "usr/bin/cargo", "bin/bpf-linker"]);
         assert!(Missing::on(&host, &[Purpose::Build]).is_empty());
         assert_eq!(Missing::on(&host, &[Purpose::Lint]).packages, [CLIPPY_PACKAGE]);
-        assert_eq!(Missing::on(&host, &[Purpose::Test]).packages, ["iproute2", "bpftool", "util-linux"]);
+        assert_eq!(
+            Missing::on(&host, &[Purpose::Test]).packages,
+            ["iproute2", "nftables", "bpftool", "util-linux"]
+        );
     }
 
     #[test]

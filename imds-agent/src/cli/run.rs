@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use anyhow::{Context as _, anyhow};
 use clap::{Args, ValueEnum};
 use futures_util::StreamExt as _;
-use imds_ebpf_common::{Backend, IMDS_IPV4};
+use imds_ebpf_common::{Backend, Edge, Hook, IMDS_IPV4};
 use tokio::{
     signal::unix::{SignalKind, signal},
     time::{Instant, MissedTickBehavior, interval_at},
@@ -13,10 +13,14 @@ use tokio::{
 
 use super::{Failure, PinDirArg};
 use crate::{
-    config::Config,
-    datapath::{Datapath, bpf, pins::PinDir},
+    config::{Config, Hooks},
+    datapath::{Datapath, Plan, bpf, pins::PinDir},
     guard::Guard,
-    node::netlink::{Event, Netlink},
+    node::{
+        cgroup,
+        netlink::{Event, Netlink},
+        netns::{self, Identity},
+    },
     preflight,
 };
 
@@ -34,6 +38,9 @@ pub(super) struct RunArgs {
     /// Seconds between two looks at everything, for what the kernel sends no event of
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
     resync: u64,
+    /// cgroup v2 below which sockets are guarded; without it, the root of the hierarchy
+    #[arg(long, value_name = "DIR")]
+    cgroup: Option<PathBuf>,
     #[command(flatten)]
     pins: PinDirArg,
 }
@@ -68,22 +75,28 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     preflight::check_capabilities()?;
     preflight::check_kernel()?;
     preflight::lift_limits();
-    let backend = args.tc_backend.choose()?;
+    let plan = Plan {
+        mode: config.mode,
+        hooks: config.hooks,
+        backend: args.tc_backend.choose()?,
+        cgroup: cgroup(config.hooks, args.cgroup)?,
+        identity: identity(config.hooks)?,
+    };
     let claim = PinDir::new(&args.pins.pin_dir)?.claim()?;
 
     // Listening comes before the first look, so that nothing falls between the two.
-    let mut events = Netlink::events(backend == Backend::Clsact)?;
+    let mut events = Netlink::events(plan.backend == Backend::Clsact)?;
     let netlink = Netlink::connect()?;
-    let mode = config.mode;
-    let datapath = Datapath::open(claim, mode, backend, netlink.clone())?;
+    let datapath = Datapath::open(claim, &plan, netlink.clone())?;
     let mut guard = Guard::new(datapath, netlink, config.interfaces);
     guard.resync().await?;
     log::info!(
-        "mode {}: {} pod interface{} guarded by {} against {}, pins in {}",
-        mode.name(),
-        guard.wanted().count() - guard.failures().count(),
-        if guard.wanted().count() == 1 { "" } else { "s" },
-        backend.name(),
+        "mode {}: {} pod and {} node interfaces guarded by {}, sockets {}, against {}, pins in {}",
+        plan.mode.name(),
+        guard.wanted(Edge::Pod).count(),
+        guard.wanted(Edge::Node).count(),
+        plan.backend.name(),
+        if plan.cgroup.is_some() { "too" } else { "not" },
         std::net::Ipv4Addr::from(IMDS_IPV4),
         args.pins.pin_dir.display(),
     );
@@ -114,6 +127,29 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     }
     log::info!("stopping; what is attached stays in force until `imds-agent unload`");
     Ok(ExitCode::SUCCESS)
+}
+
+/// The cgroup below which sockets are guarded, where that hook is on.
+fn cgroup(hooks: Hooks, chosen: Option<PathBuf>) -> anyhow::Result<Option<PathBuf>> {
+    if !hooks.has(Hook::Socket) {
+        return Ok(None);
+    }
+    let root = || cgroup::root().context("can't read the mounts").transpose();
+    let missing =
+        || anyhow!("no cgroup v2 hierarchy is mounted: name one by --cgroup, or set hooks.socket = false");
+    chosen.map(Ok).or_else(root).unwrap_or_else(|| Err(missing())).map(Some)
+}
+
+/// How the programs know the node. Which sockets are the node's own must be known where sockets are judged.
+fn identity(hooks: Hooks) -> anyhow::Result<Identity> {
+    match netns::identity().context("can't tell this network namespace's cookie")? {
+        Some(identity) => Ok(identity),
+        None if !hooks.has(Hook::Socket) => Ok(Identity::Initial),
+        None => Err(anyhow!(
+            "this kernel (before Linux 5.14) has no cookie for a network namespace that is not the initial one: set \
+             hooks.socket = false"
+        )),
+    }
 }
 
 /// Takes in one event, or looks at everything. What fails is tried again with the next look at the latest.

@@ -23,8 +23,9 @@ pub(super) async fn unload(args: UnloadArgs) -> Result<ExitCode, Failure> {
     let netlink = Netlink::connect()?;
     let links = netlink.links().await?;
     match datapath::unload(&pins, &netlink, &links).await? {
-        Removed { pin_dir: Some(pin_dir), interfaces } => {
-            println!("removed {} (interfaces that were guarded: {interfaces})", pin_dir.display());
+        Removed { pin_dir: Some(pin_dir), interfaces, sockets } => {
+            let sockets = if sockets { ", and sockets" } else { "" };
+            println!("removed {} (guarded until now: {interfaces} interfaces{sockets})", pin_dir.display());
         }
         Removed { pin_dir: None, .. } => println!("nothing is loaded at {}", pins.root().display()),
     }

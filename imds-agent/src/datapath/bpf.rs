@@ -14,12 +14,15 @@ use std::{
 
 use aya_obj::generated::{
     BPF_F_BEFORE,
-    bpf_attach_type::BPF_TCX_INGRESS,
+    bpf_attach_type::{
+        self, BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG,
+        BPF_CGROUP_UDP6_SENDMSG, BPF_TCX_EGRESS, BPF_TCX_INGRESS,
+    },
     bpf_cmd::{
         self, BPF_LINK_CREATE, BPF_LINK_DETACH, BPF_LINK_UPDATE, BPF_OBJ_GET, BPF_OBJ_GET_INFO_BY_FD,
         BPF_OBJ_PIN, BPF_PROG_QUERY,
     },
-    bpf_link_type::BPF_LINK_TYPE_TCX,
+    bpf_link_type::{BPF_LINK_TYPE_CGROUP, BPF_LINK_TYPE_TCX},
 };
 
 /// Most programs on one hook: `BPF_MPROG_MAX` (`include/linux/bpf_mprog.h`).
@@ -28,16 +31,60 @@ const MPROG_MAX: u32 = 64;
 /// The loopback interface's index in every network namespace (`LOOPBACK_IFINDEX`, include/net/flow.h).
 const LOOPBACK: u32 = 1;
 
-/// What the kernel says of a TCX link.
+/// What a link attaches its program to.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct TcxLink {
+pub enum Target {
+    /// A TCX hook.
+    Tcx {
+        /// Index of the interface, in the namespace where that is now; 0 once the link is detached.
+        ifindex: u32,
+        /// Ingress or egress.
+        direction: Direction,
+    },
+    /// A cgroup.
+    Cgroup {
+        /// Its id, which is its inode number; 0 once the link is detached.
+        id: u64,
+        /// The hook, as a `bpf_attach_type`.
+        attach_type: u32,
+    },
+    /// Something that the agent never attaches to.
+    Other,
+}
+
+/// What the kernel says of a link.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Link {
     /// Id of the link.
     pub id: u32,
     /// Id of its program.
     pub program: u32,
-    /// Index of its interface, in the namespace where that is now; 0 once it is detached.
-    pub ifindex: u32,
+    /// Where it is.
+    pub target: Target,
 }
+
+/// Which way packets go at a TC hook, as seen from the node.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Direction {
+    /// Into the node.
+    Ingress,
+    /// Out of the node.
+    Egress,
+}
+
+impl Direction {
+    const fn attach_type(self) -> bpf_attach_type {
+        match self {
+            Self::Ingress => BPF_TCX_INGRESS,
+            Self::Egress => BPF_TCX_EGRESS,
+        }
+    }
+}
+
+/// The hooks for calls on sockets, in the order of
+/// [`SOCKET_PROGRAMS`](imds_ebpf_common::names::SOCKET_PROGRAMS).
+pub const SOCKET_ATTACH_TYPES: [bpf_attach_type; 4] =
+    [BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG];
 
 /// One entry of a TCX hook, in the order in which they run.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -51,31 +98,39 @@ pub struct Entry {
 /// Whether the kernel has TCX (6.6, commit e420bed02507).
 #[must_use]
 pub fn has_tcx() -> bool {
-    tcx_entries(LOOPBACK).is_ok()
+    tcx_entries(LOOPBACK, Direction::Ingress).is_ok()
 }
 
-/// Attaches a program to an interface's TCX ingress hook, before all others.
-pub fn link_create_first(program: impl AsFd, ifindex: u32) -> io::Result<OwnedFd> {
+/// Attaches a program to a TCX hook of an interface, before all others.
+pub fn link_create_first(program: impl AsFd, ifindex: u32, direction: Direction) -> io::Result<OwnedFd> {
+    // Before nothing in particular is before everything.
+    let attach_type = direction.attach_type() as u32;
+    link_create(program.as_fd().as_raw_fd(), ifindex, attach_type, BPF_F_BEFORE)
+}
+
+/// Attaches a program to a cgroup, beside those of others: a link always allows them (`BPF_F_ALLOW_MULTI`).
+pub fn link_create_cgroup(
+    program: impl AsFd,
+    cgroup: impl AsFd,
+    attach_type: bpf_attach_type,
+) -> io::Result<OwnedFd> {
+    let cgroup = cgroup.as_fd().as_raw_fd().cast_unsigned();
+    link_create(program.as_fd().as_raw_fd(), cgroup, attach_type as u32, 0)
+}
+
+fn link_create(prog_fd: i32, target: u32, attach_type: u32, flags: u32) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct Attr {
         prog_fd: i32,
-        target_ifindex: u32,
+        /// A descriptor or an interface index.
+        target: u32,
         attach_type: u32,
         flags: u32,
         relative: u32,
         pad: u32,
         expected_revision: u64,
     }
-    let attr = Attr {
-        prog_fd: program.as_fd().as_raw_fd(),
-        target_ifindex: ifindex,
-        attach_type: BPF_TCX_INGRESS as u32,
-        // Before nothing in particular is before everything.
-        flags: BPF_F_BEFORE,
-        relative: 0,
-        pad: 0,
-        expected_revision: 0,
-    };
+    let attr = Attr { prog_fd, target, attach_type, flags, relative: 0, pad: 0, expected_revision: 0 };
     bpf_fd(BPF_LINK_CREATE, attr)
 }
 
@@ -106,15 +161,15 @@ pub fn link_detach(link: impl AsFd) -> io::Result<()> {
     bpf(BPF_LINK_DETACH, Attr { link_fd: link.as_fd().as_raw_fd() }).map(drop)
 }
 
-/// Describes an object that should be a TCX link; `None` where it is something else.
-pub fn tcx_link(link: impl AsFd) -> io::Result<Option<TcxLink>> {
+/// Describes an object that should be a link; `None` where it is something else.
+pub fn link(link: impl AsFd) -> io::Result<Option<Link>> {
     #[repr(C)]
     struct Attr {
         bpf_fd: i32,
         info_len: u32,
         info: u64,
     }
-    /// The start of `struct bpf_link_info`, as far as TCX links fill it.
+    /// The start of `struct bpf_link_info`, as far as links of TCX and cgroups fill it.
     #[repr(C)]
     #[derive(Default)]
     struct Info {
@@ -122,10 +177,10 @@ pub fn tcx_link(link: impl AsFd) -> io::Result<Option<TcxLink>> {
         id: u32,
         program: u32,
         pad: u32,
-        ifindex: u32,
-        attach_type: u32,
+        // TCX: interface index and attach type. cgroup: both halves of the id, then the attach type.
+        target: [u32; 4],
     }
-    #[expect(clippy::cast_possible_truncation, reason = "24 bytes")]
+    #[expect(clippy::cast_possible_truncation, reason = "32 bytes")]
     const INFO_LEN: u32 = size_of::<Info>() as u32;
     if !is_link(&link)? {
         return Ok(None);
@@ -133,12 +188,29 @@ pub fn tcx_link(link: impl AsFd) -> io::Result<Option<TcxLink>> {
     let mut info = Info::default();
     let attr = Attr { bpf_fd: link.as_fd().as_raw_fd(), info_len: INFO_LEN, info: (&raw mut info) as u64 };
     bpf(BPF_OBJ_GET_INFO_BY_FD, attr)?;
-    let is_ours = info.kind == BPF_LINK_TYPE_TCX as u32 && info.attach_type == BPF_TCX_INGRESS as u32;
-    Ok(is_ours.then_some(TcxLink { id: info.id, program: info.program, ifindex: info.ifindex }))
+    let [first, second, third, _] = info.target;
+    let direction = [Direction::Ingress, Direction::Egress]
+        .into_iter()
+        .find(|direction| direction.attach_type() as u32 == second);
+    let target = match (info.kind, direction) {
+        (kind, Some(direction)) if kind == BPF_LINK_TYPE_TCX as u32 => {
+            Target::Tcx { ifindex: first, direction }
+        }
+        (kind, _) if kind == BPF_LINK_TYPE_CGROUP as u32 => {
+            // A u64 in memory.
+            let (first, second) = (first.to_ne_bytes(), second.to_ne_bytes());
+            let mut id = [0; 8];
+            id[..4].copy_from_slice(&first);
+            id[4..].copy_from_slice(&second);
+            Target::Cgroup { id: u64::from_ne_bytes(id), attach_type: third }
+        }
+        _ => Target::Other,
+    };
+    Ok(Some(Link { id: info.id, program: info.program, target }))
 }
 
-/// What is on an interface's TCX ingress hook, in order.
-pub fn tcx_entries(ifindex: u32) -> io::Result<Vec<Entry>> {
+/// What is on a TCX hook of an interface, in order.
+pub fn tcx_entries(ifindex: u32, direction: Direction) -> io::Result<Vec<Entry>> {
     #[repr(C)]
     struct Attr {
         target_ifindex: u32,
@@ -156,7 +228,7 @@ pub fn tcx_entries(ifindex: u32) -> io::Result<Vec<Entry>> {
     let (mut programs, mut links) = ([0_u32; MPROG_MAX as usize], [0_u32; MPROG_MAX as usize]);
     let mut attr = Attr {
         target_ifindex: ifindex,
-        attach_type: BPF_TCX_INGRESS as u32,
+        attach_type: direction.attach_type() as u32,
         query_flags: 0,
         attach_flags: 0,
         prog_ids: programs.as_mut_ptr() as u64,

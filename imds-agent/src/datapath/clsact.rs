@@ -5,7 +5,7 @@ use std::{
     os::fd::{AsRawFd as _, BorrowedFd},
 };
 
-use imds_ebpf_common::{Backend, names::PROG_POD_EDGE};
+use imds_ebpf_common::{Backend, Edge, names::PREFIX};
 use rtnetlink::{
     packet_core::{NLM_F_CREATE, NLM_F_EXCL},
     packet_route::{
@@ -14,7 +14,7 @@ use rtnetlink::{
     },
 };
 
-use super::bpf;
+use super::{bpf, pins::Spot};
 use crate::{
     node::netlink::{Netlink, NetlinkError},
     reconcile::{Attachment, Place},
@@ -46,8 +46,7 @@ struct Filter {
 impl Filter {
     /// Whether it is one of imds-agent's.
     fn is_ours(&self) -> bool {
-        HANDLES.contains(&self.handle)
-            && self.name.as_ref().is_some_and(|name| name.starts_with(PROG_POD_EDGE))
+        HANDLES.contains(&self.handle) && self.name.as_ref().is_some_and(|name| name.starts_with(PREFIX))
     }
 
     /// Whether a BPF filter can share its priority: all filters of one have one kind and protocol.
@@ -91,20 +90,20 @@ impl Filter {
     }
 }
 
-/// What of ours is among the filters at ingress of an interface, of which `program` should be it.
+/// What of ours is among the filters of a hook, of which `program` should be it.
 pub async fn attachment(
     netlink: &Netlink,
-    ifindex: u32,
+    spot: Spot,
     program: u32,
 ) -> Result<Option<Attachment>, NetlinkError> {
-    let filters = filters(netlink, ifindex).await?;
+    let filters = filters(netlink, spot).await?;
     let ours = filters.iter().find(|filter| filter.is_ours());
     Ok(ours.map(|ours| Attachment {
         backend: Backend::Clsact,
         current: ours.program == Some(program),
         pinned: true,
         // TCX comes before all filters (tcx_run in net/core/dev.c); a kernel without it answers with an error.
-        place: match bpf::tcx_entries(ifindex) {
+        place: match bpf::tcx_entries(spot.ifindex, spot.direction()) {
             Ok(entries) if !entries.is_empty() => Place::Stuck,
             Ok(_) | Err(_) => place(&filters, ours),
         },
@@ -133,13 +132,10 @@ fn foreign(filters: &[Filter]) -> impl Iterator<Item = &Filter> {
     filters.iter().filter(|filter| !filter.is_ours())
 }
 
-/// The filters at ingress of an interface, in the order in which they run; none where it has no such qdisc.
-async fn filters(netlink: &Netlink, ifindex: u32) -> Result<Vec<Filter>, NetlinkError> {
-    filters_of(netlink, ifindex, INGRESS).await
-}
-
-async fn filters_of(netlink: &Netlink, ifindex: u32, parent: TcHandle) -> Result<Vec<Filter>, NetlinkError> {
-    let request = RouteNetlinkMessage::GetTrafficFilter(message(ifindex, parent));
+/// The filters of a hook, in the order in which they run; none where the interface has no such qdisc.
+async fn filters(netlink: &Netlink, spot: Spot) -> Result<Vec<Filter>, NetlinkError> {
+    let ifindex = spot.ifindex;
+    let request = RouteNetlinkMessage::GetTrafficFilter(message(ifindex, parent(spot.edge)));
     let answers = match netlink.dump(format!("listing filters of interface {ifindex}"), request).await {
         // No such qdisc (EINVAL), or the interface is gone.
         Err(error) if matches!(error.errno(), Some(libc::EINVAL | libc::ENODEV | libc::ENOENT)) => {
@@ -167,8 +163,8 @@ pub async fn ensure_qdisc(netlink: &Netlink, ifindex: u32) -> Result<bool, Netli
 
 /// Removes the clsact qdisc, unless somebody has a filter on it.
 pub async fn remove_unused_qdisc(netlink: &Netlink, ifindex: u32) -> Result<(), NetlinkError> {
-    for parent in [INGRESS, EGRESS] {
-        if !filters_of(netlink, ifindex, parent).await?.is_empty() {
+    for edge in Edge::ALL {
+        if !filters(netlink, Spot { ifindex, edge }).await?.is_empty() {
             return Ok(());
         }
     }
@@ -182,57 +178,57 @@ pub async fn remove_unused_qdisc(netlink: &Netlink, ifindex: u32) -> Result<(), 
 /// in force.
 pub async fn attach_first(
     netlink: &Netlink,
-    ifindex: u32,
+    spot: Spot,
     program: BorrowedFd<'_>,
     name: &str,
 ) -> Result<(), NetlinkError> {
-    let filters = filters(netlink, ifindex).await?;
+    let filters = filters(netlink, spot).await?;
     let priority = best_priority(&filters);
     let used: Vec<_> = filters.iter().filter(|filter| filter.is_ours()).collect();
     let is_free = |handle: &TcHandle| used.iter().all(|filter| filter.handle != *handle);
     let Some(handle) = HANDLES.into_iter().find(is_free) else {
         // Left by an agent that was killed between the two steps below; the next round finds one free.
-        return detach(netlink, ifindex, used.last().copied()).await;
+        return detach(netlink, spot, used.last().copied()).await;
     };
     // A new BPF filter goes before the others of its priority (cls_bpf_change: list_add_rcu).
-    write(netlink, ifindex, priority, handle, program, name, NLM_F_CREATE | NLM_F_EXCL).await?;
-    detach(netlink, ifindex, used).await
+    write(netlink, spot, priority, handle, program, name, NLM_F_CREATE | NLM_F_EXCL).await?;
+    detach(netlink, spot, used).await
 }
 
 /// Puts another program in the place of our filter's, atomically (`cls_bpf_change`: `list_replace_rcu`).
 pub async fn replace(
     netlink: &Netlink,
-    ifindex: u32,
+    spot: Spot,
     program: BorrowedFd<'_>,
     name: &str,
 ) -> Result<(), NetlinkError> {
-    let filters = filters(netlink, ifindex).await?;
+    let filters = filters(netlink, spot).await?;
     let mut ours = filters.iter().filter(|filter| filter.is_ours());
     let Some(Filter { priority, handle, .. }) = ours.next() else {
-        return attach_first(netlink, ifindex, program, name).await;
+        return attach_first(netlink, spot, program, name).await;
     };
-    write(netlink, ifindex, *priority, *handle, program, name, NLM_F_CREATE).await?;
-    detach(netlink, ifindex, ours).await
+    write(netlink, spot, *priority, *handle, program, name, NLM_F_CREATE).await?;
+    detach(netlink, spot, ours).await
 }
 
-/// Removes all our filters. Returns whether there was one.
-pub async fn detach_all(netlink: &Netlink, ifindex: u32) -> Result<bool, NetlinkError> {
-    let filters = filters(netlink, ifindex).await?;
+/// Removes all our filters from a hook. Returns whether there was one.
+pub async fn detach_all(netlink: &Netlink, spot: Spot) -> Result<bool, NetlinkError> {
+    let filters = filters(netlink, spot).await?;
     let ours: Vec<_> = filters.iter().filter(|filter| filter.is_ours()).collect();
     let any = !ours.is_empty();
-    detach(netlink, ifindex, ours).await?;
+    detach(netlink, spot, ours).await?;
     Ok(any)
 }
 
 async fn detach(
     netlink: &Netlink,
-    ifindex: u32,
+    spot: Spot,
     filters: impl IntoIterator<Item = &Filter>,
 ) -> Result<(), NetlinkError> {
     for filter in filters {
-        let mut message = filter_message(ifindex, filter.priority, filter.handle);
+        let mut message = filter_message(spot, filter.priority, filter.handle);
         message.attributes.push(TcAttribute::Kind(TcFilterBpf::KIND.to_owned()));
-        let call = format!("removing a filter of interface {ifindex}");
+        let call = format!("removing a filter of interface {}", spot.ifindex);
         ignore_missing(netlink.acknowledged(call, RouteNetlinkMessage::DelTrafficFilter(message), 0).await)?;
     }
     Ok(())
@@ -240,7 +236,7 @@ async fn detach(
 
 async fn write(
     netlink: &Netlink,
-    ifindex: u32,
+    spot: Spot,
     priority: u16,
     handle: TcHandle,
     program: BorrowedFd<'_>,
@@ -249,7 +245,7 @@ async fn write(
 ) -> Result<(), NetlinkError> {
     let fd = u32::try_from(program.as_raw_fd())
         .map_err(|error| NetlinkError::new("program", io::Error::other(error)))?;
-    let mut message = filter_message(ifindex, priority, handle);
+    let mut message = filter_message(spot, priority, handle);
     message.attributes.push(TcAttribute::Kind(TcFilterBpf::KIND.to_owned()));
     message.attributes.push(TcAttribute::Options(
         [
@@ -260,8 +256,15 @@ async fn write(
         .map(TcOption::Bpf)
         .into(),
     ));
-    let call = format!("attaching a filter to interface {ifindex} at priority {priority}");
+    let call = format!("attaching a filter to interface {} at priority {priority}", spot.ifindex);
     netlink.acknowledged(call, RouteNetlinkMessage::NewTrafficFilter(message), flags).await
+}
+
+const fn parent(edge: Edge) -> TcHandle {
+    match edge {
+        Edge::Pod => INGRESS,
+        Edge::Node => EGRESS,
+    }
 }
 
 fn message(ifindex: u32, parent: TcHandle) -> TcMessage {
@@ -277,8 +280,8 @@ fn qdisc(ifindex: u32) -> TcMessage {
     message
 }
 
-fn filter_message(ifindex: u32, priority: u16, handle: TcHandle) -> TcMessage {
-    let mut message = message(ifindex, INGRESS);
+fn filter_message(spot: Spot, priority: u16, handle: TcHandle) -> TcMessage {
+    let mut message = message(spot.ifindex, parent(spot.edge));
     message.header.handle = handle;
     message.header.info = TcHandle { major: priority, minor: ETH_P_ALL }.into();
     message
@@ -308,7 +311,7 @@ mod tests {
     }
 
     fn ours(priority: u16) -> Filter {
-        filter(priority, HANDLES[0], "bpf", PROG_POD_EDGE)
+        filter(priority, HANDLES[0], "bpf", "imds_pod_edge")
     }
 
     fn other(priority: u16, kind: &str) -> Filter {

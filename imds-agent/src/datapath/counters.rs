@@ -6,7 +6,7 @@ use aya::{
     maps::{MapError, PerCpuValues},
     util::nr_cpus,
 };
-use imds_ebpf_common::{Counter, CounterKey, Verdict, names::MAP_COUNTERS};
+use imds_ebpf_common::{Counter, CounterKey, Hook, Verdict, names::MAP_COUNTERS};
 use serde::Serialize;
 
 use super::{DatapathError, object::Maps};
@@ -42,8 +42,8 @@ pub struct Counts {
 }
 
 impl Counts {
-    fn of(&mut self, verdict: u32) -> Option<&mut Count> {
-        Verdict::COUNTED.into_iter().find(|&counted| counted as u32 == verdict).and_then(|verdict| {
+    fn of(&mut self, verdict: u8) -> Option<&mut Count> {
+        Verdict::COUNTED.into_iter().find(|&counted| counted as u8 == verdict).and_then(|verdict| {
             match verdict {
                 Verdict::Deny => Some(&mut self.denied),
                 Verdict::Audit => Some(&mut self.audited),
@@ -62,9 +62,10 @@ impl AddAssign for Counts {
     }
 }
 
-/// All counts by interface index; those of interfaces that are gone at [`CounterKey::DEPARTED`].
-pub fn read(maps: &Maps) -> Result<BTreeMap<u32, Counts>, MapError> {
-    let mut counts: BTreeMap<u32, Counts> = BTreeMap::new();
+/// All counts by interface index and number of the hook; those of interfaces that are gone, and those of sockets, at
+/// [`CounterKey::DEPARTED`].
+pub fn read(maps: &Maps) -> Result<BTreeMap<(u32, u8), Counts>, MapError> {
+    let mut counts: BTreeMap<(u32, u8), Counts> = BTreeMap::new();
     for entry in &maps.counters {
         let (key, values) = match entry {
             Ok(entry) => entry,
@@ -72,7 +73,7 @@ pub fn read(maps: &Maps) -> Result<BTreeMap<u32, Counts>, MapError> {
             Err(MapError::KeyNotFound) => continue,
             Err(error) => return Err(error),
         };
-        if let Some(count) = counts.entry(key.ifindex).or_default().of(key.verdict) {
+        if let Some(count) = counts.entry((key.ifindex, key.hook)).or_default().of(key.verdict) {
             *count += sum(&values);
         }
     }
@@ -80,10 +81,10 @@ pub fn read(maps: &Maps) -> Result<BTreeMap<u32, Counts>, MapError> {
 }
 
 /// Makes an interface's entries, so that the programs need not. Where that fails they do it with the first packet.
-pub(super) fn prepare(maps: &mut Maps, ifindex: u32) {
+pub(super) fn prepare(maps: &mut Maps, ifindex: u32, hook: Hook) {
     for verdict in Verdict::COUNTED {
         let zero = on_first_cpu(Count::default());
-        let key = CounterKey { ifindex, verdict: verdict as u32 };
+        let key = CounterKey::new(ifindex, hook, verdict);
         if let Some(zero) = zero
             && let Err(error) = maps.counters.insert(key, zero, NOEXIST)
         {
@@ -95,8 +96,10 @@ pub(super) fn prepare(maps: &mut Maps, ifindex: u32) {
 /// Adds an interface's counts to those of the departed, and removes its entries.
 pub(super) fn fold(maps: &mut Maps, ifindex: u32) -> Result<(), DatapathError> {
     let failed = |source| DatapathError::Map { map: MAP_COUNTERS, source };
-    for verdict in Verdict::COUNTED {
-        let key = CounterKey { ifindex, verdict: verdict as u32 };
+    let keys = [Hook::PodEdge, Hook::NodeEdge]
+        .into_iter()
+        .flat_map(|hook| Verdict::COUNTED.map(|verdict| CounterKey::new(ifindex, hook, verdict)));
+    for key in keys {
         let departed = CounterKey { ifindex: CounterKey::DEPARTED, ..key };
         let Ok(values) = maps.counters.get(&key, 0) else { continue };
         let count = sum(&values);

@@ -1,24 +1,21 @@
 //! Which network namespace the pins belong to. A bpffs is shared where a network namespace is not, so that an agent,
 //! `status` or `unload` can meet the pins of another node's: a container's, or the host's.
 
-use std::{fs, os::unix::fs::MetadataExt as _};
-
+use crate::node::netns;
 use imds_ebpf_common::{Backend, Policy, maps::LAYOUT};
 
 use super::{
-    DatapathError, bpf,
+    DatapathError,
+    bpf::{self, Target},
     object::Maps,
     pins::{self, PinDir},
     records,
 };
 
-/// Identity of the calling thread's network namespace: its inode number, which is unique among those that exist.
+/// Inode number of the network namespace in which this runs.
 pub(super) fn this_netns() -> Result<u32, DatapathError> {
-    let path = "/proc/thread-self/ns/net";
-    let inode = fs::metadata(path).map_err(pins::io_error("inspect", path.as_ref()))?.ino();
-    // proc_inum is an unsigned int (include/linux/ns_common.h).
-    u32::try_from(inode)
-        .map_err(|error| pins::io_error("inspect", path.as_ref())(std::io::Error::other(error)).into())
+    let path = "/proc/thread-self/ns/net".as_ref();
+    Ok(netns::this_inode().map_err(pins::io_error("inspect", path))?)
 }
 
 /// The other namespace to which the pinned maps belong; `None` where they are this one's or can't be read.
@@ -32,8 +29,8 @@ pub(super) fn other_netns(pins: &PinDir) -> Result<Option<u32>, DatapathError> {
 pub(super) fn ensure_free(pins: &PinDir) -> Result<(), DatapathError> {
     let Some(netns) = other_netns(pins)? else { return Ok(()) };
     for (_, path) in pins.pinned_links()? {
-        let link = pins::open(&path)?.and_then(|fd| bpf::tcx_link(fd).ok().flatten());
-        if link.is_some_and(|link| link.ifindex != 0) {
+        let link = pins::open(&path)?.and_then(|fd| bpf::link(fd).ok().flatten());
+        if link.is_some_and(|link| matches!(link.target, Target::Tcx { ifindex: 1.., .. })) {
             return Err(DatapathError::Elsewhere { path: pins.root().to_owned(), netns });
         }
     }

@@ -7,23 +7,31 @@ pub mod home;
 pub mod object;
 pub mod pins;
 pub mod records;
+pub mod sockets;
 mod tcx;
 
 use std::{io, path::PathBuf};
 
 use aya::maps::MapError;
-use imds_ebpf_common::{Backend, Mode, Policy, Role, maps::LAYOUT};
+use imds_ebpf_common::{
+    Backend, Edge, Mode, Policy, Role,
+    maps::LAYOUT,
+    names::{MAP_POLICY, tc_program},
+};
 use thiserror::Error;
 
 use self::{
     object::{Maps, ObjectError, Programs},
-    pins::{Claim, PinDir, PinError},
+    pins::{Claim, PinDir, PinError, Spot},
+    sockets::Sockets,
     tcx::Links,
 };
 use crate::{
+    config::Hooks,
     node::{
         links::Link,
         netlink::{Netlink, NetlinkError},
+        netns::Identity,
     },
     reconcile::{Action, Attachment},
 };
@@ -47,6 +55,16 @@ pub enum DatapathError {
         operation: &'static str,
         /// The interface.
         ifindex: u32,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A call on the link of a cgroup.
+    #[error("{operation} the cgroup of {}", path.display())]
+    Cgroup {
+        /// The call.
+        operation: &'static str,
+        /// The cgroup, or the pin of the link.
+        path: PathBuf,
         /// What the kernel said.
         source: io::Error,
     },
@@ -75,7 +93,11 @@ impl DatapathError {
         let errno = match self {
             Self::Netlink(error) => error.errno(),
             Self::Link { source, .. } => source.raw_os_error(),
-            Self::Object(_) | Self::Pin(_) | Self::Elsewhere { .. } | Self::Map { .. } => None,
+            Self::Object(_)
+            | Self::Pin(_)
+            | Self::Cgroup { .. }
+            | Self::Elsewhere { .. }
+            | Self::Map { .. } => None,
         };
         errno == Some(libc::ENODEV)
     }
@@ -87,8 +109,25 @@ pub struct Datapath {
     programs: Programs,
     maps: Maps,
     links: Links,
+    sockets: Option<Sockets>,
     netlink: Netlink,
     backend: Backend,
+    hooks: Hooks,
+}
+
+/// What a datapath is to be.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// What happens to a packet from a pod to a guarded endpoint.
+    pub mode: Mode,
+    /// Where packets and calls are judged.
+    pub hooks: Hooks,
+    /// How interfaces are attached.
+    pub backend: Backend,
+    /// The cgroup below which sockets are guarded, where they are.
+    pub cgroup: Option<PathBuf>,
+    /// How the programs know the node.
+    pub identity: Identity,
 }
 
 impl Datapath {
@@ -97,9 +136,12 @@ impl Datapath {
     /// [`Datapath::apply`] replaces them.
     ///
     /// Where this fails, nothing that was not there before stays behind.
-    pub fn open(claim: Claim, mode: Mode, backend: Backend, netlink: Netlink) -> Result<Self, DatapathError> {
-        match Self::load(claim.dir(), mode) {
-            Ok((programs, maps, links)) => Ok(Self { claim, programs, maps, links, netlink, backend }),
+    pub fn open(claim: Claim, plan: &Plan, netlink: Netlink) -> Result<Self, DatapathError> {
+        let Plan { backend, hooks, .. } = *plan;
+        match Self::load(claim.dir(), plan) {
+            Ok((programs, maps, links, sockets)) => {
+                Ok(Self { claim, programs, maps, links, sockets, netlink, backend, hooks })
+            }
             Err(error) => {
                 if claim.is_new() {
                     claim.remove()?;
@@ -109,20 +151,25 @@ impl Datapath {
         }
     }
 
-    fn load(pins: &PinDir, mode: Mode) -> Result<(Programs, Maps, Links), DatapathError> {
+    fn load(pins: &PinDir, plan: &Plan) -> Result<(Programs, Maps, Links, Option<Sockets>), DatapathError> {
         home::ensure_free(pins)?;
         for reason in object::drop_foreign_maps(pins)? {
             log::warn!("starting with new maps and counters: {reason}");
         }
-        let programs = Programs::load(pins)?;
+        let programs = Programs::load(pins, plan.hooks)?;
         let mut maps = Maps::open(pins)?;
-        let policy = Policy { mode: mode as u32, layout: LAYOUT, netns: home::this_netns()? };
-        maps.policy
-            .set(0, policy, 0)
-            .map_err(|source| DatapathError::Map { map: imds_ebpf_common::names::MAP_POLICY, source })?;
+        let policy = Policy {
+            mode: plan.mode as u32,
+            layout: LAYOUT,
+            netns: home::this_netns()?,
+            hooks: plan.hooks.bits(),
+            netns_cookie: plan.identity.cookie(),
+        };
+        maps.policy.set(0, policy, 0).map_err(|source| DatapathError::Map { map: MAP_POLICY, source })?;
         programs.pin(pins)?;
         let links = Links::adopt(pins)?;
-        Ok((programs, maps, links))
+        let sockets = plan.cgroup.as_ref().map(|cgroup| Sockets::adopt(pins, cgroup)).transpose()?;
+        Ok((programs, maps, links, sockets))
     }
 
     /// The pin directory.
@@ -131,10 +178,21 @@ impl Datapath {
         self.claim.dir()
     }
 
-    /// How interfaces are attached.
+    /// How an edge of an interface of this role is to be attached.
     #[must_use]
-    pub fn backend(&self) -> Backend {
-        self.backend
+    pub fn wanted(&self, role: Role, edge: Edge) -> Backend {
+        let is_wanted = self.hooks.has(edge.hook()) && role.edge() == Some(edge);
+        if is_wanted { self.backend } else { Backend::None }
+    }
+
+    /// Attaches, replaces or pins the links of sockets as needed, or removes them where that hook is off. Returns what
+    /// was done, for people.
+    pub fn restore_sockets(&mut self) -> Result<Vec<String>, DatapathError> {
+        if let Some(sockets) = &mut self.sockets {
+            return sockets.restore(self.claim.dir(), &self.programs);
+        }
+        let detached = sockets::detach_all(self.claim.dir())?;
+        Ok(if detached { vec!["sockets are no longer guarded".to_owned()] } else { Vec::new() })
     }
 
     /// Indices of interfaces of which something is pinned or recorded.
@@ -146,49 +204,64 @@ impl Datapath {
         known
     }
 
-    /// What of ours is on an interface.
+    /// What of ours is on an edge of an interface.
     ///
     /// Filters are looked for where they are this agent's way or an agent recorded one, and everywhere where the caller
     /// wants to be `thorough`.
-    pub async fn observe(&mut self, link: &Link, thorough: bool) -> Result<Vec<Attachment>, DatapathError> {
-        let program = self.programs.id(link.frame);
+    pub async fn observe(
+        &mut self,
+        link: &Link,
+        edge: Edge,
+        thorough: bool,
+    ) -> Result<Vec<Attachment>, DatapathError> {
+        let spot = Spot { ifindex: link.index, edge };
+        // Where the hook is off there is no program, so that none that is there is the current one.
+        let program = self.programs.id(tc_program(edge, link.frame)).unwrap_or_default();
         let mut attachments = Vec::new();
-        attachments.extend(self.links.observe(self.claim.dir(), link.index, program)?);
+        attachments.extend(self.links.observe(self.claim.dir(), spot, program)?);
         let recorded = records::get(&self.maps, link.index)
             .is_some_and(|record| record.backend == Backend::Clsact as u8);
         if thorough || recorded || self.backend == Backend::Clsact {
-            attachments.extend(clsact::attachment(&self.netlink, link.index, program).await?);
+            attachments.extend(clsact::attachment(&self.netlink, spot, program).await?);
         }
         Ok(attachments)
     }
 
-    /// Carries out one action on an interface.
-    pub async fn apply(&mut self, link: &Link, action: Action) -> Result<(), DatapathError> {
+    /// Carries out one action on an edge of an interface.
+    pub async fn apply(&mut self, link: &Link, edge: Edge, action: Action) -> Result<(), DatapathError> {
+        let spot = Spot { ifindex: link.index, edge };
+        let name = tc_program(edge, link.frame);
         match action {
             Action::Attach(Backend::Tcx) => {
-                counters::prepare(&mut self.maps, link.index);
-                self.links.attach(self.claim.dir(), link.index, self.programs.fd(link.frame)?)
+                counters::prepare(&mut self.maps, link.index, edge.hook());
+                self.links.attach(self.claim.dir(), spot, self.programs.fd(name)?)
             }
-            Action::Replace(Backend::Tcx) => self.links.replace(link.index, self.programs.fd(link.frame)?),
-            Action::Pin(Backend::Tcx) => self.links.pin(self.claim.dir(), link.index),
+            Action::Replace(Backend::Tcx) => self.links.replace(spot, self.programs.fd(name)?),
+            Action::Pin(Backend::Tcx) => self.links.pin(self.claim.dir(), spot),
             Action::Raise(Backend::Tcx) => {
                 // The kernel takes a program only once per hook, so that a second copy has to hold the place before
                 // this one can have it.
-                let copy = Programs::load(self.claim.dir())?;
-                self.links.raise(self.claim.dir(), link.index, copy.fd(link.frame)?)?;
-                self.links.replace(link.index, self.programs.fd(link.frame)?)
+                let copy = Programs::load(self.claim.dir(), Hooks::from_bits(edge.hook().bit()))?;
+                self.links.raise(self.claim.dir(), spot, copy.fd(name)?)?;
+                self.links.replace(spot, self.programs.fd(name)?)
             }
-            Action::Detach(Backend::Tcx) => self.links.detach(self.claim.dir(), link.index),
-            Action::Attach(Backend::Clsact) => self.attach_filter(link).await,
+            Action::Detach(Backend::Tcx) => self.links.detach(self.claim.dir(), spot),
+            Action::Attach(Backend::Clsact) => {
+                counters::prepare(&mut self.maps, link.index, edge.hook());
+                if clsact::ensure_qdisc(&self.netlink, link.index).await? {
+                    records::mark_qdisc(&mut self.maps, link)?;
+                }
+                Ok(clsact::attach_first(&self.netlink, spot, self.programs.fd(name)?, name).await?)
+            }
             Action::Raise(Backend::Clsact) => {
-                let program = self.programs.fd(link.frame)?;
-                Ok(clsact::attach_first(&self.netlink, link.index, program, object::name(link.frame)).await?)
+                Ok(clsact::attach_first(&self.netlink, spot, self.programs.fd(name)?, name).await?)
             }
             Action::Replace(Backend::Clsact) => {
-                let program = self.programs.fd(link.frame)?;
-                Ok(clsact::replace(&self.netlink, link.index, program, object::name(link.frame)).await?)
+                Ok(clsact::replace(&self.netlink, spot, self.programs.fd(name)?, name).await?)
             }
-            Action::Detach(Backend::Clsact) => remove_filter(&self.netlink, &mut self.maps, link.index).await,
+            Action::Detach(Backend::Clsact) => {
+                remove_filter(&self.netlink, &mut self.maps, spot).await.map(drop)
+            }
             // Filters are not pinned, and nothing is attached by no means.
             Action::Pin(Backend::Clsact | Backend::None)
             | Action::Attach(Backend::None)
@@ -196,16 +269,6 @@ impl Datapath {
             | Action::Raise(Backend::None)
             | Action::Detach(Backend::None) => Ok(()),
         }
-    }
-
-    async fn attach_filter(&mut self, link: &Link) -> Result<(), DatapathError> {
-        counters::prepare(&mut self.maps, link.index);
-        let made = clsact::ensure_qdisc(&self.netlink, link.index).await?;
-        if made {
-            records::mark_qdisc(&mut self.maps, link)?;
-        }
-        let program = self.programs.fd(link.frame)?;
-        Ok(clsact::attach_first(&self.netlink, link.index, program, object::name(link.frame)).await?)
     }
 
     /// Records what an interface is and how it is guarded, for `status` and for the next agent.
@@ -225,7 +288,9 @@ impl Datapath {
 
     /// Forgets an interface that is gone, and keeps its counts in the sum of those that are.
     pub fn forget(&mut self, ifindex: u32) -> Result<(), DatapathError> {
-        self.links.forget(self.claim.dir(), ifindex)?;
+        for edge in Edge::ALL {
+            self.links.forget(self.claim.dir(), Spot { ifindex, edge })?;
+        }
         counters::fold(&mut self.maps, ifindex)?;
         records::remove(&mut self.maps, ifindex);
         Ok(())
@@ -249,12 +314,14 @@ impl Datapath {
     }
 }
 
-async fn remove_filter(netlink: &Netlink, maps: &mut Maps, ifindex: u32) -> Result<(), DatapathError> {
-    clsact::detach_all(netlink, ifindex).await?;
-    if records::get(maps, ifindex).is_some_and(|record| record.made_qdisc == 1) {
-        clsact::remove_unused_qdisc(netlink, ifindex).await?;
+/// Removes our filters from a hook, and the qdisc where an agent made it and nobody uses it. Returns whether there was
+/// a filter.
+async fn remove_filter(netlink: &Netlink, maps: &mut Maps, spot: Spot) -> Result<bool, DatapathError> {
+    let detached = clsact::detach_all(netlink, spot).await?;
+    if records::get(maps, spot.ifindex).is_some_and(|record| record.made_qdisc == 1) {
+        clsact::remove_unused_qdisc(netlink, spot.ifindex).await?;
     }
-    Ok(())
+    Ok(detached)
 }
 
 /// What [`unload`] found to remove.
@@ -262,6 +329,8 @@ async fn remove_filter(netlink: &Netlink, maps: &mut Maps, ifindex: u32) -> Resu
 pub struct Removed {
     /// Interfaces that were guarded until now.
     pub interfaces: usize,
+    /// Whether sockets were.
+    pub sockets: bool,
     /// The pin directory, where there was one.
     pub pin_dir: Option<PathBuf>,
 }
@@ -273,17 +342,22 @@ pub async fn unload(pins: &PinDir, netlink: &Netlink, links: &[Link]) -> Result<
         return Ok(removed);
     };
     home::ensure_no_filters_elsewhere(pins)?;
+    removed.sockets = sockets::detach_all(pins)?;
     for (_, path) in pins.pinned_links()? {
         removed.interfaces += usize::from(tcx::detach_pinned(&path)?);
     }
     // Maps that can't be read leave it unknown which qdiscs are ours; those stay.
     let mut maps = Maps::open(pins).ok();
     for link in links {
-        let detached = clsact::detach_all(netlink, link.index).await?;
-        removed.interfaces += usize::from(detached);
-        if let Some(maps) = &mut maps {
-            remove_filter(netlink, maps, link.index).await?;
+        let mut detached = false;
+        for edge in Edge::ALL {
+            let spot = Spot { ifindex: link.index, edge };
+            detached |= match &mut maps {
+                Some(maps) => remove_filter(netlink, maps, spot).await?,
+                None => clsact::detach_all(netlink, spot).await?,
+            };
         }
+        removed.interfaces += usize::from(detached);
     }
     removed.pin_dir = Some(pins.root().to_owned());
     claim.remove()?;

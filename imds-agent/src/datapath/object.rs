@@ -1,6 +1,7 @@
 //! The BPF object: embedded, checked against what is pinned, and loaded.
 
 use std::{
+    collections::BTreeMap,
     fs,
     os::fd::{AsFd, BorrowedFd},
     path::Path,
@@ -9,17 +10,22 @@ use std::{
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuHashMap},
-    programs::{ProgramError, SchedClassifier},
+    programs::{Program, ProgramError, ProgramInfo, ProgramType},
+    sys::is_helper_supported,
 };
-use aya_obj::Object;
+use aya_obj::{Object, generated::bpf_func_id};
 use imds_ebpf_common::{
-    Counter, CounterKey, Frame, InterfaceRecord, Policy,
+    Counter, CounterKey, Edge, Frame, Hook, InterfaceRecord, Policy,
     maps::LAYOUT,
-    names::{MAP_COUNTERS, MAP_INTERFACES, MAP_POLICY, MAPS, PROG_POD_EDGE, PROG_POD_EDGE_L3},
+    names::{
+        GLOBAL_TC_HAS_COOKIE, MAP_COUNTERS, MAP_INTERFACES, MAP_POLICY, MAPS, SOCKET_PROGRAMS, TC_PROGRAMS,
+        tc_program,
+    },
 };
 use thiserror::Error;
 
 use super::pins::{self, PinDir, PinError};
+use crate::config::Hooks;
 
 /// The object as the linker left it.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("IMDS_EBPF_OBJECT"));
@@ -58,50 +64,58 @@ pub enum ObjectError {
 #[derive(Debug)]
 pub struct Programs {
     ebpf: Ebpf,
-    ethernet: u32,
-    ip: u32,
+    ids: BTreeMap<&'static str, u32>,
 }
 
 impl Programs {
-    /// Loads the programs on the maps that are pinned in `pins`; what is not pinned yet is made and pinned.
-    pub fn load(pins: &PinDir) -> Result<Self, ObjectError> {
+    /// Loads the programs for these hooks on the maps that are pinned in `pins`; what is not pinned yet is made and pinned.
+    pub fn load(pins: &PinDir, hooks: Hooks) -> Result<Self, ObjectError> {
+        let has_cookie = u8::from(tc_has_cookie());
         let mut loader = EbpfLoader::new();
+        loader.override_global(GLOBAL_TC_HAS_COOKIE, &has_cookie, true);
         for name in MAPS {
             loader.map_pin_path(name, pins.map(name));
         }
-        let mut ebpf = loader.load(OBJECT)?;
-        let [ethernet, ip] = [PROG_POD_EDGE, PROG_POD_EDGE_L3].map(|name| {
-            let failed = |source| ObjectError::Program { name, source: Box::new(source) };
-            let program = ebpf.program_mut(name).ok_or(ObjectError::Missing(name))?;
-            let program: &mut SchedClassifier = program.try_into().map_err(failed)?;
-            program.load().map_err(failed)?;
-            program.info().map(|info| info.id()).map_err(failed)
-        });
-        Ok(Self { ebpf, ethernet: ethernet?, ip: ip? })
-    }
-
-    /// Id of the program for packets that start with `frame`.
-    #[must_use]
-    pub fn id(&self, frame: Frame) -> u32 {
-        match frame {
-            Frame::Ethernet => self.ethernet,
-            Frame::Ip => self.ip,
+        let mut programs = Self { ebpf: loader.load(OBJECT)?, ids: BTreeMap::new() };
+        for name in names(hooks) {
+            let id = programs.load_one(name).map_err(|source| ObjectError::Program { name, source })?;
+            programs.ids.insert(name, id.ok_or(ObjectError::Missing(name))?);
         }
+        Ok(programs)
     }
 
-    /// Descriptor of the program for packets that start with `frame`.
-    pub fn fd(&self, frame: Frame) -> Result<BorrowedFd<'_>, ObjectError> {
-        let name = name(frame);
-        let failed = |source| ObjectError::Program { name, source: Box::new(source) };
+    /// Loads a program and returns its id, or `None` where the object has no such program.
+    fn load_one(&mut self, name: &str) -> Result<Option<u32>, Box<ProgramError>> {
+        match self.ebpf.program_mut(name) {
+            Some(Program::SchedClassifier(program)) => program.load()?,
+            Some(Program::CgroupSockAddr(program)) => program.load()?,
+            Some(_) | None => return Ok(None),
+        }
+        let id = self.ebpf.program(name).map(|program| program.info().map(|info| info.id())).transpose()?;
+        Ok(id)
+    }
+
+    /// Id of a program.
+    #[must_use]
+    pub fn id(&self, name: &str) -> Option<u32> {
+        self.ids.get(name).copied()
+    }
+
+    /// Descriptor of a program.
+    pub fn fd(&self, name: &'static str) -> Result<BorrowedFd<'_>, ObjectError> {
         let program = self.ebpf.program(name).ok_or(ObjectError::Missing(name))?;
-        let program: &SchedClassifier = program.try_into().map_err(failed)?;
+        let failed = |source| ObjectError::Program { name, source: Box::new(source) };
         Ok(program.fd().map_err(failed)?.as_fd())
     }
 
     /// Pins the programs, in place of those of an earlier agent.
     pub fn pin(&self, pins: &PinDir) -> Result<(), ObjectError> {
-        for frame in [Frame::Ethernet, Frame::Ip] {
-            pins::pin_over(self.fd(frame)?, &pins.program(name(frame)))?;
+        for name in TC_PROGRAMS.into_iter().chain(SOCKET_PROGRAMS) {
+            match self.ids.get(name) {
+                Some(_) => pins::pin_over(self.fd(name)?, &pins.program(name))?,
+                // An earlier agent's, for a hook that is off now.
+                None => pins::unpin(&pins.program(name))?,
+            }
         }
         Ok(())
     }
@@ -109,19 +123,22 @@ impl Programs {
     /// Whether one of the programs is not pinned, or another one in its place.
     #[must_use]
     pub fn is_unpinned(&self, pins: &PinDir) -> bool {
-        [Frame::Ethernet, Frame::Ip]
-            .into_iter()
-            .any(|frame| pinned_program(pins, frame).map_or(true, |id| id != self.id(frame)))
+        self.ids.iter().any(|(name, id)| pinned_program(pins, name).ok() != Some(*id))
     }
 }
 
-/// Name of the program for packets that start with `frame`.
+/// Names of the programs for these hooks.
+fn names(hooks: Hooks) -> impl Iterator<Item = &'static str> {
+    let edges = Edge::ALL.into_iter().filter(move |edge| hooks.has(edge.hook()));
+    let tc = edges.flat_map(|edge| [Frame::Ethernet, Frame::Ip].map(|frame| tc_program(edge, frame)));
+    tc.chain(SOCKET_PROGRAMS.into_iter().filter(move |_| hooks.has(Hook::Socket)))
+}
+
+/// Whether TC programs may ask for the network namespace of a packet's socket (Linux 6.13). Where they may not, packets
+/// that a pod sends by macvlan or ipvlan can't be told from the node's own at the node edge.
 #[must_use]
-pub fn name(frame: Frame) -> &'static str {
-    match frame {
-        Frame::Ethernet => PROG_POD_EDGE,
-        Frame::Ip => PROG_POD_EDGE_L3,
-    }
+pub fn tc_has_cookie() -> bool {
+    is_helper_supported(ProgramType::SchedClassifier, bpf_func_id::BPF_FUNC_get_netns_cookie).unwrap_or(false)
 }
 
 /// The pinned maps.
@@ -225,15 +242,14 @@ fn other_layout(pins: &PinDir) -> Option<u32> {
     (layout != LAYOUT && layout != 0).then_some(layout)
 }
 
-/// Whether programs of ours are pinned.
+/// Whether maps of ours are pinned, and so programs loaded.
 #[must_use]
 pub fn is_loaded(pins: &PinDir) -> bool {
-    fs::exists(pins.program(PROG_POD_EDGE)).unwrap_or(false)
+    fs::exists(pins.map(MAP_POLICY)).unwrap_or(false)
 }
 
-/// Id of the program pinned for packets that start with `frame`.
-pub fn pinned_program(pins: &PinDir, frame: Frame) -> Result<u32, ObjectError> {
-    let name = name(frame);
+/// Id of the program that is pinned under this name.
+pub fn pinned_program(pins: &PinDir, name: &'static str) -> Result<u32, ObjectError> {
     let failed = |source| ObjectError::Program { name, source: Box::new(source) };
-    Ok(aya::programs::ProgramInfo::from_pin(pins.program(name)).map_err(failed)?.id())
+    Ok(ProgramInfo::from_pin(pins.program(name)).map_err(failed)?.id())
 }

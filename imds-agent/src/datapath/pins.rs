@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use imds_ebpf_common::names::LINK_POD_EDGE_PREFIX;
+use imds_ebpf_common::{Edge, names::link_prefix};
 use nix::{
     fcntl::{Flock, FlockArg},
     mount::{MsFlags, mount},
@@ -76,6 +76,15 @@ pub(super) fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::
     move |source| PinError::Io { operation, path, source }
 }
 
+/// A TC hook of an interface.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub struct Spot {
+    /// Interface index.
+    pub ifindex: u32,
+    /// Which of its hooks.
+    pub edge: Edge,
+}
+
 /// A pin directory: paths only.
 #[derive(Clone, Debug)]
 pub struct PinDir {
@@ -109,12 +118,18 @@ impl PinDir {
 
     /// Pin of the TCX link of an interface.
     #[must_use]
-    pub fn link(&self, ifindex: u32) -> PathBuf {
-        self.links().join(format!("{LINK_POD_EDGE_PREFIX}{ifindex}"))
+    pub fn link(&self, spot: Spot) -> PathBuf {
+        self.links().join(format!("{}{}", link_prefix(spot.edge), spot.ifindex))
     }
 
-    /// The pinned links of interfaces, by the index under which each was pinned.
-    pub fn pinned_links(&self) -> Result<Vec<(u32, PathBuf)>, PinError> {
+    /// Pin of a link of another kind.
+    #[must_use]
+    pub fn named_link(&self, name: &str) -> PathBuf {
+        self.links().join(name)
+    }
+
+    /// The pinned links of interfaces, by where each was pinned for.
+    pub fn pinned_links(&self) -> Result<Vec<(Spot, PathBuf)>, PinError> {
         let links = self.links();
         let entries = match fs::read_dir(&links) {
             Ok(entries) => entries,
@@ -125,10 +140,12 @@ impl PinDir {
         for entry in entries {
             let path = entry.map_err(io_error("list", &links))?.path();
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            if let Some(ifindex) =
-                name.strip_prefix(LINK_POD_EDGE_PREFIX).and_then(|index| index.parse().ok())
-            {
-                pinned.push((ifindex, path));
+            let spot = Edge::ALL.into_iter().find_map(|edge| {
+                let ifindex = name.strip_prefix(link_prefix(edge))?.parse().ok()?;
+                Some(Spot { ifindex, edge })
+            });
+            if let Some(spot) = spot {
+                pinned.push((spot, path));
             }
         }
         Ok(pinned)
@@ -360,7 +377,9 @@ mod tests {
     #[test]
     fn names_of_pins() {
         let dir = PinDir::new(Path::new("/sys/fs/bpf/imds")).unwrap();
-        assert_eq!(dir.link(12), Path::new("/sys/fs/bpf/imds/links/pod_edge_12"));
+        let spot = |edge| Spot { ifindex: 12, edge };
+        assert_eq!(dir.link(spot(Edge::Pod)), Path::new("/sys/fs/bpf/imds/links/pod_edge_12"));
+        assert_eq!(dir.link(spot(Edge::Node)), Path::new("/sys/fs/bpf/imds/links/node_edge_12"));
         assert_eq!(dir.map("m"), Path::new("/sys/fs/bpf/imds/maps/m"));
         assert_eq!(dir.program("p"), Path::new("/sys/fs/bpf/imds/progs/p"));
     }

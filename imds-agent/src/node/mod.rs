@@ -1,4 +1,6 @@
 //! What the kernel says is there.
 
+pub mod cgroup;
 pub mod links;
 pub mod netlink;
+pub mod netns;

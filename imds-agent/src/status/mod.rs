@@ -8,18 +8,18 @@ use std::{
     path::PathBuf,
 };
 
-use imds_ebpf_common::{Backend, CounterKey, IMDS_IPV4, Mode, Role};
+use imds_ebpf_common::{Backend, CounterKey, Edge, Hook, IMDS_IPV4, Mode, Role, names::tc_program};
 use serde::Serialize;
 
 use crate::{
-    config::Interfaces,
+    config::{Hooks, Interfaces},
     datapath::{
         DatapathError, bpf, clsact,
         counters::{self, Counts},
         home,
         object::{self, Maps, ObjectError},
-        pins::{self, PinDir},
-        records,
+        pins::{self, PinDir, Spot},
+        records, sockets,
     },
     node::{links::Link, netlink::Netlink},
     reconcile::{Attachment, Place},
@@ -48,6 +48,10 @@ pub struct Report {
     pub endpoints: Vec<Ipv4Addr>,
     /// Every interface of the node.
     pub interfaces: Vec<Interface>,
+    /// The hooks that are on.
+    pub hooks: Vec<&'static str>,
+    /// Calls on sockets; `None` where that hook is off.
+    pub sockets: Option<SocketReport>,
     /// Counts of interfaces that are gone.
     pub departed: Counts,
     /// Counts of all, those that are gone too.
@@ -101,6 +105,16 @@ pub struct Interface {
     pub counts: Counts,
 }
 
+/// The socket hook.
+#[derive(Debug, Serialize)]
+pub struct SocketReport {
+    /// Whether all its programs are attached.
+    pub attached: bool,
+    /// What was counted there: calls, and no bytes.
+    #[serde(flatten)]
+    pub counts: Counts,
+}
+
 /// Something that is not as it should be.
 #[derive(Debug, Serialize)]
 pub struct Problem {
@@ -128,6 +142,8 @@ pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapath
         mode: None,
         endpoints: Vec::new(),
         interfaces: Vec::new(),
+        hooks: Vec::new(),
+        sockets: None,
         departed: Counts::default(),
         total: Counts::default(),
         problems: Vec::new(),
@@ -141,21 +157,33 @@ pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapath
     let mode = Mode::from_u32(policy.mode);
     report.mode = Some(mode.name());
     report.endpoints = vec![Ipv4Addr::from(IMDS_IPV4)];
-    if !report.agent.running {
+    let hooks = Hooks::from_bits(policy.hooks);
+    report.hooks = Hook::ALL.into_iter().filter(|&hook| hooks.has(hook)).map(Hook::name).collect();
+    // The other hooks are there before a pod is.
+    if !report.agent.running && !hooks.has(Hook::NodeEdge) && !hooks.has(Hook::Socket) {
         report.problem(
             None,
             "no agent is running: pods that start now are not guarded",
             "start `imds-agent run`",
         );
+    } else if report.agent.running && !report.agent.ready {
+        report.problem(None, "the agent has not looked at every interface yet", "wait, or see its log");
     }
 
     let mut counts = counters::read(&maps).map_err(unreadable)?;
+    if hooks.has(Hook::Socket) {
+        report.add_sockets(
+            pins,
+            counts.remove(&(CounterKey::DEPARTED, Hook::Socket as u8)).unwrap_or_default(),
+        );
+    }
     let uplinks = netlink.uplinks().await?;
+    let node = Node { pins, maps: &maps, netlink, uplinks, hooks };
     for link in netlink.links().await? {
-        report.add(&link, pins, &maps, &uplinks, &mut counts, netlink).await?;
+        report.add(&link, &node, &mut counts).await?;
     }
     // Of interfaces that are gone and not yet forgotten, too.
-    for (_, gone) in std::iter::once((CounterKey::DEPARTED, Counts::default())).chain(counts) {
+    for gone in counts.into_values() {
         report.departed += gone;
     }
     report.total += report.departed;
@@ -174,22 +202,37 @@ impl Report {
         self.problems.push(Problem { interface, problem: problem.into(), remedy: remedy.into() });
     }
 
+    fn add_sockets(&mut self, pins: &PinDir, counts: Counts) {
+        self.total += counts;
+        let missing = sockets::missing(pins);
+        if !missing.is_empty() {
+            let remedy =
+                if self.agent.running { "the agent's log says why" } else { "start `imds-agent run`" };
+            self.problem(None, format!("{} of sockets is not guarded", missing.join(", ")), remedy);
+        }
+        self.sockets = Some(SocketReport { attached: missing.is_empty(), counts });
+    }
+
     async fn add(
         &mut self,
         link: &Link,
-        pins: &PinDir,
-        maps: &Maps,
-        uplinks: &BTreeSet<u32>,
-        counts: &mut BTreeMap<u32, Counts>,
-        netlink: &Netlink,
+        node: &Node<'_>,
+        counts: &mut BTreeMap<(u32, u8), Counts>,
     ) -> Result<(), DatapathError> {
-        let counts = counts.remove(&link.index).unwrap_or_default();
-        self.total += counts;
+        let mut sum = Counts::default();
+        for edge in Edge::ALL {
+            sum += counts.remove(&(link.index, edge.hook() as u8)).unwrap_or_default();
+        }
+        self.total += sum;
         // The agent knows the configuration, this command does not.
-        let recorded = records::get(maps, link.index).and_then(|record| Role::from_u8(record.role));
-        let role = recorded.unwrap_or_else(|| state::role(link, uplinks, &Interfaces::default()));
-        let attachment = attachment(link, pins, netlink).await?;
-        if role == Role::Pod {
+        let recorded = records::get(node.maps, link.index).and_then(|record| Role::from_u8(record.role));
+        let role = recorded.unwrap_or_else(|| state::role(link, &node.uplinks, &Interfaces::default()));
+        let wanted = role.edge().filter(|edge| node.hooks.has(edge.hook()));
+        let attachment = match wanted {
+            Some(edge) => attachment(link, edge, node).await?,
+            None => None,
+        };
+        if wanted.is_some() {
             self.judge(&link.name, attachment);
         }
         self.interfaces.push(Interface {
@@ -198,7 +241,7 @@ impl Report {
             role: role.name(),
             guard: attachment.map(|attachment| attachment.backend.name()),
             first: attachment.map(|attachment| attachment.place == Place::First),
-            counts,
+            counts: sum,
         });
         Ok(())
     }
@@ -207,10 +250,11 @@ impl Report {
         let Some(attachment) = attachment else {
             let remedy =
                 if self.agent.running { "the agent's log says why" } else { "start `imds-agent run`" };
-            return self.problem(Some(name), "is a pod's and is not guarded", remedy);
+            return self.problem(Some(name), "is not guarded", remedy);
         };
         if attachment.place != Place::First {
-            let remedy = format!("`bpftool net show` and `tc filter show dev {name} ingress` name them");
+            let remedy =
+                format!("`bpftool net show` and `tc filter show dev {name} ingress` (or egress) name them");
             self.problem(Some(name), "other programs see packets first and can let them pass", remedy);
         }
         if !attachment.current {
@@ -224,16 +268,22 @@ impl Report {
     }
 }
 
-/// What guards an interface; TCX runs before clsact, so it is the one to name where there are both.
-async fn attachment(
-    link: &Link,
-    pins: &PinDir,
-    netlink: &Netlink,
-) -> Result<Option<Attachment>, DatapathError> {
-    let program = object::pinned_program(pins, link.frame)?;
-    let pinned = pins::open(&pins.link(link.index))?.and_then(|fd| bpf::tcx_link(fd).ok().flatten());
+/// What is asked about every interface.
+struct Node<'a> {
+    pins: &'a PinDir,
+    maps: &'a Maps,
+    netlink: &'a Netlink,
+    uplinks: BTreeSet<u32>,
+    hooks: Hooks,
+}
+
+/// What guards an edge of an interface; TCX runs before clsact, so it is the one to name where there are both.
+async fn attachment(link: &Link, edge: Edge, node: &Node<'_>) -> Result<Option<Attachment>, DatapathError> {
+    let spot = Spot { ifindex: link.index, edge };
+    let program = object::pinned_program(node.pins, tc_program(edge, link.frame))?;
+    let pinned = pins::open(&node.pins.link(spot))?.and_then(|fd| bpf::link(fd).ok().flatten());
     // A kernel without TCX answers with an error: then there is nothing.
-    let entries = bpf::tcx_entries(link.index).unwrap_or_default();
+    let entries = bpf::tcx_entries(spot.ifindex, spot.direction()).unwrap_or_default();
     let is_pinned = |entry: &bpf::Entry| pinned.is_some_and(|pinned| pinned.id == entry.link);
     if let Some(position) = entries.iter().position(|entry| is_pinned(entry) || entry.program == program) {
         return Ok(Some(Attachment {
@@ -243,7 +293,7 @@ async fn attachment(
             place: if position == 0 { Place::First } else { Place::Behind },
         }));
     }
-    Ok(clsact::attachment(netlink, link.index, program).await?)
+    Ok(clsact::attachment(node.netlink, spot, program).await?)
 }
 
 fn unreadable(source: aya::maps::MapError) -> DatapathError {

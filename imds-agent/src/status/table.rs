@@ -31,6 +31,7 @@ impl Report {
         writeln!(text, "state      {}", self.state.name())?;
         writeln!(text, "mode       {}", self.mode.unwrap_or("unknown"))?;
         writeln!(text, "endpoints  {}", endpoints.join(" "))?;
+        writeln!(text, "hooks      {}", self.hooks.join(" "))?;
         writeln!(text, "agent      {agent}")?;
         writeln!(text, "pins       {}", self.pin_dir.display())?;
         writeln!(text)?;
@@ -60,6 +61,11 @@ impl Report {
             table.add_row(known.map(Cell::new).into_iter().chain(cells(&interface.counts)));
         }
         let blank = || Cell::new("");
+        if let Some(sockets) = &self.sockets {
+            let guard = Cell::new(if sockets.attached { "cgroup" } else { "-" });
+            let row = [Cell::new("(sockets)"), blank(), blank(), guard].into_iter();
+            table.add_row(row.chain(calls(&sockets.counts)));
+        }
         let sum =
             |name, counts| [Cell::new(name), blank(), blank(), blank()].into_iter().chain(cells(counts));
         table.add_row(sum("(departed)", &self.departed));
@@ -83,6 +89,16 @@ impl State {
 fn cells(counts: &Counts) -> [Cell; 3] {
     [counts.denied, counts.audited, counts.allowed]
         .map(|count| Cell::new(phrase(count)).set_alignment(CellAlignment::Left))
+}
+
+fn calls(counts: &Counts) -> [Cell; 3] {
+    [counts.denied, counts.audited, counts.allowed].map(|Count { packets, .. }| {
+        Cell::new(match packets {
+            0 => "0".to_owned(),
+            1 => "1 call".to_owned(),
+            calls => format!("{calls} calls"),
+        })
+    })
 }
 
 fn phrase(Count { packets, bytes }: Count) -> String {

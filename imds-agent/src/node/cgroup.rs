@@ -1,0 +1,41 @@
+//! The cgroup v2 hierarchy.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+/// Where the root of the cgroup v2 hierarchy is mounted: /sys/fs/cgroup on pure v2 hosts, /sys/fs/cgroup/unified on
+/// hybrid ones. `None` where it is not.
+pub fn root() -> io::Result<Option<PathBuf>> {
+    Ok(find(&fs::read_to_string("/proc/self/mountinfo")?))
+}
+
+/// The first mount of the whole hierarchy (proc(5): the fourth field is the part of it that is mounted, the fifth where,
+/// and behind a lone hyphen the type).
+fn find(mountinfo: &str) -> Option<PathBuf> {
+    mountinfo.lines().find_map(|line| {
+        let (mount, kind) = line.split_once(" - ")?;
+        let mut fields = mount.split(' ').skip(3);
+        let (part, path) = (fields.next()?, fields.next()?);
+        let is_whole = kind.split(' ').next()? == "cgroup2" && part == "/";
+        // Spaces and the like are octal there; no cgroup mount has any.
+        is_whole.then(|| Path::new(path).to_owned())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_root_of_pure_hybrid_and_no_v2() {
+        let pure = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n";
+        assert_eq!(find(pure), Some("/sys/fs/cgroup".into()));
+        let hybrid = "31 23 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
+                      32 23 0:28 /a/b /mnt rw - cgroup2 cgroup2 rw\n\
+                      33 23 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
+        assert_eq!(find(hybrid), Some("/sys/fs/cgroup/unified".into()));
+        assert_eq!(find("31 23 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n"), None);
+    }
+}

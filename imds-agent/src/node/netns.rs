@@ -1,0 +1,75 @@
+//! The node's network namespace: the one in which the agent runs.
+
+use std::{
+    fs, io,
+    mem::size_of,
+    net::UdpSocket,
+    os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
+};
+
+/// `SO_NETNS_COOKIE` (Linux 5.14, commit e8b9eab99232), which no library has yet.
+const SO_NETNS_COOKIE: libc::c_int = 71;
+
+/// How the programs can know the node's network namespace.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Identity {
+    /// By its cookie.
+    Cookie(u64),
+    /// It is the initial one, whose cookie they can ask for.
+    Initial,
+}
+
+impl Identity {
+    /// As [`Policy::netns_cookie`](imds_ebpf_common::Policy::netns_cookie) has it.
+    #[must_use]
+    pub const fn cookie(self) -> u64 {
+        match self {
+            Self::Cookie(cookie) => cookie,
+            Self::Initial => 0,
+        }
+    }
+}
+
+/// The identity of the calling thread's network namespace; `None` where an older kernel has no cookie to tell and it
+/// can't be seen to be the initial one.
+pub fn identity() -> io::Result<Option<Identity>> {
+    match cookie() {
+        Ok(cookie) => Ok(Some(Identity::Cookie(cookie))),
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => {
+            // The first process of the machine is in the initial namespace, of a container in the container's: where
+            // this is a container's, the agent must not take it for the machine's.
+            let is_first = inode("/proc/1/ns/net")? == inode("/proc/thread-self/ns/net")?;
+            let is_machine = fs::read_to_string("/proc/2/comm").is_ok_and(|comm| comm.trim() == "kthreadd");
+            Ok((is_first && is_machine).then_some(Identity::Initial))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Inode number of the calling thread's network namespace, which is unique among those that exist.
+pub fn this_inode() -> io::Result<u32> {
+    // proc_inum is an unsigned int (include/linux/ns_common.h).
+    u32::try_from(inode("/proc/thread-self/ns/net")?).map_err(io::Error::other)
+}
+
+fn inode(path: &str) -> io::Result<u64> {
+    Ok(fs::metadata(path)?.ino())
+}
+
+fn cookie() -> io::Result<u64> {
+    let socket = UdpSocket::bind("127.0.0.1:0").or_else(|_| UdpSocket::bind("0.0.0.0:0"))?;
+    let mut cookie = 0_u64;
+    #[expect(clippy::cast_possible_truncation, reason = "8")]
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the buffer is as long as the length says, and both outlive the call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}

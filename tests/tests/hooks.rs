@@ -1,0 +1,275 @@
+//! Each hook alone: what it holds, with the way open before it and after it.
+
+use std::{
+    io::ErrorKind,
+    net::{Ipv4Addr, SocketAddr, UdpSocket},
+};
+
+use imds_tests::{
+    Backend, METADATA, Netns, Pod, PodLink, SERVICE, World, hook,
+    probe::{LONG, Outcome, SHORT, http_get, reachable},
+    with_each_backend,
+};
+
+const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
+
+#[test]
+fn the_node_edge_holds_what_pods_send_by_any_link() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pods = LINKS.map(|link| world.add_pod(link));
+        pods.iter().for_each(|pod| world.assert_open(pod));
+
+        let agent = world.agent().backend(backend).hooks(&["node_edge"]).spawn_ready();
+        for pod in &pods {
+            world.assert_blocked(pod);
+            world.assert_harmless(pod);
+        }
+        let status = world.status();
+        let uplink = status.interface(World::UPLINK);
+        assert_eq!((uplink.role.as_str(), uplink.guard.as_deref()), ("uplink", Some(backend.name())));
+        assert!(uplink.counts.denied.packets > 0);
+        assert!(pods.iter().all(|pod| status.interface(&pod.host_ifname).guard.is_none()));
+
+        // A pod that starts while no agent runs is denied from its first packet, and that is no problem.
+        agent.kill9();
+        let late = world.add_pod(PodLink::Routed);
+        world.assert_blocked(&late);
+        assert_eq!(world.status().state, "enforcing");
+
+        world.unload();
+        assert!(!hook::has_clsact(&world.node, World::UPLINK));
+        pods.iter().chain([&late]).for_each(|pod| world.assert_open(pod));
+    });
+}
+
+fn udp_socket(netns: &Netns, any: &str) -> UdpSocket {
+    netns.run(|| UdpSocket::bind(any).expect("a UDP socket"))
+}
+
+/// Errors of every call by which a socket in a namespace can name the endpoint.
+fn errors(netns: &Netns, endpoint: Ipv4Addr) -> Vec<(&'static str, Option<ErrorKind>)> {
+    let (v4, mapped) = (SocketAddr::from((endpoint, 80)), SocketAddr::from((endpoint.to_ipv6_mapped(), 80)));
+    let kind = |result: std::io::Result<()>| result.err().map(|error| error.kind());
+    let tcp = |address| {
+        let connected = netns.run(|| std::net::TcpStream::connect_timeout(&address, SHORT));
+        kind(connected.map(drop))
+    };
+    let (udp4, udp6) = (udp_socket(netns, "0.0.0.0:0"), udp_socket(netns, "[::]:0"));
+    vec![
+        ("sendto on UDP", kind(udp4.send_to(b"x", v4).map(drop))),
+        ("sendto on UDP by a mapped address", kind(udp6.send_to(b"x", mapped).map(drop))),
+        ("connect on UDP", kind(udp4.connect(v4))),
+        ("connect on UDP by a mapped address", kind(udp6.connect(mapped))),
+        ("connect on TCP", tcp(v4)),
+        ("connect on TCP by a mapped address", tcp(mapped)),
+    ]
+}
+
+#[test]
+fn the_socket_hook_refuses_calls_at_once() {
+    let world = World::new();
+    let pods = LINKS.map(|link| world.add_pod(link));
+    let of = |netns: &Netns, endpoint| world.in_cgroup(|| errors(netns, endpoint));
+    for pod in &pods {
+        assert!(of(&pod.netns, METADATA).iter().all(|(_, error)| error.is_none()));
+    }
+
+    let agent = world.agent().hooks(&["socket"]).spawn_ready();
+    for pod in &pods {
+        world.assert_nothing_arrives(|| {
+            for (call, error) in of(&pod.netns, METADATA) {
+                assert_eq!(error, Some(ErrorKind::PermissionDenied), "{call}");
+            }
+        });
+        assert!(of(&pod.netns, SERVICE).iter().all(|(_, error)| error.is_none()));
+        // Not in the guarded cgroup: nobody's business.
+        assert!(reachable(&pod.netns, METADATA));
+    }
+    // The node's own, in the same cgroup.
+    assert!(of(&world.node, METADATA).iter().all(|(_, error)| error.is_none()));
+    assert!(world.in_cgroup(|| reachable(&world.node, METADATA)));
+    let sockets = world.status().sockets.expect("the hook is on");
+    assert!(sockets.attached && sockets.counts.denied.packets >= 12, "{sockets:?}");
+
+    // It outlives the agent, covers pods that start without one, and is taken over by the next.
+    agent.kill9();
+    let late = world.add_pod(PodLink::Bridged);
+    assert!(of(&late.netns, METADATA).iter().all(|(_, error)| *error == Some(ErrorKind::PermissionDenied)));
+    let before = world.status().total.denied.packets;
+    let _agent = world.agent().hooks(&["socket"]).spawn_ready();
+    assert!(of(&late.netns, METADATA).iter().all(|(_, error)| *error == Some(ErrorKind::PermissionDenied)));
+    assert_eq!(world.status().total.denied.packets, before + 6);
+    drop(_agent);
+
+    world.unload();
+    assert!(
+        pods.iter()
+            .chain([&late])
+            .all(|pod| of(&pod.netns, METADATA).iter().all(|(_, error)| error.is_none()))
+    );
+}
+
+#[test]
+fn hooks_that_the_next_agent_has_off_are_removed_and_those_it_has_on_are_added() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pod = world.add_pod(PodLink::Routed);
+        let in_force = || {
+            let status = world.status();
+            let ours = |name: &str| hook::programs(&world.node, name).iter().any(hook::Attached::is_ours);
+            let egress = status.interface(World::UPLINK).guard.is_some();
+            let attached = status.sockets.is_some_and(|sockets| sockets.attached);
+            [ours(&pod.host_ifname), egress, attached]
+        };
+        for (on, expected) in [
+            (&["pod_edge", "node_edge", "socket"][..], [true, true, true]),
+            (&["socket"], [false, false, true]),
+            (&["node_edge"], [false, true, false]),
+            (&["pod_edge"], [true, false, false]),
+        ] {
+            let agent = world.agent().backend(backend).hooks(on).spawn_ready();
+            assert_eq!(in_force(), expected, "{on:?}");
+            assert!(world.in_cgroup(|| !http_get(&pod.netns, METADATA, SHORT).is_answer()), "{on:?}");
+            agent.kill9();
+        }
+        world.unload();
+        world.assert_open(&pod);
+    });
+}
+
+#[test]
+fn a_socket_hook_that_somebody_detached_is_restored() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let agent = world.agent().hooks(&["socket"]).resync(1).spawn_ready();
+    let denied = || {
+        let outcome = world.in_cgroup(|| http_get(&pod.netns, METADATA, SHORT));
+        matches!(outcome, Outcome::Error(error) if error.kind() == ErrorKind::PermissionDenied)
+    };
+    assert!(denied());
+    imds_tests::foreign::detach_link(&world.pin_dir().join("links/connect4"));
+    agent.wait_for_log("guarding connect4", LONG);
+    imds_tests::poll::poll_until(LONG, "connect4 to be guarded again", || denied().then_some(()));
+    world.status_when("all is well", |status| status.is_ready() && status.state == "enforcing");
+}
+
+/// Redirects what is sent to one address on to the endpoint, as a Service does whose backend is the endpoint.
+fn redirect(netns: &Netns, service: Ipv4Addr, endpoint: Ipv4Addr) {
+    let rules = format!(
+        "table ip service {{
+            chain prerouting {{ type nat hook prerouting priority -100; ip daddr {service} dnat to {endpoint}; }}
+            chain output {{ type nat hook output priority -100; ip daddr {service} dnat to {endpoint}; }}
+        }}"
+    );
+    nft(netns, &rules);
+}
+
+fn nft(netns: &Netns, rules: &str) {
+    let mut command = netns.command("nft");
+    command.arg(rules);
+    let output = imds_tests::output(command);
+    assert!(output.status.success(), "nft: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn a_service_whose_backend_is_the_endpoint_leads_nowhere() {
+    with_each_backend(|backend| {
+        let cluster_ip = Ipv4Addr::new(10, 96, 0, 80);
+        let world = World::new();
+        let pods = LINKS.map(|link| world.add_pod(link));
+        redirect(&world.node, cluster_ip, METADATA);
+        assert!(pods.iter().all(|pod| reachable(&pod.netns, cluster_ip)));
+
+        let agent = world.agent().backend(backend).hooks(&["node_edge"]).spawn_ready();
+        for pod in &pods {
+            world.assert_nothing_arrives(|| assert!(!http_get(&pod.netns, cluster_ip, SHORT).is_answer()));
+            world.assert_harmless(pod);
+        }
+        assert!(reachable(&world.node, cluster_ip), "the node's own way through the service");
+        drop(agent);
+        world.unload();
+        assert!(pods.iter().all(|pod| reachable(&pod.netns, cluster_ip)));
+    });
+}
+
+/// A pod with a macvlan interface of the node's uplink: there is no link of its own on the node.
+fn add_macvlan_pod(world: &World) -> Netns {
+    let pod = Netns::new("macvlan");
+    world.node.ip(&format!(
+        "link add mv0 link {} netns {} type macvlan mode bridge",
+        World::UPLINK,
+        pod.name()
+    ));
+    pod.ip("link set lo up\naddr add 10.0.0.77/24 dev mv0\nlink set mv0 up\nroute add default via 10.0.0.1");
+    pod
+}
+
+#[test]
+fn a_macvlan_pod_is_held_by_the_socket_hook_and_the_node_edge() {
+    let world = World::new();
+    let pod = add_macvlan_pod(&world);
+    let ask = || world.in_cgroup(|| http_get(&pod, METADATA, SHORT));
+    assert!(world.in_cgroup(|| reachable(&pod, METADATA)));
+    for hook in ["socket", "node_edge"] {
+        let agent = world.agent().hooks(&[hook]).spawn_ready();
+        world.assert_nothing_arrives(|| assert!(!ask().is_answer(), "{hook}"));
+        assert!(world.in_cgroup(|| reachable(&pod, SERVICE)), "{hook}");
+        assert!(world.in_cgroup(|| reachable(&world.node, METADATA)), "{hook}");
+        drop(agent);
+        world.unload();
+        assert!(world.in_cgroup(|| reachable(&pod, METADATA)), "{hook}");
+    }
+}
+
+/// A namespace made inside of a pod, which forwards for it behind its own address.
+fn add_nested(pod: &Pod) -> Netns {
+    let nested = Netns::new("nested");
+    pod.netns.ip(&format!(
+        "link add in0 type veth peer name out0 netns {}\naddr add 172.31.0.1/24 dev in0\nlink set in0 up",
+        nested.name()
+    ));
+    nested.ip(
+        "link set lo up\naddr add 172.31.0.2/24 dev out0\nlink set out0 up\nroute add default via 172.31.0.1",
+    );
+    pod.netns.sysctl("ipv4/ip_forward", "1");
+    nft(
+        &pod.netns,
+        "table ip nat {
+            chain post { type nat hook postrouting priority 100; oifname eth0 masquerade; }
+        }",
+    );
+    nested
+}
+
+#[test]
+fn a_namespace_within_a_pod_is_held_by_both_edges() {
+    for hook in ["pod_edge", "node_edge"] {
+        let world = World::new();
+        let pod = world.add_pod(PodLink::Routed);
+        let nested = add_nested(&pod);
+        assert!(reachable(&nested, METADATA));
+        let agent = world.agent().hooks(&[hook]).spawn_ready();
+        world.assert_nothing_arrives(|| assert!(!http_get(&nested, METADATA, SHORT).is_answer(), "{hook}"));
+        assert!(reachable(&nested, SERVICE), "{hook}");
+        drop(agent);
+        world.unload();
+        assert!(reachable(&nested, METADATA), "{hook}");
+    }
+}
+
+#[test]
+fn all_hooks_together_are_what_an_agent_without_a_configuration_has() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Bridged);
+    let empty = world.scratch_dir().join("empty.toml");
+    std::fs::write(&empty, "").unwrap();
+    let cgroup = world.cgroup().to_str().unwrap();
+    let agent = world.agent().config_file(empty.to_str().unwrap()).args(&["--cgroup", cgroup]);
+    let _agent = agent.backend(Backend::Tcx).spawn_ready();
+    assert_eq!(world.status().hooks, ["pod_edge", "node_edge", "socket"]);
+    world.in_cgroup(|| {
+        world.assert_blocked(&pod);
+        world.assert_harmless(&pod);
+    });
+}
