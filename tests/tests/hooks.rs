@@ -18,7 +18,9 @@ fn the_node_edge_holds_what_pods_send_by_any_link() {
     with_each_backend(|backend| {
         let world = World::new();
         let pods = LINKS.map(|link| world.add_pod(link));
-        pods.iter().for_each(|pod| world.assert_open(pod));
+        for pod in &pods {
+            world.assert_open(pod);
+        }
 
         let agent = world.agent().backend(backend).hooks(&["node_edge"]).spawn_ready();
         for pod in &pods {
@@ -39,7 +41,9 @@ fn the_node_edge_holds_what_pods_send_by_any_link() {
 
         world.unload();
         assert!(!hook::has_clsact(&world.node, World::UPLINK));
-        pods.iter().chain([&late]).for_each(|pod| world.assert_open(pod));
+        for pod in pods.iter().chain([&late]) {
+            world.assert_open(pod);
+        }
     });
 }
 
@@ -97,10 +101,10 @@ fn the_socket_hook_refuses_calls_at_once() {
     let late = world.add_pod(PodLink::Bridged);
     assert!(of(&late.netns, METADATA).iter().all(|(_, error)| *error == Some(ErrorKind::PermissionDenied)));
     let before = world.status().total.denied.packets;
-    let _agent = world.agent().hooks(&["socket"]).spawn_ready();
+    let agent = world.agent().hooks(&["socket"]).spawn_ready();
     assert!(of(&late.netns, METADATA).iter().all(|(_, error)| *error == Some(ErrorKind::PermissionDenied)));
     assert_eq!(world.status().total.denied.packets, before + 6);
-    drop(_agent);
+    drop(agent);
 
     world.unload();
     assert!(
