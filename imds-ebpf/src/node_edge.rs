@@ -39,8 +39,10 @@ fn is_of_node(ctx: &TcContext) -> bool {
     if TC_HAS_COOKIE.load() == 0 {
         return true;
     }
-    // SAFETY: as above.
-    if unsafe { (*skb).__bindgen_anon_2.sk }.is_null() {
+    #[expect(clippy::multiple_unsafe_ops_per_block, reason = "a union behind a pointer is two")]
+    // SAFETY: as above; of the union, which has one field.
+    let socket = unsafe { (*skb).__bindgen_anon_2.sk };
+    if socket.is_null() {
         // No socket: the kernel's own, such as a reset. A pod's would have come in by an interface.
         return true;
     }

@@ -34,5 +34,6 @@ pub use expect::with_each_backend;
 pub use netns::Netns;
 pub use packet_socket::PacketSocket;
 pub use pod::{Pod, PodLink};
+pub use services::Services;
 pub use status::Status;
 pub use world::{METADATA, SERVICE, World};

@@ -20,14 +20,14 @@ const MAX_REQUEST: usize = 8192;
 
 /// Serves in the background until dropped.
 #[derive(Debug)]
-pub(crate) struct Services {
+pub struct Services {
     stop: Option<PipeWriter>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Services {
     /// Serves at each of `addresses`, which `fabric` has.
-    pub(crate) fn start(fabric: &Netns, addresses: &[Ipv4Addr]) -> Self {
+    pub fn start(fabric: &Netns, addresses: &[Ipv4Addr]) -> Self {
         let mut server = fabric.run(|| Server::bind(addresses)).expect("bind the fabric's servers");
         let (stopped, stop) = io::pipe().expect("a pipe");
         let thread = thread::spawn(move || while server.turn(&stopped) {});
