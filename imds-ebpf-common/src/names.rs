@@ -15,10 +15,30 @@ pub const MAP_COUNTERS: &str = "imds_counters";
 /// Hash of interface index to [`InterfaceRecord`](crate::InterfaceRecord).
 pub const MAP_INTERFACES: &str = "imds_interfaces";
 
+/// Array of one [`Filter`](crate::Filter).
+pub const MAP_FILTER: &str = "imds_filter";
+/// Hash of [`Address`](crate::Address) to [`Endpoint`](crate::Endpoint).
+pub const MAP_ENDPOINTS: &str = "imds_endpoints";
+
+/// Array of one [`ProviderRecord`](crate::ProviderRecord).
+pub const MAP_PROVIDER: &str = "imds_provider";
+
+/// The filter's symbol in the object: a variable rather than a map, so that the programs read it without a lookup.
+pub const SYMBOL_FILTER: &str = "IMDS_FILTER";
+/// The section of that variable, alone in it, and the name of the map that loaders make of a section.
+pub const SECTION_FILTER: &str = ".bss";
+
 /// All programs of the object.
 pub const PROGRAMS: [&str; 2] = [PROG_POD_EDGE, PROG_POD_EDGE_L3];
 /// All maps of the object.
-pub const MAPS: [&str; 3] = [MAP_POLICY, MAP_COUNTERS, MAP_INTERFACES];
+pub const MAPS: [&str; 6] =
+    [MAP_POLICY, MAP_COUNTERS, MAP_INTERFACES, MAP_FILTER, MAP_ENDPOINTS, MAP_PROVIDER];
+
+/// What a map is called in the object.
+#[must_use]
+pub fn in_object(map: &str) -> &str {
+    if map == MAP_FILTER { SECTION_FILTER } else { map }
+}
 
 /// Pin of the TCX link of an interface: this, then the decimal interface index.
 pub const LINK_POD_EDGE_PREFIX: &str = "pod_edge_";

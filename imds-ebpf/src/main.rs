@@ -33,7 +33,7 @@ fn imds_pod_edgel3(ctx: TcContext) -> i32 {
 const fn action(verdict: Verdict) -> i32 {
     match verdict {
         Verdict::Deny => TC_ACT_SHOT,
-        Verdict::Foreign | Verdict::Audit | Verdict::Allow => TC_ACT_UNSPEC,
+        Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept => TC_ACT_UNSPEC,
     }
 }
 

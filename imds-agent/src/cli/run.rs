@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use anyhow::{Context as _, anyhow};
 use clap::{Args, ValueEnum};
 use futures_util::StreamExt as _;
-use imds_ebpf_common::{Backend, IMDS_IPV4};
+use imds_ebpf_common::Backend;
 use tokio::{
     signal::unix::{SignalKind, signal},
     time::{Instant, MissedTickBehavior, interval_at},
@@ -18,6 +18,7 @@ use crate::{
     guard::Guard,
     node::netlink::{Event, Netlink},
     preflight,
+    provider::{DMI_DIR, Dmi},
 };
 
 #[derive(Args, Debug)]
@@ -34,6 +35,9 @@ pub(super) struct RunArgs {
     /// Seconds between two looks at everything, for what the kernel sends no event of
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
     resync: u64,
+    /// Directory of the files by which `provider = "auto"` tells the provider
+    #[arg(long, value_name = "DIR", default_value = DMI_DIR, hide = true)]
+    dmi_dir: PathBuf,
     #[command(flatten)]
     pins: PinDirArg,
 }
@@ -65,6 +69,8 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         Some(path) => Config::load(path).map_err(|error| Failure::Usage(error.into()))?,
         None => Config::default(),
     };
+    let guarded =
+        config.endpoints.resolve(&Dmi::read(&args.dmi_dir)).map_err(|error| Failure::Usage(error.into()))?;
     preflight::check_capabilities()?;
     preflight::check_kernel()?;
     preflight::lift_limits();
@@ -72,19 +78,21 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     let claim = PinDir::new(&args.pins.pin_dir)?.claim()?;
 
     // Listening comes before the first look, so that nothing falls between the two.
-    let mut events = Netlink::events(backend == Backend::Clsact)?;
-    let netlink = Netlink::connect()?;
+    let mut events = Netlink::events(backend == Backend::Clsact, guarded.ipv4())?;
+    let netlink = Netlink::connect()?.with_endpoints(guarded.ipv4());
     let mode = config.mode;
-    let datapath = Datapath::open(claim, mode, backend, netlink.clone())?;
+    let datapath = Datapath::open(claim, mode, &guarded, backend, netlink.clone())?;
     let mut guard = Guard::new(datapath, netlink, config.interfaces);
     guard.resync().await?;
     log::info!(
-        "mode {}: {} pod interface{} guarded by {} against {}, pins in {}",
+        "mode {}: {} pod interface{} guarded by {}, provider {}, {} endpoint{}, pins in {}",
         mode.name(),
         guard.wanted().count() - guard.failures().count(),
         if guard.wanted().count() == 1 { "" } else { "s" },
         backend.name(),
-        std::net::Ipv4Addr::from(IMDS_IPV4),
+        guarded.provider(),
+        guarded.endpoints().len(),
+        if guarded.endpoints().len() == 1 { "" } else { "s" },
         args.pins.pin_dir.display(),
     );
     if args.once {

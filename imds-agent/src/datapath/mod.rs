@@ -3,6 +3,7 @@
 pub mod bpf;
 pub mod clsact;
 pub mod counters;
+pub mod endpoints;
 pub mod home;
 pub mod object;
 pub mod pins;
@@ -21,6 +22,7 @@ use self::{
     tcx::Links,
 };
 use crate::{
+    endpoints::Guarded,
     node::{
         links::Link,
         netlink::{Netlink, NetlinkError},
@@ -97,8 +99,14 @@ impl Datapath {
     /// [`Datapath::apply`] replaces them.
     ///
     /// Where this fails, nothing that was not there before stays behind.
-    pub fn open(claim: Claim, mode: Mode, backend: Backend, netlink: Netlink) -> Result<Self, DatapathError> {
-        match Self::load(claim.dir(), mode) {
+    pub fn open(
+        claim: Claim,
+        mode: Mode,
+        guarded: &Guarded,
+        backend: Backend,
+        netlink: Netlink,
+    ) -> Result<Self, DatapathError> {
+        match Self::load(claim.dir(), mode, guarded) {
             Ok((programs, maps, links)) => Ok(Self { claim, programs, maps, links, netlink, backend }),
             Err(error) => {
                 if claim.is_new() {
@@ -109,17 +117,18 @@ impl Datapath {
         }
     }
 
-    fn load(pins: &PinDir, mode: Mode) -> Result<(Programs, Maps, Links), DatapathError> {
+    fn load(pins: &PinDir, mode: Mode, guarded: &Guarded) -> Result<(Programs, Maps, Links), DatapathError> {
         home::ensure_free(pins)?;
         for reason in object::drop_foreign_maps(pins)? {
             log::warn!("starting with new maps and counters: {reason}");
         }
-        let programs = Programs::load(pins)?;
+        let programs = Programs::load(pins, &endpoints::filter_while_loading(pins, guarded))?;
         let mut maps = Maps::open(pins)?;
         let policy = Policy { mode: mode as u32, layout: LAYOUT, netns: home::this_netns()? };
         maps.policy
             .set(0, policy, 0)
             .map_err(|source| DatapathError::Map { map: imds_ebpf_common::names::MAP_POLICY, source })?;
+        endpoints::write(&mut maps, guarded)?;
         programs.pin(pins)?;
         let links = Links::adopt(pins)?;
         Ok((programs, maps, links))
@@ -174,7 +183,7 @@ impl Datapath {
             Action::Raise(Backend::Tcx) => {
                 // The kernel takes a program only once per hook, so that a second copy has to hold the place before
                 // this one can have it.
-                let copy = Programs::load(self.claim.dir())?;
+                let copy = Programs::load(self.claim.dir(), &endpoints::filter(&self.maps)?)?;
                 self.links.raise(self.claim.dir(), link.index, copy.fd(link.frame)?)?;
                 self.links.replace(link.index, self.programs.fd(link.frame)?)
             }

@@ -13,9 +13,12 @@ use aya::{
 };
 use aya_obj::Object;
 use imds_ebpf_common::{
-    Counter, CounterKey, Frame, InterfaceRecord, Policy,
+    Address, Counter, CounterKey, Endpoint, Filter, Frame, InterfaceRecord, Policy, ProviderRecord,
     maps::LAYOUT,
-    names::{MAP_COUNTERS, MAP_INTERFACES, MAP_POLICY, MAPS, PROG_POD_EDGE, PROG_POD_EDGE_L3},
+    names::{
+        MAP_COUNTERS, MAP_ENDPOINTS, MAP_FILTER, MAP_INTERFACES, MAP_POLICY, MAP_PROVIDER, MAPS,
+        PROG_POD_EDGE, PROG_POD_EDGE_L3, SYMBOL_FILTER, in_object,
+    },
 };
 use thiserror::Error;
 
@@ -64,11 +67,15 @@ pub struct Programs {
 
 impl Programs {
     /// Loads the programs on the maps that are pinned in `pins`; what is not pinned yet is made and pinned.
-    pub fn load(pins: &PinDir) -> Result<Self, ObjectError> {
+    ///
+    /// aya writes what the object has for a variable, also over that of a pinned map that other programs use: `filter` is
+    /// what it writes, so that has to match all endpoints that are guarded.
+    pub fn load(pins: &PinDir, filter: &Filter) -> Result<Self, ObjectError> {
         let mut loader = EbpfLoader::new();
         for name in MAPS {
-            loader.map_pin_path(name, pins.map(name));
+            loader.map_pin_path(in_object(name), pins.map(name));
         }
+        loader.override_global(SYMBOL_FILTER, &filter.bits[..], true);
         let mut ebpf = loader.load(OBJECT)?;
         let [ethernet, ip] = [PROG_POD_EDGE, PROG_POD_EDGE_L3].map(|name| {
             let failed = |source| ObjectError::Program { name, source: Box::new(source) };
@@ -132,6 +139,12 @@ pub struct Maps {
     pub counters: PerCpuHashMap<MapData, CounterKey, Counter>,
     /// What the agent knows of each interface.
     pub interfaces: HashMap<MapData, u32, InterfaceRecord>,
+    /// Slots of the guarded addresses.
+    pub filter: Array<MapData, Filter>,
+    /// What is guarded.
+    pub endpoints: HashMap<MapData, Address, Endpoint>,
+    /// Where the endpoints come from.
+    pub provider: Array<MapData, ProviderRecord>,
     /// The same maps, to pin them again.
     held: [(&'static str, MapData); MAPS.len()],
 }
@@ -146,10 +159,16 @@ impl Maps {
             policy: Map::Array(open(MAP_POLICY)?).try_into().map_err(typed(MAP_POLICY))?,
             counters: Map::PerCpuHashMap(open(MAP_COUNTERS)?).try_into().map_err(typed(MAP_COUNTERS))?,
             interfaces: Map::HashMap(open(MAP_INTERFACES)?).try_into().map_err(typed(MAP_INTERFACES))?,
+            filter: Map::Array(open(MAP_FILTER)?).try_into().map_err(typed(MAP_FILTER))?,
+            endpoints: Map::HashMap(open(MAP_ENDPOINTS)?).try_into().map_err(typed(MAP_ENDPOINTS))?,
+            provider: Map::Array(open(MAP_PROVIDER)?).try_into().map_err(typed(MAP_PROVIDER))?,
             held: [
                 (MAP_POLICY, open(MAP_POLICY)?),
                 (MAP_COUNTERS, open(MAP_COUNTERS)?),
                 (MAP_INTERFACES, open(MAP_INTERFACES)?),
+                (MAP_FILTER, open(MAP_FILTER)?),
+                (MAP_ENDPOINTS, open(MAP_ENDPOINTS)?),
+                (MAP_PROVIDER, open(MAP_PROVIDER)?),
             ],
         })
     }
@@ -180,7 +199,7 @@ pub fn drop_foreign_maps(pins: &PinDir) -> Result<Vec<String>, ObjectError> {
         if !path.exists() {
             continue;
         }
-        let map = expected.get(name).ok_or(ObjectError::Missing(name))?;
+        let map = expected.get(in_object(name)).ok_or(ObjectError::Missing(name))?;
         let wanted = [map.map_type(), map.key_size(), map.value_size(), map.max_entries(), map.map_flags()];
         if let Some(reason) = mismatch(&path, wanted) {
             reasons.push(format!("{}: {reason}", path.display()));

@@ -4,11 +4,11 @@ mod table;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::IpAddr,
     path::PathBuf,
 };
 
-use imds_ebpf_common::{Backend, CounterKey, IMDS_IPV4, Mode, Role};
+use imds_ebpf_common::{Backend, CounterKey, Mode, Role};
 use serde::Serialize;
 
 use crate::{
@@ -16,11 +16,12 @@ use crate::{
     datapath::{
         DatapathError, bpf, clsact,
         counters::{self, Counts},
-        home,
+        endpoints, home,
         object::{self, Maps, ObjectError},
         pins::{self, PinDir},
         records,
     },
+    endpoints::{Endpoint as Guarded, Keep, ipv4},
     node::{links::Link, netlink::Netlink},
     reconcile::{Attachment, Place},
     state,
@@ -44,8 +45,10 @@ pub struct Report {
     pub agent: Agent,
     /// The mode in force; `None` where nothing is loaded.
     pub mode: Option<&'static str>,
-    /// The guarded addresses.
-    pub endpoints: Vec<Ipv4Addr>,
+    /// Where the endpoints come from; `None` where nothing is loaded.
+    pub provider: Option<Provider>,
+    /// What is guarded.
+    pub endpoints: Vec<Endpoint>,
     /// Every interface of the node.
     pub interfaces: Vec<Interface>,
     /// Counts of interfaces that are gone.
@@ -81,6 +84,26 @@ pub struct Agent {
     pub ready: bool,
     /// Its pid, where that can be seen from here.
     pub pid: Option<i32>,
+}
+
+/// Where the endpoints come from.
+#[derive(Clone, Debug, Serialize)]
+pub struct Provider {
+    /// What the configuration says: `auto`, `none` or a name.
+    pub configured: String,
+    /// Whose endpoints are guarded.
+    pub in_force: String,
+}
+
+/// A guarded endpoint.
+#[derive(Clone, Debug, Serialize)]
+pub struct Endpoint {
+    /// Its name.
+    pub name: String,
+    /// Its address.
+    pub address: IpAddr,
+    /// What pods may reach there all the same, such as `udp/53`.
+    pub keep: Vec<String>,
 }
 
 /// One interface of the node.
@@ -126,6 +149,7 @@ pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapath
             pid: holder.and_then(|holder| holder.pid),
         },
         mode: None,
+        provider: None,
         endpoints: Vec::new(),
         interfaces: Vec::new(),
         departed: Counts::default(),
@@ -140,7 +164,7 @@ pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapath
     let policy = maps.policy.get(&0, 0).map_err(unreadable)?;
     let mode = Mode::from_u32(policy.mode);
     report.mode = Some(mode.name());
-    report.endpoints = vec![Ipv4Addr::from(IMDS_IPV4)];
+    let netlink = report.add_endpoints(&maps, netlink)?;
     if !report.agent.running {
         report.problem(
             None,
@@ -152,7 +176,7 @@ pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapath
     let mut counts = counters::read(&maps).map_err(unreadable)?;
     let uplinks = netlink.uplinks().await?;
     for link in netlink.links().await? {
-        report.add(&link, pins, &maps, &uplinks, &mut counts, netlink).await?;
+        report.add(&link, pins, &maps, &uplinks, &mut counts, &netlink).await?;
     }
     // Of interfaces that are gone and not yet forgotten, too.
     for (_, gone) in std::iter::once((CounterKey::DEPARTED, Counts::default())).chain(counts) {
@@ -172,6 +196,26 @@ impl Report {
     fn problem(&mut self, interface: Option<&str>, problem: impl Into<String>, remedy: impl Into<String>) {
         let interface = interface.map(str::to_owned);
         self.problems.push(Problem { interface, problem: problem.into(), remedy: remedy.into() });
+    }
+
+    /// Adds what is guarded, and returns a connection that knows it.
+    fn add_endpoints(&mut self, maps: &Maps, netlink: &Netlink) -> Result<Netlink, DatapathError> {
+        let (configured, in_force) = endpoints::provider(maps).map_err(unreadable)?;
+        self.provider = Some(Provider { configured, in_force });
+        let mut entries: Vec<_> = endpoints::read(maps).map_err(unreadable)?.into_iter().collect();
+        entries.sort_by_key(|(_, entry)| entry.id);
+        let guarded: Vec<_> =
+            entries.iter().map(|(address, entry)| Guarded::from_entry(*address, entry)).collect();
+        let to_strings = |keep: &[Keep]| keep.iter().map(ToString::to_string).collect();
+        self.endpoints.extend(guarded.iter().map(|Guarded { name, address, keep }| Endpoint {
+            name: name.clone(),
+            address: *address,
+            keep: to_strings(keep),
+        }));
+        if self.endpoints.is_empty() && self.mode != Some(Mode::Off.name()) {
+            self.problem(None, "no endpoint is guarded", "start `imds-agent run`");
+        }
+        Ok(netlink.clone().with_endpoints(ipv4(&guarded)))
     }
 
     async fn add(
