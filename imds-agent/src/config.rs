@@ -1,7 +1,10 @@
 //! The configuration file: TOML to a validated [`Config`].
 
+mod endpoints;
+
 use std::{
     fs, io,
+    ops::Range,
     path::{Path, PathBuf},
 };
 
@@ -9,14 +12,21 @@ use globset::{Glob, GlobSet, GlobSetBuilder};
 use imds_ebpf_common::{Hook, Mode};
 use serde::Deserialize;
 use thiserror::Error;
+use toml::Spanned;
 
-/// What the operator wants. The default is what runs without a file: enforce, interfaces as classified.
+use self::endpoints::EndpointTable;
+pub use self::endpoints::Endpoints;
+
+/// What the operator wants. The default is what runs without a file: enforce, the endpoints of the provider whose machine
+/// this is, interfaces as classified.
 #[derive(Clone, Debug, Default)]
 pub struct Config {
     /// What happens to a packet from a pod to a guarded endpoint.
     pub mode: Mode,
     /// Where packets and calls are judged.
     pub hooks: Hooks,
+    /// What is guarded.
+    pub endpoints: Endpoints,
     /// Which interfaces are pods'.
     pub interfaces: Interfaces,
 }
@@ -129,11 +139,58 @@ impl Config {
         if let Some(glob) = include.patterns.iter().find(|glob| exclude.patterns.contains(glob)) {
             return Err(ConfigError::Contradiction { path: path.to_owned(), glob: glob.clone() });
         }
+        let source = Source { text, path };
+        let mode = file.mode.into();
+        let endpoints = Endpoints::parse(file.provider.as_ref(), &file.extras, &file.endpoint, source)?;
+        if endpoints.are_none() && mode != Mode::Off {
+            let span = file.provider.map(|provider| provider.span()).unwrap_or_default();
+            let message =
+                "provider: \"none\" and no [[endpoint]] would guard nothing; say mode = \"off\" for that";
+            return Err(source.error(span, message.to_owned()));
+        }
         let hooks = Hooks::from(file.hooks);
         if hooks.bits() == 0 {
             return Err(ConfigError::NoHook { path: path.to_owned() });
         }
-        Ok(Self { mode: file.mode.into(), hooks, interfaces: Interfaces { include, exclude } })
+        Ok(Self { mode, hooks, endpoints, interfaces: Interfaces { include, exclude } })
+    }
+}
+
+/// A file that is being parsed.
+#[derive(Clone, Copy)]
+struct Source<'a> {
+    text: &'a str,
+    path: &'a Path,
+}
+
+impl Source<'_> {
+    fn place(self, span: Range<usize>) -> Place {
+        let before = self.text.get(..span.start).unwrap_or_default();
+        let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+        Place {
+            path: self.path.to_owned(),
+            line: before.matches('\n').count() + 1,
+            column: before[line_start..].chars().count() + 1,
+        }
+    }
+
+    fn error(self, span: Range<usize>, message: String) -> ConfigError {
+        self.place(span).error(message)
+    }
+}
+
+/// Where in a file something is said.
+#[derive(Clone, Debug)]
+struct Place {
+    path: PathBuf,
+    line: usize,
+    column: usize,
+}
+
+impl Place {
+    fn error(&self, message: String) -> ConfigError {
+        let Self { path, line, column } = self.clone();
+        ConfigError::Parse { path, line, column, message }
     }
 }
 
@@ -142,6 +199,11 @@ impl Config {
 struct File {
     #[serde(default)]
     mode: ModeName,
+    provider: Option<Spanned<String>>,
+    #[serde(default)]
+    extras: Vec<Spanned<String>>,
+    #[serde(default)]
+    endpoint: Vec<EndpointTable>,
     #[serde(default)]
     hooks: HooksTable,
     #[serde(default)]
@@ -219,20 +281,14 @@ impl TryFrom<Vec<String>> for Globs {
 
 fn parse_error(error: &toml::de::Error, text: &str, path: &Path) -> ConfigError {
     let span = error.span().unwrap_or_default();
-    let before = text.get(..span.start).unwrap_or_default();
-    let there = text.get(span).unwrap_or_default();
-    let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+    let there = text.get(span.clone()).unwrap_or_default();
     let message = error.message().lines().collect::<Vec<_>>().join("; ");
-    ConfigError::Parse {
-        path: path.to_owned(),
-        line: before.matches('\n').count() + 1,
-        column: before[line_start..].chars().count() + 1,
-        message: if there.is_empty() || there.contains('\n') || message.contains(there) {
-            message
-        } else {
-            format!("{message}: {there}")
-        },
-    }
+    let message = if there.is_empty() || there.contains('\n') || message.contains(there) {
+        message
+    } else {
+        format!("{message}: {there}")
+    };
+    Source { text, path }.error(span, message)
 }
 
 #[cfg(test)]
@@ -240,6 +296,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::{endpoints::Guarded, provider::Dmi};
 
     fn parse(text: &str) -> Result<Config, String> {
         Config::parse(text, Path::new("imds.toml")).map_err(|error| error.to_string())
@@ -281,6 +338,80 @@ mod tests {
         assert!(error.starts_with("imds.toml:2:11: ") && error.contains("veth["), "{error}");
         let error = parse("[interfaces]\ninclude = ['a*', 'b']\nexclude = ['b']").unwrap_err();
         assert!(error.contains("\"b\""), "{error}");
+    }
+
+    fn resolve(text: &str, vendor: &str) -> Result<Guarded, String> {
+        let dmi = Dmi { sys_vendor: vendor.to_owned(), ..Dmi::default() };
+        let config = parse(text)?;
+        config.endpoints.resolve(&dmi).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn endpoints_are_the_providers_and_the_operators() {
+        let guarded = resolve("", "").unwrap();
+        assert_eq!(
+            (guarded.configured(), guarded.provider(), guarded.endpoints().len()),
+            ("auto", "generic", 1)
+        );
+        let guarded = resolve("", "Amazon EC2").unwrap();
+        assert_eq!((guarded.configured(), guarded.provider(), guarded.endpoints().len()), ("auto", "aws", 2));
+        let text = "provider = 'azure'\nextras = ['ecs']\n[[endpoint]]\nname = 'vault'\naddress = '::ffff:10.0.0.9'\n\
+                    keep = ['tcp/443', 'udp/443']";
+        let guarded = resolve(text, "Amazon EC2").unwrap();
+        assert_eq!((guarded.configured(), guarded.provider()), ("azure", "azure"));
+        let names: Vec<_> = guarded.endpoints().iter().map(|endpoint| endpoint.name.as_str()).collect();
+        assert_eq!(names, ["imds", "wireserver", "ecs", "vault"]);
+        let vault = &guarded.endpoints()[3];
+        assert_eq!(vault.address.to_string(), "10.0.0.9");
+        assert_eq!(vault.keep.iter().map(ToString::to_string).collect::<Vec<_>>(), ["tcp/443", "udp/443"]);
+        assert!(resolve("provider = 'none'\nmode = 'off'", "").unwrap().endpoints().is_empty());
+    }
+
+    #[test]
+    fn endpoints_that_make_no_sense_are_named() {
+        let one =
+            |address: &str, rest: &str| format!("\n[[endpoint]]\nname = 'a'\naddress = '{address}'\n{rest}");
+        let own = |n| format!("[[endpoint]]\nname = 'n{n}'\naddress = '10.1.0.{n}'\n");
+        let many = (0..256).map(own).collect::<Vec<_>>().concat();
+        let nine = "keep = ['tcp/1', 'tcp/2', 'tcp/3', 'tcp/4', 'tcp/5', 'tcp/6', 'tcp/7', 'tcp/8', 'tcp/9']";
+        for (text, place, part) in [
+            ("provider = 'gpc'".to_owned(), "1:12", "gcp"),
+            ("mode = 'audit'\nprovider = 'none'".to_owned(), "2:12", "guard nothing"),
+            ("extras = ['eks']".to_owned(), "1:11", "ecs"),
+            (one("169.254.169.254", ""), "4:11", "already guarded as \"imds\""),
+            (one("64:ff9b::169.254.169.254", ""), "4:11", "already guarded"),
+            (one("10.0.0.1", "[[endpoint]]\nname = 'a'\naddress = '10.0.0.2'"), "7:11", "endpoint.name"),
+            (one("10.0.0", ""), "4:11", "no IPv4 or IPv6 address"),
+            (one("10.0.0.0/8", ""), "4:11", "no IPv4 or IPv6 address"),
+            (one("224.0.0.1", ""), "4:11", "multicast"),
+            (one("ff02::1", ""), "4:11", "multicast"),
+            (one("127.0.0.1", ""), "4:11", "loopback"),
+            (one("::1", ""), "4:11", "loopback"),
+            (one("::ffff:127.0.0.1", ""), "4:11", "loopback"),
+            (one("0.0.0.0", ""), "4:11", "unspecified"),
+            (one("::", ""), "4:11", "unspecified"),
+            (one("255.255.255.255", ""), "4:11", "broadcast"),
+            (one("10.0.0.1", nine), "5:8", "at most 8"),
+            (one("10.0.0.1", "keep = ['udp/53', 'sctp/1']"), "5:19", "sctp/1"),
+            (one("10.0.0.1", "keep = ['udp/0']"), "5:9", "udp/0"),
+            (one("10.0.0.1", "keep = ['udp/+53']"), "5:9", "udp/+53"),
+            (one("10.0.0.1", "keep = ['udp/65536']"), "5:9", "udp/65536"),
+            (one("10.0.0.1", "keep = ['udp/53', 'udp/53']"), "5:19", "twice"),
+            (
+                "[[endpoint]]\nname = 'a-name-too-long-'\naddress = '10.0.0.1'".to_owned(),
+                "2:8",
+                "endpoint.name",
+            ),
+            ("[[endpoint]]\nname = 'a b'\naddress = '10.0.0.1'".to_owned(), "2:8", "endpoint.name"),
+            ("[[endpoint]]\nname = 'a'".to_owned(), "1:1", "address"),
+            (many, "768:11", "more than 256"),
+        ] {
+            let error = resolve(&text, "").unwrap_err();
+            assert!(
+                error.starts_with(&format!("imds.toml:{place}: ")) && error.contains(part),
+                "{text}: {error}"
+            );
+        }
     }
 
     proptest! {

@@ -7,11 +7,11 @@
 pub mod cli;
 pub mod config;
 pub mod datapath;
-
+pub mod endpoints;
 pub mod guard;
 pub mod node;
 pub mod preflight;
-
+pub mod provider;
 pub mod reconcile;
 pub mod state;
 pub mod status;

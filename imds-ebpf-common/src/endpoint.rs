@@ -1,13 +1,137 @@
-//! The guarded endpoints.
+//! The guarded endpoints, and the filter that tells most other addresses from them without a lookup.
+
+use crate::address::{Address, SLOTS};
 
 /// The instance metadata service of nearly every cloud, in network byte order (RFC 3927 link-local block).
 pub const IMDS_IPV4: [u8; 4] = [169, 254, 169, 254];
 
-/// Whether `destination`, in network byte order, is a guarded endpoint.
-///
-/// One 32-bit compare: this runs for every packet of every pod.
-#[inline(always)]
-#[must_use]
-pub fn is_guarded(destination: [u8; 4]) -> bool {
-    u32::from_ne_bytes(destination) == u32::from_ne_bytes(IMDS_IPV4)
+/// Most endpoints that can be guarded at a time.
+pub const MAX_ENDPOINTS: usize = 256;
+/// Most services that can be kept at one address.
+pub const MAX_KEPT: usize = 8;
+/// Bytes of an endpoint's name, of which the last is zero.
+pub const NAME_LEN: usize = 16;
+
+/// IP protocol number of TCP.
+pub const TCP: u8 = 6;
+/// IP protocol number of UDP.
+pub const UDP: u8 = 17;
+
+/// What a packet is for at its destination, and what can be kept open there.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct Service {
+    /// Destination port, in host byte order.
+    pub port: u16,
+    /// IP protocol number: [`TCP`] or [`UDP`].
+    pub protocol: u8,
+    /// Zero.
+    pub reserved: u8,
 }
+
+impl Service {
+    /// In the place of no service: protocol 0 is the IPv6 hop-by-hop header and has no ports.
+    pub const NONE: Self = Self::new(0, 0);
+
+    /// A port, in host byte order, of a protocol.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(protocol: u8, port: u16) -> Self {
+        Self { port, protocol, reserved: 0 }
+    }
+
+    /// Both in one.
+    #[inline(always)]
+    const fn number(self) -> u32 {
+        (self.protocol as u32) << 16 | self.port as u32
+    }
+}
+
+/// A guarded endpoint: everything at its address is denied, except the services that are kept.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Endpoint {
+    /// Name, padded with zero bytes.
+    pub name: [u8; NAME_LEN],
+    /// Number of the endpoint, from 1, in the order of the configuration.
+    pub id: u32,
+    /// Kept services; [`Service::NONE`] after the last.
+    pub keep: [Service; MAX_KEPT],
+}
+
+impl Endpoint {
+    /// Whether anything at the address is kept, so that a packet's ports matter.
+    #[inline(always)]
+    #[must_use]
+    pub fn keeps_any(&self) -> bool {
+        self.keep[0].protocol != 0
+    }
+
+    /// Whether `service` is kept.
+    #[inline(always)]
+    #[must_use]
+    pub fn keeps(&self, service: Service) -> bool {
+        // All are compared, so that the verifier has one way through here and not eight.
+        let mut is_kept = false;
+        for kept in &self.keep {
+            is_kept |= kept.number() == service.number();
+        }
+        service.protocol != 0 && is_kept
+    }
+
+    /// The kept services.
+    pub fn kept(&self) -> impl Iterator<Item = Service> + '_ {
+        self.keep.iter().copied().take_while(|service| service.protocol != 0)
+    }
+}
+
+/// One bit for each of the slots that addresses fold to. Where an address's bit is not set, no endpoint has it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Filter {
+    /// The slots, from the lowest bit of the first byte on.
+    pub bits: [u8; SLOTS / 8],
+}
+
+impl Filter {
+    /// Matches nothing.
+    pub const EMPTY: Self = Self { bits: [0; SLOTS / 8] };
+
+    /// Byte and bit of a slot.
+    #[inline(always)]
+    #[must_use]
+    pub const fn position(slot: u16) -> (usize, u32) {
+        ((slot >> 3) as usize, (slot & 7) as u32)
+    }
+
+    /// The filter for `addresses`.
+    #[must_use]
+    pub fn of(addresses: impl IntoIterator<Item = Address>) -> Self {
+        let mut filter = Self::EMPTY;
+        for address in addresses {
+            let (byte, bit) = Self::position(address.slot());
+            filter.bits[byte] |= 1 << bit;
+        }
+        filter
+    }
+
+    /// Whether an address with this slot may be an endpoint's.
+    #[must_use]
+    pub fn has(&self, slot: u16) -> bool {
+        let (byte, bit) = Self::position(slot);
+        self.bits[byte] >> bit & 1 == 1
+    }
+
+    /// Matches what either matches.
+    #[must_use]
+    pub fn union(mut self, other: &Self) -> Self {
+        for (to, from) in self.bits.iter_mut().zip(other.bits) {
+            *to |= from;
+        }
+        self
+    }
+}
+
+const _: () = assert!(size_of::<Service>() == 4);
+const _: () = assert!(size_of::<Endpoint>() == 52);
+const _: () = assert!(size_of::<Filter>() == 8192);

@@ -5,13 +5,17 @@
 //! both.
 #![no_std]
 
+pub mod address;
 pub mod endpoint;
 pub mod maps;
 pub mod names;
 pub mod packet;
+pub mod tables;
 pub mod verdict;
 
-pub use endpoint::IMDS_IPV4;
-pub use maps::{Backend, Counter, CounterKey, InterfaceRecord, Policy, Role};
+pub use address::Address;
+pub use endpoint::{Endpoint, Filter, IMDS_IPV4, Service};
+pub use maps::{Backend, Counter, CounterKey, InterfaceRecord, Policy, ProviderRecord, Role};
 pub use packet::{Frame, Packet};
-pub use verdict::{Edge, Hook, Mode, Verdict, judge, judge_ipv4, judge_ipv6};
+pub use tables::{Listed, Tables};
+pub use verdict::{Edge, Hook, Mode, Verdict, judge, judge_address};

@@ -60,6 +60,16 @@ pub struct Counter {
     pub bytes: u64,
 }
 
+/// Where the endpoints come from, for people to read. Names are padded with zero bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct ProviderRecord {
+    /// What the configuration says, such as `auto`.
+    pub configured: [u8; 16],
+    /// Whose preset is in force, such as `aws`.
+    pub in_force: [u8; 16],
+}
+
 /// What the agent knows of an interface of the node.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -163,10 +173,12 @@ const _: () = assert!(size_of::<Policy>() == 24);
 const _: () = assert!(size_of::<CounterKey>() == 8);
 const _: () = assert!(size_of::<Counter>() == 16);
 const _: () = assert!(size_of::<InterfaceRecord>() == 20);
+const _: () = assert!(size_of::<ProviderRecord>() == 32);
 
 #[cfg(feature = "user")]
 mod pod {
-    use super::{Counter, CounterKey, InterfaceRecord, Policy};
+    use super::{Counter, CounterKey, InterfaceRecord, Policy, ProviderRecord};
+    use crate::{Address, Endpoint, Filter};
 
     // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for Policy {}
@@ -176,4 +188,12 @@ mod pod {
     unsafe impl aya::Pod for Counter {}
     // SAFETY: as above.
     unsafe impl aya::Pod for InterfaceRecord {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for ProviderRecord {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Address {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Endpoint {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Filter {}
 }

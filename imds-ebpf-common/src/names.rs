@@ -29,6 +29,17 @@ pub const MAP_COUNTERS: &str = "imds_counters";
 /// Hash of interface index to [`InterfaceRecord`](crate::InterfaceRecord).
 pub const MAP_INTERFACES: &str = "imds_interfaces";
 
+/// Array of one [`Filter`](crate::Filter).
+pub const MAP_FILTER: &str = "imds_filter";
+/// Hash of [`Address`](crate::Address) to [`Endpoint`](crate::Endpoint).
+pub const MAP_ENDPOINTS: &str = "imds_endpoints";
+/// Array of one [`ProviderRecord`](crate::ProviderRecord).
+pub const MAP_PROVIDER: &str = "imds_provider";
+
+/// The filter's symbol in the object: a variable rather than a map, so that the programs read it without a lookup.
+pub const SYMBOL_FILTER: &str = "IMDS_FILTER";
+/// The section of that variable, alone in it, and the name of the map that loaders make of a section.
+pub const SECTION_FILTER: &str = ".bss";
 /// Global of the object: 1 where TC programs may call `bpf_get_netns_cookie`.
 pub const GLOBAL_TC_HAS_COOKIE: &str = "TC_HAS_COOKIE";
 
@@ -38,8 +49,15 @@ pub const TC_PROGRAMS: [&str; 4] = [PROG_POD_EDGE, PROG_POD_L3, PROG_NODE_EDGE, 
 pub const SOCKET_PROGRAMS: [&str; 4] = [PROG_CONNECT4, PROG_CONNECT6, PROG_SENDMSG4, PROG_SENDMSG6];
 /// Pins of their links, in the same order.
 pub const SOCKET_LINKS: [&str; 4] = ["connect4", "connect6", "sendmsg4", "sendmsg6"];
-/// All maps of the object that have a name of their own.
-pub const MAPS: [&str; 3] = [MAP_POLICY, MAP_COUNTERS, MAP_INTERFACES];
+/// All maps of the object but those of constants.
+pub const MAPS: [&str; 6] =
+    [MAP_POLICY, MAP_COUNTERS, MAP_INTERFACES, MAP_FILTER, MAP_ENDPOINTS, MAP_PROVIDER];
+
+/// What a map is called in the object.
+#[must_use]
+pub fn in_object(map: &str) -> &str {
+    if map == MAP_FILTER { SECTION_FILTER } else { map }
+}
 
 /// How the names of the TC programs begin, as filters have them.
 pub const PREFIX: &str = "imds_";

@@ -1,8 +1,17 @@
-//! The packet parser: finds the IPv4 destination of a frame, and nothing else.
+//! The packet parser: finds the destination of a frame, and what the packet is for there where that matters.
 
-use core::mem::offset_of;
+use core::{hint, mem::offset_of};
 
-use network_types::{eth::EthHdr, ip::Ipv4Hdr};
+use network_types::{
+    eth::EthHdr,
+    ip::{Ipv4Hdr, Ipv6Hdr},
+};
+
+use crate::{
+    address::{Address, Destination},
+    endpoint::{Service, TCP, UDP},
+    tables::Tables,
+};
 
 /// Most VLAN tags that are looked through.
 ///
@@ -10,8 +19,13 @@ use network_types::{eth::EthHdr, ip::Ipv4Hdr};
 /// more tags than that reaches no IP stack.
 pub const MAX_VLAN_TAGS: usize = 8;
 
+/// Most IPv6 extension headers that are looked through for ports. Each kind comes at most once, and destination options
+/// twice, in a packet as senders should make it (RFC 8200 section 4.1).
+pub const MAX_EXTENSION_HEADERS: usize = 4;
+
 // EtherTypes as they are in memory: compared without a byte swap.
 const ETH_P_IP: u16 = 0x0800_u16.to_be();
+const ETH_P_IPV6: u16 = 0x86dd_u16.to_be();
 const ETH_P_8021Q: u16 = 0x8100_u16.to_be();
 const ETH_P_8021AD: u16 = 0x88a8_u16.to_be();
 // The pre-standard QinQ types. Linux does not untag them, but a switch behind a bridged node may.
@@ -21,6 +35,13 @@ const ETH_P_QINQ3: u16 = 0x9300_u16.to_be();
 
 const VLAN_TAG_LEN: usize = 4;
 const DESTINATION_OFFSET: usize = offset_of!(Ipv4Hdr, dst_addr);
+const DESTINATION_OFFSET_V6: usize = offset_of!(Ipv6Hdr, dst_addr);
+
+const HOP_BY_HOP_OPTIONS: u8 = 0;
+const FRAGMENT: u8 = 44;
+const DESTINATION_OPTIONS: u8 = 60;
+/// Where the destination port is in a TCP and in a UDP header.
+const DESTINATION_PORT_OFFSET: usize = 2;
 
 /// Bytes of a packet, from where the hook sees them.
 ///
@@ -35,6 +56,19 @@ pub trait Packet {
     #[inline(always)]
     fn read_words(&self, first: usize, second: usize) -> Option<(u16, u32)> {
         Some((u16::from_ne_bytes(self.read(first)?), u32::from_ne_bytes(self.read(second)?)))
+    }
+
+    /// Reads two 64-bit words in a row, as they are in memory.
+    #[inline(always)]
+    fn read_pair(&self, offset: usize) -> Option<(u64, u64)> {
+        Some((u64::from_ne_bytes(self.read(offset)?), u64::from_ne_bytes(self.read(offset + 8)?)))
+    }
+
+    /// The same as [`Packet::read`] at an offset that is not known when the program is compiled, where speed is of no
+    /// importance.
+    #[inline(always)]
+    fn fetch<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        self.read(offset)
     }
 }
 
@@ -54,40 +88,76 @@ pub enum Frame {
     Ip,
 }
 
-/// The IPv4 destination of `packet` in network byte order, or `None` where it is no IPv4 packet or is cut off before
-/// its destination.
+/// An IP header that was found.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Header {
+    /// Where it starts, in bytes from the start of the packet.
+    offset: usize,
+    version: Version,
+    /// Its destination.
+    pub(crate) destination: Address,
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Version {
+    V4,
+    V6,
+}
+
+/// The IP header of `packet`, or `None` where its destination is certainly no endpoint's, where it has none, or where it
+/// is cut off before the end of the destination.
 ///
-/// Version and header length are not looked at: the destination is at a fixed place, and what an EtherType calls IPv4
-/// is judged as such, however broken the rest is. For [`Frame::Ip`] there is no EtherType, so there the version is
-/// what tells IPv4.
+/// Version and header length are not looked at: the destination is at a fixed place, and what an EtherType calls IP is
+/// judged as such, however broken the rest is. For [`Frame::Ip`] there is no EtherType, so there the version is what
+/// tells.
+///
+/// The filter is asked here, right where the destination was read, so that an ordinary packet is through after one
+/// straight line of instructions.
 #[inline(always)]
-#[must_use]
-pub fn ipv4_destination<P: Packet + ?Sized>(packet: &P, frame: Frame) -> Option<[u8; 4]> {
+pub(crate) fn candidate<P, T>(packet: &P, frame: Frame, tables: &T) -> Option<Header>
+where
+    P: Packet + ?Sized,
+    T: Tables + ?Sized,
+{
     match frame {
-        Frame::Ethernet => in_ethernet(packet),
+        Frame::Ethernet => in_ethernet(packet, tables),
         Frame::Ip => {
             let (word, destination) = packet.read_words(0, DESTINATION_OFFSET)?;
             let [version_ihl, _] = word.to_ne_bytes();
-            (version_ihl >> 4 == 4).then_some(destination.to_ne_bytes())
+            match version_ihl >> 4 {
+                4 => v4(0, destination, tables),
+                6 => v6(packet, 0, tables),
+                _ => None,
+            }
         }
     }
 }
 
 #[inline(always)]
-fn in_ethernet<P: Packet + ?Sized>(packet: &P) -> Option<[u8; 4]> {
-    // At each depth the destination is read along with the EtherType that says whether it is one: a packet that is too
-    // short for it has none behind more tags either.
+fn in_ethernet<P, T>(packet: &P, tables: &T) -> Option<Header>
+where
+    P: Packet + ?Sized,
+    T: Tables + ?Sized,
+{
     let (ether_type, destination) = at_depth(packet, 0)?;
     if ether_type == ETH_P_IP {
-        return Some(destination);
+        return v4(EthHdr::LEN, destination, tables);
     }
-    if !is_vlan(ether_type) {
+    if ether_type == ETH_P_IPV6 {
+        return v6(packet, EthHdr::LEN, tables);
+    }
+    // Hidden from the compiler, which else makes one switch of all comparisons, tags first.
+    if !is_vlan(hint::black_box(ether_type)) {
         return None;
     }
     for tags in 1..=MAX_VLAN_TAGS {
         let (ether_type, destination) = at_depth(packet, tags)?;
+        let offset = EthHdr::LEN + tags * VLAN_TAG_LEN;
         if ether_type == ETH_P_IP {
-            return Some(destination);
+            return v4(offset, destination, tables);
+        }
+        if ether_type == ETH_P_IPV6 {
+            return v6(packet, offset, tables);
         }
         if !is_vlan(ether_type) {
             return None;
@@ -96,13 +166,86 @@ fn in_ethernet<P: Packet + ?Sized>(packet: &P) -> Option<[u8; 4]> {
     None
 }
 
-/// The EtherType behind so many VLAN tags, and where the destination is if that is IPv4.
+/// The EtherType behind so many VLAN tags, and what is IPv4's destination if it says so. They are read together: a
+/// packet that is too short for the one has no IP destination behind more tags either.
 #[inline(always)]
-fn at_depth<P: Packet + ?Sized>(packet: &P, tags: usize) -> Option<(u16, [u8; 4])> {
+fn at_depth<P: Packet + ?Sized>(packet: &P, tags: usize) -> Option<(u16, u32)> {
     let header = EthHdr::LEN + tags * VLAN_TAG_LEN;
-    let (ether_type, destination) =
-        packet.read_words(header - size_of::<u16>(), header + DESTINATION_OFFSET)?;
-    Some((ether_type, destination.to_ne_bytes()))
+    packet.read_words(header - size_of::<u16>(), header + DESTINATION_OFFSET)
+}
+
+#[inline(always)]
+fn v4<T: Tables + ?Sized>(offset: usize, destination: u32, tables: &T) -> Option<Header> {
+    let destination = Destination::V4(destination);
+    if !tables.may_guard(destination.slot()) {
+        return None;
+    }
+    Some(Header { offset, version: Version::V4, destination: destination.address() })
+}
+
+#[inline(always)]
+fn v6<P, T>(packet: &P, offset: usize, tables: &T) -> Option<Header>
+where
+    P: Packet + ?Sized,
+    T: Tables + ?Sized,
+{
+    let (first, second) = packet.read_pair(offset + DESTINATION_OFFSET_V6)?;
+    let destination = Destination::from_halves(first, second);
+    if !tables.may_guard(destination.slot()) {
+        return None;
+    }
+    Some(Header { offset, version: Version::V6, destination: destination.address() })
+}
+
+/// What a packet with this header is for, or `None` where that can't be found: for another protocol than TCP and UDP,
+/// for any fragment but the first, behind headers that hide it, and where the packet is broken or cut off.
+#[inline(always)]
+pub(crate) fn service<P: Packet + ?Sized>(packet: &P, header: &Header) -> Option<Service> {
+    let (protocol, offset) = match header.version {
+        Version::V4 => payload_v4(packet, header.offset)?,
+        Version::V6 => payload_v6(packet, header.offset)?,
+    };
+    let port = u16::from_be_bytes(packet.fetch(offset + DESTINATION_PORT_OFFSET)?);
+    Some(Service::new(protocol, port))
+}
+
+/// Protocol and place of what an IPv4 header carries.
+#[inline(always)]
+fn payload_v4<P: Packet + ?Sized>(packet: &P, header: usize) -> Option<(u8, usize)> {
+    let [version_ihl, _, _, _, _, _, fragment_0, fragment_1, _, protocol] = packet.fetch(header)?;
+    let (version, words) = (version_ihl >> 4, usize::from(version_ihl & 0x0f));
+    let fragment = u16::from_be_bytes([fragment_0, fragment_1]) & 0x1fff;
+    let is_known = version == 4 && words >= 5 && fragment == 0 && has_ports(protocol);
+    is_known.then_some((protocol, header + words * 4))
+}
+
+/// Protocol and place of what comes behind an IPv6 header and those of its extension headers that leave the destination
+/// as it is.
+#[inline(always)]
+fn payload_v6<P: Packet + ?Sized>(packet: &P, header: usize) -> Option<(u8, usize)> {
+    let [mut next] = packet.fetch(header + offset_of!(Ipv6Hdr, next_hdr))?;
+    let mut offset = header + Ipv6Hdr::LEN;
+    for _ in 0..MAX_EXTENSION_HEADERS {
+        if !matches!(next, HOP_BY_HOP_OPTIONS | DESTINATION_OPTIONS | FRAGMENT) {
+            break;
+        }
+        let [after, length, fragment_0, fragment_1] = packet.fetch(offset)?;
+        if next == FRAGMENT {
+            if u16::from_be_bytes([fragment_0, fragment_1]) >> 3 != 0 {
+                return None;
+            }
+            offset += 8;
+        } else {
+            offset += (usize::from(length) + 1) * 8;
+        }
+        next = after;
+    }
+    has_ports(next).then_some((next, offset))
+}
+
+#[inline(always)]
+const fn has_ports(protocol: u8) -> bool {
+    matches!(protocol, TCP | UDP)
 }
 
 #[inline(always)]

@@ -1,8 +1,10 @@
 //! The verdict: one pure function of the packet and the policy.
 
 use crate::{
-    endpoint,
-    packet::{self, Frame, Packet},
+    address::{Address, Destination},
+    endpoint::{Endpoint, Service},
+    packet::{self, Frame, Header, Packet},
+    tables::Tables,
 };
 
 /// What is done with a packet to a guarded endpoint.
@@ -111,43 +113,63 @@ pub enum Verdict {
     Audit = 2,
     /// To a guarded endpoint, passed because the mode is [`Mode::Off`].
     Allow = 3,
+    /// To a service that is kept open at a guarded endpoint, passed. Counted as allowed.
+    Kept = 4,
 }
 
 impl Verdict {
     /// The verdicts that are counted.
-    pub const COUNTED: [Self; 3] = [Self::Deny, Self::Audit, Self::Allow];
+    pub const COUNTED: [Self; 4] = [Self::Deny, Self::Audit, Self::Allow, Self::Kept];
 }
 
 /// Judges a packet that a pod sent.
 ///
-/// `mode` is asked only for a packet to a guarded endpoint, so that every other packet costs no map lookup.
+/// The endpoints are asked only for an address that the filter may have, and the mode only for one of theirs.
 #[inline(always)]
-pub fn judge<P: Packet + ?Sized>(packet: &P, frame: Frame, mode: impl FnOnce() -> Mode) -> Verdict {
-    match packet::ipv4_destination(packet, frame) {
-        Some(destination) => judge_ipv4(destination, mode),
+pub fn judge<P, T>(packet: &P, frame: Frame, tables: &T) -> Verdict
+where
+    P: Packet + ?Sized,
+    T: Tables + ?Sized,
+{
+    match packet::candidate(packet, frame, tables) {
+        Some(header) => judge_candidate(packet, &header, tables),
         None => Verdict::Foreign,
     }
 }
 
-/// Judges an IPv4 destination, in network byte order.
+/// Apart, so that what it needs of registers and stack costs an ordinary packet nothing.
+#[inline(never)]
+fn judge_candidate<P, T>(packet: &P, header: &Header, tables: &T) -> Verdict
+where
+    P: Packet + ?Sized,
+    T: Tables + ?Sized,
+{
+    let Some(endpoint) = tables.endpoint(&header.destination) else { return Verdict::Foreign };
+    let service = if endpoint.keeps_any() { packet::service(packet, header) } else { None };
+    decide(endpoint, service, tables)
+}
+
+/// Judges an attempt to reach `address` by a socket. `service` is what it is for, or `None` where that can't be said.
 #[inline(always)]
-pub fn judge_ipv4(destination: [u8; 4], mode: impl FnOnce() -> Mode) -> Verdict {
-    if !endpoint::is_guarded(destination) {
+pub fn judge_address<T: Tables + ?Sized>(address: Address, service: Option<Service>, tables: &T) -> Verdict {
+    let destination = Destination::from_ipv6(address.octets());
+    if !tables.may_guard(destination.slot()) {
         return Verdict::Foreign;
     }
-    match mode() {
-        Mode::Enforce => Verdict::Deny,
-        Mode::Audit => Verdict::Audit,
-        Mode::Off => Verdict::Allow,
+    match tables.endpoint(&destination.address()) {
+        Some(endpoint) => decide(endpoint, service, tables),
+        None => Verdict::Foreign,
     }
 }
 
-/// Judges an IPv6 destination, in network byte order: an IPv4-mapped one (RFC 4291, 2.5.5.2), by which an IPv6 socket
-/// sends IPv4 packets, is judged as what it maps.
 #[inline(always)]
-pub fn judge_ipv6(destination: [u8; 16], mode: impl FnOnce() -> Mode) -> Verdict {
-    match destination {
-        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] => judge_ipv4([a, b, c, d], mode),
-        _ => Verdict::Foreign,
+fn decide<T: Tables + ?Sized>(endpoint: &Endpoint, service: Option<Service>, tables: &T) -> Verdict {
+    if service.is_some_and(|service| endpoint.keeps(service)) {
+        return Verdict::Kept;
+    }
+    match tables.mode() {
+        Mode::Enforce => Verdict::Deny,
+        Mode::Audit => Verdict::Audit,
+        Mode::Off => Verdict::Allow,
     }
 }

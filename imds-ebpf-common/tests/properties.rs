@@ -2,8 +2,10 @@
 
 use etherparse::{EtherType, PacketBuilder, SingleVlanHeader, VlanId};
 use imds_ebpf_common::{
-    Frame, IMDS_IPV4, Mode, Verdict, judge,
-    packet::{MAX_VLAN_TAGS, ipv4_destination},
+    Address, Endpoint, Filter, Frame, IMDS_IPV4, Listed, Mode, Service, Tables, Verdict,
+    endpoint::{MAX_KEPT, TCP, UDP},
+    judge, judge_address,
+    packet::{MAX_EXTENSION_HEADERS, MAX_VLAN_TAGS},
 };
 use proptest::{collection::vec, prelude::*, sample::select};
 
@@ -12,8 +14,31 @@ const VLAN_LEN: usize = 4;
 /// Up to and with the destination address.
 const DESTINATION_END: usize = 20;
 
+const IMDS_IPV6: [u8; 16] = [0xfd, 0, 0x0e, 0xc2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0x54];
+/// These are resolvers, too: udp/53 and tcp/53 are kept.
+const RESOLVER_IPV4: [u8; 4] = [168, 63, 129, 16];
+const RESOLVER_IPV6: [u8; 16] = [0xfd, 0x20, 0, 0xce, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0x54];
+
+fn endpoints() -> [(Address, Endpoint); 4] {
+    let mut dns = [Service::NONE; MAX_KEPT];
+    (dns[0], dns[1]) = (Service::new(UDP, 53), Service::new(TCP, 53));
+    let endpoint = |keep| Endpoint { name: [0; 16], id: 1, keep };
+    [
+        (Address::from_ipv4(IMDS_IPV4), endpoint([Service::NONE; MAX_KEPT])),
+        (Address::from_ipv6(IMDS_IPV6), endpoint([Service::NONE; MAX_KEPT])),
+        (Address::from_ipv4(RESOLVER_IPV4), endpoint(dns)),
+        (Address::from_ipv6(RESOLVER_IPV6), endpoint(dns)),
+    ]
+}
+
+fn with_tables<T>(mode: Mode, work: impl FnOnce(&Listed<'_>) -> T) -> T {
+    let endpoints = endpoints();
+    let filter = Filter::of(endpoints.iter().map(|(address, _)| *address));
+    work(&Listed { filter: &filter, endpoints: &endpoints, mode })
+}
+
 fn verdict(packet: &[u8], frame: Frame, mode: Mode) -> Verdict {
-    judge(packet, frame, || mode)
+    with_tables(mode, |tables| judge(packet, frame, tables))
 }
 
 /// Addresses: mostly the endpoint and its neighbours, where a wrong mask would show.
@@ -44,6 +69,88 @@ fn ipv4() -> impl Strategy<Value = ([u8; 4], Vec<u8>)> {
     )
 }
 
+/// A way to write an IPv4 address as an IPv6 one.
+fn embedded([a, b, c, d]: [u8; 4]) -> impl Strategy<Value = [u8; 16]> {
+    let form = move |prefix: [u8; 12]| {
+        let mut address = [0; 16];
+        address[..12].copy_from_slice(&prefix);
+        address[12..].copy_from_slice(&[a, b, c, d]);
+        address
+    };
+    prop_oneof![
+        Just(form([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff])),
+        Just(form([0; 12])),
+        Just(form([0, 0x64, 0xff, 0x9b, 0, 0, 0, 0, 0, 0, 0, 0])),
+        any::<[u8; 10]>().prop_map(move |rest| {
+            let mut address = [0; 16];
+            address[..6].copy_from_slice(&[0x20, 0x02, a, b, c, d]);
+            address[6..].copy_from_slice(&rest);
+            address
+        }),
+    ]
+}
+
+/// An IPv6 destination, and the endpoint that it is: with nothing kept, or with DNS kept.
+fn destination_v6() -> impl Strategy<Value = ([u8; 16], Option<bool>)> {
+    let flipped = |address: [u8; 16]| {
+        (0..128_u32).prop_map(move |bit| (u128::from_be_bytes(address) ^ (1 << bit)).to_be_bytes())
+    };
+    prop_oneof![
+        Just((IMDS_IPV6, Some(false))),
+        Just((RESOLVER_IPV6, Some(true))),
+        embedded(IMDS_IPV4).prop_map(|address| (address, Some(false))),
+        embedded(RESOLVER_IPV4).prop_map(|address| (address, Some(true))),
+        flipped(IMDS_IPV6).prop_map(|address| (address, None)),
+        flipped(RESOLVER_IPV6).prop_map(|address| (address, None)),
+        embedded([169, 254, 169, 253]).prop_map(|address| (address, None)),
+        any::<[u8; 16]>().prop_map(|address| (address, None)),
+    ]
+}
+
+/// Extension headers: kind, length in 8-octet units beyond the first, and for fragments offset and flags.
+fn extensions() -> impl Strategy<Value = Vec<(u8, u8, u16)>> {
+    let fragment = prop_oneof![3 => 0..8_u16, 1 => any::<u16>()];
+    vec((select(vec![0, 60, 44, 43, 51, 135]), 0..4_u8, fragment), 0..=MAX_EXTENSION_HEADERS + 2)
+}
+
+fn transport() -> impl Strategy<Value = (u8, u16)> {
+    (
+        prop_oneof![4 => select(vec![UDP, TCP]), 1 => any::<u8>()],
+        prop_oneof![2 => Just(53_u16), 1 => any::<u16>()],
+    )
+}
+
+fn ipv6(destination: [u8; 16], extensions: &[(u8, u8, u16)], (protocol, port): (u8, u16)) -> Vec<u8> {
+    let kinds: Vec<u8> = extensions.iter().map(|&(kind, ..)| kind).chain([protocol]).collect();
+    let mut packet = vec![0x60, 0, 0, 0, 0, 0, kinds[0], 64];
+    packet.extend([0xfd; 16]);
+    packet.extend(destination);
+    for (&(kind, length, fragment), next) in extensions.iter().zip(&kinds[1..]) {
+        if kind == 44 {
+            packet.extend([*next, 0]);
+            packet.extend(fragment.to_be_bytes());
+            packet.extend([0; 4]);
+        } else {
+            packet.extend([*next, length]);
+            packet.extend(vec![1; 6 + usize::from(length) * 8]);
+        }
+    }
+    packet.extend([0x9c, 0x40]);
+    packet.extend(port.to_be_bytes());
+    packet.extend([0; 4]);
+    packet
+}
+
+/// Whether a packet as [`ipv6`] makes it shows that it is for DNS.
+fn shows_dns(extensions: &[(u8, u8, u16)], (protocol, port): (u8, u16)) -> bool {
+    let is_walked =
+        |&(kind, _, fragment): &(u8, u8, u16)| matches!((kind, fragment >> 3), (0 | 60, _) | (44, 0));
+    extensions.len() <= MAX_EXTENSION_HEADERS
+        && extensions.iter().all(is_walked)
+        && [UDP, TCP].contains(&protocol)
+        && port == 53
+}
+
 /// `inner`, of `ether_type`, behind an Ethernet header and these VLAN tags.
 fn tagged(macs: [u8; 12], tags: &[(u16, u16)], ether_type: u16, inner: &[u8]) -> Vec<u8> {
     let mut frame = macs.to_vec();
@@ -69,7 +176,6 @@ proptest! {
     ) {
         let expected = if destination == IMDS_IPV4 { Verdict::Deny } else { Verdict::Foreign };
         let frame = tagged(macs, &tags, 0x0800, &packet);
-        prop_assert_eq!(ipv4_destination(&frame[..], Frame::Ethernet), Some(destination));
         prop_assert_eq!(verdict(&frame, Frame::Ethernet, Mode::Enforce), expected);
         prop_assert_eq!(verdict(&packet, Frame::Ip, Mode::Enforce), expected);
     }
@@ -87,10 +193,10 @@ proptest! {
     }
 
     #[test]
-    fn what_is_not_ipv4_is_foreign(
+    fn what_is_not_ip_is_foreign(
         macs: [u8; 12], tags in tags(0..=MAX_VLAN_TAGS), ether_type: u16, (_, packet) in ipv4(),
     ) {
-        prop_assume!(![0x0800, 0x8100, 0x88a8, 0x9100, 0x9200, 0x9300].contains(&ether_type));
+        prop_assume!(![0x0800, 0x86dd, 0x8100, 0x88a8, 0x9100, 0x9200, 0x9300].contains(&ether_type));
         let frame = tagged(macs, &tags, ether_type, &packet);
         prop_assert_eq!(verdict(&frame, Frame::Ethernet, Mode::Enforce), Verdict::Foreign);
     }
@@ -109,18 +215,99 @@ proptest! {
         for (mode, expected) in
             [(Mode::Enforce, Verdict::Deny), (Mode::Audit, Verdict::Audit), (Mode::Off, Verdict::Allow)]
         {
-            let mut asked = false;
-            let verdict = judge(&frame[..], Frame::Ethernet, || { asked = true; mode });
-            prop_assert_eq!(asked, destination == IMDS_IPV4);
-            prop_assert_eq!(verdict, if asked { expected } else { Verdict::Foreign });
+            let is_guarded = destination == IMDS_IPV4;
+            let verdict = verdict(&frame, Frame::Ethernet, mode);
+            prop_assert_eq!(verdict, if is_guarded { expected } else { Verdict::Foreign });
         }
+    }
+
+    #[test]
+    fn an_ipv6_packet_is_judged_by_its_destination_and_its_ports_where_they_matter(
+        macs: [u8; 12], tags in tags(0..=MAX_VLAN_TAGS), (destination, endpoint) in destination_v6(),
+        extensions in extensions(), transport in transport(),
+    ) {
+        let packet = ipv6(destination, &extensions, transport);
+        let expected = match endpoint {
+            None => Verdict::Foreign,
+            Some(true) if shows_dns(&extensions, transport) => Verdict::Kept,
+            Some(_) => Verdict::Deny,
+        };
+        let frame = tagged(macs, &tags, 0x86dd, &packet);
+        prop_assert_eq!(verdict(&frame, Frame::Ethernet, Mode::Enforce), expected);
+        prop_assert_eq!(verdict(&packet, Frame::Ip, Mode::Enforce), expected);
+    }
+
+    #[test]
+    fn an_ipv6_packet_that_is_cut_off_is_never_taken_for_a_kept_one(
+        macs: [u8; 12], extensions in extensions(), cut: prop::sample::Index,
+    ) {
+        let packet = ipv6(RESOLVER_IPV6, &extensions, (UDP, 53));
+        let whole = tagged(macs, &[], 0x86dd, &packet);
+        let cut = cut.index(whole.len() + 1);
+        let shows_port = shows_dns(&extensions, (UDP, 53)) && cut + 4 >= whole.len();
+        let expected = if cut < ETHERNET_LEN + 40 {
+            Verdict::Foreign
+        } else if shows_port {
+            Verdict::Kept
+        } else {
+            Verdict::Deny
+        };
+        prop_assert_eq!(verdict(&whole[..cut], Frame::Ethernet, Mode::Enforce), expected);
+    }
+
+    #[test]
+    fn an_ipv4_packet_to_a_resolver_is_kept_only_where_it_shows_that_it_is_dns(
+        (_, mut packet) in ipv4(), version_ihl in prop_oneof![3 => 0x45..=0x4f_u8, 1 => any::<u8>()],
+        fragment in prop_oneof![select(vec![0_u16, 0x4000, 0x2000]), any::<u16>()], transport in transport(),
+        cut: prop::sample::Index,
+    ) {
+        packet.resize(100, 0);
+        packet[0] = version_ihl;
+        packet[6..8].copy_from_slice(&fragment.to_be_bytes());
+        packet[9] = transport.0;
+        packet[16..20].copy_from_slice(&RESOLVER_IPV4);
+        let ports = usize::from(version_ihl & 0xf) * 4;
+        packet[ports + 2..ports + 4].copy_from_slice(&transport.1.to_be_bytes());
+        // Where that fell on the header, it is another packet.
+        prop_assume!(ports >= 20);
+        let cut = 20 + cut.index(81);
+        let is_dns = version_ihl >= 0x45 && version_ihl <= 0x4f && fragment & 0x1fff == 0 && ports + 4 <= cut
+            && [UDP, TCP].contains(&transport.0) && transport.1 == 53;
+        let expected = if is_dns { Verdict::Kept } else { Verdict::Deny };
+        let frame = tagged([2; 12], &[], 0x0800, &packet[..cut]);
+        prop_assert_eq!(verdict(&frame, Frame::Ethernet, Mode::Enforce), expected);
+        for mode in [Mode::Audit, Mode::Off] {
+            prop_assert_eq!(verdict(&frame, Frame::Ethernet, mode) == Verdict::Kept, is_dns);
+        }
+    }
+
+    #[test]
+    fn a_socket_is_judged_as_its_packets_are((destination, _) in destination_v6(), transport in transport()) {
+        let packet = ipv6(destination, &[], transport);
+        let (protocol, port) = transport;
+        let of_socket = with_tables(Mode::Enforce, |tables| {
+            judge_address(Address::from_ipv6(destination), Some(Service::new(protocol, port)), tables)
+        });
+        prop_assert_eq!(of_socket, verdict(&packet, Frame::Ip, Mode::Enforce));
+    }
+
+    #[test]
+    fn the_filter_knows_every_endpoint_in_every_form((destination, endpoint) in destination_v6()) {
+        let address = Address::from_ipv6(destination);
+        prop_assert_eq!(Address::from_ipv6(address.octets()), address);
+        let found = with_tables(Mode::Enforce, |tables| {
+            (tables.may_guard(address.slot()), tables.endpoint(&address).map(Endpoint::keeps_any))
+        });
+        prop_assert_eq!(found.1, endpoint);
+        prop_assert!(found.0 || endpoint.is_none());
     }
 
     #[test]
     fn any_bytes_have_a_verdict_that_their_destination_explains(bytes in vec(any::<u8>(), 0..96)) {
         for frame in [Frame::Ethernet, Frame::Ip] {
-            let is_guarded = ipv4_destination(&bytes[..], frame) == Some(IMDS_IPV4);
-            prop_assert_eq!(verdict(&bytes, frame, Mode::Enforce) == Verdict::Deny, is_guarded);
+            let enforced = verdict(&bytes, frame, Mode::Enforce);
+            // Random bytes hit no endpoint, and so nothing else may be done to them.
+            prop_assert_eq!(enforced, Verdict::Foreign);
         }
     }
 }
@@ -149,5 +336,15 @@ fn a_second_opinion_on_what_a_packet_looks_like() {
         .udp(1, 2)
         .write(&mut v6, &[1])
         .unwrap();
-    assert_eq!(verdict(&v6, Frame::Ethernet, Mode::Enforce), Verdict::Foreign);
+    assert_eq!(verdict(&v6, Frame::Ethernet, Mode::Enforce), Verdict::Deny);
+}
+
+#[test]
+fn a_filter_has_what_was_put_in_and_little_else() {
+    let addresses: Vec<_> = (0..=255).map(|last| Address::from_ipv4([10, 0, last, 7])).collect();
+    let filter = Filter::of(addresses.iter().copied());
+    assert!(addresses.iter().all(|address| filter.has(address.slot())));
+    let bits: u32 = filter.bits.iter().map(|byte| byte.count_ones()).sum();
+    assert_eq!(bits, 256, "neighbours share slots");
+    assert_eq!(Filter::EMPTY.union(&filter), filter);
 }

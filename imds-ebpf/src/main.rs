@@ -77,7 +77,7 @@ fn imds_sendmsg6(ctx: SockAddrContext) -> i32 {
 const fn permission(verdict: Verdict) -> i32 {
     match verdict {
         Verdict::Deny => 0,
-        Verdict::Foreign | Verdict::Audit | Verdict::Allow => 1,
+        Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept => 1,
     }
 }
 
@@ -87,7 +87,7 @@ const fn permission(verdict: Verdict) -> i32 {
 const fn action(verdict: Verdict) -> i32 {
     match verdict {
         Verdict::Deny => TC_ACT_SHOT,
-        Verdict::Foreign | Verdict::Audit | Verdict::Allow => TC_ACT_UNSPEC,
+        Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept => TC_ACT_UNSPEC,
     }
 }
 

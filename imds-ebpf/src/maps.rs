@@ -5,7 +5,10 @@ use aya_ebpf::{
     btf_maps::{Array, HashMap, PerCpuHashMap},
     macros::btf_map,
 };
-use imds_ebpf_common::{Counter, CounterKey, Hook, InterfaceRecord, Mode, Policy, Verdict};
+use imds_ebpf_common::{
+    Address, Counter, CounterKey, Endpoint, Filter, Hook, InterfaceRecord, Mode, Policy, ProviderRecord,
+    Tables, Verdict, endpoint::MAX_ENDPOINTS,
+};
 
 /// Interfaces that one node can have: far above the 1,000 pods that Kubernetes' largest nodes run.
 const INTERFACES: usize = 16_384;
@@ -23,10 +26,44 @@ static COUNTS: PerCpuHashMap<CounterKey, Counter, COUNTERS, { BPF_F_NO_PREALLOC 
 static INTERFACE_RECORDS: HashMap<u32, InterfaceRecord, INTERFACES, { BPF_F_NO_PREALLOC as usize }> =
     HashMap::new();
 
-/// The mode in force; [`Mode::Enforce`] where it can't be read.
-#[inline(always)]
-pub(crate) fn mode() -> Mode {
-    POLICY.get(0).map_or(Mode::Enforce, |policy| Mode::from_u32(policy.mode))
+/// As above.
+#[btf_map(name = "imds_provider")]
+static PROVIDER: Array<ProviderRecord, 1> = Array::new();
+
+/// Room for the old and the new ones while user space replaces all of them.
+#[btf_map(name = "imds_endpoints")]
+static ENDPOINTS: HashMap<Address, Endpoint, { MAX_ENDPOINTS * 2 }, { BPF_F_NO_PREALLOC as usize }> =
+    HashMap::new();
+
+/// Written by user space alone. The section's whole content: the map of that section has the size of this.
+#[unsafe(no_mangle)]
+static mut IMDS_FILTER: Filter = Filter::EMPTY;
+
+/// What the maps say.
+pub(crate) struct Maps;
+
+impl Tables for Maps {
+    #[inline(always)]
+    fn may_guard(&self, slot: u16) -> bool {
+        let (byte, bit) = Filter::position(slot);
+        let bits = (&raw const IMDS_FILTER).cast::<u8>();
+        // SAFETY: a slot's byte is one of the filter's. Nothing in this object writes it, which is why the read is
+        // volatile.
+        let byte = unsafe { bits.add(byte).read_volatile() };
+        byte >> bit & 1 == 1
+    }
+
+    #[inline(always)]
+    fn endpoint(&self, address: &Address) -> Option<&Endpoint> {
+        // SAFETY: user space replaces values as a whole, and the kernel frees none under a running program.
+        unsafe { ENDPOINTS.get(address) }
+    }
+
+    /// [`Mode::Enforce`] where it can't be read.
+    #[inline(always)]
+    fn mode(&self) -> Mode {
+        POLICY.get(0).map_or(Mode::Enforce, |policy| Mode::from_u32(policy.mode))
+    }
 }
 
 /// Cookie of the node's network namespace; `None` for the initial one.

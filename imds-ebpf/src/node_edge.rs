@@ -14,10 +14,10 @@ static TC_HAS_COOKIE: Global<u8> = Global::new(0);
 pub(crate) fn judge(ctx: &TcContext, frame: Frame) -> Verdict {
     let skb = Skb::new(ctx);
     // The destination comes first: it is what lets almost every packet go at once.
-    let verdict = imds_ebpf_common::judge(&skb, frame, maps::mode);
+    let verdict = imds_ebpf_common::judge(&skb, frame, &maps::Maps);
     match verdict {
         Verdict::Foreign => return verdict,
-        Verdict::Deny | Verdict::Audit | Verdict::Allow => {}
+        Verdict::Deny | Verdict::Audit | Verdict::Allow | Verdict::Kept => {}
     }
     if is_of_node(ctx) {
         return Verdict::Foreign;

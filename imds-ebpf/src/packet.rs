@@ -1,5 +1,7 @@
 //! Bounded access to the bytes of a socket buffer.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::{bindings::__sk_buff, helpers::bpf_skb_load_bytes, programs::TcContext};
 use imds_ebpf_common::Packet;
 
@@ -54,6 +56,26 @@ impl Packet for Skb<'_> {
         let second = unsafe { *((start + second) as *const u32) };
         Some((first, second))
     }
+
+    #[inline(always)]
+    fn read_pair(&self, offset: usize) -> Option<(u64, u64)> {
+        let start = self.ctx.data() + offset;
+        if start + 2 * size_of::<u64>() > self.ctx.data_end() {
+            let (first, second) =
+                (self.read_nonlinear(offset)?, self.read_nonlinear(offset + size_of::<u64>())?);
+            return Some((u64::from_ne_bytes(first), u64::from_ne_bytes(second)));
+        }
+        // SAFETY: in range, as was just seen; of the alignment as above.
+        let first = unsafe { *(start as *const u64) };
+        // SAFETY: as above.
+        let second = unsafe { *((start + size_of::<u64>()) as *const u64) };
+        Some((first, second))
+    }
+
+    #[inline(always)]
+    fn fetch<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        self.read_nonlinear(offset)
+    }
 }
 
 impl Skb<'_> {
@@ -63,11 +85,15 @@ impl Skb<'_> {
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "both are below the length of a few headers")]
     fn read_nonlinear<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
-        let mut bytes = [0_u8; N];
+        let mut bytes = MaybeUninit::<[u8; N]>::uninit();
         // SAFETY: the buffer is N bytes and outlives the call; the helper checks the range against the packet.
         let failed = unsafe {
             bpf_skb_load_bytes(self.ctx.skb.skb.cast(), offset as u32, bytes.as_mut_ptr().cast(), N as u32)
         };
-        (failed == 0).then_some(bytes)
+        if failed != 0 {
+            return None;
+        }
+        // SAFETY: a call that succeeds has written all of it.
+        Some(unsafe { bytes.assume_init() })
     }
 }

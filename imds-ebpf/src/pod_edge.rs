@@ -8,10 +8,10 @@ use crate::{maps, packet::Skb};
 #[inline(always)]
 pub(crate) fn judge(ctx: &TcContext, frame: Frame) -> Verdict {
     let skb = Skb::new(ctx);
-    let verdict = imds_ebpf_common::judge(&skb, frame, maps::mode);
+    let verdict = imds_ebpf_common::judge(&skb, frame, &maps::Maps);
     match verdict {
         Verdict::Foreign => {}
-        Verdict::Deny | Verdict::Audit | Verdict::Allow => {
+        Verdict::Deny | Verdict::Audit | Verdict::Allow | Verdict::Kept => {
             maps::count(skb.ifindex(), Hook::PodEdge, verdict, skb.len());
         }
     }

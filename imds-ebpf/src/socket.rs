@@ -1,7 +1,9 @@
 //! The socket hook: calls that name a destination, seen before a packet is made. Addresses are never rewritten.
 
-use aya_ebpf::{helpers::generated::bpf_get_netns_cookie, programs::SockAddrContext};
-use imds_ebpf_common::{CounterKey, Hook, Verdict, judge_ipv4, judge_ipv6};
+use aya_ebpf::{
+    bindings::bpf_sock_addr, helpers::generated::bpf_get_netns_cookie, programs::SockAddrContext,
+};
+use imds_ebpf_common::{Address, CounterKey, Hook, Service, Verdict, judge_address};
 
 use crate::{maps, netns};
 
@@ -9,27 +11,27 @@ use crate::{maps, netns};
 pub(crate) fn judge_v4(ctx: &SockAddrContext) -> Verdict {
     // SAFETY: the kernel hands the program a valid context; the verifier checks the access.
     let destination = unsafe { (*ctx.sock_addr).user_ip4 };
-    of_sender(ctx, judge_ipv4(destination.to_ne_bytes(), maps::mode))
+    judge(ctx, Address::from_ipv4(destination.to_ne_bytes()))
 }
 
 #[inline(always)]
 pub(crate) fn judge_v6(ctx: &SockAddrContext) -> Verdict {
     // SAFETY: as above.
-    let [a, b, c, d] = unsafe { (*ctx.sock_addr).user_ip6 }.map(u32::to_ne_bytes);
+    let words = unsafe { (*ctx.sock_addr).user_ip6 };
     let mut destination = [0; 16];
-    destination[..4].copy_from_slice(&a);
-    destination[4..8].copy_from_slice(&b);
-    destination[8..12].copy_from_slice(&c);
-    destination[12..].copy_from_slice(&d);
-    of_sender(ctx, judge_ipv6(destination, maps::mode))
+    for (bytes, word) in destination.chunks_exact_mut(4).zip(words) {
+        bytes.copy_from_slice(&word.to_ne_bytes());
+    }
+    judge(ctx, Address::from_ipv6(destination))
 }
 
 /// The verdict, unless the socket is of the node's own network namespace.
 #[inline(always)]
-fn of_sender(ctx: &SockAddrContext, verdict: Verdict) -> Verdict {
+fn judge(ctx: &SockAddrContext, destination: Address) -> Verdict {
+    let verdict = judge_address(destination, Some(service(ctx.sock_addr)), &maps::Maps);
     match verdict {
         Verdict::Foreign => return verdict,
-        Verdict::Deny | Verdict::Audit | Verdict::Allow => {}
+        Verdict::Deny | Verdict::Audit | Verdict::Allow | Verdict::Kept => {}
     }
     // SAFETY: the helper takes the context of a socket address program.
     if netns::is_node(unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) }) {
@@ -37,4 +39,13 @@ fn of_sender(ctx: &SockAddrContext, verdict: Verdict) -> Verdict {
     }
     maps::count(CounterKey::DEPARTED, Hook::Socket, verdict, 0);
     verdict
+}
+
+/// What the call is for.
+#[inline(always)]
+fn service(call: *const bpf_sock_addr) -> Service {
+    // SAFETY: the kernel hands the program a valid context; the verifier checks the access.
+    let (protocol, port) = unsafe { ((*call).protocol, (*call).user_port) };
+    // In network byte order in the lower half of the word (bpf_sock_addr, include/uapi/linux/bpf.h).
+    Service::new(protocol as u8, u16::from_be(port as u16))
 }

@@ -8,8 +8,9 @@ use aya::programs::SchedClassifier;
 use etherparse::PacketBuilder;
 use imds_agent::datapath::object::OBJECT;
 use imds_ebpf_common::{
-    IMDS_IPV4, Mode, Policy,
-    names::{MAP_POLICY, PROG_POD_EDGE},
+    Address, Endpoint, Filter, IMDS_IPV4, Mode, Policy, Service,
+    endpoint::{MAX_ENDPOINTS, UDP},
+    names::{MAP_ENDPOINTS, MAP_POLICY, PROG_POD_EDGE, SECTION_FILTER},
 };
 use imds_tests::{
     foreign::Foreign,
@@ -17,6 +18,8 @@ use imds_tests::{
 };
 
 const TC_ACT_UNSPEC: i32 = -1;
+const IMDS_IPV6: [u8; 16] = [0xfd, 0, 0x0e, 0xc2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0x54];
+const RESOLVER_IPV6: [u8; 16] = [0xfd, 0x20, 0, 0xce, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0x54];
 const ROUNDS: usize = 31;
 const REPEAT: u32 = 500_000;
 
@@ -25,10 +28,16 @@ fn main() {
     let empty = program::pinned(empty.pin());
     let mut enforcing = Object::load(OBJECT);
     enforcing.set(MAP_POLICY, Policy { mode: Mode::Enforce as u32, ..Policy::default() });
+    let endpoints = endpoints();
+    for (address, endpoint) in &endpoints {
+        enforcing.insert(MAP_ENDPOINTS, *address, *endpoint);
+    }
+    enforcing.set(SECTION_FILTER, Filter::of(endpoints.iter().map(|(address, _)| *address)));
     let ours = enforcing.program(PROG_POD_EDGE);
 
     println!(
-        "{ROUNDS} rounds of {REPEAT} runs each; median time of one run, and how many times an empty program's"
+        "{MAX_ENDPOINTS} endpoints, {ROUNDS} rounds of {REPEAT} runs each; median time of one run, and how many times an \
+         empty program's"
     );
     println!("{:<34} {:>9} {:>9} {:>7} {:>15}", "PACKET", "EMPTY", "OURS", "RATIO", "RATIO, MIN-MAX");
     for (name, packet) in packets() {
@@ -51,6 +60,26 @@ fn main() {
     }
 }
 
+/// As many as there can be.
+fn endpoints() -> Vec<(Address, Endpoint)> {
+    let endpoint = |id, keep| Endpoint { name: [0; 16], id, keep };
+    let nothing = [Service::NONE; 8];
+    let mut dns = nothing;
+    dns[0] = Service::new(UDP, 53);
+    let mut endpoints = vec![
+        (Address::from_ipv4(IMDS_IPV4), endpoint(1, nothing)),
+        (Address::from_ipv4([168, 63, 129, 16]), endpoint(2, dns)),
+        (Address::from_ipv6(IMDS_IPV6), endpoint(3, nothing)),
+        (Address::from_ipv6(RESOLVER_IPV6), endpoint(4, dns)),
+    ];
+    for id in 5..=u8::MAX {
+        endpoints.push((Address::from_ipv4([10, 99, id, 254 - id]), endpoint(id.into(), nothing)));
+    }
+    endpoints.push((Address::from_ipv4([10, 98, 0, 1]), endpoint(256, nothing)));
+    assert_eq!(endpoints.len(), MAX_ENDPOINTS);
+    endpoints
+}
+
 /// Nanoseconds of an empty run and of one of ours, one right after the other.
 fn round(empty: &SchedClassifier, ours: &SchedClassifier, packet: &[u8]) -> (f64, f64) {
     let time = |program| program::nanoseconds(program, black_box(packet), REPEAT);
@@ -64,8 +93,12 @@ fn packets() -> Vec<(&'static str, Vec<u8>)> {
         ethernet().ipv4([10, 244, 0, 7], destination, 64).udp(1, 2).write(&mut packet, &[0; 22]).unwrap();
         packet
     };
-    let mut ipv6 = Vec::new();
-    ethernet().ipv6([0xfd; 16], [0xfc; 16], 64).udp(1, 2).write(&mut ipv6, &[0; 2]).unwrap();
+    let ipv6 = |destination, port| {
+        let mut packet = Vec::new();
+        ethernet().ipv6([0xfd; 16], destination, 64).udp(1, port).write(&mut packet, &[0; 2]).unwrap();
+        packet
+    };
+    let documentation = [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7];
     let mut arp = udp([0; 4]);
     arp[12..14].copy_from_slice(&[0x08, 0x06]);
     let mut vlan = udp([198, 51, 100, 10]);
@@ -73,9 +106,12 @@ fn packets() -> Vec<(&'static str, Vec<u8>)> {
     vec![
         ("IPv4, not ours", udp([198, 51, 100, 10])),
         ("IPv4, 169.254.169.253", udp([169, 254, 169, 253])),
-        ("IPv6, not ours", ipv6),
+        ("IPv6, not ours", ipv6(documentation, 2)),
         ("ARP", arp),
         ("IPv4 with a VLAN tag, not ours", vlan),
         ("IPv4 to 169.254.169.254, denied", udp(IMDS_IPV4)),
+        ("IPv4 to 168.63.129.16, denied", udp([168, 63, 129, 16])),
+        ("IPv6 to fd00:ec2::254, denied", ipv6(IMDS_IPV6, 80)),
+        ("IPv6 to fd20:ce::254, kept", ipv6(RESOLVER_IPV6, 53)),
     ]
 }

@@ -4,7 +4,7 @@ use std::{path::Path, time::Instant};
 
 use aya::{
     Ebpf, EbpfLoader, Pod,
-    maps::{Array, MapData, PerCpuHashMap},
+    maps::{Array, HashMap, MapData, PerCpuHashMap},
     programs::{Program, ProgramError, SchedClassifier, TestRun as _, TestRunOptions},
 };
 
@@ -41,6 +41,13 @@ impl Object {
         map.set(0, value, 0).expect("write the map");
     }
 
+    /// Inserts into a hash.
+    pub fn insert<K: Pod, V: Pod>(&mut self, map: &str, key: K, value: V) {
+        let mut map: HashMap<&mut MapData, K, V> =
+            self.ebpf.map_mut(map).expect("a map of this name").try_into().expect("a hash of this type");
+        map.insert(key, value, 0).expect("write the map");
+    }
+
     /// The values of a key of a per-CPU hash, one for each CPU; empty where it has none.
     pub fn per_cpu<K: Pod, V: Pod>(&self, map: &str, key: &K) -> Vec<V> {
         let map: PerCpuHashMap<&MapData, K, V> =
@@ -48,14 +55,21 @@ impl Object {
         map.get(key, 0).map(|values| values.to_vec()).unwrap_or_default()
     }
 
+    /// How many instructions the verifier went through for a program.
+    pub fn verified_instructions(&self, name: &str) -> u32 {
+        let program = self.ebpf.program(name).expect("a program of this name");
+        let info = program.info().expect("describe a program");
+        info.verified_instruction_count().expect("a kernel that counts them")
+    }
+
     /// Names of its programs, sorted.
     pub fn program_names(&self) -> Vec<String> {
         sorted(self.ebpf.programs().map(|(name, _)| name))
     }
 
-    /// Names of its maps, sorted, but for those of its sections.
+    /// Names of its maps, sorted, but for that of its constants.
     pub fn map_names(&self) -> Vec<String> {
-        sorted(self.ebpf.maps().map(|(name, _)| name).filter(|name| !name.starts_with('.')))
+        sorted(self.ebpf.maps().map(|(name, _)| name).filter(|&name| name != ".rodata"))
     }
 }
 

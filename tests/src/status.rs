@@ -14,7 +14,8 @@ pub struct Status {
     pub state: String,
     pub agent: AgentProcess,
     pub mode: Option<String>,
-    pub endpoints: Vec<String>,
+    pub provider: Option<Provider>,
+    pub endpoints: Vec<Endpoint>,
     pub interfaces: Vec<Interface>,
     pub hooks: Vec<String>,
     pub sockets: Option<Sockets>,
@@ -30,6 +31,23 @@ pub struct AgentProcess {
     pub running: bool,
     pub ready: bool,
     pub pid: Option<u32>,
+}
+
+/// Where the endpoints come from.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct Provider {
+    pub configured: String,
+    pub in_force: String,
+}
+
+/// A guarded endpoint.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct Endpoint {
+    pub name: String,
+    pub address: String,
+    pub keep: Vec<String>,
 }
 
 /// An interface of the node.

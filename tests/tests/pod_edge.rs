@@ -28,7 +28,8 @@ fn pods_are_blocked_and_nothing_else_is_until_unload() {
         }
         let status = world.status();
         assert_eq!((status.state.as_str(), status.mode.as_deref()), ("enforcing", Some("enforce")));
-        assert_eq!(status.endpoints, [METADATA.to_string()]);
+        let [endpoint] = &status.endpoints[..] else { panic!("{:?}", status.endpoints) };
+        assert_eq!((endpoint.name.as_str(), endpoint.address.as_str()), ("imds", "169.254.169.254"));
         for pod in &pods {
             let interface = status.interface(&pod.host_ifname);
             assert_eq!(interface.ifindex, pod.host_ifindex);

@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use anyhow::{Context as _, anyhow};
 use clap::{Args, ValueEnum};
 use futures_util::StreamExt as _;
-use imds_ebpf_common::{Backend, Edge, Hook, IMDS_IPV4};
+use imds_ebpf_common::{Backend, Edge, Hook};
 use tokio::{
     signal::unix::{SignalKind, signal},
     time::{Instant, MissedTickBehavior, interval_at},
@@ -22,6 +22,7 @@ use crate::{
         netns::{self, Identity},
     },
     preflight,
+    provider::{DMI_DIR, Dmi},
 };
 
 #[derive(Args, Debug)]
@@ -41,6 +42,9 @@ pub(super) struct RunArgs {
     /// cgroup v2 below which sockets are guarded; without it, the root of the hierarchy
     #[arg(long, value_name = "DIR")]
     cgroup: Option<PathBuf>,
+    /// Directory of the files by which `provider = "auto"` tells the provider
+    #[arg(long, value_name = "DIR", default_value = DMI_DIR, hide = true)]
+    dmi_dir: PathBuf,
     #[command(flatten)]
     pins: PinDirArg,
 }
@@ -72,6 +76,8 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         Some(path) => Config::load(path).map_err(|error| Failure::Usage(error.into()))?,
         None => Config::default(),
     };
+    let guarded =
+        config.endpoints.resolve(&Dmi::read(&args.dmi_dir)).map_err(|error| Failure::Usage(error.into()))?;
     preflight::check_capabilities()?;
     preflight::check_kernel()?;
     preflight::lift_limits();
@@ -85,19 +91,21 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     let claim = PinDir::new(&args.pins.pin_dir)?.claim()?;
 
     // Listening comes before the first look, so that nothing falls between the two.
-    let mut events = Netlink::events(plan.backend == Backend::Clsact)?;
-    let netlink = Netlink::connect()?;
-    let datapath = Datapath::open(claim, &plan, netlink.clone())?;
+    let mut events = Netlink::events(plan.backend == Backend::Clsact, guarded.ipv4())?;
+    let netlink = Netlink::connect()?.with_endpoints(guarded.ipv4());
+    let datapath = Datapath::open(claim, &plan, &guarded, netlink.clone())?;
     let mut guard = Guard::new(datapath, netlink, config.interfaces);
     guard.resync().await?;
     log::info!(
-        "mode {}: {} pod and {} node interfaces guarded by {}, sockets {}, against {}, pins in {}",
+        "mode {}: {} pod and {} node interfaces guarded by {}, sockets {}, provider {}, {} endpoint{}, pins in {}",
         plan.mode.name(),
         guard.wanted(Edge::Pod).count(),
         guard.wanted(Edge::Node).count(),
         plan.backend.name(),
         if plan.cgroup.is_some() { "too" } else { "not" },
-        std::net::Ipv4Addr::from(IMDS_IPV4),
+        guarded.provider(),
+        guarded.endpoints().len(),
+        if guarded.endpoints().len() == 1 { "" } else { "s" },
         args.pins.pin_dir.display(),
     );
     if args.once {

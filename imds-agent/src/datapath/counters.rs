@@ -37,7 +37,7 @@ pub struct Counts {
     pub denied: Count,
     /// Passed because the mode is audit.
     pub audited: Count,
-    /// Passed because the mode is off.
+    /// Passed because the mode is off or the service is kept.
     pub allowed: Count,
 }
 
@@ -47,7 +47,7 @@ impl Counts {
             match verdict {
                 Verdict::Deny => Some(&mut self.denied),
                 Verdict::Audit => Some(&mut self.audited),
-                Verdict::Allow => Some(&mut self.allowed),
+                Verdict::Allow | Verdict::Kept => Some(&mut self.allowed),
                 Verdict::Foreign => None,
             }
         })

@@ -3,6 +3,7 @@
 pub mod bpf;
 pub mod clsact;
 pub mod counters;
+pub mod endpoints;
 pub mod home;
 pub mod object;
 pub mod pins;
@@ -28,6 +29,7 @@ use self::{
 };
 use crate::{
     config::Hooks,
+    endpoints::Guarded,
     node::{
         links::Link,
         netlink::{Netlink, NetlinkError},
@@ -136,9 +138,14 @@ impl Datapath {
     /// [`Datapath::apply`] replaces them.
     ///
     /// Where this fails, nothing that was not there before stays behind.
-    pub fn open(claim: Claim, plan: &Plan, netlink: Netlink) -> Result<Self, DatapathError> {
+    pub fn open(
+        claim: Claim,
+        plan: &Plan,
+        guarded: &Guarded,
+        netlink: Netlink,
+    ) -> Result<Self, DatapathError> {
         let Plan { backend, hooks, .. } = *plan;
-        match Self::load(claim.dir(), plan) {
+        match Self::load(claim.dir(), plan, guarded) {
             Ok((programs, maps, links, sockets)) => {
                 Ok(Self { claim, programs, maps, links, sockets, netlink, backend, hooks })
             }
@@ -151,12 +158,16 @@ impl Datapath {
         }
     }
 
-    fn load(pins: &PinDir, plan: &Plan) -> Result<(Programs, Maps, Links, Option<Sockets>), DatapathError> {
+    fn load(
+        pins: &PinDir,
+        plan: &Plan,
+        guarded: &Guarded,
+    ) -> Result<(Programs, Maps, Links, Option<Sockets>), DatapathError> {
         home::ensure_free(pins)?;
         for reason in object::drop_foreign_maps(pins)? {
             log::warn!("starting with new maps and counters: {reason}");
         }
-        let programs = Programs::load(pins, plan.hooks)?;
+        let programs = Programs::load(pins, plan.hooks, &endpoints::filter_while_loading(pins, guarded))?;
         let mut maps = Maps::open(pins)?;
         let policy = Policy {
             mode: plan.mode as u32,
@@ -166,6 +177,7 @@ impl Datapath {
             netns_cookie: plan.identity.cookie(),
         };
         maps.policy.set(0, policy, 0).map_err(|source| DatapathError::Map { map: MAP_POLICY, source })?;
+        endpoints::write(&mut maps, guarded)?;
         programs.pin(pins)?;
         let links = Links::adopt(pins)?;
         let sockets = plan.cgroup.as_ref().map(|cgroup| Sockets::adopt(pins, cgroup)).transpose()?;
@@ -241,7 +253,8 @@ impl Datapath {
             Action::Raise(Backend::Tcx) => {
                 // The kernel takes a program only once per hook, so that a second copy has to hold the place before
                 // this one can have it.
-                let copy = Programs::load(self.claim.dir(), Hooks::from_bits(edge.hook().bit()))?;
+                let hooks = Hooks::from_bits(edge.hook().bit());
+                let copy = Programs::load(self.claim.dir(), hooks, &endpoints::filter(&self.maps)?)?;
                 self.links.raise(self.claim.dir(), spot, copy.fd(name)?)?;
                 self.links.replace(spot, self.programs.fd(name)?)
             }

@@ -15,11 +15,12 @@ use aya::{
 };
 use aya_obj::{Object, generated::bpf_func_id};
 use imds_ebpf_common::{
-    Counter, CounterKey, Edge, Frame, Hook, InterfaceRecord, Policy,
+    Address, Counter, CounterKey, Edge, Endpoint, Filter, Frame, Hook, InterfaceRecord, Policy,
+    ProviderRecord,
     maps::LAYOUT,
     names::{
-        GLOBAL_TC_HAS_COOKIE, MAP_COUNTERS, MAP_INTERFACES, MAP_POLICY, MAPS, SOCKET_PROGRAMS, TC_PROGRAMS,
-        tc_program,
+        GLOBAL_TC_HAS_COOKIE, MAP_COUNTERS, MAP_ENDPOINTS, MAP_FILTER, MAP_INTERFACES, MAP_POLICY,
+        MAP_PROVIDER, MAPS, SOCKET_PROGRAMS, SYMBOL_FILTER, TC_PROGRAMS, in_object, tc_program,
     },
 };
 use thiserror::Error;
@@ -69,13 +70,17 @@ pub struct Programs {
 
 impl Programs {
     /// Loads the programs for these hooks on the maps that are pinned in `pins`; what is not pinned yet is made and pinned.
-    pub fn load(pins: &PinDir, hooks: Hooks) -> Result<Self, ObjectError> {
+    ///
+    /// aya writes what the object has for a variable, also over that of a pinned map that other programs use: `filter` is
+    /// what it writes, so that has to match all endpoints that are guarded.
+    pub fn load(pins: &PinDir, hooks: Hooks, filter: &Filter) -> Result<Self, ObjectError> {
         let has_cookie = u8::from(tc_has_cookie());
         let mut loader = EbpfLoader::new();
         loader.override_global(GLOBAL_TC_HAS_COOKIE, &has_cookie, true);
         for name in MAPS {
-            loader.map_pin_path(name, pins.map(name));
+            loader.map_pin_path(in_object(name), pins.map(name));
         }
+        loader.override_global(SYMBOL_FILTER, &filter.bits[..], true);
         let mut programs = Self { ebpf: loader.load(OBJECT)?, ids: BTreeMap::new() };
         for name in names(hooks) {
             let id = programs.load_one(name).map_err(|source| ObjectError::Program { name, source })?;
@@ -149,6 +154,12 @@ pub struct Maps {
     pub counters: PerCpuHashMap<MapData, CounterKey, Counter>,
     /// What the agent knows of each interface.
     pub interfaces: HashMap<MapData, u32, InterfaceRecord>,
+    /// Slots of the guarded addresses.
+    pub filter: Array<MapData, Filter>,
+    /// What is guarded.
+    pub endpoints: HashMap<MapData, Address, Endpoint>,
+    /// Where the endpoints come from.
+    pub provider: Array<MapData, ProviderRecord>,
     /// The same maps, to pin them again.
     held: [(&'static str, MapData); MAPS.len()],
 }
@@ -163,10 +174,16 @@ impl Maps {
             policy: Map::Array(open(MAP_POLICY)?).try_into().map_err(typed(MAP_POLICY))?,
             counters: Map::PerCpuHashMap(open(MAP_COUNTERS)?).try_into().map_err(typed(MAP_COUNTERS))?,
             interfaces: Map::HashMap(open(MAP_INTERFACES)?).try_into().map_err(typed(MAP_INTERFACES))?,
+            filter: Map::Array(open(MAP_FILTER)?).try_into().map_err(typed(MAP_FILTER))?,
+            endpoints: Map::HashMap(open(MAP_ENDPOINTS)?).try_into().map_err(typed(MAP_ENDPOINTS))?,
+            provider: Map::Array(open(MAP_PROVIDER)?).try_into().map_err(typed(MAP_PROVIDER))?,
             held: [
                 (MAP_POLICY, open(MAP_POLICY)?),
                 (MAP_COUNTERS, open(MAP_COUNTERS)?),
                 (MAP_INTERFACES, open(MAP_INTERFACES)?),
+                (MAP_FILTER, open(MAP_FILTER)?),
+                (MAP_ENDPOINTS, open(MAP_ENDPOINTS)?),
+                (MAP_PROVIDER, open(MAP_PROVIDER)?),
             ],
         })
     }
@@ -197,7 +214,7 @@ pub fn drop_foreign_maps(pins: &PinDir) -> Result<Vec<String>, ObjectError> {
         if !path.exists() {
             continue;
         }
-        let map = expected.get(name).ok_or(ObjectError::Missing(name))?;
+        let map = expected.get(in_object(name)).ok_or(ObjectError::Missing(name))?;
         let wanted = [map.map_type(), map.key_size(), map.value_size(), map.max_entries(), map.map_flags()];
         if let Some(reason) = mismatch(&path, wanted) {
             reasons.push(format!("{}: {reason}", path.display()));

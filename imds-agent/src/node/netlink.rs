@@ -3,7 +3,6 @@
 use std::{collections::BTreeSet, future::ready, io, net::Ipv4Addr};
 
 use futures_util::{Stream, StreamExt as _, TryStreamExt as _, stream};
-use imds_ebpf_common::IMDS_IPV4;
 use nix::net::if_::if_nameindex;
 use rtnetlink::{
     Handle, MulticastGroup, RouteMessageBuilder,
@@ -16,9 +15,6 @@ use rtnetlink::{
 use thiserror::Error;
 
 use super::links::Link;
-
-/// The endpoint as the address that it is.
-const IMDS: Ipv4Addr = Ipv4Addr::new(IMDS_IPV4[0], IMDS_IPV4[1], IMDS_IPV4[2], IMDS_IPV4[3]);
 
 /// A request to rtnetlink that failed.
 #[derive(Debug, Error)]
@@ -69,6 +65,7 @@ pub enum Event {
 #[derive(Clone, Debug)]
 pub struct Netlink {
     handle: Handle,
+    endpoints: Vec<Ipv4Addr>,
 }
 
 impl Netlink {
@@ -77,12 +74,21 @@ impl Netlink {
         let (connection, handle, _) =
             rtnetlink::new_connection().map_err(|source| NetlinkError::new("connecting", source))?;
         tokio::spawn(connection);
-        Ok(Self { handle })
+        Ok(Self { handle, endpoints: Vec::new() })
     }
 
-    /// All news from now on; news of filters only where `filters` says so. The stream never ends while the kernel can
-    /// be heard.
-    pub fn events(filters: bool) -> Result<impl Stream<Item = Event> + Unpin, NetlinkError> {
+    /// The same connection, for which routes to these guarded addresses lead to uplinks.
+    #[must_use]
+    pub fn with_endpoints(self, endpoints: Vec<Ipv4Addr>) -> Self {
+        Self { endpoints, ..self }
+    }
+
+    /// All news from now on: of filters only where `filters` says so, and of the routes that lead to `endpoints`. The
+    /// stream never ends while the kernel can be heard.
+    pub fn events(
+        filters: bool,
+        endpoints: Vec<Ipv4Addr>,
+    ) -> Result<impl Stream<Item = Event> + Unpin, NetlinkError> {
         let mut groups = vec![MulticastGroup::Link, MulticastGroup::Ipv4Route, MulticastGroup::Ipv4Rule];
         if filters {
             groups.push(MulticastGroup::Tc);
@@ -90,7 +96,7 @@ impl Netlink {
         let (connection, _, messages) = rtnetlink::new_multicast_connection(&groups)
             .map_err(|source| NetlinkError::new("subscribing to events", source))?;
         tokio::spawn(connection);
-        Ok(messages.filter_map(|(message, _)| ready(event(message.payload))))
+        Ok(messages.filter_map(move |(message, _)| ready(event(message.payload, &endpoints))))
     }
 
     /// All interfaces of the namespace.
@@ -113,8 +119,8 @@ impl Netlink {
         Ok(links)
     }
 
-    /// Indices of the interfaces through which the node leaves: for the main table's default routes, and for the route
-    /// that the kernel chooses to the guarded endpoint.
+    /// Indices of the interfaces through which the node leaves: for the main table's default routes, and for the routes
+    /// that the kernel chooses to the guarded endpoints.
     ///
     /// Only IPv4 routes count: an IPv6 default route can come from a router advertisement, which a pod can send.
     pub async fn uplinks(&self) -> Result<BTreeSet<u32>, NetlinkError> {
@@ -129,22 +135,31 @@ impl Netlink {
             .flatten()
             .collect();
 
-        let to_endpoint = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(IMDS, 32).build();
+        for &endpoint in &self.endpoints {
+            uplinks.extend(self.way_to(endpoint).await?);
+        }
+        Ok(uplinks)
+    }
+
+    /// Indices of the interfaces through which the kernel sends to `endpoint`; none where it is unreachable.
+    async fn way_to(&self, endpoint: Ipv4Addr) -> Result<Vec<u32>, NetlinkError> {
+        let to_endpoint = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(endpoint, 32).build();
         let mut route = std::pin::pin!(self.handle.route().get(to_endpoint).execute());
         match route.try_next().await {
-            Ok(Some(route)) if route.header.kind == RouteType::Unicast => uplinks.extend(outgoing(&route)),
-            Ok(_) => {}
+            Ok(Some(route)) if route.header.kind == RouteType::Unicast => Ok(outgoing(&route)),
+            Ok(_) => Ok(Vec::new()),
             Err(error) => {
-                let error = NetlinkError::from_rtnetlink(format!("looking up the route to {IMDS}"), error);
+                let error =
+                    NetlinkError::from_rtnetlink(format!("looking up the route to {endpoint}"), error);
                 if !matches!(
                     error.errno(),
                     Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EACCES | libc::EINVAL)
                 ) {
                     return Err(error);
                 }
+                Ok(Vec::new())
             }
         }
-        Ok(uplinks)
     }
 
     /// Sends a request that is answered with an acknowledgement.
@@ -196,7 +211,7 @@ impl Netlink {
     }
 }
 
-fn event(payload: NetlinkPayload<RouteNetlinkMessage>) -> Option<Event> {
+fn event(payload: NetlinkPayload<RouteNetlinkMessage>, endpoints: &[Ipv4Addr]) -> Option<Event> {
     let message = match payload {
         NetlinkPayload::Overrun(_) => return Some(Event::Overrun),
         NetlinkPayload::InnerMessage(message) => message,
@@ -208,7 +223,7 @@ fn event(payload: NetlinkPayload<RouteNetlinkMessage>) -> Option<Event> {
             Link::from_message(link).map(|link| Event::LinkGone(link.index))
         }
         RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route) => {
-            leads_to_endpoint(&route).then_some(Event::Route)
+            leads_to_any(&route, endpoints).then_some(Event::Route)
         }
         RouteNetlinkMessage::NewRule(_) | RouteNetlinkMessage::DelRule(_) => Some(Event::Route),
         RouteNetlinkMessage::NewTrafficFilter(tc)
@@ -221,16 +236,17 @@ fn event(payload: NetlinkPayload<RouteNetlinkMessage>) -> Option<Event> {
     }
 }
 
-/// Whether the route's destination is or contains the guarded endpoint: true of a default route, false of the host
-/// route that comes with a pod.
-fn leads_to_endpoint(route: &RouteMessage) -> bool {
+/// Whether the route's destination is or contains a guarded endpoint: true of a default route, false of the host route
+/// that comes with a pod.
+fn leads_to_any(route: &RouteMessage, endpoints: &[Ipv4Addr]) -> bool {
     let length = u32::from(route.header.destination_prefix_length);
     let destination = route.attributes.iter().find_map(|attribute| match attribute {
         RouteAttribute::Destination(RouteAddress::Inet(address)) => Some(*address),
         _ => None,
     });
-    let differing = u32::from(destination.unwrap_or(Ipv4Addr::UNSPECIFIED)) ^ u32::from(IMDS);
-    length == 0 || differing.leading_zeros() >= length
+    let destination = u32::from(destination.unwrap_or(Ipv4Addr::UNSPECIFIED));
+    let contains = |&endpoint: &Ipv4Addr| (destination ^ u32::from(endpoint)).leading_zeros() >= length;
+    length == 0 || endpoints.iter().any(contains)
 }
 
 fn is_main_default(route: &RouteMessage) -> bool {
@@ -266,12 +282,13 @@ mod tests {
     #[test]
     fn which_routes_decide_the_uplink() {
         let any = Ipv4Addr::UNSPECIFIED;
-        assert!(leads_to_endpoint(&route(any, 0)));
-        assert!(leads_to_endpoint(&route(Ipv4Addr::new(169, 254, 0, 0), 16)));
-        assert!(leads_to_endpoint(&route(IMDS, 32)));
-        assert!(!leads_to_endpoint(&route(Ipv4Addr::new(10, 0, 0, 7), 32)));
-        assert!(!leads_to_endpoint(&route(Ipv4Addr::new(169, 254, 169, 253), 32)));
-        assert!(is_main_default(&route(any, 0)) && !is_main_default(&route(IMDS, 32)));
+        let endpoints = [Ipv4Addr::new(169, 254, 169, 254), Ipv4Addr::new(168, 63, 129, 16)];
+        let leads = |destination, length| leads_to_any(&route(destination, length), &endpoints);
+        assert!(leads(any, 0) && leads(Ipv4Addr::new(169, 254, 0, 0), 16));
+        assert!(leads(endpoints[0], 32) && leads(endpoints[1], 32));
+        assert!(!leads(Ipv4Addr::new(10, 0, 0, 7), 32) && !leads(Ipv4Addr::new(169, 254, 169, 253), 32));
+        assert!(!leads_to_any(&route(endpoints[0], 32), &[]));
+        assert!(is_main_default(&route(any, 0)) && !is_main_default(&route(endpoints[0], 32)));
         assert_eq!(outgoing(&route(any, 0)), [3]);
     }
 }

@@ -4,11 +4,11 @@ mod table;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::IpAddr,
     path::PathBuf,
 };
 
-use imds_ebpf_common::{Backend, CounterKey, Edge, Hook, IMDS_IPV4, Mode, Role, names::tc_program};
+use imds_ebpf_common::{Backend, CounterKey, Edge, Hook, Mode, Role, names::tc_program};
 use serde::Serialize;
 
 use crate::{
@@ -16,11 +16,12 @@ use crate::{
     datapath::{
         DatapathError, bpf, clsact,
         counters::{self, Counts},
-        home,
+        endpoints, home,
         object::{self, Maps, ObjectError},
         pins::{self, PinDir, Spot},
         records, sockets,
     },
+    endpoints::{Endpoint as Guarded, Keep, ipv4},
     node::{links::Link, netlink::Netlink},
     reconcile::{Attachment, Place},
     state,
@@ -44,8 +45,10 @@ pub struct Report {
     pub agent: Agent,
     /// The mode in force; `None` where nothing is loaded.
     pub mode: Option<&'static str>,
-    /// The guarded addresses.
-    pub endpoints: Vec<Ipv4Addr>,
+    /// Where the endpoints come from; `None` where nothing is loaded.
+    pub provider: Option<Provider>,
+    /// What is guarded.
+    pub endpoints: Vec<Endpoint>,
     /// Every interface of the node.
     pub interfaces: Vec<Interface>,
     /// The hooks that are on.
@@ -85,6 +88,26 @@ pub struct Agent {
     pub ready: bool,
     /// Its pid, where that can be seen from here.
     pub pid: Option<i32>,
+}
+
+/// Where the endpoints come from.
+#[derive(Clone, Debug, Serialize)]
+pub struct Provider {
+    /// What the configuration says: `auto`, `none` or a name.
+    pub configured: String,
+    /// Whose endpoints are guarded.
+    pub in_force: String,
+}
+
+/// A guarded endpoint.
+#[derive(Clone, Debug, Serialize)]
+pub struct Endpoint {
+    /// Its name.
+    pub name: String,
+    /// Its address.
+    pub address: IpAddr,
+    /// What pods may reach there all the same, such as `udp/53`.
+    pub keep: Vec<String>,
 }
 
 /// One interface of the node.
@@ -140,6 +163,7 @@ pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapath
             pid: holder.and_then(|holder| holder.pid),
         },
         mode: None,
+        provider: None,
         endpoints: Vec::new(),
         interfaces: Vec::new(),
         hooks: Vec::new(),
@@ -156,7 +180,7 @@ pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapath
     let policy = maps.policy.get(&0, 0).map_err(unreadable)?;
     let mode = Mode::from_u32(policy.mode);
     report.mode = Some(mode.name());
-    report.endpoints = vec![Ipv4Addr::from(IMDS_IPV4)];
+    let netlink = report.add_endpoints(&maps, netlink)?;
     let hooks = Hooks::from_bits(policy.hooks);
     report.hooks = Hook::ALL.into_iter().filter(|&hook| hooks.has(hook)).map(Hook::name).collect();
     // The other hooks are there before a pod is.
@@ -178,7 +202,7 @@ pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapath
         );
     }
     let uplinks = netlink.uplinks().await?;
-    let node = Node { pins, maps: &maps, netlink, uplinks, hooks };
+    let node = Node { pins, maps: &maps, netlink: &netlink, uplinks, hooks };
     for link in netlink.links().await? {
         report.add(&link, &node, &mut counts).await?;
     }
@@ -211,6 +235,26 @@ impl Report {
             self.problem(None, format!("{} of sockets is not guarded", missing.join(", ")), remedy);
         }
         self.sockets = Some(SocketReport { attached: missing.is_empty(), counts });
+    }
+
+    /// Adds what is guarded, and returns a connection that knows it.
+    fn add_endpoints(&mut self, maps: &Maps, netlink: &Netlink) -> Result<Netlink, DatapathError> {
+        let (configured, in_force) = endpoints::provider(maps).map_err(unreadable)?;
+        self.provider = Some(Provider { configured, in_force });
+        let mut entries: Vec<_> = endpoints::read(maps).map_err(unreadable)?.into_iter().collect();
+        entries.sort_by_key(|(_, entry)| entry.id);
+        let guarded: Vec<_> =
+            entries.iter().map(|(address, entry)| Guarded::from_entry(*address, entry)).collect();
+        let to_strings = |keep: &[Keep]| keep.iter().map(ToString::to_string).collect();
+        self.endpoints.extend(guarded.iter().map(|Guarded { name, address, keep }| Endpoint {
+            name: name.clone(),
+            address: *address,
+            keep: to_strings(keep),
+        }));
+        if self.endpoints.is_empty() && self.mode != Some(Mode::Off.name()) {
+            self.problem(None, "no endpoint is guarded", "start `imds-agent run`");
+        }
+        Ok(netlink.clone().with_endpoints(ipv4(&guarded)))
     }
 
     async fn add(

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use comfy_table::{Cell, CellAlignment, Table, presets::NOTHING};
 
-use super::{Report, State};
+use super::{Endpoint, Provider, Report, State};
 use crate::datapath::counters::{Count, Counts};
 
 impl Report {
@@ -21,7 +21,6 @@ impl Report {
         if self.state == State::Unloaded {
             return writeln!(text, "nothing is loaded at {}", self.pin_dir.display());
         }
-        let endpoints: Vec<_> = self.endpoints.iter().map(ToString::to_string).collect();
         let word = if self.agent.ready { "running" } else { "starting" };
         let agent = match (self.agent.running, self.agent.pid) {
             (true, Some(pid)) => format!("{word}, pid {pid}"),
@@ -30,7 +29,7 @@ impl Report {
         };
         writeln!(text, "state      {}", self.state.name())?;
         writeln!(text, "mode       {}", self.mode.unwrap_or("unknown"))?;
-        writeln!(text, "endpoints  {}", endpoints.join(" "))?;
+        self.write_endpoints(text)?;
         writeln!(text, "hooks      {}", self.hooks.join(" "))?;
         writeln!(text, "agent      {agent}")?;
         writeln!(text, "pins       {}", self.pin_dir.display())?;
@@ -42,6 +41,27 @@ impl Report {
         for problem in &self.problems {
             let subject = problem.interface.as_ref().map(|name| format!("{name}: ")).unwrap_or_default();
             writeln!(text, "  {subject}{} ({})", problem.problem, problem.remedy)?;
+        }
+        Ok(())
+    }
+
+    fn write_endpoints(&self, text: &mut String) -> std::fmt::Result {
+        match &self.provider {
+            Some(Provider { configured, in_force }) if configured == in_force => {
+                writeln!(text, "provider   {in_force}")?;
+            }
+            Some(Provider { configured, in_force }) => {
+                writeln!(text, "provider   {in_force} ({configured})")?;
+            }
+            None => {}
+        }
+        if self.endpoints.is_empty() {
+            writeln!(text, "endpoints  none")?;
+        }
+        for (index, Endpoint { name, address, keep }) in self.endpoints.iter().enumerate() {
+            let title = if index == 0 { "endpoints" } else { "" };
+            let kept = if keep.is_empty() { String::new() } else { format!(", but {}", keep.join(" ")) };
+            writeln!(text, "{title:<10} {address} ({name}){kept}")?;
         }
         Ok(())
     }

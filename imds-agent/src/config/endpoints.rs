@@ -1,0 +1,179 @@
+//! What the configuration says of endpoints: a provider, extras, and endpoints of the operator's own.
+
+use std::net::IpAddr;
+
+use imds_ebpf_common::{
+    Service,
+    endpoint::{MAX_ENDPOINTS, MAX_KEPT, NAME_LEN, TCP, UDP},
+};
+use serde::Deserialize;
+use toml::Spanned;
+
+use super::{ConfigError, Place, Source};
+use crate::{
+    endpoints::{Endpoint, Guarded, Keep, address},
+    provider::{Dmi, EXTRAS, NO_PROVIDER, PROVIDERS, Provider},
+};
+
+/// Whose endpoints are guarded, and which besides. The default: those of the provider whose machine this is.
+#[derive(Clone, Debug, Default)]
+pub struct Endpoints {
+    /// `None` is `auto`.
+    provider: Option<&'static Provider>,
+    extras: Vec<(&'static Provider, Place)>,
+    own: Vec<(Endpoint, Place)>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct EndpointTable {
+    name: Spanned<String>,
+    address: Spanned<String>,
+    keep: Option<Spanned<Vec<Spanned<String>>>>,
+}
+
+impl Endpoints {
+    pub(super) fn parse(
+        provider: Option<&Spanned<String>>,
+        extras: &[Spanned<String>],
+        tables: &[EndpointTable],
+        source: Source<'_>,
+    ) -> Result<Self, ConfigError> {
+        Ok(Self {
+            provider: provider.map_or(Ok(None), |name| parse_provider(name, source))?,
+            extras: extras.iter().map(|name| parse_extra(name, source)).collect::<Result<_, _>>()?,
+            own: tables.iter().map(|table| parse_endpoint(table, source)).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// Whether nothing is guarded, whatever the machine.
+    pub(super) fn are_none(&self) -> bool {
+        self.provider == Some(&NO_PROVIDER) && self.extras.is_empty() && self.own.is_empty()
+    }
+
+    /// All endpoints, on a machine of which the firmware says `dmi`.
+    pub fn resolve(&self, dmi: &Dmi) -> Result<Guarded, ConfigError> {
+        let provider = self.provider.unwrap_or_else(|| dmi.provider());
+        let mut endpoints: Vec<_> = provider.endpoints().collect();
+        let extras = self.extras.iter().flat_map(|(extra, place)| extra.endpoints().map(move |e| (e, place)));
+        let own = self.own.iter().map(|(endpoint, place)| (endpoint.clone(), place));
+        for (endpoint, place) in extras.chain(own) {
+            check_new(&endpoint, &endpoints).map_err(|message| place.error(message))?;
+            endpoints.push(endpoint);
+        }
+        Ok(Guarded::new(self.provider.map_or("auto", |provider| provider.name), provider.name, endpoints))
+    }
+}
+
+fn check_new(endpoint: &Endpoint, others: &[Endpoint]) -> Result<(), String> {
+    if others.len() >= MAX_ENDPOINTS {
+        return Err(format!("endpoint: more than {MAX_ENDPOINTS} endpoints"));
+    }
+    if let Some(other) = others.iter().find(|other| other.name == endpoint.name) {
+        return Err(format!("endpoint.name: {:?} is already that of {}", endpoint.name, other.address));
+    }
+    if let Some(other) = others.iter().find(|other| address(other.address) == address(endpoint.address)) {
+        return Err(format!("endpoint.address: {} is already guarded as {:?}", endpoint.address, other.name));
+    }
+    Ok(())
+}
+
+fn parse_provider(
+    name: &Spanned<String>,
+    source: Source<'_>,
+) -> Result<Option<&'static Provider>, ConfigError> {
+    if name.get_ref() == "auto" {
+        return Ok(None);
+    }
+    Provider::named(name.get_ref()).map(Some).ok_or_else(|| {
+        let known: Vec<_> = PROVIDERS.iter().map(|provider| provider.name).collect();
+        let known = known.join(", ");
+        source.error(
+            name.span(),
+            format!("provider: {:?} is not one of auto, none, generic, {known}", name.get_ref()),
+        )
+    })
+}
+
+fn parse_extra(
+    name: &Spanned<String>,
+    source: Source<'_>,
+) -> Result<(&'static Provider, Place), ConfigError> {
+    let extra = Provider::extra(name.get_ref()).ok_or_else(|| {
+        let known: Vec<_> = EXTRAS.iter().map(|extra| extra.name).collect();
+        source.error(name.span(), format!("extras: {:?} is not one of {}", name.get_ref(), known.join(", ")))
+    })?;
+    Ok((extra, source.place(name.span())))
+}
+
+fn parse_endpoint(table: &EndpointTable, source: Source<'_>) -> Result<(Endpoint, Place), ConfigError> {
+    let name = table.name.get_ref();
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    if name.is_empty() || name.len() >= NAME_LEN || !name.bytes().all(is_plain) {
+        let message =
+            format!("endpoint.name: {name:?} is not 1 to {} letters, digits, '-', '_' or '.'", NAME_LEN - 1);
+        return Err(source.error(table.name.span(), message));
+    }
+    let address = parse_address(table.address.get_ref())
+        .map_err(|message| source.error(table.address.span(), message))?;
+    let keep = table.keep.as_ref().map_or(Ok(Vec::new()), |keep| parse_keeps(keep, source))?;
+    // What it clashes with is known only together with the provider's.
+    Ok((Endpoint { name: name.clone(), address, keep }, source.place(table.address.span())))
+}
+
+fn parse_keeps(texts: &Spanned<Vec<Spanned<String>>>, source: Source<'_>) -> Result<Vec<Keep>, ConfigError> {
+    let count = texts.get_ref().len();
+    if count > MAX_KEPT {
+        let message = format!("endpoint.keep: {count} services; at most {MAX_KEPT} can be kept");
+        return Err(source.error(texts.span(), message));
+    }
+    let mut keep: Vec<Keep> = Vec::new();
+    for text in texts.get_ref() {
+        let service = parse_keep(text.get_ref()).map_err(|message| source.error(text.span(), message))?;
+        if keep.contains(&service) {
+            return Err(source.error(text.span(), format!("endpoint.keep: {service} is there twice")));
+        }
+        keep.push(service);
+    }
+    Ok(keep)
+}
+
+/// The plain form of an address that a service can be at, however far away.
+fn parse_address(text: &str) -> Result<IpAddr, String> {
+    let written: IpAddr =
+        text.parse().map_err(|_| format!("endpoint.address: {text:?} is no IPv4 or IPv6 address"))?;
+    // The form that packets are compared in: an address that embeds an IPv4 one is that.
+    let plain = address(written).ipv4().map_or(written, IpAddr::from);
+    for address in [written, plain] {
+        let is_broadcast = matches!(address, IpAddr::V4(address) if address.is_broadcast());
+        let kind = if address.is_unspecified() {
+            "unspecified"
+        } else if address.is_loopback() {
+            "a loopback"
+        } else if address.is_multicast() {
+            "a multicast"
+        } else if is_broadcast {
+            "the broadcast"
+        } else {
+            continue;
+        };
+        return Err(format!("endpoint.address: {text} is {kind} address, where no metadata service can be"));
+    }
+    Ok(plain)
+}
+
+fn parse_keep(text: &str) -> Result<Keep, String> {
+    let parsed = text.split_once('/').and_then(|(protocol, port)| {
+        let protocol = match protocol {
+            "tcp" => TCP,
+            "udp" => UDP,
+            _ => return None,
+        };
+        // Digits alone: a number's sign would parse too.
+        let port = port.bytes().all(|byte| byte.is_ascii_digit()).then(|| port.parse().ok())??;
+        (port != 0).then_some(Keep(Service::new(protocol, port)))
+    });
+    parsed.ok_or_else(|| {
+        format!("endpoint.keep: {text:?} is not `tcp/PORT` or `udp/PORT` with a port from 1 to 65535")
+    })
+}

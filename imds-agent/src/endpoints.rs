@@ -1,0 +1,138 @@
+//! What is guarded, as the agent knows it: validated, and turned into the maps' form.
+
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use imds_ebpf_common::{
+    Address, Endpoint as Entry, Service,
+    endpoint::{MAX_KEPT, NAME_LEN, TCP, UDP},
+};
+
+/// An endpoint: all at its address is denied but the services that are kept.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Endpoint {
+    /// Name, at most 15 bytes.
+    pub name: String,
+    /// Address; for an IPv4 address the plain form, however it was written.
+    pub address: IpAddr,
+    /// What pods may reach there, at most [`MAX_KEPT`].
+    pub keep: Vec<Keep>,
+}
+
+/// A service that is kept, shown as in the configuration: `udp/53`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Keep(pub Service);
+
+impl fmt::Display for Keep {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(Service { protocol, port, .. }) = *self;
+        match protocol {
+            TCP => write!(formatter, "tcp/{port}"),
+            UDP => write!(formatter, "udp/{port}"),
+            other => write!(formatter, "{other}/{port}"),
+        }
+    }
+}
+
+impl Endpoint {
+    fn entry(&self, id: u32) -> Entry {
+        let mut keep = [Service::NONE; MAX_KEPT];
+        for (to, from) in keep.iter_mut().zip(&self.keep) {
+            *to = from.0;
+        }
+        Entry { name: padded(&self.name), id, keep }
+    }
+
+    /// The endpoint that a map's entry stands for.
+    #[must_use]
+    pub fn from_entry(address: Address, entry: &Entry) -> Self {
+        let address = address.ipv4().map_or_else(
+            || Ipv6Addr::from(address.octets()).into(),
+            |address| Ipv4Addr::from(address).into(),
+        );
+        Self { name: unpadded(&entry.name), address, keep: entry.kept().map(Keep).collect() }
+    }
+}
+
+/// All that is guarded, and why.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Guarded {
+    configured: &'static str,
+    provider: &'static str,
+    endpoints: Vec<Endpoint>,
+}
+
+impl Guarded {
+    /// Takes endpoints whose addresses differ. `configured` is the provider as the configuration has it, `provider` the
+    /// one that it came to.
+    #[must_use]
+    pub(crate) fn new(configured: &'static str, provider: &'static str, endpoints: Vec<Endpoint>) -> Self {
+        Self { configured, provider, endpoints }
+    }
+
+    /// The provider as configured: `auto`, `none` or a name.
+    #[must_use]
+    pub fn configured(&self) -> &'static str {
+        self.configured
+    }
+
+    /// The provider whose preset is in force, or `none`.
+    #[must_use]
+    pub fn provider(&self) -> &'static str {
+        self.provider
+    }
+
+    /// The endpoints, in the order of the preset and then of the configuration.
+    #[must_use]
+    pub fn endpoints(&self) -> &[Endpoint] {
+        &self.endpoints
+    }
+
+    /// The IPv4 addresses among them.
+    #[must_use]
+    pub fn ipv4(&self) -> Vec<Ipv4Addr> {
+        ipv4(&self.endpoints)
+    }
+
+    pub(crate) fn addresses(&self) -> impl Iterator<Item = Address> {
+        self.endpoints.iter().map(|endpoint| address(endpoint.address))
+    }
+
+    pub(crate) fn entries(&self) -> impl Iterator<Item = (Address, Entry)> {
+        (1..).zip(&self.endpoints).map(|(id, endpoint)| (address(endpoint.address), endpoint.entry(id)))
+    }
+}
+
+/// The IPv4 addresses among those of `endpoints`.
+#[must_use]
+pub fn ipv4(endpoints: &[Endpoint]) -> Vec<Ipv4Addr> {
+    let only_ipv4 = |endpoint: &Endpoint| match endpoint.address {
+        IpAddr::V4(address) => Some(address),
+        IpAddr::V6(_) => None,
+    };
+    endpoints.iter().filter_map(only_ipv4).collect()
+}
+
+/// An address as the maps have it.
+pub(crate) fn address(address: IpAddr) -> Address {
+    match address {
+        IpAddr::V4(address) => Address::from_ipv4(address.octets()),
+        IpAddr::V6(address) => Address::from_ipv6(address.octets()),
+    }
+}
+
+/// A name as the maps have it: at most 15 bytes, then zeros.
+pub(crate) fn padded(name: &str) -> [u8; NAME_LEN] {
+    let mut padded = [0; NAME_LEN];
+    for (to, from) in padded.iter_mut().zip(name.bytes().take(NAME_LEN - 1)) {
+        *to = from;
+    }
+    padded
+}
+
+pub(crate) fn unpadded(name: &[u8]) -> String {
+    let end = name.iter().position(|&byte| byte == 0).unwrap_or(name.len());
+    String::from_utf8_lossy(&name[..end]).into_owned()
+}

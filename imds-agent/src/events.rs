@@ -1,0 +1,181 @@
+//! Events of the programs, for people and for programs.
+
+use std::{fmt, net::Ipv6Addr};
+
+use imds_ebpf_common::{Event, Hook, Verdict};
+use jiff::{SignedDuration, Timestamp};
+use serde::Serialize;
+
+/// An event as users see it. In its JSON form, one object a line, fields are only added.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+pub struct Record {
+    /// When, by the wall clock.
+    pub time: Timestamp,
+    /// Where it was judged.
+    pub hook: &'static str,
+    /// What became of it: `deny`, `audit` or `allow`.
+    pub verdict: &'static str,
+    /// Index of the interface at which a packet was judged.
+    pub ifindex: Option<u32>,
+    /// Its name, where it still exists.
+    pub interface: Option<String>,
+    /// Process id of a caller, in the initial pid namespace.
+    pub pid: Option<u32>,
+    /// Name of the caller's thread.
+    pub comm: Option<String>,
+    /// Id of the caller's cgroup v2.
+    pub cgroup: Option<u64>,
+    /// Cookie of the network namespace of the socket.
+    pub netns_cookie: Option<u64>,
+    /// Source address.
+    pub source: Option<String>,
+    /// Source port.
+    pub source_port: Option<u16>,
+    /// Destination address.
+    pub destination: String,
+    /// Destination port.
+    pub destination_port: Option<u16>,
+    /// Name or number of the IP protocol.
+    pub protocol: Option<String>,
+    /// Events of the same source that were left out since the one before.
+    pub suppressed: u64,
+}
+
+impl Record {
+    /// Makes an event readable. `booted` is the wall clock's time of boot, `interface` finds an interface's name.
+    #[must_use]
+    pub fn new(event: &Event, booted: Timestamp, interface: impl FnOnce(u32) -> Option<String>) -> Self {
+        let ifindex = (event.ifindex != 0).then_some(event.ifindex);
+        let since_boot = SignedDuration::from_nanos(event.time.try_into().unwrap_or(i64::MAX));
+        let comm: Vec<u8> = event.comm.iter().copied().take_while(|&byte| byte != 0).collect();
+        let source = Ipv6Addr::from(event.source);
+        Self {
+            time: booted.checked_add(since_boot).unwrap_or(Timestamp::MAX),
+            hook: Hook::ALL.into_iter().find(|&hook| hook as u8 == event.hook).map_or("unknown", Hook::name),
+            verdict: verdict(event.verdict),
+            ifindex,
+            interface: ifindex.and_then(interface),
+            pid: (event.pid != 0).then_some(event.pid),
+            comm: (!comm.is_empty()).then(|| String::from_utf8_lossy(&comm).into_owned()),
+            cgroup: (event.cgroup != 0).then_some(event.cgroup),
+            netns_cookie: (event.netns_cookie != 0).then_some(event.netns_cookie),
+            source: (!source.is_unspecified()).then(|| source.to_canonical().to_string()),
+            source_port: (event.source_port != 0).then_some(event.source_port),
+            destination: Ipv6Addr::from(event.destination).to_canonical().to_string(),
+            destination_port: (event.destination_port != 0).then_some(event.destination_port),
+            protocol: protocol(event.protocol),
+            suppressed: event.suppressed,
+        }
+    }
+}
+
+impl fmt::Display for Record {
+    /// One line: `2026-11-23T15:04:05.123Z deny pod_edge veth1 (4): 10.244.0.7:40312 -> 169.254.169.254:80 tcp`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.3} {:5} {:9} ", self.time, self.verdict, self.hook)?;
+        match (&self.interface, self.ifindex) {
+            (Some(name), Some(index)) => write!(f, "{name} ({index})")?,
+            (None, Some(index)) => write!(f, "interface {index}")?,
+            (_, None) => {
+                let comm = self.comm.as_deref().unwrap_or("?");
+                write!(f, "{comm} (pid {})", self.pid.unwrap_or_default())?;
+            }
+        }
+        if let Some(source) = &self.source {
+            write!(f, ": {}", endpoint(source, self.source_port))?;
+        }
+        write!(f, " -> {}", endpoint(&self.destination, self.destination_port))?;
+        if let Some(protocol) = &self.protocol {
+            write!(f, " {protocol}")?;
+        }
+        match self.suppressed {
+            0 => Ok(()),
+            suppressed => write!(f, ", and {suppressed} before it that were not told"),
+        }
+    }
+}
+
+fn endpoint(address: &str, port: Option<u16>) -> String {
+    match port {
+        Some(port) if address.contains(':') => format!("[{address}]:{port}"),
+        Some(port) => format!("{address}:{port}"),
+        None => address.to_owned(),
+    }
+}
+
+fn verdict(number: u8) -> &'static str {
+    let counted = Verdict::COUNTED.into_iter().find(|&verdict| verdict as u8 == number);
+    counted.map_or("unknown", Verdict::name)
+}
+
+/// Names of the protocols that are met (IANA); others by number.
+fn protocol(number: u8) -> Option<String> {
+    Some(match number {
+        1 => "icmp".to_owned(),
+        6 => "tcp".to_owned(),
+        17 => "udp".to_owned(),
+        58 => "icmpv6".to_owned(),
+        132 => "sctp".to_owned(),
+        // Reserved: what the programs say where they can't find it.
+        255 => return None,
+        other => format!("protocol {other}"),
+    })
+}
+
+/// The wall clock's time of boot, as it is now: a clock that is set later moves it.
+#[must_use]
+pub fn boot_time() -> Timestamp {
+    let now = Timestamp::now();
+    let since_boot = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
+        .map(|time| SignedDuration::new(time.tv_sec(), time.tv_nsec().try_into().unwrap_or_default()));
+    since_boot.map_or(now, |since_boot| now.checked_sub(since_boot).unwrap_or(now))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_packet_as_a_line_and_as_json() {
+        let event = Event {
+            time: 1_500_000_000,
+            suppressed: 41,
+            source: std::net::Ipv4Addr::new(10, 244, 0, 7).to_ipv6_mapped().octets(),
+            destination: std::net::Ipv4Addr::new(169, 254, 169, 254).to_ipv6_mapped().octets(),
+            ifindex: 4,
+            source_port: 40_312,
+            destination_port: 80,
+            hook: Hook::PodEdge as u8,
+            verdict: Verdict::Deny as u8,
+            protocol: 6,
+            ..Event::default()
+        };
+        let record = Record::new(&event, Timestamp::UNIX_EPOCH, |index| Some(format!("veth{index}")));
+        assert_eq!(
+            record.to_string(),
+            "1970-01-01T00:00:01.500Z deny  pod_edge  veth4 (4): 10.244.0.7:40312 -> 169.254.169.254:80 tcp, and 41 \
+             before it that were not told"
+        );
+        let json = serde_json::to_value(&record).unwrap();
+        assert_eq!((&json["interface"], &json["pid"]), (&"veth4".into(), &serde_json::Value::Null));
+    }
+
+    #[test]
+    fn a_call_as_a_line() {
+        let mut event = Event {
+            destination: [0xfd, 0, 0xe, 0xc2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0x54],
+            destination_port: 80,
+            pid: 1234,
+            hook: Hook::Socket as u8,
+            verdict: Verdict::Audit as u8,
+            protocol: 17,
+            ..Event::default()
+        };
+        event.comm[..4].copy_from_slice(b"curl");
+        let record = Record::new(&event, Timestamp::UNIX_EPOCH, |_| None);
+        assert_eq!(
+            record.to_string(),
+            "1970-01-01T00:00:00.000Z audit socket    curl (pid 1234) -> [fd00:ec2::254]:80 udp"
+        );
+    }
+}
