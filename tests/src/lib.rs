@@ -33,5 +33,6 @@ pub use expect::with_each_backend;
 pub use netns::Netns;
 pub use packet_socket::PacketSocket;
 pub use pod::{Pod, PodLink};
+pub use services::DNS_PORT;
 pub use status::Status;
-pub use world::{METADATA, SERVICE, World};
+pub use world::{METADATA, METADATA_V6, SERVICE, SERVICE_V6, World};
