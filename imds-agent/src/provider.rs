@@ -68,11 +68,8 @@ pub static PROVIDERS: &[Provider] = &[
         name: "scaleway",
         endpoints: &[("imds", "169.254.42.42", NONE), ("imds-v6", "fd00:42::42", NONE)],
     },
-    // 169.254.10.10: (secondary source). It is AKS LocalDNS elsewhere: no reason to guard every cloud's addresses.
-    Provider {
-        name: "tencent",
-        endpoints: &[("imds", "169.254.0.23", NONE), ("imds-alt", "169.254.10.10", NONE)],
-    },
+    // Not 169.254.10.10, which one secondary source names: it is a DNS server's address elsewhere (AKS LocalDNS).
+    Provider { name: "tencent", endpoints: &[("imds", "169.254.0.23", NONE)] },
     Provider { name: "digitalocean", endpoints: &[("imds", IMDS, NONE)] },
     Provider { name: "vultr", endpoints: &[("imds", IMDS, NONE)] },
     Provider { name: "exoscale", endpoints: &[("imds", IMDS, NONE)] },

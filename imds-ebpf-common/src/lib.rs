@@ -18,4 +18,4 @@ pub use endpoint::{Endpoint, Filter, IMDS_IPV4, Service};
 pub use maps::{Backend, Counter, CounterKey, InterfaceRecord, Policy, ProviderRecord, Role};
 pub use packet::{Frame, Packet};
 pub use tables::{Listed, Tables};
-pub use verdict::{Edge, Hook, Mode, Verdict, judge, judge_address};
+pub use verdict::{Edge, Hook, Mode, Verdict, is_plainly_foreign, judge, judge_address, judge_thoroughly};

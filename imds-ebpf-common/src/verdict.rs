@@ -3,7 +3,7 @@
 use crate::{
     address::{Address, Destination},
     endpoint::{Endpoint, Service},
-    packet::{self, Frame, Header, Packet},
+    packet::{self, Frame, Packet},
     tables::Tables,
 };
 
@@ -122,30 +122,41 @@ impl Verdict {
     pub const COUNTED: [Self; 4] = [Self::Deny, Self::Audit, Self::Allow, Self::Kept];
 }
 
-/// Judges a packet that a pod sent.
-///
-/// The endpoints are asked only for an address that the filter may have, and the mode only for one of theirs.
+/// Judges a packet that a pod sent: [`is_plainly_foreign`], and [`judge_thoroughly`] where that does not say.
 #[inline(always)]
 pub fn judge<P, T>(packet: &P, frame: Frame, tables: &T) -> Verdict
 where
     P: Packet + ?Sized,
     T: Tables + ?Sized,
 {
-    match packet::candidate(packet, frame, tables) {
-        Some(header) => judge_candidate(packet, &header, tables),
-        None => Verdict::Foreign,
+    if is_plainly_foreign(packet, frame, tables) {
+        return Verdict::Foreign;
     }
+    judge_thoroughly(packet, frame, tables)
 }
 
-/// Apart, so that what it needs of registers and stack costs an ordinary packet nothing.
-#[inline(never)]
-fn judge_candidate<P, T>(packet: &P, header: &Header, tables: &T) -> Verdict
+/// Whether one look is enough to say that the packet is [`Verdict::Foreign`]. `false` says nothing.
+#[inline(always)]
+pub fn is_plainly_foreign<P, T>(packet: &P, frame: Frame, tables: &T) -> bool
 where
     P: Packet + ?Sized,
     T: Tables + ?Sized,
 {
+    packet::is_plainly_foreign(packet, frame, tables)
+}
+
+/// The verdict on a packet, whatever was seen of it before.
+///
+/// The endpoints are asked only for an address that the filter may have, and the mode only for one of theirs.
+#[inline(always)]
+pub fn judge_thoroughly<P, T>(packet: &P, frame: Frame, tables: &T) -> Verdict
+where
+    P: Packet + ?Sized,
+    T: Tables + ?Sized,
+{
+    let Some(header) = packet::candidate(packet, frame, tables) else { return Verdict::Foreign };
     let Some(endpoint) = tables.endpoint(&header.destination) else { return Verdict::Foreign };
-    let service = if endpoint.keeps_any() { packet::service(packet, header) } else { None };
+    let service = if endpoint.keeps_any() { packet::service(packet, &header) } else { None };
     decide(endpoint, service, tables)
 }
 

@@ -271,7 +271,7 @@ proptest! {
         // Where that fell on the header, it is another packet.
         prop_assume!(ports >= 20);
         let cut = 20 + cut.index(81);
-        let is_dns = version_ihl >= 0x45 && version_ihl <= 0x4f && fragment & 0x1fff == 0 && ports + 4 <= cut
+        let is_dns = (0x45..=0x4f).contains(&version_ihl) && fragment << 3 == 0 && ports + 4 <= cut
             && [UDP, TCP].contains(&transport.0) && transport.1 == 53;
         let expected = if is_dns { Verdict::Kept } else { Verdict::Deny };
         let frame = tagged([2; 12], &[], 0x0800, &packet[..cut]);

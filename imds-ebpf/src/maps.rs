@@ -46,10 +46,10 @@ impl Tables for Maps {
     #[inline(always)]
     fn may_guard(&self, slot: u16) -> bool {
         let (byte, bit) = Filter::position(slot);
-        let bits = (&raw const IMDS_FILTER).cast::<u8>();
+        let byte = (&raw const IMDS_FILTER).cast::<u8>().wrapping_add(byte);
         // SAFETY: a slot's byte is one of the filter's. Nothing in this object writes it, which is why the read is
         // volatile.
-        let byte = unsafe { bits.add(byte).read_volatile() };
+        let byte = unsafe { byte.read_volatile() };
         byte >> bit & 1 == 1
     }
 

@@ -1,7 +1,7 @@
 //! The node edge: what leaves the node here was forwarded for a pod, or is the node's own.
 
 use aya_ebpf::{Global, bindings::__sk_buff, helpers::generated::bpf_get_netns_cookie, programs::TcContext};
-use imds_ebpf_common::{Frame, Hook, Verdict};
+use imds_ebpf_common::{Frame, Hook, Verdict, is_plainly_foreign, judge_thoroughly};
 
 use crate::{maps, netns, packet::Skb};
 
@@ -10,26 +10,47 @@ use crate::{maps, netns, packet::Skb};
 #[unsafe(no_mangle)]
 static TC_HAS_COOKIE: Global<u8> = Global::new(0);
 
+/// In two functions, as at the pod edge.
 #[inline(always)]
 pub(crate) fn judge(ctx: &TcContext, frame: Frame) -> Verdict {
-    let skb = Skb::new(ctx);
-    // The destination comes first: it is what lets almost every packet go at once.
-    let verdict = imds_ebpf_common::judge(&skb, frame, &maps::Maps);
+    let skb = ctx.skb.skb;
+    if is_plainly_foreign(&Skb::new(skb), frame, &maps::Maps) {
+        return Verdict::Foreign;
+    }
+    match frame {
+        Frame::Ethernet => in_ethernet(skb),
+        Frame::Ip => without_link_layer(skb),
+    }
+}
+
+#[inline(never)]
+fn in_ethernet(skb: *mut __sk_buff) -> Verdict {
+    judge_and_count(skb, Frame::Ethernet)
+}
+
+#[inline(never)]
+fn without_link_layer(skb: *mut __sk_buff) -> Verdict {
+    judge_and_count(skb, Frame::Ip)
+}
+
+#[inline(always)]
+fn judge_and_count(skb: *mut __sk_buff, frame: Frame) -> Verdict {
+    let packet = Skb::new(skb);
+    let verdict = judge_thoroughly(&packet, frame, &maps::Maps);
     match verdict {
         Verdict::Foreign => return verdict,
         Verdict::Deny | Verdict::Audit | Verdict::Allow | Verdict::Kept => {}
     }
-    if is_of_node(ctx) {
+    if is_of_node(skb) {
         return Verdict::Foreign;
     }
-    maps::count(skb.ifindex(), Hook::NodeEdge, verdict, skb.len());
+    maps::count(packet.ifindex(), Hook::NodeEdge, verdict, packet.len());
     verdict
 }
 
 /// Whether the node itself sent the packet.
 #[inline(always)]
-fn is_of_node(ctx: &TcContext) -> bool {
-    let skb: *const __sk_buff = ctx.skb.skb;
+fn is_of_node(skb: *mut __sk_buff) -> bool {
     // SAFETY: the kernel hands every TC program a valid context; the verifier checks the access.
     let ingress_ifindex = unsafe { (*skb).ingress_ifindex };
     if ingress_ifindex != 0 {
@@ -47,5 +68,5 @@ fn is_of_node(ctx: &TcContext) -> bool {
         return true;
     }
     // SAFETY: the helper takes the context of a TC program.
-    netns::is_node(unsafe { bpf_get_netns_cookie(ctx.skb.skb.cast()) })
+    netns::is_node(unsafe { bpf_get_netns_cookie(skb.cast()) })
 }

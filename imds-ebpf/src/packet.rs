@@ -2,52 +2,65 @@
 
 use core::mem::MaybeUninit;
 
-use aya_ebpf::{bindings::__sk_buff, helpers::bpf_skb_load_bytes, programs::TcContext};
+use aya_ebpf::{bindings::__sk_buff, helpers::bpf_skb_load_bytes};
 use imds_ebpf_common::Packet;
 
 /// A socket buffer at a TC hook.
-pub(crate) struct Skb<'a> {
-    ctx: &'a TcContext,
+pub(crate) struct Skb {
+    /// The context that the kernel handed to the program: valid while it runs.
+    skb: *mut __sk_buff,
 }
 
-impl<'a> Skb<'a> {
+impl Skb {
+    /// Takes the context of the running program.
     #[inline(always)]
-    pub(crate) const fn new(ctx: &'a TcContext) -> Self {
-        Self { ctx }
+    pub(crate) const fn new(skb: *mut __sk_buff) -> Self {
+        Self { skb }
     }
 
     /// Length in bytes, link-layer header and non-linear part included.
     #[inline(always)]
     pub(crate) fn len(&self) -> u32 {
-        self.ctx.len()
+        // SAFETY: the kernel hands every TC program a valid context; the verifier checks the access.
+        unsafe { (*self.skb).len }
     }
 
     /// Index of the interface at whose hook the packet is.
     #[inline(always)]
     pub(crate) fn ifindex(&self) -> u32 {
-        let skb: *const __sk_buff = self.ctx.skb.skb;
-        // SAFETY: the kernel hands every TC program a valid context; the verifier checks the access.
-        unsafe { (*skb).ifindex }
+        // SAFETY: as above.
+        unsafe { (*self.skb).ifindex }
+    }
+
+    #[inline(always)]
+    fn data(&self) -> usize {
+        // SAFETY: as above.
+        unsafe { (*self.skb).data as usize }
+    }
+
+    #[inline(always)]
+    fn data_end(&self) -> usize {
+        // SAFETY: as above.
+        unsafe { (*self.skb).data_end as usize }
     }
 }
 
-impl Packet for Skb<'_> {
+impl Packet for Skb {
     #[inline(always)]
     fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
-        let start = self.ctx.data() + offset;
-        if start + N <= self.ctx.data_end() {
+        let start = self.data() + offset;
+        if start + N <= self.data_end() {
             // SAFETY: the range was just compared with data_end, as the verifier demands too; bytes need no alignment.
             return Some(unsafe { *(start as *const [u8; N]) });
         }
-        self.read_nonlinear(offset)
+        self.fetch(offset)
     }
 
     #[inline(always)]
-    fn read_words(&self, first: usize, second: usize) -> Option<(u16, u32)> {
-        let start = self.ctx.data();
-        if start + second + size_of::<u32>() > self.ctx.data_end() {
-            let (first, second) = (self.read_nonlinear(first)?, self.read_nonlinear(second)?);
-            return Some((u16::from_ne_bytes(first), u32::from_ne_bytes(second)));
+    fn peek_words(&self, first: usize, second: usize) -> Option<(u16, u32)> {
+        let start = self.data();
+        if start + second + size_of::<u32>() > self.data_end() {
+            return None;
         }
         // SAFETY: in range, as the second word is and the first comes before it. A BPF load has the alignment rules of
         // the machine below, and the verifier refuses the program where the packet's layout does not meet them.
@@ -58,12 +71,10 @@ impl Packet for Skb<'_> {
     }
 
     #[inline(always)]
-    fn read_pair(&self, offset: usize) -> Option<(u64, u64)> {
-        let start = self.ctx.data() + offset;
-        if start + 2 * size_of::<u64>() > self.ctx.data_end() {
-            let (first, second) =
-                (self.read_nonlinear(offset)?, self.read_nonlinear(offset + size_of::<u64>())?);
-            return Some((u64::from_ne_bytes(first), u64::from_ne_bytes(second)));
+    fn peek_pair(&self, offset: usize) -> Option<(u64, u64)> {
+        let start = self.data() + offset;
+        if start + 2 * size_of::<u64>() > self.data_end() {
+            return None;
         }
         // SAFETY: in range, as was just seen; of the alignment as above.
         let first = unsafe { *(start as *const u64) };
@@ -73,22 +84,32 @@ impl Packet for Skb<'_> {
     }
 
     #[inline(always)]
-    fn fetch<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
-        self.read_nonlinear(offset)
+    fn read_words(&self, first: usize, second: usize) -> Option<(u16, u32)> {
+        if let Some(words) = self.peek_words(first, second) {
+            return Some(words);
+        }
+        let (first, second) = (self.fetch(first)?, self.fetch(second)?);
+        Some((u16::from_ne_bytes(first), u32::from_ne_bytes(second)))
     }
-}
 
-impl Skb<'_> {
+    #[inline(always)]
+    fn read_pair(&self, offset: usize) -> Option<(u64, u64)> {
+        if let Some(pair) = self.peek_pair(offset) {
+            return Some(pair);
+        }
+        let (first, second) = (self.fetch(offset)?, self.fetch(offset + size_of::<u64>())?);
+        Some((u64::from_ne_bytes(first), u64::from_ne_bytes(second)))
+    }
+
     /// Reads through the helper, which changes nothing: a sender chooses how little of its packet is linear
     /// (`AF_PACKET` with a mapped ring leaves 14 bytes).
-    #[cold]
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "both are below the length of a few headers")]
-    fn read_nonlinear<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+    fn fetch<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
         let mut bytes = MaybeUninit::<[u8; N]>::uninit();
         // SAFETY: the buffer is N bytes and outlives the call; the helper checks the range against the packet.
         let failed = unsafe {
-            bpf_skb_load_bytes(self.ctx.skb.skb.cast(), offset as u32, bytes.as_mut_ptr().cast(), N as u32)
+            bpf_skb_load_bytes(self.skb.cast(), offset as u32, bytes.as_mut_ptr().cast(), N as u32)
         };
         if failed != 0 {
             return None;

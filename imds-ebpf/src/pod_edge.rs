@@ -1,14 +1,37 @@
 //! The pod edge: all that arrives here was sent by a pod.
 
-use aya_ebpf::programs::TcContext;
-use imds_ebpf_common::{Frame, Hook, Verdict};
+use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
+use imds_ebpf_common::{Frame, Hook, Verdict, is_plainly_foreign, judge_thoroughly};
 
 use crate::{maps, packet::Skb};
 
+/// The same as [`imds_ebpf_common::judge`], in two functions: what the second one needs of registers and stack would
+/// cost every packet some instructions.
 #[inline(always)]
 pub(crate) fn judge(ctx: &TcContext, frame: Frame) -> Verdict {
-    let skb = Skb::new(ctx);
-    let verdict = imds_ebpf_common::judge(&skb, frame, &maps::Maps);
+    let skb = ctx.skb.skb;
+    if is_plainly_foreign(&Skb::new(skb), frame, &maps::Maps) {
+        return Verdict::Foreign;
+    }
+    match frame {
+        Frame::Ethernet => in_ethernet(skb),
+        Frame::Ip => without_link_layer(skb),
+    }
+}
+
+#[inline(never)]
+fn in_ethernet(skb: *mut __sk_buff) -> Verdict {
+    judge_and_count(&Skb::new(skb), Frame::Ethernet)
+}
+
+#[inline(never)]
+fn without_link_layer(skb: *mut __sk_buff) -> Verdict {
+    judge_and_count(&Skb::new(skb), Frame::Ip)
+}
+
+#[inline(always)]
+fn judge_and_count(skb: &Skb, frame: Frame) -> Verdict {
+    let verdict = judge_thoroughly(skb, frame, &maps::Maps);
     match verdict {
         Verdict::Foreign => {}
         Verdict::Deny | Verdict::Audit | Verdict::Allow | Verdict::Kept => {

@@ -43,9 +43,13 @@ fn judge(ctx: &SockAddrContext, destination: Address) -> Verdict {
 
 /// What the call is for.
 #[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "what is cut off is said to be")]
 fn service(call: *const bpf_sock_addr) -> Service {
     // SAFETY: the kernel hands the program a valid context; the verifier checks the access.
-    let (protocol, port) = unsafe { ((*call).protocol, (*call).user_port) };
-    // In network byte order in the lower half of the word (bpf_sock_addr, include/uapi/linux/bpf.h).
+    let protocol = unsafe { (*call).protocol };
+    // SAFETY: as above.
+    let port = unsafe { (*call).user_port };
+    // Multipath TCP has no number of its own among packets: its sockets have TCP's and 256. The port is in network byte
+    // order in the first half of its word (bpf_sock_addr, include/uapi/linux/bpf.h).
     Service::new(protocol as u8, u16::from_be(port as u16))
 }

@@ -34,6 +34,6 @@ pub use expect::with_each_backend;
 pub use netns::Netns;
 pub use packet_socket::PacketSocket;
 pub use pod::{Pod, PodLink};
-pub use services::Services;
+pub use services::{DNS_PORT, Services};
 pub use status::Status;
-pub use world::{METADATA, SERVICE, World};
+pub use world::{METADATA, METADATA_V6, SERVICE, SERVICE_V6, World};

@@ -1,6 +1,6 @@
 //! Packets as pods can make them by hand.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use etherparse::{IpFragOffset, IpNumber, Ipv4Header, Ipv4Options, PacketBuilder};
 
@@ -10,11 +10,21 @@ const TTL: u8 = 64;
 /// Nobody answers there; an echo would make the pod send more packets of its own accord.
 const UDP_PORT: u16 = 9999;
 const ETHERTYPE_IPV4: [u8; 2] = [0x08, 0x00];
+const ETHERTYPE_IPV6: [u8; 2] = [0x86, 0xdd];
 
 /// A UDP datagram to a port where nobody listens.
 #[must_use]
 pub fn udp(source: Ipv4Addr, destination: Ipv4Addr, payload: &[u8]) -> Vec<u8> {
     let builder = PacketBuilder::ipv4(source.octets(), destination.octets(), TTL).udp(40_000, UDP_PORT);
+    let mut packet = Vec::with_capacity(builder.size(payload.len()));
+    builder.write(&mut packet, payload).expect("write to a Vec");
+    packet
+}
+
+/// A UDP datagram by IPv6.
+#[must_use]
+pub fn udp_v6(source: Ipv6Addr, destination: Ipv6Addr, payload: &[u8]) -> Vec<u8> {
+    let builder = PacketBuilder::ipv6(source.octets(), destination.octets(), TTL).udp(40_000, UDP_PORT);
     let mut packet = Vec::with_capacity(builder.size(payload.len()));
     builder.write(&mut packet, payload).expect("write to a Vec");
     packet
@@ -69,7 +79,8 @@ pub fn tagged_frame(pod: &Pod, destination: [u8; 6], tags: &[(u16, u16)], packet
         frame.extend_from_slice(&ether_type.to_be_bytes());
         frame.extend_from_slice(&tag.to_be_bytes());
     }
-    frame.extend_from_slice(&ETHERTYPE_IPV4);
+    let is_v6 = packet.first().is_some_and(|version| version >> 4 == 6);
+    frame.extend_from_slice(if is_v6 { &ETHERTYPE_IPV6 } else { &ETHERTYPE_IPV4 });
     frame.extend_from_slice(packet);
     frame
 }

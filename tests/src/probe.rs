@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, ErrorKind, Read as _, Write as _},
-    net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, TcpStream, UdpSocket},
     os::fd::AsRawFd as _,
     time::{Duration, Instant},
 };
@@ -59,13 +59,19 @@ impl From<io::Result<Vec<u8>>> for Outcome {
 }
 
 /// Whether the HTTP server at `address` answers, tried for [`LONG`].
-pub fn reachable(netns: &Netns, address: Ipv4Addr) -> bool {
+pub fn reachable(netns: &Netns, address: impl Into<IpAddr>) -> bool {
+    let address = address.into();
     try_poll(LONG, || http_get(netns, address, SHORT).is_answer().then_some(())).is_some()
 }
 
 /// Asks the HTTP server at `address` for a document.
-pub fn http_get(netns: &Netns, address: Ipv4Addr, timeout: Duration) -> Outcome {
-    let connected = netns.run(|| connect(address, timeout));
+pub fn http_get(netns: &Netns, address: impl Into<IpAddr>, timeout: Duration) -> Outcome {
+    http_get_at(netns, (address.into(), HTTP_PORT).into(), timeout)
+}
+
+/// The same at any port.
+pub fn http_get_at(netns: &Netns, address: SocketAddr, timeout: Duration) -> Outcome {
+    let connected = netns.run(|| TcpStream::connect_timeout(&address, timeout));
     connected.and_then(|mut stream| http_exchange(&mut stream, timeout)).into()
 }
 
@@ -84,10 +90,17 @@ pub fn http_exchange(stream: &mut TcpStream, timeout: Duration) -> io::Result<Ve
 }
 
 /// Sends a datagram to the echo server at `address`.
-pub fn udp_echo(netns: &Netns, address: Ipv4Addr, timeout: Duration) -> Outcome {
+pub fn udp_echo(netns: &Netns, address: impl Into<IpAddr>, timeout: Duration) -> Outcome {
+    udp_echo_at(netns, (address.into(), ECHO_PORT).into(), timeout)
+}
+
+/// The same at any port.
+pub fn udp_echo_at(netns: &Netns, address: SocketAddr, timeout: Duration) -> Outcome {
+    let any: IpAddr =
+        if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let exchange = || {
-        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
-        socket.connect((address, ECHO_PORT))?;
+        let socket = UdpSocket::bind((any, 0))?;
+        socket.connect(address)?;
         socket.set_read_timeout(Some(timeout))?;
         socket.send(b"echo")?;
         let mut buffer = [0; 16];

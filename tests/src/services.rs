@@ -1,8 +1,8 @@
-//! The servers in the fabric: HTTP and UDP echo, at the metadata address and at an ordinary one.
+//! The servers in the fabric: HTTP and UDP echo, at the metadata addresses and at ordinary ones.
 
 use std::{
     io::{self, ErrorKind, PipeReader, PipeWriter, Read as _, Write as _},
-    net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsFd,
     thread::{self, JoinHandle},
 };
@@ -13,6 +13,8 @@ use crate::Netns;
 
 pub(crate) const HTTP_PORT: u16 = 80;
 pub(crate) const ECHO_PORT: u16 = 7;
+/// A resolver's port, where the same two serve: what matters is who reaches it.
+pub const DNS_PORT: u16 = 53;
 
 /// What the metadata service tells, in the form of Azure's.
 const DOCUMENT: &str = r#"{"compute":{"azEnvironment":"AzurePublicCloud","location":"westeurope","name":"node-0","osType":"Linux","vmId":"02aab8a4-74ef-476e-8182-f6d2ba4166a6"}}"#;
@@ -27,7 +29,7 @@ pub struct Services {
 
 impl Services {
     /// Serves at each of `addresses`, which `fabric` has.
-    pub fn start(fabric: &Netns, addresses: &[Ipv4Addr]) -> Self {
+    pub fn start(fabric: &Netns, addresses: &[IpAddr]) -> Self {
         let mut server = fabric.run(|| Server::bind(addresses)).expect("bind the fabric's servers");
         let (stopped, stop) = io::pipe().expect("a pipe");
         let thread = thread::spawn(move || while server.turn(&stopped) {});
@@ -56,15 +58,19 @@ struct Connection {
 }
 
 impl Server {
-    fn bind(addresses: &[Ipv4Addr]) -> io::Result<Self> {
+    fn bind(addresses: &[IpAddr]) -> io::Result<Self> {
         let mut server = Self { listeners: Vec::new(), echoes: Vec::new(), connections: Vec::new() };
         for address in addresses {
-            let listener = TcpListener::bind((*address, HTTP_PORT))?;
-            listener.set_nonblocking(true)?;
-            server.listeners.push(listener);
-            let echo = UdpSocket::bind((*address, ECHO_PORT))?;
-            echo.set_nonblocking(true)?;
-            server.echoes.push(echo);
+            for port in [HTTP_PORT, DNS_PORT] {
+                let listener = TcpListener::bind((*address, port))?;
+                listener.set_nonblocking(true)?;
+                server.listeners.push(listener);
+            }
+            for port in [ECHO_PORT, DNS_PORT] {
+                let echo = UdpSocket::bind((*address, port))?;
+                echo.set_nonblocking(true)?;
+                server.echoes.push(echo);
+            }
         }
         Ok(server)
     }

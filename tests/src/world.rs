@@ -1,7 +1,7 @@
 //! The topology: a node, its uplink, and the metadata service behind it.
 
 use std::{
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -12,7 +12,7 @@ use std::{
 use tempfile::TempDir;
 
 use crate::{
-    Arrivals, Netns, Pod, PodLink,
+    Arrivals, Netns, PacketSocket, Pod, PodLink,
     arrivals::Counter,
     cgroup::Cgroup,
     pins::PinDir,
@@ -24,6 +24,16 @@ use crate::{
 pub const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 /// Some other service, equally far away (TEST-NET-2, RFC 5737).
 pub const SERVICE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 10);
+
+/// The metadata service's address by IPv6 (AWS's).
+pub const METADATA_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
+/// Some other service by IPv6 (documentation prefix, RFC 3849).
+pub const SERVICE_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x10);
+
+const NODE_ADDRESS_V6: Ipv6Addr = Ipv6Addr::new(0xfd10, 0, 0, 0, 0, 0, 0, 4);
+const FABRIC_ADDRESS_V6: Ipv6Addr = Ipv6Addr::new(0xfd10, 0, 0, 0, 0, 0, 0, 1);
+const PODS_V6: &str = "fd10:244::/32";
+const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0xaa);
 
 const NODE_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 4);
 const FABRIC_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
@@ -53,6 +63,7 @@ pub struct World {
     arrivals: Counter,
     pods: AtomicU8,
     _services: Services,
+    services_v6: Option<Services>,
 }
 
 impl World {
@@ -96,7 +107,7 @@ impl World {
         ));
         node.ip(&format!("route add default via {FABRIC_ADDRESS}"));
         let arrivals = Counter::start(&fabric, FABRIC_IFNAME);
-        let services = Services::start(&fabric, &[METADATA, SERVICE]);
+        let services = Services::start(&fabric, &[METADATA.into(), SERVICE.into()]);
         Self {
             node: Arc::new(node),
             fabric,
@@ -107,7 +118,51 @@ impl World {
             arrivals,
             pods: AtomicU8::new(0),
             _services: services,
+            services_v6: None,
         }
+    }
+
+    /// The same node with IPv6: the services are at [`METADATA_V6`] and [`SERVICE_V6`], too.
+    #[must_use]
+    pub fn with_ipv6(mut self) -> Self {
+        for netns in [&*self.node, &self.fabric] {
+            enable_ipv6(netns);
+        }
+        self.node.sysctl("ipv6/conf/all/forwarding", "1");
+        self.fabric.ip(&format!(
+            "addr add {METADATA_V6}/128 dev lo nodad
+             addr add {SERVICE_V6}/128 dev lo nodad
+             addr add {FABRIC_ADDRESS_V6}/64 dev {FABRIC_IFNAME} nodad
+             route add {PODS_V6} via {NODE_ADDRESS_V6}"
+        ));
+        self.node.ip(&format!(
+            "addr add {NODE_ADDRESS_V6}/64 dev {uplink} nodad
+             route add default via {FABRIC_ADDRESS_V6}",
+            uplink = Self::UPLINK,
+        ));
+        self.services_v6 = Some(Services::start(&self.fabric, &[METADATA_V6.into(), SERVICE_V6.into()]));
+        self
+    }
+
+    /// Gives a pod with a routed link an IPv6 address and the way out of the node.
+    pub fn add_pod_ipv6(&self, pod: &Pod) -> Ipv6Addr {
+        let number = u16::from(pod.address.octets()[3]);
+        let address = Ipv6Addr::new(0xfd10, 0x244, 0, 0, 0, 0, 0, number);
+        let (veth, eth0) = (&pod.host_ifname, Pod::IFNAME);
+        enable_ipv6(&pod.netns);
+        self.node
+            .ip(&format!("addr add {GATEWAY_V6}/64 dev {veth} nodad\nroute add {address}/128 dev {veth}"));
+        pod.netns.ip(&format!(
+            "addr add {address}/128 dev {eth0} nodad
+             route add default via {GATEWAY_V6} dev {eth0}"
+        ));
+        address
+    }
+
+    /// The network beyond the uplink, as frames.
+    #[must_use]
+    pub fn fabric_frames(&self) -> PacketSocket {
+        PacketSocket::frames(&self.fabric, FABRIC_IFNAME)
     }
 
     /// The same node, on which every command of imds-agent is this binary.
@@ -157,6 +212,13 @@ impl World {
     pub fn scratch_dir(&self) -> &Path {
         self.scratch.path()
     }
+}
+
+/// Turns IPv6 on without waiting for duplicates of addresses.
+fn enable_ipv6(netns: &Netns) {
+    netns.sysctl("ipv6/conf/all/accept_dad", "0");
+    netns.sysctl("ipv6/conf/default/accept_dad", "0");
+    netns.sysctl("ipv6/conf/all/disable_ipv6", "0");
 }
 
 impl Drop for World {

@@ -149,7 +149,7 @@ fn a_metadata_service_on_the_node_itself() {
     let world = World::new();
     let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
     world.node.ip(&format!("addr add {METADATA}/32 dev lo"));
-    let _services = Services::start(&world.node, &[METADATA]);
+    let _services = Services::start(&world.node, &[METADATA.into()]);
     for pod in &pods {
         assert_held(&world, &["pod_edge", "socket"], "a service on the node", &|| {
             http_get(&pod.netns, METADATA, SHORT).is_answer()

@@ -1,0 +1,222 @@
+//! Which endpoints are guarded, and what is kept open at them.
+
+use std::{
+    fs,
+    net::{Ipv6Addr, SocketAddr},
+    path::PathBuf,
+};
+
+use imds_tests::{
+    DNS_PORT, METADATA, METADATA_V6, PacketSocket, Pod, PodLink, SERVICE_V6, World, packets,
+    probe::{LONG, SHORT, http_get, http_get_at, reachable, udp_echo, udp_echo_at},
+    with_each_backend,
+};
+
+const AWS: &str = "provider = 'aws'";
+
+fn assert_v6_blocked(pod: &Pod) {
+    assert!(!http_get(&pod.netns, METADATA_V6, SHORT).is_answer(), "TCP");
+    assert!(!udp_echo(&pod.netns, METADATA_V6, SHORT).is_answer(), "UDP");
+}
+
+fn assert_v6_open(pod: &Pod) {
+    assert!(reachable(&pod.netns, METADATA_V6), "TCP");
+    assert!(udp_echo(&pod.netns, METADATA_V6, LONG).is_answer(), "UDP");
+}
+
+#[test]
+fn an_ipv6_endpoint_is_guarded_and_other_ipv6_is_not() {
+    with_each_backend(|backend| {
+        let world = World::new().with_ipv6();
+        let pod = world.add_pod(PodLink::Routed);
+        world.add_pod_ipv6(&pod);
+        assert_v6_open(&pod);
+
+        let agent = world.agent().backend(backend).config(AWS).spawn_ready();
+        // Neighbours have to be found anew, from either side.
+        for netns in [&*world.node, &pod.netns, &world.fabric] {
+            netns.ip("neigh flush all");
+        }
+        assert_v6_blocked(&pod);
+        world.assert_blocked(&pod);
+        assert!(world.status().interface(&pod.host_ifname).counts.denied.packets > 0);
+        assert!(reachable(&pod.netns, SERVICE_V6) && udp_echo(&pod.netns, SERVICE_V6, LONG).is_answer());
+        assert!(reachable(&world.node, METADATA_V6) && reachable(&world.node, SERVICE_V6));
+        world.assert_harmless(&pod);
+
+        agent.kill9();
+        assert_v6_blocked(&pod);
+        world.unload();
+        assert_v6_open(&pod);
+        world.assert_open(&pod);
+    });
+}
+
+#[test]
+fn kept_ports_are_reachable_and_the_others_are_not() {
+    let world = World::new().with_ipv6();
+    let pod = world.add_pod(PodLink::Routed);
+    world.add_pod_ipv6(&pod);
+    let addresses = [METADATA.into(), METADATA_V6.into()];
+    let dns = addresses.map(|address| SocketAddr::new(address, DNS_PORT));
+    let is_dns_open = |dns| {
+        http_get_at(&pod.netns, dns, LONG).is_answer() && udp_echo_at(&pod.netns, dns, LONG).is_answer()
+    };
+    assert!(dns.into_iter().all(is_dns_open));
+    world.assert_open(&pod);
+    assert_v6_open(&pod);
+
+    let config = "provider = 'none'
+        [[endpoint]]
+        name = 'four'
+        address = '169.254.169.254'
+        keep = ['udp/53', 'tcp/53']
+        [[endpoint]]
+        name = 'six'
+        address = 'fd00:ec2::254'
+        keep = ['udp/53', 'tcp/53']";
+    let agent = world.agent().config(config).spawn_ready();
+    assert!(dns.into_iter().all(is_dns_open));
+    assert_v6_blocked(&pod);
+    world.assert_blocked(&pod);
+    let status = world.status();
+    let counts = status.interface(&pod.host_ifname).counts;
+    assert!(counts.allowed.packets > 0 && counts.denied.packets > 0, "{counts:?}");
+    let shown: Vec<_> = status.endpoints.iter().map(|e| (&*e.name, &*e.address, e.keep.join(" "))).collect();
+    let kept = || "udp/53 tcp/53".to_owned();
+    assert_eq!(shown, [("four", "169.254.169.254", kept()), ("six", "fd00:ec2::254", kept())]);
+    assert_eq!(status.provider.unwrap().in_force, "none");
+
+    drop(agent);
+    world.unload();
+    world.assert_open(&pod);
+    assert_v6_open(&pod);
+}
+
+#[test]
+fn addresses_that_embed_the_endpoint_do_not_leave_the_pod() {
+    with_each_backend(|backend| {
+        let world = World::new().with_ipv6();
+        let pod = world.add_pod(PodLink::Routed);
+        let address = world.add_pod_ipv6(&pod);
+        let forms: [Ipv6Addr; 3] = ["64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1", "2002:a9fe:a9fe:7::9"]
+            .map(|form| form.parse().unwrap());
+        let others: [Ipv6Addr; 2] =
+            ["64:ff9b::a9fe:a9fd", "2002:a9fe:a9fd::1"].map(|form| form.parse().unwrap());
+        let fabric = world.fabric_frames();
+        let socket = PacketSocket::frames(&pod.netns, Pod::IFNAME);
+        // The pod's neighbour entries must not matter: frames go to the gateway's address as they are.
+        let arrives = |destination: Ipv6Addr, marker: &str, patience| {
+            let packet = packets::udp_v6(address, destination, marker.as_bytes());
+            socket.send(&packets::frame(&pod, &packet)).unwrap();
+            fabric.sees(marker.as_bytes(), patience)
+        };
+        for form in forms.into_iter().chain(others) {
+            assert!(arrives(form, &format!("before {form}"), LONG), "{form} without the agent");
+        }
+        let agent = world.start_agent(backend);
+        for form in forms {
+            assert!(!arrives(form, &format!("with {form}"), SHORT), "{form}");
+        }
+        for other in others {
+            assert!(arrives(other, &format!("with {other}"), LONG), "{other}");
+        }
+        assert_eq!(world.status().denied(), 3);
+        drop(agent);
+        world.unload();
+        for form in forms {
+            assert!(arrives(form, &format!("after {form}"), LONG), "{form} after unload");
+        }
+    });
+}
+
+#[test]
+fn a_node_without_ipv6_is_guarded_all_the_same() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    for netns in [&*world.node, &pod.netns, &world.fabric] {
+        netns.sysctl("ipv6/conf/all/disable_ipv6", "1");
+        netns.sysctl("ipv6/conf/default/disable_ipv6", "1");
+    }
+    world.assert_open(&pod);
+    let agent = world.agent().config(AWS).spawn_ready();
+    world.assert_blocked(&pod);
+    world.assert_harmless(&pod);
+    drop(agent);
+    world.unload();
+    world.assert_open(&pod);
+}
+
+/// A directory of DMI files in which the vendor is this.
+fn dmi(world: &World, sys_vendor: &str) -> PathBuf {
+    let dir = world.scratch_dir().join("dmi");
+    fs::create_dir_all(&dir).unwrap();
+    fs::write(dir.join("sys_vendor"), format!("{sys_vendor}\n")).unwrap();
+    dir
+}
+
+#[test]
+fn the_provider_is_told_by_the_firmware_and_changes_with_it() {
+    let world = World::new().with_ipv6();
+    let pod = world.add_pod(PodLink::Routed);
+    world.add_pod_ipv6(&pod);
+    assert_v6_open(&pod);
+    world.assert_open(&pod);
+    let start = |vendor| {
+        let dir = dmi(&world, vendor);
+        let agent = world.agent().args(&["--dmi-dir", dir.to_str().unwrap()]).spawn_ready();
+        let provider = world.status().provider.unwrap();
+        assert_eq!(provider.configured, "auto");
+        (agent, provider.in_force)
+    };
+    let (agent, provider) = start("Amazon EC2");
+    assert_eq!(provider, "aws");
+    assert_v6_blocked(&pod);
+    world.assert_blocked(&pod);
+    agent.kill9();
+
+    // What is guarded by both stays so; what only the first guarded is open again.
+    let (agent, provider) = start("Nobody");
+    assert_eq!(provider, "generic");
+    assert_v6_open(&pod);
+    world.assert_blocked(&pod);
+    agent.kill9();
+    world.unload();
+    world.assert_open(&pod);
+}
+
+#[test]
+fn as_many_endpoints_as_there_can_be_come_and_go() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    world.assert_open(&pod);
+    let config = |octet: u8| {
+        let one = |n| format!("[[endpoint]]\nname = 'n{n}'\naddress = '10.{octet}.0.{n}'\n");
+        let own: Vec<_> = (0..255).map(one).collect();
+        format!("provider = 'generic'\n{}", own.concat())
+    };
+    for octet in [77, 78, 79] {
+        let agent = world.agent().config(&config(octet)).spawn_ready();
+        let status = world.status();
+        assert_eq!(status.endpoints.len(), 256);
+        assert!(
+            status.endpoints[1..]
+                .iter()
+                .all(|endpoint| endpoint.address.starts_with(&format!("10.{octet}.")))
+        );
+        world.assert_blocked(&pod);
+        world.assert_harmless(&pod);
+        agent.kill9();
+    }
+    world.unload();
+    world.assert_open(&pod);
+}
+
+#[test]
+fn guarding_nothing_is_an_error_that_names_the_line() {
+    let world = World::new();
+    let output = world.agent().config("mode = 'enforce'\nprovider = 'none'").output();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    assert!(stderr.contains(".toml:2:12: provider"), "{stderr}");
+}
