@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod datapath;
 pub mod endpoints;
+pub mod events;
 pub mod guard;
 pub mod node;
 pub mod preflight;

@@ -7,6 +7,8 @@
 
 pub mod address;
 pub mod endpoint;
+pub mod event;
+pub mod flow;
 pub mod maps;
 pub mod names;
 pub mod packet;
@@ -15,7 +17,11 @@ pub mod verdict;
 
 pub use address::Address;
 pub use endpoint::{Endpoint, Filter, IMDS_IPV4, Service};
+pub use event::Event;
+pub use flow::Flow;
 pub use maps::{Backend, Counter, CounterKey, InterfaceRecord, Policy, ProviderRecord, Role};
-pub use packet::{Frame, Packet};
+pub use packet::{Frame, Header, Packet, Place, flow};
 pub use tables::{Listed, Tables};
-pub use verdict::{Edge, Hook, Mode, Verdict, is_plainly_foreign, judge, judge_address, judge_thoroughly};
+pub use verdict::{
+    Edge, Hook, Mode, Verdict, examine, is_plainly_foreign, judge, judge_address, judge_thoroughly,
+};

@@ -36,6 +36,11 @@ pub const MAP_ENDPOINTS: &str = "imds_endpoints";
 /// Array of one [`ProviderRecord`](crate::ProviderRecord).
 pub const MAP_PROVIDER: &str = "imds_provider";
 
+/// Ring buffer of [`Event`](crate::Event)s.
+pub const MAP_EVENTS: &str = "imds_events";
+/// Per-CPU LRU hash of [`Source`](crate::event::Source) to [`Window`](crate::event::Window).
+pub const MAP_SOURCES: &str = "imds_sources";
+
 /// The filter's symbol in the object: a variable rather than a map, so that the programs read it without a lookup.
 pub const SYMBOL_FILTER: &str = "IMDS_FILTER";
 /// The section of that variable, alone in it, and the name of the map that loaders make of a section.
@@ -50,8 +55,16 @@ pub const SOCKET_PROGRAMS: [&str; 4] = [PROG_CONNECT4, PROG_CONNECT6, PROG_SENDM
 /// Pins of their links, in the same order.
 pub const SOCKET_LINKS: [&str; 4] = ["connect4", "connect6", "sendmsg4", "sendmsg6"];
 /// All maps of the object but those of constants.
-pub const MAPS: [&str; 6] =
-    [MAP_POLICY, MAP_COUNTERS, MAP_INTERFACES, MAP_FILTER, MAP_ENDPOINTS, MAP_PROVIDER];
+pub const MAPS: [&str; 8] = [
+    MAP_POLICY,
+    MAP_COUNTERS,
+    MAP_INTERFACES,
+    MAP_FILTER,
+    MAP_ENDPOINTS,
+    MAP_PROVIDER,
+    MAP_EVENTS,
+    MAP_SOURCES,
+];
 
 /// What a map is called in the object.
 #[must_use]

@@ -10,6 +10,7 @@ use network_types::{
 use crate::{
     address::{Address, Destination},
     endpoint::{Service, TCP, UDP},
+    flow::Flow,
     tables::Tables,
 };
 
@@ -76,6 +77,13 @@ pub trait Packet {
         Some((u64::from_ne_bytes(self.read(offset)?), u64::from_ne_bytes(self.read(offset + 8)?)))
     }
 
+    /// The same offset, but one of which a verifier does not know how it came about: it then follows what comes next once,
+    /// and not once for each place where a header can be.
+    #[inline(always)]
+    fn forget_origin(&self, offset: usize) -> usize {
+        offset
+    }
+
     /// The same as [`Packet::read`] at an offset that is not known when the program is compiled, where speed is of no
     /// importance.
     #[inline(always)]
@@ -100,9 +108,37 @@ pub enum Frame {
     Ip,
 }
 
+/// Where an IP header is, in one number: half of what a function of a BPF program can be told in a register.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Place(u32);
+
+impl Place {
+    const IS_V6: u32 = 1 << 31;
+}
+
+impl Header {
+    /// Where it is.
+    #[inline(always)]
+    #[must_use]
+    #[expect(clippy::cast_possible_truncation, reason = "behind a few tags at most")]
+    pub fn place(&self) -> Place {
+        let version = match self.version {
+            Version::V4 => 0,
+            Version::V6 => Place::IS_V6,
+        };
+        Place(self.offset as u32 | version)
+    }
+
+    /// The same header, at an offset with [no history](Packet::forget_origin).
+    #[inline(always)]
+    pub(crate) fn without_origin<P: Packet + ?Sized>(self, packet: &P) -> Self {
+        Self { offset: packet.forget_origin(self.offset), ..self }
+    }
+}
+
 /// An IP header that was found.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) struct Header {
+pub struct Header {
     /// Where it starts, in bytes from the start of the packet.
     offset: usize,
     version: Version,
@@ -224,6 +260,38 @@ where
         return None;
     }
     Some(Header { offset, version: Version::V6, destination: destination.address() })
+}
+
+/// Who sends a packet with an IP header at this place to whom; `None` where it is cut off.
+///
+/// Extension headers are not walked: of what is behind them an event is told without ports.
+#[inline(always)]
+pub fn flow<P: Packet + ?Sized>(packet: &P, Place(place): Place) -> Option<Flow> {
+    let offset = (place & !Place::IS_V6) as usize;
+    let mut flow = Flow::to([0; 16]);
+    let payload = if place & Place::IS_V6 == 0 {
+        let ip = packet.fetch::<20>(offset)?;
+        let [version_ihl, _, _, _, _, _, fragment_0, fragment_1, _, protocol, _, _, addresses @ ..] = ip;
+        let [s0, s1, s2, s3, d0, d1, d2, d3] = addresses;
+        flow.source = Address::from_ipv4([s0, s1, s2, s3]).octets();
+        flow.destination = Address::from_ipv4([d0, d1, d2, d3]).octets();
+        flow.protocol = protocol;
+        let fragment = u16::from_be_bytes([fragment_0, fragment_1]) & 0x1fff;
+        (has_ports(protocol) && fragment == 0).then_some(offset + usize::from(version_ihl & 0x0f) * 4)
+    } else {
+        let [flow_next] = packet.fetch(offset + offset_of!(Ipv6Hdr, next_hdr))?;
+        flow.source = packet.fetch(offset + offset_of!(Ipv6Hdr, src_addr))?;
+        flow.destination = packet.fetch(offset + DESTINATION_OFFSET_V6)?;
+        flow.protocol = flow_next;
+        has_ports(flow_next).then_some(offset + Ipv6Hdr::LEN)
+    };
+    if let Some([source_0, source_1, destination_0, destination_1]) =
+        payload.and_then(|offset| packet.fetch(offset))
+    {
+        flow.source_port = u16::from_be_bytes([source_0, source_1]);
+        flow.destination_port = u16::from_be_bytes([destination_0, destination_1]);
+    }
+    Some(flow)
 }
 
 /// What a packet with this header is for, or `None` where that can't be found: for another protocol than TCP and UDP,

@@ -3,7 +3,7 @@
 use crate::{
     address::{Address, Destination},
     endpoint::{Endpoint, Service},
-    packet::{self, Frame, Packet},
+    packet::{self, Frame, Header, Packet},
     tables::Tables,
 };
 
@@ -118,6 +118,18 @@ pub enum Verdict {
 }
 
 impl Verdict {
+    /// The name, as events have it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Foreign => "foreign",
+            Self::Deny => "deny",
+            Self::Audit => "audit",
+            Self::Allow => "allow",
+            Self::Kept => "kept",
+        }
+    }
+
     /// The verdicts that are counted.
     pub const COUNTED: [Self; 4] = [Self::Deny, Self::Audit, Self::Allow, Self::Kept];
 }
@@ -154,10 +166,23 @@ where
     P: Packet + ?Sized,
     T: Tables + ?Sized,
 {
-    let Some(header) = packet::candidate(packet, frame, tables) else { return Verdict::Foreign };
-    let Some(endpoint) = tables.endpoint(&header.destination) else { return Verdict::Foreign };
+    match examine(packet, frame, tables) {
+        Some((verdict, _)) => verdict,
+        None => Verdict::Foreign,
+    }
+}
+
+/// The same with the header by which it was judged, or `None` for [`Verdict::Foreign`].
+#[inline(always)]
+pub fn examine<P, T>(packet: &P, frame: Frame, tables: &T) -> Option<(Verdict, Header)>
+where
+    P: Packet + ?Sized,
+    T: Tables + ?Sized,
+{
+    let header = packet::candidate(packet, frame, tables)?.without_origin(packet);
+    let endpoint = tables.endpoint(&header.destination)?;
     let service = if endpoint.keeps_any() { packet::service(packet, &header) } else { None };
-    decide(endpoint, service, tables)
+    Some((decide(endpoint, service, tables), header))
 }
 
 /// Judges an attempt to reach `address` by a socket. `service` is what it is for, or `None` where that can't be said.

@@ -1,7 +1,7 @@
 //! The maps, private, beside their typed accessors.
 
 use aya_ebpf::{
-    bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST},
+    bindings::{BPF_ANY, BPF_F_NO_PREALLOC},
     btf_maps::{Array, HashMap, PerCpuHashMap},
     macros::btf_map,
 };
@@ -80,12 +80,10 @@ pub(crate) fn count(ifindex: u32, hook: Hook, verdict: Verdict, bytes: u32) {
     if add(&key, bytes) {
         return;
     }
-    // User space makes the entry when it attaches the interface; this is for a packet that comes before.
+    // User space makes the entry when it attaches the interface; this is for a packet that comes before. Where another
+    // CPU made one meanwhile, only this CPU's part of it is written (bpf_percpu_hash_update).
     let first = Counter { packets: 1, bytes };
-    if COUNTS.insert(key, first, u64::from(BPF_NOEXIST)).is_err() {
-        // Another CPU was quicker, or the map is full.
-        add(&key, bytes);
-    }
+    let _full = COUNTS.insert(key, first, u64::from(BPF_ANY));
 }
 
 /// Adds to this CPU's counter, if there is one.

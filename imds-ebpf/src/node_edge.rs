@@ -1,9 +1,9 @@
 //! The node edge: what leaves the node here was forwarded for a pod, or is the node's own.
 
 use aya_ebpf::{Global, bindings::__sk_buff, helpers::generated::bpf_get_netns_cookie, programs::TcContext};
-use imds_ebpf_common::{Frame, Hook, Verdict, is_plainly_foreign, judge_thoroughly};
+use imds_ebpf_common::{Frame, Hook, Verdict, examine, is_plainly_foreign};
 
-use crate::{maps, netns, packet::Skb};
+use crate::{events, maps, netns, packet::Skb};
 
 /// 1 where the kernel lets TC programs ask for a socket's network namespace (Linux 6.13); set by the loader. It is a
 /// constant to the verifier, which does not look at the call where it is 0.
@@ -36,15 +36,14 @@ fn without_link_layer(skb: *mut __sk_buff) -> Verdict {
 #[inline(always)]
 fn judge_and_count(skb: *mut __sk_buff, frame: Frame) -> Verdict {
     let packet = Skb::new(skb);
-    let verdict = judge_thoroughly(&packet, frame, &maps::Maps);
-    match verdict {
-        Verdict::Foreign => return verdict,
-        Verdict::Deny | Verdict::Audit | Verdict::Allow | Verdict::Kept => {}
-    }
+    let Some((verdict, header)) = examine(&packet, frame, &maps::Maps) else { return Verdict::Foreign };
     if is_of_node(skb) {
         return Verdict::Foreign;
     }
     maps::count(packet.ifindex(), Hook::NodeEdge, verdict, packet.len());
+    // SAFETY: the kernel hands every TC program a valid context; the verifier checks the access.
+    let origin = unsafe { (*skb).ingress_ifindex };
+    events::packet(skb, header.place(), Hook::NodeEdge, verdict, origin);
     verdict
 }
 

@@ -1,9 +1,9 @@
 //! The pod edge: all that arrives here was sent by a pod.
 
 use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
-use imds_ebpf_common::{Frame, Hook, Verdict, is_plainly_foreign, judge_thoroughly};
+use imds_ebpf_common::{Frame, Hook, Verdict, examine, is_plainly_foreign};
 
-use crate::{maps, packet::Skb};
+use crate::{events, maps, packet::Skb};
 
 /// The same as [`imds_ebpf_common::judge`], in two functions: what the second one needs of registers and stack would
 /// cost every packet some instructions.
@@ -21,22 +21,20 @@ pub(crate) fn judge(ctx: &TcContext, frame: Frame) -> Verdict {
 
 #[inline(never)]
 fn in_ethernet(skb: *mut __sk_buff) -> Verdict {
-    judge_and_count(&Skb::new(skb), Frame::Ethernet)
+    judge_and_count(skb, Frame::Ethernet)
 }
 
 #[inline(never)]
 fn without_link_layer(skb: *mut __sk_buff) -> Verdict {
-    judge_and_count(&Skb::new(skb), Frame::Ip)
+    judge_and_count(skb, Frame::Ip)
 }
 
 #[inline(always)]
-fn judge_and_count(skb: &Skb, frame: Frame) -> Verdict {
-    let verdict = judge_thoroughly(skb, frame, &maps::Maps);
-    match verdict {
-        Verdict::Foreign => {}
-        Verdict::Deny | Verdict::Audit | Verdict::Allow | Verdict::Kept => {
-            maps::count(skb.ifindex(), Hook::PodEdge, verdict, skb.len());
-        }
-    }
+fn judge_and_count(skb: *mut __sk_buff, frame: Frame) -> Verdict {
+    let packet = Skb::new(skb);
+    let Some((verdict, header)) = examine(&packet, frame, &maps::Maps) else { return Verdict::Foreign };
+    let ifindex = packet.ifindex();
+    maps::count(ifindex, Hook::PodEdge, verdict, packet.len());
+    events::packet(skb, header.place(), Hook::PodEdge, verdict, ifindex);
     verdict
 }

@@ -3,9 +3,9 @@
 use aya_ebpf::{
     bindings::bpf_sock_addr, helpers::generated::bpf_get_netns_cookie, programs::SockAddrContext,
 };
-use imds_ebpf_common::{Address, CounterKey, Hook, Service, Verdict, judge_address};
+use imds_ebpf_common::{Address, CounterKey, Flow, Hook, Service, Verdict, judge_address};
 
-use crate::{maps, netns};
+use crate::{events, maps, netns};
 
 #[inline(always)]
 pub(crate) fn judge_v4(ctx: &SockAddrContext) -> Verdict {
@@ -28,16 +28,24 @@ pub(crate) fn judge_v6(ctx: &SockAddrContext) -> Verdict {
 /// The verdict, unless the socket is of the node's own network namespace.
 #[inline(always)]
 fn judge(ctx: &SockAddrContext, destination: Address) -> Verdict {
-    let verdict = judge_address(destination, Some(service(ctx.sock_addr)), &maps::Maps);
+    let service = service(ctx.sock_addr);
+    let verdict = judge_address(destination, Some(service), &maps::Maps);
     match verdict {
         Verdict::Foreign => return verdict,
         Verdict::Deny | Verdict::Audit | Verdict::Allow | Verdict::Kept => {}
     }
     // SAFETY: the helper takes the context of a socket address program.
-    if netns::is_node(unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) }) {
+    let cookie = unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) };
+    if netns::is_node(cookie) {
         return Verdict::Foreign;
     }
     maps::count(CounterKey::DEPARTED, Hook::Socket, verdict, 0);
+    let flow = Flow::to(destination.octets());
+    events::call(
+        verdict,
+        cookie,
+        Flow { destination_port: service.port, protocol: service.protocol, ..flow },
+    );
     verdict
 }
 

@@ -2,15 +2,18 @@
 
 use std::{
     io::{self, Write as _},
+    os::fd::AsFd as _,
     process::ExitCode,
 };
 
-use anyhow::Context as _;
 use aya::maps::{MapData, RingBuf};
 use clap::{Args, ValueEnum};
 use imds_ebpf_common::Event;
-use nix::net::if_::if_indextoname;
-use tokio::io::{Interest, unix::AsyncFd};
+use nix::{
+    errno::Errno,
+    net::if_::if_indextoname,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
 
 use super::{Failure, PinDirArg};
 use crate::{
@@ -36,24 +39,29 @@ enum Output {
     Json,
 }
 
-pub(super) async fn events(args: EventsArgs) -> Result<ExitCode, Failure> {
+pub(super) fn events(args: &EventsArgs) -> Result<ExitCode, Failure> {
     preflight::check_capabilities()?;
     let pins = PinDir::new(&args.pins.pin_dir)?;
     if !object::is_loaded(&pins) {
-        return Err(anyhow::anyhow!("nothing is loaded at {}: there are no events", pins.root().display()).into());
+        return Err(
+            anyhow::anyhow!("nothing is loaded at {}: there are no events", pins.root().display()).into()
+        );
     }
     home::ensure_ours(&pins)?;
     // A ring buffer has one reading position: two readers would each miss what the other takes.
     let _claim = pins.claim_events()?;
-    let ring = object::open_events(&pins)?;
-    let mut ring = AsyncFd::with_interest(ring, Interest::READABLE).context("can't wait for events")?;
+    let mut ring = object::open_events(&pins)?;
     loop {
-        let mut ready = ring.readable_mut().await.context("can't wait for events")?;
-        match print_all(ready.get_inner_mut(), args.output) {
-            Ok(()) => ready.clear_ready(),
+        match print_all(&mut ring, args.output) {
+            Ok(()) => {}
             // Whoever read them has had enough, as `head` does.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(ExitCode::SUCCESS),
             Err(error) => return Err(anyhow::Error::from(error).context("can't print events").into()),
+        }
+        let mut readable = [PollFd::new(ring.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut readable, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(anyhow::Error::from(errno).context("can't wait for events").into()),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The command line.
 
+mod events;
 mod run;
 mod status;
 mod unload;
@@ -30,6 +31,8 @@ enum Command {
     Run(run::RunArgs),
     /// Show what is guarded how, and what is not
     Status(status::StatusArgs),
+    /// Follow what is denied, as it happens; what came last while nobody followed comes first
+    Events(events::EventsArgs),
     /// Remove every program, link, map and pin
     Unload(unload::UnloadArgs),
 }
@@ -70,6 +73,7 @@ pub fn main(cli: Cli) -> ExitCode {
         match cli.command {
             Command::Run(args) => run::run(args).await,
             Command::Status(args) => status::status(args).await,
+            Command::Events(args) => events::events(&args),
             Command::Unload(args) => unload::unload(args).await,
         }
     });

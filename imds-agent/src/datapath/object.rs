@@ -9,7 +9,7 @@ use std::{
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuHashMap},
+    maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuHashMap, RingBuf},
     programs::{Program, ProgramError, ProgramInfo, ProgramType},
     sys::is_helper_supported,
 };
@@ -19,8 +19,8 @@ use imds_ebpf_common::{
     ProviderRecord,
     maps::LAYOUT,
     names::{
-        GLOBAL_TC_HAS_COOKIE, MAP_COUNTERS, MAP_ENDPOINTS, MAP_FILTER, MAP_INTERFACES, MAP_POLICY,
-        MAP_PROVIDER, MAPS, SOCKET_PROGRAMS, SYMBOL_FILTER, TC_PROGRAMS, in_object, tc_program,
+        GLOBAL_TC_HAS_COOKIE, MAP_COUNTERS, MAP_ENDPOINTS, MAP_EVENTS, MAP_FILTER, MAP_INTERFACES,
+        MAP_POLICY, MAP_PROVIDER, MAPS, SOCKET_PROGRAMS, SYMBOL_FILTER, TC_PROGRAMS, in_object, tc_program,
     },
 };
 use thiserror::Error;
@@ -161,7 +161,7 @@ pub struct Maps {
     /// Where the endpoints come from.
     pub provider: Array<MapData, ProviderRecord>,
     /// The same maps, to pin them again.
-    held: [(&'static str, MapData); MAPS.len()],
+    held: Vec<(&'static str, MapData)>,
 }
 
 impl Maps {
@@ -177,14 +177,7 @@ impl Maps {
             filter: Map::Array(open(MAP_FILTER)?).try_into().map_err(typed(MAP_FILTER))?,
             endpoints: Map::HashMap(open(MAP_ENDPOINTS)?).try_into().map_err(typed(MAP_ENDPOINTS))?,
             provider: Map::Array(open(MAP_PROVIDER)?).try_into().map_err(typed(MAP_PROVIDER))?,
-            held: [
-                (MAP_POLICY, open(MAP_POLICY)?),
-                (MAP_COUNTERS, open(MAP_COUNTERS)?),
-                (MAP_INTERFACES, open(MAP_INTERFACES)?),
-                (MAP_FILTER, open(MAP_FILTER)?),
-                (MAP_ENDPOINTS, open(MAP_ENDPOINTS)?),
-                (MAP_PROVIDER, open(MAP_PROVIDER)?),
-            ],
+            held: MAPS.map(|name| open(name).map(|map| (name, map))).into_iter().collect::<Result<_, _>>()?,
         })
     }
 
@@ -257,6 +250,13 @@ fn other_layout(pins: &PinDir) -> Option<u32> {
     let policy: Array<MapData, Policy> = Map::Array(map).try_into().ok()?;
     let layout = policy.get(&0, 0).ok()?.layout;
     (layout != LAYOUT && layout != 0).then_some(layout)
+}
+
+/// Opens the pinned events.
+pub fn open_events(pins: &PinDir) -> Result<RingBuf<MapData>, ObjectError> {
+    let failed = |source| ObjectError::Map { name: MAP_EVENTS, source };
+    let map = MapData::from_pin(pins.map(MAP_EVENTS)).map_err(failed)?;
+    Map::RingBuf(map).try_into().map_err(failed)
 }
 
 /// Whether maps of ours are pinned, and so programs loaded.

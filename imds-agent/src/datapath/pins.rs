@@ -48,7 +48,7 @@ pub enum PinError {
     )]
     Mount(#[source] io::Error),
     /// Another process holds the directory.
-    #[error("another agent{} holds {}; there can be one for each --pin-dir", pid_phrase(*pid), path.display())]
+    #[error("another process{} holds {}: there can be one `run` and one `events` for each --pin-dir", pid_phrase(*pid), path.display())]
     Held {
         /// The pin directory.
         path: PathBuf,
@@ -185,6 +185,12 @@ impl PinDir {
         Ok(Some(Claim { dir: self.clone(), lock: self.lock(&self.root)?, ready: None, is_new: false }))
     }
 
+    /// Takes the events for this process alone, until dropped, if there are any: by the lock of the programs' directory,
+    /// which nothing else needs.
+    pub fn claim_events(&self) -> Result<Flock<File>, PinError> {
+        self.lock(&self.programs())
+    }
+
     /// The process that holds the directory, if there is one.
     pub fn holder(&self) -> Result<Option<Holder>, PinError> {
         if !is_locked(&self.root)? {
@@ -215,7 +221,7 @@ impl PinDir {
                 Ok(lock) if is_at(path, inode) => return Ok(lock),
                 Ok(_) => self.make_directories()?,
                 Err(_) if Instant::now() < deadline => thread::sleep(LOCK_RETRY),
-                Err(_) => return Err(PinError::Held { path: self.root.clone(), pid: holder_of(inode) }),
+                Err(_) => return Err(PinError::Held { path: path.to_owned(), pid: holder_of(inode) }),
             }
         }
     }

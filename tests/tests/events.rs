@@ -1,0 +1,154 @@
+//! What is told of denied packets and calls, and that nothing is lost from the sum.
+
+use std::{
+    io::{BufRead as _, BufReader},
+    process::{Child, Stdio},
+    sync::mpsc::{self, Receiver},
+    thread,
+    time::Duration,
+};
+
+use imds_tests::{
+    METADATA, PacketSocket, Pod, PodLink, World, packets,
+    probe::{LONG, SHORT, http_get},
+};
+use serde_json::Value;
+
+/// `imds-agent events -o json`, until dropped.
+struct Follower {
+    child: Child,
+    events: Receiver<Value>,
+}
+
+impl Follower {
+    fn start(world: &World) -> Self {
+        let mut command = world.imds_agent(&["events", "-o", "json"]).command();
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let (sender, events) = mpsc::channel();
+        thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                let event = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"));
+                if sender.send(event).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { child, events }
+    }
+
+    /// The next event, of which there has to be one.
+    fn next(&self) -> Value {
+        self.events.recv_timeout(LONG).expect("an event")
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn send(pod: &Pod, count: usize) {
+    let socket = PacketSocket::frames(&pod.netns, Pod::IFNAME);
+    let frame = packets::frame(pod, &packets::syn(pod.address, METADATA, 40_000, 1));
+    for _ in 0..count {
+        socket.send(&frame).unwrap();
+    }
+}
+
+#[test]
+fn a_packet_is_told_with_who_sent_it_where() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    for (hook, interface) in [("pod_edge", pod.host_ifname.as_str()), ("node_edge", World::UPLINK)] {
+        let agent = world.agent().hooks(&[hook]).spawn_ready();
+        let follower = Follower::start(&world);
+        send(&pod, 1);
+        let event = follower.next();
+        let is = |field: &str, value: Value| assert_eq!(event[field], value, "{field} of {event}");
+        is("hook", hook.into());
+        is("verdict", "deny".into());
+        is("interface", interface.into());
+        is("source", pod.address.to_string().into());
+        is("source_port", 40_000.into());
+        is("destination", METADATA.to_string().into());
+        is("destination_port", 80.into());
+        is("protocol", "tcp".into());
+        is("pid", Value::Null);
+        is("suppressed", 0.into());
+        drop((follower, agent));
+        world.unload();
+    }
+}
+
+#[test]
+fn a_call_is_told_with_its_process() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Bridged);
+    let agent = world.agent().hooks(&["socket"]).spawn_ready();
+    // Nobody follows yet: what comes now is there for whoever does.
+    assert!(world.in_cgroup(|| !http_get(&pod.netns, METADATA, SHORT).is_answer()));
+    agent.kill9();
+    let follower = Follower::start(&world);
+    let event = follower.next();
+    assert_eq!(
+        (event["hook"].as_str(), event["verdict"].as_str()),
+        (Some("socket"), Some("deny")),
+        "{event}"
+    );
+    assert_eq!(event["pid"], std::process::id(), "{event}");
+    assert!(
+        event["comm"].is_string() && event["cgroup"].is_u64() && event["netns_cookie"].is_u64(),
+        "{event}"
+    );
+    assert_eq!((&event["destination_port"], &event["protocol"]), (&80.into(), &"tcp".into()), "{event}");
+}
+
+#[test]
+fn a_flood_is_told_of_in_a_few_lines_that_add_up_to_it() {
+    const FLOOD: usize = 5_000;
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let _agent = world.agent().spawn_ready();
+    let follower = Follower::start(&world);
+    send(&pod, FLOOD);
+
+    let (mut lines, mut sum) = (0, 0);
+    while sum < FLOOD as u64 {
+        // One more at a time, a second apart for each CPU that has something left to tell.
+        if let Ok(event) = follower.events.recv_timeout(Duration::from_millis(300)) {
+            lines += 1;
+            sum += 1 + event["suppressed"].as_u64().unwrap();
+        } else {
+            assert!(lines < 1_000, "{lines} lines for {sum} packets");
+            send(&pod, 1);
+        }
+    }
+    let denied = world.status().total.denied.packets;
+    assert!(sum <= denied, "{sum} told of {denied}");
+    assert!(lines < FLOOD / 10, "{lines} lines");
+}
+
+#[test]
+fn two_followers_would_take_each_others_events() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let _agent = world.agent().spawn_ready();
+    let follower = Follower::start(&world);
+    send(&pod, 1);
+    follower.next();
+    let second = world.imds_agent(&["events"]).output();
+    let stderr = String::from_utf8_lossy(&second.stderr);
+    assert_eq!(second.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains(&follower.child.id().to_string()), "{stderr}");
+}
+
+#[test]
+fn without_anything_loaded_there_is_nothing_to_follow() {
+    let world = World::new();
+    let output = world.imds_agent(&["events"]).output();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("nothing is loaded"));
+}
