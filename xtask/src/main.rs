@@ -9,6 +9,7 @@ mod run;
 mod setup;
 mod supervise;
 mod test;
+mod vm;
 mod workspace;
 
 use std::process::ExitCode;
@@ -33,6 +34,7 @@ enum Command {
     Run(run::Run),
     Test(test::Test),
     Lint(lint::Lint),
+    Vm(vm::Vm),
 }
 
 impl Command {
@@ -43,6 +45,7 @@ impl Command {
             Self::Run(run) => run.run(),
             Self::Test(test) => test.run(),
             Self::Lint(lint) => lint.run(),
+            Self::Vm(vm) => vm.run(),
         }
     }
 }
