@@ -66,8 +66,8 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         None => Config::default(),
     };
     preflight::check_capabilities()?;
+    preflight::lift_limits()?;
     preflight::check_kernel()?;
-    preflight::lift_limits();
     let backend = args.tc_backend.choose()?;
     let claim = PinDir::new(&args.pins.pin_dir)?.claim()?;
 
