@@ -226,6 +226,8 @@ mod tests {
         assert!(Missing::on(&host, &[Purpose::Build]).is_empty());
         assert_eq!(Missing::on(&host, &[Purpose::Lint]).packages, [CLIPPY_PACKAGE]);
         assert_eq!(Missing::on(&host, &[Purpose::Test]).packages, ["iproute2", "bpftool", "util-linux"]);
+        let for_machines = Missing::on(&host, &[Purpose::Vm]).packages;
+        assert!(for_machines.contains(&"bpftool") && for_machines.contains(&"qemu-system-x86"));
     }
 
     #[test]

@@ -78,7 +78,7 @@ impl Vm {
     /// Runs as many machines at a time as there are processors: each has one.
     fn run_all(&self, kernels: Vec<Result<Kernel>>, payload: &Payload) -> Result<Vec<Row>> {
         let results = artifacts("vm")?;
-        // The slowest come first.
+        // Taken from its end: the newest kernels skip the least, and so take longest.
         let queue = Mutex::new(kernels.into_iter().zip(&self.lines).collect::<Vec<_>>());
         let rows = Mutex::new(Vec::new());
         thread::scope(|scope| {

@@ -79,7 +79,9 @@ impl Executable {
             if let Some((WHOLE_TEST, reason)) = what {
                 self.skipped.insert(name.clone(), reason.to_owned());
             }
-            self.output.entry(name.clone()).or_default().push(line.to_owned());
+            if !line.is_empty() {
+                self.output.entry(name.clone()).or_default().push(line.to_owned());
+            }
         } else if let Some((name, result)) =
             line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... "))
         {
@@ -161,6 +163,9 @@ impl Row {
                 Some(executable) => complaints.extend(executable.complaints(name, line)),
             }
         }
+        if complaints.is_empty() && guest.executables.values().all(Executable::is_empty) {
+            complaints.push("no test ran".to_owned());
+        }
         if guest.result.is_none() {
             complaints.push(with_tail(&format!("the machine {end}; its last words:"), &guest.lines));
         } else if guest.result == Some(false) && complaints.is_empty() {
@@ -239,16 +244,8 @@ pub(super) fn table(rows: &[Row]) -> String {
         text += cells.collect::<Vec<_>>().join("  ").trim_end();
         text.push('\n');
     }
-    for row in rows {
-        let skipped = row.guest.executables.values().flat_map(|executable| &executable.skipped);
-        let mut reasons: BTreeMap<_, Vec<_>> = BTreeMap::new();
-        for (test, reason) in skipped {
-            reasons.entry(reason).or_default().push(test.as_str());
-        }
-        for (reason, tests) in reasons {
-            let _ =
-                writeln!(text, "\nkernel {}, skipped ({reason}):\n    {}", row.line, tests.join("\n    "));
-        }
+    for (tests, lines) in skipped(rows) {
+        let _ = writeln!(text, "\nskipped on {}:\n    {}", lines.join(", "), tests.join("\n    "));
     }
     for row in rows {
         for complaint in &row.complaints {
@@ -256,6 +253,19 @@ pub(super) fn table(rows: &[Row]) -> String {
         }
     }
     text
+}
+
+/// The tests that were skipped and why, with the kernels on which it was these.
+fn skipped(rows: &[Row]) -> BTreeMap<Vec<String>, Vec<String>> {
+    let mut skipped: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    for row in rows {
+        let tests = row.guest.executables.iter().flat_map(|(name, executable)| {
+            executable.skipped.iter().map(move |(test, reason)| format!("{name}: {test}: {reason}"))
+        });
+        skipped.entry(tests.collect()).or_default().push(row.line.to_string());
+    }
+    skipped.remove(&Vec::new());
+    skipped
 }
 
 #[cfg(test)]
@@ -313,7 +323,10 @@ test result: FAILED. 1 passed; 1 failed\r
         let start =
             "KERNEL   5.10.0\nguard    clsact\nunload   1 passed, 1 skipped, 1 ignored\nseconds  60\n";
         assert!(table.starts_with(start), "{table}");
-        assert!(table.contains("skipped (no TCX on this kernel):\n    tcx_alone\n"), "{table}");
+        assert!(
+            table.contains("skipped on 5.10:\n    unload: tcx_alone: no TCX on this kernel\n"),
+            "{table}"
+        );
     }
 
     #[test]
