@@ -49,8 +49,8 @@ impl Machine<'_> {
             File::create(self.log).with_context(|| format!("could not write {}", self.log.display()))?;
         let qemu = host.find(QEMU).with_context(|| format!("there is no {QEMU}"))?;
         let mut command = Command::new(qemu);
-        // One processor: with more, QEMU's TCG runs into the breakpoints of the kernel patching its own code, which TCX
-        // makes it do with every first program (seen with QEMU 7.2: "Oops: int3" in __netif_receive_skb_core).
+        // One processor: with two, each a thread of QEMU 7.2's TCG, Linux 7.2 panicked in two of four runs of the tests
+        // that attach to TCX ("Oops: int3", in code that it was patching); with two in one thread, in none of four.
         command
             .args(["-accel", self.accel, "-cpu", "max", "-machine", "q35", "-smp", "1", "-m", "1024"])
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"])
