@@ -6,6 +6,7 @@ use aya::{
     maps::MapType,
     programs::{ProgramError, ProgramType},
     sys::{is_map_supported, is_program_supported},
+    util::KernelVersion,
 };
 use caps::{CapSet, Capability};
 use nix::sys::{
@@ -35,6 +36,11 @@ pub enum PreflightError {
         "the kernel refuses bpf(2) to this process; a container needs CAP_BPF in the initial user namespace, and lockdown or a seccomp profile may forbid it"
     )]
     Forbidden(#[source] io::Error),
+    /// The kernel counts BPF maps as locked memory, of which there may be little.
+    #[error(
+        "locked memory is limited to {0} bytes, and Linux before 5.11 counts BPF maps as such: lift the limit (LimitMEMLOCK=infinity in a systemd unit) or grant CAP_SYS_RESOURCE"
+    )]
+    LockedMemory(u64),
 }
 
 /// Checks the process's capabilities: what every command needs that looks at BPF objects.
@@ -70,8 +76,9 @@ pub fn check_kernel() -> Result<(), PreflightError> {
 }
 
 /// Lifts the limits that 1,000 interfaces would meet: one descriptor for each, and before Linux 5.11 locked memory for
-/// maps and programs. Where that is not allowed, what meets the limit says so.
-pub fn lift_limits() {
+/// maps and programs. Where the first is not allowed, what meets the limit says so; the second is taken by other
+/// processes of the user too, and what meets it gets no better answer than EPERM.
+pub fn lift_limits() -> Result<(), PreflightError> {
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(errno) = raised {
@@ -79,7 +86,13 @@ pub fn lift_limits() {
     }
     if let Err(errno) = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY) {
         log::debug!("can't raise the limit of locked memory: {errno}");
+        let limit = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(soft, _)| soft);
+        // Later ones count the memory of BPF as the cgroup's.
+        if KernelVersion::current().is_ok_and(|kernel| kernel < KernelVersion::new(5, 11, 0)) {
+            return Err(PreflightError::LockedMemory(limit));
+        }
     }
+    Ok(())
 }
 
 fn demand(feature: &'static str, supported: Result<bool, io::Error>) -> Result<(), PreflightError> {

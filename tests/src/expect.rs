@@ -3,14 +3,36 @@
 use std::{net::Ipv4Addr, thread};
 
 use crate::{
-    Backend, METADATA, Netns, Pod, SERVICE, Status, World,
+    Backend, METADATA, Netns, Pod, SERVICE, Status, World, hook,
     poll::{poll_until, try_poll},
     probe::{LONG, Outcome, SHORT, http_get, icmp_echo, reachable, udp_echo},
 };
 
-/// Runs a test once for each way of attaching.
+/// How a line begins that tells what a test leaves out and why. `cargo xtask vm` reads it.
+pub const SKIPPED: &str = "skipped: ";
+/// What is left out by a test that runs nothing.
+pub const WHOLE_TEST: &str = "the whole test";
+
+/// Whether a test that is about TCX alone can't run, which it tells.
+#[must_use]
+pub fn skip_without_tcx() -> bool {
+    lacks_tcx(WHOLE_TEST)
+}
+
+fn lacks_tcx(left_out: &str) -> bool {
+    let lacks = !hook::has_tcx();
+    if lacks {
+        eprintln!("{SKIPPED}{left_out}: no TCX on this kernel");
+    }
+    lacks
+}
+
+/// Runs a test once for each way of attaching that the kernel has.
 pub fn with_each_backend(test: impl Fn(Backend)) {
     for backend in [Backend::Tcx, Backend::Clsact] {
+        if backend == Backend::Tcx && lacks_tcx("the part with TCX") {
+            continue;
+        }
         // Shown where the test fails.
         eprintln!("backend: {}", backend.name());
         test(backend);

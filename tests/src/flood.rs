@@ -12,7 +12,11 @@ use std::{
 
 use nix::sys::socket::{MsgFlags, SockaddrIn, sendto};
 
-use crate::{Pod, packets, probe::raw_socket, services::ECHO_PORT};
+use crate::{
+    Pod,
+    packets::{self, UDP_PORT},
+    probe::raw_socket,
+};
 
 /// Different packets of a SYN flood; they are sent again and again.
 const SYNS: u16 = 1024;
@@ -26,11 +30,12 @@ pub struct Flood {
 }
 
 impl Flood {
-    /// UDP datagrams from `pod` to the echo port of `destination`.
+    /// UDP datagrams from `pod` to a port of `destination` where nobody listens: to echoes that come when the flood is
+    /// over, the pod would answer with ICMP errors.
     #[must_use]
     pub fn udp(pod: &Pod, destination: Ipv4Addr) -> Self {
         let socket = pod.netns.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))).expect("a UDP socket");
-        Self::start(move || socket.send_to(b"flood", (destination, ECHO_PORT)).is_ok())
+        Self::start(move || socket.send_to(b"flood", (destination, UDP_PORT)).is_ok())
     }
 
     /// TCP connection requests from `pod` to the HTTP port of `destination`, from many source ports.

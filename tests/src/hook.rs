@@ -1,10 +1,10 @@
 //! What is attached at the TC ingress hook of an interface, as the kernel tells it.
 
-use std::path::Path;
+use std::{path::Path, sync::LazyLock};
 
 use aya::{
     maps::{MapInfo, loaded_maps},
-    programs::{ProgramInfo, SchedClassifier, loaded_programs, tc::TcAttachType},
+    programs::{ProgramError, ProgramInfo, SchedClassifier, loaded_programs, tc::TcAttachType},
 };
 use serde_json::Value;
 
@@ -30,9 +30,26 @@ impl Attached {
     }
 }
 
-/// The programs of TCX, which runs before clsact, in the order in which they run.
+/// Whether the kernel has TCX (6.6, commit e420bed02507).
+#[must_use]
+pub fn has_tcx() -> bool {
+    static HAS_TCX: LazyLock<bool> =
+        LazyLock::new(|| match SchedClassifier::query_tcx("lo", TcAttachType::Ingress) {
+            Ok(_) => true,
+            Err(ProgramError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EINVAL) => {
+                false
+            }
+            Err(error) => panic!("query TCX: {error}"),
+        });
+    *HAS_TCX
+}
+
+/// The programs of TCX, which runs before clsact, in the order in which they run; none where the kernel lacks it.
 #[must_use]
 pub fn tcx(netns: &Netns, interface: &str) -> Vec<Attached> {
+    if !has_tcx() {
+        return Vec::new();
+    }
     let (_, programs) =
         netns.run(|| SchedClassifier::query_tcx(interface, TcAttachType::Ingress)).expect("query TCX");
     let attached = |program: &ProgramInfo| Attached {

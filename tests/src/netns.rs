@@ -18,7 +18,10 @@ use std::{
 
 use nix::{
     sched::{CloneFlags, setns},
-    sys::signal::{Signal, kill},
+    sys::{
+        resource::{RLIM_INFINITY, Resource, setrlimit},
+        signal::{Signal, kill},
+    },
     unistd::Pid,
 };
 
@@ -38,8 +41,11 @@ impl Netns {
     /// Makes a namespace whose name ends in `role`.
     #[must_use]
     pub fn new(role: &str) -> Self {
-        static SWEPT: Once = Once::new();
-        SWEPT.call_once(sweep);
+        static PREPARED: Once = Once::new();
+        PREPARED.call_once(|| {
+            lift_memlock();
+            sweep();
+        });
 
         let name = format!("{}-{role}", unique(PREFIX));
         checked(Command::new("ip").args(["netns", "add", &name]), None);
@@ -137,6 +143,13 @@ pub(crate) fn checked(command: &mut Command, input: Option<&str>) -> String {
 
 fn enter(namespace: &impl AsFd) -> nix::Result<()> {
     setns(namespace, CloneFlags::CLONE_NEWNET)
+}
+
+/// Before Linux 5.11 maps and programs count as locked memory, of which a user may have little. Agents inherit what a
+/// service manager would give them.
+fn lift_memlock() {
+    // Takes CAP_SYS_RESOURCE; newer kernels have no such limit.
+    let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
 }
 
 /// Removes what processes that were killed left behind.

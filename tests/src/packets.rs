@@ -8,7 +8,7 @@ use crate::{Pod, services::HTTP_PORT};
 
 const TTL: u8 = 64;
 /// Nobody answers there; an echo would make the pod send more packets of its own accord.
-const UDP_PORT: u16 = 9999;
+pub(crate) const UDP_PORT: u16 = 9999;
 const ETHERTYPE_IPV4: [u8; 2] = [0x08, 0x00];
 const ETHERTYPE_IPV6: [u8; 2] = [0x86, 0xdd];
 

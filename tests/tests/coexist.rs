@@ -6,6 +6,7 @@ use imds_tests::{
     hook::{self, Attached, run_tc},
     poll::poll_until,
     probe::{LONG, reachable},
+    skip_without_tcx,
 };
 
 fn names(programs: &[Attached]) -> Vec<bool> {
@@ -26,6 +27,9 @@ fn assert_first(world: &World, pod: &Pod) {
 
 #[test]
 fn a_tcx_program_that_accepts_all_and_was_there_before_comes_second() {
+    if skip_without_tcx() {
+        return;
+    }
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let _link = Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex);
@@ -36,6 +40,9 @@ fn a_tcx_program_that_accepts_all_and_was_there_before_comes_second() {
 
 #[test]
 fn a_tcx_program_that_gets_in_front_later_does_not_stay_there() {
+    if skip_without_tcx() {
+        return;
+    }
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let agent = world.agent().backend(Backend::Tcx).resync(1).spawn_ready();
@@ -103,6 +110,9 @@ fn a_filter_that_clsact_can_not_get_in_front_of_is_a_problem_that_the_status_nam
 
 #[test]
 fn tcx_comes_before_every_filter() {
+    if skip_without_tcx() {
+        return;
+    }
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     add_u32_filter(&world, &pod);
@@ -121,6 +131,9 @@ fn tcx_comes_before_every_filter() {
 #[test]
 fn a_program_that_drops_other_traffic_still_sees_it() {
     const TC_ACT_SHOT: i32 = 2;
+    if skip_without_tcx() {
+        return;
+    }
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     assert!(reachable(&pod.netns, SERVICE));

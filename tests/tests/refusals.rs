@@ -7,7 +7,9 @@ use std::{
     process::{Command, Output},
 };
 
+use aya::util::KernelVersion;
 use imds_tests::{AgentCommand, PodLink, World, hook, output};
+use nix::sys::resource::{Resource, setrlimit};
 
 /// One world with a pod, in which an agent is refused.
 struct Refusal {
@@ -82,18 +84,41 @@ fn a_root_without_the_capabilities() {
     }
 }
 
+/// All that the agent needs.
+const ENOUGH: &str = "-all,+bpf,+net_admin,+perfmon";
+
 fn run_with_capabilities(world: &World, capabilities: &str) -> Output {
+    output(with_capabilities(world, capabilities))
+}
+
+fn with_capabilities(world: &World, capabilities: &str) -> Command {
     let (bounding, inheritable) =
         (format!("--bounding-set={capabilities}"), format!("--inh-caps={capabilities}"));
-    output(wrapped(world, &["setpriv", &bounding, &inheritable], &world.agent().args(&["--once"])))
+    wrapped(world, &["setpriv", &bounding, &inheritable], &world.agent().args(&["--once"]))
 }
 
 #[test]
 fn three_capabilities_are_all_that_it_takes() {
     let Refusal { world, pod } = Refusal::new();
-    let result = run_with_capabilities(&world, "-all,+bpf,+net_admin,+perfmon");
+    let result = run_with_capabilities(&world, ENOUGH);
     assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
     world.assert_blocked(&pod);
+}
+
+#[test]
+fn a_limit_of_locked_memory_on_a_kernel_that_counts_maps_as_such() {
+    let refusal = Refusal::new();
+    let mut command = with_capabilities(&refusal.world, ENOUGH);
+    // SAFETY: between fork and exec it makes one system call, and allocates nothing.
+    unsafe { command.pre_exec(|| Ok(setrlimit(Resource::RLIMIT_MEMLOCK, 1 << 16, 1 << 16)?)) };
+    let output = output(command);
+    // Since Linux 5.11 they count as the cgroup's memory.
+    if KernelVersion::current().unwrap() < KernelVersion::new(5, 11, 0) {
+        refusal.assert(&output, 1, &["65536", "LimitMEMLOCK", "CAP_SYS_RESOURCE"]);
+    } else {
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        refusal.world.assert_blocked(&refusal.pod);
+    }
 }
 
 #[test]

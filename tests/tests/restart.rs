@@ -11,7 +11,7 @@ use imds_tests::{
     hook::{self, Attached},
     poll::poll_until,
     probe::LONG,
-    with_each_backend,
+    skip_without_tcx, with_each_backend,
 };
 
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
@@ -135,6 +135,9 @@ fn flood_while_agents_are_killed_and_started(backend: Backend) {
 
 #[test]
 fn no_packet_of_a_flood_passes_while_tcx_agents_are_killed_and_started() {
+    if skip_without_tcx() {
+        return;
+    }
     flood_while_agents_are_killed_and_started(Backend::Tcx);
 }
 
@@ -145,6 +148,9 @@ fn no_packet_of_a_flood_passes_while_clsact_agents_are_killed_and_started() {
 
 #[test]
 fn no_packet_of_a_flood_passes_while_the_way_of_attaching_changes() {
+    if skip_without_tcx() {
+        return;
+    }
     let world = World::new();
     let pods = LINKS.map(|link| world.add_pod(link));
     assert_flood_arrives(&world, &pods);

@@ -8,7 +8,7 @@ use imds_tests::{
     hook::{self, run_tc},
     poll::poll_until,
     probe::LONG,
-    with_each_backend,
+    skip_without_tcx, with_each_backend,
 };
 
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
@@ -46,6 +46,9 @@ fn assert_restored(world: &World, agent: &Agent<'_>, pod: &Pod, lines_before: us
 
 #[test]
 fn a_detached_tcx_link_is_attached_again() {
+    if skip_without_tcx() {
+        return;
+    }
     let world = World::new();
     let pods = LINKS.map(|link| world.add_pod(link));
     let agent = start(&world, Backend::Tcx);
@@ -86,6 +89,9 @@ fn a_removed_filter_is_added_again() {
 
 #[test]
 fn a_removed_link_pin_is_pinned_again_without_a_gap() {
+    if skip_without_tcx() {
+        return;
+    }
     let world = World::new();
     let pod = world.add_pod(PodLink::Bridged);
     let _agent = start(&world, Backend::Tcx);

@@ -8,7 +8,7 @@ use imds_tests::{
     hook::{self, run_tc},
     poll::poll_until,
     probe::LONG,
-    with_each_backend,
+    skip_without_tcx, with_each_backend,
 };
 
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
@@ -95,6 +95,9 @@ fn a_filter_that_somebody_added_to_our_qdisc_stays() {
 
 #[test]
 fn somebody_elses_tcx_program_stays() {
+    if skip_without_tcx() {
+        return;
+    }
     let world = World::new();
     let pod = world.add_pod(PodLink::Bridged);
     let _link = Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex);

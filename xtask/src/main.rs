@@ -11,6 +11,7 @@ mod run;
 mod setup;
 mod supervise;
 mod test;
+mod vm;
 mod workspace;
 
 use std::process::ExitCode;
@@ -37,6 +38,7 @@ enum Command {
     Lint(lint::Lint),
     Demo(demo::Demo),
     Bench(bench::Bench),
+    Vm(vm::Vm),
 }
 
 impl Command {
@@ -49,6 +51,7 @@ impl Command {
             Self::Lint(lint) => lint.run(),
             Self::Demo(demo) => demo.run(),
             Self::Bench(bench) => bench.run(),
+            Self::Vm(vm) => vm.run(),
         }
     }
 }

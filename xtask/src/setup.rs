@@ -25,9 +25,10 @@ pub(crate) enum Purpose {
     Build,
     Test,
     Lint,
+    Vm,
 }
 
-/// A program that the tests start, and the Debian package that has it.
+/// A program that is started, and the Debian package that has it.
 struct Tool {
     program: &'static str,
     package: &'static str,
@@ -39,6 +40,17 @@ const TEST_TOOLS: [Tool; 5] = [
     Tool { program: "nft", package: "nftables" },
     Tool { program: "bpftool", package: "bpftool" },
     Tool { program: "nsenter", package: "util-linux" },
+];
+/// What the virtual machines take beyond that: to get kernels, to run them, and what runs in them.
+const VM_TOOLS: [Tool; 8] = [
+    Tool { program: "apt-get", package: "apt" },
+    Tool { program: "busybox", package: "busybox-static" },
+    Tool { program: "dpkg-deb", package: "dpkg" },
+    Tool { program: "gpgv", package: "gpgv" },
+    Tool { program: "ldd", package: "libc-bin" },
+    Tool { program: "qemu-system-x86_64", package: "qemu-system-x86" },
+    Tool { program: "setpriv", package: "util-linux" },
+    Tool { program: "xz", package: "xz-utils" },
 ];
 const CLIPPY_PACKAGE: &str = "rust-web-clippy";
 
@@ -91,12 +103,19 @@ impl Missing {
             let compiler = toolchain.map_or(Compiler::Debian, |toolchain| toolchain.compiler());
             missing.look_for_clippy(host, compiler);
         }
-        if purposes.contains(&Purpose::Test) {
-            for tool in TEST_TOOLS.iter().filter(|tool| host.find(tool.program).is_none()) {
-                missing.add(format!("the tests' {} (package {})", tool.program, tool.package), tool.package);
-            }
+        if purposes.iter().any(|purpose| matches!(purpose, Purpose::Test | Purpose::Vm)) {
+            missing.look_for_tools(host, "the tests'", &TEST_TOOLS);
+        }
+        if purposes.contains(&Purpose::Vm) {
+            missing.look_for_tools(host, "the virtual machines'", &VM_TOOLS);
         }
         missing
+    }
+
+    fn look_for_tools(&mut self, host: &Host, whose: &str, tools: &[Tool]) {
+        for tool in tools.iter().filter(|tool| host.find(tool.program).is_none()) {
+            self.add(format!("{whose} {} (package {})", tool.program, tool.package), tool.package);
+        }
     }
 
     fn look_for_clippy(&mut self, host: &Host, compiler: Compiler) {
@@ -211,6 +230,8 @@ mod tests {
             Missing::on(&host, &[Purpose::Test]).packages,
             ["iproute2", "nftables", "bpftool", "util-linux"]
         );
+        let for_machines = Missing::on(&host, &[Purpose::Vm]).packages;
+        assert!(for_machines.contains(&"bpftool") && for_machines.contains(&"qemu-system-x86"));
     }
 
     #[test]

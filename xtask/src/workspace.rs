@@ -46,7 +46,8 @@ pub(crate) fn say(line: impl Display) {
     let _ = writeln!(io::stderr(), "xtask: {line}");
 }
 
-fn describe(command: &Command) -> String {
+/// A command as it would be typed.
+pub(crate) fn describe(command: &Command) -> String {
     let program = Path::new(command.get_program());
     let name = program.file_name().unwrap_or(program.as_os_str()).to_string_lossy();
     let arguments = command.get_args().map(|argument| argument.to_string_lossy());

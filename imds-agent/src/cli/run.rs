@@ -79,8 +79,8 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     let guarded =
         config.endpoints.resolve(&Dmi::read(&args.dmi_dir)).map_err(|error| Failure::Usage(error.into()))?;
     preflight::check_capabilities()?;
+    preflight::lift_limits()?;
     preflight::check_kernel()?;
-    preflight::lift_limits();
     let plan = Plan {
         mode: config.mode,
         hooks: config.hooks,

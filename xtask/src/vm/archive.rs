@@ -1,0 +1,219 @@
+//! Debian's archive through an apt of its own: the suites are not the machine's; mirror, proxy and keyring are.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context as _, Result, bail};
+
+/// Depends on the newest kernel for virtual machines.
+const META_PACKAGE: &str = "linux-image-cloud-amd64";
+const KERNEL_PACKAGES: [&str; 3] = ["linux-image-", "linux-binary-", "linux-modules-"];
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+/// The package lists of one suite, in a directory of their own. apt checks their signatures and every package's hash.
+pub(super) struct Archive {
+    config: PathBuf,
+    dir: PathBuf,
+    suite: &'static str,
+    /// What apt said about what it could not get.
+    complaints: String,
+}
+
+impl Archive {
+    /// Downloads the lists of `suite` to `dir`.
+    pub(super) fn open(dir: &Path, suite: &'static str) -> Result<Self> {
+        for directory in ["state/lists/partial", "cache/archives/partial", "packages"] {
+            fs::create_dir_all(dir.join(directory)).context("could not make apt's directories")?;
+        }
+        let write = |name: &str, text: String| {
+            let path = dir.join(name);
+            fs::write(&path, text)
+                .with_context(|| format!("could not write {}", path.display()))
+                .map(|()| path)
+        };
+        write("status", String::new())?;
+        write("sources.list", Mirrors::of_machine()?.sources(suite))?;
+        let config = write("apt.conf", configuration(dir, &run(Command::new("apt-config").arg("dump"))?))?;
+        let mut archive = Self { config, dir: dir.to_owned(), suite, complaints: String::new() };
+        let update = archive.apt("apt-get").arg("update").output().context("could not start apt-get")?;
+        archive.complaints = String::from_utf8_lossy(&update.stderr).into_owned();
+        Ok(archive)
+    }
+
+    /// The packages that are the newest kernel.
+    pub(super) fn kernel(&self) -> Result<Vec<String>> {
+        let mut packages: Vec<String> = Vec::new();
+        let mut asked = META_PACKAGE.to_owned();
+        for next in 0.. {
+            let answer = run(self.apt("apt-cache").args(["depends", &asked]));
+            let answer = answer.with_context(|| {
+                let complaints = self.complaints.trim().replace('\n', " ");
+                format!("the suite {} can't be had from apt's mirror: {complaints}", self.suite)
+            })?;
+            for package in dependencies(&answer).filter(|package| is_kernel(package)) {
+                if packages.iter().all(|known| known != package) {
+                    packages.push(package.to_owned());
+                }
+            }
+            match packages.get(next) {
+                Some(package) => asked.clone_from(package),
+                None => break,
+            }
+        }
+        if packages.is_empty() {
+            bail!("{META_PACKAGE} of the suite {} names no kernel", self.suite);
+        }
+        Ok(packages)
+    }
+
+    /// Downloads packages and unpacks them below `root`.
+    pub(super) fn unpack(&self, packages: &[String], root: &Path) -> Result<()> {
+        let dir = self.dir.join("packages");
+        run(self.apt("apt-get").arg("download").args(packages).current_dir(&dir))?;
+        for entry in fs::read_dir(&dir).context("could not list the packages")? {
+            let package = entry.context("could not list the packages")?.path();
+            run(Command::new("dpkg-deb").arg("--extract").args([&package, root]))?;
+        }
+        Ok(())
+    }
+
+    fn apt(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.env("APT_CONFIG", &self.config).env("LC_ALL", "C");
+        command
+    }
+}
+
+/// The configuration of an apt below `dir`. Of the machine's (`dump`) it has what is about downloading: no hook of the
+/// machine's may run.
+fn configuration(dir: &Path, dump: &str) -> String {
+    let is_about_downloading =
+        |line: &&str| line.starts_with("Acquire::") && !line.starts_with("Acquire::IndexTargets");
+    let dir = dir.display();
+    let own = format!(
+        r#"Dir::Etc::Main "/dev/null";
+Dir::Etc::Parts "/dev/null";
+Dir::Etc::SourceList "{dir}/sources.list";
+Dir::Etc::SourceParts "/dev/null";
+Dir::State "{dir}/state";
+Dir::State::Status "{dir}/status";
+Dir::Cache "{dir}/cache";
+APT::Architecture "amd64";
+APT::Sandbox::User "";
+Acquire::Languages "none";
+"#
+    );
+    own + &dump.lines().filter(is_about_downloading).collect::<Vec<_>>().join("\n") + "\n"
+}
+
+/// Where the machine's apt has Debian from.
+#[derive(Debug, Eq, PartialEq)]
+struct Mirrors {
+    main: String,
+    security: Option<String>,
+}
+
+impl Mirrors {
+    fn of_machine() -> Result<Self> {
+        let mut targets = Command::new("apt-get");
+        targets.args(["indextargets", "--format", "$(LABEL) $(REPO_URI)", "Created-By: Packages"]);
+        Self::parse(&run(&mut targets)?)
+            .context("apt has no mirror of Debian: is it in its sources, and was `apt-get update` run?")
+    }
+
+    /// Of lines with a label and a URI.
+    fn parse(targets: &str) -> Option<Self> {
+        let labeled = |wanted: &str| {
+            let mut targets = targets.lines().filter_map(|line| line.split_once(' '));
+            targets.find(|(label, _)| *label == wanted).map(|(_, uri)| uri.trim().to_owned())
+        };
+        Some(Self { main: labeled("Debian")?, security: labeled("Debian-Security") })
+    }
+
+    fn sources(&self, suite: &str) -> String {
+        let line = |mirror: &str, suite: &str| {
+            format!("deb [arch=amd64 signed-by={KEYRING}] {mirror} {suite} main\n")
+        };
+        // sid has no security updates of its own.
+        let security = self.security.as_ref().filter(|_| suite != "sid");
+        line(&self.main, suite)
+            + &security.map(|mirror| line(mirror, &format!("{suite}-security"))).unwrap_or_default()
+    }
+}
+
+/// What `apt-cache depends` says a package needs.
+fn dependencies(answer: &str) -> impl Iterator<Item = &str> {
+    answer.lines().filter_map(|line| line.trim_start().strip_prefix("Depends: "))
+}
+
+/// Whether a package is a kernel of one version, or a part of it.
+fn is_kernel(package: &str) -> bool {
+    KERNEL_PACKAGES.iter().any(|prefix| {
+        package
+            .strip_prefix(prefix)
+            .is_some_and(|rest| rest.starts_with(|first: char| first.is_ascii_digit()))
+    })
+}
+
+/// What a command writes.
+fn run(command: &mut Command) -> Result<String> {
+    let output = command.stdin(Stdio::null()).output();
+    let name = command.get_program().display().to_string();
+    let output = output.with_context(|| format!("could not start {name}"))?;
+    if !output.status.success() {
+        bail!("{name} failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mirrors_are_told_by_their_labels() {
+        let targets = "nodistro https://deb.example/node\n\
+                       Debian http://mirror.example/debian/\n\
+                       Debian http://mirror.example/updates/\n\
+                       Debian-Security http://mirror.example/debian-security/\n";
+        let mirrors = Mirrors::parse(targets).unwrap();
+        let sources = mirrors.sources("bullseye");
+        assert!(sources.contains("http://mirror.example/debian/ bullseye main\n"), "{sources}");
+        assert!(
+            sources.contains("http://mirror.example/debian-security/ bullseye-security main\n"),
+            "{sources}"
+        );
+        assert_eq!(mirrors.sources("sid").lines().count(), 1);
+        assert_eq!(Mirrors::parse("Ubuntu http://mirror.example/ubuntu/\n"), None);
+    }
+
+    #[test]
+    fn a_kernel_is_what_the_meta_package_needs_of_one_version() {
+        let answer = "\
+linux-image-cloud-amd64
+  Depends: linux-image-7.2.13+deb14-cloud-amd64
+ |Depends: initramfs-tools
+  Depends: <linux-initramfs-tool>
+    dracut
+  Depends: linux-base
+  Replaces: linux-image-7.2.12+deb14-cloud-amd64
+";
+        let kernels: Vec<_> = dependencies(answer).filter(|package| is_kernel(package)).collect();
+        assert_eq!(kernels, ["linux-image-7.2.13+deb14-cloud-amd64"]);
+    }
+
+    #[test]
+    fn of_the_machine_s_configuration_only_what_is_about_downloading_is_kept() {
+        let dump = "Acquire::http::Proxy \"http://proxy.example\";\nDPkg::Post-Invoke:: \"rm\";\n\
+                    Acquire::IndexTargets::deb::DEP-11::MetaKey \"x\";\n";
+        let configuration = configuration(Path::new("/cache"), dump);
+        assert!(
+            configuration.ends_with("Acquire::http::Proxy \"http://proxy.example\";\n"),
+            "{configuration}"
+        );
+        assert!(configuration.contains("Dir::State \"/cache/state\";\n"), "{configuration}");
+    }
+}

@@ -1,0 +1,108 @@
+//! What is to run in the machines, linked statically: they have no libraries.
+
+use std::{path::PathBuf, process::Stdio};
+
+use anyhow::{Context as _, Result, bail};
+use serde::Deserialize;
+
+use crate::workspace::{artifacts, cargo, describe, say};
+
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Executables for the machines.
+#[derive(Debug)]
+pub(super) struct Payload {
+    pub(super) agent: PathBuf,
+    /// Each of the package's test executables, by its name.
+    pub(super) tests: Vec<(String, PathBuf)>,
+}
+
+impl Payload {
+    /// Compiles them.
+    pub(super) fn build() -> Result<Self> {
+        let mut build = cargo("build");
+        build
+            .args([
+                "--locked",
+                "--profile",
+                "vm",
+                "--target",
+                TARGET,
+                "--message-format",
+                "json-render-diagnostics",
+            ])
+            .args([
+                "--package",
+                "imds-agent",
+                "--bin",
+                "imds-agent",
+                "--package",
+                "imds-tests",
+                "--test",
+                "*",
+            ])
+            .arg("--target-dir")
+            .arg(artifacts("vm")?)
+            .env("RUSTFLAGS", "-Ctarget-feature=+crt-static")
+            .env_remove("CARGO_ENCODED_RUSTFLAGS")
+            .stderr(Stdio::inherit());
+        let what = describe(&build);
+        say(&what);
+        let output = build.output().with_context(|| format!("could not start {what}"))?;
+        if !output.status.success() {
+            bail!("{what} failed ({})", output.status);
+        }
+        Self::from_messages(&String::from_utf8_lossy(&output.stdout))
+            .with_context(|| format!("{what} made no agent"))
+    }
+
+    fn from_messages(messages: &str) -> Option<Self> {
+        let (mut agent, mut tests) = (None, Vec::new());
+        for message in messages.lines().filter_map(|line| serde_json::from_str::<Message>(line).ok()) {
+            let Message { target, executable: Some(executable) } = message else { continue };
+            if target.kind == ["test"] {
+                tests.push((target.name, executable));
+            } else {
+                agent = Some(executable);
+            }
+        }
+        tests.sort();
+        Some(Self { agent: agent?, tests })
+    }
+
+    /// The test executables' names.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.tests.iter().map(|(name, _)| name.as_str())
+    }
+}
+
+/// What cargo says of something that it has compiled.
+#[derive(Deserialize)]
+struct Message {
+    target: Target,
+    executable: Option<PathBuf>,
+}
+
+#[derive(Deserialize)]
+struct Target {
+    kind: Vec<String>,
+    name: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn executables_are_told_apart_by_their_kind() {
+        let messages = r#"{"reason":"compiler-artifact","target":{"kind":["lib"],"name":"imds_agent"},"executable":null}
+{"reason":"compiler-artifact","target":{"kind":["test"],"name":"unload"},"executable":"/t/unload-1"}
+{"reason":"compiler-artifact","target":{"kind":["bin"],"name":"imds-agent"},"executable":"/t/imds-agent"}
+{"reason":"compiler-artifact","target":{"kind":["test"],"name":"follow"},"executable":"/t/follow-1"}
+{"reason":"build-finished","success":true}"#;
+        let payload = Payload::from_messages(messages).unwrap();
+        assert_eq!(payload.names().collect::<Vec<_>>(), ["follow", "unload"]);
+        assert_eq!(payload.agent, PathBuf::from("/t/imds-agent"));
+        assert!(Payload::from_messages("").is_none());
+    }
+}

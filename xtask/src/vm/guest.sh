@@ -1,0 +1,52 @@
+#!/tools/busybox sh
+# Runs the tests as the only process of a virtual machine. What the machine's console shows is read by report.rs.
+
+/tools/busybox mkdir -p /bin /dev /proc /run /sys /tmp
+/tools/busybox --install -s /bin
+export PATH=/tools:/bin
+
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs dev /dev
+mount -t tmpfs tmp /tmp
+mount -t tmpfs run /run
+mount -t bpf bpf /sys/fs/bpf
+mount -t cgroup2 cgroup /sys/fs/cgroup
+echo "@kernel $(uname -r)"
+
+# Namespaces of tests get no tunnel devices that they did not ask for.
+echo 1 > /proc/sys/net/core/fb_tunnels_only_for_init_net
+while read -r module; do
+    insmod "/modules/$module.ko" || echo "@complaint the module $module can't be loaded"
+done < /modules/order
+# busybox's shell prefers its own `ip`.
+/tools/ip link set lo up
+
+# What the agent does where it may choose.
+/tools/ip netns add pod
+/tools/ip link add pod0 type veth peer name eth0 netns pod
+/imds-agent run --once || echo "@complaint the agent failed ($?)"
+echo "@status $(/imds-agent status -o json | tr -d '\n')"
+/imds-agent unload
+/tools/ip link delete pod0
+/tools/ip netns delete pod
+
+set --
+while read -r argument; do
+    set -- "$@" "$argument"
+done < /arguments
+
+result=0
+export IMDS_AGENT=/imds-agent
+for test in /tests/*; do
+    name=${test##*/}
+    echo "@begin $name"
+    "$test" --show-output "$@"
+    code=$?
+    echo "@end $name $code"
+    [ $code = 0 ] || result=1
+done
+
+dmesg | grep -E 'BUG|Oops|WARNING' | sed 's/^/@complaint the kernel says: /'
+echo "TEST-RC=$result"
+poweroff -f

@@ -1,0 +1,151 @@
+//! The machine's only file system.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, bail};
+use imds_ebpf_build::Host;
+
+use super::{build::Payload, kernels::Kernel, modules};
+
+const INIT: &[u8] = include_bytes!("guest.sh");
+/// Programs of this machine that the tests start. With busybox alone there would be no `ip link add type veth`.
+const TOOLS: [&str; 6] = ["bpftool", "busybox", "ip", "nsenter", "setpriv", "tc"];
+
+const DIRECTORY: u32 = 0o040_755;
+const EXECUTABLE: u32 = 0o100_755;
+
+/// All that runs with `kernel`.
+pub(super) fn archive(
+    host: &Host,
+    kernel: &Kernel,
+    payload: &Payload,
+    arguments: &[String],
+) -> Result<Vec<u8>> {
+    let mut cpio = Cpio::default();
+    cpio.add("init", INIT);
+    for tool in TOOLS {
+        let path = host.find(tool).with_context(|| format!("there is no {tool}"))?;
+        cpio.copy(&format!("tools/{tool}"), &path)?;
+        for library in libraries(&path)? {
+            cpio.copy(&library.to_string_lossy(), &library)?;
+        }
+    }
+    let modules = modules::load_order(&kernel.modules)?;
+    for module in &modules {
+        cpio.add(&format!("modules/{}.ko", module.name), &module.content);
+    }
+    cpio.add("modules/order", lines(modules.iter().map(|module| module.name.as_str())).as_bytes());
+    cpio.copy("imds-agent", &payload.agent)?;
+    for (name, path) in &payload.tests {
+        cpio.copy(&format!("tests/{name}"), path)?;
+    }
+    cpio.add("arguments", lines(arguments.iter().map(String::as_str)).as_bytes());
+    Ok(cpio.finish())
+}
+
+fn lines<'a>(items: impl Iterator<Item = &'a str>) -> String {
+    items.flat_map(|item| [item, "\n"]).collect()
+}
+
+/// What a program needs to start, as the dynamic linker says.
+fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
+    let output =
+        Command::new("ldd").arg(program).env("LC_ALL", "C").output().context("could not start ldd")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    if text.contains("not found") {
+        bail!("{} lacks libraries: {text}", program.display());
+    }
+    Ok(parse_ldd(&text))
+}
+
+/// Of `NAME => PATH (ADDRESS)` and `PATH (ADDRESS)`; a static program's has none.
+fn parse_ldd(text: &str) -> Vec<PathBuf> {
+    text.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect()
+}
+
+/// A file system in the kernel's own format: "newc" (Documentation/driver-api/early-userspace/buffer-format.rst).
+#[derive(Debug, Default)]
+struct Cpio {
+    bytes: Vec<u8>,
+    paths: BTreeSet<String>,
+}
+
+impl Cpio {
+    /// Adds an executable with the directories above it, where it is not there yet.
+    fn add(&mut self, path: &str, content: &[u8]) {
+        let path = path.trim_start_matches('/');
+        for (end, _) in path.match_indices('/') {
+            self.entry(&path[..end], DIRECTORY, &[]);
+        }
+        self.entry(path, EXECUTABLE, content);
+    }
+
+    fn copy(&mut self, path: &str, from: &Path) -> Result<()> {
+        let content = fs::read(from).with_context(|| format!("could not read {}", from.display()))?;
+        self.add(path, &content);
+        Ok(())
+    }
+
+    fn finish(mut self) -> Vec<u8> {
+        self.entry("TRAILER!!!", 0, &[]);
+        self.bytes
+    }
+
+    fn entry(&mut self, path: &str, mode: u32, content: &[u8]) {
+        if !self.paths.insert(path.to_owned()) {
+            return;
+        }
+        // Inode, mode, owner, group, links, time, size, two device numbers of two words, name's size, checksum.
+        let header =
+            [self.paths.len(), mode as usize, 0, 0, 1, 0, content.len(), 0, 0, 0, 0, path.len() + 1, 0];
+        self.bytes.extend_from_slice(b"070701");
+        for field in header {
+            self.bytes.extend_from_slice(format!("{field:08x}").as_bytes());
+        }
+        self.bytes.extend_from_slice(path.as_bytes());
+        self.bytes.push(0);
+        self.pad();
+        self.bytes.extend_from_slice(content);
+        self.pad();
+    }
+
+    fn pad(&mut self) {
+        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_archive_is_in_the_kernel_s_format() {
+        let mut cpio = Cpio::default();
+        cpio.add("/a/b", b"hello");
+        cpio.add("a/b", b"once");
+        let bytes = cpio.finish();
+        let text = String::from_utf8_lossy(&bytes);
+        assert_eq!(text.matches("070701").count(), 3, "{text}");
+        let file = "070701\
+                    00000002000081ed00000000000000000000000100000000\
+                    0000000500000000000000000000000000000000\
+                    0000000400000000a/b\0\0\0hello\0\0\0";
+        assert!(text.contains(file), "{text}");
+        assert!(text.contains("TRAILER!!!"));
+    }
+
+    #[test]
+    fn libraries_are_the_paths_that_ldd_names() {
+        let text = "\tlinux-vdso.so.1 (0x00007ffc)\n\
+                    \tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x00007f)\n\
+                    \t/lib64/ld-linux-x86-64.so.2 (0x00007f)\n";
+        let expected = ["/lib/x86_64-linux-gnu/libc.so.6", "/lib64/ld-linux-x86-64.so.2"].map(PathBuf::from);
+        assert_eq!(parse_ldd(text), expected);
+        assert!(parse_ldd("\tnot a dynamic executable\n").is_empty());
+    }
+}

@@ -1,0 +1,140 @@
+//! Debian's kernels, downloaded once.
+
+use std::{
+    fmt, fs,
+    path::{Path, PathBuf},
+    process,
+};
+
+use anyhow::{Context as _, Result};
+use clap::ValueEnum;
+
+use super::archive::Archive;
+use crate::workspace::say;
+
+/// A kernel series, and how it can guard.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd, ValueEnum)]
+pub(super) enum Line {
+    #[value(name = "5.10")]
+    V5_10,
+    #[value(name = "6.1")]
+    V6_1,
+    #[value(name = "6.12")]
+    V6_12,
+    #[value(name = "7")]
+    V7,
+}
+
+impl Line {
+    /// The release of Debian that has it.
+    const fn suite(self) -> &'static str {
+        match self {
+            Self::V5_10 => "bullseye",
+            Self::V6_1 => "bookworm",
+            Self::V6_12 => "trixie",
+            Self::V7 => "sid",
+        }
+    }
+
+    /// What the agent has to choose there: TCX came with 6.6.
+    pub(super) const fn guard(self) -> &'static str {
+        match self {
+            Self::V5_10 | Self::V6_1 => "clsact",
+            Self::V6_12 | Self::V7 => "tcx",
+        }
+    }
+}
+
+impl fmt::Display for Line {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.to_possible_value().expect("no variant is skipped").get_name())
+    }
+}
+
+/// A kernel on this machine's disk.
+#[derive(Debug)]
+pub(super) struct Kernel {
+    pub(super) line: Line,
+    pub(super) release: String,
+    pub(super) vmlinuz: PathBuf,
+    pub(super) modules: PathBuf,
+}
+
+impl Kernel {
+    /// The kernel in `cache`, downloaded where it is not there yet or the user wants it anew.
+    pub(super) fn get(line: Line, cache: &Path, refresh: bool) -> Result<Self> {
+        let dir = cache.join(line.to_string());
+        if refresh || !dir.exists() {
+            download(line, cache, &dir).with_context(|| format!("could not get kernel {line}"))?;
+        }
+        Self::find(line, &dir).with_context(|| format!("{} is no kernel: remove it", dir.display()))
+    }
+
+    /// Where the packages of any suite put it.
+    fn find(line: Line, dir: &Path) -> Option<Self> {
+        let mut entries = ["lib/modules", "usr/lib/modules"]
+            .into_iter()
+            .filter_map(|modules| fs::read_dir(dir.join(modules)).ok())
+            .flatten();
+        let modules = entries.next()?.ok()?.path();
+        let release = modules.file_name()?.to_str()?.to_owned();
+        let vmlinuz = [dir.join("boot").join(format!("vmlinuz-{release}")), modules.join("vmlinuz")];
+        let vmlinuz = vmlinuz.into_iter().find(|path| path.is_file())?;
+        Some(Self { line, release, vmlinuz, modules })
+    }
+}
+
+/// Makes `dir`, whole or not at all.
+fn download(line: Line, cache: &Path, dir: &Path) -> Result<()> {
+    say(format_args!("downloading kernel {line}"));
+    let staging = Staging(cache.join(format!("{line}.{}", process::id())));
+    let root = staging.0.join("root");
+    fs::create_dir_all(&root).with_context(|| format!("could not make {}", root.display()))?;
+    let archive = Archive::open(&staging.0.join("apt"), line.suite())?;
+    archive.unpack(&archive.kernel()?, &root)?;
+    if dir.exists() {
+        fs::remove_dir_all(dir).with_context(|| format!("could not remove {}", dir.display()))?;
+    }
+    fs::rename(&root, dir).with_context(|| format!("could not make {}", dir.display()))
+}
+
+/// A directory that is removed when dropped.
+struct Staging(PathBuf);
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        // Left behind where it fails: it is only a cache.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_is_found_wherever_its_packages_put_it() {
+        for [vmlinuz, modules] in [
+            ["boot/vmlinuz-5.10.0-46-cloud-amd64", "lib/modules/5.10.0-46-cloud-amd64/kernel/net"],
+            ["usr/lib/modules/7.2.13+deb14-cloud-amd64/vmlinuz", "usr/lib/modules/7.2.13+deb14-cloud-amd64"],
+        ] {
+            let root = tempfile::tempdir().unwrap();
+            let vmlinuz = root.path().join(vmlinuz);
+            fs::create_dir_all(vmlinuz.parent().unwrap()).unwrap();
+            fs::create_dir_all(root.path().join(modules)).unwrap();
+            assert!(Kernel::find(Line::V7, root.path()).is_none());
+            fs::write(&vmlinuz, "").unwrap();
+            let kernel = Kernel::find(Line::V7, root.path()).unwrap();
+            assert_eq!(kernel.vmlinuz, vmlinuz);
+            assert!(kernel.release.ends_with("-cloud-amd64") && kernel.modules.ends_with(&kernel.release));
+        }
+    }
+
+    #[test]
+    fn a_line_is_called_by_its_version() {
+        assert_eq!(
+            Line::value_variants().iter().map(Line::to_string).collect::<Vec<_>>(),
+            ["5.10", "6.1", "6.12", "7"]
+        );
+    }
+}

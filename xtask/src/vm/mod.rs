@@ -1,0 +1,133 @@
+//! The tests on other kernels: each a virtual machine, with nothing in it but the agent, the tests and what they start.
+
+mod archive;
+mod build;
+mod initramfs;
+mod kernels;
+mod machine;
+mod modules;
+mod report;
+
+use std::{
+    env, fs,
+    num::NonZero,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Mutex,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+use clap::ValueEnum as _;
+use imds_ebpf_build::Host;
+
+use crate::{
+    setup::{self, Purpose},
+    workspace::{artifacts, say},
+};
+use build::Payload;
+use kernels::{Kernel, Line};
+use machine::Machine;
+use report::{Guest, Row};
+
+/// Run the tests of the agent on other kernels: Debian's, in virtual machines
+///
+/// The kernels are downloaded once, from the mirror that apt uses.
+#[derive(clap::Args)]
+pub(crate) struct Vm {
+    /// One of the kernels; repeat it for more
+    #[arg(long = "kernel", value_enum, value_name = "VERSION")]
+    lines: Vec<Line>,
+    /// Look for newer versions of the kernels than those that were downloaded
+    #[arg(long)]
+    refresh: bool,
+    /// After how many minutes a machine is stopped
+    #[arg(long, value_name = "MINUTES", default_value_t = 20)]
+    timeout: u64,
+    /// What QEMU runs the machines with: tcg works everywhere, kvm is much faster where it works
+    #[arg(long, value_name = "ACCELERATOR", default_value = "tcg")]
+    accel: String,
+    /// Names of tests, in whole or in part
+    #[arg(last = true)]
+    filter: Vec<String>,
+}
+
+impl Vm {
+    pub(crate) fn run(mut self) -> Result<ExitCode> {
+        if env::consts::ARCH != "x86_64" {
+            bail!("the machines are x86_64 ones, and so must this one be that compiles for them");
+        }
+        if self.lines.is_empty() {
+            self.lines = Line::value_variants().to_vec();
+        }
+        self.lines.sort_unstable();
+        self.lines.dedup();
+        setup::ensure(Purpose::Vm)?;
+
+        let cache = cache()?;
+        let kernels: Vec<_> =
+            self.lines.iter().map(|&line| Kernel::get(line, &cache, self.refresh)).collect();
+        let payload = Payload::build()?;
+        let rows = self.run_all(kernels, &payload)?;
+        print!("{}", report::table(&rows));
+        let is_good = rows.iter().all(|row| row.complaints.is_empty());
+        Ok(if is_good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+
+    /// Runs as many machines at a time as there are processors: each has one.
+    fn run_all(&self, kernels: Vec<Result<Kernel>>, payload: &Payload) -> Result<Vec<Row>> {
+        let results = artifacts("vm")?;
+        // Taken from its end: the newest kernels skip the least, and so take longest.
+        let queue = Mutex::new(kernels.into_iter().zip(&self.lines).collect::<Vec<_>>());
+        let rows = Mutex::new(Vec::new());
+        thread::scope(|scope| {
+            for _ in 0..thread::available_parallelism().map_or(1, NonZero::get) {
+                scope.spawn(|| {
+                    loop {
+                        let next = queue.lock().expect("no thread panicked").pop();
+                        let Some((kernel, &line)) = next else { return };
+                        let row = kernel
+                            .and_then(|kernel| self.run_one(&kernel, payload, &results))
+                            .unwrap_or_else(|error| Row::failed(line, format!("{error:#}")));
+                        rows.lock().expect("no thread panicked").push(row);
+                    }
+                });
+            }
+        });
+        let mut rows = rows.into_inner().expect("no thread panicked");
+        rows.sort_unstable_by_key(|row| row.line);
+        Ok(rows)
+    }
+
+    fn run_one(&self, kernel: &Kernel, payload: &Payload, results: &Path) -> Result<Row> {
+        let (line, host) = (kernel.line, Host::current());
+        let file = |extension| results.join(format!("kernel-{line}.{extension}"));
+        let (initramfs, log) = (file("cpio"), file("log"));
+        let archive = initramfs::archive(&host, kernel, payload, &self.filter)?;
+        fs::write(&initramfs, archive).with_context(|| format!("could not write {}", initramfs.display()))?;
+        say(format_args!("kernel {line} ({}) starts; its console is {}", kernel.release, log.display()));
+
+        let machine = Machine {
+            kernel: &kernel.vmlinuz,
+            initramfs: &initramfs,
+            accel: &self.accel,
+            log: &log,
+            timeout: Duration::from_mins(self.timeout),
+        };
+        let start = Instant::now();
+        let end = machine.run(&host)?;
+        let console = fs::read(&log).with_context(|| format!("could not read {}", log.display()))?;
+        let guest = Guest::from_console(&String::from_utf8_lossy(&console));
+        let row = Row::new(line, guest, payload.names(), end, start.elapsed());
+        say(format_args!("kernel {line}: {row}"));
+        Ok(row)
+    }
+}
+
+/// Outside of the workspace, for it to outlive this one.
+fn cache() -> Result<PathBuf> {
+    let below = |variable| env::var_os(variable).map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = below("XDG_CACHE_HOME").or_else(|| Some(below("HOME")?.join(".cache")));
+    Ok(base.context("neither XDG_CACHE_HOME nor HOME is set")?.join("imds-agent/kernels"))
+}

@@ -1,0 +1,142 @@
+//! Kernel modules, in the order in which the kernel takes them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, bail};
+
+/// What the tests use, or may. Where a kernel has one built in or not at all, there is no such file.
+const WANTED: [&str; 27] = [
+    "act_gact",
+    "bridge",
+    "cls_bpf",
+    "cls_matchall",
+    "cls_u32",
+    "dummy",
+    "geneve",
+    "ip_gre",
+    "ip_tables",
+    "ipip",
+    "iptable_filter",
+    "iptable_mangle",
+    "iptable_nat",
+    "ipvlan",
+    "8021q",
+    "macvlan",
+    "netkit",
+    "nf_tables",
+    "nft_chain_nat",
+    "nft_compat",
+    "nft_ct",
+    "sch_ingress",
+    "sit",
+    "tun",
+    "veth",
+    "vxlan",
+    "xt_tcpudp",
+];
+
+/// A module, ready for insmod.
+#[derive(Debug)]
+pub(super) struct Module {
+    pub(super) name: String,
+    pub(super) content: Vec<u8>,
+}
+
+/// The wanted modules below `dir`, each after those that it needs.
+pub(super) fn load_order(dir: &Path) -> Result<Vec<Module>> {
+    let mut files = BTreeMap::new();
+    collect(dir, &mut files).with_context(|| format!("could not list {}", dir.display()))?;
+    let mut order = Order { files, seen: BTreeSet::new(), modules: Vec::new() };
+    for name in WANTED {
+        order.add(name)?;
+    }
+    Ok(order.modules)
+}
+
+struct Order {
+    files: BTreeMap<String, PathBuf>,
+    seen: BTreeSet<String>,
+    modules: Vec<Module>,
+}
+
+impl Order {
+    fn add(&mut self, name: &str) -> Result<()> {
+        let Some(path) = self.files.get(name).cloned() else { return Ok(()) };
+        if !self.seen.insert(name.to_owned()) {
+            return Ok(());
+        }
+        let content = read(&path).with_context(|| format!("could not read {}", path.display()))?;
+        for needed in needs(&content) {
+            self.add(&needed)?;
+        }
+        self.modules.push(Module { name: name.to_owned(), content });
+        Ok(())
+    }
+}
+
+fn collect(dir: &Path, files: &mut BTreeMap<String, PathBuf>) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let path = entry.path();
+        if entry.file_type()?.is_dir() {
+            collect(&path, files)?;
+        } else if let Some((name, _)) = entry.file_name().to_string_lossy().split_once(".ko") {
+            files.insert(canonical(name), path);
+        }
+    }
+    Ok(())
+}
+
+/// The kernel's name of a module: that of its file may have hyphens.
+fn canonical(name: &str) -> String {
+    name.replace('-', "_")
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    if path.extension().is_none_or(|extension| extension != "xz") {
+        return Ok(fs::read(path)?);
+    }
+    let output = Command::new("xz").args(["--decompress", "--stdout"]).arg(path).output()?;
+    if !output.status.success() {
+        bail!("{}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(output.stdout)
+}
+
+/// The modules that a module names as its needs: `depends=a,b` among the strings of its section `.modinfo`.
+fn needs(module: &[u8]) -> Vec<String> {
+    const KEY: &[u8] = b"\0depends=";
+    let Some(start) = module.windows(KEY.len()).position(|window| window == KEY) else { return Vec::new() };
+    let value = module[start + KEY.len()..].split(|&byte| byte == 0).next().unwrap_or_default();
+    let names = String::from_utf8_lossy(value);
+    names.split(',').filter(|name| !name.is_empty()).map(canonical).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_module_comes_after_what_it_needs_and_once() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("kernel/net");
+        fs::create_dir_all(&dir).unwrap();
+        let write = |name: &str, needs: &str| {
+            fs::write(dir.join(name), format!("ELF\0depends={needs}\0name=x\0")).unwrap();
+        };
+        write("bridge.ko", "stp,llc");
+        write("stp.ko", "llc");
+        write("llc.ko", "");
+        write("ipvlan.ko", "l3-mdev");
+        write("l3_mdev.ko", "");
+        write("unwanted.ko", "");
+        let modules = load_order(root.path()).unwrap();
+        let names: Vec<_> = modules.iter().map(|module| module.name.as_str()).collect();
+        assert_eq!(names, ["llc", "stp", "bridge", "l3_mdev", "ipvlan"]);
+    }
+}
