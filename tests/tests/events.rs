@@ -11,6 +11,7 @@ use std::{
 use imds_tests::{
     METADATA, PacketSocket, Pod, PodLink, World, packets,
     probe::{LONG, SHORT, http_get},
+    skip_without_netns_cookie,
 };
 use serde_json::Value;
 
@@ -85,6 +86,9 @@ fn a_packet_is_told_with_who_sent_it_where() {
 
 #[test]
 fn a_call_is_told_with_its_process() {
+    if skip_without_netns_cookie() {
+        return;
+    }
     let world = World::new();
     let pod = world.add_pod(PodLink::Bridged);
     let agent = world.agent().hooks(&["socket"]).spawn_ready();

@@ -8,7 +8,7 @@ use std::{
 use imds_tests::{
     Backend, METADATA, Netns, Pod, PodLink, SERVICE, World, hook,
     probe::{LONG, Outcome, SHORT, http_get, reachable},
-    with_each_backend,
+    skip_without_netns_cookie, with_each_backend,
 };
 
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
@@ -72,6 +72,9 @@ fn errors(netns: &Netns, endpoint: Ipv4Addr) -> Vec<(&'static str, Option<ErrorK
 
 #[test]
 fn the_socket_hook_refuses_calls_at_once() {
+    if skip_without_netns_cookie() {
+        return;
+    }
     let world = World::new();
     let pods = LINKS.map(|link| world.add_pod(link));
     let of = |netns: &Netns, endpoint| world.in_cgroup(|| errors(netns, endpoint));
@@ -116,6 +119,9 @@ fn the_socket_hook_refuses_calls_at_once() {
 
 #[test]
 fn hooks_that_the_next_agent_has_off_are_removed_and_those_it_has_on_are_added() {
+    if skip_without_netns_cookie() {
+        return;
+    }
     with_each_backend(|backend| {
         let world = World::new();
         let pod = world.add_pod(PodLink::Routed);
@@ -144,6 +150,9 @@ fn hooks_that_the_next_agent_has_off_are_removed_and_those_it_has_on_are_added()
 
 #[test]
 fn a_socket_hook_that_somebody_detached_is_restored() {
+    if skip_without_netns_cookie() {
+        return;
+    }
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let agent = world.agent().hooks(&["socket"]).resync(1).spawn_ready();
@@ -211,6 +220,9 @@ fn add_macvlan_pod(world: &World) -> Netns {
 
 #[test]
 fn a_macvlan_pod_is_held_by_the_socket_hook_and_the_node_edge() {
+    if skip_without_netns_cookie() {
+        return;
+    }
     let world = World::new();
     let pod = add_macvlan_pod(&world);
     let ask = || world.in_cgroup(|| http_get(&pod, METADATA, SHORT));
@@ -264,6 +276,9 @@ fn a_namespace_within_a_pod_is_held_by_both_edges() {
 
 #[test]
 fn all_hooks_together_are_what_an_agent_without_a_configuration_has() {
+    if skip_without_netns_cookie() {
+        return;
+    }
     let world = World::new();
     let pod = world.add_pod(PodLink::Bridged);
     let empty = world.scratch_dir().join("empty.toml");

@@ -5,7 +5,7 @@ use std::fs;
 use imds_tests::{
     Backend, Netns, Pod, PodLink, World,
     foreign::{Foreign, TC_ACT_OK},
-    hook, output, with_each_backend,
+    hook, output, skip_without_tcx, with_each_backend,
 };
 
 fn bpftool(args: &[&str]) {
@@ -60,6 +60,9 @@ fn a_map_of_another_layout_is_replaced() {
 
 #[test]
 fn maps_that_another_version_wrote_are_replaced() {
+    if skip_without_tcx() {
+        return;
+    }
     let (world, pod) = guarded_world(Backend::Tcx);
     let pin = world.pin_dir().join("maps/imds_policy");
     // Mode 2 is off: a policy that is misread must not open anything.
@@ -77,6 +80,9 @@ fn maps_that_another_version_wrote_are_replaced() {
 
 #[test]
 fn a_program_in_the_place_of_a_map_or_a_link_is_replaced() {
+    if skip_without_tcx() {
+        return;
+    }
     let (world, pod) = guarded_world(Backend::Tcx);
     let foreign = Foreign::returning(TC_ACT_OK);
     let (map, link) = (

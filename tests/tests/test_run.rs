@@ -11,7 +11,10 @@ use imds_ebpf_common::{
     },
     packet::MAX_VLAN_TAGS,
 };
-use imds_tests::program::{Object, action};
+use imds_tests::{
+    SKIPPED, WHOLE_TEST,
+    program::{Object, action},
+};
 
 const TC_ACT_UNSPEC: i32 = -1;
 const TC_ACT_SHOT: i32 = 2;
@@ -211,7 +214,10 @@ fn a_filter_that_was_never_written_is_the_loaders_mistake_and_a_full_one_only_co
 fn the_verifier_is_done_with_every_program_soon() {
     let object = Object::load(OBJECT);
     for name in TC_PROGRAMS.into_iter().chain(SOCKET_PROGRAMS) {
-        let verified = object.verified_instructions(name);
+        let Some(verified) = object.verified_instructions(name) else {
+            eprintln!("{SKIPPED}{WHOLE_TEST}: this kernel does not count the instructions that it verifies");
+            return;
+        };
         println!("{name}: {verified} instructions");
         assert!(verified < 4096, "{name}: {verified}");
     }

@@ -14,7 +14,7 @@ use super::{build::Payload, kernels::Kernel, modules};
 
 const INIT: &[u8] = include_bytes!("guest.sh");
 /// Programs of this machine that the tests start. With busybox alone there would be no `ip link add type veth`.
-const TOOLS: [&str; 6] = ["bpftool", "busybox", "ip", "nsenter", "setpriv", "tc"];
+const TOOLS: [&str; 7] = ["bpftool", "busybox", "ip", "nft", "nsenter", "setpriv", "tc"];
 
 const DIRECTORY: u32 = 0o040_755;
 const EXECUTABLE: u32 = 0o100_755;
