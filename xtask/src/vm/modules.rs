@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 /// What the tests use, or may. Where a kernel has one built in or not at all, there is no such file.
-const WANTED: [&str; 27] = [
+const WANTED: [&str; 29] = [
     "act_gact",
     "bridge",
     "cls_bpf",
@@ -32,6 +32,8 @@ const WANTED: [&str; 27] = [
     "nft_chain_nat",
     "nft_compat",
     "nft_ct",
+    "nft_masq",
+    "nft_nat",
     "sch_ingress",
     "sit",
     "tun",
