@@ -180,7 +180,15 @@ where
         });
     }
     // Hidden from the compiler, which else makes one switch of all comparisons, tags first.
-    frame == Frame::Ip || !is_vlan(hint::black_box(word))
+    if frame == Frame::Ip || !is_vlan(hint::black_box(word)) {
+        return true;
+    }
+    // IPv4 behind one tag is as ordinary as a tag in the frame gets: the kernel takes the outer one out.
+    let tagged = EthHdr::LEN + VLAN_TAG_LEN;
+    match packet.peek_words(tagged - size_of::<u16>(), tagged + DESTINATION_OFFSET) {
+        Some((ETH_P_IP, v4)) => !tables.may_guard(Destination::V4(v4).slot()),
+        Some(_) | None => false,
+    }
 }
 
 /// The IP header of `packet`, or `None` where its destination is certainly no endpoint's, where it has none, or where it
