@@ -2,7 +2,7 @@
 //! `status` or `unload` can meet the pins of another node's: a container's, or the host's.
 
 use crate::node::netns;
-use imds_ebpf_common::{Backend, Policy, maps::LAYOUT};
+use imds_ebpf_common::{Policy, maps::LAYOUT};
 
 use super::{
     DatapathError,
@@ -53,9 +53,7 @@ pub fn ensure_ours(pins: &PinDir) -> Result<(), DatapathError> {
 pub(super) fn ensure_no_filters_elsewhere(pins: &PinDir) -> Result<(), DatapathError> {
     let Some(netns) = other_netns(pins)? else { return Ok(()) };
     let maps = Maps::open(pins)?;
-    let has_filter =
-        |ifindex| records::get(&maps, ifindex).is_some_and(|record| record.backend == Backend::Clsact as u8);
-    if maps.interfaces.keys().flatten().any(has_filter) {
+    if maps.interfaces.keys().flatten().any(|ifindex| records::has_filter(&maps, ifindex)) {
         return Err(DatapathError::Elsewhere { path: pins.root().to_owned(), netns });
     }
     Ok(())

@@ -231,8 +231,7 @@ impl Datapath {
         let program = self.programs.id(tc_program(edge, link.frame)).unwrap_or_default();
         let mut attachments = Vec::new();
         attachments.extend(self.links.observe(self.claim.dir(), spot, program)?);
-        let recorded = records::get(&self.maps, link.index)
-            .is_some_and(|record| record.backend == Backend::Clsact as u8);
+        let recorded = records::has_filter(&self.maps, link.index);
         if thorough || recorded || self.backend == Backend::Clsact {
             attachments.extend(clsact::attachment(&self.netlink, spot, program).await?);
         }

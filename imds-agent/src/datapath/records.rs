@@ -11,6 +11,11 @@ pub fn get(maps: &Maps, ifindex: u32) -> Option<InterfaceRecord> {
     maps.interfaces.get(&ifindex, 0).ok()
 }
 
+/// Whether an agent recorded a filter on an interface.
+pub(super) fn has_filter(maps: &Maps, ifindex: u32) -> bool {
+    get(maps, ifindex).is_some_and(|record| record.backend == Backend::Clsact as u8)
+}
+
 /// Writes what an interface is and how it is guarded. That an agent made its qdisc stays known until it has no filter
 /// of ours.
 pub(super) fn put(maps: &mut Maps, link: &Link, role: Role, backend: Backend) -> Result<(), DatapathError> {
