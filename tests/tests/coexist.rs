@@ -1,5 +1,6 @@
 //! Programs of others on the same hook: a CNI's, which may accept packets and so end their way through the hook.
 
+use aya::programs::tc::TcAttachType;
 use imds_tests::{
     Backend, Pod, PodLink, SERVICE, World,
     foreign::{Foreign, TC_ACT_OK},
@@ -32,7 +33,8 @@ fn a_tcx_program_that_accepts_all_and_was_there_before_comes_second() {
     }
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
-    let _link = Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex);
+    let _link =
+        Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex, TcAttachType::Ingress);
     world.assert_open(&pod);
     let _agent = world.start_agent(Backend::Tcx);
     assert_first(&world, &pod);
@@ -46,11 +48,13 @@ fn a_tcx_program_that_gets_in_front_later_does_not_stay_there() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let agent = world.agent().backend(Backend::Tcx).resync(1).spawn_ready();
-    let _link = Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex);
+    let _link =
+        Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex, TcAttachType::Ingress);
     assert_first(&world, &pod);
 
     agent.kill9();
-    let _another = Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex);
+    let _another =
+        Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex, TcAttachType::Ingress);
     assert_eq!(world.status().interface(&pod.host_ifname).first, Some(false));
     let _agent = world.start_agent(Backend::Tcx);
     poll_until(LONG, "the guard to be first", || {
@@ -65,7 +69,7 @@ fn a_bpf_filter_that_accepts_all_and_was_there_before_comes_second() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Bridged);
     run_tc(&world.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
-    Foreign::returning(TC_ACT_OK).attach_filter(&world.node, &pod.host_ifname, 1);
+    Foreign::returning(TC_ACT_OK).attach_filter(&world.node, &pod.host_ifname, TcAttachType::Ingress, 1);
     world.assert_open(&pod);
     let _agent = world.start_agent(Backend::Clsact);
     assert_first(&world, &pod);
@@ -76,7 +80,7 @@ fn a_bpf_filter_that_gets_in_front_later_does_not_stay_there() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Bridged);
     let _agent = world.agent().backend(Backend::Clsact).resync(1).spawn_ready();
-    Foreign::returning(TC_ACT_OK).attach_filter(&world.node, &pod.host_ifname, 1);
+    Foreign::returning(TC_ACT_OK).attach_filter(&world.node, &pod.host_ifname, TcAttachType::Ingress, 1);
     assert_first(&world, &pod);
 }
 
@@ -137,7 +141,11 @@ fn a_program_that_drops_other_traffic_still_sees_it() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     assert!(reachable(&pod.netns, SERVICE));
-    let link = Foreign::returning(TC_ACT_SHOT).attach_tcx_first(&world.node, pod.host_ifindex);
+    let link = Foreign::returning(TC_ACT_SHOT).attach_tcx_first(
+        &world.node,
+        pod.host_ifindex,
+        TcAttachType::Ingress,
+    );
     let _agent = world.start_agent(Backend::Tcx);
     // The guard, which is before it now, leaves what it does not deny to the others.
     assert!(!imds_tests::probe::udp_echo(&pod.netns, SERVICE, imds_tests::probe::SHORT).is_answer());
