@@ -10,7 +10,7 @@ use imds_tests::{
 use crate::AWS;
 
 pub(crate) const CLUSTER_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 80);
-const CLUSTER_IP_V6: Ipv6Addr = Ipv6Addr::new(0xfd96, 0, 0, 0, 0, 0, 0, 0x80);
+pub(crate) const CLUSTER_IP_V6: Ipv6Addr = Ipv6Addr::new(0xfd96, 0, 0, 0, 0, 0, 0, 0x80);
 
 /// Redirects what is sent to one address on to the endpoint, as a Service does whose backend is the endpoint.
 pub(crate) fn redirect(netns: &Netns, service: impl Into<IpAddr>, endpoint: impl Into<IpAddr>) {
