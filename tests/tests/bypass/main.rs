@@ -1,5 +1,7 @@
 //! Every known way around the guard: open before the agent runs, closed by each hook that is to hold it while the others
 //! are off, closed by all of them together, and open again after `unload` (`Ways::assert_held`).
+//! What is known to be open is a test that is ignored, and says why: `cargo test --test bypass -- --ignored` shows it.
+//! Kinds of devices that a kernel lacks are skipped with a word.
 //!
 //! | | way | tests, here or in the file named |
 //! | --- | --- | --- |
