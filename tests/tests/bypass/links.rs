@@ -23,6 +23,10 @@ fn add_pod_on_uplink(world: &World, options: &str) -> Netns {
     let pod = Netns::new("upper");
     world.node.ip(&format!("link add upper0 link {} netns {} {options}", World::UPLINK, pod.name()));
     pod.ip("link set lo up\naddr add 10.0.0.77/24 dev upper0\nlink set upper0 up\nroute add default via 10.0.0.1");
+    if options.contains("mode l3") {
+        // Nobody answers for the pod's address.
+        world.fabric.ip(&format!("route add 10.0.0.77/32 via {}", world.node_address()));
+    }
     pod
 }
 
@@ -32,10 +36,6 @@ fn assert_pod_on_uplink_is_held(kind: &str, options: &str) {
     }
     let world = World::new();
     let pod = add_pod_on_uplink(&world, options);
-    if options.contains("mode l3") {
-        // Nobody answers for the pod's address.
-        world.fabric.ip(&format!("route add 10.0.0.77/32 via {}", world.node_address()));
-    }
     tcp_and_udp(world.ways(&hooks_without_link()), &pod).assert_held();
 }
 
@@ -64,18 +64,19 @@ fn ipvlan_in_layer_3_with_netfilter() {
     assert_pod_on_uplink_is_held("ipvlan", "type ipvlan mode l3s");
 }
 
-/// A pair of which the pod has one end.
-fn assert_netkit_is_held(mode: &str) {
-    if lacks_device(WHOLE_TEST, "netkit", "type netkit") {
+/// A pair of which the pod has one end. Without a mode it is of layer 3; older versions of `ip` know no modes.
+fn assert_netkit_is_held(options: &str) {
+    if lacks_device(WHOLE_TEST, "netkit", options) {
         return;
     }
     let world = World::new();
     let pod = Netns::new("netkit");
+    // The kernel names the other end nk0.
     world.node.ip(&format!(
-        "link add nk0 type netkit mode {mode} forward peer forward name eth0
-         link set eth0 netns {}
-         link set nk0 up
-         addr add 172.28.0.1/24 dev nk0",
+        "link add host0 {options}
+         link set nk0 netns {} name eth0
+         link set host0 up
+         addr add 172.28.0.1/24 dev host0",
         pod.name()
     ));
     pod.ip(
@@ -87,12 +88,12 @@ fn assert_netkit_is_held(mode: &str) {
 
 #[test]
 fn netkit_in_layer_2() {
-    assert_netkit_is_held("l2");
+    assert_netkit_is_held("type netkit mode l2");
 }
 
 #[test]
 fn netkit_in_layer_3() {
-    assert_netkit_is_held("l3");
+    assert_netkit_is_held("type netkit");
 }
 
 /// A namespace made inside of a pod, which forwards for it behind its own address.
@@ -127,17 +128,39 @@ fn a_namespace_within_a_pod() {
     }
 }
 
-#[test]
-fn a_namespace_within_a_pod_without_a_link() {
-    for (kind, options) in [("macvlan", "type macvlan mode bridge"), ("ipvlan", "type ipvlan mode l2")] {
-        if lacks_device(&format!("the part with {kind}"), kind, &format!("link lower0 {options}")) {
-            continue;
-        }
-        let world = World::new();
-        let pod = add_pod_on_uplink(&world, options);
-        let nested = add_nested(&pod, "upper0");
-        tcp_and_udp(world.ways(&["socket", "node_edge"]), &nested).assert_held();
+/// What holds a namespace within a pod that has no link on the node: what it sends is forwarded, but for the last step.
+const WITHOUT_LINK: [&str; 2] = ["socket", "node_edge"];
+
+fn assert_namespace_within_pod_on_uplink_is_held(hooks: &[&'static str], kind: &str, options: &str) {
+    if lacks_device(WHOLE_TEST, kind, &format!("link lower0 {options}")) {
+        return;
     }
+    let world = World::new();
+    let pod = add_pod_on_uplink(&world, options);
+    let nested = add_nested(&pod, "upper0");
+    tcp_and_udp(world.ways(hooks), &nested).assert_held();
+}
+
+#[test]
+fn a_namespace_within_a_macvlan_pod() {
+    assert_namespace_within_pod_on_uplink_is_held(&WITHOUT_LINK, "macvlan", "type macvlan mode bridge");
+}
+
+#[test]
+fn a_namespace_within_an_ipvlan_pod_in_layer_2() {
+    assert_namespace_within_pod_on_uplink_is_held(&WITHOUT_LINK, "ipvlan", "type ipvlan mode l2");
+}
+
+#[test]
+fn a_namespace_within_an_ipvlan_pod_in_layer_3() {
+    assert_namespace_within_pod_on_uplink_is_held(&["socket"], "ipvlan", "type ipvlan mode l3");
+}
+
+/// Such a device takes the packets out of the namespace, and with them what tells that they were forwarded.
+#[test]
+#[ignore = "open: what an ipvlan pod forwards in layer 3 looks to the node edge as if the node had sent it"]
+fn a_namespace_within_an_ipvlan_pod_in_layer_3_at_the_node_edge() {
+    assert_namespace_within_pod_on_uplink_is_held(&["node_edge"], "ipvlan", "type ipvlan mode l3");
 }
 
 /// Another MAC address on the pod's own link.

@@ -18,7 +18,7 @@
 //! | 11 | tunnels that the node ends | `tunnels` |
 //! | 12 | macvlan, ipvlan, netkit | `links` |
 //! | 13 | NAT64 and 6to4 | `ipv6::addresses_that_embed_the_endpoint`, `translated` |
-//! | 14 | a namespace within a pod | `links::a_namespace_within_a_pod`, `links::a_macvlan_within_a_pod` |
+//! | 14 | a namespace within a pod | `links::a_namespace_within…`, `links::a_macvlan_within_a_pod` |
 //! | 15 | a pod's first packet while no agent runs | `reuse::a_pod_that_takes_the_place_of_one_that_is_gone_is_held_from_its_first_packet`, `hooks.rs`, `restart.rs` |
 //! | 16 | links renamed, moved, made anew | `reuse` |
 //! | 17 | a pod in another's place | `reuse` |
