@@ -100,6 +100,11 @@ impl Programs {
         Ok(id)
     }
 
+    /// Ids of all.
+    pub fn ids(&self) -> impl Iterator<Item = u32> {
+        self.ids.values().copied()
+    }
+
     /// Id of a program.
     #[must_use]
     pub fn id(&self, name: &str) -> Option<u32> {
