@@ -1,12 +1,29 @@
 //! What the programs log of themselves, by aya-log: never of a packet, which is what events are for.
 
+use aya_ebpf::helpers::generated::bpf_jiffies64;
 use aya_log_ebpf_macros::warn;
+
+/// Timer ticks between two messages: some seconds, at as many a second as distributions choose (100 to 1000).
+const PAUSE: u64 = 2500;
+
+/// When the last message was. Not zero, with which it would be in the section that is the filter's alone.
+#[unsafe(no_mangle)]
+static mut LAST: u64 = u64::MAX / 2;
 
 /// A packet or call that was judged, but of which nothing can be kept: a map is full.
 ///
 /// A function of its own, so that the verifier follows it apart from what it is called for.
 #[inline(never)]
 pub(crate) fn unaccounted(hook: u32, ifindex: u32) {
+    // SAFETY: the helper takes no arguments; the verifier makes a load of the call.
+    let now = unsafe { bpf_jiffies64() };
+    let last = &raw mut LAST;
+    // SAFETY: of this variable alone; two CPUs that write it at once log twice.
+    if now.wrapping_sub(unsafe { last.read_volatile() }) < PAUSE {
+        return;
+    }
+    // SAFETY: as above.
+    unsafe { last.write_volatile(now) };
     warn!(
         (),
         "a map is full: what hook {} denies or lets pass at interface {} is not counted", hook, ifindex

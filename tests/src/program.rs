@@ -67,9 +67,9 @@ impl Object {
         sorted(self.ebpf.programs().map(|(name, _)| name))
     }
 
-    /// Names of its maps, sorted, but for that of its constants.
+    /// Names of its maps, sorted, but for those of its constants and private variables.
     pub fn map_names(&self) -> Vec<String> {
-        sorted(self.ebpf.maps().map(|(name, _)| name).filter(|&name| name != ".rodata"))
+        sorted(self.ebpf.maps().map(|(name, _)| name).filter(|name| ![".rodata", ".data"].contains(name)))
     }
 }
 
