@@ -8,9 +8,8 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use imds_ebpf_build::Host;
 
-use super::{build::Payload, kernels::Kernel, modules};
+use super::{build::Payload, kernels::Kernel, modules, tools::Tools};
 
 const INIT: &[u8] = include_bytes!("guest.sh");
 /// Programs of this machine that the tests start. With busybox alone there would be no `ip link add type veth`.
@@ -21,7 +20,7 @@ const EXECUTABLE: u32 = 0o100_755;
 
 /// All that runs with `kernel`.
 pub(super) fn archive(
-    host: &Host,
+    programs: &Tools,
     kernel: &Kernel,
     payload: &Payload,
     arguments: &[String],
@@ -29,7 +28,7 @@ pub(super) fn archive(
     let mut cpio = Cpio::default();
     cpio.add("init", INIT);
     for tool in TOOLS {
-        let path = host.find(tool).with_context(|| format!("there is no {tool}"))?;
+        let path = programs.find(tool)?;
         cpio.copy(&format!("tools/{tool}"), &path)?;
         for library in libraries(&path)? {
             cpio.copy(&library.to_string_lossy(), &library)?;

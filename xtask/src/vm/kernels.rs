@@ -3,13 +3,12 @@
 use std::{
     fmt, fs,
     path::{Path, PathBuf},
-    process,
 };
 
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 
-use super::archive::Archive;
+use super::{archive::Archive, cache};
 use crate::workspace::say;
 
 /// A kernel series, and how it can guard.
@@ -63,9 +62,9 @@ pub(super) struct Kernel {
 impl Kernel {
     /// The kernel in `cache`, downloaded where it is not there yet or the user wants it anew.
     pub(super) fn get(line: Line, cache: &Path, refresh: bool) -> Result<Self> {
-        let dir = cache.join(line.to_string());
+        let dir = cache.join("kernels").join(line.to_string());
         if refresh || !dir.exists() {
-            download(line, cache, &dir).with_context(|| format!("could not get kernel {line}"))?;
+            download(line, &dir).with_context(|| format!("could not get kernel {line}"))?;
         }
         Self::find(line, &dir).with_context(|| format!("{} is no kernel: remove it", dir.display()))
     }
@@ -84,28 +83,12 @@ impl Kernel {
     }
 }
 
-/// Makes `dir`, whole or not at all.
-fn download(line: Line, cache: &Path, dir: &Path) -> Result<()> {
+fn download(line: Line, dir: &Path) -> Result<()> {
     say(format_args!("downloading kernel {line}"));
-    let staging = Staging(cache.join(format!("{line}.{}", process::id())));
-    let root = staging.0.join("root");
-    fs::create_dir_all(&root).with_context(|| format!("could not make {}", root.display()))?;
-    let archive = Archive::open(&staging.0.join("apt"), line.suite())?;
-    archive.unpack(&archive.kernel()?, &root)?;
-    if dir.exists() {
-        fs::remove_dir_all(dir).with_context(|| format!("could not remove {}", dir.display()))?;
-    }
-    fs::rename(&root, dir).with_context(|| format!("could not make {}", dir.display()))
-}
-
-/// A directory that is removed when dropped.
-struct Staging(PathBuf);
-
-impl Drop for Staging {
-    fn drop(&mut self) {
-        // Left behind where it fails: it is only a cache.
-        let _ = fs::remove_dir_all(&self.0);
-    }
+    cache::make(dir, |root, staging| {
+        let archive = Archive::open(&staging.join("apt"), line.suite())?;
+        archive.unpack(&archive.kernel()?, root)
+    })
 }
 
 #[cfg(test)]

@@ -4,15 +4,15 @@ use std::{
     fmt,
     fs::File,
     path::Path,
-    process::{Command, Stdio},
+    process::Stdio,
     thread::sleep,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
-use imds_ebpf_build::Host;
 
-pub(super) const QEMU: &str = "qemu-system-x86_64";
+use super::tools::Tools;
+
 const POLL: Duration = Duration::from_millis(50);
 
 /// What a machine is made of.
@@ -44,11 +44,10 @@ impl fmt::Display for End {
 
 impl Machine<'_> {
     /// Runs it until it powers off.
-    pub(super) fn run(&self, host: &Host) -> Result<End> {
+    pub(super) fn run(&self, tools: &Tools) -> Result<End> {
         let console =
             File::create(self.log).with_context(|| format!("could not write {}", self.log.display()))?;
-        let qemu = host.find(QEMU).with_context(|| format!("there is no {QEMU}"))?;
-        let mut command = Command::new(qemu);
+        let mut command = tools.qemu()?;
         // One processor: with two, each a thread of QEMU 7.2's TCG, Linux 7.2 panicked in two of four runs of the tests
         // that attach to TCX ("Oops: int3", in code that it was patching); with two in one thread, in none of four.
         command
@@ -61,7 +60,7 @@ impl Machine<'_> {
             .arg(self.initramfs)
             .stdin(Stdio::null())
             .stdout(console);
-        let mut child = command.spawn().with_context(|| format!("could not start {QEMU}"))?;
+        let mut child = command.spawn().context("could not start QEMU")?;
         let start = Instant::now();
         while child.try_wait().context("could not wait for QEMU")?.is_none() {
             if start.elapsed() > self.timeout {

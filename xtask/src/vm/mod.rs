@@ -2,16 +2,18 @@
 
 mod archive;
 mod build;
+mod cache;
 mod initramfs;
 mod kernels;
 mod machine;
 mod modules;
 mod report;
+mod tools;
 
 use std::{
     env, fs,
     num::NonZero,
-    path::{Path, PathBuf},
+    path::Path,
     process::ExitCode,
     sync::Mutex,
     thread,
@@ -20,7 +22,6 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum as _;
-use imds_ebpf_build::Host;
 
 use crate::{
     setup::{self, Purpose},
@@ -30,6 +31,7 @@ use build::Payload;
 use kernels::{Kernel, Line};
 use machine::Machine;
 use report::{Guest, Row};
+use tools::Tools;
 
 /// Run the tests of the agent on other kernels: Debian's, in virtual machines
 ///
@@ -65,18 +67,19 @@ impl Vm {
         self.lines.dedup();
         setup::ensure(Purpose::Vm)?;
 
-        let cache = cache()?;
+        let cache = cache::dir()?;
+        let tools = Tools::get(&cache)?;
         let kernels: Vec<_> =
             self.lines.iter().map(|&line| Kernel::get(line, &cache, self.refresh)).collect();
         let payload = Payload::build()?;
-        let rows = self.run_all(kernels, &payload)?;
+        let rows = self.run_all(kernels, &payload, &tools)?;
         print!("{}", report::table(&rows));
         let is_good = rows.iter().all(|row| row.complaints.is_empty());
         Ok(if is_good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 
     /// Runs as many machines at a time as there are processors: each has one.
-    fn run_all(&self, kernels: Vec<Result<Kernel>>, payload: &Payload) -> Result<Vec<Row>> {
+    fn run_all(&self, kernels: Vec<Result<Kernel>>, payload: &Payload, tools: &Tools) -> Result<Vec<Row>> {
         let results = artifacts("vm")?;
         // Taken from its end: the newest kernels skip the least, and so take longest.
         let queue = Mutex::new(kernels.into_iter().zip(&self.lines).collect::<Vec<_>>());
@@ -88,7 +91,7 @@ impl Vm {
                         let next = queue.lock().expect("no thread panicked").pop();
                         let Some((kernel, &line)) = next else { return };
                         let row = kernel
-                            .and_then(|kernel| self.run_one(&kernel, payload, &results))
+                            .and_then(|kernel| self.run_one(&kernel, payload, tools, &results))
                             .unwrap_or_else(|error| Row::failed(line, format!("{error:#}")));
                         rows.lock().expect("no thread panicked").push(row);
                     }
@@ -100,11 +103,11 @@ impl Vm {
         Ok(rows)
     }
 
-    fn run_one(&self, kernel: &Kernel, payload: &Payload, results: &Path) -> Result<Row> {
-        let (line, host) = (kernel.line, Host::current());
+    fn run_one(&self, kernel: &Kernel, payload: &Payload, tools: &Tools, results: &Path) -> Result<Row> {
+        let line = kernel.line;
         let file = |extension| results.join(format!("kernel-{line}.{extension}"));
         let (initramfs, log) = (file("cpio"), file("log"));
-        let archive = initramfs::archive(&host, kernel, payload, &self.filter)?;
+        let archive = initramfs::archive(tools, kernel, payload, &self.filter)?;
         fs::write(&initramfs, archive).with_context(|| format!("could not write {}", initramfs.display()))?;
         say(format_args!("kernel {line} ({}) starts; its console is {}", kernel.release, log.display()));
 
@@ -116,18 +119,11 @@ impl Vm {
             timeout: Duration::from_mins(self.timeout),
         };
         let start = Instant::now();
-        let end = machine.run(&host)?;
+        let end = machine.run(tools)?;
         let console = fs::read(&log).with_context(|| format!("could not read {}", log.display()))?;
         let guest = Guest::from_console(&String::from_utf8_lossy(&console));
         let row = Row::new(line, guest, payload.names(), end, start.elapsed());
         say(format_args!("kernel {line}: {row}"));
         Ok(row)
     }
-}
-
-/// Outside of the workspace, for it to outlive this one.
-fn cache() -> Result<PathBuf> {
-    let below = |variable| env::var_os(variable).map(PathBuf::from).filter(|path| path.is_absolute());
-    let base = below("XDG_CACHE_HOME").or_else(|| Some(below("HOME")?.join(".cache")));
-    Ok(base.context("neither XDG_CACHE_HOME nor HOME is set")?.join("imds-agent/kernels"))
 }
