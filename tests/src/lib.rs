@@ -21,6 +21,7 @@ pub mod status;
 
 mod agent;
 mod arrivals;
+mod effort;
 mod expect;
 mod packet_socket;
 mod pins;
@@ -30,6 +31,7 @@ mod world;
 
 pub use agent::{Agent, AgentCommand, Backend, output};
 pub use arrivals::Arrivals;
+pub use effort::{EFFORT, effort};
 pub use expect::{SKIPPED, WHOLE_TEST, skip_without_netns_cookie, skip_without_tcx, with_each_backend};
 pub use netns::Netns;
 pub use packet_socket::PacketSocket;
