@@ -35,12 +35,21 @@ impl Line {
         }
     }
 
-    /// What the agent has to choose there: TCX came with 6.6.
-    pub(super) const fn guard(self) -> &'static str {
-        match self {
-            Self::V5_10 | Self::V6_1 => "clsact",
-            Self::V6_12 | Self::V7 => "tcx",
-        }
+    /// What the agent has to make use of there where it may choose, by the names of guest.sh: TCX came with 6.6, namespaces'
+    /// cookies with 5.14, and for TC programs with 6.13.
+    pub(super) const fn takes(self) -> [(&'static str, &'static str); 4] {
+        let (guard, node, node_edge) = match self {
+            Self::V5_10 => ("clsact", "initial namespace", "ifindex"),
+            Self::V6_1 => ("clsact", "cookie", "ifindex"),
+            Self::V6_12 => ("tcx", "cookie", "ifindex"),
+            Self::V7 => ("tcx", "cookie", "cookie"),
+        };
+        [("guard", guard), ("node", node), ("node_edge", node_edge), ("events", "ringbuf")]
+    }
+
+    /// Whether it lacks anything that a test may be about.
+    pub(super) const fn may_skip(self) -> bool {
+        matches!(self, Self::V5_10 | Self::V6_1)
     }
 }
 
