@@ -31,6 +31,8 @@ pub(super) struct Executable {
     pub(super) ignored: usize,
     /// Tests that ran nothing, with their reasons.
     pub(super) skipped: BTreeMap<String, String>,
+    /// Tests that left out a part, with their reasons.
+    pub(super) in_part: BTreeMap<String, String>,
     pub(super) code: Option<i32>,
     #[serde(skip)]
     pub(super) output: BTreeMap<String, Vec<String>>,
@@ -75,8 +77,9 @@ impl Executable {
             *shown_test = None;
         } else if let Some(name) = shown_test {
             let what = line.strip_prefix(SKIPPED).and_then(|what| what.split_once(": "));
-            if let Some((WHOLE_TEST, reason)) = what {
-                self.skipped.insert(name.clone(), reason.to_owned());
+            if let Some((what, reason)) = what {
+                let tests = if what == WHOLE_TEST { &mut self.skipped } else { &mut self.in_part };
+                tests.insert(name.clone(), reason.to_owned());
             }
             if !line.is_empty() {
                 self.output.entry(name.clone()).or_default().push(line.to_owned());

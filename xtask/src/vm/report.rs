@@ -139,10 +139,13 @@ pub(super) fn table(rows: &[Row]) -> String {
         text += cells.collect::<Vec<_>>().join("  ").trim_end();
         text.push('\n');
     }
-    for (reason, tests) in skipped(rows) {
+    for (reason, LeftOut { whole, in_part }) in left_out(rows) {
         let _ = writeln!(text, "\nskipped, {reason}:");
-        for (test, lines) in tests {
+        for (test, lines) in whole {
             let _ = writeln!(text, "    {test} ({})", lines.join(", "));
+        }
+        if !in_part.is_empty() {
+            let _ = writeln!(text, "    parts of {} tests", in_part.len());
         }
     }
     for row in rows {
@@ -171,18 +174,29 @@ pub(super) fn json(rows: &[Row]) -> Value {
     json!({ "schema": 1, "kernels": kernels })
 }
 
-/// The tests that were skipped for each reason, with the kernels on which they were.
-fn skipped(rows: &[Row]) -> BTreeMap<&str, BTreeMap<String, Vec<String>>> {
-    let mut skipped: BTreeMap<_, BTreeMap<_, Vec<_>>> = BTreeMap::new();
+/// Tests that did not run all that they have.
+#[derive(Debug, Default)]
+struct LeftOut {
+    /// Those that ran nothing, with the kernels on which they did not.
+    whole: BTreeMap<String, Vec<String>>,
+    in_part: BTreeSet<String>,
+}
+
+/// What was left out for each reason.
+fn left_out(rows: &[Row]) -> BTreeMap<&str, LeftOut> {
+    let mut all: BTreeMap<&str, LeftOut> = BTreeMap::new();
     for row in rows {
         for (name, executable) in &row.guest.executables {
             for (test, reason) in &executable.skipped {
-                let tests = skipped.entry(reason.as_str()).or_default();
-                tests.entry(format!("{name}: {test}")).or_default().push(row.line.to_string());
+                let whole = &mut all.entry(reason).or_default().whole;
+                whole.entry(format!("{name}: {test}")).or_default().push(row.line.to_string());
+            }
+            for (test, reason) in &executable.in_part {
+                all.entry(reason).or_default().in_part.insert(format!("{name}: {test}"));
             }
         }
     }
-    skipped
+    all
 }
 
 #[cfg(test)]
@@ -243,7 +257,9 @@ test result: FAILED. 1 passed; 1 failed\r
              unload     1 passed, 1 skipped, 1 ignored\nseconds    60\n";
         assert!(table.starts_with(start), "{table}");
         assert!(
-            table.ends_with("\nskipped, no TCX on this kernel:\n    unload: tcx_alone (5.10)\n"),
+            table.ends_with(
+                "\nskipped, no TCX on this kernel:\n    unload: tcx_alone (5.10)\n    parts of 1 tests\n"
+            ),
             "{table}"
         );
     }
