@@ -16,7 +16,7 @@ fuzz_target!(|packet: &[u8]| {
         (Address::from_ipv4([168, 63, 129, 16]), endpoint(dns)),
         (Address::from_ipv6([0xfd; 16]), endpoint(dns)),
     ];
-    let filter = Filter::of(endpoints.iter().map(|(address, _)| *address));
+    let filter = Filter::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
     let tables = Listed { filter: &filter, endpoints: &endpoints, mode: Mode::Enforce };
     for frame in [Frame::Ethernet, Frame::Ip] {
         let verdict = judge(packet, frame, &tables);

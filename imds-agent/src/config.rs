@@ -1,6 +1,7 @@
 //! The configuration file: TOML to a validated [`Config`].
 
 mod endpoints;
+mod hooks;
 
 use std::{
     fs, io,
@@ -9,13 +10,13 @@ use std::{
 };
 
 use globset::{Glob, GlobSet, GlobSetBuilder};
-use imds_ebpf_common::{Hook, Mode};
+use imds_ebpf_common::{Answer, Mode};
 use serde::Deserialize;
 use thiserror::Error;
 use toml::Spanned;
 
-use self::endpoints::EndpointTable;
-pub use self::endpoints::Endpoints;
+use self::{endpoints::EndpointTable, hooks::HooksTable};
+pub use self::{endpoints::Endpoints, hooks::Hooks};
 
 /// What the operator wants. The default is what runs without a file: enforce, the endpoints of the provider whose machine
 /// this is, interfaces as classified.
@@ -23,45 +24,14 @@ pub use self::endpoints::Endpoints;
 pub struct Config {
     /// What happens to a packet from a pod to a guarded endpoint.
     pub mode: Mode,
+    /// What its sender is told where it is denied.
+    pub answer: Answer,
     /// Where packets and calls are judged.
     pub hooks: Hooks,
     /// What is guarded.
     pub endpoints: Endpoints,
     /// Which interfaces are pods'.
     pub interfaces: Interfaces,
-}
-
-/// The hooks that are on.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Hooks {
-    bits: u32,
-}
-
-impl Hooks {
-    /// The hooks of [`Policy::hooks`](imds_ebpf_common::Policy::hooks).
-    #[must_use]
-    pub const fn from_bits(bits: u32) -> Self {
-        Self { bits }
-    }
-
-    /// As [`Policy::hooks`](imds_ebpf_common::Policy::hooks) has them.
-    #[must_use]
-    pub const fn bits(self) -> u32 {
-        self.bits
-    }
-
-    /// Whether this one is on.
-    #[must_use]
-    pub const fn has(self, hook: Hook) -> bool {
-        self.bits & hook.bit() != 0
-    }
-}
-
-impl Default for Hooks {
-    /// All.
-    fn default() -> Self {
-        HooksTable::default().into()
-    }
 }
 
 /// Exceptions from the classification of interfaces, by name.
@@ -152,7 +122,13 @@ impl Config {
         if hooks.bits() == 0 {
             return Err(ConfigError::NoHook { path: path.to_owned() });
         }
-        Ok(Self { mode, hooks, endpoints, interfaces: Interfaces { include, exclude } })
+        Ok(Self {
+            mode,
+            answer: file.answer.into(),
+            hooks,
+            endpoints,
+            interfaces: Interfaces { include, exclude },
+        })
     }
 }
 
@@ -199,6 +175,8 @@ impl Place {
 struct File {
     #[serde(default)]
     mode: ModeName,
+    #[serde(default)]
+    answer: AnswerName,
     provider: Option<Spanned<String>>,
     #[serde(default)]
     extras: Vec<Spanned<String>>,
@@ -208,27 +186,6 @@ struct File {
     hooks: HooksTable,
     #[serde(default)]
     interfaces: InterfacesTable,
-}
-
-#[derive(Clone, Copy, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct HooksTable {
-    pod_edge: bool,
-    node_edge: bool,
-    socket: bool,
-}
-
-impl Default for HooksTable {
-    fn default() -> Self {
-        Self { pod_edge: true, node_edge: true, socket: true }
-    }
-}
-
-impl From<HooksTable> for Hooks {
-    fn from(HooksTable { pod_edge, node_edge, socket }: HooksTable) -> Self {
-        let switches = [(Hook::PodEdge, pod_edge), (Hook::NodeEdge, node_edge), (Hook::Socket, socket)];
-        Self::from_bits(switches.iter().filter(|(_, on)| *on).map(|(hook, _)| hook.bit()).sum())
-    }
 }
 
 #[derive(Clone, Copy, Default, Deserialize)]
@@ -246,6 +203,23 @@ impl From<ModeName> for Mode {
             ModeName::Enforce => Self::Enforce,
             ModeName::Audit => Self::Audit,
             ModeName::Off => Self::Off,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum AnswerName {
+    #[default]
+    Drop,
+    Reject,
+}
+
+impl From<AnswerName> for Answer {
+    fn from(answer: AnswerName) -> Self {
+        match answer {
+            AnswerName::Drop => Self::Drop,
+            AnswerName::Reject => Self::Reject,
         }
     }
 }
@@ -293,6 +267,7 @@ fn parse_error(error: &toml::de::Error, text: &str, path: &Path) -> ConfigError 
 
 #[cfg(test)]
 mod tests {
+    use imds_ebpf_common::Hook;
     use proptest::prelude::*;
 
     use super::*;
@@ -305,15 +280,17 @@ mod tests {
     #[test]
     fn an_empty_file_enforces() {
         let config = parse("").unwrap();
-        assert_eq!(config.mode, Mode::Enforce);
+        assert_eq!((config.mode, config.answer), (Mode::Enforce, Answer::Drop));
         assert!(!config.interfaces.includes("veth0") && !config.interfaces.excludes("veth0"));
     }
 
     #[test]
     fn mode_and_globs() {
-        let config =
-            parse("mode = 'audit'\n[interfaces]\ninclude = ['tun*']\nexclude = ['veth[0-3]']").unwrap();
-        assert_eq!(config.mode, Mode::Audit);
+        let config = parse(
+            "mode = 'audit'\nanswer = 'reject'\n[interfaces]\ninclude = ['tun*']\nexclude = ['veth[0-3]']",
+        )
+        .unwrap();
+        assert_eq!((config.mode, config.answer), (Mode::Audit, Answer::Reject));
         assert!(config.interfaces.includes("tun7") && !config.interfaces.includes("xtun7"));
         assert!(config.interfaces.excludes("veth3") && !config.interfaces.excludes("veth4"));
     }

@@ -96,10 +96,6 @@ impl Guarded {
         ipv4(&self.endpoints)
     }
 
-    pub(crate) fn addresses(&self) -> impl Iterator<Item = Address> {
-        self.endpoints.iter().map(|endpoint| address(endpoint.address))
-    }
-
     pub(crate) fn entries(&self) -> impl Iterator<Item = (Address, Entry)> {
         (1..).zip(&self.endpoints).map(|(id, endpoint)| (address(endpoint.address), endpoint.entry(id)))
     }

@@ -19,6 +19,10 @@ pub struct Record {
     pub ifindex: Option<u32>,
     /// Its name, where it still exists.
     pub interface: Option<String>,
+    /// Index of the interface by which a packet had come in.
+    pub ingress_ifindex: Option<u32>,
+    /// Its name, where it still exists.
+    pub ingress_interface: Option<String>,
     /// Process id of a caller, in the initial pid namespace.
     pub pid: Option<u32>,
     /// Name of the caller's thread.
@@ -44,8 +48,9 @@ pub struct Record {
 impl Record {
     /// Makes an event readable. `booted` is the wall clock's time of boot, `interface` finds an interface's name.
     #[must_use]
-    pub fn new(event: &Event, booted: Timestamp, interface: impl FnOnce(u32) -> Option<String>) -> Self {
+    pub fn new(event: &Event, booted: Timestamp, interface: impl Fn(u32) -> Option<String>) -> Self {
         let ifindex = (event.ifindex != 0).then_some(event.ifindex);
+        let ingress = (event.ingress_ifindex != 0).then_some(event.ingress_ifindex);
         let since_boot = SignedDuration::from_nanos(event.time.try_into().unwrap_or(i64::MAX));
         let comm: Vec<u8> = event.comm.iter().copied().take_while(|&byte| byte != 0).collect();
         let source = Ipv6Addr::from(event.source);
@@ -54,7 +59,9 @@ impl Record {
             hook: Hook::ALL.into_iter().find(|&hook| hook as u8 == event.hook).map_or("unknown", Hook::name),
             verdict: verdict(event.verdict),
             ifindex,
-            interface: ifindex.and_then(interface),
+            interface: ifindex.and_then(&interface),
+            ingress_ifindex: ingress,
+            ingress_interface: ingress.and_then(interface),
             pid: (event.pid != 0).then_some(event.pid),
             comm: (!comm.is_empty()).then(|| String::from_utf8_lossy(&comm).into_owned()),
             cgroup: (event.cgroup != 0).then_some(event.cgroup),
@@ -74,12 +81,16 @@ impl fmt::Display for Record {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:.3} {:5} {:9} ", self.time, self.verdict, self.hook)?;
         match (&self.interface, self.ifindex) {
-            (Some(name), Some(index)) => write!(f, "{name} ({index})")?,
-            (None, Some(index)) => write!(f, "interface {index}")?,
+            (name, Some(index)) => write!(f, "{}", interface(name.as_deref(), index))?,
             (_, None) => {
                 let comm = self.comm.as_deref().unwrap_or("?");
                 write!(f, "{comm} (pid {})", self.pid.unwrap_or_default())?;
             }
+        }
+        if let Some(ingress) = self.ingress_ifindex
+            && Some(ingress) != self.ifindex
+        {
+            write!(f, " from {}", interface(self.ingress_interface.as_deref(), ingress))?;
         }
         if let Some(source) = &self.source {
             write!(f, ": {}", endpoint(source, self.source_port))?;
@@ -93,6 +104,10 @@ impl fmt::Display for Record {
             suppressed => write!(f, ", and {suppressed} before it that were not told"),
         }
     }
+}
+
+fn interface(name: Option<&str>, index: u32) -> String {
+    name.map_or_else(|| format!("interface {index}"), |name| format!("{name} ({index})"))
 }
 
 fn endpoint(address: &str, port: Option<u16>) -> String {
@@ -143,6 +158,7 @@ mod tests {
             source: std::net::Ipv4Addr::new(10, 244, 0, 7).to_ipv6_mapped().octets(),
             destination: std::net::Ipv4Addr::new(169, 254, 169, 254).to_ipv6_mapped().octets(),
             ifindex: 4,
+            ingress_ifindex: 4,
             source_port: 40_312,
             destination_port: 80,
             hook: Hook::PodEdge as u8,

@@ -21,6 +21,18 @@ pub struct Address {
 }
 
 impl Address {
+    /// No endpoint's: IPv4's 0.0.0.0 is another.
+    pub const NONE: Self = Self { octets: [0; 16] };
+
+    /// The octets as two words, as they are in memory.
+    #[inline(always)]
+    #[must_use]
+    #[expect(clippy::cast_possible_truncation, reason = "the lower half")]
+    pub fn halves(self) -> [u64; 2] {
+        let both = u128::from_ne_bytes(self.octets);
+        [both as u64, (both >> 64) as u64]
+    }
+
     /// An IPv4 address, in network byte order.
     #[inline(always)]
     #[must_use]

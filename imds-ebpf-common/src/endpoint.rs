@@ -19,8 +19,8 @@ pub const TCP: u8 = 6;
 /// IP protocol number of UDP.
 pub const UDP: u8 = 17;
 
-/// What a packet is for at its destination, and what can be kept open there.
-#[repr(C)]
+/// What a packet is for at its destination, and what can be kept open there. Aligned to be compared as one word.
+#[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct Service {
     /// Destination port, in host byte order.
@@ -44,8 +44,9 @@ impl Service {
 
     /// Both in one.
     #[inline(always)]
-    const fn number(self) -> u32 {
-        (self.protocol as u32) << 16 | self.port as u32
+    fn number(self) -> u32 {
+        let ([port_0, port_1], protocol) = (self.port.to_ne_bytes(), self.protocol);
+        u32::from_ne_bytes([port_0, port_1, protocol, self.reserved])
     }
 }
 
@@ -89,17 +90,24 @@ impl Endpoint {
     }
 }
 
-/// One bit for each of the slots that addresses fold to. Where an address's bit is not set, no endpoint has it.
+/// What the programs read without a lookup. One bit for each of the slots that addresses fold to: where an address's bit
+/// is not set, no endpoint has it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Filter {
     /// The slots, from the lowest bit of the first byte on.
     pub bits: [u8; SLOTS / 8],
+    /// The first endpoints at which nothing is kept: their addresses say all that there is to know.
+    pub closed: [Address; MAX_CLOSED],
 }
+
+/// Most endpoints that are [`Filter::closed`]: as many as any cloud has without what is kept there, and each costs a
+/// comparison.
+pub const MAX_CLOSED: usize = 3;
 
 impl Filter {
     /// Matches nothing.
-    pub const EMPTY: Self = Self { bits: [0; SLOTS / 8] };
+    pub const EMPTY: Self = Self { bits: [0; SLOTS / 8], closed: [Address::NONE; MAX_CLOSED] };
 
     /// Byte and bit of a slot.
     #[inline(always)]
@@ -108,13 +116,19 @@ impl Filter {
         ((slot >> 3) as usize, (slot & 7) as u32)
     }
 
-    /// The filter for `addresses`.
+    /// The filter for these endpoints.
     #[must_use]
-    pub fn of(addresses: impl IntoIterator<Item = Address>) -> Self {
+    pub fn of<'a>(endpoints: impl IntoIterator<Item = (Address, &'a Endpoint)>) -> Self {
         let mut filter = Self::EMPTY;
-        for address in addresses {
+        let mut closed = filter.closed.iter_mut();
+        for (address, endpoint) in endpoints {
             let (byte, bit) = Self::position(address.slot());
             filter.bits[byte] |= 1 << bit;
+            if !endpoint.keeps_any()
+                && let Some(place) = closed.next()
+            {
+                *place = address;
+            }
         }
         filter
     }
@@ -126,9 +140,9 @@ impl Filter {
         self.bits[byte] >> bit & 1 == 1
     }
 
-    /// Matches what either matches.
+    /// Matches what `other` matches, too. What is closed stays as it is.
     #[must_use]
-    pub fn union(mut self, other: &Self) -> Self {
+    pub fn and_slots_of(mut self, other: &Self) -> Self {
         for (to, from) in self.bits.iter_mut().zip(other.bits) {
             *to |= from;
         }
@@ -138,4 +152,4 @@ impl Filter {
 
 const _: () = assert!(size_of::<Service>() == 4);
 const _: () = assert!(size_of::<Endpoint>() == 52);
-const _: () = assert!(size_of::<Filter>() == 8192);
+const _: () = assert!(size_of::<Filter>() == 8192 + 16 * MAX_CLOSED);

@@ -12,6 +12,7 @@ pub mod flow;
 pub mod maps;
 pub mod names;
 pub mod packet;
+pub mod reply;
 pub mod tables;
 pub mod verdict;
 
@@ -23,5 +24,5 @@ pub use maps::{Backend, Counter, CounterKey, InterfaceRecord, Policy, ProviderRe
 pub use packet::{Frame, Header, Packet, Place, flow};
 pub use tables::{Listed, Tables};
 pub use verdict::{
-    Edge, Hook, Mode, Verdict, examine, is_plainly_foreign, judge, judge_address, judge_thoroughly,
+    Answer, Edge, Hook, Mode, Verdict, examine, is_plainly_foreign, judge, judge_address, judge_thoroughly,
 };

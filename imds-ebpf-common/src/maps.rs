@@ -1,10 +1,10 @@
 //! Layout of the maps' keys and values. All integers are in host byte order.
 
-use crate::{Edge, Hook, Verdict};
+use crate::{Edge, Hook, Verdict, event::Window};
 
 /// Number of the layout below. It changes with every change of meaning that the sizes do not show, so that a newer
 /// agent never reads an older one's maps for something else.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// What is in force, read by the programs for packets to a guarded endpoint only.
 #[repr(C)]
@@ -12,12 +12,16 @@ pub const LAYOUT: u32 = 1;
 pub struct Policy {
     /// A [`Mode`](crate::Mode).
     pub mode: u32,
+    /// An [`Answer`](crate::Answer).
+    pub answer: u32,
     /// The [`LAYOUT`] with which the maps were written; 0 before the first agent wrote it.
     pub layout: u32,
     /// Inode number of the node's network namespace: the one in which the agent runs.
     pub netns: u32,
     /// The hooks that are on: a [`Hook::bit`](crate::Hook::bit) each.
     pub hooks: u32,
+    /// Zero.
+    pub reserved: u32,
     /// Cookie of the node's network namespace (`SO_NETNS_COOKIE`); 0 for the initial one, whose cookie the programs
     /// can ask for themselves.
     pub netns_cookie: u64,
@@ -58,6 +62,8 @@ pub struct Counter {
     pub packets: u64,
     /// Bytes of these packets, link-layer header included; none of calls on sockets.
     pub bytes: u64,
+    /// Limits what is told of these packets where all of them have one source, which is so at the pod edge.
+    pub window: Window,
 }
 
 /// Where the endpoints come from, for people to read. Names are padded with zero bytes.
@@ -169,9 +175,9 @@ impl Backend {
     }
 }
 
-const _: () = assert!(size_of::<Policy>() == 24);
+const _: () = assert!(size_of::<Policy>() == 32);
 const _: () = assert!(size_of::<CounterKey>() == 8);
-const _: () = assert!(size_of::<Counter>() == 16);
+const _: () = assert!(size_of::<Counter>() == 48);
 const _: () = assert!(size_of::<InterfaceRecord>() == 20);
 const _: () = assert!(size_of::<ProviderRecord>() == 32);
 

@@ -39,7 +39,7 @@ const DESTINATION_OFFSET: usize = offset_of!(Ipv4Hdr, dst_addr);
 const DESTINATION_OFFSET_V6: usize = offset_of!(Ipv6Hdr, dst_addr);
 
 const HOP_BY_HOP_OPTIONS: u8 = 0;
-const FRAGMENT: u8 = 44;
+pub(crate) const FRAGMENT: u8 = 44;
 const DESTINATION_OPTIONS: u8 = 60;
 /// Where the destination port is in a TCP and in a UDP header.
 const DESTINATION_PORT_OFFSET: usize = 2;
@@ -114,19 +114,32 @@ pub struct Place(u32);
 
 impl Place {
     const IS_V6: u32 = 1 << 31;
+
+    /// Where it starts, in bytes from the start of the packet.
+    #[inline(always)]
+    #[must_use]
+    pub const fn offset(self) -> usize {
+        (self.0 & !Self::IS_V6) as usize
+    }
+
+    /// Whether it is IPv6's.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_v6(self) -> bool {
+        self.0 & Self::IS_V6 != 0
+    }
 }
 
 impl Header {
-    /// Where it is.
+    /// Where it is, with [no history](Packet::forget_origin).
     #[inline(always)]
-    #[must_use]
     #[expect(clippy::cast_possible_truncation, reason = "behind a few tags at most")]
-    pub fn place(&self) -> Place {
+    pub(crate) fn place<P: Packet + ?Sized>(&self, packet: &P) -> Place {
         let version = match self.version {
             Version::V4 => 0,
             Version::V6 => Place::IS_V6,
         };
-        Place(self.offset as u32 | version)
+        Place(packet.forget_origin((self.offset as u32 | version) as usize) as u32)
     }
 
     /// The same header, at an offset with [no history](Packet::forget_origin).
@@ -223,28 +236,35 @@ where
     P: Packet + ?Sized,
     T: Tables + ?Sized,
 {
-    for tags in 0..=MAX_VLAN_TAGS {
-        let (ether_type, destination) = at_depth(packet, tags)?;
-        let offset = EthHdr::LEN + tags * VLAN_TAG_LEN;
-        if ether_type == ETH_P_IP {
-            return v4(offset, destination, tables);
-        }
-        if ether_type == ETH_P_IPV6 {
-            return v6(packet, offset, tables);
-        }
-        if !is_vlan(ether_type) {
+    const TYPE_OFFSET: usize = EthHdr::LEN - size_of::<u16>();
+    // What nearly all are is seen at once.
+    match packet.peek_words(TYPE_OFFSET, EthHdr::LEN + DESTINATION_OFFSET) {
+        Some((ETH_P_IP, destination)) => return v4(EthHdr::LEN, destination, tables),
+        Some((ETH_P_IPV6, _)) => return v6(packet, EthHdr::LEN, tables),
+        Some((ether_type, _)) if !is_vlan(ether_type) => return None,
+        Some(_) | None => {}
+    }
+    let mut tags = 0;
+    let mut ether_type = u16::from_ne_bytes(packet.fetch(TYPE_OFFSET)?);
+    while is_vlan(ether_type) {
+        if tags == MAX_VLAN_TAGS {
             return None;
         }
+        tags += 1;
+        ether_type = u16::from_ne_bytes(packet.fetch(TYPE_OFFSET + tags * VLAN_TAG_LEN)?);
     }
-    None
-}
-
-/// The EtherType behind so many VLAN tags, and what is IPv4's destination if it says so. They are read together: a
-/// packet that is too short for the one has no IP destination behind more tags either.
-#[inline(always)]
-fn at_depth<P: Packet + ?Sized>(packet: &P, tags: usize) -> Option<(u16, u32)> {
-    let header = EthHdr::LEN + tags * VLAN_TAG_LEN;
-    packet.read_words(header - size_of::<u16>(), header + DESTINATION_OFFSET)
+    let offset = packet.forget_origin(EthHdr::LEN + tags * VLAN_TAG_LEN);
+    match ether_type {
+        ETH_P_IP => v4(offset, u32::from_ne_bytes(packet.fetch(offset + DESTINATION_OFFSET)?), tables),
+        ETH_P_IPV6 => {
+            let at = offset + DESTINATION_OFFSET_V6;
+            let halves = (packet.fetch(at)?, packet.fetch(at + size_of::<u64>())?);
+            let destination =
+                Destination::from_halves(u64::from_ne_bytes(halves.0), u64::from_ne_bytes(halves.1));
+            v6_destination(offset, destination, tables)
+        }
+        _ => None,
+    }
 }
 
 #[inline(always)]
@@ -263,7 +283,11 @@ where
     T: Tables + ?Sized,
 {
     let (first, second) = packet.read_pair(offset + DESTINATION_OFFSET_V6)?;
-    let destination = Destination::from_halves(first, second);
+    v6_destination(offset, Destination::from_halves(first, second), tables)
+}
+
+#[inline(always)]
+fn v6_destination<T: Tables + ?Sized>(offset: usize, destination: Destination, tables: &T) -> Option<Header> {
     if !tables.may_guard(destination.slot()) {
         return None;
     }
@@ -274,10 +298,10 @@ where
 ///
 /// Extension headers are not walked: of what is behind them an event is told without ports.
 #[inline(always)]
-pub fn flow<P: Packet + ?Sized>(packet: &P, Place(place): Place) -> Option<Flow> {
-    let offset = (place & !Place::IS_V6) as usize;
+pub fn flow<P: Packet + ?Sized>(packet: &P, place: Place) -> Option<Flow> {
+    let offset = place.offset();
     let mut flow = Flow::to([0; 16]);
-    let payload = if place & Place::IS_V6 == 0 {
+    let payload = if !place.is_v6() {
         let ip = packet.fetch::<20>(offset)?;
         let [version_ihl, _, _, _, _, _, fragment_0, fragment_1, _, protocol, _, _, addresses @ ..] = ip;
         let [s0, s1, s2, s3, d0, d1, d2, d3] = addresses;

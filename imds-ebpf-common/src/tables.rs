@@ -11,6 +11,9 @@ pub trait Tables {
     /// Whether an address that folds to `slot` may be an endpoint's. Asked for every packet.
     fn may_guard(&self, slot: u16) -> bool;
 
+    /// Whether it is the address of an endpoint at which nothing is kept. `false` says nothing.
+    fn is_closed(&self, address: &Address) -> bool;
+
     /// The endpoint with this address. Asked for what [`Tables::may_guard`] lets through.
     fn endpoint(&self, address: &Address) -> Option<&Endpoint>;
 
@@ -32,6 +35,10 @@ pub struct Listed<'a> {
 impl Tables for Listed<'_> {
     fn may_guard(&self, slot: u16) -> bool {
         self.filter.has(slot)
+    }
+
+    fn is_closed(&self, address: &Address) -> bool {
+        self.filter.closed.contains(address)
     }
 
     fn endpoint(&self, address: &Address) -> Option<&Endpoint> {

@@ -3,7 +3,7 @@
 use crate::{
     address::{Address, Destination},
     endpoint::{Endpoint, Service},
-    packet::{self, Frame, Header, Packet},
+    packet::{self, Frame, Packet, Place},
     tables::Tables,
 };
 
@@ -41,6 +41,38 @@ impl Mode {
             Self::Enforce => "enforce",
             Self::Audit => "audit",
             Self::Off => "off",
+        }
+    }
+}
+
+/// What a sender is told of a packet that is denied. A call on a socket is always refused with `EPERM`.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Answer {
+    /// Nothing.
+    #[default]
+    Drop = 0,
+    /// A TCP reset, or an ICMP error.
+    Reject = 1,
+}
+
+impl Answer {
+    /// The answer with this number; a number that no version has given is [`Answer::Drop`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_u32(answer: u32) -> Self {
+        match answer {
+            1 => Self::Reject,
+            _ => Self::Drop,
+        }
+    }
+
+    /// The name, as it is in the configuration.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Drop => "drop",
+            Self::Reject => "reject",
         }
     }
 }
@@ -130,6 +162,27 @@ impl Verdict {
         }
     }
 
+    /// The verdict with this number.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_u32(verdict: u32) -> Self {
+        match verdict {
+            0 => Self::Foreign,
+            1 => Self::Deny,
+            2 => Self::Audit,
+            3 => Self::Allow,
+            _ => Self::Kept,
+        }
+    }
+
+    /// The same verdict, but one of which a verifier does not know which: it then follows what comes next once, and not
+    /// once for each.
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "it comes back as it went")]
+    fn without_origin<P: Packet + ?Sized>(self, packet: &P) -> Self {
+        Self::from_u32(packet.forget_origin(self as usize) as u32)
+    }
+
     /// The verdicts that are counted.
     pub const COUNTED: [Self; 4] = [Self::Deny, Self::Audit, Self::Allow, Self::Kept];
 }
@@ -172,17 +225,21 @@ where
     }
 }
 
-/// The same with the header by which it was judged, or `None` for [`Verdict::Foreign`].
+/// The same with the place of the header by which it was judged, or `None` for [`Verdict::Foreign`].
 #[inline(always)]
-pub fn examine<P, T>(packet: &P, frame: Frame, tables: &T) -> Option<(Verdict, Header)>
+pub fn examine<P, T>(packet: &P, frame: Frame, tables: &T) -> Option<(Verdict, Place)>
 where
     P: Packet + ?Sized,
     T: Tables + ?Sized,
 {
     let header = packet::candidate(packet, frame, tables)?.without_origin(packet);
+    let place = header.place(packet);
+    if tables.is_closed(&header.destination) {
+        return Some((by_mode(tables).without_origin(packet), place));
+    }
     let endpoint = tables.endpoint(&header.destination)?;
     let service = if endpoint.keeps_any() { packet::service(packet, &header) } else { None };
-    Some((decide(endpoint, service, tables), header))
+    Some((decide(endpoint, service, tables).without_origin(packet), place))
 }
 
 /// Judges an attempt to reach `address` by a socket. `service` is what it is for, or `None` where that can't be said.
@@ -203,6 +260,11 @@ fn decide<T: Tables + ?Sized>(endpoint: &Endpoint, service: Option<Service>, tab
     if service.is_some_and(|service| endpoint.keeps(service)) {
         return Verdict::Kept;
     }
+    by_mode(tables)
+}
+
+#[inline(always)]
+fn by_mode<T: Tables + ?Sized>(tables: &T) -> Verdict {
     match tables.mode() {
         Mode::Enforce => Verdict::Deny,
         Mode::Audit => Verdict::Audit,

@@ -6,17 +6,21 @@ use aya_ebpf::{
     bindings::{__sk_buff, BPF_ANY},
     btf_maps::{LruPerCpuHashMap, RingBuf},
     helpers::generated::{
-        bpf_get_current_cgroup_id, bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns,
+        bpf_get_current_cgroup_id, bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_jiffies64,
+        bpf_ktime_get_boot_ns,
     },
     macros::btf_map,
 };
 use imds_ebpf_common::{
     Event, Flow, Hook, Place, Verdict,
-    event::{Source, Window},
+    event::{Admission, Source, Window},
     flow,
 };
 
-use crate::packet::Skb;
+use crate::{
+    netns::{self, Sender},
+    packet::Skb,
+};
 
 /// Room for some 2,500 events: what came last while nobody read is there for the next reader.
 const RING_BYTES: usize = 256 * 1024;
@@ -32,41 +36,58 @@ static EVENTS: RingBuf<(), RING_BYTES> = RingBuf::new();
 #[btf_map(name = "imds_sources")]
 static WINDOWS: LruPerCpuHashMap<Source, Window, SOURCES> = LruPerCpuHashMap::new();
 
-/// Tells of a packet that came in by interface `origin` and was judged at its own.
-///
+/// Tells of a packet, unless enough was told of its source.
+#[inline(always)]
+pub(crate) fn packet(skb: *mut __sk_buff, place: Place, hook: Hook, verdict: Verdict, window: &mut Window) {
+    let Some(Admission { time, suppressed }) = admit(window) else { return };
+    let judged = hook as u32 | (verdict as u32) << 8;
+    if !tell_packet(skb, place, judged, time, suppressed) {
+        window.suppressed += suppressed + 1;
+    }
+}
+
 /// A function of its own, which is told little: the verifier then follows it once for all places of a header.
 #[inline(never)]
-pub(crate) fn packet(skb: *mut __sk_buff, place: Place, hook: Hook, verdict: Verdict, origin: u32) {
-    let skb = Skb::new(skb);
-    let source = Source { id: u64::from(origin), hook: hook as u64 };
-    // SAFETY: the helper takes no arguments.
-    let time = unsafe { bpf_ktime_get_boot_ns() };
-    let Some(suppressed) = admit(&source, time) else { return };
-    let Some(flow) = flow(&skb, place) else { return };
-    tell(&source, Event { time, suppressed, ifindex: skb.ifindex(), ..event(hook, verdict, flow) });
+#[expect(clippy::cast_possible_truncation, reason = "packed above")]
+fn tell_packet(skb: *mut __sk_buff, place: Place, judged: u32, time: u64, suppressed: u64) -> bool {
+    let packet = Skb::new(skb);
+    let Some(flow) = flow(&packet, place) else { return false };
+    tell(Event {
+        time,
+        suppressed,
+        netns_cookie: match netns::sender(skb) {
+            Sender::Netns(cookie) => cookie,
+            Sender::None | Sender::Unknown => 0,
+        },
+        ifindex: packet.ifindex(),
+        ingress_ifindex: packet.ingress_ifindex(),
+        hook: judged as u8,
+        verdict: (judged >> 8) as u8,
+        ..event(flow)
+    })
 }
 
 /// Tells of a call on a socket of the network namespace with this cookie.
 #[inline(always)]
-pub(crate) fn call(verdict: Verdict, netns_cookie: u64, flow: Flow) {
-    let source = Source { id: netns_cookie, hook: Hook::Socket as u64 };
-    // SAFETY: the helper takes no arguments.
-    let time = unsafe { bpf_ktime_get_boot_ns() };
-    let Some(suppressed) = admit(&source, time) else { return };
-    let mut event = Event { time, suppressed, netns_cookie, ..event(Hook::Socket, verdict, flow) };
+pub(crate) fn call(hook: Hook, verdict: Verdict, netns_cookie: u64, flow: Flow, window: &mut Window) {
+    let Some(Admission { time, suppressed }) = admit(window) else { return };
+    let (hook, verdict) = (hook as u8, verdict as u8);
+    let mut event = Event { time, suppressed, netns_cookie, hook, verdict, ..event(flow) };
     // SAFETY: the helper takes no arguments; the caller is the current task.
     event.pid = (unsafe { bpf_get_current_pid_tgid() } >> 32) as u32;
     // SAFETY: as above.
     event.cgroup = unsafe { bpf_get_current_cgroup_id() };
     // SAFETY: the buffer is as long as said. Where it fails, which it does without a task alone, it fills in zeros.
     let _no_task = unsafe { bpf_get_current_comm(event.comm.as_mut_ptr().cast(), COMM_LEN) };
-    tell(&source, event);
+    if !tell(event) {
+        window.suppressed += suppressed + 1;
+    }
 }
 
-/// An event with all that is alike for packets and calls.
+/// An event with all that comes from its flow.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "zero")]
-fn event(hook: Hook, verdict: Verdict, flow: Flow) -> Event {
+fn event(flow: Flow) -> Event {
     // Hidden from the compiler, which of many zeros in a row makes a call that the verifier refuses.
     let zero = hint::black_box(0_u64);
     Event {
@@ -77,47 +98,46 @@ fn event(hook: Hook, verdict: Verdict, flow: Flow) -> Event {
         source: flow.source,
         destination: flow.destination,
         ifindex: zero as u32,
+        ingress_ifindex: zero as u32,
         pid: zero as u32,
         source_port: flow.source_port,
         destination_port: flow.destination_port,
-        hook: hook as u8,
-        verdict: verdict as u8,
+        hook: zero as u8,
+        verdict: zero as u8,
         protocol: flow.protocol,
         reserved: zero as u8,
+        padding: zero as u32,
         comm: u128::from(zero).to_ne_bytes(),
     }
 }
 
+/// Whether there was room: where nobody reads, at some time there is none.
 #[inline(always)]
-fn tell(source: &Source, event: Event) {
-    match EVENTS.reserve_untyped::<Event>(0) {
-        Some(mut entry) => {
-            entry.write(event);
-            entry.submit(0);
-        }
-        // Nobody reads. It counts as one that was left out, and so do those that it would have told of.
-        None => add_suppressed(source, event.suppressed + 1),
-    }
+fn tell(event: Event) -> bool {
+    let Some(mut entry) = EVENTS.reserve_untyped::<Event>(0) else { return false };
+    entry.write(event);
+    entry.submit(0);
+    true
 }
 
-/// The events of this source that were left out before this one, where it may be told.
+/// What was told of this source on this CPU. `None` where there is no room for it.
 #[inline(always)]
-fn admit(source: &Source, time: u64) -> Option<u64> {
-    let Some(window) = WINDOWS.get_ptr_mut(source) else {
-        let first = Window { start: time, told: 1, suppressed: 0 };
-        // Where another CPU made it meanwhile, only this CPU's part is written (bpf_percpu_hash_update). Where there is
-        // no room for it, events are told without a limit: of so many sources, each tells little.
-        let _no_room = WINDOWS.insert(source, first, u64::from(BPF_ANY));
-        return Some(0);
-    };
-    // SAFETY: this CPU's own, and the map keeps it as long as a program runs that found it.
-    unsafe { (*window).admit(time) }
-}
-
-#[inline(always)]
-fn add_suppressed(source: &Source, suppressed: u64) {
+pub(crate) fn window(source: &Source) -> Option<*mut Window> {
     if let Some(window) = WINDOWS.get_ptr_mut(source) {
-        // SAFETY: as above.
-        unsafe { (*window).suppressed += suppressed };
+        return Some(window);
     }
+    let zero = hint::black_box(0_u64);
+    let first =
+        Window { start: zero, tick: zero, suppressed: zero, told: zero as u32, answered: zero as u32 };
+    // Where another CPU made it meanwhile, only this CPU's part is written (bpf_percpu_hash_update).
+    let _no_room = WINDOWS.insert(source, first, u64::from(BPF_ANY));
+    WINDOWS.get_ptr_mut(source)
+}
+
+#[inline(always)]
+fn admit(window: &mut Window) -> Option<Admission> {
+    // SAFETY: the helper takes no arguments; the verifier makes a load of the call.
+    let tick = unsafe { bpf_jiffies64() };
+    // SAFETY: as above, but that it is a call.
+    window.admit(tick, || unsafe { bpf_ktime_get_boot_ns() })
 }

@@ -1,17 +1,18 @@
-//! The BPF programs of imds-agent: entry points, which only turn a verdict into a TC action.
+//! The BPF programs of imds-agent: entry points, which only translate.
 #![no_std]
 #![no_main]
 
+mod edge;
 mod events;
 mod maps;
 mod netns;
 mod node_edge;
 mod packet;
 mod pod_edge;
+mod reject;
 mod socket;
 
 use aya_ebpf::{
-    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
     macros::{cgroup_sock_addr, classifier},
     programs::{SockAddrContext, TcContext},
 };
@@ -21,28 +22,28 @@ use imds_ebpf_common::{Frame, Verdict};
 #[classifier]
 #[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
 fn imds_pod_edge(ctx: TcContext) -> i32 {
-    action(pod_edge::judge(&ctx, Frame::Ethernet))
+    pod_edge::judge(&ctx, Frame::Ethernet)
 }
 
 /// The same for interfaces without a link layer.
 #[classifier]
 #[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
 fn imds_pod_l3(ctx: TcContext) -> i32 {
-    action(pod_edge::judge(&ctx, Frame::Ip))
+    pod_edge::judge(&ctx, Frame::Ip)
 }
 
 /// Egress of an interface of the node's own.
 #[classifier]
 #[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
 fn imds_node_edge(ctx: TcContext) -> i32 {
-    action(node_edge::judge(&ctx, Frame::Ethernet))
+    node_edge::judge(&ctx, Frame::Ethernet)
 }
 
 /// The same for interfaces without a link layer.
 #[classifier]
 #[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
 fn imds_node_l3(ctx: TcContext) -> i32 {
-    action(node_edge::judge(&ctx, Frame::Ip))
+    node_edge::judge(&ctx, Frame::Ip)
 }
 
 /// connect(2) on an IPv4 socket.
@@ -79,16 +80,6 @@ const fn permission(verdict: Verdict) -> i32 {
     match verdict {
         Verdict::Deny => 0,
         Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept => 1,
-    }
-}
-
-/// `TC_ACT_UNSPEC` for all that is not denied: it leaves the packet to the other programs on the hook, which
-/// `TC_ACT_OK` would skip.
-#[inline(always)]
-const fn action(verdict: Verdict) -> i32 {
-    match verdict {
-        Verdict::Deny => TC_ACT_SHOT,
-        Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept => TC_ACT_UNSPEC,
     }
 }
 

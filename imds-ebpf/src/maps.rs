@@ -1,13 +1,17 @@
 //! The maps, private, beside their typed accessors.
 
+use core::{hint, mem::offset_of};
+
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_F_NO_PREALLOC},
     btf_maps::{Array, HashMap, PerCpuHashMap},
     macros::btf_map,
 };
 use imds_ebpf_common::{
-    Address, Counter, CounterKey, Endpoint, Filter, Hook, InterfaceRecord, Mode, Policy, ProviderRecord,
-    Tables, Verdict, endpoint::MAX_ENDPOINTS,
+    Address, Answer, Counter, CounterKey, Endpoint, Filter, Hook, InterfaceRecord, Mode, Policy,
+    ProviderRecord, Tables, Verdict,
+    endpoint::{MAX_CLOSED, MAX_ENDPOINTS},
+    event::Window,
 };
 
 /// Interfaces that one node can have: far above the 1,000 pods that Kubernetes' largest nodes run.
@@ -54,6 +58,24 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn is_closed(&self, address: &Address) -> bool {
+        let [first, second] = address.halves();
+        let closed =
+            (&raw const IMDS_FILTER).cast::<u8>().wrapping_add(offset_of!(Filter, closed)).cast::<u64>();
+        for index in 0..MAX_CLOSED {
+            let at = closed.wrapping_add(2 * index);
+            // SAFETY: the first half of one of the closed addresses; volatile for the same reason as above.
+            let one = unsafe { at.read_volatile() };
+            // SAFETY: the second half.
+            let other = unsafe { at.wrapping_add(1).read_volatile() };
+            if one == first && other == second {
+                return true;
+            }
+        }
+        false
+    }
+
+    #[inline(always)]
     fn endpoint(&self, address: &Address) -> Option<&Endpoint> {
         // SAFETY: user space replaces values as a whole, and the kernel frees none under a running program.
         unsafe { ENDPOINTS.get(address) }
@@ -72,28 +94,33 @@ pub(crate) fn node_cookie() -> Option<u64> {
     POLICY.get(0).map(|policy| policy.netns_cookie).filter(|&cookie| cookie != 0)
 }
 
-/// Adds a packet of `bytes` bytes. Where the map is full the packet goes uncounted: the verdict never depends on it.
+/// What a denied sender is told.
 #[inline(always)]
-pub(crate) fn count(ifindex: u32, hook: Hook, verdict: Verdict, bytes: u32) {
-    let key = CounterKey::new(ifindex, hook, verdict);
-    let bytes = u64::from(bytes);
-    if add(&key, bytes) {
-        return;
-    }
-    // User space makes the entry when it attaches the interface; this is for a packet that comes before. Where another
-    // CPU made one meanwhile, only this CPU's part of it is written (bpf_percpu_hash_update).
-    let first = Counter { packets: 1, bytes };
-    let _full = COUNTS.insert(key, first, u64::from(BPF_ANY));
+pub(crate) fn answer() -> Answer {
+    POLICY.get(0).map_or(Answer::Drop, |policy| Answer::from_u32(policy.answer))
 }
 
-/// Adds to this CPU's counter, if there is one.
+/// Adds a packet of `bytes` bytes, and returns this CPU's counter. Where the map is full the packet goes uncounted: the
+/// verdict never depends on it.
 #[inline(always)]
-fn add(key: &CounterKey, bytes: u64) -> bool {
-    let Some(counter) = COUNTS.get_ptr_mut(key) else { return false };
+pub(crate) fn count(ifindex: u32, hook: Hook, verdict: Verdict, bytes: u32) -> Option<*mut Counter> {
+    let key = CounterKey::new(ifindex, hook, verdict);
+    let counter = COUNTS.get_ptr_mut(&key).or_else(|| first_counter(&key))?;
     // SAFETY: the map owns the value and nothing frees it under a running program; it is this CPU's own, and programs
-    // at TC ingress run in softirq context, which another one on the same CPU does not interrupt.
-    let counter = unsafe { &mut *counter };
-    counter.packets += 1;
-    counter.bytes += bytes;
-    true
+    // at TC run in softirq context or with it disabled, which another one on the same CPU does not interrupt.
+    let counted = unsafe { &mut *counter };
+    counted.packets += 1;
+    counted.bytes += u64::from(bytes);
+    Some(counter)
+}
+
+/// User space makes the entry when it attaches the interface; this is for a packet that comes before.
+#[inline(always)]
+fn first_counter(key: &CounterKey) -> Option<*mut Counter> {
+    let zero = hint::black_box(0_u64);
+    let window =
+        Window { start: zero, tick: zero, suppressed: zero, told: zero as u32, answered: zero as u32 };
+    // Where another CPU made one meanwhile, only this CPU's part of it is written (bpf_percpu_hash_update).
+    let _full = COUNTS.insert(key, Counter { packets: zero, bytes: zero, window }, u64::from(BPF_ANY));
+    COUNTS.get_ptr_mut(key)
 }

@@ -32,6 +32,13 @@ impl Skb {
         unsafe { (*self.skb).ifindex }
     }
 
+    /// Index of the interface by which it came in; 0 where it was sent from here.
+    #[inline(always)]
+    pub(crate) fn ingress_ifindex(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.skb).ingress_ifindex }
+    }
+
     #[inline(always)]
     fn data(&self) -> usize {
         // SAFETY: as above.
@@ -44,6 +51,34 @@ impl Skb {
         unsafe { (*self.skb).data_end as usize }
     }
 }
+
+impl Skb {
+    /// Reads through the helper, which changes nothing: a sender chooses how little of its packet is linear
+    /// (`AF_PACKET` with a mapped ring leaves 14 bytes).
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "both are below the length of a few headers")]
+    pub(crate) fn fetch_to<'a, T: Number, const N: usize>(
+        &self,
+        offset: usize,
+        to: &'a mut MaybeUninit<[T; N]>,
+    ) -> Option<&'a mut [T; N]> {
+        let length = size_of::<[T; N]>() as u32;
+        // SAFETY: the buffer is as long as said and outlives the call; the helper checks the range against the packet.
+        let failed =
+            unsafe { bpf_skb_load_bytes(self.skb.cast(), offset as u32, to.as_mut_ptr().cast(), length) };
+        if failed != 0 {
+            return None;
+        }
+        // SAFETY: a call that succeeds has written all of it, and of a number any bytes are one.
+        Some(unsafe { to.assume_init_mut() })
+    }
+}
+
+/// What can be read from a packet.
+pub(crate) trait Number {}
+
+impl Number for u8 {}
+impl Number for u32 {}
 
 impl Packet for Skb {
     #[inline(always)]
@@ -108,20 +143,8 @@ impl Packet for Skb {
         hint::black_box(offset ^ unknown) ^ unknown
     }
 
-    /// Reads through the helper, which changes nothing: a sender chooses how little of its packet is linear
-    /// (`AF_PACKET` with a mapped ring leaves 14 bytes).
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "both are below the length of a few headers")]
     fn fetch<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
-        let mut bytes = MaybeUninit::<[u8; N]>::uninit();
-        // SAFETY: the buffer is N bytes and outlives the call; the helper checks the range against the packet.
-        let failed = unsafe {
-            bpf_skb_load_bytes(self.skb.cast(), offset as u32, bytes.as_mut_ptr().cast(), N as u32)
-        };
-        if failed != 0 {
-            return None;
-        }
-        // SAFETY: a call that succeeds has written all of it.
-        Some(unsafe { bytes.assume_init() })
+        self.fetch_to(offset, &mut MaybeUninit::uninit()).copied()
     }
 }

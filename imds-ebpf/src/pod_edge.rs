@@ -1,17 +1,25 @@
 //! The pod edge: all that arrives here was sent by a pod.
 
-use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
-use imds_ebpf_common::{Frame, Hook, Verdict, examine, is_plainly_foreign};
+use aya_ebpf::{
+    bindings::{__sk_buff, TC_ACT_UNSPEC},
+    programs::TcContext,
+};
+use imds_ebpf_common::{Frame, Hook, examine, is_plainly_foreign};
 
-use crate::{events, maps, packet::Skb};
+use crate::{
+    edge::{Judged, conclude},
+    maps,
+    packet::Skb,
+    reject::Way,
+};
 
 /// The same as [`imds_ebpf_common::judge`], in two functions: what the second one needs of registers and stack would
 /// cost every packet some instructions.
 #[inline(always)]
-pub(crate) fn judge(ctx: &TcContext, frame: Frame) -> Verdict {
+pub(crate) fn judge(ctx: &TcContext, frame: Frame) -> i32 {
     let skb = ctx.skb.skb;
     if is_plainly_foreign(&Skb::new(skb), frame, &maps::Maps) {
-        return Verdict::Foreign;
+        return TC_ACT_UNSPEC;
     }
     match frame {
         Frame::Ethernet => in_ethernet(skb),
@@ -20,21 +28,22 @@ pub(crate) fn judge(ctx: &TcContext, frame: Frame) -> Verdict {
 }
 
 #[inline(never)]
-fn in_ethernet(skb: *mut __sk_buff) -> Verdict {
-    judge_and_count(skb, Frame::Ethernet)
+fn in_ethernet(skb: *mut __sk_buff) -> i32 {
+    judge_thoroughly(skb, Frame::Ethernet)
 }
 
 #[inline(never)]
-fn without_link_layer(skb: *mut __sk_buff) -> Verdict {
-    judge_and_count(skb, Frame::Ip)
+fn without_link_layer(skb: *mut __sk_buff) -> i32 {
+    judge_thoroughly(skb, Frame::Ip)
 }
 
 #[inline(always)]
-fn judge_and_count(skb: *mut __sk_buff, frame: Frame) -> Verdict {
-    let packet = Skb::new(skb);
-    let Some((verdict, header)) = examine(&packet, frame, &maps::Maps) else { return Verdict::Foreign };
-    let ifindex = packet.ifindex();
-    maps::count(ifindex, Hook::PodEdge, verdict, packet.len());
-    events::packet(skb, header.place(), Hook::PodEdge, verdict, ifindex);
-    verdict
+fn judge_thoroughly(skb: *mut __sk_buff, frame: Frame) -> i32 {
+    let (packet, hook) = (Skb::new(skb), Hook::PodEdge);
+    let Some((verdict, place)) = examine(&packet, frame, &maps::Maps) else { return TC_ACT_UNSPEC };
+    let counter = maps::count(packet.ifindex(), hook, verdict, packet.len());
+    // One interface is one source here, so that its counter has the window, too.
+    // SAFETY: the map owns the counter and nothing frees it under a running program.
+    let window = counter.map(|counter| unsafe { &raw mut (*counter).window });
+    conclude(&Judged { skb, frame, place, hook, verdict }, window, Way::Out)
 }

@@ -3,7 +3,7 @@
 use aya_ebpf::{
     bindings::bpf_sock_addr, helpers::generated::bpf_get_netns_cookie, programs::SockAddrContext,
 };
-use imds_ebpf_common::{Address, CounterKey, Flow, Hook, Service, Verdict, judge_address};
+use imds_ebpf_common::{Address, CounterKey, Flow, Hook, Service, Verdict, event::Source, judge_address};
 
 use crate::{events, maps, netns};
 
@@ -39,13 +39,14 @@ fn judge(ctx: &SockAddrContext, destination: Address) -> Verdict {
     if netns::is_node(cookie) {
         return Verdict::Foreign;
     }
-    maps::count(CounterKey::DEPARTED, Hook::Socket, verdict, 0);
+    let _uncounted = maps::count(CounterKey::DEPARTED, Hook::Socket, verdict, 0);
+    let Some(window) = events::window(&Source { id: cookie, hook: Hook::Socket as u64 }) else {
+        return verdict;
+    };
     let flow = Flow::to(destination.octets());
-    events::call(
-        verdict,
-        cookie,
-        Flow { destination_port: service.port, protocol: service.protocol, ..flow },
-    );
+    let flow = Flow { destination_port: service.port, protocol: service.protocol, ..flow };
+    // SAFETY: this CPU's own, and its map keeps it as long as a program runs that found it.
+    events::call(Hook::Socket, verdict, cookie, flow, unsafe { &mut *window });
     verdict
 }
 

@@ -32,7 +32,8 @@ fn main() {
     for (address, endpoint) in &endpoints {
         enforcing.insert(MAP_ENDPOINTS, *address, *endpoint);
     }
-    enforcing.set(SECTION_FILTER, Filter::of(endpoints.iter().map(|(address, _)| *address)));
+    enforcing
+        .set(SECTION_FILTER, Filter::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint))));
     let ours = enforcing.program(PROG_POD_EDGE);
 
     println!(
@@ -73,7 +74,8 @@ fn endpoints() -> Vec<(Address, Endpoint)> {
         (Address::from_ipv6(RESOLVER_IPV6), endpoint(4, dns)),
     ];
     for id in 5..=u8::MAX {
-        endpoints.push((Address::from_ipv4([10, 99, id, 254 - id]), endpoint(id.into(), nothing)));
+        endpoints
+            .push((Address::from_ipv4([10, 99, id, 254_u8.wrapping_sub(id)]), endpoint(id.into(), nothing)));
     }
     endpoints.push((Address::from_ipv4([10, 98, 0, 1]), endpoint(256, nothing)));
     assert_eq!(endpoints.len(), MAX_ENDPOINTS);

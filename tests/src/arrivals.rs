@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, HashSet},
     io::{self, PipeWriter},
-    net::{Ipv4Addr, SocketAddrV4, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddrV4, UdpSocket},
     os::fd::AsFd as _,
     sync::{
         Arc, Condvar, Mutex,
@@ -19,21 +19,24 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::{METADATA, Netns, PacketSocket, SERVICE};
+use crate::{METADATA, METADATA_V6, Netns, PacketSocket, SERVICE};
 
 /// The discard port: nothing listens there.
 const BARRIER_PORT: u16 = 9;
 const UDP: u8 = 17;
 /// Between the pod and the fabric a packet waits in a CPU's backlog twice: behind either veth pair.
 const HOPS: usize = 2;
+/// [`METADATA`] in the groups of an IPv6 address.
+const METADATA_V4_SEGMENTS: [u16; 2] = [0xa9fe, 0xa9fe];
 const RETRIES: u32 = 100;
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 const BUFFER: libc::c_int = 32 << 20;
 
-/// IPv4 packets that arrived for the metadata service, of any protocol and however broken, retransmissions included.
+/// Packets that arrived for the metadata service, of any protocol and however broken, retransmissions included: to its
+/// IPv4 and its IPv6 address, and to IPv6 addresses that embed the former.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Arrivals {
-    by_source: BTreeMap<Ipv4Addr, u64>,
+    by_source: BTreeMap<IpAddr, u64>,
     /// Arrived faster than they could be read: for somebody, by somebody.
     unread: u64,
 }
@@ -41,8 +44,8 @@ pub struct Arrivals {
 impl Arrivals {
     /// How many came with this source address, forged or not.
     #[must_use]
-    pub fn from(&self, source: Ipv4Addr) -> u64 {
-        self.by_source.get(&source).copied().unwrap_or(0)
+    pub fn from(&self, source: impl Into<IpAddr>) -> u64 {
+        self.by_source.get(&source.into()).copied().unwrap_or(0)
     }
 
     /// How many came from all sources. Counts too many where packets came too fast to be looked at, never too few.
@@ -75,22 +78,24 @@ struct State {
 impl Counter {
     /// Counts what arrives on `interface` of `fabric`.
     pub(crate) fn start(fabric: &Netns, interface: &str) -> Self {
-        let socket = PacketSocket::ipv4(fabric, interface);
-        socket.buffer(BUFFER);
+        let sockets = [libc::ETH_P_IP, libc::ETH_P_IPV6]
+            .map(|protocol| PacketSocket::packets(fabric, interface, protocol));
+        for socket in &sockets {
+            socket.buffer(BUFFER);
+        }
         let shared = Arc::new(Shared::default());
         let (stopped, stop) = io::pipe().expect("a pipe");
         let of_thread = Arc::clone(&shared);
         let thread = thread::spawn(move || {
-            let mut fds = [
-                PollFd::new(socket.as_fd(), PollFlags::POLLIN),
-                PollFd::new(stopped.as_fd(), PollFlags::POLLIN),
-            ];
+            let [v4, v6] = &sockets;
+            let mut fds =
+                [stopped.as_fd(), v4.as_fd(), v6.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
             loop {
                 poll(&mut fds, PollTimeout::NONE).expect("poll");
-                if fds[1].any() == Some(true) {
+                if fds[0].any() == Some(true) {
                     return;
                 }
-                of_thread.read_all(&socket);
+                of_thread.read_all(v4, v6);
             }
         });
         Self { shared, stop: Some(stop), thread: Some(thread) }
@@ -136,13 +141,17 @@ impl Drop for Counter {
 }
 
 impl Shared {
-    fn read_all(&self, socket: &PacketSocket) {
+    /// Marks are IPv4: what came by IPv6 before one is there once the mark is.
+    fn read_all(&self, v4: &PacketSocket, v6: &PacketSocket) {
         let mut buffer = [0; 128];
         let mut state = self.state.lock().expect("no reader panicked");
-        while let Ok(packet) = socket.receive(&mut buffer) {
-            state.see(packet);
+        while let Ok(packet) = v4.receive(&mut buffer) {
+            state.see_v4(packet);
         }
-        state.arrivals.unread += socket.take_dropped();
+        while let Ok(packet) = v6.receive(&mut buffer) {
+            state.see_v6(packet);
+        }
+        state.arrivals.unread += v4.take_dropped() + v6.take_dropped();
         self.barrier_passed.notify_all();
     }
 
@@ -156,15 +165,35 @@ impl Shared {
 
 impl State {
     /// Looks at fixed places only: what is broken counts too.
-    fn see(&mut self, packet: &[u8]) {
+    fn see_v4(&mut self, packet: &[u8]) {
         let Some(&source) = packet.get(12..).and_then(<[u8]>::first_chunk::<4>) else { return };
         let Some(&destination) = packet.get(16..).and_then(<[u8]>::first_chunk::<4>) else { return };
         match Ipv4Addr::from(destination) {
-            METADATA => *self.arrivals.by_source.entry(source.into()).or_default() += 1,
+            METADATA => self.count(Ipv4Addr::from(source)),
             SERVICE => self.barriers.extend(barrier_mark(packet)),
             _ => {}
         }
     }
+
+    fn see_v6(&mut self, packet: &[u8]) {
+        let Some(&source) = packet.get(8..).and_then(<[u8]>::first_chunk::<16>) else { return };
+        let Some(&destination) = packet.get(24..).and_then(<[u8]>::first_chunk::<16>) else { return };
+        if is_metadata_v6(destination.into()) {
+            self.count(Ipv6Addr::from(source));
+        }
+    }
+
+    fn count(&mut self, source: impl Into<IpAddr>) {
+        *self.arrivals.by_source.entry(source.into()).or_default() += 1;
+    }
+}
+
+/// Whether it is the metadata service's, or embeds its IPv4 address: NAT64's prefix (RFC 6052) and 6to4's (RFC 3056).
+fn is_metadata_v6(destination: Ipv6Addr) -> bool {
+    let [high, low] = METADATA_V4_SEGMENTS;
+    destination == METADATA_V6
+        || destination == Ipv6Addr::new(0x64, 0xff9b, 0, 0, 0, 0, high, low)
+        || destination.segments()[..3] == [0x2002, high, low]
 }
 
 fn barrier_mark(packet: &[u8]) -> Option<u64> {

@@ -1,59 +1,13 @@
 //! What tests expect of a guarded node.
 
-use std::{
-    net::{Ipv4Addr, UdpSocket},
-    os::fd::AsRawFd as _,
-    thread,
-};
+use std::{net::Ipv4Addr, thread};
 
 use crate::{
-    Backend, METADATA, Netns, Pod, SERVICE, Status, World, effort, hook,
+    Backend, METADATA, Netns, Pod, SERVICE, Status, World, effort,
     poll::{poll_until, try_poll},
     probe::{LONG, Outcome, SHORT, http_get, icmp_echo, reachable, udp_echo},
+    skip::lacks_tcx,
 };
-
-/// How a line begins that tells what a test leaves out and why. `cargo xtask vm` reads it.
-pub const SKIPPED: &str = "skipped: ";
-/// What is left out by a test that runs nothing.
-pub const WHOLE_TEST: &str = "the whole test";
-
-/// Whether a test that is about TCX alone can't run, which it tells.
-#[must_use]
-pub fn skip_without_tcx() -> bool {
-    lacks_tcx(WHOLE_TEST)
-}
-
-/// Whether the socket hook can't know the node here, which is said: before Linux 5.14 the namespace of a world has no
-/// cookie that the agent can ask for.
-#[must_use]
-pub fn skip_without_netns_cookie() -> bool {
-    // SO_NETNS_COOKIE of include/uapi/asm-generic/socket.h.
-    const SO_NETNS_COOKIE: libc::c_int = 71;
-    let socket = UdpSocket::bind("0.0.0.0:0").expect("a UDP socket");
-    let (mut cookie, mut length) = (0_u64, 8);
-    // SAFETY: the buffer is as long as the length says, and both outlive the call.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_NETNS_COOKIE,
-            (&raw mut cookie).cast(),
-            &raw mut length,
-        )
-    };
-    if result != 0 {
-        eprintln!("{SKIPPED}{WHOLE_TEST}: no SO_NETNS_COOKIE on this kernel");
-    }
-    result != 0
-}
-
-fn lacks_tcx(left_out: &str) -> bool {
-    let lacks = !hook::has_tcx();
-    if lacks {
-        eprintln!("{SKIPPED}{left_out}: no TCX on this kernel");
-    }
-    lacks
-}
 
 /// Runs a test once for each way of attaching that the kernel has, or with less [`effort`] only for the one that the
 /// agent prefers.

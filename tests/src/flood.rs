@@ -38,6 +38,18 @@ impl Flood {
         Self::start(move || socket.send_to(b"flood", (destination, UDP_PORT)).is_ok())
     }
 
+    /// The same from each of many pods in turn.
+    #[must_use]
+    pub fn udp_of_all(pods: &[Pod], destination: Ipv4Addr) -> Self {
+        let open = |pod: &Pod| pod.netns.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)));
+        let sockets: Vec<_> = pods.iter().map(|pod| open(pod).expect("a UDP socket")).collect();
+        let mut next = (0..sockets.len()).cycle();
+        Self::start(move || {
+            let socket = &sockets[next.next().expect("an endless iterator")];
+            socket.send_to(b"flood", (destination, UDP_PORT)).is_ok()
+        })
+    }
+
     /// TCP connection requests from `pod` to the HTTP port of `destination`, from many source ports.
     #[must_use]
     pub fn syn(pod: &Pod, destination: Ipv4Addr) -> Self {

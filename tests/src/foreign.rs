@@ -8,7 +8,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{Netns, hook::run_tc, pins::PinDir};
+use aya::programs::tc::TcAttachType;
+
+use crate::{
+    Netns,
+    hook::{direction, run_tc},
+    pins::PinDir,
+};
 
 /// TC action that ends classification and lets the packet pass.
 pub const TC_ACT_OK: i32 = 0;
@@ -21,9 +27,12 @@ const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_DETACH: libc::c_long = 34;
 const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
 const BPF_TCX_INGRESS: u32 = 46;
+const BPF_TCX_EGRESS: u32 = 47;
 const BPF_F_BEFORE: u32 = 1 << 3;
+/// `bpf_redirect`.
+const REDIRECT: u32 = 23;
 
-/// A TC program that returns the same for every packet. It goes with the last link or filter that has it.
+/// A TC program that does the same with every packet. It goes with the last link or filter that has it.
 #[derive(Debug)]
 pub struct Foreign {
     program: OwnedFd,
@@ -37,15 +46,34 @@ impl Foreign {
     pub fn returning(action: i32) -> Self {
         // r0 = action; exit
         let instructions = [0xb7_u64 | u64::from(action.cast_unsigned()) << 32, 0x95];
+        Self::load(&instructions).expect("load a program of two instructions")
+    }
+
+    /// Loads a program that sends packets out of the interface with this index.
+    #[must_use]
+    pub fn redirecting(ifindex: u32) -> Self {
+        Self::calling(REDIRECT, &[ifindex, 0]).expect("load a program that calls bpf_redirect")
+    }
+
+    /// Loads a program that returns what a helper of the kernel does. Without arguments, it is called with the context.
+    pub fn calling(helper: u32, arguments: &[u32]) -> io::Result<Self> {
+        // r1 = argument; …; call helper; exit
+        let set = |(register, argument): (u64, &u32)| 0xb7 | register << 8 | u64::from(*argument) << 32;
+        let mut instructions: Vec<_> = (1..).zip(arguments).map(set).collect();
+        instructions.extend([0x85 | u64::from(helper) << 32, 0x95]);
+        Self::load(&instructions)
+    }
+
+    fn load(instructions: &[u64]) -> io::Result<Self> {
         let mut attributes = ProgLoad {
             prog_type: BPF_PROG_TYPE_SCHED_CLS,
-            insn_cnt: 2,
-            insns: address(&instructions),
+            insn_cnt: instructions.len().try_into().expect("a few instructions"),
+            insns: address(instructions),
             license: address(c"GPL".to_bytes_with_nul()),
             prog_name: *b"foreign\0\0\0\0\0\0\0\0\0",
             ..ProgLoad::default()
         };
-        let program = bpf_fd(BPF_PROG_LOAD, &mut attributes).expect("load a program of two instructions");
+        let program = bpf_fd(BPF_PROG_LOAD, &mut attributes)?;
 
         let pins = PinDir::new();
         fs::create_dir(pins.path()).expect("a directory on bpffs");
@@ -54,7 +82,7 @@ impl Foreign {
         let mut attributes =
             ObjPin { pathname: address(path.as_bytes_with_nul()), bpf_fd: raw(&program), file_flags: 0 };
         bpf(BPF_OBJ_PIN, &mut attributes).expect("pin a program");
-        Self { program, pin, _pins: pins }
+        Ok(Self { program, pin, _pins: pins })
     }
 
     /// Where it is pinned.
@@ -62,13 +90,17 @@ impl Foreign {
         &self.pin
     }
 
-    /// Attaches it to TCX ingress before all others. It is detached when the link is closed.
+    /// Attaches it to a TCX hook before all others. It is detached when the link is closed.
     #[must_use]
-    pub fn attach_tcx_first(&self, netns: &Netns, ifindex: u32) -> OwnedFd {
+    pub fn attach_tcx_first(&self, netns: &Netns, ifindex: u32, hook: TcAttachType) -> OwnedFd {
+        let attach_type = match hook {
+            TcAttachType::Egress => BPF_TCX_EGRESS,
+            TcAttachType::Ingress | TcAttachType::Custom(_) => BPF_TCX_INGRESS,
+        };
         let mut attributes = LinkCreate {
             prog_fd: raw(&self.program),
             target_ifindex: ifindex,
-            attach_type: BPF_TCX_INGRESS,
+            attach_type,
             flags: BPF_F_BEFORE,
             ..LinkCreate::default()
         };
@@ -76,10 +108,11 @@ impl Foreign {
         netns.run(|| bpf_fd(BPF_LINK_CREATE, &mut attributes)).expect("create a TCX link")
     }
 
-    /// Adds it as a direct-action filter of clsact ingress, which the interface must have.
-    pub fn attach_filter(&self, netns: &Netns, interface: &str, priority: u16) {
+    /// Adds it as a direct-action filter of clsact, which the interface must have.
+    pub fn attach_filter(&self, netns: &Netns, interface: &str, hook: TcAttachType, priority: u16) {
         let (pin, priority) = (self.pin.to_str().expect("a UTF-8 path"), priority.to_string());
-        let filter = ["filter", "add", "dev", interface, "ingress", "prio", &priority, "protocol", "all"];
+        let filter =
+            ["filter", "add", "dev", interface, direction(hook), "prio", &priority, "protocol", "all"];
         run_tc(netns, &[&filter[..], &["bpf", "direct-action", "pinned", pin]].concat());
     }
 }

@@ -1,4 +1,4 @@
-//! What is attached at the TC ingress hook of an interface, as the kernel tells it.
+//! What is attached at the TC hooks of an interface, as the kernel tells it.
 
 use std::{path::Path, sync::LazyLock};
 
@@ -44,14 +44,18 @@ pub fn has_tcx() -> bool {
     *HAS_TCX
 }
 
-/// The programs of TCX, which runs before clsact, in the order in which they run; none where the kernel lacks it.
+/// The programs of TCX ingress, which runs before clsact, in the order in which they run; none where the kernel lacks
+/// it.
 #[must_use]
 pub fn tcx(netns: &Netns, interface: &str) -> Vec<Attached> {
+    tcx_at(netns, interface, TcAttachType::Ingress)
+}
+
+fn tcx_at(netns: &Netns, interface: &str, hook: TcAttachType) -> Vec<Attached> {
     if !has_tcx() {
         return Vec::new();
     }
-    let (_, programs) =
-        netns.run(|| SchedClassifier::query_tcx(interface, TcAttachType::Ingress)).expect("query TCX");
+    let (_, programs) = netns.run(|| SchedClassifier::query_tcx(interface, hook)).expect("query TCX");
     let attached = |program: &ProgramInfo| Attached {
         id: program.id(),
         name: program.name_as_str().unwrap_or_default().to_owned(),
@@ -59,21 +63,39 @@ pub fn tcx(netns: &Netns, interface: &str) -> Vec<Attached> {
     programs.iter().map(attached).collect()
 }
 
-/// The BPF filters of clsact in the order in which they run.
+/// The BPF filters of clsact ingress in the order in which they run.
 #[must_use]
 pub fn filters(netns: &Netns, interface: &str) -> Vec<Attached> {
+    filters_at(netns, interface, TcAttachType::Ingress)
+}
+
+fn filters_at(netns: &Netns, interface: &str, hook: TcAttachType) -> Vec<Attached> {
     let attached = |filter: &Value| {
         let program = filter.pointer("/options/prog")?;
         let id = program["id"].as_u64()?.try_into().expect("program ids have 32 bits");
         Some(Attached { id, name: program["name"].as_str().unwrap_or_default().to_owned() })
     };
-    tc(netns, &["filter", "show", "dev", interface, "ingress"]).iter().filter_map(attached).collect()
+    tc(netns, &["filter", "show", "dev", interface, direction(hook)]).iter().filter_map(attached).collect()
 }
 
-/// All programs of the hook in the order in which they run.
+/// All programs of the ingress hook in the order in which they run.
 #[must_use]
 pub fn programs(netns: &Netns, interface: &str) -> Vec<Attached> {
-    [tcx(netns, interface), filters(netns, interface)].concat()
+    programs_at(netns, interface, TcAttachType::Ingress)
+}
+
+/// All programs of one of the two hooks in the order in which they run.
+#[must_use]
+pub fn programs_at(netns: &Netns, interface: &str, hook: TcAttachType) -> Vec<Attached> {
+    [tcx_at(netns, interface, hook), filters_at(netns, interface, hook)].concat()
+}
+
+/// A hook's name for `tc`.
+pub(crate) fn direction(hook: TcAttachType) -> &'static str {
+    match hook {
+        TcAttachType::Egress => "egress",
+        TcAttachType::Ingress | TcAttachType::Custom(_) => "ingress",
+    }
 }
 
 /// Whether the interface has a clsact qdisc.

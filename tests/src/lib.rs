@@ -27,15 +27,22 @@ mod packet_socket;
 mod pins;
 mod pod;
 mod services;
+mod skip;
+mod ways;
 mod world;
 
 pub use agent::{Agent, AgentCommand, Backend, output};
 pub use arrivals::Arrivals;
 pub use effort::{EFFORT, effort};
-pub use expect::{SKIPPED, WHOLE_TEST, skip_without_netns_cookie, skip_without_tcx, with_each_backend};
+pub use expect::with_each_backend;
 pub use netns::Netns;
 pub use packet_socket::PacketSocket;
 pub use pod::{Pod, PodLink};
 pub use services::{DNS_PORT, Services};
+pub use skip::{
+    SKIPPED, WHOLE_TEST, lacks_device, lacks_tc_netns_cookie, skip, skip_without_netns_cookie,
+    skip_without_tcx,
+};
 pub use status::Status;
+pub use ways::Ways;
 pub use world::{METADATA, METADATA_V6, SERVICE, SERVICE_V6, World};

@@ -100,6 +100,12 @@ impl Netns {
         self.run(|| fs::write(&path, value).unwrap_or_else(|error| panic!("{path}: {error}")));
     }
 
+    /// Whether there is such a sysctl.
+    #[must_use]
+    pub fn has_sysctl(&self, key: &str) -> bool {
+        self.run(|| Path::new("/proc/sys/net").join(key).exists())
+    }
+
     /// Kills every process in this namespace and waits until none is left.
     pub fn kill_processes(&self) {
         kill_processes(&self.file);

@@ -19,11 +19,16 @@ impl PacketSocket {
         Self::open(netns, interface, libc::SOCK_RAW, libc::ETH_P_ALL)
     }
 
-    /// A socket that receives what arrives on `interface` of `netns` as IPv4, from its IP header on, before
-    /// the IP stack judges it.
+    /// A socket that receives what arrives on `interface` of `netns` as `protocol`, an `EtherType`, from its IP header
+    /// on, before the IP stack judges it.
     #[must_use]
-    pub(crate) fn ipv4(netns: &Netns, interface: &str) -> Self {
-        Self::open(netns, interface, libc::SOCK_DGRAM, libc::ETH_P_IP)
+    pub(crate) fn packets(netns: &Netns, interface: &str, protocol: libc::c_int) -> Self {
+        Self::open(netns, interface, libc::SOCK_DGRAM, protocol)
+    }
+
+    /// Has what it sends go to the driver past the interface's queue and the egress hooks.
+    pub fn bypass_queue(&self) {
+        self.set(libc::SOL_PACKET, libc::PACKET_QDISC_BYPASS, 1);
     }
 
     /// Sends one frame, Ethernet header included.

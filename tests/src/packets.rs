@@ -65,6 +65,40 @@ pub fn fragment(source: Ipv4Addr, destination: Ipv4Addr, offset: u16, more: bool
     })
 }
 
+/// One fragment of a UDP datagram whose data from there on, UDP header included where it is the first, is `payload`.
+#[must_use]
+pub fn fragment_with(
+    source: Ipv4Addr,
+    destination: Ipv4Addr,
+    protocol: u8,
+    offset: u16,
+    more: bool,
+    payload: &[u8],
+) -> Vec<u8> {
+    let mut packet = fragment(source, destination, offset, more);
+    packet.truncate(Ipv4Header::MIN_LEN);
+    let (mut header, _) = Ipv4Header::from_slice(&packet).expect("a header that was just made");
+    header.protocol = IpNumber(protocol);
+    header.set_payload_len(payload.len()).expect("a small packet");
+    let mut packet = Vec::new();
+    header.write(&mut packet).expect("write to a Vec");
+    packet.extend_from_slice(payload);
+    packet
+}
+
+/// An IPv6 packet whose first header behind the fixed one is of the kind `next_header`.
+#[must_use]
+pub fn ipv6(source: Ipv6Addr, destination: Ipv6Addr, next_header: u8, payload: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(payload.len()).expect("a small packet");
+    let mut packet = vec![0x60, 0, 0, 0];
+    packet.extend_from_slice(&length.to_be_bytes());
+    packet.extend_from_slice(&[next_header, TTL]);
+    packet.extend_from_slice(&source.octets());
+    packet.extend_from_slice(&destination.octets());
+    packet.extend_from_slice(payload);
+    packet
+}
+
 /// An Ethernet frame from `pod` to its gateway.
 #[must_use]
 pub fn frame(pod: &Pod, packet: &[u8]) -> Vec<u8> {

@@ -184,6 +184,12 @@ impl World {
         NODE_ADDRESS
     }
 
+    /// The same by IPv6, where it has that.
+    #[must_use]
+    pub fn node_address_v6(&self) -> Ipv6Addr {
+        NODE_ADDRESS_V6
+    }
+
     /// What arrived at the fabric for the metadata service so far: all that was sent before the call is in it.
     #[must_use]
     pub fn arrivals(&self) -> Arrivals {

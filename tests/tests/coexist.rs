@@ -1,13 +1,18 @@
 //! Programs of others on the same hook: a CNI's, which may accept packets and so end their way through the hook.
 
+use aya::programs::tc::TcAttachType;
 use imds_tests::{
-    Backend, Pod, PodLink, SERVICE, World,
+    Backend, METADATA, PacketSocket, Pod, PodLink, SERVICE, World,
     foreign::{Foreign, TC_ACT_OK},
     hook::{self, Attached, run_tc},
+    packets,
     poll::poll_until,
     probe::{LONG, reachable},
-    skip_without_tcx,
+    skip_without_tcx, with_each_backend,
 };
+
+/// TC action of a program that leaves the packet to the next one.
+const TC_ACT_UNSPEC: i32 = -1;
 
 fn names(programs: &[Attached]) -> Vec<bool> {
     programs.iter().map(Attached::is_ours).collect()
@@ -32,7 +37,8 @@ fn a_tcx_program_that_accepts_all_and_was_there_before_comes_second() {
     }
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
-    let _link = Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex);
+    let _link =
+        Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex, TcAttachType::Ingress);
     world.assert_open(&pod);
     let _agent = world.start_agent(Backend::Tcx);
     assert_first(&world, &pod);
@@ -46,11 +52,13 @@ fn a_tcx_program_that_gets_in_front_later_does_not_stay_there() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let agent = world.agent().backend(Backend::Tcx).resync(1).spawn_ready();
-    let _link = Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex);
+    let _link =
+        Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex, TcAttachType::Ingress);
     assert_first(&world, &pod);
 
     agent.kill9();
-    let _another = Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex);
+    let _another =
+        Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex, TcAttachType::Ingress);
     assert_eq!(world.status().interface(&pod.host_ifname).first, Some(false));
     let _agent = world.start_agent(Backend::Tcx);
     poll_until(LONG, "the guard to be first", || {
@@ -65,7 +73,7 @@ fn a_bpf_filter_that_accepts_all_and_was_there_before_comes_second() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Bridged);
     run_tc(&world.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
-    Foreign::returning(TC_ACT_OK).attach_filter(&world.node, &pod.host_ifname, 1);
+    Foreign::returning(TC_ACT_OK).attach_filter(&world.node, &pod.host_ifname, TcAttachType::Ingress, 1);
     world.assert_open(&pod);
     let _agent = world.start_agent(Backend::Clsact);
     assert_first(&world, &pod);
@@ -76,7 +84,7 @@ fn a_bpf_filter_that_gets_in_front_later_does_not_stay_there() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Bridged);
     let _agent = world.agent().backend(Backend::Clsact).resync(1).spawn_ready();
-    Foreign::returning(TC_ACT_OK).attach_filter(&world.node, &pod.host_ifname, 1);
+    Foreign::returning(TC_ACT_OK).attach_filter(&world.node, &pod.host_ifname, TcAttachType::Ingress, 1);
     assert_first(&world, &pod);
 }
 
@@ -137,10 +145,124 @@ fn a_program_that_drops_other_traffic_still_sees_it() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     assert!(reachable(&pod.netns, SERVICE));
-    let link = Foreign::returning(TC_ACT_SHOT).attach_tcx_first(&world.node, pod.host_ifindex);
+    let link = Foreign::returning(TC_ACT_SHOT).attach_tcx_first(
+        &world.node,
+        pod.host_ifindex,
+        TcAttachType::Ingress,
+    );
     let _agent = world.start_agent(Backend::Tcx);
     // The guard, which is before it now, leaves what it does not deny to the others.
     assert!(!imds_tests::probe::udp_echo(&pod.netns, SERVICE, imds_tests::probe::SHORT).is_answer());
     drop(link);
     world.assert_harmless(&pod);
+}
+
+/// What somebody has attached at a hook, until dropped.
+enum Attachment {
+    Tcx(#[expect(dead_code, reason = "detached when dropped")] std::os::fd::OwnedFd),
+    Filter,
+}
+
+fn attach_first(
+    world: &World,
+    backend: Backend,
+    program: &Foreign,
+    interface: &str,
+    at: TcAttachType,
+) -> Attachment {
+    match backend {
+        Backend::Tcx => {
+            let index = world.node.run(|| nix::net::if_::if_nametoindex(interface)).unwrap();
+            Attachment::Tcx(program.attach_tcx_first(&world.node, index, at))
+        }
+        Backend::Clsact => {
+            if !hook::has_clsact(&world.node, interface) {
+                run_tc(&world.node, &["qdisc", "add", "dev", interface, "clsact"]);
+            }
+            program.attach_filter(&world.node, interface, at, 1);
+            Attachment::Filter
+        }
+    }
+}
+
+fn wait_until_first(world: &World, interface: &str, at: TcAttachType) {
+    poll_until(LONG, "the guard to be first", || {
+        let programs = names(&hook::programs_at(&world.node, interface, at));
+        (programs == [true, false]).then_some(())
+    });
+}
+
+/// A packet of the pod's to the metadata service, however it gets there: to whom its frame is does not matter.
+fn arrives(world: &World, pod: &Pod) -> bool {
+    let packet = packets::udp(pod.address, METADATA, b"redirected");
+    world.arrives(|| {
+        PacketSocket::frames(&pod.netns, Pod::IFNAME).send(&packets::frame(pod, &packet)).unwrap();
+    })
+}
+
+/// Another's program that accepts, leaves or redirects every packet, at one of the agent's hooks, there before the agent
+/// or later.
+fn assert_foreign_is_no_way(hook: &'static str, at: TcAttachType, kinds: &[&str]) {
+    with_each_backend(|backend| {
+        for is_later in [false, true] {
+            for &kind in kinds {
+                let world = World::new();
+                let pod = world.add_pod(PodLink::Routed);
+                let uplink = world.node.run(|| nix::net::if_::if_nametoindex(World::UPLINK)).unwrap();
+                let interface = if hook == "pod_edge" { &*pod.host_ifname } else { World::UPLINK };
+                let program = match kind {
+                    "accepts" => Foreign::returning(TC_ACT_OK),
+                    "leaves" => Foreign::returning(TC_ACT_UNSPEC),
+                    _ => Foreign::redirecting(uplink),
+                };
+                let attach = || attach_first(&world, backend, &program, interface, at);
+                let start = || world.agent().backend(backend).hooks(&[hook]).resync(1).spawn_ready();
+                let (_attached, agent) = if is_later {
+                    assert!(arrives(&world, &pod));
+                    let agent = start();
+                    (attach(), agent)
+                } else {
+                    let attached = attach();
+                    assert!(arrives(&world, &pod), "{kind}");
+                    (attached, start())
+                };
+                wait_until_first(&world, interface, at);
+                assert!(!arrives(&world, &pod), "{hook}: {kind}, later: {is_later}");
+                world.status_when("all is well", |status| status.is_ready() && status.state == "enforcing");
+                drop(agent);
+                world.unload();
+                assert!(arrives(&world, &pod), "{kind}");
+            }
+        }
+    });
+}
+
+#[test]
+fn programs_of_others_at_the_pod_edge_come_second() {
+    assert_foreign_is_no_way("pod_edge", TcAttachType::Ingress, &["accepts", "leaves", "redirects"]);
+}
+
+#[test]
+fn programs_of_others_at_the_node_edge_come_second() {
+    assert_foreign_is_no_way("node_edge", TcAttachType::Egress, &["accepts", "leaves"]);
+}
+
+/// As long as another's program is first at the pod's link, the node edge holds what it redirects.
+#[test]
+fn what_is_redirected_past_the_pod_edge_meets_the_node_edge() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pod = world.add_pod(PodLink::Routed);
+        let uplink = world.node.run(|| nix::net::if_::if_nametoindex(World::UPLINK)).unwrap();
+        let program = Foreign::redirecting(uplink);
+        let attached = attach_first(&world, backend, &program, &pod.host_ifname, TcAttachType::Ingress);
+        assert!(arrives(&world, &pod));
+        let agent = world.agent().backend(backend).hooks(&["node_edge"]).spawn_ready();
+        assert!(!arrives(&world, &pod));
+        assert!(world.status().interface(World::UPLINK).counts.denied.packets > 0);
+        drop(agent);
+        world.unload();
+        assert!(arrives(&world, &pod));
+        drop(attached);
+    });
 }

@@ -190,7 +190,7 @@ fn runner(seed: u64) -> TestRunner {
 #[test]
 fn the_kernel_and_the_host_agree_on_any_packet() {
     let endpoints = endpoints();
-    let filter = Filter::of(endpoints.iter().map(|(address, _)| *address));
+    let filter = Filter::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
     let mut object = Object::load(OBJECT);
     object.set(MAP_POLICY, Policy { mode: Mode::Enforce as u32, ..Policy::default() });
     for (address, endpoint) in &endpoints {

@@ -5,9 +5,8 @@ use std::{
     net::{Ipv4Addr, SocketAddr, UdpSocket},
 };
 
-use imds_agent::datapath::object::tc_has_cookie;
 use imds_tests::{
-    Backend, METADATA, Netns, Pod, PodLink, SERVICE, SKIPPED, World, hook,
+    METADATA, Netns, PodLink, SERVICE, World, hook,
     probe::{LONG, Outcome, SHORT, http_get, reachable},
     skip_without_netns_cookie, with_each_backend,
 };
@@ -168,121 +167,6 @@ fn a_socket_hook_that_somebody_detached_is_restored() {
     world.status_when("all is well", |status| status.is_ready() && status.state == "enforcing");
 }
 
-/// Redirects what is sent to one address on to the endpoint, as a Service does whose backend is the endpoint.
-fn redirect(netns: &Netns, service: Ipv4Addr, endpoint: Ipv4Addr) {
-    let rules = format!(
-        "table ip service {{
-            chain prerouting {{ type nat hook prerouting priority -100; ip daddr {service} dnat to {endpoint}; }}
-            chain output {{ type nat hook output priority -100; ip daddr {service} dnat to {endpoint}; }}
-        }}"
-    );
-    nft(netns, &rules);
-}
-
-fn nft(netns: &Netns, rules: &str) {
-    let mut command = netns.command("nft");
-    command.arg(rules);
-    let output = imds_tests::output(command);
-    assert!(output.status.success(), "nft: {}", String::from_utf8_lossy(&output.stderr));
-}
-
-#[test]
-fn a_service_whose_backend_is_the_endpoint_leads_nowhere() {
-    with_each_backend(|backend| {
-        let cluster_ip = Ipv4Addr::new(10, 96, 0, 80);
-        let world = World::new();
-        let pods = LINKS.map(|link| world.add_pod(link));
-        redirect(&world.node, cluster_ip, METADATA);
-        assert!(pods.iter().all(|pod| reachable(&pod.netns, cluster_ip)));
-
-        let agent = world.agent().backend(backend).hooks(&["node_edge"]).spawn_ready();
-        for pod in &pods {
-            world.assert_nothing_arrives(|| assert!(!http_get(&pod.netns, cluster_ip, SHORT).is_answer()));
-            world.assert_harmless(pod);
-        }
-        assert!(reachable(&world.node, cluster_ip), "the node's own way through the service");
-        drop(agent);
-        world.unload();
-        assert!(pods.iter().all(|pod| reachable(&pod.netns, cluster_ip)));
-    });
-}
-
-/// A pod with a macvlan interface of the node's uplink: there is no link of its own on the node.
-fn add_macvlan_pod(world: &World) -> Netns {
-    let pod = Netns::new("macvlan");
-    world.node.ip(&format!(
-        "link add mv0 link {} netns {} type macvlan mode bridge",
-        World::UPLINK,
-        pod.name()
-    ));
-    pod.ip("link set lo up\naddr add 10.0.0.77/24 dev mv0\nlink set mv0 up\nroute add default via 10.0.0.1");
-    pod
-}
-
-#[test]
-fn a_macvlan_pod_is_held_by_the_socket_hook_and_the_node_edge() {
-    if skip_without_netns_cookie() {
-        return;
-    }
-    let world = World::new();
-    let pod = add_macvlan_pod(&world);
-    let ask = || world.in_cgroup(|| http_get(&pod, METADATA, SHORT));
-    assert!(world.in_cgroup(|| reachable(&pod, METADATA)));
-    let hooks: &[_] = if tc_has_cookie() {
-        &["socket", "node_edge"]
-    } else {
-        eprintln!(
-            "{SKIPPED}the node edge: TC programs do not see a socket's network namespace on this kernel"
-        );
-        &["socket"]
-    };
-    for &hook in hooks {
-        let agent = world.agent().hooks(&[hook]).spawn_ready();
-        world.assert_nothing_arrives(|| assert!(!ask().is_answer(), "{hook}"));
-        assert!(world.in_cgroup(|| reachable(&pod, SERVICE)), "{hook}");
-        assert!(world.in_cgroup(|| reachable(&world.node, METADATA)), "{hook}");
-        drop(agent);
-        world.unload();
-        assert!(world.in_cgroup(|| reachable(&pod, METADATA)), "{hook}");
-    }
-}
-
-/// A namespace made inside of a pod, which forwards for it behind its own address.
-fn add_nested(pod: &Pod) -> Netns {
-    let nested = Netns::new("nested");
-    pod.netns.ip(&format!(
-        "link add in0 type veth peer name out0 netns {}\naddr add 172.31.0.1/24 dev in0\nlink set in0 up",
-        nested.name()
-    ));
-    nested.ip(
-        "link set lo up\naddr add 172.31.0.2/24 dev out0\nlink set out0 up\nroute add default via 172.31.0.1",
-    );
-    pod.netns.sysctl("ipv4/ip_forward", "1");
-    nft(
-        &pod.netns,
-        "table ip nat {
-            chain post { type nat hook postrouting priority 100; oifname eth0 masquerade; }
-        }",
-    );
-    nested
-}
-
-#[test]
-fn a_namespace_within_a_pod_is_held_by_both_edges() {
-    for hook in ["pod_edge", "node_edge"] {
-        let world = World::new();
-        let pod = world.add_pod(PodLink::Routed);
-        let nested = add_nested(&pod);
-        assert!(reachable(&nested, METADATA));
-        let agent = world.agent().hooks(&[hook]).spawn_ready();
-        world.assert_nothing_arrives(|| assert!(!http_get(&nested, METADATA, SHORT).is_answer(), "{hook}"));
-        assert!(reachable(&nested, SERVICE), "{hook}");
-        drop(agent);
-        world.unload();
-        assert!(reachable(&nested, METADATA), "{hook}");
-    }
-}
-
 #[test]
 fn all_hooks_together_are_what_an_agent_without_a_configuration_has() {
     if skip_without_netns_cookie() {
@@ -294,7 +178,7 @@ fn all_hooks_together_are_what_an_agent_without_a_configuration_has() {
     std::fs::write(&empty, "").unwrap();
     let cgroup = world.cgroup().to_str().unwrap();
     let agent = world.agent().config_file(empty.to_str().unwrap()).args(&["--cgroup", cgroup]);
-    let _agent = agent.backend(Backend::Tcx).spawn_ready();
+    let _agent = agent.spawn_ready();
     assert_eq!(world.status().hooks, ["pod_edge", "node_edge", "socket"]);
     world.in_cgroup(|| {
         world.assert_blocked(&pod);

@@ -95,13 +95,14 @@ fn assert_flood_arrives(world: &World, pods: &[Pod; 2]) {
     drop(floods);
 }
 
-fn flood_while_agents_are_killed_and_started(backend: Backend) {
+fn flood_while_agents_are_killed_and_started(backend: Backend, hook: &'static str) {
     let (restarts_wanted, duration) = (effort(20), Duration::from_millis(effort(10_000).into()));
     let world = World::new();
+    let agent_of = || world.agent().backend(backend).hooks(&[hook]);
     let pods = LINKS.map(|link| world.add_pod(link));
     assert_flood_arrives(&world, &pods);
 
-    let mut agent = world.start_agent(backend);
+    let mut agent = agent_of().spawn_ready();
     let mut denied = world.status().total.denied.packets;
     let before = world.arrivals();
     let start = Instant::now();
@@ -110,10 +111,10 @@ fn flood_while_agents_are_killed_and_started(backend: Backend) {
     while restarts < restarts_wanted || start.elapsed() < duration {
         agent.kill9();
         // One that does not live to take over: it is killed a little later each time.
-        let stillborn = world.agent().backend(backend).spawn();
+        let stillborn = agent_of().spawn();
         sleep(Duration::from_millis(restarts.into()));
         stillborn.kill9();
-        agent = world.start_agent(backend);
+        agent = agent_of().spawn_ready();
         restarts += 1;
         let now = world.status().total.denied.packets;
         assert!(now > denied, "the count went from {denied} to {now} at restart {restarts}");
@@ -136,12 +137,59 @@ fn no_packet_of_a_flood_passes_while_tcx_agents_are_killed_and_started() {
     if skip_without_tcx() {
         return;
     }
-    flood_while_agents_are_killed_and_started(Backend::Tcx);
+    flood_while_agents_are_killed_and_started(Backend::Tcx, "pod_edge");
 }
 
 #[test]
 fn no_packet_of_a_flood_passes_while_clsact_agents_are_killed_and_started() {
-    flood_while_agents_are_killed_and_started(Backend::Clsact);
+    flood_while_agents_are_killed_and_started(Backend::Clsact, "pod_edge");
+}
+
+#[test]
+fn no_packet_of_a_flood_passes_the_node_edge_while_tcx_agents_are_killed_and_started() {
+    if skip_without_tcx() {
+        return;
+    }
+    flood_while_agents_are_killed_and_started(Backend::Tcx, "node_edge");
+}
+
+#[test]
+fn no_packet_of_a_flood_passes_the_node_edge_while_clsact_agents_are_killed_and_started() {
+    flood_while_agents_are_killed_and_started(Backend::Clsact, "node_edge");
+}
+
+#[test]
+fn none_of_a_million_packets_of_a_hundred_pods_passes_while_programs_are_replaced() {
+    const PODS: usize = 100;
+    const PACKETS: u64 = 1_000_000;
+
+    let world = World::new();
+    let pods: Vec<_> = (0..PODS).map(|number| world.add_pod(LINKS[number % 2])).collect();
+    let all_arrive = || {
+        let before = world.arrivals();
+        let _flood = Flood::udp_of_all(&pods, METADATA);
+        poll_until(LONG, "packets of every pod to arrive", || {
+            let now = world.arrivals();
+            pods.iter().all(|pod| now.from(pod.address) > before.from(pod.address)).then_some(())
+        });
+    };
+    all_arrive();
+    for hook in ["pod_edge", "node_edge"] {
+        let mut agent = world.agent().hooks(&[hook]).spawn_ready();
+        let before = world.arrivals();
+        let flood = Flood::udp_of_all(&pods, METADATA);
+        let mut restarts = 0;
+        while flood.sent() < PACKETS || restarts < 5 {
+            agent.kill9();
+            agent = world.agent().hooks(&[hook]).spawn_ready();
+            restarts += 1;
+        }
+        let sent = flood.stop();
+        assert_eq!(world.arrivals(), before, "of {sent} packets at {hook} during {restarts} restarts");
+        drop(agent);
+        world.unload();
+        all_arrive();
+    }
 }
 
 #[test]

@@ -2,13 +2,15 @@
 
 use std::{fs, path::PathBuf};
 
+use aya::programs::tc::TcAttachType;
 use imds_tests::{
-    Agent, Backend, Pod, PodLink, World,
+    Agent, Backend, METADATA, Pod, PodLink, World,
     foreign::detach_link,
     hook::{self, run_tc},
+    output,
     poll::poll_until,
-    probe::LONG,
-    skip_without_tcx, with_each_backend,
+    probe::{LONG, SHORT, http_get},
+    skip_without_netns_cookie, skip_without_tcx, with_each_backend,
 };
 
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
@@ -142,4 +144,91 @@ fn what_was_detached_while_no_agent_ran_shows_in_the_status_and_is_restored_by_t
         let agent = start(&world, backend);
         assert_restored(&world, &agent, &pod, 0);
     });
+}
+
+/// Whether the agent's program is the first that sees what leaves by the uplink.
+fn guards_uplink(world: &World) -> bool {
+    hook::programs_at(&world.node, World::UPLINK, TcAttachType::Egress)
+        .first()
+        .is_some_and(hook::Attached::is_ours)
+}
+
+#[test]
+fn the_node_edge_is_restored_whatever_took_it_away() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pod = world.add_pod(PodLink::Routed);
+        world.assert_open(&pod);
+        let agent = world.agent().backend(backend).hooks(&["node_edge"]).resync(1).spawn_ready();
+        world.assert_blocked(&pod);
+        let index = world.status().interface(World::UPLINK).ifindex;
+        let lines = agent.log().lines().count();
+        match backend {
+            Backend::Tcx => detach_link(&world.pin_dir().join(format!("links/node_edge_{index}"))),
+            Backend::Clsact => run_tc(&world.node, &["qdisc", "delete", "dev", World::UPLINK, "clsact"]),
+        }
+        poll_until(LONG, "the program to be attached again", || guards_uplink(&world).then_some(()));
+        world.assert_blocked(&pod);
+        poll_until(LONG, "a line in the log that names the interface", || {
+            agent.log().lines().skip(lines).any(|line| line.contains(World::UPLINK)).then_some(())
+        });
+        world.status_when("all is well", |status| status.is_ready() && status.state == "enforcing");
+        drop(agent);
+        world.unload();
+        world.assert_open(&pod);
+    });
+}
+
+#[test]
+fn rules_that_are_flushed_are_none_of_ours() {
+    let hooks: [&[&str]; 3] = [&["pod_edge"], &["node_edge"], &["socket"]];
+    if skip_without_netns_cookie() {
+        return;
+    }
+    for on in hooks {
+        let world = World::new();
+        let pod = world.add_pod(PodLink::Routed);
+        let is_open = || world.in_cgroup(|| http_get(&pod.netns, METADATA, SHORT).is_answer());
+        poll_until(LONG, "the way to be open", || is_open().then_some(()));
+        let agent = world.agent().hooks(on).spawn_ready();
+        let before = world.status();
+        let mut flush = world.node.command("nft");
+        flush.args(["flush", "ruleset"]);
+        assert!(output(flush).status.success());
+        assert!(!is_open(), "{on:?}");
+        let after = world.status();
+        assert_eq!((&*before.state, before.problems.len()), (&*after.state, after.problems.len()));
+        drop(agent);
+        world.unload();
+        poll_until(LONG, "the way to be open again", || is_open().then_some(()));
+    }
+}
+
+#[test]
+fn pins_of_every_hook_that_are_removed_are_made_again_without_a_gap() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    for on in ["pod_edge", "node_edge", "socket"] {
+        let world = World::new();
+        let pod = world.add_pod(PodLink::Bridged);
+        let is_open = || world.in_cgroup(|| http_get(&pod.netns, METADATA, SHORT).is_answer());
+        poll_until(LONG, "the way to be open", || is_open().then_some(()));
+        let agent = world.agent().hooks(&[on]).resync(1).spawn_ready();
+        let links = || {
+            let entries = fs::read_dir(world.pin_dir().join("links")).into_iter().flatten().flatten();
+            let mut names: Vec<_> = entries.map(|entry| entry.file_name()).collect();
+            names.sort();
+            names
+        };
+        let before = links();
+        fs::remove_dir_all(world.pin_dir()).unwrap();
+        assert!(!is_open(), "{on}");
+        poll_until(LONG, "the links to be pinned again", || (links() == before).then_some(()));
+        assert!(!is_open(), "{on}");
+        world.status_when("all is well", |status| status.is_ready() && status.state == "enforcing");
+        drop(agent);
+        world.unload();
+        poll_until(LONG, "the way to be open again", || is_open().then_some(()));
+    }
 }

@@ -28,7 +28,7 @@ const IMDS: Endpoint = Endpoint { name: *b"imds\0\0\0\0\0\0\0\0\0\0\0\0", id: 1,
 fn unwritten_object() -> Object {
     let mut object = Object::load(OBJECT);
     object.insert(MAP_ENDPOINTS, Address::from_ipv4(IMDS_IPV4), IMDS);
-    object.set(SECTION_FILTER, Filter::of([Address::from_ipv4(IMDS_IPV4)]));
+    object.set(SECTION_FILTER, Filter::of([(Address::from_ipv4(IMDS_IPV4), &IMDS)]));
     object
 }
 
@@ -202,7 +202,7 @@ fn a_policy_that_was_never_written_or_is_unknown_denies() {
 #[test]
 fn a_filter_that_was_never_written_is_the_loaders_mistake_and_a_full_one_only_costs_time() {
     let mut object = Object::load(OBJECT);
-    object.set(SECTION_FILTER, Filter { bits: [0xff; 8192] });
+    object.set(SECTION_FILTER, Filter { bits: [0xff; 8192], ..Filter::EMPTY });
     assert_eq!(action(object.program(PROG_POD_EDGE), &udp(OTHER)), TC_ACT_UNSPEC);
     // Endpoints come into force with the filter.
     assert_eq!(action(object.program(PROG_POD_EDGE), &udp(IMDS_IPV4)), TC_ACT_UNSPEC);
@@ -219,7 +219,8 @@ fn the_verifier_is_done_with_every_program_soon() {
             return;
         };
         println!("{name}: {verified} instructions");
-        assert!(verified < 4096, "{name}: {verified}");
+        // Linux 6.1 goes through a third more than 6.18.
+        assert!(verified < 8192, "{name}: {verified}");
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use aya::programs::tc::TcAttachType;
 use imds_tests::{
     Pod, PodLink, World,
     foreign::{Foreign, TC_ACT_OK},
@@ -70,7 +71,7 @@ fn a_clsact_qdisc_that_was_there_before_stays_with_its_filters() {
             run_tc(&world.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
         }
         let with_filter = &pods[0].host_ifname;
-        Foreign::returning(TC_ACT_OK).attach_filter(&world.node, with_filter, 7);
+        Foreign::returning(TC_ACT_OK).attach_filter(&world.node, with_filter, TcAttachType::Ingress, 7);
         let theirs = hook::filters(&world.node, with_filter);
         world.start_agent(backend).kill9();
         world.assert_blocked(&pods[0]);
@@ -87,7 +88,7 @@ fn a_filter_that_somebody_added_to_our_qdisc_stays() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     world.start_agent(imds_tests::Backend::Clsact).kill9();
-    Foreign::returning(TC_ACT_OK).attach_filter(&world.node, &pod.host_ifname, 7);
+    Foreign::returning(TC_ACT_OK).attach_filter(&world.node, &pod.host_ifname, TcAttachType::Ingress, 7);
     world.unload();
     let left = hook::filters(&world.node, &pod.host_ifname);
     assert_eq!(left.iter().map(hook::Attached::is_ours).collect::<Vec<_>>(), [false]);
@@ -100,7 +101,8 @@ fn somebody_elses_tcx_program_stays() {
     }
     let world = World::new();
     let pod = world.add_pod(PodLink::Bridged);
-    let _link = Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex);
+    let _link =
+        Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex, TcAttachType::Ingress);
     let theirs = hook::tcx(&world.node, &pod.host_ifname);
     world.start_agent(imds_tests::Backend::Tcx).kill9();
     world.unload();

@@ -83,6 +83,7 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     preflight::check_kernel()?;
     let plan = Plan {
         mode: config.mode,
+        answer: config.answer,
         hooks: config.hooks,
         backend: args.tc_backend.choose()?,
         cgroup: cgroup(config.hooks, args.cgroup)?,

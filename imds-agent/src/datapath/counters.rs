@@ -120,7 +120,7 @@ pub(super) fn fold(maps: &mut Maps, ifindex: u32) -> Result<(), DatapathError> {
 
 fn sum(values: &PerCpuValues<Counter>) -> Count {
     let mut sum = Count::default();
-    for &Counter { packets, bytes } in values.iter() {
+    for &Counter { packets, bytes, .. } in values.iter() {
         sum += Count { packets, bytes };
     }
     sum
@@ -129,6 +129,6 @@ fn sum(values: &PerCpuValues<Counter>) -> Count {
 /// A value for the map that has all of `count` on one CPU.
 fn on_first_cpu(Count { packets, bytes }: Count) -> Option<PerCpuValues<Counter>> {
     let mut values = vec![Counter::default(); nr_cpus().ok()?];
-    *values.first_mut()? = Counter { packets, bytes };
+    *values.first_mut()? = Counter { packets, bytes, ..Counter::default() };
     PerCpuValues::try_from(values).ok()
 }

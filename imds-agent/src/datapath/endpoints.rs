@@ -44,12 +44,19 @@ pub(super) fn filter(maps: &Maps) -> Result<Filter, DatapathError> {
 
 /// What the filter has to match while programs are loaded: all that is guarded and all that will be.
 pub(super) fn filter_while_loading(pins: &PinDir, guarded: &Guarded) -> Filter {
-    let wanted = Filter::of(guarded.addresses());
+    let entries: BTreeMap<_, _> = guarded.entries().collect();
+    let wanted = filter_of(&entries);
     // Without maps, or with unreadable ones, no program is attached that goes by them.
     match Maps::open(pins).ok().and_then(|maps| filter(&maps).ok()) {
-        Some(in_force) => in_force.union(&wanted),
+        Some(in_force) => wanted.and_slots_of(&in_force),
         None => wanted,
     }
+}
+
+fn filter_of(endpoints: &BTreeMap<Address, Endpoint>) -> Filter {
+    // The IPv4 ones first, which are asked for most.
+    let (v4, v6) = endpoints.iter().partition::<Vec<_>, _>(|(address, _)| address.ipv4().is_some());
+    Filter::of(v4.into_iter().chain(v6).map(|(address, endpoint)| (*address, endpoint)))
 }
 
 /// Makes `guarded` what is guarded. An address that was guarded and will be is so at every moment between.
@@ -58,7 +65,7 @@ pub fn write(maps: &mut Maps, guarded: &Guarded) -> Result<(), DatapathError> {
     let of_filter = |source| DatapathError::Map { map: MAP_FILTER, source };
     let before = read(maps).map_err(of_endpoints)?;
     let wanted: BTreeMap<_, _> = guarded.entries().collect();
-    let filter = Filter::of(wanted.keys().copied());
+    let filter = filter_of(&wanted);
 
     let mut unwanted: Vec<_> = before.keys().filter(|address| !wanted.contains_key(address)).collect();
     let unwanted_count = unwanted.len();
@@ -75,7 +82,8 @@ pub fn write(maps: &mut Maps, guarded: &Guarded) -> Result<(), DatapathError> {
             maps.endpoints.insert(address, endpoint, 0).map_err(of_endpoints)?;
         }
     }
-    let union = Filter::of(before.keys().chain(wanted.keys()).copied());
+    // What is closed by now is all in the map, too.
+    let union = filter.and_slots_of(&filter_of(&before));
     maps.filter.set(0, union, 0).map_err(of_filter)?;
     remove_unwanted(maps)?;
     maps.filter.set(0, filter, 0).map_err(of_filter)?;

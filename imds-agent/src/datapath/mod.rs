@@ -15,7 +15,7 @@ use std::{io, path::PathBuf};
 
 use aya::maps::MapError;
 use imds_ebpf_common::{
-    Backend, Edge, Mode, Policy, Role,
+    Answer, Backend, Edge, Mode, Policy, Role,
     maps::LAYOUT,
     names::{MAP_POLICY, tc_program},
 };
@@ -122,6 +122,8 @@ pub struct Datapath {
 pub struct Plan {
     /// What happens to a packet from a pod to a guarded endpoint.
     pub mode: Mode,
+    /// What its sender is told where it is denied.
+    pub answer: Answer,
     /// Where packets and calls are judged.
     pub hooks: Hooks,
     /// How interfaces are attached.
@@ -171,9 +173,11 @@ impl Datapath {
         let mut maps = Maps::open(pins)?;
         let policy = Policy {
             mode: plan.mode as u32,
+            answer: plan.answer as u32,
             layout: LAYOUT,
             netns: home::this_netns()?,
             hooks: plan.hooks.bits(),
+            reserved: 0,
             netns_cookie: plan.identity.cookie(),
         };
         maps.policy.set(0, policy, 0).map_err(|source| DatapathError::Map { map: MAP_POLICY, source })?;

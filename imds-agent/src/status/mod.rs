@@ -8,7 +8,7 @@ use std::{
     path::PathBuf,
 };
 
-use imds_ebpf_common::{Backend, CounterKey, Edge, Hook, Mode, Role, names::tc_program};
+use imds_ebpf_common::{Answer, Backend, CounterKey, Edge, Hook, Mode, Role, names::tc_program};
 use serde::Serialize;
 
 use crate::{
@@ -45,6 +45,8 @@ pub struct Report {
     pub agent: Agent,
     /// The mode in force; `None` where nothing is loaded.
     pub mode: Option<&'static str>,
+    /// What senders of denied packets are told; `None` where nothing is loaded.
+    pub answer: Option<&'static str>,
     /// Where the endpoints come from; `None` where nothing is loaded.
     pub provider: Option<Provider>,
     /// What is guarded.
@@ -163,6 +165,7 @@ pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapath
             pid: holder.and_then(|holder| holder.pid),
         },
         mode: None,
+        answer: None,
         provider: None,
         endpoints: Vec::new(),
         interfaces: Vec::new(),
@@ -188,6 +191,7 @@ pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapath
     let policy = maps.policy.get(&0, 0).map_err(unreadable)?;
     let mode = Mode::from_u32(policy.mode);
     report.mode = Some(mode.name());
+    report.answer = Some(Answer::from_u32(policy.answer).name());
     let netlink = report.add_endpoints(&maps, netlink)?;
     let hooks = Hooks::from_bits(policy.hooks);
     report.hooks = Hook::ALL.into_iter().filter(|&hook| hooks.has(hook)).map(Hook::name).collect();

@@ -29,6 +29,7 @@ impl Report {
         };
         writeln!(text, "state      {}", self.state.name())?;
         writeln!(text, "mode       {}", self.mode.unwrap_or("unknown"))?;
+        writeln!(text, "answer     {}", self.answer.unwrap_or("unknown"))?;
         self.write_endpoints(text)?;
         writeln!(text, "hooks      {}", self.hooks.join(" "))?;
         writeln!(text, "agent      {agent}")?;

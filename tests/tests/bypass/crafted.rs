@@ -8,13 +8,15 @@ use imds_tests::{
     with_each_backend,
 };
 
+use crate::EDGES;
+
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
 /// One that is nobody's here.
 const STRANGER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 77);
 
 /// The hooks that see packets, each alone, in each way of attaching.
 fn with_each_edge(test: impl Fn(&dyn Fn(&World) -> Agent<'_>)) {
-    for hook in ["pod_edge", "node_edge"] {
+    for hook in EDGES {
         with_each_backend(|backend| {
             eprintln!("hook: {hook}");
             test(&|world| world.agent().backend(backend).hooks(&[hook]).spawn_ready());
@@ -61,18 +63,16 @@ fn every_kind_of_ip_packet_is_denied() {
         let send = |pod: &Pod, packet: &Vec<u8>| {
             PacketSocket::frames(&pod.netns, Pod::IFNAME).send(&packets::frame(pod, packet)).unwrap();
         };
-        for pod in &pods {
-            for (name, packet) in forwarded_packets(pod.address, METADATA) {
-                let before = world.arrivals().from(pod.address);
-                send(pod, &packet);
-                assert!(
-                    world.arrivals().from(pod.address) > before,
-                    "{name} does not arrive even without the agent"
-                );
+        let assert_open = || {
+            for pod in &pods {
+                for (name, packet) in forwarded_packets(pod.address, METADATA) {
+                    assert!(world.arrives(|| send(pod, &packet)), "{name} does not arrive without the agent");
+                }
             }
-        }
+        };
+        assert_open();
 
-        let _agent = start(&world);
+        let agent = start(&world);
         let before = world.arrivals();
         for pod in &pods {
             let denied_before = denied(&world);
@@ -83,6 +83,9 @@ fn every_kind_of_ip_packet_is_denied() {
             }
             assert_eq!(denied(&world) - denied_before, u64::try_from(packets.len()).unwrap());
         }
+        drop(agent);
+        world.unload();
+        assert_open();
     });
 }
 
@@ -107,10 +110,15 @@ fn a_forged_source_address_is_of_no_use() {
         let arrivals = world.arrivals();
         assert_eq!((arrivals.from(neighbour.address), arrivals.from(STRANGER)), (2, 2));
 
-        let _agent = start(&world);
+        let agent = start(&world);
         world.assert_nothing_arrives(send_all);
         // Linux drops the node's own address before the node edge.
         assert!([4, 6].contains(&denied(&world)));
+        drop(agent);
+        world.unload();
+        send_all();
+        let arrivals = world.arrivals();
+        assert_eq!((arrivals.from(neighbour.address), arrivals.from(STRANGER)), (4, 4));
     });
 }
 
@@ -130,15 +138,17 @@ fn priority_tags_hide_nothing() {
             let frame = packets::tagged_frame(pod, pod.gateway_mac, tags, &packet);
             PacketSocket::frames(&pod.netns, Pod::IFNAME).send(&frame).unwrap();
         };
-        for pod in &pods {
-            for tags in tags {
-                let before = world.arrivals().from(pod.address);
-                send(pod, tags);
-                assert_eq!(world.arrivals().from(pod.address), before + 1, "{tags:x?} without the agent");
+        let assert_open = || {
+            for pod in &pods {
+                for tags in tags {
+                    let before = world.arrivals().from(pod.address);
+                    send(pod, tags);
+                    assert_eq!(world.arrivals().from(pod.address), before + 1, "{tags:x?} without the agent");
+                }
             }
-        }
-
-        let _agent = start(&world);
+        };
+        assert_open();
+        let agent = start(&world);
         for pod in &pods {
             for tags in tags {
                 let before = denied(&world);
@@ -146,6 +156,9 @@ fn priority_tags_hide_nothing() {
                 assert_eq!(denied(&world), before + 1, "{tags:x?}");
             }
         }
+        drop(agent);
+        world.unload();
+        assert_open();
     });
 }
 
@@ -167,12 +180,16 @@ fn a_vlan_does_not_lead_past_the_guard_through_the_bridge() {
         send(b"without agent", METADATA);
         assert!(sees_both(b"without agent"));
 
-        let _agent = world.start_agent(backend);
+        let agent = world.start_agent(backend);
         send(b"with agent", METADATA);
         // Comes after, so that the other had its time.
         send(b"elsewhere", SERVICE);
         assert!(watcher.sees(b"elsewhere", LONG) && !watcher.sees(b"with agent", SHORT));
         assert_eq!(denied(&world), 2);
+        drop(agent);
+        world.unload();
+        send(b"after unload", METADATA);
+        assert!(sees_both(b"after unload"));
     });
 }
 
@@ -187,12 +204,15 @@ fn a_jumbo_frame_that_is_not_in_one_piece_is_denied() {
         let frame = packets::frame(&pod, &packets::udp(pod.address, METADATA, &[0; 8000]));
         let socket = PacketSocket::frames(&pod.netns, Pod::IFNAME);
         // The Ethernet header alone, and a cut within the destination address.
-        let send = || [14, 32].map(|linear| socket.send_scattered(&frame, linear).unwrap());
+        let send = || [14, 32].into_iter().for_each(|linear| socket.send_scattered(&frame, linear).unwrap());
         send();
         assert_eq!(world.arrivals().from(pod.address), 2);
 
-        let _agent = start(&world);
+        let agent = start(&world);
         world.assert_nothing_arrives(send);
         assert_eq!(denied(&world), 2);
+        drop(agent);
+        world.unload();
+        assert!(world.arrives(send));
     });
 }

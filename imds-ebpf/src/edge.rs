@@ -1,0 +1,41 @@
+//! What both edges do alike: judge, count, tell and answer.
+
+use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC};
+use imds_ebpf_common::{Answer, Frame, Hook, Place, Verdict, event::Window};
+
+use crate::{
+    events, maps,
+    reject::{self, Way},
+};
+
+/// A packet to a guarded endpoint that the node did not send.
+pub(crate) struct Judged {
+    pub(crate) skb: *mut __sk_buff,
+    pub(crate) frame: Frame,
+    pub(crate) place: Place,
+    pub(crate) hook: Hook,
+    pub(crate) verdict: Verdict,
+}
+
+/// Tells of the packet and answers it, as far as its source may still cause that. Returns the TC action.
+///
+/// `TC_ACT_UNSPEC` for all that is not denied: it leaves the packet to the other programs on the hook, which `TC_ACT_OK`
+/// would skip.
+#[inline(always)]
+pub(crate) fn conclude(judged: &Judged, window: Option<*mut Window>, way: Way) -> i32 {
+    let &Judged { skb, frame, place, hook, verdict } = judged;
+    // SAFETY: this CPU's own, and its map keeps it as long as a program runs that found it.
+    let mut window = window.map(|window| unsafe { &mut *window });
+    if let Some(window) = &mut window {
+        events::packet(skb, place, hook, verdict, window);
+    }
+    match verdict {
+        Verdict::Deny => {}
+        Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept => return TC_ACT_UNSPEC,
+    }
+    match maps::answer() {
+        Answer::Drop => TC_ACT_SHOT,
+        Answer::Reject if window.is_some_and(Window::may_answer) => reject::answer(skb, frame, place, way),
+        Answer::Reject => TC_ACT_SHOT,
+    }
+}

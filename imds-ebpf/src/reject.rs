@@ -1,0 +1,199 @@
+//! Answers to denied packets: the packet is made into the answer and sent back where it came from.
+
+use core::{mem::MaybeUninit, ptr};
+
+use aya_ebpf::{
+    bindings::{__sk_buff, BPF_F_INGRESS, BPF_F_RECOMPUTE_CSUM, TC_ACT_SHOT},
+    helpers::generated::{
+        bpf_csum_diff, bpf_l4_csum_replace, bpf_redirect, bpf_skb_change_tail, bpf_skb_store_bytes,
+    },
+};
+use imds_ebpf_common::{
+    Frame, Packet as _, Place,
+    endpoint::TCP,
+    reply::{self, ICMP, ICMP_V6, Kind, Sum, WORD, Words},
+};
+
+use crate::packet::Skb;
+
+/// Which way a sender is.
+#[derive(Clone, Copy)]
+pub(crate) enum Way {
+    /// Out of the interface by which the packet came in.
+    Out,
+    /// Into the interface by which the packet leaves, as the endpoint's own answer would come.
+    In,
+}
+
+/// Sends the answer. Returns the TC action, which drops the packet where none could or may be made.
+#[inline(always)]
+pub(crate) fn answer(skb: *mut __sk_buff, frame: Frame, place: Place, way: Way) -> i32 {
+    if !make(skb, place) || (frame == Frame::Ethernet && swap_macs(skb).is_none()) {
+        return TC_ACT_SHOT;
+    }
+    let flags = match way {
+        Way::Out => 0,
+        Way::In => {
+            // What comes from the wire has none; firewalls route and translate by it.
+            // SAFETY: the kernel hands every TC program a valid context; the verifier checks the access.
+            unsafe { (*skb).mark = 0 };
+            u64::from(BPF_F_INGRESS)
+        }
+    };
+    // SAFETY: the helper takes numbers alone.
+    unsafe { bpf_redirect(Skb::new(skb).ifindex(), flags) as i32 }
+}
+
+/// Makes the packet into the answer, but for the link layer. A function of its own, for its stack and the verifier.
+#[inline(never)]
+fn make(skb: *mut __sk_buff, place: Place) -> bool {
+    match reply::kind(&Skb::new(skb), place) {
+        Some(Kind::Reset) => make_reset(skb, place).is_some(),
+        Some(Kind::Prohibited) => make_prohibited(skb, place).is_some(),
+        None => false,
+    }
+}
+
+#[inline(always)]
+fn make_reset(skb: *mut __sk_buff, place: Place) -> Option<()> {
+    let packet = Skb::new(skb);
+    let at = behind_header(skb, place);
+    let mut tcp = MaybeUninit::uninit();
+    let tcp: &mut Words<{ reply::TCP_WORDS }> = packet.fetch_to(at, &mut tcp)?;
+    let addresses = swap_addresses(skb, place)?;
+    let length = payload_len(&packet, place)?;
+    let pseudo = reply::reset(tcp, length, addresses)?;
+    store(skb, at, tcp)?;
+    put_head(skb, place, TCP, size_of_val(tcp), addresses)?;
+    resize(skb, at + size_of_val(tcp))?;
+
+    // The TCP header is where it was. Where the sender left its checksum to the network device (CHECKSUM_PARTIAL), that
+    // finishes the answer's, too, and wants the pseudo-header's sum in the place. No field says so, but then alone this
+    // helper changes nothing (inet_proto_csum_replace4, net/core/utils.c).
+    let at = at + reply::CHECKSUM_WORD * WORD;
+    let full = packet.fetch::<2>(at)?;
+    // SAFETY: the helper takes the context of a TC program and checks the range against the packet.
+    unsafe { bpf_l4_csum_replace(skb, as_u32(at), 0, 1, size_of::<u16>() as u64) };
+    let expected = if packet.fetch::<2>(at)? == full { pseudo } else { full };
+    store(skb, at, &expected)
+}
+
+#[inline(always)]
+fn make_prohibited(skb: *mut __sk_buff, place: Place) -> Option<()> {
+    let (length, quote) = if place.is_v6() {
+        put_quote::<{ reply::QUOTE_V6 }>(skb, place)?
+    } else if Skb::new(skb).fetch(place.offset())? == [0x45] {
+        put_quote::<{ reply::QUOTE_V4 }>(skb, place)?
+    } else {
+        // It has options: all of them are quoted, with whatever follows.
+        put_quote::<{ reply::QUOTE_V4_OPTIONS }>(skb, place)?
+    };
+    let length = Skb::new(skb).forget_origin(reply::ICMP_WORDS * WORD + length);
+    let addresses = swap_addresses(skb, place)?;
+    let (protocol, header) = if place.is_v6() {
+        (ICMP_V6, reply::prohibited_v6(quote, length, addresses))
+    } else {
+        (ICMP, reply::prohibited_v4(quote))
+    };
+    put_head(skb, place, protocol, length, addresses)?;
+    store(skb, behind_header(skb, place), &header)
+}
+
+/// Length in bytes of what is behind the IP header, as that says.
+#[inline(always)]
+fn payload_len(packet: &Skb, place: Place) -> Option<u32> {
+    let (at, header) = if place.is_v6() { (4, 0) } else { (2, 20) };
+    let length = u16::from_be_bytes(packet.fetch(place.offset() + at)?);
+    Some(u32::from(length).saturating_sub(header))
+}
+
+/// Where the payload of the answer starts.
+#[inline(always)]
+fn behind_header(skb: *mut __sk_buff, place: Place) -> usize {
+    let length = if place.is_v6() { 40 } else { 20 };
+    Skb::new(skb).forget_origin(place.offset() + length)
+}
+
+/// Cuts the packet off behind the first `N` words of its IP packet, and moves these so far towards the end that IP and
+/// ICMP header fit before them. Returns how many bytes they are, and their sum.
+#[inline(always)]
+fn put_quote<const N: usize>(skb: *mut __sk_buff, place: Place) -> Option<(usize, Sum)> {
+    let mut quote = MaybeUninit::uninit();
+    let quote: &mut Words<N> = Skb::new(skb).fetch_to(place.offset(), &mut quote)?;
+    let at = behind_header(skb, place) + reply::ICMP_WORDS * WORD;
+    resize(skb, at + size_of_val(quote))?;
+    store(skb, at, quote)?;
+    Some((size_of_val(quote), sum(quote)))
+}
+
+/// The sum of more words than a program should add up itself.
+#[inline(always)]
+fn sum<const N: usize>(words: &mut Words<N>) -> Sum {
+    // SAFETY: the helper reads no more than these words.
+    let sum = unsafe { bpf_csum_diff(ptr::null_mut(), 0, words.as_mut_ptr(), as_u32(N * WORD), 0) };
+    Sum::new(sum.cast_unsigned() & 0xffff_ffff)
+}
+
+/// Writes the IP header up to its addresses.
+#[inline(always)]
+fn put_head(skb: *mut __sk_buff, place: Place, protocol: u8, length: usize, addresses: Sum) -> Option<()> {
+    if place.is_v6() {
+        store(skb, place.offset(), &reply::ipv6_head(protocol, length))
+    } else {
+        store(skb, place.offset(), &reply::ipv4_head(protocol, length, addresses))
+    }
+}
+
+/// Sender and receiver change places. Returns the sum of their addresses.
+#[inline(always)]
+fn swap_addresses(skb: *mut __sk_buff, place: Place) -> Option<Sum> {
+    if place.is_v6() {
+        swap::<{ 2 * 4 }>(skb, place.offset() + reply::ADDRESSES_V6 * WORD)
+    } else {
+        swap::<2>(skb, place.offset() + reply::ADDRESSES_V4 * WORD)
+    }
+}
+
+/// The halves of `N` words change places. Returns the sum of all.
+#[inline(always)]
+fn swap<const N: usize>(skb: *mut __sk_buff, at: usize) -> Option<Sum> {
+    let mut halves = MaybeUninit::uninit();
+    let halves: &mut Words<N> = Skb::new(skb).fetch_to(at, &mut halves)?;
+    let sum = sum(halves);
+    let (first, second) = halves.split_at_mut(N / 2);
+    first.swap_with_slice(second);
+    store(skb, at, halves)?;
+    Some(sum)
+}
+
+/// Sender and receiver of the frame change places.
+#[inline(always)]
+fn swap_macs(skb: *mut __sk_buff) -> Option<()> {
+    let packet = Skb::new(skb);
+    let (destination, source) = (packet.fetch::<6>(0)?, packet.fetch::<6>(6)?);
+    store(skb, 0, &source)?;
+    store(skb, 6, &destination)
+}
+
+/// Makes the packet so many bytes long. It is in one piece then, and no longer one that the device is to split.
+#[inline(always)]
+fn resize(skb: *mut __sk_buff, length: usize) -> Option<()> {
+    // SAFETY: the helper takes the context of a TC program, and refuses lengths that can't be.
+    let failed = unsafe { bpf_skb_change_tail(skb, as_u32(length), 0) };
+    (failed == 0).then_some(())
+}
+
+#[inline(always)]
+fn store<T, const N: usize>(skb: *mut __sk_buff, offset: usize, content: &[T; N]) -> Option<()> {
+    let (from, length) = (content.as_ptr().cast(), as_u32(size_of_val(content)));
+    // SAFETY: the helper reads what there is, and checks the range against the packet.
+    let failed =
+        unsafe { bpf_skb_store_bytes(skb, as_u32(offset), from, length, u64::from(BPF_F_RECOMPUTE_CSUM)) };
+    (failed == 0).then_some(())
+}
+
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "offsets and lengths of a few headers")]
+const fn as_u32(length: usize) -> u32 {
+    length as u32
+}

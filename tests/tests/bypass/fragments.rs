@@ -1,0 +1,94 @@
+//! Fragments: where ports are kept, none gets in whose port can't be seen, and none that changes another's.
+
+use imds_tests::{METADATA, PacketSocket, Pod, PodLink, World, packets};
+
+use crate::EDGES;
+
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+const KEEP_DNS: &str = "provider = 'none'
+    [[endpoint]]
+    name = 'imds'
+    address = '169.254.169.254'
+    keep = ['udp/53', 'tcp/53']";
+
+/// UDP from port 40000 to `port`, of 24 bytes, with a wrong checksum: an answer would make the pod send more.
+fn udp_header(port: u8) -> [u8; 8] {
+    [0x9c, 0x40, 0, port, 0, 24, 0xde, 0xad]
+}
+
+/// A fragment: protocol, where it starts in eights of bytes, whether more come, and its content.
+type Fragment = (u8, u16, bool, Vec<u8>);
+
+/// Datagrams and segments in pieces, the number of which get through where port 53 is kept.
+fn sets() -> Vec<(&'static str, Vec<Fragment>, usize)> {
+    let dns = udp_header(53).to_vec();
+    let http = udp_header(80).to_vec();
+    let rest = vec![0; 16];
+    vec![
+        (
+            "the first to a port that is not kept",
+            vec![(UDP, 0, true, http.clone()), (UDP, 1, false, rest.clone())],
+            0,
+        ),
+        (
+            "the rest of a datagram to a kept port",
+            vec![(UDP, 0, true, dns.clone()), (UDP, 1, false, rest.clone())],
+            1,
+        ),
+        (
+            "a second first one with another port",
+            vec![(UDP, 0, true, dns.clone()), (UDP, 0, true, http.clone()), (UDP, 1, false, rest)],
+            1,
+        ),
+        (
+            "one that overlaps the kept port",
+            vec![(UDP, 0, true, [dns, vec![0; 8]].concat()), (UDP, 1, false, http)],
+            1,
+        ),
+        // Eight bytes of TCP: the ports are there, the rest of the header is not.
+        (
+            "a tiny first one, and the header's rest",
+            vec![(TCP, 0, true, vec![0x9c, 0x40, 0, 80, 0, 0, 0, 1]), (TCP, 1, false, vec![0; 12])],
+            0,
+        ),
+        ("the rest of a header to a kept port", vec![(TCP, 1, false, vec![0; 12])], 0),
+        ("a first one that ends before the port", vec![(UDP, 0, false, vec![0x9c, 0x40])], 0),
+    ]
+}
+
+#[test]
+fn fragments_show_no_more_than_a_kept_port() {
+    let world = World::new();
+    let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
+    let arrivals_of = |pod: &Pod, fragments: &[Fragment]| {
+        let socket = PacketSocket::frames(&pod.netns, Pod::IFNAME);
+        let before = world.arrivals().from(pod.address);
+        for (protocol, offset, more, content) in fragments {
+            let packet = packets::fragment_with(pod.address, METADATA, *protocol, *offset, *more, content);
+            socket.send(&packets::frame(pod, &packet)).unwrap();
+        }
+        world.arrivals().from(pod.address) - before
+    };
+    let assert_open = || {
+        for (pod, (name, fragments, _)) in
+            pods.iter().flat_map(|pod| sets().into_iter().map(move |set| (pod, set)))
+        {
+            let sent = u64::try_from(fragments.len()).unwrap();
+            assert_eq!(arrivals_of(pod, &fragments), sent, "{name}, without the agent");
+        }
+    };
+    assert_open();
+    for hooks in [&EDGES[..1], &EDGES[1..], &EDGES] {
+        let agent = world.agent().hooks(hooks).config(KEEP_DNS).spawn_ready();
+        for pod in &pods {
+            for (name, fragments, allowed) in sets() {
+                let allowed = u64::try_from(allowed).unwrap();
+                assert_eq!(arrivals_of(pod, &fragments), allowed, "{name}, with {hooks:?}");
+            }
+        }
+        drop(agent);
+        world.unload();
+        assert_open();
+    }
+}

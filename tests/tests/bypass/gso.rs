@@ -1,0 +1,82 @@
+//! Super-packets: what a pod sends at once and the network cuts into packets only later.
+
+use std::{io::Write as _, net::UdpSocket, os::fd::AsRawFd as _};
+
+use imds_tests::{
+    METADATA, Pod, PodLink, World,
+    probe::{LONG, connect, http_exchange, reachable},
+};
+
+use crate::{ALL, EDGES};
+
+const SEGMENT: u16 = 1200;
+const SEGMENTS: u16 = 10;
+
+/// Sends ten datagrams in one.
+fn send_segments(world: &World, pod: &Pod) {
+    let socket = pod.netns.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap();
+    let size = libc::c_int::from(SEGMENT);
+    let length = libc::socklen_t::try_from(size_of_val(&size)).unwrap();
+    // SAFETY: the option takes a C int, which outlives the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_UDP,
+            libc::UDP_SEGMENT,
+            (&raw const size).cast(),
+            length,
+        )
+    };
+    assert_eq!(result, 0, "UDP_SEGMENT: {}", std::io::Error::last_os_error());
+    // Refused where the socket hook is on.
+    let _ = world.in_cgroup(|| socket.send_to(&[0; (SEGMENT * SEGMENTS) as usize], (METADATA, 9999)));
+}
+
+#[test]
+fn segmented_udp() {
+    for link in [PodLink::Routed, PodLink::Bridged] {
+        let world = World::new();
+        let pod = world.add_pod(link);
+        world.ways(&ALL).one_way("UDP_SEGMENT", || send_segments(&world, &pod)).assert_held();
+        // It is one packet at the hook, and more than a link takes.
+        for hook in EDGES {
+            let _agent = world.agent().hooks(&[hook]).spawn_ready();
+            let before = world.status().total.denied;
+            send_segments(&world, &pod);
+            let after =
+                world.status_when("it is counted", |status| status.total.denied != before).total.denied;
+            let packets = after.packets - before.packets;
+            assert!(
+                after.bytes - before.bytes > u64::from(SEGMENT * SEGMENTS),
+                "{hook}: {before:?} {after:?}"
+            );
+            assert_eq!(packets, 1, "{hook}");
+        }
+        world.unload();
+    }
+}
+
+/// Writes as much as goes on a connection that was open before the agent came, all of which is retransmitted in vain.
+#[test]
+fn segmented_tcp() {
+    for hook in EDGES {
+        let world = World::new();
+        let pod = world.add_pod(PodLink::Routed);
+        assert!(reachable(&pod.netns, METADATA));
+        let mut stream = pod.netns.run(|| connect(METADATA, LONG)).unwrap();
+        let mut after = pod.netns.run(|| connect(METADATA, LONG)).unwrap();
+        stream.set_nonblocking(true).unwrap();
+        let agent = world.agent().hooks(&[hook]).spawn_ready();
+        let before = world.arrivals();
+        assert!(stream.write(&vec![b'x'; 64 << 10]).unwrap() > 10_000);
+        let status = world.status_when("super-packets are counted", |status| {
+            let denied = status.total.denied;
+            denied.bytes > denied.packets * 1514
+        });
+        assert_eq!(world.arrivals(), before, "{status:?}");
+        drop(agent);
+        world.unload();
+        // Another connection of that time goes on.
+        http_exchange(&mut after, LONG).unwrap();
+    }
+}

@@ -1,0 +1,78 @@
+//! What must keep working, with each hook alone and with all of them.
+
+use std::net::Ipv6Addr;
+
+use imds_tests::{
+    METADATA, METADATA_V6, Netns, Pod, PodLink, SERVICE, SERVICE_V6, World,
+    probe::{LONG, SHORT, connect, http_exchange, http_get, icmp_echo, reachable, udp_echo},
+    skip_without_netns_cookie,
+};
+
+use crate::{ALL, AWS};
+
+/// As without a guard: by TCP and UDP.
+#[track_caller]
+fn assert_v6_reaches(netns: &Netns, address: Ipv6Addr, who: &str) {
+    assert!(reachable(netns, address), "{who} does not reach {address} by TCP");
+    assert!(udp_echo(netns, address, LONG).is_answer(), "{who} does not reach {address} by UDP");
+}
+
+/// The node's own access, other destinations, and pods and node among each other.
+#[track_caller]
+fn assert_nothing_is_harmed(world: &World, [routed, bridged]: &[Pod; 2]) {
+    for pod in [routed, bridged] {
+        world.assert_harmless(pod);
+    }
+    assert_v6_reaches(&world.node, METADATA_V6, "the node");
+    assert_v6_reaches(&world.node, SERVICE_V6, "the node");
+    assert_v6_reaches(&routed.netns, SERVICE_V6, "a pod");
+    for (from, to) in [(routed, bridged), (bridged, routed)] {
+        assert!(icmp_echo(&from.netns, to.address, LONG).is_answer(), "{} to {}", from.address, to.address);
+    }
+}
+
+#[test]
+fn all_else_works_with_each_hook() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new().with_ipv6();
+    let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
+    world.add_pod_ipv6(&pods[0]);
+    assert_nothing_is_harmed(&world, &pods);
+    assert!(reachable(&pods[0].netns, METADATA) && reachable(&pods[0].netns, METADATA_V6));
+    for hooks in [&ALL[..1], &ALL[1..2], &ALL[2..], &ALL] {
+        eprintln!("hooks: {hooks:?}");
+        let mut open_before = pods[0].netns.run(|| connect(SERVICE, LONG)).unwrap();
+        let agent = world.agent().hooks(hooks).config(AWS).spawn_ready();
+        // Neighbours have to be found anew, by ARP and by neighbour discovery, from either side.
+        for netns in [&*world.node, &pods[0].netns, &pods[1].netns, &world.fabric] {
+            netns.ip("neigh flush all");
+        }
+        world.in_cgroup(|| {
+            assert!(!http_get(&pods[0].netns, METADATA, SHORT).is_answer());
+            assert!(!http_get(&pods[0].netns, METADATA_V6, SHORT).is_answer());
+            assert_nothing_is_harmed(&world, &pods);
+        });
+        http_exchange(&mut open_before, LONG).unwrap();
+        drop(agent);
+        world.unload();
+        assert!(reachable(&pods[0].netns, METADATA) && reachable(&pods[0].netns, METADATA_V6));
+    }
+}
+
+/// Answers of a pod to whoever asks it, of the node's own and from outside.
+#[test]
+fn pods_are_reached_at_both_edges() {
+    let world = World::new();
+    let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
+    let _services = pods.each_ref().map(|pod| imds_tests::Services::start(&pod.netns, &[pod.address.into()]));
+    let _agent = world.agent().hooks(&crate::EDGES).spawn_ready();
+    for pod in &pods {
+        for (netns, who) in
+            [(&*world.node, "the node"), (&world.fabric, "the fabric"), (&pods[0].netns, "a pod")]
+        {
+            assert!(reachable(netns, pod.address), "{who} does not reach {}", pod.address);
+        }
+    }
+}

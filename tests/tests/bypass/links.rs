@@ -1,0 +1,184 @@
+//! Pods that are connected otherwise than by a veth of their own, and namespaces behind a pod's.
+
+use imds_tests::{
+    METADATA, Netns, Pod, PodLink, WHOLE_TEST, Ways, World, lacks_device, lacks_tc_netns_cookie,
+    probe::{SHORT, http_get, udp_echo},
+};
+
+use crate::{ALL, services::nft};
+
+/// What holds a pod that has no link on the node, on this kernel.
+fn hooks_without_link() -> Vec<&'static str> {
+    let without = lacks_tc_netns_cookie("the node edge");
+    if without { vec!["socket"] } else { vec!["socket", "node_edge"] }
+}
+
+fn tcp_and_udp<'w>(ways: Ways<'w>, netns: &'w Netns) -> Ways<'w> {
+    ways.way("TCP", || http_get(netns, METADATA, SHORT).is_answer())
+        .way("UDP", || udp_echo(netns, METADATA, SHORT).is_answer())
+}
+
+/// A pod with an interface upon the node's uplink: there is no link of its own on the node.
+fn add_pod_on_uplink(world: &World, options: &str) -> Netns {
+    let pod = Netns::new("upper");
+    world.node.ip(&format!("link add upper0 link {} netns {} {options}", World::UPLINK, pod.name()));
+    pod.ip("link set lo up\naddr add 10.0.0.77/24 dev upper0\nlink set upper0 up\nroute add default via 10.0.0.1");
+    if options.contains("mode l3") {
+        // Nobody answers for the pod's address.
+        world.fabric.ip(&format!("route add 10.0.0.77/32 via {}", world.node_address()));
+    }
+    pod
+}
+
+fn assert_pod_on_uplink_is_held(kind: &str, options: &str) {
+    if lacks_device(WHOLE_TEST, kind, &format!("link lower0 {options}")) {
+        return;
+    }
+    let world = World::new();
+    let pod = add_pod_on_uplink(&world, options);
+    tcp_and_udp(world.ways(&hooks_without_link()), &pod).assert_held();
+}
+
+#[test]
+fn macvlan() {
+    assert_pod_on_uplink_is_held("macvlan", "type macvlan mode bridge");
+}
+
+#[test]
+fn macvlan_in_private_mode() {
+    assert_pod_on_uplink_is_held("macvlan", "type macvlan mode private");
+}
+
+#[test]
+fn ipvlan_in_layer_2() {
+    assert_pod_on_uplink_is_held("ipvlan", "type ipvlan mode l2");
+}
+
+#[test]
+fn ipvlan_in_layer_3() {
+    assert_pod_on_uplink_is_held("ipvlan", "type ipvlan mode l3");
+}
+
+#[test]
+fn ipvlan_in_layer_3_with_netfilter() {
+    assert_pod_on_uplink_is_held("ipvlan", "type ipvlan mode l3s");
+}
+
+/// A pair of which the pod has one end. Without a mode it is of layer 3; older versions of `ip` know no modes.
+fn assert_netkit_is_held(options: &str) {
+    if lacks_device(WHOLE_TEST, "netkit", options) {
+        return;
+    }
+    let world = World::new();
+    let pod = Netns::new("netkit");
+    // The kernel names the other end nk0.
+    world.node.ip(&format!(
+        "link add host0 {options}
+         link set nk0 netns {} name eth0
+         link set host0 up
+         addr add 172.28.0.1/24 dev host0",
+        pod.name()
+    ));
+    pod.ip(
+        "link set lo up\naddr add 172.28.0.2/24 dev eth0\nlink set eth0 up\nroute add default via 172.28.0.1",
+    );
+    world.fabric.ip(&format!("route add 172.28.0.0/24 via {}", world.node_address()));
+    tcp_and_udp(world.ways(&ALL), &pod).assert_held();
+}
+
+#[test]
+fn netkit_in_layer_2() {
+    assert_netkit_is_held("type netkit mode l2");
+}
+
+#[test]
+fn netkit_in_layer_3() {
+    assert_netkit_is_held("type netkit");
+}
+
+/// A namespace made inside of a pod, which forwards for it behind its own address.
+fn add_nested(pod: &Netns, interface: &str) -> Netns {
+    let nested = Netns::new("nested");
+    pod.ip(&format!(
+        "link add in0 type veth peer name out0 netns {}\naddr add 172.31.0.1/24 dev in0\nlink set in0 up",
+        nested.name()
+    ));
+    nested.ip(
+        "link set lo up\naddr add 172.31.0.2/24 dev out0\nlink set out0 up\nroute add default via 172.31.0.1",
+    );
+    pod.sysctl("ipv4/ip_forward", "1");
+    nft(
+        pod,
+        &format!(
+            "table ip nat {{
+                chain post {{ type nat hook postrouting priority 100; oifname {interface} masquerade; }}
+            }}"
+        ),
+    );
+    nested
+}
+
+#[test]
+fn a_namespace_within_a_pod() {
+    for link in [PodLink::Routed, PodLink::Bridged] {
+        let world = World::new();
+        let pod = world.add_pod(link);
+        let nested = add_nested(&pod.netns, Pod::IFNAME);
+        tcp_and_udp(world.ways(&ALL), &nested).assert_held();
+    }
+}
+
+/// What holds a namespace within a pod that has no link on the node: what it sends is forwarded, but for the last step.
+const WITHOUT_LINK: [&str; 2] = ["socket", "node_edge"];
+
+fn assert_namespace_within_pod_on_uplink_is_held(hooks: &[&'static str], kind: &str, options: &str) {
+    if lacks_device(WHOLE_TEST, kind, &format!("link lower0 {options}")) {
+        return;
+    }
+    let world = World::new();
+    let pod = add_pod_on_uplink(&world, options);
+    let nested = add_nested(&pod, "upper0");
+    tcp_and_udp(world.ways(hooks), &nested).assert_held();
+}
+
+#[test]
+fn a_namespace_within_a_macvlan_pod() {
+    assert_namespace_within_pod_on_uplink_is_held(&WITHOUT_LINK, "macvlan", "type macvlan mode bridge");
+}
+
+#[test]
+fn a_namespace_within_an_ipvlan_pod_in_layer_2() {
+    assert_namespace_within_pod_on_uplink_is_held(&WITHOUT_LINK, "ipvlan", "type ipvlan mode l2");
+}
+
+#[test]
+fn a_namespace_within_an_ipvlan_pod_in_layer_3() {
+    assert_namespace_within_pod_on_uplink_is_held(&["socket"], "ipvlan", "type ipvlan mode l3");
+}
+
+/// Such a device takes the packets out of the namespace, and with them what tells that they were forwarded.
+#[test]
+#[ignore = "open: what an ipvlan pod forwards in layer 3 looks to the node edge as if the node had sent it"]
+fn a_namespace_within_an_ipvlan_pod_in_layer_3_at_the_node_edge() {
+    assert_namespace_within_pod_on_uplink_is_held(&["node_edge"], "ipvlan", "type ipvlan mode l3");
+}
+
+/// Another MAC address on the pod's own link.
+#[test]
+fn a_macvlan_within_a_pod() {
+    if lacks_device(WHOLE_TEST, "macvlan", "link lower0 type macvlan mode bridge") {
+        return;
+    }
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Bridged);
+    let nested = Netns::new("nested");
+    pod.netns.ip(&format!(
+        "link add mv0 link {} netns {} type macvlan mode bridge",
+        Pod::IFNAME,
+        nested.name()
+    ));
+    nested.ip(
+        "link set lo up\naddr add 10.244.2.200/24 dev mv0\nlink set mv0 up\nroute add default via 10.244.2.1",
+    );
+    tcp_and_udp(world.ways(&ALL), &nested).assert_held();
+}

@@ -1,0 +1,177 @@
+//! Names and numbers that one interface has after another, and interfaces that change theirs.
+
+use imds_tests::{
+    METADATA, Netns, Pod, PodLink, World,
+    hook::{self, Attached},
+    output,
+    poll::poll_until,
+    probe::{LONG, SHORT, http_get, reachable},
+    skip_without_netns_cookie,
+};
+
+use aya::programs::tc::TcAttachType;
+
+use crate::ALL;
+
+#[test]
+fn a_link_that_is_renamed_or_moved_to_another_bridge_stays_held() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    for hook in ALL {
+        let world = World::new();
+        let pod = world.add_pod(PodLink::Bridged);
+        assert!(reachable(&pod.netns, METADATA));
+        let agent = world.agent().hooks(&[hook]).spawn_ready();
+        world.in_cgroup(|| assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer(), "{hook}"));
+        rename_and_move(&world, &pod);
+        world.in_cgroup(|| assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer(), "{hook}"));
+        if hook == "pod_edge" {
+            world.status_when("the new name is known", |status| {
+                status.find("other0").is_some_and(|link| link.role == "pod" && link.guard.is_some())
+            });
+        }
+        world.in_cgroup(|| assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer(), "{hook}"));
+        drop(agent);
+        world.unload();
+        assert!(reachable(&pod.netns, METADATA), "{hook}");
+    }
+}
+
+fn rename_and_move(world: &World, pod: &Pod) {
+    world.node.ip(&format!(
+        "link set {0} down
+         link set {0} name other0
+         link add cni1 type bridge
+         link set cni1 up
+         link set other0 master cni1
+         link set other0 up
+         addr del {1}/24 dev {2}
+         addr add {1}/24 dev cni1",
+        pod.host_ifname,
+        bridge_address(world),
+        World::BRIDGE
+    ));
+    // It has the address of the bridge that it replaces, but not its MAC address.
+    pod.netns.ip("neigh flush all");
+}
+
+fn bridge_address(world: &World) -> String {
+    let mut command = world.node.command("ip");
+    command.args(["-4", "-o", "addr", "show", "dev", World::BRIDGE]);
+    let output = String::from_utf8(output(command).stdout).unwrap();
+    let address = output.split_whitespace().find_map(|word| word.split_once('/')).expect("an address");
+    address.0.to_owned()
+}
+
+#[test]
+fn a_pod_that_takes_the_name_and_index_of_one_that_is_gone_is_guarded_and_starts_from_zero() {
+    let world = World::new();
+    let first = world.add_pod(PodLink::Routed);
+    let agent = world.agent().spawn_ready();
+    world.assert_blocked(&first);
+    let denied = world.status().interface(&first.host_ifname).counts.denied.packets;
+    assert!(denied > 0);
+
+    // While no agent looks: the next one can't know but by the links themselves.
+    agent.kill9();
+    let (name, index) = (first.host_ifname.clone(), first.host_ifindex);
+    first.delete();
+    let successor = Netns::new("successor");
+    world.node.ip(&format!(
+        "link add {name} index {index} type veth peer name {} netns {}",
+        Pod::IFNAME,
+        successor.name()
+    ));
+    world.node.ip(&format!("link set {name} up"));
+    let agent = world.agent().spawn_ready();
+    let status = world.status();
+    let interface = status.interface(&name);
+    assert!(interface.ifindex == index && interface.guard.is_some(), "{interface:?}");
+    assert_eq!(interface.counts.denied.packets, 0);
+    assert_eq!(status.departed.denied.packets, denied);
+    drop(agent);
+}
+
+/// A pod that comes while no agent runs and takes the place of one that was there, in every respect but its namespace.
+#[test]
+fn a_pod_that_takes_the_place_of_one_that_is_gone_is_held_from_its_first_packet() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    for hook in ["node_edge", "socket"] {
+        let world = World::new();
+        let first = world.add_pod(PodLink::Routed);
+        let agent = world.agent().hooks(&[hook]).spawn_ready();
+        world.in_cgroup(|| assert!(!http_get(&first.netns, METADATA, SHORT).is_answer(), "{hook}"));
+        agent.kill9();
+        let (name, index, address) = (first.host_ifname.clone(), first.host_ifindex, first.address);
+        first.delete();
+        let successor = Netns::new("successor");
+        world.node.ip(&format!(
+            "link add {name} index {index} address ee:ee:ee:ee:ee:ee type veth peer name eth0 netns {}
+             link set {name} up
+             addr add 169.254.1.1/32 dev {name}
+             route add {address}/32 dev {name}",
+            successor.name()
+        ));
+        successor.ip(&format!(
+            "link set lo up
+             link set eth0 up
+             addr add {address}/32 dev eth0
+             route add 169.254.1.1 dev eth0 scope link
+             route add default via 169.254.1.1 dev eth0"
+        ));
+        world.assert_nothing_arrives(|| {
+            world.in_cgroup(|| assert!(!http_get(&successor, METADATA, SHORT).is_answer(), "{hook}"));
+        });
+        world.unload();
+        assert!(reachable(&successor, METADATA), "{hook}");
+    }
+}
+
+fn is_ours_at_egress(world: &World, interface: &str) -> bool {
+    hook::programs_at(&world.node, interface, TcAttachType::Egress).first().is_some_and(Attached::is_ours)
+}
+
+/// The node edge goes with the interface, and comes back with one that has its name and number.
+#[test]
+fn an_uplink_that_is_renamed_or_made_anew_is_guarded() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    world.assert_open(&pod);
+    let agent = world.agent().hooks(&["node_edge"]).resync(1).spawn_ready();
+    world.assert_blocked(&pod);
+
+    let up = |name: &str| {
+        world.node.ip(&format!("link set {name} up\nroute replace default via 10.0.0.1 dev {name}"));
+    };
+    world.node.ip(&format!("link set {} down\nlink set {} name wan0", World::UPLINK, World::UPLINK));
+    up("wan0");
+    assert!(is_ours_at_egress(&world, "wan0"));
+    world.assert_blocked(&pod);
+    world.node.ip(&format!("link set wan0 down\nlink set wan0 name {}", World::UPLINK));
+    up(World::UPLINK);
+    world.assert_blocked(&pod);
+
+    let index = world.node.run(|| nix::net::if_::if_nametoindex(World::UPLINK)).unwrap();
+    world.node.ip(&format!(
+        "link delete {0}
+         link add {0} index {index} type veth peer name node1 netns {1}
+         addr add 10.0.0.4/24 dev {0}",
+        World::UPLINK,
+        world.fabric.name()
+    ));
+    poll_until(LONG, "the new uplink to be guarded", || {
+        is_ours_at_egress(&world, World::UPLINK).then_some(())
+    });
+    world.fabric.ip("addr add 10.0.0.1/24 dev node1
+         link set node1 up");
+    up(World::UPLINK);
+    world.fabric.ip("route add 10.244.0.0/16 via 10.0.0.4");
+    assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer());
+    assert!(reachable(&world.node, METADATA));
+    drop(agent);
+    world.unload();
+    assert!(reachable(&pod.netns, METADATA));
+}

@@ -1,0 +1,62 @@
+//! Services and other rules of the node that turn an address into the endpoint's.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use imds_tests::{
+    METADATA, METADATA_V6, Netns, PodLink, World,
+    probe::{SHORT, http_get, reachable, udp_echo},
+};
+
+use crate::AWS;
+
+pub(crate) const CLUSTER_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 80);
+pub(crate) const CLUSTER_IP_V6: Ipv6Addr = Ipv6Addr::new(0xfd96, 0, 0, 0, 0, 0, 0, 0x80);
+
+/// Redirects what is sent to one address on to the endpoint, as a Service does whose backend is the endpoint.
+pub(crate) fn redirect(netns: &Netns, service: impl Into<IpAddr>, endpoint: impl Into<IpAddr>) {
+    let (service, endpoint) = (service.into(), endpoint.into());
+    let family = if service.is_ipv4() { "ip" } else { "ip6" };
+    let rules = format!(
+        "table {family} service {{
+            chain prerouting {{ type nat hook prerouting priority -100; {family} daddr {service} dnat to {endpoint}; }}
+            chain output {{ type nat hook output priority -100; {family} daddr {service} dnat to {endpoint}; }}
+        }}"
+    );
+    nft(netns, &rules);
+}
+
+pub(crate) fn nft(netns: &Netns, rules: &str) {
+    let mut command = netns.command("nft");
+    command.arg(rules);
+    let output = imds_tests::output(command);
+    assert!(output.status.success(), "nft: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn a_service_whose_backend_is_the_endpoint() {
+    let world = World::new().with_ipv6();
+    let [routed, bridged] = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
+    world.add_pod_ipv6(&routed);
+    redirect(&world.node, CLUSTER_IP, METADATA);
+    redirect(&world.node, CLUSTER_IP_V6, METADATA_V6);
+    let mut ways = world.ways(&["node_edge"]).config(AWS);
+    for pod in [&routed, &bridged] {
+        ways = ways
+            .way("TCP to a Service", || http_get(&pod.netns, CLUSTER_IP, SHORT).is_answer())
+            .way("UDP to a Service", || udp_echo(&pod.netns, CLUSTER_IP, SHORT).is_answer());
+    }
+    ways.way("TCP to a Service by IPv6", || http_get(&routed.netns, CLUSTER_IP_V6, SHORT).is_answer())
+        .way("UDP to a Service by IPv6", || udp_echo(&routed.netns, CLUSTER_IP_V6, SHORT).is_answer())
+        .assert_held();
+}
+
+#[test]
+fn a_service_to_the_endpoint_stays_the_nodes_to_use() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    redirect(&world.node, CLUSTER_IP, METADATA);
+    let _agent = world.agent().hooks(&crate::EDGES).spawn_ready();
+    assert!(!http_get(&pod.netns, CLUSTER_IP, SHORT).is_answer());
+    assert!(reachable(&world.node, CLUSTER_IP));
+    world.assert_harmless(&pod);
+}

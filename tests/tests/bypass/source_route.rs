@@ -1,0 +1,99 @@
+//! Packets to the node that say where they go from there: source routes of IPv4, segments of IPv6. The pod edge sees
+//! another destination; where the node is set up to follow them, they leave it with the endpoint's.
+
+use std::{net::Ipv4Addr, os::fd::AsRawFd as _};
+
+use imds_tests::{METADATA, METADATA_V6, PacketSocket, Pod, PodLink, World, packets, probe::SHORT};
+
+use crate::AWS;
+
+const NO_OPERATION: u8 = 1;
+pub(crate) const LOOSE: u8 = 0x83;
+const STRICT: u8 = 0x89;
+
+/// A source route with one address left.
+pub(crate) fn source_route(kind: u8, last: Ipv4Addr) -> Vec<u8> {
+    [&[NO_OPERATION, kind, 7, 4][..], &last.octets()].concat()
+}
+
+#[test]
+fn source_routes_that_the_node_follows() {
+    let world = World::new();
+    let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
+    for key in ["all", "default", World::BRIDGE, &pods[0].host_ifname] {
+        world.node.sysctl(&format!("ipv4/conf/{key}/accept_source_route"), "1");
+    }
+    // A strict route's next hop has to be a neighbour.
+    world.node.ip(&format!("route add {METADATA} dev {}", World::UPLINK));
+    let mut ways = world.ways(&["node_edge"]);
+    for (pod, link) in pods.iter().zip(["routed", "bridged"]) {
+        for (kind, name) in [(LOOSE, "loose"), (STRICT, "strict")] {
+            let (world, options) = (&world, source_route(kind, METADATA));
+            ways = ways.one_way(format!("a {name} source route, {link}"), move || {
+                let packet = packets::with_options(pod.address, world.node_address(), &options);
+                let frame = packets::frame(pod, &packet);
+                PacketSocket::frames(&pod.netns, Pod::IFNAME).send(&frame).unwrap();
+            });
+        }
+    }
+    ways.assert_held();
+}
+
+/// What a program gets without any right: its packets go to the first hop, its call names the last.
+#[test]
+fn a_socket_with_a_source_route_by_the_node() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    for key in ["all", "default", &pod.host_ifname] {
+        world.node.sysctl(&format!("ipv4/conf/{key}/accept_source_route"), "1");
+    }
+    let send = || {
+        let socket = pod.netns.run(|| std::net::UdpSocket::bind("0.0.0.0:0")).unwrap();
+        socket.set_write_timeout(Some(SHORT)).unwrap();
+        let route = source_route(LOOSE, world.node_address());
+        let length = libc::socklen_t::try_from(route.len()).unwrap();
+        // SAFETY: the option is as long as the length says and outlives the call.
+        let result = unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::IPPROTO_IP,
+                libc::IP_OPTIONS,
+                route.as_ptr().cast(),
+                length,
+            )
+        };
+        assert_eq!(result, 0, "IP_OPTIONS: {}", std::io::Error::last_os_error());
+        // Refused with the socket hook.
+        let _ = socket.send_to(b"routed", (METADATA, 9999));
+    };
+    world.ways(&["socket", "node_edge"]).one_way("a loose source route of a socket", send).assert_held();
+}
+
+#[test]
+fn segments_that_the_node_follows() {
+    const ROUTING: u8 = 43;
+    const SEGMENT_ROUTING: u8 = 4;
+    const NO_NEXT: u8 = 59;
+    let world = World::new().with_ipv6();
+    let pod = world.add_pod(PodLink::Routed);
+    let address = world.add_pod_ipv6(&pod);
+    let node = world.node_address_v6();
+    for key in ["all", "default", &pod.host_ifname] {
+        if !world.node.has_sysctl(&format!("ipv6/conf/{key}/seg6_enabled")) {
+            imds_tests::skip(imds_tests::WHOLE_TEST, "no segment routing on this kernel");
+            return;
+        }
+        world.node.sysctl(&format!("ipv6/conf/{key}/seg6_enabled"), "1");
+    }
+    // Two segments in reverse order: the node is the first, the endpoint the last.
+    let header =
+        [&[NO_NEXT, 4, SEGMENT_ROUTING, 1, 1, 0, 0, 0][..], &METADATA_V6.octets(), &node.octets()].concat();
+    let packet = packets::ipv6(address, node, ROUTING, &header);
+    world
+        .ways(&["node_edge"])
+        .config(AWS)
+        .one_way("segments", || {
+            PacketSocket::frames(&pod.netns, Pod::IFNAME).send(&packets::frame(&pod, &packet)).unwrap();
+        })
+        .assert_held();
+}

@@ -1,0 +1,102 @@
+//! A node that translates IPv6 to IPv4 itself (NAT64, RFC 6146): what comes out of the translator is addressed to the
+//! endpoint, whatever its prefix was.
+
+use std::{
+    fs::File,
+    io::{self, Read as _, Write as _},
+    net::{Ipv4Addr, Ipv6Addr, UdpSocket},
+    os::fd::AsFd as _,
+    thread::{self, JoinHandle},
+};
+
+use imds_tests::{METADATA, Netns, PodLink, World, packets};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::EDGES;
+
+const SOURCE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 64);
+const IPV6_HEADER: usize = 40;
+const UDP_HEADER: usize = 8;
+
+/// A translator of UDP that knows one prefix, as tayga does with a tun device.
+struct Translator {
+    stop: Option<io::PipeWriter>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Translator {
+    fn start(node: &Netns) -> Self {
+        let mut device = node.run(|| open_tun("nat64"));
+        node.ip("link set nat64 up");
+        let (stopped, stop) = io::pipe().unwrap();
+        let thread = thread::spawn(move || {
+            let mut packet = [0; 2048];
+            loop {
+                let fds = [device.as_fd(), stopped.as_fd()];
+                let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+                poll(&mut fds, PollTimeout::NONE).unwrap();
+                if fds[1].any() == Some(true) {
+                    return;
+                }
+                let length = device.read(&mut packet).unwrap();
+                if let Some(translated) = translate(&packet[..length]) {
+                    device.write_all(&translated).unwrap();
+                }
+            }
+        });
+        Self { stop: Some(stop), thread: Some(thread) }
+    }
+}
+
+impl Drop for Translator {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn open_tun(name: &str) -> File {
+    use std::os::fd::AsRawFd as _;
+    let device = File::options().read(true).write(true).open("/dev/net/tun").expect("open /dev/net/tun");
+    // SAFETY: a structure of integers, for which zero is nothing.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    request.ifr_ifru.ifru_flags = libc::c_short::try_from(libc::IFF_TUN | libc::IFF_NO_PI).unwrap();
+    // SAFETY: the request is the one that this ioctl takes, and outlives the call.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETIFF, &raw const request) };
+    assert_eq!(result, 0, "TUNSETIFF: {}", io::Error::last_os_error());
+    device
+}
+
+/// A UDP datagram to an address that ends in an IPv4 one, as one to that.
+fn translate(packet: &[u8]) -> Option<Vec<u8>> {
+    const UDP: u8 = 17;
+    let is_udp = packet.first()? >> 4 == 6 && *packet.get(6)? == UDP;
+    let destination: [u8; 4] = *packet.get(IPV6_HEADER - 4..)?.first_chunk()?;
+    let payload = packet.get(IPV6_HEADER + UDP_HEADER..)?;
+    is_udp.then(|| packets::udp(SOURCE, destination.into(), payload))
+}
+
+#[test]
+fn a_node_that_translates_ipv6_to_ipv4() {
+    let world = World::new().with_ipv6();
+    let pod = world.add_pod(PodLink::Routed);
+    world.add_pod_ipv6(&pod);
+    let _translator = Translator::start(&world.node);
+    let [high, low] = [0xa9fe; 2];
+    assert_eq!(METADATA, Ipv4Addr::new(169, 254, 169, 254));
+    let well_known = Ipv6Addr::new(0x64, 0xff9b, 0, 0, 0, 0, high, low);
+    // The operator's own, which no hook but the node edge, behind the translator, could know.
+    let own = Ipv6Addr::new(0x2001, 0xdb8, 0x64, 0, 0, 0, high, low);
+    world.node.ip("route add 64:ff9b::/96 dev nat64\nroute add 2001:db8:64::/96 dev nat64");
+    let send = |destination: Ipv6Addr| {
+        let socket = pod.netns.run(|| UdpSocket::bind("[::]:0")).unwrap();
+        let _ = socket.send_to(b"translated", (destination, 9999));
+    };
+    world.ways(&EDGES).one_way("the well-known prefix", || send(well_known)).assert_held();
+    world.ways(&["node_edge"]).one_way("a prefix of the operator's", || send(own)).assert_held();
+}

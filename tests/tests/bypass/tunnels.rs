@@ -1,0 +1,116 @@
+//! Tunnels from a pod that the node ends, as overlay networks have them: what comes out of one is addressed to the
+//! endpoint, and no pod's link ever saw that.
+
+use imds_tests::{
+    METADATA, METADATA_V6, Netns, Pod, PodLink, WHOLE_TEST, World, lacks_device,
+    probe::{SHORT, http_get, udp_echo},
+};
+
+use crate::AWS;
+
+/// The hooks that hold a tunnel: the node edge whatever is inside, the socket hook what a socket sends.
+const HOOKS: [&str; 2] = ["node_edge", "socket"];
+
+pub(crate) const VXLAN: &str = "type vxlan id 42 local LOCAL remote REMOTE dstport 4789";
+
+/// A device of the same kind at either end, and the route through it.
+pub(crate) fn tunnel(world: &World, pod: &Pod, options: &str) {
+    let end = |netns: &Netns, local, remote, address| {
+        let options = options.replace("LOCAL", local).replace("REMOTE", remote);
+        netns.ip(&format!(
+            "link add tunnel0 {options}\naddr add {address}/24 dev tunnel0\nlink set tunnel0 up"
+        ));
+    };
+    let (node, inside) = (world.node_address().to_string(), pod.address.to_string());
+    end(&world.node, &node, &inside, "172.30.0.1");
+    end(&pod.netns, &inside, &node, "172.30.0.2");
+    pod.netns.ip(&format!("route add {METADATA} via 172.30.0.1 dev tunnel0"));
+    world.fabric.ip(&format!("route add 172.30.0.0/24 via {node}"));
+}
+
+/// The pod reaches the metadata service through a tunnel of this kind.
+fn assert_tunnel_is_held(kind: &str, options: &str) {
+    let example = options.replace("LOCAL", "10.0.0.4").replace("REMOTE", "10.0.0.5");
+    if lacks_device(WHOLE_TEST, kind, &example) {
+        return;
+    }
+    for link in [PodLink::Routed, PodLink::Bridged] {
+        let world = World::new();
+        let pod = world.add_pod(link);
+        if link == PodLink::Bridged {
+            // Else the node's end sends from the bridge's address, and the pod's knows another.
+            let (pod, node) = (pod.address, world.node_address());
+            world.node.ip(&format!("route add {pod}/32 dev {} src {node}", World::BRIDGE));
+        }
+        tunnel(&world, &pod, options);
+        world
+            .ways(&HOOKS)
+            .way(format!("TCP in {kind}"), || http_get(&pod.netns, METADATA, SHORT).is_answer())
+            .way(format!("UDP in {kind}"), || udp_echo(&pod.netns, METADATA, SHORT).is_answer())
+            .assert_held();
+    }
+}
+
+#[test]
+fn vxlan() {
+    assert_tunnel_is_held("VXLAN", VXLAN);
+}
+
+#[test]
+fn geneve() {
+    assert_tunnel_is_held("Geneve", "type geneve id 42 remote REMOTE");
+}
+
+#[test]
+fn ipip() {
+    assert_tunnel_is_held("IPIP", "type ipip local LOCAL remote REMOTE");
+}
+
+#[test]
+fn gre() {
+    assert_tunnel_is_held("GRE", "type gre local LOCAL remote REMOTE");
+}
+
+#[test]
+fn gre_with_ethernet() {
+    assert_tunnel_is_held("GRE TAP", "type gretap local LOCAL remote REMOTE");
+}
+
+/// `sit` carries IPv4 too.
+#[test]
+fn sit_with_ipv4() {
+    assert_tunnel_is_held("SIT", "type sit mode any local LOCAL remote REMOTE");
+}
+
+/// The IPv6 endpoint in a tunnel by IPv4.
+fn assert_ipv6_in_tunnel_is_held(kind: &str, options: &str) {
+    let example = options.replace("LOCAL", "10.0.0.4").replace("REMOTE", "10.0.0.5");
+    if lacks_device(WHOLE_TEST, kind, &example) {
+        return;
+    }
+    let world = World::new().with_ipv6();
+    let pod = world.add_pod(PodLink::Routed);
+    world.add_pod_ipv6(&pod);
+    tunnel(&world, &pod, options);
+    world.node.ip("addr add fd30::1/64 dev tunnel0 nodad");
+    pod.netns.ip(&format!(
+        "addr add fd30::2/64 dev tunnel0 nodad\nroute add {METADATA_V6} via fd30::1 dev tunnel0 src fd30::2"
+    ));
+    world.fabric.ip(&format!("route add fd30::/64 via {}", world.node_address_v6()));
+    world
+        .ways(&HOOKS)
+        .config(AWS)
+        .way(format!("TCP by IPv6 in {kind}"), || http_get(&pod.netns, METADATA_V6, SHORT).is_answer())
+        .way(format!("UDP by IPv6 in {kind}"), || udp_echo(&pod.netns, METADATA_V6, SHORT).is_answer())
+        .assert_held();
+}
+
+#[test]
+fn vxlan_with_ipv6() {
+    assert_ipv6_in_tunnel_is_held("VXLAN", VXLAN);
+}
+
+#[test]
+fn sit_with_ipv6() {
+    assert_ipv6_in_tunnel_is_held("SIT", "type sit mode any local LOCAL remote REMOTE");
+}

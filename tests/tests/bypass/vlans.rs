@@ -1,0 +1,72 @@
+//! VLAN devices and bridges that know VLANs on the node: a tag is then more than part of a frame.
+
+use imds_tests::{
+    METADATA, PacketSocket, Pod, PodLink, WHOLE_TEST, World, lacks_device, packets,
+    probe::{SHORT, http_get, udp_echo},
+    skip,
+};
+
+use crate::{ALL, EDGES};
+
+/// Devices upon each other at both ends of the pod's link, and the pod's way out through the uppermost ones.
+fn stack(world: &World, pod: &Pod, devices: &[&str]) {
+    let (mut node, mut inside) = (pod.host_ifname.clone(), Pod::IFNAME.to_owned());
+    for (level, options) in devices.iter().enumerate() {
+        let add =
+            |below| format!("link add link {below} name tagged{level} {options}\nlink set tagged{level} up");
+        world.node.ip(&add(node));
+        pod.netns.ip(&add(inside));
+        (node, inside) = (format!("tagged{level}"), format!("tagged{level}"));
+    }
+    world.node.ip(&format!("addr add 172.29.0.1/24 dev {node}"));
+    pod.netns.ip(&format!(
+        "addr add 172.29.0.2/24 dev {inside}\nroute add {METADATA} via 172.29.0.1 dev {inside}"
+    ));
+    world.fabric.ip(&format!("route add 172.29.0.0/24 via {}", world.node_address()));
+}
+
+fn assert_stack_is_held(name: &str, devices: &[&str]) {
+    if lacks_device(WHOLE_TEST, "VLAN", &format!("link lower0 {}", devices[0])) {
+        return;
+    }
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    stack(&world, &pod, devices);
+    world
+        .ways(&ALL)
+        .way(format!("TCP with {name}"), || http_get(&pod.netns, METADATA, SHORT).is_answer())
+        .way(format!("UDP with {name}"), || udp_echo(&pod.netns, METADATA, SHORT).is_answer())
+        .assert_held();
+}
+
+#[test]
+fn a_vlan_device_on_the_pods_link() {
+    assert_stack_is_held("one tag", &["type vlan id 5"]);
+}
+
+#[test]
+fn vlan_devices_upon_each_other() {
+    assert_stack_is_held("QinQ", &["type vlan proto 802.1ad id 5", "type vlan id 6"]);
+}
+
+/// A bridge port's tag goes when the frame reaches the bridge's own interface.
+#[test]
+fn a_bridge_that_knows_vlans() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Bridged);
+    let mut command = world.node.command("ip");
+    command.args(["link", "set", World::BRIDGE, "type", "bridge", "vlan_filtering", "1"]);
+    if !imds_tests::output(command).status.success() {
+        skip(WHOLE_TEST, "bridges do not know VLANs on this kernel");
+        return;
+    }
+    // 1 is what ports have without being told.
+    let packet = packets::udp(pod.address, METADATA, b"tagged");
+    let frame = packets::tagged_frame(&pod, pod.gateway_mac, &[(0x8100, 1)], &packet);
+    world
+        .ways(&EDGES)
+        .one_way("a tag of the bridge's VLAN", || {
+            PacketSocket::frames(&pod.netns, Pod::IFNAME).send(&frame).unwrap();
+        })
+        .assert_held();
+}
