@@ -80,7 +80,7 @@ impl Programs {
         for name in MAPS {
             loader.map_pin_path(in_object(name), pins.map(name));
         }
-        loader.override_global(SYMBOL_FILTER, &filter.bits[..], true);
+        loader.override_global(SYMBOL_FILTER, filter, true);
         let mut programs = Self { ebpf: loader.load(OBJECT)?, ids: BTreeMap::new() };
         for name in names(hooks) {
             let id = programs.load_one(name).map_err(|source| ObjectError::Program { name, source })?;
