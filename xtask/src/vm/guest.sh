@@ -32,7 +32,12 @@ else
     # What the agent makes use of where it may choose.
     /tools/ip netns add pod
     /tools/ip link add pod0 type veth peer name eth0 netns pod
-    /imds-agent run --once || echo "@complaint the agent failed ($?)"
+    if ! /imds-agent run --once; then
+        # So would every test.
+        echo "@complaint the agent can't be started: $(/imds-agent run --once 2>&1 | tail -n 1)"
+        echo "TEST-RC=1"
+        poweroff -f
+    fi
     pins=/sys/fs/bpf/imds
     status=$(/imds-agent status -o json | tr -d ' \n' | sed 's/.*"role":"pod","guard":"\([a-z]*\)".*/\1/')
     echo "@took guard: $status"

@@ -38,6 +38,9 @@ impl Row {
         duration: Duration,
     ) -> Self {
         let mut complaints = guest.complaints.clone();
+        if guest.result == Some(false) && guest.executables.is_empty() {
+            return Self { line, guest, duration, complaints };
+        }
         for (what, wanted) in line.takes() {
             let took = guest.took.get(what).map_or("nothing", String::as_str);
             if took != wanted && !guest.is_brief {
@@ -277,6 +280,12 @@ test result: FAILED. 1 passed; 1 failed\r
                 "unload: tcx_alone was skipped: no TCX on this kernel"
             ]
         );
+    }
+
+    #[test]
+    fn where_the_agent_does_not_start_nothing_else_is_told() {
+        let console = "@kernel 6.1.0\r\n@complaint the agent can't be started: no\r\nTEST-RC=1\r\n";
+        assert_eq!(row(Line::V6_1, console, &["follow"]).complaints, ["the agent can't be started: no"]);
     }
 
     #[test]
