@@ -1,6 +1,6 @@
 //! What the programs say of themselves.
 
-use aya::maps::{Map, MapData, PerCpuHashMap, PerCpuValues};
+use aya::maps::{Map, MapData, MapError, PerCpuHashMap, PerCpuValues};
 use imds_ebpf_common::{Counter, CounterKey, Hook, Verdict, names::MAP_COUNTERS};
 use imds_tests::{
     METADATA, PodLink, World,
@@ -30,12 +30,19 @@ fn fill(world: &World) -> impl FnMut() {
         Map::PerCpuHashMap(map).try_into().expect("the counters");
     let cpus = aya::util::nr_cpus().expect("the number of CPUs");
     let key = |index: u32| CounterKey::new(u32::MAX - index, Hook::PodEdge, Verdict::Deny);
-    let mut is_room = true;
     let mut count = 0;
-    while is_room {
+    loop {
         let zero = PerCpuValues::try_from(vec![Counter::default(); cpus]).expect("as many as there are CPUs");
-        is_room = counters.insert(key(count), zero, 0).is_ok();
-        count += u32::from(is_room);
+        match counters.insert(key(count), zero, 0) {
+            Ok(()) => count += 1,
+            Err(MapError::SyscallError(error)) => match error.io_error.raw_os_error() {
+                Some(libc::E2BIG) => break,
+                // The kernel makes room in the background.
+                Some(libc::ENOMEM) => {}
+                _ => panic!("{error}"),
+            },
+            Err(error) => panic!("{error}"),
+        }
     }
     move || {
         for index in 0..count {
