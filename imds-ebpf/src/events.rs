@@ -126,9 +126,7 @@ pub(crate) fn window(source: &Source) -> Option<*mut Window> {
     if let Some(window) = WINDOWS.get_ptr_mut(source) {
         return Some(window);
     }
-    let zero = hint::black_box(0_u64);
-    let first =
-        Window { start: zero, tick: zero, suppressed: zero, told: zero as u32, answered: zero as u32 };
+    let first = Window::untold();
     // Where another CPU made it meanwhile, only this CPU's part is written (bpf_percpu_hash_update).
     let _no_room = WINDOWS.insert(source, first, u64::from(BPF_ANY));
     WINDOWS.get_ptr_mut(source)
