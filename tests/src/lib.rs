@@ -32,6 +32,7 @@ mod world;
 
 pub use agent::{Agent, AgentCommand, Backend, output};
 pub use arrivals::Arrivals;
+pub use cgroup::Cgroup;
 pub use expect::with_each_backend;
 pub use netns::Netns;
 pub use packet_socket::PacketSocket;

@@ -30,7 +30,7 @@ impl Hooks {
 }
 
 impl Default for Hooks {
-    /// All.
+    /// All but strict mode.
     fn default() -> Self {
         HooksTable::default().into()
     }
@@ -42,17 +42,23 @@ pub(super) struct HooksTable {
     pod_edge: bool,
     node_edge: bool,
     socket: bool,
+    strict_host_network: bool,
 }
 
 impl Default for HooksTable {
     fn default() -> Self {
-        Self { pod_edge: true, node_edge: true, socket: true }
+        Self { pod_edge: true, node_edge: true, socket: true, strict_host_network: false }
     }
 }
 
 impl From<HooksTable> for Hooks {
-    fn from(HooksTable { pod_edge, node_edge, socket }: HooksTable) -> Self {
-        let switches = [(Hook::PodEdge, pod_edge), (Hook::NodeEdge, node_edge), (Hook::Socket, socket)];
+    fn from(HooksTable { pod_edge, node_edge, socket, strict_host_network }: HooksTable) -> Self {
+        let switches = [
+            (Hook::PodEdge, pod_edge),
+            (Hook::NodeEdge, node_edge),
+            (Hook::Socket, socket),
+            (Hook::Host, strict_host_network),
+        ];
         Self::from_bits(switches.iter().filter(|(_, on)| *on).map(|(hook, _)| hook.bit()).sum())
     }
 }
