@@ -7,6 +7,7 @@
 pub mod cli;
 pub mod config;
 pub mod datapath;
+pub mod diagnostics;
 pub mod endpoints;
 pub mod events;
 pub mod guard;

@@ -51,6 +51,9 @@ pub const MAP_EVENTS: &str = "imds_events";
 /// Per-CPU LRU hash of [`Source`](crate::event::Source) to [`Window`](crate::event::Window).
 pub const MAP_SOURCES: &str = "imds_sources";
 
+/// Ring buffer of what the programs log of themselves, in aya-log's form and by its name.
+pub const MAP_LOGS: &str = "AYA_LOGS";
+
 /// The filter's symbol in the object: a variable rather than a map, so that the programs read it without a lookup.
 pub const SYMBOL_FILTER: &str = "IMDS_FILTER";
 /// The section of that variable, alone in it, and the name of the map that loaders make of a section.
@@ -73,7 +76,7 @@ pub const HOST_PROGRAMS: [&str; 5] =
 pub const HOST_LINKS: [&str; 5] =
     ["host_connect4", "host_connect6", "host_sendmsg4", "host_sendmsg6", "host_egress"];
 /// All maps of the object but those of constants.
-pub const MAPS: [&str; 8] = [
+pub const MAPS: [&str; 9] = [
     MAP_POLICY,
     MAP_COUNTERS,
     MAP_INTERFACES,
@@ -82,6 +85,7 @@ pub const MAPS: [&str; 8] = [
     MAP_PROVIDER,
     MAP_EVENTS,
     MAP_SOURCES,
+    MAP_LOGS,
 ];
 
 /// What a map is called in the object.

@@ -6,7 +6,7 @@ use aya_ebpf::{bindings::__sk_buff, helpers::generated::bpf_skb_cgroup_id, progr
 use imds_ebpf_common::{CounterKey, Frame, Hook, Verdict, event::Source, examine, is_plainly_foreign};
 
 use crate::{
-    events, maps,
+    diagnostics, events, maps,
     netns::{self, Sender},
     packet::Skb,
 };
@@ -33,9 +33,10 @@ fn judge_thoroughly(skb: *mut __sk_buff) -> u32 {
     let _uncounted = maps::count(CounterKey::DEPARTED, hook, verdict, packet.len());
     // SAFETY: the helper takes the context of a program on packets.
     let id = unsafe { bpf_skb_cgroup_id(skb) };
-    if let Some(window) = events::window(&Source { id, hook: hook as u64 }) {
+    match events::window(&Source { id, hook: hook as u64 }) {
         // SAFETY: this CPU's own, and its map keeps it as long as a program runs that found it.
-        events::packet(skb, place, hook, verdict, unsafe { &mut *window });
+        Some(window) => events::packet(skb, place, hook, verdict, unsafe { &mut *window }),
+        None => diagnostics::unaccounted(hook as u32, packet.ifindex()),
     }
     verdict as u32
 }

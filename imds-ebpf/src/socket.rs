@@ -2,6 +2,8 @@
 //!
 //! [`Hook::Socket`] is about pods with a network namespace of their own, [`Hook::Host`] about those in the node's.
 
+use core::hint;
+
 use aya_ebpf::{
     bindings::bpf_sock_addr,
     helpers::generated::{bpf_get_current_cgroup_id, bpf_get_netns_cookie},
@@ -9,7 +11,7 @@ use aya_ebpf::{
 };
 use imds_ebpf_common::{Address, CounterKey, Flow, Hook, Service, Verdict, event::Source, judge_address};
 
-use crate::{events, maps, netns};
+use crate::{diagnostics, events, maps, netns};
 
 #[inline(always)]
 pub(crate) fn judge_v4(ctx: &SockAddrContext, hook: Hook) -> Verdict {
@@ -44,11 +46,13 @@ fn judge(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict {
     if netns::is_node(cookie) != is_host {
         return Verdict::Foreign;
     }
+    let verdict = without_origin(verdict, cookie);
     let _uncounted = maps::count(CounterKey::DEPARTED, hook, verdict, 0);
     // A namespace is a pod's, but for the node's, where a container is known by its cgroup.
     // SAFETY: the helper takes no arguments; the caller is the current task.
     let id = if is_host { unsafe { bpf_get_current_cgroup_id() } } else { cookie };
     let Some(window) = events::window(&Source { id, hook: hook as u64 }) else {
+        diagnostics::unaccounted(hook as u32, 0);
         return verdict;
     };
     let flow = Flow::to(destination.octets());
@@ -56,6 +60,14 @@ fn judge(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict {
     // SAFETY: this CPU's own, and its map keeps it as long as a program runs that found it.
     events::call(hook, verdict, cookie, flow, unsafe { &mut *window });
     verdict
+}
+
+/// The same verdict, of which the verifier no longer knows which it is: it then follows what comes next once, and not once
+/// for each. What it needs for that is a number that it does not know.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "any number will do")]
+fn without_origin(verdict: Verdict, unknown: u64) -> Verdict {
+    Verdict::from_u32(hint::black_box(verdict as u32 ^ unknown as u32) ^ unknown as u32)
 }
 
 /// What the call is for.

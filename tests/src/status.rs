@@ -14,6 +14,7 @@ pub struct Status {
     pub state: String,
     pub agent: AgentProcess,
     pub mode: Option<String>,
+    pub answer: Option<String>,
     pub provider: Option<Provider>,
     pub endpoints: Vec<Endpoint>,
     pub interfaces: Vec<Interface>,

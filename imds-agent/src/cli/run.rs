@@ -97,6 +97,12 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     let mut events = Netlink::events(plan.backend == Backend::Clsact, guarded.ipv4())?;
     let netlink = Netlink::connect()?.with_endpoints(guarded.ipv4());
     let datapath = Datapath::open(claim, &plan, &guarded, netlink.clone())?;
+    match datapath.diagnostics() {
+        Ok(diagnostics) => drop(tokio::spawn(async {
+            log::warn!("the BPF programs' own log is no longer followed: {}", diagnostics.follow().await);
+        })),
+        Err(error) => log::warn!("{:#}", anyhow::Error::from(error)),
+    }
     let kubepods = cgroup.filter(|_| config.hooks.has(Hook::Host)).map(Kubepods::new);
     let mut guard = Guard::new(datapath, netlink, config.interfaces, kubepods);
     guard.resync().await?;

@@ -32,6 +32,7 @@ use self::{
 };
 use crate::{
     config::Hooks,
+    diagnostics::{Diagnostics, DiagnosticsError},
     endpoints::Guarded,
     node::{
         links::Link,
@@ -198,6 +199,11 @@ impl Datapath {
     #[must_use]
     pub fn pins(&self) -> &PinDir {
         self.claim.dir()
+    }
+
+    /// What the programs log of themselves.
+    pub fn diagnostics(&self) -> Result<Diagnostics, DiagnosticsError> {
+        Diagnostics::open(self.programs.ids().next().unwrap_or_default())
     }
 
     /// How an edge of an interface of this role is to be attached.

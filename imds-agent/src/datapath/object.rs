@@ -83,7 +83,7 @@ impl Programs {
         for name in MAPS {
             loader.map_pin_path(in_object(name), pins.map(name));
         }
-        loader.override_global(SYMBOL_FILTER, &filter.bits[..], true);
+        loader.override_global(SYMBOL_FILTER, filter, true);
         let mut programs = Self { ebpf: loader.load(OBJECT)?, ids: BTreeMap::new() };
         for name in names(hooks) {
             let id = programs.load_one(name).map_err(|source| ObjectError::Program { name, source })?;
@@ -102,6 +102,11 @@ impl Programs {
         }
         let id = self.ebpf.program(name).map(|program| program.info().map(|info| info.id())).transpose()?;
         Ok(id)
+    }
+
+    /// Ids of all.
+    pub fn ids(&self) -> impl Iterator<Item = u32> {
+        self.ids.values().copied()
     }
 
     /// Id of a program.
