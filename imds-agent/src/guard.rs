@@ -82,7 +82,7 @@ impl Guard {
     /// Takes in what changed of them.
     pub fn follow_kubepods(&mut self) -> Result<(), DatapathError> {
         let followed = self.kubepods.as_mut().map(Kubepods::follow);
-        self.restore_hosts(followed.is_none_or(was_seen))
+        self.restore_hosts(followed.as_ref().is_none_or(was_seen))
     }
 
     /// `all`: whether what is known of them is all there is.
@@ -119,7 +119,7 @@ impl Guard {
             if self.settled { log::warn!("{done}") } else { log::info!("{done}") }
         }
         let searched = self.kubepods.as_mut().map(Kubepods::search);
-        let hosts = self.restore_hosts(searched.is_none_or(was_seen));
+        let hosts = self.restore_hosts(searched.as_ref().is_none_or(was_seen));
         self.uplinks = self.netlink.uplinks().await?;
         let links = self.netlink.links().await?;
         let present: BTreeSet<u32> = links.iter().map(|link| link.index).collect();
@@ -280,8 +280,8 @@ impl Guard {
 }
 
 /// Whether the cgroups were looked at; where not, says why.
-fn was_seen(looked: io::Result<()>) -> bool {
-    if let Err(error) = &looked {
+fn was_seen(looked: &io::Result<()>) -> bool {
+    if let Err(error) = looked {
         log::error!("can't look for the cgroups of Kubernetes pods: {error}");
     }
     looked.is_ok()

@@ -69,11 +69,25 @@ fn is_refused<T>(result: io::Result<T>) -> bool {
     result.is_err_and(|error| error.kind() == ErrorKind::PermissionDenied)
 }
 
+/// An address that a rule of the node turns into the endpoint's, as of a Service with that backend.
+const CLUSTER_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 80);
+
+fn redirect(node: &Netns) {
+    let mut command = node.command("nft");
+    command.arg(format!(
+        "table ip service {{ chain output {{ type nat hook output priority -100; ip daddr {CLUSTER_IP} dnat to {METADATA}; \
+         }}; }}"
+    ));
+    let output = imds_tests::output(command);
+    assert!(output.status.success(), "nft: {}", String::from_utf8_lossy(&output.stderr));
+}
+
 /// Every way by which a program in this cgroup and the node's network namespace reaches the metadata service is held.
 fn assert_every_way_is_held(path: &str) {
     let world = World::new().with_ipv6();
     let container = world.add_cgroup(path);
     let node = &*world.node;
+    redirect(node);
     let mut ways = world
         .ways(&[STRICT])
         .in_cgroup(&container)
@@ -87,6 +101,8 @@ fn assert_every_way_is_held(path: &str) {
         .way("UDP by IPv6", || echoes(node, "[::]:0", METADATA_V6))
         .way("UDP, connected", || udp_echo(node, METADATA, SHORT).is_answer())
         .way("UDP by IPv6, connected", || udp_echo(node, METADATA_V6, SHORT).is_answer())
+        .way("TCP to a Service", || http_get(node, CLUSTER_IP, SHORT).is_answer())
+        .way("UDP to a Service", || udp_echo(node, CLUSTER_IP, SHORT).is_answer())
         .way("ICMP echo", || icmp_echo(node, METADATA, SHORT).is_answer())
         .one_way("IP_HDRINCL", || {
             let packet = packets::udp(world.node_address(), METADATA, b"by hand");
@@ -364,7 +380,16 @@ fn what_somebody_detached_is_restored() {
     world.status_when("all is well", |status| status.is_ready() && status.state == "enforcing");
 }
 
-/// Sends to the metadata service by a call that names it, a socket that is connected and a raw one, until told to stop.
+/// Ends what runs until then, also where the test fails.
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Sends to the metadata service by a call that names it, by one that connects and by a raw socket, until told to stop.
 fn send_until(world: &World, container: &Cgroup, stop: &AtomicBool, tried: &AtomicU64) {
     container.run(|| {
         let (named, connected) = (udp_socket(&world.node, "0.0.0.0:0"), udp_socket(&world.node, "0.0.0.0:0"));
@@ -396,6 +421,7 @@ fn it_outlives_the_agent_and_the_next_takes_over_without_a_gap() {
     let before = world.arrivals();
     let agent = thread::scope(|scope| {
         let mut agent = agent;
+        let _stop = StopOnDrop(&stop);
         scope.spawn(|| send_until(&world, &container, &stop, &tried));
         for _ in 0..RESTARTS {
             agent.kill9();
@@ -405,7 +431,6 @@ fn it_outlives_the_agent_and_the_next_takes_over_without_a_gap() {
             });
             agent = world.agent().hooks(&[STRICT]).spawn_ready();
         }
-        stop.store(true, Ordering::Relaxed);
         agent
     });
     let tried = tried.into_inner();

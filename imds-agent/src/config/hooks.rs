@@ -38,6 +38,7 @@ impl Default for Hooks {
 
 #[derive(Clone, Copy, Deserialize)]
 #[serde(deny_unknown_fields, default)]
+#[expect(clippy::struct_excessive_bools, reason = "switches, as the file has them")]
 pub(super) struct HooksTable {
     pod_edge: bool,
     node_edge: bool,

@@ -70,7 +70,7 @@ impl Kubepods {
             // Cleared before it is read: what comes while it is read makes it ready again.
             return ready.clear_ready();
         }
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 
     /// Looks at everything.
