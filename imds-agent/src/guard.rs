@@ -1,6 +1,9 @@
 //! The agent's work: follows the node's interfaces and keeps each as it should be.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+};
 
 use imds_ebpf_common::{Backend, Edge, Role};
 
@@ -8,6 +11,7 @@ use crate::{
     config::Interfaces,
     datapath::{Datapath, DatapathError},
     node::{
+        kubepods::{self, Kubepods},
         links::Link,
         netlink::{Event, Netlink, NetlinkError},
     },
@@ -20,10 +24,14 @@ pub struct Guard {
     datapath: Datapath,
     netlink: Netlink,
     interfaces: Interfaces,
+    /// The cgroups of Kubernetes pods, in strict mode.
+    kubepods: Option<Kubepods>,
     links: BTreeMap<u32, Link>,
     uplinks: BTreeSet<u32>,
     /// What failed last, by interface, so that it is said once and not with every round.
     failures: BTreeMap<u32, String>,
+    /// Why no hostNetwork pod is held, where that is so.
+    no_kubepods: Option<String>,
     /// Whether every interface was looked at once: until then filters of an earlier agent may be anywhere.
     settled: bool,
 }
@@ -31,14 +39,21 @@ pub struct Guard {
 impl Guard {
     /// A guard that has not looked at any interface yet.
     #[must_use]
-    pub fn new(datapath: Datapath, netlink: Netlink, interfaces: Interfaces) -> Self {
+    pub fn new(
+        datapath: Datapath,
+        netlink: Netlink,
+        interfaces: Interfaces,
+        kubepods: Option<Kubepods>,
+    ) -> Self {
         Self {
             datapath,
             netlink,
             interfaces,
+            kubepods,
             links: BTreeMap::new(),
             uplinks: BTreeSet::new(),
             failures: BTreeMap::new(),
+            no_kubepods: None,
             settled: false,
         }
     }
@@ -50,9 +65,44 @@ impl Guard {
 
     /// What is not as it should be, by interface.
     pub fn failures(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.failures.iter().map(|(index, failure)| {
+        let of_interfaces = self.failures.iter().map(|(index, failure)| {
             (self.links.get(index).map_or("a gone interface", |link| link.name.as_str()), failure.as_str())
-        })
+        });
+        of_interfaces.chain(self.no_kubepods.iter().map(|failure| ("hostNetwork pods", failure.as_str())))
+    }
+
+    /// Waits until the cgroups of Kubernetes pods may have changed.
+    pub async fn kubepods_changed(&self) {
+        match &self.kubepods {
+            Some(kubepods) => kubepods.changed().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Takes in what changed of them.
+    pub fn follow_kubepods(&mut self) -> Result<(), DatapathError> {
+        let followed = self.kubepods.as_mut().map(Kubepods::follow);
+        self.restore_hosts(followed.as_ref().is_none_or(was_seen))
+    }
+
+    /// `all`: whether what is known of them is all there is.
+    fn restore_hosts(&mut self, all: bool) -> Result<(), DatapathError> {
+        let none = BTreeSet::new();
+        let cgroups = self.kubepods.as_ref().map_or(&none, Kubepods::found);
+        for (level, done) in self.datapath.restore_hosts(cgroups, all)? {
+            log::log!(level, "{done}");
+        }
+        let root = self.kubepods.as_ref().filter(|kubepods| kubepods.found().is_empty()).map(Kubepods::root);
+        match (root, &self.no_kubepods) {
+            (Some(root), None) => {
+                let failure = format!("no cgroup of Kubernetes pods (kubepods) below {}", root.display());
+                log::warn!("hostNetwork pods are not held: {failure}; {}", kubepods::why_none());
+                self.no_kubepods = Some(failure);
+            }
+            (None, Some(_)) => self.no_kubepods = None,
+            (Some(_), Some(_)) | (None, None) => {}
+        }
+        Ok(())
     }
 
     /// Reads everything anew and puts right what is not as it should be. What fails on one interface is in
@@ -68,6 +118,8 @@ impl Guard {
         for done in self.datapath.restore_sockets()? {
             if self.settled { log::warn!("{done}") } else { log::info!("{done}") }
         }
+        let searched = self.kubepods.as_mut().map(Kubepods::search);
+        let hosts = self.restore_hosts(searched.as_ref().is_none_or(was_seen));
         self.uplinks = self.netlink.uplinks().await?;
         let links = self.netlink.links().await?;
         let present: BTreeSet<u32> = links.iter().map(|link| link.index).collect();
@@ -80,6 +132,7 @@ impl Guard {
         }
         self.settled = true;
         restored?;
+        hosts?;
         self.datapath.announce_ready()
     }
 
@@ -224,4 +277,12 @@ impl Guard {
             log::error!("interface {index} is gone, but not forgotten: {:#}", anyhow::Error::from(error));
         }
     }
+}
+
+/// Whether the cgroups were looked at; where not, says why.
+fn was_seen(looked: &io::Result<()>) -> bool {
+    if let Err(error) = looked {
+        log::error!("can't look for the cgroups of Kubernetes pods: {error}");
+    }
+    looked.is_ok()
 }

@@ -10,7 +10,8 @@ pub struct Event {
     pub time: u64,
     /// Cookie of the network namespace of the socket; 0 where that is not known.
     pub netns_cookie: u64,
-    /// Id of the cgroup v2 of the caller; 0 for packets.
+    /// Id of the cgroup v2 of the caller, or of the socket of a packet at [`Hook::Host`](crate::Hook::Host); 0 for other
+    /// packets.
     pub cgroup: u64,
     /// Events of the same source and CPU that were left out since the one before.
     pub suppressed: u64,
@@ -48,7 +49,8 @@ const _: () = assert!(size_of::<Event>() == 104);
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Source {
-    /// Index of the interface by which packets came in; cookie of the network namespace of calls.
+    /// Index of the interface by which packets came in; cookie of the network namespace of calls; id of the cgroup of
+    /// both at [`Hook::Host`](crate::Hook::Host).
     pub id: u64,
     /// A [`Hook`](crate::Hook).
     pub hook: u64,

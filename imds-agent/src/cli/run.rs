@@ -14,10 +14,11 @@ use tokio::{
 use super::{Failure, PinDirArg};
 use crate::{
     config::{Config, Hooks},
-    datapath::{Datapath, Plan, bpf, pins::PinDir},
+    datapath::{Datapath, DatapathError, Plan, bpf, pins::PinDir},
     guard::Guard,
     node::{
         cgroup,
+        kubepods::Kubepods,
         netlink::{Event, Netlink},
         netns::{self, Identity},
     },
@@ -81,12 +82,13 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     preflight::check_capabilities()?;
     preflight::lift_limits()?;
     preflight::check_kernel()?;
+    let cgroup = cgroup(config.hooks, args.cgroup)?;
     let plan = Plan {
         mode: config.mode,
         answer: config.answer,
         hooks: config.hooks,
         backend: args.tc_backend.choose()?,
-        cgroup: cgroup(config.hooks, args.cgroup)?,
+        cgroup: cgroup.clone().filter(|_| config.hooks.has(Hook::Socket)),
         identity: identity(config.hooks)?,
     };
     let claim = PinDir::new(&args.pins.pin_dir)?.claim()?;
@@ -101,7 +103,8 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         })),
         Err(error) => log::warn!("{:#}", anyhow::Error::from(error)),
     }
-    let mut guard = Guard::new(datapath, netlink, config.interfaces);
+    let kubepods = cgroup.filter(|_| config.hooks.has(Hook::Host)).map(Kubepods::new);
+    let mut guard = Guard::new(datapath, netlink, config.interfaces, kubepods);
     guard.resync().await?;
     log::info!(
         "mode {}: {} pod and {} node interfaces guarded by {}, sockets {}, provider {}, {} endpoint{}, pins in {}",
@@ -135,6 +138,7 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
                 let event = event.context("lost the connection to rtnetlink: pods can't be followed")?;
                 attempt(&mut guard, Some(event)).await;
             }
+            () = guard.kubepods_changed() => report(guard.follow_kubepods()),
             _ = timer.tick() => attempt(&mut guard, None).await,
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
@@ -144,14 +148,14 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The cgroup below which sockets are guarded, where that hook is on.
+/// The cgroup below which sockets are guarded, where a hook is on that does.
 fn cgroup(hooks: Hooks, chosen: Option<PathBuf>) -> anyhow::Result<Option<PathBuf>> {
-    if !hooks.has(Hook::Socket) {
+    if !judges_by_cgroup(hooks) {
         return Ok(None);
     }
     let root = || cgroup::root().context("can't read the mounts").transpose();
     let missing =
-        || anyhow!("no cgroup v2 hierarchy is mounted: name one by --cgroup, or set hooks.socket = false");
+        || anyhow!("no cgroup v2 hierarchy is mounted: name one by --cgroup, or set {}", switch_off(hooks));
     chosen.map(Ok).or_else(root).unwrap_or_else(|| Err(missing())).map(Some)
 }
 
@@ -159,12 +163,22 @@ fn cgroup(hooks: Hooks, chosen: Option<PathBuf>) -> anyhow::Result<Option<PathBu
 fn identity(hooks: Hooks) -> anyhow::Result<Identity> {
     match netns::identity().context("can't tell this network namespace's cookie")? {
         Some(identity) => Ok(identity),
-        None if !hooks.has(Hook::Socket) => Ok(Identity::Initial),
+        None if !judges_by_cgroup(hooks) => Ok(Identity::Initial),
         None => Err(anyhow!(
-            "this kernel (before Linux 5.14) has no cookie for a network namespace that is not the initial one: set \
-             hooks.socket = false"
+            "this kernel (before Linux 5.14) has no cookie for a network namespace that is not the initial one: set {}",
+            switch_off(hooks)
         )),
     }
+}
+
+fn judges_by_cgroup(hooks: Hooks) -> bool {
+    hooks.has(Hook::Socket) || hooks.has(Hook::Host)
+}
+
+/// How to do without what judges by cgroup.
+fn switch_off(hooks: Hooks) -> String {
+    let on = [Hook::Socket, Hook::Host].into_iter().filter(|&hook| hooks.has(hook));
+    on.map(|hook| format!("hooks.{} = false", hook.name())).collect::<Vec<_>>().join(" and ")
 }
 
 /// Takes in one event, or looks at everything. What fails is tried again with the next look at the latest.
@@ -173,6 +187,10 @@ async fn attempt(guard: &mut Guard, event: Option<Event>) {
         Some(event) => guard.handle(event).await,
         None => guard.resync().await,
     };
+    report(result);
+}
+
+fn report(result: Result<(), DatapathError>) {
     if let Err(error) = result {
         log::error!("{:#}", anyhow::Error::from(error));
     }

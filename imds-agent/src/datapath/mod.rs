@@ -5,26 +5,29 @@ pub mod clsact;
 pub mod counters;
 pub mod endpoints;
 pub mod home;
+pub mod hosts;
 pub mod object;
 pub mod pins;
 pub mod records;
 pub mod sockets;
 mod tcx;
 
-use std::{io, path::PathBuf};
+use std::{collections::BTreeSet, io, path::PathBuf};
 
 use aya::maps::MapError;
 use imds_ebpf_common::{
-    Answer, Backend, Edge, Mode, Policy, Role,
+    Answer, Backend, Edge, Hook, Mode, Policy, Role,
     maps::LAYOUT,
     names::{MAP_POLICY, tc_program},
 };
+use log::Level;
 use thiserror::Error;
 
 use self::{
+    hosts::Hosts,
     object::{Maps, ObjectError, Programs},
     pins::{Claim, PinDir, PinError, Spot},
-    sockets::Sockets,
+    sockets::{SOCKETS, Sockets},
     tcx::Links,
 };
 use crate::{
@@ -113,6 +116,7 @@ pub struct Datapath {
     maps: Maps,
     links: Links,
     sockets: Option<Sockets>,
+    hosts: Hosts,
     netlink: Netlink,
     backend: Backend,
     hooks: Hooks,
@@ -150,7 +154,8 @@ impl Datapath {
         let Plan { backend, hooks, .. } = *plan;
         match Self::load(claim.dir(), plan, guarded) {
             Ok((programs, maps, links, sockets)) => {
-                Ok(Self { claim, programs, maps, links, sockets, netlink, backend, hooks })
+                let hosts = Hosts::default();
+                Ok(Self { claim, programs, maps, links, sockets, hosts, netlink, backend, hooks })
             }
             Err(error) => {
                 if claim.is_new() {
@@ -185,7 +190,8 @@ impl Datapath {
         endpoints::write(&mut maps, guarded)?;
         programs.pin(pins)?;
         let links = Links::adopt(pins)?;
-        let sockets = plan.cgroup.as_ref().map(|cgroup| Sockets::adopt(pins, cgroup)).transpose()?;
+        let adopt = |cgroup: &PathBuf| Sockets::adopt(pins, cgroup, SOCKETS);
+        let sockets = plan.cgroup.as_ref().map(adopt).transpose()?;
         Ok((programs, maps, links, sockets))
     }
 
@@ -215,6 +221,26 @@ impl Datapath {
         }
         let detached = sockets::detach_all(self.claim.dir())?;
         Ok(if detached { vec!["sockets are no longer guarded".to_owned()] } else { Vec::new() })
+    }
+
+    /// Does the same for the hooks of the cgroups of Kubernetes pods, which are at these paths. Links on others are
+    /// removed where those are `all` that there are.
+    pub fn restore_hosts(
+        &mut self,
+        cgroups: &BTreeSet<PathBuf>,
+        all: bool,
+    ) -> Result<Vec<(Level, String)>, DatapathError> {
+        let pins = self.claim.dir();
+        if !self.hooks.has(Hook::Host) {
+            let detached = hosts::detach_all(pins)?;
+            let done = (Level::Info, "hostNetwork pods are no longer guarded".to_owned());
+            return Ok(if detached { vec![done] } else { Vec::new() });
+        }
+        let mut done = self.hosts.restore(pins, &self.programs, cgroups)?;
+        if all {
+            done.extend(self.hosts.forget_others(pins)?);
+        }
+        Ok(done)
     }
 
     /// Indices of interfaces of which something is pinned or recorded.
@@ -364,7 +390,7 @@ pub async fn unload(pins: &PinDir, netlink: &Netlink, links: &[Link]) -> Result<
         return Ok(removed);
     };
     home::ensure_no_filters_elsewhere(pins)?;
-    removed.sockets = sockets::detach_all(pins)?;
+    removed.sockets = sockets::detach_all(pins)? | hosts::detach_all(pins)?;
     for (_, path) in pins.pinned_links()? {
         removed.interfaces += usize::from(tcx::detach_pinned(&path)?);
     }

@@ -16,13 +16,13 @@ use crate::{
     datapath::{
         DatapathError, bpf, clsact,
         counters::{self, Counts},
-        endpoints, home,
+        endpoints, home, hosts,
         object::{self, Maps, ObjectError},
         pins::{self, PinDir, Spot},
         records, sockets,
     },
     endpoints::{Endpoint as Guarded, Keep, ipv4},
-    node::{links::Link, netlink::Netlink},
+    node::{kubepods, links::Link, netlink::Netlink},
     reconcile::{Attachment, Place},
     state,
 };
@@ -57,6 +57,8 @@ pub struct Report {
     pub hooks: Vec<&'static str>,
     /// Calls on sockets; `None` where that hook is off.
     pub sockets: Option<SocketReport>,
+    /// Pods in the node's network namespace; `None` where strict mode is off.
+    pub strict_host_network: Option<HostReport>,
     /// Counts of interfaces that are gone.
     pub departed: Counts,
     /// Counts of all, those that are gone too.
@@ -140,6 +142,18 @@ pub struct SocketReport {
     pub counts: Counts,
 }
 
+/// Strict mode.
+#[derive(Debug, Serialize)]
+pub struct HostReport {
+    /// Whether there is a cgroup of Kubernetes pods, and all programs are attached to each.
+    pub attached: bool,
+    /// Ids of these cgroups: their inode numbers.
+    pub cgroups: Vec<u64>,
+    /// What was counted there: calls, which have no bytes, and packets.
+    #[serde(flatten)]
+    pub counts: Counts,
+}
+
 /// Something that is not as it should be.
 #[derive(Debug, Serialize)]
 pub struct Problem {
@@ -171,6 +185,7 @@ pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapath
         interfaces: Vec::new(),
         hooks: Vec::new(),
         sockets: None,
+        strict_host_network: None,
         departed: Counts::default(),
         total: Counts::default(),
         problems: Vec::new(),
@@ -196,7 +211,9 @@ pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapath
     let hooks = Hooks::from_bits(policy.hooks);
     report.hooks = Hook::ALL.into_iter().filter(|&hook| hooks.has(hook)).map(Hook::name).collect();
     // The other hooks are there before a pod is.
-    if !report.agent.running && !hooks.has(Hook::NodeEdge) && !hooks.has(Hook::Socket) {
+    let is_pod_edge_alone =
+        hooks.has(Hook::PodEdge) && !hooks.has(Hook::NodeEdge) && !hooks.has(Hook::Socket);
+    if !report.agent.running && is_pod_edge_alone {
         report.problem(
             None,
             "no agent is running: pods that start now are not guarded",
@@ -212,6 +229,10 @@ pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapath
             pins,
             counts.remove(&(CounterKey::DEPARTED, Hook::Socket as u8)).unwrap_or_default(),
         );
+    }
+    if hooks.has(Hook::Host) {
+        let counted = counts.remove(&(CounterKey::DEPARTED, Hook::Host as u8));
+        report.add_hosts(hosts::missing(pins)?, counted.unwrap_or_default());
     }
     let uplinks = netlink.uplinks().await?;
     let node = Node { pins, maps: &maps, netlink: &netlink, uplinks, hooks };
@@ -247,6 +268,22 @@ impl Report {
             self.problem(None, format!("{} of sockets is not guarded", missing.join(", ")), remedy);
         }
         self.sockets = Some(SocketReport { attached: missing.is_empty(), counts });
+    }
+
+    fn add_hosts(&mut self, missing: BTreeMap<u64, Vec<&'static str>>, counts: Counts) {
+        self.total += counts;
+        let remedy = if self.agent.running { "the agent's log says why" } else { "start `imds-agent run`" };
+        for (cgroup, missing) in missing.iter().filter(|(_, missing)| !missing.is_empty()) {
+            let problem = format!("{} of cgroup {cgroup} is not guarded", missing.join(", "));
+            self.problem(None, problem, remedy);
+        }
+        if missing.is_empty() {
+            let problem = "hostNetwork pods are not held: no cgroup of Kubernetes pods (kubepods) was found";
+            self.problem(None, problem, kubepods::why_none());
+        }
+        let attached = !missing.is_empty() && missing.values().all(Vec::is_empty);
+        let cgroups = missing.into_keys().collect();
+        self.strict_host_network = Some(HostReport { attached, cgroups, counts });
     }
 
     /// Adds what is guarded, and returns a connection that knows it.
