@@ -26,7 +26,7 @@ while read -r variable; do
     export "$variable"
 done < /environment
 
-if [ -s /arguments ]; then
+if [ -e /brief ]; then
     echo "@brief"
 else
     # What the agent makes use of where it may choose.
@@ -39,8 +39,8 @@ else
         poweroff -f
     fi
     pins=/sys/fs/bpf/imds
-    status=$(/imds-agent status -o json | tr -d ' \n' | sed 's/.*"role":"pod","guard":"\([a-z]*\)".*/\1/')
-    echo "@took guard: $status"
+    guard=$(/imds-agent status -o json | tr -d ' \n' | sed 's/.*"role":"pod","guard":"\([a-z]*\)".*/\1/')
+    echo "@took guard: $guard"
     case $(bpftool -j map dump pinned $pins/maps/imds_policy) in
         *'"netns_cookie":0'[,}]*) echo "@took node: initial namespace" ;;
         *'"netns_cookie":'*) echo "@took node: cookie" ;;
@@ -56,15 +56,14 @@ else
     /tools/ip netns delete pod
 fi
 
-set --
-while read -r argument; do
-    set -- "$@" "$argument"
-done < /arguments
-
 result=0
 export IMDS_AGENT=/imds-agent
 for test in /tests/*; do
     name=${test##*/}
+    set --
+    while read -r filter; do
+        set -- "$@" "$filter"
+    done < "/filters/$name"
     echo "@begin $name"
     "$test" --show-output "$@"
     code=$?

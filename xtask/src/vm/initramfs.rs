@@ -36,10 +36,14 @@ pub(super) fn archive(programs: &Tools, kernel: &Kernel, plan: &Plan) -> Result<
     }
     cpio.add("modules/order", lines(modules.iter().map(|module| module.name.as_str())).as_bytes());
     cpio.copy("imds-agent", &plan.agent)?;
-    for (name, path) in &plan.tests {
-        cpio.copy(&format!("tests/{name}"), path)?;
+    for planned in &plan.tests {
+        cpio.copy(&format!("tests/{}", planned.name), &planned.path)?;
+        let filter = lines(planned.filter.iter().map(String::as_str));
+        cpio.add(&format!("filters/{}", planned.name), filter.as_bytes());
     }
-    cpio.add("arguments", lines(plan.arguments.iter().map(String::as_str)).as_bytes());
+    if plan.is_brief {
+        cpio.add("brief", &[]);
+    }
     cpio.add("environment", lines(plan.environment.iter().map(String::as_str)).as_bytes());
     Ok(cpio.finish())
 }

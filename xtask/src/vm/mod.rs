@@ -45,7 +45,7 @@ pub(crate) struct Vm {
     /// One of the kernels; repeat it for more
     #[arg(long = "kernel", value_enum, value_name = "VERSION")]
     lines: Vec<Line>,
-    /// Run less of the longest tests, and each with one way of attaching
+    /// Run a selection, less of the longest tests, and each with one way of attaching
     #[arg(long)]
     quick: bool,
     /// How to show the results
