@@ -35,6 +35,8 @@ pub const MAP_FILTER: &str = "imds_filter";
 pub const MAP_ENDPOINTS: &str = "imds_endpoints";
 /// Array of one [`ProviderRecord`](crate::ProviderRecord).
 pub const MAP_PROVIDER: &str = "imds_provider";
+/// Array of one [`ConfigRecord`](crate::ConfigRecord).
+pub const MAP_CONFIG: &str = "imds_config";
 
 /// Ring buffer of [`Event`](crate::Event)s.
 pub const MAP_EVENTS: &str = "imds_events";
@@ -55,13 +57,14 @@ pub const SOCKET_PROGRAMS: [&str; 4] = [PROG_CONNECT4, PROG_CONNECT6, PROG_SENDM
 /// Pins of their links, in the same order.
 pub const SOCKET_LINKS: [&str; 4] = ["connect4", "connect6", "sendmsg4", "sendmsg6"];
 /// All maps of the object but those of constants.
-pub const MAPS: [&str; 8] = [
+pub const MAPS: [&str; 9] = [
     MAP_POLICY,
     MAP_COUNTERS,
     MAP_INTERFACES,
     MAP_FILTER,
     MAP_ENDPOINTS,
     MAP_PROVIDER,
+    MAP_CONFIG,
     MAP_EVENTS,
     MAP_SOURCES,
 ];

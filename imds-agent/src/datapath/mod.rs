@@ -1,7 +1,9 @@
 //! What is in the kernel: loads, pins, attaches, replaces and removes it.
 
 pub mod bpf;
+pub mod claim;
 pub mod clsact;
+pub mod config;
 pub mod counters;
 pub mod endpoints;
 pub mod home;
@@ -11,19 +13,23 @@ pub mod records;
 pub mod sockets;
 mod tcx;
 
-use std::{io, path::PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 use aya::maps::MapError;
 use imds_ebpf_common::{
-    Answer, Backend, Edge, Mode, Policy, Role,
+    Answer, Backend, Edge, Hook, Mode, Policy, Role,
     maps::LAYOUT,
     names::{MAP_POLICY, tc_program},
 };
 use thiserror::Error;
 
 use self::{
+    claim::Claim,
     object::{Maps, ObjectError, Programs},
-    pins::{Claim, PinDir, PinError, Spot},
+    pins::{PinDir, PinError, Spot},
     sockets::Sockets,
     tcx::Links,
 };
@@ -171,17 +177,7 @@ impl Datapath {
         }
         let programs = Programs::load(pins, plan.hooks, &endpoints::filter_while_loading(pins, guarded))?;
         let mut maps = Maps::open(pins)?;
-        let policy = Policy {
-            mode: plan.mode as u32,
-            answer: plan.answer as u32,
-            layout: LAYOUT,
-            netns: home::this_netns()?,
-            hooks: plan.hooks.bits(),
-            reserved: 0,
-            netns_cookie: plan.identity.cookie(),
-        };
-        maps.policy.set(0, policy, 0).map_err(|source| DatapathError::Map { map: MAP_POLICY, source })?;
-        endpoints::write(&mut maps, guarded)?;
+        write(&mut maps, plan, guarded)?;
         programs.pin(pins)?;
         let links = Links::adopt(pins)?;
         let sockets = plan.cgroup.as_ref().map(|cgroup| Sockets::adopt(pins, cgroup)).transpose()?;
@@ -192,6 +188,50 @@ impl Datapath {
     #[must_use]
     pub fn pins(&self) -> &PinDir {
         self.claim.dir()
+    }
+
+    /// The hooks that are attached.
+    #[must_use]
+    pub fn hooks(&self) -> Hooks {
+        self.hooks
+    }
+
+    /// Loads what the hooks of `plan` need, and attaches them with everything else from now on. The other hooks stay until
+    /// [`Datapath::release`].
+    pub fn prepare(&mut self, plan: &Plan) -> Result<(), DatapathError> {
+        let hooks = self.hooks.and(plan.hooks);
+        self.programs.add(hooks)?;
+        self.programs.pin(self.claim.dir())?;
+        if let (None, Some(cgroup)) = (&self.sockets, &plan.cgroup) {
+            self.sockets = Some(Sockets::adopt(self.claim.dir(), cgroup)?);
+        }
+        self.hooks = hooks;
+        Ok(())
+    }
+
+    /// Puts mode, answer and endpoints in force. What was denied and will be is denied at every moment between.
+    pub fn enforce(&mut self, plan: &Plan, guarded: &Guarded) -> Result<(), DatapathError> {
+        write(&mut self.maps, plan, guarded)
+    }
+
+    /// Lets go of hooks that `plan` has not: from now on they are to be detached.
+    pub fn release(&mut self, plan: &Plan) -> Result<(), DatapathError> {
+        self.hooks = plan.hooks;
+        if !plan.hooks.has(Hook::Socket) {
+            self.sockets = None;
+        }
+        self.programs.keep(plan.hooks);
+        Ok(self.programs.pin(self.claim.dir())?)
+    }
+
+    /// Records a configuration that is in force from now on, for `status` and `config show`. Returns its number.
+    pub fn record_config(&mut self, path: Option<&Path>, text: &str) -> Result<u64, DatapathError> {
+        config::put(&mut self.maps, path, text)
+    }
+
+    /// Records why a configuration is not in force.
+    pub fn record_refusal(&mut self, error: &str) -> Result<(), DatapathError> {
+        config::put_refusal(&mut self.maps, error)
     }
 
     /// How an edge of an interface of this role is to be attached.
@@ -328,6 +368,31 @@ impl Datapath {
         missing |= self.maps.restore_pins(pins)?;
         Ok(missing)
     }
+}
+
+/// Writes what is in force. What was denied and will be is so at every moment between, and nothing is denied that neither
+/// was nor will be: an endpoint that is new must not meet the old mode where only that denies, nor one that goes the new.
+fn write(maps: &mut Maps, plan: &Plan, guarded: &Guarded) -> Result<(), DatapathError> {
+    if plan.mode == Mode::Enforce {
+        endpoints::write(maps, guarded)?;
+        write_policy(maps, plan)
+    } else {
+        write_policy(maps, plan)?;
+        endpoints::write(maps, guarded)
+    }
+}
+
+fn write_policy(maps: &mut Maps, plan: &Plan) -> Result<(), DatapathError> {
+    let policy = Policy {
+        mode: plan.mode as u32,
+        answer: plan.answer as u32,
+        layout: LAYOUT,
+        netns: home::this_netns()?,
+        hooks: plan.hooks.bits(),
+        reserved: 0,
+        netns_cookie: plan.identity.cookie(),
+    };
+    maps.policy.set(0, policy, 0).map_err(|source| DatapathError::Map { map: MAP_POLICY, source })
 }
 
 /// Removes our filters from a hook, and the qdisc where an agent made it and nobody uses it. Returns whether there was

@@ -8,13 +8,14 @@ use std::{
     path::PathBuf,
 };
 
-use imds_ebpf_common::{Answer, Backend, CounterKey, Edge, Hook, Mode, Role, names::tc_program};
+use imds_ebpf_common::{Answer, Backend, CounterKey, Edge, Hook, Mode, Policy, Role, names::tc_program};
+use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::{
     config::{Hooks, Interfaces},
     datapath::{
-        DatapathError, bpf, clsact,
+        DatapathError, bpf, clsact, config,
         counters::{self, Counts},
         endpoints, home,
         object::{self, Maps, ObjectError},
@@ -29,6 +30,8 @@ use crate::{
 
 /// Version of the JSON form: within one, fields are only added.
 const SCHEMA: u32 = 1;
+/// How often to ask until hooks and mode are the same before and after.
+const ATTEMPTS: usize = 5;
 
 /// The whole of it.
 #[derive(Debug, Serialize)]
@@ -43,6 +46,8 @@ pub struct Report {
     pub state: State,
     /// The agent on this pin directory.
     pub agent: Agent,
+    /// The configuration in force; `None` where nothing is loaded.
+    pub configuration: Option<Configuration>,
     /// The mode in force; `None` where nothing is loaded.
     pub mode: Option<&'static str>,
     /// What senders of denied packets are told; `None` where nothing is loaded.
@@ -90,6 +95,28 @@ pub struct Agent {
     pub ready: bool,
     /// Its pid, where that can be seen from here.
     pub pid: Option<i32>,
+}
+
+/// The configuration in force.
+#[derive(Clone, Debug, Serialize)]
+pub struct Configuration {
+    /// Its number: one more with each that comes into force, across agents.
+    pub generation: u64,
+    /// The file that it is from; `None` where all is default.
+    pub file: Option<PathBuf>,
+    /// When it came into force.
+    pub loaded_at: Timestamp,
+    /// A later one that was refused, if there was one.
+    pub refused: Option<Refused>,
+}
+
+/// A configuration that was refused.
+#[derive(Clone, Debug, Serialize)]
+pub struct Refused {
+    /// When.
+    pub at: Timestamp,
+    /// Why.
+    pub error: String,
 }
 
 /// Where the endpoints come from.
@@ -153,6 +180,22 @@ pub struct Problem {
 
 /// Asks the kernel.
 pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, DatapathError> {
+    for _ in 0..ATTEMPTS {
+        let before = policy(pins);
+        let report = gather_once(pins, netlink).await;
+        if policy(pins) == before {
+            return report;
+        }
+    }
+    gather_once(pins, netlink).await
+}
+
+/// What is in force, where that can be read.
+fn policy(pins: &PinDir) -> Option<Policy> {
+    Maps::open(pins).ok()?.policy.get(&0, 0).ok()
+}
+
+async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, DatapathError> {
     let holder = pins.holder()?;
     let mut report = Report {
         schema: SCHEMA,
@@ -164,6 +207,7 @@ pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapath
             ready: holder.is_some_and(|holder| holder.is_ready),
             pid: holder.and_then(|holder| holder.pid),
         },
+        configuration: None,
         mode: None,
         answer: None,
         provider: None,
@@ -184,6 +228,7 @@ pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapath
     let mode = Mode::from_u32(policy.mode);
     report.mode = Some(mode.name());
     report.answer = Some(Answer::from_u32(policy.answer).name());
+    report.add_configuration(&maps)?;
     let netlink = report.add_endpoints(&maps, netlink)?;
     let hooks = Hooks::from_bits(policy.hooks);
     report.hooks = Hook::ALL.into_iter().filter(|&hook| hooks.has(hook)).map(Hook::name).collect();
@@ -239,6 +284,21 @@ impl Report {
             self.problem(None, format!("{} of sockets is not guarded", missing.join(", ")), remedy);
         }
         self.sockets = Some(SocketReport { attached: missing.is_empty(), counts });
+    }
+
+    fn add_configuration(&mut self, maps: &Maps) -> Result<(), DatapathError> {
+        let record = config::read(maps).map_err(unreadable)?;
+        if let Some(config::Refusal { at, error }) =
+            record.as_ref().and_then(|record| record.refusal.as_ref())
+        {
+            let remedy = "put it right; it is then loaded by itself, or by SIGHUP";
+            self.problem(None, format!("the configuration before is in force: {error} ({at:.0})"), remedy);
+        }
+        self.configuration = record.map(|config::Record { generation, path, loaded_at, refusal, .. }| {
+            let refused = refusal.map(|config::Refusal { at, error }| Refused { at, error });
+            Configuration { generation, file: path, loaded_at, refused }
+        });
+        Ok(())
     }
 
     /// Adds what is guarded, and returns a connection that knows it.
