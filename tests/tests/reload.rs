@@ -109,7 +109,8 @@ fn guarding() -> Vec<String> {
         let other = |n| format!("[[endpoint]]\nname = 'e{n}'\naddress = '10.9.0.{n}'\n");
         (1..=count).map(other).collect::<String>()
     };
-    let own = |keep: &str| format!("[[endpoint]]\nname = 'own'\naddress = '169.254.169.254'\nkeep = [{keep}]\n");
+    let own =
+        |keep: &str| format!("[[endpoint]]\nname = 'own'\naddress = '169.254.169.254'\nkeep = [{keep}]\n");
     vec![
         POD_EDGE.to_owned(),
         format!("provider = 'aws'\n{POD_EDGE}{}", others(3)),
@@ -203,7 +204,11 @@ fn hooks_come_and_go() {
         let (veth, uplink) = (pod.host_ifname.as_str(), World::UPLINK);
         let are_guarded = || [veth, uplink].map(|name| !hook::programs(&world.node, name).is_empty());
         // A call that is refused, and one that waits in vain for an answer.
-        let is_refused = || world.in_cgroup(|| matches!(http_get(&pod.netns, METADATA, SHORT), imds_tests::probe::Outcome::Error(_)));
+        let is_refused = || {
+            world.in_cgroup(|| {
+                matches!(http_get(&pod.netns, METADATA, SHORT), imds_tests::probe::Outcome::Error(_))
+            })
+        };
         assert_eq!(are_guarded(), [true, false]);
         assert!(!is_refused());
 
@@ -284,7 +289,8 @@ fn a_route_to_an_endpoint_that_is_new_makes_an_uplink() {
     // As the uplink of a nested node: a veth, to which no default route leads.
     let pod = world.add_pod(PodLink::Routed);
     let role = |role: &'static str| {
-        world.status_when(role, |status| status.find(&pod.host_ifname).is_some_and(|found| found.role == role))
+        world
+            .status_when(role, |status| status.find(&pod.host_ifname).is_some_and(|found| found.role == role))
     };
     role("pod");
     file.reload(&format!("{BOTH_EDGES}[[endpoint]]\nname = 'vault'\naddress = '{vault}'\n"));
@@ -443,7 +449,8 @@ fn more_changes_than_the_kernel_tells_of() {
     let agent = file.start(Backend::Clsact, &["--resync", "3600"]);
     let pid = Pid::from_raw(agent.pid().try_into().unwrap());
     kill(pid, Signal::SIGSTOP).unwrap();
-    let most: usize = fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap().trim().parse().unwrap();
+    let most: usize =
+        fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap().trim().parse().unwrap();
     // Two events each, and no two in a row alike, which the kernel would tell as one.
     for n in 0..most {
         let name = world.scratch_dir().join(format!("other-{}", n % 2));
