@@ -9,6 +9,7 @@ pub mod agent;
 pub mod cli;
 pub mod config;
 pub mod datapath;
+pub mod diagnostics;
 pub mod endpoints;
 pub mod events;
 pub mod guard;

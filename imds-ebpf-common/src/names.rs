@@ -43,6 +43,9 @@ pub const MAP_EVENTS: &str = "imds_events";
 /// Per-CPU LRU hash of [`Source`](crate::event::Source) to [`Window`](crate::event::Window).
 pub const MAP_SOURCES: &str = "imds_sources";
 
+/// Ring buffer of what the programs log of themselves, in aya-log's form and by its name.
+pub const MAP_LOGS: &str = "AYA_LOGS";
+
 /// The filter's symbol in the object: a variable rather than a map, so that the programs read it without a lookup.
 pub const SYMBOL_FILTER: &str = "IMDS_FILTER";
 /// The section of that variable, alone in it, and the name of the map that loaders make of a section.
@@ -57,7 +60,7 @@ pub const SOCKET_PROGRAMS: [&str; 4] = [PROG_CONNECT4, PROG_CONNECT6, PROG_SENDM
 /// Pins of their links, in the same order.
 pub const SOCKET_LINKS: [&str; 4] = ["connect4", "connect6", "sendmsg4", "sendmsg6"];
 /// All maps of the object but those of constants.
-pub const MAPS: [&str; 9] = [
+pub const MAPS: [&str; 10] = [
     MAP_POLICY,
     MAP_COUNTERS,
     MAP_INTERFACES,
@@ -67,6 +70,7 @@ pub const MAPS: [&str; 9] = [
     MAP_CONFIG,
     MAP_EVENTS,
     MAP_SOURCES,
+    MAP_LOGS,
 ];
 
 /// What a map is called in the object.

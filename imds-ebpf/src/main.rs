@@ -2,6 +2,7 @@
 #![no_std]
 #![no_main]
 
+mod diagnostics;
 mod edge;
 mod events;
 mod maps;
@@ -11,6 +12,8 @@ mod packet;
 mod pod_edge;
 mod reject;
 mod socket;
+
+extern crate self as aya_log_ebpf;
 
 use aya_ebpf::{
     macros::{cgroup_sock_addr, classifier},
@@ -82,6 +85,8 @@ const fn permission(verdict: Verdict) -> i32 {
         Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept => 1,
     }
 }
+
+pub(crate) use diagnostics::macro_support;
 
 #[cfg(not(test))]
 #[panic_handler]

@@ -1,11 +1,13 @@
 //! The socket hook: calls that name a destination, seen before a packet is made. Addresses are never rewritten.
 
+use core::hint;
+
 use aya_ebpf::{
     bindings::bpf_sock_addr, helpers::generated::bpf_get_netns_cookie, programs::SockAddrContext,
 };
 use imds_ebpf_common::{Address, CounterKey, Flow, Hook, Service, Verdict, event::Source, judge_address};
 
-use crate::{events, maps, netns};
+use crate::{diagnostics, events, maps, netns};
 
 #[inline(always)]
 pub(crate) fn judge_v4(ctx: &SockAddrContext) -> Verdict {
@@ -39,8 +41,10 @@ fn judge(ctx: &SockAddrContext, destination: Address) -> Verdict {
     if netns::is_node(cookie) {
         return Verdict::Foreign;
     }
+    let verdict = without_origin(verdict, cookie);
     let _uncounted = maps::count(CounterKey::DEPARTED, Hook::Socket, verdict, 0);
     let Some(window) = events::window(&Source { id: cookie, hook: Hook::Socket as u64 }) else {
+        diagnostics::unaccounted(Hook::Socket as u32, 0);
         return verdict;
     };
     let flow = Flow::to(destination.octets());
@@ -48,6 +52,14 @@ fn judge(ctx: &SockAddrContext, destination: Address) -> Verdict {
     // SAFETY: this CPU's own, and its map keeps it as long as a program runs that found it.
     events::call(Hook::Socket, verdict, cookie, flow, unsafe { &mut *window });
     verdict
+}
+
+/// The same verdict, of which the verifier no longer knows which it is: it then follows what comes next once, and not once
+/// for each. What it needs for that is a number that it does not know.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "any number will do")]
+fn without_origin(verdict: Verdict, unknown: u64) -> Verdict {
+    Verdict::from_u32(hint::black_box(verdict as u32 ^ unknown as u32) ^ unknown as u32)
 }
 
 /// What the call is for.

@@ -3,18 +3,19 @@
 use std::{net::Ipv4Addr, thread};
 
 use crate::{
-    Backend, METADATA, Netns, Pod, SERVICE, Status, World,
+    Backend, METADATA, Netns, Pod, SERVICE, Status, World, effort,
     poll::{poll_until, try_poll},
     probe::{LONG, Outcome, SHORT, http_get, icmp_echo, reachable, udp_echo},
     skip::lacks_tcx,
 };
 
-/// Runs a test once for each way of attaching that the kernel has.
+/// Runs a test once for each way of attaching that the kernel has, or with less [`effort`] only for the one that the
+/// agent prefers.
 pub fn with_each_backend(test: impl Fn(Backend)) {
-    for backend in [Backend::Tcx, Backend::Clsact] {
-        if backend == Backend::Tcx && lacks_tcx("the part with TCX") {
-            continue;
-        }
+    let backends: &[_] =
+        if lacks_tcx("the part with TCX") { &[Backend::Clsact] } else { &[Backend::Tcx, Backend::Clsact] };
+    let count = effort(2) as usize;
+    for &backend in backends.iter().take(count) {
         // Shown where the test fails.
         eprintln!("backend: {}", backend.name());
         test(backend);

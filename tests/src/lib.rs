@@ -21,6 +21,7 @@ pub mod status;
 
 mod agent;
 mod arrivals;
+mod effort;
 mod expect;
 mod packet_socket;
 mod pins;
@@ -32,6 +33,7 @@ mod world;
 
 pub use agent::{Agent, AgentCommand, Backend, output};
 pub use arrivals::Arrivals;
+pub use effort::{EFFORT, effort};
 pub use expect::with_each_backend;
 pub use netns::Netns;
 pub use packet_socket::PacketSocket;

@@ -53,16 +53,22 @@ impl PacketSocket {
     /// Whether a frame with `marker` in it comes within `deadline`, or has come already.
     #[must_use]
     pub fn sees(&self, marker: &[u8], deadline: Duration) -> bool {
+        self.find(deadline, |frame| frame.windows(marker.len()).any(|window| window == marker)).is_some()
+    }
+
+    /// The first frame that is wanted and comes within `deadline`, or has come already.
+    #[must_use]
+    pub fn find(&self, deadline: Duration, is_wanted: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
         let mut buffer = [0; 2048];
-        let mut is_marked = || {
+        let mut next = || {
             while let Ok(frame) = self.receive(&mut buffer) {
-                if frame.windows(marker.len()).any(|window| window == marker) {
-                    return Some(());
+                if is_wanted(frame) {
+                    return Some(frame.to_vec());
                 }
             }
             None
         };
-        try_poll(deadline, &mut is_marked).is_some()
+        try_poll(deadline, &mut next)
     }
 
     /// Receives one packet, cut to the buffer's length, if there is one.

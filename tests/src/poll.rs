@@ -5,7 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-const INTERVAL: Duration = Duration::from_millis(10);
+/// Between two probes, of which each may be a process that takes time from what is waited for.
+const INTERVALS: [Duration; 2] = [Duration::from_millis(5), Duration::from_millis(100)];
 
 /// Calls `probe` until it returns something; panics with `what` when `deadline` has passed.
 #[track_caller]
@@ -18,14 +19,15 @@ pub fn poll_until<T>(deadline: Duration, what: &str, probe: impl FnMut() -> Opti
 
 /// Calls `probe` until it returns something, at least once; `None` when `deadline` has passed.
 pub fn try_poll<T>(deadline: Duration, mut probe: impl FnMut() -> Option<T>) -> Option<T> {
-    let end = Instant::now() + deadline;
+    let (start, [shortest, longest]) = (Instant::now(), INTERVALS);
     loop {
         if let Some(found) = probe() {
             return Some(found);
         }
-        if Instant::now() >= end {
+        let waited = start.elapsed();
+        if waited >= deadline {
             return None;
         }
-        sleep(INTERVAL);
+        sleep((waited / 4).clamp(shortest, longest));
     }
 }

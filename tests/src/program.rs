@@ -67,9 +67,9 @@ impl Object {
         sorted(self.ebpf.programs().map(|(name, _)| name))
     }
 
-    /// Names of its maps, sorted, but for that of its constants.
+    /// Names of its maps, sorted, but for those of its constants and private variables.
     pub fn map_names(&self) -> Vec<String> {
-        sorted(self.ebpf.maps().map(|(name, _)| name).filter(|&name| name != ".rodata"))
+        sorted(self.ebpf.maps().map(|(name, _)| name).filter(|name| ![".rodata", ".data"].contains(name)))
     }
 }
 
@@ -92,7 +92,14 @@ pub fn action(program: &SchedClassifier, packet: &[u8]) -> i32 {
 /// The same, or `None` for a packet that the kernel takes for no test run: it wants an Ethernet header and more, and
 /// newer kernels a whole IP header where the EtherType says IP (`bpf_prog_test_run_skb`).
 pub fn try_action(program: &SchedClassifier, packet: &[u8]) -> Option<i32> {
-    let mut after = vec![0; packet.len() + 64];
+    let (action, after) = try_run(program, packet)?;
+    assert_eq!(after, packet, "the program changed the packet");
+    Some(action)
+}
+
+/// What the program returns for `packet`, and what it makes of it, or `None` likewise.
+pub fn try_run(program: &SchedClassifier, packet: &[u8]) -> Option<(i32, Vec<u8>)> {
+    let mut after = vec![0; packet.len() + 256];
     let options =
         TestRunOptions { data_in: Some(packet), data_out: Some(&mut after), ..TestRunOptions::default() };
     let result = match program.test_run(options) {
@@ -102,8 +109,8 @@ pub fn try_action(program: &SchedClassifier, packet: &[u8]) -> Option<i32> {
         }
         Err(error) => panic!("BPF_PROG_TEST_RUN: {error}"),
     };
-    assert_eq!(&after[..result.data_size_out as usize], packet, "the program changed the packet");
-    Some(result.return_value.cast_signed())
+    after.truncate(result.data_size_out as usize);
+    Some((result.return_value.cast_signed(), after))
 }
 
 /// Nanoseconds that one run takes, on average over `repeat` of them. Taken around the call: what the kernel reports is

@@ -15,6 +15,7 @@ pub struct Status {
     pub agent: AgentProcess,
     pub configuration: Option<Configuration>,
     pub mode: Option<String>,
+    pub answer: Option<String>,
     pub provider: Option<Provider>,
     pub endpoints: Vec<Endpoint>,
     pub interfaces: Vec<Interface>,

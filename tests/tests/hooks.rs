@@ -6,7 +6,7 @@ use std::{
 };
 
 use imds_tests::{
-    Backend, METADATA, Netns, PodLink, SERVICE, World, hook,
+    METADATA, Netns, PodLink, SERVICE, World, hook,
     probe::{LONG, Outcome, SHORT, http_get, reachable},
     skip_without_netns_cookie, with_each_backend,
 };
@@ -178,7 +178,7 @@ fn all_hooks_together_are_what_an_agent_without_a_configuration_has() {
     std::fs::write(&empty, "").unwrap();
     let cgroup = world.cgroup().to_str().unwrap();
     let agent = world.agent().config_file(empty.to_str().unwrap()).args(&["--cgroup", cgroup]);
-    let _agent = agent.backend(Backend::Tcx).spawn_ready();
+    let _agent = agent.spawn_ready();
     assert_eq!(world.status().hooks, ["pod_edge", "node_edge", "socket"]);
     world.in_cgroup(|| {
         world.assert_blocked(&pod);

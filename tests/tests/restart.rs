@@ -6,7 +6,7 @@ use std::{
 };
 
 use imds_tests::{
-    Backend, METADATA, Pod, PodLink, World,
+    Backend, METADATA, Pod, PodLink, World, effort,
     flood::Flood,
     hook::{self, Attached},
     poll::poll_until,
@@ -96,9 +96,7 @@ fn assert_flood_arrives(world: &World, pods: &[Pod; 2]) {
 }
 
 fn flood_while_agents_are_killed_and_started(backend: Backend, hook: &'static str) {
-    const RESTARTS: u32 = 20;
-    const DURATION: Duration = Duration::from_secs(10);
-
+    let (restarts_wanted, duration) = (effort(20), Duration::from_millis(effort(10_000).into()));
     let world = World::new();
     let agent_of = || world.agent().backend(backend).hooks(&[hook]);
     let pods = LINKS.map(|link| world.add_pod(link));
@@ -110,7 +108,7 @@ fn flood_while_agents_are_killed_and_started(backend: Backend, hook: &'static st
     let start = Instant::now();
     let floods = flood(&pods);
     let mut restarts = 0;
-    while restarts < RESTARTS || start.elapsed() < DURATION {
+    while restarts < restarts_wanted || start.elapsed() < duration {
         agent.kill9();
         // One that does not live to take over: it is killed a little later each time.
         let stillborn = agent_of().spawn();
@@ -124,7 +122,7 @@ fn flood_while_agents_are_killed_and_started(backend: Backend, hook: &'static st
     }
     let sent: u64 = floods.into_iter().map(Flood::stop).sum();
     assert_eq!(world.arrivals(), before, "of {sent} packets during {restarts} restarts");
-    assert!(sent > 100_000, "{sent} packets are no flood");
+    assert!(sent > effort(100_000).into(), "{sent} packets are no flood");
     // Each packet was counted at most once; the kernel may drop some on the way to the hook.
     let denied = world.status().total.denied.packets;
     assert!(denied <= sent && denied > sent / 2, "{denied} of {sent} counted");

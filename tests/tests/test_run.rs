@@ -219,7 +219,8 @@ fn the_verifier_is_done_with_every_program_soon() {
             return;
         };
         println!("{name}: {verified} instructions");
-        assert!(verified < 4096, "{name}: {verified}");
+        // Linux 6.1 goes through a third more than 6.18.
+        assert!(verified < 8192, "{name}: {verified}");
     }
 }
 

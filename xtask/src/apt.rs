@@ -1,6 +1,10 @@
 //! Debian's package manager.
 
-use std::process::{Command, Stdio};
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -8,6 +12,27 @@ use crate::workspace::execute;
 
 /// Installs packages, and their lists first where those do not know them.
 pub(crate) fn install(packages: &[String]) -> Result<()> {
+    ensure_known(packages)?;
+    // A package of the user's that conflicts is his to remove.
+    let mut install = apt_get(&["install", "--yes", "--no-install-recommends", "--no-remove"]);
+    execute(install.args(packages))
+        .context("could not install packages: if apt-get could not fetch them, run `apt-get update` first")
+}
+
+/// Downloads packages to `dir`, with all that they need and the machine does not have. Changes nothing else, and so
+/// minds neither locks nor conflicts.
+pub(crate) fn download(packages: &[String], dir: &Path) -> Result<()> {
+    ensure_known(packages)?;
+    let partial = dir.join("partial");
+    fs::create_dir_all(&partial).with_context(|| format!("could not make {}", partial.display()))?;
+    let mut download = apt_get(&["install", "--yes", "--no-install-recommends", "--download-only"]);
+    download.args(["-o", "Debug::NoLocking=true", "-o", "APT::Sandbox::User="]);
+    download.arg("-o").arg(format!("Dir::Cache::Archives={}", dir.display()));
+    execute(download.args(packages))
+        .context("could not download packages: is this machine online? If so, run `apt-get update` first")
+}
+
+fn ensure_known(packages: &[String]) -> Result<()> {
     let mut unknown = without_candidate(packages)?;
     if !unknown.is_empty() {
         execute(&mut apt_get(&["update"])).context("apt-get update failed: is this machine online?")?;
@@ -16,10 +41,7 @@ pub(crate) fn install(packages: &[String]) -> Result<()> {
     if !unknown.is_empty() {
         bail!("this distribution has no {}, Debian 12 with its security updates has", unknown.join(", "));
     }
-    // A package of the user's that conflicts is his to remove.
-    let mut install = apt_get(&["install", "--yes", "--no-install-recommends", "--no-remove"]);
-    execute(install.args(packages))
-        .context("could not install packages: if apt-get could not fetch them, run `apt-get update` first")
+    Ok(())
 }
 
 fn apt_get(arguments: &[&str]) -> Command {

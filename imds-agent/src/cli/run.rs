@@ -79,6 +79,12 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     let events = Netlink::events(node.backend == Backend::Clsact)?;
     let netlink = Netlink::connect()?.with_endpoints(settings.guarded.ipv4());
     let datapath = Datapath::open(claim, &settings.plan, &settings.guarded, netlink.clone())?;
+    match datapath.diagnostics() {
+        Ok(diagnostics) => drop(tokio::spawn(async {
+            log::warn!("the BPF programs' own log is no longer followed: {}", diagnostics.follow().await);
+        })),
+        Err(error) => log::warn!("{:#}", anyhow::Error::from(error)),
+    }
     let mut guard = Guard::new(datapath, netlink, settings.interfaces.clone());
     if !args.once {
         let agent = Agent::new(guard, node, source, settings, Duration::from_secs(args.resync))?;

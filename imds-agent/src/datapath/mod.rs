@@ -35,6 +35,7 @@ use self::{
 };
 use crate::{
     config::Hooks,
+    diagnostics::{Diagnostics, DiagnosticsError},
     endpoints::Guarded,
     node::{
         links::Link,
@@ -190,6 +191,11 @@ impl Datapath {
         self.claim.dir()
     }
 
+    /// What the programs log of themselves.
+    pub fn diagnostics(&self) -> Result<Diagnostics, DiagnosticsError> {
+        Diagnostics::open(self.programs.ids().next().unwrap_or_default())
+    }
+
     /// The hooks that are attached.
     #[must_use]
     pub fn hooks(&self) -> Hooks {
@@ -199,13 +205,12 @@ impl Datapath {
     /// Loads what the hooks of `plan` need, and attaches them with everything else from now on. The other hooks stay until
     /// [`Datapath::release`].
     pub fn prepare(&mut self, plan: &Plan) -> Result<(), DatapathError> {
-        let hooks = self.hooks.and(plan.hooks);
-        self.programs.add(hooks)?;
+        self.hooks = self.hooks.and(plan.hooks);
+        self.programs.add(self.hooks)?;
         self.programs.pin(self.claim.dir())?;
         if let (None, Some(cgroup)) = (&self.sockets, &plan.cgroup) {
             self.sockets = Some(Sockets::adopt(self.claim.dir(), cgroup)?);
         }
-        self.hooks = hooks;
         Ok(())
     }
 

@@ -81,7 +81,7 @@ impl Programs {
         for name in MAPS {
             loader.map_pin_path(in_object(name), pins.map(name));
         }
-        loader.override_global(SYMBOL_FILTER, &filter.bits[..], true);
+        loader.override_global(SYMBOL_FILTER, filter, true);
         let mut programs = Self { ebpf: loader.load(OBJECT)?, ids: BTreeMap::new() };
         programs.add(hooks)?;
         Ok(programs)
@@ -122,6 +122,11 @@ impl Programs {
         }
         let id = self.ebpf.program(name).map(|program| program.info().map(|info| info.id())).transpose()?;
         Ok(id)
+    }
+
+    /// Ids of all.
+    pub fn ids(&self) -> impl Iterator<Item = u32> {
+        self.ids.values().copied()
     }
 
     /// Id of a program.

@@ -223,7 +223,15 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
         return Ok(report);
     }
     home::ensure_ours(pins)?;
-    let maps = Maps::open(pins)?;
+    let maps = match Maps::open(pins) {
+        // The first agent pins one after the other, a later one those that somebody removed.
+        Err(_) if report.agent.running && !report.agent.ready => {
+            report.state = State::Degraded;
+            report.problem(None, "the agent has not loaded its programs yet", "wait, or see its log");
+            return Ok(report);
+        }
+        maps => maps?,
+    };
     let policy = maps.policy.get(&0, 0).map_err(unreadable)?;
     let mode = Mode::from_u32(policy.mode);
     report.mode = Some(mode.name());

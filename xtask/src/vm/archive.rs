@@ -73,11 +73,7 @@ impl Archive {
     pub(super) fn unpack(&self, packages: &[String], root: &Path) -> Result<()> {
         let dir = self.dir.join("packages");
         run(self.apt("apt-get").arg("download").args(packages).current_dir(&dir))?;
-        for entry in fs::read_dir(&dir).context("could not list the packages")? {
-            let package = entry.context("could not list the packages")?.path();
-            run(Command::new("dpkg-deb").arg("--extract").args([&package, root]))?;
-        }
-        Ok(())
+        unpack(&dir, root)
     }
 
     fn apt(&self, program: &str) -> Command {
@@ -85,6 +81,17 @@ impl Archive {
         command.env("APT_CONFIG", &self.config).env("LC_ALL", "C");
         command
     }
+}
+
+/// Unpacks all packages of `dir` below `root`.
+pub(super) fn unpack(dir: &Path, root: &Path) -> Result<()> {
+    for entry in fs::read_dir(dir).context("could not list the packages")? {
+        let path = entry.context("could not list the packages")?.path();
+        if path.extension().is_some_and(|extension| extension == "deb") {
+            run(Command::new("dpkg-deb").arg("--extract").args([&path, root]))?;
+        }
+    }
+    Ok(())
 }
 
 /// The configuration of an apt below `dir`. Of the machine's (`dump`) it has what is about downloading: no hook of the

@@ -69,11 +69,6 @@ impl Payload {
         tests.sort();
         Some(Self { agent: agent?, tests })
     }
-
-    /// The test executables' names.
-    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
-        self.tests.iter().map(|(name, _)| name.as_str())
-    }
 }
 
 /// What cargo says of something that it has compiled.
@@ -101,7 +96,8 @@ mod tests {
 {"reason":"compiler-artifact","target":{"kind":["test"],"name":"follow"},"executable":"/t/follow-1"}
 {"reason":"build-finished","success":true}"#;
         let payload = Payload::from_messages(messages).unwrap();
-        assert_eq!(payload.names().collect::<Vec<_>>(), ["follow", "unload"]);
+        let names: Vec<_> = payload.tests.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["follow", "unload"]);
         assert_eq!(payload.agent, PathBuf::from("/t/imds-agent"));
         assert!(Payload::from_messages("").is_none());
     }

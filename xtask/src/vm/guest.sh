@@ -22,14 +22,39 @@ done < /modules/order
 # busybox's shell prefers its own `ip`.
 /tools/ip link set lo up
 
-# What the agent does where it may choose.
-/tools/ip netns add pod
-/tools/ip link add pod0 type veth peer name eth0 netns pod
-/imds-agent run --once || echo "@complaint the agent failed ($?)"
-echo "@status $(/imds-agent status -o json | tr -d '\n')"
-/imds-agent unload
-/tools/ip link delete pod0
-/tools/ip netns delete pod
+while read -r variable; do
+    export "$variable"
+done < /environment
+
+if [ -s /arguments ]; then
+    echo "@brief"
+else
+    # What the agent makes use of where it may choose.
+    /tools/ip netns add pod
+    /tools/ip link add pod0 type veth peer name eth0 netns pod
+    if ! /imds-agent run --once; then
+        # So would every test.
+        echo "@complaint the agent can't be started: $(/imds-agent run --once 2>&1 | tail -n 1)"
+        echo "TEST-RC=1"
+        poweroff -f
+    fi
+    pins=/sys/fs/bpf/imds
+    status=$(/imds-agent status -o json | tr -d ' \n' | sed 's/.*"role":"pod","guard":"\([a-z]*\)".*/\1/')
+    echo "@took guard: $status"
+    case $(bpftool -j map dump pinned $pins/maps/imds_policy) in
+        *'"netns_cookie":0'[,}]*) echo "@took node: initial namespace" ;;
+        *'"netns_cookie":'*) echo "@took node: cookie" ;;
+    esac
+    case $(bpftool prog dump xlated pinned $pins/progs/imds_node_edge | grep ' call ') in
+        *netns_cookie*) echo "@took node_edge: cookie" ;;
+        *' call '*) echo "@took node_edge: ifindex" ;;
+    esac
+    type=$(bpftool -j map show pinned $pins/maps/imds_events | sed 's/.*"type":"\([a-z_]*\)".*/\1/')
+    echo "@took events: $type"
+    /imds-agent unload
+    /tools/ip link delete pod0
+    /tools/ip netns delete pod
+fi
 
 set --
 while read -r argument; do

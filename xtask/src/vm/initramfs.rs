@@ -8,28 +8,23 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use imds_ebpf_build::Host;
 
-use super::{build::Payload, kernels::Kernel, modules};
+use super::{kernels::Kernel, modules, plan::Plan, tools::Tools};
 
 const INIT: &[u8] = include_bytes!("guest.sh");
-/// Programs of this machine that the tests start. With busybox alone there would be no `ip link add type veth`.
-const TOOLS: [&str; 7] = ["bpftool", "busybox", "ip", "nft", "nsenter", "setpriv", "tc"];
+/// Programs of this machine that the tests start. With busybox alone there would be no `ip link add type veth`, and its
+/// shell prefers its own `setpriv`.
+const TOOLS: [&str; 8] = ["bpftool", "busybox", "ip", "nft", "nsenter", "setpriv", "sh", "tc"];
 
 const DIRECTORY: u32 = 0o040_755;
 const EXECUTABLE: u32 = 0o100_755;
 
 /// All that runs with `kernel`.
-pub(super) fn archive(
-    host: &Host,
-    kernel: &Kernel,
-    payload: &Payload,
-    arguments: &[String],
-) -> Result<Vec<u8>> {
+pub(super) fn archive(programs: &Tools, kernel: &Kernel, plan: &Plan) -> Result<Vec<u8>> {
     let mut cpio = Cpio::default();
     cpio.add("init", INIT);
     for tool in TOOLS {
-        let path = host.find(tool).with_context(|| format!("there is no {tool}"))?;
+        let path = programs.find(tool)?;
         cpio.copy(&format!("tools/{tool}"), &path)?;
         for library in libraries(&path)? {
             cpio.copy(&library.to_string_lossy(), &library)?;
@@ -40,11 +35,12 @@ pub(super) fn archive(
         cpio.add(&format!("modules/{}.ko", module.name), &module.content);
     }
     cpio.add("modules/order", lines(modules.iter().map(|module| module.name.as_str())).as_bytes());
-    cpio.copy("imds-agent", &payload.agent)?;
-    for (name, path) in &payload.tests {
+    cpio.copy("imds-agent", &plan.agent)?;
+    for (name, path) in &plan.tests {
         cpio.copy(&format!("tests/{name}"), path)?;
     }
-    cpio.add("arguments", lines(arguments.iter().map(String::as_str)).as_bytes());
+    cpio.add("arguments", lines(plan.arguments.iter().map(String::as_str)).as_bytes());
+    cpio.add("environment", lines(plan.environment.iter().map(String::as_str)).as_bytes());
     Ok(cpio.finish())
 }
 

@@ -3,13 +3,12 @@
 use std::{
     fmt, fs,
     path::{Path, PathBuf},
-    process,
 };
 
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 
-use super::archive::Archive;
+use super::{archive::Archive, cache};
 use crate::workspace::say;
 
 /// A kernel series, and how it can guard.
@@ -36,12 +35,21 @@ impl Line {
         }
     }
 
-    /// What the agent has to choose there: TCX came with 6.6.
-    pub(super) const fn guard(self) -> &'static str {
-        match self {
-            Self::V5_10 | Self::V6_1 => "clsact",
-            Self::V6_12 | Self::V7 => "tcx",
-        }
+    /// What the agent has to make use of there where it may choose, by the names of guest.sh: TCX came with 6.6, namespaces'
+    /// cookies with 5.14, and for TC programs with 6.13.
+    pub(super) const fn takes(self) -> [(&'static str, &'static str); 4] {
+        let (guard, node, node_edge) = match self {
+            Self::V5_10 => ("clsact", "initial namespace", "ifindex"),
+            Self::V6_1 => ("clsact", "cookie", "ifindex"),
+            Self::V6_12 => ("tcx", "cookie", "ifindex"),
+            Self::V7 => ("tcx", "cookie", "cookie"),
+        };
+        [("guard", guard), ("node", node), ("node_edge", node_edge), ("events", "ringbuf")]
+    }
+
+    /// Whether it lacks anything that a test may be about.
+    pub(super) const fn may_skip(self) -> bool {
+        !matches!(self, Self::V7)
     }
 }
 
@@ -63,9 +71,9 @@ pub(super) struct Kernel {
 impl Kernel {
     /// The kernel in `cache`, downloaded where it is not there yet or the user wants it anew.
     pub(super) fn get(line: Line, cache: &Path, refresh: bool) -> Result<Self> {
-        let dir = cache.join(line.to_string());
+        let dir = cache.join("kernels").join(line.to_string());
         if refresh || !dir.exists() {
-            download(line, cache, &dir).with_context(|| format!("could not get kernel {line}"))?;
+            download(line, &dir).with_context(|| format!("could not get kernel {line}"))?;
         }
         Self::find(line, &dir).with_context(|| format!("{} is no kernel: remove it", dir.display()))
     }
@@ -84,28 +92,12 @@ impl Kernel {
     }
 }
 
-/// Makes `dir`, whole or not at all.
-fn download(line: Line, cache: &Path, dir: &Path) -> Result<()> {
+fn download(line: Line, dir: &Path) -> Result<()> {
     say(format_args!("downloading kernel {line}"));
-    let staging = Staging(cache.join(format!("{line}.{}", process::id())));
-    let root = staging.0.join("root");
-    fs::create_dir_all(&root).with_context(|| format!("could not make {}", root.display()))?;
-    let archive = Archive::open(&staging.0.join("apt"), line.suite())?;
-    archive.unpack(&archive.kernel()?, &root)?;
-    if dir.exists() {
-        fs::remove_dir_all(dir).with_context(|| format!("could not remove {}", dir.display()))?;
-    }
-    fs::rename(&root, dir).with_context(|| format!("could not make {}", dir.display()))
-}
-
-/// A directory that is removed when dropped.
-struct Staging(PathBuf);
-
-impl Drop for Staging {
-    fn drop(&mut self) {
-        // Left behind where it fails: it is only a cache.
-        let _ = fs::remove_dir_all(&self.0);
-    }
+    cache::make(dir, |root, staging| {
+        let archive = Archive::open(&staging.join("apt"), line.suite())?;
+        archive.unpack(&archive.kernel()?, root)
+    })
 }
 
 #[cfg(test)]

@@ -3,16 +3,17 @@
 use std::{
     fmt,
     fs::File,
+    io::Read as _,
     path::Path,
-    process::{Command, Stdio},
+    process::Stdio,
     thread::sleep,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
-use imds_ebpf_build::Host;
 
-pub(super) const QEMU: &str = "qemu-system-x86_64";
+use super::tools::Tools;
+
 const POLL: Duration = Duration::from_millis(50);
 
 /// What a machine is made of.
@@ -43,16 +44,24 @@ impl fmt::Display for End {
 }
 
 impl Machine<'_> {
-    /// Runs it until it powers off.
-    pub(super) fn run(&self, host: &Host) -> Result<End> {
+    /// Runs it until it powers off, and tells each line of its console.
+    pub(super) fn run(&self, tools: &Tools, mut tell: impl FnMut(&str)) -> Result<End> {
         let console =
             File::create(self.log).with_context(|| format!("could not write {}", self.log.display()))?;
-        let qemu = host.find(QEMU).with_context(|| format!("there is no {QEMU}"))?;
-        let mut command = Command::new(qemu);
+        let mut command = tools.qemu()?;
         // One processor: with two, each a thread of QEMU 7.2's TCG, Linux 7.2 panicked in two of four runs of the tests
         // that attach to TCX ("Oops: int3", in code that it was patching); with two in one thread, in none of four.
+        if self.accel == "tcg" {
+            // The machine's time is the number of instructions that it ran: a deadline is as long for a busy host as for
+            // an idle one, and nobody waits while the machine does.
+            command.args(["-icount", "shift=2,sleep=off"]);
+            // Without AVX, which takes many more instructions to emulate than it saves.
+            command.args(["-cpu", "qemu64"]);
+        } else {
+            command.args(["-cpu", "max"]);
+        }
         command
-            .args(["-accel", self.accel, "-cpu", "max", "-machine", "q35", "-smp", "1", "-m", "1024"])
+            .args(["-accel", self.accel, "-machine", "q35", "-smp", "1", "-m", "1024"])
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"])
             .args(["-append", "console=ttyS0 panic=-1 mitigations=off quiet"])
             .arg("-kernel")
@@ -61,7 +70,8 @@ impl Machine<'_> {
             .arg(self.initramfs)
             .stdin(Stdio::null())
             .stdout(console);
-        let mut child = command.spawn().with_context(|| format!("could not start {QEMU}"))?;
+        let mut console = Console::open(self.log)?;
+        let mut child = command.spawn().context("could not start QEMU")?;
         let start = Instant::now();
         while child.try_wait().context("could not wait for QEMU")?.is_none() {
             if start.elapsed() > self.timeout {
@@ -69,8 +79,52 @@ impl Machine<'_> {
                 child.wait().context("could not wait for QEMU")?;
                 return Ok(End::TimedOut(self.timeout));
             }
+            console.read(&mut tell)?;
             sleep(POLL);
         }
+        console.read(&mut tell)?;
         Ok(End::ByItself)
+    }
+}
+
+/// A console that is still written to.
+struct Console {
+    log: File,
+    /// A line without its end.
+    rest: Vec<u8>,
+}
+
+impl Console {
+    fn open(log: &Path) -> Result<Self> {
+        let log = File::open(log).with_context(|| format!("could not read {}", log.display()))?;
+        Ok(Self { log, rest: Vec::new() })
+    }
+
+    fn read(&mut self, mut tell: impl FnMut(&str)) -> Result<()> {
+        self.log.read_to_end(&mut self.rest).context("could not read a console")?;
+        if let Some(end) = self.rest.iter().rposition(|&byte| byte == b'\n') {
+            let lines: Vec<u8> = self.rest.drain(..=end).collect();
+            String::from_utf8_lossy(&lines).lines().for_each(|line| tell(line.trim_end()));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn a_line_is_told_once_it_is_whole() {
+        let log = tempfile::NamedTempFile::new().unwrap();
+        let mut console = Console::open(log.path()).unwrap();
+        let mut told = Vec::new();
+        for text in ["one\r\ntw", "one\r\ntwo\r\n", "one\r\ntwo\r\nthree"] {
+            fs::write(log.path(), text).unwrap();
+            console.read(|line| told.push(line.to_owned())).unwrap();
+        }
+        assert_eq!(told, ["one", "two"]);
     }
 }

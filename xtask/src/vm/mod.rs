@@ -2,16 +2,20 @@
 
 mod archive;
 mod build;
+mod cache;
+mod console;
 mod initramfs;
 mod kernels;
 mod machine;
 mod modules;
+mod plan;
 mod report;
+mod tools;
 
 use std::{
     env, fs,
     num::NonZero,
-    path::{Path, PathBuf},
+    path::Path,
     process::ExitCode,
     sync::Mutex,
     thread,
@@ -20,25 +24,36 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum as _;
-use imds_ebpf_build::Host;
 
 use crate::{
     setup::{self, Purpose},
     workspace::{artifacts, say},
 };
 use build::Payload;
+use console::Guest;
 use kernels::{Kernel, Line};
 use machine::Machine;
-use report::{Guest, Row};
+use plan::Plan;
+use report::Row;
+use tools::Tools;
 
 /// Run the tests of the agent on other kernels: Debian's, in virtual machines
 ///
-/// The kernels are downloaded once, from the mirror that apt uses.
+/// The kernels, and QEMU where it is not installed, are downloaded once, from the mirror that apt uses.
 #[derive(clap::Args)]
 pub(crate) struct Vm {
     /// One of the kernels; repeat it for more
     #[arg(long = "kernel", value_enum, value_name = "VERSION")]
     lines: Vec<Line>,
+    /// Run less of the longest tests, and each with one way of attaching
+    #[arg(long)]
+    quick: bool,
+    /// How to show the results
+    #[arg(short, long, value_enum, value_name = "FORMAT", default_value_t)]
+    output: Output,
+    /// Only download what it takes, where it is not there yet
+    #[arg(long, conflicts_with_all = ["quick", "output", "filter"])]
+    fetch: bool,
     /// Look for newer versions of the kernels than those that were downloaded
     #[arg(long)]
     refresh: bool,
@@ -53,6 +68,15 @@ pub(crate) struct Vm {
     filter: Vec<String>,
 }
 
+#[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
+enum Output {
+    /// For people
+    #[default]
+    Table,
+    /// For programs
+    Json,
+}
+
 impl Vm {
     pub(crate) fn run(mut self) -> Result<ExitCode> {
         if env::consts::ARCH != "x86_64" {
@@ -65,18 +89,26 @@ impl Vm {
         self.lines.dedup();
         setup::ensure(Purpose::Vm)?;
 
-        let cache = cache()?;
+        let cache = cache::dir()?;
+        let tools = Tools::get(&cache)?;
         let kernels: Vec<_> =
             self.lines.iter().map(|&line| Kernel::get(line, &cache, self.refresh)).collect();
-        let payload = Payload::build()?;
-        let rows = self.run_all(kernels, &payload)?;
-        print!("{}", report::table(&rows));
+        if self.fetch {
+            kernels.into_iter().collect::<Result<Vec<_>>>()?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        let plan = Plan::new(Payload::build()?, &self.filter, self.quick)?;
+        let rows = self.run_all(kernels, &plan, &tools)?;
+        match self.output {
+            Output::Table => print!("{}", report::table(&rows)),
+            Output::Json => println!("{:#}", report::json(&rows)),
+        }
         let is_good = rows.iter().all(|row| row.complaints.is_empty());
         Ok(if is_good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 
     /// Runs as many machines at a time as there are processors: each has one.
-    fn run_all(&self, kernels: Vec<Result<Kernel>>, payload: &Payload) -> Result<Vec<Row>> {
+    fn run_all(&self, kernels: Vec<Result<Kernel>>, plan: &Plan, tools: &Tools) -> Result<Vec<Row>> {
         let results = artifacts("vm")?;
         // Taken from its end: the newest kernels skip the least, and so take longest.
         let queue = Mutex::new(kernels.into_iter().zip(&self.lines).collect::<Vec<_>>());
@@ -88,7 +120,7 @@ impl Vm {
                         let next = queue.lock().expect("no thread panicked").pop();
                         let Some((kernel, &line)) = next else { return };
                         let row = kernel
-                            .and_then(|kernel| self.run_one(&kernel, payload, &results))
+                            .and_then(|kernel| self.run_one(&kernel, plan, tools, &results))
                             .unwrap_or_else(|error| Row::failed(line, format!("{error:#}")));
                         rows.lock().expect("no thread panicked").push(row);
                     }
@@ -100,11 +132,11 @@ impl Vm {
         Ok(rows)
     }
 
-    fn run_one(&self, kernel: &Kernel, payload: &Payload, results: &Path) -> Result<Row> {
-        let (line, host) = (kernel.line, Host::current());
+    fn run_one(&self, kernel: &Kernel, plan: &Plan, tools: &Tools, results: &Path) -> Result<Row> {
+        let line = kernel.line;
         let file = |extension| results.join(format!("kernel-{line}.{extension}"));
         let (initramfs, log) = (file("cpio"), file("log"));
-        let archive = initramfs::archive(&host, kernel, payload, &self.filter)?;
+        let archive = initramfs::archive(tools, kernel, plan)?;
         fs::write(&initramfs, archive).with_context(|| format!("could not write {}", initramfs.display()))?;
         say(format_args!("kernel {line} ({}) starts; its console is {}", kernel.release, log.display()));
 
@@ -116,18 +148,20 @@ impl Vm {
             timeout: Duration::from_mins(self.timeout),
         };
         let start = Instant::now();
-        let end = machine.run(&host)?;
+        let mut count = 0;
+        let end = machine.run(tools, |console| {
+            if console.starts_with("@kernel ") {
+                say(format_args!("kernel {line} has started"));
+            } else if let Some(ended) = console.strip_prefix("@end ") {
+                count += 1;
+                let name = ended.split(' ').next().unwrap_or_default();
+                say(format_args!("kernel {line}: {name} ended, {count} of {}", plan.tests.len()));
+            }
+        })?;
         let console = fs::read(&log).with_context(|| format!("could not read {}", log.display()))?;
         let guest = Guest::from_console(&String::from_utf8_lossy(&console));
-        let row = Row::new(line, guest, payload.names(), end, start.elapsed());
+        let row = Row::new(line, guest, plan.names(), end, start.elapsed());
         say(format_args!("kernel {line}: {row}"));
         Ok(row)
     }
-}
-
-/// Outside of the workspace, for it to outlive this one.
-fn cache() -> Result<PathBuf> {
-    let below = |variable| env::var_os(variable).map(PathBuf::from).filter(|path| path.is_absolute());
-    let base = below("XDG_CACHE_HOME").or_else(|| Some(below("HOME")?.join(".cache")));
-    Ok(base.context("neither XDG_CACHE_HOME nor HOME is set")?.join("imds-agent/kernels"))
 }

@@ -1,4 +1,4 @@
-//! What a machine's console tells, and how it is shown.
+//! What is made of what the machines told.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -7,131 +7,16 @@ use std::{
     time::Duration,
 };
 
-use imds_tests::{SKIPPED, WHOLE_TEST};
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::{kernels::Line, machine::End};
+use super::{
+    console::{Executable, Guest},
+    kernels::Line,
+    machine::End,
+};
 
 /// How much of a failed test's output is shown, and of a console that ends unexpectedly.
 const TAIL: usize = 20;
-
-/// What a console tells.
-#[derive(Debug, Default)]
-pub(super) struct Guest {
-    release: Option<String>,
-    /// How the agent guards a pod where it may choose.
-    guard: Option<String>,
-    executables: BTreeMap<String, Executable>,
-    complaints: Vec<String>,
-    /// Whether init came to its end, and found no fault.
-    result: Option<bool>,
-    lines: Vec<String>,
-}
-
-/// What one test executable told.
-#[derive(Debug, Default)]
-struct Executable {
-    passed: BTreeSet<String>,
-    failed: BTreeSet<String>,
-    ignored: usize,
-    /// Tests that ran nothing, with their reasons.
-    skipped: BTreeMap<String, String>,
-    code: Option<i32>,
-    output: BTreeMap<String, Vec<String>>,
-}
-
-impl Guest {
-    /// Reads the console of guest.sh.
-    pub(super) fn from_console(console: &str) -> Self {
-        let mut guest = Self::default();
-        let (mut executable, mut shown_test) = (Executable::default(), None);
-        for line in console.lines().map(str::trim_end) {
-            let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
-            match word {
-                "@kernel" => guest.release = Some(rest.to_owned()),
-                "@status" => guest.guard = guard(rest),
-                "@complaint" => guest.complaints.push(rest.to_owned()),
-                "@begin" => (executable, shown_test) = (Executable::default(), None),
-                "@end" => {
-                    let (name, code) = rest.split_once(' ').unwrap_or((rest, ""));
-                    executable.code = code.parse().ok();
-                    guest.executables.insert(name.to_owned(), std::mem::take(&mut executable));
-                }
-                "TEST-RC=0" => guest.result = Some(true),
-                "TEST-RC=1" => guest.result = Some(false),
-                _ => executable.read(line, &mut shown_test),
-            }
-        }
-        guest.lines = console.lines().map(|line| line.trim_end().to_owned()).collect();
-        guest
-    }
-}
-
-impl Executable {
-    /// Reads a line of libtest's. `shown_test` is the one whose output the line may be of.
-    fn read(&mut self, line: &str, shown_test: &mut Option<String>) {
-        if let Some(name) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
-            *shown_test = Some(name.to_owned());
-        } else if matches!(line, "failures:" | "successes:") || line.starts_with("test result: ") {
-            *shown_test = None;
-        } else if let Some(name) = shown_test {
-            let what = line.strip_prefix(SKIPPED).and_then(|what| what.split_once(": "));
-            if let Some((WHOLE_TEST, reason)) = what {
-                self.skipped.insert(name.clone(), reason.to_owned());
-            }
-            if !line.is_empty() {
-                self.output.entry(name.clone()).or_default().push(line.to_owned());
-            }
-        } else if let Some((name, result)) =
-            line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... "))
-        {
-            match result {
-                "ok" => _ = self.passed.insert(name.to_owned()),
-                "FAILED" => _ = self.failed.insert(name.to_owned()),
-                _ => self.ignored += 1,
-            }
-        }
-    }
-
-    /// How many tests passed that ran something.
-    fn passed(&self) -> usize {
-        self.passed.iter().filter(|test| !self.skipped.contains_key(*test)).count()
-    }
-
-    fn is_empty(&self) -> bool {
-        self.passed.is_empty() && self.failed.is_empty() && self.ignored == 0
-    }
-}
-
-impl fmt::Display for Executable {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.is_empty() {
-            return f.write_str("-");
-        }
-        write!(f, "{} passed", self.passed())?;
-        for (count, what) in
-            [(self.skipped.len(), "skipped"), (self.ignored, "ignored"), (self.failed.len(), "FAILED")]
-        {
-            if count > 0 {
-                write!(f, ", {count} {what}")?;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// What is wrong, and the last of the lines that tell more.
-fn with_tail(complaint: &str, lines: &[String]) -> String {
-    let tail = &lines[lines.len().saturating_sub(TAIL)..];
-    iter::once(complaint).chain(tail.iter().map(String::as_str)).collect::<Vec<_>>().join("\n    ")
-}
-
-/// How `imds-agent status -o json` says that a pod's interface is guarded.
-fn guard(status: &str) -> Option<String> {
-    let status: Value = serde_json::from_str(status).ok()?;
-    let pod = status["interfaces"].as_array()?.iter().find(|interface| interface["role"] == "pod")?;
-    Some(pod["guard"].as_str()?.to_owned())
-}
 
 /// A kernel, and all that is wrong there.
 #[derive(Debug)]
@@ -153,9 +38,14 @@ impl Row {
         duration: Duration,
     ) -> Self {
         let mut complaints = guest.complaints.clone();
-        if guest.guard.as_deref() != Some(line.guard()) {
-            let guard = guest.guard.as_deref().unwrap_or("nothing");
-            complaints.push(format!("the agent chooses {guard}, not {}", line.guard()));
+        if guest.result == Some(false) && guest.executables.is_empty() {
+            return Self { line, guest, duration, complaints };
+        }
+        for (what, wanted) in line.takes() {
+            let took = guest.took.get(what).map_or("nothing", String::as_str);
+            if took != wanted && !guest.is_brief {
+                complaints.push(format!("{what}: the agent takes {took}, not {wanted}"));
+            }
         }
         for name in expected {
             match guest.executables.get(name) {
@@ -194,8 +84,7 @@ impl Executable {
         if self.code != Some(0) && complaints.is_empty() {
             complaints.push(format!("{name} ended with {:?}", self.code));
         }
-        // The only reason there is.
-        if line.guard() == "tcx" {
+        if !line.may_skip() {
             complaints.extend(
                 self.skipped.iter().map(|(test, reason)| format!("{name}: {test} was skipped: {reason}")),
             );
@@ -221,6 +110,12 @@ impl fmt::Display for Row {
     }
 }
 
+/// What is wrong, and the last of the lines that tell more.
+fn with_tail(complaint: &str, lines: &[String]) -> String {
+    let tail = &lines[lines.len().saturating_sub(TAIL)..];
+    iter::once(complaint).chain(tail.iter().map(String::as_str)).collect::<Vec<_>>().join("\n    ")
+}
+
 /// All kernels beside each other, why tests were skipped, and what is wrong.
 pub(super) fn table(rows: &[Row]) -> String {
     let executables: BTreeSet<_> = rows.iter().flat_map(|row| row.guest.executables.keys()).collect();
@@ -228,10 +123,13 @@ pub(super) fn table(rows: &[Row]) -> String {
     let line = |head: &str, cell: &dyn Fn(&Row) -> String| {
         iter::once(head.to_owned()).chain(rows.iter().map(cell)).collect::<Vec<_>>()
     };
-    let mut lines = vec![
-        line("KERNEL", &|row| row.guest.release.clone().unwrap_or_else(|| row.line.to_string())),
-        line("guard", &|row| row.guest.guard.clone().unwrap_or_else(unknown)),
-    ];
+    let mut lines =
+        vec![line("KERNEL", &|row| row.guest.release.clone().unwrap_or_else(|| row.line.to_string()))];
+    let took: BTreeSet<_> = rows.iter().flat_map(|row| row.guest.took.keys()).collect();
+    lines.extend(
+        took.into_iter()
+            .map(|what| line(what, &|row| row.guest.took.get(what).cloned().unwrap_or_else(unknown))),
+    );
     lines.extend(executables.into_iter().map(|executable| line(executable, &|row| row.cell(executable))));
     lines.push(line("seconds", &|row| row.duration.as_secs().to_string()));
 
@@ -244,8 +142,14 @@ pub(super) fn table(rows: &[Row]) -> String {
         text += cells.collect::<Vec<_>>().join("  ").trim_end();
         text.push('\n');
     }
-    for (tests, lines) in skipped(rows) {
-        let _ = writeln!(text, "\nskipped on {}:\n    {}", lines.join(", "), tests.join("\n    "));
+    for (reason, LeftOut { whole, in_part }) in left_out(rows) {
+        let _ = writeln!(text, "\nskipped, {reason}:");
+        for (test, lines) in whole {
+            let _ = writeln!(text, "    {test} ({})", lines.join(", "));
+        }
+        if !in_part.is_empty() {
+            let _ = writeln!(text, "    parts of {} tests", in_part.len());
+        }
     }
     for row in rows {
         for complaint in &row.complaints {
@@ -255,26 +159,58 @@ pub(super) fn table(rows: &[Row]) -> String {
     text
 }
 
-/// The tests that were skipped and why, with the kernels on which it was these.
-fn skipped(rows: &[Row]) -> BTreeMap<Vec<String>, Vec<String>> {
-    let mut skipped: BTreeMap<_, Vec<_>> = BTreeMap::new();
+/// The same for programs.
+pub(super) fn json(rows: &[Row]) -> Value {
+    let kernels: Vec<_> = rows
+        .iter()
+        .map(|row| {
+            json!({
+                "kernel": row.line.to_string(),
+                "release": row.guest.release,
+                "took": row.guest.took,
+                "tests": row.guest.executables,
+                "seconds": row.duration.as_secs(),
+                "complaints": row.complaints,
+            })
+        })
+        .collect();
+    json!({ "schema": 1, "kernels": kernels })
+}
+
+/// Tests that did not run all that they have.
+#[derive(Debug, Default)]
+struct LeftOut {
+    /// Those that ran nothing, with the kernels on which they did not.
+    whole: BTreeMap<String, Vec<String>>,
+    in_part: BTreeSet<String>,
+}
+
+/// What was left out for each reason.
+fn left_out(rows: &[Row]) -> BTreeMap<&str, LeftOut> {
+    let mut all: BTreeMap<&str, LeftOut> = BTreeMap::new();
     for row in rows {
-        let tests = row.guest.executables.iter().flat_map(|(name, executable)| {
-            executable.skipped.iter().map(move |(test, reason)| format!("{name}: {test}: {reason}"))
-        });
-        skipped.entry(tests.collect()).or_default().push(row.line.to_string());
+        for (name, executable) in &row.guest.executables {
+            for (test, reason) in &executable.skipped {
+                let whole = &mut all.entry(reason).or_default().whole;
+                whole.entry(format!("{name}: {test}")).or_default().push(row.line.to_string());
+            }
+            for (test, reason) in &executable.in_part {
+                all.entry(reason).or_default().in_part.insert(format!("{name}: {test}"));
+            }
+        }
     }
-    skipped.remove(&Vec::new());
-    skipped
+    all
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const START: &str = "SeaBIOS\r\n@kernel 5.10.0\r
-@status {\"interfaces\": [{\"role\": \"loopback\"}, {\"role\": \"pod\", \"guard\": \"clsact\"}]}\r
-";
+    const START: &str = "SeaBIOS\r\n@kernel 5.10.0\r\n@took guard: clsact\r\n@took node: initial namespace\r
+@took node_edge: ifindex\r\n@took events: ringbuf\r\n";
+    /// Of the same, on a newer kernel.
+    const START_6_1: &str = "@kernel 6.1.0\r\n@took guard: clsact\r\n@took node: cookie\r
+@took node_edge: ifindex\r\n@took events: ringbuf\r\n";
     const UNLOAD: &str = "@begin unload\r
 running 3 tests\r
 test everywhere ... ok\r
@@ -320,11 +256,13 @@ test result: FAILED. 1 passed; 1 failed\r
         assert_eq!(good.complaints, [""; 0]);
         assert_eq!(good.to_string(), "1 passed, 1 skipped, 0 failed in 60 s");
         let table = table(&[good]);
-        let start =
-            "KERNEL   5.10.0\nguard    clsact\nunload   1 passed, 1 skipped, 1 ignored\nseconds  60\n";
+        let start = "KERNEL     5.10.0\nevents     ringbuf\nguard      clsact\nnode       initial namespace\nnode_edge  ifindex\n\
+             unload     1 passed, 1 skipped, 1 ignored\nseconds    60\n";
         assert!(table.starts_with(start), "{table}");
         assert!(
-            table.contains("skipped on 5.10:\n    unload: tcx_alone: no TCX on this kernel\n"),
+            table.ends_with(
+                "\nskipped, no TCX on this kernel:\n    unload: tcx_alone (5.10)\n    parts of 1 tests\n"
+            ),
             "{table}"
         );
     }
@@ -333,14 +271,26 @@ test result: FAILED. 1 passed; 1 failed\r
     fn a_kernel_that_has_tcx_must_use_it() {
         let console = [START, UNLOAD, "TEST-RC=0\r\n"].concat();
         let complaints = row(Line::V7, &console, &["unload"]).complaints;
-        assert_eq!(complaints[0], "the agent chooses clsact, not tcx");
-        assert_eq!(complaints[1], "unload: tcx_alone was skipped: no TCX on this kernel");
-        assert_eq!(complaints.len(), 2);
+        assert_eq!(
+            complaints,
+            [
+                "guard: the agent takes clsact, not tcx",
+                "node: the agent takes initial namespace, not cookie",
+                "node_edge: the agent takes ifindex, not cookie",
+                "unload: tcx_alone was skipped: no TCX on this kernel"
+            ]
+        );
+    }
+
+    #[test]
+    fn where_the_agent_does_not_start_nothing_else_is_told() {
+        let console = "@kernel 6.1.0\r\n@complaint the agent can't be started: no\r\nTEST-RC=1\r\n";
+        assert_eq!(row(Line::V6_1, console, &["follow"]).complaints, ["the agent can't be started: no"]);
     }
 
     #[test]
     fn a_failed_test_is_shown_with_its_output() {
-        let console = [START, FAILING, "@complaint the kernel says: BUG\r\nTEST-RC=1\r\n"].concat();
+        let console = [START_6_1, FAILING, "@complaint the kernel says: BUG\r\nTEST-RC=1\r\n"].concat();
         let complaints = row(Line::V6_1, &console, &["follow"]).complaints;
         assert_eq!(complaints, ["the kernel says: BUG", "follow: bad failed\n    thread 'bad' panicked"]);
     }
@@ -352,6 +302,6 @@ test result: FAILED. 1 passed; 1 failed\r
         assert_eq!(complaints[0], "follow did not end");
         assert!(complaints[1].starts_with("the machine ended early"), "{complaints:?}");
         assert!(complaints[1].ends_with("\n    Kernel panic"), "{complaints:?}");
-        assert_eq!(row(Line::V5_10, "", &[]).complaints.len(), 2);
+        assert_eq!(row(Line::V5_10, "", &[]).complaints.len(), 5);
     }
 }

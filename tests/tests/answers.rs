@@ -1,0 +1,199 @@
+//! What a denied sender is told: its own stack takes it for the endpoint's answer, at once.
+
+use std::{
+    io::{self, ErrorKind},
+    net::{IpAddr, Ipv4Addr, TcpStream},
+};
+
+use imds_tests::{
+    METADATA, METADATA_V6, Netns, PacketSocket, Pod, PodLink, World, packets,
+    probe::{LONG, Outcome, SHORT, http_exchange, http_get, reachable, udp_echo},
+    with_each_backend,
+};
+
+const REJECT: &str = "provider = 'aws'\nanswer = 'reject'";
+const DROP: &str = "provider = 'aws'\nanswer = 'drop'";
+const EDGES: [&str; 2] = ["pod_edge", "node_edge"];
+
+/// Longer than any answer takes: what is refused is refused before.
+fn refused(netns: &Netns, address: impl Into<IpAddr>) -> bool {
+    matches!(http_get(netns, address, LONG), Outcome::Refused)
+}
+
+/// The error of a connected UDP socket that hears of an ICMP error: EHOSTUNREACH for IPv4 (`icmp_err_convert`,
+/// net/ipv4/icmp.c), EACCES for IPv6 (`tab_unreach`, net/ipv6/icmp.c).
+fn prohibited(netns: &Netns, address: impl Into<IpAddr>) -> bool {
+    match udp_echo(netns, address, LONG) {
+        Outcome::Error(error) => matches!(error.raw_os_error(), Some(libc::EHOSTUNREACH | libc::EACCES)),
+        Outcome::Answer(_) | Outcome::Timeout | Outcome::Refused => false,
+    }
+}
+
+#[test]
+fn connections_are_refused_and_datagrams_are_answered_at_each_edge() {
+    with_each_backend(|backend| {
+        let world = World::new().with_ipv6();
+        let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
+        world.add_pod_ipv6(&pods[0]);
+        for pod in &pods {
+            world.assert_open(pod);
+        }
+        assert!(reachable(&pods[0].netns, METADATA_V6));
+        for edge in EDGES {
+            let agent = world.agent().backend(backend).hooks(&[edge]).config(REJECT).spawn_ready();
+            assert_eq!(world.status().answer.as_deref(), Some("reject"));
+            world.assert_nothing_arrives(|| {
+                for pod in &pods {
+                    assert!(refused(&pod.netns, METADATA), "TCP at {edge}: {:?}", pod.host_ifname);
+                    assert!(prohibited(&pod.netns, METADATA), "UDP at {edge}");
+                }
+                assert!(refused(&pods[0].netns, METADATA_V6), "TCP by IPv6 at {edge}");
+                assert!(prohibited(&pods[0].netns, METADATA_V6), "UDP by IPv6 at {edge}");
+            });
+            for pod in &pods {
+                world.assert_harmless(pod);
+            }
+            assert!(reachable(&world.node, METADATA) && reachable(&world.node, METADATA_V6));
+            drop(agent);
+
+            // The same agent with the other answer says nothing.
+            let agent = world.agent().backend(backend).hooks(&[edge]).config(DROP).spawn_ready();
+            assert!(matches!(http_get(&pods[0].netns, METADATA, SHORT), Outcome::Timeout));
+            drop(agent);
+            world.unload();
+            for pod in &pods {
+                world.assert_open(pod);
+            }
+        }
+    });
+}
+
+#[test]
+fn an_answer_at_the_node_edge_finds_its_way_back_through_translation() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let service = Ipv4Addr::new(10, 96, 0, 80);
+    let rules = format!(
+        "table ip nat {{
+            chain prerouting {{ type nat hook prerouting priority -100; ip daddr {service} dnat to {METADATA}; }}
+            chain postrouting {{ type nat hook postrouting priority 100; oifname {} masquerade; }}
+        }}",
+        World::UPLINK
+    );
+    let mut nft = world.node.command("nft");
+    nft.arg(rules);
+    assert!(imds_tests::output(nft).status.success());
+    assert!(reachable(&pod.netns, service));
+    let agent = world.agent().hooks(&["node_edge"]).config(REJECT).spawn_ready();
+    world.assert_nothing_arrives(|| {
+        for address in [service, METADATA] {
+            assert!(refused(&pod.netns, address), "{address}");
+            assert!(prohibited(&pod.netns, address), "{address}");
+        }
+    });
+    drop(agent);
+    world.unload();
+    assert!(reachable(&pod.netns, service));
+}
+
+#[test]
+fn a_connection_that_was_open_before_is_reset() {
+    for edge in EDGES {
+        let world = World::new();
+        let pod = world.add_pod(PodLink::Routed);
+        let mut stream =
+            pod.netns.run(|| TcpStream::connect_timeout(&(METADATA, 80).into(), LONG)).expect("open");
+        let _agent = world.agent().hooks(&[edge]).config(REJECT).spawn_ready();
+        let error = http_exchange(&mut stream, LONG).expect_err("denied");
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{edge}: {error}");
+    }
+}
+
+#[test]
+fn audit_answers_nothing() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let _agent = world.agent().hooks(&EDGES).config("mode = 'audit'\nanswer = 'reject'").spawn_ready();
+    world.assert_open(&pod);
+    assert!(world.status().total.audited.packets > 0);
+}
+
+/// Sends a frame from the pod and returns the first that comes back with `marker` in it.
+fn answer_to(pod: &Pod, frame: &[u8], marker: &[u8]) -> Option<Vec<u8>> {
+    let socket = PacketSocket::frames(&pod.netns, Pod::IFNAME);
+    socket.send(frame).expect("send");
+    socket.find(LONG, |answer| answer[..6] == pod.mac && answer.windows(marker.len()).any(|w| w == marker))
+}
+
+#[test]
+fn an_answer_has_the_tags_of_what_it_answers() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let _agent = world.agent().config(REJECT).spawn_ready();
+    let segment = packets::syn(pod.address, METADATA, 40_321, 7);
+    let ports = [80_u16.to_be_bytes(), 40_321_u16.to_be_bytes()].concat();
+    for tags in [&[(0x8100, 0x6000)][..], &[(0x88a8, 0x6000), (0x8100, 0x4000)]] {
+        let frame = packets::tagged_frame(&pod, pod.gateway_mac, tags, &segment);
+        let answer = answer_to(&pod, &frame, &ports).expect("an answer");
+        // A packet socket shows the outermost tag beside the frame, not in it: what is left is the inner ones.
+        let inner: Vec<u8> = frame[12..].iter().skip(4).copied().take((tags.len() - 1) * 4 + 2).collect();
+        assert_eq!(answer[12..12 + inner.len()], inner, "{tags:x?}: {answer:x?}");
+    }
+}
+
+#[test]
+fn answers_are_limited_and_events_of_a_flood_too() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let _agent = world.agent().config(REJECT).spawn_ready();
+    let socket = PacketSocket::frames(&pod.netns, Pod::IFNAME);
+    let total = 20_000_u32;
+    for sequence in 0..total {
+        let segment = packets::syn(pod.address, METADATA, 40_000, sequence);
+        loop {
+            match socket.send(&packets::frame(&pod, &segment)) {
+                Ok(()) => break,
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+    world.status_when("all are denied", |status| status.denied() >= u64::from(total));
+    let answers = received(&pod).expect("the pod's counter");
+    assert!(answers >= 1000 && answers < u64::from(total), "{answers} answers");
+}
+
+/// Packets that the pod's interface received.
+fn received(pod: &Pod) -> io::Result<u64> {
+    let mut command = pod.netns.command("ip");
+    command.args(["-s", "-j", "link", "show", "dev", Pod::IFNAME]);
+    let links: serde_json::Value = serde_json::from_slice(&imds_tests::output(command).stdout)?;
+    links[0]["stats64"]["rx"]["packets"].as_u64().ok_or_else(|| ErrorKind::InvalidData.into())
+}
+
+#[test]
+fn a_macvlan_pod_is_answered_at_the_node_edge() {
+    if imds_tests::lacks_tc_netns_cookie("answers to macvlan pods") {
+        return;
+    }
+    let world = World::new();
+    let netns = Netns::new("macvlan");
+    world.node.ip(&format!(
+        "link add mv0 link {} type macvlan mode bridge
+         link set mv0 netns {}",
+        World::UPLINK,
+        netns.name()
+    ));
+    netns.ip("link set lo up
+         link set mv0 name eth0
+         addr add 10.0.0.77/24 dev eth0
+         link set eth0 up
+         route add default via 10.0.0.1");
+    assert!(reachable(&netns, METADATA));
+    let agent = world.agent().hooks(&["node_edge"]).config(REJECT).spawn_ready();
+    assert!(refused(&netns, METADATA));
+    assert!(prohibited(&netns, METADATA));
+    drop(agent);
+    world.unload();
+    assert!(reachable(&netns, METADATA));
+}

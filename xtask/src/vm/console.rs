@@ -1,0 +1,123 @@
+//! What a machine's console tells.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
+
+use imds_tests::{SKIPPED, WHOLE_TEST};
+use serde::Serialize;
+
+/// All that one told.
+#[derive(Debug, Default)]
+pub(super) struct Guest {
+    /// Whether it was given a filter, and so does not look what the agent takes.
+    pub(super) is_brief: bool,
+    pub(super) release: Option<String>,
+    /// What the agent makes use of where it may choose.
+    pub(super) took: BTreeMap<String, String>,
+    pub(super) executables: BTreeMap<String, Executable>,
+    pub(super) complaints: Vec<String>,
+    /// Whether init came to its end, and found no fault.
+    pub(super) result: Option<bool>,
+    pub(super) lines: Vec<String>,
+}
+
+/// What one test executable told.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Executable {
+    pub(super) passed: BTreeSet<String>,
+    pub(super) failed: BTreeSet<String>,
+    pub(super) ignored: usize,
+    /// Tests that ran nothing, with their reasons.
+    pub(super) skipped: BTreeMap<String, String>,
+    /// Tests that left out a part, with their reasons.
+    pub(super) in_part: BTreeMap<String, String>,
+    pub(super) code: Option<i32>,
+    #[serde(skip)]
+    pub(super) output: BTreeMap<String, Vec<String>>,
+}
+
+impl Guest {
+    /// Reads the console of guest.sh.
+    pub(super) fn from_console(console: &str) -> Self {
+        let mut guest = Self::default();
+        let (mut executable, mut shown_test) = (Executable::default(), None);
+        for line in console.lines().map(str::trim_end) {
+            let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
+            match word {
+                "@kernel" => guest.release = Some(rest.to_owned()),
+                "@took" => guest
+                    .took
+                    .extend(rest.split_once(": ").map(|(what, how)| (what.to_owned(), how.to_owned()))),
+                "@brief" => guest.is_brief = true,
+                "@complaint" => guest.complaints.push(rest.to_owned()),
+                "@begin" => (executable, shown_test) = (Executable::default(), None),
+                "@end" => {
+                    let (name, code) = rest.split_once(' ').unwrap_or((rest, ""));
+                    executable.code = code.parse().ok();
+                    guest.executables.insert(name.to_owned(), std::mem::take(&mut executable));
+                }
+                "TEST-RC=0" => guest.result = Some(true),
+                "TEST-RC=1" => guest.result = Some(false),
+                _ => executable.read(line, &mut shown_test),
+            }
+        }
+        guest.lines = console.lines().map(|line| line.trim_end().to_owned()).collect();
+        guest
+    }
+}
+
+impl Executable {
+    /// Reads a line of libtest's. `shown_test` is the one whose output the line may be of.
+    fn read(&mut self, line: &str, shown_test: &mut Option<String>) {
+        if let Some(name) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
+            *shown_test = Some(name.to_owned());
+        } else if matches!(line, "failures:" | "successes:") || line.starts_with("test result: ") {
+            *shown_test = None;
+        } else if let Some(name) = shown_test {
+            let what = line.strip_prefix(SKIPPED).and_then(|what| what.split_once(": "));
+            if let Some((what, reason)) = what {
+                let tests = if what == WHOLE_TEST { &mut self.skipped } else { &mut self.in_part };
+                tests.insert(name.clone(), reason.to_owned());
+            }
+            if !line.is_empty() {
+                self.output.entry(name.clone()).or_default().push(line.to_owned());
+            }
+        } else if let Some((name, result)) =
+            line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... "))
+        {
+            match result {
+                "ok" => _ = self.passed.insert(name.to_owned()),
+                "FAILED" => _ = self.failed.insert(name.to_owned()),
+                _ => self.ignored += 1,
+            }
+        }
+    }
+
+    /// How many tests passed that ran something.
+    pub(super) fn passed(&self) -> usize {
+        self.passed.iter().filter(|test| !self.skipped.contains_key(*test)).count()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.passed.is_empty() && self.failed.is_empty() && self.ignored == 0
+    }
+}
+
+impl fmt::Display for Executable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_empty() {
+            return f.write_str("-");
+        }
+        write!(f, "{} passed", self.passed())?;
+        for (count, what) in
+            [(self.skipped.len(), "skipped"), (self.ignored, "ignored"), (self.failed.len(), "FAILED")]
+        {
+            if count > 0 {
+                write!(f, ", {count} {what}")?;
+            }
+        }
+        Ok(())
+    }
+}
