@@ -8,12 +8,13 @@ use std::{
     time::Duration,
 };
 
+use aya::programs::TcAttachType::{self, Egress, Ingress};
 use imds_tests::{
     Agent, Backend, METADATA, Pod, PodLink, SERVICE, Status, World,
     flood::Flood,
     hook,
     poll::poll_until,
-    probe::{LONG, SHORT, http_get, reachable},
+    probe::{LONG, Outcome, SHORT, http_get, reachable},
     skip_without_netns_cookie, with_each_backend,
 };
 use nix::{
@@ -25,6 +26,10 @@ const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
 const POD_EDGE: &str = "[hooks]\nsocket = false\nnode_edge = false\n";
 const NODE_EDGE: &str = "[hooks]\nsocket = false\npod_edge = false\n";
 const BOTH_EDGES: &str = "[hooks]\nsocket = false\n";
+
+fn has_program(world: &World, interface: &str, at: TcAttachType) -> bool {
+    !hook::programs_at(&world.node, interface, at).is_empty()
+}
 
 /// A configuration file that changes.
 struct ConfigFile<'w> {
@@ -202,13 +207,10 @@ fn hooks_come_and_go() {
         let file = ConfigFile::new(&world, POD_EDGE);
         let agent = file.start(backend, &[]);
         let (veth, uplink) = (pod.host_ifname.as_str(), World::UPLINK);
-        let are_guarded = || [veth, uplink].map(|name| !hook::programs(&world.node, name).is_empty());
+        let are_guarded = || [has_program(&world, veth, Ingress), has_program(&world, uplink, Egress)];
         // A call that is refused, and one that waits in vain for an answer.
-        let is_refused = || {
-            world.in_cgroup(|| {
-                matches!(http_get(&pod.netns, METADATA, SHORT), imds_tests::probe::Outcome::Error(_))
-            })
-        };
+        let is_refused =
+            || world.in_cgroup(|| matches!(http_get(&pod.netns, METADATA, SHORT), Outcome::Error(_)));
         assert_eq!(are_guarded(), [true, false]);
         assert!(!is_refused());
 
@@ -378,7 +380,7 @@ fn a_cgroup_that_can_not_be_guarded_is_refused_with_the_file() {
     // By the node edge, too, which then has to go again.
     file.replace("answer = 'reject'\n");
     let status = assert_refused(&world, &good, missing.to_str().unwrap());
-    assert_eq!(hook::programs(&world.node, World::UPLINK), []);
+    assert!(!has_program(&world, World::UPLINK, Egress));
     assert_eq!(status.interface(&pod.host_ifname).guard, good.interface(&pod.host_ifname).guard);
     world.assert_blocked(&pod);
     file.reload(POD_EDGE);
