@@ -134,6 +134,7 @@ impl Agent {
                     let event = event.context("lost the connection to rtnetlink: pods can't be followed")?;
                     report(self.guard.handle(event).await);
                 }
+                () = self.guard.kubepods_changed() => report(self.guard.follow_kubepods()),
                 _ = self.timer.tick() => {
                     report(self.guard.resync().await);
                     // For what is not told of, as on some network file systems. Seen only once, it may be half written.

@@ -2,16 +2,18 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    io,
     path::Path,
 };
 
-use imds_ebpf_common::{Backend, Edge, Role};
+use imds_ebpf_common::{Backend, Edge, Hook, Role};
 use log::Level;
 
 use crate::{
     config::{Config, Interfaces},
     datapath::{Datapath, DatapathError},
     node::{
+        kubepods::{self, Kubepods},
         links::Link,
         netlink::{Event, Netlink, NetlinkError},
     },
@@ -25,10 +27,14 @@ pub struct Guard {
     datapath: Datapath,
     netlink: Netlink,
     interfaces: Interfaces,
+    /// The cgroups of Kubernetes pods, in strict mode.
+    kubepods: Option<Kubepods>,
     links: BTreeMap<u32, Link>,
     uplinks: BTreeSet<u32>,
     /// What failed last, by interface, so that it is said once and not with every round.
     failures: BTreeMap<u32, String>,
+    /// Why no hostNetwork pod is held, where that is so.
+    no_kubepods: Option<String>,
     /// Whether every interface was looked at once: until then filters of an earlier agent may be anywhere.
     settled: bool,
     /// Whether what changes is what the operator asked for.
@@ -38,14 +44,21 @@ pub struct Guard {
 impl Guard {
     /// A guard that has not looked at any interface yet.
     #[must_use]
-    pub fn new(datapath: Datapath, netlink: Netlink, interfaces: Interfaces) -> Self {
+    pub fn new(
+        datapath: Datapath,
+        netlink: Netlink,
+        interfaces: Interfaces,
+        kubepods: Option<Kubepods>,
+    ) -> Self {
         Self {
             datapath,
             netlink,
             interfaces,
+            kubepods,
             links: BTreeMap::new(),
             uplinks: BTreeSet::new(),
             failures: BTreeMap::new(),
+            no_kubepods: None,
             settled: false,
             is_asked: false,
         }
@@ -74,10 +87,16 @@ impl Guard {
     }
 
     async fn change_to(&mut self, settings: &Settings) -> Result<(), DatapathError> {
-        let Settings { plan, guarded, interfaces } = settings;
+        let Settings { plan, guarded, interfaces, kubepods } = settings;
         // What is new guards before anything is told of it, and what is to go does until then.
+        let before = self.datapath.hooks();
         self.datapath.prepare(plan)?;
-        self.restore_sockets()?;
+        // What could not be attached before is no reason against what is new.
+        unless(before.has(Hook::Socket), self.restore_sockets())?;
+        if let (None, Some(root)) = (&self.kubepods, kubepods) {
+            self.kubepods = Some(Kubepods::new(root.clone()));
+        }
+        unless(before.has(Hook::Host), self.search_kubepods())?;
         self.interfaces = interfaces.clone();
         self.netlink = self.netlink.clone().with_endpoints(guarded.ipv4());
         self.uplinks = self.netlink.uplinks().await?;
@@ -86,6 +105,10 @@ impl Guard {
         if self.datapath.hooks() != plan.hooks {
             self.datapath.release(plan)?;
             self.restore_sockets()?;
+            if kubepods.is_none() {
+                self.kubepods = None;
+            }
+            self.restore_hosts(true)?;
             self.see_again().await;
         }
         Ok(())
@@ -125,9 +148,49 @@ impl Guard {
 
     /// What is not as it should be, by interface.
     pub fn failures(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.failures.iter().map(|(index, failure)| {
+        let of_interfaces = self.failures.iter().map(|(index, failure)| {
             (self.links.get(index).map_or("a gone interface", |link| link.name.as_str()), failure.as_str())
-        })
+        });
+        of_interfaces.chain(self.no_kubepods.iter().map(|failure| ("hostNetwork pods", failure.as_str())))
+    }
+
+    /// Waits until the cgroups of Kubernetes pods may have changed.
+    pub async fn kubepods_changed(&self) {
+        match &self.kubepods {
+            Some(kubepods) => kubepods.changed().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Takes in what changed of them.
+    pub fn follow_kubepods(&mut self) -> Result<(), DatapathError> {
+        let followed = self.kubepods.as_mut().map(Kubepods::follow);
+        self.restore_hosts(followed.as_ref().is_none_or(was_seen))
+    }
+
+    fn search_kubepods(&mut self) -> Result<(), DatapathError> {
+        let searched = self.kubepods.as_mut().map(Kubepods::search);
+        self.restore_hosts(searched.as_ref().is_none_or(was_seen))
+    }
+
+    /// `all`: whether what is known of them is all there is.
+    fn restore_hosts(&mut self, all: bool) -> Result<(), DatapathError> {
+        let none = BTreeSet::new();
+        let cgroups = self.kubepods.as_ref().map_or(&none, Kubepods::found);
+        for (level, done) in self.datapath.restore_hosts(cgroups, all)? {
+            log::log!(level, "{done}");
+        }
+        let root = self.kubepods.as_ref().filter(|kubepods| kubepods.found().is_empty()).map(Kubepods::root);
+        match (root, &self.no_kubepods) {
+            (Some(root), None) => {
+                let failure = format!("no cgroup of Kubernetes pods (kubepods) below {}", root.display());
+                log::warn!("hostNetwork pods are not held: {failure}; {}", kubepods::why_none());
+                self.no_kubepods = Some(failure);
+            }
+            (None, Some(_)) => self.no_kubepods = None,
+            (Some(_), Some(_)) | (None, None) => {}
+        }
+        Ok(())
     }
 
     /// Reads everything anew and puts right what is not as it should be. What fails on one interface is in
@@ -141,6 +204,7 @@ impl Guard {
             log::warn!("restored what was missing from {}", self.datapath.pins().root().display());
         }
         self.restore_sockets()?;
+        let hosts = self.search_kubepods();
         self.uplinks = self.netlink.uplinks().await?;
         let links = self.netlink.links().await?;
         let present: BTreeSet<u32> = links.iter().map(|link| link.index).collect();
@@ -153,6 +217,7 @@ impl Guard {
         }
         self.settled = true;
         restored?;
+        hosts?;
         self.datapath.announce_ready()
     }
 
@@ -315,5 +380,24 @@ impl Guard {
         if let Err(error) = self.datapath.forget(index) {
             log::error!("interface {index} is gone, but not forgotten: {:#}", anyhow::Error::from(error));
         }
+    }
+}
+
+/// Whether the cgroups were looked at; where not, says why.
+fn was_seen(looked: &io::Result<()>) -> bool {
+    if let Err(error) = looked {
+        log::error!("can't look for the cgroups of Kubernetes pods: {error}");
+    }
+    looked.is_ok()
+}
+
+/// Fails with `result`, unless `is_old` news: that is only said.
+fn unless(is_old: bool, result: Result<(), DatapathError>) -> Result<(), DatapathError> {
+    match result {
+        Err(error) if is_old => {
+            log::error!("{:#}", anyhow::Error::from(error));
+            Ok(())
+        }
+        other => other,
     }
 }

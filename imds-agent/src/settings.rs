@@ -36,6 +36,8 @@ pub struct Settings {
     pub guarded: Guarded,
     /// Which interfaces are pods'.
     pub interfaces: Interfaces,
+    /// The cgroup below which those of Kubernetes pods are looked for, in strict mode.
+    pub kubepods: Option<PathBuf>,
 }
 
 impl Node {
@@ -46,25 +48,27 @@ impl Node {
 
     /// What `config` comes to, where `guarded` is what it guards.
     pub fn settings(&self, config: &Config, guarded: Guarded) -> anyhow::Result<Settings> {
+        let cgroup = self.cgroup(config.hooks)?;
         let plan = Plan {
             mode: config.mode,
             answer: config.answer,
             hooks: config.hooks,
             backend: self.backend,
-            cgroup: self.cgroup(config.hooks)?,
+            cgroup: cgroup.clone().filter(|_| config.hooks.has(Hook::Socket)),
             identity: identity(config.hooks)?,
         };
-        Ok(Settings { plan, guarded, interfaces: config.interfaces.clone() })
+        let kubepods = cgroup.filter(|_| config.hooks.has(Hook::Host));
+        Ok(Settings { plan, guarded, interfaces: config.interfaces.clone(), kubepods })
     }
 
-    /// The cgroup below which sockets are guarded, where that hook is on.
+    /// The cgroup below which sockets are guarded, where a hook is on that does.
     fn cgroup(&self, hooks: Hooks) -> anyhow::Result<Option<PathBuf>> {
-        if !hooks.has(Hook::Socket) {
+        if !judges_by_cgroup(hooks) {
             return Ok(None);
         }
         let root = || cgroup::root().context("can't read the mounts").transpose();
         let missing = || {
-            anyhow!("no cgroup v2 hierarchy is mounted: name one by --cgroup, or set hooks.socket = false")
+            anyhow!("no cgroup v2 hierarchy is mounted: name one by --cgroup, or set {}", switch_off(hooks))
         };
         self.cgroup.clone().map(Ok).or_else(root).unwrap_or_else(|| Err(missing())).map(Some)
     }
@@ -74,10 +78,20 @@ impl Node {
 fn identity(hooks: Hooks) -> anyhow::Result<Identity> {
     match netns::identity().context("can't tell this network namespace's cookie")? {
         Some(identity) => Ok(identity),
-        None if !hooks.has(Hook::Socket) => Ok(Identity::Initial),
+        None if !judges_by_cgroup(hooks) => Ok(Identity::Initial),
         None => Err(anyhow!(
-            "this kernel (before Linux 5.14) has no cookie for a network namespace that is not the initial one: set \
-             hooks.socket = false"
+            "this kernel (before Linux 5.14) has no cookie for a network namespace that is not the initial one: set {}",
+            switch_off(hooks)
         )),
     }
+}
+
+fn judges_by_cgroup(hooks: Hooks) -> bool {
+    hooks.has(Hook::Socket) || hooks.has(Hook::Host)
+}
+
+/// How to do without what judges by cgroup.
+fn switch_off(hooks: Hooks) -> String {
+    let on = [Hook::Socket, Hook::Host].into_iter().filter(|&hook| hooks.has(hook));
+    on.map(|hook| format!("hooks.{} = false", hook.name())).collect::<Vec<_>>().join(" and ")
 }

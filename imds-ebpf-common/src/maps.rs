@@ -32,7 +32,7 @@ pub struct Policy {
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct CounterKey {
     /// Index of the interface in the node's network namespace; [`CounterKey::DEPARTED`] for those that are gone, and
-    /// for sockets.
+    /// for what is judged by cgroup.
     pub ifindex: u32,
     /// A [`Hook`](crate::Hook).
     pub hook: u8,

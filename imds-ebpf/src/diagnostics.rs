@@ -54,6 +54,7 @@ pub(crate) mod macro_support {
         /// The macros double a size until a record fits: to the verifier that is as many ways as there are sizes, each
         /// to be followed through the whole record. One size is one way.
         #[inline(always)]
+        #[expect(clippy::unused_self, reason = "the macros call it so")]
         pub(crate) fn reserve_bytes(&self, _size: usize, flags: u64) -> Option<RingBufBytes<'_>> {
             RING.reserve_bytes(RECORD, flags)
         }

@@ -35,9 +35,6 @@ pub(crate) fn conclude(judged: &Judged, window: Option<*mut Window>, way: Way) -
         Verdict::Deny => {}
         Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept => return TC_ACT_UNSPEC,
     }
-    match maps::answer() {
-        Answer::Drop => TC_ACT_SHOT,
-        Answer::Reject if window.is_some_and(Window::may_answer) => reject::answer(skb, frame, place, way),
-        Answer::Reject => TC_ACT_SHOT,
-    }
+    let is_answered = maps::answer() == Answer::Reject && window.is_some_and(Window::may_answer);
+    if is_answered { reject::answer(skb, frame, place, way) } else { TC_ACT_SHOT }
 }

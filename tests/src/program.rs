@@ -22,6 +22,7 @@ impl Object {
             let loaded = match program {
                 Program::SchedClassifier(program) => program.load(),
                 Program::CgroupSockAddr(program) => program.load(),
+                Program::CgroupSkb(program) => program.load(),
                 _ => panic!("{name} is of a type that the agent has no programs of"),
             };
             loaded.unwrap_or_else(|error| panic!("load {name}: {error}"));

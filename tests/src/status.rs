@@ -21,6 +21,7 @@ pub struct Status {
     pub interfaces: Vec<Interface>,
     pub hooks: Vec<String>,
     pub sockets: Option<Sockets>,
+    pub strict_host_network: Option<HostNetwork>,
     pub departed: Counts,
     pub total: Counts,
     pub problems: Vec<Problem>,
@@ -97,6 +98,16 @@ pub struct Counts {
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct Sockets {
     pub attached: bool,
+    #[serde(flatten)]
+    pub counts: Counts,
+}
+
+/// Pods in the node's network namespace.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct HostNetwork {
+    pub attached: bool,
+    pub cgroups: Vec<u64>,
     #[serde(flatten)]
     pub counts: Counts,
 }

@@ -54,7 +54,7 @@ fn show_says_what_is_in_force() {
         "answer": "reject",
         "provider": "auto",
         "extras": [],
-        "hooks": { "pod_edge": true, "node_edge": false, "socket": false },
+        "hooks": { "pod_edge": true, "node_edge": false, "socket": false, "strict_host_network": false },
         "interfaces": { "include": [], "exclude": ["lxc*"] },
         "endpoint": [{ "name": "vault", "address": "10.0.0.9", "keep": [] }],
     });

@@ -241,6 +241,33 @@ fn hooks_come_and_go() {
 }
 
 #[test]
+fn strict_mode_comes_and_goes() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let container = world.add_cgroup("kubepods.slice/pod7.slice");
+    let is_open = || container.run(|| http_get(&world.node, METADATA, SHORT).is_answer());
+    assert!(reachable(&world.node, METADATA) && is_open());
+    let file = ConfigFile::new(&world, POD_EDGE);
+    let agent = file.start(Backend::Clsact, &[]);
+    assert!(is_open());
+    for _ in 0..2 {
+        let status = file.reload(&format!("{POD_EDGE}strict_host_network = true\n"));
+        assert!(status.problems.is_empty() && status.hooks.contains(&"strict_host_network".to_owned()));
+        assert!(!is_open() && reachable(&world.node, METADATA));
+        let status = file.reload(POD_EDGE);
+        assert_eq!(status.hooks, ["pod_edge"]);
+        assert!(is_open());
+    }
+    file.reload(&format!("{POD_EDGE}strict_host_network = true\n"));
+    assert!(!is_open());
+    drop(agent);
+    world.unload();
+    assert!(is_open());
+}
+
+#[test]
 fn endpoints_interfaces_and_the_provider_change() {
     with_each_backend(|backend| {
         let world = World::new();

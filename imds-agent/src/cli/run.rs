@@ -11,7 +11,7 @@ use crate::{
     agent::{Agent, Source},
     datapath::{Datapath, bpf, pins::PinDir},
     guard::Guard,
-    node::netlink::Netlink,
+    node::{kubepods::Kubepods, netlink::Netlink},
     preflight,
     provider::{DMI_DIR, Dmi},
     settings::Node,
@@ -85,7 +85,8 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         })),
         Err(error) => log::warn!("{:#}", anyhow::Error::from(error)),
     }
-    let mut guard = Guard::new(datapath, netlink, settings.interfaces.clone());
+    let kubepods = settings.kubepods.clone().map(Kubepods::new);
+    let mut guard = Guard::new(datapath, netlink, settings.interfaces.clone(), kubepods);
     if !args.once {
         let agent = Agent::new(guard, node, source, settings, Duration::from_secs(args.resync))?;
         agent.run(&config, events).await?;

@@ -36,7 +36,7 @@ impl Hooks {
 }
 
 impl Default for Hooks {
-    /// All.
+    /// All but strict mode.
     fn default() -> Self {
         HooksTable::default().into()
     }
@@ -44,21 +44,28 @@ impl Default for Hooks {
 
 #[derive(Clone, Copy, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
+#[expect(clippy::struct_excessive_bools, reason = "switches, as the file has them")]
 pub(super) struct HooksTable {
     pod_edge: bool,
     node_edge: bool,
     socket: bool,
+    strict_host_network: bool,
 }
 
 impl Default for HooksTable {
     fn default() -> Self {
-        Self { pod_edge: true, node_edge: true, socket: true }
+        Self { pod_edge: true, node_edge: true, socket: true, strict_host_network: false }
     }
 }
 
 impl From<HooksTable> for Hooks {
-    fn from(HooksTable { pod_edge, node_edge, socket }: HooksTable) -> Self {
-        let switches = [(Hook::PodEdge, pod_edge), (Hook::NodeEdge, node_edge), (Hook::Socket, socket)];
+    fn from(HooksTable { pod_edge, node_edge, socket, strict_host_network }: HooksTable) -> Self {
+        let switches = [
+            (Hook::PodEdge, pod_edge),
+            (Hook::NodeEdge, node_edge),
+            (Hook::Socket, socket),
+            (Hook::Host, strict_host_network),
+        ];
         Self::from_bits(switches.iter().filter(|(_, on)| *on).map(|(hook, _)| hook.bit()).sum())
     }
 }

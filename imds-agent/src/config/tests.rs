@@ -29,13 +29,15 @@ fn mode_and_globs() {
 }
 
 #[test]
-fn hooks_are_on_unless_switched_off() {
+fn hooks_are_on_unless_switched_off_and_strict_mode_is_off_unless_switched_on() {
     let on = |text: &str| Hook::ALL.map(|hook| parse(text).unwrap().hooks.has(hook));
-    assert_eq!(on(""), [true; 3]);
-    assert_eq!(on("[hooks]\nnode_edge = false"), [true, false, true]);
-    assert_eq!(on("[hooks]\npod_edge = false\nsocket = false"), [false, true, false]);
+    assert_eq!(on(""), [true, true, true, false]);
+    assert_eq!(on("[hooks]\nnode_edge = false"), [true, false, true, false]);
+    assert_eq!(on("[hooks]\npod_edge = false\nsocket = false"), [false, true, false, false]);
+    assert_eq!(on("[hooks]\nstrict_host_network = true"), [true; 4]);
     let all_off = "[hooks]\npod_edge = false\nsocket = false\nnode_edge = false";
     assert!(parse(all_off).unwrap_err().contains("hooks"));
+    assert_eq!(on(&format!("{all_off}\nstrict_host_network = true")), [false, false, false, true]);
 }
 
 #[test]

@@ -6,31 +6,28 @@ pub mod clsact;
 pub mod config;
 pub mod counters;
 pub mod endpoints;
+mod force;
 pub mod home;
+pub mod hosts;
 pub mod object;
 pub mod pins;
 pub mod records;
 pub mod sockets;
 mod tcx;
 
-use std::{
-    io,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeSet, io, path::PathBuf};
 
 use aya::maps::MapError;
-use imds_ebpf_common::{
-    Answer, Backend, Edge, Hook, Mode, Policy, Role,
-    maps::LAYOUT,
-    names::{MAP_POLICY, tc_program},
-};
+use imds_ebpf_common::{Answer, Backend, Edge, Hook, Mode, Role, names::tc_program};
+use log::Level;
 use thiserror::Error;
 
 use self::{
     claim::Claim,
+    hosts::Hosts,
     object::{Maps, ObjectError, Programs},
     pins::{PinDir, PinError, Spot},
-    sockets::Sockets,
+    sockets::{SOCKETS, Sockets},
     tcx::Links,
 };
 use crate::{
@@ -119,6 +116,7 @@ pub struct Datapath {
     maps: Maps,
     links: Links,
     sockets: Option<Sockets>,
+    hosts: Hosts,
     netlink: Netlink,
     backend: Backend,
     hooks: Hooks,
@@ -156,7 +154,8 @@ impl Datapath {
         let Plan { backend, hooks, .. } = *plan;
         match Self::load(claim.dir(), plan, guarded) {
             Ok((programs, maps, links, sockets)) => {
-                Ok(Self { claim, programs, maps, links, sockets, netlink, backend, hooks })
+                let hosts = Hosts::default();
+                Ok(Self { claim, programs, maps, links, sockets, hosts, netlink, backend, hooks })
             }
             Err(error) => {
                 if claim.is_new() {
@@ -178,10 +177,11 @@ impl Datapath {
         }
         let programs = Programs::load(pins, plan.hooks, &endpoints::filter_while_loading(pins, guarded))?;
         let mut maps = Maps::open(pins)?;
-        write(&mut maps, plan, guarded)?;
+        force::write(&mut maps, plan, guarded)?;
         programs.pin(pins)?;
         let links = Links::adopt(pins)?;
-        let sockets = plan.cgroup.as_ref().map(|cgroup| Sockets::adopt(pins, cgroup)).transpose()?;
+        let adopt = |cgroup: &PathBuf| Sockets::adopt(pins, cgroup, SOCKETS);
+        let sockets = plan.cgroup.as_ref().map(adopt).transpose()?;
         Ok((programs, maps, links, sockets))
     }
 
@@ -194,49 +194,6 @@ impl Datapath {
     /// What the programs log of themselves.
     pub fn diagnostics(&self) -> Result<Diagnostics, DiagnosticsError> {
         Diagnostics::open(self.programs.ids().next().unwrap_or_default())
-    }
-
-    /// The hooks that are attached.
-    #[must_use]
-    pub fn hooks(&self) -> Hooks {
-        self.hooks
-    }
-
-    /// Loads what the hooks of `plan` need, and attaches them with everything else from now on. The other hooks stay until
-    /// [`Datapath::release`].
-    pub fn prepare(&mut self, plan: &Plan) -> Result<(), DatapathError> {
-        self.hooks = self.hooks.and(plan.hooks);
-        self.programs.add(self.hooks)?;
-        self.programs.pin(self.claim.dir())?;
-        if let (None, Some(cgroup)) = (&self.sockets, &plan.cgroup) {
-            self.sockets = Some(Sockets::adopt(self.claim.dir(), cgroup)?);
-        }
-        Ok(())
-    }
-
-    /// Puts mode, answer and endpoints in force. What was denied and will be is denied at every moment between.
-    pub fn enforce(&mut self, plan: &Plan, guarded: &Guarded) -> Result<(), DatapathError> {
-        write(&mut self.maps, plan, guarded)
-    }
-
-    /// Lets go of hooks that `plan` has not: from now on they are to be detached.
-    pub fn release(&mut self, plan: &Plan) -> Result<(), DatapathError> {
-        self.hooks = plan.hooks;
-        if !plan.hooks.has(Hook::Socket) {
-            self.sockets = None;
-        }
-        self.programs.keep(plan.hooks);
-        Ok(self.programs.pin(self.claim.dir())?)
-    }
-
-    /// Records a configuration that is in force from now on, for `status` and `config show`. Returns its number.
-    pub fn record_config(&mut self, path: Option<&Path>, text: &str) -> Result<u64, DatapathError> {
-        config::put(&mut self.maps, path, text)
-    }
-
-    /// Records why a configuration is not in force.
-    pub fn record_refusal(&mut self, error: &str) -> Result<(), DatapathError> {
-        config::put_refusal(&mut self.maps, error)
     }
 
     /// How an edge of an interface of this role is to be attached.
@@ -254,6 +211,26 @@ impl Datapath {
         }
         let detached = sockets::detach_all(self.claim.dir())?;
         Ok(if detached { vec!["sockets are no longer guarded".to_owned()] } else { Vec::new() })
+    }
+
+    /// Does the same for the hooks of the cgroups of Kubernetes pods, which are at these paths. Links on others are
+    /// removed where those are `all` that there are.
+    pub fn restore_hosts(
+        &mut self,
+        cgroups: &BTreeSet<PathBuf>,
+        all: bool,
+    ) -> Result<Vec<(Level, String)>, DatapathError> {
+        let pins = self.claim.dir();
+        if !self.hooks.has(Hook::Host) {
+            let detached = hosts::detach_all(pins)?;
+            let done = (Level::Info, "hostNetwork pods are no longer guarded".to_owned());
+            return Ok(if detached { vec![done] } else { Vec::new() });
+        }
+        let mut done = self.hosts.restore(pins, &self.programs, cgroups)?;
+        if all {
+            done.extend(self.hosts.forget_others(pins)?);
+        }
+        Ok(done)
     }
 
     /// Indices of interfaces of which something is pinned or recorded.
@@ -375,31 +352,6 @@ impl Datapath {
     }
 }
 
-/// Writes what is in force. What was denied and will be is so at every moment between, and nothing is denied that neither
-/// was nor will be: an endpoint that is new must not meet the old mode where only that denies, nor one that goes the new.
-fn write(maps: &mut Maps, plan: &Plan, guarded: &Guarded) -> Result<(), DatapathError> {
-    if plan.mode == Mode::Enforce {
-        endpoints::write(maps, guarded)?;
-        write_policy(maps, plan)
-    } else {
-        write_policy(maps, plan)?;
-        endpoints::write(maps, guarded)
-    }
-}
-
-fn write_policy(maps: &mut Maps, plan: &Plan) -> Result<(), DatapathError> {
-    let policy = Policy {
-        mode: plan.mode as u32,
-        answer: plan.answer as u32,
-        layout: LAYOUT,
-        netns: home::this_netns()?,
-        hooks: plan.hooks.bits(),
-        reserved: 0,
-        netns_cookie: plan.identity.cookie(),
-    };
-    maps.policy.set(0, policy, 0).map_err(|source| DatapathError::Map { map: MAP_POLICY, source })
-}
-
 /// Removes our filters from a hook, and the qdisc where an agent made it and nobody uses it. Returns whether there was
 /// a filter.
 async fn remove_filter(netlink: &Netlink, maps: &mut Maps, spot: Spot) -> Result<bool, DatapathError> {
@@ -428,7 +380,7 @@ pub async fn unload(pins: &PinDir, netlink: &Netlink, links: &[Link]) -> Result<
         return Ok(removed);
     };
     home::ensure_no_filters_elsewhere(pins)?;
-    removed.sockets = sockets::detach_all(pins)?;
+    removed.sockets = sockets::detach_all(pins)? | hosts::detach_all(pins)?;
     for (_, path) in pins.pinned_links()? {
         removed.interfaces += usize::from(tcx::detach_pinned(&path)?);
     }

@@ -124,25 +124,23 @@ impl PinDir {
 
     /// The pinned links of interfaces, by where each was pinned for.
     pub fn pinned_links(&self) -> Result<Vec<(Spot, PathBuf)>, PinError> {
-        let links = self.links();
-        let entries = match fs::read_dir(&links) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(io_error("list", &links)(error)),
-        };
-        let mut pinned = Vec::new();
-        for entry in entries {
-            let path = entry.map_err(io_error("list", &links))?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            let spot = Edge::ALL.into_iter().find_map(|edge| {
+        let spot_of = |path: &Path| {
+            let name = path.file_name()?.to_str()?;
+            Edge::ALL.into_iter().find_map(|edge| {
                 let ifindex = name.strip_prefix(link_prefix(edge))?.parse().ok()?;
                 Some(Spot { ifindex, edge })
-            });
-            if let Some(spot) = spot {
-                pinned.push((spot, path));
-            }
+            })
+        };
+        Ok(self.all_links()?.into_iter().filter_map(|path| Some((spot_of(&path)?, path))).collect())
+    }
+
+    /// Every pin of a link, of whatever kind.
+    pub fn all_links(&self) -> Result<Vec<PathBuf>, PinError> {
+        let links = self.links();
+        match fs::read_dir(&links).and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            listed => listed.map_err(io_error("list", &links)),
         }
-        Ok(pinned)
     }
 
     pub(super) fn maps(&self) -> PathBuf {

@@ -96,6 +96,15 @@ impl Report {
             let row = [Cell::new("(sockets)"), blank(), blank(), guard].into_iter();
             table.add_row(row.chain(calls(&sockets.counts)));
         }
+        if let Some(hosts) = &self.strict_host_network {
+            let guard = match hosts.cgroups.len() {
+                _ if !hosts.attached => "-".to_owned(),
+                1 => "cgroup".to_owned(),
+                cgroups => format!("{cgroups} cgroups"),
+            };
+            let row = [Cell::new("(hostNetwork)"), blank(), blank(), Cell::new(guard)].into_iter();
+            table.add_row(row.chain(calls(&hosts.counts)));
+        }
         let sum =
             |name, counts| [Cell::new(name), blank(), blank(), blank()].into_iter().chain(cells(counts));
         table.add_row(sum("(departed)", &self.departed));
@@ -122,11 +131,13 @@ fn cells(counts: &Counts) -> [Cell; 3] {
 }
 
 fn calls(counts: &Counts) -> [Cell; 3] {
-    [counts.denied, counts.audited, counts.allowed].map(|Count { packets, .. }| {
-        Cell::new(match packets {
-            0 => "0".to_owned(),
-            1 => "1 call".to_owned(),
-            calls => format!("{calls} calls"),
+    [counts.denied, counts.audited, counts.allowed].map(|Count { packets, bytes }| {
+        Cell::new(match (packets, bytes) {
+            (0, _) => "0".to_owned(),
+            (1, 0) => "1 call".to_owned(),
+            (calls, 0) => format!("{calls} calls"),
+            // At one of them it is not known which were which.
+            (both, bytes) => format!("{both} calls and packets, {bytes} bytes"),
         })
     })
 }
