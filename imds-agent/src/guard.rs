@@ -3,12 +3,14 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
+    path::Path,
 };
 
-use imds_ebpf_common::{Backend, Edge, Role};
+use imds_ebpf_common::{Backend, Edge, Hook, Role};
+use log::Level;
 
 use crate::{
-    config::Interfaces,
+    config::{Config, Interfaces},
     datapath::{Datapath, DatapathError},
     node::{
         kubepods::{self, Kubepods},
@@ -16,6 +18,7 @@ use crate::{
         netlink::{Event, Netlink, NetlinkError},
     },
     reconcile::{Action, Place, plan},
+    settings::Settings,
     state::role,
 };
 
@@ -34,6 +37,8 @@ pub struct Guard {
     no_kubepods: Option<String>,
     /// Whether every interface was looked at once: until then filters of an earlier agent may be anywhere.
     settled: bool,
+    /// Whether what changes is what the operator asked for.
+    is_asked: bool,
 }
 
 impl Guard {
@@ -55,7 +60,85 @@ impl Guard {
             failures: BTreeMap::new(),
             no_kubepods: None,
             settled: false,
+            is_asked: false,
         }
+    }
+
+    /// Looks at everything for the first time. `config`, which `path` was read for, came to `settings`.
+    pub async fn start(
+        &mut self,
+        settings: &Settings,
+        path: Option<&Path>,
+        config: &Config,
+    ) -> Result<(), DatapathError> {
+        self.record_config(path, config)?;
+        self.resync().await?;
+        log::info!("{}", self.summary(settings));
+        Ok(())
+    }
+
+    /// Puts other settings in force: what is guarded at the end stays so if it was before. Where that fails, what came of
+    /// it is to be undone by the settings before.
+    pub async fn reconfigure(&mut self, settings: &Settings) -> Result<(), DatapathError> {
+        self.is_asked = true;
+        let result = self.change_to(settings).await;
+        self.is_asked = false;
+        result
+    }
+
+    async fn change_to(&mut self, settings: &Settings) -> Result<(), DatapathError> {
+        let Settings { plan, guarded, interfaces, kubepods } = settings;
+        // What is new guards before anything is told of it, and what is to go does until then.
+        let before = self.datapath.hooks();
+        self.datapath.prepare(plan)?;
+        // What could not be attached before is no reason against what is new.
+        unless(before.has(Hook::Socket), self.restore_sockets())?;
+        if let (None, Some(root)) = (&self.kubepods, kubepods) {
+            self.kubepods = Some(Kubepods::new(root.clone()));
+        }
+        unless(before.has(Hook::Host), self.search_kubepods())?;
+        self.interfaces = interfaces.clone();
+        self.netlink = self.netlink.clone().with_endpoints(guarded.ipv4());
+        self.uplinks = self.netlink.uplinks().await?;
+        self.see_again().await;
+        self.datapath.enforce(plan, guarded)?;
+        if self.datapath.hooks() != plan.hooks {
+            self.datapath.release(plan)?;
+            self.restore_sockets()?;
+            if kubepods.is_none() {
+                self.kubepods = None;
+            }
+            self.restore_hosts(true)?;
+            self.see_again().await;
+        }
+        Ok(())
+    }
+
+    /// Records a configuration that is in force from now on, for `status` and `config show`. Returns its number.
+    pub fn record_config(&mut self, path: Option<&Path>, config: &Config) -> Result<u64, DatapathError> {
+        self.datapath.record_config(path, config.to_toml())
+    }
+
+    /// Records why a configuration is not in force.
+    pub fn record_refusal(&mut self, error: &str) -> Result<(), DatapathError> {
+        self.datapath.record_refusal(error)
+    }
+
+    /// What is guarded how, in a line.
+    #[must_use]
+    pub fn summary(&self, Settings { plan, guarded, .. }: &Settings) -> String {
+        format!(
+            "mode {}: {} pod and {} node interfaces guarded by {}, sockets {}, provider {}, {} endpoint{}, pins in {}",
+            plan.mode.name(),
+            self.wanted(Edge::Pod).count(),
+            self.wanted(Edge::Node).count(),
+            plan.backend.name(),
+            if plan.cgroup.is_some() { "too" } else { "not" },
+            guarded.provider(),
+            guarded.endpoints().len(),
+            if guarded.endpoints().len() == 1 { "" } else { "s" },
+            self.datapath.pins().root().display(),
+        )
     }
 
     /// Interfaces that should be guarded at an edge.
@@ -83,6 +166,11 @@ impl Guard {
     pub fn follow_kubepods(&mut self) -> Result<(), DatapathError> {
         let followed = self.kubepods.as_mut().map(Kubepods::follow);
         self.restore_hosts(followed.as_ref().is_none_or(was_seen))
+    }
+
+    fn search_kubepods(&mut self) -> Result<(), DatapathError> {
+        let searched = self.kubepods.as_mut().map(Kubepods::search);
+        self.restore_hosts(searched.as_ref().is_none_or(was_seen))
     }
 
     /// `all`: whether what is known of them is all there is.
@@ -115,11 +203,8 @@ impl Guard {
         {
             log::warn!("restored what was missing from {}", self.datapath.pins().root().display());
         }
-        for done in self.datapath.restore_sockets()? {
-            if self.settled { log::warn!("{done}") } else { log::info!("{done}") }
-        }
-        let searched = self.kubepods.as_mut().map(Kubepods::search);
-        let hosts = self.restore_hosts(searched.as_ref().is_none_or(was_seen));
+        self.restore_sockets()?;
+        let hosts = self.search_kubepods();
         self.uplinks = self.netlink.uplinks().await?;
         let links = self.netlink.links().await?;
         let present: BTreeSet<u32> = links.iter().map(|link| link.index).collect();
@@ -146,7 +231,8 @@ impl Guard {
                     self.see(link).await;
                 }
             }
-            Event::Route => self.reclassify().await?,
+            Event::Route(destination) if !self.netlink.may_be_way_out(destination) => {}
+            Event::Route(_) | Event::Rule => self.reclassify().await?,
             Event::Overrun => {
                 log::warn!("the kernel's events came faster than they were read: reading everything anew");
                 self.resync().await?;
@@ -159,11 +245,27 @@ impl Guard {
         let uplinks = self.netlink.uplinks().await?;
         if uplinks != self.uplinks {
             self.uplinks = uplinks;
-            for link in self.links.values().cloned().collect::<Vec<_>>() {
-                self.see(link).await;
-            }
+            self.see_again().await;
         }
         Ok(())
+    }
+
+    async fn see_again(&mut self) {
+        for link in self.links.values().cloned().collect::<Vec<_>>() {
+            self.see(link).await;
+        }
+    }
+
+    fn restore_sockets(&mut self) -> Result<(), DatapathError> {
+        for done in self.datapath.restore_sockets()? {
+            log::log!(self.level_of_change(), "{done}");
+        }
+        Ok(())
+    }
+
+    /// How loud a change is told that only the operator or the first look at everything explain.
+    fn level_of_change(&self) -> Level {
+        if self.is_asked || !self.settled { Level::Info } else { Level::Warn }
     }
 
     fn role(&self, link: &Link) -> Role {
@@ -221,7 +323,7 @@ impl Guard {
 
     fn report(&self, link: &Link, (role, edge): (Role, Edge), action: Action, is_new: bool) {
         let Link { name, index, .. } = link;
-        let at = edge.hook().name();
+        let (at, level) = (edge.hook().name(), self.level_of_change());
         match action {
             Action::Attach(backend) if is_new => {
                 log::info!("guarding {name} (index {index}) at {at} by {}", backend.name());
@@ -229,7 +331,8 @@ impl Guard {
             // A change of classification or of the peer's namespace, or somebody's doing: it can't be told apart, and
             // in doubt it is said.
             Action::Attach(backend) => {
-                log::warn!("guarding {name} (index {index}) again, at {at} by {}", backend.name());
+                let again = if self.is_asked { "" } else { " again," };
+                log::log!(level, "guarding {name} (index {index}){again} at {at} by {}", backend.name());
             }
             Action::Replace(backend) if self.settled => {
                 log::warn!(
@@ -248,7 +351,8 @@ impl Guard {
                 log::info!("{name} (index {index}): no longer at {at} by {}", backend.name());
             }
             Action::Detach(_) => {
-                log::warn!(
+                log::log!(
+                    level,
                     "{name} (index {index}) is no longer guarded at {at}: its role is {}",
                     role.name()
                 );
@@ -285,4 +389,15 @@ fn was_seen(looked: &io::Result<()>) -> bool {
         log::error!("can't look for the cgroups of Kubernetes pods: {error}");
     }
     looked.is_ok()
+}
+
+/// Fails with `result`, unless `is_old` news: that is only said.
+fn unless(is_old: bool, result: Result<(), DatapathError>) -> Result<(), DatapathError> {
+    match result {
+        Err(error) if is_old => {
+            log::error!("{:#}", anyhow::Error::from(error));
+            Ok(())
+        }
+        other => other,
+    }
 }

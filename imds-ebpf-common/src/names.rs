@@ -45,6 +45,8 @@ pub const MAP_FILTER: &str = "imds_filter";
 pub const MAP_ENDPOINTS: &str = "imds_endpoints";
 /// Array of one [`ProviderRecord`](crate::ProviderRecord).
 pub const MAP_PROVIDER: &str = "imds_provider";
+/// Array of one [`ConfigRecord`](crate::ConfigRecord).
+pub const MAP_CONFIG: &str = "imds_config";
 
 /// Ring buffer of [`Event`](crate::Event)s.
 pub const MAP_EVENTS: &str = "imds_events";
@@ -76,13 +78,14 @@ pub const HOST_PROGRAMS: [&str; 5] =
 pub const HOST_LINKS: [&str; 5] =
     ["host_connect4", "host_connect6", "host_sendmsg4", "host_sendmsg6", "host_egress"];
 /// All maps of the object but those of constants.
-pub const MAPS: [&str; 9] = [
+pub const MAPS: [&str; 10] = [
     MAP_POLICY,
     MAP_COUNTERS,
     MAP_INTERFACES,
     MAP_FILTER,
     MAP_ENDPOINTS,
     MAP_PROVIDER,
+    MAP_CONFIG,
     MAP_EVENTS,
     MAP_SOURCES,
     MAP_LOGS,

@@ -8,8 +8,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use imds_ebpf_common::{
-    Address, Answer, Counter, CounterKey, Endpoint, Filter, Hook, InterfaceRecord, Mode, Policy,
-    ProviderRecord, Tables, Verdict,
+    Address, Answer, ConfigRecord, Counter, CounterKey, Endpoint, Filter, Hook, InterfaceRecord, Mode,
+    Policy, ProviderRecord, Tables, Verdict,
     endpoint::{MAX_CLOSED, MAX_ENDPOINTS},
     event::Window,
 };
@@ -33,6 +33,10 @@ static INTERFACE_RECORDS: HashMap<u32, InterfaceRecord, INTERFACES, { BPF_F_NO_P
 /// As above.
 #[btf_map(name = "imds_provider")]
 static PROVIDER: Array<ProviderRecord, 1> = Array::new();
+
+/// As above.
+#[btf_map(name = "imds_config")]
+static CONFIG: Array<ConfigRecord, 1> = Array::new();
 
 /// Room for the old and the new ones while user space replaces all of them.
 #[btf_map(name = "imds_endpoints")]

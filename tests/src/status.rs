@@ -13,6 +13,7 @@ pub struct Status {
     pub pin_dir: PathBuf,
     pub state: String,
     pub agent: AgentProcess,
+    pub configuration: Option<Configuration>,
     pub mode: Option<String>,
     pub answer: Option<String>,
     pub provider: Option<Provider>,
@@ -33,6 +34,24 @@ pub struct AgentProcess {
     pub running: bool,
     pub ready: bool,
     pub pid: Option<u32>,
+}
+
+/// The configuration in force.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct Configuration {
+    pub generation: u64,
+    pub file: Option<PathBuf>,
+    pub loaded_at: String,
+    pub refused: Option<Refused>,
+}
+
+/// A configuration that is not in force.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct Refused {
+    pub at: String,
+    pub error: String,
 }
 
 /// Where the endpoints come from.

@@ -1,7 +1,7 @@
 //! The hooks that are on.
 
 use imds_ebpf_common::Hook;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// The hooks that are on.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -27,6 +27,12 @@ impl Hooks {
     pub const fn has(self, hook: Hook) -> bool {
         self.bits & hook.bit() != 0
     }
+
+    /// Those that are on in either.
+    #[must_use]
+    pub const fn and(self, others: Self) -> Self {
+        Self { bits: self.bits | others.bits }
+    }
 }
 
 impl Default for Hooks {
@@ -36,7 +42,7 @@ impl Default for Hooks {
     }
 }
 
-#[derive(Clone, Copy, Deserialize)]
+#[derive(Clone, Copy, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 #[expect(clippy::struct_excessive_bools, reason = "switches, as the file has them")]
 pub(super) struct HooksTable {

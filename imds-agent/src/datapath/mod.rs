@@ -1,9 +1,12 @@
 //! What is in the kernel: loads, pins, attaches, replaces and removes it.
 
 pub mod bpf;
+pub mod claim;
 pub mod clsact;
+pub mod config;
 pub mod counters;
 pub mod endpoints;
+mod force;
 pub mod home;
 pub mod hosts;
 pub mod object;
@@ -15,18 +18,15 @@ mod tcx;
 use std::{collections::BTreeSet, io, path::PathBuf};
 
 use aya::maps::MapError;
-use imds_ebpf_common::{
-    Answer, Backend, Edge, Hook, Mode, Policy, Role,
-    maps::LAYOUT,
-    names::{MAP_POLICY, tc_program},
-};
+use imds_ebpf_common::{Answer, Backend, Edge, Hook, Mode, Role, names::tc_program};
 use log::Level;
 use thiserror::Error;
 
 use self::{
+    claim::Claim,
     hosts::Hosts,
     object::{Maps, ObjectError, Programs},
-    pins::{Claim, PinDir, PinError, Spot},
+    pins::{PinDir, PinError, Spot},
     sockets::{SOCKETS, Sockets},
     tcx::Links,
 };
@@ -177,17 +177,7 @@ impl Datapath {
         }
         let programs = Programs::load(pins, plan.hooks, &endpoints::filter_while_loading(pins, guarded))?;
         let mut maps = Maps::open(pins)?;
-        let policy = Policy {
-            mode: plan.mode as u32,
-            answer: plan.answer as u32,
-            layout: LAYOUT,
-            netns: home::this_netns()?,
-            hooks: plan.hooks.bits(),
-            reserved: 0,
-            netns_cookie: plan.identity.cookie(),
-        };
-        maps.policy.set(0, policy, 0).map_err(|source| DatapathError::Map { map: MAP_POLICY, source })?;
-        endpoints::write(&mut maps, guarded)?;
+        force::write(&mut maps, plan, guarded)?;
         programs.pin(pins)?;
         let links = Links::adopt(pins)?;
         let adopt = |cgroup: &PathBuf| Sockets::adopt(pins, cgroup, SOCKETS);

@@ -15,13 +15,13 @@ use aya::{
 };
 use aya_obj::{Object, generated::bpf_func_id};
 use imds_ebpf_common::{
-    Address, Counter, CounterKey, Edge, Endpoint, Filter, Frame, Hook, InterfaceRecord, Policy,
+    Address, ConfigRecord, Counter, CounterKey, Edge, Endpoint, Filter, Frame, Hook, InterfaceRecord, Policy,
     ProviderRecord,
     maps::LAYOUT,
     names::{
-        GLOBAL_CGROUP_HAS_COOKIE, GLOBAL_TC_HAS_COOKIE, HOST_PROGRAMS, MAP_COUNTERS, MAP_ENDPOINTS,
-        MAP_EVENTS, MAP_FILTER, MAP_INTERFACES, MAP_POLICY, MAP_PROVIDER, MAPS, SOCKET_PROGRAMS,
-        SYMBOL_FILTER, TC_PROGRAMS, in_object, tc_program,
+        GLOBAL_CGROUP_HAS_COOKIE, GLOBAL_TC_HAS_COOKIE, HOST_PROGRAMS, MAP_CONFIG, MAP_COUNTERS,
+        MAP_ENDPOINTS, MAP_EVENTS, MAP_FILTER, MAP_INTERFACES, MAP_POLICY, MAP_PROVIDER, MAPS,
+        SOCKET_PROGRAMS, SYMBOL_FILTER, TC_PROGRAMS, in_object, tc_program,
     },
 };
 use thiserror::Error;
@@ -85,11 +85,35 @@ impl Programs {
         }
         loader.override_global(SYMBOL_FILTER, filter, true);
         let mut programs = Self { ebpf: loader.load(OBJECT)?, ids: BTreeMap::new() };
-        for name in names(hooks) {
-            let id = programs.load_one(name).map_err(|source| ObjectError::Program { name, source })?;
-            programs.ids.insert(name, id.ok_or(ObjectError::Missing(name))?);
-        }
+        programs.add(hooks)?;
         Ok(programs)
+    }
+
+    /// Loads those of these hooks that are not.
+    pub fn add(&mut self, hooks: Hooks) -> Result<(), ObjectError> {
+        for name in names(hooks) {
+            if !self.ids.contains_key(name) {
+                let id = self.load_one(name).map_err(|source| ObjectError::Program { name, source })?;
+                self.ids.insert(name, id.ok_or(ObjectError::Missing(name))?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets go of those of other hooks. What is attached stays so.
+    pub fn keep(&mut self, hooks: Hooks) {
+        let kept: Vec<_> = names(hooks).collect();
+        for name in self.ids.extract_if(.., |name, _| !kept.contains(name)).map(|(name, _)| name) {
+            let unloaded = match self.ebpf.program_mut(name) {
+                Some(Program::SchedClassifier(program)) => program.unload(),
+                Some(Program::CgroupSockAddr(program)) => program.unload(),
+                Some(Program::CgroupSkb(program)) => program.unload(),
+                Some(_) | None => Ok(()),
+            };
+            if let Err(error) = unloaded {
+                log::debug!("{name}: {error}");
+            }
+        }
     }
 
     /// Loads a program and returns its id, or `None` where the object has no such program.
@@ -171,6 +195,8 @@ pub struct Maps {
     pub endpoints: HashMap<MapData, Address, Endpoint>,
     /// Where the endpoints come from.
     pub provider: Array<MapData, ProviderRecord>,
+    /// The configuration as text.
+    pub config: Array<MapData, ConfigRecord>,
     /// The same maps, to pin them again.
     held: Vec<(&'static str, MapData)>,
 }
@@ -188,6 +214,7 @@ impl Maps {
             filter: Map::Array(open(MAP_FILTER)?).try_into().map_err(typed(MAP_FILTER))?,
             endpoints: Map::HashMap(open(MAP_ENDPOINTS)?).try_into().map_err(typed(MAP_ENDPOINTS))?,
             provider: Map::Array(open(MAP_PROVIDER)?).try_into().map_err(typed(MAP_PROVIDER))?,
+            config: Map::Array(open(MAP_CONFIG)?).try_into().map_err(typed(MAP_CONFIG))?,
             held: MAPS.map(|name| open(name).map(|map| (name, map))).into_iter().collect::<Result<_, _>>()?,
         })
     }

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use comfy_table::{Cell, CellAlignment, Table, presets::NOTHING};
 
-use super::{Endpoint, Provider, Report, State};
+use super::{Configuration, Endpoint, Provider, Report, State};
 use crate::datapath::counters::{Count, Counts};
 
 impl Report {
@@ -28,6 +28,7 @@ impl Report {
             (false, _) => "not running".to_owned(),
         };
         writeln!(text, "state      {}", self.state.name())?;
+        self.write_configuration(text)?;
         writeln!(text, "mode       {}", self.mode.unwrap_or("unknown"))?;
         writeln!(text, "answer     {}", self.answer.unwrap_or("unknown"))?;
         self.write_endpoints(text)?;
@@ -44,6 +45,14 @@ impl Report {
             writeln!(text, "  {subject}{} ({})", problem.problem, problem.remedy)?;
         }
         Ok(())
+    }
+
+    fn write_configuration(&self, text: &mut String) -> std::fmt::Result {
+        let Some(Configuration { generation, file, loaded_at, .. }) = &self.configuration else {
+            return Ok(());
+        };
+        let file = file.as_ref().map_or("all defaults".into(), |file| file.to_string_lossy());
+        writeln!(text, "config     {file}, number {generation}, in force since {loaded_at:.0}")
     }
 
     fn write_endpoints(&self, text: &mut String) -> std::fmt::Result {
