@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    fs, io,
+    fs, io, mem,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
 };
@@ -73,10 +73,14 @@ impl Kubepods {
         std::future::pending::<()>().await;
     }
 
-    /// Looks at everything.
+    /// Looks at everything. Where that fails, what was found before is taken to be there still.
     pub fn search(&mut self) -> io::Result<()> {
-        self.found.clear();
-        self.look(self.root.clone(), 0)
+        let mut before = mem::take(&mut self.found);
+        let searched = self.look(self.root.clone(), 0);
+        if searched.is_err() {
+            self.found.append(&mut before);
+        }
+        searched
     }
 
     /// Looks at what changed.
