@@ -80,12 +80,11 @@ impl fmt::Display for Record {
     /// One line: `2026-11-23T15:04:05.123Z deny pod_edge veth1 (4): 10.244.0.7:40312 -> 169.254.169.254:80 tcp`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:.3} {:5} {:9} ", self.time, self.verdict, self.hook)?;
-        match (&self.interface, self.ifindex) {
-            (name, Some(index)) => write!(f, "{}", interface(name.as_deref(), index))?,
-            (_, None) => {
-                let comm = self.comm.as_deref().unwrap_or("?");
-                write!(f, "{comm} (pid {})", self.pid.unwrap_or_default())?;
-            }
+        if let Some(index) = self.ifindex {
+            write!(f, "{}", interface(self.interface.as_deref(), index))?;
+        } else {
+            let comm = self.comm.as_deref().unwrap_or("?");
+            write!(f, "{comm} (pid {})", self.pid.unwrap_or_default())?;
         }
         if let Some(ingress) = self.ingress_ifindex
             && Some(ingress) != self.ifindex

@@ -1,17 +1,24 @@
 //! The agent's work: follows the node's interfaces and keeps each as it should be.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    path::Path,
+};
 
-use imds_ebpf_common::{Backend, Edge, Role};
+use imds_ebpf_common::{Backend, Edge, Hook, Role};
+use log::Level;
 
 use crate::{
-    config::Interfaces,
+    config::{Config, Interfaces},
     datapath::{Datapath, DatapathError},
     node::{
+        kubepods::{self, Kubepods},
         links::Link,
         netlink::{Event, Netlink, NetlinkError},
     },
     reconcile::{Action, Place, plan},
+    settings::Settings,
     state::role,
 };
 
@@ -20,27 +27,118 @@ pub struct Guard {
     datapath: Datapath,
     netlink: Netlink,
     interfaces: Interfaces,
+    /// The cgroups of Kubernetes pods, in strict mode.
+    kubepods: Option<Kubepods>,
     links: BTreeMap<u32, Link>,
     uplinks: BTreeSet<u32>,
     /// What failed last, by interface, so that it is said once and not with every round.
     failures: BTreeMap<u32, String>,
+    /// Why no hostNetwork pod is held, where that is so.
+    no_kubepods: Option<String>,
     /// Whether every interface was looked at once: until then filters of an earlier agent may be anywhere.
     settled: bool,
+    /// Whether what changes is what the operator asked for.
+    is_asked: bool,
 }
 
 impl Guard {
     /// A guard that has not looked at any interface yet.
     #[must_use]
-    pub fn new(datapath: Datapath, netlink: Netlink, interfaces: Interfaces) -> Self {
+    pub fn new(
+        datapath: Datapath,
+        netlink: Netlink,
+        interfaces: Interfaces,
+        kubepods: Option<Kubepods>,
+    ) -> Self {
         Self {
             datapath,
             netlink,
             interfaces,
+            kubepods,
             links: BTreeMap::new(),
             uplinks: BTreeSet::new(),
             failures: BTreeMap::new(),
+            no_kubepods: None,
             settled: false,
+            is_asked: false,
         }
+    }
+
+    /// Looks at everything for the first time. `config`, which `path` was read for, came to `settings`.
+    pub async fn start(
+        &mut self,
+        settings: &Settings,
+        path: Option<&Path>,
+        config: &Config,
+    ) -> Result<(), DatapathError> {
+        self.record_config(path, config)?;
+        self.resync().await?;
+        log::info!("{}", self.summary(settings));
+        Ok(())
+    }
+
+    /// Puts other settings in force: what is guarded at the end stays so if it was before. Where that fails, what came of
+    /// it is to be undone by the settings before.
+    pub async fn reconfigure(&mut self, settings: &Settings) -> Result<(), DatapathError> {
+        self.is_asked = true;
+        let result = self.change_to(settings).await;
+        self.is_asked = false;
+        result
+    }
+
+    async fn change_to(&mut self, settings: &Settings) -> Result<(), DatapathError> {
+        let Settings { plan, guarded, interfaces, kubepods } = settings;
+        // What is new guards before anything is told of it, and what is to go does until then.
+        let before = self.datapath.hooks();
+        self.datapath.prepare(plan)?;
+        // What could not be attached before is no reason against what is new.
+        unless(before.has(Hook::Socket), self.restore_sockets())?;
+        if let (None, Some(root)) = (&self.kubepods, kubepods) {
+            self.kubepods = Some(Kubepods::new(root.clone()));
+        }
+        unless(before.has(Hook::Host), self.search_kubepods())?;
+        self.interfaces = interfaces.clone();
+        self.netlink = self.netlink.clone().with_endpoints(guarded.ipv4());
+        self.uplinks = self.netlink.uplinks().await?;
+        self.see_again().await;
+        self.datapath.enforce(plan, guarded)?;
+        if self.datapath.hooks() != plan.hooks {
+            self.datapath.release(plan)?;
+            self.restore_sockets()?;
+            if kubepods.is_none() {
+                self.kubepods = None;
+            }
+            self.restore_hosts(true)?;
+            self.see_again().await;
+        }
+        Ok(())
+    }
+
+    /// Records a configuration that is in force from now on, for `status` and `config show`. Returns its number.
+    pub fn record_config(&mut self, path: Option<&Path>, config: &Config) -> Result<u64, DatapathError> {
+        self.datapath.record_config(path, config.to_toml())
+    }
+
+    /// Records why a configuration is not in force.
+    pub fn record_refusal(&mut self, error: &str) -> Result<(), DatapathError> {
+        self.datapath.record_refusal(error)
+    }
+
+    /// What is guarded how, in a line.
+    #[must_use]
+    pub fn summary(&self, Settings { plan, guarded, .. }: &Settings) -> String {
+        format!(
+            "mode {}: {} pod and {} node interfaces guarded by {}, sockets {}, provider {}, {} endpoint{}, pins in {}",
+            plan.mode.name(),
+            self.wanted(Edge::Pod).count(),
+            self.wanted(Edge::Node).count(),
+            plan.backend.name(),
+            if plan.cgroup.is_some() { "too" } else { "not" },
+            guarded.provider(),
+            guarded.endpoints().len(),
+            if guarded.endpoints().len() == 1 { "" } else { "s" },
+            self.datapath.pins().root().display(),
+        )
     }
 
     /// Interfaces that should be guarded at an edge.
@@ -50,9 +148,49 @@ impl Guard {
 
     /// What is not as it should be, by interface.
     pub fn failures(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.failures.iter().map(|(index, failure)| {
+        let of_interfaces = self.failures.iter().map(|(index, failure)| {
             (self.links.get(index).map_or("a gone interface", |link| link.name.as_str()), failure.as_str())
-        })
+        });
+        of_interfaces.chain(self.no_kubepods.iter().map(|failure| ("hostNetwork pods", failure.as_str())))
+    }
+
+    /// Waits until the cgroups of Kubernetes pods may have changed.
+    pub async fn kubepods_changed(&self) {
+        match &self.kubepods {
+            Some(kubepods) => kubepods.changed().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Takes in what changed of them.
+    pub fn follow_kubepods(&mut self) -> Result<(), DatapathError> {
+        let followed = self.kubepods.as_mut().map(Kubepods::follow);
+        self.restore_hosts(followed.as_ref().is_none_or(was_seen))
+    }
+
+    fn search_kubepods(&mut self) -> Result<(), DatapathError> {
+        let searched = self.kubepods.as_mut().map(Kubepods::search);
+        self.restore_hosts(searched.as_ref().is_none_or(was_seen))
+    }
+
+    /// `all`: whether what is known of them is all there is.
+    fn restore_hosts(&mut self, all: bool) -> Result<(), DatapathError> {
+        let none = BTreeSet::new();
+        let cgroups = self.kubepods.as_ref().map_or(&none, Kubepods::found);
+        for (level, done) in self.datapath.restore_hosts(cgroups, all)? {
+            log::log!(level, "{done}");
+        }
+        let root = self.kubepods.as_ref().filter(|kubepods| kubepods.found().is_empty()).map(Kubepods::root);
+        match (root, &self.no_kubepods) {
+            (Some(root), None) => {
+                let failure = format!("no cgroup of Kubernetes pods (kubepods) below {}", root.display());
+                log::warn!("hostNetwork pods are not held: {failure}; {}", kubepods::why_none());
+                self.no_kubepods = Some(failure);
+            }
+            (None, Some(_)) => self.no_kubepods = None,
+            (Some(_), Some(_)) | (None, None) => {}
+        }
+        Ok(())
     }
 
     /// Reads everything anew and puts right what is not as it should be. What fails on one interface is in
@@ -65,9 +203,8 @@ impl Guard {
         {
             log::warn!("restored what was missing from {}", self.datapath.pins().root().display());
         }
-        for done in self.datapath.restore_sockets()? {
-            if self.settled { log::warn!("{done}") } else { log::info!("{done}") }
-        }
+        self.restore_sockets()?;
+        let hosts = self.search_kubepods();
         self.uplinks = self.netlink.uplinks().await?;
         let links = self.netlink.links().await?;
         let present: BTreeSet<u32> = links.iter().map(|link| link.index).collect();
@@ -80,6 +217,7 @@ impl Guard {
         }
         self.settled = true;
         restored?;
+        hosts?;
         self.datapath.announce_ready()
     }
 
@@ -93,7 +231,8 @@ impl Guard {
                     self.see(link).await;
                 }
             }
-            Event::Route => self.reclassify().await?,
+            Event::Route(destination) if !self.netlink.may_be_way_out(destination) => {}
+            Event::Route(_) | Event::Rule => self.reclassify().await?,
             Event::Overrun => {
                 log::warn!("the kernel's events came faster than they were read: reading everything anew");
                 self.resync().await?;
@@ -106,11 +245,27 @@ impl Guard {
         let uplinks = self.netlink.uplinks().await?;
         if uplinks != self.uplinks {
             self.uplinks = uplinks;
-            for link in self.links.values().cloned().collect::<Vec<_>>() {
-                self.see(link).await;
-            }
+            self.see_again().await;
         }
         Ok(())
+    }
+
+    async fn see_again(&mut self) {
+        for link in self.links.values().cloned().collect::<Vec<_>>() {
+            self.see(link).await;
+        }
+    }
+
+    fn restore_sockets(&mut self) -> Result<(), DatapathError> {
+        for done in self.datapath.restore_sockets()? {
+            log::log!(self.level_of_change(), "{done}");
+        }
+        Ok(())
+    }
+
+    /// How loud a change is told that only the operator or the first look at everything explain.
+    fn level_of_change(&self) -> Level {
+        if self.is_asked || !self.settled { Level::Info } else { Level::Warn }
     }
 
     fn role(&self, link: &Link) -> Role {
@@ -168,7 +323,7 @@ impl Guard {
 
     fn report(&self, link: &Link, (role, edge): (Role, Edge), action: Action, is_new: bool) {
         let Link { name, index, .. } = link;
-        let at = edge.hook().name();
+        let (at, level) = (edge.hook().name(), self.level_of_change());
         match action {
             Action::Attach(backend) if is_new => {
                 log::info!("guarding {name} (index {index}) at {at} by {}", backend.name());
@@ -176,7 +331,8 @@ impl Guard {
             // A change of classification or of the peer's namespace, or somebody's doing: it can't be told apart, and
             // in doubt it is said.
             Action::Attach(backend) => {
-                log::warn!("guarding {name} (index {index}) again, at {at} by {}", backend.name());
+                let again = if self.is_asked { "" } else { " again," };
+                log::log!(level, "guarding {name} (index {index}){again} at {at} by {}", backend.name());
             }
             Action::Replace(backend) if self.settled => {
                 log::warn!(
@@ -195,7 +351,8 @@ impl Guard {
                 log::info!("{name} (index {index}): no longer at {at} by {}", backend.name());
             }
             Action::Detach(_) => {
-                log::warn!(
+                log::log!(
+                    level,
                     "{name} (index {index}) is no longer guarded at {at}: its role is {}",
                     role.name()
                 );
@@ -223,5 +380,24 @@ impl Guard {
         if let Err(error) = self.datapath.forget(index) {
             log::error!("interface {index} is gone, but not forgotten: {:#}", anyhow::Error::from(error));
         }
+    }
+}
+
+/// Whether the cgroups were looked at; where not, says why.
+fn was_seen(looked: &io::Result<()>) -> bool {
+    if let Err(error) = looked {
+        log::error!("can't look for the cgroups of Kubernetes pods: {error}");
+    }
+    looked.is_ok()
+}
+
+/// Fails with `result`, unless `is_old` news: that is only said.
+fn unless(is_old: bool, result: Result<(), DatapathError>) -> Result<(), DatapathError> {
+    match result {
+        Err(error) if is_old => {
+            log::error!("{:#}", anyhow::Error::from(error));
+            Ok(())
+        }
+        other => other,
     }
 }

@@ -1,12 +1,15 @@
 //! imds-agent: keeps pods and containers away from the cloud instance metadata service.
 //!
-//! [`cli`] is what the user calls. [`guard`] follows the node's interfaces; [`state`] says what each of them is and
+//! [`cli`] is what the user calls. [`agent`] is what runs: it follows the configuration, of which [`settings`] is what it
+//! comes to on this node, and hands the node's news to [`guard`], which follows its interfaces; [`state`] says what each of them is and
 //! [`reconcile`] what is to be done about it, both without I/O; [`datapath`] does it in the kernel. [`node`] is what
 //! the kernel says is there.
 
+pub mod agent;
 pub mod cli;
 pub mod config;
 pub mod datapath;
+pub mod diagnostics;
 pub mod endpoints;
 pub mod events;
 pub mod guard;
@@ -14,5 +17,7 @@ pub mod node;
 pub mod preflight;
 pub mod provider;
 pub mod reconcile;
+pub mod settings;
 pub mod state;
 pub mod status;
+pub mod watch;

@@ -1,5 +1,7 @@
 //! What the programs tell of a packet or call to a guarded endpoint, and how often.
 
+use core::hint;
+
 /// One packet or call. All integers are in host byte order.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -8,7 +10,8 @@ pub struct Event {
     pub time: u64,
     /// Cookie of the network namespace of the socket; 0 where that is not known.
     pub netns_cookie: u64,
-    /// Id of the cgroup v2 of the caller; 0 for packets.
+    /// Id of the cgroup v2 of the caller, or of the socket of a packet at [`Hook::Host`](crate::Hook::Host); 0 for other
+    /// packets.
     pub cgroup: u64,
     /// Events of the same source and CPU that were left out since the one before.
     pub suppressed: u64,
@@ -46,7 +49,8 @@ const _: () = assert!(size_of::<Event>() == 104);
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Source {
-    /// Index of the interface by which packets came in; cookie of the network namespace of calls.
+    /// Index of the interface by which packets came in; cookie of the network namespace of calls; id of the cgroup of
+    /// both at [`Hook::Host`](crate::Hook::Host).
     pub id: u64,
     /// A [`Hook`](crate::Hook).
     pub hook: u64,
@@ -85,6 +89,15 @@ impl Window {
     /// Most answers that are sent to one source by one CPU in a window: so many as the kernel sends ICMP errors in all
     /// (`icmp_msgs_per_sec`, Linux 5.10).
     pub const MOST_ANSWERS: u32 = 1000;
+
+    /// In which nothing was told. For the programs: of many zeros in a row the compiler makes a call that the verifier
+    /// refuses, so that they are hidden from it.
+    #[inline(always)]
+    #[must_use]
+    pub fn untold() -> Self {
+        let (zero, none) = (hint::black_box(0_u64), hint::black_box(0_u32));
+        Self { start: zero, tick: zero, suppressed: zero, told: none, answered: none }
+    }
 
     /// Takes in an event at timer tick `tick`; `None` where it is not to be told.
     ///

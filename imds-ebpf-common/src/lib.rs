@@ -20,7 +20,7 @@ pub use address::Address;
 pub use endpoint::{Endpoint, Filter, IMDS_IPV4, Service};
 pub use event::Event;
 pub use flow::Flow;
-pub use maps::{Backend, Counter, CounterKey, InterfaceRecord, Policy, ProviderRecord, Role};
+pub use maps::{Backend, ConfigRecord, Counter, CounterKey, InterfaceRecord, Policy, ProviderRecord, Role};
 pub use packet::{Frame, Header, Packet, Place, flow};
 pub use tables::{Listed, Tables};
 pub use verdict::{

@@ -32,7 +32,7 @@ pub struct Policy {
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct CounterKey {
     /// Index of the interface in the node's network namespace; [`CounterKey::DEPARTED`] for those that are gone, and
-    /// for sockets.
+    /// for what is judged by cgroup.
     pub ifindex: u32,
     /// A [`Hook`](crate::Hook).
     pub hook: u8,
@@ -74,6 +74,32 @@ pub struct ProviderRecord {
     pub configured: [u8; 16],
     /// Whose preset is in force, such as `aws`.
     pub in_force: [u8; 16],
+}
+
+/// Most bytes of a configuration.
+pub const CONFIG_TEXT_LEN: usize = 64 << 10;
+/// Most bytes of the path of a configuration file that are kept.
+pub const CONFIG_PATH_LEN: usize = 512;
+/// Most bytes that are kept of what was wrong with a configuration file.
+pub const CONFIG_ERROR_LEN: usize = 1024;
+
+/// The configuration in force, for people to read, and what became of the last one that was tried. Text is UTF-8, padded
+/// with zero bytes; times are nanoseconds since the epoch.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct ConfigRecord {
+    /// Number of the configuration: one more with each that comes into force, across agents. 0 before the first.
+    pub generation: u64,
+    /// When it came into force.
+    pub loaded_at: u64,
+    /// When a later one was refused; 0 where none was.
+    pub failed_at: u64,
+    /// The file it is from; empty where there is none.
+    pub path: [u8; CONFIG_PATH_LEN],
+    /// Why the later one was refused, cut where it is longer.
+    pub error: [u8; CONFIG_ERROR_LEN],
+    /// The configuration as TOML, every default included.
+    pub text: [u8; CONFIG_TEXT_LEN],
 }
 
 /// What the agent knows of an interface of the node.
@@ -180,10 +206,11 @@ const _: () = assert!(size_of::<CounterKey>() == 8);
 const _: () = assert!(size_of::<Counter>() == 48);
 const _: () = assert!(size_of::<InterfaceRecord>() == 20);
 const _: () = assert!(size_of::<ProviderRecord>() == 32);
+const _: () = assert!(size_of::<ConfigRecord>() == 24 + 512 + 1024 + 65_536);
 
 #[cfg(feature = "user")]
 mod pod {
-    use super::{Counter, CounterKey, InterfaceRecord, Policy, ProviderRecord};
+    use super::{ConfigRecord, Counter, CounterKey, InterfaceRecord, Policy, ProviderRecord};
     use crate::{Address, Endpoint, Filter};
 
     // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
@@ -196,6 +223,8 @@ mod pod {
     unsafe impl aya::Pod for InterfaceRecord {}
     // SAFETY: as above.
     unsafe impl aya::Pod for ProviderRecord {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for ConfigRecord {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Address {}
     // SAFETY: as above.

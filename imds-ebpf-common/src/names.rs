@@ -21,6 +21,16 @@ pub const PROG_CONNECT6: &str = "imds_connect6";
 pub const PROG_SENDMSG4: &str = "imds_sendmsg4";
 /// The same for IPv6.
 pub const PROG_SENDMSG6: &str = "imds_sendmsg6";
+/// cgroup program for connect(2) on IPv4 sockets of pods in the node's network namespace.
+pub const PROG_HOST_CONNECT4: &str = "imds_host_conn4";
+/// The same for IPv6.
+pub const PROG_HOST_CONNECT6: &str = "imds_host_conn6";
+/// cgroup program for sendmsg(2) and its like on unconnected IPv4 UDP sockets of such pods.
+pub const PROG_HOST_SENDMSG4: &str = "imds_host_send4";
+/// The same for IPv6.
+pub const PROG_HOST_SENDMSG6: &str = "imds_host_send6";
+/// cgroup program for packets of such pods.
+pub const PROG_HOST_EGRESS: &str = "imds_host_out";
 
 /// Array of one [`Policy`](crate::Policy).
 pub const MAP_POLICY: &str = "imds_policy";
@@ -35,11 +45,16 @@ pub const MAP_FILTER: &str = "imds_filter";
 pub const MAP_ENDPOINTS: &str = "imds_endpoints";
 /// Array of one [`ProviderRecord`](crate::ProviderRecord).
 pub const MAP_PROVIDER: &str = "imds_provider";
+/// Array of one [`ConfigRecord`](crate::ConfigRecord).
+pub const MAP_CONFIG: &str = "imds_config";
 
 /// Ring buffer of [`Event`](crate::Event)s.
 pub const MAP_EVENTS: &str = "imds_events";
 /// Per-CPU LRU hash of [`Source`](crate::event::Source) to [`Window`](crate::event::Window).
 pub const MAP_SOURCES: &str = "imds_sources";
+
+/// Ring buffer of what the programs log of themselves, in aya-log's form and by its name.
+pub const MAP_LOGS: &str = "AYA_LOGS";
 
 /// The filter's symbol in the object: a variable rather than a map, so that the programs read it without a lookup.
 pub const SYMBOL_FILTER: &str = "IMDS_FILTER";
@@ -47,23 +62,33 @@ pub const SYMBOL_FILTER: &str = "IMDS_FILTER";
 pub const SECTION_FILTER: &str = ".bss";
 /// Global of the object: 1 where TC programs may call `bpf_get_netns_cookie`.
 pub const GLOBAL_TC_HAS_COOKIE: &str = "TC_HAS_COOKIE";
+/// The same for programs on packets of a cgroup.
+pub const GLOBAL_CGROUP_HAS_COOKIE: &str = "CGROUP_HAS_COOKIE";
 
 /// The TC programs.
 pub const TC_PROGRAMS: [&str; 4] = [PROG_POD_EDGE, PROG_POD_L3, PROG_NODE_EDGE, PROG_NODE_L3];
-/// The cgroup programs.
+/// The programs on the cgroup whose sockets are guarded.
 pub const SOCKET_PROGRAMS: [&str; 4] = [PROG_CONNECT4, PROG_CONNECT6, PROG_SENDMSG4, PROG_SENDMSG6];
 /// Pins of their links, in the same order.
 pub const SOCKET_LINKS: [&str; 4] = ["connect4", "connect6", "sendmsg4", "sendmsg6"];
+/// The programs on each of the Kubernetes pods' cgroups.
+pub const HOST_PROGRAMS: [&str; 5] =
+    [PROG_HOST_CONNECT4, PROG_HOST_CONNECT6, PROG_HOST_SENDMSG4, PROG_HOST_SENDMSG6, PROG_HOST_EGRESS];
+/// How the pins of their links begin, in the same order; `_` and the cgroup's decimal id follow.
+pub const HOST_LINKS: [&str; 5] =
+    ["host_connect4", "host_connect6", "host_sendmsg4", "host_sendmsg6", "host_egress"];
 /// All maps of the object but those of constants.
-pub const MAPS: [&str; 8] = [
+pub const MAPS: [&str; 10] = [
     MAP_POLICY,
     MAP_COUNTERS,
     MAP_INTERFACES,
     MAP_FILTER,
     MAP_ENDPOINTS,
     MAP_PROVIDER,
+    MAP_CONFIG,
     MAP_EVENTS,
     MAP_SOURCES,
+    MAP_LOGS,
 ];
 
 /// What a map is called in the object.

@@ -301,7 +301,13 @@ fn v6_destination<T: Tables + ?Sized>(offset: usize, destination: Destination, t
 pub fn flow<P: Packet + ?Sized>(packet: &P, place: Place) -> Option<Flow> {
     let offset = place.offset();
     let mut flow = Flow::to([0; 16]);
-    let payload = if !place.is_v6() {
+    let payload = if place.is_v6() {
+        let [next] = packet.fetch(offset + offset_of!(Ipv6Hdr, next_hdr))?;
+        flow.source = packet.fetch(offset + offset_of!(Ipv6Hdr, src_addr))?;
+        flow.destination = packet.fetch(offset + DESTINATION_OFFSET_V6)?;
+        flow.protocol = next;
+        has_ports(next).then_some(offset + Ipv6Hdr::LEN)
+    } else {
         let ip = packet.fetch::<20>(offset)?;
         let [version_ihl, _, _, _, _, _, fragment_0, fragment_1, _, protocol, _, _, addresses @ ..] = ip;
         let [s0, s1, s2, s3, d0, d1, d2, d3] = addresses;
@@ -310,12 +316,6 @@ pub fn flow<P: Packet + ?Sized>(packet: &P, place: Place) -> Option<Flow> {
         flow.protocol = protocol;
         let fragment = u16::from_be_bytes([fragment_0, fragment_1]) & 0x1fff;
         (has_ports(protocol) && fragment == 0).then_some(offset + usize::from(version_ihl & 0x0f) * 4)
-    } else {
-        let [flow_next] = packet.fetch(offset + offset_of!(Ipv6Hdr, next_hdr))?;
-        flow.source = packet.fetch(offset + offset_of!(Ipv6Hdr, src_addr))?;
-        flow.destination = packet.fetch(offset + DESTINATION_OFFSET_V6)?;
-        flow.protocol = flow_next;
-        has_ports(flow_next).then_some(offset + Ipv6Hdr::LEN)
     };
     if let Some([source_0, source_1, destination_0, destination_1]) =
         payload.and_then(|offset| packet.fetch(offset))

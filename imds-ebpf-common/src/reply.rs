@@ -66,9 +66,9 @@ pub fn kind<P: Packet + ?Sized>(packet: &P, place: Place) -> Option<Kind> {
 fn kind_v4<P: Packet + ?Sized>(packet: &P, offset: usize) -> Option<Kind> {
     let [version_ihl, _, _, _, _, _, fragment_0, fragment_1, _, protocol, _, _, source, ..] =
         packet.fetch::<{ Ipv4Hdr::LEN }>(offset)?;
-    let is_first = u16::from_be_bytes([fragment_0, fragment_1]) & 0x1fff == 0;
+    let fragment = u16::from_be_bytes([fragment_0, fragment_1]) & 0x1fff;
     let is_host = (1..224).contains(&source) && source != 127;
-    if version_ihl >> 4 != 4 || !is_first || !is_host {
+    if version_ihl >> 4 != 4 || fragment != 0 || !is_host {
         return None;
     }
     let payload = offset + usize::from(version_ihl & 0x0f) * 4;

@@ -87,11 +87,13 @@ pub enum Hook {
     NodeEdge = 2,
     /// connect(2) and sendmsg(2) of a socket, by cgroup.
     Socket = 3,
+    /// The same, and packets, of pods in the node's own network namespace.
+    Host = 4,
 }
 
 impl Hook {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::PodEdge, Self::NodeEdge, Self::Socket];
+    pub const ALL: [Self; 4] = [Self::PodEdge, Self::NodeEdge, Self::Socket, Self::Host];
 
     /// This hook's bit in [`Policy::hooks`](crate::Policy::hooks).
     #[must_use]
@@ -106,6 +108,7 @@ impl Hook {
             Self::PodEdge => "pod_edge",
             Self::NodeEdge => "node_edge",
             Self::Socket => "socket",
+            Self::Host => "strict_host_network",
         }
     }
 }

@@ -33,7 +33,7 @@ fn endpoints() -> [(Address, Endpoint); 4] {
 
 fn with_tables<T>(mode: Mode, work: impl FnOnce(&Listed<'_>) -> T) -> T {
     let endpoints = endpoints();
-    let filter = Filter::of(endpoints.iter().map(|(address, _)| *address));
+    let filter = Filter::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
     work(&Listed { filter: &filter, endpoints: &endpoints, mode })
 }
 
@@ -342,9 +342,18 @@ fn a_second_opinion_on_what_a_packet_looks_like() {
 #[test]
 fn a_filter_has_what_was_put_in_and_little_else() {
     let addresses: Vec<_> = (0..=255).map(|last| Address::from_ipv4([10, 0, last, 7])).collect();
-    let filter = Filter::of(addresses.iter().copied());
+    let endpoint = Endpoint { name: [0; 16], id: 1, keep: [Service::NONE; MAX_KEPT] };
+    let filter = Filter::of(addresses.iter().map(|address| (*address, &endpoint)));
     assert!(addresses.iter().all(|address| filter.has(address.slot())));
     let bits: u32 = filter.bits.iter().map(|byte| byte.count_ones()).sum();
     assert_eq!(bits, 256, "neighbours share slots");
-    assert_eq!(Filter::EMPTY.union(&filter), filter);
+    assert_eq!(filter.closed[..], addresses[..filter.closed.len()]);
+    assert_eq!(Filter::EMPTY.and_slots_of(&filter), Filter { closed: Filter::EMPTY.closed, ..filter });
+}
+
+#[test]
+fn an_endpoint_at_which_something_is_kept_is_not_closed() {
+    let filter = with_tables(Mode::Enforce, |tables| *tables.filter);
+    let closed: Vec<_> = filter.closed.into_iter().filter(|&address| address != Address::NONE).collect();
+    assert_eq!(closed, [Address::from_ipv4(IMDS_IPV4), Address::from_ipv6(IMDS_IPV6)]);
 }

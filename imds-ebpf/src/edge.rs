@@ -4,7 +4,8 @@ use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC};
 use imds_ebpf_common::{Answer, Frame, Hook, Place, Verdict, event::Window};
 
 use crate::{
-    events, maps,
+    diagnostics, events, maps,
+    packet::Skb,
     reject::{self, Way},
 };
 
@@ -26,16 +27,14 @@ pub(crate) fn conclude(judged: &Judged, window: Option<*mut Window>, way: Way) -
     let &Judged { skb, frame, place, hook, verdict } = judged;
     // SAFETY: this CPU's own, and its map keeps it as long as a program runs that found it.
     let mut window = window.map(|window| unsafe { &mut *window });
-    if let Some(window) = &mut window {
-        events::packet(skb, place, hook, verdict, window);
+    match &mut window {
+        Some(window) => events::packet(skb, place, hook, verdict, window),
+        None => diagnostics::unaccounted(hook as u32, Skb::new(skb).ifindex()),
     }
     match verdict {
         Verdict::Deny => {}
         Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept => return TC_ACT_UNSPEC,
     }
-    match maps::answer() {
-        Answer::Drop => TC_ACT_SHOT,
-        Answer::Reject if window.is_some_and(Window::may_answer) => reject::answer(skb, frame, place, way),
-        Answer::Reject => TC_ACT_SHOT,
-    }
+    let is_answered = maps::answer() == Answer::Reject && window.is_some_and(Window::may_answer);
+    if is_answered { reject::answer(skb, frame, place, way) } else { TC_ACT_SHOT }
 }

@@ -7,7 +7,7 @@ use aya_ebpf::{
     btf_maps::{LruPerCpuHashMap, RingBuf},
     helpers::generated::{
         bpf_get_current_cgroup_id, bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_jiffies64,
-        bpf_ktime_get_boot_ns,
+        bpf_ktime_get_boot_ns, bpf_skb_cgroup_id,
     },
     macros::btf_map,
 };
@@ -41,21 +41,38 @@ static WINDOWS: LruPerCpuHashMap<Source, Window, SOURCES> = LruPerCpuHashMap::ne
 pub(crate) fn packet(skb: *mut __sk_buff, place: Place, hook: Hook, verdict: Verdict, window: &mut Window) {
     let Some(Admission { time, suppressed }) = admit(window) else { return };
     let judged = hook as u32 | (verdict as u32) << 8;
-    if !tell_packet(skb, place, judged, time, suppressed) {
+    let told = match hook {
+        Hook::PodEdge | Hook::NodeEdge | Hook::Socket => tell_packet(skb, place, judged, time, suppressed),
+        Hook::Host => tell_packet_in_cgroup(skb, place, judged, time, suppressed),
+    };
+    if !told {
         window.suppressed += suppressed + 1;
     }
 }
 
 /// A function of its own, which is told little: the verifier then follows it once for all places of a header.
 #[inline(never)]
-#[expect(clippy::cast_possible_truncation, reason = "packed above")]
 fn tell_packet(skb: *mut __sk_buff, place: Place, judged: u32, time: u64, suppressed: u64) -> bool {
+    let Some(event) = of_packet(skb, place, judged, netns::sender(skb)) else { return false };
+    tell(Event { time, suppressed, ..event })
+}
+
+/// The same at a cgroup, whose programs may ask for other things.
+#[inline(never)]
+fn tell_packet_in_cgroup(skb: *mut __sk_buff, place: Place, judged: u32, time: u64, suppressed: u64) -> bool {
+    let Some(event) = of_packet(skb, place, judged, netns::sender_in_cgroup(skb)) else { return false };
+    // SAFETY: the helper takes the context of a program on packets.
+    let cgroup = unsafe { bpf_skb_cgroup_id(skb) };
+    tell(Event { time, suppressed, cgroup, ..event })
+}
+
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "packed above")]
+fn of_packet(skb: *mut __sk_buff, place: Place, judged: u32, sender: Sender) -> Option<Event> {
     let packet = Skb::new(skb);
-    let Some(flow) = flow(&packet, place) else { return false };
-    tell(Event {
-        time,
-        suppressed,
-        netns_cookie: match netns::sender(skb) {
+    let flow = flow(&packet, place)?;
+    Some(Event {
+        netns_cookie: match sender {
             Sender::Netns(cookie) => cookie,
             Sender::None | Sender::Unknown => 0,
         },
@@ -126,9 +143,7 @@ pub(crate) fn window(source: &Source) -> Option<*mut Window> {
     if let Some(window) = WINDOWS.get_ptr_mut(source) {
         return Some(window);
     }
-    let zero = hint::black_box(0_u64);
-    let first =
-        Window { start: zero, tick: zero, suppressed: zero, told: zero as u32, answered: zero as u32 };
+    let first = Window::untold();
     // Where another CPU made it meanwhile, only this CPU's part is written (bpf_percpu_hash_update).
     let _no_room = WINDOWS.insert(source, first, u64::from(BPF_ANY));
     WINDOWS.get_ptr_mut(source)

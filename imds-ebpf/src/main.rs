@@ -2,8 +2,10 @@
 #![no_std]
 #![no_main]
 
+mod diagnostics;
 mod edge;
 mod events;
+mod host;
 mod maps;
 mod netns;
 mod node_edge;
@@ -12,11 +14,13 @@ mod pod_edge;
 mod reject;
 mod socket;
 
+extern crate self as aya_log_ebpf;
+
 use aya_ebpf::{
-    macros::{cgroup_sock_addr, classifier},
-    programs::{SockAddrContext, TcContext},
+    macros::{cgroup_skb, cgroup_sock_addr, classifier},
+    programs::{SkBuffContext, SockAddrContext, TcContext},
 };
-use imds_ebpf_common::{Frame, Verdict};
+use imds_ebpf_common::{Frame, Hook, Verdict};
 
 /// Ingress of the node's end of a pod's link.
 #[classifier]
@@ -50,31 +54,66 @@ fn imds_node_l3(ctx: TcContext) -> i32 {
 #[cgroup_sock_addr(connect4)]
 #[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
 fn imds_connect4(ctx: SockAddrContext) -> i32 {
-    permission(socket::judge_v4(&ctx))
+    permission(socket::judge_v4(&ctx, Hook::Socket))
 }
 
 /// connect(2) on an IPv6 socket.
 #[cgroup_sock_addr(connect6)]
 #[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
 fn imds_connect6(ctx: SockAddrContext) -> i32 {
-    permission(socket::judge_v6(&ctx))
+    permission(socket::judge_v6(&ctx, Hook::Socket))
 }
 
 /// sendmsg(2) and its like on an unconnected IPv4 UDP socket.
 #[cgroup_sock_addr(sendmsg4)]
 #[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
 fn imds_sendmsg4(ctx: SockAddrContext) -> i32 {
-    permission(socket::judge_v4(&ctx))
+    permission(socket::judge_v4(&ctx, Hook::Socket))
 }
 
 /// The same for IPv6.
 #[cgroup_sock_addr(sendmsg6)]
 #[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
 fn imds_sendmsg6(ctx: SockAddrContext) -> i32 {
-    permission(socket::judge_v6(&ctx))
+    permission(socket::judge_v6(&ctx, Hook::Socket))
 }
 
-/// What a socket program returns: 1 lets the call go on, 0 ends it with `EPERM`.
+/// connect(2) on an IPv4 socket of a pod in the node's network namespace.
+#[cgroup_sock_addr(connect4)]
+#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+fn imds_host_conn4(ctx: SockAddrContext) -> i32 {
+    permission(socket::judge_v4(&ctx, Hook::Host))
+}
+
+/// The same for IPv6.
+#[cgroup_sock_addr(connect6)]
+#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+fn imds_host_conn6(ctx: SockAddrContext) -> i32 {
+    permission(socket::judge_v6(&ctx, Hook::Host))
+}
+
+/// sendmsg(2) and its like on an unconnected IPv4 UDP socket of a pod in the node's network namespace.
+#[cgroup_sock_addr(sendmsg4)]
+#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+fn imds_host_send4(ctx: SockAddrContext) -> i32 {
+    permission(socket::judge_v4(&ctx, Hook::Host))
+}
+
+/// The same for IPv6.
+#[cgroup_sock_addr(sendmsg6)]
+#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+fn imds_host_send6(ctx: SockAddrContext) -> i32 {
+    permission(socket::judge_v6(&ctx, Hook::Host))
+}
+
+/// IP packets of sockets of pods in the node's network namespace.
+#[cgroup_skb(egress)]
+#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+fn imds_host_out(ctx: SkBuffContext) -> i32 {
+    permission(host::judge(&ctx))
+}
+
+/// What a cgroup program returns: 1 lets the call or packet go on, 0 ends it with `EPERM`.
 #[inline(always)]
 const fn permission(verdict: Verdict) -> i32 {
     match verdict {
@@ -82,6 +121,8 @@ const fn permission(verdict: Verdict) -> i32 {
         Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept => 1,
     }
 }
+
+pub(crate) use diagnostics::macro_support;
 
 #[cfg(not(test))]
 #[panic_handler]

@@ -8,8 +8,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use imds_ebpf_common::{
-    Address, Answer, Counter, CounterKey, Endpoint, Filter, Hook, InterfaceRecord, Mode, Policy,
-    ProviderRecord, Tables, Verdict,
+    Address, Answer, ConfigRecord, Counter, CounterKey, Endpoint, Filter, Hook, InterfaceRecord, Mode,
+    Policy, ProviderRecord, Tables, Verdict,
     endpoint::{MAX_CLOSED, MAX_ENDPOINTS},
     event::Window,
 };
@@ -33,6 +33,10 @@ static INTERFACE_RECORDS: HashMap<u32, InterfaceRecord, INTERFACES, { BPF_F_NO_P
 /// As above.
 #[btf_map(name = "imds_provider")]
 static PROVIDER: Array<ProviderRecord, 1> = Array::new();
+
+/// As above.
+#[btf_map(name = "imds_config")]
+static CONFIG: Array<ConfigRecord, 1> = Array::new();
 
 /// Room for the old and the new ones while user space replaces all of them.
 #[btf_map(name = "imds_endpoints")]
@@ -60,8 +64,12 @@ impl Tables for Maps {
     #[inline(always)]
     fn is_closed(&self, address: &Address) -> bool {
         let [first, second] = address.halves();
-        let closed =
-            (&raw const IMDS_FILTER).cast::<u8>().wrapping_add(offset_of!(Filter, closed)).cast::<u64>();
+        let closed = (&raw const IMDS_FILTER).cast::<u8>().wrapping_add(offset_of!(Filter, closed));
+        #[expect(
+            clippy::cast_ptr_alignment,
+            reason = "addresses are aligned like this, and so is the filter"
+        )]
+        let closed = closed.cast::<u64>();
         for index in 0..MAX_CLOSED {
             let at = closed.wrapping_add(2 * index);
             // SAFETY: the first half of one of the closed addresses; volatile for the same reason as above.
@@ -105,22 +113,24 @@ pub(crate) fn answer() -> Answer {
 #[inline(always)]
 pub(crate) fn count(ifindex: u32, hook: Hook, verdict: Verdict, bytes: u32) -> Option<*mut Counter> {
     let key = CounterKey::new(ifindex, hook, verdict);
-    let counter = COUNTS.get_ptr_mut(&key).or_else(|| first_counter(&key))?;
+    let counter = COUNTS.get_ptr_mut(key).or_else(|| first_counter(&key))?;
     // SAFETY: the map owns the value and nothing frees it under a running program; it is this CPU's own, and programs
     // at TC run in softirq context or with it disabled, which another one on the same CPU does not interrupt.
-    let counted = unsafe { &mut *counter };
-    counted.packets += 1;
-    counted.bytes += u64::from(bytes);
+    let sum = unsafe { &mut *counter };
+    sum.packets += 1;
+    sum.bytes += u64::from(bytes);
     Some(counter)
 }
 
 /// User space makes the entry when it attaches the interface; this is for a packet that comes before.
 #[inline(always)]
 fn first_counter(key: &CounterKey) -> Option<*mut Counter> {
-    let zero = hint::black_box(0_u64);
-    let window =
-        Window { start: zero, tick: zero, suppressed: zero, told: zero as u32, answered: zero as u32 };
+    let window = Window::untold();
     // Where another CPU made one meanwhile, only this CPU's part of it is written (bpf_percpu_hash_update).
-    let _full = COUNTS.insert(key, Counter { packets: zero, bytes: zero, window }, u64::from(BPF_ANY));
+    let _full = COUNTS.insert(
+        key,
+        Counter { packets: hint::black_box(0), bytes: hint::black_box(0), window },
+        u64::from(BPF_ANY),
+    );
     COUNTS.get_ptr_mut(key)
 }

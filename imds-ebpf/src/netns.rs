@@ -9,6 +9,10 @@ use crate::maps;
 #[unsafe(no_mangle)]
 static TC_HAS_COOKIE: Global<u8> = Global::new(0);
 
+/// The same for programs on packets of a cgroup (Linux 6.15).
+#[unsafe(no_mangle)]
+static CGROUP_HAS_COOKIE: Global<u8> = Global::new(0);
+
 /// Whether `cookie` is that of the network namespace in which the agent runs.
 #[inline(always)]
 pub(crate) fn is_node(cookie: u64) -> bool {
@@ -42,5 +46,15 @@ pub(crate) fn sender(skb: *mut __sk_buff) -> Sender {
         return Sender::Unknown;
     }
     // SAFETY: the helper takes the context of a TC program.
+    Sender::Netns(unsafe { bpf_get_netns_cookie(skb.cast()) })
+}
+
+/// Whose packet it is, asked at a cgroup, where every packet has a socket.
+#[inline(always)]
+pub(crate) fn sender_in_cgroup(skb: *mut __sk_buff) -> Sender {
+    if CGROUP_HAS_COOKIE.load() == 0 {
+        return Sender::Unknown;
+    }
+    // SAFETY: the helper takes the context of a program on packets.
     Sender::Netns(unsafe { bpf_get_netns_cookie(skb.cast()) })
 }

@@ -41,7 +41,10 @@ pub(crate) fn answer(skb: *mut __sk_buff, frame: Frame, place: Place, way: Way) 
         }
     };
     // SAFETY: the helper takes numbers alone.
-    unsafe { bpf_redirect(Skb::new(skb).ifindex(), flags) as i32 }
+    let action = unsafe { bpf_redirect(Skb::new(skb).ifindex(), flags) };
+    #[expect(clippy::cast_possible_truncation, reason = "TC actions are small numbers")]
+    let action = action as i32;
+    action
 }
 
 /// Makes the packet into the answer, but for the link layer. A function of its own, for its stack and the verifier.

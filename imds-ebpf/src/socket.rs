@@ -1,33 +1,39 @@
 //! The socket hook: calls that name a destination, seen before a packet is made. Addresses are never rewritten.
+//!
+//! [`Hook::Socket`] is about pods with a network namespace of their own, [`Hook::Host`] about those in the node's.
+
+use core::hint;
 
 use aya_ebpf::{
-    bindings::bpf_sock_addr, helpers::generated::bpf_get_netns_cookie, programs::SockAddrContext,
+    bindings::bpf_sock_addr,
+    helpers::generated::{bpf_get_current_cgroup_id, bpf_get_netns_cookie},
+    programs::SockAddrContext,
 };
 use imds_ebpf_common::{Address, CounterKey, Flow, Hook, Service, Verdict, event::Source, judge_address};
 
-use crate::{events, maps, netns};
+use crate::{diagnostics, events, maps, netns};
 
 #[inline(always)]
-pub(crate) fn judge_v4(ctx: &SockAddrContext) -> Verdict {
+pub(crate) fn judge_v4(ctx: &SockAddrContext, hook: Hook) -> Verdict {
     // SAFETY: the kernel hands the program a valid context; the verifier checks the access.
     let destination = unsafe { (*ctx.sock_addr).user_ip4 };
-    judge(ctx, Address::from_ipv4(destination.to_ne_bytes()))
+    judge(ctx, hook, Address::from_ipv4(destination.to_ne_bytes()))
 }
 
 #[inline(always)]
-pub(crate) fn judge_v6(ctx: &SockAddrContext) -> Verdict {
+pub(crate) fn judge_v6(ctx: &SockAddrContext, hook: Hook) -> Verdict {
     // SAFETY: as above.
     let words = unsafe { (*ctx.sock_addr).user_ip6 };
     let mut destination = [0; 16];
     for (bytes, word) in destination.chunks_exact_mut(4).zip(words) {
         bytes.copy_from_slice(&word.to_ne_bytes());
     }
-    judge(ctx, Address::from_ipv6(destination))
+    judge(ctx, hook, Address::from_ipv6(destination))
 }
 
-/// The verdict, unless the socket is of the node's own network namespace.
+/// The verdict, unless the socket is of a network namespace that this hook is not about.
 #[inline(always)]
-fn judge(ctx: &SockAddrContext, destination: Address) -> Verdict {
+fn judge(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict {
     let service = service(ctx.sock_addr);
     let verdict = judge_address(destination, Some(service), &maps::Maps);
     match verdict {
@@ -36,18 +42,32 @@ fn judge(ctx: &SockAddrContext, destination: Address) -> Verdict {
     }
     // SAFETY: the helper takes the context of a socket address program.
     let cookie = unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) };
-    if netns::is_node(cookie) {
+    let is_host = matches!(hook, Hook::Host);
+    if netns::is_node(cookie) != is_host {
         return Verdict::Foreign;
     }
-    let _uncounted = maps::count(CounterKey::DEPARTED, Hook::Socket, verdict, 0);
-    let Some(window) = events::window(&Source { id: cookie, hook: Hook::Socket as u64 }) else {
+    let verdict = without_origin(verdict, cookie);
+    let _uncounted = maps::count(CounterKey::DEPARTED, hook, verdict, 0);
+    // A namespace is a pod's, but for the node's, where a container is known by its cgroup.
+    // SAFETY: the helper takes no arguments; the caller is the current task.
+    let id = if is_host { unsafe { bpf_get_current_cgroup_id() } } else { cookie };
+    let Some(window) = events::window(&Source { id, hook: hook as u64 }) else {
+        diagnostics::unaccounted(hook as u32, 0);
         return verdict;
     };
     let flow = Flow::to(destination.octets());
     let flow = Flow { destination_port: service.port, protocol: service.protocol, ..flow };
     // SAFETY: this CPU's own, and its map keeps it as long as a program runs that found it.
-    events::call(Hook::Socket, verdict, cookie, flow, unsafe { &mut *window });
+    events::call(hook, verdict, cookie, flow, unsafe { &mut *window });
     verdict
+}
+
+/// The same verdict, of which the verifier no longer knows which it is: it then follows what comes next once, and not once
+/// for each. What it needs for that is a number that it does not know.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "any number will do")]
+fn without_origin(verdict: Verdict, unknown: u64) -> Verdict {
+    Verdict::from_u32(hint::black_box(verdict as u32 ^ unknown as u32) ^ unknown as u32)
 }
 
 /// What the call is for.

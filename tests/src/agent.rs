@@ -27,7 +27,7 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 const READY_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// The hooks that there are.
-const HOOKS: [&str; 3] = ["pod_edge", "node_edge", "socket"];
+const HOOKS: [&str; 4] = ["pod_edge", "node_edge", "socket", "strict_host_network"];
 
 /// How the agent attaches its programs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

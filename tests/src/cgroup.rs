@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     thread,
 };
@@ -16,14 +17,34 @@ const PREFIX: &str = "imds-test-";
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
+    /// Itself and those above it that were made for it.
+    made: Vec<PathBuf>,
 }
 
 impl Cgroup {
     pub(crate) fn new() -> Self {
-        let path = parent().join(unique(PREFIX));
-        fs::create_dir(&path).unwrap_or_else(|error| panic!("make {}: {error}", path.display()));
-        fs::write(path.join("cgroup.type"), "threaded").expect("make a cgroup threaded");
-        Self { path }
+        Self::below(&parent(), unique(PREFIX).as_ref())
+    }
+
+    /// Makes the cgroup at this path below another one, and those above it that are missing.
+    pub(crate) fn below(parent: &Path, path: &Path) -> Self {
+        let mut made = Vec::new();
+        let mut whole = parent.to_owned();
+        for name in path {
+            whole.push(name);
+            if !whole.exists() {
+                fs::create_dir(&whole).unwrap_or_else(|error| panic!("make {}: {error}", whole.display()));
+                fs::write(whole.join("cgroup.type"), "threaded").expect("make a cgroup threaded");
+                made.push(whole.clone());
+            }
+        }
+        Self { path: whole, made }
+    }
+
+    /// Its id: its inode number (kernfs).
+    #[must_use]
+    pub fn id(&self) -> u64 {
+        fs::metadata(&self.path).expect("inspect a cgroup").ino()
     }
 
     /// Where it is.
@@ -48,9 +69,11 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        // Fails while a thread is in it; the next process sweeps.
-        if let Err(error) = fs::remove_dir(&self.path) {
-            eprintln!("{}: {error}", self.path.display());
+        for path in self.made.iter().rev() {
+            // Fails while a thread is in it; the next process sweeps.
+            if let Err(error) = fs::remove_dir(path) {
+                eprintln!("{}: {error}", path.display());
+            }
         }
     }
 }
@@ -60,10 +83,19 @@ pub(crate) fn sweep() {
     let Ok(entries) = fs::read_dir(parent()) else { return };
     for entry in entries.flatten() {
         if entry.file_name().to_str().is_some_and(|name| is_leftover(name, PREFIX)) {
-            // Another process may be sweeping too.
-            let _ = fs::remove_dir(entry.path());
+            remove(&entry.path());
         }
     }
+}
+
+/// Removes a cgroup and those below it. Another process may be sweeping too.
+fn remove(path: &Path) {
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove(&entry.path());
+        }
+    }
+    let _ = fs::remove_dir(path);
 }
 
 /// The cgroup v2 of this process: only threaded cgroups below it can have its threads.

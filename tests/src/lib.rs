@@ -33,6 +33,7 @@ mod world;
 
 pub use agent::{Agent, AgentCommand, Backend, output};
 pub use arrivals::Arrivals;
+pub use cgroup::Cgroup;
 pub use effort::{EFFORT, effort};
 pub use expect::with_each_backend;
 pub use netns::Netns;

@@ -22,6 +22,7 @@ impl Object {
             let loaded = match program {
                 Program::SchedClassifier(program) => program.load(),
                 Program::CgroupSockAddr(program) => program.load(),
+                Program::CgroupSkb(program) => program.load(),
                 _ => panic!("{name} is of a type that the agent has no programs of"),
             };
             loaded.unwrap_or_else(|error| panic!("load {name}: {error}"));
@@ -67,9 +68,9 @@ impl Object {
         sorted(self.ebpf.programs().map(|(name, _)| name))
     }
 
-    /// Names of its maps, sorted, but for that of its constants.
+    /// Names of its maps, sorted, but for those of its constants and private variables.
     pub fn map_names(&self) -> Vec<String> {
-        sorted(self.ebpf.maps().map(|(name, _)| name).filter(|&name| name != ".rodata"))
+        sorted(self.ebpf.maps().map(|(name, _)| name).filter(|name| ![".rodata", ".data"].contains(name)))
     }
 }
 

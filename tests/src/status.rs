@@ -13,6 +13,7 @@ pub struct Status {
     pub pin_dir: PathBuf,
     pub state: String,
     pub agent: AgentProcess,
+    pub configuration: Option<Configuration>,
     pub mode: Option<String>,
     pub answer: Option<String>,
     pub provider: Option<Provider>,
@@ -20,6 +21,7 @@ pub struct Status {
     pub interfaces: Vec<Interface>,
     pub hooks: Vec<String>,
     pub sockets: Option<Sockets>,
+    pub strict_host_network: Option<HostNetwork>,
     pub departed: Counts,
     pub total: Counts,
     pub problems: Vec<Problem>,
@@ -32,6 +34,24 @@ pub struct AgentProcess {
     pub running: bool,
     pub ready: bool,
     pub pid: Option<u32>,
+}
+
+/// The configuration in force.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct Configuration {
+    pub generation: u64,
+    pub file: Option<PathBuf>,
+    pub loaded_at: String,
+    pub refused: Option<Refused>,
+}
+
+/// A configuration that is not in force.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct Refused {
+    pub at: String,
+    pub error: String,
 }
 
 /// Where the endpoints come from.
@@ -78,6 +98,16 @@ pub struct Counts {
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct Sockets {
     pub attached: bool,
+    #[serde(flatten)]
+    pub counts: Counts,
+}
+
+/// Pods in the node's network namespace.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct HostNetwork {
+    pub attached: bool,
+    pub cgroups: Vec<u64>,
     #[serde(flatten)]
     pub counts: Counts,
 }

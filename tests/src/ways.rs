@@ -1,7 +1,7 @@
 //! Ways to the metadata service, and which hooks hold them.
 
 use crate::{
-    Agent, World,
+    Agent, Cgroup, World,
     poll::try_poll,
     probe::LONG,
     skip::{WHOLE_TEST, lacks_netns_cookie, skip},
@@ -10,6 +10,7 @@ use crate::{
 /// The hooks that see packets.
 const EDGES: [&str; 2] = ["pod_edge", "node_edge"];
 const SOCKET: &str = "socket";
+const STRICT: &str = "strict_host_network";
 
 /// Ways by which pods reach the metadata service, and the hooks each of which is to hold all of them alone.
 #[must_use]
@@ -17,13 +18,14 @@ pub struct Ways<'w> {
     world: &'w World,
     hooks: Vec<&'static str>,
     config: String,
+    cgroup: Option<&'w Cgroup>,
     all: Vec<(String, Box<dyn Fn() -> bool + Sync + 'w>)>,
 }
 
 impl World {
     /// Ways that are held by these hooks.
     pub fn ways(&self, hooks: &[&'static str]) -> Ways<'_> {
-        Ways { world: self, hooks: hooks.to_vec(), config: String::new(), all: Vec::new() }
+        Ways { world: self, hooks: hooks.to_vec(), config: String::new(), cgroup: None, all: Vec::new() }
     }
 
     /// Whether anything arrives at the metadata service of what `send` sends.
@@ -41,7 +43,13 @@ impl<'w> Ways<'w> {
         self
     }
 
-    /// A way that `is_open` where it returns true. It is tried in the world's cgroup.
+    /// Tries all of them in this cgroup.
+    pub fn in_cgroup(mut self, cgroup: &'w Cgroup) -> Self {
+        self.cgroup = Some(cgroup);
+        self
+    }
+
+    /// A way that `is_open` where it returns true. It is tried in the world's cgroup, unless another one is chosen.
     pub fn way(mut self, name: impl Into<String>, is_open: impl Fn() -> bool + Sync + 'w) -> Self {
         self.all.push((name.into(), Box::new(is_open)));
         self
@@ -70,7 +78,14 @@ impl<'w> Ways<'w> {
         if !is_held {
             return skip(WHOLE_TEST, "no hook that would hold it on this kernel");
         }
-        self.assert_closed(if lacks_netns_cookie() { &EDGES } else { &[EDGES[0], EDGES[1], SOCKET] });
+        let mut all = EDGES.to_vec();
+        if !lacks_netns_cookie() {
+            all.push(SOCKET);
+        }
+        if self.hooks.contains(&STRICT) {
+            all.push(STRICT);
+        }
+        self.assert_closed(&all);
     }
 
     /// The ways that are open with these hooks on: none, if all is well.
@@ -79,7 +94,7 @@ impl<'w> Ways<'w> {
         let agent = self.start(hooks);
         let open = self.all.iter().filter(|(_, is_open)| {
             let before = self.world.arrivals();
-            self.world.in_cgroup(is_open) || self.world.arrivals() != before
+            self.is_open(is_open) || self.world.arrivals() != before
         });
         let open = open.map(|(name, _)| name.as_str()).collect();
         drop(agent);
@@ -97,8 +112,15 @@ impl<'w> Ways<'w> {
     #[track_caller]
     fn assert_open(&self, when: &str) {
         for (name, is_open) in &self.all {
-            let found = try_poll(LONG, || self.world.in_cgroup(is_open).then_some(()));
+            let found = try_poll(LONG, || self.is_open(is_open).then_some(()));
             assert!(found.is_some(), "{name} is not open {when}");
+        }
+    }
+
+    fn is_open(&self, is_open: impl FnOnce() -> bool + Send) -> bool {
+        match self.cgroup {
+            Some(cgroup) => cgroup.run(is_open),
+            None => self.world.in_cgroup(is_open),
         }
     }
 

@@ -213,6 +213,13 @@ impl World {
         self.cgroup.run(work)
     }
 
+    /// A cgroup at this path below the world's, for programs of a pod that shares the node's network namespace. It is
+    /// removed when dropped.
+    #[must_use]
+    pub fn add_cgroup(&self, path: &str) -> Cgroup {
+        Cgroup::below(self.cgroup(), path.as_ref())
+    }
+
     /// A directory for files, removed with the world.
     #[must_use]
     pub fn scratch_dir(&self) -> &Path {

@@ -10,7 +10,7 @@ use std::{
 
 use imds_tests::{
     METADATA, PacketSocket, Pod, PodLink, World, packets,
-    probe::{LONG, SHORT, http_get},
+    probe::{LONG, SHORT, http_get, icmp_echo},
     skip_without_netns_cookie,
 };
 use serde_json::Value;
@@ -108,6 +108,35 @@ fn a_call_is_told_with_its_process() {
         "{event}"
     );
     assert_eq!((&event["destination_port"], &event["protocol"]), (&80.into(), &"tcp".into()), "{event}");
+}
+
+#[test]
+fn what_a_pod_in_the_nodes_namespace_does_is_told_with_its_cgroup() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let container = world.add_cgroup("kubepods.slice/pod7.slice");
+    let agent = world.agent().hooks(&["strict_host_network"]).spawn_ready();
+    let follower = Follower::start(&world);
+    let told = |protocol: &str| {
+        let event = follower.next();
+        let found = ["hook", "verdict", "protocol"].map(|field| event[field].as_str().unwrap());
+        assert_eq!(found, ["strict_host_network", "deny", protocol], "{event}");
+        assert_eq!(event["cgroup"], container.id(), "{event}");
+        event
+    };
+    assert!(container.run(|| !http_get(&world.node, METADATA, SHORT).is_answer()));
+    let event = told("tcp");
+    assert_eq!((&event["pid"], &event["interface"]), (&std::process::id().into(), &Value::Null), "{event}");
+    assert!(event["comm"].is_string(), "{event}");
+    assert!(container.run(|| !icmp_echo(&world.node, METADATA, SHORT).is_answer()));
+    let event = told("icmp");
+    let found = ["source", "interface"].map(|field| event[field].as_str().unwrap());
+    assert_eq!(found, [world.node_address().to_string().as_str(), World::UPLINK], "{event}");
+    drop((follower, agent));
+    world.unload();
+    assert!(container.run(|| icmp_echo(&world.node, METADATA, LONG).is_answer()));
 }
 
 #[test]

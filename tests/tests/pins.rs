@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use aya::maps::{Array, Map, MapData};
+use imds_ebpf_common::{Mode, Policy};
 use imds_tests::{
     Backend, Netns, Pod, PodLink, World,
     foreign::{Foreign, TC_ACT_OK},
@@ -65,12 +67,11 @@ fn maps_that_another_version_wrote_are_replaced() {
     }
     let (world, pod) = guarded_world(Backend::Tcx);
     let pin = world.pin_dir().join("maps/imds_policy");
-    // Mode 2 is off: a policy that is misread must not open anything.
-    let value = "2 0 0 0 99 0 0 0 1 0 0 0 1 0 0 0 0 0 0 0 0 0 0 0".split(' ');
-    let update = ["map", "update", "pinned", pin.to_str().unwrap(), "key", "0", "0", "0", "0", "value"];
-    let before = world.status().total.denied.packets;
-    assert!(before > 0);
-    bpftool(&update.into_iter().chain(value).collect::<Vec<_>>());
+    let mut policies: Array<MapData, Policy> =
+        Map::Array(MapData::from_pin(pin).unwrap()).try_into().unwrap();
+    assert!(world.status().total.denied.packets > 0);
+    // A policy that is misread must not open anything.
+    policies.set(0, Policy { mode: Mode::Off as u32, layout: 99, ..Policy::default() }, 0).unwrap();
     // Until then the programs go by it, as it is their own map.
     world.assert_open(&pod);
     let agent = world.start_agent(Backend::Tcx);

@@ -57,7 +57,7 @@ fn packet(
 }
 
 /// The answer, whose addresses and checksums are as they should be.
-fn answer<'a>(after: &'a [u8], v6: bool) -> SlicedPacket<'a> {
+fn answer(after: &[u8], v6: bool) -> SlicedPacket<'_> {
     let answer = SlicedPacket::from_ethernet(after).expect("a packet");
     assert_eq!((&after[..6], &after[6..12]), (&MACS.0[..], &MACS.1[..]));
     match answer.net.as_ref().expect("an IP header") {
@@ -127,7 +127,8 @@ fn a_segment_is_answered_by_the_reset_that_its_stack_accepts() {
             };
             prop_assert_eq!(tcp.checksum(), checksum.unwrap());
             if flags & ACK == 0 {
-                let occupied = data.len() as u32 + u32::from(flags & SYN != 0) + u32::from(flags & FIN != 0);
+                let length = u32::try_from(data.len()).unwrap();
+                let occupied = length + u32::from(flags & SYN != 0) + u32::from(flags & FIN != 0);
                 prop_assert!(tcp.ack() && tcp.sequence_number() == 0);
                 prop_assert_eq!(tcp.acknowledgment_number(), sequence.wrapping_add(occupied));
             } else {
@@ -169,7 +170,7 @@ fn anything_else_is_answered_by_an_icmp_error_that_quotes_it() {
             }
             Some(TransportSlice::Icmpv6(icmp)) => {
                 let unreachable = Icmpv6Type::DestinationUnreachable(DestUnreachableCode::Prohibited);
-                prop_assert_eq!(icmp.icmp_type(), unreachable.clone());
+                prop_assert_eq!(icmp.icmp_type(), unreachable);
                 let checksum = unreachable.calc_checksum(IMDS_IPV6, POD_V6, icmp.payload()).unwrap();
                 prop_assert_eq!(icmp.checksum(), checksum);
                 prop_assert_eq!(icmp.payload().len(), 48);

@@ -6,8 +6,8 @@ use imds_agent::datapath::object::OBJECT;
 use imds_ebpf_common::{
     Address, Counter, CounterKey, Endpoint, Filter, Hook, IMDS_IPV4, Mode, Policy, Service, Verdict,
     names::{
-        MAP_COUNTERS, MAP_ENDPOINTS, MAP_POLICY, MAPS, PROG_POD_EDGE, PROG_POD_L3, SECTION_FILTER,
-        SOCKET_PROGRAMS, TC_PROGRAMS, in_object,
+        HOST_PROGRAMS, MAP_COUNTERS, MAP_ENDPOINTS, MAP_POLICY, MAPS, PROG_POD_EDGE, PROG_POD_L3,
+        SECTION_FILTER, SOCKET_PROGRAMS, TC_PROGRAMS, in_object,
     },
     packet::MAX_VLAN_TAGS,
 };
@@ -213,7 +213,7 @@ fn a_filter_that_was_never_written_is_the_loaders_mistake_and_a_full_one_only_co
 #[test]
 fn the_verifier_is_done_with_every_program_soon() {
     let object = Object::load(OBJECT);
-    for name in TC_PROGRAMS.into_iter().chain(SOCKET_PROGRAMS) {
+    for name in TC_PROGRAMS.into_iter().chain(SOCKET_PROGRAMS).chain(HOST_PROGRAMS) {
         let Some(verified) = object.verified_instructions(name) else {
             eprintln!("{SKIPPED}{WHOLE_TEST}: this kernel does not count the instructions that it verifies");
             return;
@@ -232,7 +232,7 @@ fn the_object_has_the_names_that_user_space_asks_for() {
         names.sort();
         names
     };
-    let programs = [TC_PROGRAMS, SOCKET_PROGRAMS].concat();
+    let programs = [&TC_PROGRAMS[..], &SOCKET_PROGRAMS, &HOST_PROGRAMS].concat();
     assert_eq!(object.program_names(), sorted(&programs));
     assert_eq!(object.map_names(), sorted(&MAPS.map(in_object)));
     for name in programs.into_iter().chain(MAPS) {

@@ -1,6 +1,8 @@
 //! The command line.
 
+mod config;
 mod events;
+mod manual;
 mod run;
 mod status;
 mod unload;
@@ -33,8 +35,14 @@ enum Command {
     Status(status::StatusArgs),
     /// Follow what is denied, as it happens; what came last while nobody followed comes first
     Events(events::EventsArgs),
+    /// Check a configuration file, or show the configuration in force
+    Config(config::ConfigArgs),
     /// Remove every program, link, map and pin
     Unload(unload::UnloadArgs),
+    /// Write a script for a shell that completes this command line
+    Completions(manual::CompletionsArgs),
+    /// Write manual pages
+    Man(manual::ManArgs),
 }
 
 #[derive(Args, Debug)]
@@ -74,6 +82,9 @@ pub fn main(cli: Cli) -> ExitCode {
             Command::Run(args) => run::run(args).await,
             Command::Status(args) => status::status(args).await,
             Command::Events(args) => events::events(&args),
+            Command::Config(args) => config::config(&args),
+            Command::Completions(args) => manual::completions(&args),
+            Command::Man(args) => manual::man(&args),
             Command::Unload(args) => unload::unload(args).await,
         }
     });

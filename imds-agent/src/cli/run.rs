@@ -2,32 +2,24 @@
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
-use anyhow::{Context as _, anyhow};
+use anyhow::anyhow;
 use clap::{Args, ValueEnum};
-use futures_util::StreamExt as _;
-use imds_ebpf_common::{Backend, Edge, Hook};
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    time::{Instant, MissedTickBehavior, interval_at},
-};
+use imds_ebpf_common::Backend;
 
 use super::{Failure, PinDirArg};
 use crate::{
-    config::{Config, Hooks},
-    datapath::{Datapath, Plan, bpf, pins::PinDir},
+    agent::{Agent, Source},
+    datapath::{Datapath, bpf, pins::PinDir},
     guard::Guard,
-    node::{
-        cgroup,
-        netlink::{Event, Netlink},
-        netns::{self, Identity},
-    },
+    node::{kubepods::Kubepods, netlink::Netlink},
     preflight,
     provider::{DMI_DIR, Dmi},
+    settings::Node,
 };
 
 #[derive(Args, Debug)]
 pub(super) struct RunArgs {
-    /// Configuration file (TOML); without one, all defaults
+    /// Configuration file (TOML); without one, all defaults. It is loaded again when it changes, and by SIGHUP
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Attach to the pods that are there, then exit; what is attached stays in force
@@ -72,102 +64,39 @@ impl TcBackend {
 }
 
 pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
-    let config = match &args.config {
-        Some(path) => Config::load(path).map_err(|error| Failure::Usage(error.into()))?,
-        None => Config::default(),
-    };
+    let mut source = Source::new(args.config);
+    let config = source.load().map_err(|error| Failure::Usage(error.into()))?;
     let guarded =
         config.endpoints.resolve(&Dmi::read(&args.dmi_dir)).map_err(|error| Failure::Usage(error.into()))?;
     preflight::check_capabilities()?;
     preflight::lift_limits()?;
     preflight::check_kernel()?;
-    let plan = Plan {
-        mode: config.mode,
-        answer: config.answer,
-        hooks: config.hooks,
-        backend: args.tc_backend.choose()?,
-        cgroup: cgroup(config.hooks, args.cgroup)?,
-        identity: identity(config.hooks)?,
-    };
+    let node = Node { backend: args.tc_backend.choose()?, cgroup: args.cgroup, dmi_dir: args.dmi_dir };
+    let settings = node.settings(&config, guarded)?;
     let claim = PinDir::new(&args.pins.pin_dir)?.claim()?;
 
     // Listening comes before the first look, so that nothing falls between the two.
-    let mut events = Netlink::events(plan.backend == Backend::Clsact, guarded.ipv4())?;
-    let netlink = Netlink::connect()?.with_endpoints(guarded.ipv4());
-    let datapath = Datapath::open(claim, &plan, &guarded, netlink.clone())?;
-    let mut guard = Guard::new(datapath, netlink, config.interfaces);
-    guard.resync().await?;
-    log::info!(
-        "mode {}: {} pod and {} node interfaces guarded by {}, sockets {}, provider {}, {} endpoint{}, pins in {}",
-        plan.mode.name(),
-        guard.wanted(Edge::Pod).count(),
-        guard.wanted(Edge::Node).count(),
-        plan.backend.name(),
-        if plan.cgroup.is_some() { "too" } else { "not" },
-        guarded.provider(),
-        guarded.endpoints().len(),
-        if guarded.endpoints().len() == 1 { "" } else { "s" },
-        args.pins.pin_dir.display(),
-    );
-    if args.once {
-        let failures: Vec<_> = guard.failures().map(|(name, failure)| format!("{name}: {failure}")).collect();
-        return if failures.is_empty() {
-            Ok(ExitCode::SUCCESS)
-        } else {
-            Err(Failure::Failed(anyhow!("not everything is guarded: {}", failures.join("; "))))
-        };
+    let events = Netlink::events(node.backend == Backend::Clsact)?;
+    let netlink = Netlink::connect()?.with_endpoints(settings.guarded.ipv4());
+    let datapath = Datapath::open(claim, &settings.plan, &settings.guarded, netlink.clone())?;
+    match datapath.diagnostics() {
+        Ok(diagnostics) => drop(tokio::spawn(async {
+            log::warn!("the BPF programs' own log is no longer followed: {}", diagnostics.follow().await);
+        })),
+        Err(error) => log::warn!("{:#}", anyhow::Error::from(error)),
     }
-
-    let mut terminate = signal(SignalKind::terminate()).context("can't listen for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("can't listen for SIGINT")?;
-    let period = Duration::from_secs(args.resync);
-    let mut timer = interval_at(Instant::now() + period, period);
-    timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            event = events.next() => {
-                let event = event.context("lost the connection to rtnetlink: pods can't be followed")?;
-                attempt(&mut guard, Some(event)).await;
-            }
-            _ = timer.tick() => attempt(&mut guard, None).await,
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
-        }
+    let kubepods = settings.kubepods.clone().map(Kubepods::new);
+    let mut guard = Guard::new(datapath, netlink, settings.interfaces.clone(), kubepods);
+    if !args.once {
+        let agent = Agent::new(guard, node, source, settings, Duration::from_secs(args.resync))?;
+        agent.run(&config, events).await?;
+        return Ok(ExitCode::SUCCESS);
     }
-    log::info!("stopping; what is attached stays in force until `imds-agent unload`");
-    Ok(ExitCode::SUCCESS)
-}
-
-/// The cgroup below which sockets are guarded, where that hook is on.
-fn cgroup(hooks: Hooks, chosen: Option<PathBuf>) -> anyhow::Result<Option<PathBuf>> {
-    if !hooks.has(Hook::Socket) {
-        return Ok(None);
-    }
-    let root = || cgroup::root().context("can't read the mounts").transpose();
-    let missing =
-        || anyhow!("no cgroup v2 hierarchy is mounted: name one by --cgroup, or set hooks.socket = false");
-    chosen.map(Ok).or_else(root).unwrap_or_else(|| Err(missing())).map(Some)
-}
-
-/// How the programs know the node. Which sockets are the node's own must be known where sockets are judged.
-fn identity(hooks: Hooks) -> anyhow::Result<Identity> {
-    match netns::identity().context("can't tell this network namespace's cookie")? {
-        Some(identity) => Ok(identity),
-        None if !hooks.has(Hook::Socket) => Ok(Identity::Initial),
-        None => Err(anyhow!(
-            "this kernel (before Linux 5.14) has no cookie for a network namespace that is not the initial one: set \
-             hooks.socket = false"
-        )),
-    }
-}
-
-/// Takes in one event, or looks at everything. What fails is tried again with the next look at the latest.
-async fn attempt(guard: &mut Guard, event: Option<Event>) {
-    let result = match event {
-        Some(event) => guard.handle(event).await,
-        None => guard.resync().await,
-    };
-    if let Err(error) = result {
-        log::error!("{:#}", anyhow::Error::from(error));
+    guard.start(&settings, source.path(), &config).await?;
+    let failures: Vec<_> = guard.failures().map(|(name, failure)| format!("{name}: {failure}")).collect();
+    if failures.is_empty() {
+        Ok(ExitCode::SUCCESS)
+    } else {
+        Err(Failure::Failed(anyhow!("not everything is guarded: {}", failures.join("; "))))
     }
 }

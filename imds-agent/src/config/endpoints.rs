@@ -6,10 +6,13 @@ use imds_ebpf_common::{
     Service,
     endpoint::{MAX_ENDPOINTS, MAX_KEPT, NAME_LEN, TCP, UDP},
 };
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
-use super::{ConfigError, Place, Source};
+use super::{
+    ConfigError, ConfigErrors,
+    source::{Mistakes, Place, Source},
+};
 use crate::{
     endpoints::{Endpoint, Guarded, Keep, address},
     provider::{Dmi, EXTRAS, NO_PROVIDER, PROVIDERS, Provider},
@@ -24,26 +27,32 @@ pub struct Endpoints {
     own: Vec<(Endpoint, Place)>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct EndpointTable {
     name: Spanned<String>,
     address: Spanned<String>,
-    keep: Option<Spanned<Vec<Spanned<String>>>>,
+    #[serde(default = "no_services")]
+    keep: Spanned<Vec<Spanned<String>>>,
+}
+
+fn no_services() -> Spanned<Vec<Spanned<String>>> {
+    Spanned::new(0..0, Vec::new())
 }
 
 impl Endpoints {
     pub(super) fn parse(
-        provider: Option<&Spanned<String>>,
+        provider: &Spanned<String>,
         extras: &[Spanned<String>],
         tables: &[EndpointTable],
         source: Source<'_>,
-    ) -> Result<Self, ConfigError> {
-        Ok(Self {
-            provider: provider.map_or(Ok(None), |name| parse_provider(name, source))?,
-            extras: extras.iter().map(|name| parse_extra(name, source)).collect::<Result<_, _>>()?,
-            own: tables.iter().map(|table| parse_endpoint(table, source)).collect::<Result<_, _>>()?,
-        })
+        mistakes: &mut Mistakes,
+    ) -> Self {
+        Self {
+            provider: mistakes.take(parse_provider(provider, source)).flatten(),
+            extras: extras.iter().filter_map(|name| mistakes.take(parse_extra(name, source))).collect(),
+            own: tables.iter().filter_map(|table| mistakes.take(parse_endpoint(table, source))).collect(),
+        }
     }
 
     /// Whether nothing is guarded, whatever the machine.
@@ -52,14 +61,20 @@ impl Endpoints {
     }
 
     /// All endpoints, on a machine of which the firmware says `dmi`.
-    pub fn resolve(&self, dmi: &Dmi) -> Result<Guarded, ConfigError> {
+    pub fn resolve(&self, dmi: &Dmi) -> Result<Guarded, ConfigErrors> {
         let provider = self.provider.unwrap_or_else(|| dmi.provider());
         let mut endpoints: Vec<_> = provider.endpoints().collect();
         let extras = self.extras.iter().flat_map(|(extra, place)| extra.endpoints().map(move |e| (e, place)));
         let own = self.own.iter().map(|(endpoint, place)| (endpoint.clone(), place));
+        let mut mistakes = Mistakes::default();
         for (endpoint, place) in extras.chain(own) {
-            check_new(&endpoint, &endpoints).map_err(|message| place.error(message))?;
-            endpoints.push(endpoint);
+            match check_new(&endpoint, &endpoints) {
+                Ok(()) => endpoints.push(endpoint),
+                Err(message) => mistakes.note(place.error(message)),
+            }
+        }
+        if !mistakes.are_none() {
+            return Err(ConfigErrors(mistakes.into_vec()));
         }
         Ok(Guarded::new(self.provider.map_or("auto", |provider| provider.name), provider.name, endpoints))
     }
@@ -116,7 +131,7 @@ fn parse_endpoint(table: &EndpointTable, source: Source<'_>) -> Result<(Endpoint
     }
     let address = parse_address(table.address.get_ref())
         .map_err(|message| source.error(table.address.span(), message))?;
-    let keep = table.keep.as_ref().map_or(Ok(Vec::new()), |keep| parse_keeps(keep, source))?;
+    let keep = parse_keeps(&table.keep, source)?;
     // What it clashes with is known only together with the provider's.
     Ok((Endpoint { name: name.clone(), address, keep }, source.place(table.address.span())))
 }

@@ -14,10 +14,7 @@ use std::{
 
 use aya_obj::generated::{
     BPF_F_BEFORE,
-    bpf_attach_type::{
-        self, BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG,
-        BPF_CGROUP_UDP6_SENDMSG, BPF_TCX_EGRESS, BPF_TCX_INGRESS,
-    },
+    bpf_attach_type::{self, BPF_TCX_EGRESS, BPF_TCX_INGRESS},
     bpf_cmd::{
         self, BPF_LINK_CREATE, BPF_LINK_DETACH, BPF_LINK_UPDATE, BPF_OBJ_GET, BPF_OBJ_GET_INFO_BY_FD,
         BPF_OBJ_PIN, BPF_PROG_QUERY,
@@ -80,11 +77,6 @@ impl Direction {
         }
     }
 }
-
-/// The hooks for calls on sockets, in the order of
-/// [`SOCKET_PROGRAMS`](imds_ebpf_common::names::SOCKET_PROGRAMS).
-pub const SOCKET_ATTACH_TYPES: [bpf_attach_type; 4] =
-    [BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG];
 
 /// One entry of a TCX hook, in the order in which they run.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -1,34 +1,38 @@
 //! What is in the kernel: loads, pins, attaches, replaces and removes it.
 
 pub mod bpf;
+pub mod claim;
 pub mod clsact;
+pub mod config;
 pub mod counters;
 pub mod endpoints;
+mod force;
 pub mod home;
+pub mod hosts;
 pub mod object;
 pub mod pins;
 pub mod records;
 pub mod sockets;
 mod tcx;
 
-use std::{io, path::PathBuf};
+use std::{collections::BTreeSet, io, path::PathBuf};
 
 use aya::maps::MapError;
-use imds_ebpf_common::{
-    Answer, Backend, Edge, Mode, Policy, Role,
-    maps::LAYOUT,
-    names::{MAP_POLICY, tc_program},
-};
+use imds_ebpf_common::{Answer, Backend, Edge, Hook, Mode, Role, names::tc_program};
+use log::Level;
 use thiserror::Error;
 
 use self::{
+    claim::Claim,
+    hosts::Hosts,
     object::{Maps, ObjectError, Programs},
-    pins::{Claim, PinDir, PinError, Spot},
-    sockets::Sockets,
+    pins::{PinDir, PinError, Spot},
+    sockets::{SOCKETS, Sockets},
     tcx::Links,
 };
 use crate::{
     config::Hooks,
+    diagnostics::{Diagnostics, DiagnosticsError},
     endpoints::Guarded,
     node::{
         links::Link,
@@ -112,6 +116,7 @@ pub struct Datapath {
     maps: Maps,
     links: Links,
     sockets: Option<Sockets>,
+    hosts: Hosts,
     netlink: Netlink,
     backend: Backend,
     hooks: Hooks,
@@ -149,7 +154,8 @@ impl Datapath {
         let Plan { backend, hooks, .. } = *plan;
         match Self::load(claim.dir(), plan, guarded) {
             Ok((programs, maps, links, sockets)) => {
-                Ok(Self { claim, programs, maps, links, sockets, netlink, backend, hooks })
+                let hosts = Hosts::default();
+                Ok(Self { claim, programs, maps, links, sockets, hosts, netlink, backend, hooks })
             }
             Err(error) => {
                 if claim.is_new() {
@@ -171,20 +177,11 @@ impl Datapath {
         }
         let programs = Programs::load(pins, plan.hooks, &endpoints::filter_while_loading(pins, guarded))?;
         let mut maps = Maps::open(pins)?;
-        let policy = Policy {
-            mode: plan.mode as u32,
-            answer: plan.answer as u32,
-            layout: LAYOUT,
-            netns: home::this_netns()?,
-            hooks: plan.hooks.bits(),
-            reserved: 0,
-            netns_cookie: plan.identity.cookie(),
-        };
-        maps.policy.set(0, policy, 0).map_err(|source| DatapathError::Map { map: MAP_POLICY, source })?;
-        endpoints::write(&mut maps, guarded)?;
+        force::write(&mut maps, plan, guarded)?;
         programs.pin(pins)?;
         let links = Links::adopt(pins)?;
-        let sockets = plan.cgroup.as_ref().map(|cgroup| Sockets::adopt(pins, cgroup)).transpose()?;
+        let adopt = |cgroup: &PathBuf| Sockets::adopt(pins, cgroup, SOCKETS);
+        let sockets = plan.cgroup.as_ref().map(adopt).transpose()?;
         Ok((programs, maps, links, sockets))
     }
 
@@ -192,6 +189,11 @@ impl Datapath {
     #[must_use]
     pub fn pins(&self) -> &PinDir {
         self.claim.dir()
+    }
+
+    /// What the programs log of themselves.
+    pub fn diagnostics(&self) -> Result<Diagnostics, DiagnosticsError> {
+        Diagnostics::open(self.programs.ids().next().unwrap_or_default())
     }
 
     /// How an edge of an interface of this role is to be attached.
@@ -209,6 +211,26 @@ impl Datapath {
         }
         let detached = sockets::detach_all(self.claim.dir())?;
         Ok(if detached { vec!["sockets are no longer guarded".to_owned()] } else { Vec::new() })
+    }
+
+    /// Does the same for the hooks of the cgroups of Kubernetes pods, which are at these paths. Links on others are
+    /// removed where those are `all` that there are.
+    pub fn restore_hosts(
+        &mut self,
+        cgroups: &BTreeSet<PathBuf>,
+        all: bool,
+    ) -> Result<Vec<(Level, String)>, DatapathError> {
+        let pins = self.claim.dir();
+        if !self.hooks.has(Hook::Host) {
+            let detached = hosts::detach_all(pins)?;
+            let done = (Level::Info, "hostNetwork pods are no longer guarded".to_owned());
+            return Ok(if detached { vec![done] } else { Vec::new() });
+        }
+        let mut done = self.hosts.restore(pins, &self.programs, cgroups)?;
+        if all {
+            done.extend(self.hosts.forget_others(pins)?);
+        }
+        Ok(done)
     }
 
     /// Indices of interfaces of which something is pinned or recorded.
@@ -358,7 +380,7 @@ pub async fn unload(pins: &PinDir, netlink: &Netlink, links: &[Link]) -> Result<
         return Ok(removed);
     };
     home::ensure_no_filters_elsewhere(pins)?;
-    removed.sockets = sockets::detach_all(pins)?;
+    removed.sockets = sockets::detach_all(pins)? | hosts::detach_all(pins)?;
     for (_, path) in pins.pinned_links()? {
         removed.interfaces += usize::from(tcx::detach_pinned(&path)?);
     }

@@ -15,12 +15,13 @@ use aya::{
 };
 use aya_obj::{Object, generated::bpf_func_id};
 use imds_ebpf_common::{
-    Address, Counter, CounterKey, Edge, Endpoint, Filter, Frame, Hook, InterfaceRecord, Policy,
+    Address, ConfigRecord, Counter, CounterKey, Edge, Endpoint, Filter, Frame, Hook, InterfaceRecord, Policy,
     ProviderRecord,
     maps::LAYOUT,
     names::{
-        GLOBAL_TC_HAS_COOKIE, MAP_COUNTERS, MAP_ENDPOINTS, MAP_EVENTS, MAP_FILTER, MAP_INTERFACES,
-        MAP_POLICY, MAP_PROVIDER, MAPS, SOCKET_PROGRAMS, SYMBOL_FILTER, TC_PROGRAMS, in_object, tc_program,
+        GLOBAL_CGROUP_HAS_COOKIE, GLOBAL_TC_HAS_COOKIE, HOST_PROGRAMS, MAP_CONFIG, MAP_COUNTERS,
+        MAP_ENDPOINTS, MAP_EVENTS, MAP_FILTER, MAP_INTERFACES, MAP_POLICY, MAP_PROVIDER, MAPS,
+        SOCKET_PROGRAMS, SYMBOL_FILTER, TC_PROGRAMS, in_object, tc_program,
     },
 };
 use thiserror::Error;
@@ -74,19 +75,45 @@ impl Programs {
     /// aya writes what the object has for a variable, also over that of a pinned map that other programs use: `filter` is
     /// what it writes, so that has to match all endpoints that are guarded.
     pub fn load(pins: &PinDir, hooks: Hooks, filter: &Filter) -> Result<Self, ObjectError> {
-        let has_cookie = u8::from(tc_has_cookie());
+        let tc_has_cookie = u8::from(has_cookie(ProgramType::SchedClassifier));
+        let cgroup_has_cookie = u8::from(has_cookie(ProgramType::CgroupSkb));
         let mut loader = EbpfLoader::new();
-        loader.override_global(GLOBAL_TC_HAS_COOKIE, &has_cookie, true);
+        loader.override_global(GLOBAL_TC_HAS_COOKIE, &tc_has_cookie, true);
+        loader.override_global(GLOBAL_CGROUP_HAS_COOKIE, &cgroup_has_cookie, true);
         for name in MAPS {
             loader.map_pin_path(in_object(name), pins.map(name));
         }
         loader.override_global(SYMBOL_FILTER, filter, true);
         let mut programs = Self { ebpf: loader.load(OBJECT)?, ids: BTreeMap::new() };
-        for name in names(hooks) {
-            let id = programs.load_one(name).map_err(|source| ObjectError::Program { name, source })?;
-            programs.ids.insert(name, id.ok_or(ObjectError::Missing(name))?);
-        }
+        programs.add(hooks)?;
         Ok(programs)
+    }
+
+    /// Loads those of these hooks that are not.
+    pub fn add(&mut self, hooks: Hooks) -> Result<(), ObjectError> {
+        for name in names(hooks) {
+            if !self.ids.contains_key(name) {
+                let id = self.load_one(name).map_err(|source| ObjectError::Program { name, source })?;
+                self.ids.insert(name, id.ok_or(ObjectError::Missing(name))?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets go of those of other hooks. What is attached stays so.
+    pub fn keep(&mut self, hooks: Hooks) {
+        let kept: Vec<_> = names(hooks).collect();
+        for name in self.ids.extract_if(.., |name, _| !kept.contains(name)).map(|(name, _)| name) {
+            let unloaded = match self.ebpf.program_mut(name) {
+                Some(Program::SchedClassifier(program)) => program.unload(),
+                Some(Program::CgroupSockAddr(program)) => program.unload(),
+                Some(Program::CgroupSkb(program)) => program.unload(),
+                Some(_) | None => Ok(()),
+            };
+            if let Err(error) = unloaded {
+                log::debug!("{name}: {error}");
+            }
+        }
     }
 
     /// Loads a program and returns its id, or `None` where the object has no such program.
@@ -94,10 +121,16 @@ impl Programs {
         match self.ebpf.program_mut(name) {
             Some(Program::SchedClassifier(program)) => program.load()?,
             Some(Program::CgroupSockAddr(program)) => program.load()?,
+            Some(Program::CgroupSkb(program)) => program.load()?,
             Some(_) | None => return Ok(None),
         }
         let id = self.ebpf.program(name).map(|program| program.info().map(|info| info.id())).transpose()?;
         Ok(id)
+    }
+
+    /// Ids of all.
+    pub fn ids(&self) -> impl Iterator<Item = u32> {
+        self.ids.values().copied()
     }
 
     /// Id of a program.
@@ -115,7 +148,7 @@ impl Programs {
 
     /// Pins the programs, in place of those of an earlier agent.
     pub fn pin(&self, pins: &PinDir) -> Result<(), ObjectError> {
-        for name in TC_PROGRAMS.into_iter().chain(SOCKET_PROGRAMS) {
+        for name in TC_PROGRAMS.into_iter().chain(SOCKET_PROGRAMS).chain(HOST_PROGRAMS) {
             match self.ids.get(name) {
                 Some(_) => pins::pin_over(self.fd(name)?, &pins.program(name))?,
                 // An earlier agent's, for a hook that is off now.
@@ -136,14 +169,16 @@ impl Programs {
 fn names(hooks: Hooks) -> impl Iterator<Item = &'static str> {
     let edges = Edge::ALL.into_iter().filter(move |edge| hooks.has(edge.hook()));
     let tc = edges.flat_map(|edge| [Frame::Ethernet, Frame::Ip].map(|frame| tc_program(edge, frame)));
-    tc.chain(SOCKET_PROGRAMS.into_iter().filter(move |_| hooks.has(Hook::Socket)))
+    let sockets = SOCKET_PROGRAMS.into_iter().filter(move |_| hooks.has(Hook::Socket));
+    let hosts = HOST_PROGRAMS.into_iter().filter(move |_| hooks.has(Hook::Host));
+    tc.chain(sockets).chain(hosts)
 }
 
-/// Whether TC programs may ask for the network namespace of a packet's socket (Linux 6.13). Where they may not, packets
-/// that a pod sends by macvlan or ipvlan can't be told from the node's own at the node edge.
-#[must_use]
-pub fn tc_has_cookie() -> bool {
-    is_helper_supported(ProgramType::SchedClassifier, bpf_func_id::BPF_FUNC_get_netns_cookie).unwrap_or(false)
+/// Whether programs of this type may ask for the network namespace of a packet's socket (Linux 6.13 for TC, 6.15 for
+/// cgroups). Where they may not, packets that a pod sends by macvlan or ipvlan can't be told from the node's own at the
+/// node edge, and those of all pods are judged in strict mode.
+fn has_cookie(program_type: ProgramType) -> bool {
+    is_helper_supported(program_type, bpf_func_id::BPF_FUNC_get_netns_cookie).unwrap_or(false)
 }
 
 /// The pinned maps.
@@ -160,6 +195,8 @@ pub struct Maps {
     pub endpoints: HashMap<MapData, Address, Endpoint>,
     /// Where the endpoints come from.
     pub provider: Array<MapData, ProviderRecord>,
+    /// The configuration as text.
+    pub config: Array<MapData, ConfigRecord>,
     /// The same maps, to pin them again.
     held: Vec<(&'static str, MapData)>,
 }
@@ -177,6 +214,7 @@ impl Maps {
             filter: Map::Array(open(MAP_FILTER)?).try_into().map_err(typed(MAP_FILTER))?,
             endpoints: Map::HashMap(open(MAP_ENDPOINTS)?).try_into().map_err(typed(MAP_ENDPOINTS))?,
             provider: Map::Array(open(MAP_PROVIDER)?).try_into().map_err(typed(MAP_PROVIDER))?,
+            config: Map::Array(open(MAP_CONFIG)?).try_into().map_err(typed(MAP_CONFIG))?,
             held: MAPS.map(|name| open(name).map(|map| (name, map))).into_iter().collect::<Result<_, _>>()?,
         })
     }

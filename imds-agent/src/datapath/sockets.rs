@@ -1,45 +1,103 @@
-//! The socket hooks: cgroup links, held and pinned like those of interfaces.
+//! The hooks of cgroups: their links, held and pinned like those of interfaces.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io,
     os::{fd::OwnedFd, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
 };
 
-use imds_ebpf_common::names::{SOCKET_LINKS, SOCKET_PROGRAMS};
+use aya_obj::generated::bpf_attach_type::{
+    self, BPF_CGROUP_INET_EGRESS, BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT,
+    BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG,
+};
+use imds_ebpf_common::names::{HOST_LINKS, HOST_PROGRAMS, SOCKET_LINKS, SOCKET_PROGRAMS};
 
 use super::{
     DatapathError,
-    bpf::{self, SOCKET_ATTACH_TYPES, Target},
+    bpf::{self, Target},
     object::Programs,
     pins::{self, PinDir},
     tcx,
 };
 
-/// The cgroup whose sockets are guarded, with all cgroups below it, and the links on it.
+/// The links that a cgroup gets: pins, programs and hooks, in the same order.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Kind {
+    links: &'static [&'static str],
+    programs: &'static [&'static str],
+    attach_types: &'static [bpf_attach_type],
+    /// Whether there can be several such cgroups, so that pins have their ids.
+    is_one_of_many: bool,
+}
+
+const ATTACH_TYPES: [bpf_attach_type; 5] = [
+    BPF_CGROUP_INET4_CONNECT,
+    BPF_CGROUP_INET6_CONNECT,
+    BPF_CGROUP_UDP4_SENDMSG,
+    BPF_CGROUP_UDP6_SENDMSG,
+    BPF_CGROUP_INET_EGRESS,
+];
+
+/// The cgroup whose sockets are guarded.
+pub(super) const SOCKETS: Kind = Kind {
+    links: &SOCKET_LINKS,
+    programs: &SOCKET_PROGRAMS,
+    attach_types: &ATTACH_TYPES,
+    is_one_of_many: false,
+};
+
+/// One of the cgroups of Kubernetes pods.
+pub(super) const HOSTS: Kind =
+    Kind { links: &HOST_LINKS, programs: &HOST_PROGRAMS, attach_types: &ATTACH_TYPES, is_one_of_many: true };
+
+/// A cgroup, which stands for all below it too, and the links on it.
 #[derive(Debug)]
 pub(super) struct Sockets {
     path: PathBuf,
     cgroup: File,
     id: u64,
-    links: [Option<OwnedFd>; SOCKET_LINKS.len()],
+    links: Vec<Hooked>,
+}
+
+#[derive(Debug)]
+struct Hooked {
+    name: &'static str,
+    program: &'static str,
+    attach_type: bpf_attach_type,
+    pin: String,
+    fd: Option<OwnedFd>,
 }
 
 impl Sockets {
     /// Takes over what earlier agents pinned for the cgroup at `path`.
-    pub(super) fn adopt(pins: &PinDir, path: &Path) -> Result<Self, DatapathError> {
+    pub(super) fn adopt(pins: &PinDir, path: &Path, kind: Kind) -> Result<Self, DatapathError> {
         let cgroup = File::open(path).map_err(pins::io_error("open the cgroup", path))?;
         // The inode number of a cgroup is its id (kernfs).
         let id = cgroup.metadata().map_err(pins::io_error("inspect the cgroup", path))?.ino();
-        let mut sockets = Self { path: path.to_owned(), cgroup, id, links: Default::default() };
-        for (index, name) in SOCKET_LINKS.into_iter().enumerate() {
-            let Some(fd) = pins::open(&pins.named_link(name))? else { continue };
-            if sockets.is_attached(index, &fd).is_some() {
-                sockets.links[index] = Some(fd);
+        let mut sockets = Self { path: path.to_owned(), cgroup, id, links: Vec::new() };
+        let kinds = kind.links.iter().zip(kind.programs).zip(kind.attach_types);
+        for ((&name, &program), &attach_type) in kinds {
+            let pin = if kind.is_one_of_many { format!("{name}_{id}") } else { name.to_owned() };
+            let mut hooked = Hooked { name, program, attach_type, pin, fd: None };
+            if let Some(fd) = pins::open(&pins.named_link(&hooked.pin))?
+                && hooked.attached(id, &fd).is_some()
+            {
+                hooked.fd = Some(fd);
             }
+            sockets.links.push(hooked);
         }
         Ok(sockets)
+    }
+
+    /// The cgroup's id.
+    pub(super) fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Whether it is still the cgroup at its path.
+    pub(super) fn is_there(&self) -> bool {
+        fs::metadata(&self.path).is_ok_and(|metadata| metadata.ino() == self.id)
     }
 
     /// Attaches what is not attached, replaces what is not this agent's, and pins what is not pinned. Returns what was
@@ -49,23 +107,28 @@ impl Sockets {
         pins: &PinDir,
         programs: &Programs,
     ) -> Result<Vec<String>, DatapathError> {
+        let Self { path: cgroup_path, cgroup, id, links } = self;
+        let failed = |operation| {
+            let path = cgroup_path.clone();
+            move |source| DatapathError::Cgroup { operation, path, source }
+        };
         let mut done = Vec::new();
-        for (index, (name, program)) in SOCKET_LINKS.into_iter().zip(SOCKET_PROGRAMS).enumerate() {
-            let path = pins.named_link(name);
-            let fd = programs.fd(program)?;
-            let held = self.links[index].as_ref().and_then(|fd| self.is_attached(index, fd));
-            let Some(link) = held else {
-                let link = bpf::link_create_cgroup(fd, &self.cgroup, SOCKET_ATTACH_TYPES[index])
-                    .map_err(self.failed("attaching to"))?;
+        for hooked in links {
+            let path = pins.named_link(&hooked.pin);
+            let fd = programs.fd(hooked.program)?;
+            let name = hooked.name;
+            let held = hooked.fd.as_ref().and_then(|fd| Some((fd, hooked.attached(*id, fd)?)));
+            let Some((held, link)) = held else {
+                let link = bpf::link_create_cgroup(fd, &*cgroup, hooked.attach_type)
+                    .map_err(failed("attaching to"))?;
                 // Over the pin of one that was detached, or of another cgroup's, which ends with it.
                 pins::pin_over(&link, &path)?;
-                self.links[index] = Some(link);
-                done.push(format!("guarding {name} of sockets below {}", self.path.display()));
+                hooked.fd = Some(link);
+                done.push(format!("guarding {name} of sockets below {}", cgroup_path.display()));
                 continue;
             };
-            let Some(held) = &self.links[index] else { continue };
-            if Some(link.program) != programs.id(program) {
-                bpf::link_update(held, fd).map_err(self.failed("replacing a program of"))?;
+            if Some(link.program) != programs.id(hooked.program) {
+                bpf::link_update(held, fd).map_err(failed("replacing a program of"))?;
                 done.push(format!("guarding {name} of sockets: took over from an earlier agent"));
             }
             if !tcx::is_pinned(link.id, &path) {
@@ -75,46 +138,54 @@ impl Sockets {
         }
         Ok(done)
     }
+}
 
+impl Hooked {
     /// The link, if it is attached to this cgroup by this hook.
-    fn is_attached(&self, index: usize, fd: &OwnedFd) -> Option<bpf::Link> {
+    fn attached(&self, cgroup: u64, fd: &OwnedFd) -> Option<bpf::Link> {
         let link = bpf::link(fd).ok().flatten()?;
-        let wanted = Target::Cgroup { id: self.id, attach_type: SOCKET_ATTACH_TYPES[index] as u32 };
+        let wanted = Target::Cgroup { id: cgroup, attach_type: self.attach_type as u32 };
         (link.target == wanted).then_some(link)
-    }
-
-    fn failed(&self, operation: &'static str) -> impl FnOnce(io::Error) -> DatapathError {
-        let path = self.path.clone();
-        move |source| DatapathError::Cgroup { operation, path, source }
     }
 }
 
-/// Detaches and unpins the links, wherever they are. Returns whether one was attached.
+/// Detaches and unpins the links of the cgroup whose sockets are guarded, wherever they are. Returns whether one was
+/// attached.
 pub(super) fn detach_all(pins: &PinDir) -> Result<bool, DatapathError> {
     let mut was_attached = false;
     for name in SOCKET_LINKS {
-        let path = pins.named_link(name);
-        if let Some(fd) = pins::open(&path)?
-            && let Ok(Some(link)) = bpf::link(&fd)
-            && let Target::Cgroup { id: 1.., .. } = link.target
-        {
-            let failed =
-                |source| DatapathError::Cgroup { operation: "detaching from", path: path.clone(), source };
-            bpf::link_detach(&fd).map_err(failed)?;
-            was_attached = true;
-        }
-        pins::unpin(&path)?;
+        was_attached |= detach(&pins.named_link(name))?;
     }
+    Ok(was_attached)
+}
+
+/// Detaches and unpins one link. Returns whether it was attached.
+pub(super) fn detach(path: &Path) -> Result<bool, DatapathError> {
+    let mut was_attached = false;
+    if let Some(fd) = pins::open(path)?
+        && let Ok(Some(link)) = bpf::link(&fd)
+        && let Target::Cgroup { id: 1.., .. } = link.target
+    {
+        let failed = |source: io::Error| DatapathError::Cgroup {
+            operation: "detaching from",
+            path: path.to_owned(),
+            source,
+        };
+        bpf::link_detach(&fd).map_err(failed)?;
+        was_attached = true;
+    }
+    pins::unpin(path)?;
     Ok(was_attached)
 }
 
 /// Names of those links that are not pinned, or not attached to anything.
 #[must_use]
 pub fn missing(pins: &PinDir) -> Vec<&'static str> {
-    let is_missing = |name: &&str| {
-        let link =
-            pins::open(&pins.named_link(name)).ok().flatten().and_then(|fd| bpf::link(fd).ok().flatten());
-        !link.is_some_and(|link| matches!(link.target, Target::Cgroup { id: 1.., .. }))
-    };
-    SOCKET_LINKS.into_iter().filter(is_missing).collect()
+    SOCKET_LINKS.into_iter().filter(|name| !is_attached(&pins.named_link(name))).collect()
+}
+
+/// Whether the link that is pinned there is attached to a cgroup.
+pub(super) fn is_attached(path: &Path) -> bool {
+    let link = pins::open(path).ok().flatten().and_then(|fd| bpf::link(fd).ok().flatten());
+    link.is_some_and(|link| matches!(link.target, Target::Cgroup { id: 1.., .. }))
 }

@@ -11,6 +11,20 @@ pub fn root() -> io::Result<Option<PathBuf>> {
     Ok(find(&fs::read_to_string("/proc/self/mountinfo")?))
 }
 
+/// Where hierarchies of cgroup v1 are mounted.
+pub fn v1_roots() -> io::Result<Vec<PathBuf>> {
+    Ok(find_v1(&fs::read_to_string("/proc/self/mountinfo")?))
+}
+
+fn find_v1(mountinfo: &str) -> Vec<PathBuf> {
+    let path = |line: &str| {
+        let (mount, kind) = line.split_once(" - ")?;
+        let path = mount.split(' ').nth(4)?;
+        (kind.split(' ').next()? == "cgroup").then(|| Path::new(path).to_owned())
+    };
+    mountinfo.lines().filter_map(path).collect()
+}
+
 /// The first mount of the whole hierarchy (proc(5): the fourth field is the part of it that is mounted, the fifth where,
 /// and behind a lone hyphen the type).
 fn find(mountinfo: &str) -> Option<PathBuf> {
@@ -36,6 +50,7 @@ mod tests {
                       32 23 0:28 /a/b /mnt rw - cgroup2 cgroup2 rw\n\
                       33 23 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
         assert_eq!(find(hybrid), Some("/sys/fs/cgroup/unified".into()));
+        assert_eq!((find_v1(hybrid), find_v1(pure)), (vec!["/sys/fs/cgroup/cpu".into()], vec![]));
         assert_eq!(find("31 23 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n"), None);
     }
 }

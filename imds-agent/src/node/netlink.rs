@@ -53,12 +53,21 @@ pub enum Event {
     Link(Link),
     /// The interface with this index is gone from the namespace.
     LinkGone(u32),
-    /// A route that may decide which interfaces are uplinks has changed.
-    Route,
+    /// A route to this destination has changed.
+    Route(Destination),
+    /// A rule has changed by which routes are chosen.
+    Rule,
     /// A qdisc or filter on the interface with this index has changed.
     Filter(u32),
     /// Events were lost.
     Overrun,
+}
+
+/// Destination of a route.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Destination {
+    address: Ipv4Addr,
+    prefix_length: u8,
 }
 
 /// A connection to rtnetlink in the network namespace of the calling thread.
@@ -83,12 +92,15 @@ impl Netlink {
         Self { endpoints, ..self }
     }
 
-    /// All news from now on: of filters only where `filters` says so, and of the routes that lead to `endpoints`. The
-    /// stream never ends while the kernel can be heard.
-    pub fn events(
-        filters: bool,
-        endpoints: Vec<Ipv4Addr>,
-    ) -> Result<impl Stream<Item = Event> + Unpin, NetlinkError> {
+    /// Whether a route to `destination` may decide which interfaces are uplinks: true of a default route, false of the
+    /// host route that comes with a pod.
+    #[must_use]
+    pub fn may_be_way_out(&self, destination: Destination) -> bool {
+        destination.prefix_length == 0 || self.endpoints.iter().any(|&endpoint| destination.has(endpoint))
+    }
+
+    /// All news from now on: of filters only where `filters` says so. The stream never ends while the kernel can be heard.
+    pub fn events(filters: bool) -> Result<impl Stream<Item = Event> + Unpin, NetlinkError> {
         let mut groups = vec![MulticastGroup::Link, MulticastGroup::Ipv4Route, MulticastGroup::Ipv4Rule];
         if filters {
             groups.push(MulticastGroup::Tc);
@@ -96,7 +108,7 @@ impl Netlink {
         let (connection, _, messages) = rtnetlink::new_multicast_connection(&groups)
             .map_err(|source| NetlinkError::new("subscribing to events", source))?;
         tokio::spawn(connection);
-        Ok(messages.filter_map(move |(message, _)| ready(event(message.payload, &endpoints))))
+        Ok(messages.filter_map(|(message, _)| ready(event(message.payload))))
     }
 
     /// All interfaces of the namespace.
@@ -211,7 +223,7 @@ impl Netlink {
     }
 }
 
-fn event(payload: NetlinkPayload<RouteNetlinkMessage>, endpoints: &[Ipv4Addr]) -> Option<Event> {
+fn event(payload: NetlinkPayload<RouteNetlinkMessage>) -> Option<Event> {
     let message = match payload {
         NetlinkPayload::Overrun(_) => return Some(Event::Overrun),
         NetlinkPayload::InnerMessage(message) => message,
@@ -223,9 +235,9 @@ fn event(payload: NetlinkPayload<RouteNetlinkMessage>, endpoints: &[Ipv4Addr]) -
             Link::from_message(link).map(|link| Event::LinkGone(link.index))
         }
         RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route) => {
-            leads_to_any(&route, endpoints).then_some(Event::Route)
+            Some(Event::Route(Destination::of(&route)))
         }
-        RouteNetlinkMessage::NewRule(_) | RouteNetlinkMessage::DelRule(_) => Some(Event::Route),
+        RouteNetlinkMessage::NewRule(_) | RouteNetlinkMessage::DelRule(_) => Some(Event::Rule),
         RouteNetlinkMessage::NewTrafficFilter(tc)
         | RouteNetlinkMessage::DelTrafficFilter(tc)
         | RouteNetlinkMessage::NewQueueDiscipline(tc)
@@ -236,17 +248,20 @@ fn event(payload: NetlinkPayload<RouteNetlinkMessage>, endpoints: &[Ipv4Addr]) -
     }
 }
 
-/// Whether the route's destination is or contains a guarded endpoint: true of a default route, false of the host route
-/// that comes with a pod.
-fn leads_to_any(route: &RouteMessage, endpoints: &[Ipv4Addr]) -> bool {
-    let length = u32::from(route.header.destination_prefix_length);
-    let destination = route.attributes.iter().find_map(|attribute| match attribute {
-        RouteAttribute::Destination(RouteAddress::Inet(address)) => Some(*address),
-        _ => None,
-    });
-    let destination = u32::from(destination.unwrap_or(Ipv4Addr::UNSPECIFIED));
-    let contains = |&endpoint: &Ipv4Addr| (destination ^ u32::from(endpoint)).leading_zeros() >= length;
-    length == 0 || endpoints.iter().any(contains)
+impl Destination {
+    fn of(route: &RouteMessage) -> Self {
+        let address = route.attributes.iter().find_map(|attribute| match attribute {
+            RouteAttribute::Destination(RouteAddress::Inet(address)) => Some(*address),
+            _ => None,
+        });
+        let address = address.unwrap_or(Ipv4Addr::UNSPECIFIED);
+        Self { address, prefix_length: route.header.destination_prefix_length }
+    }
+
+    fn has(self, address: Ipv4Addr) -> bool {
+        let difference = u32::from(self.address) ^ u32::from(address);
+        difference.leading_zeros() >= u32::from(self.prefix_length)
+    }
 }
 
 fn is_main_default(route: &RouteMessage) -> bool {
@@ -279,15 +294,18 @@ mod tests {
             .build()
     }
 
-    #[test]
-    fn which_routes_decide_the_uplink() {
+    #[tokio::test]
+    async fn which_routes_decide_the_uplink() {
         let any = Ipv4Addr::UNSPECIFIED;
         let endpoints = [Ipv4Addr::new(169, 254, 169, 254), Ipv4Addr::new(168, 63, 129, 16)];
-        let leads = |destination, length| leads_to_any(&route(destination, length), &endpoints);
+        let netlink = Netlink::connect().unwrap();
+        let with_endpoints = netlink.clone().with_endpoints(endpoints.to_vec());
+        let leads =
+            |destination, length| with_endpoints.may_be_way_out(Destination::of(&route(destination, length)));
         assert!(leads(any, 0) && leads(Ipv4Addr::new(169, 254, 0, 0), 16));
         assert!(leads(endpoints[0], 32) && leads(endpoints[1], 32));
         assert!(!leads(Ipv4Addr::new(10, 0, 0, 7), 32) && !leads(Ipv4Addr::new(169, 254, 169, 253), 32));
-        assert!(!leads_to_any(&route(endpoints[0], 32), &[]));
+        assert!(!netlink.may_be_way_out(Destination::of(&route(endpoints[0], 32))));
         assert!(is_main_default(&route(any, 0)) && !is_main_default(&route(endpoints[0], 32)));
         assert_eq!(outgoing(&route(any, 0)), [3]);
     }

@@ -1,158 +1,55 @@
 //! What is in force, as the kernel says it: whether or not an agent runs.
 
+mod report;
 mod table;
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
-    path::PathBuf,
+use std::collections::{BTreeMap, BTreeSet};
+
+use imds_ebpf_common::{Answer, Backend, CounterKey, Edge, Hook, Mode, Policy, Role, names::tc_program};
+
+pub use self::report::{
+    Agent, Configuration, Endpoint, HostReport, Interface, Problem, Provider, Refused, Report, SocketReport,
+    State,
 };
-
-use imds_ebpf_common::{Answer, Backend, CounterKey, Edge, Hook, Mode, Role, names::tc_program};
-use serde::Serialize;
-
 use crate::{
     config::{Hooks, Interfaces},
     datapath::{
-        DatapathError, bpf, clsact,
+        DatapathError, bpf, clsact, config,
         counters::{self, Counts},
-        endpoints, home,
+        endpoints, home, hosts,
         object::{self, Maps, ObjectError},
         pins::{self, PinDir, Spot},
         records, sockets,
     },
     endpoints::{Endpoint as Guarded, Keep, ipv4},
-    node::{links::Link, netlink::Netlink},
+    node::{kubepods, links::Link, netlink::Netlink},
     reconcile::{Attachment, Place},
     state,
 };
 
 /// Version of the JSON form: within one, fields are only added.
 const SCHEMA: u32 = 1;
-
-/// The whole of it.
-#[derive(Debug, Serialize)]
-pub struct Report {
-    /// [`SCHEMA`].
-    pub schema: u32,
-    /// Version of the program that made the report.
-    pub version: &'static str,
-    /// The pin directory.
-    pub pin_dir: PathBuf,
-    /// In one word.
-    pub state: State,
-    /// The agent on this pin directory.
-    pub agent: Agent,
-    /// The mode in force; `None` where nothing is loaded.
-    pub mode: Option<&'static str>,
-    /// What senders of denied packets are told; `None` where nothing is loaded.
-    pub answer: Option<&'static str>,
-    /// Where the endpoints come from; `None` where nothing is loaded.
-    pub provider: Option<Provider>,
-    /// What is guarded.
-    pub endpoints: Vec<Endpoint>,
-    /// Every interface of the node.
-    pub interfaces: Vec<Interface>,
-    /// The hooks that are on.
-    pub hooks: Vec<&'static str>,
-    /// Calls on sockets; `None` where that hook is off.
-    pub sockets: Option<SocketReport>,
-    /// Counts of interfaces that are gone.
-    pub departed: Counts,
-    /// Counts of all, those that are gone too.
-    pub total: Counts,
-    /// What is not as it should be.
-    pub problems: Vec<Problem>,
-}
-
-/// In one word.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum State {
-    /// Every pod is denied.
-    Enforcing,
-    /// Every pod is watched, none denied.
-    Auditing,
-    /// Every pod is let through, because the operator says so.
-    Off,
-    /// There are problems.
-    Degraded,
-    /// Nothing is loaded.
-    Unloaded,
-}
-
-/// The agent on a pin directory.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Agent {
-    /// Whether one runs.
-    pub running: bool,
-    /// Whether it has looked at every interface since it started.
-    pub ready: bool,
-    /// Its pid, where that can be seen from here.
-    pub pid: Option<i32>,
-}
-
-/// Where the endpoints come from.
-#[derive(Clone, Debug, Serialize)]
-pub struct Provider {
-    /// What the configuration says: `auto`, `none` or a name.
-    pub configured: String,
-    /// Whose endpoints are guarded.
-    pub in_force: String,
-}
-
-/// A guarded endpoint.
-#[derive(Clone, Debug, Serialize)]
-pub struct Endpoint {
-    /// Its name.
-    pub name: String,
-    /// Its address.
-    pub address: IpAddr,
-    /// What pods may reach there all the same, such as `udp/53`.
-    pub keep: Vec<String>,
-}
-
-/// One interface of the node.
-#[derive(Debug, Serialize)]
-pub struct Interface {
-    /// Interface index.
-    pub ifindex: u32,
-    /// Name.
-    pub name: String,
-    /// What it is to the guard.
-    pub role: &'static str,
-    /// How it is guarded, if it is.
-    pub guard: Option<&'static str>,
-    /// Whether no other program sees its packets before; `None` where it is not guarded.
-    pub first: Option<bool>,
-    /// What was counted there.
-    #[serde(flatten)]
-    pub counts: Counts,
-}
-
-/// The socket hook.
-#[derive(Debug, Serialize)]
-pub struct SocketReport {
-    /// Whether all its programs are attached.
-    pub attached: bool,
-    /// What was counted there: calls, and no bytes.
-    #[serde(flatten)]
-    pub counts: Counts,
-}
-
-/// Something that is not as it should be.
-#[derive(Debug, Serialize)]
-pub struct Problem {
-    /// The interface that has it, or `None` where it is the node's.
-    pub interface: Option<String>,
-    /// What it is.
-    pub problem: String,
-    /// What to do.
-    pub remedy: String,
-}
+/// How often to ask until hooks and mode are the same before and after.
+const ATTEMPTS: usize = 5;
 
 /// Asks the kernel.
 pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, DatapathError> {
+    for _ in 0..ATTEMPTS {
+        let before = policy(pins);
+        let report = gather_once(pins, netlink).await;
+        if policy(pins) == before {
+            return report;
+        }
+    }
+    gather_once(pins, netlink).await
+}
+
+/// What is in force, where that can be read.
+fn policy(pins: &PinDir) -> Option<Policy> {
+    Maps::open(pins).ok()?.policy.get(&0, 0).ok()
+}
+
+async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, DatapathError> {
     let holder = pins.holder()?;
     let mut report = Report {
         schema: SCHEMA,
@@ -164,6 +61,7 @@ pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapath
             ready: holder.is_some_and(|holder| holder.is_ready),
             pid: holder.and_then(|holder| holder.pid),
         },
+        configuration: None,
         mode: None,
         answer: None,
         provider: None,
@@ -171,6 +69,7 @@ pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapath
         interfaces: Vec::new(),
         hooks: Vec::new(),
         sockets: None,
+        strict_host_network: None,
         departed: Counts::default(),
         total: Counts::default(),
         problems: Vec::new(),
@@ -192,11 +91,14 @@ pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapath
     let mode = Mode::from_u32(policy.mode);
     report.mode = Some(mode.name());
     report.answer = Some(Answer::from_u32(policy.answer).name());
+    report.add_configuration(&maps)?;
     let netlink = report.add_endpoints(&maps, netlink)?;
     let hooks = Hooks::from_bits(policy.hooks);
     report.hooks = Hook::ALL.into_iter().filter(|&hook| hooks.has(hook)).map(Hook::name).collect();
     // The other hooks are there before a pod is.
-    if !report.agent.running && !hooks.has(Hook::NodeEdge) && !hooks.has(Hook::Socket) {
+    let is_pod_edge_alone =
+        hooks.has(Hook::PodEdge) && !hooks.has(Hook::NodeEdge) && !hooks.has(Hook::Socket);
+    if !report.agent.running && is_pod_edge_alone {
         report.problem(
             None,
             "no agent is running: pods that start now are not guarded",
@@ -212,6 +114,10 @@ pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapath
             pins,
             counts.remove(&(CounterKey::DEPARTED, Hook::Socket as u8)).unwrap_or_default(),
         );
+    }
+    if hooks.has(Hook::Host) {
+        let counted = counts.remove(&(CounterKey::DEPARTED, Hook::Host as u8));
+        report.add_hosts(hosts::missing(pins)?, counted.unwrap_or_default());
     }
     let uplinks = netlink.uplinks().await?;
     let node = Node { pins, maps: &maps, netlink: &netlink, uplinks, hooks };
@@ -247,6 +153,37 @@ impl Report {
             self.problem(None, format!("{} of sockets is not guarded", missing.join(", ")), remedy);
         }
         self.sockets = Some(SocketReport { attached: missing.is_empty(), counts });
+    }
+
+    fn add_configuration(&mut self, maps: &Maps) -> Result<(), DatapathError> {
+        let record = config::read(maps).map_err(unreadable)?;
+        if let Some(config::Refusal { at, error }) =
+            record.as_ref().and_then(|record| record.refusal.as_ref())
+        {
+            let remedy = "put it right; it is then loaded by itself, or by SIGHUP";
+            self.problem(None, format!("the configuration before is in force: {error} ({at:.0})"), remedy);
+        }
+        self.configuration = record.map(|config::Record { generation, path, loaded_at, refusal, .. }| {
+            let refused = refusal.map(|config::Refusal { at, error }| Refused { at, error });
+            Configuration { generation, file: path, loaded_at, refused }
+        });
+        Ok(())
+    }
+
+    fn add_hosts(&mut self, missing: BTreeMap<u64, Vec<&'static str>>, counts: Counts) {
+        self.total += counts;
+        let remedy = if self.agent.running { "the agent's log says why" } else { "start `imds-agent run`" };
+        for (cgroup, missing) in missing.iter().filter(|(_, missing)| !missing.is_empty()) {
+            let problem = format!("{} of cgroup {cgroup} is not guarded", missing.join(", "));
+            self.problem(None, problem, remedy);
+        }
+        if missing.is_empty() {
+            let problem = "hostNetwork pods are not held: no cgroup of Kubernetes pods (kubepods) was found";
+            self.problem(None, problem, kubepods::why_none());
+        }
+        let attached = !missing.is_empty() && missing.values().all(Vec::is_empty);
+        let cgroups = missing.into_keys().collect();
+        self.strict_host_network = Some(HostReport { attached, cgroups, counts });
     }
 
     /// Adds what is guarded, and returns a connection that knows it.

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use comfy_table::{Cell, CellAlignment, Table, presets::NOTHING};
 
-use super::{Endpoint, Provider, Report, State};
+use super::{Configuration, Endpoint, Provider, Report, State};
 use crate::datapath::counters::{Count, Counts};
 
 impl Report {
@@ -28,6 +28,7 @@ impl Report {
             (false, _) => "not running".to_owned(),
         };
         writeln!(text, "state      {}", self.state.name())?;
+        self.write_configuration(text)?;
         writeln!(text, "mode       {}", self.mode.unwrap_or("unknown"))?;
         writeln!(text, "answer     {}", self.answer.unwrap_or("unknown"))?;
         self.write_endpoints(text)?;
@@ -44,6 +45,14 @@ impl Report {
             writeln!(text, "  {subject}{} ({})", problem.problem, problem.remedy)?;
         }
         Ok(())
+    }
+
+    fn write_configuration(&self, text: &mut String) -> std::fmt::Result {
+        let Some(Configuration { generation, file, loaded_at, .. }) = &self.configuration else {
+            return Ok(());
+        };
+        let file = file.as_ref().map_or("all defaults".into(), |file| file.to_string_lossy());
+        writeln!(text, "config     {file}, number {generation}, in force since {loaded_at:.0}")
     }
 
     fn write_endpoints(&self, text: &mut String) -> std::fmt::Result {
@@ -87,6 +96,15 @@ impl Report {
             let row = [Cell::new("(sockets)"), blank(), blank(), guard].into_iter();
             table.add_row(row.chain(calls(&sockets.counts)));
         }
+        if let Some(hosts) = &self.strict_host_network {
+            let guard = match hosts.cgroups.len() {
+                _ if !hosts.attached => "-".to_owned(),
+                1 => "cgroup".to_owned(),
+                cgroups => format!("{cgroups} cgroups"),
+            };
+            let row = [Cell::new("(hostNetwork)"), blank(), blank(), Cell::new(guard)].into_iter();
+            table.add_row(row.chain(calls(&hosts.counts)));
+        }
         let sum =
             |name, counts| [Cell::new(name), blank(), blank(), blank()].into_iter().chain(cells(counts));
         table.add_row(sum("(departed)", &self.departed));
@@ -113,11 +131,13 @@ fn cells(counts: &Counts) -> [Cell; 3] {
 }
 
 fn calls(counts: &Counts) -> [Cell; 3] {
-    [counts.denied, counts.audited, counts.allowed].map(|Count { packets, .. }| {
-        Cell::new(match packets {
-            0 => "0".to_owned(),
-            1 => "1 call".to_owned(),
-            calls => format!("{calls} calls"),
+    [counts.denied, counts.audited, counts.allowed].map(|Count { packets, bytes }| {
+        Cell::new(match (packets, bytes) {
+            (0, _) => "0".to_owned(),
+            (1, 0) => "1 call".to_owned(),
+            (calls, 0) => format!("{calls} calls"),
+            // At one of them it is not known which were which.
+            (both, bytes) => format!("{both} calls and packets, {bytes} bytes"),
         })
     })
 }

@@ -99,13 +99,11 @@ fn fragments_that_the_node_makes_anew_are_held_at_the_pod_edge() {
 }
 
 #[test]
-#[ignore = "open: such fragments look to the node edge as if the node had sent them"]
 fn fragments_that_the_node_makes_anew_are_held_at_the_node_edge() {
     assert_fragments_made_anew_are_held(&["node_edge"], METADATA_V6);
 }
 
 #[test]
-#[ignore = "open: such fragments look to the node edge as if the node had sent them"]
 fn fragments_to_a_service_that_the_node_makes_anew_are_held() {
     assert_fragments_made_anew_are_held(&ALL, CLUSTER_IP_V6);
 }

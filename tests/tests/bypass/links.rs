@@ -158,7 +158,6 @@ fn a_namespace_within_an_ipvlan_pod_in_layer_3() {
 
 /// Such a device takes the packets out of the namespace, and with them what tells that they were forwarded.
 #[test]
-#[ignore = "open: what an ipvlan pod forwards in layer 3 looks to the node edge as if the node had sent it"]
 fn a_namespace_within_an_ipvlan_pod_in_layer_3_at_the_node_edge() {
     assert_namespace_within_pod_on_uplink_is_held(&["node_edge"], "ipvlan", "type ipvlan mode l3");
 }

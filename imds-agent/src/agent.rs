@@ -1,0 +1,247 @@
+//! The running agent: follows the node and its configuration until it is told to stop.
+
+use std::{
+    future,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use futures_util::{Stream, StreamExt as _};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    time::{Instant, Interval, MissedTickBehavior, interval_at, sleep_until},
+};
+
+use crate::{
+    config::{self, Config},
+    guard::Guard,
+    node::netlink::Event,
+    settings::{Node, Settings},
+    watch::Watch,
+};
+
+/// How long a file has to be left alone before it is read: who replaces one does so in several steps.
+const QUIET: Duration = Duration::from_millis(20);
+/// How long it is waited for that at most.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// Where the configuration comes from.
+#[derive(Clone, Debug)]
+pub struct Source {
+    path: Option<PathBuf>,
+    /// What the file said when it was read last; `None` where it could not be read, or there is none.
+    seen: Option<String>,
+}
+
+impl Source {
+    /// The file at `path`, or all defaults where there is none.
+    #[must_use]
+    pub fn new(path: Option<PathBuf>) -> Self {
+        Self { path, seen: None }
+    }
+
+    /// Reads and validates it.
+    pub fn load(&mut self) -> Result<Config, config::ConfigErrors> {
+        let Some(path) = &self.path else { return Ok(Config::default()) };
+        let read = config::read(path);
+        self.seen = read.as_ref().ok().cloned();
+        Config::parse(&read?, path)
+    }
+
+    /// The file.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+
+    /// What the file says now, where that is not what it said.
+    fn change(&self) -> Option<Option<String>> {
+        let now = config::read(self.path.as_ref()?).ok();
+        (now != self.seen).then_some(now)
+    }
+}
+
+/// How often the configuration was loaded again since the agent started.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Reloads {
+    /// Came into force.
+    pub succeeded: u64,
+    /// Were refused.
+    pub failed: u64,
+}
+
+/// The agent.
+pub struct Agent {
+    guard: Guard,
+    node: Node,
+    source: Source,
+    /// What is in force.
+    settings: Settings,
+    reloads: Reloads,
+    timer: Interval,
+    hangup: Signal,
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Agent {
+    /// An agent for what `guard` holds, with `settings` in force, which `source` came to. It looks at everything each
+    /// `period`.
+    pub fn new(
+        guard: Guard,
+        node: Node,
+        source: Source,
+        settings: Settings,
+        period: Duration,
+    ) -> anyhow::Result<Self> {
+        let mut timer = interval_at(Instant::now() + period, period);
+        timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Ok(Self {
+            guard,
+            node,
+            source,
+            settings,
+            reloads: Reloads::default(),
+            timer,
+            hangup: signal(SignalKind::hangup()).context("can't listen for SIGHUP")?,
+            terminate: signal(SignalKind::terminate()).context("can't listen for SIGTERM")?,
+            interrupt: signal(SignalKind::interrupt()).context("can't listen for SIGINT")?,
+        })
+    }
+
+    /// How often the configuration was loaded again.
+    #[must_use]
+    pub fn reloads(&self) -> Reloads {
+        self.reloads
+    }
+
+    /// Looks at everything, and works until it is told to stop; what is attached stays in force then. `config` is what
+    /// is in force.
+    pub async fn run(
+        mut self,
+        config: &Config,
+        mut events: impl Stream<Item = Event> + Unpin,
+    ) -> anyhow::Result<()> {
+        self.guard.start(&self.settings, self.source.path(), config).await?;
+        let mut watch = self.watch();
+        // Since it was read, and before it was watched.
+        let mut due = self.source.change().map(|_| Due::now());
+        let mut half_seen = None;
+        loop {
+            tokio::select! {
+                event = events.next() => {
+                    let event = event.context("lost the connection to rtnetlink: pods can't be followed")?;
+                    report(self.guard.handle(event).await);
+                }
+                () = self.guard.kubepods_changed() => report(self.guard.follow_kubepods()),
+                _ = self.timer.tick() => {
+                    report(self.guard.resync().await);
+                    // For what is not told of, as on some network file systems. Seen only once, it may be half written.
+                    let change = self.source.change();
+                    if change.is_some() && change == half_seen {
+                        self.reload().await;
+                    }
+                    half_seen = change;
+                }
+                changed = changed(&mut watch) => match changed {
+                    Ok(()) => due = Some(Due::after(due)),
+                    Err(error) => {
+                        log::error!("can't watch the configuration any more: {error}");
+                        watch = None;
+                    }
+                },
+                () = wait_for(due) => {
+                    due = None;
+                    self.reload().await;
+                }
+                _ = self.hangup.recv() => {
+                    due = None;
+                    self.reload().await;
+                }
+                _ = self.terminate.recv() => break,
+                _ = self.interrupt.recv() => break,
+            }
+        }
+        log::info!("stopping; what is attached stays in force until `imds-agent unload`");
+        Ok(())
+    }
+
+    fn watch(&self) -> Option<Watch> {
+        let path = self.source.path()?;
+        let failed = |error| {
+            log::warn!("can't watch {}: {error}; it is read with every look at everything", path.display());
+        };
+        Watch::new(path).map_err(failed).ok()
+    }
+
+    /// Loads the configuration again. One that can't be used leaves the one before in force.
+    async fn reload(&mut self) {
+        match self.try_reload().await {
+            Ok(generation) => {
+                self.reloads.succeeded += 1;
+                log::info!("loaded configuration {generation}: {}", self.guard.summary(&self.settings));
+            }
+            Err(error) => {
+                self.reloads.failed += 1;
+                let error = format!("{error:#}");
+                log::error!("the configuration before stays in force: {error}");
+                report(self.guard.record_refusal(&error));
+            }
+        }
+    }
+
+    async fn try_reload(&mut self) -> anyhow::Result<u64> {
+        let config = self.source.load()?;
+        let guarded = self.node.guarded(&config)?;
+        let settings = self.node.settings(&config, guarded)?;
+        if let Err(error) = self.guard.reconfigure(&settings).await {
+            report(self.guard.reconfigure(&self.settings).await);
+            return Err(error.into());
+        }
+        self.settings = settings;
+        Ok(self.guard.record_config(self.source.path(), &config)?)
+    }
+}
+
+/// When a file that changed is to be read.
+#[derive(Clone, Copy, Debug)]
+struct Due {
+    at: Instant,
+    latest: Instant,
+}
+
+impl Due {
+    fn now() -> Self {
+        let now = Instant::now();
+        Self { at: now, latest: now }
+    }
+
+    /// After one more change.
+    fn after(before: Option<Self>) -> Self {
+        let now = Instant::now();
+        let latest = before.map_or(now + PATIENCE, |before| before.latest);
+        Self { at: latest.min(now + QUIET), latest }
+    }
+}
+
+async fn wait_for(due: Option<Due>) {
+    match due {
+        Some(due) => sleep_until(due.at).await,
+        None => future::pending().await,
+    }
+}
+
+async fn changed(watch: &mut Option<Watch>) -> std::io::Result<()> {
+    match watch {
+        Some(watch) => watch.changed().await,
+        None => future::pending().await,
+    }
+}
+
+/// What fails is tried again with the next look at everything at the latest.
+fn report<T>(result: Result<T, impl Into<anyhow::Error>>) {
+    if let Err(error) = result {
+        log::error!("{:#}", error.into());
+    }
+}

@@ -1,0 +1,119 @@
+//! `imds-agent config`.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::{Context as _, anyhow};
+use clap::{Args, Subcommand, ValueEnum};
+use imds_ebpf_common::{Answer, Hook, Mode};
+use toml::{Table, Value};
+
+use super::{Failure, PinDirArg};
+use crate::{
+    config::{Config, ConfigErrors, Hooks},
+    datapath::{
+        config,
+        object::{self, Maps},
+        pins::PinDir,
+    },
+    preflight,
+    provider::{DMI_DIR, Dmi},
+};
+
+#[derive(Args, Debug)]
+pub(super) struct ConfigArgs {
+    #[command(subcommand)]
+    command: ConfigCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Say all that is wrong with a file, with line and key; what `provider = "auto"` adds is this machine's
+    Check(CheckArgs),
+    /// Show what is in force, defaults included, whether or not an agent runs
+    Show(ShowArgs),
+}
+
+#[derive(Args, Debug)]
+struct CheckArgs {
+    /// Configuration file (TOML)
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    /// Directory of the files by which `provider = "auto"` tells the provider
+    #[arg(long, value_name = "DIR", default_value = DMI_DIR, hide = true)]
+    dmi_dir: PathBuf,
+}
+
+#[derive(Args, Debug)]
+struct ShowArgs {
+    /// As a configuration file, or for programs
+    #[arg(short, long, value_enum, default_value_t = Output::Toml)]
+    output: Output,
+    #[command(flatten)]
+    pins: PinDirArg,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Output {
+    /// As a file that `run` would take
+    Toml,
+    /// One JSON object with the keys of the file
+    Json,
+}
+
+pub(super) fn config(args: &ConfigArgs) -> Result<ExitCode, Failure> {
+    match &args.command {
+        ConfigCommand::Check(args) => Ok(check(args)),
+        ConfigCommand::Show(args) => show(args),
+    }
+}
+
+fn check(args: &CheckArgs) -> ExitCode {
+    let resolve = |config: Config| config.endpoints.resolve(&Dmi::read(&args.dmi_dir)).map(drop);
+    match Config::load(&args.file).and_then(resolve) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(errors) => {
+            report(&errors);
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn report(errors: &ConfigErrors) {
+    for error in errors.iter() {
+        eprintln!("{error}");
+    }
+}
+
+fn show(args: &ShowArgs) -> Result<ExitCode, Failure> {
+    preflight::check_capabilities()?;
+    let pins = PinDir::new(&args.pins.pin_dir)?;
+    if !object::is_loaded(&pins) {
+        return Err(
+            anyhow!("nothing is loaded at {}: no configuration is in force", pins.root().display()).into()
+        );
+    }
+    let maps = Maps::open(&pins)?;
+    let record = config::read(&maps).context("can't read the configuration in force")?;
+    let record = record.ok_or_else(|| anyhow!("the agent has recorded no configuration yet"))?;
+    let policy = maps.policy.get(&0, 0).context("can't read the policy in force")?;
+    let hooks = Hooks::from_bits(policy.hooks);
+    let mut table: Table = record.text.parse().context("can't read the configuration in force")?;
+    // The policy is what the programs go by, also where somebody else wrote it.
+    table.insert("mode".to_owned(), Mode::from_u32(policy.mode).name().into());
+    table.insert("answer".to_owned(), Answer::from_u32(policy.answer).name().into());
+    if let Some(Value::Table(switches)) = table.get_mut("hooks") {
+        for hook in Hook::ALL {
+            switches.insert(hook.name().to_owned(), hooks.has(hook).into());
+        }
+    }
+    match args.output {
+        Output::Toml => {
+            let file =
+                record.path.map_or_else(|| "all defaults".to_owned(), |path| path.display().to_string());
+            println!("# {file}, number {}, in force since {:.0}", record.generation, record.loaded_at);
+            print!("{}", toml::to_string(&table)?);
+        }
+        Output::Json => println!("{}", serde_json::to_string_pretty(&table)?),
+    }
+    Ok(ExitCode::SUCCESS)
+}

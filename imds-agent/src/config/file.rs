@@ -1,0 +1,175 @@
+//! The file as TOML has it: its keys and their defaults.
+
+use std::ops::Range;
+
+use imds_ebpf_common::{Answer, Mode};
+use serde::{Deserialize, Serialize};
+use toml::{
+    Spanned,
+    de::{DeArray, DeTable, DeValue, Deserializer, Error},
+};
+
+use super::{
+    endpoints::EndpointTable,
+    hooks::HooksTable,
+    interfaces::InterfacesTable,
+    source::{Mistakes, Source},
+};
+
+/// So many mistakes are named at most: whoever has more has another kind of file.
+const MOST_MISTAKES: usize = 50;
+
+/// Every key of the file. Tables come last, as TOML wants them.
+#[derive(Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct File {
+    pub(super) mode: ModeName,
+    pub(super) answer: AnswerName,
+    pub(super) provider: Spanned<String>,
+    pub(super) extras: Vec<Spanned<String>>,
+    pub(super) hooks: Spanned<HooksTable>,
+    pub(super) interfaces: InterfacesTable,
+    pub(super) endpoint: Vec<EndpointTable>,
+}
+
+impl Default for File {
+    fn default() -> Self {
+        Self {
+            mode: ModeName::default(),
+            answer: AnswerName::default(),
+            provider: Spanned::new(0..0, "auto".to_owned()),
+            extras: Vec::new(),
+            hooks: Spanned::new(0..0, HooksTable::default()),
+            interfaces: InterfacesTable::default(),
+            endpoint: Vec::new(),
+        }
+    }
+}
+
+impl File {
+    /// Reads as much as can be read: what can't is noted, and left out.
+    pub(super) fn read(source: Source<'_>, mistakes: &mut Mistakes) -> Self {
+        let (mut document, errors) = DeTable::parse_recoverable(source.text);
+        if !errors.is_empty() {
+            // What such a text says otherwise is guesswork.
+            for error in errors.iter().take(MOST_MISTAKES) {
+                mistakes.note(source.error(error.span().unwrap_or_default(), message(error, source)));
+            }
+            return Self::default();
+        }
+        while mistakes.count() < MOST_MISTAKES {
+            let error = match Self::deserialize(Deserializer::from(document.clone())) {
+                Ok(file) => return file,
+                Err(error) => error,
+            };
+            let span = error.span().unwrap_or_default();
+            let key = remove(document.get_mut(), &span);
+            let prefix = key.as_ref().map(|key| format!("{key}: ")).unwrap_or_default();
+            mistakes.note(source.error(span, prefix + &message(&error, source)));
+            if key.is_none() {
+                break;
+            }
+        }
+        Self::default()
+    }
+
+    /// The file with every default in it.
+    pub(super) fn to_toml(&self) -> String {
+        // Strings, booleans and lists of them: there is nothing that TOML has no form for.
+        toml::to_string(self).unwrap_or_else(|error| format!("# can't be shown: {error}\n"))
+    }
+}
+
+/// Removes the smallest thing at `place` that has a key or is in a list, and returns its key.
+fn remove(table: &mut DeTable<'_>, place: &Range<usize>) -> Option<String> {
+    let mut removed = None;
+    for (key, value) in table.iter_mut() {
+        let name = key.get_ref();
+        if let Some(below) = remove_below(value.get_mut(), place) {
+            return Some(if below.is_empty() { name.to_string() } else { format!("{name}.{below}") });
+        }
+        if contains(&key.span(), place) || contains(&value.span(), place) {
+            removed = Some(key.clone());
+            break;
+        }
+    }
+    removed.map(|key| {
+        table.remove(&key);
+        key.into_inner().into_owned()
+    })
+}
+
+/// The same in a value. An element of a list has no key of its own.
+fn remove_below(value: &mut DeValue<'_>, place: &Range<usize>) -> Option<String> {
+    match value {
+        DeValue::Table(table) => remove(table, place),
+        DeValue::Array(array) => {
+            if let Some(below) = array.iter_mut().find_map(|element| remove_below(element.get_mut(), place)) {
+                return Some(below);
+            }
+            let (before, mut kept) = (array.len(), DeArray::new());
+            for element in array.iter().filter(|element| !contains(&element.span(), place)) {
+                kept.push(element.clone());
+            }
+            *array = kept;
+            (array.len() < before).then(String::new)
+        }
+        DeValue::String(_)
+        | DeValue::Integer(_)
+        | DeValue::Float(_)
+        | DeValue::Boolean(_)
+        | DeValue::Datetime(_) => None,
+    }
+}
+
+fn contains(outer: &Range<usize>, inner: &Range<usize>) -> bool {
+    outer.start <= inner.start && inner.end <= outer.end && !outer.is_empty()
+}
+
+/// What a parser says, on one line, and of what.
+fn message(error: &Error, source: Source<'_>) -> String {
+    let span = error.span().unwrap_or_default();
+    let there = source.text.get(span).unwrap_or_default();
+    let message = error.message().lines().collect::<Vec<_>>().join("; ");
+    if there.is_empty() || there.contains('\n') || message.contains(there) {
+        message
+    } else {
+        format!("{message}: {there}")
+    }
+}
+
+#[derive(Clone, Copy, Default, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum ModeName {
+    #[default]
+    Enforce,
+    Audit,
+    Off,
+}
+
+impl From<ModeName> for Mode {
+    fn from(mode: ModeName) -> Self {
+        match mode {
+            ModeName::Enforce => Self::Enforce,
+            ModeName::Audit => Self::Audit,
+            ModeName::Off => Self::Off,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Default, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum AnswerName {
+    #[default]
+    Drop,
+    Reject,
+}
+
+impl From<AnswerName> for Answer {
+    fn from(answer: AnswerName) -> Self {
+        match answer {
+            AnswerName::Drop => Self::Drop,
+            AnswerName::Reject => Self::Reject,
+        }
+    }
+}

@@ -1,0 +1,63 @@
+//! Exceptions from the classification of interfaces.
+
+use globset::{Glob, GlobSet, GlobSetBuilder};
+use serde::{Deserialize, Serialize};
+use toml::Spanned;
+
+use super::source::{Mistakes, Source};
+
+/// Exceptions from the classification of interfaces, by name.
+#[derive(Clone, Debug, Default)]
+pub struct Interfaces {
+    include: GlobSet,
+    exclude: GlobSet,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct InterfacesTable {
+    include: Vec<Spanned<String>>,
+    exclude: Vec<Spanned<String>>,
+}
+
+impl Interfaces {
+    /// Whether the operator wants this interface guarded, whatever it is.
+    #[must_use]
+    pub fn includes(&self, name: &str) -> bool {
+        self.include.is_match(name)
+    }
+
+    /// Whether the operator wants this interface left alone.
+    #[must_use]
+    pub fn excludes(&self, name: &str) -> bool {
+        self.exclude.is_match(name)
+    }
+
+    pub(super) fn parse(table: &InterfacesTable, source: Source<'_>, mistakes: &mut Mistakes) -> Self {
+        let InterfacesTable { include, exclude } = table;
+        let is_included =
+            |glob: &&Spanned<String>| include.iter().any(|other| other.as_ref() == glob.as_ref());
+        for glob in exclude.iter().filter(is_included) {
+            let message = format!("interfaces.exclude: {:?} is in interfaces.include, too", glob.as_ref());
+            mistakes.note(source.error(glob.span(), message));
+        }
+        Self {
+            include: compile(include, "interfaces.include", source, mistakes),
+            exclude: compile(exclude, "interfaces.exclude", source, mistakes),
+        }
+    }
+}
+
+fn compile(globs: &[Spanned<String>], key: &str, source: Source<'_>, mistakes: &mut Mistakes) -> GlobSet {
+    let mut set = GlobSetBuilder::new();
+    for glob in globs {
+        let compiled =
+            Glob::new(glob.as_ref()).map_err(|error| source.error(glob.span(), format!("{key}: {error}")));
+        if let Some(glob) = mistakes.take(compiled) {
+            set.add(glob);
+        }
+    }
+    let all = globs.first().map(Spanned::span).unwrap_or_default();
+    let built = set.build().map_err(|error| source.error(all, format!("{key}: {error}")));
+    mistakes.take(built).unwrap_or_default()
+}

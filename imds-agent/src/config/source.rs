@@ -1,0 +1,77 @@
+//! Places in a configuration file, and what is wrong there.
+
+use std::{
+    ops::Range,
+    path::{Path, PathBuf},
+};
+
+use super::ConfigError;
+
+/// A file that is being parsed.
+#[derive(Clone, Copy)]
+pub(super) struct Source<'a> {
+    pub(super) text: &'a str,
+    pub(super) path: &'a Path,
+}
+
+impl Source<'_> {
+    pub(super) fn place(self, span: Range<usize>) -> Place {
+        let before = self.text.get(..span.start).unwrap_or_default();
+        let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+        Place {
+            path: self.path.to_owned(),
+            line: before.matches('\n').count() + 1,
+            column: before[line_start..].chars().count() + 1,
+        }
+    }
+
+    pub(super) fn error(self, span: Range<usize>, message: String) -> ConfigError {
+        self.place(span).error(message)
+    }
+}
+
+/// Where in a file something is said.
+#[derive(Clone, Debug)]
+pub(super) struct Place {
+    path: PathBuf,
+    line: usize,
+    column: usize,
+}
+
+impl Place {
+    pub(super) fn error(&self, message: String) -> ConfigError {
+        let Self { path, line, column } = self.clone();
+        ConfigError::Parse { path, line, column, message }
+    }
+}
+
+/// What is wrong with a file, as it is found.
+#[derive(Default)]
+pub(super) struct Mistakes {
+    found: Vec<ConfigError>,
+}
+
+impl Mistakes {
+    pub(super) fn note(&mut self, mistake: ConfigError) {
+        self.found.push(mistake);
+    }
+
+    /// What could be made of a part of the file; its mistake is noted.
+    pub(super) fn take<T>(&mut self, part: Result<T, ConfigError>) -> Option<T> {
+        part.map_err(|mistake| self.note(mistake)).ok()
+    }
+
+    pub(super) fn are_none(&self) -> bool {
+        self.found.is_empty()
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.found.len()
+    }
+
+    /// All of them by line, if there are any.
+    pub(super) fn into_vec(mut self) -> Vec<ConfigError> {
+        self.found.sort_by_key(ConfigError::position);
+        self.found
+    }
+}

@@ -1,0 +1,259 @@
+use std::collections::BTreeSet;
+
+use imds_ebpf_common::Hook;
+use proptest::prelude::*;
+use toml::{Table, Value};
+
+use super::*;
+use crate::{endpoints::Guarded, provider::Dmi};
+
+fn parse(text: &str) -> Result<Config, String> {
+    Config::parse(text, Path::new("imds.toml")).map_err(|error| error.to_string())
+}
+
+#[test]
+fn an_empty_file_enforces() {
+    let config = parse("").unwrap();
+    assert_eq!((config.mode, config.answer), (Mode::Enforce, Answer::Drop));
+    assert!(!config.interfaces.includes("veth0") && !config.interfaces.excludes("veth0"));
+}
+
+#[test]
+fn mode_and_globs() {
+    let config =
+        parse("mode = 'audit'\nanswer = 'reject'\n[interfaces]\ninclude = ['tun*']\nexclude = ['veth[0-3]']")
+            .unwrap();
+    assert_eq!((config.mode, config.answer), (Mode::Audit, Answer::Reject));
+    assert!(config.interfaces.includes("tun7") && !config.interfaces.includes("xtun7"));
+    assert!(config.interfaces.excludes("veth3") && !config.interfaces.excludes("veth4"));
+}
+
+#[test]
+fn hooks_are_on_unless_switched_off_and_strict_mode_is_off_unless_switched_on() {
+    let on = |text: &str| Hook::ALL.map(|hook| parse(text).unwrap().hooks.has(hook));
+    assert_eq!(on(""), [true, true, true, false]);
+    assert_eq!(on("[hooks]\nnode_edge = false"), [true, false, true, false]);
+    assert_eq!(on("[hooks]\npod_edge = false\nsocket = false"), [false, true, false, false]);
+    assert_eq!(on("[hooks]\nstrict_host_network = true"), [true; 4]);
+    let all_off = "[hooks]\npod_edge = false\nsocket = false\nnode_edge = false";
+    assert!(parse(all_off).unwrap_err().contains("hooks"));
+    assert_eq!(on(&format!("{all_off}\nstrict_host_network = true")), [false, false, false, true]);
+}
+
+#[test]
+fn errors_name_file_line_and_key() {
+    for (text, expected) in [
+        (
+            "mode = 'audit'\n\n[interfaces]\n  inlcude = []",
+            "4:3: interfaces.inlcude: unknown field `inlcude`",
+        ),
+        ("mode = 'of'", "1:8: mode: unknown variant `of`"),
+        ("answer = 1", "1:10: answer: "),
+        ("[interfaces]\nexclude = ['veth[']", "2:12: interfaces.exclude: "),
+        ("[interfaces]\ninclude = ['a*', 'b']\nexclude = ['b']", "3:12: interfaces.exclude: \"b\""),
+        ("[interfaces]\ninclude = ['a', 7]", "2:17: interfaces.include: "),
+        ("\n[hooks]\npod_edge = 'yes'", "3:12: hooks.pod_edge: "),
+        ("hooks = 3", "1:9: hooks: "),
+        ("\n[hooks]\npod_edge = false\nsocket = false\nnode_edge = false", "2:1: hooks: every one is off"),
+        (
+            "\n[[endpoint]]\nname = 'a'\n[[endpoint]]\naddress = '10.0.0.1'",
+            "2:1: endpoint: missing field `address`",
+        ),
+    ] {
+        let error = parse(text).unwrap_err();
+        assert!(error.starts_with(&format!("imds.toml:{expected}")), "{text}: {error}");
+    }
+}
+
+fn all_errors(text: &str) -> Vec<String> {
+    let config = Config::parse(text, Path::new("f"));
+    let resolved = config.and_then(|config| config.endpoints.resolve(&Dmi::default()));
+    resolved.unwrap_err().iter().map(ToString::to_string).collect()
+}
+
+#[test]
+fn every_error_is_found_at_once() {
+    let text = "mode = 'of'\nmodus = 'off'\nprovider = 'gpc'\nextras = ['ecs', 'eks']\n[hooks]\nsocket = 0\n\
+                [interfaces]\ninclude = ['[', 'a', 3]\nexclude = ['a']\n\
+                [[endpoint]]\nname = 'a'\naddress = '10.0.0'\nkeep = ['sctp/1']\n\
+                [[endpoint]]\nname = 'b b'\naddress = '10.0.0.1'\n[[endpoint]]\nname = 'c'";
+    let errors = all_errors(text);
+    let lines: Vec<_> = errors.iter().map(|error| error.split(':').nth(1).unwrap()).collect();
+    assert_eq!(lines, ["1", "2", "3", "4", "6", "8", "8", "9", "12", "15", "17"], "{errors:#?}");
+    let shown = Config::parse(text, Path::new("f")).unwrap_err().to_string();
+    assert!(shown.starts_with("f:1:") && shown.contains("10 more"), "{shown}");
+
+    let errors = all_errors("mode = \nanswer = ]\n[hooks");
+    assert!(errors.len() >= 3, "{errors:#?}");
+    let twice = "[[endpoint]]\nname = 'a'\naddress = '169.254.169.254'\n[[endpoint]]\nname = 'imds'\naddress = '1.2.3.4'";
+    assert_eq!(all_errors(twice).len(), 2);
+    assert!(all_errors(&"x = [".repeat(1000)).len() <= 50);
+    let many = (0..1000).map(|n| format!("key{n} = {n}\n")).collect::<String>();
+    assert_eq!(all_errors(&many).len(), 50);
+}
+
+#[test]
+fn the_text_of_a_configuration_is_the_same_configuration_with_every_default() {
+    let texts = [
+        "",
+        "mode = 'audit'\nanswer = 'reject'\nprovider = 'aws'\nextras = ['ecs']\n[hooks]\nsocket = false\n\
+         [interfaces]\nexclude = ['a*', 'b']\n[[endpoint]]\nname = 'a'\naddress = '10.0.0.1'\n\
+         [[endpoint]]\nname = 'b'\naddress = '::ffff:10.0.0.2'\nkeep = ['tcp/1', 'udp/2']",
+    ];
+    for text in texts {
+        let config = parse(text).unwrap();
+        let again = parse(config.to_toml()).unwrap();
+        assert_eq!(config.to_toml(), again.to_toml());
+        assert_eq!((config.mode, config.answer, config.hooks), (again.mode, again.answer, again.hooks));
+        let guarded = |config: &Config| config.endpoints.resolve(&Dmi::default()).unwrap();
+        assert_eq!(guarded(&config), guarded(&again));
+        assert_eq!(config.interfaces.excludes("ab"), again.interfaces.excludes("ab"));
+        // As `config show` has it.
+        let table: Table = config.to_toml().parse().unwrap();
+        assert_eq!(parse(&toml::to_string(&table).unwrap()).unwrap().to_toml(), config.to_toml());
+    }
+    assert_eq!(Config::default().to_toml(), parse("").unwrap().to_toml());
+}
+
+#[test]
+fn a_configuration_that_can_not_be_shown_is_refused() {
+    let glob = "x".repeat(1000);
+    let globs = format!("'{glob}', ").repeat(66);
+    assert!(parse(&format!("[interfaces]\ninclude = [{globs}]")).unwrap_err().contains("bytes"));
+}
+
+/// The example, and the same with every key that is commented out in force.
+fn example() -> (&'static str, String) {
+    let example = include_str!("../../../deploy/imds.toml");
+    let uncommented = |line: &str| match line.strip_prefix('#') {
+        Some(key) if key.starts_with(|first: char| first.is_ascii_lowercase() || first == '[') => {
+            key.to_owned()
+        }
+        _ => line.to_owned(),
+    };
+    (example, example.lines().map(uncommented).collect::<Vec<_>>().join("\n"))
+}
+
+#[test]
+fn the_example_is_all_defaults() {
+    let (example, in_force) = example();
+    assert_eq!(parse(example).unwrap().to_toml(), Config::default().to_toml());
+    let mut in_force: Table = parse(&in_force).unwrap().to_toml().parse().unwrap();
+    let mut default: Table = Config::default().to_toml().parse().unwrap();
+    for lists in [&mut in_force, &mut default] {
+        // What is in these has no default.
+        lists.retain(|_, value| !matches!(value, Value::Array(list) if list.iter().all(Value::is_table)));
+    }
+    assert_eq!(in_force, default);
+}
+
+#[test]
+fn the_example_has_every_key() {
+    let (_, in_force) = example();
+    let keys: Table = in_force.parse().unwrap();
+    let mut tables = vec![(String::new(), BTreeSet::new())];
+    add_keys(&keys, &mut tables[0].1);
+    for (name, value) in &keys {
+        let mut found = BTreeSet::new();
+        match value {
+            Value::Table(table) => add_keys(table, &mut found),
+            Value::Array(list) if list.iter().any(Value::is_table) => {
+                list.iter().filter_map(Value::as_table).for_each(|table| add_keys(table, &mut found));
+            }
+            _ => continue,
+        }
+        let header = if value.is_table() { format!("[{name}]") } else { format!("[[{name}]]") };
+        tables.push((header, found));
+    }
+    for (header, found) in tables {
+        // The parser itself tells which keys there are.
+        let error = all_errors(&format!("{header}\nno-such-key = 1")).join("; ");
+        let (_, expected) = error.split_once("expected ").unwrap();
+        let expected: BTreeSet<_> = expected.split('`').skip(1).step_by(2).map(str::to_owned).collect();
+        assert!(expected.len() > 1 || found.len() <= 1, "{error}");
+        assert!(
+            found.is_superset(&expected),
+            "{header}: {expected:?} in the schema, {found:?} in the example"
+        );
+    }
+}
+
+fn add_keys(table: &Table, found: &mut BTreeSet<String>) {
+    found.extend(table.keys().cloned());
+}
+
+fn resolve(text: &str, vendor: &str) -> Result<Guarded, String> {
+    let dmi = Dmi { sys_vendor: vendor.to_owned(), ..Dmi::default() };
+    let config = parse(text)?;
+    config.endpoints.resolve(&dmi).map_err(|error| error.to_string())
+}
+
+#[test]
+fn endpoints_are_the_providers_and_the_operators() {
+    let guarded = resolve("", "").unwrap();
+    assert_eq!((guarded.configured(), guarded.provider(), guarded.endpoints().len()), ("auto", "generic", 1));
+    let guarded = resolve("", "Amazon EC2").unwrap();
+    assert_eq!((guarded.configured(), guarded.provider(), guarded.endpoints().len()), ("auto", "aws", 2));
+    let text = "provider = 'azure'\nextras = ['ecs']\n[[endpoint]]\nname = 'vault'\naddress = '::ffff:10.0.0.9'\n\
+                keep = ['tcp/443', 'udp/443']";
+    let guarded = resolve(text, "Amazon EC2").unwrap();
+    assert_eq!((guarded.configured(), guarded.provider()), ("azure", "azure"));
+    let names: Vec<_> = guarded.endpoints().iter().map(|endpoint| endpoint.name.as_str()).collect();
+    assert_eq!(names, ["imds", "wireserver", "ecs", "vault"]);
+    let vault = &guarded.endpoints()[3];
+    assert_eq!(vault.address.to_string(), "10.0.0.9");
+    assert_eq!(vault.keep.iter().map(ToString::to_string).collect::<Vec<_>>(), ["tcp/443", "udp/443"]);
+    assert!(resolve("provider = 'none'\nmode = 'off'", "").unwrap().endpoints().is_empty());
+}
+
+#[test]
+fn endpoints_that_make_no_sense_are_named() {
+    let one =
+        |address: &str, rest: &str| format!("\n[[endpoint]]\nname = 'a'\naddress = '{address}'\n{rest}");
+    let own = |n| format!("[[endpoint]]\nname = 'n{n}'\naddress = '10.1.0.{n}'\n");
+    let many = (0..256).map(own).collect::<Vec<_>>().concat();
+    let nine = "keep = ['tcp/1', 'tcp/2', 'tcp/3', 'tcp/4', 'tcp/5', 'tcp/6', 'tcp/7', 'tcp/8', 'tcp/9']";
+    for (text, place, part) in [
+        ("provider = 'gpc'".to_owned(), "1:12", "gcp"),
+        ("mode = 'audit'\nprovider = 'none'".to_owned(), "2:12", "guard nothing"),
+        ("extras = ['eks']".to_owned(), "1:11", "ecs"),
+        (one("169.254.169.254", ""), "4:11", "already guarded as \"imds\""),
+        (one("64:ff9b::169.254.169.254", ""), "4:11", "already guarded"),
+        (one("10.0.0.1", "[[endpoint]]\nname = 'a'\naddress = '10.0.0.2'"), "7:11", "endpoint.name"),
+        (one("10.0.0", ""), "4:11", "no IPv4 or IPv6 address"),
+        (one("10.0.0.0/8", ""), "4:11", "no IPv4 or IPv6 address"),
+        (one("224.0.0.1", ""), "4:11", "multicast"),
+        (one("ff02::1", ""), "4:11", "multicast"),
+        (one("127.0.0.1", ""), "4:11", "loopback"),
+        (one("::1", ""), "4:11", "loopback"),
+        (one("::ffff:127.0.0.1", ""), "4:11", "loopback"),
+        (one("0.0.0.0", ""), "4:11", "unspecified"),
+        (one("::", ""), "4:11", "unspecified"),
+        (one("255.255.255.255", ""), "4:11", "broadcast"),
+        (one("10.0.0.1", nine), "5:8", "at most 8"),
+        (one("10.0.0.1", "keep = ['udp/53', 'sctp/1']"), "5:19", "sctp/1"),
+        (one("10.0.0.1", "keep = ['udp/0']"), "5:9", "udp/0"),
+        (one("10.0.0.1", "keep = ['udp/+53']"), "5:9", "udp/+53"),
+        (one("10.0.0.1", "keep = ['udp/65536']"), "5:9", "udp/65536"),
+        (one("10.0.0.1", "keep = ['udp/53', 'udp/53']"), "5:19", "twice"),
+        ("[[endpoint]]\nname = 'a-name-too-long-'\naddress = '10.0.0.1'".to_owned(), "2:8", "endpoint.name"),
+        ("[[endpoint]]\nname = 'a b'\naddress = '10.0.0.1'".to_owned(), "2:8", "endpoint.name"),
+        ("[[endpoint]]\nname = 'a'".to_owned(), "1:1", "address"),
+        (many, "768:11", "more than 256"),
+    ] {
+        let error = resolve(&text, "").unwrap_err();
+        assert!(
+            error.starts_with(&format!("imds.toml:{place}: ")) && error.contains(part),
+            "{text}: {error}"
+        );
+    }
+}
+
+proptest! {
+    #[test]
+    fn no_text_panics_and_every_error_is_one_line(text in "(?s).{0,200}") {
+        if let Err(error) = parse(&text) {
+            prop_assert!(!error.contains('\n'), "{error}");
+        }
+    }
+}

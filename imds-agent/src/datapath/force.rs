@@ -1,0 +1,86 @@
+//! What is in force, and how it changes while it is.
+
+use std::path::Path;
+
+use imds_ebpf_common::{Hook, Mode, Policy, maps::LAYOUT, names::MAP_POLICY};
+
+use super::{
+    Datapath, DatapathError, Plan, config, endpoints, home,
+    hosts::Hosts,
+    object::Maps,
+    sockets::{SOCKETS, Sockets},
+};
+use crate::{config::Hooks, endpoints::Guarded};
+
+impl Datapath {
+    /// The hooks that are attached.
+    #[must_use]
+    pub fn hooks(&self) -> Hooks {
+        self.hooks
+    }
+
+    /// Loads what the hooks of `plan` need, and attaches them with everything else from now on. The other hooks stay until
+    /// [`Datapath::release`].
+    pub fn prepare(&mut self, plan: &Plan) -> Result<(), DatapathError> {
+        self.hooks = self.hooks.and(plan.hooks);
+        self.programs.add(self.hooks)?;
+        self.programs.pin(self.claim.dir())?;
+        if let (None, Some(cgroup)) = (&self.sockets, &plan.cgroup) {
+            self.sockets = Some(Sockets::adopt(self.claim.dir(), cgroup, SOCKETS)?);
+        }
+        Ok(())
+    }
+
+    /// Puts mode, answer and endpoints in force. What was denied and will be is denied at every moment between.
+    pub fn enforce(&mut self, plan: &Plan, guarded: &Guarded) -> Result<(), DatapathError> {
+        write(&mut self.maps, plan, guarded)
+    }
+
+    /// Lets go of hooks that `plan` has not: from now on they are to be detached.
+    pub fn release(&mut self, plan: &Plan) -> Result<(), DatapathError> {
+        self.hooks = plan.hooks;
+        if !plan.hooks.has(Hook::Socket) {
+            self.sockets = None;
+        }
+        if !plan.hooks.has(Hook::Host) {
+            self.hosts = Hosts::default();
+        }
+        self.programs.keep(plan.hooks);
+        Ok(self.programs.pin(self.claim.dir())?)
+    }
+
+    /// Records a configuration that is in force from now on, for `status` and `config show`. Returns its number.
+    pub fn record_config(&mut self, path: Option<&Path>, text: &str) -> Result<u64, DatapathError> {
+        config::put(&mut self.maps, path, text)
+    }
+
+    /// Records why a configuration is not in force.
+    pub fn record_refusal(&mut self, error: &str) -> Result<(), DatapathError> {
+        config::put_refusal(&mut self.maps, error)
+    }
+}
+
+/// Writes what is in force. What was denied and will be is so at every moment between, and nothing is denied that neither
+/// was nor will be: an endpoint that is new must not meet the old mode where only that denies, nor one that goes the new.
+pub(super) fn write(maps: &mut Maps, plan: &Plan, guarded: &Guarded) -> Result<(), DatapathError> {
+    if plan.mode == Mode::Enforce {
+        endpoints::write(maps, guarded)?;
+        write_policy(maps, plan)
+    } else {
+        write_policy(maps, plan)?;
+        endpoints::write(maps, guarded)
+    }
+}
+
+fn write_policy(maps: &mut Maps, plan: &Plan) -> Result<(), DatapathError> {
+    let policy = Policy {
+        mode: plan.mode as u32,
+        answer: plan.answer as u32,
+        layout: LAYOUT,
+        netns: home::this_netns()?,
+        hooks: plan.hooks.bits(),
+        reserved: 0,
+        netns_cookie: plan.identity.cookie(),
+    };
+    maps.policy.set(0, policy, 0).map_err(|source| DatapathError::Map { map: MAP_POLICY, source })
+}

@@ -1,0 +1,97 @@
+//! What a configuration comes to on this node.
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, anyhow};
+use imds_ebpf_common::{Backend, Hook};
+
+use crate::{
+    config::{Config, ConfigErrors, Hooks, Interfaces},
+    datapath::Plan,
+    endpoints::Guarded,
+    node::{
+        cgroup,
+        netns::{self, Identity},
+    },
+    provider::Dmi,
+};
+
+/// What the command line says of the node, which no configuration changes.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// How interfaces are attached.
+    pub backend: Backend,
+    /// cgroup below which sockets are guarded; without it, the root of the hierarchy.
+    pub cgroup: Option<PathBuf>,
+    /// Where the firmware's words are.
+    pub dmi_dir: PathBuf,
+}
+
+/// What is to be in force.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// What the datapath is to be.
+    pub plan: Plan,
+    /// What is guarded.
+    pub guarded: Guarded,
+    /// Which interfaces are pods'.
+    pub interfaces: Interfaces,
+    /// The cgroup below which those of Kubernetes pods are looked for, in strict mode.
+    pub kubepods: Option<PathBuf>,
+}
+
+impl Node {
+    /// What `config` guards here.
+    pub fn guarded(&self, config: &Config) -> Result<Guarded, ConfigErrors> {
+        config.endpoints.resolve(&Dmi::read(&self.dmi_dir))
+    }
+
+    /// What `config` comes to, where `guarded` is what it guards.
+    pub fn settings(&self, config: &Config, guarded: Guarded) -> anyhow::Result<Settings> {
+        let cgroup = self.cgroup(config.hooks)?;
+        let plan = Plan {
+            mode: config.mode,
+            answer: config.answer,
+            hooks: config.hooks,
+            backend: self.backend,
+            cgroup: cgroup.clone().filter(|_| config.hooks.has(Hook::Socket)),
+            identity: identity(config.hooks)?,
+        };
+        let kubepods = cgroup.filter(|_| config.hooks.has(Hook::Host));
+        Ok(Settings { plan, guarded, interfaces: config.interfaces.clone(), kubepods })
+    }
+
+    /// The cgroup below which sockets are guarded, where a hook is on that does.
+    fn cgroup(&self, hooks: Hooks) -> anyhow::Result<Option<PathBuf>> {
+        if !judges_by_cgroup(hooks) {
+            return Ok(None);
+        }
+        let root = || cgroup::root().context("can't read the mounts").transpose();
+        let missing = || {
+            anyhow!("no cgroup v2 hierarchy is mounted: name one by --cgroup, or set {}", switch_off(hooks))
+        };
+        self.cgroup.clone().map(Ok).or_else(root).unwrap_or_else(|| Err(missing())).map(Some)
+    }
+}
+
+/// How the programs know the node. Which sockets are the node's own must be known where sockets are judged.
+fn identity(hooks: Hooks) -> anyhow::Result<Identity> {
+    match netns::identity().context("can't tell this network namespace's cookie")? {
+        Some(identity) => Ok(identity),
+        None if !judges_by_cgroup(hooks) => Ok(Identity::Initial),
+        None => Err(anyhow!(
+            "this kernel (before Linux 5.14) has no cookie for a network namespace that is not the initial one: set {}",
+            switch_off(hooks)
+        )),
+    }
+}
+
+fn judges_by_cgroup(hooks: Hooks) -> bool {
+    hooks.has(Hook::Socket) || hooks.has(Hook::Host)
+}
+
+/// How to do without what judges by cgroup.
+fn switch_off(hooks: Hooks) -> String {
+    let on = [Hook::Socket, Hook::Host].into_iter().filter(|&hook| hooks.has(hook));
+    on.map(|hook| format!("hooks.{} = false", hook.name())).collect::<Vec<_>>().join(" and ")
+}

@@ -1,0 +1,167 @@
+//! The report.
+
+use std::{net::IpAddr, path::PathBuf};
+
+use jiff::Timestamp;
+use serde::Serialize;
+
+use crate::datapath::counters::Counts;
+
+/// The whole of it.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// Version of this form: within one, fields are only added.
+    pub schema: u32,
+    /// Version of the program that made the report.
+    pub version: &'static str,
+    /// The pin directory.
+    pub pin_dir: PathBuf,
+    /// In one word.
+    pub state: State,
+    /// The agent on this pin directory.
+    pub agent: Agent,
+    /// The configuration in force; `None` where nothing is loaded.
+    pub configuration: Option<Configuration>,
+    /// The mode in force; `None` where nothing is loaded.
+    pub mode: Option<&'static str>,
+    /// What senders of denied packets are told; `None` where nothing is loaded.
+    pub answer: Option<&'static str>,
+    /// Where the endpoints come from; `None` where nothing is loaded.
+    pub provider: Option<Provider>,
+    /// What is guarded.
+    pub endpoints: Vec<Endpoint>,
+    /// Every interface of the node.
+    pub interfaces: Vec<Interface>,
+    /// The hooks that are on.
+    pub hooks: Vec<&'static str>,
+    /// Calls on sockets; `None` where that hook is off.
+    pub sockets: Option<SocketReport>,
+    /// Pods in the node's network namespace; `None` where strict mode is off.
+    pub strict_host_network: Option<HostReport>,
+    /// Counts of interfaces that are gone.
+    pub departed: Counts,
+    /// Counts of all, those that are gone too.
+    pub total: Counts,
+    /// What is not as it should be.
+    pub problems: Vec<Problem>,
+}
+
+/// In one word.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Every pod is denied.
+    Enforcing,
+    /// Every pod is watched, none denied.
+    Auditing,
+    /// Every pod is let through, because the operator says so.
+    Off,
+    /// There are problems.
+    Degraded,
+    /// Nothing is loaded.
+    Unloaded,
+}
+
+/// The agent on a pin directory.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Agent {
+    /// Whether one runs.
+    pub running: bool,
+    /// Whether it has looked at every interface since it started.
+    pub ready: bool,
+    /// Its pid, where that can be seen from here.
+    pub pid: Option<i32>,
+}
+
+/// The configuration in force.
+#[derive(Clone, Debug, Serialize)]
+pub struct Configuration {
+    /// Its number: one more with each that comes into force, across agents.
+    pub generation: u64,
+    /// The file that it is from; `None` where all is default.
+    pub file: Option<PathBuf>,
+    /// When it came into force.
+    pub loaded_at: Timestamp,
+    /// A later one that was refused, if there was one.
+    pub refused: Option<Refused>,
+}
+
+/// A configuration that was refused.
+#[derive(Clone, Debug, Serialize)]
+pub struct Refused {
+    /// When.
+    pub at: Timestamp,
+    /// Why.
+    pub error: String,
+}
+
+/// Where the endpoints come from.
+#[derive(Clone, Debug, Serialize)]
+pub struct Provider {
+    /// What the configuration says: `auto`, `none` or a name.
+    pub configured: String,
+    /// Whose endpoints are guarded.
+    pub in_force: String,
+}
+
+/// A guarded endpoint.
+#[derive(Clone, Debug, Serialize)]
+pub struct Endpoint {
+    /// Its name.
+    pub name: String,
+    /// Its address.
+    pub address: IpAddr,
+    /// What pods may reach there all the same, such as `udp/53`.
+    pub keep: Vec<String>,
+}
+
+/// One interface of the node.
+#[derive(Debug, Serialize)]
+pub struct Interface {
+    /// Interface index.
+    pub ifindex: u32,
+    /// Name.
+    pub name: String,
+    /// What it is to the guard.
+    pub role: &'static str,
+    /// How it is guarded, if it is.
+    pub guard: Option<&'static str>,
+    /// Whether no other program sees its packets before; `None` where it is not guarded.
+    pub first: Option<bool>,
+    /// What was counted there.
+    #[serde(flatten)]
+    pub counts: Counts,
+}
+
+/// The socket hook.
+#[derive(Debug, Serialize)]
+pub struct SocketReport {
+    /// Whether all its programs are attached.
+    pub attached: bool,
+    /// What was counted there: calls, and no bytes.
+    #[serde(flatten)]
+    pub counts: Counts,
+}
+
+/// Strict mode.
+#[derive(Debug, Serialize)]
+pub struct HostReport {
+    /// Whether there is a cgroup of Kubernetes pods, and all programs are attached to each.
+    pub attached: bool,
+    /// Ids of these cgroups: their inode numbers.
+    pub cgroups: Vec<u64>,
+    /// What was counted there: calls, which have no bytes, and packets.
+    #[serde(flatten)]
+    pub counts: Counts,
+}
+
+/// Something that is not as it should be.
+#[derive(Debug, Serialize)]
+pub struct Problem {
+    /// The interface that has it, or `None` where it is the node's.
+    pub interface: Option<String>,
+    /// What it is.
+    pub problem: String,
+    /// What to do.
+    pub remedy: String,
+}

@@ -1,0 +1,52 @@
+//! Strict mode: packets of pods in the node's own network namespace, as their sockets send them. What their sockets are
+//! asked for is judged before, by [`socket`](crate::socket); here is what no call names a destination for: raw sockets,
+//! protocols without a hook of their own, and sockets that were connected before.
+
+use aya_ebpf::{bindings::__sk_buff, helpers::generated::bpf_skb_cgroup_id, programs::SkBuffContext};
+use imds_ebpf_common::{CounterKey, Frame, Hook, Verdict, event::Source, examine, is_plainly_foreign};
+
+use crate::{
+    diagnostics, events, maps,
+    netns::{self, Sender},
+    packet::Skb,
+};
+
+/// In two functions, as at the edges.
+#[inline(always)]
+pub(crate) fn judge(ctx: &SkBuffContext) -> Verdict {
+    let skb = ctx.skb.skb;
+    if is_plainly_foreign(&Skb::new(skb), Frame::Ip, &maps::Maps) {
+        return Verdict::Foreign;
+    }
+    Verdict::from_u32(judge_thoroughly(skb))
+}
+
+#[inline(never)]
+fn judge_thoroughly(skb: *mut __sk_buff) -> u32 {
+    let (packet, hook) = (Skb::new(skb), Hook::Host);
+    let Some((verdict, place)) = examine(&packet, Frame::Ip, &maps::Maps) else {
+        return Verdict::Foreign as u32;
+    };
+    if !is_of_node(skb) {
+        return Verdict::Foreign as u32;
+    }
+    let _uncounted = maps::count(CounterKey::DEPARTED, hook, verdict, packet.len());
+    // SAFETY: the helper takes the context of a program on packets.
+    let id = unsafe { bpf_skb_cgroup_id(skb) };
+    match events::window(&Source { id, hook: hook as u64 }) {
+        // SAFETY: this CPU's own, and its map keeps it as long as a program runs that found it.
+        Some(window) => events::packet(skb, place, hook, verdict, unsafe { &mut *window }),
+        None => diagnostics::unaccounted(hook as u32, packet.ifindex()),
+    }
+    verdict as u32
+}
+
+/// Whether the socket is of the node's network namespace.
+#[inline(always)]
+fn is_of_node(skb: *mut __sk_buff) -> bool {
+    match netns::sender_in_cgroup(skb) {
+        Sender::Netns(cookie) => netns::is_node(cookie),
+        // Those of other namespaces are judged by the other hooks, too, and to no other end.
+        Sender::None | Sender::Unknown => true,
+    }
+}

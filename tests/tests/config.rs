@@ -1,0 +1,97 @@
+//! Commands around the configuration and the command line, which need no agent to run.
+
+use std::{fs, process::Output};
+
+use imds_tests::{World, output};
+
+const COMMANDS: [&str; 7] = ["run", "status", "events", "config", "unload", "completions", "man"];
+
+fn stdout(output: &Output) -> String {
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+#[test]
+fn check_names_every_mistake_and_takes_what_is_right() {
+    let world = World::new();
+    let path = world.scratch_dir().join("imds.toml");
+    let path_text = path.to_str().unwrap();
+    // Not through the harness's command, which is for those that have a pin directory.
+    let check = || {
+        let mut command = world.imds_agent(&[]).command();
+        let program = command.get_program().to_owned();
+        command = world.node.command(program);
+        command.args(["config", "check", path_text]);
+        output(command)
+    };
+    fs::write(&path, "mode = 'of'\n[hooks]\npod = true\n").unwrap();
+    let refused = check();
+    assert_eq!(refused.status.code(), Some(2));
+    let text = String::from_utf8(refused.stderr).unwrap();
+    let lines: Vec<_> = text.lines().collect();
+    let [mode, hook] = lines[..] else { panic!("{text}") };
+    assert!(mode.starts_with(&format!("{path_text}:1:8: mode: ")), "{mode}");
+    assert!(hook.starts_with(&format!("{path_text}:3:1: hooks.pod: ")), "{hook}");
+
+    fs::write(&path, "mode = 'audit'").unwrap();
+    let taken = check();
+    assert!(taken.status.success() && taken.stderr.is_empty() && taken.stdout.is_empty(), "{taken:?}");
+    fs::remove_file(&path).unwrap();
+    assert_eq!(check().status.code(), Some(2));
+}
+
+#[test]
+fn show_says_what_is_in_force() {
+    let world = World::new();
+    let show = |format: &str| world.imds_agent(&["config", "show", "-o", format]).output();
+    assert_eq!(show("toml").status.code(), Some(1));
+    let config = "answer = 'reject'\n[interfaces]\nexclude = ['lxc*']\n[[endpoint]]\nname = 'vault'\naddress = '10.0.0.9'";
+    drop(world.agent().config(config).spawn_ready());
+
+    let shown: serde_json::Value = serde_json::from_str(&stdout(&show("json"))).unwrap();
+    let expected = serde_json::json!({
+        "mode": "enforce",
+        "answer": "reject",
+        "provider": "auto",
+        "extras": [],
+        "hooks": { "pod_edge": true, "node_edge": false, "socket": false, "strict_host_network": false },
+        "interfaces": { "include": [], "exclude": ["lxc*"] },
+        "endpoint": [{ "name": "vault", "address": "10.0.0.9", "keep": [] }],
+    });
+    assert_eq!(shown, expected);
+
+    // The other form is a file that comes to the same.
+    let file = world.scratch_dir().join("shown.toml");
+    fs::write(&file, stdout(&show("toml"))).unwrap();
+    let once = world.imds_agent(&["run"]).config_file(file.to_str().unwrap()).once();
+    assert!(once.status.success(), "{once:?}");
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&stdout(&show("json"))).unwrap(), expected);
+    world.unload();
+}
+
+#[test]
+fn completions_and_manual_pages_have_every_command() {
+    let world = World::new();
+    let run = |args: &[&str]| {
+        let program = world.imds_agent(&[]).command().get_program().to_owned();
+        let mut command = world.node.command(program);
+        command.args(args);
+        stdout(&output(command))
+    };
+    let help = run(&["--help"]);
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = run(&["completions", shell]);
+        for command in COMMANDS {
+            assert!(script.contains(command) && help.contains(command), "{command} for {shell}");
+        }
+    }
+    let page = run(&["man"]);
+    let dir = world.scratch_dir().join("man");
+    run(&["man", dir.to_str().unwrap()]);
+    for command in COMMANDS {
+        assert!(page.contains(&format!("imds\\-agent\\-{command}(1)")), "{command}: {page}");
+        let page = fs::read_to_string(dir.join(format!("imds-agent-{command}.1"))).unwrap();
+        assert!(page.contains(".SH SYNOPSIS"), "{page}");
+    }
+    assert!(fs::read_to_string(dir.join("imds-agent-config-check.1")).unwrap().contains("FILE"));
+}

@@ -1,0 +1,52 @@
+//! What the programs say of themselves.
+
+use aya::maps::{Map, MapData, MapError, PerCpuHashMap, PerCpuValues};
+use imds_ebpf_common::{Counter, CounterKey, Hook, Verdict, names::MAP_COUNTERS};
+use imds_tests::{
+    METADATA, PodLink, World,
+    probe::{LONG, SHORT, http_get, reachable},
+};
+
+#[test]
+fn a_pod_that_can_not_be_counted_is_denied_and_the_agents_log_says_so() {
+    let world = World::new();
+    let agent = world.agent().spawn_ready();
+    let mut empty = fill(&world);
+    let pod = world.add_pod(PodLink::Routed);
+    world.wait_guarded(&pod);
+    world.assert_nothing_arrives(|| assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer()));
+    agent.wait_for_log("a map is full", LONG);
+    empty();
+    drop(agent);
+    world.unload();
+    assert!(reachable(&pod.netns, METADATA));
+}
+
+/// Fills the map of counters, so that it takes no more; empties it of these again when called.
+fn fill(world: &World) -> impl FnMut() {
+    let pin = world.pin_dir().join("maps").join(MAP_COUNTERS);
+    let map = MapData::from_pin(pin).expect("a pinned map");
+    let mut counters: PerCpuHashMap<MapData, CounterKey, Counter> =
+        Map::PerCpuHashMap(map).try_into().expect("the counters");
+    let cpus = aya::util::nr_cpus().expect("the number of CPUs");
+    let key = |index: u32| CounterKey::new(u32::MAX - index, Hook::PodEdge, Verdict::Deny);
+    let mut count = 0;
+    loop {
+        let zero = PerCpuValues::try_from(vec![Counter::default(); cpus]).expect("as many as there are CPUs");
+        match counters.insert(key(count), zero, 0) {
+            Ok(()) => count += 1,
+            Err(MapError::SyscallError(error)) => match error.io_error.raw_os_error() {
+                Some(libc::E2BIG) => break,
+                // The kernel makes room in the background.
+                Some(libc::ENOMEM) => {}
+                _ => panic!("{error}"),
+            },
+            Err(error) => panic!("{error}"),
+        }
+    }
+    move || {
+        for index in 0..count {
+            counters.remove(&key(index)).expect("what was inserted");
+        }
+    }
+}

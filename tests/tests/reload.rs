@@ -1,0 +1,526 @@
+//! The configuration changes while the agent runs: at once, without a gap, and never to a bad one.
+
+use std::{
+    fs,
+    net::Ipv4Addr,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use aya::programs::TcAttachType::{self, Egress, Ingress};
+use imds_tests::{
+    Agent, Backend, METADATA, Pod, PodLink, SERVICE, Status, World,
+    flood::Flood,
+    hook,
+    poll::poll_until,
+    probe::{LONG, Outcome, SHORT, http_get, reachable},
+    skip_without_netns_cookie, with_each_backend,
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
+const POD_EDGE: &str = "[hooks]\nsocket = false\nnode_edge = false\n";
+const NODE_EDGE: &str = "[hooks]\nsocket = false\npod_edge = false\n";
+const BOTH_EDGES: &str = "[hooks]\nsocket = false\n";
+
+fn has_program(world: &World, interface: &str, at: TcAttachType) -> bool {
+    !hook::programs_at(&world.node, interface, at).is_empty()
+}
+
+/// A configuration file that changes.
+struct ConfigFile<'w> {
+    world: &'w World,
+    path: PathBuf,
+}
+
+impl<'w> ConfigFile<'w> {
+    fn new(world: &'w World, text: &str) -> Self {
+        let path = world.scratch_dir().join("imds.toml");
+        fs::write(&path, text).unwrap();
+        Self { world, path }
+    }
+
+    fn start(&self, backend: Backend, args: &[&str]) -> Agent<'w> {
+        self.world
+            .agent()
+            .backend(backend)
+            .config_file(self.path.to_str().unwrap())
+            .args(&["--cgroup", self.world.cgroup().to_str().unwrap()])
+            .args(args)
+            .spawn_ready()
+    }
+
+    /// Puts another file in its place, as editors do.
+    fn replace(&self, text: &str) {
+        let new = self.path.with_extension("new");
+        fs::write(&new, text).unwrap();
+        fs::rename(new, &self.path).unwrap();
+    }
+
+    /// The same, and waits until that is in force.
+    #[track_caller]
+    fn reload(&self, text: &str) -> Status {
+        let before = generation(&self.world.status());
+        self.replace(text);
+        self.world.status_when("the configuration is in force", |status| {
+            generation(status) > before && status.configuration.as_ref().unwrap().refused.is_none()
+        })
+    }
+}
+
+fn generation(status: &Status) -> u64 {
+    status.configuration.as_ref().expect("a configuration").generation
+}
+
+fn hang_up(agent: &Agent<'_>) {
+    kill(Pid::from_raw(agent.pid().try_into().unwrap()), Signal::SIGHUP).unwrap();
+}
+
+/// Waits until the file was refused with such an error, and all is as before.
+#[track_caller]
+fn assert_refused(world: &World, before: &Status, part: &str) -> Status {
+    let status = world.status_when("the file is refused", |status| {
+        let refused = status.configuration.as_ref().and_then(|configuration| configuration.refused.as_ref());
+        refused.is_some_and(|refused| refused.error.contains(part))
+    });
+    assert_eq!(status.state, "degraded");
+    assert!(status.problems.iter().any(|problem| problem.problem.contains(part)), "{:?}", status.problems);
+    assert_eq!((generation(&status), &status.mode), (generation(before), &before.mode));
+    assert_eq!(status.hooks, before.hooks);
+    status
+}
+
+fn flood(pods: &[Pod; 2]) -> [Flood; 2] {
+    [Flood::udp(&pods[0], METADATA), Flood::syn(&pods[1], METADATA)]
+}
+
+#[track_caller]
+fn assert_flood_arrives(world: &World, pods: &[Pod; 2]) {
+    let before = world.arrivals();
+    let _floods = flood(pods);
+    poll_until(LONG, "packets of each pod to arrive", || {
+        let now = world.arrivals();
+        pods.iter().all(|pod| now.from(pod.address) > before.from(pod.address) + 100).then_some(())
+    });
+}
+
+/// Configurations all of which guard [`METADATA`], each with something else changed.
+fn guarding() -> Vec<String> {
+    let others = |count: u8| {
+        let other = |n| format!("[[endpoint]]\nname = 'e{n}'\naddress = '10.9.0.{n}'\n");
+        (1..=count).map(other).collect::<String>()
+    };
+    let own =
+        |keep: &str| format!("[[endpoint]]\nname = 'own'\naddress = '169.254.169.254'\nkeep = [{keep}]\n");
+    vec![
+        POD_EDGE.to_owned(),
+        format!("provider = 'aws'\n{POD_EDGE}{}", others(3)),
+        format!("answer = 'reject'\n{BOTH_EDGES}"),
+        format!("provider = 'none'\n{NODE_EDGE}{}", own("'udp/5300', 'tcp/5300'")),
+        format!("provider = 'none'\n{BOTH_EDGES}{}{}", others(200), own("")),
+        format!("{POD_EDGE}[interfaces]\ninclude = ['nothing*']\n{}", others(1)),
+        format!("provider = 'gcp'\nanswer = 'reject'\n{NODE_EDGE}"),
+        format!("extras = ['ecs']\n{BOTH_EDGES}{}", others(9)),
+    ]
+}
+
+#[test]
+fn no_packet_of_a_flood_passes_while_the_configuration_changes() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pods = LINKS.map(|link| world.add_pod(link));
+        assert_flood_arrives(&world, &pods);
+
+        let configs = guarding();
+        let file = ConfigFile::new(&world, &configs[0]);
+        let agent = file.start(backend, &[]);
+        let first = world.status();
+        let before = world.arrivals();
+        let floods = flood(&pods);
+        let mut denied = 0;
+        for config in configs.iter().cycle().skip(1).take(56) {
+            let status = file.reload(config);
+            assert!(status.denied() > denied, "the count went from {denied} to {}", status.denied());
+            denied = status.denied();
+        }
+        let sent: u64 = floods.into_iter().map(Flood::stop).sum();
+        assert_eq!(world.arrivals(), before, "of {sent} packets");
+        assert!(sent > 100_000, "{sent} packets are no flood");
+        let status = world.status();
+        assert!(generation(&status) >= generation(&first) + 56);
+        // At both edges a packet is counted once: what the first denies never gets to the second.
+        assert!(status.denied() <= sent && status.denied() > sent / 2, "{} of {sent}", status.denied());
+
+        drop(agent);
+        world.unload();
+        assert_flood_arrives(&world, &pods);
+    });
+}
+
+#[test]
+fn off_and_on_again_without_a_restart() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pod = world.add_pod(PodLink::Routed);
+        world.assert_open(&pod);
+        let file = ConfigFile::new(&world, BOTH_EDGES);
+        let agent = file.start(backend, &[]);
+        world.assert_blocked(&pod);
+        let pid = world.status().agent.pid;
+
+        for (mode, state) in [("off", "off"), ("audit", "auditing")] {
+            let status = file.reload(&format!("mode = '{mode}'\n{BOTH_EDGES}"));
+            assert_eq!((status.mode.as_deref(), status.state.as_str()), (Some(mode), state));
+            world.assert_open(&pod);
+            let denied = world.status().denied();
+            let status = file.reload(BOTH_EDGES);
+            assert_eq!((status.state.as_str(), status.agent.pid), ("enforcing", pid));
+            world.assert_blocked(&pod);
+            let total = world.status().total;
+            assert!(total.denied.packets > denied && total.allowed.packets > 0, "{total:?}");
+        }
+        assert!(world.status().total.audited.packets > 0);
+        // Nothing at all to guard, and then something again.
+        file.reload(&format!("mode = 'off'\nprovider = 'none'\n{BOTH_EDGES}"));
+        world.assert_open(&pod);
+        file.reload(BOTH_EDGES);
+        world.assert_blocked(&pod);
+        drop(agent);
+        world.unload();
+        world.assert_open(&pod);
+    });
+}
+
+#[test]
+fn hooks_come_and_go() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pod = world.add_pod(PodLink::Routed);
+        world.assert_open(&pod);
+        let file = ConfigFile::new(&world, POD_EDGE);
+        let agent = file.start(backend, &[]);
+        let (veth, uplink) = (pod.host_ifname.as_str(), World::UPLINK);
+        let are_guarded = || [has_program(&world, veth, Ingress), has_program(&world, uplink, Egress)];
+        // A call that is refused, and one that waits in vain for an answer.
+        let is_refused =
+            || world.in_cgroup(|| matches!(http_get(&pod.netns, METADATA, SHORT), Outcome::Error(_)));
+        assert_eq!(are_guarded(), [true, false]);
+        assert!(!is_refused());
+
+        for _ in 0..2 {
+            let status = file.reload("[hooks]\npod_edge = false\n");
+            assert_eq!(status.hooks, ["node_edge", "socket"]);
+            assert_eq!(are_guarded(), [false, true]);
+            assert!(is_refused() && status.sockets.unwrap().attached);
+            world.assert_blocked(&pod);
+
+            let status = file.reload("[hooks]\nnode_edge = false\nsocket = false\n");
+            assert_eq!(status.hooks, ["pod_edge"]);
+            assert!(status.sockets.is_none() && !is_refused());
+            assert_eq!(are_guarded(), [true, false]);
+            world.assert_blocked(&pod);
+        }
+        assert_eq!(fs::read_dir(world.pin_dir().join("progs")).unwrap().count(), 2);
+        // What is new later is guarded by what is on then.
+        file.reload(BOTH_EDGES);
+        let late = world.add_pod(PodLink::Bridged);
+        world.wait_guarded(&late);
+        world.assert_blocked(&late);
+        drop(agent);
+        world.unload();
+        assert_eq!(are_guarded(), [false, false]);
+        world.assert_open(&pod);
+    });
+}
+
+#[test]
+fn strict_mode_comes_and_goes() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let container = world.add_cgroup("kubepods.slice/pod7.slice");
+    let is_open = || container.run(|| http_get(&world.node, METADATA, SHORT).is_answer());
+    assert!(reachable(&world.node, METADATA) && is_open());
+    let file = ConfigFile::new(&world, POD_EDGE);
+    let agent = file.start(Backend::Clsact, &[]);
+    assert!(is_open());
+    for _ in 0..2 {
+        let status = file.reload(&format!("{POD_EDGE}strict_host_network = true\n"));
+        assert!(status.problems.is_empty() && status.hooks.contains(&"strict_host_network".to_owned()));
+        assert!(!is_open() && reachable(&world.node, METADATA));
+        let status = file.reload(POD_EDGE);
+        assert_eq!(status.hooks, ["pod_edge"]);
+        assert!(is_open());
+    }
+    file.reload(&format!("{POD_EDGE}strict_host_network = true\n"));
+    assert!(!is_open());
+    drop(agent);
+    world.unload();
+    assert!(is_open());
+}
+
+#[test]
+fn endpoints_interfaces_and_the_provider_change() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let [pod, other] = LINKS.map(|link| world.add_pod(link));
+        let dmi = world.scratch_dir().join("dmi");
+        fs::create_dir(&dmi).unwrap();
+        let file = ConfigFile::new(&world, POD_EDGE);
+        let agent = file.start(backend, &["--dmi-dir", dmi.to_str().unwrap()]);
+        world.assert_blocked(&pod);
+        assert!(reachable(&pod.netns, SERVICE));
+
+        let service = format!("[[endpoint]]\nname = 'service'\naddress = '{SERVICE}'\n");
+        file.reload(&format!("provider = 'none'\n{POD_EDGE}{service}"));
+        assert!(!http_get(&pod.netns, SERVICE, SHORT).is_answer());
+        world.assert_open(&pod);
+
+        let exclude = format!("{POD_EDGE}[interfaces]\nexclude = ['{}']\n", pod.host_ifname);
+        let status = file.reload(&exclude);
+        assert_eq!(status.interface(&pod.host_ifname).role, "excluded");
+        assert_eq!(hook::programs(&world.node, &pod.host_ifname), []);
+        world.assert_open(&pod);
+        world.assert_blocked(&other);
+        let status = file.reload(POD_EDGE);
+        assert_eq!(status.interface(&pod.host_ifname).role, "pod");
+        world.assert_blocked(&pod);
+
+        // The firmware says something else, and the file does not change.
+        assert_eq!(status.provider.unwrap().in_force, "generic");
+        fs::write(dmi.join("sys_vendor"), "Amazon EC2\n").unwrap();
+        hang_up(&agent);
+        let status = world.status_when("the provider is another", |status| {
+            status.provider.as_ref().is_some_and(|provider| provider.in_force == "aws")
+        });
+        assert_eq!(status.endpoints.len(), 2);
+        world.assert_blocked(&pod);
+        drop(agent);
+        world.unload();
+        world.assert_open(&pod);
+    });
+}
+
+#[test]
+fn a_route_to_an_endpoint_that_is_new_makes_an_uplink() {
+    let world = World::new();
+    let file = ConfigFile::new(&world, BOTH_EDGES);
+    let agent = file.start(Backend::Clsact, &["--resync", "3600"]);
+    let vault = Ipv4Addr::new(10, 9, 0, 1);
+    // As the uplink of a nested node: a veth, to which no default route leads.
+    let pod = world.add_pod(PodLink::Routed);
+    let role = |role: &'static str| {
+        world
+            .status_when(role, |status| status.find(&pod.host_ifname).is_some_and(|found| found.role == role))
+    };
+    role("pod");
+    file.reload(&format!("{BOTH_EDGES}[[endpoint]]\nname = 'vault'\naddress = '{vault}'\n"));
+    role("pod");
+    world.node.ip(&format!("route add {vault}/32 dev {}", pod.host_ifname));
+    role("uplink");
+    file.reload(BOTH_EDGES);
+    role("pod");
+    file.reload(&format!("{BOTH_EDGES}[[endpoint]]\nname = 'vault'\naddress = '{vault}'\n"));
+    role("uplink");
+    world.node.ip(&format!("route delete {vault}/32 dev {}", pod.host_ifname));
+    role("pod");
+    drop(agent);
+    world.unload();
+}
+
+#[test]
+fn a_bad_file_leaves_the_configuration_before_in_force() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    world.assert_open(&pod);
+    let file = ConfigFile::new(&world, BOTH_EDGES);
+    let agent = file.start(Backend::Clsact, &[]);
+    let good = world.status();
+
+    file.replace(&format!("mode = 'of'\n{BOTH_EDGES}"));
+    let status = assert_refused(&world, &good, "imds.toml:1:8: mode: ");
+    assert_eq!(status.configuration.unwrap().file.unwrap(), file.path);
+    agent.wait_for_log("the configuration before stays in force", LONG);
+    world.assert_blocked(&pod);
+
+    // Clashes with the provider's.
+    file.replace(&format!("{BOTH_EDGES}[[endpoint]]\nname = 'mine'\naddress = '{METADATA}'\n"));
+    assert_refused(&world, &good, "already guarded");
+
+    let good = file.reload(&format!("answer = 'reject'\n{BOTH_EDGES}"));
+    assert!(good.problems.is_empty(), "{:?}", good.problems);
+
+    fs::remove_file(&file.path).unwrap();
+    assert_refused(&world, &good, "No such file");
+    world.assert_blocked(&pod);
+    let good = file.reload(BOTH_EDGES);
+
+    // A directory, and a pipe that nobody writes to.
+    fs::remove_file(&file.path).unwrap();
+    fs::create_dir(&file.path).unwrap();
+    assert_refused(&world, &good, "not a regular file");
+    fs::remove_dir(&file.path).unwrap();
+    nix::unistd::mkfifo(&file.path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    hang_up(&agent);
+    assert_refused(&world, &good, "not a regular file");
+    fs::remove_file(&file.path).unwrap();
+    fs::write(&file.path, [0xff, 0xfe]).unwrap();
+    assert_refused(&world, &good, "UTF-8");
+    fs::write(&file.path, " ".repeat((1 << 20) + 1)).unwrap();
+    assert_refused(&world, &good, "MiB");
+
+    // What is refused is known without the agent, too, and not for longer than it is so.
+    agent.kill9();
+    assert_refused(&world, &good, "MiB");
+    file.replace(BOTH_EDGES);
+    let agent = file.start(Backend::Clsact, &[]);
+    assert!(world.status().configuration.unwrap().refused.is_none());
+    world.assert_blocked(&pod);
+    drop(agent);
+    world.unload();
+    world.assert_open(&pod);
+}
+
+#[test]
+fn a_cgroup_that_can_not_be_guarded_is_refused_with_the_file() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let file = ConfigFile::new(&world, POD_EDGE);
+    let missing = world.cgroup().join("missing");
+    let agent = world
+        .agent()
+        .config_file(file.path.to_str().unwrap())
+        .args(&["--cgroup", missing.to_str().unwrap()])
+        .spawn_ready();
+    let good = world.status();
+    // By the node edge, too, which then has to go again.
+    file.replace("answer = 'reject'\n");
+    let status = assert_refused(&world, &good, missing.to_str().unwrap());
+    assert!(!has_program(&world, World::UPLINK, Egress));
+    assert_eq!(status.interface(&pod.host_ifname).guard, good.interface(&pod.host_ifname).guard);
+    world.assert_blocked(&pod);
+    file.reload(POD_EDGE);
+    drop(agent);
+    world.unload();
+    world.assert_open(&pod);
+}
+
+#[test]
+fn every_way_of_replacing_a_file_is_noticed() {
+    let world = World::new();
+    let file = ConfigFile::new(&world, POD_EDGE);
+    // So that nothing is noticed for another reason.
+    let agent = file.start(Backend::Clsact, &["--resync", "3600"]);
+    let modes = |n: usize| ["enforce", "audit", "off"][n % 3];
+    let config = |mode: &str| format!("mode = '{mode}'\n{POD_EDGE}");
+    let assert_in_force = |mode: &str| {
+        world.status_when(mode, |status| status.mode.as_deref() == Some(mode) && status.problems.is_empty());
+    };
+
+    fs::write(&file.path, config("audit")).unwrap();
+    assert_in_force("audit");
+    file.replace(&config("off"));
+    assert_in_force("off");
+    fs::remove_file(&file.path).unwrap();
+    assert_refused(&world, &world.status(), "No such file");
+    fs::write(&file.path, config("enforce")).unwrap();
+    assert_in_force("enforce");
+
+    // As the kubelet does with a ConfigMap.
+    let dir = world.scratch_dir();
+    let version = |n: usize| {
+        let name = format!("..2026_11_23_{n}");
+        fs::create_dir(dir.join(&name)).unwrap();
+        fs::write(dir.join(&name).join("imds.toml"), config(modes(n))).unwrap();
+        symlink(&name, dir.join("..data_tmp")).unwrap();
+        fs::rename(dir.join("..data_tmp"), dir.join("..data")).unwrap();
+        name
+    };
+    let mut current = version(1);
+    fs::remove_file(&file.path).unwrap();
+    symlink("..data/imds.toml", &file.path).unwrap();
+    assert_in_force(modes(1));
+    for n in 2..6 {
+        let before = std::mem::replace(&mut current, version(n));
+        fs::remove_dir_all(dir.join(before)).unwrap();
+        assert_in_force(modes(n));
+    }
+
+    // Two changes in a hurry: the last one counts.
+    for n in 0..10 {
+        file_in(dir, &current, &config(modes(n)));
+        file_in(dir, &current, &config(modes(n + 1)));
+        assert_in_force(modes(n + 1));
+    }
+    drop(agent);
+    world.unload();
+}
+
+fn file_in(dir: &Path, version: &str, text: &str) {
+    fs::write(dir.join(version).join("imds.toml"), text).unwrap();
+}
+
+#[test]
+fn more_changes_than_the_kernel_tells_of() {
+    let world = World::new();
+    let file = ConfigFile::new(&world, POD_EDGE);
+    let agent = file.start(Backend::Clsact, &["--resync", "3600"]);
+    let pid = Pid::from_raw(agent.pid().try_into().unwrap());
+    kill(pid, Signal::SIGSTOP).unwrap();
+    let most: usize =
+        fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap().trim().parse().unwrap();
+    // Two events each, and no two in a row alike, which the kernel would tell as one.
+    for n in 0..most {
+        let name = world.scratch_dir().join(format!("other-{}", n % 2));
+        fs::write(&name, "").unwrap();
+        fs::remove_file(&name).unwrap();
+    }
+    file.replace(&format!("mode = 'audit'\n{POD_EDGE}"));
+    kill(pid, Signal::SIGCONT).unwrap();
+    world.status_when("it is noticed", |status| status.mode.as_deref() == Some("audit"));
+    drop(agent);
+    world.unload();
+}
+
+#[test]
+fn what_nobody_tells_of_is_noticed_by_looking() {
+    let world = World::new();
+    let file = ConfigFile::new(&world, POD_EDGE);
+    // Another name of the same file, in a directory that is not on the way.
+    let elsewhere = world.scratch_dir().join("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    fs::hard_link(&file.path, elsewhere.join("imds.toml")).unwrap();
+    let agent = file.start(Backend::Clsact, &["--resync", "1"]);
+    fs::write(elsewhere.join("imds.toml"), format!("mode = 'audit'\n{POD_EDGE}")).unwrap();
+    poll_until(Duration::from_secs(20), "it to be noticed", || {
+        (world.status().mode.as_deref() == Some("audit")).then_some(())
+    });
+    drop(agent);
+    world.unload();
+}
+
+#[test]
+fn sighup_without_a_file_ends_nothing() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let args = ["--cgroup", world.cgroup().to_str().unwrap()];
+    let mut agent = world.imds_agent(&["run"]).args(&args).spawn_ready();
+    let before = generation(&world.status());
+    hang_up(&agent);
+    world.status_when("it is loaded again", |status| generation(status) == before + 1);
+    agent.wait_ready();
+    world.assert_blocked(&pod);
+    assert!(agent.terminate().success());
+    world.unload();
+}

@@ -1,0 +1,444 @@
+//! Strict mode: pods in the node's own network namespace are told from the node by their cgroup.
+
+use std::{
+    fs, io,
+    io::ErrorKind,
+    net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream, UdpSocket},
+    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    thread,
+};
+
+use aya::util::KernelVersion;
+use imds_tests::{
+    Cgroup, DNS_PORT, METADATA, METADATA_V6, Netns, PodLink, SERVICE, SERVICE_V6, World, foreign, packets,
+    poll::poll_until,
+    probe::{
+        LONG, SHORT, connect, http_exchange, http_get, http_get_at, icmp_echo, reachable, send_ipv4,
+        udp_echo, udp_echo_at,
+    },
+    skip, skip_without_netns_cookie,
+};
+use nix::sys::socket::{MsgFlags, SockaddrIn, sendto};
+
+const STRICT: &str = "strict_host_network";
+const ALL: [&str; 4] = ["pod_edge", "node_edge", "socket", STRICT];
+/// A cloud with endpoints of both families.
+const AWS: &str = "provider = 'aws'";
+/// Where the kubelet puts a container with systemd's cgroup driver, but for the lengths of names.
+const CONTAINER: &str = "kubepods.slice/kubepods-besteffort.slice/pod7.slice/container.scope";
+/// The same in kind.
+const IN_KIND: &str = "kubelet.slice/kubelet-kubepods.slice/pod7.slice";
+const ECHO_PORT: u16 = 7;
+
+/// Sends from a raw socket that has the kernel make the IP header.
+fn send_raw(netns: &Netns, to: Ipv4Addr, protocol: libc::c_int) -> io::Result<()> {
+    netns.run(|| {
+        // SAFETY: takes no pointers.
+        let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: a descriptor that was just made.
+        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+        let to = SockaddrIn::from(SocketAddrV4::new(to, 0));
+        sendto(socket.as_raw_fd(), &[0, 7, 0, 7, 0, 16, 0, 0], &to, MsgFlags::empty())?;
+        Ok(())
+    })
+}
+
+fn udp_socket(netns: &Netns, any: &str) -> UdpSocket {
+    let socket = netns.run(|| UdpSocket::bind(any)).expect("a UDP socket");
+    socket.set_read_timeout(Some(SHORT)).expect("set a timeout");
+    socket
+}
+
+/// Whether a datagram to the echo server comes back, from a socket that is not connected.
+fn echoes(netns: &Netns, any: &str, to: impl Into<IpAddr>) -> bool {
+    let socket = udp_socket(netns, any);
+    socket.send_to(b"echo", (to.into(), ECHO_PORT)).and_then(|_| socket.recv(&mut [0; 16])).is_ok()
+}
+
+fn mapped_tcp(netns: &Netns) -> bool {
+    let address = SocketAddr::from((METADATA.to_ipv6_mapped(), 80));
+    let stream = netns.run(|| TcpStream::connect_timeout(&address, SHORT));
+    stream.and_then(|mut stream| http_exchange(&mut stream, SHORT)).is_ok()
+}
+
+fn is_refused<T>(result: io::Result<T>) -> bool {
+    result.is_err_and(|error| error.kind() == ErrorKind::PermissionDenied)
+}
+
+/// An address that a rule of the node turns into the endpoint's, as of a Service with that backend.
+const CLUSTER_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 80);
+
+fn redirect(node: &Netns) {
+    let mut command = node.command("nft");
+    command.arg(format!(
+        "table ip service {{ chain output {{ type nat hook output priority -100; ip daddr {CLUSTER_IP} dnat to {METADATA}; \
+         }}; }}"
+    ));
+    let output = imds_tests::output(command);
+    assert!(output.status.success(), "nft: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Every way by which a program in this cgroup and the node's network namespace reaches the metadata service is held.
+fn assert_every_way_is_held(path: &str) {
+    let world = World::new().with_ipv6();
+    let container = world.add_cgroup(path);
+    let node = &*world.node;
+    redirect(node);
+    let mut ways = world
+        .ways(&[STRICT])
+        .in_cgroup(&container)
+        .config(AWS)
+        .way("TCP", || http_get(node, METADATA, SHORT).is_answer())
+        .way("TCP to another port", || http_get_at(node, (METADATA, DNS_PORT).into(), SHORT).is_answer())
+        .way("TCP to a mapped address", || mapped_tcp(node))
+        .way("TCP by IPv6", || http_get(node, METADATA_V6, SHORT).is_answer())
+        .way("UDP", || echoes(node, "0.0.0.0:0", METADATA))
+        .way("UDP to a mapped address", || echoes(node, "[::]:0", METADATA.to_ipv6_mapped()))
+        .way("UDP by IPv6", || echoes(node, "[::]:0", METADATA_V6))
+        .way("UDP, connected", || udp_echo(node, METADATA, SHORT).is_answer())
+        .way("UDP by IPv6, connected", || udp_echo(node, METADATA_V6, SHORT).is_answer())
+        .way("TCP to a Service", || http_get(node, CLUSTER_IP, SHORT).is_answer())
+        .way("UDP to a Service", || udp_echo(node, CLUSTER_IP, SHORT).is_answer())
+        .way("ICMP echo", || icmp_echo(node, METADATA, SHORT).is_answer())
+        .one_way("IP_HDRINCL", || {
+            let packet = packets::udp(world.node_address(), METADATA, b"by hand");
+            // Whether it is refused is seen by what arrives.
+            let _ = send_ipv4(node, METADATA, &[packet]);
+        });
+    for (name, protocol) in [("TCP", 6), ("UDP", 17), ("SCTP", 132), ("an experiment", 253)] {
+        ways = ways.one_way(format!("{name} from a raw socket"), move || {
+            let _ = send_raw(node, METADATA, protocol);
+        });
+    }
+    ways.assert_held();
+}
+
+#[test]
+fn every_way_of_a_pod_in_the_nodes_namespace() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    assert_every_way_is_held(CONTAINER);
+}
+
+#[test]
+fn every_way_of_a_pod_in_the_nodes_namespace_in_kind() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    assert_every_way_is_held(IN_KIND);
+}
+
+#[test]
+fn what_was_open_before_is_cut() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let container = world.add_cgroup(CONTAINER);
+    let open = || {
+        container.run(|| {
+            let udp = udp_socket(&world.node, "0.0.0.0:0");
+            udp.connect((METADATA, ECHO_PORT)).unwrap();
+            (world.node.run(|| connect(METADATA, LONG)).unwrap(), udp)
+        })
+    };
+    let (mut tcp, udp) = open();
+    udp.send(b"echo").unwrap();
+    assert!(udp.recv(&mut [0; 16]).is_ok());
+    let (mut spared, _) = open();
+    assert!(http_exchange(&mut spared, LONG).is_ok());
+
+    let agent = world.agent().hooks(&[STRICT]).spawn_ready();
+    world.assert_nothing_arrives(|| {
+        assert!(is_refused(udp.send(b"echo")));
+        assert!(http_exchange(&mut tcp, SHORT).is_err());
+    });
+    drop(agent);
+    world.unload();
+    udp.send(b"echo").unwrap();
+    assert!(udp.recv(&mut [0; 16]).is_ok());
+    let (mut again, _) = open();
+    assert!(http_exchange(&mut again, LONG).is_ok());
+}
+
+/// What a program on the node does that is no business of the guard's.
+fn assert_reaches(netns: &Netns, addresses: &[IpAddr]) {
+    for &address in addresses {
+        assert!(reachable(netns, address), "TCP to {address}");
+        assert!(udp_echo(netns, address, LONG).is_answer(), "UDP to {address}");
+        if let IpAddr::V4(address) = address {
+            assert!(icmp_echo(netns, address, LONG).is_answer(), "ICMP to {address}");
+        }
+    }
+}
+
+#[test]
+fn the_node_keeps_its_access_and_a_pod_what_is_not_guarded() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new().with_ipv6();
+    let container = world.add_cgroup(CONTAINER);
+    let kubelet = world.add_cgroup("system.slice/kubelet.service");
+    let config = "provider = 'none'
+        [[endpoint]]
+        name = 'four'
+        address = '169.254.169.254'
+        keep = ['udp/53', 'tcp/53']
+        [[endpoint]]
+        name = 'six'
+        address = 'fd00:ec2::254'
+        keep = ['udp/53', 'tcp/53']";
+    let agent = world.agent().hooks(&ALL).config(config).spawn_ready();
+    let services = [SERVICE.into(), SERVICE_V6.into()];
+    let endpoints = [METADATA.into(), METADATA_V6.into()];
+    assert_reaches(&world.node, &[&services[..], &endpoints].concat());
+    kubelet.run(|| assert_reaches(&world.node, &[&services[..], &endpoints].concat()));
+    container.run(|| {
+        assert_reaches(&world.node, &services);
+        for endpoint in endpoints {
+            let dns = (endpoint, DNS_PORT).into();
+            assert!(http_get_at(&world.node, dns, LONG).is_answer(), "TCP to {dns}");
+            assert!(udp_echo_at(&world.node, dns, LONG).is_answer(), "UDP to {dns}");
+            assert!(!http_get(&world.node, endpoint, SHORT).is_answer(), "TCP to {endpoint}");
+            assert!(!udp_echo(&world.node, endpoint, SHORT).is_answer(), "UDP to {endpoint}");
+        }
+    });
+    let status = world.status();
+    assert_eq!((status.state.as_str(), &status.hooks[..]), ("enforcing", &ALL.map(str::to_owned)[..]));
+    let counts = status.strict_host_network.expect("strict mode is on").counts;
+    assert!(counts.allowed.packets > 0 && counts.denied.packets == 4, "{counts:?}");
+    drop(agent);
+    world.unload();
+    container.run(|| assert_reaches(&world.node, &endpoints));
+}
+
+#[test]
+fn a_pod_with_a_namespace_of_its_own_is_counted_once() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let container = world.add_cgroup(CONTAINER);
+    assert!(container.run(|| reachable(&pod.netns, METADATA)));
+    let agent = world.agent().hooks(&ALL).spawn_ready();
+    let denied = || {
+        let status = world.status();
+        let sockets = status.sockets.as_ref().expect("the hook is on").counts;
+        let host = status.strict_host_network.as_ref().expect("strict mode is on").counts;
+        let edge = status.interface(&pod.host_ifname).counts;
+        [edge, sockets, host, status.total].map(|counts| counts.denied.packets)
+    };
+    assert!(container.run(|| !http_get(&pod.netns, METADATA, SHORT).is_answer()));
+    assert_eq!(denied(), [0, 1, 0, 1]);
+    if KernelVersion::current().unwrap() < KernelVersion::new(6, 15, 0) {
+        skip("packets", "programs of cgroups do not see a socket's network namespace on this kernel");
+    } else {
+        container.run(|| send_raw(&pod.netns, METADATA, 132)).unwrap();
+        world.status_when("it is counted", |status| status.total.denied.packets == 2);
+        assert_eq!(denied(), [1, 1, 0, 2]);
+    }
+    // In the node's namespace, likewise.
+    assert!(container.run(|| !http_get(&world.node, METADATA, SHORT).is_answer()));
+    assert!(is_refused(container.run(|| send_raw(&world.node, METADATA, 132))));
+    let [_, _, host, _] = denied();
+    assert_eq!(host, 2);
+    drop(agent);
+    world.unload();
+    assert!(container.run(|| reachable(&pod.netns, METADATA)));
+}
+
+#[test]
+fn without_strict_mode_they_keep_their_access() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let container = world.add_cgroup(CONTAINER);
+    let is_open = || container.run(|| reachable(&world.node, METADATA));
+    let is_held = || container.run(|| !http_get(&world.node, METADATA, SHORT).is_answer());
+    let agent = world.agent().hooks(&ALL[..3]).spawn_ready();
+    assert!(is_open());
+    assert!(world.status().strict_host_network.is_none());
+    agent.kill9();
+    let agent = world.agent().hooks(&ALL).spawn_ready();
+    assert!(is_held());
+    agent.kill9();
+    assert!(is_held());
+    // What the next one has off is removed.
+    let agent = world.agent().hooks(&ALL[..3]).spawn_ready();
+    assert!(is_open());
+    assert_eq!(host_links(&world), [""; 0]);
+    agent.kill9();
+    // Off in another way.
+    let agent = world.agent().hooks(&[STRICT]).config("mode = 'off'").spawn_ready();
+    assert!(is_open());
+    drop(agent);
+    world.unload();
+    assert!(is_open());
+}
+
+/// Names of the links that are pinned for the cgroups of Kubernetes pods.
+fn host_links(world: &World) -> Vec<String> {
+    let entries = fs::read_dir(world.pin_dir().join("links")).unwrap();
+    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    names.filter(|name| name.starts_with("host_")).collect()
+}
+
+#[test]
+fn cgroups_that_come_and_go_are_followed_at_once() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    // Nothing is looked at again but what is told.
+    let agent = world.agent().hooks(&[STRICT]).resync(3600).spawn();
+    agent.wait_for_log("hostNetwork pods are not held", LONG);
+    let status = world.status_when("it is said", |status| status.agent.ready);
+    assert_eq!(status.state, "degraded");
+    let [problem] = &status.problems[..] else { panic!("{:#?}", status.problems) };
+    assert!(problem.problem.contains("hostNetwork") && problem.remedy.contains("cgroup"), "{problem:?}");
+
+    let mut cgroups = Vec::new();
+    for (count, path) in (1..).zip(["kubepods", CONTAINER, IN_KIND]) {
+        let cgroup = world.add_cgroup(path);
+        assert_ne!(world.status().state, "unloaded");
+        world.status_when("it is attached", |status| {
+            let host = status.strict_host_network.as_ref().expect("strict mode is on");
+            host.attached && host.cgroups.len() == count && status.state == "enforcing"
+        });
+        assert!(cgroup.run(|| is_refused(world.node.run(|| connect(METADATA, SHORT)))), "{path}");
+        cgroups.push(cgroup);
+    }
+    assert!(reachable(&world.node, METADATA));
+    assert_eq!(host_links(&world).len(), 15);
+    drop(cgroups);
+    poll_until(LONG, "the pins to go", || host_links(&world).is_empty().then_some(()));
+    drop(agent);
+    world.unload();
+    let cgroup = world.add_cgroup(CONTAINER);
+    assert!(cgroup.run(|| reachable(&world.node, METADATA)));
+}
+
+#[test]
+fn an_agent_that_finds_none_and_does_not_stay_fails() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let output = world.agent().hooks(&ALL).once();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(
+        stderr.contains("hostNetwork pods") && stderr.contains(world.cgroup().to_str().unwrap()),
+        "{stderr}"
+    );
+    let _container = world.add_cgroup(CONTAINER);
+    let output = world.agent().hooks(&ALL).once();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn audit_lets_them_pass_and_counts_them() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let container = world.add_cgroup(CONTAINER);
+    let _agent = world.agent().hooks(&[STRICT]).config("mode = 'audit'").spawn_ready();
+    let before = world.arrivals();
+    container.run(|| send_raw(&world.node, METADATA, 132)).unwrap();
+    assert_eq!(world.arrivals().total(), before.total() + 1);
+    let counts = || world.status().strict_host_network.expect("strict mode is on").counts;
+    assert_eq!((counts().audited.packets, counts().denied.packets), (1, 0));
+    assert!(container.run(|| reachable(&world.node, METADATA)));
+    assert!(counts().audited.packets > 2 && counts().denied.packets == 0, "{:?}", counts());
+}
+
+#[test]
+fn what_somebody_detached_is_restored() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let container = world.add_cgroup(CONTAINER);
+    let agent = world.agent().hooks(&[STRICT]).resync(1).spawn_ready();
+    let kubepods = world.status().strict_host_network.expect("strict mode is on").cgroups[0];
+    let is_held = || is_refused(container.run(|| send_raw(&world.node, METADATA, 132)));
+    assert!(is_held());
+    foreign::detach_link(&world.pin_dir().join(format!("links/host_egress_{kubepods}")));
+    agent.wait_for_log("guarding host_egress", LONG);
+    poll_until(LONG, "packets to be held again", || is_held().then_some(()));
+    fs::remove_file(world.pin_dir().join(format!("links/host_connect4_{kubepods}"))).unwrap();
+    agent.wait_for_log("host_connect4 of sockets: pinned again", LONG);
+    world.status_when("all is well", |status| status.is_ready() && status.state == "enforcing");
+}
+
+/// Ends what runs until then, also where the test fails.
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Sends to the metadata service by a call that names it, by one that connects and by a raw socket, until told to stop.
+fn send_until(world: &World, container: &Cgroup, stop: &AtomicBool, tried: &AtomicU64) {
+    container.run(|| {
+        let (named, connected) = (udp_socket(&world.node, "0.0.0.0:0"), udp_socket(&world.node, "0.0.0.0:0"));
+        while !stop.load(Ordering::Relaxed) {
+            // Refused, or seen to arrive.
+            let _ = named.send_to(b"echo", (METADATA, ECHO_PORT));
+            let _ = connected.connect((METADATA, ECHO_PORT)).and_then(|()| connected.send(b"echo"));
+            let _ = send_raw(&world.node, METADATA, 132);
+            tried.fetch_add(3, Ordering::Relaxed);
+        }
+    });
+}
+
+#[test]
+fn it_outlives_the_agent_and_the_next_takes_over_without_a_gap() {
+    const RESTARTS: usize = 10;
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let container = world.add_cgroup(CONTAINER);
+    let (stop, tried) = (AtomicBool::new(false), AtomicU64::new(0));
+    assert!(world.arrives(|| {
+        for protocol in [17, 132] {
+            container.run(|| send_raw(&world.node, METADATA, protocol)).unwrap();
+        }
+    }));
+    let agent = world.agent().hooks(&[STRICT]).spawn_ready();
+    let before = world.arrivals();
+    let agent = thread::scope(|scope| {
+        let mut agent = agent;
+        let _stop = StopOnDrop(&stop);
+        scope.spawn(|| send_until(&world, &container, &stop, &tried));
+        for _ in 0..RESTARTS {
+            agent.kill9();
+            let told = tried.load(Ordering::Relaxed);
+            poll_until(LONG, "tries without an agent", || {
+                (tried.load(Ordering::Relaxed) > told + 30).then_some(())
+            });
+            agent = world.agent().hooks(&[STRICT]).spawn_ready();
+        }
+        agent
+    });
+    let tried = tried.into_inner();
+    assert_eq!(world.arrivals(), before, "of {tried} tries during {RESTARTS} restarts");
+    let denied = world.status().strict_host_network.expect("strict mode is on").counts.denied.packets;
+    assert!(denied >= tried, "{denied} of {tried} counted");
+    drop(agent);
+    assert_eq!(world.status().state, "enforcing");
+    world.unload();
+    assert!(container.run(|| reachable(&world.node, METADATA)));
+}
