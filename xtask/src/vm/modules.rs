@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 /// What the tests use, or may. Where a kernel has one built in or not at all, there is no such file.
-const WANTED: [&str; 29] = [
+const WANTED: [&str; 30] = [
     "act_gact",
     "bridge",
     "cls_bpf",
@@ -31,6 +31,7 @@ const WANTED: [&str; 29] = [
     "nf_tables",
     "nft_chain_nat",
     "nft_compat",
+    "nft_counter",
     "nft_ct",
     "nft_masq",
     "nft_nat",

@@ -85,9 +85,10 @@ impl Executable {
             complaints.push(format!("{name} ended with {:?}", self.code));
         }
         if !line.may_skip() {
-            complaints.extend(
-                self.skipped.iter().map(|(test, reason)| format!("{name}: {test} was skipped: {reason}")),
-            );
+            // Devices take an `ip` that knows them, too, and that is this machine's.
+            let faults =
+                self.skipped.iter().filter(|(_, reason)| !reason.contains(" devices on this kernel"));
+            complaints.extend(faults.map(|(test, reason)| format!("{name}: {test} was skipped: {reason}")));
         }
         complaints
     }
