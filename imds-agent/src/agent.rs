@@ -30,22 +30,26 @@ const PATIENCE: Duration = Duration::from_millis(500);
 #[derive(Clone, Debug)]
 pub struct Source {
     path: Option<PathBuf>,
-    /// What the file said when it was read last; `None` where it could not be read, or there is none.
-    seen: Option<String>,
+    /// What the file said when it was read last.
+    seen: Content,
 }
+
+/// What a file says; nothing where it can't be read, or there is none.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+struct Content(Option<String>);
 
 impl Source {
     /// The file at `path`, or all defaults where there is none.
     #[must_use]
     pub fn new(path: Option<PathBuf>) -> Self {
-        Self { path, seen: None }
+        Self { path, seen: Content::default() }
     }
 
     /// Reads and validates it.
     pub fn load(&mut self) -> Result<Config, config::ConfigErrors> {
         let Some(path) = &self.path else { return Ok(Config::default()) };
         let read = config::read(path);
-        self.seen = read.as_ref().ok().cloned();
+        self.seen = Content(read.as_ref().ok().cloned());
         Config::parse(&read?, path)
     }
 
@@ -56,8 +60,8 @@ impl Source {
     }
 
     /// What the file says now, where that is not what it said.
-    fn change(&self) -> Option<Option<String>> {
-        let now = config::read(self.path.as_ref()?).ok();
+    fn change(&self) -> Option<Content> {
+        let now = Content(config::read(self.path.as_ref()?).ok());
         (now != self.seen).then_some(now)
     }
 }

@@ -19,8 +19,8 @@ const MOST_LINKS: usize = 40;
 /// How often to look again whether the way to the file is still the one that is watched.
 const LOOKS: usize = 10;
 
-/// Watches every directory entry on the way to a file, so that it does not matter which of them is replaced: a ConfigMap's
-/// is the symlink `..data`, which the file's own symlink leads through.
+/// Watches every directory entry on the way to a file, so that it does not matter which of them is replaced: that of a
+/// `ConfigMap` is the symlink `..data`, which the file's own symlink leads through.
 #[derive(Debug)]
 pub struct Watch {
     path: PathBuf,

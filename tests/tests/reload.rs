@@ -112,7 +112,7 @@ fn assert_flood_arrives(world: &World, pods: &[Pod; 2]) {
 fn guarding() -> Vec<String> {
     let others = |count: u8| {
         let other = |n| format!("[[endpoint]]\nname = 'e{n}'\naddress = '10.9.0.{n}'\n");
-        (1..=count).map(other).collect::<String>()
+        (1..=count).map(other).collect::<Vec<_>>().concat()
     };
     let own =
         |keep: &str| format!("[[endpoint]]\nname = 'own'\naddress = '169.254.169.254'\nkeep = [{keep}]\n");

@@ -219,9 +219,16 @@ fn the_verifier_is_done_with_every_program_soon() {
             return;
         };
         println!("{name}: {verified} instructions");
-        // Linux 6.1 goes through a third more than 6.18.
-        assert!(verified < 8192, "{name}: {verified}");
+        assert!(verified < most_verified(), "{name}: {verified}");
     }
+}
+
+/// Older verifiers find fewer ways that they know already.
+fn most_verified() -> u32 {
+    let release = nix::sys::utsname::uname().expect("uname");
+    let release = release.release().to_str().expect("a release");
+    let version: Vec<u32> = release.split(['.', '-']).map_while(|number| number.parse().ok()).collect();
+    if version >= vec![6, 18] { 4096 } else { 8192 }
 }
 
 #[test]
