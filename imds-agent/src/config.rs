@@ -1,6 +1,10 @@
 //! The configuration file: TOML to a validated [`Config`].
 
 mod endpoints;
+mod exempt;
+mod kubernetes;
+mod names;
+mod selector;
 
 use std::{
     fs, io,
@@ -14,8 +18,13 @@ use serde::Deserialize;
 use thiserror::Error;
 use toml::Spanned;
 
-use self::endpoints::EndpointTable;
-pub use self::endpoints::Endpoints;
+use self::{endpoints::EndpointTable, exempt::ExemptTable, kubernetes::KubernetesTable};
+pub use self::{
+    endpoints::Endpoints,
+    exempt::{Exempt, Exemptions, NameGlob, Pods, Scope, Subject},
+    kubernetes::{Access, Enabled, Kubernetes, Surroundings},
+    selector::Selector,
+};
 
 /// What the operator wants. The default is what runs without a file: enforce, the endpoints of the provider whose machine
 /// this is, interfaces as classified.
@@ -29,6 +38,10 @@ pub struct Config {
     pub endpoints: Endpoints,
     /// Which interfaces are pods'.
     pub interfaces: Interfaces,
+    /// Who is exempt.
+    pub exempt: Exemptions,
+    /// How pods are known.
+    pub kubernetes: Kubernetes,
 }
 
 /// The hooks that are on.
@@ -152,7 +165,10 @@ impl Config {
         if hooks.bits() == 0 {
             return Err(ConfigError::NoHook { path: path.to_owned() });
         }
-        Ok(Self { mode, hooks, endpoints, interfaces: Interfaces { include, exclude } })
+        let kubernetes = Kubernetes::parse(&file.kubernetes, source)?;
+        let exempt = Exemptions::parse(&file.exempt, kubernetes.enabled == Enabled::No, source)?;
+        let interfaces = Interfaces { include, exclude };
+        Ok(Self { mode, hooks, endpoints, interfaces, exempt, kubernetes })
     }
 }
 
@@ -208,6 +224,10 @@ struct File {
     hooks: HooksTable,
     #[serde(default)]
     interfaces: InterfacesTable,
+    #[serde(default)]
+    exempt: Vec<ExemptTable>,
+    #[serde(default)]
+    kubernetes: KubernetesTable,
 }
 
 #[derive(Clone, Copy, Deserialize)]
