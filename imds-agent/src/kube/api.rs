@@ -268,7 +268,8 @@ impl Api {
     }
 
     fn target(&self, query: &[(&str, &str)]) -> String {
-        form_urlencoded::Serializer::new("/api/v1/pods?".to_owned())
+        let path = "/api/v1/pods?";
+        form_urlencoded::Serializer::for_suffix(path.to_owned(), path.len())
             .append_pair("fieldSelector", &format!("spec.nodeName={}", self.node))
             .extend_pairs(query)
             .finish()

@@ -1,6 +1,6 @@
 //! How the watch is doing, for status and metrics.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use jiff::Timestamp;
 use serde::Serialize;
@@ -18,6 +18,8 @@ pub struct WatchState {
     pub last_sync: Option<Timestamp>,
     /// What failed last.
     pub last_error: Option<Failure>,
+    /// When it is tried again, where it has failed.
+    pub next_attempt: Option<Timestamp>,
     /// How often all pods were read, the first time included.
     pub relists: u64,
     /// How many changes to pods were told.
@@ -44,21 +46,29 @@ impl WatchState {
             since: Timestamp::now(),
             last_sync: None,
             last_error: None,
+            next_attempt: None,
             relists: 0,
             events: 0,
             errors: BTreeMap::new(),
         }
     }
 
-    pub(super) fn set_connected(&mut self, connected: bool) {
+    pub(super) fn connect(&mut self) {
+        self.next_attempt = None;
+        self.set_connected(true);
+    }
+
+    pub(super) fn fail(&mut self, kind: ErrorKind, message: String, pause: Duration) {
+        let time = Timestamp::now();
+        self.set_connected(false);
+        *self.errors.entry(kind).or_default() += 1;
+        self.last_error = Some(Failure { time, kind, message });
+        self.next_attempt = time.checked_add(pause).ok();
+    }
+
+    fn set_connected(&mut self, connected: bool) {
         if self.connected != connected {
             (self.connected, self.since) = (connected, Timestamp::now());
         }
-    }
-
-    pub(super) fn fail(&mut self, kind: ErrorKind, message: String) {
-        self.set_connected(false);
-        *self.errors.entry(kind).or_default() += 1;
-        self.last_error = Some(Failure { time: Timestamp::now(), kind, message });
     }
 }

@@ -157,7 +157,7 @@ impl Follower {
                 Err(Interruption::Failed(error)) => error,
             };
             let pause = self.attempts.failed(error.retry_after());
-            self.learn_from(error);
+            self.learn_from(error, pause);
             sleep(pause).await;
         }
     }
@@ -268,10 +268,10 @@ impl Follower {
         if self.said.take().is_some() {
             log::info!("the API server tells of this node's pods again");
         }
-        self.state.send_modify(|state| state.set_connected(true));
+        self.state.send_modify(WatchState::connect);
     }
 
-    fn learn_from(&mut self, error: ApiError) {
+    fn learn_from(&mut self, error: ApiError, pause: Duration) {
         match error.kind() {
             // What was missed is only in the whole.
             ErrorKind::Gone | ErrorKind::Malformed => self.version = None,
@@ -283,7 +283,7 @@ impl Follower {
         }
         let kind = error.kind();
         let text = format!("{:#}", anyhow::Error::from(error));
-        self.state.send_modify(|state| state.fail(kind, text.clone()));
+        self.state.send_modify(|state| state.fail(kind, text.clone(), pause));
         let is_usual = matches!(kind, ErrorKind::Gone | ErrorKind::Closed);
         if is_usual || self.said.as_ref() == Some(&text) {
             log::debug!("{text}");

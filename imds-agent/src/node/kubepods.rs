@@ -91,30 +91,27 @@ impl Tree {
         pods
     }
 
-    /// The directories in one of the hierarchies in which a new pod or container shows.
-    pub(super) fn telling(&self) -> Vec<PathBuf> {
+    /// The directories in one of the hierarchies in which a new pod or container shows, and whether it is only the
+    /// kubelet's part as a whole that could show there.
+    pub(super) fn telling(&self) -> Vec<(PathBuf, bool)> {
         let Some(hierarchy) = self.hierarchies.iter().find(|hierarchy| !hierarchy.roots.is_empty()) else {
             // The kubelet has made none yet: it does so at the top, or a level below.
             let tops = self.hierarchies.iter().flat_map(|hierarchy| {
                 let below = hierarchy.children(&hierarchy.path).map(|(path, _)| path);
                 below.chain([hierarchy.path.clone()]).collect::<Vec<_>>()
             });
-            return tops.collect();
+            return tops.map(|path| (path, true)).collect();
         };
         let mut telling = Vec::new();
         for root in &hierarchy.roots {
-            telling.extend(
-                root.ancestors()
-                    .skip(1)
-                    .take_while(|path| path.starts_with(&hierarchy.path))
-                    .map(Path::to_owned),
-            );
+            let above = root.ancestors().skip(1).take_while(|path| path.starts_with(&hierarchy.path));
+            telling.extend(above.map(|path| (path.to_owned(), true)));
         }
         for (path, level) in hierarchy.kubelets() {
             if let Level::Pod(_) = level {
-                telling.extend(hierarchy.children(&path).map(|(container, _)| container));
+                telling.extend(hierarchy.children(&path).map(|(container, _)| (container, false)));
             }
-            telling.push(path);
+            telling.push((path, false));
         }
         telling
     }

@@ -11,7 +11,7 @@ use std::{
 
 use nix::{
     errno::Errno,
-    sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent},
+    sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor},
 };
 use tokio::{io::unix::AsyncFd, time::sleep};
 
@@ -26,6 +26,10 @@ pub struct KubepodsEvents {
     inotify: AsyncFd<Descriptor>,
     tree: Tree,
     watched: BTreeSet<PathBuf>,
+    /// Those of the directories above the kubelet's part.
+    above: BTreeSet<WatchDescriptor>,
+    /// Whether there may be another such part now.
+    is_moved: bool,
     /// Whether there is something that was not told yet.
     is_pending: bool,
     /// Whether the last attempt to watch all directories failed.
@@ -52,6 +56,8 @@ impl KubepodsEvents {
             inotify,
             tree: Tree::open(cgroup)?,
             watched: BTreeSet::new(),
+            above: BTreeSet::new(),
+            is_moved: false,
             is_pending: true,
             is_deaf: false,
         };
@@ -66,18 +72,11 @@ impl KubepodsEvents {
     pub async fn changed(&mut self) -> io::Result<()> {
         while !self.is_pending {
             let mut ready = self.inotify.readable().await?;
-            if let Ok(events) = ready.try_io(|inotify| Ok(inotify.get_ref().0.read_events()?)) {
-                self.is_pending = events?.iter().any(matters);
-            }
+            ready.clear_ready();
+            self.is_pending = self.read()?;
         }
         sleep(DEBOUNCE).await;
-        loop {
-            match self.inotify.get_ref().0.read_events() {
-                Ok(_) => {}
-                Err(Errno::EAGAIN) => break,
-                Err(error) => return Err(error.into()),
-            }
-        }
+        self.read()?;
         self.watch();
         self.is_pending = false;
         Ok(())
@@ -89,6 +88,23 @@ impl KubepodsEvents {
         self.is_deaf
     }
 
+    /// Takes in what there is to read, and says whether any of it matters.
+    fn read(&mut self) -> io::Result<bool> {
+        let mut any = false;
+        loop {
+            let events = match self.inotify.get_ref().0.read_events() {
+                Ok(events) => events,
+                Err(Errno::EAGAIN) => return Ok(any),
+                Err(error) => return Err(error.into()),
+            };
+            for event in events {
+                let is_overflow = event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW);
+                self.is_moved |= is_overflow || self.above.contains(&event.wd);
+                any |= matters(&event);
+            }
+        }
+    }
+
     /// Watches every directory that there is to watch. The kernel forgets those that are gone.
     fn watch(&mut self) {
         let mask = AddWatchFlags::IN_CREATE
@@ -97,23 +113,28 @@ impl KubepodsEvents {
             | AddWatchFlags::IN_MOVED_TO
             | AddWatchFlags::IN_ONLYDIR;
         self.watched.clear();
+        self.above.clear();
+        if std::mem::take(&mut self.is_moved) {
+            self.tree.find_roots();
+        }
         let mut failure = None;
         // What is made in a directory before it is watched is found by looking again.
         loop {
             self.tree.find_roots_if_stale();
-            let telling: BTreeSet<_> = self.tree.telling().into_iter().collect();
-            let new: Vec<_> = telling.difference(&self.watched).cloned().collect();
-            if new.is_empty() {
+            let mut telling = self.tree.telling();
+            telling.retain(|(path, _)| !self.watched.contains(path));
+            if telling.is_empty() {
                 break;
             }
-            for path in &new {
-                // A directory that is watched already, under whichever name, is so once.
-                match self.inotify.get_ref().0.add_watch(path, mask) {
+            for (path, is_above) in telling {
+                // A directory that is watched already keeps its descriptor.
+                match self.inotify.get_ref().0.add_watch(&path, mask) {
+                    Ok(descriptor) if is_above => drop(self.above.insert(descriptor)),
                     Ok(_) | Err(Errno::ENOENT | Errno::ENOTDIR) => {}
                     Err(error) => failure = Some(error),
                 }
+                self.watched.insert(path);
             }
-            self.watched.extend(new);
         }
         if let Some(error) = failure
             && !self.is_deaf

@@ -162,6 +162,11 @@ impl Resolver {
 
     fn find(&mut self, wanted: &[Wanted]) -> Vec<(String, Result<Found, ResolveError>)> {
         let mut cgroups = self.tree.pods();
+        if wanted.iter().any(|pod| !cgroups.contains_key(&pod.cgroup_uid)) {
+            // The kubelet may have moved, and what it left behind be there still.
+            self.tree.find_roots();
+            cgroups = self.tree.pods();
+        }
         let mut found = Vec::new();
         for Wanted { cgroup_uid, host_network } in wanted.iter().collect::<BTreeSet<_>>() {
             let Some(pod) = cgroups.remove(cgroup_uid) else { continue };
