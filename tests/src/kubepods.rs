@@ -42,17 +42,17 @@ impl Kubepods {
     /// Makes the cgroups of a burstable pod with one container, as the cgroupfs driver does, without a process.
     pub fn add_pod(&self, uid: &str) -> PodCgroup {
         let path = self.root.join(format!("kubepods/burstable/pod{uid}"));
-        self.make(&path)
+        Self::make(&path)
     }
 
     /// The same, as the systemd driver and containerd do.
     pub fn add_pod_by_systemd(&self, uid: &str) -> PodCgroup {
         let uid = uid.replace('-', "_");
         let path = format!("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{uid}.slice");
-        self.make(&self.root.join(path))
+        Self::make(&self.root.join(path))
     }
 
-    fn make(&self, path: &Path) -> PodCgroup {
+    fn make(path: &Path) -> PodCgroup {
         let is_slice = path.extension().is_some();
         let container = if is_slice { format!("cri-containerd-{ID}.scope") } else { ID.to_owned() };
         let container = path.join(container);

@@ -46,7 +46,7 @@ impl Follower {
             watch: Watch::start(Access::Kubeconfig(kubeconfig), options),
             index: Index::new(rules),
             relists: Vec::new(),
-            directory: directory,
+            directory,
         }
     }
 

@@ -192,8 +192,8 @@ fn contradict(one: &Exempt, other: &Exempt) -> bool {
 pub(super) struct ExemptTable {
     name: Spanned<String>,
     interface: Option<Spanned<String>>,
-    netns: Option<Spanned<PathBuf>>,
-    cgroup: Option<Spanned<PathBuf>>,
+    netns: Option<Spanned<String>>,
+    cgroup: Option<Spanned<String>>,
     namespace: Option<Spanned<String>>,
     service_account: Option<Spanned<String>>,
     pod_selector: Option<Spanned<SelectorTable>>,
@@ -242,12 +242,10 @@ fn parse_subject(table: &ExemptTable, source: Source<'_>) -> Result<Subject, Con
         return parse_interface(glob, source);
     }
     if let Some(path) = netns {
-        check_path(path, "netns", true, source)?;
-        return Ok(Subject::Netns(path.get_ref().clone()));
+        return Ok(Subject::Netns(parse_path(path, "netns", true, source)?));
     }
     if let Some(path) = cgroup {
-        check_path(path, "cgroup", false, source)?;
-        return Ok(Subject::Cgroup(path.get_ref().clone()));
+        return Ok(Subject::Cgroup(parse_path(path, "cgroup", false, source)?));
     }
     let Some(namespace) = namespace else {
         let message = "exempt: says not whom: one of interface, netns, cgroup and namespace is needed";
@@ -275,29 +273,30 @@ fn parse_interface(glob: &Spanned<String>, source: Source<'_>) -> Result<Subject
     if glob.get_ref().is_empty() {
         return Err(error("exempt.interface: is empty".to_owned()));
     }
-    let compiled = Glob::new(glob.get_ref()).map_err(|cause| error(format!("exempt.interface: {cause}")))?;
+    let compiled = Glob::new(glob.get_ref())
+        .map_err(|cause| error(format!("exempt.interface: {:?}: {}", glob.get_ref(), cause.kind())))?;
     Ok(Subject::Interface(NameGlob(compiled.compile_matcher())))
 }
 
 /// A path must say what it means, and not mean everything.
-fn check_path(
-    path: &Spanned<PathBuf>,
+fn parse_path(
+    written: &Spanned<String>,
     key: &str,
     must_be_absolute: bool,
     source: Source<'_>,
-) -> Result<(), ConfigError> {
-    let written: &Path = path.get_ref();
-    let is_plain = written.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
-    let complaint = if must_be_absolute && !written.is_absolute() {
+) -> Result<PathBuf, ConfigError> {
+    let path = Path::new(written.get_ref());
+    let is_plain = path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+    let complaint = if must_be_absolute && !path.is_absolute() {
         "is no absolute path"
     } else if !is_plain {
         "has `.` or `..` in it"
-    } else if written.file_name().is_none() {
+    } else if path.file_name().is_none() {
         "names nothing"
     } else {
-        return Ok(());
+        return Ok(path.to_owned());
     };
-    Err(source.error(path.span(), format!("exempt.{key}: {written:?} {complaint}")))
+    Err(source.error(written.span(), format!("exempt.{key}: {:?} {complaint}", written.get_ref())))
 }
 
 fn parse_endpoints(

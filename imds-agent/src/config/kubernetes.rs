@@ -1,6 +1,9 @@
 //! `[kubernetes]`: whether and how pods are known by name.
 
-use std::{env, path::PathBuf};
+use std::{
+    env,
+    path::{Path, PathBuf},
+};
 
 use serde::Deserialize;
 use toml::Spanned;
@@ -61,7 +64,7 @@ impl Surroundings {
         let hostname = nix::unistd::gethostname().unwrap_or_default();
         Self {
             in_pod: env::var_os("KUBERNETES_SERVICE_HOST").is_some()
-                || PathBuf::from(SERVICE_ACCOUNT_TOKEN).exists(),
+                || Path::new(SERVICE_ACCOUNT_TOKEN).exists(),
             node_name: env::var("NODE_NAME").ok().filter(|name| !name.is_empty()),
             hostname: hostname.to_string_lossy().into_owned(),
         }
@@ -91,7 +94,7 @@ impl Kubernetes {
     pub(super) fn parse(table: &KubernetesTable, source: Source<'_>) -> Result<Self, ConfigError> {
         let KubernetesTable { enabled, kubeconfig, node_name } = table;
         if let Some(path) = kubeconfig
-            && !path.get_ref().is_absolute()
+            && !Path::new(path.get_ref()).is_absolute()
         {
             let message = format!("kubernetes.kubeconfig: {:?} is no absolute path", path.get_ref());
             return Err(source.error(path.span(), message));
@@ -104,7 +107,7 @@ impl Kubernetes {
         }
         Ok(Self {
             enabled: *enabled,
-            kubeconfig: kubeconfig.as_ref().map(|path| path.get_ref().clone()),
+            kubeconfig: kubeconfig.as_ref().map(|path| path.get_ref().into()),
             node_name: node_name.as_ref().map(|name| name.get_ref().clone()),
         })
     }
@@ -115,14 +118,12 @@ impl Kubernetes {
 pub(super) struct KubernetesTable {
     #[serde(default)]
     enabled: Enabled,
-    kubeconfig: Option<Spanned<PathBuf>>,
+    kubeconfig: Option<Spanned<String>>,
     node_name: Option<Spanned<String>>,
 }
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
     use crate::config::Config;
 

@@ -162,6 +162,7 @@ impl Status {
     pub(super) fn into_error(self) -> ApiError {
         let seconds = self.details.and_then(|details| details.retry_after_seconds);
         let Self { code, message, .. } = self;
+        let message: String = message.lines().next().unwrap_or_default().chars().take(200).collect();
         match code {
             410 => ApiError::Gone { message },
             // After its store was set back, a server can't have what it once told.
@@ -253,12 +254,9 @@ impl Api {
             answer.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
         let body = read(answer.into_body(), MAX_LINE).await.unwrap_or_default();
         // Not all that can answer in the server's place speaks its language.
-        let mut status: Status = serde_json::from_slice(&body).unwrap_or_else(|_| {
-            let text = String::from_utf8_lossy(&body);
-            Status {
-                message: text.lines().next().unwrap_or_default().chars().take(200).collect(),
-                ..Status::default()
-            }
+        let mut status: Status = serde_json::from_slice(&body).unwrap_or_else(|_| Status {
+            message: String::from_utf8_lossy(&body).into_owned(),
+            ..Status::default()
         });
         status.code = code;
         if let Some(seconds) = header {

@@ -154,8 +154,8 @@ impl Index {
         }
     }
 
-    /// Judges the pods anew whose cgroups go by the name `claim`; of `changed`, there is news in any case.
-    fn judge_claim(&mut self, claim: &str, changed: Option<&str>) -> Vec<Change> {
+    /// Judges the pods anew whose cgroups go by the name `claim`; of `told`, there is news in any case.
+    fn judge_claim(&mut self, claim: &str, told: Option<&str>) -> Vec<Change> {
         let Some(pods) = self.claims.get(claim) else { return Vec::new() };
         // Whose the cgroup is can't be told, and one of them may have claimed it in bad faith.
         let is_disputed = pods.len() > 1;
@@ -163,7 +163,7 @@ impl Index {
         for uid in pods {
             let Some(entry) = self.pods.get_mut(uid) else { continue };
             let after = if is_disputed { Exemption::NONE } else { judge(&entry.pod, &self.rules) };
-            if entry.exemption != after || changed == Some(uid) {
+            if entry.exemption != after || told == Some(uid) {
                 let before = std::mem::replace(&mut entry.exemption, after.clone());
                 changes.push(Change { pod: Arc::clone(&entry.pod), is_gone: false, before, after });
             }

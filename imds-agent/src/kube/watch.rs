@@ -277,7 +277,7 @@ impl Follower {
             ErrorKind::Gone | ErrorKind::Malformed => self.version = None,
             // Credentials and addresses may be others by now.
             ErrorKind::Config | ErrorKind::Connect | ErrorKind::Timeout | ErrorKind::Refused => {
-                self.api = None
+                self.api = None;
             }
             ErrorKind::Closed | ErrorKind::Throttled | ErrorKind::Server => {}
         }

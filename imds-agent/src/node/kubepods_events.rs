@@ -230,7 +230,7 @@ mod tests {
         let mut events = KubepodsEvents::new(root.path()).unwrap();
         assert!(is_told(&mut events).await);
         let queue = fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap();
-        for number in 0..queue.trim().parse::<u32>().unwrap() / 2 + 1 {
+        for number in 0..=queue.trim().parse::<u32>().unwrap() / 2 {
             let container = pod.join(number.to_string());
             fs::create_dir(&container).unwrap();
             fs::remove_dir(&container).unwrap();

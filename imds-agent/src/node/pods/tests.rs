@@ -52,8 +52,8 @@ impl Fake {
     fn container(&self, name: &str, pids: &[u32]) -> PathBuf {
         let path = self.cgroup(&format!("kubepods/burstable/pod{UID}/{name}"));
         fs::create_dir_all(&path).unwrap();
-        let lines: String = pids.iter().map(|pid| format!("{pid}\n")).collect();
-        fs::write(path.join("cgroup.procs"), lines).unwrap();
+        let lines: Vec<_> = pids.iter().map(ToString::to_string).collect();
+        fs::write(path.join("cgroup.procs"), lines.join("\n")).unwrap();
         path
     }
 
