@@ -77,6 +77,9 @@ pub enum ResolveError {
 }
 
 /// Finds pods on this node.
+///
+/// It takes the node's pid namespace, `CAP_SYS_PTRACE` to open the namespaces of processes of other users, and
+/// `CAP_SYS_ADMIN` to enter them.
 #[derive(Debug)]
 pub struct Resolver {
     proc: PathBuf,
