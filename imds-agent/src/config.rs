@@ -1,7 +1,11 @@
 //! The configuration file: TOML to a validated [`Config`].
 
 mod endpoints;
+mod exempt;
 mod hooks;
+mod kubernetes;
+mod names;
+mod selector;
 
 use std::{
     fs, io,
@@ -15,8 +19,14 @@ use serde::Deserialize;
 use thiserror::Error;
 use toml::Spanned;
 
-use self::{endpoints::EndpointTable, hooks::HooksTable};
-pub use self::{endpoints::Endpoints, hooks::Hooks};
+use self::{endpoints::EndpointTable, exempt::ExemptTable, hooks::HooksTable, kubernetes::KubernetesTable};
+pub use self::{
+    endpoints::Endpoints,
+    exempt::{Exempt, Exemptions, NameGlob, Pods, Scope, Subject},
+    hooks::Hooks,
+    kubernetes::{Access, Enabled, Kubernetes, Surroundings},
+    selector::Selector,
+};
 
 /// What the operator wants. The default is what runs without a file: enforce, the endpoints of the provider whose machine
 /// this is, interfaces as classified.
@@ -32,6 +42,10 @@ pub struct Config {
     pub endpoints: Endpoints,
     /// Which interfaces are pods'.
     pub interfaces: Interfaces,
+    /// Who is exempt.
+    pub exempt: Exemptions,
+    /// How pods are known.
+    pub kubernetes: Kubernetes,
 }
 
 /// Exceptions from the classification of interfaces, by name.
@@ -122,13 +136,10 @@ impl Config {
         if hooks.bits() == 0 {
             return Err(ConfigError::NoHook { path: path.to_owned() });
         }
-        Ok(Self {
-            mode,
-            answer: file.answer.into(),
-            hooks,
-            endpoints,
-            interfaces: Interfaces { include, exclude },
-        })
+        let kubernetes = Kubernetes::parse(&file.kubernetes, source)?;
+        let exempt = Exemptions::parse(&file.exempt, kubernetes.enabled == Enabled::No, source)?;
+        let interfaces = Interfaces { include, exclude };
+        Ok(Self { mode, answer: file.answer.into(), hooks, endpoints, interfaces, exempt, kubernetes })
     }
 }
 
@@ -186,6 +197,10 @@ struct File {
     hooks: HooksTable,
     #[serde(default)]
     interfaces: InterfacesTable,
+    #[serde(default)]
+    exempt: Vec<ExemptTable>,
+    #[serde(default)]
+    kubernetes: KubernetesTable,
 }
 
 #[derive(Clone, Copy, Default, Deserialize)]

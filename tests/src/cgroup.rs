@@ -8,7 +8,10 @@ use std::{
 
 use nix::unistd::gettid;
 
-use crate::netns::{is_leftover, unique};
+use crate::{
+    kubepods,
+    netns::{is_leftover, unique},
+};
 
 const PREFIX: &str = "imds-test-";
 
@@ -57,24 +60,40 @@ impl Drop for Cgroup {
 
 /// Removes the cgroups of processes that no longer exist.
 pub(crate) fn sweep() {
-    let Ok(entries) = fs::read_dir(parent()) else { return };
-    for entry in entries.flatten() {
-        if entry.file_name().to_str().is_some_and(|name| is_leftover(name, PREFIX)) {
-            // Another process may be sweeping too.
-            let _ = fs::remove_dir(entry.path());
+    for (parent, prefix) in [(parent(), PREFIX), (v2_root(), kubepods::PREFIX)] {
+        let Ok(entries) = fs::read_dir(parent) else { continue };
+        for entry in entries.flatten() {
+            if entry.file_name().to_str().is_some_and(|name| is_leftover(name, prefix)) {
+                // Another process may be sweeping too.
+                remove_all(&entry.path());
+            }
         }
     }
 }
 
-/// The cgroup v2 of this process: only threaded cgroups below it can have its threads.
-fn parent() -> PathBuf {
-    let root = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
-        .map(Path::new)
+/// Removes a cgroup and those below it, as far as they have no processes.
+pub(crate) fn remove_all(cgroup: &Path) {
+    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_all(&entry.path());
+        }
+    }
+    let _ = fs::remove_dir(cgroup);
+}
+
+/// Where the cgroup v2 hierarchy is mounted.
+pub(crate) fn v2_root() -> PathBuf {
+    ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
+        .map(PathBuf::from)
         .into_iter()
         .find(|root| root.join("cgroup.procs").exists() && root.join("cgroup.controllers").exists())
-        .expect("a cgroup v2 hierarchy");
+        .expect("a cgroup v2 hierarchy")
+}
+
+/// The cgroup v2 of this process: only threaded cgroups below it can have its threads.
+fn parent() -> PathBuf {
     let cgroups = fs::read_to_string("/proc/self/cgroup").expect("read /proc/self/cgroup");
     let own =
         cgroups.lines().find_map(|line| line.strip_prefix("0::/")).expect("a cgroup v2 of this process");
-    root.join(own)
+    v2_root().join(own)
 }

@@ -1,0 +1,107 @@
+//! A process, held such that its id can't come to mean another.
+
+use std::{
+    fs::File,
+    io::{self, Read as _},
+    os::fd::OwnedFd,
+    path::Path,
+};
+
+use nix::{
+    fcntl::{OFlag, open, openat},
+    sys::stat::Mode,
+};
+
+/// A process's directory in /proc, opened. Once the process is reaped nothing can be read through it, also when its id
+/// has been given to another.
+#[derive(Debug)]
+pub(super) struct Process {
+    directory: OwnedFd,
+    /// When it was started, in clock ticks since boot.
+    pub(super) started: u64,
+}
+
+impl Process {
+    /// Opens the process with this id; `None` where there is none, or only what is left of one.
+    pub(super) fn open(proc: &Path, pid: u32) -> io::Result<Option<Self>> {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let opened = open(&proc.join(pid.to_string()), flags, Mode::empty()).map_err(io::Error::from);
+        let Some(directory) = unless_gone(opened)? else { return Ok(None) };
+        let mut process = Self { directory, started: 0 };
+        let Some(started) = process.alive_since()? else { return Ok(None) };
+        process.started = started;
+        Ok(Some(process))
+    }
+
+    /// Whether it is still there.
+    pub(super) fn is_alive(&self) -> io::Result<bool> {
+        Ok(self.alive_since()?.is_some())
+    }
+
+    /// Its network namespace.
+    pub(super) fn netns(&self) -> io::Result<Option<File>> {
+        unless_gone(self.read("ns/net"))
+    }
+
+    fn alive_since(&self) -> io::Result<Option<u64>> {
+        let mut text = Vec::new();
+        let read = self.read("stat").and_then(|mut stat| stat.read_to_end(&mut text));
+        Ok(unless_gone(read)?.and_then(|_| started(&text)))
+    }
+
+    fn read(&self, name: &str) -> io::Result<File> {
+        Ok(openat(&self.directory, name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?.into())
+    }
+}
+
+/// `None` for what a process that has just ended leaves.
+fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The start time in /proc/PID/stat; `None` for a zombie. Second in a line is the name, in parentheses, and it can have
+/// anything in it (proc(5)).
+fn started(stat: &[u8]) -> Option<u64> {
+    let end = stat.iter().rposition(|&byte| byte == b')')?;
+    let mut fields = str::from_utf8(&stat[end + 1..]).ok()?.split_ascii_whitespace();
+    let state = fields.next()?;
+    // The 22nd field; the state was the third.
+    let started = fields.nth(18)?.parse().ok()?;
+    (!matches!(state, "Z" | "X" | "x")).then_some(started)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn a_line_of_proc_stat() {
+        let line = |state: &str| {
+            format!("7 (a) S (b) {state} 1 7 7 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 4711 2 3 4\n")
+                .into_bytes()
+        };
+        assert_eq!(started(&line("S")), Some(4711));
+        assert_eq!(started(&line("Z")), None);
+        for broken in ["", "7 (a", "7 (a) S", "7 (a) S 1 2 3"] {
+            assert_eq!(started(broken.as_bytes()), None, "{broken}");
+        }
+    }
+
+    #[test]
+    fn a_process_that_has_ended_is_not_there() {
+        let proc = Path::new("/proc");
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let process = Process::open(proc, child.id()).unwrap().unwrap();
+        assert!(process.is_alive().unwrap() && process.netns().unwrap().is_some());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!process.is_alive().unwrap());
+        assert!(process.netns().unwrap().is_none() && Process::open(proc, child.id()).unwrap().is_none());
+    }
+}
