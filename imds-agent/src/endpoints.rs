@@ -1,13 +1,14 @@
 //! What is guarded, as the agent knows it: validated, and turned into the maps' form.
 
 use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use imds_ebpf_common::{
     Address, Endpoint as Entry, Service,
-    endpoint::{MAX_KEPT, NAME_LEN, TCP, UDP},
+    endpoint::{MAX_ENDPOINTS, MAX_KEPT, NAME_LEN, TCP, UDP},
 };
 
 /// An endpoint: all at its address is denied but the services that are kept.
@@ -96,8 +97,27 @@ impl Guarded {
         ipv4(&self.endpoints)
     }
 
-    pub(crate) fn entries(&self) -> impl Iterator<Item = (Address, Entry)> {
-        (1..).zip(&self.endpoints).map(|(id, endpoint)| (address(endpoint.address), endpoint.entry(id)))
+    /// The endpoints as the maps have them. One whose address is among `known` keeps its number, the others have the
+    /// lowest that none of them keeps, and if possible none of `known` had.
+    pub(crate) fn entries(&self, known: &BTreeMap<Address, Entry>) -> BTreeMap<Address, Entry> {
+        let mut taken = BTreeSet::new();
+        let kept: Vec<_> = self
+            .endpoints
+            .iter()
+            .map(|endpoint| known.get(&address(endpoint.address)).map(|entry| entry.id))
+            .map(|id| id.filter(|&id| id != 0 && id as usize <= MAX_ENDPOINTS && taken.insert(id)))
+            .collect();
+        let were: BTreeSet<_> = known.values().map(|entry| entry.id).collect();
+        let mut free: VecDeque<_> = (1..).take(MAX_ENDPOINTS).filter(|id| !taken.contains(id)).collect();
+        free.make_contiguous().sort_by_key(|id| were.contains(id));
+        let numbered = self.endpoints.iter().zip(kept);
+        numbered
+            .map(|(endpoint, kept)| {
+                // There are at most so many endpoints as numbers.
+                let id = kept.or_else(|| free.pop_front()).unwrap_or_default();
+                (address(endpoint.address), endpoint.entry(id))
+            })
+            .collect()
     }
 }
 

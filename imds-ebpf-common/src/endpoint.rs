@@ -56,7 +56,7 @@ impl Service {
 pub struct Endpoint {
     /// Name, padded with zero bytes.
     pub name: [u8; NAME_LEN],
-    /// Number of the endpoint, from 1, in the order of the configuration.
+    /// Number of the endpoint, from 1 to [`MAX_ENDPOINTS`]. It is the same for as long as the address is guarded.
     pub id: u32,
     /// Kept services; [`Service::NONE`] after the last.
     pub keep: [Service; MAX_KEPT],
@@ -99,6 +99,10 @@ pub struct Filter {
     pub bits: [u8; SLOTS / 8],
     /// The first endpoints at which nothing is kept: their addresses say all that there is to know.
     pub closed: [Address; MAX_CLOSED],
+    /// Their numbers, in the same order.
+    pub closed_ids: [u32; MAX_CLOSED],
+    /// Zero.
+    pub reserved: u32,
 }
 
 /// Most endpoints that are [`Filter::closed`]: as many as any cloud has without what is kept there, and each costs a
@@ -107,7 +111,12 @@ pub const MAX_CLOSED: usize = 3;
 
 impl Filter {
     /// Matches nothing.
-    pub const EMPTY: Self = Self { bits: [0; SLOTS / 8], closed: [Address::NONE; MAX_CLOSED] };
+    pub const EMPTY: Self = Self {
+        bits: [0; SLOTS / 8],
+        closed: [Address::NONE; MAX_CLOSED],
+        closed_ids: [0; MAX_CLOSED],
+        reserved: 0,
+    };
 
     /// Byte and bit of a slot.
     #[inline(always)]
@@ -120,14 +129,14 @@ impl Filter {
     #[must_use]
     pub fn of<'a>(endpoints: impl IntoIterator<Item = (Address, &'a Endpoint)>) -> Self {
         let mut filter = Self::EMPTY;
-        let mut closed = filter.closed.iter_mut();
+        let mut closed = filter.closed.iter_mut().zip(&mut filter.closed_ids);
         for (address, endpoint) in endpoints {
             let (byte, bit) = Self::position(address.slot());
             filter.bits[byte] |= 1 << bit;
             if !endpoint.keeps_any()
-                && let Some(place) = closed.next()
+                && let Some((place, id)) = closed.next()
             {
-                *place = address;
+                (*place, *id) = (address, endpoint.id);
             }
         }
         filter
@@ -138,6 +147,23 @@ impl Filter {
     pub fn has(&self, slot: u16) -> bool {
         let (byte, bit) = Self::position(slot);
         self.bits[byte] >> bit & 1 == 1
+    }
+
+    /// The number of the endpoint with this address, if it is one of the closed.
+    #[must_use]
+    pub fn closed_id(&self, address: &Address) -> Option<u32> {
+        self.closed.iter().zip(self.closed_ids).find(|(closed, _)| *closed == address).map(|(_, id)| id)
+    }
+
+    /// Of the closed, only those that `other` has with the same number.
+    #[must_use]
+    pub fn closed_as_in(mut self, other: &Self) -> Self {
+        for (address, id) in self.closed.iter_mut().zip(&mut self.closed_ids) {
+            if other.closed_id(address) != Some(*id) {
+                (*address, *id) = (Address::NONE, 0);
+            }
+        }
+        self
     }
 
     /// Matches what `other` matches, too. What is closed stays as it is.
@@ -152,4 +178,4 @@ impl Filter {
 
 const _: () = assert!(size_of::<Service>() == 4);
 const _: () = assert!(size_of::<Endpoint>() == 52);
-const _: () = assert!(size_of::<Filter>() == 8192 + 16 * MAX_CLOSED);
+const _: () = assert!(size_of::<Filter>() == 8192 + 20 * MAX_CLOSED + 4);

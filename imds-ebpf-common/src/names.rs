@@ -33,6 +33,8 @@ pub const MAP_INTERFACES: &str = "imds_interfaces";
 pub const MAP_FILTER: &str = "imds_filter";
 /// Hash of [`Address`](crate::Address) to [`Endpoint`](crate::Endpoint).
 pub const MAP_ENDPOINTS: &str = "imds_endpoints";
+/// Hash of [`Subject`](crate::Subject) to [`Exemption`](crate::Exemption).
+pub const MAP_EXEMPT: &str = "imds_exempt";
 /// Array of one [`ProviderRecord`](crate::ProviderRecord).
 pub const MAP_PROVIDER: &str = "imds_provider";
 
@@ -58,12 +60,13 @@ pub const SOCKET_PROGRAMS: [&str; 4] = [PROG_CONNECT4, PROG_CONNECT6, PROG_SENDM
 /// Pins of their links, in the same order.
 pub const SOCKET_LINKS: [&str; 4] = ["connect4", "connect6", "sendmsg4", "sendmsg6"];
 /// All maps of the object but those of constants.
-pub const MAPS: [&str; 9] = [
+pub const MAPS: [&str; 10] = [
     MAP_POLICY,
     MAP_COUNTERS,
     MAP_INTERFACES,
     MAP_FILTER,
     MAP_ENDPOINTS,
+    MAP_EXEMPT,
     MAP_PROVIDER,
     MAP_EVENTS,
     MAP_SOURCES,

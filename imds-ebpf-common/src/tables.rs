@@ -11,8 +11,8 @@ pub trait Tables {
     /// Whether an address that folds to `slot` may be an endpoint's. Asked for every packet.
     fn may_guard(&self, slot: u16) -> bool;
 
-    /// Whether it is the address of an endpoint at which nothing is kept. `false` says nothing.
-    fn is_closed(&self, address: &Address) -> bool;
+    /// The number of the endpoint with this address, if nothing is kept there. `None` says nothing.
+    fn closed(&self, address: &Address) -> Option<u32>;
 
     /// The endpoint with this address. Asked for what [`Tables::may_guard`] lets through.
     fn endpoint(&self, address: &Address) -> Option<&Endpoint>;
@@ -37,8 +37,8 @@ impl Tables for Listed<'_> {
         self.filter.has(slot)
     }
 
-    fn is_closed(&self, address: &Address) -> bool {
-        self.filter.closed.contains(address)
+    fn closed(&self, address: &Address) -> Option<u32> {
+        self.filter.closed_id(address)
     }
 
     fn endpoint(&self, address: &Address) -> Option<&Endpoint> {

@@ -147,6 +147,8 @@ pub enum Verdict {
     Allow = 3,
     /// To a service that is kept open at a guarded endpoint, passed. Counted as allowed.
     Kept = 4,
+    /// To a guarded endpoint from a sender that is exempt from it, passed.
+    Exempt = 5,
 }
 
 impl Verdict {
@@ -159,6 +161,7 @@ impl Verdict {
             Self::Audit => "audit",
             Self::Allow => "allow",
             Self::Kept => "kept",
+            Self::Exempt => "exempt",
         }
     }
 
@@ -171,7 +174,8 @@ impl Verdict {
             1 => Self::Deny,
             2 => Self::Audit,
             3 => Self::Allow,
-            _ => Self::Kept,
+            4 => Self::Kept,
+            _ => Self::Exempt,
         }
     }
 
@@ -179,12 +183,13 @@ impl Verdict {
     /// once for each.
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "it comes back as it went")]
-    fn without_origin<P: Packet + ?Sized>(self, packet: &P) -> Self {
+    #[must_use]
+    pub fn without_origin<P: Packet + ?Sized>(self, packet: &P) -> Self {
         Self::from_u32(packet.forget_origin(self as usize) as u32)
     }
 
     /// The verdicts that are counted.
-    pub const COUNTED: [Self; 4] = [Self::Deny, Self::Audit, Self::Allow, Self::Kept];
+    pub const COUNTED: [Self; 5] = [Self::Deny, Self::Audit, Self::Allow, Self::Kept, Self::Exempt];
 }
 
 /// Judges a packet that a pod sent: [`is_plainly_foreign`], and [`judge_thoroughly`] where that does not say.
@@ -220,39 +225,58 @@ where
     T: Tables + ?Sized,
 {
     match examine(packet, frame, tables) {
-        Some((verdict, _)) => verdict,
+        Some(examined) => examined.verdict,
         None => Verdict::Foreign,
     }
 }
 
-/// The same with the place of the header by which it was judged, or `None` for [`Verdict::Foreign`].
+/// A packet to a guarded endpoint.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Examined {
+    /// What is done with it, unless its sender is exempt.
+    pub verdict: Verdict,
+    /// Where the header is by which it was judged.
+    pub place: Place,
+    /// Number of the endpoint.
+    pub endpoint: u32,
+}
+
+/// The same with all that was found, or `None` for [`Verdict::Foreign`].
 #[inline(always)]
-pub fn examine<P, T>(packet: &P, frame: Frame, tables: &T) -> Option<(Verdict, Place)>
+pub fn examine<P, T>(packet: &P, frame: Frame, tables: &T) -> Option<Examined>
 where
     P: Packet + ?Sized,
     T: Tables + ?Sized,
 {
     let header = packet::candidate(packet, frame, tables)?.without_origin(packet);
     let place = header.place(packet);
-    if tables.is_closed(&header.destination) {
-        return Some((by_mode(tables).without_origin(packet), place));
+    // What was one number of a few is to a verifier any number from here on.
+    #[expect(clippy::cast_possible_truncation, reason = "it comes back as it went")]
+    let number = |id: u32| packet.forget_origin(id as usize) as u32;
+    if let Some(id) = tables.closed(&header.destination) {
+        let endpoint = number(id);
+        return Some(Examined { verdict: by_mode(tables).without_origin(packet), place, endpoint });
     }
-    let endpoint = tables.endpoint(&header.destination)?;
-    let service = if endpoint.keeps_any() { packet::service(packet, &header) } else { None };
-    Some((decide(endpoint, service, tables).without_origin(packet), place))
+    let found = tables.endpoint(&header.destination)?;
+    let endpoint = number(found.id);
+    let service = if found.keeps_any() { packet::service(packet, &header) } else { None };
+    Some(Examined { verdict: decide(found, service, tables).without_origin(packet), place, endpoint })
 }
 
 /// Judges an attempt to reach `address` by a socket. `service` is what it is for, or `None` where that can't be said.
+/// Returns the verdict and the number of the endpoint, or `None` for [`Verdict::Foreign`].
 #[inline(always)]
-pub fn judge_address<T: Tables + ?Sized>(address: Address, service: Option<Service>, tables: &T) -> Verdict {
+pub fn judge_address<T: Tables + ?Sized>(
+    address: Address,
+    service: Option<Service>,
+    tables: &T,
+) -> Option<(Verdict, u32)> {
     let destination = Destination::from_ipv6(address.octets());
     if !tables.may_guard(destination.slot()) {
-        return Verdict::Foreign;
+        return None;
     }
-    match tables.endpoint(&destination.address()) {
-        Some(endpoint) => decide(endpoint, service, tables),
-        None => Verdict::Foreign,
-    }
+    let endpoint = tables.endpoint(&destination.address())?;
+    Some((decide(endpoint, service, tables), endpoint.id))
 }
 
 #[inline(always)]

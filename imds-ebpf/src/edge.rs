@@ -33,7 +33,9 @@ pub(crate) fn conclude(judged: &Judged, window: Option<*mut Window>, way: Way) -
     }
     match verdict {
         Verdict::Deny => {}
-        Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept => return TC_ACT_UNSPEC,
+        Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept | Verdict::Exempt => {
+            return TC_ACT_UNSPEC;
+        }
     }
     match maps::answer() {
         Answer::Drop => TC_ACT_SHOT,

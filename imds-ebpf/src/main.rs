@@ -5,6 +5,7 @@
 mod diagnostics;
 mod edge;
 mod events;
+mod exempt;
 mod maps;
 mod netns;
 mod node_edge;
@@ -82,7 +83,7 @@ fn imds_sendmsg6(ctx: SockAddrContext) -> i32 {
 const fn permission(verdict: Verdict) -> i32 {
     match verdict {
         Verdict::Deny => 0,
-        Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept => 1,
+        Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept | Verdict::Exempt => 1,
     }
 }
 

@@ -8,8 +8,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use imds_ebpf_common::{
-    Address, Answer, Counter, CounterKey, Endpoint, Filter, Hook, InterfaceRecord, Mode, Policy,
-    ProviderRecord, Tables, Verdict,
+    Address, Answer, Counter, CounterKey, Endpoint, Exemption, Filter, Hook, InterfaceRecord, Mode, Policy,
+    ProviderRecord, Subject, Tables, Verdict,
     endpoint::{MAX_CLOSED, MAX_ENDPOINTS},
     event::Window,
 };
@@ -39,6 +39,11 @@ static PROVIDER: Array<ProviderRecord, 1> = Array::new();
 static ENDPOINTS: HashMap<Address, Endpoint, { MAX_ENDPOINTS * 2 }, { BPF_F_NO_PREALLOC as usize }> =
     HashMap::new();
 
+/// Two for each interface: it, and the network namespace that it leads to.
+#[btf_map(name = "imds_exempt")]
+static EXEMPTIONS: HashMap<Subject, Exemption, { INTERFACES * 2 }, { BPF_F_NO_PREALLOC as usize }> =
+    HashMap::new();
+
 /// Written by user space alone. The section's whole content: the map of that section has the size of this.
 #[unsafe(no_mangle)]
 static mut IMDS_FILTER: Filter = Filter::EMPTY;
@@ -58,10 +63,12 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn is_closed(&self, address: &Address) -> bool {
+    fn closed(&self, address: &Address) -> Option<u32> {
         let [first, second] = address.halves();
         let closed =
             (&raw const IMDS_FILTER).cast::<u8>().wrapping_add(offset_of!(Filter, closed)).cast::<u64>();
+        let ids =
+            (&raw const IMDS_FILTER).cast::<u8>().wrapping_add(offset_of!(Filter, closed_ids)).cast::<u32>();
         for index in 0..MAX_CLOSED {
             let at = closed.wrapping_add(2 * index);
             // SAFETY: the first half of one of the closed addresses; volatile for the same reason as above.
@@ -69,10 +76,11 @@ impl Tables for Maps {
             // SAFETY: the second half.
             let other = unsafe { at.wrapping_add(1).read_volatile() };
             if one == first && other == second {
-                return true;
+                // SAFETY: the number of that one.
+                return Some(unsafe { ids.wrapping_add(index).read_volatile() });
             }
         }
-        false
+        None
     }
 
     #[inline(always)]
@@ -92,6 +100,25 @@ impl Tables for Maps {
 #[inline(always)]
 pub(crate) fn node_cookie() -> Option<u64> {
     POLICY.get(0).map(|policy| policy.netns_cookie).filter(|&cookie| cookie != 0)
+}
+
+/// Whether anybody is exempt from anything.
+#[inline(always)]
+pub(crate) fn has_exemptions() -> bool {
+    POLICY.get(0).is_some_and(|policy| policy.exemptions != 0)
+}
+
+/// What this subject is granted.
+#[inline(always)]
+pub(crate) fn exemption(subject: &Subject) -> Option<&'static Exemption> {
+    // SAFETY: user space replaces values as a whole, and the kernel frees none under a running program.
+    unsafe { EXEMPTIONS.get(subject) }
+}
+
+/// The bit by which exempt packets are marked, where the pod edge is on and so vouches for it; 0 for none.
+#[inline(always)]
+pub(crate) fn mark() -> u32 {
+    POLICY.get(0).filter(|policy| policy.hooks & Hook::PodEdge.bit() != 0).map_or(0, |policy| policy.mark)
 }
 
 /// What a denied sender is told.

@@ -4,11 +4,11 @@ use aya_ebpf::{
     bindings::{__sk_buff, TC_ACT_UNSPEC},
     programs::TcContext,
 };
-use imds_ebpf_common::{Frame, Hook, event::Source, examine, is_plainly_foreign};
+use imds_ebpf_common::{Examined, Frame, Hook, event::Source, examine, is_plainly_foreign};
 
 use crate::{
     edge::{Judged, conclude},
-    events, maps,
+    events, exempt, maps,
     netns::{self, Sender},
     packet::Skb,
     reject::Way,
@@ -40,10 +40,13 @@ fn without_link_layer(skb: *mut __sk_buff) -> i32 {
 #[inline(always)]
 fn judge_thoroughly(skb: *mut __sk_buff, frame: Frame) -> i32 {
     let (packet, hook) = (Skb::new(skb), Hook::NodeEdge);
-    let Some((verdict, place)) = examine(&packet, frame, &maps::Maps) else { return TC_ACT_UNSPEC };
+    let Some(Examined { verdict, place, endpoint }) = examine(&packet, frame, &maps::Maps) else {
+        return TC_ACT_UNSPEC;
+    };
     if is_of_node(&packet, skb) {
         return TC_ACT_UNSPEC;
     }
+    let verdict = exempt::at_node_edge(skb, verdict, endpoint);
     let _uncounted = maps::count(packet.ifindex(), hook, verdict, packet.len());
     let window = events::window(&Source { id: u64::from(packet.ingress_ifindex()), hook: hook as u64 });
     conclude(&Judged { skb, frame, place, hook, verdict }, window, Way::In)

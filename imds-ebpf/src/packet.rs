@@ -39,6 +39,20 @@ impl Skb {
         unsafe { (*self.skb).ingress_ifindex }
     }
 
+    /// Its mark.
+    #[inline(always)]
+    pub(crate) fn mark(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.skb).mark }
+    }
+
+    /// Marks it.
+    #[inline(always)]
+    pub(crate) fn set_mark(&self, mark: u32) {
+        // SAFETY: as above; programs at TC may write the mark.
+        unsafe { (*self.skb).mark = mark };
+    }
+
     #[inline(always)]
     fn data(&self) -> usize {
         // SAFETY: as above.

@@ -4,11 +4,11 @@ use aya_ebpf::{
     bindings::{__sk_buff, TC_ACT_UNSPEC},
     programs::TcContext,
 };
-use imds_ebpf_common::{Frame, Hook, examine, is_plainly_foreign};
+use imds_ebpf_common::{Examined, Frame, Hook, examine, is_plainly_foreign};
 
 use crate::{
     edge::{Judged, conclude},
-    maps,
+    exempt, maps,
     packet::Skb,
     reject::Way,
 };
@@ -19,6 +19,9 @@ use crate::{
 pub(crate) fn judge(ctx: &TcContext, frame: Frame) -> i32 {
     let skb = ctx.skb.skb;
     if is_plainly_foreign(&Skb::new(skb), frame, &maps::Maps) {
+        if Skb::new(skb).mark() != 0 {
+            exempt::forget_mark(skb);
+        }
         return TC_ACT_UNSPEC;
     }
     match frame {
@@ -40,7 +43,11 @@ fn without_link_layer(skb: *mut __sk_buff) -> i32 {
 #[inline(always)]
 fn judge_thoroughly(skb: *mut __sk_buff, frame: Frame) -> i32 {
     let (packet, hook) = (Skb::new(skb), Hook::PodEdge);
-    let Some((verdict, place)) = examine(&packet, frame, &maps::Maps) else { return TC_ACT_UNSPEC };
+    let Some(Examined { verdict, place, endpoint }) = examine(&packet, frame, &maps::Maps) else {
+        exempt::forget_mark(skb);
+        return TC_ACT_UNSPEC;
+    };
+    let verdict = exempt::at_pod_edge(skb, verdict, endpoint);
     let counter = maps::count(packet.ifindex(), hook, verdict, packet.len());
     // One interface is one source here, so that its counter has the window, too.
     // SAFETY: the map owns the counter and nothing frees it under a running program.

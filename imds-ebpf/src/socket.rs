@@ -7,7 +7,7 @@ use aya_ebpf::{
 };
 use imds_ebpf_common::{Address, CounterKey, Flow, Hook, Service, Verdict, event::Source, judge_address};
 
-use crate::{diagnostics, events, maps, netns};
+use crate::{diagnostics, events, exempt, maps, netns};
 
 #[inline(always)]
 pub(crate) fn judge_v4(ctx: &SockAddrContext) -> Verdict {
@@ -31,16 +31,15 @@ pub(crate) fn judge_v6(ctx: &SockAddrContext) -> Verdict {
 #[inline(always)]
 fn judge(ctx: &SockAddrContext, destination: Address) -> Verdict {
     let service = service(ctx.sock_addr);
-    let verdict = judge_address(destination, Some(service), &maps::Maps);
-    match verdict {
-        Verdict::Foreign => return verdict,
-        Verdict::Deny | Verdict::Audit | Verdict::Allow | Verdict::Kept => {}
-    }
+    let Some((verdict, endpoint)) = judge_address(destination, Some(service), &maps::Maps) else {
+        return Verdict::Foreign;
+    };
     // SAFETY: the helper takes the context of a socket address program.
     let cookie = unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) };
     if netns::is_node(cookie) {
         return Verdict::Foreign;
     }
+    let verdict = exempt::at_socket(cookie, without_origin(verdict, cookie), endpoint);
     let verdict = without_origin(verdict, cookie);
     let _uncounted = maps::count(CounterKey::DEPARTED, Hook::Socket, verdict, 0);
     let Some(window) = events::window(&Source { id: cookie, hook: Hook::Socket as u64 }) else {

@@ -71,6 +71,7 @@ pub struct Counts {
     pub denied: Count,
     pub audited: Count,
     pub allowed: Count,
+    pub exempt: Count,
 }
 
 /// Calls on sockets.

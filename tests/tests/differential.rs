@@ -10,11 +10,13 @@ use std::{
 
 use imds_agent::datapath::object::OBJECT;
 use imds_ebpf_common::{
-    Address, Counter, CounterKey, Endpoint, Filter, Frame, Hook, IMDS_IPV4, Listed, Mode, Policy, Service,
-    Verdict,
+    Address, Counter, CounterKey, Endpoint, Exemption, Filter, Frame, Hook, IMDS_IPV4, Listed, Mode, Policy,
+    Service, Subject, SubjectKind, Verdict,
     endpoint::{TCP, UDP},
-    judge,
-    names::{MAP_COUNTERS, MAP_ENDPOINTS, MAP_POLICY, PROG_POD_EDGE, PROG_POD_L3, SECTION_FILTER},
+    examine,
+    names::{
+        MAP_COUNTERS, MAP_ENDPOINTS, MAP_EXEMPT, MAP_POLICY, PROG_POD_EDGE, PROG_POD_L3, SECTION_FILTER,
+    },
     packet::MAX_VLAN_TAGS,
 };
 use imds_tests::program::{Object, try_action};
@@ -161,7 +163,7 @@ fn frame() -> impl Strategy<Value = Vec<u8>> {
 }
 
 /// Packets that the program counted so far, under each verdict.
-fn counts(object: &Object) -> [u64; 4] {
+fn counts(object: &Object) -> [u64; 5] {
     // A test run's packet comes from the loopback interface.
     Verdict::COUNTED.map(|verdict| {
         let key = CounterKey::new(1, Hook::PodEdge, verdict);
@@ -189,20 +191,25 @@ fn the_kernel_and_the_host_agree_on_any_packet() {
     let endpoints = endpoints();
     let filter = Filter::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
     let mut object = Object::load(OBJECT);
-    object.set(MAP_POLICY, Policy { mode: Mode::Enforce as u32, ..Policy::default() });
+    object.set(MAP_POLICY, Policy { mode: Mode::Enforce as u32, exemptions: 1, ..Policy::default() });
     for (address, endpoint) in &endpoints {
         object.insert(MAP_ENDPOINTS, *address, *endpoint);
     }
     object.set(SECTION_FILTER, filter);
+    // A test run's packet comes from the loopback interface.
+    let granted = Exemption { exempt: [2].into_iter().collect(), audited: [2, 3].into_iter().collect() };
+    object.insert(MAP_EXEMPT, Subject::new(SubjectKind::Interface, 1), granted);
     let tables = Listed { filter: &filter, endpoints: &endpoints, mode: Mode::Enforce };
 
     let compared = Cell::new(0);
-    let expected_counts = Cell::new([0_u64; 4]);
+    let expected_counts = Cell::new([0_u64; 5]);
     let packet =
         prop_oneof![4 => frame(), 1 => frame().prop_map(|frame| frame[14.min(frame.len())..].to_vec())];
     let result = runner(seed()).run(&packet, |packet| {
         for (name, frame) in [(PROG_POD_EDGE, Frame::Ethernet), (PROG_POD_L3, Frame::Ip)] {
-            let verdict = judge(&packet[..], frame, &tables);
+            let examined = examine(&packet[..], frame, &tables);
+            let verdict = examined
+                .map_or(Verdict::Foreign, |examined| granted.soften(examined.verdict, examined.endpoint));
             let expected = if verdict == Verdict::Deny { TC_ACT_SHOT } else { TC_ACT_UNSPEC };
             if let Some(action) = try_action(object.program(name), &packet) {
                 prop_assert_eq!(action, expected, "{}: {:?}", name, verdict);
@@ -219,7 +226,11 @@ fn the_kernel_and_the_host_agree_on_any_packet() {
     result.unwrap();
     // That tells a kept packet from one that is no endpoint's, too.
     assert_eq!(counts(&object), expected_counts.get());
-    let [denied, _, _, kept] = expected_counts.get();
-    println!("{} comparisons: {denied} denied, {kept} kept", compared.get());
-    assert!(compared.get() > PACKETS && denied > 10_000 && kept > 5_000, "{compared:?} {expected_counts:?}");
+    let [denied, audited, _, kept, exempt] = expected_counts.get();
+    println!(
+        "{} comparisons: {denied} denied, {audited} audited, {kept} kept, {exempt} exempt",
+        compared.get()
+    );
+    let each = denied > 5_000 && audited > 5_000 && kept > 5_000 && exempt > 1_000;
+    assert!(compared.get() > PACKETS && each, "{compared:?} {expected_counts:?}");
 }

@@ -4,16 +4,18 @@
 use etherparse::{EtherType, Ipv4Extensions, Ipv4Header, PacketBuilder, SingleVlanHeader, VlanId, ip_number};
 use imds_agent::datapath::object::OBJECT;
 use imds_ebpf_common::{
-    Address, Counter, CounterKey, Endpoint, Filter, Hook, IMDS_IPV4, Mode, Policy, Service, Verdict,
+    Address, Counter, CounterKey, Endpoint, Exemption, Filter, Hook, IMDS_IPV4, Mode, Policy, Service,
+    Subject, SubjectKind, Verdict,
+    maps::MARK,
     names::{
-        MAP_COUNTERS, MAP_ENDPOINTS, MAP_POLICY, MAPS, PROG_POD_EDGE, PROG_POD_L3, SECTION_FILTER,
-        SOCKET_PROGRAMS, TC_PROGRAMS, in_object,
+        MAP_COUNTERS, MAP_ENDPOINTS, MAP_EXEMPT, MAP_POLICY, MAPS, PROG_NODE_EDGE, PROG_POD_EDGE,
+        PROG_POD_L3, SECTION_FILTER, SOCKET_PROGRAMS, TC_PROGRAMS, in_object,
     },
     packet::MAX_VLAN_TAGS,
 };
 use imds_tests::{
     SKIPPED, WHOLE_TEST,
-    program::{Object, action},
+    program::{Object, action, marked},
 };
 
 const TC_ACT_UNSPEC: i32 = -1;
@@ -188,6 +190,99 @@ fn the_mode_decides_and_every_guarded_packet_is_counted_under_its_verdict() {
             assert_eq!(sum, expected, "{mode:?}: {counted:?}");
         }
     }
+}
+
+fn exemption(exempt: &[u32], audited: &[u32]) -> Exemption {
+    let set = |ids: &[u32]| ids.iter().copied().collect();
+    Exemption { exempt: set(exempt), audited: set(audited) }
+}
+
+/// Where a test run's packet comes from.
+const LOOPBACK: Subject = Subject::new(SubjectKind::Interface, 1);
+
+#[test]
+fn who_is_exempt_passes_to_what_he_is_exempt_from() {
+    let others = [Subject::new(SubjectKind::Interface, 2), Subject::new(SubjectKind::Netns, 1)];
+    for (subjects, granted, mode, verdict) in [
+        (&[LOOPBACK][..], exemption(&[1], &[]), Mode::Enforce, Verdict::Exempt),
+        (&[LOOPBACK], exemption(&[1], &[1]), Mode::Enforce, Verdict::Exempt),
+        (&[LOOPBACK], exemption(&[], &[1]), Mode::Enforce, Verdict::Audit),
+        (&[LOOPBACK], exemption(&[1], &[]), Mode::Audit, Verdict::Exempt),
+        (&[LOOPBACK], exemption(&[1], &[]), Mode::Off, Verdict::Allow),
+        (&[LOOPBACK], exemption(&[2, 65, 256], &[2, 65, 256]), Mode::Enforce, Verdict::Deny),
+        (&others, exemption(&[1], &[1]), Mode::Enforce, Verdict::Deny),
+    ] {
+        for closed in [true, false] {
+            let mut object = unwritten_object();
+            if !closed {
+                let filter = Filter::of([(Address::from_ipv4(IMDS_IPV4), &IMDS)]);
+                object.set(SECTION_FILTER, filter.closed_as_in(&Filter::EMPTY));
+            }
+            let policy = Policy { mode: mode as u32, hooks: 2, mark: MARK, ..Policy::default() };
+            for &subject in subjects {
+                object.insert(MAP_EXEMPT, subject, granted);
+            }
+            let case = format!("{subjects:?}, {granted:?}, {mode:?}, closed: {closed}");
+
+            // Nobody looks for exemptions where there are none.
+            let nobody = if mode == Mode::Enforce { TC_ACT_SHOT } else { TC_ACT_UNSPEC };
+            assert_eq!(marked_in(&object, 0).0, TC_ACT_SHOT, "{case}");
+            object.set(MAP_POLICY, policy);
+            assert_eq!(marked_in(&object, MARK | 1), (nobody, 1), "{case}");
+            object.set(MAP_POLICY, Policy { exemptions: 1, ..policy });
+            let action = if verdict == Verdict::Deny { TC_ACT_SHOT } else { TC_ACT_UNSPEC };
+            let is_softened =
+                verdict == Verdict::Exempt || granted.audited.has(1) && verdict == Verdict::Audit;
+            let mark = if is_softened { MARK } else { 0 };
+            for before in [0, 1, MARK, MARK | 1] {
+                assert_eq!(marked_in(&object, before), (action, before & 1 | mark), "{case}");
+            }
+            let key = CounterKey::new(1, Hook::PodEdge, verdict);
+            let counters: Vec<Counter> = object.per_cpu(MAP_COUNTERS, &key);
+            assert!(counters.iter().map(|cpu| cpu.packets).sum::<u64>() >= 4, "{case}");
+        }
+    }
+}
+
+fn marked_in(object: &Object, mark: u32) -> (i32, u32) {
+    marked(object.program(PROG_POD_EDGE), &udp(IMDS_IPV4), mark, 0)
+}
+
+#[test]
+fn the_node_edge_believes_the_mark_of_what_came_in_where_the_pod_edge_vouches_for_it() {
+    const POD_EDGE: u32 = Hook::PodEdge.bit();
+    let by = Subject::new(SubjectKind::Interface, 7);
+    let (passed, denied) = (TC_ACT_UNSPEC, TC_ACT_SHOT);
+    for (hooks, exemptions, mark, ingress, expected) in [
+        (POD_EDGE, 1, MARK | 1, 8, (passed, 1)),
+        (POD_EDGE, 1, MARK, 7, (passed, 0)),
+        (POD_EDGE, 1, 1, 7, (passed, 1)),
+        (POD_EDGE, 1, 1, 8, (denied, 1)),
+        (POD_EDGE, 0, MARK, 7, (denied, MARK)),
+        // The node's own, whose mark is its own affair.
+        (POD_EDGE, 1, MARK, 0, (passed, MARK)),
+        (Hook::NodeEdge.bit(), 1, MARK, 8, (denied, MARK)),
+        (Hook::NodeEdge.bit(), 1, MARK, 7, (passed, MARK)),
+    ] {
+        let mut object = object(Mode::Enforce);
+        object.set(MAP_POLICY, Policy { hooks, mark: MARK, exemptions, ..Policy::default() });
+        object.insert(MAP_EXEMPT, by, exemption(&[1], &[]));
+        let program = object.program(PROG_NODE_EDGE);
+        let case = format!("hooks {hooks}, {exemptions} exemptions, mark {mark:#x} by {ingress}");
+        assert_eq!(marked(program, &udp(IMDS_IPV4), mark, ingress), expected, "{case}");
+        assert_eq!(marked(program, &udp(OTHER), mark, ingress), (passed, mark), "{case}");
+    }
+}
+
+#[test]
+fn a_mark_is_forgotten_at_the_pod_edge_wherever_the_packet_goes() {
+    let mut object = object(Mode::Enforce);
+    object.set(MAP_POLICY, Policy { hooks: 2, mark: MARK, ..Policy::default() });
+    let program = object.program(PROG_POD_EDGE);
+    assert_eq!(marked(program, &udp(OTHER), MARK | 1, 0), (TC_ACT_UNSPEC, 1));
+    // Without that hook nobody believes it either.
+    object.set(MAP_POLICY, Policy { hooks: 4, mark: MARK, ..Policy::default() });
+    assert_eq!(marked(object.program(PROG_POD_EDGE), &udp(OTHER), MARK, 0).0, TC_ACT_UNSPEC);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use imds_ebpf_common::{
     names::{MAP_ENDPOINTS, MAP_FILTER, MAP_PROVIDER},
 };
 
-use super::{DatapathError, object::Maps, pins::PinDir};
+use super::{DatapathError, exemptions, object::Maps, pins::PinDir};
 use crate::endpoints::{Guarded, padded, unpadded};
 
 /// Room in the map: the old endpoints and the new ones.
@@ -44,11 +44,13 @@ pub(super) fn filter(maps: &Maps) -> Result<Filter, DatapathError> {
 
 /// What the filter has to match while programs are loaded: all that is guarded and all that will be.
 pub(super) fn filter_while_loading(pins: &PinDir, guarded: &Guarded) -> Filter {
-    let entries: BTreeMap<_, _> = guarded.entries().collect();
+    let maps = Maps::open(pins).ok();
+    let entries = guarded.entries(&maps.as_ref().and_then(|maps| read(maps).ok()).unwrap_or_default());
     let wanted = filter_of(&entries);
     // Without maps, or with unreadable ones, no program is attached that goes by them.
-    match Maps::open(pins).ok().and_then(|maps| filter(&maps).ok()) {
-        Some(in_force) => wanted.and_slots_of(&in_force),
+    match maps.and_then(|maps| filter(&maps).ok()) {
+        // A number that is new may be one from which somebody is still exempt.
+        Some(in_force) => wanted.and_slots_of(&in_force).closed_as_in(&in_force),
         None => wanted,
     }
 }
@@ -64,7 +66,7 @@ pub fn write(maps: &mut Maps, guarded: &Guarded) -> Result<(), DatapathError> {
     let of_endpoints = |source| DatapathError::Map { map: MAP_ENDPOINTS, source };
     let of_filter = |source| DatapathError::Map { map: MAP_FILTER, source };
     let before = read(maps).map_err(of_endpoints)?;
-    let wanted: BTreeMap<_, _> = guarded.entries().collect();
+    let wanted = guarded.entries(&before);
     let filter = filter_of(&wanted);
 
     let mut unwanted: Vec<_> = before.keys().filter(|address| !wanted.contains_key(address)).collect();
@@ -77,6 +79,12 @@ pub fn write(maps: &mut Maps, guarded: &Guarded) -> Result<(), DatapathError> {
         // An agent that was killed in the middle of this left more than its own.
         remove_unwanted(maps)?;
     }
+    let is_new = |(address, endpoint): &(&Address, &Endpoint)| {
+        before.get(address).is_none_or(|before| before.id != endpoint.id)
+    };
+    let new = wanted.iter().filter(is_new).map(|(_, endpoint)| endpoint.id);
+    // Whoever was exempt from what had such a number before was so from that.
+    exemptions::revoke(maps, &new.collect())?;
     for (address, endpoint) in &wanted {
         if before.get(address) != Some(endpoint) {
             maps.endpoints.insert(address, endpoint, 0).map_err(of_endpoints)?;

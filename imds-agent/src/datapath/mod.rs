@@ -4,6 +4,7 @@ pub mod bpf;
 pub mod clsact;
 pub mod counters;
 pub mod endpoints;
+pub mod exemptions;
 pub mod home;
 pub mod object;
 pub mod pins;
@@ -11,12 +12,12 @@ pub mod records;
 pub mod sockets;
 mod tcx;
 
-use std::{io, path::PathBuf};
+use std::{collections::BTreeMap, io, path::PathBuf};
 
 use aya::maps::MapError;
 use imds_ebpf_common::{
-    Answer, Backend, Edge, Mode, Policy, Role,
-    maps::LAYOUT,
+    Answer, Backend, Edge, Exemption, Mode, Policy, Role, Subject, SubjectKind,
+    maps::{LAYOUT, MARK},
     names::{MAP_POLICY, tc_program},
 };
 use thiserror::Error;
@@ -178,8 +179,10 @@ impl Datapath {
             layout: LAYOUT,
             netns: home::this_netns()?,
             hooks: plan.hooks.bits(),
-            reserved: 0,
+            exemptions: exemptions::count(&maps)?,
             netns_cookie: plan.identity.cookie(),
+            mark: MARK,
+            reserved: 0,
         };
         maps.policy.set(0, policy, 0).map_err(|source| DatapathError::Map { map: MAP_POLICY, source })?;
         endpoints::write(&mut maps, guarded)?;
@@ -310,12 +313,20 @@ impl Datapath {
 
     /// Forgets an interface that is gone, and keeps its counts in the sum of those that are.
     pub fn forget(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        // Before all else: the next interface may have its index.
+        let interface = Subject::new(SubjectKind::Interface, ifindex.into());
+        let revoked = exemptions::remove(&mut self.maps, &interface);
         for edge in Edge::ALL {
             self.links.forget(self.claim.dir(), Spot { ifindex, edge })?;
         }
         counters::fold(&mut self.maps, ifindex)?;
         records::remove(&mut self.maps, ifindex);
-        Ok(())
+        revoked.map(drop)
+    }
+
+    /// Makes these all the exemptions that there are.
+    pub fn exempt(&mut self, wanted: &BTreeMap<Subject, Exemption>) -> Result<(), DatapathError> {
+        exemptions::write(&mut self.maps, wanted)
     }
 
     /// Lets `status` know that every interface was looked at.

@@ -70,7 +70,7 @@ impl Report {
     fn interfaces_table(&self) -> Table {
         let mut table = Table::new();
         table.load_style(NOTHING);
-        table.set_header(["INTERFACE", "INDEX", "ROLE", "GUARD", "DENIED", "AUDITED", "ALLOWED"]);
+        table.set_header(["INTERFACE", "INDEX", "ROLE", "GUARD", "DENIED", "AUDITED", "ALLOWED", "EXEMPT"]);
         for interface in &self.interfaces {
             let guard = match (interface.guard, interface.first) {
                 (None, _) => "-".to_owned(),
@@ -107,13 +107,13 @@ impl State {
     }
 }
 
-fn cells(counts: &Counts) -> [Cell; 3] {
-    [counts.denied, counts.audited, counts.allowed]
+fn cells(counts: &Counts) -> [Cell; 4] {
+    [counts.denied, counts.audited, counts.allowed, counts.exempt]
         .map(|count| Cell::new(phrase(count)).set_alignment(CellAlignment::Left))
 }
 
-fn calls(counts: &Counts) -> [Cell; 3] {
-    [counts.denied, counts.audited, counts.allowed].map(|Count { packets, .. }| {
+fn calls(counts: &Counts) -> [Cell; 4] {
+    [counts.denied, counts.audited, counts.allowed, counts.exempt].map(|Count { packets, .. }| {
         Cell::new(match packets {
             0 => "0".to_owned(),
             1 => "1 call".to_owned(),
