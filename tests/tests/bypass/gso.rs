@@ -38,7 +38,8 @@ fn segmented_udp() {
         let world = World::new();
         let pod = world.add_pod(link);
         world.ways(&ALL).one_way("UDP_SEGMENT", || send_segments(&world, &pod)).assert_held();
-        // It is one packet at the hook, and more than a link takes.
+        // It is one packet at the hook, and more than a link takes; or as many as it has segments, where the kernel cuts it
+        // before a veth (Linux 5.10 does).
         for hook in EDGES {
             let _agent = world.agent().hooks(&[hook]).spawn_ready();
             let before = world.status().total.denied;
@@ -50,7 +51,7 @@ fn segmented_udp() {
                 after.bytes - before.bytes > u64::from(SEGMENT * SEGMENTS),
                 "{hook}: {before:?} {after:?}"
             );
-            assert_eq!(packets, 1, "{hook}");
+            assert!([1, u64::from(SEGMENTS)].contains(&packets), "{hook}: {packets}");
         }
         world.unload();
     }

@@ -13,6 +13,8 @@ mount -t tmpfs run /run
 mount -t bpf bpf /sys/fs/bpf
 mount -t cgroup2 cgroup /sys/fs/cgroup
 echo "@kernel $(uname -r)"
+# Nobody else gathers entropy here: the kernel makes some of its own for who reads, but not for who polls, as a test may.
+head -c 1 /dev/random > /dev/null
 
 # Namespaces of tests get no tunnel devices that they did not ask for.
 echo 1 > /proc/sys/net/core/fb_tunnels_only_for_init_net

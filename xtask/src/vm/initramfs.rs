@@ -13,8 +13,8 @@ use super::{kernels::Kernel, modules, plan::Plan, tools::Tools};
 
 const INIT: &[u8] = include_bytes!("guest.sh");
 /// Programs of this machine that the tests start. With busybox alone there would be no `ip link add type veth`, and its
-/// shell prefers its own `setpriv`.
-const TOOLS: [&str; 8] = ["bpftool", "busybox", "ip", "nft", "nsenter", "setpriv", "sh", "tc"];
+/// shell prefers its own `setpriv`, as its `unshare` does its own shell.
+const TOOLS: [&str; 9] = ["bpftool", "busybox", "ip", "nft", "nsenter", "setpriv", "sh", "tc", "unshare"];
 
 const DIRECTORY: u32 = 0o040_755;
 const EXECUTABLE: u32 = 0o100_755;
