@@ -63,7 +63,7 @@ pub(crate) struct Vm {
     /// What QEMU runs the machines with: tcg works everywhere, kvm is much faster where it works
     #[arg(long, value_name = "ACCELERATOR", default_value = "tcg")]
     accel: String,
-    /// Names of tests, in whole or in part
+    /// Names of tests, in whole or in part, or of test executables
     #[arg(last = true)]
     filter: Vec<String>,
 }

@@ -45,7 +45,7 @@ pub(super) struct Planned {
 }
 
 impl Plan {
-    /// All tests, those of `filter`, or `is_quick` ones.
+    /// All tests, those of `filter` (parts of tests' names, or names of executables), or `is_quick` ones.
     pub(super) fn new(payload: Payload, filter: &[String], is_quick: bool) -> Result<Self> {
         let is_there = |name| payload.tests.iter().any(|(there, _)| there == name);
         if let Some((name, _)) = QUICK.iter().find(|(name, _)| !is_there(*name)) {
@@ -53,16 +53,18 @@ impl Plan {
         }
         let mut tests = Vec::new();
         for (name, path) in payload.tests {
-            let planned = Planned { name, path, filter: filter.to_vec() };
+            // One that is named itself is run whole.
+            let parts = if filter.contains(&name) { &[] } else { filter };
+            let planned = Planned { name, path, filter: parts.to_vec() };
             let planned = if is_quick && filter.is_empty() { planned.quick()? } else { Some(planned) };
             if let Some(planned) = planned
-                && (filter.is_empty() || has_tests(&planned.path, filter)?)
+                && (parts.is_empty() || has_tests(&planned.path, parts)?)
             {
                 tests.push(planned);
             }
         }
         if tests.is_empty() {
-            bail!("no test has {} in its name", filter.join(" or "));
+            bail!("no test executable is called {0}, and no test has it in its name", filter.join(" or "));
         }
         let environment = is_quick.then(|| format!("{EFFORT}={DIVISOR}")).into_iter().collect();
         Ok(Self { agent: payload.agent, tests, environment, is_brief: !filter.is_empty() })
