@@ -74,14 +74,18 @@ impl Endpoint {
     #[inline(always)]
     #[must_use]
     pub fn keeps(&self, service: Service) -> bool {
-        // By arithmetic, so that the verifier has one way through here and not eight: the highest bit of each difference
-        // with its negative is set where there is a difference. Hidden from the compiler, which else makes branches of it.
-        let mut differs = u32::MAX;
-        for kept in &self.keep {
-            let difference = kept.number() ^ service.number();
-            differs &= hint::black_box(difference | difference.wrapping_neg());
+        // By arithmetic, so that the verifier has one way through here and not eight, and two at a time: with 1 taken off
+        // each half, a zero half is the only one whose highest bit is set and was not before, but for a half above one
+        // that is zero itself. Hidden from the compiler, which else makes branches of it.
+        const ONES: u64 = 0x0000_0001_0000_0001;
+        let wanted = u64::from(service.number()) * ONES;
+        let mut found = 0;
+        for pair in self.keep.as_chunks::<2>().0 {
+            let [first, second] = pair;
+            let difference = (u64::from(second.number()) << 32 | u64::from(first.number())) ^ wanted;
+            found |= hint::black_box(difference.wrapping_sub(ONES) & !difference);
         }
-        service.protocol != 0 && differs >> 31 == 0
+        service.protocol != 0 && found & (ONES << 31) != 0
     }
 
     /// The kept services.

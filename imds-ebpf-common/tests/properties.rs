@@ -302,6 +302,20 @@ proptest! {
         prop_assert!(found.0 || endpoint.is_none());
     }
 
+    /// Of numbers so small that they meet, and of which one is one above another.
+    #[test]
+    fn what_is_kept_is_what_was_listed(
+        listed in vec((select(vec![TCP, UDP]), 0_u16..4), 0..=MAX_KEPT),
+        asked in (select(vec![0, 1, TCP, UDP]), 0_u16..4),
+    ) {
+        let mut keep = [Service::NONE; MAX_KEPT];
+        for (to, (protocol, port)) in keep.iter_mut().zip(&listed) {
+            *to = Service::new(*protocol, *port);
+        }
+        let endpoint = Endpoint { name: [0; 16], id: 1, keep };
+        prop_assert_eq!(endpoint.keeps(Service::new(asked.0, asked.1)), listed.contains(&asked));
+    }
+
     #[test]
     fn any_bytes_have_a_verdict_that_their_destination_explains(bytes in vec(any::<u8>(), 0..96)) {
         for frame in [Frame::Ethernet, Frame::Ip] {

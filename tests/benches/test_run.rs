@@ -113,6 +113,7 @@ fn packets() -> Vec<(&'static str, Vec<u8>)> {
         ("IPv4 with a VLAN tag, not ours", vlan),
         ("IPv4 to 169.254.169.254, denied", udp(IMDS_IPV4)),
         ("IPv4 to 168.63.129.16, denied", udp([168, 63, 129, 16])),
+        ("IPv4 to one of the others, denied", udp([10, 98, 0, 1])),
         ("IPv6 to fd00:ec2::254, denied", ipv6(IMDS_IPV6, 80)),
         ("IPv6 to fd20:ce::254, kept", ipv6(RESOLVER_IPV6, 53)),
     ]
