@@ -16,7 +16,9 @@ use tokio::{
 use crate::{
     config::{self, Config},
     guard::Guard,
+    metrics::Done,
     node::netlink::Event,
+    server::Server,
     settings::{Node, Settings},
     watch::Watch,
 };
@@ -83,6 +85,7 @@ pub struct Agent {
     /// What is in force.
     settings: Settings,
     reloads: Reloads,
+    server: Server,
     timer: Interval,
     hangup: Signal,
     terminate: Signal,
@@ -91,12 +94,13 @@ pub struct Agent {
 
 impl Agent {
     /// An agent for what `guard` holds, with `settings` in force, which `source` came to. It looks at everything each
-    /// `period`.
+    /// `period`, which `server` is told of.
     pub fn new(
         guard: Guard,
         node: Node,
         source: Source,
         settings: Settings,
+        server: Server,
         period: Duration,
     ) -> anyhow::Result<Self> {
         let mut timer = interval_at(Instant::now() + period, period);
@@ -107,6 +111,7 @@ impl Agent {
             source,
             settings,
             reloads: Reloads::default(),
+            server,
             timer,
             hangup: signal(SignalKind::hangup()).context("can't listen for SIGHUP")?,
             terminate: signal(SignalKind::terminate()).context("can't listen for SIGTERM")?,
@@ -132,7 +137,9 @@ impl Agent {
         // Since it was read, and before it was watched.
         let mut due = self.source.change().map(|_| Due::now());
         let mut half_seen = None;
+        self.server.listen(&config.listen);
         loop {
+            self.server.beat(Done { reloads: self.reloads, repairs: self.guard.repairs() });
             tokio::select! {
                 event = events.next() => {
                     let event = event.context("lost the connection to rtnetlink: pods can't be followed")?;
@@ -141,6 +148,7 @@ impl Agent {
                 () = self.guard.kubepods_changed() => report(self.guard.follow_kubepods()),
                 _ = self.timer.tick() => {
                     report(self.guard.resync().await);
+                    self.server.retry();
                     // For what is not told of, as on some network file systems. Seen only once, it may be half written.
                     let change = self.source.change();
                     if change.is_some() && change == half_seen {
@@ -159,6 +167,7 @@ impl Agent {
                     due = None;
                     self.reload().await;
                 }
+                never = self.server.work() => match never {},
                 _ = self.hangup.recv() => {
                     due = None;
                     self.reload().await;
@@ -204,6 +213,7 @@ impl Agent {
             return Err(error.into());
         }
         self.settings = settings;
+        self.server.listen(&config.listen);
         Ok(self.guard.record_config(self.source.path(), &config)?)
     }
 }

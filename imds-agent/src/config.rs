@@ -4,6 +4,7 @@ mod endpoints;
 mod file;
 mod hooks;
 mod interfaces;
+mod metrics;
 mod source;
 #[cfg(test)]
 mod tests;
@@ -18,7 +19,7 @@ use std::{
 use imds_ebpf_common::{Answer, Mode, maps::CONFIG_TEXT_LEN};
 use thiserror::Error;
 
-pub use self::{endpoints::Endpoints, hooks::Hooks, interfaces::Interfaces};
+pub use self::{endpoints::Endpoints, hooks::Hooks, interfaces::Interfaces, metrics::Listen};
 use self::{
     file::File,
     source::{Mistakes, Source},
@@ -38,6 +39,8 @@ pub struct Config {
     pub endpoints: Endpoints,
     /// Which interfaces are pods'.
     pub interfaces: Interfaces,
+    /// Where metrics and health are served.
+    pub listen: Vec<Listen>,
     text: String,
 }
 
@@ -49,6 +52,7 @@ impl Default for Config {
             hooks: Hooks::default(),
             endpoints: Endpoints::default(),
             interfaces: Interfaces::default(),
+            listen: Listen::by_default(),
             text: File::default().to_toml(),
         }
     }
@@ -130,6 +134,7 @@ impl Config {
         let file = File::read(source, &mut mistakes);
         let interfaces = Interfaces::parse(&file.interfaces, source, &mut mistakes);
         let endpoints = Endpoints::parse(&file.provider, &file.extras, &file.endpoint, source, &mut mistakes);
+        let listen = Listen::parse(&file.metrics, source, &mut mistakes);
         let mode = file.mode.into();
         let hooks = Hooks::from(*file.hooks.get_ref());
         let text = file.to_toml();
@@ -153,7 +158,7 @@ impl Config {
         if !mistakes.are_none() {
             return Err(ConfigErrors(mistakes.into_vec()));
         }
-        Ok(Self { mode, answer: file.answer.into(), hooks, endpoints, interfaces, text })
+        Ok(Self { mode, answer: file.answer.into(), hooks, endpoints, interfaces, listen, text })
     }
 
     /// The same as TOML, every default included.

@@ -22,6 +22,21 @@ use crate::{
     state::role,
 };
 
+/// How often what somebody else had changed was put right since the agent started.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Repairs {
+    /// Attached again.
+    pub attached: u64,
+    /// Put in the place of another program.
+    pub replaced: u64,
+    /// Pinned again, links and what is in the pin directory.
+    pub pinned: u64,
+    /// Put before programs that had got in front.
+    pub raised: u64,
+    /// Times at which the kernel's events came faster than they were read.
+    pub overruns: u64,
+}
+
 /// Interfaces as they are and as they should be, and the datapath that makes the one the other.
 pub struct Guard {
     datapath: Datapath,
@@ -39,6 +54,7 @@ pub struct Guard {
     settled: bool,
     /// Whether what changes is what the operator asked for.
     is_asked: bool,
+    repairs: Repairs,
 }
 
 impl Guard {
@@ -61,7 +77,14 @@ impl Guard {
             no_kubepods: None,
             settled: false,
             is_asked: false,
+            repairs: Repairs::default(),
         }
+    }
+
+    /// How often what somebody else had changed was put right.
+    #[must_use]
+    pub fn repairs(&self) -> Repairs {
+        self.repairs
     }
 
     /// Looks at everything for the first time. `config`, which `path` was read for, came to `settings`.
@@ -178,6 +201,7 @@ impl Guard {
         let none = BTreeSet::new();
         let cgroups = self.kubepods.as_ref().map_or(&none, Kubepods::found);
         for (level, done) in self.datapath.restore_hosts(cgroups, all)? {
+            self.repairs.attached += u64::from(level == Level::Warn);
             log::log!(level, "{done}");
         }
         let root = self.kubepods.as_ref().filter(|kubepods| kubepods.found().is_empty()).map(Kubepods::root);
@@ -201,6 +225,7 @@ impl Guard {
         if let Ok(true) = restored
             && self.settled
         {
+            self.repairs.pinned += 1;
             log::warn!("restored what was missing from {}", self.datapath.pins().root().display());
         }
         self.restore_sockets()?;
@@ -234,6 +259,7 @@ impl Guard {
             Event::Route(destination) if !self.netlink.may_be_way_out(destination) => {}
             Event::Route(_) | Event::Rule => self.reclassify().await?,
             Event::Overrun => {
+                self.repairs.overruns += 1;
                 log::warn!("the kernel's events came faster than they were read: reading everything anew");
                 self.resync().await?;
             }
@@ -258,7 +284,9 @@ impl Guard {
 
     fn restore_sockets(&mut self) -> Result<(), DatapathError> {
         for done in self.datapath.restore_sockets()? {
-            log::log!(self.level_of_change(), "{done}");
+            let level = self.level_of_change();
+            self.repairs.attached += u64::from(level == Level::Warn);
+            log::log!(level, "{done}");
         }
         Ok(())
     }
@@ -321,9 +349,18 @@ impl Guard {
         self.datapath.record(link, role, backend)
     }
 
-    fn report(&self, link: &Link, (role, edge): (Role, Edge), action: Action, is_new: bool) {
+    fn report(&mut self, link: &Link, (role, edge): (Role, Edge), action: Action, is_new: bool) {
         let Link { name, index, .. } = link;
         let (at, level) = (edge.hook().name(), self.level_of_change());
+        if level == Level::Warn {
+            match action {
+                Action::Attach(_) if !is_new => self.repairs.attached += 1,
+                Action::Replace(_) => self.repairs.replaced += 1,
+                Action::Pin(_) => self.repairs.pinned += 1,
+                Action::Raise(_) => self.repairs.raised += 1,
+                Action::Attach(_) | Action::Detach(_) => {}
+            }
+        }
         match action {
             Action::Attach(backend) if is_new => {
                 log::info!("guarding {name} (index {index}) at {at} by {}", backend.name());

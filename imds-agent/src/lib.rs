@@ -3,7 +3,7 @@
 //! [`cli`] is what the user calls. [`agent`] is what runs: it follows the configuration, of which [`settings`] is what it
 //! comes to on this node, and hands the node's news to [`guard`], which follows its interfaces; [`state`] says what each of them is and
 //! [`reconcile`] what is to be done about it, both without I/O; [`datapath`] does it in the kernel. [`node`] is what
-//! the kernel says is there.
+//! the kernel says is there. [`server`] answers monitoring, with [`metrics`] among others.
 
 pub mod agent;
 pub mod cli;
@@ -13,10 +13,12 @@ pub mod diagnostics;
 pub mod endpoints;
 pub mod events;
 pub mod guard;
+pub mod metrics;
 pub mod node;
 pub mod preflight;
 pub mod provider;
 pub mod reconcile;
+pub mod server;
 pub mod settings;
 pub mod state;
 pub mod status;

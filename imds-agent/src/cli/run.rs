@@ -14,6 +14,7 @@ use crate::{
     node::{kubepods::Kubepods, netlink::Netlink},
     preflight,
     provider::{DMI_DIR, Dmi},
+    server::Server,
     settings::Node,
 };
 
@@ -88,7 +89,9 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     let kubepods = settings.kubepods.clone().map(Kubepods::new);
     let mut guard = Guard::new(datapath, netlink, settings.interfaces.clone(), kubepods);
     if !args.once {
-        let agent = Agent::new(guard, node, source, settings, Duration::from_secs(args.resync))?;
+        let period = Duration::from_secs(args.resync);
+        let server = Server::new(PinDir::new(&args.pins.pin_dir)?, Netlink::connect()?, period);
+        let agent = Agent::new(guard, node, source, settings, server, period)?;
         agent.run(&config, events).await?;
         return Ok(ExitCode::SUCCESS);
     }

@@ -13,6 +13,7 @@ use super::{
     endpoints::EndpointTable,
     hooks::HooksTable,
     interfaces::InterfacesTable,
+    metrics::MetricsTable,
     source::{Mistakes, Source},
 };
 
@@ -29,6 +30,7 @@ pub(super) struct File {
     pub(super) extras: Vec<Spanned<String>>,
     pub(super) hooks: Spanned<HooksTable>,
     pub(super) interfaces: InterfacesTable,
+    pub(super) metrics: MetricsTable,
     pub(super) endpoint: Vec<EndpointTable>,
 }
 
@@ -41,6 +43,7 @@ impl Default for File {
             extras: Vec::new(),
             hooks: Spanned::new(0..0, HooksTable::default()),
             interfaces: InterfacesTable::default(),
+            metrics: MetricsTable::default(),
             endpoint: Vec::new(),
         }
     }

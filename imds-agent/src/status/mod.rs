@@ -72,6 +72,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
         strict_host_network: None,
         departed: Counts::default(),
         total: Counts::default(),
+        by_hook: BTreeMap::new(),
         problems: Vec::new(),
     };
     if !object::is_loaded(pins) {
@@ -109,6 +110,11 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
     }
 
     let mut counts = counters::read(&maps).map_err(unreadable)?;
+    for ((_, number), of_one) in &counts {
+        if let Some(hook) = Hook::ALL.into_iter().find(|&hook| hook as u8 == *number) {
+            *report.by_hook.entry(hook.name()).or_default() += *of_one;
+        }
+    }
     if hooks.has(Hook::Socket) {
         report.add_sockets(
             pins,
@@ -232,6 +238,7 @@ impl Report {
             ifindex: link.index,
             name: link.name.clone(),
             role: role.name(),
+            hook: wanted.map(|edge| edge.hook().name()),
             guard: attachment.map(|attachment| attachment.backend.name()),
             first: attachment.map(|attachment| attachment.place == Place::First),
             counts: sum,

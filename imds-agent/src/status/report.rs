@@ -1,6 +1,6 @@
 //! The report.
 
-use std::{net::IpAddr, path::PathBuf};
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
 use jiff::Timestamp;
 use serde::Serialize;
@@ -42,8 +42,34 @@ pub struct Report {
     pub departed: Counts,
     /// Counts of all, those that are gone too.
     pub total: Counts,
+    /// Counts of each hook that has any, of whatever interface.
+    pub by_hook: BTreeMap<&'static str, Counts>,
     /// What is not as it should be.
     pub problems: Vec<Problem>,
+}
+
+impl Report {
+    /// What is to be guarded and is not, in words: interfaces, sockets and hostNetwork pods. Nothing where every hook that
+    /// is on holds all that there is.
+    #[must_use]
+    pub fn uncovered(&self) -> Vec<String> {
+        if self.state == State::Unloaded {
+            return vec!["nothing is loaded".to_owned()];
+        }
+        let mut uncovered = Vec::new();
+        if !self.agent.ready {
+            uncovered.push("not every interface was looked at yet".to_owned());
+        }
+        let interfaces = self.interfaces.iter().filter(|interface| !interface.is_covered());
+        uncovered.extend(interfaces.map(|interface| format!("interface {} is not guarded", interface.name)));
+        if self.sockets.as_ref().is_some_and(|sockets| !sockets.attached) {
+            uncovered.push("sockets are not guarded".to_owned());
+        }
+        if self.strict_host_network.as_ref().is_some_and(|hosts| !hosts.attached) {
+            uncovered.push("hostNetwork pods are not held".to_owned());
+        }
+        uncovered
+    }
 }
 
 /// In one word.
@@ -124,6 +150,8 @@ pub struct Interface {
     pub name: String,
     /// What it is to the guard.
     pub role: &'static str,
+    /// The hook that is to guard it, of those that are on.
+    pub hook: Option<&'static str>,
     /// How it is guarded, if it is.
     pub guard: Option<&'static str>,
     /// Whether no other program sees its packets before; `None` where it is not guarded.
@@ -131,6 +159,14 @@ pub struct Interface {
     /// What was counted there.
     #[serde(flatten)]
     pub counts: Counts,
+}
+
+impl Interface {
+    /// Whether it is guarded, where it is to be.
+    #[must_use]
+    pub fn is_covered(&self) -> bool {
+        self.hook.is_none() || self.guard.is_some()
+    }
 }
 
 /// The socket hook.

@@ -58,7 +58,7 @@ pub(crate) struct Vm {
     #[arg(long)]
     refresh: bool,
     /// After how many minutes a machine is stopped
-    #[arg(long, value_name = "MINUTES", default_value_t = 20)]
+    #[arg(long, value_name = "MINUTES", default_value_t = 60)]
     timeout: u64,
     /// What QEMU runs the machines with: tcg works everywhere, kvm is much faster where it works
     #[arg(long, value_name = "ACCELERATOR", default_value = "tcg")]

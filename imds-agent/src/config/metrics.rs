@@ -1,0 +1,88 @@
+//! Where metrics and health are served.
+
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+};
+
+use serde::{Deserialize, Serialize};
+use toml::Spanned;
+
+use super::source::{Mistakes, Source};
+
+const DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9254);
+/// As many as anybody may want.
+const MOST: usize = 8;
+/// Longest path of a Unix socket in bytes (`sun_path` of unix(7), without the byte that ends it).
+const LONGEST_PATH: usize = 107;
+
+/// A place to listen at.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Listen {
+    /// A TCP address.
+    Tcp(SocketAddr),
+    /// A Unix socket: an absolute path.
+    Unix(PathBuf),
+}
+
+impl fmt::Display for Listen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix(path) => path.display().fmt(f),
+        }
+    }
+}
+
+#[derive(Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct MetricsTable {
+    listen: Vec<Spanned<String>>,
+}
+
+impl Default for MetricsTable {
+    fn default() -> Self {
+        Self { listen: vec![Spanned::new(0..0, DEFAULT.to_string())] }
+    }
+}
+
+impl Listen {
+    /// The node's loopback alone.
+    pub(super) fn by_default() -> Vec<Self> {
+        vec![Self::Tcp(DEFAULT)]
+    }
+
+    pub(super) fn parse(table: &MetricsTable, source: Source<'_>, mistakes: &mut Mistakes) -> Vec<Self> {
+        let mut places = Vec::new();
+        for text in &table.listen {
+            let place = Self::parse_one(text.as_ref()).and_then(|place| {
+                if places.contains(&place) { Err(format!("{place} is there already")) } else { Ok(place) }
+            });
+            let place =
+                place.map_err(|message| source.error(text.span(), format!("metrics.listen: {message}")));
+            places.extend(mistakes.take(place));
+        }
+        if let Some(beyond) = table.listen.get(MOST) {
+            let message = format!("metrics.listen: there can be {MOST} at most");
+            mistakes.note(source.error(beyond.span(), message));
+        }
+        places
+    }
+
+    fn parse_one(text: &str) -> Result<Self, String> {
+        if text.starts_with('/') {
+            if text.len() > LONGEST_PATH {
+                return Err(format!("the path of a Unix socket has {LONGEST_PATH} bytes at most"));
+            }
+            return Ok(Self::Unix(text.into()));
+        }
+        match text.parse::<SocketAddr>() {
+            Ok(address) if address.port() != 0 => Ok(Self::Tcp(address)),
+            Ok(_) => Err(format!("{text:?} has no port")),
+            Err(_) => Err(format!(
+                "{text:?} is neither an address with a port, like 127.0.0.1:9254 or [::1]:9254, nor an absolute path"
+            )),
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! What is in force as metrics, in the text form of `OpenMetrics` 1.0, which Prometheus reads.
+
+use std::{fmt, fs};
+
+use imds_ebpf_common::Mode;
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeMetric as _, text},
+    metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
+    registry::Registry,
+};
+
+use crate::{
+    agent::Reloads,
+    datapath::counters::{Count, Counts},
+    guard::Repairs,
+    status::Report,
+};
+
+/// What the text form is called in HTTP.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// What a running agent has done so far.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Done {
+    /// Configurations loaded again.
+    pub reloads: Reloads,
+    /// What was put right.
+    pub repairs: Repairs,
+}
+
+/// All metrics of one moment, as text.
+pub fn encode(report: Report, done: Done) -> Result<String, fmt::Error> {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(Snapshot { report, done }));
+    let mut text = String::new();
+    text::encode(&mut text, &registry)?;
+    Ok(text)
+}
+
+#[derive(Debug)]
+struct Snapshot {
+    report: Report,
+    done: Done,
+}
+
+/// One time series: its labels and its value.
+type Sample<const N: usize> = ([(&'static str, String); N], u64);
+
+impl Collector for Snapshot {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut to = Encoder(encoder);
+        self.encode_agent(&mut to)?;
+        self.encode_counts(&mut to)?;
+        self.encode_coverage(&mut to)?;
+        self.encode_done(&mut to)
+    }
+}
+
+impl Snapshot {
+    fn encode_agent(&self, to: &mut Encoder<'_>) -> fmt::Result {
+        let Self { report, .. } = self;
+        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        let build = [("version", report.version.to_owned()), ("kernel", kernel.trim().to_owned())];
+        to.gauge("imds_agent_build_info", "Version of the agent and of the kernel; always 1", [(build, 1)])?;
+        let is_in = |mode: Mode| u64::from(report.mode == Some(mode.name()));
+        let modes = [Mode::Enforce, Mode::Audit, Mode::Off];
+        to.gauge(
+            "imds_mode",
+            "1 for the mode in force",
+            modes.map(|mode| ([("mode", mode.name().to_owned())], is_in(mode))),
+        )?;
+        let Some(configuration) = &report.configuration else { return Ok(()) };
+        to.gauge(
+            "imds_config_generation",
+            "Number of the configuration in force",
+            [([], configuration.generation)],
+        )?;
+        to.gauge(
+            "imds_config_loaded_timestamp_seconds",
+            "When it came into force, in seconds since 1970",
+            [([], configuration.loaded_at.as_second().unsigned_abs())],
+        )?;
+        to.gauge(
+            "imds_config_refused",
+            "1 where a later configuration was refused and so is not in force",
+            [([], u64::from(configuration.refused.is_some()))],
+        )
+    }
+
+    fn encode_counts(&self, to: &mut Encoder<'_>) -> fmt::Result {
+        let samples = |unit: fn(Count) -> u64| -> Vec<Sample<2>> {
+            let of_hook = |(hook, counts): (&&'static str, &Counts)| {
+                let Counts { denied, audited, allowed } = *counts;
+                [("denied", denied), ("audited", audited), ("allowed", allowed)].map(|(verdict, count)| {
+                    ([("hook", (*hook).to_owned()), ("verdict", verdict.to_owned())], unit(count))
+                })
+            };
+            self.report.by_hook.iter().flat_map(of_hook).collect()
+        };
+        to.counter(
+            "imds_packets",
+            "Packets, or calls at the socket hook, from pods to guarded endpoints",
+            samples(|count| count.packets),
+        )?;
+        to.counter(
+            "imds_bytes",
+            "Bytes of these packets, link-layer headers included",
+            samples(|count| count.bytes),
+        )
+    }
+
+    fn encode_coverage(&self, to: &mut Encoder<'_>) -> fmt::Result {
+        let Self { report, .. } = self;
+        let of = |hook: &'static str, is_guarded: bool| {
+            let guarded = |interface: &&crate::status::Interface| {
+                interface.hook == Some(hook) && interface.guard.is_some() == is_guarded
+            };
+            report.interfaces.iter().filter(guarded).count() as u64
+        };
+        let samples = report.hooks.iter().flat_map(|&hook| {
+            [("guarded", true), ("unguarded", false)]
+                .map(|(state, is)| ([("hook", hook.to_owned()), ("state", state.to_owned())], of(hook, is)))
+        });
+        to.gauge("imds_interfaces", "Interfaces that are to be guarded at a hook", samples)?;
+        let by_cgroup = [
+            ("socket", report.sockets.as_ref().map(|sockets| sockets.attached)),
+            ("strict_host_network", report.strict_host_network.as_ref().map(|hosts| hosts.attached)),
+        ];
+        let samples = by_cgroup.into_iter().filter_map(|(hook, attached)| {
+            attached.map(|attached| ([("hook", hook.to_owned())], u64::from(attached)))
+        });
+        to.gauge(
+            "imds_cgroup_hook_attached",
+            "1 where all programs of a hook on cgroups are attached",
+            samples,
+        )?;
+        to.gauge("imds_endpoints", "Guarded endpoints", [([], report.endpoints.len() as u64)])?;
+        to.gauge(
+            "imds_problems",
+            "Things that `imds-agent status` lists as problems",
+            [([], report.problems.len() as u64)],
+        )?;
+        to.gauge(
+            "imds_ready",
+            "1 where all that is to be guarded is",
+            [([], u64::from(report.uncovered().is_empty()))],
+        )
+    }
+
+    fn encode_done(&self, to: &mut Encoder<'_>) -> fmt::Result {
+        let Done { reloads, repairs } = self.done;
+        let results = [("succeeded", reloads.succeeded), ("failed", reloads.failed)];
+        to.counter(
+            "imds_config_reloads",
+            "Configurations that were loaded again",
+            results.map(|(result, count)| ([("result", result.to_owned())], count)),
+        )?;
+        let kinds = [
+            ("attached", repairs.attached),
+            ("replaced", repairs.replaced),
+            ("pinned", repairs.pinned),
+            ("raised", repairs.raised),
+        ];
+        to.counter(
+            "imds_repairs",
+            "What somebody else had changed and was put right: attached again, put in the place of another program, \
+             pinned again, put before other programs",
+            kinds.map(|(kind, count)| ([("kind", kind.to_owned())], count)),
+        )?;
+        to.counter(
+            "imds_netlink_overruns",
+            "Times at which the kernel's events came faster than they were read, and everything was read anew",
+            [([], repairs.overruns)],
+        )
+    }
+}
+
+struct Encoder<'e>(DescriptorEncoder<'e>);
+
+impl Encoder<'_> {
+    fn counter<const N: usize>(
+        &mut self,
+        name: &str,
+        help: &str,
+        samples: impl IntoIterator<Item = Sample<N>>,
+    ) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for (labels, value) in samples {
+            let metric = ConstCounter::new(value);
+            if labels.is_empty() {
+                return metric.encode(family);
+            }
+            metric.encode(family.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+
+    fn gauge<const N: usize>(
+        &mut self,
+        name: &str,
+        help: &str,
+        samples: impl IntoIterator<Item = Sample<N>>,
+    ) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (labels, value) in samples {
+            let metric = ConstGauge::new(value);
+            if labels.is_empty() {
+                return metric.encode(family);
+            }
+            metric.encode(family.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+}

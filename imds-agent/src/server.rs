@@ -1,0 +1,326 @@
+//! Metrics and health by HTTP: `/metrics`, `/healthz` and `/readyz`.
+//!
+//! It runs on the agent's own thread, a request at a time: what it may take of it is bounded.
+
+use std::{
+    cell::Cell,
+    convert::Infallible,
+    fs,
+    future::{self, poll_fn},
+    io,
+    os::unix::fs::{FileTypeExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
+use http_body_util::Full;
+use hyper::{
+    Method, Request, Response, StatusCode,
+    body::{Bytes, Incoming},
+    header::{ALLOW, CONTENT_TYPE},
+    server::conn::http1,
+    service::service_fn,
+};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream, UnixListener, UnixStream},
+    time::{Instant, sleep_until, timeout},
+};
+
+use crate::{
+    config::Listen,
+    datapath::pins::PinDir,
+    metrics::{self, Done},
+    node::netlink::Netlink,
+    status::{self, Report},
+};
+
+/// Connections that are served at once; others wait for one of them to end.
+const MOST_CONNECTIONS: usize = 8;
+/// How long a request may take to come in whole.
+const REQUEST_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a connection may take, from the first byte of the request to the last of the answer.
+const CONNECTION_PATIENCE: Duration = Duration::from_secs(15);
+/// Largest request in bytes: the least that hyper takes.
+const MOST_BYTES: usize = 8192;
+/// How long nobody is let in after that has failed, as it does without descriptors.
+const PAUSE: Duration = Duration::from_secs(1);
+
+type Connection = Pin<Box<dyn Future<Output = ()>>>;
+
+/// Listens, and answers.
+pub struct Server {
+    wanted: Vec<Listen>,
+    listening: Vec<Socket>,
+    /// What could not be listened at last, so that it is said once.
+    failed: Vec<Listen>,
+    connections: FuturesUnordered<Connection>,
+    paused_until: Option<Instant>,
+    subject: Rc<Subject>,
+}
+
+/// Whose metrics and health it is.
+struct Subject {
+    pins: PinDir,
+    netlink: Netlink,
+    done: Cell<Done>,
+    /// When the agent was last seen at work.
+    beat: Cell<Instant>,
+    /// How long it may not be seen so.
+    patience: Duration,
+}
+
+impl Server {
+    /// A server that does not listen yet, for the agent of `pins`, which shows itself at least each `period`.
+    #[must_use]
+    pub fn new(pins: PinDir, netlink: Netlink, period: Duration) -> Self {
+        let patience = period * 3 + Duration::from_secs(10);
+        let (done, beat) = (Cell::default(), Cell::new(Instant::now()));
+        Self {
+            wanted: Vec::new(),
+            listening: Vec::new(),
+            failed: Vec::new(),
+            connections: FuturesUnordered::new(),
+            paused_until: None,
+            subject: Rc::new(Subject { pins, netlink, done, beat, patience }),
+        }
+    }
+
+    /// Listens there, and nowhere else.
+    pub fn listen(&mut self, places: &[Listen]) {
+        places.clone_into(&mut self.wanted);
+        self.listening.retain(|socket| places.contains(&socket.place));
+        self.failed.retain(|place| places.contains(place));
+        self.retry();
+    }
+
+    /// Tries again what could not be listened at.
+    pub fn retry(&mut self) {
+        for place in &self.wanted {
+            if self.listening.iter().any(|socket| socket.place == *place) {
+                continue;
+            }
+            match Socket::bind(place) {
+                Ok(socket) => {
+                    log::info!("metrics and health are served at {place}");
+                    self.listening.push(socket);
+                    self.failed.retain(|failed| failed != place);
+                }
+                Err(error) if !self.failed.contains(place) => {
+                    log::error!(
+                        "can't serve metrics and health at {place}: {error}; it is tried again with every look at \
+                         everything (metrics.listen)"
+                    );
+                    self.failed.push(place.clone());
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// The agent is at work, and has done this.
+    pub fn beat(&self, done: Done) {
+        self.subject.done.set(done);
+        self.subject.beat.set(Instant::now());
+    }
+
+    /// Serves. Nothing is lost where it is dropped and called again.
+    pub async fn work(&mut self) -> Infallible {
+        loop {
+            let paused_until = self.paused_until;
+            tokio::select! {
+                Some(()) = self.connections.next() => {}
+                stream = accept(&self.listening), if self.connections.len() < MOST_CONNECTIONS && paused_until.is_none() => {
+                    match stream {
+                        Ok(stream) => self.connections.push(stream.serve(Rc::clone(&self.subject))),
+                        Err(error) => {
+                            log::debug!("accept: {error}");
+                            self.paused_until = Some(Instant::now() + PAUSE);
+                        }
+                    }
+                }
+                () = pause(paused_until) => self.paused_until = None,
+            }
+        }
+    }
+}
+
+async fn pause(until: Option<Instant>) {
+    match until {
+        Some(until) => sleep_until(until).await,
+        None => future::pending().await,
+    }
+}
+
+/// Waits for a connection at any of them.
+async fn accept(sockets: &[Socket]) -> io::Result<Stream> {
+    poll_fn(|context| {
+        let ready = sockets.iter().map(|socket| socket.poll_accept(context)).find(Poll::is_ready);
+        ready.unwrap_or(Poll::Pending)
+    })
+    .await
+}
+
+/// Where it listens.
+struct Socket {
+    place: Listen,
+    listener: Listener,
+}
+
+enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Socket {
+    fn bind(place: &Listen) -> io::Result<Self> {
+        let listener = match place {
+            Listen::Tcp(address) => {
+                let listener = std::net::TcpListener::bind(address)?;
+                listener.set_nonblocking(true)?;
+                Listener::Tcp(TcpListener::from_std(listener)?)
+            }
+            Listen::Unix(path) => Listener::Unix(bind_unix(path)?),
+        };
+        Ok(Self { place: place.clone(), listener })
+    }
+
+    fn poll_accept(&self, context: &mut Context<'_>) -> Poll<io::Result<Stream>> {
+        match &self.listener {
+            Listener::Tcp(listener) => {
+                listener.poll_accept(context).map_ok(|(stream, _)| Stream::Tcp(stream))
+            }
+            Listener::Unix(listener) => {
+                listener.poll_accept(context).map_ok(|(stream, _)| Stream::Unix(stream))
+            }
+        }
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        if let Listen::Unix(path) = &self.place
+            && let Err(error) = fs::remove_file(path)
+        {
+            log::debug!("{}: {error}", path.display());
+        }
+    }
+}
+
+/// Takes the place of a socket that nobody listens at any more: one of an agent that was killed.
+fn bind_unix(path: &PathBuf) -> io::Result<UnixListener> {
+    if is_abandoned(path) {
+        fs::remove_file(path)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o660))?;
+    Ok(listener)
+}
+
+fn is_abandoned(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket())
+        && std::os::unix::net::UnixStream::connect(path)
+            .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+}
+
+impl Stream {
+    fn serve(self, subject: Rc<Subject>) -> Connection {
+        match self {
+            Self::Tcp(stream) => Box::pin(serve(stream, subject)),
+            Self::Unix(stream) => Box::pin(serve(stream, subject)),
+        }
+    }
+}
+
+/// Answers one request.
+async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, subject: Rc<Subject>) {
+    let answer = service_fn(|request| {
+        let subject = Rc::clone(&subject);
+        async move { Ok::<_, Infallible>(answer(&request, &subject).await) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(REQUEST_PATIENCE)
+        .max_buf_size(MOST_BYTES)
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), answer);
+    match timeout(CONNECTION_PATIENCE, connection).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => log::debug!("a request for metrics or health: {error}"),
+        Err(_) => log::debug!("a request for metrics or health took longer than {CONNECTION_PATIENCE:?}"),
+    }
+}
+
+async fn answer(request: &Request<Incoming>, subject: &Subject) -> Response<Full<Bytes>> {
+    if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "GET or HEAD");
+        response.headers_mut().insert(ALLOW, hyper::header::HeaderValue::from_static("GET, HEAD"));
+        return response;
+    }
+    match request.uri().path() {
+        "/healthz" => subject.health(),
+        "/readyz" => subject.readiness().await,
+        "/metrics" => subject.metrics().await,
+        _ => text(StatusCode::NOT_FOUND, "there are /metrics, /healthz and /readyz"),
+    }
+}
+
+impl Subject {
+    /// Whether the agent follows the node.
+    fn health(&self) -> Response<Full<Bytes>> {
+        let idle = self.beat.get().elapsed();
+        if idle <= self.patience {
+            return text(StatusCode::OK, "ok");
+        }
+        text(StatusCode::SERVICE_UNAVAILABLE, &format!("the agent has done nothing for {} s", idle.as_secs()))
+    }
+
+    /// Whether all that is to be guarded is.
+    async fn readiness(&self) -> Response<Full<Bytes>> {
+        match self.report().await {
+            Ok(report) => match &report.uncovered()[..] {
+                [] => text(StatusCode::OK, "ok"),
+                uncovered => text(StatusCode::SERVICE_UNAVAILABLE, &uncovered.join("\n")),
+            },
+            Err(response) => response,
+        }
+    }
+
+    async fn metrics(&self) -> Response<Full<Bytes>> {
+        let report = match self.report().await {
+            Ok(report) => report,
+            Err(response) => return response,
+        };
+        match metrics::encode(report, self.done.get()) {
+            Ok(metrics) => respond(StatusCode::OK, metrics::CONTENT_TYPE, metrics),
+            Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+        }
+    }
+
+    async fn report(&self) -> Result<Report, Response<Full<Bytes>>> {
+        status::gather(&self.pins, &self.netlink).await.map_err(|error| {
+            text(StatusCode::INTERNAL_SERVER_ERROR, &format!("{:#}", anyhow::Error::from(error)))
+        })
+    }
+}
+
+fn text(status: StatusCode, line: &str) -> Response<Full<Bytes>> {
+    respond(status, "text/plain; charset=utf-8", format!("{line}\n"))
+}
+
+fn respond(status: StatusCode, content_type: &'static str, body: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(content_type));
+    response
+}

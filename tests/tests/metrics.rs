@@ -1,0 +1,207 @@
+//! Metrics and health, as a monitoring system asks for them.
+
+use std::{
+    io::{self, Read, Write},
+    net::{SocketAddr, TcpStream},
+    os::unix::{fs::FileTypeExt as _, net::UnixStream},
+    path::Path,
+};
+
+use imds_tests::{
+    Agent, METADATA, PodLink, World,
+    foreign::detach_link,
+    poll::poll_until,
+    probe::{LONG, SHORT, http_get},
+    skip_without_tcx,
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+const DEFAULT: &str = "127.0.0.1:9254";
+const DENIED: &str = r#"imds_packets_total{hook="pod_edge",verdict="denied"}"#;
+
+/// Status and body of the answer to a GET.
+fn exchange(mut stream: impl Read + Write, path: &str) -> io::Result<(u16, String)> {
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(|| io::Error::other(answer.clone()))?;
+    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
+    Ok((status.ok_or_else(|| io::Error::other(head))?, body.to_owned()))
+}
+
+fn try_get(world: &World, at: &str, path: &str) -> io::Result<(u16, String)> {
+    let address: SocketAddr = at.parse().unwrap();
+    world.node.run(|| {
+        let stream = TcpStream::connect_timeout(&address, LONG)?;
+        stream.set_read_timeout(Some(LONG))?;
+        exchange(stream, path)
+    })
+}
+
+#[track_caller]
+fn get(world: &World, path: &str) -> (u16, String) {
+    try_get(world, DEFAULT, path).unwrap()
+}
+
+/// The value of a time series.
+#[track_caller]
+fn value(metrics: &str, series: &str) -> f64 {
+    let found = metrics.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+    found.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("no {series} in:\n{metrics}"))
+}
+
+fn hang_up(agent: &Agent<'_>) {
+    kill(Pid::from_raw(agent.pid().try_into().unwrap()), Signal::SIGHUP).unwrap();
+}
+
+#[test]
+fn what_is_counted_and_in_force_is_served() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    assert!(try_get(&world, DEFAULT, "/healthz").is_err(), "nobody serves yet");
+    assert!(http_get(&pod.netns, METADATA, LONG).is_answer());
+    let agent = world.agent().spawn_ready();
+    poll_until(LONG, "metrics to be served", || try_get(&world, DEFAULT, "/healthz").ok());
+    for path in ["/healthz", "/readyz"] {
+        assert_eq!(get(&world, path), (200, "ok\n".to_owned()), "{path}");
+    }
+    let (status, before) = get(&world, "/metrics");
+    assert_eq!(status, 200);
+    assert!(before.ends_with("# EOF\n"), "{before}");
+    for (series, expected) in [
+        (DENIED, 0.0),
+        (r#"imds_mode{mode="enforce"}"#, 1.0),
+        (r#"imds_mode{mode="audit"}"#, 0.0),
+        (r#"imds_interfaces{hook="pod_edge",state="guarded"}"#, 1.0),
+        (r#"imds_interfaces{hook="pod_edge",state="unguarded"}"#, 0.0),
+        ("imds_ready", 1.0),
+        ("imds_problems", 0.0),
+        ("imds_endpoints", 1.0),
+        ("imds_config_refused", 0.0),
+        (r#"imds_config_reloads_total{result="succeeded"}"#, 0.0),
+    ] {
+        assert!((value(&before, series) - expected).abs() < f64::EPSILON, "{series}:\n{before}");
+    }
+    assert!(before.contains("imds_agent_build_info{version="), "{before}");
+
+    assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer());
+    let after = get(&world, "/metrics").1;
+    let total = world.status().total.denied;
+    assert!(value(&after, DENIED) > 0.0, "{after}");
+    assert!(value(&after, r#"imds_bytes_total{hook="pod_edge",verdict="denied"}"#) > 0.0, "{after}");
+    #[expect(clippy::cast_precision_loss, reason = "they are few")]
+    let total = total.packets as f64;
+    assert!(value(&after, DENIED) <= total);
+
+    // What was counted at an interface that is gone stays.
+    pod.delete();
+    world.status_when("the pod is gone", |status| status.interfaces.iter().all(|one| one.role != "pod"));
+    assert!(value(&get(&world, "/metrics").1, DENIED) >= value(&after, DENIED));
+    drop(agent);
+    world.unload();
+}
+
+#[test]
+fn it_is_not_ready_while_a_pod_is_open() {
+    if skip_without_tcx() {
+        return;
+    }
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let agent = world.agent().resync(3600).spawn_ready();
+    poll_until(LONG, "metrics to be served", || try_get(&world, DEFAULT, "/healthz").ok());
+    assert_eq!(get(&world, "/readyz").0, 200);
+    detach_link(&world.pin_dir().join(format!("links/pod_edge_{}", pod.host_ifindex)));
+    let (status, why) = get(&world, "/readyz");
+    assert!(status == 503 && why.contains(&pod.host_ifname), "{status}: {why}");
+    let metrics = get(&world, "/metrics").1;
+    assert!(value(&metrics, "imds_ready").abs() < f64::EPSILON, "{metrics}");
+    assert!(value(&metrics, r#"imds_interfaces{hook="pod_edge",state="unguarded"}"#) > 0.0, "{metrics}");
+    // It works all the same.
+    assert_eq!(get(&world, "/healthz").0, 200);
+    hang_up(&agent);
+    poll_until(LONG, "it to be ready again", || (get(&world, "/readyz").0 == 200).then_some(()));
+    let metrics = get(&world, "/metrics").1;
+    assert!(value(&metrics, r#"imds_config_reloads_total{result="succeeded"}"#) > 0.0, "{metrics}");
+    world.assert_blocked(&pod);
+    drop(agent);
+    world.unload();
+    world.assert_open(&pod);
+}
+
+#[test]
+fn where_it_is_served_changes_with_the_configuration() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let (file, socket) = (world.scratch_dir().join("imds.toml"), world.scratch_dir().join("metrics.sock"));
+    let write = |listen: &str| {
+        let hooks = "[hooks]\nsocket = false\nnode_edge = false\n";
+        std::fs::write(&file, format!("{hooks}[metrics]\nlisten = [{listen}]\n")).unwrap();
+    };
+    let at_socket = |path: &Path| exchange(UnixStream::connect(path)?, "/readyz");
+    write(&format!("\"{}\"", socket.display()));
+    let start = || world.imds_agent(&["run"]).config_file(file.to_str().unwrap()).spawn_ready();
+    let agent = start();
+    poll_until(LONG, "the Unix socket to be served", || at_socket(&socket).ok());
+    assert_eq!(at_socket(&socket).unwrap().0, 200);
+    assert!(try_get(&world, DEFAULT, "/readyz").is_err());
+    // One that is killed leaves its socket, which the next takes over.
+    drop(agent);
+    assert!(socket.metadata().unwrap().file_type().is_socket());
+    let agent = start();
+    poll_until(LONG, "the Unix socket to be served again", || at_socket(&socket).ok());
+
+    // An address that is not the node's is no reason to guard less, or to stop.
+    write("\"127.0.0.1:9300\", \"192.0.2.1:9300\"");
+    poll_until(LONG, "the other address to be served", || {
+        try_get(&world, "127.0.0.1:9300", "/readyz").is_ok_and(|(status, _)| status == 200).then_some(())
+    });
+    assert!(at_socket(&socket).is_err() && !socket.exists());
+    assert!(agent.log().contains("can't serve metrics and health at 192.0.2.1:9300"), "{}", agent.log());
+    world.assert_blocked(&pod);
+    write("");
+    poll_until(LONG, "nothing to be served", || {
+        try_get(&world, "127.0.0.1:9300", "/").is_err().then_some(())
+    });
+    world.assert_blocked(&pod);
+    drop(agent);
+    world.unload();
+    world.assert_open(&pod);
+}
+
+#[test]
+fn who_asks_badly_keeps_nobody_else_from_it() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let agent = world.agent().spawn_ready();
+    poll_until(LONG, "metrics to be served", || try_get(&world, DEFAULT, "/healthz").ok());
+    let connect = || world.node.run(|| TcpStream::connect(DEFAULT)).unwrap();
+    // More than are served at once, of whom nobody says anything: each is let go after a while.
+    let silent: Vec<_> = (0..20).map(|_| connect()).collect();
+    poll_until(LONG * 4, "others to be served", || try_get(&world, DEFAULT, "/healthz").ok());
+    drop(silent);
+    for nonsense in [
+        b"GET /metrics HTTP/1.1\r\n".repeat(10_000),
+        [b"GET /".to_vec(), b"x".repeat(100_000)].concat(),
+        b"\0\xff\r\n\r\n".to_vec(),
+        b"POST /metrics HTTP/1.1\r\nHost: node\r\nContent-Length: 9999999999\r\n\r\n".to_vec(),
+    ] {
+        let mut stream = connect();
+        stream.set_read_timeout(Some(LONG)).unwrap();
+        let _ = stream.write_all(&nonsense);
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer);
+        let answer = String::from_utf8_lossy(&answer);
+        assert!(!answer.starts_with("HTTP/1.1 200"), "{answer}");
+        assert_eq!(get(&world, "/healthz").0, 200);
+    }
+    for (path, expected) in [("/", 404), ("/metrics/", 404), ("/healthz?verbose", 200)] {
+        assert_eq!(get(&world, path).0, expected, "{path}");
+    }
+    world.assert_blocked(&pod);
+    assert!(agent.terminate().success());
+    world.unload();
+}
