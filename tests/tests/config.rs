@@ -56,6 +56,7 @@ fn show_says_what_is_in_force() {
         "extras": [],
         "hooks": { "pod_edge": true, "node_edge": false, "socket": false, "strict_host_network": false },
         "interfaces": { "include": [], "exclude": ["lxc*"] },
+        "metrics": { "listen": ["127.0.0.1:9254"] },
         "endpoint": [{ "name": "vault", "address": "10.0.0.9", "keep": [] }],
     });
     assert_eq!(shown, expected);
