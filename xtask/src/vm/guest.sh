@@ -41,7 +41,9 @@ else
         poweroff -f
     fi
     pins=/sys/fs/bpf/imds
-    guard=$(/imds-agent status -o json | tr -d ' \n' | sed 's/.*"role":"pod","guard":"\([a-z]*\)".*/\1/')
+    # One line for each object, of which the pod's interface is one.
+    guard=$(/imds-agent status -o json | tr -d ' \n' | tr '{' '\n' \
+        | sed -n '/"role":"pod"/s/.*"guard":"\([a-z]*\)".*/\1/p')
     echo "@took guard: $guard"
     case $(bpftool -j map dump pinned $pins/maps/imds_policy) in
         *'"netns_cookie":0'[,}]*) echo "@took node: initial namespace" ;;
