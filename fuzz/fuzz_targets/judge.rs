@@ -17,7 +17,7 @@ fuzz_target!(|packet: &[u8]| {
         (Address::from_ipv6([0xfd; 16]), endpoint(dns)),
     ];
     let filter = Filter::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
-    let tables = Listed { filter: &filter, endpoints: &endpoints, mode: Mode::Enforce };
+    let tables = Listed { filter: &filter, endpoints: &endpoints, grants: &[], mode: Mode::Enforce };
     for frame in [Frame::Ethernet, Frame::Ip] {
         let verdict = judge(packet, frame, &tables);
         assert_eq!(verdict, judge_thoroughly(packet, frame, &tables));

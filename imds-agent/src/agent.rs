@@ -145,6 +145,7 @@ impl Agent {
                     let event = event.context("lost the connection to rtnetlink: pods can't be followed")?;
                     report(self.guard.handle(event).await);
                 }
+                () = self.guard.exemptions_changed() => report(self.guard.restore_exemptions().await),
                 () = self.guard.kubepods_changed() => report(self.guard.follow_kubepods()),
                 _ = self.timer.tick() => {
                     report(self.guard.resync().await);

@@ -1,6 +1,7 @@
 //! The configuration file: TOML to a validated [`Config`].
 
 mod endpoints;
+mod exempt;
 mod file;
 mod hooks;
 mod interfaces;
@@ -19,7 +20,13 @@ use std::{
 use imds_ebpf_common::{Answer, Mode, maps::CONFIG_TEXT_LEN};
 use thiserror::Error;
 
-pub use self::{endpoints::Endpoints, hooks::Hooks, interfaces::Interfaces, metrics::Listen};
+pub use self::{
+    endpoints::Endpoints,
+    exempt::{Exempt, Exemptions, NameGlob, Scope, Sender},
+    hooks::Hooks,
+    interfaces::Interfaces,
+    metrics::Listen,
+};
 use self::{
     file::File,
     source::{Mistakes, Source},
@@ -39,6 +46,8 @@ pub struct Config {
     pub endpoints: Endpoints,
     /// Which interfaces are pods'.
     pub interfaces: Interfaces,
+    /// Who is exempt.
+    pub exempt: Exemptions,
     /// Where metrics and health are served.
     pub listen: Vec<Listen>,
     text: String,
@@ -52,6 +61,7 @@ impl Default for Config {
             hooks: Hooks::default(),
             endpoints: Endpoints::default(),
             interfaces: Interfaces::default(),
+            exempt: Exemptions::default(),
             listen: Listen::by_default(),
             text: File::default().to_toml(),
         }
@@ -134,6 +144,7 @@ impl Config {
         let file = File::read(source, &mut mistakes);
         let interfaces = Interfaces::parse(&file.interfaces, source, &mut mistakes);
         let endpoints = Endpoints::parse(&file.provider, &file.extras, &file.endpoint, source, &mut mistakes);
+        let exempt = Exemptions::parse(&file.exempt, source, &mut mistakes);
         let listen = Listen::parse(&file.metrics, source, &mut mistakes);
         let mode = file.mode.into();
         let hooks = Hooks::from(*file.hooks.get_ref());
@@ -158,7 +169,7 @@ impl Config {
         if !mistakes.are_none() {
             return Err(ConfigErrors(mistakes.into_vec()));
         }
-        Ok(Self { mode, answer: file.answer.into(), hooks, endpoints, interfaces, listen, text })
+        Ok(Self { mode, answer: file.answer.into(), hooks, endpoints, interfaces, exempt, listen, text })
     }
 
     /// The same as TOML, every default included.

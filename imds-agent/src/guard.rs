@@ -1,5 +1,7 @@
 //! The agent's work: follows the node's interfaces and keeps each as it should be.
 
+mod exempt;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
@@ -12,6 +14,7 @@ use log::Level;
 use crate::{
     config::{Config, Interfaces},
     datapath::{Datapath, DatapathError},
+    exempt::Rules,
     node::{
         kubepods::{self, Kubepods},
         links::Link,
@@ -44,6 +47,8 @@ pub struct Guard {
     interfaces: Interfaces,
     /// The cgroups of Kubernetes pods, in strict mode.
     kubepods: Option<Kubepods>,
+    /// Who is exempt.
+    rules: Rules,
     links: BTreeMap<u32, Link>,
     uplinks: BTreeSet<u32>,
     /// What failed last, by interface, so that it is said once and not with every round.
@@ -65,12 +70,14 @@ impl Guard {
         netlink: Netlink,
         interfaces: Interfaces,
         kubepods: Option<Kubepods>,
+        rules: Rules,
     ) -> Self {
         Self {
             datapath,
             netlink,
             interfaces,
             kubepods,
+            rules,
             links: BTreeMap::new(),
             uplinks: BTreeSet::new(),
             failures: BTreeMap::new(),
@@ -110,7 +117,7 @@ impl Guard {
     }
 
     async fn change_to(&mut self, settings: &Settings) -> Result<(), DatapathError> {
-        let Settings { plan, guarded, interfaces, kubepods } = settings;
+        let Settings { plan, guarded, interfaces, exempt, kubepods } = settings;
         // What is new guards before anything is told of it, and what is to go does until then.
         let before = self.datapath.hooks();
         self.datapath.prepare(plan)?;
@@ -124,6 +131,7 @@ impl Guard {
         self.netlink = self.netlink.clone().with_endpoints(guarded.ipv4());
         self.uplinks = self.netlink.uplinks().await?;
         self.see_again().await;
+        self.change_rules(exempt.clone()).await?;
         self.datapath.enforce(plan, guarded)?;
         if self.datapath.hooks() != plan.hooks {
             self.datapath.release(plan)?;
@@ -134,7 +142,7 @@ impl Guard {
             self.restore_hosts(true)?;
             self.see_again().await;
         }
-        Ok(())
+        self.restore_exemptions().await
     }
 
     /// Records a configuration that is in force from now on, for `status` and `config show`. Returns its number.
@@ -174,7 +182,9 @@ impl Guard {
         let of_interfaces = self.failures.iter().map(|(index, failure)| {
             (self.links.get(index).map_or("a gone interface", |link| link.name.as_str()), failure.as_str())
         });
-        of_interfaces.chain(self.no_kubepods.iter().map(|failure| ("hostNetwork pods", failure.as_str())))
+        let of_rules = self.rules.failures().iter().map(|(name, failure)| (name.as_str(), failure.as_str()));
+        let of_hosts = self.no_kubepods.iter().map(|failure| ("hostNetwork pods", failure.as_str()));
+        of_interfaces.chain(of_hosts).chain(of_rules)
     }
 
     /// Waits until the cgroups of Kubernetes pods may have changed.
@@ -240,17 +250,25 @@ impl Guard {
         for link in links {
             self.see(link).await;
         }
+        let exempted = self.restore_exemptions().await;
         self.settled = true;
         restored?;
         hosts?;
+        exempted?;
         self.datapath.announce_ready()
     }
 
     /// Takes in one piece of news.
     pub async fn handle(&mut self, event: Event) -> Result<(), DatapathError> {
         match event {
-            Event::Link(link) => self.see(link).await,
-            Event::LinkGone(index) => self.forget(index),
+            Event::Link(link) => {
+                self.see(link).await;
+                self.restore_exemptions().await?;
+            }
+            Event::LinkGone(index) => {
+                self.forget(index);
+                self.restore_exemptions().await?;
+            }
             Event::Filter(index) => {
                 if let Some(link) = self.links.get(&index).cloned() {
                     self.see(link).await;
@@ -337,6 +355,10 @@ impl Guard {
             let wanted = self.datapath.wanted(role, edge);
             let actions = plan(wanted, &attachments);
             for &action in &actions {
+                if let (Edge::Pod, Action::Attach(_)) = (edge, action) {
+                    // Nothing of ours is there: the link may be another one than was granted something.
+                    self.datapath.revoke(link.index)?;
+                }
                 self.datapath.apply(link, edge, action).await?;
                 self.report(link, (role, edge), action, is_new);
             }

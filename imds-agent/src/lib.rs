@@ -1,9 +1,9 @@
 //! imds-agent: keeps pods and containers away from the cloud instance metadata service.
 //!
 //! [`cli`] is what the user calls. [`agent`] is what runs: it follows the configuration, of which [`settings`] is what it
-//! comes to on this node, and hands the node's news to [`guard`], which follows its interfaces; [`state`] says what each of them is and
-//! [`reconcile`] what is to be done about it, both without I/O; [`datapath`] does it in the kernel. [`node`] is what
-//! the kernel says is there. [`server`] answers monitoring, with [`metrics`] among others.
+//! comes to on this node, and hands the node's news to [`guard`], which follows its interfaces; [`state`] says what each of
+//! them is and [`reconcile`] what is to be done about it, both without I/O; [`exempt`] says who is exempt; [`datapath`]
+//! does it in the kernel. [`node`] is what the kernel says is there. [`server`] answers monitoring, with [`metrics`] among others.
 
 pub mod agent;
 pub mod cli;
@@ -12,6 +12,7 @@ pub mod datapath;
 pub mod diagnostics;
 pub mod endpoints;
 pub mod events;
+pub mod exempt;
 pub mod guard;
 pub mod metrics;
 pub mod node;

@@ -91,10 +91,12 @@ impl Snapshot {
     fn encode_counts(&self, to: &mut Encoder<'_>) -> fmt::Result {
         let samples = |unit: fn(Count) -> u64| -> Vec<Sample<2>> {
             let of_hook = |(hook, counts): (&&'static str, &Counts)| {
-                let Counts { denied, audited, allowed } = *counts;
-                [("denied", denied), ("audited", audited), ("allowed", allowed)].map(|(verdict, count)| {
-                    ([("hook", (*hook).to_owned()), ("verdict", verdict.to_owned())], unit(count))
-                })
+                let Counts { denied, audited, allowed, exempt } = *counts;
+                [("denied", denied), ("audited", audited), ("allowed", allowed), ("exempt", exempt)].map(
+                    |(verdict, count)| {
+                        ([("hook", (*hook).to_owned()), ("verdict", verdict.to_owned())], unit(count))
+                    },
+                )
             };
             self.report.by_hook.iter().flat_map(of_hook).collect()
         };
@@ -134,6 +136,14 @@ impl Snapshot {
             "imds_cgroup_hook_attached",
             "1 where all programs of a hook on cgroups are attached",
             samples,
+        )?;
+        to.gauge(
+            "imds_exempt_senders",
+            "Interfaces, network namespaces and cgroups that a rule exempts; each of its endpoints counts",
+            report
+                .senders_by_rule()
+                .into_iter()
+                .map(|(rule, senders)| ([("rule", rule.to_owned())], senders as u64)),
         )?;
         to.gauge("imds_endpoints", "Guarded endpoints", [([], report.endpoints.len() as u64)])?;
         to.gauge(

@@ -6,7 +6,7 @@ use anyhow::{Context as _, anyhow};
 use imds_ebpf_common::{Backend, Hook};
 
 use crate::{
-    config::{Config, ConfigErrors, Hooks, Interfaces},
+    config::{Config, ConfigErrors, Exempt, Hooks, Interfaces},
     datapath::Plan,
     endpoints::Guarded,
     node::{
@@ -36,6 +36,8 @@ pub struct Settings {
     pub guarded: Guarded,
     /// Which interfaces are pods'.
     pub interfaces: Interfaces,
+    /// Who is exempt.
+    pub exempt: Vec<Exempt>,
     /// The cgroup below which those of Kubernetes pods are looked for, in strict mode.
     pub kubepods: Option<PathBuf>,
 }
@@ -58,7 +60,8 @@ impl Node {
             identity: identity(config.hooks)?,
         };
         let kubepods = cgroup.filter(|_| config.hooks.has(Hook::Host));
-        Ok(Settings { plan, guarded, interfaces: config.interfaces.clone(), kubepods })
+        let exempt = config.exempt.resolve(&guarded)?;
+        Ok(Settings { plan, guarded, interfaces: config.interfaces.clone(), exempt, kubepods })
     }
 
     /// The cgroup below which sockets are guarded, where a hook is on that does.

@@ -23,6 +23,8 @@ pub struct Address {
 impl Address {
     /// No endpoint's: IPv4's 0.0.0.0 is another.
     pub const NONE: Self = Self { octets: [0; 16] };
+    /// In the place of every endpoint's: 0.0.0.0, which none can have.
+    pub const ANY: Self = Self::from_ipv4([0; 4]);
 
     /// The octets as two words, as they are in memory.
     #[inline(always)]

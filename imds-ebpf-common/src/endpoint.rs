@@ -2,7 +2,11 @@
 
 use core::hint;
 
-use crate::address::{Address, SLOTS};
+use crate::{
+    address::{Address, SLOTS},
+    exemption::{SUBJECT_SLOTS, Subject},
+    packet::Packet,
+};
 
 /// The instance metadata service of nearly every cloud, in network byte order (RFC 3927 link-local block).
 pub const IMDS_IPV4: [u8; 4] = [169, 254, 169, 254];
@@ -42,9 +46,25 @@ impl Service {
         Self { port, protocol, reserved: 0 }
     }
 
-    /// Both in one.
+    /// The same, but one of which a verifier does not know [how it came about](Packet::forget_origin).
     #[inline(always)]
-    fn number(self) -> u32 {
+    #[expect(clippy::cast_possible_truncation, reason = "it comes back as it went")]
+    pub(crate) fn without_origin<P: Packet + ?Sized>(self, packet: &P) -> Self {
+        Self::from_number(packet.forget_origin(self.number() as usize) as u32)
+    }
+
+    /// The one with this [number](Service::number).
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_number(number: u32) -> Self {
+        let [port_0, port_1, protocol, reserved] = number.to_ne_bytes();
+        Self { port: u16::from_ne_bytes([port_0, port_1]), protocol, reserved }
+    }
+
+    /// Port and protocol in one.
+    #[inline(always)]
+    #[must_use]
+    pub const fn number(self) -> u32 {
         let ([port_0, port_1], protocol) = (self.port.to_ne_bytes(), self.protocol);
         u32::from_ne_bytes([port_0, port_1, protocol, self.reserved])
     }
@@ -103,6 +123,8 @@ pub struct Filter {
     pub bits: [u8; SLOTS / 8],
     /// The first endpoints at which nothing is kept: their addresses say all that there is to know.
     pub closed: [Address; MAX_CLOSED],
+    /// One bit for each of the slots that subjects fall in: where a subject's bit is not set, it is exempt from nothing.
+    pub subjects: [u8; SUBJECT_SLOTS / 8],
 }
 
 /// Most endpoints that are [`Filter::closed`]: as many as any cloud has without what is kept there, and each costs a
@@ -111,7 +133,8 @@ pub const MAX_CLOSED: usize = 3;
 
 impl Filter {
     /// Matches nothing.
-    pub const EMPTY: Self = Self { bits: [0; SLOTS / 8], closed: [Address::NONE; MAX_CLOSED] };
+    pub const EMPTY: Self =
+        Self { bits: [0; SLOTS / 8], closed: [Address::NONE; MAX_CLOSED], subjects: [0; SUBJECT_SLOTS / 8] };
 
     /// Byte and bit of a slot.
     #[inline(always)]
@@ -144,7 +167,31 @@ impl Filter {
         self.bits[byte] >> bit & 1 == 1
     }
 
-    /// Matches what `other` matches, too. What is closed stays as it is.
+    /// Whether a subject in this slot may be exempt from something.
+    #[must_use]
+    pub fn has_subject(&self, slot: u16) -> bool {
+        let (byte, bit) = Self::position(slot);
+        self.subjects[byte] >> bit & 1 == 1
+    }
+
+    /// The same with these subjects as all who may be exempt.
+    #[must_use]
+    pub fn with_subjects(mut self, subjects: impl IntoIterator<Item = Subject>) -> Self {
+        self.subjects = Self::EMPTY.subjects;
+        for subject in subjects {
+            let (byte, bit) = Self::position(subject.slot());
+            self.subjects[byte] |= 1 << bit;
+        }
+        self
+    }
+
+    /// The same with those of `other` as all who may be exempt.
+    #[must_use]
+    pub const fn with_subjects_of(self, other: &Self) -> Self {
+        Self { subjects: other.subjects, ..self }
+    }
+
+    /// Matches the addresses that `other` matches, too. The rest stays as it is.
     #[must_use]
     pub fn and_slots_of(mut self, other: &Self) -> Self {
         for (to, from) in self.bits.iter_mut().zip(other.bits) {
@@ -156,4 +203,4 @@ impl Filter {
 
 const _: () = assert!(size_of::<Service>() == 4);
 const _: () = assert!(size_of::<Endpoint>() == 52);
-const _: () = assert!(size_of::<Filter>() == 8192 + 16 * MAX_CLOSED);
+const _: () = assert!(size_of::<Filter>() == 8192 + 16 * MAX_CLOSED + 2048);

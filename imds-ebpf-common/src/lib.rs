@@ -8,6 +8,7 @@
 pub mod address;
 pub mod endpoint;
 pub mod event;
+pub mod exemption;
 pub mod flow;
 pub mod maps;
 pub mod names;
@@ -19,10 +20,12 @@ pub mod verdict;
 pub use address::Address;
 pub use endpoint::{Endpoint, Filter, IMDS_IPV4, Service};
 pub use event::Event;
+pub use exemption::{Exemption, Grant, Subject, SubjectKind, soften};
 pub use flow::Flow;
 pub use maps::{Backend, ConfigRecord, Counter, CounterKey, InterfaceRecord, Policy, ProviderRecord, Role};
-pub use packet::{Frame, Header, Packet, Place, flow};
+pub use packet::{Frame, Packet, Place, flow, service};
 pub use tables::{Listed, Tables};
 pub use verdict::{
-    Answer, Edge, Hook, Mode, Verdict, examine, is_plainly_foreign, judge, judge_address, judge_thoroughly,
+    Answer, Edge, Examined, Hook, Mode, Verdict, examine, is_plainly_foreign, judge, judge_address,
+    judge_thoroughly,
 };

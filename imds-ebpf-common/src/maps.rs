@@ -4,7 +4,7 @@ use crate::{Edge, Hook, Verdict, event::Window};
 
 /// Number of the layout below. It changes with every change of meaning that the sizes do not show, so that a newer
 /// agent never reads an older one's maps for something else.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 
 /// What is in force, read by the programs for packets to a guarded endpoint only.
 #[repr(C)]
@@ -20,12 +20,15 @@ pub struct Policy {
     pub netns: u32,
     /// The hooks that are on: a [`Hook::bit`](crate::Hook::bit) each.
     pub hooks: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// The bit of a packet's mark by which the pod edge tells the node edge that it is exempt; 0 for none.
+    pub mark: u32,
     /// Cookie of the node's network namespace (`SO_NETNS_COOKIE`); 0 for the initial one, whose cookie the programs
     /// can ask for themselves.
     pub netns_cookie: u64,
 }
+
+/// The bit that is [`Policy::mark`]: none that kube-proxy, Cilium, Calico, the AWS CNI or Istio use.
+pub const MARK: u32 = 1 << 12;
 
 /// What a [`Counter`] counts.
 #[repr(C)]
@@ -211,7 +214,7 @@ const _: () = assert!(size_of::<ConfigRecord>() == 24 + 512 + 1024 + 65_536);
 #[cfg(feature = "user")]
 mod pod {
     use super::{ConfigRecord, Counter, CounterKey, InterfaceRecord, Policy, ProviderRecord};
-    use crate::{Address, Endpoint, Filter};
+    use crate::{Address, Endpoint, Exemption, Filter, Grant};
 
     // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for Policy {}
@@ -231,4 +234,8 @@ mod pod {
     unsafe impl aya::Pod for Endpoint {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Filter {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Exemption {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Grant {}
 }

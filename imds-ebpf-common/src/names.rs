@@ -43,6 +43,8 @@ pub const MAP_INTERFACES: &str = "imds_interfaces";
 pub const MAP_FILTER: &str = "imds_filter";
 /// Hash of [`Address`](crate::Address) to [`Endpoint`](crate::Endpoint).
 pub const MAP_ENDPOINTS: &str = "imds_endpoints";
+/// Hash of [`Exemption`](crate::Exemption) to [`Grant`](crate::Grant).
+pub const MAP_EXEMPT: &str = "imds_exempt";
 /// Array of one [`ProviderRecord`](crate::ProviderRecord).
 pub const MAP_PROVIDER: &str = "imds_provider";
 /// Array of one [`ConfigRecord`](crate::ConfigRecord).
@@ -78,12 +80,13 @@ pub const HOST_PROGRAMS: [&str; 5] =
 pub const HOST_LINKS: [&str; 5] =
     ["host_connect4", "host_connect6", "host_sendmsg4", "host_sendmsg6", "host_egress"];
 /// All maps of the object but those of constants.
-pub const MAPS: [&str; 10] = [
+pub const MAPS: [&str; 11] = [
     MAP_POLICY,
     MAP_COUNTERS,
     MAP_INTERFACES,
     MAP_FILTER,
     MAP_ENDPOINTS,
+    MAP_EXEMPT,
     MAP_PROVIDER,
     MAP_CONFIG,
     MAP_EVENTS,

@@ -84,6 +84,13 @@ pub trait Packet {
         offset
     }
 
+    /// What a packet with an IP header at `place` is for: [`service`], of which an implementation may make a function of its
+    /// own.
+    #[inline(always)]
+    fn service(&self, place: Place) -> Option<Service> {
+        service(self, place)
+    }
+
     /// The same as [`Packet::read`] at an offset that is not known when the program is compiled, where speed is of no
     /// importance.
     #[inline(always)]
@@ -329,14 +336,12 @@ pub fn flow<P: Packet + ?Sized>(packet: &P, place: Place) -> Option<Flow> {
 /// What a packet with this header is for, or `None` where that can't be found: for another protocol than TCP and UDP,
 /// for any fragment but the first, behind headers that hide it, and where the packet is broken or cut off.
 #[inline(always)]
-pub(crate) fn service<P: Packet + ?Sized>(packet: &P, header: &Header) -> Option<Service> {
-    if let Some(service) = plain_service(packet, header) {
+pub fn service<P: Packet + ?Sized>(packet: &P, place: Place) -> Option<Service> {
+    if let Some(service) = plain_service(packet, place) {
         return Some(service);
     }
-    let (protocol, offset) = match header.version {
-        Version::V4 => payload_v4(packet, header.offset)?,
-        Version::V6 => payload_v6(packet, header.offset)?,
-    };
+    let (protocol, offset) =
+        if place.is_v6() { payload_v6(packet, place.offset())? } else { payload_v4(packet, place.offset())? };
     let port = u16::from_be_bytes(packet.fetch(offset + DESTINATION_PORT_OFFSET)?);
     Some(Service::new(protocol, port))
 }
@@ -344,27 +349,24 @@ pub(crate) fn service<P: Packet + ?Sized>(packet: &P, header: &Header) -> Option
 /// The same for the packets that nearly all are, in one look: nothing between the Ethernet header, the IP header and the
 /// ports. `None` says nothing.
 #[inline(always)]
-fn plain_service<P: Packet + ?Sized>(packet: &P, header: &Header) -> Option<Service> {
-    if header.offset != EthHdr::LEN {
+fn plain_service<P: Packet + ?Sized>(packet: &P, place: Place) -> Option<Service> {
+    if place.offset() != EthHdr::LEN {
         return None;
     }
-    let (start, _) = packet.peek_pair(EthHdr::LEN)?;
-    let (protocol, ports) = match header.version {
-        Version::V4 => {
-            let [version_ihl, _, _, _, _, _, fragment_0, fragment_1] = start.to_ne_bytes();
-            let fragment = u16::from_be_bytes([fragment_0, fragment_1]) & 0x1fff;
-            if version_ihl != 0x45 || fragment != 0 {
-                return None;
-            }
-            let (protocol, ports) = packet.peek_words(EthHdr::LEN + 8, EthHdr::LEN + Ipv4Hdr::LEN)?;
-            let [_, protocol] = protocol.to_ne_bytes();
-            (protocol, ports)
+    let (protocol, ports) = if place.is_v6() {
+        let (next, ports) = packet.peek_words(EthHdr::LEN + 6, EthHdr::LEN + Ipv6Hdr::LEN)?;
+        let [next, _] = next.to_ne_bytes();
+        (next, ports)
+    } else {
+        let (start, _) = packet.peek_pair(EthHdr::LEN)?;
+        let [version_ihl, _, _, _, _, _, fragment_0, fragment_1] = start.to_ne_bytes();
+        let fragment = u16::from_be_bytes([fragment_0, fragment_1]) & 0x1fff;
+        if version_ihl != 0x45 || fragment != 0 {
+            return None;
         }
-        Version::V6 => {
-            let (next, ports) = packet.peek_words(EthHdr::LEN + 6, EthHdr::LEN + Ipv6Hdr::LEN)?;
-            let [next, _] = next.to_ne_bytes();
-            (next, ports)
-        }
+        let (protocol, ports) = packet.peek_words(EthHdr::LEN + 8, EthHdr::LEN + Ipv4Hdr::LEN)?;
+        let [_, protocol] = protocol.to_ne_bytes();
+        (protocol, ports)
     };
     let [_, _, port_0, port_1] = ports.to_ne_bytes();
     has_ports(protocol).then(|| Service::new(protocol, u16::from_be_bytes([port_0, port_1])))

@@ -3,6 +3,7 @@
 use crate::{
     address::Address,
     endpoint::{Endpoint, Filter},
+    exemption::{Exemption, Grant},
     verdict::Mode,
 };
 
@@ -19,6 +20,12 @@ pub trait Tables {
 
     /// The mode in force. Asked for packets to an endpoint.
     fn mode(&self) -> Mode;
+
+    /// Whether a subject that falls in `slot` may be exempt from something. Asked for what would be denied.
+    fn may_be_exempt(&self, slot: u16) -> bool;
+
+    /// What is granted. Asked for what [`Tables::may_be_exempt`] lets through.
+    fn grant(&self, exemption: &Exemption) -> Option<Grant>;
 }
 
 /// Tables without a kernel.
@@ -28,6 +35,8 @@ pub struct Listed<'a> {
     pub filter: &'a Filter,
     /// The endpoints.
     pub endpoints: &'a [(Address, Endpoint)],
+    /// The exemptions, whose subjects the filter has.
+    pub grants: &'a [(Exemption, Grant)],
     /// The mode.
     pub mode: Mode,
 }
@@ -47,5 +56,13 @@ impl Tables for Listed<'_> {
 
     fn mode(&self) -> Mode {
         self.mode
+    }
+
+    fn may_be_exempt(&self, slot: u16) -> bool {
+        self.filter.has_subject(slot)
+    }
+
+    fn grant(&self, exemption: &Exemption) -> Option<Grant> {
+        self.grants.iter().find(|(granted, _)| granted == exemption).map(|(_, grant)| *grant)
     }
 }

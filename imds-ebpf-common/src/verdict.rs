@@ -1,5 +1,7 @@
 //! The verdict: one pure function of the packet and the policy.
 
+use core::mem;
+
 use crate::{
     address::{Address, Destination},
     endpoint::{Endpoint, Service},
@@ -150,6 +152,8 @@ pub enum Verdict {
     Allow = 3,
     /// To a service that is kept open at a guarded endpoint, passed. Counted as allowed.
     Kept = 4,
+    /// To a guarded endpoint from a sender that is exempt from it, passed.
+    Exempt = 5,
 }
 
 impl Verdict {
@@ -162,6 +166,7 @@ impl Verdict {
             Self::Audit => "audit",
             Self::Allow => "allow",
             Self::Kept => "kept",
+            Self::Exempt => "exempt",
         }
     }
 
@@ -174,20 +179,35 @@ impl Verdict {
             1 => Self::Deny,
             2 => Self::Audit,
             3 => Self::Allow,
-            _ => Self::Kept,
+            4 => Self::Kept,
+            _ => Self::Exempt,
         }
+    }
+
+    /// The same without looking: of a comparison a verifier makes two ways.
+    ///
+    /// # Safety
+    ///
+    /// `verdict` is the number of one.
+    #[inline(always)]
+    #[must_use]
+    pub const unsafe fn from_u32_unchecked(verdict: u32) -> Self {
+        // SAFETY: the caller says so.
+        unsafe { mem::transmute::<u32, Self>(verdict) }
     }
 
     /// The same verdict, but one of which a verifier does not know which: it then follows what comes next once, and not
     /// once for each.
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "it comes back as it went")]
-    fn without_origin<P: Packet + ?Sized>(self, packet: &P) -> Self {
-        Self::from_u32(packet.forget_origin(self as usize) as u32)
+    #[must_use]
+    pub fn without_origin<P: Packet + ?Sized>(self, packet: &P) -> Self {
+        // SAFETY: it is the number that it was.
+        unsafe { Self::from_u32_unchecked(packet.forget_origin(self as usize) as u32) }
     }
 
     /// The verdicts that are counted.
-    pub const COUNTED: [Self; 4] = [Self::Deny, Self::Audit, Self::Allow, Self::Kept];
+    pub const COUNTED: [Self; 5] = [Self::Deny, Self::Audit, Self::Allow, Self::Kept, Self::Exempt];
 }
 
 /// Judges a packet that a pod sent: [`is_plainly_foreign`], and [`judge_thoroughly`] where that does not say.
@@ -223,26 +243,39 @@ where
     T: Tables + ?Sized,
 {
     match examine(packet, frame, tables) {
-        Some((verdict, _)) => verdict,
+        Some(examined) => examined.verdict,
         None => Verdict::Foreign,
     }
 }
 
-/// The same with the place of the header by which it was judged, or `None` for [`Verdict::Foreign`].
+/// A packet to a guarded endpoint.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Examined {
+    /// What is done with it, unless its sender is exempt.
+    pub verdict: Verdict,
+    /// Where the header is by which it was judged.
+    pub place: Place,
+    /// The endpoint's address.
+    pub destination: Address,
+}
+
+/// The same with all that was found, or `None` for [`Verdict::Foreign`].
 #[inline(always)]
-pub fn examine<P, T>(packet: &P, frame: Frame, tables: &T) -> Option<(Verdict, Place)>
+pub fn examine<P, T>(packet: &P, frame: Frame, tables: &T) -> Option<Examined>
 where
     P: Packet + ?Sized,
     T: Tables + ?Sized,
 {
     let header = packet::candidate(packet, frame, tables)?.without_origin(packet);
-    let place = header.place(packet);
-    if tables.is_closed(&header.destination) {
-        return Some((by_mode(tables).without_origin(packet), place));
-    }
-    let endpoint = tables.endpoint(&header.destination)?;
-    let service = if endpoint.keeps_any() { packet::service(packet, &header) } else { None };
-    Some((decide(endpoint, service, tables).without_origin(packet), place))
+    let (place, destination) = (header.place(packet), header.destination);
+    let verdict = if tables.is_closed(&destination) {
+        by_mode(tables)
+    } else {
+        let endpoint = tables.endpoint(&destination)?;
+        let service = if endpoint.keeps_any() { packet.service(place) } else { None };
+        decide(endpoint, service.unwrap_or(Service::NONE).without_origin(packet), tables)
+    };
+    Some(Examined { verdict: verdict.without_origin(packet), place, destination })
 }
 
 /// Judges an attempt to reach `address` by a socket. `service` is what it is for, or `None` where that can't be said.
@@ -253,14 +286,14 @@ pub fn judge_address<T: Tables + ?Sized>(address: Address, service: Option<Servi
         return Verdict::Foreign;
     }
     match tables.endpoint(&destination.address()) {
-        Some(endpoint) => decide(endpoint, service, tables),
+        Some(endpoint) => decide(endpoint, service.unwrap_or(Service::NONE), tables),
         None => Verdict::Foreign,
     }
 }
 
 #[inline(always)]
-fn decide<T: Tables + ?Sized>(endpoint: &Endpoint, service: Option<Service>, tables: &T) -> Verdict {
-    if service.is_some_and(|service| endpoint.keeps(service)) {
+fn decide<T: Tables + ?Sized>(endpoint: &Endpoint, service: Service, tables: &T) -> Verdict {
+    if endpoint.keeps(service) {
         return Verdict::Kept;
     }
     by_mode(tables)

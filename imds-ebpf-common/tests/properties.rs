@@ -34,7 +34,7 @@ fn endpoints() -> [(Address, Endpoint); 4] {
 fn with_tables<T>(mode: Mode, work: impl FnOnce(&Listed<'_>) -> T) -> T {
     let endpoints = endpoints();
     let filter = Filter::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
-    work(&Listed { filter: &filter, endpoints: &endpoints, mode })
+    work(&Listed { filter: &filter, endpoints: &endpoints, grants: &[], mode })
 }
 
 fn verdict(packet: &[u8], frame: Frame, mode: Mode) -> Verdict {

@@ -24,10 +24,7 @@ pub(crate) fn unaccounted(hook: u32, ifindex: u32) {
     }
     // SAFETY: as above.
     unsafe { last.write_volatile(now) };
-    warn!(
-        (),
-        "a map is full: what hook {} denies or lets pass at interface {} is not counted", hook, ifindex
-    );
+    warn!((), target: "bpf", "a map is full: hook {} at interface {} counts not all", hook, ifindex);
 }
 
 /// What the macros of aya-log-ebpf expect of that crate. Its own has the ring buffer as a legacy map, which libbpf refuses,

@@ -33,7 +33,9 @@ pub(crate) fn conclude(judged: &Judged, window: Option<*mut Window>, way: Way) -
     }
     match verdict {
         Verdict::Deny => {}
-        Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept => return TC_ACT_UNSPEC,
+        Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept | Verdict::Exempt => {
+            return TC_ACT_UNSPEC;
+        }
     }
     let is_answered = maps::answer() == Answer::Reject && window.is_some_and(Window::may_answer);
     if is_answered { reject::answer(skb, frame, place, way) } else { TC_ACT_SHOT }

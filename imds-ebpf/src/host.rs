@@ -3,10 +3,13 @@
 //! protocols without a hook of their own, and sockets that were connected before.
 
 use aya_ebpf::{bindings::__sk_buff, helpers::generated::bpf_skb_cgroup_id, programs::SkBuffContext};
-use imds_ebpf_common::{CounterKey, Frame, Hook, Verdict, event::Source, examine, is_plainly_foreign};
+use imds_ebpf_common::{
+    CounterKey, Examined, Frame, Hook, Subject, SubjectKind, Verdict, event::Source, examine,
+    is_plainly_foreign,
+};
 
 use crate::{
-    diagnostics, events, maps,
+    diagnostics, events, exempt, maps,
     netns::{self, Sender},
     packet::Skb,
 };
@@ -24,15 +27,17 @@ pub(crate) fn judge(ctx: &SkBuffContext) -> Verdict {
 #[inline(never)]
 fn judge_thoroughly(skb: *mut __sk_buff) -> u32 {
     let (packet, hook) = (Skb::new(skb), Hook::Host);
-    let Some((verdict, place)) = examine(&packet, Frame::Ip, &maps::Maps) else {
+    let Some(Examined { verdict, place, destination }) = examine(&packet, Frame::Ip, &maps::Maps) else {
         return Verdict::Foreign as u32;
     };
     if !is_of_node(skb) {
         return Verdict::Foreign as u32;
     }
-    let _uncounted = maps::count(CounterKey::DEPARTED, hook, verdict, packet.len());
     // SAFETY: the helper takes the context of a program on packets.
     let id = unsafe { bpf_skb_cgroup_id(skb) };
+    let verdict = exempt::of(verdict, Subject::new(SubjectKind::Cgroup, id), &destination);
+    let verdict = verdict.without_origin(&packet);
+    let _uncounted = maps::count(CounterKey::DEPARTED, hook, verdict, packet.len());
     match events::window(&Source { id, hook: hook as u64 }) {
         // SAFETY: this CPU's own, and its map keeps it as long as a program runs that found it.
         Some(window) => events::packet(skb, place, hook, verdict, unsafe { &mut *window }),

@@ -5,6 +5,7 @@
 mod diagnostics;
 mod edge;
 mod events;
+mod exempt;
 mod host;
 mod maps;
 mod netns;
@@ -118,7 +119,7 @@ fn imds_host_out(ctx: SkBuffContext) -> i32 {
 const fn permission(verdict: Verdict) -> i32 {
     match verdict {
         Verdict::Deny => 0,
-        Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept => 1,
+        Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept | Verdict::Exempt => 1,
     }
 }
 

@@ -8,10 +8,11 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use imds_ebpf_common::{
-    Address, Answer, ConfigRecord, Counter, CounterKey, Endpoint, Filter, Hook, InterfaceRecord, Mode,
-    Policy, ProviderRecord, Tables, Verdict,
+    Address, Answer, ConfigRecord, Counter, CounterKey, Endpoint, Exemption, Filter, Grant, Hook,
+    InterfaceRecord, Mode, Policy, ProviderRecord, Tables, Verdict,
     endpoint::{MAX_CLOSED, MAX_ENDPOINTS},
     event::Window,
+    exemption::MAX_EXEMPTIONS,
 };
 
 /// Interfaces that one node can have: far above the 1,000 pods that Kubernetes' largest nodes run.
@@ -43,6 +44,9 @@ static CONFIG: Array<ConfigRecord, 1> = Array::new();
 static ENDPOINTS: HashMap<Address, Endpoint, { MAX_ENDPOINTS * 2 }, { BPF_F_NO_PREALLOC as usize }> =
     HashMap::new();
 
+#[btf_map(name = "imds_exempt")]
+static EXEMPTIONS: HashMap<Exemption, Grant, MAX_EXEMPTIONS, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
+
 /// Written by user space alone. The section's whole content: the map of that section has the size of this.
 #[unsafe(no_mangle)]
 static mut IMDS_FILTER: Filter = Filter::EMPTY;
@@ -53,12 +57,7 @@ pub(crate) struct Maps;
 impl Tables for Maps {
     #[inline(always)]
     fn may_guard(&self, slot: u16) -> bool {
-        let (byte, bit) = Filter::position(slot);
-        let byte = (&raw const IMDS_FILTER).cast::<u8>().wrapping_add(byte);
-        // SAFETY: a slot's byte is one of the filter's. Nothing in this object writes it, which is why the read is
-        // volatile.
-        let byte = unsafe { byte.read_volatile() };
-        byte >> bit & 1 == 1
+        has_bit(0, slot)
     }
 
     #[inline(always)]
@@ -94,6 +93,39 @@ impl Tables for Maps {
     fn mode(&self) -> Mode {
         POLICY.get(0).map_or(Mode::Enforce, |policy| Mode::from_u32(policy.mode))
     }
+
+    #[inline(always)]
+    fn may_be_exempt(&self, slot: u16) -> bool {
+        has_bit(offset_of!(Filter, subjects), slot)
+    }
+
+    #[inline(always)]
+    fn grant(&self, exemption: &Exemption) -> Option<Grant> {
+        // SAFETY: as for endpoints.
+        unsafe { EXEMPTIONS.get(exemption) }.copied()
+    }
+}
+
+/// Whether the bit of a slot is set in the part of the filter that starts `offset` bytes behind its start.
+#[inline(always)]
+fn has_bit(offset: usize, slot: u16) -> bool {
+    let (byte, bit) = Filter::position(slot);
+    let byte = (&raw const IMDS_FILTER).cast::<u8>().wrapping_add(offset + byte);
+    // SAFETY: a slot's byte is one of that part's. Nothing in this object writes it, which is why the read is volatile.
+    let byte = unsafe { byte.read_volatile() };
+    byte >> bit & 1 == 1
+}
+
+/// The bit of a packet's mark by which it is known to be exempt; 0 for none.
+#[inline(always)]
+pub(crate) fn mark() -> u32 {
+    POLICY.get(0).map_or(0, |policy| policy.mark)
+}
+
+/// Whether this hook is on.
+#[inline(always)]
+pub(crate) fn is_on(hook: Hook) -> bool {
+    POLICY.get(0).is_some_and(|policy| policy.hooks & hook.bit() != 0)
 }
 
 /// Cookie of the node's network namespace; `None` for the initial one.

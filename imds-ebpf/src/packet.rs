@@ -3,7 +3,7 @@
 use core::{hint, mem::MaybeUninit};
 
 use aya_ebpf::{bindings::__sk_buff, helpers::bpf_skb_load_bytes};
-use imds_ebpf_common::Packet;
+use imds_ebpf_common::{Packet, Place, Service, service};
 
 /// A socket buffer at a TC hook.
 pub(crate) struct Skb {
@@ -37,6 +37,20 @@ impl Skb {
     pub(crate) fn ingress_ifindex(&self) -> u32 {
         // SAFETY: as above.
         unsafe { (*self.skb).ingress_ifindex }
+    }
+
+    /// Mark of the packet, by which the node's own rules and programs know it.
+    #[inline(always)]
+    pub(crate) fn mark(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.skb).mark }
+    }
+
+    /// Marks it.
+    #[inline(always)]
+    pub(crate) fn set_mark(&self, mark: u32) {
+        // SAFETY: as above; it is one of the fields that a TC program may write.
+        unsafe { (*self.skb).mark = mark };
     }
 
     #[inline(always)]
@@ -143,8 +157,20 @@ impl Packet for Skb {
         hint::black_box(offset ^ unknown) ^ unknown
     }
 
+    /// A function of its own, which the verifier follows apart from where the header was found.
+    #[inline(always)]
+    fn service(&self, place: Place) -> Option<Service> {
+        Some(Service::from_number(service_number(self.skb, place)))
+    }
+
     #[inline(always)]
     fn fetch<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
         self.fetch_to(offset, &mut MaybeUninit::uninit()).copied()
     }
+}
+
+/// The [number](Service::number) of what the packet is for; that of [`Service::NONE`] where that can't be found.
+#[inline(never)]
+fn service_number(skb: *mut __sk_buff, place: Place) -> u32 {
+    service(&Skb::new(skb), place).unwrap_or(Service::NONE).number()
 }

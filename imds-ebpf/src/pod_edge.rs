@@ -4,11 +4,11 @@ use aya_ebpf::{
     bindings::{__sk_buff, TC_ACT_UNSPEC},
     programs::TcContext,
 };
-use imds_ebpf_common::{Frame, Hook, examine, is_plainly_foreign};
+use imds_ebpf_common::{Examined, Frame, Hook, examine, is_plainly_foreign};
 
 use crate::{
     edge::{Judged, conclude},
-    maps,
+    exempt, maps,
     packet::Skb,
     reject::Way,
 };
@@ -40,7 +40,9 @@ fn without_link_layer(skb: *mut __sk_buff) -> i32 {
 #[inline(always)]
 fn judge_thoroughly(skb: *mut __sk_buff, frame: Frame) -> i32 {
     let (packet, hook) = (Skb::new(skb), Hook::PodEdge);
-    let Some((verdict, place)) = examine(&packet, frame, &maps::Maps) else { return TC_ACT_UNSPEC };
+    let Some(examined) = examine(&packet, frame, &maps::Maps) else { return TC_ACT_UNSPEC };
+    let Examined { place, destination, .. } = examined;
+    let verdict = exempt::at_pod_edge(skb, examined.verdict, &destination);
     let counter = maps::count(packet.ifindex(), hook, verdict, packet.len());
     // One interface is one source here, so that its counter has the window, too.
     // SAFETY: the map owns the counter and nothing frees it under a running program.

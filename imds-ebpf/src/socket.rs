@@ -9,9 +9,11 @@ use aya_ebpf::{
     helpers::generated::{bpf_get_current_cgroup_id, bpf_get_netns_cookie},
     programs::SockAddrContext,
 };
-use imds_ebpf_common::{Address, CounterKey, Flow, Hook, Service, Verdict, event::Source, judge_address};
+use imds_ebpf_common::{
+    Address, CounterKey, Flow, Hook, Service, Subject, SubjectKind, Verdict, event::Source, judge_address,
+};
 
-use crate::{diagnostics, events, maps, netns};
+use crate::{diagnostics, events, exempt, maps, netns};
 
 #[inline(always)]
 pub(crate) fn judge_v4(ctx: &SockAddrContext, hook: Hook) -> Verdict {
@@ -38,7 +40,7 @@ fn judge(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict {
     let verdict = judge_address(destination, Some(service), &maps::Maps);
     match verdict {
         Verdict::Foreign => return verdict,
-        Verdict::Deny | Verdict::Audit | Verdict::Allow | Verdict::Kept => {}
+        Verdict::Deny | Verdict::Audit | Verdict::Allow | Verdict::Kept | Verdict::Exempt => {}
     }
     // SAFETY: the helper takes the context of a socket address program.
     let cookie = unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) };
@@ -46,11 +48,16 @@ fn judge(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict {
     if netns::is_node(cookie) != is_host {
         return Verdict::Foreign;
     }
+    // A namespace is a pod's, but for the node's, where a container is known by its cgroup.
+    let (kind, id) = if is_host {
+        // SAFETY: the helper takes no arguments; the caller is the current task.
+        (SubjectKind::Cgroup, unsafe { bpf_get_current_cgroup_id() })
+    } else {
+        (SubjectKind::Netns, cookie)
+    };
+    let verdict = exempt::of(without_origin(verdict, cookie), Subject::new(kind, id), &destination);
     let verdict = without_origin(verdict, cookie);
     let _uncounted = maps::count(CounterKey::DEPARTED, hook, verdict, 0);
-    // A namespace is a pod's, but for the node's, where a container is known by its cgroup.
-    // SAFETY: the helper takes no arguments; the caller is the current task.
-    let id = if is_host { unsafe { bpf_get_current_cgroup_id() } } else { cookie };
     let Some(window) = events::window(&Source { id, hook: hook as u64 }) else {
         diagnostics::unaccounted(hook as u32, 0);
         return verdict;
@@ -67,7 +74,9 @@ fn judge(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict {
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "any number will do")]
 fn without_origin(verdict: Verdict, unknown: u64) -> Verdict {
-    Verdict::from_u32(hint::black_box(verdict as u32 ^ unknown as u32) ^ unknown as u32)
+    let number = hint::black_box(verdict as u32 ^ unknown as u32) ^ unknown as u32;
+    // SAFETY: it is the number that it was.
+    unsafe { Verdict::from_u32_unchecked(number) }
 }
 
 /// What the call is for.

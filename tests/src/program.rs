@@ -114,6 +114,26 @@ pub fn try_run(program: &SchedClassifier, packet: &[u8]) -> Option<(i32, Vec<u8>
     Some((result.return_value.cast_signed(), after))
 }
 
+/// What the program returns for `packet` with this mark that came in by the interface of this index, and the mark that it
+/// leaves.
+pub fn marked(program: &SchedClassifier, packet: &[u8], mark: u32, ingress_ifindex: u32) -> (i32, u32) {
+    // Fields of struct __sk_buff (include/uapi/linux/bpf.h), of which a test run takes these and few more.
+    let (of_mark, of_ingress) = (8..12, 36..40);
+    let mut before = [0; 192];
+    before[of_mark.clone()].copy_from_slice(&mark.to_ne_bytes());
+    before[of_ingress].copy_from_slice(&ingress_ifindex.to_ne_bytes());
+    let mut after = before;
+    let options = TestRunOptions {
+        data_in: Some(packet),
+        ctx_in: Some(&before),
+        ctx_out: Some(&mut after),
+        ..TestRunOptions::default()
+    };
+    let result = program.test_run(options).expect("BPF_PROG_TEST_RUN");
+    let mark = after[of_mark].try_into().expect("four bytes");
+    (result.return_value.cast_signed(), u32::from_ne_bytes(mark))
+}
+
 /// Nanoseconds that one run takes, on average over `repeat` of them. Taken around the call: what the kernel reports is
 /// cut to whole ones, of which a run takes few.
 pub fn nanoseconds(program: &SchedClassifier, packet: &[u8], repeat: u32) -> f64 {

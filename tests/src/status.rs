@@ -18,6 +18,7 @@ pub struct Status {
     pub answer: Option<String>,
     pub provider: Option<Provider>,
     pub endpoints: Vec<Endpoint>,
+    pub exemptions: Vec<ExemptSender>,
     pub interfaces: Vec<Interface>,
     pub hooks: Vec<String>,
     pub sockets: Option<Sockets>,
@@ -25,6 +26,18 @@ pub struct Status {
     pub departed: Counts,
     pub total: Counts,
     pub problems: Vec<Problem>,
+}
+
+/// Who is exempt.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct ExemptSender {
+    pub rule: String,
+    pub interface: Option<String>,
+    pub netns_cookie: Option<u64>,
+    pub cgroup: Option<u64>,
+    pub endpoint: Option<String>,
+    pub verdict: String,
 }
 
 /// The agent that holds the pin directory's lock.
@@ -91,6 +104,7 @@ pub struct Counts {
     pub denied: Count,
     pub audited: Count,
     pub allowed: Count,
+    pub exempt: Count,
 }
 
 /// Calls on sockets.

@@ -58,6 +58,7 @@ fn show_says_what_is_in_force() {
         "interfaces": { "include": [], "exclude": ["lxc*"] },
         "metrics": { "listen": ["127.0.0.1:9254"] },
         "endpoint": [{ "name": "vault", "address": "10.0.0.9", "keep": [] }],
+        "exempt": [],
     });
     assert_eq!(shown, expected);
 

@@ -10,12 +10,15 @@ use std::{
 
 use imds_agent::datapath::object::OBJECT;
 use imds_ebpf_common::{
-    Address, Counter, CounterKey, Endpoint, Filter, Frame, Hook, IMDS_IPV4, Listed, Mode, Policy, Service,
-    Verdict,
+    Address, Counter, CounterKey, Endpoint, Exemption, Filter, Frame, Grant, Hook, IMDS_IPV4, Listed, Mode,
+    Policy, Service, Subject, SubjectKind, Verdict,
     endpoint::{TCP, UDP},
-    judge,
-    names::{MAP_COUNTERS, MAP_ENDPOINTS, MAP_POLICY, PROG_POD_EDGE, PROG_POD_L3, SECTION_FILTER},
+    examine,
+    names::{
+        MAP_COUNTERS, MAP_ENDPOINTS, MAP_EXEMPT, MAP_POLICY, PROG_POD_EDGE, PROG_POD_L3, SECTION_FILTER,
+    },
     packet::MAX_VLAN_TAGS,
+    soften,
 };
 use imds_tests::{
     effort,
@@ -163,8 +166,22 @@ fn frame() -> impl Strategy<Value = Vec<u8>> {
     })
 }
 
+/// Where a test run's packet comes from: the loopback interface.
+const SENDER: Subject = Subject::new(SubjectKind::Interface, 1);
+
+/// The sender is exempt from one endpoint, and audited at another.
+fn grants() -> [(Exemption, Grant); 2] {
+    let grant = |address, verdict| {
+        (Exemption { address, subject: SENDER }, Grant { verdict: verdict as u32, rule: 1 })
+    };
+    [
+        grant(Address::from_ipv6(IMDS_IPV6), Verdict::Exempt),
+        grant(Address::from_ipv4(RESOLVER_IPV4), Verdict::Audit),
+    ]
+}
+
 /// Packets that the program counted so far, under each verdict.
-fn counts(object: &Object) -> [u64; 4] {
+fn counts(object: &Object) -> [u64; 5] {
     // A test run's packet comes from the loopback interface.
     Verdict::COUNTED.map(|verdict| {
         let key = CounterKey::new(1, Hook::PodEdge, verdict);
@@ -190,22 +207,29 @@ fn runner(seed: u64) -> TestRunner {
 #[test]
 fn the_kernel_and_the_host_agree_on_any_packet() {
     let endpoints = endpoints();
+    let grants = grants();
     let filter = Filter::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
+    let filter = filter.with_subjects([SENDER]);
     let mut object = Object::load(OBJECT);
     object.set(MAP_POLICY, Policy { mode: Mode::Enforce as u32, ..Policy::default() });
     for (address, endpoint) in &endpoints {
         object.insert(MAP_ENDPOINTS, *address, *endpoint);
     }
+    for (exemption, grant) in grants {
+        object.insert(MAP_EXEMPT, exemption, grant);
+    }
     object.set(SECTION_FILTER, filter);
-    let tables = Listed { filter: &filter, endpoints: &endpoints, mode: Mode::Enforce };
+    let tables = Listed { filter: &filter, endpoints: &endpoints, grants: &grants, mode: Mode::Enforce };
 
     let compared = Cell::new(0);
-    let expected_counts = Cell::new([0_u64; 4]);
+    let expected_counts = Cell::new([0_u64; 5]);
     let packet =
         prop_oneof![4 => frame(), 1 => frame().prop_map(|frame| frame[14.min(frame.len())..].to_vec())];
     let result = runner(seed()).run(&packet, |packet| {
         for (name, frame) in [(PROG_POD_EDGE, Frame::Ethernet), (PROG_POD_L3, Frame::Ip)] {
-            let verdict = judge(&packet[..], frame, &tables);
+            let verdict = examine(&packet[..], frame, &tables).map_or(Verdict::Foreign, |examined| {
+                soften(examined.verdict, SENDER, &examined.destination, &tables)
+            });
             let expected = if verdict == Verdict::Deny { TC_ACT_SHOT } else { TC_ACT_UNSPEC };
             if let Some(action) = try_action(object.program(name), &packet) {
                 prop_assert_eq!(action, expected, "{}: {:?}", name, verdict);
@@ -222,11 +246,13 @@ fn the_kernel_and_the_host_agree_on_any_packet() {
     result.unwrap();
     // That tells a kept packet from one that is no endpoint's, too.
     assert_eq!(counts(&object), expected_counts.get());
-    let [denied, _, _, kept] = expected_counts.get();
-    println!("{} comparisons: {denied} denied, {kept} kept", compared.get());
-    let [enough, enough_denied, enough_kept] = [PACKETS, 10_000, 5_000].map(effort);
-    assert!(
-        compared.get() > enough && denied > enough_denied.into() && kept > enough_kept.into(),
-        "{compared:?} {expected_counts:?}"
+    let [denied, audited, allowed, kept, exempt] = expected_counts.get();
+    println!(
+        "{} comparisons: {denied} denied, {audited} audited, {kept} kept, {exempt} exempt",
+        compared.get()
     );
+    assert!(compared.get() > effort(PACKETS) && allowed == 0, "{compared:?} {expected_counts:?}");
+    for (count, enough) in [(denied, 8_000), (audited, 5_000), (kept, 5_000), (exempt, 2_000)] {
+        assert!(count > effort(enough).into(), "{expected_counts:?}");
+    }
 }

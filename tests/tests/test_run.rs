@@ -4,16 +4,18 @@
 use etherparse::{EtherType, Ipv4Extensions, Ipv4Header, PacketBuilder, SingleVlanHeader, VlanId, ip_number};
 use imds_agent::datapath::object::OBJECT;
 use imds_ebpf_common::{
-    Address, Counter, CounterKey, Endpoint, Filter, Hook, IMDS_IPV4, Mode, Policy, Service, Verdict,
+    Address, Counter, CounterKey, Endpoint, Exemption, Filter, Grant, Hook, IMDS_IPV4, Mode, Policy, Service,
+    Subject, SubjectKind, Verdict,
+    maps::MARK,
     names::{
-        HOST_PROGRAMS, MAP_COUNTERS, MAP_ENDPOINTS, MAP_POLICY, MAPS, PROG_POD_EDGE, PROG_POD_L3,
-        SECTION_FILTER, SOCKET_PROGRAMS, TC_PROGRAMS, in_object,
+        HOST_PROGRAMS, MAP_COUNTERS, MAP_ENDPOINTS, MAP_EXEMPT, MAP_POLICY, MAPS, PROG_NODE_EDGE,
+        PROG_POD_EDGE, PROG_POD_L3, SECTION_FILTER, SOCKET_PROGRAMS, TC_PROGRAMS, in_object,
     },
     packet::MAX_VLAN_TAGS,
 };
 use imds_tests::{
     SKIPPED, WHOLE_TEST,
-    program::{Object, action},
+    program::{Object, action, marked},
 };
 
 const TC_ACT_UNSPEC: i32 = -1;
@@ -187,6 +189,82 @@ fn the_mode_decides_and_every_guarded_packet_is_counted_under_its_verdict() {
             let expected = if counted == verdict { (3, 3 * packet.len() as u64) } else { (0, 0) };
             assert_eq!(sum, expected, "{mode:?}: {counted:?}");
         }
+    }
+}
+
+/// Programs for which these grants are in force, one endpoint of which is closed or looked up.
+fn object_with(grants: &[(Exemption, Grant)], mode: Mode, closed: bool) -> Object {
+    let mut object = object(mode);
+    object.set(MAP_POLICY, Policy { mode: mode as u32, mark: MARK, ..Policy::default() });
+    for (exemption, grant) in grants {
+        object.insert(MAP_EXEMPT, *exemption, *grant);
+    }
+    let filter = Filter::of([(Address::from_ipv4(IMDS_IPV4), &IMDS)]);
+    let closed = if closed { filter.closed } else { Filter::EMPTY.closed };
+    let filter = filter.with_subjects(grants.iter().map(|(exemption, _)| exemption.subject));
+    object.set(SECTION_FILTER, Filter { closed, ..filter });
+    object
+}
+
+fn grant(subject: Subject, address: Address, verdict: Verdict) -> (Exemption, Grant) {
+    (Exemption { address, subject }, Grant { verdict: verdict as u32, rule: 1 })
+}
+
+#[test]
+fn who_is_exempt_passes_to_what_it_is_exempt_from() {
+    const HERE: Address = Address::from_ipv4(IMDS_IPV4);
+    const ELSEWHERE: Address = Address::from_ipv4(OTHER);
+    // A test run's packet comes from the loopback interface.
+    let sender = Subject::new(SubjectKind::Interface, 1);
+    let [neighbour, namesake] =
+        [(SubjectKind::Interface, 2), (SubjectKind::Netns, 1)].map(|(kind, id)| Subject::new(kind, id));
+    for (granted, mode, verdict) in [
+        (grant(sender, HERE, Verdict::Exempt), Mode::Enforce, Verdict::Exempt),
+        (grant(sender, Address::ANY, Verdict::Exempt), Mode::Enforce, Verdict::Exempt),
+        (grant(sender, HERE, Verdict::Audit), Mode::Enforce, Verdict::Audit),
+        (grant(sender, HERE, Verdict::Exempt), Mode::Audit, Verdict::Exempt),
+        (grant(sender, HERE, Verdict::Exempt), Mode::Off, Verdict::Allow),
+        (grant(sender, ELSEWHERE, Verdict::Exempt), Mode::Enforce, Verdict::Deny),
+        (grant(neighbour, HERE, Verdict::Exempt), Mode::Enforce, Verdict::Deny),
+        (grant(namesake, Address::ANY, Verdict::Exempt), Mode::Enforce, Verdict::Deny),
+        // What no agent writes.
+        (grant(sender, HERE, Verdict::Foreign), Mode::Enforce, Verdict::Deny),
+    ] {
+        for closed in [true, false] {
+            let object = object_with(&[granted], mode, closed);
+            let expected = if verdict == Verdict::Deny { TC_ACT_SHOT } else { TC_ACT_UNSPEC };
+            let is_softened = verdict == Verdict::Exempt || verdict == Verdict::Audit;
+            for mark in [0, 1] {
+                let after = if is_softened { MARK | mark } else { mark };
+                let run = marked(object.program(PROG_POD_EDGE), &udp(IMDS_IPV4), mark, 0);
+                assert_eq!(run, (expected, after), "{granted:?} in {mode:?}, closed: {closed}");
+            }
+            let key = CounterKey::new(1, Hook::PodEdge, verdict);
+            let counters: Vec<Counter> = object.per_cpu(MAP_COUNTERS, &key);
+            assert_eq!(counters.iter().map(|cpu| cpu.packets).sum::<u64>(), 2, "{granted:?} in {mode:?}");
+        }
+    }
+}
+
+#[test]
+fn the_node_edge_believes_the_mark_of_what_came_in_by_an_interface() {
+    let exempt = grant(Subject::new(SubjectKind::Interface, 7), Address::ANY, Verdict::Exempt);
+    let mut object = object_with(&[exempt], Mode::Enforce, true);
+    let (with_pod_edge, alone) = (Hook::PodEdge.bit() | Hook::NodeEdge.bit(), Hook::NodeEdge.bit());
+    for (hooks, mark, ingress, expected) in [
+        (with_pod_edge, MARK | 1, 8, (TC_ACT_UNSPEC, 1)),
+        (with_pod_edge, 1, 8, (TC_ACT_SHOT, 1)),
+        // By now it could be another pod's.
+        (with_pod_edge, 1, 7, (TC_ACT_SHOT, 1)),
+        // Nobody has marked it who is to be believed.
+        (alone, MARK, 8, (TC_ACT_SHOT, MARK)),
+        (alone, 1, 7, (TC_ACT_UNSPEC, 1)),
+    ] {
+        object.set(MAP_POLICY, Policy { mark: MARK, hooks, ..Policy::default() });
+        let program = object.program(PROG_NODE_EDGE);
+        let case = format!("hooks {hooks:#x}, mark {mark:#x} by {ingress}");
+        assert_eq!(marked(program, &udp(IMDS_IPV4), mark, ingress), expected, "{case}");
+        assert_eq!(marked(program, &udp(OTHER), mark, ingress), (TC_ACT_UNSPEC, mark), "{case}");
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
-use anyhow::anyhow;
+use anyhow::{Context as _, anyhow};
 use clap::{Args, ValueEnum};
 use imds_ebpf_common::Backend;
 
@@ -10,6 +10,7 @@ use super::{Failure, PinDirArg};
 use crate::{
     agent::{Agent, Source},
     datapath::{Datapath, bpf, pins::PinDir},
+    exempt::Rules,
     guard::Guard,
     node::{kubepods::Kubepods, netlink::Netlink},
     preflight,
@@ -69,6 +70,7 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     let config = source.load().map_err(|error| Failure::Usage(error.into()))?;
     let guarded =
         config.endpoints.resolve(&Dmi::read(&args.dmi_dir)).map_err(|error| Failure::Usage(error.into()))?;
+    config.exempt.resolve(&guarded).map_err(|error| Failure::Usage(error.into()))?;
     preflight::check_capabilities()?;
     preflight::lift_limits()?;
     preflight::check_kernel()?;
@@ -87,7 +89,9 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         Err(error) => log::warn!("{:#}", anyhow::Error::from(error)),
     }
     let kubepods = settings.kubepods.clone().map(Kubepods::new);
-    let mut guard = Guard::new(datapath, netlink, settings.interfaces.clone(), kubepods);
+    let mut rules = Rules::new().context("can't tell this network namespace")?;
+    rules.set(settings.exempt.clone());
+    let mut guard = Guard::new(datapath, netlink, settings.interfaces.clone(), kubepods, rules);
     if !args.once {
         let period = Duration::from_secs(args.resync);
         let server = Server::new(PinDir::new(&args.pins.pin_dir)?, Netlink::connect()?, period);

@@ -11,6 +11,7 @@ use toml::{
 
 use super::{
     endpoints::EndpointTable,
+    exempt::ExemptTable,
     hooks::HooksTable,
     interfaces::InterfacesTable,
     metrics::MetricsTable,
@@ -32,6 +33,7 @@ pub(super) struct File {
     pub(super) interfaces: InterfacesTable,
     pub(super) metrics: MetricsTable,
     pub(super) endpoint: Vec<EndpointTable>,
+    pub(super) exempt: Vec<ExemptTable>,
 }
 
 impl Default for File {
@@ -45,6 +47,7 @@ impl Default for File {
             interfaces: InterfacesTable::default(),
             metrics: MetricsTable::default(),
             endpoint: Vec::new(),
+            exempt: Vec::new(),
         }
     }
 }

@@ -39,6 +39,8 @@ pub struct Counts {
     pub audited: Count,
     /// Passed because the mode is off or the service is kept.
     pub allowed: Count,
+    /// Passed because the sender is exempt.
+    pub exempt: Count,
 }
 
 impl Counts {
@@ -48,6 +50,7 @@ impl Counts {
                 Verdict::Deny => Some(&mut self.denied),
                 Verdict::Audit => Some(&mut self.audited),
                 Verdict::Allow | Verdict::Kept => Some(&mut self.allowed),
+                Verdict::Exempt => Some(&mut self.exempt),
                 Verdict::Foreign => None,
             }
         })
@@ -59,6 +62,7 @@ impl AddAssign for Counts {
         self.denied += other.denied;
         self.audited += other.audited;
         self.allowed += other.allowed;
+        self.exempt += other.exempt;
     }
 }
 

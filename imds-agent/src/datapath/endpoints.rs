@@ -48,7 +48,7 @@ pub(super) fn filter_while_loading(pins: &PinDir, guarded: &Guarded) -> Filter {
     let wanted = filter_of(&entries);
     // Without maps, or with unreadable ones, no program is attached that goes by them.
     match Maps::open(pins).ok().and_then(|maps| filter(&maps).ok()) {
-        Some(in_force) => wanted.and_slots_of(&in_force),
+        Some(in_force) => wanted.and_slots_of(&in_force).with_subjects_of(&in_force),
         None => wanted,
     }
 }
@@ -65,7 +65,8 @@ pub fn write(maps: &mut Maps, guarded: &Guarded) -> Result<(), DatapathError> {
     let of_filter = |source| DatapathError::Map { map: MAP_FILTER, source };
     let before = read(maps).map_err(of_endpoints)?;
     let wanted: BTreeMap<_, _> = guarded.entries().collect();
-    let filter = filter_of(&wanted);
+    let in_force = maps.filter.get(&0, 0).map_err(of_filter)?;
+    let filter = filter_of(&wanted).with_subjects_of(&in_force);
 
     let mut unwanted: Vec<_> = before.keys().filter(|address| !wanted.contains_key(address)).collect();
     let unwanted_count = unwanted.len();

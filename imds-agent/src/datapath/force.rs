@@ -2,7 +2,11 @@
 
 use std::path::Path;
 
-use imds_ebpf_common::{Hook, Mode, Policy, maps::LAYOUT, names::MAP_POLICY};
+use imds_ebpf_common::{
+    Hook, Mode, Policy,
+    maps::{LAYOUT, MARK},
+    names::MAP_POLICY,
+};
 
 use super::{
     Datapath, DatapathError, Plan, config, endpoints, home,
@@ -79,7 +83,7 @@ fn write_policy(maps: &mut Maps, plan: &Plan) -> Result<(), DatapathError> {
         layout: LAYOUT,
         netns: home::this_netns()?,
         hooks: plan.hooks.bits(),
-        reserved: 0,
+        mark: MARK,
         netns_cookie: plan.identity.cookie(),
     };
     maps.policy.set(0, policy, 0).map_err(|source| DatapathError::Map { map: MAP_POLICY, source })

@@ -6,6 +6,7 @@ pub mod clsact;
 pub mod config;
 pub mod counters;
 pub mod endpoints;
+pub mod exemptions;
 mod force;
 pub mod home;
 pub mod hosts;
@@ -18,7 +19,10 @@ mod tcx;
 use std::{collections::BTreeSet, io, path::PathBuf};
 
 use aya::maps::MapError;
-use imds_ebpf_common::{Answer, Backend, Edge, Hook, Mode, Role, names::tc_program};
+use imds_ebpf_common::{
+    Answer, Backend, Edge, Hook, Mode, Role, Subject, SubjectKind,
+    names::{MAP_EXEMPT, tc_program},
+};
 use log::Level;
 use thiserror::Error;
 
@@ -34,6 +38,7 @@ use crate::{
     config::Hooks,
     diagnostics::{Diagnostics, DiagnosticsError},
     endpoints::Guarded,
+    exempt::Grants,
     node::{
         links::Link,
         netlink::{Netlink, NetlinkError},
@@ -326,12 +331,29 @@ impl Datapath {
 
     /// Forgets an interface that is gone, and keeps its counts in the sum of those that are.
     pub fn forget(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        // Before all else: the next interface may have its index.
+        self.revoke(ifindex)?;
         for edge in Edge::ALL {
             self.links.forget(self.claim.dir(), Spot { ifindex, edge })?;
         }
         counters::fold(&mut self.maps, ifindex)?;
         records::remove(&mut self.maps, ifindex);
         Ok(())
+    }
+
+    /// Makes these all the grants that there are. Returns how often a map was written.
+    pub fn grant(&mut self, wanted: &Grants) -> Result<usize, DatapathError> {
+        exemptions::write(&mut self.maps, wanted)
+    }
+
+    /// Takes from an interface what is granted to it.
+    pub fn revoke(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        exemptions::revoke(&mut self.maps, Subject::new(SubjectKind::Interface, ifindex.into()))
+    }
+
+    /// What is granted.
+    pub fn granted(&self) -> Result<Grants, DatapathError> {
+        exemptions::read(&self.maps).map_err(|source| DatapathError::Map { map: MAP_EXEMPT, source })
     }
 
     /// Lets `status` know that every interface was looked at.

@@ -15,12 +15,12 @@ use aya::{
 };
 use aya_obj::{Object, generated::bpf_func_id};
 use imds_ebpf_common::{
-    Address, ConfigRecord, Counter, CounterKey, Edge, Endpoint, Filter, Frame, Hook, InterfaceRecord, Policy,
-    ProviderRecord,
+    Address, ConfigRecord, Counter, CounterKey, Edge, Endpoint, Exemption, Filter, Frame, Grant, Hook,
+    InterfaceRecord, Policy, ProviderRecord,
     maps::LAYOUT,
     names::{
         GLOBAL_CGROUP_HAS_COOKIE, GLOBAL_TC_HAS_COOKIE, HOST_PROGRAMS, MAP_CONFIG, MAP_COUNTERS,
-        MAP_ENDPOINTS, MAP_EVENTS, MAP_FILTER, MAP_INTERFACES, MAP_POLICY, MAP_PROVIDER, MAPS,
+        MAP_ENDPOINTS, MAP_EVENTS, MAP_EXEMPT, MAP_FILTER, MAP_INTERFACES, MAP_POLICY, MAP_PROVIDER, MAPS,
         SOCKET_PROGRAMS, SYMBOL_FILTER, TC_PROGRAMS, in_object, tc_program,
     },
 };
@@ -193,6 +193,8 @@ pub struct Maps {
     pub filter: Array<MapData, Filter>,
     /// What is guarded.
     pub endpoints: HashMap<MapData, Address, Endpoint>,
+    /// Who is exempt.
+    pub exempt: HashMap<MapData, Exemption, Grant>,
     /// Where the endpoints come from.
     pub provider: Array<MapData, ProviderRecord>,
     /// The configuration as text.
@@ -213,6 +215,7 @@ impl Maps {
             interfaces: Map::HashMap(open(MAP_INTERFACES)?).try_into().map_err(typed(MAP_INTERFACES))?,
             filter: Map::Array(open(MAP_FILTER)?).try_into().map_err(typed(MAP_FILTER))?,
             endpoints: Map::HashMap(open(MAP_ENDPOINTS)?).try_into().map_err(typed(MAP_ENDPOINTS))?,
+            exempt: Map::HashMap(open(MAP_EXEMPT)?).try_into().map_err(typed(MAP_EXEMPT))?,
             provider: Map::Array(open(MAP_PROVIDER)?).try_into().map_err(typed(MAP_PROVIDER))?,
             config: Map::Array(open(MAP_CONFIG)?).try_into().map_err(typed(MAP_CONFIG))?,
             held: MAPS.map(|name| open(name).map(|map| (name, map))).into_iter().collect::<Result<_, _>>()?,

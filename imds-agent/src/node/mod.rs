@@ -5,3 +5,5 @@ pub mod kubepods;
 pub mod links;
 pub mod netlink;
 pub mod netns;
+mod process;
+pub mod senders;

@@ -1,6 +1,6 @@
 //! rtnetlink: the interfaces, the ways out of the node, filters, and news of each.
 
-use std::{collections::BTreeSet, future::ready, io, net::Ipv4Addr};
+use std::{collections::BTreeSet, fs::File, future::ready, io, net::Ipv4Addr, os::fd::AsRawFd as _};
 
 use futures_util::{Stream, StreamExt as _, TryStreamExt as _, stream};
 use nix::net::if_::if_nameindex;
@@ -9,6 +9,7 @@ use rtnetlink::{
     packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
     packet_route::{
         RouteNetlinkMessage,
+        nsid::{NsidAttribute, NsidMessage},
         route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType},
     },
 };
@@ -172,6 +173,24 @@ impl Netlink {
                 Ok(Vec::new())
             }
         }
+    }
+
+    /// The id that this namespace has for the network namespace of which `namespace` is a file, as in
+    /// [`Link::peer_netns`]; `None` where it has none, and so no link into it.
+    pub async fn netns_id(&self, namespace: &File) -> Result<Option<i32>, NetlinkError> {
+        let error = |source| NetlinkError::new("asking for the id of a namespace", source);
+        let fd = u32::try_from(namespace.as_raw_fd()).map_err(|source| error(io::Error::other(source)))?;
+        let mut message = NsidMessage::default();
+        message.attributes.push(NsidAttribute::Fd(fd));
+        let mut answers = self.request(RouteNetlinkMessage::GetNsId(message), 0);
+        let Some(answer) = answers.try_next().await.map_err(error)? else { return Ok(None) };
+        let RouteNetlinkMessage::NewNsId(answer) = answer else { return Ok(None) };
+        let id = answer.attributes.iter().find_map(|attribute| match attribute {
+            NsidAttribute::Id(id) => Some(*id),
+            _ => None,
+        });
+        // NETNSA_NSID_NOT_ASSIGNED is -1.
+        Ok(id.filter(|&id| id >= 0))
     }
 
     /// Sends a request that is answered with an acknowledgement.

@@ -1,11 +1,15 @@
-//! The node's network namespace: the one in which the agent runs.
+//! Network namespaces: the node's, in which the agent runs, and others.
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io,
     mem::size_of,
     net::UdpSocket,
     os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
+    thread,
 };
+
+use nix::sched::{CloneFlags, setns};
 
 /// `SO_NETNS_COOKIE` (Linux 5.14, commit e8b9eab99232), which no library has yet.
 const SO_NETNS_COOKIE: libc::c_int = 71;
@@ -50,6 +54,22 @@ pub fn identity() -> io::Result<Option<Identity>> {
 pub fn this_inode() -> io::Result<u32> {
     // proc_inum is an unsigned int (include/linux/ns_common.h).
     u32::try_from(inode("/proc/thread-self/ns/net")?).map_err(io::Error::other)
+}
+
+/// Cookie of the network namespace that `namespace` is a file of; `None` where an older kernel has none to tell.
+pub fn cookie_of(namespace: &File) -> io::Result<Option<u64>> {
+    // The thread ends with the namespace that it has entered: no other work can come to run in there.
+    let inside = thread::scope(|scope| {
+        let thread = thread::Builder::new().name("netns".to_owned()).spawn_scoped(scope, || {
+            setns(namespace, CloneFlags::CLONE_NEWNET)?;
+            cookie()
+        });
+        thread.map(|thread| thread.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())))
+    })?;
+    match inside {
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(None),
+        cookie => cookie.map(Some),
+    }
 }
 
 fn inode(path: &str) -> io::Result<u64> {

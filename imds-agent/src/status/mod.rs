@@ -1,5 +1,6 @@
 //! What is in force, as the kernel says it: whether or not an agent runs.
 
+mod exemptions;
 mod report;
 mod table;
 
@@ -8,8 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use imds_ebpf_common::{Answer, Backend, CounterKey, Edge, Hook, Mode, Policy, Role, names::tc_program};
 
 pub use self::report::{
-    Agent, Configuration, Endpoint, HostReport, Interface, Problem, Provider, Refused, Report, SocketReport,
-    State,
+    Agent, Configuration, Endpoint, ExemptSender, HostReport, Interface, Problem, Provider, Refused, Report,
+    SocketReport, State,
 };
 use crate::{
     config::{Hooks, Interfaces},
@@ -66,6 +67,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
         answer: None,
         provider: None,
         endpoints: Vec::new(),
+        exemptions: Vec::new(),
         interfaces: Vec::new(),
         hooks: Vec::new(),
         sockets: None,
@@ -130,6 +132,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
     for link in netlink.links().await? {
         report.add(&link, &node, &mut counts).await?;
     }
+    report.add_exemptions(&maps)?;
     // Of interfaces that are gone and not yet forgotten, too.
     for gone in counts.into_values() {
         report.departed += gone;

@@ -30,6 +30,8 @@ pub struct Report {
     pub provider: Option<Provider>,
     /// What is guarded.
     pub endpoints: Vec<Endpoint>,
+    /// Who is exempt from what.
+    pub exemptions: Vec<ExemptSender>,
     /// Every interface of the node.
     pub interfaces: Vec<Interface>,
     /// The hooks that are on.
@@ -139,6 +141,24 @@ pub struct Endpoint {
     pub address: IpAddr,
     /// What pods may reach there all the same, such as `udp/53`.
     pub keep: Vec<String>,
+}
+
+/// A sender that is exempt, or audited where others are denied. It is known by one of interface, network namespace and
+/// cgroup.
+#[derive(Clone, Debug, Serialize)]
+pub struct ExemptSender {
+    /// Name of the rule that grants it; its number where that rule is no longer in the configuration.
+    pub rule: String,
+    /// Name of the interface, or its index where it is gone.
+    pub interface: Option<String>,
+    /// Cookie of the network namespace.
+    pub netns_cookie: Option<u64>,
+    /// Id of the cgroup v2.
+    pub cgroup: Option<u64>,
+    /// Name of the endpoint, or its address where it is not guarded; `None` for all.
+    pub endpoint: Option<String>,
+    /// What becomes of what would be denied: `exempt` or `audit`.
+    pub verdict: &'static str,
 }
 
 /// One interface of the node.

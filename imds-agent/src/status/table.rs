@@ -32,6 +32,7 @@ impl Report {
         writeln!(text, "mode       {}", self.mode.unwrap_or("unknown"))?;
         writeln!(text, "answer     {}", self.answer.unwrap_or("unknown"))?;
         self.write_endpoints(text)?;
+        self.write_exemptions(text)?;
         writeln!(text, "hooks      {}", self.hooks.join(" "))?;
         writeln!(text, "agent      {agent}")?;
         writeln!(text, "pins       {}", self.pin_dir.display())?;
@@ -76,10 +77,26 @@ impl Report {
         Ok(())
     }
 
+    fn write_exemptions(&self, text: &mut String) -> std::fmt::Result {
+        for (index, sender) in self.exemptions.iter().enumerate() {
+            let title = if index == 0 { "exempt" } else { "" };
+            let who = match (&sender.interface, sender.netns_cookie, sender.cgroup) {
+                (Some(interface), _, _) => format!("interface {interface}"),
+                (None, Some(cookie), _) => format!("network namespace with cookie {cookie}"),
+                (None, None, Some(id)) => format!("cgroup {id}"),
+                (None, None, None) => "unknown".to_owned(),
+            };
+            let from = sender.endpoint.as_deref().unwrap_or("all endpoints");
+            let audited = if sender.verdict == "audit" { ", audited" } else { "" };
+            writeln!(text, "{title:<10} {who} from {from} ({}){audited}", sender.rule)?;
+        }
+        Ok(())
+    }
+
     fn interfaces_table(&self) -> Table {
         let mut table = Table::new();
         table.load_style(NOTHING);
-        table.set_header(["INTERFACE", "INDEX", "ROLE", "GUARD", "DENIED", "AUDITED", "ALLOWED"]);
+        table.set_header(["INTERFACE", "INDEX", "ROLE", "GUARD", "DENIED", "AUDITED", "ALLOWED", "EXEMPT"]);
         for interface in &self.interfaces {
             let guard = match (interface.guard, interface.first) {
                 (None, _) => "-".to_owned(),
@@ -125,13 +142,13 @@ impl State {
     }
 }
 
-fn cells(counts: &Counts) -> [Cell; 3] {
-    [counts.denied, counts.audited, counts.allowed]
+fn cells(counts: &Counts) -> [Cell; 4] {
+    [counts.denied, counts.audited, counts.allowed, counts.exempt]
         .map(|count| Cell::new(phrase(count)).set_alignment(CellAlignment::Left))
 }
 
-fn calls(counts: &Counts) -> [Cell; 3] {
-    [counts.denied, counts.audited, counts.allowed].map(|Count { packets, bytes }| {
+fn calls(counts: &Counts) -> [Cell; 4] {
+    [counts.denied, counts.audited, counts.allowed, counts.exempt].map(|Count { packets, bytes }| {
         Cell::new(match (packets, bytes) {
             (0, _) => "0".to_owned(),
             (1, 0) => "1 call".to_owned(),

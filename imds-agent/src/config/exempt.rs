@@ -1,0 +1,250 @@
+//! `[[exempt]]`: who may reach guarded endpoints after all. Nothing else grants that.
+
+use std::{
+    collections::BTreeSet,
+    net::IpAddr,
+    path::{Component, Path, PathBuf},
+};
+
+use globset::{Glob, GlobMatcher};
+use serde::{Deserialize, Serialize};
+use toml::Spanned;
+
+use super::{
+    ConfigError, ConfigErrors,
+    source::{Mistakes, Place, Source},
+};
+use crate::endpoints::Guarded;
+
+/// The rules as written: which endpoints there are is known only on the machine.
+#[derive(Clone, Debug, Default)]
+pub struct Exemptions {
+    rules: Vec<Written>,
+}
+
+#[derive(Clone, Debug)]
+struct Written {
+    name: String,
+    sender: Sender,
+    is_audited: bool,
+    /// Names of endpoints and where they are named; `None` for all endpoints.
+    endpoints: Option<Vec<(String, Place)>>,
+}
+
+/// One rule.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Exempt {
+    /// Its name, by which it is reported.
+    pub name: String,
+    /// Whom it is for.
+    pub sender: Sender,
+    /// Which endpoints it is for.
+    pub scope: Scope,
+    /// Whether what it lets pass is judged as in audit mode: counted and reported.
+    pub is_audited: bool,
+}
+
+/// Whom a rule is for.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Sender {
+    /// Pods whose link has such a name at the node's end.
+    Interface(NameGlob),
+    /// The network namespace at this absolute path.
+    Netns(PathBuf),
+    /// The pods that have processes in this cgroup and those below it: a path below the mount of a hierarchy, or an
+    /// absolute one.
+    Cgroup(PathBuf),
+}
+
+/// A glob of interface names.
+#[derive(Clone, Debug)]
+pub struct NameGlob(GlobMatcher);
+
+impl NameGlob {
+    /// Whether an interface of this name is meant.
+    #[must_use]
+    pub fn matches(&self, name: &str) -> bool {
+        self.0.is_match(name)
+    }
+}
+
+impl PartialEq for NameGlob {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.glob() == other.0.glob()
+    }
+}
+
+impl Eq for NameGlob {}
+
+/// Some of the guarded endpoints.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Scope {
+    /// All.
+    All,
+    /// Those at these addresses.
+    Some(BTreeSet<IpAddr>),
+}
+
+#[derive(Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ExemptTable {
+    name: Spanned<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    interface: Option<Spanned<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    netns: Option<Spanned<PathBuf>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cgroup: Option<Spanned<PathBuf>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    endpoints: Option<Spanned<Vec<Spanned<String>>>>,
+    #[serde(default)]
+    audit: bool,
+}
+
+impl Exemptions {
+    pub(super) fn parse(tables: &[ExemptTable], source: Source<'_>, mistakes: &mut Mistakes) -> Self {
+        let mut rules: Vec<Written> = Vec::new();
+        for table in tables {
+            let Some(rule) = mistakes.take(parse_rule(table, source)) else { continue };
+            match check_new(&rule, &rules) {
+                Ok(()) => rules.push(rule),
+                Err(message) => mistakes.note(source.error(table.name.span(), message)),
+            }
+        }
+        Self { rules }
+    }
+
+    /// The rules, each of whose endpoints is one of `guarded`.
+    pub fn resolve(&self, guarded: &Guarded) -> Result<Vec<Exempt>, ConfigErrors> {
+        let mut mistakes = Mistakes::default();
+        let rules = self.rules.iter().map(|rule| {
+            let Written { name, sender, is_audited, endpoints } = rule.clone();
+            let scope = match endpoints {
+                None => Scope::All,
+                Some(names) => Scope::Some(
+                    names
+                        .iter()
+                        .filter_map(|(name, place)| mistakes.take(address(name, place, guarded)))
+                        .collect(),
+                ),
+            };
+            Exempt { name, sender, scope, is_audited }
+        });
+        let rules = rules.collect();
+        if mistakes.are_none() { Ok(rules) } else { Err(ConfigErrors(mistakes.into_vec())) }
+    }
+}
+
+fn address(name: &str, place: &Place, guarded: &Guarded) -> Result<IpAddr, ConfigError> {
+    let endpoints = guarded.endpoints();
+    endpoints.iter().find(|endpoint| endpoint.name == name).map(|endpoint| endpoint.address).ok_or_else(
+        || {
+            let known: Vec<_> = endpoints.iter().map(|endpoint| endpoint.name.as_str()).collect();
+            place.error(format!("exempt.endpoints: no endpoint is named {name:?}, only {}", known.join(", ")))
+        },
+    )
+}
+
+fn check_new(rule: &Written, others: &[Written]) -> Result<(), String> {
+    if others.iter().any(|other| other.name == rule.name) {
+        return Err(format!("exempt.name: {:?} is already that of another rule", rule.name));
+    }
+    let of_same = others.iter().filter(|other| other.sender == rule.sender);
+    if let Some(other) = of_same.clone().find(|other| other.overlaps(rule)) {
+        let reason = if other.is_audited == rule.is_audited {
+            "say the same of the same sender"
+        } else {
+            "contradict each other: one audits what the other exempts"
+        };
+        return Err(format!("exempt: {:?} and {:?} {reason}", other.name, rule.name));
+    }
+    Ok(())
+}
+
+impl Written {
+    fn overlaps(&self, other: &Self) -> bool {
+        match (&self.endpoints, &other.endpoints) {
+            (Some(own), Some(others)) => {
+                own.iter().any(|(name, _)| others.iter().any(|(other, _)| name == other))
+            }
+            (None, _) | (_, None) => true,
+        }
+    }
+}
+
+fn parse_rule(table: &ExemptTable, source: Source<'_>) -> Result<Written, ConfigError> {
+    let name = table.name.get_ref();
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    if name.is_empty() || name.len() > 63 || !name.bytes().all(is_plain) {
+        let message = format!("exempt.name: {name:?} is not 1 to 63 letters, digits, '-', '_' or '.'");
+        return Err(source.error(table.name.span(), message));
+    }
+    Ok(Written {
+        name: name.clone(),
+        sender: parse_sender(table, source)?,
+        is_audited: table.audit,
+        endpoints: table.endpoints.as_ref().map(|names| parse_endpoints(names, source)).transpose()?,
+    })
+}
+
+fn parse_sender(table: &ExemptTable, source: Source<'_>) -> Result<Sender, ConfigError> {
+    let ExemptTable { name, interface, netns, cgroup, .. } = table;
+    match (interface, netns, cgroup) {
+        (Some(glob), None, None) => parse_interface(glob, source),
+        (None, Some(path), None) => parse_path(path, "netns", source).map(Sender::Netns),
+        (None, None, Some(path)) => parse_path(path, "cgroup", source).map(Sender::Cgroup),
+        (None, None, None) => {
+            let message = "exempt: says not whom: one of interface, netns and cgroup is needed";
+            Err(source.error(name.span(), message.to_owned()))
+        }
+        (_, _, _) => {
+            let message = "exempt: interface, netns and cgroup: a rule has only one of them";
+            Err(source.error(name.span(), message.to_owned()))
+        }
+    }
+}
+
+fn parse_interface(glob: &Spanned<String>, source: Source<'_>) -> Result<Sender, ConfigError> {
+    let error = |message| source.error(glob.span(), message);
+    if glob.get_ref().is_empty() {
+        return Err(error("exempt.interface: is empty".to_owned()));
+    }
+    let compiled = Glob::new(glob.get_ref()).map_err(|cause| error(format!("exempt.interface: {cause}")))?;
+    Ok(Sender::Interface(NameGlob(compiled.compile_matcher())))
+}
+
+/// A path must say what it means, and not mean everything.
+fn parse_path(path: &Spanned<PathBuf>, key: &str, source: Source<'_>) -> Result<PathBuf, ConfigError> {
+    let written: &Path = path.get_ref();
+    let is_plain = written.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+    let complaint = if key == "netns" && !written.is_absolute() {
+        "is no absolute path"
+    } else if !is_plain {
+        "has `.` or `..` in it"
+    } else if written.file_name().is_none() {
+        "names nothing"
+    } else {
+        return Ok(written.to_owned());
+    };
+    let message = format!("exempt.{key}: \"{}\" {complaint}", written.display());
+    Err(source.error(path.span(), message))
+}
+
+fn parse_endpoints(
+    names: &Spanned<Vec<Spanned<String>>>,
+    source: Source<'_>,
+) -> Result<Vec<(String, Place)>, ConfigError> {
+    let mut seen = BTreeSet::new();
+    if let Some(twice) = names.get_ref().iter().find(|name| !seen.insert(name.get_ref())) {
+        let message = format!("exempt.endpoints: {:?} is there twice", twice.get_ref());
+        return Err(source.error(twice.span(), message));
+    }
+    if seen.is_empty() {
+        let message = "exempt.endpoints: is empty; leave it out to mean all";
+        return Err(source.error(names.span(), message.to_owned()));
+    }
+    Ok(names.get_ref().iter().map(|name| (name.get_ref().clone(), source.place(name.span()))).collect())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,71 @@
+//! Who is exempt, in the maps: written in an order in which nobody is exempt for a moment who should not be.
+
+use std::collections::BTreeMap;
+
+use aya::maps::MapError;
+use imds_ebpf_common::{
+    Exemption, Subject,
+    names::{MAP_EXEMPT, MAP_FILTER},
+};
+
+use super::{DatapathError, object::Maps};
+use crate::exempt::Grants;
+
+/// What is granted.
+pub fn read(maps: &Maps) -> Result<Grants, MapError> {
+    let mut grants = BTreeMap::new();
+    for entry in &maps.exempt {
+        match entry {
+            Ok((exemption, grant)) => {
+                grants.insert(exemption, grant);
+            }
+            // Removed while we looked.
+            Err(MapError::KeyNotFound) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(grants)
+}
+
+/// Makes `wanted` what is granted: what is taken away goes first. Returns how often a map was written.
+pub(super) fn write(maps: &mut Maps, wanted: &Grants) -> Result<usize, DatapathError> {
+    let before = read(maps).map_err(of_exemptions)?;
+    let mut writes = 0;
+    for exemption in before.keys().filter(|exemption| !wanted.contains_key(exemption)) {
+        remove(maps, exemption)?;
+        writes += 1;
+    }
+    for (exemption, grant) in wanted {
+        if before.get(exemption) != Some(grant) {
+            maps.exempt.insert(exemption, grant, 0).map_err(of_exemptions)?;
+            writes += 1;
+        }
+    }
+    // Those who stay are in it at every moment between.
+    let of_filter = |source| DatapathError::Map { map: MAP_FILTER, source };
+    let in_force = maps.filter.get(&0, 0).map_err(of_filter)?;
+    let filter = in_force.with_subjects(wanted.keys().map(|exemption| exemption.subject));
+    if filter != in_force {
+        maps.filter.set(0, filter, 0).map_err(of_filter)?;
+        writes += 1;
+    }
+    Ok(writes)
+}
+
+/// Takes from `subject` all that is granted to it.
+pub(super) fn revoke(maps: &mut Maps, subject: Subject) -> Result<(), DatapathError> {
+    let of_subject = |exemption: &Exemption| exemption.subject == subject;
+    let granted: Vec<_> = read(maps).map_err(of_exemptions)?.into_keys().filter(of_subject).collect();
+    granted.iter().try_for_each(|exemption| remove(maps, exemption))
+}
+
+fn remove(maps: &mut Maps, exemption: &Exemption) -> Result<(), DatapathError> {
+    match maps.exempt.remove(exemption) {
+        Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+        Err(error) => Err(of_exemptions(error)),
+    }
+}
+
+fn of_exemptions(source: MapError) -> DatapathError {
+    DatapathError::Map { map: MAP_EXEMPT, source }
+}

@@ -1,0 +1,195 @@
+//! Who is exempt from what: the operator's rules, and whom they find on this node.
+
+use std::{collections::BTreeMap, io, path::Path};
+
+use imds_ebpf_common::{Address, Exemption, Grant, Subject, SubjectKind, Verdict};
+
+use crate::{
+    config::{Exempt, Scope, Sender},
+    endpoints::address,
+    node::{
+        links::Link,
+        netlink::Netlink,
+        senders::{Finder, Senders, Trace},
+    },
+};
+
+/// What the datapath is to grant.
+pub type Grants = BTreeMap<Exemption, Grant>;
+
+/// The rules in force.
+#[derive(Debug)]
+pub struct Rules {
+    exempt: Vec<Exempt>,
+    finder: Finder,
+    traces: Vec<Trace>,
+    /// Why somebody for whom a rule is may not be exempt, by the rule's name.
+    failures: BTreeMap<String, String>,
+}
+
+impl Rules {
+    /// No rules.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { exempt: Vec::new(), finder: Finder::new()?, traces: Vec::new(), failures: BTreeMap::new() })
+    }
+
+    /// Puts these in the place of those before.
+    pub fn set(&mut self, rules: Vec<Exempt>) {
+        self.exempt = rules;
+        self.failures.clear();
+    }
+
+    /// What is not as the rules have it, by name.
+    #[must_use]
+    pub fn failures(&self) -> &BTreeMap<String, String> {
+        &self.failures
+    }
+
+    /// Whether there are rules of whose pods the kernel sends no news.
+    #[must_use]
+    pub fn are_to_be_asked(&self) -> bool {
+        self.exempt.iter().any(|rule| rule.sender.path().is_some())
+    }
+
+    /// Whether those rules may find others than at the last [`Rules::find`].
+    #[must_use]
+    pub fn may_have_changed(&self) -> bool {
+        self.traces() != self.traces || !self.failures.is_empty()
+    }
+
+    fn traces(&self) -> Vec<Trace> {
+        self.exempt.iter().filter_map(|rule| rule.sender.path()).map(Finder::trace).collect()
+    }
+
+    /// What is to be granted on a node with these links, some of which are `pods`.
+    pub async fn find(&mut self, netlink: &Netlink, links: &BTreeMap<u32, Link>, pods: &[&Link]) -> Grants {
+        if self.exempt.is_empty() {
+            return Grants::new();
+        }
+        self.traces = self.traces();
+        self.finder.keep(links);
+        let mut found = Vec::new();
+        let mut failures = BTreeMap::new();
+        for rule in &self.exempt {
+            let senders = match &rule.sender {
+                Sender::Interface(glob) => {
+                    let of_rule: Vec<_> =
+                        pods.iter().copied().filter(|link| glob.matches(&link.name)).collect();
+                    self.finder.behind(netlink, &of_rule).await
+                }
+                Sender::Netns(path) => self.finder.in_netns(netlink, pods, path).await,
+                Sender::Cgroup(path) => self.finder.in_cgroup(netlink, pods, path).await,
+            };
+            if let Some(failure) = senders.failures.first() {
+                failures.insert(rule.name.clone(), failure.clone());
+            }
+            found.push(senders);
+        }
+        for (name, failure) in &failures {
+            if self.failures.get(name) != Some(failure) {
+                log::warn!("who is meant by the exemption {name:?} may be denied all the same: {failure}");
+            }
+        }
+        self.failures = failures;
+        grants(&self.exempt, &found)
+    }
+}
+
+impl Sender {
+    fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Netns(path) | Self::Cgroup(path) => Some(path),
+            Self::Interface(_) => None,
+        }
+    }
+}
+
+/// What these rules grant to those who were found for each. Who is exempt by one rule and audited by another is exempt.
+fn grants(rules: &[Exempt], found: &[Senders]) -> Grants {
+    let mut grants = Grants::new();
+    for ((rule, senders), number) in rules.iter().zip(found).zip(1..) {
+        let verdict = if rule.is_audited { Verdict::Audit } else { Verdict::Exempt };
+        let grant = Grant { verdict: verdict as u32, rule: number };
+        for subject in subjects(senders) {
+            for address in addresses(&rule.scope) {
+                let granted = grants.entry(Exemption { address, subject }).or_insert(grant);
+                if granted.verdict == Verdict::Audit as u32 && verdict == Verdict::Exempt {
+                    *granted = grant;
+                }
+            }
+        }
+    }
+    // The programs look for an endpoint's own entry first, which is not to hide that for all.
+    let all: Vec<_> = grants
+        .iter()
+        .filter(|(exemption, _)| exemption.address == Address::ANY)
+        .map(|(e, g)| (*e, *g))
+        .collect();
+    for (Exemption { subject, .. }, grant) in all {
+        if grant.verdict == Verdict::Exempt as u32 {
+            grants.retain(|other, _| other.subject != subject || other.address == Address::ANY);
+        }
+    }
+    grants
+}
+
+fn subjects(Senders { interfaces, cookies, cgroups, .. }: &Senders) -> impl Iterator<Item = Subject> {
+    let interfaces = interfaces.iter().map(|&index| Subject::new(SubjectKind::Interface, index.into()));
+    let cookies = cookies.iter().map(|&cookie| Subject::new(SubjectKind::Netns, cookie));
+    let cgroups = cgroups.iter().map(|&id| Subject::new(SubjectKind::Cgroup, id));
+    interfaces.chain(cookies).chain(cgroups)
+}
+
+fn addresses(scope: &Scope) -> Vec<Address> {
+    match scope {
+        Scope::All => vec![Address::ANY],
+        Scope::Some(addresses) => addresses.iter().copied().map(address).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use super::*;
+
+    const ONE: [u8; 4] = [10, 0, 0, 1];
+
+    fn rule(addresses: Option<[u8; 4]>, is_audited: bool) -> Exempt {
+        let scope = addresses.map_or(Scope::All, |address| Scope::Some([IpAddr::from(address)].into()));
+        Exempt { name: "a".to_owned(), sender: Sender::Netns("/n".into()), scope, is_audited }
+    }
+
+    fn found(interface: u32) -> Senders {
+        Senders { interfaces: [interface].into(), ..Senders::default() }
+    }
+
+    fn of(rules: &[(Exempt, Senders)]) -> Vec<(Address, u64, u32, u32)> {
+        let (rules, found): (Vec<_>, Vec<_>) = rules.iter().cloned().unzip();
+        let plain = |(exemption, grant): (Exemption, Grant)| {
+            (exemption.address, exemption.subject.id, grant.verdict, grant.rule)
+        };
+        grants(&rules, &found).into_iter().map(plain).collect()
+    }
+
+    #[test]
+    fn each_sender_is_granted_what_its_rules_say() {
+        let (exempt, audit) = (Verdict::Exempt as u32, Verdict::Audit as u32);
+        let (all, one) = (Address::ANY, Address::from_ipv4(ONE));
+        assert_eq!(of(&[]), []);
+        assert_eq!(of(&[(rule(None, false), Senders::default())]), []);
+        assert_eq!(of(&[(rule(None, false), found(7))]), [(all, 7, exempt, 1)]);
+        assert_eq!(of(&[(rule(Some(ONE), true), found(7))]), [(one, 7, audit, 1)]);
+        let both = [(rule(Some(ONE), true), found(7)), (rule(Some(ONE), false), found(7))];
+        assert_eq!(of(&both), [(one, 7, exempt, 2)]);
+        let both = [(rule(Some(ONE), true), found(7)), (rule(None, false), found(7))];
+        assert_eq!(of(&both), [(all, 7, exempt, 2)]);
+        let both = [(rule(Some(ONE), false), found(7)), (rule(None, true), found(7))];
+        assert_eq!(of(&both), [(all, 7, audit, 2), (one, 7, exempt, 1)]);
+        let others = [(rule(Some(ONE), true), found(7)), (rule(None, false), found(8))];
+        assert_eq!(of(&others), [(all, 8, exempt, 2), (one, 7, audit, 1)]);
+        let everything = Senders { cookies: [9].into(), cgroups: [10].into(), ..found(7) };
+        let kinds: Vec<_> = subjects(&everything).map(|subject| (subject.kind, subject.id)).collect();
+        assert_eq!(kinds, [(1, 7), (2, 9), (3, 10)]);
+    }
+}

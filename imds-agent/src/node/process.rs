@@ -1,0 +1,95 @@
+//! A process, held such that its id can't come to mean another.
+
+use std::{
+    fs::File,
+    io::{self, Read as _},
+    os::fd::OwnedFd,
+    path::Path,
+};
+
+use nix::{
+    fcntl::{OFlag, open, openat},
+    sys::stat::Mode,
+};
+
+/// A process's directory in /proc, opened. Once the process is reaped nothing can be read through it, also when its id
+/// has been given to another.
+#[derive(Debug)]
+pub(super) struct Process {
+    directory: OwnedFd,
+}
+
+impl Process {
+    /// Opens the process with this id; `None` where there is none, or only what is left of one.
+    pub(super) fn open(proc: &Path, pid: u32) -> io::Result<Option<Self>> {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let opened = open(&proc.join(pid.to_string()), flags, Mode::empty()).map_err(io::Error::from);
+        let Some(directory) = unless_gone(opened)? else { return Ok(None) };
+        let process = Self { directory };
+        Ok(process.is_alive()?.then_some(process))
+    }
+
+    /// Whether it is still there.
+    pub(super) fn is_alive(&self) -> io::Result<bool> {
+        let mut text = Vec::new();
+        let read = self.read("stat").and_then(|mut stat| stat.read_to_end(&mut text));
+        Ok(unless_gone(read)?.is_some() && is_running(&text))
+    }
+
+    /// Its network namespace.
+    pub(super) fn netns(&self) -> io::Result<Option<File>> {
+        unless_gone(self.read("ns/net"))
+    }
+
+    fn read(&self, name: &str) -> io::Result<File> {
+        Ok(openat(&self.directory, name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?.into())
+    }
+}
+
+/// `None` for what a process that has just ended leaves.
+fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether /proc/PID/stat is of more than a zombie. Second in the line is the name, in parentheses, and it can have
+/// anything in it (proc(5)); third is the state.
+fn is_running(stat: &[u8]) -> bool {
+    let end = stat.iter().rposition(|&byte| byte == b')');
+    let state = end.and_then(|end| stat.get(end + 2));
+    state.is_some_and(|state| !b"ZXx".contains(state))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn a_line_of_proc_stat() {
+        let line = |state: &str| {
+            format!("7 (a) S (b) {state} 1 7 7 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 4711 2 3 4\n")
+                .into_bytes()
+        };
+        assert!(is_running(&line("S")) && !is_running(&line("Z")));
+        for broken in ["", "7 (a", "7 (a)", "7 (a) "] {
+            assert!(!is_running(broken.as_bytes()), "{broken}");
+        }
+    }
+
+    #[test]
+    fn a_process_that_has_ended_is_not_there() {
+        let proc = Path::new("/proc");
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let process = Process::open(proc, child.id()).unwrap().unwrap();
+        assert!(process.is_alive().unwrap() && process.netns().unwrap().is_some());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!process.is_alive().unwrap());
+        assert!(process.netns().unwrap().is_none() && Process::open(proc, child.id()).unwrap().is_none());
+    }
+}

@@ -1,0 +1,258 @@
+//! From what an operator knows a pod by to what the datapath does: indices of links, cookies of network namespaces, and
+//! ids of cgroups.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::{self, File},
+    io,
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use super::{cgroup, links::Link, netlink::Netlink, netns, process::Process};
+
+/// How deep below a cgroup processes are looked for.
+const MAX_DEPTH: usize = 8;
+/// Where network namespaces have names: by `ip netns` and the container runtimes, and by Docker.
+const NAMED: [&str; 2] = ["/run/netns", "/run/docker/netns"];
+
+/// What the datapath knows some pods by.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Senders {
+    /// Indices of the node's ends of their links.
+    pub interfaces: BTreeSet<u32>,
+    /// Cookies of their network namespaces.
+    pub cookies: BTreeSet<u64>,
+    /// Ids of their cgroups v2.
+    pub cgroups: BTreeSet<u64>,
+    /// Why some of this is not known.
+    pub failures: BTreeSet<String>,
+}
+
+/// What is cheap to ask of a path by which pods are known.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Trace {
+    inodes: BTreeSet<u64>,
+    pids: BTreeSet<u32>,
+}
+
+/// A network namespace, which is there for as long as this is.
+#[derive(Debug)]
+struct Namespace {
+    file: File,
+    inode: u64,
+}
+
+/// Finds pods on this node. It takes the node's pid namespace, `CAP_SYS_PTRACE` to open the namespaces of processes of
+/// other users, and `CAP_SYS_ADMIN` to enter them.
+#[derive(Debug)]
+pub struct Finder {
+    proc: PathBuf,
+    node: u64,
+    /// Cookies of the namespaces behind links, by index and the namespace's id: the same for as long as the link exists.
+    behind: BTreeMap<(u32, i32), Option<u64>>,
+}
+
+impl Finder {
+    /// A finder for the node whose network namespace is the calling thread's.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { proc: "/proc".into(), node: netns::this_inode()?.into(), behind: BTreeMap::new() })
+    }
+
+    /// Those whose links these are.
+    pub async fn behind(&mut self, netlink: &Netlink, links: &[&Link]) -> Senders {
+        let mut senders = Senders::default();
+        let mut unknown = BTreeMap::new();
+        for link in links {
+            senders.interfaces.insert(link.index);
+            let Some(id) = link.peer_netns else { continue };
+            match self.behind.get(&(link.index, id)) {
+                Some(cookie) => senders.add_cookie(&link.name, *cookie),
+                None => drop(unknown.insert(id, *link)),
+            }
+        }
+        if unknown.is_empty() {
+            return senders;
+        }
+        for namespace in self.namespaces() {
+            let Ok(Some(id)) = netlink.netns_id(&namespace.file).await else { continue };
+            let Some(link) = unknown.remove(&id) else { continue };
+            match netns::cookie_of(&namespace.file) {
+                Ok(cookie) => {
+                    self.behind.insert((link.index, id), cookie);
+                    senders.add_cookie(&link.name, cookie);
+                }
+                Err(error) => {
+                    senders.fail(format!("can't enter the network namespace behind {}: {error}", link.name));
+                }
+            }
+        }
+        for link in unknown.into_values() {
+            let name = &link.name;
+            senders.fail(format!(
+                "can't find the network namespace behind {name}: no process and no name leads there"
+            ));
+        }
+        senders
+    }
+
+    /// Forgets all links but these.
+    pub fn keep(&mut self, links: &BTreeMap<u32, Link>) {
+        self.behind
+            .retain(|(index, id), _| links.get(index).is_some_and(|link| link.peer_netns == Some(*id)));
+    }
+
+    /// Those in the network namespace at `path`; nobody where there is none, or the node's own.
+    pub async fn in_netns(&self, netlink: &Netlink, pods: &[&Link], path: &Path) -> Senders {
+        let mut senders = Senders::default();
+        match Namespace::open(path) {
+            Ok(namespace) if namespace.inode == self.node => {
+                senders.fail(format!("{} is the node's own network namespace", path.display()));
+            }
+            Ok(namespace) => senders.add(&namespace, path, netlink, pods).await,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => senders.fail(format!("can't open {}: {error}", path.display())),
+        }
+        senders
+    }
+
+    /// Those that have processes in the cgroup at `path` or below, and these cgroups.
+    pub async fn in_cgroup(&self, netlink: &Netlink, pods: &[&Link], path: &Path) -> Senders {
+        let mut senders = Senders::default();
+        let mut seen = BTreeSet::from([self.node]);
+        for directory in directories(path) {
+            // Only those of v2 have ids that the programs can ask for.
+            if directory.join("cgroup.controllers").exists()
+                && let Ok(metadata) = fs::metadata(&directory)
+            {
+                senders.cgroups.insert(metadata.ino());
+            }
+            let procs = directory.join("cgroup.procs");
+            for pid in pids(&procs) {
+                match self.netns_of(pid, &procs) {
+                    Ok(Some(namespace)) if seen.insert(namespace.inode) => {
+                        senders.add(&namespace, path, netlink, pods).await;
+                    }
+                    Ok(_) => {}
+                    Err(error) => {
+                        senders.fail(format!("can't look at the processes in {}: {error}", path.display()));
+                    }
+                }
+            }
+        }
+        senders
+    }
+
+    /// What changes with what [`Finder::in_netns`] and [`Finder::in_cgroup`] find at `path`.
+    #[must_use]
+    pub fn trace(path: &Path) -> Trace {
+        let directories = directories(path);
+        let inode = |path: &PathBuf| fs::metadata(path).ok().map(|metadata| metadata.ino());
+        Trace {
+            inodes: directories.iter().chain([&path.to_owned()]).filter_map(inode).collect(),
+            pids: directories.iter().flat_map(|directory| pids(&directory.join("cgroup.procs"))).collect(),
+        }
+    }
+
+    /// The network namespace of a process of which `procs` says that it is in that cgroup. Its number may become
+    /// another's: if it is there before and after, it was all the time.
+    fn netns_of(&self, pid: u32, procs: &Path) -> io::Result<Option<Namespace>> {
+        let Some(process) = Process::open(&self.proc, pid)? else { return Ok(None) };
+        let Some(file) = process.netns()? else { return Ok(None) };
+        if !pids(procs).contains(&pid) || !process.is_alive()? {
+            return Ok(None);
+        }
+        Namespace::of(file).map(Some)
+    }
+
+    /// All but the node's own that a name or a process leads to.
+    fn namespaces(&self) -> Vec<Namespace> {
+        let mut seen = BTreeSet::from([self.node]);
+        let named = NAMED.into_iter().flat_map(entries);
+        let processes = entries(&self.proc).filter(|path| {
+            let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+            name.iter().all(u8::is_ascii_digit)
+        });
+        let paths = named.chain(processes.map(|path| path.join("ns/net")));
+        // What can't be opened is missing in the end, which is said there.
+        let is_new = |path: &PathBuf| fs::metadata(path).is_ok_and(|metadata| seen.insert(metadata.ino()));
+        paths.filter(is_new).filter_map(|path| Namespace::open(&path).ok()).collect()
+    }
+}
+
+impl Namespace {
+    /// Opens the file at `path`, which may be none of a namespace.
+    fn open(path: &Path) -> io::Result<Self> {
+        // Without blocking: a pipe that nobody writes to would hold the agent.
+        Self::of(File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?)
+    }
+
+    fn of(file: File) -> io::Result<Self> {
+        let inode = file.metadata()?.ino();
+        Ok(Self { file, inode })
+    }
+}
+
+impl Senders {
+    async fn add(&mut self, namespace: &Namespace, path: &Path, netlink: &Netlink, pods: &[&Link]) {
+        let what = path.display();
+        match netns::cookie_of(&namespace.file) {
+            Ok(cookie) => self.add_cookie(&what.to_string(), cookie),
+            Err(error) => return self.fail(format!("can't enter the network namespace of {what}: {error}")),
+        }
+        // As long as the file is open the namespace is there, and its id no other's.
+        match netlink.netns_id(&namespace.file).await {
+            Ok(Some(id)) => {
+                let links = pods.iter().filter(|link| link.peer_netns == Some(id));
+                self.interfaces.extend(links.map(|link| link.index));
+            }
+            // No link leads there: it is reached by macvlan, or not yet at all.
+            Ok(None) => {}
+            Err(error) => {
+                self.fail(format!("can't find the links of {what}: {:#}", anyhow::Error::from(error)));
+            }
+        }
+    }
+
+    fn add_cookie(&mut self, what: &str, cookie: Option<u64>) {
+        match cookie {
+            Some(cookie) => drop(self.cookies.insert(cookie)),
+            None => self.fail(format!(
+                "this kernel (before Linux 5.14) has no cookie for the network namespace of {what}: its calls on sockets \
+                 are judged as anybody's, set hooks.socket = false"
+            )),
+        }
+    }
+
+    fn fail(&mut self, failure: String) {
+        self.failures.insert(failure);
+    }
+}
+
+/// The cgroups that `path` means, and those below them.
+fn directories(path: &Path) -> Vec<PathBuf> {
+    let roots = cgroup::root().ok().flatten().into_iter().chain(cgroup::v1_roots().unwrap_or_default());
+    // Of an absolute path joining leaves that.
+    let tops: BTreeSet<_> =
+        roots.map(|root| root.join(path)).filter(|top| top.join("cgroup.procs").exists()).collect();
+    let mut directories: Vec<_> = tops.into_iter().collect();
+    let mut level = directories.clone();
+    for _ in 0..MAX_DEPTH {
+        let is_directory =
+            |path: &PathBuf| fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir());
+        level = level.iter().flat_map(entries).filter(is_directory).collect();
+        directories.extend(level.iter().cloned());
+    }
+    directories
+}
+
+fn entries(directory: impl AsRef<Path>) -> impl Iterator<Item = PathBuf> {
+    fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path())
+}
+
+/// None of a cgroup that is gone, or that is a threaded one: its processes are its parent's.
+fn pids(procs: &Path) -> Vec<u32> {
+    let text = fs::read_to_string(procs).unwrap_or_default();
+    // Those of another pid namespace are 0.
+    text.lines().filter_map(|line| line.parse().ok()).filter(|&pid| pid != 0).collect()
+}

@@ -1,0 +1,88 @@
+//! Who is exempt, by the names that people know.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use imds_ebpf_common::{Address, Exemption, Grant, SubjectKind, Verdict};
+use toml::{Table, Value};
+
+use super::{ExemptSender, Report, unreadable};
+use crate::datapath::{DatapathError, config, exemptions, object::Maps};
+
+impl Report {
+    /// Adds who is exempt, once endpoints and interfaces are known.
+    pub(super) fn add_exemptions(&mut self, maps: &Maps) -> Result<(), DatapathError> {
+        let granted = exemptions::read(maps).map_err(unreadable)?;
+        let rules = if granted.is_empty() { Vec::new() } else { rules(maps)? };
+        let sender = |(exemption, grant)| self.sender(exemption, grant, &rules);
+        let mut senders: Vec<_> = granted.into_iter().map(sender).collect();
+        let key = |sender: &ExemptSender| {
+            let ExemptSender { rule, interface, netns_cookie, cgroup, endpoint, .. } = sender.clone();
+            (rule, interface.is_none(), interface, netns_cookie, cgroup, endpoint)
+        };
+        senders.sort_by_key(key);
+        self.exemptions = senders;
+        Ok(())
+    }
+
+    fn sender(&self, exemption: Exemption, grant: Grant, rules: &[String]) -> ExemptSender {
+        let Exemption { address, subject } = exemption;
+        let number = grant.rule as usize;
+        let mut sender = ExemptSender {
+            rule: number
+                .checked_sub(1)
+                .and_then(|index| rules.get(index))
+                .cloned()
+                .unwrap_or(number.to_string()),
+            interface: None,
+            netns_cookie: None,
+            cgroup: None,
+            endpoint: (address != Address::ANY).then(|| self.endpoint_name(address)),
+            verdict: if grant.verdict == Verdict::Audit as u32 { Verdict::Audit } else { Verdict::Exempt }
+                .name(),
+        };
+        match SubjectKind::from_u64(subject.kind) {
+            Some(SubjectKind::Interface) => {
+                let mut interfaces = self.interfaces.iter();
+                let known = interfaces.find(|interface| u64::from(interface.ifindex) == subject.id);
+                let name = known.map_or_else(|| subject.id.to_string(), |interface| interface.name.clone());
+                sender.interface = Some(name);
+            }
+            Some(SubjectKind::Netns) => sender.netns_cookie = Some(subject.id),
+            Some(SubjectKind::Cgroup) => sender.cgroup = Some(subject.id),
+            None => {}
+        }
+        sender
+    }
+
+    fn endpoint_name(&self, address: Address) -> String {
+        let address: IpAddr = address.ipv4().map_or_else(
+            || Ipv6Addr::from(address.octets()).into(),
+            |address| Ipv4Addr::from(address).into(),
+        );
+        let mut endpoints = self.endpoints.iter();
+        let known = endpoints.find(|endpoint| endpoint.address == address);
+        known.map_or_else(|| address.to_string(), |endpoint| endpoint.name.clone())
+    }
+
+    /// How many senders each rule finds, by its name.
+    #[must_use]
+    pub fn senders_by_rule(&self) -> BTreeMap<&str, usize> {
+        let mut senders = BTreeMap::new();
+        for sender in &self.exemptions {
+            *senders.entry(sender.rule.as_str()).or_default() += 1;
+        }
+        senders
+    }
+}
+
+/// Names of the rules of the configuration in force, in their order.
+fn rules(maps: &Maps) -> Result<Vec<String>, DatapathError> {
+    let text = config::read(maps).map_err(unreadable)?.map(|record| record.text).unwrap_or_default();
+    let table: Table = text.parse().unwrap_or_default();
+    let rules = table.get("exempt").and_then(Value::as_array).cloned().unwrap_or_default();
+    let name = |rule: &Value| rule.get("name").and_then(Value::as_str).unwrap_or_default().to_owned();
+    Ok(rules.iter().map(name).collect())
+}

@@ -1,0 +1,215 @@
+//! Who may reach guarded endpoints after all, and which of them.
+
+use core::hint;
+
+use crate::{address::Address, tables::Tables, verdict::Verdict};
+
+/// Slots of [`Filter::subjects`](crate::Filter::subjects).
+pub const SUBJECT_SLOTS: usize = 1 << 14;
+
+/// Most entries of the map of exemptions: some for each of the pods that Kubernetes' largest nodes run.
+pub const MAX_EXEMPTIONS: usize = 1 << 14;
+
+/// A sender, by what the programs can know it by.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct Subject {
+    /// Interface index, cookie or id.
+    pub id: u64,
+    /// A [`SubjectKind`].
+    pub kind: u64,
+}
+
+/// What a sender is known by.
+#[repr(u64)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum SubjectKind {
+    /// Index of the node's end of a pod's link.
+    Interface = 1,
+    /// Cookie of a network namespace.
+    Netns = 2,
+    /// Id of a cgroup v2.
+    Cgroup = 3,
+}
+
+impl SubjectKind {
+    /// The kind with this number, or `None` where no version of this layout has given it.
+    #[must_use]
+    pub const fn from_u64(kind: u64) -> Option<Self> {
+        match kind {
+            1 => Some(Self::Interface),
+            2 => Some(Self::Netns),
+            3 => Some(Self::Cgroup),
+            _ => None,
+        }
+    }
+
+    /// The name, as users see it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Interface => "interface",
+            Self::Netns => "netns",
+            Self::Cgroup => "cgroup",
+        }
+    }
+}
+
+impl Subject {
+    /// Nobody: no interface has the index 0.
+    pub const NONE: Self = Self::new(SubjectKind::Interface, 0);
+
+    /// The subject of this kind with this number.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(kind: SubjectKind, id: u64) -> Self {
+        Self { id, kind: kind as u64 }
+    }
+
+    /// Its slot in [`Filter::subjects`](crate::Filter::subjects). Indices and cookies are given in a row, and fall in as
+    /// many slots.
+    #[inline(always)]
+    #[must_use]
+    #[expect(clippy::cast_possible_truncation, reason = "the rest is below the number of slots")]
+    pub const fn slot(self) -> u16 {
+        ((self.id ^ (self.id >> 14) ^ (self.kind << 12)) % SUBJECT_SLOTS as u64) as u16
+    }
+}
+
+/// That a subject is exempt from what an endpoint's address is guarded by: the key of the map of exemptions.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct Exemption {
+    /// Address of the endpoint; [`Address::ANY`] for all endpoints.
+    pub address: Address,
+    /// Who is exempt.
+    pub subject: Subject,
+}
+
+/// How an exemption is judged, and why there is one: the value of the map.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Grant {
+    /// The [`Verdict`] in the place of [`Verdict::Deny`]: [`Verdict::Exempt`], or [`Verdict::Audit`]. With any other
+    /// nothing is granted.
+    pub verdict: u32,
+    /// Number of the rule of the configuration that grants it, from 1.
+    pub rule: u32,
+}
+
+impl Grant {
+    /// The verdict on what is granted, where it is `verdict` on anybody else.
+    #[inline(always)]
+    #[must_use]
+    pub const fn soften(self, verdict: Verdict) -> Verdict {
+        const EXEMPT: u32 = Verdict::Exempt as u32;
+        const AUDIT: u32 = Verdict::Audit as u32;
+        match self.verdict {
+            EXEMPT => Verdict::Exempt,
+            AUDIT => Verdict::Audit,
+            _ => verdict,
+        }
+    }
+}
+
+/// Whether an exemption changes anything about this verdict.
+#[inline(always)]
+#[must_use]
+pub const fn is_softened(verdict: Verdict) -> bool {
+    match verdict {
+        Verdict::Deny | Verdict::Audit => true,
+        Verdict::Foreign | Verdict::Allow | Verdict::Kept | Verdict::Exempt => false,
+    }
+}
+
+/// The verdict on what `subject` sends to the endpoint at `address`, where it is `verdict` on anybody else.
+#[inline(always)]
+pub fn soften<T: Tables + ?Sized>(
+    verdict: Verdict,
+    subject: Subject,
+    address: &Address,
+    tables: &T,
+) -> Verdict {
+    if !tables.may_be_exempt(subject.slot()) {
+        return verdict;
+    }
+    soften_thoroughly(verdict, subject, address, tables)
+}
+
+/// The same, whatever the filter says.
+#[inline(always)]
+pub fn soften_thoroughly<T: Tables + ?Sized>(
+    verdict: Verdict,
+    subject: Subject,
+    address: &Address,
+    tables: &T,
+) -> Verdict {
+    if !is_softened(verdict) {
+        return verdict;
+    }
+    let of_one = tables.grant(&Exemption { address: *address, subject });
+    // Address::ANY, hidden from the compiler: it puts constants of that size in a section, which is one more map.
+    let any = || Address::from_ipv4(hint::black_box(0_u32).to_be_bytes());
+    let grant = of_one.or_else(|| tables.grant(&Exemption { address: any(), subject }));
+    grant.map_or(verdict, |grant| grant.soften(verdict))
+}
+
+const _: () = assert!(size_of::<Subject>() == 16);
+const _: () = assert!(size_of::<Exemption>() == 32);
+const _: () = assert!(size_of::<Grant>() == 8);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Filter, Listed, Mode};
+
+    const ONE: Address = Address::from_ipv4([10, 0, 0, 1]);
+    const OTHER: Address = Address::from_ipv4([10, 0, 0, 2]);
+
+    const POD: Subject = Subject::new(SubjectKind::Interface, 7);
+
+    fn of(grants: &[(Exemption, Grant)], verdict: Verdict, subject: Subject) -> [Verdict; 2] {
+        let filter = Filter::EMPTY.with_subjects(grants.iter().map(|(exemption, _)| exemption.subject));
+        let tables = Listed { filter: &filter, endpoints: &[], grants, mode: Mode::Enforce };
+        [ONE, OTHER].map(|address| soften(verdict, subject, &address, &tables))
+    }
+
+    #[test]
+    fn an_exemption_softens_what_would_be_denied_and_nothing_else() {
+        use Verdict::{Allow, Audit, Deny, Exempt, Foreign, Kept};
+        let grant = |verdict| Grant { verdict: verdict as u32, rule: 1 };
+        let at = |address, verdict| (Exemption { address, subject: POD }, grant(verdict));
+        for (grants, denied) in [
+            (&[][..], [Deny, Deny]),
+            (&[at(ONE, Exempt)], [Exempt, Deny]),
+            (&[at(ONE, Audit)], [Audit, Deny]),
+            (&[at(Address::ANY, Exempt)], [Exempt, Exempt]),
+            (&[at(Address::ANY, Audit), at(OTHER, Exempt)], [Audit, Exempt]),
+            // What no agent writes grants nothing.
+            (&[at(ONE, Foreign), at(OTHER, Allow)], [Deny, Deny]),
+        ] {
+            assert_eq!(of(grants, Deny, POD), denied, "{grants:?}");
+            let audited = denied.map(|verdict| if verdict == Deny { Audit } else { verdict });
+            assert_eq!(of(grants, Audit, POD), audited, "{grants:?}");
+            for verdict in [Foreign, Allow, Kept] {
+                assert_eq!(of(grants, verdict, POD), [verdict; 2], "{grants:?}");
+            }
+            for kind in [SubjectKind::Netns, SubjectKind::Cgroup] {
+                assert_eq!(of(grants, Deny, Subject::new(kind, 7)), [Deny; 2], "{grants:?}");
+            }
+            assert_eq!(of(grants, Deny, Subject::new(SubjectKind::Interface, 8)), [Deny; 2], "{grants:?}");
+        }
+    }
+
+    #[test]
+    fn neighbours_have_slots_of_their_own() {
+        for kind in [SubjectKind::Interface, SubjectKind::Netns, SubjectKind::Cgroup] {
+            let mut seen = [false; SUBJECT_SLOTS];
+            for id in 4000..4000 + SUBJECT_SLOTS as u64 {
+                let slot = usize::from(Subject::new(kind, id).slot());
+                seen[slot] = true;
+            }
+            assert!(seen.iter().filter(|&&seen| seen).count() > SUBJECT_SLOTS / 2);
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! Who is exempt reaches the metadata service, on every hook, and nobody else does.
+
+use std::{
+    fs,
+    path::PathBuf,
+    process::{self, Child},
+};
+
+use imds_tests::{
+    Agent, Cgroup, METADATA, Netns, Pod, PodLink, SERVICE, World,
+    poll::{poll_until, try_poll},
+    probe::{LONG, SHORT, http_get, reachable},
+    skip_without_netns_cookie,
+};
+
+const ALL: &[&str] = &["pod_edge", "node_edge", "socket"];
+const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
+
+/// A process in a pod's network namespace and in a cgroup of its own.
+struct Process {
+    cgroup: PathBuf,
+    child: Child,
+}
+
+impl Process {
+    fn new(pod: &Pod) -> Self {
+        let root = imds_agent::node::cgroup::root().unwrap().expect("a cgroup v2 hierarchy");
+        let cgroup = root.join(format!("imds-exempt-{}-{}", process::id(), pod.host_ifindex));
+        fs::create_dir_all(cgroup.join("container")).unwrap();
+        let mut command = pod.netns.command("sleep");
+        let child = command.arg("1000").spawn().unwrap();
+        fs::write(cgroup.join("container/cgroup.procs"), child.id().to_string()).unwrap();
+        Self { cgroup, child }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let ended = self.child.kill().and_then(|()| self.child.wait());
+        let removed = try_poll(LONG, || {
+            // Busy until the process has left it.
+            let below = fs::remove_dir(self.cgroup.join("container"));
+            let _busy = below.and_then(|()| fs::remove_dir(&self.cgroup));
+            (!self.cgroup.exists()).then_some(())
+        });
+        if ended.is_err() || removed.is_none() {
+            eprintln!("{} can't be removed", self.cgroup.display());
+        }
+    }
+}
+
+fn rule(sender: &str, rest: &str) -> String {
+    format!("[[exempt]]\nname = 'of-test'\n{sender}\n{rest}\n")
+}
+
+fn start<'w>(world: &'w World, hooks: &[&'static str], config: &str) -> Agent<'w> {
+    world.agent().config(config).hooks(hooks).spawn_ready()
+}
+
+/// By a socket that the agent guards, if it guards any.
+fn reaches(world: &World, netns: &Netns) -> bool {
+    world.in_cgroup(|| http_get(netns, METADATA, SHORT).is_answer())
+}
+
+#[track_caller]
+fn wait_exempt(world: &World, pod: &Pod) {
+    poll_until(LONG, "the pod to be exempt", || reaches(world, &pod.netns).then_some(()));
+}
+
+#[track_caller]
+fn wait_denied(world: &World, pod: &Pod) {
+    poll_until(LONG, "the pod to be denied", || (!reaches(world, &pod.netns)).then_some(()));
+    world.assert_nothing_arrives(|| assert!(!reaches(world, &pod.netns)));
+}
+
+#[test]
+fn each_way_to_say_who_holds_on_every_hook() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    for link in LINKS {
+        for hooks in [ALL, &["pod_edge"], &["socket"], &["node_edge"]] {
+            if hooks == ["node_edge"] && link == PodLink::Bridged {
+                // Behind a bridge it takes the pod edge to tell one pod from another.
+                continue;
+            }
+            let world = World::new();
+            let [pod, neighbour] = [world.add_pod(link), world.add_pod(link)];
+            assert!(reaches(&world, &pod.netns) && reaches(&world, &neighbour.netns));
+            let process = Process::new(&pod);
+            for sender in [
+                format!("interface = '{}'", pod.host_ifname),
+                format!("netns = '{}'", pod.netns.path().display()),
+                format!("cgroup = '{}'", process.cgroup.file_name().unwrap().to_str().unwrap()),
+            ] {
+                let agent = start(&world, hooks, &rule(&sender, ""));
+                let case = format!("{sender} with {hooks:?}, {link:?}");
+                assert!(reaches(&world, &pod.netns), "{case}: {}", agent.log());
+                world.assert_nothing_arrives(|| assert!(!reaches(&world, &neighbour.netns), "{case}"));
+                let total = world.status().total;
+                assert!(total.exempt.packets > 0 && total.denied.packets > 0, "{case}: {total:?}");
+                drop(agent);
+                world.unload();
+            }
+            assert!(reaches(&world, &neighbour.netns));
+        }
+    }
+}
+
+#[test]
+fn an_exemption_may_be_for_some_endpoints_and_may_audit() {
+    let own = format!("[[endpoint]]\nname = 'other'\naddress = '{SERVICE}'\n");
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    assert!(reachable(&pod.netns, METADATA) && reachable(&pod.netns, SERVICE));
+    let sender = format!("interface = '{}'", pod.host_ifname);
+    for (rest, exempt, audited) in
+        [("endpoints = ['other']", true, false), ("endpoints = ['other']\naudit = true", false, true)]
+    {
+        let config = format!("{own}{}", rule(&sender, rest));
+        let agent = world.agent().config(&config).hooks(&["pod_edge", "node_edge"]).spawn_ready();
+        assert!(reachable(&pod.netns, SERVICE), "{rest}");
+        world.assert_blocked(&pod);
+        let counts = world.status().interface(&pod.host_ifname).counts;
+        assert_eq!((counts.exempt.packets > 0, counts.audited.packets > 0), (exempt, audited), "{counts:?}");
+        drop(agent);
+        world.unload();
+    }
+    assert!(reachable(&pod.netns, METADATA));
+}
+
+#[test]
+fn a_pod_in_the_nodes_namespace_is_exempt_by_its_cgroup() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let [container, neighbour] =
+        ["kubepods.slice/pod7.slice/a", "kubepods.slice/pod8.slice/a"].map(|path| world.add_cgroup(path));
+    let reaches = |cgroup: &Cgroup| cgroup.run(|| http_get(&world.node, METADATA, SHORT).is_answer());
+    assert!(reaches(&container) && reaches(&neighbour));
+    let sender = format!("cgroup = '{}'", container.path().parent().unwrap().display());
+    let agent = start(&world, &["strict_host_network"], &rule(&sender, ""));
+    assert!(reaches(&container), "{}", agent.log());
+    world.assert_nothing_arrives(|| assert!(!reaches(&neighbour)));
+    // One that is made later.
+    let later = world.add_cgroup("kubepods.slice/pod7.slice/b");
+    poll_until(LONG, "the new container to be exempt", || reaches(&later).then_some(()));
+    let exempt = world.status().strict_host_network.unwrap().counts.exempt.packets;
+    assert!(exempt > 0);
+    drop(agent);
+    world.unload();
+    assert!(reaches(&neighbour));
+}
+
+#[test]
+fn rules_come_and_go_with_the_configuration() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Bridged);
+    assert!(reaches(&world, &pod.netns));
+    let path = world.scratch_dir().join("imds.toml");
+    fs::write(&path, "").unwrap();
+    let cgroup = world.cgroup().to_str().unwrap();
+    let agent = world.agent().config_file(path.to_str().unwrap()).args(&["--cgroup", cgroup]).spawn_ready();
+    wait_denied(&world, &pod);
+    fs::write(&path, rule(&format!("netns = '{}'", pod.netns.path().display()), "")).unwrap();
+    wait_exempt(&world, &pod);
+
+    // It stays while no agent runs, and through the start of the next.
+    agent.kill9();
+    assert!(reaches(&world, &pod.netns));
+    let agent = world.agent().config_file(path.to_str().unwrap()).args(&["--cgroup", cgroup]).spawn_ready();
+    assert!(reaches(&world, &pod.netns));
+
+    fs::write(&path, "mode = 'enforce'").unwrap();
+    wait_denied(&world, &pod);
+    assert!(world.status().exemptions.is_empty());
+    drop(agent);
+    world.unload();
+    assert!(reaches(&world, &pod.netns));
+}
+
+#[test]
+fn a_pod_that_comes_later_is_exempt_and_its_successor_is_not() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let agent = start(&world, ALL, &rule("interface = 'guest0'", ""));
+    let first = world.add_pod(PodLink::Routed);
+    wait_denied(&world, &first);
+    // Its name alone makes it one of those that are meant.
+    world.node.ip(&format!(
+        "link set {0} down
+         link set {0} name guest0
+         link set guest0 up
+         route add {1}/32 dev guest0",
+        first.host_ifname, first.address
+    ));
+    wait_exempt(&world, &first);
+    let status = world.status();
+    assert!(status.exemptions.iter().any(|exemption| exemption.interface.as_deref() == Some("guest0")));
+    assert!(status.exemptions.iter().all(|exemption| exemption.rule == "of-test"), "{status:#?}");
+
+    let (index, address) = (first.host_ifindex, first.address);
+    first.delete();
+    let successor = Netns::new("successor");
+    world.node.ip(&format!(
+        "link add guest1 index {index} address ee:ee:ee:ee:ee:ee type veth peer name eth0 netns {}
+         link set guest1 up
+         addr add 169.254.1.1/32 dev guest1
+         route add {address}/32 dev guest1",
+        successor.name()
+    ));
+    successor.ip(&format!(
+        "link set lo up
+         link set eth0 up
+         addr add {address}/32 dev eth0
+         route add 169.254.1.1 dev eth0 scope link
+         route add default via 169.254.1.1 dev eth0"
+    ));
+    world.assert_nothing_arrives(|| assert!(!reaches(&world, &successor)));
+    world.status_when("the successor is guarded and nobody exempt", |status| {
+        status.find("guest1").is_some_and(|interface| interface.guard.is_some())
+            && status.exemptions.is_empty()
+    });
+    world.assert_nothing_arrives(|| assert!(!reaches(&world, &successor)));
+    drop(agent);
+    world.unload();
+    assert!(reaches(&world, &successor));
+}
+
+#[test]
+fn whom_a_rule_can_not_find_is_said() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    assert!(reachable(&pod.netns, METADATA));
+    // No namespace, the node's own, and one that is not there.
+    let file = world.scratch_dir().join("file");
+    fs::write(&file, "").unwrap();
+    for (path, part) in
+        [(file, "can't enter"), (world.node.path(), "the node's own"), ("/nowhere/at/all".into(), "")]
+    {
+        let sender = format!("netns = '{}'", path.display());
+        let mut agent = world.agent().config(&rule(&sender, "")).hooks(&["pod_edge"]).spawn();
+        agent.wait_ready();
+        world.assert_blocked(&pod);
+        if !part.is_empty() {
+            agent.wait_for_log(part, LONG);
+        }
+        drop(agent);
+        world.unload();
+    }
+    assert!(reachable(&pod.netns, METADATA));
+}
