@@ -15,6 +15,8 @@ pub(crate) const DEBIAN_CARGO: &str = "/usr/bin/cargo";
 const DEBIAN_CLIPPY: &str = "/usr/bin/cargo-clippy";
 pub(crate) const LINKER_VERSION: &str = "0.13.0";
 const RUSTUP_TOOLCHAIN: &str = "RUSTUP_TOOLCHAIN";
+/// Crates that turn on an unstable feature: inline assembly for BPF.
+const UNSTABLE: &str = "aya_ebpf,imds_ebpf_common";
 pub(crate) const TARGET: &str = "bpfel-unknown-none";
 /// The package, its binary, and the file that a build leaves.
 pub(crate) const OBJECT: &str = "imds-ebpf";
@@ -89,9 +91,8 @@ impl Toolchain {
         cargo.arg(subcommand);
         match self.compiler {
             Compiler::Nightly => cargo.arg("-Zbuild-std=core"),
-            // aya-ebpf turns on one unstable feature, for inline assembly.
             Compiler::Debian => {
-                cargo.env("CARGO", DEBIAN_CARGO).env("RUSTC", DEBIAN_RUSTC).env("RUSTC_BOOTSTRAP", "aya_ebpf")
+                cargo.env("CARGO", DEBIAN_CARGO).env("RUSTC", DEBIAN_RUSTC).env("RUSTC_BOOTSTRAP", UNSTABLE)
             }
         };
         cargo.args(["--locked", "--release", "--package", OBJECT, "--target", TARGET]);

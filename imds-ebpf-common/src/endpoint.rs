@@ -1,12 +1,6 @@
-//! The guarded endpoints, and the filter that tells most other addresses from them without a lookup.
+//! The guarded endpoints.
 
-use core::hint;
-
-use crate::{
-    address::{Address, SLOTS},
-    exemption::{SUBJECT_SLOTS, Subject},
-    packet::Packet,
-};
+use crate::{opaque::opaque_xor, packet::Packet};
 
 /// The instance metadata service of nearly every cloud, in network byte order (RFC 3927 link-local block).
 pub const IMDS_IPV4: [u8; 4] = [169, 254, 169, 254];
@@ -78,129 +72,44 @@ pub struct Endpoint {
     pub name: [u8; NAME_LEN],
     /// Number of the endpoint, from 1, in the order of the configuration.
     pub id: u32,
-    /// Kept services; [`Service::NONE`] after the last.
-    pub keep: [Service; MAX_KEPT],
+    /// What is kept.
+    pub keep: Keep,
 }
 
 impl Endpoint {
-    /// Whether anything at the address is kept, so that a packet's ports matter.
-    #[inline(always)]
-    #[must_use]
-    pub fn keeps_any(&self) -> bool {
-        self.keep[0].protocol != 0
-    }
-
-    /// Whether `service` is kept.
-    #[inline(always)]
-    #[must_use]
-    pub fn keeps(&self, service: Service) -> bool {
-        // By arithmetic, so that the verifier has one way through here and not eight, and two at a time: with 1 taken off
-        // each half, a zero half is the only one whose highest bit is set and was not before, but for a half above one
-        // that is zero itself. Hidden from the compiler, which else makes branches of it.
-        const ONES: u64 = 0x0000_0001_0000_0001;
-        let wanted = u64::from(service.number()) * ONES;
-        let mut found = 0;
-        for pair in self.keep.as_chunks::<2>().0 {
-            let [first, second] = pair;
-            let difference = (u64::from(second.number()) << 32 | u64::from(first.number())) ^ wanted;
-            found |= hint::black_box(difference.wrapping_sub(ONES) & !difference);
-        }
-        service.protocol != 0 && found & (ONES << 31) != 0
-    }
-
     /// The kept services.
     pub fn kept(&self) -> impl Iterator<Item = Service> + '_ {
         self.keep.iter().copied().take_while(|service| service.protocol != 0)
     }
 }
 
-/// What the programs read without a lookup. One bit for each of the slots that addresses fold to: where an address's bit
-/// is not set, no endpoint has it.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Filter {
-    /// The slots, from the lowest bit of the first byte on.
-    pub bits: [u8; SLOTS / 8],
-    /// The first endpoints at which nothing is kept: their addresses say all that there is to know.
-    pub closed: [Address; MAX_CLOSED],
-    /// One bit for each of the slots that subjects fall in: where a subject's bit is not set, it is exempt from nothing.
-    pub subjects: [u8; SUBJECT_SLOTS / 8],
+/// Kept services; [`Service::NONE`] after the last.
+pub type Keep = [Service; MAX_KEPT];
+
+/// Whether anything is kept, so that a packet's ports matter.
+#[inline(always)]
+#[must_use]
+pub const fn keeps_any(keep: &Keep) -> bool {
+    keep[0].protocol != 0
 }
 
-/// Most endpoints that are [`Filter::closed`]: as many as any cloud has without what is kept there, and each costs a
-/// comparison.
-pub const MAX_CLOSED: usize = 3;
-
-impl Filter {
-    /// Matches nothing.
-    pub const EMPTY: Self =
-        Self { bits: [0; SLOTS / 8], closed: [Address::NONE; MAX_CLOSED], subjects: [0; SUBJECT_SLOTS / 8] };
-
-    /// Byte and bit of a slot.
-    #[inline(always)]
-    #[must_use]
-    pub const fn position(slot: u16) -> (usize, u32) {
-        ((slot >> 3) as usize, (slot & 7) as u32)
+/// Whether `service` is kept.
+#[inline(always)]
+#[must_use]
+pub fn keeps(keep: &Keep, service: Service) -> bool {
+    // By arithmetic, so that the verifier has one way through here and not eight, and two at a time: with 1 taken off each
+    // half, a zero half is the only one whose highest bit is set and was not before, but for a half above one that is zero
+    // itself. Opaque, as the compiler else makes branches of it.
+    const ONES: u64 = 0x0000_0001_0000_0001;
+    let wanted = u64::from(service.number()) * ONES;
+    let mut found = 0;
+    for pair in keep.as_chunks::<2>().0 {
+        let [first, second] = pair;
+        let difference = opaque_xor(u64::from(second.number()) << 32 | u64::from(first.number()), wanted);
+        found |= difference.wrapping_sub(ONES) & !difference;
     }
-
-    /// The filter for these endpoints.
-    #[must_use]
-    pub fn of<'a>(endpoints: impl IntoIterator<Item = (Address, &'a Endpoint)>) -> Self {
-        let mut filter = Self::EMPTY;
-        let mut closed = filter.closed.iter_mut();
-        for (address, endpoint) in endpoints {
-            let (byte, bit) = Self::position(address.slot());
-            filter.bits[byte] |= 1 << bit;
-            if !endpoint.keeps_any()
-                && let Some(place) = closed.next()
-            {
-                *place = address;
-            }
-        }
-        filter
-    }
-
-    /// Whether an address with this slot may be an endpoint's.
-    #[must_use]
-    pub fn has(&self, slot: u16) -> bool {
-        let (byte, bit) = Self::position(slot);
-        self.bits[byte] >> bit & 1 == 1
-    }
-
-    /// Whether a subject in this slot may be exempt from something.
-    #[must_use]
-    pub fn has_subject(&self, slot: u16) -> bool {
-        let (byte, bit) = Self::position(slot);
-        self.subjects[byte] >> bit & 1 == 1
-    }
-
-    /// The same with these subjects as all who may be exempt.
-    #[must_use]
-    pub fn with_subjects(mut self, subjects: impl IntoIterator<Item = Subject>) -> Self {
-        self.subjects = Self::EMPTY.subjects;
-        for subject in subjects {
-            let (byte, bit) = Self::position(subject.slot());
-            self.subjects[byte] |= 1 << bit;
-        }
-        self
-    }
-
-    /// The same with those of `other` as all who may be exempt.
-    #[must_use]
-    pub const fn with_subjects_of(self, other: &Self) -> Self {
-        Self { subjects: other.subjects, ..self }
-    }
-
-    /// Matches the addresses that `other` matches, too. The rest stays as it is.
-    #[must_use]
-    pub fn and_slots_of(mut self, other: &Self) -> Self {
-        for (to, from) in self.bits.iter_mut().zip(other.bits) {
-            *to |= from;
-        }
-        self
-    }
+    service.protocol != 0 && found & (ONES << 31) != 0
 }
 
 const _: () = assert!(size_of::<Service>() == 4);
 const _: () = assert!(size_of::<Endpoint>() == 52);
-const _: () = assert!(size_of::<Filter>() == 8192 + 16 * MAX_CLOSED + 2048);

@@ -1,6 +1,6 @@
 //! What the programs tell of a packet or call to a guarded endpoint, and how often.
 
-use core::hint;
+use crate::opaque::opaque;
 
 /// One packet or call. All integers are in host byte order.
 #[repr(C)]
@@ -94,9 +94,10 @@ impl Window {
     /// refuses, so that they are hidden from it.
     #[inline(always)]
     #[must_use]
+    #[expect(clippy::cast_possible_truncation, reason = "zero")]
     pub fn untold() -> Self {
-        let (zero, none) = (hint::black_box(0_u64), hint::black_box(0_u32));
-        Self { start: zero, tick: zero, suppressed: zero, told: none, answered: none }
+        let zero = opaque(0);
+        Self { start: zero, tick: zero, suppressed: zero, told: zero as u32, answered: zero as u32 }
     }
 
     /// Takes in an event at timer tick `tick`; `None` where it is not to be told.

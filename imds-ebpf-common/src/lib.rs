@@ -4,23 +4,27 @@
 //! The same code is compiled into the BPF object and into host tests, so that a packet gets the same verdict from
 //! both.
 #![no_std]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
 pub mod address;
 pub mod endpoint;
 pub mod event;
 pub mod exemption;
+pub mod filter;
 pub mod flow;
 pub mod maps;
 pub mod names;
+pub mod opaque;
 pub mod packet;
 pub mod reply;
 pub mod tables;
 pub mod verdict;
 
 pub use address::Address;
-pub use endpoint::{Endpoint, Filter, IMDS_IPV4, Service};
+pub use endpoint::{Endpoint, IMDS_IPV4, Service};
 pub use event::Event;
 pub use exemption::{Exemption, Grant, Subject, SubjectKind, soften};
+pub use filter::Filter;
 pub use flow::Flow;
 pub use maps::{Backend, ConfigRecord, Counter, CounterKey, InterfaceRecord, Policy, ProviderRecord, Role};
 pub use packet::{Frame, Packet, Place, flow, service};

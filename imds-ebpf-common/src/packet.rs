@@ -1,6 +1,6 @@
 //! The packet parser: finds the destination of a frame, and what the packet is for there where that matters.
 
-use core::{hint, mem::offset_of};
+use core::mem::offset_of;
 
 use network_types::{
     eth::EthHdr,
@@ -11,6 +11,7 @@ use crate::{
     address::{Address, Destination},
     endpoint::{Service, TCP, UDP},
     flow::Flow,
+    opaque::opaque,
     tables::Tables,
 };
 
@@ -164,6 +165,8 @@ pub struct Header {
     version: Version,
     /// Its destination.
     pub(crate) destination: Address,
+    /// What that folds to.
+    pub(crate) slot: u16,
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -200,7 +203,9 @@ where
         });
     }
     // Hidden from the compiler, which else makes one switch of all comparisons, tags first.
-    if frame == Frame::Ip || !is_vlan(hint::black_box(word)) {
+    #[expect(clippy::cast_possible_truncation, reason = "it comes back as it went")]
+    let ether_type = opaque(u64::from(word)) as u16;
+    if frame == Frame::Ip || !is_vlan(ether_type) {
         return true;
     }
     // IPv4 behind one tag is as ordinary as a tag in the frame gets: the kernel takes the outer one out.
@@ -277,10 +282,11 @@ where
 #[inline(always)]
 fn v4<T: Tables + ?Sized>(offset: usize, destination: u32, tables: &T) -> Option<Header> {
     let destination = Destination::V4(destination);
-    if !tables.may_guard(destination.slot()) {
+    let slot = destination.slot();
+    if !tables.may_guard(slot) {
         return None;
     }
-    Some(Header { offset, version: Version::V4, destination: destination.address() })
+    Some(Header { offset, version: Version::V4, destination: destination.address(), slot })
 }
 
 #[inline(always)]
@@ -295,10 +301,11 @@ where
 
 #[inline(always)]
 fn v6_destination<T: Tables + ?Sized>(offset: usize, destination: Destination, tables: &T) -> Option<Header> {
-    if !tables.may_guard(destination.slot()) {
+    let slot = destination.slot();
+    if !tables.may_guard(slot) {
         return None;
     }
-    Some(Header { offset, version: Version::V6, destination: destination.address() })
+    Some(Header { offset, version: Version::V6, destination: destination.address(), slot })
 }
 
 /// Who sends a packet with an IP header at this place to whom; `None` where it is cut off.

@@ -2,8 +2,9 @@
 
 use crate::{
     address::Address,
-    endpoint::{Endpoint, Filter},
+    endpoint::{Endpoint, Keep},
     exemption::{Exemption, Grant},
+    filter::Filter,
     verdict::Mode,
 };
 
@@ -12,11 +13,9 @@ pub trait Tables {
     /// Whether an address that folds to `slot` may be an endpoint's. Asked for every packet.
     fn may_guard(&self, slot: u16) -> bool;
 
-    /// Whether it is the address of an endpoint at which nothing is kept. `false` says nothing.
-    fn is_closed(&self, address: &Address) -> bool;
-
-    /// The endpoint with this address. Asked for what [`Tables::may_guard`] lets through.
-    fn endpoint(&self, address: &Address) -> Option<&Endpoint>;
+    /// What is kept at this address, which folds to `slot`, if it is an endpoint's. Asked for what [`Tables::may_guard`]
+    /// lets through.
+    fn keep(&self, slot: u16, address: &Address) -> Option<&Keep>;
 
     /// The mode in force. Asked for packets to an endpoint.
     fn mode(&self) -> Mode;
@@ -46,12 +45,8 @@ impl Tables for Listed<'_> {
         self.filter.has(slot)
     }
 
-    fn is_closed(&self, address: &Address) -> bool {
-        self.filter.closed.contains(address)
-    }
-
-    fn endpoint(&self, address: &Address) -> Option<&Endpoint> {
-        self.endpoints.iter().find(|(guarded, _)| guarded == address).map(|(_, endpoint)| endpoint)
+    fn keep(&self, _slot: u16, address: &Address) -> Option<&Keep> {
+        self.endpoints.iter().find(|(guarded, _)| guarded == address).map(|(_, endpoint)| &endpoint.keep)
     }
 
     fn mode(&self) -> Mode {

@@ -4,7 +4,7 @@ use core::mem;
 
 use crate::{
     address::{Address, Destination},
-    endpoint::{Endpoint, Service},
+    endpoint::{Keep, Service, keeps, keeps_any},
     packet::{self, Frame, Packet, Place},
     tables::Tables,
 };
@@ -268,12 +268,11 @@ where
 {
     let header = packet::candidate(packet, frame, tables)?.without_origin(packet);
     let (place, destination) = (header.place(packet), header.destination);
-    let verdict = if tables.is_closed(&destination) {
-        by_mode(tables)
+    let keep = tables.keep(header.slot, &destination)?;
+    let verdict = if keeps_any(keep) {
+        decide(keep, packet.service(place).unwrap_or(Service::NONE).without_origin(packet), tables)
     } else {
-        let endpoint = tables.endpoint(&destination)?;
-        let service = if endpoint.keeps_any() { packet.service(place) } else { None };
-        decide(endpoint, service.unwrap_or(Service::NONE).without_origin(packet), tables)
+        by_mode(tables)
     };
     Some(Examined { verdict: verdict.without_origin(packet), place, destination })
 }
@@ -282,18 +281,19 @@ where
 #[inline(always)]
 pub fn judge_address<T: Tables + ?Sized>(address: Address, service: Option<Service>, tables: &T) -> Verdict {
     let destination = Destination::from_ipv6(address.octets());
-    if !tables.may_guard(destination.slot()) {
+    let slot = destination.slot();
+    if !tables.may_guard(slot) {
         return Verdict::Foreign;
     }
-    match tables.endpoint(&destination.address()) {
-        Some(endpoint) => decide(endpoint, service.unwrap_or(Service::NONE), tables),
+    match tables.keep(slot, &destination.address()) {
+        Some(keep) => decide(keep, service.unwrap_or(Service::NONE), tables),
         None => Verdict::Foreign,
     }
 }
 
 #[inline(always)]
-fn decide<T: Tables + ?Sized>(endpoint: &Endpoint, service: Service, tables: &T) -> Verdict {
-    if endpoint.keeps(service) {
+fn decide<T: Tables + ?Sized>(keep: &Keep, service: Service, tables: &T) -> Verdict {
+    if keeps(keep, service) {
         return Verdict::Kept;
     }
     by_mode(tables)

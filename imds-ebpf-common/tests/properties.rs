@@ -1,9 +1,12 @@
 //! Properties of the parser and the verdict, against packets built by etherparse and against any bytes at all.
 
+use std::collections::BTreeSet;
+
 use etherparse::{EtherType, PacketBuilder, SingleVlanHeader, VlanId};
 use imds_ebpf_common::{
     Address, Endpoint, Filter, Frame, IMDS_IPV4, Listed, Mode, Service, Tables, Verdict,
-    endpoint::{MAX_KEPT, TCP, UDP},
+    endpoint::{MAX_KEPT, TCP, UDP, keeps, keeps_any},
+    filter::{MAX_CHAIN, chain},
     judge, judge_address,
     packet::{MAX_EXTENSION_HEADERS, MAX_VLAN_TAGS},
 };
@@ -296,7 +299,7 @@ proptest! {
         let address = Address::from_ipv6(destination);
         prop_assert_eq!(Address::from_ipv6(address.octets()), address);
         let found = with_tables(Mode::Enforce, |tables| {
-            (tables.may_guard(address.slot()), tables.endpoint(&address).map(Endpoint::keeps_any))
+            (tables.may_guard(address.slot()), tables.keep(address.slot(), &address).map(keeps_any))
         });
         prop_assert_eq!(found.1, endpoint);
         prop_assert!(found.0 || endpoint.is_none());
@@ -313,7 +316,7 @@ proptest! {
             *to = Service::new(*protocol, *port);
         }
         let endpoint = Endpoint { name: [0; 16], id: 1, keep };
-        prop_assert_eq!(endpoint.keeps(Service::new(asked.0, asked.1)), listed.contains(&asked));
+        prop_assert_eq!(keeps(&endpoint.keep, Service::new(asked.0, asked.1)), listed.contains(&asked));
     }
 
     #[test]
@@ -355,19 +358,43 @@ fn a_second_opinion_on_what_a_packet_looks_like() {
 
 #[test]
 fn a_filter_has_what_was_put_in_and_little_else() {
-    let addresses: Vec<_> = (0..=255).map(|last| Address::from_ipv4([10, 0, last, 7])).collect();
+    let in_a_row: [fn(u8) -> Address; 4] = [
+        |n| Address::from_ipv4([10, 0, n, 7]),
+        |n| Address::from_ipv4([10, 0, 7, n]),
+        |n| Address::from_ipv4([10, 0, n >> 4, n & 15]),
+        |n| Address::from_ipv6([0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7, n]),
+    ];
+    for address in in_a_row {
+        let chains: BTreeSet<_> = (0..=255).map(|n| chain(address(n).slot())).collect();
+        assert_eq!(chains.len(), 256, "neighbours share chains");
+    }
+    let addresses: Vec<_> = (0..=255).map(in_a_row[0]).collect();
     let endpoint = Endpoint { name: [0; 16], id: 1, keep: [Service::NONE; MAX_KEPT] };
     let filter = Filter::of(addresses.iter().map(|address| (*address, &endpoint)));
     assert!(addresses.iter().all(|address| filter.has(address.slot())));
     let bits: u32 = filter.bits.iter().map(|byte| byte.count_ones()).sum();
     assert_eq!(bits, 256, "neighbours share slots");
-    assert_eq!(filter.closed[..], addresses[..filter.closed.len()]);
-    assert_eq!(Filter::EMPTY.and_slots_of(&filter), Filter { closed: Filter::EMPTY.closed, ..filter });
+    for address in &addresses {
+        assert_eq!(filter.table().find(*address), Some(&endpoint.keep));
+    }
+    assert_eq!(filter.table().find(Address::from_ipv4(IMDS_IPV4)), None);
+
+    // Another change leaves the table that was in force as it was, for who still reads it.
+    let mut later = filter;
+    later.set_endpoints([(Address::from_ipv4(IMDS_IPV4), &endpoint)]);
+    assert!(later.current != filter.current && later.tables.contains(filter.table()));
+    assert!(later.table().find(Address::from_ipv4(IMDS_IPV4)).is_some() && !later.has(addresses[0].slot()));
+    later.add_slots_of(&filter);
+    assert!(later.has(addresses[0].slot()) && later.table().find(addresses[0]).is_none());
 }
 
 #[test]
-fn an_endpoint_at_which_something_is_kept_is_not_closed() {
-    let filter = with_tables(Mode::Enforce, |tables| *tables.filter);
-    let closed: Vec<_> = filter.closed.into_iter().filter(|&address| address != Address::NONE).collect();
-    assert_eq!(closed, [Address::from_ipv4(IMDS_IPV4), Address::from_ipv6(IMDS_IPV6)]);
+fn a_chain_as_long_as_it_may_be_is_found_to_its_end() {
+    // All with one slot.
+    let addresses: Vec<_> = (0..4).map(|n| Address::from_ipv4([10, n, 10, n])).collect();
+    assert!(addresses.len() == MAX_CHAIN);
+    assert!(addresses.iter().all(|address| address.slot() == addresses[0].slot()));
+    let endpoint = Endpoint { name: [0; 16], id: 1, keep: [Service::NONE; MAX_KEPT] };
+    let filter = Filter::of(addresses.iter().map(|address| (*address, &endpoint)));
+    assert!(addresses.iter().all(|address| filter.table().find(*address).is_some()));
 }

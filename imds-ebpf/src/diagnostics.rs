@@ -14,7 +14,7 @@ static mut LAST: u64 = u64::MAX / 2;
 ///
 /// A function of its own, so that the verifier follows it apart from what it is called for.
 #[inline(never)]
-pub(crate) fn unaccounted(hook: u32, ifindex: u32) {
+pub(crate) fn unaccounted(hook: u32) {
     // SAFETY: the helper takes no arguments; the verifier makes a load of the call.
     let now = unsafe { bpf_jiffies64() };
     let last = &raw mut LAST;
@@ -24,7 +24,7 @@ pub(crate) fn unaccounted(hook: u32, ifindex: u32) {
     }
     // SAFETY: as above.
     unsafe { last.write_volatile(now) };
-    warn!((), target: "bpf", "a map is full: hook {} at interface {} counts not all", hook, ifindex);
+    warn!((), target: "bpf", "a map is full: hook {}", hook);
 }
 
 /// What the macros of aya-log-ebpf expect of that crate. Its own has the ring buffer as a legacy map, which libbpf refuses,

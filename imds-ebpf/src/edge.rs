@@ -5,7 +5,6 @@ use imds_ebpf_common::{Answer, Frame, Hook, Place, Verdict, event::Window};
 
 use crate::{
     diagnostics, events, maps,
-    packet::Skb,
     reject::{self, Way},
 };
 
@@ -29,7 +28,7 @@ pub(crate) fn conclude(judged: &Judged, window: Option<*mut Window>, way: Way) -
     let mut window = window.map(|window| unsafe { &mut *window });
     match &mut window {
         Some(window) => events::packet(skb, place, hook, verdict, window),
-        None => diagnostics::unaccounted(hook as u32, Skb::new(skb).ifindex()),
+        None => diagnostics::unaccounted(hook as u32),
     }
     match verdict {
         Verdict::Deny => {}

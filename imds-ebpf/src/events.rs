@@ -1,7 +1,5 @@
 //! Tells user space of packets and calls to guarded endpoints: a few of each source, and how many more there were.
 
-use core::hint;
-
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_ANY},
     btf_maps::{LruPerCpuHashMap, RingBuf},
@@ -15,6 +13,7 @@ use imds_ebpf_common::{
     Event, Flow, Hook, Place, Verdict,
     event::{Admission, Source, Window},
     flow,
+    opaque::opaque,
 };
 
 use crate::{
@@ -106,7 +105,7 @@ pub(crate) fn call(hook: Hook, verdict: Verdict, netns_cookie: u64, flow: Flow, 
 #[expect(clippy::cast_possible_truncation, reason = "zero")]
 fn event(flow: Flow) -> Event {
     // Hidden from the compiler, which of many zeros in a row makes a call that the verifier refuses.
-    let zero = hint::black_box(0_u64);
+    let zero = opaque(0);
     Event {
         time: zero,
         netns_cookie: zero,

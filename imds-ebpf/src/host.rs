@@ -41,7 +41,7 @@ fn judge_thoroughly(skb: *mut __sk_buff) -> u32 {
     match events::window(&Source { id, hook: hook as u64 }) {
         // SAFETY: this CPU's own, and its map keeps it as long as a program runs that found it.
         Some(window) => events::packet(skb, place, hook, verdict, unsafe { &mut *window }),
-        None => diagnostics::unaccounted(hook as u32, packet.ifindex()),
+        None => diagnostics::unaccounted(hook as u32),
     }
     verdict as u32
 }

@@ -1,6 +1,6 @@
 //! The maps, private, beside their typed accessors.
 
-use core::{hint, mem::offset_of};
+use core::mem::offset_of;
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_F_NO_PREALLOC},
@@ -10,9 +10,11 @@ use aya_ebpf::{
 use imds_ebpf_common::{
     Address, Answer, ConfigRecord, Counter, CounterKey, Endpoint, Exemption, Filter, Grant, Hook,
     InterfaceRecord, Mode, Policy, ProviderRecord, Tables, Verdict,
-    endpoint::{MAX_CLOSED, MAX_ENDPOINTS},
+    endpoint::{Keep, MAX_ENDPOINTS},
     event::Window,
     exemption::MAX_EXEMPTIONS,
+    filter::{MAX_CHAIN, chain},
+    opaque::{opaque, opaque_pointer},
 };
 
 /// Interfaces that one node can have: far above the 1,000 pods that Kubernetes' largest nodes run.
@@ -39,9 +41,9 @@ static PROVIDER: Array<ProviderRecord, 1> = Array::new();
 #[btf_map(name = "imds_config")]
 static CONFIG: Array<ConfigRecord, 1> = Array::new();
 
-/// Room for the old and the new ones while user space replaces all of them.
+/// As above: the programs have the endpoints in the filter. There is room for the old and the new ones.
 #[btf_map(name = "imds_endpoints")]
-static ENDPOINTS: HashMap<Address, Endpoint, { MAX_ENDPOINTS * 2 }, { BPF_F_NO_PREALLOC as usize }> =
+static ENDPOINT_RECORDS: HashMap<Address, Endpoint, { MAX_ENDPOINTS * 2 }, { BPF_F_NO_PREALLOC as usize }> =
     HashMap::new();
 
 #[btf_map(name = "imds_exempt")]
@@ -60,32 +62,28 @@ impl Tables for Maps {
         has_bit(0, slot)
     }
 
+    /// The table is a constant to whoever runs when it is in force: user space writes the other one, and waits until nobody
+    /// reads that any more.
     #[inline(always)]
-    fn is_closed(&self, address: &Address) -> bool {
-        let [first, second] = address.halves();
-        let closed = (&raw const IMDS_FILTER).cast::<u8>().wrapping_add(offset_of!(Filter, closed));
-        #[expect(
-            clippy::cast_ptr_alignment,
-            reason = "addresses are aligned like this, and so is the filter"
-        )]
-        let closed = closed.cast::<u64>();
-        for index in 0..MAX_CLOSED {
-            let at = closed.wrapping_add(2 * index);
-            // SAFETY: the first half of one of the closed addresses; volatile for the same reason as above.
-            let one = unsafe { at.read_volatile() };
-            // SAFETY: the second half.
-            let other = unsafe { at.wrapping_add(1).read_volatile() };
-            if one == first && other == second {
-                return true;
+    #[expect(clippy::cast_possible_truncation, reason = "BPF has words of 64 bits")]
+    fn keep(&self, slot: u16, address: &Address) -> Option<&Keep> {
+        // Hidden from the compiler, which knows that nothing in this object writes it.
+        let filter = opaque_pointer(&raw const IMDS_FILTER);
+        // SAFETY: a variable of this object. What of it is read here is not written while it is in force.
+        let filter = unsafe { &*filter };
+        let table = &filter.tables[filter.current as usize & 1];
+        let mut number = u64::from(table.heads[chain(slot)]);
+        for _ in 0..MAX_CHAIN {
+            if number == 0 {
+                return None;
             }
+            let row = &table.rows[opaque(number - 1) as usize % MAX_ENDPOINTS];
+            if row.address.halves() == address.halves() {
+                return Some(&row.keep);
+            }
+            number = row.next;
         }
-        false
-    }
-
-    #[inline(always)]
-    fn endpoint(&self, address: &Address) -> Option<&Endpoint> {
-        // SAFETY: user space replaces values as a whole, and the kernel frees none under a running program.
-        unsafe { ENDPOINTS.get(address) }
+        None
     }
 
     /// [`Mode::Enforce`] where it can't be read.
@@ -159,10 +157,7 @@ pub(crate) fn count(ifindex: u32, hook: Hook, verdict: Verdict, bytes: u32) -> O
 fn first_counter(key: &CounterKey) -> Option<*mut Counter> {
     let window = Window::untold();
     // Where another CPU made one meanwhile, only this CPU's part of it is written (bpf_percpu_hash_update).
-    let _full = COUNTS.insert(
-        key,
-        Counter { packets: hint::black_box(0), bytes: hint::black_box(0), window },
-        u64::from(BPF_ANY),
-    );
+    let _full =
+        COUNTS.insert(key, Counter { packets: opaque(0), bytes: opaque(0), window }, u64::from(BPF_ANY));
     COUNTS.get_ptr_mut(key)
 }

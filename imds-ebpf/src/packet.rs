@@ -1,9 +1,9 @@
 //! Bounded access to the bytes of a socket buffer.
 
-use core::{hint, mem::MaybeUninit};
+use core::mem::MaybeUninit;
 
 use aya_ebpf::{bindings::__sk_buff, helpers::bpf_skb_load_bytes};
-use imds_ebpf_common::{Packet, Place, Service, service};
+use imds_ebpf_common::{Packet, Place, Service, opaque::opaque_xor, service};
 
 /// A socket buffer at a TC hook.
 pub(crate) struct Skb {
@@ -152,9 +152,10 @@ impl Packet for Skb {
 
     /// Exclusive or twice with a number that the verifier does not know leaves it with one that it does not know.
     #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "BPF has words of 64 bits")]
     fn forget_origin(&self, offset: usize) -> usize {
         let unknown = self.len() as usize;
-        hint::black_box(offset ^ unknown) ^ unknown
+        opaque_xor(offset as u64, unknown as u64) as usize ^ unknown
     }
 
     /// A function of its own, which the verifier follows apart from where the header was found.

@@ -2,8 +2,6 @@
 //!
 //! [`Hook::Socket`] is about pods with a network namespace of their own, [`Hook::Host`] about those in the node's.
 
-use core::hint;
-
 use aya_ebpf::{
     bindings::bpf_sock_addr,
     helpers::generated::{bpf_get_current_cgroup_id, bpf_get_netns_cookie},
@@ -11,6 +9,7 @@ use aya_ebpf::{
 };
 use imds_ebpf_common::{
     Address, CounterKey, Flow, Hook, Service, Subject, SubjectKind, Verdict, event::Source, judge_address,
+    opaque::opaque_xor,
 };
 
 use crate::{diagnostics, events, exempt, maps, netns};
@@ -59,7 +58,7 @@ fn judge(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict {
     let verdict = without_origin(verdict, cookie);
     let _uncounted = maps::count(CounterKey::DEPARTED, hook, verdict, 0);
     let Some(window) = events::window(&Source { id, hook: hook as u64 }) else {
-        diagnostics::unaccounted(hook as u32, 0);
+        diagnostics::unaccounted(hook as u32);
         return verdict;
     };
     let flow = Flow::to(destination.octets());
@@ -74,9 +73,9 @@ fn judge(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict {
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "any number will do")]
 fn without_origin(verdict: Verdict, unknown: u64) -> Verdict {
-    let number = hint::black_box(verdict as u32 ^ unknown as u32) ^ unknown as u32;
+    let number = opaque_xor(verdict as u64, unknown) ^ unknown;
     // SAFETY: it is the number that it was.
-    unsafe { Verdict::from_u32_unchecked(number) }
+    unsafe { Verdict::from_u32_unchecked(number as u32) }
 }
 
 /// What the call is for.

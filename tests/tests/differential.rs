@@ -208,8 +208,8 @@ fn runner(seed: u64) -> TestRunner {
 fn the_kernel_and_the_host_agree_on_any_packet() {
     let endpoints = endpoints();
     let grants = grants();
-    let filter = Filter::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
-    let filter = filter.with_subjects([SENDER]);
+    let mut filter = Filter::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
+    filter.set_subjects([SENDER]);
     let mut object = Object::load(OBJECT);
     object.set(MAP_POLICY, Policy { mode: Mode::Enforce as u32, ..Policy::default() });
     for (address, endpoint) in &endpoints {

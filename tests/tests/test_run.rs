@@ -192,17 +192,16 @@ fn the_mode_decides_and_every_guarded_packet_is_counted_under_its_verdict() {
     }
 }
 
-/// Programs for which these grants are in force, one endpoint of which is closed or looked up.
-fn object_with(grants: &[(Exemption, Grant)], mode: Mode, closed: bool) -> Object {
+/// Programs for which these grants are in force.
+fn object_with(grants: &[(Exemption, Grant)], mode: Mode) -> Object {
     let mut object = object(mode);
     object.set(MAP_POLICY, Policy { mode: mode as u32, mark: MARK, ..Policy::default() });
     for (exemption, grant) in grants {
         object.insert(MAP_EXEMPT, *exemption, *grant);
     }
-    let filter = Filter::of([(Address::from_ipv4(IMDS_IPV4), &IMDS)]);
-    let closed = if closed { filter.closed } else { Filter::EMPTY.closed };
-    let filter = filter.with_subjects(grants.iter().map(|(exemption, _)| exemption.subject));
-    object.set(SECTION_FILTER, Filter { closed, ..filter });
+    let mut filter = Filter::of([(Address::from_ipv4(IMDS_IPV4), &IMDS)]);
+    filter.set_subjects(grants.iter().map(|(exemption, _)| exemption.subject));
+    object.set(SECTION_FILTER, filter);
     object
 }
 
@@ -230,26 +229,24 @@ fn who_is_exempt_passes_to_what_it_is_exempt_from() {
         // What no agent writes.
         (grant(sender, HERE, Verdict::Foreign), Mode::Enforce, Verdict::Deny),
     ] {
-        for closed in [true, false] {
-            let object = object_with(&[granted], mode, closed);
-            let expected = if verdict == Verdict::Deny { TC_ACT_SHOT } else { TC_ACT_UNSPEC };
-            let is_softened = verdict == Verdict::Exempt || verdict == Verdict::Audit;
-            for mark in [0, 1] {
-                let after = if is_softened { MARK | mark } else { mark };
-                let run = marked(object.program(PROG_POD_EDGE), &udp(IMDS_IPV4), mark, 0);
-                assert_eq!(run, (expected, after), "{granted:?} in {mode:?}, closed: {closed}");
-            }
-            let key = CounterKey::new(1, Hook::PodEdge, verdict);
-            let counters: Vec<Counter> = object.per_cpu(MAP_COUNTERS, &key);
-            assert_eq!(counters.iter().map(|cpu| cpu.packets).sum::<u64>(), 2, "{granted:?} in {mode:?}");
+        let object = object_with(&[granted], mode);
+        let expected = if verdict == Verdict::Deny { TC_ACT_SHOT } else { TC_ACT_UNSPEC };
+        let is_softened = verdict == Verdict::Exempt || verdict == Verdict::Audit;
+        for mark in [0, 1] {
+            let after = if is_softened { MARK | mark } else { mark };
+            let run = marked(object.program(PROG_POD_EDGE), &udp(IMDS_IPV4), mark, 0);
+            assert_eq!(run, (expected, after), "{granted:?} in {mode:?}");
         }
+        let key = CounterKey::new(1, Hook::PodEdge, verdict);
+        let counters: Vec<Counter> = object.per_cpu(MAP_COUNTERS, &key);
+        assert_eq!(counters.iter().map(|cpu| cpu.packets).sum::<u64>(), 2, "{granted:?} in {mode:?}");
     }
 }
 
 #[test]
 fn the_node_edge_believes_the_mark_of_what_came_in_by_an_interface() {
     let exempt = grant(Subject::new(SubjectKind::Interface, 7), Address::ANY, Verdict::Exempt);
-    let mut object = object_with(&[exempt], Mode::Enforce, true);
+    let mut object = object_with(&[exempt], Mode::Enforce);
     let (with_pod_edge, alone) = (Hook::PodEdge.bit() | Hook::NodeEdge.bit(), Hook::NodeEdge.bit());
     for (hooks, mark, ingress, expected) in [
         (with_pod_edge, MARK | 1, 8, (TC_ACT_UNSPEC, 1)),
@@ -280,12 +277,16 @@ fn a_policy_that_was_never_written_or_is_unknown_denies() {
 #[test]
 fn a_filter_that_was_never_written_is_the_loaders_mistake_and_a_full_one_only_costs_time() {
     let mut object = Object::load(OBJECT);
-    object.set(SECTION_FILTER, Filter { bits: [0xff; 8192], ..Filter::EMPTY });
+    let full = Filter { bits: [0xff; 8192], subjects: [0xff; 2048], ..Filter::EMPTY };
+    object.set(SECTION_FILTER, full);
     assert_eq!(action(object.program(PROG_POD_EDGE), &udp(OTHER)), TC_ACT_UNSPEC);
-    // Endpoints come into force with the filter.
-    assert_eq!(action(object.program(PROG_POD_EDGE), &udp(IMDS_IPV4)), TC_ACT_UNSPEC);
+    // Endpoints come into force with the filter: the map of that name is for people.
     object.insert(MAP_ENDPOINTS, Address::from_ipv4(IMDS_IPV4), IMDS);
+    assert_eq!(action(object.program(PROG_POD_EDGE), &udp(IMDS_IPV4)), TC_ACT_UNSPEC);
+    let with_endpoint = Filter::of([(Address::from_ipv4(IMDS_IPV4), &IMDS)]);
+    object.set(SECTION_FILTER, Filter { bits: full.bits, subjects: full.subjects, ..with_endpoint });
     assert_eq!(action(object.program(PROG_POD_EDGE), &udp(IMDS_IPV4)), TC_ACT_SHOT);
+    assert_eq!(action(object.program(PROG_POD_EDGE), &udp(OTHER)), TC_ACT_UNSPEC);
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use imds_ebpf_common::{
     Service,
     endpoint::{MAX_ENDPOINTS, MAX_KEPT, NAME_LEN, TCP, UDP},
+    filter::{self, MAX_CHAIN},
 };
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
@@ -83,6 +84,13 @@ impl Endpoints {
 fn check_new(endpoint: &Endpoint, others: &[Endpoint]) -> Result<(), String> {
     if others.len() >= MAX_ENDPOINTS {
         return Err(format!("endpoint: more than {MAX_ENDPOINTS} endpoints"));
+    }
+    let chain = |endpoint: &Endpoint| filter::chain(address(endpoint.address).slot());
+    if others.iter().filter(|other| chain(other) == chain(endpoint)).count() >= MAX_CHAIN {
+        let address = endpoint.address;
+        return Err(format!(
+            "endpoint.address: {address} falls together with {MAX_CHAIN} others: leave one out"
+        ));
     }
     if let Some(other) = others.iter().find(|other| other.name == endpoint.name) {
         return Err(format!("endpoint.name: {:?} is already that of {}", endpoint.name, other.address));

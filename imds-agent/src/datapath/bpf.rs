@@ -9,7 +9,8 @@ use std::{
         unix::ffi::OsStrExt as _,
     },
     path::Path,
-    ptr,
+    ptr, thread,
+    time::Duration,
 };
 
 use aya_obj::generated::{
@@ -281,4 +282,15 @@ fn bpf_mut<T>(command: bpf_cmd, attr: &mut T) -> io::Result<c_long> {
     let result =
         unsafe { libc::syscall(libc::SYS_bpf, command as libc::c_int, ptr::from_mut(attr), size_of::<T>()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// Waits until no program runs any more that started before: they run with RCU read-locked, and this is `synchronize_rcu`
+/// (kernel/sched/membarrier.c, `MEMBARRIER_CMD_GLOBAL`, Linux 4.3).
+pub fn wait_for_programs() {
+    // SAFETY: takes no pointers.
+    let result = unsafe { libc::syscall(libc::SYS_membarrier, libc::MEMBARRIER_CMD_GLOBAL, 0, 0) };
+    if result != 0 {
+        // Kernels with nohz_full CPUs refuse it. No packet takes a program this long.
+        thread::sleep(Duration::from_millis(100));
+    }
 }

@@ -1,19 +1,15 @@
-//! The endpoints in the maps: written in an order in which nothing that is guarded is ever let through.
+//! The endpoints in the maps: written such that nothing that is guarded is ever let through.
 
 use std::collections::BTreeMap;
 
 use aya::maps::MapError;
 use imds_ebpf_common::{
     Address, Endpoint, Filter, ProviderRecord,
-    endpoint::MAX_ENDPOINTS,
     names::{MAP_ENDPOINTS, MAP_FILTER, MAP_PROVIDER},
 };
 
-use super::{DatapathError, object::Maps, pins::PinDir};
+use super::{DatapathError, bpf, object::Maps, pins::PinDir};
 use crate::endpoints::{Guarded, padded, unpadded};
-
-/// Room in the map: the old endpoints and the new ones.
-const CAPACITY: usize = MAX_ENDPOINTS * 2;
 
 /// What is guarded, by address.
 pub fn read(maps: &Maps) -> Result<BTreeMap<Address, Endpoint>, MapError> {
@@ -42,54 +38,64 @@ pub(super) fn filter(maps: &Maps) -> Result<Filter, DatapathError> {
     maps.filter.get(&0, 0).map_err(|source| DatapathError::Map { map: MAP_FILTER, source })
 }
 
-/// What the filter has to match while programs are loaded: all that is guarded and all that will be.
+/// What the filter has to be while programs are loaded: what is in force, and it matches all that will be guarded, too.
 pub(super) fn filter_while_loading(pins: &PinDir, guarded: &Guarded) -> Filter {
     let entries: BTreeMap<_, _> = guarded.entries().collect();
-    let wanted = filter_of(&entries);
+    let wanted = Filter::of(by_address(&entries));
     // Without maps, or with unreadable ones, no program is attached that goes by them.
     match Maps::open(pins).ok().and_then(|maps| filter(&maps).ok()) {
-        Some(in_force) => wanted.and_slots_of(&in_force).with_subjects_of(&in_force),
+        Some(mut in_force) => {
+            in_force.add_slots_of(&wanted);
+            in_force
+        }
         None => wanted,
     }
 }
 
-fn filter_of(endpoints: &BTreeMap<Address, Endpoint>) -> Filter {
-    // The IPv4 ones first, which are asked for most.
-    let (v4, v6) = endpoints.iter().partition::<Vec<_>, _>(|(address, _)| address.ipv4().is_some());
-    Filter::of(v4.into_iter().chain(v6).map(|(address, endpoint)| (*address, endpoint)))
+fn by_address(entries: &BTreeMap<Address, Endpoint>) -> impl Iterator<Item = (Address, &Endpoint)> + Clone {
+    entries.iter().map(|(address, endpoint)| (*address, endpoint))
 }
 
-/// Makes `guarded` what is guarded. An address that was guarded and will be is so at every moment between.
+/// Makes `guarded` what is guarded, all of it at one moment.
 pub fn write(maps: &mut Maps, guarded: &Guarded) -> Result<(), DatapathError> {
-    let of_endpoints = |source| DatapathError::Map { map: MAP_ENDPOINTS, source };
-    let of_filter = |source| DatapathError::Map { map: MAP_FILTER, source };
-    let before = read(maps).map_err(of_endpoints)?;
     let wanted: BTreeMap<_, _> = guarded.entries().collect();
-    let in_force = maps.filter.get(&0, 0).map_err(of_filter)?;
-    let filter = filter_of(&wanted).with_subjects_of(&in_force);
-
-    let mut unwanted: Vec<_> = before.keys().filter(|address| !wanted.contains_key(address)).collect();
-    let unwanted_count = unwanted.len();
-    let mut remove_unwanted = |maps: &mut Maps| {
-        unwanted.drain(..).try_for_each(|address| maps.endpoints.remove(address)).map_err(of_endpoints)
-    };
-
-    if unwanted_count + wanted.len() > CAPACITY {
-        // An agent that was killed in the middle of this left more than its own.
-        remove_unwanted(maps)?;
-    }
-    for (address, endpoint) in &wanted {
-        if before.get(address) != Some(endpoint) {
-            maps.endpoints.insert(address, endpoint, 0).map_err(of_endpoints)?;
-        }
-    }
-    // What is closed by now is all in the map, too.
-    let union = filter.and_slots_of(&filter_of(&before));
-    maps.filter.set(0, union, 0).map_err(of_filter)?;
-    remove_unwanted(maps)?;
-    maps.filter.set(0, filter, 0).map_err(of_filter)?;
-
+    write_filter(maps, &wanted)?;
+    write_records(maps, &wanted)?;
     let (configured, in_force) = (padded(guarded.configured()), padded(guarded.provider()));
     let record = ProviderRecord { configured, in_force };
     maps.provider.set(0, record, 0).map_err(|source| DatapathError::Map { map: MAP_PROVIDER, source })
+}
+
+/// The table that is not in force is written first, and is then what is.
+fn write_filter(maps: &mut Maps, wanted: &BTreeMap<Address, Endpoint>) -> Result<(), DatapathError> {
+    let of_filter = |source| DatapathError::Map { map: MAP_FILTER, source };
+    let before = filter(maps)?;
+    let mut after = before;
+    after.set_endpoints(by_address(wanted));
+    if after.table() == before.table() && after.bits == before.bits {
+        return Ok(());
+    }
+    let mut staged = Filter { current: before.current, ..after };
+    staged.add_slots_of(&before);
+    maps.filter.set(0, staged, 0).map_err(of_filter)?;
+    staged.current = after.current;
+    maps.filter.set(0, staged, 0).map_err(of_filter)?;
+    // The next change is written where some of them may still read.
+    bpf::wait_for_programs();
+    maps.filter.set(0, after, 0).map_err(of_filter)
+}
+
+/// For people, and by address for `bpftool`.
+fn write_records(maps: &mut Maps, wanted: &BTreeMap<Address, Endpoint>) -> Result<(), DatapathError> {
+    let failed = |source| DatapathError::Map { map: MAP_ENDPOINTS, source };
+    let before = read(maps).map_err(failed)?;
+    for address in before.keys().filter(|address| !wanted.contains_key(address)) {
+        maps.endpoints.remove(address).map_err(failed)?;
+    }
+    for (address, endpoint) in wanted {
+        if before.get(address) != Some(endpoint) {
+            maps.endpoints.insert(address, endpoint, 0).map_err(failed)?;
+        }
+    }
+    Ok(())
 }

@@ -44,8 +44,9 @@ pub(super) fn write(maps: &mut Maps, wanted: &Grants) -> Result<usize, DatapathE
     // Those who stay are in it at every moment between.
     let of_filter = |source| DatapathError::Map { map: MAP_FILTER, source };
     let in_force = maps.filter.get(&0, 0).map_err(of_filter)?;
-    let filter = in_force.with_subjects(wanted.keys().map(|exemption| exemption.subject));
-    if filter != in_force {
+    let mut filter = in_force;
+    filter.set_subjects(wanted.keys().map(|exemption| exemption.subject));
+    if filter.subjects != in_force.subjects {
         maps.filter.set(0, filter, 0).map_err(of_filter)?;
         writes += 1;
     }
