@@ -3,13 +3,15 @@
 //! [`cli`] is what the user calls. [`agent`] is what runs: it follows the configuration, of which [`settings`] is what it
 //! comes to on this node, and hands the node's news to [`guard`], which follows its interfaces; [`state`] says what each of
 //! them is and [`reconcile`] what is to be done about it, both without I/O; [`exempt`] says who is exempt; [`datapath`]
-//! does it in the kernel. [`node`] is what the kernel says is there. [`server`] answers monitoring, with [`metrics`] among others.
+//! does it in the kernel. [`node`] is what the kernel says is there. [`doctor`] says what works here, and [`verify`] proves
+//! what is in force. [`server`] answers monitoring, with [`metrics`] among others.
 
 pub mod agent;
 pub mod cli;
 pub mod config;
 pub mod datapath;
 pub mod diagnostics;
+pub mod doctor;
 pub mod endpoints;
 pub mod events;
 pub mod exempt;
@@ -23,4 +25,5 @@ pub mod server;
 pub mod settings;
 pub mod state;
 pub mod status;
+pub mod verify;
 pub mod watch;

@@ -4,7 +4,8 @@ use std::{fs, process::Output};
 
 use imds_tests::{World, output};
 
-const COMMANDS: [&str; 7] = ["run", "status", "events", "config", "unload", "completions", "man"];
+const COMMANDS: [&str; 9] =
+    ["run", "status", "events", "verify", "doctor", "config", "unload", "completions", "man"];
 
 fn stdout(output: &Output) -> String {
     assert!(output.status.success(), "{output:?}");

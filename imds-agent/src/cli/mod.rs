@@ -1,11 +1,13 @@
 //! The command line.
 
 mod config;
+mod doctor;
 mod events;
 mod manual;
 mod run;
 mod status;
 mod unload;
+mod verify;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -19,7 +21,7 @@ pub const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/imds";
 /// What `run` puts into the kernel stays in force when the agent stops, is killed or upgraded; `unload` removes it.
 ///
 /// Exit status: 0 done, 1 failure, 2 a command line or configuration that can't be used, 3 `status` found that
-/// something is not enforced.
+/// something is not enforced, `verify` that something does not hold, or `doctor` that something is missing.
 #[derive(Debug, Parser)]
 #[command(version, arg_required_else_help = true)]
 pub struct Cli {
@@ -35,6 +37,10 @@ enum Command {
     Status(status::StatusArgs),
     /// Follow what is denied, as it happens; what came last while nobody followed comes first
     Events(events::EventsArgs),
+    /// Say what works here and what does not, and what to do; nothing is changed
+    Doctor(doctor::DoctorArgs),
+    /// Prove on this node that pods are denied and the node is not
+    Verify(verify::VerifyArgs),
     /// Check a configuration file, or show the configuration in force
     Config(config::ConfigArgs),
     /// Remove every program, link, map and pin
@@ -67,7 +73,8 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
     }
 }
 
-/// A check whose answer is no: `status` with something unenforced.
+/// A check whose answer is no: `status` with something unenforced, `verify` with something that does not hold,
+/// `doctor` with something that is missing.
 const NOT_HELD: u8 = 3;
 
 /// Carries out a command.
@@ -81,6 +88,8 @@ pub fn main(cli: Cli) -> ExitCode {
         match cli.command {
             Command::Run(args) => run::run(args).await,
             Command::Status(args) => status::status(args).await,
+            Command::Doctor(args) => doctor::doctor(args).await,
+            Command::Verify(args) => verify::verify(args).await,
             Command::Events(args) => events::events(&args),
             Command::Config(args) => config::config(&args),
             Command::Completions(args) => manual::completions(&args),

@@ -1,6 +1,8 @@
 //! The bpf(2) calls on links that aya lacks: by interface index, where aya goes by a name that may have passed to
 //! another interface, and with the answers that the reconcile loop needs.
 
+mod program;
+
 use std::{
     ffi::{CString, c_long},
     io,
@@ -22,6 +24,8 @@ use aya_obj::generated::{
     },
     bpf_link_type::{BPF_LINK_TYPE_CGROUP, BPF_LINK_TYPE_TCX},
 };
+
+pub use self::program::{cgroup_programs, is_compiled, load_idle, load_redirect};
 
 /// Most programs on one hook: `BPF_MPROG_MAX` (`include/linux/bpf_mprog.h`).
 const MPROG_MAX: u32 = 64;
@@ -277,7 +281,7 @@ fn bpf<T>(command: bpf_cmd, mut attr: T) -> io::Result<c_long> {
 }
 
 fn bpf_mut<T>(command: bpf_cmd, attr: &mut T) -> io::Result<c_long> {
-    // SAFETY: every T of this module is the start of the command's part of union bpf_attr, without implicit padding;
+    // SAFETY: every T of this module and its child is the start of the command's part of union bpf_attr, without implicit padding;
     // pointers in it are to buffers of the size beside them, which outlive the call.
     let result =
         unsafe { libc::syscall(libc::SYS_bpf, command as libc::c_int, ptr::from_mut(attr), size_of::<T>()) };

@@ -34,23 +34,23 @@ const FIRST_PRIORITY: u16 = 1;
 
 /// A filter of chain 0, where all classification starts.
 #[derive(Clone, Debug, Eq, PartialEq)]
-struct Filter {
-    priority: u16,
+pub(crate) struct Filter {
+    pub(crate) priority: u16,
     handle: TcHandle,
     protocol: u16,
-    kind: String,
-    program: Option<u32>,
-    name: Option<String>,
+    pub(crate) kind: String,
+    pub(crate) program: Option<u32>,
+    pub(crate) name: Option<String>,
 }
 
 impl Filter {
     /// Whether it is one of imds-agent's.
-    fn is_ours(&self) -> bool {
+    pub(crate) fn is_ours(&self) -> bool {
         HANDLES.contains(&self.handle) && self.name.as_ref().is_some_and(|name| name.starts_with(PREFIX))
     }
 
     /// Whether a BPF filter can share its priority: all filters of one have one kind and protocol.
-    fn takes_company(&self) -> bool {
+    pub(crate) fn takes_company(&self) -> bool {
         self.kind == TcFilterBpf::KIND && self.protocol == ETH_P_ALL
     }
 
@@ -133,7 +133,7 @@ fn foreign(filters: &[Filter]) -> impl Iterator<Item = &Filter> {
 }
 
 /// The filters of a hook, in the order in which they run; none where the interface has no such qdisc.
-async fn filters(netlink: &Netlink, spot: Spot) -> Result<Vec<Filter>, NetlinkError> {
+pub(crate) async fn filters(netlink: &Netlink, spot: Spot) -> Result<Vec<Filter>, NetlinkError> {
     let ifindex = spot.ifindex;
     let request = RouteNetlinkMessage::GetTrafficFilter(message(ifindex, parent(spot.edge)));
     let answers = match netlink.dump(format!("listing filters of interface {ifindex}"), request).await {

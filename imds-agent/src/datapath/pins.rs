@@ -20,7 +20,7 @@ use thiserror::Error;
 use super::bpf;
 
 /// Where a bpffs is by convention, and the only place where the agent mounts one.
-const BPFFS: &str = "/sys/fs/bpf";
+pub(crate) const BPFFS: &str = "/sys/fs/bpf";
 const BPFFS_MAGIC: FsType = FsType(libc::BPF_FS_MAGIC);
 /// Owner only: whoever can open a pin can detach or rewrite it.
 const MODE: u32 = 0o700;
@@ -65,7 +65,7 @@ fn pid_phrase(pid: Option<i32>) -> String {
     pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default()
 }
 
-pub(super) fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PinError {
+pub(crate) fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PinError {
     let path = path.to_owned();
     move |source| PinError::Io { operation, path, source }
 }
@@ -192,7 +192,8 @@ impl PinDir {
         Ok(())
     }
 
-    fn is_on_bpffs(&self) -> Result<bool, PinError> {
+    /// Whether it is on a bpffs, or would be.
+    pub fn is_on_bpffs(&self) -> Result<bool, PinError> {
         let existing = self.root.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
         let stat = statfs(existing).map_err(|errno| io_error("inspect", existing)(errno.into()))?;
         Ok(stat.filesystem_type() == BPFFS_MAGIC)

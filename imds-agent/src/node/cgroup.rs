@@ -1,7 +1,10 @@
 //! The cgroup v2 hierarchy.
 
 use std::{
-    fs, io,
+    collections::VecDeque,
+    fs::{self, DirEntry},
+    io,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
@@ -9,6 +12,32 @@ use std::{
 /// hybrid ones. `None` where it is not.
 pub fn root() -> io::Result<Option<PathBuf>> {
     Ok(find(&fs::read_to_string("/proc/self/mountinfo")?))
+}
+
+/// Ids of the cgroup v2 of this process and of those above it, as far as they can be seen.
+pub fn ids_of_this_process() -> io::Result<Vec<u64>> {
+    let Some(root) = root()? else { return Ok(Vec::new()) };
+    let cgroups = fs::read_to_string("/proc/thread-self/cgroup")?;
+    let own = cgroups.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+    let path = root.join(own);
+    let above = path.ancestors().take_while(|path| path.starts_with(&root));
+    // The inode number of a cgroup is its id (kernfs).
+    above.map(|path| Ok(fs::metadata(path)?.ino())).collect()
+}
+
+/// The cgroup v2 with this id, as far as it can be seen.
+pub fn path_of(id: u64) -> io::Result<Option<PathBuf>> {
+    let mut unseen = VecDeque::from_iter(root()?);
+    while let Some(path) = unseen.pop_front() {
+        // What is gone meanwhile is not the one.
+        if fs::metadata(&path).is_ok_and(|metadata| metadata.ino() == id) {
+            return Ok(Some(path));
+        }
+        let entries = fs::read_dir(&path).into_iter().flatten().flatten();
+        let is_directory = |entry: &DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
+        unseen.extend(entries.filter(is_directory).map(|entry| entry.path()));
+    }
+    Ok(None)
 }
 
 /// Where hierarchies of cgroup v1 are mounted.

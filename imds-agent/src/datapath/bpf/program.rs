@@ -1,0 +1,123 @@
+//! Programs of a few instructions, and those that others have on a cgroup.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd as _, OwnedFd},
+};
+
+use aya_obj::generated::{
+    bpf_attach_type,
+    bpf_cmd::{BPF_OBJ_GET_INFO_BY_FD, BPF_PROG_LOAD, BPF_PROG_QUERY},
+    bpf_func_id::BPF_FUNC_redirect,
+    bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS,
+};
+
+use super::{bpf, bpf_fd, bpf_mut};
+
+/// Most programs that are listed of a cgroup's hook: `BPF_CGROUP_MAX_PROGS` (`include/linux/bpf.h`).
+const CGROUP_MAX: usize = 64;
+
+const EXIT: u64 = 0x95;
+
+/// A TC program that leaves every packet to the next one.
+pub fn load_idle() -> io::Result<OwnedFd> {
+    let unspecified = u64::from((-1_i32).cast_unsigned());
+    load(&[set(0, unspecified), EXIT])
+}
+
+/// A TC program that sends every packet out of the interface with this index.
+pub fn load_redirect(ifindex: u32) -> io::Result<OwnedFd> {
+    let call = 0x85 | (BPF_FUNC_redirect as u64) << 32;
+    load(&[set(1, ifindex.into()), set(2, 0), call, EXIT])
+}
+
+/// `register = value`, 32 bits of it.
+const fn set(register: u64, value: u64) -> u64 {
+    0xb7 | register << 8 | value << 32
+}
+
+fn load(instructions: &[u64]) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        prog_type: u32,
+        insn_cnt: u32,
+        insns: u64,
+        license: u64,
+        log_level: u32,
+        log_size: u32,
+        log_buf: u64,
+        kern_version: u32,
+        prog_flags: u32,
+        prog_name: [u8; 16],
+    }
+    let attr = Attr {
+        prog_type: BPF_PROG_TYPE_SCHED_CLS as u32,
+        insn_cnt: u32::try_from(instructions.len()).map_err(io::Error::other)?,
+        insns: instructions.as_ptr() as u64,
+        license: c"Dual MIT/GPL".as_ptr() as u64,
+        log_level: 0,
+        log_size: 0,
+        log_buf: 0,
+        kern_version: 0,
+        prog_flags: 0,
+        prog_name: *b"imds_probe\0\0\0\0\0\0",
+    };
+    bpf_fd(BPF_PROG_LOAD, attr)
+}
+
+/// Whether the kernel compiled a program.
+pub fn is_compiled(program: impl AsFd) -> io::Result<bool> {
+    #[repr(C)]
+    struct Attr {
+        bpf_fd: i32,
+        info_len: u32,
+        info: u64,
+    }
+    /// The start of `struct bpf_prog_info`.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Info {
+        kind: u32,
+        id: u32,
+        tag: [u8; 8],
+        jited_len: u32,
+        xlated_len: u32,
+        jited: u64,
+        xlated: u64,
+    }
+    #[expect(clippy::cast_possible_truncation, reason = "40 bytes")]
+    const INFO_LEN: u32 = size_of::<Info>() as u32;
+    let mut info = Info::default();
+    let attr = Attr { bpf_fd: program.as_fd().as_raw_fd(), info_len: INFO_LEN, info: (&raw mut info) as u64 };
+    bpf(BPF_OBJ_GET_INFO_BY_FD, attr)?;
+    Ok(info.jited_len != 0)
+}
+
+/// Ids of the programs on a cgroup's hook, in the order in which they run.
+pub fn cgroup_programs(cgroup: impl AsFd, attach_type: bpf_attach_type) -> io::Result<Vec<u32>> {
+    /// As old as the command: a kernel refuses what it does not know and is not zero.
+    #[repr(C)]
+    struct Attr {
+        target_fd: i32,
+        attach_type: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        prog_ids: u64,
+        count: u32,
+        pad: u32,
+    }
+    #[expect(clippy::cast_possible_truncation, reason = "64")]
+    const COUNT: u32 = CGROUP_MAX as u32;
+    let mut programs = [0_u32; CGROUP_MAX];
+    let mut attr = Attr {
+        target_fd: cgroup.as_fd().as_raw_fd(),
+        attach_type: attach_type as u32,
+        query_flags: 0,
+        attach_flags: 0,
+        prog_ids: programs.as_mut_ptr() as u64,
+        count: COUNT,
+        pad: 0,
+    };
+    bpf_mut(BPF_PROG_QUERY, &mut attr)?;
+    Ok(programs.into_iter().take(attr.count as usize).collect())
+}

@@ -1,0 +1,179 @@
+//! What the kernel has.
+
+use std::{fs, io, net::UdpSocket};
+
+use aya::{
+    maps::MapType,
+    programs::{ProgramError, ProgramType},
+    sys::{is_helper_supported, is_map_supported},
+};
+use aya_obj::generated::bpf_func_id;
+use imds_ebpf_common::Edge;
+use nix::sys::utsname::uname;
+
+use super::report::Check;
+use crate::{
+    datapath::{bpf, clsact, pins::Spot},
+    node::{
+        netlink::{Netlink, NetlinkError},
+        netns::{self, Identity, Namespace},
+    },
+    preflight,
+};
+
+/// Where the kernel describes its own types.
+const BTF: &str = "/sys/kernel/btf/vmlinux";
+/// Index of loopback in every network namespace.
+const LOOPBACK: u32 = 1;
+/// What to do where the kernel refuses to answer.
+const AS_ROOT: &str = "run this as root, or with the agent's capabilities";
+
+pub(super) fn release() -> Check {
+    const NAME: &str = "kernel";
+    let release = uname().map(|name| name.release().to_string_lossy().into_owned());
+    let release = release.unwrap_or_else(|_| "(unknown)".to_owned());
+    match preflight::check_kernel() {
+        Ok(()) => Check::ok(NAME, release),
+        Err(error) => Check::missing(NAME, release, chain(error)),
+    }
+}
+
+pub(super) fn btf() -> Check {
+    const NAME: &str = "btf";
+    if fs::exists(BTF).unwrap_or(false) {
+        return Check::ok(NAME, BTF);
+    }
+    let consequence = "bpftool may show maps without the names of their fields: use a kernel with \
+                       CONFIG_DEBUG_INFO_BTF, or mount /sys";
+    Check::degraded(NAME, format!("no {BTF}"), consequence)
+}
+
+pub(super) fn jit() -> Check {
+    const NAME: &str = "jit";
+    match bpf::load_idle().and_then(bpf::is_compiled) {
+        Ok(true) => Check::ok(NAME, "programs are compiled"),
+        Ok(false) => {
+            let remedy = "each packet costs several times as much: sysctl net.core.bpf_jit_enable=1";
+            Check::degraded(NAME, "programs are interpreted", remedy)
+        }
+        Err(error) => unknown(NAME, &error),
+    }
+}
+
+/// TCX, which can be asked for, and filters, which are tried in a namespace of their own.
+pub(super) fn attaching() -> Check {
+    const NAME: &str = "attaching";
+    let filters = try_filter();
+    match (bpf::has_tcx(), filters) {
+        (true, Ok(())) => Check::ok(NAME, "TCX; clsact filters too"),
+        (true, Err(error)) => Check::ok(NAME, format!("TCX; no clsact filters ({error})")),
+        (false, Ok(())) => {
+            let consequence = "a filter of another kind than BPF at priority 1 can't be passed (Linux 6.6 has TCX, where \
+                               the guard always comes first)";
+            Check::degraded(NAME, "clsact filters; no TCX", consequence)
+        }
+        (false, Err(error)) => {
+            let remedy =
+                "use a kernel with TCX (Linux 6.6), or with CONFIG_NET_SCH_INGRESS and CONFIG_NET_CLS_BPF";
+            Check::missing(NAME, format!("no TCX and no clsact filters ({error})"), remedy)
+        }
+    }
+}
+
+fn try_filter() -> Result<(), String> {
+    let program = bpf::load_idle().map_err(|error| error.to_string())?;
+    let attach = || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.map_err(|error| NetlinkError::new("starting", error))?;
+        runtime.block_on(async {
+            let netlink = Netlink::connect()?;
+            clsact::ensure_qdisc(&netlink, LOOPBACK).await?;
+            let spot = Spot { ifindex: LOOPBACK, edge: Edge::Pod };
+            clsact::attach_first(&netlink, spot, std::os::fd::AsFd::as_fd(&program), "doctor").await
+        })
+    };
+    let namespace =
+        Namespace::new().map_err(|error| format!("not tried: a new network namespace: {error}"))?;
+    let attached = namespace.run(attach).map_err(|error| error.to_string())?;
+    attached.map_err(chain)
+}
+
+/// `SO_NETNS_COOKIE`, Linux 5.14.
+pub(super) fn netns_cookie() -> Check {
+    const NAME: &str = "netns_cookie";
+    match netns::identity() {
+        Ok(Some(Identity::Cookie(cookie))) => Check::ok(NAME, format!("sockets have it: here {cookie}")),
+        Ok(Some(Identity::Initial)) => {
+            let consequence =
+                "the socket hook and strict mode work in the initial network namespace alone, which this is";
+            Check::degraded(NAME, "sockets don't tell (Linux 5.14 does)", consequence)
+        }
+        Ok(None) => {
+            let remedy =
+                "run the agent in the machine's initial network namespace, or set hooks.socket = false";
+            Check::missing(
+                NAME,
+                "sockets don't tell (Linux 5.14 does), and this is another namespace",
+                remedy,
+            )
+        }
+        Err(error) => unknown(NAME, &error),
+    }
+}
+
+/// Linux 6.13.
+pub(super) fn netns_cookie_tc() -> Check {
+    const NAME: &str = "netns_cookie_tc";
+    let consequence =
+        "packets of macvlan and ipvlan pods are not held at the node edge, their sockets are (Linux 6.13)";
+    cookie_in(NAME, ProgramType::SchedClassifier, consequence)
+}
+
+/// Linux 6.15.
+pub(super) fn netns_cookie_cgroup_skb() -> Check {
+    const NAME: &str = "netns_cookie_cgroup_skb";
+    let consequence =
+        "strict mode denies the packets of all pods before the pod edge counts them (Linux 6.15)";
+    cookie_in(NAME, ProgramType::CgroupSkb, consequence)
+}
+
+fn cookie_in(name: &'static str, program_type: ProgramType, consequence: &str) -> Check {
+    match is_helper_supported(program_type, bpf_func_id::BPF_FUNC_get_netns_cookie) {
+        Ok(true) => Check::ok(name, "programs can ask for it"),
+        Ok(false) => Check::degraded(name, "programs can't ask for it", consequence),
+        Err(error) => unknown(name, &io_error(error)),
+    }
+}
+
+pub(super) fn ring_buffer() -> Check {
+    const NAME: &str = "ring_buffer";
+    match is_map_supported(MapType::RingBuf) {
+        Ok(true) => Check::ok(NAME, "there is one"),
+        Ok(false) => Check::missing(NAME, "there is none", "use Linux 5.8 or newer: events are told by it"),
+        Err(error) => unknown(NAME, &error.io_error),
+    }
+}
+
+pub(super) fn ipv6() -> Check {
+    const NAME: &str = "ipv6";
+    match UdpSocket::bind("[::]:0") {
+        Ok(_) => Check::ok(NAME, "on"),
+        Err(error) => Check::ok(NAME, format!("off, so that nothing needs guarding there ({error})")),
+    }
+}
+
+fn unknown(name: &'static str, error: &io::Error) -> Check {
+    Check::degraded(name, format!("can't be told: {error}"), AS_ROOT)
+}
+
+fn io_error(error: ProgramError) -> io::Error {
+    match error {
+        ProgramError::SyscallError(error) => error.io_error,
+        other => io::Error::other(other),
+    }
+}
+
+/// An error and what caused it, on one line.
+fn chain(error: impl Into<anyhow::Error>) -> String {
+    format!("{:#}", error.into())
+}

@@ -1,0 +1,44 @@
+//! What works here and what does not, and what to do: asked of the kernel by trying, and nothing is attached.
+
+mod kernel;
+mod place;
+mod programs;
+mod report;
+
+pub use self::report::{Check, Program, Report, State};
+use crate::{
+    datapath::{DatapathError, pins::PinDir},
+    node::netlink::Netlink,
+};
+
+/// Version of the JSON form: within one, fields are only added.
+const SCHEMA: u32 = 1;
+
+/// Looks at everything.
+pub async fn examine(pins: &PinDir, netlink: &Netlink) -> Result<Report, DatapathError> {
+    let mut checks = vec![
+        kernel::release(),
+        kernel::btf(),
+        place::bpffs(pins),
+        place::cgroup2(),
+        place::capabilities(),
+        place::locked_memory(),
+        kernel::jit(),
+        kernel::attaching(),
+        kernel::netns_cookie(),
+        kernel::netns_cookie_tc(),
+        kernel::netns_cookie_cgroup_skb(),
+        kernel::ring_buffer(),
+        kernel::ipv6(),
+        place::agent(pins),
+    ];
+    checks.extend(programs::of_interfaces(pins, netlink).await?);
+    checks.extend(programs::of_cgroup(pins)?);
+    Ok(Report {
+        schema: SCHEMA,
+        version: env!("CARGO_PKG_VERSION"),
+        pin_dir: pins.root().to_owned(),
+        ready: checks.iter().all(|check| check.state != State::Missing),
+        checks,
+    })
+}

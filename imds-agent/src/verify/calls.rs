@@ -1,0 +1,40 @@
+//! What becomes of a call that names an endpoint.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket},
+    time::Duration,
+};
+
+use imds_ebpf_common::{Service, endpoint::UDP};
+use nix::errno::Errno;
+
+/// How long a connection may take: a refusal comes at once, and an answer is not needed.
+const PATIENCE: Duration = Duration::from_millis(300);
+
+/// Connects by TCP, or sends a datagram by UDP, from the calling thread's network namespace.
+pub(super) fn attempt(address: IpAddr, service: Service) -> io::Result<()> {
+    let to = SocketAddr::new(address, service.port);
+    if service.protocol != UDP {
+        return TcpStream::connect_timeout(&to, PATIENCE).map(drop);
+    }
+    let any: IpAddr = match address {
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    UdpSocket::bind((any, 0))?.send_to(&[], to).map(drop)
+}
+
+/// Whether a hook of a cgroup ended the call.
+pub(super) fn is_refused(result: &io::Result<()>) -> bool {
+    result.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EPERM))
+}
+
+/// In words.
+pub(super) fn phrase(result: &io::Result<()>) -> String {
+    let Err(error) = result else { return "done".to_owned() };
+    let reason = error
+        .raw_os_error()
+        .map_or_else(|| error.to_string(), |errno| Errno::from_raw(errno).desc().to_owned());
+    if is_refused(result) { format!("refused ({reason})") } else { format!("not refused ({reason})") }
+}

@@ -1,0 +1,106 @@
+//! Calls on sockets: a pod's, and the node's.
+
+use std::{collections::BTreeSet, panic::resume_unwind, thread};
+
+use imds_ebpf_common::{
+    CounterKey, Hook, Verdict,
+    endpoint::{TCP, UDP},
+    names::SOCKET_LINKS,
+};
+
+use super::{
+    Guarding, VerifyError,
+    calls::{attempt, is_refused, phrase},
+    edges::{closed, counts, expectation, risen, targets},
+    report::{self, Check, Outcome},
+    stage::Pod,
+};
+use crate::{
+    datapath::{
+        bpf::{self, Target},
+        pins,
+    },
+    endpoints::Endpoint,
+    node::cgroup,
+};
+
+/// Proves that calls from the namespace are refused.
+pub(super) fn prove(guarding: &Guarding, pod: &Pod) -> Result<Vec<Check>, VerifyError> {
+    let mut checks = vec![attached(guarding)];
+    for endpoint in &guarding.endpoints {
+        for (service, expected, kept) in targets(endpoint) {
+            let (found, is_right) = match expected {
+                Verdict::Deny => refused(guarding, pod, endpoint)?,
+                Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept | Verdict::Exempt => {
+                    let result = pod.run(|| attempt(endpoint.address, service))?;
+                    (phrase(&result), !is_refused(&result))
+                }
+            };
+            let check =
+                Check::of_hook(Hook::Socket.name(), expectation(expected), found, Outcome::of(is_right));
+            checks.push(check.at(endpoint).with_service(kept));
+        }
+    }
+    Ok(checks)
+}
+
+/// Whether all programs are attached.
+fn attached(guarding: &Guarding) -> Check {
+    let is_attached = guarding.status.sockets.as_ref().is_some_and(|sockets| sockets.attached);
+    let found = if is_attached { "attached" } else { "not all are: `imds-agent status` names them" };
+    Check::of_hook(Hook::Socket.name(), "all programs attached", found, Outcome::of(is_attached))
+}
+
+/// Whether both ways to name an endpoint are refused, and what was found.
+fn refused(guarding: &Guarding, pod: &Pod, endpoint: &Endpoint) -> Result<(String, bool), VerifyError> {
+    let count = || counts(&guarding.maps, CounterKey::DEPARTED, Hook::Socket);
+    let before = count();
+    let mut allowed = Vec::new();
+    for (protocol, call) in [(TCP, "connect"), (UDP, "sendto")] {
+        let service = closed(&endpoint.keep, protocol);
+        let result = pod.run(|| attempt(endpoint.address, service))?;
+        if !is_refused(&result) {
+            allowed.push(format!("{call} {}", phrase(&result)));
+        }
+    }
+    if allowed.is_empty() {
+        return Ok(("denied: connect and sendto refused".to_owned(), true));
+    }
+    let reason = match is_guarded_cgroup(guarding) {
+        Some(false) => "this process is outside of the cgroup whose sockets are guarded".to_owned(),
+        // Others' calls are counted there, too.
+        Some(true) | None => report::phrase(risen(before, count())).to_owned(),
+    };
+    Ok((format!("{}: {reason}", allowed.join(", ")), false))
+}
+
+/// Whether this process is where sockets are guarded; `None` where that can't be said.
+fn is_guarded_cgroup(guarding: &Guarding) -> Option<bool> {
+    let guarded: BTreeSet<u64> = SOCKET_LINKS
+        .into_iter()
+        .filter_map(|name| {
+            let fd = pins::open(&guarding.pins.named_link(name)).ok()??;
+            match bpf::link(fd).ok()??.target {
+                Target::Cgroup { id: id @ 1.., .. } => Some(id),
+                Target::Cgroup { .. } | Target::Tcx { .. } | Target::Other => None,
+            }
+        })
+        .collect();
+    let own = cgroup::ids_of_this_process().ok()?;
+    (!guarded.is_empty()).then(|| own.iter().any(|id| guarded.contains(id)))
+}
+
+/// Proves that the node's own calls are not refused, whatever else becomes of them: all at once, as those that nobody
+/// answers take long.
+pub(super) fn prove_node(endpoints: &[Endpoint]) -> Vec<Check> {
+    let call = |endpoint: &Endpoint| {
+        let result = attempt(endpoint.address, closed(&endpoint.keep, TCP));
+        let found = if result.is_ok() { "connected".to_owned() } else { phrase(&result) };
+        let result = Outcome::of(!is_refused(&result));
+        Check::of_hook("node", "not refused", found, result).at(endpoint)
+    };
+    thread::scope(|scope| {
+        let calls: Vec<_> = endpoints.iter().map(|endpoint| scope.spawn(move || call(endpoint))).collect();
+        calls.into_iter().map(|call| call.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+    })
+}

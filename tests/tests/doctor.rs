@@ -1,0 +1,249 @@
+//! `doctor` says what works here, names others' programs, and changes nothing.
+
+use std::{fs, io, os::unix::process::CommandExt as _, process::Output};
+
+use aya::programs::tc::TcAttachType;
+use imds_tests::{
+    AgentCommand, Backend, PodLink, World,
+    foreign::{Foreign, TC_ACT_OK},
+    hook::{self, run_tc},
+    output, skip_without_netns_cookie, skip_without_tcx, with_each_backend,
+};
+use serde_json::Value;
+
+const NAMES: [&str; 16] = [
+    "kernel",
+    "btf",
+    "bpffs",
+    "cgroup2",
+    "capabilities",
+    "locked_memory",
+    "jit",
+    "attaching",
+    "netns_cookie",
+    "netns_cookie_tc",
+    "netns_cookie_cgroup_skb",
+    "ring_buffer",
+    "ipv6",
+    "agent",
+    "tc_programs",
+    "cgroup_programs",
+];
+
+fn examine(world: &World) -> Value {
+    report(&command(world).output())
+}
+
+fn command(world: &World) -> AgentCommand<'_> {
+    world.imds_agent(&["doctor", "-o", "json"])
+}
+
+#[track_caller]
+fn report(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
+}
+
+#[track_caller]
+fn all<'a>(report: &'a Value, name: &str) -> Vec<&'a Value> {
+    report["checks"].as_array().unwrap().iter().filter(|check| check["name"] == name).collect()
+}
+
+#[track_caller]
+fn one<'a>(report: &'a Value, name: &str) -> &'a Value {
+    let [check] = all(report, name)[..] else { panic!("{name}: {report:#}") };
+    check
+}
+
+#[track_caller]
+fn assert_has(check: &Value, key: &str, part: &str) {
+    assert!(check[key].as_str().is_some_and(|text| text.contains(part)), "{part}: {check:#}");
+}
+
+#[test]
+fn a_kernel_that_can_guard_has_all_that_is_needed() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let output = command(&world).output();
+    let found = report(&output);
+    assert_eq!(output.status.code(), Some(0), "{found:#}");
+    assert_eq!((found["schema"].as_u64(), found["ready"].as_bool()), (Some(1), Some(true)));
+    let names: Vec<_> = found["checks"].as_array().unwrap().iter().map(|check| &check["name"]).collect();
+    assert_eq!(names, NAMES);
+    for check in found["checks"].as_array().unwrap() {
+        assert_eq!(check["state"] == "ok", check["remedy"].is_null(), "{check:#}");
+    }
+    // It tried all that, and left nothing.
+    assert_eq!(hook::programs(&world.node, &pod.host_ifname), []);
+    assert!(!hook::has_clsact(&world.node, &pod.host_ifname) && !world.pin_dir().exists());
+
+    let table = world.imds_agent(&["doctor"]).output();
+    let text = String::from_utf8(table.stdout).unwrap();
+    assert!(NAMES.iter().all(|name| text.contains(name)) && text.contains("imds-agent run"), "{text}");
+}
+
+#[test]
+fn tcx_is_what_the_kernel_has() {
+    let world = World::new();
+    let (found, has_tcx) = (examine(&world), hook::has_tcx());
+    let attaching = one(&found, "attaching");
+    assert_eq!(attaching["state"], if has_tcx { "ok" } else { "degraded" });
+    assert_has(attaching, "found", "clsact filters");
+    assert_eq!(attaching["found"].as_str().unwrap().starts_with("TCX"), has_tcx);
+}
+
+#[test]
+fn a_pin_directory_elsewhere_is_missing_its_bpffs() {
+    let world = World::new();
+    let elsewhere = world.scratch_dir().join("pins");
+    let output = command(&world).pin_dir(&elsewhere).output();
+    assert_eq!(output.status.code(), Some(3));
+    let found = report(&output);
+    assert_eq!((&found["ready"], &one(&found, "bpffs")["state"]), (&Value::Bool(false), &"missing".into()));
+    assert_has(one(&found, "bpffs"), "remedy", "mount -t bpf bpf");
+    assert!(!elsewhere.exists());
+}
+
+#[test]
+fn what_an_unprivileged_user_lacks_is_named() {
+    let world = World::new();
+    let mut command = command(&world).command();
+    let drop_all = || {
+        for capability in 0..64 {
+            // SAFETY: takes integers only. It fails for those that the kernel does not have.
+            let _ = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };
+        }
+        io::Result::Ok(())
+    };
+    // SAFETY: system calls alone. The namespace is entered before, by the closure that was added first.
+    unsafe { command.pre_exec(drop_all) };
+    let output = output(command);
+    let found = report(&output);
+    assert_eq!(output.status.code(), Some(3), "{found:#}");
+    assert_eq!(one(&found, "capabilities")["state"], "missing");
+    assert_has(one(&found, "capabilities"), "remedy", "CAP_NET_ADMIN");
+}
+
+#[test]
+fn it_says_whether_an_agent_runs() {
+    let world = World::new();
+    let agent_of = |found: &Value| one(found, "agent").clone();
+    assert_has(&agent_of(&examine(&world)), "found", "nothing is loaded");
+    let agent = world.start_agent(if hook::has_tcx() { Backend::Tcx } else { Backend::Clsact });
+    let running = agent_of(&examine(&world));
+    assert_eq!(running["state"], "ok");
+    assert_has(&running, "found", &agent.pid().to_string());
+    agent.kill9();
+    let killed = agent_of(&examine(&world));
+    assert_eq!(killed["state"], "degraded");
+    assert_has(&killed, "found", "something is loaded");
+}
+
+#[test]
+fn tcx_programs_of_others_are_named_with_their_place() {
+    if skip_without_tcx() {
+        return;
+    }
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let attach = || {
+        let hook = TcAttachType::Ingress;
+        Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex, hook)
+    };
+    let _second = attach();
+    let id = hook::tcx(&world.node, &pod.host_ifname)[0].id;
+    let expected = serde_json::json!({
+        "name": "foreign", "id": id, "kind": "tcx", "at": pod.host_ifname, "hook": "ingress",
+        "place": 1, "of": 1, "is_first": null,
+    });
+    let found = examine(&world);
+    assert_eq!(one(&found, "tc_programs")["program"], expected);
+    assert_eq!(one(&found, "tc_programs")["state"], "ok");
+
+    let _agent = world.agent().resync(3600).spawn_ready();
+    let found = examine(&world);
+    let second = one(&found, "tc_programs");
+    assert_eq!((&second["program"]["place"], &second["program"]["is_first"]), (&2.into(), &false.into()));
+    assert_eq!(second["state"], "ok");
+
+    let _first = attach();
+    let found = examine(&world);
+    let states: Vec<_> = all(&found, "tc_programs")
+        .iter()
+        .map(|check| (&check["program"]["place"], &check["state"]))
+        .map(|(place, state)| (place.as_u64().unwrap(), state.as_str().unwrap()))
+        .collect();
+    assert_eq!(states, [(1, "degraded"), (3, "ok")]);
+    assert_has(all(&found, "tc_programs")[0], "remedy", &pod.host_ifname);
+}
+
+#[test]
+fn filters_of_others_are_named_with_their_place() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pod = world.add_pod(PodLink::Routed);
+        run_tc(&world.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
+        Foreign::returning(TC_ACT_OK).attach_filter(&world.node, &pod.host_ifname, TcAttachType::Ingress, 7);
+        let filter = ["filter", "add", "dev", &pod.host_ifname, "ingress", "prio", "1", "protocol", "all"];
+        run_tc(&world.node, &[&filter[..], &["u32", "match", "u32", "0", "0", "classid", "1:1"]].concat());
+        let places = |found: &Value| -> Vec<_> {
+            let programs = all(found, "tc_programs").into_iter().map(|check| &check["program"]);
+            let place = |program: &Value| {
+                let kind = program["kind"].as_str().unwrap().to_owned();
+                (kind, program["place"].as_u64().unwrap(), program["is_first"].as_bool())
+            };
+            programs.map(place).collect()
+        };
+        let found = examine(&world);
+        let last = all(&found, "tc_programs").pop().unwrap();
+        let name = last["program"]["name"].as_str().unwrap();
+        assert!(name.starts_with("foreign"), "{last:#}");
+        assert_eq!(last["program"]["id"], hook::filters(&world.node, &pod.host_ifname)[0].id);
+        let kinds: Vec<_> = places(&found).into_iter().map(|(kind, _, is_first)| (kind, is_first)).collect();
+        assert_eq!(kinds, [("u32".to_owned(), None), ("bpf".to_owned(), None)]);
+
+        let _agent = world.agent().backend(backend).spawn();
+        world.wait_guarded(&pod);
+        let found = places(&examine(&world));
+        // What is before the agent's: with filters, the one that can't be passed.
+        let before: Vec<_> = found
+            .iter()
+            .filter(|(_, _, is_first)| *is_first == Some(true))
+            .map(|(kind, ..)| &**kind)
+            .collect();
+        let expected: &[&str] = match backend {
+            Backend::Tcx => &[],
+            Backend::Clsact => &["u32"],
+        };
+        assert!(before.iter().all(|kind| expected.contains(kind)), "{found:?}");
+        assert_eq!(before.is_empty(), expected.is_empty(), "{found:?}");
+    });
+}
+
+#[test]
+fn programs_of_others_on_the_cgroup_are_named() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let other = world
+        .pin_dir()
+        .with_file_name(format!("{}-other", world.pin_dir().file_name().unwrap().to_str().unwrap()));
+    // Another agent is another like any.
+    let first = world.agent().hooks(&["socket"]).pin_dir(&other).once();
+    assert!(first.status.success(), "{first:?}");
+    let _agent = world.agent().hooks(&["socket"]).spawn_ready();
+    let found = examine(&world);
+    let programs: Vec<_> =
+        all(&found, "cgroup_programs").into_iter().map(|check| &check["program"]).collect();
+    let hooks: Vec<_> = programs.iter().map(|program| program["hook"].as_str().unwrap()).collect();
+    assert_eq!(hooks, ["connect4", "connect6", "sendmsg4", "sendmsg6"]);
+    assert_eq!(programs[0]["name"], "imds_connect4");
+    assert_eq!(programs[0]["id"], hook::pinned_program(&other.join("progs/imds_connect4")));
+    assert_eq!((&programs[0]["place"], &programs[0]["of"]), (&1.into(), &2.into()));
+    assert_eq!(programs[0]["at"], world.cgroup().to_str().unwrap());
+    let unloaded = world.imds_agent(&["unload"]).pin_dir(&other).output();
+    assert!(unloaded.status.success() && !fs::exists(&other).unwrap(), "{unloaded:?}");
+}
