@@ -17,6 +17,7 @@ pub mod packets;
 pub mod poll;
 pub mod probe;
 pub mod program;
+pub mod promql;
 pub mod status;
 
 mod agent;

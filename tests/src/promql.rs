@@ -1,0 +1,111 @@
+//! What an expression of `PromQL` asks of the metrics: enough of the language for the dashboard and the alerts.
+
+use std::collections::BTreeSet;
+
+/// Words that are no metric where they stand for themselves.
+const WORDS: [&str; 7] = ["and", "or", "unless", "group_left", "group_right", "bool", "offset"];
+
+/// Metrics, and the labels by which an expression selects or groups them.
+#[derive(Debug, Default, Eq, PartialEq)]
+pub struct Asked {
+    /// Names of time series.
+    pub metrics: BTreeSet<String>,
+    /// Names of labels.
+    pub labels: BTreeSet<String>,
+}
+
+/// What `expression` asks for.
+///
+/// # Panics
+///
+/// Where it is no expression.
+#[must_use]
+pub fn asked(expression: &str) -> Asked {
+    let mut asked = Asked::default();
+    let mut rest = expression;
+    while let Some(first) = rest.chars().next() {
+        if !is_name(first) || first.is_ascii_digit() {
+            rest = match first {
+                '{' => {
+                    let (inside, after) = until(&rest[1..], '}');
+                    asked.labels.extend(matchers(inside));
+                    after
+                }
+                '[' => until(&rest[1..], ']').1,
+                '"' => until(&rest[1..], '"').1,
+                _ if first.is_ascii_digit() => rest.trim_start_matches(|c: char| is_name(c) || c == '.'),
+                _ => &rest[first.len_utf8()..],
+            };
+            continue;
+        }
+        let end = rest.find(|c| !is_name(c)).unwrap_or(rest.len());
+        let (name, after) = rest.split_at(end);
+        let follows = after.trim_start();
+        rest = after;
+        if ["by", "without", "on", "ignoring"].contains(&name) {
+            let (labels, after) = until(follows.strip_prefix('(').expect("labels in parentheses"), ')');
+            asked.labels.extend(labels.split(',').map(|label| label.trim().to_owned()));
+            rest = after;
+        } else if !["(", "by ", "without "].iter().any(|start| follows.starts_with(start))
+            && !WORDS.contains(&name)
+        {
+            asked.metrics.insert(name.to_owned());
+        }
+    }
+    asked
+}
+
+fn is_name(c: char) -> bool {
+    c.is_ascii_alphanumeric() || c == '_' || c == ':'
+}
+
+/// What comes before the next `end` that is in no string, and what behind it.
+fn until(text: &str, end: char) -> (&str, &str) {
+    let mut in_string = false;
+    for (at, c) in text.char_indices() {
+        if c == end && !in_string {
+            return (&text[..at], &text[at + c.len_utf8()..]);
+        }
+        in_string ^= c == '"';
+    }
+    panic!("no {end} behind {text}");
+}
+
+/// The labels in `a="b",c=~"d"`.
+fn matchers(inside: &str) -> Vec<String> {
+    let mut labels = Vec::new();
+    let mut rest = inside;
+    while let Some(operator) = rest.find(['=', '!']) {
+        labels.push(rest[..operator].trim_matches([',', ' ']).to_owned());
+        let value = rest[operator..].find('"').expect("a value in quotes") + operator + 1;
+        rest = until(&rest[value..], '"').1;
+    }
+    labels
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metrics_and_labels_are_told_from_the_rest() {
+        let set = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<BTreeSet<_>>();
+        for (expression, metrics, labels) in [
+            ("up == 0", &["up"][..], &[][..]),
+            (r#"up{job="a}b"} == 0"#, &["up"], &["job"]),
+            (
+                r#"topk(10, sum by (instance, hook) (rate(a_total{x=~"$y",z!="b"}[5m]))) > 1.5e3"#,
+                &["a_total"],
+                &["hook", "instance", "x", "z"],
+            ),
+            ("count(a == 0) or vector(0)", &["a"], &[]),
+            ("a / on (b) group_left c", &["a", "c"], &["b"]),
+        ] {
+            assert_eq!(
+                asked(expression),
+                Asked { metrics: set(metrics), labels: set(labels) },
+                "{expression}"
+            );
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! The dashboard and the alerts ask for what the agent serves, and for nothing else.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::{Read as _, Write as _},
+    net::TcpStream,
+};
+
+use imds_tests::{
+    PodLink, World,
+    poll::poll_until,
+    probe::LONG,
+    promql::{Asked, asked},
+};
+use serde_json::Value;
+
+const RULES: &str = include_str!("../../deploy/prometheus/rules.yaml");
+const DASHBOARD: &str = include_str!("../../deploy/grafana/imds-agent.json");
+
+/// Labels that Prometheus gives to every time series.
+const OF_PROMETHEUS: [&str; 2] = ["instance", "job"];
+
+/// The time series that are served, and their labels.
+type Served = BTreeMap<String, BTreeSet<String>>;
+
+fn scrape(world: &World) -> String {
+    poll_until(LONG, "metrics to be served", || {
+        let answer = world.node.run(|| -> std::io::Result<String> {
+            let mut stream = TcpStream::connect("127.0.0.1:9254")?;
+            write!(stream, "GET /metrics HTTP/1.1\r\nHost: node\r\n\r\n")?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        });
+        answer.ok().filter(|answer| answer.starts_with("HTTP/1.1 200"))
+    })
+}
+
+fn served(metrics: &str) -> Served {
+    let mut served = Served::from([("up".to_owned(), BTreeSet::new())]);
+    for line in metrics.lines().filter(|line| line.starts_with("imds_")) {
+        let (series, _value) = line.rsplit_once(' ').expect("a value");
+        let name = series.split('{').next().expect("a name");
+        served.entry(name.to_owned()).or_default().extend(asked(series).labels);
+    }
+    served
+}
+
+/// What of `expression` is not served; nothing where all is.
+fn unknown(expression: &str, served: &Served) -> Vec<String> {
+    let Asked { metrics, labels } = asked(expression);
+    let known: BTreeSet<_> = metrics.iter().filter_map(|metric| served.get(metric)).flatten().collect();
+    let metrics = metrics.iter().filter(|metric| !served.contains_key(*metric));
+    let labels =
+        labels.iter().filter(|label| !known.contains(label) && !OF_PROMETHEUS.contains(&label.as_str()));
+    metrics.chain(labels).cloned().collect()
+}
+
+/// Every expression of the rules, and the labels that its annotations show.
+fn alerts() -> Vec<(String, BTreeSet<String>)> {
+    let alerts = RULES.split("- alert: ").skip(1).map(|alert| {
+        let key = |key: &str| alert.lines().find_map(|line| line.trim().strip_prefix(key));
+        for wanted in ["severity: ", "summary: ", "description: "] {
+            assert!(key(wanted).is_some(), "{wanted} is missing in {alert}");
+        }
+        let shown = alert.split("$labels.").skip(1);
+        let label = |text: &str| {
+            text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').next().map(str::to_owned)
+        };
+        (key("expr: ").expect("an expression").to_owned(), shown.filter_map(label).collect())
+    });
+    alerts.collect()
+}
+
+fn strings<'a>(value: &'a Value, key: &str, found: &mut Vec<&'a str>) {
+    match value {
+        Value::Object(object) => {
+            found.extend(object.get(key).and_then(Value::as_str));
+            object.values().for_each(|value| strings(value, key, found));
+        }
+        Value::Array(values) => values.iter().for_each(|value| strings(value, key, found)),
+        _ => {}
+    }
+}
+
+#[test]
+fn the_dashboard_and_the_alerts_ask_for_what_is_served() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let rule = format!("[[exempt]]\nname = 'one'\ninterface = '{}'", pod.host_ifname);
+    let agent = world.agent().hooks(&["pod_edge", "node_edge"]).config(&rule).spawn_ready();
+    let mut served = served(&scrape(&world));
+    drop(agent);
+    world.unload();
+    // Served where the hook is on, which it is not on every kernel of the tests.
+    served.entry("imds_cgroup_hook_attached".to_owned()).or_default().insert("hook".to_owned());
+
+    let alerts = alerts();
+    assert!(alerts.len() > 5);
+    for (expression, shown) in &alerts {
+        assert_eq!(unknown(expression, &served), [""; 0], "{expression}");
+        let shown = shown.iter().cloned().collect::<Vec<_>>().join(",");
+        for metric in asked(expression).metrics {
+            assert_eq!(unknown(&format!("sum by ({shown}) ({metric})"), &served), [""; 0], "{expression}");
+        }
+    }
+
+    let dashboard: Value = serde_json::from_str(DASHBOARD).expect("JSON");
+    let (mut expressions, mut definitions) = (Vec::new(), Vec::new());
+    strings(&dashboard, "expr", &mut expressions);
+    strings(&dashboard, "definition", &mut definitions);
+    assert!(expressions.len() > 10 && !definitions.is_empty());
+    for definition in definitions {
+        let (metric, label) = definition
+            .strip_prefix("label_values(")
+            .and_then(|arguments| arguments.strip_suffix(')')?.split_once(", "))
+            .expect("values of a label");
+        assert_eq!(unknown(&format!("sum by ({label}) ({metric})"), &served), [""; 0], "{definition}");
+    }
+    for expression in expressions {
+        assert_eq!(unknown(expression, &served), [""; 0], "{expression}");
+    }
+
+    // It would say so.
+    assert_eq!(unknown("imds_packet_total", &served), ["imds_packet_total"]);
+    assert_eq!(unknown(r#"imds_ready{hook="x"}"#, &served), ["hook"]);
+}
