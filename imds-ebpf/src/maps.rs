@@ -13,7 +13,7 @@ use imds_ebpf_common::{
     endpoint::{Keep, MAX_ENDPOINTS},
     event::Window,
     exemption::MAX_EXEMPTIONS,
-    filter::{MAX_CHAIN, chain},
+    filter::{CHAINS, MAX_CHAIN, chain},
     opaque::{opaque, opaque_pointer},
 };
 
@@ -72,7 +72,8 @@ impl Tables for Maps {
         // SAFETY: a variable of this object. What of it is read here is not written while it is in force.
         let filter = unsafe { &*filter };
         let table = &filter.tables[filter.current as usize & 1];
-        let mut number = u64::from(table.heads[chain(slot)]);
+        // Verifiers before Linux 6.10 take the exclusive or in there for any number: they want to see it cut off.
+        let mut number = u64::from(table.heads[opaque(chain(slot) as u64) as usize % CHAINS]);
         for _ in 0..MAX_CHAIN {
             if number == 0 {
                 return None;

@@ -115,8 +115,13 @@ pub fn try_run(program: &SchedClassifier, packet: &[u8]) -> Option<(i32, Vec<u8>
 }
 
 /// What the program returns for `packet` with this mark that came in by the interface of this index, and the mark that it
-/// leaves.
-pub fn marked(program: &SchedClassifier, packet: &[u8], mark: u32, ingress_ifindex: u32) -> (i32, u32) {
+/// leaves; `None` where the kernel takes no such interface for a test run.
+pub fn marked(
+    program: &SchedClassifier,
+    packet: &[u8],
+    mark: u32,
+    ingress_ifindex: u32,
+) -> Option<(i32, u32)> {
     // Fields of struct __sk_buff (include/uapi/linux/bpf.h), of which a test run takes these and few more.
     let (of_mark, of_ingress) = (8..12, 36..40);
     let mut before = [0; 192];
@@ -129,9 +134,15 @@ pub fn marked(program: &SchedClassifier, packet: &[u8], mark: u32, ingress_ifind
         ctx_out: Some(&mut after),
         ..TestRunOptions::default()
     };
-    let result = program.test_run(options).expect("BPF_PROG_TEST_RUN");
+    let result = match program.test_run(options) {
+        Ok(result) => result,
+        Err(ProgramError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EINVAL) => {
+            return None;
+        }
+        Err(error) => panic!("BPF_PROG_TEST_RUN: {error}"),
+    };
     let mark = after[of_mark].try_into().expect("four bytes");
-    (result.return_value.cast_signed(), u32::from_ne_bytes(mark))
+    Some((result.return_value.cast_signed(), u32::from_ne_bytes(mark)))
 }
 
 /// Nanoseconds that one run takes, on average over `repeat` of them. Taken around the call: what the kernel reports is

@@ -16,6 +16,7 @@ use imds_ebpf_common::{
 use imds_tests::{
     SKIPPED, WHOLE_TEST,
     program::{Object, action, marked},
+    skip,
 };
 
 const TC_ACT_UNSPEC: i32 = -1;
@@ -235,7 +236,7 @@ fn who_is_exempt_passes_to_what_it_is_exempt_from() {
         for mark in [0, 1] {
             let after = if is_softened { MARK | mark } else { mark };
             let run = marked(object.program(PROG_POD_EDGE), &udp(IMDS_IPV4), mark, 0);
-            assert_eq!(run, (expected, after), "{granted:?} in {mode:?}");
+            assert_eq!(run, Some((expected, after)), "{granted:?} in {mode:?}");
         }
         let key = CounterKey::new(1, Hook::PodEdge, verdict);
         let counters: Vec<Counter> = object.per_cpu(MAP_COUNTERS, &key);
@@ -260,8 +261,11 @@ fn the_node_edge_believes_the_mark_of_what_came_in_by_an_interface() {
         object.set(MAP_POLICY, Policy { mark: MARK, hooks, ..Policy::default() });
         let program = object.program(PROG_NODE_EDGE);
         let case = format!("hooks {hooks:#x}, mark {mark:#x} by {ingress}");
-        assert_eq!(marked(program, &udp(IMDS_IPV4), mark, ingress), expected, "{case}");
-        assert_eq!(marked(program, &udp(OTHER), mark, ingress), (TC_ACT_UNSPEC, mark), "{case}");
+        let Some(run) = marked(program, &udp(IMDS_IPV4), mark, ingress) else {
+            return skip(WHOLE_TEST, "no test run of what came in by an interface on this kernel");
+        };
+        assert_eq!(run, expected, "{case}");
+        assert_eq!(marked(program, &udp(OTHER), mark, ingress), Some((TC_ACT_UNSPEC, mark)), "{case}");
     }
 }
 

@@ -197,8 +197,8 @@ mod tests {
 
     #[test]
     fn the_verdict_that_was_counted() {
-        assert_eq!(risen([1, 0, 5, 0], [1, 0, 5, 0]), None);
-        assert_eq!(risen([1, 0, 5, 0], [2, 0, 5, 0]), Some(Verdict::Deny));
-        assert_eq!(risen([1, 0, 5, 0], [1, 0, 5, 1]), Some(Verdict::Kept));
+        assert_eq!(risen([1, 0, 5, 0, 0], [1, 0, 5, 0, 0]), None);
+        assert_eq!(risen([1, 0, 5, 0, 0], [2, 0, 5, 0, 0]), Some(Verdict::Deny));
+        assert_eq!(risen([1, 0, 5, 0, 0], [1, 0, 5, 1, 0]), Some(Verdict::Kept));
     }
 }
