@@ -141,7 +141,7 @@ mod tests {
             let guarded = Guarded::new("none", "none", vec![endpoint]);
             let endpoints: Vec<_> = guarded.entries().collect();
             let filter = Filter::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
-            let tables = Listed { filter: &filter, endpoints: &endpoints, mode: Mode::Enforce };
+            let tables = Listed { filter: &filter, endpoints: &endpoints, grants: &[], mode: Mode::Enforce };
             let verdict = |service| judge(&*frame(address, service), Frame::Ethernet, &tables);
             assert_eq!(verdict(kept), Verdict::Kept);
             assert_eq!(verdict(Service::new(TCP, 53)), Verdict::Deny);
