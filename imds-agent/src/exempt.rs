@@ -54,7 +54,7 @@ impl Rules {
     /// Whether those rules may find others than at the last [`Rules::find`].
     #[must_use]
     pub fn may_have_changed(&self) -> bool {
-        self.traces() != self.traces || !self.failures.is_empty()
+        self.traces() != self.traces
     }
 
     fn traces(&self) -> Vec<Trace> {
