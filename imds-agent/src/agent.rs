@@ -207,8 +207,8 @@ impl Agent {
 
     async fn try_reload(&mut self) -> anyhow::Result<u64> {
         let config = self.source.load()?;
-        let guarded = self.node.guarded(&config)?;
-        let settings = self.node.settings(&config, guarded)?;
+        let resolved = self.node.resolve(&config)?;
+        let settings = self.node.settings(&config, resolved)?;
         if let Err(error) = self.guard.reconfigure(&settings).await {
             report(self.guard.reconfigure(&self.settings).await);
             return Err(error.into());

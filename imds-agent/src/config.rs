@@ -32,6 +32,8 @@ use self::{
     source::{Mistakes, Source},
 };
 
+use crate::{endpoints::Guarded, provider::Dmi};
+
 /// What the operator wants. The default is what runs without a file: enforce, the endpoints of the provider whose machine
 /// this is, interfaces as classified.
 #[derive(Clone, Debug)]
@@ -170,6 +172,13 @@ impl Config {
             return Err(ConfigErrors(mistakes.into_vec()));
         }
         Ok(Self { mode, answer: file.answer.into(), hooks, endpoints, interfaces, exempt, listen, text })
+    }
+
+    /// What it guards, and whom it exempts from what, on a machine of which the firmware says `dmi`.
+    pub fn resolve(&self, dmi: &Dmi) -> Result<(Guarded, Vec<Exempt>), ConfigErrors> {
+        let guarded = self.endpoints.resolve(dmi)?;
+        let exempt = self.exempt.resolve(&guarded)?;
+        Ok((guarded, exempt))
     }
 
     /// The same as TOML, every default included.

@@ -48,11 +48,7 @@ impl Endpoint {
     /// The endpoint that a map's entry stands for.
     #[must_use]
     pub fn from_entry(address: Address, entry: &Entry) -> Self {
-        let address = address.ipv4().map_or_else(
-            || Ipv6Addr::from(address.octets()).into(),
-            |address| Ipv4Addr::from(address).into(),
-        );
-        Self { name: unpadded(&entry.name), address, keep: entry.kept().map(Keep).collect() }
+        Self { name: unpadded(&entry.name), address: plain(address), keep: entry.kept().map(Keep).collect() }
     }
 }
 
@@ -117,6 +113,13 @@ pub(crate) fn address(address: IpAddr) -> Address {
         IpAddr::V4(address) => Address::from_ipv4(address.octets()),
         IpAddr::V6(address) => Address::from_ipv6(address.octets()),
     }
+}
+
+/// The plain form of an address that the maps have.
+pub(crate) fn plain(address: Address) -> IpAddr {
+    address
+        .ipv4()
+        .map_or_else(|| Ipv6Addr::from(address.octets()).into(), |address| Ipv4Addr::from(address).into())
 }
 
 /// A name as the maps have it: at most 15 bytes, then zeros.

@@ -1,6 +1,10 @@
 //! Who is exempt from what: the operator's rules, and whom they find on this node.
 
-use std::{collections::BTreeMap, io, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    path::Path,
+};
 
 use imds_ebpf_common::{Address, Exemption, Grant, Subject, SubjectKind, Verdict};
 
@@ -120,16 +124,13 @@ fn grants(rules: &[Exempt], found: &[Senders]) -> Grants {
         }
     }
     // The programs look for an endpoint's own entry first, which is not to hide that for all.
-    let all: Vec<_> = grants
+    let is_of_all = |exemption: &Exemption| exemption.address == Address::ANY;
+    let exempt_from_all: BTreeSet<_> = grants
         .iter()
-        .filter(|(exemption, _)| exemption.address == Address::ANY)
-        .map(|(e, g)| (*e, *g))
+        .filter(|(exemption, grant)| is_of_all(exemption) && grant.verdict == Verdict::Exempt as u32)
+        .map(|(exemption, _)| exemption.subject)
         .collect();
-    for (Exemption { subject, .. }, grant) in all {
-        if grant.verdict == Verdict::Exempt as u32 {
-            grants.retain(|other, _| other.subject != subject || other.address == Address::ANY);
-        }
-    }
+    grants.retain(|exemption, _| is_of_all(exemption) || !exempt_from_all.contains(&exemption.subject));
     grants
 }
 

@@ -5,7 +5,7 @@ use std::{fmt, fs};
 use imds_ebpf_common::Mode;
 use prometheus_client::{
     collector::Collector,
-    encoding::{DescriptorEncoder, EncodeMetric as _, text},
+    encoding::{DescriptorEncoder, EncodeMetric, text},
     metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
     registry::Registry,
 };
@@ -91,12 +91,9 @@ impl Snapshot {
     fn encode_counts(&self, to: &mut Encoder<'_>) -> fmt::Result {
         let samples = |unit: fn(Count) -> u64| -> Vec<Sample<2>> {
             let of_hook = |(hook, counts): (&&'static str, &Counts)| {
-                let Counts { denied, audited, allowed, exempt } = *counts;
-                [("denied", denied), ("audited", audited), ("allowed", allowed), ("exempt", exempt)].map(
-                    |(verdict, count)| {
-                        ([("hook", (*hook).to_owned()), ("verdict", verdict.to_owned())], unit(count))
-                    },
-                )
+                counts.named().map(|(verdict, count)| {
+                    ([("hook", (*hook).to_owned()), ("verdict", verdict.to_owned())], unit(count))
+                })
             };
             self.report.by_hook.iter().flat_map(of_hook).collect()
         };
@@ -195,15 +192,7 @@ impl Encoder<'_> {
         help: &str,
         samples: impl IntoIterator<Item = Sample<N>>,
     ) -> fmt::Result {
-        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
-        for (labels, value) in samples {
-            let metric = ConstCounter::new(value);
-            if labels.is_empty() {
-                return metric.encode(family);
-            }
-            metric.encode(family.encode_family(&labels)?)?;
-        }
-        Ok(())
+        self.family(name, help, samples, MetricType::Counter, ConstCounter::new)
     }
 
     fn gauge<const N: usize>(
@@ -212,9 +201,20 @@ impl Encoder<'_> {
         help: &str,
         samples: impl IntoIterator<Item = Sample<N>>,
     ) -> fmt::Result {
-        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        self.family(name, help, samples, MetricType::Gauge, ConstGauge::new)
+    }
+
+    fn family<const N: usize, M: EncodeMetric>(
+        &mut self,
+        name: &str,
+        help: &str,
+        samples: impl IntoIterator<Item = Sample<N>>,
+        kind: MetricType,
+        metric: fn(u64) -> M,
+    ) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, None, kind)?;
         for (labels, value) in samples {
-            let metric = ConstGauge::new(value);
+            let metric = metric(value);
             if labels.is_empty() {
                 return metric.encode(family);
             }

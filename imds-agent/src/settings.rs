@@ -43,13 +43,17 @@ pub struct Settings {
 }
 
 impl Node {
-    /// What `config` guards here.
-    pub fn guarded(&self, config: &Config) -> Result<Guarded, ConfigErrors> {
-        config.endpoints.resolve(&Dmi::read(&self.dmi_dir))
+    /// What `config` guards here, and whom it exempts.
+    pub fn resolve(&self, config: &Config) -> Result<(Guarded, Vec<Exempt>), ConfigErrors> {
+        config.resolve(&Dmi::read(&self.dmi_dir))
     }
 
-    /// What `config` comes to, where `guarded` is what it guards.
-    pub fn settings(&self, config: &Config, guarded: Guarded) -> anyhow::Result<Settings> {
+    /// What `config` comes to, which guards and exempts this.
+    pub fn settings(
+        &self,
+        config: &Config,
+        (guarded, exempt): (Guarded, Vec<Exempt>),
+    ) -> anyhow::Result<Settings> {
         let cgroup = self.cgroup(config.hooks)?;
         let plan = Plan {
             mode: config.mode,
@@ -60,7 +64,6 @@ impl Node {
             identity: identity(config.hooks)?,
         };
         let kubepods = cgroup.filter(|_| config.hooks.has(Hook::Host));
-        let exempt = config.exempt.resolve(&guarded)?;
         Ok(Settings { plan, guarded, interfaces: config.interfaces.clone(), exempt, kubepods })
     }
 

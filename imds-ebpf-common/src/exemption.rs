@@ -41,16 +41,6 @@ impl SubjectKind {
             _ => None,
         }
     }
-
-    /// The name, as users see it.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Interface => "interface",
-            Self::Netns => "netns",
-            Self::Cgroup => "cgroup",
-        }
-    }
 }
 
 impl Subject {

@@ -122,8 +122,7 @@ impl Filter {
     ) {
         self.bits = Self::EMPTY.bits;
         for (address, _) in endpoints.clone() {
-            let (byte, bit) = Self::position(address.slot());
-            self.bits[byte] |= 1 << bit;
+            set_bit(&mut self.bits, address.slot());
         }
         self.current ^= 1;
         self.table_mut().fill(endpoints);
@@ -144,23 +143,20 @@ impl Filter {
     /// Whether an address with this slot may be an endpoint's.
     #[must_use]
     pub fn has(&self, slot: u16) -> bool {
-        let (byte, bit) = Self::position(slot);
-        self.bits[byte] >> bit & 1 == 1
+        has_bit(&self.bits, slot)
     }
 
     /// Whether a subject in this slot may be exempt from something.
     #[must_use]
     pub fn has_subject(&self, slot: u16) -> bool {
-        let (byte, bit) = Self::position(slot);
-        self.subjects[byte] >> bit & 1 == 1
+        has_bit(&self.subjects, slot)
     }
 
     /// Makes these all who may be exempt.
     pub fn set_subjects(&mut self, subjects: impl IntoIterator<Item = Subject>) {
         self.subjects = Self::EMPTY.subjects;
         for subject in subjects {
-            let (byte, bit) = Self::position(subject.slot());
-            self.subjects[byte] |= 1 << bit;
+            set_bit(&mut self.subjects, subject.slot());
         }
     }
 
@@ -170,6 +166,16 @@ impl Filter {
             *to |= from;
         }
     }
+}
+
+fn has_bit(bitmap: &[u8], slot: u16) -> bool {
+    let (byte, bit) = Filter::position(slot);
+    bitmap[byte] >> bit & 1 == 1
+}
+
+fn set_bit(bitmap: &mut [u8], slot: u16) {
+    let (byte, bit) = Filter::position(slot);
+    bitmap[byte] |= 1 << bit;
 }
 
 const _: () = assert!(size_of::<Row>() == 56);

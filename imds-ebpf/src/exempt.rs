@@ -25,16 +25,11 @@ pub(crate) fn of(verdict: Verdict, subject: Subject, address: &Address) -> Verdi
 #[inline(always)]
 pub(crate) fn at_pod_edge(skb: *mut __sk_buff, verdict: Verdict, address: &Address) -> Verdict {
     let packet = Skb::new(skb);
-    let subject = Subject::new(SubjectKind::Interface, packet.ifindex().into());
-    if !Maps.may_be_exempt(subject.slot()) {
-        return verdict;
-    }
-    let softened = granted(subject.id, subject.kind, address, verdict as u32);
-    if softened != verdict as u32 {
+    let softened = of(verdict, Subject::new(SubjectKind::Interface, packet.ifindex().into()), address);
+    if softened != verdict {
         packet.set_mark(packet.mark() | maps::mark());
     }
-    // SAFETY: it is one's.
-    unsafe { Verdict::from_u32_unchecked(softened) }.without_origin(&packet)
+    softened.without_origin(&packet)
 }
 
 /// The same at the node edge, of a packet that `sender` sent.

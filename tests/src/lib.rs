@@ -12,6 +12,7 @@ pub mod cgroup;
 pub mod flood;
 pub mod foreign;
 pub mod hook;
+pub mod http;
 pub mod netns;
 pub mod packets;
 pub mod poll;

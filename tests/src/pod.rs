@@ -2,7 +2,7 @@
 
 use std::{net::Ipv4Addr, sync::Arc};
 
-use crate::Netns;
+use crate::{Netns, World};
 
 /// All pod addresses.
 pub(crate) const PODS: &str = "10.244.0.0/16";
@@ -38,6 +38,30 @@ pub struct Pod {
     /// Index of the node's end of the link in the node's namespace.
     pub host_ifindex: u32,
     node: Arc<Netns>,
+}
+
+impl World {
+    /// A pod with a routed link that takes the place of one that is gone: its index and address, and perhaps its name.
+    #[must_use]
+    pub fn add_successor(&self, name: &str, index: u32, address: Ipv4Addr) -> Netns {
+        let (successor, eth0) = (Netns::new("successor"), Pod::IFNAME);
+        self.node.ip(&format!(
+            "link add {name} index {index} address {} type veth peer name {eth0} netns {}
+             link set {name} up
+             addr add {ROUTED_GATEWAY}/32 dev {name}
+             route add {address}/32 dev {name}",
+            mac_text(ROUTED_GATEWAY_MAC),
+            successor.name()
+        ));
+        successor.ip(&format!(
+            "link set lo up
+             link set {eth0} up
+             addr add {address}/32 dev {eth0}
+             route add {ROUTED_GATEWAY} dev {eth0} scope link
+             route add default via {ROUTED_GATEWAY} dev {eth0}"
+        ));
+        successor
+    }
 }
 
 impl Pod {
@@ -104,7 +128,7 @@ impl Pod {
 
     fn connect_bridged(&self) {
         let (veth, eth0, address) = (&self.host_ifname, Self::IFNAME, self.address);
-        self.node.ip(&format!("link set {veth} master {}", crate::World::BRIDGE));
+        self.node.ip(&format!("link set {veth} master {}", World::BRIDGE));
         self.netns.ip(&format!(
             "addr add {address}/24 dev {eth0}
              route add default via {BRIDGED_GATEWAY} dev {eth0}"

@@ -1,13 +1,10 @@
 //! The dashboard and the alerts ask for what the agent serves, and for nothing else.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    io::{Read as _, Write as _},
-    net::TcpStream,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use imds_tests::{
     PodLink, World,
+    http::{DEFAULT, try_get},
     poll::poll_until,
     probe::LONG,
     promql::{Asked, asked},
@@ -25,14 +22,8 @@ type Served = BTreeMap<String, BTreeSet<String>>;
 
 fn scrape(world: &World) -> String {
     poll_until(LONG, "metrics to be served", || {
-        let answer = world.node.run(|| -> std::io::Result<String> {
-            let mut stream = TcpStream::connect("127.0.0.1:9254")?;
-            write!(stream, "GET /metrics HTTP/1.1\r\nHost: node\r\n\r\n")?;
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer)?;
-            Ok(answer)
-        });
-        answer.ok().filter(|answer| answer.starts_with("HTTP/1.1 200"))
+        let answer = try_get(world, DEFAULT, "/metrics").ok();
+        answer.filter(|(status, _)| *status == 200).map(|(_, metrics)| metrics)
     })
 }
 

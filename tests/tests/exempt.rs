@@ -207,21 +207,7 @@ fn a_pod_that_comes_later_is_exempt_and_its_successor_is_not() {
 
     let (index, address) = (first.host_ifindex, first.address);
     first.delete();
-    let successor = Netns::new("successor");
-    world.node.ip(&format!(
-        "link add guest1 index {index} address ee:ee:ee:ee:ee:ee type veth peer name eth0 netns {}
-         link set guest1 up
-         addr add 169.254.1.1/32 dev guest1
-         route add {address}/32 dev guest1",
-        successor.name()
-    ));
-    successor.ip(&format!(
-        "link set lo up
-         link set eth0 up
-         addr add {address}/32 dev eth0
-         route add 169.254.1.1 dev eth0 scope link
-         route add default via 169.254.1.1 dev eth0"
-    ));
+    let successor = world.add_successor("guest1", index, address);
     world.assert_nothing_arrives(|| assert!(!reaches(&world, &successor)));
     world.status_when("the successor is guarded and nobody exempt", |status| {
         status.find("guest1").is_some_and(|interface| interface.guard.is_some())

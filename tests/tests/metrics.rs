@@ -1,8 +1,8 @@
 //! Metrics and health, as a monitoring system asks for them.
 
 use std::{
-    io::{self, Read, Write},
-    net::{SocketAddr, TcpStream},
+    io::{Read as _, Write as _},
+    net::TcpStream,
     os::unix::{fs::FileTypeExt as _, net::UnixStream},
     path::Path,
 };
@@ -10,6 +10,7 @@ use std::{
 use imds_tests::{
     Agent, METADATA, PodLink, World,
     foreign::detach_link,
+    http::{DEFAULT, exchange, try_get},
     poll::poll_until,
     probe::{LONG, SHORT, http_get},
     skip_without_tcx,
@@ -19,27 +20,7 @@ use nix::{
     unistd::Pid,
 };
 
-const DEFAULT: &str = "127.0.0.1:9254";
 const DENIED: &str = r#"imds_packets_total{hook="pod_edge",verdict="denied"}"#;
-
-/// Status and body of the answer to a GET.
-fn exchange(mut stream: impl Read + Write, path: &str) -> io::Result<(u16, String)> {
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\n\r\n")?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(|| io::Error::other(answer.clone()))?;
-    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
-    Ok((status.ok_or_else(|| io::Error::other(head))?, body.to_owned()))
-}
-
-fn try_get(world: &World, at: &str, path: &str) -> io::Result<(u16, String)> {
-    let address: SocketAddr = at.parse().unwrap();
-    world.node.run(|| {
-        let stream = TcpStream::connect_timeout(&address, LONG)?;
-        stream.set_read_timeout(Some(LONG))?;
-        exchange(stream, path)
-    })
-}
 
 #[track_caller]
 fn get(world: &World, path: &str) -> (u16, String) {

@@ -68,10 +68,7 @@ pub(super) fn config(args: &ConfigArgs) -> Result<ExitCode, Failure> {
 }
 
 fn check(args: &CheckArgs) -> ExitCode {
-    let resolve = |config: Config| {
-        let guarded = config.endpoints.resolve(&Dmi::read(&args.dmi_dir))?;
-        config.exempt.resolve(&guarded).map(drop)
-    };
+    let resolve = |config: Config| config.resolve(&Dmi::read(&args.dmi_dir)).map(drop);
     match Config::load(&args.file).and_then(resolve) {
         Ok(()) => ExitCode::SUCCESS,
         Err(errors) => {

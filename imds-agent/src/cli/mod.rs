@@ -4,6 +4,7 @@ mod config;
 mod doctor;
 mod events;
 mod manual;
+mod report;
 mod run;
 mod status;
 mod unload;
@@ -34,13 +35,13 @@ enum Command {
     /// Protect this node, and follow its pods as they come and go
     Run(run::RunArgs),
     /// Show what is guarded how, and what is not
-    Status(status::StatusArgs),
+    Status(report::ReportArgs),
     /// Follow what is denied, as it happens; what came last while nobody followed comes first
     Events(events::EventsArgs),
     /// Say what works here and what does not, and what to do; nothing is changed
-    Doctor(doctor::DoctorArgs),
+    Doctor(report::ReportArgs),
     /// Prove on this node that pods are denied and the node is not
-    Verify(verify::VerifyArgs),
+    Verify(report::ReportArgs),
     /// Check a configuration file, or show the configuration in force
     Config(config::ConfigArgs),
     /// Remove every program, link, map and pin

@@ -68,14 +68,12 @@ impl TcBackend {
 pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     let mut source = Source::new(args.config);
     let config = source.load().map_err(|error| Failure::Usage(error.into()))?;
-    let guarded =
-        config.endpoints.resolve(&Dmi::read(&args.dmi_dir)).map_err(|error| Failure::Usage(error.into()))?;
-    config.exempt.resolve(&guarded).map_err(|error| Failure::Usage(error.into()))?;
+    let resolved = config.resolve(&Dmi::read(&args.dmi_dir)).map_err(|error| Failure::Usage(error.into()))?;
     preflight::check_capabilities()?;
     preflight::lift_limits()?;
     preflight::check_kernel()?;
     let node = Node { backend: args.tc_backend.choose()?, cgroup: args.cgroup, dmi_dir: args.dmi_dir };
-    let settings = node.settings(&config, guarded)?;
+    let settings = node.settings(&config, resolved)?;
     let claim = PinDir::new(&args.pins.pin_dir)?.claim()?;
 
     // Listening comes before the first look, so that nothing falls between the two.

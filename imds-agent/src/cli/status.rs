@@ -2,43 +2,19 @@
 
 use std::process::ExitCode;
 
-use clap::{Args, ValueEnum};
-
-use super::{Failure, NOT_HELD, PinDirArg};
+use super::{Failure, report::ReportArgs};
 use crate::{
-    datapath::pins::PinDir,
     node::netlink::Netlink,
     preflight,
-    status::{self, State},
+    status::{self, Report, State},
 };
 
-#[derive(Args, Debug)]
-pub(super) struct StatusArgs {
-    /// For people or for programs
-    #[arg(short, long, value_enum, default_value_t = Output::Table)]
-    output: Output,
-    #[command(flatten)]
-    pins: PinDirArg,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Output {
-    /// A table
-    Table,
-    /// One JSON object; within one value of its `schema`, fields are only added
-    Json,
-}
-
-pub(super) async fn status(args: StatusArgs) -> Result<ExitCode, Failure> {
+pub(super) async fn status(args: ReportArgs) -> Result<ExitCode, Failure> {
     preflight::check_capabilities()?;
-    let pins = PinDir::new(&args.pins.pin_dir)?;
-    let report = status::gather(&pins, &Netlink::connect()?).await?;
-    match args.output {
-        Output::Table => print!("{}", report.table()),
-        Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),
-    }
-    Ok(match report.state {
-        State::Enforcing | State::Auditing | State::Off => ExitCode::SUCCESS,
-        State::Degraded | State::Unloaded => ExitCode::from(NOT_HELD),
-    })
+    let report = status::gather(&args.pins()?, &Netlink::connect()?).await?;
+    let is_enforced = match report.state {
+        State::Enforcing | State::Auditing | State::Off => true,
+        State::Degraded | State::Unloaded => false,
+    };
+    args.print(&report, Report::table, is_enforced)
 }

@@ -12,7 +12,7 @@ use toml::Spanned;
 
 use super::{
     ConfigError, ConfigErrors,
-    source::{Mistakes, Place, Source},
+    source::{Mistakes, Place, Source, check_name},
 };
 use crate::{
     endpoints::{Endpoint, Guarded, Keep, address},
@@ -130,18 +130,12 @@ fn parse_extra(
 }
 
 fn parse_endpoint(table: &EndpointTable, source: Source<'_>) -> Result<(Endpoint, Place), ConfigError> {
-    let name = table.name.get_ref();
-    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
-    if name.is_empty() || name.len() >= NAME_LEN || !name.bytes().all(is_plain) {
-        let message =
-            format!("endpoint.name: {name:?} is not 1 to {} letters, digits, '-', '_' or '.'", NAME_LEN - 1);
-        return Err(source.error(table.name.span(), message));
-    }
+    check_name(&table.name, "endpoint.name", NAME_LEN - 1, source)?;
     let address = parse_address(table.address.get_ref())
         .map_err(|message| source.error(table.address.span(), message))?;
     let keep = parse_keeps(&table.keep, source)?;
     // What it clashes with is known only together with the provider's.
-    Ok((Endpoint { name: name.clone(), address, keep }, source.place(table.address.span())))
+    Ok((Endpoint { name: table.name.get_ref().clone(), address, keep }, source.place(table.address.span())))
 }
 
 fn parse_keeps(texts: &Spanned<Vec<Spanned<String>>>, source: Source<'_>) -> Result<Vec<Keep>, ConfigError> {

@@ -12,9 +12,12 @@ use toml::Spanned;
 
 use super::{
     ConfigError, ConfigErrors,
-    source::{Mistakes, Place, Source},
+    source::{Mistakes, Place, Source, check_name},
 };
 use crate::endpoints::Guarded;
+
+/// Most characters of a rule's name: of a DNS label, as Kubernetes' names are.
+const LONGEST_NAME: usize = 63;
 
 /// The rules as written: which endpoints there are is known only on the machine.
 #[derive(Clone, Debug, Default)]
@@ -149,8 +152,7 @@ fn check_new(rule: &Written, others: &[Written]) -> Result<(), String> {
     if others.iter().any(|other| other.name == rule.name) {
         return Err(format!("exempt.name: {:?} is already that of another rule", rule.name));
     }
-    let of_same = others.iter().filter(|other| other.sender == rule.sender);
-    if let Some(other) = of_same.clone().find(|other| other.overlaps(rule)) {
+    if let Some(other) = others.iter().find(|other| other.sender == rule.sender && other.overlaps(rule)) {
         let reason = if other.is_audited == rule.is_audited {
             "say the same of the same sender"
         } else {
@@ -173,14 +175,9 @@ impl Written {
 }
 
 fn parse_rule(table: &ExemptTable, source: Source<'_>) -> Result<Written, ConfigError> {
-    let name = table.name.get_ref();
-    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
-    if name.is_empty() || name.len() > 63 || !name.bytes().all(is_plain) {
-        let message = format!("exempt.name: {name:?} is not 1 to 63 letters, digits, '-', '_' or '.'");
-        return Err(source.error(table.name.span(), message));
-    }
+    check_name(&table.name, "exempt.name", LONGEST_NAME, source)?;
     Ok(Written {
-        name: name.clone(),
+        name: table.name.get_ref().clone(),
         sender: parse_sender(table, source)?,
         is_audited: table.audit,
         endpoints: table.endpoints.as_ref().map(|names| parse_endpoints(names, source)).transpose()?,

@@ -5,6 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use toml::Spanned;
+
 use super::ConfigError;
 
 /// A file that is being parsed.
@@ -28,6 +30,22 @@ impl Source<'_> {
     pub(super) fn error(self, span: Range<usize>, message: String) -> ConfigError {
         self.place(span).error(message)
     }
+}
+
+/// Refuses a name under `key` that has other than plain characters, or more than `most` of them.
+pub(super) fn check_name(
+    name: &Spanned<String>,
+    key: &str,
+    most: usize,
+    source: Source<'_>,
+) -> Result<(), ConfigError> {
+    let text = name.get_ref();
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    if !text.is_empty() && text.len() <= most && text.bytes().all(is_plain) {
+        return Ok(());
+    }
+    let message = format!("{key}: {text:?} is not 1 to {most} letters, digits, '-', '_' or '.'");
+    Err(source.error(name.span(), message))
 }
 
 /// Where in a file something is said.

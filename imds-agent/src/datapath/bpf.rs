@@ -65,6 +65,17 @@ pub struct Link {
     pub target: Target,
 }
 
+impl Link {
+    /// Id of the cgroup that it is attached to, if it is to one.
+    #[must_use]
+    pub fn cgroup(&self) -> Option<u64> {
+        match self.target {
+            Target::Cgroup { id: id @ 1.., .. } => Some(id),
+            Target::Cgroup { .. } | Target::Tcx { .. } | Target::Other => None,
+        }
+    }
+}
+
 /// Which way packets go at a TC hook, as seen from the node.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Direction {
@@ -160,12 +171,6 @@ pub fn link_detach(link: impl AsFd) -> io::Result<()> {
 
 /// Describes an object that should be a link; `None` where it is something else.
 pub fn link(link: impl AsFd) -> io::Result<Option<Link>> {
-    #[repr(C)]
-    struct Attr {
-        bpf_fd: i32,
-        info_len: u32,
-        info: u64,
-    }
     /// The start of `struct bpf_link_info`, as far as links of TCX and cgroups fill it.
     #[repr(C)]
     #[derive(Default)]
@@ -177,14 +182,10 @@ pub fn link(link: impl AsFd) -> io::Result<Option<Link>> {
         // TCX: interface index and attach type. cgroup: both halves of the id, then the attach type.
         target: [u32; 4],
     }
-    #[expect(clippy::cast_possible_truncation, reason = "32 bytes")]
-    const INFO_LEN: u32 = size_of::<Info>() as u32;
     if !is_link(&link)? {
         return Ok(None);
     }
-    let mut info = Info::default();
-    let attr = Attr { bpf_fd: link.as_fd().as_raw_fd(), info_len: INFO_LEN, info: (&raw mut info) as u64 };
-    bpf(BPF_OBJ_GET_INFO_BY_FD, attr)?;
+    let info: Info = info(link)?;
     let [first, second, third, _] = info.target;
     let direction = [Direction::Ingress, Direction::Egress]
         .into_iter()
@@ -261,6 +262,21 @@ struct PinAttr {
     file_flags: u32,
 }
 
+/// What the kernel says of a BPF object: `T` is the start of that type's `struct bpf_…_info`, in plain integers.
+fn info<T: Default>(object: impl AsFd) -> io::Result<T> {
+    #[repr(C)]
+    struct Attr {
+        bpf_fd: i32,
+        info_len: u32,
+        info: u64,
+    }
+    let mut info = T::default();
+    let info_len = u32::try_from(size_of::<T>()).map_err(io::Error::other)?;
+    let attr = Attr { bpf_fd: object.as_fd().as_raw_fd(), info_len, info: (&raw mut info) as u64 };
+    bpf(BPF_OBJ_GET_INFO_BY_FD, attr)?;
+    Ok(info)
+}
+
 /// Whether a BPF object is a link: asking one of another type for a link's description would be answered with its own.
 fn is_link(object: &impl AsFd) -> io::Result<bool> {
     let path = format!("/proc/self/fd/{}", object.as_fd().as_raw_fd());
@@ -281,8 +297,8 @@ fn bpf<T>(command: bpf_cmd, mut attr: T) -> io::Result<c_long> {
 }
 
 fn bpf_mut<T>(command: bpf_cmd, attr: &mut T) -> io::Result<c_long> {
-    // SAFETY: every T of this module and its child is the start of the command's part of union bpf_attr, without implicit padding;
-    // pointers in it are to buffers of the size beside them, which outlive the call.
+    // SAFETY: every T of this module and its child is the start of the command's part of union bpf_attr, without implicit
+    // padding; pointers in it are to buffers of the size beside them, which outlive the call.
     let result =
         unsafe { libc::syscall(libc::SYS_bpf, command as libc::c_int, ptr::from_mut(attr), size_of::<T>()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }

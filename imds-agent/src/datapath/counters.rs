@@ -9,7 +9,10 @@ use aya::{
 use imds_ebpf_common::{Counter, CounterKey, Hook, Verdict, names::MAP_COUNTERS};
 use serde::Serialize;
 
-use super::{DatapathError, object::Maps};
+use super::{
+    DatapathError,
+    object::{self, Maps},
+};
 
 /// `BPF_NOEXIST`: make an entry, but leave one that is there.
 const NOEXIST: u64 = 1;
@@ -57,6 +60,15 @@ impl Counts {
     }
 }
 
+impl Counts {
+    /// Each of them with its name.
+    #[must_use]
+    pub fn named(self) -> [(&'static str, Count); 4] {
+        let Self { denied, audited, allowed, exempt } = self;
+        [("denied", denied), ("audited", audited), ("allowed", allowed), ("exempt", exempt)]
+    }
+}
+
 impl AddAssign for Counts {
     fn add_assign(&mut self, other: Self) {
         self.denied += other.denied;
@@ -70,13 +82,8 @@ impl AddAssign for Counts {
 /// [`CounterKey::DEPARTED`].
 pub fn read(maps: &Maps) -> Result<BTreeMap<(u32, u8), Counts>, MapError> {
     let mut counts: BTreeMap<(u32, u8), Counts> = BTreeMap::new();
-    for entry in &maps.counters {
-        let (key, values) = match entry {
-            Ok(entry) => entry,
-            // Removed while we looked.
-            Err(MapError::KeyNotFound) => continue,
-            Err(error) => return Err(error),
-        };
+    for entry in object::present(maps.counters.iter()) {
+        let (key, values) = entry?;
         if let Some(count) = counts.entry((key.ifindex, key.hook)).or_default().of(key.verdict) {
             *count += sum(&values);
         }

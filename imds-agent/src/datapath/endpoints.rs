@@ -8,23 +8,16 @@ use imds_ebpf_common::{
     names::{MAP_ENDPOINTS, MAP_FILTER, MAP_PROVIDER},
 };
 
-use super::{DatapathError, bpf, object::Maps, pins::PinDir};
+use super::{
+    DatapathError, bpf,
+    object::{self, Maps},
+    pins::PinDir,
+};
 use crate::endpoints::{Guarded, padded, unpadded};
 
 /// What is guarded, by address.
 pub fn read(maps: &Maps) -> Result<BTreeMap<Address, Endpoint>, MapError> {
-    let mut endpoints = BTreeMap::new();
-    for entry in &maps.endpoints {
-        match entry {
-            Ok((address, endpoint)) => {
-                endpoints.insert(address, endpoint);
-            }
-            // Removed while we looked.
-            Err(MapError::KeyNotFound) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(endpoints)
+    object::present(maps.endpoints.iter()).collect()
 }
 
 /// The provider as it was configured, and the one whose preset is in force.
@@ -36,6 +29,11 @@ pub fn provider(maps: &Maps) -> Result<(String, String), MapError> {
 /// The filter in force.
 pub(super) fn filter(maps: &Maps) -> Result<Filter, DatapathError> {
     maps.filter.get(&0, 0).map_err(|source| DatapathError::Map { map: MAP_FILTER, source })
+}
+
+/// Puts another filter in force.
+pub(super) fn set_filter(maps: &mut Maps, filter: &Filter) -> Result<(), DatapathError> {
+    maps.filter.set(0, *filter, 0).map_err(|source| DatapathError::Map { map: MAP_FILTER, source })
 }
 
 /// What the filter has to be while programs are loaded: what is in force, and it matches all that will be guarded, too.
@@ -68,7 +66,6 @@ pub fn write(maps: &mut Maps, guarded: &Guarded) -> Result<(), DatapathError> {
 
 /// The table that is not in force is written first, and is then what is.
 fn write_filter(maps: &mut Maps, wanted: &BTreeMap<Address, Endpoint>) -> Result<(), DatapathError> {
-    let of_filter = |source| DatapathError::Map { map: MAP_FILTER, source };
     let before = filter(maps)?;
     let mut after = before;
     after.set_endpoints(by_address(wanted));
@@ -77,12 +74,12 @@ fn write_filter(maps: &mut Maps, wanted: &BTreeMap<Address, Endpoint>) -> Result
     }
     let mut staged = Filter { current: before.current, ..after };
     staged.add_slots_of(&before);
-    maps.filter.set(0, staged, 0).map_err(of_filter)?;
+    set_filter(maps, &staged)?;
     staged.current = after.current;
-    maps.filter.set(0, staged, 0).map_err(of_filter)?;
+    set_filter(maps, &staged)?;
     // The next change is written where some of them may still read.
     bpf::wait_for_programs();
-    maps.filter.set(0, after, 0).map_err(of_filter)
+    set_filter(maps, &after)
 }
 
 /// For people, and by address for `bpftool`.

@@ -1,35 +1,26 @@
 //! Who is exempt, in the maps: written in an order in which nobody is exempt for a moment who should not be.
 
-use std::collections::BTreeMap;
-
 use aya::maps::MapError;
-use imds_ebpf_common::{
-    Exemption, Subject,
-    names::{MAP_EXEMPT, MAP_FILTER},
-};
+use imds_ebpf_common::{Exemption, Subject, names::MAP_EXEMPT};
 
-use super::{DatapathError, object::Maps};
+use super::{
+    DatapathError, endpoints,
+    object::{self, Maps},
+};
 use crate::exempt::Grants;
 
 /// What is granted.
 pub fn read(maps: &Maps) -> Result<Grants, MapError> {
-    let mut grants = BTreeMap::new();
-    for entry in &maps.exempt {
-        match entry {
-            Ok((exemption, grant)) => {
-                grants.insert(exemption, grant);
-            }
-            // Removed while we looked.
-            Err(MapError::KeyNotFound) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(grants)
+    object::present(maps.exempt.iter()).collect()
 }
 
 /// Makes `wanted` what is granted: what is taken away goes first. Returns how often a map was written.
 pub(super) fn write(maps: &mut Maps, wanted: &Grants) -> Result<usize, DatapathError> {
     let before = read(maps).map_err(of_exemptions)?;
+    if before.is_empty() && wanted.is_empty() {
+        // So it is on most nodes, with each news of an interface.
+        return Ok(0);
+    }
     let mut writes = 0;
     for exemption in before.keys().filter(|exemption| !wanted.contains_key(exemption)) {
         remove(maps, exemption)?;
@@ -42,12 +33,11 @@ pub(super) fn write(maps: &mut Maps, wanted: &Grants) -> Result<usize, DatapathE
         }
     }
     // Those who stay are in it at every moment between.
-    let of_filter = |source| DatapathError::Map { map: MAP_FILTER, source };
-    let in_force = maps.filter.get(&0, 0).map_err(of_filter)?;
+    let in_force = endpoints::filter(maps)?;
     let mut filter = in_force;
     filter.set_subjects(wanted.keys().map(|exemption| exemption.subject));
     if filter.subjects != in_force.subjects {
-        maps.filter.set(0, filter, 0).map_err(of_filter)?;
+        endpoints::set_filter(maps, &filter)?;
         writes += 1;
     }
     Ok(writes)

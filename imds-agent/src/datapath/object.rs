@@ -293,6 +293,13 @@ fn other_layout(pins: &PinDir) -> Option<u32> {
     (layout != LAYOUT && layout != 0).then_some(layout)
 }
 
+/// The entries of a map, but for those that are removed while it is gone through.
+pub fn present<T>(
+    entries: impl Iterator<Item = Result<T, MapError>>,
+) -> impl Iterator<Item = Result<T, MapError>> {
+    entries.filter(|entry| !matches!(entry, Err(MapError::KeyNotFound)))
+}
+
 /// Opens the pinned events.
 pub fn open_events(pins: &PinDir) -> Result<RingBuf<MapData>, ObjectError> {
     let failed = |source| ObjectError::Map { name: MAP_EVENTS, source };

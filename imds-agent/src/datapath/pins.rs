@@ -220,6 +220,12 @@ pub fn open(path: &Path) -> Result<Option<OwnedFd>, PinError> {
     }
 }
 
+/// The link that is pinned at `path`; `None` where there is none that can be opened.
+#[must_use]
+pub fn link_at(path: &Path) -> Option<bpf::Link> {
+    bpf::link(open(path).ok()??).ok()?
+}
+
 /// Removes a pin, if it is there.
 pub fn unpin(path: &Path) -> Result<(), PinError> {
     match fs::remove_file(path) {

@@ -164,7 +164,7 @@ pub(super) fn detach(path: &Path) -> Result<bool, DatapathError> {
     let mut was_attached = false;
     if let Some(fd) = pins::open(path)?
         && let Ok(Some(link)) = bpf::link(&fd)
-        && let Target::Cgroup { id: 1.., .. } = link.target
+        && link.cgroup().is_some()
     {
         let failed = |source: io::Error| DatapathError::Cgroup {
             operation: "detaching from",
@@ -186,6 +186,5 @@ pub fn missing(pins: &PinDir) -> Vec<&'static str> {
 
 /// Whether the link that is pinned there is attached to a cgroup.
 pub(super) fn is_attached(path: &Path) -> bool {
-    let link = pins::open(path).ok().flatten().and_then(|fd| bpf::link(fd).ok().flatten());
-    link.is_some_and(|link| matches!(link.target, Target::Cgroup { id: 1.., .. }))
+    pins::link_at(path).is_some_and(|link| link.cgroup().is_some())
 }

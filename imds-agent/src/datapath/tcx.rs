@@ -162,8 +162,7 @@ pub(super) fn detach_pinned(path: &Path) -> Result<bool, DatapathError> {
 
 /// Whether the link with this id is pinned at `path`.
 pub(super) fn is_pinned(id: u32, path: &Path) -> bool {
-    let pinned = pins::open(path).ok().flatten().and_then(|fd| bpf::link(fd).ok().flatten());
-    pinned.is_some_and(|link| link.id == id)
+    pins::link_at(path).is_some_and(|link| link.id == id)
 }
 
 impl Spot {

@@ -22,7 +22,7 @@ use crate::{
     config::{Hooks, Interfaces},
     datapath::{
         DatapathError,
-        bpf::{self, Direction, Target},
+        bpf::{self, Direction},
         clsact,
         object::{self, Maps},
         pins::{self, PinDir, Spot},
@@ -88,7 +88,7 @@ pub(super) async fn of_interfaces(pins: &PinDir, netlink: &Netlink) -> Result<Ve
 
 /// Programs of TCX, which run before all filters.
 fn tcx(pins: &PinDir, spot: Spot, ours: &BTreeSet<u32>, names: &BTreeMap<u32, String>) -> Vec<Entry> {
-    let pinned = pins::open(&pins.link(spot)).ok().flatten().and_then(|fd| bpf::link(fd).ok().flatten());
+    let pinned = pins::link_at(&pins.link(spot));
     // A kernel without TCX answers with an error: then there is nothing.
     let entries = bpf::tcx_entries(spot.ifindex, spot.direction()).unwrap_or_default();
     let entry = |entry: bpf::Entry| Entry {
@@ -146,14 +146,8 @@ fn foreign<'a>(
 
 /// Those on the cgroup whose sockets are guarded, or would be.
 pub(super) fn of_cgroup(pins: &PinDir) -> Result<Vec<Check>, DatapathError> {
-    let links = SOCKET_LINKS.map(|name| {
-        let link = pins::open(&pins.named_link(name)).ok().flatten();
-        link.and_then(|fd| bpf::link(fd).ok().flatten())
-    });
-    let guarded = links.iter().flatten().find_map(|link| match link.target {
-        Target::Cgroup { id: id @ 1.., .. } => Some(id),
-        Target::Cgroup { .. } | Target::Tcx { .. } | Target::Other => None,
-    });
+    let links = SOCKET_LINKS.map(|name| pins::link_at(&pins.named_link(name)));
+    let guarded = links.iter().flatten().find_map(bpf::Link::cgroup);
     let Some(path) = path(guarded) else {
         return Ok(vec![Check::ok(OF_CGROUP, "no cgroup is guarded, or would be")]);
     };

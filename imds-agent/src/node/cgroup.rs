@@ -2,8 +2,7 @@
 
 use std::{
     collections::VecDeque,
-    fs::{self, DirEntry},
-    io,
+    fs, io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
@@ -33,11 +32,21 @@ pub fn path_of(id: u64) -> io::Result<Option<PathBuf>> {
         if fs::metadata(&path).is_ok_and(|metadata| metadata.ino() == id) {
             return Ok(Some(path));
         }
-        let entries = fs::read_dir(&path).into_iter().flatten().flatten();
-        let is_directory = |entry: &DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
-        unseen.extend(entries.filter(is_directory).map(|entry| entry.path()));
+        unseen.extend(children(&path).unwrap_or_default());
     }
     Ok(None)
+}
+
+/// The cgroups right below the one at `path`.
+pub fn children(path: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut children = Vec::new();
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            children.push(entry.path());
+        }
+    }
+    Ok(children)
 }
 
 /// Where hierarchies of cgroup v1 are mounted.

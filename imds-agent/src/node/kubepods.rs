@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    fs, io, mem,
+    io, mem,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
 };
@@ -203,24 +203,13 @@ fn walk(
             continue;
         }
         read(&path, depth);
-        match directories(&path) {
-            Ok(directories) => open.extend(directories.into_iter().map(|path| (path, depth + 1))),
+        match cgroup::children(&path) {
+            Ok(children) => open.extend(children.into_iter().map(|path| (path, depth + 1))),
             Err(error) if is_gone(&error) => {}
             Err(error) => return Err(error),
         }
     }
     Ok(())
-}
-
-fn directories(path: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut directories = Vec::new();
-    for entry in fs::read_dir(path)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            directories.push(entry.path());
-        }
-    }
-    Ok(directories)
 }
 
 /// Whether this is what one hears of a cgroup that was removed meanwhile.
@@ -230,6 +219,8 @@ fn is_gone(error: &io::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn make(root: &Path, paths: &[&str]) {

@@ -62,15 +62,7 @@ pub fn this_inode() -> io::Result<u32> {
 
 /// Cookie of the network namespace that `namespace` is a file of; `None` where an older kernel has none to tell.
 pub fn cookie_of(namespace: &File) -> io::Result<Option<u64>> {
-    // The thread ends with the namespace that it has entered: no other work can come to run in there.
-    let inside = thread::scope(|scope| {
-        let thread = thread::Builder::new().name("netns".to_owned()).spawn_scoped(scope, || {
-            setns(namespace, CloneFlags::CLONE_NEWNET)?;
-            cookie()
-        });
-        thread.map(|thread| thread.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())))
-    })?;
-    match inside {
+    match inside(namespace, cookie)? {
         Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(None),
         cookie => cookie.map(Some),
     }
@@ -113,10 +105,7 @@ impl Namespace {
 
     /// Runs `work` in it, on a thread of its own: the caller's never changes.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
-        on_thread(|| {
-            setns(&self.0, CloneFlags::CLONE_NEWNET)?;
-            Ok(work())
-        })
+        inside(&self.0, work)
     }
 }
 
@@ -126,6 +115,18 @@ impl AsFd for Namespace {
     }
 }
 
+/// Runs `work` in the network namespace that `namespace` is a file of. The thread ends with it: no other work can come to run
+/// in there.
+fn inside<T: Send>(namespace: &File, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+    on_thread(|| {
+        setns(namespace, CloneFlags::CLONE_NEWNET)?;
+        Ok(work())
+    })
+}
+
 fn on_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
-    thread::scope(|scope| scope.spawn(work).join().unwrap_or_else(|panic| resume_unwind(panic)))
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().name("netns".to_owned()).spawn_scoped(scope, work)?;
+        thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+    })
 }

@@ -12,6 +12,9 @@ use nix::{
     sys::stat::Mode,
 };
 
+/// Where processes are.
+pub(super) const PROC: &str = "/proc";
+
 /// A process's directory in /proc, opened. Once the process is reaped nothing can be read through it, also when its id
 /// has been given to another.
 #[derive(Debug)]
@@ -21,9 +24,10 @@ pub(super) struct Process {
 
 impl Process {
     /// Opens the process with this id; `None` where there is none, or only what is left of one.
-    pub(super) fn open(proc: &Path, pid: u32) -> io::Result<Option<Self>> {
+    pub(super) fn open(pid: u32) -> io::Result<Option<Self>> {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let opened = open(&proc.join(pid.to_string()), flags, Mode::empty()).map_err(io::Error::from);
+        let opened =
+            open(&Path::new(PROC).join(pid.to_string()), flags, Mode::empty()).map_err(io::Error::from);
         let Some(directory) = unless_gone(opened)? else { return Ok(None) };
         let process = Self { directory };
         Ok(process.is_alive()?.then_some(process))
@@ -83,13 +87,12 @@ mod tests {
 
     #[test]
     fn a_process_that_has_ended_is_not_there() {
-        let proc = Path::new("/proc");
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
-        let process = Process::open(proc, child.id()).unwrap().unwrap();
+        let process = Process::open(child.id()).unwrap().unwrap();
         assert!(process.is_alive().unwrap() && process.netns().unwrap().is_some());
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(!process.is_alive().unwrap());
-        assert!(process.netns().unwrap().is_none() && Process::open(proc, child.id()).unwrap().is_none());
+        assert!(process.netns().unwrap().is_none() && Process::open(child.id()).unwrap().is_none());
     }
 }

@@ -9,7 +9,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{cgroup, links::Link, netlink::Netlink, netns, process::Process};
+use super::{
+    cgroup,
+    links::Link,
+    netlink::Netlink,
+    netns,
+    process::{PROC, Process},
+};
 
 /// How deep below a cgroup processes are looked for.
 const MAX_DEPTH: usize = 8;
@@ -47,7 +53,6 @@ struct Namespace {
 /// other users, and `CAP_SYS_ADMIN` to enter them.
 #[derive(Debug)]
 pub struct Finder {
-    proc: PathBuf,
     node: u64,
     /// Cookies of the namespaces behind links, by index and the namespace's id: the same for as long as the link exists.
     behind: BTreeMap<(u32, i32), Option<u64>>,
@@ -56,7 +61,7 @@ pub struct Finder {
 impl Finder {
     /// A finder for the node whose network namespace is the calling thread's.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { proc: "/proc".into(), node: netns::this_inode()?.into(), behind: BTreeMap::new() })
+        Ok(Self { node: netns::this_inode()?.into(), behind: BTreeMap::new() })
     }
 
     /// Those whose links these are.
@@ -129,7 +134,7 @@ impl Finder {
             }
             let procs = directory.join("cgroup.procs");
             for pid in pids(&procs) {
-                match self.netns_of(pid, &procs) {
+                match Self::netns_of(pid, &procs) {
                     Ok(Some(namespace)) if seen.insert(namespace.inode) => {
                         senders.add(&namespace, path, netlink, pods).await;
                     }
@@ -156,8 +161,8 @@ impl Finder {
 
     /// The network namespace of a process of which `procs` says that it is in that cgroup. Its number may become
     /// another's: if it is there before and after, it was all the time.
-    fn netns_of(&self, pid: u32, procs: &Path) -> io::Result<Option<Namespace>> {
-        let Some(process) = Process::open(&self.proc, pid)? else { return Ok(None) };
+    fn netns_of(pid: u32, procs: &Path) -> io::Result<Option<Namespace>> {
+        let Some(process) = Process::open(pid)? else { return Ok(None) };
         let Some(file) = process.netns()? else { return Ok(None) };
         if !pids(procs).contains(&pid) || !process.is_alive()? {
             return Ok(None);
@@ -169,7 +174,7 @@ impl Finder {
     fn namespaces(&self) -> Vec<Namespace> {
         let mut seen = BTreeSet::from([self.node]);
         let named = NAMED.into_iter().flat_map(entries);
-        let processes = entries(&self.proc).filter(|path| {
+        let processes = entries(PROC).filter(|path| {
             let name = path.file_name().unwrap_or_default().as_encoded_bytes();
             name.iter().all(u8::is_ascii_digit)
         });
@@ -238,9 +243,8 @@ fn directories(path: &Path) -> Vec<PathBuf> {
     let mut directories: Vec<_> = tops.into_iter().collect();
     let mut level = directories.clone();
     for _ in 0..MAX_DEPTH {
-        let is_directory =
-            |path: &PathBuf| fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir());
-        level = level.iter().flat_map(entries).filter(is_directory).collect();
+        // What is gone meanwhile has none.
+        level = level.iter().flat_map(|path| cgroup::children(path).unwrap_or_default()).collect();
         directories.extend(level.iter().cloned());
     }
     directories

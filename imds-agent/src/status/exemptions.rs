@@ -1,15 +1,15 @@
 //! Who is exempt, by the names that people know.
 
-use std::{
-    collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
-};
+use std::collections::BTreeMap;
 
 use imds_ebpf_common::{Address, Exemption, Grant, SubjectKind, Verdict};
 use toml::{Table, Value};
 
 use super::{ExemptSender, Report, unreadable};
-use crate::datapath::{DatapathError, config, exemptions, object::Maps};
+use crate::{
+    datapath::{DatapathError, config, exemptions, object::Maps},
+    endpoints::plain,
+};
 
 impl Report {
     /// Adds who is exempt, once endpoints and interfaces are known.
@@ -58,10 +58,7 @@ impl Report {
     }
 
     fn endpoint_name(&self, address: Address) -> String {
-        let address: IpAddr = address.ipv4().map_or_else(
-            || Ipv6Addr::from(address.octets()).into(),
-            |address| Ipv4Addr::from(address).into(),
-        );
+        let address = plain(address);
         let mut endpoints = self.endpoints.iter();
         let known = endpoints.find(|endpoint| endpoint.address == address);
         known.map_or_else(|| address.to_string(), |endpoint| endpoint.name.clone())

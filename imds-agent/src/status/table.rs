@@ -143,12 +143,11 @@ impl State {
 }
 
 fn cells(counts: &Counts) -> [Cell; 4] {
-    [counts.denied, counts.audited, counts.allowed, counts.exempt]
-        .map(|count| Cell::new(phrase(count)).set_alignment(CellAlignment::Left))
+    counts.named().map(|(_, count)| Cell::new(phrase(count)).set_alignment(CellAlignment::Left))
 }
 
 fn calls(counts: &Counts) -> [Cell; 4] {
-    [counts.denied, counts.audited, counts.allowed, counts.exempt].map(|Count { packets, bytes }| {
+    counts.named().map(|(_, Count { packets, bytes })| {
         Cell::new(match (packets, bytes) {
             (0, _) => "0".to_owned(),
             (1, 0) => "1 call".to_owned(),

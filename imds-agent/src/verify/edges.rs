@@ -10,7 +10,7 @@ use tokio::time::sleep;
 
 use super::{
     report::{Check, Outcome, phrase},
-    stage::{Loop, Pod},
+    stage::{Device, Interface},
     wire::frame,
 };
 use crate::{
@@ -26,41 +26,6 @@ const COUNTING: Duration = Duration::from_secs(1);
 const INTERVAL: Duration = Duration::from_millis(10);
 /// After how many looks a packet is sent again: what is sent as an interface comes up can be lost.
 const PATIENCE: u32 = 5;
-
-/// An interface that was made for the proof.
-pub(super) trait Device {
-    fn name(&self) -> &str;
-    fn ifindex(&self) -> u32;
-    fn send(&self, frame: &[u8]) -> io::Result<()>;
-}
-
-impl Device for Pod {
-    fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn ifindex(&self) -> u32 {
-        self.ifindex
-    }
-
-    fn send(&self, frame: &[u8]) -> io::Result<()> {
-        self.send(frame)
-    }
-}
-
-impl Device for Loop {
-    fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn ifindex(&self) -> u32 {
-        self.ifindex
-    }
-
-    fn send(&self, frame: &[u8]) -> io::Result<()> {
-        self.send(frame)
-    }
-}
 
 /// Why nothing can be said of an edge, and what that comes to.
 pub(super) type Obstacle = (String, Outcome);
@@ -120,7 +85,7 @@ pub(super) const fn expectation(verdict: Verdict) -> &'static str {
 
 /// Waits until the guard has taken the interface in.
 async fn covered(edge: Edge, device: &dyn Device, maps: &Maps, is_followed: bool) -> Result<(), Obstacle> {
-    let name = device.name();
+    let Interface { name, ifindex } = device.interface();
     if !is_followed {
         let result = match edge {
             Edge::Pod => Outcome::Failed,
@@ -130,7 +95,7 @@ async fn covered(edge: Edge, device: &dyn Device, maps: &Maps, is_followed: bool
     }
     let start = Instant::now();
     while start.elapsed() < FOLLOWING {
-        let record = records::get(maps, device.ifindex()).filter(|record| unpadded(&record.name) == name);
+        let record = records::get(maps, *ifindex).filter(|record| unpadded(&record.name) == *name);
         match record.and_then(|record| Some((Role::from_u8(record.role)?, record.backend))) {
             Some((role, _)) if role.edge() != Some(edge) => {
                 // An include or exclude of the configuration.
@@ -147,14 +112,15 @@ async fn covered(edge: Edge, device: &dyn Device, maps: &Maps, is_followed: bool
 
 /// The verdict on a frame, by the counter that goes up; `None` where none does.
 async fn judged(device: &dyn Device, hook: Hook, maps: &Maps, frame: &[u8]) -> io::Result<Option<Verdict>> {
-    let before = counts(maps, device.ifindex(), hook);
+    let count = || counts(maps, device.interface().ifindex, hook);
+    let before = count();
     let (start, mut looks) = (Instant::now(), 0_u32);
     let mut sent = Ok(());
     while start.elapsed() < COUNTING {
         if looks.is_multiple_of(PATIENCE) {
             sent = device.send(frame);
         }
-        if let Some(verdict) = risen(before, counts(maps, device.ifindex(), hook)) {
+        if let Some(verdict) = risen(before, count()) {
             return Ok(Some(verdict));
         }
         looks += 1;

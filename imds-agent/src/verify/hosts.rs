@@ -28,8 +28,7 @@ pub(super) fn prove(guarding: &Guarding) -> Vec<Check> {
     let hook = Hook::Host.name();
     let report = guarding.status.strict_host_network.as_ref();
     let is_attached = report.is_some_and(|report| report.attached);
-    let found = if is_attached { "attached" } else { "not all are: `imds-agent status` names them" };
-    let mut checks = vec![Check::of_hook(hook, "all programs attached", found, Outcome::of(is_attached))];
+    let mut checks = vec![Check::attached(Hook::Host, is_attached)];
     for &id in report.map(|report| &report.cgroups).into_iter().flatten() {
         let inside = Inside::new(id);
         checks.extend(guarding.endpoints.iter().map(|endpoint| {

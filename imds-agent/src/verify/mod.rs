@@ -20,8 +20,8 @@ use tokio::{
 
 pub use self::report::{Check, Outcome, Report};
 use self::{
-    edges::{Device, Obstacle},
-    stage::{Loop, Pod},
+    edges::Obstacle,
+    stage::{Device, Loop, Pod},
 };
 use crate::{
     config::Hooks,

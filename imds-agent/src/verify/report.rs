@@ -3,7 +3,7 @@
 use std::{fmt::Write as _, net::IpAddr, path::PathBuf};
 
 use comfy_table::{Table, presets::NOTHING};
-use imds_ebpf_common::Verdict;
+use imds_ebpf_common::{Hook, Verdict};
 use serde::Serialize;
 
 use crate::endpoints::{Endpoint, Keep};
@@ -74,6 +74,12 @@ impl Check {
     ) -> Self {
         let ok = result == Outcome::Proven;
         Self { hook, endpoint: None, address: None, service: None, expected, found: found.into(), ok, result }
+    }
+
+    /// Whether all programs of a hook on cgroups are attached.
+    pub(super) fn attached(hook: Hook, is_attached: bool) -> Self {
+        let found = if is_attached { "attached" } else { "not all are: `imds-agent status` names them" };
+        Self::of_hook(hook.name(), "all programs attached", found, Outcome::of(is_attached))
     }
 
     /// The same of an endpoint.

@@ -15,18 +15,12 @@ use super::{
     report::{self, Check, Outcome},
     stage::Pod,
 };
-use crate::{
-    datapath::{
-        bpf::{self, Target},
-        pins,
-    },
-    endpoints::Endpoint,
-    node::cgroup,
-};
+use crate::{datapath::pins, endpoints::Endpoint, node::cgroup};
 
 /// Proves that calls from the namespace are refused.
 pub(super) fn prove(guarding: &Guarding, pod: &Pod) -> Result<Vec<Check>, VerifyError> {
-    let mut checks = vec![attached(guarding)];
+    let is_attached = guarding.status.sockets.as_ref().is_some_and(|sockets| sockets.attached);
+    let mut checks = vec![Check::attached(Hook::Socket, is_attached)];
     for endpoint in &guarding.endpoints {
         for (service, expected, kept) in targets(endpoint) {
             let (found, is_right) = match expected {
@@ -42,13 +36,6 @@ pub(super) fn prove(guarding: &Guarding, pod: &Pod) -> Result<Vec<Check>, Verify
         }
     }
     Ok(checks)
-}
-
-/// Whether all programs are attached.
-fn attached(guarding: &Guarding) -> Check {
-    let is_attached = guarding.status.sockets.as_ref().is_some_and(|sockets| sockets.attached);
-    let found = if is_attached { "attached" } else { "not all are: `imds-agent status` names them" };
-    Check::of_hook(Hook::Socket.name(), "all programs attached", found, Outcome::of(is_attached))
 }
 
 /// Whether both ways to name an endpoint are refused, and what was found.
@@ -78,13 +65,7 @@ fn refused(guarding: &Guarding, pod: &Pod, endpoint: &Endpoint) -> Result<(Strin
 fn is_guarded_cgroup(guarding: &Guarding) -> Option<bool> {
     let guarded: BTreeSet<u64> = SOCKET_LINKS
         .into_iter()
-        .filter_map(|name| {
-            let fd = pins::open(&guarding.pins.named_link(name)).ok()??;
-            match bpf::link(fd).ok()??.target {
-                Target::Cgroup { id: id @ 1.., .. } => Some(id),
-                Target::Cgroup { .. } | Target::Tcx { .. } | Target::Other => None,
-            }
-        })
+        .filter_map(|name| pins::link_at(&guarding.pins.named_link(name))?.cgroup())
         .collect();
     let own = cgroup::ids_of_this_process().ok()?;
     (!guarded.is_empty()).then(|| own.iter().any(|id| guarded.contains(id)))

@@ -36,14 +36,27 @@ pub(super) const PREFIX: &str = "imdsv";
 /// The pod's end of the pair, in the namespace.
 const POD_END: &str = "eth0";
 
+/// An interface of the node's.
+#[derive(Debug)]
+pub(super) struct Interface {
+    pub(super) name: String,
+    pub(super) ifindex: u32,
+}
+
+/// What has an interface that was made for the proof.
+pub(super) trait Device {
+    fn interface(&self) -> &Interface;
+
+    /// Has it receive a frame.
+    fn send(&self, frame: &[u8]) -> io::Result<()>;
+}
+
 /// A pod that has nothing but a link.
 #[derive(Debug)]
 pub(super) struct Pod {
     namespace: Namespace,
-    /// Name of the node's end.
-    pub(super) name: String,
-    /// Index of the node's end.
-    pub(super) ifindex: u32,
+    /// The node's end of its link.
+    interface: Interface,
     frames: PacketSocket,
 }
 
@@ -69,7 +82,7 @@ impl Pod {
         };
         let frames = namespace.run(open).map_err(VerifyError::Namespace)??;
         let ifindex = index(&name)?;
-        Ok(Self { namespace, name, ifindex, frames })
+        Ok(Self { namespace, interface: Interface { name, ifindex }, frames })
     }
 
     /// Runs `work` in the namespace.
@@ -77,20 +90,25 @@ impl Pod {
         self.namespace.run(work).map_err(VerifyError::Namespace)
     }
 
-    /// Sends a frame to the node.
-    pub(super) fn send(&self, frame: &[u8]) -> io::Result<()> {
-        self.frames.send(frame)
-    }
-
     /// Removes the pair at once. Without this it goes when the kernel comes to it.
     pub(super) async fn remove(self, netlink: &Netlink) -> Result<(), NetlinkError> {
-        let Self { name, ifindex, .. } = &self;
+        let Interface { name, ifindex } = &self.interface;
         let link = LinkMessageBuilder::<LinkUnspec>::new().index(*ifindex).build();
         let call = format!("removing the veth pair {name}");
         match netlink.acknowledged(call, RouteNetlinkMessage::DelLink(link), 0).await {
             Err(error) if error.errno() != Some(libc::ENODEV) => Err(error),
             Ok(()) | Err(_) => Ok(()),
         }
+    }
+}
+
+impl Device for Pod {
+    fn interface(&self) -> &Interface {
+        &self.interface
+    }
+
+    fn send(&self, frame: &[u8]) -> io::Result<()> {
+        self.frames.send(frame)
     }
 }
 
@@ -112,10 +130,7 @@ async fn set_up(netlink: &Netlink, ifindex: u32) -> Result<(), NetlinkError> {
 /// An interface of the node's own that sends every frame back that it receives: as what the node forwards.
 #[derive(Debug)]
 pub(super) struct Loop {
-    /// Its name.
-    pub(super) name: String,
-    /// Its index.
-    pub(super) ifindex: u32,
+    interface: Interface,
     device: File,
     /// Detached when closed; a filter goes with the device.
     _link: Option<OwnedFd>,
@@ -128,11 +143,16 @@ impl Loop {
         let ifindex = index(&name)?;
         let link = send_back(netlink, ifindex).await?;
         set_up(netlink, ifindex).await?;
-        Ok(Self { name, ifindex, device, _link: link })
+        Ok(Self { interface: Interface { name, ifindex }, device, _link: link })
+    }
+}
+
+impl Device for Loop {
+    fn interface(&self) -> &Interface {
+        &self.interface
     }
 
-    /// Has it receive a frame.
-    pub(super) fn send(&self, frame: &[u8]) -> io::Result<()> {
+    fn send(&self, frame: &[u8]) -> io::Result<()> {
         (&self.device).write_all(frame)
     }
 }

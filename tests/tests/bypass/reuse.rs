@@ -107,21 +107,7 @@ fn a_pod_that_takes_the_place_of_one_that_is_gone_is_held_from_its_first_packet(
         agent.kill9();
         let (name, index, address) = (first.host_ifname.clone(), first.host_ifindex, first.address);
         first.delete();
-        let successor = Netns::new("successor");
-        world.node.ip(&format!(
-            "link add {name} index {index} address ee:ee:ee:ee:ee:ee type veth peer name eth0 netns {}
-             link set {name} up
-             addr add 169.254.1.1/32 dev {name}
-             route add {address}/32 dev {name}",
-            successor.name()
-        ));
-        successor.ip(&format!(
-            "link set lo up
-             link set eth0 up
-             addr add {address}/32 dev eth0
-             route add 169.254.1.1 dev eth0 scope link
-             route add default via 169.254.1.1 dev eth0"
-        ));
+        let successor = world.add_successor(&name, index, address);
         world.assert_nothing_arrives(|| {
             world.in_cgroup(|| assert!(!http_get(&successor, METADATA, SHORT).is_answer(), "{hook}"));
         });

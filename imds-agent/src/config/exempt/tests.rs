@@ -2,11 +2,9 @@ use super::*;
 use crate::{config::Config, provider::Dmi};
 
 fn resolve(text: &str) -> Result<Vec<Exempt>, String> {
-    let rules = || {
-        let config = Config::parse(text, Path::new("imds.toml"))?;
-        config.exempt.resolve(&config.endpoints.resolve(&Dmi::default())?)
-    };
-    rules().map_err(|error: ConfigErrors| error.to_string())
+    let config = Config::parse(text, Path::new("imds.toml"));
+    let resolved = config.and_then(|config| config.resolve(&Dmi::default()));
+    resolved.map(|(_, exempt)| exempt).map_err(|error| error.to_string())
 }
 
 fn one(lines: &str) -> Exempt {

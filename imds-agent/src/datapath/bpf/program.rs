@@ -7,12 +7,12 @@ use std::{
 
 use aya_obj::generated::{
     bpf_attach_type,
-    bpf_cmd::{BPF_OBJ_GET_INFO_BY_FD, BPF_PROG_LOAD, BPF_PROG_QUERY},
+    bpf_cmd::{BPF_PROG_LOAD, BPF_PROG_QUERY},
     bpf_func_id::BPF_FUNC_redirect,
     bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS,
 };
 
-use super::{bpf, bpf_fd, bpf_mut};
+use super::{bpf_fd, bpf_mut, info};
 
 /// Most programs that are listed of a cgroup's hook: `BPF_CGROUP_MAX_PROGS` (`include/linux/bpf.h`).
 const CGROUP_MAX: usize = 64;
@@ -67,12 +67,6 @@ fn load(instructions: &[u64]) -> io::Result<OwnedFd> {
 
 /// Whether the kernel compiled a program.
 pub fn is_compiled(program: impl AsFd) -> io::Result<bool> {
-    #[repr(C)]
-    struct Attr {
-        bpf_fd: i32,
-        info_len: u32,
-        info: u64,
-    }
     /// The start of `struct bpf_prog_info`.
     #[repr(C)]
     #[derive(Default)]
@@ -85,12 +79,7 @@ pub fn is_compiled(program: impl AsFd) -> io::Result<bool> {
         jited: u64,
         xlated: u64,
     }
-    #[expect(clippy::cast_possible_truncation, reason = "40 bytes")]
-    const INFO_LEN: u32 = size_of::<Info>() as u32;
-    let mut info = Info::default();
-    let attr = Attr { bpf_fd: program.as_fd().as_raw_fd(), info_len: INFO_LEN, info: (&raw mut info) as u64 };
-    bpf(BPF_OBJ_GET_INFO_BY_FD, attr)?;
-    Ok(info.jited_len != 0)
+    Ok(info::<Info>(program)?.jited_len != 0)
 }
 
 /// Ids of the programs on a cgroup's hook, in the order in which they run.
