@@ -14,6 +14,7 @@ use tokio::{
 };
 
 use crate::{
+    cluster::{Cluster, News},
     config::{self, Config},
     guard::Guard,
     metrics::Done,
@@ -86,6 +87,7 @@ pub struct Agent {
     settings: Settings,
     reloads: Reloads,
     server: Server,
+    cluster: Cluster,
     timer: Interval,
     hangup: Signal,
     terminate: Signal,
@@ -112,6 +114,7 @@ impl Agent {
             settings,
             reloads: Reloads::default(),
             server,
+            cluster: Cluster::default(),
             timer,
             hangup: signal(SignalKind::hangup()).context("can't listen for SIGHUP")?,
             terminate: signal(SignalKind::terminate()).context("can't listen for SIGTERM")?,
@@ -138,6 +141,7 @@ impl Agent {
         let mut due = self.source.change().map(|_| Due::now());
         let mut half_seen = None;
         self.server.listen(&config.listen);
+        self.follow_cluster().await;
         loop {
             self.server.beat(Done { reloads: self.reloads, repairs: self.guard.repairs() });
             tokio::select! {
@@ -145,6 +149,7 @@ impl Agent {
                     let event = event.context("lost the connection to rtnetlink: pods can't be followed")?;
                     report(self.guard.handle(event).await);
                 }
+                news = self.cluster.next() => self.hear(news).await,
                 () = self.guard.exemptions_changed() => report(self.guard.restore_exemptions().await),
                 () = self.guard.kubepods_changed() => report(self.guard.follow_kubepods()),
                 _ = self.timer.tick() => {
@@ -181,6 +186,23 @@ impl Agent {
         Ok(())
     }
 
+    async fn follow_cluster(&mut self) {
+        self.cluster.follow(self.settings.cluster.as_ref());
+        if self.cluster.node().is_none() {
+            report(self.guard.forget_cluster().await);
+        }
+    }
+
+    async fn hear(&mut self, news: News) {
+        match news {
+            News::Pods(event) => report(self.guard.hear_of_pods(event).await),
+            News::State(state) => {
+                let node = self.cluster.node().unwrap_or_default();
+                report(self.guard.hear_of_watch(node, &state).await);
+            }
+        }
+    }
+
     fn watch(&self) -> Option<Watch> {
         let path = self.source.path()?;
         let failed = |error| {
@@ -215,6 +237,7 @@ impl Agent {
         }
         self.settings = settings;
         self.server.listen(&config.listen);
+        self.follow_cluster().await;
         Ok(self.guard.record_config(self.source.path(), &config)?)
     }
 }

@@ -5,7 +5,10 @@ mod exempt;
 mod file;
 mod hooks;
 mod interfaces;
+mod kubernetes;
 mod metrics;
+mod names;
+mod selector;
 mod source;
 #[cfg(test)]
 mod tests;
@@ -22,9 +25,10 @@ use thiserror::Error;
 
 pub use self::{
     endpoints::Endpoints,
-    exempt::{Exempt, Exemptions, NameGlob, Scope, Sender},
+    exempt::{Exempt, Exemptions, NameGlob, Pods, Scope, Sender},
     hooks::Hooks,
     interfaces::Interfaces,
+    kubernetes::{Access, Enabled, Kubernetes, Surroundings},
     metrics::Listen,
 };
 use self::{
@@ -52,6 +56,8 @@ pub struct Config {
     pub exempt: Exemptions,
     /// Where metrics and health are served.
     pub listen: Vec<Listen>,
+    /// How pods are known by name.
+    pub kubernetes: Kubernetes,
     text: String,
 }
 
@@ -65,6 +71,7 @@ impl Default for Config {
             interfaces: Interfaces::default(),
             exempt: Exemptions::default(),
             listen: Listen::by_default(),
+            kubernetes: Kubernetes::default(),
             text: File::default().to_toml(),
         }
     }
@@ -148,6 +155,13 @@ impl Config {
         let endpoints = Endpoints::parse(&file.provider, &file.extras, &file.endpoint, source, &mut mistakes);
         let exempt = Exemptions::parse(&file.exempt, source, &mut mistakes);
         let listen = Listen::parse(&file.metrics, source, &mut mistakes);
+        let kubernetes = Kubernetes::parse(&file.kubernetes, source, &mut mistakes);
+        if kubernetes.enabled == Enabled::No
+            && let Some(name) = exempt.first_of_pods(&file.exempt)
+        {
+            let message = "exempt.namespace: no pod is known with kubernetes.enabled = \"no\"";
+            mistakes.note(source.error(name.span(), message.to_owned()));
+        }
         let mode = file.mode.into();
         let hooks = Hooks::from(*file.hooks.get_ref());
         let text = file.to_toml();
@@ -171,7 +185,17 @@ impl Config {
         if !mistakes.are_none() {
             return Err(ConfigErrors(mistakes.into_vec()));
         }
-        Ok(Self { mode, answer: file.answer.into(), hooks, endpoints, interfaces, exempt, listen, text })
+        Ok(Self {
+            mode,
+            answer: file.answer.into(),
+            hooks,
+            endpoints,
+            interfaces,
+            exempt,
+            listen,
+            kubernetes,
+            text,
+        })
     }
 
     /// What it guards, and whom it exempts from what, on a machine of which the firmware says `dmi`.

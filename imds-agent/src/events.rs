@@ -2,9 +2,11 @@
 
 use std::{fmt, net::Ipv6Addr};
 
-use imds_ebpf_common::{Event, Hook, Verdict};
+use imds_ebpf_common::{Event, Hook, Subject, SubjectKind, Verdict};
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
+
+use crate::pods::Identity;
 
 /// An event as users see it. In its JSON form, one object a line, fields are only added.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
@@ -31,6 +33,8 @@ pub struct Record {
     pub cgroup: Option<u64>,
     /// Cookie of the network namespace of the socket.
     pub netns_cookie: Option<u64>,
+    /// The pod that sent it, where one is known.
+    pub pod: Option<Identity>,
     /// Source address.
     pub source: Option<String>,
     /// Source port.
@@ -46,9 +50,15 @@ pub struct Record {
 }
 
 impl Record {
-    /// Makes an event readable. `booted` is the wall clock's time of boot, `interface` finds an interface's name.
+    /// Makes an event readable. `booted` is the wall clock's time of boot, `interface` finds an interface's name,
+    /// `pod` is the one that sent it.
     #[must_use]
-    pub fn new(event: &Event, booted: Timestamp, interface: impl Fn(u32) -> Option<String>) -> Self {
+    pub fn new(
+        event: &Event,
+        booted: Timestamp,
+        interface: impl Fn(u32) -> Option<String>,
+        pod: Option<Identity>,
+    ) -> Self {
         let ifindex = (event.ifindex != 0).then_some(event.ifindex);
         let ingress = (event.ingress_ifindex != 0).then_some(event.ingress_ifindex);
         let since_boot = SignedDuration::from_nanos(event.time.try_into().unwrap_or(i64::MAX));
@@ -66,6 +76,7 @@ impl Record {
             comm: (!comm.is_empty()).then(|| String::from_utf8_lossy(&comm).into_owned()),
             cgroup: (event.cgroup != 0).then_some(event.cgroup),
             netns_cookie: (event.netns_cookie != 0).then_some(event.netns_cookie),
+            pod,
             source: (!source.is_unspecified()).then(|| source.to_canonical().to_string()),
             source_port: (event.source_port != 0).then_some(event.source_port),
             destination: Ipv6Addr::from(event.destination).to_canonical().to_string(),
@@ -74,6 +85,20 @@ impl Record {
             suppressed: event.suppressed,
         }
     }
+}
+
+/// Whom the datapath may know the sender of what an event tells by, the one that says most first: a cgroup is a container's.
+pub fn senders(event: &Event) -> impl Iterator<Item = Subject> {
+    // At the node edge the other interface is the node's own.
+    let interface = if event.ingress_ifindex == 0 { event.ifindex } else { event.ingress_ifindex };
+    [
+        (SubjectKind::Cgroup, event.cgroup),
+        (SubjectKind::Netns, event.netns_cookie),
+        (SubjectKind::Interface, interface.into()),
+    ]
+    .into_iter()
+    .filter(|(_, id)| *id != 0)
+    .map(|(kind, id)| Subject::new(kind, id))
 }
 
 impl fmt::Display for Record {
@@ -90,6 +115,9 @@ impl fmt::Display for Record {
             && Some(ingress) != self.ifindex
         {
             write!(f, " from {}", interface(self.ingress_interface.as_deref(), ingress))?;
+        }
+        if let Some(pod) = &self.pod {
+            write!(f, " of {pod}")?;
         }
         if let Some(source) = &self.source {
             write!(f, ": {}", endpoint(source, self.source_port))?;
@@ -165,7 +193,7 @@ mod tests {
             protocol: 6,
             ..Event::default()
         };
-        let record = Record::new(&event, Timestamp::UNIX_EPOCH, |index| Some(format!("veth{index}")));
+        let record = Record::new(&event, Timestamp::UNIX_EPOCH, |index| Some(format!("veth{index}")), None);
         assert_eq!(
             record.to_string(),
             "1970-01-01T00:00:01.500Z deny  pod_edge  veth4 (4): 10.244.0.7:40312 -> 169.254.169.254:80 tcp, and 41 \
@@ -187,7 +215,7 @@ mod tests {
             ..Event::default()
         };
         event.comm[..4].copy_from_slice(b"curl");
-        let record = Record::new(&event, Timestamp::UNIX_EPOCH, |_| None);
+        let record = Record::new(&event, Timestamp::UNIX_EPOCH, |_| None, None);
         assert_eq!(
             record.to_string(),
             "1970-01-01T00:00:00.000Z audit socket    curl (pid 1234) -> [fd00:ec2::254]:80 udp"

@@ -2,39 +2,60 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io,
     path::Path,
 };
 
 use imds_ebpf_common::{Address, Exemption, Grant, Subject, SubjectKind, Verdict};
 
 use crate::{
-    config::{Exempt, Scope, Sender},
+    config::{self, Exempt, Scope, Sender},
     endpoints::address,
     node::{
         links::Link,
         netlink::Netlink,
         senders::{Finder, Senders, Trace},
     },
+    pods::Pods,
 };
 
 /// What the datapath is to grant.
 pub type Grants = BTreeMap<Exemption, Grant>;
 
 /// The rules in force.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Rules {
     exempt: Vec<Exempt>,
-    finder: Finder,
     traces: Vec<Trace>,
     /// Why somebody for whom a rule is may not be exempt, by the rule's name.
     failures: BTreeMap<String, String>,
 }
 
 impl Rules {
-    /// No rules.
-    pub fn new() -> io::Result<Self> {
-        Ok(Self { exempt: Vec::new(), finder: Finder::new()?, traces: Vec::new(), failures: BTreeMap::new() })
+    /// These rules.
+    #[must_use]
+    pub fn new(exempt: Vec<Exempt>) -> Self {
+        Self { exempt, ..Self::default() }
+    }
+
+    /// Whether they are these.
+    #[must_use]
+    pub fn are(&self, rules: &[Exempt]) -> bool {
+        self.exempt == rules
+    }
+
+    /// Those for pods of Kubernetes.
+    pub fn of_pods(&self) -> impl Iterator<Item = &config::Pods> {
+        self.exempt.iter().filter_map(|rule| match &rule.sender {
+            Sender::Pods(pods) => Some(pods),
+            Sender::Interface(_) | Sender::Netns(_) | Sender::Cgroup(_) => None,
+        })
+    }
+
+    /// Whether what is granted by the rule with this number, from 1, is granted to pods of Kubernetes.
+    #[must_use]
+    pub fn mean_pods(&self, rule: u32) -> bool {
+        let rule = usize::try_from(rule).ok().and_then(|rule| self.exempt.get(rule.checked_sub(1)?));
+        rule.is_some_and(|rule| matches!(rule.sender, Sender::Pods(_)))
     }
 
     /// Puts these in the place of those before.
@@ -65,24 +86,27 @@ impl Rules {
         self.exempt.iter().filter_map(|rule| rule.sender.path()).map(Finder::trace).collect()
     }
 
-    /// What is to be granted on a node with these links, some of which are `pods`.
-    pub async fn find(&mut self, netlink: &Netlink, links: &BTreeMap<u32, Link>, pods: &[&Link]) -> Grants {
-        if self.exempt.is_empty() {
-            return Grants::new();
-        }
+    /// What is to be granted on a node with these `links` of `pods`.
+    pub async fn find(
+        &mut self,
+        finder: &mut Finder,
+        netlink: &Netlink,
+        links: &[&Link],
+        pods: &Pods,
+    ) -> Grants {
         self.traces = self.traces();
-        self.finder.keep(links);
         let mut found = Vec::new();
         let mut failures = BTreeMap::new();
         for rule in &self.exempt {
             let senders = match &rule.sender {
                 Sender::Interface(glob) => {
                     let of_rule: Vec<_> =
-                        pods.iter().copied().filter(|link| glob.matches(&link.name)).collect();
-                    self.finder.behind(netlink, &of_rule).await
+                        links.iter().copied().filter(|link| glob.matches(&link.name)).collect();
+                    finder.behind(netlink, &of_rule).await
                 }
-                Sender::Netns(path) => self.finder.in_netns(netlink, pods, path).await,
-                Sender::Cgroup(path) => self.finder.in_cgroup(netlink, pods, path).await,
+                Sender::Netns(path) => finder.in_netns(netlink, links, path).await,
+                Sender::Cgroup(path) => finder.in_cgroup(netlink, links, path).await,
+                Sender::Pods(rule) => pods.senders(rule),
             };
             if let Some(failure) = senders.failures.first() {
                 failures.insert(rule.name.clone(), failure.clone());
@@ -103,7 +127,7 @@ impl Sender {
     fn path(&self) -> Option<&Path> {
         match self {
             Self::Netns(path) | Self::Cgroup(path) => Some(path),
-            Self::Interface(_) => None,
+            Self::Interface(_) | Self::Pods(_) => None,
         }
     }
 }

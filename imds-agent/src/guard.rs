@@ -19,7 +19,9 @@ use crate::{
         kubepods::{self, Kubepods},
         links::Link,
         netlink::{Event, Netlink, NetlinkError},
+        senders::Finder,
     },
+    pods::Pods,
     reconcile::{Action, Place, plan},
     settings::Settings,
     state::role,
@@ -49,6 +51,11 @@ pub struct Guard {
     kubepods: Option<Kubepods>,
     /// Who is exempt.
     rules: Rules,
+    /// Whom rules can mean.
+    finder: Finder,
+    pods: Pods,
+    /// Whether what an earlier agent granted to pods of Kubernetes is what the rules say, as far as they were known then.
+    keeps_grants: bool,
     links: BTreeMap<u32, Link>,
     uplinks: BTreeSet<u32>,
     /// What failed last, by interface, so that it is said once and not with every round.
@@ -68,16 +75,18 @@ impl Guard {
     pub fn new(
         datapath: Datapath,
         netlink: Netlink,
-        interfaces: Interfaces,
-        kubepods: Option<Kubepods>,
-        rules: Rules,
+        Settings { interfaces, exempt, kubepods, cluster, .. }: &Settings,
+        finder: Finder,
     ) -> Self {
         Self {
             datapath,
             netlink,
-            interfaces,
-            kubepods,
-            rules,
+            interfaces: interfaces.clone(),
+            kubepods: kubepods.clone().map(Kubepods::new),
+            rules: Rules::new(exempt.clone()),
+            finder,
+            pods: Pods::new(cluster.is_some()),
+            keeps_grants: false,
             links: BTreeMap::new(),
             uplinks: BTreeSet::new(),
             failures: BTreeMap::new(),
@@ -101,6 +110,7 @@ impl Guard {
         path: Option<&Path>,
         config: &Config,
     ) -> Result<(), DatapathError> {
+        self.keeps_grants = self.datapath.was_in_force(config.to_toml())?;
         self.record_config(path, config)?;
         self.resync().await?;
         log::info!("{}", self.summary(settings));
@@ -117,7 +127,9 @@ impl Guard {
     }
 
     async fn change_to(&mut self, settings: &Settings) -> Result<(), DatapathError> {
-        let Settings { plan, guarded, interfaces, exempt, kubepods } = settings;
+        let Settings { plan, guarded, interfaces, exempt, kubepods, .. } = settings;
+        // Rules have numbers, which may be others now.
+        self.keeps_grants &= self.rules.are(exempt);
         // What is new guards before anything is told of it, and what is to go does until then.
         let before = self.datapath.hooks();
         self.datapath.prepare(plan)?;
@@ -239,6 +251,7 @@ impl Guard {
             log::warn!("restored what was missing from {}", self.datapath.pins().root().display());
         }
         self.restore_sockets()?;
+        self.pods.retry();
         let hosts = self.search_kubepods();
         self.uplinks = self.netlink.uplinks().await?;
         let links = self.netlink.links().await?;
@@ -278,6 +291,7 @@ impl Guard {
             Event::Route(_) | Event::Rule => self.reclassify().await?,
             Event::Overrun => {
                 self.repairs.overruns += 1;
+                self.pods.forget_sandboxes();
                 log::warn!("the kernel's events came faster than they were read: reading everything anew");
                 self.resync().await?;
             }
@@ -320,6 +334,9 @@ impl Guard {
 
     async fn see(&mut self, link: Link) {
         let is_new = self.links.insert(link.index, link.clone()).is_none();
+        if is_new {
+            self.pods.link_came(&link);
+        }
         match self.reconcile(&link, is_new).await {
             Ok(()) => {
                 if self.failures.remove(&link.index).is_some() {
@@ -432,6 +449,7 @@ impl Guard {
     }
 
     fn forget(&mut self, index: u32) {
+        self.pods.link_went(index);
         if let Some(link) = self.links.remove(&index) {
             log::info!("{} (index {index}) is gone", link.name);
         }

@@ -3,11 +3,12 @@
 //! [`cli`] is what the user calls. [`agent`] is what runs: it follows the configuration, of which [`settings`] is what it
 //! comes to on this node, and hands the node's news to [`guard`], which follows its interfaces; [`state`] says what each of
 //! them is and [`reconcile`] what is to be done about it, both without I/O; [`exempt`] says who is exempt; [`datapath`]
-//! does it in the kernel. [`node`] is what the kernel says is there. [`doctor`] says what works here, and [`verify`] proves
+//! does it in the kernel. [`node`] is what the kernel says is there, [`kube`] what the cluster says of this node's pods. [`doctor`] says what works here, and [`verify`] proves
 //! what is in force. [`server`] answers monitoring, with [`metrics`] among others.
 
 pub mod agent;
 pub mod cli;
+pub mod cluster;
 pub mod config;
 pub mod datapath;
 pub mod diagnostics;
@@ -16,8 +17,10 @@ pub mod endpoints;
 pub mod events;
 pub mod exempt;
 pub mod guard;
+pub mod kube;
 pub mod metrics;
 pub mod node;
+pub mod pods;
 pub mod preflight;
 pub mod provider;
 pub mod reconcile;

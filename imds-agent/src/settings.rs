@@ -6,7 +6,8 @@ use anyhow::{Context as _, anyhow};
 use imds_ebpf_common::{Backend, Hook};
 
 use crate::{
-    config::{Config, ConfigErrors, Exempt, Hooks, Interfaces},
+    cluster::Wanted,
+    config::{Config, ConfigErrors, Exempt, Hooks, Interfaces, Surroundings},
     datapath::Plan,
     endpoints::Guarded,
     node::{
@@ -40,6 +41,8 @@ pub struct Settings {
     pub exempt: Vec<Exempt>,
     /// The cgroup below which those of Kubernetes pods are looked for, in strict mode.
     pub kubepods: Option<PathBuf>,
+    /// How pods are looked up, where they are.
+    pub cluster: Option<Wanted>,
 }
 
 impl Node {
@@ -64,7 +67,12 @@ impl Node {
             identity: identity(config.hooks)?,
         };
         let kubepods = cgroup.filter(|_| config.hooks.has(Hook::Host));
-        Ok(Settings { plan, guarded, interfaces: config.interfaces.clone(), exempt, kubepods })
+        let surroundings = Surroundings::read();
+        let cluster = config
+            .kubernetes
+            .access(&surroundings)
+            .map(|access| Wanted { access, node: config.kubernetes.node_name(&surroundings) });
+        Ok(Settings { plan, guarded, interfaces: config.interfaces.clone(), exempt, kubepods, cluster })
     }
 
     /// The cgroup below which sockets are guarded, where a hook is on that does.

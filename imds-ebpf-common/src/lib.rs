@@ -26,7 +26,10 @@ pub use event::Event;
 pub use exemption::{Exemption, Grant, Subject, SubjectKind, soften};
 pub use filter::Filter;
 pub use flow::Flow;
-pub use maps::{Backend, ConfigRecord, Counter, CounterKey, InterfaceRecord, Policy, ProviderRecord, Role};
+pub use maps::{
+    Backend, ConfigRecord, Counter, CounterKey, InterfaceRecord, KubernetesRecord, PodRecord, Policy,
+    ProviderRecord, Role,
+};
 pub use packet::{Frame, Packet, Place, flow, service};
 pub use tables::{Listed, Tables};
 pub use verdict::{

@@ -105,6 +105,57 @@ pub struct ConfigRecord {
     pub text: [u8; CONFIG_TEXT_LEN],
 }
 
+/// Most bytes of the name of a pod, a service account or a node (RFC 1123 subdomain), with the zeros behind it.
+pub const LONG_NAME_LEN: usize = 256;
+/// The same of a namespace or a container (RFC 1123 label).
+pub const NAME_LEN: usize = 64;
+/// Most bytes of a label of which a record tells.
+pub const LABEL_LEN: usize = 192;
+
+/// The pod that is behind an interface, a network namespace or a cgroup, as the API server describes it. Text is padded
+/// with zero bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct PodRecord {
+    /// Its namespace.
+    pub namespace: [u8; NAME_LEN],
+    /// Its name.
+    pub name: [u8; LONG_NAME_LEN],
+    /// Its service account.
+    pub service_account: [u8; LONG_NAME_LEN],
+    /// The container whose cgroup it is; empty for all that is not one's.
+    pub container: [u8; NAME_LEN],
+    /// A label that says what it runs, as `key=value`; empty where none does.
+    pub label: [u8; LABEL_LEN],
+    /// Its id, which no other pod ever has.
+    pub uid: [u8; NAME_LEN],
+}
+
+/// How pods are looked up, and how that goes. Text is padded with zero bytes; times are nanoseconds since the epoch, and 0
+/// for never.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct KubernetesRecord {
+    /// When the API server began to tell of pods, or ceased to.
+    pub since: u64,
+    /// When what is known was last known to be all there is.
+    pub synced_at: u64,
+    /// When the API server last failed to tell.
+    pub failed_at: u64,
+    /// 1 where pods are looked up, else 0.
+    pub is_enabled: u32,
+    /// 1 where the API server tells of pods now, else 0.
+    pub is_connected: u32,
+    /// How many pods are known.
+    pub pods: u32,
+    /// How many of them have no sandbox that could be found.
+    pub awaited: u32,
+    /// The node's name in the cluster.
+    pub node: [u8; LONG_NAME_LEN],
+    /// What failed last, cut where it is longer.
+    pub error: [u8; CONFIG_ERROR_LEN],
+}
+
 /// What the agent knows of an interface of the node.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -209,12 +260,17 @@ const _: () = assert!(size_of::<CounterKey>() == 8);
 const _: () = assert!(size_of::<Counter>() == 48);
 const _: () = assert!(size_of::<InterfaceRecord>() == 20);
 const _: () = assert!(size_of::<ProviderRecord>() == 32);
+const _: () = assert!(size_of::<PodRecord>() == 896);
+const _: () = assert!(size_of::<KubernetesRecord>() == 40 + 256 + 1024);
 const _: () = assert!(size_of::<ConfigRecord>() == 24 + 512 + 1024 + 65_536);
 
 #[cfg(feature = "user")]
 mod pod {
-    use super::{ConfigRecord, Counter, CounterKey, InterfaceRecord, Policy, ProviderRecord};
-    use crate::{Address, Endpoint, Exemption, Filter, Grant};
+    use super::{
+        ConfigRecord, Counter, CounterKey, InterfaceRecord, KubernetesRecord, PodRecord, Policy,
+        ProviderRecord,
+    };
+    use crate::{Address, Endpoint, Exemption, Filter, Grant, Subject};
 
     // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for Policy {}
@@ -228,6 +284,12 @@ mod pod {
     unsafe impl aya::Pod for ProviderRecord {}
     // SAFETY: as above.
     unsafe impl aya::Pod for ConfigRecord {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for PodRecord {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for KubernetesRecord {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Subject {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Address {}
     // SAFETY: as above.

@@ -50,6 +50,11 @@ pub const MAP_PROVIDER: &str = "imds_provider";
 /// Array of one [`ConfigRecord`](crate::ConfigRecord).
 pub const MAP_CONFIG: &str = "imds_config";
 
+/// Array of one [`KubernetesRecord`](crate::KubernetesRecord).
+pub const MAP_KUBERNETES: &str = "imds_kubernetes";
+/// Hash of [`Subject`](crate::Subject) to [`PodRecord`](crate::PodRecord).
+pub const MAP_PODS: &str = "imds_pods";
+
 /// Ring buffer of [`Event`](crate::Event)s.
 pub const MAP_EVENTS: &str = "imds_events";
 /// Per-CPU LRU hash of [`Source`](crate::event::Source) to [`Window`](crate::event::Window).
@@ -80,7 +85,7 @@ pub const HOST_PROGRAMS: [&str; 5] =
 pub const HOST_LINKS: [&str; 5] =
     ["host_connect4", "host_connect6", "host_sendmsg4", "host_sendmsg6", "host_egress"];
 /// All maps of the object but those of constants.
-pub const MAPS: [&str; 11] = [
+pub const MAPS: [&str; 13] = [
     MAP_POLICY,
     MAP_COUNTERS,
     MAP_INTERFACES,
@@ -89,6 +94,8 @@ pub const MAPS: [&str; 11] = [
     MAP_EXEMPT,
     MAP_PROVIDER,
     MAP_CONFIG,
+    MAP_KUBERNETES,
+    MAP_PODS,
     MAP_EVENTS,
     MAP_SOURCES,
     MAP_LOGS,

@@ -9,7 +9,7 @@ use aya_ebpf::{
 };
 use imds_ebpf_common::{
     Address, Answer, ConfigRecord, Counter, CounterKey, Endpoint, Exemption, Filter, Grant, Hook,
-    InterfaceRecord, Mode, Policy, ProviderRecord, Tables, Verdict,
+    InterfaceRecord, KubernetesRecord, Mode, PodRecord, Policy, ProviderRecord, Subject, Tables, Verdict,
     endpoint::{Keep, MAX_ENDPOINTS},
     event::Window,
     exemption::MAX_EXEMPTIONS,
@@ -45,6 +45,14 @@ static CONFIG: Array<ConfigRecord, 1> = Array::new();
 #[btf_map(name = "imds_endpoints")]
 static ENDPOINT_RECORDS: HashMap<Address, Endpoint, { MAX_ENDPOINTS * 2 }, { BPF_F_NO_PREALLOC as usize }> =
     HashMap::new();
+
+/// As above.
+#[btf_map(name = "imds_kubernetes")]
+static KUBERNETES: Array<KubernetesRecord, 1> = Array::new();
+
+/// As above.
+#[btf_map(name = "imds_pods")]
+static PODS: HashMap<Subject, PodRecord, MAX_EXEMPTIONS, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
 
 #[btf_map(name = "imds_exempt")]
 static EXEMPTIONS: HashMap<Exemption, Grant, MAX_EXEMPTIONS, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();

@@ -9,7 +9,10 @@ use std::{
 
 use nix::unistd::gettid;
 
-use crate::netns::{is_leftover, unique};
+use crate::{
+    kubelet,
+    netns::{is_leftover, unique},
+};
 
 const PREFIX: &str = "imds-test-";
 
@@ -80,16 +83,17 @@ impl Drop for Cgroup {
 
 /// Removes the cgroups of processes that no longer exist.
 pub(crate) fn sweep() {
-    let Ok(entries) = fs::read_dir(parent()) else { return };
-    for entry in entries.flatten() {
-        if entry.file_name().to_str().is_some_and(|name| is_leftover(name, PREFIX)) {
-            remove(&entry.path());
+    for (parent, prefix) in [(parent(), PREFIX), (v2_root(), kubelet::PREFIX)] {
+        for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+            if entry.file_name().to_str().is_some_and(|name| is_leftover(name, prefix)) {
+                remove(&entry.path());
+            }
         }
     }
 }
 
 /// Removes a cgroup and those below it. Another process may be sweeping too.
-fn remove(path: &Path) {
+pub(crate) fn remove(path: &Path) {
     for entry in fs::read_dir(path).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             remove(&entry.path());
@@ -100,13 +104,18 @@ fn remove(path: &Path) {
 
 /// The cgroup v2 of this process: only threaded cgroups below it can have its threads.
 fn parent() -> PathBuf {
-    let root = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
-        .map(Path::new)
-        .into_iter()
-        .find(|root| root.join("cgroup.procs").exists() && root.join("cgroup.controllers").exists())
-        .expect("a cgroup v2 hierarchy");
     let cgroups = fs::read_to_string("/proc/self/cgroup").expect("read /proc/self/cgroup");
     let own =
         cgroups.lines().find_map(|line| line.strip_prefix("0::/")).expect("a cgroup v2 of this process");
-    root.join(own)
+    v2_root().join(own)
+}
+
+/// Where the hierarchy is mounted.
+pub(crate) fn v2_root() -> PathBuf {
+    ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
+        .map(Path::new)
+        .into_iter()
+        .find(|root| root.join("cgroup.procs").exists() && root.join("cgroup.controllers").exists())
+        .expect("a cgroup v2 hierarchy")
+        .to_owned()
 }

@@ -8,11 +8,13 @@
 #![expect(clippy::missing_panics_doc, reason = "every function here panics where a test would")]
 #![expect(clippy::must_use_candidate, reason = "a probe is often sent for its packets alone")]
 
+pub mod api_server;
 pub mod cgroup;
 pub mod flood;
 pub mod foreign;
 pub mod hook;
 pub mod http;
+pub mod kubelet;
 pub mod netns;
 pub mod packets;
 pub mod poll;

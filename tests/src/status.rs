@@ -19,6 +19,7 @@ pub struct Status {
     pub provider: Option<Provider>,
     pub endpoints: Vec<Endpoint>,
     pub exemptions: Vec<ExemptSender>,
+    pub kubernetes: Option<Kubernetes>,
     pub interfaces: Vec<Interface>,
     pub hooks: Vec<String>,
     pub sockets: Option<Sockets>,
@@ -26,6 +27,32 @@ pub struct Status {
     pub departed: Counts,
     pub total: Counts,
     pub problems: Vec<Problem>,
+}
+
+/// How pods are looked up.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct Kubernetes {
+    pub node: String,
+    pub is_connected: bool,
+    pub since: String,
+    pub synced_at: Option<String>,
+    pub failed_at: Option<String>,
+    pub error: Option<String>,
+    pub pods: u32,
+    pub awaited: u32,
+}
+
+/// A pod.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct Identity {
+    pub namespace: String,
+    pub pod: String,
+    pub service_account: String,
+    pub container: Option<String>,
+    pub label: Option<String>,
+    pub uid: String,
 }
 
 /// Who is exempt.
@@ -36,6 +63,7 @@ pub struct ExemptSender {
     pub interface: Option<String>,
     pub netns_cookie: Option<u64>,
     pub cgroup: Option<u64>,
+    pub pod: Option<Identity>,
     pub endpoint: Option<String>,
     pub verdict: String,
 }
@@ -90,6 +118,7 @@ pub struct Endpoint {
 pub struct Interface {
     pub ifindex: u32,
     pub name: String,
+    pub pod: Option<Identity>,
     pub role: String,
     pub guard: Option<String>,
     pub first: Option<bool>,

@@ -17,8 +17,8 @@ use nix::{
 
 use super::{Failure, PinDirArg};
 use crate::{
-    datapath::{home, object, pins::PinDir},
-    events::{Record, boot_time},
+    datapath::{home, object, pins::PinDir, pods},
+    events::{self, Record, boot_time},
     preflight,
 };
 
@@ -51,8 +51,9 @@ pub(super) fn events(args: &EventsArgs) -> Result<ExitCode, Failure> {
     // A ring buffer has one reading position: two readers would each miss what the other takes.
     let _claim = pins.claim_events()?;
     let mut ring = object::open_events(&pins)?;
+    let names = pods::Names::open(&pins)?;
     loop {
-        match print_all(&mut ring, args.output) {
+        match print_all(&mut ring, &names, args.output) {
             Ok(()) => {}
             // Whoever read them has had enough, as `head` does.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(ExitCode::SUCCESS),
@@ -66,12 +67,13 @@ pub(super) fn events(args: &EventsArgs) -> Result<ExitCode, Failure> {
     }
 }
 
-fn print_all(ring: &mut RingBuf<MapData>, output: Output) -> io::Result<()> {
+fn print_all(ring: &mut RingBuf<MapData>, names: &pods::Names, output: Output) -> io::Result<()> {
     let mut out = io::stdout().lock();
     let booted = boot_time();
     while let Some(bytes) = ring.next() {
         let Some(event) = decode(&bytes) else { continue };
-        let record = Record::new(&event, booted, interface_name);
+        let pod = events::senders(&event).find_map(|sender| names.get(sender));
+        let record = Record::new(&event, booted, interface_name, pod);
         match output {
             Output::Text => writeln!(out, "{record}")?,
             Output::Json => writeln!(out, "{}", serde_json::to_string(&record)?)?,

@@ -10,9 +10,8 @@ use super::{Failure, PinDirArg};
 use crate::{
     agent::{Agent, Source},
     datapath::{Datapath, bpf, pins::PinDir},
-    exempt::Rules,
     guard::Guard,
-    node::{kubepods::Kubepods, netlink::Netlink},
+    node::{netlink::Netlink, senders::Finder},
     preflight,
     provider::{DMI_DIR, Dmi},
     server::Server,
@@ -73,7 +72,11 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     preflight::lift_limits()?;
     preflight::check_kernel()?;
     let node = Node { backend: args.tc_backend.choose()?, cgroup: args.cgroup, dmi_dir: args.dmi_dir };
-    let settings = node.settings(&config, resolved)?;
+    let mut settings = node.settings(&config, resolved)?;
+    if args.once {
+        // It ends before the API server could tell of anybody.
+        settings.cluster = None;
+    }
     let claim = PinDir::new(&args.pins.pin_dir)?.claim()?;
 
     // Listening comes before the first look, so that nothing falls between the two.
@@ -86,10 +89,8 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         })),
         Err(error) => log::warn!("{:#}", anyhow::Error::from(error)),
     }
-    let kubepods = settings.kubepods.clone().map(Kubepods::new);
-    let mut rules = Rules::new().context("can't tell this network namespace")?;
-    rules.set(settings.exempt.clone());
-    let mut guard = Guard::new(datapath, netlink, settings.interfaces.clone(), kubepods, rules);
+    let finder = Finder::new().context("can't tell this network namespace")?;
+    let mut guard = Guard::new(datapath, netlink, &settings, finder);
     if !args.once {
         let period = Duration::from_secs(args.resync);
         let server = Server::new(PinDir::new(&args.pins.pin_dir)?, Netlink::connect()?, period);

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     net::IpAddr,
+    ops::Range,
     path::{Component, Path, PathBuf},
 };
 
@@ -11,7 +12,8 @@ use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 use super::{
-    ConfigError, ConfigErrors,
+    ConfigError, ConfigErrors, names,
+    selector::{Selector, SelectorTable},
     source::{Mistakes, Place, Source, check_name},
 };
 use crate::endpoints::Guarded;
@@ -57,6 +59,19 @@ pub enum Sender {
     /// The pods that have processes in this cgroup and those below it: a path below the mount of a hierarchy, or an
     /// absolute one.
     Cgroup(PathBuf),
+    /// Pods of this node, as the API server describes them.
+    Pods(Pods),
+}
+
+/// Which pods a rule is for.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Pods {
+    /// Their namespace.
+    pub namespace: String,
+    /// Their service account; `None` for any.
+    pub service_account: Option<String>,
+    /// Their labels; `None` for any.
+    pub selector: Option<Selector>,
 }
 
 /// A glob of interface names.
@@ -99,9 +114,15 @@ pub(super) struct ExemptTable {
     #[serde(skip_serializing_if = "Option::is_none")]
     cgroup: Option<Spanned<PathBuf>>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    namespace: Option<Spanned<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    service_account: Option<Spanned<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     endpoints: Option<Spanned<Vec<Spanned<String>>>>,
     #[serde(default)]
     audit: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pod_selector: Option<Spanned<SelectorTable>>,
 }
 
 impl Exemptions {
@@ -115,6 +136,13 @@ impl Exemptions {
             }
         }
         Self { rules }
+    }
+
+    /// Where the first rule for Kubernetes pods is, if there is one.
+    pub(super) fn first_of_pods<'t>(&self, tables: &'t [ExemptTable]) -> Option<&'t Spanned<String>> {
+        let of_pods = |written: &&Written| matches!(written.sender, Sender::Pods(_));
+        let name = &self.rules.iter().find(of_pods)?.name;
+        tables.iter().map(|table| &table.name).find(|written| written.get_ref() == name)
     }
 
     /// The rules, each of whose endpoints is one of `guarded`.
@@ -185,20 +213,54 @@ fn parse_rule(table: &ExemptTable, source: Source<'_>) -> Result<Written, Config
 }
 
 fn parse_sender(table: &ExemptTable, source: Source<'_>) -> Result<Sender, ConfigError> {
-    let ExemptTable { name, interface, netns, cgroup, .. } = table;
-    match (interface, netns, cgroup) {
-        (Some(glob), None, None) => parse_interface(glob, source),
-        (None, Some(path), None) => parse_path(path, "netns", source).map(Sender::Netns),
-        (None, None, Some(path)) => parse_path(path, "cgroup", source).map(Sender::Cgroup),
-        (None, None, None) => {
-            let message = "exempt: says not whom: one of interface, netns and cgroup is needed";
+    let ExemptTable { name, interface, netns, cgroup, namespace, .. } = table;
+    if namespace.is_none()
+        && let Some(beside) = beside_namespace(table)
+    {
+        let message = "exempt: service_account and pod_selector need a namespace";
+        return Err(source.error(beside, message.to_owned()));
+    }
+    match (interface, netns, cgroup, namespace) {
+        (Some(glob), None, None, None) => parse_interface(glob, source),
+        (None, Some(path), None, None) => parse_path(path, "netns", source).map(Sender::Netns),
+        (None, None, Some(path), None) => parse_path(path, "cgroup", source).map(Sender::Cgroup),
+        (None, None, None, Some(namespace)) => parse_pods(namespace, table, source).map(Sender::Pods),
+        (None, None, None, None) => {
+            let message = "exempt: says not whom: one of interface, netns, cgroup and namespace is needed";
             Err(source.error(name.span(), message.to_owned()))
         }
-        (_, _, _) => {
-            let message = "exempt: interface, netns and cgroup: a rule has only one of them";
+        (_, _, _, _) => {
+            let message = "exempt: interface, netns, cgroup and namespace: a rule has only one of them";
             Err(source.error(name.span(), message.to_owned()))
         }
     }
+}
+
+/// Where something is said that makes sense beside a namespace alone.
+fn beside_namespace(table: &ExemptTable) -> Option<Range<usize>> {
+    let service_account = table.service_account.as_ref().map(Spanned::span);
+    service_account.or_else(|| table.pod_selector.as_ref().map(Spanned::span))
+}
+
+/// A rule names its namespace: what a pod's author can say of a pod is never enough.
+fn parse_pods(
+    namespace: &Spanned<String>,
+    ExemptTable { service_account, pod_selector, .. }: &ExemptTable,
+    source: Source<'_>,
+) -> Result<Pods, ConfigError> {
+    let checked = |name: &Spanned<String>, key: &str, is_name: fn(&str) -> bool| {
+        if is_name(name.get_ref()) {
+            return Ok(name.get_ref().clone());
+        }
+        let message = format!("exempt.{key}: {:?} can't be the name of one", name.get_ref());
+        Err(source.error(name.span(), message))
+    };
+    let account = |name| checked(name, "service_account", names::is_dns_subdomain);
+    Ok(Pods {
+        namespace: checked(namespace, "namespace", names::is_dns_label)?,
+        service_account: service_account.as_ref().map(account).transpose()?,
+        selector: pod_selector.as_ref().map(|table| Selector::parse(table, source)).transpose()?,
+    })
 }
 
 fn parse_interface(glob: &Spanned<String>, source: Source<'_>) -> Result<Sender, ConfigError> {

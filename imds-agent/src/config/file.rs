@@ -14,6 +14,7 @@ use super::{
     exempt::ExemptTable,
     hooks::HooksTable,
     interfaces::InterfacesTable,
+    kubernetes::KubernetesTable,
     metrics::MetricsTable,
     source::{Mistakes, Source},
 };
@@ -32,6 +33,7 @@ pub(super) struct File {
     pub(super) hooks: Spanned<HooksTable>,
     pub(super) interfaces: InterfacesTable,
     pub(super) metrics: MetricsTable,
+    pub(super) kubernetes: KubernetesTable,
     pub(super) endpoint: Vec<EndpointTable>,
     pub(super) exempt: Vec<ExemptTable>,
 }
@@ -46,6 +48,7 @@ impl Default for File {
             hooks: Spanned::new(0..0, HooksTable::default()),
             interfaces: InterfacesTable::default(),
             metrics: MetricsTable::default(),
+            kubernetes: KubernetesTable::default(),
             endpoint: Vec::new(),
             exempt: Vec::new(),
         }

@@ -95,22 +95,27 @@ fn failed(source: MapError) -> DatapathError {
 }
 
 fn now() -> u64 {
-    Timestamp::now().as_nanosecond().try_into().unwrap_or_default()
+    nanoseconds(Timestamp::now())
 }
 
-fn timestamp(nanoseconds: u64) -> Timestamp {
+/// Since the epoch.
+pub(super) fn nanoseconds(time: Timestamp) -> u64 {
+    time.as_nanosecond().try_into().unwrap_or_default()
+}
+
+pub(super) fn timestamp(nanoseconds: u64) -> Timestamp {
     Timestamp::from_nanosecond(nanoseconds.into()).unwrap_or_default()
 }
 
 /// As much of `text` as there is room for in whole characters, then zeros.
-fn padded<const LEN: usize>(text: &str) -> [u8; LEN] {
+pub(super) fn padded<const LEN: usize>(text: &str) -> [u8; LEN] {
     let mut padded = [0; LEN];
     let end = text.floor_char_boundary(LEN);
     padded[..end].copy_from_slice(&text.as_bytes()[..end]);
     padded
 }
 
-fn text(padded: &[u8]) -> String {
+pub(super) fn text(padded: &[u8]) -> String {
     crate::endpoints::unpadded(padded)
 }
 

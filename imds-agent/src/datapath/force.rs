@@ -5,7 +5,7 @@ use std::path::Path;
 use imds_ebpf_common::{
     Hook, Mode, Policy,
     maps::{LAYOUT, MARK},
-    names::MAP_POLICY,
+    names::{MAP_CONFIG, MAP_POLICY},
 };
 
 use super::{
@@ -51,6 +51,13 @@ impl Datapath {
         }
         self.programs.keep(plan.hooks);
         Ok(self.programs.pin(self.claim.dir())?)
+    }
+
+    /// Whether the configuration that was in force last, which may have been an earlier agent's, is this text.
+    pub fn was_in_force(&self, text: &str) -> Result<bool, DatapathError> {
+        let record =
+            config::read(&self.maps).map_err(|source| DatapathError::Map { map: MAP_CONFIG, source })?;
+        Ok(record.is_some_and(|record| record.text == text))
     }
 
     /// Records a configuration that is in force from now on, for `status` and `config show`. Returns its number.

@@ -12,11 +12,16 @@ pub mod home;
 pub mod hosts;
 pub mod object;
 pub mod pins;
+pub mod pods;
 pub mod records;
 pub mod sockets;
 mod tcx;
 
-use std::{collections::BTreeSet, io, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    path::PathBuf,
+};
 
 use aya::maps::MapError;
 use imds_ebpf_common::{
@@ -44,6 +49,7 @@ use crate::{
         netlink::{Netlink, NetlinkError},
         netns::Identity,
     },
+    pods::{Lookup, Name},
     reconcile::{Action, Attachment},
 };
 
@@ -122,6 +128,7 @@ pub struct Datapath {
     links: Links,
     sockets: Option<Sockets>,
     hosts: Hosts,
+    told: pods::Told,
     netlink: Netlink,
     backend: Backend,
     hooks: Hooks,
@@ -159,8 +166,8 @@ impl Datapath {
         let Plan { backend, hooks, .. } = *plan;
         match Self::load(claim.dir(), plan, guarded) {
             Ok((programs, maps, links, sockets)) => {
-                let hosts = Hosts::default();
-                Ok(Self { claim, programs, maps, links, sockets, hosts, netlink, backend, hooks })
+                let (hosts, told) = (Hosts::default(), pods::Told::default());
+                Ok(Self { claim, programs, maps, links, sockets, hosts, told, netlink, backend, hooks })
             }
             Err(error) => {
                 if claim.is_new() {
@@ -349,6 +356,16 @@ impl Datapath {
     /// Takes from an interface what is granted to it.
     pub fn revoke(&mut self, ifindex: u32) -> Result<(), DatapathError> {
         exemptions::revoke(&mut self.maps, Subject::new(SubjectKind::Interface, ifindex.into()))
+    }
+
+    /// Makes these all the names that are told. Returns how often a map was written.
+    pub fn tell_names(&mut self, names: &BTreeMap<Subject, Name<'_>>) -> Result<usize, DatapathError> {
+        pods::write(&mut self.maps, &mut self.told, names)
+    }
+
+    /// Records how pods are looked up; `None` where they are not.
+    pub fn record_lookup(&mut self, lookup: Option<&Lookup>) -> Result<(), DatapathError> {
+        pods::put(&mut self.maps, lookup)
     }
 
     /// What is granted.

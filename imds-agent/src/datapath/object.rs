@@ -16,12 +16,12 @@ use aya::{
 use aya_obj::{Object, generated::bpf_func_id};
 use imds_ebpf_common::{
     Address, ConfigRecord, Counter, CounterKey, Edge, Endpoint, Exemption, Filter, Frame, Grant, Hook,
-    InterfaceRecord, Policy, ProviderRecord,
+    InterfaceRecord, KubernetesRecord, PodRecord, Policy, ProviderRecord, Subject,
     maps::LAYOUT,
     names::{
         GLOBAL_CGROUP_HAS_COOKIE, GLOBAL_TC_HAS_COOKIE, HOST_PROGRAMS, MAP_CONFIG, MAP_COUNTERS,
-        MAP_ENDPOINTS, MAP_EVENTS, MAP_EXEMPT, MAP_FILTER, MAP_INTERFACES, MAP_POLICY, MAP_PROVIDER, MAPS,
-        SOCKET_PROGRAMS, SYMBOL_FILTER, TC_PROGRAMS, in_object, tc_program,
+        MAP_ENDPOINTS, MAP_EVENTS, MAP_EXEMPT, MAP_FILTER, MAP_INTERFACES, MAP_KUBERNETES, MAP_PODS,
+        MAP_POLICY, MAP_PROVIDER, MAPS, SOCKET_PROGRAMS, SYMBOL_FILTER, TC_PROGRAMS, in_object, tc_program,
     },
 };
 use thiserror::Error;
@@ -199,6 +199,10 @@ pub struct Maps {
     pub provider: Array<MapData, ProviderRecord>,
     /// The configuration as text.
     pub config: Array<MapData, ConfigRecord>,
+    /// How pods are looked up.
+    pub kubernetes: Array<MapData, KubernetesRecord>,
+    /// Who is behind interfaces, network namespaces and cgroups.
+    pub pods: HashMap<MapData, Subject, PodRecord>,
     /// The same maps, to pin them again.
     held: Vec<(&'static str, MapData)>,
 }
@@ -218,6 +222,8 @@ impl Maps {
             exempt: Map::HashMap(open(MAP_EXEMPT)?).try_into().map_err(typed(MAP_EXEMPT))?,
             provider: Map::Array(open(MAP_PROVIDER)?).try_into().map_err(typed(MAP_PROVIDER))?,
             config: Map::Array(open(MAP_CONFIG)?).try_into().map_err(typed(MAP_CONFIG))?,
+            kubernetes: Map::Array(open(MAP_KUBERNETES)?).try_into().map_err(typed(MAP_KUBERNETES))?,
+            pods: Map::HashMap(open(MAP_PODS)?).try_into().map_err(typed(MAP_PODS))?,
             held: MAPS.map(|name| open(name).map(|map| (name, map))).into_iter().collect::<Result<_, _>>()?,
         })
     }

@@ -177,12 +177,16 @@ pub fn why_none() -> String {
 
 /// A cgroup of Kubernetes pods in a hierarchy of cgroup v1.
 fn in_v1() -> Option<PathBuf> {
-    let hierarchies = cgroup::v1_roots().ok()?;
-    hierarchies.into_iter().find_map(|root| {
-        let mut found = None;
-        let searched = walk(root, 0, &mut |_, _| {}, &mut |path| found = Some(path));
-        searched.ok().and(found)
-    })
+    cgroup::v1_roots().ok()?.iter().find_map(|root| below(root).ok()?.pop_first())
+}
+
+/// The cgroups of Kubernetes pods below `root`, of whatever version of cgroups.
+pub fn below(root: &Path) -> io::Result<BTreeSet<PathBuf>> {
+    let mut found = BTreeSet::new();
+    walk(root.to_owned(), 0, &mut |_, _| {}, &mut |path| {
+        found.insert(path);
+    })?;
+    Ok(found)
 }
 
 /// Goes through the directories from `path` on, which is `depth` below the root, and tells of each that is to be `read`

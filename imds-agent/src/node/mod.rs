@@ -5,5 +5,6 @@ pub mod kubepods;
 pub mod links;
 pub mod netlink;
 pub mod netns;
+pub mod pod_cgroups;
 mod process;
 pub mod senders;

@@ -35,9 +35,14 @@ impl Process {
 
     /// Whether it is still there.
     pub(super) fn is_alive(&self) -> io::Result<bool> {
+        Ok(self.started()?.is_some())
+    }
+
+    /// When it was started, in clock ticks since boot; `None` where it is no longer there.
+    pub(super) fn started(&self) -> io::Result<Option<u64>> {
         let mut text = Vec::new();
         let read = self.read("stat").and_then(|mut stat| stat.read_to_end(&mut text));
-        Ok(unless_gone(read)?.is_some() && is_running(&text))
+        Ok(unless_gone(read)?.and_then(|_| started(&text)))
     }
 
     /// Its network namespace.
@@ -59,12 +64,15 @@ fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-/// Whether /proc/PID/stat is of more than a zombie. Second in the line is the name, in parentheses, and it can have
-/// anything in it (proc(5)); third is the state.
-fn is_running(stat: &[u8]) -> bool {
-    let end = stat.iter().rposition(|&byte| byte == b')');
-    let state = end.and_then(|end| stat.get(end + 2));
-    state.is_some_and(|state| !b"ZXx".contains(state))
+/// The start time in /proc/PID/stat; `None` for a zombie. Second in the line is the name, in parentheses, and it can have
+/// anything in it (proc(5)).
+fn started(stat: &[u8]) -> Option<u64> {
+    let end = stat.iter().rposition(|&byte| byte == b')')?;
+    let mut fields = str::from_utf8(&stat[end + 1..]).ok()?.split_ascii_whitespace();
+    let state = fields.next()?;
+    // The 22nd field; the state is the third.
+    let started = fields.nth(18)?.parse().ok()?;
+    (!matches!(state, "Z" | "X" | "x")).then_some(started)
 }
 
 #[cfg(test)]
@@ -79,9 +87,9 @@ mod tests {
             format!("7 (a) S (b) {state} 1 7 7 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 4711 2 3 4\n")
                 .into_bytes()
         };
-        assert!(is_running(&line("S")) && !is_running(&line("Z")));
-        for broken in ["", "7 (a", "7 (a)", "7 (a) "] {
-            assert!(!is_running(broken.as_bytes()), "{broken}");
+        assert_eq!((started(&line("S")), started(&line("Z"))), (Some(4711), None));
+        for broken in ["", "7 (a", "7 (a)", "7 (a) ", "7 (a) S 1"] {
+            assert_eq!(started(broken.as_bytes()), None, "{broken}");
         }
     }
 

@@ -3,6 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt::Display,
     fs::{self, File},
     io,
     os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
@@ -13,7 +14,7 @@ use super::{
     cgroup,
     links::Link,
     netlink::Netlink,
-    netns,
+    netns, pod_cgroups,
     process::{PROC, Process},
 };
 
@@ -33,6 +34,17 @@ pub struct Senders {
     pub cgroups: BTreeSet<u64>,
     /// Why some of this is not known.
     pub failures: BTreeSet<String>,
+}
+
+/// A pod of Kubernetes that has processes.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Sandbox {
+    /// What the datapath knows it by.
+    pub senders: Senders,
+    /// Ids of its cgroups v2, and of each the id of the container whose it is.
+    pub cgroups: BTreeMap<u64, Option<String>>,
+    /// The id of its network namespace, where a link leads there.
+    pub netns_id: Option<i32>,
 }
 
 /// What is cheap to ask of a path by which pods are known.
@@ -114,7 +126,7 @@ impl Finder {
             Ok(namespace) if namespace.inode == self.node => {
                 senders.fail(format!("{} is the node's own network namespace", path.display()));
             }
-            Ok(namespace) => senders.add(&namespace, path, netlink, pods).await,
+            Ok(namespace) => drop(senders.add(&namespace, path.display(), netlink, pods).await),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => senders.fail(format!("can't open {}: {error}", path.display())),
         }
@@ -136,7 +148,7 @@ impl Finder {
             for pid in pids(&procs) {
                 match Self::netns_of(pid, &procs) {
                     Ok(Some(namespace)) if seen.insert(namespace.inode) => {
-                        senders.add(&namespace, path, netlink, pods).await;
+                        senders.add(&namespace, path.display(), netlink, pods).await;
                     }
                     Ok(_) => {}
                     Err(error) => {
@@ -146,6 +158,64 @@ impl Finder {
             }
         }
         senders
+    }
+
+    /// The pod of Kubernetes whose cgroups these are, one in each of some hierarchies; `None` where it has no sandbox yet.
+    pub async fn pod(
+        &self,
+        netlink: &Netlink,
+        links: &[&Link],
+        cgroups: &[PathBuf],
+        host_network: bool,
+    ) -> Option<Sandbox> {
+        let mut sandbox = Sandbox { cgroups: containers(cgroups), ..Sandbox::default() };
+        let found = match self.first_process(cgroups, host_network) {
+            Ok(found) => found?,
+            Err(failure) => {
+                sandbox.senders.fail(failure);
+                return Some(sandbox);
+            }
+        };
+        if host_network {
+            sandbox.senders.cgroups = sandbox.cgroups.keys().copied().collect();
+        } else {
+            sandbox.netns_id = sandbox.senders.add(&found, "a pod", netlink, links).await;
+        }
+        Some(sandbox)
+    }
+
+    /// The network namespace of a pod's oldest process: the runtime made the sandbox with it. A younger one may have gone
+    /// elsewhere, into a namespace that is not the pod's. Before a sandbox is what it will be, there are the runtime's own
+    /// processes, in the node's namespace.
+    fn first_process(&self, cgroups: &[PathBuf], host_network: bool) -> Result<Option<Namespace>, String> {
+        let unreadable = |error| format!("can't look at the processes of a pod: {error}");
+        let mut are_hidden = false;
+        // Each process is in a cgroup of every hierarchy, so that one will do.
+        for cgroup in cgroups {
+            let mut processes = Vec::new();
+            for procs in below(cgroup).into_iter().map(|directory| directory.join("cgroup.procs")) {
+                are_hidden |= fs::read_to_string(&procs).is_ok_and(|text| text.lines().any(|pid| pid == "0"));
+                for pid in pids(&procs) {
+                    let Some(process) = Process::open(pid).map_err(unreadable)? else { continue };
+                    let Some(started) = process.started().map_err(unreadable)? else { continue };
+                    processes.push((started, pid, procs.clone()));
+                }
+            }
+            processes.sort();
+            for (_, pid, procs) in processes {
+                let Some(namespace) = Self::netns_of(pid, &procs).map_err(unreadable)? else { continue };
+                if (namespace.inode == self.node) == host_network {
+                    return Ok(Some(namespace));
+                }
+            }
+        }
+        if are_hidden {
+            return Err(
+                "can't see the processes of a pod: the agent needs the node's pid namespace (hostPID)"
+                    .to_owned(),
+            );
+        }
+        Ok(None)
     }
 
     /// What changes with what [`Finder::in_netns`] and [`Finder::in_cgroup`] find at `path`.
@@ -199,24 +269,38 @@ impl Namespace {
 }
 
 impl Senders {
-    async fn add(&mut self, namespace: &Namespace, path: &Path, netlink: &Netlink, pods: &[&Link]) {
-        let what = path.display();
+    /// Takes in those of `others`.
+    pub fn extend(&mut self, others: &Self) {
+        self.interfaces.extend(&others.interfaces);
+        self.cookies.extend(&others.cookies);
+        self.cgroups.extend(&others.cgroups);
+        self.failures.extend(others.failures.iter().cloned());
+    }
+
+    /// Adds what is in `namespace`, which is that of `what`. Returns its id, where it has one.
+    async fn add(
+        &mut self,
+        namespace: &Namespace,
+        what: impl Display,
+        netlink: &Netlink,
+        pods: &[&Link],
+    ) -> Option<i32> {
         match netns::cookie_of(&namespace.file) {
             Ok(cookie) => self.add_cookie(&what.to_string(), cookie),
-            Err(error) => return self.fail(format!("can't enter the network namespace of {what}: {error}")),
-        }
-        // As long as the file is open the namespace is there, and its id no other's.
-        match netlink.netns_id(&namespace.file).await {
-            Ok(Some(id)) => {
-                let links = pods.iter().filter(|link| link.peer_netns == Some(id));
-                self.interfaces.extend(links.map(|link| link.index));
-            }
-            // No link leads there: it is reached by macvlan, or not yet at all.
-            Ok(None) => {}
             Err(error) => {
-                self.fail(format!("can't find the links of {what}: {:#}", anyhow::Error::from(error)));
+                self.fail(format!("can't enter the network namespace of {what}: {error}"));
+                return None;
             }
         }
+        // As long as the file is open the namespace is there, and its id no other's. Where it has none no link leads
+        // there: it is reached by macvlan, or not yet at all.
+        let id = netlink.netns_id(&namespace.file).await.unwrap_or_else(|error| {
+            self.fail(format!("can't find the links of {what}: {:#}", anyhow::Error::from(error)));
+            None
+        })?;
+        let links = pods.iter().filter(|link| link.peer_netns == Some(id));
+        self.interfaces.extend(links.map(|link| link.index));
+        Some(id)
     }
 
     fn add_cookie(&mut self, what: &str, cookie: Option<u64>) {
@@ -229,8 +313,8 @@ impl Senders {
         }
     }
 
-    fn fail(&mut self, failure: String) {
-        self.failures.insert(failure);
+    pub(crate) fn fail(&mut self, failure: impl Into<String>) {
+        self.failures.insert(failure.into());
     }
 }
 
@@ -240,14 +324,47 @@ fn directories(path: &Path) -> Vec<PathBuf> {
     // Of an absolute path joining leaves that.
     let tops: BTreeSet<_> =
         roots.map(|root| root.join(path)).filter(|top| top.join("cgroup.procs").exists()).collect();
-    let mut directories: Vec<_> = tops.into_iter().collect();
-    let mut level = directories.clone();
+    tops.iter().flat_map(|top| below(top)).collect()
+}
+
+/// The cgroup at `top` and those below it.
+fn below(top: &Path) -> Vec<PathBuf> {
+    let (mut directories, mut level) = (vec![top.to_owned()], vec![top.to_owned()]);
     for _ in 0..MAX_DEPTH {
         // What is gone meanwhile has none.
         level = level.iter().flat_map(|path| cgroup::children(path).unwrap_or_default()).collect();
         directories.extend(level.iter().cloned());
     }
     directories
+}
+
+/// Ids of the cgroups v2 among these and below them, and the containers whose they are.
+fn containers(cgroups: &[PathBuf]) -> BTreeMap<u64, Option<String>> {
+    let is_v2 = |path: &&PathBuf| path.join("cgroup.controllers").exists();
+    let of_pod = |pod: &PathBuf| {
+        below(pod)
+            .into_iter()
+            .filter_map(|path| {
+                // The container's own cgroups are below the one that is named after it.
+                let first = path.strip_prefix(pod).ok()?.iter().next();
+                let container = first.and_then(|name| pod_cgroups::container(name.to_str()?));
+                Some((fs::metadata(&path).ok()?.ino(), container))
+            })
+            .collect::<Vec<_>>()
+    };
+    cgroups.iter().filter(is_v2).flat_map(of_pod).collect()
+}
+
+/// Ids of the cgroups v2 among these and below them.
+#[must_use]
+pub fn cgroup_ids(cgroups: &[PathBuf]) -> BTreeSet<u64> {
+    containers(cgroups).into_keys().collect()
+}
+
+/// Whether a process that can be seen is in one of these cgroups or below.
+#[must_use]
+pub fn is_inhabited(cgroups: &[PathBuf]) -> bool {
+    cgroups.iter().flat_map(|cgroup| below(cgroup)).any(|path| !pids(&path.join("cgroup.procs")).is_empty())
 }
 
 fn entries(directory: impl AsRef<Path>) -> impl Iterator<Item = PathBuf> {

@@ -2,21 +2,26 @@
 
 use std::collections::BTreeMap;
 
-use imds_ebpf_common::{Address, Exemption, Grant, SubjectKind, Verdict};
+use imds_ebpf_common::{Address, Exemption, Grant, Subject, SubjectKind, Verdict};
 use toml::{Table, Value};
 
 use super::{ExemptSender, Report, unreadable};
 use crate::{
     datapath::{DatapathError, config, exemptions, object::Maps},
     endpoints::plain,
+    pods::Identity,
 };
 
 impl Report {
     /// Adds who is exempt, once endpoints and interfaces are known.
-    pub(super) fn add_exemptions(&mut self, maps: &Maps) -> Result<(), DatapathError> {
+    pub(super) fn add_exemptions(
+        &mut self,
+        maps: &Maps,
+        names: &BTreeMap<Subject, Identity>,
+    ) -> Result<(), DatapathError> {
         let granted = exemptions::read(maps).map_err(unreadable)?;
         let rules = if granted.is_empty() { Vec::new() } else { rules(maps)? };
-        let sender = |(exemption, grant)| self.sender(exemption, grant, &rules);
+        let sender = |(exemption, grant)| self.sender(exemption, grant, &rules, names);
         let mut senders: Vec<_> = granted.into_iter().map(sender).collect();
         let key = |sender: &ExemptSender| {
             let ExemptSender { rule, interface, netns_cookie, cgroup, endpoint, .. } = sender.clone();
@@ -27,7 +32,13 @@ impl Report {
         Ok(())
     }
 
-    fn sender(&self, exemption: Exemption, grant: Grant, rules: &[String]) -> ExemptSender {
+    fn sender(
+        &self,
+        exemption: Exemption,
+        grant: Grant,
+        rules: &[String],
+        names: &BTreeMap<Subject, Identity>,
+    ) -> ExemptSender {
         let Exemption { address, subject } = exemption;
         let number = grant.rule as usize;
         let mut sender = ExemptSender {
@@ -39,6 +50,7 @@ impl Report {
             interface: None,
             netns_cookie: None,
             cgroup: None,
+            pod: names.get(&subject).cloned(),
             endpoint: (address != Address::ANY).then(|| self.endpoint_name(address)),
             verdict: if grant.verdict == Verdict::Audit as u32 { Verdict::Audit } else { Verdict::Exempt }
                 .name(),

@@ -6,7 +6,9 @@ mod table;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use imds_ebpf_common::{Answer, Backend, CounterKey, Edge, Hook, Mode, Policy, Role, names::tc_program};
+use imds_ebpf_common::{
+    Answer, Backend, CounterKey, Edge, Hook, Mode, Policy, Role, Subject, SubjectKind, names::tc_program,
+};
 
 pub use self::report::{
     Agent, Configuration, Endpoint, ExemptSender, HostReport, Interface, Problem, Provider, Refused, Report,
@@ -20,10 +22,11 @@ use crate::{
         endpoints, home, hosts,
         object::{self, Maps, ObjectError},
         pins::{self, PinDir, Spot},
-        records, sockets,
+        pods, records, sockets,
     },
     endpoints::{Endpoint as Guarded, Keep, ipv4},
     node::{kubepods, links::Link, netlink::Netlink},
+    pods::Identity,
     reconcile::{Attachment, Place},
     state,
 };
@@ -68,6 +71,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
         provider: None,
         endpoints: Vec::new(),
         exemptions: Vec::new(),
+        kubernetes: None,
         interfaces: Vec::new(),
         hooks: Vec::new(),
         sockets: None,
@@ -128,11 +132,13 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
         report.add_hosts(hosts::missing(pins)?, counted.unwrap_or_default());
     }
     let uplinks = netlink.uplinks().await?;
-    let node = Node { pins, maps: &maps, netlink: &netlink, uplinks, hooks };
+    report.kubernetes = pods::lookup(&maps).map_err(unreadable)?;
+    let names = pods::read(&maps).map_err(unreadable)?;
+    let node = Node { pins, maps: &maps, netlink: &netlink, uplinks, hooks, names: &names };
     for link in netlink.links().await? {
         report.add(&link, &node, &mut counts).await?;
     }
-    report.add_exemptions(&maps)?;
+    report.add_exemptions(&maps, &names)?;
     // Of interfaces that are gone and not yet forgotten, too.
     for gone in counts.into_values() {
         report.departed += gone;
@@ -240,6 +246,7 @@ impl Report {
         self.interfaces.push(Interface {
             ifindex: link.index,
             name: link.name.clone(),
+            pod: node.names.get(&Subject::new(SubjectKind::Interface, link.index.into())).cloned(),
             role: role.name(),
             hook: wanted.map(|edge| edge.hook().name()),
             guard: attachment.map(|attachment| attachment.backend.name()),
@@ -278,6 +285,7 @@ struct Node<'a> {
     netlink: &'a Netlink,
     uplinks: BTreeSet<u32>,
     hooks: Hooks,
+    names: &'a BTreeMap<Subject, Identity>,
 }
 
 /// What guards an edge of an interface; TCX runs before clsact, so it is the one to name where there are both.

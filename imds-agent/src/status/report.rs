@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 use jiff::Timestamp;
 use serde::Serialize;
 
-use crate::datapath::counters::Counts;
+use crate::{
+    datapath::counters::Counts,
+    pods::{Identity, Lookup},
+};
 
 /// The whole of it.
 #[derive(Debug, Serialize)]
@@ -32,6 +35,8 @@ pub struct Report {
     pub endpoints: Vec<Endpoint>,
     /// Who is exempt from what.
     pub exemptions: Vec<ExemptSender>,
+    /// How pods of Kubernetes are looked up; `None` where they are not.
+    pub kubernetes: Option<Lookup>,
     /// Every interface of the node.
     pub interfaces: Vec<Interface>,
     /// The hooks that are on.
@@ -155,6 +160,8 @@ pub struct ExemptSender {
     pub netns_cookie: Option<u64>,
     /// Id of the cgroup v2.
     pub cgroup: Option<u64>,
+    /// The pod behind it, where one is known.
+    pub pod: Option<Identity>,
     /// Name of the endpoint, or its address where it is not guarded; `None` for all.
     pub endpoint: Option<String>,
     /// What becomes of what would be denied: `exempt` or `audit`.
@@ -168,6 +175,8 @@ pub struct Interface {
     pub ifindex: u32,
     /// Name.
     pub name: String,
+    /// The pod behind it, where one is known.
+    pub pod: Option<Identity>,
     /// What it is to the guard.
     pub role: &'static str,
     /// The hook that is to guard it, of those that are on.

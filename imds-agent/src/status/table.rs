@@ -5,7 +5,10 @@ use std::fmt::Write as _;
 use comfy_table::{Cell, CellAlignment, Table, presets::NOTHING};
 
 use super::{Configuration, Endpoint, Provider, Report, State};
-use crate::datapath::counters::{Count, Counts};
+use crate::{
+    datapath::counters::{Count, Counts},
+    pods::Lookup,
+};
 
 impl Report {
     /// The report as text that ends with a newline.
@@ -33,6 +36,7 @@ impl Report {
         writeln!(text, "answer     {}", self.answer.unwrap_or("unknown"))?;
         self.write_endpoints(text)?;
         self.write_exemptions(text)?;
+        self.write_kubernetes(text)?;
         writeln!(text, "hooks      {}", self.hooks.join(" "))?;
         writeln!(text, "agent      {agent}")?;
         writeln!(text, "pins       {}", self.pin_dir.display())?;
@@ -86,17 +90,41 @@ impl Report {
                 (None, None, Some(id)) => format!("cgroup {id}"),
                 (None, None, None) => "unknown".to_owned(),
             };
+            let pod = sender.pod.as_ref().map(|pod| format!(", {pod},")).unwrap_or_default();
             let from = sender.endpoint.as_deref().unwrap_or("all endpoints");
             let audited = if sender.verdict == "audit" { ", audited" } else { "" };
-            writeln!(text, "{title:<10} {who} from {from} ({}){audited}", sender.rule)?;
+            writeln!(text, "{title:<10} {who}{pod} from {from} ({}){audited}", sender.rule)?;
         }
         Ok(())
+    }
+
+    fn write_kubernetes(&self, text: &mut String) -> std::fmt::Result {
+        let Some(Lookup { node, is_connected, since, error, pods, awaited, .. }) = &self.kubernetes else {
+            return Ok(());
+        };
+        let plural = if *pods == 1 { "" } else { "s" };
+        write!(text, "kubernetes node {node}, {pods} pod{plural} known")?;
+        if *awaited > 0 {
+            write!(text, ", {awaited} of them without a sandbox")?;
+        }
+        match (is_connected, error) {
+            (true, _) => writeln!(text),
+            (false, None) => writeln!(text, ", not connected yet"),
+            (false, Some(error)) => {
+                writeln!(text, ", not connected since {since:.0}: {error}")?;
+                writeln!(text, "{:<10} what was granted stays, and no pod that is new is exempt", "")
+            }
+        }
     }
 
     fn interfaces_table(&self) -> Table {
         let mut table = Table::new();
         table.load_style(NOTHING);
-        table.set_header(["INTERFACE", "INDEX", "ROLE", "GUARD", "DENIED", "AUDITED", "ALLOWED", "EXEMPT"]);
+        let has_pods = self.interfaces.iter().any(|interface| interface.pod.is_some());
+        let mut header =
+            vec!["INTERFACE", "INDEX", "ROLE", "GUARD", "DENIED", "AUDITED", "ALLOWED", "EXEMPT"];
+        header.extend(has_pods.then_some("POD"));
+        table.set_header(header);
         for interface in &self.interfaces {
             let guard = match (interface.guard, interface.first) {
                 (None, _) => "-".to_owned(),
@@ -105,7 +133,8 @@ impl Report {
             };
             let known =
                 [interface.name.clone(), interface.ifindex.to_string(), interface.role.to_owned(), guard];
-            table.add_row(known.map(Cell::new).into_iter().chain(cells(&interface.counts)));
+            let pod = interface.pod.as_ref().map(Cell::new);
+            table.add_row(known.map(Cell::new).into_iter().chain(cells(&interface.counts)).chain(pod));
         }
         let blank = || Cell::new("");
         if let Some(sockets) = &self.sockets {

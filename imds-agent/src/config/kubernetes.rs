@@ -1,0 +1,189 @@
+//! `[kubernetes]`: whether and how pods are known by name.
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+use toml::Spanned;
+
+use super::{
+    ConfigError, names,
+    source::{Mistakes, Source},
+};
+
+/// Where a pod finds what it needs to speak to the API server.
+const SERVICE_ACCOUNT_TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
+
+/// How the agent learns of pods. The default: from the cluster that it runs in, if it does.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Kubernetes {
+    /// Whether it does at all.
+    pub enabled: Enabled,
+    /// A kubeconfig file to reach the API server by, an absolute path.
+    pub kubeconfig: Option<PathBuf>,
+    /// Name of this node, where it is neither `NODE_NAME` nor the host's.
+    pub node_name: Option<String>,
+}
+
+/// Whether pods are looked up.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Enabled {
+    /// In a pod, or where there is a kubeconfig.
+    #[default]
+    Auto,
+    /// Always.
+    Yes,
+    /// Never.
+    No,
+}
+
+/// The way to the API server.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Access {
+    /// As a pod of the cluster.
+    InCluster,
+    /// As this file says.
+    Kubeconfig(PathBuf),
+}
+
+/// What the agent finds around it.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Surroundings {
+    /// Whether it runs in a pod.
+    pub in_pod: bool,
+    /// The environment's `NODE_NAME`.
+    pub node_name: Option<String>,
+    /// The host's name.
+    pub hostname: String,
+}
+
+impl Surroundings {
+    /// Those of this process.
+    #[must_use]
+    pub fn read() -> Self {
+        let hostname = nix::unistd::gethostname().unwrap_or_default();
+        Self {
+            in_pod: env::var_os("KUBERNETES_SERVICE_HOST").is_some()
+                || Path::new(SERVICE_ACCOUNT_TOKEN).exists(),
+            node_name: env::var("NODE_NAME").ok().filter(|name| !name.is_empty()),
+            hostname: hostname.to_string_lossy().into_owned(),
+        }
+    }
+}
+
+impl Kubernetes {
+    /// The way to the API server; `None` where pods are not looked up.
+    #[must_use]
+    pub fn access(&self, surroundings: &Surroundings) -> Option<Access> {
+        let is_wanted = match self.enabled {
+            Enabled::Auto => surroundings.in_pod || self.kubeconfig.is_some(),
+            Enabled::Yes => true,
+            Enabled::No => false,
+        };
+        is_wanted.then(|| self.kubeconfig.clone().map_or(Access::InCluster, Access::Kubeconfig))
+    }
+
+    /// Name of this node in the cluster.
+    #[must_use]
+    pub fn node_name(&self, surroundings: &Surroundings) -> String {
+        let said = self.node_name.as_ref().or(surroundings.node_name.as_ref());
+        // The kubelet takes the host's name in lower case.
+        said.cloned().unwrap_or_else(|| surroundings.hostname.to_lowercase())
+    }
+
+    pub(super) fn parse(table: &KubernetesTable, source: Source<'_>, mistakes: &mut Mistakes) -> Self {
+        mistakes.take(Self::try_parse(table, source)).unwrap_or_default()
+    }
+
+    fn try_parse(table: &KubernetesTable, source: Source<'_>) -> Result<Self, ConfigError> {
+        let unless_empty = |text: &'_ Spanned<String>| (!text.get_ref().is_empty()).then(|| text.clone());
+        let (kubeconfig, node_name) = (unless_empty(&table.kubeconfig), unless_empty(&table.node_name));
+        if let Some(path) = &kubeconfig
+            && !Path::new(path.get_ref()).is_absolute()
+        {
+            let message = format!("kubernetes.kubeconfig: {:?} is no absolute path", path.get_ref());
+            return Err(source.error(path.span(), message));
+        }
+        if let Some(name) = &node_name
+            && !names::is_dns_subdomain(name.get_ref())
+        {
+            let message = format!("kubernetes.node_name: {:?} can't be the name of a node", name.get_ref());
+            return Err(source.error(name.span(), message));
+        }
+        Ok(Self {
+            enabled: table.enabled,
+            kubeconfig: kubeconfig.map(|path| path.into_inner().into()),
+            node_name: node_name.map(Spanned::into_inner),
+        })
+    }
+}
+
+#[derive(Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct KubernetesTable {
+    enabled: Enabled,
+    kubeconfig: Spanned<String>,
+    node_name: Spanned<String>,
+}
+
+impl Default for KubernetesTable {
+    fn default() -> Self {
+        let empty = || Spanned::new(0..0, String::new());
+        Self { enabled: Enabled::default(), kubeconfig: empty(), node_name: empty() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    fn parse(text: &str) -> Result<Kubernetes, String> {
+        let config = Config::parse(text, Path::new("imds.toml"));
+        config.map(|config| config.kubernetes).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn when_pods_are_looked_up_and_how() {
+        let outside = Surroundings::default();
+        let inside = Surroundings { in_pod: true, ..Surroundings::default() };
+        let file = Some(Access::Kubeconfig("/etc/k.yaml".into()));
+        for (text, alone, in_pod) in [
+            ("", None, Some(Access::InCluster)),
+            ("[kubernetes]\nenabled = 'no'", None, None),
+            ("[kubernetes]\nenabled = 'no'\nkubeconfig = '/etc/k.yaml'", None, None),
+            ("[kubernetes]\nenabled = 'yes'", Some(Access::InCluster), Some(Access::InCluster)),
+            ("[kubernetes]\nkubeconfig = '/etc/k.yaml'", file.clone(), file),
+        ] {
+            let kubernetes = parse(text).unwrap();
+            assert_eq!((kubernetes.access(&outside), kubernetes.access(&inside)), (alone, in_pod), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_nodes_name() {
+        let host = Surroundings { hostname: "Node-7.Example".to_owned(), ..Surroundings::default() };
+        let told = Surroundings { node_name: Some("node-8".to_owned()), ..host.clone() };
+        let named = parse("[kubernetes]\nnode_name = 'node-9'").unwrap();
+        assert_eq!(Kubernetes::default().node_name(&host), "node-7.example");
+        assert_eq!(Kubernetes::default().node_name(&told), "node-8");
+        assert_eq!(named.node_name(&told), "node-9");
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (line, place, part) in [
+            ("enabled = true", "2:11", "true"),
+            ("enabled = 'maybe'", "2:11", "maybe"),
+            ("kubeconfig = 'k.yaml'", "2:14", "absolute"),
+            ("node_name = 'Node 7'", "2:13", "node_name"),
+            ("kube_config = '/k'", "2:1", "kube_config"),
+        ] {
+            let error = parse(&format!("[kubernetes]\n{line}")).unwrap_err();
+            assert!(error.starts_with(&format!("imds.toml:{place}: ")) && error.contains(part), "{error}");
+        }
+    }
+}

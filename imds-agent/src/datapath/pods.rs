@@ -1,0 +1,147 @@
+//! Who is behind interfaces, network namespaces and cgroups, in a pinned map: so that whatever process reads events and
+//! counters can say so. The programs don't read it.
+
+use std::collections::BTreeMap;
+
+use aya::maps::{HashMap, Map, MapData, MapError};
+use imds_ebpf_common::{
+    KubernetesRecord, PodRecord, Subject,
+    names::{MAP_KUBERNETES, MAP_PODS},
+};
+use jiff::Timestamp;
+
+use super::{
+    DatapathError,
+    config::{nanoseconds, padded, text, timestamp},
+    object::{self, Maps, ObjectError},
+    pins::PinDir,
+};
+use crate::{
+    kube::Pod,
+    pods::{Identity, Lookup, Name},
+};
+
+/// Labels that say what a pod runs, the most telling first.
+const LABELS: [&str; 5] = ["app.kubernetes.io/name", "k8s-app", "app", "component", "name"];
+
+/// What of the map was written, by the pod's id and the container's name: all else in an entry follows from these.
+#[derive(Debug, Default)]
+pub(super) struct Told(Option<BTreeMap<Subject, (String, String)>>);
+
+/// Who is behind whom.
+pub fn read(maps: &Maps) -> Result<BTreeMap<Subject, Identity>, MapError> {
+    let entries = object::present(maps.pods.iter());
+    entries.map(|entry| entry.map(|(subject, record)| (subject, identity(&record)))).collect()
+}
+
+/// Names one at a time.
+#[derive(Debug)]
+pub struct Names(HashMap<MapData, Subject, PodRecord>);
+
+impl Names {
+    /// Those that are pinned.
+    pub fn open(pins: &PinDir) -> Result<Self, ObjectError> {
+        let failed = |source| ObjectError::Map { name: MAP_PODS, source };
+        let map = MapData::from_pin(pins.map(MAP_PODS)).map_err(failed)?;
+        Map::HashMap(map).try_into().map(Self).map_err(failed)
+    }
+
+    /// Who is behind `subject`, where that is known.
+    #[must_use]
+    pub fn get(&self, subject: Subject) -> Option<Identity> {
+        self.0.get(&subject, 0).ok().as_ref().map(identity)
+    }
+}
+
+/// Makes `names` what the map says. Returns how often it was written.
+pub(super) fn write(
+    maps: &mut Maps,
+    told: &mut Told,
+    names: &BTreeMap<Subject, Name<'_>>,
+) -> Result<usize, DatapathError> {
+    let failed = |source| DatapathError::Map { map: MAP_PODS, source };
+    let told = match &mut told.0 {
+        Some(told) => told,
+        none => {
+            let before = read(maps).map_err(failed)?;
+            let key = |identity: Identity| (identity.uid, identity.container.unwrap_or_default());
+            none.insert(before.into_iter().map(|(subject, identity)| (subject, key(identity))).collect())
+        }
+    };
+    let mut writes = 0;
+    let gone: Vec<_> = told.keys().filter(|subject| !names.contains_key(subject)).copied().collect();
+    for subject in gone {
+        match maps.pods.remove(&subject) {
+            Ok(()) | Err(MapError::KeyNotFound) => {}
+            Err(error) => return Err(failed(error)),
+        }
+        told.remove(&subject);
+        writes += 1;
+    }
+    for (subject, Name { pod, container }) in names {
+        let key = (pod.uid.clone(), container.unwrap_or_default().to_owned());
+        if told.get(subject) != Some(&key) {
+            maps.pods.insert(subject, record(pod, *container), 0).map_err(failed)?;
+            told.insert(*subject, key);
+            writes += 1;
+        }
+    }
+    Ok(writes)
+}
+
+fn record(pod: &Pod, container: Option<&str>) -> PodRecord {
+    let label = LABELS.iter().find_map(|&key| Some(format!("{key}={}", pod.labels.get(key)?)));
+    PodRecord {
+        namespace: padded(&pod.namespace),
+        name: padded(&pod.name),
+        service_account: padded(&pod.service_account),
+        container: padded(container.unwrap_or_default()),
+        label: padded(&label.unwrap_or_default()),
+        uid: padded(&pod.uid),
+    }
+}
+
+fn identity(record: &PodRecord) -> Identity {
+    let unless_empty = |padded: &[u8]| Some(text(padded)).filter(|text| !text.is_empty());
+    Identity {
+        namespace: text(&record.namespace),
+        pod: text(&record.name),
+        service_account: text(&record.service_account),
+        container: unless_empty(&record.container),
+        label: unless_empty(&record.label),
+        uid: text(&record.uid),
+    }
+}
+
+/// How pods are looked up; `None` where they are not.
+pub fn lookup(maps: &Maps) -> Result<Option<Lookup>, MapError> {
+    let record = maps.kubernetes.get(&0, 0)?;
+    let moment = |nanoseconds| (nanoseconds != 0).then(|| timestamp(nanoseconds));
+    Ok((record.is_enabled == 1).then(|| Lookup {
+        node: text(&record.node),
+        is_connected: record.is_connected == 1,
+        since: timestamp(record.since),
+        synced_at: moment(record.synced_at),
+        failed_at: moment(record.failed_at),
+        error: moment(record.failed_at).map(|_| text(&record.error)),
+        pods: record.pods,
+        awaited: record.awaited,
+    }))
+}
+
+/// Records how pods are looked up.
+pub(super) fn put(maps: &mut Maps, lookup: Option<&Lookup>) -> Result<(), DatapathError> {
+    let moment = |moment: Option<Timestamp>| moment.map_or(0, nanoseconds);
+    let record = KubernetesRecord {
+        since: moment(lookup.map(|lookup| lookup.since)),
+        synced_at: moment(lookup.and_then(|lookup| lookup.synced_at)),
+        failed_at: moment(lookup.and_then(|lookup| lookup.failed_at)),
+        is_enabled: lookup.is_some().into(),
+        is_connected: lookup.is_some_and(|lookup| lookup.is_connected).into(),
+        pods: lookup.map_or(0, |lookup| lookup.pods),
+        awaited: lookup.map_or(0, |lookup| lookup.awaited),
+        node: padded(lookup.map_or("", |lookup| &lookup.node)),
+        error: padded(lookup.and_then(|lookup| lookup.error.as_deref()).unwrap_or_default()),
+    };
+    maps.kubernetes.set(0, record, 0).map_err(|source| DatapathError::Map { map: MAP_KUBERNETES, source })
+}

@@ -1,0 +1,387 @@
+//! The two requests that are made of the API server, and what can come of them.
+
+use std::{path::PathBuf, time::Duration};
+
+use http::{Request, StatusCode, header};
+use http_body_util::BodyExt as _;
+use kube_client::{
+    Client, Config as ClientConfig,
+    client::Body,
+    config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError},
+};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::pod::PodObject;
+use crate::config::Access;
+
+/// Longest answer that is taken: etcd holds no object of more than 1.5 MiB, and a node few pods.
+const MAX_ANSWER: usize = 64 << 20;
+/// Longest line of a watch.
+const MAX_LINE: usize = 8 << 20;
+/// Longest that a server's wish for a pause is heeded.
+const MAX_RETRY_AFTER: Duration = Duration::from_mins(5);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why the API server is not heard.
+#[derive(Debug, Error)]
+pub(super) enum ApiError {
+    #[error("can't read the kubeconfig {}", path.display())]
+    Kubeconfig { path: PathBuf, source: Box<KubeconfigError> },
+    #[error("can't find the API server from within the cluster")]
+    InCluster { source: InClusterError },
+    #[error("can't make a client of the API server")]
+    Client { source: Box<kube_client::Error> },
+    #[error("the API server can't be reached")]
+    Unreachable { source: Box<kube_client::Error> },
+    #[error("the API server did not answer within {after:?}")]
+    Silent { after: Duration },
+    #[error("the API server's answer broke off")]
+    BrokeOff { source: Option<Box<kube_client::Error>> },
+    #[error("the API server has forgotten the state that was asked for: {message}")]
+    Gone { message: String },
+    #[error("the API server has too much to do")]
+    Throttled { retry_after: Option<Duration> },
+    #[error("the API server refuses to list pods ({code}): {message}")]
+    Refused { code: u16, message: String },
+    #[error("the API server failed ({code}): {message}")]
+    Failed { code: u16, message: String },
+    #[error("the API server's answer can't be read")]
+    Malformed { source: serde_json::Error },
+    #[error("the API server's answer has no {what}")]
+    Incomplete { what: &'static str },
+    #[error("the API server's answer is longer than {limit} bytes")]
+    TooLong { limit: usize },
+}
+
+/// Kinds of failure that are counted.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorKind {
+    /// It is not known how to reach the API server.
+    Config,
+    /// The API server can't be reached.
+    Connect,
+    /// It does not answer.
+    Timeout,
+    /// It closed the connection too early.
+    Closed,
+    /// It no longer has the state from which news were asked for (410).
+    Gone,
+    /// It asks for patience (429).
+    Throttled,
+    /// It does not let the agent read pods (401, 403).
+    Refused,
+    /// It failed otherwise.
+    Server,
+    /// Its answer makes no sense.
+    Malformed,
+}
+
+impl ApiError {
+    pub(super) fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Kubeconfig { .. } | Self::InCluster { .. } | Self::Client { .. } => ErrorKind::Config,
+            Self::Unreachable { .. } => ErrorKind::Connect,
+            Self::Silent { .. } => ErrorKind::Timeout,
+            Self::BrokeOff { .. } => ErrorKind::Closed,
+            Self::Gone { .. } => ErrorKind::Gone,
+            Self::Throttled { .. } => ErrorKind::Throttled,
+            Self::Refused { .. } => ErrorKind::Refused,
+            Self::Failed { .. } => ErrorKind::Server,
+            Self::Malformed { .. } | Self::Incomplete { .. } | Self::TooLong { .. } => ErrorKind::Malformed,
+        }
+    }
+
+    /// How long the server asks to be left alone.
+    pub(super) fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Throttled { retry_after } => retry_after.map(|pause| pause.min(MAX_RETRY_AFTER)),
+            _ => None,
+        }
+    }
+}
+
+/// From which state of its store the server is to answer.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(super) enum Since {
+    /// Any that it has at hand: it costs the least.
+    Any,
+    /// This or a newer one.
+    NotOlderThan(String),
+    /// The newest.
+    Newest,
+}
+
+/// Part of a list.
+pub(super) struct Page {
+    pub(super) pods: Vec<PodObject>,
+    pub(super) resource_version: String,
+    /// Where the next part starts, if there is one.
+    pub(super) next: Option<String>,
+}
+
+/// What a watch tells.
+#[derive(Deserialize)]
+#[serde(tag = "type", content = "object", rename_all = "UPPERCASE")]
+pub(super) enum News {
+    Added(PodObject),
+    Modified(PodObject),
+    Deleted(PodObject),
+    Bookmark(Bookmark),
+    Error(Status),
+}
+
+#[derive(Deserialize)]
+pub(super) struct Bookmark {
+    pub(super) metadata: ListMetadata,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct ListMetadata {
+    pub(super) resource_version: Option<String>,
+    r#continue: Option<String>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Status {
+    code: u16,
+    message: String,
+    details: Option<StatusDetails>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct StatusDetails {
+    retry_after_seconds: Option<u64>,
+}
+
+impl Status {
+    pub(super) fn into_error(self) -> ApiError {
+        let seconds = self.details.and_then(|details| details.retry_after_seconds);
+        let Self { code, message, .. } = self;
+        let message: String = message.lines().next().unwrap_or_default().chars().take(200).collect();
+        match code {
+            410 => ApiError::Gone { message },
+            // After its store was set back, a server can't have what it once told.
+            _ if message.contains("Too large resource version") => ApiError::Gone { message },
+            429 => ApiError::Throttled { retry_after: seconds.map(Duration::from_secs) },
+            401 | 403 => ApiError::Refused { code, message },
+            _ => ApiError::Failed { code, message },
+        }
+    }
+}
+
+/// The API server, asked about the pods of one node.
+pub(super) struct Api {
+    client: Client,
+    node: String,
+}
+
+impl Api {
+    pub(super) async fn new(access: &Access, node: &str) -> Result<Self, ApiError> {
+        let mut config = match access {
+            Access::InCluster => {
+                ClientConfig::incluster().map_err(|source| ApiError::InCluster { source })?
+            }
+            Access::Kubeconfig(path) => from_kubeconfig(path.clone()).await?,
+        };
+        config.connect_timeout = Some(CONNECT_TIMEOUT);
+        // Pauses are the watch's affair, and seen.
+        config.default_retry = false;
+        let client =
+            Client::try_from(config).map_err(|source| ApiError::Client { source: Box::new(source) })?;
+        Ok(Self { client, node: node.to_owned() })
+    }
+
+    /// Part of all pods: the first, or the one that starts at `next`.
+    pub(super) async fn list(&self, since: &Since, limit: u32, next: Option<&str>) -> Result<Page, ApiError> {
+        #[derive(Deserialize)]
+        struct List {
+            metadata: ListMetadata,
+            // Go writes null for a list that is empty.
+            items: Option<Vec<PodObject>>,
+        }
+        let limit = limit.to_string();
+        let mut query = vec![("limit", limit.as_str())];
+        match (next, since) {
+            (Some(next), _) => query.push(("continue", next)),
+            (None, Since::Any) => query.push(("resourceVersion", "0")),
+            (None, Since::NotOlderThan(version)) => {
+                query.extend([
+                    ("resourceVersion", version.as_str()),
+                    ("resourceVersionMatch", "NotOlderThan"),
+                ]);
+            }
+            (None, Since::Newest) => {}
+        }
+        let body = read(self.get(&query).await?, MAX_ANSWER).await?;
+        let list: List = serde_json::from_slice(&body).map_err(|source| ApiError::Malformed { source })?;
+        let resource_version = list.metadata.resource_version.filter(|version| !version.is_empty());
+        Ok(Page {
+            pods: list.items.unwrap_or_default(),
+            resource_version: resource_version.ok_or(ApiError::Incomplete { what: "resourceVersion" })?,
+            next: list.metadata.r#continue.filter(|next| !next.is_empty()),
+        })
+    }
+
+    /// All news after the state `version`; the server ends it after `timeout`.
+    pub(super) async fn watch(&self, version: &str, timeout: Duration) -> Result<Lines, ApiError> {
+        let seconds = timeout.as_secs().max(1).to_string();
+        let query = [
+            ("watch", "true"),
+            ("allowWatchBookmarks", "true"),
+            ("timeoutSeconds", &seconds),
+            ("resourceVersion", version),
+        ];
+        Ok(Lines { body: self.get(&query).await?, buffer: Vec::new(), searched: 0 })
+    }
+
+    async fn get(&self, query: &[(&str, &str)]) -> Result<Body, ApiError> {
+        let request = Request::get(self.target(query)).header(header::ACCEPT, "application/json");
+        let request = request
+            .body(Body::empty())
+            .map_err(|source| ApiError::Client { source: Box::new(kube_client::Error::HttpError(source)) })?;
+        let answer = self.client.send(request).await;
+        let answer = answer.map_err(|source| ApiError::Unreachable { source: Box::new(source) })?;
+        if answer.status() == StatusCode::OK {
+            return Ok(answer.into_body());
+        }
+        let code = answer.status().as_u16();
+        let header =
+            answer.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
+        let body = read(answer.into_body(), MAX_LINE).await.unwrap_or_default();
+        // Not all that can answer in the server's place speaks its language.
+        let mut status: Status = serde_json::from_slice(&body).unwrap_or_else(|_| Status {
+            message: String::from_utf8_lossy(&body).into_owned(),
+            ..Status::default()
+        });
+        status.code = code;
+        if let Some(seconds) = header {
+            status.details = Some(StatusDetails { retry_after_seconds: Some(seconds) });
+        }
+        Err(status.into_error())
+    }
+
+    fn target(&self, query: &[(&str, &str)]) -> String {
+        let path = "/api/v1/pods?";
+        form_urlencoded::Serializer::for_suffix(path.to_owned(), path.len())
+            .append_pair("fieldSelector", &format!("spec.nodeName={}", self.node))
+            .extend_pairs(query)
+            .finish()
+    }
+}
+
+async fn from_kubeconfig(path: PathBuf) -> Result<ClientConfig, ApiError> {
+    let read = async || {
+        let options = KubeConfigOptions::default();
+        ClientConfig::from_custom_kubeconfig(Kubeconfig::read_from(&path)?, &options).await
+    };
+    read().await.map_err(|source| ApiError::Kubeconfig { path: path.clone(), source: Box::new(source) })
+}
+
+/// What a watch tells, as it comes.
+pub(super) struct Lines {
+    body: Body,
+    buffer: Vec<u8>,
+    /// Length of the part of the buffer that has no end of line.
+    searched: usize,
+}
+
+impl Lines {
+    /// The next piece of news; `None` where the server ended the watch.
+    ///
+    /// Nothing is lost when this is cancelled.
+    pub(super) async fn next(&mut self) -> Result<Option<News>, ApiError> {
+        loop {
+            if let Some(line) = self.line() {
+                if line.trim_ascii().is_empty() {
+                    continue;
+                }
+                let news = serde_json::from_slice(&line);
+                return news.map(Some).map_err(|source| ApiError::Malformed { source });
+            }
+            if self.buffer.len() > MAX_LINE {
+                return Err(ApiError::TooLong { limit: MAX_LINE });
+            }
+            match self.body.frame().await {
+                Some(Ok(frame)) => {
+                    if let Ok(data) = frame.into_data() {
+                        self.buffer.extend_from_slice(&data);
+                    }
+                }
+                Some(Err(source)) => return Err(ApiError::BrokeOff { source: Some(Box::new(source)) }),
+                None if self.buffer.is_empty() => return Ok(None),
+                None => return Err(ApiError::BrokeOff { source: None }),
+            }
+        }
+    }
+
+    fn line(&mut self) -> Option<Vec<u8>> {
+        let end = self.buffer[self.searched..].iter().position(|&byte| byte == b'\n');
+        let Some(end) = end else {
+            self.searched = self.buffer.len();
+            return None;
+        };
+        let rest = self.buffer.split_off(self.searched + end + 1);
+        self.searched = 0;
+        Some(std::mem::replace(&mut self.buffer, rest))
+    }
+}
+
+async fn read(mut body: Body, limit: usize) -> Result<Vec<u8>, ApiError> {
+    let mut bytes = Vec::new();
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|source| ApiError::BrokeOff { source: Some(Box::new(source)) })?;
+        if let Ok(data) = frame.into_data() {
+            bytes.extend_from_slice(&data);
+        }
+        if bytes.len() > limit {
+            return Err(ApiError::TooLong { limit });
+        }
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines(text: &str) -> Lines {
+        Lines { body: Body::from(text.as_bytes().to_vec()), buffer: Vec::new(), searched: 0 }
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_watch_is_read_line_by_line() {
+        let bookmark = r#"{"type":"BOOKMARK","object":{"kind":"Pod","metadata":{"resourceVersion":"7"}}}"#;
+        let pod = r#"{"type":"ADDED","object":{"metadata":{"uid":"u","namespace":"n","name":"p"}}}"#;
+        let mut two = lines(&format!("{bookmark}\n\n{pod}\n"));
+        assert!(matches!(two.next().await.unwrap(), Some(News::Bookmark(_))));
+        assert!(matches!(two.next().await.unwrap(), Some(News::Added(_))));
+        assert!(two.next().await.unwrap().is_none());
+
+        let kind = async |text: &str| lines(text).next().await.err().unwrap().kind();
+        assert_eq!(kind(&pod[..40]).await, ErrorKind::Closed);
+        assert_eq!(kind(&format!("{}\n", &pod[..40])).await, ErrorKind::Malformed);
+        assert_eq!(kind("{\"type\":\"MOVED\",\"object\":{}}\n").await, ErrorKind::Malformed);
+        let endless = "x".repeat(MAX_LINE + 1);
+        assert!(matches!(lines(&endless).next().await, Err(ApiError::TooLong { .. })));
+    }
+
+    #[test]
+    fn a_status_says_what_is_to_be_done() {
+        let kind = |json: &str| serde_json::from_str::<Status>(json).unwrap().into_error().kind();
+        assert_eq!(kind(r#"{"code":410,"message":"too old resource version"}"#), ErrorKind::Gone);
+        assert_eq!(
+            kind(r#"{"code":504,"message":"Timeout: Too large resource version: 9"}"#),
+            ErrorKind::Gone
+        );
+        assert_eq!(kind(r#"{"code":403}"#), ErrorKind::Refused);
+        assert_eq!(kind(r#"{"code":500,"message":"etcd"}"#), ErrorKind::Server);
+        let throttled = r#"{"code":429,"details":{"retryAfterSeconds":9999}}"#;
+        let error = serde_json::from_str::<Status>(throttled).unwrap().into_error();
+        assert_eq!(error.retry_after(), Some(MAX_RETRY_AFTER));
+    }
+}

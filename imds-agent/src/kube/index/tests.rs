@@ -1,0 +1,169 @@
+use std::path::Path;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    config::{Config, Sender},
+    provider::Dmi,
+};
+
+fn rule(lines: &str) -> Pods {
+    let config = Config::parse(&format!("[[exempt]]\nname = 'a'\n{lines}"), Path::new("imds.toml")).unwrap();
+    match config.resolve(&Dmi::default()).unwrap().1.remove(0).sender {
+        Sender::Pods(pods) => pods,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn pod(uid: &str, namespace: &str, service_account: &str, app: &str) -> Pod {
+    Pod {
+        uid: uid.to_owned(),
+        cgroup_uid: uid.to_owned(),
+        namespace: namespace.to_owned(),
+        name: format!("pod-{uid}"),
+        service_account: service_account.to_owned(),
+        labels: [("app".to_owned(), app.to_owned())].into(),
+        ..Pod::default()
+    }
+}
+
+fn index(pods: impl IntoIterator<Item = Pod>) -> Index {
+    let mut index = Index::default();
+    index.handle(PodEvent::Relist(pods.into_iter().collect()));
+    index
+}
+
+fn meant(index: &Index, rule: &Pods) -> Vec<String> {
+    index.meant(rule).map(|pod| pod.uid.clone()).collect()
+}
+
+#[test]
+fn a_rule_means_pods_of_its_namespace_alone() {
+    let pods =
+        [pod("0", "a", "s", "x"), pod("1", "b", "s", "x"), pod("2", "a", "t", "y"), pod("3", "a", "s", "z")];
+    let index = index(pods);
+    for (lines, expected) in [
+        ("namespace = 'a'", &["0", "2", "3"][..]),
+        ("namespace = 'a'\nservice_account = 's'", &["0", "3"]),
+        ("namespace = 'a'\npod_selector.match_labels = { app = 'x' }", &["0"]),
+        ("namespace = 'a'\nservice_account = 't'\npod_selector.match_labels = { app = 'x' }", &[]),
+        (
+            "namespace = 'a'\npod_selector.match_expressions = [{ key = 'app', operator = 'In', values = ['x', 'y'] }]",
+            &["0", "2"],
+        ),
+        (
+            "namespace = 'a'\npod_selector.match_expressions = [{ key = 'app', operator = 'NotIn', values = ['x'] }]",
+            &["2", "3"],
+        ),
+        (
+            "namespace = 'a'\npod_selector.match_expressions = [{ key = 'app', operator = 'Exists' }]",
+            &["0", "2", "3"],
+        ),
+        (
+            "namespace = 'a'\npod_selector.match_expressions = [{ key = 'app', operator = 'DoesNotExist' }]",
+            &[],
+        ),
+        ("namespace = 'c'", &[]),
+    ] {
+        assert_eq!(meant(&index, &rule(lines)), expected, "{lines}");
+    }
+}
+
+#[test]
+fn what_was_told_twice_or_is_unknown_changes_nothing() {
+    let mut index = index([pod("0", "a", "s", "x"), pod("1", "a", "s", "x")]);
+    assert!(index.handle(PodEvent::Apply(pod("0", "a", "s", "x"))).is_empty());
+    assert!(index.handle(PodEvent::Delete { uid: "7".to_owned() }).is_empty());
+    let all: Vec<_> = index.pods().cloned().collect();
+    assert!(index.handle(PodEvent::Relist(all)).is_empty());
+    let changed = index.handle(PodEvent::Relist(vec![pod("0", "a", "s", "y"), pod("2", "a", "s", "x")]));
+    assert_eq!(changed, ["0", "1", "2"].map(str::to_owned).into());
+}
+
+#[test]
+fn a_pod_loses_what_its_label_gave_it_and_one_that_is_over_has_nothing() {
+    let rule = rule("namespace = 'a'\npod_selector.match_labels = { app = 'x' }");
+    let mut index = index([pod("0", "a", "s", "x"), pod("1", "a", "s", "x")]);
+    index.handle(PodEvent::Apply(pod("0", "a", "s", "")));
+    assert_eq!(meant(&index, &rule), ["1"]);
+    index.handle(PodEvent::Apply(Pod { is_over: true, ..pod("1", "a", "s", "x") }));
+    assert!(meant(&index, &rule).is_empty() && index.get("1").is_some());
+}
+
+#[test]
+fn cgroups_that_two_pods_claim_are_neithers() {
+    let rule = rule("namespace = 'a'");
+    let first = Pod { cgroup_uid: "hash".to_owned(), ..pod("0", "a", "s", "") };
+    let second = Pod { cgroup_uid: "hash".to_owned(), ..pod("1", "c", "s", "") };
+    let mut index = index([first]);
+    assert_eq!(meant(&index, &rule), ["0"]);
+    index.handle(PodEvent::Apply(second.clone()));
+    assert!(meant(&index, &rule).is_empty());
+    index.handle(PodEvent::Apply(Pod { cgroup_uid: "other".to_owned(), ..second.clone() }));
+    assert_eq!(meant(&index, &rule), ["0"]);
+    index.handle(PodEvent::Apply(second));
+    index.handle(PodEvent::Delete { uid: "1".to_owned() });
+    assert_eq!(meant(&index, &rule), ["0"]);
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Apply(Pod),
+    Delete(String),
+    Relist(Vec<Pod>),
+}
+
+/// Few enough of each that they meet.
+fn any_pod() -> impl Strategy<Value = Pod> {
+    ("[0-5]", "[abc]", "[st]", "[xy]", "[0-5]", any::<bool>()).prop_map(
+        |(uid, namespace, account, app, cgroup_uid, is_over)| Pod {
+            cgroup_uid,
+            is_over,
+            ..pod(&uid, &namespace, &account, &app)
+        },
+    )
+}
+
+fn any_step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => any_pod().prop_map(Step::Apply),
+        2 => "[0-5]".prop_map(Step::Delete),
+        1 => prop::collection::vec(any_pod(), 0..6).prop_map(Step::Relist),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn however_it_came_about_it_is_what_a_new_one_would_be(steps in prop::collection::vec(any_step(), 0..24)) {
+        let mut index = Index::default();
+        let mut pods: BTreeMap<String, Pod> = BTreeMap::new();
+        for step in steps {
+            let before = pods.clone();
+            let changed = match step {
+                Step::Apply(pod) => {
+                    pods.insert(pod.uid.clone(), pod.clone());
+                    index.handle(PodEvent::Apply(pod))
+                }
+                Step::Delete(uid) => {
+                    pods.remove(&uid);
+                    index.handle(PodEvent::Delete { uid })
+                }
+                Step::Relist(list) => {
+                    // Of what is there twice the later counts.
+                    pods = list.iter().map(|pod| (pod.uid.clone(), pod.clone())).collect();
+                    index.handle(PodEvent::Relist(list))
+                }
+            };
+            let differs = |uid: &&String| before.get(*uid) != pods.get(*uid);
+            let different: BTreeSet<_> = before.keys().chain(pods.keys()).filter(differs).cloned().collect();
+            prop_assert!(different.is_subset(&changed));
+        }
+        let anew = self::index(pods.into_values());
+        prop_assert_eq!(&index.pods, &anew.pods);
+        prop_assert_eq!(&index.claims, &anew.claims);
+        for rule in [rule("namespace = 'a'"), rule("namespace = 'b'\nservice_account = 't'")] {
+            prop_assert_eq!(meant(&index, &rule), meant(&anew, &rule));
+        }
+    }
+}

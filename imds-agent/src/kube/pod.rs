@@ -1,0 +1,234 @@
+//! A pod: of all that the API server says, what the agent needs.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+/// Set on the object that the kubelet makes in the API server's store for a pod of its own, a static one: the name that
+/// it goes by on the node.
+const MIRROR: &str = "kubernetes.io/config.mirror";
+/// The same, from the kubelet's own source of it.
+const HASH: &str = "kubernetes.io/config.hash";
+
+/// A pod of this node.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Pod {
+    /// Its id, which no other pod ever has.
+    pub uid: String,
+    /// The id that its cgroups are named after. That of a static pod differs from [`Pod::uid`].
+    pub cgroup_uid: String,
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name in that namespace.
+    pub name: String,
+    /// Its service account.
+    pub service_account: String,
+    /// Its labels, all of them: the rules may change.
+    pub labels: BTreeMap<String, String>,
+    /// Whether it is meant to be in the node's network namespace.
+    pub host_network: bool,
+    /// Names of its containers by the id that the container runtime gave them.
+    pub containers: BTreeMap<String, String>,
+    /// Whether all its containers have ended for good (`Succeeded`, `Failed`).
+    pub is_over: bool,
+}
+
+/// As in the API, each part as optional as a broken server might make it.
+#[derive(Debug, Deserialize)]
+pub(super) struct PodObject {
+    metadata: Metadata,
+    spec: Option<Spec>,
+    status: Option<Status>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Metadata {
+    uid: String,
+    namespace: String,
+    name: String,
+    resource_version: Option<String>,
+    labels: Option<BTreeMap<String, String>>,
+    annotations: Option<Annotations>,
+}
+
+/// The two that matter; others can be long.
+#[derive(Debug, Deserialize)]
+struct Annotations {
+    #[serde(rename = "kubernetes.io/config.mirror")]
+    mirror: Option<String>,
+    #[serde(rename = "kubernetes.io/config.hash")]
+    hash: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Spec {
+    node_name: Option<String>,
+    service_account_name: Option<String>,
+    host_network: Option<bool>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Status {
+    phase: Option<String>,
+    container_statuses: Option<Vec<ContainerStatus>>,
+    init_container_statuses: Option<Vec<ContainerStatus>>,
+    ephemeral_container_statuses: Option<Vec<ContainerStatus>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct ContainerStatus {
+    name: String,
+    #[serde(rename = "containerID")]
+    container_id: Option<String>,
+}
+
+impl PodObject {
+    /// The state of the store that it is of.
+    pub(super) fn resource_version(&self) -> Option<&str> {
+        self.metadata.resource_version.as_deref()
+    }
+
+    /// Whether it runs on this node: a server that knows nothing of field selectors sends all pods.
+    pub(super) fn is_on(&self, node: &str) -> bool {
+        self.spec.as_ref().and_then(|spec| spec.node_name.as_deref()) == Some(node)
+    }
+
+    pub(super) fn into_pod(self) -> Pod {
+        let Metadata { uid, namespace, name, labels, annotations, .. } = self.metadata;
+        let cgroup_uid = annotations.and_then(static_uid).unwrap_or_else(|| uid.clone());
+        let status = self.status.unwrap_or_default();
+        let is_over = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
+        let (service_account, host_network) =
+            self.spec.map_or((None, None), |spec| (spec.service_account_name, spec.host_network));
+        Pod {
+            uid,
+            cgroup_uid,
+            namespace,
+            name,
+            service_account: service_account.unwrap_or_default(),
+            labels: labels.unwrap_or_default(),
+            host_network: host_network.unwrap_or_default(),
+            containers: status.containers(),
+            is_over,
+        }
+    }
+}
+
+impl Status {
+    fn containers(self) -> BTreeMap<String, String> {
+        [self.container_statuses, self.init_container_statuses, self.ephemeral_container_statuses]
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter_map(|ContainerStatus { name, container_id }| {
+                // `containerd://0123…`; empty while there is none yet.
+                let (_, id) = container_id.as_ref()?.split_once("://")?;
+                (!id.is_empty()).then(|| (id.to_owned(), name))
+            })
+            .collect()
+    }
+}
+
+/// The id by which the kubelet knows a static pod: an MD5 sum in hexadecimal.
+///
+/// Anyone who may create pods can write the annotations. Without hyphens the id is never another pod's in the API
+/// server's store, whose ids are UUIDs; the index sees to it that no two pods share one.
+fn static_uid(Annotations { mirror, hash }: Annotations) -> Option<String> {
+    let hash = hash.filter(|hash| Some(hash) == mirror.as_ref())?;
+    let is_md5 = hash.len() == 32 && hash.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    if !is_md5 {
+        log::debug!("{MIRROR} and {HASH} that are no kubelet's: {hash:?}");
+    }
+    is_md5.then_some(hash)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    const STATIC: &str = "0123456789abcdef0123456789abcdef";
+
+    fn pod(object: Value) -> Pod {
+        serde_json::from_value::<PodObject>(object).unwrap().into_pod()
+    }
+
+    #[test]
+    fn what_is_needed_is_read() {
+        let object = json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {
+                "uid": "u", "namespace": "n", "name": "p", "resourceVersion": "7",
+                "labels": { "app": "x" }, "annotations": { "a": "b" }, "managedFields": [{}],
+            },
+            "spec": { "nodeName": "node-0", "serviceAccountName": "s", "hostNetwork": true, "containers": [] },
+            "status": {
+                "phase": "Running",
+                "containerStatuses": [
+                    { "name": "c", "containerID": "containerd://c0" }, { "name": "waiting", "containerID": "" },
+                ],
+                "initContainerStatuses": [{ "name": "i", "containerID": "cri-o://c1" }, { "name": "none" }],
+            },
+        });
+        let read: PodObject = serde_json::from_value(object).unwrap();
+        assert!(read.is_on("node-0") && !read.is_on("node-1"));
+        assert_eq!(read.resource_version(), Some("7"));
+        let expected = Pod {
+            uid: "u".into(),
+            cgroup_uid: "u".into(),
+            namespace: "n".into(),
+            name: "p".into(),
+            service_account: "s".into(),
+            labels: BTreeMap::from([("app".into(), "x".into())]),
+            host_network: true,
+            containers: [("c0", "c"), ("c1", "i")].map(|(id, name)| (id.into(), name.into())).into(),
+            is_over: false,
+        };
+        assert_eq!(read.into_pod(), expected);
+    }
+
+    #[test]
+    fn what_lacks_is_not_granted() {
+        let metadata = json!({ "uid": "u", "namespace": "n", "name": "p" });
+        let bare: PodObject = serde_json::from_value(json!({ "metadata": metadata })).unwrap();
+        assert!(!bare.is_on("") && !bare.is_on("node-0"));
+        for (phase, is_over) in [
+            ("Pending", false),
+            ("Running", false),
+            ("Unknown", false),
+            ("Succeeded", true),
+            ("Failed", true),
+        ] {
+            let object = json!({ "metadata": metadata, "status": { "phase": phase } });
+            assert_eq!(pod(object).is_over, is_over, "{phase}");
+        }
+        for missing in ["uid", "namespace", "name"] {
+            let mut metadata = metadata.clone();
+            metadata.as_object_mut().unwrap().remove(missing);
+            assert!(
+                serde_json::from_value::<PodObject>(json!({ "metadata": metadata })).is_err(),
+                "{missing}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_static_pods_cgroup_has_a_name_that_no_other_pod_can_take() {
+        let uid = "a3c1b0de-1f2e-4d3c-8b4a-5f6e7d8c9b0a";
+        let cgroup_uid = |mirror: &str, hash: &str| {
+            let annotations = json!({ MIRROR: mirror, HASH: hash });
+            let metadata = json!({ "uid": uid, "namespace": "n", "name": "p", "annotations": annotations });
+            pod(json!({ "metadata": metadata })).cgroup_uid
+        };
+        assert_eq!(cgroup_uid(STATIC, STATIC), STATIC);
+        assert_eq!(cgroup_uid("", STATIC), uid);
+        let another = "00000000-0000-4000-8000-000000000000";
+        assert_eq!(cgroup_uid(another, another), uid);
+        let upper = STATIC.to_uppercase();
+        assert_eq!(cgroup_uid(&upper, &upper), uid);
+    }
+}

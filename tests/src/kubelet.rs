@@ -1,0 +1,132 @@
+//! The cgroups that a kubelet makes for pods, in the machine's hierarchy v2.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{self, Child},
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use crate::{
+    Netns,
+    cgroup::{remove, v2_root},
+    netns::unique,
+    poll::try_poll,
+    probe::LONG,
+};
+
+pub(crate) const PREFIX: &str = "imds-kubelet-";
+/// Of a container.
+pub const CONTAINER: &str = "1f0e6d2c9b8a7f6e5d4c3b2a19080706f5e4d3c2b1a09f8e7d6c5b4a39281706";
+
+/// A cgroup in which a kubelet has its own. It and all below it is removed on drop.
+#[derive(Debug)]
+pub struct Kubelet {
+    root: PathBuf,
+}
+
+/// By what a kubelet makes cgroups.
+#[derive(Clone, Copy, Debug)]
+pub enum Driver {
+    /// Directories of its own.
+    Cgroupfs,
+    /// systemd's slices and scopes.
+    Systemd,
+}
+
+impl Kubelet {
+    /// Makes the root alone: the kubelet has not been started yet.
+    #[must_use]
+    #[expect(clippy::new_without_default, reason = "making cgroups is work that its name should show")]
+    pub fn new() -> Self {
+        // Not below this process's own: there it could be a threaded one, which has no processes.
+        let root = v2_root().join(unique(PREFIX));
+        fs::create_dir(&root).unwrap_or_else(|error| panic!("make {}: {error}", root.display()));
+        Self { root }
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Makes the cgroups of a burstable pod with one container, without a process.
+    #[must_use]
+    pub fn add_pod(&self, uid: &str, driver: Driver) -> PodCgroup {
+        let (path, container) = match driver {
+            Driver::Cgroupfs => (format!("kubepods/burstable/pod{uid}"), CONTAINER.to_owned()),
+            Driver::Systemd => {
+                let uid = uid.replace('-', "_");
+                let slice =
+                    format!("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{uid}.slice");
+                (slice, format!("cri-containerd-{CONTAINER}.scope"))
+            }
+        };
+        let path = self.root.join(path);
+        let container = path.join(container);
+        fs::create_dir_all(&container)
+            .unwrap_or_else(|error| panic!("make {}: {error}", container.display()));
+        PodCgroup { path, container, processes: Vec::new() }
+    }
+}
+
+impl Drop for Kubelet {
+    fn drop(&mut self) {
+        remove(&self.root);
+    }
+}
+
+/// An id that no other pod on this machine has.
+#[must_use]
+pub fn new_uid() -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    format!("{:08x}-1f2e-4d3c-8b4a-{:012x}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// The cgroups of a pod. Its processes end on drop, and the cgroups are removed.
+#[derive(Debug)]
+pub struct PodCgroup {
+    /// The pod's.
+    pub path: PathBuf,
+    /// Its container's.
+    pub container: PathBuf,
+    processes: Vec<Child>,
+}
+
+impl PodCgroup {
+    /// Starts a process in this cgroup and in `netns`, and returns its id.
+    pub fn start_in(&mut self, netns: &Netns) -> u32 {
+        let process = netns.command("sleep").arg("1000").spawn().expect("start a process");
+        let pid = process.id();
+        self.processes.push(process);
+        fs::write(self.container.join("cgroup.procs"), pid.to_string()).expect("enter a cgroup");
+        pid
+    }
+
+    /// Ends its processes; the cgroups stay.
+    pub fn stop(&mut self) {
+        for mut process in self.processes.drain(..) {
+            process.kill().expect("kill a child");
+            process.wait().expect("wait for a child");
+        }
+    }
+}
+
+impl Drop for PodCgroup {
+    fn drop(&mut self) {
+        self.stop();
+        remove_when_empty(&self.path);
+    }
+}
+
+/// A process that has ended is still in its cgroup for a moment.
+fn remove_when_empty(path: &Path) {
+    let gone = try_poll(LONG, || {
+        remove(path);
+        (!path.exists()).then_some(())
+    });
+    if gone.is_none() {
+        eprintln!("{} can't be removed", path.display());
+    }
+}

@@ -1,0 +1,277 @@
+//! Who is exempt by what Kubernetes calls them: from the API server's word to the packet.
+
+use std::fs;
+
+use imds_tests::{
+    Agent, METADATA, Netns, Pod, PodLink, World,
+    api_server::{ApiServer, Fault, pod},
+    kubelet::{CONTAINER, Driver, Kubelet, PodCgroup, new_uid},
+    poll::poll_until,
+    probe::{LONG, SHORT, http_get},
+    skip_without_netns_cookie,
+};
+use serde_json::Value;
+
+const ALL: &[&str] = &["pod_edge", "node_edge", "socket"];
+const NODE: &str = "node-0";
+const TRUSTED: &[(&str, &str)] = &[("app", "agent")];
+const RULE: &str = "
+    [[exempt]]
+    name = 'trusted'
+    namespace = 'kube-system'
+    service_account = 'agent'
+    pod_selector = { match_labels = { app = 'agent' } }";
+
+/// A node of a cluster: its API server and its kubelet.
+struct Cluster {
+    // Dropped first: the server's thread is woken from outside.
+    server: ApiServer,
+    kubelet: Kubelet,
+    world: World,
+}
+
+/// A pod that was scheduled: it has a link and cgroups, and a process only once it is started.
+struct Scheduled {
+    uid: String,
+    cgroup: PodCgroup,
+    pod: Pod,
+}
+
+impl Cluster {
+    fn new() -> Self {
+        let world = World::new();
+        Self { server: ApiServer::start_in(&world.node), kubelet: Kubelet::new(), world }
+    }
+
+    fn config(&self) -> String {
+        let kubeconfig = self.world.scratch_dir().join("kubeconfig");
+        self.server.write_kubeconfig(&kubeconfig);
+        let kubernetes = format!("kubeconfig = '{}'\nnode_name = '{NODE}'\n", kubeconfig.display());
+        format!("{RULE}\n[kubernetes]\n{kubernetes}")
+    }
+
+    fn start(&self, hooks: &[&'static str]) -> Agent<'_> {
+        self.world.agent().config(&self.config()).hooks(hooks).spawn_ready()
+    }
+
+    fn schedule(&self, link: PodLink, driver: Driver, labels: &[(&str, &str)]) -> Scheduled {
+        let uid = new_uid();
+        let cgroup = self.kubelet.add_pod(&uid, driver);
+        let scheduled = Scheduled { uid, cgroup, pod: self.world.add_pod(link) };
+        self.server.apply(scheduled.object(labels));
+        scheduled
+    }
+
+    fn reaches(&self, netns: &Netns) -> bool {
+        self.world.in_cgroup(|| http_get(netns, METADATA, SHORT).is_answer())
+    }
+
+    #[track_caller]
+    fn wait_exempt(&self, pod: &Pod) {
+        poll_until(LONG, "the pod to be exempt", || self.reaches(&pod.netns).then_some(()));
+    }
+
+    #[track_caller]
+    fn wait_denied(&self, pod: &Pod) {
+        poll_until(LONG, "the pod to be denied", || (!self.reaches(&pod.netns)).then_some(()));
+        self.world.assert_nothing_arrives(|| assert!(!self.reaches(&pod.netns)));
+    }
+
+    /// Waits until the API server has told of that many pods.
+    fn wait_known(&self, pods: u32) {
+        self.world.status_when("the pods are known", |status| {
+            status.kubernetes.as_ref().is_some_and(|kubernetes| kubernetes.pods == pods)
+        });
+    }
+}
+
+impl Scheduled {
+    fn object(&self, labels: &[(&str, &str)]) -> Value {
+        pod(&self.uid, NODE, "kube-system", "agent", labels)
+    }
+
+    /// Starts its sandbox.
+    fn start(&mut self) -> &Pod {
+        self.cgroup.start_in(&self.pod.netns);
+        &self.pod
+    }
+}
+
+#[test]
+fn a_pod_is_exempt_from_its_sandbox_on_and_until_its_label_or_itself_is_gone() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    for (link, driver) in [(PodLink::Routed, Driver::Cgroupfs), (PodLink::Bridged, Driver::Systemd)] {
+        let cluster = Cluster::new();
+        let agent = cluster.start(ALL);
+        let mut trusted = cluster.schedule(link, driver, TRUSTED);
+        let mut other = cluster.schedule(link, driver, &[("app", "web")]);
+        other.start();
+        cluster.wait_known(2);
+        cluster.wait_denied(&trusted.pod);
+        trusted.start();
+        cluster.wait_exempt(&trusted.pod);
+        cluster.wait_denied(&other.pod);
+
+        cluster.server.apply(trusted.object(&[]));
+        cluster.wait_denied(&trusted.pod);
+        cluster.server.apply(trusted.object(TRUSTED));
+        cluster.wait_exempt(&trusted.pod);
+        let mut ended = trusted.object(TRUSTED);
+        ended["status"]["phase"] = "Succeeded".into();
+        cluster.server.apply(ended);
+        cluster.wait_denied(&trusted.pod);
+        cluster.server.apply(trusted.object(TRUSTED));
+        cluster.wait_exempt(&trusted.pod);
+        cluster.server.delete(&trusted.uid);
+        cluster.wait_denied(&trusted.pod);
+        assert!(cluster.world.status().exemptions.is_empty());
+        drop(agent);
+        cluster.world.unload();
+        assert!(cluster.reaches(&trusted.pod.netns));
+    }
+}
+
+#[test]
+fn a_sandbox_that_is_made_anew_is_found_again_and_its_successor_is_not() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let cluster = Cluster::new();
+    let agent = cluster.start(ALL);
+    let mut trusted = cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED);
+    trusted.start();
+    cluster.wait_exempt(&trusted.pod);
+    // The runtime makes another sandbox for the same pod, of which the API server says nothing.
+    trusted.cgroup.stop();
+    let (index, address) = (trusted.pod.host_ifindex, trusted.pod.address);
+    trusted.pod.delete();
+    let successor = cluster.world.add_successor("guest1", index, address);
+    cluster.world.assert_nothing_arrives(|| assert!(!cluster.reaches(&successor)));
+    let again = cluster.world.add_pod(PodLink::Routed);
+    trusted.cgroup.start_in(&again.netns);
+    cluster.wait_exempt(&again);
+    cluster.world.assert_nothing_arrives(|| assert!(!cluster.reaches(&successor)));
+    drop(agent);
+    cluster.world.unload();
+    assert!(cluster.reaches(&successor));
+}
+
+#[test]
+fn while_the_api_server_is_away_what_is_known_stays_and_nobody_else_is_exempt() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let cluster = Cluster::new();
+    let config = cluster.world.scratch_dir().join("imds.toml");
+    fs::write(&config, cluster.config()).unwrap();
+    let (config, cgroup) = (config.to_str().unwrap(), cluster.world.cgroup().to_str().unwrap());
+    let spawn = || cluster.world.agent().config_file(config).args(&["--cgroup", cgroup]).spawn_ready();
+    let agent = spawn();
+    let mut trusted = cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED);
+    trusted.start();
+    cluster.wait_exempt(&trusted.pod);
+    // So long that it would not come to an end within the test.
+    for _ in 0..100 {
+        cluster.server.fail(Fault::Status(500, "etcdserver: no leader"));
+    }
+    cluster.server.disconnect();
+    let status = cluster.world.status_when("the failure is said", |status| {
+        status.kubernetes.as_ref().is_some_and(|kubernetes| {
+            !kubernetes.is_connected
+                && kubernetes.error.as_ref().is_some_and(|error| error.contains("no leader"))
+        })
+    });
+    assert!(status.problems.is_empty() && status.kubernetes.is_some_and(|kubernetes| kubernetes.pods == 1));
+    let mut unknown = cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED);
+    unknown.start();
+    cluster.wait_denied(&unknown.pod);
+    assert!(cluster.reaches(&trusted.pod.netns));
+
+    // The next agent has heard of nobody.
+    agent.kill9();
+    let agent = spawn();
+    assert!(cluster.reaches(&trusted.pod.netns), "{}", agent.log());
+    cluster.world.assert_nothing_arrives(|| assert!(!cluster.reaches(&unknown.pod.netns)));
+    agent.kill9();
+
+    // Rules that are others than the earlier agent's keep nothing.
+    fs::write(config, cluster.config().replace("'trusted'", "'others'")).unwrap();
+    let agent = spawn();
+    cluster.world.assert_nothing_arrives(|| assert!(!cluster.reaches(&trusted.pod.netns)));
+    drop(agent);
+    cluster.world.unload();
+    assert!(cluster.reaches(&unknown.pod.netns));
+}
+
+#[test]
+fn a_pod_in_the_nodes_namespace_is_exempt_by_its_cgroups() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let cluster = Cluster::new();
+    let mut trusted = cluster.schedule(PodLink::Routed, Driver::Systemd, &[]);
+    let config = cluster.world.scratch_dir().join("imds.toml");
+    let hooks = "[hooks]\npod_edge = false\nnode_edge = false\nsocket = false\nstrict_host_network = true";
+    fs::write(&config, format!("{}\n{hooks}", cluster.config())).unwrap();
+    let (config, cgroup) = (config.to_str().unwrap(), cluster.kubelet.root().to_str().unwrap());
+    let agent = cluster.world.agent().config_file(config).args(&["--cgroup", cgroup]).spawn_ready();
+    let mut object = trusted.object(TRUSTED);
+    object["spec"]["hostNetwork"] = true.into();
+    cluster.server.apply(object);
+    trusted.cgroup.start_in(&cluster.world.node);
+    let granted = |number: usize| {
+        cluster.world.status_when("its cgroups are granted", |status| {
+            let exempt = status.exemptions.iter().filter(|sender| sender.cgroup.is_some());
+            exempt.count() == number
+        })
+    };
+    let before = granted(2);
+    assert!(
+        before.exemptions.iter().all(|sender| sender.pod.as_ref().is_some_and(|pod| pod.uid == trusted.uid))
+    );
+    // A container of which the API server has not told.
+    let later = trusted.cgroup.path.join("cri-containerd-later.scope");
+    fs::create_dir(&later).unwrap();
+    granted(3);
+    fs::remove_dir(&later).unwrap();
+    granted(2);
+    cluster.server.delete(&trusted.uid);
+    granted(0);
+    drop(agent);
+    cluster.world.unload();
+}
+
+#[test]
+fn pods_are_named_wherever_they_are_shown() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let cluster = Cluster::new();
+    let agent = cluster.start(ALL);
+    let mut scheduled = cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED);
+    scheduled.start();
+    let mut object = scheduled.object(TRUSTED);
+    let container = format!("containerd://{CONTAINER}");
+    object["status"]["containerStatuses"] = serde_json::json!([{ "name": "main", "containerID": container }]);
+    cluster.server.apply(object);
+    let status = cluster.world.status_when("the pod has a name", |status| {
+        status.find(&scheduled.pod.host_ifname).is_some_and(|interface| interface.pod.is_some())
+    });
+    let pod = status.find(&scheduled.pod.host_ifname).unwrap().pod.clone().unwrap();
+    assert_eq!(
+        (pod.namespace.as_str(), pod.pod, pod.service_account.as_str(), pod.uid, pod.label.as_deref()),
+        ("kube-system", format!("pod-{}", scheduled.uid), "agent", scheduled.uid.clone(), Some("app=agent"))
+    );
+    let table = cluster.world.imds_agent(&["status"]).output();
+    let table = String::from_utf8(table.stdout).unwrap();
+    assert!(table.contains(&format!("kube-system/pod-{}", scheduled.uid)) && table.contains(NODE), "{table}");
+
+    cluster.server.delete(&scheduled.uid);
+    cluster.world.status_when("the pod is forgotten", |status| {
+        status.find(&scheduled.pod.host_ifname).is_some_and(|interface| interface.pod.is_none())
+    });
+    drop(agent);
+    cluster.world.unload();
+}

@@ -1,0 +1,314 @@
+//! The watch of the API server, over HTTP, and what becomes of exemptions when the server misbehaves.
+
+use std::{path::Path, time::Duration};
+
+use imds_agent::{
+    config::{Access, Config, Pods, Sender},
+    kube::{Backoff, ErrorKind, Index, Options, PodEvent, Watch, WatchState},
+    provider::Dmi,
+};
+use imds_tests::api_server::{ApiServer, Fault, pod, write_kubeconfig};
+use tempfile::TempDir;
+use tokio::time::timeout;
+
+const LONG: Duration = Duration::from_secs(20);
+const NODE: &str = "node-0";
+const RULES: &str = "
+    [[exempt]]
+    name = 'trusted'
+    namespace = 'kube-system'
+    pod_selector = { match_labels = { app = 'x' } }";
+
+/// A watch that feeds an index.
+struct Follower {
+    watch: Watch,
+    index: Index,
+    rule: Pods,
+    /// Of each relist, how many pods were in it.
+    relists: Vec<usize>,
+    directory: TempDir,
+}
+
+impl Follower {
+    fn new(server: &ApiServer) -> Self {
+        Self::with(server, |_| ())
+    }
+
+    fn with(server: &ApiServer, change: impl FnOnce(&mut Options)) -> Self {
+        let directory = TempDir::new().unwrap();
+        let kubeconfig = directory.path().join("kubeconfig");
+        server.write_kubeconfig(&kubeconfig);
+        let mut options = Options::new(NODE.to_owned());
+        options.backoff = Backoff { first: Duration::from_millis(20), longest: Duration::from_millis(200) };
+        change(&mut options);
+        let config = Config::parse(RULES, Path::new("imds.toml")).unwrap();
+        let Sender::Pods(rule) = config.resolve(&Dmi::default()).unwrap().1.remove(0).sender else {
+            panic!("a rule for pods")
+        };
+        Self {
+            watch: Watch::start(Access::Kubeconfig(kubeconfig), options),
+            index: Index::default(),
+            rule,
+            relists: Vec::new(),
+            directory,
+        }
+    }
+
+    /// Takes in news until `is_so`.
+    async fn until(&mut self, what: &str, is_so: impl Fn(&Self) -> bool) {
+        let waiting = async {
+            while !is_so(self) {
+                let event = self.watch.next().await.expect("the watch goes on");
+                if let PodEvent::Relist(pods) = &event {
+                    self.relists.push(pods.len());
+                }
+                self.index.handle(event);
+            }
+        };
+        timeout(LONG, waiting).await.unwrap_or_else(|_| panic!("waited in vain for {what}"));
+    }
+
+    async fn until_state(&mut self, what: &str, is_so: impl FnMut(&WatchState) -> bool) {
+        let mut state = self.watch.state();
+        let so = timeout(LONG, state.wait_for(is_so)).await;
+        so.unwrap_or_else(|_| panic!("waited in vain for {what}")).expect("the watch goes on");
+    }
+
+    fn is_exempt(&self, uid: &str) -> bool {
+        self.index.meant(&self.rule).any(|pod| pod.uid == uid)
+    }
+
+    fn errors(&self, kind: ErrorKind) -> u64 {
+        self.watch.state().borrow().errors.get(&kind).copied().unwrap_or_default()
+    }
+}
+
+fn trusted(uid: &str) -> serde_json::Value {
+    pod(uid, NODE, "kube-system", "s", &[("app", "x")])
+}
+
+/// A server with one trusted pod, and a follower that knows it and is told of changes.
+async fn followed() -> (ApiServer, Follower) {
+    let server = ApiServer::start();
+    server.apply(trusted("a"));
+    let mut follower = Follower::new(&server);
+    follower.until("the first list", |follower| follower.is_exempt("a")).await;
+    follower.until_state("a watch", |state| state.connected).await;
+    (server, follower)
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn pods_come_change_and_go() {
+    let (server, mut follower) = followed().await;
+    server.apply(trusted("b"));
+    server.apply(pod("c", NODE, "default", "s", &[("app", "x")]));
+    server.apply(pod("d", "node-1", "kube-system", "s", &[("app", "x")]));
+    server.apply(trusted("e"));
+    follower.until("the last of them", |follower| follower.is_exempt("e")).await;
+    assert!(follower.is_exempt("b") && !follower.is_exempt("c") && follower.index.get("c").is_some());
+    assert!(follower.index.get("d").is_none(), "another node's");
+
+    server.apply(pod("b", NODE, "kube-system", "s", &[]));
+    follower.until("the label to be gone", |follower| !follower.is_exempt("b")).await;
+    server.delete("a");
+    follower.until("the pod to be gone", |follower| follower.index.get("a").is_none()).await;
+    let mut ended = trusted("e");
+    ended["status"]["phase"] = "Failed".into();
+    server.apply(ended);
+    follower.until("the pod to be over", |follower| !follower.is_exempt("e")).await;
+
+    assert_eq!(follower.relists, [1]);
+    let state = follower.watch.state().borrow().clone();
+    assert_eq!((state.connected, state.relists, state.last_error.clone()), (true, 1, None));
+    assert!(state.events >= 6 && state.last_sync.is_some() && state.errors.is_empty(), "{state:?}");
+    for request in server.requests() {
+        assert!(request.starts_with("/api/v1/pods?fieldSelector=spec.nodeName%3Dnode-0&"), "{request}");
+    }
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_list_comes_in_pages() {
+    let server = ApiServer::start();
+    for number in 0..25 {
+        server.apply(trusted(&number.to_string()));
+    }
+    let mut follower = Follower::with(&server, |options| options.page = 10);
+    follower.until("the list", |follower| !follower.relists.is_empty()).await;
+    assert_eq!((follower.relists[0], follower.index.pods().count()), (25, 25));
+    let lists = server.requests().into_iter().filter(|request| request.contains("limit=10"));
+    assert_eq!(lists.count(), 3);
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_watch_that_ends_goes_on_where_it_was() {
+    let server = ApiServer::start();
+    server.apply(trusted("a"));
+    let mut follower = Follower::with(&server, |options| options.watch = Duration::from_secs(1));
+    follower.until("the first list", |follower| follower.is_exempt("a")).await;
+    let watches = |server: &ApiServer| {
+        server.requests().iter().filter(|request| request.contains("watch=true")).count()
+    };
+    let mut state = follower.watch.state();
+    while watches(&server) < 3 {
+        // Each bookmark wakes the watch's state, so that this turns once for each.
+        server.bookmark();
+        timeout(LONG, state.changed()).await.expect("news").unwrap();
+    }
+    server.apply(trusted("b"));
+    follower.until("what came later", |follower| follower.is_exempt("b")).await;
+    assert_eq!((follower.relists.len(), follower.watch.state().borrow().errors.len()), (1, 0));
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn what_is_known_stays_while_the_server_is_away() {
+    let (server, mut follower) = followed().await;
+    for _ in 0..3 {
+        server.fail(Fault::Close);
+    }
+    server.disconnect();
+    follower.until_state("the loss to be noticed", |state| !state.connected).await;
+    assert!(follower.is_exempt("a"));
+    server.apply(trusted("b"));
+    server.apply(pod("a", NODE, "kube-system", "s", &[]));
+    follower.until("what was missed", |follower| follower.is_exempt("b") && !follower.is_exempt("a")).await;
+    follower.until_state("a watch", |state| state.connected).await;
+    assert_eq!(follower.relists.len(), 1, "it goes on where it was");
+    assert!(follower.errors(ErrorKind::Connect) + follower.errors(ErrorKind::Closed) >= 3);
+    assert!(follower.watch.state().borrow().last_error.is_some());
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn what_was_forgotten_is_read_anew() {
+    let (server, mut follower) = followed().await;
+    server.apply(trusted("b"));
+    follower.until("the second", |follower| follower.is_exempt("b")).await;
+    server.forget("a");
+    server.disconnect();
+    follower.until("the second list", |follower| follower.relists.len() == 2).await;
+    assert!(!follower.is_exempt("a") && follower.is_exempt("b"));
+    assert!(follower.errors(ErrorKind::Gone) >= 1);
+    let requests = server.requests();
+    let lists: Vec<_> = requests.iter().filter(|request| request.contains("limit=")).collect();
+    assert!(lists[0].contains("resourceVersion=0"), "{lists:?}");
+    assert!(lists[1].contains("resourceVersionMatch=NotOlderThan"), "{lists:?}");
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn an_error_in_a_watch_that_says_gone_does_the_same() {
+    let (server, mut follower) = followed().await;
+    server.fail(Fault::Line(
+        r#"{"type":"ERROR","object":{"kind":"Status","code":410,"message":"too old resource version"}}"#,
+    ));
+    server.forget("a");
+    server.disconnect();
+    follower.until("the second list", |follower| follower.relists.len() == 2).await;
+    assert!(!follower.is_exempt("a") && follower.errors(ErrorKind::Gone) >= 1);
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_list_from_a_state_that_the_server_never_had_is_of_the_newest() {
+    let (server, mut follower) = followed().await;
+    server.fail(Fault::Status(410, "too old resource version"));
+    server.fail(Fault::Status(504, "Timeout: Too large resource version: 9, current: 2"));
+    server.forget("a");
+    server.disconnect();
+    follower.until("the second list", |follower| follower.relists.len() == 2).await;
+    assert!(!follower.is_exempt("a"));
+    let requests = server.requests();
+    let list = requests.iter().rfind(|request| request.contains("limit=")).unwrap();
+    assert!(!list.contains("resourceVersion"), "{list}");
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn each_way_to_fail_is_counted_and_gets_over() {
+    for (fault, kind, first_list) in [
+        (
+            Fault::Answer(429, "Retry-After: 1\r\n", "Too many requests, please try again later."),
+            ErrorKind::Throttled,
+            true,
+        ),
+        (Fault::Answer(502, "", "<html>\nBad Gateway"), ErrorKind::Server, true),
+        (Fault::Status(500, "etcdserver: leader changed"), ErrorKind::Server, true),
+        (Fault::Status(403, "pods is forbidden"), ErrorKind::Refused, true),
+        (Fault::Close, ErrorKind::Connect, true),
+        (Fault::HalfList, ErrorKind::Closed, true),
+        (Fault::Answer(200, "", "{\"kind\":\"PodList\",\"items\":["), ErrorKind::Malformed, true),
+        (Fault::Answer(200, "", "{\"metadata\":{},\"items\":[]}"), ErrorKind::Malformed, true),
+        (Fault::Silence, ErrorKind::Timeout, true),
+        (Fault::HalfEvent, ErrorKind::Closed, false),
+        (Fault::Line("{\"type\":\"ADDED\",\"object\":{\"meta"), ErrorKind::Malformed, false),
+        (Fault::Line("{\"type\":\"ADDED\",\"object\":{}}"), ErrorKind::Malformed, false),
+        (Fault::Line(""), ErrorKind::Closed, false),
+        (Fault::Silence, ErrorKind::Timeout, false),
+        (Fault::Status(500, "etcdserver: leader changed"), ErrorKind::Server, false),
+        (Fault::Close, ErrorKind::Connect, false),
+    ] {
+        let case = format!("{fault:?}, first list: {first_list}");
+        let server = ApiServer::start();
+        server.apply(trusted("a"));
+        let change = |options: &mut Options| options.answer = Duration::from_secs(2);
+        let mut follower = if first_list {
+            server.fail(fault);
+            Follower::with(&server, change)
+        } else {
+            let mut follower = Follower::with(&server, change);
+            follower.until("the first list", |follower| follower.is_exempt("a")).await;
+            follower.until_state("a watch", |state| state.connected).await;
+            server.fail(fault);
+            server.disconnect();
+            follower
+        };
+        assert_eq!(follower.is_exempt("a"), !first_list, "{case}");
+        follower.until_state(&case, |state| state.errors.contains_key(&kind)).await;
+        assert!(first_list || follower.is_exempt("a"), "{case}: what is known stays");
+        server.apply(trusted("b"));
+        follower.until(&case, |follower| follower.is_exempt("a") && follower.is_exempt("b")).await;
+        follower.until_state(&case, |state| state.connected).await;
+        let state = follower.watch.state().borrow().clone();
+        assert!(state.last_error.is_some_and(|error| !error.message.contains('\n')), "{case}");
+        assert_eq!(server.faults_left(), 0, "{case}");
+    }
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn the_server_is_left_alone_for_as_long_as_it_asks() {
+    let server = ApiServer::start();
+    server.fail(Fault::Answer(429, "Retry-After: 200\r\n", ""));
+    let mut follower = Follower::new(&server);
+    follower.until_state("the refusal", |state| state.last_error.is_some()).await;
+    let state = follower.watch.state().borrow().clone();
+    let pause = state.next_attempt.unwrap().duration_since(state.last_error.unwrap().time);
+    assert!((200..=201).contains(&pause.as_secs()), "{pause}");
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn pods_of_other_nodes_that_a_server_sends_all_the_same_are_none_of_ours() {
+    let (server, mut follower) = followed().await;
+    let elsewhere = r#"{"type":"ADDED","object":{"metadata":{"uid":"z","namespace":"kube-system","name":"z",
+        "resourceVersion":"3","labels":{"app":"x"}},"spec":{"nodeName":"node-1"}}}"#;
+    let line: &'static str = elsewhere.replace("\n        ", "").leak();
+    server.fail(Fault::Line(line));
+    server.disconnect();
+    follower.until_state("the line", |state| state.events >= 1).await;
+    server.apply(trusted("b"));
+    server.apply(trusted("c"));
+    follower.until("what comes next", |follower| follower.is_exempt("c")).await;
+    assert!(follower.index.get("z").is_none());
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_kubeconfig_that_comes_later_is_waited_for_and_one_that_changes_is_read_again() {
+    let server = ApiServer::start();
+    server.apply(trusted("a"));
+    let mut follower = Follower::new(&server);
+    let kubeconfig = follower.directory.path().join("other");
+    let mut options = Options::new(NODE.to_owned());
+    options.backoff = Backoff { first: Duration::from_millis(20), longest: Duration::from_millis(200) };
+    follower.watch = Watch::start(Access::Kubeconfig(kubeconfig.clone()), options);
+    follower.until_state("the lack of a file", |state| state.errors.contains_key(&ErrorKind::Config)).await;
+    // The server speaks no TLS.
+    write_kubeconfig(&kubeconfig, &server.url().replace("http:", "https:"));
+    follower.until_state("the wrong address", |state| state.errors.contains_key(&ErrorKind::Connect)).await;
+    server.write_kubeconfig(&kubeconfig);
+    follower.until("the list", |follower| follower.is_exempt("a")).await;
+}
