@@ -9,12 +9,14 @@ use std::{
 use anyhow::Context as _;
 use futures_util::{Stream, StreamExt as _};
 use tokio::{
+    io::unix::AsyncFd,
     signal::unix::{Signal, SignalKind, signal},
     time::{Instant, Interval, MissedTickBehavior, interval_at, sleep_until},
 };
 
 use crate::{
     cluster::{Cluster, News},
+    collector::Collector,
     config::{self, Config},
     guard::Guard,
     metrics::Done,
@@ -88,6 +90,8 @@ pub struct Agent {
     reloads: Reloads,
     server: Server,
     cluster: Cluster,
+    /// Where no other process takes what the programs tell.
+    collector: Option<AsyncFd<Collector>>,
     timer: Interval,
     hangup: Signal,
     terminate: Signal,
@@ -115,6 +119,7 @@ impl Agent {
             reloads: Reloads::default(),
             server,
             cluster: Cluster::default(),
+            collector: None,
             timer,
             hangup: signal(SignalKind::hangup()).context("can't listen for SIGHUP")?,
             terminate: signal(SignalKind::terminate()).context("can't listen for SIGTERM")?,
@@ -142,19 +147,24 @@ impl Agent {
         let mut half_seen = None;
         self.server.listen(&config.listen);
         self.follow_cluster().await;
+        self.open_collector();
         loop {
-            self.server.beat(Done { reloads: self.reloads, repairs: self.guard.repairs() });
+            self.server.beat(self.done());
             tokio::select! {
                 event = events.next() => {
                     let event = event.context("lost the connection to rtnetlink: pods can't be followed")?;
                     report(self.guard.handle(event).await);
                 }
                 news = self.cluster.next() => self.hear(news).await,
+                collected = collect(&mut self.collector) => if let Err(error) = collected {
+                    self.lose_collector(&error);
+                },
                 () = self.guard.exemptions_changed() => report(self.guard.restore_exemptions().await),
                 () = self.guard.kubepods_changed() => report(self.guard.follow_kubepods()),
                 _ = self.timer.tick() => {
                     report(self.guard.resync().await);
                     self.server.retry();
+                    self.open_collector();
                     // For what is not told of, as on some network file systems. Seen only once, it may be half written.
                     let change = self.source.change();
                     if change.is_some() && change == half_seen {
@@ -193,6 +203,28 @@ impl Agent {
         }
     }
 
+    /// Takes what the programs tell, if no other process does.
+    fn open_collector(&mut self) {
+        if self.collector.is_some() {
+            return;
+        }
+        match Collector::open(self.guard.pins()) {
+            // SAFETY: the ring buffer's descriptor is the collector's own, and the same for as long as there is one.
+            Ok(Some(collector)) => match unsafe { AsyncFd::register(collector) } {
+                Ok(collector) => self.collector = Some(collector),
+                Err(error) => self.lose_collector(&error.into()),
+            },
+            // Somebody follows events, and keeps them meanwhile.
+            Ok(None) => {}
+            Err(error) => self.lose_collector(&error.into()),
+        }
+    }
+
+    fn lose_collector(&mut self, error: &anyhow::Error) {
+        log::error!("events are not kept until the next look at everything: {error:#}");
+        self.collector = None;
+    }
+
     async fn hear(&mut self, news: News) {
         match news {
             News::Pods(event) => report(self.guard.hear_of_pods(event).await),
@@ -200,6 +232,16 @@ impl Agent {
                 let node = self.cluster.node().unwrap_or_default();
                 report(self.guard.hear_of_watch(node, &state).await);
             }
+        }
+    }
+
+    fn done(&self) -> Done {
+        Done {
+            reloads: self.reloads,
+            repairs: self.guard.repairs(),
+            writes: self.guard.writes(),
+            watch: self.cluster.state(),
+            collected: self.collector.as_ref().map(|collector| collector.get_ref().collected()),
         }
     }
 
@@ -240,6 +282,14 @@ impl Agent {
         self.follow_cluster().await;
         Ok(self.guard.record_config(self.source.path(), &config)?)
     }
+}
+
+/// Takes what the programs tell, as it comes.
+async fn collect(collector: &mut Option<AsyncFd<Collector>>) -> anyhow::Result<()> {
+    let Some(collector) = collector else { return future::pending().await };
+    // Cleared before it is read: what comes while it is read makes it ready again.
+    collector.readable_mut().await?.clear_ready();
+    Ok(collector.get_mut().collect()?)
 }
 
 /// When a file that changed is to be read.

@@ -54,6 +54,12 @@ impl Cluster {
         self.watched.as_ref().map(|(wanted, ..)| wanted.node.as_str())
     }
 
+    /// How the watch goes, where there is one.
+    #[must_use]
+    pub fn state(&self) -> Option<WatchState> {
+        self.watched.as_ref().map(|(.., state)| state.borrow().clone())
+    }
+
     /// What is heard next. Nothing is lost when this is cancelled.
     pub async fn next(&mut self) -> News {
         let Some((_, watch, state)) = &mut self.watched else { return pending().await };

@@ -61,11 +61,10 @@ impl Record {
     ) -> Self {
         let ifindex = (event.ifindex != 0).then_some(event.ifindex);
         let ingress = (event.ingress_ifindex != 0).then_some(event.ingress_ifindex);
-        let since_boot = SignedDuration::from_nanos(event.time.try_into().unwrap_or(i64::MAX));
-        let comm: Vec<u8> = event.comm.iter().copied().take_while(|&byte| byte != 0).collect();
+        let comm = comm(event);
         let source = Ipv6Addr::from(event.source);
         Self {
-            time: booted.checked_add(since_boot).unwrap_or(Timestamp::MAX),
+            time: wall_time(event, booted),
             hook: Hook::ALL.into_iter().find(|&hook| hook as u8 == event.hook).map_or("unknown", Hook::name),
             verdict: verdict(event.verdict),
             ifindex,
@@ -73,7 +72,7 @@ impl Record {
             ingress_ifindex: ingress,
             ingress_interface: ingress.and_then(interface),
             pid: (event.pid != 0).then_some(event.pid),
-            comm: (!comm.is_empty()).then(|| String::from_utf8_lossy(&comm).into_owned()),
+            comm: (!comm.is_empty()).then_some(comm),
             cgroup: (event.cgroup != 0).then_some(event.cgroup),
             netns_cookie: (event.netns_cookie != 0).then_some(event.netns_cookie),
             pod,
@@ -87,14 +86,42 @@ impl Record {
     }
 }
 
+/// The event in these bytes, or `None` where they are too few: another version's.
+pub(crate) fn decode(bytes: &[u8]) -> Option<Event> {
+    let bytes = bytes.first_chunk::<{ size_of::<Event>() }>()?;
+    // SAFETY: an event is integers without padding, so that any bytes are one; the read needs no alignment.
+    Some(unsafe { bytes.as_ptr().cast::<Event>().read_unaligned() })
+}
+
+/// When it was by the wall clock, of which `booted` is the time of boot.
+#[must_use]
+pub fn wall_time(event: &Event, booted: Timestamp) -> Timestamp {
+    let since_boot = SignedDuration::from_nanos(event.time.try_into().unwrap_or(i64::MAX));
+    booted.checked_add(since_boot).unwrap_or(Timestamp::MAX)
+}
+
+/// Name of the thread that called; empty for packets.
+#[must_use]
+pub fn comm(event: &Event) -> String {
+    crate::endpoints::unpadded(&event.comm)
+}
+
+/// Index of the interface by which a packet came to the node; 0 where it came by none.
+#[must_use]
+pub fn ingress(event: &Event) -> u32 {
+    // At the node edge the other interface is the node's own, and so it is of what came by none.
+    match event.hook {
+        hook if hook == Hook::PodEdge as u8 => event.ifindex,
+        _ => event.ingress_ifindex,
+    }
+}
+
 /// Whom the datapath may know the sender of what an event tells by, the one that says most first: a cgroup is a container's.
 pub fn senders(event: &Event) -> impl Iterator<Item = Subject> {
-    // At the node edge the other interface is the node's own.
-    let interface = if event.ingress_ifindex == 0 { event.ifindex } else { event.ingress_ifindex };
     [
         (SubjectKind::Cgroup, event.cgroup),
         (SubjectKind::Netns, event.netns_cookie),
-        (SubjectKind::Interface, interface.into()),
+        (SubjectKind::Interface, ingress(event).into()),
     ]
     .into_iter()
     .filter(|(_, id)| *id != 0)

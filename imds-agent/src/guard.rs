@@ -13,7 +13,7 @@ use log::Level;
 
 use crate::{
     config::{Config, Interfaces},
-    datapath::{Datapath, DatapathError},
+    datapath::{Datapath, DatapathError, pins::PinDir},
     exempt::Rules,
     node::{
         kubepods::{self, Kubepods},
@@ -42,6 +42,15 @@ pub struct Repairs {
     pub overruns: u64,
 }
 
+/// How often maps were written for who is exempt and who is who, since the agent started.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Writes {
+    /// That of exemptions.
+    pub exemptions: u64,
+    /// That of pods.
+    pub pods: u64,
+}
+
 /// Interfaces as they are and as they should be, and the datapath that makes the one the other.
 pub struct Guard {
     datapath: Datapath,
@@ -67,6 +76,7 @@ pub struct Guard {
     /// Whether what changes is what the operator asked for.
     is_asked: bool,
     repairs: Repairs,
+    writes: Writes,
 }
 
 impl Guard {
@@ -94,7 +104,20 @@ impl Guard {
             settled: false,
             is_asked: false,
             repairs: Repairs::default(),
+            writes: Writes::default(),
         }
+    }
+
+    /// How often maps were written for who is exempt and who is who.
+    #[must_use]
+    pub fn writes(&self) -> Writes {
+        self.writes
+    }
+
+    /// The pin directory.
+    #[must_use]
+    pub fn pins(&self) -> &PinDir {
+        self.datapath.pins()
     }
 
     /// How often what somebody else had changed was put right.

@@ -9,13 +9,16 @@
 pub mod agent;
 pub mod cli;
 pub mod cluster;
+pub mod collector;
 pub mod config;
 pub mod datapath;
+pub mod denials;
 pub mod diagnostics;
 pub mod doctor;
 pub mod endpoints;
 pub mod events;
 pub mod exempt;
+pub mod follower;
 pub mod guard;
 pub mod kube;
 pub mod metrics;

@@ -1,8 +1,14 @@
 //! What is in force as metrics, in the text form of `OpenMetrics` 1.0, which Prometheus reads.
 
-use std::{fmt, fs};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt, fs,
+};
 
-use imds_ebpf_common::Mode;
+use imds_ebpf_common::{
+    Hook, Mode, Verdict,
+    ledger::{DenialKey, DenialRecord},
+};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeMetric, text},
@@ -12,27 +18,43 @@ use prometheus_client::{
 
 use crate::{
     agent::Reloads,
+    collector::Collected,
     datapath::counters::{Count, Counts},
-    guard::Repairs,
+    endpoints::{plain, unpadded},
+    guard::{Repairs, Writes},
+    kube::WatchState,
     status::Report,
 };
 
 /// What the text form is called in HTTP.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
+/// Most namespaces that are told apart.
+const MOST_NAMESPACES: usize = 100;
+
 /// What a running agent has done so far.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Done {
     /// Configurations loaded again.
     pub reloads: Reloads,
     /// What was put right.
     pub repairs: Repairs,
+    /// Maps written for who is exempt and who is who.
+    pub writes: Writes,
+    /// How the watch of pods goes, where there is one.
+    pub watch: Option<WatchState>,
+    /// What the programs told, where this agent is who takes it.
+    pub collected: Option<Collected>,
 }
 
 /// All metrics of one moment, as text.
-pub fn encode(report: Report, done: Done) -> Result<String, fmt::Error> {
+pub fn encode(
+    report: Report,
+    denials: Vec<(DenialKey, DenialRecord)>,
+    done: Done,
+) -> Result<String, fmt::Error> {
     let mut registry = Registry::default();
-    registry.register_collector(Box::new(Snapshot { report, done }));
+    registry.register_collector(Box::new(Snapshot { report, denials, done }));
     let mut text = String::new();
     text::encode(&mut text, &registry)?;
     Ok(text)
@@ -41,6 +63,7 @@ pub fn encode(report: Report, done: Done) -> Result<String, fmt::Error> {
 #[derive(Debug)]
 struct Snapshot {
     report: Report,
+    denials: Vec<(DenialKey, DenialRecord)>,
     done: Done,
 }
 
@@ -52,7 +75,9 @@ impl Collector for Snapshot {
         let mut to = Encoder(encoder);
         self.encode_agent(&mut to)?;
         self.encode_counts(&mut to)?;
+        self.encode_denials(&mut to)?;
         self.encode_coverage(&mut to)?;
+        self.encode_watch(&mut to)?;
         self.encode_done(&mut to)
     }
 }
@@ -109,6 +134,65 @@ impl Snapshot {
         )
     }
 
+    /// Of whom there are more than [`MOST_NAMESPACES`], the rest goes by no name.
+    fn encode_denials(&self, to: &mut Encoder<'_>) -> fmt::Result {
+        let mut by_namespace: BTreeMap<String, u64> = BTreeMap::new();
+        for (_, record) in &self.denials {
+            *by_namespace.entry(unpadded(&record.namespace)).or_default() += record.count;
+        }
+        let mut most: Vec<_> = by_namespace.into_iter().collect();
+        most.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+        let named: BTreeSet<_> =
+            most.into_iter().take(MOST_NAMESPACES).map(|(namespace, _)| namespace).collect();
+        let mut samples: BTreeMap<[String; 4], u64> = BTreeMap::new();
+        for (key, record) in &self.denials {
+            let address = plain(key.address);
+            let named_endpoint = self.report.endpoints.iter().find(|endpoint| endpoint.address == address);
+            let hook =
+                Hook::ALL.into_iter().find(|&hook| hook as u32 == key.hook).map_or("unknown", Hook::name);
+            let verdict = if key.verdict == Verdict::Audit as u32 { "audited" } else { "denied" };
+            let namespace = Some(unpadded(&record.namespace)).filter(|namespace| named.contains(namespace));
+            let endpoint =
+                named_endpoint.map_or_else(|| "unguarded".to_owned(), |endpoint| endpoint.name.clone());
+            let labels = [namespace.unwrap_or_default(), endpoint, hook.to_owned(), verdict.to_owned()];
+            *samples.entry(labels).or_default() += record.count;
+        }
+        let samples = samples.into_iter().map(|([namespace, endpoint, hook, verdict], count)| {
+            let labels =
+                [("namespace", namespace), ("endpoint", endpoint), ("hook", hook), ("verdict", verdict)];
+            (labels, count)
+        });
+        to.counter(
+            "imds_denials",
+            "Packets and calls that were denied or audited, by namespace of the pod; without one where no pod is known",
+            samples,
+        )
+    }
+
+    fn encode_watch(&self, to: &mut Encoder<'_>) -> fmt::Result {
+        let Some(watch) = &self.done.watch else { return Ok(()) };
+        to.gauge(
+            "imds_kubernetes_connected",
+            "1 while the API server tells of this node's pods",
+            [([], u64::from(watch.connected))],
+        )?;
+        let synced = watch.last_sync.map(|time| ([], time.as_second().unsigned_abs()));
+        to.gauge(
+            "imds_kubernetes_synced_timestamp_seconds",
+            "When what is known of pods was last known to be all there is, in seconds since 1970",
+            synced,
+        )?;
+        let pods = self.report.kubernetes.iter().flat_map(|lookup| {
+            [("known", lookup.pods), ("without_sandbox", lookup.awaited)]
+                .map(|(state, count)| ([("state", state.to_owned())], count.into()))
+        });
+        to.gauge("imds_kubernetes_pods", "Pods of this node that are known", pods)?;
+        to.counter("imds_kubernetes_relists", "Times at which all pods were read", [([], watch.relists)])?;
+        to.counter("imds_kubernetes_events", "Changes to pods that were told", [([], watch.events)])?;
+        let errors = watch.errors.iter().map(|(kind, &count)| ([("kind", kind.name().to_owned())], count));
+        to.counter("imds_kubernetes_errors", "Failures to hear of pods", errors)
+    }
+
     fn encode_coverage(&self, to: &mut Encoder<'_>) -> fmt::Result {
         let Self { report, .. } = self;
         let of = |hook: &'static str, is_guarded: bool| {
@@ -156,7 +240,7 @@ impl Snapshot {
     }
 
     fn encode_done(&self, to: &mut Encoder<'_>) -> fmt::Result {
-        let Done { reloads, repairs } = self.done;
+        let Done { reloads, repairs, writes, collected, .. } = self.done;
         let results = [("succeeded", reloads.succeeded), ("failed", reloads.failed)];
         to.counter(
             "imds_config_reloads",
@@ -174,6 +258,19 @@ impl Snapshot {
             "What somebody else had changed and was put right: attached again, put in the place of another program, \
              pinned again, put before other programs",
             kinds.map(|(kind, count)| ([("kind", kind.to_owned())], count)),
+        )?;
+        to.counter(
+            "imds_map_writes",
+            "Entries of maps that were written because pods or rules changed",
+            [("imds_exempt", writes.exemptions), ("imds_pods", writes.pods)]
+                .map(|(map, count)| ([("map", map.to_owned())], count)),
+        )?;
+        let Collected { told, suppressed } = collected.unwrap_or_default();
+        to.counter("imds_events", "Packets and calls of which the programs told", [([], told)])?;
+        to.counter(
+            "imds_events_suppressed",
+            "Packets and calls of which they told by their number alone, as there were too many",
+            [([], suppressed)],
         )?;
         to.counter(
             "imds_netlink_overruns",

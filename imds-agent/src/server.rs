@@ -3,7 +3,7 @@
 //! It runs on the agent's own thread, a request at a time: what it may take of it is bounded.
 
 use std::{
-    cell::Cell,
+    cell::{Cell, RefCell},
     convert::Infallible,
     fs,
     future::{self, poll_fn},
@@ -26,6 +26,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
+use imds_ebpf_common::ledger::{DenialKey, DenialRecord};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
@@ -34,7 +35,7 @@ use tokio::{
 
 use crate::{
     config::Listen,
-    datapath::pins::PinDir,
+    datapath::{denials::Denials, object, pins::PinDir},
     metrics::{self, Done},
     node::netlink::Netlink,
     status::{self, Report},
@@ -68,7 +69,7 @@ pub struct Server {
 struct Subject {
     pins: PinDir,
     netlink: Netlink,
-    done: Cell<Done>,
+    done: RefCell<Done>,
     /// When the agent was last seen at work.
     beat: Cell<Instant>,
     /// How long it may not be seen so.
@@ -80,7 +81,7 @@ impl Server {
     #[must_use]
     pub fn new(pins: PinDir, netlink: Netlink, period: Duration) -> Self {
         let patience = period * 3 + Duration::from_secs(10);
-        let (done, beat) = (Cell::default(), Cell::new(Instant::now()));
+        let (done, beat) = (RefCell::default(), Cell::new(Instant::now()));
         Self {
             wanted: Vec::new(),
             listening: Vec::new(),
@@ -125,7 +126,7 @@ impl Server {
 
     /// The agent is at work, and has done this.
     pub fn beat(&self, done: Done) {
-        self.subject.done.set(done);
+        *self.subject.done.borrow_mut() = done;
         self.subject.beat.set(Instant::now());
     }
 
@@ -301,10 +302,18 @@ impl Subject {
             Ok(report) => report,
             Err(response) => return response,
         };
-        match metrics::encode(report, self.done.get()) {
+        let denials = match self.denials() {
+            Ok(denials) => denials,
+            Err(error) => return text(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error:#}")),
+        };
+        match metrics::encode(report, denials, self.done.borrow().clone()) {
             Ok(metrics) => respond(StatusCode::OK, metrics::CONTENT_TYPE, metrics),
             Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
         }
+    }
+
+    fn denials(&self) -> anyhow::Result<Vec<(DenialKey, DenialRecord)>> {
+        Ok(if object::is_loaded(&self.pins) { Denials::open(&self.pins)?.read()? } else { Vec::new() })
     }
 
     async fn report(&self) -> Result<Report, Response<Full<Bytes>>> {

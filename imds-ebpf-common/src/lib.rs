@@ -12,6 +12,7 @@ pub mod event;
 pub mod exemption;
 pub mod filter;
 pub mod flow;
+pub mod ledger;
 pub mod maps;
 pub mod names;
 pub mod opaque;

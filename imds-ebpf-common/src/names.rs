@@ -55,6 +55,13 @@ pub const MAP_KUBERNETES: &str = "imds_kubernetes";
 /// Hash of [`Subject`](crate::Subject) to [`PodRecord`](crate::PodRecord).
 pub const MAP_PODS: &str = "imds_pods";
 
+/// Array of the last [`RecentEvent`](crate::ledger::RecentEvent)s, each at its number modulo their count.
+pub const MAP_RECENT: &str = "imds_recent";
+/// Array of two numbers of events: at [`LAST`](crate::ledger::LAST) and [`SHOWN`](crate::ledger::SHOWN).
+pub const MAP_RECENT_HEAD: &str = "imds_recent_at";
+/// Hash of [`DenialKey`](crate::ledger::DenialKey) to [`DenialRecord`](crate::ledger::DenialRecord).
+pub const MAP_DENIALS: &str = "imds_denials";
+
 /// Ring buffer of [`Event`](crate::Event)s.
 pub const MAP_EVENTS: &str = "imds_events";
 /// Per-CPU LRU hash of [`Source`](crate::event::Source) to [`Window`](crate::event::Window).
@@ -85,7 +92,7 @@ pub const HOST_PROGRAMS: [&str; 5] =
 pub const HOST_LINKS: [&str; 5] =
     ["host_connect4", "host_connect6", "host_sendmsg4", "host_sendmsg6", "host_egress"];
 /// All maps of the object but those of constants.
-pub const MAPS: [&str; 13] = [
+pub const MAPS: [&str; 16] = [
     MAP_POLICY,
     MAP_COUNTERS,
     MAP_INTERFACES,
@@ -96,6 +103,9 @@ pub const MAPS: [&str; 13] = [
     MAP_CONFIG,
     MAP_KUBERNETES,
     MAP_PODS,
+    MAP_RECENT,
+    MAP_RECENT_HEAD,
+    MAP_DENIALS,
     MAP_EVENTS,
     MAP_SOURCES,
     MAP_LOGS,

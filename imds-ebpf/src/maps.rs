@@ -14,6 +14,7 @@ use imds_ebpf_common::{
     event::Window,
     exemption::MAX_EXEMPTIONS,
     filter::{CHAINS, MAX_CHAIN, chain},
+    ledger::{DENIALS, DenialKey, DenialRecord, RECENT, RecentEvent},
     opaque::{opaque, opaque_pointer},
 };
 
@@ -53,6 +54,19 @@ static KUBERNETES: Array<KubernetesRecord, 1> = Array::new();
 /// As above.
 #[btf_map(name = "imds_pods")]
 static PODS: HashMap<Subject, PodRecord, MAX_EXEMPTIONS, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
+
+/// As above.
+#[btf_map(name = "imds_recent")]
+static RECENT_EVENTS: Array<RecentEvent, RECENT> = Array::new();
+
+/// As above.
+#[btf_map(name = "imds_recent_at")]
+static RECENT_HEAD: Array<u64, 2> = Array::new();
+
+/// As above.
+#[btf_map(name = "imds_denials")]
+static DENIAL_RECORDS: HashMap<DenialKey, DenialRecord, DENIALS, { BPF_F_NO_PREALLOC as usize }> =
+    HashMap::new();
 
 #[btf_map(name = "imds_exempt")]
 static EXEMPTIONS: HashMap<Exemption, Grant, MAX_EXEMPTIONS, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();

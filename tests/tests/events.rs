@@ -165,17 +165,31 @@ fn a_flood_is_told_of_in_a_few_lines_that_add_up_to_it() {
 }
 
 #[test]
-fn two_followers_would_take_each_others_events() {
+fn every_follower_is_told_whoever_takes_the_events_from_the_programs() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
-    let _agent = world.agent().spawn_ready();
-    let follower = Follower::start(&world);
-    send(&pod, 1);
-    follower.next();
-    let second = world.imds_agent(&["events"]).output();
-    let stderr = String::from_utf8_lossy(&second.stderr);
-    assert_eq!(second.status.code(), Some(1), "{stderr}");
-    assert!(stderr.contains(&follower.child.id().to_string()), "{stderr}");
+    let agent = world.agent().spawn_ready();
+    let [first, second] = [Follower::start(&world), Follower::start(&world)];
+    let all_are_told = |followers: &[&Follower]| {
+        send(&pod, 1);
+        for follower in followers {
+            assert_eq!(follower.next()["interface"], pod.host_ifname);
+        }
+    };
+    all_are_told(&[&first, &second]);
+    agent.kill9();
+    all_are_told(&[&first, &second]);
+    // The one that is left takes over, whichever it was that took them.
+    drop(first);
+    all_are_told(&[&second]);
+    let third = Follower::start(&world);
+    all_are_told(&[&second, &third]);
+    drop(second);
+    all_are_told(&[&third]);
+    let agent = world.agent().spawn_ready();
+    all_are_told(&[&third]);
+    drop((third, agent));
+    world.unload();
 }
 
 #[test]

@@ -2,13 +2,13 @@
 
 use std::process::ExitCode;
 
-use super::{Failure, report::ReportArgs};
+use super::{Failure, output::OutputArgs};
 use crate::{
     doctor::{self, Report},
     node::netlink::Netlink,
 };
 
-pub(super) async fn doctor(args: ReportArgs) -> Result<ExitCode, Failure> {
+pub(super) async fn doctor(args: OutputArgs) -> Result<ExitCode, Failure> {
     let report = doctor::examine(&args.pins()?, &Netlink::connect()?).await?;
     args.print(&report, Report::table, report.ready)
 }

@@ -2,23 +2,19 @@
 
 use std::{
     io::{self, Write as _},
-    os::fd::AsFd as _,
     process::ExitCode,
 };
 
-use aya::maps::{MapData, RingBuf};
+use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use imds_ebpf_common::Event;
-use nix::{
-    errno::Errno,
-    net::if_::if_indextoname,
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-};
+use nix::net::if_::if_indextoname;
 
 use super::{Failure, PinDirArg};
 use crate::{
     datapath::{home, object, pins::PinDir, pods},
     events::{self, Record, boot_time},
+    follower::Follower,
     preflight,
 };
 
@@ -49,44 +45,31 @@ pub(super) fn events(args: &EventsArgs) -> Result<ExitCode, Failure> {
     }
     home::ensure_ours(&pins)?;
     // A ring buffer has one reading position: two readers would each miss what the other takes.
-    let _claim = pins.claim_events()?;
-    let mut ring = object::open_events(&pins)?;
     let names = pods::Names::open(&pins)?;
+    let mut follower = Follower::open(pins)?;
     loop {
-        match print_all(&mut ring, &names, args.output) {
+        match print(&follower.read()?, &names, args.output) {
             Ok(()) => {}
             // Whoever read them has had enough, as `head` does.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(ExitCode::SUCCESS),
             Err(error) => return Err(anyhow::Error::from(error).context("can't print events").into()),
         }
-        let mut readable = [PollFd::new(ring.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut readable, PollTimeout::NONE) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(errno) => return Err(anyhow::Error::from(errno).context("can't wait for events").into()),
-        }
+        follower.wait().context("can't wait for events")?;
     }
 }
 
-fn print_all(ring: &mut RingBuf<MapData>, names: &pods::Names, output: Output) -> io::Result<()> {
+fn print(events: &[Event], names: &pods::Names, output: Output) -> io::Result<()> {
     let mut out = io::stdout().lock();
     let booted = boot_time();
-    while let Some(bytes) = ring.next() {
-        let Some(event) = decode(&bytes) else { continue };
-        let pod = events::senders(&event).find_map(|sender| names.get(sender));
-        let record = Record::new(&event, booted, interface_name, pod);
+    for event in events {
+        let pod = events::senders(event).find_map(|sender| names.get(sender));
+        let record = Record::new(event, booted, interface_name, pod);
         match output {
             Output::Text => writeln!(out, "{record}")?,
             Output::Json => writeln!(out, "{}", serde_json::to_string(&record)?)?,
         }
     }
     out.flush()
-}
-
-/// The event in these bytes, or `None` where they are too few: another version's.
-fn decode(bytes: &[u8]) -> Option<Event> {
-    let bytes = bytes.first_chunk::<{ size_of::<Event>() }>()?;
-    // SAFETY: an event is integers without padding, so that any bytes are one; the read needs no alignment.
-    Some(unsafe { bytes.as_ptr().cast::<Event>().read_unaligned() })
 }
 
 fn interface_name(index: u32) -> Option<String> {

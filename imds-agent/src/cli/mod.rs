@@ -4,6 +4,7 @@ mod config;
 mod doctor;
 mod events;
 mod manual;
+mod output;
 mod report;
 mod run;
 mod status;
@@ -35,13 +36,15 @@ enum Command {
     /// Protect this node, and follow its pods as they come and go
     Run(run::RunArgs),
     /// Show what is guarded how, and what is not
-    Status(report::ReportArgs),
+    Status(output::OutputArgs),
     /// Follow what is denied, as it happens; what came last while nobody followed comes first
     Events(events::EventsArgs),
+    /// List who was denied what, or would have been in audit mode, and the rules that would exempt them
+    Report(report::ReportArgs),
     /// Say what works here and what does not, and what to do; nothing is changed
-    Doctor(report::ReportArgs),
+    Doctor(output::OutputArgs),
     /// Prove on this node that pods are denied and the node is not
-    Verify(report::ReportArgs),
+    Verify(output::OutputArgs),
     /// Check a configuration file, or show the configuration in force
     Config(config::ConfigArgs),
     /// Remove every program, link, map and pin
@@ -91,6 +94,7 @@ pub fn main(cli: Cli) -> ExitCode {
             Command::Status(args) => status::status(args).await,
             Command::Doctor(args) => doctor::doctor(args).await,
             Command::Verify(args) => verify::verify(args).await,
+            Command::Report(args) => report::report(&args),
             Command::Events(args) => events::events(&args),
             Command::Config(args) => config::config(&args),
             Command::Completions(args) => manual::completions(&args),

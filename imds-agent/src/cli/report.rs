@@ -1,47 +1,60 @@
-//! Commands that print a report and say by their exit status whether all is as it should be.
+//! `imds-agent report`.
 
 use std::process::ExitCode;
 
-use clap::{Args, ValueEnum};
-use serde::Serialize;
+use clap::Args;
+use imds_ebpf_common::Role;
 
-use super::{Failure, NOT_HELD, PinDirArg};
-use crate::datapath::pins::{PinDir, PinError};
+use super::{Failure, output::OutputArgs};
+use crate::{
+    collector::Collector,
+    datapath::{denials::Denials, endpoints, home, object, records},
+    denials::Report,
+    endpoints::Endpoint,
+    preflight,
+};
 
 #[derive(Args, Debug)]
 pub(super) struct ReportArgs {
-    /// For people or for programs
-    #[arg(short, long, value_enum, default_value_t = Output::Table)]
-    output: Output,
+    /// Print only the rules that would exempt everybody, ready for the configuration
+    #[arg(long, conflicts_with = "output")]
+    rules: bool,
+    /// Forget everybody once they are printed
+    #[arg(long)]
+    reset: bool,
     #[command(flatten)]
-    pins: PinDirArg,
+    output: OutputArgs,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Output {
-    /// A table
-    Table,
-    /// One JSON object; within one value of its `schema`, fields are only added
-    Json,
-}
-
-impl ReportArgs {
-    /// The pin directory that it is about.
-    pub(super) fn pins(&self) -> Result<PinDir, PinError> {
-        PinDir::new(&self.pins.pin_dir)
+pub(super) fn report(args: &ReportArgs) -> Result<ExitCode, Failure> {
+    preflight::check_capabilities()?;
+    let pins = args.output.pins()?;
+    if !object::is_loaded(&pins) {
+        let root = pins.root().display();
+        return Err(anyhow::anyhow!("nothing is loaded at {root}: nobody was denied anything").into());
     }
-
-    /// Prints `report`, whose form for people is `table`. `is_right` is what the command was asked.
-    pub(super) fn print<R: Serialize>(
-        &self,
-        report: &R,
-        table: impl FnOnce(&R) -> String,
-        is_right: bool,
-    ) -> Result<ExitCode, Failure> {
-        match self.output {
-            Output::Table => print!("{}", table(report)),
-            Output::Json => println!("{}", serde_json::to_string_pretty(report)?),
-        }
-        Ok(if is_right { ExitCode::SUCCESS } else { ExitCode::from(NOT_HELD) })
+    home::ensure_ours(&pins)?;
+    // What was told while nobody listened.
+    if let Some(mut collector) = Collector::open(&pins)? {
+        collector.collect()?;
     }
+    let mut denials = Denials::open(&pins)?;
+    let denied = denials.read()?;
+    let maps = object::Maps::open(&pins)?;
+    let guarded: Vec<_> = endpoints::read(&maps)?
+        .iter()
+        .map(|(address, entry)| Endpoint::from_entry(*address, entry))
+        .collect();
+    let pods = records::names(&maps, Role::Pod)?;
+    let report = Report::new(pins.root().to_owned(), &denied, &guarded, &pods);
+    let printed = if args.rules {
+        print!("{}", report.rules);
+        Ok(ExitCode::SUCCESS)
+    } else {
+        args.output.print(&report, Report::table, true)
+    };
+    if args.reset {
+        denials.clear()?;
+    }
+    printed
 }

@@ -2,14 +2,14 @@
 
 use std::process::ExitCode;
 
-use super::{Failure, report::ReportArgs};
+use super::{Failure, output::OutputArgs};
 use crate::{
     node::netlink::Netlink,
     preflight,
     status::{self, Report, State},
 };
 
-pub(super) async fn status(args: ReportArgs) -> Result<ExitCode, Failure> {
+pub(super) async fn status(args: OutputArgs) -> Result<ExitCode, Failure> {
     preflight::check_capabilities()?;
     let report = status::gather(&args.pins()?, &Netlink::connect()?).await?;
     let is_enforced = match report.state {

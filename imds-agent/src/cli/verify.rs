@@ -2,14 +2,14 @@
 
 use std::process::ExitCode;
 
-use super::{Failure, report::ReportArgs};
+use super::{Failure, output::OutputArgs};
 use crate::{
     node::netlink::Netlink,
     preflight,
     verify::{self, Report},
 };
 
-pub(super) async fn verify(args: ReportArgs) -> Result<ExitCode, Failure> {
+pub(super) async fn verify(args: OutputArgs) -> Result<ExitCode, Failure> {
     preflight::check_capabilities()?;
     preflight::lift_limits()?;
     let report = verify::verify(&args.pins()?, &Netlink::connect()?).await?;

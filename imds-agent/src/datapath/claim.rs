@@ -34,10 +34,12 @@ impl PinDir {
         Ok(Some(Claim { dir: self.clone(), lock: self.lock(self.root())?, ready: None, is_new: false }))
     }
 
-    /// Takes the events for this process alone, until dropped, if there are any: by the lock of the programs' directory,
-    /// which nothing else needs.
-    pub fn claim_events(&self) -> Result<Flock<File>, PinError> {
-        self.lock(&self.programs())
+    /// Takes the events for this process alone, until dropped, by the lock of the programs' directory, which nothing else
+    /// needs; `None` where another process has them.
+    pub fn try_claim_events(&self) -> Result<Option<Flock<File>>, PinError> {
+        let path = self.programs();
+        let directory = File::open(&path).map_err(io_error("open", &path))?;
+        Ok(Flock::lock(directory, FlockArg::LockExclusiveNonblock).ok())
     }
 
     /// The process that holds the directory, if there is one.

@@ -99,23 +99,23 @@ fn now() -> u64 {
 }
 
 /// Since the epoch.
-pub(super) fn nanoseconds(time: Timestamp) -> u64 {
+pub(crate) fn nanoseconds(time: Timestamp) -> u64 {
     time.as_nanosecond().try_into().unwrap_or_default()
 }
 
-pub(super) fn timestamp(nanoseconds: u64) -> Timestamp {
+pub(crate) fn timestamp(nanoseconds: u64) -> Timestamp {
     Timestamp::from_nanosecond(nanoseconds.into()).unwrap_or_default()
 }
 
 /// As much of `text` as there is room for in whole characters, then zeros.
-pub(super) fn padded<const LEN: usize>(text: &str) -> [u8; LEN] {
+pub(crate) fn padded<const LEN: usize>(text: &str) -> [u8; LEN] {
     let mut padded = [0; LEN];
     let end = text.floor_char_boundary(LEN);
     padded[..end].copy_from_slice(&text.as_bytes()[..end]);
     padded
 }
 
-pub(super) fn text(padded: &[u8]) -> String {
+pub(crate) fn text(padded: &[u8]) -> String {
     crate::endpoints::unpadded(padded)
 }
 

@@ -1,14 +1,27 @@
 //! What the agent knows of each interface, in a pinned map: for `status`, for `bpftool`, and for the next agent.
 
+use std::collections::BTreeSet;
+
+use aya::maps::MapError;
 use imds_ebpf_common::{Backend, InterfaceRecord, Role, names::MAP_INTERFACES};
 
-use super::{DatapathError, object::Maps};
-use crate::node::links::Link;
+use super::{
+    DatapathError,
+    object::{self, Maps},
+};
+use crate::{endpoints::unpadded, node::links::Link};
 
 /// The record of an interface.
 #[must_use]
 pub fn get(maps: &Maps, ifindex: u32) -> Option<InterfaceRecord> {
     maps.interfaces.get(&ifindex, 0).ok()
+}
+
+/// Names of all interfaces of a role.
+pub fn names(maps: &Maps, role: Role) -> Result<BTreeSet<String>, MapError> {
+    let records = object::present(maps.interfaces.iter()).collect::<Result<Vec<_>, _>>()?;
+    let of_role = records.into_iter().filter(|(_, record)| record.role == role as u8);
+    Ok(of_role.map(|(_, record)| unpadded(&record.name)).collect())
 }
 
 /// Whether an agent recorded a filter on an interface.

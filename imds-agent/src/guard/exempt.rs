@@ -37,11 +37,12 @@ impl Guard {
     pub async fn restore_exemptions(&mut self) -> Result<(), DatapathError> {
         let wanted = self.find_exempt().await?;
         let writes = self.datapath.grant(&wanted)?;
+        self.writes.exemptions += writes as u64;
         if writes > 0 {
             log::info!("{} exemptions are in force", wanted.len());
         }
         if self.pods.is_synced() {
-            self.datapath.tell_names(&self.pods.names())?;
+            self.writes.pods += self.datapath.tell_names(&self.pods.names())? as u64;
         }
         Ok(())
     }

@@ -78,6 +78,24 @@ pub enum ErrorKind {
     Malformed,
 }
 
+impl ErrorKind {
+    /// The name, as users see it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Config => "config",
+            Self::Connect => "connect",
+            Self::Timeout => "timeout",
+            Self::Closed => "closed",
+            Self::Gone => "gone",
+            Self::Throttled => "throttled",
+            Self::Refused => "refused",
+            Self::Server => "server",
+            Self::Malformed => "malformed",
+        }
+    }
+}
+
 impl ApiError {
     pub(super) fn kind(&self) -> ErrorKind {
         match self {

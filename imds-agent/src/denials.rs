@@ -1,0 +1,251 @@
+//! Who was denied what, or would have been: for the operator who has to decide whom to exempt.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
+    net::IpAddr,
+    path::PathBuf,
+};
+
+use comfy_table::{Table, presets::NOTHING};
+use imds_ebpf_common::{
+    Hook, Verdict,
+    ledger::{DenialKey, DenialRecord},
+};
+use jiff::Timestamp;
+use serde::Serialize;
+
+use crate::{
+    datapath::config::{text, timestamp},
+    endpoints::{Endpoint, plain},
+};
+
+/// Version of the JSON form: within one, fields are only added.
+const SCHEMA: u32 = 1;
+/// Most characters of a rule's name.
+const LONGEST_NAME: usize = 63;
+
+/// Everybody who was denied something.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// Version of this form: within one, fields are only added.
+    pub schema: u32,
+    /// The pin directory.
+    pub pin_dir: PathBuf,
+    /// By sender, endpoint and verdict; who was denied most recently comes first.
+    pub denials: Vec<Denial>,
+    /// Rules that would exempt them all, as lines of a configuration.
+    pub rules: String,
+}
+
+/// What one sender was denied at one endpoint.
+#[derive(Clone, Debug, Serialize)]
+pub struct Denial {
+    /// Who it was.
+    #[serde(flatten)]
+    pub sender: Sender,
+    /// Name of the pod that was last, of those that are this sender.
+    pub pod: Option<String>,
+    /// Name of the endpoint; `None` where it is no longer guarded.
+    pub endpoint: Option<String>,
+    /// Its address.
+    pub address: IpAddr,
+    /// `deny`, or `audit` for what would have been denied.
+    pub verdict: &'static str,
+    /// How many packets or calls, by hook. A call that passes makes packets, which are counted there.
+    pub counts: BTreeMap<&'static str, u64>,
+    /// When the first was.
+    pub first: Timestamp,
+    /// When the last was.
+    pub last: Timestamp,
+}
+
+/// Pods that are alike, or a sender of which no pod is known.
+#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd, Serialize)]
+pub struct Sender {
+    /// Namespace of the pods.
+    pub namespace: Option<String>,
+    /// Their service account.
+    pub service_account: Option<String>,
+    /// A label that says what they run, as `key=value`.
+    pub label: Option<String>,
+    /// Interface by which packets came in.
+    pub interface: Option<String>,
+    /// Name of the thread that called.
+    pub comm: Option<String>,
+    /// cgroup of the caller, below the root of the hierarchy.
+    pub cgroup: Option<String>,
+}
+
+impl Report {
+    /// Of what is recorded in `pin_dir`, where these endpoints are guarded, and interfaces with these names are pods'.
+    #[must_use]
+    pub fn new(
+        pin_dir: PathBuf,
+        records: &[(DenialKey, DenialRecord)],
+        guarded: &[Endpoint],
+        pods: &BTreeSet<String>,
+    ) -> Self {
+        let mut merged: BTreeMap<(Sender, IpAddr, u32), Denial> = BTreeMap::new();
+        for (key, record) in records {
+            let (sender, address) = (Sender::of(record), plain(key.address));
+            let (first, last) = (timestamp(record.first), timestamp(record.last));
+            let named = guarded.iter().find(|endpoint| endpoint.address == address);
+            let verdict = if key.verdict == Verdict::Audit as u32 { Verdict::Audit } else { Verdict::Deny };
+            let of_hook = Hook::ALL.into_iter().find(|&hook| hook as u32 == key.hook);
+            let denial = merged.entry((sender.clone(), address, key.verdict)).or_insert_with(|| Denial {
+                sender,
+                pod: None,
+                endpoint: named.map(|endpoint| endpoint.name.clone()),
+                address,
+                verdict: verdict.name(),
+                counts: BTreeMap::new(),
+                first,
+                last,
+            });
+            *denial.counts.entry(of_hook.map_or("unknown", Hook::name)).or_default() += record.count;
+            denial.first = denial.first.min(first);
+            if last >= denial.last {
+                denial.last = last;
+                denial.pod = unless_empty(&record.pod);
+            }
+        }
+        let mut denials: Vec<_> = merged.into_values().collect();
+        denials.sort_by_key(|denial| std::cmp::Reverse(denial.last));
+        let rules = rules(&denials, pods);
+        Self { schema: SCHEMA, pin_dir, denials, rules }
+    }
+
+    /// As text that ends with a newline.
+    #[must_use]
+    pub fn table(&self) -> String {
+        if self.denials.is_empty() {
+            return "nobody was denied anything, and in audit mode nobody would have been\n".to_owned();
+        }
+        let hooks: BTreeSet<_> =
+            self.denials.iter().flat_map(|denial| denial.counts.keys().copied()).collect();
+        let mut table = Table::new();
+        table.load_style(NOTHING);
+        let titles = hooks.iter().map(|hook| hook.to_uppercase());
+        let header = ["SENDER", "ENDPOINT", "VERDICT"].map(str::to_owned).into_iter();
+        table.set_header(header.chain(titles).chain(["FIRST", "LAST"].map(str::to_owned)));
+        for denial in &self.denials {
+            let endpoint = denial.endpoint.clone().unwrap_or_else(|| denial.address.to_string());
+            let known = [denial.sender.to_string(), endpoint, denial.verdict.to_owned()].into_iter();
+            let counts =
+                hooks.iter().map(|hook| denial.counts.get(hook).copied().unwrap_or_default().to_string());
+            let times = [denial.first, denial.last].map(|time| format!("{time:.0}"));
+            table.add_row(known.chain(counts).chain(times));
+        }
+        let mut text = format!("{}\n", table.trim_fmt());
+        if !self.rules.is_empty() {
+            text += "\nrules that exempt them, for the configuration:\n\n";
+            text += &self.rules;
+        }
+        text
+    }
+}
+
+impl Sender {
+    fn of(record: &DenialRecord) -> Self {
+        Self {
+            namespace: unless_empty(&record.namespace),
+            service_account: unless_empty(&record.service_account),
+            label: unless_empty(&record.label),
+            interface: unless_empty(&record.interface).filter(|_| record.namespace[0] == 0),
+            comm: unless_empty(&record.comm).filter(|_| record.namespace[0] == 0),
+            cgroup: unless_empty(&record.cgroup),
+        }
+    }
+
+    /// What a rule says to mean this sender, and a line that says what it means besides; `None` where no rule can.
+    fn rule(&self, pods: &BTreeSet<String>) -> Option<(String, Option<&'static str>)> {
+        let line = |key: &str, text: &str| format!("{key} = {}\n", toml::Value::from(text));
+        if let Some(namespace) = &self.namespace {
+            let account = self.service_account.as_ref().map(|account| line("service_account", account));
+            let selector =
+                self.label.as_deref().and_then(|label| label.split_once('=')).map(|(key, value)| {
+                    let [key, value] = [key, value].map(toml::Value::from);
+                    format!("pod_selector = {{ match_labels = {{ {key} = {value} }} }}\n")
+                });
+            let has_own_account = self.service_account.as_deref().is_some_and(|account| account != "default");
+            let caution = (selector.is_none() && !has_own_account)
+                .then_some("every pod of the namespace that has no service account of its own");
+            let lines = [Some(line("namespace", namespace)), account, selector];
+            return Some((lines.into_iter().flatten().collect(), caution));
+        }
+        if let Some(cgroup) = &self.cgroup {
+            return Some((line("cgroup", cgroup), None));
+        }
+        // By a bridge, packets of many pods come in.
+        let interface = self.interface.as_ref().filter(|name| pods.contains(*name))?;
+        let caution = "whatever comes to have an interface of this name";
+        Some((line("interface", &globset::escape(interface)), Some(caution)))
+    }
+
+    fn name(&self) -> String {
+        let what = self.label.as_deref().and_then(|label| Some(label.split_once('=')?.1));
+        let parts: Vec<&str> = match &self.namespace {
+            Some(namespace) => vec![namespace, what.or(self.service_account.as_deref()).unwrap_or("all")],
+            None => vec![self.comm.as_deref().or(self.interface.as_deref()).unwrap_or("sender")],
+        };
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        let plain = |c: char| if is_plain(c) { c } else { '-' };
+        // Room for a number behind it.
+        parts.join("-").chars().map(plain).take(LONGEST_NAME - 5).collect()
+    }
+}
+
+impl std::fmt::Display for Sender {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self { namespace: Some(namespace), service_account, label, .. } => {
+                write!(f, "{namespace}/{}", service_account.as_deref().unwrap_or("?"))?;
+                label.iter().try_for_each(|label| write!(f, " {label}"))
+            }
+            Self { interface: Some(interface), .. } => write!(f, "interface {interface}"),
+            Self { comm, cgroup, .. } => {
+                write!(f, "{}", comm.as_deref().unwrap_or("unknown"))?;
+                cgroup.iter().try_for_each(|cgroup| write!(f, " in {cgroup}"))
+            }
+        }
+    }
+}
+
+/// One rule for each sender and all that it was denied.
+fn rules(denials: &[Denial], pods: &BTreeSet<String>) -> String {
+    let mut endpoints: BTreeMap<&Sender, BTreeSet<&str>> = BTreeMap::new();
+    for denial in denials {
+        if let Some(endpoint) = &denial.endpoint {
+            endpoints.entry(&denial.sender).or_default().insert(endpoint);
+        }
+    }
+    let (mut text, mut names, mut seen) = (String::new(), BTreeSet::new(), BTreeSet::new());
+    for (sender, endpoints) in endpoints {
+        let Some((lines, caution)) = sender.rule(pods) else { continue };
+        // Threads of one cgroup are one sender to a rule.
+        if !seen.insert(lines.clone()) {
+            continue;
+        }
+        let name = sender.name();
+        let numbered = (2..).map(|number| format!("{name}-{number}"));
+        let name = std::iter::once(name.clone()).chain(numbered).find(|name| names.insert(name.clone()));
+        let endpoints: Vec<_> = endpoints.into_iter().map(toml::Value::from).collect();
+        let endpoints = toml::Value::from(endpoints);
+        // Writing to a string does not fail.
+        let _ok = caution.iter().try_for_each(|caution| writeln!(text, "# This means {caution}."));
+        let _ok = writeln!(
+            text,
+            "[[exempt]]\nname = \"{}\"\n{lines}endpoints = {endpoints}\n",
+            name.unwrap_or_default()
+        );
+    }
+    text
+}
+
+fn unless_empty(padded: &[u8]) -> Option<String> {
+    Some(text(padded)).filter(|text| !text.is_empty())
+}
+
+#[cfg(test)]
+mod tests;

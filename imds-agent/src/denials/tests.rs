@@ -1,0 +1,99 @@
+use std::path::Path;
+
+use imds_ebpf_common::Address;
+
+use super::*;
+use crate::{
+    config::{Config, Pods, Sender as Rule},
+    datapath::config::padded,
+    provider::Dmi,
+};
+
+fn record(namespace: &str, account: &str, label: &str) -> DenialRecord {
+    DenialRecord {
+        count: 2,
+        first: 1_000_000_000,
+        last: 2_000_000_000,
+        namespace: padded(namespace),
+        service_account: padded(account),
+        label: padded(label),
+        pod: padded(if namespace.is_empty() { "" } else { "pod-0" }),
+        interface: padded("veth0"),
+        comm: padded(""),
+        cgroup: padded(""),
+    }
+}
+
+fn key(hook: Hook, verdict: Verdict) -> DenialKey {
+    let address = Address::from_ipv4([169, 254, 169, 254]);
+    DenialKey { address, sender: 7, hook: hook as u32, verdict: verdict as u32 }
+}
+
+fn report(records: &[(DenialKey, DenialRecord)]) -> Report {
+    let guarded = Config::default().resolve(&Dmi::default()).unwrap().0;
+    Report::new("/pins".into(), records, guarded.endpoints(), &["veth0".to_owned()].into())
+}
+
+/// The senders that the report's rules mean.
+fn meant(report: &Report) -> Vec<Rule> {
+    let config =
+        Config::parse(&report.rules, Path::new("imds.toml")).unwrap_or_else(|error| panic!("{error}"));
+    let rules = config.resolve(&Dmi::default()).unwrap().1;
+    rules.into_iter().map(|rule| rule.sender).collect()
+}
+
+#[test]
+fn hooks_of_one_sender_are_one_line_and_one_rule() {
+    let later = DenialRecord { last: 3_000_000_000, pod: padded("pod-1"), ..record("a", "s", "app=x") };
+    let report = report(&[
+        (key(Hook::Socket, Verdict::Audit), record("a", "s", "app=x")),
+        (key(Hook::PodEdge, Verdict::Audit), later),
+    ]);
+    let [denial] = &report.denials[..] else { panic!("{report:?}") };
+    assert_eq!(denial.counts, [("pod_edge", 2), ("socket", 2)].into());
+    assert_eq!(
+        (denial.pod.as_deref(), denial.verdict, denial.endpoint.as_deref()),
+        (Some("pod-1"), "audit", Some("imds"))
+    );
+    let [Rule::Pods(Pods { namespace, service_account, selector: Some(selector) })] = &meant(&report)[..]
+    else {
+        panic!("{}", report.rules)
+    };
+    assert_eq!((namespace.as_str(), service_account.as_deref()), ("a", Some("s")));
+    assert!(selector.matches(&[("app".to_owned(), "x".to_owned())].into()));
+    let table = report.table();
+    assert!(
+        table.contains("a/s app=x") && table.contains("POD_EDGE") && table.contains("1970-01-01T00:00:03Z"),
+        "{table}"
+    );
+}
+
+#[test]
+fn every_sender_gets_a_rule_that_is_its_own() {
+    let call = DenialRecord { comm: padded("cu\"rl"), interface: padded(""), ..record("", "", "") };
+    let report = report(&[
+        (key(Hook::PodEdge, Verdict::Deny), record("a", "default", "")),
+        (key(Hook::PodEdge, Verdict::Deny), record("a", "default", "app.kubernetes.io/name=x")),
+        (key(Hook::PodEdge, Verdict::Deny), record("", "", "")),
+        (key(Hook::PodEdge, Verdict::Deny), DenialRecord { interface: padded("#9"), ..record("", "", "") }),
+        (key(Hook::Socket, Verdict::Deny), call),
+        (key(Hook::Socket, Verdict::Deny), DenialRecord { cgroup: padded("a/b\"c"), ..call }),
+        (
+            key(Hook::Socket, Verdict::Deny),
+            DenialRecord { comm: padded("wget"), cgroup: padded("a/b\"c"), ..call },
+        ),
+    ]);
+    assert_eq!(report.denials.len(), 7);
+    let meant = meant(&report);
+    assert_eq!(meant.len(), 4, "{}", report.rules);
+    assert!(meant.contains(&Rule::Cgroup("a/b\"c".into())), "{meant:?}");
+    assert_eq!(report.rules.matches("# This means").count(), 2);
+}
+
+#[test]
+fn what_is_no_longer_guarded_is_told_without_a_rule() {
+    let gone = DenialKey { address: Address::from_ipv4([10, 0, 0, 9]), ..key(Hook::PodEdge, Verdict::Deny) };
+    let report = report(&[(gone, record("a", "s", ""))]);
+    assert!(report.rules.is_empty() && report.table().contains("10.0.0.9"));
+    assert!(Report::new("/pins".into(), &[], &[], &BTreeSet::new()).table().starts_with("nobody"));
+}
