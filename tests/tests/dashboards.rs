@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use imds_tests::{
     PodLink, World,
+    api_server::write_kubeconfig,
     http::{DEFAULT, try_get},
     poll::poll_until,
     probe::LONG,
@@ -78,9 +79,21 @@ fn strings<'a>(value: &'a Value, key: &str, found: &mut Vec<&'a str>) {
 fn the_dashboard_and_the_alerts_ask_for_what_is_served() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
-    let rule = format!("[[exempt]]\nname = 'one'\ninterface = '{}'", pod.host_ifname);
+    let neighbour = world.add_pod(PodLink::Routed);
+    // Nobody is there to be asked.
+    let kubeconfig = world.scratch_dir().join("kubeconfig");
+    write_kubeconfig(&kubeconfig, "http://127.0.0.1:1");
+    let rule = format!(
+        "[[exempt]]\nname = 'one'\ninterface = '{}'\n[kubernetes]\nkubeconfig = '{}'",
+        pod.host_ifname,
+        kubeconfig.display()
+    );
     let agent = world.agent().hooks(&["pod_edge", "node_edge"]).config(&rule).spawn_ready();
-    let mut served = served(&scrape(&world));
+    world.assert_blocked(&neighbour);
+    let mut served = poll_until(LONG, "a denial to be counted", || {
+        let served = served(&scrape(&world));
+        served.contains_key("imds_denials_total").then_some(served)
+    });
     drop(agent);
     world.unload();
     // Served where the hook is on, which it is not on every kernel of the tests.

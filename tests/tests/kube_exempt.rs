@@ -5,6 +5,7 @@ use std::fs;
 use imds_tests::{
     Agent, METADATA, Netns, Pod, PodLink, World,
     api_server::{ApiServer, Fault, pod},
+    http::{DEFAULT, try_get},
     kubelet::{CONTAINER, Driver, Kubelet, PodCgroup, new_uid},
     poll::poll_until,
     probe::{LONG, SHORT, http_get},
@@ -272,6 +273,50 @@ fn pods_are_named_wherever_they_are_shown() {
     cluster.world.status_when("the pod is forgotten", |status| {
         status.find(&scheduled.pod.host_ifname).is_some_and(|interface| interface.pod.is_none())
     });
+    drop(agent);
+    cluster.world.unload();
+}
+
+#[test]
+fn of_a_thousand_pods_only_what_differs_is_written() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let cluster = Cluster::new();
+    let agent = cluster.start(ALL);
+    for number in 0..1000 {
+        let labels: &[_] = if number % 2 == 0 { TRUSTED } else { &[] };
+        cluster.server.apply(pod(&format!("{}-{number}", new_uid()), NODE, "kube-system", "agent", labels));
+    }
+    let mut trusted = [(); 3].map(|()| cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED));
+    for pod in &mut trusted {
+        pod.start();
+    }
+    cluster.wait_known(1003);
+    for pod in &trusted {
+        cluster.wait_exempt(&pod.pod);
+    }
+    let metric = |name: &str| -> u64 {
+        let (_, metrics) = try_get(&cluster.world, DEFAULT, "/metrics").unwrap();
+        let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
+        value.unwrap_or_else(|| panic!("no {name} in:\n{metrics}"))
+    };
+    let writes =
+        || ["imds_exempt", "imds_pods"].map(|map| metric(&format!("imds_map_writes_total{{map=\"{map}\"}}")));
+    let before = writes();
+    cluster.server.compact();
+    cluster.server.disconnect();
+    poll_until(LONG, "all pods to be read again", || {
+        (metric("imds_kubernetes_relists_total") == 2).then_some(())
+    });
+    assert_eq!(writes(), before);
+
+    cluster.server.apply(trusted[0].object(&[]));
+    cluster.wait_denied(&trusted[0].pod);
+    let [exempt, named] = writes();
+    // Its namespace, its link, and the filter; its name is what it was.
+    assert!(exempt - before[0] <= 3 && named == before[1], "{exempt} and {named} after {before:?}");
+    assert!(cluster.reaches(&trusted[1].pod.netns));
     drop(agent);
     cluster.world.unload();
 }
