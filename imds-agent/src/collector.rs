@@ -30,6 +30,7 @@ use crate::{
     events::{self, boot_time, wall_time},
     node::cgroup,
     pods::Identity,
+    verify,
 };
 
 /// Why events can't be collected.
@@ -94,7 +95,7 @@ impl Collector {
             self.collected.told += 1;
             self.collected.suppressed += event.suppressed;
             self.recent.push(event)?;
-            if event.verdict == Verdict::Deny as u8 || event.verdict == Verdict::Audit as u8 {
+            if [Verdict::Deny, Verdict::Audit].into_iter().any(|verdict| event.verdict == verdict as u8) {
                 let pod = events::senders(&event).find_map(|sender| self.names.get(sender));
                 note(&mut self.denials, &event, pod.as_ref(), booted)?;
             }
@@ -126,6 +127,10 @@ fn note(
         0 => String::new(),
         index => interface_name(index),
     };
+    if interface.starts_with(verify::PREFIX) {
+        // The proof that pods are denied is none.
+        return Ok(());
+    }
     let comm = events::comm(event);
     let key = DenialKey {
         address: Address::from_ipv6(event.destination),

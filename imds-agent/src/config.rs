@@ -20,7 +20,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use imds_ebpf_common::{Answer, Mode, maps::CONFIG_TEXT_LEN};
+use imds_ebpf_common::{
+    Answer, Mode,
+    maps::{CONFIG_TEXT_LEN, MARK},
+};
 use thiserror::Error;
 
 pub use self::{
@@ -48,6 +51,8 @@ pub struct Config {
     pub answer: Answer,
     /// Where packets and calls are judged.
     pub hooks: Hooks,
+    /// The bit of a packet's mark by which the pod edge tells the node edge that it is exempt.
+    pub mark: u32,
     /// What is guarded.
     pub endpoints: Endpoints,
     /// Which interfaces are pods'.
@@ -67,6 +72,7 @@ impl Default for Config {
             mode: Mode::default(),
             answer: Answer::default(),
             hooks: Hooks::default(),
+            mark: MARK,
             endpoints: Endpoints::default(),
             interfaces: Interfaces::default(),
             exempt: Exemptions::default(),
@@ -163,7 +169,8 @@ impl Config {
             mistakes.note(source.error(name.span(), message.to_owned()));
         }
         let mode = file.mode.into();
-        let hooks = Hooks::from(*file.hooks.get_ref());
+        let hooks = Hooks::from(file.hooks.get_ref());
+        let mark = file.hooks.get_ref().mark(source, &mut mistakes);
         let text = file.to_toml();
         // Of a file that was read in part only, these could be wrong.
         if mistakes.are_none() {
@@ -189,6 +196,7 @@ impl Config {
             mode,
             answer: file.answer.into(),
             hooks,
+            mark,
             endpoints,
             interfaces,
             exempt,

@@ -18,6 +18,7 @@ use serde::Serialize;
 use crate::{
     datapath::config::{text, timestamp},
     endpoints::{Endpoint, plain},
+    node::netns,
 };
 
 /// Version of the JSON form: within one, fields are only added.
@@ -173,6 +174,10 @@ impl Sender {
                 .then_some("every pod of the namespace that has no service account of its own");
             let lines = [Some(line("namespace", namespace)), account, selector];
             return Some((lines.into_iter().flatten().collect(), caution));
+        }
+        // What `verify` calls to be refused.
+        if self.comm.as_deref() == Some(netns::THREAD) {
+            return None;
         }
         if let Some(cgroup) = &self.cgroup {
             return Some((line("cgroup", cgroup), None));

@@ -65,6 +65,7 @@ impl Node {
             backend: self.backend,
             cgroup: cgroup.clone().filter(|_| config.hooks.has(Hook::Socket)),
             identity: identity(config.hooks)?,
+            mark: config.mark,
         };
         let kubepods = cgroup.filter(|_| config.hooks.has(Hook::Host));
         let surroundings = Surroundings::read();

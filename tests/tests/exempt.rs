@@ -108,6 +108,33 @@ fn each_way_to_say_who_holds_on_every_hook() {
 }
 
 #[test]
+fn the_mark_may_be_another_bit() {
+    let world = World::new();
+    let [pod, neighbour] = [world.add_pod(PodLink::Bridged), world.add_pod(PodLink::Bridged)];
+    assert!(reaches(&world, &pod.netns));
+    let path = world.scratch_dir().join("imds.toml");
+    let write = |bit: u8| {
+        let rule = rule(&format!("interface = '{}'", pod.host_ifname), "");
+        fs::write(&path, format!("{rule}\n[hooks]\nsocket = false\nmark_bit = {bit}")).unwrap();
+    };
+    write(31);
+    let agent = world.agent().config_file(path.to_str().unwrap()).spawn_ready();
+    for bit in [31, 0] {
+        write(bit);
+        let text = format!("mark_bit = {bit}\n");
+        poll_until(LONG, "the bit to be in force", || {
+            let shown = world.imds_agent(&["config", "show"]).output();
+            String::from_utf8(shown.stdout).unwrap().contains(&text).then_some(())
+        });
+        assert!(reaches(&world, &pod.netns), "{}", agent.log());
+        world.assert_nothing_arrives(|| assert!(!reaches(&world, &neighbour.netns)));
+    }
+    drop(agent);
+    world.unload();
+    assert!(reaches(&world, &neighbour.netns));
+}
+
+#[test]
 fn an_exemption_may_be_for_some_endpoints_and_may_audit() {
     let own = format!("[[endpoint]]\nname = 'other'\naddress = '{SERVICE}'\n");
     let world = World::new();

@@ -1,7 +1,10 @@
 //! The hooks that are on.
 
-use imds_ebpf_common::Hook;
+use imds_ebpf_common::{Hook, maps::MARK};
 use serde::{Deserialize, Serialize};
+use toml::Spanned;
+
+use super::source::{Mistakes, Source};
 
 /// The hooks that are on.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -38,11 +41,11 @@ impl Hooks {
 impl Default for Hooks {
     /// All but strict mode.
     fn default() -> Self {
-        HooksTable::default().into()
+        (&HooksTable::default()).into()
     }
 }
 
-#[derive(Clone, Copy, Deserialize, Serialize)]
+#[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 #[expect(clippy::struct_excessive_bools, reason = "switches, as the file has them")]
 pub(super) struct HooksTable {
@@ -50,21 +53,41 @@ pub(super) struct HooksTable {
     node_edge: bool,
     socket: bool,
     strict_host_network: bool,
+    mark_bit: Spanned<u8>,
 }
 
 impl Default for HooksTable {
     fn default() -> Self {
-        Self { pod_edge: true, node_edge: true, socket: true, strict_host_network: false }
+        let mark_bit = u8::try_from(MARK.trailing_zeros()).unwrap_or_default();
+        Self {
+            pod_edge: true,
+            node_edge: true,
+            socket: true,
+            strict_host_network: false,
+            mark_bit: Spanned::new(0..0, mark_bit),
+        }
     }
 }
 
-impl From<HooksTable> for Hooks {
-    fn from(HooksTable { pod_edge, node_edge, socket, strict_host_network }: HooksTable) -> Self {
+impl HooksTable {
+    /// The mark of packets that are exempt.
+    pub(super) fn mark(&self, source: Source<'_>, mistakes: &mut Mistakes) -> u32 {
+        let bit = *self.mark_bit.get_ref();
+        1_u32.checked_shl(bit.into()).unwrap_or_else(|| {
+            let message = format!("hooks.mark_bit: {bit} is not 0 to 31, the bits of a packet's mark");
+            mistakes.note(source.error(self.mark_bit.span(), message));
+            MARK
+        })
+    }
+}
+
+impl From<&HooksTable> for Hooks {
+    fn from(table: &HooksTable) -> Self {
         let switches = [
-            (Hook::PodEdge, pod_edge),
-            (Hook::NodeEdge, node_edge),
-            (Hook::Socket, socket),
-            (Hook::Host, strict_host_network),
+            (Hook::PodEdge, table.pod_edge),
+            (Hook::NodeEdge, table.node_edge),
+            (Hook::Socket, table.socket),
+            (Hook::Host, table.strict_host_network),
         ];
         Self::from_bits(switches.iter().filter(|(_, on)| *on).map(|(hook, _)| hook.bit()).sum())
     }

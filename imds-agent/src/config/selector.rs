@@ -77,12 +77,11 @@ pub(super) struct SelectorTable {
 #[serde(deny_unknown_fields)]
 struct ExpressionTable {
     key: Spanned<String>,
-    operator: Spanned<Operator>,
+    operator: Spanned<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     values: Option<Spanned<Vec<Spanned<String>>>>,
 }
 
-#[derive(Clone, Copy, Deserialize, Serialize)]
 enum Operator {
     In,
     NotIn,
@@ -93,7 +92,7 @@ enum Operator {
 fn parse_expression(table: &ExpressionTable, source: Source<'_>) -> Result<Requirement, ConfigError> {
     let ExpressionTable { key, operator, values } = table;
     check_key(key, source)?;
-    let condition = match (operator.get_ref(), values) {
+    let condition = match (parse_operator(operator, source)?, values) {
         (Operator::In, Some(values)) => Condition::In(parse_values(values, source)?),
         (Operator::NotIn, Some(values)) => Condition::NotIn(parse_values(values, source)?),
         (Operator::Exists, None) => Condition::Exists,
@@ -108,6 +107,21 @@ fn parse_expression(table: &ExpressionTable, source: Source<'_>) -> Result<Requi
         }
     };
     Ok(Requirement { key: key.get_ref().clone(), condition })
+}
+
+fn parse_operator(operator: &Spanned<String>, source: Source<'_>) -> Result<Operator, ConfigError> {
+    Ok(match operator.as_ref().as_str() {
+        "In" => Operator::In,
+        "NotIn" => Operator::NotIn,
+        "Exists" => Operator::Exists,
+        "DoesNotExist" => Operator::DoesNotExist,
+        other => {
+            let message = format!(
+                "exempt.pod_selector.match_expressions.operator: {other:?} is none of In, NotIn, Exists and DoesNotExist"
+            );
+            return Err(source.error(operator.span(), message));
+        }
+    })
 }
 
 fn parse_values(

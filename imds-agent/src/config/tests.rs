@@ -38,6 +38,9 @@ fn hooks_are_on_unless_switched_off_and_strict_mode_is_off_unless_switched_on() 
     let all_off = "[hooks]\npod_edge = false\nsocket = false\nnode_edge = false";
     assert!(parse(all_off).unwrap_err().contains("hooks"));
     assert_eq!(on(&format!("{all_off}\nstrict_host_network = true")), [false, false, false, true]);
+    let mark = |text: &str| parse(text).map(|config| config.mark);
+    assert_eq!((mark(""), mark("[hooks]\nmark_bit = 31")), (Ok(0x1000), Ok(0x8000_0000)));
+    assert!(mark("[hooks]\nmark_bit = 32").unwrap_err().contains(":2:12: hooks.mark_bit: 32"));
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use imds_ebpf_common::{
     Hook, Mode, Policy,
-    maps::{LAYOUT, MARK},
+    maps::LAYOUT,
     names::{MAP_CONFIG, MAP_POLICY},
 };
 
@@ -90,7 +90,7 @@ fn write_policy(maps: &mut Maps, plan: &Plan) -> Result<(), DatapathError> {
         layout: LAYOUT,
         netns: home::this_netns()?,
         hooks: plan.hooks.bits(),
-        mark: MARK,
+        mark: plan.mark,
         netns_cookie: plan.identity.cookie(),
     };
     maps.policy.set(0, policy, 0).map_err(|source| DatapathError::Map { map: MAP_POLICY, source })

@@ -151,6 +151,8 @@ pub struct Plan {
     pub cgroup: Option<PathBuf>,
     /// How the programs know the node.
     pub identity: Identity,
+    /// The bit of a packet's mark by which the pod edge tells the node edge that it is exempt.
+    pub mark: u32,
 }
 
 impl Datapath {

@@ -18,6 +18,9 @@ use nix::sched::{CloneFlags, setns, unshare};
 /// `SO_NETNS_COOKIE` (Linux 5.14, commit e8b9eab99232), which no library has yet.
 const SO_NETNS_COOKIE: libc::c_int = 71;
 
+/// Name of the threads that enter namespaces.
+pub(crate) const THREAD: &str = "imds-netns";
+
 /// How the programs can know the node's network namespace.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Identity {
@@ -126,7 +129,7 @@ fn inside<T: Send>(namespace: &File, work: impl FnOnce() -> T + Send) -> io::Res
 
 fn on_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     thread::scope(|scope| {
-        let thread = thread::Builder::new().name("netns".to_owned()).spawn_scoped(scope, work)?;
+        let thread = thread::Builder::new().name(THREAD.to_owned()).spawn_scoped(scope, work)?;
         thread.join().unwrap_or_else(|panic| resume_unwind(panic))
     })
 }

@@ -19,6 +19,7 @@ use tokio::{
 };
 
 pub use self::report::{Check, Outcome, Report};
+pub(crate) use self::stage::PREFIX;
 use self::{
     edges::Obstacle,
     stage::{Device, Loop, Pod},

@@ -32,7 +32,7 @@ use crate::{
 };
 
 /// How the names begin of all that is made; the process id follows.
-pub(super) const PREFIX: &str = "imdsv";
+pub(crate) const PREFIX: &str = "imdsv";
 /// The pod's end of the pair, in the namespace.
 const POD_END: &str = "eth0";
 

@@ -66,3 +66,82 @@ fn rules_for_one_sender_need_not_contradict_each_other() {
     let text = format!("{own}{}{}", rule("a", "imds']"), rule("b", "vault']\naudit = true"));
     assert_eq!(resolve(&text).unwrap().len(), 2);
 }
+
+#[test]
+fn pods_of_kubernetes_are_meant_by_namespace_account_and_labels() {
+    let of = |lines: &str| match one(lines).sender {
+        Sender::Pods(pods) => pods,
+        other => panic!("{other:?}"),
+    };
+    let pods = of("namespace = 'kube-system'");
+    assert_eq!((pods.namespace.as_str(), pods.service_account, pods.selector), ("kube-system", None, None));
+    let by_label = of("namespace = 'a'\nservice_account = 's'\npod_selector.match_labels = { app = 'x' }");
+    assert_eq!(by_label.service_account.as_deref(), Some("s"));
+    let by_expression = of("namespace = 'a'\nservice_account = 's'\n\
+        pod_selector.match_expressions = [{ key = 'app', operator = 'In', values = ['x'] }]");
+    assert_eq!(by_label, by_expression, "two ways to say the same");
+
+    let rule = |lines: &str| format!("[[exempt]]\nname = 'a'\n{lines}");
+    let expression = |rest: &str| {
+        rule(&format!("namespace = 'a'\npod_selector.match_expressions = [{{ key = 'k', {rest} }}]"))
+    };
+    for (text, place, part) in [
+        (rule("namespace = 'A'"), "3:13", "exempt.namespace"),
+        (rule("namespace = '*'"), "3:13", "exempt.namespace"),
+        (rule("namespace = 'a'\nservice_account = ''"), "4:19", "exempt.service_account"),
+        (rule("service_account = 's'"), "3:19", "need a namespace"),
+        (rule("netns = '/n'\npod_selector.match_labels = { a = 'b' }"), "4:1", "need a namespace"),
+        (rule("namespace = 'a'\nnetns = '/n'"), "2:8", "only one"),
+        (rule("namespace = 'a'\npod_selector = {}"), "4:16", "leave it out"),
+        (
+            rule("namespace = 'a'\npod_selector = { match_labels = { a = 'b' }, labels = {} }"),
+            "4:46",
+            "labels",
+        ),
+        (rule("namespace = 'a'\npod_selector.match_labels = { 'a b' = 'c' }"), "4:31", "key of a label"),
+        (rule("namespace = 'a'\npod_selector.match_labels = { a = 'b c' }"), "4:35", "value of a label"),
+        (expression("operator = 'in', values = ['v']"), "4:59", "none of In"),
+        (expression("operator = 'In'"), "4:59", "need them"),
+        (expression("operator = 'In', values = []"), "4:74", "empty"),
+        (expression("operator = 'Exists', values = ['v']"), "4:78", "have none"),
+        ("[kubernetes]\nenabled = 'no'\n".to_owned() + &rule("namespace = 'a'"), "4:8", "kubernetes.enabled"),
+        (
+            format!("{}\n{}", rule("namespace = 'a'"), rule("namespace = 'a'").replace("'a'\nn", "'b'\nn")),
+            "5:8",
+            "the same",
+        ),
+    ] {
+        let error = resolve(&text).unwrap_err();
+        assert!(
+            error.starts_with(&format!("imds.toml:{place}: ")) && error.contains(part),
+            "{text}: {error}"
+        );
+    }
+}
+
+#[test]
+fn the_profile_for_aks_has_a_rule_for_every_add_on_that_it_can_not_be_used_with() {
+    const PROFILE: &str = include_str!("../../../../deploy/profiles/aks.toml");
+    let rules = resolve(PROFILE).unwrap();
+    for name in [
+        "application-gateway-ingress-controller",
+        "container-insights",
+        "virtual-nodes",
+        "azure-policy",
+        "flux",
+        "dapr",
+        "app-configuration",
+        "azure-machine-learning",
+        "azure-container-storage",
+        "azure-backup",
+        "ai-toolchain-operator",
+        "application-routing",
+        "http-application-routing",
+        "web-application-routing",
+        "cost-analysis",
+        "key-vault-secrets-provider",
+    ] {
+        assert!(rules.iter().any(|rule| rule.name == name), "{name}");
+    }
+    assert!(rules.iter().all(|rule| matches!(rule.sender, Sender::Pods(_)) && !rule.is_audited));
+}
