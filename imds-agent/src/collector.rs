@@ -15,7 +15,7 @@ use imds_ebpf_common::{
     ledger::{DenialKey, DenialRecord},
 };
 use jiff::Timestamp;
-use nix::{fcntl::Flock, net::if_::if_indextoname};
+use nix::fcntl::Flock;
 use thiserror::Error;
 
 use crate::{
@@ -28,7 +28,7 @@ use crate::{
         recent::Recent,
     },
     events::{self, boot_time, wall_time},
-    node::cgroup,
+    node::{cgroup, links},
     pods::Identity,
     verify,
 };
@@ -125,7 +125,7 @@ fn note(
 ) -> Result<(), MapError> {
     let interface = match events::ingress(event) {
         0 => String::new(),
-        index => interface_name(index),
+        index => links::name_of(index).unwrap_or_else(|| format!("#{index}")),
     };
     if interface.starts_with(verify::PREFIX) {
         // The proof that pods are denied is none.
@@ -167,11 +167,6 @@ fn sender(pod: Option<&Identity>, event: &Event, interface: &str, comm: &str) ->
         None => (interface, comm, event.cgroup).hash(&mut hasher),
     }
     hasher.finish()
-}
-
-fn interface_name(index: u32) -> String {
-    let name = if_indextoname(index).ok().and_then(|name| name.into_string().ok());
-    name.unwrap_or_else(|| format!("#{index}"))
 }
 
 /// Below the root of the hierarchy.

@@ -24,6 +24,8 @@ pub struct Follower {
     collector: Option<Collector>,
     /// Number of the last event that was read.
     position: u64,
+    /// Whether what is read is shown to somebody for good.
+    marks: bool,
 }
 
 impl Follower {
@@ -32,7 +34,14 @@ impl Follower {
         let recent = Recent::open(&pins)?;
         let position = recent.shown()?;
         let collector = Collector::open(&pins)?;
-        Ok(Self { pins, recent, collector, position })
+        Ok(Self { pins, recent, collector, position, marks: true })
+    }
+
+    /// The same, from `earlier` events ago on. What is read so comes first for others all the same.
+    pub fn open_last(pins: PinDir, earlier: u64) -> Result<Self, CollectorError> {
+        let follower = Self::open(pins)?;
+        let position = follower.recent.last()?.saturating_sub(earlier);
+        Ok(Self { position, marks: false, ..follower })
     }
 
     /// What there is that was not read yet.
@@ -46,7 +55,9 @@ impl Follower {
         }
         let (events, last) = self.recent.since(self.position)?;
         self.position = last;
-        self.recent.set_shown(last)?;
+        if self.marks {
+            self.recent.set_shown(last)?;
+        }
         Ok(events)
     }
 

@@ -31,5 +31,6 @@ pub mod server;
 pub mod settings;
 pub mod state;
 pub mod status;
+pub mod top;
 pub mod verify;
 pub mod watch;

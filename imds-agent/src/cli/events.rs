@@ -8,13 +8,13 @@ use std::{
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use imds_ebpf_common::Event;
-use nix::net::if_::if_indextoname;
 
 use super::{Failure, PinDirArg};
 use crate::{
     datapath::{home, object, pins::PinDir, pods},
     events::{self, Record, boot_time},
     follower::Follower,
+    node::links,
     preflight,
 };
 
@@ -63,15 +63,11 @@ fn print(events: &[Event], names: &pods::Names, output: Output) -> io::Result<()
     let booted = boot_time();
     for event in events {
         let pod = events::senders(event).find_map(|sender| names.get(sender));
-        let record = Record::new(event, booted, interface_name, pod);
+        let record = Record::new(event, booted, links::name_of, pod);
         match output {
             Output::Text => writeln!(out, "{record}")?,
             Output::Json => writeln!(out, "{}", serde_json::to_string(&record)?)?,
         }
     }
     out.flush()
-}
-
-fn interface_name(index: u32) -> Option<String> {
-    if_indextoname(index).ok().and_then(|name| name.into_string().ok())
 }

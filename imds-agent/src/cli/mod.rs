@@ -8,6 +8,7 @@ mod output;
 mod report;
 mod run;
 mod status;
+mod top;
 mod unload;
 mod verify;
 
@@ -39,6 +40,8 @@ enum Command {
     Status(output::OutputArgs),
     /// Follow what is denied, as it happens; what came last while nobody followed comes first
     Events(events::EventsArgs),
+    /// Watch pods, verdicts per second and what was denied last, in a terminal
+    Top(top::TopArgs),
     /// List who was denied what, or would have been in audit mode, and the rules that would exempt them
     Report(report::ReportArgs),
     /// Say what works here and what does not, and what to do; nothing is changed
@@ -94,6 +97,7 @@ pub fn main(cli: Cli) -> ExitCode {
             Command::Status(args) => status::status(args).await,
             Command::Doctor(args) => doctor::doctor(args).await,
             Command::Verify(args) => verify::verify(args).await,
+            Command::Top(args) => top::top(args).await,
             Command::Report(args) => report::report(&args),
             Command::Events(args) => events::events(&args),
             Command::Config(args) => config::config(&args),

@@ -1,6 +1,7 @@
 //! The node's interfaces, as rtnetlink describes them.
 
 use imds_ebpf_common::Frame;
+use nix::net::if_::if_indextoname;
 use rtnetlink::packet_route::{
     AddressFamily,
     link::{InfoKind, LinkAttribute, LinkInfo, LinkLayerType, LinkMessage},
@@ -37,6 +38,12 @@ pub enum Kind {
     /// The kernel lists it, but its description could not be read. It is guarded as a pod's: at an interface that is
     /// none the guard finds nothing to deny, and the other mistake would leave a pod unguarded.
     Unreadable,
+}
+
+/// Name of the interface with this index in the calling thread's network namespace, where there is one.
+#[must_use]
+pub fn name_of(index: u32) -> Option<String> {
+    if_indextoname(index).ok().and_then(|name| name.into_string().ok())
 }
 
 impl Link {

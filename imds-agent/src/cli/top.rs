@@ -1,0 +1,162 @@
+//! `imds-agent top`.
+
+use std::{
+    io::{self, IsTerminal as _},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Context as _, anyhow};
+use clap::Args;
+use crossterm::event::{Event, EventStream, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
+use futures_util::StreamExt as _;
+use ratatui::DefaultTerminal;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::{Instant, MissedTickBehavior, interval},
+};
+
+use super::{Failure, PinDirArg};
+use crate::{
+    datapath::{home, object, pins::PinDir, pods::Names},
+    events::{self, Record, boot_time},
+    follower::Follower,
+    node::{links, netlink::Netlink},
+    preflight, status,
+    top::{Command, Model, draw},
+};
+
+/// How many rows a page is.
+const PAGE: isize = 10;
+/// How many of the last events are there at the start.
+const EARLIER: u64 = 50;
+
+#[derive(Args, Debug)]
+pub(super) struct TopArgs {
+    /// Seconds between two looks, from 0.1 to 60
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = parse_interval)]
+    interval: Duration,
+    #[command(flatten)]
+    pins: PinDirArg,
+}
+
+fn parse_interval(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| format!("{text:?} is not a number of seconds"))?;
+    if (0.1..=60.0).contains(&seconds) {
+        Ok(Duration::from_secs_f64(seconds))
+    } else {
+        Err("it is from 0.1 to 60 seconds".to_owned())
+    }
+}
+
+pub(super) async fn top(args: TopArgs) -> Result<ExitCode, Failure> {
+    if !io::stdout().is_terminal() || !io::stdin().is_terminal() {
+        let message =
+            "top needs a terminal; for scripts there are `imds-agent status` and `imds-agent events`";
+        return Err(Failure::Usage(anyhow!(message)));
+    }
+    preflight::check_capabilities()?;
+    let pins = PinDir::new(&args.pins.pin_dir)?;
+    if !object::is_loaded(&pins) {
+        return Err(anyhow!("nothing is loaded at {}: there is nothing to see", pins.root().display()).into());
+    }
+    home::ensure_ours(&pins)?;
+    let mut watched = Watched {
+        netlink: Netlink::connect()?,
+        names: Names::open(&pins)?,
+        follower: Follower::open_last(pins.clone(), EARLIER)?,
+        pins,
+        model: Model::default(),
+        last: None,
+    };
+    watched.look().await?;
+    let mut terminal = ratatui::try_init().context("can't use this terminal")?;
+    let outcome = watched.run(&mut terminal, args.interval).await;
+    ratatui::restore();
+    outcome.map(|()| ExitCode::SUCCESS).map_err(Failure::Failed)
+}
+
+struct Watched {
+    pins: PinDir,
+    netlink: Netlink,
+    names: Names,
+    follower: Follower,
+    model: Model,
+    last: Option<Instant>,
+}
+
+impl Watched {
+    /// Shows it until the user has seen enough.
+    async fn run(&mut self, terminal: &mut DefaultTerminal, period: Duration) -> anyhow::Result<()> {
+        let mut ticks = interval(period);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        ticks.reset();
+        let mut keys = EventStream::new();
+        let kinds = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()];
+        let [mut terminate, mut interrupt, mut hangup] = {
+            let [first, second, third] = kinds.map(signal);
+            [first?, second?, third?]
+        };
+        loop {
+            terminal.draw(|frame| draw(frame, &self.model)).context("can't draw")?;
+            tokio::select! {
+                _ = ticks.tick() => if !self.model.is_paused { self.look().await? },
+                event = keys.next() => match event {
+                    Some(Ok(Event::Key(key))) if key.kind != KeyEventKind::Release => match wish(key) {
+                        Some(Wish::Quit) => return Ok(()),
+                        Some(Wish::Command(command)) => self.model.obey(command),
+                        None => {}
+                    },
+                    // Another size is drawn at once.
+                    Some(Ok(_)) => {}
+                    Some(Err(error)) => return Err(error).context("can't read from the terminal"),
+                    None => return Ok(()),
+                },
+                _ = terminate.recv() => return Ok(()),
+                _ = interrupt.recv() => return Ok(()),
+                _ = hangup.recv() => return Ok(()),
+            }
+        }
+    }
+
+    /// Takes in what is so now.
+    async fn look(&mut self) -> anyhow::Result<()> {
+        let report = status::gather(&self.pins, &self.netlink).await?;
+        let now = Instant::now();
+        self.model.take(&report, self.last.replace(now).map(|last| now - last));
+        let booted = boot_time();
+        let names = &self.names;
+        let lines = self.follower.read()?.into_iter().map(|event| {
+            let pod = events::senders(&event).find_map(|sender| names.get(sender));
+            let line = Record::new(&event, booted, links::name_of, pod).to_string();
+            // The day is known.
+            line.split_once('T').map_or(line.clone(), |(_, line)| line.to_owned())
+        });
+        self.model.add_events(lines);
+        Ok(())
+    }
+}
+
+enum Wish {
+    Quit,
+    Command(Command),
+}
+
+/// What the user means by a key.
+fn wish(key: KeyEvent) -> Option<Wish> {
+    let command = match key.code {
+        KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => return Some(Wish::Quit),
+        KeyCode::Char('q') | KeyCode::Esc => return Some(Wish::Quit),
+        KeyCode::Char('s') => Command::Sort,
+        KeyCode::Char('p' | ' ') => Command::Pause,
+        KeyCode::Char('?' | 'h') => Command::Keys,
+        KeyCode::Up => Command::Scroll(-1),
+        KeyCode::Down => Command::Scroll(1),
+        KeyCode::PageUp => Command::Scroll(-PAGE),
+        KeyCode::PageDown => Command::Scroll(PAGE),
+        KeyCode::Home => Command::First,
+        KeyCode::End => Command::Last,
+        _ => return None,
+    };
+    Some(Wish::Command(command))
+}

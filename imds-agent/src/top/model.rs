@@ -1,0 +1,308 @@
+//! What is shown, without a terminal.
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, VecDeque},
+    time::Duration,
+};
+
+use crate::{
+    datapath::counters::Counts,
+    status::{self, Report},
+};
+
+/// How many of the last events are kept.
+const EVENTS: usize = 200;
+
+/// All that is shown.
+#[derive(Debug, Default)]
+pub struct Model {
+    /// Lines above the table.
+    pub header: Vec<String>,
+    /// The first thing that is not as it should be, and how many more there are.
+    pub problem: Option<(String, usize)>,
+    /// Interfaces and hooks, in the order in which they are shown.
+    pub rows: Vec<Row>,
+    /// What was denied last, the newest at the end.
+    pub events: VecDeque<String>,
+    /// The order.
+    pub sort: Sort,
+    /// How many rows are scrolled over.
+    pub offset: usize,
+    /// Whether nothing new is taken in.
+    pub is_paused: bool,
+    /// Whether the keys are shown.
+    pub shows_keys: bool,
+    /// What was counted at the last look, by index and name.
+    pub(super) before: BTreeMap<(u32, String), Counts>,
+}
+
+/// An interface, or a hook that knows none.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Row {
+    /// Its name.
+    pub name: String,
+    /// Its index; 0 for a hook.
+    pub index: u32,
+    /// What it is to the guard.
+    pub role: String,
+    /// The pod behind it, where one is known.
+    pub pod: Option<String>,
+    /// What was counted.
+    pub counts: Counts,
+    /// Denied a second.
+    pub denied: f64,
+    /// Audited a second.
+    pub audited: f64,
+    /// Exempt a second.
+    pub exempt: f64,
+}
+
+/// What rows are sorted by.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Sort {
+    /// What is denied now, then what was in all.
+    #[default]
+    Rate,
+    /// What was denied in all.
+    Total,
+    /// Names.
+    Name,
+}
+
+/// What the user wants.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Command {
+    /// Another order.
+    Sort,
+    /// Stop or go on.
+    Pause,
+    /// Show or hide the keys.
+    Keys,
+    /// Scroll by so many rows.
+    Scroll(isize),
+    /// To the first row.
+    First,
+    /// To the last row.
+    Last,
+}
+
+impl Sort {
+    /// The name, as users see it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Rate => "denied/s",
+            Self::Total => "denied",
+            Self::Name => "name",
+        }
+    }
+
+    const fn next(self) -> Self {
+        match self {
+            Self::Rate => Self::Total,
+            Self::Total => Self::Name,
+            Self::Name => Self::Rate,
+        }
+    }
+}
+
+impl Model {
+    /// Takes in a status that is `elapsed` younger than the one before; without that there are no rates yet.
+    pub fn take(&mut self, report: &Report, elapsed: Option<Duration>) {
+        self.header = header(report);
+        self.problem = report.problems.split_first().map(|(first, others)| {
+            let of = first.interface.as_ref().map(|name| format!("{name}: ")).unwrap_or_default();
+            (format!("{of}{}", first.problem), others.len())
+        });
+        let mut rows: Vec<_> =
+            report.interfaces.iter().filter(|interface| interface.hook.is_some()).map(row).collect();
+        let hook = |name: &str, counts: Counts| Row { name: name.to_owned(), counts, ..Row::default() };
+        rows.extend(report.sockets.as_ref().map(|sockets| hook("(sockets)", sockets.counts)));
+        rows.extend(report.strict_host_network.as_ref().map(|hosts| hook("(hostNetwork)", hosts.counts)));
+        let before = std::mem::take(&mut self.before);
+        for row in &mut rows {
+            let key = (row.index, row.name.clone());
+            if let Some(elapsed) = elapsed {
+                // One that is new has had all of it since.
+                row.set_rates(before.get(&key).copied().unwrap_or_default(), elapsed);
+            }
+            self.before.insert(key, row.counts);
+        }
+        self.rows = rows;
+        self.order();
+    }
+
+    /// Adds what was denied since.
+    pub fn add_events(&mut self, events: impl IntoIterator<Item = String>) {
+        self.events.extend(events);
+        while self.events.len() > EVENTS {
+            self.events.pop_front();
+        }
+    }
+
+    /// Does what the user wants.
+    pub fn obey(&mut self, command: Command) {
+        match command {
+            Command::Sort => {
+                self.sort = self.sort.next();
+                self.order();
+            }
+            Command::Pause => self.is_paused = !self.is_paused,
+            Command::Keys => self.shows_keys = !self.shows_keys,
+            Command::Scroll(by) => self.offset = self.offset.saturating_add_signed(by).min(self.last()),
+            Command::First => self.offset = 0,
+            Command::Last => self.offset = self.last(),
+        }
+    }
+
+    fn last(&self) -> usize {
+        self.rows.len().saturating_sub(1)
+    }
+
+    fn order(&mut self) {
+        // In thousandths: what is shown alike is sorted alike.
+        #[expect(clippy::cast_possible_truncation, reason = "rates are far below")]
+        let rate = |row: &Row| Reverse((row.denied * 1000.0) as i64);
+        let total = |row: &Row| Reverse(row.counts.denied.packets);
+        let name = |row: &Row| (row.index == 0, row.name.clone());
+        match self.sort {
+            Sort::Rate => self.rows.sort_by_key(|row| (rate(row), total(row), name(row))),
+            Sort::Total => self.rows.sort_by_key(|row| (total(row), name(row))),
+            Sort::Name => self.rows.sort_by_key(name),
+        }
+        self.offset = self.offset.min(self.last());
+    }
+}
+
+impl Row {
+    fn set_rates(&mut self, before: Counts, elapsed: Duration) {
+        let rate = |now: u64, before: u64| {
+            // Fewer than before: the counts started over.
+            let more = if now >= before { now - before } else { now };
+            #[expect(clippy::cast_precision_loss, reason = "for people")]
+            let more = more as f64;
+            more / elapsed.as_secs_f64().max(0.001)
+        };
+        self.denied = rate(self.counts.denied.packets, before.denied.packets);
+        self.audited = rate(self.counts.audited.packets, before.audited.packets);
+        self.exempt = rate(self.counts.exempt.packets, before.exempt.packets);
+    }
+}
+
+fn row(interface: &status::Interface) -> Row {
+    Row {
+        name: interface.name.clone(),
+        index: interface.ifindex,
+        role: interface.role.to_owned(),
+        pod: interface.pod.as_ref().map(ToString::to_string),
+        counts: interface.counts,
+        ..Row::default()
+    }
+}
+
+fn header(report: &Report) -> Vec<String> {
+    let guarded = report.interfaces.iter().filter(|interface| interface.guard.is_some()).count();
+    let wanted = report.interfaces.iter().filter(|interface| interface.hook.is_some()).count();
+    let agent = match (report.agent.running, report.agent.pid) {
+        (true, Some(pid)) => format!("running, pid {pid}"),
+        (true, None) => "running".to_owned(),
+        (false, _) => "not running".to_owned(),
+    };
+    let provider = report.provider.as_ref().map_or("unknown", |provider| &provider.in_force);
+    let endpoints = report.endpoints.len();
+    let lookup = report.kubernetes.as_ref().map(|lookup| {
+        let word = if lookup.is_connected { "connected" } else { "not connected" };
+        format!("   node {}, {word}, {} pods", lookup.node, lookup.pods)
+    });
+    vec![
+        format!(
+            "mode {}   answer {}   provider {provider}, {endpoints} endpoint{}   hooks {}",
+            report.mode.unwrap_or("unknown"),
+            report.answer.unwrap_or("unknown"),
+            if endpoints == 1 { "" } else { "s" },
+            report.hooks.join(" ")
+        ),
+        format!("agent {agent}   interfaces {guarded} of {wanted} guarded{}", lookup.unwrap_or_default()),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::datapath::counters::Count;
+
+    fn counts(denied: u64) -> Counts {
+        Counts { denied: Count { packets: denied, bytes: 0 }, ..Counts::default() }
+    }
+
+    fn named(name: &str, index: u32, denied: u64, rate: f64) -> Row {
+        Row { name: name.to_owned(), index, counts: counts(denied), denied: rate, ..Row::default() }
+    }
+
+    fn names(model: &Model) -> Vec<&str> {
+        model.rows.iter().map(|row| row.name.as_str()).collect()
+    }
+
+    #[test]
+    fn rates_are_of_what_came_since_and_of_all_where_counts_started_over() {
+        let two = Duration::from_secs(2);
+        let rate = |now: u64, before: u64| {
+            let mut row = named("a", 1, now, 0.0);
+            row.set_rates(counts(before), two);
+            row.denied
+        };
+        for (now, before, expected) in [(10, 4, 3.0), (4, 4, 0.0), (4, 10, 2.0), (6, 0, 3.0)] {
+            assert!((rate(now, before) - expected).abs() < 1e-9, "{now} after {before}");
+        }
+        let mut row = named("a", 1, 1, 0.0);
+        row.set_rates(counts(0), Duration::ZERO);
+        assert!(row.denied.is_finite());
+    }
+
+    #[test]
+    fn rows_are_sorted_by_what_the_user_chose() {
+        let rows = vec![
+            named("a", 1, 9, 0.0),
+            named("c", 3, 5, 1.0),
+            named("b", 2, 5, 2.0),
+            named("(sockets)", 0, 7, 0.0),
+        ];
+        let mut model = Model { rows, ..Model::default() };
+        model.order();
+        assert_eq!(names(&model), ["b", "c", "a", "(sockets)"]);
+        model.obey(Command::Sort);
+        assert_eq!(names(&model), ["a", "(sockets)", "b", "c"]);
+        model.obey(Command::Sort);
+        assert_eq!(names(&model), ["a", "b", "c", "(sockets)"]);
+        model.obey(Command::Sort);
+        assert_eq!(model.sort, Sort::Rate);
+    }
+
+    #[test]
+    fn scrolling_ends_at_both_ends() {
+        let mut model = Model { rows: vec![Row::default(); 5], ..Model::default() };
+        for (command, offset) in [
+            (Command::Scroll(-3), 0),
+            (Command::Scroll(2), 2),
+            (Command::Scroll(100), 4),
+            (Command::First, 0),
+            (Command::Last, 4),
+        ] {
+            model.obey(command);
+            assert_eq!(model.offset, offset, "{command:?}");
+        }
+        model.rows.clear();
+        model.order();
+        assert_eq!(model.offset, 0);
+        model.obey(Command::Last);
+        assert_eq!(model.offset, 0);
+    }
+
+    #[test]
+    fn so_many_events_are_kept() {
+        let mut model = Model::default();
+        model.add_events((0..EVENTS + 5).map(|number| number.to_string()));
+        assert_eq!((model.events.len(), model.events[0].as_str()), (EVENTS, "5"));
+    }
+}
