@@ -19,6 +19,7 @@ use crate::{
     collector::Collector,
     config::{self, Config},
     guard::Guard,
+    kube::PodEvent,
     metrics::Done,
     node::netlink::Event,
     server::Server,
@@ -30,6 +31,10 @@ use crate::{
 const QUIET: Duration = Duration::from_millis(20);
 /// How long it is waited for that at most.
 const PATIENCE: Duration = Duration::from_millis(500);
+
+/// With each so many looks at what is attached, interfaces and routes are read anew, too. The kernel sends news of them, and
+/// says where some were lost.
+const THOROUGH: u32 = 6;
 
 /// Where the configuration comes from.
 #[derive(Clone, Debug)]
@@ -141,10 +146,12 @@ impl Agent {
         mut events: impl Stream<Item = Event> + Unpin,
     ) -> anyhow::Result<()> {
         self.guard.start(&self.settings, self.source.path(), config).await?;
+        give_back();
         let mut watch = self.watch();
         // Since it was read, and before it was watched.
         let mut due = self.source.change().map(|_| Due::now());
         let mut half_seen = None;
+        let mut rounds = 0_u32;
         self.server.listen(&config.listen);
         self.follow_cluster().await;
         self.open_collector();
@@ -162,7 +169,12 @@ impl Agent {
                 () = self.guard.exemptions_changed() => report(self.guard.restore_exemptions().await),
                 () = self.guard.kubepods_changed() => report(self.guard.follow_kubepods()),
                 _ = self.timer.tick() => {
-                    report(self.guard.resync().await);
+                    rounds = rounds.wrapping_add(1);
+                    let is_thorough = rounds.is_multiple_of(THOROUGH);
+                    report(if is_thorough { self.guard.resync().await } else { self.guard.recheck().await });
+                    if is_thorough {
+                        give_back();
+                    }
                     self.server.retry();
                     self.open_collector();
                     // For what is not told of, as on some network file systems. Seen only once, it may be half written.
@@ -227,7 +239,13 @@ impl Agent {
 
     async fn hear(&mut self, news: News) {
         match news {
-            News::Pods(event) => report(self.guard.hear_of_pods(event).await),
+            News::Pods(event) => {
+                let is_relist = matches!(event, PodEvent::Relist(_));
+                report(self.guard.hear_of_pods(event).await);
+                if is_relist {
+                    give_back();
+                }
+            }
             News::State(state) => {
                 let node = self.cluster.node().unwrap_or_default();
                 report(self.guard.hear_of_watch(node, &state).await);
@@ -324,6 +342,15 @@ async fn changed(watch: &mut Option<Watch>) -> std::io::Result<()> {
     match watch {
         Some(watch) => watch.changed().await,
         None => future::pending().await,
+    }
+}
+
+/// Gives the memory back that loading the programs took, or a list of everything: several times what is needed later.
+fn give_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it takes no pointers, and may be called at any time.
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
 

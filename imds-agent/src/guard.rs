@@ -265,6 +265,16 @@ impl Guard {
     /// Reads everything anew and puts right what is not as it should be. What fails on one interface is in
     /// [`Guard::failures`] and does not keep the others from it.
     pub async fn resync(&mut self) -> Result<(), DatapathError> {
+        self.look(true).await
+    }
+
+    /// Looks at all that the kernel sends no news of, and puts it right: at what is attached and pinned, but not for
+    /// interfaces and routes.
+    pub async fn recheck(&mut self) -> Result<(), DatapathError> {
+        self.look(false).await
+    }
+
+    async fn look(&mut self, anew: bool) -> Result<(), DatapathError> {
         // Guarding goes on without pins; what comes of it is said at the end.
         let restored = self.datapath.restore_pins();
         if let Ok(true) = restored
@@ -276,6 +286,20 @@ impl Guard {
         self.restore_sockets()?;
         self.pods.retry();
         let hosts = self.search_kubepods();
+        if anew {
+            self.read_links().await?;
+        } else {
+            self.see_again().await;
+        }
+        let exempted = self.restore_exemptions().await;
+        self.settled = true;
+        restored?;
+        hosts?;
+        exempted?;
+        self.datapath.announce_ready()
+    }
+
+    async fn read_links(&mut self) -> Result<(), DatapathError> {
         self.uplinks = self.netlink.uplinks().await?;
         let links = self.netlink.links().await?;
         let present: BTreeSet<u32> = links.iter().map(|link| link.index).collect();
@@ -286,12 +310,7 @@ impl Guard {
         for link in links {
             self.see(link).await;
         }
-        let exempted = self.restore_exemptions().await;
-        self.settled = true;
-        restored?;
-        hosts?;
-        exempted?;
-        self.datapath.announce_ready()
+        Ok(())
     }
 
     /// Takes in one piece of news.

@@ -2,8 +2,11 @@
 
 use std::{
     collections::BTreeMap,
-    io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    fs, io,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
     path::Path,
 };
 
@@ -27,6 +30,8 @@ pub(super) struct Links {
 struct Held {
     fd: OwnedFd,
     id: u32,
+    /// Inode number of the pin when it was last seen to be this link's: no other pin on that bpffs has the same.
+    pin: Option<u64>,
 }
 
 impl Links {
@@ -40,7 +45,7 @@ impl Links {
                 Some((id, Target::Tcx { ifindex, direction }))
                     if ifindex == spot.ifindex && direction == spot.direction() =>
                 {
-                    links.insert(spot, Held { fd, id });
+                    links.insert(spot, Held { fd, id, pin: None });
                 }
                 // Detached: its interface is gone.
                 Some((_, Target::Tcx { ifindex: 0, .. })) => pins::unpin(&path)?,
@@ -67,7 +72,7 @@ impl Links {
         spot: Spot,
         program: u32,
     ) -> Result<Option<Attachment>, DatapathError> {
-        let Some(held) = self.links.get(&spot) else { return Ok(None) };
+        let Some(held) = self.links.get_mut(&spot) else { return Ok(None) };
         let entries = bpf::tcx_entries(spot.ifindex, spot.direction())
             .map_err(failed("listing programs", spot.ifindex))?;
         let Some(position) = entries.iter().position(|entry| entry.link == held.id) else {
@@ -77,7 +82,7 @@ impl Links {
         Ok(Some(Attachment {
             backend: Backend::Tcx,
             current: entries[position].program == program,
-            pinned: is_pinned(held.id, &pins.link(spot)),
+            pinned: held.is_pinned(&pins.link(spot)),
             place: if position == 0 { Place::First } else { Place::Behind },
         }))
     }
@@ -136,13 +141,25 @@ impl Links {
         let link = bpf::link(&fd).map_err(failed("describing a TCX link", spot.ifindex))?;
         let id = link.map_or(0, |link| link.id);
         // Held before it is pinned: where that fails the interface is guarded all the same while this process lives.
-        let held = self.links.entry(spot).insert_entry(Held { fd, id });
+        let held = self.links.entry(spot).insert_entry(Held { fd, id, pin: None });
         Ok(pins::pin_over(&held.get().fd, &pins.link(spot))?)
     }
 
     fn held(&self, spot: Spot) -> Result<&Held, DatapathError> {
         let missing = || failed("finding the TCX link", spot.ifindex)(io::ErrorKind::NotFound.into());
         self.links.get(&spot).ok_or_else(missing)
+    }
+}
+
+impl Held {
+    /// Whether it is pinned at `path`. Asked of every link with each look at everything: the name alone says it as long as
+    /// it is the same file.
+    fn is_pinned(&mut self, path: &Path) -> bool {
+        let inode = fs::metadata(path).ok().map(|metadata| metadata.ino());
+        if inode.is_none() || inode != self.pin {
+            self.pin = inode.filter(|_| is_pinned(self.id, path));
+        }
+        self.pin.is_some()
     }
 }
 
