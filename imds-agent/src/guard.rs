@@ -1,10 +1,10 @@
 //! The agent's work: follows the node's interfaces and keeps each as it should be.
 
 mod exempt;
+mod hosts;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io,
     path::Path,
 };
 
@@ -16,7 +16,7 @@ use crate::{
     datapath::{Datapath, DatapathError, pins::PinDir},
     exempt::Rules,
     node::{
-        kubepods::{self, Kubepods},
+        kubepods::Kubepods,
         links::Link,
         netlink::{Event, Netlink, NetlinkError},
         senders::Finder,
@@ -220,46 +220,6 @@ impl Guard {
         let of_rules = self.rules.failures().iter().map(|(name, failure)| (name.as_str(), failure.as_str()));
         let of_hosts = self.no_kubepods.iter().map(|failure| ("hostNetwork pods", failure.as_str()));
         of_interfaces.chain(of_hosts).chain(of_rules)
-    }
-
-    /// Waits until the cgroups of Kubernetes pods may have changed.
-    pub async fn kubepods_changed(&self) {
-        match &self.kubepods {
-            Some(kubepods) => kubepods.changed().await,
-            None => std::future::pending().await,
-        }
-    }
-
-    /// Takes in what changed of them.
-    pub fn follow_kubepods(&mut self) -> Result<(), DatapathError> {
-        let followed = self.kubepods.as_mut().map(Kubepods::follow);
-        self.restore_hosts(followed.as_ref().is_none_or(was_seen))
-    }
-
-    fn search_kubepods(&mut self) -> Result<(), DatapathError> {
-        let searched = self.kubepods.as_mut().map(Kubepods::search);
-        self.restore_hosts(searched.as_ref().is_none_or(was_seen))
-    }
-
-    /// `all`: whether what is known of them is all there is.
-    fn restore_hosts(&mut self, all: bool) -> Result<(), DatapathError> {
-        let none = BTreeSet::new();
-        let cgroups = self.kubepods.as_ref().map_or(&none, Kubepods::found);
-        for (level, done) in self.datapath.restore_hosts(cgroups, all)? {
-            self.repairs.attached += u64::from(level == Level::Warn);
-            log::log!(level, "{done}");
-        }
-        let root = self.kubepods.as_ref().filter(|kubepods| kubepods.found().is_empty()).map(Kubepods::root);
-        match (root, &self.no_kubepods) {
-            (Some(root), None) => {
-                let failure = format!("no cgroup of Kubernetes pods (kubepods) below {}", root.display());
-                log::warn!("hostNetwork pods are not held: {failure}; {}", kubepods::why_none());
-                self.no_kubepods = Some(failure);
-            }
-            (None, Some(_)) => self.no_kubepods = None,
-            (Some(_), Some(_)) | (None, None) => {}
-        }
-        Ok(())
     }
 
     /// Reads everything anew and puts right what is not as it should be. What fails on one interface is in
@@ -500,14 +460,6 @@ impl Guard {
             log::error!("interface {index} is gone, but not forgotten: {:#}", anyhow::Error::from(error));
         }
     }
-}
-
-/// Whether the cgroups were looked at; where not, says why.
-fn was_seen(looked: &io::Result<()>) -> bool {
-    if let Err(error) = looked {
-        log::error!("can't look for the cgroups of Kubernetes pods: {error}");
-    }
-    looked.is_ok()
 }
 
 /// Fails with `result`, unless `is_old` news: that is only said.

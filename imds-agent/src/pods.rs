@@ -19,7 +19,8 @@ use crate::{
         links::Link,
         netlink::Netlink,
         pod_cgroups::Tree,
-        senders::{self, Finder, Sandbox, Senders},
+        sandbox::{self, Sandbox},
+        senders::{Finder, Senders},
     },
 };
 
@@ -235,7 +236,7 @@ impl Pods {
     #[must_use]
     pub fn have_moved(&self) -> bool {
         let cgroups = self.tree.pods();
-        self.awaited().any(|pod| senders::is_inhabited(of(pod, &cgroups)))
+        self.awaited().any(|pod| sandbox::is_inhabited(of(pod, &cgroups)))
             || !self.moved_hosts(&cgroups).is_empty()
     }
 
@@ -292,7 +293,7 @@ impl Pods {
     fn moved_hosts(&self, cgroups: &BTreeMap<String, Vec<PathBuf>>) -> Vec<String> {
         let hosts = self.located().filter(|(pod, _)| self.hosts.contains(&pod.uid));
         let moved =
-            hosts.filter(|(pod, sandbox)| !sandbox.cgroups.keys().eq(&senders::cgroup_ids(of(pod, cgroups))));
+            hosts.filter(|(pod, sandbox)| !sandbox.cgroups.keys().eq(&sandbox::cgroup_ids(of(pod, cgroups))));
         moved.map(|(pod, _)| pod.uid.clone()).collect()
     }
 }

@@ -11,7 +11,7 @@ use imds_tests::{
 };
 use serde_json::Value;
 
-const NAMES: [&str; 16] = [
+const NAMES: [&str; 17] = [
     "kernel",
     "btf",
     "bpffs",
@@ -25,6 +25,7 @@ const NAMES: [&str; 16] = [
     "netns_cookie_cgroup_skb",
     "ring_buffer",
     "ipv6",
+    "pods",
     "agent",
     "tc_programs",
     "cgroup_programs",

@@ -30,6 +30,7 @@ pub async fn examine(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
         kernel::netns_cookie_cgroup_skb(),
         kernel::ring_buffer(),
         kernel::ipv6(),
+        place::pods(pins),
         place::agent(pins),
     ];
     checks.extend(programs::of_interfaces(pins, netlink).await?);

@@ -5,10 +5,13 @@ use caps::{CapSet, Capability};
 use super::report::Check;
 use crate::{
     datapath::{
-        home, object,
+        home,
+        object::{self, Maps},
         pins::{BPFFS, PinDir},
+        pods,
     },
-    node::cgroup,
+    node::{cgroup, netns},
+    pods::Lookup,
     preflight::{self, PreflightError},
 };
 
@@ -76,6 +79,32 @@ pub(super) fn cgroup2() -> Check {
             Check::missing(NAME, "not mounted as a whole", remedy)
         }
         Err(error) => Check::missing(NAME, error.to_string(), "mount /proc"),
+    }
+}
+
+/// Whether pods can be found by their processes, and how the API server is heard where it is asked.
+pub(super) fn pods(pins: &PinDir) -> Check {
+    const NAME: &str = "pods";
+    if !netns::is_node_pid_namespace() {
+        let remedy = "rules by cgroup, and for Kubernetes pods, exempt nobody and name nobody: run it in the node's (hostPID)";
+        return Check::degraded(NAME, "this is not the node's pid namespace", remedy);
+    }
+    if !has(Capability::CAP_SYS_PTRACE) {
+        let remedy = "rules by cgroup, and for Kubernetes pods, exempt nobody and name nobody: run it with that capability";
+        return Check::degraded(NAME, "no CAP_SYS_PTRACE to open the namespaces of their processes", remedy);
+    }
+    let lookup = Maps::open(pins).ok().and_then(|maps| pods::lookup(&maps).ok().flatten());
+    match lookup {
+        None => Check::ok(NAME, "their processes can be seen; the API server is not asked"),
+        Some(Lookup { node, is_connected: true, pods, .. }) => {
+            Check::ok(NAME, format!("the API server tells of {pods} on node {node}"))
+        }
+        Some(Lookup { node, error, .. }) => {
+            let error = error.unwrap_or_else(|| "not connected yet".to_owned());
+            let remedy = "what is granted stays, and no pod that is new is exempt; see [kubernetes] of the configuration, and \
+                          whether its user may get, list and watch pods";
+            Check::degraded(NAME, format!("node {node}: {error}"), remedy)
+        }
     }
 }
 

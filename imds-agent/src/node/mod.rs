@@ -7,4 +7,5 @@ pub mod netlink;
 pub mod netns;
 pub mod pod_cgroups;
 mod process;
+pub mod sandbox;
 pub mod senders;

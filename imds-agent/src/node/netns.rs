@@ -50,11 +50,16 @@ pub fn identity() -> io::Result<Option<Identity>> {
             // The first process of the machine is in the initial namespace, of a container in the container's: where
             // this is a container's, the agent must not take it for the machine's.
             let is_first = inode("/proc/1/ns/net")? == inode("/proc/thread-self/ns/net")?;
-            let is_machine = fs::read_to_string("/proc/2/comm").is_ok_and(|comm| comm.trim() == "kthreadd");
-            Ok((is_first && is_machine).then_some(Identity::Initial))
+            Ok((is_first && is_node_pid_namespace()).then_some(Identity::Initial))
         }
         Err(error) => Err(error),
     }
+}
+
+/// Whether the processes of the whole machine can be seen: then the kernel's own are among them.
+#[must_use]
+pub fn is_node_pid_namespace() -> bool {
+    fs::read_to_string("/proc/2/comm").is_ok_and(|comm| comm.trim() == "kthreadd")
 }
 
 /// Inode number of the calling thread's network namespace, which is unique among those that exist.

@@ -14,7 +14,7 @@ use super::{
     cgroup,
     links::Link,
     netlink::Netlink,
-    netns, pod_cgroups,
+    netns,
     process::{PROC, Process},
 };
 
@@ -36,17 +36,6 @@ pub struct Senders {
     pub failures: BTreeSet<String>,
 }
 
-/// A pod of Kubernetes that has processes.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct Sandbox {
-    /// What the datapath knows it by.
-    pub senders: Senders,
-    /// Ids of its cgroups v2, and of each the id of the container whose it is.
-    pub cgroups: BTreeMap<u64, Option<String>>,
-    /// The id of its network namespace, where a link leads there.
-    pub netns_id: Option<i32>,
-}
-
 /// What is cheap to ask of a path by which pods are known.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Trace {
@@ -56,16 +45,17 @@ pub struct Trace {
 
 /// A network namespace, which is there for as long as this is.
 #[derive(Debug)]
-struct Namespace {
+pub(super) struct Namespace {
     file: File,
-    inode: u64,
+    pub(super) inode: u64,
 }
 
 /// Finds pods on this node. It takes the node's pid namespace, `CAP_SYS_PTRACE` to open the namespaces of processes of
 /// other users, and `CAP_SYS_ADMIN` to enter them.
 #[derive(Debug)]
 pub struct Finder {
-    node: u64,
+    /// Inode number of the node's network namespace.
+    pub(super) node: u64,
     /// Cookies of the namespaces behind links, by index and the namespace's id: the same for as long as the link exists.
     behind: BTreeMap<(u32, i32), Option<u64>>,
 }
@@ -160,64 +150,6 @@ impl Finder {
         senders
     }
 
-    /// The pod of Kubernetes whose cgroups these are, one in each of some hierarchies; `None` where it has no sandbox yet.
-    pub async fn pod(
-        &self,
-        netlink: &Netlink,
-        links: &[&Link],
-        cgroups: &[PathBuf],
-        host_network: bool,
-    ) -> Option<Sandbox> {
-        let mut sandbox = Sandbox { cgroups: containers(cgroups), ..Sandbox::default() };
-        let found = match self.first_process(cgroups, host_network) {
-            Ok(found) => found?,
-            Err(failure) => {
-                sandbox.senders.fail(failure);
-                return Some(sandbox);
-            }
-        };
-        if host_network {
-            sandbox.senders.cgroups = sandbox.cgroups.keys().copied().collect();
-        } else {
-            sandbox.netns_id = sandbox.senders.add(&found, "a pod", netlink, links).await;
-        }
-        Some(sandbox)
-    }
-
-    /// The network namespace of a pod's oldest process: the runtime made the sandbox with it. A younger one may have gone
-    /// elsewhere, into a namespace that is not the pod's. Before a sandbox is what it will be, there are the runtime's own
-    /// processes, in the node's namespace.
-    fn first_process(&self, cgroups: &[PathBuf], host_network: bool) -> Result<Option<Namespace>, String> {
-        let unreadable = |error| format!("can't look at the processes of a pod: {error}");
-        let mut are_hidden = false;
-        // Each process is in a cgroup of every hierarchy, so that one will do.
-        for cgroup in cgroups {
-            let mut processes = Vec::new();
-            for procs in below(cgroup).into_iter().map(|directory| directory.join("cgroup.procs")) {
-                are_hidden |= fs::read_to_string(&procs).is_ok_and(|text| text.lines().any(|pid| pid == "0"));
-                for pid in pids(&procs) {
-                    let Some(process) = Process::open(pid).map_err(unreadable)? else { continue };
-                    let Some(started) = process.started().map_err(unreadable)? else { continue };
-                    processes.push((started, pid, procs.clone()));
-                }
-            }
-            processes.sort();
-            for (_, pid, procs) in processes {
-                let Some(namespace) = Self::netns_of(pid, &procs).map_err(unreadable)? else { continue };
-                if (namespace.inode == self.node) == host_network {
-                    return Ok(Some(namespace));
-                }
-            }
-        }
-        if are_hidden {
-            return Err(
-                "can't see the processes of a pod: the agent needs the node's pid namespace (hostPID)"
-                    .to_owned(),
-            );
-        }
-        Ok(None)
-    }
-
     /// What changes with what [`Finder::in_netns`] and [`Finder::in_cgroup`] find at `path`.
     #[must_use]
     pub fn trace(path: &Path) -> Trace {
@@ -231,7 +163,7 @@ impl Finder {
 
     /// The network namespace of a process of which `procs` says that it is in that cgroup. Its number may become
     /// another's: if it is there before and after, it was all the time.
-    fn netns_of(pid: u32, procs: &Path) -> io::Result<Option<Namespace>> {
+    pub(super) fn netns_of(pid: u32, procs: &Path) -> io::Result<Option<Namespace>> {
         let Some(process) = Process::open(pid)? else { return Ok(None) };
         let Some(file) = process.netns()? else { return Ok(None) };
         if !pids(procs).contains(&pid) || !process.is_alive()? {
@@ -278,7 +210,7 @@ impl Senders {
     }
 
     /// Adds what is in `namespace`, which is that of `what`. Returns its id, where it has one.
-    async fn add(
+    pub(super) async fn add(
         &mut self,
         namespace: &Namespace,
         what: impl Display,
@@ -328,7 +260,7 @@ fn directories(path: &Path) -> Vec<PathBuf> {
 }
 
 /// The cgroup at `top` and those below it.
-fn below(top: &Path) -> Vec<PathBuf> {
+pub(super) fn below(top: &Path) -> Vec<PathBuf> {
     let (mut directories, mut level) = (vec![top.to_owned()], vec![top.to_owned()]);
     for _ in 0..MAX_DEPTH {
         // What is gone meanwhile has none.
@@ -338,41 +270,12 @@ fn below(top: &Path) -> Vec<PathBuf> {
     directories
 }
 
-/// Ids of the cgroups v2 among these and below them, and the containers whose they are.
-fn containers(cgroups: &[PathBuf]) -> BTreeMap<u64, Option<String>> {
-    let is_v2 = |path: &&PathBuf| path.join("cgroup.controllers").exists();
-    let of_pod = |pod: &PathBuf| {
-        below(pod)
-            .into_iter()
-            .filter_map(|path| {
-                // The container's own cgroups are below the one that is named after it.
-                let first = path.strip_prefix(pod).ok()?.iter().next();
-                let container = first.and_then(|name| pod_cgroups::container(name.to_str()?));
-                Some((fs::metadata(&path).ok()?.ino(), container))
-            })
-            .collect::<Vec<_>>()
-    };
-    cgroups.iter().filter(is_v2).flat_map(of_pod).collect()
-}
-
-/// Ids of the cgroups v2 among these and below them.
-#[must_use]
-pub fn cgroup_ids(cgroups: &[PathBuf]) -> BTreeSet<u64> {
-    containers(cgroups).into_keys().collect()
-}
-
-/// Whether a process that can be seen is in one of these cgroups or below.
-#[must_use]
-pub fn is_inhabited(cgroups: &[PathBuf]) -> bool {
-    cgroups.iter().flat_map(|cgroup| below(cgroup)).any(|path| !pids(&path.join("cgroup.procs")).is_empty())
-}
-
 fn entries(directory: impl AsRef<Path>) -> impl Iterator<Item = PathBuf> {
     fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path())
 }
 
 /// None of a cgroup that is gone, or that is a threaded one: its processes are its parent's.
-fn pids(procs: &Path) -> Vec<u32> {
+pub(super) fn pids(procs: &Path) -> Vec<u32> {
     let text = fs::read_to_string(procs).unwrap_or_default();
     // Those of another pid namespace are 0.
     text.lines().filter_map(|line| line.parse().ok()).filter(|&pid| pid != 0).collect()
