@@ -10,6 +10,7 @@ use std::{
 
 use imds_tests::{
     METADATA, PacketSocket, Pod, PodLink, World, packets,
+    poll::poll_until,
     probe::{LONG, SHORT, http_get, icmp_echo},
     skip_without_netns_cookie,
 };
@@ -171,9 +172,13 @@ fn every_follower_is_told_whoever_takes_the_events_from_the_programs() {
     let agent = world.agent().spawn_ready();
     let [first, second] = [Follower::start(&world), Follower::start(&world)];
     let all_are_told = |followers: &[&Follower]| {
-        send(&pod, 1);
         for follower in followers {
-            assert_eq!(follower.next()["interface"], pod.host_ifname);
+            // What others were shown before it follows is not shown to it.
+            let event = poll_until(LONG, "an event", || {
+                send(&pod, 1);
+                follower.events.recv_timeout(Duration::from_millis(300)).ok()
+            });
+            assert_eq!(event["interface"], pod.host_ifname);
         }
     };
     all_are_told(&[&first, &second]);
