@@ -142,6 +142,7 @@ fn note(
     let before = denials.get(&key)?;
     let mut record = before.unwrap_or_else(|| DenialRecord {
         count: 0,
+        bytes: 0,
         first: now,
         last: now,
         namespace: padded(pod.map_or("", |pod| &pod.namespace)),
@@ -153,6 +154,7 @@ fn note(
         cgroup: padded(&if pod.is_none() { cgroup_path(event.cgroup) } else { String::new() }),
     });
     record.count += 1 + event.suppressed;
+    record.bytes += event.bytes;
     record.last = record.last.max(now);
     record.pod = padded(pod.map_or("", |pod| &pod.pod));
     denials.put(&key, &record)

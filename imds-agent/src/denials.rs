@@ -55,6 +55,8 @@ pub struct Denial {
     pub verdict: &'static str,
     /// How many packets or calls, by hook. A call that passes makes packets, which are counted there.
     pub counts: BTreeMap<&'static str, u64>,
+    /// Bytes of these packets, link-layer headers included; none of calls.
+    pub bytes: u64,
     /// When the first was.
     pub first: Timestamp,
     /// When the last was.
@@ -101,10 +103,12 @@ impl Report {
                 address,
                 verdict: verdict.name(),
                 counts: BTreeMap::new(),
+                bytes: 0,
                 first,
                 last,
             });
             *denial.counts.entry(of_hook.map_or("unknown", Hook::name)).or_default() += record.count;
+            denial.bytes += record.bytes;
             denial.first = denial.first.min(first);
             if last >= denial.last {
                 denial.last = last;
@@ -129,14 +133,14 @@ impl Report {
         table.load_style(NOTHING);
         let titles = hooks.iter().map(|hook| hook.to_uppercase());
         let header = ["SENDER", "ENDPOINT", "VERDICT"].map(str::to_owned).into_iter();
-        table.set_header(header.chain(titles).chain(["FIRST", "LAST"].map(str::to_owned)));
+        table.set_header(header.chain(titles).chain(["BYTES", "FIRST", "LAST"].map(str::to_owned)));
         for denial in &self.denials {
             let endpoint = denial.endpoint.clone().unwrap_or_else(|| denial.address.to_string());
             let known = [denial.sender.to_string(), endpoint, denial.verdict.to_owned()].into_iter();
             let counts =
                 hooks.iter().map(|hook| denial.counts.get(hook).copied().unwrap_or_default().to_string());
             let times = [denial.first, denial.last].map(|time| format!("{time:.0}"));
-            table.add_row(known.chain(counts).chain(times));
+            table.add_row(known.chain(counts).chain([denial.bytes.to_string()]).chain(times));
         }
         let mut text = format!("{}\n", table.trim_fmt());
         if !self.rules.is_empty() {

@@ -47,6 +47,8 @@ pub struct Record {
     pub protocol: Option<String>,
     /// Events of the same source that were left out since the one before.
     pub suppressed: u64,
+    /// Bytes of this packet and of those that were left out; 0 for calls.
+    pub bytes: u64,
 }
 
 impl Record {
@@ -82,6 +84,7 @@ impl Record {
             destination_port: (event.destination_port != 0).then_some(event.destination_port),
             protocol: protocol(event.protocol),
             suppressed: event.suppressed,
+            bytes: event.bytes,
         }
     }
 }

@@ -144,7 +144,7 @@ impl Snapshot {
         most.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
         let named: BTreeSet<_> =
             most.into_iter().take(MOST_NAMESPACES).map(|(namespace, _)| namespace).collect();
-        let mut samples: BTreeMap<[String; 4], u64> = BTreeMap::new();
+        let mut sums: BTreeMap<[String; 4], Count> = BTreeMap::new();
         for (key, record) in &self.denials {
             let address = plain(key.address);
             let named_endpoint = self.report.endpoints.iter().find(|endpoint| endpoint.address == address);
@@ -155,17 +155,26 @@ impl Snapshot {
             let endpoint =
                 named_endpoint.map_or_else(|| "unguarded".to_owned(), |endpoint| endpoint.name.clone());
             let labels = [namespace.unwrap_or_default(), endpoint, hook.to_owned(), verdict.to_owned()];
-            *samples.entry(labels).or_default() += record.count;
+            *sums.entry(labels).or_default() += Count { packets: record.count, bytes: record.bytes };
         }
-        let samples = samples.into_iter().map(|([namespace, endpoint, hook, verdict], count)| {
-            let labels =
-                [("namespace", namespace), ("endpoint", endpoint), ("hook", hook), ("verdict", verdict)];
-            (labels, count)
-        });
+        let samples = |unit: fn(Count) -> u64| -> Vec<Sample<4>> {
+            let of = |(labels, &count): (&[String; 4], &Count)| {
+                let [namespace, endpoint, hook, verdict] = labels.clone();
+                let labels =
+                    [("namespace", namespace), ("endpoint", endpoint), ("hook", hook), ("verdict", verdict)];
+                (labels, unit(count))
+            };
+            sums.iter().map(of).collect()
+        };
         to.counter(
             "imds_denials",
             "Packets and calls that were denied or audited, by namespace of the pod; without one where no pod is known",
-            samples,
+            samples(|count| count.packets),
+        )?;
+        to.counter(
+            "imds_denial_bytes",
+            "Bytes of these packets, link-layer headers included",
+            samples(|count| count.bytes),
         )
     }
 

@@ -15,6 +15,8 @@ pub struct Event {
     pub cgroup: u64,
     /// Events of the same source and CPU that were left out since the one before.
     pub suppressed: u64,
+    /// Bytes of this packet and of those that were left out, as [`Counter::bytes`](crate::Counter::bytes) has them.
+    pub bytes: u64,
     /// Source, IPv4 as IPv4-mapped IPv6; unspecified where that is not known.
     pub source: [u8; 16],
     /// Destination, likewise.
@@ -43,7 +45,7 @@ pub struct Event {
     pub comm: [u8; 16],
 }
 
-const _: () = assert!(size_of::<Event>() == 104);
+const _: () = assert!(size_of::<Event>() == 112);
 
 /// Whose events are counted together.
 #[repr(C)]
@@ -64,21 +66,14 @@ pub struct Window {
     pub start: u64,
     /// The kernel's timer tick at which the clock was last read.
     pub tick: u64,
-    /// Events that were left out since the last one that was told.
-    pub suppressed: u64,
+    /// Events since the last one that was told.
+    pub untold: u64,
+    /// Bytes of these; 0 for calls.
+    pub bytes: u64,
     /// Events that were told since it began.
     pub told: u32,
     /// Answers that were sent since it began.
     pub answered: u32,
-}
-
-/// An event that may be told.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Admission {
-    /// When, in nanoseconds since boot.
-    pub time: u64,
-    /// Events of the same source that were left out before it.
-    pub suppressed: u64,
 }
 
 impl Window {
@@ -95,29 +90,37 @@ impl Window {
     #[inline(always)]
     #[must_use]
     #[expect(clippy::cast_possible_truncation, reason = "zero")]
-    pub fn untold() -> Self {
+    pub fn new() -> Self {
         let zero = opaque(0);
-        Self { start: zero, tick: zero, suppressed: zero, told: zero as u32, answered: zero as u32 }
+        Self { start: zero, tick: zero, untold: zero, bytes: zero, told: zero as u32, answered: zero as u32 }
     }
 
-    /// Takes in an event at timer tick `tick`; `None` where it is not to be told.
+    /// Takes in an event of so many `bytes` at timer tick `tick`. Whether it is to be told, and once it was,
+    /// [`Window::clear`] is to be called.
     ///
     /// `clock` tells the nanoseconds since boot. Once enough was told it is asked with each tick and not with each
     /// event: reading it costs more than all else that an event costs.
     #[inline(always)]
-    pub fn admit(&mut self, tick: u64, clock: impl FnOnce() -> u64) -> Option<Admission> {
+    #[must_use]
+    pub fn admit(&mut self, bytes: u32, tick: u64, clock: impl FnOnce() -> u64) -> bool {
+        self.untold += 1;
+        self.bytes += u64::from(bytes);
         if self.told >= Self::MOST && self.tick == tick {
-            self.suppressed += 1;
-            return None;
+            return false;
         }
-        let time = clock();
-        self.turn(tick, time);
+        self.turn(tick, clock());
         if self.told >= Self::MOST {
-            self.suppressed += 1;
-            return None;
+            return false;
         }
         self.told += 1;
-        Some(Admission { time, suppressed: core::mem::take(&mut self.suppressed) })
+        true
+    }
+
+    /// All that was taken in up to now is known to user space.
+    #[inline(always)]
+    pub fn clear(&mut self) {
+        self.untold = 0;
+        self.bytes = 0;
     }
 
     /// Whether one more answer may be sent in the window that [`Window::admit`] left.
@@ -139,7 +142,7 @@ impl Window {
     }
 }
 
-const _: () = assert!(size_of::<Window>() == 32);
+const _: () = assert!(size_of::<Window>() == 40);
 
 #[cfg(test)]
 mod tests {
@@ -148,25 +151,32 @@ mod tests {
     /// So many ticks a second, as most distributions have it.
     const HZ: u64 = 250;
 
+    const BYTES: u32 = 74;
+
+    /// How many events were told with one at this time, where it was.
     fn admit(window: &mut Window, time: u64) -> Option<u64> {
-        window.admit(time / (Window::LENGTH / HZ), || time).map(|admission| {
-            assert_eq!(admission.time, time);
-            admission.suppressed
+        window.admit(BYTES, time / (Window::LENGTH / HZ), || time).then(|| {
+            assert_eq!(window.bytes, window.untold * u64::from(BYTES));
+            let told = window.untold;
+            window.clear();
+            told
         })
     }
 
     #[test]
     fn a_window_tells_so_many_and_no_event_is_lost_from_the_sum() {
         let mut window = Window::default();
-        let mut sum = 0;
-        for time in 0..25 {
-            if let Some(suppressed) = admit(&mut window, Window::LENGTH + time) {
-                sum += 1 + suppressed;
-            }
-        }
-        assert_eq!((sum, window.suppressed), (u64::from(Window::MOST), 15));
-        assert_eq!(admit(&mut window, 2 * Window::LENGTH + 1), Some(15));
-        assert_eq!(admit(&mut window, 2 * Window::LENGTH + 2), Some(0));
+        let told: u64 = (0..25).filter_map(|time| admit(&mut window, Window::LENGTH + time)).sum();
+        assert_eq!((told, window.untold), (u64::from(Window::MOST), 15));
+        assert_eq!(admit(&mut window, 2 * Window::LENGTH + 1), Some(16));
+        assert_eq!(admit(&mut window, 2 * Window::LENGTH + 2), Some(1));
+    }
+
+    #[test]
+    fn what_could_not_be_told_is_told_with_the_next() {
+        let mut window = Window::default();
+        assert!(window.admit(BYTES, 0, || Window::LENGTH));
+        assert_eq!(admit(&mut window, Window::LENGTH + 1), Some(2));
     }
 
     #[test]
@@ -174,21 +184,24 @@ mod tests {
         let mut window = Window::default();
         let mut reads = 0;
         for _ in 0..1000 {
-            let _told = window.admit(7, || {
+            let is_told = window.admit(BYTES, 7, || {
                 reads += 1;
                 Window::LENGTH
             });
+            if is_told {
+                window.clear();
+            }
         }
-        assert_eq!((reads, window.suppressed), (Window::MOST, 990));
-        assert_eq!(window.admit(8, || Window::LENGTH + 1), None);
-        assert_eq!(window.suppressed, 991);
+        assert_eq!((reads, window.untold), (Window::MOST, 990));
+        assert!(!window.admit(BYTES, 8, || Window::LENGTH + 1));
+        assert_eq!(window.untold, 991);
     }
 
     #[test]
     fn a_clock_that_goes_back_stops_nothing_for_good() {
         let mut window =
             Window { start: 5 * Window::LENGTH, tick: 1, told: Window::MOST, ..Window::default() };
-        assert_eq!(admit(&mut window, 0), Some(0));
+        assert_eq!(admit(&mut window, 0), Some(1));
     }
 
     #[test]

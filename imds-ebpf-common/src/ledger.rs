@@ -50,6 +50,8 @@ pub struct DenialKey {
 pub struct DenialRecord {
     /// How many packets or calls.
     pub count: u64,
+    /// Bytes of these packets, as [`Counter::bytes`](crate::Counter::bytes) has them.
+    pub bytes: u64,
     /// When the first was.
     pub first: u64,
     /// When the last was.
@@ -70,9 +72,9 @@ pub struct DenialRecord {
     pub cgroup: [u8; CGROUP_PATH_LEN],
 }
 
-const _: () = assert!(size_of::<RecentEvent>() == 120);
+const _: () = assert!(size_of::<RecentEvent>() == 128);
 const _: () = assert!(size_of::<DenialKey>() == 32);
-const _: () = assert!(size_of::<DenialRecord>() == 24 + 64 + 256 + 192 + 256 + 32 + 256);
+const _: () = assert!(size_of::<DenialRecord>() == 32 + 64 + 256 + 192 + 256 + 32 + 256);
 
 #[cfg(feature = "user")]
 mod pod {

@@ -4,7 +4,7 @@ use crate::{Edge, Hook, Verdict, event::Window};
 
 /// Number of the layout below. It changes with every change of meaning that the sizes do not show, so that a newer
 /// agent never reads an older one's maps for something else.
-pub const LAYOUT: u32 = 3;
+pub const LAYOUT: u32 = 4;
 
 /// What is in force, read by the programs for packets to a guarded endpoint only.
 #[repr(C)]
@@ -257,7 +257,7 @@ impl Backend {
 
 const _: () = assert!(size_of::<Policy>() == 32);
 const _: () = assert!(size_of::<CounterKey>() == 8);
-const _: () = assert!(size_of::<Counter>() == 48);
+const _: () = assert!(size_of::<Counter>() == 56);
 const _: () = assert!(size_of::<InterfaceRecord>() == 20);
 const _: () = assert!(size_of::<ProviderRecord>() == 32);
 const _: () = assert!(size_of::<PodRecord>() == 896);

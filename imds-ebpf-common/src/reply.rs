@@ -211,15 +211,15 @@ impl Sum {
         words.iter().fold(Self::default(), |sum, &word| sum + Self(u64::from(word)))
     }
 
-    /// In 16 bits, with the carries added in.
+    /// In 16 bits, with the carries added in; never the 0 that only a sum of zeros has.
+    ///
+    /// To add carries in is to divide by 65,535 and keep the rest, for 65,536 leaves 1. Takes three instructions, where
+    /// adding takes twenty, of which the verifier follows each in every reply.
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "what is left is 16 bits")]
+    #[expect(clippy::cast_possible_truncation, reason = "the rest of a division by 65,535")]
     const fn fold(self) -> u16 {
         let Self(sum) = self;
-        let sum = (sum & 0xffff_ffff) + (sum >> 32);
-        let sum = (sum & 0xffff) + (sum >> 16 & 0xffff) + (sum >> 32);
-        let sum = (sum & 0xffff) + (sum >> 16);
-        ((sum & 0xffff) + (sum >> 16)) as u16
+        ((sum + 0xfffe) % 0xffff + 1) as u16
     }
 
     /// What to put in the checksum's place.

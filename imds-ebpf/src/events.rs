@@ -11,7 +11,7 @@ use aya_ebpf::{
 };
 use imds_ebpf_common::{
     Event, Flow, Hook, Place, Verdict,
-    event::{Admission, Source, Window},
+    event::{Source, Window},
     flow,
     opaque::opaque,
 };
@@ -38,31 +38,32 @@ static WINDOWS: LruPerCpuHashMap<Source, Window, SOURCES> = LruPerCpuHashMap::ne
 /// Tells of a packet, unless enough was told of its source.
 #[inline(always)]
 pub(crate) fn packet(skb: *mut __sk_buff, place: Place, hook: Hook, verdict: Verdict, window: &mut Window) {
-    let Some(Admission { time, suppressed }) = admit(window) else { return };
+    if !is_to_be_told(window, Skb::new(skb).len()) {
+        return;
+    }
     let judged = hook as u32 | (verdict as u32) << 8;
-    let told = match hook {
-        Hook::PodEdge | Hook::NodeEdge | Hook::Socket => tell_packet(skb, place, judged, time, suppressed),
-        Hook::Host => tell_packet_in_cgroup(skb, place, judged, time, suppressed),
-    };
-    if !told {
-        window.suppressed += suppressed + 1;
+    match hook {
+        Hook::PodEdge | Hook::NodeEdge | Hook::Socket => tell_packet(skb, place, judged, window),
+        Hook::Host => tell_packet_in_cgroup(skb, place, judged, window),
     }
 }
 
 /// A function of its own, which is told little: the verifier then follows it once for all places of a header.
 #[inline(never)]
-fn tell_packet(skb: *mut __sk_buff, place: Place, judged: u32, time: u64, suppressed: u64) -> bool {
-    let Some(event) = of_packet(skb, place, judged, netns::sender(skb)) else { return false };
-    tell(Event { time, suppressed, ..event })
+fn tell_packet(skb: *mut __sk_buff, place: Place, judged: u32, window: &mut Window) {
+    if let Some(event) = of_packet(skb, place, judged, netns::sender(skb)) {
+        tell(event, window);
+    }
 }
 
 /// The same at a cgroup, whose programs may ask for other things.
 #[inline(never)]
-fn tell_packet_in_cgroup(skb: *mut __sk_buff, place: Place, judged: u32, time: u64, suppressed: u64) -> bool {
-    let Some(event) = of_packet(skb, place, judged, netns::sender_in_cgroup(skb)) else { return false };
-    // SAFETY: the helper takes the context of a program on packets.
-    let cgroup = unsafe { bpf_skb_cgroup_id(skb) };
-    tell(Event { time, suppressed, cgroup, ..event })
+fn tell_packet_in_cgroup(skb: *mut __sk_buff, place: Place, judged: u32, window: &mut Window) {
+    if let Some(event) = of_packet(skb, place, judged, netns::sender_in_cgroup(skb)) {
+        // SAFETY: the helper takes the context of a program on packets.
+        let cgroup = unsafe { bpf_skb_cgroup_id(skb) };
+        tell(Event { cgroup, ..event }, window);
+    }
 }
 
 #[inline(always)]
@@ -86,31 +87,32 @@ fn of_packet(skb: *mut __sk_buff, place: Place, judged: u32, sender: Sender) -> 
 /// Tells of a call on a socket of the network namespace with this cookie.
 #[inline(always)]
 pub(crate) fn call(hook: Hook, verdict: Verdict, netns_cookie: u64, flow: Flow, window: &mut Window) {
-    let Some(Admission { time, suppressed }) = admit(window) else { return };
+    if !is_to_be_told(window, 0) {
+        return;
+    }
     let (hook, verdict) = (hook as u8, verdict as u8);
-    let mut event = Event { time, suppressed, netns_cookie, hook, verdict, ..event(flow) };
+    let mut event = Event { netns_cookie, hook, verdict, ..event(flow) };
     // SAFETY: the helper takes no arguments; the caller is the current task.
     event.pid = (unsafe { bpf_get_current_pid_tgid() } >> 32) as u32;
     // SAFETY: as above.
     event.cgroup = unsafe { bpf_get_current_cgroup_id() };
     // SAFETY: the buffer is as long as said. Where it fails, which it does without a task alone, it fills in zeros.
     let _no_task = unsafe { bpf_get_current_comm(event.comm.as_mut_ptr().cast(), COMM_LEN) };
-    if !tell(event) {
-        window.suppressed += suppressed + 1;
-    }
+    tell(event, window);
 }
 
-/// An event with all that comes from its flow.
+/// An event of now, with all that comes from its flow.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "zero")]
 fn event(flow: Flow) -> Event {
     // Hidden from the compiler, which of many zeros in a row makes a call that the verifier refuses.
     let zero = opaque(0);
     Event {
-        time: zero,
+        time: now(),
         netns_cookie: zero,
         cgroup: zero,
         suppressed: zero,
+        bytes: zero,
         source: flow.source,
         destination: flow.destination,
         ifindex: zero as u32,
@@ -127,13 +129,14 @@ fn event(flow: Flow) -> Event {
     }
 }
 
-/// Whether there was room: where nobody reads, at some time there is none.
+/// Tells of the event and all that the window has before it. Where nobody reads there is no room at some time: then the next
+/// one tells of it.
 #[inline(always)]
-fn tell(event: Event) -> bool {
-    let Some(mut entry) = EVENTS.reserve_untyped::<Event>(0) else { return false };
-    entry.write(event);
+fn tell(event: Event, window: &mut Window) {
+    let Some(mut entry) = EVENTS.reserve_untyped::<Event>(0) else { return };
+    entry.write(Event { suppressed: window.untold.wrapping_sub(1), bytes: window.bytes, ..event });
     entry.submit(0);
-    true
+    window.clear();
 }
 
 /// What was told of this source on this CPU. `None` where there is no room for it.
@@ -142,16 +145,22 @@ pub(crate) fn window(source: &Source) -> Option<*mut Window> {
     if let Some(window) = WINDOWS.get_ptr_mut(source) {
         return Some(window);
     }
-    let first = Window::untold();
+    let first = Window::new();
     // Where another CPU made it meanwhile, only this CPU's part is written (bpf_percpu_hash_update).
     let _no_room = WINDOWS.insert(source, first, u64::from(BPF_ANY));
     WINDOWS.get_ptr_mut(source)
 }
 
 #[inline(always)]
-fn admit(window: &mut Window) -> Option<Admission> {
+fn is_to_be_told(window: &mut Window, bytes: u32) -> bool {
     // SAFETY: the helper takes no arguments; the verifier makes a load of the call.
     let tick = unsafe { bpf_jiffies64() };
-    // SAFETY: as above, but that it is a call.
-    window.admit(tick, || unsafe { bpf_ktime_get_boot_ns() })
+    window.admit(bytes, tick, now)
+}
+
+/// Nanoseconds since boot.
+#[inline(always)]
+fn now() -> u64 {
+    // SAFETY: the helper takes no arguments.
+    unsafe { bpf_ktime_get_boot_ns() }
 }

@@ -178,7 +178,7 @@ pub(crate) fn count(ifindex: u32, hook: Hook, verdict: Verdict, bytes: u32) -> O
 /// User space makes the entry when it attaches the interface; this is for a packet that comes before.
 #[inline(always)]
 fn first_counter(key: &CounterKey) -> Option<*mut Counter> {
-    let window = Window::untold();
+    let window = Window::new();
     // Where another CPU made one meanwhile, only this CPU's part of it is written (bpf_percpu_hash_update).
     let _full =
         COUNTS.insert(key, Counter { packets: opaque(0), bytes: opaque(0), window }, u64::from(BPF_ANY));

@@ -80,6 +80,7 @@ fn a_packet_is_told_with_who_sent_it_where() {
         is("protocol", "tcp".into());
         is("pid", Value::Null);
         is("suppressed", 0.into());
+        is("bytes", world.status().total.denied.bytes.into());
         drop((follower, agent));
         world.unload();
     }
@@ -149,19 +150,22 @@ fn a_flood_is_told_of_in_a_few_lines_that_add_up_to_it() {
     let follower = Follower::start(&world);
     send(&pod, FLOOD);
 
-    let (mut lines, mut sum) = (0, 0);
+    let (mut lines, mut sum, mut bytes) = (0, 0, 0);
     while sum < FLOOD as u64 {
         // One more at a time, a second apart for each CPU that has something left to tell.
         if let Ok(event) = follower.events.recv_timeout(Duration::from_millis(300)) {
             lines += 1;
             sum += 1 + event["suppressed"].as_u64().unwrap();
+            bytes += event["bytes"].as_u64().unwrap();
         } else {
             assert!(lines < 1_000, "{lines} lines for {sum} packets");
             send(&pod, 1);
         }
     }
-    let denied = world.status().total.denied.packets;
-    assert!(sum <= denied, "{sum} told of {denied}");
+    let denied = world.status().total.denied;
+    assert!(sum <= denied.packets, "{sum} told of {denied:?}");
+    // Of packets that are all alike.
+    assert_eq!(bytes * denied.packets, sum * denied.bytes);
     assert!(lines < FLOOD / 10, "{lines} lines");
 }
 

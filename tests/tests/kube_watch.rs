@@ -143,7 +143,7 @@ async fn a_list_comes_in_pages() {
 async fn a_watch_that_ends_goes_on_where_it_was() {
     let server = ApiServer::start();
     server.apply(trusted("a"));
-    let mut follower = Follower::with(&server, |options| options.watch = Duration::from_secs(1));
+    let mut follower = Follower::with(&server, |options| options.watch = Duration::from_secs(3));
     follower.until("the first list", |follower| follower.is_exempt("a")).await;
     let watches = |server: &ApiServer| {
         server.requests().iter().filter(|request| request.contains("watch=true")).count()

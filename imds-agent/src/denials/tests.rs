@@ -12,6 +12,7 @@ use crate::{
 fn record(namespace: &str, account: &str, label: &str) -> DenialRecord {
     DenialRecord {
         count: 2,
+        bytes: 148,
         first: 1_000_000_000,
         last: 2_000_000_000,
         namespace: padded(namespace),
@@ -51,6 +52,7 @@ fn hooks_of_one_sender_are_one_line_and_one_rule() {
     ]);
     let [denial] = &report.denials[..] else { panic!("{report:?}") };
     assert_eq!(denial.counts, [("pod_edge", 2), ("socket", 2)].into());
+    assert_eq!(denial.bytes, 2 * 148);
     assert_eq!(
         (denial.pod.as_deref(), denial.verdict, denial.endpoint.as_deref()),
         (Some("pod-1"), "audit", Some("imds"))
