@@ -24,6 +24,7 @@ use crate::{
     node::netlink::Event,
     server::Server,
     settings::{Node, Settings},
+    supervisor::Supervisor,
     watch::Watch,
 };
 
@@ -94,6 +95,7 @@ pub struct Agent {
     settings: Settings,
     reloads: Reloads,
     server: Server,
+    supervisor: Supervisor,
     cluster: Cluster,
     /// Where no other process takes what the programs tell.
     collector: Option<AsyncFd<Collector>>,
@@ -123,6 +125,7 @@ impl Agent {
             settings,
             reloads: Reloads::default(),
             server,
+            supervisor: Supervisor::from_env(),
             cluster: Cluster::default(),
             collector: None,
             timer,
@@ -155,6 +158,7 @@ impl Agent {
         self.server.listen(&config.listen);
         self.follow_cluster().await;
         self.open_collector();
+        self.supervisor.ready(self.guard.state(&self.settings));
         loop {
             self.server.beat(self.done());
             tokio::select! {
@@ -177,6 +181,7 @@ impl Agent {
                     }
                     self.server.retry();
                     self.open_collector();
+                    self.supervisor.ready(self.guard.state(&self.settings));
                     // For what is not told of, as on some network file systems. Seen only once, it may be half written.
                     let change = self.source.change();
                     if change.is_some() && change == half_seen {
@@ -196,6 +201,7 @@ impl Agent {
                     self.reload().await;
                 }
                 never = self.server.work() => match never {},
+                () = self.supervisor.watch() => {}
                 _ = self.hangup.recv() => {
                     due = None;
                     self.reload().await;
@@ -204,6 +210,7 @@ impl Agent {
                 _ = self.interrupt.recv() => break,
             }
         }
+        self.supervisor.stopping();
         log::info!("stopping; what is attached stays in force until `imds-agent unload`");
         Ok(())
     }
@@ -273,6 +280,7 @@ impl Agent {
 
     /// Loads the configuration again. One that can't be used leaves the one before in force.
     async fn reload(&mut self) {
+        self.supervisor.reloading();
         match self.try_reload().await {
             Ok(generation) => {
                 self.reloads.succeeded += 1;
@@ -285,6 +293,7 @@ impl Agent {
                 report(self.guard.record_refusal(&error));
             }
         }
+        self.supervisor.ready(self.guard.state(&self.settings));
     }
 
     async fn try_reload(&mut self) -> anyhow::Result<u64> {

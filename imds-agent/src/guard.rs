@@ -207,6 +207,21 @@ impl Guard {
         )
     }
 
+    /// The same on a line as short as a service manager shows it, and what is not as it should be.
+    pub fn state(&self, Settings { plan, .. }: &Settings) -> String {
+        let [pods, nodes] = [Edge::Pod, Edge::Node].map(|edge| self.wanted(edge).count());
+        let sockets = if plan.cgroup.is_some() { "too" } else { "not" };
+        let mode = plan.mode.name();
+        let state = format!("mode {mode}: {pods} pod and {nodes} node interfaces guarded, sockets {sockets}");
+        let mut failures = self.failures();
+        match failures.next() {
+            Some((name, failure)) => {
+                format!("{state}; {} problems, the first: {name}: {failure}", 1 + failures.count())
+            }
+            None => state,
+        }
+    }
+
     /// Interfaces that should be guarded at an edge.
     pub fn wanted(&self, edge: Edge) -> impl Iterator<Item = &Link> {
         self.links.values().filter(move |link| self.datapath.wanted(self.role(link), edge) != Backend::None)

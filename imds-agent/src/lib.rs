@@ -4,7 +4,7 @@
 //! comes to on this node, and hands the node's news to [`guard`], which follows its interfaces; [`state`] says what each of
 //! them is and [`reconcile`] what is to be done about it, both without I/O; [`exempt`] says who is exempt; [`datapath`]
 //! does it in the kernel. [`node`] is what the kernel says is there, [`kube`] what the cluster says of this node's pods. [`doctor`] says what works here, and [`verify`] proves
-//! what is in force. [`server`] answers monitoring, with [`metrics`] among others.
+//! what is in force. [`server`] answers monitoring, with [`metrics`] among others; [`supervisor`] is what started the agent.
 
 pub mod agent;
 pub mod cli;
@@ -31,6 +31,7 @@ pub mod server;
 pub mod settings;
 pub mod state;
 pub mod status;
+pub mod supervisor;
 pub mod top;
 pub mod verify;
 pub mod watch;

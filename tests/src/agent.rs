@@ -86,8 +86,8 @@ impl World {
 
     /// Any command of imds-agent on this world's node, with its pin directory.
     pub fn imds_agent(&self, args: &[&str]) -> AgentCommand<'_> {
-        AgentCommand { world: self, args: Vec::new(), pin_dir: self.pin_dir().to_owned(), run: None }
-            .args(args)
+        let (args, pin_dir) = (args.iter().map(ToString::to_string).collect(), self.pin_dir().to_owned());
+        AgentCommand { world: self, args, env: Vec::new(), pin_dir, run: None }
     }
 }
 
@@ -114,6 +114,7 @@ pub fn output(mut command: Command) -> Output {
 pub struct AgentCommand<'w> {
     world: &'w World,
     args: Vec<String>,
+    env: Vec<(&'static str, String)>,
     pin_dir: PathBuf,
     /// Configuration and hooks that are on, for `run`.
     run: Option<(String, Vec<&'static str>)>,
@@ -157,6 +158,12 @@ impl<'w> AgentCommand<'w> {
         self
     }
 
+    /// With this in its environment.
+    pub fn env(mut self, name: &'static str, value: &str) -> Self {
+        self.env.push((name, value.to_owned()));
+        self
+    }
+
     /// With another pin directory than the world's.
     pub fn pin_dir(self, path: &Path) -> Self {
         Self { pin_dir: path.to_owned(), ..self }
@@ -180,6 +187,7 @@ impl<'w> AgentCommand<'w> {
         let binary = self.world.agent.clone().unwrap_or_else(binary);
         let mut command = self.world.node.command(binary);
         command.args(&self.args).arg("--pin-dir").arg(&self.pin_dir);
+        command.envs(self.env.iter().map(|(name, value)| (name, value)));
         if let Some((config, on)) = &self.run {
             // Behind what the test has to say, so that the lines of that keep their numbers.
             let hooks = HOOKS.map(|hook| format!("{hook} = {}\n", on.contains(&hook))).concat();

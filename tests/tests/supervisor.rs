@@ -1,0 +1,77 @@
+//! What a service manager is told: `sd_notify(3)` to a socket of the test's own.
+
+use std::{fs, os::unix::net::UnixDatagram, time::Duration};
+
+use imds_tests::{PodLink, World, probe::LONG};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+/// The socket of a service manager.
+struct Manager(UnixDatagram);
+
+impl Manager {
+    /// Waits for a line that starts so, and returns what comes behind that.
+    #[track_caller]
+    fn wait_for(&self, start: &str) -> String {
+        let mut heard = Vec::new();
+        let mut message = [0; 4096];
+        loop {
+            let length = self
+                .0
+                .recv(&mut message)
+                .unwrap_or_else(|error| panic!("no {start} after {heard:?}: {error}"));
+            let text = String::from_utf8(message[..length].to_vec()).unwrap();
+            if let Some(rest) = text.lines().find_map(|line| line.strip_prefix(start)) {
+                return rest.to_owned();
+            }
+            heard.push(text);
+        }
+    }
+}
+
+#[test]
+fn a_service_manager_is_told_when_the_node_is_guarded_and_that_the_agent_works() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let (socket, config) = (world.scratch_dir().join("notify"), world.scratch_dir().join("imds.toml"));
+    fs::write(&config, "mode = 'audit'\n[metrics]\nlisten = []").unwrap();
+    let manager = Manager(UnixDatagram::bind(&socket).unwrap());
+    manager.0.set_read_timeout(Some(LONG)).unwrap();
+    world.assert_open(&pod);
+
+    let agent = world
+        .agent()
+        .config_file(config.to_str().unwrap())
+        .args(&["--cgroup", world.cgroup().to_str().unwrap()])
+        .env("NOTIFY_SOCKET", socket.to_str().unwrap())
+        .env("WATCHDOG_USEC", &Duration::from_millis(200).as_micros().to_string())
+        .spawn();
+    manager.wait_for("READY=1");
+    let status = manager.wait_for("STATUS=");
+    assert!(status.starts_with("mode audit: 1 pod and "), "{status}");
+    for _ in 0..3 {
+        manager.wait_for("WATCHDOG=1");
+    }
+
+    // By the time that it is ready again, the other configuration is in force.
+    fs::write(&config, "mode = 'enforce'\n[metrics]\nlisten = []").unwrap();
+    kill(Pid::from_raw(agent.pid().try_into().unwrap()), Signal::SIGHUP).unwrap();
+    manager.wait_for("RELOADING=1");
+    manager.wait_for("READY=1");
+    world.assert_blocked(&pod);
+    let status = manager.wait_for("STATUS=");
+    assert!(status.starts_with("mode enforce: 1 pod and "), "{status}");
+    // It is ready with one that is refused, too: what was in force is.
+    fs::write(&config, "mode = 'nonsense'").unwrap();
+    manager.wait_for("RELOADING=1");
+    manager.wait_for("READY=1");
+    world.assert_blocked(&pod);
+
+    assert!(agent.terminate().success());
+    manager.wait_for("STOPPING=1");
+    world.assert_blocked(&pod);
+    world.unload();
+    world.assert_open(&pod);
+}
