@@ -4,6 +4,7 @@ use anyhow::Result;
 
 fn main() -> Result<()> {
     let object = imds_ebpf_build::build()?;
-    println!("cargo::rustc-env=IMDS_EBPF_OBJECT={}", object.display());
+    println!("cargo::rustc-env=IMDS_EBPF_OBJECT={}", object.path.display());
+    println!("cargo::rustc-env=IMDS_EBPF_SHA256={}", object.sha256);
     Ok(())
 }

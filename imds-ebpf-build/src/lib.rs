@@ -12,6 +12,6 @@ mod survey;
 mod toolchain;
 
 pub use host::Host;
-pub use object::build;
+pub use object::{Object, build};
 pub use survey::{Compiler, DEBIAN_PACKAGES, Lack, Linker, NoToolchain, Survey};
-pub use toolchain::{Toolchain, linker_install};
+pub use toolchain::{Toolchain, cargo_home, linker_install, remap};

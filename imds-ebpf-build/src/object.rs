@@ -6,6 +6,11 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use object::{
+    build::elf::{Builder, SectionData},
+    elf::SHT_STRTAB,
+};
+use sha2::{Digest as _, Sha256};
 
 use crate::{
     Toolchain, llvm,
@@ -16,8 +21,17 @@ use crate::{
 const SOURCES: [&str; 5] =
     ["Cargo.lock", "Cargo.toml", "imds-ebpf", "imds-ebpf-common/Cargo.toml", "imds-ebpf-common/src"];
 
-/// Builds the BPF object; for a build script, which it tells cargo when to run again. Returns the object's path.
-pub fn build() -> Result<PathBuf> {
+/// A BPF object that was built.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Object {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its SHA-256, in hexadecimal.
+    pub sha256: String,
+}
+
+/// Builds the BPF object; for a build script, which it tells cargo when to run again.
+pub fn build() -> Result<Object> {
     let variable =
         |name| env::var_os(name).with_context(|| format!("{name} is not set: not in a build script?"));
     let manifest_dir = PathBuf::from(variable("CARGO_MANIFEST_DIR")?);
@@ -50,9 +64,27 @@ pub fn build() -> Result<PathBuf> {
 
     // The shared directory holds the object of the last build, which may have been for another kernel.
     let (built, object) = (target_dir.join(TARGET).join("release").join(OBJECT), out_dir.join(OBJECT));
-    fs::copy(&built, &object)
-        .with_context(|| format!("could not copy {} to {}", built.display(), object.display()))?;
-    Ok(object)
+    let bytes = fs::read(&built).with_context(|| format!("could not read {}", built.display()))?;
+    let bytes =
+        without_dwarf(&bytes).with_context(|| format!("could not strip {} of DWARF", built.display()))?;
+    fs::write(&object, &bytes).with_context(|| format!("could not write {}", object.display()))?;
+    Ok(Object { path: object, sha256: format!("{:x}", Sha256::digest(&bytes)) })
+}
+
+/// BTF was made of it, and the kernel knows no other debugging information: two thirds of the object.
+fn without_dwarf(object: &[u8]) -> object::build::Result<Vec<u8>> {
+    let mut object = Builder::read(object)?;
+    for section in object.sections.iter_mut() {
+        let name = section.name.strip_prefix(b".rel".as_slice()).unwrap_or(&section.name);
+        section.delete = name.starts_with(b".debug_");
+    }
+    // LLVM has one table for names of sections and symbols, which `object` can read, but writes as two.
+    let names = object.sections.add();
+    (names.name, names.sh_type) = (b".shstrtab".as_slice().into(), SHT_STRTAB);
+    names.data = SectionData::SectionString;
+    let mut stripped = Vec::new();
+    object.write(&mut stripped)?;
+    Ok(stripped)
 }
 
 /// One directory for all profiles of the outer cargo, so that the object is built once. Not the outer cargo's own:

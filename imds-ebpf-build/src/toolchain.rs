@@ -98,7 +98,12 @@ impl Toolchain {
         cargo.args(["--locked", "--release", "--package", OBJECT, "--target", TARGET]);
         cargo.arg("--target-dir").arg(target_dir).current_dir(workspace);
         let arch = format!("--cfg=bpf_target_arch=\"{target_arch}\"");
-        cargo.env("CARGO_ENCODED_RUSTFLAGS", ["-Cdebuginfo=2", "-Clink-arg=--btf", &arch].join("\x1f"));
+        // Paths are in the BTF: wherever it is built, the object is to be the same. By this one the linker finds the lines
+        // of source that it puts there, too.
+        let workspace = remap(workspace, ".");
+        let mut flags = vec!["-Cdebuginfo=2".to_owned(), "-Clink-arg=--btf".to_owned(), arch, workspace];
+        flags.extend(cargo_home().map(|home| remap(&home, "cargo")));
+        cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
         if let Some(dir) = self.linker.parent() {
             cargo.env("PATH", host.path_after(dir));
         }
@@ -118,6 +123,19 @@ impl Compiler {
             Self::Debian => host.file(DEBIAN_CLIPPY).is_file(),
         }
     }
+}
+
+/// The compiler's argument for `to` to stand for `from` wherever it names files in what it makes.
+#[must_use]
+pub fn remap(from: &Path, to: &str) -> String {
+    format!("--remap-path-prefix={}={to}", from.display())
+}
+
+/// Where cargo has the sources of dependencies, unless the user is nowhere at home.
+#[must_use]
+pub fn cargo_home() -> Option<PathBuf> {
+    let home = || Some(PathBuf::from(env::var_os("HOME")?).join(".cargo"));
+    env::var_os("CARGO_HOME").map(PathBuf::from).or_else(home)
 }
 
 /// A program of rustup's nightly.

@@ -339,13 +339,14 @@ impl Shared {
             if store.is_stopped {
                 return None;
             }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                // Whoever watches goes on where this ends.
+                drop(store);
+                return stream.write_all(b"0\r\n\r\n").ok();
+            }
             let news: Vec<_> = store.history.iter().filter(|(at, ..)| *at > version).cloned().collect();
             if news.is_empty() {
-                let left = end.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    drop(store);
-                    return stream.write_all(b"0\r\n\r\n").ok();
-                }
                 store = self.changed.wait_timeout(store, left).ok()?.0;
                 drop(store);
                 continue;
