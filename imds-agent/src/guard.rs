@@ -208,6 +208,7 @@ impl Guard {
     }
 
     /// The same on a line as short as a service manager shows it, and what is not as it should be.
+    #[must_use]
     pub fn state(&self, Settings { plan, .. }: &Settings) -> String {
         let [pods, nodes] = [Edge::Pod, Edge::Node].map(|edge| self.wanted(edge).count());
         let sockets = if plan.cgroup.is_some() { "too" } else { "not" };

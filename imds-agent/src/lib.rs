@@ -34,4 +34,5 @@ pub mod status;
 pub mod supervisor;
 pub mod top;
 pub mod verify;
+pub mod version;
 pub mod watch;

@@ -24,6 +24,7 @@ use crate::{
     guard::{Repairs, Writes},
     kube::WatchState,
     status::Report,
+    version::COMMIT,
 };
 
 /// What the text form is called in HTTP.
@@ -86,7 +87,11 @@ impl Snapshot {
     fn encode_agent(&self, to: &mut Encoder<'_>) -> fmt::Result {
         let Self { report, .. } = self;
         let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-        let build = [("version", report.version.to_owned()), ("kernel", kernel.trim().to_owned())];
+        let build = [
+            ("version", report.version.to_owned()),
+            ("commit", COMMIT.to_owned()),
+            ("kernel", kernel.trim().to_owned()),
+        ];
         to.gauge("imds_agent_build_info", "Version of the agent and of the kernel; always 1", [(build, 1)])?;
         let is_in = |mode: Mode| u64::from(report.mode == Some(mode.name()));
         let modes = [Mode::Enforce, Mode::Audit, Mode::Off];

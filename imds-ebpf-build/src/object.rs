@@ -74,7 +74,7 @@ pub fn build() -> Result<Object> {
 /// BTF was made of it, and the kernel knows no other debugging information: two thirds of the object.
 fn without_dwarf(object: &[u8]) -> object::build::Result<Vec<u8>> {
     let mut object = Builder::read(object)?;
-    for section in object.sections.iter_mut() {
+    for section in &mut object.sections {
         let name = section.name.strip_prefix(b".rel".as_slice()).unwrap_or(&section.name);
         section.delete = name.starts_with(b".debug_");
     }

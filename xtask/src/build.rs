@@ -1,12 +1,15 @@
 //! The agent's binary.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    path::PathBuf,
+    process::{Command, ExitCode},
+};
 
 use anyhow::Result;
 
 use crate::{
     setup::{self, Purpose},
-    workspace::{artifacts, cargo, execute, say},
+    workspace::{artifacts, cargo, execute, root, say},
 };
 
 /// Build the agent: one binary with the BPF programs inside, in target/release
@@ -25,6 +28,18 @@ impl Build {
 pub(crate) fn release() -> Result<PathBuf> {
     let agent = artifacts("release")?.join("imds-agent");
     setup::ensure(Purpose::Build)?;
-    execute(cargo("build").args(["--release", "--package", "imds-agent"]))?;
+    execute(cargo("build").args(["--release", "--package", "imds-agent"]).env("IMDS_COMMIT", commit()))?;
     Ok(agent)
+}
+
+/// The commit that is built, with `-dirty` behind it where files were changed since; `unknown` without git.
+pub(crate) fn commit() -> String {
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git").args(arguments).current_dir(root()).output().ok()?;
+        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    let Some(commit) = git(&["rev-parse", "HEAD"]) else { return "unknown".to_owned() };
+    let is_clean =
+        git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|changes| changes.is_empty());
+    if is_clean { commit } else { format!("{commit}-dirty") }
 }

@@ -6,6 +6,7 @@ mod apt;
 mod bench;
 mod build;
 mod demo;
+mod dist;
 mod lint;
 mod run;
 mod setup;
@@ -37,6 +38,8 @@ enum Command {
     Test(test::Test),
     Lint(lint::Lint),
     Demo(demo::Demo),
+    Dist(dist::Dist),
+    Image(dist::Image),
     Bench(bench::Bench),
     Vm(vm::Vm),
 }
@@ -50,6 +53,8 @@ impl Command {
             Self::Test(test) => test.run(),
             Self::Lint(lint) => lint.run(),
             Self::Demo(demo) => demo.run(),
+            Self::Dist(dist) => dist.run(),
+            Self::Image(image) => image.run(),
             Self::Bench(bench) => bench.run(),
             Self::Vm(vm) => vm.run(),
         }

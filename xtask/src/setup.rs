@@ -8,7 +8,7 @@ use nix::unistd::Uid;
 
 use crate::{
     apt,
-    workspace::{execute, say},
+    workspace::{cargo, execute, say},
 };
 
 /// Install what is missing for building, testing and linting: Debian packages and bpf-linker
@@ -26,6 +26,8 @@ pub(crate) enum Purpose {
     Test,
     Lint,
     Vm,
+    Dist,
+    Image,
 }
 
 /// A program that is started, and the Debian package that has it.
@@ -50,6 +52,10 @@ const VM_TOOLS: [Tool; 6] = [
     Tool { program: "setpriv", package: "util-linux" },
     Tool { program: "xz", package: "xz-utils" },
 ];
+const IMAGE_TOOLS: [Tool; 1] = [Tool { program: "podman", package: "podman" }];
+/// What makes the Debian package, by cargo.
+const CARGO_DEB: &str = "cargo-deb";
+const CARGO_DEB_VERSION: &str = "3.8.0";
 const CLIPPY_PACKAGE: &str = "rust-web-clippy";
 
 impl Setup {
@@ -84,6 +90,8 @@ struct Missing {
     things: Vec<String>,
     /// Debian's packages for that. bpf-linker comes after them, see [`install_linker`].
     packages: Vec<&'static str>,
+    /// Whether [`CARGO_DEB`] is, which is installed from its source.
+    cargo_deb: bool,
 }
 
 impl Missing {
@@ -106,6 +114,15 @@ impl Missing {
         }
         if purposes.contains(&Purpose::Vm) {
             missing.look_for_tools(host, "the virtual machines'", &VM_TOOLS);
+        }
+        if purposes.contains(&Purpose::Image) {
+            missing.look_for_tools(host, "the image's", &IMAGE_TOOLS);
+        }
+        if purposes.contains(&Purpose::Dist) && host.find(CARGO_DEB).is_none() {
+            missing.cargo_deb = true;
+            missing
+                .things
+                .push(format!("{CARGO_DEB} (cargo install {CARGO_DEB} --version {CARGO_DEB_VERSION})"));
         }
         missing
     }
@@ -153,6 +170,12 @@ impl Missing {
         let survey = Survey::of(host);
         if survey.toolchain().is_err() {
             install_linker(host, &survey)?;
+        }
+        if self.cargo_deb {
+            say("building cargo-deb: this takes some minutes");
+            let mut install = cargo("install");
+            install.args([CARGO_DEB, "--version", CARGO_DEB_VERSION, "--locked", "--quiet"]);
+            execute(&mut install).context("could not build cargo-deb")?;
         }
         let left = Self::on(host, purposes);
         if !left.is_empty() {

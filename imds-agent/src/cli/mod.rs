@@ -16,6 +16,8 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::version;
+
 /// Where maps, programs and links are pinned unless the user says otherwise.
 pub const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/imds";
 
@@ -26,7 +28,7 @@ pub const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/imds";
 /// Exit status: 0 done, 1 failure, 2 a command line or configuration that can't be used, 3 `status` found that
 /// something is not enforced, `verify` that something does not hold, or `doctor` that something is missing.
 #[derive(Debug, Parser)]
-#[command(version, arg_required_else_help = true)]
+#[command(version, long_version = version::LONG, arg_required_else_help = true)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,

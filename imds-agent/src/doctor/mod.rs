@@ -9,6 +9,7 @@ pub use self::report::{Check, Program, Report, State};
 use crate::{
     datapath::{DatapathError, pins::PinDir},
     node::netlink::Netlink,
+    version::VERSION,
 };
 
 /// Version of the JSON form: within one, fields are only added.
@@ -37,7 +38,7 @@ pub async fn examine(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
     checks.extend(programs::of_cgroup(pins)?);
     Ok(Report {
         schema: SCHEMA,
-        version: env!("CARGO_PKG_VERSION"),
+        version: VERSION,
         pin_dir: pins.root().to_owned(),
         ready: checks.iter().all(|check| check.state != State::Missing),
         checks,

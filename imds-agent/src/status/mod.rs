@@ -29,6 +29,7 @@ use crate::{
     pods::Identity,
     reconcile::{Attachment, Place},
     state,
+    version::VERSION,
 };
 
 /// Version of the JSON form: within one, fields are only added.
@@ -57,7 +58,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
     let holder = pins.holder()?;
     let mut report = Report {
         schema: SCHEMA,
-        version: env!("CARGO_PKG_VERSION"),
+        version: VERSION,
         pin_dir: pins.root().to_owned(),
         state: State::Unloaded,
         agent: Agent {

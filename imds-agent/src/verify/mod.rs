@@ -34,6 +34,7 @@ use crate::{
     endpoints::Endpoint,
     node::netlink::{Netlink, NetlinkError},
     status::{self, State},
+    version::VERSION,
 };
 
 /// Version of the JSON form: within one, fields are only added.
@@ -112,7 +113,7 @@ pub async fn verify(pins: &PinDir, netlink: &Netlink) -> Result<Report, VerifyEr
     let checks = checks?;
     Ok(Report {
         schema: SCHEMA,
-        version: env!("CARGO_PKG_VERSION"),
+        version: VERSION,
         pin_dir: pins.root().to_owned(),
         mode: guarding.mode.name(),
         held: checks.iter().all(|check| check.ok),

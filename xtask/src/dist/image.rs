@@ -1,0 +1,33 @@
+//! The container image.
+
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context as _, Result};
+
+use super::{build_into, dir};
+use crate::{
+    setup::{self, Purpose},
+    workspace::{execute, root, say},
+};
+
+/// Build the container image from the static binary, with podman
+#[derive(clap::Args)]
+pub(crate) struct Image {
+    /// What it is called
+    #[arg(long, default_value = "localhost/imds-agent:latest")]
+    tag: String,
+}
+
+impl Image {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        setup::ensure(Purpose::Image)?;
+        let dir = dir()?;
+        build_into(&dir)?;
+        let mut podman = Command::new("podman");
+        podman.args(["build", "--network", "none", "--timestamp", "0", "--tag", &self.tag, "--file"]);
+        podman.arg(root().join("deploy/image/Containerfile")).arg(&dir);
+        execute(&mut podman).context("could not build the image")?;
+        say(format_args!("the image is {}", self.tag));
+        Ok(ExitCode::SUCCESS)
+    }
+}

@@ -1,0 +1,170 @@
+//! What is released: one static binary, and what tells of it and comes around it.
+
+mod deb;
+mod image;
+mod sbom;
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use imds_ebpf_build::{cargo_home, remap};
+use object::{build::elf::Builder, elf::DT_NEEDED};
+use sha2::{Digest as _, Sha256};
+
+use crate::{
+    build,
+    setup::{self, Purpose},
+    workspace::{artifacts, cargo, execute, root, say},
+};
+
+pub(crate) use image::Image;
+
+/// Largest binary in bytes.
+const LARGEST: u64 = 10 << 20;
+
+/// Build what is released, in target/dist: the static binary, its .deb, SBOM, manual pages, completions and checksums
+#[derive(clap::Args)]
+pub(crate) struct Dist {
+    /// Only the binary, its SBOM and checksums
+    #[arg(long)]
+    binary: bool,
+    /// Build the binary a second time, elsewhere, and compare; for a tree without changes
+    #[arg(long)]
+    check: bool,
+}
+
+impl Dist {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        let dir = dir()?;
+        setup::ensure(if self.binary { Purpose::Build } else { Purpose::Dist })?;
+        let binary = build_into(&dir)?;
+        if self.check {
+            check(&dir, &binary)?;
+        }
+        if !self.binary {
+            manual(&dir, &binary)?;
+            deb::build(&dir)?;
+        }
+        let sums = sum_up(&dir)?;
+        say(format_args!("all of it is in {}:", dir.display()));
+        eprint!("{sums}");
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Where what is released is put.
+fn dir() -> Result<PathBuf> {
+    artifacts("dist")
+}
+
+/// The static binary and its SBOM, in an emptied `dir`.
+fn build_into(dir: &Path) -> Result<PathBuf> {
+    if dir.exists() {
+        fs::remove_dir_all(dir).with_context(|| format!("could not remove {}", dir.display()))?;
+    }
+    fs::create_dir_all(dir).with_context(|| format!("could not make {}", dir.display()))?;
+    let built = compile(root(), &artifacts("")?)?;
+    let binary = dir.join("imds-agent");
+    fs::copy(&built, &binary).with_context(|| format!("could not copy {}", built.display()))?;
+    judge(&binary)?;
+    let sbom = sbom::of_agent(&triple()?, &sha256(&binary)?)?;
+    let path = dir.join("imds-agent.cdx.json");
+    fs::write(&path, sbom).with_context(|| format!("could not write {}", path.display()))?;
+    Ok(binary)
+}
+
+/// The target that the agent is built for: this machine's, with the C library inside. Build scripts and macros would
+/// take the same flags, were the target not named.
+fn triple() -> Result<String> {
+    match env::consts::ARCH {
+        arch @ ("x86_64" | "aarch64") => Ok(format!("{arch}-unknown-linux-gnu")),
+        arch => bail!("imds-agent is not released for {arch}"),
+    }
+}
+
+/// Builds the sources at `source` in `target_dir`, and returns the binary, which depends on neither of the two paths.
+fn compile(source: &Path, target_dir: &Path) -> Result<PathBuf> {
+    let source = source.canonicalize().with_context(|| format!("could not find {}", source.display()))?;
+    let triple = triple()?;
+    let mut flags = vec!["-Ctarget-feature=+crt-static".to_owned(), remap(&source, "imds-agent")];
+    flags.push(remap(target_dir, "target"));
+    flags.extend(cargo_home().map(|home| remap(&home, "cargo")));
+    let mut build = cargo("build");
+    build.args(["--locked", "--profile", "static", "--package", "imds-agent", "--target", &triple]);
+    build.arg("--target-dir").arg(target_dir).current_dir(&source);
+    build.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f")).env("IMDS_COMMIT", build::commit());
+    execute(&mut build)?;
+    Ok(target_dir.join(triple).join("static").join("imds-agent"))
+}
+
+/// Fails unless the binary is static and small.
+fn judge(binary: &Path) -> Result<()> {
+    let bytes = fs::read(binary).with_context(|| format!("could not read {}", binary.display()))?;
+    let elf = Builder::read(&*bytes).with_context(|| format!("{} is no ELF file", binary.display()))?;
+    let needed = elf.dynamic_data().unwrap_or_default().iter().any(|entry| entry.tag() == DT_NEEDED);
+    ensure!(elf.interp_section().is_none() && !needed, "{} needs shared libraries", binary.display());
+    ensure!(
+        bytes.len() as u64 <= LARGEST,
+        "{} has {} bytes, which is more than {LARGEST}",
+        binary.display(),
+        bytes.len()
+    );
+    Ok(())
+}
+
+/// Fails unless the committed sources come to the same binary in other directories.
+fn check(dir: &Path, binary: &Path) -> Result<()> {
+    ensure!(
+        !build::commit().ends_with("-dirty"),
+        "only what is committed can be compared: commit the changes first"
+    );
+    let again = dir.with_file_name("dist-again");
+    let _ = fs::remove_dir_all(&again);
+    let mut clone = Command::new("git");
+    clone.args(["clone", "--quiet", "--no-hardlinks"]).arg(root()).arg(again.join("elsewhere"));
+    execute(&mut clone)?;
+    let second = compile(&again.join("elsewhere"), &again.join("built"))?;
+    let (first, second) = (sha256(binary)?, sha256(&second)?);
+    ensure!(first == second, "two builds differ: {first} and {second}");
+    say(format_args!("built twice, in different directories: both are {first}"));
+    let _ = fs::remove_dir_all(&again);
+    Ok(())
+}
+
+/// Manual pages and completions, as the binary writes them.
+fn manual(dir: &Path, binary: &Path) -> Result<()> {
+    execute(Command::new(binary).arg("man").arg(dir.join("man")))?;
+    let completions = dir.join("completions");
+    fs::create_dir_all(&completions)?;
+    for (shell, file) in [("bash", "imds-agent"), ("zsh", "_imds-agent"), ("fish", "imds-agent.fish")] {
+        let output = Command::new(binary).args(["completions", shell]).output()?;
+        ensure!(output.status.success(), "imds-agent completions {shell} failed");
+        fs::write(completions.join(file), output.stdout)?;
+    }
+    Ok(())
+}
+
+/// Writes checksums as sha256sum(1) does, of every file of `dir`, and returns them.
+fn sum_up(dir: &Path) -> Result<String> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_type()?.is_file() {
+            names.push(entry.file_name().to_string_lossy().into_owned());
+        }
+    }
+    names.sort();
+    let lines = names.iter().map(|name| Ok(format!("{}  {name}\n", sha256(&dir.join(name))?)));
+    let sums = lines.collect::<Result<String>>()?;
+    fs::write(dir.join("SHA256SUMS"), &sums)?;
+    Ok(sums)
+}
+
+fn sha256(path: &Path) -> Result<String> {
+    let bytes = fs::read(path).with_context(|| format!("could not read {}", path.display()))?;
+    Ok(format!("{:x}", Sha256::digest(bytes)))
+}
