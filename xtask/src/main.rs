@@ -5,8 +5,10 @@
 mod apt;
 mod bench;
 mod build;
+mod cache;
 mod demo;
 mod dist;
+mod e2e;
 mod lint;
 mod run;
 mod setup;
@@ -40,6 +42,7 @@ enum Command {
     Demo(demo::Demo),
     Dist(dist::Dist),
     Image(dist::Image),
+    E2e(e2e::EndToEnd),
     Bench(bench::Bench),
     Vm(vm::Vm),
 }
@@ -55,6 +58,7 @@ impl Command {
             Self::Demo(demo) => demo.run(),
             Self::Dist(dist) => dist.run(),
             Self::Image(image) => image.run(),
+            Self::E2e(e2e) => e2e.run(),
             Self::Bench(bench) => bench.run(),
             Self::Vm(vm) => vm.run(),
         }

@@ -28,6 +28,7 @@ pub(crate) enum Purpose {
     Vm,
     Dist,
     Image,
+    EndToEnd,
 }
 
 /// A program that is started, and the Debian package that has it.
@@ -51,6 +52,11 @@ const VM_TOOLS: [Tool; 6] = [
     Tool { program: "ldd", package: "libc-bin" },
     Tool { program: "setpriv", package: "util-linux" },
     Tool { program: "xz", package: "xz-utils" },
+];
+/// What the tests of packages take beyond both.
+const END_TO_END_TOOLS: [Tool; 2] = [
+    Tool { program: "debootstrap", package: "debootstrap" },
+    Tool { program: "unshare", package: "util-linux" },
 ];
 const IMAGE_TOOLS: [Tool; 1] = [Tool { program: "podman", package: "podman" }];
 /// What makes the Debian package, by cargo.
@@ -109,7 +115,7 @@ impl Missing {
             let compiler = toolchain.map_or(Compiler::Debian, |toolchain| toolchain.compiler());
             missing.look_for_clippy(host, compiler);
         }
-        if purposes.iter().any(|purpose| matches!(purpose, Purpose::Test | Purpose::Vm)) {
+        if purposes.iter().any(|purpose| matches!(purpose, Purpose::Test | Purpose::Vm | Purpose::EndToEnd)) {
             missing.look_for_tools(host, "the tests'", &TEST_TOOLS);
         }
         if purposes.contains(&Purpose::Vm) {
@@ -118,7 +124,11 @@ impl Missing {
         if purposes.contains(&Purpose::Image) {
             missing.look_for_tools(host, "the image's", &IMAGE_TOOLS);
         }
-        if purposes.contains(&Purpose::Dist) && host.find(CARGO_DEB).is_none() {
+        if purposes.contains(&Purpose::EndToEnd) {
+            missing.look_for_tools(host, "the packages'", &END_TO_END_TOOLS);
+        }
+        let packs = purposes.iter().any(|purpose| matches!(purpose, Purpose::Dist | Purpose::EndToEnd));
+        if packs && host.find(CARGO_DEB).is_none() {
             missing.cargo_deb = true;
             missing
                 .things

@@ -7,18 +7,32 @@ use std::{
     path::{Path, PathBuf},
 };
 
+/// Inode number of the initial cgroup namespace (`PROC_CGROUP_INIT_INO`, include/linux/proc_ns.h).
+const INITIAL_NAMESPACE: u64 = 0xeffffffb;
+
 /// Where the root of the cgroup v2 hierarchy is mounted: /sys/fs/cgroup on pure v2 hosts, /sys/fs/cgroup/unified on
-/// hybrid ones. `None` where it is not.
+/// hybrid ones. `None` where it is not; also in a container that sees no more of it than its own cgroup, which to it looks
+/// like the root of all.
 pub fn root() -> io::Result<Option<PathBuf>> {
-    Ok(find(&fs::read_to_string("/proc/self/mountinfo")?))
+    let Some(Root { path, height }) = find(&fs::read_to_string("/proc/self/mountinfo")?) else {
+        return Ok(None);
+    };
+    let is_container = height == 0
+        && fs::metadata("/proc/self/ns/cgroup")?.ino() != INITIAL_NAMESPACE
+        && own(&fs::read_to_string("/proc/self/cgroup")?) == Some("");
+    Ok((!is_container).then_some(path))
+}
+
+/// The cgroup v2 in a file like /proc/self/cgroup, below the root of this process's cgroup namespace.
+fn own(cgroups: &str) -> Option<&str> {
+    cgroups.lines().find_map(|line| line.strip_prefix("0::/"))
 }
 
 /// Ids of the cgroup v2 of this process and of those above it, as far as they can be seen.
 pub fn ids_of_this_process() -> io::Result<Vec<u64>> {
     let Some(root) = root()? else { return Ok(Vec::new()) };
     let cgroups = fs::read_to_string("/proc/thread-self/cgroup")?;
-    let own = cgroups.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
-    let path = root.join(own);
+    let path = root.join(own(&cgroups).unwrap_or_default());
     let above = path.ancestors().take_while(|path| path.starts_with(&root));
     // The inode number of a cgroup is its id (kernfs).
     above.map(|path| Ok(fs::metadata(path)?.ino())).collect()
@@ -63,32 +77,65 @@ fn find_v1(mountinfo: &str) -> Vec<PathBuf> {
     mountinfo.lines().filter_map(path).collect()
 }
 
-/// The first mount of the whole hierarchy (proc(5): the fourth field is the part of it that is mounted, the fifth where,
-/// and behind a lone hyphen the type).
-fn find(mountinfo: &str) -> Option<PathBuf> {
-    mountinfo.lines().find_map(|line| {
+/// A mount of the hierarchy, or of a part of it that the root of this process's cgroup namespace is in.
+#[derive(Debug, Eq, PartialEq)]
+struct Root {
+    path: PathBuf,
+    /// How many cgroups it is above that.
+    height: usize,
+}
+
+/// The first mount of the whole hierarchy, or else of the largest part (proc(5): the fourth field is the part of it that is
+/// mounted, the fifth where, and behind a lone hyphen the type).
+fn find(mountinfo: &str) -> Option<Root> {
+    let root = |line: &str| {
         let (mount, kind) = line.split_once(" - ")?;
         let mut fields = mount.split(' ').skip(3);
         let (part, path) = (fields.next()?, fields.next()?);
-        let is_whole = kind.split(' ').next()? == "cgroup2" && part == "/";
+        if kind.split(' ').next()? != "cgroup2" {
+            return None;
+        }
         // Spaces and the like are octal there; no cgroup mount has any.
-        is_whole.then(|| Path::new(path).to_owned())
-    })
+        Some(Root { path: path.into(), height: height(part)? })
+    };
+    // Of several alike, `max_by_key` gives the last.
+    mountinfo.lines().rev().filter_map(root).max_by_key(|root| root.height)
+}
+
+/// How far above the root of the cgroup namespace that part of the hierarchy begins: 0 for `/`, 2 for `/../..`. `None` where
+/// it is not above.
+fn height(part: &str) -> Option<usize> {
+    let mut names = part.strip_prefix('/')?.split('/').filter(|name| !name.is_empty()).peekable();
+    let height = names.clone().count();
+    names.all(|name| name == "..").then_some(height)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn at(path: &str, height: usize) -> Option<Root> {
+        Some(Root { path: path.into(), height })
+    }
+
     #[test]
     fn the_root_of_pure_hybrid_and_no_v2() {
         let pure = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n";
-        assert_eq!(find(pure), Some("/sys/fs/cgroup".into()));
+        assert_eq!(find(pure), at("/sys/fs/cgroup", 0));
         let hybrid = "31 23 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
                       32 23 0:28 /a/b /mnt rw - cgroup2 cgroup2 rw\n\
-                      33 23 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
-        assert_eq!(find(hybrid), Some("/sys/fs/cgroup/unified".into()));
+                      33 23 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n\
+                      34 23 0:28 / /again rw - cgroup2 cgroup2 rw\n";
+        assert_eq!(find(hybrid), at("/sys/fs/cgroup/unified", 0));
         assert_eq!((find_v1(hybrid), find_v1(pure)), (vec!["/sys/fs/cgroup/cpu".into()], vec![]));
         assert_eq!(find("31 23 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n"), None);
+    }
+
+    #[test]
+    fn in_a_container_the_node_s_hierarchy_comes_before_its_own_cgroup() {
+        let container = "40 23 0:26 / /sys/fs/cgroup ro - cgroup2 cgroup ro\n\
+                         41 23 0:26 /../../.. /sys/fs/cgroup ro - cgroup2 cgroup2 rw\n\
+                         42 23 0:26 /../../other /elsewhere ro - cgroup2 cgroup2 rw\n";
+        assert_eq!(find(container), at("/sys/fs/cgroup", 3));
     }
 }

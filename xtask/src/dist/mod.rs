@@ -39,15 +39,13 @@ pub(crate) struct Dist {
 
 impl Dist {
     pub(crate) fn run(self) -> Result<ExitCode> {
-        let dir = dir()?;
         setup::ensure(if self.binary { Purpose::Build } else { Purpose::Dist })?;
-        let binary = build_into(&dir)?;
-        if self.check {
-            check(&dir, &binary)?;
+        let dir = if self.binary { dir()? } else { build()? };
+        if self.binary {
+            build_into(&dir)?;
         }
-        if !self.binary {
-            manual(&dir, &binary)?;
-            deb::build(&dir)?;
+        if self.check {
+            check(&dir)?;
         }
         let sums = sum_up(&dir)?;
         say(format_args!("all of it is in {}:", dir.display()));
@@ -56,8 +54,17 @@ impl Dist {
     }
 }
 
+/// Builds all of it, and returns where it is.
+pub(crate) fn build() -> Result<PathBuf> {
+    let dir = dir()?;
+    let binary = build_into(&dir)?;
+    manual(&dir, &binary)?;
+    deb::build(&dir)?;
+    Ok(dir)
+}
+
 /// Where what is released is put.
-fn dir() -> Result<PathBuf> {
+pub(crate) fn dir() -> Result<PathBuf> {
     artifacts("dist")
 }
 
@@ -117,7 +124,7 @@ fn judge(binary: &Path) -> Result<()> {
 }
 
 /// Fails unless the committed sources come to the same binary in other directories.
-fn check(dir: &Path, binary: &Path) -> Result<()> {
+fn check(dir: &Path) -> Result<()> {
     ensure!(
         !build::commit().ends_with("-dirty"),
         "only what is committed can be compared: commit the changes first"
@@ -128,7 +135,7 @@ fn check(dir: &Path, binary: &Path) -> Result<()> {
     clone.args(["clone", "--quiet", "--no-hardlinks"]).arg(root()).arg(again.join("elsewhere"));
     execute(&mut clone)?;
     let second = compile(&again.join("elsewhere"), &again.join("built"))?;
-    let (first, second) = (sha256(binary)?, sha256(&second)?);
+    let (first, second) = (sha256(&dir.join("imds-agent"))?, sha256(&second)?);
     ensure!(first == second, "two builds differ: {first} and {second}");
     say(format_args!("built twice, in different directories: both are {first}"));
     let _ = fs::remove_dir_all(&again);

@@ -8,8 +8,8 @@ use std::{
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 
-use super::{archive::Archive, cache};
-use crate::workspace::say;
+use super::archive::Archive;
+use crate::{cache, workspace::say};
 
 /// A kernel series, and how it can guard.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd, ValueEnum)]

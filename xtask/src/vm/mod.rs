@@ -2,7 +2,6 @@
 
 mod archive;
 mod build;
-mod cache;
 mod console;
 mod initramfs;
 mod kernels;
@@ -26,6 +25,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum as _;
 
 use crate::{
+    cache,
     setup::{self, Purpose},
     workspace::{artifacts, say},
 };

@@ -10,8 +10,8 @@ use std::{
 use anyhow::{Context as _, Result};
 use imds_ebpf_build::Host;
 
-use super::{archive::unpack, cache};
-use crate::{apt, workspace::say};
+use super::archive::unpack;
+use crate::{apt, cache, workspace::say};
 
 const QEMU: &str = "qemu-system-x86_64";
 /// Programs, and Debian's packages that have them.

@@ -9,14 +9,14 @@ use std::{
 use anyhow::{Context as _, Result};
 
 /// Its directory.
-pub(super) fn dir() -> Result<PathBuf> {
+pub(crate) fn dir() -> Result<PathBuf> {
     let below = |variable| env::var_os(variable).map(PathBuf::from).filter(|path| path.is_absolute());
     let base = below("XDG_CACHE_HOME").or_else(|| Some(below("HOME")?.join(".cache")));
     Ok(base.context("neither XDG_CACHE_HOME nor HOME is set")?.join("imds-agent"))
 }
 
 /// Makes `dir` anew, whole or not at all: `fill` is given a directory for what is to be in it, and one for the rest.
-pub(super) fn make(dir: &Path, fill: impl FnOnce(&Path, &Path) -> Result<()>) -> Result<()> {
+pub(crate) fn make(dir: &Path, fill: impl FnOnce(&Path, &Path) -> Result<()>) -> Result<()> {
     let staging = Staging(dir.with_added_extension(process::id().to_string()));
     let root = staging.0.join("root");
     fs::create_dir_all(&root).with_context(|| format!("could not make {}", root.display()))?;

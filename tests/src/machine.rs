@@ -1,0 +1,175 @@
+//! A machine with systemd: a Debian root of its own in namespaces of its own, on a world's node.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    time::Duration,
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tempfile::TempDir;
+
+use crate::{
+    Netns,
+    agent::output,
+    cgroup::v2_root,
+    netns::unique,
+    poll::{poll_until, try_poll},
+};
+
+/// Names the directory of a Debian root with systemd, for tests that take one.
+pub const DEBIAN_ROOT: &str = "IMDS_DEBIAN_ROOT";
+
+/// How long it may take until systemd has started all.
+const BOOT: Duration = Duration::from_secs(60);
+
+/// Makes the file systems of a machine, and becomes its first process. In it, `$root` is the root and `$lower` what is below
+/// it.
+const BOOT_SCRIPT: &str = r#"
+mount --make-rprivate /
+mount -t tmpfs tmpfs "$root"
+mkdir "$root/upper" "$root/work" "$root/all"
+mount -t overlay -o "lowerdir=$lower,upperdir=$root/upper,workdir=$root/work" overlay "$root/all"
+cd "$root/all"
+mount -t proc proc proc
+mount -t sysfs sysfs sys
+mount -t cgroup2 cgroup2 sys/fs/cgroup
+mount -t bpf bpf sys/fs/bpf
+mount -t tmpfs tmpfs run
+mount -t tmpfs -o mode=755 tmpfs dev
+mkdir dev/pts dev/shm dev/net
+mount -t devpts -o newinstance,ptmxmode=666 devpts dev/pts
+ln -s pts/ptmx dev/ptmx
+ln -s /proc/self/fd dev/fd
+for device in null zero full random urandom tty net/tun; do
+    if test -e "/dev/$device"; then
+        touch "dev/$device"
+        mount --bind "/dev/$device" "dev/$device"
+    fi
+done
+mkdir mnt/old
+mount --bind "$shared" mnt
+pivot_root . mnt/.old
+umount -l mnt/.old
+exec env -i container=other PATH=/usr/sbin:/usr/bin:/sbin:/bin /lib/systemd/systemd --log-target=null --show-status=no
+"#;
+
+/// A machine that runs. Dropping it ends all that runs there, and what that had pinned.
+#[derive(Debug)]
+pub struct Machine {
+    /// `unshare`, whose one child is the first process there.
+    child: Child,
+    cgroup: PathBuf,
+    _root: TempDir,
+    shared: TempDir,
+}
+
+impl Machine {
+    /// Boots one whose network is `node`'s, from the root that [`DEBIAN_ROOT`] names, of which nothing changes.
+    ///
+    /// # Panics
+    ///
+    /// Where there is none, or it does not start.
+    #[must_use]
+    pub fn boot(node: &Netns) -> Self {
+        let lower = env::var(DEBIAN_ROOT).unwrap_or_else(|_| panic!("{DEBIAN_ROOT}: run `cargo xtask e2e`"));
+        let [root, shared] =
+            [(); 2].map(|()| TempDir::with_prefix("imds-machine-").expect("a temporary directory"));
+        fs::create_dir(shared.path().join(".old")).expect("make a directory");
+        let cgroup = v2_root().join(unique("imds-machine-"));
+        fs::create_dir(&cgroup).expect("make a cgroup");
+        let mut command = node.command("sh");
+        // It is in the cgroup before that becomes the root of what it sees.
+        let script = "echo $$ > \"$cgroup/cgroup.procs\" && exec unshare --mount --pid --uts --ipc --cgroup --fork \
+                      --kill-child sh -ec \"$boot\"";
+        command.args(["-ec", script]).stdin(Stdio::null());
+        command.env("boot", BOOT_SCRIPT).env("cgroup", &cgroup).env("lower", lower);
+        command.env("root", root.path()).env("shared", shared.path());
+        let child = command.spawn().expect("start a machine");
+        let machine = Self { child, cgroup, _root: root, shared };
+        let state = || {
+            let state = machine.run(&["systemctl", "is-system-running"]);
+            let state = String::from_utf8_lossy(&state.stdout).trim().to_owned();
+            matches!(&*state, "running" | "degraded").then_some(())
+        };
+        poll_until(BOOT, "systemd to be up", state);
+        machine
+    }
+
+    /// A directory that is `/mnt` there.
+    #[must_use]
+    pub fn shared(&self) -> &Path {
+        self.shared.path()
+    }
+
+    /// Runs a command there, from outside of all of its services.
+    #[track_caller]
+    pub fn run(&self, arguments: &[&str]) -> Output {
+        output(self.command(arguments))
+    }
+
+    /// The same, which must succeed. Returns what it wrote to its standard output.
+    #[track_caller]
+    pub fn checked(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        assert!(
+            output.status.success(),
+            "{arguments:?}: {}\n{}{}",
+            output.status,
+            text(&output.stdout),
+            text(&output.stderr)
+        );
+        text(&output.stdout)
+    }
+
+    /// A property of a unit, as systemd has it now.
+    #[track_caller]
+    pub fn property(&self, unit: &str, name: &str) -> String {
+        self.checked(&["systemctl", "show", "--property", name, "--value", unit]).trim().to_owned()
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        // The child's: unshare itself is outside of the pid namespace.
+        let children = format!("/proc/{0}/task/{0}/children", self.child.id());
+        let first = fs::read_to_string(children).unwrap_or_default().trim().to_owned();
+        let mut command = Command::new("sh");
+        let script = "echo $$ > \"$cgroup/cgroup.procs\" && exec nsenter --target \"$first\" --all env -i \
+                      PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive \"$@\"";
+        command.args(["-ec", script, "sh"]).args(arguments).env("first", first);
+        // Where systemd itself is once it has started: the root of a hierarchy may have processes, others may not.
+        let scope = self.cgroup.join("init.scope");
+        command.env("cgroup", if scope.exists() { scope } else { self.cgroup.clone() });
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // With it ends its child, the first process of the namespace, and with that all others.
+        let _gone = kill(Pid::from_raw(self.child.id().try_into().unwrap_or_default()), Signal::SIGKILL);
+        let _reaped = self.child.wait();
+        let removed = try_poll(BOOT, || {
+            remove_below(&self.cgroup);
+            (!self.cgroup.exists()).then_some(())
+        });
+        if removed.is_none() {
+            eprintln!("{} can't be removed", self.cgroup.display());
+        }
+    }
+}
+
+/// Removes a cgroup and those below it, as far as they have no processes.
+fn remove_below(cgroup: &Path) {
+    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_below(&entry.path());
+        }
+    }
+    let _busy = fs::remove_dir(cgroup);
+}

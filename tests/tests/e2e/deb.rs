@@ -1,0 +1,211 @@
+//! The Debian package on a machine with systemd.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+};
+
+use imds_tests::{
+    METADATA, Machine, Pod, PodLink, World,
+    flood::Flood,
+    poll::poll_until,
+    probe::{LONG, SHORT, http_get},
+};
+
+const CONFIG: &str = "/etc/imds-agent/imds.toml";
+const SERVICE: &str = "imds-agent.service";
+
+/// A machine that has not got the package yet, and a pod on it.
+struct Case {
+    // Dropped before its network is.
+    machine: Machine,
+    pod: Pod,
+    world: World,
+    /// Where the package is, as the machine sees it.
+    deb: &'static str,
+}
+
+impl Case {
+    fn new() -> Self {
+        let world = World::new();
+        let pod = world.add_pod(PodLink::Routed);
+        let machine = Machine::boot(&world.node);
+        world.assert_open(&pod);
+        let deb = env::var("IMDS_DEB").expect("IMDS_DEB: run `cargo xtask e2e`");
+        fs::copy(deb, machine.shared().join("imds-agent.deb")).unwrap();
+        Self { machine, pod, world, deb: "/mnt/imds-agent.deb" }
+    }
+
+    #[track_caller]
+    fn install(&self, deb: &str) {
+        self.machine.checked(&["apt-get", "install", "--yes", deb]);
+    }
+
+    #[track_caller]
+    fn configure(&self, text: &str) {
+        fs::write(self.machine.shared().join("imds.toml"), text).unwrap();
+        self.machine.checked(&["cp", "/mnt/imds.toml", CONFIG]);
+    }
+
+    fn is_denied(&self) -> bool {
+        !http_get(&self.pod.netns, METADATA, SHORT).is_answer()
+    }
+
+    #[track_caller]
+    fn wait_active(&self) {
+        poll_until(LONG, "the service to run", || {
+            (self.machine.property(SERVICE, "ActiveState") == "active").then_some(())
+        });
+    }
+
+    fn pid(&self) -> String {
+        self.machine.property(SERVICE, "MainPID")
+    }
+
+    fn has(&self, path: &str) -> bool {
+        self.machine.run(&["test", "-e", path]).status.success()
+    }
+
+    /// Packets that were denied at the pod's interface, as the agent there says.
+    fn denied(&self) -> u64 {
+        let status = self.machine.run(&["imds-agent", "status", "-o", "json"]);
+        let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
+        status["total"]["denied"]["packets"].as_u64().unwrap()
+    }
+
+    /// The same package as an older version, as the machine sees it.
+    fn older(&self) -> &'static str {
+        let script = "dpkg-deb --raw-extract imds-agent.deb older && \
+                      sed -i 's/^Version: .*/Version: 0.0.9-1/' older/DEBIAN/control && \
+                      dpkg-deb --build older older.deb";
+        self.machine.checked(&["sh", "-ec", &format!("cd /mnt && {script}")]);
+        "/mnt/older.deb"
+    }
+
+    /// All that is there with the package's name in its own.
+    fn traces(&self) -> Vec<PathBuf> {
+        let found = self.machine.checked(&[
+            "sh", "-c",
+            "find /bin/ /etc /lib/ /run /sys/fs/bpf /usr /var/lib -name '*imds*' -not -path '/var/lib/apt/*' -not -path '/run/systemd/*' 2>/dev/null || :",
+        ]);
+        found.lines().map(|line| Path::new(line).to_owned()).collect()
+    }
+}
+
+#[test]
+#[ignore = "takes a Debian root and a package: cargo xtask e2e"]
+fn installed_it_guards_and_removed_it_does_not() {
+    let case = Case::new();
+    let before = case.traces();
+    case.install(case.deb);
+    // The service manager was told that all is guarded: it is, at once.
+    case.wait_active();
+    case.world.assert_blocked(&case.pod);
+    let status = case.machine.property(SERVICE, "StatusText");
+    assert!(status.starts_with("mode enforce: 1 pod and "), "{status}");
+    let verify = case.machine.checked(&["imds-agent", "verify"]);
+    assert!(verify.contains("checks hold"), "{verify}");
+    for page in ["/usr/share/man/man1/imds-agent.1.gz", "/usr/share/bash-completion/completions/imds-agent"] {
+        assert!(case.has(page), "{page}");
+    }
+
+    // The capabilities and system calls that the unit leaves are enough for exemptions, too.
+    let rule = format!("[[exempt]]\nname = 'one'\ninterface = '{}'", case.pod.host_ifname);
+    case.configure(&format!("{rule}\n[metrics]\nlisten = ['/run/imds-agent/metrics.sock']"));
+    case.machine.checked(&["systemctl", "reload", SERVICE]);
+    poll_until(LONG, "the exemption", || (!case.is_denied()).then_some(()));
+    assert!(case.has("/run/imds-agent/metrics.sock"));
+    let status = case.machine.checked(&["imds-agent", "status"]);
+    assert!(status.contains("enforcing"), "{status}");
+    case.configure("");
+    case.machine.checked(&["systemctl", "reload", SERVICE]);
+    poll_until(LONG, "the end of the exemption", || case.is_denied().then_some(()));
+
+    // Stopped, it guards; removed, it does not, and purged, nothing is left.
+    case.machine.checked(&["systemctl", "stop", SERVICE]);
+    case.world.assert_blocked(&case.pod);
+    case.machine.checked(&["systemctl", "start", SERVICE]);
+    case.machine.checked(&["apt-get", "remove", "--yes", "imds-agent"]);
+    case.world.assert_open(&case.pod);
+    assert!(case.has(CONFIG) && !case.has("/sys/fs/bpf/imds"));
+    case.machine.checked(&["apt-get", "purge", "--yes", "imds-agent"]);
+    assert_eq!(case.traces(), before);
+}
+
+#[test]
+#[ignore = "takes a Debian root and a package: cargo xtask e2e"]
+fn an_upgrade_lets_nothing_through_and_keeps_counts_and_configuration() {
+    let case = Case::new();
+    let older = case.older();
+    case.install(older);
+    case.wait_active();
+    case.machine.checked(&["sh", "-c", &format!("echo '# of the operator' >> {CONFIG}")]);
+    assert!(case.is_denied());
+    let (pid, denied) = (case.pid(), case.denied());
+    assert!(denied > 0);
+    case.world.assert_nothing_arrives(|| {
+        let flood = Flood::udp(&case.pod, METADATA);
+        case.install(case.deb);
+        case.wait_active();
+        drop(flood);
+    });
+    assert_ne!(case.pid(), pid);
+    assert!(case.denied() > denied);
+    assert!(case.machine.checked(&["cat", CONFIG]).contains("of the operator"));
+    // And back.
+    let pid = case.pid();
+    case.world.assert_nothing_arrives(|| {
+        let flood = Flood::udp(&case.pod, METADATA);
+        case.machine.checked(&["apt-get", "install", "--yes", "--allow-downgrades", older]);
+        case.wait_active();
+        drop(flood);
+    });
+    assert_ne!(case.pid(), pid);
+    case.machine.checked(&["apt-get", "purge", "--yes", "imds-agent"]);
+    case.world.assert_open(&case.pod);
+}
+
+#[test]
+#[ignore = "takes a Debian root and a package: cargo xtask e2e"]
+fn the_service_comes_back_and_never_holds_up_a_runtime() {
+    let case = Case::new();
+    case.install(case.deb);
+    case.wait_active();
+    // One that hangs is not at work.
+    let drop_in = "mkdir -p /run/systemd/system/imds-agent.service.d && \
+                   printf '[Service]\\nWatchdogSec=1\\n' > /run/systemd/system/imds-agent.service.d/test.conf && \
+                   systemctl daemon-reload && systemctl restart imds-agent";
+    case.machine.checked(&["sh", "-ec", drop_in]);
+    let pid = case.pid();
+    case.machine.checked(&["kill", "-STOP", &pid]);
+    poll_until(LONG, "the watchdog", || (![&*pid, "0"].contains(&&*case.pid())).then_some(()));
+    case.wait_active();
+    case.world.assert_blocked(&case.pod);
+    let pid = case.pid();
+    case.machine.checked(&["kill", "-KILL", &pid]);
+    poll_until(LONG, "a restart", || (![&*pid, "0"].contains(&&*case.pid())).then_some(()));
+
+    // With a configuration that can't be used it fails. A container runtime starts all the same, after the attempt.
+    case.machine.checked(&["systemctl", "stop", SERVICE]);
+    case.configure("nonsense = 1");
+    let runtime = "printf '[Service]\\nType=oneshot\\nRemainAfterExit=yes\\nExecStart=/bin/true\\n' > /run/systemd/system/containerd.service && \
+                   systemctl daemon-reload && systemctl start --no-block imds-agent containerd";
+    case.machine.checked(&["sh", "-ec", runtime]);
+    poll_until(LONG, "the runtime to start", || {
+        (case.machine.property("containerd.service", "ActiveState") == "active").then_some(())
+    });
+    assert_ne!(case.machine.property(SERVICE, "ActiveState"), "active");
+    case.world.assert_blocked(&case.pod);
+    case.machine.checked(&["apt-get", "purge", "--yes", "imds-agent"]);
+    case.world.assert_open(&case.pod);
+}
+
+#[test]
+#[ignore = "takes a Debian root and a package: cargo xtask e2e"]
+fn the_service_is_hardened() {
+    let case = Case::new();
+    case.install(case.deb);
+    let text =
+        case.machine.checked(&["systemd-analyze", "security", "--no-pager", "--threshold=30", SERVICE]);
+    assert!(text.contains("Overall exposure level"), "{text}");
+}

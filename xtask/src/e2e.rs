@@ -1,0 +1,68 @@
+//! What is shipped, as it is used.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode, Stdio},
+};
+
+use anyhow::{Context as _, Result, bail};
+use imds_tests::DEBIAN_ROOT;
+use nix::unistd::Uid;
+
+use crate::{
+    cache, dist,
+    setup::{self, Purpose},
+    workspace::{cargo, execute, say},
+};
+
+/// What a machine of the tests has besides Debian's base.
+const PACKAGES: &str = "systemd,systemd-sysv,dbus,iproute2,procps";
+
+/// Try what is shipped: the package on machines with systemd; needs root, takes some minutes
+#[derive(clap::Args)]
+pub(crate) struct EndToEnd {
+    /// Try what is in target/dist already
+    #[arg(long)]
+    no_build: bool,
+    /// Names of tests, in whole or in part, and options of the test binary such as --nocapture
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    filter: Vec<String>,
+}
+
+impl EndToEnd {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        if !Uid::effective().is_root() {
+            bail!("the tests make machines of namespaces: run them as root");
+        }
+        setup::ensure(Purpose::EndToEnd)?;
+        let dir = if self.no_build { dist::dir()? } else { dist::build()? };
+        let root = cache::dir()?.join("debian-12");
+        if !root.exists() {
+            cache::make(&root, |root, _| debootstrap(root))?;
+        }
+        let mut test = cargo("test");
+        test.args(["--package", "imds-tests", "--locked", "--test", "e2e", "--", "--include-ignored"]);
+        test.args(self.filter).env("IMDS_DEB", package(&dir)?).env("IMDS_AGENT", dir.join("imds-agent"));
+        execute(test.env(DEBIAN_ROOT, root))?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn debootstrap(root: &Path) -> Result<()> {
+    say("making a Debian root: this takes a minute");
+    let mut debootstrap = Command::new("debootstrap");
+    debootstrap.args(["--variant=minbase", "--include", PACKAGES, "bookworm"]).arg(root);
+    debootstrap.stdout(Stdio::null());
+    execute(&mut debootstrap).context("could not make a Debian root: is this machine online?")
+}
+
+/// The one Debian package in `dir`.
+fn package(dir: &Path) -> Result<PathBuf> {
+    let entries = fs::read_dir(dir).with_context(|| format!("could not list {}", dir.display()))?;
+    let mut packages = entries.flatten().map(|entry| entry.path());
+    let is_package = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "deb");
+    packages
+        .find(is_package)
+        .with_context(|| format!("there is no .deb in {}: run it without --no-build", dir.display()))
+}
