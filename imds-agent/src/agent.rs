@@ -17,7 +17,7 @@ use tokio::{
 use crate::{
     cluster::{Cluster, News},
     collector::Collector,
-    config::{self, Config},
+    config::{self, Config, Listen},
     guard::Guard,
     kube::PodEvent,
     metrics::Done,
@@ -41,6 +41,8 @@ const THOROUGH: u32 = 6;
 #[derive(Clone, Debug)]
 pub struct Source {
     path: Option<PathBuf>,
+    /// Where metrics and health are served, whatever the file says; nothing for where that says.
+    listen: Vec<Listen>,
     /// What the file said when it was read last.
     seen: Content,
 }
@@ -50,18 +52,26 @@ pub struct Source {
 struct Content(Option<String>);
 
 impl Source {
-    /// The file at `path`, or all defaults where there is none.
+    /// The file at `path`, or all defaults where there is none; but for where to `listen`, unless that is nowhere.
     #[must_use]
-    pub fn new(path: Option<PathBuf>) -> Self {
-        Self { path, seen: Content::default() }
+    pub fn new(path: Option<PathBuf>, listen: Vec<Listen>) -> Self {
+        Self { path, listen, seen: Content::default() }
     }
 
     /// Reads and validates it.
     pub fn load(&mut self) -> Result<Config, config::ConfigErrors> {
-        let Some(path) = &self.path else { return Ok(Config::default()) };
-        let read = config::read(path);
-        self.seen = Content(read.as_ref().ok().cloned());
-        Config::parse(&read?, path)
+        let mut config = match &self.path {
+            Some(path) => {
+                let read = config::read(path);
+                self.seen = Content(read.as_ref().ok().cloned());
+                Config::parse(&read?, path)?
+            }
+            None => Config::default(),
+        };
+        if !self.listen.is_empty() {
+            config.listen.clone_from(&self.listen);
+        }
+        Ok(config)
     }
 
     /// The file.

@@ -25,7 +25,7 @@ use crate::{
 pub const DEBIAN_ROOT: &str = "IMDS_DEBIAN_ROOT";
 
 /// How long it may take until systemd has started all.
-const BOOT: Duration = Duration::from_secs(60);
+const BOOT: Duration = Duration::from_mins(1);
 
 /// Makes the file systems of a machine, and becomes its first process. In it, `$root` is the root and `$lower` what is below
 /// it.

@@ -10,6 +10,7 @@ mod demo;
 mod dist;
 mod e2e;
 mod lint;
+mod manifests;
 mod run;
 mod setup;
 mod supervise;
@@ -43,6 +44,7 @@ enum Command {
     Dist(dist::Dist),
     Image(dist::Image),
     E2e(e2e::EndToEnd),
+    Manifests(manifests::Manifests),
     Bench(bench::Bench),
     Vm(vm::Vm),
 }
@@ -59,6 +61,7 @@ impl Command {
             Self::Dist(dist) => dist.run(),
             Self::Image(image) => image.run(),
             Self::E2e(e2e) => e2e.run(),
+            Self::Manifests(manifests) => manifests.run(),
             Self::Bench(bench) => bench.run(),
             Self::Vm(vm) => vm.run(),
         }

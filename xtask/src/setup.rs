@@ -29,6 +29,7 @@ pub(crate) enum Purpose {
     Dist,
     Image,
     EndToEnd,
+    Manifests,
 }
 
 /// A program that is started, and the Debian package that has it.
@@ -57,6 +58,11 @@ const VM_TOOLS: [Tool; 6] = [
 const END_TO_END_TOOLS: [Tool; 2] = [
     Tool { program: "debootstrap", package: "debootstrap" },
     Tool { program: "unshare", package: "util-linux" },
+];
+const MANIFEST_TOOLS: [Tool; 3] = [
+    Tool { program: "kubectl", package: "kubernetes-client" },
+    Tool { program: "python3", package: "python3" },
+    Tool { program: "pip3", package: "python3-pip" },
 ];
 const IMAGE_TOOLS: [Tool; 1] = [Tool { program: "podman", package: "podman" }];
 /// What makes the Debian package, by cargo.
@@ -126,6 +132,9 @@ impl Missing {
         }
         if purposes.contains(&Purpose::EndToEnd) {
             missing.look_for_tools(host, "the packages'", &END_TO_END_TOOLS);
+        }
+        if purposes.contains(&Purpose::Manifests) {
+            missing.look_for_tools(host, "the manifests'", &MANIFEST_TOOLS);
         }
         let packs = purposes.iter().any(|purpose| matches!(purpose, Purpose::Dist | Purpose::EndToEnd));
         if packs && host.find(CARGO_DEB).is_none() {

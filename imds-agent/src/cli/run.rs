@@ -9,6 +9,7 @@ use imds_ebpf_common::Backend;
 use super::{Failure, PinDirArg};
 use crate::{
     agent::{Agent, Source},
+    config::Listen,
     datapath::{Datapath, bpf, pins::PinDir},
     guard::Guard,
     node::{netlink::Netlink, senders::Finder},
@@ -35,6 +36,10 @@ pub(super) struct RunArgs {
     /// cgroup v2 below which sockets are guarded; without it, the root of the hierarchy
     #[arg(long, value_name = "DIR")]
     cgroup: Option<PathBuf>,
+    /// Where metrics and health are served, instead of where `metrics.listen` says: an address with a port, or an absolute
+    /// path of a Unix socket
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Vec<Listen>,
     /// Directory of the files by which `provider = "auto"` tells the provider
     #[arg(long, value_name = "DIR", default_value = DMI_DIR, hide = true)]
     dmi_dir: PathBuf,
@@ -65,7 +70,7 @@ impl TcBackend {
 }
 
 pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
-    let mut source = Source::new(args.config);
+    let mut source = Source::new(args.config, args.listen);
     let config = source.load().map_err(|error| Failure::Usage(error.into()))?;
     let resolved = config.resolve(&Dmi::read(&args.dmi_dir)).map_err(|error| Failure::Usage(error.into()))?;
     preflight::check_capabilities()?;

@@ -2,7 +2,9 @@
 
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Failure, PinDirArg};
 use crate::{
@@ -13,6 +15,9 @@ use crate::{
 
 #[derive(Args, Debug)]
 pub(super) struct UnloadArgs {
+    /// Wait for SIGTERM once it is done: for a service manager, or a cluster, that would start it again
+    #[arg(long)]
+    hold: bool,
     #[command(flatten)]
     pins: PinDirArg,
 }
@@ -28,6 +33,10 @@ pub(super) async fn unload(args: UnloadArgs) -> Result<ExitCode, Failure> {
             println!("removed {} (guarded until now: {interfaces} interfaces{sockets})", pin_dir.display());
         }
         Removed { pin_dir: None, .. } => println!("nothing is loaded at {}", pins.root().display()),
+    }
+    if args.hold {
+        let mut terminate = signal(SignalKind::terminate()).context("can't listen for SIGTERM")?;
+        terminate.recv().await;
     }
     Ok(ExitCode::SUCCESS)
 }

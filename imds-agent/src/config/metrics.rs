@@ -4,6 +4,7 @@ use std::{
     fmt,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
+    str::FromStr,
 };
 
 use serde::{Deserialize, Serialize};
@@ -56,7 +57,7 @@ impl Listen {
     pub(super) fn parse(table: &MetricsTable, source: Source<'_>, mistakes: &mut Mistakes) -> Vec<Self> {
         let mut places = Vec::new();
         for text in &table.listen {
-            let place = Self::parse_one(text.as_ref()).and_then(|place| {
+            let place = text.as_ref().parse().and_then(|place| {
                 if places.contains(&place) { Err(format!("{place} is there already")) } else { Ok(place) }
             });
             let place =
@@ -69,8 +70,12 @@ impl Listen {
         }
         places
     }
+}
 
-    fn parse_one(text: &str) -> Result<Self, String> {
+impl FromStr for Listen {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
         if text.starts_with('/') {
             if text.len() > LONGEST_PATH {
                 return Err(format!("the path of a Unix socket has {LONGEST_PATH} bytes at most"));

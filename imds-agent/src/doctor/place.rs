@@ -16,11 +16,12 @@ use crate::{
 };
 
 /// What is of use besides what is needed, and for what.
-const CAPABILITIES: [(Capability, &str); 5] = [
+const CAPABILITIES: [(Capability, &str); 6] = [
     (Capability::CAP_BPF, "CAP_BPF"),
     (Capability::CAP_PERFMON, "CAP_PERFMON"),
     (Capability::CAP_NET_ADMIN, "CAP_NET_ADMIN"),
     (Capability::CAP_SYS_ADMIN, "CAP_SYS_ADMIN"),
+    (Capability::CAP_SYS_PTRACE, "CAP_SYS_PTRACE"),
     (Capability::CAP_SYS_RESOURCE, "CAP_SYS_RESOURCE"),
 ];
 
@@ -74,8 +75,8 @@ pub(super) fn cgroup2() -> Check {
     match cgroup::root() {
         Ok(Some(path)) => Check::ok(NAME, path.display().to_string()),
         Ok(None) => {
-            let remedy = "mount one with `mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified`, name a cgroup by `run \
-                          --cgroup`, or set hooks.socket = false";
+            let remedy = "mount one with `mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified`, or in a container the node's \
+                          /sys/fs/cgroup; name a cgroup by `run --cgroup`, or set hooks.socket = false";
             Check::missing(NAME, "not mounted as a whole", remedy)
         }
         Err(error) => Check::missing(NAME, error.to_string(), "mount /proc"),

