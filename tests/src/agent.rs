@@ -72,7 +72,7 @@ impl World {
 
     /// The same where it may fail, as it does while pins that are not the agent's await their replacement.
     #[track_caller]
-    fn try_status(&self) -> Result<Status, String> {
+    pub fn try_status(&self) -> Result<Status, String> {
         let output = self.imds_agent(&["status", "-o", "json"]).output();
         serde_json::from_slice(&output.stdout).map_err(|error| format!("{error}: {output:?}"))
     }

@@ -120,7 +120,7 @@ impl Drop for Netns {
 }
 
 /// `prefix`, the process and a number, such that no other caller in any process gets the same.
-pub(crate) fn unique(prefix: &str) -> String {
+pub fn unique(prefix: &str) -> String {
     static COUNTER: AtomicU32 = AtomicU32::new(0);
     format!("{prefix}{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed))
 }

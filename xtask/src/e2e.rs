@@ -19,7 +19,8 @@ use crate::{
 /// What a machine of the tests has besides Debian's base.
 const PACKAGES: &str = "systemd,systemd-sysv,dbus,iproute2,procps";
 
-/// Try what is shipped: the package on machines with systemd; needs root, takes some minutes
+/// Try what is shipped: the package on machines with systemd, the image and the agent on pods of podman and containerd;
+/// needs root, takes some minutes
 #[derive(clap::Args)]
 pub(crate) struct EndToEnd {
     /// Try what is in target/dist already

@@ -54,9 +54,17 @@ const VM_TOOLS: [Tool; 6] = [
     Tool { program: "setpriv", package: "util-linux" },
     Tool { program: "xz", package: "xz-utils" },
 ];
-/// What the tests of packages take beyond both.
-const END_TO_END_TOOLS: [Tool; 2] = [
+/// What the end-to-end tests take beyond both.
+const END_TO_END_TOOLS: [Tool; 10] = [
+    Tool { program: "/usr/lib/cni/bridge", package: "containernetworking-plugins" },
+    Tool { program: "/usr/lib/podman/netavark", package: "netavark" },
+    Tool { program: "busybox", package: "busybox-static" },
+    Tool { program: "catatonit", package: "catatonit" },
+    Tool { program: "containerd", package: "containerd" },
+    Tool { program: "curl", package: "curl" },
     Tool { program: "debootstrap", package: "debootstrap" },
+    Tool { program: "podman", package: "podman" },
+    Tool { program: "runc", package: "runc" },
     Tool { program: "unshare", package: "util-linux" },
 ];
 const MANIFEST_TOOLS: [Tool; 3] = [
@@ -131,7 +139,7 @@ impl Missing {
             missing.look_for_tools(host, "the image's", &IMAGE_TOOLS);
         }
         if purposes.contains(&Purpose::EndToEnd) {
-            missing.look_for_tools(host, "the packages'", &END_TO_END_TOOLS);
+            missing.look_for_tools(host, "the end-to-end tests'", &END_TO_END_TOOLS);
         }
         if purposes.contains(&Purpose::Manifests) {
             missing.look_for_tools(host, "the manifests'", &MANIFEST_TOOLS);

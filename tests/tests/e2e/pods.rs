@@ -1,0 +1,185 @@
+//! Real pods, by programs that are not ours.
+
+use std::{fs, process::Output, thread};
+
+use imds_tests::{PodLink, World, poll::poll_until, probe::LONG};
+use serde_json::json;
+
+use crate::runtime::{Containerd, Podman, stdout, wait_ready};
+
+const URL: &str = "http://169.254.169.254/metadata/instance?api-version=2023-11-15";
+/// The very lines of the AKS page, for a pod without hostNetwork and one with it.
+const NON_HOST: [&str; 9] =
+    ["curl", "-s", "-H", "Metadata:true", "--connect-timeout", "10", "--noproxy", "*", URL];
+const HOST: [&str; 7] = ["curl", "-s", "-H", "Metadata:true", "--noproxy", "*", URL];
+/// For many pods, one after the other.
+const HASTY: [&str; 9] = ["curl", "-s", "-H", "Metadata:true", "--max-time", "1", "--noproxy", "*", URL];
+
+#[track_caller]
+fn assert_document(output: &Output) {
+    let document = stdout(output);
+    assert!(document.contains("azEnvironment"), "{document:?} {output:?}");
+}
+
+#[track_caller]
+fn assert_nothing(output: &Output) {
+    assert!(!output.status.success() && output.stdout.is_empty(), "{output:?}");
+}
+
+/// Where podman's pods have their sockets.
+fn pods_cgroup() -> String {
+    let cgroup = imds_agent::node::cgroup::root().unwrap().unwrap().join(Podman::CGROUP);
+    fs::create_dir_all(&cgroup).unwrap();
+    cgroup.to_str().unwrap().to_owned()
+}
+
+#[test]
+#[ignore = "takes container runtimes and the static binary: cargo xtask e2e"]
+fn the_aks_pages_steps_by_the_image_on_podman_pods() {
+    let world = World::new();
+    let podman = Podman::new(&world);
+    podman.build_agent();
+    podman.play("non-host-nw", false);
+    podman.play("host-nw", true);
+    assert_document(&podman.exec("non-host-nw", &NON_HOST));
+    assert_document(&podman.exec("host-nw", &HOST));
+
+    // In the container it sees the node's cgroups and processes.
+    let doctor = imds_tests::output(podman.agent(&["--rm"], &["doctor", "-o", "json"]));
+    let doctor: serde_json::Value = serde_json::from_slice(&doctor.stdout).unwrap();
+    let check = |name: &str| {
+        let checks = doctor["checks"].as_array().unwrap();
+        checks
+            .iter()
+            .find(|check| check["name"] == name)
+            .unwrap_or_else(|| panic!("{name}: {doctor}"))
+            .clone()
+    };
+    let root = imds_agent::node::cgroup::root().unwrap().unwrap();
+    assert_eq!(check("cgroup2")["found"], root.to_str().unwrap());
+    assert_eq!(check("pods")["state"], "ok");
+
+    // Enabled: no pod is started anew for it.
+    let config = world.scratch_dir().join("imds.toml");
+    fs::write(&config, "provider = 'azure'").unwrap();
+    let cgroup = pods_cgroup();
+    let run = ["run", "--config", config.to_str().unwrap(), "--cgroup", &cgroup];
+    let started = imds_tests::output(podman.agent(&["--detach", "--name", "agent"], &run));
+    assert!(started.status.success(), "{started:?}");
+    wait_ready(&world);
+    world.assert_nothing_arrives(|| assert_nothing(&podman.exec("non-host-nw", &NON_HOST)));
+    assert_document(&podman.exec("host-nw", &HOST));
+    let verify = world.status();
+    assert!(verify.total.denied.packets > 0, "{verify:?}");
+
+    // Off and on again by the configuration alone.
+    for (mode, is_denied) in [("off", false), ("enforce", true)] {
+        fs::write(&config, format!("provider = 'azure'\nmode = '{mode}'")).unwrap();
+        poll_until(LONG, mode, || {
+            (podman.exec("non-host-nw", &HASTY).stdout.is_empty() == is_denied).then_some(())
+        });
+    }
+    // In force without the agent, for a pod that starts then, too.
+    podman.run(&["kill", "--signal", "KILL", "agent"]);
+    podman.play("later", false);
+    world.assert_nothing_arrives(|| {
+        assert_nothing(&podman.exec("non-host-nw", &NON_HOST));
+        assert_nothing(&podman.exec("later", &NON_HOST));
+    });
+    // Disabled: no node is changed for it.
+    let unloaded = imds_tests::output(podman.agent(&["--rm"], &["unload"]));
+    assert!(unloaded.status.success(), "{unloaded:?}");
+    assert_document(&podman.exec("non-host-nw", &NON_HOST));
+    assert_document(&podman.exec("host-nw", &HOST));
+}
+
+#[test]
+#[ignore = "takes container runtimes: cargo xtask e2e"]
+fn none_of_a_hundred_pods_that_come_and_go_gets_anything() {
+    let world = World::new();
+    let podman = Podman::new(&world);
+    podman.play("lasting", false);
+    assert_document(&podman.exec("lasting", &HOST));
+    let agent = world.agent().hooks(&["pod_edge", "node_edge"]).spawn_ready();
+    world.assert_nothing_arrives(|| {
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..25 {
+                        assert_nothing(&podman.run_once(&HASTY));
+                    }
+                });
+            }
+        });
+        assert_nothing(&podman.exec("lasting", &HASTY));
+    });
+    drop(agent);
+    world.unload();
+    assert_document(&podman.run_once(&HASTY));
+}
+
+#[test]
+#[ignore = "takes container runtimes: cargo xtask e2e"]
+fn one_pod_is_exempt_by_its_cgroup_and_only_that() {
+    let world = World::new();
+    let podman = Podman::new(&world);
+    for name in ["trusted", "other"] {
+        podman.play(name, false);
+        assert_document(&podman.exec(name, &HOST));
+    }
+    let cgroup = podman.run(&["pod", "inspect", "--format", "{{.CgroupPath}}", "trusted"]);
+    let rule = format!("[[exempt]]\nname = 'trusted'\ncgroup = '{}'", cgroup.trim().trim_start_matches('/'));
+    let config = world.scratch_dir().join("imds.toml");
+    fs::write(&config, rule).unwrap();
+    let agent =
+        world.agent().config_file(config.to_str().unwrap()).args(&["--cgroup", &pods_cgroup()]).spawn_ready();
+    poll_until(LONG, "the exemption", || podman.exec("trusted", &HASTY).status.success().then_some(()));
+    world.assert_nothing_arrives(|| assert_nothing(&podman.exec("other", &HASTY)));
+    podman.run(&["pod", "rm", "--force", "--time", "0", "trusted"]);
+    podman.play("successor", false);
+    world.assert_nothing_arrives(|| assert_nothing(&podman.exec("successor", &HASTY)));
+    drop(agent);
+    world.unload();
+    // Not the other: with the first pod, podman took away its address translation.
+    assert_document(&podman.exec("successor", &HOST));
+}
+
+#[test]
+#[ignore = "takes container runtimes: cargo xtask e2e"]
+fn containerd_and_the_reference_cni_plugins() {
+    let world = World::new();
+    // What leads to the node's own pods of the harness must not be in the way.
+    let _neighbour = world.add_pod(PodLink::Routed);
+    let mut containerd = Containerd::new(&world);
+    for (network, subnet) in [
+        (json!({ "type": "bridge", "bridge": "cni9", "isGateway": true, "ipMasq": true }), "10.89.1.0/24"),
+        (json!({ "type": "ptp", "ipMasq": true }), "10.89.2.0/24"),
+        // Its pods are the node's neighbours.
+        (json!({ "type": "macvlan", "master": World::UPLINK }), "10.0.0.64/26"),
+    ] {
+        let kind = network["type"].as_str().unwrap().to_owned();
+        let sandbox = containerd.sandbox(network.clone(), subnet);
+        if kind == "macvlan" {
+            // Nothing but the metadata service's own network is behind that: it is asked by the link.
+            sandbox.netns.ip("route add 169.254.169.254/32 dev eth0");
+        }
+        assert_document(&sandbox.run(&HOST));
+        let agent = world.agent().hooks(&["pod_edge", "node_edge"]).spawn_ready();
+        if kind == "macvlan" && imds_tests::lacks_tc_netns_cookie("macvlan") {
+            drop(agent);
+            world.unload();
+            continue;
+        }
+        world.assert_nothing_arrives(|| assert_nothing(&sandbox.run(&HASTY)));
+        drop(sandbox);
+        containerd.restart();
+        let sandbox = containerd.sandbox(network, subnet);
+        world.assert_nothing_arrives(|| assert_nothing(&sandbox.run(&HASTY)));
+        drop(agent);
+        world.assert_nothing_arrives(|| assert_nothing(&sandbox.run(&HASTY)));
+        world.unload();
+        if kind != "macvlan" {
+            assert_document(&sandbox.run(&HOST));
+        }
+    }
+}
