@@ -4,14 +4,14 @@ use std::{fs, io, os::unix::process::CommandExt as _, process::Output};
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
-    AgentCommand, Backend, PodLink, World,
+    AgentCommand, Backend, PodLink, WHOLE_TEST, World,
     foreign::{Foreign, TC_ACT_OK},
     hook::{self, run_tc},
-    output, skip_without_netns_cookie, skip_without_tcx, with_each_backend,
+    output, skip, skip_without_netns_cookie, skip_without_tcx, with_each_backend,
 };
 use serde_json::Value;
 
-const NAMES: [&str; 17] = [
+const NAMES: [&str; 18] = [
     "kernel",
     "btf",
     "bpffs",
@@ -29,6 +29,7 @@ const NAMES: [&str; 17] = [
     "agent",
     "tc_programs",
     "cgroup_programs",
+    "firewall_rules",
 ];
 
 fn examine(world: &World) -> Value {
@@ -247,4 +248,67 @@ fn programs_of_others_on_the_cgroup_are_named() {
     assert_eq!(programs[0]["at"], world.cgroup().to_str().unwrap());
     let unloaded = world.imds_agent(&["unload"]).pin_dir(&other).output();
     assert!(unloaded.status.success() && !fs::exists(&other).unwrap(), "{unloaded:?}");
+}
+
+#[test]
+fn firewall_rules_for_metadata_services_are_explained_and_left_alone() {
+    let world = World::new();
+    let rules = "add table inet guard
+        add chain inet guard forward { type filter hook forward priority 0; }
+        add rule inet guard forward ip daddr 169.254.169.254 tcp dport 80 drop
+        add rule inet guard forward ip daddr 198.51.100.10 drop
+        add chain inet guard prerouting { type nat hook prerouting priority -100; }
+        add rule inet guard prerouting ip daddr 169.254.0.0/16 tcp dport 80 dnat ip to 10.0.0.4:8181";
+    let nft = |arguments: &[&str]| {
+        let mut command = world.node.command("nft");
+        command.args(arguments);
+        let output = output(command);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert_has(one(&examine(&world), "firewall_rules"), "state", "ok");
+    nft(&[rules]);
+    let before = nft(&["--handle", "list", "ruleset"]);
+    let found = examine(&world);
+    let [drops, leads] = all(&found, "firewall_rules")[..] else { panic!("{found:#}") };
+    assert_has(drops, "remedy", "no conflict");
+    assert_eq!((&drops["rule"]["conflicts"], &drops["rule"]["chain"]), (&false.into(), &"forward".into()));
+    assert_has(leads, "remedy", "conflict");
+    assert_eq!((&leads["rule"]["conflicts"], &leads["rule"]["origin"]), (&true.into(), &"kube2iam".into()));
+    assert_eq!(nft(&["--handle", "list", "ruleset"]), before);
+    // What it says removes them does.
+    for rule in [drops, leads] {
+        let remove = rule["rule"]["remove"].as_str().unwrap();
+        nft(&remove.split(' ').skip(1).collect::<Vec<_>>());
+    }
+    assert_has(one(&examine(&world), "firewall_rules"), "state", "ok");
+}
+
+#[test]
+fn the_rule_of_aks_is_known_by_its_origin() {
+    let world = World::new();
+    let iptables = |arguments: &str| {
+        let mut command = world.node.command("iptables");
+        command.args(arguments.split(' '));
+        match command.output() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+            output => {
+                let output = output.unwrap();
+                assert!(output.status.success(), "{arguments}: {output:?}");
+                true
+            }
+        }
+    };
+    let rule = "FORWARD 1 ! -s 10.0.0.4 -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j DROP";
+    if !iptables(&format!("-t mangle -I {rule}")) {
+        skip(WHOLE_TEST, "there is no iptables here");
+        return;
+    }
+    let found = examine(&world);
+    let check = one(&found, "firewall_rules");
+    assert_eq!((&check["rule"]["origin"], &check["rule"]["table"]), (&"aks".into(), &"mangle".into()));
+    assert_has(check, "remedy", "--disable-imds-restriction");
+    let remove = check["rule"]["remove"].as_str().unwrap();
+    assert!(iptables(remove.strip_prefix("iptables ").unwrap()));
+    assert_has(one(&examine(&world), "firewall_rules"), "state", "ok");
 }

@@ -1,11 +1,12 @@
 //! What works here and what does not, and what to do: asked of the kernel by trying, and nothing is attached.
 
+mod firewall;
 mod kernel;
 mod place;
 mod programs;
 mod report;
 
-pub use self::report::{Check, Program, Report, State};
+pub use self::report::{Check, Program, Report, Rule, State};
 use crate::{
     datapath::{DatapathError, pins::PinDir},
     node::netlink::Netlink,
@@ -36,6 +37,7 @@ pub async fn examine(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
     ];
     checks.extend(programs::of_interfaces(pins, netlink).await?);
     checks.extend(programs::of_cgroup(pins)?);
+    checks.extend(firewall::rules(pins));
     Ok(Report {
         schema: SCHEMA,
         version: VERSION,

@@ -2,6 +2,7 @@
 
 use std::{
     fmt::{self, Write as _},
+    net::IpAddr,
     path::PathBuf,
 };
 
@@ -36,6 +37,8 @@ pub struct Check {
     pub remedy: Option<String>,
     /// The program that it is about, if it is about one.
     pub program: Option<Program>,
+    /// The firewall rule that it is about, if it is about one.
+    pub rule: Option<Rule>,
 }
 
 /// How it is.
@@ -71,6 +74,25 @@ pub struct Program {
     pub is_first: Option<bool>,
 }
 
+/// Somebody's firewall rule for a metadata service.
+#[derive(Clone, Debug, Serialize)]
+pub struct Rule {
+    /// Its table.
+    pub table: String,
+    /// Its chain.
+    pub chain: String,
+    /// What would add it, or names it.
+    pub text: String,
+    /// Whose it looks like: `aks`, `eks`, `docker`, `kube2iam`, `ecs`, `gke` or `other`.
+    pub origin: &'static str,
+    /// The metadata service that it is about.
+    pub address: IpAddr,
+    /// Whether the agent keeps it from doing what it is for.
+    pub conflicts: bool,
+    /// The command that removes it.
+    pub remove: String,
+}
+
 impl fmt::Display for Program {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { name, id, kind, at, hook, place, of, is_first } = self;
@@ -89,7 +111,7 @@ impl fmt::Display for Program {
 
 impl Check {
     pub(super) fn ok(name: &'static str, found: impl Into<String>) -> Self {
-        Self { name, state: State::Ok, found: found.into(), remedy: None, program: None }
+        Self { name, state: State::Ok, found: found.into(), remedy: None, program: None, rule: None }
     }
 
     pub(super) fn degraded(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
