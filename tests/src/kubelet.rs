@@ -3,7 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{self, Child},
+    process::{self, Child, Command},
     sync::atomic::{AtomicU32, Ordering},
 };
 
@@ -97,7 +97,19 @@ pub struct PodCgroup {
 impl PodCgroup {
     /// Starts a process in this cgroup and in `netns`, and returns its id.
     pub fn start_in(&mut self, netns: &Netns) -> u32 {
-        let process = netns.command("sleep").arg("1000").spawn().expect("start a process");
+        self.start(netns.command("sleep"))
+    }
+
+    /// The same as a user other than root.
+    pub fn start_as(&mut self, netns: &Netns, user: u32) -> u32 {
+        let mut command = netns.command("setpriv");
+        command.args([&format!("--reuid={user}"), "--clear-groups", "sleep"]);
+        self.start(command)
+    }
+
+    /// `sleep` is what it has to end with.
+    fn start(&mut self, mut sleep: Command) -> u32 {
+        let process = sleep.arg("1000").spawn().expect("start a process");
         let pid = process.id();
         self.processes.push(process);
         fs::write(self.container.join("cgroup.procs"), pid.to_string()).expect("enter a cgroup");

@@ -8,7 +8,13 @@ use std::{
 };
 
 use aya::util::KernelVersion;
-use imds_tests::{AgentCommand, PodLink, World, hook, output};
+use imds_tests::{
+    AgentCommand, METADATA, PodLink, World, hook,
+    kubelet::{Driver, Kubelet, new_uid},
+    output,
+    probe::{SHORT, http_get},
+    skip_without_netns_cookie,
+};
 use nix::sys::resource::{Resource, setrlimit};
 
 /// One world with a pod, in which an agent is refused.
@@ -103,6 +109,36 @@ fn three_capabilities_are_all_that_it_takes() {
     let result = run_with_capabilities(&world, ENOUGH);
     assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
     world.assert_blocked(&pod);
+}
+
+/// Of the others of the packages' unit and DaemonSet, each is for something.
+#[test]
+fn exemptions_take_two_more() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let Refusal { world, pod } = Refusal::new();
+    // What takes a look at the pod's processes, which are another user's, and into its network namespace.
+    let kubelet = Kubelet::new();
+    let mut cgroup = kubelet.add_pod(&new_uid(), Driver::Cgroupfs);
+    cgroup.start_as(&pod.netns, 1000);
+    let rule = format!("[[exempt]]\nname = 'one'\ncgroup = '{}'", cgroup.path.display());
+    for (capabilities, is_exempt) in [
+        ("-all,+bpf,+net_admin,+perfmon,+sys_admin,+sys_ptrace", true),
+        ("-all,+bpf,+net_admin,+perfmon,+sys_admin", false),
+        ("-all,+bpf,+net_admin,+perfmon,+sys_ptrace", false),
+    ] {
+        let (bounding, inheritable) =
+            (format!("--bounding-set={capabilities}"), format!("--inh-caps={capabilities}"));
+        let agent = world.agent().config(&rule).args(&["--once"]);
+        let result = output(wrapped(&world, &["setpriv", &bounding, &inheritable], &agent));
+        assert_eq!(
+            http_get(&pod.netns, METADATA, SHORT).is_answer(),
+            is_exempt,
+            "{capabilities}: {result:?}"
+        );
+        world.unload();
+    }
 }
 
 #[test]
