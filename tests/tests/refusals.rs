@@ -111,7 +111,7 @@ fn three_capabilities_are_all_that_it_takes() {
     world.assert_blocked(&pod);
 }
 
-/// Of the others of the packages' unit and DaemonSet, each is for something.
+/// Of the others that the unit and the pods of a cluster have, each is for something.
 #[test]
 fn exemptions_take_two_more() {
     if skip_without_netns_cookie() {

@@ -8,6 +8,9 @@ use nix::{
     unistd::Pid,
 };
 
+/// On every kernel.
+const REST: &str = "[hooks]\nsocket = false\n[metrics]\nlisten = []";
+
 /// The socket of a service manager.
 struct Manager(UnixDatagram);
 
@@ -36,7 +39,7 @@ fn a_service_manager_is_told_when_the_node_is_guarded_and_that_the_agent_works()
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let (socket, config) = (world.scratch_dir().join("notify"), world.scratch_dir().join("imds.toml"));
-    fs::write(&config, "mode = 'audit'\n[metrics]\nlisten = []").unwrap();
+    fs::write(&config, format!("mode = 'audit'\n{REST}")).unwrap();
     let manager = Manager(UnixDatagram::bind(&socket).unwrap());
     manager.0.set_read_timeout(Some(LONG)).unwrap();
     world.assert_open(&pod);
@@ -44,7 +47,6 @@ fn a_service_manager_is_told_when_the_node_is_guarded_and_that_the_agent_works()
     let agent = world
         .agent()
         .config_file(config.to_str().unwrap())
-        .args(&["--cgroup", world.cgroup().to_str().unwrap()])
         .env("NOTIFY_SOCKET", socket.to_str().unwrap())
         .env("WATCHDOG_USEC", &Duration::from_millis(200).as_micros().to_string())
         .spawn();
@@ -56,7 +58,7 @@ fn a_service_manager_is_told_when_the_node_is_guarded_and_that_the_agent_works()
     }
 
     // By the time that it is ready again, the other configuration is in force.
-    fs::write(&config, "mode = 'enforce'\n[metrics]\nlisten = []").unwrap();
+    fs::write(&config, format!("mode = 'enforce'\n{REST}")).unwrap();
     kill(Pid::from_raw(agent.pid().try_into().unwrap()), Signal::SIGHUP).unwrap();
     manager.wait_for("RELOADING=1");
     manager.wait_for("READY=1");

@@ -11,6 +11,10 @@ use imds_tests::{
     probe::LONG,
     skip_without_tcx, with_each_backend,
 };
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
 const MAPS: [&str; 3] = ["maps/imds_policy", "maps/imds_counters", "maps/imds_interfaces"];
@@ -135,4 +139,21 @@ fn a_world_without_its_pods_is_unloaded_too() {
         world.unload();
         assert!(!world.pin_dir().exists());
     });
+}
+
+/// For who would start it again when it ends.
+#[test]
+fn it_holds_on_once_it_is_done_where_it_is_told_to() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    world.assert_open(&pod);
+    assert!(world.agent().once().status.success());
+    world.assert_blocked(&pod);
+    let mut unload = world.imds_agent(&["unload", "--hold"]).command().spawn().unwrap();
+    poll_until(LONG, "the way to be open again", || (!world.pin_dir().exists()).then_some(()));
+    world.assert_open(&pod);
+    assert!(unload.try_wait().unwrap().is_none());
+    kill(Pid::from_raw(unload.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
+    let ended = poll_until(LONG, "it to end", || unload.try_wait().unwrap());
+    assert!(ended.success(), "{ended}");
 }

@@ -24,6 +24,8 @@ pub(super) struct UnloadArgs {
 
 pub(super) async fn unload(args: UnloadArgs) -> Result<ExitCode, Failure> {
     preflight::check_capabilities()?;
+    let terminate = args.hold.then(|| signal(SignalKind::terminate()));
+    let mut terminate = terminate.transpose().context("can't listen for SIGTERM")?;
     let pins = PinDir::new(&args.pins.pin_dir)?;
     let netlink = Netlink::connect()?;
     let links = netlink.links().await?;
@@ -34,8 +36,7 @@ pub(super) async fn unload(args: UnloadArgs) -> Result<ExitCode, Failure> {
         }
         Removed { pin_dir: None, .. } => println!("nothing is loaded at {}", pins.root().display()),
     }
-    if args.hold {
-        let mut terminate = signal(SignalKind::terminate()).context("can't listen for SIGTERM")?;
+    if let Some(terminate) = &mut terminate {
         terminate.recv().await;
     }
     Ok(ExitCode::SUCCESS)
