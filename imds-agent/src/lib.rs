@@ -29,6 +29,7 @@ pub mod provider;
 pub mod reconcile;
 pub mod server;
 pub mod settings;
+pub mod startup_taint;
 pub mod state;
 pub mod status;
 pub mod supervisor;

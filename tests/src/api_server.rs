@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    io::{BufRead as _, BufReader, Write as _},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
     path::Path,
     sync::{Arc, Condvar, Mutex, MutexGuard},
@@ -34,6 +34,8 @@ struct Store {
     /// What is older is forgotten.
     oldest: u64,
     pods: BTreeMap<String, Value>,
+    /// Taints of nodes, by name.
+    taints: BTreeMap<String, Value>,
     history: Vec<(u64, &'static str, Value)>,
     faults: VecDeque<Fault>,
     requests: Vec<String>,
@@ -164,6 +166,17 @@ impl ApiServer {
         self.shared.lock().faults.len()
     }
 
+    /// Sets the taints of a node, which exists from then on.
+    pub fn set_taints(&self, node: &str, taints: Value) {
+        self.shared.lock().taints.insert(node.to_owned(), taints);
+    }
+
+    /// The taints of that node.
+    #[must_use]
+    pub fn taints(&self, node: &str) -> Value {
+        self.shared.lock().taints[node].clone()
+    }
+
     /// Closes all connections.
     pub fn disconnect(&self) {
         for connection in self.shared.lock().connections.drain(..) {
@@ -250,7 +263,8 @@ impl Shared {
 
     /// Answers one request. What a client no longer wants to hear needs not be written.
     fn serve(&self, mut stream: &TcpStream) -> Option<()> {
-        let mut lines = BufReader::new(stream).lines();
+        let mut reader = BufReader::new(stream);
+        let mut lines = reader.by_ref().lines();
         let request = lines.next()?.ok()?;
         let headers: Vec<_> = lines.map_while(Result::ok).take_while(|line| !line.is_empty()).collect();
         let target = request.split(' ').nth(1)?.to_owned();
@@ -286,6 +300,15 @@ impl Shared {
         if !is_known {
             return respond_status(stream, 401, "Unauthorized");
         }
+        if let Some(node) = target.strip_prefix("/api/v1/nodes/") {
+            let length = headers.iter().find_map(|header| {
+                let (name, value) = header.split_once(": ")?;
+                name.eq_ignore_ascii_case("content-length").then(|| value.parse().ok())?
+            });
+            let mut patch = vec![0; length.unwrap_or_default()];
+            reader.read_exact(&mut patch).ok()?;
+            return self.node(stream, node, &patch);
+        }
         if !target.starts_with("/api/v1/pods?") {
             return respond_status(stream, 404, "the server could not find the requested resource");
         }
@@ -296,6 +319,28 @@ impl Shared {
             Ok(list) => respond(stream, 200, "Content-Type: application/json\r\n", &list.to_string()),
             Err(message) => respond_status(stream, 410, message),
         }
+    }
+
+    /// Tells of a node, after a patch that tests its taints and replaces them, if there is one.
+    fn node(&self, stream: &TcpStream, node: &str, patch: &[u8]) -> Option<()> {
+        let mut store = self.lock();
+        let Some(taints) = store.taints.get_mut(node) else {
+            return respond_status(stream, 404, "nodes not found");
+        };
+        if !patch.is_empty() {
+            let patch: Value = serde_json::from_slice(patch).ok()?;
+            if patch[0]["op"] != "test" || patch[0]["value"] != *taints {
+                return respond_status(
+                    stream,
+                    422,
+                    "the server rejected our request due to an error in our request",
+                );
+            }
+            *taints = patch[1]["value"].clone();
+        }
+        let object = json!({ "kind": "Node", "metadata": { "name": node }, "spec": { "taints": taints } });
+        drop(store);
+        respond(stream, 200, "Content-Type: application/json\r\n", &object.to_string())
     }
 
     fn wait_for_stop(&self) -> Option<()> {

@@ -322,3 +322,28 @@ fn of_a_thousand_pods_only_what_differs_is_written() {
     drop(agent);
     cluster.world.unload();
 }
+
+#[test]
+fn the_startup_taint_goes_once_the_node_is_guarded_and_not_before() {
+    let world = World::new();
+    let server = ApiServer::start_in(&world.node);
+    let pod = world.add_pod(PodLink::Routed);
+    world.assert_open(&pod);
+    let taint = |key: &str| serde_json::json!({ "key": key, "effect": "NoSchedule" });
+    server.set_taints(NODE, serde_json::json!([taint("other"), taint("imds-agent/not-ready")]));
+    let kubeconfig = world.scratch_dir().join("kubeconfig");
+    server.write_kubeconfig(&kubeconfig);
+    let config = format!("[kubernetes]\nkubeconfig = '{}'\nnode_name = '{NODE}'", kubeconfig.display());
+    // It is tried again.
+    server.fail(Fault::Status(500, "etcd"));
+    server.fail(Fault::Status(500, "etcd"));
+    let agent = world.agent().config(&config).args(&["--startup-taint", "imds-agent/not-ready"]).spawn();
+    poll_until(LONG, "the taint to go", || {
+        (server.taints(NODE) == serde_json::json!([taint("other")])).then_some(())
+    });
+    world.assert_blocked(&pod);
+    agent.wait_for_log("took the taint", LONG);
+    drop(agent);
+    world.unload();
+    world.assert_open(&pod);
+}

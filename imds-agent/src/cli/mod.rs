@@ -95,7 +95,7 @@ pub fn main(cli: Cli) -> ExitCode {
     };
     let outcome = runtime.block_on(async {
         match cli.command {
-            Command::Run(args) => run::run(args).await,
+            Command::Run(args) => Box::pin(run::run(args)).await,
             Command::Status(args) => status::status(args).await,
             Command::Doctor(args) => doctor::doctor(args).await,
             Command::Verify(args) => verify::verify(args).await,

@@ -1,6 +1,6 @@
 //! `imds-agent run`.
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{convert::Infallible, future, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, anyhow};
 use clap::{Args, ValueEnum};
@@ -17,6 +17,7 @@ use crate::{
     provider::{DMI_DIR, Dmi},
     server::Server,
     settings::Node,
+    startup_taint,
 };
 
 #[derive(Args, Debug)]
@@ -40,6 +41,9 @@ pub(super) struct RunArgs {
     /// path of a Unix socket
     #[arg(long, value_name = "ADDRESS")]
     listen: Vec<Listen>,
+    /// Key of a taint that is taken off the node once all is guarded. It takes a role that may get and patch nodes
+    #[arg(long, value_name = "KEY", conflicts_with = "once")]
+    startup_taint: Option<String>,
     /// Directory of the files by which `provider = "auto"` tells the provider
     #[arg(long, value_name = "DIR", default_value = DMI_DIR, hide = true)]
     dmi_dir: PathBuf,
@@ -99,8 +103,29 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     if !args.once {
         let period = Duration::from_secs(args.resync);
         let server = Server::new(PinDir::new(&args.pins.pin_dir)?, Netlink::connect()?, period);
+        let untaint = match args.startup_taint {
+            Some(key) => {
+                let wanted = settings.cluster.clone().ok_or_else(|| {
+                    let message =
+                        "--startup-taint takes an API server: see [kubernetes] of the configuration";
+                    Failure::Usage(anyhow!(message))
+                })?;
+                let (pins, netlink) = (PinDir::new(&args.pins.pin_dir)?, Netlink::connect()?);
+                Some(startup_taint::take_off(wanted, key, pins, netlink))
+            }
+            None => None,
+        };
         let agent = Agent::new(guard, node, source, settings, server, period)?;
-        agent.run(&config, events).await?;
+        let untaint = async {
+            if let Some(untaint) = untaint {
+                untaint.await;
+            }
+            future::pending::<Infallible>().await
+        };
+        tokio::select! {
+            ended = agent.run(&config, events) => ended?,
+            never = untaint => match never {},
+        }
         return Ok(ExitCode::SUCCESS);
     }
     guard.start(&settings, source.path(), &config).await?;

@@ -1,8 +1,8 @@
-//! The two requests that are made of the API server, and what can come of them.
+//! The requests that are made of the API server, and what can come of them.
 
 use std::{path::PathBuf, time::Duration};
 
-use http::{Request, StatusCode, header};
+use http::{Method, Request, StatusCode, header, request::Builder};
 use http_body_util::BodyExt as _;
 use kube_client::{
     Client, Config as ClientConfig,
@@ -10,7 +10,9 @@ use kube_client::{
     config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError},
 };
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use thiserror::Error;
+use tokio::time::timeout;
 
 use super::pod::PodObject;
 use crate::config::Access;
@@ -22,6 +24,7 @@ const MAX_LINE: usize = 8 << 20;
 /// Longest that a server's wish for a pause is heeded.
 const MAX_RETRY_AFTER: Duration = Duration::from_mins(5);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Why the API server is not heard.
 #[derive(Debug, Error)]
@@ -42,7 +45,7 @@ pub(super) enum ApiError {
     Gone { message: String },
     #[error("the API server has too much to do")]
     Throttled { retry_after: Option<Duration> },
-    #[error("the API server refuses to list pods ({code}): {message}")]
+    #[error("the API server refuses it ({code}): {message}")]
     Refused { code: u16, message: String },
     #[error("the API server failed ({code}): {message}")]
     Failed { code: u16, message: String },
@@ -263,10 +266,29 @@ impl Api {
         Ok(Lines { body: self.get(&query).await?, buffer: Vec::new(), searched: 0 })
     }
 
+    /// What the server says of the object at `target`, changed by a `patch` (RFC 6902) where there is one.
+    pub(super) async fn request(
+        &self,
+        method: Method,
+        target: &str,
+        patch: Option<&Value>,
+    ) -> Result<Value, ApiError> {
+        let request = Request::builder().method(method).uri(target);
+        let request = request.header(header::CONTENT_TYPE, "application/json-patch+json");
+        let body = patch.map_or_else(Body::empty, |patch| patch.to_string().into_bytes().into());
+        let answer = timeout(ANSWER_TIMEOUT, async { read(self.send(request, body).await?, MAX_LINE).await });
+        let answer = answer.await.map_err(|_| ApiError::Silent { after: ANSWER_TIMEOUT })??;
+        serde_json::from_slice(&answer).map_err(|source| ApiError::Malformed { source })
+    }
+
     async fn get(&self, query: &[(&str, &str)]) -> Result<Body, ApiError> {
-        let request = Request::get(self.target(query)).header(header::ACCEPT, "application/json");
+        self.send(Request::get(self.target(query)), Body::empty()).await
+    }
+
+    async fn send(&self, request: Builder, body: Body) -> Result<Body, ApiError> {
         let request = request
-            .body(Body::empty())
+            .header(header::ACCEPT, "application/json")
+            .body(body)
             .map_err(|source| ApiError::Client { source: Box::new(kube_client::Error::HttpError(source)) })?;
         let answer = self.client.send(request).await;
         let answer = answer.map_err(|source| ApiError::Unreachable { source: Box::new(source) })?;

@@ -10,6 +10,7 @@ pub mod watch;
 mod api;
 mod backoff;
 mod state;
+mod taint;
 
 pub use self::{
     api::ErrorKind,
@@ -17,5 +18,6 @@ pub use self::{
     index::Index,
     pod::Pod,
     state::{Failure, WatchState},
+    taint::{NodeTaints, TaintError},
     watch::{Options, PodEvent, Watch},
 };

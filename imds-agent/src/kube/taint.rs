@@ -1,0 +1,65 @@
+//! Taints of this node.
+
+use http::Method;
+use serde_json::{Value, json};
+
+use super::api::{Api, ApiError};
+use crate::config::Access;
+
+/// Why a taint is still there.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub struct TaintError(#[from] ApiError);
+
+/// The taints of one node.
+pub struct NodeTaints {
+    api: Api,
+    target: String,
+}
+
+impl NodeTaints {
+    /// Of the node of this name.
+    pub async fn new(access: &Access, node: &str) -> Result<Self, TaintError> {
+        // A name of a node needs no escaping (RFC 1123).
+        Ok(Self { api: Api::new(access, node).await?, target: format!("/api/v1/nodes/{node}") })
+    }
+
+    /// Removes all with this key. Returns whether there was one.
+    ///
+    /// # Errors
+    ///
+    /// Also where somebody else changed the taints meanwhile, which are then left as they are.
+    pub async fn remove(&self, key: &str) -> Result<bool, TaintError> {
+        let node = self.api.request(Method::GET, &self.target, None).await?;
+        let Some(patch) = patch(&node["spec"]["taints"], key) else { return Ok(false) };
+        self.api.request(Method::PATCH, &self.target, Some(&patch)).await?;
+        Ok(true)
+    }
+}
+
+/// What to do to a node with these taints (RFC 6902): nothing unless they are still these.
+fn patch(taints: &Value, key: &str) -> Option<Value> {
+    let all = taints.as_array()?;
+    let left: Vec<_> = all.iter().filter(|taint| taint["key"] != key).collect();
+    (left.len() < all.len()).then(|| {
+        json!([
+            { "op": "test", "path": "/spec/taints", "value": taints },
+            { "op": "replace", "path": "/spec/taints", "value": left },
+        ])
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_one_with_the_key_is_removed() {
+        let taints = json!([{ "key": "a", "effect": "NoSchedule" }, { "key": "b", "effect": "NoExecute" }]);
+        let patch = patch(&taints, "a").unwrap();
+        assert_eq!(patch[0]["value"], taints);
+        assert_eq!(patch[1]["value"], json!([{ "key": "b", "effect": "NoExecute" }]));
+        assert_eq!(super::patch(&taints, "c"), None);
+        assert_eq!(super::patch(&Value::Null, "a"), None);
+    }
+}
