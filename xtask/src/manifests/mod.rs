@@ -13,8 +13,9 @@ use crate::{
     workspace::{artifacts, cargo, execute, root, say},
 };
 
-/// Helm's engine and the schemas of Kubernetes, from `PyPI`. A change of them makes a new environment.
-const LIBRARIES: [&str; 2] = ["helm-python-sdk==0.2.2", "kubernetes-validate==1.37.0"];
+/// Helm's engine, the schemas of Kubernetes and CEL, from `PyPI`. A change of them makes a new environment.
+const LIBRARIES: [&str; 3] =
+    ["cel-expr-python==0.1.3", "helm-python-sdk==0.2.2", "kubernetes-validate==1.37.0"];
 const RENDER: &str = include_str!("render.py");
 
 /// Render the chart and the kustomizations in deploy, and validate them against the schemas of Kubernetes

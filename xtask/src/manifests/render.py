@@ -3,6 +3,7 @@
 Arguments: the workspace, the agent's binary. `cargo xtask manifests` runs it where its two libraries are.
 """
 
+import ipaddress
 import pathlib
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import tempfile
 import helm_python
 import kubernetes_validate
 import yaml
+from cel_expr_python import cel
+from cel_expr_python.ext import ext_optional
 
 ROOT, AGENT = pathlib.Path(sys.argv[1]), sys.argv[2]
 KUBERNETES, CHART = ROOT / "deploy/kubernetes", ROOT / "deploy/helm/imds-agent"
@@ -52,6 +55,86 @@ def kustomize(path):
     return subprocess.run(["kubectl", "kustomize", path], check=True, capture_output=True, text=True).stdout
 
 
+def is_ip(text):
+    """As Kubernetes' CEL library has it: neither a zone nor an IPv4-mapped address."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return "%" not in text and getattr(address, "ipv4_mapped", None) is None
+
+
+def function(name, overload, result, implementation):
+    overloads = [cel.Overload(overload, result, [cel.Type.STRING], False, implementation)]
+    return cel.FunctionDecl(name, overloads)
+
+
+# Addresses that are equal have the same text.
+IP_LIBRARY = cel.CelExtension(
+    "ip",
+    [
+        function("isIP", "is_ip_string", cel.Type.BOOL, is_ip),
+        function("ip", "string_to_ip", cel.Type.STRING, lambda text: str(ipaddress.ip_address(text))),
+    ],
+)
+
+
+def admits(policy, thing):
+    """What a policy says of an object, by the engine that Kubernetes' is a sibling of."""
+    types = {"object": cel.Type.DYN, "variables": cel.Type.DYN}
+    env = cel.NewEnv(variables=types, extensions=[IP_LIBRARY, ext_optional.ExtOptional()])
+
+    def evaluate(expression):
+        value = env.compile(expression).eval(data={"object": thing, "variables": variables})
+        if value.type() == cel.Type.ERROR:
+            raise ValueError(f"{expression}: {value.value()}")
+        return value.plain_value()
+
+    variables = {}
+    for variable in policy["spec"]["variables"]:
+        variables[variable["name"]] = evaluate(variable["expression"])
+    return all(evaluate(validation["expression"]) for validation in policy["spec"]["validations"])
+
+
+def check_policy(what, policy):
+    """Services and their like at addresses of pods and of metadata services."""
+
+    def service(**spec):
+        return {"kind": "Service", "spec": {"type": "ClusterIP", "clusterIP": "10.0.0.1", **spec}}
+
+    def of_slice(kind, *addresses):
+        return {"kind": "EndpointSlice", "addressType": kind, "endpoints": [{"addresses": list(addresses)}]}
+
+    def of_endpoints(state, *addresses):
+        return {"kind": "Endpoints", "subsets": [{state: [{"ip": address} for address in addresses]}]}
+
+    cases = [
+        (True, service()),
+        (True, service(externalIPs=["192.0.2.1"], loadBalancerIP="192.0.2.2")),
+        (True, service(type="ExternalName", externalName="example.com")),
+        (True, of_slice("IPv4", "10.244.0.7", "10.244.0.8")),
+        (True, of_slice("FQDN", "example.com")),
+        (True, {"kind": "EndpointSlice", "addressType": "IPv4", "endpoints": []}),
+        (True, {"kind": "EndpointSlice", "addressType": "IPv4"}),
+        (True, of_endpoints("addresses", "10.244.0.7")),
+        (True, {"kind": "Endpoints"}),
+        (False, service(externalIPs=["192.0.2.1", "169.254.169.254"])),
+        (False, service(loadBalancerIP="168.63.129.16")),
+        (False, of_slice("IPv4", "10.244.0.7", "169.254.169.254")),
+        (False, of_slice("IPv6", "fd00:0ec2:0::254")),
+        (False, of_slice("IPv6", "::ffff:169.254.169.254")),
+        (False, of_endpoints("addresses", "100.100.100.200")),
+        (False, of_endpoints("notReadyAddresses", "169.254.169.254")),
+    ]
+    for expected, thing in cases:
+        try:
+            if admits(policy, thing) != expected:
+                failures.append(f"{what}: the policy {'refuses' if expected else 'admits'} {thing}")
+        except Exception as error:
+            failures.append(f"{what}: the policy fails on {thing}: {error}")
+    print(f"{what}: the policy admits and refuses {len(cases)} objects as it should")
+
+
 def check_checks(document):
     """What would be wrong has to be found."""
     document["spec"]["template"]["spec"]["hostPid"] = True
@@ -81,7 +164,8 @@ with tempfile.TemporaryDirectory(dir=KUBERNETES) as directory:
     }
     (pathlib.Path(directory) / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
     kinds = BASE | FOREIGN | {"ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"}
-    check(f"components {', '.join(components)}", kustomize(directory), kinds)
+    everything = check(f"components {', '.join(components)}", kustomize(directory), kinds)
+    check_policy("kustomize", one(everything, "ValidatingAdmissionPolicy"))
 
 CHART_KINDS = {"ServiceAccount", "ConfigMap", "DaemonSet"}
 with helm_python.Chart.load(str(CHART)) as chart:
@@ -92,6 +176,8 @@ with helm_python.Chart.load(str(CHART)) as chart:
         manifests = [text for name, text in sorted(rendered.items()) if name.endswith(".yaml")]
         documents = check(f"chart with {path.name if path else 'its defaults'}", "\n---\n".join(manifests), CHART_KINDS)
         default = default or documents
+        if any(document["kind"] == "ValidatingAdmissionPolicy" for document in documents):
+            check_policy(f"chart with {path.name}", one(documents, "ValidatingAdmissionPolicy"))
     # What the schema of the values is for.
     for wrong in [{"config": {"mode": "audti"}}, {"confg": {}}, {"podMonitor": {"enabled": True}}]:
         try:
