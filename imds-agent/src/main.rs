@@ -1,4 +1,5 @@
 //! The imds-agent binary.
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 use std::process::ExitCode;
 

@@ -3,6 +3,7 @@
 //!
 //! The same code is compiled into the BPF object and into host tests, so that a packet gets the same verdict from
 //! both.
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 #![no_std]
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 

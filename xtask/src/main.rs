@@ -9,6 +9,7 @@ mod cache;
 mod demo;
 mod dist;
 mod e2e;
+mod faults;
 mod lint;
 mod manifests;
 mod run;
@@ -44,6 +45,7 @@ enum Command {
     Dist(dist::Dist),
     Image(dist::Image),
     E2e(e2e::EndToEnd),
+    Faults(faults::Faults),
     Manifests(manifests::Manifests),
     Bench(bench::Bench),
     Vm(vm::Vm),
@@ -61,6 +63,7 @@ impl Command {
             Self::Dist(dist) => dist.run(),
             Self::Image(image) => image.run(),
             Self::E2e(e2e) => e2e.run(),
+            Self::Faults(faults) => faults.run(),
             Self::Manifests(manifests) => manifests.run(),
             Self::Bench(bench) => bench.run(),
             Self::Vm(vm) => vm.run(),

@@ -19,7 +19,7 @@ pub(crate) struct Test {
 }
 
 /// All crates but the BPF one, which no host can run.
-const HOST_CRATES: [&str; 4] = ["--workspace", "--exclude", "imds-ebpf", "--locked"];
+pub(crate) const HOST_CRATES: [&str; 4] = ["--workspace", "--exclude", "imds-ebpf", "--locked"];
 
 impl Test {
     pub(crate) fn run(self) -> Result<ExitCode> {

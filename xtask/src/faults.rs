@@ -1,0 +1,38 @@
+//! The fault suite.
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use nix::unistd::Uid;
+
+use crate::{
+    setup::{self, Purpose},
+    test::HOST_CRATES,
+    workspace::{artifacts, cargo, execute},
+};
+
+/// Run the tests that break things while pods send, 400 kills among them; needs root, takes some minutes
+#[derive(clap::Args)]
+pub(crate) struct Faults {
+    /// Names of tests, in whole or in part, and options of the test binary such as --nocapture
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    filter: Vec<String>,
+}
+
+impl Faults {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        if !Uid::effective().is_root() {
+            bail!("the tests load BPF programs and make network namespaces: run them as root");
+        }
+        let agent = artifacts("debug")?.join("imds-agent");
+        setup::ensure(Purpose::Test)?;
+        // As for the tests: nothing is compiled twice.
+        execute(cargo("build").args(HOST_CRATES).arg("--all-targets"))?;
+        let mut test = cargo("test");
+        test.args(["--package", "imds-tests", "--locked", "--test", "faults", "--", "--include-ignored"]);
+        // Each has the machine for itself.
+        test.arg("--test-threads=1").args(self.filter).env("IMDS_AGENT", agent);
+        execute(&mut test)?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
