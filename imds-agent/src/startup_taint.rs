@@ -7,15 +7,13 @@ use tokio::time::sleep;
 use crate::{
     cluster::Wanted,
     datapath::pins::PinDir,
-    kube::{NodeTaints, TaintError},
+    kube::{Attempts, Backoff, NodeTaints, TaintError},
     node::netlink::Netlink,
     status,
 };
 
 /// How often it is looked whether all is guarded.
 const PERIOD: Duration = Duration::from_secs(1);
-/// The longest pause between attempts.
-const LONGEST_PAUSE: Duration = Duration::from_mins(1);
 
 /// Waits until all that is to be guarded is, as `/readyz` has it, and takes the taint with this key off the node. Tries until
 /// it is gone: meanwhile the node gets no pods, but none is let through.
@@ -23,19 +21,20 @@ pub async fn take_off(wanted: Wanted, key: String, pins: PinDir, netlink: Netlin
     while !is_ready(&pins, &netlink).await {
         sleep(PERIOD).await;
     }
-    let mut pause = PERIOD;
+    let mut attempts = Attempts::new(Backoff::default());
     loop {
-        match try_take_off(&wanted, &key).await {
+        let error = match try_take_off(&wanted, &key).await {
             Ok(true) => return log::info!("took the taint {key} off node {}", wanted.node),
             Ok(false) => return log::info!("node {} has no taint {key}", wanted.node),
-            Err(error) => log::error!(
-                "can't take the taint {key} off node {}, which gets no pods until then: {:#}",
-                wanted.node,
-                anyhow::Error::from(error)
-            ),
-        }
+            Err(error) => error,
+        };
+        let pause = attempts.failed(error.retry_after());
+        log::error!(
+            "can't take the taint {key} off node {}, which gets no pods until then: {:#}",
+            wanted.node,
+            anyhow::Error::from(error)
+        );
         sleep(pause).await;
-        pause = (2 * pause).min(LONGEST_PAUSE);
     }
 }
 

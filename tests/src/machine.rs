@@ -16,7 +16,7 @@ use tempfile::TempDir;
 use crate::{
     Netns,
     agent::output,
-    cgroup::v2_root,
+    cgroup::{remove, v2_root},
     netns::unique,
     poll::{poll_until, try_poll},
 };
@@ -51,7 +51,6 @@ for device in null zero full random urandom tty net/tun; do
         mount --bind "/dev/$device" "dev/$device"
     fi
 done
-mkdir mnt/old
 mount --bind "$shared" mnt
 pivot_root . mnt/.old
 umount -l mnt/.old
@@ -155,21 +154,11 @@ impl Drop for Machine {
         let _gone = kill(Pid::from_raw(self.child.id().try_into().unwrap_or_default()), Signal::SIGKILL);
         let _reaped = self.child.wait();
         let removed = try_poll(BOOT, || {
-            remove_below(&self.cgroup);
+            remove(&self.cgroup);
             (!self.cgroup.exists()).then_some(())
         });
         if removed.is_none() {
             eprintln!("{} can't be removed", self.cgroup.display());
         }
     }
-}
-
-/// Removes a cgroup and those below it, as far as they have no processes.
-fn remove_below(cgroup: &Path) {
-    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            remove_below(&entry.path());
-        }
-    }
-    let _busy = fs::remove_dir(cgroup);
 }

@@ -2,13 +2,11 @@
 
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
-use nix::unistd::Uid;
+use anyhow::Result;
 
 use crate::{
-    setup::{self, Purpose},
-    test::HOST_CRATES,
-    workspace::{artifacts, cargo, execute},
+    test,
+    workspace::{cargo, execute},
 };
 
 /// Run the tests that break things while pods send, 400 kills among them; needs root, takes some minutes
@@ -21,13 +19,7 @@ pub(crate) struct Faults {
 
 impl Faults {
     pub(crate) fn run(self) -> Result<ExitCode> {
-        if !Uid::effective().is_root() {
-            bail!("the tests load BPF programs and make network namespaces: run them as root");
-        }
-        let agent = artifacts("debug")?.join("imds-agent");
-        setup::ensure(Purpose::Test)?;
-        // As for the tests: nothing is compiled twice.
-        execute(cargo("build").args(HOST_CRATES).arg("--all-targets"))?;
+        let agent = test::prepare()?;
         let mut test = cargo("test");
         test.args(["--package", "imds-tests", "--locked", "--test", "faults", "--", "--include-ignored"]);
         // Each has the machine for itself.

@@ -1,6 +1,6 @@
 //! The tests of all crates.
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::{Result, bail};
 use nix::unistd::Uid;
@@ -23,19 +23,25 @@ pub(crate) const HOST_CRATES: [&str; 4] = ["--workspace", "--exclude", "imds-ebp
 
 impl Test {
     pub(crate) fn run(self) -> Result<ExitCode> {
-        if !Uid::effective().is_root() {
-            bail!(
-                "the tests load BPF programs and make network namespaces: \
-                 run them as root, e.g. `sudo -E env \"PATH=$PATH\" cargo xtask test`"
-            );
-        }
-        let agent = artifacts("debug")?.join("imds-agent");
-        setup::ensure(Purpose::Test)?;
-        // With all targets, so that cargo chooses the same features, and compiles nothing twice.
-        execute(cargo("build").args(HOST_CRATES).arg("--all-targets"))?;
+        let agent = prepare()?;
         let mut test = cargo("test");
         test.args(HOST_CRATES).arg("--no-fail-fast").arg("--").args(self.filter).env("IMDS_AGENT", agent);
         execute(&mut test)?;
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// Builds what the tests take, and returns the agent that they try.
+pub(crate) fn prepare() -> Result<PathBuf> {
+    if !Uid::effective().is_root() {
+        bail!(
+            "the tests load BPF programs and make network namespaces: \
+             run them as root, e.g. `sudo -E env \"PATH=$PATH\" cargo xtask test`"
+        );
+    }
+    let agent = artifacts("debug")?.join("imds-agent");
+    setup::ensure(Purpose::Test)?;
+    // With all targets, so that cargo chooses the same features, and compiles nothing twice.
+    execute(cargo("build").args(HOST_CRATES).arg("--all-targets"))?;
+    Ok(agent)
 }

@@ -22,22 +22,25 @@ impl Default for Backoff {
 
 /// Attempts that failed in a row.
 #[derive(Debug)]
-pub(super) struct Attempts {
+pub struct Attempts {
     backoff: Backoff,
     failed: u32,
 }
 
 impl Attempts {
-    pub(super) fn new(backoff: Backoff) -> Self {
+    /// None yet.
+    #[must_use]
+    pub fn new(backoff: Backoff) -> Self {
         Self { backoff, failed: 0 }
     }
 
-    pub(super) fn succeeded(&mut self) {
+    /// One succeeded: the next pause is as short as the first.
+    pub fn succeeded(&mut self) {
         self.failed = 0;
     }
 
     /// The pause after one more that failed, at least as long as the server asks for.
-    pub(super) fn failed(&mut self, asked: Option<Duration>) -> Duration {
+    pub fn failed(&mut self, asked: Option<Duration>) -> Duration {
         let limit = self.backoff.first.saturating_mul(1_u32.checked_shl(self.failed).unwrap_or(u32::MAX));
         self.failed = self.failed.saturating_add(1);
         let limit = limit.min(self.backoff.longest);

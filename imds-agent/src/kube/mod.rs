@@ -14,7 +14,7 @@ mod taint;
 
 pub use self::{
     api::ErrorKind,
-    backoff::Backoff,
+    backoff::{Attempts, Backoff},
     index::Index,
     pod::Pod,
     state::{Failure, WatchState},

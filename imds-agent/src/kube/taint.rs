@@ -1,5 +1,7 @@
 //! Taints of this node.
 
+use std::time::Duration;
+
 use http::Method;
 use serde_json::{Value, json};
 
@@ -10,6 +12,14 @@ use crate::config::Access;
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
 pub struct TaintError(#[from] ApiError);
+
+impl TaintError {
+    /// How long the server asks to be left alone.
+    #[must_use]
+    pub fn retry_after(&self) -> Option<Duration> {
+        self.0.retry_after()
+    }
+}
 
 /// The taints of one node.
 pub struct NodeTaints {

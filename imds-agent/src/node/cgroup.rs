@@ -105,7 +105,7 @@ fn find(mountinfo: &str) -> Option<Root> {
 /// How far above the root of the cgroup namespace that part of the hierarchy begins: 0 for `/`, 2 for `/../..`. `None` where
 /// it is not above.
 fn height(part: &str) -> Option<usize> {
-    let mut names = part.strip_prefix('/')?.split('/').filter(|name| !name.is_empty()).peekable();
+    let mut names = part.strip_prefix('/')?.split('/').filter(|name| !name.is_empty());
     let height = names.clone().count();
     names.all(|name| name == "..").then_some(height)
 }

@@ -14,6 +14,8 @@ use imds_tests::{
 
 const CONFIG: &str = "/etc/imds-agent/imds.toml";
 const SERVICE: &str = "imds-agent.service";
+/// Where the package is, as the machine sees it.
+const DEB: &str = "/mnt/imds-agent.deb";
 
 /// A machine that has not got the package yet, and a pod on it.
 struct Case {
@@ -21,8 +23,6 @@ struct Case {
     machine: Machine,
     pod: Pod,
     world: World,
-    /// Where the package is, as the machine sees it.
-    deb: &'static str,
 }
 
 impl Case {
@@ -33,7 +33,7 @@ impl Case {
         world.assert_open(&pod);
         let deb = env::var("IMDS_DEB").expect("IMDS_DEB: run `cargo xtask e2e`");
         fs::copy(deb, machine.shared().join("imds-agent.deb")).unwrap();
-        Self { machine, pod, world, deb: "/mnt/imds-agent.deb" }
+        Self { machine, pod, world }
     }
 
     #[track_caller]
@@ -60,6 +60,25 @@ impl Case {
 
     fn pid(&self) -> String {
         self.machine.property(SERVICE, "MainPID")
+    }
+
+    /// Waits for another process of the service than this one.
+    #[track_caller]
+    fn wait_for_another(&self, pid: &str, what: &str) {
+        poll_until(LONG, what, || (![pid, "0"].contains(&&*self.pid())).then_some(()));
+    }
+
+    /// Replaces the version that is installed while the pod sends, of which nothing arrives.
+    #[track_caller]
+    fn replace(&self, install: impl FnOnce()) {
+        let pid = self.pid();
+        self.world.assert_nothing_arrives(|| {
+            let flood = Flood::udp(&self.pod, METADATA);
+            install();
+            self.wait_active();
+            drop(flood);
+        });
+        assert_ne!(self.pid(), pid);
     }
 
     fn has(&self, path: &str) -> bool {
@@ -97,7 +116,7 @@ impl Case {
 fn installed_it_guards_and_removed_it_does_not() {
     let case = Case::new();
     let before = case.traces();
-    case.install(case.deb);
+    case.install(DEB);
     // The service manager was told that all is guarded: it is, at once.
     case.wait_active();
     case.world.assert_blocked(&case.pod);
@@ -141,26 +160,15 @@ fn an_upgrade_lets_nothing_through_and_keeps_counts_and_configuration() {
     case.wait_active();
     case.machine.checked(&["sh", "-c", &format!("echo '# of the operator' >> {CONFIG}")]);
     assert!(case.is_denied());
-    let (pid, denied) = (case.pid(), case.denied());
+    let denied = case.denied();
     assert!(denied > 0);
-    case.world.assert_nothing_arrives(|| {
-        let flood = Flood::udp(&case.pod, METADATA);
-        case.install(case.deb);
-        case.wait_active();
-        drop(flood);
-    });
-    assert_ne!(case.pid(), pid);
+    case.replace(|| case.install(DEB));
     assert!(case.denied() > denied);
     assert!(case.machine.checked(&["cat", CONFIG]).contains("of the operator"));
     // And back.
-    let pid = case.pid();
-    case.world.assert_nothing_arrives(|| {
-        let flood = Flood::udp(&case.pod, METADATA);
+    case.replace(|| {
         case.machine.checked(&["apt-get", "install", "--yes", "--allow-downgrades", older]);
-        case.wait_active();
-        drop(flood);
     });
-    assert_ne!(case.pid(), pid);
     case.machine.checked(&["apt-get", "purge", "--yes", "imds-agent"]);
     case.world.assert_open(&case.pod);
 }
@@ -169,7 +177,7 @@ fn an_upgrade_lets_nothing_through_and_keeps_counts_and_configuration() {
 #[ignore = "takes a Debian root and a package: cargo xtask e2e"]
 fn the_service_comes_back_and_never_holds_up_a_runtime() {
     let case = Case::new();
-    case.install(case.deb);
+    case.install(DEB);
     case.wait_active();
     // One that hangs is not at work.
     let drop_in = "mkdir -p /run/systemd/system/imds-agent.service.d && \
@@ -178,12 +186,12 @@ fn the_service_comes_back_and_never_holds_up_a_runtime() {
     case.machine.checked(&["sh", "-ec", drop_in]);
     let pid = case.pid();
     case.machine.checked(&["kill", "-STOP", &pid]);
-    poll_until(LONG, "the watchdog", || (![&*pid, "0"].contains(&&*case.pid())).then_some(()));
+    case.wait_for_another(&pid, "the watchdog");
     case.wait_active();
     case.world.assert_blocked(&case.pod);
     let pid = case.pid();
     case.machine.checked(&["kill", "-KILL", &pid]);
-    poll_until(LONG, "a restart", || (![&*pid, "0"].contains(&&*case.pid())).then_some(()));
+    case.wait_for_another(&pid, "a restart");
 
     // With a configuration that can't be used it fails. A container runtime starts all the same, after the attempt.
     case.machine.checked(&["systemctl", "stop", SERVICE]);
@@ -204,7 +212,7 @@ fn the_service_comes_back_and_never_holds_up_a_runtime() {
 #[ignore = "takes a Debian root and a package: cargo xtask e2e"]
 fn the_service_is_hardened() {
     let case = Case::new();
-    case.install(case.deb);
+    case.install(DEB);
     let text =
         case.machine.checked(&["systemd-analyze", "security", "--no-pager", "--threshold=30", SERVICE]);
     assert!(text.contains("Overall exposure level"), "{text}");

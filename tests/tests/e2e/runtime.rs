@@ -192,7 +192,6 @@ impl<'w> Containerd<'w> {
         let dir = TempDir::with_prefix("imds-containerd-").unwrap();
         let daemon = Self::start(world, dir.path());
         let containerd = Self { world, dir, daemon };
-        let tar = tools(containerd.dir.path());
         // containerd takes no bare file system for an image: podman makes one of it.
         let podman = Podman::new(world);
         let image = containerd.dir.path().join("image.tar");
@@ -205,7 +204,7 @@ impl<'w> Containerd<'w> {
             image.to_str().unwrap(),
             IMAGE,
         ]);
-        drop((podman, tar));
+        drop(podman);
         containerd.wait();
         containerd.ctr(&["image", "import", "--snapshotter", "native", image.to_str().unwrap()]);
         containerd

@@ -4,7 +4,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, Result};
 
-use super::{build_into, dir};
+use super::build_binary;
 use crate::{
     setup::{self, Purpose},
     workspace::{execute, root, say},
@@ -21,8 +21,7 @@ pub(crate) struct Image {
 impl Image {
     pub(crate) fn run(self) -> Result<ExitCode> {
         setup::ensure(Purpose::Image)?;
-        let dir = dir()?;
-        build_into(&dir)?;
+        let dir = build_binary()?;
         let mut podman = Command::new("podman");
         podman.args(["build", "--network", "none", "--timestamp", "0", "--tag", &self.tag, "--file"]);
         podman.arg(root().join("deploy/image/Containerfile")).arg(&dir);

@@ -40,10 +40,7 @@ pub(crate) struct Dist {
 impl Dist {
     pub(crate) fn run(self) -> Result<ExitCode> {
         setup::ensure(if self.binary { Purpose::Build } else { Purpose::Dist })?;
-        let dir = if self.binary { dir()? } else { build()? };
-        if self.binary {
-            build_into(&dir)?;
-        }
+        let dir = if self.binary { build_binary()? } else { build()? };
         if self.check {
             check(&dir)?;
         }
@@ -56,9 +53,8 @@ impl Dist {
 
 /// Builds all of it, and returns where it is.
 pub(crate) fn build() -> Result<PathBuf> {
-    let dir = dir()?;
-    let binary = build_into(&dir)?;
-    manual(&dir, &binary)?;
+    let dir = build_binary()?;
+    manual(&dir)?;
     deb::build(&dir)?;
     Ok(dir)
 }
@@ -68,12 +64,13 @@ pub(crate) fn dir() -> Result<PathBuf> {
     artifacts("dist")
 }
 
-/// The static binary and its SBOM, in an emptied `dir`.
-fn build_into(dir: &Path) -> Result<PathBuf> {
+/// Builds the static binary and its SBOM, and nothing else, and returns where they are.
+fn build_binary() -> Result<PathBuf> {
+    let dir = dir()?;
     if dir.exists() {
-        fs::remove_dir_all(dir).with_context(|| format!("could not remove {}", dir.display()))?;
+        fs::remove_dir_all(&dir).with_context(|| format!("could not remove {}", dir.display()))?;
     }
-    fs::create_dir_all(dir).with_context(|| format!("could not make {}", dir.display()))?;
+    fs::create_dir_all(&dir).with_context(|| format!("could not make {}", dir.display()))?;
     let built = compile(root(), &artifacts("")?)?;
     let binary = dir.join("imds-agent");
     fs::copy(&built, &binary).with_context(|| format!("could not copy {}", built.display()))?;
@@ -81,7 +78,7 @@ fn build_into(dir: &Path) -> Result<PathBuf> {
     let sbom = sbom::of_agent(&triple()?, &sha256(&binary)?)?;
     let path = dir.join("imds-agent.cdx.json");
     fs::write(&path, sbom).with_context(|| format!("could not write {}", path.display()))?;
-    Ok(binary)
+    Ok(dir)
 }
 
 /// The target that the agent is built for: this machine's, with the C library inside. Build scripts and macros would
@@ -143,12 +140,13 @@ fn check(dir: &Path) -> Result<()> {
 }
 
 /// Manual pages and completions, as the binary writes them.
-fn manual(dir: &Path, binary: &Path) -> Result<()> {
-    execute(Command::new(binary).arg("man").arg(dir.join("man")))?;
+fn manual(dir: &Path) -> Result<()> {
+    let binary = dir.join("imds-agent");
+    execute(Command::new(&binary).arg("man").arg(dir.join("man")))?;
     let completions = dir.join("completions");
     fs::create_dir_all(&completions)?;
     for (shell, file) in [("bash", "imds-agent"), ("zsh", "_imds-agent"), ("fish", "imds-agent.fish")] {
-        let output = Command::new(binary).args(["completions", shell]).output()?;
+        let output = Command::new(&binary).args(["completions", shell]).output()?;
         ensure!(output.status.success(), "imds-agent completions {shell} failed");
         fs::write(completions.join(file), output.stdout)?;
     }

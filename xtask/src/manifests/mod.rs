@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result};
 use crate::{
     cache,
     setup::{self, Purpose},
+    test::HOST_CRATES,
     workspace::{artifacts, cargo, execute, root, say},
 };
 
@@ -39,7 +40,7 @@ impl Manifests {
             return Ok(ExitCode::SUCCESS);
         }
         // As for the tests: nothing is compiled twice.
-        execute(cargo("build").args(["--workspace", "--exclude", "imds-ebpf", "--locked"]))?;
+        execute(cargo("build").args(HOST_CRATES))?;
         // Libraries in a directory are at home wherever it is moved, as the programs of a virtual environment are not.
         let mut render = Command::new("python3");
         render.args(["-c", RENDER]).arg(root().canonicalize()?).arg(artifacts("debug")?.join("imds-agent"));
