@@ -8,7 +8,7 @@ use std::{
 };
 
 use imds_tests::{
-    Agent, METADATA, PodLink, World,
+    Agent, Backend, METADATA, PodLink, World,
     foreign::detach_link,
     http::{DEFAULT, exchange, try_get},
     poll::poll_until,
@@ -92,7 +92,7 @@ fn it_is_not_ready_while_a_pod_is_open() {
     }
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
-    let agent = world.agent().resync(3600).spawn_ready();
+    let agent = world.agent().backend(Backend::Tcx).resync(3600).spawn_ready();
     poll_until(LONG, "metrics to be served", || try_get(&world, DEFAULT, "/healthz").ok());
     assert_eq!(get(&world, "/readyz").0, 200);
     detach_link(&world.pin_dir().join(format!("links/pod_edge_{}", pod.host_ifindex)));
