@@ -1,12 +1,12 @@
 //! What the agent itself takes: memory, and CPU while nothing happens, on a node with 250 pods of which the API server tells.
 
-use std::{env, time::Duration};
+use std::time::Duration;
 
 use imds_tests::{
     PodLink, World,
     api_server::{ApiServer, pod},
     kubelet::{Driver, Kubelet, new_uid},
-    measure::{Process, machine},
+    measure::{Process, machine, table},
 };
 
 const PODS: usize = 250;
@@ -47,15 +47,17 @@ fn main() {
     let process = Process::new(agent.pid());
     eprintln!("watching it for {IDLE:?}");
     let used = process.cpu_at_rest(IDLE);
-    println!("{PODS} pods, {} exempt senders, {}", world.status().exemptions.len(), machine());
+    println!("{PODS} pods, {} exempt senders, {}\n", world.status().exemptions.len(), machine());
     let [resident, most, own] = ["VmRSS", "VmHWM", "RssAnon"].map(|kind| process.memory(kind));
-    println!("resident memory    {resident:6.1} MiB (most so far {most:.1})");
-    println!("of it, not a file's {own:5.1} MiB");
-    println!("CPU while idle     {used:6.3} % of one over {} s", IDLE.as_secs());
+    let row = |what: &str, value: String| vec![what.to_owned(), value];
+    let rows = [
+        row("resident memory", format!("{resident:.1} MiB")),
+        row("most so far", format!("{most:.1} MiB")),
+        row("of it not a file's", format!("{own:.1} MiB")),
+        row("CPU", format!("{used:.3} % of one")),
+    ];
+    print!("{}", table(&["at rest", "takes"], &rows));
     drop(agent);
     world.unload();
     drop(pods);
-    if env::var_os("IMDS_AGENT").is_none() && cfg!(debug_assertions) {
-        println!("of an agent that was not built for release");
-    }
 }

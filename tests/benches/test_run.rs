@@ -14,6 +14,7 @@ use imds_ebpf_common::{
 };
 use imds_tests::{
     foreign::Foreign,
+    measure::{Samples, machine, table},
     program::{self, Object},
 };
 
@@ -36,29 +37,46 @@ fn main() {
         .set(SECTION_FILTER, Filter::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint))));
     let ours = enforcing.program(PROG_POD_EDGE);
 
-    println!(
-        "{MAX_ENDPOINTS} endpoints, {ROUNDS} rounds of {REPEAT} runs each; median time of one run, and how many times an \
-         empty program's"
-    );
-    println!("{:<34} {:>9} {:>9} {:>7} {:>15}", "PACKET", "EMPTY", "OURS", "RATIO", "RATIO, MIN-MAX");
-    for (name, packet) in packets() {
-        let rounds: Vec<_> = (0..ROUNDS).map(|_| round(&empty, ours, &packet)).collect();
-        let column = |of: fn(&(f64, f64)) -> f64| {
-            let mut values: Vec<_> = rounds.iter().map(of).collect();
-            values.sort_by(f64::total_cmp);
-            values
-        };
-        let [empty, ours, ratios] =
-            [column(|round| round.0), column(|round| round.1), column(|round| round.1 / round.0)];
-        println!(
-            "{name:<34} {:>6.2} ns {:>6.2} ns {:>7.2} {:>8.2} - {:.2}",
-            empty[ROUNDS / 2],
-            ours[ROUNDS / 2],
-            ratios[ROUNDS / 2],
-            ratios[0],
-            ratios[ROUNDS - 1]
-        );
-    }
+    let rows: Vec<_> = packets()
+        .into_iter()
+        .map(|(name, packet)| {
+            let rounds: Vec<_> = (0..ROUNDS).map(|_| round(&empty, ours, &packet)).collect();
+            let column = |of: fn(&(f64, f64)) -> f64| Samples::new(rounds.iter().map(of));
+            let ratios = column(|round| round.1 / round.0);
+            vec![
+                name.to_owned(),
+                format!("{:.2} ns", column(|round| round.0).median()),
+                format!("{:.2} ns", column(|round| round.1).median()),
+                format!("{:.2}", ratios.median()),
+                format!("{:.2} to {:.2}", ratios.quantile(0), ratios.quantile(100)),
+            ]
+        })
+        .collect();
+    println!("{}; {MAX_ENDPOINTS} endpoints; medians of {ROUNDS} rounds of {REPEAT} runs.\n", machine());
+    let head = ["packet", "empty program", "pod_edge", "times empty", "least and most"];
+    println!("{}", table(&head, &rows));
+    println!("{}", instructions(&enforcing));
+}
+
+/// How long the programs are.
+fn instructions(object: &Object) -> String {
+    let rows: Vec<_> = object
+        .program_names()
+        .into_iter()
+        .map(|name| {
+            let number =
+                |number: Option<u32>| number.map_or("unknown".to_owned(), |number| number.to_string());
+            let [instructions, machine_code] = object.sizes(&name);
+            let verified = number(object.verified_instructions(&name));
+            vec![
+                format!("`{name}`"),
+                number(instructions),
+                format!("{} bytes", number(machine_code)),
+                verified,
+            ]
+        })
+        .collect();
+    table(&["program", "instructions", "compiled", "followed by the verifier"], &rows)
 }
 
 /// As many as there can be.

@@ -63,6 +63,15 @@ impl Object {
         info.verified_instruction_count()
     }
 
+    /// How many instructions a program has in the kernel, and bytes when it is compiled, where the kernel says.
+    pub fn sizes(&self, name: &str) -> [Option<u32>; 2] {
+        let info =
+            self.ebpf.program(name).expect("a program of this name").info().expect("describe a program");
+        let compiled = Some(info.size_jitted()).filter(|&size| size > 0);
+        // Of eight bytes each (struct bpf_insn).
+        [info.size_translated().map(|size| size / 8), compiled]
+    }
+
     /// Names of its programs, sorted.
     pub fn program_names(&self) -> Vec<String> {
         sorted(self.ebpf.programs().map(|(name, _)| name))

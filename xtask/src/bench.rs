@@ -1,30 +1,39 @@
 //! The benchmarks.
 
-use std::process::ExitCode;
+use std::{
+    fs,
+    process::{ExitCode, Stdio},
+};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use nix::unistd::Uid;
 
 use crate::{
     setup::{self, Purpose},
-    workspace::{cargo, execute},
+    workspace::{cargo, describe, execute, root, say},
 };
 
-/// Measure what the BPF programs cost a packet, against an empty program in the same run, and what the agent takes; needs
-/// root
+/// Measure the agent and its programs, beside what does nothing and what others use; needs root, takes half an hour on a
+/// machine that does nothing else
 #[derive(clap::Args)]
 pub(crate) struct Bench {
-    /// Only this one: `test_run` for the programs, `footprint` for the agent
+    /// Only this one: `test_run` for the programs alone, `speed` for packets beside others' guards, `scale` for up to
+    /// 1,000 pods, `footprint` for an agent at rest
     name: Option<String>,
+    /// Write the results to docs/benchmarks.md, with plots
+    #[arg(long)]
+    document: bool,
 }
 
-const ALL: [&str; 2] = ["test_run", "footprint"];
+const ALL: [&str; 4] = ["test_run", "speed", "scale", "footprint"];
+/// Names the directory that the benchmarks write plots to.
+const PLOTS: &str = "IMDS_BENCH_PLOTS";
 
 impl Bench {
     pub(crate) fn run(self) -> Result<ExitCode> {
         let names = match &self.name {
             Some(name) if !ALL.contains(&name.as_str()) => {
-                bail!("there is no {name}, only {}", ALL.join(" and "))
+                bail!("there is no {name}, only {}", ALL.join(", "))
             }
             Some(name) => vec![name.as_str()],
             None => ALL.to_vec(),
@@ -32,11 +41,66 @@ impl Bench {
         if !Uid::effective().is_root() {
             bail!("the benchmarks load BPF programs: run them as root");
         }
-        setup::ensure(Purpose::Build)?;
+        setup::ensure(Purpose::Bench)?;
         execute(cargo("build").args(["--release", "--package", "imds-agent", "--locked"]))?;
         for name in names {
-            execute(cargo("bench").args(["--package", "imds-tests", "--bench", name, "--locked"]))?;
+            let results = self.measure(name)?;
+            print!("{results}");
+            if self.document {
+                write_down(name, &results)?;
+            }
         }
         Ok(ExitCode::SUCCESS)
+    }
+
+    /// What a benchmark writes.
+    fn measure(&self, name: &str) -> Result<String> {
+        let mut bench = cargo("bench");
+        bench
+            .args(["--quiet", "--package", "imds-tests", "--bench", name, "--locked"])
+            .stderr(Stdio::inherit());
+        if self.document {
+            bench.env(PLOTS, root().join("docs"));
+        }
+        let what = describe(&bench);
+        say(&what);
+        let output = bench.output().with_context(|| format!("could not start {what}"))?;
+        if !output.status.success() {
+            bail!("{what} failed ({})", output.status);
+        }
+        String::from_utf8(output.stdout).with_context(|| format!("{what} wrote no text"))
+    }
+}
+
+/// Puts results in their place in the document.
+fn write_down(name: &str, results: &str) -> Result<()> {
+    let path = root().join("docs/benchmarks.md");
+    let text = fs::read_to_string(&path).with_context(|| format!("could not read {}", path.display()))?;
+    let text = with_results(&text, name, results)
+        .with_context(|| format!("{} has no place for {name}", path.display()))?;
+    fs::write(&path, text).with_context(|| format!("could not write {}", path.display()))?;
+    say(format_args!("{} has the results", path.display()));
+    Ok(())
+}
+
+/// `text` with other results between the comments that are about `name`.
+fn with_results(text: &str, name: &str, results: &str) -> Option<String> {
+    let (begin, end) = (format!("<!-- cargo xtask bench {name} --document -->\n"), "<!-- end -->");
+    let (before, rest) = text.split_once(&begin)?;
+    let (_, after) = rest.split_once(end)?;
+    Some(format!("{before}{begin}\n{}\n\n{end}{after}", results.trim()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_take_the_place_of_those_before() {
+        let text = "a\n<!-- cargo xtask bench x --document -->\nold\n<!-- end -->\nb\n";
+        let expected = "a\n<!-- cargo xtask bench x --document -->\n\nnew\n\n<!-- end -->\nb\n";
+        assert_eq!(with_results(text, "x", "new\n").unwrap(), expected);
+        assert_eq!(with_results(expected, "x", "new").unwrap(), expected);
+        assert_eq!(with_results(text, "y", "new"), None);
     }
 }

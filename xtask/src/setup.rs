@@ -23,6 +23,7 @@ pub(crate) struct Setup {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Purpose {
     Build,
+    Bench,
     Test,
     Lint,
     Vm,
@@ -45,6 +46,9 @@ const TEST_TOOLS: [Tool; 5] = [
     Tool { program: "bpftool", package: "bpftool" },
     Tool { program: "nsenter", package: "util-linux" },
 ];
+/// What the benchmarks take beyond that.
+const BENCH_TOOLS: [Tool; 2] =
+    [Tool { program: "ip6tables", package: "iptables" }, Tool { program: "iptables", package: "iptables" }];
 /// What the virtual machines take beyond that, but for what `vm` gets itself.
 const VM_TOOLS: [Tool; 6] = [
     Tool { program: "apt-get", package: "apt" },
@@ -129,11 +133,16 @@ impl Missing {
             let compiler = toolchain.map_or(Compiler::Debian, |toolchain| toolchain.compiler());
             missing.look_for_clippy(host, compiler);
         }
-        if purposes.iter().any(|purpose| matches!(purpose, Purpose::Test | Purpose::Vm | Purpose::EndToEnd)) {
+        if purposes.iter().any(|purpose| {
+            matches!(purpose, Purpose::Bench | Purpose::Test | Purpose::Vm | Purpose::EndToEnd)
+        }) {
             missing.look_for_tools(host, "the tests'", &TEST_TOOLS);
         }
         if purposes.contains(&Purpose::Vm) {
             missing.look_for_tools(host, "the virtual machines'", &VM_TOOLS);
+        }
+        if purposes.contains(&Purpose::Bench) {
+            missing.look_for_tools(host, "the benchmarks'", &BENCH_TOOLS);
         }
         if purposes.contains(&Purpose::Image) {
             missing.look_for_tools(host, "the image's", &IMAGE_TOOLS);
