@@ -92,8 +92,8 @@ impl Collector {
         while let Some(bytes) = self.ring.next() {
             let Some(event) = events::decode(&bytes) else { continue };
             drop(bytes);
-            self.collected.told += 1;
-            self.collected.suppressed += event.suppressed;
+            self.collected.told = self.collected.told.saturating_add(1);
+            self.collected.suppressed = self.collected.suppressed.saturating_add(event.suppressed);
             self.recent.push(event)?;
             if [Verdict::Deny, Verdict::Audit].into_iter().any(|verdict| event.verdict == verdict as u8) {
                 let pod = events::senders(&event).find_map(|sender| self.names.get(sender));
@@ -153,8 +153,8 @@ fn note(
         comm: padded(&comm),
         cgroup: padded(&if pod.is_none() { cgroup_path(event.cgroup) } else { String::new() }),
     });
-    record.count += 1 + event.suppressed;
-    record.bytes += event.bytes;
+    record.count = record.count.saturating_add(event.suppressed).saturating_add(1);
+    record.bytes = record.bytes.saturating_add(event.bytes);
     record.last = record.last.max(now);
     record.pod = padded(pod.map_or("", |pod| &pod.pod));
     denials.put(&key, &record)

@@ -143,7 +143,8 @@ impl Snapshot {
     fn encode_denials(&self, to: &mut Encoder<'_>) -> fmt::Result {
         let mut by_namespace: BTreeMap<String, u64> = BTreeMap::new();
         for (_, record) in &self.denials {
-            *by_namespace.entry(unpadded(&record.namespace)).or_default() += record.count;
+            let count = by_namespace.entry(unpadded(&record.namespace)).or_default();
+            *count = count.saturating_add(record.count);
         }
         let mut most: Vec<_> = by_namespace.into_iter().collect();
         most.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
@@ -285,6 +286,11 @@ impl Snapshot {
             "imds_events_suppressed",
             "Packets and calls of which they told by their number alone, as there were too many",
             [([], suppressed)],
+        )?;
+        to.gauge(
+            "imds_events_untold",
+            "Packets and calls of which nothing was told so far: their number comes with the next of the same sender",
+            [([], self.report.untold)],
         )?;
         to.counter(
             "imds_netlink_overruns",

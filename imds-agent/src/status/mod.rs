@@ -80,6 +80,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
         departed: Counts::default(),
         total: Counts::default(),
         by_hook: BTreeMap::new(),
+        untold: 0,
         problems: Vec::new(),
     };
     if !object::is_loaded(pins) {
@@ -116,6 +117,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
         report.problem(None, "the agent has not looked at every interface yet", "wait, or see its log");
     }
 
+    report.untold = counters::untold(&maps).map_err(unreadable)?;
     let mut counts = counters::read(&maps).map_err(unreadable)?;
     for ((_, number), of_one) in &counts {
         if let Some(hook) = Hook::ALL.into_iter().find(|&hook| hook as u8 == *number) {
