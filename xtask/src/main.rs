@@ -14,6 +14,7 @@ mod lint;
 mod manifests;
 mod run;
 mod setup;
+mod soak;
 mod supervise;
 mod test;
 mod vm;
@@ -48,6 +49,7 @@ enum Command {
     Faults(faults::Faults),
     Manifests(manifests::Manifests),
     Bench(bench::Bench),
+    Soak(soak::Soak),
     Vm(vm::Vm),
 }
 
@@ -66,6 +68,7 @@ impl Command {
             Self::Faults(faults) => faults.run(),
             Self::Manifests(manifests) => manifests.run(),
             Self::Bench(bench) => bench.run(),
+            Self::Soak(soak) => soak.run(),
             Self::Vm(vm) => vm.run(),
         }
     }
