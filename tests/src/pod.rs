@@ -7,7 +7,12 @@ use crate::{Netns, World};
 /// All pod addresses.
 pub(crate) const PODS: &str = "10.244.0.0/16";
 pub(crate) const BRIDGED_GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 244, 2, 1);
+/// That of the pods behind the bridge.
+pub(crate) const BRIDGED_PREFIX: u8 = 18;
 pub(crate) const BRIDGED_GATEWAY_MAC: [u8; 6] = [0x02, 0x42, 10, 244, 2, 1];
+const PODS_OF_SUBNET: u32 = 250;
+/// As many as fit in the bridge's subnet, which ends where that of the others begins.
+const MOST_PODS: u32 = 62 * PODS_OF_SUBNET;
 /// Answered for by proxy ARP, as with Calico and Azure CNI.
 const ROUTED_GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 /// Calico's, for the node's end of every pod's link.
@@ -68,17 +73,19 @@ impl Pod {
     /// The pod's interface, in the pod.
     pub const IFNAME: &str = "eth0";
 
-    pub(crate) fn new(node: &Arc<Netns>, link: PodLink, number: u8) -> Self {
-        let (subnet, gateway_mac) = match link {
-            PodLink::Routed => (1, ROUTED_GATEWAY_MAC),
+    pub(crate) fn new(node: &Arc<Netns>, link: PodLink, number: u32) -> Self {
+        let (first_subnet, gateway_mac) = match link {
+            PodLink::Routed => (64, ROUTED_GATEWAY_MAC),
             PodLink::Bridged => (2, BRIDGED_GATEWAY_MAC),
         };
+        assert!(number < MOST_PODS, "more than {MOST_PODS} pods");
+        let subnet = u8::try_from(first_subnet + number / PODS_OF_SUBNET).expect("less than 64 and 62");
         // The bridge has the first address of its subnet.
-        let host = number.checked_add(2).filter(|host| *host < u8::MAX).expect("at most 252 pods");
+        let host = u8::try_from(number % PODS_OF_SUBNET + 2).expect("less than 250 and 2");
         let address = Ipv4Addr::new(10, 244, subnet, host);
         let mac = [0x02, 0x42, 10, 244, subnet, host];
         // Looks as random as real ones, and differs for every number (Knuth's multiplicative hash).
-        let host_ifname = format!("veth{:08x}", (u32::from(number) + 1).wrapping_mul(2_654_435_761));
+        let host_ifname = format!("veth{:08x}", (number + 1).wrapping_mul(2_654_435_761));
         let netns = Netns::new(&format!("pod{number}"));
         let mut pod =
             Self { netns, address, mac, gateway_mac, host_ifname, host_ifindex: 0, node: Arc::clone(node) };
@@ -130,7 +137,7 @@ impl Pod {
         let (veth, eth0, address) = (&self.host_ifname, Self::IFNAME, self.address);
         self.node.ip(&format!("link set {veth} master {}", World::BRIDGE));
         self.netns.ip(&format!(
-            "addr add {address}/24 dev {eth0}
+            "addr add {address}/{BRIDGED_PREFIX} dev {eth0}
              route add default via {BRIDGED_GATEWAY} dev {eth0}"
         ));
     }

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicU8, Ordering},
+        atomic::{AtomicU32, Ordering},
     },
 };
 
@@ -16,7 +16,7 @@ use crate::{
     arrivals::Counter,
     cgroup::Cgroup,
     pins::PinDir,
-    pod::{BRIDGED_GATEWAY, BRIDGED_GATEWAY_MAC, PODS, mac_text},
+    pod::{BRIDGED_GATEWAY, BRIDGED_GATEWAY_MAC, BRIDGED_PREFIX, PODS, mac_text},
     services::Services,
 };
 
@@ -61,7 +61,7 @@ pub struct World {
     /// Where the sockets are that the agent guards, if it does.
     cgroup: Cgroup,
     arrivals: Counter,
-    pods: AtomicU8,
+    pods: AtomicU32,
     _services: Services,
     services_v6: Option<Services>,
 }
@@ -90,7 +90,7 @@ impl World {
              addr add {NODE_ADDRESS}/24 dev {uplink}
              link set {uplink} up
              link add {bridge} address {bridge_mac} type bridge
-             addr add {BRIDGED_GATEWAY}/24 dev {bridge}
+             addr add {BRIDGED_GATEWAY}/{BRIDGED_PREFIX} dev {bridge}
              link set {bridge} up",
             uplink = Self::UPLINK,
             fabric = fabric.name(),
@@ -116,7 +116,7 @@ impl World {
             agent: None,
             cgroup: Cgroup::new(),
             arrivals,
-            pods: AtomicU8::new(0),
+            pods: AtomicU32::new(0),
             _services: services,
             services_v6: None,
         }
@@ -146,7 +146,8 @@ impl World {
 
     /// Gives a pod with a routed link an IPv6 address and the way out of the node.
     pub fn add_pod_ipv6(&self, pod: &Pod) -> Ipv6Addr {
-        let number = u16::from(pod.address.octets()[3]);
+        let [.., subnet, host] = pod.address.octets();
+        let number = u16::from_be_bytes([subnet, host]);
         let address = Ipv6Addr::new(0xfd10, 0x244, 0, 0, 0, 0, 0, number);
         let (veth, eth0) = (&pod.host_ifname, Pod::IFNAME);
         enable_ipv6(&pod.netns);
