@@ -90,13 +90,13 @@ impl<'w> Cluster<'w> {
         let uid = new_uid();
         let mut cgroup = self.kubelet.add_pod(&uid, driver);
         let pod = self.world.add_pod(link);
-        if number % 4 == 0 {
+        if number.is_multiple_of(4) {
             self.exempt.lock().expect("no thread panicked").insert(pod.address);
         }
         cgroup.start_in(&pod.netns);
         self.made.fetch_add(1, Ordering::Relaxed);
         let tenant = Tenant { uid, cgroup, pod };
-        self.tell(&tenant, number % 4 == 0);
+        self.tell(&tenant, number.is_multiple_of(4));
         tenant
     }
 
@@ -108,7 +108,7 @@ impl<'w> Cluster<'w> {
     /// The API server hears of it before or after the kernel does.
     fn remove(&self, tenant: Tenant, number: u32) {
         let Tenant { uid, cgroup, pod } = tenant;
-        if number % 2 == 0 {
+        if number.is_multiple_of(2) {
             self.server.delete(&uid);
             drop((cgroup, pod));
         } else {

@@ -59,7 +59,7 @@ fn main() -> ExitCode {
         let last = sampler.row(&load, &follower);
         println!("{last}");
         println!("agent {number} is {}", if number < AGENTS { "killed" } else { "told to stop" });
-        outcome.add(rows, &last, follower.stop(), sampler.objects());
+        outcome.add(&rows, &last, follower.stop(), sampler.objects());
         outcome.held_at_rest.push(sample::held(&world));
         if number < AGENTS {
             agent.kill9();

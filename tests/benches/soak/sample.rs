@@ -111,6 +111,7 @@ impl<'w> Sampler<'w> {
         self.objects.extend(objects(&self.process));
         let (ticks, now) = (ticks(&self.process), Instant::now());
         let (ticks_before, then) = std::mem::replace(&mut self.before, (ticks, now));
+        let spent = u32::try_from(ticks.saturating_sub(ticks_before)).unwrap_or(u32::MAX);
         let (metrics, arrivals) = (Metrics::read(self.world), self.world.arrivals());
         Row {
             elapsed: self.start.elapsed(),
@@ -118,7 +119,7 @@ impl<'w> Sampler<'w> {
             anonymous: memory(&self.process, "RssAnon"),
             descriptors: fs::read_dir(format!("{}/fd", self.process)).map_or(0, |fds| fds.count() as u64),
             // There are 100 in a second.
-            cpu_percent: (ticks - ticks_before) as f64 / (now - then).as_secs_f64(),
+            cpu_percent: (now - then).as_secs_f64().recip() * f64::from(spent),
             pods: load.pods(),
             reloads: metrics.get("imds_config_reloads_total{result=\"succeeded\"}"),
             refused: metrics.get("imds_config_reloads_total{result=\"failed\"}"),

@@ -72,7 +72,7 @@ impl fmt::Display for Measured {
 
 impl Outcome {
     /// Takes in what was seen of one agent, `last` of all at rest.
-    pub(crate) fn add(&mut self, rows: Vec<Row>, last: &Row, heard: (u64, u64), objects: BTreeSet<Object>) {
+    pub(crate) fn add(&mut self, rows: &[Row], last: &Row, heard: (u64, u64), objects: BTreeSet<Object>) {
         let all = |get: fn(&Row) -> u64| rows.iter().map(get).collect::<Vec<_>>();
         self.agents.push(Usage {
             memory: Measured::of(&all(|row| row.anonymous)),
