@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use futures_util::{Stream, StreamExt as _};
+use futures_util::{FutureExt as _, Stream, StreamExt as _};
 use tokio::{
     io::unix::AsyncFd,
     signal::unix::{Signal, SignalKind, signal},
@@ -32,6 +32,9 @@ use crate::{
 const QUIET: Duration = Duration::from_millis(20);
 /// How long it is waited for that at most.
 const PATIENCE: Duration = Duration::from_millis(500);
+
+/// How much news of the kernel's is taken in before anything else has its turn.
+const AT_ONCE: usize = 256;
 
 /// With each so many looks at what is attached, interfaces and routes are read anew, too. The kernel sends news of them, and
 /// says where some were lost.
@@ -172,14 +175,12 @@ impl Agent {
         loop {
             self.server.beat(self.done());
             tokio::select! {
-                event = events.next() => {
-                    let event = event.context("lost the connection to rtnetlink: pods can't be followed")?;
-                    report(self.guard.handle(event).await);
-                }
+                event = events.next() => self.take_in(event, &mut events).await?,
                 news = self.cluster.next() => self.hear(news).await,
                 collected = collect(&mut self.collector) => if let Err(error) = collected {
                     self.lose_collector(&error);
                 },
+                index = self.guard.link_due() => self.guard.raise(index).await,
                 () = self.guard.exemptions_changed() => report(self.guard.restore_exemptions().await),
                 () = self.guard.kubepods_changed() => report(self.guard.follow_kubepods()),
                 _ = self.timer.tick() => {
@@ -222,6 +223,25 @@ impl Agent {
         }
         self.supervisor.stopping();
         log::info!("stopping; what is attached stays in force until `imds-agent unload`");
+        Ok(())
+    }
+
+    /// Takes in one piece of news, and those that have come meanwhile.
+    async fn take_in(
+        &mut self,
+        mut event: Option<Event>,
+        events: &mut (impl Stream<Item = Event> + Unpin),
+    ) -> anyhow::Result<()> {
+        for left in (0..AT_ONCE).rev() {
+            let news = event.context("lost the connection to rtnetlink: pods can't be followed")?;
+            report(self.guard.handle(news).await);
+            // What is asked for here must be taken in, too.
+            match (left > 0).then(|| events.next().now_or_never()).flatten() {
+                Some(next) => event = next,
+                None => break,
+            }
+        }
+        report(self.guard.settle().await);
         Ok(())
     }
 

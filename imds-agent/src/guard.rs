@@ -2,14 +2,19 @@
 
 mod exempt;
 mod hosts;
+mod provisional;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    future::pending,
     path::Path,
 };
 
 use imds_ebpf_common::{Backend, Edge, Hook, Role};
 use log::Level;
+use tokio::time::sleep_until;
+
+use self::provisional::Provisional;
 
 use crate::{
     config::{Config, Interfaces},
@@ -22,7 +27,7 @@ use crate::{
         senders::Finder,
     },
     pods::Pods,
-    reconcile::{Action, Place, plan},
+    reconcile::{Action, Attachment, Place, plan},
     settings::Settings,
     state::role,
 };
@@ -75,6 +80,12 @@ pub struct Guard {
     settled: bool,
     /// Whether what changes is what the operator asked for.
     is_asked: bool,
+    /// Whether links have changed since exemptions were looked at.
+    is_unsettled: bool,
+    /// Pods' links that a filter holds for now, where that is a way to hold them.
+    provisional: Option<Provisional>,
+    /// The one of them whose turn it is.
+    raising: Option<u32>,
     repairs: Repairs,
     writes: Writes,
 }
@@ -103,9 +114,19 @@ impl Guard {
             no_kubepods: None,
             settled: false,
             is_asked: false,
+            is_unsettled: false,
+            provisional: None,
+            raising: None,
             repairs: Repairs::default(),
             writes: Writes::default(),
         }
+    }
+
+    /// The same guard, by which new links of pods are held by filters until there is time for TCX.
+    #[must_use]
+    pub fn with_filters_first(mut self) -> Self {
+        self.provisional = Some(Provisional::new());
+        self
     }
 
     /// How often maps were written for who is exempt and who is who.
@@ -289,16 +310,20 @@ impl Guard {
         Ok(())
     }
 
-    /// Takes in one piece of news.
+    /// Takes in one piece of news. What it means for exemptions is for [`Guard::settle`], but for what is taken from links
+    /// that are gone or others' now: that is at once.
     pub async fn handle(&mut self, event: Event) -> Result<(), DatapathError> {
+        if let (Some(provisional), Event::Link(_) | Event::LinkGone(_)) = (&mut self.provisional, &event) {
+            provisional.hear();
+        }
         match event {
             Event::Link(link) => {
+                self.is_unsettled |= self.links.get(&link.index) != Some(&link);
                 self.see(link).await;
-                self.restore_exemptions().await?;
             }
             Event::LinkGone(index) => {
+                self.is_unsettled |= self.links.contains_key(&index);
                 self.forget(index);
-                self.restore_exemptions().await?;
             }
             Event::Filter(index) => {
                 if let Some(link) = self.links.get(&index).cloned() {
@@ -315,6 +340,42 @@ impl Guard {
             }
         }
         Ok(())
+    }
+
+    /// Grants what the links that are there now are to have, where news was taken in since it was done last: once for all
+    /// news that came together, as it takes the longer the more pods there are.
+    pub async fn settle(&mut self) -> Result<(), DatapathError> {
+        if std::mem::take(&mut self.is_unsettled) { self.restore_exemptions().await } else { Ok(()) }
+    }
+
+    /// Waits for the turn of a link that a filter holds for now.
+    pub async fn link_due(&self) -> u32 {
+        match self.provisional.as_ref().and_then(Provisional::next) {
+            Some((index, due)) => {
+                sleep_until(due).await;
+                index
+            }
+            None => pending().await,
+        }
+    }
+
+    /// Puts TCX in the place of the filter that holds this link.
+    pub async fn raise(&mut self, index: u32) {
+        if let Some(provisional) = &mut self.provisional {
+            provisional.raise(index);
+        }
+        if let Some(link) = self.links.get(&index).cloned() {
+            self.raising = Some(index);
+            self.see(link).await;
+            self.raising = None;
+        }
+    }
+
+    /// Does so for all links, without waiting for anything.
+    pub async fn raise_all(&mut self) {
+        while let Some((index, _)) = self.provisional.as_ref().and_then(Provisional::next) {
+            self.raise(index).await;
+        }
     }
 
     async fn reclassify(&mut self) -> Result<(), NetlinkError> {
@@ -386,11 +447,15 @@ impl Guard {
         }
         // What the role asks for is attached before anything else is taken away.
         actual.sort_by_key(|(edge, _)| role.edge() != Some(*edge));
+        let mut backend = Backend::None;
         for (edge, attachments) in actual {
-            let wanted = self.datapath.wanted(role, edge);
+            let wanted = self.choose(link, role, edge, &attachments)?;
+            if role.edge() == Some(edge) {
+                backend = wanted;
+            }
             let actions = plan(wanted, &attachments);
             for &action in &actions {
-                if let (Edge::Pod, Action::Attach(_)) = (edge, action) {
+                if let (Edge::Pod, Action::Attach(_), []) = (edge, action, &attachments[..]) {
                     // Nothing of ours is there: the link may be another one than was granted something.
                     self.datapath.revoke(link.index)?;
                 }
@@ -402,14 +467,33 @@ impl Guard {
                 self.warn_if_stuck(link, edge).await?;
             }
         }
-        let backend = role.edge().map_or(Backend::None, |edge| self.datapath.wanted(role, edge));
         self.datapath.record(link, role, backend)
+    }
+
+    /// How an edge of this link is to be attached now.
+    fn choose(
+        &mut self,
+        link: &Link,
+        role: Role,
+        edge: Edge,
+        actual: &[Attachment],
+    ) -> Result<Backend, DatapathError> {
+        let wanted = self.datapath.wanted(role, edge);
+        match &mut self.provisional {
+            Some(provisional)
+                if (edge, wanted) == (Edge::Pod, Backend::Tcx) && self.raising != Some(link.index) =>
+            {
+                let has_company = actual.is_empty() && Datapath::has_company(link)?;
+                Ok(provisional.choose(link.index, actual, has_company))
+            }
+            _ => Ok(wanted),
+        }
     }
 
     fn report(&mut self, link: &Link, (role, edge): (Role, Edge), action: Action, is_new: bool) {
         let Link { name, index, .. } = link;
         let (at, level) = (edge.hook().name(), self.level_of_change());
-        if level == Level::Warn {
+        if level == Level::Warn && self.raising != Some(*index) {
             match action {
                 Action::Attach(_) if !is_new => self.repairs.attached += 1,
                 Action::Replace(_) => self.repairs.replaced += 1,
@@ -419,6 +503,10 @@ impl Guard {
             }
         }
         match action {
+            // With each pod, once it is calm.
+            Action::Attach(_) | Action::Detach(_) if self.raising == Some(*index) => {
+                log::debug!("{name} (index {index}): {action:?}, as it is this link's turn");
+            }
             Action::Attach(backend) if is_new => {
                 log::info!("guarding {name} (index {index}) at {at} by {}", backend.name());
             }
@@ -468,6 +556,9 @@ impl Guard {
 
     fn forget(&mut self, index: u32) {
         self.pods.link_went(index);
+        if let Some(provisional) = &mut self.provisional {
+            provisional.forget(index);
+        }
         if let Some(link) = self.links.remove(&index) {
             log::info!("{} (index {index}) is gone", link.name);
         }

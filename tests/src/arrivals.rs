@@ -13,13 +13,9 @@ use std::{
     time::Duration,
 };
 
-use nix::{
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-    sched::{CpuSet, sched_setaffinity},
-    unistd::Pid,
-};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::{METADATA, METADATA_V6, Netns, PacketSocket, SERVICE};
+use crate::{METADATA, METADATA_V6, Netns, PacketSocket, SERVICE, measure::run_on};
 
 /// The discard port: nothing listens there.
 const BARRIER_PORT: u16 = 9;
@@ -200,10 +196,4 @@ fn barrier_mark(packet: &[u8]) -> Option<u64> {
     let to_barrier = packet.get(9) == Some(&UDP) && packet.get(22..24)? == BARRIER_PORT.to_be_bytes();
     let mark = packet.get(28..)?.first_chunk()?;
     to_barrier.then_some(u64::from_be_bytes(*mark))
-}
-
-fn run_on(cpu: usize) {
-    let mut set = CpuSet::new();
-    set.set(cpu).expect("a CPU of this machine");
-    sched_setaffinity(Pid::from_raw(0), &set).expect("sched_setaffinity");
 }

@@ -3,7 +3,7 @@
 use std::{
     ffi::CString,
     fs, io,
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
     os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
 };
@@ -26,13 +26,14 @@ const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_DETACH: libc::c_long = 34;
 const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
+const BPF_PROG_TYPE_CGROUP_SOCK_ADDR: u32 = 18;
 const BPF_TCX_INGRESS: u32 = 46;
 const BPF_TCX_EGRESS: u32 = 47;
 const BPF_F_BEFORE: u32 = 1 << 3;
 /// `bpf_redirect`.
 const REDIRECT: u32 = 23;
 
-/// A TC program that does the same with every packet. It goes with the last link or filter that has it.
+/// A program that does the same with every packet, or call. It goes with the last link or filter that has it.
 #[derive(Debug)]
 pub struct Foreign {
     program: OwnedFd,
@@ -46,7 +47,7 @@ impl Foreign {
     pub fn returning(action: i32) -> Self {
         // r0 = action; exit
         let instructions = [0xb7_u64 | u64::from(action.cast_unsigned()) << 32, 0x95];
-        Self::load(&instructions).expect("load a program of two instructions")
+        Self::load(&instructions, TC).expect("load a program of two instructions")
     }
 
     /// Loads a program that sends packets out of the interface with this index.
@@ -61,12 +62,22 @@ impl Foreign {
         let set = |(register, argument): (u64, &u32)| 0xb7 | register << 8 | u64::from(*argument) << 32;
         let mut instructions: Vec<_> = (1..).zip(arguments).map(set).collect();
         instructions.extend([0x85 | u64::from(helper) << 32, 0x95]);
-        Self::load(&instructions)
+        Self::load(&instructions, TC)
     }
 
-    fn load(instructions: &[u64]) -> io::Result<Self> {
+    /// Loads a program for a hook of sockets, by its `bpf_attach_type`, that lets every call go on.
+    #[must_use]
+    pub fn allowing_calls(attach_type: u32) -> Self {
+        // r0 = 1; exit
+        let instructions = [0xb7_u64 | 1 << 32, 0x95];
+        let kind = Kind { prog_type: BPF_PROG_TYPE_CGROUP_SOCK_ADDR, expected_attach_type: attach_type };
+        Self::load(&instructions, kind).expect("load a program of two instructions")
+    }
+
+    fn load(instructions: &[u64], kind: Kind) -> io::Result<Self> {
         let mut attributes = ProgLoad {
-            prog_type: BPF_PROG_TYPE_SCHED_CLS,
+            prog_type: kind.prog_type,
+            expected_attach_type: kind.expected_attach_type,
             insn_cnt: instructions.len().try_into().expect("a few instructions"),
             insns: address(instructions),
             license: address(c"GPL".to_bytes_with_nul()),
@@ -83,6 +94,11 @@ impl Foreign {
             ObjPin { pathname: address(path.as_bytes_with_nul()), bpf_fd: raw(&program), file_flags: 0 };
         bpf(BPF_OBJ_PIN, &mut attributes).expect("pin a program");
         Ok(Self { program, pin, _pins: pins })
+    }
+
+    /// Its descriptor.
+    pub fn program(&self) -> BorrowedFd<'_> {
+        self.program.as_fd()
     }
 
     /// Where it is pinned.
@@ -126,6 +142,15 @@ pub fn detach_link(pin: &Path) {
     bpf(BPF_LINK_DETACH, &mut raw(&link)).expect("detach a link");
 }
 
+/// Type of a program, and what it will be attached to where the type leaves that open.
+#[derive(Clone, Copy, Debug)]
+struct Kind {
+    prog_type: u32,
+    expected_attach_type: u32,
+}
+
+const TC: Kind = Kind { prog_type: BPF_PROG_TYPE_SCHED_CLS, expected_attach_type: 0 };
+
 /// The part of `union bpf_attr` that `BPF_PROG_LOAD` needs.
 #[repr(C)]
 #[derive(Default)]
@@ -140,6 +165,8 @@ struct ProgLoad {
     kern_version: u32,
     prog_flags: u32,
     prog_name: [u8; 16],
+    prog_ifindex: u32,
+    expected_attach_type: u32,
 }
 
 /// The same for `BPF_OBJ_PIN` and `BPF_OBJ_GET`.

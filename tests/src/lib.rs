@@ -15,6 +15,7 @@ pub mod foreign;
 pub mod hook;
 pub mod http;
 pub mod kubelet;
+pub mod measure;
 pub mod netns;
 pub mod packets;
 pub mod poll;

@@ -100,6 +100,9 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     }
     let finder = Finder::new().context("can't tell this network namespace")?;
     let mut guard = Guard::new(datapath, netlink, &settings, finder);
+    if (args.tc_backend, node.backend) == (TcBackend::Auto, Backend::Tcx) {
+        guard = guard.with_filters_first();
+    }
     if !args.once {
         let period = Duration::from_secs(args.resync);
         let server = Server::new(PinDir::new(&args.pins.pin_dir)?, Netlink::connect()?, period);
@@ -129,6 +132,7 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         return Ok(ExitCode::SUCCESS);
     }
     guard.start(&settings, source.path(), &config).await?;
+    guard.raise_all().await;
     let failures: Vec<_> = guard.failures().map(|(name, failure)| format!("{name}: {failure}")).collect();
     if failures.is_empty() {
         Ok(ExitCode::SUCCESS)

@@ -45,9 +45,9 @@ pub(super) fn write(maps: &mut Maps, wanted: &Grants) -> Result<usize, DatapathE
 
 /// Takes from `subject` all that is granted to it.
 pub(super) fn revoke(maps: &mut Maps, subject: Subject) -> Result<(), DatapathError> {
-    let of_subject = |exemption: &Exemption| exemption.subject == subject;
-    let granted: Vec<_> = read(maps).map_err(of_exemptions)?.into_keys().filter(of_subject).collect();
-    granted.iter().try_for_each(|exemption| remove(maps, exemption))
+    let granted: Vec<_> = maps.exempt.keys().collect::<Result<_, _>>().map_err(of_exemptions)?;
+    let of_subject = granted.iter().filter(|exemption: &&Exemption| exemption.subject == subject);
+    of_subject.into_iter().try_for_each(|exemption| remove(maps, exemption))
 }
 
 fn remove(maps: &mut Maps, exemption: &Exemption) -> Result<(), DatapathError> {

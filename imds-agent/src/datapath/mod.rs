@@ -280,6 +280,12 @@ impl Datapath {
         Ok(attachments)
     }
 
+    /// Whether TCX programs of others see what a pod sends before any filter does.
+    pub fn has_company(link: &Link) -> Result<bool, DatapathError> {
+        let spot = Spot { ifindex: link.index, edge: Edge::Pod };
+        Ok(!tcx::programs(spot)?.is_empty())
+    }
+
     /// Carries out one action on an edge of an interface.
     pub async fn apply(&mut self, link: &Link, edge: Edge, action: Action) -> Result<(), DatapathError> {
         let spot = Spot { ifindex: link.index, edge };

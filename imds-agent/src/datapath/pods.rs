@@ -79,23 +79,23 @@ pub(super) fn write(
         writes += 1;
     }
     for (subject, Name { pod, container }) in names {
-        let key = (pod.uid.clone(), container.unwrap_or_default().to_owned());
-        if told.get(subject) != Some(&key) {
-            maps.pods.insert(subject, record(pod, *container), 0).map_err(failed)?;
-            told.insert(*subject, key);
+        let container = container.unwrap_or_default();
+        if !told.get(subject).is_some_and(|(uid, told)| *uid == pod.uid && told == container) {
+            maps.pods.insert(subject, record(pod, container), 0).map_err(failed)?;
+            told.insert(*subject, (pod.uid.clone(), container.to_owned()));
             writes += 1;
         }
     }
     Ok(writes)
 }
 
-fn record(pod: &Pod, container: Option<&str>) -> PodRecord {
+fn record(pod: &Pod, container: &str) -> PodRecord {
     let label = LABELS.iter().find_map(|&key| Some(format!("{key}={}", pod.labels.get(key)?)));
     PodRecord {
         namespace: padded(&pod.namespace),
         name: padded(&pod.name),
         service_account: padded(&pod.service_account),
-        container: padded(container.unwrap_or_default()),
+        container: padded(container),
         label: padded(&label.unwrap_or_default()),
         uid: padded(&pod.uid),
     }

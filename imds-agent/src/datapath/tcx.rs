@@ -73,8 +73,7 @@ impl Links {
         program: u32,
     ) -> Result<Option<Attachment>, DatapathError> {
         let Some(held) = self.links.get_mut(&spot) else { return Ok(None) };
-        let entries = bpf::tcx_entries(spot.ifindex, spot.direction())
-            .map_err(failed("listing programs", spot.ifindex))?;
+        let entries = programs(spot)?;
         let held_entry = entries.iter().enumerate().find(|(_, entry)| entry.link == held.id);
         let Some((position, entry)) = held_entry else {
             self.forget(pins, spot)?;
@@ -162,6 +161,11 @@ impl Held {
         }
         self.pin.is_some()
     }
+}
+
+/// All programs of a hook, in the order in which they run.
+pub(super) fn programs(spot: Spot) -> Result<Vec<bpf::Entry>, DatapathError> {
+    bpf::tcx_entries(spot.ifindex, spot.direction()).map_err(failed("listing programs", spot.ifindex))
 }
 
 /// Detaches the link that is pinned at `path`, at once, and unpins it. Returns whether it was attached.

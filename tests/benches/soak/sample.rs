@@ -12,6 +12,7 @@ use aya::{maps::loaded_maps, programs::loaded_programs};
 use imds_tests::{
     Agent, World,
     http::{DEFAULT, try_get},
+    measure::Process,
     poll::try_poll,
     probe::LONG,
 };
@@ -87,8 +88,9 @@ pub(crate) struct Sampler<'w> {
     world: &'w World,
     process: String,
     start: Instant,
-    /// CPU time in ticks, and when it was so much.
-    before: (u64, Instant),
+    usage: Process,
+    /// Seconds of CPU time, and when it was so much.
+    before: (f64, Instant),
     objects: BTreeSet<Object>,
 }
 
@@ -103,23 +105,22 @@ impl<'w> Sampler<'w> {
     /// Since the `start` of the first agent.
     pub(crate) fn new(world: &'w World, agent: &Agent<'_>, start: Instant) -> Self {
         let process = format!("/proc/{}", agent.pid());
-        let before = (ticks(&process), Instant::now());
-        Self { world, process, start, before, objects: BTreeSet::new() }
+        let usage = Process::new(agent.pid());
+        let before = (usage.cpu(), Instant::now());
+        Self { world, process, start, usage, before, objects: BTreeSet::new() }
     }
 
     pub(crate) fn row(&mut self, load: &Load<'_>, follower: &Follower) -> Row {
         self.objects.extend(objects(&self.process));
-        let (ticks, now) = (ticks(&self.process), Instant::now());
-        let (ticks_before, then) = std::mem::replace(&mut self.before, (ticks, now));
-        let spent = u32::try_from(ticks.saturating_sub(ticks_before)).unwrap_or(u32::MAX);
+        let (cpu, now) = (self.usage.cpu(), Instant::now());
+        let (cpu_before, then) = std::mem::replace(&mut self.before, (cpu, now));
         let (metrics, arrivals) = (Metrics::read(self.world), self.world.arrivals());
         Row {
             elapsed: self.start.elapsed(),
             rss: memory(&self.process, "VmRSS"),
             anonymous: memory(&self.process, "RssAnon"),
             descriptors: fs::read_dir(format!("{}/fd", self.process)).map_or(0, |fds| fds.count() as u64),
-            // There are 100 in a second.
-            cpu_percent: (now - then).as_secs_f64().recip() * f64::from(spent),
+            cpu_percent: 100.0 * (cpu - cpu_before) / (now - then).as_secs_f64(),
             pods: load.pods(),
             reloads: metrics.get("imds_config_reloads_total{result=\"succeeded\"}"),
             refused: metrics.get("imds_config_reloads_total{result=\"failed\"}"),
@@ -209,13 +210,6 @@ impl Metrics {
     fn sum(&self, is_wanted: impl Fn(&str) -> bool) -> u64 {
         self.0.iter().filter(|(series, _)| is_wanted(series)).map(|(_, value)| value).sum()
     }
-}
-
-/// CPU time so far (proc(5): fields 14 and 15 of stat).
-fn ticks(process: &str) -> u64 {
-    let stat = fs::read_to_string(format!("{process}/stat")).expect("read the agent's stat");
-    let (_, behind_name) = stat.rsplit_once(')').expect("a name in parentheses");
-    behind_name.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum()
 }
 
 fn memory(process: &str, key: &str) -> u64 {

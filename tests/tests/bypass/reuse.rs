@@ -46,8 +46,8 @@ fn rename_and_move(world: &World, pod: &Pod) {
          link set cni1 up
          link set other0 master cni1
          link set other0 up
-         addr del {1}/24 dev {2}
-         addr add {1}/24 dev cni1",
+         addr del {1}/18 dev {2}
+         addr add {1}/18 dev cni1",
         pod.host_ifname,
         bridge_address(world),
         World::BRIDGE

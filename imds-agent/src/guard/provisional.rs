@@ -1,0 +1,121 @@
+//! Filters that hold pods' links until there is time for TCX.
+//!
+//! The kernel attaches to TCX under the lock of all network devices and waits, with that held, until no CPU runs the list
+//! of programs that was there before (`tcx_entry_sync`, include/net/tcx.h): some 15 ms with `CONFIG_HZ=250`. Of a thousand
+//! pods, the last would be attached after 15 s, and whoever makes pods meanwhile would wait for the same lock. A filter
+//! takes no such wait. So each link gets one at once, and its TCX link in its place when nothing else is going on.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use imds_ebpf_common::Backend;
+use tokio::time::Instant;
+
+use crate::reconcile::{Attachment, Place};
+
+/// How long there was no news of links where nothing is going on.
+const CALM: Duration = Duration::from_millis(250);
+/// Between two links that get theirs, for others to have the lock.
+const PAUSE: Duration = Duration::from_millis(100);
+/// How long a link waits for calm at most.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Links that are held by a filter for now.
+#[derive(Debug)]
+pub(super) struct Provisional {
+    /// Since when, by index.
+    since: BTreeMap<u32, Instant>,
+    last_news: Instant,
+    last_raised: Instant,
+}
+
+impl Provisional {
+    pub(super) fn new() -> Self {
+        let now = Instant::now();
+        Self { since: BTreeMap::new(), last_news: now, last_raised: now }
+    }
+
+    /// How the link with this index is to be attached for now, where TCX is what it is to have. `actual`: what of ours is
+    /// there, `has_company`: whether there are TCX programs of others, which run before all filters.
+    pub(super) fn choose(&mut self, index: u32, actual: &[Attachment], has_company: bool) -> Backend {
+        let is_held_first = |attachment: &Attachment| {
+            attachment.backend == Backend::Clsact && attachment.place == Place::First
+        };
+        if has_company || !actual.iter().all(is_held_first) {
+            self.forget(index);
+            return Backend::Tcx;
+        }
+        self.since.entry(index).or_insert_with(Instant::now);
+        Backend::Clsact
+    }
+
+    /// There was news of links.
+    pub(super) fn hear(&mut self) {
+        self.last_news = Instant::now();
+    }
+
+    /// The link that is next to get TCX, and when.
+    pub(super) fn next(&self) -> Option<(u32, Instant)> {
+        let (&index, &since) = self.since.iter().min_by_key(|(_, since)| **since)?;
+        let calm = self.last_news + CALM;
+        Some((index, calm.min(since + PATIENCE).max(self.last_raised + PAUSE)))
+    }
+
+    /// The link has its turn.
+    pub(super) fn raise(&mut self, index: u32) {
+        self.last_raised = Instant::now();
+        self.forget(index);
+    }
+
+    /// The link is gone, or held as it is to be.
+    pub(super) fn forget(&mut self, index: u32) {
+        self.since.remove(&index);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FILTER: Attachment =
+        Attachment { backend: Backend::Clsact, current: true, pinned: true, place: Place::First };
+
+    #[tokio::test(start_paused = true)]
+    async fn a_filter_comes_first_and_stays_until_its_turn() {
+        let mut provisional = Provisional::new();
+        assert_eq!(provisional.next(), None);
+        assert_eq!(provisional.choose(7, &[], false), Backend::Clsact);
+        assert_eq!(provisional.choose(7, &[FILTER], false), Backend::Clsact);
+        let (index, due) = provisional.next().unwrap();
+        assert_eq!((index, due), (7, Instant::now() + CALM));
+        provisional.raise(7);
+        assert_eq!(provisional.next(), None);
+    }
+
+    #[test]
+    fn where_others_would_run_before_a_filter_there_is_none() {
+        let mut provisional = Provisional::new();
+        assert_eq!(provisional.choose(7, &[], true), Backend::Tcx);
+        for place in [Place::Behind, Place::Stuck] {
+            assert_eq!(provisional.choose(7, &[Attachment { place, ..FILTER }], false), Backend::Tcx);
+        }
+        let link = Attachment { backend: Backend::Tcx, ..FILTER };
+        assert_eq!(provisional.choose(7, &[FILTER, link], false), Backend::Tcx);
+        assert_eq!(provisional.next(), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn links_take_turns_with_pauses_and_do_not_wait_for_calm_for_ever() {
+        let mut provisional = Provisional::new();
+        for index in [7, 8] {
+            provisional.choose(index, &[], false);
+            tokio::time::advance(Duration::from_millis(1)).await;
+        }
+        provisional.raise(7);
+        provisional.last_news -= CALM;
+        assert_eq!(provisional.next(), Some((8, Instant::now() + PAUSE)));
+        tokio::time::advance(PATIENCE).await;
+        provisional.hear();
+        let (_, due) = provisional.next().unwrap();
+        assert!(due <= Instant::now());
+    }
+}

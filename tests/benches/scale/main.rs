@@ -1,0 +1,225 @@
+//! How the agent grows with the pods of a node: to cover them, to follow new ones, to be started again, and what it takes.
+//!
+//! Pods have a namespace, a routed link, a cgroup with a process, and are in the API server, every fifth of them exempt by
+//! a rule. Those that come and go while it is measured are links into other namespaces.
+
+mod churn;
+#[path = "../plot.rs"]
+mod plot;
+
+use std::{
+    io,
+    os::unix::net::UnixDatagram,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use imds_tests::{
+    Agent, METADATA, Netns, Pod, PodLink, World,
+    api_server::{ApiServer, pod},
+    flood::Flood,
+    kubelet::{Driver, Kubelet, PodCgroup, new_uid},
+    measure::{Process, Samples, machine, table},
+    poll::poll_until,
+};
+
+use churn::Churn;
+
+const SIZES: [usize; 5] = [10, 30, 100, 300, 1000];
+const NODE: &str = "node-0";
+const HOOKS: &[&str] = &["pod_edge", "node_edge", "socket"];
+/// How often each start is measured.
+const STARTS: usize = 5;
+/// How long nothing happens while CPU time is measured.
+const REST: Duration = Duration::from_secs(20);
+/// How long an agent may take to say that all is guarded.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+fn main() {
+    let node = Node::new();
+    let mut pods: Vec<(Pod, PodCgroup)> = Vec::new();
+    let rows = SIZES.map(|size| {
+        eprintln!("{size} pods");
+        pods.extend((pods.len()..size).map(|number| node.add_pod(number)));
+        let row = node.measure(&pods);
+        eprintln!("{}", row.cells().join(", "));
+        row
+    });
+    println!(
+        "{}; medians of {STARTS} starts, {} of {} links for news.\n",
+        machine(),
+        churn::LINKS,
+        "each size"
+    );
+    let line = |of: fn(&Row) -> f64| rows.iter().map(|row| (row.pods as f64, of(row))).collect::<Vec<_>>();
+    plot::lines(
+        "benchmarks-scale",
+        "Milliseconds, by pods",
+        &[
+            ("all covered from start", line(|row| row.start)),
+            ("restarted", line(|row| row.restart)),
+            ("news of a link to its filter, p99", line(|row| row.news.quantile(99))),
+        ],
+    );
+    print!("{}", table(&HEAD, &rows.each_ref().map(Row::cells)));
+}
+
+const HEAD: [&str; 9] = [
+    "pods",
+    "covered from start",
+    "restarted",
+    "restarted in a flood",
+    "news to attached, p50",
+    "p99",
+    "memory",
+    "CPU at rest",
+    "CPU at 50 pods/s",
+];
+
+/// What was measured with so many pods: times in milliseconds, memory in MiB, CPU in percent of one.
+#[derive(Debug)]
+struct Row {
+    pods: usize,
+    start: f64,
+    restart: f64,
+    restart_in_flood: f64,
+    news: Samples,
+    memory: f64,
+    cpu_at_rest: f64,
+    cpu_of_churn: f64,
+}
+
+impl Row {
+    fn cells(&self) -> Vec<String> {
+        let ms = |value: f64| format!("{value:.1} ms");
+        vec![
+            self.pods.to_string(),
+            ms(self.start),
+            ms(self.restart),
+            ms(self.restart_in_flood),
+            ms(self.news.median()),
+            ms(self.news.quantile(99)),
+            format!("{:.1} MiB", self.memory),
+            format!("{:.2} %", self.cpu_at_rest),
+            format!("{:.1} %", self.cpu_of_churn),
+        ]
+    }
+}
+
+/// A node of which an API server tells.
+struct Node {
+    world: World,
+    server: ApiServer,
+    kubelet: Kubelet,
+    config: String,
+    visitors: Vec<Netns>,
+}
+
+impl Node {
+    fn new() -> Self {
+        let world = World::new();
+        let server = ApiServer::start_in(&world.node);
+        let kubeconfig = world.scratch_dir().join("kubeconfig");
+        server.write_kubeconfig(&kubeconfig);
+        let config = format!(
+            "[[exempt]]\nname = 'agents'\nnamespace = 'kube-system'\npod_selector = {{ match_labels = {{ app = 'agent' }} }}\n\
+             [kubernetes]\nkubeconfig = '{}'\nnode_name = '{NODE}'",
+            kubeconfig.display()
+        );
+        let visitors = (0..churn::NAMESPACES).map(|_| Netns::new("visitor")).collect();
+        Self { world, server, kubelet: Kubelet::new(), config, visitors }
+    }
+
+    fn add_pod(&self, number: usize) -> (Pod, PodCgroup) {
+        let link = self.world.add_pod(PodLink::Routed);
+        let uid = new_uid();
+        let mut cgroup = self.kubelet.add_pod(&uid, Driver::Systemd);
+        cgroup.start_in(&link.netns);
+        let labels = [("app", "agent"), ("tier", "x"), ("pod-template-hash", "7d4b9c66d8")];
+        self.server.apply(pod(&uid, NODE, "kube-system", "agent", &labels[usize::from(number % 5 != 0)..]));
+        (link, cgroup)
+    }
+
+    fn measure(&self, pods: &[(Pod, PodCgroup)]) -> Row {
+        let start = Samples::new((0..STARTS).map(|_| {
+            let (agent, took) = self.start();
+            self.assert_all_guarded(&agent);
+            drop(agent);
+            self.world.unload();
+            took
+        }));
+        let (agent, _) = self.start();
+        self.wait_settled(pods.len());
+        let process = Process::new(agent.pid());
+        let cpu_at_rest = process.cpu_at_rest(REST);
+        let memory = process.memory("VmRSS");
+        drop(agent);
+        let restart = Samples::new((0..STARTS).map(|_| self.start().1));
+        let restart_in_flood = self.world.assert_nothing_arrives(|| {
+            let _floods = [Flood::udp(&pods[1].0, METADATA), Flood::syn(&pods[2].0, METADATA)];
+            Samples::new((0..STARTS).map(|_| self.start().1))
+        });
+        let (agent, _) = self.start();
+        self.assert_all_guarded(&agent);
+        let (mut news, churn) = (Vec::new(), Churn::new(&self.world.node, &self.visitors));
+        let cpu_of_churn = Process::new(agent.pid()).cpu_while(|| news = churn.run());
+        drop(agent);
+        self.world.unload();
+        Row {
+            pods: pods.len(),
+            start: start.median(),
+            restart: restart.median(),
+            restart_in_flood: restart_in_flood.median(),
+            news: Samples::new(news),
+            memory,
+            cpu_at_rest,
+            cpu_of_churn,
+        }
+    }
+
+    /// Starts an agent, and returns how many milliseconds it took until it told the service manager that all is guarded.
+    fn start(&self) -> (Agent<'_>, f64) {
+        let path = self.world.scratch_dir().join("notify");
+        let notified = listen(&path);
+        let command = self.world.agent().config(&self.config).hooks(HOOKS);
+        let start = Instant::now();
+        let agent = command.env("NOTIFY_SOCKET", path.to_str().expect("a UTF-8 path")).spawn();
+        wait_for_ready(&notified).unwrap_or_else(|error| panic!("{error}: {}", agent.log()));
+        (agent, start.elapsed().as_secs_f64() * 1e3)
+    }
+
+    fn assert_all_guarded(&self, agent: &Agent<'_>) {
+        let status = self.world.status();
+        assert!(status.is_ready() && status.agent.pid == Some(agent.pid()), "{:#?}", status.problems);
+    }
+
+    /// Until every pod is located and has its TCX link: a good while, as they take turns.
+    fn wait_settled(&self, pods: usize) {
+        poll_until(PATIENCE * 4, "every pod to be located and held by TCX", || {
+            let status = self.world.status();
+            let known = status.kubernetes.as_ref();
+            let is_located = known.is_some_and(|known| known.pods as usize == pods && known.awaited == 0);
+            let of_pods = status.interfaces.iter().filter(|interface| interface.role == "pod");
+            let is_settled = of_pods.clone().all(|interface| interface.guard.as_deref() == Some("tcx"));
+            (is_located && is_settled && of_pods.count() == pods).then_some(())
+        });
+    }
+}
+
+fn listen(path: &Path) -> UnixDatagram {
+    // That of the start before.
+    let _ = std::fs::remove_file(path);
+    let socket = UnixDatagram::bind(path).expect("bind a socket");
+    socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+    socket
+}
+
+fn wait_for_ready(socket: &UnixDatagram) -> io::Result<()> {
+    let mut buffer = [0; 512];
+    loop {
+        let length = socket.recv(&mut buffer)?;
+        if buffer[..length].split(|&byte| byte == b'\n').any(|line| line == b"READY=1") {
+            return Ok(());
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! connect(2): what it takes, and how long a client that is denied waits for it.
+
+use std::{
+    io::ErrorKind,
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    time::{Duration, Instant},
+};
+
+use imds_tests::{
+    METADATA, Pod, World,
+    measure::{Samples, run_on, table},
+};
+
+use crate::guard::{Guard, On};
+
+const ROUNDS: usize = 25;
+const CALLS: u32 = 5_000;
+const PORT: u16 = 80;
+/// How long a client waits at most: the SDKs' patience is from one second to several minutes.
+const PATIENCE: Duration = Duration::from_secs(3);
+const CPU: usize = 1;
+
+/// What a call costs with the socket hook and without.
+pub(crate) fn latency(world: &World, pod: &Pod) -> String {
+    let guards = [Guard::Nothing, Guard::EmptySocket, Guard::Socket, Guard::AllHooks];
+    let mut costs = [const { Vec::new() }; 4];
+    for _ in 0..ROUNDS {
+        for (guard, costs) in guards.into_iter().zip(&mut costs) {
+            let _on = guard.turn_on(world, pod);
+            costs.push(world.in_cgroup(|| pod.netns.run(calls)));
+        }
+    }
+    let rows: Vec<_> = guards
+        .iter()
+        .zip(&costs)
+        .map(|(guard, of_guard)| {
+            let mut row = vec![guard.name().to_owned()];
+            for kind in 0..2 {
+                let cost = Samples::new(of_guard.iter().map(|costs| costs[kind])).median();
+                let pairs = of_guard.iter().zip(&costs[0]);
+                let ratio =
+                    Samples::new(pairs.map(|(costs, of_nothing)| costs[kind] / of_nothing[kind])).median();
+                row.extend([format!("{cost:.0} ns"), format!("{ratio:.3}")]);
+            }
+            row
+        })
+        .collect();
+    let head = ["guard", "UDP connect", "times nothing", "TCP connect and close", "times nothing"];
+    format!("### connect(2) to an address that is not guarded\n\n{}", table(&head, &rows))
+}
+
+/// Nanoseconds of a UDP socket's connect, and of a TCP connection on loopback with all that belongs to it.
+fn calls() -> [f64; 2] {
+    run_on(CPU);
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a listener");
+    let address = listener.local_addr().expect("its address");
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a UDP socket");
+    let udp = || socket.connect((Ipv4Addr::LOCALHOST, PORT)).expect("connect");
+    let tcp = || {
+        let stream = TcpStream::connect(address).expect("connect");
+        drop(listener.accept().expect("accept"));
+        drop(stream);
+    };
+    [per_call(udp, CALLS), per_call(tcp, CALLS / 50)]
+}
+
+fn per_call(call: impl Fn(), calls: u32) -> f64 {
+    let start = Instant::now();
+    for _ in 0..calls {
+        call();
+    }
+    start.elapsed().as_secs_f64() * 1e9 / f64::from(calls)
+}
+
+/// How long a client takes to find out.
+pub(crate) fn waiting(world: &World, pod: &Pod) -> String {
+    let reject = || On::agent(world, &["pod_edge"], "answer = 'reject'");
+    let by_guard = |guard: Guard| move || guard.turn_on(world, pod);
+    let rows: Vec<_> = [
+        ("imds-agent, socket", time(world, pod, by_guard(Guard::Socket))),
+        ("imds-agent, pod_edge, answer = \"reject\"", time(world, pod, reject)),
+        ("imds-agent, pod_edge, answer = \"drop\"", time(world, pod, by_guard(Guard::PodEdge))),
+        ("AKS' rule", time(world, pod, by_guard(Guard::AksTcp))),
+        ("AWS' rule with REJECT", time(world, pod, by_guard(Guard::AwsReject))),
+    ]
+    .into_iter()
+    .map(|(name, (took, error))| vec![name.to_owned(), took, error])
+    .collect();
+    let head = ["guard", "until connect(2) returns", "with"];
+    format!("### How long a client that is denied waits\n\n{}", table(&head, &rows))
+}
+
+fn time<'w>(world: &World, pod: &Pod, turn_on: impl FnOnce() -> On<'w>) -> (String, String) {
+    let _on = turn_on();
+    let tries = world.in_cgroup(|| {
+        pod.netns.run(|| {
+            [(); 5].map(|()| {
+                let start = Instant::now();
+                let error = TcpStream::connect_timeout(&SocketAddr::from((METADATA, PORT)), PATIENCE)
+                    .expect_err("a connection to the metadata service");
+                (start.elapsed().as_secs_f64() * 1e3, error)
+            })
+        })
+    });
+    let took = Samples::new(tries.iter().map(|(took, _)| *took)).median();
+    let [(_, error), ..] = &tries;
+    match error.kind() {
+        ErrorKind::TimedOut => {
+            (format!("> {} s", PATIENCE.as_secs()), "nothing: the client's own patience ends".to_owned())
+        }
+        _ => (format!("{took:.2} ms"), error.to_string()),
+    }
+}

@@ -1,0 +1,204 @@
+//! What is measured against each other.
+
+use std::{fs::File, os::fd::OwnedFd, process::Command};
+
+use aya::programs::tc::TcAttachType;
+use aya_obj::generated::bpf_attach_type::{
+    self, BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG,
+    BPF_CGROUP_UDP6_SENDMSG,
+};
+use imds_agent::datapath::bpf::link_create_cgroup;
+use imds_tests::{Netns, Pod, World, foreign::Foreign};
+
+const TC_ACT_UNSPEC: i32 = -1;
+const TC_ACT_SHOT: i32 = 2;
+const CALLS: [bpf_attach_type; 4] =
+    [BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG];
+/// Both addresses of the metadata service.
+const CONFIG: &str = "provider = 'aws'";
+/// The same as AKS' rule, and connections followed.
+const NFTABLES: &str = "add table inet guard
+add chain inet guard forward { type filter hook forward priority filter; }
+add rule inet guard forward ip daddr 169.254.169.254 ip saddr != 10.0.0.4 udp dport 80 drop
+add rule inet guard forward ip6 daddr fd00:ec2::254 ip6 saddr != fd10::4 udp dport 80 drop
+add rule inet guard forward ct state invalid drop";
+
+/// What keeps the pod from the metadata service, if anything does.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Guard {
+    Nothing,
+    Conntrack,
+    EmptyProgram,
+    EmptySocket,
+    DropAll,
+    PodEdge,
+    NodeEdge,
+    Socket,
+    AllHooks,
+    AksFilter,
+    AksMangle,
+    Nftables,
+    AwsReject,
+    /// To the letter: the others are about the protocol of the traffic here.
+    AksTcp,
+}
+
+/// A guard in force, until dropped.
+pub(crate) struct On<'w> {
+    world: &'w World,
+    is_agent: bool,
+    has_rules: bool,
+    /// The link goes with its descriptor.
+    foreign: Vec<(Foreign, OwnedFd)>,
+}
+
+impl Guard {
+    pub(crate) const ALL: [Self; 13] = [
+        Self::Nothing,
+        Self::Conntrack,
+        Self::EmptyProgram,
+        Self::EmptySocket,
+        Self::DropAll,
+        Self::PodEdge,
+        Self::NodeEdge,
+        Self::Socket,
+        Self::AllHooks,
+        Self::AksFilter,
+        Self::AksMangle,
+        Self::Nftables,
+        Self::AwsReject,
+    ];
+
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Nothing => "nothing",
+            Self::Conntrack => "nothing, conntrack on",
+            Self::EmptyProgram => "an empty TCX program",
+            Self::EmptySocket => "empty programs at the calls",
+            Self::DropAll => "a TCX program that drops everything",
+            Self::PodEdge => "imds-agent, pod_edge",
+            Self::NodeEdge => "imds-agent, node_edge",
+            Self::Socket => "imds-agent, socket",
+            Self::AllHooks => "imds-agent, all three",
+            Self::AksFilter => "AKS' rule in filter",
+            Self::AksMangle => "AKS' rule in mangle",
+            Self::Nftables => "nftables",
+            Self::AwsReject => "AWS' rule with REJECT",
+            Self::AksTcp => "AKS' rule",
+        }
+    }
+
+    /// The agent's hooks that are on.
+    const fn hooks(self) -> &'static [&'static str] {
+        match self {
+            Self::PodEdge => &["pod_edge"],
+            Self::NodeEdge => &["node_edge"],
+            Self::Socket => &["socket"],
+            Self::AllHooks => &["pod_edge", "node_edge", "socket"],
+            _ => &[],
+        }
+    }
+
+    /// Whether it is the agent.
+    pub(crate) const fn is_ours(self) -> bool {
+        !self.hooks().is_empty()
+    }
+
+    /// The table of iptables, and what the rule in it says of the packets to a guarded address.
+    const fn rule(self) -> Option<(&'static str, &'static str)> {
+        match self {
+            Self::AksFilter => Some(("filter", "! -s NODE -p udp -m udp --dport 80 -j DROP")),
+            Self::AksMangle => Some(("mangle", "! -s NODE -p udp -m udp --dport 80 -j DROP")),
+            Self::AksTcp => Some(("filter", "! -s NODE -p tcp -m tcp --dport 80 -j DROP")),
+            Self::AwsReject => Some(("filter", "-j REJECT")),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn turn_on<'w>(self, world: &'w World, pod: &Pod) -> On<'w> {
+        let node = &world.node;
+        let mut on = On { world, is_agent: false, has_rules: false, foreign: Vec::new() };
+        match self {
+            Self::Nothing => {}
+            Self::EmptyProgram => on.foreign = vec![attach(TC_ACT_UNSPEC, node, pod)],
+            Self::EmptySocket => on.foreign = CALLS.map(|call| attach_to_calls(call, world)).into(),
+            Self::DropAll => on.foreign = vec![attach(TC_ACT_SHOT, node, pod)],
+            Self::PodEdge | Self::NodeEdge | Self::Socket | Self::AllHooks => {
+                return On::agent(world, self.hooks(), CONFIG);
+            }
+            Self::Conntrack | Self::AksFilter | Self::AksMangle | Self::AksTcp | Self::AwsReject => {
+                on.has_rules = true;
+                self.add_rules(world);
+            }
+            Self::Nftables => {
+                on.has_rules = true;
+                nft(node, NFTABLES);
+            }
+        }
+        on
+    }
+
+    /// By IPv6, too, which neither AKS nor AWS has a rule for.
+    fn add_rules(self, world: &World) {
+        let node = &world.node;
+        for (iptables, guarded, address) in [
+            ("iptables", "169.254.169.254/32", world.node_address().to_string()),
+            ("ip6tables", "fd00:ec2::254/128", world.node_address_v6().to_string()),
+        ] {
+            // One of kube-proxy's: it has the kernel follow connections.
+            run(node, iptables, "-A FORWARD -m conntrack --ctstate INVALID -j DROP");
+            if let Some((table, rule)) = self.rule() {
+                let rule = rule.replace("NODE", &address);
+                run(node, iptables, &format!("-t {table} -I FORWARD 1 -d {guarded} {rule}"));
+            }
+        }
+    }
+}
+
+impl<'w> On<'w> {
+    /// The agent's programs, with these hooks on.
+    pub(crate) fn agent(world: &'w World, hooks: &'static [&'static str], config: &str) -> Self {
+        let started = world.agent().hooks(hooks).config(config).once();
+        assert!(started.status.success(), "{started:?}");
+        Self { world, is_agent: true, has_rules: false, foreign: Vec::new() }
+    }
+}
+
+impl Drop for On<'_> {
+    fn drop(&mut self) {
+        if self.is_agent {
+            self.world.unload();
+        }
+        if self.has_rules {
+            nft(&self.world.node, "flush ruleset");
+        }
+    }
+}
+
+/// A foreign program at the pod's edge.
+fn attach(action: i32, node: &Netns, pod: &Pod) -> (Foreign, OwnedFd) {
+    let foreign = Foreign::returning(action);
+    let link = foreign.attach_tcx_first(node, pod.host_ifindex, TcAttachType::Ingress);
+    (foreign, link)
+}
+
+/// One at the calls of sockets.
+fn attach_to_calls(call: bpf_attach_type, world: &World) -> (Foreign, OwnedFd) {
+    let foreign = Foreign::allowing_calls(call as u32);
+    let cgroup = File::open(world.cgroup()).expect("the world's cgroup");
+    let link = link_create_cgroup(foreign.program(), &cgroup, call).expect("attach to a cgroup");
+    (foreign, link)
+}
+
+fn run(node: &Netns, iptables: &str, arguments: &str) {
+    succeed(node.command(iptables).args(arguments.split(' ')));
+}
+
+fn nft(node: &Netns, commands: &str) {
+    succeed(node.command("nft").arg(commands));
+}
+
+fn succeed(command: &mut Command) {
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+}

@@ -1,0 +1,100 @@
+//! What guards cost, side by side in one run: nothing at all, programs that do nothing or drop everything, the agent's
+//! hooks, and the firewall rules that do the same work.
+//!
+//! One pod, its node and the metadata server are namespaces of this machine. A thread in the pod sends, on a CPU of its
+//! own, and what it causes happens there too, from its call to the server's socket: the time of all of it counts. Guards
+//! take turns, each for a short while, so that what else the machine does falls on all alike.
+
+mod connect;
+mod guard;
+#[path = "../plot.rs"]
+mod plot;
+mod traffic;
+
+use imds_tests::{
+    PodLink, World, effort,
+    measure::{Samples, machine, table},
+};
+
+use guard::Guard;
+use traffic::{Pair, Traffic};
+
+/// How often it is each guard's turn.
+const ROUNDS: u32 = 25;
+
+fn main() {
+    let world = World::new().with_ipv6().without_counting();
+    let pod = world.add_pod(PodLink::Routed);
+    world.add_pod_ipv6(&pod);
+    let pair = Pair::new(&world, &pod);
+
+    let mut costs = Costs::default();
+    let rounds = effort(ROUNDS);
+    for round in 1..=rounds {
+        eprintln!("round {round} of {rounds}");
+        // Each is before and behind another in every round.
+        let mut turns: Vec<_> = Guard::ALL.to_vec();
+        turns.rotate_left(round as usize % Guard::ALL.len());
+        for guard in turns {
+            let _on = guard.turn_on(&world, &pod);
+            costs.add(guard, Traffic::ALL.map(|traffic| pair.cost(traffic)));
+        }
+    }
+    println!("{}; medians of {rounds} rounds of {} packets.\n", machine(), traffic::PACKETS);
+    for traffic in Traffic::ALL {
+        println!("{}\n\n{}", traffic.title(), costs.table(traffic));
+    }
+    let bars =
+        Guard::ALL.map(|guard| (guard.name(), costs.median(guard, Traffic::DeniedV4), guard.is_ours()));
+    plot::bars(
+        "benchmarks-denied",
+        "Nanoseconds of a packet to the metadata service, its sending included",
+        &bars,
+    );
+    println!("{}", connect::latency(&world, &pod));
+    println!("{}", connect::waiting(&world, &pod));
+}
+
+/// Nanoseconds of a packet, by guard and traffic, one for each round.
+#[derive(Debug, Default)]
+struct Costs(Vec<(Guard, [f64; Traffic::ALL.len()])>);
+
+impl Costs {
+    fn add(&mut self, guard: Guard, costs: [f64; Traffic::ALL.len()]) {
+        self.0.push((guard, costs));
+    }
+
+    fn of(&self, guard: Guard, traffic: Traffic) -> impl Iterator<Item = f64> {
+        self.0.iter().filter(move |(of, _)| *of == guard).map(move |(_, costs)| costs[traffic as usize])
+    }
+
+    fn median(&self, guard: Guard, traffic: Traffic) -> f64 {
+        Samples::new(self.of(guard, traffic)).median()
+    }
+
+    /// How many times as much as another guard's, round by round.
+    fn ratio(&self, guard: Guard, to: Guard, traffic: Traffic) -> Samples {
+        Samples::new(self.of(guard, traffic).zip(self.of(to, traffic)).map(|(cost, other)| cost / other))
+    }
+
+    fn table(&self, traffic: Traffic) -> String {
+        let baselines = traffic.baselines();
+        let mut head = vec!["guard".to_owned(), "a packet".to_owned(), "25 to 75 %".to_owned()];
+        head.extend(baselines.iter().map(|baseline| format!("times {}", baseline.name())));
+        let head: Vec<_> = head.iter().map(String::as_str).collect();
+        let rows: Vec<_> = Guard::ALL
+            .into_iter()
+            .map(|guard| {
+                let cost = Samples::new(self.of(guard, traffic));
+                let spread = format!("{:.0} to {:.0}", cost.quantile(25), cost.quantile(75));
+                let mut row = vec![guard.name().to_owned(), format!("{:.0} ns", cost.median()), spread];
+                row.extend(baselines.iter().map(|&baseline| {
+                    let ratio = self.ratio(guard, baseline, traffic);
+                    format!("{:.3} ({:.3} to {:.3})", ratio.median(), ratio.quantile(25), ratio.quantile(75))
+                }));
+                row
+            })
+            .collect();
+        table(&head, &rows)
+    }
+}
