@@ -280,7 +280,7 @@ impl Guard {
             self.repairs.pinned += 1;
             log::warn!("restored what was missing from {}", self.datapath.pins().root().display());
         }
-        self.restore_sockets()?;
+        let sockets = self.restore_sockets();
         self.pods.retry();
         let hosts = self.search_kubepods();
         if anew {
@@ -288,11 +288,12 @@ impl Guard {
         } else {
             self.see_again().await;
         }
-        let exempted = self.restore_exemptions().await;
+        // Who should pass and does not is no reason to guard nobody.
+        unless(true, self.restore_exemptions().await)?;
         self.settled = true;
         restored?;
+        sockets?;
         hosts?;
-        exempted?;
         self.datapath.announce_ready()
     }
 
@@ -441,9 +442,11 @@ impl Guard {
         for edge in Edge::ALL {
             actual.push((edge, self.datapath.observe(link, edge, !self.settled).await?));
         }
+        // What can't be written down, as where a map is full, keeps nothing from being attached.
+        let mut noted = Ok(());
         if is_new && actual.iter().all(|(_, attachments)| attachments.is_empty()) {
             // What is recorded or counted under this index was another interface's.
-            self.datapath.take_over(link)?;
+            noted = self.datapath.take_over(link);
         }
         // What the role asks for is attached before anything else is taken away.
         actual.sort_by_key(|(edge, _)| role.edge() != Some(*edge));
@@ -457,7 +460,7 @@ impl Guard {
             for &action in &actions {
                 if let (Edge::Pod, Action::Attach(_), []) = (edge, action, &attachments[..]) {
                     // Nothing of ours is there: the link may be another one than was granted something.
-                    self.datapath.revoke(link.index)?;
+                    noted = noted.and(self.datapath.revoke(link.index));
                 }
                 self.datapath.apply(link, edge, action).await?;
                 self.report(link, (role, edge), action, is_new);
@@ -467,7 +470,7 @@ impl Guard {
                 self.warn_if_stuck(link, edge).await?;
             }
         }
-        self.datapath.record(link, role, backend)
+        noted.and(self.datapath.record(link, role, backend))
     }
 
     /// How an edge of this link is to be attached now.
