@@ -51,7 +51,7 @@ fn assert_unharmed(world: &World) {
         let served = try_get(world, DEFAULT, path);
         assert!(served.as_ref().is_ok_and(|(status, _)| *status == 200), "{path}: {served:?}");
     }
-    assert!(start.elapsed() < LONG, "{:?}", start.elapsed());
+    assert!(start.elapsed() < PATIENCE, "{:?}", start.elapsed());
     let pod = world.add_pod(PodLink::Routed);
     world.wait_guarded(&pod);
     world.assert_blocked(&pod);
@@ -182,7 +182,7 @@ fn those_who_ask_without_pause() {
     let agent = served(&world);
     let (is_over, answers) = (AtomicBool::new(false), AtomicU32::new(0));
     thread::scope(|scope| {
-        for _ in 0..20 {
+        for _ in 0..effort(20) {
             scope.spawn(|| {
                 while !is_over.load(Ordering::Relaxed) {
                     let is_served =
@@ -199,9 +199,9 @@ fn those_who_ask_without_pause() {
         });
         let longest = longest.max();
         is_over.store(true, Ordering::Relaxed);
-        assert!(longest < Some(LONG), "{longest:?}");
+        assert!(longest < Some(PATIENCE), "{longest:?}");
     });
-    assert!(answers.into_inner() > 10);
+    assert!(answers.into_inner() > 0);
     assert_unharmed(&world);
     finish(&world, agent);
 }
