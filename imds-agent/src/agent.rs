@@ -344,8 +344,10 @@ impl Agent {
 /// Takes what the programs tell, as it comes.
 async fn collect(collector: &mut Option<AsyncFd<Collector>>) -> anyhow::Result<()> {
     let Some(collector) = collector else { return future::pending().await };
-    // Cleared before it is read: what comes while it is read makes it ready again.
-    collector.readable_mut().await?.clear_ready();
+    if !collector.get_ref().has_more() {
+        // Cleared before it is read: what comes while it is read makes it ready again.
+        collector.readable_mut().await?.clear_ready();
+    }
     Ok(collector.get_mut().collect()?)
 }
 

@@ -47,6 +47,9 @@ pub enum CollectorError {
     Map(#[from] MapError),
 }
 
+/// Most events that are taken at a time: some milliseconds' work.
+const MOST_AT_ONCE: u32 = 256;
+
 /// How much was collected.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Collected {
@@ -63,6 +66,8 @@ pub struct Collector {
     denials: Denials,
     names: Names,
     collected: Collected,
+    /// Whether there was more than was taken last.
+    has_more: bool,
     _claim: Flock<File>,
 }
 
@@ -76,6 +81,7 @@ impl Collector {
             denials: Denials::open(pins)?,
             names: Names::open(pins)?,
             collected: Collected::default(),
+            has_more: false,
             _claim: claim,
         }))
     }
@@ -86,18 +92,32 @@ impl Collector {
         self.collected
     }
 
-    /// Takes what there is.
+    /// Whether there was more than [`Collector::collect`] took.
+    #[must_use]
+    pub fn has_more(&self) -> bool {
+        self.has_more
+    }
+
+    /// Takes what there is, but not more than may be done at a time: whoever sends can make events faster than they are
+    /// taken.
     pub fn collect(&mut self) -> Result<(), CollectorError> {
         let booted = boot_time();
+        self.has_more = false;
+        let mut left = MOST_AT_ONCE;
         while let Some(bytes) = self.ring.next() {
             let Some(event) = events::decode(&bytes) else { continue };
             drop(bytes);
-            self.collected.told += 1;
-            self.collected.suppressed += event.suppressed;
+            self.collected.told = self.collected.told.saturating_add(1);
+            self.collected.suppressed = self.collected.suppressed.saturating_add(event.suppressed);
             self.recent.push(event)?;
             if [Verdict::Deny, Verdict::Audit].into_iter().any(|verdict| event.verdict == verdict as u8) {
                 let pod = events::senders(&event).find_map(|sender| self.names.get(sender));
                 note(&mut self.denials, &event, pod.as_ref(), booted)?;
+            }
+            left -= 1;
+            if left == 0 {
+                self.has_more = true;
+                break;
             }
         }
         Ok(())
@@ -153,8 +173,8 @@ fn note(
         comm: padded(&comm),
         cgroup: padded(&if pod.is_none() { cgroup_path(event.cgroup) } else { String::new() }),
     });
-    record.count += 1 + event.suppressed;
-    record.bytes += event.bytes;
+    record.count = record.count.saturating_add(event.suppressed).saturating_add(1);
+    record.bytes = record.bytes.saturating_add(event.bytes);
     record.last = record.last.max(now);
     record.pod = padded(pod.map_or("", |pod| &pod.pod));
     denials.put(&key, &record)

@@ -107,8 +107,9 @@ impl Report {
                 first,
                 last,
             });
-            *denial.counts.entry(of_hook.map_or("unknown", Hook::name)).or_default() += record.count;
-            denial.bytes += record.bytes;
+            let count = denial.counts.entry(of_hook.map_or("unknown", Hook::name)).or_default();
+            *count = count.saturating_add(record.count);
+            denial.bytes = denial.bytes.saturating_add(record.bytes);
             denial.first = denial.first.min(first);
             if last >= denial.last {
                 denial.last = last;

@@ -131,7 +131,27 @@ pub(crate) fn padded(name: &str) -> [u8; NAME_LEN] {
     padded
 }
 
+/// The text in these bytes, in characters that only show: a pod names its threads as it likes.
 pub(crate) fn unpadded(name: &[u8]) -> String {
-    let end = name.iter().position(|&byte| byte == 0).unwrap_or(name.len());
-    String::from_utf8_lossy(&name[..end]).into_owned()
+    let text = raw(name);
+    if text.contains(char::is_control) { text.replace(char::is_control, "\u{fffd}") } else { text }
+}
+
+/// The text in these bytes as it is.
+pub(crate) fn raw(text: &[u8]) -> String {
+    let text = text.split(|&byte| byte == 0).next().unwrap_or_default();
+    String::from_utf8_lossy(text).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_does_nothing_to_a_terminal() {
+        assert_eq!(unpadded(b"curl\0\0x"), "curl");
+        assert_eq!(unpadded(b"a\x1b[2J\nb"), "a\u{fffd}[2J\u{fffd}b");
+        assert_eq!(unpadded(b"\xff"), "\u{fffd}");
+        assert_eq!(raw(b"a\nb"), "a\nb");
+    }
 }

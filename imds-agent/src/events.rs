@@ -90,7 +90,8 @@ impl Record {
 }
 
 /// The event in these bytes, or `None` where they are too few: another version's.
-pub(crate) fn decode(bytes: &[u8]) -> Option<Event> {
+#[must_use]
+pub fn decode(bytes: &[u8]) -> Option<Event> {
     let bytes = bytes.first_chunk::<{ size_of::<Event>() }>()?;
     // SAFETY: an event is integers without padding, so that any bytes are one; the read needs no alignment.
     Some(unsafe { bytes.as_ptr().cast::<Event>().read_unaligned() })

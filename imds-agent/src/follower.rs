@@ -24,6 +24,8 @@ pub struct Follower {
     collector: Option<Collector>,
     /// Number of the last event that was read.
     position: u64,
+    /// How many came between the last two readings that were gone by then; `None` before the first.
+    missed: Option<u64>,
     /// Whether what is read is shown to somebody for good.
     marks: bool,
 }
@@ -34,7 +36,7 @@ impl Follower {
         let recent = Recent::open(&pins)?;
         let position = recent.shown()?;
         let collector = Collector::open(&pins)?;
-        Ok(Self { pins, recent, collector, position, marks: true })
+        Ok(Self { pins, recent, collector, position, missed: None, marks: true })
     }
 
     /// The same, from `earlier` events ago on. What is read so comes first for others all the same.
@@ -54,11 +56,20 @@ impl Follower {
             collector.collect()?;
         }
         let (events, last) = self.recent.since(self.position)?;
+        let missed = last.saturating_sub(self.position).saturating_sub(events.len() as u64);
+        // Before the first reading nobody followed.
+        self.missed = Some(self.missed.map_or(0, |_| missed));
         self.position = last;
         if self.marks {
             self.recent.set_shown(last)?;
         }
         Ok(events)
+    }
+
+    /// How many events came faster than they were read, so that what was read last lacks them.
+    #[must_use]
+    pub fn missed(&self) -> u64 {
+        self.missed.unwrap_or_default()
     }
 
     /// Waits until there may be more, but not for long.

@@ -5,7 +5,19 @@
 //! them is and [`reconcile`] what is to be done about it, both without I/O; [`exempt`] says who is exempt; [`datapath`]
 //! does it in the kernel. [`node`] is what the kernel says is there, [`kube`] what the cluster says of this node's pods. [`doctor`] says what works here, and [`verify`] proves
 //! what is in force. [`server`] answers monitoring, with [`metrics`] among others; [`supervisor`] is what started the agent.
-#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::string_slice,
+        clippy::todo,
+        clippy::unimplemented,
+        clippy::unreachable,
+        clippy::unwrap_used
+    )
+)]
 
 pub mod agent;
 pub mod cli;

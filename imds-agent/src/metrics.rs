@@ -6,7 +6,7 @@ use std::{
 };
 
 use imds_ebpf_common::{
-    Hook, Mode, Verdict,
+    Address, Hook, Mode, Verdict,
     ledger::{DenialKey, DenialRecord},
 };
 use prometheus_client::{
@@ -48,12 +48,30 @@ pub struct Done {
     pub collected: Option<Collected>,
 }
 
+/// What pods of one namespace were denied or audited of one endpoint at one hook, summed up.
+pub type Denied = BTreeMap<(String, DenialTo), Count>;
+
+/// Endpoint, hook and verdict of denials.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub struct DenialTo {
+    address: Address,
+    hook: u32,
+    verdict: u32,
+}
+
+/// Sums up what was denied.
+pub fn sum<E>(denials: impl Iterator<Item = Result<(DenialKey, DenialRecord), E>>) -> Result<Denied, E> {
+    let mut denied = Denied::new();
+    for denial in denials {
+        let (DenialKey { address, hook, verdict, .. }, record) = denial?;
+        let key = (unpadded(&record.namespace), DenialTo { address, hook, verdict });
+        *denied.entry(key).or_default() += Count { packets: record.count, bytes: record.bytes };
+    }
+    Ok(denied)
+}
+
 /// All metrics of one moment, as text.
-pub fn encode(
-    report: Report,
-    denials: Vec<(DenialKey, DenialRecord)>,
-    done: Done,
-) -> Result<String, fmt::Error> {
+pub fn encode(report: Report, denials: Denied, done: Done) -> Result<String, fmt::Error> {
     let mut registry = Registry::default();
     registry.register_collector(Box::new(Snapshot { report, denials, done }));
     let mut text = String::new();
@@ -64,7 +82,7 @@ pub fn encode(
 #[derive(Debug)]
 struct Snapshot {
     report: Report,
-    denials: Vec<(DenialKey, DenialRecord)>,
+    denials: Denied,
     done: Done,
 }
 
@@ -142,25 +160,26 @@ impl Snapshot {
     /// Of whom there are more than [`MOST_NAMESPACES`], the rest goes by no name.
     fn encode_denials(&self, to: &mut Encoder<'_>) -> fmt::Result {
         let mut by_namespace: BTreeMap<String, u64> = BTreeMap::new();
-        for (_, record) in &self.denials {
-            *by_namespace.entry(unpadded(&record.namespace)).or_default() += record.count;
+        for ((namespace, _), denied) in &self.denials {
+            let count = by_namespace.entry(namespace.clone()).or_default();
+            *count = count.saturating_add(denied.packets);
         }
         let mut most: Vec<_> = by_namespace.into_iter().collect();
         most.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
         let named: BTreeSet<_> =
             most.into_iter().take(MOST_NAMESPACES).map(|(namespace, _)| namespace).collect();
         let mut sums: BTreeMap<[String; 4], Count> = BTreeMap::new();
-        for (key, record) in &self.denials {
+        for ((namespace, key), denied) in &self.denials {
             let address = plain(key.address);
             let named_endpoint = self.report.endpoints.iter().find(|endpoint| endpoint.address == address);
             let hook =
                 Hook::ALL.into_iter().find(|&hook| hook as u32 == key.hook).map_or("unknown", Hook::name);
             let verdict = if key.verdict == Verdict::Audit as u32 { "audited" } else { "denied" };
-            let namespace = Some(unpadded(&record.namespace)).filter(|namespace| named.contains(namespace));
+            let namespace = Some(namespace.clone()).filter(|namespace| named.contains(namespace));
             let endpoint =
                 named_endpoint.map_or_else(|| "unguarded".to_owned(), |endpoint| endpoint.name.clone());
             let labels = [namespace.unwrap_or_default(), endpoint, hook.to_owned(), verdict.to_owned()];
-            *sums.entry(labels).or_default() += Count { packets: record.count, bytes: record.bytes };
+            *sums.entry(labels).or_default() += *denied;
         }
         let samples = |unit: fn(Count) -> u64| -> Vec<Sample<4>> {
             let of = |(labels, &count): (&[String; 4], &Count)| {
@@ -285,6 +304,11 @@ impl Snapshot {
             "imds_events_suppressed",
             "Packets and calls of which they told by their number alone, as there were too many",
             [([], suppressed)],
+        )?;
+        to.gauge(
+            "imds_events_untold",
+            "Packets and calls of which nothing was told so far: their number comes with the next of the same sender",
+            [([], self.report.untold)],
         )?;
         to.counter(
             "imds_netlink_overruns",

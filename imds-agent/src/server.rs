@@ -16,7 +16,6 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use http_body_util::Full;
 use hyper::{
     Method, Request, Response, StatusCode,
@@ -26,7 +25,6 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use imds_ebpf_common::ledger::{DenialKey, DenialRecord};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
@@ -36,13 +34,17 @@ use tokio::{
 use crate::{
     config::Listen,
     datapath::{denials::Denials, object, pins::PinDir},
-    metrics::{self, Done},
+    metrics::{self, Denied, Done},
     node::netlink::Netlink,
     status::{self, Report},
 };
 
-/// Connections that are served at once; others wait for one of them to end.
-const MOST_CONNECTIONS: usize = 8;
+/// Connections that are served at once. When there are so many, one has to give way to the next.
+const MOST_CONNECTIONS: usize = 16;
+/// How long a connection need not give way whose request is not here.
+const SILENT: Duration = Duration::from_millis(20);
+/// The same of one that is answered.
+const UNDISTURBED: Duration = Duration::from_secs(1);
 /// How long a request may take to come in whole.
 const REQUEST_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a connection may take, from the first byte of the request to the last of the answer.
@@ -52,7 +54,13 @@ const MOST_BYTES: usize = 8192;
 /// How long nobody is let in after that has failed, as it does without descriptors.
 const PAUSE: Duration = Duration::from_secs(1);
 
-type Connection = Pin<Box<dyn Future<Output = ()>>>;
+/// A connection that is served.
+struct Connection {
+    work: Pin<Box<dyn Future<Output = ()>>>,
+    since: Instant,
+    /// Whether its request is here.
+    has_asked: Rc<Cell<bool>>,
+}
 
 /// Listens, and answers.
 pub struct Server {
@@ -60,7 +68,7 @@ pub struct Server {
     listening: Vec<Socket>,
     /// What could not be listened at last, so that it is said once.
     failed: Vec<Listen>,
-    connections: FuturesUnordered<Connection>,
+    connections: Vec<Connection>,
     paused_until: Option<Instant>,
     subject: Rc<Subject>,
 }
@@ -86,7 +94,7 @@ impl Server {
             wanted: Vec::new(),
             listening: Vec::new(),
             failed: Vec::new(),
-            connections: FuturesUnordered::new(),
+            connections: Vec::new(),
             paused_until: None,
             subject: Rc::new(Subject { pins, netlink, done, beat, patience }),
         }
@@ -133,22 +141,56 @@ impl Server {
     /// Serves. Nothing is lost where it is dropped and called again.
     pub async fn work(&mut self) -> Infallible {
         loop {
-            let paused_until = self.paused_until;
+            let closed_until = self.closed_until();
             tokio::select! {
-                Some(()) = self.connections.next() => {}
-                stream = accept(&self.listening), if self.connections.len() < MOST_CONNECTIONS && paused_until.is_none() => {
-                    match stream {
-                        Ok(stream) => self.connections.push(stream.serve(Rc::clone(&self.subject))),
-                        Err(error) => {
-                            log::debug!("accept: {error}");
-                            self.paused_until = Some(Instant::now() + PAUSE);
-                        }
+                // First: a request that is here must not give way to who comes next.
+                biased;
+                () = serve_all(&mut self.connections) => {}
+                stream = accept(&self.listening), if closed_until.is_none() => match stream {
+                    Ok(stream) => self.let_in(stream),
+                    Err(error) => {
+                        log::debug!("accept: {error}");
+                        self.paused_until = Some(Instant::now() + PAUSE);
                     }
-                }
-                () = pause(paused_until) => self.paused_until = None,
+                },
+                () = pause(closed_until) => {}
             }
         }
     }
+
+    /// Until when nobody is let in; `None` where somebody may be.
+    fn closed_until(&self) -> Option<Instant> {
+        let is_full = self.connections.len() >= MOST_CONNECTIONS;
+        let first_to_go =
+            self.connections.iter().map(Connection::undisturbed_until).min().filter(|_| is_full);
+        [first_to_go, self.paused_until].into_iter().flatten().max().filter(|&until| until > Instant::now())
+    }
+
+    fn let_in(&mut self, stream: Stream) {
+        let by_time = |(_, connection): &(usize, &Connection)| connection.undisturbed_until();
+        if self.connections.len() >= MOST_CONNECTIONS
+            && let Some((first_to_go, _)) = self.connections.iter().enumerate().min_by_key(by_time)
+        {
+            drop(self.connections.swap_remove(first_to_go));
+        }
+        self.connections.push(stream.serve(Rc::clone(&self.subject)));
+    }
+}
+
+impl Connection {
+    fn undisturbed_until(&self) -> Instant {
+        self.since + if self.has_asked.get() { UNDISTURBED } else { SILENT }
+    }
+}
+
+/// Serves until one has ended, or more.
+async fn serve_all(connections: &mut Vec<Connection>) {
+    poll_fn(|context| {
+        let before = connections.len();
+        connections.retain_mut(|connection| connection.work.as_mut().poll(context).is_pending());
+        if connections.len() < before { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
 }
 
 async fn pause(until: Option<Instant>) {
@@ -236,16 +278,20 @@ fn is_abandoned(path: &Path) -> bool {
 
 impl Stream {
     fn serve(self, subject: Rc<Subject>) -> Connection {
-        match self {
-            Self::Tcp(stream) => Box::pin(serve(stream, subject)),
-            Self::Unix(stream) => Box::pin(serve(stream, subject)),
-        }
+        let (since, has_asked) = (Instant::now(), Rc::default());
+        let of_work = Rc::clone(&has_asked);
+        let work: Pin<Box<dyn Future<Output = ()>>> = match self {
+            Self::Tcp(stream) => Box::pin(serve(stream, subject, of_work)),
+            Self::Unix(stream) => Box::pin(serve(stream, subject, of_work)),
+        };
+        Connection { work, since, has_asked }
     }
 }
 
-/// Answers one request.
-async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, subject: Rc<Subject>) {
+/// Answers one request, and notes that it is here.
+async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, subject: Rc<Subject>, has_asked: Rc<Cell<bool>>) {
     let answer = service_fn(|request| {
+        has_asked.set(true);
         let subject = Rc::clone(&subject);
         async move { Ok::<_, Infallible>(answer(&request, &subject).await) }
     });
@@ -312,8 +358,11 @@ impl Subject {
         }
     }
 
-    fn denials(&self) -> anyhow::Result<Vec<(DenialKey, DenialRecord)>> {
-        Ok(if object::is_loaded(&self.pins) { Denials::open(&self.pins)?.read()? } else { Vec::new() })
+    fn denials(&self) -> anyhow::Result<Denied> {
+        if !object::is_loaded(&self.pins) {
+            return Ok(Denied::new());
+        }
+        Ok(metrics::sum(Denials::open(&self.pins)?.iter())?)
     }
 
     async fn report(&self) -> Result<Report, Response<Full<Bytes>>> {

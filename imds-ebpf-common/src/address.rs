@@ -86,6 +86,7 @@ pub(crate) enum Destination {
 
 impl Destination {
     #[inline(always)]
+    #[expect(clippy::indexing_slicing, reason = "eight of sixteen, from the first or the ninth on")]
     pub(crate) fn from_ipv6(octets: [u8; 16]) -> Self {
         let half = |start: usize| u64::from_ne_bytes(core::array::from_fn(|index| octets[start + index]));
         Self::from_halves(half(0), half(8))

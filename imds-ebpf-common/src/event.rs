@@ -58,6 +58,10 @@ pub struct Source {
     pub hook: u64,
 }
 
+/// How many sources are known at a time, but for those whose interface's [`Counter`](crate::Counter) has their window. One
+/// that was not heard of for long is forgotten.
+pub const SOURCES: usize = 4096;
+
 /// Events and answers of one source on one CPU.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -143,6 +147,16 @@ impl Window {
 }
 
 const _: () = assert!(size_of::<Window>() == 40);
+
+#[cfg(feature = "user")]
+mod pod {
+    use super::{Source, Window};
+
+    // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
+    unsafe impl aya::Pod for Source {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Window {}
+}
 
 #[cfg(test)]
 mod tests {

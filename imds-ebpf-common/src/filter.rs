@@ -69,7 +69,7 @@ impl Table {
     fn fill<'a>(&mut self, endpoints: impl IntoIterator<Item = (Address, &'a Endpoint)>) {
         *self = Self::EMPTY;
         for ((row, number), (address, endpoint)) in self.rows.iter_mut().zip(1..).zip(endpoints) {
-            let head = &mut self.heads[chain(address.slot())];
+            let Some(head) = self.heads.get_mut(chain(address.slot())) else { continue };
             *row = Row { address, keep: endpoint.keep, next: u64::from(*head) };
             *head = number;
         }
@@ -78,7 +78,7 @@ impl Table {
     /// What is kept at this address, if it is an endpoint's.
     #[must_use]
     pub fn find(&self, address: Address) -> Option<&Keep> {
-        let mut number = usize::from(self.heads[chain(address.slot())]);
+        let mut number = usize::from(*self.heads.get(chain(address.slot()))?);
         for _ in 0..MAX_CHAIN {
             let row = self.rows.get(number.checked_sub(1)?)?;
             if row.address == address {
@@ -170,12 +170,14 @@ impl Filter {
 
 fn has_bit(bitmap: &[u8], slot: u16) -> bool {
     let (byte, bit) = Filter::position(slot);
-    bitmap[byte] >> bit & 1 == 1
+    bitmap.get(byte).is_some_and(|byte| byte >> bit & 1 == 1)
 }
 
 fn set_bit(bitmap: &mut [u8], slot: u16) {
     let (byte, bit) = Filter::position(slot);
-    bitmap[byte] |= 1 << bit;
+    if let Some(byte) = bitmap.get_mut(byte) {
+        *byte |= 1 << bit;
+    }
 }
 
 const _: () = assert!(size_of::<Row>() == 56);

@@ -11,7 +11,7 @@ use aya_ebpf::{
 };
 use imds_ebpf_common::{
     Event, Flow, Hook, Place, Verdict,
-    event::{Source, Window},
+    event::{SOURCES, Source, Window},
     flow,
     opaque::opaque,
 };
@@ -23,7 +23,6 @@ use crate::{
 
 /// Room for some 2,500 events: what came last while nobody read is there for the next reader.
 const RING_BYTES: usize = 256 * 1024;
-const SOURCES: usize = 4096;
 /// Bytes of a thread's name (`TASK_COMM_LEN`, include/linux/sched.h).
 const COMM_LEN: u32 = 16;
 
@@ -31,7 +30,7 @@ const COMM_LEN: u32 = 16;
 #[btf_map(name = "imds_events")]
 static EVENTS: RingBuf<(), RING_BYTES> = RingBuf::new();
 
-/// Per CPU, so that no count is lost to another one's. A source that was not heard of for long is forgotten.
+/// Per CPU, so that no count is lost to another one's.
 #[btf_map(name = "imds_sources")]
 static WINDOWS: LruPerCpuHashMap<Source, Window, SOURCES> = LruPerCpuHashMap::new();
 

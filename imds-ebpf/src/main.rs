@@ -1,4 +1,12 @@
 //! The BPF programs of imds-agent: entry points, which only translate.
+#![deny(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::todo,
+    clippy::unimplemented,
+    clippy::unreachable,
+    clippy::unwrap_used
+)]
 #![no_std]
 #![no_main]
 

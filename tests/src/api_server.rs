@@ -58,6 +58,10 @@ pub enum Fault {
     HalfList,
     /// Breaks off in the middle of the next event.
     HalfEvent,
+    /// Begins the answer to the next list with this, and never ends it.
+    EndlessList(&'static str),
+    /// Begins a line in the next watch, and never ends it.
+    EndlessLine,
     /// Sends this line in the next watch in place of events, and closes it properly.
     Line(&'static str),
 }
@@ -249,8 +253,8 @@ impl Store {
     fn take_fault(&mut self, is_watch: bool) -> Option<Fault> {
         let fits = match self.faults.front()? {
             Fault::Answer(..) | Fault::Status(..) | Fault::Silence | Fault::Close => true,
-            Fault::HalfList => !is_watch,
-            Fault::HalfEvent | Fault::Line(_) => is_watch,
+            Fault::HalfList | Fault::EndlessList(_) => !is_watch,
+            Fault::HalfEvent | Fault::EndlessLine | Fault::Line(_) => is_watch,
         };
         if fits { self.faults.pop_front() } else { None }
     }
@@ -287,6 +291,8 @@ impl Shared {
                 let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", list.len());
                 return stream.write_all((head + &list[..list.len() / 2]).as_bytes()).ok();
             }
+            Some(Fault::EndlessList(start)) => return pour(stream, start),
+            Some(Fault::EndlessLine) => return pour(stream, "{\"type\":\""),
             Some(Fault::Line(line)) => {
                 stream.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n").ok()?;
                 return stream.write_all(format!("{line}\n").as_bytes()).ok();
@@ -418,6 +424,14 @@ fn query(target: &str) -> BTreeMap<String, String> {
     let (_, query) = target.split_once('?').unwrap_or_default();
     let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
     pairs.map(|(key, value)| (key.to_owned(), value.replace("%3D", "="))).collect()
+}
+
+/// Until the client has had enough.
+fn pour(mut stream: &TcpStream, start: &str) -> Option<()> {
+    stream.write_all(format!("HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{start}").as_bytes()).ok()?;
+    let more = " ".repeat(1 << 16);
+    while stream.write_all(more.as_bytes()).is_ok() {}
+    None
 }
 
 fn respond(mut stream: &TcpStream, code: u16, headers: &str, body: &str) -> Option<()> {

@@ -23,6 +23,7 @@ pub mod probe;
 pub mod program;
 pub mod promql;
 pub mod status;
+pub mod steady;
 
 mod agent;
 mod arrivals;

@@ -298,6 +298,34 @@ async fn pods_of_other_nodes_that_a_server_sends_all_the_same_are_none_of_ours()
 }
 
 #[tokio::test(flavor = "current_thread")]
+async fn what_does_not_end_is_left() {
+    let (server, mut follower) = followed().await;
+    server.fail(Fault::EndlessLine);
+    server.fail(Fault::EndlessList("{\"items\":["));
+    server.disconnect();
+    follower
+        .until_state("both to be left", |state| state.errors.get(&ErrorKind::Malformed) == Some(&2))
+        .await;
+    assert!(follower.is_exempt("a"));
+    follower.until("the list", |follower| follower.relists.len() == 2).await;
+    assert!(follower.is_exempt("a") && server.faults_left() == 0);
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_list_whose_parts_do_not_end_is_left() {
+    let server = ApiServer::start();
+    let part = "{\"metadata\":{\"resourceVersion\":\"7\",\"continue\":\"0\"},\"items\":[]}";
+    for _ in 0..5 {
+        server.fail(Fault::Answer(200, "Content-Type: application/json\r\n", part));
+    }
+    server.apply(trusted("a"));
+    let mut follower = Follower::with(&server, |options| options.most_pages = 5);
+    follower.until_state("it to be left", |state| state.errors.contains_key(&ErrorKind::Malformed)).await;
+    follower.until("the list", |follower| follower.is_exempt("a")).await;
+    assert_eq!((follower.errors(ErrorKind::Malformed), server.faults_left()), (1, 0));
+}
+
+#[tokio::test(flavor = "current_thread")]
 async fn a_kubeconfig_that_comes_later_is_waited_for_and_one_that_changes_is_read_again() {
     let server = ApiServer::start();
     server.apply(trusted("a"));

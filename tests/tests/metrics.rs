@@ -9,6 +9,7 @@ use std::{
 
 use imds_tests::{
     Agent, Backend, METADATA, PodLink, World,
+    flood::Flood,
     foreign::detach_link,
     http::{DEFAULT, exchange, try_get},
     poll::poll_until,
@@ -81,6 +82,38 @@ fn what_is_counted_and_in_force_is_served() {
     pod.delete();
     world.status_when("the pod is gone", |status| status.interfaces.iter().all(|one| one.role != "pod"));
     assert!(value(&get(&world, "/metrics").1, DENIED) >= value(&after, DENIED));
+    drop(agent);
+    world.unload();
+}
+
+#[test]
+fn each_packet_is_told_of_or_counted_as_not_told_of_also_when_its_pod_is_gone() {
+    let world = World::new();
+    let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
+    let agent = world.agent().hooks(&["pod_edge", "node_edge", "socket"]).spawn_ready();
+    let flood = Flood::udp(&pods[0], METADATA);
+    for _ in 0..100 {
+        assert!(!world.in_cgroup(|| http_get(&pods[1].netns, METADATA, SHORT)).is_answer());
+    }
+    assert!(flood.stop() > 100);
+    let series = |metrics: &str, prefix: &str| -> f64 {
+        let values = metrics.lines().filter_map(|line| line.strip_prefix(prefix)?.rsplit_once(' '));
+        values.map(|(_, value)| value.parse::<f64>().unwrap()).sum()
+    };
+    let is_accounted_for = || {
+        let metrics = get(&world, "/metrics").1;
+        let told = ["imds_events_total", "imds_events_suppressed_total", "imds_events_untold"];
+        let sum: f64 = told.iter().map(|name| value(&metrics, name)).sum();
+        let counted = series(&metrics, "imds_packets_total");
+        assert!(value(&metrics, "imds_events_untold") > 0.0, "{metrics}");
+        ((sum - counted).abs() < 0.5 && counted > 200.0).then_some(())
+    };
+    poll_until(LONG, "each packet to be accounted for", is_accounted_for);
+    for pod in pods {
+        pod.delete();
+    }
+    world.status_when("the pods are gone", |status| status.interfaces.iter().all(|one| one.role != "pod"));
+    poll_until(LONG, "each packet to be accounted for", is_accounted_for);
     drop(agent);
     world.unload();
 }

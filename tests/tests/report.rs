@@ -1,7 +1,13 @@
 //! What `imds-agent report` says of who was denied, and that the rules that it prints exempt just them.
 
-use std::fs;
+use std::{collections::BTreeSet, fs};
 
+use aya::maps::{HashMap, Map, MapData};
+use imds_ebpf_common::{
+    Address, Hook, IMDS_IPV4, Verdict,
+    ledger::{DENIALS, DenialKey, DenialRecord},
+    names::MAP_DENIALS,
+};
 use imds_tests::{
     METADATA, Netns, PodLink, World,
     api_server::{ApiServer, pod},
@@ -13,6 +19,19 @@ use imds_tests::{
 use serde_json::Value;
 
 const NODE: &str = "node-0";
+const EMPTY: DenialRecord = DenialRecord {
+    count: 0,
+    bytes: 0,
+    first: 0,
+    last: 0,
+    namespace: [0; _],
+    service_account: [0; _],
+    label: [0; _],
+    pod: [0; _],
+    interface: [0; _],
+    comm: [0; _],
+    cgroup: [0; _],
+};
 
 fn report(world: &World, args: &[&str]) -> String {
     let output = world.imds_agent(&[&["report"], args].concat()).output();
@@ -32,6 +51,35 @@ fn reaches(world: &World, netns: &Netns) -> bool {
 fn sum(denials: &[Value]) -> u64 {
     let counts = denials.iter().flat_map(|denial| denial["counts"].as_object().unwrap().values());
     counts.filter_map(Value::as_u64).sum()
+}
+
+#[test]
+fn of_more_senders_than_are_kept_the_oldest_go() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let agent = world.agent().spawn_ready();
+    let pin = world.pin_dir().join("maps").join(MAP_DENIALS);
+    let map = Map::HashMap(MapData::from_pin(pin).unwrap());
+    let mut ledger: HashMap<MapData, DenialKey, DenialRecord> = map.try_into().unwrap();
+    let (address, hook, verdict) =
+        (Address::from_ipv4(IMDS_IPV4), Hook::PodEdge as u32, Verdict::Deny as u32);
+    for sender in 0..DENIALS as u64 {
+        let mut record = EMPTY;
+        (record.count, record.first, record.last) = (1, 1, sender + 1);
+        record.comm[..8].copy_from_slice(&sender.to_ne_bytes().map(|byte| b'a' + byte % 26));
+        ledger.insert(DenialKey { address, sender, hook, verdict }, record, 0).unwrap();
+    }
+    assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer());
+    poll_until(LONG, "the pod's denial", || {
+        let denials = denials(&world);
+        let known = denials.iter().find(|denial| denial["interface"] == pod.host_ifname.as_str());
+        known.is_some().then_some(())
+    });
+    let left = ledger.keys().map(|key| key.unwrap().sender).collect::<BTreeSet<_>>();
+    assert!(left.len() > DENIALS / 2 && left.len() < DENIALS, "{}", left.len());
+    assert!(!left.contains(&0) && left.contains(&(DENIALS as u64 - 1)));
+    drop(agent);
+    world.unload();
 }
 
 #[test]

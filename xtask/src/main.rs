@@ -7,13 +7,16 @@ mod bench;
 mod build;
 mod cache;
 mod demo;
+mod deny;
 mod dist;
 mod e2e;
 mod faults;
+mod fuzz;
 mod lint;
 mod manifests;
 mod run;
 mod setup;
+mod soak;
 mod supervise;
 mod test;
 mod vm;
@@ -41,13 +44,16 @@ enum Command {
     Run(run::Run),
     Test(test::Test),
     Lint(lint::Lint),
+    Deny(deny::Deny),
     Demo(demo::Demo),
     Dist(dist::Dist),
     Image(dist::Image),
     E2e(e2e::EndToEnd),
     Faults(faults::Faults),
+    Fuzz(fuzz::Fuzz),
     Manifests(manifests::Manifests),
     Bench(bench::Bench),
+    Soak(soak::Soak),
     Vm(vm::Vm),
 }
 
@@ -59,13 +65,16 @@ impl Command {
             Self::Run(run) => run.run(),
             Self::Test(test) => test.run(),
             Self::Lint(lint) => lint.run(),
+            Self::Deny(deny) => deny.run(),
             Self::Demo(demo) => demo.run(),
             Self::Dist(dist) => dist.run(),
             Self::Image(image) => image.run(),
             Self::E2e(e2e) => e2e.run(),
             Self::Faults(faults) => faults.run(),
+            Self::Fuzz(fuzz) => fuzz.run(),
             Self::Manifests(manifests) => manifests.run(),
             Self::Bench(bench) => bench.run(),
+            Self::Soak(soak) => soak.run(),
             Self::Vm(vm) => vm.run(),
         }
     }

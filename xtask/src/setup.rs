@@ -26,6 +26,8 @@ pub(crate) enum Purpose {
     Bench,
     Test,
     Lint,
+    Fuzz,
+    Deny,
     Vm,
     Dist,
     Image,
@@ -76,10 +78,22 @@ const MANIFEST_TOOLS: [Tool; 3] = [
     Tool { program: "python3", package: "python3" },
     Tool { program: "pip3", package: "python3-pip" },
 ];
+/// What libFuzzer is compiled with.
+const FUZZ_TOOLS: [Tool; 1] = [Tool { program: "c++", package: "g++" }];
 const IMAGE_TOOLS: [Tool; 1] = [Tool { program: "podman", package: "podman" }];
-/// What makes the Debian package, by cargo.
-const CARGO_DEB: &str = "cargo-deb";
-const CARGO_DEB_VERSION: &str = "3.8.0";
+/// A program that cargo builds from its source, which is on the registry of crates.
+#[derive(Clone, Copy, Debug)]
+struct CargoTool {
+    program: &'static str,
+    version: &'static str,
+    /// Beyond the program and its version.
+    arguments: &'static [&'static str],
+}
+
+/// What makes the Debian package.
+const CARGO_DEB: CargoTool = CargoTool { program: "cargo-deb", version: "3.8.0", arguments: &[] };
+/// What looks at all that is depended on. It runs for seconds: without optimization it is built in half the time.
+const CARGO_DENY: CargoTool = CargoTool { program: "cargo-deny", version: "0.20.2", arguments: &["--debug"] };
 const CLIPPY_PACKAGE: &str = "rust-web-clippy";
 
 impl Setup {
@@ -114,8 +128,7 @@ struct Missing {
     things: Vec<String>,
     /// Debian's packages for that. bpf-linker comes after them, see [`install_linker`].
     packages: Vec<&'static str>,
-    /// Whether [`CARGO_DEB`] is, which is installed from its source.
-    cargo_deb: bool,
+    cargo_tools: Vec<CargoTool>,
 }
 
 impl Missing {
@@ -138,6 +151,9 @@ impl Missing {
         }) {
             missing.look_for_tools(host, "the tests'", &TEST_TOOLS);
         }
+        if purposes.contains(&Purpose::Fuzz) {
+            missing.look_for_tools(host, "the fuzzer's", &FUZZ_TOOLS);
+        }
         if purposes.contains(&Purpose::Vm) {
             missing.look_for_tools(host, "the virtual machines'", &VM_TOOLS);
         }
@@ -153,12 +169,11 @@ impl Missing {
         if purposes.contains(&Purpose::Manifests) {
             missing.look_for_tools(host, "the manifests'", &MANIFEST_TOOLS);
         }
-        let packs = purposes.iter().any(|purpose| matches!(purpose, Purpose::Dist | Purpose::EndToEnd));
-        if packs && host.find(CARGO_DEB).is_none() {
-            missing.cargo_deb = true;
-            missing
-                .things
-                .push(format!("{CARGO_DEB} (cargo install {CARGO_DEB} --version {CARGO_DEB_VERSION})"));
+        if purposes.iter().any(|purpose| matches!(purpose, Purpose::Dist | Purpose::EndToEnd)) {
+            missing.look_for_cargo_tool(host, CARGO_DEB);
+        }
+        if purposes.contains(&Purpose::Deny) {
+            missing.look_for_cargo_tool(host, CARGO_DENY);
         }
         missing
     }
@@ -166,6 +181,13 @@ impl Missing {
     fn look_for_tools(&mut self, host: &Host, whose: &str, tools: &[Tool]) {
         for tool in tools.iter().filter(|tool| host.find(tool.program).is_none()) {
             self.add(format!("{whose} {} (package {})", tool.program, tool.package), tool.package);
+        }
+    }
+
+    fn look_for_cargo_tool(&mut self, host: &Host, tool: CargoTool) {
+        if host.find(tool.program).is_none() {
+            self.cargo_tools.push(tool);
+            self.things.push(format!("{0} (cargo install {0} --version {1})", tool.program, tool.version));
         }
     }
 
@@ -207,11 +229,11 @@ impl Missing {
         if survey.toolchain().is_err() {
             install_linker(host, &survey)?;
         }
-        if self.cargo_deb {
-            say("building cargo-deb: this takes some minutes");
+        for CargoTool { program, version, arguments } in &self.cargo_tools {
+            say(format_args!("building {program}: this takes some minutes"));
             let mut install = cargo("install");
-            install.args([CARGO_DEB, "--version", CARGO_DEB_VERSION, "--locked", "--quiet"]);
-            execute(&mut install).context("could not build cargo-deb")?;
+            install.args([program, "--version", version, "--locked", "--quiet"]).args(*arguments);
+            execute(&mut install).with_context(|| format!("could not build {program}"))?;
         }
         let left = Self::on(host, purposes);
         if !left.is_empty() {

@@ -48,7 +48,11 @@ pub(super) fn events(args: &EventsArgs) -> Result<ExitCode, Failure> {
     let names = pods::Names::open(&pins)?;
     let mut follower = Follower::open(pins)?;
     loop {
-        match print(&follower.read()?, &names, args.output) {
+        let events = follower.read()?;
+        if follower.missed() > 0 {
+            log::warn!("{} events came faster than they were read", follower.missed());
+        }
+        match print(&events, &names, args.output) {
             Ok(()) => {}
             // Whoever read them has had enough, as `head` does.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(ExitCode::SUCCESS),

@@ -37,9 +37,12 @@ pub(super) fn report(args: &ReportArgs) -> Result<ExitCode, Failure> {
     // What was told while nobody listened.
     if let Some(mut collector) = Collector::open(&pins)? {
         collector.collect()?;
+        while collector.has_more() {
+            collector.collect()?;
+        }
     }
     let mut denials = Denials::open(&pins)?;
-    let denied = denials.read()?;
+    let denied = denials.iter().collect::<Result<Vec<_>, _>>()?;
     let maps = object::Maps::open(&pins)?;
     let guarded: Vec<_> = endpoints::read(&maps)?
         .iter()

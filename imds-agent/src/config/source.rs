@@ -19,11 +19,11 @@ pub(super) struct Source<'a> {
 impl Source<'_> {
     pub(super) fn place(self, span: Range<usize>) -> Place {
         let before = self.text.get(..span.start).unwrap_or_default();
-        let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+        let line = before.rsplit('\n').next().unwrap_or_default();
         Place {
             path: self.path.to_owned(),
             line: before.matches('\n').count() + 1,
-            column: before[line_start..].chars().count() + 1,
+            column: line.chars().count() + 1,
         }
     }
 

@@ -34,7 +34,7 @@ const FIRST_PRIORITY: u16 = 1;
 
 /// A filter of chain 0, where all classification starts.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub(crate) struct Filter {
+pub struct Filter {
     pub(crate) priority: u16,
     handle: TcHandle,
     protocol: u16,
@@ -54,7 +54,9 @@ impl Filter {
         self.kind == TcFilterBpf::KIND && self.protocol == ETH_P_ALL
     }
 
-    fn from_message(message: TcMessage) -> Option<Self> {
+    /// Reads a `RTM_NEWTFILTER` message; `None` where it describes no filter of that chain.
+    #[must_use]
+    pub fn from_message(message: TcMessage) -> Option<Self> {
         // The dump begins with an entry for each priority as such, with handle 0.
         if message.header.handle == TcHandle::UNSPEC {
             return None;

@@ -8,6 +8,7 @@ use imds_ebpf_common::{ConfigRecord, names::MAP_CONFIG};
 use jiff::Timestamp;
 
 use super::{DatapathError, object::Maps};
+use crate::endpoints;
 
 /// How often to read until two readings agree: the kernel copies a value while another copies it in.
 const READINGS: usize = 20;
@@ -38,20 +39,27 @@ pub struct Refusal {
 
 /// What is recorded; `None` before the first configuration was.
 pub fn read(maps: &Maps) -> Result<Option<Record>, MapError> {
-    let record = read_whole(&maps.config)?;
-    if record.generation == 0 {
-        return Ok(None);
+    Ok(Record::of(&read_whole(&maps.config)?))
+}
+
+impl Record {
+    /// Reads the map's form; `None` of one that was never written.
+    #[must_use]
+    pub fn of(record: &ConfigRecord) -> Option<Self> {
+        if record.generation == 0 {
+            return None;
+        }
+        let path = text(&record.path);
+        let refusal = (record.failed_at != 0)
+            .then(|| Refusal { at: timestamp(record.failed_at), error: text(&record.error) });
+        Some(Self {
+            generation: record.generation,
+            path: (!path.is_empty()).then(|| path.into()),
+            loaded_at: timestamp(record.loaded_at),
+            refusal,
+            text: endpoints::raw(&record.text),
+        })
     }
-    let path = text(&record.path);
-    let refusal = (record.failed_at != 0)
-        .then(|| Refusal { at: timestamp(record.failed_at), error: text(&record.error) });
-    Ok(Some(Record {
-        generation: record.generation,
-        path: (!path.is_empty()).then(|| path.into()),
-        loaded_at: timestamp(record.loaded_at),
-        refusal,
-        text: text(&record.text),
-    }))
 }
 
 /// Records a configuration that is in force from now on. Returns its number.
@@ -110,13 +118,15 @@ pub(crate) fn timestamp(nanoseconds: u64) -> Timestamp {
 /// As much of `text` as there is room for in whole characters, then zeros.
 pub(crate) fn padded<const LEN: usize>(text: &str) -> [u8; LEN] {
     let mut padded = [0; LEN];
-    let end = text.floor_char_boundary(LEN);
-    padded[..end].copy_from_slice(&text.as_bytes()[..end]);
+    let (whole, _) = text.split_at(text.floor_char_boundary(LEN));
+    for (to, from) in padded.iter_mut().zip(whole.bytes()) {
+        *to = from;
+    }
     padded
 }
 
 pub(crate) fn text(padded: &[u8]) -> String {
-    crate::endpoints::unpadded(padded)
+    endpoints::unpadded(padded)
 }
 
 #[cfg(test)]

@@ -6,7 +6,11 @@ use aya::{
     maps::{MapError, PerCpuValues},
     util::nr_cpus,
 };
-use imds_ebpf_common::{Counter, CounterKey, Hook, Verdict, names::MAP_COUNTERS};
+use imds_ebpf_common::{
+    Counter, CounterKey, Hook, Verdict,
+    event::{SOURCES, Window},
+    names::MAP_COUNTERS,
+};
 use serde::Serialize;
 
 use super::{
@@ -28,8 +32,8 @@ pub struct Count {
 
 impl AddAssign for Count {
     fn add_assign(&mut self, other: Self) {
-        self.packets += other.packets;
-        self.bytes += other.bytes;
+        self.packets = self.packets.saturating_add(other.packets);
+        self.bytes = self.bytes.saturating_add(other.bytes);
     }
 }
 
@@ -85,7 +89,8 @@ pub fn read(maps: &Maps) -> Result<BTreeMap<(u32, u8), Counts>, MapError> {
     for entry in object::present(maps.counters.iter()) {
         let (key, values) = entry?;
         if let Some(count) = counts.entry((key.ifindex, key.hook)).or_default().of(key.verdict) {
-            *count += sum(&values);
+            let Counter { packets, bytes, .. } = sum(&values);
+            *count += Count { packets, bytes };
         }
     }
     Ok(counts)
@@ -94,7 +99,7 @@ pub fn read(maps: &Maps) -> Result<BTreeMap<(u32, u8), Counts>, MapError> {
 /// Makes an interface's entries, so that the programs need not. Where that fails they do it with the first packet.
 pub(super) fn prepare(maps: &mut Maps, ifindex: u32, hook: Hook) {
     for verdict in Verdict::COUNTED {
-        let zero = on_first_cpu(Count::default());
+        let zero = on_first_cpu(Counter::default());
         let key = CounterKey::new(ifindex, hook, verdict);
         if let Some(zero) = zero
             && let Err(error) = maps.counters.insert(key, zero, NOEXIST)
@@ -102,6 +107,23 @@ pub(super) fn prepare(maps: &mut Maps, ifindex: u32, hook: Hook) {
             log::debug!("counter of interface {ifindex}: {error}");
         }
     }
+}
+
+/// Packets and calls of which nothing was told so far: their number comes with the next one of the same sender, if there is
+/// one.
+pub fn untold(maps: &Maps) -> Result<u64, MapError> {
+    let mut untold = 0_u64;
+    let of_interfaces = object::present(maps.counters.iter());
+    for entry in of_interfaces {
+        untold = untold.saturating_add(sum(&entry?.1).window.untold);
+    }
+    // Senders come and go while it is gone through, and each that goes can make it begin anew.
+    for entry in object::present(maps.sources.iter()).take(2 * SOURCES) {
+        for window in entry?.1.iter() {
+            untold = untold.saturating_add(window.untold);
+        }
+    }
+    Ok(untold)
 }
 
 /// Adds an interface's counts to those of the departed, and removes its entries.
@@ -113,11 +135,9 @@ pub(super) fn fold(maps: &mut Maps, ifindex: u32) -> Result<(), DatapathError> {
     for key in keys {
         let departed = CounterKey { ifindex: CounterKey::DEPARTED, ..key };
         let Ok(values) = maps.counters.get(&key, 0) else { continue };
-        let count = sum(&values);
-        if count != Count::default() {
-            let mut total = maps.counters.get(&departed, 0).map(|values| sum(&values)).unwrap_or_default();
-            total += count;
-            if let Some(total) = on_first_cpu(total) {
+        if values.iter().any(|counter| counter.packets != 0) {
+            let before = maps.counters.get(&departed, 0).map(|values| sum(&values)).unwrap_or_default();
+            if let Some(total) = on_first_cpu(added(before, &sum(&values))) {
                 maps.counters.insert(departed, total, 0).map_err(failed)?;
             }
         }
@@ -129,17 +149,22 @@ pub(super) fn fold(maps: &mut Maps, ifindex: u32) -> Result<(), DatapathError> {
     Ok(())
 }
 
-fn sum(values: &PerCpuValues<Counter>) -> Count {
-    let mut sum = Count::default();
-    for &Counter { packets, bytes, .. } in values.iter() {
-        sum += Count { packets, bytes };
-    }
-    sum
+/// What all CPUs have counted, and not told.
+fn sum(values: &PerCpuValues<Counter>) -> Counter {
+    values.iter().fold(Counter::default(), added)
 }
 
-/// A value for the map that has all of `count` on one CPU.
-fn on_first_cpu(Count { packets, bytes }: Count) -> Option<PerCpuValues<Counter>> {
+fn added(sum: Counter, other: &Counter) -> Counter {
+    Counter {
+        packets: sum.packets.saturating_add(other.packets),
+        bytes: sum.bytes.saturating_add(other.bytes),
+        window: Window { untold: sum.window.untold.saturating_add(other.window.untold), ..sum.window },
+    }
+}
+
+/// A value for the map that has all of `counter` on one CPU.
+fn on_first_cpu(counter: Counter) -> Option<PerCpuValues<Counter>> {
     let mut values = vec![Counter::default(); nr_cpus().ok()?];
-    *values.first_mut()? = Counter { packets, bytes, ..Counter::default() };
+    *values.first_mut()? = counter;
     PerCpuValues::try_from(values).ok()
 }

@@ -23,9 +23,9 @@ impl Denials {
         Map::HashMap(map).try_into().map(Self).map_err(failed)
     }
 
-    /// Each of them.
-    pub fn read(&self) -> Result<Vec<(DenialKey, DenialRecord)>, MapError> {
-        object::present(self.0.iter()).collect()
+    /// Each of them, one at a time: all together are large.
+    pub fn iter(&self) -> impl Iterator<Item = Result<(DenialKey, DenialRecord), MapError>> {
+        object::present(self.0.iter())
     }
 
     /// That of one sender.
@@ -37,17 +37,24 @@ impl Denials {
         }
     }
 
-    /// Writes that of one sender. Where there are too many the one goes that was heard of least recently.
+    /// Writes that of one sender. Where there are too many those go that were heard of least recently.
     pub fn put(&mut self, key: &DenialKey, record: &DenialRecord) -> Result<(), MapError> {
-        if self.get(key)?.is_none() {
-            let all = self.read()?;
-            if all.len() >= DENIALS
-                && let Some((oldest, _)) = all.iter().min_by_key(|(_, record)| record.last)
-            {
-                self.remove(oldest)?;
+        match self.0.insert(key, record, 0) {
+            Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::E2BIG) => {
+                self.make_room()?;
+                self.0.insert(key, record, 0)
             }
+            inserted => inserted,
         }
-        self.0.insert(key, record, 0)
+    }
+
+    /// For some at once: to find the oldest, all have to be looked at.
+    fn make_room(&mut self) -> Result<(), MapError> {
+        let by_time =
+            |entry: Result<(DenialKey, DenialRecord), _>| entry.map(|(key, record)| (record.last, key));
+        let mut all = self.iter().map(by_time).collect::<Result<Vec<_>, MapError>>()?;
+        all.sort_unstable();
+        all.iter().take(DENIALS / 8).try_for_each(|(_, key)| self.remove(key))
     }
 
     /// Forgets all.

@@ -17,11 +17,13 @@ use aya_obj::{Object, generated::bpf_func_id};
 use imds_ebpf_common::{
     Address, ConfigRecord, Counter, CounterKey, Edge, Endpoint, Exemption, Filter, Frame, Grant, Hook,
     InterfaceRecord, KubernetesRecord, PodRecord, Policy, ProviderRecord, Subject,
+    event::{Source, Window},
     maps::LAYOUT,
     names::{
         GLOBAL_CGROUP_HAS_COOKIE, GLOBAL_TC_HAS_COOKIE, HOST_PROGRAMS, MAP_CONFIG, MAP_COUNTERS,
         MAP_ENDPOINTS, MAP_EVENTS, MAP_EXEMPT, MAP_FILTER, MAP_INTERFACES, MAP_KUBERNETES, MAP_PODS,
-        MAP_POLICY, MAP_PROVIDER, MAPS, SOCKET_PROGRAMS, SYMBOL_FILTER, TC_PROGRAMS, in_object, tc_program,
+        MAP_POLICY, MAP_PROVIDER, MAP_SOURCES, MAPS, SOCKET_PROGRAMS, SYMBOL_FILTER, TC_PROGRAMS, in_object,
+        tc_program,
     },
 };
 use thiserror::Error;
@@ -203,6 +205,8 @@ pub struct Maps {
     pub kubernetes: Array<MapData, KubernetesRecord>,
     /// Who is behind interfaces, network namespaces and cgroups.
     pub pods: HashMap<MapData, Subject, PodRecord>,
+    /// What was told of whom, but at the pod edge, where counters have that.
+    pub sources: PerCpuHashMap<MapData, Source, Window>,
     /// The same maps, to pin them again.
     held: Vec<(&'static str, MapData)>,
 }
@@ -224,6 +228,7 @@ impl Maps {
             config: Map::Array(open(MAP_CONFIG)?).try_into().map_err(typed(MAP_CONFIG))?,
             kubernetes: Map::Array(open(MAP_KUBERNETES)?).try_into().map_err(typed(MAP_KUBERNETES))?,
             pods: Map::HashMap(open(MAP_PODS)?).try_into().map_err(typed(MAP_PODS))?,
+            sources: Map::PerCpuLruHashMap(open(MAP_SOURCES)?).try_into().map_err(typed(MAP_SOURCES))?,
             held: MAPS.map(|name| open(name).map(|map| (name, map))).into_iter().collect::<Result<_, _>>()?,
         })
     }

@@ -31,7 +31,7 @@ pub(super) struct Told(Option<BTreeMap<Subject, (String, String)>>);
 /// Who is behind whom.
 pub fn read(maps: &Maps) -> Result<BTreeMap<Subject, Identity>, MapError> {
     let entries = object::present(maps.pods.iter());
-    entries.map(|entry| entry.map(|(subject, record)| (subject, identity(&record)))).collect()
+    entries.map(|entry| entry.map(|(subject, record)| (subject, Identity::of(&record)))).collect()
 }
 
 /// Names one at a time.
@@ -49,7 +49,7 @@ impl Names {
     /// Who is behind `subject`, where that is known.
     #[must_use]
     pub fn get(&self, subject: Subject) -> Option<Identity> {
-        self.0.get(&subject, 0).ok().as_ref().map(identity)
+        self.0.get(&subject, 0).ok().as_ref().map(Identity::of)
     }
 }
 
@@ -101,32 +101,43 @@ fn record(pod: &Pod, container: &str) -> PodRecord {
     }
 }
 
-fn identity(record: &PodRecord) -> Identity {
-    let unless_empty = |padded: &[u8]| Some(text(padded)).filter(|text| !text.is_empty());
-    Identity {
-        namespace: text(&record.namespace),
-        pod: text(&record.name),
-        service_account: text(&record.service_account),
-        container: unless_empty(&record.container),
-        label: unless_empty(&record.label),
-        uid: text(&record.uid),
+impl Identity {
+    /// Reads the map's form.
+    #[must_use]
+    pub fn of(record: &PodRecord) -> Self {
+        let unless_empty = |padded: &[u8]| Some(text(padded)).filter(|text| !text.is_empty());
+        Self {
+            namespace: text(&record.namespace),
+            pod: text(&record.name),
+            service_account: text(&record.service_account),
+            container: unless_empty(&record.container),
+            label: unless_empty(&record.label),
+            uid: text(&record.uid),
+        }
     }
 }
 
 /// How pods are looked up; `None` where they are not.
 pub fn lookup(maps: &Maps) -> Result<Option<Lookup>, MapError> {
-    let record = maps.kubernetes.get(&0, 0)?;
-    let moment = |nanoseconds| (nanoseconds != 0).then(|| timestamp(nanoseconds));
-    Ok((record.is_enabled == 1).then(|| Lookup {
-        node: text(&record.node),
-        is_connected: record.is_connected == 1,
-        since: timestamp(record.since),
-        synced_at: moment(record.synced_at),
-        failed_at: moment(record.failed_at),
-        error: moment(record.failed_at).map(|_| text(&record.error)),
-        pods: record.pods,
-        awaited: record.awaited,
-    }))
+    Ok(Lookup::of(&maps.kubernetes.get(&0, 0)?))
+}
+
+impl Lookup {
+    /// Reads the map's form; `None` where pods are not looked up.
+    #[must_use]
+    pub fn of(record: &KubernetesRecord) -> Option<Self> {
+        let moment = |nanoseconds| (nanoseconds != 0).then(|| timestamp(nanoseconds));
+        (record.is_enabled == 1).then(|| Self {
+            node: text(&record.node),
+            is_connected: record.is_connected == 1,
+            since: timestamp(record.since),
+            synced_at: moment(record.synced_at),
+            failed_at: moment(record.failed_at),
+            error: moment(record.failed_at).map(|_| text(&record.error)),
+            pods: record.pods,
+            awaited: record.awaited,
+        })
+    }
 }
 
 /// Records how pods are looked up.

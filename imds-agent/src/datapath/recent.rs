@@ -39,7 +39,7 @@ impl Recent {
 
     /// Adds one. Only one process at a time may.
     pub fn push(&mut self, event: Event) -> Result<(), MapError> {
-        let number = self.last()? + 1;
+        let number = self.last()?.saturating_add(1);
         self.events.set(slot(number), RecentEvent { number, event, number_again: number }, 0)?;
         self.head.set(LAST, number, 0)
     }
@@ -47,7 +47,7 @@ impl Recent {
     /// Those after number `after`, and the number of the last; what is too old is no longer there.
     pub fn since(&self, after: u64) -> Result<(Vec<Event>, u64), MapError> {
         let last = self.last()?;
-        let first = after.max(last.saturating_sub(RECENT as u64)) + 1;
+        let first = after.max(last.saturating_sub(RECENT as u64)).saturating_add(1);
         let mut events = Vec::new();
         for number in first..=last {
             let recent = self.events.get(&slot(number), 0)?;

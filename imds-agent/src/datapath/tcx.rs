@@ -74,13 +74,14 @@ impl Links {
     ) -> Result<Option<Attachment>, DatapathError> {
         let Some(held) = self.links.get_mut(&spot) else { return Ok(None) };
         let entries = programs(spot)?;
-        let Some(position) = entries.iter().position(|entry| entry.link == held.id) else {
+        let held_entry = entries.iter().enumerate().find(|(_, entry)| entry.link == held.id);
+        let Some((position, entry)) = held_entry else {
             self.forget(pins, spot)?;
             return Ok(None);
         };
         Ok(Some(Attachment {
             backend: Backend::Tcx,
-            current: entries[position].program == program,
+            current: entry.program == program,
             pinned: held.is_pinned(&pins.link(spot)),
             place: if position == 0 { Place::First } else { Place::Behind },
         }))

@@ -217,15 +217,16 @@ impl Match {
     /// Takes in what one expression of a rule of nftables says.
     fn take_in(&mut self, expression: &Value) {
         if let Some(matched) = expression.get("match") {
-            let (field, right) = (&matched["left"]["payload"]["field"], &matched["right"]);
-            let is_negated = matched["op"] == "!=";
-            match field.as_str() {
+            let word = |pointer| matched.pointer(pointer).and_then(Value::as_str);
+            let Some(right) = matched.get("right") else { return };
+            let is_negated = word("/op") == Some("!=");
+            match word("/left/payload/field") {
                 Some("daddr") if !is_negated => self.destination = nft_network(right),
                 Some("saddr") => self.has_negated_source = is_negated,
                 Some("dport") if !is_negated => self.port = right.to_string(),
                 _ => {}
             }
-            if matched["left"]["meta"]["key"] == "iifname" {
+            if word("/left/meta/key") == Some("iifname") {
                 right.as_str().unwrap_or_default().clone_into(&mut self.interface);
             }
         }

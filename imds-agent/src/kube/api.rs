@@ -2,6 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use bytes::BytesMut;
 use http::{Method, Request, StatusCode, header, request::Builder};
 use http_body_util::BodyExt as _;
 use kube_client::{
@@ -14,7 +15,10 @@ use serde_json::Value;
 use thiserror::Error;
 use tokio::time::timeout;
 
-use super::pod::PodObject;
+use super::{
+    pod::{Pod, PodObject},
+    watch::PodEvent,
+};
 use crate::config::Access;
 
 /// Longest answer that is taken: etcd holds no object of more than 1.5 MiB, and a node few pods.
@@ -55,6 +59,8 @@ pub(super) enum ApiError {
     Incomplete { what: &'static str },
     #[error("the API server's answer is longer than {limit} bytes")]
     TooLong { limit: usize },
+    #[error("the API server's list of pods does not end: {pods} pods of this node in {pages} parts")]
+    Endless { pages: usize, pods: usize },
 }
 
 /// Kinds of failure that are counted.
@@ -110,7 +116,10 @@ impl ApiError {
             Self::Throttled { .. } => ErrorKind::Throttled,
             Self::Refused { .. } => ErrorKind::Refused,
             Self::Failed { .. } => ErrorKind::Server,
-            Self::Malformed { .. } | Self::Incomplete { .. } | Self::TooLong { .. } => ErrorKind::Malformed,
+            Self::Malformed { .. }
+            | Self::Incomplete { .. }
+            | Self::TooLong { .. }
+            | Self::Endless { .. } => ErrorKind::Malformed,
         }
     }
 
@@ -136,10 +145,33 @@ pub(super) enum Since {
 
 /// Part of a list.
 pub(super) struct Page {
-    pub(super) pods: Vec<PodObject>,
+    pods: Vec<PodObject>,
     pub(super) resource_version: String,
     /// Where the next part starts, if there is one.
     pub(super) next: Option<String>,
+}
+
+impl Page {
+    pub(super) fn from_json(json: &[u8]) -> Result<Self, ApiError> {
+        #[derive(Deserialize)]
+        struct List {
+            metadata: ListMetadata,
+            // Go writes null for a list that is empty.
+            items: Option<Vec<PodObject>>,
+        }
+        let list: List = serde_json::from_slice(json).map_err(|source| ApiError::Malformed { source })?;
+        let resource_version = list.metadata.resource_version.filter(|version| !version.is_empty());
+        Ok(Self {
+            pods: list.items.unwrap_or_default(),
+            resource_version: resource_version.ok_or(ApiError::Incomplete { what: "resourceVersion" })?,
+            next: list.metadata.r#continue.filter(|next| !next.is_empty()),
+        })
+    }
+
+    /// Those of `node` among its pods.
+    pub(super) fn pods_of(self, node: &str) -> impl Iterator<Item = Pod> {
+        self.pods.into_iter().filter(move |pod| pod.is_on(node)).map(PodObject::into_pod)
+    }
 }
 
 /// What a watch tells.
@@ -153,15 +185,38 @@ pub(super) enum News {
     Error(Status),
 }
 
+impl News {
+    pub(super) fn from_json(json: &[u8]) -> Result<Self, ApiError> {
+        serde_json::from_slice(json).map_err(|source| ApiError::Malformed { source })
+    }
+
+    /// What it says of the pods of `node`, if it does, and the state of the store after it.
+    pub(super) fn into_event(self, node: &str) -> Result<(Option<PodEvent>, String), ApiError> {
+        let (event, version) = match self {
+            Self::Added(pod) | Self::Modified(pod) if pod.is_on(node) => {
+                let version = pod.resource_version().map(str::to_owned);
+                (Some(PodEvent::Apply(pod.into_pod())), version)
+            }
+            Self::Added(pod) | Self::Modified(pod) | Self::Deleted(pod) => {
+                let version = pod.resource_version().map(str::to_owned);
+                (Some(PodEvent::Delete { uid: pod.into_pod().uid }), version)
+            }
+            Self::Bookmark(bookmark) => (None, bookmark.metadata.resource_version),
+            Self::Error(status) => return Err(status.into_error()),
+        };
+        Ok((event, version.ok_or(ApiError::Incomplete { what: "resourceVersion" })?))
+    }
+}
+
 #[derive(Deserialize)]
 pub(super) struct Bookmark {
-    pub(super) metadata: ListMetadata,
+    metadata: ListMetadata,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct ListMetadata {
-    pub(super) resource_version: Option<String>,
+struct ListMetadata {
+    resource_version: Option<String>,
     r#continue: Option<String>,
 }
 
@@ -183,7 +238,8 @@ impl Status {
     pub(super) fn into_error(self) -> ApiError {
         let seconds = self.details.and_then(|details| details.retry_after_seconds);
         let Self { code, message, .. } = self;
-        let message: String = message.lines().next().unwrap_or_default().chars().take(200).collect();
+        let line = message.lines().next().unwrap_or_default();
+        let message: String = line.chars().filter(|char| !char.is_control()).take(200).collect();
         match code {
             410 => ApiError::Gone { message },
             // After its store was set back, a server can't have what it once told.
@@ -225,12 +281,6 @@ impl Api {
 
     /// Part of all pods: the first, or the one that starts at `next`.
     pub(super) async fn list(&self, since: &Since, limit: u32, next: Option<&str>) -> Result<Page, ApiError> {
-        #[derive(Deserialize)]
-        struct List {
-            metadata: ListMetadata,
-            // Go writes null for a list that is empty.
-            items: Option<Vec<PodObject>>,
-        }
         let limit = limit.to_string();
         let mut query = vec![("limit", limit.as_str())];
         match (next, since) {
@@ -244,14 +294,7 @@ impl Api {
             }
             (None, Since::Newest) => {}
         }
-        let body = read(self.get(&query).await?, MAX_ANSWER).await?;
-        let list: List = serde_json::from_slice(&body).map_err(|source| ApiError::Malformed { source })?;
-        let resource_version = list.metadata.resource_version.filter(|version| !version.is_empty());
-        Ok(Page {
-            pods: list.items.unwrap_or_default(),
-            resource_version: resource_version.ok_or(ApiError::Incomplete { what: "resourceVersion" })?,
-            next: list.metadata.r#continue.filter(|next| !next.is_empty()),
-        })
+        Page::from_json(&read(self.get(&query).await?, MAX_ANSWER).await?)
     }
 
     /// All news after the state `version`; the server ends it after `timeout`.
@@ -263,7 +306,7 @@ impl Api {
             ("timeoutSeconds", &seconds),
             ("resourceVersion", version),
         ];
-        Ok(Lines { body: self.get(&query).await?, buffer: Vec::new(), searched: 0 })
+        Ok(Lines { body: self.get(&query).await?, buffer: BytesMut::new(), searched: 0 })
     }
 
     /// What the server says of the object at `target`, changed by a `patch` (RFC 6902) where there is one.
@@ -331,7 +374,7 @@ async fn from_kubeconfig(path: PathBuf) -> Result<ClientConfig, ApiError> {
 /// What a watch tells, as it comes.
 pub(super) struct Lines {
     body: Body,
-    buffer: Vec<u8>,
+    buffer: BytesMut,
     /// Length of the part of the buffer that has no end of line.
     searched: usize,
 }
@@ -346,8 +389,7 @@ impl Lines {
                 if line.trim_ascii().is_empty() {
                     continue;
                 }
-                let news = serde_json::from_slice(&line);
-                return news.map(Some).map_err(|source| ApiError::Malformed { source });
+                return News::from_json(&line).map(Some);
             }
             if self.buffer.len() > MAX_LINE {
                 return Err(ApiError::TooLong { limit: MAX_LINE });
@@ -365,15 +407,15 @@ impl Lines {
         }
     }
 
-    fn line(&mut self) -> Option<Vec<u8>> {
-        let end = self.buffer[self.searched..].iter().position(|&byte| byte == b'\n');
-        let Some(end) = end else {
+    fn line(&mut self) -> Option<BytesMut> {
+        let unsearched = self.buffer.get(self.searched..).unwrap_or_default();
+        let Some(end) = unsearched.iter().position(|&byte| byte == b'\n') else {
             self.searched = self.buffer.len();
             return None;
         };
-        let rest = self.buffer.split_off(self.searched + end + 1);
+        let line = self.buffer.split_to(self.searched + end + 1);
         self.searched = 0;
-        Some(std::mem::replace(&mut self.buffer, rest))
+        Some(line)
     }
 }
 
@@ -396,7 +438,7 @@ mod tests {
     use super::*;
 
     fn lines(text: &str) -> Lines {
-        Lines { body: Body::from(text.as_bytes().to_vec()), buffer: Vec::new(), searched: 0 }
+        Lines { body: Body::from(text.as_bytes().to_vec()), buffer: BytesMut::new(), searched: 0 }
     }
 
     #[tokio::test(flavor = "current_thread")]

@@ -5,6 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{pod::Pod, watch::PodEvent};
 use crate::config::Pods;
 
+/// Most pods that are known: far above what a node runs. Of others nothing is known, so that no rule means them.
+pub const MOST_PODS: usize = 16_384;
+
 /// The pods of this node that the API server has told of. What is not in here is not known.
 #[derive(Clone, Debug, Default)]
 pub struct Index {
@@ -52,6 +55,9 @@ impl Index {
             return None;
         }
         self.delete(&uid);
+        if self.pods.len() >= MOST_PODS {
+            return None;
+        }
         self.claims.entry(pod.cgroup_uid.clone()).or_default().insert(uid.clone());
         self.pods.insert(uid.clone(), pod);
         Some(uid)

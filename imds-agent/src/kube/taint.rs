@@ -41,7 +41,8 @@ impl NodeTaints {
     /// Also where somebody else changed the taints meanwhile, which are then left as they are.
     pub async fn remove(&self, key: &str) -> Result<bool, TaintError> {
         let node = self.api.request(Method::GET, &self.target, None).await?;
-        let Some(patch) = patch(&node["spec"]["taints"], key) else { return Ok(false) };
+        let patch = node.pointer("/spec/taints").and_then(|taints| patch(taints, key));
+        let Some(patch) = patch else { return Ok(false) };
         self.api.request(Method::PATCH, &self.target, Some(&patch)).await?;
         Ok(true)
     }
@@ -50,7 +51,7 @@ impl NodeTaints {
 /// What to do to a node with these taints (RFC 6902): nothing unless they are still these.
 fn patch(taints: &Value, key: &str) -> Option<Value> {
     let all = taints.as_array()?;
-    let left: Vec<_> = all.iter().filter(|taint| taint["key"] != key).collect();
+    let left: Vec<_> = all.iter().filter(|taint| taint.get("key").is_none_or(|its| its != key)).collect();
     (left.len() < all.len()).then(|| {
         json!([
             { "op": "test", "path": "/spec/taints", "value": taints },

@@ -12,9 +12,10 @@ use tokio::{
 };
 
 use super::{
-    api::{Api, ApiError, ErrorKind, News, Since},
+    api::{Api, ApiError, ErrorKind, News, Page, Since},
     backoff::{Attempts, Backoff},
-    pod::{Pod, PodObject},
+    index::MOST_PODS,
+    pod::Pod,
     state::WatchState,
 };
 use crate::config::Access;
@@ -29,6 +30,8 @@ pub struct Options {
     pub node: String,
     /// How many pods are asked for at a time.
     pub page: u32,
+    /// Most parts of a list. It has to do for all pods of the largest clusters: a server may know nothing of field selectors.
+    pub most_pages: usize,
     /// How long a watch lasts before the next one starts where it ended: what a connection that died silently can hide.
     pub watch: Duration,
     /// How long the server may take for an answer.
@@ -44,6 +47,7 @@ impl Options {
         Self {
             node,
             page: 50,
+            most_pages: 10_000,
             watch: Duration::from_mins(2),
             answer: Duration::from_secs(30),
             backoff: Backoff::default(),
@@ -63,6 +67,20 @@ pub enum PodEvent {
         /// Its id.
         uid: String,
     },
+}
+
+impl PodEvent {
+    /// What a line of a watch says of the pods of `node`; `None` where it says nothing of any.
+    pub fn from_line(json: &[u8], node: &str) -> Result<Option<Self>, ErrorKind> {
+        let event = News::from_json(json).and_then(|news| news.into_event(node));
+        event.map(|(event, _)| event).map_err(|error| error.kind())
+    }
+
+    /// What a list says, where it is all of it.
+    pub fn from_list(json: &[u8], node: &str) -> Result<Self, ErrorKind> {
+        let page = Page::from_json(json).map_err(|error| error.kind())?;
+        Ok(Self::Relist(page.pods_of(node).collect()))
+    }
 }
 
 /// A watch in the background. It ends when dropped.
@@ -202,7 +220,7 @@ impl Follower {
     }
 
     async fn relist(&mut self, api: &Api) -> Result<String, Interruption> {
-        let (mut pods, mut next) = (Vec::new(), None::<String>);
+        let (mut pods, mut next, mut pages) = (Vec::new(), None::<String>, 0);
         let version = loop {
             let answer = self.options.answer;
             let page = timeout(answer, api.list(&self.list_since, self.options.page, next.as_deref())).await;
@@ -211,11 +229,15 @@ impl Follower {
                 self.list_since = Since::Newest;
             }
             let page = page?;
-            let here = page.pods.into_iter().filter(|pod| pod.is_on(&self.options.node));
-            pods.extend(here.map(PodObject::into_pod));
-            next = page.next;
+            pages += 1;
+            next.clone_from(&page.next);
+            let version = page.resource_version.clone();
+            pods.extend(page.pods_of(&self.options.node));
             if next.is_none() {
-                break page.resource_version;
+                break version;
+            }
+            if pods.len() > MOST_PODS || pages >= self.options.most_pages {
+                return Err(ApiError::Endless { pages, pods: pods.len() }.into());
             }
         };
         log::debug!("{} pods on this node at resource version {version}", pods.len());
@@ -229,26 +251,14 @@ impl Follower {
     }
 
     async fn take_in(&mut self, news: News) -> Result<(), Interruption> {
-        let (pod, is_gone) = match news {
-            News::Added(pod) | News::Modified(pod) => (pod, false),
-            News::Deleted(pod) => (pod, true),
-            News::Bookmark(bookmark) => {
-                let version = bookmark.metadata.resource_version;
-                self.proceed_to(version.ok_or(ApiError::Incomplete { what: "resourceVersion" })?);
-                self.state.send_modify(|state| state.last_sync = Some(Timestamp::now()));
-                return Ok(());
-            }
-            News::Error(status) => return Err(status.into_error().into()),
-        };
-        let version = pod.resource_version().map(str::to_owned);
-        let is_elsewhere = !pod.is_on(&self.options.node);
-        let pod = pod.into_pod();
-        let event =
-            if is_gone || is_elsewhere { PodEvent::Delete { uid: pod.uid } } else { PodEvent::Apply(pod) };
-        self.tell(event).await?;
-        self.proceed_to(version.ok_or(ApiError::Incomplete { what: "resourceVersion" })?);
+        let (event, version) = news.into_event(&self.options.node)?;
+        let is_of_pod = event.is_some();
+        if let Some(event) = event {
+            self.tell(event).await?;
+        }
+        self.proceed_to(version);
         self.state.send_modify(|state| {
-            state.events += 1;
+            state.events += u64::from(is_of_pod);
             state.last_sync = Some(Timestamp::now());
         });
         Ok(())

@@ -109,7 +109,7 @@ impl Netlink {
         let (connection, _, messages) = rtnetlink::new_multicast_connection(&groups)
             .map_err(|source| NetlinkError::new("subscribing to events", source))?;
         tokio::spawn(connection);
-        Ok(messages.filter_map(|(message, _)| ready(event(message.payload))))
+        Ok(messages.filter_map(|(message, _)| ready(Event::from_payload(message.payload))))
     }
 
     /// All interfaces of the namespace.
@@ -242,28 +242,32 @@ impl Netlink {
     }
 }
 
-fn event(payload: NetlinkPayload<RouteNetlinkMessage>) -> Option<Event> {
-    let message = match payload {
-        NetlinkPayload::Overrun(_) => return Some(Event::Overrun),
-        NetlinkPayload::InnerMessage(message) => message,
-        _ => return None,
-    };
-    match message {
-        RouteNetlinkMessage::NewLink(link) => Link::from_message(link).map(Event::Link),
-        RouteNetlinkMessage::DelLink(link) => {
-            Link::from_message(link).map(|link| Event::LinkGone(link.index))
+impl Event {
+    /// Reads a message; `None` where it is no news.
+    #[must_use]
+    pub fn from_payload(payload: NetlinkPayload<RouteNetlinkMessage>) -> Option<Self> {
+        let message = match payload {
+            NetlinkPayload::Overrun(_) => return Some(Self::Overrun),
+            NetlinkPayload::InnerMessage(message) => message,
+            _ => return None,
+        };
+        match message {
+            RouteNetlinkMessage::NewLink(link) => Link::from_message(link).map(Self::Link),
+            RouteNetlinkMessage::DelLink(link) => {
+                Link::from_message(link).map(|link| Self::LinkGone(link.index))
+            }
+            RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route) => {
+                Some(Self::Route(Destination::of(&route)))
+            }
+            RouteNetlinkMessage::NewRule(_) | RouteNetlinkMessage::DelRule(_) => Some(Self::Rule),
+            RouteNetlinkMessage::NewTrafficFilter(tc)
+            | RouteNetlinkMessage::DelTrafficFilter(tc)
+            | RouteNetlinkMessage::NewQueueDiscipline(tc)
+            | RouteNetlinkMessage::DelQueueDiscipline(tc) => {
+                u32::try_from(tc.header.index).ok().map(Self::Filter)
+            }
+            _ => None,
         }
-        RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route) => {
-            Some(Event::Route(Destination::of(&route)))
-        }
-        RouteNetlinkMessage::NewRule(_) | RouteNetlinkMessage::DelRule(_) => Some(Event::Rule),
-        RouteNetlinkMessage::NewTrafficFilter(tc)
-        | RouteNetlinkMessage::DelTrafficFilter(tc)
-        | RouteNetlinkMessage::NewQueueDiscipline(tc)
-        | RouteNetlinkMessage::DelQueueDiscipline(tc) => {
-            u32::try_from(tc.header.index).ok().map(Event::Filter)
-        }
-        _ => None,
     }
 }
 

@@ -67,8 +67,8 @@ fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
 /// The start time in /proc/PID/stat; `None` for a zombie. Second in the line is the name, in parentheses, and it can have
 /// anything in it (proc(5)).
 fn started(stat: &[u8]) -> Option<u64> {
-    let end = stat.iter().rposition(|&byte| byte == b')')?;
-    let mut fields = str::from_utf8(&stat[end + 1..]).ok()?.split_ascii_whitespace();
+    let behind_name = stat.rsplit(|&byte| byte == b')').next().filter(|rest| rest.len() < stat.len())?;
+    let mut fields = str::from_utf8(behind_name).ok()?.split_ascii_whitespace();
     let state = fields.next()?;
     // The 22nd field; the state is the third.
     let started = fields.nth(18)?.parse().ok()?;

@@ -80,6 +80,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
         departed: Counts::default(),
         total: Counts::default(),
         by_hook: BTreeMap::new(),
+        untold: 0,
         problems: Vec::new(),
     };
     if !object::is_loaded(pins) {
@@ -116,6 +117,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
         report.problem(None, "the agent has not looked at every interface yet", "wait, or see its log");
     }
 
+    report.untold = counters::untold(&maps).map_err(unreadable)?;
     let mut counts = counters::read(&maps).map_err(unreadable)?;
     for ((_, number), of_one) in &counts {
         if let Some(hook) = Hook::ALL.into_iter().find(|&hook| hook as u8 == *number) {
@@ -297,11 +299,12 @@ async fn attachment(link: &Link, edge: Edge, node: &Node<'_>) -> Result<Option<A
     // A kernel without TCX answers with an error: then there is nothing.
     let entries = bpf::tcx_entries(spot.ifindex, spot.direction()).unwrap_or_default();
     let is_pinned = |entry: &bpf::Entry| pinned.is_some_and(|pinned| pinned.id == entry.link);
-    if let Some(position) = entries.iter().position(|entry| is_pinned(entry) || entry.program == program) {
+    let is_ours = |entry: &bpf::Entry| is_pinned(entry) || entry.program == program;
+    if let Some((position, entry)) = entries.iter().enumerate().find(|(_, entry)| is_ours(entry)) {
         return Ok(Some(Attachment {
             backend: Backend::Tcx,
-            current: entries[position].program == program,
-            pinned: is_pinned(&entries[position]),
+            current: entry.program == program,
+            pinned: is_pinned(entry),
             place: if position == 0 { Place::First } else { Place::Behind },
         }));
     }

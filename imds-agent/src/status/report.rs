@@ -51,6 +51,8 @@ pub struct Report {
     pub total: Counts,
     /// Counts of each hook that has any, of whatever interface.
     pub by_hook: BTreeMap<&'static str, Counts>,
+    /// Packets and calls of which no event told so far.
+    pub untold: u64,
     /// What is not as it should be.
     pub problems: Vec<Problem>,
 }

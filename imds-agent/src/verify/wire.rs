@@ -61,7 +61,8 @@ fn ipv4_header(address: Ipv4Addr, protocol: u8, length: u16) -> [u8; 20] {
     header[9] = protocol;
     header[12..16].copy_from_slice(&SOURCE_V4.octets());
     header[16..].copy_from_slice(&address.octets());
-    let sum: u32 = header.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+    let (words, _) = header.as_chunks::<2>();
+    let sum: u32 = words.iter().map(|&word| u32::from(u16::from_be_bytes(word))).sum();
     // Of ten words, so that one carry is all there can be after the first.
     let sum = (sum & 0xffff) + (sum >> 16);
     let checksum = !((sum & 0xffff) as u16 + (sum >> 16) as u16);

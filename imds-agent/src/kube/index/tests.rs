@@ -39,6 +39,17 @@ fn meant(index: &Index, rule: &Pods) -> Vec<String> {
 }
 
 #[test]
+fn of_more_pods_than_a_node_can_have_nothing_is_known() {
+    let mut index = index((0..MOST_PODS).map(|number| pod(&number.to_string(), "a", "s", "x")));
+    let rule = rule("namespace = 'a'");
+    assert_eq!(index.handle(PodEvent::Apply(pod("new", "a", "s", "x"))), BTreeSet::new());
+    assert!(index.get("new").is_none() && index.meant(&rule).count() == MOST_PODS);
+    assert_eq!(index.handle(PodEvent::Apply(pod("0", "a", "s", "y"))).len(), 1);
+    index.handle(PodEvent::Delete { uid: "1".to_owned() });
+    assert_eq!(index.handle(PodEvent::Apply(pod("new", "a", "s", "x"))).len(), 1);
+}
+
+#[test]
 fn a_rule_means_pods_of_its_namespace_alone() {
     let pods =
         [pod("0", "a", "s", "x"), pod("1", "b", "s", "x"), pod("2", "a", "t", "y"), pod("3", "a", "s", "z")];

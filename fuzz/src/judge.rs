@@ -1,13 +1,11 @@
 //! Any bytes have a verdict, the fast path's agrees with the thorough one's, and what is kept shows its port.
-#![no_main]
 
 use imds_ebpf_common::{
-    Address, Endpoint, Filter, Frame, IMDS_IPV4, Listed, Mode, Service, Verdict, is_plainly_foreign,
-    judge, judge_thoroughly,
+    Address, Endpoint, Filter, Frame, IMDS_IPV4, Listed, Mode, Service, Verdict, is_plainly_foreign, judge,
+    judge_thoroughly,
 };
-use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|packet: &[u8]| {
+pub(crate) fn run(packet: &[u8]) {
     let mut dns = [Service::NONE; 8];
     dns[0] = Service::new(17, 53);
     let endpoint = |keep| Endpoint { name: [0; 16], id: 1, keep };
@@ -24,4 +22,4 @@ fuzz_target!(|packet: &[u8]| {
         assert!(!is_plainly_foreign(packet, frame, &tables) || verdict == Verdict::Foreign);
         assert!(verdict != Verdict::Kept || packet.windows(2).any(|pair| pair == [0, 53]));
     }
-});
+}

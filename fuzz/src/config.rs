@@ -1,0 +1,142 @@
+//! Any text is refused in words or means what it says: no weaker, and the same once it was written and read again.
+
+use std::{net::IpAddr, path::Path};
+
+use imds_agent::{
+    config::{Config, ConfigError, ConfigErrors, Enabled, Exempt, Scope, Sender},
+    endpoints::Guarded,
+    provider::Dmi,
+};
+use imds_ebpf_common::{Answer, Hook, Mode};
+use toml::{Table, Value};
+
+const PATH: &str = "imds.toml";
+
+pub(crate) fn run(bytes: &[u8]) {
+    let Ok(text) = str::from_utf8(bytes) else { return };
+    let config = match Config::parse(text, Path::new(PATH)) {
+        Ok(config) => config,
+        Err(errors) => return assert_told(&errors, text),
+    };
+    let written = Config::parse(config.to_toml(), Path::new(PATH)).expect("what was accepted is so again");
+    assert_eq!(written.to_toml(), config.to_toml());
+    assert_same(&config, &written);
+    let said: Table = text.parse().expect("what was accepted is TOML");
+    assert_no_weaker(&config, &said);
+    for dmi in [Dmi::default(), Dmi { sys_vendor: "Amazon EC2".to_owned(), ..Dmi::default() }] {
+        match config.resolve(&dmi) {
+            Ok((guarded, exempt)) => {
+                assert_eq!(written.resolve(&dmi).expect("the same"), (guarded.clone(), exempt.clone()));
+                assert_guards(&guarded, &said);
+                assert_exempts(&guarded, &exempt, &said);
+            }
+            Err(errors) => assert_told(&errors, text),
+        }
+    }
+}
+
+/// Each mistake has a place in the text, and is told on one line.
+fn assert_told(errors: &ConfigErrors, text: &str) {
+    assert!(errors.iter().count() > 0);
+    for error in errors.iter() {
+        let ConfigError::Parse { line, column, .. } = error else { panic!("{error}: nothing was read") };
+        let there =
+            text.split('\n').nth(line - 1).unwrap_or_else(|| panic!("{error}: there is no such line"));
+        assert!((1..=there.chars().count() + 1).contains(column), "{error}: there is no such column");
+        assert!(!error.to_string().contains('\n'), "{error:?}");
+    }
+}
+
+fn assert_same(one: &Config, other: &Config) {
+    assert_eq!(
+        (one.mode, one.answer, one.hooks, one.mark),
+        (other.mode, other.answer, other.hooks, other.mark)
+    );
+    assert_eq!((&one.listen, &one.kubernetes), (&other.listen, &other.kubernetes));
+    for name in ["eth0", "veth1a2b3c4d", "cni0", "lo", "a", ""] {
+        assert_eq!(one.interfaces.includes(name), other.interfaces.includes(name));
+        assert_eq!(one.interfaces.excludes(name), other.interfaces.excludes(name));
+    }
+}
+
+/// What is off, or let through, is so because the text says so in these words.
+fn assert_no_weaker(config: &Config, said: &Table) {
+    let word = |key: &str| said.get(key).and_then(Value::as_str);
+    assert_eq!(config.mode.name(), word("mode").unwrap_or(Mode::Enforce.name()));
+    assert_eq!(config.answer.name(), word("answer").unwrap_or(Answer::Drop.name()));
+    let hooks = said.get("hooks").and_then(Value::as_table);
+    for (hook, by_default) in
+        [(Hook::PodEdge, true), (Hook::NodeEdge, true), (Hook::Socket, true), (Hook::Host, false)]
+    {
+        let is_on = hooks.and_then(|hooks| hooks.get(hook.name())?.as_bool()).unwrap_or(by_default);
+        assert_eq!(config.hooks.has(hook), is_on, "{}", hook.name());
+    }
+    assert!(config.mark.is_power_of_two());
+    let names_pods = tables(said, "exempt").any(|rule| rule.contains_key("namespace"));
+    assert!(!names_pods || config.kubernetes.enabled != Enabled::No);
+    let globs = |key: &str| said.get("interfaces").and_then(|all| Some(all.get(key)?.as_array()?.is_empty()));
+    assert!(globs("exclude") == Some(false) || !config.interfaces.excludes("eth0"));
+}
+
+fn tables<'t>(said: &'t Table, key: &str) -> impl Iterator<Item = &'t Table> {
+    said.get(key).and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_table)
+}
+
+/// Each endpoint of the text is guarded, and keeps no more than it says.
+fn assert_guards(guarded: &Guarded, said: &Table) {
+    for table in tables(said, "endpoint") {
+        let name = table["name"].as_str().expect("a name");
+        let endpoint = guarded.endpoints().iter().find(|endpoint| endpoint.name == name).expect("is guarded");
+        let keep = table.get("keep").and_then(Value::as_array);
+        let said: Vec<_> = keep.into_iter().flatten().filter_map(Value::as_str).collect();
+        assert_eq!(endpoint.keep.len(), said.len());
+        for kept in &endpoint.keep {
+            // A port may be written with zeros before it.
+            let (protocol, port) = (kept.to_string(), kept.0.port.to_string());
+            let is_it = |said: &&str| said.ends_with(&port) && protocol.starts_with(&said[..4]);
+            assert!(said.iter().any(is_it), "{kept} of {said:?}");
+        }
+    }
+    if said.get("provider").is_none_or(|provider| provider.as_str() != Some("none")) {
+        let imds = IpAddr::from([169, 254, 169, 254]);
+        assert!(guarded.endpoints().iter().any(|endpoint| endpoint.address == imds));
+    }
+}
+
+/// There is no rule but those of the text, and each is for whom it says and no more endpoints.
+fn assert_exempts(guarded: &Guarded, exempt: &[Exempt], said: &Table) {
+    let rules: Vec<_> = tables(said, "exempt").collect();
+    assert_eq!(exempt.len(), rules.len());
+    for (exempt, said) in exempt.iter().zip(rules) {
+        let word = |key: &str| said.get(key).and_then(Value::as_str);
+        assert_eq!(Some(&*exempt.name), word("name"));
+        assert_eq!(exempt.is_audited, said.get("audit").and_then(Value::as_bool).unwrap_or_default());
+        match &exempt.sender {
+            Sender::Pods(pods) => {
+                assert_eq!(Some(&*pods.namespace), word("namespace"));
+                assert_eq!(pods.service_account.as_deref(), word("service_account"));
+                assert_eq!(pods.selector.is_some(), said.contains_key("pod_selector"));
+            }
+            Sender::Interface(_) => assert!(word("interface").is_some_and(|glob| !glob.is_empty())),
+            Sender::Netns(path) => {
+                assert!(path.is_absolute() && path.to_str() == word("netns"));
+            }
+            Sender::Cgroup(path) => {
+                assert!(path.file_name().is_some() && path.to_str() == word("cgroup"));
+            }
+        }
+        let endpoints = said.get("endpoints").and_then(Value::as_array);
+        match (&exempt.scope, endpoints) {
+            (Scope::All, None) => {}
+            (Scope::Some(addresses), Some(names)) => {
+                assert_eq!(addresses.len(), names.len());
+                let is_named = |name: &str| names.iter().any(|named| named.as_str() == Some(name));
+                let of_address = |address| guarded.endpoints().iter().find(|one| one.address == address);
+                assert!(
+                    addresses.iter().all(|&address| is_named(&of_address(address).expect("guarded").name))
+                );
+            }
+            (scope, endpoints) => panic!("{scope:?} of {endpoints:?}"),
+        }
+    }
+}

@@ -1,0 +1,59 @@
+//! Whatever an API server says, nobody is exempt but the pods that a rule means.
+
+use std::{path::Path, sync::LazyLock};
+
+use imds_agent::{
+    config::{Config, Exempt, Pods, Sender},
+    kube::{Index, Pod, PodEvent},
+    provider::Dmi,
+};
+
+const NODE: &str = "node-0";
+const CONFIG: &str = "
+    [[exempt]]
+    name = 'agents'
+    namespace = 'kube-system'
+    service_account = 'agent'
+    pod_selector = { match_labels = { app = 'agent' }, match_expressions = [{ key = 'tier', operator = 'NotIn', values = ['x'] }] }
+    [[exempt]]
+    name = 'all'
+    namespace = 'monitoring'
+    [kubernetes]
+    enabled = 'yes'";
+
+pub(crate) fn run(bytes: &[u8]) {
+    let mut index = Index::default();
+    for line in bytes.split(|&byte| byte == b'\n') {
+        let (told, listed) = (PodEvent::from_line(line, NODE), PodEvent::from_list(line, NODE));
+        for event in [told.ok().flatten(), listed.ok()].into_iter().flatten() {
+            index.handle(event);
+            for rule in &*RULES {
+                for pod in index.meant(rule) {
+                    assert_meant(pod, rule, &index);
+                }
+            }
+        }
+    }
+}
+
+/// Parsed once: it takes longer than what is told of pods.
+static RULES: LazyLock<Vec<Pods>> = LazyLock::new(|| {
+    let config = Config::parse(CONFIG, Path::new("rules")).expect("a configuration");
+    let (_, exempt) = config.resolve(&Dmi::default()).expect("a configuration");
+    let of_pods = |exempt: Exempt| match exempt.sender {
+        Sender::Pods(pods) => Some(pods),
+        Sender::Interface(_) | Sender::Netns(_) | Sender::Cgroup(_) => None,
+    };
+    exempt.into_iter().filter_map(of_pods).collect()
+});
+
+fn assert_meant(pod: &Pod, rule: &Pods, index: &Index) {
+    assert!(pod.namespace == rule.namespace && !pod.is_over, "{pod:?}");
+    let label = |key: &str| pod.labels.get(key).map(String::as_str);
+    if rule.selector.is_some() {
+        assert!(pod.service_account == "agent" && label("app") == Some("agent"), "{pod:?}");
+        assert!(label("tier") != Some("x"), "{pod:?}");
+    }
+    let claims = index.pods().filter(|other| other.cgroup_uid == pod.cgroup_uid);
+    assert_eq!(claims.count(), 1, "{pod:?}");
+}

@@ -1,0 +1,34 @@
+//! Any bytes from rtnetlink are read to their end, whatever they describe.
+
+use bytes::BytesMut;
+use imds_agent::{
+    datapath::clsact::Filter,
+    node::{links::Link, netlink::Event},
+};
+use rtnetlink::{
+    packet_core::{NetlinkMessage, NetlinkPayload},
+    packet_route::RouteNetlinkMessage,
+    proto::{NetlinkCodec, NetlinkMessageCodec as _},
+};
+
+pub(crate) fn run(bytes: &[u8]) {
+    let mut datagram = BytesMut::from(bytes);
+    // As the connection does with each datagram.
+    while let Ok(Some(message)) = NetlinkCodec::decode::<RouteNetlinkMessage>(&mut datagram) {
+        read(message);
+    }
+}
+
+fn read(message: NetlinkMessage<RouteNetlinkMessage>) {
+    match &message.payload {
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) => {
+            let index = link.header.index;
+            assert!(Link::from_message(link.clone()).is_none_or(|link| link.index == index));
+        }
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewTrafficFilter(filter)) => {
+            let _filter = Filter::from_message(filter.clone());
+        }
+        _ => {}
+    }
+    let _news = Event::from_payload(message.payload);
+}

@@ -1,0 +1,95 @@
+//! Whatever is in the ring buffer and in pinned maps can be shown, on lines of its own and as JSON; and rules that are proposed
+//! are a configuration that exempts whom was denied.
+
+use std::{collections::BTreeSet, path::Path};
+
+use imds_agent::{
+    config::Config,
+    datapath::config::Record as ConfigInForce,
+    denials::Report,
+    endpoints::Endpoint as Guarded,
+    events::{self, Record},
+    pods::{Identity, Lookup},
+};
+use imds_ebpf_common::{
+    Address, ConfigRecord, Endpoint, Event, KubernetesRecord, PodRecord,
+    ledger::{DenialKey, DenialRecord},
+};
+use jiff::Timestamp;
+
+/// Interfaces for which rules are proposed.
+const PODS: [&str; 2] = ["veth0", "veth1"];
+
+pub(crate) fn run(bytes: &[u8]) {
+    let pod = Identity::of(&filled(bytes));
+    assert!(is_one_line(&pod.to_string()), "{pod:?}");
+    if let Some(event) = events::decode(bytes) {
+        show(&event, pod);
+    }
+    let _configuration = ConfigInForce::of(&filled::<ConfigRecord>(bytes));
+    let _lookup = Lookup::of(&filled::<KubernetesRecord>(bytes));
+    let endpoint = Guarded::from_entry(Address::from_ipv6(filled(bytes)), &filled::<Endpoint>(bytes));
+    report(bytes, &endpoint);
+}
+
+fn show(event: &Event, pod: Identity) {
+    let interface = |index: u32| (!index.is_multiple_of(3)).then(|| format!("veth{index}"));
+    for pod in [None, Some(pod)] {
+        let record = Record::new(event, Timestamp::UNIX_EPOCH, interface, pod);
+        assert!(is_one_line(&record.to_string()), "{record:?}");
+        let json = serde_json::to_string(&record).expect("JSON");
+        assert!(is_one_line(&json), "{json}");
+    }
+    assert!(events::senders(event).count() <= 3);
+}
+
+fn report(bytes: &[u8], endpoint: &Guarded) {
+    let mut denials: Vec<(DenialKey, DenialRecord)> = bytes
+        .chunks(size_of::<DenialKey>() + size_of::<DenialRecord>())
+        .map(|bytes| (filled(bytes), filled(bytes.get(size_of::<DenialKey>()..).unwrap_or_default())))
+        .collect();
+    if let Some((first, _)) = denials.first_mut() {
+        first.address = Address::from_ipv6(filled(bytes));
+    }
+    let pods = BTreeSet::from(PODS.map(str::to_owned));
+    let report = Report::new("/sys/fs/bpf/imds".into(), &denials, std::slice::from_ref(endpoint), &pods);
+    let _json = serde_json::to_string(&report).expect("JSON");
+    assert!(report.table().lines().all(is_one_line), "{}", report.table());
+    let rules: toml::Table = report.rules.parse().unwrap_or_else(|error| panic!("{error}\n{}", report.rules));
+    assert!(rules.keys().all(|key| key == "exempt"), "{rules:?}");
+    // Who has a name that no pod can have gets a rule that is refused.
+    let _config = Config::parse(&report.rules, Path::new("rules"));
+}
+
+/// Whether nothing in it makes a terminal do more than show it.
+fn is_one_line(text: &str) -> bool {
+    !text.chars().any(char::is_control)
+}
+
+/// A value of a map that has these bytes, and zeros behind them.
+fn filled<T: Plain>(bytes: &[u8]) -> T {
+    let mut value = T::ZERO;
+    let length = bytes.len().min(size_of::<T>());
+    // SAFETY: any bytes are a value, by the trait's contract, and there are no fewer of them than are written.
+    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), (&raw mut value).cast::<u8>(), length) };
+    value
+}
+
+/// # Safety
+///
+/// Any bytes are one.
+unsafe trait Plain: Sized {
+    const ZERO: Self;
+}
+
+macro_rules! plain {
+    ($($type:ty),*) => {$(
+        // SAFETY: integers without padding, as the maps have it.
+        unsafe impl Plain for $type {
+            // SAFETY: zeros are one.
+            const ZERO: Self = unsafe { std::mem::zeroed() };
+        }
+    )*};
+}
+
+plain!(ConfigRecord, KubernetesRecord, PodRecord, DenialKey, DenialRecord, Endpoint, [u8; 16]);

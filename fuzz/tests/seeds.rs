@@ -1,0 +1,19 @@
+//! What the fuzzer starts from, and what it once found.
+
+use std::{fs, path::Path};
+
+use imds_fuzz::Target;
+
+#[test]
+fn what_must_hold_of_any_bytes_holds_of_these() {
+    for target in Target::ALL {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds").join(target.name());
+        let seeds: Vec<_> = fs::read_dir(directory).unwrap().map(|seed| seed.unwrap().path()).collect();
+        assert!(!seeds.is_empty(), "{}", target.name());
+        for seed in seeds {
+            println!("{}", seed.display());
+            target.run(&fs::read(&seed).unwrap());
+        }
+        target.run(&[]);
+    }
+}

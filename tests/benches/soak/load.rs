@@ -1,0 +1,279 @@
+//! What happens on the node.
+
+use std::{
+    collections::{BTreeSet, VecDeque},
+    fs,
+    io::{BufRead as _, BufReader},
+    net::Ipv4Addr,
+    path::PathBuf,
+    process::{Child, Stdio},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::{self, Scope, sleep},
+    time::Duration,
+};
+
+use imds_tests::{
+    Arrivals, METADATA, Pod, PodLink, World,
+    api_server::{ApiServer, pod},
+    flood::Flood,
+    http::{DEFAULT, try_get},
+    kubelet::{Driver, Kubelet, PodCgroup, new_uid},
+    probe::{SHORT, http_get, udp_echo},
+};
+
+const NODE: &str = "node-0";
+/// How many pods there are at a time, besides those that flood.
+const LIVING: usize = 20;
+const BETWEEN_PODS: Duration = Duration::from_millis(400);
+const BETWEEN_CONFIGURATIONS: Duration = Duration::from_secs(4);
+const BETWEEN_SCRAPES: Duration = Duration::from_secs(1);
+/// How long of each second both flooding pods send.
+const BURST: Duration = Duration::from_millis(100);
+/// Every so many pods the API server forgets what was, and closes all connections.
+const BETWEEN_COMPACTIONS: u32 = 100;
+
+/// The cluster that the node is of.
+pub(crate) struct Cluster<'w> {
+    world: &'w World,
+    // Dropped first: the server's thread is woken from outside.
+    server: ApiServer,
+    kubelet: Kubelet,
+    /// The agent's configuration.
+    pub(crate) config: PathBuf,
+    /// Addresses of pods that were exempt at some time.
+    exempt: Mutex<BTreeSet<Ipv4Addr>>,
+    made: AtomicU64,
+    sent: AtomicU64,
+}
+
+impl<'w> Cluster<'w> {
+    pub(crate) fn new(world: &'w World) -> Self {
+        let server = ApiServer::start_in(&world.node);
+        server.write_kubeconfig(&world.scratch_dir().join("kubeconfig"));
+        let config = world.scratch_dir().join("imds.toml");
+        let (exempt, made, sent) = (Mutex::default(), AtomicU64::new(0), AtomicU64::new(0));
+        let cluster = Self { world, server, kubelet: Kubelet::new(), config, exempt, made, sent };
+        cluster.configure(&cluster.configuration(0));
+        cluster
+    }
+
+    /// One of many that deny the same.
+    fn configuration(&self, number: u32) -> String {
+        let answer = ["drop", "reject"][number as usize % 2];
+        let socket = number % 5 != 4;
+        let endpoints = (0..number * 37 % 200)
+            .map(|number| format!("[[endpoint]]\nname = 'e{number}'\naddress = '203.0.113.{number}'\n"));
+        let kubeconfig = self.world.scratch_dir().join("kubeconfig");
+        format!(
+            "answer = '{answer}'\n[hooks]\nsocket = {socket}\n\
+             [kubernetes]\nkubeconfig = '{}'\nnode_name = '{NODE}'\n\
+             [[exempt]]\nname = 'trusted-{}'\nnamespace = 'kube-system'\n\
+             pod_selector = {{ match_labels = {{ app = 'agent' }} }}\n{}",
+            kubeconfig.display(),
+            number / 3 % 2,
+            endpoints.collect::<String>()
+        )
+    }
+
+    fn configure(&self, text: &str) {
+        let new = self.config.with_extension("new");
+        fs::write(&new, text).expect("write a configuration");
+        fs::rename(new, &self.config).expect("put a configuration in place");
+    }
+
+    fn add_pod(&self, number: u32) -> Tenant {
+        let (link, driver) =
+            [(PodLink::Routed, Driver::Systemd), (PodLink::Bridged, Driver::Cgroupfs)][number as usize % 2];
+        let uid = new_uid();
+        let mut cgroup = self.kubelet.add_pod(&uid, driver);
+        let pod = self.world.add_pod(link);
+        if number.is_multiple_of(4) {
+            self.exempt.lock().expect("no thread panicked").insert(pod.address);
+        }
+        cgroup.start_in(&pod.netns);
+        self.made.fetch_add(1, Ordering::Relaxed);
+        let tenant = Tenant { uid, cgroup, pod };
+        self.tell(&tenant, number.is_multiple_of(4));
+        tenant
+    }
+
+    fn tell(&self, tenant: &Tenant, is_exempt: bool) {
+        let labels = [("app", if is_exempt { "agent" } else { "web" })];
+        self.server.apply(pod(&tenant.uid, NODE, "kube-system", "agent", &labels));
+    }
+
+    /// The API server hears of it before or after the kernel does.
+    fn remove(&self, tenant: Tenant, number: u32) {
+        let Tenant { uid, cgroup, pod } = tenant;
+        if number.is_multiple_of(2) {
+            self.server.delete(&uid);
+            drop((cgroup, pod));
+        } else {
+            drop((cgroup, pod));
+            self.server.delete(&uid);
+        }
+    }
+}
+
+/// A pod that comes and goes.
+struct Tenant {
+    uid: String,
+    cgroup: PodCgroup,
+    pod: Pod,
+}
+
+/// All that goes on while one agent runs.
+pub(crate) struct Load<'c> {
+    cluster: &'c Cluster<'c>,
+    flooders: &'c [Pod; 2],
+    is_over: AtomicBool,
+    failed_scrapes: AtomicU64,
+}
+
+impl<'c> Load<'c> {
+    pub(crate) fn new(cluster: &'c Cluster<'c>, flooders: &'c [Pod; 2]) -> Self {
+        Self { cluster, flooders, is_over: AtomicBool::new(false), failed_scrapes: AtomicU64::new(0) }
+    }
+
+    /// In the background, until it is stopped.
+    pub(crate) fn start<'s>(&'s self, scope: &'s Scope<'s, '_>) {
+        scope.spawn(|| self.come_and_go());
+        scope.spawn(|| self.reconfigure());
+        scope.spawn(|| self.flood());
+        scope.spawn(|| self.scrape());
+    }
+
+    pub(crate) fn stop(&self) {
+        self.is_over.store(true, Ordering::Relaxed);
+    }
+
+    /// How many pods were made, of all agents.
+    pub(crate) fn pods(&self) -> u64 {
+        self.cluster.made.load(Ordering::Relaxed)
+    }
+
+    /// How many packets the floods sent, of all agents.
+    pub(crate) fn sent(&self) -> u64 {
+        self.cluster.sent.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn failed_scrapes(&self) -> u64 {
+        self.failed_scrapes.load(Ordering::Relaxed)
+    }
+
+    /// What of it came from pods that were exempt at some time.
+    pub(crate) fn arrivals_of_exempt(&self, arrivals: &Arrivals) -> u64 {
+        let exempt = self.cluster.exempt.lock().expect("no thread panicked");
+        exempt.iter().map(|&address| arrivals.from(address)).sum()
+    }
+
+    fn goes_on(&self) -> bool {
+        !self.is_over.load(Ordering::Relaxed)
+    }
+
+    fn come_and_go(&self) {
+        let (cluster, mut living) = (self.cluster, VecDeque::new());
+        for number in (0..).take_while(|_| self.goes_on()) {
+            let tenant = cluster.add_pod(number);
+            // By the socket hook, and past it.
+            cluster.world.in_cgroup(|| http_get(&tenant.pod.netns, METADATA, SHORT));
+            udp_echo(&tenant.pod.netns, METADATA, Duration::from_millis(20));
+            if number % 8 == 4 {
+                cluster.tell(&tenant, false);
+            }
+            living.push_back((tenant, number));
+            if living.len() > LIVING
+                && let Some((oldest, number)) = living.pop_front()
+            {
+                udp_echo(&oldest.pod.netns, METADATA, Duration::from_millis(20));
+                cluster.remove(oldest, number);
+            }
+            if number % BETWEEN_COMPACTIONS == BETWEEN_COMPACTIONS - 1 {
+                cluster.server.compact();
+                cluster.server.disconnect();
+            }
+            sleep(BETWEEN_PODS);
+        }
+        for (tenant, number) in living {
+            cluster.remove(tenant, number);
+        }
+    }
+
+    /// Every fourth is refused.
+    fn reconfigure(&self) {
+        let refused =
+            ["nonsense = 1\n", "mode = 'enforce\n", "provider = 'nobody'\n", "[[exempt]]\nname = 'x'\n"];
+        let cluster = self.cluster;
+        for number in (1..).take_while(|_| self.goes_on()) {
+            match number % 4 {
+                3 => cluster.configure(refused[number as usize / 4 % refused.len()]),
+                _ => cluster.configure(&cluster.configuration(number)),
+            }
+            sleep(BETWEEN_CONFIGURATIONS);
+        }
+        cluster.configure(&cluster.configuration(0));
+    }
+
+    /// A part of each second: the machine has others to serve.
+    fn flood(&self) {
+        let [routed, bridged] = self.flooders;
+        while self.goes_on() {
+            let floods = [Flood::udp(routed, METADATA), Flood::syn(bridged, METADATA)];
+            sleep(BURST);
+            let sent: u64 = floods.into_iter().map(Flood::stop).sum();
+            self.cluster.sent.fetch_add(sent, Ordering::Relaxed);
+            sleep(Duration::from_secs(1).saturating_sub(BURST));
+        }
+    }
+
+    fn scrape(&self) {
+        while self.goes_on() {
+            let is_served =
+                |path| try_get(self.cluster.world, DEFAULT, path).is_ok_and(|(status, _)| status == 200);
+            if !is_served("/metrics") || !is_served("/healthz") {
+                self.failed_scrapes.fetch_add(1, Ordering::Relaxed);
+            }
+            sleep(BETWEEN_SCRAPES);
+        }
+    }
+}
+
+/// `imds-agent events`, and what it was told.
+pub(crate) struct Follower {
+    process: Child,
+    told: Arc<AtomicU64>,
+    suppressed: Arc<AtomicU64>,
+}
+
+impl Follower {
+    pub(crate) fn start(world: &World) -> Self {
+        let mut command = world.imds_agent(&["events", "-o", "json"]).command();
+        let mut process = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("follow events");
+        let (told, suppressed) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+        let lines = BufReader::new(process.stdout.take().expect("a pipe")).lines();
+        let (count, sum) = (Arc::clone(&told), Arc::clone(&suppressed));
+        // Ends with the process.
+        thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                let event: serde_json::Value = serde_json::from_str(&line).expect("JSON");
+                sum.fetch_add(event["suppressed"].as_u64().expect("a number"), Ordering::Relaxed);
+                count.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        Self { process, told, suppressed }
+    }
+
+    /// Events, and how many more these say that there were.
+    pub(crate) fn heard(&self) -> (u64, u64) {
+        (self.told.load(Ordering::Relaxed), self.suppressed.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn stop(mut self) -> (u64, u64) {
+        self.process.kill().expect("stop the follower");
+        self.process.wait().expect("wait for the follower");
+        self.heard()
+    }
+}

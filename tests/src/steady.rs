@@ -1,0 +1,51 @@
+//! Whether something that is measured over and over stays what it is.
+
+/// How much higher the median of the last third is than that of the third before it; the first one is the warm-up. What is
+/// steady but for its ups and downs comes to little, however long they were measured. `None` of fewer than six.
+#[must_use]
+pub fn growth(values: &[u64]) -> Option<i64> {
+    let third = values.len() / 3;
+    let (before, last) = values.get(values.len().checked_sub(2 * third)?..)?.split_at(third);
+    if third < 2 {
+        return None;
+    }
+    Some(median(last)?.cast_signed().saturating_sub(median(before)?.cast_signed()))
+}
+
+/// The one in the middle, by size.
+#[must_use]
+pub fn median(values: &[u64]) -> Option<u64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_unstable();
+    sorted.get(sorted.len() / 2).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_grows_is_told_from_what_goes_up_and_down() {
+        let steady: Vec<_> = (0..300).map(|number| 1000 + number % 7).collect();
+        assert_eq!(growth(&steady), Some(0));
+        let growing: Vec<_> = (0..300).map(|number| 1000 + number).collect();
+        assert_eq!(growth(&growing), Some(100));
+        let shrinking: Vec<_> = growing.iter().copied().rev().collect();
+        assert_eq!(growth(&shrinking), Some(-100));
+    }
+
+    #[test]
+    fn a_warm_up_does_not_count_nor_does_one_peak() {
+        let mut values = vec![1000; 30];
+        values[..10].fill(1);
+        values[29] = 1_000_000;
+        assert_eq!(growth(&values), Some(0));
+    }
+
+    #[test]
+    fn of_a_few_nothing_is_said() {
+        assert_eq!(growth(&[]), None);
+        assert_eq!(growth(&[1; 5]), None);
+        assert_eq!(growth(&[1; 6]), Some(0));
+    }
+}

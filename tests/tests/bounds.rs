@@ -1,0 +1,207 @@
+//! What may be asked of the agent by HTTP is bounded in size, time and number: whoever asks for more gets no more, and keeps
+//! neither others waiting nor pods unguarded.
+
+use std::{
+    fs,
+    io::{self, ErrorKind, Read as _, Write as _},
+    net::TcpStream,
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
+    thread::{self, sleep},
+    time::{Duration, Instant},
+};
+
+use imds_tests::{
+    Agent, PodLink, World, effort,
+    http::{DEFAULT, try_get},
+    poll::poll_until,
+    probe::LONG,
+};
+use nix::sys::{
+    resource::{Resource, getrlimit, setrlimit},
+    socket::{setsockopt, sockopt},
+};
+
+/// How long a whole connection may last, with some of its own for a machine that is busy.
+const PATIENCE: Duration = Duration::from_secs(15 + 10);
+/// Descriptors beyond those of an agent that serves nobody, at most: connections that are served at once, and pods.
+const MOST_DESCRIPTORS: usize = 16 + 16;
+
+fn served(world: &World) -> Agent<'_> {
+    let agent = world.agent().spawn_ready();
+    poll_until(LONG, "metrics to be served", || try_get(world, DEFAULT, "/healthz").ok());
+    agent
+}
+
+fn connect(world: &World) -> TcpStream {
+    let stream = world.node.run(|| TcpStream::connect(DEFAULT)).expect("connect");
+    stream.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+    stream.set_write_timeout(Some(PATIENCE)).expect("set a timeout");
+    stream
+}
+
+fn descriptors(agent: &Agent<'_>) -> usize {
+    fs::read_dir(format!("/proc/{}/fd", agent.pid())).expect("descriptors of the agent").count()
+}
+
+/// Others are served, and a pod that comes now is guarded.
+#[track_caller]
+fn assert_unharmed(world: &World) {
+    let start = Instant::now();
+    for path in ["/metrics", "/healthz", "/readyz"] {
+        let served = try_get(world, DEFAULT, path);
+        assert!(served.as_ref().is_ok_and(|(status, _)| *status == 200), "{path}: {served:?}");
+    }
+    assert!(start.elapsed() < PATIENCE, "{:?}", start.elapsed());
+    let pod = world.add_pod(PodLink::Routed);
+    world.wait_guarded(&pod);
+    world.assert_blocked(&pod);
+}
+
+/// Reads until the agent closes, and returns what it said.
+#[track_caller]
+fn until_closed(mut stream: TcpStream) -> String {
+    let mut answer = Vec::new();
+    match stream.read_to_end(&mut answer) {
+        Ok(_) => {}
+        // There was something that it had not read.
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
+        Err(error) => panic!("it was not closed: {error}"),
+    }
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+fn finish(world: &World, agent: Agent<'_>) {
+    assert!(agent.terminate().success());
+    world.unload();
+}
+
+#[test]
+fn a_thousand_connections_that_say_nothing() {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard.min(soft.max(4096)), hard).unwrap();
+    let world = World::new();
+    let agent = served(&world);
+    let before = descriptors(&agent);
+    let silent: Vec<_> = (0..effort(1000)).map(|_| connect(&world)).collect();
+    assert_unharmed(&world);
+    assert!(descriptors(&agent) < before + MOST_DESCRIPTORS, "{} after {before}", descriptors(&agent));
+    for stream in silent {
+        assert_eq!(until_closed(stream), "");
+    }
+    assert_unharmed(&world);
+    finish(&world, agent);
+}
+
+#[test]
+fn requests_that_come_byte_by_byte() {
+    let world = World::new();
+    let agent = served(&world);
+    let drip = |mut stream: TcpStream| {
+        let start = Instant::now();
+        for byte in b"GET /metrics HTTP/1.1\r\nHost: ".iter().chain([b'x'; 10_000].iter()) {
+            if stream.write_all(&[*byte]).is_err() {
+                return start.elapsed();
+            }
+            sleep(Duration::from_millis(100));
+        }
+        panic!("it went on for {:?}", start.elapsed());
+    };
+    let streams: Vec<_> = (0..10).map(|_| connect(&world)).collect();
+    thread::scope(|scope| {
+        let drips: Vec<_> = streams.into_iter().map(|stream| scope.spawn(move || drip(stream))).collect();
+        assert_unharmed(&world);
+        for drip in drips {
+            assert!(drip.join().unwrap() < PATIENCE);
+        }
+    });
+    finish(&world, agent);
+}
+
+#[test]
+fn requests_without_end() {
+    let world = World::new();
+    let agent = served(&world);
+    let pour = |head: &[u8], more: &[u8]| {
+        let mut stream = connect(&world);
+        let (start, mut poured) = (Instant::now(), 0);
+        let mut result = stream.write_all(head);
+        while result.is_ok() && start.elapsed() < PATIENCE {
+            result = stream.write_all(more);
+            poured += more.len();
+        }
+        assert!(result.is_err(), "{poured} bytes were taken in {PATIENCE:?}");
+        poured
+    };
+    thread::scope(|scope| {
+        let chunk = [b"1000\r\n".to_vec(), vec![b'x'; 0x1000], b"\r\n".to_vec()].concat();
+        let body = b"GET /metrics HTTP/1.1\r\nHost: node\r\nTransfer-Encoding: chunked\r\n\r\n";
+        scope.spawn(|| pour(b"GET /", &[b'x'; 4096]));
+        scope.spawn(|| pour(b"GET / HTTP/1.1\r\n", b"A: b\r\n"));
+        scope.spawn(move || pour(body, &chunk));
+        assert_unharmed(&world);
+    });
+    finish(&world, agent);
+}
+
+#[test]
+fn a_connection_is_good_for_one_request() {
+    let world = World::new();
+    let agent = served(&world);
+    let mut stream = connect(&world);
+    let request = "GET /healthz HTTP/1.1\r\nHost: node\r\nConnection: keep-alive\r\n\r\n";
+    stream.write_all(request.repeat(100).as_bytes()).unwrap();
+    let answer = until_closed(stream);
+    assert_eq!(answer.matches("HTTP/1.1 200 OK").count(), 1, "{answer}");
+    finish(&world, agent);
+}
+
+#[test]
+fn answers_that_nobody_reads() {
+    let world = World::new();
+    let agent = served(&world);
+    let before = descriptors(&agent);
+    let deaf = || -> io::Result<TcpStream> {
+        let mut stream = connect(&world);
+        setsockopt(&stream, sockopt::RcvBuf, &1)?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: node\r\n\r\n")?;
+        Ok(stream)
+    };
+    let streams: Vec<_> = (0..100).filter_map(|_| deaf().ok()).collect();
+    assert!(streams.len() > 50, "{}", streams.len());
+    assert_unharmed(&world);
+    poll_until(PATIENCE, "all to be let go", || {
+        (descriptors(&agent) < before + MOST_DESCRIPTORS).then_some(())
+    });
+    drop(streams);
+    finish(&world, agent);
+}
+
+#[test]
+fn those_who_ask_without_pause() {
+    let world = World::new();
+    let agent = served(&world);
+    let (is_over, answers) = (AtomicBool::new(false), AtomicU32::new(0));
+    thread::scope(|scope| {
+        for _ in 0..effort(20) {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Relaxed) {
+                    let is_served =
+                        try_get(&world, DEFAULT, "/metrics").is_ok_and(|(status, _)| status == 200);
+                    answers.fetch_add(is_served.into(), Ordering::Relaxed);
+                }
+            });
+        }
+        let longest = (0..10).map(|_| {
+            let pod = world.add_pod(PodLink::Bridged);
+            let start = Instant::now();
+            world.wait_guarded(&pod);
+            start.elapsed()
+        });
+        let longest = longest.max();
+        is_over.store(true, Ordering::Relaxed);
+        assert!(longest < Some(PATIENCE), "{longest:?}");
+    });
+    assert!(answers.into_inner() > 0);
+    assert_unharmed(&world);
+    finish(&world, agent);
+}

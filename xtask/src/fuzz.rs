@@ -1,0 +1,198 @@
+//! Fuzzing.
+
+use std::{
+    env, fs,
+    fs::File,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode},
+    sync::Mutex,
+    thread,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::{
+    setup::{self, Purpose},
+    workspace::{artifacts, cargo, describe, execute, root, say},
+};
+
+/// Make up packets, configurations and messages, and see that nothing panics or lets through what it should not
+#[derive(clap::Args)]
+pub(crate) struct Fuzz {
+    /// Only this: judge, config, netlink, records or kubernetes
+    target: Option<String>,
+    /// How long, for each target
+    #[arg(long, default_value_t = 60)]
+    seconds: u32,
+    /// Try this file alone, such as one that was kept of a failure
+    #[arg(long, requires = "target")]
+    input: Option<PathBuf>,
+}
+
+const TARGETS: [&str; 5] = ["judge", "config", "netlink", "records", "kubernetes"];
+/// Names the target to the fuzzer.
+const TARGET: &str = "IMDS_FUZZ_TARGET";
+/// What libFuzzer takes of the compiler, but for a sanitizer of memory: with that, unstable flags.
+const FLAGS: [&str; 6] = [
+    "-Cpasses=sancov-module",
+    "-Cllvm-args=-sanitizer-coverage-level=4",
+    "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
+    "-Cllvm-args=-sanitizer-coverage-pc-table",
+    "-Cllvm-args=-sanitizer-coverage-trace-compares",
+    "--cfg=fuzzing",
+];
+/// Longest input in bytes.
+const LONGEST: u32 = 8192;
+/// How long one input may take, in seconds, and how much memory in MiB.
+const PATIENCE: u32 = 10;
+const MEMORY: u32 = 2048;
+
+impl Fuzz {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        let targets = match self.target.as_deref() {
+            Some(name) => vec![known(name)?],
+            None => TARGETS.to_vec(),
+        };
+        setup::ensure(Purpose::Build)?;
+        setup::ensure(Purpose::Fuzz)?;
+        let directory = artifacts("fuzz")?;
+        let fuzzer = build(&directory)?;
+        if let Some(input) = &self.input {
+            execute(Command::new(fuzzer).arg(input).env(TARGET, targets[0]))?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        let (left, results) = (Mutex::new(targets.into_iter()), Mutex::new(Vec::new()));
+        thread::scope(|scope| {
+            for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
+                scope.spawn(|| {
+                    while let Some(target) = next(&left) {
+                        let result = run(&fuzzer, &directory, target, self.seconds);
+                        if let Ok(mut results) = results.lock() {
+                            results.push(result);
+                        }
+                    }
+                });
+            }
+        });
+        let results = results.into_inner().unwrap_or_default();
+        let failures = results.iter().filter_map(|result| result.as_ref().err());
+        let failures: Vec<_> = failures.map(|failure| format!("{failure:#}")).collect();
+        ensure!(failures.is_empty(), "{}", failures.join("\n"));
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn next<T>(left: &Mutex<impl Iterator<Item = T>>) -> Option<T> {
+    left.lock().ok()?.next()
+}
+
+fn known(name: &str) -> Result<&'static str> {
+    TARGETS
+        .into_iter()
+        .find(|target| *target == name)
+        .with_context(|| format!("there is no target {name}, only {}", TARGETS.join(", ")))
+}
+
+/// With a directory of its own: there all is compiled anew.
+fn build(directory: &Path) -> Result<PathBuf> {
+    // With a target build scripts and macros are left as they are.
+    let triple = format!("{}-unknown-linux-gnu", env::consts::ARCH);
+    let mut build = cargo("build");
+    build.args(["--package", "imds-fuzz", "--features", "libfuzzer", "--profile", "fuzz", "--locked"]);
+    build.args(["--target", &triple]).arg("--target-dir").arg(directory).env("RUSTFLAGS", FLAGS.join(" "));
+    execute(&mut build)?;
+    Ok(directory.join(triple).join("fuzz/imds-fuzz"))
+}
+
+/// Keeps what it finds interesting for the next time, and what makes it fail.
+fn run(fuzzer: &Path, directory: &Path, target: &str, seconds: u32) -> Result<()> {
+    let seeds = root().join("fuzz/seeds").join(target);
+    let [corpus, failures] = ["corpus", "failures"].map(|kind| directory.join(kind).join(target));
+    for directory in [&corpus, &failures] {
+        fs::create_dir_all(directory).with_context(|| format!("could not make {}", directory.display()))?;
+    }
+    let path = directory.join(target).with_extension("log");
+    let log = File::create(&path).with_context(|| format!("could not make {}", path.display()))?;
+    let mut fuzz = Command::new(fuzzer);
+    fuzz.arg(format!("-max_total_time={seconds}"))
+        .arg(format!("-max_len={LONGEST}"))
+        .arg(format!("-timeout={PATIENCE}"))
+        .arg(format!("-rss_limit_mb={MEMORY}"))
+        .arg(format!("-artifact_prefix={}/", failures.display()))
+        .args(["-print_final_stats=1", "-use_value_profile=1"]);
+    let dictionary = root().join("fuzz/dictionaries").join(target);
+    if dictionary.exists() {
+        fuzz.arg(format!("-dict={}", dictionary.display()));
+    }
+    fuzz.args([&corpus, &seeds]).env(TARGET, target).stderr(log);
+    let status = fuzz.status().with_context(|| format!("could not start {}", describe(&fuzz)))?;
+    let log = fs::read_to_string(&path).with_context(|| format!("could not read {}", path.display()))?;
+    if status.success() {
+        say(format_args!("{target}: {}", summary(&log)));
+        return Ok(());
+    }
+    bail!("{target} failed ({status}), see {}{}", path.display(), reproduction(target, &log))
+}
+
+/// How to see a failure again.
+fn reproduction(target: &str, log: &str) -> String {
+    let kept = log.lines().find_map(|line| line.split_once("Test unit written to "));
+    let try_it = |(_, input)| format!("; to see it again: cargo xtask fuzz {target} --input {input}");
+    kept.map(try_it).unwrap_or_default()
+}
+
+/// What libFuzzer says at the end.
+fn summary(log: &str) -> String {
+    let coverage = log.lines().rev().find_map(|line| {
+        let mut words = line.split_whitespace();
+        words.find(|word| *word == "cov:")?;
+        words.next()
+    });
+    let statistic = |name: &str| {
+        let line = log.lines().find_map(|line| line.strip_prefix("stat::")?.strip_prefix(name));
+        line.and_then(|rest| rest.strip_prefix(':')).map_or("?", str::trim)
+    };
+    format!(
+        "{} inputs, {} a second, {} places reached, {} MiB",
+        statistic("number_of_executed_units"),
+        statistic("average_exec_per_sec"),
+        coverage.unwrap_or("?"),
+        statistic("peak_rss_mb"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOG: &str = "\
+#8192\tpulse  cov: 2100 ft: 4000 corp: 20/9Kb exec/s: 512 rss: 60Mb
+#9000\tDONE   cov: 2345 ft: 4567 corp: 21/9Kb exec/s: 500 rss: 61Mb
+stat::number_of_executed_units: 9000
+stat::average_exec_per_sec:     500
+stat::peak_rss_mb:              61
+";
+
+    #[test]
+    fn what_was_done_is_said_in_a_line() {
+        assert_eq!(summary(LOG), "9000 inputs, 500 a second, 2345 places reached, 61 MiB");
+        assert_eq!(summary(""), "? inputs, ? a second, ? places reached, ? MiB");
+    }
+
+    #[test]
+    fn a_failure_is_said_with_how_to_see_it_again() {
+        let log =
+            "SUMMARY: libFuzzer: deadly signal\nartifact_prefix='/t/'; Test unit written to /t/crash-0a\n";
+        let expected = "; to see it again: cargo xtask fuzz config --input /t/crash-0a";
+        assert_eq!(reproduction("config", log), expected);
+        assert_eq!(reproduction("config", LOG), "");
+    }
+
+    #[test]
+    fn there_are_seeds_for_each_target() {
+        for target in TARGETS {
+            assert!(root().join("fuzz/seeds").join(target).is_dir(), "{target}");
+        }
+        assert!(known("nothing").is_err());
+    }
+}
