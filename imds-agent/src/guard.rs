@@ -57,6 +57,7 @@ pub struct Writes {
 }
 
 /// Interfaces as they are and as they should be, and the datapath that makes the one the other.
+#[expect(clippy::struct_excessive_bools, reason = "each is of something else")]
 pub struct Guard {
     datapath: Datapath,
     netlink: Netlink,
