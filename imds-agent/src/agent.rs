@@ -180,13 +180,14 @@ impl Agent {
                 collected = collect(&mut self.collector) => if let Err(error) = collected {
                     self.lose_collector(&error);
                 },
+                () = future::ready(()), if self.guard.is_looking() => report(self.guard.go_on().await),
                 index = self.guard.link_due() => self.guard.raise(index).await,
                 () = self.guard.exemptions_changed() => report(self.guard.restore_exemptions().await),
                 () = self.guard.kubepods_changed() => report(self.guard.follow_kubepods()),
                 _ = self.timer.tick() => {
                     rounds = rounds.wrapping_add(1);
                     let is_thorough = rounds.is_multiple_of(THOROUGH);
-                    report(if is_thorough { self.guard.resync().await } else { self.guard.recheck().await });
+                    report(self.guard.begin(is_thorough).await);
                     if is_thorough {
                         give_back();
                     }

@@ -5,7 +5,7 @@ mod hosts;
 mod provisional;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     future::pending,
     path::Path,
 };
@@ -31,6 +31,9 @@ use crate::{
     settings::Settings,
     state::role,
 };
+
+/// How many links are looked at before news has its turn: a millisecond's worth.
+const LINKS_AT_ONCE: usize = 8;
 
 /// How often what somebody else had changed was put right since the agent started.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -77,6 +80,8 @@ pub struct Guard {
     failures: BTreeMap<u32, String>,
     /// Why no hostNetwork pod is held, where that is so.
     no_kubepods: Option<String>,
+    /// Links that are still to be looked at in this round.
+    round: VecDeque<u32>,
     /// Whether every interface was looked at once: until then filters of an earlier agent may be anywhere.
     settled: bool,
     /// Whether what changes is what the operator asked for.
@@ -113,6 +118,7 @@ impl Guard {
             uplinks: BTreeSet::new(),
             failures: BTreeMap::new(),
             no_kubepods: None,
+            round: VecDeque::new(),
             settled: false,
             is_asked: false,
             is_unsettled: false,
@@ -260,20 +266,64 @@ impl Guard {
         of_interfaces.chain(of_hosts).chain(of_rules)
     }
 
+    /// Begins to look at everything again, of links at what is attached and pinned: [`Guard::go_on`] does that for a few at
+    /// a time, so that news need not wait for all of them. `anew`: whether interfaces and routes are read, too, of which the
+    /// kernel sends news.
+    pub async fn begin(&mut self, anew: bool) -> Result<(), DatapathError> {
+        if self.is_looking() {
+            return Ok(());
+        }
+        let begun = self.look_around();
+        if anew {
+            for link in self.read_links().await? {
+                if self.links.get(&link.index) != Some(&link) {
+                    self.see(link).await;
+                }
+            }
+        }
+        self.round = self.links.keys().copied().collect();
+        begun
+    }
+
+    /// Whether there are links to look at.
+    #[must_use]
+    pub fn is_looking(&self) -> bool {
+        !self.round.is_empty()
+    }
+
+    /// Looks at the next links.
+    pub async fn go_on(&mut self) -> Result<(), DatapathError> {
+        for _ in 0..LINKS_AT_ONCE {
+            let Some(index) = self.round.pop_front() else { break };
+            if let Some(link) = self.links.get(&index).cloned() {
+                self.see(link).await;
+            }
+        }
+        if self.is_looking() {
+            return Ok(());
+        }
+        self.restore_exemptions().await?;
+        // Once more, where the directory had to be made again.
+        self.datapath.announce_ready()
+    }
+
     /// Reads everything anew and puts right what is not as it should be. What fails on one interface is in
     /// [`Guard::failures`] and does not keep the others from it.
-    pub async fn resync(&mut self) -> Result<(), DatapathError> {
-        self.look(true).await
-    }
-
-    /// Looks at all that the kernel sends no news of, and puts it right: at what is attached and pinned, but not for
-    /// interfaces and routes.
-    pub async fn recheck(&mut self) -> Result<(), DatapathError> {
-        self.look(false).await
-    }
-
-    async fn look(&mut self, anew: bool) -> Result<(), DatapathError> {
+    async fn resync(&mut self) -> Result<(), DatapathError> {
         // Guarding goes on without pins; what comes of it is said at the end.
+        let around = self.look_around();
+        for link in self.read_links().await? {
+            self.see(link).await;
+        }
+        // Who should pass and does not is no reason to guard nobody.
+        unless(true, self.restore_exemptions().await)?;
+        self.settled = true;
+        around?;
+        self.datapath.announce_ready()
+    }
+
+    /// Looks at all but links.
+    fn look_around(&mut self) -> Result<(), DatapathError> {
         let restored = self.datapath.restore_pins();
         if let Ok(true) = restored
             && self.settled
@@ -284,21 +334,13 @@ impl Guard {
         let sockets = self.restore_sockets();
         self.pods.retry();
         let hosts = self.search_kubepods();
-        if anew {
-            self.read_links().await?;
-        } else {
-            self.see_again().await;
-        }
-        // Who should pass and does not is no reason to guard nobody.
-        unless(true, self.restore_exemptions().await)?;
-        self.settled = true;
         restored?;
         sockets?;
-        hosts?;
-        self.datapath.announce_ready()
+        hosts
     }
 
-    async fn read_links(&mut self) -> Result<(), DatapathError> {
+    /// All links of the node. Those that are gone are forgotten.
+    async fn read_links(&mut self) -> Result<Vec<Link>, DatapathError> {
         self.uplinks = self.netlink.uplinks().await?;
         let links = self.netlink.links().await?;
         let present: BTreeSet<u32> = links.iter().map(|link| link.index).collect();
@@ -306,10 +348,7 @@ impl Guard {
         for gone in known.filter(|index| !present.contains(index)).collect::<BTreeSet<_>>() {
             self.forget(gone);
         }
-        for link in links {
-            self.see(link).await;
-        }
-        Ok(())
+        Ok(links)
     }
 
     /// Takes in one piece of news. What it means for exemptions is for [`Guard::settle`], but for what is taken from links

@@ -45,13 +45,9 @@ fn main() {
         eprintln!("{}", row.cells().join(", "));
         row
     });
-    println!(
-        "{}; medians of {STARTS} starts, {} of {} links for news.\n",
-        machine(),
-        churn::LINKS,
-        "each size"
-    );
-    let line = |of: fn(&Row) -> f64| rows.iter().map(|row| (row.pods as f64, of(row))).collect::<Vec<_>>();
+    println!("{}; medians of {STARTS} starts, {} links for news.\n", machine(), churn::LINKS);
+    let line =
+        |of: fn(&Row) -> f64| rows.iter().map(|row| (f64::from(row.pods), of(row))).collect::<Vec<_>>();
     plot::lines(
         "benchmarks-scale",
         "Milliseconds, by pods",
@@ -79,7 +75,7 @@ const HEAD: [&str; 9] = [
 /// What was measured with so many pods: times in milliseconds, memory in MiB, CPU in percent of one.
 #[derive(Debug)]
 struct Row {
-    pods: usize,
+    pods: u32,
     start: f64,
     restart: f64,
     restart_in_flood: f64,
@@ -136,7 +132,13 @@ impl Node {
         let mut cgroup = self.kubelet.add_pod(&uid, Driver::Systemd);
         cgroup.start_in(&link.netns);
         let labels = [("app", "agent"), ("tier", "x"), ("pod-template-hash", "7d4b9c66d8")];
-        self.server.apply(pod(&uid, NODE, "kube-system", "agent", &labels[usize::from(number % 5 != 0)..]));
+        self.server.apply(pod(
+            &uid,
+            NODE,
+            "kube-system",
+            "agent",
+            &labels[usize::from(!number.is_multiple_of(5))..],
+        ));
         (link, cgroup)
     }
 
@@ -166,7 +168,7 @@ impl Node {
         drop(agent);
         self.world.unload();
         Row {
-            pods: pods.len(),
+            pods: pods.len().try_into().expect("a few pods"),
             start: start.median(),
             restart: restart.median(),
             restart_in_flood: restart_in_flood.median(),
