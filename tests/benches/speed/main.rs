@@ -40,7 +40,7 @@ fn main() {
             costs.add(guard, Traffic::ALL.map(|traffic| pair.cost(traffic)));
         }
     }
-    println!("{}; medians of {rounds} rounds of {} packets.\n", machine(), traffic::PACKETS);
+    println!("{}; medians of {rounds} rounds.\n", machine());
     for traffic in Traffic::ALL {
         println!("{}\n\n{}", traffic.title(), costs.table(traffic));
     }
