@@ -34,6 +34,8 @@ pub(super) struct Executable {
     /// Tests that left out a part, with their reasons.
     pub(super) in_part: BTreeMap<String, String>,
     pub(super) code: Option<i32>,
+    /// How long it took by the machine's own clock.
+    pub(super) seconds: Option<u64>,
     #[serde(skip)]
     pub(super) output: BTreeMap<String, Vec<String>>,
 }
@@ -54,9 +56,11 @@ impl Guest {
                 "@complaint" => guest.complaints.push(rest.to_owned()),
                 "@begin" => (executable, shown_test) = (Executable::default(), None),
                 "@end" => {
-                    let (name, code) = rest.split_once(' ').unwrap_or((rest, ""));
-                    executable.code = code.parse().ok();
-                    guest.executables.insert(name.to_owned(), std::mem::take(&mut executable));
+                    let mut words = rest.split(' ');
+                    let name = words.next().unwrap_or_default().to_owned();
+                    executable.code = words.next().and_then(|code| code.parse().ok());
+                    executable.seconds = words.next().and_then(|seconds| seconds.parse().ok());
+                    guest.executables.insert(name, std::mem::take(&mut executable));
                 }
                 "TEST-RC=0" => guest.result = Some(true),
                 "TEST-RC=1" => guest.result = Some(false),

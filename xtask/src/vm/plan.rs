@@ -26,6 +26,9 @@ const QUICK: [(&str, &[&str]); 6] = [
     ("test_run", &["every_packet_to_the_endpoint", "the_verifier_is_done"]),
 ];
 
+/// What tests are ignored but here, each of which takes the machine for itself: those of `cargo xtask faults`.
+const FAULTS: (&str, &[&str]) = ("faults", &["--include-ignored", "--test-threads=1"]);
+
 /// What a machine is to do.
 #[derive(Debug)]
 pub(super) struct Plan {
@@ -80,6 +83,12 @@ impl Plan {
 }
 
 impl Planned {
+    /// What it is started with.
+    pub(super) fn arguments(&self) -> impl Iterator<Item = &str> {
+        let options = if self.name == FAULTS.0 { FAULTS.1 } else { &[] };
+        options.iter().copied().chain(self.filter.iter().map(String::as_str))
+    }
+
     /// What of it is quick, if anything is.
     fn quick(self) -> Result<Option<Self>> {
         let Some((name, parts)) = QUICK.iter().find(|(name, _)| *name == self.name) else { return Ok(None) };
