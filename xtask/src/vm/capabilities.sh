@@ -13,9 +13,8 @@ device() {
     fi
 }
 
-echo "@agent $("$1" --version | tr '\n' ' ')"
 # On one line: within strings, JSON has no line ends.
-echo "@doctor $("$1" doctor --output json | tr -d '\n')"
+printf "@doctor %s\n" "$("$1" doctor --output json | tr -d '\n')"
 device netkit upper0 type netkit
 device macvlan upper0 link lower0 type macvlan mode bridge
 device ipvlan upper0 link lower0 type ipvlan mode l2

@@ -32,11 +32,12 @@ done < /environment
 # Nobody else has this machine: tests may break it.
 export IMDS_DISPOSABLE=1
 echo "@divisor $IMDS_TEST_DIVISOR"
+echo "@commit $(cat /commit)"
+sh /capabilities.sh /imds-agent
 
 if [ -e /brief ]; then
     echo "@brief"
 else
-    sh /capabilities.sh /imds-agent
     # What the agent makes use of where it may choose.
     /tools/ip netns add pod
     /tools/ip link add pod0 type veth peer name eth0 netns pod

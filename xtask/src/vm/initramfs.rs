@@ -46,6 +46,7 @@ pub(super) fn archive(programs: &Tools, kernel: &Kernel, plan: &Plan) -> Result<
     if plan.is_brief {
         cpio.add("brief", &[]);
     }
+    cpio.add("commit", plan.commit.as_bytes());
     cpio.add("environment", lines(plan.environment.iter().map(String::as_str)).as_bytes());
     Ok(cpio.finish())
 }

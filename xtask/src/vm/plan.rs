@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, bail};
 use imds_tests::EFFORT;
 
 use super::build::Payload;
+use crate::build::commit;
 
 /// How many times less of the longest tests is done than on a machine that is not emulated.
 const DIVISOR: u32 = 4;
@@ -34,10 +35,14 @@ const FAULTS: (&str, &[&str]) = ("faults", &["--include-ignored", "--test-thread
 pub(super) struct Plan {
     pub(super) agent: PathBuf,
     pub(super) tests: Vec<Planned>,
+    /// What the agent and the tests were built from.
+    pub(super) commit: String,
     /// Variables of the tests' environment, as `NAME=VALUE`.
     pub(super) environment: Vec<String>,
     /// Whether it is about a few tests, and not about what the agent makes use of on each kernel.
     pub(super) is_brief: bool,
+    /// Whether it is all tests, and as much of each as there is time for.
+    pub(super) is_whole: bool,
 }
 
 /// A test executable.
@@ -73,7 +78,9 @@ impl Plan {
         }
         let divisor = if is_quick { QUICK_DIVISOR } else { DIVISOR };
         let environment = vec![format!("{EFFORT}={divisor}")];
-        Ok(Self { agent: payload.agent, tests, environment, is_brief: !filter.is_empty() })
+        let is_brief = !filter.is_empty();
+        let is_whole = !is_brief && !is_quick;
+        Ok(Self { agent: payload.agent, tests, commit: commit(), environment, is_brief, is_whole })
     }
 
     /// The test executables' names.
