@@ -62,6 +62,9 @@ pub(crate) struct Vm {
     /// Look for newer versions of the kernels than those that were downloaded
     #[arg(long)]
     refresh: bool,
+    /// How many times less of the longest tests is done than where nothing is emulated [default: 4, or 20 with --quick]
+    #[arg(long, value_name = "TIMES")]
+    divisor: Option<NonZero<u32>>,
     /// After how many minutes a machine is stopped
     #[arg(long, value_name = "MINUTES", default_value_t = 60)]
     timeout: u64,
@@ -108,7 +111,7 @@ impl Vm {
             kernels.into_iter().collect::<Result<Vec<_>>>()?;
             return Ok(ExitCode::SUCCESS);
         }
-        let plan = Plan::new(Payload::build()?, &self.filter, self.quick)?;
+        let plan = Plan::new(Payload::build()?, &self.filter, self.quick, self.divisor)?;
         let rows = self.run_all(kernels, &plan, &tools)?;
         match self.output {
             Output::Table => print!("{}", report::table(&rows)),

@@ -1,6 +1,7 @@
 //! Which tests run, and how much of each.
 
 use std::{
+    num::NonZero,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -56,7 +57,12 @@ pub(super) struct Planned {
 
 impl Plan {
     /// All tests, those of `filter` (parts of tests' names, or names of executables), or `is_quick` ones.
-    pub(super) fn new(payload: Payload, filter: &[String], is_quick: bool) -> Result<Self> {
+    pub(super) fn new(
+        payload: Payload,
+        filter: &[String],
+        is_quick: bool,
+        divisor: Option<NonZero<u32>>,
+    ) -> Result<Self> {
         let is_there = |name| payload.tests.iter().any(|(there, _)| there == name);
         if let Some((name, _)) = QUICK.iter().find(|(name, _)| !is_there(*name)) {
             bail!("there is no test executable {name} any more, of which the quick tests are to be");
@@ -76,7 +82,8 @@ impl Plan {
         if tests.is_empty() {
             bail!("no test executable is called {0}, and no test has it in its name", filter.join(" or "));
         }
-        let divisor = if is_quick { QUICK_DIVISOR } else { DIVISOR };
+        let usual = if is_quick { QUICK_DIVISOR } else { DIVISOR };
+        let divisor = divisor.map_or(usual, NonZero::get);
         let environment = vec![format!("{EFFORT}={divisor}")];
         let is_brief = !filter.is_empty();
         let is_whole = !is_brief && !is_quick;

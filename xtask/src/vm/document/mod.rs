@@ -121,3 +121,83 @@ fn of_kernels(columns: &[Column], heads: &[&str], rows: impl IntoIterator<Item =
 fn names<'a>(columns: impl IntoIterator<Item = &'a Column>) -> String {
     columns.into_iter().map(Column::title).collect::<Vec<_>>().join(", ")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{super::console::Guest, *};
+
+    const OLD: &str = r#"@kernel 5.10.0-46-cloud-amd64
+@divisor 4
+@commit 0123456789abcdef0123
+@doctor {"checks":[{"name":"attaching","state":"degraded","found":"clsact filters; no TCX","remedy":"priority 1 | Linux 6.6"},{"name":"btf","state":"ok","found":"/sys","remedy":null}]}
+@capability netkit: no (RTNETLINK answers: Operation not supported )
+@capability vlan: yes
+@took guard: clsact
+@begin follow --include-ignored
+test good ... ok
+test bad ... FAILED
+failures:
+---- bad stdout ----
+thread 'bad' panicked at tests/x.rs:1:1:
+nothing arrives
+failures:
+    bad
+@end follow 101 30
+@begin unload 
+test everywhere ... ok
+test tcx_alone ... ok
+test open ... ignored, for a reason
+successes:
+---- everywhere stdout ----
+skipped: a part: no ipvlan devices on this kernel (Error: Unknown device type.)
+---- tcx_alone stdout ----
+skipped: the whole test: no TCX on this kernel
+successes:
+@end unload 0 12
+TEST-RC=1
+"#;
+    const THIS: &str = r#"@kernel 6.18.44-whose
+@divisor 1
+@commit fedcba9876543210-dirty
+@doctor {"checks":[{"name":"attaching","state":"ok","found":"TCX; clsact filters too","remedy":null}]}
+@begin unload 
+test everywhere ... ok
+test tcx_alone ... ok
+@end unload 0 1
+TEST-RC=0
+"#;
+
+    #[test]
+    fn all_that_consoles_tell_is_there() {
+        let columns = [(Line::V5_10, OLD), (Line::This, THIS)].map(|(line, console)| Column {
+            line,
+            record: Record::of(vec![Guest::from_console(console)]).unwrap(),
+        });
+        let executables = ["follow", "harness", "unload"].map(str::to_owned).into();
+        let text = render(&columns, &executables);
+        assert!(!text.contains("{{"), "{text}");
+        for line in [
+            "| | since | 5.10 | 6.18.44 |",
+            "| release | | 5.10.0-46-cloud-amd64 | another's, not emulated |",
+            "| TCX | 6.6 | no: clsact | yes |",
+            "| netkit | 6.7 | no | ? |",
+            "| VLAN | 2.4 | yes | ? |",
+            "| the agent | 5.10 |",
+            "| attaches its programs by | clsact filter |",
+            r"| 5.10 | `attaching  degraded  clsact filters; no TCX` | `priority 1 \| Linux 6.6` |",
+            "| `follow` | 1, 1 **failed** | not run |",
+            "| `harness` | not run | not run |",
+            "| `unload` | 1, 1 skipped | 2 |",
+            "| seconds | 42 | 1 |",
+            "| repetitions | 1/4 | all |",
+            "| 5.10 | `follow: bad` | `nothing arrives` |",
+            "| no TCX | 5.10 | 1 | clsact filters are taken instead, and tested by the same tests |",
+            "| no ipvlan devices | 5.10 | parts of 1 | no pod can have one |",
+            "no TCX: `unload: tcx_alone`",
+            "| `0123456789ab` | 5.10 |",
+            "| `fedcba987654` and changes | 6.18.44 |",
+        ] {
+            assert!(text.lines().any(|known| known == line), "{line}\n{text}");
+        }
+    }
+}
