@@ -49,7 +49,8 @@ fn run_one(planned: &Planned, agent: &Path, log: &Path) -> Result<bool> {
 
 /// Adds a line to a console.
 pub(super) fn append(log: &Path, line: &str) -> Result<()> {
-    let written = open(log).and_then(|mut log| Ok(std::io::Write::write_all(&mut log, format!("{line}\n").as_bytes())?));
+    let written = open(log)
+        .and_then(|mut log| Ok(std::io::Write::write_all(&mut log, format!("{line}\n").as_bytes())?));
     written.with_context(|| format!("could not write {}", log.display()))
 }
 

@@ -17,7 +17,7 @@ mod tools;
 use std::{
     env, fs,
     num::NonZero,
-    path::{Path, PathBuf},
+    path::Path,
     process::ExitCode,
     sync::Mutex,
     thread,
@@ -43,6 +43,7 @@ use tools::Tools;
 ///
 /// The kernels, and QEMU where it is not installed, are downloaded once, from the mirror that apt uses.
 #[derive(clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 pub(crate) struct Vm {
     /// One of the kernels, or this machine's own; repeat it for more. Without, all of Debian's
     #[arg(long = "kernel", value_enum, value_name = "VERSION")]
@@ -164,7 +165,7 @@ impl Vm {
         };
         let end = if let Some(kernel) = kernel {
             let initramfs = results.join(format!("kernel-{line}.cpio"));
-            self.emulate(kernel, plan, tools, &log, initramfs, ended)?
+            self.emulate(kernel, plan, tools, &log, &initramfs, ended)?
         } else {
             say(format_args!("this machine's kernel starts; its console is {}", log.display()));
             host::run(plan, &log, ended)?;
@@ -188,16 +189,16 @@ impl Vm {
         plan: &Plan,
         tools: &Tools,
         log: &Path,
-        initramfs: PathBuf,
+        initramfs: &Path,
         mut ended: impl FnMut(&str),
     ) -> Result<End> {
         let line = kernel.line;
         let archive = initramfs::archive(tools, kernel, plan)?;
-        fs::write(&initramfs, archive).with_context(|| format!("could not write {}", initramfs.display()))?;
+        fs::write(initramfs, archive).with_context(|| format!("could not write {}", initramfs.display()))?;
         say(format_args!("kernel {line} ({}) starts; its console is {}", kernel.release, log.display()));
         let machine = Machine {
             kernel: &kernel.vmlinuz,
-            initramfs: &initramfs,
+            initramfs,
             accel: &self.accel,
             log,
             timeout: Duration::from_mins(self.timeout),

@@ -89,9 +89,11 @@ impl Record {
             if !executables.is_empty() {
                 complaints.append(&mut guest.complaints);
             }
-            results.extend(executables.into_iter().map(|(name, executable)| {
-                (name, Outcome { executable, commit: commit.clone(), divisor })
-            }));
+            results.extend(
+                executables.into_iter().map(|(name, executable)| {
+                    (name, Outcome { executable, commit: commit.clone(), divisor })
+                }),
+            );
             if guest.doctor.is_some() {
                 let took = std::mem::take(&mut newest.took);
                 newest = guest;

@@ -36,7 +36,11 @@ const CAPABILITIES: [Capability; 12] = [
     Capability { name: "programs compiled (JIT)", since: "3.16", tell: |guest| yes_no(guest, "jit") },
     Capability { name: "ring buffer", since: "5.8", tell: |guest| yes_no(guest, "ring_buffer") },
     Capability { name: "BPF memory is the cgroup's", since: "5.11", tell: is_memory_free },
-    Capability { name: "netns cookie of sockets", since: "5.14", tell: |guest| yes_no(guest, "netns_cookie") },
+    Capability {
+        name: "netns cookie of sockets",
+        since: "5.14",
+        tell: |guest| yes_no(guest, "netns_cookie"),
+    },
     Capability { name: "TCX", since: "6.6", tell: attaching },
     Capability { name: "netns cookie in TC", since: "6.13", tell: |guest| yes_no(guest, "netns_cookie_tc") },
     Capability {

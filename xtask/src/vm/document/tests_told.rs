@@ -42,12 +42,16 @@ pub(super) fn results(columns: &[Column], executables: &BTreeSet<String>) -> Str
     let all: BTreeSet<_> = executables.iter().chain(known).collect();
     let rows = all.into_iter().map(|name| {
         let cell = |column: &Column| {
-            column.record.results.get(name).map_or_else(|| "not run".to_owned(), |outcome| cell(&outcome.executable))
+            column
+                .record
+                .results
+                .get(name)
+                .map_or_else(|| "not run".to_owned(), |outcome| cell(&outcome.executable))
         };
         std::iter::once(code(name)).chain(columns.iter().map(cell)).collect::<Vec<_>>()
     });
-    let sums: [(&str, fn(&Outcome) -> usize); 4] = [
-        ("**passed**", |outcome| outcome.executable.passed()),
+    let sums = [
+        ("**passed**", (|outcome| outcome.executable.passed()) as fn(&Outcome) -> usize),
         ("**skipped**", |outcome| outcome.executable.skipped.len()),
         ("**failed**", |outcome| outcome.executable.failures()),
         ("seconds", |outcome| outcome.executable.seconds.unwrap_or(0).try_into().unwrap_or(usize::MAX)),
@@ -68,13 +72,10 @@ fn cell(executable: &Executable) -> String {
     if executable.is_empty() || (executable.passed.is_empty() && failures == 0) {
         return "-".to_owned();
     }
-    let mut text = executable.passed().to_string();
-    for (count, what) in [(executable.skipped.len(), "skipped"), (failures, "**failed**")] {
-        if count > 0 {
-            text += &format!(", {count} {what}");
-        }
-    }
-    text
+    let counts = [(executable.skipped.len(), "skipped"), (failures, "**failed**")];
+    let counts = counts.into_iter().filter(|(count, _)| *count > 0);
+    let counts = counts.map(|(count, what)| format!("{count} {what}"));
+    std::iter::once(executable.passed().to_string()).chain(counts).collect::<Vec<_>>().join(", ")
 }
 
 /// How many times less is done of the longest tests there.
@@ -101,7 +102,11 @@ pub(super) fn failed(columns: &[Column]) -> String {
             }
         }
         rows.extend(
-            column.record.complaints.iter().map(|complaint| vec![column.title(), String::new(), code(complaint)]),
+            column
+                .record
+                .complaints
+                .iter()
+                .map(|complaint| vec![column.title(), String::new(), code(complaint)]),
         );
     }
     if rows.is_empty() {
@@ -118,7 +123,11 @@ pub(super) fn skipped(columns: &[Column]) -> String {
             let Executable { skipped, in_part, .. } = &outcome.executable;
             for (tests, is_whole) in [(skipped, true), (in_part, false)] {
                 for (test, reason) in tests {
-                    reasons.entry(plain(reason)).or_default().add(column, &format!("{name}: {test}"), is_whole);
+                    reasons.entry(plain(reason)).or_default().add(
+                        column,
+                        &format!("{name}: {test}"),
+                        is_whole,
+                    );
                 }
             }
         }
@@ -129,13 +138,13 @@ pub(super) fn skipped(columns: &[Column]) -> String {
         vec![reason.clone(), names(told.columns.iter().copied()), told.count(), meaning.to_owned()]
     });
     let head = ["reason", "on", "tests", "which means"].map(str::to_owned);
-    let mut text = table(head.to_vec(), rows);
-    text += "\n\n<details><summary>Which tests those are</summary>\n";
-    for (reason, told) in reasons.iter().filter(|(_, told)| !told.whole.is_empty()) {
+    let lists = reasons.iter().filter(|(_, told)| !told.whole.is_empty()).map(|(reason, told)| {
         let tests: Vec<_> = told.whole.iter().map(|test| code(test)).collect();
-        text += &format!("\n{reason}: {}\n", tests.join(", "));
-    }
-    text + "\n</details>"
+        format!("{reason}: {}", tests.join(", "))
+    });
+    let reasons = table(head.to_vec(), rows);
+    let lists = lists.collect::<Vec<_>>().join("\n\n");
+    format!("{reasons}\n\n<details><summary>Which tests those are</summary>\n\n{lists}\n\n</details>")
 }
 
 /// What was not run for a reason.
@@ -164,7 +173,9 @@ impl<'a> Reason<'a> {
 
 /// A reason without what `ip` said, which differs from kernel to kernel.
 fn plain(reason: &str) -> String {
-    let end = [" on this kernel (", " by this `ip` ("].iter().find_map(|end| Some(reason.find(end)? + end.len() - 2));
+    let end = [" on this kernel (", " by this `ip` ("]
+        .iter()
+        .find_map(|end| Some(reason.find(end)? + end.len() - 2));
     reason[..end.unwrap_or(reason.len())].trim_end_matches(" on this kernel").to_owned()
 }
 
