@@ -1,12 +1,14 @@
 //! What the kernels have, and what comes of what they lack.
 
+use std::collections::BTreeSet;
+
 use serde_json::Value;
 
 use super::{
     super::console::Guest,
     Column,
     markdown::{code, table},
-    names, of_kernels,
+    names, of_kernels, tests_told,
 };
 
 const UNKNOWN: &str = "?";
@@ -62,16 +64,19 @@ const TAKES: [(&str, &str); 4] = [
     ("events", "tells of denials by"),
 ];
 
-/// Each capability of each kernel.
-pub(super) fn capabilities(columns: &[Column]) -> String {
+/// Each capability of each kernel, and what came of it.
+pub(super) fn capabilities(columns: &[Column], executables: &BTreeSet<String>) -> String {
     let rows = CAPABILITIES.iter().map(|capability| {
         let tell = |column: &Column| (capability.tell)(&column.record.guest).unwrap_or(UNKNOWN).to_owned();
         let heads = [capability.name, capability.since].map(str::to_owned);
         heads.into_iter().chain(columns.iter().map(tell)).collect()
     });
-    let release = |column: &Column| column.release().to_owned();
-    let first = ["release", ""].map(str::to_owned).into_iter().chain(columns.iter().map(release)).collect();
-    of_kernels(columns, &["", "since"], std::iter::once(first).chain(rows))
+    let row = |head: &str, cell: &dyn Fn(&Column) -> String| {
+        [head, ""].map(str::to_owned).into_iter().chain(columns.iter().map(cell)).collect()
+    };
+    let release = row("release", &|column| column.release().to_owned());
+    let result = row("**tests**", &|column| tests_told::summary(&column.record, executables));
+    of_kernels(columns, &["", "since"], std::iter::once(release).chain(rows).chain([result]))
 }
 
 /// What the agent takes on each kernel where it may choose.

@@ -102,7 +102,7 @@ fn complain(column: &Column, executables: &BTreeSet<String>) {
 
 fn render(columns: &[Column], executables: &BTreeSet<String>) -> String {
     TEMPLATE
-        .replace("{{capabilities}}", &facts::capabilities(columns))
+        .replace("{{capabilities}}", &facts::capabilities(columns, executables))
         .replace("{{takes}}", &facts::takes(columns))
         .replace("{{doctor}}", &facts::doctor(columns))
         .replace("{{results}}", &tests_told::results(columns, executables))
@@ -180,6 +180,7 @@ TEST-RC=0
             "| | since | 5.10 | 6.18.44 |",
             "| release | | 5.10.0-46-cloud-amd64 | another's, not emulated |",
             "| TCX | 6.6 | no: clsact | yes |",
+            "| **tests** | | 2 passed, 1 skipped, 1 **failed**, 1 of 3 executables not run | 2 passed, 2 of 3 executables not run |",
             "| netkit | 6.7 | no | ? |",
             "| VLAN | 2.4 | yes | ? |",
             "| the agent | 5.10 |",

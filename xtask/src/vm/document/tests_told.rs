@@ -64,6 +64,21 @@ pub(super) fn results(columns: &[Column], executables: &BTreeSet<String>) -> Str
     of_kernels(columns, &["tests of"], rows.chain(sums).chain([divisors]))
 }
 
+/// All of a kernel in one line.
+pub(super) fn summary(record: &Record, executables: &BTreeSet<String>) -> String {
+    let sum = |count: fn(&Executable) -> usize| {
+        record.results.values().map(|outcome| count(&outcome.executable)).sum::<usize>()
+    };
+    let counts =
+        [(sum(|executable| executable.skipped.len()), "skipped"), (sum(Executable::failures), "**failed**")];
+    let counts = counts.into_iter().filter(|(count, _)| *count > 0);
+    let counts = counts.map(|(count, what)| format!("{count} {what}"));
+    let missing = executables.iter().filter(|name| !record.results.contains_key(*name)).count();
+    let missing = (missing > 0).then(|| format!("{missing} of {} executables not run", executables.len()));
+    let passed = format!("{} passed", sum(Executable::passed));
+    std::iter::once(passed).chain(counts).chain(missing).collect::<Vec<_>>().join(", ")
+}
+
 fn cell(executable: &Executable) -> String {
     let failures = executable.failures();
     if executable.code.is_none() {
