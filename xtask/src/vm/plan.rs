@@ -63,21 +63,24 @@ impl Plan {
         is_quick: bool,
         divisor: Option<NonZero<u32>>,
     ) -> Result<Self> {
-        let is_there = |name| payload.tests.iter().any(|(there, _)| there == name);
-        if let Some((name, _)) = QUICK.iter().find(|(name, _)| !is_there(*name)) {
+        let is_there = |name: &str| payload.tests.iter().any(|(there, _)| there == name);
+        if let Some((name, _)) = QUICK.iter().find(|(name, _)| !is_there(name)) {
             bail!("there is no test executable {name} any more, of which the quick tests are to be");
         }
+        // What names an executable is no part of a test's name.
+        let parts: Vec<_> = filter.iter().filter(|&part| !is_there(part)).cloned().collect();
         let mut tests = Vec::new();
         for (name, path) in payload.tests {
-            // One that is named itself is run whole.
-            let parts = if filter.contains(&name) { &[] } else { filter };
-            let planned = Planned { name, path, filter: parts.to_vec() };
-            let planned = if is_quick && filter.is_empty() { planned.quick()? } else { Some(planned) };
-            if let Some(planned) = planned
-                && (parts.is_empty() || has_tests(&planned.path, parts)?)
-            {
-                tests.push(planned);
-            }
+            let is_named = filter.contains(&name);
+            let planned = if filter.is_empty() && is_quick {
+                Planned { name, path, filter: Vec::new() }.quick()?
+            } else if filter.is_empty() || is_named {
+                Some(Planned { name, path, filter: Vec::new() })
+            } else {
+                let is_wanted = !parts.is_empty() && has_tests(&path, &parts)?;
+                is_wanted.then(|| Planned { name, path, filter: parts.clone() })
+            };
+            tests.extend(planned);
         }
         if tests.is_empty() {
             bail!("no test executable is called {0}, and no test has it in its name", filter.join(" or "));
