@@ -259,7 +259,7 @@ impl Guard {
             self.repairs.pinned += 1;
             log::warn!("restored what was missing from {}", self.datapath.pins().root().display());
         }
-        self.restore_sockets()?;
+        let sockets = self.restore_sockets();
         self.pods.retry();
         let hosts = self.search_kubepods();
         if anew {
@@ -267,11 +267,12 @@ impl Guard {
         } else {
             self.see_again().await;
         }
-        let exempted = self.restore_exemptions().await;
+        // Who should pass and does not is no reason to guard nobody.
+        unless(true, self.restore_exemptions().await)?;
         self.settled = true;
         restored?;
+        sockets?;
         hosts?;
-        exempted?;
         self.datapath.announce_ready()
     }
 
@@ -380,9 +381,11 @@ impl Guard {
         for edge in Edge::ALL {
             actual.push((edge, self.datapath.observe(link, edge, !self.settled).await?));
         }
+        // What can't be written down, as where a map is full, keeps nothing from being attached.
+        let mut noted = Ok(());
         if is_new && actual.iter().all(|(_, attachments)| attachments.is_empty()) {
             // What is recorded or counted under this index was another interface's.
-            self.datapath.take_over(link)?;
+            noted = self.datapath.take_over(link);
         }
         // What the role asks for is attached before anything else is taken away.
         actual.sort_by_key(|(edge, _)| role.edge() != Some(*edge));
@@ -392,7 +395,7 @@ impl Guard {
             for &action in &actions {
                 if let (Edge::Pod, Action::Attach(_)) = (edge, action) {
                     // Nothing of ours is there: the link may be another one than was granted something.
-                    self.datapath.revoke(link.index)?;
+                    noted = noted.and(self.datapath.revoke(link.index));
                 }
                 self.datapath.apply(link, edge, action).await?;
                 self.report(link, (role, edge), action, is_new);
@@ -403,7 +406,7 @@ impl Guard {
             }
         }
         let backend = role.edge().map_or(Backend::None, |edge| self.datapath.wanted(role, edge));
-        self.datapath.record(link, role, backend)
+        noted.and(self.datapath.record(link, role, backend))
     }
 
     fn report(&mut self, link: &Link, (role, edge): (Role, Edge), action: Action, is_new: bool) {

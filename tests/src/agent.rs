@@ -87,7 +87,7 @@ impl World {
     /// Any command of imds-agent on this world's node, with its pin directory.
     pub fn imds_agent(&self, args: &[&str]) -> AgentCommand<'_> {
         let (args, pin_dir) = (args.iter().map(ToString::to_string).collect(), self.pin_dir().to_owned());
-        AgentCommand { world: self, args, env: Vec::new(), pin_dir, run: None }
+        AgentCommand { world: self, args, env: Vec::new(), pin_dir, binary: self.agent.clone(), run: None }
     }
 }
 
@@ -116,6 +116,7 @@ pub struct AgentCommand<'w> {
     args: Vec<String>,
     env: Vec<(&'static str, String)>,
     pin_dir: PathBuf,
+    binary: Option<PathBuf>,
     /// Configuration and hooks that are on, for `run`.
     run: Option<(String, Vec<&'static str>)>,
 }
@@ -169,6 +170,11 @@ impl<'w> AgentCommand<'w> {
         Self { pin_dir: path.to_owned(), ..self }
     }
 
+    /// By another binary than the world's.
+    pub fn binary(self, path: &Path) -> Self {
+        Self { binary: Some(path.to_owned()), ..self }
+    }
+
     /// `run --once`: protects the node and ends.
     #[track_caller]
     pub fn once(self) -> Output {
@@ -184,7 +190,7 @@ impl<'w> AgentCommand<'w> {
     /// The process, not yet started and with nothing redirected.
     #[track_caller]
     pub fn command(&self) -> Command {
-        let binary = self.world.agent.clone().unwrap_or_else(binary);
+        let binary = self.binary.clone().unwrap_or_else(binary);
         let mut command = self.world.node.command(binary);
         command.args(&self.args).arg("--pin-dir").arg(&self.pin_dir);
         command.envs(self.env.iter().map(|(name, value)| (name, value)));

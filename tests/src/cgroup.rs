@@ -15,6 +15,8 @@ use crate::{
 };
 
 const PREFIX: &str = "imds-test-";
+/// Where hierarchies v1 are by convention.
+const V1_MEMORY: &str = "/sys/fs/cgroup/memory";
 
 /// A cgroup below the one of this process. It is removed on drop.
 #[derive(Debug)]
@@ -70,6 +72,52 @@ impl Cgroup {
     }
 }
 
+/// A cgroup whose processes have little memory, by hierarchy v2 or v1, whichever has the controller. It is removed on drop.
+#[derive(Debug)]
+pub struct MemoryLimit {
+    path: PathBuf,
+    limit: PathBuf,
+}
+
+impl MemoryLimit {
+    /// Makes one without a limit yet; `None` where no hierarchy limits memory.
+    #[must_use]
+    pub fn new() -> Option<Self> {
+        let (v1, v2) = (Path::new(V1_MEMORY), v2_root());
+        let controllers = fs::read_to_string(v2.join("cgroup.controllers")).expect("a cgroup v2 hierarchy");
+        let (parent, limit) = if controllers.split_whitespace().any(|name| name == "memory") {
+            fs::write(v2.join("cgroup.subtree_control"), "+memory").expect("let cgroups limit memory");
+            (v2.as_path(), "memory.max")
+        } else if v1.join("memory.limit_in_bytes").exists() {
+            (v1, "memory.limit_in_bytes")
+        } else {
+            return None;
+        };
+        let path = parent.join(unique(PREFIX));
+        fs::create_dir(&path).unwrap_or_else(|error| panic!("make {}: {error}", path.display()));
+        Some(Self { limit: path.join(limit), path })
+    }
+
+    /// Limits it to so many bytes.
+    pub fn set(&self, bytes: u64) {
+        fs::write(&self.limit, bytes.to_string()).expect("limit memory");
+    }
+
+    /// The file that takes processes into it.
+    #[must_use]
+    pub fn procs(&self) -> PathBuf {
+        self.path.join("cgroup.procs")
+    }
+}
+
+impl Drop for MemoryLimit {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir(&self.path) {
+            eprintln!("{}: {error}", self.path.display());
+        }
+    }
+}
+
 impl Drop for Cgroup {
     fn drop(&mut self) {
         for path in self.made.iter().rev() {
@@ -83,7 +131,10 @@ impl Drop for Cgroup {
 
 /// Removes the cgroups of processes that no longer exist.
 pub(crate) fn sweep() {
-    for (parent, prefix) in [(parent(), PREFIX), (v2_root(), kubelet::PREFIX)] {
+    let limits = PathBuf::from(V1_MEMORY);
+    for (parent, prefix) in
+        [(parent(), PREFIX), (v2_root(), PREFIX), (limits, PREFIX), (v2_root(), kubelet::PREFIX)]
+    {
         for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
             if entry.file_name().to_str().is_some_and(|name| is_leftover(name, prefix)) {
                 remove(&entry.path());

@@ -117,13 +117,33 @@ impl Foreign {
     }
 }
 
+/// Pins what is pinned at `from` at another place, over whatever is pinned there.
+pub fn pin_over(from: &Path, to: &Path) {
+    let object = open(from).unwrap_or_else(|error| panic!("{}: {error}", from.display()));
+    pin_object_over(&object, to);
+}
+
+/// The same with any object.
+pub fn pin_object_over(object: &OwnedFd, to: &Path) {
+    // A bpffs takes no dots in names.
+    let new = to.with_file_name("foreign_new");
+    let path = c_path(&new);
+    let mut attributes =
+        ObjPin { pathname: address(path.as_bytes_with_nul()), bpf_fd: raw(object), file_flags: 0 };
+    bpf(BPF_OBJ_PIN, &mut attributes).unwrap_or_else(|error| panic!("{}: {error}", new.display()));
+    fs::rename(&new, to).unwrap_or_else(|error| panic!("{}: {error}", to.display()));
+}
+
 /// Detaches a pinned link; the pin stays, with nothing behind it (as `bpftool link detach` does).
 pub fn detach_link(pin: &Path) {
+    let link = open(pin).unwrap_or_else(|error| panic!("{}: {error}", pin.display()));
+    bpf(BPF_LINK_DETACH, &mut raw(&link)).expect("detach a link");
+}
+
+fn open(pin: &Path) -> io::Result<OwnedFd> {
     let path = c_path(pin);
     let mut attributes = ObjPin { pathname: address(path.as_bytes_with_nul()), bpf_fd: 0, file_flags: 0 };
-    let link =
-        bpf_fd(BPF_OBJ_GET, &mut attributes).unwrap_or_else(|error| panic!("{}: {error}", pin.display()));
-    bpf(BPF_LINK_DETACH, &mut raw(&link)).expect("detach a link");
+    bpf_fd(BPF_OBJ_GET, &mut attributes)
 }
 
 /// The part of `union bpf_attr` that `BPF_PROG_LOAD` needs.

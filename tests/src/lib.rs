@@ -38,7 +38,7 @@ mod world;
 
 pub use agent::{Agent, AgentCommand, Backend, output};
 pub use arrivals::Arrivals;
-pub use cgroup::Cgroup;
+pub use cgroup::{Cgroup, MemoryLimit};
 pub use effort::{EFFORT, effort};
 pub use expect::with_each_backend;
 pub use machine::{DEBIAN_ROOT, Machine};
@@ -47,8 +47,8 @@ pub use packet_socket::PacketSocket;
 pub use pod::{Pod, PodLink};
 pub use services::{DNS_PORT, Services};
 pub use skip::{
-    SKIPPED, WHOLE_TEST, lacks_device, lacks_tc_netns_cookie, skip, skip_without_netns_cookie,
-    skip_without_tcx,
+    SKIPPED, WHOLE_TEST, lacks_device, lacks_netns_cookie, lacks_tc_netns_cookie, skip,
+    skip_without_netns_cookie, skip_without_tcx,
 };
 pub use status::Status;
 pub use ways::Ways;

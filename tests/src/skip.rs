@@ -27,7 +27,8 @@ pub fn skip_without_netns_cookie() -> bool {
 }
 
 /// The same, without a word.
-pub(crate) fn lacks_netns_cookie() -> bool {
+#[must_use]
+pub fn lacks_netns_cookie() -> bool {
     // SO_NETNS_COOKIE of include/uapi/asm-generic/socket.h.
     const SO_NETNS_COOKIE: libc::c_int = 71;
     let socket = UdpSocket::bind("0.0.0.0:0").expect("a UDP socket");

@@ -5,11 +5,11 @@ use std::process::ExitCode;
 use anyhow::Result;
 
 use crate::{
-    test,
+    test::{self, HOST_CRATES},
     workspace::{cargo, execute},
 };
 
-/// Run the tests that break things while pods send, 400 kills among them; needs root, takes some minutes
+/// Run the tests that break things while pods send, and tell in numbers what each did; needs root, takes some minutes
 #[derive(clap::Args)]
 pub(crate) struct Faults {
     /// Names of tests, in whole or in part, and options of the test binary such as --nocapture
@@ -21,7 +21,7 @@ impl Faults {
     pub(crate) fn run(self) -> Result<ExitCode> {
         let agent = test::prepare()?;
         let mut test = cargo("test");
-        test.args(["--package", "imds-tests", "--locked", "--test", "faults", "--", "--include-ignored"]);
+        test.args(HOST_CRATES).args(["--test", "faults", "--", "--include-ignored", "--show-output"]);
         // Each has the machine for itself.
         test.arg("--test-threads=1").args(self.filter).env("IMDS_AGENT", agent);
         execute(&mut test)?;

@@ -25,7 +25,7 @@ use aya_obj::generated::{
     bpf_link_type::{BPF_LINK_TYPE_CGROUP, BPF_LINK_TYPE_TCX},
 };
 
-pub use self::program::{cgroup_programs, is_compiled, load_idle, load_redirect};
+pub use self::program::{cgroup_programs, is_compiled, is_foreign, load_idle, load_redirect};
 
 /// Most programs on one hook: `BPF_MPROG_MAX` (`include/linux/bpf_mprog.h`).
 const MPROG_MAX: u32 = 64;

@@ -26,10 +26,14 @@ pub(super) fn write(maps: &mut Maps, wanted: &Grants) -> Result<usize, DatapathE
         remove(maps, exemption)?;
         writes += 1;
     }
+    // Where there is no room for all, there is for some.
+    let mut failed = None;
     for (exemption, grant) in wanted {
         if before.get(exemption) != Some(grant) {
-            maps.exempt.insert(exemption, grant, 0).map_err(of_exemptions)?;
-            writes += 1;
+            match maps.exempt.insert(exemption, grant, 0) {
+                Ok(()) => writes += 1,
+                Err(error) => failed = Some(error),
+            }
         }
     }
     // Those who stay are in it at every moment between.
@@ -40,7 +44,7 @@ pub(super) fn write(maps: &mut Maps, wanted: &Grants) -> Result<usize, DatapathE
         endpoints::set_filter(maps, &filter)?;
         writes += 1;
     }
-    Ok(writes)
+    failed.map_or(Ok(writes), |error| Err(of_exemptions(error)))
 }
 
 /// Takes from `subject` all that is granted to it.

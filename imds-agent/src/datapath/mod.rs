@@ -302,8 +302,10 @@ impl Datapath {
             Action::Detach(Backend::Tcx) => self.links.detach(self.claim.dir(), spot),
             Action::Attach(Backend::Clsact) => {
                 counters::prepare(&mut self.maps, link.index, edge.hook());
-                if clsact::ensure_qdisc(&self.netlink, link.index).await? {
-                    records::mark_qdisc(&mut self.maps, link)?;
+                if clsact::ensure_qdisc(&self.netlink, link.index).await?
+                    && let Err(error) = records::mark_qdisc(&mut self.maps, link)
+                {
+                    log::warn!("{}: `unload` will leave its clsact qdisc: {error}", link.name);
                 }
                 Ok(clsact::attach_first(&self.netlink, spot, self.programs.fd(name)?, name).await?)
             }

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, DirBuilder, Permissions},
-    io,
+    io, iter,
     os::{
         fd::{AsFd, OwnedFd},
         unix::fs::{DirBuilderExt as _, PermissionsExt as _},
@@ -162,7 +162,11 @@ impl PinDir {
     }
 
     pub(super) fn make_directories(&self) -> Result<(), PinError> {
-        for directory in [&self.root, &self.maps(), &self.programs(), &self.links()] {
+        let inner = [self.maps(), self.programs(), self.links()];
+        for taken in inner.iter().filter(|path| !path.is_dir()) {
+            unpin(taken)?;
+        }
+        for directory in iter::once(&self.root).chain(&inner) {
             DirBuilder::new()
                 .mode(MODE)
                 .recursive(true)
@@ -208,14 +212,18 @@ pub fn pin_over(object: impl AsFd, path: &Path) -> Result<(), PinError> {
     let new = PathBuf::from(new);
     unpin(&new)?;
     bpf::pin(object, &new).map_err(io_error("pin", &new))?;
+    if path.is_dir() {
+        // Which no pin can take the place of.
+        unpin(path)?;
+    }
     fs::rename(&new, path).map_err(io_error("replace", path))
 }
 
-/// Opens what is pinned at `path`, or `None` where nothing is.
+/// Opens what is pinned at `path`, or `None` where nothing is: a directory is no pin.
 pub fn open(path: &Path) -> Result<Option<OwnedFd>, PinError> {
     match bpf::get(path) {
         Ok(object) => Ok(Some(object)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound || path.is_dir() => Ok(None),
         Err(error) => Err(io_error("open", path)(error)),
     }
 }
@@ -226,9 +234,13 @@ pub fn link_at(path: &Path) -> Option<bpf::Link> {
     bpf::link(open(path).ok()??).ok()?
 }
 
-/// Removes a pin, if it is there.
+/// Removes a pin, if it is there, or the directory that somebody made in its place.
 pub fn unpin(path: &Path) -> Result<(), PinError> {
-    match fs::remove_file(path) {
+    let removed = match fs::remove_file(path) {
+        Err(_) if path.is_dir() => fs::remove_dir_all(path),
+        removed => removed,
+    };
+    match removed {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("unpin", path)(error)),
         _ => Ok(()),
     }

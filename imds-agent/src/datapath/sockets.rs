@@ -81,7 +81,7 @@ impl Sockets {
             let pin = if kind.is_one_of_many { format!("{name}_{id}") } else { name.to_owned() };
             let mut hooked = Hooked { name, program, attach_type, pin, fd: None };
             if let Some(fd) = pins::open(&pins.named_link(&hooked.pin))?
-                && hooked.attached(id, &fd).is_some()
+                && hooked.attached(id, &fd).is_some_and(|link| !bpf::is_foreign(link.program))
             {
                 hooked.fd = Some(fd);
             }
@@ -107,40 +107,56 @@ impl Sockets {
         pins: &PinDir,
         programs: &Programs,
     ) -> Result<Vec<String>, DatapathError> {
-        let Self { path: cgroup_path, cgroup, id, links } = self;
-        let failed = |operation| {
-            let path = cgroup_path.clone();
-            move |source| DatapathError::Cgroup { operation, path, source }
-        };
+        let Self { path, cgroup, id, links } = self;
         let mut done = Vec::new();
+        let mut failed = None;
         for hooked in links {
-            let path = pins.named_link(&hooked.pin);
-            let fd = programs.fd(hooked.program)?;
-            let name = hooked.name;
-            let held = hooked.fd.as_ref().and_then(|fd| Some((fd, hooked.attached(*id, fd)?)));
-            let Some((held, link)) = held else {
-                let link = bpf::link_create_cgroup(fd, &*cgroup, hooked.attach_type)
-                    .map_err(failed("attaching to"))?;
-                // Over the pin of one that was detached, or of another cgroup's, which ends with it.
-                pins::pin_over(&link, &path)?;
-                hooked.fd = Some(link);
-                done.push(format!("guarding {name} of sockets below {}", cgroup_path.display()));
-                continue;
-            };
-            if Some(link.program) != programs.id(hooked.program) {
-                bpf::link_update(held, fd).map_err(failed("replacing a program of"))?;
-                done.push(format!("guarding {name} of sockets: took over from an earlier agent"));
-            }
-            if !tcx::is_pinned(link.id, &path) {
-                pins::pin_over(held, &path)?;
-                done.push(format!("{name} of sockets: pinned again"));
-            }
+            let restored = hooked.restore(pins, programs, (path, cgroup, *id), &mut done);
+            failed = failed.or(restored.err());
         }
-        Ok(done)
+        for line in done.iter().filter(|_| failed.is_some()) {
+            log::warn!("{line}");
+        }
+        failed.map_or(Ok(done), Err)
     }
 }
 
 impl Hooked {
+    /// The same for one hook of a cgroup.
+    fn restore(
+        &mut self,
+        pins: &PinDir,
+        programs: &Programs,
+        (cgroup_path, cgroup, id): (&Path, &File, u64),
+        done: &mut Vec<String>,
+    ) -> Result<(), DatapathError> {
+        let failed = |operation| {
+            let path = cgroup_path.to_owned();
+            move |source| DatapathError::Cgroup { operation, path, source }
+        };
+        let path = pins.named_link(&self.pin);
+        let fd = programs.fd(self.program)?;
+        let name = self.name;
+        let held = self.fd.as_ref().and_then(|fd| Some((fd, self.attached(id, fd)?)));
+        let Some((held, link)) = held else {
+            let link =
+                bpf::link_create_cgroup(fd, cgroup, self.attach_type).map_err(failed("attaching to"))?;
+            done.push(format!("guarding {name} of sockets below {}", cgroup_path.display()));
+            // Held before it is pinned: where that fails sockets are guarded all the same while this process lives. Over the
+            // pin of one that was detached, or of another cgroup's, which ends with it.
+            return Ok(pins::pin_over(self.fd.insert(link), &path)?);
+        };
+        if Some(link.program) != programs.id(self.program) {
+            bpf::link_update(held, fd).map_err(failed("replacing a program of"))?;
+            done.push(format!("guarding {name} of sockets: took over from an earlier agent"));
+        }
+        if !tcx::is_pinned(link.id, &path) {
+            pins::pin_over(held, &path)?;
+            done.push(format!("{name} of sockets: pinned again"));
+        }
+        Ok(())
+    }
+
     /// The link, if it is attached to this cgroup by this hook.
     fn attached(&self, cgroup: u64, fd: &OwnedFd) -> Option<bpf::Link> {
         let link = bpf::link(fd).ok().flatten()?;

@@ -40,7 +40,7 @@ impl Links {
         let mut links = BTreeMap::new();
         for (spot, path) in pins.pinned_links()? {
             let Some(fd) = pins::open(&path)? else { continue };
-            let link = bpf::link(&fd).ok().flatten();
+            let link = bpf::link(&fd).ok().flatten().filter(|link| !bpf::is_foreign(link.program));
             match link.map(|link| (link.id, link.target)) {
                 Some((id, Target::Tcx { ifindex, direction }))
                     if ifindex == spot.ifindex && direction == spot.direction() =>

@@ -7,10 +7,11 @@ use std::{
 
 use aya_obj::generated::{
     bpf_attach_type,
-    bpf_cmd::{BPF_PROG_LOAD, BPF_PROG_QUERY},
+    bpf_cmd::{BPF_PROG_GET_FD_BY_ID, BPF_PROG_LOAD, BPF_PROG_QUERY},
     bpf_func_id::BPF_FUNC_redirect,
     bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS,
 };
+use imds_ebpf_common::names::PREFIX;
 
 use super::{bpf_fd, bpf_mut, info};
 
@@ -29,6 +30,30 @@ pub fn load_idle() -> io::Result<OwnedFd> {
 pub fn load_redirect(ifindex: u32) -> io::Result<OwnedFd> {
     let call = 0x85 | (BPF_FUNC_redirect as u64) << 32;
     load(&[set(1, ifindex.into()), set(2, 0), call, EXIT])
+}
+
+/// Whether the program with this id is known to be somebody else's: by its name, which takes `CAP_SYS_ADMIN` to ask for.
+#[must_use]
+pub fn is_foreign(id: u32) -> bool {
+    name(id).is_ok_and(|name| !name.starts_with(PREFIX.as_bytes()))
+}
+
+fn name(id: u32) -> io::Result<[u8; 16]> {
+    #[repr(C)]
+    struct Attr {
+        prog_id: u32,
+        next_id: u32,
+        open_flags: u32,
+    }
+    /// The start of `struct bpf_prog_info`.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Info {
+        before: [u64; 8],
+        name: [u8; 16],
+    }
+    let program = bpf_fd(BPF_PROG_GET_FD_BY_ID, Attr { prog_id: id, next_id: 0, open_flags: 0 })?;
+    Ok(info::<Info>(program)?.name)
 }
 
 /// `register = value`, 32 bits of it.

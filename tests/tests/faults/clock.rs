@@ -1,0 +1,146 @@
+//! Clocks that jump.
+
+use std::{
+    env,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use aya::maps::{HashMap, Map, MapData};
+use imds_ebpf_common::{
+    Address,
+    ledger::{DenialKey, DenialRecord},
+};
+use imds_tests::{
+    Agent, Backend, PodLink, WHOLE_TEST,
+    http::{DEFAULT, try_get},
+    poll::poll_until,
+    probe::LONG,
+    skip,
+};
+use nix::{
+    sys::time::TimeSpec,
+    time::{ClockId, clock_settime},
+};
+use serde_json::Value;
+
+use super::{Case, Process, wrapped};
+
+const YEAR: Duration = Duration::from_hours(365 * 24);
+/// Says that nobody minds what becomes of the machine, as of a virtual one that is made for tests.
+const DISPOSABLE: &str = "IMDS_DISPOSABLE";
+
+/// What is asked of an agent, whatever the time: that it guards who is new, answers, counts on and loses nothing.
+#[track_caller]
+fn assert_works(case: &Case) {
+    let late = case.world.add_pod(PodLink::Routed);
+    case.world.wait_guarded(&late);
+    let before = case.world.status().total.denied.packets;
+    let told = case.metric("imds_events_total ");
+    case.world.status_when("the counters to go on", |status| status.total.denied.packets > before);
+    poll_until(LONG, "events to go on", || (case.metric("imds_events_total ") > told).then_some(()));
+    let health = try_get(&case.world, DEFAULT, "/healthz").unwrap();
+    assert_eq!(health.0, 200, "{health:?}");
+    assert_reports(case);
+}
+
+/// Who was denied what is told, with times in their order.
+#[track_caller]
+fn assert_reports(case: &Case) {
+    let table = case.world.imds_agent(&["report"]).output();
+    assert!(table.status.success(), "{table:?}");
+    let report = case.world.imds_agent(&["report", "-o", "json"]).output();
+    let report: Value = serde_json::from_slice(&report.stdout).unwrap();
+    let denials = report["denials"].as_array().unwrap();
+    assert!(!denials.is_empty());
+    for denial in denials {
+        // RFC 3339 in UTC: the order of the text is that of the times.
+        assert!(denial["first"].as_str() <= denial["last"].as_str(), "{denial}");
+    }
+}
+
+#[track_caller]
+fn assert_calm(agent: &Agent<'_>) {
+    let log = agent.log();
+    assert!(!log.contains("panicked") && !log.contains("ERROR"), "{log}");
+}
+
+/// The clock of the programs is the kernel's, that of an agent may be another: of a time namespace, or of a kernel that a
+/// machine was moved to.
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn an_agent_whose_clocks_are_a_year_ahead_of_the_pins() {
+    let case = Case::new(Backend::Clsact);
+    let log = case.world.scratch_dir().join("log");
+    case.under_flood(|| {
+        let agent = case.agent().resync(1).spawn_ready();
+        assert_works(&case);
+        agent.kill9();
+
+        let ahead = YEAR.as_secs().to_string();
+        let unshare =
+            ["unshare", "--time", "--monotonic", &ahead, "--boottime", &ahead, "--fork", "--kill-child"];
+        let mut agent = Process::start(wrapped(&case, &unshare, &case.agent().resync(1)), &log);
+        poll_until(LONG * 3, "an agent that is ahead", || {
+            assert!(!agent.has_ended(), "{}", std::fs::read_to_string(&log).unwrap());
+            case.world.try_status().is_ok_and(|status| status.is_ready()).then_some(())
+        });
+        assert_works(&case);
+        drop(agent);
+
+        let agent = case.agent().resync(1).spawn_ready();
+        assert_works(&case);
+        assert_calm(&agent);
+    });
+    case.assert_well();
+}
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn denials_that_were_written_down_at_times_that_never_were() {
+    let case = Case::new(Backend::Clsact);
+    let agent = case.agent().resync(1).spawn_ready();
+    case.under_flood(|| assert_works(&case));
+    agent.kill9();
+    let pin = case.world.pin_dir().join("maps/imds_denials");
+    let mut denials: HashMap<MapData, DenialKey, DenialRecord> =
+        Map::HashMap(MapData::from_pin(pin).unwrap()).try_into().unwrap();
+    let (_, record) = denials.iter().next().unwrap().unwrap();
+    let ahead = SystemTime::now() + YEAR;
+    let ahead = u64::try_from(ahead.duration_since(UNIX_EPOCH).unwrap().as_nanos()).unwrap();
+    for (sender, first, last) in [(1, ahead, ahead), (2, 0, 0), (3, u64::MAX, u64::MAX), (4, 0, u64::MAX)] {
+        let key = DenialKey { address: Address::ANY, sender, hook: 1, verdict: 1 };
+        denials.insert(key, DenialRecord { first, last, ..record }, 0).unwrap();
+    }
+    let agent = case.agent().resync(1).spawn_ready();
+    case.under_flood(|| assert_works(&case));
+    assert_calm(&agent);
+    drop(agent);
+    case.assert_well();
+}
+
+/// The machine's clock, put forward or back.
+fn jump(by: i64) {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let then = i64::try_from(now.as_secs()).unwrap() + by;
+    clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::new(then, 0)).expect("set the clock");
+}
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn a_wall_clock_that_jumps_by_a_year_and_back() {
+    if env::var_os(DISPOSABLE).is_none() {
+        return skip(WHOLE_TEST, &format!("it sets the machine's clock, which takes {DISPOSABLE}"));
+    }
+    let case = Case::new(Backend::Clsact);
+    let agent = case.agent().resync(1).spawn_ready();
+    let year = i64::try_from(YEAR.as_secs()).unwrap();
+    case.under_flood(|| {
+        for by in [year, -year, -year, year] {
+            jump(by);
+            assert_works(&case);
+        }
+    });
+    assert_calm(&agent);
+    drop(agent);
+    case.assert_well();
+}

@@ -1,0 +1,134 @@
+//! Agents that are killed at any moment.
+
+use std::{
+    fs,
+    sync::atomic::{AtomicBool, Ordering},
+    thread::{self, sleep},
+    time::Duration,
+};
+
+use imds_tests::{Backend, METADATA, Pod, World, effort, hook, packets, probe, skip_without_tcx};
+
+use super::{Case, LINKS, Random};
+
+/// Most pods at a time besides those that stay.
+const CROWD: usize = 8;
+/// As many as a world has addresses for.
+const MOST: u32 = 240;
+
+/// A configuration that denies the same, with other settings and up to 200 endpoints besides.
+fn configuration(random: &mut Random) -> String {
+    let answer = random.of(&["drop", "reject"]);
+    let node_edge = random.is_true();
+    let endpoints = (0..random.below(200))
+        .map(|number| format!("[[endpoint]]\nname = 'e{number}'\naddress = '203.0.113.{number}'\n"));
+    format!(
+        "answer = '{answer}'\n[hooks]\nsocket = false\nnode_edge = {node_edge}\n{}",
+        endpoints.collect::<String>()
+    )
+}
+
+fn killed_at_any_moment(backend: Backend) {
+    let case = Case::new(backend);
+    let path = case.world.scratch_dir().join("imds.toml");
+    let mut random = Random::new();
+    let replace = |text: &str| {
+        let new = path.with_extension("new");
+        fs::write(&new, text).unwrap();
+        fs::rename(new, &path).unwrap();
+    };
+    let kills = effort(200);
+    case.under_flood(|| {
+        for round in 0..kills {
+            replace(&configuration(&mut random));
+            let agent = case.agent().config_file(path.to_str().unwrap()).resync(1).spawn();
+            // Anywhere from before it is there to its work being done, with a reload or without one on the way.
+            sleep(Duration::from_millis(random.below(200)));
+            if round % 2 == 1 {
+                replace(&configuration(&mut random));
+                sleep(Duration::from_millis(random.below(60)));
+            }
+            agent.kill9();
+        }
+    });
+    println!("{kills} kills");
+    case.assert_well();
+}
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn killed_at_any_moment_of_start_and_reload_with_tcx() {
+    if !skip_without_tcx() {
+        killed_at_any_moment(Backend::Tcx);
+    }
+}
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn killed_at_any_moment_of_start_and_reload_with_clsact() {
+    killed_at_any_moment(Backend::Clsact);
+}
+
+/// Pods come, send a little, and go or stay, until it is `over`. Returns those that stay, and how many there were.
+fn come_and_go(world: &World, mut random: Random, over: &AtomicBool) -> (Vec<Pod>, u32) {
+    let (mut pods, mut came) = (Vec::new(), 0);
+    while came < MOST && !over.load(Ordering::Relaxed) {
+        if pods.is_empty() || (pods.len() < CROWD && random.below(3) > 0) {
+            let pod = world.add_pod(*random.of(&LINKS));
+            let syns: Vec<_> = (1..100_u16)
+                .map(|number| packets::syn(pod.address, METADATA, number, number.into()))
+                .collect();
+            // Before anybody could have seen it.
+            probe::send_ipv4(&pod.netns, METADATA, &syns).unwrap();
+            pods.push(pod);
+            came += 1;
+        } else {
+            let gone = usize::try_from(random.below(pods.len() as u64)).unwrap();
+            pods.swap_remove(gone).delete();
+        }
+        sleep(Duration::from_millis(random.below(40)));
+    }
+    (pods, came)
+}
+
+fn killed_while_pods_come_and_go(backend: Backend) {
+    let case = Case::new(backend);
+    let mut random = Random::new();
+    let kills = effort(100);
+    let over = AtomicBool::new(false);
+    let (staying, count) = case.under_flood(|| {
+        thread::scope(|scope| {
+            let pods = scope.spawn(|| come_and_go(&case.world, Random::new(), &over));
+            for _ in 0..kills {
+                let agent = case.agent().resync(1).spawn();
+                sleep(Duration::from_millis(random.below(400)));
+                agent.kill9();
+            }
+            over.store(true, Ordering::Relaxed);
+            pods.join().unwrap()
+        })
+    });
+    println!("{kills} kills while {count} pods came and {} stayed", staying.len());
+    let agent = case.agent().spawn_ready();
+    for pod in &staying {
+        let programs = hook::programs(&case.world.node, &pod.host_ifname);
+        assert_eq!(programs.iter().filter(|program| program.is_ours()).count(), 1, "{programs:?}");
+        case.world.assert_blocked(pod);
+    }
+    drop(agent);
+    case.assert_well();
+}
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn killed_while_pods_come_and_go_with_tcx() {
+    if !skip_without_tcx() {
+        killed_while_pods_come_and_go(Backend::Tcx);
+    }
+}
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn killed_while_pods_come_and_go_with_clsact() {
+    killed_while_pods_come_and_go(Backend::Clsact);
+}

@@ -1,0 +1,125 @@
+//! Agents that run out of what a process may have.
+
+use std::{
+    fs,
+    os::unix::process::{CommandExt as _, ExitStatusExt as _},
+    path::Path,
+};
+
+use aya::util::KernelVersion;
+use imds_tests::{
+    Backend, MemoryLimit, PodLink, WHOLE_TEST, effort, output, poll::poll_until, probe::LONG, skip,
+};
+use nix::sys::resource::{Resource, setrlimit};
+
+use super::{Case, Process, wrapped};
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn out_of_descriptors() {
+    let case = Case::new(Backend::Clsact);
+    let log = case.world.scratch_dir().join("log");
+    let more: Vec<_> = (0..effort(60)).map(|_| case.world.add_pod(PodLink::Routed)).collect();
+    case.under_flood(|| {
+        for limit in [10, 16, 24, 32, 48, 64] {
+            let mut command = case.agent().command();
+            // SAFETY: between fork and exec it makes one system call, and allocates nothing.
+            unsafe { command.pre_exec(move || Ok(setrlimit(Resource::RLIMIT_NOFILE, limit, limit)?)) };
+            let mut agent = Process::start(command, &log);
+            // It ends with a word, or works as well as it can and says what it can't.
+            poll_until(LONG, "an end or a status", || {
+                let is_known = case.world.try_status().is_ok_and(|status| status.agent.ready);
+                (agent.has_ended() || is_known).then_some(())
+            });
+            let text = fs::read_to_string(&log).unwrap();
+            let is_whole = case.world.try_status().is_ok_and(|status| status.is_ready());
+            assert!(is_whole || text.contains("os error 24"), "limit {limit}: {text}");
+            fs::write(&log, "").unwrap();
+        }
+    });
+    drop(more);
+    case.assert_well();
+}
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn a_full_disk_under_the_log() {
+    let case = Case::new(Backend::Clsact);
+    let path = case.world.scratch_dir().join("imds.toml");
+    fs::write(&path, "[hooks]\nsocket = false").unwrap();
+    let command = case.agent().config_file(path.to_str().unwrap()).command();
+    let mut agent = Process::start(command, Path::new("/dev/full"));
+    case.under_flood(|| {
+        case.world.status_when("an agent", |status| status.agent.ready);
+        // Which it would like to complain of.
+        fs::write(&path, "nonsense = 1").unwrap();
+        case.world.status_when("the refusal", |status| {
+            status.configuration.as_ref().is_some_and(|configuration| configuration.refused.is_some())
+        });
+        let late = case.world.add_pod(PodLink::Routed);
+        case.world.wait_guarded(&late);
+    });
+    assert!(!agent.has_ended());
+    drop(agent);
+    case.assert_well();
+}
+
+/// Before Linux 5.11 an agent says that it can't work, and what is in force stays so; later ones count no locked memory.
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn out_of_locked_memory() {
+    const CAPABILITIES: &str = "-all,+bpf,+net_admin,+perfmon";
+    let case = Case::new(Backend::Clsact);
+    let counts_locked_memory = KernelVersion::current().unwrap() < KernelVersion::new(5, 11, 0);
+    case.under_flood(|| {
+        for limit in [0, 1 << 12, 1 << 16, 1 << 20] {
+            let (bounding, inheritable) =
+                (format!("--bounding-set={CAPABILITIES}"), format!("--inh-caps={CAPABILITIES}"));
+            let mut command =
+                wrapped(&case, &["setpriv", &bounding, &inheritable], &case.agent().args(&["--once"]));
+            // SAFETY: between fork and exec it makes one system call, and allocates nothing.
+            unsafe { command.pre_exec(move || Ok(setrlimit(Resource::RLIMIT_MEMLOCK, limit, limit)?)) };
+            let done = output(command);
+            let said = String::from_utf8_lossy(&done.stderr);
+            assert_eq!(done.status.success(), !counts_locked_memory, "limit {limit}: {said}");
+            assert!(done.status.success() || said.contains("LimitMEMLOCK"), "limit {limit}: {said}");
+        }
+    });
+    case.assert_well();
+}
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn out_of_memory() {
+    let Some(memory) = MemoryLimit::new() else {
+        return skip(WHOLE_TEST, "no cgroup limits memory here");
+    };
+    let case = Case::new(Backend::Clsact);
+    let log = case.world.scratch_dir().join("log");
+    let enter = format!("echo $$ > {} && exec \"$@\"", memory.procs().display());
+    let (mut killed, mut failed, mut ready) = (0, 0, 0);
+    case.under_flood(|| {
+        for mebibytes in [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 24, 32, 64] {
+            memory.set(mebibytes << 20);
+            let mut agent =
+                Process::start(wrapped(&case, &["sh", "-c", &enter, "sh"], &case.agent().resync(1)), &log);
+            let ended = poll_until(LONG * 4, "an end or a status", || {
+                let ended = agent.0.try_wait().unwrap();
+                let is_ready = case.world.try_status().is_ok_and(|status| status.is_ready());
+                (ended.is_some() || is_ready).then_some(ended)
+            });
+            let text = fs::read_to_string(&log).unwrap();
+            assert!(!text.contains("panicked"), "{mebibytes} MiB: {text}");
+            match ended {
+                Some(status) if status.signal().is_some() => killed += 1,
+                Some(_) => failed += 1,
+                None => ready += 1,
+            }
+            drop(agent);
+            fs::write(&log, "").unwrap();
+        }
+    });
+    println!("{killed} agents were killed, {failed} failed, {ready} were ready");
+    assert!(killed + failed > 0 && ready > 0);
+    case.assert_well();
+}

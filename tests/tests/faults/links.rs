@@ -1,0 +1,177 @@
+//! Interfaces that change, and programs that are taken off them.
+
+use std::{fs, path::PathBuf, process::Command, thread::sleep, time::Duration};
+
+use imds_tests::{
+    Backend, PodLink, World, effort, foreign::detach_link, hook::run_tc, output, skip_without_tcx,
+};
+use nix::sys::signal::Signal;
+
+use super::{Case, LINKS, Random, signal};
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn a_burst_of_link_events_that_overruns_the_queue() {
+    let case = Case::new(Backend::Clsact);
+    let agent = case.agent().resync(3600).spawn_ready();
+    let overruns = || case.metric("imds_netlink_overruns_total ");
+    assert_eq!(overruns(), 0);
+    let late = case.under_flood(|| {
+        // It can't listen while so many come that the kernel has to drop some, that of a new pod among them.
+        signal(agent.pid(), Signal::SIGSTOP);
+        case.world.node.ip("link add burst0 type veth peer name burst1");
+        let flips = "link set burst0 up\nlink set burst0 down\n".repeat(2000);
+        case.world.node.ip(&flips);
+        let late = case.world.add_pod(PodLink::Routed);
+        signal(agent.pid(), Signal::SIGCONT);
+        case.world.wait_guarded(&late);
+        late
+    });
+    println!("4000 events, {} overruns", overruns());
+    assert!(overruns() > 0, "{}", agent.log());
+    case.world.assert_blocked(&late);
+    drop(agent);
+    case.assert_well();
+}
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn interfaces_that_are_renamed_moved_and_deleted_while_they_are_attached() {
+    let case = Case::new(Backend::Clsact);
+    let world = &case.world;
+    let agent = case.agent().resync(1).spawn_ready();
+    let mut random = Random::new();
+    let changes = effort(200);
+    case.under_flood(|| {
+        for round in 0..changes {
+            let pod = world.add_pod(LINKS[usize::from(round % 2 == 0)]);
+            sleep(Duration::from_millis(random.below(10)));
+            let name = &pod.host_ifname;
+            match random.below(3) {
+                0 => world.node.ip(&format!(
+                    "link set {name} down\nlink set {name} name r{round}\nlink set r{round} up"
+                )),
+                1 => world.node.ip(&format!("link set {name} master {}", World::BRIDGE)),
+                _ => world.node.ip(&format!("link del {name}")),
+            }
+        }
+    });
+    println!("{changes} interfaces");
+    let last = world.add_pod(PodLink::Routed);
+    world.wait_guarded(&last);
+    world.assert_blocked(&last);
+    drop(agent);
+    case.assert_well();
+}
+
+/// Where packets and calls are judged.
+#[derive(Clone, Copy)]
+enum Point {
+    PodEdge,
+    NodeEdge,
+    Socket,
+}
+
+impl Point {
+    const ALL: [Self; 3] = [Self::PodEdge, Self::NodeEdge, Self::Socket];
+
+    /// The pins of its links.
+    fn links(self, case: &Case) -> Vec<PathBuf> {
+        let begins = match self {
+            Self::PodEdge => &["pod_edge_"][..],
+            Self::NodeEdge => &["node_edge_"],
+            Self::Socket => &["connect", "sendmsg"],
+        };
+        let pins = fs::read_dir(case.world.pin_dir().join("links")).unwrap().map(|pin| pin.unwrap().path());
+        let is_of_it = |pin: &PathBuf| {
+            begins.iter().any(|begin| pin.file_name().unwrap().to_str().unwrap().starts_with(begin))
+        };
+        pins.filter(is_of_it).collect()
+    }
+
+    /// The interfaces that it guards, and the hook that it is at.
+    fn interfaces(self, case: &Case) -> (Vec<&str>, &'static str) {
+        match self {
+            Self::PodEdge => (case.pods.iter().map(|pod| &*pod.host_ifname).collect(), "ingress"),
+            Self::NodeEdge => (vec![World::UPLINK, World::BRIDGE], "egress"),
+            Self::Socket => (Vec::new(), ""),
+        }
+    }
+
+    /// Takes some or all of its programs away, and returns how many.
+    fn strip(self, case: &Case, random: &mut Random) -> u64 {
+        let links = self.links(case);
+        let mut stripped = 0;
+        // At least one.
+        let first = random.below(links.len().max(2) as u64);
+        for (number, link) in (0..).zip(&links) {
+            if number == first || random.is_true() {
+                detach(link, random);
+                stripped += 1;
+            }
+        }
+        if links.is_empty() {
+            let (interfaces, direction) = self.interfaces(case);
+            for (number, interface) in (0..).zip(interfaces) {
+                if number == first || random.is_true() {
+                    remove_filter(case, interface, direction, random);
+                    stripped += 1;
+                }
+            }
+        }
+        stripped
+    }
+}
+
+fn detach(link: &PathBuf, random: &mut Random) {
+    if random.is_true() {
+        return detach_link(link);
+    }
+    let mut bpftool = Command::new("bpftool");
+    bpftool.args(["link", "detach", "pinned"]).arg(link);
+    let done = output(bpftool);
+    assert!(done.status.success(), "{done:?}");
+}
+
+fn remove_filter(case: &Case, interface: &str, direction: &str, random: &mut Random) {
+    let node = &case.world.node;
+    if random.is_true() {
+        run_tc(node, &["qdisc", "delete", "dev", interface, "clsact"]);
+    } else {
+        run_tc(node, &["filter", "delete", "dev", interface, direction]);
+    }
+}
+
+/// Each point loses its programs again and again: the others hold until it has them back.
+fn stripped_at_random(backend: Backend) {
+    let case = Case::with_sockets(backend);
+    let agent = case.agent().resync(1).spawn_ready();
+    let mut random = Random::new();
+    let points = &Point::ALL[..if case.has_sockets() { 3 } else { 2 }];
+    let (mut stripped, wanted) = (0, u64::from(effort(100)));
+    case.under_flood(|| {
+        while stripped < wanted {
+            stripped += random.of(points).strip(&case, &mut random);
+            case.world.status_when("all is back", |status| status.is_ready() && status.state == "enforcing");
+        }
+    });
+    let repaired = case.metric("imds_repairs_total{kind=\"attached\"}");
+    println!("{stripped} links and filters removed, {repaired} attached again");
+    assert!(repaired >= stripped, "{}", agent.log());
+    drop(agent);
+    case.assert_well();
+}
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn links_that_are_detached_at_random() {
+    if !skip_without_tcx() {
+        stripped_at_random(Backend::Tcx);
+    }
+}
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn filters_that_are_removed_at_random() {
+    stripped_at_random(Backend::Clsact);
+}

@@ -1,0 +1,174 @@
+//! Faults, while pods send throughout: nothing of it arrives. They take minutes and so are ignored: `cargo xtask faults` runs
+//! them. Those that take no longer than others are in `restore.rs`, `pins.rs`, `restart.rs` and `kube_watch.rs`.
+
+mod clock;
+mod kills;
+mod limits;
+mod links;
+mod maps;
+mod pins;
+mod versions;
+
+use std::{
+    fs::File,
+    hash::{BuildHasher as _, Hasher as _, RandomState},
+    path::Path,
+    process::{Child, Command, Stdio},
+};
+
+use imds_tests::{
+    AgentCommand, Backend, METADATA, Pod, PodLink, World,
+    flood::Flood,
+    http::{DEFAULT, try_get},
+    lacks_netns_cookie, skip,
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
+const EDGES: &[&str] = &["pod_edge", "node_edge"];
+const ALL: &[&str] = &["pod_edge", "node_edge", "socket"];
+
+/// A world whose pods were denied by an agent that is gone now, as they were not before.
+struct Case {
+    pods: [Pod; 2],
+    world: World,
+    backend: Backend,
+    hooks: &'static [&'static str],
+}
+
+impl Case {
+    /// Both edges guard it.
+    fn new(backend: Backend) -> Self {
+        Self::with(backend, EDGES)
+    }
+
+    /// So do the sockets, where they can.
+    fn with_sockets(backend: Backend) -> Self {
+        if lacks_netns_cookie() {
+            skip("the socket hook", "no SO_NETNS_COOKIE on this kernel");
+            return Self::new(backend);
+        }
+        Self::with(backend, ALL)
+    }
+
+    fn with(backend: Backend, hooks: &'static [&'static str]) -> Self {
+        let world = World::new();
+        let pods = LINKS.map(|link| world.add_pod(link));
+        for pod in &pods {
+            world.assert_open(pod);
+        }
+        world.agent().backend(backend).hooks(hooks).spawn_ready().kill9();
+        Self { pods, world, backend, hooks }
+    }
+
+    fn has_sockets(&self) -> bool {
+        self.hooks.contains(&"socket")
+    }
+
+    /// An agent like the one before.
+    fn agent(&self) -> AgentCommand<'_> {
+        self.world.agent().backend(self.backend).hooks(self.hooks)
+    }
+
+    /// Does something while the pods send, of which nothing arrives.
+    #[track_caller]
+    fn under_flood<T>(&self, work: impl FnOnce() -> T) -> T {
+        let Self { pods, world, .. } = self;
+        let (result, sent) = world.assert_nothing_arrives(|| {
+            // What these send the sockets' hook denies, if it is on, and else the edges.
+            let calls = self.has_sockets().then(|| world.in_cgroup(|| Flood::udp(&pods[0], METADATA)));
+            let floods = [Flood::udp(&pods[0], METADATA), Flood::syn(&pods[1], METADATA)];
+            let result = work();
+            drop(calls);
+            (result, floods.into_iter().map(Flood::stop).sum::<u64>())
+        });
+        assert!(sent > 1000, "{sent} packets are no flood");
+        println!("{sent} packets sent, 0 arrived");
+        result
+    }
+
+    /// After a fault, an agent guards all, and takes it off again.
+    #[track_caller]
+    fn assert_well(self) {
+        let agent = self.agent().spawn_ready();
+        for pod in &self.pods {
+            self.world.assert_blocked(pod);
+        }
+        drop(agent);
+        self.world.unload();
+        for pod in &self.pods {
+            self.world.assert_open(pod);
+        }
+    }
+
+    /// The sum of the agent's metrics that begin so.
+    #[track_caller]
+    fn metric(&self, name: &str) -> u64 {
+        let (_, metrics) = try_get(&self.world, DEFAULT, "/metrics").unwrap();
+        let lines = metrics.lines().filter(|line| line.starts_with(name));
+        lines.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
+    }
+}
+
+fn signal(pid: u32, signal: Signal) {
+    kill(Pid::from_raw(pid.try_into().unwrap()), signal).unwrap();
+}
+
+/// Numbers that follow from a seed (splitmix64), which `IMDS_SEED` repeats.
+struct Random(u64);
+
+impl Random {
+    fn new() -> Self {
+        let fresh = || RandomState::new().build_hasher().finish();
+        let seed =
+            std::env::var("IMDS_SEED").map_or_else(|_| fresh(), |seed| seed.parse().expect("a number"));
+        println!("IMDS_SEED={seed}");
+        Self(seed)
+    }
+
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (mixed ^ (mixed >> 31)) % limit
+    }
+
+    fn is_true(&mut self) -> bool {
+        self.below(2) == 1
+    }
+
+    fn of<'a, T>(&mut self, all: &'a [T]) -> &'a T {
+        &all[usize::try_from(self.below(all.len() as u64)).unwrap()]
+    }
+}
+
+/// A process that ends with the test.
+struct Process(Child);
+
+impl Process {
+    fn start(mut command: Command, log: &Path) -> Self {
+        let log = File::options().write(true).create(true).truncate(false).open(log).unwrap();
+        Self(command.stdin(Stdio::null()).stderr(log).spawn().unwrap())
+    }
+
+    fn has_ended(&mut self) -> bool {
+        self.0.try_wait().unwrap().is_some()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _gone = self.0.kill().and_then(|()| self.0.wait());
+    }
+}
+
+/// Runs `wrapper`, which is to become the process that `command` is, in the same network namespace.
+fn wrapped(case: &Case, wrapper: &[&str], command: &AgentCommand<'_>) -> Command {
+    let inner = command.command();
+    let mut command = case.world.node.command(wrapper[0]);
+    command.args(&wrapper[1..]).arg(inner.get_program()).args(inner.get_args());
+    command
+}

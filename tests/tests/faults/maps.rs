@@ -1,0 +1,196 @@
+//! Maps that are full.
+
+use std::{
+    os::fd::{AsFd as _, AsRawFd as _},
+    ptr::{self, NonNull},
+};
+
+use aya::{
+    Pod as Plain,
+    maps::{HashMap, Map, MapData, PerCpuHashMap, PerCpuValues},
+};
+use imds_ebpf_common::{Counter, CounterKey, Event, Hook, Verdict};
+use imds_tests::{Backend, METADATA, Pod, PodLink, effort, flood::Flood, poll::poll_until, probe::LONG};
+use nix::{
+    sys::signal::Signal,
+    unistd::{SysconfVar, sysconf},
+};
+
+use super::{Case, signal};
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn counters_that_are_full() {
+    let case = Case::new(Backend::Clsact);
+    let mut counters: PerCpuHashMap<MapData, CounterKey, Counter> =
+        Map::PerCpuHashMap(open(&case, "imds_counters")).try_into().unwrap();
+    let cpus = aya::util::nr_cpus().unwrap();
+    let value = || PerCpuValues::try_from(vec![Counter::default(); cpus]).unwrap();
+    let mut added = 0_u32;
+    while counters
+        .insert(CounterKey::new(1_000_000 + added, Hook::PodEdge, Verdict::Deny), value(), 0)
+        .is_ok()
+    {
+        added += 1;
+    }
+    println!("{added} counters");
+    assert!(added > 100, "{added}");
+    // A pod that has no counter: it is denied all the same, also from its first packet on.
+    let agent = case.agent().spawn();
+    let late = case.under_flood(|| guarded_late(&case));
+    drop(agent);
+    case.world.unload();
+    case.world.assert_open(&late);
+}
+
+fn open(case: &Case, name: &str) -> MapData {
+    MapData::from_pin(case.world.pin_dir().join("maps").join(name)).unwrap()
+}
+
+/// A pod that is guarded though it comes late.
+fn guarded_late(case: &Case) -> Pod {
+    let late = case.world.add_pod(PodLink::Routed);
+    case.world.wait_guarded(&late);
+    case.world.assert_blocked(&late);
+    late
+}
+
+/// Fills a map with what means nothing.
+fn fill<const KEY: usize, const VALUE: usize>(case: &Case, name: &str) -> u32
+where
+    [u8; KEY]: Plain,
+    [u8; VALUE]: Plain,
+{
+    let mut map: HashMap<MapData, [u8; KEY], [u8; VALUE]> =
+        Map::HashMap(open(case, name)).try_into().unwrap();
+    let mut added = 0_u32;
+    let key = |number: u32| {
+        let mut key = [0; KEY];
+        key[..4].copy_from_slice(&(1_000_000 + number).to_ne_bytes());
+        key
+    };
+    while map.insert(key(added), [0; VALUE], 0).is_ok() {
+        added += 1;
+    }
+    println!("{name}: {added} entries");
+    assert!(added > 100, "{name}: {added}");
+    added
+}
+
+/// A map and how it is filled.
+type Filled = (&'static str, fn(&Case, &str) -> u32);
+
+const FILLED: [Filled; 5] = [
+    ("imds_interfaces", fill::<4, 20>),
+    ("imds_exempt", fill::<32, 8>),
+    ("imds_endpoints", fill::<16, 52>),
+    ("imds_pods", fill::<16, 896>),
+    ("imds_denials", fill::<32, 1088>),
+];
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn maps_of_user_space_that_are_full() {
+    for (name, fill) in FILLED {
+        let case = Case::new(Backend::Clsact);
+        // What an agent finds there it clears away, and what comes while it runs it lives with.
+        fill(&case, name);
+        case.under_flood(|| {
+            let agent = case.agent().resync(3600).spawn_ready();
+            fill(&case, name);
+            let late = guarded_late(&case);
+            // Only of interfaces there is something new to be written.
+            let is_said = agent.log().contains("can't write the map");
+            assert_eq!(is_said, name == "imds_interfaces", "{name}: {}", agent.log());
+            agent.kill9();
+            let agent = case.agent().spawn_ready();
+            case.world.assert_blocked(&late);
+            agent.kill9();
+        });
+        case.assert_well();
+    }
+}
+
+/// Who should pass and does not is told, and keeps nobody else from being guarded.
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn more_exemptions_than_fit() {
+    const PODS: u32 = 66;
+    const ENDPOINTS: u32 = 250;
+    let case = Case::new(Backend::Clsact);
+    let crowd: Vec<_> = (0..PODS).map(|_| case.world.add_pod(PodLink::Routed)).collect();
+    let names = (0..ENDPOINTS).map(|number| format!("'e{number}'")).collect::<Vec<_>>().join(", ");
+    let endpoints = (0..ENDPOINTS)
+        .map(|number| format!("[[endpoint]]\nname = 'e{number}'\naddress = '203.0.113.{number}'\n"));
+    let rule = format!("[[exempt]]\nname = 'all'\ninterface = 'veth*'\nendpoints = [{names}]\n");
+    let config = endpoints.chain([rule]).collect::<String>();
+    case.under_flood(|| {
+        for _ in 0..effort(2) {
+            let agent = case.agent().config(&config).resync(1).spawn_ready();
+            agent.wait_for_log("can't write the map imds_exempt", LONG);
+            println!("{} of {} exemptions", case.world.status().exemptions.len(), PODS * ENDPOINTS);
+            guarded_late(&case);
+            agent.kill9();
+        }
+    });
+    for pod in &crowd[..2] {
+        case.world.assert_blocked(pod);
+    }
+    drop(crowd);
+    case.assert_well();
+}
+
+/// How far a ring buffer was written and read: two pages before its data (kernel/bpf/ringbuf.c).
+struct Ring {
+    pages: [NonNull<u64>; 2],
+    room: u64,
+}
+
+impl Ring {
+    fn of(case: &Case) -> Self {
+        let map = open(case, "imds_events");
+        let page = usize::try_from(sysconf(SysconfVar::PAGE_SIZE).unwrap().unwrap()).unwrap();
+        let pages = [0, page].map(|offset| {
+            let (fd, offset) = (map.fd().as_fd().as_raw_fd(), offset.try_into().unwrap());
+            // SAFETY: a new mapping of one page, wherever the kernel puts it.
+            let mapped =
+                unsafe { libc::mmap(ptr::null_mut(), page, libc::PROT_READ, libc::MAP_SHARED, fd, offset) };
+            assert_ne!(mapped, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+            NonNull::new(mapped.cast()).unwrap()
+        });
+        Self { pages, room: map.info().unwrap().max_entries().into() }
+    }
+
+    fn is_full(&self) -> bool {
+        // SAFETY: the pages stay mapped as long as the process lives, and begin with the two positions.
+        let [read, written] = self.pages.map(|page| unsafe { page.read_volatile() });
+        // Each event has a header of 8 bytes.
+        written - read + (size_of::<Event>() as u64 + 8) > self.room
+    }
+}
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn events_that_nobody_reads() {
+    let case = Case::with_sockets(Backend::Clsact);
+    let crowd: Vec<_> = (0..effort(60).max(20)).map(|_| case.world.add_pod(PodLink::Routed)).collect();
+    let agent = case.agent().resync(1).spawn_ready();
+    case.under_flood(|| {
+        signal(agent.pid(), Signal::SIGSTOP);
+        let ring = Ring::of(&case);
+        let flood = Flood::udp_of_all(&crowd, METADATA);
+        poll_until(LONG * 12, "a full ring buffer", || ring.is_full().then_some(()));
+        let denied = case.world.status().total.denied.packets;
+        let sent = flood.sent();
+        case.world.status_when("packets to be counted all the same", |status| {
+            status.total.denied.packets > denied && flood.sent() > sent
+        });
+        signal(agent.pid(), Signal::SIGCONT);
+        poll_until(LONG, "an agent that reads", || (!ring.is_full()).then_some(()));
+        guarded_late(&case);
+    });
+    println!("{} events told after all", case.metric("imds_events_total "));
+    drop(agent);
+    drop(crowd);
+    case.assert_well();
+}

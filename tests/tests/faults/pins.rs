@@ -1,0 +1,346 @@
+//! The pin directory: removed, unmounted, and full of what is somebody else's.
+
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::Command,
+    thread::sleep,
+    time::Duration,
+};
+
+use aya::programs::tc::TcAttachType;
+use imds_tests::{
+    Backend, Pod, PodLink, World, effort,
+    foreign::{Foreign, TC_ACT_OK, pin_object_over, pin_over},
+    hook,
+    http::{DEFAULT, try_get},
+    output,
+    poll::poll_until,
+    probe::LONG,
+    skip_without_tcx,
+};
+
+use super::{Case, Process, Random, wrapped};
+
+const DIRECTORIES: [&str; 3] = ["maps", "progs", "links"];
+
+fn checked(command: Command) {
+    let text = format!("{command:?}");
+    let done = output(command);
+    assert!(done.status.success(), "{text}: {}", String::from_utf8_lossy(&done.stderr));
+}
+
+fn wait_until_all_is_back(case: &Case) {
+    poll_until(LONG * 2, "all to be as it should be", || {
+        let status = case.world.try_status().ok()?;
+        (status.is_ready() && status.state == "enforcing").then_some(())
+    });
+}
+
+fn pins(case: &Case) -> Vec<PathBuf> {
+    let list = |directory| fs::read_dir(case.world.pin_dir().join(directory)).into_iter().flatten().flatten();
+    DIRECTORIES.into_iter().flat_map(list).map(|pin| pin.path()).collect()
+}
+
+fn pins_that_are_removed(backend: Backend) {
+    let case = Case::with_sockets(backend);
+    let agent = case.agent().resync(1).spawn_ready();
+    let mut random = Random::new();
+    let removals = effort(40);
+    case.under_flood(|| {
+        for _ in 0..removals {
+            let root = case.world.pin_dir();
+            // Any may be gone already, or come while it goes.
+            let _gone = match random.below(3) {
+                0 => fs::remove_dir_all(root),
+                1 => fs::remove_dir_all(root.join(random.of(&DIRECTORIES))),
+                _ => pins(&case).first().map_or(Ok(()), fs::remove_file),
+            };
+            sleep(Duration::from_millis(random.below(300)));
+        }
+        wait_until_all_is_back(&case);
+    });
+    println!("{removals} removals, {} repairs of pins", case.metric("imds_repairs_total{kind=\"pinned\"}"));
+    drop(agent);
+    case.assert_well();
+}
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn pins_that_are_removed_while_the_agent_runs_with_tcx() {
+    if !skip_without_tcx() {
+        pins_that_are_removed(Backend::Tcx);
+    }
+}
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn pins_that_are_removed_while_the_agent_runs_with_clsact() {
+    pins_that_are_removed(Backend::Clsact);
+}
+
+/// What docs/troubleshooting.md says of it: a filter needs no pin, a link does.
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn pins_that_are_removed_while_no_agent_runs() {
+    let case = Case::with_sockets(Backend::Clsact);
+    let empty = || fs::remove_dir_all(case.world.pin_dir()).unwrap();
+    case.under_flood(|| {
+        for _ in 0..effort(5) {
+            empty();
+            assert_eq!(case.world.status().state, "unloaded");
+            case.agent().spawn_ready().kill9();
+        }
+    });
+    if hook::has_tcx() {
+        case.world.agent().backend(Backend::Tcx).hooks(case.hooks).spawn_ready().kill9();
+        empty();
+        for pod in &case.pods {
+            case.world.assert_open(pod);
+        }
+        assert_eq!(case.world.status().state, "unloaded");
+    }
+    case.assert_well();
+}
+
+/// An agent in a mount namespace of its own, with a bpffs of its own.
+fn start_apart(case: &Case, may_mount: bool, log: &Path) -> Process {
+    let more = if may_mount { ",+sys_admin" } else { "" };
+    let bounding = format!("--bounding-set=-all,+bpf,+net_admin,+perfmon{more}");
+    // In the place of the machine's, which would be there again once it is unmounted.
+    let mount = "umount -l /sys/fs/bpf && mount -t bpf bpf /sys/fs/bpf";
+    let script = format!("{mount} && exec setpriv {bounding} --inh-caps=-all \"$@\"");
+    let wrapper = ["unshare", "--mount", "sh", "-c", &script, "sh"];
+    let mut command = wrapped(case, &wrapper, &case.agent().resync(1));
+    command.env("RUST_LOG", "info");
+    Process::start(command, log)
+}
+
+/// Runs a command where that agent is.
+fn beside(case: &Case, agent: &Process, command: &[&str]) -> Command {
+    let mut beside = case.world.node.command("nsenter");
+    beside.arg(format!("--mount=/proc/{}/ns/mnt", agent.0.id())).args(command);
+    beside
+}
+
+/// Waits until the agent that is apart says that all is as it should be.
+fn wait_until_well_apart(case: &Case, agent: &Process) {
+    let status = case.world.imds_agent(&["status"]).command();
+    let mut words = vec![status.get_program().to_str().unwrap()];
+    words.extend(status.get_args().map(|word| word.to_str().unwrap()));
+    poll_until(LONG * 3, "the status to be well", || {
+        let status = output(beside(case, agent, &words));
+        let is_well =
+            status.status.success() && String::from_utf8_lossy(&status.stdout).contains("enforcing");
+        is_well.then_some(())
+    });
+}
+
+fn guards(case: &Case, pod: &Pod) -> bool {
+    hook::programs(&case.world.node, &pod.host_ifname).first().is_some_and(hook::Attached::is_ours)
+}
+
+fn bpffs_that_is_unmounted(backend: Backend, may_mount: bool) {
+    let case = Case::new(backend);
+    // Its own pins are elsewhere.
+    case.world.unload();
+    let log = case.world.scratch_dir().join("log");
+    let agent = start_apart(&case, may_mount, &log);
+    wait_until_well_apart(&case, &agent);
+    let said = |pattern: &str| fs::read_to_string(&log).unwrap().contains(pattern);
+    let late = case.under_flood(|| {
+        checked(beside(&case, &agent, &["umount", "-l", "/sys/fs/bpf"]));
+        if !may_mount {
+            poll_until(LONG, "a word of it", || said("mount -t bpf bpf /sys/fs/bpf").then_some(()));
+            let readiness = try_get(&case.world, DEFAULT, "/readyz").unwrap();
+            assert_eq!(readiness.0, 503, "{readiness:?}");
+        }
+        // Guarding goes on, with or without pins.
+        let late = case.world.add_pod(PodLink::Routed);
+        poll_until(LONG, "a new pod to be guarded", || guards(&case, &late).then_some(()));
+        case.world.assert_blocked(&late);
+        if !may_mount {
+            checked(beside(&case, &agent, &["mount", "-t", "bpf", "bpf", "/sys/fs/bpf"]));
+        }
+        wait_until_well_apart(&case, &agent);
+        assert!(case.pods.iter().all(|pod| guards(&case, pod)));
+        late
+    });
+    assert_eq!(said("mounted a bpffs"), may_mount);
+    // With it goes its mount namespace, and what was pinned there.
+    drop(agent);
+    drop(late);
+    case.assert_well();
+}
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn a_bpffs_that_is_unmounted_under_an_agent_that_may_mount_one() {
+    bpffs_that_is_unmounted(Backend::Clsact, true);
+    if !skip_without_tcx() {
+        bpffs_that_is_unmounted(Backend::Tcx, true);
+    }
+}
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn a_bpffs_that_is_unmounted_under_an_agent_that_may_not() {
+    bpffs_that_is_unmounted(Backend::Clsact, false);
+    if !skip_without_tcx() {
+        bpffs_that_is_unmounted(Backend::Tcx, false);
+    }
+}
+
+/// Objects of another node's agent, which look like this one's, and some that do not.
+struct Others {
+    paths: Vec<PathBuf>,
+    world: World,
+    _pod: Pod,
+}
+
+impl Others {
+    fn new(case: &Case) -> Self {
+        let world = World::new();
+        let pod = world.add_pod(PodLink::Routed);
+        let agent = world.agent().backend(case.backend).hooks(case.hooks).config("mode = 'off'");
+        assert!(agent.once().status.success());
+        let root = world.pin_dir();
+        let entries = DIRECTORIES.into_iter().flat_map(|name| fs::read_dir(root.join(name)).unwrap());
+        let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+        let map = root.join("maps/other");
+        let mut create = Command::new("bpftool");
+        create.args(["map", "create"]).arg(&map);
+        create.args(["type", "hash", "key", "4", "value", "8", "entries", "7", "name", "other"]);
+        checked(create);
+        paths.push(map);
+        Self { paths, world, _pod: pod }
+    }
+
+    /// The same without maps that could be this agent's by all that can be seen of them.
+    fn unlike(mut self) -> Self {
+        self.paths.retain(|path| !path.parent().unwrap().ends_with("maps") || path.ends_with("other"));
+        self
+    }
+
+    /// Puts something in the place of a pin.
+    fn replace(&self, pin: &Path, random: &mut Random) {
+        let other = random.of(&self.paths);
+        match random.below(8) {
+            0 => {
+                fs::remove_file(pin).unwrap();
+                fs::create_dir_all(pin.join("in/it")).unwrap();
+            }
+            1 => {
+                fs::remove_file(pin).unwrap();
+                symlink(other, pin).unwrap();
+            }
+            _ => pin_over(other, pin),
+        }
+    }
+}
+
+fn pins_that_are_replaced_while_the_agent_runs(backend: Backend) {
+    let case = Case::with_sockets(backend);
+    let others = Others::new(&case);
+    let agent = case.agent().resync(1).spawn_ready();
+    let mut random = Random::new();
+    let mut replaced = 0;
+    case.under_flood(|| {
+        for _ in 0..effort(5) {
+            for pin in pins(&case) {
+                others.replace(&pin, &mut random);
+                replaced += 1;
+            }
+            wait_until_all_is_back(&case);
+        }
+    });
+    println!("{replaced} pins replaced");
+    drop(agent);
+    case.assert_well();
+    drop(others.world);
+}
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn pins_in_whose_place_others_are_while_the_agent_runs_with_tcx() {
+    if !skip_without_tcx() {
+        pins_that_are_replaced_while_the_agent_runs(Backend::Tcx);
+    }
+}
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn pins_in_whose_place_others_are_while_the_agent_runs_with_clsact() {
+    pins_that_are_replaced_while_the_agent_runs(Backend::Clsact);
+}
+
+/// Whether it is the link of one edge: without its pin a link ends, while no agent holds it.
+fn is_of(edge: &str, pin: &Path) -> bool {
+    pin.file_name().unwrap().to_str().unwrap().starts_with(edge)
+}
+
+fn pins_that_are_replaced_between_agents(backend: Backend) {
+    let case = Case::with_sockets(backend);
+    let others = Others::new(&case).unlike();
+    let mut random = Random::new();
+    let (mut replaced, mut news) = (0, 0);
+    case.under_flood(|| {
+        for round in 0..effort(8) {
+            // The other edge holds.
+            let spared = ["pod_edge_", "node_edge_"][usize::from(round % 2 == 0)];
+            for pin in pins(&case) {
+                if random.is_true() && !is_of(spared, &pin) {
+                    others.replace(&pin, &mut random);
+                    replaced += 1;
+                }
+            }
+            let agent = case.agent().spawn_ready();
+            news += u32::from(agent.log().contains("starting with new maps and counters"));
+            wait_until_all_is_back(&case);
+            agent.kill9();
+        }
+    });
+    println!("{replaced} pins replaced, new maps {news} times");
+    case.assert_well();
+    drop(others.world);
+}
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn pins_in_whose_place_others_are_between_agents_with_tcx() {
+    if !skip_without_tcx() {
+        pins_that_are_replaced_between_agents(Backend::Tcx);
+    }
+}
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn pins_in_whose_place_others_are_between_agents_with_clsact() {
+    pins_that_are_replaced_between_agents(Backend::Clsact);
+}
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn a_link_of_another_on_the_same_hook_in_the_place_of_a_pin_is_left_to_its_owner() {
+    if skip_without_tcx() {
+        return;
+    }
+    let case = Case::new(Backend::Tcx);
+    let pod = &case.pods[0];
+    let theirs = Foreign::returning(TC_ACT_OK).attach_tcx_first(
+        &case.world.node,
+        pod.host_ifindex,
+        TcAttachType::Ingress,
+    );
+    let program = hook::tcx(&case.world.node, &pod.host_ifname)[0].id;
+    case.under_flood(|| {
+        let pin = case.world.pin_dir().join(format!("links/pod_edge_{}", pod.host_ifindex));
+        pin_object_over(&theirs, &pin);
+        case.agent().spawn_ready().kill9();
+    });
+    let programs = hook::tcx(&case.world.node, &pod.host_ifname);
+    assert!(programs[0].is_ours() && programs[1].id == program, "{programs:?}");
+    drop(theirs);
+    case.assert_well();
+}

@@ -1,0 +1,125 @@
+//! Agents of versions that lay out their maps differently, in turn.
+
+use std::{env, fs, ops::Range, path::PathBuf, thread::sleep, time::Duration};
+
+use aya::maps::{Array, Map, MapData, MapInfo};
+use imds_ebpf_common::Policy;
+use imds_tests::{Backend, effort, hook, skip_without_tcx};
+
+use super::{Case, Random};
+
+/// Names the binary of an older version, to be tried beside the one that is made up.
+const PREVIOUS: &str = "IMDS_PREVIOUS_AGENT";
+
+/// Agents that read each other's maps as another version's.
+fn others(case: &Case) -> Vec<PathBuf> {
+    env::var_os(PREVIOUS).map(PathBuf::from).into_iter().chain([made_up(case)]).collect()
+}
+
+/// The agent as another version of it would be: its object has a map of counters with less room, which it finds another
+/// layout's wherever it meets the one with more, and the other way around.
+fn made_up(case: &Case) -> PathBuf {
+    let mut binary = fs::read(case.agent().command().get_program()).unwrap();
+    let room = MapInfo::from_pin(case.world.pin_dir().join("maps/imds_counters")).unwrap().max_entries();
+    let object = embedded_object(&binary);
+    let (room, less) = (room.to_le_bytes(), (room - 1).to_le_bytes());
+    let places: Vec<_> = object.clone().filter(|&at| binary[at..].starts_with(&room)).collect();
+    assert!(!places.is_empty(), "the object in the agent does not tell the room of its counters");
+    for at in places {
+        binary[at..at + room.len()].copy_from_slice(&less);
+    }
+    let path = case.world.scratch_dir().join("imds-agent");
+    fs::write(&path, binary).unwrap();
+    fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    path
+}
+
+/// Where the BPF object is in the agent's binary: its sections, which the table of them follows.
+fn embedded_object(binary: &[u8]) -> Range<usize> {
+    // ELF of 64 bits and little endian, whose machine is EM_BPF.
+    let is_object = |start: &usize| {
+        binary[*start..].starts_with(b"\x7fELF\x02\x01\x01") && binary[*start + 18..].starts_with(&[247, 0])
+    };
+    let start = (0..binary.len() - 64).step_by(8).find(is_object).expect("a BPF object in the agent");
+    // e_shoff of Elf64_Ehdr.
+    let length = u64::from_le_bytes(*binary[start + 40..].first_chunk().unwrap());
+    start..start + usize::try_from(length).unwrap()
+}
+
+/// At each interface there is one program of ours.
+#[track_caller]
+fn assert_taken_over(case: &Case) {
+    for pod in &case.pods {
+        let programs = hook::programs(&case.world.node, &pod.host_ifname);
+        assert!(programs.len() == 1 && programs[0].is_ours(), "{programs:?}");
+    }
+}
+
+fn upgraded_and_back(backend: Backend) {
+    let case = Case::with_sockets(backend);
+    let mut random = Random::new();
+    let (mut kills, mut changes) = (0, 0);
+    for other in others(&case) {
+        case.under_flood(|| {
+            for round in 0..effort(6) {
+                // There and back.
+                for agent in [case.agent().binary(&other), case.agent()] {
+                    let agent = agent.spawn_ready();
+                    let log = agent.log();
+                    assert!(log.contains("starting with new maps and counters"), "{log}");
+                    assert_taken_over(&case);
+                    changes += 1;
+                    if round % 2 == 0 {
+                        agent.kill9();
+                    } else {
+                        assert!(agent.terminate().success());
+                    }
+                }
+            }
+            for _ in 0..effort(40) {
+                let agent = if random.is_true() { case.agent() } else { case.agent().binary(&other) };
+                let agent = agent.spawn();
+                sleep(Duration::from_millis(random.below(250)));
+                agent.kill9();
+                kills += 1;
+            }
+            case.agent().spawn_ready().kill9();
+            assert_taken_over(&case);
+        });
+    }
+    println!("{changes} changes of version, {kills} kills on the way");
+    case.assert_well();
+}
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn another_layout_and_back_with_tcx() {
+    if !skip_without_tcx() {
+        upgraded_and_back(Backend::Tcx);
+    }
+}
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn another_layout_and_back_with_clsact() {
+    upgraded_and_back(Backend::Clsact);
+}
+
+#[test]
+#[ignore = "takes minutes: cargo xtask faults"]
+fn maps_of_another_meaning_and_the_same_size() {
+    let case = Case::with_sockets(Backend::Clsact);
+    case.under_flood(|| {
+        for _ in 0..effort(5) {
+            let pin = case.world.pin_dir().join("maps/imds_policy");
+            let mut policies: Array<MapData, Policy> =
+                Map::Array(MapData::from_pin(pin).unwrap()).try_into().unwrap();
+            let policy = policies.get(&0, 0).unwrap();
+            policies.set(0, Policy { layout: policy.layout - 1, ..policy }, 0).unwrap();
+            let agent = case.agent().spawn_ready();
+            assert!(agent.log().contains("the maps have layout"), "{}", agent.log());
+            agent.kill9();
+        }
+    });
+    case.assert_well();
+}
