@@ -174,7 +174,7 @@ impl Vm {
         let console = fs::read(&log).with_context(|| format!("could not read {}", log.display()))?;
         let guest = Guest::from_console(&String::from_utf8_lossy(&console));
         if guest.result.is_none() {
-            host::append(&log, &format!("@machine {end}"))?;
+            host::append(&log, &format!("\n@machine {end}"))?;
         } else if plan.is_whole {
             records::forget_before(results, line, &log)?;
         }

@@ -16,7 +16,7 @@ use super::{
 const SHORT: usize = 12;
 
 /// What it means for who has such a kernel that a test is skipped there, by how its reason begins.
-const MEANINGS: [(&str, &str); 9] = [
+const MEANINGS: [(&str, &str); 13] = [
     ("no TCX", "clsact filters are taken instead, and tested by the same tests"),
     (
         "no SO_NETNS_COOKIE",
@@ -28,9 +28,17 @@ const MEANINGS: [(&str, &str); 9] = [
         "packets of macvlan and ipvlan pods pass the node edge; the socket hook holds what such a pod sends by sockets, not \
          what it makes up itself (AF_PACKET)",
     ),
+    (
+        "no hook that would hold it",
+        "of macvlan and ipvlan pods: what comes of both, as neither netns cookie is there. On a machine the socket hook holds \
+         them",
+    ),
+    ("no netkit devices by this", "nothing: it is the `ip` of who ran the tests; those of layer 3 take none"),
     ("no netkit", "no pod can have one"),
     ("no ipvlan", "no pod can have one"),
     ("no macvlan", "no pod can have one"),
+    ("no cgroup limits memory", "nothing: the test can't be set up"),
+    ("it sets the machine's clock", "nothing: the test is for machines that nobody needs"),
     ("no segment routing", "nothing follows such a header"),
     ("no test run of what came in", "nothing: the test can't be set up; others send such packets"),
     ("no ", "nothing comes in by one"),
