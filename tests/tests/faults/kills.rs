@@ -37,7 +37,7 @@ fn killed_at_any_moment(backend: Backend) {
         fs::write(&new, text).unwrap();
         fs::rename(new, &path).unwrap();
     };
-    let kills = effort(200);
+    let kills = effort(150);
     case.under_flood(|| {
         for round in 0..kills {
             replace(&configuration(&mut random));

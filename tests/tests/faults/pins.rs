@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    os::unix::fs::symlink,
+    os::unix::fs::{MetadataExt as _, symlink},
     path::{Path, PathBuf},
     process::Command,
     thread::sleep,
@@ -20,6 +20,7 @@ use imds_tests::{
     probe::LONG,
     skip_without_tcx,
 };
+use serde_json::Value;
 
 use super::{Case, Process, Random, wrapped};
 
@@ -141,8 +142,31 @@ fn guards(case: &Case, pod: &Pod) -> bool {
     hook::programs(&case.world.node, &pod.host_ifname).first().is_some_and(hook::Attached::is_ours)
 }
 
+/// Ids of the links on the world's cgroup.
+fn links_of_sockets(case: &Case) -> Vec<String> {
+    let mut bpftool = Command::new("bpftool");
+    bpftool.args(["-j", "link", "list"]);
+    let links: Vec<Value> = serde_json::from_slice(&output(bpftool).stdout).unwrap();
+    let cgroup = fs::metadata(case.world.cgroup()).unwrap().ino();
+    let of_it = links.iter().filter(|link| link["cgroup_id"] == cgroup);
+    of_it.map(|link| link["id"].to_string()).collect()
+}
+
+fn detach_sockets(case: &Case) {
+    let links = links_of_sockets(case);
+    assert_eq!(links.is_empty(), !case.has_sockets());
+    for id in &links {
+        let mut bpftool = Command::new("bpftool");
+        bpftool.args(["link", "detach", "id", id]);
+        checked(bpftool);
+    }
+    poll_until(LONG, "sockets to be guarded again", || {
+        (links_of_sockets(case).len() == links.len()).then_some(())
+    });
+}
+
 fn bpffs_that_is_unmounted(backend: Backend, may_mount: bool) {
-    let case = Case::new(backend);
+    let case = Case::with_sockets(backend);
     // Its own pins are elsewhere.
     case.world.unload();
     let log = case.world.scratch_dir().join("log");
@@ -155,6 +179,7 @@ fn bpffs_that_is_unmounted(backend: Backend, may_mount: bool) {
             poll_until(LONG, "a word of it", || said("mount -t bpf bpf /sys/fs/bpf").then_some(()));
             let readiness = try_get(&case.world, DEFAULT, "/readyz").unwrap();
             assert_eq!(readiness.0, 503, "{readiness:?}");
+            detach_sockets(&case);
         }
         // Guarding goes on, with or without pins.
         let late = case.world.add_pod(PodLink::Routed);

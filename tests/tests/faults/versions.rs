@@ -1,6 +1,14 @@
 //! Agents of versions that lay out their maps differently, in turn.
 
-use std::{env, fs, ops::Range, path::PathBuf, thread::sleep, time::Duration};
+use std::{
+    env,
+    fs::{self, Permissions},
+    ops::Range,
+    os::unix::fs::PermissionsExt as _,
+    path::PathBuf,
+    thread::sleep,
+    time::Duration,
+};
 
 use aya::maps::{Array, Map, MapData, MapInfo};
 use imds_ebpf_common::Policy;
@@ -30,7 +38,7 @@ fn made_up(case: &Case) -> PathBuf {
     }
     let path = case.world.scratch_dir().join("imds-agent");
     fs::write(&path, binary).unwrap();
-    fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
     path
 }
 
