@@ -95,6 +95,7 @@ pub fn lift_limits() -> Result<(), PreflightError> {
 }
 
 /// Whether the kernel counts maps and programs as locked memory. Later ones count them as the cgroup's.
+#[must_use]
 pub fn counts_locked_memory() -> bool {
     KernelVersion::current().is_ok_and(|kernel| kernel < KernelVersion::new(5, 11, 0))
 }
