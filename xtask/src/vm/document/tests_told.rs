@@ -21,7 +21,7 @@ const MEANINGS: [(&str, &str); 13] = [
     (
         "no SO_NETNS_COOKIE",
         "the tests' nodes are namespaces other than the initial one, where the socket hook does not work; on a machine it \
-         does, as the agent runs in the initial one",
+         does, as the agent runs in the initial one, but knows no exempt pod: with exemptions, `hooks.socket = false`",
     ),
     (
         "TC programs do not see",
