@@ -16,7 +16,7 @@ use super::{
 const SHORT: usize = 12;
 
 /// What it means for who has such a kernel that a test is skipped there, by how its reason begins.
-const MEANINGS: [(&str, &str); 13] = [
+const MEANINGS: [(&str, &str); 14] = [
     ("no TCX", "clsact filters are taken instead, and tested by the same tests"),
     (
         "no SO_NETNS_COOKIE",
@@ -39,6 +39,7 @@ const MEANINGS: [(&str, &str); 13] = [
     ("no macvlan", "no pod can have one"),
     ("no cgroup limits memory", "nothing: the test can't be set up"),
     ("it sets the machine's clock", "nothing: the test is for machines that nobody needs"),
+    ("bridges do not know VLANs", "no bridge filters by them"),
     ("no segment routing", "nothing follows such a header"),
     ("no test run of what came in", "nothing: the test can't be set up; others send such packets"),
     ("no ", "nothing comes in by one"),
