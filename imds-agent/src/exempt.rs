@@ -86,13 +86,14 @@ impl Rules {
         self.exempt.iter().filter_map(|rule| rule.sender.path()).map(Finder::trace).collect()
     }
 
-    /// What is to be granted on a node with these `links` of `pods`.
+    /// What is to be granted on a node with these `links` of `pods`, where sockets are judged or are not.
     pub async fn find(
         &mut self,
         finder: &mut Finder,
         netlink: &Netlink,
         links: &[&Link],
         pods: &Pods,
+        judges_sockets: bool,
     ) -> Grants {
         self.traces = self.traces();
         let mut found = Vec::new();
@@ -108,8 +109,8 @@ impl Rules {
                 Sender::Cgroup(path) => finder.in_cgroup(netlink, links, path).await,
                 Sender::Pods(rule) => pods.senders(rule),
             };
-            if let Some(failure) = senders.failures.first() {
-                failures.insert(rule.name.clone(), failure.clone());
+            if let Some(failure) = failure(&senders, judges_sockets) {
+                failures.insert(rule.name.clone(), failure);
             }
             found.push(senders);
         }
@@ -130,6 +131,18 @@ impl Sender {
             Self::Interface(_) | Self::Pods(_) => None,
         }
     }
+}
+
+/// Why who is meant by a rule may be denied all the same.
+fn failure(senders: &Senders, judges_sockets: bool) -> Option<String> {
+    let without_cookie = || {
+        let pod = senders.without_cookie.as_ref().filter(|_| judges_sockets)?;
+        Some(format!(
+            "this kernel (before Linux 5.14) has no cookie for the network namespace of {pod}: its calls on sockets are judged as \
+             anybody's, set hooks.socket = false"
+        ))
+    };
+    senders.failures.first().cloned().or_else(without_cookie)
 }
 
 /// What these rules grant to those who were found for each. Who is exempt by one rule and audited by another is exempt.
@@ -195,6 +208,15 @@ mod tests {
             (exemption.address, exemption.subject.id, grant.verdict, grant.rule)
         };
         grants(&rules, &found).into_iter().map(plain).collect()
+    }
+
+    #[test]
+    fn a_cookie_is_missed_where_sockets_are_judged() {
+        let senders = Senders { without_cookie: Some("/n".to_owned()), ..found(7) };
+        assert!(failure(&senders, true).unwrap().contains("/n: its calls"));
+        assert_eq!(failure(&senders, false), None);
+        let unknown = Senders { failures: ["gone".to_owned()].into(), ..senders };
+        assert_eq!(failure(&unknown, false).unwrap(), "gone");
     }
 
     #[test]

@@ -87,12 +87,17 @@ pub fn lift_limits() -> Result<(), PreflightError> {
     if let Err(errno) = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY) {
         log::debug!("can't raise the limit of locked memory: {errno}");
         let limit = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(soft, _)| soft);
-        // Later ones count the memory of BPF as the cgroup's.
-        if KernelVersion::current().is_ok_and(|kernel| kernel < KernelVersion::new(5, 11, 0)) {
+        if counts_locked_memory() {
             return Err(PreflightError::LockedMemory(limit));
         }
     }
     Ok(())
+}
+
+/// Whether the kernel counts maps and programs as locked memory. Later ones count them as the cgroup's.
+#[must_use]
+pub fn counts_locked_memory() -> bool {
+    KernelVersion::current().is_ok_and(|kernel| kernel < KernelVersion::new(5, 11, 0))
 }
 
 fn demand(feature: &'static str, supported: Result<bool, io::Error>) -> Result<(), PreflightError> {

@@ -17,6 +17,7 @@ use nix::{
 
 use crate::{
     Status, World,
+    effort::patience,
     netns::unique,
     poll::{poll_until, try_poll},
 };
@@ -254,7 +255,7 @@ impl Agent<'_> {
     pub fn wait_ready(&mut self) -> Status {
         let pid = self.pid();
         let mut last = None;
-        let ready = try_poll(READY_TIMEOUT, || {
+        let ready = try_poll(patience(READY_TIMEOUT), || {
             let ended = self.child.try_wait().expect("wait for the agent");
             assert!(ended.is_none(), "the agent ended ({ended:?}):\n{}", self.log());
             let status = self.world.try_status();

@@ -3,7 +3,8 @@
 use std::{net::Ipv4Addr, thread};
 
 use crate::{
-    Backend, METADATA, Netns, Pod, SERVICE, Status, World, effort,
+    Backend, METADATA, Netns, Pod, SERVICE, Status, World,
+    effort::{effort, patience},
     poll::{poll_until, try_poll},
     probe::{LONG, Outcome, SHORT, http_get, icmp_echo, reachable, udp_echo},
     skip::lacks_tcx,
@@ -66,7 +67,7 @@ impl World {
     #[track_caller]
     pub fn status_when(&self, what: &str, wanted: impl Fn(&Status) -> bool) -> Status {
         let mut last = None;
-        let found = try_poll(LONG, || {
+        let found = try_poll(patience(LONG), || {
             let status = self.status();
             let is_wanted = wanted(&status);
             last = Some(status.clone());

@@ -5,12 +5,16 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::effort::patience;
+
 /// Between two probes, of which each may be a process that takes time from what is waited for.
 const INTERVALS: [Duration; 2] = [Duration::from_millis(5), Duration::from_millis(100)];
 
-/// Calls `probe` until it returns something; panics with `what` when `deadline` has passed.
+/// Calls `probe` until it returns something; panics with `what` when `deadline` has passed, several times over on machines
+/// that are emulated.
 #[track_caller]
 pub fn poll_until<T>(deadline: Duration, what: &str, probe: impl FnMut() -> Option<T>) -> T {
+    let deadline = patience(deadline);
     match try_poll(deadline, probe) {
         Some(found) => found,
         None => panic!("waited {deadline:?} in vain for {what}"),

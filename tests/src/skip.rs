@@ -78,7 +78,10 @@ pub fn lacks_device(left_out: &str, kind: &str, options: &str) -> bool {
     let added = command.stdin(Stdio::null()).output().expect("run ip");
     if !added.status.success() {
         let said = String::from_utf8_lossy(&added.stderr);
-        skip(left_out, &format!("no {kind} devices on this kernel ({})", said.trim().replace('\n', " ")));
+        // So an `ip` complains that has no options for such a device.
+        let of =
+            if said.contains("Garbage instead of arguments") { "by this `ip`" } else { "on this kernel" };
+        skip(left_out, &format!("no {kind} devices {of} ({})", said.trim().replace('\n', " ")));
     }
     !added.status.success()
 }

@@ -104,8 +104,9 @@ pub(super) fn netns_cookie() -> Check {
     match netns::identity() {
         Ok(Some(Identity::Cookie(cookie))) => Check::ok(NAME, format!("sockets have it: here {cookie}")),
         Ok(Some(Identity::Initial)) => {
-            let consequence =
-                "the socket hook and strict mode work in the initial network namespace alone, which this is";
+            let consequence = "the socket hook and strict mode work in the initial network namespace alone, which this is; the \
+                               calls of exempt pods on sockets are denied as anybody's: where there are any, set hooks.socket = \
+                               false";
             Check::degraded(NAME, "sockets don't tell (Linux 5.14 does)", consequence)
         }
         Ok(None) => {

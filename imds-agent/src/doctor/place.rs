@@ -43,7 +43,10 @@ pub(super) fn capabilities() -> Check {
 pub(super) fn locked_memory() -> Check {
     const NAME: &str = "locked_memory";
     match preflight::lift_limits() {
-        Ok(()) => Check::ok(NAME, "enough"),
+        Ok(()) if preflight::counts_locked_memory() => {
+            Check::ok(NAME, "not limited, which Linux before 5.11 takes for BPF maps")
+        }
+        Ok(()) => Check::ok(NAME, "not needed: BPF maps are counted as the cgroup's"),
         Err(error @ PreflightError::LockedMemory(limit)) => {
             Check::missing(NAME, format!("{limit} bytes"), error.to_string())
         }

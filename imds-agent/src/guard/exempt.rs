@@ -2,7 +2,7 @@
 
 use std::{future::pending, time::Duration};
 
-use imds_ebpf_common::Role;
+use imds_ebpf_common::{Hook, Role};
 use tokio::time::sleep;
 
 use super::Guard;
@@ -84,7 +84,9 @@ impl Guard {
         let is_strict = self.kubepods.is_some();
         self.pods.follow_hosts(self.rules.of_pods().filter(|_| is_strict));
         self.pods.locate(&self.finder, &self.netlink, &pods).await;
-        let mut wanted = self.rules.find(&mut self.finder, &self.netlink, &pods, &self.pods).await;
+        let judges_sockets = self.datapath.hooks().has(Hook::Socket);
+        let found = self.rules.find(&mut self.finder, &self.netlink, &pods, &self.pods, judges_sockets);
+        let mut wanted = found.await;
         if self.keeps_grants && !self.pods.is_synced() {
             // What an earlier agent knew stays until there is better knowledge. Cookies and ids of cgroups are never given
             // again, and an interface with another pod's index has lost what was granted to it.

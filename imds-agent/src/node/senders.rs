@@ -34,6 +34,8 @@ pub struct Senders {
     pub cgroups: BTreeSet<u64>,
     /// Why some of this is not known.
     pub failures: BTreeSet<String>,
+    /// One of them whose network namespace has no cookie to tell, as before Linux 5.14: only sockets are judged by it.
+    pub without_cookie: Option<String>,
 }
 
 /// What is cheap to ask of a path by which pods are known.
@@ -207,6 +209,9 @@ impl Senders {
         self.cookies.extend(&others.cookies);
         self.cgroups.extend(&others.cgroups);
         self.failures.extend(others.failures.iter().cloned());
+        if self.without_cookie.is_none() {
+            self.without_cookie.clone_from(&others.without_cookie);
+        }
     }
 
     /// Adds what is in `namespace`, which is that of `what`. Returns its id, where it has one.
@@ -238,10 +243,7 @@ impl Senders {
     fn add_cookie(&mut self, what: &str, cookie: Option<u64>) {
         match cookie {
             Some(cookie) => drop(self.cookies.insert(cookie)),
-            None => self.fail(format!(
-                "this kernel (before Linux 5.14) has no cookie for the network namespace of {what}: its calls on sockets \
-                 are judged as anybody's, set hooks.socket = false"
-            )),
+            None => drop(self.without_cookie.get_or_insert_with(|| what.to_owned())),
         }
     }
 

@@ -10,7 +10,9 @@ use aya::{
     maps::{HashMap, Map, MapData, PerCpuHashMap, PerCpuValues},
 };
 use imds_ebpf_common::{Counter, CounterKey, Event, Hook, Verdict};
-use imds_tests::{Backend, METADATA, Pod, PodLink, effort, flood::Flood, poll::poll_until, probe::LONG};
+use imds_tests::{
+    Backend, METADATA, Pod, PodLink, effort, flood::Flood, hook, poll::poll_until, probe::LONG,
+};
 use nix::{
     sys::signal::Signal,
     unistd::{SysconfVar, sysconf},
@@ -126,16 +128,22 @@ fn more_exemptions_than_fit() {
     let config = endpoints.chain([rule]).collect::<String>();
     case.under_flood(|| {
         for _ in 0..effort(2) {
-            let agent = case.agent().config(&config).resync(1).spawn_ready();
+            let agent = case.agent().config(&config).spawn_ready();
             agent.wait_for_log("can't write the map imds_exempt", LONG);
             println!("{} of {} exemptions", case.world.status().exemptions.len(), PODS * ENDPOINTS);
-            guarded_late(&case);
+            let late = case.world.add_pod(PodLink::Routed);
+            // So many exemptions take a status long.
+            poll_until(LONG * 6, "a new pod to be guarded", || {
+                let programs = hook::programs(&case.world.node, &late.host_ifname);
+                programs.first().is_some_and(hook::Attached::is_ours).then_some(())
+            });
+            case.world.assert_blocked(&late);
             agent.kill9();
         }
     });
-    for pod in &crowd[..2] {
-        case.world.assert_blocked(pod);
-    }
+    // Whom no rule means any more is denied again.
+    case.agent().spawn_ready().kill9();
+    case.world.assert_blocked(&crowd[0]);
     drop(crowd);
     case.assert_well();
 }

@@ -7,6 +7,7 @@ use std::{
 
 use imds_tests::{SKIPPED, WHOLE_TEST};
 use serde::Serialize;
+use serde_json::Value;
 
 /// All that one told.
 #[derive(Debug, Default)]
@@ -14,9 +15,21 @@ pub(super) struct Guest {
     /// Whether it was given a filter, and so does not look what the agent takes.
     pub(super) is_brief: bool,
     pub(super) release: Option<String>,
+    /// What the agent and the tests were built from.
+    pub(super) commit: Option<String>,
+    /// How many times less was done of the longest tests.
+    pub(super) divisor: Option<u32>,
+    /// What `doctor` reports.
+    pub(super) doctor: Option<Value>,
+    /// What else the kernel has or lacks.
+    pub(super) capabilities: BTreeMap<String, String>,
     /// What the agent makes use of where it may choose.
     pub(super) took: BTreeMap<String, String>,
     pub(super) executables: BTreeMap<String, Executable>,
+    /// What began and did not end.
+    pub(super) unfinished: Option<String>,
+    /// How the machine ended, where whoever ran it saw that.
+    pub(super) end: Option<String>,
     pub(super) complaints: Vec<String>,
     /// Whether init came to its end, and found no fault.
     pub(super) result: Option<bool>,
@@ -26,6 +39,8 @@ pub(super) struct Guest {
 /// What one test executable told.
 #[derive(Debug, Default, Serialize)]
 pub(super) struct Executable {
+    /// Whether it was to run all its tests.
+    pub(super) is_whole: bool,
     pub(super) passed: BTreeSet<String>,
     pub(super) failed: BTreeSet<String>,
     pub(super) ignored: usize,
@@ -34,6 +49,8 @@ pub(super) struct Executable {
     /// Tests that left out a part, with their reasons.
     pub(super) in_part: BTreeMap<String, String>,
     pub(super) code: Option<i32>,
+    /// How long it took by the machine's own clock.
+    pub(super) seconds: Option<u64>,
     #[serde(skip)]
     pub(super) output: BTreeMap<String, Vec<String>>,
 }
@@ -47,16 +64,27 @@ impl Guest {
             let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
             match word {
                 "@kernel" => guest.release = Some(rest.to_owned()),
-                "@took" => guest
-                    .took
-                    .extend(rest.split_once(": ").map(|(what, how)| (what.to_owned(), how.to_owned()))),
+                "@commit" => guest.commit = Some(rest.to_owned()),
+                "@divisor" => guest.divisor = rest.parse().ok(),
+                "@doctor" => guest.doctor = serde_json::from_str(rest).ok(),
+                "@capability" => guest.capabilities.extend(pair(rest)),
+                "@took" => guest.took.extend(pair(rest)),
+                "@machine" => guest.end = Some(rest.to_owned()),
                 "@brief" => guest.is_brief = true,
                 "@complaint" => guest.complaints.push(rest.to_owned()),
-                "@begin" => (executable, shown_test) = (Executable::default(), None),
+                "@begin" => {
+                    let mut words = rest.split(' ');
+                    guest.unfinished = words.next().map(str::to_owned);
+                    let is_whole = words.all(|argument| argument.is_empty() || argument.starts_with("--"));
+                    (executable, shown_test) = (Executable { is_whole, ..Executable::default() }, None);
+                }
                 "@end" => {
-                    let (name, code) = rest.split_once(' ').unwrap_or((rest, ""));
-                    executable.code = code.parse().ok();
-                    guest.executables.insert(name.to_owned(), std::mem::take(&mut executable));
+                    let mut words = rest.split(' ');
+                    let name = words.next().unwrap_or_default().to_owned();
+                    executable.code = words.next().and_then(|code| code.parse().ok());
+                    executable.seconds = words.next().and_then(|seconds| seconds.parse().ok());
+                    guest.executables.insert(name, std::mem::take(&mut executable));
+                    guest.unfinished = None;
                 }
                 "TEST-RC=0" => guest.result = Some(true),
                 "TEST-RC=1" => guest.result = Some(false),
@@ -66,6 +94,11 @@ impl Guest {
         guest.lines = console.lines().map(|line| line.trim_end().to_owned()).collect();
         guest
     }
+}
+
+/// Of `WHAT: HOW`.
+fn pair(text: &str) -> Option<(String, String)> {
+    text.split_once(": ").map(|(what, how)| (what.to_owned(), how.to_owned()))
 }
 
 impl Executable {
@@ -98,6 +131,11 @@ impl Executable {
     /// How many tests passed that ran something.
     pub(super) fn passed(&self) -> usize {
         self.passed.iter().filter(|test| !self.skipped.contains_key(*test)).count()
+    }
+
+    /// How many failed; all in one, where it ended otherwise than by its tests.
+    pub(super) fn failures(&self) -> usize {
+        self.failed.len().max(usize::from(self.code != Some(0)))
     }
 
     pub(super) fn is_empty(&self) -> bool {

@@ -1,5 +1,5 @@
 #!/tools/busybox sh
-# Runs the tests as the only process of a virtual machine. What the machine's console shows is read by report.rs.
+# Runs the tests as the only process of a virtual machine. What the machine's console shows is read by console.rs.
 
 /tools/busybox mkdir -p /bin /dev /proc /run /sys /tmp
 /tools/busybox --install -s /bin
@@ -29,6 +29,11 @@ done < /modules/order
 while read -r variable; do
     export "$variable"
 done < /environment
+# Nobody else has this machine: tests may break it.
+export IMDS_DISPOSABLE=1
+echo "@divisor $IMDS_TEST_DIVISOR"
+echo "@commit $(cat /commit)"
+sh /capabilities.sh /imds-agent
 
 if [ -e /brief ]; then
     echo "@brief"
@@ -67,13 +72,15 @@ export IMDS_AGENT=/imds-agent
 for test in /tests/*; do
     name=${test##*/}
     set --
-    while read -r filter; do
-        set -- "$@" "$filter"
-    done < "/filters/$name"
-    echo "@begin $name"
+    while read -r argument; do
+        set -- "$@" "$argument"
+    done < "/arguments/$name"
+    echo "@begin $name $*"
+    read -r start _ < /proc/uptime
     "$test" --show-output "$@"
     code=$?
-    echo "@end $name $code"
+    read -r end _ < /proc/uptime
+    echo "@end $name $code $((${end%.*} - ${start%.*}))"
     [ $code = 0 ] || result=1
 done
 

@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, bail};
 use super::{kernels::Kernel, modules, plan::Plan, tools::Tools};
 
 const INIT: &[u8] = include_bytes!("guest.sh");
+const CAPABILITIES: &[u8] = include_bytes!("capabilities.sh");
 /// Programs of this machine that the tests start. With busybox alone there would be no `ip link add type veth`, and its
 /// shell prefers its own `setpriv`, as its `unshare` does its own shell.
 const TOOLS: [&str; 9] = ["bpftool", "busybox", "ip", "nft", "nsenter", "setpriv", "sh", "tc", "unshare"];
@@ -23,6 +24,7 @@ const EXECUTABLE: u32 = 0o100_755;
 pub(super) fn archive(programs: &Tools, kernel: &Kernel, plan: &Plan) -> Result<Vec<u8>> {
     let mut cpio = Cpio::default();
     cpio.add("init", INIT);
+    cpio.add("capabilities.sh", CAPABILITIES);
     for tool in TOOLS {
         let path = programs.find(tool)?;
         cpio.copy(&format!("tools/{tool}"), &path)?;
@@ -38,12 +40,13 @@ pub(super) fn archive(programs: &Tools, kernel: &Kernel, plan: &Plan) -> Result<
     cpio.copy("imds-agent", &plan.agent)?;
     for planned in &plan.tests {
         cpio.copy(&format!("tests/{}", planned.name), &planned.path)?;
-        let filter = lines(planned.filter.iter().map(String::as_str));
-        cpio.add(&format!("filters/{}", planned.name), filter.as_bytes());
+        let arguments = lines(planned.arguments());
+        cpio.add(&format!("arguments/{}", planned.name), arguments.as_bytes());
     }
     if plan.is_brief {
         cpio.add("brief", &[]);
     }
+    cpio.add("commit", plan.commit.as_bytes());
     cpio.add("environment", lines(plan.environment.iter().map(String::as_str)).as_bytes());
     Ok(cpio.finish())
 }

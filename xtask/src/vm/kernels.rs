@@ -22,29 +22,37 @@ pub(super) enum Line {
     V6_12,
     #[value(name = "7")]
     V7,
+    /// That of the machine itself, which is not emulated.
+    #[value(name = "this")]
+    This,
 }
 
 impl Line {
+    /// Those that can be had everywhere.
+    pub(super) const DEBIANS: [Self; 4] = [Self::V5_10, Self::V6_1, Self::V6_12, Self::V7];
+
     /// The release of Debian that has it.
-    const fn suite(self) -> &'static str {
+    const fn suite(self) -> Option<&'static str> {
         match self {
-            Self::V5_10 => "bullseye",
-            Self::V6_1 => "bookworm",
-            Self::V6_12 => "trixie",
-            Self::V7 => "sid",
+            Self::V5_10 => Some("bullseye"),
+            Self::V6_1 => Some("bookworm"),
+            Self::V6_12 => Some("trixie"),
+            Self::V7 => Some("sid"),
+            Self::This => None,
         }
     }
 
     /// What the agent has to make use of there where it may choose, by the names of guest.sh: TCX came with 6.6, namespaces'
     /// cookies with 5.14, and for TC programs with 6.13.
-    pub(super) const fn takes(self) -> [(&'static str, &'static str); 4] {
+    pub(super) fn takes(self) -> Vec<(&'static str, &'static str)> {
         let (guard, node, node_edge) = match self {
             Self::V5_10 => ("clsact", "initial namespace", "ifindex"),
             Self::V6_1 => ("clsact", "cookie", "ifindex"),
             Self::V6_12 => ("tcx", "cookie", "ifindex"),
             Self::V7 => ("tcx", "cookie", "cookie"),
+            Self::This => return Vec::new(),
         };
-        [("guard", guard), ("node", node), ("node_edge", node_edge), ("events", "ringbuf")]
+        vec![("guard", guard), ("node", node), ("node_edge", node_edge), ("events", "ringbuf")]
     }
 
     /// Whether it lacks anything that a test may be about.
@@ -95,7 +103,8 @@ impl Kernel {
 fn download(line: Line, dir: &Path) -> Result<()> {
     say(format_args!("downloading kernel {line}"));
     cache::make(dir, |root, staging| {
-        let archive = Archive::open(&staging.join("apt"), line.suite())?;
+        let suite = line.suite().context("it is in no release of Debian")?;
+        let archive = Archive::open(&staging.join("apt"), suite)?;
         archive.unpack(&archive.kernel()?, root)
     })
 }
@@ -126,7 +135,7 @@ mod tests {
     fn a_line_is_called_by_its_version() {
         assert_eq!(
             Line::value_variants().iter().map(Line::to_string).collect::<Vec<_>>(),
-            ["5.10", "6.1", "6.12", "7"]
+            ["5.10", "6.1", "6.12", "7", "this"]
         );
     }
 }

@@ -1,6 +1,7 @@
 //! Which tests run, and how much of each.
 
 use std::{
+    num::NonZero,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -9,6 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use imds_tests::EFFORT;
 
 use super::build::Payload;
+use crate::build::commit;
 
 /// How many times less of the longest tests is done than on a machine that is not emulated.
 const DIVISOR: u32 = 4;
@@ -26,15 +28,22 @@ const QUICK: [(&str, &[&str]); 6] = [
     ("test_run", &["every_packet_to_the_endpoint", "the_verifier_is_done"]),
 ];
 
+/// What tests are ignored but here, each of which takes the machine for itself: those of `cargo xtask faults`.
+const FAULTS: (&str, &[&str]) = ("faults", &["--include-ignored", "--test-threads=1"]);
+
 /// What a machine is to do.
 #[derive(Debug)]
 pub(super) struct Plan {
     pub(super) agent: PathBuf,
     pub(super) tests: Vec<Planned>,
+    /// What the agent and the tests were built from.
+    pub(super) commit: String,
     /// Variables of the tests' environment, as `NAME=VALUE`.
     pub(super) environment: Vec<String>,
     /// Whether it is about a few tests, and not about what the agent makes use of on each kernel.
     pub(super) is_brief: bool,
+    /// Whether it is all tests, and as much of each as there is time for.
+    pub(super) is_whole: bool,
 }
 
 /// A test executable.
@@ -48,29 +57,40 @@ pub(super) struct Planned {
 
 impl Plan {
     /// All tests, those of `filter` (parts of tests' names, or names of executables), or `is_quick` ones.
-    pub(super) fn new(payload: Payload, filter: &[String], is_quick: bool) -> Result<Self> {
-        let is_there = |name| payload.tests.iter().any(|(there, _)| there == name);
-        if let Some((name, _)) = QUICK.iter().find(|(name, _)| !is_there(*name)) {
+    pub(super) fn new(
+        payload: Payload,
+        filter: &[String],
+        is_quick: bool,
+        divisor: Option<NonZero<u32>>,
+    ) -> Result<Self> {
+        let is_there = |name: &str| payload.tests.iter().any(|(there, _)| there == name);
+        if let Some((name, _)) = QUICK.iter().find(|(name, _)| !is_there(name)) {
             bail!("there is no test executable {name} any more, of which the quick tests are to be");
         }
+        // What names an executable is no part of a test's name.
+        let parts: Vec<_> = filter.iter().filter(|&part| !is_there(part)).cloned().collect();
         let mut tests = Vec::new();
         for (name, path) in payload.tests {
-            // One that is named itself is run whole.
-            let parts = if filter.contains(&name) { &[] } else { filter };
-            let planned = Planned { name, path, filter: parts.to_vec() };
-            let planned = if is_quick && filter.is_empty() { planned.quick()? } else { Some(planned) };
-            if let Some(planned) = planned
-                && (parts.is_empty() || has_tests(&planned.path, parts)?)
-            {
-                tests.push(planned);
-            }
+            let is_named = filter.contains(&name);
+            let planned = if filter.is_empty() && is_quick {
+                Planned { name, path, filter: Vec::new() }.quick()?
+            } else if filter.is_empty() || is_named {
+                Some(Planned { name, path, filter: Vec::new() })
+            } else {
+                let is_wanted = !parts.is_empty() && has_tests(&path, &parts)?;
+                is_wanted.then(|| Planned { name, path, filter: parts.clone() })
+            };
+            tests.extend(planned);
         }
         if tests.is_empty() {
             bail!("no test executable is called {0}, and no test has it in its name", filter.join(" or "));
         }
-        let divisor = if is_quick { QUICK_DIVISOR } else { DIVISOR };
+        let usual = if is_quick { QUICK_DIVISOR } else { DIVISOR };
+        let divisor = divisor.map_or(usual, NonZero::get);
         let environment = vec![format!("{EFFORT}={divisor}")];
-        Ok(Self { agent: payload.agent, tests, environment, is_brief: !filter.is_empty() })
+        let is_brief = !filter.is_empty();
+        let is_whole = !is_brief && !is_quick;
+        Ok(Self { agent: payload.agent, tests, commit: commit(), environment, is_brief, is_whole })
     }
 
     /// The test executables' names.
@@ -80,6 +100,12 @@ impl Plan {
 }
 
 impl Planned {
+    /// What it is started with.
+    pub(super) fn arguments(&self) -> impl Iterator<Item = &str> {
+        let options = if self.name == FAULTS.0 { FAULTS.1 } else { &[] };
+        options.iter().copied().chain(self.filter.iter().map(String::as_str))
+    }
+
     /// What of it is quick, if anything is.
     fn quick(self) -> Result<Option<Self>> {
         let Some((name, parts)) = QUICK.iter().find(|(name, _)| *name == self.name) else { return Ok(None) };

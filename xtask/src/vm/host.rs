@@ -1,0 +1,67 @@
+//! The same on this machine's own kernel: not emulated, and nothing that may break the machine.
+
+use std::{
+    fs::{self, File},
+    path::Path,
+    process::{Command, Stdio},
+    time::Instant,
+};
+
+use anyhow::{Context as _, Result, bail};
+use nix::{sys::utsname::uname, unistd::Uid};
+
+use super::plan::{Plan, Planned};
+
+const CAPABILITIES: &str = include_str!("capabilities.sh");
+
+/// Runs all that is planned and writes to `log` what a machine's console would show. Tells each test executable that ended.
+pub(super) fn run(plan: &Plan, log: &Path, mut tell: impl FnMut(&str)) -> Result<()> {
+    if !Uid::effective().is_root() {
+        bail!("the tests load BPF programs and make network namespaces: run them as root");
+    }
+    let release = uname().context("could not ask for the kernel's release")?;
+    let start = format!(
+        "@kernel {}\n@divisor 1\n@commit {}\n{}",
+        release.release().display(),
+        plan.commit,
+        if plan.is_brief { "@brief\n" } else { "" }
+    );
+    fs::write(log, start).with_context(|| format!("could not write {}", log.display()))?;
+    execute(Command::new("sh").args(["-c", CAPABILITIES, "sh"]).arg(&plan.agent), log)?;
+    let mut is_good = true;
+    for planned in &plan.tests {
+        is_good &= run_one(planned, &plan.agent, log)?;
+        tell(&planned.name);
+    }
+    append(log, &format!("TEST-RC={}", u8::from(!is_good)))
+}
+
+fn run_one(planned: &Planned, agent: &Path, log: &Path) -> Result<bool> {
+    let arguments: Vec<_> = planned.arguments().collect();
+    append(log, &format!("@begin {} {}", planned.name, arguments.join(" ")))?;
+    let start = Instant::now();
+    let mut test = Command::new(&planned.path);
+    test.arg("--show-output").args(arguments).env("IMDS_AGENT", agent);
+    let code = execute(&mut test, log)?;
+    append(log, &format!("@end {} {code} {}", planned.name, start.elapsed().as_secs()))?;
+    Ok(code == 0)
+}
+
+/// Adds a line to a console.
+pub(super) fn append(log: &Path, line: &str) -> Result<()> {
+    let written = open(log)
+        .and_then(|mut log| Ok(std::io::Write::write_all(&mut log, format!("{line}\n").as_bytes())?));
+    written.with_context(|| format!("could not write {}", log.display()))
+}
+
+fn open(log: &Path) -> Result<File> {
+    Ok(File::options().append(true).open(log)?)
+}
+
+/// Runs a command, all of whose output goes to the console.
+fn execute(command: &mut Command, log: &Path) -> Result<i32> {
+    let (output, errors) = (open(log)?, open(log)?);
+    let status = command.stdin(Stdio::null()).stdout(output).stderr(errors).status();
+    let status = status.with_context(|| format!("could not start {}", command.get_program().display()))?;
+    Ok(status.code().unwrap_or(-1))
+}
