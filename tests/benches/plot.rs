@@ -4,7 +4,7 @@ use std::{env, error::Error, path::PathBuf};
 
 use plotters::prelude::{
     ChartBuilder, Circle, Color as _, IntoDrawingArea as _, IntoLogRange as _, IntoSegmentedCoord as _,
-    LineSeries, PathElement, RGBColor, Rectangle, SVGBackend, SegmentValue, Text, WHITE,
+    LineSeries, PathElement, RGBColor, Rectangle, SVGBackend, SegmentValue, SeriesLabelPosition, Text, WHITE,
 };
 
 /// Names the directory that plots are written to; without it there are none.
@@ -79,7 +79,8 @@ pub(crate) fn lines(name: &str, title: &str, lines: &[(&str, Vec<(f64, f64)>)]) 
                 .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], color.stroke_width(2)));
             chart.draw_series(points.iter().map(|&point| Circle::new(point, 3, color.filled())))?;
         }
-        chart.configure_series_labels().label_font(FONT).background_style(WHITE).draw()?;
+        let mut legend = chart.configure_series_labels();
+        legend.position(SeriesLabelPosition::MiddleLeft).label_font(FONT).background_style(WHITE).draw()?;
         Ok(root.present()?)
     };
     to_file(name, draw);

@@ -163,7 +163,6 @@ impl Node {
         });
         let (agent, _) = self.start();
         self.assert_all_guarded(&agent);
-        self.wait_settled(pods.len());
         let (mut news, churn) = (Vec::new(), Churn::new(&self.world.node, &self.visitors));
         let cpu_of_churn = Process::new(agent.pid()).cpu_while(|| news = churn.run());
         drop(agent);
