@@ -7,10 +7,13 @@ use imds_tests::{
     api_server::{ApiServer, pod},
     kubelet::{Driver, Kubelet, new_uid},
     measure::{Process, machine, table},
+    poll::poll_until,
 };
 
 const PODS: usize = 250;
 const NODE: &str = "node-0";
+/// How long links may take to get TCX in the place of their filters.
+const PATIENCE: Duration = Duration::from_mins(2);
 /// How long nothing happens.
 const IDLE: Duration = Duration::from_mins(1);
 
@@ -43,6 +46,12 @@ fn main() {
             .kubernetes
             .as_ref()
             .is_some_and(|kubernetes| kubernetes.pods as usize == PODS && kubernetes.awaited == 0)
+    });
+    // One after another: that is work, too.
+    poll_until(PATIENCE, "every pod to have its TCX link", || {
+        let status = world.status();
+        let mut of_pods = status.interfaces.iter().filter(|interface| interface.role == "pod");
+        of_pods.all(|interface| interface.guard.as_deref() == Some("tcx")).then_some(())
     });
     let process = Process::new(agent.pid());
     eprintln!("watching it for {IDLE:?}");
