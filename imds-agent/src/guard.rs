@@ -6,13 +6,11 @@ mod provisional;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    future::pending,
     path::Path,
 };
 
 use imds_ebpf_common::{Backend, Edge, Hook, Role};
 use log::Level;
-use tokio::time::sleep_until;
 
 use self::provisional::Provisional;
 
@@ -27,7 +25,7 @@ use crate::{
         senders::Finder,
     },
     pods::Pods,
-    reconcile::{Action, Attachment, Place, plan},
+    reconcile::{Action, Place, plan},
     settings::Settings,
     state::role,
 };
@@ -389,36 +387,6 @@ impl Guard {
         if std::mem::take(&mut self.is_unsettled) { self.restore_exemptions().await } else { Ok(()) }
     }
 
-    /// Waits for the turn of a link that a filter holds for now.
-    pub async fn link_due(&self) -> u32 {
-        match self.provisional.as_ref().and_then(Provisional::next) {
-            Some((index, due)) => {
-                sleep_until(due).await;
-                index
-            }
-            None => pending().await,
-        }
-    }
-
-    /// Puts TCX in the place of the filter that holds this link.
-    pub async fn raise(&mut self, index: u32) {
-        if let Some(provisional) = &mut self.provisional {
-            provisional.raise(index);
-        }
-        if let Some(link) = self.links.get(&index).cloned() {
-            self.raising = Some(index);
-            self.see(link).await;
-            self.raising = None;
-        }
-    }
-
-    /// Does so for all links, without waiting for anything.
-    pub async fn raise_all(&mut self) {
-        while let Some((index, _)) = self.provisional.as_ref().and_then(Provisional::next) {
-            self.raise(index).await;
-        }
-    }
-
     async fn reclassify(&mut self) -> Result<(), NetlinkError> {
         let uplinks = self.netlink.uplinks().await?;
         if uplinks != self.uplinks {
@@ -511,26 +479,6 @@ impl Guard {
             }
         }
         noted.and(self.datapath.record(link, role, backend))
-    }
-
-    /// How an edge of this link is to be attached now.
-    fn choose(
-        &mut self,
-        link: &Link,
-        role: Role,
-        edge: Edge,
-        actual: &[Attachment],
-    ) -> Result<Backend, DatapathError> {
-        let wanted = self.datapath.wanted(role, edge);
-        match &mut self.provisional {
-            Some(provisional)
-                if (edge, wanted) == (Edge::Pod, Backend::Tcx) && self.raising != Some(link.index) =>
-            {
-                let has_company = actual.is_empty() && Datapath::has_company(link)?;
-                Ok(provisional.choose(link.index, actual, has_company))
-            }
-            _ => Ok(wanted),
-        }
     }
 
     fn report(&mut self, link: &Link, (role, edge): (Role, Edge), action: Action, is_new: bool) {

@@ -5,12 +5,17 @@
 //! pods, the last would be attached after 15 s, and whoever makes pods meanwhile would wait for the same lock. A filter
 //! takes no such wait. So each link gets one at once, and its TCX link in its place when nothing else is going on.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, future::pending, time::Duration};
 
-use imds_ebpf_common::Backend;
-use tokio::time::Instant;
+use imds_ebpf_common::{Backend, Edge, Role};
+use tokio::time::{Instant, sleep_until};
 
-use crate::reconcile::{Attachment, Place};
+use super::Guard;
+use crate::{
+    datapath::{Datapath, DatapathError},
+    node::links::Link,
+    reconcile::{Attachment, Place},
+};
 
 /// How long there was no news of links where nothing is going on.
 const CALM: Duration = Duration::from_millis(250);
@@ -69,6 +74,58 @@ impl Provisional {
     /// The link is gone, or held as it is to be.
     pub(super) fn forget(&mut self, index: u32) {
         self.since.remove(&index);
+    }
+}
+
+impl Guard {
+    /// Waits for the turn of a link that a filter holds for now.
+    pub async fn link_due(&self) -> u32 {
+        match self.provisional.as_ref().and_then(Provisional::next) {
+            Some((index, due)) => {
+                sleep_until(due).await;
+                index
+            }
+            None => pending().await,
+        }
+    }
+
+    /// Puts TCX in the place of the filter that holds this link.
+    pub async fn raise(&mut self, index: u32) {
+        if let Some(provisional) = &mut self.provisional {
+            provisional.raise(index);
+        }
+        if let Some(link) = self.links.get(&index).cloned() {
+            self.raising = Some(index);
+            self.see(link).await;
+            self.raising = None;
+        }
+    }
+
+    /// Does so for all links, without waiting for anything.
+    pub async fn raise_all(&mut self) {
+        while let Some((index, _)) = self.provisional.as_ref().and_then(Provisional::next) {
+            self.raise(index).await;
+        }
+    }
+
+    /// How an edge of this link is to be attached now.
+    pub(super) fn choose(
+        &mut self,
+        link: &Link,
+        role: Role,
+        edge: Edge,
+        actual: &[Attachment],
+    ) -> Result<Backend, DatapathError> {
+        let wanted = self.datapath.wanted(role, edge);
+        match &mut self.provisional {
+            Some(provisional)
+                if (edge, wanted) == (Edge::Pod, Backend::Tcx) && self.raising != Some(link.index) =>
+            {
+                let has_company = actual.is_empty() && Datapath::has_company(link)?;
+                Ok(provisional.choose(link.index, actual, has_company))
+            }
+            _ => Ok(wanted),
+        }
     }
 }
 
