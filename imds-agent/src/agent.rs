@@ -182,7 +182,8 @@ impl Agent {
                 },
                 () = future::ready(()), if self.guard.is_looking() => report(self.guard.go_on().await),
                 index = self.guard.link_due() => self.guard.raise(index).await,
-                () = self.guard.exemptions_changed() => report(self.guard.restore_exemptions().await),
+                () = future::ready(()), if self.guard.is_locating() => report(self.guard.locate_next().await),
+                () = self.guard.search_due() => report(self.guard.search_exempt().await),
                 () = self.guard.kubepods_changed() => report(self.guard.follow_kubepods()),
                 _ = self.timer.tick() => {
                     rounds = rounds.wrapping_add(1);

@@ -11,6 +11,7 @@ use std::{
 
 use imds_ebpf_common::{Backend, Edge, Hook, Role};
 use log::Level;
+use tokio::time::Instant;
 
 use self::provisional::Provisional;
 
@@ -18,6 +19,7 @@ use crate::{
     config::{Config, Interfaces},
     datapath::{Datapath, DatapathError, pins::PinDir},
     exempt::Rules,
+    kube::WatchState,
     node::{
         kubepods::Kubepods,
         links::Link,
@@ -70,6 +72,10 @@ pub struct Guard {
     /// Whom rules can mean.
     finder: Finder,
     pods: Pods,
+    /// The node's name in the cluster, and how the watch of its pods goes, where there is one.
+    watched: Option<(String, WatchState)>,
+    /// When it was last looked for who is exempt and of whom there is no news.
+    last_search: Instant,
     /// Whether what an earlier agent granted to pods of Kubernetes is what the rules say, as far as they were known then.
     keeps_grants: bool,
     links: BTreeMap<u32, Link>,
@@ -111,6 +117,8 @@ impl Guard {
             rules: Rules::new(exempt.clone()),
             finder,
             pods: Pods::new(cluster.is_some()),
+            watched: None,
+            last_search: Instant::now(),
             keeps_grants: false,
             links: BTreeMap::new(),
             uplinks: BTreeSet::new(),
@@ -192,6 +200,7 @@ impl Guard {
         self.netlink = self.netlink.clone().with_endpoints(guarded.ipv4());
         self.uplinks = self.netlink.uplinks().await?;
         self.see_again().await;
+        self.locate_all().await;
         self.change_rules(exempt.clone()).await?;
         self.datapath.enforce(plan, guarded)?;
         if self.datapath.hooks() != plan.hooks {
@@ -313,6 +322,7 @@ impl Guard {
         for link in self.read_links().await? {
             self.see(link).await;
         }
+        self.locate_all().await;
         // Who should pass and does not is no reason to guard nobody.
         unless(true, self.restore_exemptions().await)?;
         self.settled = true;
@@ -330,6 +340,7 @@ impl Guard {
             log::warn!("restored what was missing from {}", self.datapath.pins().root().display());
         }
         let sockets = self.restore_sockets();
+        self.datapath.forget_granted();
         self.pods.retry();
         let hosts = self.search_kubepods();
         restored?;

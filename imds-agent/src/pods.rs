@@ -3,7 +3,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
-    path::PathBuf,
     time::Duration,
 };
 
@@ -38,6 +37,10 @@ pub struct Pods {
     tree: Tree,
     /// Where those are that have a sandbox, by their ids.
     sandboxes: BTreeMap<String, Sandbox>,
+    /// Ids of those that are to be looked for, for the first time or again: until then, what is known of them counts.
+    sought: BTreeSet<String>,
+    /// Whether nobody was told of what is known now.
+    is_untold: bool,
     /// When the API server told of a pod last that has none.
     last_awaited: Instant,
     /// Those in the node's network namespace that are exempt: known by their cgroups alone, which come and go.
@@ -119,6 +122,8 @@ impl Pods {
             is_synced: false,
             tree: Tree::default(),
             sandboxes: BTreeMap::new(),
+            sought: BTreeSet::new(),
+            is_untold: true,
             last_awaited: Instant::now(),
             hosts: BTreeSet::new(),
         }
@@ -128,12 +133,18 @@ impl Pods {
     pub fn handle(&mut self, event: PodEvent) -> bool {
         let is_first = matches!(event, PodEvent::Relist(_)) && !std::mem::replace(&mut self.is_synced, true);
         let changed = self.index.handle(event);
-        for uid in &changed {
-            // It may have started a container, or a new sandbox.
-            self.sandboxes.remove(uid);
+        let is_news = is_first || !changed.is_empty();
+        self.is_untold |= is_news;
+        for uid in changed {
             self.last_awaited = Instant::now();
+            if self.index.get(&uid).is_some() {
+                // It may have started a container, or a new sandbox.
+                self.sought.insert(uid);
+            } else {
+                self.sandboxes.remove(&uid);
+            }
         }
-        is_first || !changed.is_empty()
+        is_news
     }
 
     /// Takes in how the watch of them goes. Returns whether that changes who is known.
@@ -176,68 +187,85 @@ impl Pods {
     /// A link is there that was not.
     pub fn link_came(&mut self, link: &Link) {
         if link.peer_netns.is_some() {
-            self.sandboxes.retain(|_, sandbox| sandbox.netns_id != link.peer_netns);
+            self.seek(|sandbox| sandbox.netns_id == link.peer_netns);
         }
     }
 
     /// A link is gone; who knows whether the sandbox is.
     pub fn link_went(&mut self, index: u32) {
-        self.sandboxes.retain(|_, sandbox| !sandbox.senders.interfaces.contains(&index));
+        let led_to = |sandbox: &Sandbox| sandbox.senders.interfaces.contains(&index);
+        self.seek(led_to);
+        // Another pod's link may have its index next.
+        let count = self.sandboxes.len();
+        self.sandboxes.retain(|_, sandbox| !led_to(sandbox));
+        self.is_untold |= self.sandboxes.len() < count;
     }
 
     /// Where pods are may have changed unseen.
     pub fn forget_sandboxes(&mut self) {
         self.sandboxes.clear();
+        self.is_untold = true;
+        self.seek_awaited();
     }
 
     /// Looks again, with the next [`Pods::locate`], for those of which not all could be found out.
     pub fn retry(&mut self) {
-        self.sandboxes.retain(|_, sandbox| sandbox.senders.failures.is_empty());
+        self.seek(|sandbox| !sandbox.senders.failures.is_empty());
         if self.awaited().next().is_some() {
             // The kubelet may have moved, and what it left behind be there still.
             self.tree.search();
+            self.seek_awaited();
         }
     }
 
-    /// Finds the sandboxes that are not known yet, where there are any. `links` are those of pods.
-    pub async fn locate(&mut self, finder: &Finder, netlink: &Netlink, links: &[&Link]) {
-        let index = &self.index;
-        self.sandboxes.retain(|uid, _| index.get(uid).is_some());
-        if !self.is_asked_for() {
-            return;
-        }
+    /// Looks again, with the next [`Pods::locate`], for those that were awaited and have a sandbox now, and for those in the
+    /// node's network namespace that are exempt and have other cgroups than when they were located.
+    pub fn seek_moved(&mut self) {
         if self.tree.is_stale() {
             self.tree.search();
         }
-        let cgroups = self.tree.pods();
-        for uid in self.moved_hosts(&cgroups) {
-            self.sandboxes.remove(&uid);
+        let cgroups = |pod: &Pod| self.tree.of(&pod.cgroup_uid);
+        let unsought = self.awaited().filter(|pod| !self.sought.contains(&pod.uid));
+        let come = unsought.filter(|pod| sandbox::is_inhabited(&cgroups(pod)));
+        let hosts = self.located().filter(|(pod, _)| self.hosts.contains(&pod.uid));
+        let moved =
+            hosts.filter(|(pod, sandbox)| !sandbox.cgroups.keys().eq(&sandbox::cgroup_ids(&cgroups(pod))));
+        let found: Vec<_> = come.chain(moved.map(|(pod, _)| pod)).map(|pod| pod.uid.clone()).collect();
+        self.sought.extend(found);
+    }
+
+    /// Whether there are some whose sandboxes are to be looked for.
+    #[must_use]
+    pub fn are_sought(&self) -> bool {
+        !self.sought.is_empty()
+    }
+
+    /// Looks for the sandboxes of the next `count` that are sought. `links` are those of pods.
+    pub async fn locate(&mut self, finder: &Finder, netlink: &Netlink, links: &[&Link], count: usize) {
+        if self.tree.is_stale() {
+            self.tree.search();
         }
-        let awaited: Vec<_> =
-            self.awaited().map(|pod| (pod.uid.clone(), pod.cgroup_uid.clone(), pod.host_network)).collect();
-        for (uid, cgroup_uid, host_network) in awaited {
-            let Some(cgroups) = cgroups.get(&cgroup_uid) else { continue };
-            if let Some(sandbox) = finder.pod(netlink, links, cgroups, host_network).await {
-                log::debug!("pod {uid}: {sandbox:?}");
-                self.sandboxes.insert(uid, sandbox);
-            }
+        for _ in 0..count {
+            let Some(uid) = self.sought.pop_first() else { break };
+            let Some(pod) = self.index.get(&uid) else { continue };
+            let cgroups = self.tree.of(&pod.cgroup_uid);
+            let found = finder.pod(netlink, links, &cgroups, pod.host_network).await;
+            log::debug!("pod {uid}: {found:?}");
+            let before = match found.clone() {
+                Some(sandbox) => self.sandboxes.insert(uid, sandbox),
+                None => self.sandboxes.remove(&uid),
+            };
+            self.is_untold |= before != found;
         }
     }
 
-    /// How long to wait before [`Pods::have_moved`] is worth asking; `None` where nothing is awaited. The longer nothing
-    /// comes, the less often it is looked for.
+    /// After how long, since the last time, [`Pods::seek_moved`] is worth a call; `None` where nothing is awaited. The longer
+    /// nothing comes, the less often it is.
     #[must_use]
     pub fn pause(&self) -> Option<Duration> {
         let (shortest, longest) = PAUSES;
-        self.is_asked_for().then(|| (self.last_awaited.elapsed() / 10).clamp(shortest, longest))
-    }
-
-    /// Whether sandboxes have come that were awaited, or containers of exempt pods in the node's network namespace.
-    #[must_use]
-    pub fn have_moved(&self) -> bool {
-        let cgroups = self.tree.pods();
-        self.awaited().any(|pod| sandbox::is_inhabited(of(pod, &cgroups)))
-            || !self.moved_hosts(&cgroups).is_empty()
+        let is_worth_it = self.awaited().next().is_some() || !self.hosts.is_empty();
+        is_worth_it.then(|| (self.last_awaited.elapsed() / 10).clamp(shortest, longest))
     }
 
     /// What the datapath knows those by whom a rule means.
@@ -257,6 +285,17 @@ impl Pods {
             }
         }
         senders
+    }
+
+    /// Whether [`Pods::names`] are to be told: all are known that can be, and they were not told.
+    #[must_use]
+    pub fn are_to_be_told(&self) -> bool {
+        self.is_untold && self.is_synced && !self.are_sought()
+    }
+
+    /// They were told.
+    pub fn were_told(&mut self) {
+        self.is_untold = false;
     }
 
     /// Who is behind what the datapath knows.
@@ -285,20 +324,13 @@ impl Pods {
         self.index.living().filter(|pod| !self.sandboxes.contains_key(&pod.uid))
     }
 
-    fn is_asked_for(&self) -> bool {
-        self.awaited().next().is_some() || !self.hosts.is_empty()
+    fn seek(&mut self, is_meant: impl Fn(&Sandbox) -> bool) {
+        let meant = self.sandboxes.iter().filter(|(_, sandbox)| is_meant(sandbox));
+        self.sought.extend(meant.map(|(uid, _)| uid.clone()));
     }
 
-    /// Those in the node's network namespace that are exempt and have other cgroups than when they were located.
-    fn moved_hosts(&self, cgroups: &BTreeMap<String, Vec<PathBuf>>) -> Vec<String> {
-        let hosts = self.located().filter(|(pod, _)| self.hosts.contains(&pod.uid));
-        let moved =
-            hosts.filter(|(pod, sandbox)| !sandbox.cgroups.keys().eq(&sandbox::cgroup_ids(of(pod, cgroups))));
-        moved.map(|(pod, _)| pod.uid.clone()).collect()
+    fn seek_awaited(&mut self) {
+        let awaited: Vec<_> = self.awaited().map(|pod| pod.uid.clone()).collect();
+        self.sought.extend(awaited);
     }
-}
-
-/// A pod's part of all cgroups.
-fn of<'c>(pod: &Pod, cgroups: &'c BTreeMap<String, Vec<PathBuf>>) -> &'c [PathBuf] {
-    cgroups.get(&pod.cgroup_uid).map(Vec::as_slice).unwrap_or_default()
 }

@@ -1,6 +1,10 @@
 //! Who is exempt by what Kubernetes calls them: from the API server's word to the packet.
 
-use std::fs;
+use std::{
+    fs,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+};
 
 use imds_tests::{
     Agent, METADATA, Netns, Pod, PodLink, World,
@@ -37,6 +41,26 @@ struct Scheduled {
     uid: String,
     cgroup: PodCgroup,
     pod: Pod,
+}
+
+/// Ends what other threads do meanwhile, also where a test fails.
+#[derive(Default)]
+struct Over(AtomicBool);
+
+impl Over {
+    fn is_told(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn when_dropped(&self) -> impl Drop {
+        struct Tell<'o>(&'o Over);
+        impl Drop for Tell<'_> {
+            fn drop(&mut self) {
+                self.0.0.store(true, Ordering::Relaxed);
+            }
+        }
+        Tell(self)
+    }
 }
 
 impl Cluster {
@@ -319,6 +343,82 @@ fn of_a_thousand_pods_only_what_differs_is_written() {
     // Its namespace, its link, and the filter; its name is what it was.
     assert!(exempt - before[0] <= 3 && named == before[1], "{exempt} and {named} after {before:?}");
     assert!(cluster.reaches(&trusted[1].pod.netns));
+    drop(agent);
+    cluster.world.unload();
+}
+
+#[test]
+fn an_agent_that_starts_anew_keeps_each_of_many_pods_exempt_at_every_moment() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let cluster = Cluster::new();
+    let agent = cluster.start(ALL);
+    let pods = [(); 40].map(|()| {
+        let mut pod = cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED);
+        pod.start();
+        pod
+    });
+    for pod in &pods {
+        cluster.wait_exempt(&pod.pod);
+    }
+    agent.kill9();
+    let (world, over) = (&cluster.world, Over::default());
+    thread::scope(|scope| {
+        let probers = [0, 20, 39].map(|number| {
+            let (pod, over) = (&pods[number].pod, &over);
+            scope.spawn(move || {
+                let mut refused = 0;
+                while !over.is_told() {
+                    let answer = world.in_cgroup(|| http_get(&pod.netns, METADATA, SHORT));
+                    refused += u32::from(!answer.is_answer());
+                }
+                refused
+            })
+        });
+        let tell = over.when_dropped();
+        for _ in 0..effort(10) {
+            let agent = cluster.start(ALL);
+            cluster.wait_known(40);
+            world.status_when("every pod is located", |status| {
+                status.kubernetes.as_ref().is_some_and(|kubernetes| kubernetes.awaited == 0)
+            });
+            agent.kill9();
+        }
+        drop(tell);
+        assert_eq!(probers.map(|prober| prober.join().unwrap()), [0; 3]);
+    });
+    let agent = cluster.start(ALL);
+    cluster.server.delete(&pods[20].uid);
+    cluster.wait_denied(&pods[20].pod);
+    assert!(cluster.reaches(&pods[39].pod.netns));
+    drop(agent);
+    cluster.world.unload();
+    assert!(cluster.reaches(&pods[20].pod.netns));
+}
+
+#[test]
+fn a_sandbox_that_comes_late_is_found_while_links_come_and_go() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let cluster = Cluster::new();
+    // A look at everything would find it, too.
+    let agent = cluster.world.agent().config(&cluster.config()).hooks(ALL).resync(3600).spawn_ready();
+    let mut trusted = cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED);
+    cluster.wait_known(1);
+    cluster.wait_denied(&trusted.pod);
+    let (node, over) = (&cluster.world.node, Over::default());
+    thread::scope(|scope| {
+        let _tell = over.when_dropped();
+        scope.spawn(|| {
+            while !over.is_told() {
+                node.ip("link add churn type veth peer name churn1\nlink del churn");
+            }
+        });
+        trusted.start();
+        cluster.wait_exempt(&trusted.pod);
+    });
     drop(agent);
     cluster.world.unload();
 }

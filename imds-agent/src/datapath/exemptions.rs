@@ -14,24 +14,46 @@ pub fn read(maps: &Maps) -> Result<Grants, MapError> {
     object::present(maps.exempt.iter()).collect()
 }
 
+/// What the map says, as far as this process wrote or read it: a map is slow to read, and this is asked for with each news
+/// of an interface.
+#[derive(Debug, Default)]
+pub(super) struct Known(Option<Grants>);
+
+impl Known {
+    /// Somebody else may have written it.
+    pub(super) fn forget(&mut self) {
+        self.0 = None;
+    }
+
+    fn get(&mut self, maps: &Maps) -> Result<&mut Grants, DatapathError> {
+        match &mut self.0 {
+            Some(known) => Ok(known),
+            none => Ok(none.insert(read(maps).map_err(of_exemptions)?)),
+        }
+    }
+}
+
 /// Makes `wanted` what is granted: what is taken away goes first. Returns how often a map was written.
-pub(super) fn write(maps: &mut Maps, wanted: &Grants) -> Result<usize, DatapathError> {
-    let before = read(maps).map_err(of_exemptions)?;
-    if before.is_empty() && wanted.is_empty() {
+pub(super) fn write(maps: &mut Maps, known: &mut Known, wanted: &Grants) -> Result<usize, DatapathError> {
+    let known = known.get(maps)?;
+    if known.is_empty() && wanted.is_empty() {
         // So it is on most nodes, with each news of an interface.
         return Ok(0);
     }
-    let mut writes = 0;
-    for exemption in before.keys().filter(|exemption| !wanted.contains_key(exemption)) {
-        remove(maps, exemption)?;
-        writes += 1;
+    let gone: Vec<_> = known.keys().filter(|exemption| !wanted.contains_key(exemption)).copied().collect();
+    let mut writes = gone.len();
+    for exemption in gone {
+        remove(maps, known, &exemption)?;
     }
     // Where there is no room for all, there is for some.
     let mut failed = None;
     for (exemption, grant) in wanted {
-        if before.get(exemption) != Some(grant) {
+        if known.get(exemption) != Some(grant) {
             match maps.exempt.insert(exemption, grant, 0) {
-                Ok(()) => writes += 1,
+                Ok(()) => {
+                    known.insert(*exemption, *grant);
+                    writes += 1;
+                }
                 Err(error) => failed = Some(error),
             }
         }
@@ -48,15 +70,18 @@ pub(super) fn write(maps: &mut Maps, wanted: &Grants) -> Result<usize, DatapathE
 }
 
 /// Takes from `subject` all that is granted to it.
-pub(super) fn revoke(maps: &mut Maps, subject: Subject) -> Result<(), DatapathError> {
-    let granted: Vec<_> = maps.exempt.keys().collect::<Result<_, _>>().map_err(of_exemptions)?;
-    let of_subject = granted.iter().filter(|exemption: &&Exemption| exemption.subject == subject);
-    of_subject.into_iter().try_for_each(|exemption| remove(maps, exemption))
+pub(super) fn revoke(maps: &mut Maps, known: &mut Known, subject: Subject) -> Result<(), DatapathError> {
+    let known = known.get(maps)?;
+    let of_subject: Vec<_> = known.keys().filter(|exemption| exemption.subject == subject).copied().collect();
+    of_subject.iter().try_for_each(|exemption| remove(maps, known, exemption))
 }
 
-fn remove(maps: &mut Maps, exemption: &Exemption) -> Result<(), DatapathError> {
+fn remove(maps: &mut Maps, known: &mut Grants, exemption: &Exemption) -> Result<(), DatapathError> {
     match maps.exempt.remove(exemption) {
-        Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+        Ok(()) | Err(MapError::KeyNotFound) => {
+            known.remove(exemption);
+            Ok(())
+        }
         Err(error) => Err(of_exemptions(error)),
     }
 }

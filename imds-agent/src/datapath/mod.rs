@@ -131,6 +131,7 @@ pub struct Datapath {
     sockets: Option<Sockets>,
     hosts: Hosts,
     told: pods::Told,
+    granted: exemptions::Known,
     netlink: Netlink,
     backend: Backend,
     hooks: Hooks,
@@ -170,8 +171,20 @@ impl Datapath {
         let Plan { backend, hooks, .. } = *plan;
         match Self::load(claim.dir(), plan, guarded) {
             Ok((programs, maps, links, sockets)) => {
-                let (hosts, told) = (Hosts::default(), pods::Told::default());
-                Ok(Self { claim, programs, maps, links, sockets, hosts, told, netlink, backend, hooks })
+                let datapath = Self {
+                    claim,
+                    programs,
+                    maps,
+                    links,
+                    sockets,
+                    hosts: Hosts::default(),
+                    told: pods::Told::default(),
+                    granted: exemptions::Known::default(),
+                    netlink,
+                    backend,
+                    hooks,
+                };
+                Ok(datapath)
             }
             Err(error) => {
                 if claim.is_new() {
@@ -362,12 +375,18 @@ impl Datapath {
 
     /// Makes these all the grants that there are. Returns how often a map was written.
     pub fn grant(&mut self, wanted: &Grants) -> Result<usize, DatapathError> {
-        exemptions::write(&mut self.maps, wanted)
+        exemptions::write(&mut self.maps, &mut self.granted, wanted)
+    }
+
+    /// Reads, with the next [`Datapath::grant`], what somebody else may have made of what is granted.
+    pub fn forget_granted(&mut self) {
+        self.granted.forget();
     }
 
     /// Takes from an interface what is granted to it.
     pub fn revoke(&mut self, ifindex: u32) -> Result<(), DatapathError> {
-        exemptions::revoke(&mut self.maps, Subject::new(SubjectKind::Interface, ifindex.into()))
+        let subject = Subject::new(SubjectKind::Interface, ifindex.into());
+        exemptions::revoke(&mut self.maps, &mut self.granted, subject)
     }
 
     /// Makes these all the names that are told. Returns how often a map was written.

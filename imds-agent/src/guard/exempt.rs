@@ -3,7 +3,7 @@
 use std::{future::pending, time::Duration};
 
 use imds_ebpf_common::{Hook, Role};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep_until};
 
 use super::Guard;
 use crate::{
@@ -17,20 +17,52 @@ use crate::{
 
 /// How often it is asked for what the kernel sends no news of: names of network namespaces, and processes in cgroups.
 const PERIOD: Duration = Duration::from_millis(250);
+/// How many sandboxes are looked for before news has its turn: a millisecond's worth.
+const SANDBOXES_AT_ONCE: usize = 2;
 
 impl Guard {
     /// Waits until the rules may find others than they did.
-    pub async fn exemptions_changed(&self) {
-        loop {
-            let of_rules = self.rules.are_to_be_asked().then_some(PERIOD);
-            match of_rules.into_iter().chain(self.pods.pause()).min() {
-                Some(pause) => sleep(pause).await,
-                None => pending().await,
-            }
-            if self.rules.may_have_changed() || self.pods.have_moved() {
-                return;
-            }
+    pub async fn search_due(&self) {
+        let of_rules = self.rules.are_to_be_asked().then_some(PERIOD);
+        match of_rules.into_iter().chain(self.pods.pause()).min() {
+            Some(pause) => sleep_until(self.last_search + pause).await,
+            None => pending().await,
         }
+    }
+
+    /// Looks whether they do.
+    pub async fn search_exempt(&mut self) -> Result<(), DatapathError> {
+        self.last_search = Instant::now();
+        // What comes of it is for `locate_next`.
+        self.pods.seek_moved();
+        if self.rules.may_have_changed() { self.restore_exemptions().await } else { Ok(()) }
+    }
+
+    /// Whether there are pods whose sandboxes are to be looked for.
+    #[must_use]
+    pub fn is_locating(&self) -> bool {
+        self.pods.are_sought()
+    }
+
+    /// Looks for the next ones; when that was the last, for who is exempt.
+    pub async fn locate_next(&mut self) -> Result<(), DatapathError> {
+        self.locate(SANDBOXES_AT_ONCE).await;
+        if self.is_locating() {
+            return Ok(());
+        }
+        let restored = self.restore_exemptions().await;
+        self.record_lookup().and(restored)
+    }
+
+    pub(super) async fn locate_all(&mut self) {
+        while self.is_locating() {
+            self.locate(SANDBOXES_AT_ONCE).await;
+        }
+    }
+
+    async fn locate(&mut self, count: usize) {
+        let pods: Vec<&Link> = self.links.values().filter(|link| self.role(link) == Role::Pod).collect();
+        self.pods.locate(&self.finder, &self.netlink, &pods, count).await;
     }
 
     /// Grants what the rules say of the pods that are there, and takes the rest away.
@@ -41,13 +73,14 @@ impl Guard {
         if writes > 0 {
             log::info!("{} exemptions are in force", wanted.len());
         }
-        if self.pods.is_synced() {
+        if self.pods.are_to_be_told() {
             self.writes.pods += self.datapath.tell_names(&self.pods.names())? as u64;
+            self.pods.were_told();
         }
         Ok(())
     }
 
-    /// Takes in what the API server tells of pods.
+    /// Takes in what the API server tells of pods. Where they are is for [`Guard::locate_next`].
     pub async fn hear_of_pods(&mut self, event: PodEvent) -> Result<(), DatapathError> {
         if self.pods.handle(event) { self.restore_exemptions().await } else { Ok(()) }
     }
@@ -57,15 +90,22 @@ impl Guard {
         if self.pods.take_in(state) {
             self.restore_exemptions().await?;
         }
-        self.datapath.record_lookup(Some(&self.pods.lookup(node, state)))
+        self.watched = Some((node.to_owned(), state.clone()));
+        self.record_lookup()
+    }
+
+    fn record_lookup(&mut self) -> Result<(), DatapathError> {
+        let lookup = self.watched.as_ref().map(|(node, state)| self.pods.lookup(node, state));
+        self.datapath.record_lookup(lookup.as_ref())
     }
 
     /// No pods are looked up any more.
     pub async fn forget_cluster(&mut self) -> Result<(), DatapathError> {
         self.pods = Pods::new(false);
+        self.watched = None;
         self.keeps_grants = false;
         self.datapath.tell_names(&self.pods.names())?;
-        self.datapath.record_lookup(None)?;
+        self.record_lookup()?;
         self.restore_exemptions().await
     }
 
@@ -83,11 +123,12 @@ impl Guard {
         self.finder.keep(&self.links);
         let is_strict = self.kubepods.is_some();
         self.pods.follow_hosts(self.rules.of_pods().filter(|_| is_strict));
-        self.pods.locate(&self.finder, &self.netlink, &pods).await;
         let judges_sockets = self.datapath.hooks().has(Hook::Socket);
         let found = self.rules.find(&mut self.finder, &self.netlink, &pods, &self.pods, judges_sockets);
         let mut wanted = found.await;
-        if self.keeps_grants && !self.pods.is_synced() {
+        // What comes of what all pods and their places are is better than what an earlier agent knew.
+        self.keeps_grants &= self.is_locating() || !self.pods.is_synced();
+        if self.keeps_grants {
             // What an earlier agent knew stays until there is better knowledge. Cookies and ids of cgroups are never given
             // again, and an interface with another pod's index has lost what was granted to it.
             for (exemption, grant) in self.datapath.granted()? {

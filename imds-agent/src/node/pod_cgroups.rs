@@ -1,13 +1,15 @@
 //! The cgroups that a kubelet makes for pods: which is whose.
 
 use std::{
-    collections::BTreeMap,
-    fs,
+    fs, iter,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
 use super::{cgroup, kubepods};
+
+/// What a kubelet calls the cgroups for pods whose quality of service is not guaranteed.
+const QOS: [&str; 2] = ["burstable", "besteffort"];
 
 /// The kubelet's parts of the cgroup hierarchies.
 #[derive(Clone, Debug, Default)]
@@ -32,26 +34,23 @@ impl Tree {
         self.tops.is_empty() || self.tops.iter().any(|top| !top.exists())
     }
 
-    /// The pods that have cgroups, by the id in their names: of each one cgroup in each hierarchy, v2 first.
+    /// The cgroups of the pod with this id in their names: one in each hierarchy, v2 first. What a pod makes of its own is
+    /// not looked at: it could name it after another pod.
     #[must_use]
-    pub fn pods(&self) -> BTreeMap<String, Vec<PathBuf>> {
-        let mut pods: BTreeMap<String, Vec<PathBuf>> = BTreeMap::new();
+    pub fn of(&self, uid: &str) -> Vec<PathBuf> {
+        // It is of the API server's, and to be a part of a path.
+        let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
+        if uid.is_empty() || !uid.bytes().all(is_plain) {
+            return Vec::new();
+        }
+        let mut cgroups = Vec::new();
         for top in &self.tops {
             let Ok(owner) = fs::metadata(top).map(|metadata| metadata.uid()) else { continue };
-            let mut unseen = vec![(top.clone(), Level::Top)];
-            while let Some((path, level)) = unseen.pop() {
-                let parent = name(&path).unwrap_or_default().to_owned();
-                for child in owned(&path, owner) {
-                    match name(&child).and_then(|name| level.below(&parent, name)) {
-                        // What a pod makes of its own is not looked at: it could name it after another pod.
-                        Some(Level::Pod(uid)) => pods.entry(uid).or_default().push(child),
-                        Some(level) => unseen.push((child, level)),
-                        None => {}
-                    }
-                }
-            }
+            let of_qos = QOS.into_iter().filter_map(|qos| child(top, qos, owner));
+            let parents = iter::once(top.clone()).chain(of_qos);
+            cgroups.extend(parents.filter_map(|parent| child(&parent, &format!("pod{uid}"), owner)));
         }
-        pods
+        cgroups
     }
 }
 
@@ -59,14 +58,14 @@ fn tops(root: &Path) -> Vec<PathBuf> {
     kubepods::below(root).unwrap_or_default().into_iter().collect()
 }
 
-/// The cgroups right below `path`, but those of another owner: whom a subtree was delegated to may call a cgroup anything.
-fn owned(path: &Path, owner: u32) -> impl Iterator<Item = PathBuf> {
-    let children = cgroup::children(path).unwrap_or_default();
-    children.into_iter().filter(move |path| fs::metadata(path).is_ok_and(|metadata| metadata.uid() == owner))
-}
-
-fn name(path: &Path) -> Option<&str> {
-    path.file_name()?.to_str()
+/// The cgroup right below `parent` that a kubelet calls so, unless it is another owner's: whom a subtree was delegated to
+/// may call a cgroup anything. The name of a systemd slice starts with its parent's, and has no hyphens of its own.
+fn child(parent: &Path, name: &str, owner: u32) -> Option<PathBuf> {
+    let path = match parent.file_name()?.to_str()?.strip_suffix(".slice") {
+        Some(stem) => parent.join(format!("{stem}-{}.slice", name.replace('-', "_"))),
+        None => parent.join(name),
+    };
+    fs::metadata(&path).is_ok_and(|found| found.is_dir() && found.uid() == owner).then_some(path)
 }
 
 /// The id in the name of a container's cgroup: `cri-containerd-<id>.scope`, `crio-<id>.scope` or `<id>`.
@@ -76,43 +75,6 @@ pub fn container(name: &str) -> Option<String> {
     let id = stem.rsplit('-').next().unwrap_or(stem);
     let is_id = id.len() == 64 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
     is_id.then(|| id.to_owned())
-}
-
-/// What a directory is to the kubelet.
-#[derive(Clone, Debug, Eq, PartialEq)]
-enum Level {
-    /// The top of its part.
-    Top,
-    /// For the pods of one quality of service.
-    Qos,
-    /// A pod.
-    Pod(String),
-}
-
-impl Level {
-    /// What `name` is in a directory of this level that is called `parent`.
-    fn below(&self, parent: &str, name: &str) -> Option<Self> {
-        let own = own_part(parent, name)?;
-        match (self, own.strip_prefix("pod")) {
-            (Self::Top | Self::Qos, Some(uid)) => pod_uid(uid).map(Self::Pod),
-            (Self::Top, None) if matches!(own, "burstable" | "besteffort") => Some(Self::Qos),
-            (_, _) => None,
-        }
-    }
-}
-
-/// What a name says besides its parent's. The name of a systemd slice starts with its parent's and a hyphen.
-fn own_part<'a>(parent: &str, name: &'a str) -> Option<&'a str> {
-    match name.strip_suffix(".slice") {
-        Some(stem) => stem.strip_prefix(parent.strip_suffix(".slice")?)?.strip_prefix('-'),
-        None => Some(name),
-    }
-}
-
-/// The id of a pod as it is everywhere else: systemd has no hyphen for it.
-fn pod_uid(name: &str) -> Option<String> {
-    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
-    (!name.is_empty() && name.bytes().all(is_plain)).then(|| name.replace('_', "-"))
 }
 
 #[cfg(test)]
@@ -146,9 +108,8 @@ mod tests {
         }
         let tree = Tree { tops: tops(root.path()) };
         assert_eq!(tree.tops.len(), 4);
-        let found = tree.pods();
-        let counts: Vec<_> = found.iter().map(|(uid, paths)| (uid.as_str(), paths.len())).collect();
-        assert_eq!(counts, [(STATIC, 2), (UID, 2), ("x", 1)]);
+        let counts = [UID, STATIC, "x", "z", ID, "", "x/../podx"].map(|uid| tree.of(uid).len());
+        assert_eq!(counts, [2, 2, 1, 0, 0, 0, 0]);
         assert!(!tree.is_stale());
         fs::remove_dir_all(root.path().join("kubepods")).unwrap();
         assert!(tree.is_stale() && Tree::default().is_stale());

@@ -9,6 +9,7 @@ use aya_obj::generated::bpf_attach_type::{
 };
 use imds_agent::datapath::bpf::link_create_cgroup;
 use imds_tests::{Netns, Pod, World, foreign::Foreign};
+use nix::net::if_::if_nametoindex;
 
 const TC_ACT_UNSPEC: i32 = -1;
 const TC_ACT_SHOT: i32 = 2;
@@ -30,6 +31,7 @@ pub(crate) enum Guard {
     Conntrack,
     EmptyProgram,
     EmptySocket,
+    EmptyAll,
     DropAll,
     PodEdge,
     NodeEdge,
@@ -53,11 +55,12 @@ pub(crate) struct On<'w> {
 }
 
 impl Guard {
-    pub(crate) const ALL: [Self; 13] = [
+    pub(crate) const ALL: [Self; 14] = [
         Self::Nothing,
         Self::Conntrack,
         Self::EmptyProgram,
         Self::EmptySocket,
+        Self::EmptyAll,
         Self::DropAll,
         Self::PodEdge,
         Self::NodeEdge,
@@ -75,6 +78,7 @@ impl Guard {
             Self::Conntrack => "nothing, conntrack on",
             Self::EmptyProgram => "an empty TCX program",
             Self::EmptySocket => "empty programs at the calls",
+            Self::EmptyAll => "empty programs at all three",
             Self::DropAll => "a TCX program that drops everything",
             Self::PodEdge => "imds-agent, pod_edge",
             Self::NodeEdge => "imds-agent, node_edge",
@@ -120,9 +124,13 @@ impl Guard {
         let mut on = On { world, is_agent: false, has_rules: false, foreign: Vec::new() };
         match self {
             Self::Nothing => {}
-            Self::EmptyProgram => on.foreign = vec![attach(TC_ACT_UNSPEC, node, pod)],
-            Self::EmptySocket => on.foreign = CALLS.map(|call| attach_to_calls(call, world)).into(),
-            Self::DropAll => on.foreign = vec![attach(TC_ACT_SHOT, node, pod)],
+            Self::EmptyProgram => on.foreign = vec![at_pod_edge(TC_ACT_UNSPEC, node, pod)],
+            Self::EmptySocket => on.foreign = at_calls(world).into(),
+            Self::EmptyAll => {
+                let at_edges = [at_pod_edge(TC_ACT_UNSPEC, node, pod), at_node_edge(TC_ACT_UNSPEC, node)];
+                on.foreign = at_calls(world).into_iter().chain(at_edges).collect();
+            }
+            Self::DropAll => on.foreign = vec![at_pod_edge(TC_ACT_SHOT, node, pod)],
             Self::PodEdge | Self::NodeEdge | Self::Socket | Self::AllHooks => {
                 return On::agent(world, self.hooks(), CONFIG);
             }
@@ -176,18 +184,28 @@ impl Drop for On<'_> {
 }
 
 /// A foreign program at the pod's edge.
-fn attach(action: i32, node: &Netns, pod: &Pod) -> (Foreign, OwnedFd) {
+fn at_pod_edge(action: i32, node: &Netns, pod: &Pod) -> (Foreign, OwnedFd) {
     let foreign = Foreign::returning(action);
     let link = foreign.attach_tcx_first(node, pod.host_ifindex, TcAttachType::Ingress);
     (foreign, link)
 }
 
-/// One at the calls of sockets.
-fn attach_to_calls(call: bpf_attach_type, world: &World) -> (Foreign, OwnedFd) {
-    let foreign = Foreign::allowing_calls(call as u32);
-    let cgroup = File::open(world.cgroup()).expect("the world's cgroup");
-    let link = link_create_cgroup(foreign.program(), &cgroup, call).expect("attach to a cgroup");
+/// One at the node's edge.
+fn at_node_edge(action: i32, node: &Netns) -> (Foreign, OwnedFd) {
+    let foreign = Foreign::returning(action);
+    let ifindex = node.run(|| if_nametoindex(World::UPLINK)).expect("the uplink");
+    let link = foreign.attach_tcx_first(node, ifindex, TcAttachType::Egress);
     (foreign, link)
+}
+
+/// One at each call of sockets that the agent has one at.
+fn at_calls(world: &World) -> [(Foreign, OwnedFd); CALLS.len()] {
+    CALLS.map(|call| {
+        let foreign = Foreign::allowing_calls(call as u32);
+        let cgroup = File::open(world.cgroup()).expect("the world's cgroup");
+        let link = link_create_cgroup(foreign.program(), &cgroup, call).expect("attach to a cgroup");
+        (foreign, link)
+    })
 }
 
 fn run(node: &Netns, iptables: &str, arguments: &str) {

@@ -63,7 +63,7 @@ impl Traffic {
         if self.is_denied() {
             &[Guard::DropAll, Guard::AksFilter, Guard::AksMangle]
         } else {
-            &[Guard::Nothing, Guard::Conntrack]
+            &[Guard::Nothing, Guard::EmptyAll, Guard::Conntrack]
         }
     }
 
