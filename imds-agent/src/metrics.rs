@@ -6,7 +6,7 @@ use std::{
 };
 
 use imds_ebpf_common::{
-    Address, Hook, Mode, Verdict,
+    Address, Backend, Hook, Mode, Verdict,
     ledger::{DenialKey, DenialRecord},
 };
 use prometheus_client::{
@@ -239,6 +239,16 @@ impl Snapshot {
                 .map(|(state, is)| ([("hook", hook.to_owned()), ("state", state.to_owned())], of(hook, is)))
         });
         to.gauge("imds_interfaces", "Interfaces that are to be guarded at a hook", samples)?;
+        let samples = report.hooks.iter().flat_map(|&hook| {
+            [Backend::Tcx, Backend::Clsact].map(|backend| {
+                let is_so = |interface: &&crate::status::Interface| {
+                    interface.hook == Some(hook) && interface.guard == Some(backend.name())
+                };
+                let labels = [("hook", hook.to_owned()), ("backend", backend.name().to_owned())];
+                (labels, report.interfaces.iter().filter(is_so).count() as u64)
+            })
+        });
+        to.gauge("imds_attached_interfaces", "Interfaces that are guarded at a hook, by how", samples)?;
         let by_cgroup = [
             ("socket", report.sockets.as_ref().map(|sockets| sockets.attached)),
             ("strict_host_network", report.strict_host_network.as_ref().map(|hosts| hosts.attached)),

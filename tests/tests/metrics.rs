@@ -68,6 +68,10 @@ fn what_is_counted_and_in_force_is_served() {
         assert!((value(&before, series) - expected).abs() < f64::EPSILON, "{series}:\n{before}");
     }
     assert!(before.contains("imds_agent_build_info{version="), "{before}");
+    let [tcx, clsact] = ["tcx", "clsact"].map(|backend| {
+        value(&before, &format!(r#"imds_attached_interfaces{{hook="pod_edge",backend="{backend}"}}"#))
+    });
+    assert!((tcx + clsact - 1.0).abs() < f64::EPSILON, "{before}");
 
     assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer());
     let after = get(&world, "/metrics").1;

@@ -1,6 +1,9 @@
 //! `imds-agent unload`.
 
-use std::process::ExitCode;
+use std::{
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context as _;
 use clap::Args;
@@ -12,6 +15,9 @@ use crate::{
     node::netlink::Netlink,
     preflight,
 };
+
+/// How often it is said how far it is.
+const PROGRESS: Duration = Duration::from_secs(1);
 
 #[derive(Args, Debug)]
 pub(super) struct UnloadArgs {
@@ -29,7 +35,14 @@ pub(super) async fn unload(args: UnloadArgs) -> Result<ExitCode, Failure> {
     let pins = PinDir::new(&args.pins.pin_dir)?;
     let netlink = Netlink::connect()?;
     let links = netlink.links().await?;
-    match datapath::unload(&pins, &netlink, &links).await? {
+    let mut told = Instant::now();
+    let progress = |done, all| {
+        if told.elapsed() >= PROGRESS {
+            eprintln!("detached {done} of {all} links");
+            told = Instant::now();
+        }
+    };
+    match datapath::unload(&pins, &netlink, &links, progress).await? {
         Removed { pin_dir: Some(pin_dir), interfaces, sockets } => {
             let sockets = if sockets { ", and sockets" } else { "" };
             println!("removed {} (guarded until now: {interfaces} interfaces{sockets})", pin_dir.display());

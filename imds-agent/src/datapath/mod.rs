@@ -444,15 +444,24 @@ pub struct Removed {
 }
 
 /// Removes everything of ours: links, filters, qdiscs that an agent made, pins, and with them programs and maps.
-pub async fn unload(pins: &PinDir, netlink: &Netlink, links: &[Link]) -> Result<Removed, DatapathError> {
+///
+/// Detaching a TCX link takes the kernel a while, as attaching does: `progress` is told how many of how many are done.
+pub async fn unload(
+    pins: &PinDir,
+    netlink: &Netlink,
+    links: &[Link],
+    mut progress: impl FnMut(usize, usize),
+) -> Result<Removed, DatapathError> {
     let mut removed = Removed::default();
     let Some(claim) = pins.claim_existing()? else {
         return Ok(removed);
     };
     home::ensure_no_filters_elsewhere(pins)?;
     removed.sockets = sockets::detach_all(pins)? | hosts::detach_all(pins)?;
-    for (_, path) in pins.pinned_links()? {
-        removed.interfaces += usize::from(tcx::detach_pinned(&path)?);
+    let pinned = pins.pinned_links()?;
+    for (done, (_, path)) in (1..).zip(&pinned) {
+        removed.interfaces += usize::from(tcx::detach_pinned(path)?);
+        progress(done, pinned.len());
     }
     // Maps that can't be read leave it unknown which qdiscs are ours; those stay.
     let mut maps = Maps::open(pins).ok();
