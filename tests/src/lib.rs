@@ -49,7 +49,7 @@ pub use packet_socket::PacketSocket;
 pub use pod::{Pod, PodLink};
 pub use services::{DNS_PORT, Services};
 pub use skip::{
-    SKIPPED, WHOLE_TEST, lacks_device, lacks_netns_cookie, lacks_tc_netns_cookie, skip,
+    SKIPPED, WHOLE_TEST, known_here, lacks_device, lacks_netns_cookie, lacks_tc_netns_cookie, skip,
     skip_without_netns_cookie, skip_without_tcx,
 };
 pub use status::Status;

@@ -26,7 +26,18 @@ pub fn skip_without_netns_cookie() -> bool {
     lacks
 }
 
-/// The same, without a word.
+/// Those of `hooks` that can hold a world's pods: all but the socket hook where it can't know the node, which is said.
+#[must_use]
+pub fn known_here(hooks: &[&'static str]) -> Vec<&'static str> {
+    let mut known = hooks.to_vec();
+    if hooks.contains(&"socket") && lacks_netns_cookie() {
+        skip("the socket hook", "no SO_NETNS_COOKIE on this kernel");
+        known.retain(|&hook| hook != "socket");
+    }
+    known
+}
+
+/// The same as [`skip_without_netns_cookie`], without a word.
 #[must_use]
 pub fn lacks_netns_cookie() -> bool {
     // SO_NETNS_COOKIE of include/uapi/asm-generic/socket.h.

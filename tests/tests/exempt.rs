@@ -7,7 +7,7 @@ use std::{
 };
 
 use imds_tests::{
-    Agent, Cgroup, METADATA, Netns, Pod, PodLink, SERVICE, World, lacks_netns_cookie,
+    Agent, Cgroup, METADATA, Netns, Pod, PodLink, SERVICE, World, known_here, lacks_netns_cookie,
     poll::{poll_until, try_poll},
     probe::{LONG, SHORT, http_get, reachable},
     skip, skip_without_netns_cookie,
@@ -185,18 +185,16 @@ fn a_pod_in_the_nodes_namespace_is_exempt_by_its_cgroup() {
 
 #[test]
 fn rules_come_and_go_with_the_configuration() {
-    if skip_without_netns_cookie() {
-        return;
-    }
     let world = World::new();
     let pod = world.add_pod(PodLink::Bridged);
     assert!(reaches(&world, &pod.netns));
     let path = world.scratch_dir().join("imds.toml");
-    fs::write(&path, "").unwrap();
+    let hooks = if lacks_netns_cookie() { "[hooks]\nsocket = false\n" } else { "" };
+    fs::write(&path, hooks).unwrap();
     let cgroup = world.cgroup().to_str().unwrap();
     let agent = world.agent().config_file(path.to_str().unwrap()).args(&["--cgroup", cgroup]).spawn_ready();
     wait_denied(&world, &pod);
-    fs::write(&path, rule(&format!("netns = '{}'", pod.netns.path().display()), "")).unwrap();
+    fs::write(&path, rule(&format!("netns = '{}'", pod.netns.path().display()), hooks)).unwrap();
     wait_exempt(&world, &pod);
 
     // It stays while no agent runs, and through the start of the next.
@@ -205,7 +203,7 @@ fn rules_come_and_go_with_the_configuration() {
     let agent = world.agent().config_file(path.to_str().unwrap()).args(&["--cgroup", cgroup]).spawn_ready();
     assert!(reaches(&world, &pod.netns));
 
-    fs::write(&path, "mode = 'enforce'").unwrap();
+    fs::write(&path, format!("mode = 'enforce'\n{hooks}")).unwrap();
     wait_denied(&world, &pod);
     assert!(world.status().exemptions.is_empty());
     drop(agent);
@@ -215,11 +213,8 @@ fn rules_come_and_go_with_the_configuration() {
 
 #[test]
 fn a_pod_that_comes_later_is_exempt_and_its_successor_is_not() {
-    if skip_without_netns_cookie() {
-        return;
-    }
     let world = World::new();
-    let agent = start(&world, ALL, &rule("interface = 'guest0'", ""));
+    let agent = start(&world, &known_here(ALL), &rule("interface = 'guest0'", ""));
     let first = world.add_pod(PodLink::Routed);
     wait_denied(&world, &first);
     // Its name alone makes it one of those that are meant.

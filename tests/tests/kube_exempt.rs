@@ -11,7 +11,9 @@ use imds_tests::{
     api_server::{ApiServer, Fault, pod},
     effort,
     http::{DEFAULT, try_get},
+    known_here,
     kubelet::{CONTAINER, Driver, Kubelet, PodCgroup, new_uid},
+    lacks_netns_cookie,
     poll::poll_until,
     probe::{LONG, SHORT, http_get},
     skip_without_netns_cookie,
@@ -76,8 +78,8 @@ impl Cluster {
         format!("{RULE}\n[kubernetes]\n{kubernetes}")
     }
 
-    fn start(&self, hooks: &[&'static str]) -> Agent<'_> {
-        self.world.agent().config(&self.config()).hooks(hooks).spawn_ready()
+    fn start(&self) -> Agent<'_> {
+        self.world.agent().config(&self.config()).hooks(&known_here(ALL)).spawn_ready()
     }
 
     fn schedule(&self, link: PodLink, driver: Driver, labels: &[(&str, &str)]) -> Scheduled {
@@ -125,12 +127,9 @@ impl Scheduled {
 
 #[test]
 fn a_pod_is_exempt_from_its_sandbox_on_and_until_its_label_or_itself_is_gone() {
-    if skip_without_netns_cookie() {
-        return;
-    }
     for (link, driver) in [(PodLink::Routed, Driver::Cgroupfs), (PodLink::Bridged, Driver::Systemd)] {
         let cluster = Cluster::new();
-        let agent = cluster.start(ALL);
+        let agent = cluster.start();
         let mut trusted = cluster.schedule(link, driver, TRUSTED);
         let mut other = cluster.schedule(link, driver, &[("app", "web")]);
         other.start();
@@ -161,11 +160,8 @@ fn a_pod_is_exempt_from_its_sandbox_on_and_until_its_label_or_itself_is_gone() {
 
 #[test]
 fn a_sandbox_that_is_made_anew_is_found_again_and_its_successor_is_not() {
-    if skip_without_netns_cookie() {
-        return;
-    }
     let cluster = Cluster::new();
-    let agent = cluster.start(ALL);
+    let agent = cluster.start();
     let mut trusted = cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED);
     trusted.start();
     cluster.wait_exempt(&trusted.pod);
@@ -186,12 +182,11 @@ fn a_sandbox_that_is_made_anew_is_found_again_and_its_successor_is_not() {
 
 #[test]
 fn while_the_api_server_is_away_what_is_known_stays_and_nobody_else_is_exempt() {
-    if skip_without_netns_cookie() {
-        return;
-    }
     let cluster = Cluster::new();
     let config = cluster.world.scratch_dir().join("imds.toml");
-    fs::write(&config, cluster.config()).unwrap();
+    let hooks = if lacks_netns_cookie() { "[hooks]\nsocket = false" } else { "" };
+    let rules = format!("{}\n{hooks}", cluster.config());
+    fs::write(&config, &rules).unwrap();
     let (config, cgroup) = (config.to_str().unwrap(), cluster.world.cgroup().to_str().unwrap());
     let spawn = || cluster.world.agent().config_file(config).args(&["--cgroup", cgroup]).spawn_ready();
     let agent = spawn();
@@ -223,7 +218,7 @@ fn while_the_api_server_is_away_what_is_known_stays_and_nobody_else_is_exempt() 
     agent.kill9();
 
     // Rules that are others than the earlier agent's keep nothing.
-    fs::write(config, cluster.config().replace("'trusted'", "'others'")).unwrap();
+    fs::write(config, rules.replace("'trusted'", "'others'")).unwrap();
     let agent = spawn();
     cluster.world.assert_nothing_arrives(|| assert!(!cluster.reaches(&trusted.pod.netns)));
     drop(agent);
@@ -271,11 +266,8 @@ fn a_pod_in_the_nodes_namespace_is_exempt_by_its_cgroups() {
 
 #[test]
 fn pods_are_named_wherever_they_are_shown() {
-    if skip_without_netns_cookie() {
-        return;
-    }
     let cluster = Cluster::new();
-    let agent = cluster.start(ALL);
+    let agent = cluster.start();
     let mut scheduled = cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED);
     scheduled.start();
     let mut object = scheduled.object(TRUSTED);
@@ -304,11 +296,8 @@ fn pods_are_named_wherever_they_are_shown() {
 
 #[test]
 fn of_a_thousand_pods_only_what_differs_is_written() {
-    if skip_without_netns_cookie() {
-        return;
-    }
     let cluster = Cluster::new();
-    let agent = cluster.start(ALL);
+    let agent = cluster.start();
     let pods = effort(1000);
     for number in 0..pods {
         let labels: &[_] = if number % 2 == 0 { TRUSTED } else { &[] };
@@ -349,11 +338,8 @@ fn of_a_thousand_pods_only_what_differs_is_written() {
 
 #[test]
 fn an_agent_that_starts_anew_keeps_each_of_many_pods_exempt_at_every_moment() {
-    if skip_without_netns_cookie() {
-        return;
-    }
     let cluster = Cluster::new();
-    let agent = cluster.start(ALL);
+    let agent = cluster.start();
     let pods = [(); 40].map(|()| {
         let mut pod = cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED);
         pod.start();
@@ -378,7 +364,7 @@ fn an_agent_that_starts_anew_keeps_each_of_many_pods_exempt_at_every_moment() {
         });
         let tell = over.when_dropped();
         for _ in 0..effort(10) {
-            let agent = cluster.start(ALL);
+            let agent = cluster.start();
             cluster.wait_known(40);
             world.status_when("every pod is located", |status| {
                 status.kubernetes.as_ref().is_some_and(|kubernetes| kubernetes.awaited == 0)
@@ -388,7 +374,7 @@ fn an_agent_that_starts_anew_keeps_each_of_many_pods_exempt_at_every_moment() {
         drop(tell);
         assert_eq!(probers.map(|prober| prober.join().unwrap()), [0; 3]);
     });
-    let agent = cluster.start(ALL);
+    let agent = cluster.start();
     cluster.server.delete(&pods[20].uid);
     cluster.wait_denied(&pods[20].pod);
     assert!(cluster.reaches(&pods[39].pod.netns));
@@ -399,12 +385,10 @@ fn an_agent_that_starts_anew_keeps_each_of_many_pods_exempt_at_every_moment() {
 
 #[test]
 fn a_sandbox_that_comes_late_is_found_while_links_come_and_go() {
-    if skip_without_netns_cookie() {
-        return;
-    }
     let cluster = Cluster::new();
     // A look at everything would find it, too.
-    let agent = cluster.world.agent().config(&cluster.config()).hooks(ALL).resync(3600).spawn_ready();
+    let agent =
+        cluster.world.agent().config(&cluster.config()).hooks(&known_here(ALL)).resync(3600).spawn_ready();
     let mut trusted = cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED);
     cluster.wait_known(1);
     cluster.wait_denied(&trusted.pod);

@@ -3,10 +3,9 @@
 use imds_tests::{
     METADATA, Netns, Pod, PodLink, World,
     hook::{self, Attached},
-    output,
+    known_here, output,
     poll::poll_until,
     probe::{LONG, SHORT, http_get, reachable},
-    skip_without_netns_cookie,
 };
 
 use aya::programs::tc::TcAttachType;
@@ -15,10 +14,7 @@ use crate::ALL;
 
 #[test]
 fn a_link_that_is_renamed_or_moved_to_another_bridge_stays_held() {
-    if skip_without_netns_cookie() {
-        return;
-    }
-    for hook in ALL {
+    for hook in known_here(&ALL) {
         let world = World::new();
         let pod = world.add_pod(PodLink::Bridged);
         assert!(reachable(&pod.netns, METADATA));
@@ -96,10 +92,7 @@ fn a_pod_that_takes_the_name_and_index_of_one_that_is_gone_is_guarded_and_starts
 /// A pod that comes while no agent runs and takes the place of one that was there, in every respect but its namespace.
 #[test]
 fn a_pod_that_takes_the_place_of_one_that_is_gone_is_held_from_its_first_packet() {
-    if skip_without_netns_cookie() {
-        return;
-    }
-    for hook in ["node_edge", "socket"] {
+    for hook in known_here(&["node_edge", "socket"]) {
         let world = World::new();
         let first = world.add_pod(PodLink::Routed);
         let agent = world.agent().hooks(&[hook]).spawn_ready();
