@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, ErrorKind, Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, SocketAddrV4, TcpStream, UdpSocket},
     os::fd::AsRawFd as _,
     time::{Duration, Instant},
 };
@@ -72,7 +72,14 @@ pub fn http_get(netns: &Netns, address: impl Into<IpAddr>, timeout: Duration) ->
 /// The same at any port.
 pub fn http_get_at(netns: &Netns, address: SocketAddr, timeout: Duration) -> Outcome {
     let connected = netns.run(|| TcpStream::connect_timeout(&address, timeout));
-    connected.and_then(|mut stream| http_exchange(&mut stream, timeout)).into()
+    let exchange = |mut stream: TcpStream| {
+        let answer = http_exchange(&mut stream, timeout);
+        // Now: for as long as another thread's child has not called execve(2), it has the socket, too, and closing ours
+        // ends nothing.
+        let _reset_already = stream.shutdown(Shutdown::Both);
+        answer
+    };
+    connected.and_then(exchange).into()
 }
 
 /// Opens a connection to the HTTP server at `address`, from the calling thread's namespace.
