@@ -30,6 +30,9 @@ const READY_TIMEOUT: Duration = Duration::from_secs(15);
 /// The hooks that there are.
 const HOOKS: [&str; 4] = ["pod_edge", "node_edge", "socket", "strict_host_network"];
 
+/// What reads a status for a machine.
+const STATUS: &[&str] = &["status", "-o", "json"];
+
 /// How the agent attaches its programs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Backend {
@@ -74,8 +77,7 @@ impl World {
     /// The same where it may fail, as it does while pins that are not the agent's await their replacement.
     #[track_caller]
     pub fn try_status(&self) -> Result<Status, String> {
-        let output = self.imds_agent(&["status", "-o", "json"]).output();
-        serde_json::from_slice(&output.stdout).map_err(|error| format!("{error}: {output:?}"))
+        try_status(&self.imds_agent(STATUS))
     }
 
     /// `imds-agent unload`, which has to succeed.
@@ -90,6 +92,11 @@ impl World {
         let (args, pin_dir) = (args.iter().map(ToString::to_string).collect(), self.pin_dir().to_owned());
         AgentCommand { world: self, args, env: Vec::new(), pin_dir, binary: self.agent.clone(), run: None }
     }
+}
+
+fn try_status(command: &AgentCommand<'_>) -> Result<Status, String> {
+    let output = command.output();
+    serde_json::from_slice(&output.stdout).map_err(|error| format!("{error}: {output:?}"))
 }
 
 /// Runs a command that must end by itself within 30 seconds.
@@ -221,7 +228,9 @@ impl<'w> AgentCommand<'w> {
                 lines.lock().expect("no reader panicked").push(line);
             }
         });
-        Agent { world: self.world, child, log }
+        // Of the same version, which understands what this one lays out.
+        let status = AgentCommand { binary: self.binary, ..self.world.imds_agent(STATUS) };
+        Agent { status, child, log }
     }
 
     /// Starts it and waits until every pod that there is, is guarded.
@@ -237,7 +246,7 @@ impl<'w> AgentCommand<'w> {
 /// A running agent. Dropping it kills it, which ends no enforcement.
 #[derive(Debug)]
 pub struct Agent<'w> {
-    world: &'w World,
+    status: AgentCommand<'w>,
     child: Child,
     log: Arc<Mutex<Vec<String>>>,
 }
@@ -258,7 +267,7 @@ impl Agent<'_> {
         let ready = try_poll(patience(READY_TIMEOUT), || {
             let ended = self.child.try_wait().expect("wait for the agent");
             assert!(ended.is_none(), "the agent ended ({ended:?}):\n{}", self.log());
-            let status = self.world.try_status();
+            let status = try_status(&self.status);
             last = Some(status.clone());
             status.ok().filter(|status| status.is_ready() && status.agent.pid == Some(pid))
         });

@@ -74,6 +74,11 @@ fn maps_that_another_version_wrote_are_replaced() {
     policies.set(0, Policy { mode: Mode::Off as u32, layout: 99, ..Policy::default() }, 0).unwrap();
     // Until then the programs go by it, as it is their own map.
     world.assert_open(&pod);
+    for command in [&["status"][..], &["report"], &["config", "show"]] {
+        let output = world.imds_agent(command).output();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && said.contains("another version"), "{command:?}: {said}");
+    }
     let agent = world.start_agent(Backend::Tcx);
     assert!(agent.log().contains("layout 99"), "{}", agent.log());
     world.assert_blocked(&pod);

@@ -56,6 +56,11 @@ pub enum ObjectError {
         /// What the kernel said.
         source: MapError,
     },
+    /// What is pinned was laid out by another version of the agent.
+    #[error(
+        "the maps are of another version of imds-agent ({0}): ask that one, or start this version's agent, which takes over"
+    )]
+    OtherVersion(String),
     /// The object that was built into the agent is not the one that it was written for.
     #[error("the embedded BPF object has no {0}")]
     Missing(&'static str),
@@ -214,9 +219,19 @@ pub struct Maps {
 impl Maps {
     /// Opens the maps that are pinned in `pins`.
     pub fn open(pins: &PinDir) -> Result<Self, ObjectError> {
+        if let Some(layout) = other_layout(pins) {
+            return Err(ObjectError::OtherVersion(format!("layout {layout}, this version has {LAYOUT}")));
+        }
         let open =
             |name| MapData::from_pin(pins.map(name)).map_err(|source| ObjectError::Map { name, source });
-        let typed = |name| move |source| ObjectError::Map { name, source };
+        let typed = |name| {
+            move |source| match source {
+                MapError::InvalidKeySize { .. } | MapError::InvalidValueSize { .. } => {
+                    ObjectError::OtherVersion(format!("{name} has an {source}"))
+                }
+                source => ObjectError::Map { name, source },
+            }
+        };
         Ok(Self {
             policy: Map::Array(open(MAP_POLICY)?).try_into().map_err(typed(MAP_POLICY))?,
             counters: Map::PerCpuHashMap(open(MAP_COUNTERS)?).try_into().map_err(typed(MAP_COUNTERS))?,
