@@ -1,17 +1,23 @@
 //! The fault suite.
 
-use std::process::ExitCode;
+use std::{
+    path::PathBuf,
+    process::{Command, ExitCode},
+};
 
 use anyhow::Result;
 
 use crate::{
     test::{self, HOST_CRATES},
-    workspace::{cargo, execute},
+    workspace::{artifacts, cargo, execute, root},
 };
 
 /// Run the tests that break things while pods send, and tell in numbers what each did; needs root, takes some minutes
 #[derive(clap::Args)]
 pub(crate) struct Faults {
+    /// Have the agent of this tag or commit take turns with this one, too, where versions take over from each other
+    #[arg(long, value_name = "REVISION")]
+    previous: Option<String>,
     /// Names of tests, in whole or in part, and options of the test binary such as --nocapture
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     filter: Vec<String>,
@@ -24,7 +30,29 @@ impl Faults {
         test.args(HOST_CRATES).args(["--test", "faults", "--", "--include-ignored", "--show-output"]);
         // Each has the machine for itself.
         test.arg("--test-threads=1").args(self.filter).env("IMDS_AGENT", agent);
+        if let Some(revision) = &self.previous {
+            test.env("IMDS_PREVIOUS_AGENT", build(revision)?);
+        }
         execute(&mut test)?;
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// Builds the agent of another revision. Returns where it is.
+fn build(revision: &str) -> Result<PathBuf> {
+    let target = artifacts("previous")?;
+    let sources = target.join("sources");
+    let git = |arguments: &[&str]| {
+        let mut git = Command::new("git");
+        git.arg("-C").arg(root()).args(arguments);
+        git
+    };
+    // Over what is left of a run that was broken off.
+    execute(git(&["worktree", "add", "--force", "--force", "--detach"]).arg(&sources).arg(revision))?;
+    let mut agent = cargo("build");
+    agent.args(["--release", "--locked", "--package", "imds-agent", "--manifest-path"]);
+    let built = execute(agent.arg(sources.join("Cargo.toml")).arg("--target-dir").arg(&target));
+    execute(git(&["worktree", "remove", "--force"]).arg(&sources))?;
+    built?;
+    Ok(target.join("release/imds-agent"))
 }
