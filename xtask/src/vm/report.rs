@@ -85,8 +85,10 @@ impl Executable {
             complaints.push(format!("{name} ended with {:?}", self.code));
         }
         if !line.may_skip() {
-            // Devices take an `ip` that knows them, too, and that is this machine's.
-            let faults = self.skipped.iter().filter(|(_, reason)| !reason.contains(" devices "));
+            // Devices take an `ip` that knows them, too, which is this machine's, and not all tools are taken along.
+            let is_of_kernel =
+                |reason: &str| !reason.contains(" devices ") && !reason.starts_with("there is no ");
+            let faults = self.skipped.iter().filter(|(_, reason)| is_of_kernel(reason));
             complaints.extend(faults.map(|(test, reason)| format!("{name}: {test} was skipped: {reason}")));
         }
         complaints
