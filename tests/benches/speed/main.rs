@@ -37,7 +37,8 @@ fn main() {
         turns.rotate_left(round as usize % Guard::ALL.len());
         for guard in turns {
             let _on = guard.turn_on(&world, &pod);
-            costs.add(guard, Traffic::ALL.map(|traffic| pair.cost(traffic)));
+            let possible = Traffic::ALL.into_iter().filter(|traffic| traffic.is_possible(guard));
+            possible.for_each(|traffic| costs.add(guard, traffic, pair.cost(traffic)));
         }
     }
     println!("{}; medians of {rounds} rounds.\n", machine());
@@ -55,17 +56,18 @@ fn main() {
     println!("{}", connect::waiting(&world, &pod));
 }
 
-/// Nanoseconds of a packet, by guard and traffic, one for each round.
+/// Nanoseconds of a unit, by guard and traffic, one for each round.
 #[derive(Debug, Default)]
-struct Costs(Vec<(Guard, [f64; Traffic::ALL.len()])>);
+struct Costs(Vec<(Guard, Traffic, f64)>);
 
 impl Costs {
-    fn add(&mut self, guard: Guard, costs: [f64; Traffic::ALL.len()]) {
-        self.0.push((guard, costs));
+    fn add(&mut self, guard: Guard, traffic: Traffic, cost: f64) {
+        self.0.push((guard, traffic, cost));
     }
 
     fn of(&self, guard: Guard, traffic: Traffic) -> impl Iterator<Item = f64> {
-        self.0.iter().filter(move |(of, _)| *of == guard).map(move |(_, costs)| costs[traffic as usize])
+        let is_wanted = move |(of, with, _): &&(Guard, Traffic, f64)| (*of, *with) == (guard, traffic);
+        self.0.iter().filter(is_wanted).map(|(.., cost)| *cost)
     }
 
     fn median(&self, guard: Guard, traffic: Traffic) -> f64 {
@@ -79,11 +81,12 @@ impl Costs {
 
     fn table(&self, traffic: Traffic) -> String {
         let baselines = traffic.baselines();
-        let mut head = vec!["guard".to_owned(), "a packet".to_owned(), "25 to 75 %".to_owned()];
+        let mut head = vec!["guard".to_owned(), traffic.unit().to_owned(), "25 to 75 %".to_owned()];
         head.extend(baselines.iter().map(|baseline| format!("times {}", baseline.name())));
         let head: Vec<_> = head.iter().map(String::as_str).collect();
         let rows: Vec<_> = Guard::ALL
             .into_iter()
+            .filter(|&guard| traffic.is_possible(guard))
             .map(|guard| {
                 let cost = Samples::new(self.of(guard, traffic));
                 let spread = format!("{:.0} to {:.0}", cost.quantile(25), cost.quantile(75));
