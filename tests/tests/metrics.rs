@@ -12,6 +12,7 @@ use imds_tests::{
     flood::Flood,
     foreign::detach_link,
     http::{DEFAULT, exchange, try_get},
+    known_here,
     poll::poll_until,
     probe::{LONG, SHORT, http_get},
     skip_without_tcx,
@@ -94,7 +95,7 @@ fn what_is_counted_and_in_force_is_served() {
 fn each_packet_is_told_of_or_counted_as_not_told_of_also_when_its_pod_is_gone() {
     let world = World::new();
     let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
-    let agent = world.agent().hooks(&["pod_edge", "node_edge", "socket"]).spawn_ready();
+    let agent = world.agent().hooks(&known_here(&["pod_edge", "node_edge", "socket"])).spawn_ready();
     let flood = Flood::udp(&pods[0], METADATA);
     for _ in 0..100 {
         assert!(!world.in_cgroup(|| http_get(&pods[1].netns, METADATA, SHORT)).is_answer());
