@@ -16,7 +16,7 @@ use super::{
 const SHORT: usize = 12;
 
 /// What it means for who has such a kernel that a test is skipped there, by how its reason begins.
-const MEANINGS: [(&str, &str); 15] = [
+const MEANINGS: [(&str, &str); 17] = [
     ("no TCX", "clsact filters are taken instead, and tested by the same tests"),
     (
         "no SO_NETNS_COOKIE",
@@ -37,6 +37,11 @@ const MEANINGS: [(&str, &str); 15] = [
     ("no netkit", "no pod can have one"),
     ("no ipvlan", "no pod can have one"),
     ("no macvlan", "no pod can have one"),
+    (
+        "programs of cgroups do not see",
+        "strict mode denies the packets of all that is below the pods' cgroup, those of pods with namespaces of their own too",
+    ),
+    ("this kernel does not count the instructions", "nothing: it takes the programs, and newer ones count"),
     ("there is no iptables", "nothing: the emulated machines have none; the agent does not need it"),
     ("no cgroup limits memory", "nothing: the test can't be set up"),
     ("it sets the machine's clock", "nothing: the test is for machines that nobody needs"),
