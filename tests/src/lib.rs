@@ -50,7 +50,7 @@ pub use pod::{Pod, PodLink};
 pub use services::{DNS_PORT, Services};
 pub use skip::{
     SKIPPED, WHOLE_TEST, known_here, lacks_device, lacks_netns_cookie, lacks_tc_netns_cookie, skip,
-    skip_without_netns_cookie, skip_without_tcx,
+    skip_unless_disposable, skip_without_netns_cookie, skip_without_tcx,
 };
 pub use status::Status;
 pub use ways::Ways;

@@ -36,6 +36,8 @@ const PREFIX: &str = "imds-";
 pub struct Netns {
     name: String,
     file: Arc<File>,
+    /// Whether it is the one in which this process and the machine's others are, which stay.
+    is_machines: bool,
 }
 
 impl Netns {
@@ -49,8 +51,17 @@ impl Netns {
         });
 
         let name = format!("{}-{role}", unique(PREFIX));
-        let file = Arc::new(add(&name));
-        Self { name, file }
+        let file = Arc::new(add(&name, true));
+        Self { name, file, is_machines: false }
+    }
+
+    /// A name for the namespace in which this process is.
+    pub(crate) fn of_machine() -> Self {
+        lift_memlock();
+        // Not one that is swept, with all processes in it.
+        let name = unique("machine-");
+        let file = Arc::new(add(&name, false));
+        Self { name, file, is_machines: true }
     }
 
     /// Name under /run/netns.
@@ -106,9 +117,11 @@ impl Netns {
         self.run(|| Path::new("/proc/sys/net").join(key).exists())
     }
 
-    /// Kills every process in this namespace and waits until none is left.
+    /// Kills every process in this namespace and waits until none is left; none of the machine's own.
     pub fn kill_processes(&self) {
-        kill_processes(&self.file);
+        if !self.is_machines {
+            kill_processes(&self.file);
+        }
     }
 }
 
@@ -199,16 +212,18 @@ fn processes_in(namespace: &File) -> Vec<Pid> {
         .collect()
 }
 
-/// What `ip netns add` does: worlds need so many that its start would take a good part of a test's time.
-fn add(name: &str) -> File {
+/// What `ip netns add` does, or with the namespace that is there `ip netns attach`: worlds need so many that its start would take a good part of a test's time.
+fn add(name: &str, is_new: bool) -> File {
     fs::create_dir_all(DIRECTORY).unwrap_or_else(|error| panic!("{DIRECTORY}: {error}"));
     let path = Path::new(DIRECTORY).join(name);
     File::create_new(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    let mount_new = || {
-        unshare(CloneFlags::CLONE_NEWNET)?;
+    let mount_it = || {
+        if is_new {
+            unshare(CloneFlags::CLONE_NEWNET)?;
+        }
         mount(Some("/proc/thread-self/ns/net"), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
     };
-    let mounted = thread::scope(|scope| scope.spawn(mount_new).join());
+    let mounted = thread::scope(|scope| scope.spawn(mount_it).join());
     mounted.expect("no panic").unwrap_or_else(|error| panic!("make namespace {name}: {error}"));
     File::open(&path).expect("a namespace that was just made")
 }

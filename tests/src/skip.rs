@@ -1,6 +1,6 @@
 //! What a kernel lacks of what tests need, and how they say so.
 
-use std::{net::UdpSocket, os::fd::AsRawFd as _, process::Stdio};
+use std::{env, net::UdpSocket, os::fd::AsRawFd as _, process::Stdio};
 
 use crate::{Netns, foreign::Foreign, hook};
 
@@ -8,6 +8,19 @@ use crate::{Netns, foreign::Foreign, hook};
 pub const SKIPPED: &str = "skipped: ";
 /// What is left out by a test that runs nothing.
 pub const WHOLE_TEST: &str = "the whole test";
+
+/// Says, in the environment, that nobody minds what becomes of the machine, as of a virtual one that is made for tests.
+const DISPOSABLE: &str = "IMDS_DISPOSABLE";
+
+/// Whether a test that does `what` to the machine can't run, which it tells.
+#[must_use]
+pub fn skip_unless_disposable(what: &str) -> bool {
+    let is_needed = env::var_os(DISPOSABLE).is_none();
+    if is_needed {
+        skip(WHOLE_TEST, &format!("it {what}, which takes {DISPOSABLE}"));
+    }
+    is_needed
+}
 
 /// Whether a test that is about TCX alone can't run, which it tells.
 #[must_use]

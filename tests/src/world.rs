@@ -76,7 +76,17 @@ impl World {
     #[must_use]
     #[expect(clippy::new_without_default, reason = "making a world is work that its name should show")]
     pub fn new() -> Self {
-        let node = Netns::new("node");
+        Self::around(Netns::new("node"))
+    }
+
+    /// Makes this machine itself the node, whose interfaces and sysctls stay changed: see
+    /// [`skip_unless_disposable`](crate::skip_unless_disposable).
+    #[must_use]
+    pub fn of_machine() -> Self {
+        Self::around(Netns::of_machine())
+    }
+
+    fn around(node: Netns) -> Self {
         let fabric = Netns::new("fabric");
         for netns in [&node, &fabric] {
             // The machine's own defaults, which IPv4 inherits, may differ.

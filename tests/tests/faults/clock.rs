@@ -1,9 +1,6 @@
 //! Clocks that jump.
 
-use std::{
-    env,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use aya::maps::{HashMap, Map, MapData};
 use imds_ebpf_common::{
@@ -11,11 +8,11 @@ use imds_ebpf_common::{
     ledger::{DenialKey, DenialRecord},
 };
 use imds_tests::{
-    Agent, Backend, PodLink, WHOLE_TEST,
+    Agent, Backend, PodLink,
     http::{DEFAULT, try_get},
     poll::poll_until,
     probe::LONG,
-    skip,
+    skip_unless_disposable,
 };
 use nix::{
     sys::time::TimeSpec,
@@ -26,8 +23,6 @@ use serde_json::Value;
 use super::{Case, Process, wrapped};
 
 const YEAR: Duration = Duration::from_hours(365 * 24);
-/// Says that nobody minds what becomes of the machine, as of a virtual one that is made for tests.
-const DISPOSABLE: &str = "IMDS_DISPOSABLE";
 
 /// What is asked of an agent, whatever the time: that it guards who is new, answers, counts on and loses nothing.
 #[track_caller]
@@ -128,8 +123,8 @@ fn jump(by: i64) {
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
 fn a_wall_clock_that_jumps_by_a_year_and_back() {
-    if env::var_os(DISPOSABLE).is_none() {
-        return skip(WHOLE_TEST, &format!("it sets the machine's clock, which takes {DISPOSABLE}"));
+    if skip_unless_disposable("sets the machine's clock") {
+        return;
     }
     let case = Case::new(Backend::Clsact);
     let agent = case.agent().resync(1).spawn_ready();

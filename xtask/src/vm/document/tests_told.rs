@@ -16,12 +16,12 @@ use super::{
 const SHORT: usize = 12;
 
 /// What it means for who has such a kernel that a test is skipped there, by how its reason begins.
-const MEANINGS: [(&str, &str); 17] = [
+const MEANINGS: [(&str, &str); 18] = [
     ("no TCX", "clsact filters are taken instead, and tested by the same tests"),
     (
         "no SO_NETNS_COOKIE",
         "the tests' nodes are namespaces other than the initial one, where the socket hook does not work; on a machine it \
-         does, as the agent runs in the initial one, but knows no exempt pod: with exemptions, `hooks.socket = false`",
+         does, as `initial_netns` shows, but knows no exempt pod: with exemptions, `hooks.socket = false`",
     ),
     (
         "TC programs do not see",
@@ -45,6 +45,7 @@ const MEANINGS: [(&str, &str); 17] = [
     ("there is no iptables", "nothing: the emulated machines have none; the agent does not need it"),
     ("no cgroup limits memory", "nothing: the test can't be set up"),
     ("it sets the machine's clock", "nothing: the test is for machines that nobody needs"),
+    ("it makes the machine's own", "nothing: the test is for machines that nobody needs"),
     ("bridges do not know VLANs", "no bridge filters by them"),
     ("no segment routing", "nothing follows such a header"),
     ("no test run of what came in", "nothing: the test can't be set up; others send such packets"),
