@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use imds_tests::{Agent, PodLink, World};
+use imds_tests::{Agent, PodLink, World, hook};
 
 use load::{Cluster, Follower, Load};
 use sample::{Row, Sampler};
@@ -76,5 +76,13 @@ fn main() -> ExitCode {
 fn start_agent<'w>(world: &'w World, config: &Path) -> Agent<'w> {
     let cgroup = world.cgroup().to_str().expect("a path of ours");
     let config = config.to_str().expect("a path of ours");
-    world.imds_agent(&["run"]).config_file(config).args(&["--cgroup", cgroup]).spawn_ready()
+    let agent = world.imds_agent(&["run"]).config_file(config).args(&["--cgroup", cgroup]).spawn_ready();
+    if hook::has_tcx() {
+        // A filter holds a pod until there is time for TCX.
+        world.status_when("every pod has its TCX link", |status| {
+            let mut pods = status.interfaces.iter().filter(|interface| interface.role == "pod");
+            pods.all(|interface| interface.guard.as_deref() == Some("tcx"))
+        });
+    }
+    agent
 }
