@@ -198,7 +198,7 @@ impl Guard {
         self.netlink = self.netlink.clone().with_endpoints(guarded.ipv4());
         self.uplinks = self.netlink.uplinks().await?;
         self.see_again().await;
-        self.locate_all().await;
+        self.locate(usize::MAX).await;
         self.change_rules(exempt.clone()).await?;
         self.datapath.enforce(plan, guarded)?;
         if self.datapath.hooks() != plan.hooks {

@@ -228,24 +228,21 @@ impl Snapshot {
 
     fn encode_coverage(&self, to: &mut Encoder<'_>) -> fmt::Result {
         let Self { report, .. } = self;
-        let of = |hook: &'static str, is_guarded: bool| {
-            let guarded = |interface: &&crate::status::Interface| {
-                interface.hook == Some(hook) && interface.guard.is_some() == is_guarded
-            };
-            report.interfaces.iter().filter(guarded).count() as u64
+        let count = |hook: &str, is_so: &dyn Fn(Option<&str>) -> bool| {
+            let of_hook = report.interfaces.iter().filter(|interface| interface.hook == Some(hook));
+            of_hook.filter(|interface| is_so(interface.guard)).count() as u64
         };
         let samples = report.hooks.iter().flat_map(|&hook| {
-            [("guarded", true), ("unguarded", false)]
-                .map(|(state, is)| ([("hook", hook.to_owned()), ("state", state.to_owned())], of(hook, is)))
+            [("guarded", true), ("unguarded", false)].map(|(state, is)| {
+                let labels = [("hook", hook.to_owned()), ("state", state.to_owned())];
+                (labels, count(hook, &|guard| guard.is_some() == is))
+            })
         });
         to.gauge("imds_interfaces", "Interfaces that are to be guarded at a hook", samples)?;
         let samples = report.hooks.iter().flat_map(|&hook| {
             [Backend::Tcx, Backend::Clsact].map(|backend| {
-                let is_so = |interface: &&crate::status::Interface| {
-                    interface.hook == Some(hook) && interface.guard == Some(backend.name())
-                };
                 let labels = [("hook", hook.to_owned()), ("backend", backend.name().to_owned())];
-                (labels, report.interfaces.iter().filter(is_so).count() as u64)
+                (labels, count(hook, &|guard| guard == Some(backend.name())))
             })
         });
         to.gauge("imds_attached_interfaces", "Interfaces that are guarded at a hook, by how", samples)?;

@@ -1,18 +1,23 @@
 //! Who is exempt, as pods come and go.
 
-use std::{future::pending, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    future::pending,
+    time::Duration,
+};
 
 use imds_ebpf_common::{Hook, Role};
 use tokio::time::{Instant, sleep_until};
 
 use super::Guard;
 use crate::{
-    config::Exempt,
+    config::{Exempt, Interfaces},
     datapath::DatapathError,
     exempt::Grants,
     kube::{PodEvent, WatchState},
     node::links::Link,
     pods::Pods,
+    state::role,
 };
 
 /// How often it is asked for what the kernel sends no news of: names of network namespaces, and processes in cgroups.
@@ -54,14 +59,9 @@ impl Guard {
         self.record_lookup().and(restored)
     }
 
-    pub(super) async fn locate_all(&mut self) {
-        while self.is_locating() {
-            self.locate(SANDBOXES_AT_ONCE).await;
-        }
-    }
-
-    async fn locate(&mut self, count: usize) {
-        let pods: Vec<&Link> = self.links.values().filter(|link| self.role(link) == Role::Pod).collect();
+    /// Looks for the next `count` of them.
+    pub(super) async fn locate(&mut self, count: usize) {
+        let pods = of_pods(&self.links, &self.uplinks, &self.interfaces);
         self.pods.locate(&self.finder, &self.netlink, &pods, count).await;
     }
 
@@ -119,7 +119,7 @@ impl Guard {
     }
 
     async fn find_exempt(&mut self) -> Result<Grants, DatapathError> {
-        let pods: Vec<&Link> = self.links.values().filter(|link| self.role(link) == Role::Pod).collect();
+        let pods = of_pods(&self.links, &self.uplinks, &self.interfaces);
         self.finder.keep(&self.links);
         let is_strict = self.kubepods.is_some();
         self.pods.follow_hosts(self.rules.of_pods().filter(|_| is_strict));
@@ -139,4 +139,13 @@ impl Guard {
         }
         Ok(wanted)
     }
+}
+
+/// Those of the links that are pods'.
+fn of_pods<'l>(
+    links: &'l BTreeMap<u32, Link>,
+    uplinks: &BTreeSet<u32>,
+    interfaces: &Interfaces,
+) -> Vec<&'l Link> {
+    links.values().filter(|link| role(link, uplinks, interfaces) == Role::Pod).collect()
 }

@@ -58,7 +58,7 @@ impl Guard {
         for link in self.read_links().await? {
             self.see(link).await;
         }
-        self.locate_all().await;
+        self.locate(usize::MAX).await;
         // Who should pass and does not is no reason to guard nobody.
         unless(true, self.restore_exemptions().await)?;
         self.settled = true;
