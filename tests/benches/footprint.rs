@@ -41,17 +41,10 @@ fn main() {
         kubeconfig.display()
     );
     let agent = world.agent().config(&config).hooks(&["pod_edge", "node_edge", "socket"]).spawn_ready();
-    world.status_when("every pod is located", |status| {
-        status
-            .kubernetes
-            .as_ref()
-            .is_some_and(|kubernetes| kubernetes.pods as usize == PODS && kubernetes.awaited == 0)
-    });
+    world.status_when("every pod is located", |status| status.has_located(PODS));
     // One after another: that is work, too.
     poll_until(PATIENCE, "every pod to have its TCX link", || {
-        let status = world.status();
-        let mut of_pods = status.interfaces.iter().filter(|interface| interface.role == "pod");
-        of_pods.all(|interface| interface.guard.as_deref() == Some("tcx")).then_some(())
+        world.status().all_pods_have_tcx().then_some(())
     });
     let process = Process::new(agent.pid());
     eprintln!("watching it for {IDLE:?}");

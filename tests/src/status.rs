@@ -213,6 +213,20 @@ impl Status {
         self.agent.ready && self.problems.is_empty() && self.all_pods_are_guarded()
     }
 
+    /// Whether every pod's interface has its TCX link, and none a filter that holds it until then.
+    #[must_use]
+    pub fn all_pods_have_tcx(&self) -> bool {
+        let mut pods = self.interfaces.iter().filter(|interface| interface.role == "pod");
+        pods.all(|interface| interface.guard.as_deref() == Some("tcx"))
+    }
+
+    /// Whether the API server has told of so many pods, and each was found on the node.
+    #[must_use]
+    pub fn has_located(&self, pods: usize) -> bool {
+        let known = self.kubernetes.as_ref();
+        known.is_some_and(|known| known.pods as usize == pods && known.awaited == 0)
+    }
+
     /// Whether each has a program of its own, where they are to have one.
     fn all_pods_are_guarded(&self) -> bool {
         let is_guarded = |interface: &Interface| interface.role != "pod" || interface.guard.is_some();

@@ -5,13 +5,13 @@ use std::{
     fs,
     io::{self, ErrorKind, Read as _, Write as _},
     net::TcpStream,
-    sync::atomic::{AtomicBool, AtomicU32, Ordering},
+    sync::atomic::{AtomicU32, Ordering},
     thread::{self, sleep},
     time::{Duration, Instant},
 };
 
 use imds_tests::{
-    Agent, PodLink, World, effort,
+    Agent, Over, PodLink, World, effort,
     http::{DEFAULT, try_get},
     poll::poll_until,
     probe::LONG,
@@ -180,11 +180,12 @@ fn answers_that_nobody_reads() {
 fn those_who_ask_without_pause() {
     let world = World::new();
     let agent = served(&world);
-    let (is_over, answers) = (AtomicBool::new(false), AtomicU32::new(0));
+    let (over, answers) = (Over::default(), AtomicU32::new(0));
     thread::scope(|scope| {
+        let tell = over.when_dropped();
         for _ in 0..effort(20) {
             scope.spawn(|| {
-                while !is_over.load(Ordering::Relaxed) {
+                while !over.is_told() {
                     let is_served =
                         try_get(&world, DEFAULT, "/metrics").is_ok_and(|(status, _)| status == 200);
                     answers.fetch_add(is_served.into(), Ordering::Relaxed);
@@ -198,7 +199,7 @@ fn those_who_ask_without_pause() {
             start.elapsed()
         });
         let longest = longest.max();
-        is_over.store(true, Ordering::Relaxed);
+        drop(tell);
         assert!(longest < Some(PATIENCE), "{longest:?}");
     });
     assert!(answers.into_inner() > 0);

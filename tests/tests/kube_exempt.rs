@@ -1,13 +1,9 @@
 //! Who is exempt by what Kubernetes calls them: from the API server's word to the packet.
 
-use std::{
-    fs,
-    sync::atomic::{AtomicBool, Ordering},
-    thread,
-};
+use std::{fs, thread};
 
 use imds_tests::{
-    Agent, METADATA, Netns, Pod, PodLink, World,
+    Agent, METADATA, Netns, Over, Pod, PodLink, World,
     api_server::{ApiServer, Fault, pod},
     effort,
     http::{DEFAULT, try_get},
@@ -43,26 +39,6 @@ struct Scheduled {
     uid: String,
     cgroup: PodCgroup,
     pod: Pod,
-}
-
-/// Ends what other threads do meanwhile, also where a test fails.
-#[derive(Default)]
-struct Over(AtomicBool);
-
-impl Over {
-    fn is_told(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    fn when_dropped(&self) -> impl Drop {
-        struct Tell<'o>(&'o Over);
-        impl Drop for Tell<'_> {
-            fn drop(&mut self) {
-                self.0.0.store(true, Ordering::Relaxed);
-            }
-        }
-        Tell(self)
-    }
 }
 
 impl Cluster {
@@ -364,10 +340,7 @@ fn an_agent_that_starts_anew_keeps_each_of_many_pods_exempt_at_every_moment() {
         let _tell = over.when_dropped();
         for _ in 0..effort(10) {
             let agent = cluster.start();
-            cluster.wait_known(40);
-            world.status_when("every pod is located", |status| {
-                status.kubernetes.as_ref().is_some_and(|kubernetes| kubernetes.awaited == 0)
-            });
+            world.status_when("every pod is located", |status| status.has_located(40));
             agent.kill9();
         }
     });

@@ -5,13 +5,14 @@ use std::{
     io::ErrorKind,
     net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream, UdpSocket},
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    sync::atomic::{AtomicU64, Ordering},
     thread,
 };
 
 use aya::util::KernelVersion;
 use imds_tests::{
-    Cgroup, DNS_PORT, METADATA, METADATA_V6, Netns, PodLink, SERVICE, SERVICE_V6, World, foreign, packets,
+    Cgroup, DNS_PORT, METADATA, METADATA_V6, Netns, Over, PodLink, SERVICE, SERVICE_V6, World, foreign,
+    packets,
     poll::poll_until,
     probe::{
         LONG, SHORT, connect, http_exchange, http_get, http_get_at, icmp_echo, reachable, send_ipv4,
@@ -380,20 +381,11 @@ fn what_somebody_detached_is_restored() {
     world.status_when("all is well", |status| status.is_ready() && status.state == "enforcing");
 }
 
-/// Ends what runs until then, also where the test fails.
-struct StopOnDrop<'a>(&'a AtomicBool);
-
-impl Drop for StopOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 /// Sends to the metadata service by a call that names it, by one that connects and by a raw socket, until told to stop.
-fn send_until(world: &World, container: &Cgroup, stop: &AtomicBool, tried: &AtomicU64) {
+fn send_until(world: &World, container: &Cgroup, over: &Over, tried: &AtomicU64) {
     container.run(|| {
         let (named, connected) = (udp_socket(&world.node, "0.0.0.0:0"), udp_socket(&world.node, "0.0.0.0:0"));
-        while !stop.load(Ordering::Relaxed) {
+        while !over.is_told() {
             // Refused, or seen to arrive.
             let _ = named.send_to(b"echo", (METADATA, ECHO_PORT));
             let _ = connected.connect((METADATA, ECHO_PORT)).and_then(|()| connected.send(b"echo"));
@@ -411,7 +403,7 @@ fn it_outlives_the_agent_and_the_next_takes_over_without_a_gap() {
     }
     let world = World::new();
     let container = world.add_cgroup(CONTAINER);
-    let (stop, tried) = (AtomicBool::new(false), AtomicU64::new(0));
+    let (over, tried) = (Over::default(), AtomicU64::new(0));
     assert!(world.arrives(|| {
         for protocol in [17, 132] {
             container.run(|| send_raw(&world.node, METADATA, protocol)).unwrap();
@@ -421,8 +413,8 @@ fn it_outlives_the_agent_and_the_next_takes_over_without_a_gap() {
     let before = world.arrivals();
     let agent = thread::scope(|scope| {
         let mut agent = agent;
-        let _stop = StopOnDrop(&stop);
-        scope.spawn(|| send_until(&world, &container, &stop, &tried));
+        let _tell = over.when_dropped();
+        scope.spawn(|| send_until(&world, &container, &over, &tried));
         for _ in 0..RESTARTS {
             agent.kill9();
             let told = tried.load(Ordering::Relaxed);

@@ -199,11 +199,9 @@ impl Node {
     fn wait_settled(&self, pods: usize) {
         poll_until(PATIENCE * 4, "every pod to be located and held by TCX", || {
             let status = self.world.status();
-            let known = status.kubernetes.as_ref();
-            let is_located = known.is_some_and(|known| known.pods as usize == pods && known.awaited == 0);
             let of_pods = status.interfaces.iter().filter(|interface| interface.role == "pod");
-            let is_settled = of_pods.clone().all(|interface| interface.guard.as_deref() == Some("tcx"));
-            (is_located && is_settled && of_pods.count() == pods).then_some(())
+            let is_settled = status.has_located(pods) && status.all_pods_have_tcx();
+            (is_settled && of_pods.count() == pods).then_some(())
         });
     }
 }

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use imds_tests::{Agent, PodLink, World, hook};
+use imds_tests::{Agent, PodLink, Status, World, hook};
 
 use load::{Cluster, Follower, Load};
 use sample::{Row, Sampler};
@@ -79,10 +79,7 @@ fn start_agent<'w>(world: &'w World, config: &Path) -> Agent<'w> {
     let agent = world.imds_agent(&["run"]).config_file(config).args(&["--cgroup", cgroup]).spawn_ready();
     if hook::has_tcx() {
         // A filter holds a pod until there is time for TCX.
-        world.status_when("every pod has its TCX link", |status| {
-            let mut pods = status.interfaces.iter().filter(|interface| interface.role == "pod");
-            pods.all(|interface| interface.guard.as_deref() == Some("tcx"))
-        });
+        world.status_when("every pod has its TCX link", Status::all_pods_have_tcx);
     }
     agent
 }

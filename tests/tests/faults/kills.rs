@@ -2,12 +2,11 @@
 
 use std::{
     fs,
-    sync::atomic::{AtomicBool, Ordering},
     thread::{self, sleep},
     time::Duration,
 };
 
-use imds_tests::{Backend, METADATA, Pod, World, effort, hook, packets, probe, skip_without_tcx};
+use imds_tests::{Backend, METADATA, Over, Pod, World, effort, hook, packets, probe, skip_without_tcx};
 
 use super::{Case, LINKS, Random};
 
@@ -70,9 +69,9 @@ fn killed_at_any_moment_of_start_and_reload_with_clsact() {
 }
 
 /// Pods come, send a little, and go or stay, until it is `over`. Returns those that stay, and how many there were.
-fn come_and_go(world: &World, mut random: Random, over: &AtomicBool) -> (Vec<Pod>, u32) {
+fn come_and_go(world: &World, mut random: Random, over: &Over) -> (Vec<Pod>, u32) {
     let (mut pods, mut came) = (Vec::new(), 0);
-    while came < MOST && !over.load(Ordering::Relaxed) {
+    while came < MOST && !over.is_told() {
         if pods.is_empty() || (pods.len() < CROWD && random.below(3) > 0) {
             let pod = world.add_pod(*random.of(&LINKS));
             let syns: Vec<_> = (1..100_u16)
@@ -95,16 +94,17 @@ fn killed_while_pods_come_and_go(backend: Backend) {
     let case = Case::new(backend);
     let mut random = Random::new();
     let kills = effort(100);
-    let over = AtomicBool::new(false);
+    let over = Over::default();
     let (staying, count) = case.under_flood(|| {
         thread::scope(|scope| {
+            let tell = over.when_dropped();
             let pods = scope.spawn(|| come_and_go(&case.world, Random::new(), &over));
             for _ in 0..kills {
                 let agent = case.agent().resync(1).spawn();
                 sleep(Duration::from_millis(random.below(400)));
                 agent.kill9();
             }
-            over.store(true, Ordering::Relaxed);
+            drop(tell);
             pods.join().unwrap()
         })
     });
