@@ -66,7 +66,7 @@ fn assert_no_weaker(config: &Config, said: &Table) {
     assert_eq!(config.answer.name(), word("answer").unwrap_or(Answer::Drop.name()));
     let hooks = said.get("hooks").and_then(Value::as_table);
     for (hook, by_default) in
-        [(Hook::PodEdge, true), (Hook::NodeEdge, true), (Hook::Socket, true), (Hook::Host, false)]
+        [(Hook::FromPod, true), (Hook::NodeEgress, true), (Hook::Socket, true), (Hook::HostNetwork, false)]
     {
         let is_on = hooks.and_then(|hooks| hooks.get(hook.name())?.as_bool()).unwrap_or(by_default);
         assert_eq!(config.hooks.has(hook), is_on, "{}", hook.name());

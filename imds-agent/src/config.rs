@@ -51,7 +51,7 @@ pub struct Config {
     pub answer: Answer,
     /// Where packets and calls are judged.
     pub hooks: Hooks,
-    /// The bit of a packet's mark by which the pod edge tells the node edge that it is exempt.
+    /// The bit of a packet's mark by which `from_pod` tells `node_egress` that it is exempt.
     pub mark: u32,
     /// What is guarded.
     pub endpoints: Endpoints,

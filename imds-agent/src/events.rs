@@ -113,9 +113,9 @@ pub fn comm(event: &Event) -> String {
 /// Index of the interface by which a packet came to the node; 0 where it came by none.
 #[must_use]
 pub fn ingress(event: &Event) -> u32 {
-    // At the node edge the other interface is the node's own, and so it is of what came by none.
+    // At `node_egress` the other interface is the node's own, and so it is of what came by none.
     match event.hook {
-        hook if hook == Hook::PodEdge as u8 => event.ifindex,
+        hook if hook == Hook::FromPod as u8 => event.ifindex,
         _ => event.ingress_ifindex,
     }
 }
@@ -133,7 +133,7 @@ pub fn senders(event: &Event) -> impl Iterator<Item = Subject> {
 }
 
 impl fmt::Display for Record {
-    /// One line: `2026-11-23T15:04:05.123Z deny pod_edge veth1 (4): 10.244.0.7:40312 -> 169.254.169.254:80 tcp`.
+    /// One line: `2026-11-23T15:04:05.123Z deny from_pod veth1 (4): 10.244.0.7:40312 -> 169.254.169.254:80 tcp`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:.3} {:5} {:9} ", self.time, self.verdict, self.hook)?;
         if let Some(index) = self.ifindex {
@@ -219,7 +219,7 @@ mod tests {
             ingress_ifindex: 4,
             source_port: 40_312,
             destination_port: 80,
-            hook: Hook::PodEdge as u8,
+            hook: Hook::FromPod as u8,
             verdict: Verdict::Deny as u8,
             protocol: 6,
             ..Event::default()
@@ -227,7 +227,7 @@ mod tests {
         let record = Record::new(&event, Timestamp::UNIX_EPOCH, |index| Some(format!("veth{index}")), None);
         assert_eq!(
             record.to_string(),
-            "1970-01-01T00:00:01.500Z deny  pod_edge  veth4 (4): 10.244.0.7:40312 -> 169.254.169.254:80 tcp, and 41 \
+            "1970-01-01T00:00:01.500Z deny  from_pod  veth4 (4): 10.244.0.7:40312 -> 169.254.169.254:80 tcp, and 41 \
              before it that were not told"
         );
         let json = serde_json::to_value(&record).unwrap();

@@ -10,7 +10,7 @@ use std::{
     path::Path,
 };
 
-use imds_ebpf_common::{Backend, Edge, Hook, Role};
+use imds_ebpf_common::{AttachMode, Hook, Role, TcHook};
 use log::Level;
 use tokio::time::Instant;
 
@@ -28,7 +28,7 @@ use crate::{
         senders::Finder,
     },
     pods::Pods,
-    reconcile::{Action, Place, plan},
+    reconcile::{Action, Order, plan},
     settings::Settings,
     state::role,
 };
@@ -43,7 +43,7 @@ pub struct Repairs {
     /// Pinned again, links and what is in the pin directory.
     pub pinned: u64,
     /// Put before programs that had got in front.
-    pub raised: u64,
+    pub reordered: u64,
     /// Times at which the kernel's events came faster than they were read.
     pub overruns: u64,
 }
@@ -193,7 +193,7 @@ impl Guard {
         if let (None, Some(root)) = (&self.kubepods, kubepods) {
             self.kubepods = Some(Kubepods::new(root.clone()));
         }
-        unless(before.has(Hook::Host), self.search_kubepods())?;
+        unless(before.has(Hook::HostNetwork), self.search_kubepods())?;
         self.interfaces = interfaces.clone();
         self.netlink = self.netlink.clone().with_endpoints(guarded.ipv4());
         self.uplinks = self.netlink.uplinks().await?;
@@ -229,8 +229,8 @@ impl Guard {
         format!(
             "mode {}: {} pod and {} node interfaces guarded by {}, sockets {}, provider {}, {} endpoint{}, pins in {}",
             plan.mode.name(),
-            self.wanted(Edge::Pod).count(),
-            self.wanted(Edge::Node).count(),
+            self.wanted(TcHook::FromPod).count(),
+            self.wanted(TcHook::NodeEgress).count(),
             plan.backend.name(),
             if plan.cgroup.is_some() { "too" } else { "not" },
             guarded.provider(),
@@ -243,7 +243,7 @@ impl Guard {
     /// The same on a line as short as a service manager shows it, and what is not as it should be.
     #[must_use]
     pub fn state(&self, Settings { plan, .. }: &Settings) -> String {
-        let [pods, nodes] = [Edge::Pod, Edge::Node].map(|edge| self.wanted(edge).count());
+        let [pods, nodes] = [TcHook::FromPod, TcHook::NodeEgress].map(|edge| self.wanted(edge).count());
         let sockets = if plan.cgroup.is_some() { "too" } else { "not" };
         let mode = plan.mode.name();
         let state = format!("mode {mode}: {pods} pod and {nodes} node interfaces guarded, sockets {sockets}");
@@ -257,8 +257,10 @@ impl Guard {
     }
 
     /// Interfaces that should be guarded at an edge.
-    pub fn wanted(&self, edge: Edge) -> impl Iterator<Item = &Link> {
-        self.links.values().filter(move |link| self.datapath.wanted(self.role(link), edge) != Backend::None)
+    pub fn wanted(&self, edge: TcHook) -> impl Iterator<Item = &Link> {
+        self.links
+            .values()
+            .filter(move |link| self.datapath.wanted(self.role(link), edge) != AttachMode::None)
     }
 
     /// What is not as it should be, by interface.
@@ -369,7 +371,7 @@ impl Guard {
     async fn reconcile(&mut self, link: &Link, is_new: bool) -> Result<(), DatapathError> {
         let role = self.role(link);
         let mut actual = Vec::new();
-        for edge in Edge::ALL {
+        for edge in TcHook::ALL {
             actual.push((edge, self.datapath.observe(link, edge, !self.settled).await?));
         }
         // What can't be written down, as where a map is full, keeps nothing from being attached.
@@ -380,7 +382,7 @@ impl Guard {
         }
         // What the role asks for is attached before anything else is taken away.
         actual.sort_by_key(|(edge, _)| role.edge() != Some(*edge));
-        let mut backend = Backend::None;
+        let mut backend = AttachMode::None;
         for (edge, attachments) in actual {
             let wanted = self.choose(link, role, edge, &attachments)?;
             if role.edge() == Some(edge) {
@@ -388,22 +390,22 @@ impl Guard {
             }
             let actions = plan(wanted, &attachments);
             for &action in &actions {
-                if let (Edge::Pod, Action::Attach(_), []) = (edge, action, &attachments[..]) {
+                if let (TcHook::FromPod, Action::Attach(_), []) = (edge, action, &attachments[..]) {
                     // Nothing of ours is there: the link may be another one than was granted something.
                     noted = noted.and(self.datapath.revoke(link.index));
                 }
                 self.datapath.apply(link, edge, action).await?;
                 self.report(link, (role, edge), action, is_new);
             }
-            let is_moved = |action: &Action| matches!(action, Action::Attach(_) | Action::Raise(_));
-            if wanted == Backend::Clsact && actions.iter().any(is_moved) {
+            let is_moved = |action: &Action| matches!(action, Action::Attach(_) | Action::Reorder(_));
+            if wanted == AttachMode::Clsact && actions.iter().any(is_moved) {
                 self.warn_if_stuck(link, edge).await?;
             }
         }
         noted.and(self.datapath.record(link, role, backend))
     }
 
-    fn report(&mut self, link: &Link, (role, edge): (Role, Edge), action: Action, is_new: bool) {
+    fn report(&mut self, link: &Link, (role, edge): (Role, TcHook), action: Action, is_new: bool) {
         let Link { name, index, .. } = link;
         let (at, level) = (edge.hook().name(), self.level_of_change());
         if level == Level::Warn && self.raising != Some(*index) {
@@ -411,7 +413,7 @@ impl Guard {
                 Action::Attach(_) if !is_new => self.repairs.attached += 1,
                 Action::Replace(_) => self.repairs.replaced += 1,
                 Action::Pin(_) => self.repairs.pinned += 1,
-                Action::Raise(_) => self.repairs.raised += 1,
+                Action::Reorder(_) => self.repairs.reordered += 1,
                 Action::Attach(_) | Action::Detach(_) => {}
             }
         }
@@ -439,7 +441,7 @@ impl Guard {
                 log::info!("guarding {name} (index {index}) at {at}: took over from an earlier agent");
             }
             Action::Pin(_) => log::warn!("{name} (index {index}): pinned again"),
-            Action::Raise(_) => {
+            Action::Reorder(_) => {
                 log::warn!("{name} (index {index}): put before programs that had got in front");
             }
             Action::Detach(backend) if role.edge() == Some(edge) => {
@@ -455,9 +457,9 @@ impl Guard {
         }
     }
 
-    async fn warn_if_stuck(&mut self, link: &Link, edge: Edge) -> Result<(), DatapathError> {
+    async fn warn_if_stuck(&mut self, link: &Link, edge: TcHook) -> Result<(), DatapathError> {
         let attachments = self.datapath.observe(link, edge, false).await?;
-        if attachments.iter().any(|attachment| attachment.place == Place::Stuck) {
+        if attachments.iter().any(|attachment| attachment.place == Order::Blocked) {
             let Link { name, index, .. } = link;
             log::warn!(
                 "{name} (index {index}): another filter sees packets first and can let them pass; `tc filter show dev \

@@ -6,7 +6,7 @@ use std::{
 };
 
 use imds_ebpf_common::{
-    Address, Backend, Hook, Mode, Verdict,
+    Address, AttachMode, Hook, Mode, Verdict,
     ledger::{DenialKey, DenialRecord},
 };
 use prometheus_client::{
@@ -240,7 +240,7 @@ impl Snapshot {
         });
         to.gauge("imds_interfaces", "Interfaces that are to be guarded at a hook", samples)?;
         let samples = report.hooks.iter().flat_map(|&hook| {
-            [Backend::Tcx, Backend::Clsact].map(|backend| {
+            [AttachMode::Tcx, AttachMode::Clsact].map(|backend| {
                 let labels = [("hook", hook.to_owned()), ("backend", backend.name().to_owned())];
                 (labels, count(hook, &|guard| guard == Some(backend.name())))
             })
@@ -248,7 +248,7 @@ impl Snapshot {
         to.gauge("imds_attached_interfaces", "Interfaces that are guarded at a hook, by how", samples)?;
         let by_cgroup = [
             ("socket", report.sockets.as_ref().map(|sockets| sockets.attached)),
-            ("strict_host_network", report.strict_host_network.as_ref().map(|hosts| hosts.attached)),
+            ("host_network", report.host_network.as_ref().map(|hosts| hosts.attached)),
         ];
         let samples = by_cgroup.into_iter().filter_map(|(hook, attached)| {
             attached.map(|attached| ([("hook", hook.to_owned())], u64::from(attached)))
@@ -291,7 +291,7 @@ impl Snapshot {
             ("attached", repairs.attached),
             ("replaced", repairs.replaced),
             ("pinned", repairs.pinned),
-            ("raised", repairs.raised),
+            ("reordered", repairs.reordered),
         ];
         to.counter(
             "imds_repairs",

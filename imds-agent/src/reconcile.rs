@@ -1,52 +1,52 @@
 //! What is to be done about an interface: a pure function of what is wanted and what is there.
 
-use imds_ebpf_common::Backend;
+use imds_ebpf_common::AttachMode;
 
 /// One program of ours on an interface.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Attachment {
-    /// How it is attached: [`Backend::Tcx`] or [`Backend::Clsact`].
-    pub backend: Backend,
+    /// How it is attached: [`AttachMode::Tcx`] or [`AttachMode::Clsact`].
+    pub backend: AttachMode,
     /// Whether it is the program that this agent loaded.
     pub current: bool,
     /// Whether it is pinned where it belongs, so that it outlives the agent. Filters always are.
     pub pinned: bool,
     /// Where it stands among the programs of the hook.
-    pub place: Place,
+    pub place: Order,
 }
 
 /// Where a program stands among the programs of its hook.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Place {
+pub enum Order {
     /// First: no other program sees the packet before.
     First,
     /// Others come before, and it can be put before them.
-    Behind,
+    NotFirst,
     /// Others come before that this backend can't get in front of.
-    Stuck,
+    Blocked,
 }
 
 /// A change to one interface.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Action {
     /// Attach, first in order.
-    Attach(Backend),
+    Attach(AttachMode),
     /// Put this agent's program in the place of the one there, with no moment between.
-    Replace(Backend),
+    Replace(AttachMode),
     /// Pin the link again.
-    Pin(Backend),
+    Pin(AttachMode),
     /// Put it before all others, with no moment without it.
-    Raise(Backend),
+    Reorder(AttachMode),
     /// Take it away.
-    Detach(Backend),
+    Detach(AttachMode),
 }
 
 /// The actions that bring an interface from `actual` to `wanted`, in their order: what guards comes before what
 /// unguards.
 #[must_use]
-pub fn plan(wanted: Backend, actual: &[Attachment]) -> Vec<Action> {
+pub fn plan(wanted: AttachMode, actual: &[Attachment]) -> Vec<Action> {
     let mut actions = Vec::new();
-    if wanted != Backend::None {
+    if wanted != AttachMode::None {
         match actual.iter().find(|attachment| attachment.backend == wanted) {
             None => actions.push(Action::Attach(wanted)),
             Some(Attachment { current, pinned, place, .. }) => {
@@ -56,8 +56,8 @@ pub fn plan(wanted: Backend, actual: &[Attachment]) -> Vec<Action> {
                 if !pinned {
                     actions.push(Action::Pin(wanted));
                 }
-                if *place == Place::Behind {
-                    actions.push(Action::Raise(wanted));
+                if *place == Order::NotFirst {
+                    actions.push(Action::Reorder(wanted));
                 }
             }
         }
@@ -72,19 +72,19 @@ mod tests {
     use proptest::prelude::*;
 
     use super::{
-        Action::{Attach, Detach, Pin, Raise, Replace},
-        Backend::{Clsact, None, Tcx},
+        Action::{Attach, Detach, Pin, Reorder, Replace},
+        AttachMode::{Clsact, None, Tcx},
         *,
     };
 
-    const GOOD: Attachment = Attachment { backend: Tcx, current: true, pinned: true, place: Place::First };
+    const GOOD: Attachment = Attachment { backend: Tcx, current: true, pinned: true, place: Order::First };
     const FILTER: Attachment = Attachment { backend: Clsact, ..GOOD };
 
     #[test]
     fn nothing_to_do() {
         assert_eq!(plan(Tcx, &[GOOD]), []);
         assert_eq!(plan(Clsact, &[FILTER]), []);
-        assert_eq!(plan(Clsact, &[Attachment { place: Place::Stuck, ..FILTER }]), []);
+        assert_eq!(plan(Clsact, &[Attachment { place: Order::Blocked, ..FILTER }]), []);
         assert_eq!(plan(None, &[]), []);
     }
 
@@ -93,7 +93,7 @@ mod tests {
         assert_eq!(plan(Tcx, &[]), [Attach(Tcx)]);
         assert_eq!(plan(Tcx, &[Attachment { current: false, ..GOOD }]), [Replace(Tcx)]);
         assert_eq!(plan(Tcx, &[Attachment { pinned: false, ..GOOD }]), [Pin(Tcx)]);
-        assert_eq!(plan(Tcx, &[Attachment { place: Place::Behind, ..GOOD }]), [Raise(Tcx)]);
+        assert_eq!(plan(Tcx, &[Attachment { place: Order::NotFirst, ..GOOD }]), [Reorder(Tcx)]);
         assert_eq!(plan(None, &[GOOD, FILTER]), [Detach(Tcx), Detach(Clsact)]);
     }
 

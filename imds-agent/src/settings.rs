@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context as _, anyhow};
-use imds_ebpf_common::{Backend, Hook};
+use imds_ebpf_common::{AttachMode, Hook};
 
 use crate::{
     cluster::Wanted,
@@ -21,7 +21,7 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct Node {
     /// How interfaces are attached.
-    pub backend: Backend,
+    pub backend: AttachMode,
     /// cgroup below which sockets are guarded; without it, the root of the hierarchy.
     pub cgroup: Option<PathBuf>,
     /// Where the firmware's words are.
@@ -67,7 +67,7 @@ impl Node {
             identity: identity(config.hooks)?,
             mark: config.mark,
         };
-        let kubepods = cgroup.filter(|_| config.hooks.has(Hook::Host));
+        let kubepods = cgroup.filter(|_| config.hooks.has(Hook::HostNetwork));
         let surroundings = Surroundings::read();
         let cluster = config
             .kubernetes
@@ -102,11 +102,11 @@ fn identity(hooks: Hooks) -> anyhow::Result<Identity> {
 }
 
 fn judges_by_cgroup(hooks: Hooks) -> bool {
-    hooks.has(Hook::Socket) || hooks.has(Hook::Host)
+    hooks.has(Hook::Socket) || hooks.has(Hook::HostNetwork)
 }
 
 /// How to do without what judges by cgroup.
 fn switch_off(hooks: Hooks) -> String {
-    let on = [Hook::Socket, Hook::Host].into_iter().filter(|&hook| hooks.has(hook));
+    let on = [Hook::Socket, Hook::HostNetwork].into_iter().filter(|&hook| hooks.has(hook));
     on.map(|hook| format!("hooks.{} = false", hook.name())).collect::<Vec<_>>().join(" and ")
 }

@@ -10,7 +10,7 @@ pub struct Event {
     pub time: u64,
     /// Cookie of the network namespace of the socket; 0 where that is not known.
     pub netns_cookie: u64,
-    /// Id of the cgroup v2 of the caller, or of the socket of a packet at [`Hook::Host`](crate::Hook::Host); 0 for other
+    /// Id of the cgroup v2 of the caller, or of the socket of a packet at [`Hook::HostNetwork`](crate::Hook::HostNetwork); 0 for other
     /// packets.
     pub cgroup: u64,
     /// Events of the same source and CPU that were left out since the one before.
@@ -52,7 +52,7 @@ const _: () = assert!(size_of::<Event>() == 112);
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Source {
     /// Index of the interface by which packets came in; cookie of the network namespace of calls; id of the cgroup of
-    /// both at [`Hook::Host`](crate::Hook::Host).
+    /// both at [`Hook::HostNetwork`](crate::Hook::HostNetwork).
     pub id: u64,
     /// A [`Hook`](crate::Hook).
     pub hook: u64,

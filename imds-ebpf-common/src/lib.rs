@@ -41,12 +41,12 @@ pub use exemption::{Exemption, Grant, Subject, SubjectKind, soften};
 pub use filter::Filter;
 pub use flow::Flow;
 pub use maps::{
-    Backend, ConfigRecord, Counter, CounterKey, InterfaceRecord, KubernetesRecord, PodRecord, Policy,
+    AttachMode, ConfigRecord, Counter, CounterKey, InterfaceRecord, KubernetesRecord, PodRecord, Policy,
     ProviderRecord, Role,
 };
 pub use packet::{Frame, Packet, Place, flow, service};
 pub use tables::{Listed, Tables};
 pub use verdict::{
-    Answer, Edge, Examined, Hook, Mode, Verdict, examine, is_plainly_foreign, judge, judge_address,
+    Answer, Examined, Hook, Mode, TcHook, Verdict, examine, is_plainly_foreign, judge, judge_address,
     judge_thoroughly,
 };

@@ -1,6 +1,6 @@
 //! Layout of the maps' keys and values. All integers are in host byte order.
 
-use crate::{Edge, Hook, Verdict, event::Window};
+use crate::{Hook, TcHook, Verdict, event::Window};
 
 /// Number of the layout below. It changes with every change of meaning that the sizes do not show, so that a newer
 /// agent never reads an older one's maps for something else.
@@ -20,7 +20,7 @@ pub struct Policy {
     pub netns: u32,
     /// The hooks that are on: a [`Hook::bit`](crate::Hook::bit) each.
     pub hooks: u32,
-    /// The bit of a packet's mark by which the pod edge tells the node edge that it is exempt; 0 for none.
+    /// The bit of a packet's mark by which `from_pod` tells `node_egress` that it is exempt; 0 for none.
     pub mark: u32,
     /// Cookie of the node's network namespace (`SO_NETNS_COOKIE`); 0 for the initial one, whose cookie the programs
     /// can ask for themselves.
@@ -65,7 +65,7 @@ pub struct Counter {
     pub packets: u64,
     /// Bytes of these packets, link-layer header included; none of calls on sockets.
     pub bytes: u64,
-    /// Limits what is told of these packets where all of them have one source, which is so at the pod edge.
+    /// Limits what is told of these packets where all of them have one source, which is so at `from_pod`.
     pub window: Window,
 }
 
@@ -164,7 +164,7 @@ pub struct InterfaceRecord {
     pub name: [u8; 16],
     /// A [`Role`].
     pub role: u8,
-    /// A [`Backend`].
+    /// A [`AttachMode`].
     pub backend: u8,
     /// 1 where the agent made the interface's clsact qdisc, else 0.
     pub made_qdisc: u8,
@@ -208,10 +208,10 @@ impl Role {
 
     /// The edge at which interfaces of this role are guarded, if they are.
     #[must_use]
-    pub const fn edge(self) -> Option<Edge> {
+    pub const fn edge(self) -> Option<TcHook> {
         match self {
-            Self::Pod => Some(Edge::Pod),
-            Self::Other | Self::Uplink | Self::Bridge => Some(Edge::Node),
+            Self::Pod => Some(TcHook::FromPod),
+            Self::Other | Self::Uplink | Self::Bridge => Some(TcHook::NodeEgress),
             Self::Loopback | Self::Excluded => None,
         }
     }
@@ -233,7 +233,7 @@ impl Role {
 /// How a program is attached to an interface.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, Default, Eq, Ord, PartialEq, PartialOrd)]
-pub enum Backend {
+pub enum AttachMode {
     /// Not at all.
     #[default]
     None = 0,
@@ -243,7 +243,7 @@ pub enum Backend {
     Clsact = 2,
 }
 
-impl Backend {
+impl AttachMode {
     /// The name, as users see it.
     #[must_use]
     pub const fn name(self) -> &'static str {

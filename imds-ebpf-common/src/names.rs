@@ -3,16 +3,16 @@
 //! The BPF object names its symbols so too; a test holds both sides together. The kernel keeps 15 bytes of a name
 //! (`BPF_OBJ_NAME_LEN`).
 
-use crate::{Edge, Frame};
+use crate::{Frame, TcHook};
 
 /// TC ingress program for pods' interfaces with an Ethernet header.
-pub const PROG_POD_EDGE: &str = "imds_pod_edge";
+pub const PROG_FROM_POD: &str = "imds_from_pod";
 /// The same for those without a link layer.
-pub const PROG_POD_L3: &str = "imds_pod_l3";
+pub const PROG_FROM_POD_L3: &str = "imds_from_podl3";
 /// TC egress program for the node's own interfaces with an Ethernet header.
-pub const PROG_NODE_EDGE: &str = "imds_node_edge";
+pub const PROG_NODE_EGRESS: &str = "imds_egress";
 /// The same for those without a link layer.
-pub const PROG_NODE_L3: &str = "imds_node_l3";
+pub const PROG_NODE_EGRESS_L3: &str = "imds_egress_l3";
 /// cgroup program for connect(2) on IPv4 sockets.
 pub const PROG_CONNECT4: &str = "imds_connect4";
 /// cgroup program for connect(2) on IPv6 sockets.
@@ -80,7 +80,7 @@ pub const GLOBAL_TC_HAS_COOKIE: &str = "TC_HAS_COOKIE";
 pub const GLOBAL_CGROUP_HAS_COOKIE: &str = "CGROUP_HAS_COOKIE";
 
 /// The TC programs.
-pub const TC_PROGRAMS: [&str; 4] = [PROG_POD_EDGE, PROG_POD_L3, PROG_NODE_EDGE, PROG_NODE_L3];
+pub const TC_PROGRAMS: [&str; 4] = [PROG_FROM_POD, PROG_FROM_POD_L3, PROG_NODE_EGRESS, PROG_NODE_EGRESS_L3];
 /// The programs on the cgroup whose sockets are guarded.
 pub const SOCKET_PROGRAMS: [&str; 4] = [PROG_CONNECT4, PROG_CONNECT6, PROG_SENDMSG4, PROG_SENDMSG6];
 /// Pins of their links, in the same order.
@@ -122,20 +122,20 @@ pub const PREFIX: &str = "imds_";
 
 /// How the pin of an interface's TCX link begins; the decimal interface index follows.
 #[must_use]
-pub const fn link_prefix(edge: Edge) -> &'static str {
+pub const fn link_prefix(edge: TcHook) -> &'static str {
     match edge {
-        Edge::Pod => "pod_edge_",
-        Edge::Node => "node_edge_",
+        TcHook::FromPod => "from_pod_",
+        TcHook::NodeEgress => "node_egress_",
     }
 }
 
 /// The TC program for an edge and for packets that start with `frame` there.
 #[must_use]
-pub const fn tc_program(edge: Edge, frame: Frame) -> &'static str {
+pub const fn tc_program(edge: TcHook, frame: Frame) -> &'static str {
     match (edge, frame) {
-        (Edge::Pod, Frame::Ethernet) => PROG_POD_EDGE,
-        (Edge::Pod, Frame::Ip) => PROG_POD_L3,
-        (Edge::Node, Frame::Ethernet) => PROG_NODE_EDGE,
-        (Edge::Node, Frame::Ip) => PROG_NODE_L3,
+        (TcHook::FromPod, Frame::Ethernet) => PROG_FROM_POD,
+        (TcHook::FromPod, Frame::Ip) => PROG_FROM_POD_L3,
+        (TcHook::NodeEgress, Frame::Ethernet) => PROG_NODE_EGRESS,
+        (TcHook::NodeEgress, Frame::Ip) => PROG_NODE_EGRESS_L3,
     }
 }

@@ -84,18 +84,18 @@ impl Answer {
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum Hook {
     /// TC ingress of the node's end of a pod's link.
-    PodEdge = 1,
+    FromPod = 1,
     /// TC egress of an interface of the node's own.
-    NodeEdge = 2,
+    NodeEgress = 2,
     /// connect(2) and sendmsg(2) of a socket, by cgroup.
     Socket = 3,
     /// The same, and packets, of pods in the node's own network namespace.
-    Host = 4,
+    HostNetwork = 4,
 }
 
 impl Hook {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::PodEdge, Self::NodeEdge, Self::Socket, Self::Host];
+    pub const ALL: [Self; 4] = [Self::FromPod, Self::NodeEgress, Self::Socket, Self::HostNetwork];
 
     /// This hook's bit in [`Policy::hooks`](crate::Policy::hooks).
     #[must_use]
@@ -107,33 +107,33 @@ impl Hook {
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
-            Self::PodEdge => "pod_edge",
-            Self::NodeEdge => "node_edge",
+            Self::FromPod => "from_pod",
+            Self::NodeEgress => "node_egress",
             Self::Socket => "socket",
-            Self::Host => "strict_host_network",
+            Self::HostNetwork => "host_network",
         }
     }
 }
 
 /// The hooks that are TC's.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub enum Edge {
-    /// [`Hook::PodEdge`].
-    Pod,
-    /// [`Hook::NodeEdge`].
-    Node,
+pub enum TcHook {
+    /// [`Hook::FromPod`].
+    FromPod,
+    /// [`Hook::NodeEgress`].
+    NodeEgress,
 }
 
-impl Edge {
+impl TcHook {
     /// Both.
-    pub const ALL: [Self; 2] = [Self::Pod, Self::Node];
+    pub const ALL: [Self; 2] = [Self::FromPod, Self::NodeEgress];
 
     /// The hook that it is.
     #[must_use]
     pub const fn hook(self) -> Hook {
         match self {
-            Self::Pod => Hook::PodEdge,
-            Self::Node => Hook::NodeEdge,
+            Self::FromPod => Hook::FromPod,
+            Self::NodeEgress => Hook::NodeEgress,
         }
     }
 }

@@ -42,8 +42,8 @@ pub(crate) fn packet(skb: *mut __sk_buff, place: Place, hook: Hook, verdict: Ver
     }
     let judged = hook as u32 | (verdict as u32) << 8;
     match hook {
-        Hook::PodEdge | Hook::NodeEdge | Hook::Socket => tell_packet(skb, place, judged, window),
-        Hook::Host => tell_packet_in_cgroup(skb, place, judged, window),
+        Hook::FromPod | Hook::NodeEgress | Hook::Socket => tell_packet(skb, place, judged, window),
+        Hook::HostNetwork => tell_packet_in_cgroup(skb, place, judged, window),
     }
 }
 

@@ -21,9 +21,9 @@ pub(crate) fn of(verdict: Verdict, subject: Subject, address: &Address) -> Verdi
     unsafe { Verdict::from_u32_unchecked(softened) }
 }
 
-/// The same of a packet at the pod edge, where what is exempt is marked for the node edge.
+/// The same of a packet at `from_pod`, where what is exempt is marked for `node_egress`.
 #[inline(always)]
-pub(crate) fn at_pod_edge(skb: *mut __sk_buff, verdict: Verdict, address: &Address) -> Verdict {
+pub(crate) fn at_from_pod(skb: *mut __sk_buff, verdict: Verdict, address: &Address) -> Verdict {
     let packet = Skb::new(skb);
     let softened = of(verdict, Subject::new(SubjectKind::Interface, packet.ifindex().into()), address);
     if softened != verdict {
@@ -32,13 +32,13 @@ pub(crate) fn at_pod_edge(skb: *mut __sk_buff, verdict: Verdict, address: &Addre
     softened.without_origin(&packet)
 }
 
-/// The same at the node edge, of a packet that `sender` sent.
+/// The same at `node_egress`, of a packet that `sender` sent.
 ///
 /// Of what came in by an interface the mark says it: the kernel takes it off a packet that comes from another network
-/// namespace by a pair of links, so that the pod edge gave it. The interface itself could be another pod's by now. A pod's
+/// namespace by a pair of links, so that `from_pod` gave it. The interface itself could be another pod's by now. A pod's
 /// own mark stays on what it sends by macvlan, which comes in by none.
 #[inline(always)]
-pub(crate) fn at_node_edge(
+pub(crate) fn at_node_egress(
     skb: *mut __sk_buff,
     sender: Subject,
     verdict: Verdict,
@@ -48,16 +48,16 @@ pub(crate) fn at_node_edge(
     // The verifier then follows what comes next once, and not once for each kind of sender.
     #[expect(clippy::cast_possible_truncation, reason = "BPF has words of 64 bits")]
     let number = |number: u64| packet.forget_origin(number as usize) as u64;
-    let softened = look_at_node_edge(skb, number(sender.id), number(sender.kind), address, verdict as u32);
+    let softened = look_at_node_egress(skb, number(sender.id), number(sender.kind), address, verdict as u32);
     // SAFETY: it is one's.
     unsafe { Verdict::from_u32_unchecked(softened) }.without_origin(&packet)
 }
 
 /// Takes and returns the number of a verdict.
 #[inline(never)]
-fn look_at_node_edge(skb: *mut __sk_buff, id: u64, kind: u64, address: &Address, verdict: u32) -> u32 {
+fn look_at_node_egress(skb: *mut __sk_buff, id: u64, kind: u64, address: &Address, verdict: u32) -> u32 {
     let packet = Skb::new(skb);
-    if packet.ingress_ifindex() != 0 && maps::is_on(Hook::PodEdge) {
+    if packet.ingress_ifindex() != 0 && maps::is_on(Hook::FromPod) {
         let (mark, bit) = (packet.mark(), maps::mark());
         if mark & bit == 0 {
             return verdict;

@@ -26,7 +26,7 @@ pub(crate) fn judge(ctx: &SkBuffContext) -> Verdict {
 
 #[inline(never)]
 fn judge_thoroughly(skb: *mut __sk_buff) -> u32 {
-    let (packet, hook) = (Skb::new(skb), Hook::Host);
+    let (packet, hook) = (Skb::new(skb), Hook::HostNetwork);
     let Some(Examined { verdict, place, destination }) = examine(&packet, Frame::Ip, &maps::Maps) else {
         return Verdict::Foreign as u32;
     };

@@ -14,12 +14,12 @@ mod diagnostics;
 mod edge;
 mod events;
 mod exempt;
+mod from_pod;
 mod host;
 mod maps;
 mod netns;
-mod node_edge;
+mod node_egress;
 mod packet;
-mod pod_edge;
 mod reject;
 mod socket;
 
@@ -34,29 +34,29 @@ use imds_ebpf_common::{Frame, Hook, Verdict};
 /// Ingress of the node's end of a pod's link.
 #[classifier]
 #[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
-fn imds_pod_edge(ctx: TcContext) -> i32 {
-    pod_edge::judge(&ctx, Frame::Ethernet)
+fn imds_from_pod(ctx: TcContext) -> i32 {
+    from_pod::judge(&ctx, Frame::Ethernet)
 }
 
 /// The same for interfaces without a link layer.
 #[classifier]
 #[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
-fn imds_pod_l3(ctx: TcContext) -> i32 {
-    pod_edge::judge(&ctx, Frame::Ip)
+fn imds_from_podl3(ctx: TcContext) -> i32 {
+    from_pod::judge(&ctx, Frame::Ip)
 }
 
 /// Egress of an interface of the node's own.
 #[classifier]
 #[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
-fn imds_node_edge(ctx: TcContext) -> i32 {
-    node_edge::judge(&ctx, Frame::Ethernet)
+fn imds_egress(ctx: TcContext) -> i32 {
+    node_egress::judge(&ctx, Frame::Ethernet)
 }
 
 /// The same for interfaces without a link layer.
 #[classifier]
 #[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
-fn imds_node_l3(ctx: TcContext) -> i32 {
-    node_edge::judge(&ctx, Frame::Ip)
+fn imds_egress_l3(ctx: TcContext) -> i32 {
+    node_egress::judge(&ctx, Frame::Ip)
 }
 
 /// connect(2) on an IPv4 socket.
@@ -91,28 +91,28 @@ fn imds_sendmsg6(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(connect4)]
 #[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
 fn imds_host_conn4(ctx: SockAddrContext) -> i32 {
-    permission(socket::judge_v4(&ctx, Hook::Host))
+    permission(socket::judge_v4(&ctx, Hook::HostNetwork))
 }
 
 /// The same for IPv6.
 #[cgroup_sock_addr(connect6)]
 #[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
 fn imds_host_conn6(ctx: SockAddrContext) -> i32 {
-    permission(socket::judge_v6(&ctx, Hook::Host))
+    permission(socket::judge_v6(&ctx, Hook::HostNetwork))
 }
 
 /// sendmsg(2) and its like on an unconnected IPv4 UDP socket of a pod in the node's network namespace.
 #[cgroup_sock_addr(sendmsg4)]
 #[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
 fn imds_host_send4(ctx: SockAddrContext) -> i32 {
-    permission(socket::judge_v4(&ctx, Hook::Host))
+    permission(socket::judge_v4(&ctx, Hook::HostNetwork))
 }
 
 /// The same for IPv6.
 #[cgroup_sock_addr(sendmsg6)]
 #[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
 fn imds_host_send6(ctx: SockAddrContext) -> i32 {
-    permission(socket::judge_v6(&ctx, Hook::Host))
+    permission(socket::judge_v6(&ctx, Hook::HostNetwork))
 }
 
 /// IP packets of sockets of pods in the node's network namespace.

@@ -1,6 +1,6 @@
 //! The socket hook: calls that name a destination, seen before a packet is made. Addresses are never rewritten.
 //!
-//! [`Hook::Socket`] is about pods with a network namespace of their own, [`Hook::Host`] about those in the node's.
+//! [`Hook::Socket`] is about pods with a network namespace of their own, [`Hook::HostNetwork`] about those in the node's.
 
 use aya_ebpf::{
     bindings::bpf_sock_addr,
@@ -43,7 +43,7 @@ fn judge(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict {
     }
     // SAFETY: the helper takes the context of a socket address program.
     let cookie = unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) };
-    let is_host = matches!(hook, Hook::Host);
+    let is_host = matches!(hook, Hook::HostNetwork);
     if netns::is_node(cookie) != is_host {
         return Verdict::Foreign;
     }

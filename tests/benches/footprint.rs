@@ -40,7 +40,7 @@ fn main() {
          [kubernetes]\nkubeconfig = '{}'\nnode_name = '{NODE}'",
         kubeconfig.display()
     );
-    let agent = world.agent().config(&config).hooks(&["pod_edge", "node_edge", "socket"]).spawn_ready();
+    let agent = world.agent().config(&config).hooks(&["from_pod", "node_egress", "socket"]).spawn_ready();
     world.status_when("every pod is located", |status| status.has_located(PODS));
     // One after another: that is work, too.
     poll_until(PATIENCE, "every pod to have its TCX link", || {

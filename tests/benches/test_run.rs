@@ -10,7 +10,7 @@ use imds_agent::datapath::object::OBJECT;
 use imds_ebpf_common::{
     Address, Endpoint, Filter, IMDS_IPV4, Mode, Policy, Service,
     endpoint::{MAX_ENDPOINTS, UDP},
-    names::{MAP_ENDPOINTS, MAP_POLICY, PROG_POD_EDGE, SECTION_FILTER},
+    names::{MAP_ENDPOINTS, MAP_POLICY, PROG_FROM_POD, SECTION_FILTER},
 };
 use imds_tests::{
     foreign::Foreign,
@@ -35,7 +35,7 @@ fn main() {
     }
     enforcing
         .set(SECTION_FILTER, Filter::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint))));
-    let ours = enforcing.program(PROG_POD_EDGE);
+    let ours = enforcing.program(PROG_FROM_POD);
 
     let rows: Vec<_> = packets()
         .into_iter()
@@ -53,7 +53,7 @@ fn main() {
         })
         .collect();
     println!("{}; {MAX_ENDPOINTS} endpoints; medians of {ROUNDS} rounds of {REPEAT} runs.\n", machine());
-    let head = ["packet", "empty program", "pod_edge", "times empty", "least and most"];
+    let head = ["packet", "empty program", "from_pod", "times empty", "least and most"];
     println!("{}", table(&head, &rows));
     println!("{}", instructions(&enforcing));
 }

@@ -28,21 +28,21 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 const READY_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// The hooks that there are.
-const HOOKS: [&str; 4] = ["pod_edge", "node_edge", "socket", "strict_host_network"];
+const HOOKS: [&str; 4] = ["from_pod", "node_egress", "socket", "host_network"];
 
 /// What reads a status for a machine.
 const STATUS: &[&str] = &["status", "-o", "json"];
 
 /// How the agent attaches its programs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Backend {
+pub enum AttachMode {
     /// TCX links.
     Tcx,
     /// Filters on a clsact qdisc.
     Clsact,
 }
 
-impl Backend {
+impl AttachMode {
     /// Its name on the command line and in the status.
     #[must_use]
     pub const fn name(self) -> &'static str {
@@ -54,16 +54,16 @@ impl Backend {
 }
 
 impl World {
-    /// `imds-agent run` on this world's node. Only the pod edge is on, unless the test says otherwise, and sockets are
+    /// `imds-agent run` on this world's node. Only `from_pod` is on, unless the test says otherwise, and sockets are
     /// guarded in this world's cgroup only.
     pub fn agent(&self) -> AgentCommand<'_> {
-        AgentCommand { run: Some((String::new(), vec!["pod_edge"])), ..self.imds_agent(&["run"]) }
+        AgentCommand { run: Some((String::new(), vec!["from_pod"])), ..self.imds_agent(&["run"]) }
     }
 
     /// An agent that runs and guards every pod that there is.
     #[must_use]
     #[track_caller]
-    pub fn start_agent(&self, backend: Backend) -> Agent<'_> {
+    pub fn start_agent(&self, backend: AttachMode) -> Agent<'_> {
         self.agent().backend(backend).spawn_ready()
     }
 
@@ -131,7 +131,7 @@ pub struct AgentCommand<'w> {
 
 impl<'w> AgentCommand<'w> {
     /// Attaches in this way only.
-    pub fn backend(self, backend: Backend) -> Self {
+    pub fn backend(self, backend: AttachMode) -> Self {
         self.args(&["--tc-backend", backend.name()])
     }
 

@@ -3,7 +3,7 @@
 use std::{net::Ipv4Addr, thread};
 
 use crate::{
-    Backend, METADATA, Netns, Pod, SERVICE, Status, World,
+    AttachMode, METADATA, Netns, Pod, SERVICE, Status, World,
     effort::{effort, patience},
     poll::{poll_until, try_poll},
     probe::{LONG, Outcome, SHORT, http_get, icmp_echo, reachable, udp_echo},
@@ -12,9 +12,12 @@ use crate::{
 
 /// Runs a test once for each way of attaching that the kernel has, or with less [`effort`] only for the one that the
 /// agent prefers.
-pub fn with_each_backend(test: impl Fn(Backend)) {
-    let backends: &[_] =
-        if lacks_tcx("the part with TCX") { &[Backend::Clsact] } else { &[Backend::Tcx, Backend::Clsact] };
+pub fn with_each_backend(test: impl Fn(AttachMode)) {
+    let backends: &[_] = if lacks_tcx("the part with TCX") {
+        &[AttachMode::Clsact]
+    } else {
+        &[AttachMode::Tcx, AttachMode::Clsact]
+    };
     let count = effort(2) as usize;
     for &backend in backends.iter().take(count) {
         // Shown where the test fails.

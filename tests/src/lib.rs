@@ -39,7 +39,7 @@ mod skip;
 mod ways;
 mod world;
 
-pub use agent::{Agent, AgentCommand, Backend, output};
+pub use agent::{Agent, AgentCommand, AttachMode, output};
 pub use arrivals::Arrivals;
 pub use cgroup::{Cgroup, MemoryLimit};
 pub use effort::{EFFORT, effort};

@@ -78,7 +78,7 @@ pub(crate) fn lacks_tcx(left_out: &str) -> bool {
     lacks
 }
 
-/// Whether TC programs can't ask for a socket's network namespace (Linux 6.13), so that the node edge can't tell a
+/// Whether TC programs can't ask for a socket's network namespace (Linux 6.13), so that `node_egress` can't tell a
 /// pod that shares an interface of the node from the node.
 #[must_use]
 pub fn lacks_tc_netns_cookie(left_out: &str) -> bool {

@@ -23,7 +23,7 @@ pub struct Status {
     pub interfaces: Vec<Interface>,
     pub hooks: Vec<String>,
     pub sockets: Option<Sockets>,
-    pub strict_host_network: Option<HostNetwork>,
+    pub host_network: Option<HostNetwork>,
     pub departed: Counts,
     pub total: Counts,
     pub problems: Vec<Problem>,
@@ -230,6 +230,6 @@ impl Status {
     /// Whether each has a program of its own, where they are to have one.
     fn all_pods_are_guarded(&self) -> bool {
         let is_guarded = |interface: &Interface| interface.role != "pod" || interface.guard.is_some();
-        !self.hooks.iter().any(|hook| hook == "pod_edge") || self.interfaces.iter().all(is_guarded)
+        !self.hooks.iter().any(|hook| hook == "from_pod") || self.interfaces.iter().all(is_guarded)
     }
 }

@@ -8,9 +8,9 @@ use crate::{
 };
 
 /// The hooks that see packets.
-const EDGES: [&str; 2] = ["pod_edge", "node_edge"];
+const EDGES: [&str; 2] = ["from_pod", "node_egress"];
 const SOCKET: &str = "socket";
-const STRICT: &str = "strict_host_network";
+const STRICT: &str = "host_network";
 
 /// Ways by which pods reach the metadata service, and the hooks each of which is to hold all of them alone.
 #[must_use]

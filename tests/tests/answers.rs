@@ -13,7 +13,7 @@ use imds_tests::{
 
 const REJECT: &str = "provider = 'aws'\nanswer = 'reject'";
 const DROP: &str = "provider = 'aws'\nanswer = 'drop'";
-const EDGES: [&str; 2] = ["pod_edge", "node_edge"];
+const EDGES: [&str; 2] = ["from_pod", "node_egress"];
 
 /// Longer than any answer takes: what is refused is refused before.
 fn refused(netns: &Netns, address: impl Into<IpAddr>) -> bool {
@@ -69,7 +69,7 @@ fn connections_are_refused_and_datagrams_are_answered_at_each_edge() {
 }
 
 #[test]
-fn an_answer_at_the_node_edge_finds_its_way_back_through_translation() {
+fn an_answer_at_the_node_egress_finds_its_way_back_through_translation() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let service = Ipv4Addr::new(10, 96, 0, 80);
@@ -84,7 +84,7 @@ fn an_answer_at_the_node_edge_finds_its_way_back_through_translation() {
     nft.arg(rules);
     assert!(imds_tests::output(nft).status.success());
     assert!(reachable(&pod.netns, service));
-    let agent = world.agent().hooks(&["node_edge"]).config(REJECT).spawn_ready();
+    let agent = world.agent().hooks(&["node_egress"]).config(REJECT).spawn_ready();
     world.assert_nothing_arrives(|| {
         for address in [service, METADATA] {
             assert!(refused(&pod.netns, address), "{address}");
@@ -172,7 +172,7 @@ fn received(pod: &Pod) -> io::Result<u64> {
 }
 
 #[test]
-fn a_macvlan_pod_is_answered_at_the_node_edge() {
+fn a_macvlan_pod_is_answered_at_the_node_egress() {
     if imds_tests::lacks_tc_netns_cookie("answers to macvlan pods") {
         return;
     }
@@ -190,7 +190,7 @@ fn a_macvlan_pod_is_answered_at_the_node_edge() {
          link set eth0 up
          route add default via 10.0.0.1");
     assert!(reachable(&netns, METADATA));
-    let agent = world.agent().hooks(&["node_edge"]).config(REJECT).spawn_ready();
+    let agent = world.agent().hooks(&["node_egress"]).config(REJECT).spawn_ready();
     assert!(refused(&netns, METADATA));
     assert!(prohibited(&netns, METADATA));
     drop(agent);

@@ -2,7 +2,7 @@
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
-    Backend, METADATA, PacketSocket, Pod, PodLink, SERVICE, World,
+    AttachMode, METADATA, PacketSocket, Pod, PodLink, SERVICE, World,
     foreign::{Foreign, TC_ACT_OK},
     hook::{self, Attached, run_tc},
     packets,
@@ -40,7 +40,7 @@ fn a_tcx_program_that_accepts_all_and_was_there_before_comes_second() {
     let _link =
         Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex, TcAttachType::Ingress);
     world.assert_open(&pod);
-    let _agent = world.start_agent(Backend::Tcx);
+    let _agent = world.start_agent(AttachMode::Tcx);
     assert_first(&world, &pod);
 }
 
@@ -51,7 +51,7 @@ fn a_tcx_program_that_gets_in_front_later_does_not_stay_there() {
     }
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
-    let agent = world.agent().backend(Backend::Tcx).resync(1).spawn_ready();
+    let agent = world.agent().backend(AttachMode::Tcx).resync(1).spawn_ready();
     let _link =
         Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex, TcAttachType::Ingress);
     assert_first(&world, &pod);
@@ -60,7 +60,7 @@ fn a_tcx_program_that_gets_in_front_later_does_not_stay_there() {
     let _another =
         Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex, TcAttachType::Ingress);
     assert_eq!(world.status().interface(&pod.host_ifname).first, Some(false));
-    let _agent = world.start_agent(Backend::Tcx);
+    let _agent = world.start_agent(AttachMode::Tcx);
     poll_until(LONG, "the guard to be first", || {
         let programs = names(&hook::programs(&world.node, &pod.host_ifname));
         (programs == [true, false, false]).then_some(())
@@ -75,7 +75,7 @@ fn a_bpf_filter_that_accepts_all_and_was_there_before_comes_second() {
     run_tc(&world.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
     Foreign::returning(TC_ACT_OK).attach_filter(&world.node, &pod.host_ifname, TcAttachType::Ingress, 1);
     world.assert_open(&pod);
-    let _agent = world.start_agent(Backend::Clsact);
+    let _agent = world.start_agent(AttachMode::Clsact);
     assert_first(&world, &pod);
 }
 
@@ -83,7 +83,7 @@ fn a_bpf_filter_that_accepts_all_and_was_there_before_comes_second() {
 fn a_bpf_filter_that_gets_in_front_later_does_not_stay_there() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Bridged);
-    let _agent = world.agent().backend(Backend::Clsact).resync(1).spawn_ready();
+    let _agent = world.agent().backend(AttachMode::Clsact).resync(1).spawn_ready();
     Foreign::returning(TC_ACT_OK).attach_filter(&world.node, &pod.host_ifname, TcAttachType::Ingress, 1);
     assert_first(&world, &pod);
 }
@@ -101,7 +101,7 @@ fn a_filter_that_clsact_can_not_get_in_front_of_is_a_problem_that_the_status_nam
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     add_u32_filter(&world, &pod);
-    let _agent = world.agent().backend(Backend::Clsact).spawn();
+    let _agent = world.agent().backend(AttachMode::Clsact).spawn();
 
     let status = world.wait_guarded(&pod);
     let interface = status.interface(&pod.host_ifname);
@@ -124,7 +124,7 @@ fn tcx_comes_before_every_filter() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     add_u32_filter(&world, &pod);
-    let agent = world.start_agent(Backend::Tcx);
+    let agent = world.start_agent(AttachMode::Tcx);
     assert_eq!(world.status().interface(&pod.host_ifname).first, Some(true));
     world.assert_blocked(&pod);
     assert!(reachable(&pod.netns, SERVICE));
@@ -150,7 +150,7 @@ fn a_program_that_drops_other_traffic_still_sees_it() {
         pod.host_ifindex,
         TcAttachType::Ingress,
     );
-    let _agent = world.start_agent(Backend::Tcx);
+    let _agent = world.start_agent(AttachMode::Tcx);
     // The guard, which is before it now, leaves what it does not deny to the others.
     assert!(!imds_tests::probe::udp_echo(&pod.netns, SERVICE, imds_tests::probe::SHORT).is_answer());
     drop(link);
@@ -165,17 +165,17 @@ enum Attachment {
 
 fn attach_first(
     world: &World,
-    backend: Backend,
+    backend: AttachMode,
     program: &Foreign,
     interface: &str,
     at: TcAttachType,
 ) -> Attachment {
     match backend {
-        Backend::Tcx => {
+        AttachMode::Tcx => {
             let index = world.node.run(|| nix::net::if_::if_nametoindex(interface)).unwrap();
             Attachment::Tcx(program.attach_tcx_first(&world.node, index, at))
         }
-        Backend::Clsact => {
+        AttachMode::Clsact => {
             if !hook::has_clsact(&world.node, interface) {
                 run_tc(&world.node, &["qdisc", "add", "dev", interface, "clsact"]);
             }
@@ -209,7 +209,7 @@ fn assert_foreign_is_no_way(hook: &'static str, at: TcAttachType, kinds: &[&str]
                 let world = World::new();
                 let pod = world.add_pod(PodLink::Routed);
                 let uplink = world.node.run(|| nix::net::if_::if_nametoindex(World::UPLINK)).unwrap();
-                let interface = if hook == "pod_edge" { &*pod.host_ifname } else { World::UPLINK };
+                let interface = if hook == "from_pod" { &*pod.host_ifname } else { World::UPLINK };
                 let program = match kind {
                     "accepts" => Foreign::returning(TC_ACT_OK),
                     "leaves" => Foreign::returning(TC_ACT_UNSPEC),
@@ -238,18 +238,18 @@ fn assert_foreign_is_no_way(hook: &'static str, at: TcAttachType, kinds: &[&str]
 }
 
 #[test]
-fn programs_of_others_at_the_pod_edge_come_second() {
-    assert_foreign_is_no_way("pod_edge", TcAttachType::Ingress, &["accepts", "leaves", "redirects"]);
+fn programs_of_others_at_the_from_pod_come_second() {
+    assert_foreign_is_no_way("from_pod", TcAttachType::Ingress, &["accepts", "leaves", "redirects"]);
 }
 
 #[test]
-fn programs_of_others_at_the_node_edge_come_second() {
-    assert_foreign_is_no_way("node_edge", TcAttachType::Egress, &["accepts", "leaves"]);
+fn programs_of_others_at_the_node_egress_come_second() {
+    assert_foreign_is_no_way("node_egress", TcAttachType::Egress, &["accepts", "leaves"]);
 }
 
-/// As long as another's program is first at the pod's link, the node edge holds what it redirects.
+/// As long as another's program is first at the pod's link, `node_egress` holds what it redirects.
 #[test]
-fn what_is_redirected_past_the_pod_edge_meets_the_node_edge() {
+fn what_is_redirected_past_the_from_pod_meets_the_node_egress() {
     with_each_backend(|backend| {
         let world = World::new();
         let pod = world.add_pod(PodLink::Routed);
@@ -257,7 +257,7 @@ fn what_is_redirected_past_the_pod_edge_meets_the_node_edge() {
         let program = Foreign::redirecting(uplink);
         let attached = attach_first(&world, backend, &program, &pod.host_ifname, TcAttachType::Ingress);
         assert!(arrives(&world, &pod));
-        let agent = world.agent().backend(backend).hooks(&["node_edge"]).spawn_ready();
+        let agent = world.agent().backend(backend).hooks(&["node_egress"]).spawn_ready();
         assert!(!arrives(&world, &pod));
         assert!(world.status().interface(World::UPLINK).counts.denied.packets > 0);
         drop(agent);

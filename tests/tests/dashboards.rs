@@ -88,7 +88,7 @@ fn the_dashboard_and_the_alerts_ask_for_what_is_served() {
         pod.host_ifname,
         kubeconfig.display()
     );
-    let agent = world.agent().hooks(&["pod_edge", "node_edge"]).config(&rule).spawn_ready();
+    let agent = world.agent().hooks(&["from_pod", "node_egress"]).config(&rule).spawn_ready();
     world.assert_blocked(&neighbour);
     let mut served = poll_until(LONG, "a denial to be counted", || {
         let served = served(&scrape(&world));

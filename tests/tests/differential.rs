@@ -15,7 +15,7 @@ use imds_ebpf_common::{
     endpoint::{TCP, UDP},
     examine,
     names::{
-        MAP_COUNTERS, MAP_ENDPOINTS, MAP_EXEMPT, MAP_POLICY, PROG_POD_EDGE, PROG_POD_L3, SECTION_FILTER,
+        MAP_COUNTERS, MAP_ENDPOINTS, MAP_EXEMPT, MAP_POLICY, PROG_FROM_POD, PROG_FROM_POD_L3, SECTION_FILTER,
     },
     packet::MAX_VLAN_TAGS,
     soften,
@@ -184,7 +184,7 @@ fn grants() -> [(Exemption, Grant); 2] {
 fn counts(object: &Object) -> [u64; 5] {
     // A test run's packet comes from the loopback interface.
     Verdict::COUNTED.map(|verdict| {
-        let key = CounterKey::new(1, Hook::PodEdge, verdict);
+        let key = CounterKey::new(1, Hook::FromPod, verdict);
         object.per_cpu(MAP_COUNTERS, &key).iter().map(|counter: &Counter| counter.packets).sum()
     })
 }
@@ -226,7 +226,7 @@ fn the_kernel_and_the_host_agree_on_any_packet() {
     let packet =
         prop_oneof![4 => frame(), 1 => frame().prop_map(|frame| frame[14.min(frame.len())..].to_vec())];
     let result = runner(seed()).run(&packet, |packet| {
-        for (name, frame) in [(PROG_POD_EDGE, Frame::Ethernet), (PROG_POD_L3, Frame::Ip)] {
+        for (name, frame) in [(PROG_FROM_POD, Frame::Ethernet), (PROG_FROM_POD_L3, Frame::Ip)] {
             let verdict = examine(&packet[..], frame, &tables).map_or(Verdict::Foreign, |examined| {
                 soften(examined.verdict, SENDER, &examined.destination, &tables)
             });

@@ -4,7 +4,7 @@ use std::{fs, io, os::unix::process::CommandExt as _, process::Output};
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
-    AgentCommand, Backend, PodLink, WHOLE_TEST, World,
+    AgentCommand, AttachMode, PodLink, WHOLE_TEST, World,
     foreign::{Foreign, TC_ACT_OK},
     hook::{self, run_tc},
     output, skip, skip_without_netns_cookie, skip_without_tcx, with_each_backend,
@@ -133,7 +133,7 @@ fn it_says_whether_an_agent_runs() {
     let world = World::new();
     let agent_of = |found: &Value| one(found, "agent").clone();
     assert_has(&agent_of(&examine(&world)), "found", "nothing is loaded");
-    let agent = world.start_agent(if hook::has_tcx() { Backend::Tcx } else { Backend::Clsact });
+    let agent = world.start_agent(if hook::has_tcx() { AttachMode::Tcx } else { AttachMode::Clsact });
     let running = agent_of(&examine(&world));
     assert_eq!(running["state"], "ok");
     assert_has(&running, "found", &agent.pid().to_string());
@@ -216,8 +216,8 @@ fn filters_of_others_are_named_with_their_place() {
             .map(|(kind, ..)| &**kind)
             .collect();
         let expected: &[&str] = match backend {
-            Backend::Tcx => &[],
-            Backend::Clsact => &["u32"],
+            AttachMode::Tcx => &[],
+            AttachMode::Clsact => &["u32"],
         };
         assert!(before.iter().all(|kind| expected.contains(kind)), "{found:?}");
         assert_eq!(before.is_empty(), expected.is_empty(), "{found:?}");

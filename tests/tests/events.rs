@@ -64,7 +64,7 @@ fn send(pod: &Pod, count: usize) {
 fn a_packet_is_told_with_who_sent_it_where() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
-    for (hook, interface) in [("pod_edge", pod.host_ifname.as_str()), ("node_edge", World::UPLINK)] {
+    for (hook, interface) in [("from_pod", pod.host_ifname.as_str()), ("node_egress", World::UPLINK)] {
         let agent = world.agent().hooks(&[hook]).spawn_ready();
         let follower = Follower::start(&world);
         send(&pod, 1);
@@ -119,12 +119,12 @@ fn what_a_pod_in_the_nodes_namespace_does_is_told_with_its_cgroup() {
     }
     let world = World::new();
     let container = world.add_cgroup("kubepods.slice/pod7.slice");
-    let agent = world.agent().hooks(&["strict_host_network"]).spawn_ready();
+    let agent = world.agent().hooks(&["host_network"]).spawn_ready();
     let follower = Follower::start(&world);
     let told = |protocol: &str| {
         let event = follower.next();
         let found = ["hook", "verdict", "protocol"].map(|field| event[field].as_str().unwrap());
-        assert_eq!(found, ["strict_host_network", "deny", protocol], "{event}");
+        assert_eq!(found, ["host_network", "deny", protocol], "{event}");
         assert_eq!(event["cgroup"], container.id(), "{event}");
         event
     };

@@ -13,7 +13,7 @@ use imds_tests::{
     skip, skip_without_netns_cookie,
 };
 
-const ALL: &[&str] = &["pod_edge", "node_edge", "socket"];
+const ALL: &[&str] = &["from_pod", "node_egress", "socket"];
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
 
 /// A process in a pod's network namespace and in a cgroup of its own.
@@ -75,16 +75,16 @@ fn wait_denied(world: &World, pod: &Pod) {
 
 #[test]
 fn each_way_to_say_who_holds_on_every_hook() {
-    let mut all = vec![ALL, &["pod_edge"], &["socket"], &["node_edge"]];
+    let mut all = vec![ALL, &["from_pod"], &["socket"], &["node_egress"]];
     if lacks_netns_cookie() {
         skip("the socket hook", "no SO_NETNS_COOKIE on this kernel");
         all.retain(|hooks| !hooks.contains(&"socket"));
-        all.push(&["pod_edge", "node_edge"]);
+        all.push(&["from_pod", "node_egress"]);
     }
     for link in LINKS {
         for &hooks in &all {
-            if hooks == ["node_edge"] && link == PodLink::Bridged {
-                // Behind a bridge it takes the pod edge to tell one pod from another.
+            if hooks == ["node_egress"] && link == PodLink::Bridged {
+                // Behind a bridge it takes `from_pod` to tell one pod from another.
                 continue;
             }
             let world = World::new();
@@ -148,7 +148,7 @@ fn an_exemption_may_be_for_some_endpoints_and_may_audit() {
         [("endpoints = ['other']", true, false), ("endpoints = ['other']\naudit = true", false, true)]
     {
         let config = format!("{own}{}", rule(&sender, rest));
-        let agent = world.agent().config(&config).hooks(&["pod_edge", "node_edge"]).spawn_ready();
+        let agent = world.agent().config(&config).hooks(&["from_pod", "node_egress"]).spawn_ready();
         assert!(reachable(&pod.netns, SERVICE), "{rest}");
         world.assert_blocked(&pod);
         let counts = world.status().interface(&pod.host_ifname).counts;
@@ -170,13 +170,13 @@ fn a_pod_in_the_nodes_namespace_is_exempt_by_its_cgroup() {
     let reaches = |cgroup: &Cgroup| cgroup.run(|| http_get(&world.node, METADATA, SHORT).is_answer());
     assert!(reaches(&container) && reaches(&neighbour));
     let sender = format!("cgroup = '{}'", container.path().parent().unwrap().display());
-    let agent = start(&world, &["strict_host_network"], &rule(&sender, ""));
+    let agent = start(&world, &["host_network"], &rule(&sender, ""));
     assert!(reaches(&container), "{}", agent.log());
     world.assert_nothing_arrives(|| assert!(!reaches(&neighbour)));
     // One that is made later.
     let later = world.add_cgroup("kubepods.slice/pod7.slice/b");
     poll_until(LONG, "the new container to be exempt", || reaches(&later).then_some(()));
-    let exempt = world.status().strict_host_network.unwrap().counts.exempt.packets;
+    let exempt = world.status().host_network.unwrap().counts.exempt.packets;
     assert!(exempt > 0);
     drop(agent);
     world.unload();
@@ -256,7 +256,7 @@ fn whom_a_rule_can_not_find_is_said() {
         [(file, "can't enter"), (world.node.path(), "the node's own"), ("/nowhere/at/all".into(), "")]
     {
         let sender = format!("netns = '{}'", path.display());
-        let mut agent = world.agent().config(&rule(&sender, "")).hooks(&["pod_edge"]).spawn();
+        let mut agent = world.agent().config(&rule(&sender, "")).hooks(&["from_pod"]).spawn();
         agent.wait_ready();
         world.assert_blocked(&pod);
         if !part.is_empty() {

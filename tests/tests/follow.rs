@@ -12,7 +12,7 @@ use imds_tests::{
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
 
 fn link_pin(world: &World, pod: &Pod) -> PathBuf {
-    world.pin_dir().join(format!("links/pod_edge_{}", pod.host_ifindex))
+    world.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex))
 }
 
 #[test]

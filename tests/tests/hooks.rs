@@ -14,7 +14,7 @@ use imds_tests::{
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
 
 #[test]
-fn the_node_edge_holds_what_pods_send_by_any_link() {
+fn the_node_egress_holds_what_pods_send_by_any_link() {
     with_each_backend(|backend| {
         let world = World::new();
         let pods = LINKS.map(|link| world.add_pod(link));
@@ -22,7 +22,7 @@ fn the_node_edge_holds_what_pods_send_by_any_link() {
             world.assert_open(pod);
         }
 
-        let agent = world.agent().backend(backend).hooks(&["node_edge"]).spawn_ready();
+        let agent = world.agent().backend(backend).hooks(&["node_egress"]).spawn_ready();
         for pod in &pods {
             world.assert_blocked(pod);
             world.assert_harmless(pod);
@@ -133,10 +133,10 @@ fn hooks_that_the_next_agent_has_off_are_removed_and_those_it_has_on_are_added()
             [ours(&pod.host_ifname), egress, attached]
         };
         for (on, expected) in [
-            (&["pod_edge", "node_edge", "socket"][..], [true, true, true]),
+            (&["from_pod", "node_egress", "socket"][..], [true, true, true]),
             (&["socket"], [false, false, true]),
-            (&["node_edge"], [false, true, false]),
-            (&["pod_edge"], [true, false, false]),
+            (&["node_egress"], [false, true, false]),
+            (&["from_pod"], [true, false, false]),
         ] {
             let agent = world.agent().backend(backend).hooks(on).spawn_ready();
             assert_eq!(in_force(), expected, "{on:?}");
@@ -179,7 +179,7 @@ fn all_hooks_together_are_what_an_agent_without_a_configuration_has() {
     let cgroup = world.cgroup().to_str().unwrap();
     let agent = world.agent().config_file(empty.to_str().unwrap()).args(&["--cgroup", cgroup]);
     let _agent = agent.spawn_ready();
-    assert_eq!(world.status().hooks, ["pod_edge", "node_edge", "socket"]);
+    assert_eq!(world.status().hooks, ["from_pod", "node_egress", "socket"]);
     world.in_cgroup(|| {
         world.assert_blocked(&pod);
         world.assert_harmless(&pod);

@@ -22,8 +22,8 @@ fn it_is_known_by_every_hook() {
     assert_eq!(reach(), [true; 3]);
     for (hooks, expected) in [
         (&["socket"][..], [false, true, true]),
-        (&["strict_host_network"], [true, true, false]),
-        (&["pod_edge", "node_edge", "socket", "strict_host_network"], [false, true, false]),
+        (&["host_network"], [true, true, false]),
+        (&["from_pod", "node_egress", "socket", "host_network"], [false, true, false]),
     ] {
         let agent = world.agent().hooks(hooks).spawn_ready();
         assert_eq!(reach(), expected, "{hooks:?}: {}", agent.log());

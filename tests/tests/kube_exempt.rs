@@ -16,7 +16,7 @@ use imds_tests::{
 };
 use serde_json::Value;
 
-const ALL: &[&str] = &["pod_edge", "node_edge", "socket"];
+const ALL: &[&str] = &["from_pod", "node_egress", "socket"];
 const NODE: &str = "node-0";
 const TRUSTED: &[(&str, &str)] = &[("app", "agent")];
 const RULE: &str = "
@@ -210,7 +210,7 @@ fn a_pod_in_the_nodes_namespace_is_exempt_by_its_cgroups() {
     let cluster = Cluster::new();
     let mut trusted = cluster.schedule(PodLink::Routed, Driver::Systemd, &[]);
     let config = cluster.world.scratch_dir().join("imds.toml");
-    let hooks = "[hooks]\npod_edge = false\nnode_edge = false\nsocket = false\nstrict_host_network = true";
+    let hooks = "[hooks]\nfrom_pod = false\nnode_egress = false\nsocket = false\nhost_network = true";
     fs::write(&config, format!("{}\n{hooks}", cluster.config())).unwrap();
     let (config, cgroup) = (config.to_str().unwrap(), cluster.kubelet.root().to_str().unwrap());
     let agent = cluster.world.agent().config_file(config).args(&["--cgroup", cgroup]).spawn_ready();

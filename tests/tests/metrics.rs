@@ -8,7 +8,7 @@ use std::{
 };
 
 use imds_tests::{
-    Agent, Backend, METADATA, PodLink, World,
+    Agent, AttachMode, METADATA, PodLink, World,
     flood::Flood,
     foreign::detach_link,
     http::{DEFAULT, exchange, try_get},
@@ -22,7 +22,7 @@ use nix::{
     unistd::Pid,
 };
 
-const DENIED: &str = r#"imds_packets_total{hook="pod_edge",verdict="denied"}"#;
+const DENIED: &str = r#"imds_packets_total{hook="from_pod",verdict="denied"}"#;
 
 #[track_caller]
 fn get(world: &World, path: &str) -> (u16, String) {
@@ -58,8 +58,8 @@ fn what_is_counted_and_in_force_is_served() {
         (DENIED, 0.0),
         (r#"imds_mode{mode="enforce"}"#, 1.0),
         (r#"imds_mode{mode="audit"}"#, 0.0),
-        (r#"imds_interfaces{hook="pod_edge",state="guarded"}"#, 1.0),
-        (r#"imds_interfaces{hook="pod_edge",state="unguarded"}"#, 0.0),
+        (r#"imds_interfaces{hook="from_pod",state="guarded"}"#, 1.0),
+        (r#"imds_interfaces{hook="from_pod",state="unguarded"}"#, 0.0),
         ("imds_ready", 1.0),
         ("imds_problems", 0.0),
         ("imds_endpoints", 1.0),
@@ -70,7 +70,7 @@ fn what_is_counted_and_in_force_is_served() {
     }
     assert!(before.contains("imds_agent_build_info{version="), "{before}");
     let [tcx, clsact] = ["tcx", "clsact"].map(|backend| {
-        value(&before, &format!(r#"imds_attached_interfaces{{hook="pod_edge",backend="{backend}"}}"#))
+        value(&before, &format!(r#"imds_attached_interfaces{{hook="from_pod",backend="{backend}"}}"#))
     });
     assert!((tcx + clsact - 1.0).abs() < f64::EPSILON, "{before}");
 
@@ -78,7 +78,7 @@ fn what_is_counted_and_in_force_is_served() {
     let after = get(&world, "/metrics").1;
     let total = world.status().total.denied;
     assert!(value(&after, DENIED) > 0.0, "{after}");
-    assert!(value(&after, r#"imds_bytes_total{hook="pod_edge",verdict="denied"}"#) > 0.0, "{after}");
+    assert!(value(&after, r#"imds_bytes_total{hook="from_pod",verdict="denied"}"#) > 0.0, "{after}");
     #[expect(clippy::cast_precision_loss, reason = "they are few")]
     let total = total.packets as f64;
     assert!(value(&after, DENIED) <= total);
@@ -95,7 +95,7 @@ fn what_is_counted_and_in_force_is_served() {
 fn each_packet_is_told_of_or_counted_as_not_told_of_also_when_its_pod_is_gone() {
     let world = World::new();
     let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
-    let agent = world.agent().hooks(&known_here(&["pod_edge", "node_edge", "socket"])).spawn_ready();
+    let agent = world.agent().hooks(&known_here(&["from_pod", "node_egress", "socket"])).spawn_ready();
     let flood = Flood::udp(&pods[0], METADATA);
     for _ in 0..100 {
         assert!(!world.in_cgroup(|| http_get(&pods[1].netns, METADATA, SHORT)).is_answer());
@@ -130,15 +130,15 @@ fn it_is_not_ready_while_a_pod_is_open() {
     }
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
-    let agent = world.agent().backend(Backend::Tcx).resync(3600).spawn_ready();
+    let agent = world.agent().backend(AttachMode::Tcx).resync(3600).spawn_ready();
     poll_until(LONG, "metrics to be served", || try_get(&world, DEFAULT, "/healthz").ok());
     assert_eq!(get(&world, "/readyz").0, 200);
-    detach_link(&world.pin_dir().join(format!("links/pod_edge_{}", pod.host_ifindex)));
+    detach_link(&world.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex)));
     let (status, why) = get(&world, "/readyz");
     assert!(status == 503 && why.contains(&pod.host_ifname), "{status}: {why}");
     let metrics = get(&world, "/metrics").1;
     assert!(value(&metrics, "imds_ready").abs() < f64::EPSILON, "{metrics}");
-    assert!(value(&metrics, r#"imds_interfaces{hook="pod_edge",state="unguarded"}"#) > 0.0, "{metrics}");
+    assert!(value(&metrics, r#"imds_interfaces{hook="from_pod",state="unguarded"}"#) > 0.0, "{metrics}");
     // It works all the same.
     assert_eq!(get(&world, "/healthz").0, 200);
     hang_up(&agent);
@@ -157,7 +157,7 @@ fn where_it_is_served_changes_with_the_configuration() {
     let pod = world.add_pod(PodLink::Routed);
     let (file, socket) = (world.scratch_dir().join("imds.toml"), world.scratch_dir().join("metrics.sock"));
     let write = |listen: &str| {
-        let hooks = "[hooks]\nsocket = false\nnode_edge = false\n";
+        let hooks = "[hooks]\nsocket = false\nnode_egress = false\n";
         std::fs::write(&file, format!("{hooks}[metrics]\nlisten = [{listen}]\n")).unwrap();
     };
     let at_socket = |path: &Path| exchange(UnixStream::connect(path)?, "/readyz");

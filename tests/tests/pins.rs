@@ -5,7 +5,7 @@ use std::fs;
 use aya::maps::{Array, Map, MapData};
 use imds_ebpf_common::{Mode, Policy};
 use imds_tests::{
-    Backend, Netns, Pod, PodLink, World,
+    AttachMode, Netns, Pod, PodLink, World,
     foreign::{Foreign, TC_ACT_OK},
     hook, output, skip_without_tcx, with_each_backend,
 };
@@ -17,7 +17,7 @@ fn bpftool(args: &[&str]) {
     assert!(output.status.success(), "bpftool {args:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-fn guarded_world(backend: Backend) -> (World, Pod) {
+fn guarded_world(backend: AttachMode) -> (World, Pod) {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     world.assert_open(&pod);
@@ -28,7 +28,7 @@ fn guarded_world(backend: Backend) -> (World, Pod) {
 
 /// The next agent starts with new maps, says why, and guards.
 #[track_caller]
-fn assert_starts_anew(world: &World, pod: &Pod, backend: Backend, reason: &str) {
+fn assert_starts_anew(world: &World, pod: &Pod, backend: AttachMode, reason: &str) {
     world.assert_blocked(pod);
     let agent = world.start_agent(backend);
     let log = agent.log();
@@ -65,7 +65,7 @@ fn maps_that_another_version_wrote_are_replaced() {
     if skip_without_tcx() {
         return;
     }
-    let (world, pod) = guarded_world(Backend::Tcx);
+    let (world, pod) = guarded_world(AttachMode::Tcx);
     let pin = world.pin_dir().join("maps/imds_policy");
     let mut policies: Array<MapData, Policy> =
         Map::Array(MapData::from_pin(pin).unwrap()).try_into().unwrap();
@@ -79,7 +79,7 @@ fn maps_that_another_version_wrote_are_replaced() {
         let said = String::from_utf8(output.stderr).unwrap();
         assert!(!output.status.success() && said.contains("another version"), "{command:?}: {said}");
     }
-    let agent = world.start_agent(Backend::Tcx);
+    let agent = world.start_agent(AttachMode::Tcx);
     assert!(agent.log().contains("layout 99"), "{}", agent.log());
     world.assert_blocked(&pod);
 }
@@ -89,19 +89,19 @@ fn a_program_in_the_place_of_a_map_or_a_link_is_replaced() {
     if skip_without_tcx() {
         return;
     }
-    let (world, pod) = guarded_world(Backend::Tcx);
+    let (world, pod) = guarded_world(AttachMode::Tcx);
     let foreign = Foreign::returning(TC_ACT_OK);
     let (map, link) = (
         world.pin_dir().join("maps/imds_policy"),
-        world.pin_dir().join(format!("links/pod_edge_{}", pod.host_ifindex)),
+        world.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex)),
     );
     for pin in [&map, &link] {
         fs::remove_file(pin).unwrap();
         bpftool(&["prog", "pin", "pinned", foreign.pin().to_str().unwrap(), pin.to_str().unwrap()]);
     }
-    let agent = world.start_agent(Backend::Tcx);
+    let agent = world.start_agent(AttachMode::Tcx);
     assert!(
-        agent.log().contains("imds_policy") && agent.log().contains("links/pod_edge_"),
+        agent.log().contains("imds_policy") && agent.log().contains("links/from_pod_"),
         "{}",
         agent.log()
     );
@@ -130,8 +130,8 @@ fn the_pins_of_another_network_namespace_are_left_alone() {
         refused(&["status"]);
         match backend {
             // Links show that they are in use; filters of another namespace can't be seen, only removed there.
-            Backend::Tcx => refused(&["run", "--once"]),
-            Backend::Clsact => refused(&["unload"]),
+            AttachMode::Tcx => refused(&["run", "--once"]),
+            AttachMode::Clsact => refused(&["unload"]),
         }
         world.assert_blocked(&pod);
         world.unload();

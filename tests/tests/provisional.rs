@@ -2,7 +2,7 @@
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
-    Backend, METADATA, Pod, PodLink, SERVICE, World,
+    AttachMode, METADATA, Pod, PodLink, SERVICE, World,
     flood::Flood,
     foreign::{Foreign, TC_ACT_OK},
     hook::{has_clsact, tcx},
@@ -65,7 +65,7 @@ fn an_agent_that_is_killed_between_the_two_leaves_the_pod_held_and_the_next_goes
     let pod = world.add_pod(PodLink::Routed);
     world.assert_open(&pod);
     // What it leaves when it has come no further.
-    world.agent().backend(Backend::Clsact).spawn_ready().kill9();
+    world.agent().backend(AttachMode::Clsact).spawn_ready().kill9();
     world.assert_nothing_arrives(|| {
         let flood = Flood::udp(&pod, METADATA);
         assert_eq!(guard(&world, &pod).as_deref(), Some("clsact"));
@@ -127,7 +127,7 @@ fn a_pod_is_held_though_another_tcx_program_comes_before_its_filter() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     world.assert_open(&pod);
-    world.agent().backend(Backend::Clsact).spawn_ready().kill9();
+    world.agent().backend(AttachMode::Clsact).spawn_ready().kill9();
     world.assert_blocked(&pod);
     let other = Foreign::returning(TC_ACT_OK);
     let _link = other.attach_tcx_first(&world.node, pod.host_ifindex, TcAttachType::Ingress);

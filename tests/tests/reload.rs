@@ -10,7 +10,7 @@ use std::{
 
 use aya::programs::TcAttachType::{self, Egress, Ingress};
 use imds_tests::{
-    Agent, Backend, METADATA, Pod, PodLink, SERVICE, Status, World,
+    Agent, AttachMode, METADATA, Pod, PodLink, SERVICE, Status, World,
     flood::Flood,
     hook,
     poll::poll_until,
@@ -23,8 +23,8 @@ use nix::{
 };
 
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
-const POD_EDGE: &str = "[hooks]\nsocket = false\nnode_edge = false\n";
-const NODE_EDGE: &str = "[hooks]\nsocket = false\npod_edge = false\n";
+const POD_EDGE: &str = "[hooks]\nsocket = false\nnode_egress = false\n";
+const NODE_EDGE: &str = "[hooks]\nsocket = false\nfrom_pod = false\n";
 const BOTH_EDGES: &str = "[hooks]\nsocket = false\n";
 
 fn has_program(world: &World, interface: &str, at: TcAttachType) -> bool {
@@ -44,7 +44,7 @@ impl<'w> ConfigFile<'w> {
         Self { world, path }
     }
 
-    fn start(&self, backend: Backend, args: &[&str]) -> Agent<'w> {
+    fn start(&self, backend: AttachMode, args: &[&str]) -> Agent<'w> {
         self.world
             .agent()
             .backend(backend)
@@ -215,14 +215,14 @@ fn hooks_come_and_go() {
         assert!(!is_refused());
 
         for _ in 0..2 {
-            let status = file.reload("[hooks]\npod_edge = false\n");
-            assert_eq!(status.hooks, ["node_edge", "socket"]);
+            let status = file.reload("[hooks]\nfrom_pod = false\n");
+            assert_eq!(status.hooks, ["node_egress", "socket"]);
             assert_eq!(are_guarded(), [false, true]);
             assert!(is_refused() && status.sockets.unwrap().attached);
             world.assert_blocked(&pod);
 
-            let status = file.reload("[hooks]\nnode_edge = false\nsocket = false\n");
-            assert_eq!(status.hooks, ["pod_edge"]);
+            let status = file.reload("[hooks]\nnode_egress = false\nsocket = false\n");
+            assert_eq!(status.hooks, ["from_pod"]);
             assert!(status.sockets.is_none() && !is_refused());
             assert_eq!(are_guarded(), [true, false]);
             world.assert_blocked(&pod);
@@ -250,17 +250,17 @@ fn strict_mode_comes_and_goes() {
     let is_open = || container.run(|| http_get(&world.node, METADATA, SHORT).is_answer());
     assert!(reachable(&world.node, METADATA) && is_open());
     let file = ConfigFile::new(&world, POD_EDGE);
-    let agent = file.start(Backend::Clsact, &[]);
+    let agent = file.start(AttachMode::Clsact, &[]);
     assert!(is_open());
     for _ in 0..2 {
-        let status = file.reload(&format!("{POD_EDGE}strict_host_network = true\n"));
-        assert!(status.problems.is_empty() && status.hooks.contains(&"strict_host_network".to_owned()));
+        let status = file.reload(&format!("{POD_EDGE}host_network = true\n"));
+        assert!(status.problems.is_empty() && status.hooks.contains(&"host_network".to_owned()));
         assert!(!is_open() && reachable(&world.node, METADATA));
         let status = file.reload(POD_EDGE);
-        assert_eq!(status.hooks, ["pod_edge"]);
+        assert_eq!(status.hooks, ["from_pod"]);
         assert!(is_open());
     }
-    file.reload(&format!("{POD_EDGE}strict_host_network = true\n"));
+    file.reload(&format!("{POD_EDGE}host_network = true\n"));
     assert!(!is_open());
     drop(agent);
     world.unload();
@@ -313,7 +313,7 @@ fn endpoints_interfaces_and_the_provider_change() {
 fn a_route_to_an_endpoint_that_is_new_makes_an_uplink() {
     let world = World::new();
     let file = ConfigFile::new(&world, BOTH_EDGES);
-    let agent = file.start(Backend::Clsact, &["--resync", "3600"]);
+    let agent = file.start(AttachMode::Clsact, &["--resync", "3600"]);
     let vault = Ipv4Addr::new(10, 9, 0, 1);
     // As the uplink of a nested node: a veth, to which no default route leads.
     let pod = world.add_pod(PodLink::Routed);
@@ -342,7 +342,7 @@ fn a_bad_file_leaves_the_configuration_before_in_force() {
     let pod = world.add_pod(PodLink::Routed);
     world.assert_open(&pod);
     let file = ConfigFile::new(&world, BOTH_EDGES);
-    let agent = file.start(Backend::Clsact, &[]);
+    let agent = file.start(AttachMode::Clsact, &[]);
     let good = world.status();
 
     file.replace(&format!("mode = 'of'\n{BOTH_EDGES}"));
@@ -381,7 +381,7 @@ fn a_bad_file_leaves_the_configuration_before_in_force() {
     agent.kill9();
     assert_refused(&world, &good, "MiB");
     file.replace(BOTH_EDGES);
-    let agent = file.start(Backend::Clsact, &[]);
+    let agent = file.start(AttachMode::Clsact, &[]);
     assert!(world.status().configuration.unwrap().refused.is_none());
     world.assert_blocked(&pod);
     drop(agent);
@@ -404,7 +404,7 @@ fn a_cgroup_that_can_not_be_guarded_is_refused_with_the_file() {
         .args(&["--cgroup", missing.to_str().unwrap()])
         .spawn_ready();
     let good = world.status();
-    // By the node edge, too, which then has to go again.
+    // By `node_egress`, too, which then has to go again.
     file.replace("answer = 'reject'\n");
     let status = assert_refused(&world, &good, missing.to_str().unwrap());
     assert!(!has_program(&world, World::UPLINK, Egress));
@@ -421,7 +421,7 @@ fn every_way_of_replacing_a_file_is_noticed() {
     let world = World::new();
     let file = ConfigFile::new(&world, POD_EDGE);
     // So that nothing is noticed for another reason.
-    let agent = file.start(Backend::Clsact, &["--resync", "3600"]);
+    let agent = file.start(AttachMode::Clsact, &["--resync", "3600"]);
     let modes = |n: usize| ["enforce", "audit", "off"][n % 3];
     let config = |mode: &str| format!("mode = '{mode}'\n{POD_EDGE}");
     let assert_in_force = |mode: &str| {
@@ -475,7 +475,7 @@ fn file_in(dir: &Path, version: &str, text: &str) {
 fn more_changes_than_the_kernel_tells_of() {
     let world = World::new();
     let file = ConfigFile::new(&world, POD_EDGE);
-    let agent = file.start(Backend::Clsact, &["--resync", "3600"]);
+    let agent = file.start(AttachMode::Clsact, &["--resync", "3600"]);
     let pid = Pid::from_raw(agent.pid().try_into().unwrap());
     kill(pid, Signal::SIGSTOP).unwrap();
     let most: usize =
@@ -501,7 +501,7 @@ fn what_nobody_tells_of_is_noticed_by_looking() {
     let elsewhere = world.scratch_dir().join("elsewhere");
     fs::create_dir(&elsewhere).unwrap();
     fs::hard_link(&file.path, elsewhere.join("imds.toml")).unwrap();
-    let agent = file.start(Backend::Clsact, &["--resync", "1"]);
+    let agent = file.start(AttachMode::Clsact, &["--resync", "1"]);
     fs::write(elsewhere.join("imds.toml"), format!("mode = 'audit'\n{POD_EDGE}")).unwrap();
     poll_until(Duration::from_secs(20), "it to be noticed", || {
         (world.status().mode.as_deref() == Some("audit")).then_some(())

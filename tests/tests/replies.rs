@@ -9,7 +9,7 @@ use imds_agent::datapath::object::OBJECT;
 use imds_ebpf_common::{
     Address, Answer, Endpoint, Filter, IMDS_IPV4, Mode, Policy, Service,
     event::Window,
-    names::{MAP_ENDPOINTS, MAP_POLICY, PROG_POD_EDGE, PROG_POD_L3, SECTION_FILTER},
+    names::{MAP_ENDPOINTS, MAP_POLICY, PROG_FROM_POD, PROG_FROM_POD_L3, SECTION_FILTER},
 };
 use imds_tests::program::{Object, try_run};
 use proptest::{prelude::*, test_runner::TestRunner};
@@ -110,7 +110,7 @@ fn a_segment_is_answered_by_the_reset_that_its_stack_accepts() {
                 tcp.write(&mut bytes, &data).unwrap();
                 bytes
             });
-            let (action, after) = try_run(object.program(PROG_POD_EDGE), &before).expect("a test run");
+            let (action, after) = try_run(object.program(PROG_FROM_POD), &before).expect("a test run");
             if flags & RST != 0 {
                 prop_assert_eq!(action, TC_ACT_SHOT);
                 return Ok(());
@@ -157,7 +157,7 @@ fn anything_else_is_answered_by_an_icmp_error_that_quotes_it() {
             }
             bytes
         });
-        let (action, after) = try_run(object.program(PROG_POD_EDGE), &before).expect("a test run");
+        let (action, after) = try_run(object.program(PROG_FROM_POD), &before).expect("a test run");
         prop_assert_eq!(action, TC_ACT_REDIRECT);
         let error = answer(&after, v6);
         let quote = match error.transport {
@@ -210,7 +210,7 @@ fn what_must_not_be_answered_is_dropped_in_silence() {
     from_nobody[14 + 12..14 + 16].fill(0);
     let mut cut_off = echo.clone();
     cut_off.truncate(14 + 22);
-    let program = object.program(PROG_POD_EDGE);
+    let program = object.program(PROG_FROM_POD);
     assert_eq!(try_run(program, &echo).expect("a test run").0, TC_ACT_REDIRECT);
     for (name, packet) in [
         ("an ICMP error", error),
@@ -233,14 +233,14 @@ fn packets_without_a_link_layer_and_with_options_are_answered_too() {
         ip.udp(1, 2).write(&mut bytes, &[7; 100]).unwrap();
         bytes
     });
-    let (_, with_link_layer) = try_run(object.program(PROG_POD_EDGE), &before).expect("a test run");
-    let (action, without) = try_run(object.program(PROG_POD_L3), &before[14..]).expect("a test run");
+    let (_, with_link_layer) = try_run(object.program(PROG_FROM_POD), &before).expect("a test run");
+    let (action, without) = try_run(object.program(PROG_FROM_POD_L3), &before[14..]).expect("a test run");
     assert_eq!((action, &without[..]), (TC_ACT_REDIRECT, &with_link_layer[14..]));
 
     // Four bytes of options: all headers that there can be are quoted, with what follows.
     before.splice(34..34, [1, 1, 1, 0]);
     before[14] = 0x46;
-    let (action, after) = try_run(object.program(PROG_POD_EDGE), &before).expect("a test run");
+    let (action, after) = try_run(object.program(PROG_FROM_POD), &before).expect("a test run");
     assert_eq!((action, after.len()), (TC_ACT_REDIRECT, 14 + 28 + 68));
     assert_eq!(after[42..], before[14..14 + 68]);
 }

@@ -62,7 +62,7 @@ fn of_more_senders_than_are_kept_the_oldest_go() {
     let map = Map::HashMap(MapData::from_pin(pin).unwrap());
     let mut ledger: HashMap<MapData, DenialKey, DenialRecord> = map.try_into().unwrap();
     let (address, hook, verdict) =
-        (Address::from_ipv4(IMDS_IPV4), Hook::PodEdge as u32, Verdict::Deny as u32);
+        (Address::from_ipv4(IMDS_IPV4), Hook::FromPod as u32, Verdict::Deny as u32);
     for sender in 0..DENIALS as u64 {
         let mut record = EMPTY;
         (record.count, record.first, record.last) = (1, 1, sender + 1);

@@ -6,7 +6,7 @@ use std::{
 };
 
 use imds_tests::{
-    Backend, METADATA, Pod, PodLink, World, effort,
+    AttachMode, METADATA, Pod, PodLink, World, effort,
     flood::Flood,
     hook::{self, Attached},
     poll::poll_until,
@@ -95,7 +95,7 @@ fn assert_flood_arrives(world: &World, pods: &[Pod; 2]) {
     drop(floods);
 }
 
-fn flood_while_agents_are_killed_and_started(backend: Backend, hook: &'static str) {
+fn flood_while_agents_are_killed_and_started(backend: AttachMode, hook: &'static str) {
     let (restarts_wanted, duration) = (effort(20), Duration::from_millis(effort(10_000).into()));
     let world = World::new();
     let agent_of = || world.agent().backend(backend).hooks(&[hook]);
@@ -137,25 +137,25 @@ fn no_packet_of_a_flood_passes_while_tcx_agents_are_killed_and_started() {
     if skip_without_tcx() {
         return;
     }
-    flood_while_agents_are_killed_and_started(Backend::Tcx, "pod_edge");
+    flood_while_agents_are_killed_and_started(AttachMode::Tcx, "from_pod");
 }
 
 #[test]
 fn no_packet_of_a_flood_passes_while_clsact_agents_are_killed_and_started() {
-    flood_while_agents_are_killed_and_started(Backend::Clsact, "pod_edge");
+    flood_while_agents_are_killed_and_started(AttachMode::Clsact, "from_pod");
 }
 
 #[test]
-fn no_packet_of_a_flood_passes_the_node_edge_while_tcx_agents_are_killed_and_started() {
+fn no_packet_of_a_flood_passes_the_node_egress_while_tcx_agents_are_killed_and_started() {
     if skip_without_tcx() {
         return;
     }
-    flood_while_agents_are_killed_and_started(Backend::Tcx, "node_edge");
+    flood_while_agents_are_killed_and_started(AttachMode::Tcx, "node_egress");
 }
 
 #[test]
-fn no_packet_of_a_flood_passes_the_node_edge_while_clsact_agents_are_killed_and_started() {
-    flood_while_agents_are_killed_and_started(Backend::Clsact, "node_edge");
+fn no_packet_of_a_flood_passes_the_node_egress_while_clsact_agents_are_killed_and_started() {
+    flood_while_agents_are_killed_and_started(AttachMode::Clsact, "node_egress");
 }
 
 #[test]
@@ -174,7 +174,7 @@ fn none_of_a_million_packets_of_a_hundred_pods_passes_while_programs_are_replace
         });
     };
     all_arrive();
-    for hook in ["pod_edge", "node_edge"] {
+    for hook in ["from_pod", "node_egress"] {
         let mut agent = world.agent().hooks(&[hook]).spawn_ready();
         let before = world.arrivals();
         let flood = Flood::udp_of_all(&pods, METADATA);
@@ -200,10 +200,10 @@ fn no_packet_of_a_flood_passes_while_the_way_of_attaching_changes() {
     let world = World::new();
     let pods = LINKS.map(|link| world.add_pod(link));
     assert_flood_arrives(&world, &pods);
-    let mut agent = world.start_agent(Backend::Tcx);
+    let mut agent = world.start_agent(AttachMode::Tcx);
     let before = world.arrivals();
     let floods = flood(&pods);
-    for backend in [Backend::Clsact, Backend::Tcx].repeat(3) {
+    for backend in [AttachMode::Clsact, AttachMode::Tcx].repeat(3) {
         agent.kill9();
         agent = world.start_agent(backend);
         let status = world.status();
@@ -212,9 +212,9 @@ fn no_packet_of_a_flood_passes_while_the_way_of_attaching_changes() {
             assert_eq!(interface.guard.as_deref(), Some(backend.name()));
             let (tcx, filters) =
                 (hook::tcx(&world.node, &pod.host_ifname), hook::filters(&world.node, &pod.host_ifname));
-            let expected = if backend == Backend::Tcx { (1, 0) } else { (0, 1) };
+            let expected = if backend == AttachMode::Tcx { (1, 0) } else { (0, 1) };
             assert_eq!((tcx.len(), filters.len()), expected, "with {}", backend.name());
-            assert_eq!(hook::has_clsact(&world.node, &pod.host_ifname), backend == Backend::Clsact);
+            assert_eq!(hook::has_clsact(&world.node, &pod.host_ifname), backend == AttachMode::Clsact);
         }
     }
     let sent: u64 = floods.into_iter().map(Flood::stop).sum();

@@ -4,7 +4,7 @@ use std::{fs, path::PathBuf};
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
-    Agent, Backend, METADATA, Pod, PodLink, World,
+    Agent, AttachMode, METADATA, Pod, PodLink, World,
     foreign::detach_link,
     hook::{self, run_tc},
     output,
@@ -15,19 +15,19 @@ use imds_tests::{
 
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
 
-fn start(world: &World, backend: Backend) -> Agent<'_> {
+fn start(world: &World, backend: AttachMode) -> Agent<'_> {
     world.agent().backend(backend).resync(1).spawn_ready()
 }
 
 fn link_pin(world: &World, pod: &Pod) -> PathBuf {
-    world.pin_dir().join(format!("links/pod_edge_{}", pod.host_ifindex))
+    world.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex))
 }
 
 /// Takes the agent's program away, with no trace in the pin directory.
-fn detach(world: &World, backend: Backend, pod: &Pod) {
+fn detach(world: &World, backend: AttachMode, pod: &Pod) {
     match backend {
-        Backend::Tcx => detach_link(&link_pin(world, pod)),
-        Backend::Clsact => run_tc(&world.node, &["qdisc", "delete", "dev", &pod.host_ifname, "clsact"]),
+        AttachMode::Tcx => detach_link(&link_pin(world, pod)),
+        AttachMode::Clsact => run_tc(&world.node, &["qdisc", "delete", "dev", &pod.host_ifname, "clsact"]),
     }
 }
 
@@ -53,10 +53,10 @@ fn a_detached_tcx_link_is_attached_again() {
     }
     let world = World::new();
     let pods = LINKS.map(|link| world.add_pod(link));
-    let agent = start(&world, Backend::Tcx);
+    let agent = start(&world, AttachMode::Tcx);
     for pod in &pods {
         let lines = agent.log().lines().count();
-        detach(&world, Backend::Tcx, pod);
+        detach(&world, AttachMode::Tcx, pod);
         assert_restored(&world, &agent, pod, lines);
         assert_eq!(hook::tcx(&world.node, &pod.host_ifname).len(), 1);
     }
@@ -66,10 +66,10 @@ fn a_detached_tcx_link_is_attached_again() {
 fn a_removed_clsact_qdisc_is_made_again() {
     let world = World::new();
     let pods = LINKS.map(|link| world.add_pod(link));
-    let agent = start(&world, Backend::Clsact);
+    let agent = start(&world, AttachMode::Clsact);
     for pod in &pods {
         let lines = agent.log().lines().count();
-        detach(&world, Backend::Clsact, pod);
+        detach(&world, AttachMode::Clsact, pod);
         assert_restored(&world, &agent, pod, lines);
         assert_eq!(hook::filters(&world.node, &pod.host_ifname).len(), 1);
     }
@@ -83,7 +83,7 @@ fn a_removed_clsact_qdisc_is_made_again() {
 fn a_removed_filter_is_added_again() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
-    let agent = start(&world, Backend::Clsact);
+    let agent = start(&world, AttachMode::Clsact);
     let lines = agent.log().lines().count();
     run_tc(&world.node, &["filter", "delete", "dev", &pod.host_ifname, "ingress"]);
     assert_restored(&world, &agent, &pod, lines);
@@ -96,7 +96,7 @@ fn a_removed_link_pin_is_pinned_again_without_a_gap() {
     }
     let world = World::new();
     let pod = world.add_pod(PodLink::Bridged);
-    let _agent = start(&world, Backend::Tcx);
+    let _agent = start(&world, AttachMode::Tcx);
     let pin = link_pin(&world, &pod);
     let before = hook::tcx(&world.node, &pod.host_ifname);
 
@@ -121,7 +121,7 @@ fn a_removed_pin_directory_is_made_again_without_a_gap() {
         let status =
             world.status_when("all is well", |status| status.is_ready() && status.state == "enforcing");
         assert!(status.total.denied.packets > denied);
-        for pin in ["maps/imds_policy", "maps/imds_counters", "maps/imds_interfaces", "progs/imds_pod_edge"] {
+        for pin in ["maps/imds_policy", "maps/imds_counters", "maps/imds_interfaces", "progs/imds_from_pod"] {
             assert!(world.pin_dir().join(pin).exists(), "{pin}");
         }
     });
@@ -154,18 +154,18 @@ fn guards_uplink(world: &World) -> bool {
 }
 
 #[test]
-fn the_node_edge_is_restored_whatever_took_it_away() {
+fn the_node_egress_is_restored_whatever_took_it_away() {
     with_each_backend(|backend| {
         let world = World::new();
         let pod = world.add_pod(PodLink::Routed);
         world.assert_open(&pod);
-        let agent = world.agent().backend(backend).hooks(&["node_edge"]).resync(1).spawn_ready();
+        let agent = world.agent().backend(backend).hooks(&["node_egress"]).resync(1).spawn_ready();
         world.assert_blocked(&pod);
         let index = world.status().interface(World::UPLINK).ifindex;
         let lines = agent.log().lines().count();
         match backend {
-            Backend::Tcx => detach_link(&world.pin_dir().join(format!("links/node_edge_{index}"))),
-            Backend::Clsact => run_tc(&world.node, &["qdisc", "delete", "dev", World::UPLINK, "clsact"]),
+            AttachMode::Tcx => detach_link(&world.pin_dir().join(format!("links/node_egress_{index}"))),
+            AttachMode::Clsact => run_tc(&world.node, &["qdisc", "delete", "dev", World::UPLINK, "clsact"]),
         }
         poll_until(LONG, "the program to be attached again", || guards_uplink(&world).then_some(()));
         world.assert_blocked(&pod);
@@ -181,7 +181,7 @@ fn the_node_edge_is_restored_whatever_took_it_away() {
 
 #[test]
 fn rules_that_are_flushed_are_none_of_ours() {
-    let hooks: [&[&str]; 3] = [&["pod_edge"], &["node_edge"], &["socket"]];
+    let hooks: [&[&str]; 3] = [&["from_pod"], &["node_egress"], &["socket"]];
     if skip_without_netns_cookie() {
         return;
     }
@@ -209,7 +209,7 @@ fn pins_of_every_hook_that_are_removed_are_made_again_without_a_gap() {
     if skip_without_netns_cookie() {
         return;
     }
-    for on in ["pod_edge", "node_edge", "socket"] {
+    for on in ["from_pod", "node_egress", "socket"] {
         let world = World::new();
         let pod = world.add_pod(PodLink::Bridged);
         let is_open = || world.in_cgroup(|| http_get(&pod.netns, METADATA, SHORT).is_answer());

@@ -8,8 +8,8 @@ use imds_ebpf_common::{
     Subject, SubjectKind, Verdict,
     maps::MARK,
     names::{
-        HOST_PROGRAMS, MAP_COUNTERS, MAP_ENDPOINTS, MAP_EXEMPT, MAP_POLICY, MAPS, PROG_NODE_EDGE,
-        PROG_POD_EDGE, PROG_POD_L3, SECTION_FILTER, SOCKET_PROGRAMS, TC_PROGRAMS, in_object,
+        HOST_PROGRAMS, MAP_COUNTERS, MAP_ENDPOINTS, MAP_EXEMPT, MAP_POLICY, MAPS, PROG_FROM_POD,
+        PROG_FROM_POD_L3, PROG_NODE_EGRESS, SECTION_FILTER, SOCKET_PROGRAMS, TC_PROGRAMS, in_object,
     },
     packet::MAX_VLAN_TAGS,
 };
@@ -121,7 +121,7 @@ fn packets_to(destination: [u8; 4]) -> Vec<(&'static str, Vec<u8>)> {
 #[test]
 fn every_packet_to_the_endpoint_is_denied_and_the_same_packet_elsewhere_is_not() {
     let object = object(Mode::Enforce);
-    let program = object.program(PROG_POD_EDGE);
+    let program = object.program(PROG_FROM_POD);
     for ((name, guarded), (_, other)) in packets_to(IMDS_IPV4).into_iter().zip(packets_to(OTHER)) {
         assert_eq!(action(program, &guarded), TC_ACT_SHOT, "{name}");
         assert_eq!(action(program, &other), TC_ACT_UNSPEC, "{name} to another address");
@@ -131,7 +131,7 @@ fn every_packet_to_the_endpoint_is_denied_and_the_same_packet_elsewhere_is_not()
 #[test]
 fn what_only_looks_like_the_endpoint_is_let_through() {
     let object = object(Mode::Enforce);
-    let program = object.program(PROG_POD_EDGE);
+    let program = object.program(PROG_FROM_POD);
     let mut from_endpoint = Vec::new();
     ethernet().ipv4(IMDS_IPV4, POD, 64).udp(80, 4000).write(&mut from_endpoint, &IMDS_IPV4).unwrap();
     let mut arp = udp(IMDS_IPV4);
@@ -161,7 +161,7 @@ fn what_only_looks_like_the_endpoint_is_let_through() {
 #[test]
 fn packets_without_a_link_layer_are_judged_by_the_other_program() {
     let object = object(Mode::Enforce);
-    let program = object.program(PROG_POD_L3);
+    let program = object.program(PROG_FROM_POD_L3);
     for ((name, guarded), (_, other)) in packets_to(IMDS_IPV4).into_iter().zip(packets_to(OTHER)).take(8) {
         assert_eq!(action(program, &guarded[ETHERNET_LEN..]), TC_ACT_SHOT, "{name}");
         assert_eq!(action(program, &other[ETHERNET_LEN..]), TC_ACT_UNSPEC, "{name} to another address");
@@ -176,7 +176,7 @@ fn the_mode_decides_and_every_guarded_packet_is_counted_under_its_verdict() {
         (Mode::Off, Verdict::Allow, TC_ACT_UNSPEC),
     ] {
         let object = object(mode);
-        let program = object.program(PROG_POD_EDGE);
+        let program = object.program(PROG_FROM_POD);
         let packet = udp(IMDS_IPV4);
         for _ in 0..3 {
             assert_eq!(action(program, &packet), expected, "{mode:?}");
@@ -184,7 +184,7 @@ fn the_mode_decides_and_every_guarded_packet_is_counted_under_its_verdict() {
         }
         // A test run's packet comes from the loopback interface.
         for counted in Verdict::COUNTED {
-            let key = CounterKey::new(1, Hook::PodEdge, counted);
+            let key = CounterKey::new(1, Hook::FromPod, counted);
             let counters: Vec<Counter> = object.per_cpu(MAP_COUNTERS, &key);
             let sum = counters.iter().fold((0, 0), |sum, cpu| (sum.0 + cpu.packets, sum.1 + cpu.bytes));
             let expected = if counted == verdict { (3, 3 * packet.len() as u64) } else { (0, 0) };
@@ -235,31 +235,31 @@ fn who_is_exempt_passes_to_what_it_is_exempt_from() {
         let is_softened = verdict == Verdict::Exempt || verdict == Verdict::Audit;
         for mark in [0, 1] {
             let after = if is_softened { MARK | mark } else { mark };
-            let run = marked(object.program(PROG_POD_EDGE), &udp(IMDS_IPV4), mark, 0);
+            let run = marked(object.program(PROG_FROM_POD), &udp(IMDS_IPV4), mark, 0);
             assert_eq!(run, Some((expected, after)), "{granted:?} in {mode:?}");
         }
-        let key = CounterKey::new(1, Hook::PodEdge, verdict);
+        let key = CounterKey::new(1, Hook::FromPod, verdict);
         let counters: Vec<Counter> = object.per_cpu(MAP_COUNTERS, &key);
         assert_eq!(counters.iter().map(|cpu| cpu.packets).sum::<u64>(), 2, "{granted:?} in {mode:?}");
     }
 }
 
 #[test]
-fn the_node_edge_believes_the_mark_of_what_came_in_by_an_interface() {
+fn the_node_egress_believes_the_mark_of_what_came_in_by_an_interface() {
     let exempt = grant(Subject::new(SubjectKind::Interface, 7), Address::ANY, Verdict::Exempt);
     let mut object = object_with(&[exempt], Mode::Enforce);
-    let (with_pod_edge, alone) = (Hook::PodEdge.bit() | Hook::NodeEdge.bit(), Hook::NodeEdge.bit());
+    let (with_from_pod, alone) = (Hook::FromPod.bit() | Hook::NodeEgress.bit(), Hook::NodeEgress.bit());
     for (hooks, mark, ingress, expected) in [
-        (with_pod_edge, MARK | 1, 8, (TC_ACT_UNSPEC, 1)),
-        (with_pod_edge, 1, 8, (TC_ACT_SHOT, 1)),
+        (with_from_pod, MARK | 1, 8, (TC_ACT_UNSPEC, 1)),
+        (with_from_pod, 1, 8, (TC_ACT_SHOT, 1)),
         // By now it could be another pod's.
-        (with_pod_edge, 1, 7, (TC_ACT_SHOT, 1)),
+        (with_from_pod, 1, 7, (TC_ACT_SHOT, 1)),
         // Nobody has marked it who is to be believed.
         (alone, MARK, 8, (TC_ACT_SHOT, MARK)),
         (alone, 1, 7, (TC_ACT_UNSPEC, 1)),
     ] {
         object.set(MAP_POLICY, Policy { mark: MARK, hooks, ..Policy::default() });
-        let program = object.program(PROG_NODE_EDGE);
+        let program = object.program(PROG_NODE_EGRESS);
         let case = format!("hooks {hooks:#x}, mark {mark:#x} by {ingress}");
         let Some(run) = marked(program, &udp(IMDS_IPV4), mark, ingress) else {
             return skip(WHOLE_TEST, "no test run of what came in by an interface on this kernel");
@@ -272,10 +272,10 @@ fn the_node_edge_believes_the_mark_of_what_came_in_by_an_interface() {
 #[test]
 fn a_policy_that_was_never_written_or_is_unknown_denies() {
     let never_written = unwritten_object();
-    assert_eq!(action(never_written.program(PROG_POD_EDGE), &udp(IMDS_IPV4)), TC_ACT_SHOT);
+    assert_eq!(action(never_written.program(PROG_FROM_POD), &udp(IMDS_IPV4)), TC_ACT_SHOT);
     let mut unknown = unwritten_object();
     unknown.set(MAP_POLICY, Policy { mode: 77, ..Policy::default() });
-    assert_eq!(action(unknown.program(PROG_POD_EDGE), &udp(IMDS_IPV4)), TC_ACT_SHOT);
+    assert_eq!(action(unknown.program(PROG_FROM_POD), &udp(IMDS_IPV4)), TC_ACT_SHOT);
 }
 
 #[test]
@@ -283,14 +283,14 @@ fn a_filter_that_was_never_written_is_the_loaders_mistake_and_a_full_one_only_co
     let mut object = Object::load(OBJECT);
     let full = Filter { bits: [0xff; 8192], subjects: [0xff; 2048], ..Filter::EMPTY };
     object.set(SECTION_FILTER, full);
-    assert_eq!(action(object.program(PROG_POD_EDGE), &udp(OTHER)), TC_ACT_UNSPEC);
+    assert_eq!(action(object.program(PROG_FROM_POD), &udp(OTHER)), TC_ACT_UNSPEC);
     // Endpoints come into force with the filter: the map of that name is for people.
     object.insert(MAP_ENDPOINTS, Address::from_ipv4(IMDS_IPV4), IMDS);
-    assert_eq!(action(object.program(PROG_POD_EDGE), &udp(IMDS_IPV4)), TC_ACT_UNSPEC);
+    assert_eq!(action(object.program(PROG_FROM_POD), &udp(IMDS_IPV4)), TC_ACT_UNSPEC);
     let with_endpoint = Filter::of([(Address::from_ipv4(IMDS_IPV4), &IMDS)]);
     object.set(SECTION_FILTER, Filter { bits: full.bits, subjects: full.subjects, ..with_endpoint });
-    assert_eq!(action(object.program(PROG_POD_EDGE), &udp(IMDS_IPV4)), TC_ACT_SHOT);
-    assert_eq!(action(object.program(PROG_POD_EDGE), &udp(OTHER)), TC_ACT_UNSPEC);
+    assert_eq!(action(object.program(PROG_FROM_POD), &udp(IMDS_IPV4)), TC_ACT_SHOT);
+    assert_eq!(action(object.program(PROG_FROM_POD), &udp(OTHER)), TC_ACT_UNSPEC);
 }
 
 #[test]

@@ -91,7 +91,7 @@ fn a_clsact_qdisc_that_was_there_before_stays_with_its_filters() {
 fn a_filter_that_somebody_added_to_our_qdisc_stays() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
-    world.start_agent(imds_tests::Backend::Clsact).kill9();
+    world.start_agent(imds_tests::AttachMode::Clsact).kill9();
     Foreign::returning(TC_ACT_OK).attach_filter(&world.node, &pod.host_ifname, TcAttachType::Ingress, 7);
     world.unload();
     let left = hook::filters(&world.node, &pod.host_ifname);
@@ -108,7 +108,7 @@ fn somebody_elses_tcx_program_stays() {
     let _link =
         Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex, TcAttachType::Ingress);
     let theirs = hook::tcx(&world.node, &pod.host_ifname);
-    world.start_agent(imds_tests::Backend::Tcx).kill9();
+    world.start_agent(imds_tests::AttachMode::Tcx).kill9();
     world.unload();
     assert_eq!(hook::tcx(&world.node, &pod.host_ifname), theirs);
 }

@@ -11,7 +11,7 @@ use imds_tests::{
 };
 use serde_json::Value;
 
-const ALL: [&str; 3] = ["pod_edge", "node_edge", "socket"];
+const ALL: [&str; 3] = ["from_pod", "node_egress", "socket"];
 /// A cloud with endpoints of both families, and one with kept services besides.
 const AWS: &str = "provider = 'aws'";
 const KEPT: &str = "answer = 'reject'\nprovider = 'none'\n\
@@ -95,10 +95,10 @@ fn every_hook_is_proven_for_every_endpoint() {
 #[test]
 fn kept_services_are_proven_to_be() {
     let world = World::new();
-    let _agent = world.agent().config(KEPT).hooks(&["pod_edge", "node_edge"]).spawn_ready();
+    let _agent = world.agent().config(KEPT).hooks(&["from_pod", "node_egress"]).spawn_ready();
     let verified = verify(&world);
     assert_held(&verified);
-    for hook in ["pod_edge", "node_edge"] {
+    for hook in ["from_pod", "node_egress"] {
         let found: Vec<_> = checks(&verified.1, hook)
             .iter()
             .map(|check| (check["service"].as_str(), check["found"].as_str().unwrap()))
@@ -112,7 +112,7 @@ fn kept_services_are_proven_to_be() {
 #[test]
 fn the_table_has_a_row_for_each() {
     let world = World::new();
-    let _agent = world.agent().hooks(&["pod_edge"]).spawn_ready();
+    let _agent = world.agent().hooks(&["from_pod"]).spawn_ready();
     let output = world.imds_agent(&["verify"]).output();
     let text = String::from_utf8(output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(0), "{text}");
@@ -139,13 +139,13 @@ fn a_link_that_is_not_guarded_is_named() {
     with_each_backend(|backend| {
         let world = World::new();
         let pod = world.add_pod(PodLink::Routed);
-        let agent = world.agent().backend(backend).resync(3600).hooks(&["pod_edge"]).spawn_ready();
+        let agent = world.agent().backend(backend).resync(3600).hooks(&["from_pod"]).spawn_ready();
         match backend {
-            imds_tests::Backend::Tcx => {
-                detach_link(&world.pin_dir().join(format!("links/pod_edge_{}", pod.host_ifindex)));
+            imds_tests::AttachMode::Tcx => {
+                detach_link(&world.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex)));
             }
             // A removed filter would be noticed at once by an agent that runs.
-            imds_tests::Backend::Clsact => {
+            imds_tests::AttachMode::Clsact => {
                 agent.kill9();
                 imds_tests::hook::run_tc(
                     &world.node,
@@ -154,8 +154,8 @@ fn a_link_that_is_not_guarded_is_named() {
             }
         }
         let verified = verify(&world);
-        assert_fails(&verified, &["pod_edge"]);
-        let found = checks(&verified.1, "pod_edge")[0]["found"].to_string();
+        assert_fails(&verified, &["from_pod"]);
+        let found = checks(&verified.1, "from_pod")[0]["found"].to_string();
         assert!(found.contains(&pod.host_ifname), "{found}");
     });
 }
@@ -163,10 +163,10 @@ fn a_link_that_is_not_guarded_is_named() {
 #[test]
 fn without_an_agent_new_links_are_not_proven_to_be_guarded() {
     let world = World::new();
-    world.agent().hooks(&["pod_edge", "node_edge"]).spawn_ready().kill9();
+    world.agent().hooks(&["from_pod", "node_egress"]).spawn_ready().kill9();
     let verified = verify(&world);
-    assert_fails(&verified, &["pod_edge", "node_edge"]);
-    let found = checks(&verified.1, "pod_edge")[1]["found"].to_string();
+    assert_fails(&verified, &["from_pod", "node_egress"]);
+    let found = checks(&verified.1, "from_pod")[1]["found"].to_string();
     assert!(found.contains("imds-agent run"), "{found}");
 }
 
@@ -177,10 +177,10 @@ fn a_program_that_gets_in_front_fails_it() {
     }
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
-    let _agent = world.agent().resync(3600).hooks(&["pod_edge"]).spawn_ready();
+    let _agent = world.agent().resync(3600).hooks(&["from_pod"]).spawn_ready();
     let hook = aya::programs::tc::TcAttachType::Ingress;
     let _link = Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex, hook);
-    assert_fails(&verify(&world), &["pod_edge"]);
+    assert_fails(&verify(&world), &["from_pod"]);
 }
 
 #[test]
@@ -205,7 +205,7 @@ fn sockets_that_are_not_guarded_fail_it() {
 
 #[test]
 fn strict_mode_is_proven_from_within_the_pods_cgroup() {
-    const STRICT: &str = "strict_host_network";
+    const STRICT: &str = "host_network";
     if skip_without_netns_cookie() {
         return;
     }
@@ -217,7 +217,7 @@ fn strict_mode_is_proven_from_within_the_pods_cgroup() {
 
     let pods = world.add_cgroup("kubepods.slice");
     world.status_when("the cgroup is guarded", |status| {
-        status.strict_host_network.as_ref().is_some_and(|hosts| hosts.attached)
+        status.host_network.as_ref().is_some_and(|hosts| hosts.attached)
     });
     let verified = verify(&world);
     assert_held(&verified);
@@ -252,7 +252,7 @@ fn whatever_ends_it_nothing_is_left() {
     };
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGKILL] {
         let world = World::new();
-        let agent = world.agent().hooks(&["pod_edge", "node_edge"]).spawn_ready();
+        let agent = world.agent().hooks(&["from_pod", "node_egress"]).spawn_ready();
         // An agent that does not follow keeps it waiting.
         let of_agent = Pid::from_raw(agent.pid().try_into().unwrap());
         kill(of_agent, Signal::SIGSTOP).unwrap();

@@ -45,7 +45,7 @@ impl Demo {
         let before = observe()?;
 
         say("starting imds-agent on the node");
-        let running = world.agent().hooks(&["pod_edge", "node_edge", "socket"]).spawn_ready();
+        let running = world.agent().hooks(&["from_pod", "node_egress", "socket"]).spawn_ready();
         let during = observe()?;
         let status = world.imds_agent(&["status"]).output();
 

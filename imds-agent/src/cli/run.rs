@@ -4,7 +4,7 @@ use std::{convert::Infallible, future, path::PathBuf, process::ExitCode, time::D
 
 use anyhow::{Context as _, anyhow};
 use clap::{Args, ValueEnum};
-use imds_ebpf_common::Backend;
+use imds_ebpf_common::AttachMode;
 
 use super::{Failure, PinDirArg};
 use crate::{
@@ -62,10 +62,10 @@ enum TcBackend {
 }
 
 impl TcBackend {
-    fn choose(self) -> anyhow::Result<Backend> {
+    fn choose(self) -> anyhow::Result<AttachMode> {
         match (self, bpf::has_tcx()) {
-            (Self::Auto | Self::Tcx, true) => Ok(Backend::Tcx),
-            (Self::Auto, false) | (Self::Clsact, _) => Ok(Backend::Clsact),
+            (Self::Auto | Self::Tcx, true) => Ok(AttachMode::Tcx),
+            (Self::Auto, false) | (Self::Clsact, _) => Ok(AttachMode::Clsact),
             (Self::Tcx, false) => {
                 Err(anyhow!("this kernel has no TCX (Linux 6.6); use --tc-backend clsact or auto"))
             }
@@ -89,7 +89,7 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     let claim = PinDir::new(&args.pins.pin_dir)?.claim()?;
 
     // Listening comes before the first look, so that nothing falls between the two.
-    let events = Netlink::events(node.backend == Backend::Clsact)?;
+    let events = Netlink::events(node.backend == AttachMode::Clsact)?;
     let netlink = Netlink::connect()?.with_endpoints(settings.guarded.ipv4());
     let datapath = Datapath::open(claim, &settings.plan, &settings.guarded, netlink.clone())?;
     match datapath.diagnostics() {
@@ -100,7 +100,7 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     }
     let finder = Finder::new().context("can't tell this network namespace")?;
     let mut guard = Guard::new(datapath, netlink, &settings, finder);
-    if (args.tc_backend, node.backend) == (TcBackend::Auto, Backend::Tcx) {
+    if (args.tc_backend, node.backend) == (TcBackend::Auto, AttachMode::Tcx) {
         guard = guard.with_filters_first();
     }
     if !args.once {

@@ -49,10 +49,10 @@ impl Default for Hooks {
 #[serde(deny_unknown_fields, default)]
 #[expect(clippy::struct_excessive_bools, reason = "switches, as the file has them")]
 pub(super) struct HooksTable {
-    pod_edge: bool,
-    node_edge: bool,
+    from_pod: bool,
+    node_egress: bool,
     socket: bool,
-    strict_host_network: bool,
+    host_network: bool,
     mark_bit: Spanned<u8>,
 }
 
@@ -60,10 +60,10 @@ impl Default for HooksTable {
     fn default() -> Self {
         let mark_bit = u8::try_from(MARK.trailing_zeros()).unwrap_or_default();
         Self {
-            pod_edge: true,
-            node_edge: true,
+            from_pod: true,
+            node_egress: true,
             socket: true,
-            strict_host_network: false,
+            host_network: false,
             mark_bit: Spanned::new(0..0, mark_bit),
         }
     }
@@ -84,10 +84,10 @@ impl HooksTable {
 impl From<&HooksTable> for Hooks {
     fn from(table: &HooksTable) -> Self {
         let switches = [
-            (Hook::PodEdge, table.pod_edge),
-            (Hook::NodeEdge, table.node_edge),
+            (Hook::FromPod, table.from_pod),
+            (Hook::NodeEgress, table.node_egress),
             (Hook::Socket, table.socket),
-            (Hook::Host, table.strict_host_network),
+            (Hook::HostNetwork, table.host_network),
         ];
         Self::from_bits(switches.iter().filter(|(_, on)| *on).map(|(hook, _)| hook.bit()).sum())
     }

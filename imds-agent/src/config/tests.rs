@@ -32,12 +32,12 @@ fn mode_and_globs() {
 fn hooks_are_on_unless_switched_off_and_strict_mode_is_off_unless_switched_on() {
     let on = |text: &str| Hook::ALL.map(|hook| parse(text).unwrap().hooks.has(hook));
     assert_eq!(on(""), [true, true, true, false]);
-    assert_eq!(on("[hooks]\nnode_edge = false"), [true, false, true, false]);
-    assert_eq!(on("[hooks]\npod_edge = false\nsocket = false"), [false, true, false, false]);
-    assert_eq!(on("[hooks]\nstrict_host_network = true"), [true; 4]);
-    let all_off = "[hooks]\npod_edge = false\nsocket = false\nnode_edge = false";
+    assert_eq!(on("[hooks]\nnode_egress = false"), [true, false, true, false]);
+    assert_eq!(on("[hooks]\nfrom_pod = false\nsocket = false"), [false, true, false, false]);
+    assert_eq!(on("[hooks]\nhost_network = true"), [true; 4]);
+    let all_off = "[hooks]\nfrom_pod = false\nsocket = false\nnode_egress = false";
     assert!(parse(all_off).unwrap_err().contains("hooks"));
-    assert_eq!(on(&format!("{all_off}\nstrict_host_network = true")), [false, false, false, true]);
+    assert_eq!(on(&format!("{all_off}\nhost_network = true")), [false, false, false, true]);
     let mark = |text: &str| parse(text).map(|config| config.mark);
     assert_eq!((mark(""), mark("[hooks]\nmark_bit = 31")), (Ok(0x1000), Ok(0x8000_0000)));
     assert!(mark("[hooks]\nmark_bit = 32").unwrap_err().contains(":2:12: hooks.mark_bit: 32"));
@@ -55,9 +55,9 @@ fn errors_name_file_line_and_key() {
         ("[interfaces]\nexclude = ['veth[']", "2:12: interfaces.exclude: "),
         ("[interfaces]\ninclude = ['a*', 'b']\nexclude = ['b']", "3:12: interfaces.exclude: \"b\""),
         ("[interfaces]\ninclude = ['a', 7]", "2:17: interfaces.include: "),
-        ("\n[hooks]\npod_edge = 'yes'", "3:12: hooks.pod_edge: "),
+        ("\n[hooks]\nfrom_pod = 'yes'", "3:12: hooks.from_pod: "),
         ("hooks = 3", "1:9: hooks: "),
-        ("\n[hooks]\npod_edge = false\nsocket = false\nnode_edge = false", "2:1: hooks: every one is off"),
+        ("\n[hooks]\nfrom_pod = false\nsocket = false\nnode_egress = false", "2:1: hooks: every one is off"),
         (
             "\n[[endpoint]]\nname = 'a'\n[[endpoint]]\naddress = '10.0.0.1'",
             "2:1: endpoint: missing field `address`",

@@ -5,7 +5,7 @@ use std::{
     os::fd::{AsRawFd as _, BorrowedFd},
 };
 
-use imds_ebpf_common::{Backend, Edge, names::PREFIX};
+use imds_ebpf_common::{AttachMode, TcHook, names::PREFIX};
 use rtnetlink::{
     packet_core::{NLM_F_CREATE, NLM_F_EXCL},
     packet_route::{
@@ -14,10 +14,10 @@ use rtnetlink::{
     },
 };
 
-use super::{bpf, pins::Spot};
+use super::{bpf, pins::AttachPoint};
 use crate::{
     node::netlink::{Netlink, NetlinkError},
-    reconcile::{Attachment, Place},
+    reconcile::{Attachment, Order},
 };
 
 /// Handles of our filters, of which one is in use: the other is where a filter moves to. Nothing but "imds", so that
@@ -95,31 +95,31 @@ impl Filter {
 /// What of ours is among the filters of a hook, of which `program` should be it.
 pub async fn attachment(
     netlink: &Netlink,
-    spot: Spot,
+    spot: AttachPoint,
     program: u32,
 ) -> Result<Option<Attachment>, NetlinkError> {
     let filters = filters(netlink, spot).await?;
     let ours = filters.iter().find(|filter| filter.is_ours());
     Ok(ours.map(|ours| Attachment {
-        backend: Backend::Clsact,
+        backend: AttachMode::Clsact,
         current: ours.program == Some(program),
         pinned: true,
         // TCX comes before all filters (tcx_run in net/core/dev.c); a kernel without it answers with an error.
         place: match bpf::tcx_entries(spot.ifindex, spot.direction()) {
-            Ok(entries) if !entries.is_empty() => Place::Stuck,
+            Ok(entries) if !entries.is_empty() => Order::Blocked,
             Ok(_) | Err(_) => place(&filters, ours),
         },
     }))
 }
 
 /// Where `ours` stands among `filters`, which are in the order in which they run.
-fn place(filters: &[Filter], ours: &Filter) -> Place {
+fn place(filters: &[Filter], ours: &Filter) -> Order {
     if filters.first().is_some_and(Filter::is_ours) {
-        return Place::First;
+        return Order::First;
     }
     let best = best_priority(filters);
     let can_be_first = foreign(filters).all(|filter| filter.priority >= best);
-    if can_be_first || best < ours.priority { Place::Behind } else { Place::Stuck }
+    if can_be_first || best < ours.priority { Order::NotFirst } else { Order::Blocked }
 }
 
 /// The lowest priority at which a BPF filter can be.
@@ -135,7 +135,7 @@ fn foreign(filters: &[Filter]) -> impl Iterator<Item = &Filter> {
 }
 
 /// The filters of a hook, in the order in which they run; none where the interface has no such qdisc.
-pub(crate) async fn filters(netlink: &Netlink, spot: Spot) -> Result<Vec<Filter>, NetlinkError> {
+pub(crate) async fn filters(netlink: &Netlink, spot: AttachPoint) -> Result<Vec<Filter>, NetlinkError> {
     let ifindex = spot.ifindex;
     let request = RouteNetlinkMessage::GetTrafficFilter(message(ifindex, parent(spot.edge)));
     let answers = match netlink.dump(format!("listing filters of interface {ifindex}"), request).await {
@@ -165,8 +165,8 @@ pub async fn ensure_qdisc(netlink: &Netlink, ifindex: u32) -> Result<bool, Netli
 
 /// Removes the clsact qdisc, unless somebody has a filter on it.
 pub async fn remove_unused_qdisc(netlink: &Netlink, ifindex: u32) -> Result<(), NetlinkError> {
-    for edge in Edge::ALL {
-        if !filters(netlink, Spot { ifindex, edge }).await?.is_empty() {
+    for edge in TcHook::ALL {
+        if !filters(netlink, AttachPoint { ifindex, edge }).await?.is_empty() {
             return Ok(());
         }
     }
@@ -180,7 +180,7 @@ pub async fn remove_unused_qdisc(netlink: &Netlink, ifindex: u32) -> Result<(), 
 /// in force.
 pub async fn attach_first(
     netlink: &Netlink,
-    spot: Spot,
+    spot: AttachPoint,
     program: BorrowedFd<'_>,
     name: &str,
 ) -> Result<(), NetlinkError> {
@@ -200,7 +200,7 @@ pub async fn attach_first(
 /// Puts another program in the place of our filter's, atomically (`cls_bpf_change`: `list_replace_rcu`).
 pub async fn replace(
     netlink: &Netlink,
-    spot: Spot,
+    spot: AttachPoint,
     program: BorrowedFd<'_>,
     name: &str,
 ) -> Result<(), NetlinkError> {
@@ -214,7 +214,7 @@ pub async fn replace(
 }
 
 /// Removes all our filters from a hook. Returns whether there was one.
-pub async fn detach_all(netlink: &Netlink, spot: Spot) -> Result<bool, NetlinkError> {
+pub async fn detach_all(netlink: &Netlink, spot: AttachPoint) -> Result<bool, NetlinkError> {
     let filters = filters(netlink, spot).await?;
     let ours: Vec<_> = filters.iter().filter(|filter| filter.is_ours()).collect();
     let any = !ours.is_empty();
@@ -224,7 +224,7 @@ pub async fn detach_all(netlink: &Netlink, spot: Spot) -> Result<bool, NetlinkEr
 
 async fn detach(
     netlink: &Netlink,
-    spot: Spot,
+    spot: AttachPoint,
     filters: impl IntoIterator<Item = &Filter>,
 ) -> Result<(), NetlinkError> {
     for filter in filters {
@@ -238,7 +238,7 @@ async fn detach(
 
 async fn write(
     netlink: &Netlink,
-    spot: Spot,
+    spot: AttachPoint,
     priority: u16,
     handle: TcHandle,
     program: BorrowedFd<'_>,
@@ -262,10 +262,10 @@ async fn write(
     netlink.acknowledged(call, RouteNetlinkMessage::NewTrafficFilter(message), flags).await
 }
 
-const fn parent(edge: Edge) -> TcHandle {
+const fn parent(edge: TcHook) -> TcHandle {
     match edge {
-        Edge::Pod => INGRESS,
-        Edge::Node => EGRESS,
+        TcHook::FromPod => INGRESS,
+        TcHook::NodeEgress => EGRESS,
     }
 }
 
@@ -282,7 +282,7 @@ fn qdisc(ifindex: u32) -> TcMessage {
     message
 }
 
-fn filter_message(spot: Spot, priority: u16, handle: TcHandle) -> TcMessage {
+fn filter_message(spot: AttachPoint, priority: u16, handle: TcHandle) -> TcMessage {
     let mut message = message(spot.ifindex, parent(spot.edge));
     message.header.handle = handle;
     message.header.info = TcHandle { major: priority, minor: ETH_P_ALL }.into();
@@ -313,7 +313,7 @@ mod tests {
     }
 
     fn ours(priority: u16) -> Filter {
-        filter(priority, HANDLES[0], "bpf", "imds_pod_edge")
+        filter(priority, HANDLES[0], "bpf", "imds_from_pod")
     }
 
     fn other(priority: u16, kind: &str) -> Filter {
@@ -322,26 +322,26 @@ mod tests {
 
     #[test]
     fn first_is_first() {
-        assert_eq!(place(&[ours(1)], &ours(1)), Place::First);
-        assert_eq!(place(&[ours(1), other(1, "bpf"), other(2, "u32")], &ours(1)), Place::First);
-        assert_eq!(place(&[ours(2), other(3, "u32")], &ours(2)), Place::First);
+        assert_eq!(place(&[ours(1)], &ours(1)), Order::First);
+        assert_eq!(place(&[ours(1), other(1, "bpf"), other(2, "u32")], &ours(1)), Order::First);
+        assert_eq!(place(&[ours(2), other(3, "u32")], &ours(2)), Order::First);
     }
 
     #[test]
     fn another_bpf_filter_of_the_same_priority_can_be_passed() {
-        assert_eq!(place(&[other(1, "bpf"), ours(1)], &ours(1)), Place::Behind);
+        assert_eq!(place(&[other(1, "bpf"), ours(1)], &ours(1)), Order::NotFirst);
         assert_eq!(best_priority(&[other(1, "bpf")]), 1);
     }
 
     #[test]
     fn a_filter_of_another_kind_at_the_first_priority_can_not() {
         assert_eq!(best_priority(&[other(1, "matchall")]), 2);
-        assert_eq!(place(&[other(1, "matchall"), ours(2)], &ours(2)), Place::Stuck);
-        assert_eq!(place(&[other(1, "matchall"), ours(3)], &ours(3)), Place::Behind);
+        assert_eq!(place(&[other(1, "matchall"), ours(2)], &ours(2)), Order::Blocked);
+        assert_eq!(place(&[other(1, "matchall"), ours(3)], &ours(3)), Order::NotFirst);
     }
 
     #[test]
     fn a_place_that_became_free_is_taken() {
-        assert_eq!(place(&[other(2, "u32"), ours(3)], &ours(3)), Place::Behind);
+        assert_eq!(place(&[other(2, "u32"), ours(3)], &ours(3)), Order::NotFirst);
     }
 }

@@ -129,7 +129,7 @@ pub fn untold(maps: &Maps) -> Result<u64, MapError> {
 /// Adds an interface's counts to those of the departed, and removes its entries.
 pub(super) fn fold(maps: &mut Maps, ifindex: u32) -> Result<(), DatapathError> {
     let failed = |source| DatapathError::Map { map: MAP_COUNTERS, source };
-    let keys = [Hook::PodEdge, Hook::NodeEdge]
+    let keys = [Hook::FromPod, Hook::NodeEgress]
         .into_iter()
         .flat_map(|hook| Verdict::COUNTED.map(|verdict| CounterKey::new(ifindex, hook, verdict)));
     for key in keys {

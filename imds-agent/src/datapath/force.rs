@@ -46,7 +46,7 @@ impl Datapath {
         if !plan.hooks.has(Hook::Socket) {
             self.sockets = None;
         }
-        if !plan.hooks.has(Hook::Host) {
+        if !plan.hooks.has(Hook::HostNetwork) {
             self.hosts = Hosts::default();
         }
         self.programs.keep(plan.hooks);

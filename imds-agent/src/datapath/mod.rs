@@ -27,7 +27,7 @@ use std::{
 
 use aya::maps::MapError;
 use imds_ebpf_common::{
-    Answer, Backend, Edge, Hook, Mode, Role, Subject, SubjectKind,
+    Answer, AttachMode, Hook, Mode, Role, Subject, SubjectKind, TcHook,
     names::{MAP_EXEMPT, tc_program},
 };
 use log::Level;
@@ -37,7 +37,7 @@ use self::{
     claim::Claim,
     hosts::Hosts,
     object::{Maps, ObjectError, Programs},
-    pins::{PinDir, PinError, Spot},
+    pins::{AttachPoint, PinDir, PinError},
     sockets::{SOCKETS, Sockets},
     tcx::Links,
 };
@@ -133,7 +133,7 @@ pub struct Datapath {
     told: pods::Told,
     granted: exemptions::Known,
     netlink: Netlink,
-    backend: Backend,
+    backend: AttachMode,
     hooks: Hooks,
 }
 
@@ -147,12 +147,12 @@ pub struct Plan {
     /// Where packets and calls are judged.
     pub hooks: Hooks,
     /// How interfaces are attached.
-    pub backend: Backend,
+    pub backend: AttachMode,
     /// The cgroup below which sockets are guarded, where they are.
     pub cgroup: Option<PathBuf>,
     /// How the programs know the node.
     pub identity: Identity,
-    /// The bit of a packet's mark by which the pod edge tells the node edge that it is exempt.
+    /// The bit of a packet's mark by which `from_pod` tells `node_egress` that it is exempt.
     pub mark: u32,
 }
 
@@ -227,9 +227,9 @@ impl Datapath {
 
     /// How an edge of an interface of this role is to be attached.
     #[must_use]
-    pub fn wanted(&self, role: Role, edge: Edge) -> Backend {
+    pub fn wanted(&self, role: Role, edge: TcHook) -> AttachMode {
         let is_wanted = self.hooks.has(edge.hook()) && role.edge() == Some(edge);
-        if is_wanted { self.backend } else { Backend::None }
+        if is_wanted { self.backend } else { AttachMode::None }
     }
 
     /// Attaches, replaces or pins the links of sockets as needed, or removes them where that hook is off. Returns what
@@ -250,7 +250,7 @@ impl Datapath {
         all: bool,
     ) -> Result<Vec<(Level, String)>, DatapathError> {
         let pins = self.claim.dir();
-        if !self.hooks.has(Hook::Host) {
+        if !self.hooks.has(Hook::HostNetwork) {
             let detached = hosts::detach_all(pins)?;
             let done = (Level::Info, "hostNetwork pods are no longer guarded".to_owned());
             return Ok(if detached { vec![done] } else { Vec::new() });
@@ -278,16 +278,16 @@ impl Datapath {
     pub async fn observe(
         &mut self,
         link: &Link,
-        edge: Edge,
+        edge: TcHook,
         thorough: bool,
     ) -> Result<Vec<Attachment>, DatapathError> {
-        let spot = Spot { ifindex: link.index, edge };
+        let spot = AttachPoint { ifindex: link.index, edge };
         // Where the hook is off there is no program, so that none that is there is the current one.
         let program = self.programs.id(tc_program(edge, link.frame)).unwrap_or_default();
         let mut attachments = Vec::new();
         attachments.extend(self.links.observe(self.claim.dir(), spot, program)?);
         let recorded = records::has_filter(&self.maps, link.index);
-        if thorough || recorded || self.backend == Backend::Clsact {
+        if thorough || recorded || self.backend == AttachMode::Clsact {
             attachments.extend(clsact::attachment(&self.netlink, spot, program).await?);
         }
         Ok(attachments)
@@ -295,22 +295,22 @@ impl Datapath {
 
     /// Whether TCX programs of others see what a pod sends before any filter does.
     pub fn has_company(link: &Link) -> Result<bool, DatapathError> {
-        let spot = Spot { ifindex: link.index, edge: Edge::Pod };
+        let spot = AttachPoint { ifindex: link.index, edge: TcHook::FromPod };
         Ok(!tcx::programs(spot)?.is_empty())
     }
 
     /// Carries out one action on an edge of an interface.
-    pub async fn apply(&mut self, link: &Link, edge: Edge, action: Action) -> Result<(), DatapathError> {
-        let spot = Spot { ifindex: link.index, edge };
+    pub async fn apply(&mut self, link: &Link, edge: TcHook, action: Action) -> Result<(), DatapathError> {
+        let spot = AttachPoint { ifindex: link.index, edge };
         let name = tc_program(edge, link.frame);
         match action {
-            Action::Attach(Backend::Tcx) => {
+            Action::Attach(AttachMode::Tcx) => {
                 counters::prepare(&mut self.maps, link.index, edge.hook());
                 self.links.attach(self.claim.dir(), spot, self.programs.fd(name)?)
             }
-            Action::Replace(Backend::Tcx) => self.links.replace(spot, self.programs.fd(name)?),
-            Action::Pin(Backend::Tcx) => self.links.pin(self.claim.dir(), spot),
-            Action::Raise(Backend::Tcx) => {
+            Action::Replace(AttachMode::Tcx) => self.links.replace(spot, self.programs.fd(name)?),
+            Action::Pin(AttachMode::Tcx) => self.links.pin(self.claim.dir(), spot),
+            Action::Reorder(AttachMode::Tcx) => {
                 // The kernel takes a program only once per hook, so that a second copy has to hold the place before
                 // this one can have it.
                 let hooks = Hooks::from_bits(edge.hook().bit());
@@ -318,8 +318,8 @@ impl Datapath {
                 self.links.raise(self.claim.dir(), spot, copy.fd(name)?)?;
                 self.links.replace(spot, self.programs.fd(name)?)
             }
-            Action::Detach(Backend::Tcx) => self.links.detach(self.claim.dir(), spot),
-            Action::Attach(Backend::Clsact) => {
+            Action::Detach(AttachMode::Tcx) => self.links.detach(self.claim.dir(), spot),
+            Action::Attach(AttachMode::Clsact) => {
                 counters::prepare(&mut self.maps, link.index, edge.hook());
                 if clsact::ensure_qdisc(&self.netlink, link.index).await?
                     && let Err(error) = records::mark_qdisc(&mut self.maps, link)
@@ -328,26 +328,26 @@ impl Datapath {
                 }
                 Ok(clsact::attach_first(&self.netlink, spot, self.programs.fd(name)?, name).await?)
             }
-            Action::Raise(Backend::Clsact) => {
+            Action::Reorder(AttachMode::Clsact) => {
                 Ok(clsact::attach_first(&self.netlink, spot, self.programs.fd(name)?, name).await?)
             }
-            Action::Replace(Backend::Clsact) => {
+            Action::Replace(AttachMode::Clsact) => {
                 Ok(clsact::replace(&self.netlink, spot, self.programs.fd(name)?, name).await?)
             }
-            Action::Detach(Backend::Clsact) => {
+            Action::Detach(AttachMode::Clsact) => {
                 remove_filter(&self.netlink, &mut self.maps, spot).await.map(drop)
             }
             // Filters are not pinned, and nothing is attached by no means.
-            Action::Pin(Backend::Clsact | Backend::None)
-            | Action::Attach(Backend::None)
-            | Action::Replace(Backend::None)
-            | Action::Raise(Backend::None)
-            | Action::Detach(Backend::None) => Ok(()),
+            Action::Pin(AttachMode::Clsact | AttachMode::None)
+            | Action::Attach(AttachMode::None)
+            | Action::Replace(AttachMode::None)
+            | Action::Reorder(AttachMode::None)
+            | Action::Detach(AttachMode::None) => Ok(()),
         }
     }
 
     /// Records what an interface is and how it is guarded, for `status` and for the next agent.
-    pub fn record(&mut self, link: &Link, role: Role, backend: Backend) -> Result<(), DatapathError> {
+    pub fn record(&mut self, link: &Link, role: Role, backend: AttachMode) -> Result<(), DatapathError> {
         records::put(&mut self.maps, link, role, backend)
     }
 
@@ -365,8 +365,8 @@ impl Datapath {
     pub fn forget(&mut self, ifindex: u32) -> Result<(), DatapathError> {
         // Before all else: the next interface may have its index.
         self.revoke(ifindex)?;
-        for edge in Edge::ALL {
-            self.links.forget(self.claim.dir(), Spot { ifindex, edge })?;
+        for edge in TcHook::ALL {
+            self.links.forget(self.claim.dir(), AttachPoint { ifindex, edge })?;
         }
         counters::fold(&mut self.maps, ifindex)?;
         records::remove(&mut self.maps, ifindex);
@@ -424,7 +424,7 @@ impl Datapath {
 
 /// Removes our filters from a hook, and the qdisc where an agent made it and nobody uses it. Returns whether there was
 /// a filter.
-async fn remove_filter(netlink: &Netlink, maps: &mut Maps, spot: Spot) -> Result<bool, DatapathError> {
+async fn remove_filter(netlink: &Netlink, maps: &mut Maps, spot: AttachPoint) -> Result<bool, DatapathError> {
     let detached = clsact::detach_all(netlink, spot).await?;
     if records::get(maps, spot.ifindex).is_some_and(|record| record.made_qdisc == 1) {
         clsact::remove_unused_qdisc(netlink, spot.ifindex).await?;
@@ -467,8 +467,8 @@ pub async fn unload(
     let mut maps = Maps::open(pins).ok();
     for link in links {
         let mut detached = false;
-        for edge in Edge::ALL {
-            let spot = Spot { ifindex: link.index, edge };
+        for edge in TcHook::ALL {
+            let spot = AttachPoint { ifindex: link.index, edge };
             detached |= match &mut maps {
                 Some(maps) => remove_filter(netlink, maps, spot).await?,
                 None => clsact::detach_all(netlink, spot).await?,

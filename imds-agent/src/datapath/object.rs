@@ -15,8 +15,8 @@ use aya::{
 };
 use aya_obj::{Object, generated::bpf_func_id};
 use imds_ebpf_common::{
-    Address, ConfigRecord, Counter, CounterKey, Edge, Endpoint, Exemption, Filter, Frame, Grant, Hook,
-    InterfaceRecord, KubernetesRecord, PodRecord, Policy, ProviderRecord, Subject,
+    Address, ConfigRecord, Counter, CounterKey, Endpoint, Exemption, Filter, Frame, Grant, Hook,
+    InterfaceRecord, KubernetesRecord, PodRecord, Policy, ProviderRecord, Subject, TcHook,
     event::{Source, Window},
     maps::LAYOUT,
     names::{
@@ -174,16 +174,16 @@ impl Programs {
 
 /// Names of the programs for these hooks.
 fn names(hooks: Hooks) -> impl Iterator<Item = &'static str> {
-    let edges = Edge::ALL.into_iter().filter(move |edge| hooks.has(edge.hook()));
+    let edges = TcHook::ALL.into_iter().filter(move |edge| hooks.has(edge.hook()));
     let tc = edges.flat_map(|edge| [Frame::Ethernet, Frame::Ip].map(|frame| tc_program(edge, frame)));
     let sockets = SOCKET_PROGRAMS.into_iter().filter(move |_| hooks.has(Hook::Socket));
-    let hosts = HOST_PROGRAMS.into_iter().filter(move |_| hooks.has(Hook::Host));
+    let hosts = HOST_PROGRAMS.into_iter().filter(move |_| hooks.has(Hook::HostNetwork));
     tc.chain(sockets).chain(hosts)
 }
 
 /// Whether programs of this type may ask for the network namespace of a packet's socket (Linux 6.13 for TC, 6.15 for
 /// cgroups). Where they may not, packets that a pod sends by macvlan or ipvlan can't be told from the node's own at the
-/// node edge, and those of all pods are judged in strict mode.
+/// `node_egress` hook, and those of all pods are judged in strict mode.
 fn has_cookie(program_type: ProgramType) -> bool {
     is_helper_supported(program_type, bpf_func_id::BPF_FUNC_get_netns_cookie).unwrap_or(false)
 }
@@ -210,7 +210,7 @@ pub struct Maps {
     pub kubernetes: Array<MapData, KubernetesRecord>,
     /// Who is behind interfaces, network namespaces and cgroups.
     pub pods: HashMap<MapData, Subject, PodRecord>,
-    /// What was told of whom, but at the pod edge, where counters have that.
+    /// What was told of whom, but at `from_pod`, where counters have that.
     pub sources: PerCpuHashMap<MapData, Source, Window>,
     /// The same maps, to pin them again.
     held: Vec<(&'static str, MapData)>,

@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use imds_ebpf_common::{Edge, names::link_prefix};
+use imds_ebpf_common::{TcHook, names::link_prefix};
 use nix::{
     mount::{MsFlags, mount},
     sys::statfs::{FsType, statfs},
@@ -72,11 +72,11 @@ pub(crate) fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::
 
 /// A TC hook of an interface.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub struct Spot {
+pub struct AttachPoint {
     /// Interface index.
     pub ifindex: u32,
     /// Which of its hooks.
-    pub edge: Edge,
+    pub edge: TcHook,
 }
 
 /// A pin directory: paths only.
@@ -112,7 +112,7 @@ impl PinDir {
 
     /// Pin of the TCX link of an interface.
     #[must_use]
-    pub fn link(&self, spot: Spot) -> PathBuf {
+    pub fn link(&self, spot: AttachPoint) -> PathBuf {
         self.links().join(format!("{}{}", link_prefix(spot.edge), spot.ifindex))
     }
 
@@ -123,12 +123,12 @@ impl PinDir {
     }
 
     /// The pinned links of interfaces, by where each was pinned for.
-    pub fn pinned_links(&self) -> Result<Vec<(Spot, PathBuf)>, PinError> {
+    pub fn pinned_links(&self) -> Result<Vec<(AttachPoint, PathBuf)>, PinError> {
         let spot_of = |path: &Path| {
             let name = path.file_name()?.to_str()?;
-            Edge::ALL.into_iter().find_map(|edge| {
+            TcHook::ALL.into_iter().find_map(|edge| {
                 let ifindex = name.strip_prefix(link_prefix(edge))?.parse().ok()?;
-                Some(Spot { ifindex, edge })
+                Some(AttachPoint { ifindex, edge })
             })
         };
         Ok(self.all_links()?.into_iter().filter_map(|path| Some((spot_of(&path)?, path))).collect())
@@ -253,9 +253,9 @@ mod tests {
     #[test]
     fn names_of_pins() {
         let dir = PinDir::new(Path::new("/sys/fs/bpf/imds")).unwrap();
-        let spot = |edge| Spot { ifindex: 12, edge };
-        assert_eq!(dir.link(spot(Edge::Pod)), Path::new("/sys/fs/bpf/imds/links/pod_edge_12"));
-        assert_eq!(dir.link(spot(Edge::Node)), Path::new("/sys/fs/bpf/imds/links/node_edge_12"));
+        let spot = |edge| AttachPoint { ifindex: 12, edge };
+        assert_eq!(dir.link(spot(TcHook::FromPod)), Path::new("/sys/fs/bpf/imds/links/from_pod_12"));
+        assert_eq!(dir.link(spot(TcHook::NodeEgress)), Path::new("/sys/fs/bpf/imds/links/node_egress_12"));
         assert_eq!(dir.map("m"), Path::new("/sys/fs/bpf/imds/maps/m"));
         assert_eq!(dir.program("p"), Path::new("/sys/fs/bpf/imds/progs/p"));
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use aya::maps::MapError;
-use imds_ebpf_common::{Backend, InterfaceRecord, Role, names::MAP_INTERFACES};
+use imds_ebpf_common::{AttachMode, InterfaceRecord, Role, names::MAP_INTERFACES};
 
 use super::{
     DatapathError,
@@ -26,14 +26,19 @@ pub fn names(maps: &Maps, role: Role) -> Result<BTreeSet<String>, MapError> {
 
 /// Whether an agent recorded a filter on an interface.
 pub(super) fn has_filter(maps: &Maps, ifindex: u32) -> bool {
-    get(maps, ifindex).is_some_and(|record| record.backend == Backend::Clsact as u8)
+    get(maps, ifindex).is_some_and(|record| record.backend == AttachMode::Clsact as u8)
 }
 
 /// Writes what an interface is and how it is guarded. That an agent made its qdisc stays known until it has no filter
 /// of ours.
-pub(super) fn put(maps: &mut Maps, link: &Link, role: Role, backend: Backend) -> Result<(), DatapathError> {
+pub(super) fn put(
+    maps: &mut Maps,
+    link: &Link,
+    role: Role,
+    backend: AttachMode,
+) -> Result<(), DatapathError> {
     let old = get(maps, link.index).unwrap_or_default();
-    let made_qdisc = if backend == Backend::Clsact { old.made_qdisc } else { 0 };
+    let made_qdisc = if backend == AttachMode::Clsact { old.made_qdisc } else { 0 };
     let new = InterfaceRecord {
         name: padded(&link.name),
         role: role as u8,
@@ -48,7 +53,7 @@ pub(super) fn put(maps: &mut Maps, link: &Link, role: Role, backend: Backend) ->
 pub(super) fn mark_qdisc(maps: &mut Maps, link: &Link) -> Result<(), DatapathError> {
     let mut record = get(maps, link.index).unwrap_or_default();
     record.name = padded(&link.name);
-    record.backend = Backend::Clsact as u8;
+    record.backend = AttachMode::Clsact as u8;
     record.made_qdisc = 1;
     write(maps, link.index, record)
 }

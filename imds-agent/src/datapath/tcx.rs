@@ -10,20 +10,20 @@ use std::{
     path::Path,
 };
 
-use imds_ebpf_common::{Backend, Edge};
+use imds_ebpf_common::{AttachMode, TcHook};
 
 use super::{
     DatapathError,
     bpf::{self, Direction, Target},
-    pins::{self, PinDir, PinError, Spot},
+    pins::{self, AttachPoint, PinDir, PinError},
 };
-use crate::reconcile::{Attachment, Place};
+use crate::reconcile::{Attachment, Order};
 
 /// The links of this process. Each is pinned, and held too, so that a pin that somebody removes
 /// takes nothing with it.
 #[derive(Debug, Default)]
 pub(super) struct Links {
-    links: BTreeMap<Spot, Held>,
+    links: BTreeMap<AttachPoint, Held>,
 }
 
 #[derive(Debug)]
@@ -69,7 +69,7 @@ impl Links {
     pub(super) fn observe(
         &mut self,
         pins: &PinDir,
-        spot: Spot,
+        spot: AttachPoint,
         program: u32,
     ) -> Result<Option<Attachment>, DatapathError> {
         let Some(held) = self.links.get_mut(&spot) else { return Ok(None) };
@@ -80,17 +80,17 @@ impl Links {
             return Ok(None);
         };
         Ok(Some(Attachment {
-            backend: Backend::Tcx,
+            backend: AttachMode::Tcx,
             current: entry.program == program,
             pinned: held.is_pinned(&pins.link(spot)),
-            place: if position == 0 { Place::First } else { Place::Behind },
+            place: if position == 0 { Order::First } else { Order::NotFirst },
         }))
     }
 
     pub(super) fn attach(
         &mut self,
         pins: &PinDir,
-        spot: Spot,
+        spot: AttachPoint,
         program: BorrowedFd<'_>,
     ) -> Result<(), DatapathError> {
         let fd = bpf::link_create_first(program, spot.ifindex, spot.direction())
@@ -98,12 +98,16 @@ impl Links {
         self.hold(pins, spot, fd)
     }
 
-    pub(super) fn replace(&mut self, spot: Spot, program: BorrowedFd<'_>) -> Result<(), DatapathError> {
+    pub(super) fn replace(
+        &mut self,
+        spot: AttachPoint,
+        program: BorrowedFd<'_>,
+    ) -> Result<(), DatapathError> {
         let held = self.held(spot)?;
         bpf::link_update(&held.fd, program).map_err(failed("replacing a TCX link's program", spot.ifindex))
     }
 
-    pub(super) fn pin(&mut self, pins: &PinDir, spot: Spot) -> Result<(), DatapathError> {
+    pub(super) fn pin(&mut self, pins: &PinDir, spot: AttachPoint) -> Result<(), DatapathError> {
         let held = self.held(spot)?;
         Ok(pins::pin_over(&held.fd, &pins.link(spot))?)
     }
@@ -112,7 +116,7 @@ impl Links {
     pub(super) fn raise(
         &mut self,
         pins: &PinDir,
-        spot: Spot,
+        spot: AttachPoint,
         copy: BorrowedFd<'_>,
     ) -> Result<(), DatapathError> {
         let fd = bpf::link_create_first(copy, spot.ifindex, spot.direction())
@@ -125,19 +129,19 @@ impl Links {
         }
     }
 
-    pub(super) fn detach(&mut self, pins: &PinDir, spot: Spot) -> Result<(), DatapathError> {
+    pub(super) fn detach(&mut self, pins: &PinDir, spot: AttachPoint) -> Result<(), DatapathError> {
         let held = self.held(spot)?;
         bpf::link_detach(&held.fd).map_err(failed("detaching a TCX link", spot.ifindex))?;
         Ok(self.forget(pins, spot)?)
     }
 
     /// Lets go of a link that is detached, or whose interface is gone.
-    pub(super) fn forget(&mut self, pins: &PinDir, spot: Spot) -> Result<(), PinError> {
+    pub(super) fn forget(&mut self, pins: &PinDir, spot: AttachPoint) -> Result<(), PinError> {
         self.links.remove(&spot);
         pins::unpin(&pins.link(spot))
     }
 
-    fn hold(&mut self, pins: &PinDir, spot: Spot, fd: OwnedFd) -> Result<(), DatapathError> {
+    fn hold(&mut self, pins: &PinDir, spot: AttachPoint, fd: OwnedFd) -> Result<(), DatapathError> {
         let link = bpf::link(&fd).map_err(failed("describing a TCX link", spot.ifindex))?;
         let id = link.map_or(0, |link| link.id);
         // Held before it is pinned: where that fails the interface is guarded all the same while this process lives.
@@ -145,7 +149,7 @@ impl Links {
         Ok(pins::pin_over(&held.get().fd, &pins.link(spot))?)
     }
 
-    fn held(&self, spot: Spot) -> Result<&Held, DatapathError> {
+    fn held(&self, spot: AttachPoint) -> Result<&Held, DatapathError> {
         let missing = || failed("finding the TCX link", spot.ifindex)(io::ErrorKind::NotFound.into());
         self.links.get(&spot).ok_or_else(missing)
     }
@@ -164,7 +168,7 @@ impl Held {
 }
 
 /// All programs of a hook, in the order in which they run.
-pub(super) fn programs(spot: Spot) -> Result<Vec<bpf::Entry>, DatapathError> {
+pub(super) fn programs(spot: AttachPoint) -> Result<Vec<bpf::Entry>, DatapathError> {
     bpf::tcx_entries(spot.ifindex, spot.direction()).map_err(failed("listing programs", spot.ifindex))
 }
 
@@ -187,13 +191,13 @@ pub(super) fn is_pinned(id: u32, path: &Path) -> bool {
     pins::link_at(path).is_some_and(|link| link.id == id)
 }
 
-impl Spot {
+impl AttachPoint {
     /// Which way packets go there.
     #[must_use]
     pub fn direction(self) -> Direction {
         match self.edge {
-            Edge::Pod => Direction::Ingress,
-            Edge::Node => Direction::Egress,
+            TcHook::FromPod => Direction::Ingress,
+            TcHook::NodeEgress => Direction::Egress,
         }
     }
 }

@@ -48,10 +48,10 @@ fn hooks_of_one_sender_are_one_line_and_one_rule() {
     let later = DenialRecord { last: 3_000_000_000, pod: padded("pod-1"), ..record("a", "s", "app=x") };
     let report = report(&[
         (key(Hook::Socket, Verdict::Audit), record("a", "s", "app=x")),
-        (key(Hook::PodEdge, Verdict::Audit), later),
+        (key(Hook::FromPod, Verdict::Audit), later),
     ]);
     let [denial] = &report.denials[..] else { panic!("{report:?}") };
-    assert_eq!(denial.counts, [("pod_edge", 2), ("socket", 2)].into());
+    assert_eq!(denial.counts, [("from_pod", 2), ("socket", 2)].into());
     assert_eq!(denial.bytes, 2 * 148);
     assert_eq!(
         (denial.pod.as_deref(), denial.verdict, denial.endpoint.as_deref()),
@@ -74,10 +74,10 @@ fn hooks_of_one_sender_are_one_line_and_one_rule() {
 fn every_sender_gets_a_rule_that_is_its_own() {
     let call = DenialRecord { comm: padded("cu\"rl"), interface: padded(""), ..record("", "", "") };
     let report = report(&[
-        (key(Hook::PodEdge, Verdict::Deny), record("a", "default", "")),
-        (key(Hook::PodEdge, Verdict::Deny), record("a", "default", "app.kubernetes.io/name=x")),
-        (key(Hook::PodEdge, Verdict::Deny), record("", "", "")),
-        (key(Hook::PodEdge, Verdict::Deny), DenialRecord { interface: padded("#9"), ..record("", "", "") }),
+        (key(Hook::FromPod, Verdict::Deny), record("a", "default", "")),
+        (key(Hook::FromPod, Verdict::Deny), record("a", "default", "app.kubernetes.io/name=x")),
+        (key(Hook::FromPod, Verdict::Deny), record("", "", "")),
+        (key(Hook::FromPod, Verdict::Deny), DenialRecord { interface: padded("#9"), ..record("", "", "") }),
         (key(Hook::Socket, Verdict::Deny), call),
         (key(Hook::Socket, Verdict::Deny), DenialRecord { cgroup: padded("a/b\"c"), ..call }),
         (
@@ -94,7 +94,7 @@ fn every_sender_gets_a_rule_that_is_its_own() {
 
 #[test]
 fn what_is_no_longer_guarded_is_told_without_a_rule() {
-    let gone = DenialKey { address: Address::from_ipv4([10, 0, 0, 9]), ..key(Hook::PodEdge, Verdict::Deny) };
+    let gone = DenialKey { address: Address::from_ipv4([10, 0, 0, 9]), ..key(Hook::FromPod, Verdict::Deny) };
     let report = report(&[(gone, record("a", "s", ""))]);
     assert!(report.rules.is_empty() && report.table().contains("10.0.0.9"));
     assert!(Report::new("/pins".into(), &[], &[], &BTreeSet::new()).table().starts_with("nobody"));

@@ -8,12 +8,12 @@ use aya::{
     sys::{is_helper_supported, is_map_supported},
 };
 use aya_obj::generated::bpf_func_id;
-use imds_ebpf_common::Edge;
+use imds_ebpf_common::TcHook;
 use nix::sys::utsname::uname;
 
 use super::report::Check;
 use crate::{
-    datapath::{bpf, clsact, pins::Spot},
+    datapath::{bpf, clsact, pins::AttachPoint},
     node::{
         netlink::{Netlink, NetlinkError},
         netns::{self, Identity, Namespace},
@@ -88,7 +88,7 @@ fn try_filter() -> Result<(), String> {
         runtime.block_on(async {
             let netlink = Netlink::connect()?;
             clsact::ensure_qdisc(&netlink, LOOPBACK).await?;
-            let spot = Spot { ifindex: LOOPBACK, edge: Edge::Pod };
+            let spot = AttachPoint { ifindex: LOOPBACK, edge: TcHook::FromPod };
             clsact::attach_first(&netlink, spot, std::os::fd::AsFd::as_fd(&program), "doctor").await
         })
     };
@@ -126,15 +126,14 @@ pub(super) fn netns_cookie() -> Check {
 pub(super) fn netns_cookie_tc() -> Check {
     const NAME: &str = "netns_cookie_tc";
     let consequence =
-        "packets of macvlan and ipvlan pods are not held at the node edge, their sockets are (Linux 6.13)";
+        "packets of macvlan and ipvlan pods are not held at `node_egress`, their sockets are (Linux 6.13)";
     cookie_in(NAME, ProgramType::SchedClassifier, consequence)
 }
 
 /// Linux 6.15.
 pub(super) fn netns_cookie_cgroup_skb() -> Check {
     const NAME: &str = "netns_cookie_cgroup_skb";
-    let consequence =
-        "strict mode denies the packets of all pods before the pod edge counts them (Linux 6.15)";
+    let consequence = "strict mode denies the packets of all pods before `from_pod` counts them (Linux 6.15)";
     cookie_in(NAME, ProgramType::CgroupSkb, consequence)
 }
 

@@ -25,7 +25,7 @@ use crate::{
         bpf::{self, Direction},
         clsact,
         object::{self, Maps},
-        pins::{self, PinDir, Spot},
+        pins::{self, AttachPoint, PinDir},
         records,
     },
     node::{cgroup, links::Link, netlink::Netlink},
@@ -63,7 +63,7 @@ pub(super) async fn of_interfaces(pins: &PinDir, netlink: &Netlink) -> Result<Ve
         let role = role.unwrap_or_else(|| state::role(&link, &uplinks, &Interfaces::default()));
         let Some(edge) = role.edge().filter(|edge| hooks.has(edge.hook())) else { continue };
         count += 1;
-        let spot = Spot { ifindex: link.index, edge };
+        let spot = AttachPoint { ifindex: link.index, edge };
         let mut entries = tcx(pins, spot, &ours, &names);
         let mut filters = clsact::filters(netlink, spot).await?;
         // Others than BPF's have inner parts of their own (u32's tables), and all of a priority are of one kind.
@@ -87,7 +87,7 @@ pub(super) async fn of_interfaces(pins: &PinDir, netlink: &Netlink) -> Result<Ve
 }
 
 /// Programs of TCX, which run before all filters.
-fn tcx(pins: &PinDir, spot: Spot, ours: &BTreeSet<u32>, names: &BTreeMap<u32, String>) -> Vec<Entry> {
+fn tcx(pins: &PinDir, spot: AttachPoint, ours: &BTreeSet<u32>, names: &BTreeMap<u32, String>) -> Vec<Entry> {
     let pinned = pins::link_at(&pins.link(spot));
     // A kernel without TCX answers with an error: then there is nothing.
     let entries = bpf::tcx_entries(spot.ifindex, spot.direction()).unwrap_or_default();
@@ -217,7 +217,7 @@ mod tests {
 
     #[test]
     fn places_of_others() {
-        let entries = [entry("a", false), entry("imds_pod_edge", true), entry("b", false)];
+        let entries = [entry("a", false), entry("imds_from_pod", true), entry("b", false)];
         let found: Vec<_> =
             foreign(&entries, "veth0", "ingress").map(|(program, _)| program.to_string()).collect();
         let expected = [

@@ -7,14 +7,14 @@
 
 use std::{collections::BTreeMap, future::pending, time::Duration};
 
-use imds_ebpf_common::{Backend, Edge, Role};
+use imds_ebpf_common::{AttachMode, Role, TcHook};
 use tokio::time::{Instant, sleep_until};
 
 use super::Guard;
 use crate::{
     datapath::{Datapath, DatapathError},
     node::links::Link,
-    reconcile::{Attachment, Place},
+    reconcile::{Attachment, Order},
 };
 
 /// How long there was no news of links where nothing is going on.
@@ -41,16 +41,16 @@ impl Provisional {
 
     /// How the link with this index is to be attached for now, where TCX is what it is to have. `actual`: what of ours is
     /// there, `has_company`: whether there are TCX programs of others, which run before all filters.
-    pub(super) fn choose(&mut self, index: u32, actual: &[Attachment], has_company: bool) -> Backend {
+    pub(super) fn choose(&mut self, index: u32, actual: &[Attachment], has_company: bool) -> AttachMode {
         let is_held_first = |attachment: &Attachment| {
-            attachment.backend == Backend::Clsact && attachment.place == Place::First
+            attachment.backend == AttachMode::Clsact && attachment.place == Order::First
         };
         if has_company || !actual.iter().all(is_held_first) {
             self.forget(index);
-            return Backend::Tcx;
+            return AttachMode::Tcx;
         }
         self.since.entry(index).or_insert_with(Instant::now);
-        Backend::Clsact
+        AttachMode::Clsact
     }
 
     /// There was news of links.
@@ -113,13 +113,14 @@ impl Guard {
         &mut self,
         link: &Link,
         role: Role,
-        edge: Edge,
+        edge: TcHook,
         actual: &[Attachment],
-    ) -> Result<Backend, DatapathError> {
+    ) -> Result<AttachMode, DatapathError> {
         let wanted = self.datapath.wanted(role, edge);
         match &mut self.provisional {
             Some(provisional)
-                if (edge, wanted) == (Edge::Pod, Backend::Tcx) && self.raising != Some(link.index) =>
+                if (edge, wanted) == (TcHook::FromPod, AttachMode::Tcx)
+                    && self.raising != Some(link.index) =>
             {
                 let has_company = actual.is_empty() && Datapath::has_company(link)?;
                 Ok(provisional.choose(link.index, actual, has_company))
@@ -134,14 +135,14 @@ mod tests {
     use super::*;
 
     const FILTER: Attachment =
-        Attachment { backend: Backend::Clsact, current: true, pinned: true, place: Place::First };
+        Attachment { backend: AttachMode::Clsact, current: true, pinned: true, place: Order::First };
 
     #[tokio::test(start_paused = true)]
     async fn a_filter_comes_first_and_stays_until_its_turn() {
         let mut provisional = Provisional::new();
         assert_eq!(provisional.next(), None);
-        assert_eq!(provisional.choose(7, &[], false), Backend::Clsact);
-        assert_eq!(provisional.choose(7, &[FILTER], false), Backend::Clsact);
+        assert_eq!(provisional.choose(7, &[], false), AttachMode::Clsact);
+        assert_eq!(provisional.choose(7, &[FILTER], false), AttachMode::Clsact);
         let (index, due) = provisional.next().unwrap();
         assert_eq!((index, due), (7, Instant::now() + CALM));
         provisional.raise(7);
@@ -151,12 +152,12 @@ mod tests {
     #[test]
     fn where_others_would_run_before_a_filter_there_is_none() {
         let mut provisional = Provisional::new();
-        assert_eq!(provisional.choose(7, &[], true), Backend::Tcx);
-        for place in [Place::Behind, Place::Stuck] {
-            assert_eq!(provisional.choose(7, &[Attachment { place, ..FILTER }], false), Backend::Tcx);
+        assert_eq!(provisional.choose(7, &[], true), AttachMode::Tcx);
+        for place in [Order::NotFirst, Order::Blocked] {
+            assert_eq!(provisional.choose(7, &[Attachment { place, ..FILTER }], false), AttachMode::Tcx);
         }
-        let link = Attachment { backend: Backend::Tcx, ..FILTER };
-        assert_eq!(provisional.choose(7, &[FILTER, link], false), Backend::Tcx);
+        let link = Attachment { backend: AttachMode::Tcx, ..FILTER };
+        assert_eq!(provisional.choose(7, &[FILTER, link], false), AttachMode::Tcx);
         assert_eq!(provisional.next(), None);
     }
 

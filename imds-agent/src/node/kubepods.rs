@@ -166,11 +166,11 @@ pub fn why_none() -> String {
     match in_v1() {
         Some(path) => format!(
             "the kubelet uses cgroup v1 ({}), where programs can't be attached: boot with \
-             systemd.unified_cgroup_hierarchy=1, or set hooks.strict_host_network = false",
+             systemd.unified_cgroup_hierarchy=1, or set hooks.host_network = false",
             path.display()
         ),
         None => "start the kubelet, name the cgroup v2 below which its pods are by --cgroup, or set \
-                 hooks.strict_host_network = false"
+                 hooks.host_network = false"
             .to_owned(),
     }
 }

@@ -7,7 +7,7 @@ mod table;
 use std::collections::{BTreeMap, BTreeSet};
 
 use imds_ebpf_common::{
-    Answer, Backend, CounterKey, Edge, Hook, Mode, Policy, Role, Subject, SubjectKind, names::tc_program,
+    Answer, AttachMode, CounterKey, Hook, Mode, Policy, Role, Subject, SubjectKind, TcHook, names::tc_program,
 };
 
 pub use self::report::{
@@ -21,13 +21,13 @@ use crate::{
         counters::{self, Counts},
         endpoints, home, hosts,
         object::{self, Maps, ObjectError},
-        pins::{self, PinDir, Spot},
+        pins::{self, AttachPoint, PinDir},
         pods, records, sockets,
     },
     endpoints::{Endpoint as Guarded, Keep, ipv4},
     node::{kubepods, links::Link, netlink::Netlink},
     pods::Identity,
-    reconcile::{Attachment, Place},
+    reconcile::{Attachment, Order},
     state,
     version::VERSION,
 };
@@ -76,7 +76,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
         interfaces: Vec::new(),
         hooks: Vec::new(),
         sockets: None,
-        strict_host_network: None,
+        host_network: None,
         departed: Counts::default(),
         total: Counts::default(),
         by_hook: BTreeMap::new(),
@@ -105,9 +105,9 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
     let hooks = Hooks::from_bits(policy.hooks);
     report.hooks = Hook::ALL.into_iter().filter(|&hook| hooks.has(hook)).map(Hook::name).collect();
     // The other hooks are there before a pod is.
-    let is_pod_edge_alone =
-        hooks.has(Hook::PodEdge) && !hooks.has(Hook::NodeEdge) && !hooks.has(Hook::Socket);
-    if !report.agent.running && is_pod_edge_alone {
+    let is_from_pod_alone =
+        hooks.has(Hook::FromPod) && !hooks.has(Hook::NodeEgress) && !hooks.has(Hook::Socket);
+    if !report.agent.running && is_from_pod_alone {
         report.problem(
             None,
             "no agent is running: pods that start now are not guarded",
@@ -130,8 +130,8 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
             counts.remove(&(CounterKey::DEPARTED, Hook::Socket as u8)).unwrap_or_default(),
         );
     }
-    if hooks.has(Hook::Host) {
-        let counted = counts.remove(&(CounterKey::DEPARTED, Hook::Host as u8));
+    if hooks.has(Hook::HostNetwork) {
+        let counted = counts.remove(&(CounterKey::DEPARTED, Hook::HostNetwork as u8));
         report.add_hosts(hosts::missing(pins)?, counted.unwrap_or_default());
     }
     let uplinks = netlink.uplinks().await?;
@@ -201,7 +201,7 @@ impl Report {
         }
         let attached = !missing.is_empty() && missing.values().all(Vec::is_empty);
         let cgroups = missing.into_keys().collect();
-        self.strict_host_network = Some(HostReport { attached, cgroups, counts });
+        self.host_network = Some(HostReport { attached, cgroups, counts });
     }
 
     /// Adds what is guarded, and returns a connection that knows it.
@@ -231,7 +231,7 @@ impl Report {
         counts: &mut BTreeMap<(u32, u8), Counts>,
     ) -> Result<(), DatapathError> {
         let mut sum = Counts::default();
-        for edge in Edge::ALL {
+        for edge in TcHook::ALL {
             sum += counts.remove(&(link.index, edge.hook() as u8)).unwrap_or_default();
         }
         self.total += sum;
@@ -253,7 +253,7 @@ impl Report {
             role: role.name(),
             hook: wanted.map(|edge| edge.hook().name()),
             guard: attachment.map(|attachment| attachment.backend.name()),
-            first: attachment.map(|attachment| attachment.place == Place::First),
+            first: attachment.map(|attachment| attachment.place == Order::First),
             counts: sum,
         });
         Ok(())
@@ -265,7 +265,7 @@ impl Report {
                 if self.agent.running { "the agent's log says why" } else { "start `imds-agent run`" };
             return self.problem(Some(name), "is not guarded", remedy);
         };
-        if attachment.place != Place::First {
+        if attachment.place != Order::First {
             let remedy =
                 format!("`bpftool net show` and `tc filter show dev {name} ingress` (or egress) name them");
             self.problem(Some(name), "other programs see packets first and can let them pass", remedy);
@@ -292,8 +292,8 @@ struct Node<'a> {
 }
 
 /// What guards an edge of an interface; TCX runs before clsact, so it is the one to name where there are both.
-async fn attachment(link: &Link, edge: Edge, node: &Node<'_>) -> Result<Option<Attachment>, DatapathError> {
-    let spot = Spot { ifindex: link.index, edge };
+async fn attachment(link: &Link, edge: TcHook, node: &Node<'_>) -> Result<Option<Attachment>, DatapathError> {
+    let spot = AttachPoint { ifindex: link.index, edge };
     let program = object::pinned_program(node.pins, tc_program(edge, link.frame))?;
     let pinned = pins::open(&node.pins.link(spot))?.and_then(|fd| bpf::link(fd).ok().flatten());
     // A kernel without TCX answers with an error: then there is nothing.
@@ -302,10 +302,10 @@ async fn attachment(link: &Link, edge: Edge, node: &Node<'_>) -> Result<Option<A
     let is_ours = |entry: &bpf::Entry| is_pinned(entry) || entry.program == program;
     if let Some((position, entry)) = entries.iter().enumerate().find(|(_, entry)| is_ours(entry)) {
         return Ok(Some(Attachment {
-            backend: Backend::Tcx,
+            backend: AttachMode::Tcx,
             current: entry.program == program,
             pinned: is_pinned(entry),
-            place: if position == 0 { Place::First } else { Place::Behind },
+            place: if position == 0 { Order::First } else { Order::NotFirst },
         }));
     }
     Ok(clsact::attachment(node.netlink, spot, program).await?)

@@ -44,7 +44,7 @@ pub struct Report {
     /// Calls on sockets; `None` where that hook is off.
     pub sockets: Option<SocketReport>,
     /// Pods in the node's network namespace; `None` where strict mode is off.
-    pub strict_host_network: Option<HostReport>,
+    pub host_network: Option<HostReport>,
     /// Counts of interfaces that are gone.
     pub departed: Counts,
     /// Counts of all, those that are gone too.
@@ -74,7 +74,7 @@ impl Report {
         if self.sockets.as_ref().is_some_and(|sockets| !sockets.attached) {
             uncovered.push("sockets are not guarded".to_owned());
         }
-        if self.strict_host_network.as_ref().is_some_and(|hosts| !hosts.attached) {
+        if self.host_network.as_ref().is_some_and(|hosts| !hosts.attached) {
             uncovered.push("hostNetwork pods are not held".to_owned());
         }
         uncovered

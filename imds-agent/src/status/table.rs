@@ -142,7 +142,7 @@ impl Report {
             let row = [Cell::new("(sockets)"), blank(), blank(), guard].into_iter();
             table.add_row(row.chain(calls(&sockets.counts)));
         }
-        if let Some(hosts) = &self.strict_host_network {
+        if let Some(hosts) = &self.host_network {
             let guard = match hosts.cgroups.len() {
                 _ if !hosts.attached => "-".to_owned(),
                 1 => "cgroup".to_owned(),

@@ -119,7 +119,7 @@ impl Model {
             report.interfaces.iter().filter(|interface| interface.hook.is_some()).map(row).collect();
         let hook = |name: &str, counts: Counts| Row { name: name.to_owned(), counts, ..Row::default() };
         rows.extend(report.sockets.as_ref().map(|sockets| hook("(sockets)", sockets.counts)));
-        rows.extend(report.strict_host_network.as_ref().map(|hosts| hook("(hostNetwork)", hosts.counts)));
+        rows.extend(report.host_network.as_ref().map(|hosts| hook("(hostNetwork)", hosts.counts)));
         let before = std::mem::take(&mut self.before);
         for row in &mut rows {
             let key = (row.index, row.name.clone());

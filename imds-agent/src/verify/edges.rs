@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use imds_ebpf_common::{Backend, CounterKey, Edge, Hook, Role, Service, Verdict, endpoint::TCP};
+use imds_ebpf_common::{AttachMode, CounterKey, Hook, Role, Service, TcHook, Verdict, endpoint::TCP};
 use tokio::time::sleep;
 
 use super::{
@@ -32,7 +32,7 @@ pub(super) type Obstacle = (String, Outcome);
 
 /// Proves an edge at a new interface, endpoint by endpoint.
 pub(super) async fn prove(
-    edge: Edge,
+    edge: TcHook,
     device: Result<&dyn Device, Obstacle>,
     endpoints: &[Endpoint],
     maps: &Maps,
@@ -84,12 +84,12 @@ pub(super) const fn expectation(verdict: Verdict) -> &'static str {
 }
 
 /// Waits until the guard has taken the interface in.
-async fn covered(edge: Edge, device: &dyn Device, maps: &Maps, is_followed: bool) -> Result<(), Obstacle> {
+async fn covered(edge: TcHook, device: &dyn Device, maps: &Maps, is_followed: bool) -> Result<(), Obstacle> {
     let Interface { name, ifindex } = device.interface();
     if !is_followed {
         let result = match edge {
-            Edge::Pod => Outcome::Failed,
-            Edge::Node => Outcome::Unproven,
+            TcHook::FromPod => Outcome::Failed,
+            TcHook::NodeEgress => Outcome::Unproven,
         };
         return Err(("no agent runs that would guard a new link: start `imds-agent run`".to_owned(), result));
     }
@@ -102,7 +102,7 @@ async fn covered(edge: Edge, device: &dyn Device, maps: &Maps, is_followed: bool
                 let reason = format!("the configuration makes {name} an interface of role {}", role.name());
                 return Err((reason, Outcome::Unproven));
             }
-            Some((_, backend)) if backend != Backend::None as u8 => return Ok(()),
+            Some((_, backend)) if backend != AttachMode::None as u8 => return Ok(()),
             Some(_) | None => sleep(INTERVAL).await,
         }
     }

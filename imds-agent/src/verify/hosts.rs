@@ -25,10 +25,10 @@ use crate::{endpoints::Endpoint, node::cgroup};
 
 /// Proves that calls from the cgroups of Kubernetes pods are refused.
 pub(super) fn prove(guarding: &Guarding) -> Vec<Check> {
-    let hook = Hook::Host.name();
-    let report = guarding.status.strict_host_network.as_ref();
+    let hook = Hook::HostNetwork.name();
+    let report = guarding.status.host_network.as_ref();
     let is_attached = report.is_some_and(|report| report.attached);
-    let mut checks = vec![Check::attached(Hook::Host, is_attached)];
+    let mut checks = vec![Check::attached(Hook::HostNetwork, is_attached)];
     for &id in report.map(|report| &report.cgroups).into_iter().flatten() {
         let inside = Inside::new(id);
         checks.extend(guarding.endpoints.iter().map(|endpoint| {

@@ -11,7 +11,7 @@ mod wire;
 
 use std::{collections::BTreeSet, io, time::Duration};
 
-use imds_ebpf_common::{Edge, Hook, Mode};
+use imds_ebpf_common::{Hook, Mode, TcHook};
 use thiserror::Error;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -155,11 +155,11 @@ impl Guarding {
         if self.endpoints.is_empty() {
             checks.push(Check::of_hook("-", "an endpoint is guarded", "none is", Outcome::Failed));
         }
-        for edge in Edge::ALL.into_iter().filter(|edge| self.hooks.has(edge.hook())) {
+        for edge in TcHook::ALL.into_iter().filter(|edge| self.hooks.has(edge.hook())) {
             checks.push(self.interfaces(edge));
             let made = match edge {
-                Edge::Pod => None,
-                Edge::Node => Some(Loop::new(netlink).await.map_err(obstacle)),
+                TcHook::FromPod => None,
+                TcHook::NodeEgress => Some(Loop::new(netlink).await.map_err(obstacle)),
             };
             let device: Result<&dyn Device, Obstacle> = match &made {
                 None => Ok(pod),
@@ -172,7 +172,7 @@ impl Guarding {
         if self.hooks.has(Hook::Socket) {
             checks.extend(sockets::prove(self, pod)?);
         }
-        if self.hooks.has(Hook::Host) {
+        if self.hooks.has(Hook::HostNetwork) {
             checks.extend(hosts::prove(self));
         }
         checks.extend(sockets::prove_node(&self.endpoints));
@@ -180,7 +180,7 @@ impl Guarding {
     }
 
     /// Whether the interfaces that are there are guarded at an edge, before all others.
-    fn interfaces(&self, edge: Edge) -> Check {
+    fn interfaces(&self, edge: TcHook) -> Check {
         let hook = edge.hook().name();
         let expected = "first at every interface";
         let mut interfaces = Vec::new();

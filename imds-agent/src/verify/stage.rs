@@ -11,7 +11,7 @@ use std::{
     process,
 };
 
-use imds_ebpf_common::Edge;
+use imds_ebpf_common::TcHook;
 use nix::net::if_::if_nametoindex;
 use rtnetlink::{
     LinkMessageBuilder, LinkUnspec, LinkVeth,
@@ -24,7 +24,7 @@ use rtnetlink::{
 
 use super::{VerifyError, wire::PacketSocket};
 use crate::{
-    datapath::{bpf, clsact, pins::Spot},
+    datapath::{bpf, clsact, pins::AttachPoint},
     node::{
         netlink::{Netlink, NetlinkError},
         netns::Namespace,
@@ -165,7 +165,7 @@ async fn send_back(netlink: &Netlink, ifindex: u32) -> Result<Option<OwnedFd>, V
         return Ok(Some(link.map_err(VerifyError::io("attach", "a program"))?));
     }
     clsact::ensure_qdisc(netlink, ifindex).await?;
-    let spot = Spot { ifindex, edge: Edge::Pod };
+    let spot = AttachPoint { ifindex, edge: TcHook::FromPod };
     clsact::attach_first(netlink, spot, program.as_fd(), "verify").await?;
     Ok(None)
 }

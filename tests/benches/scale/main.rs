@@ -27,7 +27,7 @@ use churn::Churn;
 
 const SIZES: [usize; 5] = [10, 30, 100, 300, 1000];
 const NODE: &str = "node-0";
-const HOOKS: &[&str] = &["pod_edge", "node_edge", "socket"];
+const HOOKS: &[&str] = &["from_pod", "node_egress", "socket"];
 /// How often each start is measured.
 const STARTS: usize = 5;
 /// How long nothing happens while CPU time is measured.

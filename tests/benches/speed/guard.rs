@@ -33,8 +33,8 @@ pub(crate) enum Guard {
     EmptySocket,
     EmptyAll,
     DropAll,
-    PodEdge,
-    NodeEdge,
+    FromPod,
+    NodeEgress,
     Socket,
     AllHooks,
     AksFilter,
@@ -62,8 +62,8 @@ impl Guard {
         Self::EmptySocket,
         Self::EmptyAll,
         Self::DropAll,
-        Self::PodEdge,
-        Self::NodeEdge,
+        Self::FromPod,
+        Self::NodeEgress,
         Self::Socket,
         Self::AllHooks,
         Self::AksFilter,
@@ -80,8 +80,8 @@ impl Guard {
             Self::EmptySocket => "empty programs at the calls",
             Self::EmptyAll => "empty programs at all three",
             Self::DropAll => "a TCX program that drops everything",
-            Self::PodEdge => "imds-agent, pod_edge",
-            Self::NodeEdge => "imds-agent, node_edge",
+            Self::FromPod => "imds-agent, from_pod",
+            Self::NodeEgress => "imds-agent, node_egress",
             Self::Socket => "imds-agent, socket",
             Self::AllHooks => "imds-agent, all three",
             Self::AksFilter => "AKS' rule in filter",
@@ -95,10 +95,10 @@ impl Guard {
     /// The agent's hooks that are on.
     const fn hooks(self) -> &'static [&'static str] {
         match self {
-            Self::PodEdge => &["pod_edge"],
-            Self::NodeEdge => &["node_edge"],
+            Self::FromPod => &["from_pod"],
+            Self::NodeEgress => &["node_egress"],
             Self::Socket => &["socket"],
-            Self::AllHooks => &["pod_edge", "node_edge", "socket"],
+            Self::AllHooks => &["from_pod", "node_egress", "socket"],
             _ => &[],
         }
     }
@@ -124,14 +124,14 @@ impl Guard {
         let mut on = On { world, is_agent: false, has_rules: false, foreign: Vec::new() };
         match self {
             Self::Nothing => {}
-            Self::EmptyProgram => on.foreign = vec![at_pod_edge(TC_ACT_UNSPEC, node, pod)],
+            Self::EmptyProgram => on.foreign = vec![at_from_pod(TC_ACT_UNSPEC, node, pod)],
             Self::EmptySocket => on.foreign = at_calls(world).into(),
             Self::EmptyAll => {
-                let at_edges = [at_pod_edge(TC_ACT_UNSPEC, node, pod), at_node_edge(TC_ACT_UNSPEC, node)];
+                let at_edges = [at_from_pod(TC_ACT_UNSPEC, node, pod), at_node_egress(TC_ACT_UNSPEC, node)];
                 on.foreign = at_calls(world).into_iter().chain(at_edges).collect();
             }
-            Self::DropAll => on.foreign = vec![at_pod_edge(TC_ACT_SHOT, node, pod)],
-            Self::PodEdge | Self::NodeEdge | Self::Socket | Self::AllHooks => {
+            Self::DropAll => on.foreign = vec![at_from_pod(TC_ACT_SHOT, node, pod)],
+            Self::FromPod | Self::NodeEgress | Self::Socket | Self::AllHooks => {
                 return On::agent(world, self.hooks(), CONFIG);
             }
             Self::Conntrack | Self::AksFilter | Self::AksMangle | Self::AksTcp | Self::AwsReject => {
@@ -184,14 +184,14 @@ impl Drop for On<'_> {
 }
 
 /// A foreign program at the pod's edge.
-fn at_pod_edge(action: i32, node: &Netns, pod: &Pod) -> (Foreign, OwnedFd) {
+fn at_from_pod(action: i32, node: &Netns, pod: &Pod) -> (Foreign, OwnedFd) {
     let foreign = Foreign::returning(action);
     let link = foreign.attach_tcx_first(node, pod.host_ifindex, TcAttachType::Ingress);
     (foreign, link)
 }
 
 /// One at the node's edge.
-fn at_node_edge(action: i32, node: &Netns) -> (Foreign, OwnedFd) {
+fn at_node_egress(action: i32, node: &Netns) -> (Foreign, OwnedFd) {
     let foreign = Foreign::returning(action);
     let ifindex = node.run(|| if_nametoindex(World::UPLINK)).expect("the uplink");
     let link = foreign.attach_tcx_first(node, ifindex, TcAttachType::Egress);

@@ -112,7 +112,7 @@ fn a_forged_source_address_is_of_no_use() {
 
         let agent = start(&world);
         world.assert_nothing_arrives(send_all);
-        // Linux drops the node's own address before the node edge.
+        // Linux drops the node's own address before `node_egress`.
         assert!([4, 6].contains(&denied(&world)));
         drop(agent);
         world.unload();

@@ -94,13 +94,13 @@ fn assert_fragments_made_anew_are_held(hooks: &[&'static str], destination: Ipv6
 }
 
 #[test]
-fn fragments_that_the_node_makes_anew_are_held_at_the_pod_edge() {
-    assert_fragments_made_anew_are_held(&["pod_edge"], METADATA_V6);
+fn fragments_that_the_node_makes_anew_are_held_at_the_from_pod() {
+    assert_fragments_made_anew_are_held(&["from_pod"], METADATA_V6);
 }
 
 #[test]
-fn fragments_that_the_node_makes_anew_are_held_at_the_node_edge() {
-    assert_fragments_made_anew_are_held(&["node_edge"], METADATA_V6);
+fn fragments_that_the_node_makes_anew_are_held_at_the_node_egress() {
+    assert_fragments_made_anew_are_held(&["node_egress"], METADATA_V6);
 }
 
 #[test]

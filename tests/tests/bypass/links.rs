@@ -9,8 +9,8 @@ use crate::{ALL, services::nft};
 
 /// What holds a pod that has no link on the node, on this kernel.
 fn hooks_without_link() -> Vec<&'static str> {
-    let without = lacks_tc_netns_cookie("the node edge");
-    if without { vec!["socket"] } else { vec!["socket", "node_edge"] }
+    let without = lacks_tc_netns_cookie("`node_egress`");
+    if without { vec!["socket"] } else { vec!["socket", "node_egress"] }
 }
 
 fn tcp_and_udp<'w>(ways: Ways<'w>, netns: &'w Netns) -> Ways<'w> {
@@ -129,7 +129,7 @@ fn a_namespace_within_a_pod() {
 }
 
 /// What holds a namespace within a pod that has no link on the node: what it sends is forwarded, but for the last step.
-const WITHOUT_LINK: [&str; 2] = ["socket", "node_edge"];
+const WITHOUT_LINK: [&str; 2] = ["socket", "node_egress"];
 
 fn assert_namespace_within_pod_on_uplink_is_held(hooks: &[&'static str], kind: &str, options: &str) {
     if lacks_device(WHOLE_TEST, kind, &format!("link lower0 {options}")) {
@@ -158,8 +158,8 @@ fn a_namespace_within_an_ipvlan_pod_in_layer_3() {
 
 /// Such a device takes the packets out of the namespace, and with them what tells that they were forwarded.
 #[test]
-fn a_namespace_within_an_ipvlan_pod_in_layer_3_at_the_node_edge() {
-    assert_namespace_within_pod_on_uplink_is_held(&["node_edge"], "ipvlan", "type ipvlan mode l3");
+fn a_namespace_within_an_ipvlan_pod_in_layer_3_at_the_node_egress() {
+    assert_namespace_within_pod_on_uplink_is_held(&["node_egress"], "ipvlan", "type ipvlan mode l3");
 }
 
 /// Another MAC address on the pod's own link.

@@ -49,8 +49,8 @@ mod tunnels;
 mod vlans;
 
 /// The hooks that see every call of a pod's socket.
-const ALL: [&str; 3] = ["pod_edge", "node_edge", "socket"];
+const ALL: [&str; 3] = ["from_pod", "node_egress", "socket"];
 /// The hooks that see packets.
-const EDGES: [&str; 2] = ["pod_edge", "node_edge"];
+const EDGES: [&str; 2] = ["from_pod", "node_egress"];
 /// A cloud with endpoints of both families.
 const AWS: &str = "provider = 'aws'";

@@ -12,7 +12,7 @@ use crate::{
     tunnels::{VXLAN, tunnel},
 };
 
-const HOOKS: [&str; 2] = ["pod_edge", "socket"];
+const HOOKS: [&str; 2] = ["from_pod", "socket"];
 
 #[test]
 fn a_metadata_service_on_the_node_itself() {

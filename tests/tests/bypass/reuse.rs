@@ -22,7 +22,7 @@ fn a_link_that_is_renamed_or_moved_to_another_bridge_stays_held() {
         world.in_cgroup(|| assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer(), "{hook}"));
         rename_and_move(&world, &pod);
         world.in_cgroup(|| assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer(), "{hook}"));
-        if hook == "pod_edge" {
+        if hook == "from_pod" {
             world.status_when("the new name is known", |status| {
                 status.find("other0").is_some_and(|link| link.role == "pod" && link.guard.is_some())
             });
@@ -92,7 +92,7 @@ fn a_pod_that_takes_the_name_and_index_of_one_that_is_gone_is_guarded_and_starts
 /// A pod that comes while no agent runs and takes the place of one that was there, in every respect but its namespace.
 #[test]
 fn a_pod_that_takes_the_place_of_one_that_is_gone_is_held_from_its_first_packet() {
-    for hook in known_here(&["node_edge", "socket"]) {
+    for hook in known_here(&["node_egress", "socket"]) {
         let world = World::new();
         let first = world.add_pod(PodLink::Routed);
         let agent = world.agent().hooks(&[hook]).spawn_ready();
@@ -113,13 +113,13 @@ fn is_ours_at_egress(world: &World, interface: &str) -> bool {
     hook::programs_at(&world.node, interface, TcAttachType::Egress).first().is_some_and(Attached::is_ours)
 }
 
-/// The node edge goes with the interface, and comes back with one that has its name and number.
+/// `node_egress` goes with the interface, and comes back with one that has its name and number.
 #[test]
 fn an_uplink_that_is_renamed_or_made_anew_is_guarded() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     world.assert_open(&pod);
-    let agent = world.agent().hooks(&["node_edge"]).resync(1).spawn_ready();
+    let agent = world.agent().hooks(&["node_egress"]).resync(1).spawn_ready();
     world.assert_blocked(&pod);
 
     let up = |name: &str| {

@@ -39,7 +39,7 @@ fn a_service_whose_backend_is_the_endpoint() {
     world.add_pod_ipv6(&routed);
     redirect(&world.node, CLUSTER_IP, METADATA);
     redirect(&world.node, CLUSTER_IP_V6, METADATA_V6);
-    let mut ways = world.ways(&["node_edge"]).config(AWS);
+    let mut ways = world.ways(&["node_egress"]).config(AWS);
     for pod in [&routed, &bridged] {
         ways = ways
             .way("TCP to a Service", || http_get(&pod.netns, CLUSTER_IP, SHORT).is_answer())

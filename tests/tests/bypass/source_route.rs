@@ -1,4 +1,4 @@
-//! Packets to the node that say where they go from there: source routes of IPv4, segments of IPv6. The pod edge sees
+//! Packets to the node that say where they go from there: source routes of IPv4, segments of IPv6. `from_pod` sees
 //! another destination; where the node is set up to follow them, they leave it with the endpoint's.
 
 use std::{net::Ipv4Addr, os::fd::AsRawFd as _};
@@ -25,7 +25,7 @@ fn source_routes_that_the_node_follows() {
     }
     // A strict route's next hop has to be a neighbour.
     world.node.ip(&format!("route add {METADATA} dev {}", World::UPLINK));
-    let mut ways = world.ways(&["node_edge"]);
+    let mut ways = world.ways(&["node_egress"]);
     for (pod, link) in pods.iter().zip(["routed", "bridged"]) {
         for (kind, name) in [(LOOSE, "loose"), (STRICT, "strict")] {
             let (world, options) = (&world, source_route(kind, METADATA));
@@ -66,7 +66,7 @@ fn a_socket_with_a_source_route_by_the_node() {
         // Refused with the socket hook.
         let _ = socket.send_to(b"routed", (METADATA, 9999));
     };
-    world.ways(&["socket", "node_edge"]).one_way("a loose source route of a socket", send).assert_held();
+    world.ways(&["socket", "node_egress"]).one_way("a loose source route of a socket", send).assert_held();
 }
 
 #[test]
@@ -90,7 +90,7 @@ fn segments_that_the_node_follows() {
         [&[NO_NEXT, 4, SEGMENT_ROUTING, 1, 1, 0, 0, 0][..], &METADATA_V6.octets(), &node.octets()].concat();
     let packet = packets::ipv6(address, node, ROUTING, &header);
     world
-        .ways(&["node_edge"])
+        .ways(&["node_egress"])
         .config(AWS)
         .one_way("segments", || {
             PacketSocket::frames(&pod.netns, Pod::IFNAME).send(&packets::frame(&pod, &packet)).unwrap();

@@ -8,8 +8,8 @@ use imds_tests::{
 
 use crate::AWS;
 
-/// The hooks that hold a tunnel: the node edge whatever is inside, the socket hook what a socket sends.
-const HOOKS: [&str; 2] = ["node_edge", "socket"];
+/// The hooks that hold a tunnel: `node_egress` whatever is inside, the socket hook what a socket sends.
+const HOOKS: [&str; 2] = ["node_egress", "socket"];
 
 pub(crate) const VXLAN: &str = "type vxlan id 42 local LOCAL remote REMOTE dstport 4789";
 

@@ -100,7 +100,7 @@ fn none_of_a_hundred_pods_that_come_and_go_gets_anything() {
     let podman = Podman::new(&world);
     podman.play("lasting", false);
     assert_document(&podman.exec("lasting", &HOST));
-    let agent = world.agent().hooks(&["pod_edge", "node_edge"]).spawn_ready();
+    let agent = world.agent().hooks(&["from_pod", "node_egress"]).spawn_ready();
     world.assert_nothing_arrives(|| {
         thread::scope(|scope| {
             for _ in 0..4 {
@@ -164,7 +164,7 @@ fn containerd_and_the_reference_cni_plugins() {
             sandbox.netns.ip("route add 169.254.169.254/32 dev eth0");
         }
         assert_document(&sandbox.run(&HOST));
-        let agent = world.agent().hooks(&["pod_edge", "node_edge"]).spawn_ready();
+        let agent = world.agent().hooks(&["from_pod", "node_egress"]).spawn_ready();
         if kind == "macvlan" && imds_tests::lacks_tc_netns_cookie("macvlan") {
             drop(agent);
             world.unload();

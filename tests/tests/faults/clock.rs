@@ -8,7 +8,7 @@ use imds_ebpf_common::{
     ledger::{DenialKey, DenialRecord},
 };
 use imds_tests::{
-    Agent, Backend, PodLink,
+    Agent, AttachMode, PodLink,
     http::{DEFAULT, try_get},
     poll::poll_until,
     probe::LONG,
@@ -64,7 +64,7 @@ fn assert_calm(agent: &Agent<'_>) {
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
 fn an_agent_whose_clocks_are_a_year_ahead_of_the_pins() {
-    let case = Case::new(Backend::Clsact);
+    let case = Case::new(AttachMode::Clsact);
     let log = case.world.scratch_dir().join("log");
     case.under_flood(|| {
         let agent = case.agent().resync(1).spawn_ready();
@@ -92,7 +92,7 @@ fn an_agent_whose_clocks_are_a_year_ahead_of_the_pins() {
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
 fn denials_that_were_written_down_at_times_that_never_were() {
-    let case = Case::new(Backend::Clsact);
+    let case = Case::new(AttachMode::Clsact);
     let agent = case.agent().resync(1).spawn_ready();
     case.under_flood(|| assert_works(&case));
     agent.kill9();
@@ -126,7 +126,7 @@ fn a_wall_clock_that_jumps_by_a_year_and_back() {
     if skip_unless_disposable("sets the machine's clock") {
         return;
     }
-    let case = Case::new(Backend::Clsact);
+    let case = Case::new(AttachMode::Clsact);
     let agent = case.agent().resync(1).spawn_ready();
     let year = i64::try_from(YEAR.as_secs()).unwrap();
     case.under_flood(|| {

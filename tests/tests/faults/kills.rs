@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use imds_tests::{Backend, METADATA, Over, Pod, World, effort, hook, packets, probe, skip_without_tcx};
+use imds_tests::{AttachMode, METADATA, Over, Pod, World, effort, hook, packets, probe, skip_without_tcx};
 
 use super::{Case, LINKS, Random};
 
@@ -18,16 +18,16 @@ const MOST: u32 = 240;
 /// A configuration that denies the same, with other settings and up to 200 endpoints besides.
 fn configuration(random: &mut Random) -> String {
     let answer = random.of(&["drop", "reject"]);
-    let node_edge = random.is_true();
+    let node_egress = random.is_true();
     let endpoints = (0..random.below(200))
         .map(|number| format!("[[endpoint]]\nname = 'e{number}'\naddress = '203.0.113.{number}'\n"));
     format!(
-        "answer = '{answer}'\n[hooks]\nsocket = false\nnode_edge = {node_edge}\n{}",
+        "answer = '{answer}'\n[hooks]\nsocket = false\nnode_egress = {node_egress}\n{}",
         endpoints.collect::<String>()
     )
 }
 
-fn killed_at_any_moment(backend: Backend) {
+fn killed_at_any_moment(backend: AttachMode) {
     let case = Case::new(backend);
     let path = case.world.scratch_dir().join("imds.toml");
     let mut random = Random::new();
@@ -58,14 +58,14 @@ fn killed_at_any_moment(backend: Backend) {
 #[ignore = "takes minutes: cargo xtask faults"]
 fn killed_at_any_moment_of_start_and_reload_with_tcx() {
     if !skip_without_tcx() {
-        killed_at_any_moment(Backend::Tcx);
+        killed_at_any_moment(AttachMode::Tcx);
     }
 }
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
 fn killed_at_any_moment_of_start_and_reload_with_clsact() {
-    killed_at_any_moment(Backend::Clsact);
+    killed_at_any_moment(AttachMode::Clsact);
 }
 
 /// Pods come, send a little, and go or stay, until it is `over`. Returns those that stay, and how many there were.
@@ -90,7 +90,7 @@ fn come_and_go(world: &World, mut random: Random, over: &Over) -> (Vec<Pod>, u32
     (pods, came)
 }
 
-fn killed_while_pods_come_and_go(backend: Backend) {
+fn killed_while_pods_come_and_go(backend: AttachMode) {
     let case = Case::new(backend);
     let mut random = Random::new();
     let kills = effort(100);
@@ -123,12 +123,12 @@ fn killed_while_pods_come_and_go(backend: Backend) {
 #[ignore = "takes minutes: cargo xtask faults"]
 fn killed_while_pods_come_and_go_with_tcx() {
     if !skip_without_tcx() {
-        killed_while_pods_come_and_go(Backend::Tcx);
+        killed_while_pods_come_and_go(AttachMode::Tcx);
     }
 }
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
 fn killed_while_pods_come_and_go_with_clsact() {
-    killed_while_pods_come_and_go(Backend::Clsact);
+    killed_while_pods_come_and_go(AttachMode::Clsact);
 }

@@ -8,7 +8,7 @@ use std::{
 
 use aya::util::KernelVersion;
 use imds_tests::{
-    Backend, MemoryLimit, PodLink, WHOLE_TEST, effort, output,
+    AttachMode, MemoryLimit, PodLink, WHOLE_TEST, effort, output,
     poll::{poll_until, try_poll},
     probe::LONG,
     skip,
@@ -20,7 +20,7 @@ use super::{Case, Process, wrapped};
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
 fn out_of_descriptors() {
-    let case = Case::new(Backend::Clsact);
+    let case = Case::new(AttachMode::Clsact);
     let log = case.world.scratch_dir().join("log");
     let more: Vec<_> = (0..effort(60)).map(|_| case.world.add_pod(PodLink::Routed)).collect();
     case.under_flood(|| {
@@ -47,7 +47,7 @@ fn out_of_descriptors() {
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
 fn a_full_disk_under_the_log() {
-    let case = Case::new(Backend::Clsact);
+    let case = Case::new(AttachMode::Clsact);
     let path = case.world.scratch_dir().join("imds.toml");
     fs::write(&path, "[hooks]\nsocket = false").unwrap();
     let command = case.agent().config_file(path.to_str().unwrap()).command();
@@ -72,7 +72,7 @@ fn a_full_disk_under_the_log() {
 #[ignore = "takes minutes: cargo xtask faults"]
 fn out_of_locked_memory() {
     const CAPABILITIES: &str = "-all,+bpf,+net_admin,+perfmon";
-    let case = Case::new(Backend::Clsact);
+    let case = Case::new(AttachMode::Clsact);
     let counts_locked_memory = KernelVersion::current().unwrap() < KernelVersion::new(5, 11, 0);
     case.under_flood(|| {
         for limit in [0, 1 << 12, 1 << 16, 1 << 20] {
@@ -97,7 +97,7 @@ fn out_of_memory() {
     let Some(memory) = MemoryLimit::new() else {
         return skip(WHOLE_TEST, "no cgroup limits memory here");
     };
-    let case = Case::new(Backend::Clsact);
+    let case = Case::new(AttachMode::Clsact);
     let log = case.world.scratch_dir().join("log");
     let enter = format!("echo $$ > {} && exec \"$@\"", memory.procs().display());
     let (mut killed, mut failed, mut stuck, mut ready) = (0, 0, 0, 0);

@@ -3,7 +3,7 @@
 use std::{fs, path::PathBuf, process::Command, thread::sleep, time::Duration};
 
 use imds_tests::{
-    Backend, PodLink, World, effort, foreign::detach_link, hook::run_tc, output, skip_without_tcx,
+    AttachMode, PodLink, World, effort, foreign::detach_link, hook::run_tc, output, skip_without_tcx,
 };
 use nix::sys::signal::Signal;
 
@@ -12,7 +12,7 @@ use super::{Case, LINKS, Random, signal};
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
 fn a_burst_of_link_events_that_overruns_the_queue() {
-    let case = Case::new(Backend::Clsact);
+    let case = Case::new(AttachMode::Clsact);
     let agent = case.agent().resync(3600).spawn_ready();
     let overruns = || case.metric("imds_netlink_overruns_total ");
     assert_eq!(overruns(), 0);
@@ -37,7 +37,7 @@ fn a_burst_of_link_events_that_overruns_the_queue() {
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
 fn interfaces_that_are_renamed_moved_and_deleted_while_they_are_attached() {
-    let case = Case::new(Backend::Clsact);
+    let case = Case::new(AttachMode::Clsact);
     let world = &case.world;
     let agent = case.agent().resync(1).spawn_ready();
     let mut random = Random::new();
@@ -67,19 +67,19 @@ fn interfaces_that_are_renamed_moved_and_deleted_while_they_are_attached() {
 /// Where packets and calls are judged.
 #[derive(Clone, Copy)]
 enum Point {
-    PodEdge,
-    NodeEdge,
+    FromPod,
+    NodeEgress,
     Socket,
 }
 
 impl Point {
-    const EDGES: [Self; 2] = [Self::PodEdge, Self::NodeEdge];
+    const EDGES: [Self; 2] = [Self::FromPod, Self::NodeEgress];
 
     /// The pins of its links.
     fn links(self, case: &Case) -> Vec<PathBuf> {
         let begins = match self {
-            Self::PodEdge => &["pod_edge_"][..],
-            Self::NodeEdge => &["node_edge_"],
+            Self::FromPod => &["from_pod_"][..],
+            Self::NodeEgress => &["node_egress_"],
             Self::Socket => &["connect", "sendmsg"],
         };
         let pins = fs::read_dir(case.world.pin_dir().join("links")).unwrap().map(|pin| pin.unwrap().path());
@@ -92,8 +92,8 @@ impl Point {
     /// The interfaces that it guards, and the hook that it is at.
     fn interfaces(self, case: &Case) -> (Vec<&str>, &'static str) {
         match self {
-            Self::PodEdge => (case.pods.iter().map(|pod| &*pod.host_ifname).collect(), "ingress"),
-            Self::NodeEdge => (vec![World::UPLINK, World::BRIDGE], "egress"),
+            Self::FromPod => (case.pods.iter().map(|pod| &*pod.host_ifname).collect(), "ingress"),
+            Self::NodeEgress => (vec![World::UPLINK, World::BRIDGE], "egress"),
             Self::Socket => (Vec::new(), ""),
         }
     }
@@ -144,7 +144,7 @@ fn remove_filter(case: &Case, interface: &str, direction: &str, random: &mut Ran
 
 /// One edge loses programs again and again, and often the sockets do at the same time: the other edge holds until they are
 /// back.
-fn stripped_at_random(backend: Backend) {
+fn stripped_at_random(backend: AttachMode) {
     let case = Case::with_sockets(backend);
     let agent = case.agent().resync(1).spawn_ready();
     let mut random = Random::new();
@@ -169,12 +169,12 @@ fn stripped_at_random(backend: Backend) {
 #[ignore = "takes minutes: cargo xtask faults"]
 fn links_that_are_detached_at_random() {
     if !skip_without_tcx() {
-        stripped_at_random(Backend::Tcx);
+        stripped_at_random(AttachMode::Tcx);
     }
 }
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
 fn filters_that_are_removed_at_random() {
-    stripped_at_random(Backend::Clsact);
+    stripped_at_random(AttachMode::Clsact);
 }

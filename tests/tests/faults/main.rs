@@ -17,7 +17,7 @@ use std::{
 };
 
 use imds_tests::{
-    AgentCommand, Backend, METADATA, Pod, PodLink, World,
+    AgentCommand, AttachMode, METADATA, Pod, PodLink, World,
     flood::Flood,
     http::{DEFAULT, try_get},
     lacks_netns_cookie, skip,
@@ -28,25 +28,25 @@ use nix::{
 };
 
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
-const EDGES: &[&str] = &["pod_edge", "node_edge"];
-const ALL: &[&str] = &["pod_edge", "node_edge", "socket"];
+const EDGES: &[&str] = &["from_pod", "node_egress"];
+const ALL: &[&str] = &["from_pod", "node_egress", "socket"];
 
 /// A world whose pods were denied by an agent that is gone now, as they were not before.
 struct Case {
     pods: [Pod; 2],
     world: World,
-    backend: Backend,
+    backend: AttachMode,
     hooks: &'static [&'static str],
 }
 
 impl Case {
     /// Both edges guard it.
-    fn new(backend: Backend) -> Self {
+    fn new(backend: AttachMode) -> Self {
         Self::with(backend, EDGES)
     }
 
     /// So do the sockets, where they can.
-    fn with_sockets(backend: Backend) -> Self {
+    fn with_sockets(backend: AttachMode) -> Self {
         if lacks_netns_cookie() {
             skip("the socket hook", "no SO_NETNS_COOKIE on this kernel");
             return Self::new(backend);
@@ -54,7 +54,7 @@ impl Case {
         Self::with(backend, ALL)
     }
 
-    fn with(backend: Backend, hooks: &'static [&'static str]) -> Self {
+    fn with(backend: AttachMode, hooks: &'static [&'static str]) -> Self {
         let world = World::new();
         let pods = LINKS.map(|link| world.add_pod(link));
         for pod in &pods {

@@ -11,7 +11,7 @@ use aya::{
 };
 use imds_ebpf_common::{Counter, CounterKey, Event, Hook, Verdict};
 use imds_tests::{
-    Backend, METADATA, Pod, PodLink, effort, flood::Flood, hook, poll::poll_until, probe::LONG,
+    AttachMode, METADATA, Pod, PodLink, effort, flood::Flood, hook, poll::poll_until, probe::LONG,
 };
 use nix::{
     sys::signal::Signal,
@@ -23,14 +23,14 @@ use super::{Case, signal};
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
 fn counters_that_are_full() {
-    let case = Case::new(Backend::Clsact);
+    let case = Case::new(AttachMode::Clsact);
     let mut counters: PerCpuHashMap<MapData, CounterKey, Counter> =
         Map::PerCpuHashMap(open(&case, "imds_counters")).try_into().unwrap();
     let cpus = aya::util::nr_cpus().unwrap();
     let value = || PerCpuValues::try_from(vec![Counter::default(); cpus]).unwrap();
     let mut added = 0_u32;
     while counters
-        .insert(CounterKey::new(1_000_000 + added, Hook::PodEdge, Verdict::Deny), value(), 0)
+        .insert(CounterKey::new(1_000_000 + added, Hook::FromPod, Verdict::Deny), value(), 0)
         .is_ok()
     {
         added += 1;
@@ -94,7 +94,7 @@ const FILLED: [Filled; 5] = [
 #[ignore = "takes minutes: cargo xtask faults"]
 fn maps_of_user_space_that_are_full() {
     for (name, fill) in FILLED {
-        let case = Case::new(Backend::Clsact);
+        let case = Case::new(AttachMode::Clsact);
         // What an agent finds there it clears away, and what comes while it runs it lives with.
         fill(&case, name);
         case.under_flood(|| {
@@ -119,7 +119,7 @@ fn maps_of_user_space_that_are_full() {
 fn more_exemptions_than_fit() {
     const PODS: u32 = 66;
     const ENDPOINTS: u32 = 250;
-    let case = Case::new(Backend::Clsact);
+    let case = Case::new(AttachMode::Clsact);
     let crowd: Vec<_> = (0..PODS).map(|_| case.world.add_pod(PodLink::Routed)).collect();
     let names = (0..ENDPOINTS).map(|number| format!("'e{number}'")).collect::<Vec<_>>().join(", ");
     let endpoints = (0..ENDPOINTS)
@@ -180,7 +180,7 @@ impl Ring {
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
 fn events_that_nobody_reads() {
-    let case = Case::with_sockets(Backend::Clsact);
+    let case = Case::with_sockets(AttachMode::Clsact);
     let crowd: Vec<_> = (0..effort(60).max(20)).map(|_| case.world.add_pod(PodLink::Routed)).collect();
     let agent = case.agent().resync(1).spawn_ready();
     case.under_flood(|| {

@@ -11,7 +11,7 @@ use std::{
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
-    Backend, Pod, PodLink, World, effort,
+    AttachMode, Pod, PodLink, World, effort,
     foreign::{Foreign, TC_ACT_OK, pin_object_over, pin_over},
     hook,
     http::{DEFAULT, try_get},
@@ -44,7 +44,7 @@ fn pins(case: &Case) -> Vec<PathBuf> {
     DIRECTORIES.into_iter().flat_map(list).map(|pin| pin.path()).collect()
 }
 
-fn pins_that_are_removed(backend: Backend) {
+fn pins_that_are_removed(backend: AttachMode) {
     let case = Case::with_sockets(backend);
     let agent = case.agent().resync(1).spawn_ready();
     let mut random = Random::new();
@@ -71,21 +71,21 @@ fn pins_that_are_removed(backend: Backend) {
 #[ignore = "takes minutes: cargo xtask faults"]
 fn pins_that_are_removed_while_the_agent_runs_with_tcx() {
     if !skip_without_tcx() {
-        pins_that_are_removed(Backend::Tcx);
+        pins_that_are_removed(AttachMode::Tcx);
     }
 }
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
 fn pins_that_are_removed_while_the_agent_runs_with_clsact() {
-    pins_that_are_removed(Backend::Clsact);
+    pins_that_are_removed(AttachMode::Clsact);
 }
 
 /// What docs/troubleshooting.md says of it: a filter needs no pin, a link does.
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
 fn pins_that_are_removed_while_no_agent_runs() {
-    let case = Case::with_sockets(Backend::Clsact);
+    let case = Case::with_sockets(AttachMode::Clsact);
     let empty = || fs::remove_dir_all(case.world.pin_dir()).unwrap();
     case.under_flood(|| {
         for _ in 0..effort(5) {
@@ -95,7 +95,7 @@ fn pins_that_are_removed_while_no_agent_runs() {
         }
     });
     if hook::has_tcx() {
-        case.world.agent().backend(Backend::Tcx).hooks(case.hooks).spawn_ready().kill9();
+        case.world.agent().backend(AttachMode::Tcx).hooks(case.hooks).spawn_ready().kill9();
         empty();
         for pod in &case.pods {
             case.world.assert_open(pod);
@@ -165,7 +165,7 @@ fn detach_sockets(case: &Case) {
     });
 }
 
-fn bpffs_that_is_unmounted(backend: Backend, may_mount: bool) {
+fn bpffs_that_is_unmounted(backend: AttachMode, may_mount: bool) {
     let case = Case::with_sockets(backend);
     // Its own pins are elsewhere.
     case.world.unload();
@@ -202,18 +202,18 @@ fn bpffs_that_is_unmounted(backend: Backend, may_mount: bool) {
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
 fn a_bpffs_that_is_unmounted_under_an_agent_that_may_mount_one() {
-    bpffs_that_is_unmounted(Backend::Clsact, true);
+    bpffs_that_is_unmounted(AttachMode::Clsact, true);
     if !skip_without_tcx() {
-        bpffs_that_is_unmounted(Backend::Tcx, true);
+        bpffs_that_is_unmounted(AttachMode::Tcx, true);
     }
 }
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
 fn a_bpffs_that_is_unmounted_under_an_agent_that_may_not() {
-    bpffs_that_is_unmounted(Backend::Clsact, false);
+    bpffs_that_is_unmounted(AttachMode::Clsact, false);
     if !skip_without_tcx() {
-        bpffs_that_is_unmounted(Backend::Tcx, false);
+        bpffs_that_is_unmounted(AttachMode::Tcx, false);
     }
 }
 
@@ -265,7 +265,7 @@ impl Others {
     }
 }
 
-fn pins_that_are_replaced_while_the_agent_runs(backend: Backend) {
+fn pins_that_are_replaced_while_the_agent_runs(backend: AttachMode) {
     let case = Case::with_sockets(backend);
     let others = Others::new(&case);
     let agent = case.agent().resync(1).spawn_ready();
@@ -290,14 +290,14 @@ fn pins_that_are_replaced_while_the_agent_runs(backend: Backend) {
 #[ignore = "takes minutes: cargo xtask faults"]
 fn pins_in_whose_place_others_are_while_the_agent_runs_with_tcx() {
     if !skip_without_tcx() {
-        pins_that_are_replaced_while_the_agent_runs(Backend::Tcx);
+        pins_that_are_replaced_while_the_agent_runs(AttachMode::Tcx);
     }
 }
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
 fn pins_in_whose_place_others_are_while_the_agent_runs_with_clsact() {
-    pins_that_are_replaced_while_the_agent_runs(Backend::Clsact);
+    pins_that_are_replaced_while_the_agent_runs(AttachMode::Clsact);
 }
 
 /// Whether it is the link of one edge: without its pin a link ends, while no agent holds it.
@@ -305,7 +305,7 @@ fn is_of(edge: &str, pin: &Path) -> bool {
     pin.file_name().unwrap().to_str().unwrap().starts_with(edge)
 }
 
-fn pins_that_are_replaced_between_agents(backend: Backend) {
+fn pins_that_are_replaced_between_agents(backend: AttachMode) {
     let case = Case::with_sockets(backend);
     let others = Others::new(&case).unlike();
     let mut random = Random::new();
@@ -313,7 +313,7 @@ fn pins_that_are_replaced_between_agents(backend: Backend) {
     case.under_flood(|| {
         for round in 0..effort(8) {
             // The other edge holds.
-            let spared = ["pod_edge_", "node_edge_"][usize::from(round % 2 == 0)];
+            let spared = ["from_pod_", "node_egress_"][usize::from(round % 2 == 0)];
             for pin in pins(&case) {
                 if random.is_true() && !is_of(spared, &pin) {
                     others.replace(&pin, &mut random);
@@ -335,14 +335,14 @@ fn pins_that_are_replaced_between_agents(backend: Backend) {
 #[ignore = "takes minutes: cargo xtask faults"]
 fn pins_in_whose_place_others_are_between_agents_with_tcx() {
     if !skip_without_tcx() {
-        pins_that_are_replaced_between_agents(Backend::Tcx);
+        pins_that_are_replaced_between_agents(AttachMode::Tcx);
     }
 }
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
 fn pins_in_whose_place_others_are_between_agents_with_clsact() {
-    pins_that_are_replaced_between_agents(Backend::Clsact);
+    pins_that_are_replaced_between_agents(AttachMode::Clsact);
 }
 
 #[test]
@@ -351,7 +351,7 @@ fn a_link_of_another_on_the_same_hook_in_the_place_of_a_pin_is_left_to_its_owner
     if skip_without_tcx() {
         return;
     }
-    let case = Case::new(Backend::Tcx);
+    let case = Case::new(AttachMode::Tcx);
     let pod = &case.pods[0];
     let theirs = Foreign::returning(TC_ACT_OK).attach_tcx_first(
         &case.world.node,
@@ -360,7 +360,7 @@ fn a_link_of_another_on_the_same_hook_in_the_place_of_a_pin_is_left_to_its_owner
     );
     let program = hook::tcx(&case.world.node, &pod.host_ifname)[0].id;
     case.under_flood(|| {
-        let pin = case.world.pin_dir().join(format!("links/pod_edge_{}", pod.host_ifindex));
+        let pin = case.world.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex));
         pin_object_over(&theirs, &pin);
         case.agent().spawn_ready().kill9();
     });

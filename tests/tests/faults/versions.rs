@@ -12,7 +12,7 @@ use std::{
 
 use aya::maps::{Array, Map, MapData, MapInfo};
 use imds_ebpf_common::Policy;
-use imds_tests::{Backend, effort, hook, skip_without_tcx};
+use imds_tests::{AttachMode, effort, hook, skip_without_tcx};
 
 use super::{Case, Random};
 
@@ -63,7 +63,7 @@ fn assert_taken_over(case: &Case) {
     }
 }
 
-fn upgraded_and_back(backend: Backend) {
+fn upgraded_and_back(backend: AttachMode) {
     let case = Case::with_sockets(backend);
     let mut random = Random::new();
     let (mut kills, mut changes) = (0, 0);
@@ -103,20 +103,20 @@ fn upgraded_and_back(backend: Backend) {
 #[ignore = "takes minutes: cargo xtask faults"]
 fn another_layout_and_back_with_tcx() {
     if !skip_without_tcx() {
-        upgraded_and_back(Backend::Tcx);
+        upgraded_and_back(AttachMode::Tcx);
     }
 }
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
 fn another_layout_and_back_with_clsact() {
-    upgraded_and_back(Backend::Clsact);
+    upgraded_and_back(AttachMode::Clsact);
 }
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
 fn maps_of_another_meaning_and_the_same_size() {
-    let case = Case::with_sockets(Backend::Clsact);
+    let case = Case::with_sockets(AttachMode::Clsact);
     case.under_flood(|| {
         for _ in 0..effort(5) {
             let pin = case.world.pin_dir().join("maps/imds_policy");

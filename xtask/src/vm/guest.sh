@@ -56,9 +56,9 @@ else
         *'"netns_cookie":0'[,}]*) echo "@took node: initial namespace" ;;
         *'"netns_cookie":'*) echo "@took node: cookie" ;;
     esac
-    case $(bpftool prog dump xlated pinned $pins/progs/imds_node_edge | grep ' call ') in
-        *netns_cookie*) echo "@took node_edge: cookie" ;;
-        *' call '*) echo "@took node_edge: ifindex" ;;
+    case $(bpftool prog dump xlated pinned $pins/progs/imds_egress | grep ' call ') in
+        *netns_cookie*) echo "@took node_egress: cookie" ;;
+        *' call '*) echo "@took node_egress: ifindex" ;;
     esac
     type=$(bpftool -j map show pinned $pins/maps/imds_events | sed 's/.*"type":"\([a-z_]*\)".*/\1/')
     echo "@took events: $type"

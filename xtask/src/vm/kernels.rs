@@ -45,14 +45,14 @@ impl Line {
     /// What the agent has to make use of there where it may choose, by the names of guest.sh: TCX came with 6.6, namespaces'
     /// cookies with 5.14, and for TC programs with 6.13.
     pub(super) fn takes(self) -> Vec<(&'static str, &'static str)> {
-        let (guard, node, node_edge) = match self {
+        let (guard, node, node_egress) = match self {
             Self::V5_10 => ("clsact", "initial namespace", "ifindex"),
             Self::V6_1 => ("clsact", "cookie", "ifindex"),
             Self::V6_12 => ("tcx", "cookie", "ifindex"),
             Self::V7 => ("tcx", "cookie", "cookie"),
             Self::This => return Vec::new(),
         };
-        vec![("guard", guard), ("node", node), ("node_edge", node_edge), ("events", "ringbuf")]
+        vec![("guard", guard), ("node", node), ("node_egress", node_egress), ("events", "ringbuf")]
     }
 
     /// Whether it lacks anything that a test may be about.

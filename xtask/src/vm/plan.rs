@@ -24,7 +24,7 @@ const QUICK: [(&str, &[&str]); 6] = [
     ("bypass", &["calls::tcp_and_udp", "links::ipvlan_in_layer_2", "services::a_service_whose_backend"]),
     ("endpoints", &["an_ipv6_endpoint"]),
     ("hooks", &["all_hooks_together", "the_socket_hook_refuses"]),
-    ("pod_edge", &["pods_are_blocked"]),
+    ("from_pod", &["pods_are_blocked"]),
     ("test_run", &["every_packet_to_the_endpoint", "the_verifier_is_done"]),
 ];
 

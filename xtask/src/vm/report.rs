@@ -209,10 +209,10 @@ mod tests {
     use super::*;
 
     const START: &str = "SeaBIOS\r\n@kernel 5.10.0\r\n@took guard: clsact\r\n@took node: initial namespace\r
-@took node_edge: ifindex\r\n@took events: ringbuf\r\n";
+@took node_egress: ifindex\r\n@took events: ringbuf\r\n";
     /// Of the same, on a newer kernel.
     const START_6_1: &str = "@kernel 6.1.0\r\n@took guard: clsact\r\n@took node: cookie\r
-@took node_edge: ifindex\r\n@took events: ringbuf\r\n";
+@took node_egress: ifindex\r\n@took events: ringbuf\r\n";
     const UNLOAD: &str = "@begin unload\r
 running 3 tests\r
 test everywhere ... ok\r
@@ -258,7 +258,7 @@ test result: FAILED. 1 passed; 1 failed\r
         assert_eq!(good.complaints, [""; 0]);
         assert_eq!(good.to_string(), "1 passed, 1 skipped, 0 failed in 60 s");
         let table = table(&[good]);
-        let start = "KERNEL     5.10.0\nevents     ringbuf\nguard      clsact\nnode       initial namespace\nnode_edge  ifindex\n\
+        let start = "KERNEL     5.10.0\nevents     ringbuf\nguard      clsact\nnode       initial namespace\nnode_egress  ifindex\n\
              unload     1 passed, 1 skipped, 1 ignored\nseconds    60\n";
         assert!(table.starts_with(start), "{table}");
         assert!(
@@ -278,7 +278,7 @@ test result: FAILED. 1 passed; 1 failed\r
             [
                 "guard: the agent takes clsact, not tcx",
                 "node: the agent takes initial namespace, not cookie",
-                "node_edge: the agent takes ifindex, not cookie",
+                "node_egress: the agent takes ifindex, not cookie",
                 "unload: tcx_alone was skipped: no TCX on this kernel"
             ]
         );

@@ -60,7 +60,7 @@ const CAPABILITIES: [Capability; 12] = [
 const TAKES: [(&str, &str); 4] = [
     ("guard", "attaches its programs by"),
     ("node", "knows the node's own sockets by"),
-    ("node_edge", "knows a pod's packet at the node edge by"),
+    ("node_egress", "knows a pod's packet at `node_egress` by"),
     ("events", "tells of denials by"),
 ];
 
@@ -86,7 +86,7 @@ pub(super) fn takes(columns: &[Column]) -> String {
     let rows = TAKES.map(|(name, what)| {
         let tell = |column: &&Column| match column.record.guest.took.get(name).map(String::as_str) {
             Some("ifindex") => "the interface it came by".to_owned(),
-            Some("cookie") if name == "node_edge" => "that, or its socket's netns cookie".to_owned(),
+            Some("cookie") if name == "node_egress" => "that, or its socket's netns cookie".to_owned(),
             Some("cookie") => "netns cookie".to_owned(),
             Some("tcx") => "TCX link".to_owned(),
             Some("clsact") => "clsact filter".to_owned(),

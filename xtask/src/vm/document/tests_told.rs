@@ -25,7 +25,7 @@ const MEANINGS: [(&str, &str); 18] = [
     ),
     (
         "TC programs do not see",
-        "packets of macvlan and ipvlan pods pass the node edge; the socket hook holds what such a pod sends by sockets, not \
+        "packets of macvlan and ipvlan pods pass `node_egress`; the socket hook holds what such a pod sends by sockets, not \
          what it makes up itself (AF_PACKET)",
     ),
     (

@@ -1,4 +1,4 @@
-//! The node edge: what leaves the node here was forwarded for a pod, or is the node's own.
+//! `node_egress`: what leaves the node here was forwarded for a pod, or is the node's own.
 
 use aya_ebpf::{
     bindings::{__sk_buff, TC_ACT_UNSPEC},
@@ -16,7 +16,7 @@ use crate::{
     reject::Way,
 };
 
-/// In two functions, as at the pod edge.
+/// In two functions, as at `from_pod`.
 #[inline(always)]
 pub(crate) fn judge(ctx: &TcContext, frame: Frame) -> i32 {
     let skb = ctx.skb.skb;
@@ -41,11 +41,11 @@ fn without_link_layer(skb: *mut __sk_buff) -> i32 {
 
 #[inline(always)]
 fn judge_thoroughly(skb: *mut __sk_buff, frame: Frame) -> i32 {
-    let (packet, hook) = (Skb::new(skb), Hook::NodeEdge);
+    let (packet, hook) = (Skb::new(skb), Hook::NodeEgress);
     let Some(examined) = examine(&packet, frame, &maps::Maps) else { return TC_ACT_UNSPEC };
     let Some(sender) = sender(&packet, skb) else { return TC_ACT_UNSPEC };
     let Examined { place, destination, .. } = examined;
-    let verdict = exempt::at_node_edge(skb, sender, examined.verdict, &destination);
+    let verdict = exempt::at_node_egress(skb, sender, examined.verdict, &destination);
     let _uncounted = maps::count(packet.ifindex(), hook, verdict, packet.len());
     let window = events::window(&Source { id: u64::from(packet.ingress_ifindex()), hook: hook as u64 });
     conclude(&Judged { skb, frame, place, hook, verdict }, window, Way::In)

@@ -1,4 +1,4 @@
-//! The pod edge: all that arrives here was sent by a pod.
+//! `from_pod`: all that arrives here was sent by a pod.
 
 use aya_ebpf::{
     bindings::{__sk_buff, TC_ACT_UNSPEC},
@@ -39,10 +39,10 @@ fn without_link_layer(skb: *mut __sk_buff) -> i32 {
 
 #[inline(always)]
 fn judge_thoroughly(skb: *mut __sk_buff, frame: Frame) -> i32 {
-    let (packet, hook) = (Skb::new(skb), Hook::PodEdge);
+    let (packet, hook) = (Skb::new(skb), Hook::FromPod);
     let Some(examined) = examine(&packet, frame, &maps::Maps) else { return TC_ACT_UNSPEC };
     let Examined { place, destination, .. } = examined;
-    let verdict = exempt::at_pod_edge(skb, examined.verdict, &destination);
+    let verdict = exempt::at_from_pod(skb, examined.verdict, &destination);
     let counter = maps::count(packet.ifindex(), hook, verdict, packet.len());
     // One interface is one source here, so that its counter has the window, too.
     // SAFETY: the map owns the counter and nothing frees it under a running program.
