@@ -181,7 +181,7 @@ impl Agent {
                     self.lose_collector(&error);
                 },
                 () = future::ready(()), if self.guard.is_looking() => report(self.guard.go_on().await),
-                index = self.guard.link_due() => self.guard.raise(index).await,
+                point = self.guard.attachment_due() => self.guard.attach(point).await,
                 () = future::ready(()), if self.guard.is_locating() => report(self.guard.locate_next().await),
                 () = self.guard.search_due() => report(self.guard.search_exempt().await),
                 () = self.guard.kubepods_changed() => report(self.guard.follow_kubepods()),

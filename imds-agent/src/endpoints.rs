@@ -86,25 +86,15 @@ impl Guarded {
         &self.endpoints
     }
 
-    /// The IPv4 addresses among them.
+    /// Addresses of the endpoints.
     #[must_use]
-    pub fn ipv4(&self) -> Vec<Ipv4Addr> {
-        ipv4(&self.endpoints)
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        self.endpoints.iter().map(|endpoint| endpoint.address).collect()
     }
 
     pub(crate) fn entries(&self) -> impl Iterator<Item = (Address, Entry)> {
         (1..).zip(&self.endpoints).map(|(id, endpoint)| (address(endpoint.address), endpoint.entry(id)))
     }
-}
-
-/// The IPv4 addresses among those of `endpoints`.
-#[must_use]
-pub fn ipv4(endpoints: &[Endpoint]) -> Vec<Ipv4Addr> {
-    let only_ipv4 = |endpoint: &Endpoint| match endpoint.address {
-        IpAddr::V4(address) => Some(address),
-        IpAddr::V6(_) => None,
-    };
-    endpoints.iter().filter_map(only_ipv4).collect()
 }
 
 /// An address as the maps have it.

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
     path::Path,
 };
 
@@ -16,10 +17,60 @@ use crate::{
         senders::{Finder, Senders, Trace},
     },
     pods::Pods,
+    state,
 };
 
-/// What the datapath is to grant.
-pub type Grants = BTreeMap<Exemption, Grant>;
+/// Exemptions that the datapath should have.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Grants {
+    /// The grants, by subject and endpoint.
+    pub entries: BTreeMap<Exemption, Grant>,
+    /// Source addresses of the subjects.
+    pub sources: BTreeSet<Exemption>,
+}
+
+impl Grants {
+    /// Adds the grants and sources of `others`.
+    pub fn extend(&mut self, others: Self) {
+        self.entries.extend(others.entries);
+        self.sources.extend(others.sources);
+    }
+
+    /// Marks the grants of pods behind a bridge, whose packets name the bridge as their ingress interface at `node_egress`,
+    /// and adds grants for marked packets of these bridges.
+    ///
+    /// A bridge with a netkit port gets none: such a pod may set the mark itself (`scrub none`).
+    pub fn add_bridges(&mut self, links: &BTreeMap<u32, Link>) {
+        let mut of_bridges = BTreeMap::new();
+        for (exemption, grant) in &mut self.entries {
+            let Some(link) = interface_of(exemption.subject).and_then(|index| links.get(&index)) else {
+                continue;
+            };
+            for bridge in state::ingress_devices(link, links) {
+                grant.flags = Grant::MARK;
+                let subject = Subject::new(SubjectKind::Bridge, bridge.into());
+                let of_bridge = of_bridges.entry(Exemption { subject, ..*exemption }).or_insert(*grant);
+                if grant.verdict == Verdict::Exempt as u32 {
+                    *of_bridge = *grant;
+                }
+            }
+        }
+        self.entries.extend(of_bridges);
+    }
+
+    /// Adds the node's own addresses, by which masqueraded packets are known if `from_pod` is off.
+    pub fn add_node(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
+        let subject = Subject::new(SubjectKind::Interface, 0);
+        let sources = addresses.into_iter().map(|source| Exemption { address: address(source), subject });
+        self.sources.extend(sources);
+    }
+}
+
+/// Index of the interface that a subject stands for.
+fn interface_of(subject: Subject) -> Option<u32> {
+    let is_interface = SubjectKind::from_u64(subject.kind) == Some(SubjectKind::Interface);
+    u32::try_from(subject.id).ok().filter(|_| is_interface)
+}
 
 /// The rules in force.
 #[derive(Debug, Default)]
@@ -120,7 +171,7 @@ impl Rules {
             }
         }
         self.failures = failures;
-        grants(&self.exempt, &found)
+        Grants { entries: grants(&self.exempt, &found), sources: sources(&found) }
     }
 }
 
@@ -146,14 +197,14 @@ fn failure(senders: &Senders, judges_sockets: bool) -> Option<String> {
 }
 
 /// What these rules grant to those who were found for each. Who is exempt by one rule and audited by another is exempt.
-fn grants(rules: &[Exempt], found: &[Senders]) -> Grants {
-    let mut grants = Grants::new();
+fn grants(rules: &[Exempt], found: &[Senders]) -> BTreeMap<Exemption, Grant> {
+    let mut grants = BTreeMap::new();
     for ((rule, senders), number) in rules.iter().zip(found).zip(1..) {
         let verdict = if rule.is_audited { Verdict::Audit } else { Verdict::Exempt };
-        let grant = Grant { verdict: verdict as u32, rule: number };
+        let grant = Grant::new(verdict, number);
         for subject in subjects(senders) {
             for address in addresses(&rule.scope) {
-                let granted = grants.entry(Exemption { address, subject }).or_insert(grant);
+                let granted: &mut Grant = grants.entry(Exemption { address, subject }).or_insert(grant);
                 if granted.verdict == Verdict::Audit as u32 && verdict == Verdict::Exempt {
                     *granted = grant;
                 }
@@ -169,6 +220,16 @@ fn grants(rules: &[Exempt], found: &[Senders]) -> Grants {
         .collect();
     grants.retain(|exemption, _| is_of_all(exemption) || !exempt_from_all.contains(&exemption.subject));
     grants
+}
+
+/// Source addresses of the pods that were found.
+fn sources(found: &[Senders]) -> BTreeSet<Exemption> {
+    let of_links = found.iter().flat_map(|senders| &senders.addresses);
+    let exemptions = of_links.flat_map(|(&index, addresses)| {
+        let subject = Subject::new(SubjectKind::Interface, index.into());
+        addresses.iter().map(move |&source| Exemption { address: address(source), subject })
+    });
+    exemptions.collect()
 }
 
 fn subjects(Senders { interfaces, cookies, cgroups, .. }: &Senders) -> impl Iterator<Item = Subject> {
@@ -187,8 +248,6 @@ fn addresses(scope: &Scope) -> Vec<Address> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::IpAddr;
-
     use super::*;
 
     const ONE: [u8; 4] = [10, 0, 0, 1];

@@ -1,36 +1,40 @@
 //! The agent's work: follows the node's interfaces and keeps each as it should be.
 
+mod attach_queue;
 mod exempt;
 mod hosts;
-mod provisional;
+mod links;
 mod rounds;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     path::Path,
+    time::Duration,
 };
 
-use imds_ebpf_common::{AttachMode, Hook, Role, TcHook};
+use imds_ebpf_common::{AttachMode, Hook, TcHook};
 use log::Level;
 use tokio::time::Instant;
 
-use self::provisional::Provisional;
+use self::attach_queue::AttachQueue;
 
 use crate::{
     config::{Config, Interfaces},
-    datapath::{Datapath, DatapathError, pins::PinDir},
+    datapath::{
+        Datapath, DatapathError,
+        pins::{AttachPoint, PinDir},
+    },
     exempt::Rules,
     kube::WatchState,
     node::{
         kubepods::Kubepods,
         links::Link,
-        netlink::{Event, Netlink, NetlinkError},
+        netlink::{Event, Netlink},
         senders::Finder,
     },
     pods::Pods,
-    reconcile::{Action, Order, plan},
     settings::Settings,
-    state::role,
+    state::Uplinks,
 };
 
 /// How often what somebody else had changed was put right since the agent started.
@@ -77,23 +81,31 @@ pub struct Guard {
     /// Whether what an earlier agent granted to pods of Kubernetes is what the rules say, as far as they were known then.
     keeps_grants: bool,
     links: BTreeMap<u32, Link>,
-    uplinks: BTreeSet<u32>,
+    /// Interfaces that routes to protected endpoints name.
+    routed: BTreeSet<u32>,
+    uplinks: Uplinks,
     /// What failed last, by interface, so that it is said once and not with every round.
     failures: BTreeMap<u32, String>,
     /// Why no hostNetwork pod is held, where that is so.
     no_kubepods: Option<String>,
     /// Links that are still to be looked at in this round.
     round: VecDeque<u32>,
-    /// Whether every interface was looked at once: until then filters of an earlier agent may be anywhere.
-    settled: bool,
-    /// Whether what changes is what the operator asked for.
-    is_asked: bool,
-    /// Whether links have changed since exemptions were looked at.
-    is_unsettled: bool,
-    /// Pods' links that a filter holds for now, where that is a way to hold them.
-    provisional: Option<Provisional>,
-    /// The one of them whose turn it is.
-    raising: Option<u32>,
+    /// True once every interface was reconciled: until then, filters of an earlier agent may be anywhere.
+    initial_sync_done: bool,
+    /// True while a reload of the configuration causes the changes.
+    in_reload: bool,
+    /// Links have changed since exemptions were computed.
+    exemptions_dirty: bool,
+    /// Attachments that wait for their turn.
+    queue: AttachQueue,
+    /// Attachment whose turn it is.
+    turn: Option<AttachPoint>,
+    /// Attachments to pods that were there at the start and wait for their turn.
+    initial: BTreeSet<AttachPoint>,
+    /// `status` knows that the initial sync is done.
+    is_ready: bool,
+    /// Time that a new link of a pod waits for its CNI plugins before it gets a qdisc.
+    clsact_delay: Duration,
     repairs: Repairs,
     writes: Writes,
 }
@@ -119,24 +131,28 @@ impl Guard {
             last_search: Instant::now(),
             keeps_grants: false,
             links: BTreeMap::new(),
-            uplinks: BTreeSet::new(),
+            routed: BTreeSet::new(),
+            uplinks: Uplinks::default(),
             failures: BTreeMap::new(),
             no_kubepods: None,
             round: VecDeque::new(),
-            settled: false,
-            is_asked: false,
-            is_unsettled: false,
-            provisional: None,
-            raising: None,
+            initial_sync_done: false,
+            in_reload: false,
+            exemptions_dirty: false,
+            queue: AttachQueue::new(),
+            turn: None,
+            initial: BTreeSet::new(),
+            is_ready: false,
+            clsact_delay: Duration::ZERO,
             repairs: Repairs::default(),
             writes: Writes::default(),
         }
     }
 
-    /// The same guard, by which new links of pods are held by filters until there is time for TCX.
+    /// Sets the time that a new link of a pod waits for its CNI plugins before it gets a clsact qdisc.
     #[must_use]
-    pub fn with_filters_first(mut self) -> Self {
-        self.provisional = Some(Provisional::new());
+    pub fn with_clsact_delay(mut self, delay: Duration) -> Self {
+        self.clsact_delay = delay;
         self
     }
 
@@ -175,9 +191,9 @@ impl Guard {
     /// Puts other settings in force: what is guarded at the end stays so if it was before. Where that fails, what came of
     /// it is to be undone by the settings before.
     pub async fn reconfigure(&mut self, settings: &Settings) -> Result<(), DatapathError> {
-        self.is_asked = true;
+        self.in_reload = true;
         let result = self.change_to(settings).await;
-        self.is_asked = false;
+        self.in_reload = false;
         result
     }
 
@@ -195,8 +211,9 @@ impl Guard {
         }
         unless(before.has(Hook::HostNetwork), self.search_kubepods())?;
         self.interfaces = interfaces.clone();
-        self.netlink = self.netlink.clone().with_endpoints(guarded.ipv4());
-        self.uplinks = self.netlink.uplinks().await?;
+        self.netlink = self.netlink.clone().with_endpoints(guarded.addresses());
+        self.routed = self.netlink.uplinks().await?;
+        self.uplinks = Uplinks::new(self.routed.clone(), self.links.values());
         self.see_again().await;
         self.locate(usize::MAX).await;
         self.change_rules(exempt.clone()).await?;
@@ -229,8 +246,8 @@ impl Guard {
         format!(
             "mode {}: {} pod and {} node interfaces guarded by {}, sockets {}, provider {}, {} endpoint{}, pins in {}",
             plan.mode.name(),
-            self.wanted(TcHook::FromPod).count(),
-            self.wanted(TcHook::NodeEgress).count(),
+            self.desired(TcHook::FromPod).count(),
+            self.desired(TcHook::NodeEgress).count(),
             plan.backend.name(),
             if plan.cgroup.is_some() { "too" } else { "not" },
             guarded.provider(),
@@ -243,7 +260,7 @@ impl Guard {
     /// The same on a line as short as a service manager shows it, and what is not as it should be.
     #[must_use]
     pub fn state(&self, Settings { plan, .. }: &Settings) -> String {
-        let [pods, nodes] = [TcHook::FromPod, TcHook::NodeEgress].map(|edge| self.wanted(edge).count());
+        let [pods, nodes] = [TcHook::FromPod, TcHook::NodeEgress].map(|hook| self.desired(hook).count());
         let sockets = if plan.cgroup.is_some() { "too" } else { "not" };
         let mode = plan.mode.name();
         let state = format!("mode {mode}: {pods} pod and {nodes} node interfaces guarded, sockets {sockets}");
@@ -256,11 +273,11 @@ impl Guard {
         }
     }
 
-    /// Interfaces that should be guarded at an edge.
-    pub fn wanted(&self, edge: TcHook) -> impl Iterator<Item = &Link> {
-        self.links
-            .values()
-            .filter(move |link| self.datapath.wanted(self.role(link), edge) != AttachMode::None)
+    /// Interfaces that should have a program at `hook`.
+    pub fn desired(&self, hook: TcHook) -> impl Iterator<Item = &Link> {
+        self.links.values().filter(move |link| {
+            self.datapath.desired_mode(link, self.assign(link).hooks, hook) != AttachMode::None
+        })
     }
 
     /// What is not as it should be, by interface.
@@ -276,16 +293,20 @@ impl Guard {
     /// Takes in one piece of news. What it means for exemptions is for [`Guard::settle`], but for what is taken from links
     /// that are gone or others' now: that is at once.
     pub async fn handle(&mut self, event: Event) -> Result<(), DatapathError> {
-        if let (Some(provisional), Event::Link(_) | Event::LinkGone(_)) = (&mut self.provisional, &event) {
-            provisional.hear();
+        if let Event::Link(_) | Event::LinkGone(_) = &event {
+            self.queue.on_link_event();
         }
         match event {
             Event::Link(link) => {
-                self.is_unsettled |= self.links.get(&link.index) != Some(&link);
+                let is_changed = self.links.get(&link.index) != Some(&link);
+                self.exemptions_dirty |= is_changed;
                 self.see(link).await;
+                if is_changed {
+                    self.update_uplinks().await;
+                }
             }
             Event::LinkGone(index) => {
-                self.is_unsettled |= self.links.contains_key(&index);
+                self.exemptions_dirty |= self.links.contains_key(&index);
                 self.forget(index);
             }
             Event::Filter(index) => {
@@ -308,16 +329,7 @@ impl Guard {
     /// Grants what the links that are there now are to have, where news was taken in since it was done last: once for all
     /// news that came together, as it takes the longer the more pods there are.
     pub async fn settle(&mut self) -> Result<(), DatapathError> {
-        if std::mem::take(&mut self.is_unsettled) { self.restore_exemptions().await } else { Ok(()) }
-    }
-
-    async fn reclassify(&mut self) -> Result<(), NetlinkError> {
-        let uplinks = self.netlink.uplinks().await?;
-        if uplinks != self.uplinks {
-            self.uplinks = uplinks;
-            self.see_again().await;
-        }
-        Ok(())
+        if std::mem::take(&mut self.exemptions_dirty) { self.restore_exemptions().await } else { Ok(()) }
     }
 
     async fn see_again(&mut self) {
@@ -333,154 +345,6 @@ impl Guard {
             log::log!(level, "{done}");
         }
         Ok(())
-    }
-
-    /// How loud a change is told that only the operator or the first look at everything explain.
-    fn level_of_change(&self) -> Level {
-        if self.is_asked || !self.settled { Level::Info } else { Level::Warn }
-    }
-
-    fn role(&self, link: &Link) -> Role {
-        role(link, &self.uplinks, &self.interfaces)
-    }
-
-    async fn see(&mut self, link: Link) {
-        let is_new = self.links.insert(link.index, link.clone()).is_none();
-        if is_new {
-            self.pods.link_came(&link);
-        }
-        match self.reconcile(&link, is_new).await {
-            Ok(()) => {
-                if self.failures.remove(&link.index).is_some() {
-                    log::info!("{}: guarded as it should be again", link.name);
-                }
-            }
-            // The event that says so is under way.
-            Err(error) if error.is_interface_gone() => log::debug!("{}: gone meanwhile", link.name),
-            Err(error) => self.fail(&link, format!("{:#}", anyhow::Error::from(error))),
-        }
-    }
-
-    fn fail(&mut self, link: &Link, failure: String) {
-        if self.failures.get(&link.index) != Some(&failure) {
-            log::error!("{} (index {}) is not guarded as it should be: {failure}", link.name, link.index);
-            self.failures.insert(link.index, failure);
-        }
-    }
-
-    async fn reconcile(&mut self, link: &Link, is_new: bool) -> Result<(), DatapathError> {
-        let role = self.role(link);
-        let mut actual = Vec::new();
-        for edge in TcHook::ALL {
-            actual.push((edge, self.datapath.observe(link, edge, !self.settled).await?));
-        }
-        // What can't be written down, as where a map is full, keeps nothing from being attached.
-        let mut noted = Ok(());
-        if is_new && actual.iter().all(|(_, attachments)| attachments.is_empty()) {
-            // What is recorded or counted under this index was another interface's.
-            noted = self.datapath.take_over(link);
-        }
-        // What the role asks for is attached before anything else is taken away.
-        actual.sort_by_key(|(edge, _)| role.edge() != Some(*edge));
-        let mut backend = AttachMode::None;
-        for (edge, attachments) in actual {
-            let wanted = self.choose(link, role, edge, &attachments)?;
-            if role.edge() == Some(edge) {
-                backend = wanted;
-            }
-            let actions = plan(wanted, &attachments);
-            for &action in &actions {
-                if let (TcHook::FromPod, Action::Attach(_), []) = (edge, action, &attachments[..]) {
-                    // Nothing of ours is there: the link may be another one than was granted something.
-                    noted = noted.and(self.datapath.revoke(link.index));
-                }
-                self.datapath.apply(link, edge, action).await?;
-                self.report(link, (role, edge), action, is_new);
-            }
-            let is_moved = |action: &Action| matches!(action, Action::Attach(_) | Action::Reorder(_));
-            if wanted == AttachMode::Clsact && actions.iter().any(is_moved) {
-                self.warn_if_stuck(link, edge).await?;
-            }
-        }
-        noted.and(self.datapath.record(link, role, backend))
-    }
-
-    fn report(&mut self, link: &Link, (role, edge): (Role, TcHook), action: Action, is_new: bool) {
-        let Link { name, index, .. } = link;
-        let (at, level) = (edge.hook().name(), self.level_of_change());
-        if level == Level::Warn && self.raising != Some(*index) {
-            match action {
-                Action::Attach(_) if !is_new => self.repairs.attached += 1,
-                Action::Replace(_) => self.repairs.replaced += 1,
-                Action::Pin(_) => self.repairs.pinned += 1,
-                Action::Reorder(_) => self.repairs.reordered += 1,
-                Action::Attach(_) | Action::Detach(_) => {}
-            }
-        }
-        match action {
-            // With each pod, once it is calm.
-            Action::Attach(_) | Action::Detach(_) if self.raising == Some(*index) => {
-                log::debug!("{name} (index {index}): {action:?}, as it is this link's turn");
-            }
-            Action::Attach(backend) if is_new => {
-                log::info!("guarding {name} (index {index}) at {at} by {}", backend.name());
-            }
-            // A change of classification or of the peer's namespace, or somebody's doing: it can't be told apart, and
-            // in doubt it is said.
-            Action::Attach(backend) => {
-                let again = if self.is_asked { "" } else { " again," };
-                log::log!(level, "guarding {name} (index {index}){again} at {at} by {}", backend.name());
-            }
-            Action::Replace(backend) if self.settled => {
-                log::warn!(
-                    "{name} (index {index}): another program was in the place of ours ({})",
-                    backend.name()
-                );
-            }
-            Action::Replace(_) => {
-                log::info!("guarding {name} (index {index}) at {at}: took over from an earlier agent");
-            }
-            Action::Pin(_) => log::warn!("{name} (index {index}): pinned again"),
-            Action::Reorder(_) => {
-                log::warn!("{name} (index {index}): put before programs that had got in front");
-            }
-            Action::Detach(backend) if role.edge() == Some(edge) => {
-                log::info!("{name} (index {index}): no longer at {at} by {}", backend.name());
-            }
-            Action::Detach(_) => {
-                log::log!(
-                    level,
-                    "{name} (index {index}) is no longer guarded at {at}: its role is {}",
-                    role.name()
-                );
-            }
-        }
-    }
-
-    async fn warn_if_stuck(&mut self, link: &Link, edge: TcHook) -> Result<(), DatapathError> {
-        let attachments = self.datapath.observe(link, edge, false).await?;
-        if attachments.iter().any(|attachment| attachment.place == Order::Blocked) {
-            let Link { name, index, .. } = link;
-            log::warn!(
-                "{name} (index {index}): another filter sees packets first and can let them pass; `tc filter show dev \
-                 {name} ingress` or `egress` names it"
-            );
-        }
-        Ok(())
-    }
-
-    fn forget(&mut self, index: u32) {
-        self.pods.link_went(index);
-        if let Some(provisional) = &mut self.provisional {
-            provisional.forget(index);
-        }
-        if let Some(link) = self.links.remove(&index) {
-            log::info!("{} (index {index}) is gone", link.name);
-        }
-        self.failures.remove(&index);
-        if let Err(error) = self.datapath.forget(index) {
-            log::error!("interface {index} is gone, but not forgotten: {:#}", anyhow::Error::from(error));
-        }
     }
 }
 

@@ -229,8 +229,8 @@ impl Snapshot {
     fn encode_coverage(&self, to: &mut Encoder<'_>) -> fmt::Result {
         let Self { report, .. } = self;
         let count = |hook: &str, is_so: &dyn Fn(Option<&str>) -> bool| {
-            let of_hook = report.interfaces.iter().filter(|interface| interface.hook == Some(hook));
-            of_hook.filter(|interface| is_so(interface.guard)).count() as u64
+            let of_hook = report.interfaces.iter().filter_map(|interface| interface.attachment(hook));
+            of_hook.filter(|attachment| is_so(attachment.attach_mode)).count() as u64
         };
         let samples = report.hooks.iter().flat_map(|&hook| {
             [("guarded", true), ("unguarded", false)].map(|(state, is)| {
@@ -240,7 +240,7 @@ impl Snapshot {
         });
         to.gauge("imds_interfaces", "Interfaces that are to be guarded at a hook", samples)?;
         let samples = report.hooks.iter().flat_map(|&hook| {
-            [AttachMode::Tcx, AttachMode::Clsact].map(|backend| {
+            [AttachMode::Tcx, AttachMode::Clsact, AttachMode::Netkit].map(|backend| {
                 let labels = [("hook", hook.to_owned()), ("backend", backend.name().to_owned())];
                 (labels, count(hook, &|guard| guard == Some(backend.name())))
             })

@@ -184,6 +184,12 @@ impl Pods {
         self.hosts = meant.filter(|pod| pod.host_network).map(|pod| pod.uid.clone()).collect();
     }
 
+    /// Reports whether the link leads to a known pod.
+    #[must_use]
+    pub fn have_link(&self, index: u32) -> bool {
+        self.sandboxes.values().any(|sandbox| sandbox.senders.interfaces.contains(&index))
+    }
+
     /// A link is there that was not.
     pub fn link_came(&mut self, link: &Link) {
         if link.peer_netns.is_some() {

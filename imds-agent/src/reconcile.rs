@@ -26,6 +26,18 @@ pub enum Order {
     Blocked,
 }
 
+impl Order {
+    /// The name, as users see it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::First => "first",
+            Self::NotFirst => "not_first",
+            Self::Blocked => "blocked",
+        }
+    }
+}
+
 /// A change to one interface.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Action {

@@ -1,94 +1,224 @@
-//! What an interface is to the guard: a pure function of what the kernel and the operator say.
+//! Role of an interface and the hooks that it gets: pure functions of what the kernel and the operator say.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use imds_ebpf_common::Role;
+use imds_ebpf_common::{Role, TcHookSet};
 
 use crate::{
     config::Interfaces,
     node::links::{Kind, Link},
 };
 
-/// The role of `link` on a node whose uplinks have the interface indices `uplinks`.
-///
-/// The operator's word comes first, except on loopback, which can't be guarded without cutting off the node. What the
-/// operator excludes is [`Role::Excluded`] only where it would otherwise be guarded.
-#[must_use]
-pub fn role(link: &Link, uplinks: &BTreeSet<u32>, interfaces: &Interfaces) -> Role {
-    if link.kind == Kind::Loopback {
-        return Role::Loopback;
-    }
-    let role = if interfaces.includes(&link.name) { Role::Pod } else { classify(link, uplinks) };
-    if role == Role::Pod && interfaces.excludes(&link.name) { Role::Excluded } else { role }
+/// Role of an interface, and the TC hooks that it should have if they are on.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Assignment {
+    /// Role, as users see it.
+    pub role: Role,
+    /// TC hooks.
+    pub hooks: TcHookSet,
 }
 
-fn classify(link: &Link, uplinks: &BTreeSet<u32>) -> Role {
-    if uplinks.contains(&link.index) {
-        return Role::Uplink;
+/// Interfaces by which the node sends to protected endpoints.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Uplinks {
+    /// Interfaces that a route names.
+    routed: BTreeSet<u32>,
+    /// Interfaces below or beside those: ports of a bridge, slaves of a bond, the NIC of a VLAN.
+    related: BTreeSet<u32>,
+}
+
+impl Uplinks {
+    /// The uplinks of a node with these `links`, whose routes to protected endpoints leave by the interfaces `routed`.
+    ///
+    /// Ports of one bridge, bond or VRF belong together, and a stacked device belongs to the one below it. All ports of Open
+    /// vSwitch belong together too: its flows are not known here.
+    #[must_use]
+    pub fn new<'l>(routed: BTreeSet<u32>, links: impl Iterator<Item = &'l Link> + Clone) -> Self {
+        let mut related = routed.clone();
+        loop {
+            let before = related.len();
+            for link in links.clone() {
+                if related.contains(&link.index)
+                    || link.master.is_some_and(|master| related.contains(&master))
+                {
+                    related.insert(link.index);
+                    related.extend(link.master);
+                    related.extend(link.lower);
+                }
+            }
+            let ovs = links.clone().filter(|link| link.kind == Kind::Ovs).map(|link| link.index);
+            if ovs.clone().any(|index| related.contains(&index)) {
+                related.extend(ovs);
+            }
+            if related.len() == before {
+                return Self { routed, related };
+            }
+        }
     }
-    match link.kind {
-        // A pair with both ends in the node's namespace has no namespace id and is no pod's.
-        Kind::Veth | Kind::Netkit if link.peer_netns.is_some() => Role::Pod,
-        Kind::Unreadable => Role::Pod,
+
+    /// Reports whether a route to a protected endpoint names the interface.
+    #[must_use]
+    pub fn are_routed(&self, index: u32) -> bool {
+        self.routed.contains(&index)
+    }
+
+    /// Reports whether packets of the node to a protected endpoint can leave by the interface.
+    #[must_use]
+    pub fn contain(&self, index: u32) -> bool {
+        self.related.contains(&index)
+    }
+}
+
+/// Devices that a packet of a port names as its ingress interface once the port's bridge has passed it up: the bridge, the
+/// devices on top of it, and a VRF. For Open vSwitch all internal ports. None if a netkit device is a port too, as its pod
+/// may set the mark.
+#[must_use]
+pub fn ingress_devices(port: &Link, links: &BTreeMap<u32, Link>) -> BTreeSet<u32> {
+    let mut devices = BTreeSet::new();
+    let master = |link: &Link| link.master.and_then(|index| links.get(&index));
+    let Some(first) = master(port).filter(|link| matches!(link.kind, Kind::Bridge | Kind::Ovs | Kind::Vrf))
+    else {
+        return devices;
+    };
+    let is_port = |link: &&Link| link.master == Some(first.index);
+    if links.values().filter(is_port).any(|link| matches!(link.kind, Kind::Netkit | Kind::NetkitPeer)) {
+        return devices;
+    }
+    devices.insert(first.index);
+    if first.kind == Kind::Ovs {
+        devices.extend(links.values().filter(|link| link.kind == Kind::Ovs).map(|link| link.index));
+    }
+    loop {
+        let before = devices.len();
+        for link in links.values() {
+            let is_above =
+                link.lower.is_some_and(|lower| devices.contains(&lower)) && !link.leads_elsewhere();
+            if is_above {
+                devices.insert(link.index);
+            }
+            let vrf = master(link).filter(|master| master.kind == Kind::Vrf && devices.contains(&link.index));
+            devices.extend(vrf.map(|vrf| vrf.index));
+        }
+        if devices.len() == before {
+            return devices;
+        }
+    }
+}
+
+/// Assigns role and hooks to `link`. `is_known_pod`: Kubernetes has a pod behind it.
+///
+/// The operator's configuration comes first, except on loopback: hooks there would cut off the node itself.
+///
+/// A veth or netkit device whose peer is in another network namespace is a pod's link or an uplink of the node (in kind, LXD
+/// or Incus), and routes change. It gets both hooks unless it is known to be a pod's, so that a wrong guess or a change of
+/// the role never leaves a moment without the hook.
+#[must_use]
+pub fn assign(link: &Link, uplinks: &Uplinks, interfaces: &Interfaces, is_known_pod: bool) -> Assignment {
+    let assignment = |role, hooks| Assignment { role, hooks };
+    if link.kind == Kind::Loopback {
+        return assignment(Role::Loopback, TcHookSet::NONE);
+    }
+    if interfaces.excludes(&link.name) {
+        return assignment(Role::Excluded, TcHookSet::NONE);
+    }
+    let is_uplink = uplinks.contain(link.index);
+    if interfaces.includes(&link.name) {
+        return assignment(Role::Pod, if is_uplink { TcHookSet::BOTH } else { TcHookSet::FROM_POD });
+    }
+    if link.leads_elsewhere() {
+        let role = if uplinks.are_routed(link.index) { Role::Uplink } else { Role::Pod };
+        let is_sure = is_known_pod && !is_uplink;
+        return assignment(role, if is_sure { TcHookSet::FROM_POD } else { TcHookSet::BOTH });
+    }
+    let role = match link.kind {
+        Kind::Ifb => return assignment(Role::Ifb, TcHookSet::NONE),
+        _ if is_uplink => Role::Uplink,
         Kind::Bridge => Role::Bridge,
-        Kind::Veth | Kind::Netkit | Kind::Loopback | Kind::Other => Role::Other,
-    }
+        _ => Role::Other,
+    };
+    assignment(role, TcHookSet::NODE_EGRESS)
 }
 
 #[cfg(test)]
 mod tests {
     use std::path::Path;
 
-    use imds_ebpf_common::Frame;
-
     use super::*;
     use crate::config::Config;
 
     fn link(name: &str, kind: Kind, peer_netns: Option<i32>) -> Link {
-        Link { index: 7, name: name.to_owned(), kind, frame: Frame::Ethernet, peer_netns }
+        Link { name: name.to_owned(), kind, peer_netns, ..Link::with_index(7) }
     }
 
-    fn with_config(link: &Link, uplinks: &[u32], config: &str) -> Role {
+    fn assigned(link: &Link, routed: &[u32], config: &str) -> (Role, TcHookSet) {
         let config = Config::parse(config, Path::new("test")).unwrap();
-        role(link, &uplinks.iter().copied().collect(), &config.interfaces)
+        let uplinks = Uplinks::new(routed.iter().copied().collect(), std::iter::once(link));
+        let Assignment { role, hooks } = assign(link, &uplinks, &config.interfaces, false);
+        (role, hooks)
     }
 
     #[test]
-    fn a_veth_whose_peer_is_elsewhere_is_a_pods() {
+    fn veth_with_remote_peer_gets_both_hooks() {
         for kind in [Kind::Veth, Kind::Netkit] {
-            assert_eq!(with_config(&link("v", kind, Some(0)), &[], ""), Role::Pod);
-            assert_eq!(with_config(&link("v", kind, None), &[], ""), Role::Other);
+            assert_eq!(assigned(&link("v", kind, Some(0)), &[], ""), (Role::Pod, TcHookSet::BOTH));
+            assert_eq!(assigned(&link("v", kind, Some(0)), &[7], ""), (Role::Uplink, TcHookSet::BOTH));
+            assert_eq!(assigned(&link("v", kind, None), &[], ""), (Role::Other, TcHookSet::NODE_EGRESS));
         }
     }
 
     #[test]
-    fn the_nodes_own_way_out_is_not_a_pods() {
-        assert_eq!(with_config(&link("eth0", Kind::Veth, Some(0)), &[7], ""), Role::Uplink);
-        assert_eq!(with_config(&link("eth0", Kind::Other, None), &[7], ""), Role::Uplink);
-        assert_eq!(with_config(&link("br0", Kind::Bridge, None), &[7], ""), Role::Uplink);
+    fn known_pod_gets_from_pod_only() {
+        let pod = link("v", Kind::Veth, Some(0));
+        let hooks = |routed: &[u32]| {
+            let uplinks = Uplinks::new(routed.iter().copied().collect(), std::iter::once(&pod));
+            assign(&pod, &uplinks, &Interfaces::default(), true).hooks
+        };
+        assert_eq!(hooks(&[]), TcHookSet::FROM_POD);
+        assert_eq!(hooks(&[7]), TcHookSet::BOTH);
     }
 
     #[test]
-    fn the_rest() {
-        assert_eq!(with_config(&link("lo", Kind::Loopback, None), &[], ""), Role::Loopback);
-        assert_eq!(with_config(&link("cni0", Kind::Bridge, None), &[], ""), Role::Bridge);
-        assert_eq!(with_config(&link("tun0", Kind::Other, None), &[], ""), Role::Other);
-        assert_eq!(with_config(&link("x", Kind::Unreadable, None), &[], ""), Role::Pod);
+    fn other_kinds() {
+        let egress = TcHookSet::NODE_EGRESS;
+        assert_eq!(assigned(&link("eth0", Kind::Other, None), &[7], ""), (Role::Uplink, egress));
+        assert_eq!(assigned(&link("br0", Kind::Bridge, None), &[7], ""), (Role::Uplink, egress));
+        assert_eq!(assigned(&link("lo", Kind::Loopback, None), &[], ""), (Role::Loopback, TcHookSet::NONE));
+        assert_eq!(assigned(&link("cni0", Kind::Bridge, None), &[], ""), (Role::Bridge, egress));
+        assert_eq!(assigned(&link("tun0", Kind::Other, None), &[], ""), (Role::Other, egress));
+        assert_eq!(assigned(&link("ifb0", Kind::Ifb, None), &[], ""), (Role::Ifb, TcHookSet::NONE));
+        assert_eq!(assigned(&link("x", Kind::Unreadable, None), &[], ""), (Role::Pod, TcHookSet::BOTH));
     }
 
     #[test]
-    fn the_operators_word_comes_first() {
+    fn operator_decides_first() {
         let include = "[interfaces]\ninclude = ['tun*', 'lo']";
-        assert_eq!(with_config(&link("tun0", Kind::Other, None), &[], include), Role::Pod);
-        assert_eq!(with_config(&link("tun0", Kind::Other, None), &[7], include), Role::Pod);
-        assert_eq!(with_config(&link("lo", Kind::Loopback, None), &[], include), Role::Loopback);
+        let tun = link("tun0", Kind::Other, None);
+        assert_eq!(assigned(&tun, &[], include), (Role::Pod, TcHookSet::FROM_POD));
+        assert_eq!(assigned(&tun, &[7], include), (Role::Pod, TcHookSet::BOTH));
+        assert_eq!(assigned(&link("lo", Kind::Loopback, None), &[], include).0, Role::Loopback);
 
         let exclude = "[interfaces]\nexclude = ['v*', 'eth0']";
-        assert_eq!(with_config(&link("v0", Kind::Veth, Some(3)), &[], exclude), Role::Excluded);
-        assert_eq!(with_config(&link("v0", Kind::Veth, None), &[], exclude), Role::Other);
-        assert_eq!(with_config(&link("eth0", Kind::Other, None), &[7], exclude), Role::Uplink);
-
+        for excluded in
+            [link("v0", Kind::Veth, Some(3)), link("v0", Kind::Veth, None), link("eth0", Kind::Other, None)]
+        {
+            assert_eq!(assigned(&excluded, &[7], exclude), (Role::Excluded, TcHookSet::NONE));
+        }
         let both = "[interfaces]\ninclude = ['*']\nexclude = ['v0']";
-        assert_eq!(with_config(&link("v0", Kind::Veth, Some(3)), &[], both), Role::Excluded);
+        assert_eq!(assigned(&link("v0", Kind::Veth, Some(3)), &[], both).0, Role::Excluded);
+    }
+
+    #[test]
+    fn ports_of_an_uplink_are_uplinks() {
+        let port = |index, master| Link { master: Some(master), ..Link::with_index(index) };
+        let bridge = Link { kind: Kind::Bridge, ..Link::with_index(1) };
+        let nic = port(2, 1);
+        let vlan = Link { lower: Some(2), ..Link::with_index(3) };
+        let other_port = port(4, 9);
+        let links = [bridge, nic, vlan, other_port];
+        let uplinks = |routed| Uplinks::new(BTreeSet::from([routed]), links.iter());
+        assert!([1, 2].into_iter().all(|index| uplinks(1).contain(index)));
+        assert!(!uplinks(1).contain(4) && !uplinks(1).contain(3));
+        assert!([1, 2, 3].into_iter().all(|index| uplinks(3).contain(index)));
+        assert!(uplinks(3).are_routed(3) && !uplinks(3).are_routed(2));
     }
 }

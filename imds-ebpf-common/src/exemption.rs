@@ -28,6 +28,8 @@ pub enum SubjectKind {
     Netns = 2,
     /// Id of a cgroup v2.
     Cgroup = 3,
+    /// Index of a bridge of the node that has an exempt pod's link as a port. Only marked packets of it are exempt.
+    Bridge = 4,
 }
 
 impl SubjectKind {
@@ -38,6 +40,7 @@ impl SubjectKind {
             1 => Some(Self::Interface),
             2 => Some(Self::Netns),
             3 => Some(Self::Cgroup),
+            4 => Some(Self::Bridge),
             _ => None,
         }
     }
@@ -83,9 +86,37 @@ pub struct Grant {
     pub verdict: u32,
     /// Number of the rule of the configuration that grants it, from 1.
     pub rule: u32,
+    /// [`Grant::MARK`] or 0.
+    pub flags: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// A sender that `imds-agent verify` controls, and the verdicts on its packets and calls: the value of the map of probes.
+///
+/// The programs count a probe here and nowhere else, and emit no event for it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct ProbeRecord {
+    /// 1 if the programs treat the probe as an exempt sender, else 0.
+    pub exempt: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// Number of packets and calls at each hook by verdict: `verdicts[hook][verdict]`.
+    pub verdicts: [[u64; 6]; 6],
 }
 
 impl Grant {
+    /// `from_pod` sets the exemption mark on packets of this subject: the pod is behind a bridge of the node, so that at
+    /// `node_egress` the ingress interface names the bridge and not the pod.
+    pub const MARK: u32 = 1;
+
+    /// A grant of `verdict` by the rule with this number, from 1.
+    #[must_use]
+    pub const fn new(verdict: Verdict, rule: u32) -> Self {
+        Self { verdict: verdict as u32, rule, flags: 0, reserved: 0 }
+    }
+
     /// The verdict on what is granted, where it is `verdict` on anybody else.
     #[inline(always)]
     #[must_use]
@@ -124,28 +155,39 @@ pub fn soften<T: Tables + ?Sized>(
     soften_thoroughly(verdict, subject, address, tables)
 }
 
-/// The same, whatever the filter says.
+/// Applies the exemption of `subject` without a look at the bitmap of exempt subjects.
 #[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "zero")]
 pub fn soften_thoroughly<T: Tables + ?Sized>(
     verdict: Verdict,
     subject: Subject,
     address: &Address,
     tables: &T,
 ) -> Verdict {
+    find_grant(verdict, subject, address, tables).map_or(verdict, |grant| grant.soften(verdict))
+}
+
+/// Returns the grant that changes `verdict` on packets of `subject` to `address`.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "zero")]
+pub fn find_grant<T: Tables + ?Sized>(
+    verdict: Verdict,
+    subject: Subject,
+    address: &Address,
+    tables: &T,
+) -> Option<Grant> {
     if !is_softened(verdict) {
-        return verdict;
+        return None;
     }
     let of_one = tables.grant(&Exemption { address: *address, subject });
     // Address::ANY, hidden from the compiler: it puts constants of that size in a section, which is one more map.
     let any = || Address::from_ipv4((opaque(0) as u32).to_be_bytes());
-    let grant = of_one.or_else(|| tables.grant(&Exemption { address: any(), subject }));
-    grant.map_or(verdict, |grant| grant.soften(verdict))
+    of_one.or_else(|| tables.grant(&Exemption { address: any(), subject }))
 }
 
 const _: () = assert!(size_of::<Subject>() == 16);
 const _: () = assert!(size_of::<Exemption>() == 32);
-const _: () = assert!(size_of::<Grant>() == 8);
+const _: () = assert!(size_of::<Grant>() == 16);
+const _: () = assert!(size_of::<ProbeRecord>() == 8 + 6 * 6 * 8);
 
 #[cfg(test)]
 mod tests {
@@ -167,7 +209,7 @@ mod tests {
     #[test]
     fn an_exemption_softens_what_would_be_denied_and_nothing_else() {
         use Verdict::{Allow, Audit, Deny, Exempt, Foreign, Kept};
-        let grant = |verdict| Grant { verdict: verdict as u32, rule: 1 };
+        let grant = |verdict| Grant::new(verdict, 1);
         let at = |address, verdict| (Exemption { address, subject: POD }, grant(verdict));
         for (grants, denied) in [
             (&[][..], [Deny, Deny]),

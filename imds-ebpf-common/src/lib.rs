@@ -37,7 +37,7 @@ pub mod verdict;
 pub use address::Address;
 pub use endpoint::{Endpoint, IMDS_IPV4, Service};
 pub use event::Event;
-pub use exemption::{Exemption, Grant, Subject, SubjectKind, soften};
+pub use exemption::{Exemption, Grant, ProbeRecord, Subject, SubjectKind, soften};
 pub use filter::Filter;
 pub use flow::Flow;
 pub use maps::{
@@ -47,6 +47,6 @@ pub use maps::{
 pub use packet::{Frame, Packet, Place, flow, service};
 pub use tables::{Listed, Tables};
 pub use verdict::{
-    Answer, Examined, Hook, Mode, TcHook, Verdict, examine, is_plainly_foreign, judge, judge_address,
-    judge_thoroughly,
+    Answer, Examined, Hook, Mode, TcHook, TcHookSet, Verdict, examine, is_plainly_foreign, judge,
+    judge_address, judge_thoroughly,
 };

@@ -1,10 +1,10 @@
 //! Layout of the maps' keys and values. All integers are in host byte order.
 
-use crate::{Hook, TcHook, Verdict, event::Window};
+use crate::{Hook, Verdict, event::Window};
 
 /// Number of the layout below. It changes with every change of meaning that the sizes do not show, so that a newer
 /// agent never reads an older one's maps for something else.
-pub const LAYOUT: u32 = 4;
+pub const LAYOUT: u32 = 5;
 
 /// What is in force, read by the programs for packets to a guarded endpoint only.
 #[repr(C)]
@@ -164,31 +164,37 @@ pub struct InterfaceRecord {
     pub name: [u8; 16],
     /// A [`Role`].
     pub role: u8,
-    /// A [`AttachMode`].
-    pub backend: u8,
-    /// 1 where the agent made the interface's clsact qdisc, else 0.
-    pub made_qdisc: u8,
+    /// TC hooks that the interface should have: a [`TcHook::bit`] each.
+    pub hooks: u8,
+    /// The [`AttachMode`] of each hook, in the order of [`TcHook::ALL`].
+    pub attach_modes: [u8; 2],
+    /// 1 if the agent added the interface's clsact qdisc, else 0.
+    pub owns_qdisc: u8,
+    /// 1 while an attachment waits in the attach queue, else 0.
+    pub pending: u8,
     /// Zero.
-    pub reserved: u8,
+    pub reserved: [u8; 2],
 }
 
-/// What an interface is to the guard.
+/// The part that an interface plays on the node.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum Role {
-    /// None of the others: an interface of the node's own.
+    /// Any other interface of the node, such as a NIC without a route to an endpoint, a tunnel or a tap device.
     #[default]
     Other = 0,
-    /// The node's end of a pod's link, or included by the operator.
+    /// The host-side interface of a pod, or one that the operator included.
     Pod = 1,
-    /// The default route or the route to a guarded endpoint leaves here.
+    /// A route of the node to a protected endpoint leaves through this interface, or through a device on top of it.
     Uplink = 2,
     /// A bridge.
     Bridge = 3,
     /// Loopback.
     Loopback = 4,
-    /// Would be a pod's, but the operator excluded it.
+    /// Excluded by the operator.
     Excluded = 5,
+    /// An ifb device: receives only packets that TC redirects to it, which another hook has judged before.
+    Ifb = 6,
 }
 
 impl Role {
@@ -202,17 +208,8 @@ impl Role {
             3 => Some(Self::Bridge),
             4 => Some(Self::Loopback),
             5 => Some(Self::Excluded),
+            6 => Some(Self::Ifb),
             _ => None,
-        }
-    }
-
-    /// The edge at which interfaces of this role are guarded, if they are.
-    #[must_use]
-    pub const fn edge(self) -> Option<TcHook> {
-        match self {
-            Self::Pod => Some(TcHook::FromPod),
-            Self::Other | Self::Uplink | Self::Bridge => Some(TcHook::NodeEgress),
-            Self::Loopback | Self::Excluded => None,
         }
     }
 
@@ -226,6 +223,7 @@ impl Role {
             Self::Bridge => "bridge",
             Self::Loopback => "loopback",
             Self::Excluded => "excluded",
+            Self::Ifb => "ifb",
         }
     }
 }
@@ -239,8 +237,10 @@ pub enum AttachMode {
     None = 0,
     /// A TCX link (kernel 6.6, commit e420bed02507).
     Tcx = 1,
-    /// A direct-action filter on the clsact qdisc.
+    /// A direct-action filter on a clsact or ingress qdisc.
     Clsact = 2,
+    /// A link at the peer of a netkit device (kernel 6.7, commit 35dfaad7188c).
+    Netkit = 3,
 }
 
 impl AttachMode {
@@ -251,6 +251,7 @@ impl AttachMode {
             Self::None => "none",
             Self::Tcx => "tcx",
             Self::Clsact => "clsact",
+            Self::Netkit => "netkit",
         }
     }
 }
@@ -258,7 +259,7 @@ impl AttachMode {
 const _: () = assert!(size_of::<Policy>() == 32);
 const _: () = assert!(size_of::<CounterKey>() == 8);
 const _: () = assert!(size_of::<Counter>() == 56);
-const _: () = assert!(size_of::<InterfaceRecord>() == 20);
+const _: () = assert!(size_of::<InterfaceRecord>() == 24);
 const _: () = assert!(size_of::<ProviderRecord>() == 32);
 const _: () = assert!(size_of::<PodRecord>() == 896);
 const _: () = assert!(size_of::<KubernetesRecord>() == 40 + 256 + 1024);
@@ -270,7 +271,7 @@ mod pod {
         ConfigRecord, Counter, CounterKey, InterfaceRecord, KubernetesRecord, PodRecord, Policy,
         ProviderRecord,
     };
-    use crate::{Address, Endpoint, Exemption, Filter, Grant, Subject};
+    use crate::{Address, Endpoint, Exemption, Filter, Grant, ProbeRecord, Subject};
 
     // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for Policy {}
@@ -300,4 +301,6 @@ mod pod {
     unsafe impl aya::Pod for Exemption {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Grant {}
+    // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
+    unsafe impl aya::Pod for ProbeRecord {}
 }

@@ -31,6 +31,8 @@ pub const PROG_HOST_SENDMSG4: &str = "imds_host_send4";
 pub const PROG_HOST_SENDMSG6: &str = "imds_host_send6";
 /// cgroup program for packets of such pods.
 pub const PROG_HOST_EGRESS: &str = "imds_host_out";
+/// `cgroup_skb/ingress` program for packets that sockets of the node receive.
+pub const PROG_LOCAL_SERVICE: &str = "imds_local_in";
 
 /// Array of one [`Policy`](crate::Policy).
 pub const MAP_POLICY: &str = "imds_policy";
@@ -45,6 +47,12 @@ pub const MAP_FILTER: &str = "imds_filter";
 pub const MAP_ENDPOINTS: &str = "imds_endpoints";
 /// Hash of [`Exemption`](crate::Exemption) to [`Grant`](crate::Grant).
 pub const MAP_EXEMPT: &str = "imds_exempt";
+/// Hash of [`Exemption`](crate::Exemption) to `u32`: source addresses that belong to an exempt subject.
+pub const MAP_EXEMPT_SOURCES: &str = "imds_exempt_src";
+/// Hash of [`Subject`](crate::Subject) to [`ProbeRecord`](crate::ProbeRecord): test senders of `imds-agent verify`.
+pub const MAP_PROBES: &str = "imds_probes";
+/// Array of one `u32`: number of entries in [`MAP_PROBES`], so that without probes no packet pays for a lookup.
+pub const MAP_PROBING: &str = "imds_probing";
 /// Array of one [`ProviderRecord`](crate::ProviderRecord).
 pub const MAP_PROVIDER: &str = "imds_provider";
 /// Array of one [`ConfigRecord`](crate::ConfigRecord).
@@ -91,14 +99,19 @@ pub const HOST_PROGRAMS: [&str; 5] =
 /// How the pins of their links begin, in the same order; `_` and the cgroup's decimal id follow.
 pub const HOST_LINKS: [&str; 5] =
     ["host_connect4", "host_connect6", "host_sendmsg4", "host_sendmsg6", "host_egress"];
+/// Name of the pinned link of [`PROG_LOCAL_SERVICE`].
+pub const LOCAL_SERVICE_LINK: &str = "local_service";
 /// All maps of the object but those of constants.
-pub const MAPS: [&str; 16] = [
+pub const MAPS: [&str; 19] = [
     MAP_POLICY,
     MAP_COUNTERS,
     MAP_INTERFACES,
     MAP_FILTER,
     MAP_ENDPOINTS,
     MAP_EXEMPT,
+    MAP_EXEMPT_SOURCES,
+    MAP_PROBES,
+    MAP_PROBING,
     MAP_PROVIDER,
     MAP_CONFIG,
     MAP_KUBERNETES,

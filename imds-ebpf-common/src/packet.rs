@@ -340,6 +340,16 @@ pub fn flow<P: Packet + ?Sized>(packet: &P, place: Place) -> Option<Flow> {
     Some(flow)
 }
 
+/// Returns the source address of a packet with an IP header at `place`; `None` if it is cut off.
+#[inline(always)]
+pub fn source<P: Packet + ?Sized>(packet: &P, place: Place) -> Option<Address> {
+    let offset = place.offset();
+    if place.is_v6() {
+        return packet.fetch(offset + offset_of!(Ipv6Hdr, src_addr)).map(Address::from_ipv6);
+    }
+    packet.fetch(offset + offset_of!(Ipv4Hdr, src_addr)).map(Address::from_ipv4)
+}
+
 /// What a packet with this header is for, or `None` where that can't be found: for another protocol than TCP and UDP,
 /// for any fragment but the first, behind headers that hide it, and where the packet is broken or cut off.
 #[inline(always)]

@@ -91,11 +91,14 @@ pub enum Hook {
     Socket = 3,
     /// The same, and packets, of pods in the node's own network namespace.
     HostNetwork = 4,
+    /// Packets that sockets of the node receive, while a protected address is local to the node.
+    LocalService = 5,
 }
 
 impl Hook {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::FromPod, Self::NodeEgress, Self::Socket, Self::HostNetwork];
+    pub const ALL: [Self; 5] =
+        [Self::FromPod, Self::NodeEgress, Self::Socket, Self::HostNetwork, Self::LocalService];
 
     /// This hook's bit in [`Policy::hooks`](crate::Policy::hooks).
     #[must_use]
@@ -111,6 +114,7 @@ impl Hook {
             Self::NodeEgress => "node_egress",
             Self::Socket => "socket",
             Self::HostNetwork => "host_network",
+            Self::LocalService => "local_service",
         }
     }
 }
@@ -128,6 +132,12 @@ impl TcHook {
     /// Both.
     pub const ALL: [Self; 2] = [Self::FromPod, Self::NodeEgress];
 
+    /// This hook's bit in [`InterfaceRecord::hooks`](crate::InterfaceRecord::hooks).
+    #[must_use]
+    pub const fn bit(self) -> u8 {
+        1 << self as u8
+    }
+
     /// The hook that it is.
     #[must_use]
     pub const fn hook(self) -> Hook {
@@ -135,6 +145,46 @@ impl TcHook {
             Self::FromPod => Hook::FromPod,
             Self::NodeEgress => Hook::NodeEgress,
         }
+    }
+}
+
+/// A set of TC hooks, as [`InterfaceRecord::hooks`](crate::InterfaceRecord::hooks) stores it.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct TcHookSet {
+    bits: u8,
+}
+
+impl TcHookSet {
+    /// The empty set.
+    pub const NONE: Self = Self { bits: 0 };
+    /// Only [`TcHook::FromPod`].
+    pub const FROM_POD: Self = Self { bits: TcHook::FromPod.bit() };
+    /// Only [`TcHook::NodeEgress`].
+    pub const NODE_EGRESS: Self = Self { bits: TcHook::NodeEgress.bit() };
+    /// Both hooks.
+    pub const BOTH: Self = Self { bits: TcHook::FromPod.bit() | TcHook::NodeEgress.bit() };
+
+    /// The set with these bits.
+    #[must_use]
+    pub const fn from_bits(bits: u8) -> Self {
+        Self { bits }
+    }
+
+    /// One [`TcHook::bit`] for each hook of the set.
+    #[must_use]
+    pub const fn bits(self) -> u8 {
+        self.bits
+    }
+
+    /// Reports whether the set contains `hook`.
+    #[must_use]
+    pub const fn has(self, hook: TcHook) -> bool {
+        self.bits & hook.bit() != 0
+    }
+
+    /// The hooks of the set.
+    pub fn iter(self) -> impl Iterator<Item = TcHook> {
+        TcHook::ALL.into_iter().filter(move |&hook| self.has(hook))
     }
 }
 

@@ -17,6 +17,15 @@ pub(crate) struct Judged {
     pub(crate) verdict: Verdict,
 }
 
+/// Returns the TC action for a packet of a test sender: neither counted with others nor reported nor answered.
+#[inline(always)]
+pub(crate) const fn conclude_probe(verdict: Verdict) -> i32 {
+    match verdict {
+        Verdict::Deny => TC_ACT_SHOT,
+        Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept | Verdict::Exempt => TC_ACT_UNSPEC,
+    }
+}
+
 /// Tells of the packet and answers it, as far as its source may still cause that. Returns the TC action.
 ///
 /// `TC_ACT_UNSPEC` for all that is not denied: it leaves the packet to the other programs on the hook, which `TC_ACT_OK`

@@ -17,7 +17,7 @@ use imds_ebpf_common::{
 };
 
 use crate::{
-    netns::{self, Sender},
+    netns::{self, SocketNetns},
     packet::Skb,
 };
 
@@ -44,13 +44,23 @@ pub(crate) fn packet(skb: *mut __sk_buff, place: Place, hook: Hook, verdict: Ver
     match hook {
         Hook::FromPod | Hook::NodeEgress | Hook::Socket => tell_packet(skb, place, judged, window),
         Hook::HostNetwork => tell_packet_in_cgroup(skb, place, judged, window),
+        Hook::LocalService => emit_received_packet(skb, place, judged, window),
     }
 }
 
 /// A function of its own, which is told little: the verifier then follows it once for all places of a header.
 #[inline(never)]
 fn tell_packet(skb: *mut __sk_buff, place: Place, judged: u32, window: &mut Window) {
-    if let Some(event) = of_packet(skb, place, judged, netns::sender(skb)) {
+    if let Some(event) = of_packet(skb, place, judged, netns::of_socket(skb)) {
+        tell(event, window);
+    }
+}
+
+/// Emits the event of a packet that a socket of the node receives. The socket is not the sender's, so that the event has
+/// neither cookie nor cgroup.
+#[inline(never)]
+fn emit_received_packet(skb: *mut __sk_buff, place: Place, judged: u32, window: &mut Window) {
+    if let Some(event) = of_packet(skb, place, judged, SocketNetns::NoSocket) {
         tell(event, window);
     }
 }
@@ -58,7 +68,7 @@ fn tell_packet(skb: *mut __sk_buff, place: Place, judged: u32, window: &mut Wind
 /// The same at a cgroup, whose programs may ask for other things.
 #[inline(never)]
 fn tell_packet_in_cgroup(skb: *mut __sk_buff, place: Place, judged: u32, window: &mut Window) {
-    if let Some(event) = of_packet(skb, place, judged, netns::sender_in_cgroup(skb)) {
+    if let Some(event) = of_packet(skb, place, judged, netns::of_socket_in_cgroup(skb)) {
         // SAFETY: the helper takes the context of a program on packets.
         let cgroup = unsafe { bpf_skb_cgroup_id(skb) };
         tell(Event { cgroup, ..event }, window);
@@ -67,13 +77,13 @@ fn tell_packet_in_cgroup(skb: *mut __sk_buff, place: Place, judged: u32, window:
 
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "packed above")]
-fn of_packet(skb: *mut __sk_buff, place: Place, judged: u32, sender: Sender) -> Option<Event> {
+fn of_packet(skb: *mut __sk_buff, place: Place, judged: u32, socket: SocketNetns) -> Option<Event> {
     let packet = Skb::new(skb);
     let flow = flow(&packet, place)?;
     Some(Event {
-        netns_cookie: match sender {
-            Sender::Netns(cookie) => cookie,
-            Sender::None | Sender::Unknown => 0,
+        netns_cookie: match socket {
+            SocketNetns::Cookie(cookie) => cookie,
+            SocketNetns::NoSocket | SocketNetns::Unknown => 0,
         },
         ifindex: packet.ifindex(),
         ingress_ifindex: packet.ingress_ifindex(),

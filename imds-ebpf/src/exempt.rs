@@ -1,79 +1,179 @@
-//! Senders that are exempt.
+//! Exemptions: which grant changes the verdict on a packet or call.
+//!
+//! A sender is known by values that no other program writes: the netns cookie of its socket and the ingress interface. Only
+//! pods behind a bridge of the node need the packet's mark, because there the ingress interface at `node_egress` is the
+//! bridge.
 
 use aya_ebpf::bindings::__sk_buff;
 use imds_ebpf_common::{
-    Address, Hook, Packet as _, Subject, SubjectKind, Tables as _, Verdict, exemption::soften_thoroughly,
+    Address, Exemption, Grant, Hook, Packet as _, Place, Subject, SubjectKind, Tables as _, Verdict,
+    exemption::find_grant, packet::source,
 };
 
 use crate::{
     maps::{self, Maps},
+    netns::{self, SocketNetns},
     packet::Skb,
+    sender::Sender,
 };
 
-/// The verdict on what `subject` sends to `address`, where it is `verdict` on anybody else.
+/// Returns the verdict on what `subject` sends to `address`, given the `verdict` on senders without an exemption.
 #[inline(always)]
-pub(crate) fn of(verdict: Verdict, subject: Subject, address: &Address) -> Verdict {
+pub(crate) fn apply(verdict: Verdict, subject: Subject, address: &Address) -> Verdict {
     if !Maps.may_be_exempt(subject.slot()) {
         return verdict;
     }
-    let softened = granted(subject.id, subject.kind, address, verdict as u32);
-    // SAFETY: it is one's.
-    unsafe { Verdict::from_u32_unchecked(softened) }
+    let (softened, _) = unpack(grant_for(subject.id, subject.kind, address, verdict as u32));
+    softened
 }
 
-/// The same of a packet at `from_pod`, where what is exempt is marked for `node_egress`.
+/// Applies exemptions at `from_pod`, where the interface is the pod's own.
+///
+/// A grant covers packets of the pod itself: those of its sockets and those from its addresses, but not traffic that it
+/// forwards for others. Sets the exemption mark for pods behind a bridge, and clears it on all other protected traffic.
 #[inline(always)]
-pub(crate) fn at_from_pod(skb: *mut __sk_buff, verdict: Verdict, address: &Address) -> Verdict {
+pub(crate) fn at_from_pod(skb: *mut __sk_buff, place: Place, verdict: Verdict, address: &Address) -> Verdict {
     let packet = Skb::new(skb);
-    let softened = of(verdict, Subject::new(SubjectKind::Interface, packet.ifindex().into()), address);
-    if softened != verdict {
-        packet.set_mark(packet.mark() | maps::mark());
+    let ifindex = packet.ifindex();
+    let subject = Subject::new(SubjectKind::Interface, ifindex.into());
+    let (mut softened, mut is_marked) = (verdict, false);
+    if Maps.may_be_exempt(subject.slot()) {
+        let (granted, flags) = unpack(grant_for(subject.id, subject.kind, address, verdict as u32));
+        if granted as u32 != verdict as u32 && is_own_packet(skb, place, ifindex, address) {
+            (softened, is_marked) = (granted, flags & Grant::MARK != 0);
+        }
     }
+    set_mark(&packet, is_marked);
     softened.without_origin(&packet)
 }
 
-/// The same at `node_egress`, of a packet that `sender` sent.
-///
-/// Of what came in by an interface the mark says it: the kernel takes it off a packet that comes from another network
-/// namespace by a pair of links, so that `from_pod` gave it. The interface itself could be another pod's by now. A pod's
-/// own mark stays on what it sends by macvlan, which comes in by none.
+/// Sets or clears the exemption mark. Writes to the packet only if that changes it.
+#[inline(always)]
+pub(crate) fn set_mark(packet: &Skb, is_marked: bool) {
+    let (mark, bit) = (packet.mark(), maps::mark());
+    let wanted = if is_marked { mark | bit } else { mark & !bit };
+    if wanted != mark {
+        packet.set_mark(wanted);
+    }
+}
+
+/// Applies exemptions at `node_egress`, in the order of how certain the identity is: the socket's network namespace, the
+/// ingress interface, and the mark of packets that come from a bridge with an exempt pod's port.
 #[inline(always)]
 pub(crate) fn at_node_egress(
     skb: *mut __sk_buff,
-    sender: Subject,
+    place: Place,
+    sender: Sender,
     verdict: Verdict,
     address: &Address,
 ) -> Verdict {
     let packet = Skb::new(skb);
-    // The verifier then follows what comes next once, and not once for each kind of sender.
+    // Hides the kind of sender from the verifier, which then follows the code below once.
     #[expect(clippy::cast_possible_truncation, reason = "BPF has words of 64 bits")]
-    let number = |number: u64| packet.forget_origin(number as usize) as u64;
-    let softened = look_at_node_egress(skb, number(sender.id), number(sender.kind), address, verdict as u32);
-    // SAFETY: it is one's.
+    let cookie = packet.forget_origin(sender.cookie as usize) as u64;
+    let softened = find_at_node_egress(skb, place, cookie, address, verdict as u32);
+    // SAFETY: the function returns the number of a verdict.
     unsafe { Verdict::from_u32_unchecked(softened) }.without_origin(&packet)
 }
 
-/// Takes and returns the number of a verdict.
+/// Takes and returns the number of a verdict. A separate function: few packets come here.
 #[inline(never)]
-fn look_at_node_egress(skb: *mut __sk_buff, id: u64, kind: u64, address: &Address, verdict: u32) -> u32 {
-    let packet = Skb::new(skb);
-    if packet.ingress_ifindex() != 0 && maps::is_on(Hook::FromPod) {
-        let (mark, bit) = (packet.mark(), maps::mark());
-        if mark & bit == 0 {
-            return verdict;
-        }
-        packet.set_mark(mark & !bit);
-        return Verdict::Exempt as u32;
-    }
-    // SAFETY: it is one's.
+fn find_at_node_egress(
+    skb: *mut __sk_buff,
+    place: Place,
+    cookie: u64,
+    address: &Address,
+    verdict: u32,
+) -> u32 {
+    // SAFETY: the caller passes the number of a verdict.
     let verdict = unsafe { Verdict::from_u32_unchecked(verdict) };
-    of(verdict, Subject { id, kind }, address) as u32
+    if cookie != 0 {
+        let softened = apply(verdict, Subject::new(SubjectKind::Netns, cookie), address);
+        if softened as u32 != verdict as u32 {
+            return softened as u32;
+        }
+    }
+    by_interface(skb, place, Skb::new(skb).ingress_ifindex(), verdict, address) as u32
 }
 
-/// A function of its own: few packets come here. Takes and returns the number of a verdict.
+/// Applies the grant of the interface by which a packet came in, or of the bridge if the packet is marked.
+#[inline(always)]
+pub(crate) fn by_interface(
+    skb: *mut __sk_buff,
+    place: Place,
+    ifindex: u32,
+    verdict: Verdict,
+    address: &Address,
+) -> Verdict {
+    if ifindex == 0 {
+        return verdict;
+    }
+    let softened = apply(verdict, Subject::new(SubjectKind::Interface, ifindex.into()), address);
+    if softened as u32 != verdict as u32 {
+        // With `from_pod` on, that hook has compared the source with the pod's addresses, before any source NAT.
+        let is_checked = maps::is_on(Hook::FromPod) || is_own_or_translated(skb, place, ifindex);
+        return if is_checked { softened } else { verdict };
+    }
+    if Skb::new(skb).mark() & maps::mark() == 0 {
+        return verdict;
+    }
+    apply(verdict, Subject::new(SubjectKind::Bridge, ifindex.into()), address)
+}
+
+/// Reports whether a packet at `from_pod` belongs to the exempt pod itself and is not forwarded for another sender.
+///
+/// A packet that a pod forwards has lost its socket (`ip_rcv_core` and `ip6_rcv_core` orphan it).
+#[inline(always)]
+fn is_own_packet(skb: *mut __sk_buff, place: Place, ifindex: u32, address: &Address) -> bool {
+    let is_of_socket = match netns::of_socket(skb) {
+        SocketNetns::Cookie(cookie) => {
+            apply(Verdict::Deny, Subject::new(SubjectKind::Netns, cookie), address) as u32
+                != Verdict::Deny as u32
+        }
+        SocketNetns::Unknown => true,
+        SocketNetns::NoSocket => false,
+    };
+    is_of_socket || has_source(skb, place, ifindex)
+}
+
+/// Reports whether the source is an address of the pod behind the interface, or of the node after source NAT.
+#[inline(always)]
+fn is_own_or_translated(skb: *mut __sk_buff, place: Place, ifindex: u32) -> bool {
+    has_source(skb, place, ifindex) || has_source(skb, place, NODE)
+}
+
+/// Stands for the node in the map of source addresses: no interface has the index 0.
+const NODE: u32 = 0;
+
+/// Reports whether the packet's source address is registered for the interface. A separate function, so that the verifier
+/// follows it once.
 #[inline(never)]
-fn granted(id: u64, kind: u64, address: &Address, verdict: u32) -> u32 {
-    // SAFETY: it is one's.
+fn has_source(skb: *mut __sk_buff, place: Place, ifindex: u32) -> bool {
+    let Some(address) = source(&Skb::new(skb), place) else { return false };
+    maps::is_exempt_source(&Exemption {
+        address,
+        subject: Subject::new(SubjectKind::Interface, ifindex.into()),
+    })
+}
+
+/// Looks up the grant of a subject. Takes the number of a verdict; returns that of the verdict which the grant makes of it,
+/// with the grant's flags above. A separate function: few packets come here.
+#[inline(never)]
+fn grant_for(id: u64, kind: u64, address: &Address, verdict: u32) -> u32 {
+    // SAFETY: the caller passes the number of a verdict.
     let verdict = unsafe { Verdict::from_u32_unchecked(verdict) };
-    soften_thoroughly(verdict, Subject { id, kind }, address, &Maps) as u32
+    match find_grant(verdict, Subject { id, kind }, address, &Maps) {
+        Some(grant) => grant.soften(verdict) as u32 | grant.flags << FLAGS,
+        None => verdict as u32,
+    }
+}
+
+/// Bits of the verdict in the result of [`grant_for`].
+const FLAGS: u32 = 8;
+
+/// Splits the result of [`grant_for`] into verdict and flags.
+#[inline(always)]
+fn unpack(packed: u32) -> (Verdict, u32) {
+    // SAFETY: the lower bits are the number of a verdict.
+    (unsafe { Verdict::from_u32_unchecked(packed & ((1 << FLAGS) - 1)) }, packed >> FLAGS)
 }

@@ -1,20 +1,21 @@
-//! `from_pod`: all that arrives here was sent by a pod.
+//! The `from_pod` hook: every packet here was sent, or forwarded, by the pod behind the interface.
 
 use aya_ebpf::{
     bindings::{__sk_buff, TC_ACT_UNSPEC},
     programs::TcContext,
 };
-use imds_ebpf_common::{Examined, Frame, Hook, examine, is_plainly_foreign};
+use imds_ebpf_common::{Examined, Frame, Hook, Subject, SubjectKind, examine, is_plainly_foreign};
 
 use crate::{
-    edge::{Judged, conclude},
+    edge::{Judged, conclude, conclude_probe},
     exempt, maps,
     packet::Skb,
+    probe,
     reject::Way,
 };
 
-/// The same as [`imds_ebpf_common::judge`], in two functions: what the second one needs of registers and stack would
-/// cost every packet some instructions.
+/// Judges a packet like [`imds_ebpf_common::judge`], in two functions: registers and stack of the second one would cost
+/// every packet some instructions.
 #[inline(always)]
 pub(crate) fn judge(ctx: &TcContext, frame: Frame) -> i32 {
     let skb = ctx.skb.skb;
@@ -41,11 +42,16 @@ fn without_link_layer(skb: *mut __sk_buff) -> i32 {
 fn judge_thoroughly(skb: *mut __sk_buff, frame: Frame) -> i32 {
     let (packet, hook) = (Skb::new(skb), Hook::FromPod);
     let Some(examined) = examine(&packet, frame, &maps::Maps) else { return TC_ACT_UNSPEC };
-    let Examined { place, destination, .. } = examined;
-    let verdict = exempt::at_from_pod(skb, examined.verdict, &destination);
+    let Examined { place, destination, verdict } = examined;
+    let pod = Subject::new(SubjectKind::Interface, packet.ifindex().into());
+    if let Some(probed) = probe::judge(pod, hook, verdict) {
+        exempt::set_mark(&packet, probed.is_marked);
+        return conclude_probe(probed.verdict);
+    }
+    let verdict = exempt::at_from_pod(skb, place, verdict, &destination);
     let counter = maps::count(packet.ifindex(), hook, verdict, packet.len());
-    // One interface is one source here, so that its counter has the window, too.
-    // SAFETY: the map owns the counter and nothing frees it under a running program.
+    // One interface is one source here, so that its counter contains the rate limit too.
+    // SAFETY: the map owns the counter, and nothing frees it under a running program.
     let window = counter.map(|counter| unsafe { &raw mut (*counter).window });
     conclude(&Judged { skb, frame, place, hook, verdict }, window, Way::Out)
 }

@@ -10,7 +10,7 @@ use imds_ebpf_common::{
 
 use crate::{
     diagnostics, events, exempt, maps,
-    netns::{self, Sender},
+    netns::{self, SocketNetns},
     packet::Skb,
 };
 
@@ -35,7 +35,7 @@ fn judge_thoroughly(skb: *mut __sk_buff) -> u32 {
     }
     // SAFETY: the helper takes the context of a program on packets.
     let id = unsafe { bpf_skb_cgroup_id(skb) };
-    let verdict = exempt::of(verdict, Subject::new(SubjectKind::Cgroup, id), &destination);
+    let verdict = exempt::apply(verdict, Subject::new(SubjectKind::Cgroup, id), &destination);
     let verdict = verdict.without_origin(&packet);
     let _uncounted = maps::count(CounterKey::DEPARTED, hook, verdict, packet.len());
     match events::window(&Source { id, hook: hook as u64 }) {
@@ -49,9 +49,9 @@ fn judge_thoroughly(skb: *mut __sk_buff) -> u32 {
 /// Whether the socket is of the node's network namespace.
 #[inline(always)]
 fn is_of_node(skb: *mut __sk_buff) -> bool {
-    match netns::sender_in_cgroup(skb) {
-        Sender::Netns(cookie) => netns::is_node(cookie),
+    match netns::of_socket_in_cgroup(skb) {
+        SocketNetns::Cookie(cookie) => netns::is_node(cookie),
         // Those of other namespaces are judged by the other hooks, too, and to no other end.
-        Sender::None | Sender::Unknown => true,
+        SocketNetns::NoSocket | SocketNetns::Unknown => true,
     }
 }

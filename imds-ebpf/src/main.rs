@@ -16,11 +16,14 @@ mod events;
 mod exempt;
 mod from_pod;
 mod host;
+mod local_service;
 mod maps;
 mod netns;
 mod node_egress;
 mod packet;
+mod probe;
 mod reject;
+mod sender;
 mod socket;
 
 extern crate self as aya_log_ebpf;
@@ -120,6 +123,13 @@ fn imds_host_send6(ctx: SockAddrContext) -> i32 {
 #[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
 fn imds_host_out(ctx: SkBuffContext) -> i32 {
     permission(host::judge(&ctx))
+}
+
+/// IP packets that sockets of the node receive.
+#[cgroup_skb(ingress)]
+#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+fn imds_local_in(ctx: SkBuffContext) -> i32 {
+    permission(local_service::judge(&ctx))
 }
 
 /// What a cgroup program returns: 1 lets the call or packet go on, 0 ends it with `EPERM`.

@@ -9,7 +9,8 @@ use aya_ebpf::{
 };
 use imds_ebpf_common::{
     Address, Answer, ConfigRecord, Counter, CounterKey, Endpoint, Exemption, Filter, Grant, Hook,
-    InterfaceRecord, KubernetesRecord, Mode, PodRecord, Policy, ProviderRecord, Subject, Tables, Verdict,
+    InterfaceRecord, KubernetesRecord, Mode, PodRecord, Policy, ProbeRecord, ProviderRecord, Role, Subject,
+    Tables, Verdict,
     endpoint::{Keep, MAX_ENDPOINTS},
     event::Window,
     exemption::MAX_EXEMPTIONS,
@@ -74,6 +75,21 @@ static EXEMPTIONS: HashMap<Exemption, Grant, MAX_EXEMPTIONS, { BPF_F_NO_PREALLOC
 /// Written by user space alone. The section's whole content: the map of that section has the size of this.
 #[unsafe(no_mangle)]
 static mut IMDS_FILTER: Filter = Filter::EMPTY;
+
+/// Source addresses of exempt pods, by the host-side interface of the pod. The node's own addresses have the interface 0.
+#[btf_map(name = "imds_exempt_src")]
+static EXEMPT_SOURCES: HashMap<Exemption, u32, { MAX_EXEMPTIONS * 4 }, { BPF_F_NO_PREALLOC as usize }> =
+    HashMap::new();
+
+/// Most test senders at a time: `imds-agent verify` uses a few.
+const MAX_PROBES: usize = 64;
+
+#[btf_map(name = "imds_probes")]
+static PROBES: HashMap<Subject, ProbeRecord, MAX_PROBES, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
+
+/// Number of entries in [`PROBES`]. An array, as the verifier turns its lookup into a load.
+#[btf_map(name = "imds_probing")]
+static PROBING: Array<u32, 1> = Array::new();
 
 /// What the maps say.
 pub(crate) struct Maps;
@@ -141,6 +157,32 @@ fn has_bit(offset: usize, slot: u16) -> bool {
 #[inline(always)]
 pub(crate) fn mark() -> u32 {
     POLICY.get(0).map_or(0, |policy| policy.mark)
+}
+
+/// Reports whether the source address of `exemption` belongs to its subject.
+#[inline(always)]
+pub(crate) fn is_exempt_source(exemption: &Exemption) -> bool {
+    // SAFETY: the value is read at once, and an entry that is replaced under a running program keeps its meaning.
+    unsafe { EXEMPT_SOURCES.get(exemption) }.is_some()
+}
+
+/// Reports whether there are test senders.
+#[inline(always)]
+pub(crate) fn has_probes() -> bool {
+    PROBING.get(0).is_some_and(|&count| count != 0)
+}
+
+/// Returns the record of a test sender.
+#[inline(always)]
+pub(crate) fn probe(subject: &Subject) -> Option<*mut ProbeRecord> {
+    PROBES.get_ptr_mut(subject)
+}
+
+/// Returns the role of an interface of the node; `None` if the agent has not recorded it.
+#[inline(always)]
+pub(crate) fn role(ifindex: u32) -> Option<Role> {
+    // SAFETY: one byte is read at once, and an entry that is replaced under a running program keeps a valid one.
+    unsafe { INTERFACE_RECORDS.get(&ifindex) }.and_then(|record| Role::from_u8(record.role))
 }
 
 /// Whether this hook is on.

@@ -1,60 +1,60 @@
-//! Whose network namespace.
+//! Network namespaces of sockets.
 
 use aya_ebpf::{Global, bindings::__sk_buff, helpers::generated::bpf_get_netns_cookie};
 
 use crate::maps;
 
-/// 1 where the kernel lets TC programs ask for a socket's network namespace (Linux 6.13); set by the loader. It is a
-/// constant to the verifier, which does not look at the call where it is 0.
+/// 1 if TC programs may call `bpf_get_netns_cookie` (Linux 6.13). The loader sets it. The verifier treats it as a constant
+/// and does not look at the call if it is 0.
 #[unsafe(no_mangle)]
 static TC_HAS_COOKIE: Global<u8> = Global::new(0);
 
-/// The same for programs on packets of a cgroup (Linux 6.15).
+/// 1 if `cgroup_skb` programs may call `bpf_get_netns_cookie` (Linux 6.15).
 #[unsafe(no_mangle)]
 static CGROUP_HAS_COOKIE: Global<u8> = Global::new(0);
 
-/// Whether `cookie` is that of the network namespace in which the agent runs.
+/// Reports whether `cookie` belongs to the network namespace in which the agent runs.
 #[inline(always)]
 pub(crate) fn is_node(cookie: u64) -> bool {
-    // SAFETY: with no context the helper returns the cookie of the initial namespace.
+    // SAFETY: without a context the helper returns the cookie of the initial namespace.
     let node = maps::node_cookie().unwrap_or_else(|| unsafe { bpf_get_netns_cookie(core::ptr::null_mut()) });
     cookie == node
 }
 
-/// The network namespace of the socket that sent a packet.
+/// Network namespace of a packet's socket.
 #[derive(Clone, Copy)]
-pub(crate) enum Sender {
-    /// It has no socket, or none any more.
-    None,
-    /// Its cookie.
-    Netns(u64),
-    /// The kernel does not tell.
+pub(crate) enum SocketNetns {
+    /// The packet has no socket, or lost it on the way.
+    NoSocket,
+    /// Cookie of the namespace.
+    Cookie(u64),
+    /// The packet has a socket, and the kernel does not report its namespace.
     Unknown,
 }
 
-/// Whose packet it is.
+/// Returns the network namespace of the packet's socket at a TC hook.
 #[inline(always)]
-pub(crate) fn sender(skb: *mut __sk_buff) -> Sender {
+pub(crate) fn of_socket(skb: *mut __sk_buff) -> SocketNetns {
     #[expect(clippy::multiple_unsafe_ops_per_block, reason = "a union behind a pointer is two")]
-    // SAFETY: the kernel hands every TC program a valid context; the verifier checks the access to the union, which has
+    // SAFETY: the kernel passes a valid context to every TC program; the verifier checks the access to the union, which has
     // one field.
     let socket = unsafe { (*skb).__bindgen_anon_2.sk };
     if socket.is_null() {
-        return Sender::None;
+        return SocketNetns::NoSocket;
     }
     if TC_HAS_COOKIE.load() == 0 {
-        return Sender::Unknown;
+        return SocketNetns::Unknown;
     }
     // SAFETY: the helper takes the context of a TC program.
-    Sender::Netns(unsafe { bpf_get_netns_cookie(skb.cast()) })
+    SocketNetns::Cookie(unsafe { bpf_get_netns_cookie(skb.cast()) })
 }
 
-/// Whose packet it is, asked at a cgroup, where every packet has a socket.
+/// Returns the network namespace of the packet's socket at a `cgroup_skb` hook, where every packet has a socket.
 #[inline(always)]
-pub(crate) fn sender_in_cgroup(skb: *mut __sk_buff) -> Sender {
+pub(crate) fn of_socket_in_cgroup(skb: *mut __sk_buff) -> SocketNetns {
     if CGROUP_HAS_COOKIE.load() == 0 {
-        return Sender::Unknown;
+        return SocketNetns::Unknown;
     }
-    // SAFETY: the helper takes the context of a program on packets.
-    Sender::Netns(unsafe { bpf_get_netns_cookie(skb.cast()) })
+    // SAFETY: the helper takes the context of a `cgroup_skb` program.
+    SocketNetns::Cookie(unsafe { bpf_get_netns_cookie(skb.cast()) })
 }

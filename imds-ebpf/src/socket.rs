@@ -12,7 +12,7 @@ use imds_ebpf_common::{
     opaque::opaque_xor,
 };
 
-use crate::{diagnostics, events, exempt, maps, netns};
+use crate::{diagnostics, events, exempt, maps, netns, probe};
 
 #[inline(always)]
 pub(crate) fn judge_v4(ctx: &SockAddrContext, hook: Hook) -> Verdict {
@@ -54,7 +54,11 @@ fn judge(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict {
     } else {
         (SubjectKind::Netns, cookie)
     };
-    let verdict = exempt::of(without_origin(verdict, cookie), Subject::new(kind, id), &destination);
+    let verdict = without_origin(verdict, cookie);
+    if let Some(probed) = probe::judge(Subject::new(kind, id), hook, verdict) {
+        return probed.verdict;
+    }
+    let verdict = exempt::apply(verdict, Subject::new(kind, id), &destination);
     let verdict = without_origin(verdict, cookie);
     let _uncounted = maps::count(CounterKey::DEPARTED, hook, verdict, 0);
     let Some(window) = events::window(&Source { id, hook: hook as u64 }) else {

@@ -132,7 +132,8 @@ pub struct AgentCommand<'w> {
 impl<'w> AgentCommand<'w> {
     /// Attaches in this way only.
     pub fn backend(self, backend: AttachMode) -> Self {
-        self.args(&["--tc-backend", backend.name()])
+        // The pods of tests have no CNI plugin that could need their qdisc slot.
+        self.args(&["--tc-backend", backend.name(), "--clsact-delay", "0"])
     }
 
     /// Looks for what was detached every so many seconds.

@@ -120,10 +120,47 @@ pub struct Interface {
     pub name: String,
     pub pod: Option<Identity>,
     pub role: String,
-    pub guard: Option<String>,
-    pub first: Option<bool>,
+    pub attachments: Vec<HookAttachment>,
     #[serde(flatten)]
     pub counts: Counts,
+}
+
+/// A TC hook that an interface should have, and the program there.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct HookAttachment {
+    pub hook: String,
+    pub attach_mode: Option<String>,
+    pub order: Option<String>,
+    pub pending: bool,
+}
+
+impl Interface {
+    /// Attach mode of the interface's first hook, if its program is attached.
+    #[must_use]
+    pub fn attach_mode(&self) -> Option<&str> {
+        self.attachments.first()?.attach_mode.as_deref()
+    }
+
+    /// Reports whether there are hooks, and each has its program.
+    #[must_use]
+    pub fn is_attached(&self) -> bool {
+        let is_attached = |attachment: &HookAttachment| attachment.attach_mode.is_some();
+        !self.attachments.is_empty() && self.attachments.iter().all(is_attached)
+    }
+
+    /// Reports whether each program runs before all others; `None` if one is not attached or there are no hooks.
+    #[must_use]
+    pub fn is_first(&self) -> Option<bool> {
+        let is_first = |attachment: &HookAttachment| attachment.order.as_deref() == Some("first");
+        self.is_attached().then(|| self.attachments.iter().all(is_first))
+    }
+
+    /// The attachment at this hook, if the interface should have one.
+    #[must_use]
+    pub fn attachment(&self, hook: &str) -> Option<&HookAttachment> {
+        self.attachments.iter().find(|attachment| attachment.hook == hook)
+    }
 }
 
 /// Packets to guarded endpoints, by what was done with them.
@@ -217,7 +254,7 @@ impl Status {
     #[must_use]
     pub fn all_pods_have_tcx(&self) -> bool {
         let mut pods = self.interfaces.iter().filter(|interface| interface.role == "pod");
-        pods.all(|interface| interface.guard.as_deref() == Some("tcx"))
+        pods.all(|interface| interface.attach_mode() == Some("tcx"))
     }
 
     /// Whether the API server has told of so many pods, and each was found on the node.
@@ -229,7 +266,7 @@ impl Status {
 
     /// Whether each has a program of its own, where they are to have one.
     fn all_pods_are_guarded(&self) -> bool {
-        let is_guarded = |interface: &Interface| interface.role != "pod" || interface.guard.is_some();
-        !self.hooks.iter().any(|hook| hook == "from_pod") || self.interfaces.iter().all(is_guarded)
+        let mut attachments = self.interfaces.iter().flat_map(|interface| &interface.attachments);
+        attachments.all(|attachment| attachment.attach_mode.is_some())
     }
 }

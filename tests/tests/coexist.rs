@@ -21,7 +21,8 @@ fn names(programs: &[Attached]) -> Vec<bool> {
 #[track_caller]
 fn assert_first(world: &World, pod: &Pod) {
     let status = world.status_when("the guard is first", |status| {
-        let is_first = status.find(&pod.host_ifname).is_some_and(|interface| interface.first == Some(true));
+        let is_first =
+            status.find(&pod.host_ifname).is_some_and(|interface| interface.is_first() == Some(true));
         is_first && status.problems.is_empty()
     });
     assert_eq!(status.state, "enforcing");
@@ -59,7 +60,7 @@ fn a_tcx_program_that_gets_in_front_later_does_not_stay_there() {
     agent.kill9();
     let _another =
         Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex, TcAttachType::Ingress);
-    assert_eq!(world.status().interface(&pod.host_ifname).first, Some(false));
+    assert_eq!(world.status().interface(&pod.host_ifname).is_first(), Some(false));
     let _agent = world.start_agent(AttachMode::Tcx);
     poll_until(LONG, "the guard to be first", || {
         let programs = names(&hook::programs(&world.node, &pod.host_ifname));
@@ -105,7 +106,7 @@ fn a_filter_that_clsact_can_not_get_in_front_of_is_a_problem_that_the_status_nam
 
     let status = world.wait_guarded(&pod);
     let interface = status.interface(&pod.host_ifname);
-    assert_eq!((interface.guard.as_deref(), interface.first), (Some("clsact"), Some(false)));
+    assert_eq!((interface.attach_mode(), interface.is_first()), (Some("clsact"), Some(false)));
     assert!(status.problems.iter().any(|problem| problem.interface.as_ref() == Some(&pod.host_ifname)));
     assert_eq!(status.state, "degraded");
     assert_eq!(world.imds_agent(&["status"]).output().status.code(), Some(3));
@@ -125,7 +126,7 @@ fn tcx_comes_before_every_filter() {
     let pod = world.add_pod(PodLink::Routed);
     add_u32_filter(&world, &pod);
     let agent = world.start_agent(AttachMode::Tcx);
-    assert_eq!(world.status().interface(&pod.host_ifname).first, Some(true));
+    assert_eq!(world.status().interface(&pod.host_ifname).is_first(), Some(true));
     world.assert_blocked(&pod);
     assert!(reachable(&pod.netns, SERVICE));
 

@@ -172,7 +172,7 @@ const SENDER: Subject = Subject::new(SubjectKind::Interface, 1);
 /// The sender is exempt from one endpoint, and audited at another.
 fn grants() -> [(Exemption, Grant); 2] {
     let grant = |address, verdict| {
-        (Exemption { address, subject: SENDER }, Grant { verdict: verdict as u32, rule: 1 })
+        (Exemption { address, subject: SENDER }, Grant::new(verdict, 1))
     };
     [
         grant(Address::from_ipv6(IMDS_IPV6), Verdict::Exempt),

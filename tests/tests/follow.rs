@@ -24,8 +24,8 @@ fn a_pod_that_comes_after_the_agent_is_guarded() {
             let pod = world.add_pod(link);
             let status = world.wait_guarded(&pod);
             let interface = status.interface(&pod.host_ifname);
-            assert_eq!((interface.role.as_str(), interface.guard.as_deref()), ("pod", Some(backend.name())));
-            assert_eq!((interface.ifindex, interface.first), (pod.host_ifindex, Some(true)));
+            assert_eq!((interface.role.as_str(), interface.attach_mode()), ("pod", Some(backend.name())));
+            assert_eq!((interface.ifindex, interface.is_first()), (pod.host_ifindex, Some(true)));
             world.assert_blocked(&pod);
             world.assert_harmless(&pod);
         }
@@ -91,7 +91,7 @@ fn pods_that_come_and_go_in_a_hurry_leave_nothing() {
         let stays = world.add_pod(PodLink::Routed);
         world.status_when("only the last pod is there", |status| {
             let mut pods = status.interfaces.iter().filter(|interface| interface.role == "pod");
-            let last = pods.next().is_some_and(|pod| pod.name == stays.host_ifname && pod.guard.is_some());
+            let last = pods.next().is_some_and(|pod| pod.name == stays.host_ifname && pod.is_attached());
             last && pods.next().is_none() && status.problems.is_empty()
         });
         let links = fs::read_dir(world.pin_dir().join("links")).unwrap().count();
@@ -116,7 +116,7 @@ fn a_renamed_interface_stays_guarded_and_keeps_its_counts() {
         assert!(status.find(old).is_none());
         let renamed = status.interface("renamed0");
         assert_eq!((renamed.ifindex, renamed.counts.denied.packets), (pod.host_ifindex, 1));
-        assert_eq!(renamed.guard.as_deref(), Some(backend.name()));
+        assert_eq!(renamed.attach_mode(), Some(backend.name()));
         world.assert_blocked(&pod);
     });
 }
@@ -143,8 +143,8 @@ fn every_interface_has_its_role_and_only_pods_are_guarded() {
         ];
         for (name, role) in others {
             let interface = status.interface(name);
-            assert_eq!((interface.role.as_str(), interface.guard.as_deref()), (role, None), "{name}");
-            assert_eq!(interface.first, None, "{name}");
+            assert_eq!((interface.role.as_str(), interface.attach_mode()), (role, None), "{name}");
+            assert_eq!(interface.is_first(), None, "{name}");
             assert_eq!(hook::programs(&world.node, name), [], "{name}");
             assert!(!hook::has_clsact(&world.node, name), "{name}");
         }
@@ -165,7 +165,7 @@ fn an_excluded_interface_is_left_alone() {
         world.assert_blocked(&guarded);
         let status = world.status();
         let interface = status.interface(&excluded.host_ifname);
-        assert_eq!((interface.role.as_str(), interface.guard.as_deref()), ("excluded", None));
+        assert_eq!((interface.role.as_str(), interface.attach_mode()), ("excluded", None));
         assert_eq!(hook::programs(&world.node, &excluded.host_ifname), []);
         assert_eq!(status.state, "enforcing");
     });
@@ -199,8 +199,8 @@ fn an_included_interface_is_guarded_whatever_it_is() {
 
         let status = world.status();
         let (included, excluded) = (status.interface("inner0"), status.interface("inner1"));
-        assert_eq!((included.role.as_str(), included.guard.as_deref()), ("pod", Some(backend.name())));
-        assert_eq!((excluded.role.as_str(), excluded.guard.as_deref()), ("excluded", None));
+        assert_eq!((included.role.as_str(), included.attach_mode()), ("pod", Some(backend.name())));
+        assert_eq!((excluded.role.as_str(), excluded.attach_mode()), ("excluded", None));
         assert!(hook::programs(&world.node, "inner0").iter().all(hook::Attached::is_ours));
         assert_eq!(hook::programs(&world.node, "inner1"), []);
     });

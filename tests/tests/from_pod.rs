@@ -33,8 +33,8 @@ fn pods_are_blocked_and_nothing_else_is_until_unload() {
         for pod in &pods {
             let interface = status.interface(&pod.host_ifname);
             assert_eq!(interface.ifindex, pod.host_ifindex);
-            assert_eq!(interface.guard.as_deref(), Some(backend.name()));
-            assert_eq!(interface.first, Some(true));
+            assert_eq!(interface.attach_mode(), Some(backend.name()));
+            assert_eq!(interface.is_first(), Some(true));
             assert!(interface.counts.denied.packets > 0);
         }
 

@@ -408,7 +408,7 @@ fn a_cgroup_that_can_not_be_guarded_is_refused_with_the_file() {
     file.replace("answer = 'reject'\n");
     let status = assert_refused(&world, &good, missing.to_str().unwrap());
     assert!(!has_program(&world, World::UPLINK, Egress));
-    assert!(status.interface(&pod.host_ifname).guard.is_some());
+    assert!(status.interface(&pod.host_ifname).is_attached());
     world.assert_blocked(&pod);
     file.reload(POD_EDGE);
     drop(agent);

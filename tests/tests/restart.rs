@@ -209,7 +209,7 @@ fn no_packet_of_a_flood_passes_while_the_way_of_attaching_changes() {
         let status = world.status();
         for pod in &pods {
             let interface = status.interface(&pod.host_ifname);
-            assert_eq!(interface.guard.as_deref(), Some(backend.name()));
+            assert_eq!(interface.attach_mode(), Some(backend.name()));
             let (tcx, filters) =
                 (hook::tcx(&world.node, &pod.host_ifname), hook::filters(&world.node, &pod.host_ifname));
             let expected = if backend == AttachMode::Tcx { (1, 0) } else { (0, 1) };

@@ -137,7 +137,10 @@ fn what_was_detached_while_no_agent_ran_shows_in_the_status_and_is_restored_by_t
         world.assert_open(&pod);
 
         let status = world.status();
-        assert_eq!((status.state.as_str(), &status.interface(&pod.host_ifname).guard), ("degraded", &None));
+        assert_eq!(
+            (status.state.as_str(), status.interface(&pod.host_ifname).attach_mode()),
+            ("degraded", None)
+        );
         assert!(status.problems.iter().any(|problem| problem.interface.as_ref() == Some(&pod.host_ifname)));
         assert_eq!(world.imds_agent(&["status"]).output().status.code(), Some(3));
 

@@ -207,7 +207,7 @@ fn object_with(grants: &[(Exemption, Grant)], mode: Mode) -> Object {
 }
 
 fn grant(subject: Subject, address: Address, verdict: Verdict) -> (Exemption, Grant) {
-    (Exemption { address, subject }, Grant { verdict: verdict as u32, rule: 1 })
+    (Exemption { address, subject }, Grant::new(verdict, 1))
 }
 
 #[test]

@@ -31,6 +31,9 @@ pub(super) struct RunArgs {
     /// How programs are attached to interfaces
     #[arg(long, value_enum, default_value_t = TcBackend::Auto)]
     tc_backend: TcBackend,
+    /// Seconds that a new pod waits for its CNI plugins before it gets a clsact qdisc, unless a process of the pod runs before
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=600))]
+    clsact_delay: u64,
     /// Seconds between two looks at everything, for what the kernel sends no event of
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
     resync: u64,
@@ -90,7 +93,7 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
 
     // Listening comes before the first look, so that nothing falls between the two.
     let events = Netlink::events(node.backend == AttachMode::Clsact)?;
-    let netlink = Netlink::connect()?.with_endpoints(settings.guarded.ipv4());
+    let netlink = Netlink::connect()?.with_endpoints(settings.guarded.addresses());
     let datapath = Datapath::open(claim, &settings.plan, &settings.guarded, netlink.clone())?;
     match datapath.diagnostics() {
         Ok(diagnostics) => drop(tokio::spawn(async {
@@ -99,10 +102,8 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         Err(error) => log::warn!("{:#}", anyhow::Error::from(error)),
     }
     let finder = Finder::new().context("can't tell this network namespace")?;
-    let mut guard = Guard::new(datapath, netlink, &settings, finder);
-    if (args.tc_backend, node.backend) == (TcBackend::Auto, AttachMode::Tcx) {
-        guard = guard.with_filters_first();
-    }
+    let clsact_delay = Duration::from_secs(if args.once { 0 } else { args.clsact_delay });
+    let mut guard = Guard::new(datapath, netlink, &settings, finder).with_clsact_delay(clsact_delay);
     if !args.once {
         let period = Duration::from_secs(args.resync);
         let server = Server::new(PinDir::new(&args.pins.pin_dir)?, Netlink::connect()?, period);
@@ -132,7 +133,7 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         return Ok(ExitCode::SUCCESS);
     }
     guard.start(&settings, source.path(), &config).await?;
-    guard.raise_all().await;
+    guard.attach_all().await;
     let failures: Vec<_> = guard.failures().map(|(name, failure)| format!("{name}: {failure}")).collect();
     if failures.is_empty() {
         Ok(ExitCode::SUCCESS)

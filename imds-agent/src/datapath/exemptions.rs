@@ -1,5 +1,7 @@
 //! Who is exempt, in the maps: written in an order in which nobody is exempt for a moment who should not be.
 
+use std::collections::BTreeSet;
+
 use aya::maps::MapError;
 use imds_ebpf_common::{Exemption, Subject, names::MAP_EXEMPT};
 
@@ -9,18 +11,19 @@ use super::{
 };
 use crate::exempt::Grants;
 
-/// What is granted.
+/// Reads the grants and their source addresses.
 pub fn read(maps: &Maps) -> Result<Grants, MapError> {
-    object::present(maps.exempt.iter()).collect()
+    let entries = object::present(maps.exempt.iter()).collect::<Result<_, _>>()?;
+    let sources = object::present(maps.exempt_sources.keys()).collect::<Result<_, _>>()?;
+    Ok(Grants { entries, sources })
 }
 
-/// What the map says, as far as this process wrote or read it: a map is slow to read, and this is asked for with each news
-/// of an interface.
+/// Content of the maps, as far as this process wrote or read it: a map is slow to read, and each link event asks for it.
 #[derive(Debug, Default)]
 pub(super) struct Known(Option<Grants>);
 
 impl Known {
-    /// Somebody else may have written it.
+    /// Discards the content: another process may have written the maps.
     pub(super) fn forget(&mut self) {
         self.0 = None;
     }
@@ -33,35 +36,36 @@ impl Known {
     }
 }
 
-/// Makes `wanted` what is granted: what is taken away goes first. Returns how often a map was written.
-pub(super) fn write(maps: &mut Maps, known: &mut Known, wanted: &Grants) -> Result<usize, DatapathError> {
+/// Writes the `desired` grants. Obsolete ones are removed first. Returns the number of map updates.
+pub(super) fn write(maps: &mut Maps, known: &mut Known, desired: &Grants) -> Result<usize, DatapathError> {
     let known = known.get(maps)?;
-    if known.is_empty() && wanted.is_empty() {
-        // So it is on most nodes, with each news of an interface.
+    if known == desired {
+        // The common case: most link events change no exemption.
         return Ok(0);
     }
-    let gone: Vec<_> = known.keys().filter(|exemption| !wanted.contains_key(exemption)).copied().collect();
-    let mut writes = gone.len();
-    for exemption in gone {
+    let obsolete: Vec<_> =
+        known.entries.keys().filter(|exemption| !desired.entries.contains_key(exemption)).copied().collect();
+    let mut writes = obsolete.len();
+    for exemption in obsolete {
         remove(maps, known, &exemption)?;
     }
-    // Where there is no room for all, there is for some.
-    let mut failed = None;
-    for (exemption, grant) in wanted {
-        if known.get(exemption) != Some(grant) {
+    // A full map keeps no grant from the map that has room.
+    let mut failed = write_sources(maps, known, &desired.sources, &mut writes).err();
+    for (exemption, grant) in &desired.entries {
+        if known.entries.get(exemption) != Some(grant) {
             match maps.exempt.insert(exemption, grant, 0) {
                 Ok(()) => {
-                    known.insert(*exemption, *grant);
+                    known.entries.insert(*exemption, *grant);
                     writes += 1;
                 }
                 Err(error) => failed = Some(error),
             }
         }
     }
-    // Those who stay are in it at every moment between.
+    // Subjects that stay exempt are in the bitmap at every moment.
     let in_force = endpoints::filter(maps)?;
     let mut filter = in_force;
-    filter.set_subjects(wanted.keys().map(|exemption| exemption.subject));
+    filter.set_subjects(desired.entries.keys().map(|exemption| exemption.subject));
     if filter.subjects != in_force.subjects {
         endpoints::set_filter(maps, &filter)?;
         writes += 1;
@@ -69,17 +73,43 @@ pub(super) fn write(maps: &mut Maps, known: &mut Known, wanted: &Grants) -> Resu
     failed.map_or(Ok(writes), |error| Err(of_exemptions(error)))
 }
 
-/// Takes from `subject` all that is granted to it.
+/// Writes the source addresses of exempt subjects.
+fn write_sources(
+    maps: &mut Maps,
+    known: &mut Grants,
+    desired: &BTreeSet<Exemption>,
+    writes: &mut usize,
+) -> Result<(), MapError> {
+    let obsolete: Vec<_> = known.sources.difference(desired).copied().collect();
+    for source in obsolete {
+        match maps.exempt_sources.remove(&source) {
+            Ok(()) | Err(MapError::KeyNotFound) => drop(known.sources.remove(&source)),
+            Err(error) => return Err(error),
+        }
+        *writes += 1;
+    }
+    for source in desired {
+        if !known.sources.contains(source) {
+            maps.exempt_sources.insert(source, 1, 0)?;
+            known.sources.insert(*source);
+            *writes += 1;
+        }
+    }
+    Ok(())
+}
+
+/// Removes all grants of `subject`.
 pub(super) fn revoke(maps: &mut Maps, known: &mut Known, subject: Subject) -> Result<(), DatapathError> {
     let known = known.get(maps)?;
-    let of_subject: Vec<_> = known.keys().filter(|exemption| exemption.subject == subject).copied().collect();
+    let is_of_subject = |exemption: &&Exemption| exemption.subject == subject;
+    let of_subject: Vec<_> = known.entries.keys().filter(is_of_subject).copied().collect();
     of_subject.iter().try_for_each(|exemption| remove(maps, known, exemption))
 }
 
 fn remove(maps: &mut Maps, known: &mut Grants, exemption: &Exemption) -> Result<(), DatapathError> {
     match maps.exempt.remove(exemption) {
         Ok(()) | Err(MapError::KeyNotFound) => {
-            known.remove(exemption);
+            known.entries.remove(exemption);
             Ok(())
         }
         Err(error) => Err(of_exemptions(error)),

@@ -27,7 +27,7 @@ use std::{
 
 use aya::maps::MapError;
 use imds_ebpf_common::{
-    Answer, AttachMode, Hook, Mode, Role, Subject, SubjectKind, TcHook,
+    Answer, AttachMode, Hook, Mode, Subject, SubjectKind, TcHook, TcHookSet,
     names::{MAP_EXEMPT, tc_program},
 };
 use log::Level;
@@ -38,6 +38,7 @@ use self::{
     hosts::Hosts,
     object::{Maps, ObjectError, Programs},
     pins::{AttachPoint, PinDir, PinError},
+    records::LinkState,
     sockets::{SOCKETS, Sockets},
     tcx::Links,
 };
@@ -225,11 +226,11 @@ impl Datapath {
         Diagnostics::open(self.programs.ids().next().unwrap_or_default())
     }
 
-    /// How an edge of an interface of this role is to be attached.
+    /// Attach mode that a hook of an interface with these `hooks` should have.
     #[must_use]
-    pub fn wanted(&self, role: Role, edge: TcHook) -> AttachMode {
-        let is_wanted = self.hooks.has(edge.hook()) && role.edge() == Some(edge);
-        if is_wanted { self.backend } else { AttachMode::None }
+    pub fn desired_mode(&self, _link: &Link, hooks: TcHookSet, hook: TcHook) -> AttachMode {
+        let is_desired = self.hooks.has(hook.hook()) && hooks.has(hook);
+        if is_desired { self.backend } else { AttachMode::None }
     }
 
     /// Attaches, replaces or pins the links of sockets as needed, or removes them where that hook is off. Returns what
@@ -322,7 +323,7 @@ impl Datapath {
             Action::Attach(AttachMode::Clsact) => {
                 counters::prepare(&mut self.maps, link.index, edge.hook());
                 if clsact::ensure_qdisc(&self.netlink, link.index).await?
-                    && let Err(error) = records::mark_qdisc(&mut self.maps, link)
+                    && let Err(error) = records::set_owns_qdisc(&mut self.maps, link, edge)
                 {
                     log::warn!("{}: `unload` will leave its clsact qdisc: {error}", link.name);
                 }
@@ -338,27 +339,27 @@ impl Datapath {
                 remove_filter(&self.netlink, &mut self.maps, spot).await.map(drop)
             }
             // Filters are not pinned, and nothing is attached by no means.
-            Action::Pin(AttachMode::Clsact | AttachMode::None)
-            | Action::Attach(AttachMode::None)
-            | Action::Replace(AttachMode::None)
-            | Action::Reorder(AttachMode::None)
-            | Action::Detach(AttachMode::None) => Ok(()),
+            Action::Pin(AttachMode::Clsact | AttachMode::None | AttachMode::Netkit)
+            | Action::Attach(AttachMode::None | AttachMode::Netkit)
+            | Action::Replace(AttachMode::None | AttachMode::Netkit)
+            | Action::Reorder(AttachMode::None | AttachMode::Netkit)
+            | Action::Detach(AttachMode::None | AttachMode::Netkit) => Ok(()),
         }
     }
 
-    /// Records what an interface is and how it is guarded, for `status` and for the next agent.
-    pub fn record(&mut self, link: &Link, role: Role, backend: AttachMode) -> Result<(), DatapathError> {
-        records::put(&mut self.maps, link, role, backend)
+    /// Records the state of an interface, for `status` and for the next agent.
+    pub fn record(&mut self, link: &Link, state: &LinkState) -> Result<(), DatapathError> {
+        records::put(&mut self.maps, link, state)
     }
 
     /// Forgets what an interface's index stood for before it was this one's.
     pub fn take_over(&mut self, link: &Link) -> Result<(), DatapathError> {
-        let made_qdisc = records::get(&self.maps, link.index)
-            .is_some_and(|record| record.made_qdisc == 1 && record.name == records::padded(&link.name));
+        let owns_qdisc = records::get(&self.maps, link.index)
+            .is_some_and(|record| record.owns_qdisc == 1 && record.name == records::padded(&link.name));
         self.forget(link.index)?;
         // By the same name it is most likely the same interface, whose filter somebody removed: a qdisc that is there
         // then is still the agent's.
-        if made_qdisc { records::mark_qdisc(&mut self.maps, link) } else { Ok(()) }
+        if owns_qdisc { records::set_owns_qdisc(&mut self.maps, link, TcHook::FromPod) } else { Ok(()) }
     }
 
     /// Forgets an interface that is gone, and keeps its counts in the sum of those that are.
@@ -426,7 +427,7 @@ impl Datapath {
 /// a filter.
 async fn remove_filter(netlink: &Netlink, maps: &mut Maps, spot: AttachPoint) -> Result<bool, DatapathError> {
     let detached = clsact::detach_all(netlink, spot).await?;
-    if records::get(maps, spot.ifindex).is_some_and(|record| record.made_qdisc == 1) {
+    if records::get(maps, spot.ifindex).is_some_and(|record| record.owns_qdisc == 1) {
         clsact::remove_unused_qdisc(netlink, spot.ifindex).await?;
     }
     Ok(detached)

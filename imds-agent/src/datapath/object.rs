@@ -16,14 +16,14 @@ use aya::{
 use aya_obj::{Object, generated::bpf_func_id};
 use imds_ebpf_common::{
     Address, ConfigRecord, Counter, CounterKey, Endpoint, Exemption, Filter, Frame, Grant, Hook,
-    InterfaceRecord, KubernetesRecord, PodRecord, Policy, ProviderRecord, Subject, TcHook,
+    InterfaceRecord, KubernetesRecord, PodRecord, Policy, ProbeRecord, ProviderRecord, Subject, TcHook,
     event::{Source, Window},
     maps::LAYOUT,
     names::{
         GLOBAL_CGROUP_HAS_COOKIE, GLOBAL_TC_HAS_COOKIE, HOST_PROGRAMS, MAP_CONFIG, MAP_COUNTERS,
-        MAP_ENDPOINTS, MAP_EVENTS, MAP_EXEMPT, MAP_FILTER, MAP_INTERFACES, MAP_KUBERNETES, MAP_PODS,
-        MAP_POLICY, MAP_PROVIDER, MAP_SOURCES, MAPS, SOCKET_PROGRAMS, SYMBOL_FILTER, TC_PROGRAMS, in_object,
-        tc_program,
+        MAP_ENDPOINTS, MAP_EVENTS, MAP_EXEMPT, MAP_EXEMPT_SOURCES, MAP_FILTER, MAP_INTERFACES,
+        MAP_KUBERNETES, MAP_PODS, MAP_POLICY, MAP_PROBES, MAP_PROBING, MAP_PROVIDER, MAP_SOURCES, MAPS,
+        SOCKET_PROGRAMS, SYMBOL_FILTER, TC_PROGRAMS, in_object, tc_program,
     },
 };
 use thiserror::Error;
@@ -202,6 +202,12 @@ pub struct Maps {
     pub endpoints: HashMap<MapData, Address, Endpoint>,
     /// Who is exempt.
     pub exempt: HashMap<MapData, Exemption, Grant>,
+    /// Source addresses of exempt subjects.
+    pub exempt_sources: HashMap<MapData, Exemption, u32>,
+    /// Test senders of `imds-agent verify`.
+    pub probes: HashMap<MapData, Subject, ProbeRecord>,
+    /// Number of test senders.
+    pub probing: Array<MapData, u32>,
     /// Where the endpoints come from.
     pub provider: Array<MapData, ProviderRecord>,
     /// The configuration as text.
@@ -239,6 +245,11 @@ impl Maps {
             filter: Map::Array(open(MAP_FILTER)?).try_into().map_err(typed(MAP_FILTER))?,
             endpoints: Map::HashMap(open(MAP_ENDPOINTS)?).try_into().map_err(typed(MAP_ENDPOINTS))?,
             exempt: Map::HashMap(open(MAP_EXEMPT)?).try_into().map_err(typed(MAP_EXEMPT))?,
+            exempt_sources: Map::HashMap(open(MAP_EXEMPT_SOURCES)?)
+                .try_into()
+                .map_err(typed(MAP_EXEMPT_SOURCES))?,
+            probes: Map::HashMap(open(MAP_PROBES)?).try_into().map_err(typed(MAP_PROBES))?,
+            probing: Map::Array(open(MAP_PROBING)?).try_into().map_err(typed(MAP_PROBING))?,
             provider: Map::Array(open(MAP_PROVIDER)?).try_into().map_err(typed(MAP_PROVIDER))?,
             config: Map::Array(open(MAP_CONFIG)?).try_into().map_err(typed(MAP_CONFIG))?,
             kubernetes: Map::Array(open(MAP_KUBERNETES)?).try_into().map_err(typed(MAP_KUBERNETES))?,

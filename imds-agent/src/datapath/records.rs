@@ -3,13 +3,13 @@
 use std::collections::BTreeSet;
 
 use aya::maps::MapError;
-use imds_ebpf_common::{AttachMode, InterfaceRecord, Role, names::MAP_INTERFACES};
+use imds_ebpf_common::{AttachMode, InterfaceRecord, Role, TcHook, names::MAP_INTERFACES};
 
 use super::{
     DatapathError,
     object::{self, Maps},
 };
-use crate::{endpoints::unpadded, node::links::Link};
+use crate::{endpoints::unpadded, node::links::Link, state::Assignment};
 
 /// The record of an interface.
 #[must_use]
@@ -24,37 +24,47 @@ pub fn names(maps: &Maps, role: Role) -> Result<BTreeSet<String>, MapError> {
     Ok(of_role.map(|(_, record)| unpadded(&record.name)).collect())
 }
 
-/// Whether an agent recorded a filter on an interface.
+/// Reports whether an agent recorded a filter on an interface.
 pub(super) fn has_filter(maps: &Maps, ifindex: u32) -> bool {
-    get(maps, ifindex).is_some_and(|record| record.backend == AttachMode::Clsact as u8)
+    get(maps, ifindex).is_some_and(|record| record.attach_modes.contains(&(AttachMode::Clsact as u8)))
 }
 
-/// Writes what an interface is and how it is guarded. That an agent made its qdisc stays known until it has no filter
-/// of ours.
-pub(super) fn put(
-    maps: &mut Maps,
-    link: &Link,
-    role: Role,
-    backend: AttachMode,
-) -> Result<(), DatapathError> {
+/// State of an interface that goes into its record.
+#[derive(Clone, Copy, Debug)]
+pub struct LinkState {
+    /// Role and desired hooks.
+    pub assignment: Assignment,
+    /// Attach mode of each hook, in the order of [`TcHook::ALL`](imds_ebpf_common::TcHook::ALL).
+    pub attach_modes: [AttachMode; 2],
+    /// Reports whether an attachment waits in the attach queue.
+    pub is_pending: bool,
+}
+
+/// Writes the state of an interface. Ownership of its qdisc stays recorded until it has no filter of the agent.
+pub(super) fn put(maps: &mut Maps, link: &Link, state: &LinkState) -> Result<(), DatapathError> {
     let old = get(maps, link.index).unwrap_or_default();
-    let made_qdisc = if backend == AttachMode::Clsact { old.made_qdisc } else { 0 };
+    let &LinkState { assignment, attach_modes, is_pending } = state;
+    let has_filter = attach_modes.contains(&AttachMode::Clsact);
     let new = InterfaceRecord {
         name: padded(&link.name),
-        role: role as u8,
-        backend: backend as u8,
-        made_qdisc,
-        reserved: 0,
+        role: assignment.role as u8,
+        hooks: assignment.hooks.bits(),
+        attach_modes: attach_modes.map(|mode| mode as u8),
+        owns_qdisc: if has_filter { old.owns_qdisc } else { 0 },
+        pending: u8::from(is_pending),
+        reserved: [0; 2],
     };
     if new == old { Ok(()) } else { write(maps, link.index, new) }
 }
 
-/// Notes that the interface's qdisc is the agent's own doing.
-pub(super) fn mark_qdisc(maps: &mut Maps, link: &Link) -> Result<(), DatapathError> {
+/// Records that the agent added the interface's qdisc, for a filter at `hook`.
+pub(super) fn set_owns_qdisc(maps: &mut Maps, link: &Link, hook: TcHook) -> Result<(), DatapathError> {
     let mut record = get(maps, link.index).unwrap_or_default();
     record.name = padded(&link.name);
-    record.backend = AttachMode::Clsact as u8;
-    record.made_qdisc = 1;
+    if let Some(mode) = record.attach_modes.get_mut(hook as usize) {
+        *mode = AttachMode::Clsact as u8;
+    }
+    record.owns_qdisc = 1;
     write(maps, link.index, record)
 }
 

@@ -13,7 +13,7 @@ use aya_obj::generated::bpf_attach_type::{
     BPF_CGROUP_UDP6_SENDMSG,
 };
 use imds_ebpf_common::{
-    Role,
+    TcHookSet,
     names::{SOCKET_LINKS, TC_PROGRAMS},
 };
 
@@ -29,7 +29,7 @@ use crate::{
         records,
     },
     node::{cgroup, links::Link, netlink::Netlink},
-    state,
+    state::{self, Uplinks},
 };
 
 const OF_INTERFACES: &str = "tc_programs";
@@ -54,31 +54,35 @@ pub(super) async fn of_interfaces(pins: &PinDir, netlink: &Netlink) -> Result<Ve
     let policy = maps.as_ref().and_then(|maps| maps.policy.get(&0, 0).ok());
     let hooks = policy.map_or_else(Hooks::default, |policy| Hooks::from_bits(policy.hooks));
     let ours = pinned_programs(pins);
-    let (names, uplinks) = (names(), netlink.uplinks().await?);
+    let links = netlink.links().await?;
+    let (names, uplinks) = (names(), Uplinks::new(netlink.uplinks().await?, links.iter()));
     let mut checks = Vec::new();
     let mut count = 0_usize;
-    for link in netlink.links().await? {
+    for link in links {
         let record = maps.as_ref().and_then(|maps| records::get(maps, link.index));
-        let role = record.and_then(|record| Role::from_u8(record.role));
-        let role = role.unwrap_or_else(|| state::role(&link, &uplinks, &Interfaces::default()));
-        let Some(edge) = role.edge().filter(|edge| hooks.has(edge.hook())) else { continue };
-        count += 1;
-        let spot = AttachPoint { ifindex: link.index, edge };
-        let mut entries = tcx(pins, spot, &ours, &names);
-        let mut filters = clsact::filters(netlink, spot).await?;
-        // Others than BPF's have inner parts of their own (u32's tables), and all of a priority are of one kind.
-        filters.dedup_by(|one, other| one.kind != "bpf" && one.priority == other.priority);
-        for filter in filters {
-            let is_stuck = !bpf::has_tcx() && filter.priority == 1 && !filter.takes_company();
-            entries.push(Entry {
-                is_ours: filter.is_ours(),
-                is_stuck,
-                name: filter.name,
-                id: filter.program,
-                kind: filter.kind,
-            });
+        let desired = record.map_or_else(
+            || state::assign(&link, &uplinks, &Interfaces::default(), false).hooks,
+            |record| TcHookSet::from_bits(record.hooks),
+        );
+        for edge in desired.iter().filter(|edge| hooks.has(edge.hook())) {
+            count += 1;
+            let spot = AttachPoint { ifindex: link.index, edge };
+            let mut entries = tcx(pins, spot, &ours, &names);
+            let mut filters = clsact::filters(netlink, spot).await?;
+            // Others than BPF's have inner parts of their own (u32's tables), and all of a priority are of one kind.
+            filters.dedup_by(|one, other| one.kind != "bpf" && one.priority == other.priority);
+            for filter in filters {
+                let is_stuck = !bpf::has_tcx() && filter.priority == 1 && !filter.takes_company();
+                entries.push(Entry {
+                    is_ours: filter.is_ours(),
+                    is_stuck,
+                    name: filter.name,
+                    id: filter.program,
+                    kind: filter.kind,
+                });
+            }
+            checks.extend(judge(&link, spot.direction(), &entries));
         }
-        checks.extend(judge(&link, spot.direction(), &entries));
     }
     if checks.is_empty() {
         checks.push(Check::ok(OF_INTERFACES, format!("no others at {count} interfaces")));

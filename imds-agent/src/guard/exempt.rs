@@ -1,10 +1,6 @@
 //! Who is exempt, as pods come and go.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    future::pending,
-    time::Duration,
-};
+use std::{collections::BTreeMap, future::pending, time::Duration};
 
 use imds_ebpf_common::{Hook, Role};
 use tokio::time::{Instant, sleep_until};
@@ -15,9 +11,9 @@ use crate::{
     datapath::DatapathError,
     exempt::Grants,
     kube::{PodEvent, WatchState},
-    node::links::Link,
+    node::{links::Link, netns},
     pods::Pods,
-    state::role,
+    state::{Uplinks, assign},
 };
 
 /// How often it is asked for what the kernel sends no news of: names of network namespaces, and processes in cgroups.
@@ -28,7 +24,7 @@ const SANDBOXES_AT_ONCE: usize = 2;
 impl Guard {
     /// Waits until the rules may find others than they did.
     pub async fn search_due(&self) {
-        let of_rules = self.rules.are_to_be_asked().then_some(PERIOD);
+        let of_rules = (self.rules.are_to_be_asked() || self.waits_for_plugins()).then_some(PERIOD);
         match of_rules.into_iter().chain(self.pods.pause()).min() {
             Some(pause) => sleep_until(self.last_search + pause).await,
             None => pending().await,
@@ -38,6 +34,7 @@ impl Guard {
     /// Looks whether they do.
     pub async fn search_exempt(&mut self) -> Result<(), DatapathError> {
         self.last_search = Instant::now();
+        self.release_started_pods().await;
         // What comes of it is for `locate_next`.
         self.pods.seek_moved();
         if self.rules.may_have_changed() { self.restore_exemptions().await } else { Ok(()) }
@@ -71,7 +68,7 @@ impl Guard {
         let writes = self.datapath.grant(&wanted)?;
         self.writes.exemptions += writes as u64;
         if writes > 0 {
-            log::info!("{} exemptions are in force", wanted.len());
+            log::info!("updated exemptions: {} active", wanted.entries.len());
         }
         if self.pods.are_to_be_told() {
             self.writes.pods += self.datapath.tell_names(&self.pods.names())? as u64;
@@ -126,26 +123,28 @@ impl Guard {
         let judges_sockets = self.datapath.hooks().has(Hook::Socket);
         let found = self.rules.find(&mut self.finder, &self.netlink, &pods, &self.pods, judges_sockets);
         let mut wanted = found.await;
+        wanted.add_bridges(&self.links);
+        if !self.datapath.hooks().has(Hook::FromPod) && !wanted.entries.is_empty() {
+            wanted.add_node(netns::addresses().unwrap_or_default());
+        }
         // What comes of what all pods and their places are is better than what an earlier agent knew.
         self.keeps_grants &= self.is_locating() || !self.pods.is_synced();
         if self.keeps_grants {
             // What an earlier agent knew stays until there is better knowledge. Cookies and ids of cgroups are never given
             // again, and an interface with another pod's index has lost what was granted to it.
-            for (exemption, grant) in self.datapath.granted()? {
+            let granted = self.datapath.granted()?;
+            for (exemption, grant) in granted.entries {
                 if self.rules.mean_pods(grant.rule) {
-                    wanted.entry(exemption).or_insert(grant);
+                    wanted.entries.entry(exemption).or_insert(grant);
                 }
             }
+            wanted.sources.extend(granted.sources);
         }
         Ok(wanted)
     }
 }
 
-/// Those of the links that are pods'.
-fn of_pods<'l>(
-    links: &'l BTreeMap<u32, Link>,
-    uplinks: &BTreeSet<u32>,
-    interfaces: &Interfaces,
-) -> Vec<&'l Link> {
-    links.values().filter(|link| role(link, uplinks, interfaces) == Role::Pod).collect()
+/// Returns the host-side interfaces of pods.
+fn of_pods<'l>(links: &'l BTreeMap<u32, Link>, uplinks: &Uplinks, interfaces: &Interfaces) -> Vec<&'l Link> {
+    links.values().filter(|link| assign(link, uplinks, interfaces, false).role == Role::Pod).collect()
 }

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use super::{Guard, unless};
-use crate::{datapath::DatapathError, node::links::Link};
+use super::{Guard, links, unless};
+use crate::{datapath::DatapathError, node::links::Link, state::Uplinks};
 
 /// How many links are looked at before news has its turn: a millisecond's worth.
 const LINKS_AT_ONCE: usize = 8;
@@ -23,6 +23,7 @@ impl Guard {
                     self.see(link).await;
                 }
             }
+            self.update_uplinks().await;
         }
         self.round = self.links.keys().copied().collect();
         begun
@@ -46,8 +47,8 @@ impl Guard {
             return Ok(());
         }
         self.restore_exemptions().await?;
-        // Once more, where the directory had to be made again.
-        self.datapath.announce_ready()
+        // Again, if another program removed the directory.
+        if self.is_ready { self.datapath.announce_ready() } else { Ok(()) }
     }
 
     /// Reads everything anew and puts right what is not as it should be. What fails on one interface is in
@@ -55,22 +56,28 @@ impl Guard {
     pub(super) async fn resync(&mut self) -> Result<(), DatapathError> {
         // Guarding goes on without pins; what comes of it is said at the end.
         let around = self.look_around();
-        for link in self.read_links().await? {
+        // Node-wide hooks come first: they cover all pods at once, and their attachments do not wait.
+        let mut links = self.read_links().await?;
+        self.uplinks = Uplinks::new(self.routed.clone(), links.iter());
+        links.sort_by_key(|link| (link.leads_elsewhere(), !self.uplinks.contain(link.index)));
+        for link in links {
             self.see(link).await;
         }
         self.locate(usize::MAX).await;
-        // Who should pass and does not is no reason to guard nobody.
+        // A failure to exempt pods must not keep the agent from denying others.
         unless(true, self.restore_exemptions().await)?;
-        self.settled = true;
-        around?;
-        self.datapath.announce_ready()
+        if !std::mem::replace(&mut self.initial_sync_done, true) {
+            self.initial = links::initial(&self.queue);
+            self.announce_ready();
+        }
+        around
     }
 
     /// Looks at all but links.
     fn look_around(&mut self) -> Result<(), DatapathError> {
         let restored = self.datapath.restore_pins();
         if let Ok(true) = restored
-            && self.settled
+            && self.initial_sync_done
         {
             self.repairs.pinned += 1;
             log::warn!("restored what was missing from {}", self.datapath.pins().root().display());
@@ -86,7 +93,7 @@ impl Guard {
 
     /// All links of the node. Those that are gone are forgotten.
     async fn read_links(&mut self) -> Result<Vec<Link>, DatapathError> {
-        self.uplinks = self.netlink.uplinks().await?;
+        self.routed = self.netlink.uplinks().await?;
         let links = self.netlink.links().await?;
         let present: BTreeSet<u32> = links.iter().map(|link| link.index).collect();
         let known = self.links.keys().copied().chain(self.datapath.known());

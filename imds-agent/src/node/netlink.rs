@@ -1,6 +1,13 @@
 //! rtnetlink: the interfaces, the ways out of the node, filters, and news of each.
 
-use std::{collections::BTreeSet, fs::File, future::ready, io, net::Ipv4Addr, os::fd::AsRawFd as _};
+use std::{
+    collections::BTreeSet,
+    fs::File,
+    future::ready,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::AsRawFd as _,
+};
 
 use futures_util::{Stream, StreamExt as _, TryStreamExt as _, stream};
 use nix::net::if_::if_nameindex;
@@ -8,9 +15,9 @@ use rtnetlink::{
     Handle, MulticastGroup, RouteMessageBuilder,
     packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
     packet_route::{
-        RouteNetlinkMessage,
+        AddressFamily, RouteNetlinkMessage,
         nsid::{NsidAttribute, NsidMessage},
-        route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType},
+        route::{RouteAddress, RouteAttribute, RouteMessage, RouteType},
     },
 };
 use thiserror::Error;
@@ -67,7 +74,7 @@ pub enum Event {
 /// Destination of a route.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Destination {
-    address: Ipv4Addr,
+    address: IpAddr,
     prefix_length: u8,
 }
 
@@ -75,7 +82,7 @@ pub struct Destination {
 #[derive(Clone, Debug)]
 pub struct Netlink {
     handle: Handle,
-    endpoints: Vec<Ipv4Addr>,
+    endpoints: Vec<IpAddr>,
 }
 
 impl Netlink {
@@ -87,14 +94,14 @@ impl Netlink {
         Ok(Self { handle, endpoints: Vec::new() })
     }
 
-    /// The same connection, for which routes to these guarded addresses lead to uplinks.
+    /// Sets the protected addresses: routes to them lead to uplinks.
     #[must_use]
-    pub fn with_endpoints(self, endpoints: Vec<Ipv4Addr>) -> Self {
+    pub fn with_endpoints(self, endpoints: Vec<IpAddr>) -> Self {
         Self { endpoints, ..self }
     }
 
-    /// Whether a route to `destination` may decide which interfaces are uplinks: true of a default route, false of the
-    /// host route that comes with a pod.
+    /// Reports whether a route to `destination` may lead to a protected endpoint: true of a default route, false of the host
+    /// route of a pod.
     #[must_use]
     pub fn may_be_way_out(&self, destination: Destination) -> bool {
         destination.prefix_length == 0 || self.endpoints.iter().any(|&endpoint| destination.has(endpoint))
@@ -102,7 +109,13 @@ impl Netlink {
 
     /// All news from now on: of filters only where `filters` says so. The stream never ends while the kernel can be heard.
     pub fn events(filters: bool) -> Result<impl Stream<Item = Event> + Unpin, NetlinkError> {
-        let mut groups = vec![MulticastGroup::Link, MulticastGroup::Ipv4Route, MulticastGroup::Ipv4Rule];
+        let mut groups = vec![
+            MulticastGroup::Link,
+            MulticastGroup::Ipv4Route,
+            MulticastGroup::Ipv4Rule,
+            MulticastGroup::Ipv6Route,
+            MulticastGroup::Ipv6Rule,
+        ];
         if filters {
             groups.push(MulticastGroup::Tc);
         }
@@ -132,45 +145,86 @@ impl Netlink {
         Ok(links)
     }
 
-    /// Indices of the interfaces through which the node leaves: for the main table's default routes, and for the routes
-    /// that the kernel chooses to the guarded endpoints.
+    /// Indices of the interfaces by which packets can leave the node for a protected endpoint: those of all routes, in
+    /// whatever table, that lead there, and those that the kernel chooses for the node's own packets.
     ///
-    /// Only IPv4 routes count: an IPv6 default route can come from a router advertisement, which a pod can send.
+    /// A router advertisement of a pod can make the pod's link an uplink. Uplinks get an additional hook and lose none, so
+    /// that this does no harm.
     pub async fn uplinks(&self) -> Result<BTreeSet<u32>, NetlinkError> {
-        let dump = self.handle.route().get(RouteMessageBuilder::<Ipv4Addr>::new().build()).execute();
-        let mut uplinks: BTreeSet<u32> = dump
-            .try_filter(|route| ready(is_main_default(route)))
-            .map_ok(|route| outgoing(&route))
-            .try_collect::<Vec<_>>()
-            .await
-            .map_err(|error| NetlinkError::from_rtnetlink("dumping routes", error))?
-            .into_iter()
-            .flatten()
-            .collect();
-
+        let mut uplinks = BTreeSet::new();
+        let requests =
+            [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()];
+        for request in requests {
+            let routes = self.handle.route().get(request).execute();
+            let leaving = routes.try_filter(|route| ready(self.leads_to_endpoint(route)));
+            let interfaces = leaving.map_ok(|route| outgoing(&route)).try_collect::<Vec<_>>().await;
+            match interfaces {
+                Ok(interfaces) => uplinks.extend(interfaces.into_iter().flatten()),
+                Err(error) => {
+                    let error = NetlinkError::from_rtnetlink("dumping routes", error);
+                    // A kernel without IPv6.
+                    if error.errno() != Some(libc::EAFNOSUPPORT) && error.errno() != Some(libc::EOPNOTSUPP) {
+                        return Err(error);
+                    }
+                }
+            }
+        }
         for &endpoint in &self.endpoints {
             uplinks.extend(self.way_to(endpoint).await?);
         }
         Ok(uplinks)
     }
 
-    /// Indices of the interfaces through which the kernel sends to `endpoint`; none where it is unreachable.
-    async fn way_to(&self, endpoint: Ipv4Addr) -> Result<Vec<u32>, NetlinkError> {
-        let to_endpoint = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(endpoint, 32).build();
-        let mut route = std::pin::pin!(self.handle.route().get(to_endpoint).execute());
+    fn leads_to_endpoint(&self, route: &RouteMessage) -> bool {
+        route.header.kind == RouteType::Unicast && self.may_be_way_out(Destination::of(route))
+    }
+
+    /// Indices of the interfaces through which the kernel sends to `endpoint`; none if it is unreachable.
+    async fn way_to(&self, endpoint: IpAddr) -> Result<Vec<u32>, NetlinkError> {
+        Ok(self
+            .route_to(endpoint)
+            .await?
+            .filter(|route| route.header.kind == RouteType::Unicast)
+            .map_or_else(Vec::new, |route| outgoing(&route)))
+    }
+
+    /// Reports which of the protected addresses are local to the node, so that its own sockets receive packets for them.
+    pub async fn local_endpoints(&self) -> Result<Vec<IpAddr>, NetlinkError> {
+        let mut local = Vec::new();
+        for &endpoint in &self.endpoints {
+            let route = self.route_to(endpoint).await?;
+            local.extend(route.filter(|route| route.header.kind == RouteType::Local).map(|_| endpoint));
+        }
+        Ok(local)
+    }
+
+    /// The route that the kernel chooses for the node's packets to `endpoint`; `None` if it has none.
+    async fn route_to(&self, endpoint: IpAddr) -> Result<Option<RouteMessage>, NetlinkError> {
+        let request = match endpoint {
+            IpAddr::V4(address) => {
+                RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(address, 32).build()
+            }
+            IpAddr::V6(address) => {
+                RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(address, 128).build()
+            }
+        };
+        let mut route = std::pin::pin!(self.handle.route().get(request).execute());
         match route.try_next().await {
-            Ok(Some(route)) if route.header.kind == RouteType::Unicast => Ok(outgoing(&route)),
-            Ok(_) => Ok(Vec::new()),
+            Ok(route) => Ok(route),
             Err(error) => {
                 let error =
                     NetlinkError::from_rtnetlink(format!("looking up the route to {endpoint}"), error);
-                if !matches!(
-                    error.errno(),
-                    Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EACCES | libc::EINVAL)
-                ) {
-                    return Err(error);
+                match error.errno() {
+                    Some(
+                        libc::ENETUNREACH
+                        | libc::EHOSTUNREACH
+                        | libc::EACCES
+                        | libc::EINVAL
+                        | libc::EAFNOSUPPORT
+                        | libc::EOPNOTSUPP,
+                    ) => Ok(None),
+                    _ => Err(error),
                 }
-                Ok(Vec::new())
             }
         }
     }
@@ -274,23 +328,25 @@ impl Event {
 impl Destination {
     fn of(route: &RouteMessage) -> Self {
         let address = route.attributes.iter().find_map(|attribute| match attribute {
-            RouteAttribute::Destination(RouteAddress::Inet(address)) => Some(*address),
+            RouteAttribute::Destination(RouteAddress::Inet(address)) => Some(IpAddr::V4(*address)),
+            RouteAttribute::Destination(RouteAddress::Inet6(address)) => Some(IpAddr::V6(*address)),
             _ => None,
         });
-        let address = address.unwrap_or(Ipv4Addr::UNSPECIFIED);
-        Self { address, prefix_length: route.header.destination_prefix_length }
+        let any = match route.header.address_family {
+            AddressFamily::Inet6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+            _ => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        };
+        Self { address: address.unwrap_or(any), prefix_length: route.header.destination_prefix_length }
     }
 
-    fn has(self, address: Ipv4Addr) -> bool {
-        let difference = u32::from(self.address) ^ u32::from(address);
-        difference.leading_zeros() >= u32::from(self.prefix_length)
+    fn has(self, address: IpAddr) -> bool {
+        let common = match (self.address, address) {
+            (IpAddr::V4(own), IpAddr::V4(other)) => (u32::from(own) ^ u32::from(other)).leading_zeros(),
+            (IpAddr::V6(own), IpAddr::V6(other)) => (u128::from(own) ^ u128::from(other)).leading_zeros(),
+            (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => return false,
+        };
+        common >= u32::from(self.prefix_length)
     }
-}
-
-fn is_main_default(route: &RouteMessage) -> bool {
-    route.header.table == RouteHeader::RT_TABLE_MAIN
-        && route.header.destination_prefix_length == 0
-        && route.header.kind == RouteType::Unicast
 }
 
 /// The interfaces through which a route leaves.
@@ -318,18 +374,25 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn which_routes_decide_the_uplink() {
+    async fn routes_to_endpoints_lead_to_uplinks() {
         let any = Ipv4Addr::UNSPECIFIED;
         let endpoints = [Ipv4Addr::new(169, 254, 169, 254), Ipv4Addr::new(168, 63, 129, 16)];
+        let endpoint_v6 = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
         let netlink = Netlink::connect().unwrap();
-        let with_endpoints = netlink.clone().with_endpoints(endpoints.to_vec());
-        let leads =
-            |destination, length| with_endpoints.may_be_way_out(Destination::of(&route(destination, length)));
+        let all = endpoints.into_iter().map(IpAddr::from).chain([endpoint_v6.into()]).collect();
+        let with_endpoints = netlink.clone().with_endpoints(all);
+        let leads = |destination, length| with_endpoints.leads_to_endpoint(&route(destination, length));
         assert!(leads(any, 0) && leads(Ipv4Addr::new(169, 254, 0, 0), 16));
         assert!(leads(endpoints[0], 32) && leads(endpoints[1], 32));
         assert!(!leads(Ipv4Addr::new(10, 0, 0, 7), 32) && !leads(Ipv4Addr::new(169, 254, 169, 253), 32));
-        assert!(!netlink.may_be_way_out(Destination::of(&route(endpoints[0], 32))));
-        assert!(is_main_default(&route(any, 0)) && !is_main_default(&route(endpoints[0], 32)));
+        assert!(!netlink.leads_to_endpoint(&route(endpoints[0], 32)));
+        let leads_v6 = |destination, length| {
+            let route =
+                RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(destination, length).build();
+            with_endpoints.leads_to_endpoint(&route)
+        };
+        assert!(leads_v6(Ipv6Addr::UNSPECIFIED, 0) && leads_v6(endpoint_v6, 128));
+        assert!(!leads_v6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 64));
         assert_eq!(outgoing(&route(any, 0)), [3]);
     }
 }

@@ -1,10 +1,11 @@
 //! Network namespaces: the node's, in which the agent runs, and others.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io,
     mem::size_of,
-    net::UdpSocket,
+    net::{IpAddr, UdpSocket},
     os::{
         fd::{AsFd, AsRawFd as _, BorrowedFd},
         unix::fs::MetadataExt as _,
@@ -13,7 +14,10 @@ use std::{
     thread,
 };
 
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::{
+    ifaddrs::{InterfaceAddress, getifaddrs},
+    sched::{CloneFlags, setns, unshare},
+};
 
 /// `SO_NETNS_COOKIE` (Linux 5.14, commit e8b9eab99232), which no library has yet.
 const SO_NETNS_COOKIE: libc::c_int = 71;
@@ -68,12 +72,33 @@ pub fn this_inode() -> io::Result<u32> {
     u32::try_from(inode("/proc/thread-self/ns/net")?).map_err(io::Error::other)
 }
 
-/// Cookie of the network namespace that `namespace` is a file of; `None` where an older kernel has none to tell.
-pub fn cookie_of(namespace: &File) -> io::Result<Option<u64>> {
-    match inside(namespace, cookie)? {
-        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(None),
-        cookie => cookie.map(Some),
-    }
+/// Properties of a network namespace by which the datapath knows its senders.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct NetnsIdentity {
+    /// Cookie of the namespace; `None` before Linux 5.14.
+    pub cookie: Option<u64>,
+    /// Addresses of its interfaces, without those of loopback.
+    pub addresses: BTreeSet<IpAddr>,
+}
+
+/// Reads the identity of the network namespace that `namespace` is a file of. Enters it, which takes `CAP_SYS_ADMIN`.
+pub fn identity_of(namespace: &File) -> io::Result<NetnsIdentity> {
+    let (cookie, addresses) = inside(namespace, || (cookie(), addresses()))?;
+    let cookie = match cookie {
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => None,
+        cookie => Some(cookie?),
+    };
+    Ok(NetnsIdentity { cookie, addresses: addresses? })
+}
+
+/// Addresses of the interfaces in the calling thread's network namespace, without those of loopback.
+pub fn addresses() -> io::Result<BTreeSet<IpAddr>> {
+    let address = |interface: InterfaceAddress| {
+        let storage = interface.address?;
+        let v4 = storage.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
+        v4.or_else(|| storage.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip())))
+    };
+    Ok(getifaddrs()?.filter_map(address).filter(|address| !address.is_loopback()).collect())
 }
 
 fn inode(path: &str) -> io::Result<u64> {

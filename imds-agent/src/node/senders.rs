@@ -6,6 +6,7 @@ use std::{
     fmt::Display,
     fs::{self, File},
     io,
+    net::IpAddr,
     os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
@@ -14,7 +15,7 @@ use super::{
     cgroup,
     links::Link,
     netlink::Netlink,
-    netns,
+    netns::{self, NetnsIdentity},
     process::{PROC, Process},
 };
 
@@ -32,6 +33,8 @@ pub struct Senders {
     pub cookies: BTreeSet<u64>,
     /// Ids of their cgroups v2.
     pub cgroups: BTreeSet<u64>,
+    /// Addresses of the pods, by the index of the host-side interface.
+    pub addresses: BTreeMap<u32, BTreeSet<IpAddr>>,
     /// Why some of this is not known.
     pub failures: BTreeSet<String>,
     /// One of them whose network namespace has no cookie to tell, as before Linux 5.14: only sockets are judged by it.
@@ -58,8 +61,9 @@ pub(super) struct Namespace {
 pub struct Finder {
     /// Inode number of the node's network namespace.
     pub(super) node: u64,
-    /// Cookies of the namespaces behind links, by index and the namespace's id: the same for as long as the link exists.
-    behind: BTreeMap<(u32, i32), Option<u64>>,
+    /// Identities of the namespaces behind links, by index and the namespace's id. The cookie of a link never changes; its
+    /// addresses are read again after [`Finder::refresh`].
+    behind: BTreeMap<(u32, i32), NetnsIdentity>,
 }
 
 impl Finder {
@@ -76,7 +80,7 @@ impl Finder {
             senders.interfaces.insert(link.index);
             let Some(id) = link.peer_netns else { continue };
             match self.behind.get(&(link.index, id)) {
-                Some(cookie) => senders.add_cookie(&link.name, *cookie),
+                Some(identity) => senders.add_identity(&link.name, identity, [link.index]),
                 None => drop(unknown.insert(id, *link)),
             }
         }
@@ -86,10 +90,13 @@ impl Finder {
         for namespace in self.namespaces() {
             let Ok(Some(id)) = netlink.netns_id(&namespace.file).await else { continue };
             let Some(link) = unknown.remove(&id) else { continue };
-            match netns::cookie_of(&namespace.file) {
-                Ok(cookie) => {
-                    self.behind.insert((link.index, id), cookie);
-                    senders.add_cookie(&link.name, cookie);
+            match netns::identity_of(&namespace.file) {
+                Ok(identity) => {
+                    senders.add_identity(&link.name, &identity, [link.index]);
+                    // A pod without an address is still being set up.
+                    if !identity.addresses.is_empty() {
+                        self.behind.insert((link.index, id), identity);
+                    }
                 }
                 Err(error) => {
                     senders.fail(format!("can't enter the network namespace behind {}: {error}", link.name));
@@ -103,6 +110,20 @@ impl Finder {
             ));
         }
         senders
+    }
+
+    /// Reads the addresses of pods again at the next search.
+    pub fn refresh(&mut self) {
+        self.behind.clear();
+    }
+
+    /// Ids of the network namespaces in which processes run, as [`Link::peer_netns`] has them.
+    pub async fn inhabited(&self, netlink: &Netlink) -> BTreeSet<i32> {
+        let mut ids = BTreeSet::new();
+        for namespace in self.namespaces_of(process_namespaces()) {
+            ids.extend(netlink.netns_id(&namespace.file).await.ok().flatten());
+        }
+        ids
     }
 
     /// Forgets all links but these.
@@ -176,13 +197,11 @@ impl Finder {
 
     /// All but the node's own that a name or a process leads to.
     fn namespaces(&self) -> Vec<Namespace> {
+        self.namespaces_of(NAMED.into_iter().flat_map(entries).chain(process_namespaces()))
+    }
+
+    fn namespaces_of(&self, paths: impl Iterator<Item = PathBuf>) -> Vec<Namespace> {
         let mut seen = BTreeSet::from([self.node]);
-        let named = NAMED.into_iter().flat_map(entries);
-        let processes = entries(PROC).filter(|path| {
-            let name = path.file_name().unwrap_or_default().as_encoded_bytes();
-            name.iter().all(u8::is_ascii_digit)
-        });
-        let paths = named.chain(processes.map(|path| path.join("ns/net")));
         // What can't be opened is missing in the end, which is said there.
         let is_new = |path: &PathBuf| fs::metadata(path).is_ok_and(|metadata| seen.insert(metadata.ino()));
         paths.filter(is_new).filter_map(|path| Namespace::open(&path).ok()).collect()
@@ -208,6 +227,9 @@ impl Senders {
         self.interfaces.extend(&others.interfaces);
         self.cookies.extend(&others.cookies);
         self.cgroups.extend(&others.cgroups);
+        for (index, addresses) in &others.addresses {
+            self.addresses.entry(*index).or_default().extend(addresses);
+        }
         self.failures.extend(others.failures.iter().cloned());
         if self.without_cookie.is_none() {
             self.without_cookie.clone_from(&others.without_cookie);
@@ -222,26 +244,31 @@ impl Senders {
         netlink: &Netlink,
         pods: &[&Link],
     ) -> Option<i32> {
-        match netns::cookie_of(&namespace.file) {
-            Ok(cookie) => self.add_cookie(&what.to_string(), cookie),
+        let identity = match netns::identity_of(&namespace.file) {
+            Ok(identity) => identity,
             Err(error) => {
                 self.fail(format!("can't enter the network namespace of {what}: {error}"));
                 return None;
             }
-        }
+        };
+        self.add_identity(&what.to_string(), &identity, []);
         // As long as the file is open the namespace is there, and its id no other's. Where it has none no link leads
         // there: it is reached by macvlan, or not yet at all.
         let id = netlink.netns_id(&namespace.file).await.unwrap_or_else(|error| {
             self.fail(format!("can't find the links of {what}: {:#}", anyhow::Error::from(error)));
             None
         })?;
-        let links = pods.iter().filter(|link| link.peer_netns == Some(id));
-        self.interfaces.extend(links.map(|link| link.index));
+        let links = pods.iter().filter(|link| link.peer_netns == Some(id)).map(|link| link.index);
+        self.interfaces.extend(links.clone());
+        self.add_identity(&what.to_string(), &identity, links);
         Some(id)
     }
 
-    fn add_cookie(&mut self, what: &str, cookie: Option<u64>) {
-        match cookie {
+    fn add_identity(&mut self, what: &str, identity: &NetnsIdentity, links: impl IntoIterator<Item = u32>) {
+        for index in links {
+            self.addresses.entry(index).or_default().extend(&identity.addresses);
+        }
+        match identity.cookie {
             Some(cookie) => drop(self.cookies.insert(cookie)),
             None => drop(self.without_cookie.get_or_insert_with(|| what.to_owned())),
         }
@@ -270,6 +297,15 @@ pub(super) fn below(top: &Path) -> Vec<PathBuf> {
         directories.extend(level.iter().cloned());
     }
     directories
+}
+
+/// Files of the network namespaces of all processes.
+fn process_namespaces() -> impl Iterator<Item = PathBuf> {
+    let processes = entries(PROC).filter(|path| {
+        let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+        name.iter().all(u8::is_ascii_digit)
+    });
+    processes.map(|path| path.join("ns/net"))
 }
 
 fn entries(directory: impl AsRef<Path>) -> impl Iterator<Item = PathBuf> {

@@ -20,9 +20,12 @@ impl Report {
         names: &BTreeMap<Subject, Identity>,
     ) -> Result<(), DatapathError> {
         let granted = exemptions::read(maps).map_err(unreadable)?;
-        let rules = if granted.is_empty() { Vec::new() } else { rules(maps)? };
+        let is_of_pod = |exemption: &Exemption| exemption.subject.kind != SubjectKind::Bridge as u64;
+        let entries: Vec<_> =
+            granted.entries.into_iter().filter(|(exemption, _)| is_of_pod(exemption)).collect();
+        let rules = if entries.is_empty() { Vec::new() } else { rules(maps)? };
         let sender = |(exemption, grant)| self.sender(exemption, grant, &rules, names);
-        let mut senders: Vec<_> = granted.into_iter().map(sender).collect();
+        let mut senders: Vec<_> = entries.into_iter().map(sender).collect();
         let key = |sender: &ExemptSender| {
             let ExemptSender { rule, interface, netns_cookie, cgroup, endpoint, .. } = sender.clone();
             (rule, interface.is_none(), interface, netns_cookie, cgroup, endpoint)
@@ -64,7 +67,8 @@ impl Report {
             }
             Some(SubjectKind::Netns) => sender.netns_cookie = Some(subject.id),
             Some(SubjectKind::Cgroup) => sender.cgroup = Some(subject.id),
-            None => {}
+            // Bridges stand for the pods behind them, which are listed themselves.
+            Some(SubjectKind::Bridge) | None => {}
         }
         sender
     }

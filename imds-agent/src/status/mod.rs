@@ -1,34 +1,32 @@
 //! What is in force, as the kernel says it: whether or not an agent runs.
 
 mod exemptions;
+mod interfaces;
 mod report;
 mod table;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-use imds_ebpf_common::{
-    Answer, AttachMode, CounterKey, Hook, Mode, Policy, Role, Subject, SubjectKind, TcHook, names::tc_program,
-};
+use imds_ebpf_common::{Answer, CounterKey, Hook, Mode, Policy, Subject};
 
 pub use self::report::{
-    Agent, Configuration, Endpoint, ExemptSender, HostReport, Interface, Problem, Provider, Refused, Report,
-    SocketReport, State,
+    Agent, Configuration, Endpoint, ExemptSender, HookAttachment, HostReport, Interface, Problem, Provider,
+    Refused, Report, SocketReport, State,
 };
 use crate::{
-    config::{Hooks, Interfaces},
+    config::Hooks,
     datapath::{
-        DatapathError, bpf, clsact, config,
+        DatapathError, config,
         counters::{self, Counts},
         endpoints, home, hosts,
         object::{self, Maps, ObjectError},
-        pins::{self, AttachPoint, PinDir},
-        pods, records, sockets,
+        pins::PinDir,
+        pods, sockets,
     },
-    endpoints::{Endpoint as Guarded, Keep, ipv4},
-    node::{kubepods, links::Link, netlink::Netlink},
+    endpoints::{Endpoint as Guarded, Keep},
+    node::{kubepods, netlink::Netlink},
     pods::Identity,
-    reconcile::{Attachment, Order},
-    state,
+    state::Uplinks,
     version::VERSION,
 };
 
@@ -134,11 +132,12 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
         let counted = counts.remove(&(CounterKey::DEPARTED, Hook::HostNetwork as u8));
         report.add_hosts(hosts::missing(pins)?, counted.unwrap_or_default());
     }
-    let uplinks = netlink.uplinks().await?;
+    let links = netlink.links().await?;
+    let uplinks = Uplinks::new(netlink.uplinks().await?, links.iter());
     report.kubernetes = pods::lookup(&maps).map_err(unreadable)?;
     let names = pods::read(&maps).map_err(unreadable)?;
     let node = Node { pins, maps: &maps, netlink: &netlink, uplinks, hooks, names: &names };
-    for link in netlink.links().await? {
+    for link in links {
         report.add(&link, &node, &mut counts).await?;
     }
     report.add_exemptions(&maps, &names)?;
@@ -221,63 +220,7 @@ impl Report {
         if self.endpoints.is_empty() && self.mode != Some(Mode::Off.name()) {
             self.problem(None, "no endpoint is guarded", "start `imds-agent run`");
         }
-        Ok(netlink.clone().with_endpoints(ipv4(&guarded)))
-    }
-
-    async fn add(
-        &mut self,
-        link: &Link,
-        node: &Node<'_>,
-        counts: &mut BTreeMap<(u32, u8), Counts>,
-    ) -> Result<(), DatapathError> {
-        let mut sum = Counts::default();
-        for edge in TcHook::ALL {
-            sum += counts.remove(&(link.index, edge.hook() as u8)).unwrap_or_default();
-        }
-        self.total += sum;
-        // The agent knows the configuration, this command does not.
-        let recorded = records::get(node.maps, link.index).and_then(|record| Role::from_u8(record.role));
-        let role = recorded.unwrap_or_else(|| state::role(link, &node.uplinks, &Interfaces::default()));
-        let wanted = role.edge().filter(|edge| node.hooks.has(edge.hook()));
-        let attachment = match wanted {
-            Some(edge) => attachment(link, edge, node).await?,
-            None => None,
-        };
-        if wanted.is_some() {
-            self.judge(&link.name, attachment);
-        }
-        self.interfaces.push(Interface {
-            ifindex: link.index,
-            name: link.name.clone(),
-            pod: node.names.get(&Subject::new(SubjectKind::Interface, link.index.into())).cloned(),
-            role: role.name(),
-            hook: wanted.map(|edge| edge.hook().name()),
-            guard: attachment.map(|attachment| attachment.backend.name()),
-            first: attachment.map(|attachment| attachment.place == Order::First),
-            counts: sum,
-        });
-        Ok(())
-    }
-
-    fn judge(&mut self, name: &str, attachment: Option<Attachment>) {
-        let Some(attachment) = attachment else {
-            let remedy =
-                if self.agent.running { "the agent's log says why" } else { "start `imds-agent run`" };
-            return self.problem(Some(name), "is not guarded", remedy);
-        };
-        if attachment.place != Order::First {
-            let remedy =
-                format!("`bpftool net show` and `tc filter show dev {name} ingress` (or egress) name them");
-            self.problem(Some(name), "other programs see packets first and can let them pass", remedy);
-        }
-        if !attachment.current {
-            let remedy = "an agent that starts replaces it";
-            self.problem(Some(name), "runs another program than the pinned one", remedy);
-        }
-        if !attachment.pinned {
-            let remedy = "a running agent pins it again";
-            self.problem(Some(name), "the link is not pinned: it ends with the agent", remedy);
-        }
+        Ok(netlink.clone().with_endpoints(guarded.iter().map(|endpoint| endpoint.address).collect()))
     }
 }
 
@@ -286,29 +229,9 @@ struct Node<'a> {
     pins: &'a PinDir,
     maps: &'a Maps,
     netlink: &'a Netlink,
-    uplinks: BTreeSet<u32>,
+    uplinks: Uplinks,
     hooks: Hooks,
     names: &'a BTreeMap<Subject, Identity>,
-}
-
-/// What guards an edge of an interface; TCX runs before clsact, so it is the one to name where there are both.
-async fn attachment(link: &Link, edge: TcHook, node: &Node<'_>) -> Result<Option<Attachment>, DatapathError> {
-    let spot = AttachPoint { ifindex: link.index, edge };
-    let program = object::pinned_program(node.pins, tc_program(edge, link.frame))?;
-    let pinned = pins::open(&node.pins.link(spot))?.and_then(|fd| bpf::link(fd).ok().flatten());
-    // A kernel without TCX answers with an error: then there is nothing.
-    let entries = bpf::tcx_entries(spot.ifindex, spot.direction()).unwrap_or_default();
-    let is_pinned = |entry: &bpf::Entry| pinned.is_some_and(|pinned| pinned.id == entry.link);
-    let is_ours = |entry: &bpf::Entry| is_pinned(entry) || entry.program == program;
-    if let Some((position, entry)) = entries.iter().enumerate().find(|(_, entry)| is_ours(entry)) {
-        return Ok(Some(Attachment {
-            backend: AttachMode::Tcx,
-            current: entry.program == program,
-            pinned: is_pinned(entry),
-            place: if position == 0 { Order::First } else { Order::NotFirst },
-        }));
-    }
-    Ok(clsact::attachment(node.netlink, spot, program).await?)
 }
 
 fn unreadable(source: aya::maps::MapError) -> DatapathError {

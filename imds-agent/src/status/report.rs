@@ -2,12 +2,14 @@
 
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
+use imds_ebpf_common::Hook;
 use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::{
     datapath::counters::Counts,
     pods::{Identity, Lookup},
+    reconcile::Order,
 };
 
 /// The whole of it.
@@ -69,8 +71,15 @@ impl Report {
         if !self.agent.ready {
             uncovered.push("not every interface was looked at yet".to_owned());
         }
-        let interfaces = self.interfaces.iter().filter(|interface| !interface.is_covered());
-        uncovered.extend(interfaces.map(|interface| format!("interface {} is not guarded", interface.name)));
+        let is_node_wide =
+            self.hooks.iter().any(|&hook| hook == Hook::NodeEgress.name() || hook == Hook::Socket.name());
+        for Interface { name, attachments, .. } in &self.interfaces {
+            let missing = attachments.iter().filter(|attachment| !attachment.is_attached());
+            let missing = missing.filter(|attachment| !attachment.pending || !is_node_wide);
+            uncovered.extend(
+                missing.map(|attachment| format!("interface {name}: {} is not enforced", attachment.hook)),
+            );
+        }
         if self.sockets.as_ref().is_some_and(|sockets| !sockets.attached) {
             uncovered.push("sockets are not guarded".to_owned());
         }
@@ -179,24 +188,53 @@ pub struct Interface {
     pub name: String,
     /// The pod behind it, where one is known.
     pub pod: Option<Identity>,
-    /// What it is to the guard.
+    /// Part that it plays on the node.
     pub role: &'static str,
-    /// The hook that is to guard it, of those that are on.
-    pub hook: Option<&'static str>,
-    /// How it is guarded, if it is.
-    pub guard: Option<&'static str>,
-    /// Whether no other program sees its packets before; `None` where it is not guarded.
-    pub first: Option<bool>,
+    /// Attachments that it should have, of the hooks that are on.
+    pub attachments: Vec<HookAttachment>,
     /// What was counted there.
     #[serde(flatten)]
     pub counts: Counts,
 }
 
-impl Interface {
-    /// Whether it is guarded, where it is to be.
+/// A TC hook that an interface should have, and the program there.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct HookAttachment {
+    /// Name of the hook.
+    pub hook: &'static str,
+    /// Attach mode of the agent's program: `tcx`, `clsact` or `netkit`; `None` if there is none.
+    pub attach_mode: Option<&'static str>,
+    /// Order among the programs of the hook: `first`, `not_first` or `blocked`; `None` if there is no program.
+    pub order: Option<&'static str>,
+    /// True while the attachment waits in the agent's attach queue.
+    pub pending: bool,
+}
+
+impl HookAttachment {
+    /// Reports whether the agent's program is attached.
     #[must_use]
-    pub fn is_covered(&self) -> bool {
-        self.hook.is_none() || self.guard.is_some()
+    pub fn is_attached(&self) -> bool {
+        self.attach_mode.is_some()
+    }
+
+    /// Reports whether the agent's program is attached and runs before all others.
+    #[must_use]
+    pub fn is_enforced(&self) -> bool {
+        self.order == Some(Order::First.name())
+    }
+}
+
+impl Interface {
+    /// Reports whether each desired program is attached.
+    #[must_use]
+    pub fn is_attached(&self) -> bool {
+        self.attachments.iter().all(HookAttachment::is_attached)
+    }
+
+    /// The attachment at the hook with this name, if the interface should have one.
+    #[must_use]
+    pub fn attachment(&self, hook: &str) -> Option<&HookAttachment> {
+        self.attachments.iter().find(|attachment| attachment.hook == hook)
     }
 }
 

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use comfy_table::{Cell, CellAlignment, Table, presets::NOTHING};
 
-use super::{Configuration, Endpoint, Provider, Report, State};
+use super::{Configuration, Endpoint, HookAttachment, Provider, Report, State};
 use crate::{
     datapath::counters::{Count, Counts},
     pods::Lookup,
@@ -122,17 +122,18 @@ impl Report {
         table.load_style(NOTHING);
         let has_pods = self.interfaces.iter().any(|interface| interface.pod.is_some());
         let mut header =
-            vec!["INTERFACE", "INDEX", "ROLE", "GUARD", "DENIED", "AUDITED", "ALLOWED", "EXEMPT"];
+            vec!["INTERFACE", "INDEX", "ROLE", "ATTACHED", "DENIED", "AUDITED", "ALLOWED", "EXEMPT"];
         header.extend(has_pods.then_some("POD"));
         table.set_header(header);
         for interface in &self.interfaces {
-            let guard = match (interface.guard, interface.first) {
-                (None, _) => "-".to_owned(),
-                (Some(guard), Some(true)) => format!("{guard}, first"),
-                (Some(guard), _) => format!("{guard}, not first"),
-            };
-            let known =
-                [interface.name.clone(), interface.ifindex.to_string(), interface.role.to_owned(), guard];
+            let attachments: Vec<_> = interface.attachments.iter().map(phrase_attachment).collect();
+            let attachments = if attachments.is_empty() { "-".to_owned() } else { attachments.join("; ") };
+            let known = [
+                interface.name.clone(),
+                interface.ifindex.to_string(),
+                interface.role.to_owned(),
+                attachments,
+            ];
             let pod = interface.pod.as_ref().map(Cell::new);
             table.add_row(known.map(Cell::new).into_iter().chain(cells(&interface.counts)).chain(pod));
         }
@@ -168,6 +169,17 @@ impl State {
             Self::Degraded => "degraded",
             Self::Unloaded => "unloaded",
         }
+    }
+}
+
+/// Phrases an attachment as `from_pod tcx`; the order is named if the program is not first.
+fn phrase_attachment(attachment: &HookAttachment) -> String {
+    let HookAttachment { hook, attach_mode, order, pending } = attachment;
+    match (attach_mode, order) {
+        (Some(mode), Some("first")) => format!("{hook} {mode}"),
+        (Some(mode), _) => format!("{hook} {mode}, not first"),
+        (None, _) if *pending => format!("{hook} pending"),
+        (None, _) => format!("{hook} not enforced"),
     }
 }
 

@@ -116,7 +116,7 @@ impl Model {
             (format!("{of}{}", first.problem), others.len())
         });
         let mut rows: Vec<_> =
-            report.interfaces.iter().filter(|interface| interface.hook.is_some()).map(row).collect();
+            report.interfaces.iter().filter(|interface| !interface.attachments.is_empty()).map(row).collect();
         let hook = |name: &str, counts: Counts| Row { name: name.to_owned(), counts, ..Row::default() };
         rows.extend(report.sockets.as_ref().map(|sockets| hook("(sockets)", sockets.counts)));
         rows.extend(report.host_network.as_ref().map(|hosts| hook("(hostNetwork)", hosts.counts)));
@@ -202,8 +202,12 @@ fn row(interface: &status::Interface) -> Row {
 }
 
 fn header(report: &Report) -> Vec<String> {
-    let guarded = report.interfaces.iter().filter(|interface| interface.guard.is_some()).count();
-    let wanted = report.interfaces.iter().filter(|interface| interface.hook.is_some()).count();
+    let guarded = report
+        .interfaces
+        .iter()
+        .filter(|interface| !interface.attachments.is_empty() && interface.is_attached())
+        .count();
+    let wanted = report.interfaces.iter().filter(|interface| !interface.attachments.is_empty()).count();
     let agent = match (report.agent.running, report.agent.pid) {
         (true, Some(pid)) => format!("running, pid {pid}"),
         (true, None) => "running".to_owned(),

@@ -5,7 +5,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use imds_ebpf_common::{AttachMode, CounterKey, Hook, Role, Service, TcHook, Verdict, endpoint::TCP};
+use imds_ebpf_common::{
+    AttachMode, CounterKey, Hook, InterfaceRecord, Role, Service, TcHook, TcHookSet, Verdict, endpoint::TCP,
+};
 use tokio::time::sleep;
 
 use super::{
@@ -96,13 +98,17 @@ async fn covered(edge: TcHook, device: &dyn Device, maps: &Maps, is_followed: bo
     let start = Instant::now();
     while start.elapsed() < FOLLOWING {
         let record = records::get(maps, *ifindex).filter(|record| unpadded(&record.name) == *name);
-        match record.and_then(|record| Some((Role::from_u8(record.role)?, record.backend))) {
-            Some((role, _)) if role.edge() != Some(edge) => {
+        let attached = |record: InterfaceRecord| {
+            let mode = record.attach_modes.get(edge as usize).copied().unwrap_or_default();
+            Some((Role::from_u8(record.role)?, TcHookSet::from_bits(record.hooks), mode))
+        };
+        match record.and_then(attached) {
+            Some((role, hooks, _)) if !hooks.has(edge) => {
                 // An include or exclude of the configuration.
                 let reason = format!("the configuration makes {name} an interface of role {}", role.name());
                 return Err((reason, Outcome::Unproven));
             }
-            Some((_, backend)) if backend != AttachMode::None as u8 => return Ok(()),
+            Some((_, _, backend)) if backend != AttachMode::None as u8 => return Ok(()),
             Some(_) | None => sleep(INTERVAL).await,
         }
     }

@@ -184,18 +184,23 @@ impl Guarding {
         let hook = edge.hook().name();
         let expected = "first at every interface";
         let mut interfaces = Vec::new();
-        interfaces.extend(self.status.interfaces.iter().filter(|interface| interface.hook == Some(hook)));
-        let not = |is_bad: fn(&status::Interface) -> bool, what| {
+        interfaces.extend(
+            self.status
+                .interfaces
+                .iter()
+                .filter_map(|interface| Some((interface, interface.attachment(hook)?))),
+        );
+        let not = |is_bad: fn(&status::HookAttachment) -> bool, what| {
             let names: BTreeSet<_> = interfaces
                 .iter()
-                .filter(|interface| is_bad(interface))
-                .map(|interface| &*interface.name)
+                .filter(|(_, attachment)| is_bad(attachment))
+                .map(|(interface, _)| &*interface.name)
                 .collect();
             let names: Vec<_> = names.into_iter().collect();
             (!names.is_empty()).then(|| format!("{} {what}", names.join(", ")))
         };
-        let missing = not(|interface| interface.guard.is_none(), "not guarded");
-        let behind = not(|interface| interface.first == Some(false), "guarded behind other programs");
+        let missing = not(|attachment| !attachment.is_attached(), "not enforced");
+        let behind = not(|attachment| attachment.is_attached() && !attachment.is_enforced(), "not first");
         let wrong: Vec<_> = missing.into_iter().chain(behind).collect();
         if wrong.is_empty() {
             let found = format!("at {} of {0}", interfaces.len());
@@ -207,7 +212,7 @@ impl Guarding {
 
 /// How long to wait for an agent that runs to be through with what is new.
 fn patience(status: &status::Report) -> Duration {
-    match status.interfaces.iter().all(status::Interface::is_covered) {
+    match status.interfaces.iter().all(status::Interface::is_attached) {
         _ if !status.agent.ready => STARTING,
         true => Duration::ZERO,
         false => SETTLING,

@@ -24,7 +24,7 @@ fn a_link_that_is_renamed_or_moved_to_another_bridge_stays_held() {
         world.in_cgroup(|| assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer(), "{hook}"));
         if hook == "from_pod" {
             world.status_when("the new name is known", |status| {
-                status.find("other0").is_some_and(|link| link.role == "pod" && link.guard.is_some())
+                status.find("other0").is_some_and(|link| link.role == "pod" && link.is_attached())
             });
         }
         world.in_cgroup(|| assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer(), "{hook}"));
@@ -83,7 +83,7 @@ fn a_pod_that_takes_the_name_and_index_of_one_that_is_gone_is_guarded_and_starts
     let agent = world.agent().spawn_ready();
     let status = world.status();
     let interface = status.interface(&name);
-    assert!(interface.ifindex == index && interface.guard.is_some(), "{interface:?}");
+    assert!(interface.ifindex == index && interface.is_attached(), "{interface:?}");
     assert_eq!(interface.counts.denied.packets, 0);
     assert_eq!(status.departed.denied.packets, denied);
     drop(agent);

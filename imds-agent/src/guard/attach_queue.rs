@@ -1,0 +1,176 @@
+//! Attachments that wait for their turn.
+//!
+//! The kernel attaches a TCX link with RTNL held, and waits for a grace period (`tcx_entry_sync`, include/net/tcx.h): some
+//! 15 ms with `CONFIG_HZ=250`. A burst of attachments would stop each CNI plugin that needs the same lock. A link of a new
+//! pod is therefore attached at once if no others were attached just before, and else in turn, with pauses for other users of
+//! the lock. The node-wide hooks deny the pod's packets until then.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use imds_ebpf_common::TcHook;
+use tokio::time::Instant;
+
+use crate::datapath::pins::AttachPoint;
+
+/// Time without link events after which the queue is drained without pauses.
+const CALM: Duration = Duration::from_millis(250);
+/// Length of the pause after an attachment, in multiples of the time that the attachment took.
+const PACE: u32 = 4;
+/// Longest pause between two attachments.
+const MAX_PAUSE: Duration = Duration::from_millis(200);
+/// Longest time that an attachment of low priority waits for calm.
+const MAX_DELAY: Duration = Duration::from_secs(10);
+
+/// Attachments that wait for their turn, and the time of the next turn.
+#[derive(Debug)]
+pub(super) struct AttachQueue {
+    waiting: BTreeMap<AttachPoint, Waiting>,
+    last_link_event: Instant,
+    next_turn: Instant,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Waiting {
+    since: Instant,
+    not_before: Instant,
+}
+
+impl AttachQueue {
+    /// An empty queue.
+    pub(super) fn new() -> Self {
+        let now = Instant::now();
+        Self { waiting: BTreeMap::new(), last_link_event: now, next_turn: now }
+    }
+
+    /// Adds an attachment, unless it waits already.
+    pub(super) fn push(&mut self, point: AttachPoint, not_before: Instant) {
+        self.waiting.entry(point).or_insert_with(|| Waiting { since: Instant::now(), not_before });
+    }
+
+    /// Removes an attachment that is made or no longer desired.
+    pub(super) fn remove(&mut self, point: AttachPoint) {
+        self.waiting.remove(&point);
+    }
+
+    /// Removes the attachments of a deleted interface.
+    pub(super) fn remove_link(&mut self, ifindex: u32) {
+        self.waiting.retain(|point, _| point.ifindex != ifindex);
+    }
+
+    /// Allows the attachments of these interfaces at once, whatever time they had to wait for.
+    pub(super) fn release(&mut self, is_released: impl Fn(u32) -> bool) {
+        for (_, waiting) in self.waiting.iter_mut().filter(|(point, _)| is_released(point.ifindex)) {
+            waiting.not_before = waiting.since;
+        }
+    }
+
+    /// Interfaces whose attachments wait for a certain time.
+    pub(super) fn delayed(&self) -> impl Iterator<Item = u32> {
+        let now = Instant::now();
+        self.waiting
+            .iter()
+            .filter(move |(_, waiting)| waiting.not_before > now)
+            .map(|(point, _)| point.ifindex)
+    }
+
+    /// Reports whether an attachment waits.
+    pub(super) fn contains(&self, point: AttachPoint) -> bool {
+        self.waiting.contains_key(&point)
+    }
+
+    /// Attachments of `from_pod` that wait.
+    pub(super) fn from_pod(&self) -> impl Iterator<Item = AttachPoint> {
+        self.waiting.keys().copied().filter(|point| point.edge == TcHook::FromPod)
+    }
+
+    /// Records an event of a link, other than the agent's own doing.
+    pub(super) fn on_link_event(&mut self) {
+        self.last_link_event = Instant::now();
+    }
+
+    /// Records that an attachment took `duration`.
+    pub(super) fn on_attached(&mut self, duration: Duration) {
+        self.next_turn = Instant::now() + (duration * PACE).min(MAX_PAUSE);
+    }
+
+    /// Returns the next attachment and its time. `from_pod` comes first: on an interface that has it, `node_egress` matters
+    /// only if the interface turns out to be an uplink.
+    pub(super) fn next(&self) -> Option<(AttachPoint, Instant)> {
+        let calm = self.last_link_event + CALM;
+        let due = |(&point, waiting): (&AttachPoint, &Waiting)| {
+            let turn = self.next_turn.min(calm);
+            let earliest = match point.edge {
+                TcHook::FromPod => turn,
+                TcHook::NodeEgress => turn.max(calm.min(waiting.since + MAX_DELAY)),
+            };
+            (point, waiting.since, waiting.not_before.max(earliest))
+        };
+        let next = self.waiting.iter().map(due).min_by_key(|&(point, since, due)| (due, point.edge, since));
+        next.map(|(point, _, due)| (point, due))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn point(ifindex: u32, edge: TcHook) -> AttachPoint {
+        AttachPoint { ifindex, edge }
+    }
+
+    const TOOK: Duration = Duration::from_millis(15);
+
+    #[tokio::test(start_paused = true)]
+    async fn single_pod_is_attached_at_once() {
+        let mut queue = AttachQueue::new();
+        assert_eq!(queue.next(), None);
+        queue.on_link_event();
+        let pod = point(7, TcHook::FromPod);
+        queue.push(pod, Instant::now());
+        assert_eq!(queue.next(), Some((pod, Instant::now())));
+        queue.remove(pod);
+        assert_eq!(queue.next(), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn bursts_leave_pauses() {
+        let mut queue = AttachQueue::new();
+        queue.push(point(7, TcHook::FromPod), Instant::now());
+        queue.push(point(8, TcHook::FromPod), Instant::now());
+        queue.on_link_event();
+        queue.remove(point(7, TcHook::FromPod));
+        queue.on_attached(TOOK);
+        assert_eq!(queue.next(), Some((point(8, TcHook::FromPod), Instant::now() + TOOK * PACE)));
+        tokio::time::advance(CALM).await;
+        queue.on_attached(TOOK);
+        let (_, due) = queue.next().unwrap();
+        assert!(due <= Instant::now());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn node_egress_waits_for_calm_but_not_for_ever() {
+        let mut queue = AttachQueue::new();
+        queue.push(point(7, TcHook::NodeEgress), Instant::now());
+        queue.on_link_event();
+        assert_eq!(queue.next(), Some((point(7, TcHook::NodeEgress), Instant::now() + CALM)));
+        queue.push(point(8, TcHook::FromPod), Instant::now());
+        assert_eq!(queue.next().unwrap().0, point(8, TcHook::FromPod));
+        queue.remove(point(8, TcHook::FromPod));
+        tokio::time::advance(MAX_DELAY).await;
+        queue.on_link_event();
+        assert!(queue.next().unwrap().1 <= Instant::now());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn delayed_attachments_are_released() {
+        let mut queue = AttachQueue::new();
+        let later = Instant::now() + Duration::from_secs(5);
+        queue.push(point(7, TcHook::FromPod), later);
+        assert_eq!(queue.next().unwrap().1, later);
+        assert_eq!(queue.delayed().collect::<Vec<_>>(), [7]);
+        queue.release(|ifindex| ifindex == 7);
+        assert!(queue.next().unwrap().1 <= Instant::now());
+        queue.remove_link(7);
+        assert_eq!(queue.next(), None);
+    }
+}

@@ -1,0 +1,307 @@
+//! Reconciliation of one interface: brings its attachments to the desired state.
+
+use std::collections::BTreeSet;
+
+use imds_ebpf_common::{AttachMode, TcHook};
+use log::Level;
+use tokio::time::{Instant, sleep_until};
+
+use super::{Guard, attach_queue::AttachQueue};
+use crate::{
+    datapath::{DatapathError, pins::AttachPoint, records::LinkState},
+    node::{links::Link, netlink::NetlinkError},
+    reconcile::{Action, Attachment, Order, plan},
+    state::{self, Assignment, Uplinks},
+};
+
+impl Guard {
+    /// Role and hooks of an interface.
+    pub(super) fn assign(&self, link: &Link) -> Assignment {
+        state::assign(link, &self.uplinks, &self.interfaces, self.pods.have_link(link.index))
+    }
+
+    /// Reads the routes again, and reconciles the interfaces whose role they change.
+    pub(super) async fn reclassify(&mut self) -> Result<(), NetlinkError> {
+        self.routed = self.netlink.uplinks().await?;
+        self.update_uplinks().await;
+        Ok(())
+    }
+
+    /// Recomputes the uplinks of the known interfaces, and reconciles those whose hooks they change.
+    pub(super) async fn update_uplinks(&mut self) {
+        let uplinks = Uplinks::new(self.routed.clone(), self.links.values());
+        if uplinks == self.uplinks {
+            return;
+        }
+        let before = std::mem::replace(&mut self.uplinks, uplinks);
+        let is_changed = |link: &&Link| {
+            before.contain(link.index) != self.uplinks.contain(link.index)
+                || before.are_routed(link.index) != self.uplinks.are_routed(link.index)
+        };
+        let changed: Vec<_> = self.links.values().filter(is_changed).cloned().collect();
+        for link in changed {
+            self.see(link).await;
+        }
+    }
+
+    /// Waits for the turn of the next attachment in the queue.
+    pub async fn attachment_due(&self) -> AttachPoint {
+        match self.queue.next() {
+            Some((point, due)) => {
+                sleep_until(due).await;
+                point
+            }
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Makes an attachment whose turn has come.
+    pub async fn attach(&mut self, point: AttachPoint) {
+        self.queue.remove(point);
+        if let Some(link) = self.links.get(&point.ifindex).cloned() {
+            let start = Instant::now();
+            self.turn = Some(point);
+            self.see(link).await;
+            self.turn = None;
+            self.queue.on_attached(start.elapsed());
+        }
+        self.announce_ready();
+    }
+
+    /// Makes all attachments of the queue without waiting.
+    pub async fn attach_all(&mut self) {
+        while let Some((point, _)) = self.queue.next() {
+            self.attach(point).await;
+        }
+    }
+
+    /// Lets `status` know that the initial sync is done, once each pod that was there at the start has its program.
+    pub(super) fn announce_ready(&mut self) {
+        if !self.initial_sync_done {
+            return;
+        }
+        self.initial.retain(|point| self.queue.contains(*point));
+        if self.initial.is_empty()
+            && !std::mem::replace(&mut self.is_ready, true)
+            && let Err(error) = self.datapath.announce_ready()
+        {
+            self.is_ready = false;
+            log::error!("failed to mark the agent as ready: {:#}", anyhow::Error::from(error));
+        }
+    }
+
+    /// Allows attachments that wait for a CNI plugin once a process runs in the pod's network namespace: the runtime starts
+    /// the first one when all plugins are done.
+    pub(super) async fn release_started_pods(&mut self) {
+        let delayed: BTreeSet<u32> = self.queue.delayed().collect();
+        if delayed.is_empty() {
+            return;
+        }
+        let ids = self.finder.inhabited(&self.netlink).await;
+        let links = &self.links;
+        let is_started = |ifindex: u32| {
+            let id = links.get(&ifindex).and_then(|link| link.peer_netns);
+            id.is_some_and(|id| ids.contains(&id))
+        };
+        self.queue.release(is_started);
+    }
+
+    /// Reports whether attachments wait for a CNI plugin.
+    pub(super) fn waits_for_plugins(&self) -> bool {
+        self.queue.delayed().next().is_some()
+    }
+
+    pub(super) async fn see(&mut self, link: Link) {
+        let is_new = self.links.insert(link.index, link.clone()).is_none();
+        if is_new {
+            self.pods.link_came(&link);
+        }
+        match self.reconcile(&link, is_new).await {
+            Ok(()) => {
+                if self.failures.remove(&link.index).is_some() {
+                    log::info!("{} (ifindex {}): enforced again", link.name, link.index);
+                }
+            }
+            // The event of its deletion follows.
+            Err(error) if error.is_interface_gone() => {
+                log::debug!("{} (ifindex {}): deleted during reconciliation", link.name, link.index);
+            }
+            Err(error) => self.fail(&link, format!("{:#}", anyhow::Error::from(error))),
+        }
+    }
+
+    fn fail(&mut self, link: &Link, failure: String) {
+        if self.failures.get(&link.index) != Some(&failure) {
+            log::error!("{} (ifindex {}): not enforced: {failure}", link.name, link.index);
+            self.failures.insert(link.index, failure);
+        }
+    }
+
+    async fn reconcile(&mut self, link: &Link, is_new: bool) -> Result<(), DatapathError> {
+        let mut observed = Vec::new();
+        for hook in TcHook::ALL {
+            observed.push((hook, self.datapath.observe(link, hook, !self.initial_sync_done).await?));
+        }
+        // A record that can't be written, as when a map is full, must not keep a program from being attached.
+        let mut recorded = Ok(());
+        if is_new && observed.iter().all(|(_, attachments)| attachments.is_empty()) {
+            // Records and counters under this index belong to a deleted interface.
+            recorded = self.datapath.take_over(link);
+        }
+        let mut assignment = self.assign(link);
+        if link.leads_elsewhere() && !observed[TcHook::NodeEgress as usize].1.is_empty() {
+            // To detach the hook from a link that proves to be a pod's would take RTNL for nothing.
+            assignment.hooks = state::assign(link, &self.uplinks, &self.interfaces, false).hooks;
+        }
+        // Desired programs are attached before others are detached.
+        observed.sort_by_key(|(hook, _)| !assignment.hooks.has(*hook));
+        let mut state = LinkState { assignment, attach_modes: [AttachMode::None; 2], is_pending: false };
+        let mut failed = None;
+        for (hook, attachments) in observed {
+            let point = AttachPoint { ifindex: link.index, edge: hook };
+            let desired = self.datapath.desired_mode(link, assignment.hooks, hook);
+            if self.must_wait(link, point, desired, &attachments) {
+                state.is_pending = true;
+                state.attach_modes[hook as usize] =
+                    attachments.first().map_or(AttachMode::None, |attachment| attachment.backend);
+                continue;
+            }
+            self.queue.remove(point);
+            match self.reconcile_hook(link, (hook, desired), &attachments, is_new, &mut recorded).await {
+                Ok(()) => state.attach_modes[hook as usize] = desired,
+                Err(error) => failed = failed.or(Some(error)),
+            }
+        }
+        let recorded = recorded.and(self.datapath.record(link, &state));
+        failed.map_or(recorded, Err)
+    }
+
+    async fn reconcile_hook(
+        &mut self,
+        link: &Link,
+        (hook, desired): (TcHook, AttachMode),
+        attachments: &[Attachment],
+        is_new: bool,
+        recorded: &mut Result<(), DatapathError>,
+    ) -> Result<(), DatapathError> {
+        let actions = plan(desired, attachments);
+        for &action in &actions {
+            if let (TcHook::FromPod, Action::Attach(_), []) = (hook, action, attachments) {
+                // No program of the agent is there: the exemptions of this index may belong to a deleted interface.
+                let revoked = self.datapath.revoke(link.index);
+                if recorded.is_ok() {
+                    *recorded = revoked;
+                }
+            }
+            self.datapath.apply(link, hook, action).await?;
+            self.report(link, hook, action, is_new);
+        }
+        let is_moved = |action: &Action| matches!(action, Action::Attach(_) | Action::Reorder(_));
+        if desired == AttachMode::Clsact && actions.iter().any(is_moved) {
+            self.warn_if_blocked(link, hook).await?;
+        }
+        Ok(())
+    }
+
+    /// Reports whether an attachment has to wait for its turn, and queues it.
+    ///
+    /// Attachments of node-wide hooks never wait. On a kernel without TCX, the first filter needs a qdisc, which a CNI plugin
+    /// may want to add itself (`bandwidth`): the link waits until the plugins are done.
+    fn must_wait(
+        &mut self,
+        link: &Link,
+        point: AttachPoint,
+        desired: AttachMode,
+        attachments: &[Attachment],
+    ) -> bool {
+        let is_attached = attachments.iter().any(|attachment| attachment.backend == desired);
+        let is_uplink = point.edge == TcHook::NodeEgress && self.uplinks.contain(link.index);
+        if desired == AttachMode::None
+            || is_attached
+            || is_uplink
+            || !link.leads_elsewhere()
+            || self.turn == Some(point)
+        {
+            return false;
+        }
+        let delay = if desired == AttachMode::Clsact { self.clsact_delay } else { std::time::Duration::ZERO };
+        self.queue.push(point, Instant::now() + delay);
+        true
+    }
+
+    /// Level at which a change is logged that only the operator or the initial sync explain.
+    pub(super) fn level_of_change(&self) -> Level {
+        if self.in_reload || !self.initial_sync_done { Level::Info } else { Level::Warn }
+    }
+
+    fn report(&mut self, link: &Link, hook: TcHook, action: Action, is_new: bool) {
+        let Link { name, index, .. } = link;
+        let is_turn = self.turn == Some(AttachPoint { ifindex: *index, edge: hook });
+        let (hook, level) = (hook.hook().name(), self.level_of_change());
+        if level == Level::Warn && !is_turn {
+            match action {
+                Action::Attach(_) if !is_new => self.repairs.attached += 1,
+                Action::Replace(_) => self.repairs.replaced += 1,
+                Action::Pin(_) => self.repairs.pinned += 1,
+                Action::Reorder(_) => self.repairs.reordered += 1,
+                Action::Attach(_) | Action::Detach(_) => {}
+            }
+        }
+        let at = format!("{name} (ifindex {index})");
+        match action {
+            Action::Attach(mode) if is_new || is_turn => {
+                log::info!("attached {hook} to {at} with {}", mode.name());
+            }
+            Action::Attach(mode) => {
+                let again = if self.in_reload { "" } else { " again" };
+                log::log!(level, "attached {hook} to {at}{again} with {}", mode.name());
+            }
+            Action::Replace(mode) if self.initial_sync_done => {
+                log::warn!("replaced another program at {hook} of {at} with {}", mode.name());
+            }
+            Action::Replace(_) => log::info!("updated {hook} of {at}, attached by an earlier agent"),
+            Action::Pin(_) => log::warn!("pinned the link of {hook} at {at} again"),
+            Action::Reorder(_) => {
+                log::warn!("moved {hook} of {at} to the head of the hook: another program was before it");
+            }
+            Action::Detach(mode) => {
+                log::log!(
+                    if is_turn { Level::Debug } else { level },
+                    "detached {hook} from {at} ({})",
+                    mode.name()
+                );
+            }
+        }
+    }
+
+    async fn warn_if_blocked(&mut self, link: &Link, hook: TcHook) -> Result<(), DatapathError> {
+        let attachments = self.datapath.observe(link, hook, false).await?;
+        if attachments.iter().any(|attachment| attachment.place == Order::Blocked) {
+            let Link { name, index, .. } = link;
+            log::warn!(
+                "{name} (ifindex {index}): another filter runs before {}: `tc filter show dev {name} ingress` or \
+                 `egress` names it",
+                hook.hook().name()
+            );
+        }
+        Ok(())
+    }
+
+    pub(super) fn forget(&mut self, index: u32) {
+        self.pods.link_went(index);
+        self.queue.remove_link(index);
+        if let Some(link) = self.links.remove(&index) {
+            log::info!("{} (ifindex {index}) was deleted", link.name);
+        }
+        self.failures.remove(&index);
+        if let Err(error) = self.datapath.forget(index) {
+            let error = anyhow::Error::from(error);
+            log::error!("failed to clean up state of deleted interface {index}: {error:#}");
+        }
+    }
+}
+
+/// Attachments that wait at the start of the agent.
+pub(super) fn initial(queue: &AttachQueue) -> BTreeSet<AttachPoint> {
+    queue.from_pod().collect()
+}

@@ -1,0 +1,145 @@
+//! Attachments of each interface, as the kernel lists them.
+
+use std::collections::BTreeMap;
+
+use imds_ebpf_common::{AttachMode, Hook, Role, Subject, SubjectKind, TcHook, TcHookSet, names::tc_program};
+
+use super::{HookAttachment, Interface, Node, Report};
+use crate::{
+    config::Interfaces,
+    datapath::{
+        DatapathError, bpf, clsact,
+        counters::Counts,
+        object,
+        pins::{self, AttachPoint},
+        records,
+    },
+    node::links::Link,
+    reconcile::{Attachment, Order},
+    state,
+};
+
+impl Report {
+    /// Adds an interface with its attachments and counters.
+    pub(super) async fn add(
+        &mut self,
+        link: &Link,
+        node: &Node<'_>,
+        counts: &mut BTreeMap<(u32, u8), Counts>,
+    ) -> Result<(), DatapathError> {
+        let mut sum = Counts::default();
+        for hook in TcHook::ALL {
+            sum += counts.remove(&(link.index, hook.hook() as u8)).unwrap_or_default();
+        }
+        self.total += sum;
+        // The agent knows the configuration; a link that it has not seen yet is judged by the defaults.
+        let record = records::get(node.maps, link.index);
+        let (role, desired) = match record.and_then(|record| Some((Role::from_u8(record.role)?, record))) {
+            Some((role, record)) => (role, TcHookSet::from_bits(record.hooks)),
+            None => {
+                let assignment = state::assign(link, &node.uplinks, &Interfaces::default(), false);
+                (assignment.role, assignment.hooks)
+            }
+        };
+        let is_queued = record.is_some_and(|record| record.pending == 1);
+        let mut attachments = Vec::new();
+        for hook in desired.iter().filter(|hook| node.hooks.has(hook.hook())) {
+            let attachment = attachment(link, hook, node).await?;
+            let pending = is_queued && attachment.is_none();
+            self.judge(link, hook, attachment, pending, node);
+            attachments.push(HookAttachment {
+                hook: hook.hook().name(),
+                attach_mode: attachment.map(|attachment| attachment.backend.name()),
+                order: attachment.map(|attachment| order(link, hook, attachment).name()),
+                pending,
+            });
+        }
+        self.interfaces.push(Interface {
+            ifindex: link.index,
+            name: link.name.clone(),
+            pod: node.names.get(&Subject::new(SubjectKind::Interface, link.index.into())).cloned(),
+            role: role.name(),
+            attachments,
+            counts: sum,
+        });
+        Ok(())
+    }
+
+    /// Adds the problems of a desired attachment.
+    fn judge(
+        &mut self,
+        link: &Link,
+        hook: TcHook,
+        attachment: Option<Attachment>,
+        pending: bool,
+        node: &Node<'_>,
+    ) {
+        let (name, hook_name) = (&*link.name, hook.hook().name());
+        let Some(attachment) = attachment else {
+            let remedy = if self.agent.running {
+                "see the agent's log for the cause"
+            } else {
+                "start `imds-agent run`"
+            };
+            if !pending {
+                return self.problem(Some(name), format!("{hook_name} is not enforced"), remedy);
+            }
+            // The node-wide hooks deny the pod's packets until then.
+            if !node.hooks.has(Hook::NodeEgress) && !node.hooks.has(Hook::Socket) {
+                self.problem(
+                    Some(name),
+                    format!("{hook_name} is not enforced yet"),
+                    "wait for the attach queue",
+                );
+            }
+            return;
+        };
+        if let (TcHook::FromPod, Some(program)) = (hook, link.xdp) {
+            let problem =
+                format!("XDP program {program} runs before {hook_name} and can redirect packets past it");
+            self.problem(Some(name), problem, format!("`ip link show dev {name}` names the program"));
+        }
+        if attachment.place != Order::First {
+            let remedy =
+                format!("`bpftool net show` and `tc filter show dev {name} ingress` (or egress) name them");
+            let problem = format!("{hook_name} is not first: other programs run before it");
+            self.problem(Some(name), problem, remedy);
+        }
+        if !attachment.current {
+            let problem = format!("{hook_name} runs another program than the pinned one");
+            self.problem(Some(name), problem, "an agent that starts replaces it");
+        }
+        if !attachment.pinned {
+            let problem = format!("the link of {hook_name} is not pinned: it ends with the agent");
+            self.problem(Some(name), problem, "a running agent pins it again");
+        }
+    }
+}
+
+/// Order of the program among all programs that see the packet before it, XDP included.
+fn order(link: &Link, hook: TcHook, attachment: Attachment) -> Order {
+    match (hook, link.xdp) {
+        (TcHook::FromPod, Some(_)) => Order::Blocked,
+        _ => attachment.place,
+    }
+}
+
+/// Returns the agent's program at a hook. TCX runs before clsact, so that it counts if both are there.
+async fn attachment(link: &Link, hook: TcHook, node: &Node<'_>) -> Result<Option<Attachment>, DatapathError> {
+    let point = AttachPoint { ifindex: link.index, edge: hook };
+    let program = object::pinned_program(node.pins, tc_program(hook, link.frame))?;
+    let pinned = pins::open(&node.pins.link(point))?.and_then(|fd| bpf::link(fd).ok().flatten());
+    // A kernel without TCX answers with an error.
+    let entries = bpf::tcx_entries(point.ifindex, point.direction()).unwrap_or_default();
+    let is_pinned = |entry: &bpf::Entry| pinned.is_some_and(|pinned| pinned.id == entry.link);
+    let is_ours = |entry: &bpf::Entry| is_pinned(entry) || entry.program == program;
+    if let Some((position, entry)) = entries.iter().enumerate().find(|(_, entry)| is_ours(entry)) {
+        return Ok(Some(Attachment {
+            backend: AttachMode::Tcx,
+            current: entry.program == program,
+            pinned: is_pinned(entry),
+            place: if position == 0 { Order::First } else { Order::NotFirst },
+        }));
+    }
+    Ok(clsact::attachment(node.netlink, point, program).await?)
+}

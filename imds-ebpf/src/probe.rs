@@ -1,0 +1,52 @@
+//! Test senders of `imds-agent verify`: counted apart, and without events, so that they leave no trace in reports.
+
+use imds_ebpf_common::{Hook, ProbeRecord, Subject, Verdict, opaque::opaque};
+
+use crate::maps;
+
+/// `ProbeRecord::exempt`: the programs treat the probe as an exempt sender.
+const EXEMPT: u32 = 1;
+/// `ProbeRecord::exempt`: `from_pod` sets the exemption mark on packets of the probe.
+const MARKED: u32 = 2;
+
+/// Verdict on a packet or call of a probe.
+pub(crate) struct Probed {
+    pub(crate) verdict: Verdict,
+    /// Reports whether `from_pod` sets the exemption mark.
+    pub(crate) is_marked: bool,
+}
+
+/// Counts a packet or call with this `verdict` if the sender is a probe. Returns `None` for all other senders.
+#[inline(always)]
+pub(crate) fn judge(subject: Subject, hook: Hook, verdict: Verdict) -> Option<Probed> {
+    if !maps::has_probes() {
+        return None;
+    }
+    // The number of a verdict with the flags above, so that the function has one result in a register.
+    let packed = find(subject.id, subject.kind, hook as u32, verdict as u32);
+    if packed == NOT_A_PROBE {
+        return None;
+    }
+    // SAFETY: the lower bits are the number of a verdict.
+    let verdict = unsafe { Verdict::from_u32_unchecked(packed & 0xff) };
+    Some(Probed { verdict, is_marked: packed & MARKED << 8 != 0 })
+}
+
+const NOT_A_PROBE: u32 = u32::MAX;
+
+#[inline(never)]
+#[expect(clippy::cast_possible_truncation, reason = "BPF has words of 64 bits")]
+fn find(id: u64, kind: u64, hook: u32, verdict: u32) -> u32 {
+    let Some(probe) = maps::probe(&Subject { id, kind }) else { return NOT_A_PROBE };
+    // SAFETY: the map owns the value, and frees it only after a grace period.
+    let ProbeRecord { exempt, verdicts, .. } = unsafe { &mut *probe };
+    let denied = Verdict::Deny as u32;
+    let is_exempt = *exempt & EXEMPT != 0 && (verdict == denied || verdict == Verdict::Audit as u32);
+    let verdict = if is_exempt { Verdict::Exempt as u32 } else { verdict };
+    // The compiler knows the range of both numbers and would drop the checks that the verifier needs.
+    let (row, column) = (opaque(hook.into()) as usize, opaque(verdict.into()) as usize);
+    if let Some(count) = verdicts.get_mut(row).and_then(|row| row.get_mut(column)) {
+        *count += 1;
+    }
+    verdict | *exempt << 8
+}
