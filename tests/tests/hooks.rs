@@ -31,7 +31,7 @@ fn the_node_egress_holds_what_pods_send_by_any_link() {
         let uplink = status.interface(World::UPLINK);
         assert_eq!((uplink.role.as_str(), uplink.attach_mode()), ("uplink", Some(backend.name())));
         assert!(uplink.counts.denied.packets > 0);
-        assert!(pods.iter().all(|pod| !status.interface(&pod.host_ifname).is_attached()));
+        assert!(pods.iter().all(|pod| status.interface(&pod.host_ifname).attachment("from_pod").is_none()));
 
         // A pod that starts while no agent runs is denied from its first packet, and that is no problem.
         agent.kill9();
@@ -128,7 +128,8 @@ fn hooks_that_the_next_agent_has_off_are_removed_and_those_it_has_on_are_added()
         let in_force = || {
             let status = world.status();
             let ours = |name: &str| hook::programs(&world.node, name).iter().any(hook::Attached::is_ours);
-            let egress = status.interface(World::UPLINK).is_attached();
+            let uplink = status.interface(World::UPLINK);
+            let egress = uplink.attachment("node_egress").is_some_and(|hook| hook.attach_mode.is_some());
             let attached = status.sockets.is_some_and(|sockets| sockets.attached);
             [ours(&pod.host_ifname), egress, attached]
         };

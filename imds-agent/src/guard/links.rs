@@ -160,6 +160,12 @@ impl Guard {
         for (hook, attachments) in observed {
             let point = AttachPoint { ifindex: link.index, edge: hook };
             let desired = self.datapath.desired_mode(link, assignment.hooks, hook);
+            let is_lost = attachments.is_empty() && desired != AttachMode::None && self.turn != Some(point);
+            if hook == TcHook::FromPod && is_lost && !self.queue.contains(point) {
+                // No program of the agent is there: the exemptions of this index may belong to a deleted interface.
+                recorded = recorded.and(self.datapath.revoke(link.index));
+                self.exemptions_dirty = true;
+            }
             if self.must_wait(link, point, desired, &attachments) {
                 state.is_pending = true;
                 state.attach_modes[hook as usize] =
@@ -167,7 +173,7 @@ impl Guard {
                 continue;
             }
             self.queue.remove(point);
-            match self.reconcile_hook(link, (hook, desired), &attachments, is_new, &mut recorded).await {
+            match self.reconcile_hook(link, (hook, desired), &attachments, is_new).await {
                 Ok(()) => state.attach_modes[hook as usize] = desired,
                 Err(error) => failed = failed.or(Some(error)),
             }
@@ -182,17 +188,9 @@ impl Guard {
         (hook, desired): (TcHook, AttachMode),
         attachments: &[Attachment],
         is_new: bool,
-        recorded: &mut Result<(), DatapathError>,
     ) -> Result<(), DatapathError> {
         let actions = plan(desired, attachments);
         for &action in &actions {
-            if let (TcHook::FromPod, Action::Attach(_), []) = (hook, action, attachments) {
-                // No program of the agent is there: the exemptions of this index may belong to a deleted interface.
-                let revoked = self.datapath.revoke(link.index);
-                if recorded.is_ok() {
-                    *recorded = revoked;
-                }
-            }
             self.datapath.apply(link, hook, action).await?;
             self.report(link, hook, action, is_new);
         }

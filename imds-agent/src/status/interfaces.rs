@@ -45,7 +45,10 @@ impl Report {
         let mut attachments = Vec::new();
         for hook in desired.iter().filter(|hook| node.hooks.has(hook.hook())) {
             let attachment = attachment(link, hook, node).await?;
-            let pending = is_queued && attachment.is_none();
+            // Without a route to an endpoint the egress hook of such a link only prepares for one.
+            let is_spare =
+                hook == TcHook::NodeEgress && link.leads_elsewhere() && !node.uplinks.contain(link.index);
+            let pending = attachment.is_none() && (is_queued || (record.is_none() && is_spare));
             self.judge(link, hook, attachment, pending, node);
             attachments.push(HookAttachment {
                 hook: hook.hook().name(),
