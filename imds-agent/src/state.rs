@@ -31,7 +31,19 @@ fn classify(link: &Link, uplinks: &BTreeSet<u32>) -> Role {
         Kind::Veth | Kind::Netkit if link.peer_netns.is_some() => Role::Pod,
         Kind::Unreadable => Role::Pod,
         Kind::Bridge => Role::Bridge,
-        Kind::Veth | Kind::Netkit | Kind::Loopback | Kind::Other => Role::Other,
+        Kind::Veth
+        | Kind::Netkit
+        | Kind::NetkitPeer
+        | Kind::Bond
+        | Kind::Team
+        | Kind::Vlan
+        | Kind::Macvlan
+        | Kind::Ipvlan
+        | Kind::Vrf
+        | Kind::Ifb
+        | Kind::Ovs
+        | Kind::Loopback
+        | Kind::Other => Role::Other,
     }
 }
 
@@ -39,13 +51,11 @@ fn classify(link: &Link, uplinks: &BTreeSet<u32>) -> Role {
 mod tests {
     use std::path::Path;
 
-    use imds_ebpf_common::Frame;
-
     use super::*;
     use crate::config::Config;
 
     fn link(name: &str, kind: Kind, peer_netns: Option<i32>) -> Link {
-        Link { index: 7, name: name.to_owned(), kind, frame: Frame::Ethernet, peer_netns }
+        Link { kind, peer_netns, ..Link::unreadable(7, name.to_owned()) }
     }
 
     fn with_config(link: &Link, uplinks: &[u32], config: &str) -> Role {

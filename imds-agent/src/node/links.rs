@@ -4,7 +4,10 @@ use imds_ebpf_common::Frame;
 use nix::net::if_::if_indextoname;
 use rtnetlink::packet_route::{
     AddressFamily,
-    link::{InfoKind, LinkAttribute, LinkInfo, LinkLayerType, LinkMessage},
+    link::{
+        InfoData, InfoKind, InfoNetkit, LinkAttribute, LinkInfo, LinkLayerType, LinkMessage, LinkXdp,
+        XdpAttached,
+    },
 };
 
 /// An interface in the node's network namespace.
@@ -20,6 +23,14 @@ pub struct Link {
     pub frame: Frame,
     /// Id of the network namespace of its peer, where that is another one (`IFLA_LINK_NETNSID`).
     pub peer_netns: Option<i32>,
+    /// Index of the bridge, bond, team or VRF that this interface is a port of (`IFLA_MASTER`).
+    pub master: Option<u32>,
+    /// Index of the interface below this one (`IFLA_LINK`), if both are in one network namespace. Devices of a pair
+    /// (veth, netkit) name their peer.
+    pub lower: Option<u32>,
+    /// Id of the XDP program on the interface, which runs before every TC hook; 0 if the kernel does not tell the id.
+    /// A program that a BPF link attaches causes no event, so that only a resync finds it.
+    pub xdp: Option<u32>,
 }
 
 /// Kinds of device that are told apart.
@@ -27,10 +38,28 @@ pub struct Link {
 pub enum Kind {
     /// Virtual Ethernet pair.
     Veth,
-    /// netkit pair (kernel 6.7).
+    /// Primary device of a netkit pair (kernel 6.7): the host side, which takes the programs of both devices.
     Netkit,
+    /// Peer device of a netkit pair: the pod's side, which takes no netkit program.
+    NetkitPeer,
     /// Bridge.
     Bridge,
+    /// Bond.
+    Bond,
+    /// Team.
+    Team,
+    /// VLAN.
+    Vlan,
+    /// macvlan or macvtap.
+    Macvlan,
+    /// ipvlan or ipvtap.
+    Ipvlan,
+    /// Virtual routing and forwarding device.
+    Vrf,
+    /// Intermediate functional block: receives packets that filters of other interfaces redirect.
+    Ifb,
+    /// Open vSwitch datapath or internal port.
+    Ovs,
     /// Loopback.
     Loopback,
     /// Any other.
@@ -50,7 +79,16 @@ impl Link {
     /// An interface of which nothing but this is known.
     #[must_use]
     pub fn unreadable(index: u32, name: String) -> Self {
-        Self { index, name, kind: Kind::Unreadable, frame: Frame::Ethernet, peer_netns: None }
+        Self {
+            index,
+            name,
+            kind: Kind::Unreadable,
+            frame: Frame::Ethernet,
+            peer_netns: None,
+            master: None,
+            lower: None,
+            xdp: None,
+        }
     }
 
     /// Reads a `RTM_NEWLINK` message; `None` where it does not describe an interface as such: a bridge speaks of its
@@ -67,26 +105,70 @@ impl Link {
             kind: if layer == LinkLayerType::Loopback { Kind::Loopback } else { Kind::Other },
             frame: if has_link_header(layer) { Frame::Ethernet } else { Frame::Ip },
             peer_netns: None,
+            master: None,
+            lower: None,
+            xdp: None,
         };
         for attribute in message.attributes {
             match attribute {
                 LinkAttribute::IfName(name) => link.name = name,
                 LinkAttribute::LinkNetNsId(id) => link.peer_netns = Some(id),
+                LinkAttribute::Controller(master) => link.master = Some(master).filter(|&master| master != 0),
+                LinkAttribute::Link(lower) => link.lower = Some(lower),
+                LinkAttribute::Xdp(xdp) => link.xdp = xdp_program(&xdp),
                 LinkAttribute::LinkInfo(info) => link.kind = kind(&info).unwrap_or(link.kind),
                 _ => {}
             }
         }
+        // An index of another network namespace means nothing in this one; tunnels have 0 for none.
+        let is_here = link.peer_netns.is_none();
+        link.lower = link.lower.filter(|&lower| is_here && lower != 0 && lower != link.index);
         Some(link)
     }
 }
 
 fn kind(info: &[LinkInfo]) -> Option<Kind> {
-    info.iter().find_map(|info| match info {
-        LinkInfo::Kind(InfoKind::Veth) => Some(Kind::Veth),
-        LinkInfo::Kind(InfoKind::Netkit) => Some(Kind::Netkit),
-        LinkInfo::Kind(InfoKind::Bridge) => Some(Kind::Bridge),
+    let kind = info.iter().find_map(|info| match info {
+        LinkInfo::Kind(kind) => Some(kind),
         _ => None,
+    })?;
+    Some(match kind {
+        InfoKind::Veth => Kind::Veth,
+        InfoKind::Netkit if is_netkit_peer(info) => Kind::NetkitPeer,
+        InfoKind::Netkit => Kind::Netkit,
+        InfoKind::Bridge => Kind::Bridge,
+        InfoKind::Bond => Kind::Bond,
+        InfoKind::Team => Kind::Team,
+        InfoKind::Vlan => Kind::Vlan,
+        InfoKind::MacVlan | InfoKind::MacVtap => Kind::Macvlan,
+        InfoKind::IpVlan | InfoKind::IpVtap => Kind::Ipvlan,
+        InfoKind::Vrf => Kind::Vrf,
+        InfoKind::Ifb => Kind::Ifb,
+        InfoKind::Other(kind) if kind == "openvswitch" => Kind::Ovs,
+        _ => return None,
     })
+}
+
+/// Reports whether `IFLA_NETKIT_PRIMARY` says so: each kernel with netkit sends it.
+fn is_netkit_peer(info: &[LinkInfo]) -> bool {
+    info.iter().any(|info| match info {
+        LinkInfo::Data(InfoData::Netkit(data)) => data.contains(&InfoNetkit::Primary(false)),
+        _ => false,
+    })
+}
+
+/// Id of the attached XDP program. `IFLA_XDP_PROG_ID` lacks if there are several, one per mode.
+fn xdp_program(attributes: &[LinkXdp]) -> Option<u32> {
+    let is_attached = attributes
+        .iter()
+        .any(|attribute| matches!(attribute, LinkXdp::Attached(attached) if *attached != XdpAttached::None));
+    let program = attributes.iter().find_map(|attribute| match attribute {
+        LinkXdp::ProgId(id) | LinkXdp::DrvProgId(id) | LinkXdp::SkbProgId(id) | LinkXdp::HwProgId(id) => {
+            Some(*id)
+        }
+        _ => None,
+    });
+    is_attached.then(|| program.unwrap_or_default())
 }
 
 /// What the kernel's `dev_is_mac_header_xmit` says (`include/linux/if_arp.h`): at a TC hook the packets of the other types
@@ -104,4 +186,52 @@ fn has_link_header(layer: LinkLayerType) -> bool {
             | LinkLayerType::Rawip
             | LinkLayerType::Ppp
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(attributes: Vec<LinkAttribute>) -> Link {
+        let mut message = LinkMessage::default();
+        message.header.index = 7;
+        message.attributes = attributes;
+        Link::from_message(message).unwrap()
+    }
+
+    #[test]
+    fn lower_is_of_this_netns() {
+        assert_eq!(parse(vec![LinkAttribute::Link(3)]).lower, Some(3));
+        assert_eq!(parse(vec![LinkAttribute::Link(0)]).lower, None);
+        assert_eq!(parse(vec![LinkAttribute::Link(3), LinkAttribute::LinkNetNsId(1)]).lower, None);
+        assert_eq!(parse(vec![LinkAttribute::Controller(5)]).master, Some(5));
+    }
+
+    #[test]
+    fn xdp_needs_the_attached_flag() {
+        let xdp = |attributes| parse(vec![LinkAttribute::Xdp(attributes)]).xdp;
+        assert_eq!(xdp(vec![LinkXdp::Attached(XdpAttached::None)]), None);
+        let generic = vec![LinkXdp::Attached(XdpAttached::SocketBuffer), LinkXdp::ProgId(9)];
+        assert_eq!(xdp(generic), Some(9));
+        let several =
+            vec![LinkXdp::Attached(XdpAttached::Multiple), LinkXdp::DrvProgId(4), LinkXdp::SkbProgId(5)];
+        assert_eq!(xdp(several), Some(4));
+    }
+
+    #[test]
+    fn netkit_tells_its_sides_apart() {
+        let netkit = |is_primary| {
+            let data = InfoData::Netkit(vec![InfoNetkit::Primary(is_primary)]);
+            let info = vec![LinkInfo::Kind(InfoKind::Netkit), LinkInfo::Data(data)];
+            parse(vec![LinkAttribute::LinkInfo(info)]).kind
+        };
+        assert_eq!(netkit(true), Kind::Netkit);
+        assert_eq!(netkit(false), Kind::NetkitPeer);
+    }
+
+    #[test]
+    fn open_vswitch_by_name() {
+        let info = vec![LinkInfo::Kind(InfoKind::Other("openvswitch".to_owned()))];
+        assert_eq!(parse(vec![LinkAttribute::LinkInfo(info)]).kind, Kind::Ovs);
+    }
 }
