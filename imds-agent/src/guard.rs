@@ -260,7 +260,7 @@ impl Guard {
     pub fn wanted(&self, edge: TcHook) -> impl Iterator<Item = &Link> {
         self.links
             .values()
-            .filter(move |link| self.datapath.wanted(self.role(link), edge) != AttachMode::None)
+            .filter(move |link| self.datapath.wanted(link, self.role(link), edge) != AttachMode::None)
     }
 
     /// What is not as it should be, by interface.

@@ -239,8 +239,10 @@ pub enum AttachMode {
     None = 0,
     /// A TCX link (kernel 6.6, commit e420bed02507).
     Tcx = 1,
-    /// A direct-action filter on the clsact qdisc.
+    /// A direct-action filter on a clsact or ingress qdisc.
     Clsact = 2,
+    /// A link at the peer of a netkit device (kernel 6.7, commit 35dfaad7188c).
+    Netkit = 3,
 }
 
 impl AttachMode {
@@ -251,6 +253,7 @@ impl AttachMode {
             Self::None => "none",
             Self::Tcx => "tcx",
             Self::Clsact => "clsact",
+            Self::Netkit => "netkit",
         }
     }
 }

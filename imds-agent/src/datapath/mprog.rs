@@ -1,4 +1,4 @@
-//! TCX links, held and pinned.
+//! Links of the agent on hooks that run a list of programs (TCX and netkit): open and pinned.
 
 use std::{
     collections::BTreeMap,
@@ -14,20 +14,24 @@ use imds_ebpf_common::{AttachMode, TcHook};
 
 use super::{
     DatapathError,
-    bpf::{self, Direction, Target},
+    bpf::{self, Direction, MprogHook, Target},
     pins::{self, AttachPoint, PinDir, PinError},
 };
 use crate::reconcile::{Attachment, Order};
 
-/// The links of this process. Each is pinned, and held too, so that a pin that somebody removes
-/// takes nothing with it.
+/// Attach modes that are links, in the order in which their programs run.
+const MODES: [AttachMode; 2] = [AttachMode::Netkit, AttachMode::Tcx];
+
+/// The links of this process. Each is pinned and open, so that it stays attached if another program removes its pin.
+///
+/// An attach point has links of two modes only while one takes over from the other: both have the same pin.
 #[derive(Debug, Default)]
 pub(super) struct Links {
-    links: BTreeMap<AttachPoint, Held>,
+    links: BTreeMap<(AttachPoint, AttachMode), OpenLink>,
 }
 
 #[derive(Debug)]
-struct Held {
+struct OpenLink {
     fd: OwnedFd,
     id: u32,
     /// Inode number of the pin when it was last seen to be this link's: no other pin on that bpffs has the same.
@@ -35,20 +39,22 @@ struct Held {
 }
 
 impl Links {
-    /// Takes over what earlier agents pinned. What is no link any more, or none of ours, is unpinned.
+    /// Adopts the links that earlier agents pinned. Removes pins of other objects.
     pub(super) fn adopt(pins: &PinDir) -> Result<Self, PinError> {
         let mut links = BTreeMap::new();
-        for (spot, path) in pins.pinned_links()? {
+        for (point, path) in pins.pinned_links()? {
             let Some(fd) = pins::open(&path)? else { continue };
             let link = bpf::link(&fd).ok().flatten().filter(|link| !bpf::is_foreign(link.program));
+            let mode = |hook| MODES.into_iter().find(|&mode| mprog_hook(point.edge, mode) == Some(hook));
             match link.map(|link| (link.id, link.target)) {
-                Some((id, Target::Tcx { ifindex, direction }))
-                    if ifindex == spot.ifindex && direction == spot.direction() =>
+                Some((id, Target::Interface { ifindex, hook }))
+                    if ifindex == point.ifindex && mode(hook).is_some() =>
                 {
-                    links.insert(spot, Held { fd, id, pin: None });
+                    let mode = mode(hook).unwrap_or_default();
+                    links.insert((point, mode), OpenLink { fd, id, pin: None });
                 }
                 // Detached: its interface is gone.
-                Some((_, Target::Tcx { ifindex: 0, .. })) => pins::unpin(&path)?,
+                Some((_, Target::Interface { ifindex: 0, .. })) => pins::unpin(&path)?,
                 Some(_) | None => {
                     log::warn!(
                         "{} is not a link that an agent pinned for this interface: removed",
@@ -62,102 +68,139 @@ impl Links {
     }
 
     pub(super) fn indices(&self) -> impl Iterator<Item = u32> {
-        self.links.keys().map(|spot| spot.ifindex)
+        self.links.keys().map(|(point, _)| point.ifindex)
     }
 
-    /// What the kernel says of the interface's link. One that was detached is forgotten.
+    /// Asks the kernel for the state of the links at `point`, on which `program` should run. Forgets links that were
+    /// detached.
     pub(super) fn observe(
         &mut self,
         pins: &PinDir,
-        spot: AttachPoint,
+        point: AttachPoint,
         program: u32,
-    ) -> Result<Option<Attachment>, DatapathError> {
-        let Some(held) = self.links.get_mut(&spot) else { return Ok(None) };
-        let entries = programs(spot)?;
-        let held_entry = entries.iter().enumerate().find(|(_, entry)| entry.link == held.id);
-        let Some((position, entry)) = held_entry else {
-            self.forget(pins, spot)?;
-            return Ok(None);
-        };
-        Ok(Some(Attachment {
-            backend: AttachMode::Tcx,
-            current: entry.program == program,
-            pinned: held.is_pinned(&pins.link(spot)),
-            place: if position == 0 { Order::First } else { Order::NotFirst },
-        }))
+    ) -> Result<Vec<Attachment>, DatapathError> {
+        let mut attachments = Vec::new();
+        for mode in MODES {
+            let Some(link) = self.links.get_mut(&(point, mode)) else { continue };
+            let entries = programs(point, mode)?;
+            let found = entries.iter().enumerate().find(|(_, entry)| entry.link == link.id);
+            let Some((position, entry)) = found else {
+                self.forget_mode(pins, point, mode)?;
+                continue;
+            };
+            attachments.push(Attachment {
+                backend: mode,
+                current: entry.program == program,
+                pinned: link.is_pinned(&pins.link(point)),
+                place: if position == 0 { Order::First } else { Order::NotFirst },
+            });
+        }
+        Ok(attachments)
     }
 
+    /// Attaches `program` before all others.
     pub(super) fn attach(
         &mut self,
         pins: &PinDir,
-        spot: AttachPoint,
+        point: AttachPoint,
+        mode: AttachMode,
         program: BorrowedFd<'_>,
     ) -> Result<(), DatapathError> {
-        let fd = bpf::link_create_first(program, spot.ifindex, spot.direction())
-            .map_err(failed("attaching a TCX link", spot.ifindex))?;
-        self.hold(pins, spot, fd)
+        let fd = create_first(point, mode, program)?;
+        self.insert(pins, point, mode, fd)
     }
 
+    /// Replaces the link's program, with no moment without one.
     pub(super) fn replace(
         &mut self,
-        spot: AttachPoint,
+        point: AttachPoint,
+        mode: AttachMode,
         program: BorrowedFd<'_>,
     ) -> Result<(), DatapathError> {
-        let held = self.held(spot)?;
-        bpf::link_update(&held.fd, program).map_err(failed("replacing a TCX link's program", spot.ifindex))
+        let link = self.get(point, mode)?;
+        bpf::link_update(&link.fd, program).map_err(failed("replace the program of the", point, mode))
     }
 
-    pub(super) fn pin(&mut self, pins: &PinDir, spot: AttachPoint) -> Result<(), DatapathError> {
-        let held = self.held(spot)?;
-        Ok(pins::pin_over(&held.fd, &pins.link(spot))?)
-    }
-
-    /// Attaches `copy` before all others and lets the link there go.
-    pub(super) fn raise(
+    /// Pins the link again.
+    pub(super) fn pin(
         &mut self,
         pins: &PinDir,
-        spot: AttachPoint,
+        point: AttachPoint,
+        mode: AttachMode,
+    ) -> Result<(), DatapathError> {
+        let link = self.get(point, mode)?;
+        Ok(pins::pin_over(&link.fd, &pins.link(point))?)
+    }
+
+    /// Attaches `copy` before all others and detaches the link that was there.
+    pub(super) fn reorder(
+        &mut self,
+        pins: &PinDir,
+        point: AttachPoint,
+        mode: AttachMode,
         copy: BorrowedFd<'_>,
     ) -> Result<(), DatapathError> {
-        let fd = bpf::link_create_first(copy, spot.ifindex, spot.direction())
-            .map_err(failed("attaching a TCX link", spot.ifindex))?;
-        let before = self.links.remove(&spot);
-        self.hold(pins, spot, fd)?;
+        let fd = create_first(point, mode, copy)?;
+        let before = self.links.remove(&(point, mode));
+        self.insert(pins, point, mode, fd)?;
         match before {
-            Some(held) => bpf::link_detach(&held.fd).map_err(failed("detaching a TCX link", spot.ifindex)),
+            Some(link) => bpf::link_detach(&link.fd).map_err(failed("detach the", point, mode)),
             None => Ok(()),
         }
     }
 
-    pub(super) fn detach(&mut self, pins: &PinDir, spot: AttachPoint) -> Result<(), DatapathError> {
-        let held = self.held(spot)?;
-        bpf::link_detach(&held.fd).map_err(failed("detaching a TCX link", spot.ifindex))?;
-        Ok(self.forget(pins, spot)?)
+    /// Detaches the link.
+    pub(super) fn detach(
+        &mut self,
+        pins: &PinDir,
+        point: AttachPoint,
+        mode: AttachMode,
+    ) -> Result<(), DatapathError> {
+        let link = self.get(point, mode)?;
+        bpf::link_detach(&link.fd).map_err(failed("detach the", point, mode))?;
+        Ok(self.forget_mode(pins, point, mode)?)
     }
 
-    /// Lets go of a link that is detached, or whose interface is gone.
-    pub(super) fn forget(&mut self, pins: &PinDir, spot: AttachPoint) -> Result<(), PinError> {
-        self.links.remove(&spot);
-        pins::unpin(&pins.link(spot))
+    /// Closes and unpins the links of an interface that was deleted.
+    pub(super) fn forget(&mut self, pins: &PinDir, point: AttachPoint) -> Result<(), PinError> {
+        for mode in MODES {
+            self.links.remove(&(point, mode));
+        }
+        pins::unpin(&pins.link(point))
     }
 
-    fn hold(&mut self, pins: &PinDir, spot: AttachPoint, fd: OwnedFd) -> Result<(), DatapathError> {
-        let link = bpf::link(&fd).map_err(failed("describing a TCX link", spot.ifindex))?;
+    /// Closes a detached link. Keeps the pin if it is a link of another mode that took over.
+    fn forget_mode(&mut self, pins: &PinDir, point: AttachPoint, mode: AttachMode) -> Result<(), PinError> {
+        self.links.remove(&(point, mode));
+        let path = pins.link(point);
+        let is_pin = |link: &OpenLink| is_pinned(link.id, &path);
+        let has_successor = MODES.into_iter().filter_map(|mode| self.links.get(&(point, mode))).any(is_pin);
+        if has_successor { Ok(()) } else { pins::unpin(&path) }
+    }
+
+    fn insert(
+        &mut self,
+        pins: &PinDir,
+        point: AttachPoint,
+        mode: AttachMode,
+        fd: OwnedFd,
+    ) -> Result<(), DatapathError> {
+        let link = bpf::link(&fd).map_err(failed("describe the", point, mode))?;
         let id = link.map_or(0, |link| link.id);
-        // Held before it is pinned: where that fails the interface is guarded all the same while this process lives.
-        let held = self.links.entry(spot).insert_entry(Held { fd, id, pin: None });
-        Ok(pins::pin_over(&held.get().fd, &pins.link(spot))?)
+        // Kept open before it is pinned: if pinning fails, it stays attached while this process lives.
+        let link = self.links.entry((point, mode)).insert_entry(OpenLink { fd, id, pin: None });
+        Ok(pins::pin_over(&link.get().fd, &pins.link(point))?)
     }
 
-    fn held(&self, spot: AttachPoint) -> Result<&Held, DatapathError> {
-        let missing = || failed("finding the TCX link", spot.ifindex)(io::ErrorKind::NotFound.into());
-        self.links.get(&spot).ok_or_else(missing)
+    fn get(&self, point: AttachPoint, mode: AttachMode) -> Result<&OpenLink, DatapathError> {
+        let missing = || failed("find the", point, mode)(io::ErrorKind::NotFound.into());
+        self.links.get(&(point, mode)).ok_or_else(missing)
     }
 }
 
-impl Held {
-    /// Whether it is pinned at `path`. Asked of every link with each look at everything: the name alone says it as long as
-    /// it is the same file.
+impl OpenLink {
+    /// Reports whether the link is pinned at `path`. Each resync asks this of every link, so that the pin is opened only if
+    /// it is another file than last time.
     fn is_pinned(&mut self, path: &Path) -> bool {
         let inode = fs::metadata(path).ok().map(|metadata| metadata.ino());
         if inode.is_none() || inode != self.pin {
@@ -167,9 +210,35 @@ impl Held {
     }
 }
 
-/// All programs of a hook, in the order in which they run.
-pub(super) fn programs(spot: AttachPoint) -> Result<Vec<bpf::Entry>, DatapathError> {
-    bpf::tcx_entries(spot.ifindex, spot.direction()).map_err(failed("listing programs", spot.ifindex))
+/// Lists all programs at the hook that `mode` attaches to, in the order in which they run.
+pub(super) fn programs(point: AttachPoint, mode: AttachMode) -> Result<Vec<bpf::Entry>, DatapathError> {
+    let hook = required_hook(point, mode)?;
+    bpf::entries(point.ifindex, hook).map_err(failed("list the programs before the", point, mode))
+}
+
+/// Finds the attached link of an interface, pinned or with this `program`, for processes that hold no link. A program that
+/// runs earlier is named first.
+pub fn find(pins: &PinDir, point: AttachPoint, program: u32) -> Result<Option<Attachment>, PinError> {
+    let pinned = pins::open(&pins.link(point))?.and_then(|fd| bpf::link(fd).ok().flatten());
+    let is_pinned = |entry: &bpf::Entry| pinned.is_some_and(|pinned| pinned.id == entry.link);
+    let is_ours = |entry: &bpf::Entry| is_pinned(entry) || entry.program == program;
+    let mut is_preceded = false;
+    for mode in MODES {
+        let Some(hook) = mprog_hook(point.edge, mode) else { continue };
+        // A kernel or an interface without the hook answers with an error: then it has no program.
+        let entries = bpf::entries(point.ifindex, hook).unwrap_or_default();
+        if let Some((position, entry)) = entries.iter().enumerate().find(|(_, entry)| is_ours(entry)) {
+            let place = match position {
+                _ if is_preceded => Order::Blocked,
+                0 => Order::First,
+                _ => Order::NotFirst,
+            };
+            let (current, pinned) = (entry.program == program, is_pinned(entry));
+            return Ok(Some(Attachment { backend: mode, current, pinned, place }));
+        }
+        is_preceded |= !entries.is_empty();
+    }
+    Ok(None)
 }
 
 /// Detaches the link that is pinned at `path`, at once, and unpins it. Returns whether it was attached.
@@ -177,22 +246,37 @@ pub(super) fn detach_pinned(path: &Path) -> Result<bool, DatapathError> {
     let mut was_attached = false;
     if let Some(fd) = pins::open(path)?
         && let Ok(Some(link)) = bpf::link(fd.as_fd())
-        && let Target::Tcx { ifindex: ifindex @ 1.., .. } = link.target
+        && let Target::Interface { ifindex: ifindex @ 1.., .. } = link.target
     {
-        bpf::link_detach(&fd).map_err(failed("detaching a TCX link", ifindex))?;
+        let failed =
+            |source| DatapathError::Link { operation: "detach the", mode: "pinned", ifindex, source };
+        bpf::link_detach(&fd).map_err(failed)?;
         was_attached = true;
     }
     pins::unpin(path)?;
     Ok(was_attached)
 }
 
-/// Whether the link with this id is pinned at `path`.
+/// Reports whether the link with this id is pinned at `path`.
 pub(super) fn is_pinned(id: u32, path: &Path) -> bool {
     pins::link_at(path).is_some_and(|link| link.id == id)
 }
 
+/// The list of programs that a link of this mode joins, or `None` if the mode attaches no link there.
+#[must_use]
+pub fn mprog_hook(hook: TcHook, mode: AttachMode) -> Option<MprogHook> {
+    match (hook, mode) {
+        (TcHook::FromPod, AttachMode::Tcx) => Some(MprogHook::Tcx(Direction::Ingress)),
+        (TcHook::NodeEgress, AttachMode::Tcx) => Some(MprogHook::Tcx(Direction::Egress)),
+        (TcHook::FromPod, AttachMode::Netkit) => Some(MprogHook::NetkitPeer),
+        // Packets of the node to the pod's device, which is no way out of the node.
+        (TcHook::NodeEgress, AttachMode::Netkit)
+        | (TcHook::FromPod | TcHook::NodeEgress, AttachMode::None | AttachMode::Clsact) => None,
+    }
+}
+
 impl AttachPoint {
-    /// Which way packets go there.
+    /// Direction of the packets at this point, as the node sees it.
     #[must_use]
     pub fn direction(self) -> Direction {
         match self.edge {
@@ -202,6 +286,24 @@ impl AttachPoint {
     }
 }
 
-fn failed(operation: &'static str, ifindex: u32) -> impl FnOnce(io::Error) -> DatapathError {
-    move |source| DatapathError::Link { operation, ifindex, source }
+fn create_first(
+    point: AttachPoint,
+    mode: AttachMode,
+    program: BorrowedFd<'_>,
+) -> Result<OwnedFd, DatapathError> {
+    let hook = required_hook(point, mode)?;
+    bpf::link_create_first(program, point.ifindex, hook).map_err(failed("attach a", point, mode))
+}
+
+fn required_hook(point: AttachPoint, mode: AttachMode) -> Result<MprogHook, DatapathError> {
+    let unsupported = || failed("attach a", point, mode)(io::ErrorKind::Unsupported.into());
+    mprog_hook(point.edge, mode).ok_or_else(unsupported)
+}
+
+fn failed(
+    operation: &'static str,
+    point: AttachPoint,
+    mode: AttachMode,
+) -> impl FnOnce(io::Error) -> DatapathError {
+    move |source| DatapathError::Link { operation, mode: mode.name(), ifindex: point.ifindex, source }
 }

@@ -116,7 +116,7 @@ impl Guard {
         edge: TcHook,
         actual: &[Attachment],
     ) -> Result<AttachMode, DatapathError> {
-        let wanted = self.datapath.wanted(role, edge);
+        let wanted = self.datapath.wanted(link, role, edge);
         match &mut self.provisional {
             Some(provisional)
                 if (edge, wanted) == (TcHook::FromPod, AttachMode::Tcx)

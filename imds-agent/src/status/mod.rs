@@ -7,7 +7,7 @@ mod table;
 use std::collections::{BTreeMap, BTreeSet};
 
 use imds_ebpf_common::{
-    Answer, AttachMode, CounterKey, Hook, Mode, Policy, Role, Subject, SubjectKind, TcHook, names::tc_program,
+    Answer, CounterKey, Hook, Mode, Policy, Role, Subject, SubjectKind, TcHook, names::tc_program,
 };
 
 pub use self::report::{
@@ -17,11 +17,11 @@ pub use self::report::{
 use crate::{
     config::{Hooks, Interfaces},
     datapath::{
-        DatapathError, bpf, clsact, config,
+        DatapathError, clsact, config,
         counters::{self, Counts},
-        endpoints, home, hosts,
+        endpoints, home, hosts, mprog,
         object::{self, Maps, ObjectError},
-        pins::{self, AttachPoint, PinDir},
+        pins::{AttachPoint, PinDir},
         pods, records, sockets,
     },
     endpoints::{Endpoint as Guarded, Keep, ipv4},
@@ -295,18 +295,8 @@ struct Node<'a> {
 async fn attachment(link: &Link, edge: TcHook, node: &Node<'_>) -> Result<Option<Attachment>, DatapathError> {
     let spot = AttachPoint { ifindex: link.index, edge };
     let program = object::pinned_program(node.pins, tc_program(edge, link.frame))?;
-    let pinned = pins::open(&node.pins.link(spot))?.and_then(|fd| bpf::link(fd).ok().flatten());
-    // A kernel without TCX answers with an error: then there is nothing.
-    let entries = bpf::tcx_entries(spot.ifindex, spot.direction()).unwrap_or_default();
-    let is_pinned = |entry: &bpf::Entry| pinned.is_some_and(|pinned| pinned.id == entry.link);
-    let is_ours = |entry: &bpf::Entry| is_pinned(entry) || entry.program == program;
-    if let Some((position, entry)) = entries.iter().enumerate().find(|(_, entry)| is_ours(entry)) {
-        return Ok(Some(Attachment {
-            backend: AttachMode::Tcx,
-            current: entry.program == program,
-            pinned: is_pinned(entry),
-            place: if position == 0 { Order::First } else { Order::NotFirst },
-        }));
+    if let Some(attachment) = mprog::find(node.pins, spot, program)? {
+        return Ok(Some(attachment));
     }
     Ok(clsact::attachment(node.netlink, spot, program).await?)
 }
