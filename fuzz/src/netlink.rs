@@ -2,7 +2,7 @@
 
 use bytes::BytesMut;
 use imds_agent::{
-    datapath::clsact::Filter,
+    datapath::{clsact::Filter, qdisc::Qdisc},
     node::{links::Link, netlink::Event},
 };
 use rtnetlink::{
@@ -27,6 +27,9 @@ fn read(message: NetlinkMessage<RouteNetlinkMessage>) {
         }
         NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewTrafficFilter(filter)) => {
             let _filter = Filter::from_message(filter.clone());
+        }
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewQueueDiscipline(qdisc)) => {
+            let _qdisc = Qdisc::from_message(qdisc.clone());
         }
         _ => {}
     }

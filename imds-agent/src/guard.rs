@@ -33,6 +33,7 @@ use crate::{
         senders::Finder,
     },
     pods::Pods,
+    reconcile::repair_backoff::RepairBackoff,
     settings::Settings,
     state::Uplinks,
 };
@@ -48,6 +49,8 @@ pub struct Repairs {
     pub pinned: u64,
     /// Put before programs that had got in front.
     pub reordered: u64,
+    /// Repairs that were postponed, as another program undid them again and again.
+    pub postponed: u64,
     /// Times at which the kernel's events came faster than they were read.
     pub overruns: u64,
 }
@@ -98,6 +101,8 @@ pub struct Guard {
     exemptions_dirty: bool,
     /// Attachments that wait for their turn.
     queue: AttachQueue,
+    /// Repairs that another program undoes again and again.
+    backoff: RepairBackoff,
     /// Attachment whose turn it is.
     turn: Option<AttachPoint>,
     /// Attachments to pods that were there at the start and wait for their turn.
@@ -140,6 +145,7 @@ impl Guard {
             in_reload: false,
             exemptions_dirty: false,
             queue: AttachQueue::new(),
+            backoff: RepairBackoff::default(),
             turn: None,
             initial: BTreeSet::new(),
             is_ready: false,
@@ -171,7 +177,7 @@ impl Guard {
     /// How often what somebody else had changed was put right.
     #[must_use]
     pub fn repairs(&self) -> Repairs {
-        self.repairs
+        Repairs { postponed: self.backoff.suppressed(), ..self.repairs }
     }
 
     /// Looks at everything for the first time. `config`, which `path` was read for, came to `settings`.

@@ -292,6 +292,7 @@ impl Snapshot {
             ("replaced", repairs.replaced),
             ("pinned", repairs.pinned),
             ("reordered", repairs.reordered),
+            ("postponed", repairs.postponed),
         ];
         to.counter(
             "imds_repairs",

@@ -1,11 +1,13 @@
-//! What is to be done about an interface: a pure function of what is wanted and what is there.
+//! Actions that bring a hook of an interface to its desired state: a pure function of desired and observed state.
+
+pub mod repair_backoff;
 
 use imds_ebpf_common::AttachMode;
 
-/// One program of ours on an interface.
+/// A program of the agent at a hook of an interface.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Attachment {
-    /// How it is attached: [`AttachMode::Tcx`] or [`AttachMode::Clsact`].
+    /// Attach mode; never [`AttachMode::None`].
     pub backend: AttachMode,
     /// Whether it is the program that this agent loaded.
     pub current: bool,
@@ -22,7 +24,7 @@ pub enum Order {
     First,
     /// Others come before, and it can be put before them.
     NotFirst,
-    /// Others come before that this backend can't get in front of.
+    /// Others come before, and the attach mode has no place before them.
     Blocked,
 }
 
@@ -38,7 +40,7 @@ impl Order {
     }
 }
 
-/// A change to one interface.
+/// A change to one hook of an interface.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Action {
     /// Attach, first in order.
@@ -53,8 +55,20 @@ pub enum Action {
     Detach(AttachMode),
 }
 
-/// The actions that bring an interface from `actual` to `wanted`, in their order: what guards comes before what
-/// unguards.
+impl Action {
+    /// Reports whether the action repairs a hook that another program changed, if this agent had attached it before.
+    /// Repairs that repeat should back off.
+    #[must_use]
+    pub fn is_repair(self) -> bool {
+        match self {
+            Self::Attach(_) | Self::Replace(_) | Self::Reorder(_) => true,
+            Self::Pin(_) | Self::Detach(_) => false,
+        }
+    }
+}
+
+/// Plans the actions that bring a hook from `actual` to `wanted`, in their order: a new attachment comes before one of
+/// another mode is detached, so that no packet passes between the two.
 #[must_use]
 pub fn plan(wanted: AttachMode, actual: &[Attachment]) -> Vec<Action> {
     let mut actions = Vec::new();
@@ -85,12 +99,13 @@ mod tests {
 
     use super::{
         Action::{Attach, Detach, Pin, Reorder, Replace},
-        AttachMode::{Clsact, None, Tcx},
+        AttachMode::{Clsact, Netkit, None, Tcx},
         *,
     };
 
     const GOOD: Attachment = Attachment { backend: Tcx, current: true, pinned: true, place: Order::First };
     const FILTER: Attachment = Attachment { backend: Clsact, ..GOOD };
+    const NETKIT: Attachment = Attachment { backend: Netkit, ..GOOD };
 
     #[test]
     fn nothing_to_do() {
@@ -98,6 +113,7 @@ mod tests {
         assert_eq!(plan(Clsact, &[FILTER]), []);
         assert_eq!(plan(Clsact, &[Attachment { place: Order::Blocked, ..FILTER }]), []);
         assert_eq!(plan(None, &[]), []);
+        assert_eq!(plan(Netkit, &[NETKIT]), []);
     }
 
     #[test]
@@ -110,18 +126,37 @@ mod tests {
     }
 
     #[test]
-    fn a_change_of_backend_attaches_before_it_detaches() {
+    fn a_change_of_mode_attaches_before_it_detaches() {
         assert_eq!(plan(Clsact, &[GOOD]), [Attach(Clsact), Detach(Tcx)]);
         assert_eq!(plan(Tcx, &[FILTER]), [Attach(Tcx), Detach(Clsact)]);
+        assert_eq!(plan(Netkit, &[GOOD, FILTER]), [Attach(Netkit), Detach(Tcx), Detach(Clsact)]);
+        assert_eq!(plan(Tcx, &[NETKIT]), [Attach(Tcx), Detach(Netkit)]);
+    }
+
+    #[test]
+    fn netkit_links_are_repaired() {
+        assert_eq!(plan(Netkit, &[]), [Attach(Netkit)]);
+        let drifted = Attachment { current: false, pinned: false, place: Order::NotFirst, ..NETKIT };
+        assert_eq!(plan(Netkit, &[drifted]), [Replace(Netkit), Pin(Netkit), Reorder(Netkit)]);
+        assert_eq!(plan(None, &[NETKIT]), [Detach(Netkit)]);
+    }
+
+    #[test]
+    fn repairs_are_told_from_other_actions() {
+        assert!([Attach(Tcx), Replace(Netkit), Reorder(Clsact)].into_iter().all(Action::is_repair));
+        assert!(![Pin(Tcx), Detach(Tcx)].into_iter().any(Action::is_repair));
     }
 
     proptest! {
         #[test]
-        fn a_wanted_backend_is_never_detached(current: bool, pinned: bool, both: bool) {
-            let there = [Attachment { current, pinned, ..GOOD }, FILTER];
-            let there = if both { &there[..] } else { &there[..1] };
-            for wanted in [Tcx, Clsact] {
-                prop_assert!(!plan(wanted, there).contains(&Detach(wanted)));
+        fn a_wanted_mode_is_never_detached(current: bool, pinned: bool, count in 0..=3_usize) {
+            let there = [Attachment { current, pinned, ..GOOD }, FILTER, NETKIT];
+            for wanted in [Tcx, Clsact, Netkit] {
+                let actions = plan(wanted, &there[..count]);
+                prop_assert!(!actions.contains(&Detach(wanted)));
+                let first_detach = actions.iter().position(|action| matches!(action, Detach(_)));
+                let attach = actions.iter().position(|action| matches!(action, Attach(_)));
+                prop_assert!(attach.is_none() || first_detach.is_none() || attach < first_detach);
             }
         }
     }

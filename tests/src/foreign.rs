@@ -29,6 +29,7 @@ const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
 const BPF_PROG_TYPE_CGROUP_SOCK_ADDR: u32 = 18;
 const BPF_TCX_INGRESS: u32 = 46;
 const BPF_TCX_EGRESS: u32 = 47;
+const BPF_NETKIT_PEER: u32 = 55;
 const BPF_F_BEFORE: u32 = 1 << 3;
 /// `bpf_redirect`.
 const REDIRECT: u32 = 23;
@@ -113,6 +114,17 @@ impl Foreign {
             TcAttachType::Egress => BPF_TCX_EGRESS,
             TcAttachType::Ingress | TcAttachType::Custom(_) => BPF_TCX_INGRESS,
         };
+        self.attach_first(netns, ifindex, attach_type)
+    }
+
+    /// Attaches it before all others at the peer of the netkit pair whose primary device has this index. It is detached when
+    /// the link is closed.
+    #[must_use]
+    pub fn attach_netkit_peer_first(&self, netns: &Netns, ifindex: u32) -> OwnedFd {
+        self.attach_first(netns, ifindex, BPF_NETKIT_PEER)
+    }
+
+    fn attach_first(&self, netns: &Netns, ifindex: u32, attach_type: u32) -> OwnedFd {
         let mut attributes = LinkCreate {
             prog_fd: raw(&self.program),
             target_ifindex: ifindex,
@@ -121,7 +133,7 @@ impl Foreign {
             ..LinkCreate::default()
         };
         // The kernel looks the index up in the caller's namespace.
-        netns.run(|| bpf_fd(BPF_LINK_CREATE, &mut attributes)).expect("create a TCX link")
+        netns.run(|| bpf_fd(BPF_LINK_CREATE, &mut attributes)).expect("create a link")
     }
 
     /// Adds it as a direct-action filter of clsact, which the interface must have.
@@ -197,7 +209,7 @@ struct ObjPin {
     file_flags: u32,
 }
 
-/// The same for `BPF_LINK_CREATE` of a TCX link.
+/// Part of `union bpf_attr` for `BPF_LINK_CREATE` of a TCX or netkit link.
 #[repr(C)]
 #[derive(Default)]
 struct LinkCreate {

@@ -2,7 +2,10 @@
 
 use std::{net::Ipv4Addr, sync::Arc};
 
-use crate::{Netns, World};
+use crate::{
+    Netns, World,
+    netkit::{self, NetkitMode},
+};
 
 /// All pod addresses.
 pub(crate) const PODS: &str = "10.244.0.0/16";
@@ -25,6 +28,8 @@ pub enum PodLink {
     Routed,
     /// By a veth enslaved to the bridge [`World::BRIDGE`](crate::World::BRIDGE), as kubenet and flannel do.
     Bridged,
+    /// Connected with a netkit pair and a host route, as Cilium does: see [`skip_without_netkit`](crate::skip_without_netkit).
+    Netkit(NetkitMode),
 }
 
 /// A network namespace with `eth0`, a veth whose other end is the node's.
@@ -75,7 +80,7 @@ impl Pod {
 
     pub(crate) fn new(node: &Arc<Netns>, link: PodLink, number: u32) -> Self {
         let (first_subnet, gateway_mac) = match link {
-            PodLink::Routed => (64, ROUTED_GATEWAY_MAC),
+            PodLink::Routed | PodLink::Netkit(_) => (64, ROUTED_GATEWAY_MAC),
             PodLink::Bridged => (2, BRIDGED_GATEWAY_MAC),
         };
         assert!(number < MOST_PODS, "more than {MOST_PODS} pods");
@@ -89,9 +94,9 @@ impl Pod {
         let netns = Netns::new(&format!("pod{number}"));
         let mut pod =
             Self { netns, address, mac, gateway_mac, host_ifname, host_ifindex: 0, node: Arc::clone(node) };
-        pod.make_link();
+        pod.make_link(link);
         match link {
-            PodLink::Routed => pod.connect_routed(),
+            PodLink::Routed | PodLink::Netkit(_) => pod.connect_routed(),
             PodLink::Bridged => pod.connect_bridged(),
         }
         let host_ifindex = node.run(|| nix::net::if_::if_nametoindex(pod.host_ifname.as_str()));
@@ -104,9 +109,21 @@ impl Pod {
         drop(self);
     }
 
-    fn make_link(&self) {
+    fn make_link(&self, link: PodLink) {
         self.netns.sysctl("ipv4/conf/all/rp_filter", "0");
         self.netns.sysctl("ipv4/conf/default/rp_filter", "0");
+        if let PodLink::Netkit(mode) = link {
+            netkit::add_pair(&self.node, &self.host_ifname, mode, Self::IFNAME, &self.netns)
+                .expect("make a netkit pair");
+            let (mut host, mut pod) = (String::new(), String::new());
+            if mode == NetkitMode::L2 {
+                host = format!("address {}", mac_text(ROUTED_GATEWAY_MAC));
+                pod = format!("address {}", mac_text(self.mac));
+            }
+            self.node.ip(&format!("link set {} {host} up", self.host_ifname));
+            self.netns.ip(&format!("link set lo up\nlink set {} {pod} up", Self::IFNAME));
+            return;
+        }
         self.node.ip(&format!(
             "link add {veth} address {host_mac} type veth peer name {eth0} address {mac} netns {netns}
              link set {veth} up",

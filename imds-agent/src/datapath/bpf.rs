@@ -17,18 +17,20 @@ use std::{
 
 use aya_obj::generated::{
     BPF_F_BEFORE,
-    bpf_attach_type::{self, BPF_TCX_EGRESS, BPF_TCX_INGRESS},
+    bpf_attach_type::{self, BPF_NETKIT_PEER, BPF_NETKIT_PRIMARY, BPF_TCX_EGRESS, BPF_TCX_INGRESS},
     bpf_cmd::{
         self, BPF_LINK_CREATE, BPF_LINK_DETACH, BPF_LINK_UPDATE, BPF_OBJ_GET, BPF_OBJ_GET_INFO_BY_FD,
         BPF_OBJ_PIN, BPF_PROG_QUERY,
     },
-    bpf_link_type::{BPF_LINK_TYPE_CGROUP, BPF_LINK_TYPE_TCX},
+    bpf_link_type::{BPF_LINK_TYPE_CGROUP, BPF_LINK_TYPE_NETKIT, BPF_LINK_TYPE_TCX},
 };
 
 pub use self::program::{cgroup_programs, is_compiled, is_foreign, load_idle, load_redirect};
 
-/// Most programs on one hook: `BPF_MPROG_MAX` (`include/linux/bpf_mprog.h`).
+/// Size of the list of programs of one hook: `BPF_MPROG_MAX` (`include/linux/bpf_mprog.h`).
 const MPROG_MAX: u32 = 64;
+/// Largest number of programs on one hook: the list ends with an empty entry (`bpf_mprog_max`).
+pub const MAX_PROGRAMS: u32 = MPROG_MAX - 1;
 
 /// The loopback interface's index in every network namespace (`LOOPBACK_IFINDEX`, include/net/flow.h).
 const LOOPBACK: u32 = 1;
@@ -36,12 +38,12 @@ const LOOPBACK: u32 = 1;
 /// What a link attaches its program to.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Target {
-    /// A TCX hook.
-    Tcx {
+    /// A TCX or netkit hook.
+    Interface {
         /// Index of the interface, in the namespace where that is now; 0 once the link is detached.
         ifindex: u32,
-        /// Ingress or egress.
-        direction: Direction,
+        /// The hook of the interface.
+        hook: MprogHook,
     },
     /// A cgroup.
     Cgroup {
@@ -71,7 +73,7 @@ impl Link {
     pub fn cgroup(&self) -> Option<u64> {
         match self.target {
             Target::Cgroup { id: id @ 1.., .. } => Some(id),
-            Target::Cgroup { .. } | Target::Tcx { .. } | Target::Other => None,
+            Target::Cgroup { .. } | Target::Interface { .. } | Target::Other => None,
         }
     }
 }
@@ -85,16 +87,48 @@ pub enum Direction {
     Egress,
 }
 
-impl Direction {
+/// A hook of an interface that runs a list of programs in order (`bpf_mprog`, kernel 6.6).
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum MprogHook {
+    /// TC ingress or egress, before the filters of qdiscs.
+    Tcx(Direction),
+    /// Programs on packets that the primary device of a netkit pair sends (kernel 6.7).
+    NetkitPrimary,
+    /// Programs on packets that the peer device of a netkit pair sends. They are attached to the primary device.
+    NetkitPeer,
+}
+
+impl MprogHook {
+    const ALL: [Self; 4] =
+        [Self::Tcx(Direction::Ingress), Self::Tcx(Direction::Egress), Self::NetkitPrimary, Self::NetkitPeer];
+
     const fn attach_type(self) -> bpf_attach_type {
         match self {
-            Self::Ingress => BPF_TCX_INGRESS,
-            Self::Egress => BPF_TCX_EGRESS,
+            Self::Tcx(Direction::Ingress) => BPF_TCX_INGRESS,
+            Self::Tcx(Direction::Egress) => BPF_TCX_EGRESS,
+            Self::NetkitPrimary => BPF_NETKIT_PRIMARY,
+            Self::NetkitPeer => BPF_NETKIT_PEER,
         }
+    }
+
+    /// Returns the hook of a link of this `bpf_link_type` and `bpf_attach_type`.
+    fn of_link(kind: u32, attach_type: u32) -> Option<Self> {
+        let hook = Self::ALL.into_iter().find(|hook| hook.attach_type() as u32 == attach_type)?;
+        let expected = match hook {
+            Self::Tcx(_) => BPF_LINK_TYPE_TCX,
+            Self::NetkitPrimary | Self::NetkitPeer => BPF_LINK_TYPE_NETKIT,
+        };
+        (kind == expected as u32).then_some(hook)
     }
 }
 
-/// One entry of a TCX hook, in the order in which they run.
+impl From<Direction> for MprogHook {
+    fn from(direction: Direction) -> Self {
+        Self::Tcx(direction)
+    }
+}
+
+/// One entry of a TCX or netkit hook, in the order in which they run.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Entry {
     /// Id of the program.
@@ -109,10 +143,14 @@ pub fn has_tcx() -> bool {
     tcx_entries(LOOPBACK, Direction::Ingress).is_ok()
 }
 
-/// Attaches a program to a TCX hook of an interface, before all others.
-pub fn link_create_first(program: impl AsFd, ifindex: u32, direction: Direction) -> io::Result<OwnedFd> {
+/// Attaches a program to a TCX or netkit hook of an interface, before all others.
+pub fn link_create_first(
+    program: impl AsFd,
+    ifindex: u32,
+    hook: impl Into<MprogHook>,
+) -> io::Result<OwnedFd> {
     // Before nothing in particular is before everything.
-    let attach_type = direction.attach_type() as u32;
+    let attach_type = hook.into().attach_type() as u32;
     link_create(program.as_fd().as_raw_fd(), ifindex, attach_type, BPF_F_BEFORE)
 }
 
@@ -171,7 +209,7 @@ pub fn link_detach(link: impl AsFd) -> io::Result<()> {
 
 /// Describes an object that should be a link; `None` where it is something else.
 pub fn link(link: impl AsFd) -> io::Result<Option<Link>> {
-    /// The start of `struct bpf_link_info`, as far as links of TCX and cgroups fill it.
+    /// The start of `struct bpf_link_info`, as far as links of interfaces and cgroups fill it.
     #[repr(C)]
     #[derive(Default)]
     struct Info {
@@ -179,7 +217,7 @@ pub fn link(link: impl AsFd) -> io::Result<Option<Link>> {
         id: u32,
         program: u32,
         pad: u32,
-        // TCX: interface index and attach type. cgroup: both halves of the id, then the attach type.
+        // TCX and netkit: interface index and attach type. cgroup: both halves of the id, then the attach type.
         target: [u32; 4],
     }
     if !is_link(&link)? {
@@ -187,13 +225,8 @@ pub fn link(link: impl AsFd) -> io::Result<Option<Link>> {
     }
     let info: Info = info(link)?;
     let [first, second, third, _] = info.target;
-    let direction = [Direction::Ingress, Direction::Egress]
-        .into_iter()
-        .find(|direction| direction.attach_type() as u32 == second);
-    let target = match (info.kind, direction) {
-        (kind, Some(direction)) if kind == BPF_LINK_TYPE_TCX as u32 => {
-            Target::Tcx { ifindex: first, direction }
-        }
+    let target = match (info.kind, MprogHook::of_link(info.kind, second)) {
+        (_, Some(hook)) => Target::Interface { ifindex: first, hook },
         (kind, _) if kind == BPF_LINK_TYPE_CGROUP as u32 => {
             // A u64 in memory.
             let (first, second) = (first.to_ne_bytes(), second.to_ne_bytes());
@@ -207,8 +240,14 @@ pub fn link(link: impl AsFd) -> io::Result<Option<Link>> {
     Ok(Some(Link { id: info.id, program: info.program, target }))
 }
 
-/// What is on a TCX hook of an interface, in order.
+/// Lists the programs on a TCX hook of an interface, in order.
 pub fn tcx_entries(ifindex: u32, direction: Direction) -> io::Result<Vec<Entry>> {
+    entries(ifindex, direction.into())
+}
+
+/// Lists the programs on a TCX or netkit hook of an interface, in order. A kernel or an interface without the hook
+/// answers with an error.
+pub fn entries(ifindex: u32, hook: MprogHook) -> io::Result<Vec<Entry>> {
     #[repr(C)]
     struct Attr {
         target_ifindex: u32,
@@ -226,7 +265,7 @@ pub fn tcx_entries(ifindex: u32, direction: Direction) -> io::Result<Vec<Entry>>
     let (mut programs, mut links) = ([0_u32; MPROG_MAX as usize], [0_u32; MPROG_MAX as usize]);
     let mut attr = Attr {
         target_ifindex: ifindex,
-        attach_type: direction.attach_type() as u32,
+        attach_type: hook.attach_type() as u32,
         query_flags: 0,
         attach_flags: 0,
         prog_ids: programs.as_mut_ptr() as u64,
@@ -312,5 +351,20 @@ pub fn wait_for_programs() {
     if result != 0 {
         // Kernels with nohz_full CPUs refuse it. No packet takes a program this long.
         thread::sleep(Duration::from_millis(100));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn link_kinds_have_their_hooks() {
+        let of_link = |kind, attach_type: bpf_attach_type| MprogHook::of_link(kind, attach_type as u32);
+        assert_eq!(of_link(13, BPF_NETKIT_PEER), Some(MprogHook::NetkitPeer));
+        assert_eq!(of_link(13, BPF_NETKIT_PRIMARY), Some(MprogHook::NetkitPrimary));
+        assert_eq!(of_link(11, BPF_TCX_EGRESS), Some(MprogHook::Tcx(Direction::Egress)));
+        assert_eq!(of_link(11, BPF_NETKIT_PEER), None);
+        assert_eq!(of_link(BPF_LINK_TYPE_CGROUP as u32, BPF_TCX_INGRESS), None);
     }
 }

@@ -1,4 +1,4 @@
-//! Direct-action filters on the clsact qdisc: the way before TCX, and what every kernel since 4.5 has.
+//! Direct-action filters on the clsact qdisc, which every kernel since 4.5 has, or on an ingress qdisc that is there.
 
 use std::{
     io,
@@ -26,7 +26,7 @@ const HANDLES: [TcHandle; 2] =
     [TcHandle { major: 0x696d, minor: 0x6473 }, TcHandle { major: 0x696d, minor: 0x6474 }];
 const INGRESS: TcHandle = TcHandle { major: u16::MAX, minor: TcHandle::MIN_INGRESS };
 const EGRESS: TcHandle = TcHandle { major: u16::MAX, minor: TcHandle::MIN_EGRESS };
-/// The clsact qdisc's own handle, ffff:0.
+/// Handle of the clsact or ingress qdisc, ffff:0.
 const CLSACT_HANDLE: TcHandle = TcHandle { major: u16::MAX, minor: 0 };
 /// Filters see packets of every protocol, VLAN-tagged ones too.
 const ETH_P_ALL: u16 = 0x0003_u16.to_be();
@@ -136,8 +136,24 @@ fn foreign(filters: &[Filter]) -> impl Iterator<Item = &Filter> {
 
 /// The filters of a hook, in the order in which they run; none where the interface has no such qdisc.
 pub(crate) async fn filters(netlink: &Netlink, spot: AttachPoint) -> Result<Vec<Filter>, NetlinkError> {
-    let ifindex = spot.ifindex;
-    let request = RouteNetlinkMessage::GetTrafficFilter(message(ifindex, parent(spot.edge)));
+    let filters = filters_below(netlink, spot.ifindex, parent(spot.edge)).await?;
+    // An `ingress` qdisc lists the filters of its one hook below whatever class it is asked for (`ingress_tcf_block`); clsact
+    // has none below class 0 (`clsact_tcf_block`).
+    if spot.edge == TcHook::NodeEgress
+        && !filters.is_empty()
+        && !filters_below(netlink, spot.ifindex, CLSACT_HANDLE).await?.is_empty()
+    {
+        return Ok(Vec::new());
+    }
+    Ok(filters)
+}
+
+async fn filters_below(
+    netlink: &Netlink,
+    ifindex: u32,
+    parent: TcHandle,
+) -> Result<Vec<Filter>, NetlinkError> {
+    let request = RouteNetlinkMessage::GetTrafficFilter(message(ifindex, parent));
     let answers = match netlink.dump(format!("listing filters of interface {ifindex}"), request).await {
         // No such qdisc (EINVAL), or the interface is gone.
         Err(error) if matches!(error.errno(), Some(libc::EINVAL | libc::ENODEV | libc::ENOENT)) => {
@@ -152,7 +168,8 @@ pub(crate) async fn filters(netlink: &Netlink, spot: AttachPoint) -> Result<Vec<
     Ok(filters.collect())
 }
 
-/// Makes the clsact qdisc. Returns whether it was missing.
+/// Adds the clsact qdisc if the interface has neither that nor an ingress qdisc: the two share one slot. Returns whether
+/// it was added.
 pub async fn ensure_qdisc(netlink: &Netlink, ifindex: u32) -> Result<bool, NetlinkError> {
     let call = format!("adding a clsact qdisc to interface {ifindex}");
     let request = RouteNetlinkMessage::NewQueueDiscipline(qdisc(ifindex));
@@ -163,7 +180,7 @@ pub async fn ensure_qdisc(netlink: &Netlink, ifindex: u32) -> Result<bool, Netli
     }
 }
 
-/// Removes the clsact qdisc, unless somebody has a filter on it.
+/// Removes the clsact qdisc unless it has a filter. The kernel refuses if the qdisc is of another kind.
 pub async fn remove_unused_qdisc(netlink: &Netlink, ifindex: u32) -> Result<(), NetlinkError> {
     for edge in TcHook::ALL {
         if !filters(netlink, AttachPoint { ifindex, edge }).await?.is_empty() {

@@ -30,7 +30,7 @@ pub(super) fn ensure_free(pins: &PinDir) -> Result<(), DatapathError> {
     let Some(netns) = other_netns(pins)? else { return Ok(()) };
     for (_, path) in pins.pinned_links()? {
         let link = pins::open(&path)?.and_then(|fd| bpf::link(fd).ok().flatten());
-        if link.is_some_and(|link| matches!(link.target, Target::Tcx { ifindex: 1.., .. })) {
+        if link.is_some_and(|link| matches!(link.target, Target::Interface { ifindex: 1.., .. })) {
             return Err(DatapathError::Elsewhere { path: pins.root().to_owned(), netns });
         }
     }

@@ -1,5 +1,6 @@
 //! What is in the kernel: loads, pins, attaches, replaces and removes it.
 
+mod attach;
 pub mod bpf;
 pub mod claim;
 pub mod clsact;
@@ -11,13 +12,15 @@ pub mod exemptions;
 mod force;
 pub mod home;
 pub mod hosts;
+pub mod mprog;
 pub mod object;
+pub mod obstacles;
 pub mod pins;
 pub mod pods;
+pub mod qdisc;
 pub mod recent;
 pub mod records;
 pub mod sockets;
-mod tcx;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -27,8 +30,7 @@ use std::{
 
 use aya::maps::MapError;
 use imds_ebpf_common::{
-    Answer, AttachMode, Hook, Mode, Subject, SubjectKind, TcHook, TcHookSet,
-    names::{MAP_EXEMPT, tc_program},
+    Answer, AttachMode, Hook, Mode, Subject, SubjectKind, TcHook, TcHookSet, names::MAP_EXEMPT,
 };
 use log::Level;
 use thiserror::Error;
@@ -36,11 +38,12 @@ use thiserror::Error;
 use self::{
     claim::Claim,
     hosts::Hosts,
+    mprog::Links,
     object::{Maps, ObjectError, Programs},
+    obstacles::ObstacleError,
     pins::{AttachPoint, PinDir, PinError},
     records::LinkState,
     sockets::{SOCKETS, Sockets},
-    tcx::Links,
 };
 use crate::{
     config::Hooks,
@@ -53,7 +56,6 @@ use crate::{
         netns::Identity,
     },
     pods::{Lookup, Name},
-    reconcile::{Action, Attachment},
 };
 
 /// What failed in the kernel, and on what.
@@ -68,16 +70,21 @@ pub enum DatapathError {
     /// A request to rtnetlink.
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
-    /// A call on a TCX link.
-    #[error("{operation} on interface {ifindex}")]
+    /// A call on a TCX or netkit link.
+    #[error("failed to {operation} {mode} link of interface {ifindex}")]
     Link {
         /// The call.
         operation: &'static str,
+        /// Name of the attach mode.
+        mode: &'static str,
         /// The interface.
         ifindex: u32,
         /// What the kernel said.
         source: io::Error,
     },
+    /// An obstacle that no retry removes.
+    #[error(transparent)]
+    Obstacle(#[from] ObstacleError),
     /// A call on the link of a cgroup.
     #[error("{operation} the cgroup of {}", path.display())]
     Cgroup {
@@ -110,16 +117,30 @@ impl DatapathError {
     /// Whether the interface went away meanwhile, which is no failure.
     #[must_use]
     pub fn is_interface_gone(&self) -> bool {
-        let errno = match self {
+        self.errno() == Some(libc::ENODEV)
+    }
+
+    /// The kernel's error number of a call on an interface.
+    fn errno(&self) -> Option<i32> {
+        match self {
             Self::Netlink(error) => error.errno(),
             Self::Link { source, .. } => source.raw_os_error(),
             Self::Object(_)
             | Self::Pin(_)
+            | Self::Obstacle(_)
             | Self::Cgroup { .. }
             | Self::Elsewhere { .. }
             | Self::Map { .. } => None,
-        };
-        errno == Some(libc::ENODEV)
+        }
+    }
+
+    /// The obstacle, if it is one: retries fail until the operator or another program removes it.
+    #[must_use]
+    pub fn obstacle(&self) -> Option<&ObstacleError> {
+        match self {
+            Self::Obstacle(error) => Some(error),
+            _ => None,
+        }
     }
 }
 
@@ -135,6 +156,8 @@ pub struct Datapath {
     granted: exemptions::Known,
     netlink: Netlink,
     backend: AttachMode,
+    /// Interfaces on which the kernel refused a netkit link.
+    refused_netkit: BTreeSet<u32>,
     hooks: Hooks,
 }
 
@@ -183,6 +206,7 @@ impl Datapath {
                     granted: exemptions::Known::default(),
                     netlink,
                     backend,
+                    refused_netkit: BTreeSet::new(),
                     hooks,
                 };
                 Ok(datapath)
@@ -228,9 +252,9 @@ impl Datapath {
 
     /// Attach mode that a hook of an interface with these `hooks` should have.
     #[must_use]
-    pub fn desired_mode(&self, _link: &Link, hooks: TcHookSet, hook: TcHook) -> AttachMode {
+    pub fn desired_mode(&self, link: &Link, hooks: TcHookSet, hook: TcHook) -> AttachMode {
         let is_desired = self.hooks.has(hook.hook()) && hooks.has(hook);
-        if is_desired { self.backend } else { AttachMode::None }
+        if is_desired { self.attach_mode(link, hook) } else { AttachMode::None }
     }
 
     /// Attaches, replaces or pins the links of sockets as needed, or removes them where that hook is off. Returns what
@@ -272,81 +296,6 @@ impl Datapath {
         known
     }
 
-    /// What of ours is on an edge of an interface.
-    ///
-    /// Filters are looked for where they are this agent's way or an agent recorded one, and everywhere where the caller
-    /// wants to be `thorough`.
-    pub async fn observe(
-        &mut self,
-        link: &Link,
-        edge: TcHook,
-        thorough: bool,
-    ) -> Result<Vec<Attachment>, DatapathError> {
-        let spot = AttachPoint { ifindex: link.index, edge };
-        // Where the hook is off there is no program, so that none that is there is the current one.
-        let program = self.programs.id(tc_program(edge, link.frame)).unwrap_or_default();
-        let mut attachments = Vec::new();
-        attachments.extend(self.links.observe(self.claim.dir(), spot, program)?);
-        let recorded = records::has_filter(&self.maps, link.index);
-        if thorough || recorded || self.backend == AttachMode::Clsact {
-            attachments.extend(clsact::attachment(&self.netlink, spot, program).await?);
-        }
-        Ok(attachments)
-    }
-
-    /// Whether TCX programs of others see what a pod sends before any filter does.
-    pub fn has_company(link: &Link) -> Result<bool, DatapathError> {
-        let spot = AttachPoint { ifindex: link.index, edge: TcHook::FromPod };
-        Ok(!tcx::programs(spot)?.is_empty())
-    }
-
-    /// Carries out one action on an edge of an interface.
-    pub async fn apply(&mut self, link: &Link, edge: TcHook, action: Action) -> Result<(), DatapathError> {
-        let spot = AttachPoint { ifindex: link.index, edge };
-        let name = tc_program(edge, link.frame);
-        match action {
-            Action::Attach(AttachMode::Tcx) => {
-                counters::prepare(&mut self.maps, link.index, edge.hook());
-                self.links.attach(self.claim.dir(), spot, self.programs.fd(name)?)
-            }
-            Action::Replace(AttachMode::Tcx) => self.links.replace(spot, self.programs.fd(name)?),
-            Action::Pin(AttachMode::Tcx) => self.links.pin(self.claim.dir(), spot),
-            Action::Reorder(AttachMode::Tcx) => {
-                // The kernel takes a program only once per hook, so that a second copy has to hold the place before
-                // this one can have it.
-                let hooks = Hooks::from_bits(edge.hook().bit());
-                let copy = Programs::load(self.claim.dir(), hooks, &endpoints::filter(&self.maps)?)?;
-                self.links.raise(self.claim.dir(), spot, copy.fd(name)?)?;
-                self.links.replace(spot, self.programs.fd(name)?)
-            }
-            Action::Detach(AttachMode::Tcx) => self.links.detach(self.claim.dir(), spot),
-            Action::Attach(AttachMode::Clsact) => {
-                counters::prepare(&mut self.maps, link.index, edge.hook());
-                if clsact::ensure_qdisc(&self.netlink, link.index).await?
-                    && let Err(error) = records::set_owns_qdisc(&mut self.maps, link, edge)
-                {
-                    log::warn!("{}: `unload` will leave its clsact qdisc: {error}", link.name);
-                }
-                Ok(clsact::attach_first(&self.netlink, spot, self.programs.fd(name)?, name).await?)
-            }
-            Action::Reorder(AttachMode::Clsact) => {
-                Ok(clsact::attach_first(&self.netlink, spot, self.programs.fd(name)?, name).await?)
-            }
-            Action::Replace(AttachMode::Clsact) => {
-                Ok(clsact::replace(&self.netlink, spot, self.programs.fd(name)?, name).await?)
-            }
-            Action::Detach(AttachMode::Clsact) => {
-                remove_filter(&self.netlink, &mut self.maps, spot).await.map(drop)
-            }
-            // Filters are not pinned, and nothing is attached by no means.
-            Action::Pin(AttachMode::Clsact | AttachMode::None | AttachMode::Netkit)
-            | Action::Attach(AttachMode::None | AttachMode::Netkit)
-            | Action::Replace(AttachMode::None | AttachMode::Netkit)
-            | Action::Reorder(AttachMode::None | AttachMode::Netkit)
-            | Action::Detach(AttachMode::None | AttachMode::Netkit) => Ok(()),
-        }
-    }
-
     /// Records the state of an interface, for `status` and for the next agent.
     pub fn record(&mut self, link: &Link, state: &LinkState) -> Result<(), DatapathError> {
         records::put(&mut self.maps, link, state)
@@ -366,6 +315,7 @@ impl Datapath {
     pub fn forget(&mut self, ifindex: u32) -> Result<(), DatapathError> {
         // Before all else: the next interface may have its index.
         self.revoke(ifindex)?;
+        self.refused_netkit.remove(&ifindex);
         for edge in TcHook::ALL {
             self.links.forget(self.claim.dir(), AttachPoint { ifindex, edge })?;
         }
@@ -423,16 +373,6 @@ impl Datapath {
     }
 }
 
-/// Removes our filters from a hook, and the qdisc where an agent made it and nobody uses it. Returns whether there was
-/// a filter.
-async fn remove_filter(netlink: &Netlink, maps: &mut Maps, spot: AttachPoint) -> Result<bool, DatapathError> {
-    let detached = clsact::detach_all(netlink, spot).await?;
-    if records::get(maps, spot.ifindex).is_some_and(|record| record.owns_qdisc == 1) {
-        clsact::remove_unused_qdisc(netlink, spot.ifindex).await?;
-    }
-    Ok(detached)
-}
-
 /// What [`unload`] found to remove.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Removed {
@@ -461,7 +401,7 @@ pub async fn unload(
     removed.sockets = sockets::detach_all(pins)? | hosts::detach_all(pins)?;
     let pinned = pins.pinned_links()?;
     for (done, (_, path)) in (1..).zip(&pinned) {
-        removed.interfaces += usize::from(tcx::detach_pinned(path)?);
+        removed.interfaces += usize::from(mprog::detach_pinned(path)?);
         progress(done, pinned.len());
     }
     // Maps that can't be read leave it unknown which qdiscs are ours; those stay.
@@ -471,7 +411,7 @@ pub async fn unload(
         for edge in TcHook::ALL {
             let spot = AttachPoint { ifindex: link.index, edge };
             detached |= match &mut maps {
-                Some(maps) => remove_filter(netlink, maps, spot).await?,
+                Some(maps) => attach::remove_filter(netlink, maps, spot).await?,
                 None => clsact::detach_all(netlink, spot).await?,
             };
         }

@@ -16,9 +16,9 @@ use imds_ebpf_common::names::{HOST_LINKS, HOST_PROGRAMS, SOCKET_LINKS, SOCKET_PR
 use super::{
     DatapathError,
     bpf::{self, Target},
+    mprog,
     object::Programs,
     pins::{self, PinDir},
-    tcx,
 };
 
 /// The links that a cgroup gets: pins, programs and hooks, in the same order.
@@ -150,7 +150,7 @@ impl Hooked {
             bpf::link_update(held, fd).map_err(failed("replacing a program of"))?;
             done.push(format!("guarding {name} of sockets: took over from an earlier agent"));
         }
-        if !tcx::is_pinned(link.id, &path) {
+        if !mprog::is_pinned(link.id, &path) {
             pins::pin_over(held, &path)?;
             done.push(format!("{name} of sockets: pinned again"));
         }

@@ -46,7 +46,7 @@ impl Guard {
 
     /// Waits for the turn of the next attachment in the queue.
     pub async fn attachment_due(&self) -> AttachPoint {
-        match self.queue.next() {
+        match self.queue.next().into_iter().chain(self.backoff.first_retry()).min_by_key(|&(_, due)| due) {
             Some((point, due)) => {
                 sleep_until(due).await;
                 point
@@ -57,10 +57,11 @@ impl Guard {
 
     /// Makes an attachment whose turn has come.
     pub async fn attach(&mut self, point: AttachPoint) {
+        let is_queued = self.queue.contains(point);
         self.queue.remove(point);
         if let Some(link) = self.links.get(&point.ifindex).cloned() {
             let start = Instant::now();
-            self.turn = Some(point);
+            self.turn = Some(point).filter(|_| is_queued);
             self.see(link).await;
             self.turn = None;
             self.queue.on_attached(start.elapsed());
@@ -189,7 +190,15 @@ impl Guard {
         attachments: &[Attachment],
         is_new: bool,
     ) -> Result<(), DatapathError> {
+        let point = AttachPoint { ifindex: link.index, edge: hook };
         let actions = plan(desired, attachments);
+        if actions.is_empty() {
+            self.backoff.clear(point);
+        }
+        if self.is_repair(point, &actions, is_new) && !self.backoff.allow(point, Instant::now()) {
+            log::debug!("{} (ifindex {}): repair of {} postponed", link.name, link.index, hook.hook().name());
+            return Ok(());
+        }
         for &action in &actions {
             self.datapath.apply(link, hook, action).await?;
             self.report(link, hook, action, is_new);
@@ -199,6 +208,13 @@ impl Guard {
             self.warn_if_blocked(link, hook).await?;
         }
         Ok(())
+    }
+
+    /// Reports whether the actions undo a change that another program made.
+    fn is_repair(&self, point: AttachPoint, actions: &[Action], is_new: bool) -> bool {
+        let is_expected = is_new || self.in_reload || !self.initial_sync_done || self.turn == Some(point);
+        let is_repair = |action: &Action| !matches!(action, Action::Detach(_));
+        !is_expected && actions.iter().any(is_repair)
     }
 
     /// Reports whether an attachment has to wait for its turn, and queues it.
@@ -288,6 +304,7 @@ impl Guard {
     pub(super) fn forget(&mut self, index: u32) {
         self.pods.link_went(index);
         self.queue.remove_link(index);
+        self.backoff.forget(index);
         if let Some(link) = self.links.remove(&index) {
             log::info!("{} (ifindex {index}) was deleted", link.name);
         }

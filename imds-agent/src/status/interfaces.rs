@@ -2,18 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use imds_ebpf_common::{AttachMode, Hook, Role, Subject, SubjectKind, TcHook, TcHookSet, names::tc_program};
+use imds_ebpf_common::{Hook, Role, Subject, SubjectKind, TcHook, TcHookSet, names::tc_program};
 
 use super::{HookAttachment, Interface, Node, Report};
 use crate::{
     config::Interfaces,
-    datapath::{
-        DatapathError, bpf, clsact,
-        counters::Counts,
-        object,
-        pins::{self, AttachPoint},
-        records,
-    },
+    datapath::{DatapathError, clsact, counters::Counts, mprog, object, pins::AttachPoint, records},
     node::links::Link,
     reconcile::{Attachment, Order},
     state,
@@ -127,22 +121,12 @@ fn order(link: &Link, hook: TcHook, attachment: Attachment) -> Order {
     }
 }
 
-/// Returns the agent's program at a hook. TCX runs before clsact, so that it counts if both are there.
+/// Returns the agent's program at a hook. Links run before filters, so that a link counts if both are there.
 async fn attachment(link: &Link, hook: TcHook, node: &Node<'_>) -> Result<Option<Attachment>, DatapathError> {
     let point = AttachPoint { ifindex: link.index, edge: hook };
     let program = object::pinned_program(node.pins, tc_program(hook, link.frame))?;
-    let pinned = pins::open(&node.pins.link(point))?.and_then(|fd| bpf::link(fd).ok().flatten());
-    // A kernel without TCX answers with an error.
-    let entries = bpf::tcx_entries(point.ifindex, point.direction()).unwrap_or_default();
-    let is_pinned = |entry: &bpf::Entry| pinned.is_some_and(|pinned| pinned.id == entry.link);
-    let is_ours = |entry: &bpf::Entry| is_pinned(entry) || entry.program == program;
-    if let Some((position, entry)) = entries.iter().enumerate().find(|(_, entry)| is_ours(entry)) {
-        return Ok(Some(Attachment {
-            backend: AttachMode::Tcx,
-            current: entry.program == program,
-            pinned: is_pinned(entry),
-            place: if position == 0 { Order::First } else { Order::NotFirst },
-        }));
+    if let Some(attachment) = mprog::find(node.pins, point, program)? {
+        return Ok(Some(attachment));
     }
     Ok(clsact::attachment(node.netlink, point, program).await?)
 }

@@ -1,0 +1,74 @@
+//! Obstacles to an attachment that no retry removes, each with its remedy.
+
+use imds_ebpf_common::TcHook;
+use thiserror::Error;
+
+use super::bpf::MAX_PROGRAMS;
+
+/// A hook that cannot be attached to an interface until the operator or another program changes that interface.
+#[derive(Clone, Debug, Eq, Error, PartialEq)]
+#[error("failed to attach {} to {interface}: {obstacle}", hook.hook().name())]
+pub struct ObstacleError {
+    /// The hook.
+    pub hook: TcHook,
+    /// Name of the interface.
+    pub interface: String,
+    /// The cause and its remedy.
+    pub obstacle: Obstacle,
+}
+
+/// Cause of an [`ObstacleError`].
+#[derive(Clone, Debug, Eq, Error, PartialEq)]
+pub enum Obstacle {
+    /// An `ingress` qdisc has no egress hook, and an interface has one of it or clsact: a filter for egress would run at
+    /// ingress.
+    #[error("its ingress qdisc occupies the clsact slot; delete it or {}", tcx_remedy(*has_tcx))]
+    IngressQdisc {
+        /// The kernel has TCX, but the agent was started without it.
+        has_tcx: bool,
+    },
+    /// The hook of the qdisc is a filter block that several interfaces share: the kernel refuses filters of one of them.
+    #[error(
+        "its {kind} qdisc uses the shared filter block {block}, which takes no filter of a single interface; delete the qdisc or {}",
+        tcx_remedy(*has_tcx)
+    )]
+    SharedBlock {
+        /// Kind of the qdisc: `clsact` or `ingress`.
+        kind: String,
+        /// Index of the block, as `tc filter show block` takes it.
+        block: u32,
+        /// The kernel has TCX, but the agent was started without it.
+        has_tcx: bool,
+    },
+    /// The list of programs of the hook is full.
+    #[error(
+        "the kernel runs at most {MAX_PROGRAMS} programs at a hook, and that many are attached; detach one of them"
+    )]
+    TooManyPrograms,
+}
+
+fn tcx_remedy(has_tcx: bool) -> &'static str {
+    if has_tcx { "run imds-agent with --tc-backend tcx" } else { "use a kernel with TCX (6.6)" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(obstacle: Obstacle) -> String {
+        ObstacleError { hook: TcHook::NodeEgress, interface: "up0".to_owned(), obstacle }.to_string()
+    }
+
+    #[test]
+    fn messages_name_the_remedy() {
+        assert_eq!(
+            message(Obstacle::IngressQdisc { has_tcx: false }),
+            "failed to attach node_egress to up0: its ingress qdisc occupies the clsact slot; delete it or use a kernel \
+             with TCX (6.6)"
+        );
+        let shared = Obstacle::SharedBlock { kind: "clsact".to_owned(), block: 22, has_tcx: true };
+        assert!(message(shared.clone()).contains("shared filter block 22"));
+        assert!(message(shared).ends_with("run imds-agent with --tc-backend tcx"));
+        assert!(message(Obstacle::TooManyPrograms).contains("at most 63 programs"));
+    }
+}

@@ -1,0 +1,167 @@
+//! Backoff of repairs that repeat, so that two programs that undo each other's changes do not loop.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use tokio::time::Instant;
+
+use crate::datapath::pins::AttachPoint;
+
+/// Repairs in a row that run at once: a single program that is in the way needs no more.
+const BURST: u32 = 3;
+/// Delay after the last repair of the burst. Each further one doubles it.
+const MIN_DELAY: Duration = Duration::from_secs(1);
+/// Upper bound of the delay.
+const MAX_DELAY: Duration = Duration::from_mins(5);
+/// Time without need for a repair after which the next one starts a new burst. Longer than the longest delay and a resync
+/// interval, because a repair that was due is asked for again only then.
+const QUIET: Duration = Duration::from_mins(10);
+
+/// Decides when a hook of an interface may be repaired: attached again, reordered, or its program replaced.
+#[derive(Debug, Default)]
+pub struct RepairBackoff {
+    points: BTreeMap<AttachPoint, Repairs>,
+    suppressed: u64,
+}
+
+/// Repairs of one hook.
+#[derive(Debug)]
+struct Repairs {
+    /// Repairs that ran since the last quiet time.
+    count: u32,
+    /// Time from which the next one may run.
+    next: Instant,
+    /// A repair was suppressed since the last one that ran.
+    is_waiting: bool,
+}
+
+impl RepairBackoff {
+    /// Returns whether a repair of `point` may run now, and counts it as run or as suppressed.
+    pub fn allow(&mut self, point: AttachPoint, now: Instant) -> bool {
+        let repairs = self.points.entry(point).or_insert(Repairs { count: 0, next: now, is_waiting: false });
+        if now >= repairs.next + QUIET {
+            repairs.count = 0;
+        }
+        if now < repairs.next {
+            repairs.is_waiting = true;
+            self.suppressed += 1;
+            return false;
+        }
+        repairs.count = repairs.count.saturating_add(1);
+        repairs.next = now + delay(repairs.count);
+        repairs.is_waiting = false;
+        true
+    }
+
+    /// Returns when a suppressed repair of `point` may run, or `None` if none waits.
+    #[must_use]
+    pub fn next_retry(&self, point: AttachPoint) -> Option<Instant> {
+        self.points.get(&point).filter(|repairs| repairs.is_waiting).map(|repairs| repairs.next)
+    }
+
+    /// Returns the suppressed repair that may run first, and when.
+    #[must_use]
+    pub fn first_retry(&self) -> Option<(AttachPoint, Instant)> {
+        let waiting = self.points.iter().filter(|(_, repairs)| repairs.is_waiting);
+        waiting.map(|(&point, repairs)| (point, repairs.next)).min_by_key(|&(_, next)| next)
+    }
+
+    /// Drops the suppressed repair of `point`: the hook is as desired. Its delay stays for the next repair.
+    pub fn clear(&mut self, point: AttachPoint) {
+        if let Some(repairs) = self.points.get_mut(&point) {
+            repairs.is_waiting = false;
+        }
+    }
+
+    /// Removes the state of a deleted interface.
+    pub fn forget(&mut self, ifindex: u32) {
+        self.points.retain(|point, _| point.ifindex != ifindex);
+    }
+
+    /// Number of suppressed repairs since the start.
+    #[must_use]
+    pub fn suppressed(&self) -> u64 {
+        self.suppressed
+    }
+}
+
+/// Delay after `count` repairs in a row.
+fn delay(count: u32) -> Duration {
+    match count.checked_sub(BURST) {
+        Some(repeated) => {
+            MIN_DELAY.saturating_mul(2_u32.checked_pow(repeated).unwrap_or(u32::MAX)).min(MAX_DELAY)
+        }
+        None => Duration::ZERO,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use imds_ebpf_common::TcHook;
+    use tokio::time::advance;
+
+    use super::*;
+
+    const POINT: AttachPoint = AttachPoint { ifindex: 7, edge: TcHook::FromPod };
+    const OTHER: AttachPoint = AttachPoint { ifindex: 7, edge: TcHook::NodeEgress };
+
+    /// Repairs that run within `period` if another program undoes each at once.
+    async fn fight(backoff: &mut RepairBackoff, period: Duration) -> u32 {
+        let (end, mut repairs) = (Instant::now() + period, 0);
+        while Instant::now() < end {
+            repairs += u32::from(backoff.allow(POINT, Instant::now()));
+            advance(Duration::from_millis(100)).await;
+        }
+        repairs
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn first_repairs_run_at_once() {
+        let mut backoff = RepairBackoff::default();
+        for _ in 0..BURST {
+            assert!(backoff.allow(POINT, Instant::now()));
+        }
+        assert_eq!(backoff.next_retry(POINT), None);
+        assert!(!backoff.allow(POINT, Instant::now()));
+        assert_eq!(backoff.suppressed(), 1);
+        assert_eq!(backoff.next_retry(POINT), Some(Instant::now() + MIN_DELAY));
+        assert_eq!(backoff.first_retry(), Some((POINT, Instant::now() + MIN_DELAY)));
+        advance(MIN_DELAY).await;
+        assert!(backoff.allow(POINT, Instant::now()));
+        assert_eq!(backoff.first_retry(), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_fight_slows_down_to_the_limit() {
+        let mut backoff = RepairBackoff::default();
+        // 3 at once, then after 1, 2, 4, 8, 16, 32, 64, 128 and 256 s.
+        assert_eq!(fight(&mut backoff, Duration::from_secs(512)).await, BURST + 9);
+        let per_hour = fight(&mut backoff, Duration::from_hours(1)).await;
+        assert!((11..=12).contains(&per_hour), "{per_hour}");
+        assert!(backoff.suppressed() > 1_000);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn quiet_time_starts_over() {
+        let mut backoff = RepairBackoff::default();
+        fight(&mut backoff, Duration::from_secs(20)).await;
+        let next = backoff.next_retry(POINT).unwrap();
+        advance(next - Instant::now() + QUIET).await;
+        for _ in 0..BURST {
+            assert!(backoff.allow(POINT, Instant::now()));
+        }
+        assert!(!backoff.allow(POINT, Instant::now()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn hooks_and_interfaces_are_independent() {
+        let mut backoff = RepairBackoff::default();
+        fight(&mut backoff, Duration::from_secs(20)).await;
+        assert!(!backoff.allow(POINT, Instant::now()));
+        assert!(backoff.allow(OTHER, Instant::now()));
+        backoff.clear(POINT);
+        assert_eq!(backoff.first_retry(), None);
+        assert!(!backoff.allow(POINT, Instant::now()));
+        backoff.forget(7);
+        assert!(backoff.allow(POINT, Instant::now()));
+    }
+}

@@ -1,0 +1,190 @@
+//! Qdiscs and lists of programs that others set up before the agent: shared where it can be, else reported.
+
+use aya::programs::tc::TcAttachType;
+use imds_tests::{
+    Agent, AttachMode, METADATA, Pod, PodLink, Status, World,
+    foreign::Foreign,
+    hook::{self, Attached, run_tc},
+    probe::{LONG, reachable},
+    skip_without_tcx,
+};
+
+/// TC action of a program that leaves the packet to the next one.
+const TC_ACT_UNSPEC: i32 = -1;
+/// Largest number of programs that the kernel takes at one hook (`bpf_mprog_max`).
+const MAX_PROGRAMS: usize = 63;
+
+/// Attach mode of the hook of an interface, as the status has it.
+fn attach_mode(status: &Status, interface: &str) -> Option<String> {
+    status.find(interface).and_then(|interface| interface.guard.clone())
+}
+
+fn is_first(status: &Status, interface: &str) -> bool {
+    status.find(interface).is_some_and(|interface| interface.first == Some(true))
+}
+
+fn has_problem(status: &Status, interface: &str) -> bool {
+    status.problems.iter().any(|problem| problem.interface.as_deref() == Some(interface))
+}
+
+/// Waits until the status says that the interface is not enforced, with the exit code for that.
+#[track_caller]
+fn assert_not_enforced(world: &World, interface: &str) {
+    let status = world.status_when("the interface is not enforced", |status| {
+        status.agent.ready && has_problem(status, interface)
+    });
+    assert_eq!(attach_mode(&status, interface), None);
+    assert_eq!(status.state, "degraded");
+    assert_eq!(world.imds_agent(&["status"]).output().status.code(), Some(3));
+}
+
+/// Events of the interface, each of which has the agent reconcile it, cause no lines in the log.
+#[track_caller]
+fn assert_log_is_bounded(world: &World, agent: &Agent<'_>, interface: &str) {
+    let lines = || agent.log().lines().filter(|line| line.contains(interface)).count();
+    for length in 500..520 {
+        world.node.ip(&format!("link set {interface} txqueuelen {length}"));
+    }
+    // Reconciled after those.
+    let pod = world.add_pod(PodLink::Routed);
+    world.wait_guarded(&pod);
+    assert!(lines() <= 3, "{}", agent.log());
+}
+
+fn qdisc(world: &World, interface: &str, args: &str) {
+    let args: Vec<_> = args.split_whitespace().collect();
+    run_tc(&world.node, &[&["qdisc", args[0], "dev", interface], &args[1..]].concat());
+}
+
+fn ours(programs: &[Attached]) -> usize {
+    programs.iter().filter(|program| program.is_ours()).count()
+}
+
+#[track_caller]
+fn assert_pod_enforced(world: &World, pod: &Pod) {
+    let status = world.status_when("the pod is enforced", |status| {
+        is_first(status, &pod.host_ifname) && !has_problem(status, &pod.host_ifname)
+    });
+    assert!(attach_mode(&status, &pod.host_ifname).is_some());
+    world.assert_blocked(pod);
+    world.assert_harmless(pod);
+}
+
+#[test]
+fn from_pod_shares_an_ingress_qdisc() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let veth = &*pod.host_ifname;
+    qdisc(&world, veth, "add ingress");
+    Foreign::returning(TC_ACT_UNSPEC).attach_filter(&world.node, veth, TcAttachType::Ingress, 1);
+    world.assert_open(&pod);
+
+    let agent = world.start_agent(AttachMode::Clsact);
+    assert_pod_enforced(&world, &pod);
+    let is_ours: Vec<_> = hook::filters(&world.node, veth).iter().map(Attached::is_ours).collect();
+    assert_eq!(is_ours, [true, false]);
+    assert!(!hook::has_clsact(&world.node, veth));
+
+    // Replaced by the next agent, where it is.
+    agent.kill9();
+    let agent = world.start_agent(AttachMode::Clsact);
+    assert_pod_enforced(&world, &pod);
+    drop(agent);
+    world.unload();
+    // The filter and the qdisc of others stay: adding another one fails.
+    let is_ours: Vec<_> = hook::filters(&world.node, veth).iter().map(Attached::is_ours).collect();
+    assert_eq!(is_ours, [false]);
+    qdisc(&world, veth, "del ingress");
+    world.assert_open(&pod);
+}
+
+#[test]
+fn ingress_qdisc_leaves_no_room_for_node_egress() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    qdisc(&world, World::UPLINK, "add ingress");
+    world.assert_open(&pod);
+    let agent =
+        world.agent().backend(AttachMode::Clsact).hooks(&["from_pod", "node_egress"]).resync(1).spawn();
+    assert_not_enforced(&world, World::UPLINK);
+    agent.wait_for_log("its ingress qdisc occupies the clsact slot; delete it", LONG);
+    assert_log_is_bounded(&world, &agent, World::UPLINK);
+    // A filter for egress would run at ingress.
+    for direction in [TcAttachType::Ingress, TcAttachType::Egress] {
+        assert_eq!(ours(&hook::programs_at(&world.node, World::UPLINK, direction)), 0);
+    }
+    assert!(reachable(&world.node, METADATA));
+
+    qdisc(&world, World::UPLINK, "del ingress");
+    world.status_when("node_egress is enforced", |status| {
+        is_first(status, World::UPLINK) && !has_problem(status, World::UPLINK)
+    });
+    assert_eq!(ours(&hook::programs_at(&world.node, World::UPLINK, TcAttachType::Egress)), 1);
+    assert!(reachable(&world.node, METADATA));
+    drop(agent);
+    world.unload();
+    world.assert_open(&pod);
+}
+
+/// An `ingress` qdisc lists the filter of `from_pod` at egress too.
+#[test]
+fn from_pod_at_an_ingress_qdisc_is_no_node_egress() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Bridged);
+    qdisc(&world, &pod.host_ifname, "add ingress");
+    world.assert_open(&pod);
+    let agent =
+        world.agent().backend(AttachMode::Clsact).hooks(&["from_pod", "node_egress"]).resync(1).spawn_ready();
+    assert_pod_enforced(&world, &pod);
+    assert_log_is_bounded(&world, &agent, &pod.host_ifname);
+    assert_eq!(ours(&hook::filters(&world.node, &pod.host_ifname)), 1);
+    drop(agent);
+    world.unload();
+    world.assert_open(&pod);
+}
+
+#[test]
+fn shared_block_is_not_enforced() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    qdisc(&world, &pod.host_ifname, "add ingress_block 22 clsact");
+    world.assert_open(&pod);
+    let agent = world.agent().backend(AttachMode::Clsact).resync(1).spawn();
+    assert_not_enforced(&world, &pod.host_ifname);
+    agent.wait_for_log("its clsact qdisc uses the shared filter block 22", LONG);
+    assert_log_is_bounded(&world, &agent, &pod.host_ifname);
+
+    qdisc(&world, &pod.host_ifname, "del clsact");
+    assert_pod_enforced(&world, &pod);
+    drop(agent);
+    world.unload();
+    world.assert_open(&pod);
+}
+
+#[test]
+fn full_list_of_programs_is_not_enforced() {
+    if skip_without_tcx() {
+        return;
+    }
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let attach = || {
+        Foreign::returning(TC_ACT_UNSPEC).attach_tcx_first(
+            &world.node,
+            pod.host_ifindex,
+            TcAttachType::Ingress,
+        )
+    };
+    let mut links: Vec<_> = (0..MAX_PROGRAMS).map(|_| attach()).collect();
+    world.assert_open(&pod);
+    let agent = world.agent().backend(AttachMode::Tcx).resync(1).spawn();
+    assert_not_enforced(&world, &pod.host_ifname);
+    agent.wait_for_log("at most 63 programs at a hook", LONG);
+    assert_log_is_bounded(&world, &agent, &pod.host_ifname);
+
+    links.pop();
+    assert_pod_enforced(&world, &pod);
+    drop(agent);
+    world.unload();
+    world.assert_open(&pod);
+}
