@@ -62,6 +62,7 @@ impl Node {
             mode: config.mode,
             answer: config.answer,
             hooks: config.hooks,
+            sendmsg: config.sendmsg,
             backend: self.backend,
             cgroup: cgroup.clone().filter(|_| config.hooks.has(Hook::Socket)),
             identity: identity(config.hooks)?,

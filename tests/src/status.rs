@@ -178,8 +178,17 @@ pub struct Counts {
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct Sockets {
     pub attached: bool,
+    pub sendmsg: Sendmsg,
     #[serde(flatten)]
     pub counts: Counts,
+}
+
+/// The sendmsg programs.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct Sendmsg {
+    pub attached: bool,
+    pub reason: Option<String>,
 }
 
 /// Pods in the node's network namespace.

@@ -162,7 +162,7 @@ fn a_socket_hook_that_somebody_detached_is_restored() {
     };
     assert!(denied());
     imds_tests::foreign::detach_link(&world.pin_dir().join("links/connect4"));
-    agent.wait_for_log("guarding connect4", LONG);
+    agent.wait_for_log("attached imds_connect4", LONG);
     imds_tests::poll::poll_until(LONG, "connect4 to be guarded again", || denied().then_some(()));
     world.status_when("all is well", |status| status.is_ready() && status.state == "enforcing");
 }

@@ -1,7 +1,9 @@
 //! The hooks that are on.
 
+use std::fmt;
+
 use imds_ebpf_common::{Hook, maps::MARK};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use toml::Spanned;
 
 use super::source::{Mistakes, Source};
@@ -45,6 +47,55 @@ impl Default for Hooks {
     }
 }
 
+/// Setting of the sendmsg programs of the `socket` hook: `"auto"`, `true` or `false` in the configuration.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Sendmsg {
+    /// They are attached if `from_pod` and `node_egress` do not judge the packets of every pod.
+    #[default]
+    Auto,
+    /// They are attached.
+    On,
+    /// They are not attached.
+    Off,
+}
+
+impl<'de> Deserialize<'de> for Sendmsg {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+
+        impl de::Visitor<'_> for Visitor {
+            type Value = Sendmsg;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("\"auto\", true or false")
+            }
+
+            fn visit_bool<E>(self, is_on: bool) -> Result<Sendmsg, E> {
+                Ok(if is_on { Sendmsg::On } else { Sendmsg::Off })
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Sendmsg, E> {
+                match text {
+                    "auto" => Ok(Sendmsg::Auto),
+                    other => Err(E::invalid_value(de::Unexpected::Str(other), &self)),
+                }
+            }
+        }
+
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+impl Serialize for Sendmsg {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Auto => serializer.serialize_str("auto"),
+            Self::On => serializer.serialize_bool(true),
+            Self::Off => serializer.serialize_bool(false),
+        }
+    }
+}
+
 #[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 #[expect(clippy::struct_excessive_bools, reason = "switches, as the file has them")]
@@ -53,6 +104,7 @@ pub(super) struct HooksTable {
     node_egress: bool,
     socket: bool,
     host_network: bool,
+    sendmsg: Spanned<Sendmsg>,
     mark_bit: Spanned<u8>,
 }
 
@@ -64,12 +116,23 @@ impl Default for HooksTable {
             node_egress: true,
             socket: true,
             host_network: false,
+            sendmsg: Spanned::new(0..0, Sendmsg::default()),
             mark_bit: Spanned::new(0..0, mark_bit),
         }
     }
 }
 
 impl HooksTable {
+    /// Returns the setting of the sendmsg programs, which are part of the `socket` hook.
+    pub(super) fn sendmsg(&self, source: Source<'_>, mistakes: &mut Mistakes) -> Sendmsg {
+        let sendmsg = *self.sendmsg.get_ref();
+        if sendmsg == Sendmsg::On && !self.socket {
+            let message = "hooks.sendmsg: true needs hooks.socket = true".to_owned();
+            mistakes.note(source.error(self.sendmsg.span(), message));
+        }
+        sendmsg
+    }
+
     /// The mark of packets that are exempt.
     pub(super) fn mark(&self, source: Source<'_>, mistakes: &mut Mistakes) -> u32 {
         let bit = *self.mark_bit.get_ref();

@@ -15,12 +15,12 @@ use aya::{
 };
 use aya_obj::{Object, generated::bpf_func_id};
 use imds_ebpf_common::{
-    Address, ConfigRecord, Counter, CounterKey, Endpoint, Exemption, Filter, Frame, Grant, Hook,
-    InterfaceRecord, KubernetesRecord, PodRecord, Policy, ProbeRecord, ProviderRecord, Subject, TcHook,
+    Address, CgroupRecord, ConfigRecord, Counter, CounterKey, Endpoint, Exemption, Filter, Frame, Grant,
+    Hook, InterfaceRecord, KubernetesRecord, PodRecord, Policy, ProbeRecord, ProviderRecord, Subject, TcHook,
     event::{Source, Window},
     maps::LAYOUT,
     names::{
-        GLOBAL_CGROUP_HAS_COOKIE, GLOBAL_TC_HAS_COOKIE, HOST_PROGRAMS, MAP_CONFIG, MAP_COUNTERS,
+        GLOBAL_CGROUP_HAS_COOKIE, GLOBAL_TC_HAS_COOKIE, HOST_PROGRAMS, MAP_CGROUP, MAP_CONFIG, MAP_COUNTERS,
         MAP_ENDPOINTS, MAP_EVENTS, MAP_EXEMPT, MAP_EXEMPT_SOURCES, MAP_FILTER, MAP_INTERFACES,
         MAP_KUBERNETES, MAP_PODS, MAP_POLICY, MAP_PROBES, MAP_PROBING, MAP_PROVIDER, MAP_SOURCES, MAPS,
         SOCKET_PROGRAMS, SYMBOL_FILTER, TC_PROGRAMS, in_object, tc_program,
@@ -181,6 +181,11 @@ fn names(hooks: Hooks) -> impl Iterator<Item = &'static str> {
     tc.chain(sockets).chain(hosts)
 }
 
+/// Reports whether TC programs can read the network namespace cookie of a packet's socket.
+pub(super) fn tc_has_cookie() -> bool {
+    has_cookie(ProgramType::SchedClassifier)
+}
+
 /// Whether programs of this type may ask for the network namespace of a packet's socket (Linux 6.13 for TC, 6.15 for
 /// cgroups). Where they may not, packets that a pod sends by macvlan or ipvlan can't be told from the node's own at the
 /// `node_egress` hook, and those of all pods are judged in strict mode.
@@ -212,6 +217,8 @@ pub struct Maps {
     pub provider: Array<MapData, ProviderRecord>,
     /// The configuration as text.
     pub config: Array<MapData, ConfigRecord>,
+    /// Desired state of the hooks of cgroups.
+    pub cgroup: Array<MapData, CgroupRecord>,
     /// How pods are looked up.
     pub kubernetes: Array<MapData, KubernetesRecord>,
     /// Who is behind interfaces, network namespaces and cgroups.
@@ -252,6 +259,7 @@ impl Maps {
             probing: Map::Array(open(MAP_PROBING)?).try_into().map_err(typed(MAP_PROBING))?,
             provider: Map::Array(open(MAP_PROVIDER)?).try_into().map_err(typed(MAP_PROVIDER))?,
             config: Map::Array(open(MAP_CONFIG)?).try_into().map_err(typed(MAP_CONFIG))?,
+            cgroup: Map::Array(open(MAP_CGROUP)?).try_into().map_err(typed(MAP_CGROUP))?,
             kubernetes: Map::Array(open(MAP_KUBERNETES)?).try_into().map_err(typed(MAP_KUBERNETES))?,
             pods: Map::HashMap(open(MAP_PODS)?).try_into().map_err(typed(MAP_PODS))?,
             sources: Map::PerCpuLruHashMap(open(MAP_SOURCES)?).try_into().map_err(typed(MAP_SOURCES))?,

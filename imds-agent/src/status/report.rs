@@ -241,11 +241,22 @@ impl Interface {
 /// The socket hook.
 #[derive(Debug, Serialize)]
 pub struct SocketReport {
-    /// Whether all its programs are attached.
+    /// Whether all its programs are attached that are needed.
     pub attached: bool,
+    /// The programs for unconnected UDP.
+    pub sendmsg: SendmsgReport,
     /// What was counted there: calls, and no bytes.
     #[serde(flatten)]
     pub counts: Counts,
+}
+
+/// The sendmsg programs of the socket hook.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct SendmsgReport {
+    /// Both programs are attached.
+    pub attached: bool,
+    /// Reason why they are needed, or not.
+    pub reason: Option<&'static str>,
 }
 
 /// Strict mode.

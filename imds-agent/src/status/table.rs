@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use comfy_table::{Cell, CellAlignment, Table, presets::NOTHING};
 
-use super::{Configuration, Endpoint, HookAttachment, Provider, Report, State};
+use super::{Configuration, Endpoint, HookAttachment, Provider, Report, SendmsgReport, State};
 use crate::{
     datapath::counters::{Count, Counts},
     pods::Lookup,
@@ -38,6 +38,12 @@ impl Report {
         self.write_exemptions(text)?;
         self.write_kubernetes(text)?;
         writeln!(text, "hooks      {}", self.hooks.join(" "))?;
+        if let Some(SendmsgReport { attached, reason }) = self.sockets.as_ref().map(|sockets| sockets.sendmsg)
+        {
+            let state = if attached { "attached" } else { "not attached" };
+            let reason = reason.map(|reason| format!(" ({reason})")).unwrap_or_default();
+            writeln!(text, "sendmsg    {state}{reason}")?;
+        }
         writeln!(text, "agent      {agent}")?;
         writeln!(text, "pins       {}", self.pin_dir.display())?;
         writeln!(text)?;

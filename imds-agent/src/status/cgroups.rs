@@ -1,0 +1,85 @@
+//! The hooks of cgroups in the report.
+
+use std::{collections::BTreeMap, os::unix::fs::MetadataExt as _};
+
+use imds_ebpf_common::cgroup::SENDMSG_OFF;
+
+use super::{HostReport, Report, SendmsgReport, SocketReport, unreadable};
+use crate::{
+    datapath::{
+        DatapathError,
+        counters::Counts,
+        object::Maps,
+        pins::PinDir,
+        sendmsg::SendmsgReason,
+        sockets::{self, ProgramState},
+    },
+    node::{cgroup, kubepods},
+};
+
+impl Report {
+    /// Adds the `socket` hook: its programs on the cgroup that the agent recorded.
+    pub(super) fn add_sockets(
+        &mut self,
+        pins: &PinDir,
+        maps: &Maps,
+        counts: Counts,
+    ) -> Result<(), DatapathError> {
+        self.total += counts;
+        let record = maps.cgroup.get(&0, 0).map_err(unreadable)?;
+        let reason = SendmsgReason::from_u32(record.sendmsg);
+        let cgroup = if record.cgroup == 0 { root_id() } else { Some(record.cgroup) };
+        let programs = cgroup.map(|id| sockets::inspect_sockets(pins, id)).unwrap_or_default();
+        let is_desired = |program: &&ProgramState| reason.is_some() || !program.is_sendmsg;
+        let desired: Vec<_> = programs.iter().filter(is_desired).collect();
+        for program in &desired {
+            self.add_program(program);
+        }
+        let mut sendmsg = programs.iter().filter(|program| program.is_sendmsg);
+        let text = match (reason, record.sendmsg) {
+            (Some(reason), _) => Some(reason.text()),
+            (None, 0) => Some("from_pod and node_egress cover all pods"),
+            (None, SENDMSG_OFF) => Some("hooks.sendmsg is false"),
+            (None, _) => None,
+        };
+        self.sockets = Some(SocketReport {
+            attached: !desired.is_empty() && desired.iter().all(|program| program.is_attached),
+            sendmsg: SendmsgReport {
+                attached: !programs.is_empty() && sendmsg.all(|program| program.is_attached),
+                reason: text,
+            },
+            counts,
+        });
+        Ok(())
+    }
+
+    /// Adds the `host_network` hook: its programs on the cgroups of Kubernetes pods.
+    pub(super) fn add_hosts(&mut self, cgroups: BTreeMap<u64, Vec<ProgramState>>, counts: Counts) {
+        self.total += counts;
+        for program in cgroups.values().flatten() {
+            self.add_program(program);
+        }
+        if cgroups.is_empty() {
+            let problem = "hostNetwork pods are not held: no cgroup of Kubernetes pods (kubepods) was found";
+            self.problem(None, problem, kubepods::why_none());
+        }
+        let attached = !cgroups.is_empty() && cgroups.values().flatten().all(|program| program.is_attached);
+        let cgroups = cgroups.into_keys().collect();
+        self.host_network = Some(HostReport { attached, cgroups, counts });
+    }
+
+    fn add_program(&mut self, program: &ProgramState) {
+        let Some(problem) = &program.problem else { return };
+        let remedy = match (self.agent.running, program.is_attached) {
+            (false, _) => "start `imds-agent run`",
+            (true, true) => "the agent moves it to the end; if that repeats, another agent does the same",
+            (true, false) => "the agent attaches it once it can; its log says why it cannot",
+        };
+        self.problem(None, problem, remedy);
+    }
+}
+
+/// Id of the root of the hierarchy.
+fn root_id() -> Option<u64> {
+    cgroup::root().ok()??.metadata().ok().map(|metadata| metadata.ino())
+}
