@@ -183,7 +183,7 @@ impl Config {
                     "provider: \"none\" and no [[endpoint]] would guard nothing; say mode = \"off\" for that";
                 mistakes.note(source.error(file.provider.span(), message.to_owned()));
             }
-            if hooks.bits() == 0 {
+            if !hooks.deny_remote() {
                 let message =
                     "hooks: every one is off, so that nothing would be guarded; say mode = \"off\" for that";
                 mistakes.note(source.error(file.hooks.span(), message.to_owned()));

@@ -5,6 +5,7 @@ mod cgroup_changes;
 mod exempt;
 mod hosts;
 mod links;
+mod local_service;
 mod rounds;
 
 use std::{
@@ -14,7 +15,6 @@ use std::{
 };
 
 use imds_ebpf_common::{AttachMode, Hook, TcHook};
-use log::Level;
 use tokio::time::Instant;
 
 use self::attach_queue::AttachQueue;

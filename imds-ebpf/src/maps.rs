@@ -8,9 +8,9 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use imds_ebpf_common::{
-    Address, Answer, CgroupRecord, ConfigRecord, Counter, CounterKey, Endpoint, Exemption, Filter, Grant, Hook,
-    InterfaceRecord, KubernetesRecord, Mode, PodRecord, Policy, ProbeRecord, ProviderRecord, Role, Subject,
-    Tables, Verdict,
+    Address, Answer, CgroupRecord, ConfigRecord, Counter, CounterKey, Endpoint, Exemption, Filter, Grant,
+    Hook, InterfaceRecord, KubernetesRecord, Mode, PodRecord, Policy, ProbeRecord, ProviderRecord, Role,
+    Subject, Tables, Verdict,
     endpoint::{Keep, MAX_ENDPOINTS},
     event::Window,
     exemption::MAX_EXEMPTIONS,

@@ -28,7 +28,7 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 const READY_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// The hooks that there are.
-const HOOKS: [&str; 4] = ["from_pod", "node_egress", "socket", "host_network"];
+const HOOKS: [&str; 5] = ["from_pod", "node_egress", "socket", "host_network", "local_service"];
 
 /// What reads a status for a machine.
 const STATUS: &[&str] = &["status", "-o", "json"];

@@ -24,6 +24,7 @@ pub struct Status {
     pub hooks: Vec<String>,
     pub sockets: Option<Sockets>,
     pub host_network: Option<HostNetwork>,
+    pub local_service: Option<LocalService>,
     pub departed: Counts,
     pub total: Counts,
     pub problems: Vec<Problem>,
@@ -189,6 +190,16 @@ pub struct Sockets {
 pub struct Sendmsg {
     pub attached: bool,
     pub reason: Option<String>,
+}
+
+/// The hook for a metadata service on the node.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct LocalService {
+    pub attached: bool,
+    pub desired: bool,
+    #[serde(flatten)]
+    pub counts: Counts,
 }
 
 /// Pods in the node's network namespace.

@@ -4,8 +4,8 @@ use std::{io::ErrorKind, net::Ipv4Addr, path::Path};
 
 use imds_agent::datapath::pins::link_at;
 use imds_tests::{
-    METADATA, Netns, PodLink, SERVICE, Status, World,
-    foreign::Foreign,
+    METADATA, Netns, PodLink, SERVICE, Services, Status, World,
+    foreign::{self, Foreign},
     poll::poll_until,
     probe::{LONG, Outcome, SHORT, http_get, udp_echo},
     skip_without_netns_cookie,
@@ -189,6 +189,54 @@ fn sendmsg_runs_where_it_is_needed() {
     assert!(text.contains("\nsendmsg "), "{text}");
     world.unload();
     world.assert_open(&pod);
+}
+
+#[test]
+fn local_service_follows_the_address() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let [pod, exempt] = [(); 2].map(|()| world.add_pod(PodLink::Routed));
+    let is_open = |netns| http_get(netns, METADATA, SHORT).is_answer();
+    let agent = || {
+        let rule = format!("[[exempt]]\nname = 'proxy'\ninterface = '{}'", exempt.host_ifname);
+        world.agent().hooks(&["node_egress", "local_service"]).config(&rule).spawn_ready()
+    };
+    let state = |status: &Status| {
+        let local = status.local_service.as_ref().expect("the hook is on");
+        assert_eq!(local.attached, is_pinned(&world, "local_service"));
+        (local.attached, local.desired)
+    };
+    let running = agent();
+    assert_eq!(state(&world.status()), (false, false));
+
+    let address = format!("{METADATA}/32 dev lo");
+    world.node.ip(&format!("addr add {address}"));
+    let _services = world.in_cgroup(|| Services::start(&world.node, &[METADATA.into()]));
+    world.status_when("local_service is attached", |status| state(status) == (true, true));
+    assert!(!is_open(&pod.netns) && is_open(&exempt.netns) && is_open(&world.node));
+    let counts = world.status().local_service.unwrap().counts;
+    assert!(counts.denied.packets > 0 && counts.exempt.packets > 0, "{counts:?}");
+
+    // It outlives the agent, and the next one takes it over.
+    running.kill9();
+    assert!(!is_open(&pod.netns));
+    let link = || link_at(&world.pin_dir().join("links/local_service")).map(|link| link.id);
+    let before = link();
+    let running = agent();
+    assert!(before.is_some() && link() == before);
+    assert!(!is_open(&pod.netns) && is_open(&world.node));
+
+    foreign::detach_link(&world.pin_dir().join("links/local_service"));
+    world.node.ip(&format!("addr del {address}"));
+    world.status_when("local_service is detached", |status| state(status) == (false, false));
+    world.node.ip(&format!("addr add {address}"));
+    world.status_when("local_service is attached again", |status| state(status) == (true, true));
+    assert!(!is_open(&pod.netns));
+    drop(running);
+    world.unload();
+    assert!(is_open(&pod.netns) && is_open(&world.node));
 }
 
 /// Ids of the links that are pinned.

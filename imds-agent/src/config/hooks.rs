@@ -33,6 +33,12 @@ impl Hooks {
         self.bits & hook.bit() != 0
     }
 
+    /// Reports whether a hook is on that denies requests to a service beyond the node.
+    #[must_use]
+    pub const fn deny_remote(self) -> bool {
+        self.bits & !Hook::LocalService.bit() != 0
+    }
+
     /// Those that are on in either.
     #[must_use]
     pub const fn and(self, others: Self) -> Self {
@@ -105,6 +111,7 @@ pub(super) struct HooksTable {
     socket: bool,
     host_network: bool,
     sendmsg: Spanned<Sendmsg>,
+    local_service: bool,
     mark_bit: Spanned<u8>,
 }
 
@@ -117,6 +124,7 @@ impl Default for HooksTable {
             socket: true,
             host_network: false,
             sendmsg: Spanned::new(0..0, Sendmsg::default()),
+            local_service: true,
             mark_bit: Spanned::new(0..0, mark_bit),
         }
     }
@@ -151,6 +159,7 @@ impl From<&HooksTable> for Hooks {
             (Hook::NodeEgress, table.node_egress),
             (Hook::Socket, table.socket),
             (Hook::HostNetwork, table.host_network),
+            (Hook::LocalService, table.local_service),
         ];
         Self::from_bits(switches.iter().filter(|(_, on)| *on).map(|(hook, _)| hook.bit()).sum())
     }

@@ -36,6 +36,8 @@ fn hooks_are_on_unless_switched_off_and_strict_mode_is_off_unless_switched_on() 
     assert_eq!(on("[hooks]\nnode_egress = false"), [true, false, true, false]);
     assert_eq!(on("[hooks]\nfrom_pod = false\nsocket = false"), [false, true, false, false]);
     assert_eq!(on("[hooks]\nhost_network = true"), [true; 4]);
+    let local_service = |text: &str| parse(text).unwrap().hooks.has(Hook::LocalService);
+    assert!(local_service("") && !local_service("[hooks]\nlocal_service = false"));
     let sendmsg = |text: &str| parse(text).unwrap().sendmsg;
     assert_eq!((sendmsg(""), sendmsg("[hooks]\nsendmsg = 'auto'")), (Sendmsg::Auto, Sendmsg::Auto));
     assert_eq!(

@@ -1,4 +1,4 @@
-//! The hooks of cgroups: `socket` and `host_network`.
+//! The hooks of cgroups: `socket`, `host_network` and `local_service`.
 
 use std::{collections::BTreeSet, path::PathBuf};
 
@@ -11,7 +11,7 @@ use super::{
     object::{self, Maps},
     pins::PinDir,
     sendmsg::{SendmsgInputs, SendmsgReason, sendmsg_reason},
-    sockets::{self, SOCKETS, Sockets},
+    sockets::{self, LOCAL_SERVICE, SOCKETS, Sockets},
 };
 use crate::config::{Hooks, Sendmsg};
 
@@ -20,6 +20,9 @@ use crate::config::{Hooks, Sendmsg};
 pub(super) struct Cgroups {
     sockets: Option<Sockets>,
     hosts: Hosts,
+    local_service: Option<Sockets>,
+    /// A protected address is local to the node; `None` until the routes were read.
+    is_local: Option<bool>,
     setting: Sendmsg,
     hooks: Hooks,
     has_tc_cookie: bool,
@@ -35,6 +38,8 @@ impl Cgroups {
         let mut cgroups = Self {
             sockets: None,
             hosts: Hosts::default(),
+            local_service: None,
+            is_local: None,
             setting: plan.sendmsg,
             hooks: plan.hooks,
             has_tc_cookie: object::tc_has_cookie(),
@@ -50,6 +55,9 @@ impl Cgroups {
     fn adopt_missing(&mut self, pins: &PinDir, plan: &Plan) -> Result<(), DatapathError> {
         if let (None, Some(cgroup)) = (&self.sockets, &plan.cgroup) {
             self.sockets = Some(Sockets::adopt(pins, cgroup, SOCKETS)?);
+        }
+        if let (None, Some(cgroup)) = (&self.local_service, &plan.local_service) {
+            self.local_service = Some(Sockets::adopt(pins, cgroup, LOCAL_SERVICE)?);
         }
         Ok(())
     }
@@ -76,6 +84,9 @@ impl Cgroups {
         if !plan.hooks.has(Hook::HostNetwork) {
             self.hosts = Hosts::default();
         }
+        if !plan.hooks.has(Hook::LocalService) {
+            self.local_service = None;
+        }
     }
 
     fn sendmsg_reason(&self) -> Option<SendmsgReason> {
@@ -86,13 +97,13 @@ impl Cgroups {
     /// Writes the desired state for `status`, if it has changed.
     fn record(&mut self, maps: &mut Maps) -> Result<(), DatapathError> {
         let record = CgroupRecord {
-            cgroup: self.sockets.as_ref().map_or(0, Sockets::id),
+            cgroup: self.sockets.as_ref().or(self.local_service.as_ref()).map_or(0, Sockets::id),
             sendmsg: match (self.sendmsg, self.setting) {
                 (Some(reason), _) => reason as u32,
                 (None, Sendmsg::Off) => SENDMSG_OFF,
                 (None, Sendmsg::Auto | Sendmsg::On) => 0,
             },
-            local_service: 0,
+            local_service: u32::from(self.is_local == Some(true)),
         };
         if self.recorded == Some(record) {
             return Ok(());
@@ -106,24 +117,51 @@ impl Cgroups {
 impl Datapath {
     /// Programs that are not attached to their cgroup, or not last there, in words.
     pub fn cgroup_failures(&self) -> impl Iterator<Item = &str> {
-        self.cgroups.sockets.iter().flat_map(Sockets::failures).chain(self.cgroups.hosts.failures())
+        let Cgroups { sockets, hosts, local_service, .. } = &self.cgroups;
+        sockets.iter().chain(local_service).flat_map(Sockets::failures).chain(hosts.failures())
     }
 
-    /// Attaches, replaces, moves, pins or detaches the programs of the `socket` hook as needed. A program that cannot be
-    /// attached is a change of kind [`CgroupChangeKind::Failed`], reported once; the next call tries again.
+    /// Attaches, replaces, moves, pins or detaches the programs of the `socket` and `local_service` hooks as needed. A program
+    /// that cannot be attached is a change of kind [`CgroupChangeKind::Failed`], reported once; the next call tries again.
     pub fn restore_sockets(&mut self) -> Result<Vec<CgroupChange>, DatapathError> {
-        // Programs are attached even if the record cannot be written.
+        // Programs are attached even if the record cannot be written, and each hook even if another one fails.
         let recorded = self.cgroups.record(&mut self.maps);
+        let sockets = self.restore_socket_hook();
+        let local_service = self.restore_local_service_hook();
+        let mut changes = sockets?;
+        changes.extend(local_service?);
+        recorded.map(|()| changes)
+    }
+
+    fn restore_socket_hook(&mut self) -> Result<Vec<CgroupChange>, DatapathError> {
         let needs_sendmsg = self.cgroups.sendmsg.is_some();
         if let Some(sockets) = &mut self.cgroups.sockets {
             let is_desired = |attach_type| needs_sendmsg || !sockets::is_sendmsg(attach_type);
-            let changes = sockets.restore(&self.programs, is_desired)?;
-            return recorded.map(|()| changes);
+            return sockets.restore(&self.programs, is_desired);
         }
         let detached = sockets::detach_all(self.claim.dir())?;
-        let change =
-            || CgroupChange::new(CgroupChangeKind::Detached, "detached the programs of the socket hook");
-        Ok(detached.then(change).into_iter().collect())
+        Ok(detached_hook(detached, Hook::Socket))
+    }
+
+    fn restore_local_service_hook(&mut self) -> Result<Vec<CgroupChange>, DatapathError> {
+        match (&mut self.cgroups.local_service, self.cgroups.is_local) {
+            // An earlier agent's program stays until the routes were read.
+            (Some(_), None) => Ok(Vec::new()),
+            (Some(local_service), Some(is_local)) => local_service.restore(&self.programs, |_| is_local),
+            (None, _) => {
+                let detached = sockets::detach_local_service(self.claim.dir())?;
+                Ok(detached_hook(detached, Hook::LocalService))
+            }
+        }
+    }
+
+    /// Attaches, replaces and pins the program of the `local_service` hook while a protected address is local to the node,
+    /// and detaches it otherwise.
+    pub fn restore_local_service(&mut self, is_local: bool) -> Result<Vec<CgroupChange>, DatapathError> {
+        self.cgroups.is_local = Some(is_local);
+        let recorded = self.cgroups.record(&mut self.maps);
+        let changes = self.restore_local_service_hook()?;
+        recorded.map(|()| changes)
     }
 
     /// Attaches or detaches the sendmsg programs as needed, given whether every interface has its programs.
@@ -146,10 +184,7 @@ impl Datapath {
     ) -> Result<Vec<CgroupChange>, DatapathError> {
         let pins = self.claim.dir();
         if !self.hooks.has(Hook::HostNetwork) {
-            let detached = hosts::detach_all(pins)?;
-            let text = "detached the programs of the host_network hook";
-            let change = || CgroupChange::new(CgroupChangeKind::Detached, text);
-            return Ok(detached.then(change).into_iter().collect());
+            return Ok(detached_hook(hosts::detach_all(pins)?, Hook::HostNetwork));
         }
         let mut changes = self.cgroups.hosts.restore(pins, &self.programs, cgroups)?;
         if all {
@@ -157,4 +192,9 @@ impl Datapath {
         }
         Ok(changes)
     }
+}
+
+fn detached_hook(was_attached: bool, hook: Hook) -> Vec<CgroupChange> {
+    let text = format!("detached the programs of the {} hook", hook.name());
+    was_attached.then(|| CgroupChange::new(CgroupChangeKind::Detached, text)).into_iter().collect()
 }

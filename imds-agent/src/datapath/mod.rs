@@ -145,6 +145,8 @@ pub struct Plan {
     pub answer: Answer,
     /// Where packets and calls are judged.
     pub hooks: Hooks,
+    /// The cgroup of the `local_service` hook, if that hook is on.
+    pub local_service: Option<PathBuf>,
     /// Setting of the sendmsg programs of the `socket` hook.
     pub sendmsg: Sendmsg,
     /// How interfaces are attached.
@@ -427,6 +429,7 @@ pub async fn unload(
     };
     home::ensure_no_filters_elsewhere(pins)?;
     removed.sockets = sockets::detach_all(pins)? | hosts::detach_all(pins)?;
+    removed.sockets |= sockets::detach_local_service(pins)?;
     let pinned = pins.pinned_links()?;
     for (done, (_, path)) in (1..).zip(&pinned) {
         removed.interfaces += usize::from(tcx::detach_pinned(path)?);

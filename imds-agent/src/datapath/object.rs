@@ -23,7 +23,7 @@ use imds_ebpf_common::{
         GLOBAL_CGROUP_HAS_COOKIE, GLOBAL_TC_HAS_COOKIE, HOST_PROGRAMS, MAP_CGROUP, MAP_CONFIG, MAP_COUNTERS,
         MAP_ENDPOINTS, MAP_EVENTS, MAP_EXEMPT, MAP_EXEMPT_SOURCES, MAP_FILTER, MAP_INTERFACES,
         MAP_KUBERNETES, MAP_PODS, MAP_POLICY, MAP_PROBES, MAP_PROBING, MAP_PROVIDER, MAP_SOURCES, MAPS,
-        SOCKET_PROGRAMS, SYMBOL_FILTER, TC_PROGRAMS, in_object, tc_program,
+        PROG_LOCAL_SERVICE, SOCKET_PROGRAMS, SYMBOL_FILTER, TC_PROGRAMS, in_object, tc_program,
     },
 };
 use thiserror::Error;
@@ -155,7 +155,8 @@ impl Programs {
 
     /// Pins the programs, in place of those of an earlier agent.
     pub fn pin(&self, pins: &PinDir) -> Result<(), ObjectError> {
-        for name in TC_PROGRAMS.into_iter().chain(SOCKET_PROGRAMS).chain(HOST_PROGRAMS) {
+        let cgroup = SOCKET_PROGRAMS.into_iter().chain(HOST_PROGRAMS).chain([PROG_LOCAL_SERVICE]);
+        for name in TC_PROGRAMS.into_iter().chain(cgroup) {
             match self.ids.get(name) {
                 Some(_) => pins::pin_over(self.fd(name)?, &pins.program(name))?,
                 // An earlier agent's, for a hook that is off now.
@@ -178,7 +179,8 @@ fn names(hooks: Hooks) -> impl Iterator<Item = &'static str> {
     let tc = edges.flat_map(|edge| [Frame::Ethernet, Frame::Ip].map(|frame| tc_program(edge, frame)));
     let sockets = SOCKET_PROGRAMS.into_iter().filter(move |_| hooks.has(Hook::Socket));
     let hosts = HOST_PROGRAMS.into_iter().filter(move |_| hooks.has(Hook::HostNetwork));
-    tc.chain(sockets).chain(hosts)
+    let local = hooks.has(Hook::LocalService).then_some(PROG_LOCAL_SERVICE);
+    tc.chain(sockets).chain(hosts).chain(local)
 }
 
 /// Reports whether TC programs can read the network namespace cookie of a packet's socket.

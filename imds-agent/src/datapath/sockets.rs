@@ -7,10 +7,12 @@ use std::{
 };
 
 use aya_obj::generated::bpf_attach_type::{
-    self, BPF_CGROUP_INET_EGRESS, BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT,
-    BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG,
+    self, BPF_CGROUP_INET_EGRESS, BPF_CGROUP_INET_INGRESS, BPF_CGROUP_INET4_CONNECT,
+    BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG,
 };
-use imds_ebpf_common::names::{HOST_LINKS, HOST_PROGRAMS, SOCKET_LINKS, SOCKET_PROGRAMS};
+use imds_ebpf_common::names::{
+    HOST_LINKS, HOST_PROGRAMS, LOCAL_SERVICE_LINK, PROG_LOCAL_SERVICE, SOCKET_LINKS, SOCKET_PROGRAMS,
+};
 
 use super::{
     DatapathError,
@@ -51,6 +53,14 @@ pub(super) const SOCKETS: Kind = Kind {
 /// The `host_network` hook, on one of the cgroups of Kubernetes pods.
 pub(super) const HOSTS: Kind =
     Kind { links: &HOST_LINKS, programs: &HOST_PROGRAMS, attach_types: &ATTACH_TYPES, is_one_of_many: true };
+
+/// The `local_service` hook.
+pub(super) const LOCAL_SERVICE: Kind = Kind {
+    links: &[LOCAL_SERVICE_LINK],
+    programs: &[PROG_LOCAL_SERVICE],
+    attach_types: &[BPF_CGROUP_INET_INGRESS],
+    is_one_of_many: false,
+};
 
 /// A cgroup and the links of one hook on it.
 #[derive(Debug)]
@@ -126,6 +136,11 @@ pub(super) fn detach_all(pins: &PinDir) -> Result<bool, DatapathError> {
     Ok(was_attached)
 }
 
+/// Detaches and unpins the link of the `local_service` hook, wherever it is. Returns whether it was attached.
+pub(super) fn detach_local_service(pins: &PinDir) -> Result<bool, DatapathError> {
+    cgroup_link::detach_pinned(&pins.named_link(LOCAL_SERVICE_LINK))
+}
+
 /// State of one program of a cgroup, read from the kernel.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct ProgramState {
@@ -143,6 +158,12 @@ pub struct ProgramState {
 #[must_use]
 pub fn inspect_sockets(pins: &PinDir, id: u64) -> Vec<ProgramState> {
     inspect(pins, SOCKETS, id)
+}
+
+/// Inspects the program of the `local_service` hook on the cgroup with this id.
+#[must_use]
+pub fn inspect_local_service(pins: &PinDir, id: u64) -> Option<ProgramState> {
+    inspect(pins, LOCAL_SERVICE, id).pop()
 }
 
 /// Inspects the programs of a hook on the cgroup with this id.

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, os::unix::fs::MetadataExt as _};
 
 use imds_ebpf_common::cgroup::SENDMSG_OFF;
 
-use super::{HostReport, Report, SendmsgReport, SocketReport, unreadable};
+use super::{HostReport, LocalServiceReport, Report, SendmsgReport, SocketReport, unreadable};
 use crate::{
     datapath::{
         DatapathError,
@@ -50,6 +50,25 @@ impl Report {
             },
             counts,
         });
+        Ok(())
+    }
+
+    /// Adds the `local_service` hook: its program on the cgroup that the agent recorded.
+    pub(super) fn add_local_service(
+        &mut self,
+        pins: &PinDir,
+        maps: &Maps,
+        counts: Counts,
+    ) -> Result<(), DatapathError> {
+        self.total += counts;
+        let record = maps.cgroup.get(&0, 0).map_err(unreadable)?;
+        let desired = record.local_service == 1;
+        let program = sockets::inspect_local_service(pins, record.cgroup);
+        let attached = program.as_ref().is_some_and(|program| program.is_attached);
+        if let (true, Some(program)) = (desired, &program) {
+            self.add_program(program);
+        }
+        self.local_service = Some(LocalServiceReport { attached, desired, counts });
         Ok(())
     }
 

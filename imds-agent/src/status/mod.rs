@@ -11,8 +11,8 @@ use std::collections::BTreeMap;
 use imds_ebpf_common::{Answer, CounterKey, Hook, Mode, Policy, Subject};
 
 pub use self::report::{
-    Agent, Configuration, Endpoint, ExemptSender, HookAttachment, HostReport, Interface, Problem, Provider,
-    Refused, Report, SendmsgReport, SocketReport, State,
+    Agent, Configuration, Endpoint, ExemptSender, HookAttachment, HostReport, Interface, LocalServiceReport,
+    Problem, Provider, Refused, Report, SendmsgReport, SocketReport, State,
 };
 use crate::{
     config::Hooks,
@@ -76,6 +76,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
         hooks: Vec::new(),
         sockets: None,
         host_network: None,
+        local_service: None,
         departed: Counts::default(),
         total: Counts::default(),
         by_hook: BTreeMap::new(),
@@ -129,6 +130,10 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
             &maps,
             counts.remove(&(CounterKey::DEPARTED, Hook::Socket as u8)).unwrap_or_default(),
         )?;
+    }
+    if hooks.has(Hook::LocalService) {
+        let counted = counts.remove(&(CounterKey::DEPARTED, Hook::LocalService as u8));
+        report.add_local_service(pins, &maps, counted.unwrap_or_default())?;
     }
     if hooks.has(Hook::HostNetwork) {
         let counted = counts.remove(&(CounterKey::DEPARTED, Hook::HostNetwork as u8));

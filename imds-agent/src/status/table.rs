@@ -149,6 +149,11 @@ impl Report {
             let row = [Cell::new("(sockets)"), blank(), blank(), guard].into_iter();
             table.add_row(row.chain(calls(&sockets.counts)));
         }
+        if let Some(local) = self.local_service.filter(|local| local.desired || local.attached) {
+            let guard = Cell::new(if local.attached { "cgroup" } else { "-" });
+            let row = [Cell::new("(local service)"), blank(), blank(), guard].into_iter();
+            table.add_row(row.chain(cells(&local.counts)));
+        }
         if let Some(hosts) = &self.host_network {
             let guard = match hosts.cgroups.len() {
                 _ if !hosts.attached => "-".to_owned(),
