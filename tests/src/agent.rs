@@ -164,7 +164,7 @@ impl<'w> AgentCommand<'w> {
         Self { run: None, ..self }.args(&["--config", path])
     }
 
-    /// With this setting of the sendmsg programs, as TOML.
+    /// Sets `hooks.sendmsg` to a TOML value.
     pub fn sendmsg(mut self, value: &'static str) -> Self {
         self.sendmsg = Some(value);
         self

@@ -89,7 +89,7 @@ impl Foreign {
         Self::load(&instructions, kind).expect("load a program of four instructions")
     }
 
-    /// Attaches it to a cgroup, after all others. It is detached when the link is closed.
+    /// Attaches it to a cgroup, after all others. Closing the link detaches it.
     #[must_use]
     pub fn attach_cgroup(&self, cgroup: &Path, attach_type: u32) -> OwnedFd {
         let cgroup = File::open(cgroup).expect("open a cgroup").into();
@@ -171,7 +171,7 @@ impl Foreign {
     }
 }
 
-/// A program that is attached to a cgroup without a link. It is detached on drop.
+/// A program that is attached to a cgroup without a link. Dropping this detaches it.
 #[derive(Debug)]
 pub struct AloneOnCgroup {
     cgroup: OwnedFd,
@@ -258,7 +258,7 @@ struct ObjPin {
     file_flags: u32,
 }
 
-/// The part of `union bpf_attr` that `BPF_PROG_ATTACH` and `BPF_PROG_DETACH` need.
+/// Start of `union bpf_attr` as `BPF_PROG_ATTACH` and `BPF_PROG_DETACH` read it.
 #[repr(C)]
 struct ProgAttach {
     target_fd: u32,

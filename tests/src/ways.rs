@@ -51,7 +51,7 @@ impl<'w> Ways<'w> {
         self
     }
 
-    /// With this hook too where all hooks are on together, as it does not work alone.
+    /// Adds a hook that is on only together with all others, as the agent refuses to start with it alone.
     pub fn also(mut self, hook: &'static str) -> Self {
         self.also.push(hook);
         self

@@ -1,4 +1,4 @@
-//! Programs on cgroups beside those of others, and which of them run.
+//! Programs on cgroups: order among those of others, occupied cgroups, and when sendmsg and local_service programs run.
 
 use std::{io::ErrorKind, net::Ipv4Addr, path::Path};
 
@@ -14,7 +14,7 @@ use imds_tests::{
 // Constants of include/uapi/linux/bpf.h.
 const BPF_CGROUP_INET4_CONNECT: u32 = 10;
 
-/// Two hooks that judge the packets of every pod, and the one of sockets.
+/// Hooks that are on without a configuration, apart from local_service.
 const ALL: [&str; 3] = ["from_pod", "node_egress", "socket"];
 
 fn is_answered(world: &World, netns: &Netns, address: Ipv4Addr) -> bool {
@@ -60,7 +60,7 @@ fn load_balancer_attached_later_runs_first() {
     let status = world.status_when("all is well", Status::is_ready);
     assert!(status.sockets.is_some_and(|sockets| sockets.attached));
 
-    // The link at the end is the pinned one.
+    // The link at the end is pinned.
     agent.kill9();
     assert!(is_refused(&world, &pod.netns, SERVICE));
     world.unload();
@@ -143,7 +143,7 @@ fn occupied_cgroup_degrades_the_agent() {
     world.assert_open(&late);
 }
 
-/// State of the sendmsg programs, in the status and in the kernel.
+/// Returns what the status reports of the sendmsg programs, and compares it with the pins.
 fn sendmsg(world: &World) -> (bool, Option<String>) {
     let sendmsg = world.status().sockets.expect("the hook is on").sendmsg;
     assert_eq!(sendmsg.attached, is_pinned(world, "sendmsg4") && is_pinned(world, "sendmsg6"));
@@ -219,7 +219,7 @@ fn local_service_follows_the_address() {
     let counts = world.status().local_service.unwrap().counts;
     assert!(counts.denied.packets > 0 && counts.exempt.packets > 0, "{counts:?}");
 
-    // It outlives the agent, and the next one takes it over.
+    // The program outlives the agent, and the next agent adopts it.
     running.kill9();
     assert!(!is_open(&pod.netns));
     let link = || link_at(&world.pin_dir().join("links/local_service")).map(|link| link.id);
@@ -239,7 +239,7 @@ fn local_service_follows_the_address() {
     assert!(is_open(&pod.netns) && is_open(&world.node));
 }
 
-/// Ids of the links that are pinned.
+/// Returns the ids of the pinned links of the socket hook.
 fn link_ids(pin_dir: &Path) -> Vec<(String, u32)> {
     let links = ["connect4", "connect6", "sendmsg4", "sendmsg6"];
     let id = |name: &str| link_at(&pin_dir.join("links").join(name)).expect("a pinned link").id;

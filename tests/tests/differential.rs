@@ -171,9 +171,7 @@ const SENDER: Subject = Subject::new(SubjectKind::Interface, 1);
 
 /// The sender is exempt from one endpoint, and audited at another.
 fn grants() -> [(Exemption, Grant); 2] {
-    let grant = |address, verdict| {
-        (Exemption { address, subject: SENDER }, Grant::new(verdict, 1))
-    };
+    let grant = |address, verdict| (Exemption { address, subject: SENDER }, Grant::new(verdict, 1));
     [
         grant(Address::from_ipv6(IMDS_IPV6), Verdict::Exempt),
         grant(Address::from_ipv4(RESOLVER_IPV4), Verdict::Audit),

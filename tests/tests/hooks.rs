@@ -179,7 +179,7 @@ fn all_hooks_together_are_what_an_agent_without_a_configuration_has() {
     let cgroup = world.cgroup().to_str().unwrap();
     let agent = world.agent().config_file(empty.to_str().unwrap()).args(&["--cgroup", cgroup]);
     let _agent = agent.spawn_ready();
-    assert_eq!(world.status().hooks, ["from_pod", "node_egress", "socket"]);
+    assert_eq!(world.status().hooks, ["from_pod", "node_egress", "socket", "local_service"]);
     world.in_cgroup(|| {
         world.assert_blocked(&pod);
         world.assert_harmless(&pod);

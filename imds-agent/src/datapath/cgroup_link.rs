@@ -72,8 +72,10 @@ pub(super) struct CgroupLink {
     attach_type: bpf_attach_type,
     pin: PathBuf,
     fd: Option<OwnedFd>,
-    /// The failure that was reported last.
+    /// The failure that lasts.
     failure: Option<String>,
+    /// The failure that was logged last.
+    reported: Option<String>,
     attaching: RepairBackoff,
     reordering: RepairBackoff,
 }
@@ -87,7 +89,16 @@ impl CgroupLink {
         cgroup: u64,
     ) -> Result<Self, DatapathError> {
         let (attaching, reordering) = Default::default();
-        let mut link = Self { program, attach_type, pin, fd: None, failure: None, attaching, reordering };
+        let mut link = Self {
+            program,
+            attach_type,
+            pin,
+            fd: None,
+            failure: None,
+            reported: None,
+            attaching,
+            reordering,
+        };
         if let Some(fd) = pins::open(&link.pin)?
             && link.attached(cgroup, &fd).is_some_and(|attached| !bpf::is_foreign(attached.program))
         {
@@ -100,7 +111,7 @@ impl CgroupLink {
         self.attach_type
     }
 
-    /// The failure that was reported last and lasts.
+    /// Reason why the program is not attached, or not last.
     pub(super) fn failure(&self) -> Option<&str> {
         self.failure.as_deref()
     }
@@ -147,7 +158,7 @@ impl CgroupLink {
         }
         match bpf::link_create_cgroup(programs.fd(self.program)?, &cgroup.file, self.attach_type) {
             Ok(link) => {
-                self.failure = None;
+                (self.failure, self.reported) = (None, None);
                 self.attaching = RepairBackoff::default();
                 let text = format!("attached {} to cgroup {}", self.program, cgroup.path.display());
                 changes.push(CgroupChange::new(CgroupChangeKind::Attached, text));
@@ -180,20 +191,27 @@ impl CgroupLink {
             cgroup_order::program_behind(&cgroup.file, self.attach_type, program).unwrap_or_default();
         let at = cgroup.path.display();
         let Some(behind) = behind else {
-            if has_calmed && self.failure.take().is_some() {
+            self.failure = None;
+            if has_calmed && self.reported.take().is_some() {
                 let text = format!("{} on cgroup {at} is last again", self.program);
                 changes.push(CgroupChange::new(CgroupChangeKind::Recovered, text));
             }
             return Ok(());
         };
         if !self.reordering.is_due(now) {
-            self.report_failure(not_last(self.program, &cgroup.path, &behind), changes);
+            let text = not_last(self.program, &cgroup.path, &behind);
+            if self.reported.is_some() {
+                // Another agent that attaches new programs again and again is the same failure.
+                self.reported = Some(text.clone());
+            }
+            self.report_failure(text, changes);
             return Ok(());
         }
         self.reordering.note(now);
         // The kernel appends it. The same program may run by several links.
         match bpf::link_create_cgroup(programs.fd(self.program)?, &cgroup.file, self.attach_type) {
             Ok(link) => {
+                self.failure = None;
                 let earlier = self.fd.replace(link);
                 if let Some(link) = &self.fd {
                     pins::pin_over(link, &self.pin)?;
@@ -221,7 +239,7 @@ impl CgroupLink {
         cgroup: &OpenCgroup,
         changes: &mut Vec<CgroupChange>,
     ) -> Result<(), DatapathError> {
-        self.failure = None;
+        (self.failure, self.reported) = (None, None);
         let mut was_attached = false;
         if let Some(fd) = self.fd.take()
             && self.attached(cgroup.id, &fd).is_some()
@@ -238,10 +256,11 @@ impl CgroupLink {
     }
 
     fn report_failure(&mut self, text: String, changes: &mut Vec<CgroupChange>) {
-        if self.failure.as_ref() != Some(&text) {
+        if self.reported.as_ref() != Some(&text) {
             changes.push(CgroupChange::new(CgroupChangeKind::Failed, text.clone()));
-            self.failure = Some(text);
+            self.reported = Some(text.clone());
         }
+        self.failure = Some(text);
     }
 
     /// Describes the link if it is attached to this hook of the cgroup.

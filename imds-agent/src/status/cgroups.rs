@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, os::unix::fs::MetadataExt as _};
 
-use imds_ebpf_common::cgroup::SENDMSG_OFF;
+use imds_ebpf_common::{cgroup::SENDMSG_OFF, names::PROG_LOCAL_SERVICE};
 
 use super::{HostReport, LocalServiceReport, Report, SendmsgReport, SocketReport, unreadable};
 use crate::{
@@ -63,10 +63,16 @@ impl Report {
         self.total += counts;
         let record = maps.cgroup.get(&0, 0).map_err(unreadable)?;
         let desired = record.local_service == 1;
-        let program = sockets::inspect_local_service(pins, record.cgroup);
+        let has_cgroup = record.cgroup != 0;
+        let program = has_cgroup.then(|| sockets::inspect_local_service(pins, record.cgroup)).flatten();
         let attached = program.as_ref().is_some_and(|program| program.is_attached);
-        if let (true, Some(program)) = (desired, &program) {
-            self.add_program(program);
+        match &program {
+            Some(program) if desired => self.add_program(program),
+            None if desired => {
+                let problem = format!("{PROG_LOCAL_SERVICE} is not attached: the agent has no cgroup");
+                self.problem(None, problem, "mount cgroup2, or name a cgroup by `run --cgroup`");
+            }
+            Some(_) | None => {}
         }
         self.local_service = Some(LocalServiceReport { attached, desired, counts });
         Ok(())
