@@ -29,7 +29,7 @@ use thiserror::Error;
 pub use self::{
     endpoints::Endpoints,
     exempt::{Exempt, Exemptions, NameGlob, Pods, Scope, Sender},
-    hooks::Hooks,
+    hooks::{Hooks, Sendmsg},
     interfaces::Interfaces,
     kubernetes::{Access, Enabled, Kubernetes, Surroundings},
     metrics::Listen,
@@ -51,6 +51,8 @@ pub struct Config {
     pub answer: Answer,
     /// Where packets and calls are judged.
     pub hooks: Hooks,
+    /// Setting of the sendmsg programs.
+    pub sendmsg: Sendmsg,
     /// The bit of a packet's mark by which `from_pod` tells `node_egress` that it is exempt.
     pub mark: u32,
     /// What is guarded.
@@ -72,6 +74,7 @@ impl Default for Config {
             mode: Mode::default(),
             answer: Answer::default(),
             hooks: Hooks::default(),
+            sendmsg: Sendmsg::default(),
             mark: MARK,
             endpoints: Endpoints::default(),
             interfaces: Interfaces::default(),
@@ -170,6 +173,7 @@ impl Config {
         }
         let mode = file.mode.into();
         let hooks = Hooks::from(file.hooks.get_ref());
+        let sendmsg = file.hooks.get_ref().sendmsg(source, &mut mistakes);
         let mark = file.hooks.get_ref().mark(source, &mut mistakes);
         let text = file.to_toml();
         // Of a file that was read in part only, these could be wrong.
@@ -179,7 +183,7 @@ impl Config {
                     "provider: \"none\" and no [[endpoint]] would guard nothing; say mode = \"off\" for that";
                 mistakes.note(source.error(file.provider.span(), message.to_owned()));
             }
-            if hooks.bits() == 0 {
+            if !hooks.deny_remote() {
                 let message =
                     "hooks: every one is off, so that nothing would be guarded; say mode = \"off\" for that";
                 mistakes.note(source.error(file.hooks.span(), message.to_owned()));
@@ -196,6 +200,7 @@ impl Config {
             mode,
             answer: file.answer.into(),
             hooks,
+            sendmsg,
             mark,
             endpoints,
             interfaces,

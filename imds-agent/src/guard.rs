@@ -1,9 +1,11 @@
 //! The agent's work: follows the node's interfaces and keeps each as it should be.
 
 mod attach_queue;
+mod cgroup_changes;
 mod exempt;
 mod hosts;
 mod links;
+mod local_service;
 mod rounds;
 
 use std::{
@@ -13,7 +15,6 @@ use std::{
 };
 
 use imds_ebpf_common::{AttachMode, Hook, TcHook};
-use log::Level;
 use tokio::time::Instant;
 
 use self::attach_queue::AttachQueue;
@@ -224,7 +225,7 @@ impl Guard {
         self.locate(usize::MAX).await;
         self.change_rules(exempt.clone()).await?;
         self.datapath.enforce(plan, guarded)?;
-        if self.datapath.hooks() != plan.hooks {
+        if !self.datapath.matches(plan) {
             self.datapath.release(plan)?;
             self.restore_sockets()?;
             if kubepods.is_none() {
@@ -293,7 +294,8 @@ impl Guard {
         });
         let of_rules = self.rules.failures().iter().map(|(name, failure)| (name.as_str(), failure.as_str()));
         let of_hosts = self.no_kubepods.iter().map(|failure| ("hostNetwork pods", failure.as_str()));
-        of_interfaces.chain(of_hosts).chain(of_rules)
+        let of_cgroups = self.datapath.cgroup_failures().map(|failure| ("cgroup", failure));
+        of_interfaces.chain(of_cgroups).chain(of_hosts).chain(of_rules)
     }
 
     /// Takes in one piece of news. What it means for exemptions is for [`Guard::settle`], but for what is taken from links
@@ -345,11 +347,8 @@ impl Guard {
     }
 
     fn restore_sockets(&mut self) -> Result<(), DatapathError> {
-        for done in self.datapath.restore_sockets()? {
-            let level = self.level_of_change();
-            self.repairs.attached += u64::from(level == Level::Warn);
-            log::log!(level, "{done}");
-        }
+        let changes = self.datapath.restore_sockets()?;
+        self.report_cgroups(changes);
         Ok(())
     }
 }

@@ -248,6 +248,7 @@ impl Snapshot {
         to.gauge("imds_attached_interfaces", "Interfaces that are guarded at a hook, by how", samples)?;
         let by_cgroup = [
             ("socket", report.sockets.as_ref().map(|sockets| sockets.attached)),
+            ("local_service", report.local_service.filter(|local| local.desired).map(|local| local.attached)),
             ("host_network", report.host_network.as_ref().map(|hosts| hosts.attached)),
         ];
         let samples = by_cgroup.into_iter().filter_map(|(hook, attached)| {

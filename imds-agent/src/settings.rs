@@ -62,6 +62,8 @@ impl Node {
             mode: config.mode,
             answer: config.answer,
             hooks: config.hooks,
+            local_service: cgroup.clone().filter(|_| config.hooks.has(Hook::LocalService)),
+            sendmsg: config.sendmsg,
             backend: self.backend,
             cgroup: cgroup.clone().filter(|_| config.hooks.has(Hook::Socket)),
             identity: identity(config.hooks)?,
@@ -78,14 +80,17 @@ impl Node {
 
     /// The cgroup below which sockets are guarded, where a hook is on that does.
     fn cgroup(&self, hooks: Hooks) -> anyhow::Result<Option<PathBuf>> {
-        if !judges_by_cgroup(hooks) {
+        let is_needed = judges_by_cgroup(hooks);
+        if !is_needed && !hooks.has(Hook::LocalService) {
             return Ok(None);
         }
         let root = || cgroup::root().context("can't read the mounts").transpose();
         let missing = || {
             anyhow!("no cgroup v2 hierarchy is mounted: name one by --cgroup, or set {}", switch_off(hooks))
         };
-        self.cgroup.clone().map(Ok).or_else(root).unwrap_or_else(|| Err(missing())).map(Some)
+        let found = self.cgroup.clone().map(Ok).or_else(root).transpose()?;
+        // The hook for a service on the node is not worth a failure to start.
+        if found.is_none() && is_needed { Err(missing()) } else { Ok(found) }
     }
 }
 

@@ -20,6 +20,7 @@
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
 pub mod address;
+pub mod cgroup;
 pub mod endpoint;
 pub mod event;
 pub mod exemption;
@@ -35,6 +36,7 @@ pub mod tables;
 pub mod verdict;
 
 pub use address::Address;
+pub use cgroup::CgroupRecord;
 pub use endpoint::{Endpoint, IMDS_IPV4, Service};
 pub use event::Event;
 pub use exemption::{Exemption, Grant, ProbeRecord, Subject, SubjectKind, soften};

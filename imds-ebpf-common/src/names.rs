@@ -58,6 +58,9 @@ pub const MAP_PROVIDER: &str = "imds_provider";
 /// Array of one [`ConfigRecord`](crate::ConfigRecord).
 pub const MAP_CONFIG: &str = "imds_config";
 
+/// Array of one [`CgroupRecord`](crate::CgroupRecord).
+pub const MAP_CGROUP: &str = "imds_cgroup";
+
 /// Array of one [`KubernetesRecord`](crate::KubernetesRecord).
 pub const MAP_KUBERNETES: &str = "imds_kubernetes";
 /// Hash of [`Subject`](crate::Subject) to [`PodRecord`](crate::PodRecord).
@@ -102,7 +105,7 @@ pub const HOST_LINKS: [&str; 5] =
 /// Name of the pinned link of [`PROG_LOCAL_SERVICE`].
 pub const LOCAL_SERVICE_LINK: &str = "local_service";
 /// All maps of the object but those of constants.
-pub const MAPS: [&str; 19] = [
+pub const MAPS: [&str; 20] = [
     MAP_POLICY,
     MAP_COUNTERS,
     MAP_INTERFACES,
@@ -114,6 +117,7 @@ pub const MAPS: [&str; 19] = [
     MAP_PROBING,
     MAP_PROVIDER,
     MAP_CONFIG,
+    MAP_CGROUP,
     MAP_KUBERNETES,
     MAP_PODS,
     MAP_RECENT,

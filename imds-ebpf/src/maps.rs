@@ -8,9 +8,9 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use imds_ebpf_common::{
-    Address, Answer, ConfigRecord, Counter, CounterKey, Endpoint, Exemption, Filter, Grant, Hook,
-    InterfaceRecord, KubernetesRecord, Mode, PodRecord, Policy, ProbeRecord, ProviderRecord, Role, Subject,
-    Tables, Verdict,
+    Address, Answer, CgroupRecord, ConfigRecord, Counter, CounterKey, Endpoint, Exemption, Filter, Grant,
+    Hook, InterfaceRecord, KubernetesRecord, Mode, PodRecord, Policy, ProbeRecord, ProviderRecord, Role,
+    Subject, Tables, Verdict,
     endpoint::{Keep, MAX_ENDPOINTS},
     event::Window,
     exemption::MAX_EXEMPTIONS,
@@ -42,6 +42,10 @@ static PROVIDER: Array<ProviderRecord, 1> = Array::new();
 /// As above.
 #[btf_map(name = "imds_config")]
 static CONFIG: Array<ConfigRecord, 1> = Array::new();
+
+/// Only user space uses it; it is here to have BTF and a pin like the other maps.
+#[btf_map(name = "imds_cgroup")]
+static CGROUP: Array<CgroupRecord, 1> = Array::new();
 
 /// As above: the programs have the endpoints in the filter. There is room for the old and the new ones.
 #[btf_map(name = "imds_endpoints")]

@@ -28,7 +28,7 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 const READY_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// The hooks that there are.
-const HOOKS: [&str; 4] = ["from_pod", "node_egress", "socket", "host_network"];
+const HOOKS: [&str; 5] = ["from_pod", "node_egress", "socket", "host_network", "local_service"];
 
 /// What reads a status for a machine.
 const STATUS: &[&str] = &["status", "-o", "json"];
@@ -90,7 +90,15 @@ impl World {
     /// Any command of imds-agent on this world's node, with its pin directory.
     pub fn imds_agent(&self, args: &[&str]) -> AgentCommand<'_> {
         let (args, pin_dir) = (args.iter().map(ToString::to_string).collect(), self.pin_dir().to_owned());
-        AgentCommand { world: self, args, env: Vec::new(), pin_dir, binary: self.agent.clone(), run: None }
+        AgentCommand {
+            world: self,
+            args,
+            env: Vec::new(),
+            pin_dir,
+            binary: self.agent.clone(),
+            run: None,
+            sendmsg: None,
+        }
     }
 }
 
@@ -127,6 +135,8 @@ pub struct AgentCommand<'w> {
     binary: Option<PathBuf>,
     /// Configuration and hooks that are on, for `run`.
     run: Option<(String, Vec<&'static str>)>,
+    /// `hooks.sendmsg`, for `run`.
+    sendmsg: Option<&'static str>,
 }
 
 impl<'w> AgentCommand<'w> {
@@ -152,6 +162,12 @@ impl<'w> AgentCommand<'w> {
     /// With this file as the configuration.
     pub fn config_file(self, path: &str) -> Self {
         Self { run: None, ..self }.args(&["--config", path])
+    }
+
+    /// Sets `hooks.sendmsg` to a TOML value.
+    pub fn sendmsg(mut self, value: &'static str) -> Self {
+        self.sendmsg = Some(value);
+        self
     }
 
     /// With these hooks on, and no others.
@@ -206,8 +222,9 @@ impl<'w> AgentCommand<'w> {
         if let Some((config, on)) = &self.run {
             // Behind what the test has to say, so that the lines of that keep their numbers.
             let hooks = HOOKS.map(|hook| format!("{hook} = {}\n", on.contains(&hook))).concat();
+            let sendmsg = self.sendmsg.map(|value| format!("sendmsg = {value}\n")).unwrap_or_default();
             let path = self.world.scratch_dir().join(unique("config-")).with_extension("toml");
-            fs::write(&path, format!("{config}\n[hooks]\n{hooks}")).expect("write a configuration");
+            fs::write(&path, format!("{config}\n[hooks]\n{hooks}{sendmsg}")).expect("write a configuration");
             command.arg("--config").arg(path).arg("--cgroup").arg(self.world.cgroup());
         }
         command

@@ -2,7 +2,9 @@
 
 use std::{
     ffi::CString,
-    fs, io,
+    fs::{self, File},
+    io,
+    net::Ipv4Addr,
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
     os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
@@ -23,6 +25,8 @@ pub const TC_ACT_OK: i32 = 0;
 const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_PROG_ATTACH: libc::c_long = 8;
+const BPF_PROG_DETACH: libc::c_long = 9;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_DETACH: libc::c_long = 34;
 const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
@@ -73,6 +77,40 @@ impl Foreign {
         let instructions = [0xb7_u64 | 1 << 32, 0x95];
         let kind = Kind { prog_type: BPF_PROG_TYPE_CGROUP_SOCK_ADDR, expected_attach_type: attach_type };
         Self::load(&instructions, kind).expect("load a program of two instructions")
+    }
+
+    /// Loads a program for a hook of IPv4 sockets, by its `bpf_attach_type`, that sends every call to this address, as a
+    /// load balancer of Services does.
+    #[must_use]
+    pub fn redirecting_calls(attach_type: u32, address: Ipv4Addr) -> Self {
+        let address = u64::from(u32::from_ne_bytes(address.octets()));
+        // r2 = address; ((struct bpf_sock_addr *)r1)->user_ip4 = r2; r0 = 1; exit
+        let instructions = [0xb7 | 2 << 8 | address << 32, 0x63 | 0x21 << 8 | 4 << 16, 0xb7 | 1 << 32, 0x95];
+        let kind = Kind { prog_type: BPF_PROG_TYPE_CGROUP_SOCK_ADDR, expected_attach_type: attach_type };
+        Self::load(&instructions, kind).expect("load a program of four instructions")
+    }
+
+    /// Attaches it to a cgroup, after all others. Closing the link detaches it.
+    #[must_use]
+    pub fn attach_cgroup(&self, cgroup: &Path, attach_type: u32) -> OwnedFd {
+        let cgroup = File::open(cgroup).expect("open a cgroup").into();
+        let mut attributes = LinkCreate {
+            prog_fd: raw(&self.program),
+            target_ifindex: raw(&cgroup),
+            attach_type,
+            ..LinkCreate::default()
+        };
+        bpf_fd(BPF_LINK_CREATE, &mut attributes).expect("create a link of a cgroup")
+    }
+
+    /// Attaches it to a cgroup without `BPF_F_ALLOW_MULTI`, so that no other program can be attached there.
+    #[must_use]
+    pub fn attach_cgroup_alone(&self, cgroup: &Path, attach_type: u32) -> AloneOnCgroup {
+        let cgroup = File::open(cgroup).expect("open a cgroup").into();
+        let program = self.program.try_clone().expect("duplicate a descriptor");
+        let attached = AloneOnCgroup { cgroup, program, attach_type };
+        bpf(BPF_PROG_ATTACH, &mut attached.attributes()).expect("attach to a cgroup");
+        attached
     }
 
     fn load(instructions: &[u64], kind: Kind) -> io::Result<Self> {
@@ -145,6 +183,29 @@ impl Foreign {
     }
 }
 
+/// A program that is attached to a cgroup without a link. Dropping this detaches it.
+#[derive(Debug)]
+pub struct AloneOnCgroup {
+    cgroup: OwnedFd,
+    program: OwnedFd,
+    attach_type: u32,
+}
+
+impl AloneOnCgroup {
+    fn attributes(&self) -> ProgAttach {
+        let (target_fd, attach_bpf_fd) = (raw(&self.cgroup), raw(&self.program));
+        ProgAttach { target_fd, attach_bpf_fd, attach_type: self.attach_type, attach_flags: 0 }
+    }
+}
+
+impl Drop for AloneOnCgroup {
+    fn drop(&mut self) {
+        if let Err(error) = bpf(BPF_PROG_DETACH, &mut self.attributes()) {
+            eprintln!("detach from a cgroup: {error}");
+        }
+    }
+}
+
 /// Pins what is pinned at `from` at another place, over whatever is pinned there.
 pub fn pin_over(from: &Path, to: &Path) {
     let object = open(from).unwrap_or_else(|error| panic!("{}: {error}", from.display()));
@@ -209,7 +270,17 @@ struct ObjPin {
     file_flags: u32,
 }
 
-/// Part of `union bpf_attr` for `BPF_LINK_CREATE` of a TCX or netkit link.
+/// Start of `union bpf_attr` as `BPF_PROG_ATTACH` and `BPF_PROG_DETACH` read it.
+#[repr(C)]
+struct ProgAttach {
+    target_fd: u32,
+    attach_bpf_fd: u32,
+    attach_type: u32,
+    attach_flags: u32,
+}
+
+/// Part of `union bpf_attr` for `BPF_LINK_CREATE` of a TCX, netkit or cgroup link; a cgroup has its descriptor in place of the
+/// interface.
 #[repr(C)]
 #[derive(Default)]
 struct LinkCreate {

@@ -24,6 +24,7 @@ pub struct Status {
     pub hooks: Vec<String>,
     pub sockets: Option<Sockets>,
     pub host_network: Option<HostNetwork>,
+    pub local_service: Option<LocalService>,
     pub departed: Counts,
     pub total: Counts,
     pub problems: Vec<Problem>,
@@ -178,6 +179,25 @@ pub struct Counts {
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct Sockets {
     pub attached: bool,
+    pub sendmsg: Sendmsg,
+    #[serde(flatten)]
+    pub counts: Counts,
+}
+
+/// The sendmsg programs.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct Sendmsg {
+    pub attached: bool,
+    pub reason: Option<String>,
+}
+
+/// The hook for a metadata service on the node.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct LocalService {
+    pub attached: bool,
+    pub desired: bool,
     #[serde(flatten)]
     pub counts: Counts,
 }

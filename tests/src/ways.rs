@@ -17,6 +17,7 @@ const STRICT: &str = "host_network";
 pub struct Ways<'w> {
     world: &'w World,
     hooks: Vec<&'static str>,
+    also: Vec<&'static str>,
     config: String,
     cgroup: Option<&'w Cgroup>,
     all: Vec<(String, Box<dyn Fn() -> bool + Sync + 'w>)>,
@@ -25,7 +26,14 @@ pub struct Ways<'w> {
 impl World {
     /// Ways that are held by these hooks.
     pub fn ways(&self, hooks: &[&'static str]) -> Ways<'_> {
-        Ways { world: self, hooks: hooks.to_vec(), config: String::new(), cgroup: None, all: Vec::new() }
+        Ways {
+            world: self,
+            hooks: hooks.to_vec(),
+            also: Vec::new(),
+            config: String::new(),
+            cgroup: None,
+            all: Vec::new(),
+        }
     }
 
     /// Whether anything arrives at the metadata service of what `send` sends.
@@ -40,6 +48,12 @@ impl<'w> Ways<'w> {
     /// With this configuration of the agent.
     pub fn config(mut self, toml: &str) -> Self {
         toml.clone_into(&mut self.config);
+        self
+    }
+
+    /// Adds a hook that is on only together with all others, as the agent refuses to start with it alone.
+    pub fn also(mut self, hook: &'static str) -> Self {
+        self.also.push(hook);
         self
     }
 
@@ -85,6 +99,7 @@ impl<'w> Ways<'w> {
         if self.hooks.contains(&STRICT) {
             all.push(STRICT);
         }
+        all.extend(&self.also);
         self.assert_closed(&all);
     }
 

@@ -55,7 +55,7 @@ fn show_says_what_is_in_force() {
         "answer": "reject",
         "provider": "auto",
         "extras": [],
-        "hooks": { "from_pod": true, "node_egress": false, "socket": false, "host_network": false, "mark_bit": 12 },
+        "hooks": { "from_pod": true, "node_egress": false, "socket": false, "host_network": false, "sendmsg": "auto", "local_service": false, "mark_bit": 12 },
         "interfaces": { "include": [], "exclude": ["lxc*"] },
         "metrics": { "listen": ["127.0.0.1:9254"] },
         "kubernetes": { "enabled": "auto", "kubeconfig": "", "node_name": "" },

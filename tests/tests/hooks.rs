@@ -163,7 +163,7 @@ fn a_socket_hook_that_somebody_detached_is_restored() {
     };
     assert!(denied());
     imds_tests::foreign::detach_link(&world.pin_dir().join("links/connect4"));
-    agent.wait_for_log("guarding connect4", LONG);
+    agent.wait_for_log("attached imds_connect4", LONG);
     imds_tests::poll::poll_until(LONG, "connect4 to be guarded again", || denied().then_some(()));
     world.status_when("all is well", |status| status.is_ready() && status.state == "enforcing");
 }
@@ -180,7 +180,7 @@ fn all_hooks_together_are_what_an_agent_without_a_configuration_has() {
     let cgroup = world.cgroup().to_str().unwrap();
     let agent = world.agent().config_file(empty.to_str().unwrap()).args(&["--cgroup", cgroup]);
     let _agent = agent.spawn_ready();
-    assert_eq!(world.status().hooks, ["from_pod", "node_egress", "socket"]);
+    assert_eq!(world.status().hooks, ["from_pod", "node_egress", "socket", "local_service"]);
     world.in_cgroup(|| {
         world.assert_blocked(&pod);
         world.assert_harmless(&pod);

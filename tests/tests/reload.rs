@@ -216,18 +216,18 @@ fn hooks_come_and_go() {
 
         for _ in 0..2 {
             let status = file.reload("[hooks]\nfrom_pod = false\n");
-            assert_eq!(status.hooks, ["node_egress", "socket"]);
+            assert_eq!(status.hooks, ["node_egress", "socket", "local_service"]);
             assert_eq!(are_guarded(), [false, true]);
             assert!(is_refused() && status.sockets.unwrap().attached);
             world.assert_blocked(&pod);
 
             let status = file.reload("[hooks]\nnode_egress = false\nsocket = false\n");
-            assert_eq!(status.hooks, ["from_pod"]);
+            assert_eq!(status.hooks, ["from_pod", "local_service"]);
             assert!(status.sockets.is_none() && !is_refused());
             assert_eq!(are_guarded(), [true, false]);
             world.assert_blocked(&pod);
         }
-        assert_eq!(fs::read_dir(world.pin_dir().join("progs")).unwrap().count(), 2);
+        assert_eq!(fs::read_dir(world.pin_dir().join("progs")).unwrap().count(), 3);
         // What is new later is guarded by what is on then.
         file.reload(BOTH_EDGES);
         let late = world.add_pod(PodLink::Bridged);
@@ -257,7 +257,7 @@ fn strict_mode_comes_and_goes() {
         assert!(status.problems.is_empty() && status.hooks.contains(&"host_network".to_owned()));
         assert!(!is_open() && reachable(&world.node, METADATA));
         let status = file.reload(POD_EDGE);
-        assert_eq!(status.hooks, ["from_pod"]);
+        assert_eq!(status.hooks, ["from_pod", "local_service"]);
         assert!(is_open());
     }
     file.reload(&format!("{POD_EDGE}host_network = true\n"));

@@ -374,10 +374,10 @@ fn what_somebody_detached_is_restored() {
     let is_held = || is_refused(container.run(|| send_raw(&world.node, METADATA, 132)));
     assert!(is_held());
     foreign::detach_link(&world.pin_dir().join(format!("links/host_egress_{kubepods}")));
-    agent.wait_for_log("guarding host_egress", LONG);
+    agent.wait_for_log("attached imds_host_out", LONG);
     poll_until(LONG, "packets to be held again", || is_held().then_some(()));
     fs::remove_file(world.pin_dir().join(format!("links/host_connect4_{kubepods}"))).unwrap();
-    agent.wait_for_log("host_connect4 of sockets: pinned again", LONG);
+    agent.wait_for_log("pinned the link of imds_host_conn4", LONG);
     world.status_when("all is well", |status| status.is_ready() && status.state == "enforcing");
 }
 

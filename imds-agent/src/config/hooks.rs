@@ -1,7 +1,9 @@
 //! The hooks that are on.
 
+use std::fmt;
+
 use imds_ebpf_common::{Hook, maps::MARK};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use toml::Spanned;
 
 use super::source::{Mistakes, Source};
@@ -31,6 +33,12 @@ impl Hooks {
         self.bits & hook.bit() != 0
     }
 
+    /// Reports whether a hook is on that denies requests to a service beyond the node.
+    #[must_use]
+    pub const fn deny_remote(self) -> bool {
+        self.bits & !Hook::LocalService.bit() != 0
+    }
+
     /// Those that are on in either.
     #[must_use]
     pub const fn and(self, others: Self) -> Self {
@@ -45,6 +53,55 @@ impl Default for Hooks {
     }
 }
 
+/// Setting of the sendmsg programs of the `socket` hook: `"auto"`, `true` or `false` in the configuration.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Sendmsg {
+    /// They are attached if `from_pod` and `node_egress` do not judge the packets of every pod.
+    #[default]
+    Auto,
+    /// They are attached.
+    On,
+    /// They are not attached.
+    Off,
+}
+
+impl<'de> Deserialize<'de> for Sendmsg {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+
+        impl de::Visitor<'_> for Visitor {
+            type Value = Sendmsg;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("\"auto\", true or false")
+            }
+
+            fn visit_bool<E>(self, is_on: bool) -> Result<Sendmsg, E> {
+                Ok(if is_on { Sendmsg::On } else { Sendmsg::Off })
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Sendmsg, E> {
+                match text {
+                    "auto" => Ok(Sendmsg::Auto),
+                    other => Err(E::invalid_value(de::Unexpected::Str(other), &self)),
+                }
+            }
+        }
+
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+impl Serialize for Sendmsg {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Auto => serializer.serialize_str("auto"),
+            Self::On => serializer.serialize_bool(true),
+            Self::Off => serializer.serialize_bool(false),
+        }
+    }
+}
+
 #[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 #[expect(clippy::struct_excessive_bools, reason = "switches, as the file has them")]
@@ -53,6 +110,8 @@ pub(super) struct HooksTable {
     node_egress: bool,
     socket: bool,
     host_network: bool,
+    sendmsg: Spanned<Sendmsg>,
+    local_service: bool,
     mark_bit: Spanned<u8>,
 }
 
@@ -64,12 +123,24 @@ impl Default for HooksTable {
             node_egress: true,
             socket: true,
             host_network: false,
+            sendmsg: Spanned::new(0..0, Sendmsg::default()),
+            local_service: true,
             mark_bit: Spanned::new(0..0, mark_bit),
         }
     }
 }
 
 impl HooksTable {
+    /// Returns the setting of the sendmsg programs, which are part of the `socket` hook.
+    pub(super) fn sendmsg(&self, source: Source<'_>, mistakes: &mut Mistakes) -> Sendmsg {
+        let sendmsg = *self.sendmsg.get_ref();
+        if sendmsg == Sendmsg::On && !self.socket {
+            let message = "hooks.sendmsg: true needs hooks.socket = true".to_owned();
+            mistakes.note(source.error(self.sendmsg.span(), message));
+        }
+        sendmsg
+    }
+
     /// The mark of packets that are exempt.
     pub(super) fn mark(&self, source: Source<'_>, mistakes: &mut Mistakes) -> u32 {
         let bit = *self.mark_bit.get_ref();
@@ -88,6 +159,7 @@ impl From<&HooksTable> for Hooks {
             (Hook::NodeEgress, table.node_egress),
             (Hook::Socket, table.socket),
             (Hook::HostNetwork, table.host_network),
+            (Hook::LocalService, table.local_service),
         ];
         Self::from_bits(switches.iter().filter(|(_, on)| *on).map(|(hook, _)| hook.bit()).sum())
     }

@@ -36,6 +36,14 @@ fn hooks_are_on_unless_switched_off_and_strict_mode_is_off_unless_switched_on() 
     assert_eq!(on("[hooks]\nnode_egress = false"), [true, false, true, false]);
     assert_eq!(on("[hooks]\nfrom_pod = false\nsocket = false"), [false, true, false, false]);
     assert_eq!(on("[hooks]\nhost_network = true"), [true; 4]);
+    let local_service = |text: &str| parse(text).unwrap().hooks.has(Hook::LocalService);
+    assert!(local_service("") && !local_service("[hooks]\nlocal_service = false"));
+    let sendmsg = |text: &str| parse(text).unwrap().sendmsg;
+    assert_eq!((sendmsg(""), sendmsg("[hooks]\nsendmsg = 'auto'")), (Sendmsg::Auto, Sendmsg::Auto));
+    assert_eq!(
+        (sendmsg("[hooks]\nsendmsg = true"), sendmsg("[hooks]\nsendmsg = false")),
+        (Sendmsg::On, Sendmsg::Off)
+    );
     let all_off = "[hooks]\nfrom_pod = false\nsocket = false\nnode_egress = false";
     assert!(parse(all_off).unwrap_err().contains("hooks"));
     assert_eq!(on(&format!("{all_off}\nhost_network = true")), [false, false, false, true]);
@@ -58,6 +66,9 @@ fn errors_name_file_line_and_key() {
         ("[interfaces]\ninclude = ['a', 7]", "2:17: interfaces.include: "),
         ("\n[hooks]\nfrom_pod = 'yes'", "3:12: hooks.from_pod: "),
         ("hooks = 3", "1:9: hooks: "),
+        ("\n[hooks]\nsendmsg = 'yes'", "3:11: hooks.sendmsg: "),
+        ("\n[hooks]\nsendmsg = 1", "3:11: hooks.sendmsg: "),
+        ("\n[hooks]\nsocket = false\nsendmsg = true", "4:11: hooks.sendmsg: true needs hooks.socket"),
         ("\n[hooks]\nfrom_pod = false\nsocket = false\nnode_egress = false", "2:1: hooks: every one is off"),
         (
             "\n[[endpoint]]\nname = 'a'\n[[endpoint]]\naddress = '10.0.0.1'",

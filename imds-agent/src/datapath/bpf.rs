@@ -1,6 +1,7 @@
 //! The bpf(2) calls on links that aya lacks: by interface index, where aya goes by a name that may have passed to
 //! another interface, and with the answers that the reconcile loop needs.
 
+mod cgroup;
 mod program;
 
 use std::{
@@ -25,7 +26,10 @@ use aya_obj::generated::{
     bpf_link_type::{BPF_LINK_TYPE_CGROUP, BPF_LINK_TYPE_NETKIT, BPF_LINK_TYPE_TCX},
 };
 
-pub use self::program::{cgroup_programs, is_compiled, is_foreign, load_idle, load_redirect};
+pub use self::{
+    cgroup::{CgroupPrograms, cgroup_programs, effective_programs},
+    program::{is_compiled, is_foreign, is_ours, load_idle, load_redirect, program_name},
+};
 
 /// Size of the list of programs of one hook: `BPF_MPROG_MAX` (`include/linux/bpf_mprog.h`).
 const MPROG_MAX: u32 = 64;

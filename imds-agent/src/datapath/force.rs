@@ -3,17 +3,12 @@
 use std::path::Path;
 
 use imds_ebpf_common::{
-    Hook, Mode, Policy,
+    Mode, Policy,
     maps::LAYOUT,
     names::{MAP_CONFIG, MAP_POLICY},
 };
 
-use super::{
-    Datapath, DatapathError, Plan, config, endpoints, home,
-    hosts::Hosts,
-    object::Maps,
-    sockets::{SOCKETS, Sockets},
-};
+use super::{Datapath, DatapathError, Plan, config, endpoints, home, object::Maps};
 use crate::{config::Hooks, endpoints::Guarded};
 
 impl Datapath {
@@ -29,10 +24,7 @@ impl Datapath {
         self.hooks = self.hooks.and(plan.hooks);
         self.programs.add(self.hooks)?;
         self.programs.pin(self.claim.dir())?;
-        if let (None, Some(cgroup)) = (&self.sockets, &plan.cgroup) {
-            self.sockets = Some(Sockets::adopt(self.claim.dir(), cgroup, SOCKETS)?);
-        }
-        Ok(())
+        self.cgroups.prepare(self.claim.dir(), plan)
     }
 
     /// Puts mode, answer and endpoints in force. What was denied and will be is denied at every moment between.
@@ -40,15 +32,16 @@ impl Datapath {
         write(&mut self.maps, plan, guarded)
     }
 
+    /// Reports whether nothing is attached beyond what `plan` needs.
+    #[must_use]
+    pub fn matches(&self, plan: &Plan) -> bool {
+        self.hooks == plan.hooks && self.cgroups.matches(plan)
+    }
+
     /// Lets go of hooks that `plan` has not: from now on they are to be detached.
     pub fn release(&mut self, plan: &Plan) -> Result<(), DatapathError> {
         self.hooks = plan.hooks;
-        if !plan.hooks.has(Hook::Socket) {
-            self.sockets = None;
-        }
-        if !plan.hooks.has(Hook::HostNetwork) {
-            self.hosts = Hosts::default();
-        }
+        self.cgroups.release(plan);
         self.programs.keep(plan.hooks);
         Ok(self.programs.pin(self.claim.dir())?)
     }

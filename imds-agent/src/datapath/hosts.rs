@@ -6,13 +6,13 @@ use std::{
 };
 
 use imds_ebpf_common::names::HOST_LINKS;
-use log::Level;
 
 use super::{
     DatapathError,
+    cgroup_link::{self, CgroupChange, CgroupChangeKind},
     object::Programs,
     pins::{PinDir, PinError},
-    sockets::{self, HOSTS, Sockets},
+    sockets::{self, HOSTS, ProgramState, Sockets},
 };
 
 /// The cgroups that have their links, by path.
@@ -29,17 +29,18 @@ impl Hosts {
         pins: &PinDir,
         programs: &Programs,
         wanted: &BTreeSet<PathBuf>,
-    ) -> Result<Vec<(Level, String)>, DatapathError> {
+    ) -> Result<Vec<CgroupChange>, DatapathError> {
         // By the same path it can be another one now.
         self.cgroups.retain(|path, cgroup| wanted.contains(path) && cgroup.is_there());
         let mut done = Vec::new();
         let mut failed = None;
         for path in wanted {
-            let level = if self.cgroups.contains_key(path) { Level::Warn } else { Level::Info };
-            match self.restore_one(pins, programs, path) {
-                Ok(one) => done.extend(one.into_iter().map(|line| (level, line))),
-                // Gone meanwhile.
-                Err(_) if !path.exists() => drop(self.cgroups.remove(path)),
+            let is_new = !self.cgroups.contains_key(path);
+            let restored = self.restore_one(pins, programs, path);
+            match restored {
+                // Removed in the meantime.
+                _ if !path.exists() => drop(self.cgroups.remove(path)),
+                Ok(one) => done.extend(one.into_iter().map(|change| CgroupChange { is_new, ..change })),
                 Err(error) => failed = failed.or(Some(error)),
             }
         }
@@ -49,25 +50,34 @@ impl Hosts {
         }
     }
 
+    /// Programs that are not attached, or not last, in words.
+    pub(super) fn failures(&self) -> impl Iterator<Item = &str> {
+        self.cgroups.values().flat_map(Sockets::failures)
+    }
+
     fn restore_one(
         &mut self,
         pins: &PinDir,
         programs: &Programs,
         path: &Path,
-    ) -> Result<Vec<String>, DatapathError> {
+    ) -> Result<Vec<CgroupChange>, DatapathError> {
         if !self.cgroups.contains_key(path) {
             self.cgroups.insert(path.to_owned(), Sockets::adopt(pins, path, HOSTS)?);
         }
-        self.cgroups.get_mut(path).map_or_else(|| Ok(Vec::new()), |cgroup| cgroup.restore(pins, programs))
+        self.cgroups.get_mut(path).map_or_else(|| Ok(Vec::new()), |cgroup| cgroup.restore(programs, |_| true))
     }
 
     /// Detaches and unpins the links of all other cgroups, most of which are gone. Returns what was done, for people.
-    pub(super) fn forget_others(&self, pins: &PinDir) -> Result<Vec<(Level, String)>, DatapathError> {
+    pub(super) fn forget_others(&self, pins: &PinDir) -> Result<Vec<CgroupChange>, DatapathError> {
         let held: BTreeSet<u64> = self.cgroups.values().map(Sockets::id).collect();
         let mut done = Vec::new();
         for (id, path) in pinned(pins)? {
-            if !held.contains(&id) && sockets::detach(&path)? {
-                done.push((Level::Info, format!("{}: no longer in use", path.display())));
+            if !held.contains(&id) && cgroup_link::detach_pinned(&path)? {
+                let text = format!("detached the link at {}, which is no longer in use", path.display());
+                done.push(CgroupChange {
+                    is_new: true,
+                    ..CgroupChange::new(CgroupChangeKind::Detached, text)
+                });
             }
         }
         Ok(done)
@@ -78,20 +88,15 @@ impl Hosts {
 pub(super) fn detach_all(pins: &PinDir) -> Result<bool, DatapathError> {
     let mut was_attached = false;
     for (_, path) in pinned(pins)? {
-        was_attached |= sockets::detach(&path)?;
+        was_attached |= cgroup_link::detach_pinned(&path)?;
     }
     Ok(was_attached)
 }
 
-/// The cgroups of which links are pinned, by id, and for each the names of those that are missing: not pinned, or not
-/// attached to anything.
-pub fn missing(pins: &PinDir) -> Result<BTreeMap<u64, Vec<&'static str>>, PinError> {
+/// Inspects the programs of each cgroup of which links are pinned, by the cgroup's id.
+pub fn inspect(pins: &PinDir) -> Result<BTreeMap<u64, Vec<ProgramState>>, PinError> {
     let ids: BTreeSet<u64> = pinned(pins)?.into_iter().map(|(id, _)| id).collect();
-    let missing_of = |id| {
-        let is_missing = |link: &&str| !sockets::is_attached(&pins.named_link(&format!("{link}_{id}")));
-        HOST_LINKS.into_iter().filter(is_missing).collect()
-    };
-    Ok(ids.into_iter().map(|id| (id, missing_of(id))).collect())
+    Ok(ids.into_iter().map(|id| (id, sockets::inspect(pins, HOSTS, id))).collect())
 }
 
 /// The pinned links, by the id of the cgroup that each was pinned for.

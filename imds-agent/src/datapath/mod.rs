@@ -2,6 +2,9 @@
 
 mod attach;
 pub mod bpf;
+pub mod cgroup_link;
+pub mod cgroup_order;
+mod cgroups;
 pub mod claim;
 pub mod clsact;
 pub mod config;
@@ -20,6 +23,8 @@ pub mod pods;
 pub mod qdisc;
 pub mod recent;
 pub mod records;
+mod repair_backoff;
+pub mod sendmsg;
 pub mod sockets;
 
 use std::{
@@ -30,23 +35,21 @@ use std::{
 
 use aya::maps::MapError;
 use imds_ebpf_common::{
-    Answer, AttachMode, Hook, Mode, Subject, SubjectKind, TcHook, TcHookSet, names::MAP_EXEMPT,
+    Answer, AttachMode, Mode, Subject, SubjectKind, TcHook, TcHookSet, names::MAP_EXEMPT,
 };
-use log::Level;
 use thiserror::Error;
 
 use self::{
+    cgroups::Cgroups,
     claim::Claim,
-    hosts::Hosts,
     mprog::Links,
     object::{Maps, ObjectError, Programs},
     obstacles::ObstacleError,
     pins::{AttachPoint, PinDir, PinError},
     records::LinkState,
-    sockets::{SOCKETS, Sockets},
 };
 use crate::{
-    config::Hooks,
+    config::{Hooks, Sendmsg},
     diagnostics::{Diagnostics, DiagnosticsError},
     endpoints::Guarded,
     exempt::Grants,
@@ -86,7 +89,7 @@ pub enum DatapathError {
     #[error(transparent)]
     Obstacle(#[from] ObstacleError),
     /// A call on the link of a cgroup.
-    #[error("{operation} the cgroup of {}", path.display())]
+    #[error("failed to {operation} {}", path.display())]
     Cgroup {
         /// The call.
         operation: &'static str,
@@ -150,8 +153,7 @@ pub struct Datapath {
     programs: Programs,
     maps: Maps,
     links: Links,
-    sockets: Option<Sockets>,
-    hosts: Hosts,
+    cgroups: Cgroups,
     told: pods::Told,
     granted: exemptions::Known,
     netlink: Netlink,
@@ -170,6 +172,10 @@ pub struct Plan {
     pub answer: Answer,
     /// Where packets and calls are judged.
     pub hooks: Hooks,
+    /// The cgroup of the `local_service` hook, if that hook is on.
+    pub local_service: Option<PathBuf>,
+    /// Setting of the sendmsg programs of the `socket` hook.
+    pub sendmsg: Sendmsg,
     /// How interfaces are attached.
     pub backend: AttachMode,
     /// The cgroup below which sockets are guarded, where they are.
@@ -194,14 +200,13 @@ impl Datapath {
     ) -> Result<Self, DatapathError> {
         let Plan { backend, hooks, .. } = *plan;
         match Self::load(claim.dir(), plan, guarded) {
-            Ok((programs, maps, links, sockets)) => {
+            Ok((programs, maps, links, cgroups)) => {
                 let datapath = Self {
                     claim,
                     programs,
                     maps,
                     links,
-                    sockets,
-                    hosts: Hosts::default(),
+                    cgroups,
                     told: pods::Told::default(),
                     granted: exemptions::Known::default(),
                     netlink,
@@ -224,7 +229,7 @@ impl Datapath {
         pins: &PinDir,
         plan: &Plan,
         guarded: &Guarded,
-    ) -> Result<(Programs, Maps, Links, Option<Sockets>), DatapathError> {
+    ) -> Result<(Programs, Maps, Links, Cgroups), DatapathError> {
         home::ensure_free(pins)?;
         for reason in object::drop_foreign_maps(pins)? {
             log::warn!("starting with new maps and counters: {reason}");
@@ -234,9 +239,8 @@ impl Datapath {
         force::write(&mut maps, plan, guarded)?;
         programs.pin(pins)?;
         let links = Links::adopt(pins)?;
-        let adopt = |cgroup: &PathBuf| Sockets::adopt(pins, cgroup, SOCKETS);
-        let sockets = plan.cgroup.as_ref().map(adopt).transpose()?;
-        Ok((programs, maps, links, sockets))
+        let cgroups = Cgroups::adopt(pins, plan)?;
+        Ok((programs, maps, links, cgroups))
     }
 
     /// The pin directory.
@@ -255,36 +259,6 @@ impl Datapath {
     pub fn desired_mode(&self, link: &Link, hooks: TcHookSet, hook: TcHook) -> AttachMode {
         let is_desired = self.hooks.has(hook.hook()) && hooks.has(hook);
         if is_desired { self.attach_mode(link, hook) } else { AttachMode::None }
-    }
-
-    /// Attaches, replaces or pins the links of sockets as needed, or removes them where that hook is off. Returns what
-    /// was done, for people.
-    pub fn restore_sockets(&mut self) -> Result<Vec<String>, DatapathError> {
-        if let Some(sockets) = &mut self.sockets {
-            return sockets.restore(self.claim.dir(), &self.programs);
-        }
-        let detached = sockets::detach_all(self.claim.dir())?;
-        Ok(if detached { vec!["sockets are no longer guarded".to_owned()] } else { Vec::new() })
-    }
-
-    /// Does the same for the hooks of the cgroups of Kubernetes pods, which are at these paths. Links on others are
-    /// removed where those are `all` that there are.
-    pub fn restore_hosts(
-        &mut self,
-        cgroups: &BTreeSet<PathBuf>,
-        all: bool,
-    ) -> Result<Vec<(Level, String)>, DatapathError> {
-        let pins = self.claim.dir();
-        if !self.hooks.has(Hook::HostNetwork) {
-            let detached = hosts::detach_all(pins)?;
-            let done = (Level::Info, "hostNetwork pods are no longer guarded".to_owned());
-            return Ok(if detached { vec![done] } else { Vec::new() });
-        }
-        let mut done = self.hosts.restore(pins, &self.programs, cgroups)?;
-        if all {
-            done.extend(self.hosts.forget_others(pins)?);
-        }
-        Ok(done)
     }
 
     /// Indices of interfaces of which something is pinned or recorded.
@@ -399,6 +373,7 @@ pub async fn unload(
     };
     home::ensure_no_filters_elsewhere(pins)?;
     removed.sockets = sockets::detach_all(pins)? | hosts::detach_all(pins)?;
+    removed.sockets |= sockets::detach_local_service(pins)?;
     let pinned = pins.pinned_links()?;
     for (done, (_, path)) in (1..).zip(&pinned) {
         removed.interfaces += usize::from(mprog::detach_pinned(path)?);

@@ -15,15 +15,15 @@ use aya::{
 };
 use aya_obj::{Object, generated::bpf_func_id};
 use imds_ebpf_common::{
-    Address, ConfigRecord, Counter, CounterKey, Endpoint, Exemption, Filter, Frame, Grant, Hook,
-    InterfaceRecord, KubernetesRecord, PodRecord, Policy, ProbeRecord, ProviderRecord, Subject, TcHook,
+    Address, CgroupRecord, ConfigRecord, Counter, CounterKey, Endpoint, Exemption, Filter, Frame, Grant,
+    Hook, InterfaceRecord, KubernetesRecord, PodRecord, Policy, ProbeRecord, ProviderRecord, Subject, TcHook,
     event::{Source, Window},
     maps::LAYOUT,
     names::{
-        GLOBAL_CGROUP_HAS_COOKIE, GLOBAL_TC_HAS_COOKIE, HOST_PROGRAMS, MAP_CONFIG, MAP_COUNTERS,
+        GLOBAL_CGROUP_HAS_COOKIE, GLOBAL_TC_HAS_COOKIE, HOST_PROGRAMS, MAP_CGROUP, MAP_CONFIG, MAP_COUNTERS,
         MAP_ENDPOINTS, MAP_EVENTS, MAP_EXEMPT, MAP_EXEMPT_SOURCES, MAP_FILTER, MAP_INTERFACES,
         MAP_KUBERNETES, MAP_PODS, MAP_POLICY, MAP_PROBES, MAP_PROBING, MAP_PROVIDER, MAP_SOURCES, MAPS,
-        SOCKET_PROGRAMS, SYMBOL_FILTER, TC_PROGRAMS, in_object, tc_program,
+        PROG_LOCAL_SERVICE, SOCKET_PROGRAMS, SYMBOL_FILTER, TC_PROGRAMS, in_object, tc_program,
     },
 };
 use thiserror::Error;
@@ -155,7 +155,8 @@ impl Programs {
 
     /// Pins the programs, in place of those of an earlier agent.
     pub fn pin(&self, pins: &PinDir) -> Result<(), ObjectError> {
-        for name in TC_PROGRAMS.into_iter().chain(SOCKET_PROGRAMS).chain(HOST_PROGRAMS) {
+        let cgroup = SOCKET_PROGRAMS.into_iter().chain(HOST_PROGRAMS).chain([PROG_LOCAL_SERVICE]);
+        for name in TC_PROGRAMS.into_iter().chain(cgroup) {
             match self.ids.get(name) {
                 Some(_) => pins::pin_over(self.fd(name)?, &pins.program(name))?,
                 // An earlier agent's, for a hook that is off now.
@@ -178,7 +179,13 @@ fn names(hooks: Hooks) -> impl Iterator<Item = &'static str> {
     let tc = edges.flat_map(|edge| [Frame::Ethernet, Frame::Ip].map(|frame| tc_program(edge, frame)));
     let sockets = SOCKET_PROGRAMS.into_iter().filter(move |_| hooks.has(Hook::Socket));
     let hosts = HOST_PROGRAMS.into_iter().filter(move |_| hooks.has(Hook::HostNetwork));
-    tc.chain(sockets).chain(hosts)
+    let local = hooks.has(Hook::LocalService).then_some(PROG_LOCAL_SERVICE);
+    tc.chain(sockets).chain(hosts).chain(local)
+}
+
+/// Reports whether TC programs can read the network namespace cookie of a packet's socket.
+pub(super) fn tc_has_cookie() -> bool {
+    has_cookie(ProgramType::SchedClassifier)
 }
 
 /// Whether programs of this type may ask for the network namespace of a packet's socket (Linux 6.13 for TC, 6.15 for
@@ -212,6 +219,8 @@ pub struct Maps {
     pub provider: Array<MapData, ProviderRecord>,
     /// The configuration as text.
     pub config: Array<MapData, ConfigRecord>,
+    /// Desired state of the hooks of cgroups.
+    pub cgroup: Array<MapData, CgroupRecord>,
     /// How pods are looked up.
     pub kubernetes: Array<MapData, KubernetesRecord>,
     /// Who is behind interfaces, network namespaces and cgroups.
@@ -252,6 +261,7 @@ impl Maps {
             probing: Map::Array(open(MAP_PROBING)?).try_into().map_err(typed(MAP_PROBING))?,
             provider: Map::Array(open(MAP_PROVIDER)?).try_into().map_err(typed(MAP_PROVIDER))?,
             config: Map::Array(open(MAP_CONFIG)?).try_into().map_err(typed(MAP_CONFIG))?,
+            cgroup: Map::Array(open(MAP_CGROUP)?).try_into().map_err(typed(MAP_CGROUP))?,
             kubernetes: Map::Array(open(MAP_KUBERNETES)?).try_into().map_err(typed(MAP_KUBERNETES))?,
             pods: Map::HashMap(open(MAP_PODS)?).try_into().map_err(typed(MAP_PODS))?,
             sources: Map::PerCpuLruHashMap(open(MAP_SOURCES)?).try_into().map_err(typed(MAP_SOURCES))?,

@@ -1,37 +1,40 @@
-//! The hooks of cgroups: their links, held and pinned like those of interfaces.
+//! The programs of a cgroup: a set of links that are attached, pinned and repaired together.
 
 use std::{
     fs::{self, File},
-    io,
-    os::{fd::OwnedFd, unix::fs::MetadataExt as _},
-    path::{Path, PathBuf},
+    os::unix::fs::MetadataExt as _,
+    path::Path,
 };
 
 use aya_obj::generated::bpf_attach_type::{
-    self, BPF_CGROUP_INET_EGRESS, BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT,
-    BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG,
+    self, BPF_CGROUP_INET_EGRESS, BPF_CGROUP_INET_INGRESS, BPF_CGROUP_INET4_CONNECT,
+    BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG,
 };
-use imds_ebpf_common::names::{HOST_LINKS, HOST_PROGRAMS, SOCKET_LINKS, SOCKET_PROGRAMS};
+use imds_ebpf_common::names::{
+    HOST_LINKS, HOST_PROGRAMS, LOCAL_SERVICE_LINK, PROG_LOCAL_SERVICE, SOCKET_LINKS, SOCKET_PROGRAMS,
+};
 
 use super::{
     DatapathError,
-    bpf::{self, Target},
-    mprog,
+    cgroup_link::{self, CgroupChange, CgroupLink, OpenCgroup},
+    cgroup_order::{self, Occupant, OtherProgram},
     object::Programs,
     pins::{self, PinDir},
 };
+use crate::node::cgroup;
 
-/// The links that a cgroup gets: pins, programs and hooks, in the same order.
+/// The programs of one hook: pins of the links, programs and attach types, in the same order.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Kind {
     links: &'static [&'static str],
     programs: &'static [&'static str],
     attach_types: &'static [bpf_attach_type],
-    /// Whether there can be several such cgroups, so that pins have their ids.
+    /// Several cgroups can have these programs, so that the names of the pins end with the cgroup's id.
     is_one_of_many: bool,
 }
 
-const ATTACH_TYPES: [bpf_attach_type; 5] = [
+/// Attach types of [`HOST_PROGRAMS`] and, without the last, of [`SOCKET_PROGRAMS`].
+pub(super) const ATTACH_TYPES: [bpf_attach_type; 5] = [
     BPF_CGROUP_INET4_CONNECT,
     BPF_CGROUP_INET6_CONNECT,
     BPF_CGROUP_UDP4_SENDMSG,
@@ -39,7 +42,7 @@ const ATTACH_TYPES: [bpf_attach_type; 5] = [
     BPF_CGROUP_INET_EGRESS,
 ];
 
-/// The cgroup whose sockets are guarded.
+/// The `socket` hook.
 pub(super) const SOCKETS: Kind = Kind {
     links: &SOCKET_LINKS,
     programs: &SOCKET_PROGRAMS,
@@ -47,160 +50,144 @@ pub(super) const SOCKETS: Kind = Kind {
     is_one_of_many: false,
 };
 
-/// One of the cgroups of Kubernetes pods.
+/// The `host_network` hook, on one of the cgroups of Kubernetes pods.
 pub(super) const HOSTS: Kind =
     Kind { links: &HOST_LINKS, programs: &HOST_PROGRAMS, attach_types: &ATTACH_TYPES, is_one_of_many: true };
 
-/// A cgroup, which stands for all below it too, and the links on it.
+/// The `local_service` hook.
+pub(super) const LOCAL_SERVICE: Kind = Kind {
+    links: &[LOCAL_SERVICE_LINK],
+    programs: &[PROG_LOCAL_SERVICE],
+    attach_types: &[BPF_CGROUP_INET_INGRESS],
+    is_one_of_many: false,
+};
+
+/// A cgroup and the links of one hook on it.
 #[derive(Debug)]
 pub(super) struct Sockets {
-    path: PathBuf,
-    cgroup: File,
-    id: u64,
-    links: Vec<Hooked>,
-}
-
-#[derive(Debug)]
-struct Hooked {
-    name: &'static str,
-    program: &'static str,
-    attach_type: bpf_attach_type,
-    pin: String,
-    fd: Option<OwnedFd>,
+    cgroup: OpenCgroup,
+    links: Vec<CgroupLink>,
 }
 
 impl Sockets {
-    /// Takes over what earlier agents pinned for the cgroup at `path`.
+    /// Opens the cgroup at `path` and the links that earlier agents pinned for it.
     pub(super) fn adopt(pins: &PinDir, path: &Path, kind: Kind) -> Result<Self, DatapathError> {
-        let cgroup = File::open(path).map_err(pins::io_error("open the cgroup", path))?;
-        // The inode number of a cgroup is its id (kernfs).
-        let id = cgroup.metadata().map_err(pins::io_error("inspect the cgroup", path))?.ino();
-        let mut sockets = Self { path: path.to_owned(), cgroup, id, links: Vec::new() };
+        let file = File::open(path).map_err(pins::io_error("open the cgroup", path))?;
+        let id = file.metadata().map_err(pins::io_error("inspect the cgroup", path))?.ino();
         let kinds = kind.links.iter().zip(kind.programs).zip(kind.attach_types);
-        for ((&name, &program), &attach_type) in kinds {
+        let links = kinds.map(|((&name, &program), &attach_type)| {
             let pin = if kind.is_one_of_many { format!("{name}_{id}") } else { name.to_owned() };
-            let mut hooked = Hooked { name, program, attach_type, pin, fd: None };
-            if let Some(fd) = pins::open(&pins.named_link(&hooked.pin))?
-                && hooked.attached(id, &fd).is_some_and(|link| !bpf::is_foreign(link.program))
-            {
-                hooked.fd = Some(fd);
-            }
-            sockets.links.push(hooked);
-        }
-        Ok(sockets)
+            CgroupLink::adopt(program, attach_type, pins.named_link(&pin), id)
+        });
+        let links = links.collect::<Result<_, _>>()?;
+        Ok(Self { cgroup: OpenCgroup { path: path.to_owned(), file, id }, links })
     }
 
     /// The cgroup's id.
     pub(super) fn id(&self) -> u64 {
-        self.id
+        self.cgroup.id
     }
 
-    /// Whether it is still the cgroup at its path.
+    /// Reports whether the cgroup is still the one at its path.
     pub(super) fn is_there(&self) -> bool {
-        fs::metadata(&self.path).is_ok_and(|metadata| metadata.ino() == self.id)
+        fs::metadata(&self.cgroup.path).is_ok_and(|metadata| metadata.ino() == self.cgroup.id)
     }
 
-    /// Attaches what is not attached, replaces what is not this agent's, and pins what is not pinned. Returns what was
-    /// done, for people.
+    /// Programs that are not attached, or not last, in words.
+    pub(super) fn failures(&self) -> impl Iterator<Item = &str> {
+        self.links.iter().filter_map(CgroupLink::failure)
+    }
+
+    /// Restores the links of the desired attach types and detaches the others, each even if another one fails.
     pub(super) fn restore(
         &mut self,
-        pins: &PinDir,
         programs: &Programs,
-    ) -> Result<Vec<String>, DatapathError> {
-        let Self { path, cgroup, id, links } = self;
-        let mut done = Vec::new();
+        is_desired: impl Fn(bpf_attach_type) -> bool,
+    ) -> Result<Vec<CgroupChange>, DatapathError> {
+        let Self { cgroup, links } = self;
+        let mut changes = Vec::new();
         let mut failed = None;
-        for hooked in links {
-            let restored = hooked.restore(pins, programs, (path, cgroup, *id), &mut done);
+        for link in links {
+            let restored = if is_desired(link.attach_type()) {
+                link.restore(programs, cgroup, &mut changes)
+            } else {
+                link.detach(cgroup, &mut changes)
+            };
             failed = failed.or(restored.err());
         }
-        for line in done.iter().filter(|_| failed.is_some()) {
-            log::warn!("{line}");
+        for change in changes.iter().filter(|_| failed.is_some()) {
+            log::warn!("{}", change.text);
         }
-        failed.map_or(Ok(done), Err)
+        failed.map_or(Ok(changes), Err)
     }
 }
 
-impl Hooked {
-    /// The same for one hook of a cgroup.
-    fn restore(
-        &mut self,
-        pins: &PinDir,
-        programs: &Programs,
-        (cgroup_path, cgroup, id): (&Path, &File, u64),
-        done: &mut Vec<String>,
-    ) -> Result<(), DatapathError> {
-        let failed = |operation| {
-            let path = cgroup_path.to_owned();
-            move |source| DatapathError::Cgroup { operation, path, source }
-        };
-        let path = pins.named_link(&self.pin);
-        let fd = programs.fd(self.program)?;
-        let name = self.name;
-        let held = self.fd.as_ref().and_then(|fd| Some((fd, self.attached(id, fd)?)));
-        let Some((held, link)) = held else {
-            let link =
-                bpf::link_create_cgroup(fd, cgroup, self.attach_type).map_err(failed("attaching to"))?;
-            done.push(format!("guarding {name} of sockets below {}", cgroup_path.display()));
-            // Held before it is pinned: where that fails sockets are guarded all the same while this process lives. Over the
-            // pin of one that was detached, or of another cgroup's, which ends with it.
-            return Ok(pins::pin_over(self.fd.insert(link), &path)?);
-        };
-        if Some(link.program) != programs.id(self.program) {
-            bpf::link_update(held, fd).map_err(failed("replacing a program of"))?;
-            done.push(format!("guarding {name} of sockets: took over from an earlier agent"));
-        }
-        if !mprog::is_pinned(link.id, &path) {
-            pins::pin_over(held, &path)?;
-            done.push(format!("{name} of sockets: pinned again"));
-        }
-        Ok(())
-    }
-
-    /// The link, if it is attached to this cgroup by this hook.
-    fn attached(&self, cgroup: u64, fd: &OwnedFd) -> Option<bpf::Link> {
-        let link = bpf::link(fd).ok().flatten()?;
-        let wanted = Target::Cgroup { id: cgroup, attach_type: self.attach_type as u32 };
-        (link.target == wanted).then_some(link)
-    }
+/// Reports whether this is an attach type of the sendmsg programs.
+pub(super) fn is_sendmsg(attach_type: bpf_attach_type) -> bool {
+    matches!(attach_type, BPF_CGROUP_UDP4_SENDMSG | BPF_CGROUP_UDP6_SENDMSG)
 }
 
-/// Detaches and unpins the links of the cgroup whose sockets are guarded, wherever they are. Returns whether one was
-/// attached.
+/// Detaches and unpins the links of the `socket` hook, wherever they are. Returns whether one was attached.
 pub(super) fn detach_all(pins: &PinDir) -> Result<bool, DatapathError> {
     let mut was_attached = false;
     for name in SOCKET_LINKS {
-        was_attached |= detach(&pins.named_link(name))?;
+        was_attached |= cgroup_link::detach_pinned(&pins.named_link(name))?;
     }
     Ok(was_attached)
 }
 
-/// Detaches and unpins one link. Returns whether it was attached.
-pub(super) fn detach(path: &Path) -> Result<bool, DatapathError> {
-    let mut was_attached = false;
-    if let Some(fd) = pins::open(path)?
-        && let Ok(Some(link)) = bpf::link(&fd)
-        && link.cgroup().is_some()
-    {
-        let failed = |source: io::Error| DatapathError::Cgroup {
-            operation: "detaching from",
-            path: path.to_owned(),
-            source,
-        };
-        bpf::link_detach(&fd).map_err(failed)?;
-        was_attached = true;
-    }
-    pins::unpin(path)?;
-    Ok(was_attached)
+/// Detaches and unpins the link of the `local_service` hook, wherever it is. Returns whether it was attached.
+pub(super) fn detach_local_service(pins: &PinDir) -> Result<bool, DatapathError> {
+    cgroup_link::detach_pinned(&pins.named_link(LOCAL_SERVICE_LINK))
 }
 
-/// Names of those links that are not pinned, or not attached to anything.
+/// State of one program of a cgroup, read from the kernel.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct ProgramState {
+    /// Name of the program.
+    pub program: &'static str,
+    /// The program is one of the sendmsg programs, which are not always needed.
+    pub is_sendmsg: bool,
+    /// The program is attached to the cgroup.
+    pub is_attached: bool,
+    /// Reason why it is not attached, or the program that runs after it.
+    pub problem: Option<String>,
+}
+
+/// Inspects the programs of the `socket` hook on the cgroup with this id.
 #[must_use]
-pub fn missing(pins: &PinDir) -> Vec<&'static str> {
-    SOCKET_LINKS.into_iter().filter(|name| !is_attached(&pins.named_link(name))).collect()
+pub fn inspect_sockets(pins: &PinDir, id: u64) -> Vec<ProgramState> {
+    inspect(pins, SOCKETS, id)
 }
 
-/// Whether the link that is pinned there is attached to a cgroup.
-pub(super) fn is_attached(path: &Path) -> bool {
-    pins::link_at(path).is_some_and(|link| link.cgroup().is_some())
+/// Inspects the program of the `local_service` hook on the cgroup with this id.
+#[must_use]
+pub fn inspect_local_service(pins: &PinDir, id: u64) -> Option<ProgramState> {
+    inspect(pins, LOCAL_SERVICE, id).pop()
+}
+
+/// Inspects the programs of a hook on the cgroup with this id.
+pub(super) fn inspect(pins: &PinDir, kind: Kind, id: u64) -> Vec<ProgramState> {
+    let path = cgroup::path_of(id).ok().flatten();
+    let kinds = kind.links.iter().zip(kind.programs).zip(kind.attach_types);
+    let states = kinds.map(|((name, &program), &attach_type)| {
+        let pin = if kind.is_one_of_many { format!("{name}_{id}") } else { (*name).to_owned() };
+        let link = pins::link_at(&pins.named_link(&pin)).filter(|link| link.cgroup() == Some(id));
+        let problem = match (link, &path) {
+            (Some(_), None) => None,
+            (Some(link), Some(path)) => behind(path, attach_type, link.program)
+                .map(|behind| cgroup_link::not_last(program, path, &behind)),
+            (None, path) => Some(cgroup_link::not_attached(
+                program,
+                path.as_deref(),
+                path.as_ref().and_then(|path| Occupant::find(path, attach_type)).as_ref(),
+            )),
+        };
+        ProgramState { program, is_sendmsg: is_sendmsg(attach_type), is_attached: link.is_some(), problem }
+    });
+    states.collect()
+}
+
+fn behind(path: &Path, attach_type: bpf_attach_type, program: u32) -> Option<OtherProgram> {
+    cgroup_order::program_behind(File::open(path).ok()?, attach_type, program).ok()?
 }

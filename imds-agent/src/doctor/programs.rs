@@ -23,7 +23,7 @@ use crate::{
     datapath::{
         DatapathError,
         bpf::{self, Direction},
-        clsact,
+        cgroup_order, clsact,
         object::{self, Maps},
         pins::{self, AttachPoint, PinDir},
         records,
@@ -160,8 +160,8 @@ pub(super) fn of_cgroup(pins: &PinDir) -> Result<Vec<Check>, DatapathError> {
     let names = names();
     let mut checks = Vec::new();
     for ((hook, attach_type), link) in SOCKET_LINKS.into_iter().zip(SOCKET_HOOKS).zip(links) {
-        let ids = match bpf::cgroup_programs(&cgroup, attach_type) {
-            Ok(ids) => ids,
+        let programs = match bpf::cgroup_programs(&cgroup, attach_type) {
+            Ok(programs) => programs,
             Err(error) => {
                 let found = format!("{hook} of {shown} can't be asked: {error}");
                 return Ok(vec![Check::degraded(
@@ -178,11 +178,24 @@ pub(super) fn of_cgroup(pins: &PinDir) -> Result<Vec<Check>, DatapathError> {
             is_ours: link.is_some_and(|link| link.program == id),
             is_stuck: false,
         };
-        let entries: Vec<_> = ids.into_iter().map(entry).collect();
-        // All of a cgroup's programs run, and each can refuse: the order is of no consequence to what is denied.
+        let entries: Vec<_> = programs.ids.iter().copied().map(entry).collect();
+        let behind = link
+            .and_then(|link| cgroup_order::program_behind(&cgroup, attach_type, link.program).ok().flatten());
         checks.extend(foreign(&entries, &shown, hook).map(|(program, _)| {
             let found = program.to_string();
-            Check { program: Some(program), ..Check::ok(OF_CGROUP, found) }
+            let check = if programs.exclusive().is_some() {
+                let found = format!("{found}, attached without BPF_F_ALLOW_MULTI");
+                let remedy = format!("the agent cannot attach its {hook} program beside it, the other hooks run: remove \
+                                      it (`bpftool cgroup detach`), or attach it with BPF_F_ALLOW_MULTI");
+                Check::degraded(OF_CGROUP, found, remedy)
+            } else if behind.is_some() && program.is_first == Some(false) {
+                let remedy = "it can change the destination after the agent's program judged it: an agent that runs moves \
+                              its program to the end";
+                Check::degraded(OF_CGROUP, found, remedy)
+            } else {
+                Check::ok(OF_CGROUP, found)
+            };
+            Check { program: Some(program), ..check }
         }));
     }
     if checks.is_empty() {

@@ -2,8 +2,6 @@
 
 use std::{collections::BTreeSet, io};
 
-use log::Level;
-
 use super::Guard;
 use crate::{
     datapath::DatapathError,
@@ -34,10 +32,8 @@ impl Guard {
     pub(super) fn restore_hosts(&mut self, all: bool) -> Result<(), DatapathError> {
         let none = BTreeSet::new();
         let cgroups = self.kubepods.as_ref().map_or(&none, Kubepods::found);
-        for (level, done) in self.datapath.restore_hosts(cgroups, all)? {
-            self.repairs.attached += u64::from(level == Level::Warn);
-            log::log!(level, "{done}");
-        }
+        let changes = self.datapath.restore_hosts(cgroups, all)?;
+        self.report_cgroups(changes);
         let root = self.kubepods.as_ref().filter(|kubepods| kubepods.found().is_empty()).map(Kubepods::root);
         match (root, &self.no_kubepods) {
             (Some(root), None) => {

@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep_until};
 use super::{Guard, attach_queue::AttachQueue};
 use crate::{
     datapath::{DatapathError, pins::AttachPoint, records::LinkState},
-    node::{links::Link, netlink::NetlinkError},
+    node::links::Link,
     reconcile::{Action, Attachment, Order, plan},
     state::{self, Assignment, Uplinks},
 };
@@ -21,10 +21,10 @@ impl Guard {
     }
 
     /// Reads the routes again, and reconciles the interfaces whose role they change.
-    pub(super) async fn reclassify(&mut self) -> Result<(), NetlinkError> {
+    pub(super) async fn reclassify(&mut self) -> Result<(), DatapathError> {
         self.routed = self.netlink.uplinks().await?;
         self.update_uplinks().await;
-        Ok(())
+        self.follow_local_service().await
     }
 
     /// Recomputes the uplinks of the known interfaces, and reconciles those whose hooks they change.

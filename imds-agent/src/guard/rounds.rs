@@ -55,7 +55,7 @@ impl Guard {
     /// [`Guard::failures`] and does not keep the others from it.
     pub(super) async fn resync(&mut self) -> Result<(), DatapathError> {
         // Guarding goes on without pins; what comes of it is said at the end.
-        let around = self.look_around();
+        let around = self.look_around().and(self.follow_local_service().await);
         // Node-wide hooks come first: they cover all pods at once, and their attachments do not wait.
         let mut links = self.read_links().await?;
         self.uplinks = Uplinks::new(self.routed.clone(), links.iter());

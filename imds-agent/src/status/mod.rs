@@ -1,5 +1,6 @@
 //! What is in force, as the kernel says it: whether or not an agent runs.
 
+mod cgroups;
 mod exemptions;
 mod interfaces;
 mod report;
@@ -10,8 +11,8 @@ use std::collections::BTreeMap;
 use imds_ebpf_common::{Answer, CounterKey, Hook, Mode, Policy, Subject};
 
 pub use self::report::{
-    Agent, Configuration, Endpoint, ExemptSender, HookAttachment, HostReport, Interface, Problem, Provider,
-    Refused, Report, SocketReport, State,
+    Agent, Configuration, Endpoint, ExemptSender, HookAttachment, HostReport, Interface, LocalServiceReport,
+    Problem, Provider, Refused, Report, SendmsgReport, SocketReport, State,
 };
 use crate::{
     config::Hooks,
@@ -21,10 +22,10 @@ use crate::{
         endpoints, home, hosts,
         object::{self, Maps, ObjectError},
         pins::PinDir,
-        pods, sockets,
+        pods,
     },
     endpoints::{Endpoint as Guarded, Keep},
-    node::{kubepods, netlink::Netlink},
+    node::netlink::Netlink,
     pods::Identity,
     state::Uplinks,
     version::VERSION,
@@ -75,6 +76,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
         hooks: Vec::new(),
         sockets: None,
         host_network: None,
+        local_service: None,
         departed: Counts::default(),
         total: Counts::default(),
         by_hook: BTreeMap::new(),
@@ -125,12 +127,17 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
     if hooks.has(Hook::Socket) {
         report.add_sockets(
             pins,
+            &maps,
             counts.remove(&(CounterKey::DEPARTED, Hook::Socket as u8)).unwrap_or_default(),
-        );
+        )?;
+    }
+    if hooks.has(Hook::LocalService) {
+        let counted = counts.remove(&(CounterKey::DEPARTED, Hook::LocalService as u8));
+        report.add_local_service(pins, &maps, counted.unwrap_or_default())?;
     }
     if hooks.has(Hook::HostNetwork) {
         let counted = counts.remove(&(CounterKey::DEPARTED, Hook::HostNetwork as u8));
-        report.add_hosts(hosts::missing(pins)?, counted.unwrap_or_default());
+        report.add_hosts(hosts::inspect(pins)?, counted.unwrap_or_default());
     }
     let links = netlink.links().await?;
     let uplinks = Uplinks::new(netlink.uplinks().await?, links.iter());
@@ -161,17 +168,6 @@ impl Report {
         self.problems.push(Problem { interface, problem: problem.into(), remedy: remedy.into() });
     }
 
-    fn add_sockets(&mut self, pins: &PinDir, counts: Counts) {
-        self.total += counts;
-        let missing = sockets::missing(pins);
-        if !missing.is_empty() {
-            let remedy =
-                if self.agent.running { "the agent's log says why" } else { "start `imds-agent run`" };
-            self.problem(None, format!("{} of sockets is not guarded", missing.join(", ")), remedy);
-        }
-        self.sockets = Some(SocketReport { attached: missing.is_empty(), counts });
-    }
-
     fn add_configuration(&mut self, maps: &Maps) -> Result<(), DatapathError> {
         let record = config::read(maps).map_err(unreadable)?;
         if let Some(config::Refusal { at, error }) =
@@ -185,22 +181,6 @@ impl Report {
             Configuration { generation, file: path, loaded_at, refused }
         });
         Ok(())
-    }
-
-    fn add_hosts(&mut self, missing: BTreeMap<u64, Vec<&'static str>>, counts: Counts) {
-        self.total += counts;
-        let remedy = if self.agent.running { "the agent's log says why" } else { "start `imds-agent run`" };
-        for (cgroup, missing) in missing.iter().filter(|(_, missing)| !missing.is_empty()) {
-            let problem = format!("{} of cgroup {cgroup} is not guarded", missing.join(", "));
-            self.problem(None, problem, remedy);
-        }
-        if missing.is_empty() {
-            let problem = "hostNetwork pods are not held: no cgroup of Kubernetes pods (kubepods) was found";
-            self.problem(None, problem, kubepods::why_none());
-        }
-        let attached = !missing.is_empty() && missing.values().all(Vec::is_empty);
-        let cgroups = missing.into_keys().collect();
-        self.host_network = Some(HostReport { attached, cgroups, counts });
     }
 
     /// Adds what is guarded, and returns a connection that knows it.

@@ -47,6 +47,8 @@ pub struct Report {
     pub sockets: Option<SocketReport>,
     /// Pods in the node's network namespace; `None` where strict mode is off.
     pub host_network: Option<HostReport>,
+    /// The hook for a metadata service on the node; `None` if that hook is off.
+    pub local_service: Option<LocalServiceReport>,
     /// Counts of interfaces that are gone.
     pub departed: Counts,
     /// Counts of all, those that are gone too.
@@ -82,6 +84,9 @@ impl Report {
         }
         if self.sockets.as_ref().is_some_and(|sockets| !sockets.attached) {
             uncovered.push("sockets are not guarded".to_owned());
+        }
+        if self.local_service.as_ref().is_some_and(|local| local.desired && !local.attached) {
+            uncovered.push("local_service is not attached".to_owned());
         }
         if self.host_network.as_ref().is_some_and(|hosts| !hosts.attached) {
             uncovered.push("hostNetwork pods are not held".to_owned());
@@ -241,9 +246,32 @@ impl Interface {
 /// The socket hook.
 #[derive(Debug, Serialize)]
 pub struct SocketReport {
-    /// Whether all its programs are attached.
+    /// Whether all its programs are attached that are needed.
     pub attached: bool,
+    /// The programs for unconnected UDP.
+    pub sendmsg: SendmsgReport,
     /// What was counted there: calls, and no bytes.
+    #[serde(flatten)]
+    pub counts: Counts,
+}
+
+/// The sendmsg programs of the socket hook.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct SendmsgReport {
+    /// Both programs are attached.
+    pub attached: bool,
+    /// Reason why they are needed, or not.
+    pub reason: Option<&'static str>,
+}
+
+/// The hook for a metadata service on the node.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct LocalServiceReport {
+    /// The program is attached.
+    pub attached: bool,
+    /// A protected address is local to the node.
+    pub desired: bool,
+    /// Packets that sockets of the node would receive.
     #[serde(flatten)]
     pub counts: Counts,
 }

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use comfy_table::{Cell, CellAlignment, Table, presets::NOTHING};
 
-use super::{Configuration, Endpoint, HookAttachment, Provider, Report, State};
+use super::{Configuration, Endpoint, HookAttachment, Provider, Report, SendmsgReport, State};
 use crate::{
     datapath::counters::{Count, Counts},
     pods::Lookup,
@@ -38,6 +38,12 @@ impl Report {
         self.write_exemptions(text)?;
         self.write_kubernetes(text)?;
         writeln!(text, "hooks      {}", self.hooks.join(" "))?;
+        if let Some(SendmsgReport { attached, reason }) = self.sockets.as_ref().map(|sockets| sockets.sendmsg)
+        {
+            let state = if attached { "attached" } else { "not attached" };
+            let reason = reason.map(|reason| format!(" ({reason})")).unwrap_or_default();
+            writeln!(text, "sendmsg    {state}{reason}")?;
+        }
         writeln!(text, "agent      {agent}")?;
         writeln!(text, "pins       {}", self.pin_dir.display())?;
         writeln!(text)?;
@@ -142,6 +148,11 @@ impl Report {
             let guard = Cell::new(if sockets.attached { "cgroup" } else { "-" });
             let row = [Cell::new("(sockets)"), blank(), blank(), guard].into_iter();
             table.add_row(row.chain(calls(&sockets.counts)));
+        }
+        if let Some(local) = self.local_service.filter(|local| local.desired || local.attached) {
+            let guard = Cell::new(if local.attached { "cgroup" } else { "-" });
+            let row = [Cell::new("(local service)"), blank(), blank(), guard].into_iter();
+            table.add_row(row.chain(cells(&local.counts)));
         }
         if let Some(hosts) = &self.host_network {
             let guard = match hosts.cgroups.len() {

@@ -43,7 +43,10 @@ fn refused(guarding: &Guarding, pod: &Pod, endpoint: &Endpoint) -> Result<(Strin
     let count = || counts(&guarding.maps, CounterKey::DEPARTED, Hook::Socket);
     let before = count();
     let mut allowed = Vec::new();
-    for (protocol, call) in [(TCP, "connect"), (UDP, "sendto")] {
+    // Without the sendmsg programs datagrams are denied by the other hooks.
+    let has_sendmsg = guarding.status.sockets.as_ref().is_some_and(|sockets| sockets.sendmsg.attached);
+    let calls: &[_] = if has_sendmsg { &[(TCP, "connect"), (UDP, "sendto")] } else { &[(TCP, "connect")] };
+    for &(protocol, call) in calls {
         let service = closed(&endpoint.keep, protocol);
         let result = pod.run(|| attempt(endpoint.address, service))?;
         if !is_refused(&result) {
@@ -51,7 +54,8 @@ fn refused(guarding: &Guarding, pod: &Pod, endpoint: &Endpoint) -> Result<(Strin
         }
     }
     if allowed.is_empty() {
-        return Ok(("denied: connect and sendto refused".to_owned(), true));
+        let names = calls.iter().map(|(_, name)| *name).collect::<Vec<_>>().join(" and ");
+        return Ok((format!("denied: {names} refused"), true));
     }
     let reason = match is_guarded_cgroup(guarding) {
         Some(false) => "this process is outside of the cgroup whose sockets are guarded".to_owned(),

@@ -1,0 +1,151 @@
+//! Programs of others on a cgroup: those that run after ours, and those that keep ours off.
+
+use std::{
+    fmt,
+    fs::File,
+    io,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+};
+
+use aya_obj::generated::bpf_attach_type::{
+    self, BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG,
+    BPF_CGROUP_UDP6_SENDMSG,
+};
+
+use super::bpf;
+
+/// A program of another agent.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct OtherProgram {
+    /// Id of the program.
+    pub id: u32,
+    /// Name of the program; `None` if it has none, or without `CAP_SYS_ADMIN`.
+    pub name: Option<String>,
+}
+
+impl OtherProgram {
+    fn new(id: u32) -> Self {
+        Self { id, name: bpf::program_name(id) }
+    }
+}
+
+impl fmt::Display for OtherProgram {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "program {}", self.id)?;
+        self.name.as_ref().map_or(Ok(()), |name| write!(f, " \"{name}\""))
+    }
+}
+
+/// A program that was attached without `BPF_F_ALLOW_MULTI`, so that the kernel refuses others with `EPERM`.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Occupant {
+    program: OtherProgram,
+    allows_override: bool,
+    /// The ancestor that it is attached to, if it is not the cgroup itself.
+    ancestor: Option<PathBuf>,
+}
+
+impl Occupant {
+    /// Finds the program that keeps others off a hook of the cgroup at `path`: its own, or one of the next ancestor that
+    /// has a program (`hierarchy_allows_attach`, kernel/bpf/cgroup.c).
+    #[must_use]
+    pub fn find(path: &Path, attach_type: bpf_attach_type) -> Option<Self> {
+        let hierarchy = path.ancestors().take_while(|path| path.join("cgroup.procs").exists());
+        for (height, cgroup) in hierarchy.enumerate() {
+            let programs = bpf::cgroup_programs(File::open(cgroup).ok()?, attach_type).ok()?;
+            if programs.ids.is_empty() {
+                continue;
+            }
+            let allows_override = programs.allows_override();
+            let is_in_the_way = height == 0 || !allows_override;
+            let id = programs.exclusive().filter(|_| is_in_the_way)?;
+            let ancestor = (height > 0).then(|| cgroup.to_owned());
+            return Some(Self { program: OtherProgram::new(id), allows_override, ancestor });
+        }
+        None
+    }
+}
+
+impl fmt::Display for Occupant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} is attached", self.program)?;
+        if let Some(ancestor) = &self.ancestor {
+            write!(f, " to {}", ancestor.display())?;
+        }
+        let instead = if self.allows_override { "with BPF_F_ALLOW_OVERRIDE, " } else { "" };
+        write!(f, " {instead}without BPF_F_ALLOW_MULTI")
+    }
+}
+
+/// Reports whether a program that runs later can change the destination that ours judged.
+#[must_use]
+pub fn needs_last(attach_type: bpf_attach_type) -> bool {
+    matches!(
+        attach_type,
+        BPF_CGROUP_INET4_CONNECT
+            | BPF_CGROUP_INET6_CONNECT
+            | BPF_CGROUP_UDP4_SENDMSG
+            | BPF_CGROUP_UDP6_SENDMSG
+    )
+}
+
+/// Finds the last of the programs that run after `program` on the same cgroup and are not known to be an agent's, which
+/// change no address.
+pub fn program_behind(
+    cgroup: impl AsFd,
+    attach_type: bpf_attach_type,
+    program: u32,
+) -> io::Result<Option<OtherProgram>> {
+    if !needs_last(attach_type) {
+        return Ok(None);
+    }
+    let own = bpf::cgroup_programs(cgroup.as_fd(), attach_type)?.ids;
+    if own.last() == Some(&program) {
+        return Ok(None);
+    }
+    let effective = bpf::effective_programs(cgroup, attach_type)?;
+    let behind = behind(&own, &effective, program).into_iter().rev().find(|&id| !bpf::is_ours(id));
+    Ok(behind.map(OtherProgram::new))
+}
+
+/// Returns the programs of `own`, a cgroup's list, that run after `program` in the effective order. Programs with
+/// `BPF_F_PREORDER` (Linux 6.15) run before all others of the cgroup, wherever they are in its list.
+fn behind(own: &[u32], effective: &[u32], program: u32) -> Vec<u32> {
+    let after = |list: &[u32]| {
+        let position = list.iter().rposition(|&id| id == program);
+        position.map_or_else(Vec::new, |position| list[position + 1..].to_vec())
+    };
+    let runs_after = after(effective);
+    after(own).into_iter().filter(|id| runs_after.contains(id)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_behind_ours() {
+        assert!(behind(&[1, 7], &[1, 7, 9], 7).is_empty());
+        assert_eq!(behind(&[7, 1, 2], &[7, 1, 2, 9], 7), [1, 2]);
+        // Of two links of one program the last counts.
+        assert!(behind(&[7, 1, 7], &[7, 1, 7], 7).is_empty());
+        // With BPF_F_PREORDER.
+        assert_eq!(behind(&[7, 1, 2], &[2, 7, 1], 7), [1]);
+        // Detached in the meantime.
+        assert!(behind(&[1, 2], &[1, 2], 7).is_empty());
+    }
+
+    #[test]
+    fn occupants_in_words() {
+        let program = OtherProgram { id: 12, name: Some("foreign".to_owned()) };
+        let own = Occupant { program: program.clone(), allows_override: false, ancestor: None };
+        assert_eq!(own.to_string(), "program 12 \"foreign\" is attached without BPF_F_ALLOW_MULTI");
+        let program = OtherProgram { name: None, ..program };
+        let above = Occupant { program, allows_override: true, ancestor: Some("/sys/fs/cgroup".into()) };
+        assert_eq!(
+            above.to_string(),
+            "program 12 is attached to /sys/fs/cgroup with BPF_F_ALLOW_OVERRIDE, without BPF_F_ALLOW_MULTI"
+        );
+    }
+}

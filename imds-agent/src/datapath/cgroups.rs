@@ -1,0 +1,204 @@
+//! The hooks of cgroups: `socket`, `host_network` and `local_service`.
+
+use std::{collections::BTreeSet, path::PathBuf};
+
+use imds_ebpf_common::{CgroupRecord, Hook, cgroup::SENDMSG_OFF, names::MAP_CGROUP};
+
+use super::{
+    Datapath, DatapathError, Plan,
+    cgroup_link::{CgroupChange, CgroupChangeKind},
+    hosts::{self, Hosts},
+    object::{self, Maps},
+    pins::PinDir,
+    sendmsg::{SendmsgInputs, SendmsgReason, sendmsg_reason},
+    sockets::{self, LOCAL_SERVICE, SOCKETS, Sockets},
+};
+use crate::config::{Hooks, Sendmsg};
+
+/// The programs on cgroups, and what decides which of them run.
+#[derive(Debug)]
+pub(super) struct Cgroups {
+    sockets: Option<Sockets>,
+    hosts: Hosts,
+    local_service: Option<Sockets>,
+    /// A protected address is local to the node; `None` until the routes were read.
+    is_local: Option<bool>,
+    setting: Sendmsg,
+    hooks: Hooks,
+    has_tc_cookie: bool,
+    is_enforced: bool,
+    sendmsg: Option<SendmsgReason>,
+    /// The record as it was written last.
+    recorded: Option<CgroupRecord>,
+}
+
+impl Cgroups {
+    /// Opens what earlier agents pinned for the cgroup of `plan`.
+    pub(super) fn adopt(pins: &PinDir, plan: &Plan) -> Result<Self, DatapathError> {
+        let mut cgroups = Self {
+            sockets: None,
+            hosts: Hosts::default(),
+            local_service: None,
+            is_local: None,
+            setting: plan.sendmsg,
+            hooks: plan.hooks,
+            has_tc_cookie: object::tc_has_cookie(),
+            is_enforced: true,
+            sendmsg: None,
+            recorded: None,
+        };
+        cgroups.sendmsg = cgroups.sendmsg_reason();
+        cgroups.adopt_missing(pins, plan)?;
+        Ok(cgroups)
+    }
+
+    fn adopt_missing(&mut self, pins: &PinDir, plan: &Plan) -> Result<(), DatapathError> {
+        if let (None, Some(cgroup)) = (&self.sockets, &plan.cgroup) {
+            self.sockets = Some(Sockets::adopt(pins, cgroup, SOCKETS)?);
+        }
+        if let (None, Some(cgroup)) = (&self.local_service, &plan.local_service) {
+            // Most nodes never need this hook: without its cgroup the agent still starts.
+            match Sockets::adopt(pins, cgroup, LOCAL_SERVICE) {
+                Ok(local_service) => self.local_service = Some(local_service),
+                Err(error) => log::warn!("local_service is off: {:#}", anyhow::Error::from(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds the programs that `plan` needs to those that are needed now.
+    pub(super) fn prepare(&mut self, pins: &PinDir, plan: &Plan) -> Result<(), DatapathError> {
+        (self.setting, self.hooks) = (plan.sendmsg, plan.hooks);
+        self.sendmsg = self.sendmsg_reason().or(self.sendmsg);
+        self.adopt_missing(pins, plan)
+    }
+
+    /// Reports whether the programs are those that `plan` needs, and no more.
+    pub(super) fn matches(&self, plan: &Plan) -> bool {
+        self.setting == plan.sendmsg && self.sendmsg == self.sendmsg_reason()
+    }
+
+    /// Drops the programs that `plan` does not need: they are to be detached from now on.
+    pub(super) fn release(&mut self, plan: &Plan) {
+        (self.setting, self.hooks) = (plan.sendmsg, plan.hooks);
+        self.sendmsg = self.sendmsg_reason();
+        if !plan.hooks.has(Hook::Socket) {
+            self.sockets = None;
+        }
+        if !plan.hooks.has(Hook::HostNetwork) {
+            self.hosts = Hosts::default();
+        }
+        if !plan.hooks.has(Hook::LocalService) {
+            self.local_service = None;
+        }
+    }
+
+    fn sendmsg_reason(&self) -> Option<SendmsgReason> {
+        let Self { setting, hooks, has_tc_cookie, is_enforced, .. } = *self;
+        sendmsg_reason(SendmsgInputs { setting, hooks, has_tc_cookie, is_enforced })
+    }
+
+    /// Writes the desired state for `status`, if it has changed.
+    fn record(&mut self, maps: &mut Maps) -> Result<(), DatapathError> {
+        let record = CgroupRecord {
+            cgroup: self.sockets.as_ref().or(self.local_service.as_ref()).map_or(0, Sockets::id),
+            sendmsg: match (self.sendmsg, self.setting) {
+                (Some(reason), _) => reason as u32,
+                (None, Sendmsg::Off) => SENDMSG_OFF,
+                (None, Sendmsg::Auto | Sendmsg::On) => 0,
+            },
+            local_service: u32::from(self.is_local == Some(true)),
+        };
+        if self.recorded == Some(record) {
+            return Ok(());
+        }
+        maps.cgroup.set(0, record, 0).map_err(|source| DatapathError::Map { map: MAP_CGROUP, source })?;
+        self.recorded = Some(record);
+        Ok(())
+    }
+}
+
+impl Datapath {
+    /// Programs that are not attached to their cgroup, or not last there, in words.
+    pub fn cgroup_failures(&self) -> impl Iterator<Item = &str> {
+        let Cgroups { sockets, hosts, local_service, .. } = &self.cgroups;
+        sockets.iter().chain(local_service).flat_map(Sockets::failures).chain(hosts.failures())
+    }
+
+    /// Attaches, replaces, moves, pins or detaches the programs of the `socket` and `local_service` hooks as needed. A program
+    /// that cannot be attached is a change of kind [`CgroupChangeKind::Failed`], reported once; the next call tries again.
+    pub fn restore_sockets(&mut self) -> Result<Vec<CgroupChange>, DatapathError> {
+        // Programs are attached even if the record cannot be written, and each hook even if another one fails.
+        let recorded = self.cgroups.record(&mut self.maps);
+        let sockets = self.restore_socket_hook();
+        let local_service = self.restore_local_service_hook();
+        let mut changes = sockets?;
+        changes.extend(local_service?);
+        recorded.map(|()| changes)
+    }
+
+    fn restore_socket_hook(&mut self) -> Result<Vec<CgroupChange>, DatapathError> {
+        let needs_sendmsg = self.cgroups.sendmsg.is_some();
+        if let Some(sockets) = &mut self.cgroups.sockets {
+            let is_desired = |attach_type| needs_sendmsg || !sockets::is_sendmsg(attach_type);
+            return sockets.restore(&self.programs, is_desired);
+        }
+        let detached = sockets::detach_all(self.claim.dir())?;
+        Ok(detached_hook(detached, Hook::Socket))
+    }
+
+    fn restore_local_service_hook(&mut self) -> Result<Vec<CgroupChange>, DatapathError> {
+        match (&mut self.cgroups.local_service, self.cgroups.is_local) {
+            // An earlier agent's program stays until the routes were read.
+            (Some(_), None) => Ok(Vec::new()),
+            (Some(local_service), Some(is_local)) => local_service.restore(&self.programs, |_| is_local),
+            (None, _) => {
+                let detached = sockets::detach_local_service(self.claim.dir())?;
+                Ok(detached_hook(detached, Hook::LocalService))
+            }
+        }
+    }
+
+    /// Attaches, replaces and pins the program of the `local_service` hook while a protected address is local to the node,
+    /// and detaches it otherwise.
+    pub fn restore_local_service(&mut self, is_local: bool) -> Result<Vec<CgroupChange>, DatapathError> {
+        self.cgroups.is_local = Some(is_local);
+        let recorded = self.cgroups.record(&mut self.maps);
+        let changes = self.restore_local_service_hook()?;
+        recorded.map(|()| changes)
+    }
+
+    /// Attaches or detaches the sendmsg programs as needed, given whether every interface has its programs.
+    pub fn set_enforced(&mut self, is_enforced: bool) -> Result<Vec<CgroupChange>, DatapathError> {
+        self.cgroups.is_enforced = is_enforced;
+        let reason = self.cgroups.sendmsg_reason();
+        if self.cgroups.sendmsg == reason {
+            return Ok(Vec::new());
+        }
+        self.cgroups.sendmsg = reason;
+        self.restore_sockets()
+    }
+
+    /// Restores the programs of the `host_network` hook on the cgroups of Kubernetes pods, which are at these paths. Links
+    /// on other cgroups are removed if these are `all` that exist.
+    pub fn restore_hosts(
+        &mut self,
+        cgroups: &BTreeSet<PathBuf>,
+        all: bool,
+    ) -> Result<Vec<CgroupChange>, DatapathError> {
+        let pins = self.claim.dir();
+        if !self.hooks.has(Hook::HostNetwork) {
+            return Ok(detached_hook(hosts::detach_all(pins)?, Hook::HostNetwork));
+        }
+        let mut changes = self.cgroups.hosts.restore(pins, &self.programs, cgroups)?;
+        if all {
+            changes.extend(self.cgroups.hosts.forget_others(pins)?);
+        }
+        Ok(changes)
+    }
+}
+
+fn detached_hook(was_attached: bool, hook: Hook) -> Vec<CgroupChange> {
+    let text = format!("detached the programs of the {} hook", hook.name());
+    was_attached.then(|| CgroupChange::new(CgroupChangeKind::Detached, text)).into_iter().collect()
+}

@@ -1,0 +1,37 @@
+//! Log lines and metrics of changes on cgroups.
+
+use log::Level;
+
+use super::Guard;
+use crate::datapath::cgroup_link::{CgroupChange, CgroupChangeKind};
+
+impl Guard {
+    /// Logs changes on cgroups, and counts those that repair what another agent changed.
+    pub(super) fn report_cgroups(&mut self, changes: Vec<CgroupChange>) {
+        for CgroupChange { kind, is_new, text } in changes {
+            let level = if is_new { Level::Info } else { self.level_of_change() };
+            let count = u64::from(level == Level::Warn);
+            let level = match kind {
+                CgroupChangeKind::Attached => {
+                    self.repairs.attached += count;
+                    level
+                }
+                CgroupChangeKind::Replaced => {
+                    self.repairs.replaced += count;
+                    level
+                }
+                CgroupChangeKind::Pinned => {
+                    self.repairs.pinned += count;
+                    level
+                }
+                CgroupChangeKind::Reordered => {
+                    self.repairs.reordered += count;
+                    level
+                }
+                CgroupChangeKind::Detached | CgroupChangeKind::Recovered => Level::Info,
+                CgroupChangeKind::Failed => Level::Error,
+            };
+            log::log!(level, "{text}");
+        }
+    }
+}

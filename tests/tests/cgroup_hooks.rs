@@ -1,0 +1,261 @@
+//! Programs on cgroups: order among those of others, occupied cgroups, and when sendmsg and local_service programs run.
+
+use std::{io::ErrorKind, net::Ipv4Addr, path::Path};
+
+use imds_agent::datapath::pins::link_at;
+use imds_tests::{
+    METADATA, Netns, PodLink, SERVICE, Services, Status, World,
+    foreign::{self, Foreign},
+    poll::poll_until,
+    probe::{LONG, Outcome, SHORT, http_get, udp_echo},
+    skip_without_netns_cookie,
+};
+
+// Constants of include/uapi/linux/bpf.h.
+const BPF_CGROUP_INET4_CONNECT: u32 = 10;
+
+/// Hooks that are on without a configuration, apart from local_service.
+const ALL: [&str; 3] = ["from_pod", "node_egress", "socket"];
+
+fn is_answered(world: &World, netns: &Netns, address: Ipv4Addr) -> bool {
+    world.in_cgroup(|| http_get(netns, address, SHORT).is_answer())
+}
+
+fn is_refused(world: &World, netns: &Netns, address: Ipv4Addr) -> bool {
+    let outcome = world.in_cgroup(|| http_get(netns, address, SHORT));
+    matches!(outcome, Outcome::Error(error) if error.kind() == ErrorKind::PermissionDenied)
+}
+
+fn has_problem(status: &Status, text: &str) -> bool {
+    status.problems.iter().any(|problem| problem.problem.contains(text))
+}
+
+fn is_pinned(world: &World, link: &str) -> bool {
+    world.pin_dir().join("links").join(link).exists()
+}
+
+#[test]
+fn load_balancer_attached_later_runs_first() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let balancer = Foreign::redirecting_calls(BPF_CGROUP_INET4_CONNECT, METADATA);
+    let attach = || balancer.attach_cgroup(world.cgroup(), BPF_CGROUP_INET4_CONNECT);
+    let is_open = || {
+        let before = world.arrivals();
+        is_answered(&world, &pod.netns, SERVICE) && world.arrivals() != before
+    };
+
+    let link = attach();
+    assert!(is_open());
+    drop(link);
+
+    let agent = world.agent().hooks(&["socket"]).resync(1).spawn_ready();
+    let _link = attach();
+    agent.wait_for_log("to the end of the programs", LONG);
+    assert!(is_refused(&world, &pod.netns, SERVICE));
+    assert!(!is_open());
+    let status = world.status_when("all is well", Status::is_ready);
+    assert!(status.sockets.is_some_and(|sockets| sockets.attached));
+
+    // The link at the end is pinned.
+    agent.kill9();
+    assert!(is_refused(&world, &pod.netns, SERVICE));
+    world.unload();
+    assert!(is_open());
+}
+
+#[test]
+fn attached_again_and_again_is_reported() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let balancer = Foreign::redirecting_calls(BPF_CGROUP_INET4_CONNECT, METADATA);
+    let attach = || balancer.attach_cgroup(world.cgroup(), BPF_CGROUP_INET4_CONNECT);
+    let agent = world.agent().hooks(&["socket"]).resync(1).spawn_ready();
+    let mut link = attach();
+    poll_until(LONG, "the agent to back off", || {
+        if is_refused(&world, &pod.netns, SERVICE) {
+            link = attach();
+        }
+        agent.log().contains("is not last").then_some(())
+    });
+    let status = world.status();
+    assert!(
+        has_problem(&status, "imds_connect4 on cgroup") && has_problem(&status, "\"foreign\" runs after it")
+    );
+    assert_eq!(world.imds_agent(&["status"]).output().status.code(), Some(3));
+    // The agent still moves its program to the end, later.
+    poll_until(LONG, "imds_connect4 to be last", || is_refused(&world, &pod.netns, SERVICE).then_some(()));
+    assert_eq!(agent.log().matches("is not last").count(), 1, "{}", agent.log());
+    drop(link);
+}
+
+#[test]
+fn occupied_cgroup_degrades_the_agent() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new().with_ipv6();
+    let pod = world.add_pod(PodLink::Routed);
+    let foreign = Foreign::allowing_calls(BPF_CGROUP_INET4_CONNECT);
+    let occupant = foreign.attach_cgroup_alone(world.cgroup(), BPF_CGROUP_INET4_CONNECT);
+    world.assert_open(&pod);
+
+    let once = world.agent().hooks(&["from_pod", "socket"]).once();
+    let output = String::from_utf8_lossy(&once.stderr);
+    assert!(!once.status.success() && output.contains("without BPF_F_ALLOW_MULTI"), "{output}");
+    world.unload();
+
+    let agent = world.agent().hooks(&["from_pod", "socket"]).resync(1).spawn();
+    agent.wait_for_log("failed to attach imds_connect4 to cgroup", LONG);
+    world.wait_guarded(&pod);
+    world.assert_blocked(&pod);
+    let late = world.add_pod(PodLink::Routed);
+    world.wait_guarded(&late);
+    world.assert_blocked(&late);
+
+    let status = world.status_when("the agent is ready", |status| status.agent.ready);
+    assert!(
+        has_problem(&status, "\"foreign\" is attached without BPF_F_ALLOW_MULTI"),
+        "{:?}",
+        status.problems
+    );
+    assert!(is_pinned(&world, "connect6") && !is_pinned(&world, "connect4"));
+    assert!(status.sockets.is_some_and(|sockets| !sockets.attached));
+    assert_eq!(world.imds_agent(&["status"]).output().status.code(), Some(3));
+    let doctor = world.imds_agent(&["doctor"]).output();
+    let doctor = String::from_utf8_lossy(&doctor.stdout);
+    assert!(doctor.contains("attached without BPF_F_ALLOW_MULTI"), "{doctor}");
+
+    drop(occupant);
+    agent.wait_for_log("attached imds_connect4 to cgroup", LONG);
+    world.status_when("all is well", Status::is_ready);
+    assert!(is_refused(&world, &pod.netns, METADATA));
+    assert_eq!(agent.log().matches("failed to attach imds_connect4").count(), 1, "{}", agent.log());
+    drop(agent);
+    world.unload();
+    world.assert_open(&pod);
+    world.assert_open(&late);
+}
+
+/// Returns what the status reports of the sendmsg programs, and compares it with the pins.
+fn sendmsg(world: &World) -> (bool, Option<String>) {
+    let sendmsg = world.status().sockets.expect("the hook is on").sendmsg;
+    assert_eq!(sendmsg.attached, is_pinned(world, "sendmsg4") && is_pinned(world, "sendmsg6"));
+    (sendmsg.attached, sendmsg.reason)
+}
+
+#[test]
+fn sendmsg_runs_where_it_is_needed() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let covers = !imds_tests::lacks_tc_netns_cookie("the part without sendmsg programs");
+    let is_held = || {
+        world.assert_nothing_arrives(|| {
+            assert!(!world.in_cgroup(|| udp_echo(&pod.netns, METADATA, SHORT).is_answer()));
+        });
+    };
+    let covered = (false, Some("from_pod and node_egress cover all pods".to_owned()));
+    for (hooks, setting, expected) in [
+        (&ALL[..], None, covers.then(|| covered.clone())),
+        (&["socket"], None, Some((true, Some("from_pod is off".to_owned())))),
+        (&["from_pod", "socket"], None, Some((true, Some("node_egress is off".to_owned())))),
+        (&ALL[..], Some("false"), Some((false, Some("hooks.sendmsg is false".to_owned())))),
+        (&ALL[..], Some("true"), Some((true, Some("hooks.sendmsg is true".to_owned())))),
+        (&ALL[..], Some("'auto'"), covers.then_some(covered)),
+    ] {
+        let mut command = world.agent().hooks(hooks);
+        if let Some(setting) = setting {
+            command = command.sendmsg(setting);
+        }
+        let agent = command.spawn_ready();
+        if let Some(expected) = expected {
+            assert_eq!(sendmsg(&world), expected, "{hooks:?} {setting:?}");
+        }
+        assert!(world.status().sockets.is_some_and(|sockets| sockets.attached));
+        is_held();
+        // Links outlive the agent, and the next one takes them over.
+        agent.kill9();
+    }
+    let text = String::from_utf8(world.imds_agent(&["status"]).output().stdout).unwrap();
+    assert!(text.contains("\nsendmsg "), "{text}");
+    world.unload();
+    world.assert_open(&pod);
+}
+
+#[test]
+fn local_service_follows_the_address() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let [pod, exempt] = [(); 2].map(|()| world.add_pod(PodLink::Routed));
+    let is_open = |netns| http_get(netns, METADATA, SHORT).is_answer();
+    let agent = || {
+        let rule = format!("[[exempt]]\nname = 'proxy'\ninterface = '{}'", exempt.host_ifname);
+        world.agent().hooks(&["node_egress", "local_service"]).config(&rule).spawn_ready()
+    };
+    let state = |status: &Status| {
+        let local = status.local_service.as_ref().expect("the hook is on");
+        assert_eq!(local.attached, is_pinned(&world, "local_service"));
+        (local.attached, local.desired)
+    };
+    let running = agent();
+    assert_eq!(state(&world.status()), (false, false));
+
+    let address = format!("{METADATA}/32 dev lo");
+    world.node.ip(&format!("addr add {address}"));
+    let _services = world.in_cgroup(|| Services::start(&world.node, &[METADATA.into()]));
+    world.status_when("local_service is attached", |status| state(status) == (true, true));
+    assert!(!is_open(&pod.netns) && is_open(&exempt.netns) && is_open(&world.node));
+    let counts = world.status().local_service.unwrap().counts;
+    assert!(counts.denied.packets > 0 && counts.exempt.packets > 0, "{counts:?}");
+
+    // The program outlives the agent, and the next agent adopts it.
+    running.kill9();
+    assert!(!is_open(&pod.netns));
+    let link = || link_at(&world.pin_dir().join("links/local_service")).map(|link| link.id);
+    let before = link();
+    let running = agent();
+    assert!(before.is_some() && link() == before);
+    assert!(!is_open(&pod.netns) && is_open(&world.node));
+
+    foreign::detach_link(&world.pin_dir().join("links/local_service"));
+    world.node.ip(&format!("addr del {address}"));
+    world.status_when("local_service is detached", |status| state(status) == (false, false));
+    world.node.ip(&format!("addr add {address}"));
+    world.status_when("local_service is attached again", |status| state(status) == (true, true));
+    assert!(!is_open(&pod.netns));
+    drop(running);
+    world.unload();
+    assert!(is_open(&pod.netns) && is_open(&world.node));
+}
+
+/// Returns the ids of the pinned links of the socket hook.
+fn link_ids(pin_dir: &Path) -> Vec<(String, u32)> {
+    let links = ["connect4", "connect6", "sendmsg4", "sendmsg6"];
+    let id = |name: &str| link_at(&pin_dir.join("links").join(name)).expect("a pinned link").id;
+    links.into_iter().map(|name| (name.to_owned(), id(name))).collect()
+}
+
+#[test]
+fn restart_keeps_links() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    world.agent().hooks(&["socket"]).spawn_ready().kill9();
+    let before = link_ids(world.pin_dir());
+    let _agent = world.agent().hooks(&["socket"]).spawn_ready();
+    assert_eq!(link_ids(world.pin_dir()), before);
+    assert!(is_refused(&world, &pod.netns, METADATA));
+}
