@@ -114,7 +114,7 @@ pub fn program_behind(
 fn behind(own: &[u32], effective: &[u32], program: u32) -> Vec<u32> {
     let after = |list: &[u32]| {
         let position = list.iter().rposition(|&id| id == program);
-        position.map_or_else(Vec::new, |position| list[position + 1..].to_vec())
+        position.map_or_else(Vec::new, |position| list.iter().skip(position + 1).copied().collect())
     };
     let runs_after = after(effective);
     after(own).into_iter().filter(|id| runs_after.contains(id)).collect()

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 /// Shortest time between two repairs.
 const MIN_DELAY: Duration = Duration::from_secs(1);
 /// Longest time between two repairs.
-const MAX_DELAY: Duration = Duration::from_secs(300);
+const MAX_DELAY: Duration = Duration::from_mins(5);
 /// Time without a repair after which the next one starts at the shortest delay again.
-const RESET_AFTER: Duration = Duration::from_secs(600);
+const RESET_AFTER: Duration = Duration::from_mins(10);
 
 /// Exponential backoff: the first repair is due at once, and each further one doubles the delay until the next.
 #[derive(Clone, Copy, Debug, Default)]
@@ -46,7 +46,8 @@ mod tests {
         for _ in 0..12 {
             assert!(backoff.is_due(now));
             backoff.note(now);
-            let delay = (0..).map(Duration::from_secs).find(|&delay| backoff.is_due(now + delay)).unwrap();
+            let delay =
+                (0..=300).map(Duration::from_secs).find(|&delay| backoff.is_due(now + delay)).unwrap();
             delays.push(delay.as_secs());
             now += delay;
         }

@@ -65,16 +65,17 @@ impl SendmsgReason {
 #[must_use]
 pub fn sendmsg_reason(inputs: SendmsgInputs) -> Option<SendmsgReason> {
     let SendmsgInputs { setting, hooks, has_tc_cookie, is_enforced } = inputs;
-    match setting {
-        _ if !hooks.has(Hook::Socket) => None,
-        Sendmsg::Off => None,
-        Sendmsg::On => Some(SendmsgReason::Configured),
-        Sendmsg::Auto if !hooks.has(Hook::FromPod) => Some(SendmsgReason::FromPodOff),
-        Sendmsg::Auto if !hooks.has(Hook::NodeEgress) => Some(SendmsgReason::NodeEgressOff),
-        Sendmsg::Auto if !has_tc_cookie => Some(SendmsgReason::NoTcCookie),
-        Sendmsg::Auto if !is_enforced => Some(SendmsgReason::NotEnforced),
-        Sendmsg::Auto => None,
+    if !hooks.has(Hook::Socket) || setting == Sendmsg::Off {
+        return None;
     }
+    let reasons = [
+        (SendmsgReason::Configured, setting == Sendmsg::On),
+        (SendmsgReason::FromPodOff, !hooks.has(Hook::FromPod)),
+        (SendmsgReason::NodeEgressOff, !hooks.has(Hook::NodeEgress)),
+        (SendmsgReason::NoTcCookie, !has_tc_cookie),
+        (SendmsgReason::NotEnforced, !is_enforced),
+    ];
+    reasons.into_iter().find(|(_, applies)| *applies).map(|(reason, _)| reason)
 }
 
 #[cfg(test)]

@@ -2,13 +2,15 @@
 
 use std::{collections::BTreeMap, os::unix::fs::MetadataExt as _};
 
-use imds_ebpf_common::{cgroup::SENDMSG_OFF, names::PROG_LOCAL_SERVICE};
+use imds_ebpf_common::{CounterKey, Hook, cgroup::SENDMSG_OFF, names::PROG_LOCAL_SERVICE};
 
 use super::{HostReport, LocalServiceReport, Report, SendmsgReport, SocketReport, unreadable};
 use crate::{
+    config::Hooks,
     datapath::{
         DatapathError,
         counters::Counts,
+        hosts,
         object::Maps,
         pins::PinDir,
         sendmsg::SendmsgReason,
@@ -18,13 +20,29 @@ use crate::{
 };
 
 impl Report {
-    /// Adds the `socket` hook: its programs on the cgroup that the agent recorded.
-    pub(super) fn add_sockets(
+    /// Adds the hooks of cgroups that are on, and takes their counts out of `counts`.
+    pub(super) fn add_cgroups(
         &mut self,
         pins: &PinDir,
         maps: &Maps,
-        counts: Counts,
+        hooks: Hooks,
+        counts: &mut BTreeMap<(u32, u8), Counts>,
     ) -> Result<(), DatapathError> {
+        let mut take = |hook: Hook| counts.remove(&(CounterKey::DEPARTED, hook as u8)).unwrap_or_default();
+        if hooks.has(Hook::Socket) {
+            self.add_sockets(pins, maps, take(Hook::Socket))?;
+        }
+        if hooks.has(Hook::LocalService) {
+            self.add_local_service(pins, maps, take(Hook::LocalService))?;
+        }
+        if hooks.has(Hook::HostNetwork) {
+            self.add_hosts(hosts::inspect(pins)?, take(Hook::HostNetwork));
+        }
+        Ok(())
+    }
+
+    /// Adds the `socket` hook: its programs on the cgroup that the agent recorded.
+    fn add_sockets(&mut self, pins: &PinDir, maps: &Maps, counts: Counts) -> Result<(), DatapathError> {
         self.total += counts;
         let record = maps.cgroup.get(&0, 0).map_err(unreadable)?;
         let reason = SendmsgReason::from_u32(record.sendmsg);
@@ -54,12 +72,7 @@ impl Report {
     }
 
     /// Adds the `local_service` hook: its program on the cgroup that the agent recorded.
-    pub(super) fn add_local_service(
-        &mut self,
-        pins: &PinDir,
-        maps: &Maps,
-        counts: Counts,
-    ) -> Result<(), DatapathError> {
+    fn add_local_service(&mut self, pins: &PinDir, maps: &Maps, counts: Counts) -> Result<(), DatapathError> {
         self.total += counts;
         let record = maps.cgroup.get(&0, 0).map_err(unreadable)?;
         let desired = record.local_service == 1;
@@ -79,7 +92,7 @@ impl Report {
     }
 
     /// Adds the `host_network` hook: its programs on the cgroups of Kubernetes pods.
-    pub(super) fn add_hosts(&mut self, cgroups: BTreeMap<u64, Vec<ProgramState>>, counts: Counts) {
+    fn add_hosts(&mut self, cgroups: BTreeMap<u64, Vec<ProgramState>>, counts: Counts) {
         self.total += counts;
         for program in cgroups.values().flatten() {
             self.add_program(program);

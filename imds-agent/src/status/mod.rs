@@ -8,7 +8,7 @@ mod table;
 
 use std::collections::BTreeMap;
 
-use imds_ebpf_common::{Answer, CounterKey, Hook, Mode, Policy, Subject};
+use imds_ebpf_common::{Answer, Hook, Mode, Policy, Subject};
 
 pub use self::report::{
     Agent, Configuration, Endpoint, ExemptSender, HookAttachment, HostReport, Interface, LocalServiceReport,
@@ -19,7 +19,7 @@ use crate::{
     datapath::{
         DatapathError, config,
         counters::{self, Counts},
-        endpoints, home, hosts,
+        endpoints, home,
         object::{self, Maps, ObjectError},
         pins::PinDir,
         pods,
@@ -124,21 +124,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
             *report.by_hook.entry(hook.name()).or_default() += *of_one;
         }
     }
-    if hooks.has(Hook::Socket) {
-        report.add_sockets(
-            pins,
-            &maps,
-            counts.remove(&(CounterKey::DEPARTED, Hook::Socket as u8)).unwrap_or_default(),
-        )?;
-    }
-    if hooks.has(Hook::LocalService) {
-        let counted = counts.remove(&(CounterKey::DEPARTED, Hook::LocalService as u8));
-        report.add_local_service(pins, &maps, counted.unwrap_or_default())?;
-    }
-    if hooks.has(Hook::HostNetwork) {
-        let counted = counts.remove(&(CounterKey::DEPARTED, Hook::HostNetwork as u8));
-        report.add_hosts(hosts::inspect(pins)?, counted.unwrap_or_default());
-    }
+    report.add_cgroups(pins, &maps, hooks, &mut counts)?;
     let links = netlink.links().await?;
     let uplinks = Uplinks::new(netlink.uplinks().await?, links.iter());
     report.kubernetes = pods::lookup(&maps).map_err(unreadable)?;
