@@ -337,7 +337,11 @@ impl Guard {
     /// Grants what the links that are there now are to have, where news was taken in since it was done last: once for all
     /// news that came together, as it takes the longer the more pods there are.
     pub async fn settle(&mut self) -> Result<(), DatapathError> {
-        if std::mem::take(&mut self.exemptions_dirty) { self.restore_exemptions().await } else { Ok(()) }
+        let followed = self.follow_enforcement();
+        if std::mem::take(&mut self.exemptions_dirty) {
+            self.restore_exemptions().await?;
+        }
+        followed
     }
 
     async fn see_again(&mut self) {

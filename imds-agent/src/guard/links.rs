@@ -44,6 +44,13 @@ impl Guard {
         }
     }
 
+    /// Attaches the sendmsg programs while an interface lacks a program that should be there.
+    pub(super) fn follow_enforcement(&mut self) -> Result<(), DatapathError> {
+        let changes = self.datapath.set_enforced(self.failures.is_empty())?;
+        self.report_cgroups(changes);
+        Ok(())
+    }
+
     /// Waits for the turn of the next attachment in the queue.
     pub async fn attachment_due(&self) -> AttachPoint {
         match self.queue.next().into_iter().chain(self.backoff.first_retry()).min_by_key(|&(_, due)| due) {

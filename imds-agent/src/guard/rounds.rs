@@ -24,6 +24,7 @@ impl Guard {
                 }
             }
             self.update_uplinks().await;
+            self.follow_local_service().await?;
         }
         self.round = self.links.keys().copied().collect();
         begun
@@ -46,6 +47,7 @@ impl Guard {
         if self.is_looking() {
             return Ok(());
         }
+        self.follow_enforcement()?;
         self.restore_exemptions().await?;
         // Again, if another program removed the directory.
         if self.is_ready { self.datapath.announce_ready() } else { Ok(()) }
@@ -70,7 +72,7 @@ impl Guard {
             self.initial = links::initial(&self.queue);
             self.announce_ready();
         }
-        around
+        around.and(self.follow_enforcement())
     }
 
     /// Looks at all but links.
