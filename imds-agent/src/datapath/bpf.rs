@@ -1,6 +1,8 @@
 //! The bpf(2) calls on links that aya lacks: by interface index, where aya goes by a name that may have passed to
 //! another interface, and with the answers that the reconcile loop needs.
 
+mod cgroup;
+mod netkit;
 mod program;
 
 use std::{
@@ -25,7 +27,11 @@ use aya_obj::generated::{
     bpf_link_type::{BPF_LINK_TYPE_CGROUP, BPF_LINK_TYPE_TCX},
 };
 
-pub use self::program::{cgroup_programs, is_compiled, is_foreign, load_idle, load_redirect};
+pub use self::{
+    cgroup::{CgroupPrograms, cgroup_programs, effective_programs},
+    netkit::netkit_peer_entries,
+    program::{is_compiled, is_foreign, load_idle, load_redirect},
+};
 
 /// Most programs on one hook: `BPF_MPROG_MAX` (`include/linux/bpf_mprog.h`).
 const MPROG_MAX: u32 = 64;

@@ -1,22 +1,18 @@
-//! Programs of a few instructions, and those that others have on a cgroup.
+//! Programs of a few instructions, and names of programs.
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd as _, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
 };
 
 use aya_obj::generated::{
-    bpf_attach_type,
-    bpf_cmd::{BPF_PROG_GET_FD_BY_ID, BPF_PROG_LOAD, BPF_PROG_QUERY},
+    bpf_cmd::{BPF_PROG_GET_FD_BY_ID, BPF_PROG_LOAD},
     bpf_func_id::BPF_FUNC_redirect,
     bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS,
 };
 use imds_ebpf_common::names::PREFIX;
 
-use super::{bpf_fd, bpf_mut, info};
-
-/// Most programs that are listed of a cgroup's hook: `BPF_CGROUP_MAX_PROGS` (`include/linux/bpf.h`).
-const CGROUP_MAX: usize = 64;
+use super::{bpf_fd, info};
 
 const EXIT: u64 = 0x95;
 
@@ -105,33 +101,4 @@ pub fn is_compiled(program: impl AsFd) -> io::Result<bool> {
         xlated: u64,
     }
     Ok(info::<Info>(program)?.jited_len != 0)
-}
-
-/// Ids of the programs on a cgroup's hook, in the order in which they run.
-pub fn cgroup_programs(cgroup: impl AsFd, attach_type: bpf_attach_type) -> io::Result<Vec<u32>> {
-    /// As old as the command: a kernel refuses what it does not know and is not zero.
-    #[repr(C)]
-    struct Attr {
-        target_fd: i32,
-        attach_type: u32,
-        query_flags: u32,
-        attach_flags: u32,
-        prog_ids: u64,
-        count: u32,
-        pad: u32,
-    }
-    #[expect(clippy::cast_possible_truncation, reason = "64")]
-    const COUNT: u32 = CGROUP_MAX as u32;
-    let mut programs = [0_u32; CGROUP_MAX];
-    let mut attr = Attr {
-        target_fd: cgroup.as_fd().as_raw_fd(),
-        attach_type: attach_type as u32,
-        query_flags: 0,
-        attach_flags: 0,
-        prog_ids: programs.as_mut_ptr() as u64,
-        count: COUNT,
-        pad: 0,
-    };
-    bpf_mut(BPF_PROG_QUERY, &mut attr)?;
-    Ok(programs.into_iter().take(attr.count as usize).collect())
 }
