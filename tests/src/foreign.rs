@@ -30,6 +30,8 @@ const BPF_PROG_DETACH: libc::c_long = 9;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_DETACH: libc::c_long = 34;
 const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
+const BPF_PROG_TYPE_XDP: u32 = 6;
+const BPF_PROG_TYPE_CGROUP_SKB: u32 = 8;
 const BPF_PROG_TYPE_CGROUP_SOCK_ADDR: u32 = 18;
 const BPF_TCX_INGRESS: u32 = 46;
 const BPF_TCX_EGRESS: u32 = 47;
@@ -53,6 +55,22 @@ impl Foreign {
         // r0 = action; exit
         let instructions = [0xb7_u64 | u64::from(action.cast_unsigned()) << 32, 0x95];
         Self::load(&instructions, TC).expect("load a program of two instructions")
+    }
+
+    /// Loads an XDP program that lets every frame pass.
+    #[must_use]
+    pub fn passing_frames() -> Self {
+        // r0 = XDP_PASS; exit
+        let kind = Kind { prog_type: BPF_PROG_TYPE_XDP, expected_attach_type: 0 };
+        Self::load(&[0xb7 | 2 << 32, 0x95], kind).expect("load a program of two instructions")
+    }
+
+    /// Loads a program for packets of a cgroup that lets every packet pass.
+    #[must_use]
+    pub fn passing_packets() -> Self {
+        // r0 = 1; exit
+        let kind = Kind { prog_type: BPF_PROG_TYPE_CGROUP_SKB, expected_attach_type: 0 };
+        Self::load(&[0xb7 | 1 << 32, 0x95], kind).expect("load a program of two instructions")
     }
 
     /// Loads a program that sends packets out of the interface with this index.

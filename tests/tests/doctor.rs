@@ -11,7 +11,7 @@ use imds_tests::{
 };
 use serde_json::Value;
 
-const NAMES: [&str; 18] = [
+const NAMES: [&str; 21] = [
     "kernel",
     "btf",
     "bpffs",
@@ -28,8 +28,11 @@ const NAMES: [&str; 18] = [
     "pods",
     "agent",
     "tc_programs",
+    "xdp_programs",
     "cgroup_programs",
     "firewall_rules",
+    "mark_rules",
+    "mark_tunnels",
 ];
 
 fn examine(world: &World) -> Value {

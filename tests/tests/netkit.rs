@@ -17,7 +17,7 @@ const MODES: [NetkitMode; 2] = [NetkitMode::L2, NetkitMode::L3];
 /// Attach mode and order of `from_pod`, as the status has them.
 fn from_pod(status: &Status, pod: &Pod) -> (Option<String>, Option<bool>) {
     let interface = status.interface(&pod.host_ifname);
-    (interface.guard.clone(), interface.first)
+    (interface.attach_mode().map(str::to_owned), interface.is_first())
 }
 
 #[track_caller]

@@ -16,11 +16,11 @@ const MAX_PROGRAMS: usize = 63;
 
 /// Attach mode of the hook of an interface, as the status has it.
 fn attach_mode(status: &Status, interface: &str) -> Option<String> {
-    status.find(interface).and_then(|interface| interface.guard.clone())
+    status.find(interface)?.attach_mode().map(str::to_owned)
 }
 
 fn is_first(status: &Status, interface: &str) -> bool {
-    status.find(interface).is_some_and(|interface| interface.first == Some(true))
+    status.find(interface).is_some_and(|interface| interface.is_first() == Some(true))
 }
 
 fn has_problem(status: &Status, interface: &str) -> bool {

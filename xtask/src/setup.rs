@@ -41,16 +41,16 @@ struct Tool {
     package: &'static str,
 }
 
-const TEST_TOOLS: [Tool; 5] = [
+const TEST_TOOLS: [Tool; 6] = [
     Tool { program: "ip", package: "iproute2" },
     Tool { program: "tc", package: "iproute2" },
     Tool { program: "nft", package: "nftables" },
+    Tool { program: "iptables", package: "iptables" },
     Tool { program: "bpftool", package: "bpftool" },
     Tool { program: "nsenter", package: "util-linux" },
 ];
 /// What the benchmarks take beyond that.
-const BENCH_TOOLS: [Tool; 2] =
-    [Tool { program: "ip6tables", package: "iptables" }, Tool { program: "iptables", package: "iptables" }];
+const BENCH_TOOLS: [Tool; 1] = [Tool { program: "ip6tables", package: "iptables" }];
 /// What the virtual machines take beyond that, but for what `vm` gets itself.
 const VM_TOOLS: [Tool; 6] = [
     Tool { program: "apt-get", package: "apt" },
@@ -292,7 +292,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let missing = Missing::on(&host(root.path(), &[]), &ALL);
         let mut expected = DEBIAN_PACKAGES.to_vec();
-        expected.extend([CLIPPY_PACKAGE, "iproute2", "nftables", "bpftool", "util-linux"]);
+        expected.extend([CLIPPY_PACKAGE, "iproute2", "nftables", "iptables", "bpftool", "util-linux"]);
         assert_eq!(missing.packages, expected);
         assert!(!missing.to_string().contains('\n'), "{missing}");
     }
@@ -307,7 +307,7 @@ mod tests {
         assert_eq!(Missing::on(&host, &[Purpose::Lint]).packages, [CLIPPY_PACKAGE]);
         assert_eq!(
             Missing::on(&host, &[Purpose::Test]).packages,
-            ["iproute2", "nftables", "bpftool", "util-linux"]
+            ["iproute2", "nftables", "iptables", "bpftool", "util-linux"]
         );
         let for_machines = Missing::on(&host, &[Purpose::Vm]).packages;
         assert!(for_machines.contains(&"bpftool") && for_machines.contains(&"xz-utils"));

@@ -1,15 +1,14 @@
 //! Firewall rules of others for metadata services: what each does, and whether it gets along with the agent. They are only
 //! listed; no rule is ever changed.
 
-use std::{
-    collections::BTreeSet,
-    net::IpAddr,
-    process::{Command, Stdio},
-};
+use std::{collections::BTreeSet, net::IpAddr};
 
 use serde_json::Value;
 
-use super::report::{Check, Rule};
+use super::{
+    report::{Check, Rule},
+    rulesets::{Body, ListedRule, Rulesets},
+};
 use crate::{
     datapath::{endpoints, object::Maps, pins::PinDir},
     endpoints::plain,
@@ -17,15 +16,6 @@ use crate::{
 };
 
 const NAME: &str = "firewall_rules";
-/// Each way to list rules of iptables. Where two list the same ones, the first is taken.
-const SAVES: [&str; 6] = [
-    "iptables-save",
-    "iptables-legacy-save",
-    "iptables-nft-save",
-    "ip6tables-save",
-    "ip6tables-legacy-save",
-    "ip6tables-nft-save",
-];
 /// What kube2iam and kiam listen at.
 const KUBE2IAM_PORTS: [&str; 2] = [":8181", ":8180"];
 /// What GKE's metadata server listens at.
@@ -59,37 +49,19 @@ struct Match {
     remove: String,
 }
 
-/// All rules for an address of any provider, or of this configuration.
-pub(super) fn rules(pins: &PinDir) -> Vec<Check> {
+/// Rules for an address of any provider, or of this configuration.
+pub(super) fn rules(rulesets: &Rulesets, pins: &PinDir) -> Vec<Check> {
     let guarded = guarded(pins);
     let addresses = presets();
-    let mut looked_at = Vec::new();
-    let mut found = Vec::new();
-    let mut seen = BTreeSet::new();
-    for save in SAVES {
-        let Some(text) = run(save, &[]) else { continue };
-        let program = save.trim_end_matches("-save");
-        let family = save.split_once("tables").map_or("", |(family, _)| family);
-        let variant = if text.contains("(nf_tables)") { "nf_tables" } else { "legacy" };
-        if seen.insert((family, variant)) {
-            looked_at.push(program);
-            found.extend(of_iptables(&text, program));
-        }
-    }
-    if let Some(text) = run("nft", &["--json", "--handle", "list", "ruleset"]) {
-        looked_at.push("nft");
-        let shown =
-            seen.iter().filter(|(_, variant)| *variant == "nf_tables").map(|(family, _)| *family).collect();
-        found.extend(of_nft(&serde_json::from_str(&text).unwrap_or_default(), &shown));
-    }
-    let checks: Vec<_> = found.into_iter().filter_map(|found| found.check(&addresses, &guarded)).collect();
+    let rules = rulesets.rules.iter().map(Match::from_rule);
+    let checks: Vec<_> = rules.filter_map(|found| found.check(&addresses, &guarded)).collect();
     if !checks.is_empty() {
         return checks;
     }
-    let found = if looked_at.is_empty() {
+    let found = if rulesets.sources.is_empty() {
         "not looked at: neither iptables-save nor nft can be run here".to_owned()
     } else {
-        format!("none for a metadata service ({})", looked_at.join(", "))
+        format!("none for a metadata service ({})", rulesets.sources.join(", "))
     };
     vec![Check::ok(NAME, found)]
 }
@@ -110,52 +82,9 @@ fn guarded(pins: &PinDir) -> BTreeSet<IpAddr> {
     in_force.map_or_else(by_default, |endpoints| endpoints.into_keys().map(plain).collect())
 }
 
-/// What a program says, where it is there and may.
-fn run(program: &str, arguments: &[&str]) -> Option<String> {
-    let mut command = Command::new(program);
-    command.args(arguments).stdin(Stdio::null()).stderr(Stdio::null());
-    let output = command.output().ok().filter(|output| output.status.success())?;
-    String::from_utf8(output.stdout).ok()
-}
-
-/// The rules in what `iptables-save` says, where `program` is who changes them.
-fn of_iptables(text: &str, program: &str) -> Vec<Match> {
-    let mut table = "";
-    let mut found = Vec::new();
-    for line in text.lines() {
-        if let Some(name) = line.strip_prefix('*') {
-            table = name;
-        } else if let Some(rule) = line.strip_prefix("-A ") {
-            found.push(Match {
-                table: table.to_owned(),
-                text: format!("{program} -t {table} -A {rule}"),
-                remove: format!("{program} -t {table} -D {rule}"),
-                ..parse(&words(rule))
-            });
-        }
-    }
-    found
-}
-
-/// The words of a line, of which some are in double quotes.
-fn words(line: &str) -> Vec<String> {
-    let (mut words, mut word, mut is_quoted, mut characters) =
-        (Vec::new(), String::new(), false, line.chars());
-    while let Some(character) = characters.next() {
-        match character {
-            '"' => is_quoted = !is_quoted,
-            '\\' if is_quoted => word.extend(characters.next()),
-            ' ' if !is_quoted => words.push(std::mem::take(&mut word)),
-            _ => word.push(character),
-        }
-    }
-    words.push(word);
-    words
-}
-
 /// A rule of iptables, from its chain on.
 fn parse(words: &[String]) -> Match {
-    let mut found = Match { chain: words.first().cloned().unwrap_or_default(), ..Match::default() };
+    let mut found = Match::default();
     let mut is_negated = false;
     let mut left = words.iter().skip(1);
     while let Some(option) = left.next() {
@@ -186,34 +115,25 @@ fn network(text: &str) -> Option<(IpAddr, u8)> {
     Some((address, bits.parse().unwrap_or(all)))
 }
 
-/// The rules of nftables, but for those that iptables has in its own tables, of these families.
-fn of_nft(ruleset: &Value, shown: &BTreeSet<&str>) -> Vec<Match> {
-    const TABLES: [&str; 5] = ["filter", "mangle", "nat", "raw", "security"];
-    let rules = ruleset["nftables"].as_array().into_iter().flatten().filter_map(|entry| entry.get("rule"));
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let mut found = Vec::new();
-    for rule in rules {
-        let [family, table, chain] = ["family", "table", "chain"].map(|key| text(&rule[key]));
-        if TABLES.contains(&&*table) && shown.contains(&*family) {
-            continue;
-        }
-        let whole = format!("{family} {table} {chain} handle {}", rule["handle"]);
-        let mut one = Match {
-            text: format!("nft rule {whole}"),
-            remove: format!("nft delete rule {whole}"),
-            table,
-            chain,
-            ..Match::default()
-        };
-        for expression in rule["expr"].as_array().into_iter().flatten() {
-            one.take_in(expression);
-        }
-        found.push(one);
-    }
-    found
-}
-
 impl Match {
+    fn from_rule(rule: &ListedRule) -> Self {
+        let mut found = match &rule.body {
+            Body::Iptables(words) => parse(words),
+            Body::Nft(expressions) => {
+                let mut found = Self::default();
+                for expression in expressions {
+                    found.take_in(expression);
+                }
+                found
+            }
+        };
+        found.table.clone_from(&rule.table);
+        found.chain.clone_from(&rule.chain);
+        found.text.clone_from(&rule.text);
+        found.remove.clone_from(&rule.remove);
+        found
+    }
+
     /// Takes in what one expression of a rule of nftables says.
     fn take_in(&mut self, expression: &Value) {
         if let Some(matched) = expression.get("match") {
@@ -354,6 +274,7 @@ fn contains(network: IpAddr, bits: u8, address: IpAddr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::doctor::rulesets::of_iptables;
 
     const IMDS: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(169, 254, 169, 254));
 
@@ -363,7 +284,7 @@ mod tests {
             "# Generated by iptables-save v1.8.9\n*mangle\n:FORWARD ACCEPT [0:0]\n-A {rule}\nCOMMIT\n"
         );
         let [found] = &of_iptables(&text, "iptables")[..] else { panic!("{rule}") };
-        let check = found.clone().check(&presets(), &BTreeSet::from([IMDS]))?;
+        let check = Match::from_rule(found).check(&presets(), &BTreeSet::from([IMDS]))?;
         let rule_of = check.rule.unwrap();
         assert_eq!(rule_of.remove, format!("iptables -t mangle -D {rule}"));
         assert!(check.remedy.unwrap().contains(&rule_of.remove));

@@ -122,11 +122,15 @@ pub(super) fn netns_cookie() -> Check {
     }
 }
 
-/// Linux 6.13.
+/// `bpf_get_netns_cookie` in TC programs (Linux 6.13), and what remains uncovered without it.
 pub(super) fn netns_cookie_tc() -> Check {
     const NAME: &str = "netns_cookie_tc";
-    let consequence =
-        "packets of macvlan and ipvlan pods are not held at `node_egress`, their sockets are (Linux 6.13)";
+    let consequence = "node_egress can't ask to which network namespace a packet's socket belongs. A packet with a socket and without \
+                       an ingress interface counts as the node's: frames that a macvlan or ipvlan pod crafts (raw and packet \
+                       sockets) and its earlier connections are not denied, its connect and sendmsg calls are, by the socket hook. A \
+                       packet with a socket and an ingress interface that is neither a pod's nor a bridge counts as the node's, too, \
+                       because it passed an earlier egress hook: so does a pod's packet that enters by an excluded interface, or by \
+                       a veth pair inside the node's namespace. Linux 6.13 and newer cover these";
     cookie_in(NAME, ProgramType::SchedClassifier, consequence)
 }
 
@@ -139,8 +143,10 @@ pub(super) fn netns_cookie_cgroup_skb() -> Check {
 
 fn cookie_in(name: &'static str, program_type: ProgramType, consequence: &str) -> Check {
     match is_helper_supported(program_type, bpf_func_id::BPF_FUNC_get_netns_cookie) {
-        Ok(true) => Check::ok(name, "programs can ask for it"),
-        Ok(false) => Check::degraded(name, "programs can't ask for it", consequence),
+        Ok(true) => Check::ok(name, "bpf_get_netns_cookie available"),
+        Ok(false) => {
+            Check::degraded(name, "bpf_get_netns_cookie not available for this program type", consequence)
+        }
         Err(error) => unknown(name, &io_error(error)),
     }
 }

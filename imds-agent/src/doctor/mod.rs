@@ -1,12 +1,18 @@
 //! What works here and what does not, and what to do: asked of the kernel by trying, and nothing is attached.
 
+mod cgroups;
+mod devices;
 mod firewall;
 mod kernel;
+mod mark_rules;
+mod marks;
 mod place;
 mod programs;
 mod report;
+mod rulesets;
 
-pub use self::report::{Check, Program, Report, Rule, State};
+pub use self::report::{Check, MarkWriter, Program, Report, Rule, State};
+use self::{marks::MarkUse, rulesets::Rulesets};
 use crate::{
     datapath::{DatapathError, pins::PinDir},
     node::netlink::Netlink,
@@ -35,9 +41,14 @@ pub async fn examine(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
         place::pods(pins),
         place::agent(pins),
     ];
-    checks.extend(programs::of_interfaces(pins, netlink).await?);
-    checks.extend(programs::of_cgroup(pins)?);
-    checks.extend(firewall::rules(pins));
+    let devices = devices::list(netlink).await?;
+    checks.extend(programs::of_interfaces(pins, netlink, &devices).await?);
+    checks.extend(cgroups::programs(pins)?);
+    let rulesets = Rulesets::list();
+    checks.extend(firewall::rules(&rulesets, pins));
+    let mark = MarkUse::read(pins, &devices);
+    checks.extend(marks::rules(&rulesets, &mark));
+    checks.extend(marks::tunnels(&devices, &mark));
     Ok(Report {
         schema: SCHEMA,
         version: VERSION,

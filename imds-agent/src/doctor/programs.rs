@@ -1,63 +1,58 @@
-//! Programs of others at the hooks that are the agent's, or would be.
+//! Programs of others at the hooks of interfaces that are the agent's, or would be, and at XDP before them.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs::File,
-    os::unix::fs::MetadataExt as _,
-    path::PathBuf,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use aya::programs::loaded_programs;
-use aya_obj::generated::bpf_attach_type::{
-    self, BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG,
-    BPF_CGROUP_UDP6_SENDMSG,
-};
-use imds_ebpf_common::{
-    TcHookSet,
-    names::{SOCKET_LINKS, TC_PROGRAMS},
-};
+use imds_ebpf_common::{TcHook, TcHookSet, names::TC_PROGRAMS};
 
-use super::report::{Check, Program};
+use super::{
+    devices::Device,
+    report::{Check, Program},
+};
 use crate::{
     config::{Hooks, Interfaces},
     datapath::{
         DatapathError,
         bpf::{self, Direction},
-        cgroup_order, clsact,
+        clsact,
         object::{self, Maps},
         pins::{self, AttachPoint, PinDir},
         records,
     },
-    node::{cgroup, links::Link, netlink::Netlink},
+    node::{
+        links::{Kind, Link},
+        netlink::Netlink,
+    },
     state::{self, Uplinks},
 };
 
 const OF_INTERFACES: &str = "tc_programs";
-const OF_CGROUP: &str = "cgroup_programs";
-/// The hooks of sockets, in the order of their links.
-const SOCKET_HOOKS: [bpf_attach_type; 4] =
-    [BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG];
+const XDP: &str = "xdp_programs";
 
 /// One program at a hook.
-struct Entry {
-    name: Option<String>,
-    id: Option<u32>,
-    kind: String,
-    is_ours: bool,
+pub(super) struct Entry {
+    pub(super) name: Option<String>,
+    pub(super) id: Option<u32>,
+    pub(super) kind: String,
+    pub(super) is_ours: bool,
     /// Whether filters can't be put before it.
-    is_stuck: bool,
+    pub(super) is_stuck: bool,
 }
 
 /// Those at the TC hooks of interfaces that are guarded or would be.
-pub(super) async fn of_interfaces(pins: &PinDir, netlink: &Netlink) -> Result<Vec<Check>, DatapathError> {
+pub(super) async fn of_interfaces(
+    pins: &PinDir,
+    netlink: &Netlink,
+    devices: &[Device],
+) -> Result<Vec<Check>, DatapathError> {
     let maps = Maps::open(pins).ok();
     let policy = maps.as_ref().and_then(|maps| maps.policy.get(&0, 0).ok());
     let hooks = policy.map_or_else(Hooks::default, |policy| Hooks::from_bits(policy.hooks));
     let ours = pinned_programs(pins);
     let links = netlink.links().await?;
     let (names, uplinks) = (names(), Uplinks::new(netlink.uplinks().await?, links.iter()));
-    let mut checks = Vec::new();
-    let mut count = 0_usize;
+    let (mut checks, mut of_xdp) = (Vec::new(), Vec::new());
+    let (mut count, mut pods) = (0_usize, 0_usize);
     for link in links {
         let record = maps.as_ref().and_then(|maps| records::get(maps, link.index));
         let desired = record.map_or_else(
@@ -67,7 +62,19 @@ pub(super) async fn of_interfaces(pins: &PinDir, netlink: &Netlink) -> Result<Ve
         for edge in desired.iter().filter(|edge| hooks.has(edge.hook())) {
             count += 1;
             let spot = AttachPoint { ifindex: link.index, edge };
-            let mut entries = tcx(pins, spot, &ours, &names);
+            if edge == TcHook::FromPod {
+                pods += 1;
+                let device = devices.iter().find(|device| device.index == link.index);
+                of_xdp.extend(device.iter().flat_map(|device| xdp(device, &names, maps.is_some())));
+            }
+            if edge == TcHook::FromPod && link.kind == Kind::Netkit {
+                // A device that is not the primary one of its pair is refused, and has no such hook.
+                let programs = bpf::entries(link.index, bpf::MprogHook::NetkitPeer).unwrap_or_default();
+                checks.extend(judge(&link, "peer", &entries("netkit", programs, pins, spot, &ours, &names)));
+            }
+            // A kernel without TCX answers with an error: then there is nothing.
+            let programs = bpf::entries(link.index, spot.direction().into()).unwrap_or_default();
+            let mut entries = entries("tcx", programs, pins, spot, &ours, &names);
             let mut filters = clsact::filters(netlink, spot).await?;
             // Others than BPF's have inner parts of their own (u32's tables), and all of a priority are of one kind.
             filters.dedup_by(|one, other| one.kind != "bpf" && one.priority == other.priority);
@@ -81,42 +88,81 @@ pub(super) async fn of_interfaces(pins: &PinDir, netlink: &Netlink) -> Result<Ve
                     kind: filter.kind,
                 });
             }
-            checks.extend(judge(&link, spot.direction(), &entries));
+            let hook = match spot.direction() {
+                Direction::Ingress => "ingress",
+                Direction::Egress => "egress",
+            };
+            checks.extend(judge(&link, hook, &entries));
         }
     }
     if checks.is_empty() {
         checks.push(Check::ok(OF_INTERFACES, format!("no others at {count} interfaces")));
     }
+    if of_xdp.is_empty() {
+        of_xdp.push(Check::ok(XDP, format!("none at {pods} interfaces of pods")));
+    }
+    checks.extend(of_xdp);
     Ok(checks)
 }
 
-/// Programs of TCX, which run before all filters.
-fn tcx(pins: &PinDir, spot: AttachPoint, ours: &BTreeSet<u32>, names: &BTreeMap<u32, String>) -> Vec<Entry> {
+/// Checks of the XDP programs of a pod's host-side interface, which see the pod's frames before every TC program.
+fn xdp<'a>(
+    device: &'a Device,
+    names: &'a BTreeMap<u32, String>,
+    is_loaded: bool,
+) -> impl Iterator<Item = Check> + 'a {
+    device.xdp.iter().map(move |&id| {
+        let program = Program {
+            name: names.get(&id).cloned(),
+            id: Some(id),
+            kind: "xdp".to_owned(),
+            at: device.name.clone(),
+            hook: "xdp",
+            place: 1,
+            of: 1,
+            is_first: is_loaded.then_some(true),
+        };
+        let remedy = format!(
+            "it sees the pod's frames before from_pod: frames that it sends on by XDP_TX or XDP_REDIRECT pass neither from_pod nor \
+             node_egress; the socket hook denies ordinary calls all the same; to remove it: `ip link set dev {} xdp off`",
+            device.name
+        );
+        Check { program: Some(program.clone()), ..Check::degraded(XDP, program.to_string(), remedy) }
+    })
+}
+
+/// Describes programs of a hook on which links are ordered, in the order in which they run.
+fn entries(
+    kind: &str,
+    programs: Vec<bpf::Entry>,
+    pins: &PinDir,
+    spot: AttachPoint,
+    ours: &BTreeSet<u32>,
+    names: &BTreeMap<u32, String>,
+) -> Vec<Entry> {
     let pinned = pins::link_at(&pins.link(spot));
-    // A kernel without TCX answers with an error: then there is nothing.
-    let entries = bpf::tcx_entries(spot.ifindex, spot.direction()).unwrap_or_default();
     let entry = |entry: bpf::Entry| Entry {
         name: names.get(&entry.program).cloned(),
         id: Some(entry.program),
-        kind: "tcx".to_owned(),
+        kind: kind.to_owned(),
         is_ours: ours.contains(&entry.program) || pinned.is_some_and(|pinned| pinned.id == entry.link),
         is_stuck: false,
     };
-    entries.into_iter().map(entry).collect()
+    programs.into_iter().map(entry).collect()
 }
 
-fn judge(link: &Link, direction: Direction, entries: &[Entry]) -> Vec<Check> {
-    let hook = match direction {
-        Direction::Ingress => "ingress",
-        Direction::Egress => "egress",
-    };
+fn judge(link: &Link, hook: &'static str, entries: &[Entry]) -> Vec<Check> {
     let check = |program: Program, is_stuck| {
         let found = program.to_string();
         let check = match program.is_first {
             Some(true) => {
+                let command = match &*program.kind {
+                    "tcx" | "netkit" => "`bpftool link detach`".to_owned(),
+                    _ => format!("`tc filter delete dev {} {hook}`", link.name),
+                };
                 let remedy = format!(
-                    "it can let packets pass that the agent would deny: an agent that runs gets in front where that can \
-                     be done, else remove it (`bpftool net detach`, `tc filter delete dev {} {hook}`)",
+                    "it can let packets pass {} that the agent would deny: an agent that runs moves its program to the head of \
+                     the hook if the kernel allows that, otherwise remove the other program ({command})",
                     link.name
                 );
                 Check::degraded(OF_INTERFACES, found, remedy)
@@ -134,7 +180,7 @@ fn judge(link: &Link, direction: Direction, entries: &[Entry]) -> Vec<Check> {
 }
 
 /// The others' programs among those of a hook.
-fn foreign<'a>(
+pub(super) fn foreign<'a>(
     entries: &'a [Entry],
     at: &str,
     hook: &'static str,
@@ -148,78 +194,13 @@ fn foreign<'a>(
     })
 }
 
-/// Those on the cgroup whose sockets are guarded, or would be.
-pub(super) fn of_cgroup(pins: &PinDir) -> Result<Vec<Check>, DatapathError> {
-    let links = SOCKET_LINKS.map(|name| pins::link_at(&pins.named_link(name)));
-    let guarded = links.iter().flatten().find_map(bpf::Link::cgroup);
-    let Some(path) = path(guarded) else {
-        return Ok(vec![Check::ok(OF_CGROUP, "no cgroup is guarded, or would be")]);
-    };
-    let shown = path.display().to_string();
-    let cgroup = File::open(&path).map_err(pins::io_error("open the cgroup", &path))?;
-    let names = names();
-    let mut checks = Vec::new();
-    for ((hook, attach_type), link) in SOCKET_LINKS.into_iter().zip(SOCKET_HOOKS).zip(links) {
-        let programs = match bpf::cgroup_programs(&cgroup, attach_type) {
-            Ok(programs) => programs,
-            Err(error) => {
-                let found = format!("{hook} of {shown} can't be asked: {error}");
-                return Ok(vec![Check::degraded(
-                    OF_CGROUP,
-                    found,
-                    "run this as root, or with the agent's capabilities",
-                )]);
-            }
-        };
-        let entry = |id| Entry {
-            name: names.get(&id).cloned(),
-            id: Some(id),
-            kind: "cgroup".to_owned(),
-            is_ours: link.is_some_and(|link| link.program == id),
-            is_stuck: false,
-        };
-        let entries: Vec<_> = programs.ids.iter().copied().map(entry).collect();
-        let behind = link
-            .and_then(|link| cgroup_order::program_behind(&cgroup, attach_type, link.program).ok().flatten());
-        checks.extend(foreign(&entries, &shown, hook).map(|(program, _)| {
-            let found = program.to_string();
-            let check = if programs.exclusive().is_some() {
-                let found = format!("{found}, attached without BPF_F_ALLOW_MULTI");
-                let remedy = format!("the agent cannot attach its {hook} program beside it, the other hooks run: remove \
-                                      it (`bpftool cgroup detach`), or attach it with BPF_F_ALLOW_MULTI");
-                Check::degraded(OF_CGROUP, found, remedy)
-            } else if behind.is_some() && program.is_first == Some(false) {
-                let remedy = "it can change the destination after the agent's program judged it: an agent that runs moves \
-                              its program to the end";
-                Check::degraded(OF_CGROUP, found, remedy)
-            } else {
-                Check::ok(OF_CGROUP, found)
-            };
-            Check { program: Some(program), ..check }
-        }));
-    }
-    if checks.is_empty() {
-        checks.push(Check::ok(OF_CGROUP, format!("no others at {shown}")));
-    }
-    Ok(checks)
-}
-
-/// The cgroup with this id; without one, the root of the hierarchy.
-fn path(guarded: Option<u64>) -> Option<PathBuf> {
-    let root = cgroup::root().ok()??;
-    match guarded {
-        Some(id) if root.metadata().is_ok_and(|metadata| metadata.ino() != id) => cgroup::path_of(id).ok()?,
-        Some(_) | None => Some(root),
-    }
-}
-
 /// Ids of the agent's programs on interfaces.
 fn pinned_programs(pins: &PinDir) -> BTreeSet<u32> {
     TC_PROGRAMS.into_iter().filter_map(|name| object::pinned_program(pins, name).ok()).collect()
 }
 
 /// Names of all programs, as far as the kernel tells: that takes `CAP_SYS_ADMIN`.
-fn names() -> BTreeMap<u32, String> {
+pub(super) fn names() -> BTreeMap<u32, String> {
     let programs = loaded_programs().flatten();
     programs.filter_map(|program| Some((program.id(), program.name_as_str()?.to_owned()))).collect()
 }

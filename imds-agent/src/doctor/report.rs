@@ -39,6 +39,8 @@ pub struct Check {
     pub program: Option<Program>,
     /// The firewall rule that it is about, if it is about one.
     pub rule: Option<Rule>,
+    /// The rule or TC action that writes the mark bit, if the check is about one.
+    pub mark: Option<MarkWriter>,
 }
 
 /// How it is.
@@ -60,7 +62,7 @@ pub struct Program {
     pub name: Option<String>,
     /// Its id; `None` for a filter that is no BPF program.
     pub id: Option<u32>,
-    /// How it is attached: `tcx`, `cgroup` or the kind of filter.
+    /// Kind of attachment: `tcx`, `netkit`, `xdp`, `cgroup` or the kind of filter.
     pub kind: String,
     /// The interface, or the path of the cgroup.
     pub at: String,
@@ -93,6 +95,21 @@ pub struct Rule {
     pub remove: String,
 }
 
+/// A rule of a firewall or a TC action that writes the mark bit of the configuration.
+#[derive(Clone, Debug, Serialize)]
+pub struct MarkWriter {
+    /// Table of the rule; `None` for a TC action.
+    pub table: Option<String>,
+    /// Chain of the rule; `None` for a TC action.
+    pub chain: Option<String>,
+    /// Command that adds the rule, or the name of the rule.
+    pub text: String,
+    /// State of the bit afterwards: `set`, `cleared`, or `changed` if it depends on something else.
+    pub effect: &'static str,
+    /// Number of the bit, as in `hooks.mark_bit`.
+    pub bit: u32,
+}
+
 impl fmt::Display for Program {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { name, id, kind, at, hook, place, of, is_first } = self;
@@ -111,7 +128,15 @@ impl fmt::Display for Program {
 
 impl Check {
     pub(super) fn ok(name: &'static str, found: impl Into<String>) -> Self {
-        Self { name, state: State::Ok, found: found.into(), remedy: None, program: None, rule: None }
+        Self {
+            name,
+            state: State::Ok,
+            found: found.into(),
+            remedy: None,
+            program: None,
+            rule: None,
+            mark: None,
+        }
     }
 
     pub(super) fn degraded(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {

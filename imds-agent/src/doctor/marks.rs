@@ -1,0 +1,231 @@
+//! Rules, TC actions and devices of others that change the bit of the packet mark by which `node_egress` knows exempt
+//! pods behind a bridge.
+
+use imds_ebpf_common::{SubjectKind, maps::MARK};
+use serde_json::Value;
+
+use super::{
+    devices::{Device, MarkSource},
+    mark_rules::{self, Effect},
+    report::{Check, MarkWriter},
+    rulesets::Rulesets,
+};
+use crate::datapath::{exemptions, object::Maps, pins::PinDir};
+
+const RULES: &str = "mark_rules";
+const TUNNELS: &str = "mark_tunnels";
+/// Bits of the mark that a VXLAN-GBP header sets: policy, "applied" and "don't learn" (`VXLAN_GBP_MASK`,
+/// include/net/vxlan.h).
+const GBP_BITS: u32 = 0x0048_ffff;
+
+/// The mark bit, and the bridges for whose packets it counts.
+#[derive(Debug)]
+pub(super) struct MarkUse {
+    bit: u32,
+    /// Bridges that have an exempt pod's link as a port.
+    bridges: Vec<(u32, String)>,
+}
+
+impl MarkUse {
+    /// Reads the bit and the exemptions of what is loaded; without anything loaded, the default bit and no exemption.
+    pub(super) fn read(pins: &PinDir, devices: &[Device]) -> Self {
+        let maps = Maps::open(pins).ok();
+        let policy = maps.as_ref().and_then(|maps| maps.policy.get(&0, 0).ok());
+        let bit = policy.map(|policy| policy.mark).filter(|&mark| mark != 0).unwrap_or(MARK);
+        let grants = maps.as_ref().and_then(|maps| exemptions::read(maps).ok()).unwrap_or_default();
+        let is_exempt = |device: &Device| {
+            let subjects = grants.entries.keys().map(|exemption| exemption.subject);
+            let mut links = subjects.filter(|subject| subject.kind == SubjectKind::Interface as u64);
+            links.any(|subject| subject.id == u64::from(device.index))
+        };
+        let has_exempt_port = |bridge: &&Device| {
+            let mut ports = devices.iter().filter(|device| device.master == Some(bridge.index));
+            bridge.is_bridge && ports.any(is_exempt)
+        };
+        let bridges = devices.iter().filter(has_exempt_port);
+        Self { bit, bridges: bridges.map(|bridge| (bridge.index, bridge.name.clone())).collect() }
+    }
+
+    /// Number of the bit, as in `hooks.mark_bit`.
+    fn number(&self) -> u32 {
+        self.bit.trailing_zeros()
+    }
+
+    fn has(&self, bridge: Option<u32>) -> bool {
+        self.bridges.iter().any(|(index, _)| Some(*index) == bridge)
+    }
+
+    fn bridge_names(&self) -> String {
+        self.bridges.iter().map(|(_, name)| &**name).collect::<Vec<_>>().join(", ")
+    }
+}
+
+/// Names the rules and TC actions that change the mark bit.
+pub(super) fn rules(rulesets: &Rulesets, mark: &MarkUse) -> Vec<Check> {
+    let rules = rulesets.rules.iter().filter_map(|rule| {
+        let effect = mark_rules::of_rule(&rule.body, mark.bit);
+        let table_and_chain = Some((rule.table.clone(), rule.chain.clone()));
+        (effect != Effect::Kept).then(|| check(&rule.text, table_and_chain, effect, rule.is_local, mark))
+    });
+    let actions = rulesets.actions.iter().filter_map(|action| {
+        let effect = mark_rules::of_action(action, mark.bit);
+        (effect != Effect::Kept).then(|| check(&action_text(action), None, effect, false, mark))
+    });
+    let mut checks: Vec<_> = rules.chain(actions).collect();
+    if checks.is_empty() {
+        let found = if rulesets.sources.is_empty() {
+            "unknown: neither iptables-save nor nft can be run here".to_owned()
+        } else {
+            format!("none writes bit {} of the packet mark ({})", mark.number(), rulesets.sources.join(", "))
+        };
+        checks.push(Check::ok(RULES, found));
+    }
+    checks
+}
+
+fn action_text(action: &Value) -> String {
+    let (kind, index) = (action["kind"].as_str().unwrap_or_default(), &action["index"]);
+    format!("tc action {kind} index {index}")
+}
+
+fn check(
+    text: &str,
+    table_and_chain: Option<(String, String)>,
+    effect: Effect,
+    is_local: bool,
+    mark: &MarkUse,
+) -> Check {
+    let number = mark.number();
+    let (table, chain) = table_and_chain.unzip();
+    let place = chain.as_ref().map(|chain| format!(" (chain {chain})")).unwrap_or_default();
+    let found = format!("{text}{place}: {} bit {number} of the packet mark", effect.verb());
+    let writer = MarkWriter { table, chain, text: text.to_owned(), effect: effect.name(), bit: number };
+    let check = if is_local {
+        Check::ok(RULES, format!("{found}; no effect: this chain sees only the node's own packets"))
+    } else if mark.bridges.is_empty() {
+        let note = "no effect: the mark counts only for exempt pods behind a bridge, and there is none";
+        Check::ok(RULES, format!("{found}; {note}"))
+    } else {
+        let consequence = consequence(effect, &mark.bridge_names());
+        let remedy = format!(
+            "{consequence}; set hooks.mark_bit to a bit that no rule writes, or let the rule keep {:#x} by a mask",
+            mark.bit
+        );
+        Check::degraded(RULES, found, remedy)
+    };
+    Check { mark: Some(writer), ..check }
+}
+
+/// Describes the result for packets that come in by these bridges and that the rule matches.
+fn consequence(effect: Effect, bridges: &str) -> String {
+    let opens = format!("a pod behind {bridges} that is not exempt can pass node_egress as an exempt one");
+    let closes = format!("exempt pods behind {bridges} can be denied at node_egress");
+    match effect {
+        Effect::Set => opens,
+        Effect::Cleared => closes,
+        Effect::Changed | Effect::Kept => format!("{opens}, and {closes}"),
+    }
+}
+
+/// Names the devices by which a packet arrives with a mark that its sender chose.
+pub(super) fn tunnels(devices: &[Device], mark: &MarkUse) -> Vec<Check> {
+    let sources = devices.iter().filter_map(|device| Some((device, device.mark_source?)));
+    let mut checks: Vec<_> = sources.map(|(device, source)| tunnel(device, source, mark)).collect();
+    if checks.is_empty() {
+        checks.push(Check::ok(TUNNELS, "no VXLAN device with gbp, no netkit device with scrub none"));
+    }
+    checks
+}
+
+fn tunnel(device: &Device, source: MarkSource, mark: &MarkUse) -> Check {
+    let (name, number) = (&device.name, mark.number());
+    let found = match source {
+        MarkSource::Gbp => format!("{name} is a VXLAN device with gbp: a packet's sender chooses its mark"),
+        MarkSource::NetkitScrubNone => {
+            format!("{name} is a netkit device with scrub none: its pod chooses the mark of its packets")
+        }
+    };
+    if source == MarkSource::Gbp && mark.bit & GBP_BITS == 0 {
+        return Check::ok(TUNNELS, format!("{found}; no effect: gbp can't set bit {number}"));
+    }
+    if !mark.has(device.master) {
+        let note = "no effect: the device is no port of a bridge with an exempt pod";
+        return Check::ok(TUNNELS, format!("{found}; {note}"));
+    }
+    let remedy = match source {
+        MarkSource::Gbp => {
+            "a sender that reaches the tunnel can set the mark bit and pass node_egress as an exempt pod of the same bridge: \
+             remove gbp from the device, move the exempt pod off the bridge, or set hooks.mark_bit to 24 or above"
+        }
+        MarkSource::NetkitScrubNone => {
+            "from_pod clears the mark bit of requests to protected endpoints, but not of requests to a Service that leads to \
+             one: such a request can pass node_egress as an exempt pod of the same bridge; use scrub default, or move the \
+             exempt pod off the bridge"
+        }
+    };
+    Check::degraded(TUNNELS, found, remedy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::{
+        report::State,
+        rulesets::{Body, ListedRule},
+    };
+
+    fn on(bridges: &[(u32, &str)]) -> MarkUse {
+        let bridges = bridges.iter().map(|&(index, name)| (index, name.to_owned()));
+        MarkUse { bit: MARK, bridges: bridges.collect() }
+    }
+
+    fn states(is_local: bool, mark: &MarkUse) -> (State, String) {
+        let words = "PREROUTING -j MARK --set-xmark 0x1000/0x1000".split(' ').map(str::to_owned);
+        let rule = ListedRule {
+            table: "mangle".to_owned(),
+            chain: "PREROUTING".to_owned(),
+            text: "iptables -t mangle -A PREROUTING -j MARK --set-xmark 0x1000/0x1000".to_owned(),
+            remove: String::new(),
+            is_local,
+            body: Body::Iptables(words.collect()),
+        };
+        let rulesets = Rulesets { rules: vec![rule], ..Rulesets::default() };
+        let [check] = &rules(&rulesets, mark)[..] else { panic!("one check") };
+        (check.state, check.remedy.clone().unwrap_or_else(|| check.found.clone()))
+    }
+
+    #[test]
+    fn rules_matter_for_exempt_pods_behind_a_bridge() {
+        let (state, note) = states(false, &on(&[]));
+        assert!(state == State::Ok && note.contains("there is none"), "{note}");
+        let (state, note) = states(false, &on(&[(3, "cni0")]));
+        assert!(state == State::Degraded && note.contains("behind cni0"), "{note}");
+        let (state, note) = states(true, &on(&[(3, "cni0")]));
+        assert!(state == State::Ok && note.contains("only the node's own"), "{note}");
+    }
+
+    #[test]
+    fn tunnels_matter_as_ports_of_such_a_bridge() {
+        let device = |master, mark_source| Device {
+            name: "vx0".to_owned(),
+            master,
+            mark_source: Some(mark_source),
+            ..Device::default()
+        };
+        let state = |device: Device, mark: &MarkUse| {
+            let [check] = &tunnels(&[device], mark)[..] else { panic!("one check") };
+            assert!(check.found.starts_with("vx0 is a "), "{check:?}");
+            check.state
+        };
+        let used = on(&[(3, "cni0")]);
+        for source in [MarkSource::Gbp, MarkSource::NetkitScrubNone] {
+            assert_eq!(state(device(Some(3), source), &used), State::Degraded);
+            assert_eq!(state(device(Some(4), source), &used), State::Ok);
+            assert_eq!(state(device(None, source), &used), State::Ok);
+            assert_eq!(state(device(Some(3), source), &on(&[])), State::Ok);
+        }
+        let high = MarkUse { bit: 1 << 24, ..on(&[(3, "cni0")]) };
+        assert_eq!(state(device(Some(3), MarkSource::Gbp), &high), State::Ok);
+        assert_eq!(tunnels(&[], &used)[0].state, State::Ok);
+    }
+}

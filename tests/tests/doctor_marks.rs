@@ -1,0 +1,220 @@
+//! `doctor` names the rules, devices and programs of others by which a packet or call can pass the agent's.
+
+use std::{io, process::Output};
+
+use imds_tests::{
+    Netns, PodLink, WHOLE_TEST, World, foreign::Foreign, lacks_device, output, skip,
+    skip_without_netns_cookie,
+};
+use serde_json::Value;
+
+// Attach type of include/uapi/linux/bpf.h.
+const BPF_CGROUP_INET4_CONNECT: u32 = 10;
+
+#[track_caller]
+fn checks(world: &World, name: &str) -> Vec<Value> {
+    let output = world.imds_agent(&["doctor", "-o", "json"]).output();
+    let report: Value =
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"));
+    let checks = report["checks"].as_array().unwrap();
+    checks.iter().filter(|check| check["name"] == name).cloned().collect()
+}
+
+#[track_caller]
+fn one(world: &World, name: &str) -> Value {
+    let checks = checks(world, name);
+    let [check] = &checks[..] else { panic!("{name}: {checks:#?}") };
+    check.clone()
+}
+
+#[track_caller]
+fn assert_has(check: &Value, key: &str, part: &str) {
+    assert!(check[key].as_str().is_some_and(|text| text.contains(part)), "{part}: {check:#}");
+}
+
+#[track_caller]
+fn succeeded(output: &Output) -> String {
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+#[track_caller]
+fn nft(netns: &Netns, arguments: &[&str]) -> String {
+    let mut command = netns.command("nft");
+    command.args(arguments);
+    succeeded(&output(command))
+}
+
+/// Runs `iptables`, unless there is none.
+#[track_caller]
+fn iptables(netns: &Netns, arguments: &str) -> bool {
+    let mut command = netns.command("iptables");
+    command.args(arguments.split(' '));
+    match command.output() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+        output => {
+            succeeded(&output.unwrap());
+            true
+        }
+    }
+}
+
+#[track_caller]
+fn bpftool(netns: &Netns, arguments: &[&str]) {
+    let mut command = netns.command("bpftool");
+    command.args(arguments);
+    succeeded(&output(command));
+}
+
+/// Loads the agent's programs with an exemption for the host-side interface of a pod.
+#[track_caller]
+fn load_with_exempt(world: &World, interface: &str) {
+    let config = format!("[[exempt]]\nname = 'of-test'\ninterface = '{interface}'\n");
+    let loaded = world.agent().hooks(&["from_pod", "node_egress"]).config(&config).once();
+    assert!(loaded.status.success(), "{loaded:?}");
+}
+
+#[test]
+fn nft_rules_that_write_the_mark() {
+    let world = World::new();
+    let routed = world.add_pod(PodLink::Routed);
+    assert_has(&one(&world, "mark_rules"), "found", "none writes bit 12");
+    nft(
+        &world.node,
+        &["add table inet other
+           add chain inet other pre { type filter hook prerouting priority mangle; }
+           add rule inet other pre meta mark set meta mark or 0x4000
+           add rule inet other pre meta mark set meta mark or 0x1000
+           add chain inet other out { type route hook output priority mangle; }
+           add rule inet other out meta mark set 0x0"],
+    );
+    let found = checks(&world, "mark_rules");
+    let effects: Vec<_> = found.iter().map(|check| check["mark"]["effect"].as_str().unwrap()).collect();
+    assert_eq!(effects, ["set", "cleared"]);
+    assert!(found.iter().all(|check| check["state"] == "ok"), "{found:#?}");
+    assert_has(&found[0], "found", "there is none");
+    assert_eq!((&found[0]["mark"]["chain"], &found[0]["mark"]["bit"]), (&"pre".into(), &12.into()));
+
+    // An exempt pod that has no bridge is known by its interface.
+    load_with_exempt(&world, &routed.host_ifname);
+    assert!(checks(&world, "mark_rules").iter().all(|check| check["state"] == "ok"));
+
+    let bridged = world.add_pod(PodLink::Bridged);
+    load_with_exempt(&world, &bridged.host_ifname);
+    let [sets, clears] = &checks(&world, "mark_rules")[..] else { panic!("two rules") };
+    assert_eq!((&sets["state"], &clears["state"]), (&"degraded".into(), &"ok".into()));
+    assert_has(sets, "found", "nft rule inet other pre handle");
+    assert_has(sets, "remedy", "a pod behind cni0 that is not exempt can pass node_egress");
+    assert_has(clears, "found", "the node's own packets");
+    nft(&world.node, &["delete", "table", "inet", "other"]);
+    assert_eq!(one(&world, "mark_rules")["state"], "ok");
+}
+
+#[test]
+fn iptables_rules_that_write_the_mark() {
+    let world = World::new();
+    let bridged = world.add_pod(PodLink::Bridged);
+    if !iptables(&world.node, "-t mangle -A PREROUTING -j MARK --or-mark 0x4000") {
+        skip(WHOLE_TEST, "there is no iptables here");
+        return;
+    }
+    load_with_exempt(&world, &bridged.host_ifname);
+    assert_has(&one(&world, "mark_rules"), "found", "none writes bit 12");
+    for (target, effect) in [
+        ("MARK --set-mark 0x1000/0x1000", "set"),
+        ("MARK --set-mark 0x10", "cleared"),
+        ("CONNMARK --restore-mark", "changed"),
+    ] {
+        assert!(iptables(&world.node, &format!("-t mangle -A FORWARD -j {target}")));
+        let check = one(&world, "mark_rules");
+        assert_eq!((&check["state"], &check["mark"]["effect"]), (&"degraded".into(), &effect.into()));
+        assert_eq!((&check["mark"]["table"], &check["mark"]["chain"]), (&"mangle".into(), &"FORWARD".into()));
+        assert!(iptables(&world.node, &format!("-t mangle -D FORWARD -j {target}")));
+    }
+}
+
+#[test]
+fn gbp_tunnels_on_the_bridge_of_an_exempt_pod() {
+    const VXLAN: &str = "type vxlan id 5 dstport 4789 gbp";
+    if lacks_device(WHOLE_TEST, "vxlan", VXLAN) {
+        return;
+    }
+    let world = World::new();
+    let bridged = world.add_pod(PodLink::Bridged);
+    assert_has(&one(&world, "mark_tunnels"), "found", "no VXLAN device with gbp");
+    world.node.ip(&format!("link add gbp0 {VXLAN}\nlink add plain0 type vxlan id 6 dstport 4790"));
+    load_with_exempt(&world, &bridged.host_ifname);
+    let alone = one(&world, "mark_tunnels");
+    assert_eq!(alone["state"], "ok");
+    assert_has(&alone, "found", "gbp0 is a VXLAN device with gbp");
+    world.node.ip(&format!("link set gbp0 master {}", World::BRIDGE));
+    let port = one(&world, "mark_tunnels");
+    assert_eq!(port["state"], "degraded");
+    assert_has(&port, "remedy", "set the mark bit");
+}
+
+#[test]
+fn xdp_programs_on_pod_links() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    assert_eq!(one(&world, "xdp_programs")["state"], "ok");
+    let program = Foreign::passing_frames();
+    let pin = program.pin().to_str().unwrap();
+    bpftool(&world.node, &["net", "attach", "xdpgeneric", "pinned", pin, "dev", &pod.host_ifname]);
+    let found = one(&world, "xdp_programs");
+    assert_eq!(found["state"], "degraded");
+    assert_eq!((&found["program"]["kind"], &found["program"]["name"]), (&"xdp".into(), &"foreign".into()));
+    assert_has(&found, "found", &pod.host_ifname);
+    assert_has(&found, "remedy", "XDP_REDIRECT");
+    world.node.ip(&format!("link set dev {} xdpgeneric off", pod.host_ifname));
+    assert_eq!(one(&world, "xdp_programs")["state"], "ok");
+}
+
+#[test]
+fn cgroup_programs_after_the_agents() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let cgroup = world.cgroup().to_str().unwrap();
+    let attach = |program: &Foreign, hook: &str| {
+        let pin = program.pin().to_str().unwrap();
+        bpftool(&world.node, &["cgroup", "attach", cgroup, hook, "pinned", pin, "multi"]);
+    };
+    let before = Foreign::allowing_calls(BPF_CGROUP_INET4_CONNECT);
+    attach(&before, "connect4");
+    let loaded = world.agent().hooks(&["socket"]).once();
+    assert!(loaded.status.success(), "{loaded:?}");
+    let found = one(&world, "cgroup_programs");
+    assert_eq!((&found["state"], &found["program"]["is_first"]), (&"ok".into(), &true.into()));
+
+    let after = Foreign::allowing_calls(BPF_CGROUP_INET4_CONNECT);
+    attach(&after, "connect4");
+    let [first, last] = &checks(&world, "cgroup_programs")[..] else { panic!("two programs") };
+    assert_eq!((&first["state"], &last["state"]), (&"ok".into(), &"degraded".into()));
+    assert_eq!((&last["program"]["place"], &last["program"]["of"]), (&3.into(), &3.into()));
+    assert_has(last, "remedy", "runs after imds_connect4: it may rewrite the destination");
+}
+
+#[test]
+fn cgroup_programs_without_allow_multi() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let cgroup = world.cgroup().to_str().unwrap();
+    let loaded = world.agent().hooks(&["socket"]).once();
+    assert!(loaded.status.success(), "{loaded:?}");
+    let others = Foreign::passing_packets();
+    let pin = others.pin().to_str().unwrap();
+    let change = |action: &str, flags: &[&str]| {
+        bpftool(&world.node, &[&["cgroup", action, cgroup, "ingress", "pinned", pin], flags].concat());
+    };
+    change("attach", &["multi"]);
+    assert_eq!(one(&world, "cgroup_programs")["state"], "ok");
+    change("detach", &[]);
+    change("attach", &[]);
+    let found = one(&world, "cgroup_programs");
+    assert_eq!((&found["state"], &found["program"]["hook"]), (&"degraded".into(), &"ingress".into()));
+    assert_has(&found, "found", "without BPF_F_ALLOW_MULTI");
+}
