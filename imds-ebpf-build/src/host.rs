@@ -49,11 +49,13 @@ impl Host {
         self.find_all(program).next()
     }
 
-    /// All programs of that name, in that order.
+    /// All programs of that name, in that order. An absolute path is one program.
     pub fn find_all(&self, program: &str) -> impl Iterator<Item = PathBuf> {
         let dirs = env::split_paths(&self.path).chain(self.cargo_bins.iter().cloned());
         let dirs = dirs.chain(["usr/local/sbin", "usr/sbin", "sbin"].map(|dir| self.root.join(dir)));
-        dirs.map(move |dir| dir.join(program)).filter(|path| is_executable(path))
+        let is_path = Path::new(program).is_absolute();
+        dirs.map(move |dir| if is_path { self.file(program) } else { dir.join(program) })
+            .filter(|path| is_executable(path))
     }
 
     /// `path`, which is absolute on this machine.

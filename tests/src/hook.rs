@@ -104,6 +104,16 @@ pub fn has_clsact(netns: &Netns, interface: &str) -> bool {
     tc(netns, &["qdisc", "show", "dev", interface]).iter().any(|qdisc| qdisc["kind"] == "clsact")
 }
 
+/// Kinds of the interface's qdiscs, sorted.
+#[must_use]
+pub fn qdisc_kinds(netns: &Netns, interface: &str) -> Vec<String> {
+    let qdiscs = tc(netns, &["qdisc", "show", "dev", interface]);
+    let mut kinds: Vec<_> =
+        qdiscs.iter().filter_map(|qdisc| qdisc["kind"].as_str()).map(str::to_owned).collect();
+    kinds.sort();
+    kinds
+}
+
 /// Whether the kernel still has a program, attached or not.
 #[must_use]
 pub fn program_exists(id: u32) -> bool {

@@ -10,6 +10,7 @@
 
 pub mod api_server;
 pub mod cgroup;
+pub mod cni;
 pub mod flood;
 pub mod foreign;
 pub mod hook;
@@ -43,6 +44,7 @@ mod world;
 pub use agent::{Agent, AgentCommand, AttachMode, output};
 pub use arrivals::Arrivals;
 pub use cgroup::{Cgroup, MemoryLimit};
+pub use cni::{CniNetwork, CniPod};
 pub use effort::{EFFORT, effort};
 pub use expect::with_each_backend;
 pub use machine::{DEBIAN_ROOT, Machine};
@@ -53,8 +55,8 @@ pub use packet_socket::PacketSocket;
 pub use pod::{Pod, PodLink};
 pub use services::{DNS_PORT, Services};
 pub use skip::{
-    SKIPPED, WHOLE_TEST, known_here, lacks_device, lacks_netns_cookie, lacks_tc_netns_cookie, skip,
-    skip_unless_disposable, skip_without_netns_cookie, skip_without_tcx,
+    SKIPPED, WHOLE_TEST, known_here, lacks_device, lacks_netns_cookie, lacks_program, lacks_tc_netns_cookie,
+    skip, skip_unless_disposable, skip_without_netns_cookie, skip_without_tcx,
 };
 pub use status::Status;
 pub use ways::Ways;

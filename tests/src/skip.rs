@@ -110,6 +110,18 @@ pub fn lacks_device(left_out: &str, kind: &str, options: &str) -> bool {
     !added.status.success()
 }
 
+/// Reports whether one of these programs, names in `PATH` or absolute paths, is not installed, and says which.
+#[must_use]
+pub fn lacks_program(left_out: &str, programs: &[&str]) -> bool {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let is_installed = |program: &&&str| env::split_paths(&path).any(|dir| dir.join(program).is_file());
+    let missing = programs.iter().find(|program| !is_installed(program));
+    if let Some(program) = missing {
+        skip(left_out, &format!("there is no {program} on this machine"));
+    }
+    missing.is_some()
+}
+
 /// Says what is left out and why.
 pub fn skip(left_out: &str, reason: &str) {
     eprintln!("{SKIPPED}{left_out}: {reason}");

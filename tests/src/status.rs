@@ -243,6 +243,13 @@ impl Status {
         self.find(name).unwrap_or_else(|| panic!("no {name} in {self:#?}"))
     }
 
+    /// Reports whether the program of `hook` is attached to the interface with this name.
+    #[must_use]
+    pub fn has_attached(&self, interface: &str, hook: &str) -> bool {
+        let attachment = self.find(interface).and_then(|found| found.attachment(hook));
+        attachment.is_some_and(|attachment| attachment.attach_mode.is_some())
+    }
+
     /// What `get` takes of every interface's counts and of those that are gone, added up.
     #[must_use]
     pub fn sum(&self, get: impl Fn(&Counts) -> u64) -> u64 {

@@ -13,20 +13,27 @@ use nix::unistd::Uid;
 use crate::{
     cache, dist,
     setup::{self, Purpose},
+    test,
     workspace::{cargo, execute, say},
 };
 
 /// What a machine of the tests has besides Debian's base.
 const PACKAGES: &str = "systemd,systemd-sysv,dbus,iproute2,procps";
 
+/// Name of the test executable that runs programs of others, as the first filter.
+const REAL: &str = "real";
+/// Tests of the other executable that run pods, and need nothing that is shipped.
+const POD_TESTS: [&str; 3] = ["containerd_and", "one_pod_is_exempt", "none_of_a_hundred"];
+
 /// Try what is shipped: the package on machines with systemd, the image and the agent on pods of podman and containerd;
-/// needs root, takes some minutes
+/// needs root, takes some minutes. `e2e real` runs the tests with programs of others instead: CNI plugins, nft, iptables,
+/// tc, Open vSwitch, and podman and containerd if they are installed
 #[derive(clap::Args)]
 pub(crate) struct EndToEnd {
     /// Try what is in target/dist already
     #[arg(long)]
     no_build: bool,
-    /// Names of tests, in whole or in part, and options of the test binary such as --nocapture
+    /// `real`, or names of tests, in whole or in part, and options of the test binary such as --nocapture
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     filter: Vec<String>,
 }
@@ -35,6 +42,9 @@ impl EndToEnd {
     pub(crate) fn run(self) -> Result<ExitCode> {
         if !Uid::effective().is_root() {
             bail!("the tests make machines of namespaces: run them as root");
+        }
+        if let Some((REAL, filter)) = self.filter.split_first().map(|(first, rest)| (first.as_str(), rest)) {
+            return real(filter);
         }
         setup::ensure(Purpose::EndToEnd)?;
         let dir = if self.no_build { dist::dir()? } else { dist::build()? };
@@ -48,6 +58,24 @@ impl EndToEnd {
         execute(test.env(DEBIAN_ROOT, root))?;
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// Runs the tests with programs of others, the long ones too.
+fn real(filter: &[String]) -> Result<ExitCode> {
+    let agent = test::prepare()?;
+    let test = |executable: &str| {
+        let mut test = cargo("test");
+        test.args(["--package", "imds-tests", "--locked", "--test", executable]);
+        test.env("IMDS_AGENT", &agent).args(["--", "--include-ignored"]);
+        test
+    };
+    execute(test("real").args(filter))?;
+    if let Some(missing) = setup::missing(Purpose::Runtimes) {
+        say(format_args!("pods of podman and containerd were NOT tested, {missing}"));
+    } else if filter.is_empty() {
+        execute(test("e2e").args(POD_TESTS))?;
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn debootstrap(root: &Path) -> Result<()> {

@@ -32,6 +32,7 @@ pub(crate) enum Purpose {
     Dist,
     Image,
     EndToEnd,
+    Runtimes,
     Manifests,
 }
 
@@ -41,11 +42,12 @@ struct Tool {
     package: &'static str,
 }
 
-const TEST_TOOLS: [Tool; 6] = [
+const TEST_TOOLS: [Tool; 7] = [
+    Tool { program: "/usr/lib/cni/bandwidth", package: "containernetworking-plugins" },
     Tool { program: "ip", package: "iproute2" },
+    Tool { program: "iptables", package: "iptables" },
     Tool { program: "tc", package: "iproute2" },
     Tool { program: "nft", package: "nftables" },
-    Tool { program: "iptables", package: "iptables" },
     Tool { program: "bpftool", package: "bpftool" },
     Tool { program: "nsenter", package: "util-linux" },
 ];
@@ -60,19 +62,20 @@ const VM_TOOLS: [Tool; 6] = [
     Tool { program: "setpriv", package: "util-linux" },
     Tool { program: "xz", package: "xz-utils" },
 ];
-/// What the end-to-end tests take beyond both.
-const END_TO_END_TOOLS: [Tool; 10] = [
+/// Container runtimes, and the programs of the images that they run.
+const RUNTIME_TOOLS: [Tool; 9] = [
     Tool { program: "/usr/lib/cni/bridge", package: "containernetworking-plugins" },
     Tool { program: "/usr/lib/podman/netavark", package: "netavark" },
     Tool { program: "busybox", package: "busybox-static" },
     Tool { program: "catatonit", package: "catatonit" },
     Tool { program: "containerd", package: "containerd" },
     Tool { program: "curl", package: "curl" },
-    Tool { program: "debootstrap", package: "debootstrap" },
     Tool { program: "podman", package: "podman" },
     Tool { program: "runc", package: "runc" },
     Tool { program: "unshare", package: "util-linux" },
 ];
+/// Additional tools of the end-to-end tests.
+const END_TO_END_TOOLS: [Tool; 1] = [Tool { program: "debootstrap", package: "debootstrap" }];
 const MANIFEST_TOOLS: [Tool; 3] = [
     Tool { program: "kubectl", package: "kubernetes-client" },
     Tool { program: "python3", package: "python3" },
@@ -121,6 +124,12 @@ pub(crate) fn ensure(purpose: Purpose) -> Result<()> {
     Missing::on(&host, &[purpose]).install(&host, &[purpose])
 }
 
+/// Names the programs that this machine lacks for `purpose`, if any.
+pub(crate) fn missing(purpose: Purpose) -> Option<String> {
+    let missing = Missing::on(&Host::current(), &[purpose]);
+    (!missing.is_empty()).then(|| format!("missing: {missing}"))
+}
+
 /// What a machine lacks.
 #[derive(Debug, Default)]
 struct Missing {
@@ -162,6 +171,9 @@ impl Missing {
         }
         if purposes.contains(&Purpose::Image) {
             missing.look_for_tools(host, "the image's", &IMAGE_TOOLS);
+        }
+        if purposes.iter().any(|purpose| matches!(purpose, Purpose::Runtimes | Purpose::EndToEnd)) {
+            missing.look_for_tools(host, "the container runtimes'", &RUNTIME_TOOLS);
         }
         if purposes.contains(&Purpose::EndToEnd) {
             missing.look_for_tools(host, "the end-to-end tests'", &END_TO_END_TOOLS);
@@ -276,6 +288,8 @@ mod tests {
 
     use super::*;
 
+    const FOR_TESTS: [&str; 6] =
+        ["containernetworking-plugins", "iproute2", "iptables", "nftables", "bpftool", "util-linux"];
     const ALL: [Purpose; 3] = [Purpose::Build, Purpose::Test, Purpose::Lint];
 
     /// A machine on which programs at these paths start, and do nothing.
@@ -292,7 +306,8 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let missing = Missing::on(&host(root.path(), &[]), &ALL);
         let mut expected = DEBIAN_PACKAGES.to_vec();
-        expected.extend([CLIPPY_PACKAGE, "iproute2", "nftables", "iptables", "bpftool", "util-linux"]);
+        expected.push(CLIPPY_PACKAGE);
+        expected.extend(FOR_TESTS);
         assert_eq!(missing.packages, expected);
         assert!(!missing.to_string().contains('\n'), "{missing}");
     }
@@ -305,10 +320,7 @@ mod tests {
         let host = host(root.path(), &["usr/bin/rustc", "usr/bin/cargo", "bin/bpf-linker"]);
         assert!(Missing::on(&host, &[Purpose::Build]).is_empty());
         assert_eq!(Missing::on(&host, &[Purpose::Lint]).packages, [CLIPPY_PACKAGE]);
-        assert_eq!(
-            Missing::on(&host, &[Purpose::Test]).packages,
-            ["iproute2", "nftables", "iptables", "bpftool", "util-linux"]
-        );
+        assert_eq!(Missing::on(&host, &[Purpose::Test]).packages, FOR_TESTS);
         let for_machines = Missing::on(&host, &[Purpose::Vm]).packages;
         assert!(for_machines.contains(&"bpftool") && for_machines.contains(&"xz-utils"));
     }

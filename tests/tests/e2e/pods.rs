@@ -159,19 +159,24 @@ fn containerd_and_the_reference_cni_plugins() {
     ] {
         let kind = network["type"].as_str().unwrap().to_owned();
         let sandbox = containerd.sandbox(network.clone(), subnet);
-        if kind == "macvlan" {
-            // Nothing but the metadata service's own network is behind that: it is asked by the link.
-            sandbox.netns.ip("route add 169.254.169.254/32 dev eth0");
+        let exempt = containerd.sandbox(network.clone(), subnet);
+        for sandbox in [&sandbox, &exempt] {
+            if kind == "macvlan" {
+                // Nothing but the metadata service's own network is behind that: it is asked by the link.
+                sandbox.netns.ip("route add 169.254.169.254/32 dev eth0");
+            }
+            assert_document(&sandbox.run(&HOST));
         }
-        assert_document(&sandbox.run(&HOST));
-        let agent = world.agent().hooks(&["from_pod", "node_egress"]).spawn_ready();
+        let rule = format!("[[exempt]]\nname = 'trusted'\nnetns = '{}'", exempt.netns.path().display());
+        let agent = world.agent().config(&rule).hooks(&["from_pod", "node_egress"]).spawn_ready();
         if kind == "macvlan" && imds_tests::lacks_tc_netns_cookie("macvlan") {
             drop(agent);
             world.unload();
             continue;
         }
+        assert_document(&exempt.run(&HOST));
         world.assert_nothing_arrives(|| assert_nothing(&sandbox.run(&HASTY)));
-        drop(sandbox);
+        drop([sandbox, exempt]);
         containerd.restart();
         let sandbox = containerd.sandbox(network, subnet);
         world.assert_nothing_arrives(|| assert_nothing(&sandbox.run(&HASTY)));

@@ -1,0 +1,299 @@
+//! The CNI plugin `bandwidth`, which adds an `ingress` qdisc to the link that another plugin has just made.
+
+use std::{
+    sync::{Arc, Mutex},
+    thread,
+    time::Duration,
+};
+
+use imds_tests::{
+    Agent, AgentCommand, AttachMode, CniNetwork, CniPod, METADATA, Netns, Over, SERVICE, WHOLE_TEST, World,
+    cni::plugin,
+    hook::{self, qdisc_kinds},
+    known_here, lacks_program,
+    poll::poll_until,
+    probe::{SHORT, http_get, reachable},
+    skip_without_tcx,
+};
+use serde_json::{Value, json};
+
+use crate::{
+    ALL, exemption,
+    plugins::{bridge, ptp, send_until},
+    reaches, reaches_somehow,
+};
+
+/// Seconds that the agent leaves a new link to the CNI in clsact mode: the default, and not the value of other tests.
+const CLSACT_DELAY: &str = "5";
+/// Seconds that no test waits for.
+const LONG_CLSACT_DELAY: &str = "600";
+/// Time until the agent is attached to all links.
+const ATTACHED: Duration = Duration::from_secs(30);
+/// Pods that start at the same time, as a kubelet has them.
+const WORKERS: u32 = 4;
+
+fn bandwidth() -> Value {
+    // 80 Mbit/s, which no probe reaches.
+    let (rate, burst) = (80_000_000, 8_000_000);
+    json!({
+        "type": "bandwidth",
+        "ingressRate": rate, "ingressBurst": burst,
+        "egressRate": rate, "egressBurst": burst,
+    })
+}
+
+/// Attach mode that the agent is started with, if any: it chooses one itself otherwise.
+type Mode = Option<AttachMode>;
+
+/// Names pods' links, as Kubernetes does: a link with an `ingress` qdisc has no place for a filter at its egress, which the
+/// agent adds to links that may be an uplink.
+const PODS: &str = "[interfaces]\ninclude = ['veth*']\n";
+
+fn agent<'w>(world: &'w World, mode: Mode, config: &str, delay: &str) -> AgentCommand<'w> {
+    let known = if mode == Some(AttachMode::Clsact) { PODS } else { "" };
+    let config = format!("{known}{config}");
+    let agent = world.agent().hooks(&known_here(ALL)).config(&config).args(&["--clsact-delay", delay]);
+    match mode {
+        // `AgentCommand::backend` sets the delay, too.
+        Some(mode) => agent.args(&["--tc-backend", mode.name()]),
+        None => agent,
+    }
+}
+
+fn start<'w>(world: &'w World, mode: Mode, config: &str) -> Agent<'w> {
+    let agent = agent(world, mode, config, CLSACT_DELAY);
+    if mode == Some(AttachMode::Clsact) { spawn(world, agent) } else { agent.spawn_ready() }
+}
+
+/// Starts an agent, and waits for the hooks that hold every pod of the node.
+fn spawn<'w>(world: &World, agent: AgentCommand<'w>) -> Agent<'w> {
+    let agent = agent.spawn();
+    poll_until(ATTACHED, "the hooks of the node", || {
+        let status = world.try_status().ok()?;
+        let is_attached = status.has_attached(World::UPLINK, "node_egress");
+        (is_attached && status.sockets.is_none_or(|sockets| sockets.attached)).then_some(())
+    });
+    agent
+}
+
+/// Checks that `from_pod` is on the pods' links, and that its order is reported: the plugin's own filter has the first
+/// priority of an `ingress` qdisc, so that a filter of the agent comes second.
+#[track_caller]
+fn assert_attached(world: &World, mode: Mode, pods: &[&CniPod<'_>]) {
+    let is_clsact = mode == Some(AttachMode::Clsact);
+    poll_until(ATTACHED, "from_pod on every pod's link", || {
+        let status = world.status();
+        let is_reported = |pod: &CniPod<'_>| {
+            status.problems.iter().any(|problem| problem.interface.as_deref() == Some(pod.veth()))
+        };
+        let is_done =
+            |pod: &&CniPod<'_>| status.has_attached(pod.veth(), "from_pod") && is_reported(pod) == is_clsact;
+        (pods.iter().all(is_done) && status.is_ready() != is_clsact).then_some(())
+    });
+}
+
+/// Connects a pod that sends to the endpoint all the time.
+fn connect<'n>(network: &'n CniNetwork<'_>) -> Result<CniPod<'n>, String> {
+    let (netns, over) = (Arc::new(Netns::new("cni")), Over::default());
+    thread::scope(|scope| {
+        let _over = over.when_dropped();
+        scope.spawn(|| send_until(&netns, &over));
+        let pod = network.connect(Arc::clone(&netns))?;
+        if !reachable(&pod.netns, SERVICE) {
+            return Err(format!("{} does not reach other services", pod.address));
+        }
+        Ok(pod)
+    })
+}
+
+#[track_caller]
+fn assert_qdiscs_of_plugin(world: &World, pod: &CniPod<'_>) {
+    assert_eq!(qdisc_kinds(&world.node, pod.veth()), ["ingress", "tbf"], "{}", pod.veth());
+}
+
+/// Starts this many pods while the agent runs, checks that none fails and that nothing of theirs arrives, and removes the
+/// agent.
+fn assert_pods_start(make: for<'w> fn(&'w World, &[Value]) -> CniNetwork<'w>, mode: Mode, count: u32) {
+    if lacks_program(WHOLE_TEST, &[&plugin("bandwidth"), "iptables"])
+        || (mode == Some(AttachMode::Tcx) && skip_without_tcx())
+    {
+        return;
+    }
+    let world = World::new();
+    let network = make(&world, &[bandwidth()]);
+    let before = network.add_pod();
+    assert!(reaches(&world, &before.netns));
+    assert_qdiscs_of_plugin(&world, &before);
+
+    let agent = start(&world, mode, "");
+    let (pods, failures) = (Mutex::new(Vec::new()), Mutex::new(Vec::new()));
+    world.assert_nothing_arrives(|| {
+        thread::scope(|scope| {
+            for worker in 0..WORKERS {
+                let (network, pods, failures) = (&network, &pods, &failures);
+                scope.spawn(move || {
+                    for _ in (worker..count).step_by(WORKERS as usize) {
+                        match connect(network) {
+                            Ok(pod) => pods.lock().expect("no panic").push(pod),
+                            Err(failure) => failures.lock().expect("no panic").push(failure),
+                        }
+                    }
+                });
+            }
+        });
+    });
+    let (pods, failures) = (pods.into_inner().expect("no panic"), failures.into_inner().expect("no panic"));
+    assert!(failures.is_empty(), "{} of {count} pods failed: {failures:#?}", failures.len());
+
+    assert_attached(&world, mode, &pods.iter().chain([&before]).collect::<Vec<_>>());
+    for pod in pods.iter().chain([&before]) {
+        assert_qdiscs_of_plugin(&world, pod);
+        world.assert_nothing_arrives(|| {
+            // No process in the cgroup of the socket hook: packets only.
+            assert!(!http_get(&pod.netns, METADATA, Duration::from_millis(50)).is_answer());
+        });
+    }
+    if mode != Some(AttachMode::Clsact) {
+        let status = world.status();
+        for pod in &pods {
+            assert!(status.interface(pod.veth()).counts.denied.packets > 0, "{}", pod.veth());
+        }
+    }
+
+    // Half of them end while the agent runs.
+    let mut pods = pods;
+    pods.drain(..pods.len() / 2).for_each(CniPod::delete);
+    drop(agent);
+    world.unload();
+    for pod in pods.iter().chain([&before]) {
+        assert_qdiscs_of_plugin(&world, pod);
+        assert!(!hook::programs(&world.node, pod.veth()).iter().any(hook::Attached::is_ours));
+        assert!(http_get(&pod.netns, METADATA, SHORT * 4).is_answer(), "{}", pod.veth());
+    }
+    pods.into_iter().chain([before]).for_each(CniPod::delete);
+}
+
+/// Pods of a run that is not about numbers.
+const FEW: u32 = 6;
+const MANY: u32 = 50;
+
+#[test]
+fn tcx_leaves_ptp_pods_to_the_plugin() {
+    assert_pods_start(ptp, Some(AttachMode::Tcx), FEW);
+}
+
+#[test]
+fn tcx_leaves_bridge_pods_to_the_plugin() {
+    assert_pods_start(bridge, Some(AttachMode::Tcx), FEW);
+}
+
+#[test]
+fn default_mode_leaves_ptp_pods_to_the_plugin() {
+    assert_pods_start(ptp, None, FEW);
+}
+
+#[test]
+fn default_mode_leaves_bridge_pods_to_the_plugin() {
+    assert_pods_start(bridge, None, FEW);
+}
+
+#[test]
+fn clsact_leaves_ptp_pods_to_the_plugin() {
+    assert_pods_start(ptp, Some(AttachMode::Clsact), FEW);
+}
+
+#[test]
+fn clsact_leaves_bridge_pods_to_the_plugin() {
+    assert_pods_start(bridge, Some(AttachMode::Clsact), FEW);
+}
+
+#[test]
+#[ignore = "takes long: cargo xtask e2e real"]
+fn fifty_pods_in_each_mode() {
+    for mode in [None, Some(AttachMode::Clsact)] {
+        for make in [ptp, bridge] {
+            assert_pods_start(make, mode, imds_tests::effort(MANY));
+        }
+    }
+}
+
+/// The agent adds its qdisc to a new link once the CNI has set up the link: a process runs in the pod then.
+#[test]
+fn clsact_waits_for_a_process() {
+    if lacks_program(WHOLE_TEST, &[&plugin("ptp"), "iptables"]) {
+        return;
+    }
+    let world = World::new();
+    let network = ptp(&world, &[]);
+    let before = network.add_pod();
+    assert!(reaches(&world, &before.netns));
+    before.delete();
+    let agent = spawn(&world, agent(&world, Some(AttachMode::Clsact), "", LONG_CLSACT_DELAY));
+    let pod = world.assert_nothing_arrives(|| connect(&network)).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(qdisc_kinds(&world.node, pod.veth()), ["noqueue"]);
+
+    let mut process = pod.netns.command("unshare");
+    // As a container's, and unlike the plugins, which enter the namespace too.
+    let mut process = process.args(["--mount", "sleep", "1000"]).spawn().expect("start a process");
+    poll_until(ATTACHED, "from_pod on the new link", || {
+        world.status().has_attached(pod.veth(), "from_pod").then_some(())
+    });
+    assert_eq!(qdisc_kinds(&world.node, pod.veth()), ["clsact", "noqueue"]);
+    world.assert_nothing_arrives(|| assert!(!reaches_somehow(&world, &pod.netns)));
+    drop(agent);
+    world.unload();
+    assert_eq!(qdisc_kinds(&world.node, pod.veth()), ["noqueue"]);
+    assert!(reaches(&world, &pod.netns));
+    process.kill().and_then(|()| process.wait()).expect("end a process");
+}
+
+/// The agent adds no qdisc with TCX.
+#[test]
+fn tcx_adds_no_qdisc() {
+    if lacks_program(WHOLE_TEST, &[&plugin("ptp"), "iptables"]) || skip_without_tcx() {
+        return;
+    }
+    let world = World::new();
+    let network = ptp(&world, &[]);
+    let qdiscs = |pod: &CniPod<'_>| qdisc_kinds(&world.node, pod.veth());
+    let before = network.add_pod();
+    let agent = start(&world, Some(AttachMode::Tcx), "");
+    let later = network.add_pod();
+    poll_until(ATTACHED, "from_pod on the new link", || {
+        assert_eq!([qdiscs(&before), qdiscs(&later)], [["noqueue"], ["noqueue"]]);
+        world.status().has_attached(later.veth(), "from_pod").then_some(())
+    });
+    assert_eq!(qdiscs(&later), ["noqueue"]);
+    for pod in [&before, &later] {
+        world.assert_nothing_arrives(|| assert!(!reaches_somehow(&world, &pod.netns)));
+    }
+    drop(agent);
+    world.unload();
+    assert!(reaches(&world, &later.netns));
+}
+
+/// Limits of an exempt pod's traffic are no concern of its exemption.
+#[test]
+fn exempt_pod_with_limited_bandwidth() {
+    if lacks_program(WHOLE_TEST, &[&plugin("bandwidth"), "iptables"]) {
+        return;
+    }
+    for mode in [None, Some(AttachMode::Clsact)] {
+        let world = World::new();
+        let network = ptp(&world, &[bandwidth()]);
+        let [exempt, other] = [network.add_pod(), network.add_pod()];
+        assert!(reaches(&world, &exempt.netns) && reaches(&world, &other.netns));
+        let agent = start(&world, mode, &exemption(&format!("interface = '{}'", exempt.veth())));
+        assert_attached(&world, mode, &[&exempt, &other]);
+        assert!(reaches(&world, &world.node));
+        assert!(reaches(&world, &exempt.netns), "the exempt pod is denied with {mode:?}");
+        world.assert_nothing_arrives(|| assert!(!reaches_somehow(&world, &other.netns)));
+        drop(agent);
+        world.unload();
+        assert!(reaches(&world, &other.netns));
+        for pod in [exempt, other] {
+            assert_qdiscs_of_plugin(&world, &pod);
+            pod.delete();
+        }
+    }
+}

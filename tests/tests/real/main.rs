@@ -1,0 +1,126 @@
+//! Pods, rules and traffic control by programs that are not ours: the reference CNI plugins, `nft`, `iptables`, `tc` and
+//! Open vSwitch. A test skips if its programs are not installed. `cargo xtask e2e real` runs all of them, the long ones
+//! too.
+
+mod bandwidth;
+mod nics;
+mod ovs;
+mod plugins;
+mod qdiscs;
+mod rules;
+
+use std::thread;
+
+use imds_tests::{
+    AttachMode, METADATA, Netns, World, known_here,
+    netns::unique,
+    poll::try_poll,
+    probe::{LONG, SHORT, http_get, udp_echo},
+};
+
+const ALL: &[&str] = &["from_pod", "node_egress", "socket"];
+/// The hooks that see packets.
+const PACKETS: &[&str] = &["from_pod", "node_egress"];
+
+/// Reports whether any request to the endpoint gets an answer: over TCP and UDP, of a process in a container and of one
+/// whose sockets no cgroup hook sees.
+fn reaches_somehow(world: &World, netns: &Netns) -> bool {
+    let tcp = || http_get(netns, METADATA, SHORT).is_answer();
+    let udp = || udp_echo(netns, METADATA, SHORT).is_answer();
+    thread::scope(|scope| {
+        // All at the same time, because each one waits if it is denied.
+        let probes = [
+            scope.spawn(tcp),
+            scope.spawn(udp),
+            scope.spawn(|| world.in_cgroup(tcp)),
+            scope.spawn(|| world.in_cgroup(udp)),
+        ];
+        probes.map(|probe| probe.join().expect("probes do not panic")).contains(&true)
+    })
+}
+
+/// Reports whether each of the requests of [`reaches_somehow`] gets an answer in time.
+fn reaches(world: &World, netns: &Netns) -> bool {
+    let is_reached = |get: &(dyn Fn() -> bool + Sync)| try_poll(LONG, || get().then_some(())).is_some();
+    let probes = || {
+        is_reached(&|| http_get(netns, METADATA, SHORT).is_answer())
+            && is_reached(&|| udp_echo(netns, METADATA, SHORT).is_answer())
+    };
+    world.in_cgroup(probes) && probes()
+}
+
+/// An exemption that one selector, such as `interface = 'veth1'`, makes.
+fn exemption(selector: &str) -> String {
+    format!("[[exempt]]\nname = 'of-test'\n{selector}\n")
+}
+
+/// Checks that only the node and the exempt pod reach the endpoint while the agent enforces the configuration, with all
+/// hooks and with those that see packets, and after the agent was killed. Without the agent each pod reaches the endpoint.
+#[track_caller]
+fn assert_exempt(world: &World, config: &str, exempt: Option<&Netns>, others: &[&Netns]) {
+    assert_exempt_with(world, config, exempt, others, &[AttachMode::Tcx]);
+}
+
+/// Checks an exemption as [`assert_exempt`] does, in each of these attach modes that the kernel has.
+#[track_caller]
+fn assert_exempt_with(
+    world: &World,
+    config: &str,
+    exempt: Option<&Netns>,
+    others: &[&Netns],
+    modes: &[AttachMode],
+) {
+    let assert_all_reach = |when: &str| {
+        for netns in exempt.iter().chain(others).chain([&&*world.node]) {
+            assert!(reaches(world, netns), "{} does not reach the endpoint {when}", netns.name());
+        }
+    };
+    assert_all_reach("without the agent");
+    for (hooks, mode) in
+        [ALL, PACKETS].into_iter().flat_map(|hooks| modes.iter().map(move |mode| (hooks, *mode)))
+    {
+        let mode = if imds_tests::hook::has_tcx() { mode } else { AttachMode::Clsact };
+        let case = format!("{hooks:?} with {}", mode.name());
+        let agent = world.agent().config(config).hooks(&known_here(hooks)).backend(mode).spawn_ready();
+        let assert_case = |when: &str| {
+            for netns in exempt.into_iter().chain([&*world.node]) {
+                assert!(reaches(world, netns), "{case}, {when}: {} is denied", netns.name());
+            }
+            for netns in others {
+                world.assert_nothing_arrives(|| {
+                    assert!(!reaches_somehow(world, netns), "{case}, {when}: {} is not denied", netns.name());
+                });
+            }
+        };
+        assert_case("the agent runs");
+        agent.kill9();
+        assert_case("the agent was killed");
+        world.unload();
+        assert_all_reach(&format!("after {case}"));
+    }
+}
+
+/// Applies rules with `nft`.
+#[track_caller]
+fn nft(netns: &Netns, rules: &str) {
+    // A file, because older versions take no newline as a separator in an argument.
+    let file = std::env::temp_dir().join(unique("imds-nft-"));
+    std::fs::write(&file, rules).expect("write rules");
+    let mut command = netns.command("nft");
+    command.arg("-f").arg(&file);
+    let output = imds_tests::output(command);
+    std::fs::remove_file(file).expect("remove rules");
+    assert!(output.status.success(), "nft: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Runs a program in a network namespace, which must succeed, and returns its standard output. Spaces separate the
+/// arguments.
+#[track_caller]
+fn run(netns: &Netns, line: &str) -> String {
+    let mut words = line.split_whitespace();
+    let mut command = netns.command(words.next().expect("a program"));
+    command.args(words);
+    let output = imds_tests::output(command);
+    assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}

@@ -1,0 +1,103 @@
+//! A node whose address is on an Open vSwitch bridge.
+
+use std::{
+    path::Path,
+    process::{Child, Command, Stdio},
+};
+
+use imds_tests::{WHOLE_TEST, World, lacks_program, poll::poll_until, probe::LONG};
+use tempfile::TempDir;
+
+use crate::nics::{Nic, assert_exempt_pods, lacks_macvlan, set_address};
+
+const BRIDGE: &str = "br-ex";
+const SCHEMA: &str = "/usr/share/openvswitch/vswitch.ovsschema";
+const PROGRAMS: [&str; 4] = ["ovs-vsctl", "ovs-vswitchd", "ovsdb-server", "ovsdb-tool"];
+
+/// Open vSwitch on a node, with a database of its own. Dropping it ends its daemons.
+struct OpenVSwitch<'w> {
+    world: &'w World,
+    dir: TempDir,
+    daemons: Vec<Child>,
+}
+
+impl<'w> OpenVSwitch<'w> {
+    fn start(world: &'w World) -> Self {
+        let mut ovs =
+            Self { world, dir: TempDir::with_prefix("imds-ovs-").expect("a directory"), daemons: Vec::new() };
+        let database = ovs.path("conf.db");
+        Self::run(ovs.command("ovsdb-tool").args(["create", &database, SCHEMA]));
+        let remote = format!("--remote=p{}", ovs.socket());
+        ovs.spawn(ovs.command("ovsdb-server").args([&database, &remote]));
+        poll_until(LONG, "ovsdb-server", || Path::new(&ovs.path("db.sock")).exists().then_some(()));
+        Self::run(ovs.vsctl().args(["--no-wait", "init"]));
+        let control = format!("--unixctl={}", ovs.path("vswitchd.ctl"));
+        ovs.spawn(ovs.command("ovs-vswitchd").args([&ovs.socket(), &control]));
+        ovs
+    }
+
+    /// Adds a bridge with this port. Packets pass the kernel's datapath if it is loaded, else vswitchd.
+    fn add_bridge(&self, bridge: &str, port: &str) {
+        let has_module = Path::new("/sys/module/openvswitch").exists();
+        let datapath = format!("datapath_type={}", if has_module { "system" } else { "netdev" });
+        let mut command = self.vsctl();
+        command.args(["add-br", bridge, "--", "set", "bridge", bridge, &datapath]);
+        Self::run(command.args(["--", "add-port", bridge, port]));
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).to_str().expect("a UTF-8 path").to_owned()
+    }
+
+    fn socket(&self) -> String {
+        format!("unix:{}", self.path("db.sock"))
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = self.world.node.command(program);
+        for variable in ["OVS_RUNDIR", "OVS_LOGDIR", "OVS_DBDIR"] {
+            command.env(variable, self.dir.path());
+        }
+        command
+    }
+
+    fn vsctl(&self) -> Command {
+        let mut command = self.command("ovs-vsctl");
+        command.arg(format!("--db={}", self.socket())).arg("--timeout=10");
+        command
+    }
+
+    #[track_caller]
+    fn run(command: &mut Command) {
+        let output = command.output().expect("start a program of Open vSwitch");
+        assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    fn spawn(&mut self, command: &mut Command) {
+        let daemon = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        self.daemons.push(daemon.expect("start a daemon of Open vSwitch"));
+    }
+}
+
+impl Drop for OpenVSwitch<'_> {
+    fn drop(&mut self) {
+        for daemon in &mut self.daemons {
+            // Both fail if the daemon has ended.
+            let _ = daemon.kill();
+            let _ = daemon.wait();
+        }
+    }
+}
+
+#[test]
+fn ovs_in_front_of_macvlan() {
+    if lacks_program(WHOLE_TEST, &PROGRAMS) || lacks_macvlan() {
+        return;
+    }
+    let world = World::new();
+    let nic = Nic::Macvlan.install(&world);
+    let ovs = OpenVSwitch::start(&world);
+    ovs.add_bridge(BRIDGE, nic);
+    set_address(&world, BRIDGE);
+    assert_exempt_pods(&world);
+}

@@ -1,0 +1,158 @@
+//! Pods of the reference CNI plugins, each plugin called as a container runtime calls it.
+
+use std::{net::Ipv4Addr, sync::Arc, thread, time::Duration};
+
+use imds_tests::{
+    CniNetwork, CniPod, METADATA, Netns, Over, SERVICE, Services, WHOLE_TEST, World,
+    cni::plugin,
+    known_here, lacks_device, lacks_program, lacks_tc_netns_cookie,
+    probe::{LONG, Outcome, SHORT, http_get, http_get_at, reachable, udp_echo},
+};
+use serde_json::{Value, json};
+
+use crate::{ALL, PACKETS, assert_exempt, exemption, reaches};
+
+const PTP: &str = "10.244.200.0/24";
+const BRIDGE: &str = "10.244.201.0/24";
+
+pub(crate) fn ptp<'w>(world: &'w World, chained: &[Value]) -> CniNetwork<'w> {
+    let plugins = [&[json!({ "type": "ptp", "ipMasq": true })], chained].concat();
+    world.cni_network(&json!({ "subnet": PTP }), &plugins)
+}
+
+pub(crate) fn bridge<'w>(world: &'w World, chained: &[Value]) -> CniNetwork<'w> {
+    let bridge = json!({ "type": "bridge", "bridge": "cni9", "isGateway": true, "ipMasq": true });
+    world.cni_network(&json!({ "subnet": BRIDGE }), &[&[bridge], chained].concat())
+}
+
+/// Pods that are the node's neighbours: the fabric is their gateway, and no interface of the node is theirs alone.
+fn macvlan(world: &World) -> CniNetwork<'_> {
+    let addresses = json!({ "subnet": "10.0.0.0/24", "rangeStart": "10.0.0.64", "gateway": "10.0.0.1" });
+    world.cni_network(&addresses, &[json!({ "type": "macvlan", "master": World::UPLINK })])
+}
+
+/// Sends to the endpoint every millisecond until `over`, also before the namespace has an interface.
+pub(crate) fn send_until(netns: &Netns, over: &Over) {
+    const INTERVAL: Duration = Duration::from_millis(1);
+    while !over.is_told() {
+        if !matches!(udp_echo(netns, METADATA, INTERVAL), Outcome::Timeout) {
+            // Unreachable without waiting.
+            thread::sleep(INTERVAL);
+        }
+    }
+}
+
+/// Connects a pod that sends to the endpoint all the time, and checks that nothing arrives.
+#[track_caller]
+fn assert_denied_from_the_start<'n>(world: &World, network: &'n CniNetwork<'_>) -> CniPod<'n> {
+    let (netns, over) = (Arc::new(Netns::new("cni")), Over::default());
+    world.assert_nothing_arrives(|| {
+        thread::scope(|scope| {
+            let _over = over.when_dropped();
+            scope.spawn(|| send_until(&netns, &over));
+            let pod = network.connect(Arc::clone(&netns)).unwrap_or_else(|error| panic!("{error}"));
+            assert!(reachable(&pod.netns, SERVICE));
+            assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer());
+            pod
+        })
+    })
+}
+
+/// Checks pods of a network that each of `hooks` holds alone: those that are there before the agent and those that come
+/// later, denied and exempt ones.
+#[track_caller]
+fn assert_plugin(world: &World, network: &CniNetwork<'_>, hooks: &[&'static str]) {
+    let [pod, exempt] = [network.add_pod(), network.add_pod()];
+    world
+        .ways(hooks)
+        .way("TCP", || http_get(&pod.netns, METADATA, SHORT).is_answer())
+        .way("UDP", || udp_echo(&pod.netns, METADATA, SHORT).is_answer())
+        .assert_held();
+
+    let selector = format!("netns = '{}'", exempt.netns.path().display());
+    assert_exempt(world, &exemption(&selector), Some(&exempt.netns), &[&pod.netns]);
+    if let Some(veth) = &exempt.host_ifname {
+        let selector = format!("interface = '{veth}'");
+        assert_exempt(world, &exemption(&selector), Some(&exempt.netns), &[&pod.netns]);
+    }
+
+    for hooks in [ALL, PACKETS] {
+        let agent = world.agent().hooks(&known_here(hooks)).spawn_ready();
+        let later = assert_denied_from_the_start(world, network);
+        later.delete();
+        drop(agent);
+        world.unload();
+    }
+    for pod in [pod, exempt] {
+        assert!(reaches(world, &pod.netns));
+        pod.delete();
+    }
+}
+
+#[test]
+fn ptp_pods() {
+    if lacks_program(WHOLE_TEST, &[&plugin("ptp"), "iptables"]) {
+        return;
+    }
+    let world = World::new();
+    assert_plugin(&world, &ptp(&world, &[]), ALL);
+}
+
+#[test]
+fn bridge_pods() {
+    if lacks_program(WHOLE_TEST, &[&plugin("bridge"), "iptables"]) {
+        return;
+    }
+    let world = World::new();
+    assert_plugin(&world, &bridge(&world, &[]), ALL);
+}
+
+#[test]
+fn macvlan_pods() {
+    if lacks_program(WHOLE_TEST, &[&plugin("macvlan")])
+        || lacks_device(WHOLE_TEST, "macvlan", "link lower0 type macvlan mode bridge")
+        || lacks_tc_netns_cookie(WHOLE_TEST)
+    {
+        return;
+    }
+    let world = World::new();
+    assert_plugin(&world, &macvlan(&world), &["node_egress", "socket"]);
+}
+
+#[test]
+fn portmap_and_tuning() {
+    const HOST_PORT: u16 = 8080;
+    if lacks_program(WHOLE_TEST, &[&plugin("ptp"), "iptables"]) {
+        return;
+    }
+    let chained = [
+        json!({
+            "type": "portmap",
+            "snat": true,
+            "capabilities": { "portMappings": true },
+            "runtimeConfig": {
+                "portMappings": [{ "hostPort": HOST_PORT, "containerPort": 80, "protocol": "tcp" }],
+            },
+        }),
+        json!({ "type": "tuning", "sysctl": { "net.core.somaxconn": "500" }, "mac": "02:42:0a:f4:c8:99" }),
+    ];
+    for make in [ptp, bridge] {
+        let world = World::new();
+        let network = make(&world, &chained);
+        let agent = world.agent().hooks(&known_here(ALL)).spawn_ready();
+        let pod = assert_denied_from_the_start(&world, &network);
+        assert_host_port(&world, &pod, HOST_PORT);
+        agent.kill9();
+        world.unload();
+        assert!(reaches(&world, &pod.netns));
+        assert_host_port(&world, &pod, HOST_PORT);
+        pod.delete();
+    }
+}
+
+/// The fabric reaches a server in the pod through a port of the node.
+#[track_caller]
+fn assert_host_port(world: &World, pod: &CniPod<'_>, port: u16) {
+    let _server = Services::start(&pod.netns, &[Ipv4Addr::UNSPECIFIED.into()]);
+    assert!(http_get_at(&world.fabric, (world.node_address(), port).into(), LONG).is_answer());
+}

@@ -1,0 +1,157 @@
+//! Rules of `nft` and `iptables` that rewrite marks and addresses of pods' packets.
+
+use std::net::Ipv4Addr;
+
+use imds_tests::{
+    METADATA, PacketSocket, Pod, PodLink, WHOLE_TEST, World, known_here, lacks_program, packets,
+    probe::{SHORT, http_get, udp_echo},
+};
+
+use crate::{ALL, PACKETS, assert_exempt, exemption, nft, reaches, run};
+
+const CLUSTER_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 80);
+/// Bit of the mark by which the agent knows packets of exempt pods behind a bridge (`hooks.mark_bit`).
+const MARK: &str = "0x1000";
+
+/// A node with an exempt pod and another one, which it routes.
+fn routed() -> (World, [Pod; 2], String) {
+    let world = World::new();
+    let pods = [world.add_pod(PodLink::Routed), world.add_pod(PodLink::Routed)];
+    let config = exemption(&format!("interface = '{}'", pods[0].host_ifname));
+    (world, pods, config)
+}
+
+#[test]
+fn rule_clears_the_mark() {
+    if lacks_program(WHOLE_TEST, &["nft"]) {
+        return;
+    }
+    let (world, [exempt, other], config) = routed();
+    nft(
+        &world.node,
+        "table inet later {
+            chain forward { type filter hook forward priority 300; meta mark set 0; }
+            chain postrouting { type filter hook postrouting priority 300; meta mark set 0; }
+        }",
+    );
+    assert_exempt(&world, &config, Some(&exempt.netns), &[&other.netns]);
+}
+
+#[test]
+fn rule_replaces_the_mark() {
+    if lacks_program(WHOLE_TEST, &["iptables"]) {
+        return;
+    }
+    let (world, [exempt, other], config) = routed();
+    run(&world.node, "iptables -t mangle -A FORWARD -j MARK --set-xmark 0xe0000/0xffffffff");
+    assert_exempt(&world, &config, Some(&exempt.netns), &[&other.netns]);
+}
+
+/// Redirects a Service to the endpoint, and checks that pods without an exemption do not reach it.
+#[track_caller]
+fn assert_service_is_denied(world: &World, config: &str, pods: &[&Pod]) {
+    nft(
+        &world.node,
+        &format!(
+            "table ip service {{
+                chain prerouting {{
+                    type nat hook prerouting priority -100
+                    ip daddr {CLUSTER_IP} dnat to {METADATA}
+                }}
+            }}"
+        ),
+    );
+    let mut ways = world.ways(&["node_egress"]).config(config);
+    for pod in pods {
+        ways = ways
+            .way("TCP to the Service", || http_get(&pod.netns, CLUSTER_IP, SHORT).is_answer())
+            .way("UDP to the Service", || udp_echo(&pod.netns, CLUSTER_IP, SHORT).is_answer())
+            .way("TCP", || http_get(&pod.netns, METADATA, SHORT).is_answer());
+    }
+    ways.assert_held();
+}
+
+/// Azure NPM v1 marks the packets that its policies accept with this bit.
+#[test]
+fn rule_sets_the_mark_nft() {
+    if lacks_program(WHOLE_TEST, &["nft"]) {
+        return;
+    }
+    for config in [String::new(), exemption("interface = 'elsewhere0'")] {
+        let world = World::new();
+        let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
+        nft(
+            &world.node,
+            &format!(
+                "table inet npm {{
+                    chain forward {{
+                        type filter hook forward priority 0
+                        meta mark set meta mark or {MARK}
+                    }}
+                }}"
+            ),
+        );
+        assert_service_is_denied(&world, &config, &pods.each_ref());
+    }
+}
+
+#[test]
+fn rule_sets_the_mark_iptables() {
+    if lacks_program(WHOLE_TEST, &["iptables", "nft"]) {
+        return;
+    }
+    let (world, [_exempt, other], config) = routed();
+    run(&world.node, &format!("iptables -t mangle -A FORWARD -j MARK --set-mark {MARK}/{MARK}"));
+    // One pod is exempt, the other one is not.
+    assert_service_is_denied(&world, &config, &[&other]);
+}
+
+#[test]
+fn masquerade_on_the_uplink() {
+    if lacks_program(WHOLE_TEST, &["iptables"]) {
+        return;
+    }
+    for link in [PodLink::Routed, PodLink::Bridged] {
+        let world = World::new();
+        let [exempt, other] = [world.add_pod(link), world.add_pod(link)];
+        let uplink = World::UPLINK;
+        run(&world.node, &format!("iptables -t nat -A POSTROUTING -o {uplink} -j MASQUERADE"));
+        let config = exemption(&format!("interface = '{}'", exempt.host_ifname));
+        assert_exempt(&world, &config, Some(&exempt.netns), &[&other.netns]);
+    }
+}
+
+/// An exempt pod that forwards packets, as `ip_forward` of the node makes it, is of no use to other pods.
+#[test]
+fn exempt_pod_forwards_for_another() {
+    const COUNT: usize = 10;
+    for hooks in [ALL, PACKETS] {
+        let world = World::new();
+        let exempt = world.add_pod(PodLink::Bridged);
+        exempt.netns.sysctl("ipv4/ip_forward", "1");
+        let send_from = |pod: &Pod| {
+            let packet = packets::udp(pod.address, METADATA, b"forwarded");
+            let frame = packets::tagged_frame(pod, exempt.mac, &[], &packet);
+            let socket = PacketSocket::frames(&pod.netns, Pod::IFNAME);
+            let before = world.arrivals().from(pod.address);
+            for _ in 0..COUNT {
+                socket.send(&frame).expect("send a frame");
+            }
+            world.arrivals().from(pod.address) - before
+        };
+        assert!(reaches(&world, &exempt.netns));
+        assert!(send_from(&world.add_pod(PodLink::Bridged)) > 0);
+
+        let config = exemption(&format!("interface = '{}'", exempt.host_ifname));
+        let agent = world.agent().config(&config).hooks(&known_here(hooks)).spawn_ready();
+        let other = world.add_pod(PodLink::Bridged);
+        assert_eq!(send_from(&other), 0, "{hooks:?}, the agent runs");
+        agent.kill9();
+        // A pod that no agent has seen.
+        let unseen = world.add_pod(PodLink::Bridged);
+        assert_eq!(send_from(&unseen), 0, "{hooks:?}, no agent runs");
+        assert!(reaches(&world, &exempt.netns), "{hooks:?}");
+        world.unload();
+        assert!(send_from(&unseen) > 0);
+    }
+}
