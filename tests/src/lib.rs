@@ -29,6 +29,7 @@ mod agent;
 mod arrivals;
 mod effort;
 mod expect;
+mod layout;
 mod machine;
 mod netkit;
 mod over;
@@ -37,6 +38,7 @@ mod pins;
 mod pod;
 mod services;
 mod skip;
+mod source;
 mod ways;
 mod world;
 
@@ -45,6 +47,7 @@ pub use arrivals::Arrivals;
 pub use cgroup::{Cgroup, MemoryLimit};
 pub use effort::{EFFORT, effort};
 pub use expect::with_each_backend;
+pub use layout::{Layout, Nic};
 pub use machine::{DEBIAN_ROOT, Machine};
 pub use netkit::{NetkitMode, add_pair, skip_without_netkit};
 pub use netns::Netns;
@@ -56,6 +59,7 @@ pub use skip::{
     SKIPPED, WHOLE_TEST, known_here, lacks_device, lacks_netns_cookie, lacks_tc_netns_cookie, skip,
     skip_unless_disposable, skip_without_netns_cookie, skip_without_tcx,
 };
+pub use source::Source;
 pub use status::Status;
 pub use ways::Ways;
 pub use world::{METADATA, METADATA_V6, SERVICE, SERVICE_V6, World};
