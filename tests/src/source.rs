@@ -7,8 +7,11 @@ use std::{
     time::Duration,
 };
 
-use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, setsockopt, socket, sockopt,
+use nix::{
+    errno::Errno,
+    sys::socket::{
+        AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, setsockopt, socket, sockopt,
+    },
 };
 
 use crate::{
@@ -62,7 +65,10 @@ impl Source {
         }
         // Limits connect(2), too.
         setsockopt(&socket, sockopt::SendTimeout, &timeval(timeout))?;
-        connect(socket.as_raw_fd(), &SockaddrIn::from(to))?;
-        Ok(socket)
+        match connect(socket.as_raw_fd(), &SockaddrIn::from(to)) {
+            Ok(()) => Ok(socket),
+            Err(Errno::EINPROGRESS) => Err(io::ErrorKind::TimedOut.into()),
+            Err(errno) => Err(errno.into()),
+        }
     }
 }

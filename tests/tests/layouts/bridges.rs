@@ -1,6 +1,6 @@
 //! NICs that are ports of a bridge.
 
-use imds_tests::{Layout, Netns, Nic, Pod, World};
+use imds_tests::{Layout, Nic, Pod, PodLink, World};
 
 use crate::fixture::Case;
 
@@ -48,21 +48,22 @@ fn veth_pair_to_bridge_of_veth_nic() {
 
 /// Makes the pod a port of the NIC's bridge, with an address of the node's subnet.
 fn join_bridge(world: &World, pod: &mut Pod) {
-    let [.., subnet, host] = pod.address.octets();
-    let was_routed = format!("route delete {}/32 dev {}", pod.address, pod.host_ifname);
-    pod.address = [10, 0, 0, if subnet < 64 { host + 100 } else { host + 50 }].into();
-    if pod.link == imds_tests::PodLink::Routed {
-        world.node.ip(&was_routed);
-    }
-    world.node.ip(&format!("link set {} master {BRIDGE}", pod.host_ifname));
-    let default = "10.0.0.1";
-    let batch = format!(
-        "addr flush dev {eth0}\naddr add {}/24 dev {eth0}\nroute add default via {default}",
+    let [.., host] = pod.address.octets();
+    let veth = &pod.host_ifname;
+    let offset = match pod.link {
+        PodLink::Routed => {
+            world.node.ip(&format!("route delete {}/32 dev {veth}", pod.address));
+            50
+        }
+        PodLink::Bridged => 100,
+    };
+    pod.address = [10, 0, 0, offset + host].into();
+    world.node.ip(&format!("link set {veth} master {BRIDGE}"));
+    pod.netns.ip(&format!(
+        "addr flush dev {eth0}\naddr add {}/24 dev {eth0}\nroute add default via 10.0.0.1",
         pod.address,
         eth0 = Pod::IFNAME
-    );
-    let netns: &Netns = &pod.netns;
-    netns.ip(&batch);
+    ));
 }
 
 #[test]

@@ -33,12 +33,12 @@ fn assert_redirected(nic: Nic, qdisc: &str, parent: &str) {
 
 #[test]
 fn redirect_of_root_qdisc() {
-    assert_redirected(Nic::Macvlan, "root handle 1: prio", "parent 1:");
+    assert_redirected(Nic::Macvlan, "root handle 1: htb", "parent 1:");
 }
 
 #[test]
 fn redirect_of_veth_nic() {
-    assert_redirected(Nic::Veth, "root handle 1: prio", "parent 1:");
+    assert_redirected(Nic::Veth, "root handle 1: htb", "parent 1:");
 }
 
 /// In TCX mode the agent's programs come before the redirect, in clsact mode they share its qdisc.
