@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, HashSet},
     io::{self, PipeWriter},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddrV4, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
     os::fd::AsFd as _,
     sync::{
         Arc, Condvar, Mutex,
@@ -15,7 +15,7 @@ use std::{
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::{METADATA, METADATA_V6, Netns, PacketSocket, SERVICE, measure::run_on};
+use crate::{METADATA, METADATA_V6, Netns, PacketSocket, SERVICE, SERVICE_V6, measure::run_on};
 
 /// The discard port: nothing listens there.
 const BARRIER_PORT: u16 = 9;
@@ -55,6 +55,8 @@ impl Arrivals {
 #[derive(Debug)]
 pub(crate) struct Counter {
     shared: Arc<Shared>,
+    /// Destination of the marks.
+    barrier: IpAddr,
     stop: Option<PipeWriter>,
     thread: Option<JoinHandle<()>>,
 }
@@ -72,8 +74,8 @@ struct State {
 }
 
 impl Counter {
-    /// Counts what arrives on `interface` of `fabric`.
-    pub(crate) fn start(fabric: &Netns, interface: &str) -> Self {
+    /// Counts what arrives on `interface` of `fabric`. Marks are sent to `barrier`, [`SERVICE`] or [`SERVICE_V6`].
+    pub(crate) fn start(fabric: &Netns, interface: &str, barrier: IpAddr) -> Self {
         let sockets = [libc::ETH_P_IP, libc::ETH_P_IPV6]
             .map(|protocol| PacketSocket::packets(fabric, interface, protocol));
         for socket in &sockets {
@@ -84,6 +86,9 @@ impl Counter {
         let of_thread = Arc::clone(&shared);
         let thread = thread::spawn(move || {
             let [v4, v6] = &sockets;
+            // The marks' own socket comes first: packets that arrived before a mark are read once the mark is.
+            let [of_v4, of_v6]: [(_, See); 2] = [(v4, State::see_v4), (v6, State::see_v6)];
+            let order = if barrier.is_ipv4() { [of_v4, of_v6] } else { [of_v6, of_v4] };
             let mut fds =
                 [stopped.as_fd(), v4.as_fd(), v6.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
             loop {
@@ -91,10 +96,10 @@ impl Counter {
                 if fds[0].any() == Some(true) {
                     return;
                 }
-                of_thread.read_all(v4, v6);
+                of_thread.read_all(order);
             }
         });
-        Self { shared, stop: Some(stop), thread: Some(thread) }
+        Self { shared, barrier, stop: Some(stop), thread: Some(thread) }
     }
 
     /// What arrived, with everything that was sent before the call.
@@ -104,7 +109,11 @@ impl Counter {
     pub(crate) fn read(&self, node: &Netns) -> Arrivals {
         let cpus = thread::available_parallelism().expect("number of CPUs").get();
         node.run(|| {
-            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a UDP socket");
+            let any: IpAddr = match self.barrier {
+                IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+                IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+            };
+            let socket = UdpSocket::bind((any, 0)).expect("a UDP socket");
             for _ in 0..HOPS {
                 for cpu in 0..cpus {
                     run_on(cpu);
@@ -120,7 +129,7 @@ impl Counter {
         let mark = NEXT.fetch_add(1, Ordering::Relaxed);
         let arrived = (0..RETRIES).any(|_| {
             // Repeated, because a full queue drops it.
-            let sent = socket.send_to(&mark.to_be_bytes(), SocketAddrV4::new(SERVICE, BARRIER_PORT));
+            let sent = socket.send_to(&mark.to_be_bytes(), (self.barrier, BARRIER_PORT));
             sent.is_ok() && self.shared.wait_for(mark)
         });
         assert!(arrived, "the node's packets do not reach the fabric");
@@ -136,18 +145,20 @@ impl Drop for Counter {
     }
 }
 
+/// Counts a packet of one family.
+type See = fn(&mut State, &[u8]);
+
 impl Shared {
-    /// Marks are IPv4: what came by IPv6 before one is there once the mark is.
-    fn read_all(&self, v4: &PacketSocket, v6: &PacketSocket) {
+    /// Reads both sockets, in this order.
+    fn read_all(&self, sockets: [(&PacketSocket, See); 2]) {
         let mut buffer = [0; 128];
         let mut state = self.state.lock().expect("no reader panicked");
-        while let Ok(packet) = v4.receive(&mut buffer) {
-            state.see_v4(packet);
+        for (socket, see) in sockets {
+            while let Ok(packet) = socket.receive(&mut buffer) {
+                see(&mut state, packet);
+            }
+            state.arrivals.unread += socket.take_dropped();
         }
-        while let Ok(packet) = v6.receive(&mut buffer) {
-            state.see_v6(packet);
-        }
-        state.arrivals.unread += v4.take_dropped() + v6.take_dropped();
         self.barrier_passed.notify_all();
     }
 
@@ -166,7 +177,7 @@ impl State {
         let Some(&destination) = packet.get(16..).and_then(<[u8]>::first_chunk::<4>) else { return };
         match Ipv4Addr::from(destination) {
             METADATA => self.count(Ipv4Addr::from(source)),
-            SERVICE => self.barriers.extend(barrier_mark(packet)),
+            SERVICE => self.barriers.extend(barrier_mark(packet.get(9), packet.get(22..))),
             _ => {}
         }
     }
@@ -174,8 +185,10 @@ impl State {
     fn see_v6(&mut self, packet: &[u8]) {
         let Some(&source) = packet.get(8..).and_then(<[u8]>::first_chunk::<16>) else { return };
         let Some(&destination) = packet.get(24..).and_then(<[u8]>::first_chunk::<16>) else { return };
-        if is_metadata_v6(destination.into()) {
-            self.count(Ipv6Addr::from(source));
+        match Ipv6Addr::from(destination) {
+            SERVICE_V6 => self.barriers.extend(barrier_mark(packet.get(6), packet.get(42..))),
+            destination if is_metadata_v6(destination) => self.count(Ipv6Addr::from(source)),
+            _ => {}
         }
     }
 
@@ -192,8 +205,11 @@ fn is_metadata_v6(destination: Ipv6Addr) -> bool {
         || destination.segments()[..3] == [0x2002, high, low]
 }
 
-fn barrier_mark(packet: &[u8]) -> Option<u64> {
-    let to_barrier = packet.get(9) == Some(&UDP) && packet.get(22..24)? == BARRIER_PORT.to_be_bytes();
-    let mark = packet.get(28..)?.first_chunk()?;
+/// The mark of a packet with this protocol, `rest` of which begins with the destination port.
+fn barrier_mark(protocol: Option<&u8>, rest: Option<&[u8]>) -> Option<u64> {
+    let rest = rest?;
+    let to_barrier = protocol == Some(&UDP) && rest.get(..2)? == BARRIER_PORT.to_be_bytes();
+    // Length and checksum are between the port and the payload.
+    let mark = rest.get(6..)?.first_chunk()?;
     to_barrier.then_some(u64::from_be_bytes(*mark))
 }

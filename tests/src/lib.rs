@@ -30,6 +30,7 @@ mod agent;
 mod arrivals;
 mod effort;
 mod expect;
+mod layout;
 mod machine;
 mod netkit;
 mod over;
@@ -38,6 +39,7 @@ mod pins;
 mod pod;
 mod services;
 mod skip;
+mod source;
 mod ways;
 mod world;
 
@@ -47,6 +49,7 @@ pub use cgroup::{Cgroup, MemoryLimit};
 pub use cni::{CniNetwork, CniPod};
 pub use effort::{EFFORT, effort};
 pub use expect::with_each_backend;
+pub use layout::{Layout, Nic};
 pub use machine::{DEBIAN_ROOT, Machine};
 pub use netkit::{NetkitMode, add_pair, skip_without_netkit};
 pub use netns::Netns;
@@ -58,6 +61,7 @@ pub use skip::{
     SKIPPED, WHOLE_TEST, known_here, lacks_device, lacks_netns_cookie, lacks_program, lacks_tc_netns_cookie,
     skip, skip_unless_disposable, skip_without_netns_cookie, skip_without_tcx,
 };
+pub use source::Source;
 pub use status::Status;
 pub use ways::Ways;
 pub use world::{METADATA, METADATA_V6, SERVICE, SERVICE_V6, World};

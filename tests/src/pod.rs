@@ -1,6 +1,9 @@
 //! Pods, as far as the network sees them.
 
-use std::{net::Ipv4Addr, sync::Arc};
+use std::{
+    net::{Ipv4Addr, Ipv6Addr},
+    sync::Arc,
+};
 
 use crate::{
     Netns, World,
@@ -47,6 +50,8 @@ pub struct Pod {
     pub host_ifname: String,
     /// Index of the node's end of the link in the node's namespace.
     pub host_ifindex: u32,
+    /// Kind of the connection.
+    pub link: PodLink,
     node: Arc<Netns>,
 }
 
@@ -92,8 +97,16 @@ impl Pod {
         // Looks as random as real ones, and differs for every number (Knuth's multiplicative hash).
         let host_ifname = format!("veth{:08x}", (number + 1).wrapping_mul(2_654_435_761));
         let netns = Netns::new(&format!("pod{number}"));
-        let mut pod =
-            Self { netns, address, mac, gateway_mac, host_ifname, host_ifindex: 0, node: Arc::clone(node) };
+        let mut pod = Self {
+            netns,
+            address,
+            mac,
+            gateway_mac,
+            host_ifname,
+            host_ifindex: 0,
+            link,
+            node: Arc::clone(node),
+        };
         pod.make_link(link);
         match link {
             PodLink::Routed | PodLink::Netkit(_) => pod.connect_routed(),
@@ -102,6 +115,14 @@ impl Pod {
         let host_ifindex = node.run(|| nix::net::if_::if_nametoindex(pod.host_ifname.as_str()));
         pod.host_ifindex = host_ifindex.expect("the interface that was just made");
         pod
+    }
+
+    /// The IPv6 address that [`World::add_pod_ipv6`] gives it.
+    #[must_use]
+    pub fn address_v6(&self) -> Ipv6Addr {
+        let [.., subnet, host] = self.address.octets();
+        let number = u16::from_be_bytes([subnet, host]);
+        Ipv6Addr::new(0xfd10, 0x244, 0, 0, 0, 0, 0, number)
     }
 
     /// Deletes the link, then the namespace with all processes, as a container runtime does.

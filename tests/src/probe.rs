@@ -163,7 +163,7 @@ pub(crate) fn raw_socket() -> nix::Result<std::os::fd::OwnedFd> {
     socket(AddressFamily::Inet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Raw)
 }
 
-fn timeval(duration: Duration) -> nix::sys::time::TimeVal {
+pub(crate) fn timeval(duration: Duration) -> nix::sys::time::TimeVal {
     let microseconds = duration.as_micros().try_into().expect("a timeout of less than 290,000 years");
     nix::sys::time::TimeValLike::microseconds(microseconds)
 }

@@ -12,9 +12,10 @@ use std::{
 use tempfile::TempDir;
 
 use crate::{
-    Arrivals, Netns, PacketSocket, Pod, PodLink,
+    Arrivals, Layout, Netns, PacketSocket, Pod, PodLink,
     arrivals::Counter,
     cgroup::Cgroup,
+    layout::Routes,
     pins::PinDir,
     pod::{BRIDGED_GATEWAY, BRIDGED_GATEWAY_MAC, BRIDGED_PREFIX, PODS, mac_text},
     services::Services,
@@ -36,8 +37,8 @@ const PODS_V6: &str = "fd10:244::/32";
 const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0xaa);
 
 const NODE_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 4);
-const FABRIC_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
-const FABRIC_IFNAME: &str = "node0";
+pub(crate) const FABRIC_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
+pub(crate) const FABRIC_IFNAME: &str = "node0";
 
 /// A node and the network around it:
 ///
@@ -61,6 +62,7 @@ pub struct World {
     /// Where the sockets are that the agent guards, if it does.
     cgroup: Cgroup,
     arrivals: Option<Counter>,
+    layout: Layout,
     pods: AtomicU32,
     _services: Services,
     services_v6: Option<Services>,
@@ -76,17 +78,23 @@ impl World {
     #[must_use]
     #[expect(clippy::new_without_default, reason = "making a world is work that its name should show")]
     pub fn new() -> Self {
-        Self::around(Netns::new("node"))
+        Self::with_layout(Layout::default())
+    }
+
+    /// Makes a node that leaves through the interfaces of `layout`.
+    #[must_use]
+    pub fn with_layout(layout: Layout) -> Self {
+        Self::around(Netns::new("node"), layout)
     }
 
     /// Makes this machine itself the node, whose interfaces and sysctls stay changed: see
     /// [`skip_unless_disposable`](crate::skip_unless_disposable).
     #[must_use]
     pub fn of_machine() -> Self {
-        Self::around(Netns::of_machine())
+        Self::around(Netns::of_machine(), Layout::default())
     }
 
-    fn around(node: Netns) -> Self {
+    fn around(node: Netns, layout: Layout) -> Self {
         let fabric = Netns::new("fabric");
         for netns in [&node, &fabric] {
             // The machine's own defaults, which IPv4 inherits, may differ.
@@ -94,16 +102,12 @@ impl World {
             netns.sysctl("ipv4/conf/default/rp_filter", "0");
         }
         node.sysctl("ipv4/ip_forward", "1");
+        layout.make_links(&node, &fabric);
         node.ip(&format!(
             "link set lo up
-             link add {uplink} type veth peer name {FABRIC_IFNAME} netns {fabric}
-             addr add {NODE_ADDRESS}/24 dev {uplink}
-             link set {uplink} up
              link add {bridge} address {bridge_mac} type bridge
              addr add {BRIDGED_GATEWAY}/{BRIDGED_PREFIX} dev {bridge}
              link set {bridge} up",
-            uplink = Self::UPLINK,
-            fabric = fabric.name(),
             bridge = Self::BRIDGE,
             bridge_mac = mac_text(BRIDGED_GATEWAY_MAC),
         ));
@@ -111,14 +115,28 @@ impl World {
             "link set lo up
              addr add {METADATA}/32 dev lo
              addr add {SERVICE}/32 dev lo
-             addr add {FABRIC_ADDRESS}/24 dev {FABRIC_IFNAME}
-             link set {FABRIC_IFNAME} up
-             route add {PODS} via {NODE_ADDRESS}"
+             addr add {FABRIC_ADDRESS}/24 dev {device}
+             route add {PODS} via {NODE_ADDRESS}",
+            device = layout.fabric_device,
         ));
-        node.ip(&format!("route add default via {FABRIC_ADDRESS}"));
-        let arrivals = Counter::start(&fabric, FABRIC_IFNAME);
+        match layout.routes {
+            Routes::Main => {
+                node.ip(&format!(
+                    "addr add {NODE_ADDRESS}/24 dev {device}
+                     route add default via {FABRIC_ADDRESS}",
+                    device = layout.device,
+                ));
+            }
+            Routes::Own(ref batch) => {
+                node.ip(&format!("addr add {NODE_ADDRESS}/24 dev {}\n{batch}", layout.device));
+            }
+            Routes::Ipv6Only => {}
+        }
+        let barrier = if layout.is_ipv6_only() { SERVICE_V6.into() } else { SERVICE.into() };
+        let arrivals = Counter::start(&fabric, layout.fabric_device, barrier);
         let services = Services::start(&fabric, &[METADATA.into(), SERVICE.into()]);
-        Self {
+        let is_ipv6_only = layout.is_ipv6_only();
+        let world = Self {
             node: Arc::new(node),
             fabric,
             pins: PinDir::new(),
@@ -126,10 +144,12 @@ impl World {
             agent: None,
             cgroup: Cgroup::new(),
             arrivals: Some(arrivals),
+            layout,
             pods: AtomicU32::new(0),
             _services: services,
             services_v6: None,
-        }
+        };
+        if is_ipv6_only { world.with_ipv6() } else { world }
     }
 
     /// The same node with IPv6: the services are at [`METADATA_V6`] and [`SERVICE_V6`], too.
@@ -142,13 +162,14 @@ impl World {
         self.fabric.ip(&format!(
             "addr add {METADATA_V6}/128 dev lo nodad
              addr add {SERVICE_V6}/128 dev lo nodad
-             addr add {FABRIC_ADDRESS_V6}/64 dev {FABRIC_IFNAME} nodad
-             route add {PODS_V6} via {NODE_ADDRESS_V6}"
+             addr add {FABRIC_ADDRESS_V6}/64 dev {device} nodad
+             route add {PODS_V6} via {NODE_ADDRESS_V6}",
+            device = self.layout.fabric_device,
         ));
         self.node.ip(&format!(
-            "addr add {NODE_ADDRESS_V6}/64 dev {uplink} nodad
+            "addr add {NODE_ADDRESS_V6}/64 dev {device} nodad
              route add default via {FABRIC_ADDRESS_V6}",
-            uplink = Self::UPLINK,
+            device = self.layout.device,
         ));
         self.services_v6 = Some(Services::start(&self.fabric, &[METADATA_V6.into(), SERVICE_V6.into()]));
         self
@@ -161,15 +182,18 @@ impl World {
         self
     }
 
-    /// Gives a pod with a routed link an IPv6 address and the way out of the node.
+    /// Gives a pod an IPv6 address and a way out of the node.
     pub fn add_pod_ipv6(&self, pod: &Pod) -> Ipv6Addr {
-        let [.., subnet, host] = pod.address.octets();
-        let number = u16::from_be_bytes([subnet, host]);
-        let address = Ipv6Addr::new(0xfd10, 0x244, 0, 0, 0, 0, 0, number);
-        let (veth, eth0) = (&pod.host_ifname, Pod::IFNAME);
+        let address = pod.address_v6();
+        let eth0 = Pod::IFNAME;
+        let gateway = match pod.link {
+            PodLink::Routed | PodLink::Netkit(_) => &pod.host_ifname,
+            PodLink::Bridged => Self::BRIDGE,
+        };
         enable_ipv6(&pod.netns);
-        self.node
-            .ip(&format!("addr add {GATEWAY_V6}/64 dev {veth} nodad\nroute add {address}/128 dev {veth}"));
+        self.node.ip(&format!(
+            "addr replace {GATEWAY_V6}/64 dev {gateway} nodad\nroute add {address}/128 dev {gateway}"
+        ));
         pod.netns.ip(&format!(
             "addr add {address}/128 dev {eth0} nodad
              route add default via {GATEWAY_V6} dev {eth0}"
@@ -180,7 +204,7 @@ impl World {
     /// The network beyond the uplink, as frames.
     #[must_use]
     pub fn fabric_frames(&self) -> PacketSocket {
-        PacketSocket::frames(&self.fabric, FABRIC_IFNAME)
+        PacketSocket::frames(&self.fabric, self.layout.fabric_device)
     }
 
     /// The same node, on which every command of imds-agent is this binary.

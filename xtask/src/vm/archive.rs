@@ -144,8 +144,8 @@ impl Mirrors {
         let line = |mirror: &str, suite: &str| {
             format!("deb [arch=amd64 signed-by={KEYRING}] {mirror} {suite} main\n")
         };
-        // sid has no security updates of its own.
-        let security = self.security.as_ref().filter(|_| suite != "sid");
+        // Neither sid nor backports have security updates of their own.
+        let security = self.security.as_ref().filter(|_| suite != "sid" && !suite.ends_with("-backports"));
         line(&self.main, suite)
             + &security.map(|mirror| line(mirror, &format!("{suite}-security"))).unwrap_or_default()
     }

@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::Stdio};
 use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
 
-use crate::workspace::{artifacts, cargo, describe, say};
+use crate::workspace::{artifacts, cargo, describe, root, say};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
@@ -18,9 +18,11 @@ pub(super) struct Payload {
 }
 
 impl Payload {
-    /// Compiles them.
-    pub(super) fn build() -> Result<Self> {
+    /// Compiles the agent, and the test executables that `filter` names; all of them if it has parts of tests' names.
+    pub(super) fn build(filter: &[String]) -> Result<Self> {
         let mut build = cargo("build");
+        let are_all_executables = !filter.is_empty() && filter.iter().all(|name| is_executable(name));
+        let tests = if are_all_executables { filter } else { &["*".to_owned()] };
         build
             .args([
                 "--locked",
@@ -31,16 +33,8 @@ impl Payload {
                 "--message-format",
                 "json-render-diagnostics",
             ])
-            .args([
-                "--package",
-                "imds-agent",
-                "--bin",
-                "imds-agent",
-                "--package",
-                "imds-tests",
-                "--test",
-                "*",
-            ])
+            .args(["--package", "imds-agent", "--bin", "imds-agent", "--package", "imds-tests"])
+            .args(tests.iter().flat_map(|test| ["--test", test]))
             .arg("--target-dir")
             .arg(artifacts("vm")?)
             .env("RUSTFLAGS", "-Ctarget-feature=+crt-static")
@@ -71,6 +65,13 @@ impl Payload {
     }
 }
 
+/// Reports whether a test executable of that name is compiled from a file or a directory of the package.
+fn is_executable(name: &str) -> bool {
+    let tests = root().join("tests/tests");
+    let is_plain = name.chars().all(|char| char.is_ascii_alphanumeric() || char == '_');
+    is_plain && (tests.join(name).join("main.rs").is_file() || tests.join(format!("{name}.rs")).is_file())
+}
+
 /// What cargo says of something that it has compiled.
 #[derive(Deserialize)]
 struct Message {
@@ -87,6 +88,12 @@ struct Target {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn executables_are_files_or_directories() {
+        assert!(is_executable("unload") && is_executable("layouts"));
+        assert!(!is_executable("bypass/main") && !is_executable("vlan") && !is_executable(""));
+    }
 
     #[test]
     fn executables_are_told_apart_by_their_kind() {

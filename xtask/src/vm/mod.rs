@@ -112,7 +112,7 @@ impl Vm {
             kernels.into_iter().collect::<Result<Vec<_>>>()?;
             return Ok(ExitCode::SUCCESS);
         }
-        let plan = Plan::new(Payload::build()?, &self.filter, self.quick, self.divisor)?;
+        let plan = Plan::new(Payload::build(&self.filter)?, &self.filter, self.quick, self.divisor)?;
         let rows = self.run_all(kernels, &plan, &tools)?;
         match self.output {
             Output::Table => print!("{}", report::table(&rows)),

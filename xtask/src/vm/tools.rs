@@ -10,13 +10,17 @@ use std::{
 use anyhow::{Context as _, Result};
 use imds_ebpf_build::Host;
 
-use super::archive::unpack;
+use super::archive::{Archive, unpack};
 use crate::{apt, cache, workspace::say};
 
 const QEMU: &str = "qemu-system-x86_64";
 /// Programs, and Debian's packages that have them.
 const PROGRAMS: [(&str, &str); 2] = [(QEMU, "qemu-system-x86"), ("busybox", "busybox-static")];
-const BINARIES: [&str; 2] = ["usr/bin", "bin"];
+/// A version of iproute2 that has options for netkit devices and starts with the libraries of Debian 12, and its suite.
+const IPROUTE2: (&str, &str) = ("iproute2", "bookworm-backports");
+/// Kind of devices that an `ip` without such options does not list.
+const NEWEST_KIND: &str = "netkit";
+const BINARIES: [&str; 4] = ["usr/bin", "bin", "usr/sbin", "sbin"];
 const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
 
 /// The programs of this machine, and those in the cache.
@@ -24,12 +28,14 @@ const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"
 pub(super) struct Tools {
     host: Host,
     unpacked: PathBuf,
+    /// Programs that are preferred to the machine's own.
+    newer: Option<PathBuf>,
 }
 
 impl Tools {
     /// Downloads what is neither here nor in `cache`.
     pub(super) fn get(cache: &Path) -> Result<Self> {
-        let tools = Self { host: Host::current(), unpacked: cache.join("tools") };
+        let mut tools = Self { host: Host::current(), unpacked: cache.join("tools"), newer: None };
         let lacking: Vec<_> = PROGRAMS
             .into_iter()
             .filter(|(program, _)| tools.find(program).is_err())
@@ -45,13 +51,26 @@ impl Tools {
             })
             .with_context(|| format!("could not get {names}"))?;
         }
+        if !tools.knows_newest_kind()? {
+            tools.newer = Some(get_iproute2(cache)?);
+        }
         Ok(tools)
+    }
+
+    /// Reports whether this machine's `ip` has options for [`NEWEST_KIND`].
+    fn knows_newest_kind(&self) -> Result<bool> {
+        let help = Command::new(self.find("ip")?).args(["link", "help"]).output();
+        let help = help.context("failed to start ip")?;
+        Ok([help.stdout, help.stderr].iter().any(|text| String::from_utf8_lossy(text).contains(NEWEST_KIND)))
     }
 
     /// The program of that name.
     pub(super) fn find(&self, program: &str) -> Result<PathBuf> {
-        let unpacked = || BINARIES.map(|dir| self.unpacked.join(dir).join(program)).into_iter();
-        let found = self.host.find(program).or_else(|| unpacked().find(|path| path.is_file()));
+        let below = |root: &PathBuf| {
+            BINARIES.map(|dir| root.join(dir).join(program)).into_iter().find(|path| path.is_file())
+        };
+        let newer = self.newer.as_ref().and_then(below);
+        let found = newer.or_else(|| self.host.find(program)).or_else(|| below(&self.unpacked));
         found.with_context(|| format!("there is no {program}"))
     }
 
@@ -68,4 +87,18 @@ impl Tools {
         }
         Ok(command)
     }
+}
+
+/// Downloads [`IPROUTE2`] where it is not in `cache` yet, and returns its directory.
+fn get_iproute2(cache: &Path) -> Result<PathBuf> {
+    let (package, suite) = IPROUTE2;
+    let dir = cache.join(package);
+    if !dir.exists() {
+        say(format_args!("downloading {package} of {suite} to {}", dir.display()));
+        cache::make(&dir, |root, staging| {
+            Archive::open(&staging.join("apt"), suite)?.unpack(&[package.to_owned()], root)
+        })
+        .with_context(|| format!("failed to get {package} of {suite}"))?;
+    }
+    Ok(dir)
 }

@@ -1,0 +1,227 @@
+//! Pods and processes of a node, and their access to the metadata service with and without the agent.
+
+use std::{net::IpAddr, thread};
+
+use imds_tests::{
+    AttachMode, Layout, METADATA, Netns, Pod, PodLink, Source, World, effort, hook, known_here,
+    poll::try_poll,
+    probe::{LONG, Outcome, SHORT, http_get, udp_echo},
+};
+
+/// All hooks that see calls of a pod.
+pub(crate) const ALL: &[&str] = &["from_pod", "node_egress", "socket"];
+/// The hooks that see packets.
+pub(crate) const TC: &[&str] = &["from_pod", "node_egress"];
+/// The hook of the node's interfaces.
+pub(crate) const NODE_EGRESS: &[&str] = &["node_egress"];
+
+/// A key of `[[exempt]]` that names a pod.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Key {
+    Interface,
+    Netns,
+}
+
+impl Key {
+    /// The rule that exempts `pod`.
+    pub(crate) fn rule(self, pod: &Pod) -> String {
+        let subject = match self {
+            Self::Interface => format!("interface = '{}'", pod.host_ifname),
+            Self::Netns => format!("netns = '{}'", pod.netns.path().display()),
+        };
+        format!("[[exempt]]\nname = '{}'\n{subject}\n", pod.host_ifname)
+    }
+}
+
+/// Hooks, attach mode and key of exemptions of each run of an agent. Emulated machines leave out the last.
+const RUNS: [(&[&str], Option<AttachMode>, Key); 5] = [
+    (ALL, None, Key::Interface),
+    (TC, None, Key::Netns),
+    (NODE_EGRESS, None, Key::Interface),
+    (TC, Some(AttachMode::Clsact), Key::Interface),
+    (NODE_EGRESS, None, Key::Netns),
+];
+
+/// A layout with two pods on each kind of link: the first one is exempt.
+pub(crate) struct Case {
+    pub(crate) world: World,
+    pub(crate) source: Source,
+    pub(crate) config: &'static str,
+    target: IpAddr,
+    pods: Vec<[Pod; 2]>,
+    /// Pods that `node_egress` alone tells from others on the same bridge.
+    is_known_at_egress: fn(&Pod) -> bool,
+}
+
+impl Case {
+    /// A routed and a bridged pair of pods on a node with this layout.
+    pub(crate) fn new(layout: Layout) -> Self {
+        let world = World::with_layout(layout);
+        let pods = [PodLink::Routed, PodLink::Bridged].map(|link| [world.add_pod(link), world.add_pod(link)]);
+        Self {
+            world,
+            source: Source::default(),
+            config: "",
+            target: METADATA.into(),
+            pods: pods.into(),
+            is_known_at_egress: |pod| pod.link == PodLink::Routed,
+        }
+    }
+
+    /// The same addresses of IPv6 for all, and `target` as the endpoint.
+    pub(crate) fn with_ipv6_target(self, target: impl Into<IpAddr>) -> Self {
+        for pod in self.pods.iter().flatten() {
+            self.world.add_pod_ipv6(pod);
+        }
+        Self { target: target.into(), config: "provider = 'aws'\n", ..self }
+    }
+
+    /// Changes each pod once it is connected.
+    pub(crate) fn place(mut self, mut place: impl FnMut(&World, &mut Pod)) -> Self {
+        for pod in self.pods.iter_mut().flatten() {
+            place(&self.world, pod);
+        }
+        self
+    }
+
+    /// Pods on one bridge with the NIC, where `node_egress` sees their own links.
+    pub(crate) fn known_at_egress(self) -> Self {
+        Self { is_known_at_egress: |_| true, ..self }
+    }
+
+    /// Every sender reaches the endpoint before the agent starts and after each unload. In between, the node and exempt
+    /// pods do, and no packet of another pod arrives.
+    #[track_caller]
+    pub(crate) fn assert_enforced(self) {
+        let mut broken = self.unreachable("without the agent", &self.all_pods());
+        assert!(broken.is_empty(), "{broken:#?}");
+        let count = RUNS.len() - usize::from(effort(2) < 2);
+        for (hooks, mode, key) in RUNS.into_iter().take(count) {
+            if mode.is_none() || hook::has_tcx() {
+                broken.extend(self.broken_with(hooks, mode, key));
+            }
+        }
+        assert!(broken.is_empty(), "{broken:#?}");
+    }
+
+    fn broken_with(&self, hooks: &[&'static str], mode: Option<AttachMode>, key: Key) -> Vec<String> {
+        let is_exempt = |pod: &Pod| hooks != NODE_EGRESS || (self.is_known_at_egress)(pod);
+        let exempt: Vec<_> = self.pods.iter().map(|[first, _]| first).filter(|pod| is_exempt(pod)).collect();
+        let denied: Vec<_> = self
+            .all_pods()
+            .into_iter()
+            .filter(|pod| !exempt.iter().any(|other| other.address == pod.address))
+            .collect();
+        let rules: String = exempt.iter().map(|pod| key.rule(pod)).collect();
+        let mut command =
+            self.world.agent().hooks(&known_here(hooks)).config(&format!("{}{rules}", self.config));
+        if let Some(mode) = mode {
+            command = command.backend(mode);
+        }
+        let agent = command.spawn_ready();
+        let case = format!("{hooks:?} {}by {key:?}", mode.map_or("", |_| "clsact "));
+        let mut broken = self.unreachable(&case, &exempt);
+        broken.extend(self.reachable(&case, &denied));
+        drop(agent);
+        self.world.unload();
+        broken.extend(self.unreachable(&format!("after {case}"), &self.all_pods()));
+        broken
+    }
+
+    fn all_pods(&self) -> Vec<&Pod> {
+        self.pods.iter().flatten().collect()
+    }
+
+    /// Probes of the node and of `pods` that get no answer.
+    fn unreachable(&self, case: &str, pods: &[&Pod]) -> Vec<String> {
+        let node = Sender { name: "node".to_owned(), netns: &self.world.node, source: Some(self.source) };
+        let senders = pods.iter().map(|pod| Sender::from_pod(pod)).chain([node]);
+        let fails = |probe: &Probe<'_>| {
+            let mut last = None;
+            let found = try_poll(LONG, || {
+                let outcome = self.world.in_cgroup(|| probe.send(self.target));
+                let is_answer = outcome.is_answer();
+                last = Some(outcome);
+                is_answer.then_some(())
+            });
+            found.is_none().then(|| format!("{case}: no answer to {}: {last:?}", probe.name()))
+        };
+        at_once(senders, &fails)
+    }
+
+    /// Probes of `pods` that get an answer, and pods of which packets arrive.
+    fn reachable(&self, case: &str, pods: &[&Pod]) -> Vec<String> {
+        let before = self.world.arrivals();
+        let succeeds = |probe: &Probe<'_>| {
+            let outcome = self.world.in_cgroup(|| probe.send(self.target));
+            outcome.is_answer().then(|| format!("{case}: answer to {}", probe.name()))
+        };
+        let mut broken = at_once(pods.iter().map(|pod| Sender::from_pod(pod)), &succeeds);
+        let after = self.world.arrivals();
+        for pod in pods {
+            let address = match self.target {
+                IpAddr::V4(_) => pod.address.into(),
+                IpAddr::V6(_) => IpAddr::from(pod.address_v6()),
+            };
+            let count = after.from(address) - before.from(address);
+            if count > 0 {
+                broken.push(format!("{case}: {count} packets of {} arrived", name(pod)));
+            }
+        }
+        broken
+    }
+}
+
+struct Sender<'a> {
+    name: String,
+    netns: &'a Netns,
+    source: Option<Source>,
+}
+
+impl<'a> Sender<'a> {
+    fn from_pod(pod: &'a Pod) -> Self {
+        Self { name: name(pod), netns: &pod.netns, source: None }
+    }
+}
+
+fn name(pod: &Pod) -> String {
+    format!("{:?} pod {}", pod.link, pod.address)
+}
+
+struct Probe<'a> {
+    sender: &'a Sender<'a>,
+    is_tcp: bool,
+}
+
+impl Probe<'_> {
+    fn name(&self) -> String {
+        format!("{} of {}", if self.is_tcp { "TCP" } else { "UDP" }, self.sender.name)
+    }
+
+    fn send(&self, target: IpAddr) -> Outcome {
+        let netns = self.sender.netns;
+        match (self.sender.source, target, self.is_tcp) {
+            (Some(source), IpAddr::V4(target), true) => source.http_get(netns, target, SHORT),
+            (Some(source), IpAddr::V4(target), false) => source.udp_echo(netns, target, SHORT),
+            (_, target, true) => http_get(netns, target, SHORT),
+            (_, target, false) => udp_echo(netns, target, SHORT),
+        }
+    }
+}
+
+/// Sends a TCP and a UDP probe of each sender at the same time, and returns the errors that `check` finds.
+fn at_once<'a>(
+    senders: impl Iterator<Item = Sender<'a>>,
+    check: &(impl Fn(&Probe<'_>) -> Option<String> + Sync),
+) -> Vec<String> {
+    let senders: Vec<_> = senders.collect();
+    thread::scope(|scope| {
+        let probes = probes_of(&senders).map(|probe| scope.spawn(move || check(&probe)));
+        let threads: Vec<_> = probes.collect();
+        threads.into_iter().filter_map(|thread| thread.join().expect("probes do not panic")).collect()
+    })
+}
+
+fn probes_of<'a>(senders: &'a [Sender<'a>]) -> impl Iterator<Item = Probe<'a>> {
+    senders.iter().flat_map(|sender| [true, false].map(|is_tcp| Probe { sender, is_tcp }))
+}

@@ -1,0 +1,23 @@
+//! Layouts of a node's interfaces, in each of which pods are denied while the node and exempt pods are not.
+//!
+//! | file | layouts |
+//! | --- | --- |
+//! | `bridges` | NIC as port of a bridge, with the node's address on the bridge or on a veth pair behind it; pods on that bridge |
+//! | `stacks` | bond, team and VLAN device above the NIC |
+//! | `shaping` | egress of the NIC redirected to an ifb |
+//! | `veths` | uplinks that are veths and that the main IPv4 table does not show: IPv6 only, policy routing, VRF |
+//! | `routes` | default routes that come and go |
+//! | `shared` | macvlan and ipvlan pods, which share the NIC |
+//! | `selection` | NICs that the configuration excludes or includes |
+//!
+//! A synthetic device above a VF (`net_failover`, netvsc) takes hardware. A bond sends a packet through two devices in
+//! the same way: both call `dev_queue_xmit` for the lower device.
+
+mod bridges;
+mod fixture;
+mod routes;
+mod selection;
+mod shaping;
+mod shared;
+mod stacks;
+mod veths;

@@ -1,0 +1,71 @@
+//! Default routes that come and go while pods send.
+
+use imds_tests::{
+    Layout, METADATA, Nic, Pod, PodLink, World, effort,
+    flood::Flood,
+    poll::poll_until,
+    probe::{LONG, reachable},
+};
+
+use crate::fixture::NODE_EGRESS;
+
+const ROUNDS: u32 = 20;
+/// Packets of each pod while the route is there.
+const PACKETS: u64 = 200;
+
+/// Lets packets of the pod leave its namespace without an answer to ARP, which the node gives only while it has a route.
+fn add_gateway_neighbour(pod: &Pod) {
+    let [gateway, mac] = match pod.link {
+        PodLink::Routed => ["169.254.1.1", "ee:ee:ee:ee:ee:ee"],
+        PodLink::Bridged => ["10.244.2.1", "02:42:0a:f4:02:01"],
+    };
+    pod.netns.ip(&format!("neigh replace {gateway} lladdr {mac} dev {} nud permanent", Pod::IFNAME));
+}
+
+fn change_default(world: &World, verb: &str) {
+    world.node.ip(&format!("route {verb} default via 10.0.0.1 dev {}", World::UPLINK));
+}
+
+fn assert_never_open(nic: Nic) {
+    // The node reaches the other service always, and its neighbour is known.
+    let layout = Layout::new(nic).routes("route add 198.51.100.10/32 via 10.0.0.1");
+    let world = World::with_layout(layout);
+    let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
+    pods.iter().for_each(add_gateway_neighbour);
+    assert!(pods.iter().all(|pod| world.arrivals().from(pod.address) == 0));
+    change_default(&world, "add");
+    assert!(pods.iter().all(|pod| reachable(&pod.netns, METADATA)), "without the agent");
+    change_default(&world, "delete");
+
+    let agent = world.agent().hooks(NODE_EGRESS).spawn_ready();
+    let before = world.arrivals();
+    let floods = pods.each_ref().map(|pod| Flood::udp(pod, METADATA));
+    for _ in 0..effort(ROUNDS) {
+        change_default(&world, "add");
+        for flood in &floods {
+            let start = flood.sent();
+            poll_until(LONG, "packets of a flood", || (flood.sent() > start + PACKETS).then_some(()));
+        }
+        change_default(&world, "delete");
+    }
+    change_default(&world, "add");
+    drop(floods);
+    for pod in &pods {
+        let (link, after) = (pod.link, world.arrivals());
+        assert_eq!(after.from(pod.address), before.from(pod.address), "{link:?} pod: {}", agent.log());
+    }
+    assert!(reachable(&world.node, METADATA), "the node");
+    drop(agent);
+    world.unload();
+    assert!(pods.iter().all(|pod| reachable(&pod.netns, METADATA)), "after unload");
+}
+
+#[test]
+fn default_route_of_nic() {
+    assert_never_open(Nic::Macvlan);
+}
+
+#[test]
+fn default_route_of_veth_nic() {
+    assert_never_open(Nic::Veth);
+}

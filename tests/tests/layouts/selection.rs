@@ -1,0 +1,66 @@
+//! Interfaces that the configuration chooses.
+
+use imds_tests::{
+    Layout, METADATA, Nic, PodLink, World, output,
+    probe::{SHORT, http_get, reachable},
+};
+
+use crate::fixture::{NODE_EGRESS, TC};
+
+/// The entry of the NIC in the status.
+fn uplink_status(world: &World) -> serde_json::Value {
+    let output = output(world.imds_agent(&["status", "-o", "json"]).command());
+    let status: serde_json::Value = serde_json::from_slice(&output.stdout).expect("a status in JSON");
+    let interfaces = status["interfaces"].as_array().expect("interfaces").clone();
+    let mut found = interfaces.into_iter().filter(|interface| interface["name"] == World::UPLINK);
+    found.next().expect("the NIC in the status")
+}
+
+fn attached_hooks(uplink: &serde_json::Value) -> Vec<&str> {
+    let attachments = uplink["attachments"].as_array().expect("attachments");
+    attachments
+        .iter()
+        .filter(|attachment| !attachment["attach_mode"].is_null())
+        .filter_map(|attachment| attachment["hook"].as_str())
+        .collect()
+}
+
+#[test]
+fn excluded_nic() {
+    for nic in [Nic::Veth, Nic::Macvlan] {
+        let world = World::with_layout(Layout::new(nic));
+        let pod = world.add_pod(PodLink::Routed);
+        assert!(reachable(&pod.netns, METADATA));
+        let exclude = format!("[interfaces]\nexclude = ['{}']\n", World::UPLINK);
+        for (hooks, is_open) in [(NODE_EGRESS, true), (TC, false)] {
+            let agent = world.agent().hooks(hooks).config(&exclude).spawn_ready();
+            let uplink = uplink_status(&world);
+            assert_eq!(uplink["role"], "excluded", "{uplink:#}");
+            assert!(attached_hooks(&uplink).is_empty(), "{uplink:#}");
+            assert_eq!(http_get(&pod.netns, METADATA, SHORT).is_answer(), is_open, "{}", agent.log());
+            assert!(reachable(&world.node, METADATA), "the node");
+            drop(agent);
+            world.unload();
+            assert!(reachable(&pod.netns, METADATA), "after unload");
+        }
+    }
+}
+
+/// An operator who takes the NIC for a pod's link gets `from_pod` there, which cuts off neither the node nor answers.
+#[test]
+fn included_nic() {
+    for nic in [Nic::Veth, Nic::Macvlan] {
+        let world = World::with_layout(Layout::new(nic));
+        let pod = world.add_pod(PodLink::Routed);
+        assert!(reachable(&pod.netns, METADATA));
+        let include = format!("[interfaces]\ninclude = ['{}']\n", World::UPLINK);
+        let agent = world.agent().hooks(TC).config(&include).spawn_ready();
+        let uplink = uplink_status(&world);
+        assert!(attached_hooks(&uplink).contains(&"from_pod"), "{uplink:#}");
+        world.assert_blocked(&pod);
+        assert!(reachable(&world.node, METADATA), "the node");
+        drop(agent);
+        world.unload();
+        assert!(reachable(&pod.netns, METADATA), "after unload");
+    }
+}

@@ -1,0 +1,92 @@
+//! Pods with an interface above the NIC: the node has no interface of theirs.
+
+use imds_tests::{
+    METADATA, Netns, WHOLE_TEST, World, known_here, lacks_device, lacks_tc_netns_cookie,
+    poll::{poll_until, try_poll},
+    probe::{LONG, SHORT, http_get, udp_echo},
+};
+
+use crate::fixture::NODE_EGRESS;
+
+const SOCKET: &[&str] = &["socket"];
+
+fn add_pod(world: &World, options: &str, host: u8) -> Netns {
+    let pod = Netns::new("upper");
+    let name = format!("upper{host}");
+    world.node.ip(&format!("link add {name} link {} netns {} {options}", World::UPLINK, pod.name()));
+    pod.ip(&format!(
+        "link set lo up
+         addr add 10.0.0.{host}/24 dev {name}
+         link set {name} up
+         route add default via 10.0.0.1"
+    ));
+    if options.contains("mode l3") {
+        // Such a device answers no ARP request.
+        world.fabric.ip(&format!("route add 10.0.0.{host}/32 via {}", world.node_address()));
+    }
+    pod
+}
+
+fn reaches(world: &World, netns: &Netns) -> bool {
+    world.in_cgroup(|| {
+        http_get(netns, METADATA, SHORT).is_answer() && udp_echo(netns, METADATA, SHORT).is_answer()
+    })
+}
+
+fn gets_any_answer(world: &World, netns: &Netns) -> bool {
+    world.in_cgroup(|| {
+        http_get(netns, METADATA, SHORT).is_answer() || udp_echo(netns, METADATA, SHORT).is_answer()
+    })
+}
+
+fn assert_enforced(options: &str) {
+    let world = World::new();
+    let [exempt, denied] = [77, 78].map(|host| add_pod(&world, options, host));
+    let all = [&exempt, &denied, &*world.node];
+    let assert_open = |when: &str| {
+        for netns in all {
+            poll_until(LONG, &format!("answers for {} {when}", netns.name()), || {
+                reaches(&world, netns).then_some(())
+            });
+        }
+    };
+    assert_open("without the agent");
+    let mut runs = vec![known_here(SOCKET)];
+    if !lacks_tc_netns_cookie("`node_egress`") {
+        runs.push(NODE_EGRESS.to_vec());
+    }
+    for hooks in runs.iter().filter(|hooks| !hooks.is_empty()) {
+        let rule = format!("[[exempt]]\nname = 'upper'\nnetns = '{}'\n", exempt.path().display());
+        let agent = world.agent().hooks(hooks).config(&rule).spawn_ready();
+        for (name, netns) in [("node", &*world.node), ("exempt pod", &exempt)] {
+            let found = try_poll(LONG, || reaches(&world, netns).then_some(()));
+            assert!(found.is_some(), "{name} with {hooks:?}: {}", agent.log());
+        }
+        let before = world.arrivals().from([10, 0, 0, 78]);
+        assert!(!gets_any_answer(&world, &denied), "{hooks:?}: {}", agent.log());
+        assert_eq!(world.arrivals().from([10, 0, 0, 78]), before, "{hooks:?}");
+        drop(agent);
+        world.unload();
+        assert_open(&format!("after {hooks:?}"));
+    }
+}
+
+#[test]
+fn macvlan_pods() {
+    if lacks_device(WHOLE_TEST, "macvlan", "link lower0 type macvlan mode bridge") {
+        return;
+    }
+    for mode in ["bridge", "private"] {
+        assert_enforced(&format!("type macvlan mode {mode}"));
+    }
+}
+
+#[test]
+fn ipvlan_pods() {
+    if lacks_device(WHOLE_TEST, "ipvlan", "link lower0 type ipvlan mode l2") {
+        return;
+    }
+    for mode in ["l2", "l3", "l3s"] {
+        assert_enforced(&format!("type ipvlan mode {mode}"));
+    }
+}

@@ -1,0 +1,65 @@
+//! Uplinks that are veths with a peer in another namespace, like links of pods, and that the main IPv4 table does not
+//! show.
+
+use imds_tests::{Layout, METADATA_V6, Nic, Pod, PodLink, Source, WHOLE_TEST, World, lacks_device};
+
+use crate::fixture::Case;
+
+#[test]
+fn ipv6_only() {
+    for nic in [Nic::Veth, Nic::Macvlan] {
+        Case::new(Layout::new(nic).ipv6_only()).with_ipv6_target(METADATA_V6).assert_enforced();
+    }
+}
+
+/// Pods and the node leave by routes of a table that rules choose by the source address.
+#[test]
+fn policy_routing() {
+    for nic in [Nic::Veth, Nic::Macvlan] {
+        let layout = Layout::new(nic).routes(&format!(
+            "rule add from 10.244.0.0/16 lookup 7
+             rule add from 10.0.0.4 lookup 7
+             route add default via 10.0.0.1 dev {uplink} table 7
+             route add 198.51.100.10/32 via 10.0.0.1",
+            uplink = World::UPLINK
+        ));
+        let mut case = Case::new(layout);
+        case.source = Source { address: Some(case.world.node_address()), device: None };
+        case.assert_enforced();
+    }
+}
+
+const VRF: &str = "vrf0";
+
+fn join_vrf(world: &World, pod: &mut Pod) {
+    let (veth, address) = (&pod.host_ifname, pod.address);
+    match pod.link {
+        // Its route goes with the interface's way into the VRF.
+        PodLink::Routed | PodLink::Netkit(_) => {
+            world
+                .node
+                .ip(&format!("link set {veth} master {VRF}\nroute add {address}/32 dev {veth} table 10"));
+        }
+        PodLink::Bridged => world.node.ip(&format!("link set {} master {VRF}", World::BRIDGE)),
+    }
+}
+
+#[test]
+fn vrf() {
+    if lacks_device(WHOLE_TEST, "VRF", "type vrf table 10") {
+        return;
+    }
+    for nic in [Nic::Veth, Nic::Macvlan] {
+        let uplink = World::UPLINK;
+        let setup =
+            format!("link add {VRF} type vrf table 10\nlink set {VRF} up\nlink set {uplink} master {VRF}");
+        let routes = format!(
+            "route add default via 10.0.0.1 dev {uplink} table 10
+             route add 198.51.100.10/32 via 10.0.0.1 dev {uplink} onlink"
+        );
+        let layout = Layout::new(nic).above(&setup, uplink).routes(&routes);
+        let mut case = Case::new(layout).place(join_vrf);
+        case.source = Source { address: None, device: Some(VRF) };
+        case.assert_enforced();
+    }
+}
