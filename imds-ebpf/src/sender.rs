@@ -24,12 +24,21 @@ pub(crate) struct Sender {
 pub(crate) fn of(packet: &Skb, skb: *mut __sk_buff) -> Option<Sender> {
     match netns::of_socket(skb) {
         SocketNetns::Cookie(cookie) => (!netns::is_node(cookie)).then_some(Sender { cookie }),
+        // TC redirected it to an ifb device and back, after this hook has let it pass.
+        SocketNetns::NoSocket if is_redirected(packet.ingress_ifindex()) => None,
         // The node forwards it. Without an ingress interface it can be a pod's too: an IPv6 packet that the node fragments
         // again loses it (ip6_copy_metadata, net/ipv6/ip6_output.c), and ipvlan in layer 3 scrubs it. The few packets that
         // the node sends without a socket, such as IPv6 resets, are denied with them.
         SocketNetns::NoSocket => Some(Sender { cookie: 0 }),
         SocketNetns::Unknown => is_from_pod(packet.ingress_ifindex()).then_some(Sender { cookie: 0 }),
     }
+}
+
+/// Reports whether a packet comes back from an ifb device, which sets the ingress interface to itself (`ifb_ri_tasklet`,
+/// drivers/net/ifb.c).
+#[inline(always)]
+fn is_redirected(ingress_ifindex: u32) -> bool {
+    ingress_ifindex != 0 && matches!(maps::role(ingress_ifindex), Some(Role::Ifb))
 }
 
 /// Decides for a packet with a socket whose network namespace the kernel does not report (before Linux 6.13).

@@ -165,6 +165,11 @@ impl Datapath {
         }
     }
 
+    /// Reports whether the interface has a qdisc that takes filters, of whatever owner.
+    pub async fn has_qdisc(&self, link: &Link) -> Result<bool, DatapathError> {
+        Ok(qdisc::read(&self.netlink, link.index).await?.is_some())
+    }
+
     /// Fails if the qdisc of the interface cannot take a filter at `hook`.
     async fn check_qdisc(&self, link: &Link, hook: TcHook) -> Result<(), DatapathError> {
         match qdisc::obstacle(&self.netlink, link.index, hook).await? {

@@ -293,6 +293,8 @@ impl Datapath {
         for edge in TcHook::ALL {
             self.links.forget(self.claim.dir(), AttachPoint { ifindex, edge })?;
         }
+        // Left by a `verify` that was killed.
+        let _no_probe = self.maps.probes.remove(&Subject::new(SubjectKind::Interface, ifindex.into()));
         counters::fold(&mut self.maps, ifindex)?;
         records::remove(&mut self.maps, ifindex);
         Ok(())

@@ -2,14 +2,14 @@
 
 use std::collections::BTreeSet;
 
-use imds_ebpf_common::{AttachMode, TcHook};
+use imds_ebpf_common::{AttachMode, TcHook, TcHookSet};
 use log::Level;
 use tokio::time::{Instant, sleep_until};
 
 use super::{Guard, attach_queue::AttachQueue};
 use crate::{
     datapath::{DatapathError, pins::AttachPoint, records::LinkState},
-    node::links::Link,
+    node::links::{Kind, Link},
     reconcile::{Action, Attachment, Order, plan},
     state::{self, Assignment, Uplinks},
 };
@@ -174,7 +174,7 @@ impl Guard {
                 recorded = recorded.and(self.datapath.revoke(link.index));
                 self.exemptions_dirty = true;
             }
-            if self.must_wait(link, point, desired, &attachments) {
+            if self.must_wait(link, point, desired, &attachments).await? {
                 state.is_pending = true;
                 state.attach_modes[hook as usize] =
                     attachments.first().map_or(AttachMode::None, |attachment| attachment.backend);
@@ -183,6 +183,11 @@ impl Guard {
             self.queue.remove(point);
             match self.reconcile_hook(link, (hook, desired), &attachments, is_new).await {
                 Ok(()) => state.attach_modes[hook as usize] = desired,
+                // A link without a route to an endpoint does without the hook that only prepares for one.
+                Err(error) if self.is_spare(link, point) && error.obstacle().is_some() => {
+                    log::debug!("{} (ifindex {}): {:#}", link.name, link.index, anyhow::Error::from(error));
+                    state.assignment.hooks = TcHookSet::FROM_POD;
+                }
                 Err(error) => failed = failed.or(Some(error)),
             }
         }
@@ -228,26 +233,33 @@ impl Guard {
     ///
     /// Attachments of node-wide hooks never wait. On a kernel without TCX, the first filter needs a qdisc, which a CNI plugin
     /// may want to add itself (`bandwidth`): the link waits until the plugins are done.
-    fn must_wait(
+    async fn must_wait(
         &mut self,
         link: &Link,
         point: AttachPoint,
         desired: AttachMode,
         attachments: &[Attachment],
-    ) -> bool {
+    ) -> Result<bool, DatapathError> {
         let is_attached = attachments.iter().any(|attachment| attachment.backend == desired);
         let is_uplink = point.edge == TcHook::NodeEgress && self.uplinks.contain(link.index);
-        if desired == AttachMode::None
-            || is_attached
-            || is_uplink
-            || !link.leads_elsewhere()
-            || self.turn == Some(point)
-        {
-            return false;
+        // A pair that a CNI plugin makes is announced before its peer is known.
+        let is_pair = link.leads_elsewhere() || matches!(link.kind, Kind::Veth | Kind::Netkit);
+        if desired == AttachMode::None || is_attached || is_uplink || !is_pair || self.turn == Some(point) {
+            return Ok(false);
         }
-        let delay = if desired == AttachMode::Clsact { self.clsact_delay } else { std::time::Duration::ZERO };
+        let is_clsact = desired == AttachMode::Clsact && !self.clsact_delay.is_zero();
+        let waits_for_plugin = is_clsact && !self.datapath.has_qdisc(link).await?;
+        let delay = if waits_for_plugin { self.clsact_delay } else { std::time::Duration::ZERO };
         self.queue.push(point, Instant::now() + delay);
-        true
+        if !waits_for_plugin {
+            self.queue.release(|ifindex| ifindex == link.index);
+        }
+        Ok(true)
+    }
+
+    /// Reports whether `node_egress` of a link only prepares for a route to an endpoint.
+    fn is_spare(&self, link: &Link, point: AttachPoint) -> bool {
+        point.edge == TcHook::NodeEgress && link.leads_elsewhere() && !self.uplinks.contain(link.index)
     }
 
     /// Level at which a change is logged that only the operator or the initial sync explain.

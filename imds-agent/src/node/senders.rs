@@ -117,10 +117,17 @@ impl Finder {
         self.behind.clear();
     }
 
-    /// Ids of the network namespaces in which processes run, as [`Link::peer_netns`] has them.
+    /// Ids of the network namespaces in which containers run, as [`Link::peer_netns`] has them. CNI plugins enter them too,
+    /// but stay in the mount namespace of the first process.
     pub async fn inhabited(&self, netlink: &Netlink) -> BTreeSet<i32> {
         let mut ids = BTreeSet::new();
-        for namespace in self.namespaces_of(process_namespaces()) {
+        let mounts = |process: &Path| fs::metadata(process.join("ns/mnt")).ok().map(|file| file.ino());
+        let of_node = mounts(&Path::new(PROC).join("1"));
+        let is_container = |file: &PathBuf| {
+            let process = file.parent().and_then(Path::parent);
+            process.and_then(mounts).is_some_and(|inode| Some(inode) != of_node)
+        };
+        for namespace in self.namespaces_of(process_namespaces().filter(is_container)) {
             ids.extend(netlink.netns_id(&namespace.file).await.ok().flatten());
         }
         ids

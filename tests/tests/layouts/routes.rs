@@ -16,7 +16,7 @@ const PACKETS: u64 = 200;
 /// Lets packets of the pod leave its namespace without an answer to ARP, which the node gives only while it has a route.
 fn add_gateway_neighbour(pod: &Pod) {
     let [gateway, mac] = match pod.link {
-        PodLink::Routed => ["169.254.1.1", "ee:ee:ee:ee:ee:ee"],
+        PodLink::Routed | PodLink::Netkit(_) => ["169.254.1.1", "ee:ee:ee:ee:ee:ee"],
         PodLink::Bridged => ["10.244.2.1", "02:42:0a:f4:02:01"],
     };
     pod.netns.ip(&format!("neigh replace {gateway} lladdr {mac} dev {} nud permanent", Pod::IFNAME));
