@@ -19,9 +19,10 @@ use nix::{
 
 use crate::{ALL, add_pods, assert_all_passed, assert_nothing_left, exempt, interfaces, verify};
 
-/// Routes and neighbours of the node, and programs at its uplink.
+/// Routes of the node, and programs at its uplink. IPv6 routes of link-local addresses come some time after their links.
 fn state_of(world: &World) -> (String, usize) {
-    let routes = world.node.command("ip").args(["route", "show", "table", "all"]).output().unwrap().stdout;
+    let routes =
+        world.node.command("ip").args(["-4", "route", "show", "table", "all"]).output().unwrap().stdout;
     let programs = programs_at(&world.node, World::UPLINK, TcAttachType::Egress).len();
     (String::from_utf8(routes).unwrap(), programs)
 }
