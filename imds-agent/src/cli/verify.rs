@@ -6,12 +6,12 @@ use super::{Failure, output::OutputArgs};
 use crate::{
     node::netlink::Netlink,
     preflight,
-    verify::{self, Report},
+    verify::{self, VerifyReport},
 };
 
 pub(super) async fn verify(args: OutputArgs) -> Result<ExitCode, Failure> {
     preflight::check_capabilities()?;
     preflight::lift_limits()?;
     let report = verify::verify(&args.pins()?, &Netlink::connect()?).await?;
-    args.print(&report, Report::table, report.held)
+    args.print(&report, VerifyReport::table, report.passed)
 }

@@ -3,6 +3,7 @@
 
 mod cgroup;
 mod program;
+mod sink;
 
 use std::{
     ffi::{CString, c_long},
@@ -29,6 +30,7 @@ use aya_obj::generated::{
 pub use self::{
     cgroup::{CgroupPrograms, cgroup_programs, effective_programs},
     program::{is_compiled, is_foreign, is_ours, load_idle, load_redirect, program_name},
+    sink::{MAX_SINK_IDS, link_create_after, load_sink},
 };
 
 /// Size of the list of programs of one hook: `BPF_MPROG_MAX` (`include/linux/bpf_mprog.h`).

@@ -263,6 +263,15 @@ impl Netlink {
         Ok(())
     }
 
+    /// Sends a request and returns the first message of the answer.
+    pub(crate) async fn answer(
+        &self,
+        call: impl Into<String>,
+        message: RouteNetlinkMessage,
+    ) -> Result<Option<RouteNetlinkMessage>, NetlinkError> {
+        self.request(message, 0).try_next().await.map_err(|source| NetlinkError::new(call, source))
+    }
+
     /// Sends a request that is answered with a list.
     pub(crate) async fn dump(
         &self,

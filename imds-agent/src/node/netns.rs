@@ -136,6 +136,11 @@ impl Namespace {
         })
     }
 
+    /// Cookie of the namespace, which Linux 5.14 and newer report.
+    pub fn cookie(&self) -> io::Result<u64> {
+        self.run(cookie)?
+    }
+
     /// Runs `work` in it, on a thread of its own: the caller's never changes.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
         inside(&self.0, work)

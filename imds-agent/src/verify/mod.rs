@@ -1,28 +1,43 @@
-//! Proves what the guard does on this node: from a network namespace that is made for it, as from a pod, and from the
-//! node.
+//! `imds-agent verify`: proves on this node that pods are denied, and that exempt pods and the node are not.
+//!
+//! Test packets pass the real programs, routes and rules of the node. At the last hook before they would leave the machine,
+//! another program counts and drops them.
 
-mod calls;
-mod edges;
-mod hosts;
-mod report;
-mod sockets;
-mod stage;
-mod wire;
+mod attached;
+mod exits;
+mod fixture;
+mod forwarding;
+mod frames;
+mod host_calls;
+mod last_hook;
+mod node_calls;
+mod outcome;
+mod path_checks;
+mod pod_calls;
+mod probes;
+mod routes;
+mod sink_filter;
+mod syscalls;
+mod tc;
 
-use std::{collections::BTreeSet, io, time::Duration};
+use std::{io, path::PathBuf, pin::pin, time::Duration};
 
+use aya::maps::MapError;
 use imds_ebpf_common::{Hook, Mode, TcHook};
 use thiserror::Error;
 use tokio::{
+    net::UnixListener,
     signal::unix::{SignalKind, signal},
     time::{Instant, sleep},
 };
 
-pub use self::report::{Check, Outcome, Report};
-pub(crate) use self::stage::PREFIX;
+pub(crate) use self::fixture::PREFIX;
+pub use self::outcome::{Check, Outcome, VerifyReport};
 use self::{
-    edges::Obstacle,
-    stage::{Device, Loop, Pod},
+    fixture::{LoopbackTap, TestDevice, TestPod},
+    outcome::{Skip, is_passed},
+    path_checks::Paths,
+    probes::Probes,
 };
 use crate::{
     config::Hooks,
@@ -39,39 +54,60 @@ use crate::{
 
 /// Version of the JSON form: within one, fields are only added.
 const SCHEMA: u32 = 1;
-/// How long an agent that starts may take to look at every interface.
-const STARTING: Duration = Duration::from_secs(15);
-/// How long an interface that is new may be without its guard.
-const SETTLING: Duration = Duration::from_secs(2);
-const INTERVAL: Duration = Duration::from_millis(50);
+/// Name of checks that are about the path through the node, and not about one hook.
+const PATH: &str = "path";
+/// Limit for an agent that starts to reconcile every interface.
+const START_TIMEOUT: Duration = Duration::from_secs(30);
+/// Limit for an agent to attach to interfaces that are new.
+const ATTACH_DELAY: Duration = Duration::from_secs(5);
+/// Limit for another run to end.
+const LOCK_TIMEOUT: Duration = Duration::from_mins(2);
+/// Limit for a test packet to be counted. A busy machine can need seconds to handle it.
+const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(10);
+/// Between two looks at counters.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Why nothing could be proven.
+/// Why no check could run.
 #[derive(Debug, Error)]
 pub enum VerifyError {
-    /// There is nothing to prove.
+    /// No programs are loaded.
     #[error("nothing is loaded at {}: start `imds-agent run`, or name the --pin-dir of the one that runs", .0.display())]
-    Unloaded(std::path::PathBuf),
-    /// No network namespace could be made or entered.
-    #[error("can't make a network namespace, which takes CAP_SYS_ADMIN: run this as root on the node itself")]
+    Unloaded(PathBuf),
+    /// A network namespace could not be created or entered.
+    #[error("failed to create a network namespace, which needs CAP_SYS_ADMIN")]
     Namespace(#[source] io::Error),
+    /// No interface leads out of the machine.
+    #[error("this node has no uplink: no route leads to an endpoint")]
+    NoExit,
     /// A system call failed.
-    #[error("can't {operation} {subject}")]
+    #[error("failed to {operation} {subject}")]
     Io {
-        /// What was tried.
+        /// The operation.
         operation: &'static str,
-        /// With what.
+        /// Its object.
         subject: String,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// What is loaded can't be read.
+    /// A map can't be read or written.
+    #[error("failed to use the map {map}")]
+    Map {
+        /// The map.
+        map: &'static str,
+        /// The kernel's error.
+        source: MapError,
+    },
+    /// The datapath can't be read.
     #[error(transparent)]
     Datapath(#[from] DatapathError),
-    /// A request to rtnetlink.
+    /// A request to rtnetlink failed.
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
-    /// The user wants no more of it.
-    #[error("interrupted; what was made is removed")]
+    /// Another run did not end.
+    #[error("another `imds-agent verify` runs on this node")]
+    Locked,
+    /// A signal ended the run.
+    #[error("interrupted; all test devices are removed")]
     Interrupted,
 }
 
@@ -79,6 +115,11 @@ impl VerifyError {
     fn io(operation: &'static str, subject: &str) -> impl FnOnce(io::Error) -> Self {
         let subject = subject.to_owned();
         move |source| Self::Io { operation, subject, source }
+    }
+
+    /// The error with its causes, in one line.
+    fn in_full(self) -> String {
+        format!("{:#}", anyhow::Error::from(self))
     }
 }
 
@@ -88,53 +129,79 @@ impl From<ObjectError> for VerifyError {
     }
 }
 
-/// What is in force, as the proofs need it.
-struct Guarding {
+/// The effective configuration of the kernel, and the maps for test senders.
+struct Enforced {
     pins: PinDir,
     maps: Maps,
+    probes: Probes,
     mode: Mode,
     hooks: Hooks,
     endpoints: Vec<Endpoint>,
     status: status::Report,
 }
 
-/// Proves it, or says what does not hold. What is made for that is gone when this returns.
-pub async fn verify(pins: &PinDir, netlink: &Netlink) -> Result<Report, VerifyError> {
+/// Runs all checks. All test devices, routes and map entries are removed when this returns.
+pub async fn verify(pins: &PinDir, netlink: &Netlink) -> Result<VerifyReport, VerifyError> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(VerifyError::io("listen for", "SIGINT"))?;
     let mut terminate = signal(SignalKind::terminate()).map_err(VerifyError::io("listen for", "SIGTERM"))?;
-    let guarding = Guarding::read(pins, netlink).await?;
-    let pod = Pod::new(netlink).await?;
-    let checks = tokio::select! {
-        checks = guarding.prove(&pod, netlink) => checks,
-        _ = interrupt.recv() => Err(VerifyError::Interrupted),
-        _ = terminate.recv() => Err(VerifyError::Interrupted),
+    let interrupted = async {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
     };
-    pod.remove(netlink).await?;
+    let mut interrupted = pin!(interrupted);
+    let start = async { Ok::<_, VerifyError>((lock().await?, Enforced::read(pins, netlink).await?)) };
+    let (_lock, enforced) = tokio::select! {
+        started = start => started?,
+        () = &mut interrupted => return Err(VerifyError::Interrupted),
+    };
+    let mut fixture = Fixture::new(&enforced, netlink).await?;
+    let checks = tokio::select! {
+        checks = fixture.check(&enforced, netlink) => checks,
+        () = &mut interrupted => Err(VerifyError::Interrupted),
+    };
+    fixture.remove(netlink).await?;
     let checks = checks?;
-    Ok(Report {
+    Ok(VerifyReport {
         schema: SCHEMA,
         version: VERSION,
         pin_dir: pins.root().to_owned(),
-        mode: guarding.mode.name(),
-        held: checks.iter().all(|check| check.ok),
+        mode: enforced.mode.name(),
+        passed: is_passed(&checks),
         checks,
     })
 }
 
-impl Guarding {
-    /// What is in force, once an agent that starts is through with it.
+/// Waits until no other run is in this network namespace. The kernel ends the lock with the process.
+async fn lock() -> Result<UnixListener, VerifyError> {
+    let start = Instant::now();
+    loop {
+        // The name begins with a zero byte: an abstract one, of which each network namespace has its own.
+        match UnixListener::bind("\0imds-agent-verify") {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && start.elapsed() < LOCK_TIMEOUT => {
+                sleep(POLL_INTERVAL).await;
+            }
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => return Err(VerifyError::Locked),
+            lock => return lock.map_err(VerifyError::io("bind", "the lock's socket")),
+        }
+    }
+}
+
+impl Enforced {
+    /// Reads the effective configuration once the agent has reconciled all interfaces.
     async fn read(pins: &PinDir, netlink: &Netlink) -> Result<Self, VerifyError> {
         let start = Instant::now();
         let mut status = status::gather(pins, netlink).await?;
-        while status.agent.running && start.elapsed() < patience(&status) {
-            sleep(INTERVAL).await;
+        while status.agent.running && start.elapsed() < settle_timeout(&status) {
+            sleep(POLL_INTERVAL).await;
             status = status::gather(pins, netlink).await?;
         }
         if status.state == State::Unloaded {
             return Err(VerifyError::Unloaded(pins.root().to_owned()));
         }
         let maps = Maps::open(pins)?;
-        let unreadable = |source| DatapathError::Map { map: "imds_policy", source };
+        let unreadable = |source| VerifyError::Map { map: "imds_policy", source };
         let policy = maps.policy.get(&0, 0).map_err(unreadable)?;
         let entries = endpoints::read(&maps).map_err(unreadable)?;
         let mut entries: Vec<_> = entries.into_iter().collect();
@@ -145,81 +212,92 @@ impl Guarding {
             mode: Mode::from_u32(policy.mode),
             hooks: Hooks::from_bits(policy.hooks),
             endpoints: endpoints.collect(),
+            probes: Probes::open(pins)?,
             maps,
             status,
         })
     }
+}
 
-    async fn prove(&self, pod: &Pod, netlink: &Netlink) -> Result<Vec<Check>, VerifyError> {
+/// All that exists for the time of a run.
+struct Fixture {
+    pod: Result<TestPod, Skip>,
+    paths: Paths,
+}
+
+impl Fixture {
+    async fn new(enforced: &Enforced, netlink: &Netlink) -> Result<Self, VerifyError> {
+        let mut paths = Paths::new(enforced, netlink).await?;
+        let pod = match TestPod::new(netlink).await {
+            // A container may not be allowed to.
+            Err(error @ VerifyError::Namespace(_)) => Err(Skip::new(error.in_full())),
+            Err(error) => {
+                paths.remove(netlink).await?;
+                return Err(error);
+            }
+            Ok(pod) => Ok(pod),
+        };
+        Ok(Self { pod, paths })
+    }
+
+    async fn remove(mut self, netlink: &Netlink) -> Result<(), VerifyError> {
+        let removed = self.paths.remove(netlink).await;
+        if let Ok(pod) = self.pod {
+            pod.remove(netlink).await?;
+        }
+        removed
+    }
+
+    async fn check(&mut self, enforced: &Enforced, netlink: &Netlink) -> Result<Vec<Check>, VerifyError> {
         let mut checks = Vec::new();
-        if self.endpoints.is_empty() {
-            checks.push(Check::of_hook("-", "an endpoint is guarded", "none is", Outcome::Failed));
+        if enforced.endpoints.is_empty() {
+            checks.push(Check::new("-", "an endpoint is protected", "none is", Outcome::Fail));
         }
-        for edge in TcHook::ALL.into_iter().filter(|edge| self.hooks.has(edge.hook())) {
-            checks.push(self.interfaces(edge));
-            let made = match edge {
-                TcHook::FromPod => None,
-                TcHook::NodeEgress => Some(Loop::new(netlink).await.map_err(obstacle)),
-            };
-            let device: Result<&dyn Device, Obstacle> = match &made {
-                None => Ok(pod),
-                Some(Ok(device)) => Ok(device),
-                Some(Err(obstacle)) => Err(obstacle.clone()),
-            };
-            let is_followed = self.status.agent.running;
-            checks.extend(edges::prove(edge, device, &self.endpoints, &self.maps, is_followed).await);
+        for hook in TcHook::ALL.into_iter().filter(|hook| enforced.hooks.has(hook.hook())) {
+            checks.push(attached::check(hook, &enforced.status));
+            checks.extend(enforced.check_tc(hook, &self.pod, netlink).await?);
         }
-        if self.hooks.has(Hook::Socket) {
-            checks.extend(sockets::prove(self, pod)?);
+        if enforced.hooks.has(Hook::Socket) {
+            checks.extend(pod_calls::check(enforced, &self.pod)?);
         }
-        if self.hooks.has(Hook::HostNetwork) {
-            checks.extend(hosts::prove(self));
+        if enforced.hooks.has(Hook::HostNetwork) {
+            checks.extend(host_calls::check(enforced)?);
         }
-        checks.extend(sockets::prove_node(&self.endpoints));
+        checks.extend(self.paths.check(enforced, netlink, &self.pod).await?);
         Ok(checks)
     }
+}
 
-    /// Whether the interfaces that are there are guarded at an edge, before all others.
-    fn interfaces(&self, edge: TcHook) -> Check {
-        let hook = edge.hook().name();
-        let expected = "first at every interface";
-        let mut interfaces = Vec::new();
-        interfaces.extend(
-            self.status
-                .interfaces
-                .iter()
-                .filter_map(|interface| Some((interface, interface.attachment(hook)?))),
-        );
-        let not = |is_bad: fn(&status::HookAttachment) -> bool, what| {
-            let names: BTreeSet<_> = interfaces
-                .iter()
-                .filter(|(_, attachment)| is_bad(attachment))
-                .map(|(interface, _)| &*interface.name)
-                .collect();
-            let names: Vec<_> = names.into_iter().collect();
-            (!names.is_empty()).then(|| format!("{} {what}", names.join(", ")))
+impl Enforced {
+    async fn check_tc(
+        &self,
+        hook: TcHook,
+        pod: &Result<TestPod, Skip>,
+        netlink: &Netlink,
+    ) -> Result<Vec<Check>, VerifyError> {
+        let tap = match hook {
+            TcHook::FromPod => None,
+            TcHook::NodeEgress => Some(LoopbackTap::new(netlink).await),
         };
-        let missing = not(|attachment| !attachment.is_attached(), "not enforced");
-        let behind = not(|attachment| attachment.is_attached() && !attachment.is_enforced(), "not first");
-        let wrong: Vec<_> = missing.into_iter().chain(behind).collect();
-        if wrong.is_empty() {
-            let found = format!("at {} of {0}", interfaces.len());
-            return Check::of_hook(hook, expected, found, Outcome::Proven);
-        }
-        Check::of_hook(hook, expected, wrong.join("; "), Outcome::Failed)
+        let device: Result<&dyn TestDevice, Skip> = match (&tap, pod) {
+            (Some(Ok(tap)), _) => Ok(tap),
+            (None, Ok(pod)) => match pod.obstacle() {
+                Some(skip) => Err(skip),
+                None => Ok(pod),
+            },
+            (Some(Err(skip)), _) => Err(skip.clone()),
+            (None, Err(skip)) => Err(skip.clone()),
+        };
+        let is_followed = self.status.agent.running;
+        tc::check(hook, device, &self.endpoints, &self.maps, &self.probes, is_followed).await
     }
 }
 
-/// How long to wait for an agent that runs to be through with what is new.
-fn patience(status: &status::Report) -> Duration {
+/// Limit for a running agent to reconcile interfaces that are new.
+fn settle_timeout(status: &status::Report) -> Duration {
     match status.interfaces.iter().all(status::Interface::is_attached) {
-        _ if !status.agent.ready => STARTING,
+        _ if !status.agent.ready => START_TIMEOUT,
         true => Duration::ZERO,
-        false => SETTLING,
+        false => ATTACH_DELAY,
     }
-}
-
-/// An interface that can't be made proves nothing.
-fn obstacle(error: VerifyError) -> Obstacle {
-    (format!("{:#}", anyhow::Error::from(error)), Outcome::Unproven)
 }

@@ -7,14 +7,14 @@ use std::{
 
 use aya_obj::generated::{
     bpf_cmd::{BPF_PROG_GET_FD_BY_ID, BPF_PROG_LOAD},
-    bpf_func_id::BPF_FUNC_redirect,
+    bpf_func_id::BPF_FUNC_clone_redirect,
     bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS,
 };
 use imds_ebpf_common::names::PREFIX;
 
 use super::{bpf_fd, info};
 
-const EXIT: u64 = 0x95;
+pub(super) const EXIT: u64 = 0x95;
 
 /// A TC program that leaves every packet to the next one.
 pub fn load_idle() -> io::Result<OwnedFd> {
@@ -22,10 +22,12 @@ pub fn load_idle() -> io::Result<OwnedFd> {
     load(&[set(0, unspecified), EXIT])
 }
 
-/// A TC program that sends every packet out of the interface with this index.
+/// A TC program that sends a clone of every packet out of the interface with this index. A clone has no socket, like a
+/// packet that the node forwards.
 pub fn load_redirect(ifindex: u32) -> io::Result<OwnedFd> {
-    let call = 0x85 | (BPF_FUNC_redirect as u64) << 32;
-    load(&[set(1, ifindex.into()), set(2, 0), call, EXIT])
+    const DROP: u64 = 2;
+    let call = 0x85 | (BPF_FUNC_clone_redirect as u64) << 32;
+    load(&[set(2, ifindex.into()), set(3, 0), call, set(0, DROP), EXIT])
 }
 
 /// Whether the program with this id is known to be somebody else's: by its name, which takes `CAP_SYS_ADMIN` to ask for.
@@ -67,11 +69,11 @@ fn name(id: u32) -> io::Result<[u8; 16]> {
 }
 
 /// `register = value`, 32 bits of it.
-const fn set(register: u64, value: u64) -> u64 {
+pub(super) const fn set(register: u64, value: u64) -> u64 {
     0xb7 | register << 8 | value << 32
 }
 
-fn load(instructions: &[u64]) -> io::Result<OwnedFd> {
+pub(super) fn load(instructions: &[u64]) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct Attr {
         prog_type: u32,

@@ -1,4 +1,4 @@
-//! What becomes of a call that names an endpoint.
+//! Results of calls that name an endpoint.
 
 use std::{
     io,
@@ -9,14 +9,14 @@ use std::{
 use imds_ebpf_common::{Service, endpoint::UDP};
 use nix::errno::Errno;
 
-/// How long a connection may take: a refusal comes at once, and an answer is not needed.
-const PATIENCE: Duration = Duration::from_millis(300);
+/// Limit for one connection: a refusal comes at once, and an answer is not needed.
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(300);
 
-/// Connects by TCP, or sends a datagram by UDP, from the calling thread's network namespace.
+/// Connects with TCP, or sends a datagram with UDP, from the calling thread's network namespace.
 pub(super) fn attempt(address: IpAddr, service: Service) -> io::Result<()> {
     let to = SocketAddr::new(address, service.port);
     if service.protocol != UDP {
-        return TcpStream::connect_timeout(&to, PATIENCE).map(drop);
+        return TcpStream::connect_timeout(&to, CONNECT_TIMEOUT).map(drop);
     }
     let any: IpAddr = match address {
         IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
@@ -25,12 +25,12 @@ pub(super) fn attempt(address: IpAddr, service: Service) -> io::Result<()> {
     UdpSocket::bind((any, 0))?.send_to(&[], to).map(drop)
 }
 
-/// Whether a hook of a cgroup ended the call.
+/// Reports whether a cgroup hook ended the call.
 pub(super) fn is_refused(result: &io::Result<()>) -> bool {
     result.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EPERM))
 }
 
-/// In words.
+/// Describes the result of a call.
 pub(super) fn phrase(result: &io::Result<()>) -> String {
     let Err(error) = result else { return "done".to_owned() };
     let reason = error

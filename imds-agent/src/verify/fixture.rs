@@ -1,8 +1,7 @@
-//! What is made for the proof and is gone after it: a network namespace with the pod's end of a veth pair, and a TAP device
-//! as an interface of the node's own. Neither has an address or a route, so that nothing on the node can clash with them.
+//! Devices that exist for the time of a run: a network namespace with one end of a veth pair, as of a pod, and a TAP device.
 //!
-//! The namespace is held by a descriptor alone, and the TAP device by another: both go with this process, however it ends,
-//! and the pair goes with the namespace.
+//! A descriptor of this process owns the namespace, and another one the TAP device. The kernel removes both when the process
+//! ends, and with the namespace the pair and its routes.
 
 use std::{
     fs::{File, OpenOptions},
@@ -22,7 +21,11 @@ use rtnetlink::{
     },
 };
 
-use super::{VerifyError, wire::PacketSocket};
+use super::{
+    VerifyError,
+    frames::{Mac, PacketSocket},
+    outcome::Skip,
+};
 use crate::{
     datapath::{bpf, clsact, pins::AttachPoint},
     node::{
@@ -31,58 +34,70 @@ use crate::{
     },
 };
 
-/// How the names begin of all that is made; the process id follows.
+/// Prefix of the names of all devices and cgroups that a run makes; the process id follows.
 pub(crate) const PREFIX: &str = "imdsv";
-/// The pod's end of the pair, in the namespace.
+/// Name of the pod's end of the pair, in the namespace.
 const POD_END: &str = "eth0";
 
-/// An interface of the node's.
-#[derive(Debug)]
-pub(super) struct Interface {
+/// Name and index of an interface of the node.
+#[derive(Clone, Debug)]
+pub(super) struct LinkName {
     pub(super) name: String,
     pub(super) ifindex: u32,
 }
 
-/// What has an interface that was made for the proof.
-pub(super) trait Device {
-    fn interface(&self) -> &Interface;
+/// A device whose frames the node receives.
+pub(super) trait TestDevice {
+    fn interface(&self) -> &LinkName;
 
-    /// Has it receive a frame.
+    /// Has the node receive a frame.
     fn send(&self, frame: &[u8]) -> io::Result<()>;
 }
 
-/// A pod that has nothing but a link.
+/// A network namespace that is linked to the node like a pod.
 #[derive(Debug)]
-pub(super) struct Pod {
+pub(super) struct TestPod {
     namespace: Namespace,
-    /// The node's end of its link.
-    interface: Interface,
-    frames: PacketSocket,
+    /// The host-side interface.
+    interface: LinkName,
+    frames: io::Result<PacketSocket>,
 }
 
-impl Pod {
+impl TestPod {
+    /// MAC address of the host-side interface. A bridge takes the lowest one of its ports, unless it has one of its own, so
+    /// that this one never becomes the bridge's.
+    pub(super) const HOST_MAC: Mac = [0xfe, 0xff, 0xff, 0xff, 0xff, 0xfe];
+    /// MAC address of the pod's end.
+    pub(super) const POD_MAC: Mac = [0xfe, 0xff, 0xff, 0xff, 0xff, 0xfd];
+
     pub(super) async fn new(netlink: &Netlink) -> Result<Self, VerifyError> {
         let namespace = Namespace::new().map_err(VerifyError::Namespace)?;
         let name = format!("{PREFIX}{}", process::id());
         let peer = LinkMessageBuilder::<LinkUnspec>::new()
             .name(POD_END)
+            .address(Self::POD_MAC.to_vec())
             .setns_by_fd(namespace.as_fd().as_raw_fd())
             .build();
         let pair = LinkMessageBuilder::<LinkVeth>::new(&name, POD_END)
             .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
+            .address(Self::HOST_MAC.to_vec())
             .up()
             .build();
         let request = RouteNetlinkMessage::NewLink(pair);
         netlink
-            .acknowledged(format!("making the veth pair {name}"), request, NLM_F_CREATE | NLM_F_EXCL)
+            .acknowledged(
+                format!("failed to create the veth pair {name}"),
+                request,
+                NLM_F_CREATE | NLM_F_EXCL,
+            )
             .await?;
         let open = || {
             set_pod_end_up()?;
-            PacketSocket::open(POD_END).map_err(VerifyError::io("open", POD_END))
+            Ok::<_, VerifyError>(PacketSocket::open(POD_END))
         };
         let frames = namespace.run(open).map_err(VerifyError::Namespace)??;
         let ifindex = index(&name)?;
-        Ok(Self { namespace, interface: Interface { name, ifindex }, frames })
+        Ok(Self { namespace, interface: LinkName { name, ifindex }, frames })
     }
 
     /// Runs `work` in the namespace.
@@ -90,11 +105,44 @@ impl Pod {
         self.namespace.run(work).map_err(VerifyError::Namespace)
     }
 
-    /// Removes the pair at once. Without this it goes when the kernel comes to it.
+    /// Returns the cookie of the namespace; `None` if the kernel does not report it.
+    pub(super) fn cookie(&self) -> Option<u64> {
+        self.namespace.cookie().ok()
+    }
+
+    /// Returns why the pod can't send frames, if it can't.
+    pub(super) fn obstacle(&self) -> Option<Skip> {
+        let error = self.frames.as_ref().err()?;
+        Some(Skip::new(format!("failed to open a packet socket, which needs CAP_NET_RAW: {error}")))
+    }
+
+    /// Makes the host-side interface a port of a bridge.
+    pub(super) async fn join_bridge(
+        &self,
+        netlink: &Netlink,
+        bridge: u32,
+        mtu: u32,
+    ) -> Result<(), NetlinkError> {
+        // A bridge takes the lowest MTU of its ports, unless it has one of its own.
+        let link = LinkMessageBuilder::<LinkUnspec>::new().index(self.interface.ifindex).mtu(mtu);
+        let link = link.controller(bridge).build();
+        let call = format!("failed to add {} to bridge {bridge}", self.interface.name);
+        netlink.acknowledged(call, RouteNetlinkMessage::SetLink(link), 0).await
+    }
+
+    /// Removes the host-side interface from its bridge.
+    pub(super) async fn leave_bridge(&self, netlink: &Netlink) -> Result<(), NetlinkError> {
+        let link =
+            LinkMessageBuilder::<LinkUnspec>::new().index(self.interface.ifindex).nocontroller().build();
+        let call = format!("failed to remove {} from its bridge", self.interface.name);
+        netlink.acknowledged(call, RouteNetlinkMessage::SetLink(link), 0).await
+    }
+
+    /// Removes the pair at once; the kernel would remove it some time after the process ends.
     pub(super) async fn remove(self, netlink: &Netlink) -> Result<(), NetlinkError> {
-        let Interface { name, ifindex } = &self.interface;
+        let LinkName { name, ifindex } = &self.interface;
         let link = LinkMessageBuilder::<LinkUnspec>::new().index(*ifindex).build();
-        let call = format!("removing the veth pair {name}");
+        let call = format!("failed to remove the veth pair {name}");
         match netlink.acknowledged(call, RouteNetlinkMessage::DelLink(link), 0).await {
             Err(error) if error.errno() != Some(libc::ENODEV) => Err(error),
             Ok(()) | Err(_) => Ok(()),
@@ -102,17 +150,20 @@ impl Pod {
     }
 }
 
-impl Device for Pod {
-    fn interface(&self) -> &Interface {
+impl TestDevice for TestPod {
+    fn interface(&self) -> &LinkName {
         &self.interface
     }
 
     fn send(&self, frame: &[u8]) -> io::Result<()> {
-        self.frames.send(frame)
+        match &self.frames {
+            Ok(frames) => frames.send(frame),
+            Err(error) => Err(error.kind().into()),
+        }
     }
 }
 
-/// Sets up the pod's end, from within the namespace: the kernel takes no request to do so before both ends are there.
+/// Sets up the pod's end, from within the namespace: the kernel accepts no such request before both ends exist.
 fn set_pod_end_up() -> Result<(), VerifyError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -123,32 +174,39 @@ fn set_pod_end_up() -> Result<(), VerifyError> {
 
 async fn set_up(netlink: &Netlink, ifindex: u32) -> Result<(), NetlinkError> {
     let link = LinkMessageBuilder::<LinkUnspec>::new().index(ifindex).up().build();
-    let call = format!("setting up interface {ifindex}");
+    let call = format!("failed to set up interface {ifindex}");
     netlink.acknowledged(call, RouteNetlinkMessage::SetLink(link), 0).await
 }
 
-/// An interface of the node's own that sends every frame back that it receives: as what the node forwards.
+/// A TAP device of the node that sends every frame back that it receives, like a packet that the node forwards.
 #[derive(Debug)]
-pub(super) struct Loop {
-    interface: Interface,
+pub(super) struct LoopbackTap {
+    interface: LinkName,
     device: File,
     /// Detached when closed; a filter goes with the device.
     _link: Option<OwnedFd>,
 }
 
-impl Loop {
-    pub(super) async fn new(netlink: &Netlink) -> Result<Self, VerifyError> {
+impl LoopbackTap {
+    pub(super) async fn new(netlink: &Netlink) -> Result<Self, Skip> {
         let name = format!("{PREFIX}{}t", process::id());
-        let device = make_tap(&name).map_err(VerifyError::io("make a TAP device with", "/dev/net/tun"))?;
+        let device = make_tap(&name);
+        let device = device.map_err(|error| {
+            Skip::new(format!("failed to create a TAP device with /dev/net/tun: {error}"))
+        })?;
+        Self::finish(netlink, name, device).await.map_err(|error| Skip::new(error.in_full()))
+    }
+
+    async fn finish(netlink: &Netlink, name: String, device: File) -> Result<Self, VerifyError> {
         let ifindex = index(&name)?;
         let link = send_back(netlink, ifindex).await?;
         set_up(netlink, ifindex).await?;
-        Ok(Self { interface: Interface { name, ifindex }, device, _link: link })
+        Ok(Self { interface: LinkName { name, ifindex }, device, _link: link })
     }
 }
 
-impl Device for Loop {
-    fn interface(&self) -> &Interface {
+impl TestDevice for LoopbackTap {
+    fn interface(&self) -> &LinkName {
         &self.interface
     }
 
@@ -157,7 +215,7 @@ impl Device for Loop {
     }
 }
 
-/// Has an interface send what it receives, at the end of its ingress hook or as a filter.
+/// Makes an interface send each frame that it receives.
 async fn send_back(netlink: &Netlink, ifindex: u32) -> Result<Option<OwnedFd>, VerifyError> {
     let program = bpf::load_redirect(ifindex).map_err(VerifyError::io("load", "a program"))?;
     if bpf::has_tcx() {
@@ -174,9 +232,8 @@ fn index(name: &str) -> Result<u32, VerifyError> {
     if_nametoindex(name).map_err(|errno| VerifyError::io("find", name)(errno.into()))
 }
 
-/// Makes a TAP device that goes when the descriptor is closed.
+/// Creates a TAP device that the kernel removes when the descriptor is closed.
 fn make_tap(name: &str) -> io::Result<File> {
-    // Reading is never waited for, and never needed.
     let device = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
     let mut request = libc::ifreq {
         ifr_name: [0; libc::IFNAMSIZ],

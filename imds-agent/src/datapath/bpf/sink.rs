@@ -1,0 +1,217 @@
+//! The packet sink of `imds-agent verify`: counts the test packets of one run at the egress of an interface and drops them.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
+};
+
+use aya_obj::generated::{
+    BPF_F_AFTER, BPF_F_ID, BPF_F_LINK, BPF_PSEUDO_MAP_FD,
+    bpf_attach_type::BPF_TCX_EGRESS,
+    bpf_cmd::BPF_LINK_CREATE,
+    bpf_func_id::{BPF_FUNC_get_socket_cookie, BPF_FUNC_map_lookup_elem, BPF_FUNC_skb_load_bytes_relative},
+};
+
+use super::{
+    Entry, bpf_fd,
+    program::{EXIT, load, set},
+};
+
+/// Number of test packets that a sink can tell apart.
+pub const MAX_SINK_IDS: u32 = 256;
+
+/// Offsets from the frame pointer: 40 bytes of the IP header, 20 of the TCP header, a socket cookie, a map key.
+const IP: i16 = -64;
+const TCP: i16 = -24;
+const COOKIE: i16 = -72;
+const KEY: i16 = -76;
+
+/// Loads a TC program that recognises TCP segments with only SYN set, by their sequence number `marker` (its bytes in the order
+/// in which they are sent) or by the cookie of their socket. The number of a test packet is the window of a marked
+/// segment, or the value of `cookies` for the socket. The program counts the packet in `counts` and drops it.
+///
+/// Every other packet goes to the next program.
+pub fn load_sink(marker: [u8; 4], counts: BorrowedFd<'_>, cookies: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    load(&instructions(marker, counts, cookies))
+}
+
+/// Attaches a program to TCX egress of an interface: behind the program of `agent`, or behind all others.
+///
+/// Directly behind the agent's, a test packet can't leave the node through another program that accepts or redirects it.
+pub fn link_create_after(program: impl AsFd, ifindex: u32, agent: Option<Entry>) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        prog_fd: i32,
+        target_ifindex: u32,
+        attach_type: u32,
+        flags: u32,
+        relative_id: u32,
+        pad: u32,
+        expected_revision: u64,
+    }
+    let (flags, relative_id) = match agent {
+        None => (0, 0),
+        Some(Entry { program, link: 0 }) => (BPF_F_AFTER | BPF_F_ID, program),
+        Some(Entry { link, .. }) => (BPF_F_AFTER | BPF_F_ID | BPF_F_LINK, link),
+    };
+    let attr = Attr {
+        prog_fd: program.as_fd().as_raw_fd(),
+        target_ifindex: ifindex,
+        attach_type: BPF_TCX_EGRESS as u32,
+        flags,
+        relative_id,
+        pad: 0,
+        expected_revision: 0,
+    };
+    bpf_fd(BPF_LINK_CREATE, attr)
+}
+
+/// An instruction, or a name for the next one.
+#[derive(Clone, Copy)]
+enum Step {
+    /// Any instruction but a jump.
+    Run(u64),
+    /// A jump to the instruction with this name, further down.
+    Jump(u64, &'static str),
+    /// The name of the instruction that follows.
+    Name(&'static str),
+}
+
+use Step::{Jump, Name, Run};
+
+fn instructions(marker: [u8; 4], counts: BorrowedFd<'_>, cookies: BorrowedFd<'_>) -> Vec<u64> {
+    let mut steps = vec![Run(copy(6, 1))];
+    steps.extend(load_bytes(Run(set(2, 0)), IP, 40));
+    steps.extend([
+        // Version of IP, and the offset of the TCP header in register 7.
+        Run(load_byte(1, IP)),
+        Run(0x77 | 1 << 8 | 4 << 32),
+        Jump(equal(1, 4), "ipv4"),
+        Jump(differs(1, 6), "next"),
+        Run(load_byte(2, IP + 6)),
+        Jump(differs(2, 6), "next"),
+        Run(set(7, 40)),
+        Jump(0x05, "tcp"),
+        Name("ipv4"),
+        Run(load_byte(2, IP + 9)),
+        Jump(differs(2, 6), "next"),
+        Run(load_byte(7, IP)),
+        Run(0x57 | 7 << 8 | 0xf << 32),
+        Run(0x67 | 7 << 8 | 2 << 32),
+        Name("tcp"),
+    ]);
+    steps.extend(load_bytes(Run(copy(2, 7)), TCP, 20));
+    steps.extend([
+        // The flags but for those of ECN, which a SYN may have.
+        Run(load_byte(1, TCP + 13)),
+        Run(0x57 | 1 << 8 | 0x3f << 32),
+        Jump(differs(1, 2), "next"),
+        Run(0x61 | 1 << 8 | 10 << 12 | offset(TCP + 4)),
+        // Compares 32 bits.
+        Jump(0x56 | 1 << 8 | u64::from(u32::from_ne_bytes(marker)) << 32, "cookie"),
+        Run(0x69 | 8 << 8 | 10 << 12 | offset(TCP + 14)),
+        // From network byte order, 16 bits.
+        Run(0xdc | 8 << 8 | 16 << 32),
+        Jump(0x05, "count"),
+        Name("cookie"),
+        Run(copy(1, 6)),
+        Run(call(BPF_FUNC_get_socket_cookie as u64)),
+        Jump(equal(0, 0), "next"),
+        Run(0x7b | 10 << 8 | offset(COOKIE)),
+    ]);
+    steps.extend(look_up(cookies, COOKIE));
+    steps.extend([
+        Jump(equal(0, 0), "next"),
+        Run(0x61 | 8 << 8),
+        Name("count"),
+        Run(0x63 | 10 << 8 | 8 << 12 | offset(KEY)),
+    ]);
+    steps.extend(look_up(counts, KEY));
+    steps.extend([
+        Jump(equal(0, 0), "drop"),
+        Run(set(1, 1)),
+        // Adds register 1 atomically, 64 bits.
+        Run(0xdb | 1 << 12),
+        Name("drop"),
+        Run(set(0, 2)),
+        Run(EXIT),
+        Name("next"),
+        Run(set(0, u64::from(u32::MAX))),
+        Run(EXIT),
+    ]);
+    assemble(&steps)
+}
+
+/// Resolves the jumps.
+fn assemble(steps: &[Step]) -> Vec<u64> {
+    let is_instruction = |step: &&Step| !matches!(step, Name(_));
+    let position = |name: &str| {
+        let before = steps.iter().take_while(|step| !matches!(step, Name(found) if *found == name));
+        before.filter(is_instruction).count()
+    };
+    let instructions = steps.iter().filter(is_instruction).enumerate();
+    let assembled = instructions.map(|(index, step)| match step {
+        Run(instruction) => *instruction,
+        Jump(instruction, name) => instruction | offset((position(name) - index - 1).try_into().unwrap_or(0)),
+        Name(_) => 0,
+    });
+    assembled.collect()
+}
+
+/// `bpf_skb_load_bytes_relative(skb, OFFSET, stack, length, BPF_HDR_START_NET)`; packets that are shorter go on.
+fn load_bytes(offset: Step, stack: i16, length: u64) -> [Step; 8] {
+    [
+        Run(copy(1, 6)),
+        offset,
+        Run(copy(3, 10)),
+        Run(add(3, stack)),
+        Run(set(4, length)),
+        Run(set(5, 1)),
+        Run(call(BPF_FUNC_skb_load_bytes_relative as u64)),
+        Jump(differs(0, 0), "next"),
+    ]
+}
+
+/// `bpf_map_lookup_elem(map, stack)`.
+fn look_up(map: BorrowedFd<'_>, stack: i16) -> [Step; 5] {
+    [
+        Run(0x18
+            | 1 << 8
+            | u64::from(BPF_PSEUDO_MAP_FD) << 12
+            | u64::from(map.as_raw_fd().cast_unsigned()) << 32),
+        Run(0),
+        Run(copy(2, 10)),
+        Run(add(2, stack)),
+        Run(call(BPF_FUNC_map_lookup_elem as u64)),
+    ]
+}
+
+const fn call(function: u64) -> u64 {
+    0x85 | function << 32
+}
+
+const fn copy(to: u64, from: u64) -> u64 {
+    0xbf | to << 8 | from << 12
+}
+
+#[expect(clippy::cast_sign_loss, reason = "sign-extended by the kernel")]
+const fn add(register: u64, number: i16) -> u64 {
+    0x07 | register << 8 | (number as i32 as u32 as u64) << 32
+}
+
+const fn load_byte(register: u64, stack: i16) -> u64 {
+    0x71 | register << 8 | 10 << 12 | offset(stack)
+}
+
+const fn equal(register: u64, number: u64) -> u64 {
+    0x15 | register << 8 | number << 32
+}
+
+const fn differs(register: u64, number: u64) -> u64 {
+    0x55 | register << 8 | number << 32
+}
+
+#[expect(clippy::cast_sign_loss, reason = "16 bits of the instruction")]
+const fn offset(offset: i16) -> u64 {
+    (offset as u16 as u64) << 16
+}

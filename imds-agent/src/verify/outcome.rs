@@ -1,0 +1,205 @@
+//! The result of each check, and the report of all.
+
+use std::{fmt::Write as _, net::IpAddr, path::PathBuf};
+
+use comfy_table::{Table, presets::NOTHING};
+use imds_ebpf_common::{Hook, Verdict};
+use serde::Serialize;
+
+use crate::endpoints::{Endpoint, Keep};
+
+/// The report of one `imds-agent verify`.
+#[derive(Debug, Serialize)]
+pub struct VerifyReport {
+    /// Version of this form: within one, fields are only added.
+    pub schema: u32,
+    /// Version of the program that made the report.
+    pub version: &'static str,
+    /// The pin directory.
+    pub pin_dir: PathBuf,
+    /// The mode that the kernel enforces.
+    pub mode: &'static str,
+    /// Reports whether no check failed and at least one passed.
+    pub passed: bool,
+    /// The checks, in the order in which they ran.
+    pub checks: Vec<Check>,
+}
+
+/// One check.
+#[derive(Clone, Debug, Serialize)]
+pub struct Check {
+    /// The hook, or `path` for the path through the node.
+    pub hook: &'static str,
+    /// The sender of test packets; `None` for a check without traffic.
+    pub sender: Option<String>,
+    /// Name of the endpoint; `None` for a check of the hook as a whole.
+    pub endpoint: Option<String>,
+    /// Address of the endpoint.
+    pub address: Option<IpAddr>,
+    /// The allowed service that the check is about, such as `udp/53`.
+    pub service: Option<String>,
+    /// The expected result.
+    pub expected: &'static str,
+    /// The observed result, or the reason why the check was skipped.
+    pub observed: String,
+    /// The outcome.
+    pub outcome: Outcome,
+}
+
+/// The outcome of a check.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+pub enum Outcome {
+    /// The node does what it should.
+    #[serde(rename = "passed")]
+    Pass,
+    /// The node does something else.
+    #[serde(rename = "failed")]
+    Fail,
+    /// The check could not run here.
+    #[serde(rename = "skipped")]
+    Skipped,
+}
+
+/// The reason why a check can't run, and its outcome then.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(super) struct Skip {
+    pub(super) reason: String,
+    pub(super) outcome: Outcome,
+}
+
+impl Skip {
+    /// The check can't run for a reason that has nothing to do with enforcement.
+    pub(super) fn new(reason: impl Into<String>) -> Self {
+        Self { reason: reason.into(), outcome: Outcome::Skipped }
+    }
+
+    /// The check can't run because the node is not protected as it should be.
+    pub(super) fn failed(reason: impl Into<String>) -> Self {
+        Self { reason: reason.into(), outcome: Outcome::Fail }
+    }
+}
+
+impl Outcome {
+    pub(super) const fn from_success(is_right: bool) -> Self {
+        if is_right { Self::Pass } else { Self::Fail }
+    }
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Pass => "passed",
+            Self::Fail => "failed",
+            Self::Skipped => "skipped",
+        }
+    }
+}
+
+impl Check {
+    pub(super) fn new(
+        hook: &'static str,
+        expected: &'static str,
+        observed: impl Into<String>,
+        outcome: Outcome,
+    ) -> Self {
+        Self {
+            hook,
+            sender: None,
+            endpoint: None,
+            address: None,
+            service: None,
+            expected,
+            observed: observed.into(),
+            outcome,
+        }
+    }
+
+    /// A check that could not run.
+    pub(super) fn skipped(hook: &'static str, expected: &'static str, skip: &Skip) -> Self {
+        Self::new(hook, expected, &*skip.reason, skip.outcome)
+    }
+
+    /// The check that all programs of a cgroup hook are attached.
+    pub(super) fn attached(hook: Hook, is_attached: bool) -> Self {
+        let observed = if is_attached { "attached" } else { "not all are: `imds-agent status` names them" };
+        Self::new(hook.name(), "all programs attached", observed, Outcome::from_success(is_attached))
+    }
+
+    /// Adds the sender of the test traffic.
+    pub(super) fn with_sender(self, sender: impl Into<String>) -> Self {
+        Self { sender: Some(sender.into()), ..self }
+    }
+
+    /// Adds the endpoint that the check is about.
+    pub(super) fn at(self, endpoint: &Endpoint) -> Self {
+        Self { endpoint: Some(endpoint.name.clone()), address: Some(endpoint.address), ..self }
+    }
+
+    /// Adds the allowed service that the check is about.
+    pub(super) fn with_service(self, service: Option<Keep>) -> Self {
+        Self { service: service.map(|service| service.to_string()), ..self }
+    }
+}
+
+/// Reports whether these checks prove anything, and none failed.
+pub(super) fn is_passed(checks: &[Check]) -> bool {
+    let has = |outcome| checks.iter().any(|check| check.outcome == outcome);
+    has(Outcome::Pass) && !has(Outcome::Fail)
+}
+
+impl VerifyReport {
+    /// The report as text that ends with a newline.
+    #[must_use]
+    pub fn table(&self) -> String {
+        let mut table = Table::new();
+        table.load_style(NOTHING);
+        table.set_header(["HOOK", "SENDER", "ENDPOINT", "ADDRESS", "EXPECTED", "OBSERVED", "RESULT"]);
+        for check in &self.checks {
+            let address = check.address.map_or_else(|| "-".to_owned(), |address| address.to_string());
+            let service = check.service.as_ref().map(|service| format!(" {service}")).unwrap_or_default();
+            table.add_row([
+                check.hook,
+                check.sender.as_deref().unwrap_or("-"),
+                check.endpoint.as_deref().unwrap_or("-"),
+                &format!("{address}{service}"),
+                check.expected,
+                &check.observed,
+                check.outcome.name(),
+            ]);
+        }
+        let mut text = String::new();
+        let count = |outcome| self.checks.iter().filter(|check| check.outcome == outcome).count();
+        let [passed, failed, skipped] = [Outcome::Pass, Outcome::Fail, Outcome::Skipped].map(count);
+        let sum =
+            format!("{} checks: {passed} passed, {failed} failed, {skipped} skipped", self.checks.len());
+        // Writing to a string does not fail.
+        let _ok = writeln!(text, "mode {}\n\n{}\n\n{sum}", self.mode, table.trim_fmt());
+        text
+    }
+}
+
+/// A verdict in words; `None` if no packet or call was counted.
+pub(super) const fn phrase(verdict: Option<Verdict>) -> &'static str {
+    match verdict {
+        None | Some(Verdict::Foreign) => "not judged",
+        Some(Verdict::Deny) => "denied",
+        Some(Verdict::Audit) => "not denied, counted as audited",
+        Some(Verdict::Allow) => "not denied, counted as allowed",
+        Some(Verdict::Kept) => "not denied, an allowed port",
+        Some(Verdict::Exempt) => "not denied, counted as exempt",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn skipped_checks_prove_nothing() {
+        let checks = |outcomes: &[Outcome]| -> Vec<_> {
+            outcomes.iter().map(|&outcome| Check::new("path", "", "", outcome)).collect()
+        };
+        assert!(is_passed(&checks(&[Outcome::Pass, Outcome::Skipped])));
+        assert!(!is_passed(&checks(&[Outcome::Skipped])));
+        assert!(!is_passed(&checks(&[Outcome::Pass, Outcome::Fail])));
+        assert!(!is_passed(&[]));
+    }
+}

@@ -1,0 +1,145 @@
+//! The TC hooks, each on its own: the verdict on frames at a new interface.
+
+use std::time::{Duration, Instant};
+
+use imds_ebpf_common::{Hook, Service, Subject, SubjectKind, TcHook, Verdict, endpoint::TCP};
+use tokio::time::sleep;
+
+use super::{
+    ARRIVAL_TIMEOUT, POLL_INTERVAL, VerifyError,
+    attached::wait_attached,
+    fixture::{TestDevice, TestPod},
+    frames::{Frames, Mac},
+    outcome::{Check, Outcome, Skip, phrase},
+    probes::{Probe, Probes, Treatment},
+};
+use crate::{
+    datapath::object::Maps,
+    endpoints::{Endpoint, Keep},
+};
+
+/// After this time a frame is sent again: one that is sent while an interface comes up can be lost.
+pub(super) const RESEND_INTERVAL: Duration = Duration::from_millis(300);
+/// Time that a verdict other than the expected one has to be followed by that one.
+const OTHER_VERDICT_DELAY: Duration = Duration::from_millis(500);
+/// No interface has this address, so that the node takes none of these frames for its own and forwards none.
+const NO_HOST: Mac = [0x02, 0, 0, 0, 0, 0xfe];
+
+/// Checks a hook at a new interface, endpoint by endpoint.
+pub(super) async fn check(
+    tc_hook: TcHook,
+    device: Result<&dyn TestDevice, Skip>,
+    endpoints: &[Endpoint],
+    maps: &Maps,
+    probes: &Probes,
+    is_followed: bool,
+) -> Result<Vec<Check>, VerifyError> {
+    let hook = tc_hook.hook();
+    let device = match device {
+        Ok(device) => wait_attached(tc_hook, device.interface(), maps, is_followed).await.map(|()| device),
+        Err(skip) => Err(skip),
+    };
+    let mut checks = Vec::new();
+    for endpoint in endpoints {
+        for (service, expected, allowed) in targets(endpoint) {
+            let wanted = expectation(expected);
+            let check = match &device {
+                Err(skip) => Check::skipped(hook.name(), wanted, skip),
+                Ok(device) => {
+                    let subject = Subject::new(SubjectKind::Interface, device.interface().ifindex.into());
+                    let probe = probes.add(subject, Treatment::Denied)?;
+                    let frames = Frames { to: NO_HOST, from: TestPod::POD_MAC, marker: [0; 4] };
+                    let frame = frames.frame(endpoint.address, service, 0);
+                    let found = verdict_on(*device, &probe, hook, expected, &frame).await;
+                    Check::new(
+                        hook.name(),
+                        wanted,
+                        phrase(found),
+                        Outcome::from_success(found == Some(expected)),
+                    )
+                }
+            };
+            checks.push(check.with_sender("pod").at(endpoint).with_service(allowed));
+        }
+    }
+    Ok(checks)
+}
+
+/// The services of an endpoint to try: one that is not allowed, and all that are.
+pub(super) fn targets(endpoint: &Endpoint) -> impl Iterator<Item = (Service, Verdict, Option<Keep>)> {
+    let keep = &endpoint.keep;
+    let allowed = keep.iter().map(|&allowed| (allowed.0, Verdict::Kept, Some(allowed)));
+    [(closed(keep, TCP), Verdict::Deny, None)].into_iter().chain(allowed)
+}
+
+/// A service of this protocol that is not allowed.
+pub(super) fn closed(keep: &[Keep], protocol: u8) -> Service {
+    let services = (80..=u16::MAX).map(|port| Service::new(protocol, port));
+    services
+        .into_iter()
+        .find(|service| keep.iter().all(|allowed| allowed.0 != *service))
+        .unwrap_or(Service::new(protocol, 80))
+}
+
+pub(super) const fn expectation(verdict: Verdict) -> &'static str {
+    match verdict {
+        Verdict::Deny => "denied",
+        Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept | Verdict::Exempt => "not denied",
+    }
+}
+
+/// Sends a frame until a hook has counted it, and returns the verdict: `expected`, unless there was only another one.
+async fn verdict_on(
+    device: &dyn TestDevice,
+    probe: &Probe<'_>,
+    hook: Hook,
+    expected: Verdict,
+    frame: &[u8],
+) -> Option<Verdict> {
+    let start = Instant::now();
+    let (mut sent, mut sent_at, mut other_at) = (0, None, None);
+    while start.elapsed() < ARRIVAL_TIMEOUT {
+        if sent_at.is_none_or(|at: Instant| at.elapsed() >= RESEND_INTERVAL) {
+            sent_at = Some(Instant::now());
+            match device.send(frame) {
+                Ok(()) => sent += 1,
+                Err(error) => log::debug!("failed to send a frame: {error}"),
+            }
+        }
+        if probe.count(hook, expected) > 0 {
+            settle(probe, hook, sent).await;
+            return Some(expected);
+        }
+        if probe.verdict(hook).is_some() {
+            let since: &mut Instant = other_at.get_or_insert_with(Instant::now);
+            if since.elapsed() >= OTHER_VERDICT_DELAY {
+                break;
+            }
+        }
+        sleep(POLL_INTERVAL).await;
+    }
+    probe.verdict(hook)
+}
+
+/// Waits until a hook has counted each frame, so that no late one is taken for one of the next check.
+async fn settle(probe: &Probe<'_>, hook: Hook, sent: u64) {
+    let start = Instant::now();
+    while probe.total(hook) < sent && start.elapsed() < OTHER_VERDICT_DELAY {
+        sleep(POLL_INTERVAL).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use imds_ebpf_common::endpoint::UDP;
+
+    use super::*;
+
+    #[test]
+    fn closed_services() {
+        let keep = [Keep(Service::new(TCP, 80)), Keep(Service::new(UDP, 81))];
+        assert_eq!(closed(&[], TCP), Service::new(TCP, 80));
+        assert_eq!(closed(&keep, TCP), Service::new(TCP, 81));
+        assert_eq!(closed(&keep, UDP), Service::new(UDP, 80));
+    }
+}

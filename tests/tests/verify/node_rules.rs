@@ -1,0 +1,91 @@
+//! Rules of the node that drop test packets, or change what exemptions rely on.
+
+use std::{io::Write as _, process::Stdio};
+
+use imds_tests::{METADATA, PodLink, World, skip_without_netns_cookie};
+
+use crate::{
+    ALL, add_pods, assert_all_passed, assert_fails, assert_passed, exempt, hooks_with, path_of, verify,
+};
+
+const EDGES: [&str; 2] = ["from_pod", "node_egress"];
+
+/// Adds a chain at this hook of netfilter, with this rule.
+fn nft(world: &World, hook: &str, rule: &str) {
+    let script =
+        format!("table ip test {{ chain {hook} {{ type filter hook {hook} priority 0; {rule}; }}\n}}\n");
+    let mut nft = world.node.command("nft").args(["-f", "-"]).stdin(Stdio::piped()).spawn().unwrap();
+    nft.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
+    assert!(nft.wait().unwrap().success(), "{script}");
+}
+
+#[test]
+fn overwritten_mark_fails() {
+    let world = World::new();
+    let (_routed, bridged) = add_pods(&world);
+    let _agent = world.agent().config(&exempt(&bridged)).hooks(&EDGES).spawn_ready();
+    assert_all_passed(&verify(&world));
+    nft(&world, "forward", "meta mark set 0");
+    let verified = verify(&world);
+    assert_fails(&verified, &["path"]);
+    let [(outcome, observed)] = &path_of(&verified.1, "exempt pod on cni0")[..] else {
+        panic!("{:#}", verified.1)
+    };
+    assert!(outcome == "failed" && observed.contains("exemption mark"), "{observed}");
+    // A routed pod is known by its interface.
+    assert_eq!(path_of(&verified.1, "exempt pod")[0].0, "passed");
+}
+
+#[test]
+fn dropped_exempt_pod_fails() {
+    let rule = format!("ip daddr {METADATA} tcp dport 80 drop");
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    nft(&world, "forward", &rule);
+    {
+        let _agent = world.agent().hooks(&EDGES).spawn_ready();
+        let verified = verify(&world);
+        assert_passed(&verified);
+        assert_eq!(path_of(&verified.1, "exempt pod")[0].0, "skipped");
+    }
+    let _agent = world.agent().config(&exempt(&pod)).hooks(&EDGES).spawn_ready();
+    assert_fails(&verify(&world), &["path"]);
+}
+
+#[test]
+fn dropped_node_packets_fail() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let _pod = world.add_pod(PodLink::Routed);
+    let _agent = world.agent().hooks(&ALL).spawn_ready();
+    nft(&world, "output", &format!("ip daddr {METADATA} drop"));
+    let verified = verify(&world);
+    assert_fails(&verified, &["path"]);
+    assert_eq!(path_of(&verified.1, "node")[0].0, "failed");
+}
+
+#[test]
+fn node_without_forwarding_is_skipped() {
+    let world = World::new();
+    let _pod = world.add_pod(PodLink::Routed);
+    world.node.sysctl("ipv4/ip_forward", "0");
+    let _agent = world.agent().hooks(&EDGES).spawn_ready();
+    let verified = verify(&world);
+    assert_passed(&verified);
+    let (outcome, observed) = &path_of(&verified.1, "exempt pod")[0];
+    assert!(outcome == "skipped" && observed.contains("does not forward test packets"), "{observed}");
+    assert_eq!(hooks_with(&verified.1, "skipped"), ["path"]);
+}
+
+#[test]
+fn unreachable_endpoint_is_skipped() {
+    let world = World::new();
+    let _pod = world.add_pod(PodLink::Routed);
+    world.node.ip(&format!("route add unreachable {METADATA}/32"));
+    let _agent = world.agent().hooks(&EDGES).spawn_ready();
+    let verified = verify(&world);
+    assert_passed(&verified);
+    assert_eq!(path_of(&verified.1, "node")[0].0, "skipped", "{:#}", verified.1);
+}

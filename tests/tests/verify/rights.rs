@@ -1,0 +1,31 @@
+//! The rights of the shipped DaemonSet.
+
+use imds_tests::{PodLink, World, output, skip_without_netns_cookie};
+use serde_json::Value;
+
+use crate::{ALL, assert_nothing_left, hooks_with, path_of};
+
+/// Capabilities that `deploy/kubernetes/base/daemonset.yaml` grants.
+const CAPABILITIES: &str = "-all,+bpf,+perfmon,+net_admin,+sys_admin,+sys_ptrace";
+
+#[test]
+fn daemonset_capabilities() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let _pod = world.add_pod(PodLink::Routed);
+    let _agent = world.agent().hooks(&ALL).spawn_ready();
+    let command = world.imds_agent(&["verify", "-o", "json"]).command();
+    let mut limited = world.node.command("setpriv");
+    limited.arg(format!("--bounding-set={CAPABILITIES}")).arg(command.get_program()).args(command.get_args());
+    let output = world.in_cgroup(|| output(limited));
+    assert_nothing_left(&world);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
+    assert_eq!(output.status.code(), Some(0), "{report:#}");
+    assert_eq!(hooks_with(&report, "failed"), [""; 0]);
+    let (outcome, observed) = &path_of(&report, "exempt pod")[0];
+    assert!(outcome == "skipped" && observed.contains("CAP_NET_RAW"), "{observed}");
+    assert_eq!(path_of(&report, "node")[0].0, "passed", "{report:#}");
+    assert!(hooks_with(&report, "passed").contains(&"socket"), "{report:#}");
+}

@@ -1,0 +1,128 @@
+//! A run leaves nothing behind, also when it is killed, and passes on a busy machine.
+
+use std::{
+    hint::spin_loop,
+    process::Stdio,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+};
+
+use aya::programs::tc::TcAttachType;
+use imds_tests::{
+    World, effort, hook::programs_at, poll::poll_until, probe::LONG, skip_without_netns_cookie,
+    with_each_backend,
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use crate::{ALL, add_pods, assert_all_passed, assert_nothing_left, exempt, interfaces, verify};
+
+/// Routes of the node, and programs at its uplink. IPv6 routes of link-local addresses come some time after their links.
+fn state_of(world: &World) -> (String, usize) {
+    let routes =
+        world.node.command("ip").args(["-4", "route", "show", "table", "all"]).output().unwrap().stdout;
+    let programs = programs_at(&world.node, World::UPLINK, TcAttachType::Egress).len();
+    (String::from_utf8(routes).unwrap(), programs)
+}
+
+#[test]
+fn no_traces() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    with_each_backend(|backend| {
+        let world = World::new();
+        let (_routed, bridged) = add_pods(&world);
+        let _agent = world.agent().config(&exempt(&bridged)).backend(backend).hooks(&ALL).spawn_ready();
+        let (status, state) = (world.status(), state_of(&world));
+        assert_all_passed(&verify(&world));
+        assert_eq!(state_of(&world), state);
+        let after = world.status_when("the test link is forgotten", |after| {
+            after.interfaces.len() == status.interfaces.len()
+        });
+        assert_eq!((after.total, after.departed), (status.total, status.departed));
+        for command in [&["report", "-o", "json"][..], &["report", "--rules"]] {
+            let output = String::from_utf8(world.imds_agent(command).output().stdout).unwrap();
+            assert!(!output.contains("imdsv") && !output.contains("imds-netns"), "{output}");
+        }
+        let denials = world.imds_agent(&["report", "-o", "json"]).output().stdout;
+        let denials: serde_json::Value = serde_json::from_slice(&denials).unwrap();
+        assert_eq!(denials["denials"].as_array().map(Vec::len), Some(0), "{denials:#}");
+    });
+}
+
+/// The interfaces of the node show the namespace of a run: its end of the pod's link.
+#[test]
+fn signals_leave_nothing() {
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGKILL] {
+        let world = World::new();
+        let (_routed, _bridged) = add_pods(&world);
+        let agent = world.agent().hooks(&["from_pod", "node_egress"]).spawn_ready();
+        let before = state_of(&world);
+        // `verify` waits for an agent that is stopped.
+        let agent_pid = Pid::from_raw(agent.pid().try_into().unwrap());
+        kill(agent_pid, Signal::SIGSTOP).unwrap();
+        let mut command = world.imds_agent(&["verify"]).command();
+        let mut child = command.stderr(Stdio::null()).spawn().unwrap();
+        let name = format!("imdsv{}", child.id());
+        poll_until(LONG, "the link", || interfaces(&world.node).contains(&name).then_some(()));
+        kill(Pid::from_raw(child.id().try_into().unwrap()), signal).unwrap();
+        let status = child.wait().unwrap();
+        if signal == Signal::SIGKILL {
+            // The kernel removes the contents of a namespace some time later.
+            poll_until(LONG, "the end of the link", || {
+                (!interfaces(&world.node).contains(&name)).then_some(())
+            });
+        } else {
+            assert_eq!(status.code(), Some(1), "{signal}");
+        }
+        assert_nothing_left(&world);
+        assert_eq!(state_of(&world), before);
+        kill(agent_pid, Signal::SIGCONT).unwrap();
+        drop(agent);
+    }
+}
+
+#[test]
+fn busy_machine() {
+    run_beside_load(effort(20));
+}
+
+/// `cargo test -p imds-tests --test verify -- --ignored soak`
+#[test]
+#[ignore = "takes an hour"]
+fn soak() {
+    run_beside_load(400);
+}
+
+/// Runs `verify` so many times while each processor is busy twice over.
+fn run_beside_load(runs: u32) {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let (_routed, bridged) = add_pods(&world);
+    let _agent = world.agent().config(&exempt(&bridged)).hooks(&ALL).spawn_ready();
+    let is_over = AtomicBool::new(false);
+    let threads = thread::available_parallelism().unwrap().get() * 2;
+    thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Relaxed) {
+                    spin_loop();
+                }
+            });
+        }
+        for run in 1..=runs {
+            let verified = verify(&world);
+            let is_right = verified.0.status.success();
+            if !is_right {
+                is_over.store(true, Ordering::Relaxed);
+            }
+            assert!(is_right, "run {run}: {:#}", verified.1);
+        }
+        is_over.store(true, Ordering::Relaxed);
+    });
+}
