@@ -51,7 +51,7 @@ fn join_bridge(world: &World, pod: &mut Pod) {
     let [.., host] = pod.address.octets();
     let veth = &pod.host_ifname;
     let offset = match pod.link {
-        PodLink::Routed => {
+        PodLink::Routed | PodLink::Netkit(_) => {
             world.node.ip(&format!("route delete {}/32 dev {veth}", pod.address));
             50
         }

@@ -33,7 +33,7 @@ impl Key {
     }
 }
 
-/// Hooks, attach mode and key of exemptions of each run of an agent. Emulated machines leave out the last.
+/// Hooks, attach mode and key of exemptions of each run of an agent. Emulated machines leave out the last two.
 const RUNS: [(&[&str], Option<AttachMode>, Key); 5] = [
     (ALL, None, Key::Interface),
     (TC, None, Key::Netns),
@@ -95,7 +95,7 @@ impl Case {
     pub(crate) fn assert_enforced(self) {
         let mut broken = self.unreachable("without the agent", &self.all_pods());
         assert!(broken.is_empty(), "{broken:#?}");
-        let count = RUNS.len() - usize::from(effort(2) < 2);
+        let count = if effort(2) < 2 { 3 } else { RUNS.len() };
         for (hooks, mode, key) in RUNS.into_iter().take(count) {
             if mode.is_none() || hook::has_tcx() {
                 broken.extend(self.broken_with(hooks, mode, key));
