@@ -89,6 +89,11 @@ impl Case {
         Self { is_known_at_egress: |_| true, ..self }
     }
 
+    /// Pods in a VRF, where `node_egress` sees the VRF as the ingress interface of all, as it sees a bridge.
+    pub(crate) fn unknown_at_egress(self) -> Self {
+        Self { is_known_at_egress: |_| false, ..self }
+    }
+
     /// Every sender reaches the endpoint before the agent starts and after each unload. In between, the node and exempt
     /// pods do, and no packet of another pod arrives.
     #[track_caller]

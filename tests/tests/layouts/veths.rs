@@ -58,7 +58,7 @@ fn vrf() {
              route add 198.51.100.10/32 via 10.0.0.1 dev {uplink} onlink"
         );
         let layout = Layout::new(nic).above(&setup, uplink).routes(&routes);
-        let mut case = Case::new(layout).place(join_vrf);
+        let mut case = Case::new(layout).place(join_vrf).unknown_at_egress();
         case.source = Source { address: None, device: Some(VRF) };
         case.assert_enforced();
     }
