@@ -172,8 +172,11 @@ pub struct InterfaceRecord {
     pub owns_qdisc: u8,
     /// 1 while an attachment waits in the attach queue, else 0.
     pub pending: u8,
+    /// 1 if it is one end of a veth pair that has both ends in the node's network namespace, else 0. A packet that comes in
+    /// here has left through the other end, where `node_egress` judged it.
+    pub internal: u8,
     /// Zero.
-    pub reserved: [u8; 2],
+    pub reserved: u8,
 }
 
 /// The part that an interface plays on the node.

@@ -9,8 +9,8 @@ use aya_ebpf::{
 };
 use imds_ebpf_common::{
     Address, Answer, CgroupRecord, ConfigRecord, Counter, CounterKey, Endpoint, Exemption, Filter, Grant,
-    Hook, InterfaceRecord, KubernetesRecord, Mode, PodRecord, Policy, ProbeRecord, ProviderRecord, Role,
-    Subject, Tables, Verdict,
+    Hook, InterfaceRecord, KubernetesRecord, Mode, PodRecord, Policy, ProbeRecord, ProviderRecord, Subject,
+    Tables, Verdict,
     endpoint::{Keep, MAX_ENDPOINTS},
     event::Window,
     exemption::MAX_EXEMPTIONS,
@@ -182,11 +182,11 @@ pub(crate) fn probe(subject: &Subject) -> Option<*mut ProbeRecord> {
     PROBES.get_ptr_mut(subject)
 }
 
-/// Returns the role of an interface of the node; `None` if the agent has not recorded it.
+/// Returns the record of an interface of the node; `None` if the agent has not written one.
 #[inline(always)]
-pub(crate) fn role(ifindex: u32) -> Option<Role> {
-    // SAFETY: one byte is read at once, and an entry that is replaced under a running program keeps a valid one.
-    unsafe { INTERFACE_RECORDS.get(&ifindex) }.and_then(|record| Role::from_u8(record.role))
+pub(crate) fn interface(ifindex: u32) -> Option<&'static InterfaceRecord> {
+    // SAFETY: single bytes are read at once, and an entry that is replaced under a running program keeps valid ones.
+    unsafe { INTERFACE_RECORDS.get(&ifindex) }
 }
 
 /// Whether this hook is on.

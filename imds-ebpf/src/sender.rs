@@ -24,36 +24,34 @@ pub(crate) struct Sender {
 pub(crate) fn of(packet: &Skb, skb: *mut __sk_buff) -> Option<Sender> {
     match netns::of_socket(skb) {
         SocketNetns::Cookie(cookie) => (!netns::is_node(cookie)).then_some(Sender { cookie }),
-        // TC redirected it to an ifb device and back, after this hook has let it pass.
-        SocketNetns::NoSocket if is_redirected(packet.ingress_ifindex()) => None,
-        // The node forwards it. Without an ingress interface it can be a pod's too: an IPv6 packet that the node fragments
-        // again loses it (ip6_copy_metadata, net/ipv6/ip6_output.c), and ipvlan in layer 3 scrubs it. The few packets that
-        // the node sends without a socket, such as IPv6 resets, are denied with them.
-        SocketNetns::NoSocket => Some(Sender { cookie: 0 }),
-        SocketNetns::Unknown => is_from_pod(packet.ingress_ifindex()).then_some(Sender { cookie: 0 }),
+        socket => (!was_judged(packet.ingress_ifindex(), socket)).then_some(Sender { cookie: 0 }),
     }
 }
 
-/// Reports whether a packet comes back from an ifb device, which sets the ingress interface to itself (`ifb_ri_tasklet`,
-/// drivers/net/ifb.c).
-#[inline(always)]
-fn is_redirected(ingress_ifindex: u32) -> bool {
-    ingress_ifindex != 0 && matches!(maps::role(ingress_ifindex), Some(Role::Ifb))
-}
-
-/// Decides for a packet with a socket whose network namespace the kernel does not report (before Linux 6.13).
+/// Reports whether a packet of which no network namespace is known is the node's own, or was let through by another hook.
 ///
-/// A routed packet has lost its socket, so that this one comes from the node or was switched by a bridge. Without an
-/// ingress interface it is the node's, or that of a macvlan or ipvlan pod, which the socket hook covers. With one that is
-/// neither a pod's link nor a bridge, an earlier `node_egress` hook has let it pass: TC redirected it, or it came back by
-/// a veth pair inside the node's network namespace.
+/// A packet that the node routes for a pod has lost its socket. So has one that comes back from an ifb device, which sets the
+/// ingress interface to itself (`ifb_ri_tasklet`, drivers/net/ifb.c), or by a veth pair inside the node's network namespace
+/// if bridges call netfilter (`br_netfilter`); both have left through another `node_egress` hook before.
+///
+/// Without an ingress interface, a packet without a socket can be a pod's: an IPv6 packet that the node fragments again loses
+/// it (`ip6_copy_metadata`, net/ipv6/ip6_output.c), and ipvlan in layer 3 scrubs it. The few packets that the node sends
+/// without a socket, such as IPv6 resets, are denied with them. One with a socket (before Linux 6.13, where the kernel does
+/// not report its namespace) is the node's, or that of a macvlan or ipvlan pod, which the socket hook covers.
 #[inline(always)]
-fn is_from_pod(ingress_ifindex: u32) -> bool {
+fn was_judged(ingress_ifindex: u32, socket: SocketNetns) -> bool {
+    let has_socket = matches!(socket, SocketNetns::Unknown);
     if ingress_ifindex == 0 {
-        return false;
+        return has_socket;
     }
-    match maps::role(ingress_ifindex) {
-        Some(Role::Other | Role::Uplink | Role::Ifb | Role::Loopback | Role::Excluded) => false,
-        Some(Role::Pod | Role::Bridge) | None => true,
+    let Some(record) = maps::interface(ingress_ifindex) else { return false };
+    if record.internal == 1 {
+        return true;
+    }
+    match Role::from_u8(record.role) {
+        Some(Role::Ifb) => true,
+        // TC redirected a packet that has kept its socket, so that no bridge has switched and no route has led it.
+        Some(Role::Other | Role::Uplink | Role::Loopback | Role::Excluded) => has_socket,
+        Some(Role::Pod | Role::Bridge) | None => false,
     }
 }

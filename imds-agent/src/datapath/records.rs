@@ -52,7 +52,8 @@ pub(super) fn put(maps: &mut Maps, link: &Link, state: &LinkState) -> Result<(),
         attach_modes: attach_modes.map(|mode| mode as u8),
         owns_qdisc: if has_filter { old.owns_qdisc } else { 0 },
         pending: u8::from(is_pending),
-        reserved: [0; 2],
+        internal: u8::from(link.is_internal_pair()),
+        reserved: 0,
     };
     if new == old { Ok(()) } else { write(maps, link.index, new) }
 }

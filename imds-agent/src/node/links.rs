@@ -97,6 +97,12 @@ impl Link {
         }
     }
 
+    /// Reports whether the interface is one end of a veth pair that has both ends in this network namespace.
+    #[must_use]
+    pub fn is_internal_pair(&self) -> bool {
+        self.kind == Kind::Veth && self.peer_netns.is_none() && self.lower.is_some()
+    }
+
     /// Reports whether the other end is in another network namespace, or may be: a pod's link, or an uplink of a node that
     /// is itself a container.
     #[must_use]

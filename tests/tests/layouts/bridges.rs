@@ -56,7 +56,6 @@ fn join_bridge(world: &World, pod: &mut Pod) {
             50
         }
         PodLink::Bridged => 100,
-        PodLink::Netkit(_) => panic!("a netkit device is no bridge port"),
     };
     pod.address = [10, 0, 0, offset + host].into();
     world.node.ip(&format!("link set {veth} master {BRIDGE}"));
