@@ -7,7 +7,7 @@ use std::{
     process::{Child, Command, ExitStatus, Output, Stdio},
     sync::{Arc, Mutex, mpsc},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nix::{
@@ -243,7 +243,7 @@ impl<'w> AgentCommand<'w> {
         // Ends with the process.
         thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                lines.lock().expect("no reader panicked").push(line);
+                lines.lock().expect("no reader panicked").push((Instant::now(), line));
             }
         });
         // Of the same version, which understands what this one lays out.
@@ -266,7 +266,7 @@ impl<'w> AgentCommand<'w> {
 pub struct Agent<'w> {
     status: AgentCommand<'w>,
     child: Child,
-    log: Arc<Mutex<Vec<String>>>,
+    log: Arc<Mutex<Vec<(Instant, String)>>>,
 }
 
 impl Agent<'_> {
@@ -295,14 +295,21 @@ impl Agent<'_> {
     /// All that it wrote to its standard error so far.
     #[must_use]
     pub fn log(&self) -> String {
-        self.log.lock().expect("the reader is well").join("\n")
+        let lines: Vec<_> = self.log_lines().into_iter().map(|(_, line)| line).collect();
+        lines.join("\n")
+    }
+
+    /// Lines of its standard error so far, each with its time of arrival.
+    #[must_use]
+    pub fn log_lines(&self) -> Vec<(Instant, String)> {
+        self.log.lock().expect("the reader is well").clone()
     }
 
     /// Waits for a line of its log that contains `pattern`.
     #[track_caller]
     pub fn wait_for_log(&self, pattern: &str, deadline: Duration) -> String {
         let found = try_poll(deadline, || {
-            self.log.lock().expect("the reader is well").iter().find(|line| line.contains(pattern)).cloned()
+            self.log_lines().into_iter().map(|(_, line)| line).find(|line| line.contains(pattern))
         });
         found.unwrap_or_else(|| panic!("no {pattern:?} in the log within {deadline:?}:\n{}", self.log()))
     }

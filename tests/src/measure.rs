@@ -20,6 +20,13 @@ impl Samples {
         Self(samples)
     }
 
+    /// Number of samples; there is at least one.
+    #[expect(clippy::len_without_is_empty, reason = "never empty")]
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// The median.
     pub fn median(&self) -> f64 {
         self.quantile(50)

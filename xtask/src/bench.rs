@@ -17,15 +17,15 @@ use crate::{
 /// machine that does nothing else
 #[derive(clap::Args)]
 pub(crate) struct Bench {
-    /// Only this one: `test_run` for the programs alone, `speed` for packets beside others' guards, `scale` for up to
-    /// 1,000 pods, `footprint` for an agent at rest
+    /// Only this one: `test_run` for the programs alone, `speed` for packets beside others' guards, `churn` for new
+    /// pods, `scale` for up to 1,000 pods, `footprint` for an agent at rest
     name: Option<String>,
     /// Write the results to docs/benchmarks.md, with plots
     #[arg(long)]
     document: bool,
 }
 
-const ALL: [&str; 4] = ["test_run", "speed", "scale", "footprint"];
+const ALL: [&str; 5] = ["test_run", "speed", "churn", "scale", "footprint"];
 /// Names the directory that the benchmarks write plots to.
 const PLOTS: &str = "IMDS_BENCH_PLOTS";
 

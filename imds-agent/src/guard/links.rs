@@ -125,11 +125,13 @@ impl Guard {
             self.pods.link_came(&link);
         }
         match self.reconcile(&link, is_new).await {
-            Ok(()) => {
+            Ok(Reconciled::AsDesired) => {
                 if self.failures.remove(&link.index).is_some() {
                     log::info!("{} (ifindex {}): enforced again", link.name, link.index);
                 }
             }
+            // A failure that was reported before stays one until the repair has run.
+            Ok(Reconciled::Postponed) => {}
             // The event of its deletion follows.
             Err(error) if error.is_interface_gone() => {
                 log::debug!("{} (ifindex {}): deleted during reconciliation", link.name, link.index);
@@ -145,7 +147,7 @@ impl Guard {
         }
     }
 
-    async fn reconcile(&mut self, link: &Link, is_new: bool) -> Result<(), DatapathError> {
+    async fn reconcile(&mut self, link: &Link, is_new: bool) -> Result<Reconciled, DatapathError> {
         let mut observed = Vec::new();
         for hook in TcHook::ALL {
             observed.push((hook, self.datapath.observe(link, hook, !self.initial_sync_done).await?));
@@ -164,7 +166,7 @@ impl Guard {
         // Desired programs are attached before others are detached.
         observed.sort_by_key(|(hook, _)| !assignment.hooks.has(*hook));
         let mut state = LinkState { assignment, attach_modes: [AttachMode::None; 2], is_pending: false };
-        let mut failed = None;
+        let (mut failed, mut reconciled) = (None, Reconciled::AsDesired);
         for (hook, attachments) in observed {
             let point = AttachPoint { ifindex: link.index, edge: hook };
             let desired = self.datapath.desired_mode(link, assignment.hooks, hook);
@@ -176,13 +178,16 @@ impl Guard {
             }
             if self.must_wait(link, point, desired, &attachments).await? {
                 state.is_pending = true;
-                state.attach_modes[hook as usize] =
-                    attachments.first().map_or(AttachMode::None, |attachment| attachment.backend);
+                state.attach_modes[hook as usize] = observed_mode(&attachments);
                 continue;
             }
             self.queue.remove(point);
             match self.reconcile_hook(link, (hook, desired), &attachments, is_new).await {
-                Ok(()) => state.attach_modes[hook as usize] = desired,
+                Ok(Reconciled::AsDesired) => state.attach_modes[hook as usize] = desired,
+                Ok(Reconciled::Postponed) => {
+                    state.attach_modes[hook as usize] = observed_mode(&attachments);
+                    reconciled = Reconciled::Postponed;
+                }
                 // A link without a route to an endpoint does without the hook that only prepares for one.
                 Err(error) if self.is_spare(link, point) && error.obstacle().is_some() => {
                     log::debug!("{} (ifindex {}): {:#}", link.name, link.index, anyhow::Error::from(error));
@@ -192,7 +197,7 @@ impl Guard {
             }
         }
         let recorded = recorded.and(self.datapath.record(link, &state));
-        failed.map_or(recorded, Err)
+        failed.map_or(recorded.map(|()| reconciled), Err)
     }
 
     async fn reconcile_hook(
@@ -201,7 +206,7 @@ impl Guard {
         (hook, desired): (TcHook, AttachMode),
         attachments: &[Attachment],
         is_new: bool,
-    ) -> Result<(), DatapathError> {
+    ) -> Result<Reconciled, DatapathError> {
         let point = AttachPoint { ifindex: link.index, edge: hook };
         let actions = plan(desired, attachments);
         if actions.is_empty() {
@@ -209,7 +214,7 @@ impl Guard {
         }
         if self.is_repair(point, &actions, is_new) && !self.backoff.allow(point, Instant::now()) {
             log::debug!("{} (ifindex {}): repair of {} postponed", link.name, link.index, hook.hook().name());
-            return Ok(());
+            return Ok(Reconciled::Postponed);
         }
         for &action in &actions {
             self.datapath.apply(link, hook, action).await?;
@@ -219,12 +224,14 @@ impl Guard {
         if desired == AttachMode::Clsact && actions.iter().any(is_moved) {
             self.warn_if_blocked(link, hook).await?;
         }
-        Ok(())
+        Ok(Reconciled::AsDesired)
     }
 
     /// Reports whether the actions undo a change that another program made.
     fn is_repair(&self, point: AttachPoint, actions: &[Action], is_new: bool) -> bool {
-        let is_expected = is_new || self.in_reload || !self.initial_sync_done || self.turn == Some(point);
+        let has_failed = self.failures.contains_key(&point.ifindex);
+        let is_expected =
+            is_new || has_failed || self.in_reload || !self.initial_sync_done || self.turn == Some(point);
         let is_repair = |action: &Action| !matches!(action, Action::Detach(_));
         !is_expected && actions.iter().any(is_repair)
     }
@@ -244,7 +251,10 @@ impl Guard {
         let is_uplink = point.edge == TcHook::NodeEgress && self.uplinks.contain(link.index);
         // A pair that a CNI plugin makes is announced before its peer is known.
         let is_pair = link.leads_elsewhere() || matches!(link.kind, Kind::Veth | Kind::Netkit);
-        if desired == AttachMode::None || is_attached || is_uplink || !is_pair || self.turn == Some(point) {
+        // An attachment that failed in its turn is tried again with each event and resync.
+        let has_failed = self.failures.contains_key(&link.index);
+        let is_turn = self.turn == Some(point) || has_failed;
+        if desired == AttachMode::None || is_attached || is_uplink || !is_pair || is_turn {
             return Ok(false);
         }
         let is_clsact = desired == AttachMode::Clsact && !self.clsact_delay.is_zero();
@@ -333,6 +343,20 @@ impl Guard {
             log::error!("failed to clean up state of deleted interface {index}: {error:#}");
         }
     }
+}
+
+/// Result of the reconciliation of an interface that met no error.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Reconciled {
+    /// Each hook is as desired, or waits for its turn in the attach queue.
+    AsDesired,
+    /// A repair waits, as another program undid it again and again.
+    Postponed,
+}
+
+/// Attach mode of the agent's program at a hook, if there is one.
+fn observed_mode(attachments: &[Attachment]) -> AttachMode {
+    attachments.first().map_or(AttachMode::None, |attachment| attachment.backend)
 }
 
 /// Attachments that wait at the start of the agent.

@@ -3,6 +3,7 @@
 //! Pods have a namespace, a routed link, a cgroup with a process, and are in the API server, every fifth of them exempt by
 //! a rule. Those that come and go while it is measured are links into other namespaces.
 
+#[path = "../churn/links.rs"]
 mod churn;
 #[path = "../plot.rs"]
 mod plot;
@@ -28,6 +29,9 @@ use churn::Churn;
 const SIZES: [usize; 5] = [10, 30, 100, 300, 1000];
 const NODE: &str = "node-0";
 const HOOKS: &[&str] = &["from_pod", "node_egress", "socket"];
+/// Links that come and go while CPU time is measured, 50 a second.
+const LINKS: u32 = 750;
+const INTERVAL: Duration = Duration::from_millis(20);
 /// How often each start is measured.
 const STARTS: usize = 5;
 /// How long nothing happens while CPU time is measured.
@@ -45,28 +49,22 @@ fn main() {
         eprintln!("{}", row.cells().join(", "));
         row
     });
-    println!("{}; medians of {STARTS} starts, {} links for news.\n", machine(), churn::LINKS);
+    println!("{}; medians of {STARTS} starts, {LINKS} links come and go.\n", machine());
     let line =
         |of: fn(&Row) -> f64| rows.iter().map(|row| (f64::from(row.pods), of(row))).collect::<Vec<_>>();
     plot::lines(
         "benchmarks-scale",
         "Milliseconds, by pods",
-        &[
-            ("all covered from start", line(|row| row.start)),
-            ("restarted", line(|row| row.restart)),
-            ("news of a link to its filter, p99", line(|row| row.news.quantile(99))),
-        ],
+        &[("all covered from start", line(|row| row.start)), ("restarted", line(|row| row.restart))],
     );
     print!("{}", table(&HEAD, &rows.each_ref().map(Row::cells)));
 }
 
-const HEAD: [&str; 9] = [
+const HEAD: [&str; 7] = [
     "pods",
     "covered from start",
     "restarted",
     "restarted in a flood",
-    "news to attached, p50",
-    "p99",
     "memory",
     "CPU at rest",
     "CPU at 50 pods/s",
@@ -79,7 +77,6 @@ struct Row {
     start: f64,
     restart: f64,
     restart_in_flood: f64,
-    news: Samples,
     memory: f64,
     cpu_at_rest: f64,
     cpu_of_churn: f64,
@@ -93,8 +90,6 @@ impl Row {
             ms(self.start),
             ms(self.restart),
             ms(self.restart_in_flood),
-            ms(self.news.median()),
-            ms(self.news.quantile(99)),
             format!("{:.1} MiB", self.memory),
             format!("{:.2} %", self.cpu_at_rest),
             format!("{:.1} %", self.cpu_of_churn),
@@ -163,8 +158,8 @@ impl Node {
         });
         let (agent, _) = self.start();
         self.assert_all_guarded(&agent);
-        let (mut news, churn) = (Vec::new(), Churn::new(&self.world.node, &self.visitors));
-        let cpu_of_churn = Process::new(agent.pid()).cpu_while(|| news = churn.run());
+        let churn = Churn::new(&self.world.node, &self.visitors);
+        let cpu_of_churn = Process::new(agent.pid()).cpu_while(|| drop(churn.run(LINKS, INTERVAL)));
         drop(agent);
         self.world.unload();
         Row {
@@ -172,7 +167,6 @@ impl Node {
             start: start.median(),
             restart: restart.median(),
             restart_in_flood: restart_in_flood.median(),
-            news: Samples::new(news),
             memory,
             cpu_at_rest,
             cpu_of_churn,
