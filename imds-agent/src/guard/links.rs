@@ -158,7 +158,7 @@ impl Guard {
         }
         let mut assignment = self.assign(link);
         if link.leads_elsewhere() && !observed[TcHook::NodeEgress as usize].1.is_empty() {
-            // To detach the hook from a link that proves to be a pod's would take RTNL for nothing.
+            // Detaching the hook from a link that turns out to be a pod's would take RTNL without need.
             assignment.hooks = state::assign(link, &self.uplinks, &self.interfaces, false).hooks;
         }
         // Desired programs are attached before others are detached.
@@ -183,7 +183,7 @@ impl Guard {
             self.queue.remove(point);
             match self.reconcile_hook(link, (hook, desired), &attachments, is_new).await {
                 Ok(()) => state.attach_modes[hook as usize] = desired,
-                // A link without a route to an endpoint does without the hook that only prepares for one.
+                // The hook only prepares this link for a route to an endpoint, so that an obstacle is no error.
                 Err(error) if self.is_spare(link, point) && error.obstacle().is_some() => {
                     log::debug!("{} (ifindex {}): {:#}", link.name, link.index, anyhow::Error::from(error));
                     state.assignment.hooks = TcHookSet::FROM_POD;
