@@ -53,7 +53,7 @@ pub struct Config {
     pub hooks: Hooks,
     /// Setting of the sendmsg programs.
     pub sendmsg: Sendmsg,
-    /// The bit of a packet's mark by which `from_pod` tells `node_egress` that it is exempt.
+    /// Bit of the packet mark that `from_pod` sets for `node_egress` on packets of exempt pods behind a bridge.
     pub mark: u32,
     /// What is guarded.
     pub endpoints: Endpoints,

@@ -113,7 +113,7 @@ pub fn comm(event: &Event) -> String {
 /// Index of the interface by which a packet came to the node; 0 where it came by none.
 #[must_use]
 pub fn ingress(event: &Event) -> u32 {
-    // At `node_egress` the other interface is the node's own, and so it is of what came by none.
+    // At `node_egress` the packet's own interface is an exit of the node, not the way in.
     match event.hook {
         hook if hook == Hook::FromPod as u8 => event.ifindex,
         _ => event.ingress_ifindex,
@@ -159,7 +159,7 @@ impl fmt::Display for Record {
         }
         match self.suppressed {
             0 => Ok(()),
-            suppressed => write!(f, ", and {suppressed} before it that were not told"),
+            suppressed => write!(f, ", and {suppressed} before it that were not reported"),
         }
     }
 }
@@ -228,7 +228,7 @@ mod tests {
         assert_eq!(
             record.to_string(),
             "1970-01-01T00:00:01.500Z deny  from_pod  veth4 (4): 10.244.0.7:40312 -> 169.254.169.254:80 tcp, and 41 \
-             before it that were not told"
+             before it that were not reported"
         );
         let json = serde_json::to_value(&record).unwrap();
         assert_eq!((&json["interface"], &json["pid"]), (&"veth4".into(), &serde_json::Value::Null));

@@ -184,6 +184,12 @@ impl Pods {
         self.hosts = meant.filter(|pod| pod.host_network).map(|pod| pod.uid.clone()).collect();
     }
 
+    /// Reports whether the API server is asked for pods.
+    #[must_use]
+    pub fn are_looked_up(&self) -> bool {
+        self.doubt != Some(Doubt::NotLookedUp)
+    }
+
     /// Reports whether the link leads to a known pod.
     #[must_use]
     pub fn have_link(&self, index: u32) -> bool {

@@ -110,8 +110,8 @@ pub fn ingress_devices(port: &Link, links: &BTreeMap<u32, Link>) -> BTreeSet<u32
 /// The operator's configuration comes first, except on loopback: hooks there would cut off the node itself.
 ///
 /// A veth or netkit device whose peer is in another network namespace is a pod's link or an uplink of the node (in kind, LXD
-/// or Incus), and routes change. It gets both hooks unless it is known to be a pod's, so that a wrong guess or a change of
-/// the role never leaves a moment without the hook.
+/// or Incus), and routes change. Such a device gets both hooks unless it is known to be a pod's, so that neither a wrong
+/// guess nor a change of the role leaves a moment without the hook.
 #[must_use]
 pub fn assign(link: &Link, uplinks: &Uplinks, interfaces: &Interfaces, is_known_pod: bool) -> Assignment {
     let assignment = |role, hooks| Assignment { role, hooks };

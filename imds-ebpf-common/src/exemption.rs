@@ -155,7 +155,7 @@ pub fn soften<T: Tables + ?Sized>(
     soften_thoroughly(verdict, subject, address, tables)
 }
 
-/// Applies the exemption of `subject` without a look at the bitmap of exempt subjects.
+/// Applies the exemption of `subject` without reading the bitmap of exempt subjects.
 #[inline(always)]
 pub fn soften_thoroughly<T: Tables + ?Sized>(
     verdict: Verdict,

@@ -20,7 +20,7 @@ pub struct Policy {
     pub netns: u32,
     /// The hooks that are on: a [`Hook::bit`](crate::Hook::bit) each.
     pub hooks: u32,
-    /// The bit of a packet's mark by which `from_pod` tells `node_egress` that it is exempt; 0 for none.
+    /// Bit of the packet mark that `from_pod` sets for `node_egress` on packets of exempt pods behind a bridge; 0 for none.
     pub mark: u32,
     /// Cookie of the node's network namespace (`SO_NETNS_COOKIE`); 0 for the initial one, whose cookie the programs
     /// can ask for themselves.
@@ -65,7 +65,7 @@ pub struct Counter {
     pub packets: u64,
     /// Bytes of these packets, link-layer header included; none of calls on sockets.
     pub bytes: u64,
-    /// Limits what is told of these packets where all of them have one source, which is so at `from_pod`.
+    /// Rate limit of the events of these packets, used at `from_pod`, where all of them have one source.
     pub window: Window,
 }
 
@@ -179,7 +179,7 @@ pub struct InterfaceRecord {
     pub reserved: u8,
 }
 
-/// The part that an interface plays on the node.
+/// Role of an interface on the node, which decides its hooks.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum Role {

@@ -17,7 +17,7 @@ use crate::{
     sender::Sender,
 };
 
-/// Returns the verdict on what `subject` sends to `address`, given the `verdict` on senders without an exemption.
+/// Returns the verdict on packets of `subject` to `address`, given the `verdict` on senders without an exemption.
 #[inline(always)]
 pub(crate) fn apply(verdict: Verdict, subject: Subject, address: &Address) -> Verdict {
     if !Maps.may_be_exempt(subject.slot()) {

@@ -85,7 +85,7 @@ static mut IMDS_FILTER: Filter = Filter::EMPTY;
 static EXEMPT_SOURCES: HashMap<Exemption, u32, { MAX_EXEMPTIONS * 4 }, { BPF_F_NO_PREALLOC as usize }> =
     HashMap::new();
 
-/// Most test senders at a time: `imds-agent verify` uses a few.
+/// Largest number of test senders: `imds-agent verify` uses a few.
 const MAX_PROBES: usize = 64;
 
 #[btf_map(name = "imds_probes")]

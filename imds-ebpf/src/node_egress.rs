@@ -55,7 +55,7 @@ fn judge_thoroughly(skb: *mut __sk_buff, frame: Frame) -> i32 {
     conclude(&Judged { skb, frame, place, hook, verdict }, window, Way::In)
 }
 
-/// Judges a packet of a test sender, which is known like any other one.
+/// Judges a packet of a test sender, which is identified like any other sender.
 #[inline(always)]
 fn judge_probe(packet: &Skb, sender: Sender, verdict: Verdict) -> Option<Probed> {
     if !maps::has_probes() {

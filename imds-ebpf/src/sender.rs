@@ -16,7 +16,7 @@ pub(crate) struct Sender {
     pub(crate) cookie: u64,
 }
 
-/// Returns who sent a packet that leaves the node; `None` for the node itself.
+/// Returns the sender of a packet that leaves the node; `None` for the node itself.
 ///
 /// A packet can leave through several interfaces of the node (bridge and NIC, bond and slave, VLAN and NIC). The answer
 /// depends only on the packet's socket and ingress interface, which stay, so that each hook gives the same verdict.

@@ -108,7 +108,7 @@ impl Foreign {
         Self::load(&instructions, kind).expect("load a program of four instructions")
     }
 
-    /// Attaches it to a cgroup, after all others. Closing the link detaches it.
+    /// Attaches the program to a cgroup, after all others. Closing the link detaches it.
     #[must_use]
     pub fn attach_cgroup(&self, cgroup: &Path, attach_type: u32) -> OwnedFd {
         let cgroup = File::open(cgroup).expect("open a cgroup").into();
@@ -121,7 +121,7 @@ impl Foreign {
         bpf_fd(BPF_LINK_CREATE, &mut attributes).expect("create a link of a cgroup")
     }
 
-    /// Attaches it to a cgroup without `BPF_F_ALLOW_MULTI`, so that no other program can be attached there.
+    /// Attaches the program to a cgroup without `BPF_F_ALLOW_MULTI`, so that no other program can be attached there.
     #[must_use]
     pub fn attach_cgroup_alone(&self, cgroup: &Path, attach_type: u32) -> AloneOnCgroup {
         let cgroup = File::open(cgroup).expect("open a cgroup").into();
@@ -173,8 +173,8 @@ impl Foreign {
         self.attach_first(netns, ifindex, attach_type)
     }
 
-    /// Attaches it before all others at the peer of the netkit pair whose primary device has this index. It is detached when
-    /// the link is closed.
+    /// Attaches the program before all others at the peer of the netkit pair whose primary device has this index. Closing
+    /// the link detaches it.
     #[must_use]
     pub fn attach_netkit_peer_first(&self, netns: &Netns, ifindex: u32) -> OwnedFd {
         self.attach_first(netns, ifindex, BPF_NETKIT_PEER)

@@ -78,8 +78,8 @@ pub(crate) fn lacks_tcx(left_out: &str) -> bool {
     lacks
 }
 
-/// Whether TC programs can't ask for a socket's network namespace (Linux 6.13), so that `node_egress` can't tell a
-/// pod that shares an interface of the node from the node.
+/// Reports whether TC programs can't read a socket's network namespace cookie (Linux 6.13), so that `node_egress` can't
+/// distinguish the node from a pod that shares an interface with it.
 #[must_use]
 pub fn lacks_tc_netns_cookie(left_out: &str) -> bool {
     // bpf_get_netns_cookie of include/uapi/linux/bpf.h.

@@ -294,6 +294,8 @@ impl Status {
     /// Whether each has a program of its own, where they are to have one.
     fn all_pods_are_guarded(&self) -> bool {
         let mut attachments = self.interfaces.iter().flat_map(|interface| &interface.attachments);
-        attachments.all(|attachment| attachment.attach_mode.is_some())
+        // `node_egress` of a link of unknown use comes when nothing else is to be attached.
+        let is_spare = |attachment: &HookAttachment| attachment.pending && attachment.hook == "node_egress";
+        attachments.all(|attachment| attachment.attach_mode.is_some() || is_spare(attachment))
     }
 }

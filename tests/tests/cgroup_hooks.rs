@@ -143,7 +143,7 @@ fn occupied_cgroup_degrades_the_agent() {
     world.assert_open(&late);
 }
 
-/// Returns what the status reports of the sendmsg programs, and compares it with the pins.
+/// Returns the status of the sendmsg programs, and compares it with the pins.
 fn sendmsg(world: &World) -> (bool, Option<String>) {
     let sendmsg = world.status().sockets.expect("the hook is on").sendmsg;
     assert_eq!(sendmsg.attached, is_pinned(world, "sendmsg4") && is_pinned(world, "sendmsg6"));

@@ -248,7 +248,7 @@ fn programs_of_others_at_the_node_egress_come_second() {
     assert_foreign_is_no_way("node_egress", TcAttachType::Egress, &["accepts", "leaves"]);
 }
 
-/// As long as another's program is first at the pod's link, `node_egress` holds what it redirects.
+/// `node_egress` denies packets that another program, first at the pod's link, redirects.
 #[test]
 fn what_is_redirected_past_the_from_pod_meets_the_node_egress() {
     with_each_backend(|backend| {

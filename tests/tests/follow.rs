@@ -144,7 +144,7 @@ fn every_interface_has_its_role_and_only_pods_are_guarded() {
         for (name, role) in others {
             let interface = status.interface(name);
             assert_eq!(interface.role, role, "{name}");
-            // Its peer is in another network namespace: it may be a pod's link too.
+            // The uplink's peer is in another network namespace, like that of a pod's link.
             let is_uncertain = name == World::UPLINK;
             assert_eq!(interface.attachment("from_pod").is_some(), is_uncertain, "{name}");
             let ours = hook::programs(&world.node, name).iter().any(hook::Attached::is_ours);

@@ -57,7 +57,7 @@ fn netkit_pods_are_denied() {
             let agent = world.start_agent(backend);
             assert_enforced(&world, &pod);
             world.assert_harmless(&pod);
-            // The pin holds it without the agent.
+            // The pin keeps the program attached without the agent.
             agent.kill9();
             world.assert_blocked(&pod);
             world.unload();

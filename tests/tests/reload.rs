@@ -404,7 +404,7 @@ fn a_cgroup_that_can_not_be_guarded_is_refused_with_the_file() {
         .args(&["--cgroup", missing.to_str().unwrap()])
         .spawn_ready();
     let good = world.status();
-    // By `node_egress`, too, which then has to go again.
+    // Turns `node_egress` on, too, which must be detached again.
     file.replace("answer = 'reject'\n");
     let status = assert_refused(&world, &good, missing.to_str().unwrap());
     assert!(!has_program(&world, World::UPLINK, Egress));

@@ -212,7 +212,7 @@ fn the_node_keeps_its_access_and_a_pod_what_is_not_guarded() {
     });
     let status = world.status();
     assert_eq!((status.state.as_str(), &status.hooks[..]), ("enforcing", &ALL.map(str::to_owned)[..]));
-    let counts = status.host_network.expect("strict mode is on").counts;
+    let counts = status.host_network.expect("host_network is on").counts;
     assert!(counts.allowed.packets > 0 && counts.denied.packets == 4, "{counts:?}");
     drop(agent);
     world.unload();
@@ -232,7 +232,7 @@ fn a_pod_with_a_namespace_of_its_own_is_counted_once() {
     let denied = || {
         let status = world.status();
         let sockets = status.sockets.as_ref().expect("the hook is on").counts;
-        let host = status.host_network.as_ref().expect("strict mode is on").counts;
+        let host = status.host_network.as_ref().expect("host_network is on").counts;
         let edge = status.interface(&pod.host_ifname).counts;
         [edge, sockets, host, status.total].map(|counts| counts.denied.packets)
     };
@@ -300,7 +300,7 @@ fn cgroups_that_come_and_go_are_followed_at_once() {
     let world = World::new();
     // Nothing is looked at again but what is told.
     let agent = world.agent().hooks(&[STRICT]).resync(3600).spawn();
-    agent.wait_for_log("hostNetwork pods are not held", LONG);
+    agent.wait_for_log("hostNetwork pods are not restricted", LONG);
     let status = world.status_when("it is said", |status| status.agent.ready);
     assert_eq!(status.state, "degraded");
     let [problem] = &status.problems[..] else { panic!("{:#?}", status.problems) };
@@ -311,7 +311,7 @@ fn cgroups_that_come_and_go_are_followed_at_once() {
         let cgroup = world.add_cgroup(path);
         assert_ne!(world.status().state, "unloaded");
         world.status_when("it is attached", |status| {
-            let host = status.host_network.as_ref().expect("strict mode is on");
+            let host = status.host_network.as_ref().expect("host_network is on");
             host.attached && host.cgroups.len() == count && status.state == "enforcing"
         });
         assert!(cgroup.run(|| is_refused(world.node.run(|| connect(METADATA, SHORT)))), "{path}");
@@ -356,7 +356,7 @@ fn audit_lets_them_pass_and_counts_them() {
     let before = world.arrivals();
     container.run(|| send_raw(&world.node, METADATA, 132)).unwrap();
     assert_eq!(world.arrivals().total(), before.total() + 1);
-    let counts = || world.status().host_network.expect("strict mode is on").counts;
+    let counts = || world.status().host_network.expect("host_network is on").counts;
     assert_eq!((counts().audited.packets, counts().denied.packets), (1, 0));
     assert!(container.run(|| reachable(&world.node, METADATA)));
     assert!(counts().audited.packets > 2 && counts().denied.packets == 0, "{:?}", counts());
@@ -370,7 +370,7 @@ fn what_somebody_detached_is_restored() {
     let world = World::new();
     let container = world.add_cgroup(CONTAINER);
     let agent = world.agent().hooks(&[STRICT]).resync(1).spawn_ready();
-    let kubepods = world.status().host_network.expect("strict mode is on").cgroups[0];
+    let kubepods = world.status().host_network.expect("host_network is on").cgroups[0];
     let is_held = || is_refused(container.run(|| send_raw(&world.node, METADATA, 132)));
     assert!(is_held());
     foreign::detach_link(&world.pin_dir().join(format!("links/host_egress_{kubepods}")));
@@ -427,7 +427,7 @@ fn it_outlives_the_agent_and_the_next_takes_over_without_a_gap() {
     });
     let tried = tried.into_inner();
     assert_eq!(world.arrivals(), before, "of {tried} tries during {RESTARTS} restarts");
-    let denied = world.status().host_network.expect("strict mode is on").counts.denied.packets;
+    let denied = world.status().host_network.expect("host_network is on").counts.denied.packets;
     assert!(denied >= tried, "{denied} of {tried} counted");
     drop(agent);
     assert_eq!(world.status().state, "enforcing");

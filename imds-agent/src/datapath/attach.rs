@@ -165,7 +165,7 @@ impl Datapath {
         }
     }
 
-    /// Reports whether the interface has a qdisc that takes filters, of whatever owner.
+    /// Reports whether the interface has a qdisc that takes filters, whichever program added it.
     pub async fn has_qdisc(&self, link: &Link) -> Result<bool, DatapathError> {
         Ok(qdisc::read(&self.netlink, link.index).await?.is_some())
     }

@@ -61,7 +61,7 @@ impl CgroupChange {
 pub(super) struct OpenCgroup {
     pub(super) path: PathBuf,
     pub(super) file: File,
-    /// Its inode number, which is its id (kernfs).
+    /// Id of the cgroup: its inode number (kernfs).
     pub(super) id: u64,
 }
 
@@ -201,14 +201,14 @@ impl CgroupLink {
         if !self.reordering.is_due(now) {
             let text = not_last(self.program, &cgroup.path, &behind);
             if self.reported.is_some() {
-                // Another agent that attaches new programs again and again is the same failure.
+                // One failure, even if another agent attaches a new program each time.
                 self.reported = Some(text.clone());
             }
             self.report_failure(text, changes);
             return Ok(());
         }
         self.reordering.note(now);
-        // The kernel appends it. The same program may run by several links.
+        // The kernel appends the new link. Several links may run one program.
         match bpf::link_create_cgroup(programs.fd(self.program)?, &cgroup.file, self.attach_type) {
             Ok(link) => {
                 self.failure = None;

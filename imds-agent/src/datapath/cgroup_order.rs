@@ -128,7 +128,7 @@ mod tests {
     fn programs_behind_ours() {
         assert!(behind(&[1, 7], &[1, 7, 9], 7).is_empty());
         assert_eq!(behind(&[7, 1, 2], &[7, 1, 2, 9], 7), [1, 2]);
-        // Of two links of one program the last counts.
+        // The last one of two links of a program counts.
         assert!(behind(&[7, 1, 7], &[7, 1, 7], 7).is_empty());
         // With BPF_F_PREORDER.
         assert_eq!(behind(&[7, 1, 2], &[2, 7, 1], 7), [1]);

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::config::{Hooks, Sendmsg};
 
-/// The programs on cgroups, and what decides which of them run.
+/// The programs on cgroups, and the facts that decide which of them run.
 #[derive(Debug)]
 pub(super) struct Cgroups {
     sockets: Option<Sockets>,
@@ -28,12 +28,12 @@ pub(super) struct Cgroups {
     has_tc_cookie: bool,
     is_enforced: bool,
     sendmsg: Option<SendmsgReason>,
-    /// The record as it was written last.
+    /// Last record that was written.
     recorded: Option<CgroupRecord>,
 }
 
 impl Cgroups {
-    /// Opens what earlier agents pinned for the cgroup of `plan`.
+    /// Opens the links that earlier agents pinned for the cgroup of `plan`.
     pub(super) fn adopt(pins: &PinDir, plan: &Plan) -> Result<Self, DatapathError> {
         let mut cgroups = Self {
             sockets: None,

@@ -18,7 +18,7 @@ pub fn read(maps: &Maps) -> Result<Grants, MapError> {
     Ok(Grants { entries, sources })
 }
 
-/// Content of the maps, as far as this process wrote or read it: a map is slow to read, and each link event asks for it.
+/// Cache of the maps' content: a map is slow to read, and each link event needs the content.
 #[derive(Debug, Default)]
 pub(super) struct Known(Option<Grants>);
 

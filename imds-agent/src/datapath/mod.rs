@@ -182,7 +182,7 @@ pub struct Plan {
     pub cgroup: Option<PathBuf>,
     /// How the programs know the node.
     pub identity: Identity,
-    /// The bit of a packet's mark by which `from_pod` tells `node_egress` that it is exempt.
+    /// Bit of the packet mark that `from_pod` sets for `node_egress` on packets of exempt pods behind a bridge.
     pub mark: u32,
 }
 

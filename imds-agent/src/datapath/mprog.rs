@@ -53,7 +53,7 @@ impl Links {
                     let mode = mode(hook).unwrap_or_default();
                     links.insert((point, mode), OpenLink { fd, id, pin: None });
                 }
-                // Detached: its interface is gone.
+                // Detached: its interface was deleted.
                 Some((_, Target::Interface { ifindex: 0, .. })) => pins::unpin(&path)?,
                 Some(_) | None => {
                     log::warn!(
@@ -216,7 +216,7 @@ pub(super) fn programs(point: AttachPoint, mode: AttachMode) -> Result<Vec<bpf::
     bpf::entries(point.ifindex, hook).map_err(failed("list the programs before the", point, mode))
 }
 
-/// Finds the attached link of an interface, pinned or with this `program`, for processes that hold no link. A program that
+/// Finds the attached link of an interface, pinned or with this `program`, for processes without open links. A program that
 /// runs earlier is named first.
 pub fn find(pins: &PinDir, point: AttachPoint, program: u32) -> Result<Option<Attachment>, PinError> {
     let pinned = pins::open(&pins.link(point))?.and_then(|fd| bpf::link(fd).ok().flatten());

@@ -188,26 +188,28 @@ pub(super) fn tc_has_cookie() -> bool {
     has_cookie(ProgramType::SchedClassifier)
 }
 
-/// Whether programs of this type may ask for the network namespace of a packet's socket (Linux 6.13 for TC, 6.15 for
-/// cgroups). Where they may not, packets that a pod sends by macvlan or ipvlan can't be told from the node's own at the
-/// `node_egress` hook, and those of all pods are judged in strict mode.
+/// Reports whether programs of this type can read the network namespace cookie of a packet's socket (Linux 6.13 for TC,
+/// 6.15 for cgroups).
+///
+/// Without the cookie `node_egress` can't distinguish packets of macvlan and ipvlan pods from the node's own, and
+/// `host_network` judges the packets of all pods.
 fn has_cookie(program_type: ProgramType) -> bool {
     is_helper_supported(program_type, bpf_func_id::BPF_FUNC_get_netns_cookie).unwrap_or(false)
 }
 
 /// The pinned maps.
 pub struct Maps {
-    /// What is in force.
+    /// The effective policy.
     pub policy: Array<MapData, Policy>,
     /// Packets and bytes by interface and verdict.
     pub counters: PerCpuHashMap<MapData, CounterKey, Counter>,
-    /// What the agent knows of each interface.
+    /// State of each interface, as the agent recorded it.
     pub interfaces: HashMap<MapData, u32, InterfaceRecord>,
-    /// Slots of the guarded addresses.
+    /// Bitmaps of the protected addresses and exempt subjects, and the table of endpoints.
     pub filter: Array<MapData, Filter>,
-    /// What is guarded.
+    /// The protected endpoints.
     pub endpoints: HashMap<MapData, Address, Endpoint>,
-    /// Who is exempt.
+    /// Grants of the exempt subjects.
     pub exempt: HashMap<MapData, Exemption, Grant>,
     /// Source addresses of exempt subjects.
     pub exempt_sources: HashMap<MapData, Exemption, u32>,
@@ -215,19 +217,19 @@ pub struct Maps {
     pub probes: HashMap<MapData, Subject, ProbeRecord>,
     /// Number of test senders.
     pub probing: Array<MapData, u32>,
-    /// Where the endpoints come from.
+    /// Provider of the endpoints.
     pub provider: Array<MapData, ProviderRecord>,
     /// The configuration as text.
     pub config: Array<MapData, ConfigRecord>,
     /// Desired state of the hooks of cgroups.
     pub cgroup: Array<MapData, CgroupRecord>,
-    /// How pods are looked up.
+    /// Status of the pod watch.
     pub kubernetes: Array<MapData, KubernetesRecord>,
-    /// Who is behind interfaces, network namespaces and cgroups.
+    /// Pods of interfaces, network namespaces and cgroups.
     pub pods: HashMap<MapData, Subject, PodRecord>,
-    /// What was told of whom, but at `from_pod`, where counters have that.
+    /// Rate-limit state of events by source, except at `from_pod`, where it is part of the counters.
     pub sources: PerCpuHashMap<MapData, Source, Window>,
-    /// The same maps, to pin them again.
+    /// All pinned maps by name, to pin them again.
     held: Vec<(&'static str, MapData)>,
 }
 

@@ -54,7 +54,7 @@ impl Qdisc {
         Some(qdisc)
     }
 
-    /// The obstacle to a filter at `hook`, if there is one. `has_tcx`: the kernel could do without the qdisc.
+    /// The obstacle to a filter at `hook`, if there is one. `has_tcx`: the kernel has TCX, which needs no qdisc.
     #[must_use]
     pub fn obstacle(&self, hook: TcHook, has_tcx: bool) -> Option<Obstacle> {
         let block = match hook {

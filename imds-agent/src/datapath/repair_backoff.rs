@@ -21,13 +21,13 @@ impl RepairBackoff {
         self.last.is_none_or(|(at, delay)| now.duration_since(at) >= delay)
     }
 
-    /// Notes that a repair is made now.
+    /// Records that a repair is made now.
     pub(super) fn note(&mut self, now: Instant) {
         let delay = self.last.map_or(MIN_DELAY, |(_, delay)| (delay * 2).min(MAX_DELAY));
         self.last = Some((now, delay));
     }
 
-    /// Forgets repairs that are long ago. Returns whether none is remembered.
+    /// Drops the state of repairs that are long ago. Returns whether no state is left.
     pub(super) fn has_calmed(&mut self, now: Instant) -> bool {
         self.last = self.last.filter(|(at, _)| now.duration_since(*at) < RESET_AFTER);
         self.last.is_none()

@@ -42,10 +42,10 @@ const CALLS: [(&str, bpf_attach_type); 4] = [
 const PACKETS: [(&str, bpf_attach_type); 2] =
     [("ingress", BPF_CGROUP_INET_INGRESS), ("egress", BPF_CGROUP_INET_EGRESS)];
 
-/// The place of another program, as far as it matters for a call.
+/// Position of another program relative to the agent's.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Place {
-    /// The order is of no consequence, or the agent's program runs later.
+    /// The order does not matter, or the agent's program runs later.
     Harmless,
     /// On the same cgroup, after the agent's program.
     Later,
@@ -57,7 +57,7 @@ enum Place {
 pub(super) fn programs(pins: &PinDir) -> Result<Vec<Check>, DatapathError> {
     let links = SOCKET_LINKS.map(|name| pins::link_at(&pins.named_link(name)));
     let Some((root, path)) = path(links.iter().flatten().find_map(bpf::Link::cgroup)) else {
-        return Ok(vec![Check::ok(NAME, "no cgroup is guarded, or would be")]);
+        return Ok(vec![Check::ok(NAME, "no cgroup for the agent's programs was found")]);
     };
     let directory = File::open(&path).map_err(pins::io_error("open the cgroup", &path))?;
     let cgroup = Cgroup { root, path, directory, ours: ours(pins)? };

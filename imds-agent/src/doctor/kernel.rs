@@ -137,7 +137,8 @@ pub(super) fn netns_cookie_tc() -> Check {
 /// Linux 6.15.
 pub(super) fn netns_cookie_cgroup_skb() -> Check {
     const NAME: &str = "netns_cookie_cgroup_skb";
-    let consequence = "strict mode denies the packets of all pods before `from_pod` counts them (Linux 6.15)";
+    let consequence =
+        "host_network denies the packets of all pods before `from_pod` counts them (Linux 6.15)";
     cookie_in(NAME, ProgramType::CgroupSkb, consequence)
 }
 

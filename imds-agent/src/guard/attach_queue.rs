@@ -57,7 +57,7 @@ impl AttachQueue {
         self.waiting.retain(|point, _| point.ifindex != ifindex);
     }
 
-    /// Allows the attachments of these interfaces at once, whatever time they had to wait for.
+    /// Allows the attachments of these interfaces at once, before their time.
     pub(super) fn release(&mut self, is_released: impl Fn(u32) -> bool) {
         for (_, waiting) in self.waiting.iter_mut().filter(|(point, _)| is_released(point.ifindex)) {
             waiting.not_before = waiting.since;
@@ -83,7 +83,7 @@ impl AttachQueue {
         self.waiting.keys().copied().filter(|point| point.edge == TcHook::FromPod)
     }
 
-    /// Records an event of a link, other than the agent's own doing.
+    /// Records a link event that the agent did not cause itself.
     pub(super) fn on_link_event(&mut self) {
         self.last_link_event = Instant::now();
     }

@@ -38,7 +38,7 @@ impl Guard {
         match (root, &self.no_kubepods) {
             (Some(root), None) => {
                 let failure = format!("no cgroup of Kubernetes pods (kubepods) below {}", root.display());
-                log::warn!("hostNetwork pods are not held: {failure}; {}", kubepods::why_none());
+                log::warn!("hostNetwork pods are not restricted: {failure}; {}", kubepods::why_none());
                 self.no_kubepods = Some(failure);
             }
             (None, Some(_)) => self.no_kubepods = None,

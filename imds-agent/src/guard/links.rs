@@ -1,6 +1,6 @@
 //! Reconciliation of one interface: brings its attachments to the desired state.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use imds_ebpf_common::{AttachMode, TcHook, TcHookSet};
 use log::Level;
@@ -13,6 +13,9 @@ use crate::{
     reconcile::{Action, Attachment, Order, plan},
     state::{self, Assignment, Uplinks},
 };
+
+/// Time that Kubernetes has to name the pod behind a link, before the link gets a hook that only a link of unknown use needs.
+const SPARE_DELAY: Duration = Duration::from_secs(10);
 
 impl Guard {
     /// Role and hooks of an interface.
@@ -160,7 +163,7 @@ impl Guard {
         }
         let mut assignment = self.assign(link);
         if link.leads_elsewhere() && !observed[TcHook::NodeEgress as usize].1.is_empty() {
-            // To detach the hook from a link that proves to be a pod's would take RTNL for nothing.
+            // Detaching the hook from a link that turns out to be a pod's would take RTNL without need.
             assignment.hooks = state::assign(link, &self.uplinks, &self.interfaces, false).hooks;
         }
         // Desired programs are attached before others are detached.
@@ -188,7 +191,7 @@ impl Guard {
                     state.attach_modes[hook as usize] = observed_mode(&attachments);
                     reconciled = Reconciled::Postponed;
                 }
-                // A link without a route to an endpoint does without the hook that only prepares for one.
+                // The hook only prepares this link for a route to an endpoint, so that an obstacle is no error.
                 Err(error) if self.is_spare(link, point) && error.obstacle().is_some() => {
                     log::debug!("{} (ifindex {}): {:#}", link.name, link.index, anyhow::Error::from(error));
                     state.assignment.hooks = TcHookSet::FROM_POD;
@@ -259,9 +262,15 @@ impl Guard {
         }
         let is_clsact = desired == AttachMode::Clsact && !self.clsact_delay.is_zero();
         let waits_for_plugin = is_clsact && !self.datapath.has_qdisc(link).await?;
-        let delay = if waits_for_plugin { self.clsact_delay } else { std::time::Duration::ZERO };
+        let delay = if waits_for_plugin {
+            self.clsact_delay
+        } else if self.is_spare(link, point) && self.pods.are_looked_up() {
+            SPARE_DELAY
+        } else {
+            Duration::ZERO
+        };
         self.queue.push(point, Instant::now() + delay);
-        if !waits_for_plugin {
+        if is_clsact && !waits_for_plugin {
             self.queue.release(|ifindex| ifindex == link.index);
         }
         Ok(true)

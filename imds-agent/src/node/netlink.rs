@@ -263,7 +263,7 @@ impl Netlink {
         Ok(())
     }
 
-    /// Sends a request and returns the first message of the answer.
+    /// Sends a request and returns the first message of the reply.
     pub(crate) async fn answer(
         &self,
         call: impl Into<String>,

@@ -26,7 +26,7 @@ pub struct RepairBackoff {
 /// Repairs of one hook.
 #[derive(Debug)]
 struct Repairs {
-    /// Repairs that ran since the last quiet time.
+    /// Repairs in a row, without a long interval between them.
     count: u32,
     /// Time from which the next one may run.
     next: Instant,
@@ -65,7 +65,7 @@ impl RepairBackoff {
         waiting.map(|(&point, repairs)| (point, repairs.next)).min_by_key(|&(_, next)| next)
     }
 
-    /// Drops the suppressed repair of `point`: the hook is as desired. Its delay stays for the next repair.
+    /// Drops the suppressed repair of `point`: the hook is as desired. The next repair keeps the delay.
     pub fn clear(&mut self, point: AttachPoint) {
         if let Some(repairs) = self.points.get_mut(&point) {
             repairs.is_waiting = false;

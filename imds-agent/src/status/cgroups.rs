@@ -20,7 +20,7 @@ use crate::{
 };
 
 impl Report {
-    /// Adds the hooks of cgroups that are on, and takes their counts out of `counts`.
+    /// Adds the hooks of cgroups that are on, and removes their counts from `counts`.
     pub(super) fn add_cgroups(
         &mut self,
         pins: &PinDir,
@@ -98,7 +98,8 @@ impl Report {
             self.add_program(program);
         }
         if cgroups.is_empty() {
-            let problem = "hostNetwork pods are not held: no cgroup of Kubernetes pods (kubepods) was found";
+            let problem =
+                "hostNetwork pods are not restricted: no cgroup of Kubernetes pods (kubepods) was found";
             self.problem(None, problem, kubepods::why_none());
         }
         let attached = !cgroups.is_empty() && cgroups.values().flatten().all(|program| program.is_attached);

@@ -89,7 +89,7 @@ impl Report {
             uncovered.push("local_service is not attached".to_owned());
         }
         if self.host_network.as_ref().is_some_and(|hosts| !hosts.attached) {
-            uncovered.push("hostNetwork pods are not held".to_owned());
+            uncovered.push("hostNetwork pods are not restricted".to_owned());
         }
         uncovered
     }
@@ -193,7 +193,7 @@ pub struct Interface {
     pub name: String,
     /// The pod behind it, where one is known.
     pub pod: Option<Identity>,
-    /// Part that it plays on the node.
+    /// Role of the interface on the node.
     pub role: &'static str,
     /// Attachments that it should have, of the hooks that are on.
     pub attachments: Vec<HookAttachment>,
@@ -246,11 +246,11 @@ impl Interface {
 /// The socket hook.
 #[derive(Debug, Serialize)]
 pub struct SocketReport {
-    /// Whether all its programs are attached that are needed.
+    /// True if all needed programs are attached.
     pub attached: bool,
     /// The programs for unconnected UDP.
     pub sendmsg: SendmsgReport,
-    /// What was counted there: calls, and no bytes.
+    /// Number of calls by verdict; bytes are not counted.
     #[serde(flatten)]
     pub counts: Counts,
 }

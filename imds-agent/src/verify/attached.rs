@@ -21,7 +21,7 @@ use crate::{
 
 /// Limit for the agent to attach to an interface that is new.
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(30);
-/// Time after which a hook that the agent does not want at an interface is taken for one that it never wants there.
+/// Time after which a hook that the agent's record of an interface does not list counts as not desired.
 const DESIRED_DELAY: Duration = Duration::from_secs(3);
 
 /// Waits until the agent has attached its program to a new interface.

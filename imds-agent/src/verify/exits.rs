@@ -23,7 +23,7 @@ use crate::node::netlink::{Netlink, NetlinkError};
 pub(super) struct NetDevice {
     pub(super) index: u32,
     pub(super) name: String,
-    /// Empty if the kernel does not tell it.
+    /// MAC address; empty if the kernel does not report one.
     pub(super) address: Vec<u8>,
     pub(super) mtu: u32,
     kind: DeviceKind,

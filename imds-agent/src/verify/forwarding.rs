@@ -34,7 +34,7 @@ pub(super) struct Path<'p> {
     /// Test sender at `node_egress` for a bridge.
     pub(super) bridge: Option<&'p Probe<'p>>,
     pub(super) frames: Frames,
-    /// Text behind the sender in the report, such as ` on cni0`.
+    /// Text after the sender in the report, such as ` on cni0`.
     pub(super) place: String,
 }
 

@@ -51,7 +51,7 @@ pub(super) fn check(enforced: &Enforced) -> Result<Vec<Check>, VerifyError> {
     Ok(checks)
 }
 
-/// A cgroup below that of pods, for processes like those of a hostNetwork pod. It is removed on drop.
+/// A cgroup below that of pods, for processes like those of a hostNetwork pod. Dropping this removes the cgroup.
 struct PodProcess {
     path: PathBuf,
     /// Id of the cgroup.

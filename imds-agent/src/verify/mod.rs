@@ -64,10 +64,10 @@ const ATTACH_DELAY: Duration = Duration::from_secs(5);
 const LOCK_TIMEOUT: Duration = Duration::from_mins(2);
 /// Limit for a test packet to be counted. A busy machine can need seconds to handle it.
 const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(10);
-/// Between two looks at counters.
+/// Delay between two reads of counters.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Why no check could run.
+/// Reason why no check could run.
 #[derive(Debug, Error)]
 pub enum VerifyError {
     /// No programs are loaded.
@@ -219,7 +219,7 @@ impl Enforced {
     }
 }
 
-/// All that exists for the time of a run.
+/// Test devices and hooks that exist during a run.
 struct Fixture {
     pod: Result<TestPod, Skip>,
     paths: Paths,

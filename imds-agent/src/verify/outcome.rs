@@ -11,7 +11,7 @@ use crate::endpoints::{Endpoint, Keep};
 /// The report of one `imds-agent verify`.
 #[derive(Debug, Serialize)]
 pub struct VerifyReport {
-    /// Version of this form: within one, fields are only added.
+    /// Schema version: within one version, fields are only added.
     pub schema: u32,
     /// Version of the program that made the report.
     pub version: &'static str,
@@ -68,12 +68,12 @@ pub(super) struct Skip {
 }
 
 impl Skip {
-    /// The check can't run for a reason that has nothing to do with enforcement.
+    /// A check that can't run for a reason that has nothing to do with enforcement.
     pub(super) fn new(reason: impl Into<String>) -> Self {
         Self { reason: reason.into(), outcome: Outcome::Skipped }
     }
 
-    /// The check can't run because the node is not protected as it should be.
+    /// A check that can't run because a hook is not enforced.
     pub(super) fn failed(reason: impl Into<String>) -> Self {
         Self { reason: reason.into(), outcome: Outcome::Fail }
     }

@@ -19,7 +19,7 @@ pub(super) enum Treatment {
     Denied = 0,
     /// The programs treat the probe as an exempt sender.
     Exempt = 1,
-    /// The same, and `from_pod` sets the exemption mark.
+    /// The programs treat the probe as an exempt sender, and `from_pod` sets the exemption mark.
     ExemptMarked = 3,
 }
 
@@ -34,7 +34,7 @@ struct ProbeMaps {
 }
 
 impl Probes {
-    /// Opens the pinned maps, and removes what a run that was killed left there.
+    /// Opens the pinned maps, and removes the entries of a run that was killed.
     pub(super) fn open(pins: &PinDir) -> Result<Self, VerifyError> {
         let open = |name| MapData::from_pin(pins.map(name)).map_err(map_failed);
         let mut maps = ProbeMaps {
@@ -60,7 +60,7 @@ impl Probes {
 }
 
 impl ProbeMaps {
-    /// Tells the programs how many probes there are: with none they look up nothing.
+    /// Writes the number of probes for the programs, which skip the lookup if it is 0.
     fn count(&mut self) -> Result<(), MapError> {
         let count = object::present(self.records.keys()).count();
         self.count.set(0, u32::try_from(count).unwrap_or(u32::MAX), 0)

@@ -1,5 +1,5 @@
-//! Packets to the node that say where they go from there: source routes of IPv4, segments of IPv6. `from_pod` sees
-//! another destination; where the node is set up to follow them, they leave it with the endpoint's.
+//! Packets to the node that name their next destination: source routes of IPv4, segments of IPv6. `from_pod` sees another
+//! destination; if the node follows source routes, they leave it with the endpoint's.
 
 use std::{net::Ipv4Addr, os::fd::AsRawFd as _};
 

@@ -90,7 +90,7 @@ fn a_node_that_translates_ipv6_to_ipv4() {
     let [high, low] = [0xa9fe; 2];
     assert_eq!(METADATA, Ipv4Addr::new(169, 254, 169, 254));
     let well_known = Ipv6Addr::new(0x64, 0xff9b, 0, 0, 0, 0, high, low);
-    // The operator's own, which no hook but `node_egress`, behind the translator, could know.
+    // The operator's own prefix. Only `node_egress`, after the translator, sees the endpoint's address.
     let own = Ipv6Addr::new(0x2001, 0xdb8, 0x64, 0, 0, 0, high, low);
     world.node.ip("route add 64:ff9b::/96 dev nat64\nroute add 2001:db8:64::/96 dev nat64");
     let send = |destination: Ipv6Addr| {

@@ -8,7 +8,7 @@ use imds_tests::{
 
 use crate::AWS;
 
-/// The hooks that hold a tunnel: `node_egress` whatever is inside, the socket hook what a socket sends.
+/// The hooks that deny a tunnel: `node_egress` any packet inside, the socket hook those that a socket sends.
 const HOOKS: [&str; 2] = ["node_egress", "socket"];
 
 pub(crate) const VXLAN: &str = "type vxlan id 42 local LOCAL remote REMOTE dstport 4789";

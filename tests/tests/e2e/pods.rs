@@ -162,7 +162,7 @@ fn containerd_and_the_reference_cni_plugins() {
         let exempt = containerd.sandbox(network.clone(), subnet);
         for sandbox in [&sandbox, &exempt] {
             if kind == "macvlan" {
-                // Nothing but the metadata service's own network is behind that: it is asked by the link.
+                // The metadata service is a neighbour on this link.
                 sandbox.netns.ip("route add 169.254.169.254/32 dev eth0");
             }
             assert_document(&sandbox.run(&HOST));

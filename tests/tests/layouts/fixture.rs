@@ -68,7 +68,7 @@ impl Case {
         }
     }
 
-    /// The same addresses of IPv6 for all, and `target` as the endpoint.
+    /// Adds IPv6 addresses to all pods, and makes `target` the endpoint.
     pub(crate) fn with_ipv6_target(self, target: impl Into<IpAddr>) -> Self {
         for pod in self.pods.iter().flatten() {
             self.world.add_pod_ipv6(pod);

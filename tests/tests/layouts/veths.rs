@@ -34,7 +34,7 @@ const VRF: &str = "vrf0";
 fn join_vrf(world: &World, pod: &mut Pod) {
     let (veth, address) = (&pod.host_ifname, pod.address);
     match pod.link {
-        // Its route goes with the interface's way into the VRF.
+        // Moving the interface into the VRF deletes its route.
         PodLink::Routed | PodLink::Netkit(_) => {
             world
                 .node

@@ -65,7 +65,7 @@ fn start<'w>(world: &'w World, mode: Mode, config: &str) -> Agent<'w> {
     if mode == Some(AttachMode::Clsact) { spawn(world, agent) } else { agent.spawn_ready() }
 }
 
-/// Starts an agent, and waits for the hooks that hold every pod of the node.
+/// Starts an agent, and waits for the hooks that deny every pod of the node.
 fn spawn<'w>(world: &World, agent: AgentCommand<'w>) -> Agent<'w> {
     let agent = agent.spawn();
     poll_until(ATTACHED, "the hooks of the node", || {
@@ -272,7 +272,7 @@ fn tcx_adds_no_qdisc() {
     assert!(reaches(&world, &later.netns));
 }
 
-/// Limits of an exempt pod's traffic are no concern of its exemption.
+/// A bandwidth limit of an exempt pod does not change its exemption.
 #[test]
 fn exempt_pod_with_limited_bandwidth() {
     if lacks_program(WHOLE_TEST, &[&plugin("bandwidth"), "iptables"]) {

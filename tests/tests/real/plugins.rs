@@ -58,7 +58,7 @@ fn assert_denied_from_the_start<'n>(world: &World, network: &'n CniNetwork<'_>) 
     })
 }
 
-/// Checks pods of a network that each of `hooks` holds alone: those that are there before the agent and those that come
+/// Checks pods of a network that each of `hooks` denies alone: those that are there before the agent and those that come
 /// later, denied and exempt ones.
 #[track_caller]
 fn assert_plugin(world: &World, network: &CniNetwork<'_>, hooks: &[&'static str]) {

@@ -179,7 +179,7 @@ fn host_network_hook() {
     }
     let world = World::new().with_ipv6();
     let agent = world.agent().config(AWS).resync(3600).hooks(&[HOOK]).spawn();
-    agent.wait_for_log("hostNetwork pods are not held", LONG);
+    agent.wait_for_log("hostNetwork pods are not restricted", LONG);
     let without_cgroup = verify(&world);
     assert_fails(&without_cgroup, &[HOOK]);
 

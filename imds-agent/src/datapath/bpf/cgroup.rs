@@ -11,7 +11,7 @@ use aya_obj::generated::{
 
 use super::bpf_mut;
 
-/// Most programs that are listed of a cgroup's hook: `BPF_CGROUP_MAX_PROGS` (`include/linux/bpf.h`).
+/// Largest number of programs that a query of a cgroup's hook returns: `BPF_CGROUP_MAX_PROGS` (`include/linux/bpf.h`).
 const CGROUP_MAX: usize = 64;
 
 /// Programs of one hook of a cgroup.
@@ -19,7 +19,7 @@ const CGROUP_MAX: usize = 64;
 pub struct CgroupPrograms {
     /// Ids of the programs.
     pub ids: Vec<u32>,
-    /// Flags that the programs were attached with, the same for all of a hook; zero in a list of effective programs.
+    /// Attach flags, which all programs of a hook share; zero in a list of effective programs.
     pub flags: u32,
 }
 

@@ -25,8 +25,8 @@ const MEANINGS: [(&str, &str); 18] = [
     ),
     (
         "TC programs do not see",
-        "packets of macvlan and ipvlan pods pass `node_egress`; the socket hook holds what such a pod sends by sockets, not \
-         what it makes up itself (AF_PACKET)",
+        "packets of macvlan and ipvlan pods pass `node_egress`; the socket hook denies calls of such a pod, and does not see \
+         crafted frames (AF_PACKET)",
     ),
     (
         "no hook that would hold it",
