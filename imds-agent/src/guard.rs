@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use imds_ebpf_common::{AttachMode, Hook, TcHook};
+use imds_ebpf_common::{AttachMode, Hook, Role, TcHook};
 use tokio::time::Instant;
 
 use self::attach_queue::AttachQueue;
@@ -250,11 +250,12 @@ impl Guard {
     /// What is guarded how, in a line.
     #[must_use]
     pub fn summary(&self, Settings { plan, guarded, .. }: &Settings) -> String {
+        let [pods, nodes] = self.count_interfaces();
         format!(
             "mode {}: {} pod and {} node interfaces guarded by {}, sockets {}, provider {}, {} endpoint{}, pins in {}",
             plan.mode.name(),
-            self.desired(TcHook::FromPod).count(),
-            self.desired(TcHook::NodeEgress).count(),
+            pods,
+            nodes,
             plan.backend.name(),
             if plan.cgroup.is_some() { "too" } else { "not" },
             guarded.provider(),
@@ -267,7 +268,7 @@ impl Guard {
     /// The same on a line as short as a service manager shows it, and what is not as it should be.
     #[must_use]
     pub fn state(&self, Settings { plan, .. }: &Settings) -> String {
-        let [pods, nodes] = [TcHook::FromPod, TcHook::NodeEgress].map(|hook| self.desired(hook).count());
+        let [pods, nodes] = self.count_interfaces();
         let sockets = if plan.cgroup.is_some() { "too" } else { "not" };
         let mode = plan.mode.name();
         let state = format!("mode {mode}: {pods} pod and {nodes} node interfaces guarded, sockets {sockets}");
@@ -280,11 +281,18 @@ impl Guard {
         }
     }
 
-    /// Interfaces that should have a program at `hook`.
-    pub fn desired(&self, hook: TcHook) -> impl Iterator<Item = &Link> {
-        self.links.values().filter(move |link| {
-            self.datapath.desired_mode(link, self.assign(link).hooks, hook) != AttachMode::None
-        })
+    /// Numbers of the interfaces of pods and of the node that should have a program.
+    fn count_interfaces(&self) -> [usize; 2] {
+        let mut counts = [0; 2];
+        for link in self.links.values() {
+            let assignment = self.assign(link);
+            let is_desired =
+                |hook| self.datapath.desired_mode(link, assignment.hooks, hook) != AttachMode::None;
+            if TcHook::ALL.into_iter().any(is_desired) {
+                counts[usize::from(assignment.role != Role::Pod)] += 1;
+            }
+        }
+        counts
     }
 
     /// What is not as it should be, by interface.

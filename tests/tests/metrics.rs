@@ -58,7 +58,8 @@ fn what_is_counted_and_in_force_is_served() {
         (DENIED, 0.0),
         (r#"imds_mode{mode="enforce"}"#, 1.0),
         (r#"imds_mode{mode="audit"}"#, 0.0),
-        (r#"imds_interfaces{hook="from_pod",state="guarded"}"#, 1.0),
+        // The pod's link, and the uplink, which is a veth too.
+        (r#"imds_interfaces{hook="from_pod",state="guarded"}"#, 2.0),
         (r#"imds_interfaces{hook="from_pod",state="unguarded"}"#, 0.0),
         ("imds_ready", 1.0),
         ("imds_problems", 0.0),
@@ -72,7 +73,7 @@ fn what_is_counted_and_in_force_is_served() {
     let [tcx, clsact] = ["tcx", "clsact"].map(|backend| {
         value(&before, &format!(r#"imds_attached_interfaces{{hook="from_pod",backend="{backend}"}}"#))
     });
-    assert!((tcx + clsact - 1.0).abs() < f64::EPSILON, "{before}");
+    assert!((tcx + clsact - 2.0).abs() < f64::EPSILON, "{before}");
 
     assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer());
     let after = get(&world, "/metrics").1;

@@ -8,8 +8,9 @@ use imds_ebpf_common::{
     Subject, SubjectKind, Verdict,
     maps::MARK,
     names::{
-        HOST_PROGRAMS, MAP_COUNTERS, MAP_ENDPOINTS, MAP_EXEMPT, MAP_POLICY, MAPS, PROG_FROM_POD,
-        PROG_FROM_POD_L3, PROG_NODE_EGRESS, SECTION_FILTER, SOCKET_PROGRAMS, TC_PROGRAMS, in_object,
+        HOST_PROGRAMS, MAP_COUNTERS, MAP_ENDPOINTS, MAP_EXEMPT, MAP_EXEMPT_SOURCES, MAP_POLICY, MAPS,
+        PROG_FROM_POD, PROG_FROM_POD_L3, PROG_LOCAL_SERVICE, PROG_NODE_EGRESS, SECTION_FILTER,
+        SOCKET_PROGRAMS, TC_PROGRAMS, in_object,
     },
     packet::MAX_VLAN_TAGS,
 };
@@ -232,11 +233,9 @@ fn who_is_exempt_passes_to_what_it_is_exempt_from() {
     ] {
         let object = object_with(&[granted], mode);
         let expected = if verdict == Verdict::Deny { TC_ACT_SHOT } else { TC_ACT_UNSPEC };
-        let is_softened = verdict == Verdict::Exempt || verdict == Verdict::Audit;
-        for mark in [0, 1] {
-            let after = if is_softened { MARK | mark } else { mark };
+        for mark in [MARK, 1] {
             let run = marked(object.program(PROG_FROM_POD), &udp(IMDS_IPV4), mark, 0);
-            assert_eq!(run, Some((expected, after)), "{granted:?} in {mode:?}");
+            assert_eq!(run, Some((expected, mark & !MARK)), "{granted:?} in {mode:?}");
         }
         let key = CounterKey::new(1, Hook::FromPod, verdict);
         let counters: Vec<Counter> = object.per_cpu(MAP_COUNTERS, &key);
@@ -245,28 +244,54 @@ fn who_is_exempt_passes_to_what_it_is_exempt_from() {
 }
 
 #[test]
-fn the_node_egress_believes_the_mark_of_what_came_in_by_an_interface() {
-    let exempt = grant(Subject::new(SubjectKind::Interface, 7), Address::ANY, Verdict::Exempt);
-    let mut object = object_with(&[exempt], Mode::Enforce);
+fn only_exempt_pods_behind_a_bridge_are_marked() {
+    // A test run's packet comes from the loopback interface.
+    let (exemption, grant) = grant(Subject::new(SubjectKind::Interface, 1), Address::ANY, Verdict::Exempt);
+    let object = object_with(&[(exemption, Grant { flags: Grant::MARK, ..grant })], Mode::Enforce);
+    let run = |mark| marked(object.program(PROG_FROM_POD), &udp(IMDS_IPV4), mark, 0);
+    assert_eq!(run(1), Some((TC_ACT_UNSPEC, MARK | 1)));
+    assert_eq!(run(MARK), Some((TC_ACT_UNSPEC, MARK)));
+}
+
+#[test]
+fn node_egress_knows_pods_by_interface_and_bridges_by_mark() {
+    let [pod, bridge] = [(SubjectKind::Interface, 7), (SubjectKind::Bridge, 9)]
+        .map(|(kind, id)| grant(Subject::new(kind, id), Address::ANY, Verdict::Exempt));
+    let mut object = object_with(&[pod, bridge], Mode::Enforce);
     let (with_from_pod, alone) = (Hook::FromPod.bit() | Hook::NodeEgress.bit(), Hook::NodeEgress.bit());
-    for (hooks, mark, ingress, expected) in [
-        (with_from_pod, MARK | 1, 8, (TC_ACT_UNSPEC, 1)),
-        (with_from_pod, 1, 8, (TC_ACT_SHOT, 1)),
-        // By now it could be another pod's.
-        (with_from_pod, 1, 7, (TC_ACT_SHOT, 1)),
-        // Nobody has marked it who is to be believed.
-        (alone, MARK, 8, (TC_ACT_SHOT, MARK)),
-        (alone, 1, 7, (TC_ACT_UNSPEC, 1)),
-    ] {
+    let check = |object: &mut Object, hooks, mark, ingress, expected| {
         object.set(MAP_POLICY, Policy { mark: MARK, hooks, ..Policy::default() });
         let program = object.program(PROG_NODE_EGRESS);
-        let case = format!("hooks {hooks:#x}, mark {mark:#x} by {ingress}");
+        let case = format!("hooks {hooks:#x}, mark {mark:#x}, ingress {ingress}");
         let Some(run) = marked(program, &udp(IMDS_IPV4), mark, ingress) else {
-            return skip(WHOLE_TEST, "no test run of what came in by an interface on this kernel");
+            skip(WHOLE_TEST, "no test run with an ingress interface on this kernel");
+            return false;
         };
-        assert_eq!(run, expected, "{case}");
+        assert_eq!(run, (expected, mark), "{case}");
         assert_eq!(marked(program, &udp(OTHER), mark, ingress), Some((TC_ACT_UNSPEC, mark)), "{case}");
+        true
+    };
+    for (hooks, mark, ingress, expected) in [
+        (with_from_pod, 1, 7, TC_ACT_UNSPEC),
+        (with_from_pod, MARK, 8, TC_ACT_SHOT),
+        (with_from_pod, MARK | 1, 9, TC_ACT_UNSPEC),
+        (with_from_pod, 1, 9, TC_ACT_SHOT),
+        // Without `from_pod`, the source address has to be the pod's.
+        (alone, 1, 7, TC_ACT_SHOT),
+    ] {
+        if !check(&mut object, hooks, mark, ingress, expected) {
+            return;
+        }
     }
+    let (Exemption { subject, .. }, _) = pod;
+    let source =
+        etherparse::SlicedPacket::from_ethernet(&udp(IMDS_IPV4)).ok().and_then(|packet| match packet.net {
+            Some(etherparse::NetSlice::Ipv4(ip)) => Some(ip.header().source()),
+            _ => None,
+        });
+    let address = Address::from_ipv4(source.expect("an IPv4 packet"));
+    object.insert(MAP_EXEMPT_SOURCES, Exemption { address, subject }, 1_u32);
+    assert!(check(&mut object, alone, 1, 7, TC_ACT_UNSPEC));
 }
 
 #[test]
@@ -296,7 +321,9 @@ fn a_filter_that_was_never_written_is_the_loaders_mistake_and_a_full_one_only_co
 #[test]
 fn the_verifier_is_done_with_every_program_soon() {
     let object = Object::load(OBJECT);
-    for name in TC_PROGRAMS.into_iter().chain(SOCKET_PROGRAMS).chain(HOST_PROGRAMS) {
+    for name in
+        TC_PROGRAMS.into_iter().chain(SOCKET_PROGRAMS).chain(HOST_PROGRAMS).chain([PROG_LOCAL_SERVICE])
+    {
         let Some(verified) = object.verified_instructions(name) else {
             eprintln!("{SKIPPED}{WHOLE_TEST}: this kernel does not count the instructions that it verifies");
             return;
@@ -322,7 +349,7 @@ fn the_object_has_the_names_that_user_space_asks_for() {
         names.sort();
         names
     };
-    let programs = [&TC_PROGRAMS[..], &SOCKET_PROGRAMS, &HOST_PROGRAMS].concat();
+    let programs = [&TC_PROGRAMS[..], &SOCKET_PROGRAMS, &HOST_PROGRAMS, &[PROG_LOCAL_SERVICE]].concat();
     assert_eq!(object.program_names(), sorted(&programs));
     assert_eq!(object.map_names(), sorted(&MAPS.map(in_object)));
     for name in programs.into_iter().chain(MAPS) {
