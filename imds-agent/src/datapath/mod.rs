@@ -275,6 +275,13 @@ impl Datapath {
         records::put(&mut self.maps, link, state)
     }
 
+    /// Reports whether an agent has recorded that an attachment to this interface waited in its attach queue.
+    #[must_use]
+    pub fn was_pending(&self, link: &Link) -> bool {
+        records::get(&self.maps, link.index)
+            .is_some_and(|record| record.pending == 1 && record.name == records::padded(&link.name))
+    }
+
     /// Forgets what an interface's index stood for before it was this one's.
     pub fn take_over(&mut self, link: &Link) -> Result<(), DatapathError> {
         let owns_qdisc = records::get(&self.maps, link.index)

@@ -157,7 +157,9 @@ impl Guard {
         }
         // A record that can't be written, as when a map is full, must not keep a program from being attached.
         let mut recorded = Ok(());
-        if is_new && observed.iter().all(|(_, attachments)| attachments.is_empty()) {
+        // An agent that ended before the link had its turn has left the exemptions of this link.
+        let was_queued = self.keeps_grants && self.datapath.was_pending(link);
+        if is_new && !was_queued && observed.iter().all(|(_, attachments)| attachments.is_empty()) {
             // Records and counters under this index belong to a deleted interface.
             recorded = self.datapath.take_over(link);
         }
@@ -174,7 +176,7 @@ impl Guard {
             let point = AttachPoint { ifindex: link.index, edge: hook };
             let desired = self.datapath.desired_mode(link, assignment.hooks, hook);
             let is_lost = attachments.is_empty() && desired != AttachMode::None && self.turn != Some(point);
-            if hook == TcHook::FromPod && is_lost && !self.queue.contains(point) {
+            if hook == TcHook::FromPod && is_lost && !was_queued && !self.queue.contains(point) {
                 // No program of the agent is there: the exemptions of this index may belong to a deleted interface.
                 recorded = recorded.and(self.datapath.revoke(link.index));
                 self.exemptions_dirty = true;

@@ -24,7 +24,7 @@ use imds_tests::{
     poll::poll_until,
 };
 
-use churn::Churn;
+use churn::{Churn, MadeLink};
 
 const SIZES: [usize; 5] = [10, 30, 100, 300, 1000];
 const NODE: &str = "node-0";
@@ -159,7 +159,12 @@ impl Node {
         let (agent, _) = self.start();
         self.assert_all_guarded(&agent);
         let churn = Churn::new(&self.world.node, &self.visitors);
-        let cpu_of_churn = Process::new(agent.pid()).cpu_while(|| drop(churn.run(LINKS, INTERVAL)));
+        let mut made = Vec::new();
+        let cpu_of_churn = Process::new(agent.pid()).cpu_while(|| made = churn.run(LINKS, INTERVAL));
+        if let Some(slowest) = made.iter().max_by(|one, other| one.took.total_cmp(&other.took)) {
+            let MadeLink { name, announced, took } = slowest;
+            eprintln!("slowest link: {name}, {took:.1} ms, announced {:.0} s ago", announced.elapsed().as_secs_f64());
+        }
         drop(agent);
         self.world.unload();
         Row {
