@@ -102,6 +102,8 @@ pub struct Guard {
     exemptions_dirty: bool,
     /// Attachments that wait for their turn.
     queue: AttachQueue,
+    /// Hooks that could not be reconciled the last time.
+    failed: BTreeSet<AttachPoint>,
     /// Repairs that another program undoes again and again.
     backoff: RepairBackoff,
     /// Attachment whose turn it is.
@@ -146,6 +148,7 @@ impl Guard {
             in_reload: false,
             exemptions_dirty: false,
             queue: AttachQueue::new(),
+            failed: BTreeSet::new(),
             backoff: RepairBackoff::default(),
             turn: None,
             initial: BTreeSet::new(),

@@ -172,11 +172,11 @@ pub struct InterfaceRecord {
     pub owns_qdisc: u8,
     /// 1 while an attachment waits in the attach queue, else 0.
     pub pending: u8,
-    /// 1 if it is one end of a veth pair that has both ends in the node's network namespace, else 0. A packet that comes in
-    /// here has left through the other end, where `node_egress` judged it.
-    pub internal: u8,
-    /// Zero.
-    pub reserved: u8,
+    /// 1 if it is a port of a bridge and its veth peer, in the node's network namespace too, has `node_egress` attached, else
+    /// 0. A packet that comes in here has left through the peer, after routing and DNAT.
+    pub judged_by_peer: u8,
+    /// 1 if it is a port of a bridge, bond or VRF, else 0.
+    pub is_port: u8,
 }
 
 /// Role of an interface on the node, which decides its hooks.

@@ -6,8 +6,8 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use imds_ebpf_common::{
-    Address, Exemption, Grant, Hook, Packet as _, Place, Subject, SubjectKind, Tables as _, Verdict,
-    exemption::find_grant, packet::source,
+    Address, Exemption, Grant, Hook, InterfaceRecord, Packet as _, Place, Subject, SubjectKind, Tables as _,
+    TcHook, Verdict, exemption::find_grant, packet::source,
 };
 
 use crate::{
@@ -121,7 +121,7 @@ pub(crate) fn by_interface(
     let softened = apply(verdict, Subject::new(SubjectKind::Interface, ifindex.into()), address);
     if softened as u32 != verdict as u32 {
         // With `from_pod` on, that hook has compared the source with the pod's addresses, before any source NAT.
-        let is_checked = maps::is_on(Hook::FromPod) || is_own_or_translated(skb, place, ifindex);
+        let is_checked = has_from_pod(ifindex) || is_own_or_translated(skb, place, ifindex);
         return if is_checked { softened } else { verdict };
     }
     if Skb::new(skb).mark() & maps::mark() == 0 {
@@ -144,6 +144,13 @@ fn is_own_packet(skb: *mut __sk_buff, place: Place, ifindex: u32, address: &Addr
         SocketNetns::NoSocket => false,
     };
     is_of_socket || has_source(skb, place, ifindex)
+}
+
+/// Reports whether `from_pod` is on and attached to the interface.
+#[inline(always)]
+fn has_from_pod(ifindex: u32) -> bool {
+    let is_attached = |record: &InterfaceRecord| record.attach_modes[TcHook::FromPod as usize] != 0;
+    maps::is_on(Hook::FromPod) && maps::interface(ifindex).is_some_and(is_attached)
 }
 
 /// Reports whether the source is an address of the pod behind the interface, or of the node after source NAT.

@@ -23,12 +23,13 @@ pub(crate) struct Sender {
 #[inline(always)]
 pub(crate) fn of(packet: &Skb, skb: *mut __sk_buff) -> Option<Sender> {
     match netns::of_socket(skb) {
-        SocketNetns::Cookie(cookie) => (!netns::is_node(cookie)).then_some(Sender { cookie }),
+        SocketNetns::Cookie(cookie) if !netns::is_node(cookie) => Some(Sender { cookie }),
         socket => (!was_judged(packet.ingress_ifindex(), socket)).then_some(Sender { cookie: 0 }),
     }
 }
 
-/// Reports whether a packet of which no network namespace is known is the node's own, or was let through by another hook.
+/// Reports whether a packet is the node's own, or was let through by another hook. Its socket belongs to the node, or the
+/// kernel does not report the network namespace of the socket, or it has none.
 ///
 /// A packet that the node routes for a pod has lost its socket. So has one that comes back from an ifb device, which sets the
 /// ingress interface to itself (`ifb_ri_tasklet`, drivers/net/ifb.c), or by a veth pair inside the node's network namespace
@@ -36,22 +37,24 @@ pub(crate) fn of(packet: &Skb, skb: *mut __sk_buff) -> Option<Sender> {
 ///
 /// Without an ingress interface, a packet without a socket can be a pod's: an IPv6 packet that the node fragments again loses
 /// it (`ip6_copy_metadata`, net/ipv6/ip6_output.c), and ipvlan in layer 3 scrubs it. The few packets that the node sends
-/// without a socket, such as IPv6 resets, are denied with them. One with a socket (before Linux 6.13, where the kernel does
-/// not report its namespace) is the node's, or that of a macvlan or ipvlan pod, which the socket hook covers.
+/// without a socket, such as IPv6 resets, are denied with them. Before Linux 6.13 one with a socket can be that of a macvlan
+/// or ipvlan pod, which the socket hook covers.
 #[inline(always)]
 fn was_judged(ingress_ifindex: u32, socket: SocketNetns) -> bool {
-    let has_socket = matches!(socket, SocketNetns::Unknown);
+    let has_socket = !matches!(socket, SocketNetns::NoSocket);
     if ingress_ifindex == 0 {
         return has_socket;
     }
     let Some(record) = maps::interface(ingress_ifindex) else { return false };
-    if record.internal == 1 {
+    if record.judged_by_peer == 1 {
         return true;
     }
     match Role::from_u8(record.role) {
         Some(Role::Ifb) => true,
-        // TC redirected a packet that has kept its socket, so that no bridge has switched and no route has led it.
-        Some(Role::Other | Role::Uplink | Role::Loopback | Role::Excluded) => has_socket,
+        // TC redirected a packet of the node. A bridge keeps the socket of a frame too: a tap's is one of the node.
+        Some(Role::Other | Role::Uplink | Role::Loopback | Role::Excluded) => {
+            has_socket && record.is_port == 0
+        }
         Some(Role::Pod | Role::Bridge) | None => false,
     }
 }

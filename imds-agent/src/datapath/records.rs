@@ -52,10 +52,19 @@ pub(super) fn put(maps: &mut Maps, link: &Link, state: &LinkState) -> Result<(),
         attach_modes: attach_modes.map(|mode| mode as u8),
         owns_qdisc: if has_filter { old.owns_qdisc } else { 0 },
         pending: u8::from(is_pending),
-        internal: u8::from(link.is_internal_pair()),
-        reserved: 0,
+        judged_by_peer: u8::from(is_judged_by_peer(maps, link)),
+        is_port: u8::from(link.master.is_some()),
     };
     if new == old { Ok(()) } else { write(maps, link.index, new) }
+}
+
+/// Reports whether packets that come in by the interface have passed `node_egress` at its veth peer. Only a port of a bridge
+/// gets them after routing and DNAT.
+fn is_judged_by_peer(maps: &Maps, link: &Link) -> bool {
+    let peer = link.lower.filter(|_| link.is_internal_pair() && link.master.is_some());
+    let has_node_egress =
+        |record: InterfaceRecord| record.attach_modes[TcHook::NodeEgress as usize] != AttachMode::None as u8;
+    peer.and_then(|peer| get(maps, peer)).is_some_and(has_node_egress)
 }
 
 /// Records that the agent added the interface's qdisc, for a filter at `hook`.

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use imds_ebpf_common::{AttachMode, TcHook, TcHookSet};
+use imds_ebpf_common::{AttachMode, Hook, TcHook, TcHookSet};
 use log::Level;
 use tokio::time::{Instant, sleep_until};
 
@@ -69,12 +69,21 @@ impl Guard {
     pub async fn attach(&mut self, point: AttachPoint) {
         let is_queued = self.queue.contains(point);
         self.queue.remove(point);
+        // A repair that is still too early waits again.
+        self.backoff.clear(point);
         if let Some(link) = self.links.get(&point.ifindex).cloned() {
-            let start = Instant::now();
             self.turn = Some(point).filter(|_| is_queued);
+            let peer = link.lower.filter(|_| link.is_internal_pair());
             self.see(link).await;
             self.turn = None;
-            self.queue.on_attached(start.elapsed());
+            // The record of the other end says that this one has its program.
+            if let Some(peer) = peer.and_then(|peer| self.links.get(&peer)).cloned() {
+                self.see(peer).await;
+            }
+            // Without a hook that covers the pods until then, none of them may wait.
+            if self.datapath.hooks().has(Hook::NodeEgress) || self.datapath.hooks().has(Hook::Socket) {
+                self.queue.on_attached();
+            }
         }
         self.announce_ready();
     }
@@ -133,8 +142,10 @@ impl Guard {
                     log::info!("{} (ifindex {}): enforced again", link.name, link.index);
                 }
             }
-            // A failure that was reported before stays one until the repair has run.
-            Ok(Reconciled::Postponed) => {}
+            Ok(Reconciled::Postponed) => {
+                let failure = "another program undoes repairs again and again: the next repair waits";
+                self.fail(&link, failure.to_owned());
+            }
             // The event of its deletion follows.
             Err(error) if error.is_interface_gone() => {
                 log::debug!("{} (ifindex {}): deleted during reconciliation", link.name, link.index);
@@ -187,7 +198,13 @@ impl Guard {
                 continue;
             }
             self.queue.remove(point);
-            match self.reconcile_hook(link, (hook, desired), &attachments, is_new).await {
+            let result = self.reconcile_hook(link, (hook, desired), &attachments, is_new).await;
+            if matches!(result, Ok(Reconciled::AsDesired)) {
+                self.failed.remove(&point);
+            } else {
+                self.failed.insert(point);
+            }
+            match result {
                 Ok(Reconciled::AsDesired) => state.attach_modes[hook as usize] = desired,
                 Ok(Reconciled::Postponed) => {
                     state.attach_modes[hook as usize] = observed_mode(&attachments);
@@ -217,7 +234,8 @@ impl Guard {
         if actions.is_empty() {
             self.backoff.clear(point);
         }
-        if self.is_repair(point, &actions, is_new) && !self.backoff.allow(point, Instant::now()) {
+        let is_missing = actions.iter().any(|action| matches!(action, Action::Attach(_)));
+        if self.is_repair(point, &actions, is_new) && !self.backoff.allow(point, is_missing, Instant::now()) {
             log::debug!("{} (ifindex {}): repair of {} postponed", link.name, link.index, hook.hook().name());
             return Ok(Reconciled::Postponed);
         }
@@ -234,7 +252,7 @@ impl Guard {
 
     /// Reports whether the actions undo a change that another program made.
     fn is_repair(&self, point: AttachPoint, actions: &[Action], is_new: bool) -> bool {
-        let has_failed = self.failures.contains_key(&point.ifindex);
+        let has_failed = self.failed.contains(&point) && self.backoff.next_retry(point).is_none();
         let is_expected =
             is_new || has_failed || self.in_reload || !self.initial_sync_done || self.turn == Some(point);
         let is_repair = |action: &Action| !matches!(action, Action::Detach(_));
@@ -257,8 +275,10 @@ impl Guard {
         // A pair that a CNI plugin makes is announced before its peer is known.
         let is_pair = link.leads_elsewhere() || matches!(link.kind, Kind::Veth | Kind::Netkit);
         // An attachment that failed in its turn is tried again with each event and resync.
-        let has_failed = self.failures.contains_key(&link.index);
-        let is_turn = self.turn == Some(point) || has_failed;
+        let has_failed = self.failed.contains(&point);
+        // A program that another one removed is attached again at once, as long as that does not repeat.
+        let was_attached = self.initial_sync_done && self.datapath.was_attached(link, point.edge);
+        let is_turn = self.turn == Some(point) || has_failed || was_attached;
         if desired == AttachMode::None || is_attached || is_uplink || !is_pair || is_turn {
             return Ok(false);
         }
@@ -345,6 +365,7 @@ impl Guard {
         self.pods.link_went(index);
         self.queue.remove_link(index);
         self.backoff.forget(index);
+        self.failed.retain(|point| point.ifindex != index);
         if let Some(link) = self.links.remove(&index) {
             log::info!("{} (ifindex {index}) was deleted", link.name);
         }

@@ -18,6 +18,7 @@ impl Guard {
         }
         let begun = self.look_around();
         if anew {
+            self.finder.refresh();
             for link in self.read_links().await? {
                 if self.links.get(&link.index) != Some(&link) {
                     self.see(link).await;

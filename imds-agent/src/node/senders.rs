@@ -93,8 +93,8 @@ impl Finder {
             match netns::identity_of(&namespace.file) {
                 Ok(identity) => {
                     senders.add_identity(&link.name, &identity, [link.index]);
-                    // A pod without an address is still being set up.
-                    if !identity.addresses.is_empty() {
+                    // A pod that has none but link-local addresses is still being set up.
+                    if identity.addresses.iter().any(|address| !is_link_local(*address)) {
                         self.behind.insert((link.index, id), identity);
                     }
                 }
@@ -304,6 +304,14 @@ pub(super) fn below(top: &Path) -> Vec<PathBuf> {
         directories.extend(level.iter().cloned());
     }
     directories
+}
+
+/// Reports whether an address is valid on one link only.
+fn is_link_local(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => address.is_link_local(),
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    }
 }
 
 /// Files of the network namespaces of all processes.

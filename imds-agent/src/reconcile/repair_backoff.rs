@@ -12,6 +12,8 @@ const BURST: u32 = 3;
 const MIN_DELAY: Duration = Duration::from_secs(1);
 /// Upper bound of the delay.
 const MAX_DELAY: Duration = Duration::from_mins(5);
+/// Upper bound of the delay if the hook has no program of the agent.
+const MAX_DELAY_IF_MISSING: Duration = Duration::from_secs(10);
 /// Time without need for a repair after which the next one starts a new burst. Longer than the longest delay and a resync
 /// interval, because a repair that was due is asked for again only then.
 const QUIET: Duration = Duration::from_mins(10);
@@ -36,7 +38,9 @@ struct Repairs {
 
 impl RepairBackoff {
     /// Returns whether a repair of `point` may run now, and counts it as run or as suppressed.
-    pub fn allow(&mut self, point: AttachPoint, now: Instant) -> bool {
+    ///
+    /// `is_missing`: the hook has no program of the agent, so that the repair must not wait long.
+    pub fn allow(&mut self, point: AttachPoint, is_missing: bool, now: Instant) -> bool {
         let repairs = self.points.entry(point).or_insert(Repairs { count: 0, next: now, is_waiting: false });
         if now >= repairs.next + QUIET {
             repairs.count = 0;
@@ -47,7 +51,8 @@ impl RepairBackoff {
             return false;
         }
         repairs.count = repairs.count.saturating_add(1);
-        repairs.next = now + delay(repairs.count);
+        let max_delay = if is_missing { MAX_DELAY_IF_MISSING } else { MAX_DELAY };
+        repairs.next = now + delay(repairs.count).min(max_delay);
         repairs.is_waiting = false;
         true
     }
@@ -108,7 +113,7 @@ mod tests {
     async fn fight(backoff: &mut RepairBackoff, period: Duration) -> u32 {
         let (end, mut repairs) = (Instant::now() + period, 0);
         while Instant::now() < end {
-            repairs += u32::from(backoff.allow(POINT, Instant::now()));
+            repairs += u32::from(backoff.allow(POINT, false, Instant::now()));
             advance(Duration::from_millis(100)).await;
         }
         repairs
@@ -118,15 +123,15 @@ mod tests {
     async fn first_repairs_run_at_once() {
         let mut backoff = RepairBackoff::default();
         for _ in 0..BURST {
-            assert!(backoff.allow(POINT, Instant::now()));
+            assert!(backoff.allow(POINT, false, Instant::now()));
         }
         assert_eq!(backoff.next_retry(POINT), None);
-        assert!(!backoff.allow(POINT, Instant::now()));
+        assert!(!backoff.allow(POINT, false, Instant::now()));
         assert_eq!(backoff.suppressed(), 1);
         assert_eq!(backoff.next_retry(POINT), Some(Instant::now() + MIN_DELAY));
         assert_eq!(backoff.first_retry(), Some((POINT, Instant::now() + MIN_DELAY)));
         advance(MIN_DELAY).await;
-        assert!(backoff.allow(POINT, Instant::now()));
+        assert!(backoff.allow(POINT, false, Instant::now()));
         assert_eq!(backoff.first_retry(), None);
     }
 
@@ -147,21 +152,21 @@ mod tests {
         let next = backoff.next_retry(POINT).unwrap();
         advance(next - Instant::now() + QUIET).await;
         for _ in 0..BURST {
-            assert!(backoff.allow(POINT, Instant::now()));
+            assert!(backoff.allow(POINT, false, Instant::now()));
         }
-        assert!(!backoff.allow(POINT, Instant::now()));
+        assert!(!backoff.allow(POINT, false, Instant::now()));
     }
 
     #[tokio::test(start_paused = true)]
     async fn hooks_and_interfaces_are_independent() {
         let mut backoff = RepairBackoff::default();
         fight(&mut backoff, Duration::from_secs(20)).await;
-        assert!(!backoff.allow(POINT, Instant::now()));
-        assert!(backoff.allow(OTHER, Instant::now()));
+        assert!(!backoff.allow(POINT, false, Instant::now()));
+        assert!(backoff.allow(OTHER, false, Instant::now()));
         backoff.clear(POINT);
         assert_eq!(backoff.first_retry(), None);
-        assert!(!backoff.allow(POINT, Instant::now()));
+        assert!(!backoff.allow(POINT, false, Instant::now()));
         backoff.forget(7);
-        assert!(backoff.allow(POINT, Instant::now()));
+        assert!(backoff.allow(POINT, false, Instant::now()));
     }
 }

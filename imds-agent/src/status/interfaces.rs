@@ -42,7 +42,10 @@ impl Report {
             // Without a route to an endpoint the egress hook of such a link only prepares for one.
             let is_spare =
                 hook == TcHook::NodeEgress && link.leads_elsewhere() && !node.uplinks.contain(link.index);
-            let pending = attachment.is_none() && (is_queued || (record.is_none() && is_spare));
+            // Hooks of uplinks never wait, and without an agent none is attached later.
+            let may_wait = self.agent.running && (hook == TcHook::FromPod || is_spare);
+            let is_prepared_later = is_spare && record.is_none();
+            let pending = attachment.is_none() && (is_prepared_later || (may_wait && is_queued));
             self.judge(link, hook, attachment, pending, node);
             attachments.push(HookAttachment {
                 hook: hook.hook().name(),

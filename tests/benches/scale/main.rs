@@ -163,7 +163,10 @@ impl Node {
         let cpu_of_churn = Process::new(agent.pid()).cpu_while(|| made = churn.run(LINKS, INTERVAL));
         if let Some(slowest) = made.iter().max_by(|one, other| one.took.total_cmp(&other.took)) {
             let MadeLink { name, announced, took } = slowest;
-            eprintln!("slowest link: {name}, {took:.1} ms, announced {:.0} s ago", announced.elapsed().as_secs_f64());
+            eprintln!(
+                "slowest link: {name}, {took:.1} ms, announced {:.0} s ago",
+                announced.elapsed().as_secs_f64()
+            );
         }
         drop(agent);
         self.world.unload();
