@@ -286,16 +286,16 @@ impl Guard {
 
     /// Numbers of the interfaces of pods and of the node that should have a program.
     fn count_interfaces(&self) -> [usize; 2] {
-        let mut counts = [0; 2];
+        let [mut pods, mut nodes] = [0; 2];
         for link in self.links.values() {
             let assignment = self.assign(link);
             let is_desired =
                 |hook| self.datapath.desired_mode(link, assignment.hooks, hook) != AttachMode::None;
             if TcHook::ALL.into_iter().any(is_desired) {
-                counts[usize::from(assignment.role != Role::Pod)] += 1;
+                *if assignment.role == Role::Pod { &mut pods } else { &mut nodes } += 1;
             }
         }
-        counts
+        [pods, nodes]
     }
 
     /// What is not as it should be, by interface.

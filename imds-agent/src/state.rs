@@ -33,7 +33,11 @@ impl Uplinks {
     /// Ports of one bridge, bond or VRF belong together, and a stacked device belongs to the one below it. All ports of Open
     /// vSwitch belong together too: its flows are not known here.
     #[must_use]
-    pub fn new<'l>(routed: BTreeSet<u32>, links: impl Iterator<Item = &'l Link> + Clone) -> Self {
+    pub fn new<'l>(
+        routed: BTreeSet<u32>,
+        links: impl IntoIterator<Item = &'l Link, IntoIter: Clone>,
+    ) -> Self {
+        let links = links.into_iter();
         let mut related = routed.clone();
         loop {
             let before = related.len();

@@ -1,6 +1,6 @@
 //! Layout of the maps' keys and values. All integers are in host byte order.
 
-use crate::{Hook, Verdict, event::Window};
+use crate::{Hook, TcHook, Verdict, event::Window};
 
 /// Number of the layout below. It changes with every change of meaning that the sizes do not show, so that a newer
 /// agent never reads an older one's maps for something else.
@@ -177,6 +177,26 @@ pub struct InterfaceRecord {
     pub judged_by_peer: u8,
     /// 1 if it is a port of a bridge, bond or VRF, else 0.
     pub is_port: u8,
+}
+
+impl InterfaceRecord {
+    /// Number of the [`AttachMode`] of a hook.
+    #[inline(always)]
+    #[must_use]
+    pub const fn attach_mode(&self, hook: TcHook) -> u8 {
+        let [from_pod, node_egress] = self.attach_modes;
+        match hook {
+            TcHook::FromPod => from_pod,
+            TcHook::NodeEgress => node_egress,
+        }
+    }
+
+    /// Reports whether a program of the agent is attached at a hook.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_attached(&self, hook: TcHook) -> bool {
+        self.attach_mode(hook) != AttachMode::None as u8
+    }
 }
 
 /// Role of an interface on the node, which decides its hooks.

@@ -149,7 +149,7 @@ fn is_own_packet(skb: *mut __sk_buff, place: Place, ifindex: u32, address: &Addr
 /// Reports whether `from_pod` is on and attached to the interface.
 #[inline(always)]
 fn has_from_pod(ifindex: u32) -> bool {
-    let is_attached = |record: &InterfaceRecord| record.attach_modes[TcHook::FromPod as usize] != 0;
+    let is_attached = |record: &InterfaceRecord| record.is_attached(TcHook::FromPod);
     maps::is_on(Hook::FromPod) && maps::interface(ifindex).is_some_and(is_attached)
 }
 

@@ -83,7 +83,7 @@ impl World {
     #[track_caller]
     pub fn wait_guarded(&self, pod: &Pod) -> Status {
         self.status_when("the pod is guarded", |status| {
-            status.find(&pod.host_ifname).is_some_and(|interface| interface.is_attached())
+            status.find(&pod.host_ifname).is_some_and(crate::status::Interface::is_attached)
         })
     }
 }

@@ -1,4 +1,4 @@
-//! Programs on cgroups: order among those of others, occupied cgroups, and when sendmsg and local_service programs run.
+//! Programs on cgroups: order among those of others, occupied cgroups, and when `sendmsg` and `local_service` programs run.
 
 use std::{io::ErrorKind, net::Ipv4Addr, path::Path};
 
@@ -14,7 +14,7 @@ use imds_tests::{
 // Constants of include/uapi/linux/bpf.h.
 const BPF_CGROUP_INET4_CONNECT: u32 = 10;
 
-/// Hooks that are on without a configuration, apart from local_service.
+/// Hooks that are on without a configuration, apart from `local_service`.
 const ALL: [&str; 3] = ["from_pod", "node_egress", "socket"];
 
 fn is_answered(world: &World, netns: &Netns, address: Ipv4Addr) -> bool {

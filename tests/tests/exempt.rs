@@ -235,7 +235,8 @@ fn a_pod_that_comes_later_is_exempt_and_its_successor_is_not() {
     let successor = world.add_successor("guest1", index, address);
     world.assert_nothing_arrives(|| assert!(!reaches(&world, &successor)));
     world.status_when("the successor is guarded and nobody exempt", |status| {
-        status.find("guest1").is_some_and(|interface| interface.is_attached()) && status.exemptions.is_empty()
+        status.find("guest1").is_some_and(imds_tests::status::Interface::is_attached)
+            && status.exemptions.is_empty()
     });
     world.assert_nothing_arrives(|| assert!(!reaches(&world, &successor)));
     drop(agent);

@@ -35,7 +35,7 @@ use std::{
 
 use aya::maps::MapError;
 use imds_ebpf_common::{
-    Answer, AttachMode, InterfaceRecord, Mode, Subject, SubjectKind, TcHook, TcHookSet, names::MAP_EXEMPT,
+    Answer, AttachMode, Mode, Subject, SubjectKind, TcHook, TcHookSet, names::MAP_EXEMPT,
 };
 use thiserror::Error;
 
@@ -271,16 +271,19 @@ impl Datapath {
     }
 
     /// Records the state of an interface, for `status` and for the next agent.
-    pub fn record(&mut self, link: &Link, state: &LinkState) -> Result<(), DatapathError> {
+    pub fn record(&mut self, link: &Link, state: LinkState) -> Result<(), DatapathError> {
         records::put(&mut self.maps, link, state)
+    }
+
+    /// Updates the record of an interface after its veth peer was reconciled.
+    pub fn update_judged_by_peer(&mut self, link: &Link) -> Result<(), DatapathError> {
+        records::update_judged_by_peer(&mut self.maps, link)
     }
 
     /// Reports whether the agent has recorded its program at this hook of the interface.
     #[must_use]
     pub fn was_attached(&self, link: &Link, hook: TcHook) -> bool {
-        let is_attached =
-            |record: InterfaceRecord| record.attach_modes[hook as usize] != AttachMode::None as u8;
-        records::get(&self.maps, link.index).is_some_and(is_attached)
+        records::get(&self.maps, link.index).is_some_and(|record| record.is_attached(hook))
     }
 
     /// Reports whether an agent has recorded that an attachment to this interface waited in its attach queue.

@@ -40,10 +40,21 @@ pub struct LinkState {
     pub is_pending: bool,
 }
 
+impl LinkState {
+    /// Sets the attach mode of a hook.
+    pub fn set_mode(&mut self, hook: TcHook, mode: AttachMode) {
+        let [from_pod, node_egress] = &mut self.attach_modes;
+        *match hook {
+            TcHook::FromPod => from_pod,
+            TcHook::NodeEgress => node_egress,
+        } = mode;
+    }
+}
+
 /// Writes the state of an interface. Ownership of its qdisc stays recorded until it has no filter of the agent.
-pub(super) fn put(maps: &mut Maps, link: &Link, state: &LinkState) -> Result<(), DatapathError> {
+pub(super) fn put(maps: &mut Maps, link: &Link, state: LinkState) -> Result<(), DatapathError> {
     let old = get(maps, link.index).unwrap_or_default();
-    let &LinkState { assignment, attach_modes, is_pending } = state;
+    let LinkState { assignment, attach_modes, is_pending } = state;
     let has_filter = attach_modes.contains(&AttachMode::Clsact);
     let new = InterfaceRecord {
         name: padded(&link.name),
@@ -62,9 +73,14 @@ pub(super) fn put(maps: &mut Maps, link: &Link, state: &LinkState) -> Result<(),
 /// gets them after routing and DNAT.
 fn is_judged_by_peer(maps: &Maps, link: &Link) -> bool {
     let peer = link.lower.filter(|_| link.is_internal_pair() && link.master.is_some());
-    let has_node_egress =
-        |record: InterfaceRecord| record.attach_modes[TcHook::NodeEgress as usize] != AttachMode::None as u8;
-    peer.and_then(|peer| get(maps, peer)).is_some_and(has_node_egress)
+    peer.and_then(|peer| get(maps, peer)).is_some_and(|record| record.is_attached(TcHook::NodeEgress))
+}
+
+/// Updates the record of an interface after its veth peer was reconciled.
+pub(super) fn update_judged_by_peer(maps: &mut Maps, link: &Link) -> Result<(), DatapathError> {
+    let Some(old) = get(maps, link.index) else { return Ok(()) };
+    let new = InterfaceRecord { judged_by_peer: u8::from(is_judged_by_peer(maps, link)), ..old };
+    if new == old { Ok(()) } else { write(maps, link.index, new) }
 }
 
 /// Records that the agent added the interface's qdisc, for a filter at `hook`.

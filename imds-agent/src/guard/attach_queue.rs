@@ -81,8 +81,17 @@ impl AttachQueue {
     }
 
     /// Attachments of `from_pod` that wait.
-    pub(super) fn from_pod(&self) -> impl Iterator<Item = AttachPoint> {
+    fn pods(&self) -> impl Iterator<Item = AttachPoint> {
         self.waiting.keys().copied().filter(|point| point.edge == TcHook::FromPod)
+    }
+
+    /// Attachments that are part of the initial sync: those of `from_pod`, and others that need not wait for a certain time.
+    pub(super) fn initial(&self) -> impl Iterator<Item = AttachPoint> {
+        let now = Instant::now();
+        let is_initial = move |(point, waiting): &(&AttachPoint, &Waiting)| {
+            point.edge == TcHook::FromPod || waiting.not_before <= now
+        };
+        self.waiting.iter().filter(is_initial).map(|(point, _)| *point)
     }
 
     /// Records a link event that the agent did not cause itself.
@@ -92,7 +101,7 @@ impl AttachQueue {
 
     /// Records that an attachment was made.
     pub(super) fn on_attached(&mut self) {
-        let pause = if self.from_pod().count() < BURST { PAUSE } else { BURST_PAUSE };
+        let pause = if self.pods().count() < BURST { PAUSE } else { BURST_PAUSE };
         self.next_turn = Instant::now() + pause;
     }
 

@@ -73,13 +73,8 @@ impl Guard {
         self.backoff.clear(point);
         if let Some(link) = self.links.get(&point.ifindex).cloned() {
             self.turn = Some(point).filter(|_| is_queued);
-            let peer = link.lower.filter(|_| link.is_internal_pair());
             self.see(link).await;
             self.turn = None;
-            // The record of the other end says that this one has its program.
-            if let Some(peer) = peer.and_then(|peer| self.links.get(&peer)).cloned() {
-                self.see(peer).await;
-            }
             // Without a hook that covers the pods until then, none of them may wait.
             if self.datapath.hooks().has(Hook::NodeEgress) || self.datapath.hooks().has(Hook::Socket) {
                 self.queue.on_attached();
@@ -175,7 +170,9 @@ impl Guard {
             recorded = self.datapath.take_over(link);
         }
         let mut assignment = self.assign(link);
-        if link.leads_elsewhere() && !observed[TcHook::NodeEgress as usize].1.is_empty() {
+        let has_node_egress =
+            observed.iter().any(|(hook, attachments)| *hook == TcHook::NodeEgress && !attachments.is_empty());
+        if link.leads_elsewhere() && has_node_egress {
             // Detaching the hook from a link that turns out to be a pod's would take RTNL without need.
             assignment.hooks = state::assign(link, &self.uplinks, &self.interfaces, false).hooks;
         }
@@ -194,7 +191,7 @@ impl Guard {
             }
             if self.must_wait(link, point, desired, &attachments).await? {
                 state.is_pending = true;
-                state.attach_modes[hook as usize] = observed_mode(&attachments);
+                state.set_mode(hook, observed_mode(&attachments));
                 continue;
             }
             self.queue.remove(point);
@@ -205,9 +202,9 @@ impl Guard {
                 self.failed.insert(point);
             }
             match result {
-                Ok(Reconciled::AsDesired) => state.attach_modes[hook as usize] = desired,
+                Ok(Reconciled::AsDesired) => state.set_mode(hook, desired),
                 Ok(Reconciled::Postponed) => {
-                    state.attach_modes[hook as usize] = observed_mode(&attachments);
+                    state.set_mode(hook, observed_mode(&attachments));
                     reconciled = Reconciled::Postponed;
                 }
                 // The hook only prepares this link for a route to an endpoint, so that an obstacle is no error.
@@ -218,7 +215,12 @@ impl Guard {
                 Err(error) => failed = failed.or(Some(error)),
             }
         }
-        let recorded = recorded.and(self.datapath.record(link, &state));
+        let mut recorded = recorded.and(self.datapath.record(link, state));
+        if let Some(peer) =
+            link.lower.filter(|_| link.is_internal_pair()).and_then(|peer| self.links.get(&peer))
+        {
+            recorded = recorded.and(self.datapath.update_judged_by_peer(peer));
+        }
         failed.map_or(recorded.map(|()| reconciled), Err)
     }
 
@@ -255,7 +257,7 @@ impl Guard {
         let has_failed = self.failed.contains(&point) && self.backoff.next_retry(point).is_none();
         let is_expected =
             is_new || has_failed || self.in_reload || !self.initial_sync_done || self.turn == Some(point);
-        let is_repair = |action: &Action| !matches!(action, Action::Detach(_));
+        let is_repair = |action: &Action| !matches!(action, Action::Detach(_) | Action::Pin(_));
         !is_expected && actions.iter().any(is_repair)
     }
 
@@ -393,5 +395,5 @@ fn observed_mode(attachments: &[Attachment]) -> AttachMode {
 
 /// Attachments that wait at the start of the agent.
 pub(super) fn initial(queue: &AttachQueue) -> BTreeSet<AttachPoint> {
-    queue.from_pod().collect()
+    queue.initial().collect()
 }

@@ -28,12 +28,12 @@ impl Report {
         self.total += sum;
         // The agent knows the configuration; a link that it has not seen yet is judged by the defaults.
         let record = records::get(node.maps, link.index);
-        let (role, desired) = match record.and_then(|record| Some((Role::from_u8(record.role)?, record))) {
-            Some((role, record)) => (role, TcHookSet::from_bits(record.hooks)),
-            None => {
-                let assignment = state::assign(link, &node.uplinks, &Interfaces::default(), false);
-                (assignment.role, assignment.hooks)
-            }
+        let recorded = record.and_then(|record| Some((Role::from_u8(record.role)?, record)));
+        let (role, desired) = if let Some((role, record)) = recorded {
+            (role, TcHookSet::from_bits(record.hooks))
+        } else {
+            let assignment = state::assign(link, &node.uplinks, &Interfaces::default(), false);
+            (assignment.role, assignment.hooks)
         };
         let is_queued = record.is_some_and(|record| record.pending == 1);
         let mut attachments = Vec::new();

@@ -285,8 +285,7 @@ impl Enforced {
                 Some(skip) => Err(skip),
                 None => Ok(pod),
             },
-            (Some(Err(skip)), _) => Err(skip.clone()),
-            (None, Err(skip)) => Err(skip.clone()),
+            (Some(Err(skip)), _) | (None, Err(skip)) => Err(skip.clone()),
         };
         let is_followed = self.status.agent.running;
         tc::check(hook, device, &self.endpoints, &self.maps, &self.probes, is_followed).await

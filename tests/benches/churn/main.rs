@@ -33,7 +33,7 @@ fn main() {
         drop(agent);
         world.unload();
         let again = make(interval);
-        let baseline = (mean(&without) + mean(&again)) / 2.0;
+        let baseline = f64::midpoint(mean(&without), mean(&again));
         rows.push(vec![
             name.to_owned(),
             format!("{:.1} ms", latencies.median()),
