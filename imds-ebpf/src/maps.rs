@@ -186,7 +186,7 @@ pub(crate) fn probe(subject: &Subject) -> Option<*mut ProbeRecord> {
 #[inline(always)]
 pub(crate) fn interface(ifindex: u32) -> Option<&'static InterfaceRecord> {
     // SAFETY: single bytes are read at once, and an entry that is replaced under a running program keeps valid ones.
-    unsafe { INTERFACE_RECORDS.get(&ifindex) }
+    unsafe { INTERFACE_RECORDS.get(ifindex) }
 }
 
 /// Whether this hook is on.

@@ -36,7 +36,7 @@ pub(crate) fn of(packet: &Skb, skb: *mut __sk_buff) -> Option<Sender> {
 /// if bridges call netfilter (`br_netfilter`); both have left through another `node_egress` hook before.
 ///
 /// Without an ingress interface, a packet without a socket can be a pod's: an IPv6 packet that the node fragments again loses
-/// it (`ip6_copy_metadata`, net/ipv6/ip6_output.c), and ipvlan in layer 3 scrubs it. The few packets that the node sends
+/// it (`ip6_copy_metadata`, `net/ipv6/ip6_output.c`), and ipvlan in layer 3 scrubs it. The few packets that the node sends
 /// without a socket, such as IPv6 resets, are denied with them. Before Linux 6.13 one with a socket can be that of a macvlan
 /// or ipvlan pod, which the socket hook covers.
 #[inline(always)]
