@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use imds_tests::{
-    METADATA, METADATA_V6, Netns, Pod, PodLink, World,
+    METADATA, METADATA_V6, Netns, PodLink, World,
     probe::{SHORT, http_get, reachable, udp_echo},
 };
 
@@ -59,27 +59,4 @@ fn a_service_to_the_endpoint_stays_the_nodes_to_use() {
     assert!(!http_get(&pod.netns, CLUSTER_IP, SHORT).is_answer());
     assert!(reachable(&world.node, CLUSTER_IP));
     world.assert_harmless(&pod);
-}
-
-/// The pods' gateway is the end of a veth pair, whose other end is a port of their bridge: `node_egress` sees the packet at
-/// the port before the Service's address is translated, and must judge it again at the uplink.
-#[test]
-fn service_behind_a_veth_pair() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Bridged);
-    world.node.ip(&format!(
-        "addr flush dev {bridge}
-         link add gateway0 address 02:42:0a:f4:02:02 type veth peer name gateway1
-         link set gateway1 master {bridge}
-         link set gateway0 up
-         link set gateway1 up
-         addr add 10.244.2.1/18 dev gateway0",
-        bridge = World::BRIDGE
-    ));
-    pod.netns.ip(&format!("neigh flush dev {}", Pod::IFNAME));
-    redirect(&world.node, CLUSTER_IP, METADATA);
-    world
-        .ways(&["node_egress"])
-        .way("TCP to a Service", || http_get(&pod.netns, CLUSTER_IP, SHORT).is_answer())
-        .assert_held();
 }
