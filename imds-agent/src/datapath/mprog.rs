@@ -22,6 +22,20 @@ use crate::reconcile::{Attachment, Order};
 /// Attach modes that are links, in the order in which their programs run.
 const MODES: [AttachMode; 2] = [AttachMode::Netkit, AttachMode::Tcx];
 
+/// Reports whether the link with this id, of which the kernel names `ifindex`, is attached at `point`.
+///
+/// Of a link at a netkit peer the kernel names the peer, by its index in the pod's network namespace (`netkit_dev_fetch`,
+/// drivers/net/netkit.c): the list of programs of the primary device decides.
+fn is_link_at(point: AttachPoint, id: u32, ifindex: u32, hook: MprogHook) -> bool {
+    match hook {
+        MprogHook::Tcx(_) | MprogHook::NetkitPrimary => ifindex == point.ifindex,
+        MprogHook::NetkitPeer => {
+            let entries = bpf::entries(point.ifindex, hook).unwrap_or_default();
+            entries.iter().any(|entry| entry.link == id)
+        }
+    }
+}
+
 /// The links of this process. Each is pinned and open, so that it stays attached if another program removes its pin.
 ///
 /// An attach point has links of two modes only while one takes over from the other: both have the same pin.
@@ -44,11 +58,13 @@ impl Links {
         let mut links = BTreeMap::new();
         for (point, path) in pins.pinned_links()? {
             let Some(fd) = pins::open(&path)? else { continue };
-            let link = bpf::link(&fd).ok().flatten().filter(|link| !bpf::is_foreign(link.program));
+            let found = bpf::link(&fd);
+            let description = format!("{found:?}");
+            let link = found.ok().flatten().filter(|link| !bpf::is_foreign(link.program));
             let mode = |hook| MODES.into_iter().find(|&mode| mprog_hook(point.edge, mode) == Some(hook));
             match link.map(|link| (link.id, link.target)) {
                 Some((id, Target::Interface { ifindex, hook }))
-                    if ifindex == point.ifindex && mode(hook).is_some() =>
+                    if mode(hook).is_some() && is_link_at(point, id, ifindex, hook) =>
                 {
                     let mode = mode(hook).unwrap_or_default();
                     links.insert((point, mode), OpenLink { fd, id, pin: None });
@@ -57,7 +73,7 @@ impl Links {
                 Some((_, Target::Interface { ifindex: 0, .. })) => pins::unpin(&path)?,
                 Some(_) | None => {
                     log::warn!(
-                        "{} is not a link that an agent pinned for this interface: removed",
+                        "removed {}: an agent has not pinned it for this interface ({description})",
                         path.display()
                     );
                     pins::unpin(&path)?;
