@@ -77,10 +77,13 @@ fn netkit_redirects_come_second() {
             let world = World::new();
             let pod = world.add_pod(PodLink::Netkit(mode));
             if mode == NetkitMode::L2 {
-                // The program does not pass ARP on to the node.
-                let mac = pod.gateway_mac.map(|byte| format!("{byte:02x}")).join(":");
-                let gateway = "neigh replace 169.254.1.1 nud permanent";
-                pod.netns.ip(&format!("{gateway} lladdr {mac} dev {}", Pod::IFNAME));
+                // The program passes neither requests nor replies of ARP on to the node.
+                let text = |mac: [u8; 6]| mac.map(|byte| format!("{byte:02x}")).join(":");
+                let add = |address: &str, mac, device: &str| {
+                    format!("neigh replace {address} lladdr {} dev {device} nud permanent", text(mac))
+                };
+                pod.netns.ip(&add("169.254.1.1", pod.gateway_mac, Pod::IFNAME));
+                world.node.ip(&add(&pod.address.to_string(), pod.mac, &pod.host_ifname));
             }
             let program = redirecting_to_uplink(&world);
             let attach = || program.attach_netkit_peer_first(&world.node, pod.host_ifindex);
