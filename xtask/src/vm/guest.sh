@@ -48,9 +48,9 @@ else
         poweroff -f
     fi
     pins=/sys/fs/bpf/imds
-    # One line for each object, of which the pod's interface is one.
+    # One line for each object, of which the attachment of from_pod to the pod's interface is one.
     guard=$(/imds-agent status -o json | tr -d ' \n' | tr '{' '\n' \
-        | sed -n '/"role":"pod"/s/.*"guard":"\([a-z]*\)".*/\1/p')
+        | sed -n '/"hook":"from_pod"/s/.*"attach_mode":"\([a-z]*\)".*/\1/p' | head -n 1)
     echo "@took guard: $guard"
     case $(bpftool -j map dump pinned $pins/maps/imds_policy) in
         *'"netns_cookie":0'[,}]*) echo "@took node: initial namespace" ;;
