@@ -65,7 +65,7 @@ fn hooks_of_one_sender_are_one_line_and_one_rule() {
     assert!(selector.matches(&[("app".to_owned(), "x".to_owned())].into()));
     let table = report.table();
     assert!(
-        table.contains("a/s app=x") && table.contains("POD_EDGE") && table.contains("1970-01-01T00:00:03Z"),
+        table.contains("a/s app=x") && table.contains("FROM_POD") && table.contains("1970-01-01T00:00:03Z"),
         "{table}"
     );
 }

@@ -258,8 +258,8 @@ test result: FAILED. 1 passed; 1 failed\r
         assert_eq!(good.complaints, [""; 0]);
         assert_eq!(good.to_string(), "1 passed, 1 skipped, 0 failed in 60 s");
         let table = table(&[good]);
-        let start = "KERNEL     5.10.0\nevents     ringbuf\nguard      clsact\nnode       initial namespace\nnode_egress  ifindex\n\
-             unload     1 passed, 1 skipped, 1 ignored\nseconds    60\n";
+        let start = "KERNEL       5.10.0\nevents       ringbuf\nguard        clsact\nnode         initial namespace\n\
+             node_egress  ifindex\nunload       1 passed, 1 skipped, 1 ignored\nseconds      60\n";
         assert!(table.starts_with(start), "{table}");
         assert!(
             table.ends_with(
