@@ -7,7 +7,7 @@
 use aya_ebpf::bindings::__sk_buff;
 use imds_ebpf_common::{
     Address, Exemption, Grant, Hook, InterfaceRecord, Packet as _, Place, Subject, SubjectKind, Tables as _,
-    TcHook, Verdict, exemption::find_grant, packet::source,
+    TcHook, Verdict, exemption::find_grant, opaque::opaque, packet::source,
 };
 
 use crate::{
@@ -53,18 +53,16 @@ fn find_at_from_pod(skb: *mut __sk_buff, place: Place, address: &Address, verdic
             (softened, is_marked) = (granted, flags & Grant::MARK != 0);
         }
     }
-    set_mark(&packet, is_marked);
+    set_mark(skb, u32::from(is_marked));
     softened as u32
 }
 
-/// Sets or clears the exemption mark. Writes to the packet only if that changes it.
-#[inline(always)]
-pub(crate) fn set_mark(packet: &Skb, is_marked: bool) {
-    let (mark, bit) = (packet.mark(), maps::mark());
-    let wanted = if is_marked { mark | bit } else { mark & !bit };
-    if wanted != mark {
-        packet.set_mark(wanted);
-    }
+/// Sets or clears the exemption mark. A separate function without branches, which the verifier follows once per call.
+#[inline(never)]
+pub(crate) fn set_mark(skb: *mut __sk_buff, is_marked: u32) {
+    let packet = Skb::new(skb);
+    let bit = maps::mark();
+    packet.set_mark((packet.mark() & !bit) | (bit & is_marked.wrapping_neg()));
 }
 
 /// Applies exemptions at `node_egress`, in the order of how certain the identity is: the socket's network namespace, the
@@ -136,14 +134,22 @@ pub(crate) fn by_interface(
 #[inline(always)]
 fn is_own_packet(skb: *mut __sk_buff, place: Place, ifindex: u32, address: &Address) -> bool {
     let is_of_socket = match netns::of_socket(skb) {
-        SocketNetns::Cookie(cookie) => {
-            apply(Verdict::Deny, Subject::new(SubjectKind::Netns, cookie), address) as u32
-                != Verdict::Deny as u32
-        }
+        SocketNetns::Cookie(cookie) => has_grant(cookie, address),
         SocketNetns::Unknown => true,
         SocketNetns::NoSocket => false,
     };
     is_of_socket || has_source(skb, place, ifindex)
+}
+
+/// Reports whether the network namespace with this cookie has a grant for the endpoint or for all of them.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "zero")]
+fn has_grant(cookie: u64, address: &Address) -> bool {
+    let subject = Subject::new(SubjectKind::Netns, cookie);
+    // `Address::ANY`, hidden from the compiler, which would put the constant in a section of its own.
+    let any = Address::from_ipv4((opaque(0) as u32).to_be_bytes());
+    maps::is_granted(&Exemption { address: any, subject })
+        || maps::is_granted(&Exemption { address: *address, subject })
 }
 
 /// Reports whether `from_pod` is on and attached to the interface.

@@ -45,7 +45,7 @@ fn judge_thoroughly(skb: *mut __sk_buff, frame: Frame) -> i32 {
     let Examined { place, destination, verdict } = examined;
     let pod = Subject::new(SubjectKind::Interface, packet.ifindex().into());
     if let Some(probed) = probe::judge(pod, hook, verdict) {
-        exempt::set_mark(&packet, probed.is_marked);
+        exempt::set_mark(skb, u32::from(probed.is_marked));
         return conclude_probe(probed.verdict);
     }
     let verdict = exempt::at_from_pod(skb, place, verdict, &destination);

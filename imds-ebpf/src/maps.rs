@@ -163,6 +163,12 @@ pub(crate) fn mark() -> u32 {
     POLICY.get(0).map_or(0, |policy| policy.mark)
 }
 
+/// Reports whether there is a grant.
+#[inline(always)]
+pub(crate) fn is_granted(exemption: &Exemption) -> bool {
+    EXEMPTIONS.get_ptr(exemption).is_some()
+}
+
 /// Reports whether the source address of `exemption` belongs to its subject.
 #[inline(always)]
 pub(crate) fn is_exempt_source(exemption: &Exemption) -> bool {

@@ -23,8 +23,8 @@ use nix::{
 };
 
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
-const POD_EDGE: &str = "[hooks]\nsocket = false\nnode_egress = false\n";
-const NODE_EDGE: &str = "[hooks]\nsocket = false\nfrom_pod = false\n";
+const FROM_POD: &str = "[hooks]\nsocket = false\nnode_egress = false\n";
+const NODE_EGRESS: &str = "[hooks]\nsocket = false\nfrom_pod = false\n";
 const BOTH_EDGES: &str = "[hooks]\nsocket = false\n";
 
 fn has_program(world: &World, interface: &str, at: TcAttachType) -> bool {
@@ -117,13 +117,13 @@ fn guarding() -> Vec<String> {
     let own =
         |keep: &str| format!("[[endpoint]]\nname = 'own'\naddress = '169.254.169.254'\nkeep = [{keep}]\n");
     vec![
-        POD_EDGE.to_owned(),
-        format!("provider = 'aws'\n{POD_EDGE}{}", others(3)),
+        FROM_POD.to_owned(),
+        format!("provider = 'aws'\n{FROM_POD}{}", others(3)),
         format!("answer = 'reject'\n{BOTH_EDGES}"),
-        format!("provider = 'none'\n{NODE_EDGE}{}", own("'udp/5300', 'tcp/5300'")),
+        format!("provider = 'none'\n{NODE_EGRESS}{}", own("'udp/5300', 'tcp/5300'")),
         format!("provider = 'none'\n{BOTH_EDGES}{}{}", others(200), own("")),
-        format!("{POD_EDGE}[interfaces]\ninclude = ['nothing*']\n{}", others(1)),
-        format!("provider = 'gcp'\nanswer = 'reject'\n{NODE_EDGE}"),
+        format!("{FROM_POD}[interfaces]\ninclude = ['nothing*']\n{}", others(1)),
+        format!("provider = 'gcp'\nanswer = 'reject'\n{NODE_EGRESS}"),
         format!("extras = ['ecs']\n{BOTH_EDGES}{}", others(9)),
     ]
 }
@@ -204,7 +204,7 @@ fn hooks_come_and_go() {
         let world = World::new();
         let pod = world.add_pod(PodLink::Routed);
         world.assert_open(&pod);
-        let file = ConfigFile::new(&world, POD_EDGE);
+        let file = ConfigFile::new(&world, FROM_POD);
         let agent = file.start(backend, &[]);
         let (veth, uplink) = (pod.host_ifname.as_str(), World::UPLINK);
         let are_guarded = || [has_program(&world, veth, Ingress), has_program(&world, uplink, Egress)];
@@ -249,18 +249,18 @@ fn strict_mode_comes_and_goes() {
     let container = world.add_cgroup("kubepods.slice/pod7.slice");
     let is_open = || container.run(|| http_get(&world.node, METADATA, SHORT).is_answer());
     assert!(reachable(&world.node, METADATA) && is_open());
-    let file = ConfigFile::new(&world, POD_EDGE);
+    let file = ConfigFile::new(&world, FROM_POD);
     let agent = file.start(AttachMode::Clsact, &[]);
     assert!(is_open());
     for _ in 0..2 {
-        let status = file.reload(&format!("{POD_EDGE}host_network = true\n"));
+        let status = file.reload(&format!("{FROM_POD}host_network = true\n"));
         assert!(status.problems.is_empty() && status.hooks.contains(&"host_network".to_owned()));
         assert!(!is_open() && reachable(&world.node, METADATA));
-        let status = file.reload(POD_EDGE);
+        let status = file.reload(FROM_POD);
         assert_eq!(status.hooks, ["from_pod", "local_service"]);
         assert!(is_open());
     }
-    file.reload(&format!("{POD_EDGE}host_network = true\n"));
+    file.reload(&format!("{FROM_POD}host_network = true\n"));
     assert!(!is_open());
     drop(agent);
     world.unload();
@@ -274,23 +274,23 @@ fn endpoints_interfaces_and_the_provider_change() {
         let [pod, other] = LINKS.map(|link| world.add_pod(link));
         let dmi = world.scratch_dir().join("dmi");
         fs::create_dir(&dmi).unwrap();
-        let file = ConfigFile::new(&world, POD_EDGE);
+        let file = ConfigFile::new(&world, FROM_POD);
         let agent = file.start(backend, &["--dmi-dir", dmi.to_str().unwrap()]);
         world.assert_blocked(&pod);
         assert!(reachable(&pod.netns, SERVICE));
 
         let service = format!("[[endpoint]]\nname = 'service'\naddress = '{SERVICE}'\n");
-        file.reload(&format!("provider = 'none'\n{POD_EDGE}{service}"));
+        file.reload(&format!("provider = 'none'\n{FROM_POD}{service}"));
         assert!(!http_get(&pod.netns, SERVICE, SHORT).is_answer());
         world.assert_open(&pod);
 
-        let exclude = format!("{POD_EDGE}[interfaces]\nexclude = ['{}']\n", pod.host_ifname);
+        let exclude = format!("{FROM_POD}[interfaces]\nexclude = ['{}']\n", pod.host_ifname);
         let status = file.reload(&exclude);
         assert_eq!(status.interface(&pod.host_ifname).role, "excluded");
         assert_eq!(hook::programs(&world.node, &pod.host_ifname), []);
         world.assert_open(&pod);
         world.assert_blocked(&other);
-        let status = file.reload(POD_EDGE);
+        let status = file.reload(FROM_POD);
         assert_eq!(status.interface(&pod.host_ifname).role, "pod");
         world.assert_blocked(&pod);
 
@@ -396,7 +396,7 @@ fn a_cgroup_that_can_not_be_guarded_is_refused_with_the_file() {
     }
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
-    let file = ConfigFile::new(&world, POD_EDGE);
+    let file = ConfigFile::new(&world, FROM_POD);
     let missing = world.cgroup().join("missing");
     let agent = world
         .agent()
@@ -410,7 +410,7 @@ fn a_cgroup_that_can_not_be_guarded_is_refused_with_the_file() {
     assert!(!has_program(&world, World::UPLINK, Egress));
     assert!(status.interface(&pod.host_ifname).is_attached());
     world.assert_blocked(&pod);
-    file.reload(POD_EDGE);
+    file.reload(FROM_POD);
     drop(agent);
     world.unload();
     world.assert_open(&pod);
@@ -419,11 +419,11 @@ fn a_cgroup_that_can_not_be_guarded_is_refused_with_the_file() {
 #[test]
 fn every_way_of_replacing_a_file_is_noticed() {
     let world = World::new();
-    let file = ConfigFile::new(&world, POD_EDGE);
+    let file = ConfigFile::new(&world, FROM_POD);
     // So that nothing is noticed for another reason.
     let agent = file.start(AttachMode::Clsact, &["--resync", "3600"]);
     let modes = |n: usize| ["enforce", "audit", "off"][n % 3];
-    let config = |mode: &str| format!("mode = '{mode}'\n{POD_EDGE}");
+    let config = |mode: &str| format!("mode = '{mode}'\n{FROM_POD}");
     let assert_in_force = |mode: &str| {
         world.status_when(mode, |status| status.mode.as_deref() == Some(mode) && status.problems.is_empty());
     };
@@ -474,7 +474,7 @@ fn file_in(dir: &Path, version: &str, text: &str) {
 #[test]
 fn more_changes_than_the_kernel_tells_of() {
     let world = World::new();
-    let file = ConfigFile::new(&world, POD_EDGE);
+    let file = ConfigFile::new(&world, FROM_POD);
     let agent = file.start(AttachMode::Clsact, &["--resync", "3600"]);
     let pid = Pid::from_raw(agent.pid().try_into().unwrap());
     kill(pid, Signal::SIGSTOP).unwrap();
@@ -486,7 +486,7 @@ fn more_changes_than_the_kernel_tells_of() {
         fs::write(&name, "").unwrap();
         fs::remove_file(&name).unwrap();
     }
-    file.replace(&format!("mode = 'audit'\n{POD_EDGE}"));
+    file.replace(&format!("mode = 'audit'\n{FROM_POD}"));
     kill(pid, Signal::SIGCONT).unwrap();
     world.status_when("it is noticed", |status| status.mode.as_deref() == Some("audit"));
     drop(agent);
@@ -496,13 +496,13 @@ fn more_changes_than_the_kernel_tells_of() {
 #[test]
 fn what_nobody_tells_of_is_noticed_by_looking() {
     let world = World::new();
-    let file = ConfigFile::new(&world, POD_EDGE);
+    let file = ConfigFile::new(&world, FROM_POD);
     // Another name of the same file, in a directory that is not on the way.
     let elsewhere = world.scratch_dir().join("elsewhere");
     fs::create_dir(&elsewhere).unwrap();
     fs::hard_link(&file.path, elsewhere.join("imds.toml")).unwrap();
     let agent = file.start(AttachMode::Clsact, &["--resync", "1"]);
-    fs::write(elsewhere.join("imds.toml"), format!("mode = 'audit'\n{POD_EDGE}")).unwrap();
+    fs::write(elsewhere.join("imds.toml"), format!("mode = 'audit'\n{FROM_POD}")).unwrap();
     poll_until(Duration::from_secs(20), "it to be noticed", || {
         (world.status().mode.as_deref() == Some("audit")).then_some(())
     });

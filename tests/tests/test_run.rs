@@ -4,13 +4,13 @@
 use etherparse::{EtherType, Ipv4Extensions, Ipv4Header, PacketBuilder, SingleVlanHeader, VlanId, ip_number};
 use imds_agent::datapath::object::OBJECT;
 use imds_ebpf_common::{
-    Address, Counter, CounterKey, Endpoint, Exemption, Filter, Grant, Hook, IMDS_IPV4, Mode, Policy, Service,
-    Subject, SubjectKind, Verdict,
+    Address, AttachMode, Counter, CounterKey, Endpoint, Exemption, Filter, Grant, Hook, IMDS_IPV4,
+    InterfaceRecord, Mode, Policy, Role, Service, Subject, SubjectKind, Verdict,
     maps::MARK,
     names::{
-        HOST_PROGRAMS, MAP_COUNTERS, MAP_ENDPOINTS, MAP_EXEMPT, MAP_EXEMPT_SOURCES, MAP_POLICY, MAPS,
-        PROG_FROM_POD, PROG_FROM_POD_L3, PROG_LOCAL_SERVICE, PROG_NODE_EGRESS, SECTION_FILTER,
-        SOCKET_PROGRAMS, TC_PROGRAMS, in_object,
+        HOST_PROGRAMS, MAP_COUNTERS, MAP_ENDPOINTS, MAP_EXEMPT, MAP_EXEMPT_SOURCES, MAP_INTERFACES,
+        MAP_POLICY, MAPS, PROG_FROM_POD, PROG_FROM_POD_L3, PROG_LOCAL_SERVICE, PROG_NODE_EGRESS,
+        SECTION_FILTER, SOCKET_PROGRAMS, TC_PROGRAMS, in_object,
     },
     packet::MAX_VLAN_TAGS,
 };
@@ -258,6 +258,12 @@ fn node_egress_knows_pods_by_interface_and_bridges_by_mark() {
     let [pod, bridge] = [(SubjectKind::Interface, 7), (SubjectKind::Bridge, 9)]
         .map(|(kind, id)| grant(Subject::new(kind, id), Address::ANY, Verdict::Exempt));
     let mut object = object_with(&[pod, bridge], Mode::Enforce);
+    let record = InterfaceRecord {
+        role: Role::Pod as u8,
+        attach_modes: [AttachMode::Tcx as u8; 2],
+        ..InterfaceRecord::default()
+    };
+    object.insert(MAP_INTERFACES, 7_u32, record);
     let (with_from_pod, alone) = (Hook::FromPod.bit() | Hook::NodeEgress.bit(), Hook::NodeEgress.bit());
     let check = |object: &mut Object, hooks, mark, ingress, expected| {
         object.set(MAP_POLICY, Policy { mark: MARK, hooks, ..Policy::default() });
@@ -338,7 +344,7 @@ fn most_verified() -> u32 {
     let release = nix::sys::utsname::uname().expect("uname");
     let release = release.release().to_str().expect("a release");
     let version: Vec<u32> = release.split(['.', '-']).map_while(|number| number.parse().ok()).collect();
-    if version >= vec![6, 18] { 4096 } else { 8192 }
+    if version >= vec![6, 18] { 5632 } else { 8192 }
 }
 
 #[test]
