@@ -7,7 +7,7 @@ use imds_ebpf_common::{AttachMode, TcHook, names::tc_program};
 use super::{
     Datapath, DatapathError,
     bpf::{self, MprogHook},
-    clsact, counters, endpoints, mprog,
+    clsact, counters, endpoints,
     object::{Maps, Programs},
     obstacles::{Obstacle, ObstacleError},
     pins::AttachPoint,
@@ -61,12 +61,6 @@ impl Datapath {
             }
         }
         Ok(attachments)
-    }
-
-    /// Reports whether TCX programs of others run before any filter on packets of the pod.
-    pub fn has_company(link: &Link) -> Result<bool, DatapathError> {
-        let spot = AttachPoint { ifindex: link.index, edge: TcHook::FromPod };
-        Ok(!mprog::programs(spot, AttachMode::Tcx)?.is_empty())
     }
 
     /// Carries out one action at a hook of an interface.
