@@ -1,5 +1,7 @@
 //! Destination addresses in the one form in which they are looked up.
 
+use crate::packet::Packet;
+
 /// Slots of the [`Filter`](crate::Filter): as many as 16 bits can number.
 pub const SLOTS: usize = 1 << 16;
 
@@ -66,6 +68,14 @@ impl Address {
             Destination::V4(word) => Some(word.to_ne_bytes()),
             Destination::V6(..) => None,
         }
+    }
+
+    /// Hides from a verifier how the address was found, like [`Packet::forget_origin`].
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "BPF has words of 64 bits")]
+    pub(crate) fn without_origin<P: Packet + ?Sized>(self, packet: &P) -> Self {
+        let [low, high] = self.halves().map(|half| packet.forget_origin(half as usize) as u64);
+        Self { octets: (u128::from(low) | u128::from(high) << 64).to_ne_bytes() }
     }
 
     /// The filter's slot for this address.

@@ -93,8 +93,9 @@ pub const fn keeps_any(keep: &Keep) -> bool {
     keep[0].protocol != 0
 }
 
-/// Whether `service` is kept.
-#[inline(always)]
+/// Reports whether `service` is kept. A separate function in BPF programs, so that the verifier follows it once.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+#[cfg_attr(not(target_arch = "bpf"), inline(always))]
 #[must_use]
 pub fn keeps(keep: &Keep, service: Service) -> bool {
     // By arithmetic, so that the verifier has one way through here and not eight, and two at a time: with 1 taken off each

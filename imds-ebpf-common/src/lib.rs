@@ -46,7 +46,7 @@ pub use maps::{
     AttachMode, ConfigRecord, Counter, CounterKey, InterfaceRecord, KubernetesRecord, PodRecord, Policy,
     ProviderRecord, Role,
 };
-pub use packet::{Frame, Packet, Place, flow, service};
+pub use packet::{Frame, Packet, Place, find_header, flow, service};
 pub use tables::{Listed, Tables};
 pub use verdict::{
     Answer, Examined, Hook, Mode, TcHook, TcHookSet, Verdict, examine, is_plainly_foreign, judge,

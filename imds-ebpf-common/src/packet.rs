@@ -116,63 +116,47 @@ pub enum Frame {
     Ip,
 }
 
-/// Where an IP header is, in one number: half of what a function of a BPF program can be told in a register.
+/// Position and version of an IP header in one number, which fits in one register of a BPF function.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Place(u32);
 
 impl Place {
     const IS_V6: u32 = 1 << 31;
 
-    /// Where it starts, in bytes from the start of the packet.
+    /// Creates the place of an IPv4 header that starts `offset` bytes after the start of the packet.
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "after a few tags at most")]
+    const fn v4(offset: usize) -> Self {
+        Self(offset as u32)
+    }
+
+    /// Creates the place of an IPv6 header that starts `offset` bytes after the start of the packet.
+    #[inline(always)]
+    const fn v6(offset: usize) -> Self {
+        Self(Self::v4(offset).0 | Self::IS_V6)
+    }
+
+    /// Returns the start of the header in bytes from the start of the packet; 0 if the packet has no link-layer header.
     #[inline(always)]
     #[must_use]
     pub const fn offset(self) -> usize {
         (self.0 & !Self::IS_V6) as usize
     }
 
-    /// Whether it is IPv6's.
+    /// Reports whether the header belongs to IPv6.
     #[inline(always)]
     #[must_use]
     pub const fn is_v6(self) -> bool {
         self.0 & Self::IS_V6 != 0
     }
-}
 
-impl Header {
-    /// Where it is, with [no history](Packet::forget_origin).
+    /// Hides from a verifier how the header was found, like [`Packet::forget_origin`].
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "behind a few tags at most")]
-    pub(crate) fn place<P: Packet + ?Sized>(&self, packet: &P) -> Place {
-        let version = match self.version {
-            Version::V4 => 0,
-            Version::V6 => Place::IS_V6,
-        };
-        Place(packet.forget_origin((self.offset as u32 | version) as usize) as u32)
+    #[expect(clippy::cast_possible_truncation, reason = "BPF has words of 64 bits")]
+    #[must_use]
+    pub fn without_origin<P: Packet + ?Sized>(self, packet: &P) -> Self {
+        Self(packet.forget_origin(self.0 as usize) as u32)
     }
-
-    /// The same header, at an offset with [no history](Packet::forget_origin).
-    #[inline(always)]
-    pub(crate) fn without_origin<P: Packet + ?Sized>(self, packet: &P) -> Self {
-        Self { offset: packet.forget_origin(self.offset), ..self }
-    }
-}
-
-/// An IP header that was found.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Header {
-    /// Where it starts, in bytes from the start of the packet.
-    offset: usize,
-    version: Version,
-    /// Its destination.
-    pub(crate) destination: Address,
-    /// What that folds to.
-    pub(crate) slot: u16,
-}
-
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Version {
-    V4,
-    V6,
 }
 
 /// Whether one look at where the destination should be is enough to say that it is no endpoint's: the fast path.
@@ -216,26 +200,20 @@ where
     }
 }
 
-/// The IP header of `packet`, or `None` where its destination is certainly no endpoint's, where it has none, or where it
-/// is cut off before the end of the destination.
+/// Finds the IP header of a packet, behind up to [`MAX_VLAN_TAGS`] VLAN tags. Returns `None` if the packet has none or is
+/// cut off before it.
 ///
-/// Version and header length are not looked at: the destination is at a fixed place, and what an EtherType calls IP is
-/// judged as such, however broken the rest is. For [`Frame::Ip`] there is no EtherType, so there the version is what
-/// tells.
+/// The rest of the header is not looked at: the destination is at a fixed place, so that a packet whose EtherType says IP
+/// is judged by it even if the header is broken. A packet of [`Frame::Ip`] has no EtherType, so that the version decides.
 #[inline(always)]
-pub(crate) fn candidate<P, T>(packet: &P, frame: Frame, tables: &T) -> Option<Header>
-where
-    P: Packet + ?Sized,
-    T: Tables + ?Sized,
-{
+pub fn find_header<P: Packet + ?Sized>(packet: &P, frame: Frame) -> Option<Place> {
     match frame {
-        Frame::Ethernet => in_ethernet(packet, tables),
+        Frame::Ethernet => find_header_in_ethernet(packet),
         Frame::Ip => {
-            let (word, destination) = packet.read_words(0, DESTINATION_OFFSET)?;
-            let [version_ihl, _] = word.to_ne_bytes();
+            let [version_ihl] = packet.fetch(0)?;
             match version_ihl >> 4 {
-                4 => v4(0, destination, tables),
-                6 => v6(packet, 0, tables),
+                4 => Some(Place::v4(0)),
+                6 => Some(Place::v6(0)),
                 _ => None,
             }
         }
@@ -243,69 +221,30 @@ where
 }
 
 #[inline(always)]
-fn in_ethernet<P, T>(packet: &P, tables: &T) -> Option<Header>
-where
-    P: Packet + ?Sized,
-    T: Tables + ?Sized,
-{
-    const TYPE_OFFSET: usize = EthHdr::LEN - size_of::<u16>();
-    // What nearly all are is seen at once.
-    match packet.peek_words(TYPE_OFFSET, EthHdr::LEN + DESTINATION_OFFSET) {
-        Some((ETH_P_IP, destination)) => return v4(EthHdr::LEN, destination, tables),
-        Some((ETH_P_IPV6, _)) => return v6(packet, EthHdr::LEN, tables),
-        Some((ether_type, _)) if !is_vlan(ether_type) => return None,
-        Some(_) | None => {}
-    }
-    let mut tags = 0;
-    let mut ether_type = u16::from_ne_bytes(packet.fetch(TYPE_OFFSET)?);
-    while is_vlan(ether_type) {
-        if tags == MAX_VLAN_TAGS {
-            return None;
+fn find_header_in_ethernet<P: Packet + ?Sized>(packet: &P) -> Option<Place> {
+    const ETHER_TYPES: usize = MAX_VLAN_TAGS + 1;
+    let mut offset = EthHdr::LEN;
+    for _ in 0..ETHER_TYPES {
+        match u16::from_ne_bytes(packet.fetch(offset - size_of::<u16>())?) {
+            ETH_P_IP => return Some(Place::v4(offset)),
+            ETH_P_IPV6 => return Some(Place::v6(offset)),
+            ether_type if !is_vlan(ether_type) => return None,
+            _ => offset += VLAN_TAG_LEN,
         }
-        tags += 1;
-        ether_type = u16::from_ne_bytes(packet.fetch(TYPE_OFFSET + tags * VLAN_TAG_LEN)?);
     }
-    let offset = packet.forget_origin(EthHdr::LEN + tags * VLAN_TAG_LEN);
-    match ether_type {
-        ETH_P_IP => v4(offset, u32::from_ne_bytes(packet.fetch(offset + DESTINATION_OFFSET)?), tables),
-        ETH_P_IPV6 => {
-            let at = offset + DESTINATION_OFFSET_V6;
-            let halves = (packet.fetch(at)?, packet.fetch(at + size_of::<u64>())?);
-            let destination =
-                Destination::from_halves(u64::from_ne_bytes(halves.0), u64::from_ne_bytes(halves.1));
-            v6_destination(offset, destination, tables)
-        }
-        _ => None,
-    }
+    None
 }
 
+/// Reads the destination of a packet with an IP header at `place`. Returns `None` if the packet is cut off before its end.
 #[inline(always)]
-fn v4<T: Tables + ?Sized>(offset: usize, destination: u32, tables: &T) -> Option<Header> {
-    let destination = Destination::V4(destination);
-    let slot = destination.slot();
-    if !tables.may_guard(slot) {
-        return None;
+pub(crate) fn destination<P: Packet + ?Sized>(packet: &P, place: Place) -> Option<Destination> {
+    if !place.is_v6() {
+        let word = packet.fetch(place.offset() + DESTINATION_OFFSET)?;
+        return Some(Destination::V4(u32::from_ne_bytes(word)));
     }
-    Some(Header { offset, version: Version::V4, destination: destination.address(), slot })
-}
-
-#[inline(always)]
-fn v6<P, T>(packet: &P, offset: usize, tables: &T) -> Option<Header>
-where
-    P: Packet + ?Sized,
-    T: Tables + ?Sized,
-{
-    let (first, second) = packet.read_pair(offset + DESTINATION_OFFSET_V6)?;
-    v6_destination(offset, Destination::from_halves(first, second), tables)
-}
-
-#[inline(always)]
-fn v6_destination<T: Tables + ?Sized>(offset: usize, destination: Destination, tables: &T) -> Option<Header> {
-    let slot = destination.slot();
-    if !tables.may_guard(slot) {
-        return None;
-    }
-    Some(Header { offset, version: Version::V6, destination: destination.address(), slot })
+    let at = place.offset() + DESTINATION_OFFSET_V6;
+    let (first, second) = (packet.fetch(at)?, packet.fetch(at + size_of::<u64>())?);
+    Some(Destination::from_halves(u64::from_ne_bytes(first), u64::from_ne_bytes(second)))
 }
 
 /// Who sends a packet with an IP header at this place to whom; `None` where it is cut off.

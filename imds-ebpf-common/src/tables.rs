@@ -13,8 +13,7 @@ pub trait Tables {
     /// Whether an address that folds to `slot` may be an endpoint's. Asked for every packet.
     fn may_guard(&self, slot: u16) -> bool;
 
-    /// What is kept at this address, which folds to `slot`, if it is an endpoint's. Asked for what [`Tables::may_guard`]
-    /// lets through.
+    /// Returns the kept services of the endpoint at this address, which folds to `slot`; `None` for all other addresses.
     fn keep(&self, slot: u16, address: &Address) -> Option<&Keep>;
 
     /// The mode in force. Asked for packets to an endpoint.

@@ -5,7 +5,7 @@ use core::mem;
 use crate::{
     address::{Address, Destination},
     endpoint::{Keep, Service, keeps, keeps_any},
-    packet::{self, Frame, Packet, Place},
+    packet::{self, Frame, Packet, Place, find_header},
     tables::Tables,
 };
 
@@ -292,39 +292,36 @@ where
     P: Packet + ?Sized,
     T: Tables + ?Sized,
 {
-    match examine(packet, frame, tables) {
-        Some(examined) => examined.verdict,
-        None => Verdict::Foreign,
-    }
+    find_header(packet, frame)
+        .and_then(|place| examine(packet, place, tables))
+        .map_or(Verdict::Foreign, |examined| examined.verdict)
 }
 
-/// A packet to a guarded endpoint.
+/// A packet to a protected endpoint.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Examined {
-    /// What is done with it, unless its sender is exempt.
+    /// Verdict on senders without an exemption.
     pub verdict: Verdict,
-    /// Where the header is by which it was judged.
-    pub place: Place,
-    /// The endpoint's address.
+    /// Address of the endpoint.
     pub destination: Address,
 }
 
-/// The same with all that was found, or `None` for [`Verdict::Foreign`].
+/// Judges a packet by the IP header at `place`. Returns `None` for [`Verdict::Foreign`].
 #[inline(always)]
-pub fn examine<P, T>(packet: &P, frame: Frame, tables: &T) -> Option<Examined>
+pub fn examine<P, T>(packet: &P, place: Place, tables: &T) -> Option<Examined>
 where
     P: Packet + ?Sized,
     T: Tables + ?Sized,
 {
-    let header = packet::candidate(packet, frame, tables)?.without_origin(packet);
-    let (place, destination) = (header.place(packet), header.destination);
-    let keep = tables.keep(header.slot, &destination)?;
+    let destination = packet::destination(packet, place)?;
+    let (slot, address) = (destination.slot(), destination.address().without_origin(packet));
+    let keep = tables.keep(slot, &address)?;
     let verdict = if keeps_any(keep) {
         decide(keep, packet.service(place).unwrap_or(Service::NONE).without_origin(packet), tables)
     } else {
         by_mode(tables)
     };
-    Some(Examined { verdict: verdict.without_origin(packet), place, destination })
+    Some(Examined { verdict: verdict.without_origin(packet), destination: address })
 }
 
 /// Judges an attempt to reach `address` by a socket. `service` is what it is for, or `None` where that can't be said.

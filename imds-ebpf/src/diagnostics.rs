@@ -1,65 +1,94 @@
-//! What the programs log of themselves, by aya-log: never of a packet, which is what events are for.
+//! Messages of the programs about themselves, which the agent logs through aya-log. Packets have events instead.
+//!
+//! The macros of aya-log build a record byte by byte in each program, which costs the verifier hundreds of instructions. The
+//! records here are constants in the wire format of aya-log-common.
 
-use aya_ebpf::helpers::generated::bpf_jiffies64;
-use aya_log_ebpf_macros::warn;
+use aya_ebpf::{btf_maps::RingBuf, helpers::generated::bpf_jiffies64, macros::btf_map};
+use aya_log_common::{ArgumentKind, Level, RecordFieldKind};
+use imds_ebpf_common::{Hook, opaque::opaque};
 
-/// Timer ticks between two messages: some seconds, at as many a second as distributions choose (100 to 1000).
+/// Size of the ring buffer in bytes.
+const LOG_BYTES: usize = 64 * 1024;
+
+/// The name by which aya-log finds the ring buffer.
+#[btf_map(name = "AYA_LOGS")]
+static LOGS: RingBuf<(), LOG_BYTES> = RingBuf::new();
+
+/// Shortest time between two messages, in timer ticks (100 to 1000 per second, as the kernel is configured).
 const PAUSE: u64 = 2500;
 
-/// When the last message was. Not zero, with which it would be in the section that is the filter's alone.
+/// Time of the last message, in timer ticks. Not zero, because variables of zeros share their section with the filter.
 #[unsafe(no_mangle)]
 static mut LAST: u64 = u64::MAX / 2;
 
-/// A packet or call that was judged, but of which nothing can be kept: a map is full.
+/// Logs that a map is full, so that a packet or call at this hook was judged but neither counted nor reported.
 ///
-/// A function of its own, so that the verifier follows it apart from what it is called for.
+/// A separate function, which the verifier follows apart from its callers.
 #[inline(never)]
+#[expect(clippy::cast_possible_truncation, reason = "BPF has words of 64 bits")]
 pub(crate) fn unaccounted(hook: u32) {
-    // SAFETY: the helper takes no arguments; the verifier makes a load of the call.
+    // SAFETY: the helper takes no arguments.
     let now = unsafe { bpf_jiffies64() };
     let last = &raw mut LAST;
-    // SAFETY: of this variable alone; two CPUs that write it at once log twice.
+    // SAFETY: the pointer is valid for the whole program; two CPUs that write at once cause two messages.
     if now.wrapping_sub(unsafe { last.read_volatile() }) < PAUSE {
         return;
     }
-    // SAFETY: as above.
+    // SAFETY: the pointer is valid for the whole program.
     unsafe { last.write_volatile(now) };
-    warn!((), target: "bpf", "a map is full: hook {}", hook);
+    // The compiler knows the range of the number and would drop the check that the verifier needs.
+    if let Some(record) = MAP_IS_FULL.get(opaque(hook.into()) as usize) {
+        let _no_room = LOGS.output_untyped::<Record>(record, 0);
+    }
 }
 
-/// What the macros of aya-log-ebpf expect of that crate. Its own has the ring buffer as a legacy map, which libbpf refuses,
-/// and with it `bpftool prog loadall`.
-pub(crate) mod macro_support {
-    use aya_ebpf::{btf_maps::RingBuf, macros::btf_map, maps::ring_buf::RingBufBytes};
-    pub(crate) use aya_log_common::{
-        Argument, DefaultFormatter, DisplayHint, Field, Header, Level, LogValueLength,
-    };
+/// Bytes of a record with a message of [`MESSAGE`]'s length.
+const RECORD: usize = 2 + (3 + 3) + (3 + 1) + 3 + 3 + (3 + 4) + (3 + 4) + (3 + MESSAGE.len());
+type Record = [u8; RECORD];
 
-    const BYTES: usize = 64 * 1024;
-    /// What a record takes, at most and at least.
-    const RECORD: usize = 512;
+/// The message; the number of the hook replaces the last character.
+const MESSAGE: &[u8] = b"a map is full: hook ?";
 
-    /// By this name aya-log finds it.
-    #[btf_map(name = "AYA_LOGS")]
-    static RING: RingBuf<(), BYTES> = RingBuf::new();
-
-    pub(crate) struct Logs;
-
-    pub(crate) static AYA_LOGS: Logs = Logs;
-
-    impl Logs {
-        /// The macros double a size until a record fits: to the verifier that is as many ways as there are sizes, each
-        /// to be followed through the whole record. One size is one way.
-        #[inline(always)]
-        #[expect(clippy::unused_self, reason = "the macros call it so")]
-        pub(crate) fn reserve_bytes(&self, _size: usize, flags: u64) -> Option<RingBufBytes<'_>> {
-            RING.reserve_bytes(RECORD, flags)
-        }
+/// The message by number of the hook.
+static MAP_IS_FULL: [Record; Hook::ALL.len() + 1] = {
+    let mut records = [[0; RECORD]; Hook::ALL.len() + 1];
+    let mut hook = 0;
+    while hook < records.len() {
+        records[hook] = record(hook);
+        hook += 1;
     }
+    records
+};
 
-    /// All is logged: there is little of it.
-    #[inline(always)]
-    pub(crate) const fn level_enabled(_level: Level) -> bool {
-        true
+/// Builds the record of the message for a hook: its length, then fields of kind, length and value in native byte order.
+#[expect(clippy::cast_possible_truncation, reason = "a record is short, and a hook has one digit")]
+const fn record(hook: usize) -> Record {
+    let mut record = [0; RECORD];
+    let mut at = put(&mut record, 0, &(RECORD as u16).to_ne_bytes());
+    at = put_field(&mut record, at, RecordFieldKind::Target as u8, b"bpf");
+    at = put_field(&mut record, at, RecordFieldKind::Level as u8, &[Level::Warn as u8]);
+    at = put_field(&mut record, at, RecordFieldKind::Module as u8, b"");
+    at = put_field(&mut record, at, RecordFieldKind::File as u8, b"");
+    at = put_field(&mut record, at, RecordFieldKind::Line as u8, &0_u32.to_ne_bytes());
+    at = put_field(&mut record, at, RecordFieldKind::NumArgs as u8, &1_u32.to_ne_bytes());
+    at = put_field(&mut record, at, ArgumentKind::Str as u8, MESSAGE);
+    assert!(at == RECORD && hook < 10);
+    record[RECORD - 1] = b'0' + hook as u8;
+    record
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "a record is short")]
+const fn put_field(record: &mut Record, at: usize, kind: u8, value: &[u8]) -> usize {
+    let at = put(record, at, &[kind]);
+    let at = put(record, at, &(value.len() as u16).to_ne_bytes());
+    put(record, at, value)
+}
+
+const fn put(record: &mut Record, at: usize, bytes: &[u8]) -> usize {
+    let mut index = 0;
+    while index < bytes.len() {
+        record[at + index] = bytes[index];
+        index += 1;
     }
+    at + bytes.len()
 }

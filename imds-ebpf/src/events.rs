@@ -1,5 +1,7 @@
 //! Tells user space of packets and calls to guarded endpoints: a few of each source, and how many more there were.
 
+use core::ptr;
+
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_ANY},
     btf_maps::{LruPerCpuHashMap, RingBuf},
@@ -80,11 +82,12 @@ fn tell_packet_in_cgroup(skb: *mut __sk_buff, place: Place, judged: u32, window:
 fn of_packet(skb: *mut __sk_buff, place: Place, judged: u32, socket: SocketNetns) -> Option<Event> {
     let packet = Skb::new(skb);
     let flow = flow(&packet, place)?;
+    let netns_cookie = match socket {
+        SocketNetns::Cookie(cookie) => cookie,
+        SocketNetns::NoSocket | SocketNetns::Unknown => 0,
+    };
     Some(Event {
-        netns_cookie: match socket {
-            SocketNetns::Cookie(cookie) => cookie,
-            SocketNetns::NoSocket | SocketNetns::Unknown => 0,
-        },
+        netns_cookie,
         ifindex: packet.ifindex(),
         ingress_ifindex: packet.ingress_ifindex(),
         hook: judged as u8,
@@ -142,22 +145,30 @@ fn event(flow: Flow) -> Event {
 /// one tells of it.
 #[inline(always)]
 fn tell(event: Event, window: &mut Window) {
-    let Some(mut entry) = EVENTS.reserve_untyped::<Event>(0) else { return };
-    entry.write(Event { suppressed: window.untold.wrapping_sub(1), bytes: window.bytes, ..event });
-    entry.submit(0);
-    window.clear();
+    let event = Event { suppressed: window.untold.wrapping_sub(1), bytes: window.bytes, ..event };
+    if EVENTS.output_untyped::<Event>(&event, 0).is_ok() {
+        window.clear();
+    }
 }
 
-/// What was told of this source on this CPU. `None` where there is no room for it.
+/// Returns the window of this source on this CPU; `None` if the map has no room for it.
 #[inline(always)]
 pub(crate) fn window(source: &Source) -> Option<*mut Window> {
+    let window = find_window(source.id, source.hook);
+    (!window.is_null()).then_some(window)
+}
+
+/// Returns a null pointer if the map has no room. A separate function, so that the verifier follows its callers once for new
+/// and existing windows.
+#[inline(never)]
+fn find_window(id: u64, hook: u64) -> *mut Window {
+    let source = Source { id, hook };
     if let Some(window) = WINDOWS.get_ptr_mut(source) {
-        return Some(window);
+        return window;
     }
-    let first = Window::new();
-    // Where another CPU made it meanwhile, only this CPU's part is written (bpf_percpu_hash_update).
-    let _no_room = WINDOWS.insert(source, first, u64::from(BPF_ANY));
-    WINDOWS.get_ptr_mut(source)
+    // If another CPU inserts the source at the same time, this writes only this CPU's part (bpf_percpu_hash_update).
+    let _no_room = WINDOWS.insert(source, Window::new(), u64::from(BPF_ANY));
+    WINDOWS.get_ptr_mut(source).unwrap_or(ptr::null_mut())
 }
 
 #[inline(always)]

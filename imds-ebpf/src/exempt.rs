@@ -6,8 +6,8 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use imds_ebpf_common::{
-    Address, Exemption, Grant, Hook, InterfaceRecord, Packet as _, Place, Subject, SubjectKind, Tables as _,
-    TcHook, Verdict, exemption::find_grant, opaque::opaque, packet::source,
+    Address, Exemption, Grant, Hook, InterfaceRecord, Place, Subject, SubjectKind, Tables as _, TcHook,
+    Verdict, exemption::find_grant, opaque::opaque, packet::source,
 };
 
 use crate::{
@@ -75,13 +75,9 @@ pub(crate) fn at_node_egress(
     verdict: Verdict,
     address: &Address,
 ) -> Verdict {
-    let packet = Skb::new(skb);
-    // Hides the kind of sender from the verifier, which then follows the code below once.
-    #[expect(clippy::cast_possible_truncation, reason = "BPF has words of 64 bits")]
-    let cookie = packet.forget_origin(sender.cookie as usize) as u64;
-    let softened = find_at_node_egress(skb, place, cookie, address, verdict as u32);
+    let softened = find_at_node_egress(skb, place, sender.cookie, address, verdict as u32);
     // SAFETY: the function returns the number of a verdict.
-    unsafe { Verdict::from_u32_unchecked(softened) }.without_origin(&packet)
+    unsafe { Verdict::from_u32_unchecked(softened) }.without_origin(&Skb::new(skb))
 }
 
 /// Takes and returns the number of a verdict. A separate function: few packets come here.
@@ -119,7 +115,8 @@ pub(crate) fn by_interface(
     let softened = apply(verdict, Subject::new(SubjectKind::Interface, ifindex.into()), address);
     if softened as u32 != verdict as u32 {
         // With `from_pod` on, that hook has compared the source with the pod's addresses, before any source NAT.
-        let is_checked = has_from_pod(ifindex) || is_own_or_translated(skb, place, ifindex);
+        // Without it, source NAT may have set an address of the node.
+        let is_checked = has_from_pod(ifindex) || has_source(skb, place, ifindex, NODE);
         return if is_checked { softened } else { verdict };
     }
     if Skb::new(skb).mark() & maps::mark() == 0 {
@@ -138,7 +135,7 @@ fn is_own_packet(skb: *mut __sk_buff, place: Place, ifindex: u32, address: &Addr
         SocketNetns::Unknown => true,
         SocketNetns::NoSocket => false,
     };
-    is_of_socket || has_source(skb, place, ifindex)
+    is_of_socket || has_source(skb, place, ifindex, ifindex)
 }
 
 /// Reports whether the network namespace with this cookie has a grant for the endpoint or for all of them.
@@ -159,24 +156,19 @@ fn has_from_pod(ifindex: u32) -> bool {
     maps::is_on(Hook::FromPod) && maps::interface(ifindex).is_some_and(is_attached)
 }
 
-/// Reports whether the source is an address of the pod behind the interface, or of the node after source NAT.
-#[inline(always)]
-fn is_own_or_translated(skb: *mut __sk_buff, place: Place, ifindex: u32) -> bool {
-    has_source(skb, place, ifindex) || has_source(skb, place, NODE)
-}
-
 /// Stands for the node in the map of source addresses: no interface has the index 0.
 const NODE: u32 = 0;
 
-/// Reports whether the packet's source address is registered for the interface. A separate function, so that the verifier
-/// follows it once.
+/// Reports whether the packet's source address is registered for one of two interfaces. A separate function, so that the
+/// verifier follows it once.
 #[inline(never)]
-fn has_source(skb: *mut __sk_buff, place: Place, ifindex: u32) -> bool {
+fn has_source(skb: *mut __sk_buff, place: Place, ifindex: u32, other: u32) -> bool {
     let Some(address) = source(&Skb::new(skb), place) else { return false };
-    maps::is_exempt_source(&Exemption {
-        address,
-        subject: Subject::new(SubjectKind::Interface, ifindex.into()),
-    })
+    let is_source_of = |ifindex: u32| {
+        let subject = Subject::new(SubjectKind::Interface, ifindex.into());
+        maps::is_exempt_source(&Exemption { address, subject })
+    };
+    is_source_of(ifindex) || is_source_of(other)
 }
 
 /// Looks up the grant of a subject. Takes the number of a verdict; returns that of the verdict which the grant makes of it,

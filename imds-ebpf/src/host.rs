@@ -4,7 +4,7 @@
 
 use aya_ebpf::{bindings::__sk_buff, helpers::generated::bpf_skb_cgroup_id, programs::SkBuffContext};
 use imds_ebpf_common::{
-    CounterKey, Examined, Frame, Hook, Subject, SubjectKind, Verdict, event::Source, examine,
+    CounterKey, Examined, Frame, Hook, Subject, SubjectKind, Verdict, event::Source, examine, find_header,
     is_plainly_foreign,
 };
 
@@ -27,7 +27,9 @@ pub(crate) fn judge(ctx: &SkBuffContext) -> Verdict {
 #[inline(never)]
 fn judge_thoroughly(skb: *mut __sk_buff) -> u32 {
     let (packet, hook) = (Skb::new(skb), Hook::HostNetwork);
-    let Some(Examined { verdict, place, destination }) = examine(&packet, Frame::Ip, &maps::Maps) else {
+    let Some(place) = find_header(&packet, Frame::Ip) else { return Verdict::Foreign as u32 };
+    let place = place.without_origin(&packet);
+    let Some(Examined { verdict, destination }) = examine(&packet, place, &maps::Maps) else {
         return Verdict::Foreign as u32;
     };
     if !is_of_node(skb) {

@@ -3,7 +3,7 @@
 
 use aya_ebpf::{bindings::__sk_buff, programs::SkBuffContext};
 use imds_ebpf_common::{
-    CounterKey, Examined, Frame, Hook, Subject, SubjectKind, Verdict, event::Source, examine,
+    CounterKey, Examined, Frame, Hook, Subject, SubjectKind, Verdict, event::Source, examine, find_header,
     is_plainly_foreign,
 };
 
@@ -17,7 +17,7 @@ use crate::{
 /// Index of loopback in every network namespace (`LOOPBACK_IFINDEX`, include/net/flow.h): the node's own calls.
 const LOOPBACK: u32 = 1;
 
-/// Judges a packet in two functions, for the same reason as [`from_pod`](crate::from_pod::judge).
+/// Judges a packet in two functions, for the same reason as [`edge`](crate::edge::judge).
 #[inline(always)]
 pub(crate) fn judge(ctx: &SkBuffContext) -> Verdict {
     let skb = ctx.skb.skb;
@@ -31,7 +31,9 @@ pub(crate) fn judge(ctx: &SkBuffContext) -> Verdict {
 #[inline(never)]
 fn judge_thoroughly(skb: *mut __sk_buff) -> u32 {
     let (packet, hook) = (Skb::new(skb), Hook::LocalService);
-    let Some(Examined { verdict, place, destination }) = examine(&packet, Frame::Ip, &maps::Maps) else {
+    let Some(place) = find_header(&packet, Frame::Ip) else { return Verdict::Foreign as u32 };
+    let place = place.without_origin(&packet);
+    let Some(Examined { verdict, destination }) = examine(&packet, place, &maps::Maps) else {
         return Verdict::Foreign as u32;
     };
     match netns::of_socket_in_cgroup(skb) {

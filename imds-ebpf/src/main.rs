@@ -26,40 +26,40 @@ mod reject;
 mod sender;
 mod socket;
 
-extern crate self as aya_log_ebpf;
-
 use aya_ebpf::{
     macros::{cgroup_skb, cgroup_sock_addr, classifier},
     programs::{SkBuffContext, SockAddrContext, TcContext},
 };
 use imds_ebpf_common::{Frame, Hook, Verdict};
 
+use crate::{from_pod::FromPod, node_egress::NodeEgress};
+
 /// Ingress of the node's end of a pod's link.
 #[classifier]
 #[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
 fn imds_from_pod(ctx: TcContext) -> i32 {
-    from_pod::judge(&ctx, Frame::Ethernet)
+    edge::judge::<FromPod>(&ctx, Frame::Ethernet)
 }
 
 /// The same for interfaces without a link layer.
 #[classifier]
 #[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
 fn imds_from_podl3(ctx: TcContext) -> i32 {
-    from_pod::judge(&ctx, Frame::Ip)
+    edge::judge::<FromPod>(&ctx, Frame::Ip)
 }
 
 /// Egress of an interface of the node's own.
 #[classifier]
 #[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
 fn imds_egress(ctx: TcContext) -> i32 {
-    node_egress::judge(&ctx, Frame::Ethernet)
+    edge::judge::<NodeEgress>(&ctx, Frame::Ethernet)
 }
 
 /// The same for interfaces without a link layer.
 #[classifier]
 #[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
 fn imds_egress_l3(ctx: TcContext) -> i32 {
-    node_egress::judge(&ctx, Frame::Ip)
+    edge::judge::<NodeEgress>(&ctx, Frame::Ip)
 }
 
 /// connect(2) on an IPv4 socket.
@@ -140,8 +140,6 @@ const fn permission(verdict: Verdict) -> i32 {
         Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept | Verdict::Exempt => 1,
     }
 }
-
-pub(crate) use diagnostics::macro_support;
 
 #[cfg(not(test))]
 #[panic_handler]

@@ -1,6 +1,6 @@
 //! The maps, private, beside their typed accessors.
 
-use core::mem::offset_of;
+use core::{mem::offset_of, ptr};
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_F_NO_PREALLOC},
@@ -104,29 +104,11 @@ impl Tables for Maps {
         has_bit(0, slot)
     }
 
-    /// The table is a constant to whoever runs when it is in force: user space writes the other one, and waits until nobody
-    /// reads that any more.
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "BPF has words of 64 bits")]
     fn keep(&self, slot: u16, address: &Address) -> Option<&Keep> {
-        // Hidden from the compiler, which knows that nothing in this object writes it.
-        let filter = opaque_pointer(&raw const IMDS_FILTER);
-        // SAFETY: a variable of this object. What of it is read here is not written while it is in force.
-        let filter = unsafe { &*filter };
-        let table = &filter.tables[filter.current as usize & 1];
-        // Verifiers before Linux 6.10 take the exclusive or in there for any number: they want to see it cut off.
-        let mut number = u64::from(table.heads[opaque(chain(slot) as u64) as usize % CHAINS]);
-        for _ in 0..MAX_CHAIN {
-            if number == 0 {
-                return None;
-            }
-            let row = &table.rows[opaque(number - 1) as usize % MAX_ENDPOINTS];
-            if row.address.halves() == address.halves() {
-                return Some(&row.keep);
-            }
-            number = row.next;
-        }
-        None
+        let keep = find_keep(chain(slot) as u64, address);
+        // SAFETY: the pointer is null or points into a variable of this object.
+        unsafe { keep.as_ref() }
     }
 
     /// [`Mode::Enforce`] where it can't be read.
@@ -145,6 +127,34 @@ impl Tables for Maps {
         // SAFETY: as for endpoints.
         unsafe { EXEMPTIONS.get(exemption) }.copied()
     }
+}
+
+/// Returns the kept services of the endpoint at `address` in this chain of the filter, or null. A separate function, so that
+/// the verifier follows its callers once for all rows.
+///
+/// The table is constant while a program reads it: user space writes the other one, and waits until all programs have left
+/// that one.
+#[inline(never)]
+#[expect(clippy::cast_possible_truncation, reason = "BPF has words of 64 bits")]
+fn find_keep(chain: u64, address: &Address) -> *const Keep {
+    // Hidden from the compiler, which knows that nothing in this object writes it.
+    let filter = opaque_pointer(&raw const IMDS_FILTER);
+    // SAFETY: the pointer is valid for the whole program, and the fields read here are not written while they are in force.
+    let filter = unsafe { &*filter };
+    let table = &filter.tables[filter.current as usize & 1];
+    // Verifiers before Linux 6.10 take the exclusive or in the chain's number for any number: they need the remainder.
+    let mut number = u64::from(table.heads[opaque(chain) as usize % CHAINS]);
+    for _ in 0..MAX_CHAIN {
+        if number == 0 {
+            return ptr::null();
+        }
+        let row = &table.rows[opaque(number - 1) as usize % MAX_ENDPOINTS];
+        if row.address.halves() == address.halves() {
+            return &raw const row.keep;
+        }
+        number = row.next;
+    }
+    ptr::null()
 }
 
 /// Whether the bit of a slot is set in the part of the filter that starts `offset` bytes behind its start.
@@ -213,18 +223,29 @@ pub(crate) fn answer() -> Answer {
     POLICY.get(0).map_or(Answer::Drop, |policy| Answer::from_u32(policy.answer))
 }
 
-/// Adds a packet of `bytes` bytes, and returns this CPU's counter. Where the map is full the packet goes uncounted: the
-/// verdict never depends on it.
+/// Adds a packet of `bytes` bytes, and returns this CPU's counter. If the map is full the packet goes uncounted: the verdict
+/// never depends on it.
 #[inline(always)]
 pub(crate) fn count(ifindex: u32, hook: Hook, verdict: Verdict, bytes: u32) -> Option<*mut Counter> {
-    let key = CounterKey::new(ifindex, hook, verdict);
-    let counter = COUNTS.get_ptr_mut(key).or_else(|| first_counter(&key))?;
-    // SAFETY: the map owns the value and nothing frees it under a running program; it is this CPU's own, and programs
-    // at TC run in softirq context or with it disabled, which another one on the same CPU does not interrupt.
+    let counter = count_judged(ifindex, hook as u32, verdict as u32, bytes);
+    (!counter.is_null()).then_some(counter)
+}
+
+/// Returns a null pointer if the map is full. A separate function, so that the verifier follows its callers once for new and
+/// existing counters.
+#[inline(never)]
+#[expect(clippy::cast_possible_truncation, reason = "numbers of hooks and verdicts")]
+fn count_judged(ifindex: u32, hook: u32, verdict: u32, bytes: u32) -> *mut Counter {
+    let key = CounterKey { ifindex, hook: hook as u8, verdict: verdict as u8, reserved: 0 };
+    let Some(counter) = COUNTS.get_ptr_mut(key).or_else(|| first_counter(&key)) else {
+        return ptr::null_mut();
+    };
+    // SAFETY: the map owns the value and frees none under a running program. The value belongs to this CPU, and programs at TC
+    // run in softirq context or with it disabled, which another one on the same CPU does not interrupt.
     let sum = unsafe { &mut *counter };
     sum.packets += 1;
     sum.bytes += u64::from(bytes);
-    Some(counter)
+    counter
 }
 
 /// User space makes the entry when it attaches the interface; this is for a packet that comes before.

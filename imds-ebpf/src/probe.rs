@@ -22,22 +22,22 @@ pub(crate) fn judge(subject: Subject, hook: Hook, verdict: Verdict) -> Option<Pr
     if !maps::has_probes() {
         return None;
     }
-    // The number of a verdict with the flags above, so that the function has one result in a register.
-    let packed = find(subject.id, subject.kind, hook as u32, verdict as u32);
-    if packed == NOT_A_PROBE {
-        return None;
-    }
-    // SAFETY: the lower bits are the number of a verdict.
-    let verdict = unsafe { Verdict::from_u32_unchecked(packed & 0xff) };
-    Some(Probed { verdict, is_marked: packed & MARKED << 8 != 0 })
+    maps::probe(&subject).map(|probe| count(probe, hook, verdict))
 }
 
-const NOT_A_PROBE: u32 = u32::MAX;
+/// Counts a packet or call of a probe, and returns the verdict on it.
+#[inline(always)]
+pub(crate) fn count(probe: *mut ProbeRecord, hook: Hook, verdict: Verdict) -> Probed {
+    // The number of a verdict with the flags above, so that the function has one result in a register.
+    let packed = count_number(probe, hook as u32, verdict as u32);
+    // SAFETY: the lower bits are the number of a verdict.
+    let verdict = unsafe { Verdict::from_u32_unchecked(packed & 0xff) };
+    Probed { verdict, is_marked: packed & MARKED << 8 != 0 }
+}
 
 #[inline(never)]
 #[expect(clippy::cast_possible_truncation, reason = "BPF has words of 64 bits")]
-fn find(id: u64, kind: u64, hook: u32, verdict: u32) -> u32 {
-    let Some(probe) = maps::probe(&Subject { id, kind }) else { return NOT_A_PROBE };
+fn count_number(probe: *mut ProbeRecord, hook: u32, verdict: u32) -> u32 {
     // SAFETY: the map owns the value, and frees it only after a grace period.
     let ProbeRecord { exempt, verdicts, .. } = unsafe { &mut *probe };
     let denied = Verdict::Deny as u32;

@@ -9,7 +9,7 @@ use aya_ebpf::{
     },
 };
 use imds_ebpf_common::{
-    Frame, Packet as _, Place,
+    Packet as _, Place,
     endpoint::TCP,
     reply::{self, ICMP, ICMP_V6, Kind, Sum, WORD, Words},
 };
@@ -27,8 +27,9 @@ pub(crate) enum Way {
 
 /// Sends the answer. Returns the TC action, which drops the packet where none could or may be made.
 #[inline(always)]
-pub(crate) fn answer(skb: *mut __sk_buff, frame: Frame, place: Place, way: Way) -> i32 {
-    if !make(skb, place) || (frame == Frame::Ethernet && swap_macs(skb).is_none()) {
+pub(crate) fn answer(skb: *mut __sk_buff, place: Place, way: Way) -> i32 {
+    // Without a link layer the packet starts with the IP header.
+    if !make(skb, place) || (place.offset() != 0 && swap_macs(skb).is_none()) {
         return TC_ACT_SHOT;
     }
     let flags = match way {

@@ -1,7 +1,7 @@
 //! Senders at `node_egress`: the node itself, or a pod and how it is known.
 
 use aya_ebpf::bindings::__sk_buff;
-use imds_ebpf_common::Role;
+use imds_ebpf_common::{Packet as _, Role};
 
 use crate::{
     maps,
@@ -21,10 +21,25 @@ pub(crate) struct Sender {
 /// A packet can leave through several interfaces of the node (bridge and NIC, bond and slave, VLAN and NIC). The answer
 /// depends only on the packet's socket and ingress interface, which stay, so that each hook gives the same verdict.
 #[inline(always)]
-pub(crate) fn of(packet: &Skb, skb: *mut __sk_buff) -> Option<Sender> {
+#[expect(clippy::cast_possible_truncation, reason = "BPF has words of 64 bits")]
+pub(crate) fn of(skb: *mut __sk_buff) -> Option<Sender> {
+    let cookie = cookie(skb);
+    if cookie == NODE {
+        return None;
+    }
+    Some(Sender { cookie: Skb::new(skb).forget_origin(cookie as usize) as u64 })
+}
+
+/// Stands for the node: the kernel counts cookies up from 1.
+const NODE: u64 = u64::MAX;
+
+/// Returns [`Sender::cookie`], or [`NODE`]. A separate function, so that the verifier follows it once for all verdicts.
+#[inline(never)]
+fn cookie(skb: *mut __sk_buff) -> u64 {
     match netns::of_socket(skb) {
-        SocketNetns::Cookie(cookie) if !netns::is_node(cookie) => Some(Sender { cookie }),
-        socket => (!was_judged(packet.ingress_ifindex(), socket)).then_some(Sender { cookie: 0 }),
+        SocketNetns::Cookie(cookie) if !netns::is_node(cookie) => cookie,
+        socket if was_judged(Skb::new(skb).ingress_ifindex(), socket) => NODE,
+        SocketNetns::Cookie(_) | SocketNetns::NoSocket | SocketNetns::Unknown => 0,
     }
 }
 

@@ -15,17 +15,26 @@ pub struct Object {
 }
 
 impl Object {
-    /// Loads every program of `object`.
+    /// Loads every program of `object`, without features that only newer kernels have.
     pub fn load(object: &[u8]) -> Self {
-        let mut ebpf = EbpfLoader::new().load(object).expect("load the object");
+        Self::load_with(object, &[])
+    }
+
+    /// Loads every program of `object` with values for some of its variables, by name.
+    pub fn load_with(object: &[u8], variables: &[(&'static str, u8)]) -> Self {
+        let mut loader = EbpfLoader::new();
+        for (name, value) in variables {
+            loader.override_global(name, value, true);
+        }
+        let mut ebpf = loader.load(object).expect("load the object");
         for (name, program) in ebpf.programs_mut() {
-            let loaded = match program {
+            let result = match program {
                 Program::SchedClassifier(program) => program.load(),
                 Program::CgroupSockAddr(program) => program.load(),
                 Program::CgroupSkb(program) => program.load(),
                 _ => panic!("{name} is of a type that the agent has no programs of"),
             };
-            loaded.unwrap_or_else(|error| panic!("load {name}: {error}"));
+            result.unwrap_or_else(|error| panic!("load {name}: {error}"));
         }
         Self { ebpf }
     }

@@ -13,7 +13,7 @@ use imds_ebpf_common::{
     Address, Counter, CounterKey, Endpoint, Exemption, Filter, Frame, Grant, Hook, IMDS_IPV4, Listed, Mode,
     Policy, Service, Subject, SubjectKind, Verdict,
     endpoint::{TCP, UDP},
-    examine,
+    examine, find_header,
     names::{
         MAP_COUNTERS, MAP_ENDPOINTS, MAP_EXEMPT, MAP_POLICY, PROG_FROM_POD, PROG_FROM_POD_L3, SECTION_FILTER,
     },
@@ -225,9 +225,11 @@ fn the_kernel_and_the_host_agree_on_any_packet() {
         prop_oneof![4 => frame(), 1 => frame().prop_map(|frame| frame[14.min(frame.len())..].to_vec())];
     let result = runner(seed()).run(&packet, |packet| {
         for (name, frame) in [(PROG_FROM_POD, Frame::Ethernet), (PROG_FROM_POD_L3, Frame::Ip)] {
-            let verdict = examine(&packet[..], frame, &tables).map_or(Verdict::Foreign, |examined| {
-                soften(examined.verdict, SENDER, &examined.destination, &tables)
-            });
+            let verdict = find_header(&packet[..], frame)
+                .and_then(|place| examine(&packet[..], place, &tables))
+                .map_or(Verdict::Foreign, |examined| {
+                    soften(examined.verdict, SENDER, &examined.destination, &tables)
+                });
             let expected = if verdict == Verdict::Deny { TC_ACT_SHOT } else { TC_ACT_UNSPEC };
             if let Some(action) = try_action(object.program(name), &packet) {
                 prop_assert_eq!(action, expected, "{}: {:?}", name, verdict);

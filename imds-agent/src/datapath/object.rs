@@ -82,11 +82,11 @@ impl Programs {
     /// aya writes what the object has for a variable, also over that of a pinned map that other programs use: `filter` is
     /// what it writes, so that has to match all endpoints that are guarded.
     pub fn load(pins: &PinDir, hooks: Hooks, filter: &Filter) -> Result<Self, ObjectError> {
-        let tc_has_cookie = u8::from(has_cookie(ProgramType::SchedClassifier));
-        let cgroup_has_cookie = u8::from(has_cookie(ProgramType::CgroupSkb));
+        let features = kernel_features();
         let mut loader = EbpfLoader::new();
-        loader.override_global(GLOBAL_TC_HAS_COOKIE, &tc_has_cookie, true);
-        loader.override_global(GLOBAL_CGROUP_HAS_COOKIE, &cgroup_has_cookie, true);
+        for (name, value) in &features {
+            loader.override_global(name, value, true);
+        }
         for name in MAPS {
             loader.map_pin_path(in_object(name), pins.map(name));
         }
@@ -186,6 +186,15 @@ fn names(hooks: Hooks) -> impl Iterator<Item = &'static str> {
 /// Reports whether TC programs can read the network namespace cookie of a packet's socket.
 pub(super) fn tc_has_cookie() -> bool {
     has_cookie(ProgramType::SchedClassifier)
+}
+
+/// Returns the variables of the object that depend on the features of the running kernel, by name.
+#[must_use]
+pub fn kernel_features() -> [(&'static str, u8); 2] {
+    [
+        (GLOBAL_TC_HAS_COOKIE, has_cookie(ProgramType::SchedClassifier).into()),
+        (GLOBAL_CGROUP_HAS_COOKIE, has_cookie(ProgramType::CgroupSkb).into()),
+    ]
 }
 
 /// Reports whether programs of this type can read the network namespace cookie of a packet's socket (Linux 6.13 for TC,
