@@ -40,6 +40,7 @@ mod pod;
 mod services;
 mod skip;
 mod source;
+mod tun;
 mod ways;
 mod world;
 
@@ -63,5 +64,6 @@ pub use skip::{
 };
 pub use source::Source;
 pub use status::Status;
+pub use tun::{TunMode, open_tun};
 pub use ways::Ways;
 pub use world::{METADATA, METADATA_V6, SERVICE, SERVICE_V6, World};

@@ -2,14 +2,13 @@
 //! endpoint, whatever its prefix was.
 
 use std::{
-    fs::File,
     io::{self, Read as _, Write as _},
     net::{Ipv4Addr, Ipv6Addr, UdpSocket},
     os::fd::AsFd as _,
     thread::{self, JoinHandle},
 };
 
-use imds_tests::{METADATA, Netns, PodLink, World, packets};
+use imds_tests::{METADATA, Netns, PodLink, TunMode, World, open_tun, packets};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::EDGES;
@@ -26,7 +25,7 @@ struct Translator {
 
 impl Translator {
     fn start(node: &Netns) -> Self {
-        let mut device = node.run(|| open_tun("nat64"));
+        let mut device = open_tun(node, "nat64", TunMode::Tun);
         node.ip("link set nat64 up");
         let (stopped, stop) = io::pipe().unwrap();
         let thread = thread::spawn(move || {
@@ -55,21 +54,6 @@ impl Drop for Translator {
             let _ = thread.join();
         }
     }
-}
-
-fn open_tun(name: &str) -> File {
-    use std::os::fd::AsRawFd as _;
-    let device = File::options().read(true).write(true).open("/dev/net/tun").expect("open /dev/net/tun");
-    // SAFETY: a structure of integers, for which zero is nothing.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = from.cast_signed();
-    }
-    request.ifr_ifru.ifru_flags = libc::c_short::try_from(libc::IFF_TUN | libc::IFF_NO_PI).unwrap();
-    // SAFETY: the request is the one that this ioctl takes, and outlives the call.
-    let result = unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETIFF, &raw const request) };
-    assert_eq!(result, 0, "TUNSETIFF: {}", io::Error::last_os_error());
-    device
 }
 
 /// A UDP datagram to an address that ends in an IPv4 one, as one to that.

@@ -1,12 +1,17 @@
 //! NICs that are ports of a bridge.
 
-use imds_tests::{Layout, Nic, Pod, PodLink, World};
+use std::net::Ipv4Addr;
 
-use crate::fixture::Case;
+use imds_tests::{
+    Layout, METADATA, Nic, Pod, PodLink, World, output,
+    probe::{Outcome, SHORT, http_get, udp_echo},
+};
+
+use crate::fixture::{Case, assert_denied_at_egress};
 
 pub(crate) const BRIDGE: &str = "br-ex";
 
-fn bridge(nic: Nic) -> Layout {
+pub(crate) fn bridge(nic: Nic) -> Layout {
     let setup =
         format!("link add {BRIDGE} type bridge\nlink set {uplink} master {BRIDGE}", uplink = World::UPLINK);
     Layout::new(nic).above(&setup, BRIDGE)
@@ -74,4 +79,61 @@ fn pods_in_bridge_of_nic() {
 #[test]
 fn pods_in_bridge_of_veth_nic() {
     Case::new(bridge(Nic::Veth)).place(join_bridge).known_at_egress().assert_enforced();
+}
+
+/// Address of a Service whose backend is the endpoint.
+const CLUSTER_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 80);
+
+/// Translates the Service's address for pods and for the node.
+fn add_service(world: &World) {
+    let mut nft = world.node.command("nft");
+    nft.arg(format!(
+        "table ip service {{
+            chain prerouting {{ type nat hook prerouting priority -100; ip daddr {CLUSTER_IP} dnat to {METADATA}; }}
+            chain output {{ type nat hook output priority -100; ip daddr {CLUSTER_IP} dnat to {METADATA}; }}
+        }}"
+    ));
+    let output = output(nft);
+    assert!(output.status.success(), "nft: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Keeps the node's bridges from passing packets to netfilter, which `br_netfilter` does by default.
+pub(crate) fn disable_bridge_netfilter(world: &World) {
+    const KEY: &str = "bridge/bridge-nf-call-iptables";
+    if world.node.has_sysctl(KEY) {
+        world.node.sysctl(KEY, "0");
+    }
+}
+
+/// Moves the gateway of bridged pods from their bridge to a veth pair with both ends in the node's namespace. The other
+/// end is a port of the bridge.
+fn move_gateway_behind_pair(world: &World, pod: &Pod) {
+    let bridge = World::BRIDGE;
+    // Keeps the bridge from answering ARP requests for the address of `gateway0`.
+    world.node.sysctl(&format!("ipv4/conf/{bridge}/arp_ignore"), "1");
+    let [a, b, c, _] = pod.address.octets();
+    world.node.ip(&format!(
+        "addr flush dev {bridge}
+         link add gateway0 type veth peer name gateway1
+         link set gateway1 master {bridge}
+         link set gateway1 up
+         link set gateway0 up
+         addr add {a}.{b}.{c}.1/18 dev gateway0"
+    ));
+}
+
+/// `node_egress` of `gateway1` sees the Service's address. `node_egress` of the NIC sees the endpoint's address and, as the
+/// ingress interface, `gateway0`, which is not a port of the bridge.
+#[test]
+fn service_behind_veth_pair() {
+    let world = World::new();
+    // A bridge that translates the address leads packets past the pair.
+    disable_bridge_netfilter(&world);
+    let pod = world.add_pod(PodLink::Bridged);
+    move_gateway_behind_pair(&world, &pod);
+    add_service(&world);
+    assert_denied_at_egress(&world, pod.address, CLUSTER_IP, || {
+        let answers = [http_get(&pod.netns, CLUSTER_IP, SHORT), udp_echo(&pod.netns, CLUSTER_IP, SHORT)];
+        answers.iter().all(Outcome::is_answer)
+    });
 }

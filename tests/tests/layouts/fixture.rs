@@ -1,11 +1,15 @@
 //! Pods and processes of a node, and their access to the metadata service with and without the agent.
 
-use std::{net::IpAddr, thread};
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    thread,
+};
 
 use imds_tests::{
     AttachMode, Layout, METADATA, Netns, Pod, PodLink, Source, World, effort, hook, known_here,
-    poll::try_poll,
-    probe::{LONG, Outcome, SHORT, http_get, udp_echo},
+    poll::{poll_until, try_poll},
+    probe::{LONG, Outcome, SHORT, http_get, reachable, udp_echo},
+    with_each_backend,
 };
 
 /// All hooks that see calls of a pod.
@@ -229,4 +233,35 @@ fn at_once<'a>(
 
 fn probes_of<'a>(senders: &'a [Sender<'a>]) -> impl Iterator<Item = Probe<'a>> {
     senders.iter().flat_map(|sender| [true, false].map(|is_tcp| Probe { sender, is_tcp }))
+}
+
+/// Asserts that `node_egress` denies the packets of `source` in each attach mode, alone and with the other hooks: `reaches`
+/// returns false and no packet arrives, while the node reaches `service`.
+///
+/// Without the agent and after each unload, `reaches` must return true.
+#[track_caller]
+pub(crate) fn assert_denied_at_egress(
+    world: &World,
+    source: Ipv4Addr,
+    service: Ipv4Addr,
+    reaches: impl Fn() -> bool + Sync,
+) {
+    let wait_open = |when: &str| {
+        poll_until(LONG, &format!("{source} to reach {service} {when}"), || {
+            world.in_cgroup(&reaches).then_some(())
+        });
+    };
+    wait_open("without the agent");
+    for hooks in [ALL, NODE_EGRESS] {
+        with_each_backend(|mode| {
+            let agent = world.agent().hooks(&known_here(hooks)).backend(mode).spawn_ready();
+            assert!(reachable(&world.node, service), "node with {hooks:?}: {}", agent.log());
+            let before = world.arrivals().from(source);
+            assert!(!world.in_cgroup(&reaches), "{source} reached {service} with {hooks:?}");
+            assert_eq!(world.arrivals().from(source), before, "{hooks:?}: {}", agent.log());
+            drop(agent);
+            world.unload();
+            wait_open(&format!("after {hooks:?}"));
+        });
+    }
 }

@@ -2,12 +2,13 @@
 //!
 //! | file | layouts |
 //! | --- | --- |
-//! | `bridges` | NIC as port of a bridge, with the node's address on the bridge or on a veth pair behind it; pods on that bridge |
+//! | `bridges` | NIC as port of a bridge, with the node's address on the bridge or on a veth pair behind it; pods on that bridge; a Service behind a veth pair of the node |
 //! | `stacks` | bond, team and VLAN device above the NIC |
 //! | `shaping` | egress of the NIC redirected to an ifb |
 //! | `veths` | uplinks that are veths and that the main IPv4 table does not show: IPv6 only, policy routing, VRF |
 //! | `routes` | default routes that come and go |
 //! | `shared` | macvlan and ipvlan pods, which share the NIC |
+//! | `taps` | taps of virtual machines as ports of the NIC's bridge |
 //! | `selection` | NICs that the configuration excludes or includes |
 //!
 //! A synthetic device above a VF (`net_failover`, netvsc) takes hardware. A bond sends a packet through two devices in
@@ -20,4 +21,5 @@ mod selection;
 mod shaping;
 mod shared;
 mod stacks;
+mod taps;
 mod veths;

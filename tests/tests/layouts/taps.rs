@@ -1,0 +1,51 @@
+//! Virtual machines of the node: taps that are ports of the NIC's bridge.
+
+use std::{fs::File, io::Write as _, net::Ipv4Addr};
+
+use imds_tests::{METADATA, Nic, TunMode, World, open_tun, packets};
+
+use crate::{
+    bridges::{BRIDGE, bridge, disable_bridge_netfilter},
+    fixture::assert_denied_at_egress,
+};
+
+const TAP: &str = "tap0";
+const VM_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 77);
+const VM_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x77];
+/// The fabric's MAC address and its text for `ip`.
+const FABRIC_MAC: ([u8; 6], &str) = ([0x02, 0, 0, 0, 0, 0x01], "02:00:00:00:00:01");
+
+/// Writes a datagram to the endpoint as the virtual machine sends it.
+fn send_from_vm(mut tap: &File) {
+    let (fabric_mac, _) = FABRIC_MAC;
+    let packet = packets::udp(VM_ADDRESS, METADATA, b"virtual machine");
+    let ethertype = libc::ETH_P_IP.to_be_bytes();
+    let frame = [&fabric_mac[..], &VM_MAC, &ethertype[2..], &packet].concat();
+    tap.write_all(&frame).expect("write a frame to the tap");
+}
+
+/// The frames have a socket of the node, since this process opened the tap in the node's network namespace.
+#[track_caller]
+fn assert_tap_denied(nic: Nic) {
+    let world = World::with_layout(bridge(nic));
+    // Frames lose their socket in `br_netfilter`, and the test is about frames that have one.
+    disable_bridge_netfilter(&world);
+    world.fabric.ip(&format!("link set node0 address {}", FABRIC_MAC.1));
+    let tap = open_tun(&world.node, TAP, TunMode::Tap);
+    world.node.ip(&format!("link set {TAP} master {BRIDGE}\nlink set {TAP} up"));
+    assert_denied_at_egress(&world, VM_ADDRESS, METADATA, || {
+        let before = world.arrivals().from(VM_ADDRESS);
+        send_from_vm(&tap);
+        world.arrivals().from(VM_ADDRESS) > before
+    });
+}
+
+#[test]
+fn tap_in_bridge_of_nic() {
+    assert_tap_denied(Nic::Macvlan);
+}
+
+#[test]
+fn tap_in_bridge_of_veth_nic() {
+    assert_tap_denied(Nic::Veth);
+}
