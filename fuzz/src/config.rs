@@ -16,7 +16,10 @@ pub(crate) fn run(bytes: &[u8]) {
     let Ok(text) = str::from_utf8(bytes) else { return };
     let config = match Config::parse(text, Path::new(PATH)) {
         Ok(config) => config,
-        Err(errors) => return assert_told(&errors, text),
+        Err(errors) => {
+            assert_told(&errors, text);
+            return assert_fallback(text);
+        }
     };
     let written = Config::parse(config.to_toml(), Path::new(PATH)).expect("what was accepted is so again");
     assert_eq!(written.to_toml(), config.to_toml());
@@ -45,6 +48,19 @@ fn assert_told(errors: &ConfigErrors, text: &str) {
         assert!((1..=there.chars().count() + 1).contains(column), "{error}: there is no such column");
         assert!(!error.to_string().contains('\n'), "{error:?}");
     }
+}
+
+/// The fallback is valid, and differs from the built-in defaults in mode and metrics only.
+fn assert_fallback(text: &str) {
+    let fallback = Config::fallback(text, Path::new(PATH));
+    let written = Config::parse(fallback.to_toml(), Path::new(PATH)).expect("a valid fallback");
+    assert_same(&fallback, &written);
+    let mut default = Config::default();
+    default.mode = fallback.mode;
+    default.listen.clone_from(&fallback.listen);
+    assert_same(&default, &fallback);
+    let resolved = fallback.resolve(&Dmi::default()).expect("a fallback that can be resolved");
+    assert_eq!(resolved, default.resolve(&Dmi::default()).expect("defaults that can be resolved"));
 }
 
 fn assert_same(one: &Config, other: &Config) {

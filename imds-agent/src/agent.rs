@@ -1,10 +1,6 @@
 //! The running agent: follows the node and its configuration until it is told to stop.
 
-use std::{
-    future,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{future, time::Duration};
 
 use anyhow::Context as _;
 use futures_util::{FutureExt as _, Stream, StreamExt as _};
@@ -17,13 +13,14 @@ use tokio::{
 use crate::{
     cluster::{Cluster, News},
     collector::Collector,
-    config::{self, Config, Listen},
+    config_loader::ConfigLoader,
     guard::Guard,
     kube::PodEvent,
     metrics::Done,
     node::netlink::Event,
     server::Server,
     settings::{Node, Settings},
+    start_config::StartConfig,
     supervisor::Supervisor,
     watch::Watch,
 };
@@ -40,56 +37,6 @@ const AT_ONCE: usize = 256;
 /// says where some were lost.
 const THOROUGH: u32 = 6;
 
-/// Where the configuration comes from.
-#[derive(Clone, Debug)]
-pub struct Source {
-    path: Option<PathBuf>,
-    /// Where metrics and health are served, whatever the file says; nothing for where that says.
-    listen: Vec<Listen>,
-    /// What the file said when it was read last.
-    seen: Content,
-}
-
-/// What a file says; nothing where it can't be read, or there is none.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
-struct Content(Option<String>);
-
-impl Source {
-    /// The file at `path`, or all defaults where there is none; but for where to `listen`, unless that is nowhere.
-    #[must_use]
-    pub fn new(path: Option<PathBuf>, listen: Vec<Listen>) -> Self {
-        Self { path, listen, seen: Content::default() }
-    }
-
-    /// Reads and validates it.
-    pub fn load(&mut self) -> Result<Config, config::ConfigErrors> {
-        let mut config = match &self.path {
-            Some(path) => {
-                let read = config::read(path);
-                self.seen = Content(read.as_ref().ok().cloned());
-                Config::parse(&read?, path)?
-            }
-            None => Config::default(),
-        };
-        if !self.listen.is_empty() {
-            config.listen.clone_from(&self.listen);
-        }
-        Ok(config)
-    }
-
-    /// The file.
-    #[must_use]
-    pub fn path(&self) -> Option<&Path> {
-        self.path.as_deref()
-    }
-
-    /// What the file says now, where that is not what it said.
-    fn change(&self) -> Option<Content> {
-        let now = Content(config::read(self.path.as_ref()?).ok());
-        (now != self.seen).then_some(now)
-    }
-}
-
 /// How often the configuration was loaded again since the agent started.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Reloads {
@@ -103,7 +50,7 @@ pub struct Reloads {
 pub struct Agent {
     guard: Guard,
     node: Node,
-    source: Source,
+    loader: ConfigLoader,
     /// What is in force.
     settings: Settings,
     reloads: Reloads,
@@ -119,12 +66,12 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// An agent for what `guard` holds, with `settings` in force, which `source` came to. It looks at everything each
-    /// `period`, which `server` is told of.
+    /// An agent for the attachments of `guard`, with `settings` in force. It does a full resync each `period`, and loads
+    /// changed configurations by `loader`.
     pub fn new(
         guard: Guard,
         node: Node,
-        source: Source,
+        loader: ConfigLoader,
         settings: Settings,
         server: Server,
         period: Duration,
@@ -134,7 +81,7 @@ impl Agent {
         Ok(Self {
             guard,
             node,
-            source,
+            loader,
             settings,
             reloads: Reloads::default(),
             server,
@@ -154,21 +101,24 @@ impl Agent {
         self.reloads
     }
 
-    /// Looks at everything, and works until it is told to stop; what is attached stays in force then. `config` is what
-    /// is in force.
+    /// Does a full resync with the configuration `start`, and works until a signal stops the agent. Attached programs stay
+    /// attached then.
     pub async fn run(
         mut self,
-        config: &Config,
+        start: &StartConfig,
         mut events: impl Stream<Item = Event> + Unpin,
     ) -> anyhow::Result<()> {
-        self.guard.start(&self.settings, self.source.path(), config).await?;
+        self.guard.start(start).await?;
+        if start.rejected.is_none() {
+            self.loader.store_last_good();
+        }
         give_back();
         let mut watch = self.watch();
         // Since it was read, and before it was watched.
-        let mut due = self.source.change().map(|_| Due::now());
+        let mut due = self.loader.change().map(|_| Due::now());
         let mut half_seen = None;
         let mut rounds = 0_u32;
-        self.server.listen(&config.listen);
+        self.server.listen(&start.config.listen);
         self.follow_cluster().await;
         self.open_collector();
         self.supervisor.ready(self.guard.state(&self.settings));
@@ -196,7 +146,7 @@ impl Agent {
                     self.open_collector();
                     self.supervisor.ready(self.guard.state(&self.settings));
                     // For what is not told of, as on some network file systems. Seen only once, it may be half written.
-                    let change = self.source.change();
+                    let change = self.loader.change();
                     if change.is_some() && change == half_seen {
                         self.reload().await;
                     }
@@ -303,7 +253,7 @@ impl Agent {
     }
 
     fn watch(&self) -> Option<Watch> {
-        let path = self.source.path()?;
+        let path = self.loader.path()?;
         let failed = |error| {
             log::warn!("can't watch {}: {error}; it is read with every look at everything", path.display());
         };
@@ -329,7 +279,7 @@ impl Agent {
     }
 
     async fn try_reload(&mut self) -> anyhow::Result<u64> {
-        let config = self.source.load()?;
+        let config = self.loader.load()?;
         let resolved = self.node.resolve(&config)?;
         let settings = self.node.settings(&config, resolved)?;
         if let Err(error) = self.guard.reconfigure(&settings).await {
@@ -339,7 +289,9 @@ impl Agent {
         self.settings = settings;
         self.server.listen(&config.listen);
         self.follow_cluster().await;
-        Ok(self.guard.record_config(self.source.path(), &config)?)
+        let generation = self.guard.record_config(self.loader.path(), &config)?;
+        self.loader.store_last_good();
+        Ok(generation)
     }
 }
 

@@ -211,6 +211,33 @@ impl Config {
         })
     }
 
+    /// The built-in defaults for a file that can't be used, with its `mode` and `metrics` if these are valid.
+    ///
+    /// No other key is taken: a key that depends on one with an error could weaken enforcement. The address of metrics is
+    /// taken because the probes of a cluster restart an agent that does not answer there.
+    #[must_use]
+    pub fn fallback(text: &str, path: &Path) -> Self {
+        let (source, mut mistakes) = (Source { text, path }, Mistakes::default());
+        let File { mode, metrics, .. } = File::read(source, &mut mistakes);
+        let mut of_metrics = Mistakes::default();
+        let listen = Listen::parse(&metrics, source, &mut of_metrics);
+        let file = File { mode, ..File::default() };
+        let config = Self { mode: mode.into(), text: file.to_toml(), ..Self::default() };
+        if !of_metrics.are_none() {
+            return config;
+        }
+        Self { listen, text: File { metrics, ..file }.to_toml(), ..config }
+    }
+
+    /// The configuration with the `socket` hook off.
+    #[must_use]
+    pub fn without_socket(self) -> Self {
+        let (source, mut mistakes) = (Source { text: &self.text, path: Path::new("") }, Mistakes::default());
+        let file = File::read(source, &mut mistakes).without_socket();
+        let hooks = Hooks::from(file.hooks.get_ref());
+        Self { hooks, text: file.to_toml(), ..self }
+    }
+
     /// What it guards, and whom it exempts from what, on a machine of which the firmware says `dmi`.
     pub fn resolve(&self, dmi: &Dmi) -> Result<(Guarded, Vec<Exempt>), ConfigErrors> {
         let guarded = self.endpoints.resolve(dmi)?;

@@ -36,6 +36,7 @@ use crate::{
     pods::Pods,
     reconcile::repair_backoff::RepairBackoff,
     settings::Settings,
+    start_config::StartConfig,
     state::Uplinks,
 };
 
@@ -184,15 +185,15 @@ impl Guard {
         Repairs { postponed: self.backoff.suppressed(), ..self.repairs }
     }
 
-    /// Looks at everything for the first time. `config`, which `path` was read for, came to `settings`.
-    pub async fn start(
-        &mut self,
-        settings: &Settings,
-        path: Option<&Path>,
-        config: &Config,
-    ) -> Result<(), DatapathError> {
+    /// Records the configuration, and does the first full resync.
+    pub async fn start(&mut self, start: &StartConfig) -> Result<(), DatapathError> {
+        let StartConfig { config, settings, path, rejected } = start;
         self.keeps_grants = self.datapath.was_in_force(config.to_toml())?;
-        self.record_config(path, config)?;
+        self.record_config(path.as_deref(), config)?;
+        // Before the agent is ready, so that `status` never shows the fallback without its reason.
+        if let Some(error) = rejected {
+            self.record_refusal(error)?;
+        }
         self.resync().await?;
         log::info!("{}", self.summary(settings));
         Ok(())

@@ -1,10 +1,12 @@
 //! imds-agent: keeps pods and containers away from the cloud instance metadata service.
 //!
-//! [`cli`] is what the user calls. [`agent`] is what runs: it follows the configuration, of which [`settings`] is what it
-//! comes to on this node, and hands the node's news to [`guard`], which follows its interfaces; [`state`] says what each of
-//! them is and [`reconcile`] what is to be done about it, both without I/O; [`exempt`] says who is exempt; [`datapath`]
-//! does it in the kernel. [`node`] is what the kernel says is there, [`kube`] what the cluster says of this node's pods. [`doctor`] says what works here, and [`verify`] proves
-//! what is in force. [`server`] answers monitoring, with [`metrics`] among others; [`supervisor`] is what started the agent.
+//! [`cli`] is the command line. [`agent`] runs: it loads the configuration with [`config_loader`], applies it to this node by
+//! [`settings`], and passes the node's events to [`guard`], which follows the interfaces. [`start_config`] chooses the
+//! configuration of a start, from [`last_good`] if the file is broken. [`state`] assigns roles to interfaces and [`reconcile`]
+//! plans the changes, both without I/O. [`exempt`] finds exempt pods, and [`datapath`] writes to the kernel. [`node`] reads the
+//! node's links, cgroups and processes, [`kube`] the cluster's pods of this node. [`doctor`] reports the features of this
+//! node, and [`verify`] proves enforcement. [`server`] answers monitoring, with [`metrics`] among others. [`supervisor`] talks
+//! to the service manager.
 #![cfg_attr(
     not(test),
     deny(
@@ -24,6 +26,7 @@ pub mod cli;
 pub mod cluster;
 pub mod collector;
 pub mod config;
+pub mod config_loader;
 pub mod datapath;
 pub mod denials;
 pub mod diagnostics;
@@ -34,6 +37,7 @@ pub mod exempt;
 pub mod follower;
 pub mod guard;
 pub mod kube;
+pub mod last_good;
 pub mod metrics;
 pub mod node;
 pub mod pods;
@@ -42,6 +46,7 @@ pub mod provider;
 pub mod reconcile;
 pub mod server;
 pub mod settings;
+pub mod start_config;
 pub mod startup_taint;
 pub mod state;
 pub mod status;

@@ -131,7 +131,7 @@ impl Snapshot {
         )?;
         to.gauge(
             "imds_config_refused",
-            "1 where a later configuration was refused and so is not in force",
+            "1 while the configuration file is rejected, at a reload or at the start, and another configuration is in force",
             [([], u64::from(configuration.refused.is_some()))],
         )
     }

@@ -218,6 +218,9 @@ impl<'w> AgentCommand<'w> {
         let binary = self.binary.clone().unwrap_or_else(binary);
         let mut command = self.world.node.command(binary);
         command.args(&self.args).arg("--pin-dir").arg(&self.pin_dir);
+        if matches!(self.args.first().map(String::as_str), Some("run" | "unload")) {
+            command.arg("--state-dir").arg(self.world.state_dir());
+        }
         command.envs(self.env.iter().map(|(name, value)| (name, value)));
         if let Some((config, on)) = &self.run {
             // Behind what the test has to say, so that the lines of that keep their numbers.

@@ -292,7 +292,8 @@ impl Status {
     }
 
     /// Whether each has a program of its own, where they are to have one.
-    fn all_pods_are_guarded(&self) -> bool {
+    #[must_use]
+    pub fn all_pods_are_guarded(&self) -> bool {
         let mut attachments = self.interfaces.iter().flat_map(|interface| &interface.attachments);
         // `node_egress` of a link of unknown use comes when nothing else is to be attached.
         let is_spare = |attachment: &HookAttachment| attachment.pending && attachment.hook == "node_egress";

@@ -263,6 +263,12 @@ impl World {
         Cgroup::below(self.cgroup(), path.as_ref())
     }
 
+    /// The directory of the last good configuration.
+    #[must_use]
+    pub fn state_dir(&self) -> PathBuf {
+        self.scratch.path().join("state")
+    }
+
     /// A directory for files, removed with the world.
     #[must_use]
     pub fn scratch_dir(&self) -> &Path {

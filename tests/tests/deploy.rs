@@ -50,3 +50,26 @@ fn versions_are_the_agents() {
     );
     assert!(deploy!("kubernetes/base/kustomization.yaml").contains(&format!("newTag: {version}\n")));
 }
+
+#[test]
+fn a_broken_configuration_stops_no_start() {
+    let unit = deploy!("systemd/imds-agent.service");
+    let lines: Vec<_> = unit.lines().collect();
+    for line in [
+        // The prefix makes a failed check a message only.
+        "ExecStartPre=-/usr/bin/imds-agent config check /etc/imds-agent/imds.toml",
+        "ExecReload=/usr/bin/imds-agent config check /etc/imds-agent/imds.toml",
+        "StateDirectory=imds-agent",
+        "StateDirectoryMode=0700",
+    ] {
+        assert!(lines.contains(&line), "{line}");
+    }
+    for (name, manifest) in [
+        ("kustomize", deploy!("kubernetes/base/daemonset.yaml")),
+        ("helm", deploy!("helm/imds-agent/templates/daemonset.yaml")),
+    ] {
+        assert!(manifest.contains("- name: state\n              mountPath: /var/lib/imds-agent\n"), "{name}");
+        let volume = "- name: state\n          hostPath:\n            path: /var/lib/imds-agent\n";
+        assert!(manifest.contains(volume), "{name}");
+    }
+}

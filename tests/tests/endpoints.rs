@@ -215,7 +215,13 @@ fn as_many_endpoints_as_there_can_be_come_and_go() {
 #[test]
 fn guarding_nothing_is_an_error_that_names_the_line() {
     let world = World::new();
-    let output = world.agent().config("mode = 'enforce'\nprovider = 'none'").output();
+    let file = world.scratch_dir().join("imds.toml");
+    fs::write(&file, "mode = 'enforce'\nprovider = 'none'").unwrap();
+    // Not through the harness's command, which is for commands that have a pin directory.
+    let program = world.imds_agent(&[]).command().get_program().to_owned();
+    let mut command = world.node.command(program);
+    command.args(["config", "check", file.to_str().unwrap()]);
+    let output = imds_tests::output(command);
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{stderr}");
     assert!(stderr.contains(".toml:2:12: provider"), "{stderr}");

@@ -3,7 +3,6 @@
 use std::{
     fs, io,
     os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
-    path::Path,
     process::{Command, Output},
 };
 
@@ -248,16 +247,6 @@ fn two_agents_with_their_own_pin_directories_are_no_trouble() {
 }
 
 #[test]
-fn a_configuration_that_can_not_be_read() {
-    let refusal = Refusal::new();
-    let missing = refusal.world.scratch_dir().join("missing.toml");
-    for path in [missing.as_path(), refusal.world.scratch_dir(), Path::new("/dev/null/config.toml")] {
-        let path = path.to_str().unwrap();
-        refusal.assert(&refusal.agent().config_file(path).output(), 2, &[path]);
-    }
-}
-
-#[test]
 fn a_configuration_that_is_wrong() {
     let cases: [(&str, &[&str]); 9] = [
         ("mode = \"enforce\"\nmodus = \"audit\"", &[":2:", "modus"]),
@@ -270,21 +259,38 @@ fn a_configuration_that_is_wrong() {
         ("[interfaces]\nexclude = [\"veth[\"]", &[":2:", "veth["]),
         ("[interfaces]\ninclude = \"veth*\"", &[":2:"]),
     ];
-    let refusal = Refusal::new();
+    let world = World::new();
+    let file = world.scratch_dir().join("imds.toml");
+    let program = world.imds_agent(&[]).command().get_program().to_owned();
     for (config, subjects) in cases {
-        refusal.assert(&refusal.agent().config(config).output(), 2, &[&[".toml"], subjects].concat());
+        fs::write(&file, config).unwrap();
+        let mut check = world.node.command(&program);
+        check.args(["config", "check", file.to_str().unwrap()]);
+        let output = output(check);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{stderr}");
+        let first = stderr.lines().next().unwrap_or_default();
+        assert!([&[".toml"], subjects].concat().iter().all(|subject| first.contains(subject)), "{first}");
     }
 }
 
 #[test]
-fn a_wrong_configuration_changes_nothing_of_what_is_in_force() {
-    let refusal = Refusal::new();
-    refusal.agent().spawn_ready().kill9();
-    let before = hook::programs(&refusal.world.node, &refusal.pod.host_ifname);
-    assert_line(&refusal.agent().config("mode = \"of\"").output(), 2, &["of"]);
-    assert_eq!(hook::programs(&refusal.world.node, &refusal.pod.host_ifname), before);
-    refusal.world.assert_blocked(&refusal.pod);
-    assert_eq!(refusal.world.status().mode.as_deref(), Some("enforce"));
+fn a_wrong_configuration_leaves_the_last_good_one_in_force() {
+    let Refusal { world, pod } = Refusal::new();
+    let file = world.scratch_dir().join("imds.toml");
+    let agent = || {
+        let cgroup = world.cgroup().to_str().unwrap();
+        world.imds_agent(&["run"]).config_file(file.to_str().unwrap()).args(&["--cgroup", cgroup])
+    };
+    fs::write(&file, "[hooks]\nsocket = false\nnode_egress = false\n").unwrap();
+    agent().spawn_ready().kill9();
+    let before = world.status();
+    fs::write(&file, "mode = 'of'").unwrap();
+    let output = agent().once();
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    let after = world.status();
+    assert_eq!((after.mode, after.hooks), (before.mode, before.hooks));
+    world.assert_blocked(&pod);
 }
 
 #[test]

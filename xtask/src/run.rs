@@ -18,6 +18,8 @@ use crate::{
 
 /// Where the agent pins its programs unless told otherwise.
 const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/imds";
+/// Directory of the agent's last good configuration unless `--state-dir` names another one.
+const DEFAULT_STATE_DIR: &str = "/var/lib/imds-agent";
 
 /// Protect this node until Ctrl-C: build and run the agent, then unload its programs
 ///
@@ -37,7 +39,8 @@ impl Run {
             );
         }
         let agent = build::release()?;
-        let pin_dir = pin_dir(&self.agent_args);
+        let pin_dir = directory(&self.agent_args, "--pin-dir", DEFAULT_PIN_DIR);
+        let state_dir = directory(&self.agent_args, "--state-dir", DEFAULT_STATE_DIR);
         let was_loaded = pin_dir.exists();
 
         // Also for `unload`: a second Ctrl-C must not stop it half way.
@@ -46,7 +49,7 @@ impl Run {
         match after(was_loaded, pin_dir.exists(), &self.agent_args) {
             After::Nothing => {}
             // Without its output, which would end it if the terminal is gone.
-            After::Unload => execute(unload(&agent, &pin_dir).stdout(Stdio::null()))?,
+            After::Unload => execute(unload(&agent, &pin_dir, &state_dir).stdout(Stdio::null()))?,
             After::Leave(why) => say(format_args!(
                 "{why}: enforcement goes on, `{} unload --pin-dir {}` ends it",
                 agent.display(),
@@ -57,9 +60,9 @@ impl Run {
     }
 }
 
-fn unload(agent: &Path, pin_dir: &Path) -> Command {
+fn unload(agent: &Path, pin_dir: &Path, state_dir: &Path) -> Command {
     let mut unload = Command::new(agent);
-    unload.arg("unload").arg("--pin-dir").arg(pin_dir);
+    unload.arg("unload").arg("--pin-dir").arg(pin_dir).arg("--state-dir").arg(state_dir);
     unload
 }
 
@@ -83,13 +86,13 @@ fn after(was_loaded: bool, is_loaded: bool, agent_args: &[OsString]) -> After {
     }
 }
 
-/// The agent's `--pin-dir`, or its default.
-fn pin_dir(agent_args: &[OsString]) -> PathBuf {
-    let separate = agent_args.windows(2).find(|pair| pair[0] == "--pin-dir").map(|pair| pair[1].as_os_str());
-    let joined = agent_args.iter().find_map(|argument| argument.as_bytes().strip_prefix(b"--pin-dir="));
-    separate
-        .or(joined.map(OsStr::from_bytes))
-        .map_or_else(|| Path::new(DEFAULT_PIN_DIR).into(), PathBuf::from)
+/// Returns the directory that the agent's arguments give `option`, or its default.
+fn directory(agent_args: &[OsString], option: &str, default: &str) -> PathBuf {
+    let separate = agent_args.windows(2).find(|pair| pair[0] == option).map(|pair| pair[1].as_os_str());
+    let joined = agent_args.iter().find_map(|argument| {
+        argument.as_bytes().strip_prefix(option.as_bytes())?.strip_prefix(b"=").map(OsStr::from_bytes)
+    });
+    separate.or(joined).map_or_else(|| Path::new(default).into(), PathBuf::from)
 }
 
 #[cfg(test)]
@@ -109,10 +112,12 @@ mod tests {
     }
 
     #[test]
-    fn the_pin_dir_is_the_agent_s() {
-        assert_eq!(pin_dir(&args(&["--once"])), Path::new(DEFAULT_PIN_DIR));
-        assert_eq!(pin_dir(&args(&["--pin-dir", "/sys/fs/bpf/a b"])), Path::new("/sys/fs/bpf/a b"));
-        assert_eq!(pin_dir(&args(&["--once", "--pin-dir=/p"])), Path::new("/p"));
-        assert_eq!(pin_dir(&args(&["--pin-dir"])), Path::new(DEFAULT_PIN_DIR));
+    fn directories_are_those_of_the_agent() {
+        let pin_dir = |agent_args: &[&str]| directory(&args(agent_args), "--pin-dir", DEFAULT_PIN_DIR);
+        assert_eq!(pin_dir(&["--once"]), Path::new(DEFAULT_PIN_DIR));
+        assert_eq!(pin_dir(&["--pin-dir", "/sys/fs/bpf/a b"]), Path::new("/sys/fs/bpf/a b"));
+        assert_eq!(pin_dir(&["--once", "--pin-dir=/p"]), Path::new("/p"));
+        assert_eq!(pin_dir(&["--pin-dir"]), Path::new(DEFAULT_PIN_DIR));
+        assert_eq!(directory(&args(&["--state-dir=/s", "--pin-dir=/p"]), "--state-dir", ""), Path::new("/s"));
     }
 }

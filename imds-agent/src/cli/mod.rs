@@ -16,7 +16,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::version;
+use crate::{last_good::LastGoodStore, version};
 
 /// Where maps, programs and links are pinned unless the user says otherwise.
 pub const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/imds";
@@ -52,7 +52,7 @@ enum Command {
     Verify(output::OutputArgs),
     /// Check a configuration file, or show the configuration in force
     Config(config::ConfigArgs),
-    /// Remove every program, link, map and pin
+    /// Remove every program, link, map and pin, and the last good configuration
     Unload(unload::UnloadArgs),
     /// Write a script for a shell that completes this command line
     Completions(manual::CompletionsArgs),
@@ -65,6 +65,22 @@ struct PinDirArg {
     /// Directory on a bpffs in which everything is pinned
     #[arg(long, value_name = "DIR", default_value = DEFAULT_PIN_DIR)]
     pin_dir: PathBuf,
+}
+
+/// Directory of the last good configuration unless the user names another one.
+pub const DEFAULT_STATE_DIR: &str = "/var/lib/imds-agent";
+
+#[derive(Args, Debug)]
+struct StateDirArg {
+    /// Directory of the last good configuration
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_STATE_DIR)]
+    state_dir: PathBuf,
+}
+
+impl StateDirArg {
+    fn store(self) -> LastGoodStore {
+        LastGoodStore::new(self.state_dir)
+    }
 }
 
 /// Why a command ends early.

@@ -6,23 +6,26 @@ use anyhow::{Context as _, anyhow};
 use clap::{Args, ValueEnum};
 use imds_ebpf_common::AttachMode;
 
-use super::{Failure, PinDirArg};
+use super::{Failure, PinDirArg, StateDirArg};
 use crate::{
-    agent::{Agent, Source},
+    agent::Agent,
     config::Listen,
+    config_loader::ConfigLoader,
     datapath::{Datapath, bpf, pins::PinDir},
     guard::Guard,
     node::{netlink::Netlink, senders::Finder},
     preflight,
-    provider::{DMI_DIR, Dmi},
+    provider::DMI_DIR,
     server::Server,
     settings::Node,
+    start_config::StartConfig,
     startup_taint,
 };
 
 #[derive(Args, Debug)]
 pub(super) struct RunArgs {
-    /// Configuration file (TOML); without one, all defaults. It is loaded again when it changes, and by SIGHUP
+    /// Configuration file (TOML); without one, all defaults. It is loaded again when it changes, and on SIGHUP. If it can't be
+    /// used at the start, the agent enforces the last good configuration, or the built-in defaults without exemptions
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Attach to the pods that are there, then exit; what is attached stays in force
@@ -51,6 +54,8 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "DIR", default_value = DMI_DIR, hide = true)]
     dmi_dir: PathBuf,
     #[command(flatten)]
+    state: StateDirArg,
+    #[command(flatten)]
     pins: PinDirArg,
 }
 
@@ -77,18 +82,20 @@ impl TcBackend {
 }
 
 pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
-    let mut source = Source::new(args.config, args.listen);
-    let config = source.load().map_err(|error| Failure::Usage(error.into()))?;
-    let resolved = config.resolve(&Dmi::read(&args.dmi_dir)).map_err(|error| Failure::Usage(error.into()))?;
     preflight::check_capabilities()?;
     preflight::lift_limits()?;
     preflight::check_kernel()?;
     let node = Node { backend: args.tc_backend.choose()?, cgroup: args.cgroup, dmi_dir: args.dmi_dir };
-    let mut settings = node.settings(&config, resolved)?;
+    let mut loader = ConfigLoader::new(args.config, args.listen, args.state.store());
+    let mut start = StartConfig::choose(&mut loader, &node)?;
+    if let Some(error) = &start.rejected {
+        log::error!("failed to load the configuration: {error}");
+    }
     if args.once {
         // It ends before the API server could tell of anybody.
-        settings.cluster = None;
+        start.settings.cluster = None;
     }
+    let settings = &start.settings;
     let claim = PinDir::new(&args.pins.pin_dir)?.claim()?;
 
     // Listening comes before the first look, so that nothing falls between the two.
@@ -103,11 +110,17 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     }
     let finder = Finder::new().context("can't tell this network namespace")?;
     let clsact_delay = Duration::from_secs(if args.once { 0 } else { args.clsact_delay });
-    let mut guard = Guard::new(datapath, netlink, &settings, finder).with_clsact_delay(clsact_delay);
+    let mut guard = Guard::new(datapath, netlink, settings, finder).with_clsact_delay(clsact_delay);
     if !args.once {
         let period = Duration::from_secs(args.resync);
         let server = Server::new(PinDir::new(&args.pins.pin_dir)?, Netlink::connect()?, period);
         let untaint = match args.startup_taint {
+            Some(key) if settings.cluster.is_none() && start.rejected.is_some() => {
+                log::warn!(
+                    "taint {key} stays on the node: restart the agent once its configuration is valid"
+                );
+                None
+            }
             Some(key) => {
                 let wanted = settings.cluster.clone().ok_or_else(|| {
                     let message =
@@ -119,7 +132,7 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
             }
             None => None,
         };
-        let agent = Agent::new(guard, node, source, settings, server, period)?;
+        let agent = Agent::new(guard, node, loader, settings.clone(), server, period)?;
         let untaint = async {
             if let Some(untaint) = untaint {
                 untaint.await;
@@ -127,17 +140,21 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
             future::pending::<Infallible>().await
         };
         tokio::select! {
-            ended = agent.run(&config, events) => ended?,
+            ended = agent.run(&start, events) => ended?,
             never = untaint => match never {},
         }
         return Ok(ExitCode::SUCCESS);
     }
-    guard.start(&settings, source.path(), &config).await?;
+    guard.start(&start).await?;
     guard.attach_all().await;
     let failures: Vec<_> = guard.failures().map(|(name, failure)| format!("{name}: {failure}")).collect();
-    if failures.is_empty() {
-        Ok(ExitCode::SUCCESS)
-    } else {
-        Err(Failure::Failed(anyhow!("not everything is guarded: {}", failures.join("; "))))
+    if !failures.is_empty() {
+        return Err(Failure::Failed(anyhow!("not everything is guarded: {}", failures.join("; "))));
     }
+    if start.rejected.is_some() {
+        // Logged above: the node is protected, but not as the operator configured it.
+        return Ok(ExitCode::from(2));
+    }
+    loader.store_last_good();
+    Ok(ExitCode::SUCCESS)
 }

@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{Failure, PinDirArg};
+use super::{Failure, PinDirArg, StateDirArg};
 use crate::{
     datapath::{self, Removed, pins::PinDir},
     node::netlink::Netlink,
@@ -24,6 +24,8 @@ pub(super) struct UnloadArgs {
     /// Wait for SIGTERM once it is done: for a service manager, or a cluster, that would start it again
     #[arg(long)]
     hold: bool,
+    #[command(flatten)]
+    state: StateDirArg,
     #[command(flatten)]
     pins: PinDirArg,
 }
@@ -49,6 +51,8 @@ pub(super) async fn unload(args: UnloadArgs) -> Result<ExitCode, Failure> {
         }
         Removed { pin_dir: None, .. } => println!("nothing is loaded at {}", pins.root().display()),
     }
+    // A later start must not bring back exemptions of this installation.
+    args.state.store().remove()?;
     if let Some(terminate) = &mut terminate {
         terminate.recv().await;
     }

@@ -82,6 +82,12 @@ impl File {
         Self::default()
     }
 
+    /// The file with the `socket` hook off.
+    pub(super) fn without_socket(self) -> Self {
+        let hooks = self.hooks.into_inner().without_socket();
+        Self { hooks: Spanned::new(0..0, hooks), ..self }
+    }
+
     /// The file with every default in it.
     pub(super) fn to_toml(&self) -> String {
         // Strings, booleans and lists of them: there is nothing that TOML has no form for.

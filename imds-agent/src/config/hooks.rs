@@ -141,6 +141,11 @@ impl HooksTable {
         sendmsg
     }
 
+    /// The table with the `socket` hook off.
+    pub(super) fn without_socket(self) -> Self {
+        Self { socket: false, sendmsg: Spanned::new(0..0, Sendmsg::Auto), ..self }
+    }
+
     /// The mark of packets that are exempt.
     pub(super) fn mark(&self, source: Source<'_>, mistakes: &mut Mistakes) -> u32 {
         let bit = *self.mark_bit.get_ref();

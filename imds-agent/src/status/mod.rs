@@ -156,11 +156,16 @@ impl Report {
 
     fn add_configuration(&mut self, maps: &Maps) -> Result<(), DatapathError> {
         let record = config::read(maps).map_err(unreadable)?;
-        if let Some(config::Refusal { at, error }) =
-            record.as_ref().and_then(|record| record.refusal.as_ref())
+        if let Some(record) = &record
+            && let Some(config::Refusal { at, error }) = &record.refusal
         {
-            let remedy = "put it right; it is then loaded by itself, or by SIGHUP";
-            self.problem(None, format!("the configuration before is in force: {error} ({at:.0})"), remedy);
+            let from = record.path.as_ref().map_or_else(
+                || "the built-in defaults".to_owned(),
+                |path| format!("the configuration loaded from {}", path.display()),
+            );
+            let remedy = "mend the file (`imds-agent config check FILE` lists all errors); the agent loads it then, or on \
+                          SIGHUP";
+            self.problem(None, format!("configuration rejected, {from} in force: {error} ({at:.0})"), remedy);
         }
         self.configuration = record.map(|config::Record { generation, path, loaded_at, refusal, .. }| {
             let refused = refusal.map(|config::Refusal { at, error }| Refused { at, error });

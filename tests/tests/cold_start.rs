@@ -1,0 +1,253 @@
+//! An agent that starts with a broken configuration file: it enforces, exempts no pod by that file, and reports the file.
+
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    path::PathBuf,
+};
+
+use imds_tests::{
+    Agent, AgentCommand, Pod, PodLink, Status, World,
+    http::{DEFAULT, try_get},
+    poll::poll_until,
+    probe::LONG,
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+/// Hooks that each test kernel has.
+const HOOKS: &str = "[hooks]\nsocket = false\n";
+
+struct Node {
+    world: World,
+    pod: Pod,
+    file: PathBuf,
+}
+
+impl Node {
+    fn new() -> Self {
+        let world = World::new();
+        let pod = world.add_pod(PodLink::Routed);
+        world.assert_open(&pod);
+        let file = world.scratch_dir().join("imds.toml");
+        Self { world, pod, file }
+    }
+
+    /// A rule that exempts the pod.
+    fn exempt(&self) -> String {
+        format!("[[exempt]]\nname = 'one'\ninterface = '{}'\n", self.pod.host_ifname)
+    }
+
+    fn write(&self, text: &str) {
+        // As a whole: the agent must not see half a file.
+        let new = self.file.with_extension("new");
+        fs::write(&new, text).unwrap();
+        fs::rename(new, &self.file).unwrap();
+    }
+
+    fn stored(&self) -> PathBuf {
+        self.world.state_dir().join("last-good.toml")
+    }
+
+    fn command(&self) -> AgentCommand<'_> {
+        let cgroup = self.world.cgroup().to_str().unwrap();
+        self.world.imds_agent(&["run"]).config_file(self.file.to_str().unwrap()).args(&["--cgroup", cgroup])
+    }
+
+    /// Starts an agent that has to become degraded for a reason that contains `part`.
+    #[track_caller]
+    fn start_degraded(&self, part: &str) -> (Agent<'_>, Status) {
+        let agent = self.command().spawn();
+        let pid = agent.pid();
+        let status = self.world.status_when("the agent is degraded", |status| {
+            status.agent.ready && status.agent.pid == Some(pid) && status.all_pods_are_guarded()
+        });
+        assert_eq!(status.state, "degraded", "{}", agent.log());
+        let refused = status.configuration.as_ref().unwrap().refused.as_ref().expect("a rejected file");
+        assert!(refused.error.contains(part), "{}", refused.error);
+        assert!(
+            status.problems.iter().any(|problem| problem.problem.contains(part)),
+            "{:?}",
+            status.problems
+        );
+        assert_eq!(self.world.imds_agent(&["status"]).output().status.code(), Some(3));
+        let log = agent.log();
+        let errors: Vec<_> = log.lines().filter(|line| line.contains("ERROR")).collect();
+        assert!(matches!(errors[..], [error] if error.contains(part)), "{errors:?}");
+        (agent, status)
+    }
+
+    /// Waits until the file is in force, and nothing is wrong.
+    #[track_caller]
+    fn wait_recovered(&self) -> Status {
+        self.world.status_when("the configuration is valid", |status| {
+            let configuration = status.configuration.as_ref().unwrap();
+            configuration.refused.is_none() && status.problems.is_empty()
+        })
+    }
+
+    fn rejected_metric(&self) -> String {
+        let (_, metrics) = poll_until(LONG, "metrics", || try_get(&self.world, DEFAULT, "/metrics").ok());
+        let line = metrics.lines().find(|line| line.starts_with("imds_config_refused "));
+        line.unwrap_or_default().to_owned()
+    }
+
+    fn hang_up(agent: &Agent<'_>) {
+        kill(Pid::from_raw(agent.pid().try_into().unwrap()), Signal::SIGHUP).unwrap();
+    }
+}
+
+#[test]
+fn an_unknown_key_is_fail_closed_until_it_is_mended() {
+    let node = Node::new();
+    node.write(&format!("unknown = 1\n{HOOKS}{}", node.exempt()));
+    let (agent, status) = node.start_degraded("imds.toml:1:1: unknown: ");
+    assert_eq!((status.mode.as_deref(), status.exemptions.len()), (Some("enforce"), 0));
+    assert_eq!(status.configuration.unwrap().file, None);
+    node.world.assert_blocked(&node.pod);
+    assert_eq!(node.rejected_metric(), "imds_config_refused 1");
+    assert!(!node.stored().exists());
+
+    // A reload that finds the file broken still changes nothing.
+    Node::hang_up(&agent);
+    agent.wait_for_log("the configuration before stays in force", LONG);
+    node.world.assert_blocked(&node.pod);
+
+    node.write(&format!("{HOOKS}{}", node.exempt()));
+    let status = node.wait_recovered();
+    assert_eq!(
+        (status.state.as_str(), status.configuration.unwrap().file),
+        ("enforcing", Some(node.file.clone()))
+    );
+    node.world.assert_open(&node.pod);
+    assert_eq!(node.rejected_metric(), "imds_config_refused 0");
+    drop(agent);
+    node.world.unload();
+    node.world.assert_open(&node.pod);
+}
+
+#[test]
+fn the_last_good_configuration_is_taken_if_it_is_intact() {
+    let node = Node::new();
+    node.write(&format!("{HOOKS}{}", node.exempt()));
+    let good = node.command().spawn_ready();
+    let metadata = poll_until(LONG, "the configuration to be stored", || fs::metadata(node.stored()).ok());
+    assert_eq!(metadata.mode() & 0o777, 0o600);
+    good.kill9();
+    let check = node.world.imds_agent(&["status"]).output();
+    assert!(check.status.success(), "{check:?}");
+
+    // The node reboots: all enforcement ends. The last good configuration survives `unload` only as a copy.
+    let stored = fs::read_to_string(node.stored()).unwrap();
+    let reboot = || {
+        node.world.unload();
+        assert!(!node.stored().exists());
+        node.world.assert_open(&node.pod);
+        fs::create_dir(node.world.state_dir()).unwrap();
+    };
+    let store = |text: &str, mode: u32| {
+        fs::write(node.stored(), text).unwrap();
+        fs::set_permissions(node.stored(), fs::Permissions::from_mode(mode)).unwrap();
+    };
+    for broken in [Some(format!("unknown = 1\n{HOOKS}")), None] {
+        reboot();
+        store(&stored, 0o600);
+        let part = if let Some(text) = &broken {
+            node.write(text);
+            "unknown"
+        } else {
+            fs::remove_file(&node.file).unwrap();
+            "No such file"
+        };
+        let (agent, status) = node.start_degraded(part);
+        assert_eq!(status.configuration.unwrap().file, Some(node.stored()));
+        assert_eq!(status.hooks, ["from_pod", "node_egress", "local_service"]);
+        node.world.assert_open(&node.pod);
+        drop(agent);
+    }
+    node.write(&format!("unknown = 1\n{HOOKS}{}", node.exempt()));
+    for (text, mode, part) in [
+        (stored.replace("one", "two"), 0o600, "its checksum is wrong"),
+        (stored.clone(), 0o644, "other users can access it"),
+        (String::new(), 0o600, "it has no header"),
+    ] {
+        reboot();
+        store(&text, mode);
+        let (agent, status) = node.start_degraded(part);
+        assert_eq!(status.configuration.unwrap().file, None);
+        node.world.assert_blocked(&node.pod);
+        drop(agent);
+    }
+    node.world.unload();
+}
+
+#[test]
+fn only_mode_and_metrics_of_a_broken_file_count() {
+    for (text, part, mode) in [
+        ("mode = 'audit'\nunknown = 1\n", "unknown", "audit"),
+        ("mode = 'of'\nprovider = 'none'\n", "mode: ", "enforce"),
+        ("mode = 'off'\n[hooks\n", "imds.toml:2", "enforce"),
+        (
+            "mode = 'audit'\n[[endpoint]]\nname = 'a'\naddress = '169.254.169.254'\n",
+            "already guarded",
+            "audit",
+        ),
+        ("mode = 'off'\nmode = 'audit'\n", "imds.toml:2", "enforce"),
+    ] {
+        let node = Node::new();
+        node.write(&format!("{text}[metrics]\nlisten = ['127.0.0.1:9301']\n"));
+        let (agent, status) = node.start_degraded(part);
+        assert_eq!(status.mode.as_deref(), Some(mode), "{text}");
+        assert!(!status.endpoints.is_empty() && status.hooks.contains(&"from_pod".to_owned()));
+        if mode == "enforce" {
+            node.world.assert_blocked(&node.pod);
+        } else {
+            node.world.assert_open(&node.pod);
+            poll_until(LONG, "metrics at the file's address", || {
+                try_get(&node.world, "127.0.0.1:9301", "/healthz").ok()
+            });
+        }
+        drop(agent);
+        node.world.unload();
+    }
+}
+
+#[test]
+fn a_file_that_is_no_file_is_a_broken_one() {
+    let node = Node::new();
+    fs::create_dir(&node.file).unwrap();
+    let (agent, _) = node.start_degraded("not a regular file");
+    node.world.assert_blocked(&node.pod);
+    fs::remove_dir(&node.file).unwrap();
+    node.write(HOOKS);
+    assert_eq!(node.wait_recovered().state, "enforcing");
+    drop(agent);
+    node.world.unload();
+}
+
+#[test]
+fn once_enforces_and_exits_with_2() {
+    let node = Node::new();
+    node.write(&format!("unknown = 1\n{}", node.exempt()));
+    let output = node.command().once();
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("imds.toml:1:1: unknown"), "{output:?}");
+    node.world.assert_blocked(&node.pod);
+    node.world.unload();
+    node.world.assert_open(&node.pod);
+}
+
+#[test]
+fn a_state_directory_that_can_not_be_written_ends_nothing() {
+    let node = Node::new();
+    // A file in the place of the directory.
+    fs::write(node.world.state_dir(), "").unwrap();
+    node.write(HOOKS);
+    let agent = node.command().spawn_ready();
+    agent.wait_for_log("failed to store the last good configuration", LONG);
+    node.world.assert_blocked(&node.pod);
+    drop(agent);
+    node.world.unload();
+}
