@@ -216,7 +216,7 @@ impl Snapshot {
             synced,
         )?;
         let pods = self.report.kubernetes.iter().flat_map(|lookup| {
-            [("known", lookup.pods), ("without_sandbox", lookup.awaited)]
+            [("known", lookup.pods), ("without_sandbox", lookup.awaited), ("disputed", lookup.disputed)]
                 .map(|(state, count)| ([("state", state.to_owned())], count.into()))
         });
         to.gauge("imds_kubernetes_pods", "Pods of this node that are known", pods)?;

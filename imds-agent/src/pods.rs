@@ -45,6 +45,10 @@ pub struct Pods {
     last_awaited: Instant,
     /// Those in the node's network namespace that are exempt: known by their cgroups alone, which come and go.
     hosts: BTreeSet<String>,
+    /// Cgroups that several pods claim, as they were logged.
+    disputes: BTreeSet<String>,
+    /// Number of pods that claim the cgroup of another pod.
+    disputed: u32,
 }
 
 /// Why nobody may be known.
@@ -110,6 +114,8 @@ pub struct Lookup {
     pub pods: u32,
     /// How many of them have no sandbox that could be found.
     pub awaited: u32,
+    /// Number of pods that claim the cgroup of another pod.
+    pub disputed: u32,
 }
 
 impl Pods {
@@ -126,6 +132,8 @@ impl Pods {
             is_untold: true,
             last_awaited: Instant::now(),
             hosts: BTreeSet::new(),
+            disputes: BTreeSet::new(),
+            disputed: 0,
         }
     }
 
@@ -135,6 +143,7 @@ impl Pods {
         let changed = self.index.handle(event);
         let is_news = is_first || !changed.is_empty();
         self.is_untold |= is_news;
+        self.log_disputes();
         for uid in changed {
             self.last_awaited = Instant::now();
             if self.index.get(&uid).is_some() {
@@ -145,6 +154,22 @@ impl Pods {
             }
         }
         is_news
+    }
+
+    /// Returns the number of pods that claim the cgroup of another pod.
+    #[must_use]
+    pub fn disputed(&self) -> u32 {
+        self.disputed
+    }
+
+    fn log_disputes(&mut self) {
+        let disputes: BTreeSet<_> = self.index.disputes().map(|dispute| dispute.to_string()).collect();
+        for dispute in disputes.difference(&self.disputes) {
+            log::warn!("{dispute}: exemptions go by the oldest pod only, delete the others");
+        }
+        self.disputes = disputes;
+        let pods: usize = self.index.disputes().map(|dispute| dispute.others.len()).sum();
+        self.disputed = u32::try_from(pods).unwrap_or(u32::MAX);
     }
 
     /// Takes in how the watch of them goes. Returns whether that changes who is known.
@@ -169,6 +194,7 @@ impl Pods {
             error,
             pods: number(self.index.pods().count()),
             awaited: number(self.awaited().count()),
+            disputed: self.disputed,
         }
     }
 
@@ -260,6 +286,11 @@ impl Pods {
         for _ in 0..count {
             let Some(uid) = self.sought.pop_first() else { break };
             let Some(pod) = self.index.get(&uid) else { continue };
+            if let Some(cgroups) = self.tree.ambiguous(&pod.cgroup_uid) {
+                let sandbox = Sandbox::ambiguous(pod, &cgroups);
+                self.is_untold |= self.sandboxes.insert(uid, sandbox.clone()) != Some(sandbox);
+                continue;
+            }
             let cgroups = self.tree.of(&pod.cgroup_uid);
             let found = finder.pod(netlink, links, &cgroups, pod.host_network).await;
             log::debug!("pod {uid}: {found:?}");

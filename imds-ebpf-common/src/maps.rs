@@ -4,7 +4,7 @@ use crate::{Hook, TcHook, Verdict, event::Window};
 
 /// Number of the layout below. It changes with every change of meaning that the sizes do not show, so that a newer
 /// agent never reads an older one's maps for something else.
-pub const LAYOUT: u32 = 5;
+pub const LAYOUT: u32 = 6;
 
 /// What is in force, read by the programs for packets to a guarded endpoint only.
 #[repr(C)]
@@ -150,6 +150,8 @@ pub struct KubernetesRecord {
     pub pods: u32,
     /// How many of them have no sandbox that could be found.
     pub awaited: u32,
+    /// Number of pods that claim the cgroup of another pod.
+    pub disputed: u64,
     /// The node's name in the cluster.
     pub node: [u8; LONG_NAME_LEN],
     /// What failed last, cut where it is longer.
@@ -285,7 +287,7 @@ const _: () = assert!(size_of::<Counter>() == 56);
 const _: () = assert!(size_of::<InterfaceRecord>() == 24);
 const _: () = assert!(size_of::<ProviderRecord>() == 32);
 const _: () = assert!(size_of::<PodRecord>() == 896);
-const _: () = assert!(size_of::<KubernetesRecord>() == 40 + 256 + 1024);
+const _: () = assert!(size_of::<KubernetesRecord>() == 48 + 256 + 1024);
 const _: () = assert!(size_of::<ConfigRecord>() == 24 + 512 + 1024 + 65_536);
 
 #[cfg(feature = "user")]

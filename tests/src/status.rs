@@ -42,6 +42,9 @@ pub struct Kubernetes {
     pub error: Option<String>,
     pub pods: u32,
     pub awaited: u32,
+    /// Agents of earlier versions do not count them.
+    #[serde(default)]
+    pub disputed: u32,
 }
 
 /// A pod.

@@ -136,6 +136,7 @@ impl Lookup {
             error: moment(record.failed_at).map(|_| text(&record.error)),
             pods: record.pods,
             awaited: record.awaited,
+            disputed: u32::try_from(record.disputed).unwrap_or(u32::MAX),
         })
     }
 }
@@ -151,6 +152,7 @@ pub(super) fn put(maps: &mut Maps, lookup: Option<&Lookup>) -> Result<(), Datapa
         is_connected: lookup.is_some_and(|lookup| lookup.is_connected).into(),
         pods: lookup.map_or(0, |lookup| lookup.pods),
         awaited: lookup.map_or(0, |lookup| lookup.awaited),
+        disputed: lookup.map_or(0, |lookup| lookup.disputed.into()),
         node: padded(lookup.map_or("", |lookup| &lookup.node)),
         error: padded(lookup.and_then(|lookup| lookup.error.as_deref()).unwrap_or_default()),
     };

@@ -79,7 +79,14 @@ impl Guard {
 
     /// Takes in what the API server tells of pods. Where they are is for [`Guard::locate_next`].
     pub async fn hear_of_pods(&mut self, event: PodEvent) -> Result<(), DatapathError> {
-        if self.pods.handle(event) { self.restore_exemptions().await } else { Ok(()) }
+        let disputed = self.pods.disputed();
+        if !self.pods.handle(event) {
+            return Ok(());
+        }
+        if self.watched.is_some() && self.pods.disputed() != disputed {
+            self.record_lookup()?;
+        }
+        self.restore_exemptions().await
     }
 
     /// Takes in how the watch of the pods of `node` goes.

@@ -1,6 +1,9 @@
 //! Which pods there are, and which of them a rule means: pure, so that a test can tell it all.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 use super::{pod::Pod, watch::PodEvent};
 use crate::config::Pods;
@@ -14,6 +17,37 @@ pub struct Index {
     pods: BTreeMap<String, Pod>,
     /// Ids of pods by the id that their cgroups are named after.
     claims: BTreeMap<String, BTreeSet<String>>,
+    /// Keys of `claims` with several pods: usually none.
+    contested: BTreeSet<String>,
+}
+
+/// Names of claimants in a log line. A client may create as many as it likes.
+const MAX_NAMES: usize = 3;
+
+/// A cgroup that several pods claim.
+#[derive(Clone, Debug)]
+pub struct Dispute<'i> {
+    /// The pod that the cgroup counts as.
+    pub owner: Option<&'i Pod>,
+    /// The other pods, which are not exempt by it.
+    pub others: Vec<&'i Pod>,
+}
+
+impl fmt::Display for Dispute<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (number, Pod { namespace, name, .. }) in self.others.iter().take(MAX_NAMES).enumerate() {
+            write!(f, "{}{namespace}/{name}", if number == 0 { "pod " } else { ", " })?;
+        }
+        if let Some(more) = self.others.len().checked_sub(MAX_NAMES).filter(|&more| more > 0) {
+            write!(f, " and {more} more")?;
+        }
+        match self.owner {
+            Some(Pod { namespace, name, .. }) => {
+                write!(f, " claims the cgroup of the older static pod {namespace}/{name} by its annotations")
+            }
+            None => write!(f, " claim the same cgroup by their annotations, and none is the oldest"),
+        }
+    }
 }
 
 impl Index {
@@ -37,11 +71,40 @@ impl Index {
         self.pods.get(uid)
     }
 
-    /// The pods that may have processes. Not those whose cgroups another pod claims, too: whose they are can't be told, and
-    /// one of them may have claimed them in bad faith.
+    /// The pods that may have processes. If several pods claim a cgroup, only its owner is among them: see
+    /// [`Index::disputes`].
     pub fn living(&self) -> impl Iterator<Item = &Pod> {
-        let is_undisputed = |pod: &&Pod| self.claims.get(&pod.cgroup_uid).is_some_and(|pods| pods.len() == 1);
-        self.pods.values().filter(|pod| !pod.is_over).filter(is_undisputed)
+        let owns_cgroup = |pod: &&Pod| {
+            !self.contested.contains(&pod.cgroup_uid)
+                || self.owner(&pod.cgroup_uid).is_some_and(|owner| owner.uid == pod.uid)
+        };
+        self.pods.values().filter(|pod| !pod.is_over).filter(owns_cgroup)
+    }
+
+    /// Cgroups that several pods claim.
+    ///
+    /// A static pod's cgroup is named after an annotation of its mirror pod, which each client that may create pods can
+    /// copy. The oldest object owns the cgroup: the kubelet creates the mirror pod when it starts the static pod, and the
+    /// API server dates it. So a copy neither takes an exemption away nor gets one.
+    pub fn disputes(&self) -> impl Iterator<Item = Dispute<'_>> {
+        self.contested.iter().map(|cgroup| {
+            let owner = self.owner(cgroup);
+            let all = self.claimants(cgroup);
+            let others = all.filter(|pod| owner.is_none_or(|owner| owner.uid != pod.uid)).collect();
+            Dispute { owner, others }
+        })
+    }
+
+    /// The oldest of the pods that claim a cgroup; `None` if two are equally old or no pod has a date.
+    fn owner(&self, cgroup: &str) -> Option<&Pod> {
+        let oldest = self.claimants(cgroup).filter_map(|pod| pod.created).min()?;
+        let mut of_that_date = self.claimants(cgroup).filter(|pod| pod.created == Some(oldest));
+        of_that_date.next().filter(|_| of_that_date.next().is_none())
+    }
+
+    fn claimants(&self, cgroup: &str) -> impl Iterator<Item = &Pod> {
+        let uids = self.claims.get(cgroup).into_iter().flatten();
+        uids.filter_map(|uid| self.pods.get(uid))
     }
 
     /// Those of the living that a rule means.
@@ -58,7 +121,11 @@ impl Index {
         if self.pods.len() >= MOST_PODS {
             return None;
         }
-        self.claims.entry(pod.cgroup_uid.clone()).or_default().insert(uid.clone());
+        let claimants = self.claims.entry(pod.cgroup_uid.clone()).or_default();
+        claimants.insert(uid.clone());
+        if claimants.len() > 1 {
+            self.contested.insert(pod.cgroup_uid.clone());
+        }
         self.pods.insert(uid.clone(), pod);
         Some(uid)
     }
@@ -67,6 +134,9 @@ impl Index {
         let (uid, pod) = self.pods.remove_entry(uid)?;
         if let Some(pods) = self.claims.get_mut(&pod.cgroup_uid) {
             pods.remove(&uid);
+            if pods.len() <= 1 {
+                self.contested.remove(&pod.cgroup_uid);
+            }
             if pods.is_empty() {
                 self.claims.remove(&pod.cgroup_uid);
             }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use jiff::Timestamp;
 use serde::Deserialize;
 
 /// Set on the object that the kubelet makes in the API server's store for a pod of its own, a static one: the name that
@@ -17,6 +18,8 @@ pub struct Pod {
     pub uid: String,
     /// The id that its cgroups are named after. That of a static pod differs from [`Pod::uid`].
     pub cgroup_uid: String,
+    /// Time at which the API server created the object, which no client can choose.
+    pub created: Option<Timestamp>,
     /// Its namespace.
     pub namespace: String,
     /// Its name in that namespace.
@@ -48,6 +51,7 @@ struct Metadata {
     namespace: String,
     name: String,
     resource_version: Option<String>,
+    creation_timestamp: Option<String>,
     labels: Option<BTreeMap<String, String>>,
     annotations: Option<Annotations>,
 }
@@ -97,7 +101,7 @@ impl PodObject {
     }
 
     pub(super) fn into_pod(self) -> Pod {
-        let Metadata { uid, namespace, name, labels, annotations, .. } = self.metadata;
+        let Metadata { uid, namespace, name, creation_timestamp, labels, annotations, .. } = self.metadata;
         let cgroup_uid = annotations.and_then(static_uid).unwrap_or_else(|| uid.clone());
         let status = self.status.unwrap_or_default();
         let is_over = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
@@ -106,6 +110,7 @@ impl PodObject {
         Pod {
             uid,
             cgroup_uid,
+            created: creation_timestamp.and_then(|time| time.parse().ok()),
             namespace,
             name,
             service_account: service_account.unwrap_or_default(),
@@ -135,7 +140,7 @@ impl Status {
 /// The id by which the kubelet knows a static pod: an MD5 sum in hexadecimal.
 ///
 /// Anyone who may create pods can write the annotations. Without hyphens the id is never another pod's in the API
-/// server's store, whose ids are UUIDs; the index sees to it that no two pods share one.
+/// server's store, whose ids are UUIDs. If two pods have the same one, the index decides.
 fn static_uid(Annotations { mirror, hash }: Annotations) -> Option<String> {
     let hash = hash.filter(|hash| Some(hash) == mirror.as_ref())?;
     let is_md5 = hash.len() == 32 && hash.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
@@ -162,7 +167,7 @@ mod tests {
         let object = json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": {
-                "uid": "u", "namespace": "n", "name": "p", "resourceVersion": "7",
+                "uid": "u", "namespace": "n", "name": "p", "resourceVersion": "7", "creationTimestamp": "2026-11-23T15:04:05Z",
                 "labels": { "app": "x" }, "annotations": { "a": "b" }, "managedFields": [{}],
             },
             "spec": { "nodeName": "node-0", "serviceAccountName": "s", "hostNetwork": true, "containers": [] },
@@ -180,6 +185,7 @@ mod tests {
         let expected = Pod {
             uid: "u".into(),
             cgroup_uid: "u".into(),
+            created: Some("2026-11-23T15:04:05Z".parse().unwrap()),
             namespace: "n".into(),
             name: "p".into(),
             service_account: "s".into(),

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{cgroup, kubepods};
+use super::{cgroup, kubepods, sandbox};
 
 /// What a kubelet calls the cgroups for pods whose quality of service is not guaranteed.
 const QOS: [&str; 2] = ["burstable", "besteffort"];
@@ -14,48 +14,83 @@ const QOS: [&str; 2] = ["burstable", "besteffort"];
 /// The kubelet's parts of the cgroup hierarchies.
 #[derive(Clone, Debug, Default)]
 pub struct Tree {
-    /// Where they start, those of v2 first; more than one in a hierarchy when the kubelet had other settings before.
+    /// The parts in each hierarchy, v2 first. A hierarchy has more than one when the kubelet had other settings before.
+    hierarchies: Vec<Hierarchy>,
+}
+
+/// The kubelet's parts of one hierarchy.
+#[derive(Clone, Debug)]
+struct Hierarchy {
+    /// Owner of the root, which is root on each node that the agent can protect.
+    owner: u32,
     tops: Vec<PathBuf>,
 }
 
 impl Tree {
     /// Looks for where they start.
     pub fn search(&mut self) {
-        self.tops = cgroup::root().ok().flatten().map(|root| tops(&root)).unwrap_or_default();
+        let v2 = cgroup::root().ok().flatten();
         // Each process is in a cgroup of every hierarchy, so that one will do. Which of them the kubelet uses on a hybrid
         // host depends on its driver.
         let v1 = cgroup::v1_roots().unwrap_or_default();
-        self.tops.extend(v1.iter().map(|root| tops(root)).find(|tops| !tops.is_empty()).unwrap_or_default());
+        let v1 = v1.iter().filter_map(|root| Hierarchy::search(root)).find(|found| !found.tops.is_empty());
+        self.hierarchies = v2.and_then(|root| Hierarchy::search(&root)).into_iter().chain(v1).collect();
     }
 
     /// Whether there is none, or one that was found is gone.
     #[must_use]
     pub fn is_stale(&self) -> bool {
-        self.tops.is_empty() || self.tops.iter().any(|top| !top.exists())
+        let mut tops = self.hierarchies.iter().flat_map(|hierarchy| &hierarchy.tops).peekable();
+        tops.peek().is_none() || tops.any(|top| !top.exists())
     }
 
     /// The cgroups of the pod with this id in their names: one in each hierarchy, v2 first. What a pod makes of its own is
     /// not looked at: it could name it after another pod.
     #[must_use]
     pub fn of(&self, uid: &str) -> Vec<PathBuf> {
-        // It is of the API server's, and to be a part of a path.
+        self.hierarchies.iter().flat_map(|hierarchy| hierarchy.of(uid)).collect()
+    }
+
+    /// Returns the cgroups with processes that have this id in their names, if one hierarchy has more than one. Only one of
+    /// them can be the pod's, and a container that may create cgroups can have created the others.
+    #[must_use]
+    pub fn ambiguous(&self, uid: &str) -> Option<Vec<PathBuf>> {
+        self.hierarchies.iter().find_map(|hierarchy| {
+            let mut cgroups = hierarchy.of(uid);
+            if cgroups.len() > 1 {
+                cgroups.retain(|cgroup| sandbox::is_inhabited(std::slice::from_ref(cgroup)));
+            }
+            (cgroups.len() > 1).then_some(cgroups)
+        })
+    }
+}
+
+impl Hierarchy {
+    /// The parts below `root` that no other user than root can have made: a user with a delegated cgroup may give any name
+    /// to the cgroups below it.
+    fn search(root: &Path) -> Option<Self> {
+        let owner = fs::metadata(root).ok()?.uid();
+        let is_owned = |path: &Path| fs::symlink_metadata(path).is_ok_and(|found| found.uid() == owner);
+        let is_kubelets =
+            |top: &PathBuf| top.ancestors().take_while(|ancestor| ancestor.starts_with(root)).all(is_owned);
+        let tops = kubepods::below(root).unwrap_or_default().into_iter().filter(is_kubelets).collect();
+        Some(Self { owner, tops })
+    }
+
+    fn of(&self, uid: &str) -> Vec<PathBuf> {
+        // It is from the API server, and becomes a part of a path.
         let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
         if uid.is_empty() || !uid.bytes().all(is_plain) {
             return Vec::new();
         }
         let mut cgroups = Vec::new();
         for top in &self.tops {
-            let Ok(owner) = fs::metadata(top).map(|metadata| metadata.uid()) else { continue };
-            let of_qos = QOS.into_iter().filter_map(|qos| child(top, qos, owner));
+            let of_qos = QOS.into_iter().filter_map(|qos| child(top, qos, self.owner));
             let parents = iter::once(top.clone()).chain(of_qos);
-            cgroups.extend(parents.filter_map(|parent| child(&parent, &format!("pod{uid}"), owner)));
+            cgroups.extend(parents.filter_map(|parent| child(&parent, &format!("pod{uid}"), self.owner)));
         }
         cgroups
     }
-}
-
-fn tops(root: &Path) -> Vec<PathBuf> {
-    kubepods::below(root).unwrap_or_default().into_iter().collect()
 }
 
 /// The cgroup right below `parent` that a kubelet calls so, unless it is another owner's: whom a subtree was delegated to
@@ -106,13 +141,36 @@ mod tests {
         ] {
             fs::create_dir_all(root.path().join(path)).unwrap();
         }
-        let tree = Tree { tops: tops(root.path()) };
-        assert_eq!(tree.tops.len(), 4);
+        let tree = Tree { hierarchies: vec![Hierarchy::search(root.path()).unwrap()] };
+        assert_eq!(tree.hierarchies[0].tops.len(), 4);
         let counts = [UID, STATIC, "x", "z", ID, "", "x/../podx"].map(|uid| tree.of(uid).len());
         assert_eq!(counts, [2, 2, 1, 0, 0, 0, 0]);
         assert!(!tree.is_stale());
         fs::remove_dir_all(root.path().join("kubepods")).unwrap();
         assert!(tree.is_stale() && Tree::default().is_stale());
+    }
+
+    #[test]
+    fn cgroups_below_those_of_another_user_are_not_the_kubelets() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("SKIPPED: only root can give a directory to another user");
+            return;
+        }
+        let root = tempfile::tempdir().unwrap();
+        let own = |path: &str| std::os::unix::fs::chown(root.path().join(path), Some(1000), None).unwrap();
+        for path in ["user.slice/user@1000.service/kubepods/podx", "kubepods/podx", "kubepods/burstable/podx"]
+        {
+            fs::create_dir_all(root.path().join(path)).unwrap();
+        }
+        let count = || Hierarchy::search(root.path()).unwrap().of("x").len();
+        assert_eq!(count(), 3);
+        // A cgroup of root below a delegated one counts no more than the delegated one.
+        own("user.slice/user@1000.service");
+        assert_eq!(count(), 2);
+        own("kubepods/burstable/podx");
+        assert_eq!(count(), 1);
+        own("kubepods");
+        assert_eq!(count(), 0);
     }
 
     #[test]

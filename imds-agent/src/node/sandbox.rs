@@ -14,6 +14,7 @@ use super::{
     process::Process,
     senders::{Finder, Namespace, Senders, below, pids},
 };
+use crate::kube::Pod;
 
 /// A pod of Kubernetes that has processes.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -24,6 +25,21 @@ pub struct Sandbox {
     pub cgroups: BTreeMap<u64, Option<String>>,
     /// The id of its network namespace, where a link leads there.
     pub netns_id: Option<i32>,
+}
+
+impl Sandbox {
+    /// The sandbox of a pod with processes in several `cgroups` of one hierarchy: nothing is known of it.
+    #[must_use]
+    pub fn ambiguous(Pod { namespace, name, .. }: &Pod, cgroups: &[PathBuf]) -> Self {
+        let paths: Vec<_> = cgroups.iter().map(|path| path.display().to_string()).collect();
+        let mut sandbox = Self::default();
+        sandbox.senders.fail(format!(
+            "pod {namespace}/{name} is not exempt, because several cgroups have its id: {}; end the processes in those \
+             that the kubelet did not create",
+            paths.join(", ")
+        ));
+        sandbox
+    }
 }
 
 impl Finder {

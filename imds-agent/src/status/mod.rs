@@ -128,6 +128,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
     let links = netlink.links().await?;
     let uplinks = Uplinks::new(netlink.uplinks().await?, links.iter());
     report.kubernetes = pods::lookup(&maps).map_err(unreadable)?;
+    report.add_disputes();
     let names = pods::read(&maps).map_err(unreadable)?;
     let node = Node { pins, maps: &maps, netlink: &netlink, uplinks, hooks, names: &names };
     for link in links {
@@ -172,6 +173,17 @@ impl Report {
             Configuration { generation, file: path, loaded_at, refused }
         });
         Ok(())
+    }
+
+    fn add_disputes(&mut self) {
+        let disputed = self.kubernetes.as_ref().map_or(0, |lookup| lookup.disputed);
+        if disputed > 0 {
+            self.problem(
+                None,
+                format!("{disputed} pods claim the cgroup of another pod by the annotation kubernetes.io/config.hash"),
+                "delete them: the agent's log has their names",
+            );
+        }
     }
 
     /// Adds what is guarded, and returns a connection that knows it.

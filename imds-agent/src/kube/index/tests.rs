@@ -103,7 +103,7 @@ fn a_pod_loses_what_its_label_gave_it_and_one_that_is_over_has_nothing() {
 }
 
 #[test]
-fn cgroups_that_two_pods_claim_are_neithers() {
+fn cgroups_that_two_pods_without_a_date_claim_have_no_owner() {
     let rule = rule("namespace = 'a'");
     let first = Pod { cgroup_uid: "hash".to_owned(), ..pod("0", "a", "s", "") };
     let second = Pod { cgroup_uid: "hash".to_owned(), ..pod("1", "c", "s", "") };
@@ -116,6 +116,41 @@ fn cgroups_that_two_pods_claim_are_neithers() {
     index.handle(PodEvent::Apply(second));
     index.handle(PodEvent::Delete { uid: "1".to_owned() });
     assert_eq!(meant(&index, &rule), ["0"]);
+}
+
+#[test]
+fn cgroups_that_several_pods_claim_are_the_oldest_ones() {
+    let rule = rule("namespace = 'a'");
+    let claimant = |uid: &str, namespace: &str, created: &str| Pod {
+        cgroup_uid: "hash".to_owned(),
+        created: created.parse().ok(),
+        ..pod(uid, namespace, "s", "")
+    };
+    let (old, new) = ("2026-11-23T15:04:05Z", "2026-11-23T15:04:06Z");
+    let mut index = index([claimant("1", "a", old)]);
+    assert_eq!(index.disputes().count(), 0);
+    for (look_alike, exempt, text) in [
+        (
+            claimant("0", "c", new),
+            &["1"][..],
+            "pod c/pod-0 claims the cgroup of the older static pod a/pod-1 by its",
+        ),
+        (claimant("0", "c", ""), &["1"], "pod c/pod-0 claims the cgroup of"),
+        (claimant("0", "c", old), &[], "pod c/pod-0, a/pod-1 claim the same cgroup by their"),
+        (
+            claimant("2", "c", "2026-11-23T15:04:04Z"),
+            &[],
+            "pod a/pod-1 claims the cgroup of the older static pod c/pod-2",
+        ),
+    ] {
+        let uid = look_alike.uid.clone();
+        index.handle(PodEvent::Apply(look_alike));
+        assert_eq!(meant(&index, &rule), exempt, "{text}");
+        let disputes: Vec<_> = index.disputes().map(|dispute| dispute.to_string()).collect();
+        assert!(matches!(&disputes[..], [dispute] if dispute.starts_with(text)), "{disputes:?}");
+        index.handle(PodEvent::Delete { uid });
+        assert_eq!((meant(&index, &rule), index.disputes().count()), (vec!["1".to_owned()], 0));
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -131,6 +166,7 @@ fn any_pod() -> impl Strategy<Value = Pod> {
         |(uid, namespace, account, app, cgroup_uid, is_over)| Pod {
             cgroup_uid,
             is_over,
+            created: format!("2026-11-23T15:04:0{uid}Z").parse().ok().filter(|_| namespace != "b"),
             ..pod(&uid, &namespace, &account, &app)
         },
     )
@@ -170,11 +206,12 @@ proptest! {
             let different: BTreeSet<_> = before.keys().chain(pods.keys()).filter(differs).cloned().collect();
             prop_assert!(different.is_subset(&changed));
         }
-        let anew = self::index(pods.into_values());
-        prop_assert_eq!(&index.pods, &anew.pods);
-        prop_assert_eq!(&index.claims, &anew.claims);
+        let rebuilt = self::index(pods.into_values());
+        prop_assert_eq!(&index.pods, &rebuilt.pods);
+        prop_assert_eq!(&index.claims, &rebuilt.claims);
+        prop_assert_eq!(&index.contested, &rebuilt.contested);
         for rule in [rule("namespace = 'a'"), rule("namespace = 'b'\nservice_account = 't'")] {
-            prop_assert_eq!(meant(&index, &rule), meant(&anew, &rule));
+            prop_assert_eq!(meant(&index, &rule), meant(&rebuilt, &rule));
         }
     }
 }
