@@ -16,6 +16,7 @@ use crate::{
     config_loader::ConfigLoader,
     guard::Guard,
     kube::PodEvent,
+    logging,
     metrics::Done,
     node::netlink::Event,
     server::Server,
@@ -121,7 +122,7 @@ impl Agent {
         self.server.listen(&start.config.listen);
         self.follow_cluster().await;
         self.open_collector();
-        self.supervisor.ready(self.guard.state(&self.settings));
+        self.supervisor.ready(&self.guard.state(&self.settings));
         loop {
             self.server.beat(self.done());
             tokio::select! {
@@ -144,7 +145,7 @@ impl Agent {
                     }
                     self.server.retry();
                     self.open_collector();
-                    self.supervisor.ready(self.guard.state(&self.settings));
+                    self.supervisor.ready(&self.guard.state(&self.settings));
                     // For what is not told of, as on some network file systems. Seen only once, it may be half written.
                     let change = self.loader.change();
                     if change.is_some() && change == half_seen {
@@ -249,6 +250,7 @@ impl Agent {
             writes: self.guard.writes(),
             watch: self.cluster.state(),
             collected: self.collector.as_ref().map(|collector| collector.get_ref().collected()),
+            log_lines_dropped: logging::dropped(),
         }
     }
 
@@ -275,7 +277,7 @@ impl Agent {
                 report(self.guard.record_refusal(&error));
             }
         }
-        self.supervisor.ready(self.guard.state(&self.settings));
+        self.supervisor.ready(&self.guard.state(&self.settings));
     }
 
     async fn try_reload(&mut self) -> anyhow::Result<u64> {

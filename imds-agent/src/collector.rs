@@ -6,7 +6,10 @@
 use std::{
     fs::File,
     hash::{DefaultHasher, Hash as _, Hasher as _},
-    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+        unix::ffi::OsStringExt as _,
+    },
 };
 
 use aya::maps::{MapData, MapError, RingBuf};
@@ -20,7 +23,7 @@ use thiserror::Error;
 
 use crate::{
     datapath::{
-        config::{nanoseconds, padded},
+        config::{nanoseconds, padded, padded_bytes},
         denials::Denials,
         object::{self, ObjectError},
         pins::{PinDir, PinError},
@@ -170,8 +173,8 @@ fn note(
         label: padded(pod.and_then(|pod| pod.label.as_deref()).unwrap_or_default()),
         pod: padded(""),
         interface: padded(&interface),
-        comm: padded(&comm),
-        cgroup: padded(&if pod.is_none() { cgroup_path(event.cgroup) } else { String::new() }),
+        comm: event.comm,
+        cgroup: padded_bytes(&if pod.is_none() { cgroup_path(event.cgroup) } else { Vec::new() }),
     });
     record.count = record.count.saturating_add(event.suppressed).saturating_add(1);
     record.bytes = record.bytes.saturating_add(event.bytes);
@@ -192,9 +195,9 @@ fn sender(pod: Option<&Identity>, event: &Event, interface: &str, comm: &str) ->
 }
 
 /// Below the root of the hierarchy.
-fn cgroup_path(id: u64) -> String {
+fn cgroup_path(id: u64) -> Vec<u8> {
     let path = if id == 0 { None } else { cgroup::path_of(id).ok().flatten() };
     let root = cgroup::root().ok().flatten();
     let below = path.zip(root).and_then(|(path, root)| path.strip_prefix(root).ok().map(ToOwned::to_owned));
-    below.map(|path| path.to_string_lossy().into_owned()).unwrap_or_default()
+    below.map(|path| path.into_os_string().into_vec()).unwrap_or_default()
 }

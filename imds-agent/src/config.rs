@@ -10,6 +10,7 @@ mod metrics;
 mod names;
 mod selector;
 mod source;
+mod suggest;
 #[cfg(test)]
 mod tests;
 
@@ -161,7 +162,7 @@ impl Config {
         let (source, mut mistakes) = (Source { text, path }, Mistakes::default());
         let file = File::read(source, &mut mistakes);
         let interfaces = Interfaces::parse(&file.interfaces, source, &mut mistakes);
-        let endpoints = Endpoints::parse(&file.provider, &file.extras, &file.endpoint, source, &mut mistakes);
+        let endpoints = Endpoints::parse(&file, source, &mut mistakes);
         let exempt = Exemptions::parse(&file.exempt, source, &mut mistakes);
         let listen = Listen::parse(&file.metrics, source, &mut mistakes);
         let kubernetes = Kubernetes::parse(&file.kubernetes, source, &mut mistakes);

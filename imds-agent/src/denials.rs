@@ -17,7 +17,7 @@ use serde::Serialize;
 
 use crate::{
     datapath::config::{text, timestamp},
-    endpoints::{Endpoint, plain},
+    endpoints::{Endpoint, plain, raw},
     node::netns,
 };
 
@@ -78,6 +78,9 @@ pub struct Sender {
     pub comm: Option<String>,
     /// cgroup of the caller, below the root of the hierarchy.
     pub cgroup: Option<String>,
+    /// A name in it is escaped, so that no rule can be made of it.
+    #[serde(skip)]
+    pub is_escaped: bool,
 }
 
 impl Report {
@@ -154,7 +157,10 @@ impl Report {
 
 impl Sender {
     fn of(record: &DenialRecord) -> Self {
+        let names: [&[u8]; 5] =
+            [&record.namespace, &record.service_account, &record.label, &record.interface, &record.cgroup];
         Self {
+            is_escaped: names.iter().any(|name| raw(name) != Some(&text(name))),
             namespace: unless_empty(&record.namespace),
             service_account: unless_empty(&record.service_account),
             label: unless_empty(&record.label),
@@ -166,6 +172,9 @@ impl Sender {
 
     /// What a rule says to mean this sender, and a line that says what it means besides; `None` where no rule can.
     fn rule(&self, pods: &BTreeSet<String>) -> Option<(String, Option<&'static str>)> {
+        if self.is_escaped {
+            return None;
+        }
         let line = |key: &str, text: &str| format!("{key} = {}\n", toml::Value::from(text));
         if let Some(namespace) = &self.namespace {
             let account = self.service_account.as_ref().map(|account| line("service_account", account));

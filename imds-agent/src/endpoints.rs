@@ -10,6 +10,8 @@ use imds_ebpf_common::{
     endpoint::{MAX_KEPT, NAME_LEN, TCP, UDP},
 };
 
+use crate::escape::escape_bytes;
+
 /// An endpoint: all at its address is denied but the services that are kept.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Endpoint {
@@ -121,16 +123,18 @@ pub(crate) fn padded(name: &str) -> [u8; NAME_LEN] {
     padded
 }
 
-/// The text in these bytes, in characters that only show: a pod names its threads as it likes.
-pub(crate) fn unpadded(name: &[u8]) -> String {
-    let text = raw(name);
-    if text.contains(char::is_control) { text.replace(char::is_control, "\u{fffd}") } else { text }
+/// The text in these bytes, escaped for outputs.
+pub(crate) fn unpadded(text: &[u8]) -> String {
+    escape_bytes(without_padding(text))
 }
 
-/// The text in these bytes as it is.
-pub(crate) fn raw(text: &[u8]) -> String {
-    let text = text.split(|&byte| byte == 0).next().unwrap_or_default();
-    String::from_utf8_lossy(text).into_owned()
+/// The text in these bytes as it is; `None` if it is not UTF-8.
+pub(crate) fn raw(text: &[u8]) -> Option<&str> {
+    str::from_utf8(without_padding(text)).ok()
+}
+
+fn without_padding(text: &[u8]) -> &[u8] {
+    text.split(|&byte| byte == 0).next().unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -140,8 +144,8 @@ mod tests {
     #[test]
     fn a_name_does_nothing_to_a_terminal() {
         assert_eq!(unpadded(b"curl\0\0x"), "curl");
-        assert_eq!(unpadded(b"a\x1b[2J\nb"), "a\u{fffd}[2J\u{fffd}b");
-        assert_eq!(unpadded(b"\xff"), "\u{fffd}");
-        assert_eq!(raw(b"a\nb"), "a\nb");
+        assert_eq!(unpadded(b"a\x1b[2J\nb"), r"a\u{1b}[2J\nb");
+        assert_eq!(unpadded(b"\xff"), r"\xff");
+        assert_eq!((raw(b"a\nb\0"), raw(b"\xff")), (Some("a\nb"), None));
     }
 }

@@ -6,7 +6,7 @@ use imds_ebpf_common::{Event, Hook, Subject, SubjectKind, Verdict};
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
-use crate::pods::Identity;
+use crate::{escape::escape, pods::Identity};
 
 /// An event as users see it. In its JSON form, one object a line, fields are only added.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
@@ -64,15 +64,16 @@ impl Record {
         let ifindex = (event.ifindex != 0).then_some(event.ifindex);
         let ingress = (event.ingress_ifindex != 0).then_some(event.ingress_ifindex);
         let comm = comm(event);
+        let name = |index| Some(escape(&interface(index)?).into_owned());
         let source = Ipv6Addr::from(event.source);
         Self {
             time: wall_time(event, booted),
             hook: Hook::ALL.into_iter().find(|&hook| hook as u8 == event.hook).map_or("unknown", Hook::name),
             verdict: verdict(event.verdict),
             ifindex,
-            interface: ifindex.and_then(&interface),
+            interface: ifindex.and_then(&name),
             ingress_ifindex: ingress,
-            ingress_interface: ingress.and_then(interface),
+            ingress_interface: ingress.and_then(name),
             pid: (event.pid != 0).then_some(event.pid),
             comm: (!comm.is_empty()).then_some(comm),
             cgroup: (event.cgroup != 0).then_some(event.cgroup),

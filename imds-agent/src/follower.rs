@@ -1,6 +1,6 @@
 //! Follows events, whichever process takes them from the programs.
 
-use std::{os::fd::AsFd as _, thread, time::Duration};
+use std::os::fd::{AsFd as _, BorrowedFd};
 
 use imds_ebpf_common::Event;
 use nix::{
@@ -13,8 +13,8 @@ use crate::{
     datapath::{pins::PinDir, recent::Recent},
 };
 
-/// How often it is looked for events that another process takes from the programs.
-const PERIOD: Duration = Duration::from_millis(100);
+/// Milliseconds between two looks for events that another process takes from the programs.
+const PERIOD: u8 = 100;
 
 /// A reader of events. What came last while nobody followed comes first.
 pub struct Follower {
@@ -72,15 +72,27 @@ impl Follower {
         self.missed.unwrap_or_default()
     }
 
-    /// Waits until there may be more, but not for long.
-    pub fn wait(&self) -> Result<(), Errno> {
-        let Some(collector) = &self.collector else {
-            thread::sleep(PERIOD);
-            return Ok(());
-        };
-        match poll(&mut [PollFd::new(collector.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE) {
-            Ok(_) | Err(Errno::EINTR) => Ok(()),
-            Err(errno) => Err(errno),
+    /// Reports whether there is more than [`Follower::read`] took.
+    #[must_use]
+    pub fn has_more(&self) -> bool {
+        self.collector.as_ref().is_some_and(Collector::has_more)
+    }
+
+    /// Waits until there may be more events. Returns false once the process that reads `output` has closed its end.
+    pub fn wait(&self, output: BorrowedFd<'_>) -> Result<bool, Errno> {
+        // An error or hang-up is reported in any case.
+        let output = PollFd::new(output, PollFlags::empty());
+        let events =
+            self.collector.as_ref().map(|collector| PollFd::new(collector.as_fd(), PollFlags::POLLIN));
+        let timeout = if events.is_some() { PollTimeout::NONE } else { PERIOD.into() };
+        let mut descriptors: Vec<_> = [Some(output), events].into_iter().flatten().collect();
+        match poll(&mut descriptors, timeout) {
+            Ok(_) => {}
+            Err(Errno::EINTR) => return Ok(true),
+            Err(errno) => return Err(errno),
         }
+        let closed = PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL;
+        let output = descriptors.first().and_then(PollFd::revents);
+        Ok(!output.is_some_and(|output| output.intersects(closed)))
     }
 }

@@ -2,6 +2,7 @@
 
 mod attach_queue;
 mod cgroup_changes;
+mod change_log;
 mod exempt;
 mod hosts;
 mod links;
@@ -17,7 +18,10 @@ use std::{
 use imds_ebpf_common::{AttachMode, Hook, Role, TcHook};
 use tokio::time::Instant;
 
-use self::attach_queue::AttachQueue;
+use self::{
+    attach_queue::AttachQueue,
+    change_log::{ChangeLog, Pass},
+};
 
 use crate::{
     config::{Config, Interfaces},
@@ -115,6 +119,7 @@ pub struct Guard {
     is_ready: bool,
     /// Time that a new link of a pod waits for its CNI plugins before it gets a qdisc.
     clsact_delay: Duration,
+    changes: ChangeLog,
     repairs: Repairs,
     writes: Writes,
 }
@@ -155,6 +160,7 @@ impl Guard {
             initial: BTreeSet::new(),
             is_ready: false,
             clsact_delay: Duration::ZERO,
+            changes: ChangeLog::new(),
             repairs: Repairs::default(),
             writes: Writes::default(),
         }
@@ -194,6 +200,7 @@ impl Guard {
         if let Some(error) = rejected {
             self.record_refusal(error)?;
         }
+        self.changes.begin(Pass::InitialSync);
         self.resync().await?;
         log::info!("{}", self.summary(settings));
         Ok(())
@@ -203,7 +210,9 @@ impl Guard {
     /// it is to be undone by the settings before.
     pub async fn reconfigure(&mut self, settings: &Settings) -> Result<(), DatapathError> {
         self.in_reload = true;
+        self.changes.begin(Pass::Reload);
         let result = self.change_to(settings).await;
+        self.changes.end(Pass::Reload);
         self.in_reload = false;
         result
     }

@@ -6,7 +6,8 @@
 //! plans the changes, both without I/O. [`exempt`] finds exempt pods, and [`datapath`] writes to the kernel. [`node`] reads the
 //! node's links, cgroups and processes, [`kube`] the cluster's pods of this node. [`doctor`] reports the features of this
 //! node, and [`verify`] proves enforcement. [`server`] answers monitoring, with [`metrics`] among others. [`supervisor`] talks
-//! to the service manager.
+//! to the service manager. [`logging`] writes the log, and [`escape`] makes text from outside safe for every
+//! output.
 #![cfg_attr(
     not(test),
     deny(
@@ -32,12 +33,14 @@ pub mod denials;
 pub mod diagnostics;
 pub mod doctor;
 pub mod endpoints;
+pub mod escape;
 pub mod events;
 pub mod exempt;
 pub mod follower;
 pub mod guard;
 pub mod kube;
 pub mod last_good;
+pub mod logging;
 pub mod metrics;
 pub mod node;
 pub mod pods;

@@ -19,12 +19,5 @@ use clap::Parser as _;
 use imds_agent::cli::{self, Cli};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    env_logger::Builder::new()
-        // What it calls an error is told in the agent's own words.
-        .filter_module("kube_client", log::LevelFilter::Off)
-        .parse_env(env_logger::Env::default().default_filter_or("info"))
-        .format_target(false)
-        .init();
-    cli::main(cli)
+    cli::main(Cli::parse())
 }

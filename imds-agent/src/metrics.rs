@@ -21,6 +21,7 @@ use crate::{
     collector::Collected,
     datapath::counters::{Count, Counts},
     endpoints::{plain, unpadded},
+    escape::escape,
     guard::{Repairs, Writes},
     kube::WatchState,
     status::Report,
@@ -46,6 +47,8 @@ pub struct Done {
     pub watch: Option<WatchState>,
     /// What the programs told, where this agent is who takes it.
     pub collected: Option<Collected>,
+    /// Lines of the log that were dropped, because standard error was not read.
+    pub log_lines_dropped: u64,
 }
 
 /// What pods of one namespace were denied or audited of one endpoint at one hook, summed up.
@@ -281,7 +284,7 @@ impl Snapshot {
     }
 
     fn encode_done(&self, to: &mut Encoder<'_>) -> fmt::Result {
-        let Done { reloads, repairs, writes, collected, .. } = self.done;
+        let Done { reloads, repairs, writes, collected, log_lines_dropped, .. } = self.done;
         let results = [("succeeded", reloads.succeeded), ("failed", reloads.failed)];
         to.counter(
             "imds_config_reloads",
@@ -323,8 +326,18 @@ impl Snapshot {
             "imds_netlink_overruns",
             "Times at which the kernel's events came faster than they were read, and everything was read anew",
             [([], repairs.overruns)],
+        )?;
+        to.counter(
+            "imds_agent_log_lines_dropped",
+            "Lines of the log that were dropped, because standard error was not read",
+            [([], log_lines_dropped)],
         )
     }
+}
+
+/// A label's value, escaped twice: for the reader, and for the text form, as the encoder writes values as they are.
+fn label_value(text: &str) -> String {
+    escape(text).replace('\\', r"\\").replace('"', "\\\"")
 }
 
 struct Encoder<'e>(DescriptorEncoder<'e>);
@@ -362,6 +375,7 @@ impl Encoder<'_> {
             if labels.is_empty() {
                 return metric.encode(family);
             }
+            let labels = labels.map(|(name, value)| (name, label_value(&value)));
             metric.encode(family.encode_family(&labels)?)?;
         }
         Ok(())

@@ -34,6 +34,7 @@ use tokio::{
 use crate::{
     config::Listen,
     datapath::{denials::Denials, object, pins::PinDir},
+    escape::escape_lines,
     metrics::{self, Denied, Done},
     node::netlink::Netlink,
     status::{self, Report},
@@ -373,7 +374,7 @@ impl Subject {
 }
 
 fn text(status: StatusCode, line: &str) -> Response<Full<Bytes>> {
-    respond(status, "text/plain; charset=utf-8", format!("{line}\n"))
+    respond(status, "text/plain; charset=utf-8", format!("{}\n", escape_lines(line)))
 }
 
 fn respond(status: StatusCode, content_type: &'static str, body: String) -> Response<Full<Bytes>> {

@@ -6,6 +6,8 @@ use std::{future, time::Duration};
 use sd_notify::NotifyState;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
+use crate::escape::escape;
+
 /// The service manager. Without one, nothing is told to anybody.
 #[derive(Debug)]
 pub struct Supervisor {
@@ -28,7 +30,9 @@ impl Supervisor {
     }
 
     /// What can be guarded is guarded, and it is as `status` says.
-    pub fn ready(&mut self, status: String) {
+    pub fn ready(&mut self, status: &str) {
+        // A newline would start another assignment of the protocol.
+        let status = escape(status).into_owned();
         if !self.is_ready {
             self.is_ready = true;
             tell(&[NotifyState::Ready]);

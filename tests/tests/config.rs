@@ -12,6 +12,28 @@ fn stdout(output: &Output) -> String {
     String::from_utf8(output.stdout.clone()).unwrap()
 }
 
+const EFFECTIVE: &str = "mode = 'audit'
+provider = 'azure'
+[hooks]
+socket = false
+[metrics]
+listen = '127.0.0.1:9300'
+[kubernetes]
+enabled = true
+node_name = 'node-7'
+[preset.wireserver]
+allow_ports = ['tcp/80']
+[[exempt]]
+name = 'backup'
+cgroup = 'machine.slice/a.scope'
+endpoints = ['wireserver']
+[[exempt]]
+name = 'web'
+namespace = 'tools'
+service_account = 'web'
+audit = true
+";
+
 #[test]
 fn check_names_every_mistake_and_takes_what_is_right() {
     let world = World::new();
@@ -32,11 +54,28 @@ fn check_names_every_mistake_and_takes_what_is_right() {
     let lines: Vec<_> = text.lines().collect();
     let [mode, hook] = lines[..] else { panic!("{text}") };
     assert!(mode.starts_with(&format!("{path_text}:1:8: mode: ")), "{mode}");
+    assert!(mode.ends_with("; did you mean \"off\"?"), "{mode}");
     assert!(hook.starts_with(&format!("{path_text}:3:1: hooks.pod: ")), "{hook}");
 
-    fs::write(&path, "mode = 'audit'").unwrap();
+    fs::write(&path, EFFECTIVE).unwrap();
     let taken = check();
-    assert!(taken.status.success() && taken.stderr.is_empty() && taken.stdout.is_empty(), "{taken:?}");
+    assert!(taken.stderr.is_empty(), "{taken:?}");
+    let text = stdout(&taken);
+    for line in [
+        "ok",
+        "mode       audit",
+        "provider   azure",
+        "endpoints  169.254.169.254 (imds)",
+        "           168.63.129.16 (wireserver), but tcp/80",
+        "hooks      from_pod node_egress local_service",
+        "exempt     cgroup machine.slice/a.scope from wireserver (backup)",
+        "           namespace tools, service account web from all endpoints (web), audited",
+        "metrics    127.0.0.1:9300",
+        "kubernetes as a pod of the cluster, node node-7",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line:?} is not in:\n{text}");
+    }
+    assert_eq!(text.lines().next(), Some("ok"));
     fs::remove_file(&path).unwrap();
     assert_eq!(check().status.code(), Some(2));
 }
@@ -58,6 +97,7 @@ fn show_says_what_is_in_force() {
         "hooks": { "from_pod": true, "node_egress": false, "socket": false, "host_network": false, "sendmsg": "auto", "local_service": false, "mark_bit": 12 },
         "interfaces": { "include": [], "exclude": ["lxc*"] },
         "metrics": { "listen": ["127.0.0.1:9254"] },
+        "preset": {},
         "kubernetes": { "enabled": "auto", "kubeconfig": "", "node_name": "" },
         "endpoint": [{ "name": "vault", "address": "10.0.0.9", "keep": [] }],
         "exempt": [],

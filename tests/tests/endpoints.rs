@@ -8,6 +8,7 @@ use std::{
 
 use imds_tests::{
     DNS_PORT, METADATA, METADATA_V6, PacketSocket, Pod, PodLink, SERVICE_V6, World, packets,
+    poll::poll_until,
     probe::{LONG, SHORT, http_get, http_get_at, reachable, udp_echo, udp_echo_at},
     with_each_backend,
 };
@@ -91,6 +92,36 @@ fn kept_ports_are_reachable_and_the_others_are_not() {
     world.unload();
     world.assert_open(&pod);
     assert_v6_open(&pod);
+}
+
+#[test]
+fn preset_allows_the_ports_of_the_configuration() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let file = world.scratch_dir().join("imds.toml");
+    let write = |ports: &str| {
+        let hooks = "[hooks]\nnode_egress = false\nsocket = false\n";
+        fs::write(&file, format!("provider = 'gcp'\n{hooks}[preset.imds]\nallow_ports = [{ports}]\n"))
+            .unwrap();
+    };
+    write("");
+    let agent = world.imds_agent(&["run"]).config_file(file.to_str().unwrap()).spawn_ready();
+    world.assert_blocked(&pod);
+    write("'tcp/80'");
+    poll_until(LONG, "the port to be allowed", || {
+        http_get(&pod.netns, METADATA, SHORT).is_answer().then_some(())
+    });
+    let status = world.status();
+    let imds = status.endpoints.iter().find(|endpoint| endpoint.name == "imds").unwrap();
+    assert_eq!(imds.keep, ["tcp/80"]);
+    write("");
+    poll_until(LONG, "the port to be denied again", || {
+        (!http_get(&pod.netns, METADATA, SHORT).is_answer()).then_some(())
+    });
+    world.assert_blocked(&pod);
+    drop(agent);
+    world.unload();
+    world.assert_open(&pod);
 }
 
 #[test]

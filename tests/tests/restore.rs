@@ -144,7 +144,9 @@ fn what_was_detached_while_no_agent_ran_shows_in_the_status_and_is_restored_by_t
         assert!(status.problems.iter().any(|problem| problem.interface.as_ref() == Some(&pod.host_ifname)));
         assert_eq!(world.imds_agent(&["status"]).output().status.code(), Some(3));
 
-        let agent = start(&world, backend);
+        // The initial sync has one line at level info.
+        let args = ["--log-level", "debug"];
+        let agent = world.agent().backend(backend).resync(1).args(&args).spawn_ready();
         assert_restored(&world, &agent, &pod, 0);
     });
 }

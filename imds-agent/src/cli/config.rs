@@ -7,7 +7,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use imds_ebpf_common::{Answer, Hook, Mode};
 use toml::{Table, Value};
 
-use super::{Failure, PinDirArg};
+use super::{Failure, PinDirArg, config_summary::summary, output::write_stdout};
 use crate::{
     config::{Config, ConfigErrors, Hooks},
     datapath::{
@@ -15,7 +15,8 @@ use crate::{
         object::{self, Maps},
         pins::PinDir,
     },
-    preflight,
+    escape::{escape, escape_lines},
+    logging, preflight,
     provider::{DMI_DIR, Dmi},
 };
 
@@ -27,7 +28,8 @@ pub(super) struct ConfigArgs {
 
 #[derive(Debug, Subcommand)]
 enum ConfigCommand {
-    /// Say all that is wrong with a file, with line and key; what `provider = "auto"` adds is this machine's
+    /// Check a file: prints `ok` and the effective configuration, or each mistake with line and key. `provider = "auto"` is
+    /// resolved for this machine
     Check(CheckArgs),
     /// Show what is in force, defaults included, whether or not an agent runs
     Show(ShowArgs),
@@ -62,26 +64,28 @@ enum Output {
 
 pub(super) fn config(args: &ConfigArgs) -> Result<ExitCode, Failure> {
     match &args.command {
-        ConfigCommand::Check(args) => Ok(check(args)),
+        ConfigCommand::Check(args) => check(args),
         ConfigCommand::Show(args) => show(args),
     }
 }
 
-fn check(args: &CheckArgs) -> ExitCode {
-    let resolve = |config: Config| config.resolve(&Dmi::read(&args.dmi_dir)).map(drop);
-    match Config::load(&args.file).and_then(resolve) {
-        Ok(()) => ExitCode::SUCCESS,
+fn check(args: &CheckArgs) -> Result<ExitCode, Failure> {
+    match resolve(args) {
+        Ok(summary) => {
+            write_stdout(&escape_lines(&format!("ok\n{summary}")))?;
+            Ok(ExitCode::SUCCESS)
+        }
         Err(errors) => {
-            report(&errors);
-            ExitCode::from(2)
+            errors.iter().for_each(|error| logging::write_last_words(&escape(&error.to_string())));
+            Ok(ExitCode::from(2))
         }
     }
 }
 
-fn report(errors: &ConfigErrors) {
-    for error in errors.iter() {
-        eprintln!("{error}");
-    }
+fn resolve(args: &CheckArgs) -> Result<String, ConfigErrors> {
+    let config = Config::load(&args.file)?;
+    let (guarded, exempt) = config.resolve(&Dmi::read(&args.dmi_dir))?;
+    Ok(summary(&config, &guarded, &exempt))
 }
 
 fn show(args: &ShowArgs) -> Result<ExitCode, Failure> {
@@ -110,10 +114,11 @@ fn show(args: &ShowArgs) -> Result<ExitCode, Failure> {
         Output::Toml => {
             let file =
                 record.path.map_or_else(|| "all defaults".to_owned(), |path| path.display().to_string());
-            println!("# {file}, number {}, in force since {:.0}", record.generation, record.loaded_at);
-            print!("{}", toml::to_string(&table)?);
+            let (number, since) = (record.generation, record.loaded_at);
+            let toml = toml::to_string(&table)?;
+            write_stdout(&format!("# {file}, number {number}, in force since {since:.0}\n{toml}"))?;
         }
-        Output::Json => println!("{}", serde_json::to_string_pretty(&table)?),
+        Output::Json => write_stdout(&(serde_json::to_string_pretty(&table)? + "\n"))?,
     }
     Ok(ExitCode::SUCCESS)
 }

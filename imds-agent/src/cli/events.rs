@@ -2,17 +2,20 @@
 
 use std::{
     io::{self, Write as _},
+    os::fd::AsFd as _,
     process::ExitCode,
 };
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use imds_ebpf_common::Event;
+use jiff::{SignedDuration, Timestamp};
 
 use super::{Failure, PinDirArg};
 use crate::{
     datapath::{home, object, pins::PinDir, pods},
-    events::{self, Record, boot_time},
+    escape::{escape, to_json},
+    events::{self, Record, boot_time, wall_time},
     follower::Follower,
     node::links,
     preflight,
@@ -23,6 +26,13 @@ pub(super) struct EventsArgs {
     /// For people or for programs
     #[arg(short, long, value_enum, default_value_t = Output::Text)]
     output: Output,
+    /// Print the recorded events and exit
+    #[arg(long)]
+    no_follow: bool,
+    /// Print the recorded events of this last time first, such as 90s, 10m or 1h30m, instead of those that were not printed
+    /// before. The last 1,024 events are recorded
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    since: Option<SignedDuration>,
     #[command(flatten)]
     pins: PinDirArg,
 }
@@ -33,6 +43,11 @@ enum Output {
     Text,
     /// One JSON object a line; fields are only added
     Json,
+}
+
+fn parse_duration(text: &str) -> Result<SignedDuration, String> {
+    let duration = text.parse::<SignedDuration>().ok().filter(|duration| !duration.is_negative());
+    duration.ok_or_else(|| format!("{text:?} is not a duration like 90s, 10m or 1h30m"))
 }
 
 pub(super) fn events(args: &EventsArgs) -> Result<ExitCode, Failure> {
@@ -46,19 +61,35 @@ pub(super) fn events(args: &EventsArgs) -> Result<ExitCode, Failure> {
     home::ensure_ours(&pins)?;
     // A ring buffer has one reading position: two readers would each miss what the other takes.
     let names = pods::Names::open(&pins)?;
-    let mut follower = Follower::open(pins)?;
+    let earliest = args.since.map(|since| Timestamp::now().checked_sub(since).unwrap_or(Timestamp::MIN));
+    let mut follower = match earliest {
+        Some(_) => Follower::open_last(pins, u64::MAX)?,
+        None => Follower::open(pins)?,
+    };
     loop {
-        let events = follower.read()?;
+        let mut events = follower.read()?;
+        if let Some(earliest) = earliest {
+            let booted = boot_time();
+            events.retain(|event| wall_time(event, booted) >= earliest);
+        }
         if follower.missed() > 0 {
             log::warn!("{} events came faster than they were read", follower.missed());
         }
         match print(&events, &names, args.output) {
             Ok(()) => {}
-            // Whoever read them has had enough, as `head` does.
+            // A reader that has read enough, like `head`, is no error.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(ExitCode::SUCCESS),
             Err(error) => return Err(anyhow::Error::from(error).context("can't print events").into()),
         }
-        follower.wait().context("can't wait for events")?;
+        if args.no_follow {
+            if follower.has_more() {
+                continue;
+            }
+            return Ok(ExitCode::SUCCESS);
+        }
+        if !follower.wait(io::stdout().as_fd()).context("failed to wait for events")? {
+            return Ok(ExitCode::SUCCESS);
+        }
     }
 }
 
@@ -69,8 +100,8 @@ fn print(events: &[Event], names: &pods::Names, output: Output) -> io::Result<()
         let pod = events::senders(event).find_map(|sender| names.get(sender));
         let record = Record::new(event, booted, links::name_of, pod);
         match output {
-            Output::Text => writeln!(out, "{record}")?,
-            Output::Json => writeln!(out, "{}", serde_json::to_string(&record)?)?,
+            Output::Text => writeln!(out, "{}", escape(&record.to_string()))?,
+            Output::Json => writeln!(out, "{}", to_json(&record)?)?,
         }
     }
     out.flush()

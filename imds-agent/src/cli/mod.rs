@@ -1,6 +1,7 @@
 //! The command line.
 
 mod config;
+mod config_summary;
 mod doctor;
 mod events;
 mod manual;
@@ -14,9 +15,14 @@ mod verify;
 
 use std::{path::PathBuf, process::ExitCode};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use log::LevelFilter;
 
-use crate::{last_good::LastGoodStore, version};
+use crate::{
+    last_good::LastGoodStore,
+    logging::{self, LogFormat, LogOptions},
+    version,
+};
 
 /// Where maps, programs and links are pinned unless the user says otherwise.
 pub const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/imds";
@@ -30,8 +36,48 @@ pub const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/imds";
 #[derive(Debug, Parser)]
 #[command(version, long_version = version::LONG, arg_required_else_help = true)]
 pub struct Cli {
+    #[command(flatten)]
+    log: LogArgs,
     #[command(subcommand)]
     command: Command,
+}
+
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Log")]
+struct LogArgs {
+    /// Form of the log on standard error. Lines have a priority instead of time and level if that is the journal of systemd
+    #[arg(long, global = true, value_name = "FORMAT", value_enum, default_value_t)]
+    log_format: LogFormat,
+    /// Least severe level that is logged. It wins over `RUST_LOG`, whose filters can also name modules and libraries
+    /// (`info,imds_agent::kube=debug,hyper=debug`). Without both: info
+    #[arg(long, global = true, value_name = "LEVEL", value_enum)]
+    log_level: Option<LogLevel>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LogLevel {
+    /// Failures
+    Error,
+    /// Also changes by other programs, and limitations
+    Warn,
+    /// Also changes of configuration, pods and interfaces
+    Info,
+    /// Also each interface and attachment of a resync
+    Debug,
+    /// Everything
+    Trace,
+}
+
+impl LogLevel {
+    const fn filter(self) -> LevelFilter {
+        match self {
+            Self::Error => LevelFilter::Error,
+            Self::Warn => LevelFilter::Warn,
+            Self::Info => LevelFilter::Info,
+            Self::Debug => LevelFilter::Debug,
+            Self::Trace => LevelFilter::Trace,
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -105,12 +151,24 @@ const NOT_HELD: u8 = 3;
 /// Carries out a command.
 #[must_use]
 pub fn main(cli: Cli) -> ExitCode {
+    let level = cli.log.log_level.map(LogLevel::filter);
+    // The other commands may wait for the process that reads their output.
+    let is_queued = matches!(cli.command, Command::Run(_));
+    if let Err(error) = logging::init(LogOptions { format: cli.log.log_format, level, is_queued }) {
+        return report(1, &anyhow::Error::from(error).context("failed to start the thread of the log"));
+    }
+    let code = run(cli.command);
+    logging::flush();
+    code
+}
+
+fn run(command: Command) -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return report(1, &error.into()),
     };
     let outcome = runtime.block_on(async {
-        match cli.command {
+        match command {
             Command::Run(args) => Box::pin(run::run(args)).await,
             Command::Status(args) => status::status(args).await,
             Command::Doctor(args) => doctor::doctor(args).await,
@@ -133,6 +191,6 @@ pub fn main(cli: Cli) -> ExitCode {
 
 /// Says on one line what is wrong. A verifier's log comes after it, as it is.
 fn report(code: u8, error: &anyhow::Error) -> ExitCode {
-    eprintln!("imds-agent: {error:#}");
+    logging::write_last_words(&format!("imds-agent: {error:#}"));
     ExitCode::from(code)
 }

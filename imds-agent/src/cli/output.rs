@@ -1,12 +1,18 @@
 //! Commands that print a report and say by their exit status whether all is as it should be.
 
-use std::process::ExitCode;
+use std::{
+    io::{self, Write as _},
+    process::ExitCode,
+};
 
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use super::{Failure, NOT_HELD, PinDirArg};
-use crate::datapath::pins::{PinDir, PinError};
+use crate::{
+    datapath::pins::{PinDir, PinError},
+    escape::{escape_lines, to_json_pretty},
+};
 
 #[derive(Args, Debug)]
 pub(super) struct OutputArgs {
@@ -39,9 +45,18 @@ impl OutputArgs {
         is_right: bool,
     ) -> Result<ExitCode, Failure> {
         match self.output {
-            Output::Table => print!("{}", table(report)),
-            Output::Json => println!("{}", serde_json::to_string_pretty(report)?),
+            Output::Table => write_stdout(&escape_lines(&table(report)))?,
+            Output::Json => write_stdout(&(to_json_pretty(report)? + "\n"))?,
         }
         Ok(if is_right { ExitCode::SUCCESS } else { ExitCode::from(NOT_HELD) })
+    }
+}
+
+/// Writes to standard output. A reader that has read enough, like `head`, is no error.
+pub(super) fn write_stdout(text: &str) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written,
     }
 }

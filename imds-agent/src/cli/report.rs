@@ -5,12 +5,16 @@ use std::process::ExitCode;
 use clap::Args;
 use imds_ebpf_common::Role;
 
-use super::{Failure, output::OutputArgs};
+use super::{
+    Failure,
+    output::{OutputArgs, write_stdout},
+};
 use crate::{
     collector::Collector,
     datapath::{denials::Denials, endpoints, home, object, records},
     denials::Report,
     endpoints::Endpoint,
+    escape::escape_lines,
     preflight,
 };
 
@@ -51,7 +55,7 @@ pub(super) fn report(args: &ReportArgs) -> Result<ExitCode, Failure> {
     let pods = records::names(&maps, Role::Pod)?;
     let report = Report::new(pins.root().to_owned(), &denied, &guarded, &pods);
     let printed = if args.rules {
-        print!("{}", report.rules);
+        write_stdout(&escape_lines(&report.rules))?;
         Ok(ExitCode::SUCCESS)
     } else {
         args.output.print(&report, Report::table, true)

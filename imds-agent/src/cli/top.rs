@@ -19,6 +19,7 @@ use tokio::{
 use super::{Failure, PinDirArg};
 use crate::{
     datapath::{home, object, pins::PinDir, pods::Names},
+    escape::escape,
     events::{self, Record, boot_time},
     follower::Follower,
     node::{links, netlink::Netlink},
@@ -129,6 +130,7 @@ impl Watched {
         let lines = self.follower.read()?.into_iter().map(|event| {
             let pod = events::senders(&event).find_map(|sender| names.get(sender));
             let line = Record::new(&event, booted, links::name_of, pod).to_string();
+            let line = escape(&line).into_owned();
             // The day is known.
             line.split_once('T').map_or(line.clone(), |(_, line)| line.to_owned())
         });

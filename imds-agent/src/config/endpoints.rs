@@ -1,6 +1,6 @@
 //! What the configuration says of endpoints: a provider, extras, and endpoints of the operator's own.
 
-use std::net::IpAddr;
+use std::{collections::BTreeMap, net::IpAddr};
 
 use imds_ebpf_common::{
     Service,
@@ -12,7 +12,9 @@ use toml::Spanned;
 
 use super::{
     ConfigError, ConfigErrors,
+    file::File,
     source::{Mistakes, Place, Source, check_name},
+    suggest::did_you_mean,
 };
 use crate::{
     endpoints::{Endpoint, Guarded, Keep, address},
@@ -26,6 +28,25 @@ pub struct Endpoints {
     provider: Option<&'static Provider>,
     extras: Vec<(&'static Provider, Place)>,
     own: Vec<(Endpoint, Place)>,
+    /// Changes to endpoints of the provider and of extras.
+    presets: Vec<PresetChange>,
+}
+
+/// A change to an endpoint of a preset.
+#[derive(Clone, Debug)]
+struct PresetChange {
+    name: String,
+    place: Place,
+    keep: Vec<Keep>,
+}
+
+/// `[preset.NAME]`: changes to endpoints of presets, by their names.
+pub(super) type Presets = BTreeMap<Spanned<String>, PresetTable>;
+
+#[derive(Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct PresetTable {
+    allow_ports: Spanned<Vec<Spanned<String>>>,
 }
 
 #[derive(Deserialize, Serialize)]
@@ -42,17 +63,13 @@ fn no_services() -> Spanned<Vec<Spanned<String>>> {
 }
 
 impl Endpoints {
-    pub(super) fn parse(
-        provider: &Spanned<String>,
-        extras: &[Spanned<String>],
-        tables: &[EndpointTable],
-        source: Source<'_>,
-        mistakes: &mut Mistakes,
-    ) -> Self {
+    pub(super) fn parse(file: &File, source: Source<'_>, mistakes: &mut Mistakes) -> Self {
+        let File { provider, extras, endpoint, preset, .. } = file;
         Self {
             provider: mistakes.take(parse_provider(provider, source)).flatten(),
             extras: extras.iter().filter_map(|name| mistakes.take(parse_extra(name, source))).collect(),
-            own: tables.iter().filter_map(|table| mistakes.take(parse_endpoint(table, source))).collect(),
+            own: endpoint.iter().filter_map(|table| mistakes.take(parse_endpoint(table, source))).collect(),
+            presets: preset.iter().filter_map(|change| mistakes.take(parse_preset(change, source))).collect(),
         }
     }
 
@@ -68,7 +85,18 @@ impl Endpoints {
         let extras = self.extras.iter().flat_map(|(extra, place)| extra.endpoints().map(move |e| (e, place)));
         let own = self.own.iter().map(|(endpoint, place)| (endpoint.clone(), place));
         let mut mistakes = Mistakes::default();
-        for (endpoint, place) in extras.chain(own) {
+        for (endpoint, place) in extras {
+            match check_new(&endpoint, &endpoints) {
+                Ok(()) => endpoints.push(endpoint),
+                Err(message) => mistakes.note(place.error(message)),
+            }
+        }
+        for change in &self.presets {
+            if let Err(message) = change.apply(provider, &mut endpoints) {
+                mistakes.note(change.place.error(message));
+            }
+        }
+        for (endpoint, place) in own {
             match check_new(&endpoint, &endpoints) {
                 Ok(()) => endpoints.push(endpoint),
                 Err(message) => mistakes.note(place.error(message)),
@@ -78,6 +106,21 @@ impl Endpoints {
             return Err(ConfigErrors(mistakes.into_vec()));
         }
         Ok(Guarded::new(self.provider.map_or("auto", |provider| provider.name), provider.name, endpoints))
+    }
+}
+
+impl PresetChange {
+    /// Changes the endpoint, which must be one of the provider or of an extra.
+    fn apply(&self, provider: &Provider, endpoints: &mut [Endpoint]) -> Result<(), String> {
+        if let Some(endpoint) = endpoints.iter_mut().find(|endpoint| endpoint.name == self.name) {
+            endpoint.keep.clone_from(&self.keep);
+            return Ok(());
+        }
+        let names: Vec<_> = endpoints.iter().map(|endpoint| endpoint.name.as_str()).collect();
+        let suggestion = did_you_mean(&self.name, names.iter().copied());
+        let (name, provider) = (&self.name, provider.name);
+        let known = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+        Err(format!("preset.{name}: provider {provider} has no endpoint {name:?}, only {known}{suggestion}"))
     }
 }
 
@@ -110,10 +153,12 @@ fn parse_provider(
     }
     Provider::named(name.get_ref()).map(Some).ok_or_else(|| {
         let known: Vec<_> = PROVIDERS.iter().map(|provider| provider.name).collect();
+        let names = ["auto", "none", "generic"].into_iter().chain(known.iter().copied());
+        let suggestion = did_you_mean(name.get_ref(), names);
         let known = known.join(", ");
         source.error(
             name.span(),
-            format!("provider: {:?} is not one of auto, none, generic, {known}", name.get_ref()),
+            format!("provider: {:?} is not one of auto, none, generic, {known}{suggestion}", name.get_ref()),
         )
     })
 }
@@ -133,22 +178,36 @@ fn parse_endpoint(table: &EndpointTable, source: Source<'_>) -> Result<(Endpoint
     check_name(&table.name, "endpoint.name", NAME_LEN - 1, source)?;
     let address = parse_address(table.address.get_ref())
         .map_err(|message| source.error(table.address.span(), message))?;
-    let keep = parse_keeps(&table.keep, source)?;
+    let keep = parse_keeps("endpoint.keep", &table.keep, source)?;
     // What it clashes with is known only together with the provider's.
     Ok((Endpoint { name: table.name.get_ref().clone(), address, keep }, source.place(table.address.span())))
 }
 
-fn parse_keeps(texts: &Spanned<Vec<Spanned<String>>>, source: Source<'_>) -> Result<Vec<Keep>, ConfigError> {
+fn parse_preset(
+    (name, table): (&Spanned<String>, &PresetTable),
+    source: Source<'_>,
+) -> Result<PresetChange, ConfigError> {
+    let key = format!("preset.{}.allow_ports", name.get_ref());
+    let keep = parse_keeps(&key, &table.allow_ports, source)?;
+    Ok(PresetChange { name: name.get_ref().clone(), place: source.place(name.span()), keep })
+}
+
+fn parse_keeps(
+    key: &str,
+    texts: &Spanned<Vec<Spanned<String>>>,
+    source: Source<'_>,
+) -> Result<Vec<Keep>, ConfigError> {
     let count = texts.get_ref().len();
     if count > MAX_KEPT {
-        let message = format!("endpoint.keep: {count} services; at most {MAX_KEPT} can be kept");
+        let message = format!("{key}: {count} services; at most {MAX_KEPT} can be kept");
         return Err(source.error(texts.span(), message));
     }
     let mut keep: Vec<Keep> = Vec::new();
     for text in texts.get_ref() {
-        let service = parse_keep(text.get_ref()).map_err(|message| source.error(text.span(), message))?;
+        let service =
+            parse_keep(key, text.get_ref()).map_err(|message| source.error(text.span(), message))?;
         if keep.contains(&service) {
-            return Err(source.error(text.span(), format!("endpoint.keep: {service} is there twice")));
+            return Err(source.error(text.span(), format!("{key}: {service} is there twice")));
         }
         keep.push(service);
     }
@@ -157,8 +216,12 @@ fn parse_keeps(texts: &Spanned<Vec<Spanned<String>>>, source: Source<'_>) -> Res
 
 /// The plain form of an address that a service can be at, however far away.
 fn parse_address(text: &str) -> Result<IpAddr, String> {
-    let written: IpAddr =
-        text.parse().map_err(|_| format!("endpoint.address: {text:?} is no IPv4 or IPv6 address"))?;
+    let written: IpAddr = text.parse().map_err(|_| {
+        let address = text.split_once('/').map(|(address, _)| address.parse::<IpAddr>());
+        let hint =
+            if matches!(address, Some(Ok(_))) { ": ranges are not supported: list the address" } else { "" };
+        format!("endpoint.address: {text:?} is no IPv4 or IPv6 address{hint}")
+    })?;
     // The form that packets are compared in: an address that embeds an IPv4 one is that.
     let plain = address(written).ipv4().map_or(written, IpAddr::from);
     for address in [written, plain] {
@@ -179,7 +242,7 @@ fn parse_address(text: &str) -> Result<IpAddr, String> {
     Ok(plain)
 }
 
-fn parse_keep(text: &str) -> Result<Keep, String> {
+fn parse_keep(key: &str, text: &str) -> Result<Keep, String> {
     let parsed = text.split_once('/').and_then(|(protocol, port)| {
         let protocol = match protocol {
             "tcp" => TCP,
@@ -190,7 +253,6 @@ fn parse_keep(text: &str) -> Result<Keep, String> {
         let port = port.bytes().all(|byte| byte.is_ascii_digit()).then(|| port.parse().ok())??;
         (port != 0).then_some(Keep(Service::new(protocol, port)))
     });
-    parsed.ok_or_else(|| {
-        format!("endpoint.keep: {text:?} is not `tcp/PORT` or `udp/PORT` with a port from 1 to 65535")
-    })
+    parsed
+        .ok_or_else(|| format!("{key}: {text:?} is not `tcp/PORT` or `udp/PORT` with a port from 1 to 65535"))
 }

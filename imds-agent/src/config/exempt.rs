@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    fmt,
     net::IpAddr,
     ops::Range,
     path::{Component, Path, PathBuf},
@@ -15,6 +16,7 @@ use super::{
     ConfigError, ConfigErrors, names,
     selector::{Selector, SelectorTable},
     source::{Mistakes, Place, Source, check_name},
+    suggest::did_you_mean,
 };
 use crate::endpoints::Guarded;
 
@@ -83,6 +85,12 @@ impl NameGlob {
     #[must_use]
     pub fn matches(&self, name: &str) -> bool {
         self.0.is_match(name)
+    }
+}
+
+impl fmt::Display for NameGlob {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0.glob().glob())
     }
 }
 
@@ -171,7 +179,9 @@ fn address(name: &str, place: &Place, guarded: &Guarded) -> Result<IpAddr, Confi
     endpoints.iter().find(|endpoint| endpoint.name == name).map(|endpoint| endpoint.address).ok_or_else(
         || {
             let known: Vec<_> = endpoints.iter().map(|endpoint| endpoint.name.as_str()).collect();
-            place.error(format!("exempt.endpoints: no endpoint is named {name:?}, only {}", known.join(", ")))
+            let suggestion = did_you_mean(name, known.iter().copied());
+            let known = known.join(", ");
+            place.error(format!("exempt.endpoints: no endpoint is named {name:?}, only {known}{suggestion}"))
         },
     )
 }

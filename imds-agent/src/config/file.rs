@@ -10,13 +10,14 @@ use toml::{
 };
 
 use super::{
-    endpoints::EndpointTable,
+    endpoints::{EndpointTable, Presets},
     exempt::ExemptTable,
     hooks::HooksTable,
     interfaces::InterfacesTable,
     kubernetes::KubernetesTable,
     metrics::MetricsTable,
     source::{Mistakes, Source},
+    suggest::did_you_mean_of,
 };
 
 /// So many mistakes are named at most: whoever has more has another kind of file.
@@ -34,6 +35,7 @@ pub(super) struct File {
     pub(super) interfaces: InterfacesTable,
     pub(super) metrics: MetricsTable,
     pub(super) kubernetes: KubernetesTable,
+    pub(super) preset: Presets,
     pub(super) endpoint: Vec<EndpointTable>,
     pub(super) exempt: Vec<ExemptTable>,
 }
@@ -49,6 +51,7 @@ impl Default for File {
             interfaces: InterfacesTable::default(),
             metrics: MetricsTable::default(),
             kubernetes: KubernetesTable::default(),
+            preset: Presets::new(),
             endpoint: Vec::new(),
             exempt: Vec::new(),
         }
@@ -146,10 +149,11 @@ fn message(error: &Error, source: Source<'_>) -> String {
     let span = error.span().unwrap_or_default();
     let there = source.text.get(span).unwrap_or_default();
     let message = error.message().lines().collect::<Vec<_>>().join("; ");
+    let suggestion = did_you_mean_of(&message);
     if there.is_empty() || there.contains('\n') || message.contains(there) {
-        message
+        message + &suggestion
     } else {
-        format!("{message}: {there}")
+        format!("{message}: {there}{suggestion}")
     }
 }
 

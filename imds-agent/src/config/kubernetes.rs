@@ -1,11 +1,11 @@
 //! `[kubernetes]`: whether and how pods are known by name.
 
 use std::{
-    env,
+    env, fmt,
     path::{Path, PathBuf},
 };
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de};
 use toml::Spanned;
 
 use super::{
@@ -27,8 +27,8 @@ pub struct Kubernetes {
     pub node_name: Option<String>,
 }
 
-/// Whether pods are looked up.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+/// Setting of the lookup of pods: `"auto"`, `"yes"` or true, `"no"` or false in the configuration.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Enabled {
     /// In a pod, or where there is a kubeconfig.
@@ -38,6 +38,35 @@ pub enum Enabled {
     Yes,
     /// Never.
     No,
+}
+
+impl<'de> Deserialize<'de> for Enabled {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+
+        impl de::Visitor<'_> for Visitor {
+            type Value = Enabled;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("\"auto\", \"yes\", \"no\", true or false")
+            }
+
+            fn visit_bool<E>(self, is_on: bool) -> Result<Enabled, E> {
+                Ok(if is_on { Enabled::Yes } else { Enabled::No })
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Enabled, E> {
+                match text {
+                    "auto" => Ok(Enabled::Auto),
+                    "yes" => Ok(Enabled::Yes),
+                    "no" => Ok(Enabled::No),
+                    other => Err(E::invalid_value(de::Unexpected::Str(other), &self)),
+                }
+            }
+        }
+
+        deserializer.deserialize_any(Visitor)
+    }
 }
 
 /// The way to the API server.
@@ -156,6 +185,8 @@ mod tests {
             ("[kubernetes]\nenabled = 'no'", None, None),
             ("[kubernetes]\nenabled = 'no'\nkubeconfig = '/etc/k.yaml'", None, None),
             ("[kubernetes]\nenabled = 'yes'", Some(Access::InCluster), Some(Access::InCluster)),
+            ("[kubernetes]\nenabled = true", Some(Access::InCluster), Some(Access::InCluster)),
+            ("[kubernetes]\nenabled = false", None, None),
             ("[kubernetes]\nkubeconfig = '/etc/k.yaml'", file.clone(), file),
         ] {
             let kubernetes = parse(text).unwrap();
@@ -176,7 +207,7 @@ mod tests {
     #[test]
     fn mistakes_are_named() {
         for (line, place, part) in [
-            ("enabled = true", "2:11", "true"),
+            ("enabled = 1", "2:11", "true or false"),
             ("enabled = 'maybe'", "2:11", "maybe"),
             ("kubeconfig = 'k.yaml'", "2:14", "absolute"),
             ("node_name = 'Node 7'", "2:13", "node_name"),

@@ -7,7 +7,7 @@ use std::{
     str::FromStr,
 };
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de};
 use toml::Spanned;
 
 use super::source::{Mistakes, Source};
@@ -39,12 +39,41 @@ impl fmt::Display for Listen {
 #[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct MetricsTable {
-    listen: Vec<Spanned<String>>,
+    listen: Spanned<Places>,
+}
+
+/// One place or a list of them. It is shown as a list.
+#[derive(Serialize)]
+#[serde(transparent)]
+struct Places(Vec<Spanned<String>>);
+
+impl<'de> Deserialize<'de> for Places {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+
+        impl<'de> de::Visitor<'de> for Visitor {
+            type Value = Places;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a string or a list of strings")
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<Places, E> {
+                Ok(Places(vec![Spanned::new(0..0, text.to_owned())]))
+            }
+
+            fn visit_seq<A: de::SeqAccess<'de>>(self, list: A) -> Result<Places, A::Error> {
+                Vec::deserialize(de::value::SeqAccessDeserializer::new(list)).map(Places)
+            }
+        }
+
+        deserializer.deserialize_any(Visitor)
+    }
 }
 
 impl Default for MetricsTable {
     fn default() -> Self {
-        Self { listen: vec![Spanned::new(0..0, DEFAULT.to_string())] }
+        Self { listen: Spanned::new(0..0, Places(vec![Spanned::new(0..0, DEFAULT.to_string())])) }
     }
 }
 
@@ -56,15 +85,20 @@ impl Listen {
 
     pub(super) fn parse(table: &MetricsTable, source: Source<'_>, mistakes: &mut Mistakes) -> Vec<Self> {
         let mut places = Vec::new();
-        for text in &table.listen {
+        let Places(texts) = table.listen.get_ref();
+        // A single string is where its value is.
+        let span = |text: &Spanned<String>| {
+            if text.span().is_empty() { table.listen.span() } else { text.span() }
+        };
+        for text in texts {
             let place = text.as_ref().parse().and_then(|place| {
                 if places.contains(&place) { Err(format!("{place} is there already")) } else { Ok(place) }
             });
             let place =
-                place.map_err(|message| source.error(text.span(), format!("metrics.listen: {message}")));
+                place.map_err(|message| source.error(span(text), format!("metrics.listen: {message}")));
             places.extend(mistakes.take(place));
         }
-        if let Some(beyond) = table.listen.get(MOST) {
+        if let Some(beyond) = texts.get(MOST) {
             let message = format!("metrics.listen: there can be {MOST} at most");
             mistakes.note(source.error(beyond.span(), message));
         }

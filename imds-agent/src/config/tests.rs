@@ -80,6 +80,73 @@ fn errors_name_file_line_and_key() {
     }
 }
 
+#[test]
+fn errors_have_suggestions() {
+    for (text, expected) in [
+        ("modee = 'off'", "; did you mean \"mode\"?"),
+        ("[hooks]\nhostnetwork = true", "; did you mean \"host_network\"?"),
+        ("[[endpoint]]\nname = 'a'\nadress = '10.0.0.1'", "; did you mean \"address\"?"),
+        ("provider = 'azur'", "; did you mean \"azure\"?"),
+        ("provider = 'azure'\n[preset.wireservr]\nallow_ports = []", "; did you mean \"wireserver\"?"),
+        (
+            "[[endpoint]]\nname = 'a'\naddress = '10.0.0.0/24'",
+            "no IPv4 or IPv6 address: ranges are not supported: list the address",
+        ),
+    ] {
+        let errors = all_errors(text);
+        assert!(errors.iter().any(|error| error.ends_with(expected)), "{text}: {errors:?}");
+    }
+    assert!(!all_errors("[[endpoint]]\nname = 'a'\naddress = '10.0.0.x/24'")[0].contains("ranges"));
+    assert!(!all_errors("cluster = 1")[0].contains("did you mean"));
+}
+
+#[test]
+fn presets_have_other_ports_where_the_file_says_so() {
+    let ports = |text: &str| {
+        let guarded = parse(text).unwrap().endpoints.resolve(&Dmi::default()).unwrap();
+        let of = |endpoint: &crate::endpoints::Endpoint| {
+            let ports: Vec<_> = endpoint.keep.iter().map(ToString::to_string).collect();
+            format!("{} {}", endpoint.name, ports.join(" "))
+        };
+        guarded.endpoints().iter().map(of).collect::<Vec<_>>()
+    };
+    let azure = "provider = 'azure'\nextras = ['ecs']\n";
+    assert_eq!(ports(azure), ["imds ", "wireserver udp/53 tcp/53 udp/67", "ecs "]);
+    let changed = format!(
+        "{azure}[preset.wireserver]\nallow_ports = []\n[preset.ecs]\nallow_ports = ['tcp/80', 'udp/1']"
+    );
+    assert_eq!(ports(&changed), ["imds ", "wireserver ", "ecs tcp/80 udp/1"]);
+    for (text, expected) in [
+        (
+            "[preset.wireserver]\nallow_ports = []",
+            "f:1:9: preset.wireserver: provider generic has no endpoint",
+        ),
+        ("[preset.imds]\nallow_ports = ['tcp/0']", "f:2:16: preset.imds.allow_ports: \"tcp/0\""),
+        ("[preset.imds]\naddress = '10.0.0.1'", "f:2:1: preset.imds.address: unknown field"),
+        (
+            "provider = 'none'\n[preset.own]\nallow_ports = []\n[[endpoint]]\nname = 'own'\naddress = '10.0.0.1'",
+            "f:2:9: preset.own",
+        ),
+    ] {
+        let errors = all_errors(text);
+        assert!(errors.iter().any(|error| error.starts_with(expected)), "{text}: {errors:?}");
+    }
+}
+
+#[test]
+fn metrics_are_served_at_one_place_or_several() {
+    let listen = |text: &str| parse(&format!("[metrics]\nlisten = {text}")).map(|config| config.listen);
+    let place = |text: &str| text.parse::<Listen>().unwrap();
+    assert_eq!(listen("'127.0.0.1:1'"), Ok(vec![place("127.0.0.1:1")]));
+    assert_eq!(listen("['127.0.0.1:1', '/run/a']"), Ok(vec![place("127.0.0.1:1"), place("/run/a")]));
+    assert_eq!(listen("[]"), Ok(Vec::new()));
+    for wrong in ["'nowhere'", "3", "[3]", "['nowhere']"] {
+        let column = if wrong.starts_with('[') { 11 } else { 10 };
+        let error = listen(wrong).unwrap_err();
+        assert!(error.starts_with(&format!("imds.toml:2:{column}: metrics.listen: ")), "{error}");
+    }
+}
+
 fn all_errors(text: &str) -> Vec<String> {
     let config = Config::parse(text, Path::new("f"));
     let resolved = config.and_then(|config| config.endpoints.resolve(&Dmi::default()));
@@ -158,6 +225,7 @@ fn the_example_is_all_defaults() {
     for lists in [&mut in_force, &mut default] {
         // What is in these has no default.
         lists.retain(|_, value| !matches!(value, Value::Array(list) if list.iter().all(Value::is_table)));
+        lists.remove("preset");
     }
     assert_eq!(in_force, default);
 }
@@ -171,6 +239,8 @@ fn the_example_has_every_key() {
     for (name, value) in &keys {
         let mut found = BTreeSet::new();
         match value {
+            // Its keys are names of endpoints.
+            Value::Table(_) if name == "preset" => continue,
             Value::Table(table) => add_keys(table, &mut found),
             Value::Array(list) if list.iter().any(Value::is_table) => {
                 list.iter().filter_map(Value::as_table).for_each(|table| add_keys(table, &mut found));

@@ -57,7 +57,7 @@ impl Record {
             path: (!path.is_empty()).then(|| path.into()),
             loaded_at: timestamp(record.loaded_at),
             refusal,
-            text: endpoints::raw(&record.text),
+            text: endpoints::raw(&record.text).unwrap_or_default().to_owned(),
         })
     }
 }
@@ -117,10 +117,15 @@ pub(crate) fn timestamp(nanoseconds: u64) -> Timestamp {
 
 /// As much of `text` as there is room for in whole characters, then zeros.
 pub(crate) fn padded<const LEN: usize>(text: &str) -> [u8; LEN] {
-    let mut padded = [0; LEN];
     let (whole, _) = text.split_at(text.floor_char_boundary(LEN));
-    for (to, from) in padded.iter_mut().zip(whole.bytes()) {
-        *to = from;
+    padded_bytes(whole.as_bytes())
+}
+
+/// As many of these bytes as there is room for, then zeros.
+pub(crate) fn padded_bytes<const LEN: usize>(bytes: &[u8]) -> [u8; LEN] {
+    let mut padded = [0; LEN];
+    for (to, from) in padded.iter_mut().zip(bytes) {
+        *to = *from;
     }
     padded
 }

@@ -27,6 +27,7 @@ use crate::{
         bpf::{self, CgroupPrograms},
         pins::{self, PinDir},
     },
+    escape::escape_path,
     node::cgroup,
 };
 
@@ -66,14 +67,14 @@ pub(super) fn programs(pins: &PinDir) -> Result<Vec<Check>, DatapathError> {
         match cgroup.checks(hook, attach_type) {
             Ok(found) => checks.extend(found),
             Err(error) => {
-                let found = format!("failed to query {hook} of {}: {error}", cgroup.path.display());
+                let found = format!("failed to query {hook} of {}: {error}", escape_path(&cgroup.path));
                 let remedy = "run this as root, or with the agent's capabilities";
                 return Ok(vec![Check::degraded(NAME, found, remedy)]);
             }
         }
     }
     if checks.is_empty() {
-        checks.push(Check::ok(NAME, format!("no others at {}", cgroup.path.display())));
+        checks.push(Check::ok(NAME, format!("no others at {}", escape_path(&cgroup.path))));
     }
     Ok(checks)
 }
@@ -102,7 +103,7 @@ impl Cgroup {
         let entries: Vec<_> = effective.into_iter().map(entry).collect();
         let exclusive = self.exclusive(&own, attach_type);
         let is_call = CALLS.iter().any(|(_, of_call)| *of_call == attach_type);
-        let at = self.path.display().to_string();
+        let at = escape_path(&self.path);
         let checks = foreign(&entries, &at, hook).map(|(program, entry)| {
             if entry.id.is_some() && entry.id == exclusive {
                 return alone(program, hook);

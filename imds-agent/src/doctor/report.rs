@@ -9,6 +9,8 @@ use std::{
 use comfy_table::{Table, presets::NOTHING};
 use serde::Serialize;
 
+use crate::escape::escape;
+
 /// The whole of it.
 #[derive(Debug, Serialize)]
 pub struct Report {
@@ -156,7 +158,7 @@ impl Report {
         table.load_style(NOTHING);
         table.set_header(["CHECK", "STATE", "FOUND"]);
         for check in &self.checks {
-            table.add_row([check.name, check.state.name(), &check.found]);
+            table.add_row([check.name, check.state.name(), &escape(&check.found)]);
         }
         let mut text = format!("{}\n", table.trim_fmt());
         let remedies: Vec<_> =
@@ -166,7 +168,7 @@ impl Report {
         }
         for (name, remedy) in remedies {
             // Writing to a string does not fail.
-            let _ok = writeln!(text, "  {name}: {remedy}");
+            let _ok = writeln!(text, "  {name}: {}", escape(remedy));
         }
         text
     }

@@ -6,7 +6,11 @@ use imds_ebpf_common::{AttachMode, Hook, TcHook, TcHookSet};
 use log::Level;
 use tokio::time::{Instant, sleep_until};
 
-use super::{Guard, attach_queue::AttachQueue};
+use super::{
+    Guard,
+    attach_queue::AttachQueue,
+    change_log::{Change, Pass},
+};
 use crate::{
     datapath::{DatapathError, pins::AttachPoint, records::LinkState},
     node::links::{Kind, Link},
@@ -96,10 +100,11 @@ impl Guard {
             return;
         }
         self.initial.retain(|point| self.queue.contains(*point));
-        if self.initial.is_empty()
-            && !std::mem::replace(&mut self.is_ready, true)
-            && let Err(error) = self.datapath.announce_ready()
-        {
+        if !self.initial.is_empty() || std::mem::replace(&mut self.is_ready, true) {
+            return;
+        }
+        self.changes.end(Pass::InitialSync);
+        if let Err(error) = self.datapath.announce_ready() {
             self.is_ready = false;
             log::error!("failed to mark the agent as ready: {:#}", anyhow::Error::from(error));
         }
@@ -134,7 +139,8 @@ impl Guard {
         match self.reconcile(&link, is_new).await {
             Ok(Reconciled::AsDesired) => {
                 if self.failures.remove(&link.index).is_some() {
-                    log::info!("{} (ifindex {}): enforced again", link.name, link.index);
+                    let text = format!("{} (ifindex {}): enforced again", link.name, link.index);
+                    self.changes.note(Level::Info, Change::EnforcedAgain, text);
                 }
             }
             Ok(Reconciled::Postponed) => {
@@ -151,7 +157,8 @@ impl Guard {
 
     fn fail(&mut self, link: &Link, failure: String) {
         if self.failures.get(&link.index) != Some(&failure) {
-            log::error!("{} (ifindex {}): not enforced: {failure}", link.name, link.index);
+            let text = format!("{} (ifindex {}): not enforced: {failure}", link.name, link.index);
+            self.changes.note(Level::Error, Change::NotEnforced, text);
             self.failures.insert(link.index, failure);
         }
     }
@@ -310,46 +317,6 @@ impl Guard {
         if self.in_reload || !self.initial_sync_done { Level::Info } else { Level::Warn }
     }
 
-    fn report(&mut self, link: &Link, hook: TcHook, action: Action, is_new: bool) {
-        let Link { name, index, .. } = link;
-        let is_turn = self.turn == Some(AttachPoint { ifindex: *index, edge: hook });
-        let (hook, level) = (hook.hook().name(), self.level_of_change());
-        if level == Level::Warn && !is_turn {
-            match action {
-                Action::Attach(_) if !is_new => self.repairs.attached += 1,
-                Action::Replace(_) => self.repairs.replaced += 1,
-                Action::Pin(_) => self.repairs.pinned += 1,
-                Action::Reorder(_) => self.repairs.reordered += 1,
-                Action::Attach(_) | Action::Detach(_) => {}
-            }
-        }
-        let at = format!("{name} (ifindex {index})");
-        match action {
-            Action::Attach(mode) if is_new || is_turn => {
-                log::info!("attached {hook} to {at} with {}", mode.name());
-            }
-            Action::Attach(mode) => {
-                let again = if self.in_reload { "" } else { " again" };
-                log::log!(level, "attached {hook} to {at}{again} with {}", mode.name());
-            }
-            Action::Replace(mode) if self.initial_sync_done => {
-                log::warn!("replaced another program at {hook} of {at} with {}", mode.name());
-            }
-            Action::Replace(_) => log::info!("updated {hook} of {at}, attached by an earlier agent"),
-            Action::Pin(_) => log::warn!("pinned the link of {hook} at {at} again"),
-            Action::Reorder(_) => {
-                log::warn!("moved {hook} of {at} to the head of the hook: another program was before it");
-            }
-            Action::Detach(mode) => {
-                log::log!(
-                    if is_turn { Level::Debug } else { level },
-                    "detached {hook} from {at} ({})",
-                    mode.name()
-                );
-            }
-        }
-    }
-
     async fn warn_if_blocked(&mut self, link: &Link, hook: TcHook) -> Result<(), DatapathError> {
         let attachments = self.datapath.observe(link, hook, false).await?;
         if attachments.iter().any(|attachment| attachment.place == Order::Blocked) {
@@ -369,7 +336,8 @@ impl Guard {
         self.backoff.forget(index);
         self.failed.retain(|point| point.ifindex != index);
         if let Some(link) = self.links.remove(&index) {
-            log::info!("{} (ifindex {index}) was deleted", link.name);
+            let text = format!("{} (ifindex {index}) was deleted", link.name);
+            self.changes.note(Level::Info, Change::Deleted, text);
         }
         self.failures.remove(&index);
         if let Err(error) = self.datapath.forget(index) {

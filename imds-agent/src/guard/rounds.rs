@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Guard, links, unless};
+use super::{Guard, change_log::Pass, links, unless};
 use crate::{datapath::DatapathError, node::links::Link, state::Uplinks};
 
 /// How many links are looked at before news has its turn: a millisecond's worth.
@@ -16,6 +16,15 @@ impl Guard {
         if self.is_looking() {
             return Ok(());
         }
+        self.changes.begin(Pass::Resync);
+        let begun = self.start_round(anew).await;
+        if !self.is_looking() {
+            self.changes.end(Pass::Resync);
+        }
+        begun
+    }
+
+    async fn start_round(&mut self, anew: bool) -> Result<(), DatapathError> {
         let begun = self.look_around();
         if anew {
             self.finder.refresh();
@@ -48,6 +57,7 @@ impl Guard {
         if self.is_looking() {
             return Ok(());
         }
+        self.changes.end(Pass::Resync);
         self.follow_enforcement()?;
         self.restore_exemptions().await?;
         // Again, if another program removed the directory.
@@ -57,6 +67,7 @@ impl Guard {
     /// Reads everything anew and puts right what is not as it should be. What fails on one interface is in
     /// [`Guard::failures`] and does not keep the others from it.
     pub(super) async fn resync(&mut self) -> Result<(), DatapathError> {
+        self.changes.begin(Pass::Resync);
         // Guarding goes on without pins; what comes of it is said at the end.
         let around = self.look_around().and(self.follow_local_service().await);
         // Node-wide hooks come first: they cover all pods at once, and their attachments do not wait.
@@ -73,6 +84,7 @@ impl Guard {
             self.initial = links::initial(&self.queue);
             self.announce_ready();
         }
+        self.changes.end(Pass::Resync);
         around.and(self.follow_enforcement())
     }
 

@@ -1,6 +1,6 @@
 //! The requests that are made of the API server, and what can come of them.
 
-use std::{path::PathBuf, time::Duration};
+use std::{error::Error, path::PathBuf, time::Duration};
 
 use bytes::BytesMut;
 use http::{Method, Request, StatusCode, header, request::Builder};
@@ -27,6 +27,8 @@ const MAX_ANSWER: usize = 64 << 20;
 const MAX_LINE: usize = 8 << 20;
 /// Longest that a server's wish for a pause is heeded.
 const MAX_RETRY_AFTER: Duration = Duration::from_mins(5);
+/// Path of all pods.
+pub(super) const PODS: &str = "/api/v1/pods";
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -130,6 +132,21 @@ impl ApiError {
             _ => None,
         }
     }
+}
+
+/// The text of an error and of its causes. A cause that is quoted already is left out: libraries repeat the text of their
+/// causes in their own.
+pub(super) fn with_causes(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        next = cause.source();
+    }
+    text
 }
 
 /// From which state of its store the server is to answer.
@@ -254,6 +271,8 @@ impl Status {
 /// The API server, asked about the pods of one node.
 pub(super) struct Api {
     client: Client,
+    /// URL of the server, without a slash at the end.
+    server: String,
     node: String,
 }
 
@@ -272,11 +291,17 @@ impl Api {
             config.root_cert = Some(Vec::new());
         }
         config.connect_timeout = Some(CONNECT_TIMEOUT);
+        let server = config.cluster_url.to_string().trim_end_matches('/').to_owned();
         // Pauses are the watch's affair, and seen.
         config.default_retry = false;
         let client =
             Client::try_from(config).map_err(|source| ApiError::Client { source: Box::new(source) })?;
-        Ok(Self { client, node: node.to_owned() })
+        Ok(Self { client, server, node: node.to_owned() })
+    }
+
+    /// The text of an error of a request for `path`, which names the URL, and each cause once.
+    pub(super) fn describe(&self, path: &str, error: &ApiError) -> String {
+        format!("{}{path}: {}", self.server, with_causes(error))
     }
 
     /// Part of all pods: the first, or the one that starts at `next`.
@@ -355,8 +380,9 @@ impl Api {
     }
 
     fn target(&self, query: &[(&str, &str)]) -> String {
-        let path = "/api/v1/pods?";
-        form_urlencoded::Serializer::for_suffix(path.to_owned(), path.len())
+        let path = format!("{PODS}?");
+        let length = path.len();
+        form_urlencoded::Serializer::for_suffix(path, length)
             .append_pair("fieldSelector", &format!("spec.nodeName={}", self.node))
             .extend_pairs(query)
             .finish()
@@ -456,6 +482,21 @@ mod tests {
         assert_eq!(kind("{\"type\":\"MOVED\",\"object\":{}}\n").await, ErrorKind::Malformed);
         let endless = "x".repeat(MAX_LINE + 1);
         assert!(matches!(lines(&endless).next().await, Err(ApiError::TooLong { .. })));
+    }
+
+    #[test]
+    fn each_cause_is_named_once() {
+        #[derive(Debug, Error)]
+        #[error("{text}")]
+        struct Link {
+            text: &'static str,
+            source: Option<Box<Self>>,
+        }
+        let refused = Link { text: "connection refused", source: None };
+        let connect = Link { text: "client error (Connect)", source: Some(Box::new(refused)) };
+        let again = Link { text: "client error (Connect)", source: Some(Box::new(connect)) };
+        let service = Link { text: "ServiceError: client error (Connect)", source: Some(Box::new(again)) };
+        assert_eq!(with_causes(&service), "ServiceError: client error (Connect): connection refused");
     }
 
     #[test]

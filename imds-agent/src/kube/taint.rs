@@ -5,19 +5,22 @@ use std::time::Duration;
 use http::Method;
 use serde_json::{Value, json};
 
-use super::api::{Api, ApiError};
+use super::api::{Api, with_causes};
 use crate::config::Access;
 
 /// Why a taint is still there.
 #[derive(Debug, thiserror::Error)]
-#[error(transparent)]
-pub struct TaintError(#[from] ApiError);
+#[error("{text}")]
+pub struct TaintError {
+    text: String,
+    retry_after: Option<Duration>,
+}
 
 impl TaintError {
     /// How long the server asks to be left alone.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
-        self.0.retry_after()
+        self.retry_after
     }
 }
 
@@ -31,7 +34,9 @@ impl NodeTaints {
     /// Of the node of this name.
     pub async fn new(access: &Access, node: &str) -> Result<Self, TaintError> {
         // A name of a node needs no escaping (RFC 1123).
-        Ok(Self { api: Api::new(access, node).await?, target: format!("/api/v1/nodes/{node}") })
+        let api = Api::new(access, node).await;
+        let api = api.map_err(|error| TaintError { text: with_causes(&error), retry_after: None })?;
+        Ok(Self { api, target: format!("/api/v1/nodes/{node}") })
     }
 
     /// Removes all with this key. Returns whether there was one.
@@ -40,11 +45,18 @@ impl NodeTaints {
     ///
     /// Also where somebody else changed the taints meanwhile, which are then left as they are.
     pub async fn remove(&self, key: &str) -> Result<bool, TaintError> {
-        let node = self.api.request(Method::GET, &self.target, None).await?;
+        let node = self.request(Method::GET, None).await?;
         let patch = node.pointer("/spec/taints").and_then(|taints| patch(taints, key));
         let Some(patch) = patch else { return Ok(false) };
-        self.api.request(Method::PATCH, &self.target, Some(&patch)).await?;
+        self.request(Method::PATCH, Some(&patch)).await?;
         Ok(true)
+    }
+
+    async fn request(&self, method: Method, patch: Option<&Value>) -> Result<Value, TaintError> {
+        self.api.request(method, &self.target, patch).await.map_err(|error| TaintError {
+            text: self.api.describe(&self.target, &error),
+            retry_after: error.retry_after(),
+        })
     }
 }
 

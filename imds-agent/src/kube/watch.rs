@@ -12,7 +12,7 @@ use tokio::{
 };
 
 use super::{
-    api::{Api, ApiError, ErrorKind, News, Page, Since},
+    api::{Api, ApiError, ErrorKind, News, PODS, Page, Since, with_causes},
     backoff::{Attempts, Backoff},
     index::MOST_PODS,
     pod::Pod,
@@ -175,7 +175,7 @@ impl Follower {
                 Err(Interruption::Failed(error)) => error,
             };
             let pause = self.attempts.failed(error.retry_after());
-            self.learn_from(error, pause);
+            self.learn_from(&error, pause);
             sleep(pause).await;
         }
     }
@@ -276,12 +276,14 @@ impl Follower {
 
     fn connected(&mut self) {
         if self.said.take().is_some() {
-            log::info!("the API server tells of this node's pods again");
+            log::info!("pod watch re-established");
         }
         self.state.send_modify(WatchState::connect);
     }
 
-    fn learn_from(&mut self, error: ApiError, pause: Duration) {
+    fn learn_from(&mut self, error: &ApiError, pause: Duration) {
+        let described = self.api.as_ref().map(|api| api.describe(PODS, error));
+        let text = described.unwrap_or_else(|| with_causes(error));
         match error.kind() {
             // What was missed is only in the whole.
             ErrorKind::Gone | ErrorKind::Malformed => self.version = None,
@@ -292,13 +294,12 @@ impl Follower {
             ErrorKind::Closed | ErrorKind::Throttled | ErrorKind::Server => {}
         }
         let kind = error.kind();
-        let text = format!("{:#}", anyhow::Error::from(error));
         self.state.send_modify(|state| state.fail(kind, text.clone(), pause));
         let is_usual = matches!(kind, ErrorKind::Gone | ErrorKind::Closed);
         if is_usual || self.said.as_ref() == Some(&text) {
             log::debug!("{text}");
         } else {
-            log::warn!("what pods are granted stays as it is for now: {text}");
+            log::warn!("pod watch failed, keeping existing exemptions: {text}");
             self.said = Some(text);
         }
     }

@@ -10,6 +10,8 @@ use rtnetlink::packet_route::{
     },
 };
 
+use crate::escape::escape_bytes;
+
 /// An interface in the node's network namespace.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Link {
@@ -72,7 +74,9 @@ pub enum Kind {
 /// Name of the interface with this index in the calling thread's network namespace, where there is one.
 #[must_use]
 pub fn name_of(index: u32) -> Option<String> {
-    if_indextoname(index).ok().and_then(|name| name.into_string().ok())
+    // Bytes that are not UTF-8 are escaped as in the name of [`Link::unreadable`].
+    let name = if_indextoname(index).ok()?;
+    Some(name.into_string().unwrap_or_else(|error| escape_bytes(error.into_cstring().as_bytes())))
 }
 
 impl Link {

@@ -23,6 +23,7 @@ use rtnetlink::{
 use thiserror::Error;
 
 use super::links::Link;
+use crate::escape::escape_bytes;
 
 /// A request to rtnetlink that failed.
 #[derive(Debug, Error)]
@@ -139,9 +140,11 @@ impl Netlink {
             .map_err(|error| NetlinkError::from_rtnetlink("dumping interfaces", error))?;
         let known: BTreeSet<u32> = links.iter().map(|link| link.index).collect();
         let unreadable = names.iter().filter(|interface| !known.contains(&interface.index()));
-        links.extend(unreadable.map(|interface| {
-            Link::unreadable(interface.index(), interface.name().to_string_lossy().into_owned())
-        }));
+        links.extend(
+            unreadable.map(|interface| {
+                Link::unreadable(interface.index(), escape_bytes(interface.name().to_bytes()))
+            }),
+        );
         Ok(links)
     }
 

@@ -8,6 +8,7 @@ use super::{HookAttachment, Interface, Node, Report};
 use crate::{
     config::Interfaces,
     datapath::{DatapathError, clsact, counters::Counts, mprog, object, pins::AttachPoint, records},
+    escape::escape,
     node::links::Link,
     reconcile::{Attachment, Order},
     state,
@@ -56,7 +57,7 @@ impl Report {
         }
         self.interfaces.push(Interface {
             ifindex: link.index,
-            name: link.name.clone(),
+            name: escape(&link.name).into_owned(),
             pod: node.names.get(&Subject::new(SubjectKind::Interface, link.index.into())).cloned(),
             role: role.name(),
             attachments,
@@ -74,7 +75,7 @@ impl Report {
         pending: bool,
         node: &Node<'_>,
     ) {
-        let (name, hook_name) = (&*link.name, hook.hook().name());
+        let (name, hook_name) = (&*escape(&link.name), hook.hook().name());
         let Some(attachment) = attachment else {
             let remedy = if self.agent.running {
                 "see the agent's log for the cause"

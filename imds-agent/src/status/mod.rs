@@ -25,6 +25,7 @@ use crate::{
         pods,
     },
     endpoints::{Endpoint as Guarded, Keep},
+    escape::escape,
     node::netlink::Netlink,
     pods::Identity,
     state::Uplinks,
@@ -152,7 +153,9 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
 impl Report {
     fn problem(&mut self, interface: Option<&str>, problem: impl Into<String>, remedy: impl Into<String>) {
         let interface = interface.map(str::to_owned);
-        self.problems.push(Problem { interface, problem: problem.into(), remedy: remedy.into() });
+        let [problem, remedy] =
+            [problem.into(), remedy.into()].map(|text: String| escape(&text).into_owned());
+        self.problems.push(Problem { interface, problem, remedy });
     }
 
     fn add_configuration(&mut self, maps: &Maps) -> Result<(), DatapathError> {

@@ -8,6 +8,7 @@ use std::{
 
 use crate::{
     datapath::counters::Counts,
+    escape::escape,
     status::{self, Report},
 };
 
@@ -113,7 +114,7 @@ impl Model {
         self.header = header(report);
         self.problem = report.problems.split_first().map(|(first, others)| {
             let of = first.interface.as_ref().map(|name| format!("{name}: ")).unwrap_or_default();
-            (format!("{of}{}", first.problem), others.len())
+            (escape(&format!("{of}{}", first.problem)).into_owned(), others.len())
         });
         let mut rows: Vec<_> =
             report.interfaces.iter().filter(|interface| !interface.attachments.is_empty()).map(row).collect();

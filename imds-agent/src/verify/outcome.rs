@@ -6,7 +6,10 @@ use comfy_table::{Table, presets::NOTHING};
 use imds_ebpf_common::{Hook, Verdict};
 use serde::Serialize;
 
-use crate::endpoints::{Endpoint, Keep};
+use crate::{
+    endpoints::{Endpoint, Keep},
+    escape::escape,
+};
 
 /// The report of one `imds-agent verify`.
 #[derive(Debug, Serialize)]
@@ -157,11 +160,11 @@ impl VerifyReport {
             let service = check.service.as_ref().map(|service| format!(" {service}")).unwrap_or_default();
             table.add_row([
                 check.hook,
-                check.sender.as_deref().unwrap_or("-"),
+                &escape(check.sender.as_deref().unwrap_or("-")),
                 check.endpoint.as_deref().unwrap_or("-"),
                 &format!("{address}{service}"),
                 check.expected,
-                &check.observed,
+                &escape(&check.observed),
                 check.outcome.name(),
             ]);
         }

@@ -1,0 +1,85 @@
+//! The effective configuration in a few lines, for `imds-agent config check`.
+
+use std::fmt::Write as _;
+
+use imds_ebpf_common::Hook;
+
+use crate::{
+    config::{Access, Config, Exempt, Scope, Sender, Surroundings},
+    endpoints::{Endpoint, Guarded},
+};
+
+/// Returns what a configuration resolves to on this machine, as text that ends with a newline.
+pub(super) fn summary(config: &Config, guarded: &Guarded, exempt: &[Exempt]) -> String {
+    let mut text = String::new();
+    let mut add = |title: &str, values: &[String]| {
+        let none = ["none".to_owned()];
+        let values = if values.is_empty() { &none } else { values };
+        for (index, value) in values.iter().enumerate() {
+            let title = if index == 0 { title } else { "" };
+            // Writing to a string does not fail.
+            let _ok = writeln!(text, "{title:<10} {value}");
+        }
+    };
+    add("mode", &[config.mode.name().to_owned()]);
+    add("answer", &[config.answer.name().to_owned()]);
+    add("provider", &[provider(guarded)]);
+    add("endpoints", &guarded.endpoints().iter().map(endpoint).collect::<Vec<_>>());
+    let hooks = Hook::ALL.into_iter().filter(|&hook| config.hooks.has(hook)).map(Hook::name);
+    add("hooks", &[hooks.collect::<Vec<_>>().join(" ")]);
+    add("exempt", &exempt.iter().map(|rule| exemption(rule, guarded)).collect::<Vec<_>>());
+    add("metrics", &config.listen.iter().map(ToString::to_string).collect::<Vec<_>>());
+    add("kubernetes", &[kubernetes(config)]);
+    text
+}
+
+fn provider(guarded: &Guarded) -> String {
+    if guarded.configured() == guarded.provider() {
+        guarded.provider().to_owned()
+    } else {
+        format!("{} ({})", guarded.provider(), guarded.configured())
+    }
+}
+
+fn endpoint(endpoint: &Endpoint) -> String {
+    let ports: Vec<_> = endpoint.keep.iter().map(ToString::to_string).collect();
+    let allowed = if ports.is_empty() { String::new() } else { format!(", but {}", ports.join(" ")) };
+    format!("{} ({}){allowed}", endpoint.address, endpoint.name)
+}
+
+fn exemption(rule: &Exempt, guarded: &Guarded) -> String {
+    let subject = match &rule.sender {
+        Sender::Interface(glob) => format!("interface {glob}"),
+        Sender::Netns(path) => format!("netns {}", path.display()),
+        Sender::Cgroup(path) => format!("cgroup {}", path.display()),
+        Sender::Pods(pods) => {
+            let account = pods.service_account.as_ref().map(|name| format!(", service account {name}"));
+            let labels = pods.selector.as_ref().map(|_| ", by labels");
+            format!(
+                "namespace {}{}{}",
+                pods.namespace,
+                account.unwrap_or_default(),
+                labels.unwrap_or_default()
+            )
+        }
+    };
+    let endpoints = match &rule.scope {
+        Scope::All => "all endpoints".to_owned(),
+        Scope::Some(addresses) => {
+            let named = guarded.endpoints().iter().filter(|endpoint| addresses.contains(&endpoint.address));
+            named.map(|endpoint| endpoint.name.as_str()).collect::<Vec<_>>().join(" ")
+        }
+    };
+    let audited = if rule.is_audited { ", audited" } else { "" };
+    format!("{subject} from {endpoints} ({}){audited}", rule.name)
+}
+
+fn kubernetes(config: &Config) -> String {
+    let surroundings = Surroundings::read();
+    let node = config.kubernetes.node_name(&surroundings);
+    match config.kubernetes.access(&surroundings) {
+        None => "no".to_owned(),
+        Some(Access::InCluster) => format!("as a pod of the cluster, node {node}"),
+        Some(Access::Kubeconfig(path)) => format!("kubeconfig {}, node {node}", path.display()),
+    }
+}

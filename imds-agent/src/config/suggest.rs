@@ -1,0 +1,87 @@
+//! Suggestions for words that are misspelled.
+
+/// Longest word that is compared.
+const MAX_LENGTH: usize = 40;
+
+/// Returns `; did you mean "mode"?`, or nothing if no candidate is similar.
+pub(super) fn did_you_mean<'c>(word: &str, candidates: impl IntoIterator<Item = &'c str>) -> String {
+    nearest(word, candidates).map(|best| format!("; did you mean \"{best}\"?")).unwrap_or_default()
+}
+
+/// Returns the same for a message of serde, which quotes the word and then all that are known with backticks.
+pub(super) fn did_you_mean_of(message: &str) -> String {
+    if !message.starts_with("unknown field `") && !message.starts_with("unknown variant `") {
+        return String::new();
+    }
+    let mut quoted = message.split('`').skip(1).step_by(2);
+    quoted.next().map(|word| did_you_mean(word, quoted)).unwrap_or_default()
+}
+
+/// Returns the most similar candidate: at most a third of its characters differ.
+fn nearest<'c>(word: &str, candidates: impl IntoIterator<Item = &'c str>) -> Option<&'c str> {
+    let word: Vec<char> = word.chars().take(MAX_LENGTH).collect();
+    let distances = candidates.into_iter().map(|candidate| (distance(&word, candidate), candidate));
+    let (distance, best) = distances.min_by_key(|(distance, _)| *distance)?;
+    (distance <= best.chars().count().div_ceil(3)).then_some(best)
+}
+
+/// Number of characters to insert, remove, replace or swap with their neighbour (optimal string alignment).
+fn distance(from: &[char], to: &str) -> usize {
+    let to: Vec<char> = to.chars().collect();
+    let (mut before, mut last): (Vec<usize>, Vec<usize>) = (Vec::new(), (0..=to.len()).collect());
+    let mut previous = None;
+    for (row, &a) in from.iter().enumerate() {
+        let mut next = vec![row + 1];
+        for (column, &b) in to.iter().enumerate() {
+            let at =
+                |distances: &[usize], column: usize| distances.get(column).copied().unwrap_or(usize::MAX - 1);
+            let replaced = at(&last, column) + usize::from(a != b);
+            let removed = at(&last, column + 1) + 1;
+            let inserted = at(&next, column) + 1;
+            let is_swapped = column
+                .checked_sub(1)
+                .is_some_and(|left| previous == Some(b) && to.get(left).is_some_and(|&c| c == a));
+            let swapped = if is_swapped { at(&before, column - 1) + 1 } else { usize::MAX };
+            next.push(replaced.min(removed).min(inserted).min(swapped));
+        }
+        before = std::mem::replace(&mut last, next);
+        previous = Some(a);
+    }
+    last.last().copied().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn similar_words_are_suggested() {
+        let keys = ["mode", "answer", "provider", "interfaces", "exempt"];
+        for (word, expected) in [
+            ("modee", Some("mode")),
+            ("Mode", Some("mode")),
+            ("omde", Some("mode")),
+            ("interface", Some("interfaces")),
+            ("provder", Some("provider")),
+            ("exmept", Some("exempt")),
+            ("cluster", None),
+            ("", None),
+        ] {
+            assert_eq!(nearest(word, keys), expected, "{word}");
+        }
+        assert_eq!(nearest(&"x".repeat(100_000), keys), None);
+        assert_eq!(nearest("a", []), None);
+    }
+
+    #[test]
+    fn messages_of_serde_are_understood() {
+        for (message, expected) in [
+            ("unknown field `modee`, expected one of `mode`, `answer`", "; did you mean \"mode\"?"),
+            ("unknown variant `of`, expected one of `enforce`, `audit`, `off`", "; did you mean \"off\"?"),
+            ("unknown field `x`, there are no fields", ""),
+            ("invalid type: integer `3`", ""),
+        ] {
+            assert_eq!(did_you_mean_of(message), expected, "{message}");
+        }
+    }
+}

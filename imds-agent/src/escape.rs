@@ -1,0 +1,217 @@
+//! Escapes text from outside the agent before it reaches an output: names of interfaces, threads, cgroups and pods, labels,
+//! and errors that quote them.
+//!
+//! A pod names its threads as it likes. An escape sequence in such a name would change what a terminal shows, a newline would
+//! forge a line of the log, and a bidirectional override would reorder it.
+//!
+//! Backslashes stay as they are: systemd writes many into the names of cgroups. Text that is escaped already therefore stays
+//! the same, so that a name may be escaped both where it is read and where it is written.
+
+use std::{
+    borrow::Cow,
+    fmt::Write as _,
+    io::{self, Write},
+    os::unix::ffi::OsStrExt as _,
+    path::Path,
+};
+
+use serde::Serialize;
+use serde_json::ser::{CharEscape, CompactFormatter, Formatter, PrettyFormatter, Serializer};
+
+/// Reports whether a character can change how the text around it is shown: control characters, separators of lines, and
+/// marks and overrides of the writing direction.
+const fn is_unsafe(c: char) -> bool {
+    matches!(c,
+        '\0'..='\x1f' | '\x7f'..='\u{9f}' | '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}'
+        | '\u{2066}'..='\u{2069}')
+}
+
+/// Escapes text for one line: `\n`, `\u{1b}`.
+#[must_use]
+pub fn escape(text: &str) -> Cow<'_, str> {
+    escape_all(text, is_unsafe)
+}
+
+/// Escapes text of several lines, such as a table: newlines stay.
+#[must_use]
+pub fn escape_lines(text: &str) -> Cow<'_, str> {
+    escape_all(text, |c| c != '\n' && is_unsafe(c))
+}
+
+/// Escapes bytes for one line. Bytes that are not UTF-8 become `\xff`.
+#[must_use]
+pub fn escape_bytes(bytes: &[u8]) -> String {
+    let mut escaped = String::with_capacity(bytes.len());
+    for chunk in bytes.utf8_chunks() {
+        escaped += &escape(chunk.valid());
+        for byte in chunk.invalid() {
+            // Writing to a string does not fail.
+            let _ok = write!(escaped, "\\x{byte:02x}");
+        }
+    }
+    escaped
+}
+
+/// Escapes a path for one line.
+#[must_use]
+pub fn escape_path(path: &Path) -> String {
+    escape_bytes(path.as_os_str().as_bytes())
+}
+
+fn escape_all(text: &str, is_unsafe: impl Fn(char) -> bool) -> Cow<'_, str> {
+    if !text.contains(&is_unsafe) {
+        return Cow::Borrowed(text);
+    }
+    let mut escaped = String::with_capacity(text.len() + 8);
+    for c in text.chars() {
+        if is_unsafe(c) {
+            escaped.extend(c.escape_default());
+        } else {
+            escaped.push(c);
+        }
+    }
+    Cow::Owned(escaped)
+}
+
+/// Writes a value as JSON on one line. The strings in it are escaped like by [`escape`].
+pub fn to_json(value: &impl Serialize) -> serde_json::Result<String> {
+    serialize(value, Escaping { inner: CompactFormatter, keeps_lines: false })
+}
+
+/// Writes a value as indented JSON. The strings in it are escaped like by [`escape_lines`].
+pub fn to_json_pretty(value: &impl Serialize) -> serde_json::Result<String> {
+    serialize(value, Escaping { inner: PrettyFormatter::new(), keeps_lines: true })
+}
+
+fn serialize(value: &impl Serialize, formatter: impl Formatter) -> serde_json::Result<String> {
+    let mut json = Vec::new();
+    value.serialize(&mut Serializer::with_formatter(&mut json, formatter))?;
+    // Serializers write UTF-8.
+    Ok(String::from_utf8_lossy(&json).into_owned())
+}
+
+/// A JSON formatter that escapes the characters of strings.
+struct Escaping<F> {
+    inner: F,
+    keeps_lines: bool,
+}
+
+impl<F: Formatter> Formatter for Escaping<F> {
+    fn write_string_fragment<W: ?Sized + Write>(&mut self, to: &mut W, fragment: &str) -> io::Result<()> {
+        // A backslash in a JSON string is two.
+        to.write_all(escape(fragment).replace('\\', r"\\").as_bytes())
+    }
+
+    fn write_char_escape<W: ?Sized + Write>(
+        &mut self,
+        to: &mut W,
+        char_escape: CharEscape,
+    ) -> io::Result<()> {
+        let byte = match char_escape {
+            CharEscape::Quote | CharEscape::ReverseSolidus | CharEscape::Solidus => {
+                return self.inner.write_char_escape(to, char_escape);
+            }
+            CharEscape::LineFeed if self.keeps_lines => return self.inner.write_char_escape(to, char_escape),
+            CharEscape::Backspace => 0x08,
+            CharEscape::FormFeed => 0x0c,
+            CharEscape::LineFeed => b'\n',
+            CharEscape::CarriageReturn => b'\r',
+            CharEscape::Tab => b'\t',
+            CharEscape::AsciiControl(byte) => byte,
+        };
+        write!(to, "\\{}", char::from(byte).escape_default())
+    }
+
+    fn begin_array<W: ?Sized + Write>(&mut self, to: &mut W) -> io::Result<()> {
+        self.inner.begin_array(to)
+    }
+
+    fn end_array<W: ?Sized + Write>(&mut self, to: &mut W) -> io::Result<()> {
+        self.inner.end_array(to)
+    }
+
+    fn begin_array_value<W: ?Sized + Write>(&mut self, to: &mut W, first: bool) -> io::Result<()> {
+        self.inner.begin_array_value(to, first)
+    }
+
+    fn end_array_value<W: ?Sized + Write>(&mut self, to: &mut W) -> io::Result<()> {
+        self.inner.end_array_value(to)
+    }
+
+    fn begin_object<W: ?Sized + Write>(&mut self, to: &mut W) -> io::Result<()> {
+        self.inner.begin_object(to)
+    }
+
+    fn end_object<W: ?Sized + Write>(&mut self, to: &mut W) -> io::Result<()> {
+        self.inner.end_object(to)
+    }
+
+    fn begin_object_key<W: ?Sized + Write>(&mut self, to: &mut W, first: bool) -> io::Result<()> {
+        self.inner.begin_object_key(to, first)
+    }
+
+    fn begin_object_value<W: ?Sized + Write>(&mut self, to: &mut W) -> io::Result<()> {
+        self.inner.begin_object_value(to)
+    }
+
+    fn end_object_value<W: ?Sized + Write>(&mut self, to: &mut W) -> io::Result<()> {
+        self.inner.end_object_value(to)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    #[test]
+    fn unsafe_characters_are_escaped() {
+        for (text, expected) in [
+            ("curl", "curl"),
+            ("a\x1b[2J\nb\t", r"a\u{1b}[2J\nb\t"),
+            ("\u{7f}\u{9b}", r"\u{7f}\u{9b}"),
+            ("\u{202e}gpj.exe\u{2069}\u{200f}", r"\u{202e}gpj.exe\u{2069}\u{200f}"),
+            ("caf\u{e9} \u{65e5}\u{672c}", "caf\u{e9} \u{65e5}\u{672c}"),
+            (r"system-getty\x2d1.slice", r"system-getty\x2d1.slice"),
+        ] {
+            assert_eq!(escape(text), expected);
+        }
+        assert_eq!(escape_lines("a\nb\r\n"), "a\nb\\r\n");
+    }
+
+    #[test]
+    fn invalid_utf8_is_escaped() {
+        assert_eq!(escape_bytes(b"a\xff\xe2\x80b\n"), r"a\xff\xe2\x80b\n");
+    }
+
+    #[test]
+    fn json_stays_json() {
+        let value = json!({ "a\x1b": ["x\n\"y\"\\", "\u{202e}", "\u{7f}", 1, null], "b": {} });
+        let line = to_json(&value).unwrap();
+        let read: Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(read, json!({ r"a\u{1b}": [r#"x\n"y"\"#, r"\u{202e}", r"\u{7f}", 1, null], "b": {} }));
+        let pretty = to_json_pretty(&value).unwrap();
+        let read: Value = serde_json::from_str(&pretty).unwrap();
+        assert_eq!(read[r"a\u{1b}"][0], "x\n\"y\"\\");
+        assert!(pretty.starts_with("{\n  \""), "{pretty}");
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_safe_and_is_escaped_once(text in any::<String>()) {
+            let escaped = escape(&text);
+            prop_assert!(!escaped.contains(is_unsafe));
+            prop_assert_eq!(escape(&escaped), &*escaped);
+            let json = to_json(&text).unwrap();
+            prop_assert!(!json.contains(is_unsafe));
+            prop_assert_eq!(serde_json::from_str::<String>(&json).unwrap(), &*escaped);
+        }
+
+        #[test]
+        fn any_bytes_are_safe(bytes in any::<Vec<u8>>()) {
+            prop_assert!(!escape_bytes(&bytes).contains(is_unsafe));
+        }
+    }
+}

@@ -1,0 +1,282 @@
+//! Lines of the log about single interfaces.
+//!
+//! A pass over all interfaces logs one summary: on a node with 1,000 pods, a line for each interface would hide all others.
+//! Other changes get a line each, but only as many as a reader can follow.
+
+use std::{collections::BTreeMap, fmt::Write as _, mem};
+
+use imds_ebpf_common::TcHook;
+use log::Level;
+use tokio::time::{Duration, Instant};
+
+use super::Guard;
+use crate::{datapath::pins::AttachPoint, node::links::Link, reconcile::Action};
+
+/// Warnings and errors of a pass that get a line of their own.
+const MAX_WARNINGS: u32 = 5;
+/// Lines that may come at once outside of a pass.
+const MAX_BURST: u32 = 20;
+/// Time after which one more line may come.
+const REFILL_INTERVAL: Duration = Duration::from_millis(500);
+
+/// Work that covers all interfaces.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Pass {
+    /// The first one, until each pod that was there at the start has its program.
+    InitialSync,
+    /// A resync.
+    Resync,
+    /// A change of the configuration.
+    Reload,
+}
+
+/// A change of an interface or of a program there.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub(super) enum Change {
+    NotEnforced,
+    EnforcedAgain,
+    Attached,
+    Replaced,
+    Updated,
+    Pinned,
+    Moved,
+    Detached,
+    Deleted,
+}
+
+/// Decides which changes get a line of their own.
+#[derive(Debug)]
+pub(super) struct ChangeLog {
+    pass: Option<(Pass, Tally)>,
+    /// Changes outside of a pass without a line.
+    flood: Tally,
+    tokens: u32,
+    refilled: Instant,
+}
+
+/// Changes without a line of their own.
+#[derive(Debug, Default)]
+struct Tally {
+    warnings: u32,
+    counts: BTreeMap<Change, u64>,
+    first: Option<(Level, String)>,
+    level: Option<Level>,
+}
+
+impl Pass {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::InitialSync => "initial sync",
+            Self::Resync => "resync",
+            Self::Reload => "reload",
+        }
+    }
+}
+
+impl Change {
+    const fn phrase(self) -> &'static str {
+        match self {
+            Self::NotEnforced => "not enforced",
+            Self::EnforcedAgain => "enforced again",
+            Self::Attached => "attached",
+            Self::Replaced => "replaced",
+            Self::Updated => "updated",
+            Self::Pinned => "pinned again",
+            Self::Moved => "moved to the head of the hook",
+            Self::Detached => "detached",
+            Self::Deleted => "interfaces deleted",
+        }
+    }
+}
+
+impl ChangeLog {
+    pub(super) fn new() -> Self {
+        Self { pass: None, flood: Tally::default(), tokens: MAX_BURST, refilled: Instant::now() }
+    }
+
+    /// Starts a pass, unless one goes on.
+    pub(super) fn begin(&mut self, pass: Pass) {
+        self.report_flood();
+        self.pass.get_or_insert_with(|| (pass, Tally::default()));
+    }
+
+    /// Ends a pass, and logs its summary. Does nothing while another pass goes on.
+    pub(super) fn end(&mut self, pass: Pass) {
+        if let Some((_, tally)) = self.pass.take_if(|(current, _)| *current == pass)
+            && let Some((level, line)) = tally.summary(pass.name())
+        {
+            log::log!(level, "{line}");
+        }
+    }
+
+    /// Logs a change.
+    pub(super) fn note(&mut self, level: Level, change: Change, text: String) {
+        if self.has_line(level) {
+            self.report_flood();
+            log::log!(level, "{text}");
+        } else {
+            log::debug!("{text}");
+            self.tally().add(level, change, text);
+        }
+    }
+
+    /// Reports whether a change gets a line of its own.
+    fn has_line(&mut self, level: Level) -> bool {
+        if level > Level::Info {
+            return true;
+        }
+        if let Some((_, tally)) = &mut self.pass {
+            let is_shown = level <= Level::Warn && tally.warnings < MAX_WARNINGS;
+            tally.warnings += u32::from(is_shown);
+            return is_shown;
+        }
+        let now = Instant::now();
+        let intervals = now.duration_since(self.refilled).as_millis() / REFILL_INTERVAL.as_millis();
+        let intervals = u32::try_from(intervals).unwrap_or(u32::MAX);
+        if intervals > 0 {
+            self.tokens = self.tokens.saturating_add(intervals).min(MAX_BURST);
+            self.refilled = now;
+        }
+        let is_shown = self.tokens > 0;
+        self.tokens = self.tokens.saturating_sub(1);
+        is_shown
+    }
+
+    fn tally(&mut self) -> &mut Tally {
+        match &mut self.pass {
+            Some((_, tally)) => tally,
+            None => &mut self.flood,
+        }
+    }
+
+    fn report_flood(&mut self) {
+        if let Some((level, line)) = mem::take(&mut self.flood).summary("more changes") {
+            log::log!(level, "{line}");
+        }
+    }
+}
+
+impl Tally {
+    fn add(&mut self, level: Level, change: Change, text: String) {
+        *self.counts.entry(change).or_default() += 1;
+        // More severe levels are smaller.
+        self.level = Some(self.level.map_or(level, |before| before.min(level)));
+        self.first.get_or_insert((level, text));
+    }
+
+    /// The only change, or the number of each.
+    fn summary(self, title: &str) -> Option<(Level, String)> {
+        let total: u64 = self.counts.values().sum();
+        if total <= 1 {
+            return self.first;
+        }
+        let mut line = format!("{title}: ");
+        for (index, (change, count)) in self.counts.iter().enumerate() {
+            let comma = if index == 0 { "" } else { ", " };
+            // Writing to a string does not fail.
+            let _ok = write!(line, "{comma}{count} {}", change.phrase());
+        }
+        line += " (log level debug lists each)";
+        Some((self.level?, line))
+    }
+}
+
+impl Guard {
+    /// Counts and logs an action.
+    pub(super) fn report(&mut self, link: &Link, hook: TcHook, action: Action, is_new: bool) {
+        let Link { name, index, .. } = link;
+        let is_turn = self.turn == Some(AttachPoint { ifindex: *index, edge: hook });
+        let (hook, level) = (hook.hook().name(), self.level_of_change());
+        if level == Level::Warn && !is_turn {
+            match action {
+                Action::Attach(_) if !is_new => self.repairs.attached += 1,
+                Action::Replace(_) => self.repairs.replaced += 1,
+                Action::Pin(_) => self.repairs.pinned += 1,
+                Action::Reorder(_) => self.repairs.reordered += 1,
+                Action::Attach(_) | Action::Detach(_) => {}
+            }
+        }
+        let at = format!("{name} (ifindex {index})");
+        let (level, change, text) = match action {
+            Action::Attach(mode) => {
+                let is_expected = is_new || is_turn;
+                let again = if is_expected || self.in_reload { "" } else { " again" };
+                let level = if is_expected { Level::Info } else { level };
+                (level, Change::Attached, format!("attached {hook} to {at}{again} with {}", mode.name()))
+            }
+            Action::Replace(mode) if self.initial_sync_done => {
+                let text = format!("replaced another program at {hook} of {at} with {}", mode.name());
+                (Level::Warn, Change::Replaced, text)
+            }
+            Action::Replace(_) => (
+                Level::Info,
+                Change::Updated,
+                format!("updated {hook} of {at}, attached by an earlier agent"),
+            ),
+            Action::Pin(_) => {
+                (Level::Warn, Change::Pinned, format!("pinned the link of {hook} at {at} again"))
+            }
+            Action::Reorder(_) => {
+                let text =
+                    format!("moved {hook} of {at} to the head of the hook: another program was before it");
+                (Level::Warn, Change::Moved, text)
+            }
+            Action::Detach(mode) => {
+                let level = if is_turn { Level::Debug } else { level };
+                (level, Change::Detached, format!("detached {hook} from {at} ({})", mode.name()))
+            }
+        };
+        self.changes.note(level, change, text);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn note(log: &mut ChangeLog, level: Level, change: Change, number: usize) {
+        log.note(level, change, format!("veth{number}"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn pass_has_one_summary() {
+        let mut log = ChangeLog::new();
+        log.begin(Pass::InitialSync);
+        for number in 0..100 {
+            note(&mut log, Level::Info, Change::Attached, number);
+        }
+        for number in 0..10 {
+            assert_eq!(log.has_line(Level::Error), number < 5);
+        }
+        note(&mut log, Level::Error, Change::NotEnforced, 7);
+        log.begin(Pass::Resync);
+        log.end(Pass::Resync);
+        let (pass, tally) = log.pass.take().unwrap();
+        let expected = "initial sync: 1 not enforced, 100 attached (log level debug lists each)";
+        assert_eq!(tally.summary(pass.name()), Some((Level::Error, expected.to_owned())));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn single_change_of_a_pass_is_its_own_summary() {
+        let mut log = ChangeLog::new();
+        log.begin(Pass::Resync);
+        note(&mut log, Level::Info, Change::Attached, 4);
+        let (pass, tally) = log.pass.take().unwrap();
+        assert_eq!(tally.summary(pass.name()), Some((Level::Info, "veth4".to_owned())));
+        assert_eq!(Tally::default().summary("resync"), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn flood_is_bounded() {
+        let mut log = ChangeLog::new();
+        for number in 0..1000 {
+            note(&mut log, Level::Info, Change::Deleted, number);
+        }
+        assert_eq!(log.flood.counts[&Change::Deleted], 980);
+        tokio::time::advance(REFILL_INTERVAL * 2).await;
+        assert!(log.has_line(Level::Warn) && log.has_line(Level::Warn) && !log.has_line(Level::Warn));
+        log.begin(Pass::Resync);
+        assert!(log.flood.counts.is_empty());
+        assert!(log.has_line(Level::Debug));
+    }
+}
