@@ -7,6 +7,7 @@ mod judge;
 mod kubernetes;
 mod netlink;
 mod records;
+mod rulesets;
 
 /// Names the target in the environment of the fuzzer.
 pub const TARGET: &str = "IMDS_FUZZ_TARGET";
@@ -24,11 +25,14 @@ pub enum Target {
     Records,
     /// What an API server says.
     Kubernetes,
+    /// Listings of iptables and nftables, which `doctor` explains.
+    Rulesets,
 }
 
 impl Target {
     /// All.
-    pub const ALL: [Self; 5] = [Self::Judge, Self::Config, Self::Netlink, Self::Records, Self::Kubernetes];
+    pub const ALL: [Self; 6] =
+        [Self::Judge, Self::Config, Self::Netlink, Self::Records, Self::Kubernetes, Self::Rulesets];
 
     /// The name on the command line and of the directory of its seeds.
     #[must_use]
@@ -39,6 +43,7 @@ impl Target {
             Self::Netlink => "netlink",
             Self::Records => "records",
             Self::Kubernetes => "kubernetes",
+            Self::Rulesets => "rulesets",
         }
     }
 
@@ -60,6 +65,7 @@ impl Target {
             Self::Netlink => netlink::run(bytes),
             Self::Records => records::run(bytes),
             Self::Kubernetes => kubernetes::run(bytes),
+            Self::Rulesets => rulesets::run(bytes),
         }
     }
 }

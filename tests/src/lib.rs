@@ -11,6 +11,7 @@
 pub mod api_server;
 pub mod cgroup;
 pub mod cni;
+pub mod doctor;
 pub mod flood;
 pub mod foreign;
 pub mod hook;

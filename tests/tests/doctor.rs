@@ -1,17 +1,18 @@
 //! `doctor` says what works here, names others' programs, and changes nothing.
 
-use std::{fs, io, os::unix::process::CommandExt as _, process::Output};
+use std::{fs, io, os::unix::process::CommandExt as _};
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
-    AgentCommand, AttachMode, PodLink, WHOLE_TEST, World,
+    AttachMode, PodLink, World,
+    doctor::{all, assert_has, command, examine, one, report},
     foreign::{Foreign, TC_ACT_OK},
     hook::{self, run_tc},
-    output, skip, skip_without_netns_cookie, skip_without_tcx, with_each_backend,
+    output, skip_without_netns_cookie, skip_without_tcx, with_each_backend,
 };
 use serde_json::Value;
 
-const NAMES: [&str; 21] = [
+const NAMES: [&str; 22] = [
     "kernel",
     "btf",
     "bpffs",
@@ -30,39 +31,11 @@ const NAMES: [&str; 21] = [
     "tc_programs",
     "xdp_programs",
     "cgroup_programs",
+    "metadata_programs",
     "firewall_rules",
     "mark_rules",
     "mark_tunnels",
 ];
-
-fn examine(world: &World) -> Value {
-    report(&command(world).output())
-}
-
-fn command(world: &World) -> AgentCommand<'_> {
-    world.imds_agent(&["doctor", "-o", "json"])
-}
-
-#[track_caller]
-fn report(output: &Output) -> Value {
-    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
-}
-
-#[track_caller]
-fn all<'a>(report: &'a Value, name: &str) -> Vec<&'a Value> {
-    report["checks"].as_array().unwrap().iter().filter(|check| check["name"] == name).collect()
-}
-
-#[track_caller]
-fn one<'a>(report: &'a Value, name: &str) -> &'a Value {
-    let [check] = all(report, name)[..] else { panic!("{name}: {report:#}") };
-    check
-}
-
-#[track_caller]
-fn assert_has(check: &Value, key: &str, part: &str) {
-    assert!(check[key].as_str().is_some_and(|text| text.contains(part)), "{part}: {check:#}");
-}
 
 #[test]
 fn a_kernel_that_can_guard_has_all_that_is_needed() {
@@ -251,67 +224,4 @@ fn programs_of_others_on_the_cgroup_are_named() {
     assert_eq!(programs[0]["at"], world.cgroup().to_str().unwrap());
     let unloaded = world.imds_agent(&["unload"]).pin_dir(&other).output();
     assert!(unloaded.status.success() && !fs::exists(&other).unwrap(), "{unloaded:?}");
-}
-
-#[test]
-fn firewall_rules_for_metadata_services_are_explained_and_left_alone() {
-    let world = World::new();
-    let rules = "add table inet guard
-        add chain inet guard forward { type filter hook forward priority 0; }
-        add rule inet guard forward ip daddr 169.254.169.254 tcp dport 80 drop
-        add rule inet guard forward ip daddr 198.51.100.10 drop
-        add chain inet guard prerouting { type nat hook prerouting priority -100; }
-        add rule inet guard prerouting ip daddr 169.254.0.0/16 tcp dport 80 dnat ip to 10.0.0.4:8181";
-    let nft = |arguments: &[&str]| {
-        let mut command = world.node.command("nft");
-        command.args(arguments);
-        let output = output(command);
-        assert!(output.status.success(), "{arguments:?}: {output:?}");
-        String::from_utf8(output.stdout).unwrap()
-    };
-    assert_has(one(&examine(&world), "firewall_rules"), "state", "ok");
-    nft(&[rules]);
-    let before = nft(&["--handle", "list", "ruleset"]);
-    let found = examine(&world);
-    let [drops, leads] = all(&found, "firewall_rules")[..] else { panic!("{found:#}") };
-    assert_has(drops, "remedy", "no conflict");
-    assert_eq!((&drops["rule"]["conflicts"], &drops["rule"]["chain"]), (&false.into(), &"forward".into()));
-    assert_has(leads, "remedy", "conflict");
-    assert_eq!((&leads["rule"]["conflicts"], &leads["rule"]["origin"]), (&true.into(), &"kube2iam".into()));
-    assert_eq!(nft(&["--handle", "list", "ruleset"]), before);
-    // What it says removes them does.
-    for rule in [drops, leads] {
-        let remove = rule["rule"]["remove"].as_str().unwrap();
-        nft(&remove.split(' ').skip(1).collect::<Vec<_>>());
-    }
-    assert_has(one(&examine(&world), "firewall_rules"), "state", "ok");
-}
-
-#[test]
-fn the_rule_of_aks_is_known_by_its_origin() {
-    let world = World::new();
-    let iptables = |arguments: &str| {
-        let mut command = world.node.command("iptables");
-        command.args(arguments.split(' '));
-        match command.output() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => false,
-            output => {
-                let output = output.unwrap();
-                assert!(output.status.success(), "{arguments}: {output:?}");
-                true
-            }
-        }
-    };
-    let rule = "FORWARD 1 ! -s 10.0.0.4 -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j DROP";
-    if !iptables(&format!("-t mangle -I {rule}")) {
-        skip(WHOLE_TEST, "there is no iptables here");
-        return;
-    }
-    let found = examine(&world);
-    let check = one(&found, "firewall_rules");
-    assert_eq!((&check["rule"]["origin"], &check["rule"]["table"]), (&"aks".into(), &"mangle".into()));
-    assert_has(check, "remedy", "--disable-imds-restriction");
-    let remove = check["rule"]["remove"].as_str().unwrap();
-    assert!(iptables(remove.strip_prefix("iptables ").unwrap()));
-    assert_has(one(&examine(&world), "firewall_rules"), "state", "ok");
 }

@@ -19,7 +19,7 @@ use crate::{
 /// Make up packets, configurations and messages, and see that nothing panics or lets through what it should not
 #[derive(clap::Args)]
 pub(crate) struct Fuzz {
-    /// Only this: judge, config, netlink, records or kubernetes
+    /// Name of one target: judge, config, netlink, records, kubernetes or rulesets
     target: Option<String>,
     /// How long, for each target
     #[arg(long, default_value_t = 60)]
@@ -29,7 +29,7 @@ pub(crate) struct Fuzz {
     input: Option<PathBuf>,
 }
 
-const TARGETS: [&str; 5] = ["judge", "config", "netlink", "records", "kubernetes"];
+const TARGETS: [&str; 6] = ["judge", "config", "netlink", "records", "kubernetes", "rulesets"];
 /// Names the target to the fuzzer.
 const TARGET: &str = "IMDS_FUZZ_TARGET";
 /// What libFuzzer takes of the compiler, but for a sanitizer of memory: with that, unstable flags.

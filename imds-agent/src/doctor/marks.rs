@@ -26,6 +26,13 @@ pub(super) struct MarkUse {
     bridges: Vec<(u32, String)>,
 }
 
+impl Default for MarkUse {
+    /// The default bit, without an exempt pod behind a bridge.
+    fn default() -> Self {
+        Self { bit: MARK, bridges: Vec::new() }
+    }
+}
+
 impl MarkUse {
     /// Reads the bit and the exemptions of what is loaded; without anything loaded, the default bit and no exemption.
     pub(super) fn read(pins: &PinDir, devices: &[Device]) -> Self {
@@ -62,10 +69,13 @@ impl MarkUse {
 
 /// Names the rules and TC actions that change the mark bit.
 pub(super) fn rules(rulesets: &Rulesets, mark: &MarkUse) -> Vec<Check> {
+    let chains = rulesets.chains();
     let rules = rulesets.rules.iter().filter_map(|rule| {
         let effect = mark_rules::of_rule(&rule.body, mark.bit);
-        let table_and_chain = Some((rule.table.clone(), rule.chain.clone()));
-        (effect != Effect::Kept).then(|| check(&rule.text, table_and_chain, effect, rule.is_local, mark))
+        let table_and_chain = Some((rule.chain.table.clone(), rule.chain.name.clone()));
+        let hooks = chains.hooks(&rule.chain);
+        let is_local = !hooks.is_empty() && hooks.iter().all(|hook| hook.is_local());
+        (effect != Effect::Kept).then(|| check(&rule.text, table_and_chain, effect, is_local, mark))
     });
     let actions = rulesets.actions.iter().filter_map(|action| {
         let effect = mark_rules::of_action(action, mark.bit);
@@ -169,38 +179,28 @@ fn tunnel(device: &Device, source: MarkSource, mark: &MarkUse) -> Check {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::{
-        report::State,
-        rulesets::{Body, ListedRule},
-    };
+    use crate::doctor::report::State;
 
     fn on(bridges: &[(u32, &str)]) -> MarkUse {
         let bridges = bridges.iter().map(|&(index, name)| (index, name.to_owned()));
         MarkUse { bit: MARK, bridges: bridges.collect() }
     }
 
-    fn states(is_local: bool, mark: &MarkUse) -> (State, String) {
-        let words = "PREROUTING -j MARK --set-xmark 0x1000/0x1000".split(' ').map(str::to_owned);
-        let rule = ListedRule {
-            table: "mangle".to_owned(),
-            chain: "PREROUTING".to_owned(),
-            text: "iptables -t mangle -A PREROUTING -j MARK --set-xmark 0x1000/0x1000".to_owned(),
-            remove: String::new(),
-            is_local,
-            body: Body::Iptables(words.collect()),
-        };
-        let rulesets = Rulesets { rules: vec![rule], ..Rulesets::default() };
-        let [check] = &rules(&rulesets, mark)[..] else { panic!("one check") };
+    fn states(chain: &str, mark: &MarkUse) -> (State, String) {
+        let listing = format!(
+            "*mangle\n:{chain} ACCEPT [0:0]\n:USER - [0:0]\n-A {chain} -j USER\n-A USER -j MARK --set-xmark 0x1000/0x1000\n"
+        );
+        let [check] = &rules(&Rulesets::from_listing(&listing), mark)[..] else { panic!("one check") };
         (check.state, check.remedy.clone().unwrap_or_else(|| check.found.clone()))
     }
 
     #[test]
     fn rules_matter_for_exempt_pods_behind_a_bridge() {
-        let (state, note) = states(false, &on(&[]));
+        let (state, note) = states("PREROUTING", &on(&[]));
         assert!(state == State::Ok && note.contains("there is none"), "{note}");
-        let (state, note) = states(false, &on(&[(3, "cni0")]));
+        let (state, note) = states("PREROUTING", &on(&[(3, "cni0")]));
         assert!(state == State::Degraded && note.contains("behind cni0"), "{note}");
-        let (state, note) = states(true, &on(&[(3, "cni0")]));
+        let (state, note) = states("OUTPUT", &on(&[(3, "cni0")]));
         assert!(state == State::Ok && note.contains("only the node's own"), "{note}");
     }
 

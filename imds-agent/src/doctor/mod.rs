@@ -1,26 +1,47 @@
 //! What works here and what does not, and what to do: asked of the kernel by trying, and nothing is attached.
 
+mod address_range;
 mod cgroups;
+mod chains;
+mod coverage;
 mod devices;
 mod firewall;
+mod iptables_rule;
 mod kernel;
 mod mark_rules;
 mod marks;
+mod metadata_programs;
+mod nft_rule;
+mod number_set;
 mod place;
 mod programs;
 mod report;
 mod rulesets;
+mod traffic;
 
 pub use self::report::{Check, MarkWriter, Program, Report, Rule, State};
-use self::{marks::MarkUse, rulesets::Rulesets};
+use self::{coverage::Enforcement, marks::MarkUse, rulesets::Rulesets};
+use imds_ebpf_common::Mode;
+
 use crate::{
     datapath::{DatapathError, pins::PinDir},
     node::netlink::Netlink,
+    provider::Provider,
     version::VERSION,
 };
 
 /// Version of the JSON form: within one, fields are only added.
 const SCHEMA: u32 = 1;
+
+/// Explains the rules of a listing of `iptables-save` or `nft --json` on a node where the endpoints of `provider` are
+/// protected in this mode by the default hooks.
+#[must_use]
+pub fn explain_rules(listing: &str, provider: &Provider, mode: Mode) -> Vec<Check> {
+    let rulesets = Rulesets::from_listing(listing);
+    let mut checks = firewall::rules(&rulesets, &Enforcement::of_provider(provider, Some(mode)));
+    checks.extend(marks::rules(&rulesets, &MarkUse::default()));
+    checks
+}
 
 /// Looks at everything.
 pub async fn examine(pins: &PinDir, netlink: &Netlink) -> Result<Report, DatapathError> {
@@ -44,8 +65,9 @@ pub async fn examine(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
     let devices = devices::list(netlink).await?;
     checks.extend(programs::of_interfaces(pins, netlink, &devices).await?);
     checks.extend(cgroups::programs(pins)?);
+    checks.extend(metadata_programs::checks(netlink).await?);
     let rulesets = Rulesets::list();
-    checks.extend(firewall::rules(&rulesets, pins));
+    checks.extend(firewall::rules(&rulesets, &Enforcement::read(pins)));
     let mark = MarkUse::read(pins, &devices);
     checks.extend(marks::rules(&rulesets, &mark));
     checks.extend(marks::tunnels(&devices, &mark));

@@ -93,6 +93,10 @@ pub struct Rule {
     pub address: IpAddr,
     /// Whether the agent keeps it from doing what it is for.
     pub conflicts: bool,
+    /// True if the rule denies nothing that imds-agent lets pass, so that it can be removed.
+    pub removable: bool,
+    /// Traffic that opens if the rule is removed: the agent does not deny it.
+    pub opens: Vec<String>,
     /// The command that removes it.
     pub remove: String,
 }

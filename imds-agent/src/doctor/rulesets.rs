@@ -7,6 +7,13 @@ use std::{
 
 use serde_json::Value;
 
+use super::{
+    chains::{BaseHook, ChainId, Chains},
+    iptables_rule,
+    nft_rule::{self, NamedSets, TableSets},
+    traffic::{Action, Branch},
+};
+
 /// Programs that list rules of iptables. Some list the same rules as one before, and are then ignored.
 const SAVES: [&str; 6] = [
     "iptables-save",
@@ -27,19 +34,19 @@ pub(super) struct Rulesets {
     pub(super) rules: Vec<ListedRule>,
     /// TC actions, as `tc -json actions list` prints them.
     pub(super) actions: Vec<Value>,
+    base_chains: Vec<(ChainId, BaseHook)>,
 }
 
 /// One rule of a firewall.
 #[derive(Clone, Debug)]
 pub(super) struct ListedRule {
-    pub(super) table: String,
-    pub(super) chain: String,
+    pub(super) chain: ChainId,
     /// The command that adds the rule, or its name.
     pub(super) text: String,
     /// The command that removes the rule.
     pub(super) remove: String,
-    /// True if the chain sees only packets that the node itself sends or receives.
-    pub(super) is_local: bool,
+    /// Matched traffic and the verdicts for it.
+    pub(super) branches: Vec<Branch>,
     pub(super) body: Body,
 }
 
@@ -64,14 +71,14 @@ impl Rulesets {
             let variant = if text.contains("(nf_tables)") { "nf_tables" } else { "legacy" };
             if seen.insert((family, variant)) {
                 rulesets.sources.push(program);
-                rulesets.rules.extend(of_iptables(&text, program));
+                rulesets.add_iptables(&text, program);
             }
         }
         if let Some(text) = run("nft", &["--json", "--handle", "list", "ruleset"]) {
             rulesets.sources.push("nft");
             let shown = seen.iter().filter(|(_, variant)| *variant == "nf_tables").map(|(family, _)| *family);
             let ruleset = serde_json::from_str(&text).unwrap_or_default();
-            rulesets.rules.extend(of_nft(&ruleset, &shown.collect()));
+            rulesets.add_nft(&ruleset, &shown.collect());
         }
         for kind in ["skbedit", "connmark"] {
             let listed = run("tc", &["-json", "actions", "list", "action", kind]);
@@ -79,6 +86,90 @@ impl Rulesets {
             rulesets.actions.extend(listed.iter().flat_map(actions));
         }
         rulesets
+    }
+
+    /// Reads one listing: the JSON form of `nft`, otherwise the text of `iptables-save`.
+    pub(super) fn from_listing(listing: &str) -> Self {
+        let mut rulesets = Self::default();
+        match serde_json::from_str(listing) {
+            Ok(ruleset) => rulesets.add_nft(&ruleset, &BTreeSet::new()),
+            Err(_) => rulesets.add_iptables(listing, "iptables"),
+        }
+        rulesets
+    }
+
+    /// Returns from where packets reach the chains of all rules.
+    pub(super) fn chains(&self) -> Chains {
+        let actions = self
+            .rules
+            .iter()
+            .flat_map(|rule| rule.branches.iter().map(move |branch| (&rule.chain, &branch.action)));
+        Chains::new(self.base_chains.iter().cloned(), actions)
+    }
+
+    /// Adds the output of `iptables-save`. `program` is the command that changes these rules.
+    fn add_iptables(&mut self, text: &str, program: &str) {
+        let mut table = "";
+        for line in text.lines() {
+            let id = |name: &str| ChainId {
+                family: program.to_owned(),
+                table: table.to_owned(),
+                name: name.to_owned(),
+            };
+            if let Some(name) = line.strip_prefix('*') {
+                table = name;
+            } else if let Some(chain) = line.strip_prefix(':') {
+                let name = chain.split(' ').next().unwrap_or_default();
+                self.base_chains.extend(BaseHook::named(name).map(|hook| (id(name), hook)));
+            } else if let Some(rule) = line.strip_prefix("-A ") {
+                let words = words(rule);
+                self.rules.push(ListedRule {
+                    chain: id(words.first().map(String::as_str).unwrap_or_default()),
+                    text: format!("{program} -t {table} -A {rule}"),
+                    remove: format!("{program} -t {table} -D {rule}"),
+                    branches: vec![iptables_rule::branch(&words)],
+                    body: Body::Iptables(words),
+                });
+            }
+        }
+    }
+
+    /// Adds the output of `nft --json`, without the tables of iptables that it lists itself for the families in `shown`.
+    fn add_nft(&mut self, ruleset: &Value, shown: &BTreeSet<&str>) {
+        let entries = || ruleset["nftables"].as_array().into_iter().flatten();
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let id = |entry: &Value, name: &str| ChainId {
+            family: text(&entry["family"]),
+            table: text(&entry["table"]),
+            name: text(&entry[name]),
+        };
+        let base = |chain: &Value| Some((id(chain, "name"), BaseHook::named(chain["hook"].as_str()?)?));
+        self.base_chains.extend(entries().filter_map(|entry| base(entry.get("chain")?)));
+        let sets = NamedSets::from_entries(entries());
+        for rule in entries().filter_map(|entry| entry.get("rule")) {
+            let chain = id(rule, "chain");
+            let ChainId { family, table, name } = &chain;
+            if IPTABLES_TABLES.contains(&&**table) && shown.contains(&**family) {
+                continue;
+            }
+            let expressions = rule["expr"].as_array().cloned().unwrap_or_default();
+            let of_table = TableSets { sets: &sets, family, table };
+            let whole = format!("{family} {table} {name} handle {}", rule["handle"]);
+            self.rules.push(ListedRule {
+                text: format!("nft rule {whole}"),
+                remove: format!("nft delete rule {whole}"),
+                branches: nft_rule::branches(&expressions, of_table),
+                chain,
+                body: Body::Nft(expressions),
+            });
+        }
+    }
+}
+
+impl ListedRule {
+    /// Reports whether the rule jumps to a chain in which packets can be denied or redirected.
+    pub(super) fn leads_to_denial(&self, action: &Action, chains: &Chains) -> bool {
+        matches!(action, Action::Jump(name) if chains.can_deny(&ChainId { name: name.clone(), ..self.chain.clone() }))
     }
 }
 
@@ -88,29 +179,6 @@ fn run(program: &str, arguments: &[&str]) -> Option<String> {
     command.args(arguments).stdin(Stdio::null()).stderr(Stdio::null());
     let output = command.output().ok().filter(|output| output.status.success())?;
     String::from_utf8(output.stdout).ok()
-}
-
-/// Reads the output of `iptables-save`. `program` is the command that changes these rules.
-pub(super) fn of_iptables(text: &str, program: &str) -> Vec<ListedRule> {
-    let mut table = "";
-    let mut found = Vec::new();
-    for line in text.lines() {
-        if let Some(name) = line.strip_prefix('*') {
-            table = name;
-        } else if let Some(rule) = line.strip_prefix("-A ") {
-            let words = words(rule);
-            let chain = words.first().cloned().unwrap_or_default();
-            found.push(ListedRule {
-                table: table.to_owned(),
-                text: format!("{program} -t {table} -A {rule}"),
-                remove: format!("{program} -t {table} -D {rule}"),
-                is_local: ["INPUT", "OUTPUT"].contains(&&*chain),
-                chain,
-                body: Body::Iptables(words),
-            });
-        }
-    }
-    found
 }
 
 /// Splits a line into words, some of which are in double quotes.
@@ -127,36 +195,6 @@ fn words(line: &str) -> Vec<String> {
     }
     words.push(word);
     words
-}
-
-/// Reads the output of `nft --json`, without the tables of iptables that it lists itself for the families in `shown`.
-pub(super) fn of_nft(ruleset: &Value, shown: &BTreeSet<&str>) -> Vec<ListedRule> {
-    let entries = || ruleset["nftables"].as_array().into_iter().flatten();
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let name = |entry: &Value, chain: &str| ["family", "table", chain].map(|key| text(&entry[key]));
-    let is_local_hook = |chain: &Value| matches!(chain["hook"].as_str(), Some("input" | "output"));
-    let chains = entries().filter_map(|entry| entry.get("chain"));
-    let local: BTreeSet<_> =
-        chains.filter(|chain| is_local_hook(chain)).map(|chain| name(chain, "name")).collect();
-    let mut found = Vec::new();
-    for rule in entries().filter_map(|entry| entry.get("rule")) {
-        let name = name(rule, "chain");
-        let is_local = local.contains(&name);
-        let [family, table, chain] = name;
-        if IPTABLES_TABLES.contains(&&*table) && shown.contains(&*family) {
-            continue;
-        }
-        let whole = format!("{family} {table} {chain} handle {}", rule["handle"]);
-        found.push(ListedRule {
-            text: format!("nft rule {whole}"),
-            remove: format!("nft delete rule {whole}"),
-            table,
-            chain,
-            is_local,
-            body: Body::Nft(rule["expr"].as_array().cloned().unwrap_or_default()),
-        });
-    }
-    found
 }
 
 /// Objects with a `kind` in the output of `tc -json actions list`, at any depth.

@@ -23,7 +23,7 @@ impl Report {
         let is_of_pod = |exemption: &Exemption| exemption.subject.kind != SubjectKind::Bridge as u64;
         let entries: Vec<_> =
             granted.entries.into_iter().filter(|(exemption, _)| is_of_pod(exemption)).collect();
-        let rules = if entries.is_empty() { Vec::new() } else { rules(maps)? };
+        let rules = if entries.is_empty() { Vec::new() } else { exemption_rules(maps)? };
         let sender = |(exemption, grant)| self.sender(exemption, grant, &rules, names);
         let mut senders: Vec<_> = entries.into_iter().map(sender).collect();
         let key = |sender: &ExemptSender| {
@@ -91,8 +91,8 @@ impl Report {
     }
 }
 
-/// Names of the rules of the configuration in force, in their order.
-fn rules(maps: &Maps) -> Result<Vec<String>, DatapathError> {
+/// Returns the names of the exemptions of the effective configuration, in their order.
+pub(crate) fn exemption_rules(maps: &Maps) -> Result<Vec<String>, DatapathError> {
     let text = config::read(maps).map_err(unreadable)?.map(|record| record.text).unwrap_or_default();
     let table: Table = text.parse().unwrap_or_default();
     let rules = table.get("exempt").and_then(Value::as_array).cloned().unwrap_or_default();

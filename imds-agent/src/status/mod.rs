@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 
 use imds_ebpf_common::{Answer, Hook, Mode, Policy, Subject};
 
+pub(crate) use self::exemptions::exemption_rules;
 pub use self::report::{
     Agent, Configuration, Endpoint, ExemptSender, HookAttachment, HostReport, Interface, LocalServiceReport,
     Problem, Provider, Refused, Report, SendmsgReport, SocketReport, State,

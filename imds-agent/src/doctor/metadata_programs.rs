@@ -1,0 +1,139 @@
+//! Programs of others that restrict or pass on requests to a metadata service: systemd-imdsd and Azure's Guest Proxy
+//! Agent.
+
+use std::{fs, path::Path};
+
+use rtnetlink::packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    rule::{RuleAttribute, RuleMessage},
+};
+
+use super::report::Check;
+use crate::node::netlink::{Netlink, NetlinkError};
+
+const NAME: &str = "metadata_programs";
+/// Socket of systemd-imdsd (systemd-imdsd.socket of systemd 261).
+const IMDSD_SOCKET: &str = "/run/systemd/io.systemd.InstanceMetadata";
+/// Mark of the packets of systemd-imdsd, which a rule leads past the prohibit route (85-imds-early.network of systemd 261).
+const IMDSD_MARK: u32 = 0x7fff_0815;
+/// Name of Azure's Guest Proxy Agent in /proc/PID/comm, which has room for 15 bytes of `azure-proxy-agent`.
+const GPA_COMM: &str = "azure-proxy-age";
+
+/// State of the node that shows the programs.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+struct Observed {
+    has_imdsd_socket: bool,
+    has_imdsd_rule: bool,
+    /// Process id of Azure's Guest Proxy Agent.
+    gpa: Option<u32>,
+}
+
+/// Names the programs and the requests that each covers.
+pub(super) async fn checks(netlink: &Netlink) -> Result<Vec<Check>, NetlinkError> {
+    let sockets = fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    let observed = Observed {
+        has_imdsd_socket: sockets.lines().any(|line| line.ends_with(&format!(" {IMDSD_SOCKET}"))),
+        has_imdsd_rule: has_imdsd_rule(netlink).await?,
+        gpa: process(Path::new("/proc"), GPA_COMM),
+    };
+    Ok(observed.checks())
+}
+
+async fn has_imdsd_rule(netlink: &Netlink) -> Result<bool, NetlinkError> {
+    let mut request = RuleMessage::default();
+    request.header.family = AddressFamily::Inet;
+    let rules = netlink.dump("dumping routing rules", RouteNetlinkMessage::GetRule(request)).await?;
+    let is_of_imdsd = |message: &RouteNetlinkMessage| match message {
+        RouteNetlinkMessage::NewRule(rule) => rule.attributes.contains(&RuleAttribute::FwMark(IMDSD_MARK)),
+        _ => false,
+    };
+    Ok(rules.iter().any(is_of_imdsd))
+}
+
+/// Returns the id of a process with this name.
+fn process(proc: &Path, name: &str) -> Option<u32> {
+    let processes = fs::read_dir(proc).ok()?.flatten();
+    let mut ids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    // The name of a process can be any bytes.
+    ids.find(|id| {
+        fs::read(proc.join(id.to_string()).join("comm"))
+            .is_ok_and(|comm| comm.trim_ascii() == name.as_bytes())
+    })
+}
+
+impl Observed {
+    fn checks(self) -> Vec<Check> {
+        let mut checks = Vec::new();
+        if self.has_imdsd_socket || self.has_imdsd_rule {
+            checks.push(self.imdsd());
+        }
+        checks.extend(self.gpa.map(gpa));
+        if checks.is_empty() {
+            checks.push(Check::ok(NAME, "neither systemd-imdsd nor Azure's Guest Proxy Agent"));
+        }
+        checks
+    }
+
+    fn imdsd(self) -> Check {
+        let socket = if self.has_imdsd_socket {
+            format!("systemd-imdsd.socket serves metadata to every process that can open {IMDSD_SOCKET}")
+        } else {
+            "systemd-imdsd.socket is not active".to_owned()
+        };
+        let network = if self.has_imdsd_rule {
+            "network locked: a prohibit route stops IPv4 packets to the metadata service without the mark 0x7fff0815"
+        } else {
+            "network unlocked: no routing rule for the mark 0x7fff0815, so that requests past the socket are not restricted"
+        };
+        let mut remedy = "imds-agent does not see requests through the socket, which the node itself makes: do not mount the node's \
+                          /run into pods"
+            .to_owned();
+        if self.has_imdsd_rule {
+            remedy.push_str(
+                "; the route stops exempt pods too, and the node's processes except those that set the mark, but neither \
+                 other protected addresses nor frames that a pod sends out past the node's routes: keep both; to let exempt \
+                 pods pass, boot with systemd.imds.network=unlocked",
+            );
+        }
+        Check::degraded(NAME, format!("systemd-imdsd: {socket}; {network}"), remedy)
+    }
+}
+
+fn gpa(pid: u32) -> Check {
+    let found = format!(
+        "Azure's Guest Proxy Agent (azure-proxy-agent.service, pid {pid}): a connect4 program leads TCP connections to \
+         169.254.169.254:80, 168.63.129.16:80 and 168.63.129.16:32526 to a proxy at 127.0.0.1, which authorizes processes of \
+         the node"
+    );
+    let remedy = "it covers neither UDP, IPv6, other ports nor crafted packets, which imds-agent denies to pods: keep both; in a pod the \
+                  redirection leads to the pod's own loopback, so that exempt pods can't connect either, and imds-agent \
+                  neither denies nor counts such a call";
+    Check::degraded(NAME, found, remedy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::report::State;
+
+    #[test]
+    fn each_program_is_named_with_its_coverage() {
+        let none = Observed::default().checks();
+        assert!(none.len() == 1 && none.iter().all(|check| check.state == State::Ok), "{none:?}");
+        let both = Observed { has_imdsd_socket: true, has_imdsd_rule: true, gpa: Some(7) }.checks();
+        let [imdsd, gpa] = &both[..] else { panic!("{both:?}") };
+        assert!(imdsd.found.contains(IMDSD_SOCKET) && imdsd.found.contains("network locked"), "{imdsd:?}");
+        assert!(imdsd.remedy.as_ref().unwrap().contains("stops exempt pods too"), "{imdsd:?}");
+        assert!(gpa.found.contains("pid 7") && gpa.found.contains("168.63.129.16:32526"), "{gpa:?}");
+        let unlocked = Observed { has_imdsd_socket: true, ..Observed::default() }.checks();
+        assert!(unlocked[0].found.contains("network unlocked"), "{unlocked:?}");
+    }
+
+    #[test]
+    fn a_process_is_found_by_its_name() {
+        let name = fs::read_to_string("/proc/self/comm").unwrap();
+        assert!(process(Path::new("/proc"), name.trim()).is_some());
+        assert_eq!(process(Path::new("/proc"), "no process has"), None);
+        assert_eq!(process(Path::new("/nonexistent"), GPA_COMM), None);
+    }
+}

@@ -1,0 +1,214 @@
+//! `doctor` explains the firewall rules of others and the programs that restrict the metadata service, and changes none.
+
+use std::{
+    fs, io,
+    os::unix::net::UnixListener,
+    path::Path,
+    process::{Child, Command, Stdio},
+};
+
+use imds_tests::{
+    PodLink, WHOLE_TEST, World,
+    doctor::{all, assert_has, examine, one},
+    output,
+    probe::{SHORT, http_get},
+    skip,
+};
+use serde_json::Value;
+
+const WIRESERVER: &str = "198.51.100.32";
+/// Hooks that deny all packets of pods, which the node forwards.
+const HOOKS: [&str; 2] = ["from_pod", "node_egress"];
+
+fn nft(world: &World, arguments: &[&str]) -> String {
+    let mut command = world.node.command("nft");
+    command.args(arguments);
+    let output = output(command);
+    assert!(output.status.success(), "{arguments:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Runs iptables in the node. Returns false if it is not installed.
+fn iptables(world: &World, arguments: &str) -> bool {
+    let mut command = world.node.command("iptables");
+    command.args(arguments.split(' '));
+    match command.output() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+        output => {
+            let output = output.unwrap();
+            assert!(output.status.success(), "{arguments}: {output:?}");
+            true
+        }
+    }
+}
+
+/// Returns the openings of a rule, which the advice names too.
+#[track_caller]
+fn opens(check: &Value) -> String {
+    let opens = check["rule"]["opens"].as_array().unwrap();
+    let opens: Vec<_> = opens.iter().map(|opening| opening.as_str().unwrap()).collect();
+    assert_eq!(check["rule"]["removable"].as_bool(), Some(opens.is_empty()), "{check:#}");
+    assert_eq!(check["remedy"].as_str().unwrap().contains("can be removed"), opens.is_empty(), "{check:#}");
+    for opening in &opens {
+        assert_has(check, "remedy", opening);
+    }
+    opens.join("; ")
+}
+
+#[test]
+fn rules_are_explained_and_left_alone() {
+    let world = World::new();
+    let rules = "add table inet guard
+        add chain inet guard forward { type filter hook forward priority 0; }
+        add rule inet guard forward ip daddr 169.254.169.254 tcp dport 80 drop
+        add rule inet guard forward ip daddr 198.51.100.10 drop
+        add chain inet guard prerouting { type nat hook prerouting priority -100; }
+        add rule inet guard prerouting ip daddr 169.254.0.0/16 tcp dport 80 dnat ip to 10.0.0.4:8181";
+    assert_has(one(&examine(&world), "firewall_rules"), "state", "ok");
+    nft(&world, &[rules]);
+    let _agent = world.agent().hooks(&HOOKS).spawn_ready();
+    let before = nft(&world, &["--handle", "list", "ruleset"]);
+    let found = examine(&world);
+    let [drops, leads] = all(&found, "firewall_rules")[..] else { panic!("{found:#}") };
+    assert_has(drops, "remedy", "no conflict");
+    assert_eq!((&drops["rule"]["conflicts"], &drops["rule"]["chain"]), (&false.into(), &"forward".into()));
+    assert_has(leads, "remedy", "conflict");
+    assert_eq!((&leads["rule"]["conflicts"], &leads["rule"]["origin"]), (&true.into(), &"kube2iam".into()));
+    assert_eq!(nft(&world, &["--handle", "list", "ruleset"]), before);
+    for rule in [drops, leads] {
+        let remove = rule["rule"]["remove"].as_str().unwrap();
+        nft(&world, &remove.split(' ').skip(1).collect::<Vec<_>>());
+    }
+    assert_has(one(&examine(&world), "firewall_rules"), "state", "ok");
+}
+
+#[test]
+fn the_rule_of_aks_is_known_by_its_origin() {
+    let world = World::new();
+    let rule = "FORWARD 1 ! -s 10.0.0.4 -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j DROP";
+    if !iptables(&world, &format!("-t mangle -I {rule}")) {
+        skip(WHOLE_TEST, "there is no iptables here");
+        return;
+    }
+    let found = examine(&world);
+    let check = one(&found, "firewall_rules");
+    assert!(opens(check).contains("imds-agent is not loaded"), "{check:#}");
+    let _agent = world.agent().hooks(&HOOKS).spawn_ready();
+    let found = examine(&world);
+    let check = one(&found, "firewall_rules");
+    assert_eq!((&check["rule"]["origin"], &check["rule"]["table"]), (&"aks".into(), &"mangle".into()));
+    assert_eq!(opens(check), "");
+    assert_has(check, "remedy", "--disable-imds-restriction");
+    let remove = check["rule"]["remove"].as_str().unwrap();
+    assert!(iptables(&world, remove.strip_prefix("iptables ").unwrap()));
+    assert_has(one(&examine(&world), "firewall_rules"), "state", "ok");
+}
+
+/// Row 22 of the field cases: each of these rules was called superfluous, and its removal opened something.
+#[test]
+fn rules_that_deny_more_than_the_agent_are_kept() {
+    let world = World::new();
+    let allowed = format!("[[endpoint]]\nname = 'wire'\naddress = '{WIRESERVER}'\nkeep = ['udp/53']\n");
+    let rules = format!(
+        "add table inet guard
+        add set inet guard imds {{ type ipv4_addr; flags interval; elements = {{ 169.254.169.254, 10.9.0.0/24 }}; }}
+        add map inet guard verdicts {{ type ipv4_addr : verdict; elements = {{ {WIRESERVER} : drop }}; }}
+        add chain inet guard output {{ type filter hook output priority 0; }}
+        add rule inet guard output ip daddr 169.254.169.254 tcp dport 80 drop
+        add rule inet guard output ip daddr {WIRESERVER} meta skuid != 0 drop
+        add chain inet guard forward {{ type filter hook forward priority 0; }}
+        add rule inet guard forward ip daddr 169.254.0.0/16 drop
+        add rule inet guard forward ip daddr {WIRESERVER} udp dport {{ 53, 67 }} drop
+        add rule inet guard forward ip daddr @imds drop
+        add rule inet guard forward ip daddr vmap @verdicts
+        add rule inet guard forward ip daddr . tcp dport {{ 169.254.169.254 . 80, {WIRESERVER} . 80 }} drop"
+    );
+    nft(&world, &[&rules]);
+    let agent = world.agent().hooks(&HOOKS).config(&allowed).spawn_ready();
+    let found = examine(&world);
+    let found: Vec<_> = all(&found, "firewall_rules").into_iter().map(opens).collect();
+    let expected = [
+        "the node's own processes and pods with hostNetwork",
+        "the node's own processes (uid not 0)",
+        "169.254.0.0/16 except 169.254.169.254",
+        "udp/53 of 198.51.100.32",
+        "10.9.0.0/24, not protected",
+        "udp/53 of 198.51.100.32",
+        "",
+    ];
+    assert_eq!(found.len(), expected.len(), "{found:#?}");
+    for (opens, part) in found.iter().zip(expected) {
+        assert!(opens.contains(part) && opens.is_empty() == part.is_empty(), "{part}: {opens}");
+    }
+    drop(agent);
+    for mode in ["audit", "off"] {
+        let agent = world.agent().hooks(&HOOKS).config(&format!("mode = '{mode}'\n{allowed}")).spawn_ready();
+        let found = examine(&world);
+        for check in all(&found, "firewall_rules") {
+            assert!(opens(check).contains(&format!("the mode is {mode}")), "{check:#}");
+        }
+        drop(agent);
+    }
+    world.unload();
+}
+
+/// Following the advice opens nothing: the pod stays denied once every removable rule is removed.
+#[test]
+fn removing_a_removable_rule_opens_nothing() {
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let rules = "add table inet guard
+        add chain inet guard forward { type filter hook forward priority 0; }
+        add rule inet guard forward ip daddr 169.254.169.254 drop";
+    nft(&world, &[rules]);
+    assert!(!http_get(&pod.netns, imds_tests::METADATA, SHORT).is_answer());
+    let _agent = world.agent().hooks(&HOOKS).spawn_ready();
+    world.wait_guarded(&pod);
+    let found = examine(&world);
+    let check = one(&found, "firewall_rules");
+    assert_eq!(opens(check), "");
+    let remove = check["rule"]["remove"].as_str().unwrap();
+    nft(&world, &remove.split(' ').skip(1).collect::<Vec<_>>());
+    world.assert_blocked(&pod);
+}
+
+/// A process that ends with the test.
+struct Background(Child);
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn programs_for_the_metadata_service_are_named() {
+    let world = World::new();
+    assert_has(one(&examine(&world), "metadata_programs"), "state", "ok");
+    // The path of a socket in /proc/net/unix is the one that bind(2) was given, whatever directory it is in.
+    let root = world.scratch_dir().join("root");
+    fs::create_dir_all(root.join("run/systemd")).unwrap();
+    let socket = Path::new("/run/systemd/io.systemd.InstanceMetadata");
+    let _socket = world.node.run(|| bind_below(&root, socket));
+    world.node.ip("rule add fwmark 0x7fff0815 table 2147420181");
+    let sleep = world.scratch_dir().join("azure-proxy-agent");
+    fs::copy("/bin/sleep", &sleep).unwrap();
+    let _agent = Background(Command::new(&sleep).arg("1000").stdin(Stdio::null()).spawn().unwrap());
+    let found = examine(&world);
+    let [imdsd, gpa] = all(&found, "metadata_programs")[..] else { panic!("{found:#}") };
+    assert_has(imdsd, "found", "systemd-imdsd.socket serves metadata");
+    assert_has(imdsd, "found", "network locked");
+    assert_has(imdsd, "remedy", "exempt pods");
+    assert_has(gpa, "found", "azure-proxy-agent.service");
+    assert_has(gpa, "found", "168.63.129.16:32526");
+    world.node.ip("rule del fwmark 0x7fff0815");
+    assert_has(all(&examine(&world), "metadata_programs")[0], "found", "network unlocked");
+}
+
+/// Binds a Unix socket to an absolute path below another root directory, on a thread of its own.
+fn bind_below(root: &Path, path: &Path) -> UnixListener {
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).unwrap();
+    nix::unistd::chroot(root).unwrap();
+    UnixListener::bind(path).unwrap()
+}
