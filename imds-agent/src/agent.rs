@@ -17,7 +17,7 @@ use crate::{
     guard::Guard,
     kube::PodEvent,
     logging,
-    metrics::Done,
+    metrics::{Done, RunTimeStats},
     node::netlink::Event,
     server::Server,
     settings::{Node, Settings},
@@ -55,6 +55,7 @@ pub struct Agent {
     /// What is in force.
     settings: Settings,
     reloads: Reloads,
+    run_time_stats: RunTimeStats,
     server: Server,
     supervisor: Supervisor,
     cluster: Cluster,
@@ -85,6 +86,7 @@ impl Agent {
             loader,
             settings,
             reloads: Reloads::default(),
+            run_time_stats: RunTimeStats::default(),
             server,
             supervisor: Supervisor::from_env(),
             cluster: Cluster::default(),
@@ -120,6 +122,7 @@ impl Agent {
         let mut half_seen = None;
         let mut rounds = 0_u32;
         self.server.listen(&start.config.listen);
+        self.run_time_stats.set(start.config.program_run_time);
         self.follow_cluster().await;
         self.open_collector();
         self.supervisor.ready(&self.guard.state(&self.settings));
@@ -290,6 +293,7 @@ impl Agent {
         }
         self.settings = settings;
         self.server.listen(&config.listen);
+        self.run_time_stats.set(config.program_run_time);
         self.follow_cluster().await;
         let generation = self.guard.record_config(self.loader.path(), &config)?;
         self.loader.store_last_good();

@@ -64,6 +64,8 @@ pub struct Config {
     pub exempt: Exemptions,
     /// Where metrics and health are served.
     pub listen: Vec<Listen>,
+    /// True if the kernel is to collect run times of BPF programs.
+    pub program_run_time: bool,
     /// How pods are known by name.
     pub kubernetes: Kubernetes,
     text: String,
@@ -81,6 +83,7 @@ impl Default for Config {
             interfaces: Interfaces::default(),
             exempt: Exemptions::default(),
             listen: Listen::by_default(),
+            program_run_time: false,
             kubernetes: Kubernetes::default(),
             text: File::default().to_toml(),
         }
@@ -207,6 +210,7 @@ impl Config {
             interfaces,
             exempt,
             listen,
+            program_run_time: file.metrics.program_run_time,
             kubernetes,
             text,
         })

@@ -20,7 +20,7 @@ use http_body_util::Full;
 use hyper::{
     Method, Request, Response, StatusCode,
     body::{Bytes, Incoming},
-    header::{ALLOW, CONTENT_TYPE},
+    header::{ACCEPT, ALLOW, CONTENT_TYPE, HeaderMap, HeaderValue, VARY},
     server::conn::http1,
     service::service_fn,
 };
@@ -35,7 +35,7 @@ use crate::{
     config::Listen,
     datapath::{denials::Denials, object, pins::PinDir},
     escape::escape_lines,
-    metrics::{self, Denied, Done},
+    metrics::{self, Denied, Done, Format, Snapshot},
     node::netlink::Netlink,
     status::{self, Report},
 };
@@ -312,13 +312,13 @@ async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, subject: Rc<Subject>
 async fn answer(request: &Request<Incoming>, subject: &Subject) -> Response<Full<Bytes>> {
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
         let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "GET or HEAD");
-        response.headers_mut().insert(ALLOW, hyper::header::HeaderValue::from_static("GET, HEAD"));
+        response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
         return response;
     }
     match request.uri().path() {
         "/healthz" => subject.health(),
         "/readyz" => subject.readiness().await,
-        "/metrics" => subject.metrics().await,
+        "/metrics" => subject.metrics(format(request.headers())).await,
         _ => text(StatusCode::NOT_FOUND, "there are /metrics, /healthz and /readyz"),
     }
 }
@@ -344,7 +344,7 @@ impl Subject {
         }
     }
 
-    async fn metrics(&self) -> Response<Full<Bytes>> {
+    async fn metrics(&self, format: Format) -> Response<Full<Bytes>> {
         let report = match self.report().await {
             Ok(report) => report,
             Err(response) => return response,
@@ -353,10 +353,13 @@ impl Subject {
             Ok(denials) => denials,
             Err(error) => return text(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error:#}")),
         };
-        match metrics::encode(report, denials, self.done.borrow().clone()) {
-            Ok(metrics) => respond(StatusCode::OK, metrics::CONTENT_TYPE, metrics),
-            Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
-        }
+        let done = self.done.borrow().clone();
+        let exemptions_hash = metrics::exemptions_hash(&self.pins);
+        let snapshot = Snapshot { report, denials, done, exemptions_hash };
+        let metrics = metrics::encode(&snapshot, &self.pins, format);
+        let mut response = respond(StatusCode::OK, format.content_type(), metrics);
+        response.headers_mut().insert(VARY, HeaderValue::from_static("accept"));
+        response
     }
 
     fn denials(&self) -> anyhow::Result<Denied> {
@@ -373,6 +376,12 @@ impl Subject {
     }
 }
 
+/// Returns the format that the client prefers. A header can be given in several lines.
+fn format(headers: &HeaderMap) -> Format {
+    let lines = headers.get_all(ACCEPT).iter().filter_map(|line| line.to_str().ok());
+    Format::from_accept(&lines.collect::<Vec<_>>().join(","))
+}
+
 fn text(status: StatusCode, line: &str) -> Response<Full<Bytes>> {
     respond(status, "text/plain; charset=utf-8", format!("{}\n", escape_lines(line)))
 }
@@ -380,6 +389,6 @@ fn text(status: StatusCode, line: &str) -> Response<Full<Bytes>> {
 fn respond(status: StatusCode, content_type: &'static str, body: String) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;
-    response.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(content_type));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
 }

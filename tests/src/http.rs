@@ -10,22 +10,61 @@ use crate::{World, probe::LONG};
 /// Where it serves unless it is told otherwise.
 pub const DEFAULT: &str = "127.0.0.1:9254";
 
-/// Status and body of the answer to a GET.
-pub fn exchange(mut stream: impl Read + Write, path: &str) -> io::Result<(u16, String)> {
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\n\r\n")?;
+/// The response to a GET.
+#[derive(Clone, Debug)]
+pub struct Response {
+    /// Status code.
+    pub status: u16,
+    /// Status line and header.
+    pub head: String,
+    /// Body.
+    pub body: String,
+}
+
+impl Response {
+    /// Reports whether the header has this line.
+    #[must_use]
+    pub fn has_header(&self, line: &str) -> bool {
+        self.head.split("\r\n").any(|of_head| of_head.eq_ignore_ascii_case(line))
+    }
+}
+
+/// Returns status and body of the response to a GET.
+pub fn exchange(stream: impl Read + Write, path: &str) -> io::Result<(u16, String)> {
+    let Response { status, body, .. } = get(stream, path, "")?;
+    Ok((status, body))
+}
+
+/// Sends a GET with these lines of a header.
+fn get(mut stream: impl Read + Write, path: &str, header: &str) -> io::Result<Response> {
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\n{header}\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(|| io::Error::other(answer.clone()))?;
     let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
-    Ok((status.ok_or_else(|| io::Error::other(head))?, body.to_owned()))
+    let status = status.ok_or_else(|| io::Error::other(head))?;
+    Ok(Response { status, head: head.to_owned(), body: body.to_owned() })
 }
 
-/// The same at an address of the node's.
+/// Sends a GET to an address of the node.
 pub fn try_get(world: &World, at: &str, path: &str) -> io::Result<(u16, String)> {
+    connect(world, at, |stream| exchange(stream, path))
+}
+
+/// Sends a GET with an `Accept` header to an address of the node.
+pub fn try_get_as(world: &World, at: &str, path: &str, accept: &str) -> io::Result<Response> {
+    connect(world, at, |stream| get(stream, path, &format!("Accept: {accept}\r\n")))
+}
+
+fn connect<T: Send>(
+    world: &World,
+    at: &str,
+    exchange: impl FnOnce(TcpStream) -> io::Result<T> + Send,
+) -> io::Result<T> {
     let address: SocketAddr = at.parse().expect("an address with a port");
     world.node.run(|| {
         let stream = TcpStream::connect_timeout(&address, LONG)?;
         stream.set_read_timeout(Some(LONG))?;
-        exchange(stream, path)
+        exchange(stream)
     })
 }

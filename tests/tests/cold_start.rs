@@ -90,7 +90,7 @@ impl Node {
 
     fn rejected_metric(&self) -> String {
         let (_, metrics) = poll_until(LONG, "metrics", || try_get(&self.world, DEFAULT, "/metrics").ok());
-        let line = metrics.lines().find(|line| line.starts_with("imds_config_refused "));
+        let line = metrics.lines().find(|line| line.starts_with("imds_agent_config_last_reload_successful "));
         line.unwrap_or_default().to_owned()
     }
 
@@ -107,7 +107,7 @@ fn an_unknown_key_is_fail_closed_until_it_is_mended() {
     assert_eq!((status.mode.as_deref(), status.exemptions.len()), (Some("enforce"), 0));
     assert_eq!(status.configuration.unwrap().file, None);
     node.world.assert_blocked(&node.pod);
-    assert_eq!(node.rejected_metric(), "imds_config_refused 1");
+    assert_eq!(node.rejected_metric(), "imds_agent_config_last_reload_successful 0");
     assert!(!node.stored().exists());
 
     // A reload that finds the file broken still changes nothing.
@@ -122,7 +122,7 @@ fn an_unknown_key_is_fail_closed_until_it_is_mended() {
         ("enforcing", Some(node.file.clone()))
     );
     node.world.assert_open(&node.pod);
-    assert_eq!(node.rejected_metric(), "imds_config_refused 0");
+    assert_eq!(node.rejected_metric(), "imds_agent_config_last_reload_successful 1");
     drop(agent);
     node.world.unload();
     node.world.assert_open(&node.pod);

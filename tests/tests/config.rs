@@ -96,7 +96,7 @@ fn show_says_what_is_in_force() {
         "extras": [],
         "hooks": { "from_pod": true, "node_egress": false, "socket": false, "host_network": false, "sendmsg": "auto", "local_service": false, "mark_bit": 12 },
         "interfaces": { "include": [], "exclude": ["lxc*"] },
-        "metrics": { "listen": ["127.0.0.1:9254"] },
+        "metrics": { "listen": ["127.0.0.1:9254"], "program_run_time": false },
         "preset": {},
         "kubernetes": { "enabled": "auto", "kubeconfig": "", "node_name": "" },
         "endpoint": [{ "name": "vault", "address": "10.0.0.9", "keep": [] }],

@@ -17,6 +17,8 @@ const DASHBOARD: &str = include_str!("../../deploy/grafana/imds-agent.json");
 
 /// Labels that Prometheus gives to every time series.
 const OF_PROMETHEUS: [&str; 2] = ["instance", "job"];
+/// Labels of series of Prometheus and of kube-state-metrics, and of targets by a relabeling.
+const OF_TARGETS: [(&str, &[&str]); 2] = [("up", &["node"]), ("kube_node_info", &["node"])];
 
 /// The time series that are served, and their labels.
 type Served = BTreeMap<String, BTreeSet<String>>;
@@ -29,7 +31,9 @@ fn scrape(world: &World) -> String {
 }
 
 fn served(metrics: &str) -> Served {
-    let mut served = Served::from([("up".to_owned(), BTreeSet::new())]);
+    let labels = |labels: &[&str]| labels.iter().map(|&label| label.to_owned()).collect();
+    let mut served: Served =
+        OF_TARGETS.iter().map(|(name, of_target)| ((*name).to_owned(), labels(of_target))).collect();
     for line in metrics.lines().filter(|line| line.starts_with("imds_")) {
         let (series, _value) = line.rsplit_once(' ').expect("a value");
         let name = series.split('{').next().expect("a name");
@@ -92,12 +96,12 @@ fn the_dashboard_and_the_alerts_ask_for_what_is_served() {
     world.assert_blocked(&neighbour);
     let mut served = poll_until(LONG, "a denial to be counted", || {
         let served = served(&scrape(&world));
-        served.contains_key("imds_denials_total").then_some(served)
+        served.contains_key("imds_agent_denials_total").then_some(served)
     });
     drop(agent);
     world.unload();
     // Served where the hook is on, which it is not on every kernel of the tests.
-    served.entry("imds_cgroup_hook_attached".to_owned()).or_default().insert("hook".to_owned());
+    served.entry("imds_agent_cgroup_hook_attached".to_owned()).or_default().insert("hook".to_owned());
 
     let alerts = alerts();
     assert!(alerts.len() > 5);
@@ -126,6 +130,6 @@ fn the_dashboard_and_the_alerts_ask_for_what_is_served() {
     }
 
     // It would say so.
-    assert_eq!(unknown("imds_packet_total", &served), ["imds_packet_total"]);
-    assert_eq!(unknown(r#"imds_ready{hook="x"}"#, &served), ["hook"]);
+    assert_eq!(unknown("imds_agent_packet_total", &served), ["imds_agent_packet_total"]);
+    assert_eq!(unknown(r#"imds_agent_ready{hook="x"}"#, &served), ["hook"]);
 }

@@ -292,13 +292,15 @@ fn of_a_thousand_pods_only_what_differs_is_written() {
         let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
         value.unwrap_or_else(|| panic!("no {name} in:\n{metrics}"))
     };
-    let writes =
-        || ["imds_exempt", "imds_pods"].map(|map| metric(&format!("imds_map_writes_total{{map=\"{map}\"}}")));
+    let writes = || {
+        ["imds_exempt", "imds_pods"]
+            .map(|map| metric(&format!("imds_agent_map_updates_total{{map=\"{map}\"}}")))
+    };
     let before = writes();
     cluster.server.compact();
     cluster.server.disconnect();
     poll_until(LONG, "all pods to be read again", || {
-        (metric("imds_kubernetes_relists_total") == 2).then_some(())
+        (metric("imds_agent_kubernetes_relists_total") == 2).then_some(())
     });
     assert_eq!(writes(), before);
 

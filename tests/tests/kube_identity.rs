@@ -60,7 +60,7 @@ impl Cluster {
 
     fn metric(&self, state: &str) -> String {
         let (_, metrics) = try_get(&self.world, DEFAULT, "/metrics").unwrap();
-        let series = format!("imds_kubernetes_pods{{state=\"{state}\"}} ");
+        let series = format!("imds_agent_kubernetes_pods{{state=\"{state}\"}} ");
         metrics.lines().find_map(|line| line.strip_prefix(&series)).unwrap_or_default().to_owned()
     }
 }

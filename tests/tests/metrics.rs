@@ -22,7 +22,7 @@ use nix::{
     unistd::Pid,
 };
 
-const DENIED: &str = r#"imds_packets_total{hook="from_pod",verdict="denied"}"#;
+const DENIED: &str = r#"imds_agent_packets_total{hook="from_pod",verdict="denied"}"#;
 
 #[track_caller]
 fn get(world: &World, path: &str) -> (u16, String) {
@@ -53,25 +53,24 @@ fn what_is_counted_and_in_force_is_served() {
     }
     let (status, before) = get(&world, "/metrics");
     assert_eq!(status, 200);
-    assert!(before.ends_with("# EOF\n"), "{before}");
     for (series, expected) in [
         (DENIED, 0.0),
-        (r#"imds_mode{mode="enforce"}"#, 1.0),
-        (r#"imds_mode{mode="audit"}"#, 0.0),
+        (r#"imds_agent_mode{mode="enforce"}"#, 1.0),
+        (r#"imds_agent_mode{mode="audit"}"#, 0.0),
         // The pod's link, and the uplink, which is a veth too.
-        (r#"imds_interfaces{hook="from_pod",state="guarded"}"#, 2.0),
-        (r#"imds_interfaces{hook="from_pod",state="unguarded"}"#, 0.0),
-        ("imds_ready", 1.0),
-        ("imds_problems", 0.0),
-        ("imds_endpoints", 1.0),
-        ("imds_config_refused", 0.0),
-        (r#"imds_config_reloads_total{result="succeeded"}"#, 0.0),
+        (r#"imds_agent_interfaces{hook="from_pod",state="enforced"}"#, 2.0),
+        (r#"imds_agent_interfaces{hook="from_pod",state="unenforced"}"#, 0.0),
+        ("imds_agent_ready", 1.0),
+        ("imds_agent_problems", 0.0),
+        ("imds_agent_endpoints", 1.0),
+        ("imds_agent_config_last_reload_successful", 1.0),
+        (r#"imds_agent_config_reloads_total{result="succeeded"}"#, 0.0),
     ] {
         assert!((value(&before, series) - expected).abs() < f64::EPSILON, "{series}:\n{before}");
     }
     assert!(before.contains("imds_agent_build_info{version="), "{before}");
     let [tcx, clsact] = ["tcx", "clsact"].map(|backend| {
-        value(&before, &format!(r#"imds_attached_interfaces{{hook="from_pod",backend="{backend}"}}"#))
+        value(&before, &format!(r#"imds_agent_attachments{{hook="from_pod",backend="{backend}"}}"#))
     });
     assert!((tcx + clsact - 2.0).abs() < f64::EPSILON, "{before}");
 
@@ -79,7 +78,7 @@ fn what_is_counted_and_in_force_is_served() {
     let after = get(&world, "/metrics").1;
     let total = world.status().total.denied;
     assert!(value(&after, DENIED) > 0.0, "{after}");
-    assert!(value(&after, r#"imds_bytes_total{hook="from_pod",verdict="denied"}"#) > 0.0, "{after}");
+    assert!(value(&after, r#"imds_agent_bytes_total{hook="from_pod",verdict="denied"}"#) > 0.0, "{after}");
     #[expect(clippy::cast_precision_loss, reason = "they are few")]
     let total = total.packets as f64;
     assert!(value(&after, DENIED) <= total);
@@ -108,10 +107,11 @@ fn each_packet_is_told_of_or_counted_as_not_told_of_also_when_its_pod_is_gone() 
     };
     let is_accounted_for = || {
         let metrics = get(&world, "/metrics").1;
-        let told = ["imds_events_total", "imds_events_suppressed_total", "imds_events_untold"];
+        let told =
+            ["imds_agent_events_total", "imds_agent_events_suppressed_total", "imds_agent_events_pending"];
         let sum: f64 = told.iter().map(|name| value(&metrics, name)).sum();
-        let counted = series(&metrics, "imds_packets_total");
-        assert!(value(&metrics, "imds_events_untold") > 0.0, "{metrics}");
+        let counted = series(&metrics, "imds_agent_packets_total");
+        assert!(value(&metrics, "imds_agent_events_pending") > 0.0, "{metrics}");
         ((sum - counted).abs() < 0.5 && counted > 200.0).then_some(())
     };
     poll_until(LONG, "each packet to be accounted for", is_accounted_for);
@@ -138,14 +138,17 @@ fn it_is_not_ready_while_a_pod_is_open() {
     let (status, why) = get(&world, "/readyz");
     assert!(status == 503 && why.contains(&pod.host_ifname), "{status}: {why}");
     let metrics = get(&world, "/metrics").1;
-    assert!(value(&metrics, "imds_ready").abs() < f64::EPSILON, "{metrics}");
-    assert!(value(&metrics, r#"imds_interfaces{hook="from_pod",state="unguarded"}"#) > 0.0, "{metrics}");
+    assert!(value(&metrics, "imds_agent_ready").abs() < f64::EPSILON, "{metrics}");
+    assert!(
+        value(&metrics, r#"imds_agent_interfaces{hook="from_pod",state="unenforced"}"#) > 0.0,
+        "{metrics}"
+    );
     // It works all the same.
     assert_eq!(get(&world, "/healthz").0, 200);
     hang_up(&agent);
     poll_until(LONG, "it to be ready again", || (get(&world, "/readyz").0 == 200).then_some(()));
     let metrics = get(&world, "/metrics").1;
-    assert!(value(&metrics, r#"imds_config_reloads_total{result="succeeded"}"#) > 0.0, "{metrics}");
+    assert!(value(&metrics, r#"imds_agent_config_reloads_total{result="succeeded"}"#) > 0.0, "{metrics}");
     world.assert_blocked(&pod);
     drop(agent);
     world.unload();

@@ -40,6 +40,7 @@ impl fmt::Display for Listen {
 #[serde(deny_unknown_fields, default)]
 pub(super) struct MetricsTable {
     listen: Spanned<Places>,
+    pub(super) program_run_time: bool,
 }
 
 /// One place or a list of them. It is shown as a list.
@@ -73,7 +74,10 @@ impl<'de> Deserialize<'de> for Places {
 
 impl Default for MetricsTable {
     fn default() -> Self {
-        Self { listen: Spanned::new(0..0, Places(vec![Spanned::new(0..0, DEFAULT.to_string())])) }
+        Self {
+            listen: Spanned::new(0..0, Places(vec![Spanned::new(0..0, DEFAULT.to_string())])),
+            program_run_time: false,
+        }
     }
 }
 

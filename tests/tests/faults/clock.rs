@@ -30,9 +30,9 @@ fn assert_works(case: &Case) {
     let late = case.world.add_pod(PodLink::Routed);
     case.world.wait_guarded(&late);
     let before = case.world.status().total.denied.packets;
-    let told = case.metric("imds_events_total ");
+    let told = case.metric("imds_agent_events_total ");
     case.world.status_when("the counters to go on", |status| status.total.denied.packets > before);
-    poll_until(LONG, "events to go on", || (case.metric("imds_events_total ") > told).then_some(()));
+    poll_until(LONG, "events to go on", || (case.metric("imds_agent_events_total ") > told).then_some(()));
     let health = try_get(&case.world, DEFAULT, "/healthz").unwrap();
     assert_eq!(health.0, 200, "{health:?}");
     assert_reports(case);

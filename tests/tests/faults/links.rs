@@ -14,7 +14,7 @@ use super::{Case, LINKS, Random, signal};
 fn a_burst_of_link_events_that_overruns_the_queue() {
     let case = Case::new(AttachMode::Clsact);
     let agent = case.agent().resync(3600).spawn_ready();
-    let overruns = || case.metric("imds_netlink_overruns_total ");
+    let overruns = || case.metric("imds_agent_netlink_overruns_total ");
     assert_eq!(overruns(), 0);
     let late = case.under_flood(|| {
         // It can't listen while so many come that the kernel has to drop some, that of a new pod among them.
@@ -158,7 +158,7 @@ fn stripped_at_random(backend: AttachMode) {
             case.world.status_when("all is back", |status| status.is_ready() && status.state == "enforcing");
         }
     });
-    let repaired = case.metric("imds_repairs_total{kind=\"attached\"}");
+    let repaired = case.metric("imds_agent_drift_corrections_total{action=\"attached\"}");
     println!("{stripped} links and filters removed, {repaired} attached again");
     assert!(repaired >= stripped, "{}", agent.log());
     drop(agent);

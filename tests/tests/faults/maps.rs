@@ -197,7 +197,7 @@ fn events_that_nobody_reads() {
         poll_until(LONG, "an agent that reads", || (!ring.is_full()).then_some(()));
         guarded_late(&case);
     });
-    println!("{} events told after all", case.metric("imds_events_total "));
+    println!("{} events told after all", case.metric("imds_agent_events_total "));
     drop(agent);
     drop(crowd);
     case.assert_well();

@@ -62,7 +62,10 @@ fn pins_that_are_removed(backend: AttachMode) {
         }
         wait_until_all_is_back(&case);
     });
-    println!("{removals} removals, {} repairs of pins", case.metric("imds_repairs_total{kind=\"pinned\"}"));
+    println!(
+        "{removals} removals, {} repairs of pins",
+        case.metric("imds_agent_drift_corrections_total{action=\"pinned\"}")
+    );
     drop(agent);
     case.assert_well();
 }

@@ -1,0 +1,38 @@
+//! A hash of the exemptions of the effective configuration, by which a change of them is seen.
+
+use toml::{Table, Value};
+
+use crate::datapath::{config, object::Maps, pins::PinDir};
+
+/// Returns the hash, or `None` if nothing is loaded.
+#[must_use]
+pub fn exemptions_hash(pins: &PinDir) -> Option<u64> {
+    let record = config::read(&Maps::open(pins).ok()?).ok()??;
+    Some(hash(&record.text))
+}
+
+/// Hashes the exemptions of a configuration in TOML. Other keys do not count.
+fn hash(text: &str) -> u64 {
+    let table: Table = text.parse().unwrap_or_default();
+    let exemptions = table.get("exempt").map(Value::to_string).unwrap_or_default();
+    // FNV-1a. A sample of Prometheus is a float and holds integers of 53 bits.
+    let hash = exemptions.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    (hash >> 48) ^ (hash & 0xffff_ffff_ffff)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_exemptions_count() {
+        let rule = "[[exempt]]\nname = 'a'\nnetns = '/run/netns/a'\n";
+        assert_eq!(hash(""), hash("mode = 'audit'"));
+        assert_eq!(hash(rule), hash(&format!("mode = 'audit'\n{rule}")));
+        assert_ne!(hash(""), hash(rule));
+        assert_ne!(hash(rule), hash(&rule.replace("'a'", "'b'")));
+        assert!(hash(rule) < 1 << 48);
+    }
+}

@@ -1,0 +1,113 @@
+//! Metric families: names, help texts and samples, in no particular text format.
+
+use std::fmt;
+
+/// All time series of one name.
+#[derive(Clone, Debug)]
+pub(super) struct Family {
+    /// The name, for a counter without `_total`.
+    pub(super) name: &'static str,
+    pub(super) help: &'static str,
+    pub(super) kind: Kind,
+    pub(super) samples: Vec<Sample>,
+}
+
+/// The type of a family.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Kind {
+    Counter,
+    Gauge,
+}
+
+/// One time series: labels and value.
+#[derive(Clone, Debug)]
+pub(super) struct Sample {
+    pub(super) labels: Vec<(&'static str, String)>,
+    pub(super) value: Number,
+}
+
+/// The value of a sample.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Number {
+    Integer(u64),
+    Float(f64),
+}
+
+impl Kind {
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Counter => "counter",
+            Self::Gauge => "gauge",
+        }
+    }
+}
+
+impl fmt::Display for Number {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Integer(value) => value.fmt(f),
+            Self::Float(value) => value.fmt(f),
+        }
+    }
+}
+
+impl From<u64> for Number {
+    fn from(value: u64) -> Self {
+        Self::Integer(value)
+    }
+}
+
+impl From<bool> for Number {
+    fn from(value: bool) -> Self {
+        Self::Integer(value.into())
+    }
+}
+
+impl From<f64> for Number {
+    fn from(value: f64) -> Self {
+        Self::Float(value)
+    }
+}
+
+/// Collects the families of one scrape.
+#[derive(Debug, Default)]
+pub(super) struct Families(Vec<Family>);
+
+impl Families {
+    pub(super) fn counter<const N: usize, V: Into<Number>>(
+        &mut self,
+        name: &'static str,
+        help: &'static str,
+        samples: impl IntoIterator<Item = ([(&'static str, String); N], V)>,
+    ) {
+        self.add(Kind::Counter, name, help, samples);
+    }
+
+    pub(super) fn gauge<const N: usize, V: Into<Number>>(
+        &mut self,
+        name: &'static str,
+        help: &'static str,
+        samples: impl IntoIterator<Item = ([(&'static str, String); N], V)>,
+    ) {
+        self.add(Kind::Gauge, name, help, samples);
+    }
+
+    /// Adds a family, unless it has no sample.
+    fn add<const N: usize, V: Into<Number>>(
+        &mut self,
+        kind: Kind,
+        name: &'static str,
+        help: &'static str,
+        samples: impl IntoIterator<Item = ([(&'static str, String); N], V)>,
+    ) {
+        let sample = |(labels, value): ([_; N], V)| Sample { labels: labels.into(), value: value.into() };
+        let samples: Vec<_> = samples.into_iter().map(sample).collect();
+        if !samples.is_empty() {
+            self.0.push(Family { name, help, kind, samples });
+        }
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Family> {
+        self.0.iter()
+    }
+}

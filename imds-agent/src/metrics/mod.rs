@@ -1,0 +1,75 @@
+//! Metrics of the node and of the agent, in the text formats of Prometheus.
+
+mod exemptions;
+mod family;
+mod format;
+mod process;
+mod programs;
+mod snapshot;
+
+use std::collections::BTreeMap;
+
+use imds_ebpf_common::{
+    Address,
+    ledger::{DenialKey, DenialRecord},
+};
+
+use self::family::Families;
+pub use self::{exemptions::exemptions_hash, format::Format, programs::RunTimeStats, snapshot::Snapshot};
+use crate::{
+    agent::Reloads,
+    collector::Collected,
+    datapath::{counters::Count, pins::PinDir},
+    endpoints::unpadded,
+    guard::{Repairs, Writes},
+    kube::WatchState,
+};
+
+/// Counters of a running agent.
+#[derive(Clone, Debug, Default)]
+pub struct Done {
+    /// Reloads of the configuration.
+    pub reloads: Reloads,
+    /// Drift corrections.
+    pub repairs: Repairs,
+    /// Map updates for exemptions and pod names.
+    pub writes: Writes,
+    /// State of the pod watch, if there is one.
+    pub watch: Option<WatchState>,
+    /// Events, if this agent collects them.
+    pub collected: Option<Collected>,
+    /// Log lines that were dropped, because standard error was not read.
+    pub log_lines_dropped: u64,
+}
+
+/// Sums of denied and audited packets by namespace, endpoint, hook and verdict.
+pub type Denied = BTreeMap<(String, DenialTo), Count>;
+
+/// Endpoint, hook and verdict of denials.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub struct DenialTo {
+    address: Address,
+    hook: u32,
+    verdict: u32,
+}
+
+/// Adds up the denials.
+pub fn sum<E>(denials: impl Iterator<Item = Result<(DenialKey, DenialRecord), E>>) -> Result<Denied, E> {
+    let mut denied = Denied::new();
+    for denial in denials {
+        let (DenialKey { address, hook, verdict, .. }, record) = denial?;
+        let key = (unpadded(&record.namespace), DenialTo { address, hook, verdict });
+        *denied.entry(key).or_default() += Count { packets: record.count, bytes: record.bytes };
+    }
+    Ok(denied)
+}
+
+/// Writes all metrics of one scrape in this format.
+#[must_use]
+pub fn encode(snapshot: &Snapshot, pins: &PinDir, format: Format) -> String {
+    let mut families = Families::default();
+    snapshot.add(&mut families);
+    programs::add(&programs::read(pins), &mut families);
+    process::add(&mut families);
+    format.encode(&families)
+}

@@ -1,0 +1,97 @@
+//! Run time of the agent's BPF programs, if the kernel collects it.
+
+use std::os::fd::OwnedFd;
+
+use aya::{
+    programs::ProgramInfo,
+    sys::{Stats, enable_stats},
+};
+use imds_ebpf_common::{
+    Hook,
+    names::{
+        HOST_PROGRAMS, PROG_FROM_POD, PROG_FROM_POD_L3, PROG_LOCAL_SERVICE, PROG_NODE_EGRESS,
+        PROG_NODE_EGRESS_L3, SOCKET_PROGRAMS,
+    },
+};
+
+use super::family::Families;
+use crate::datapath::pins::PinDir;
+
+/// Keeps the kernel collecting run times of BPF programs (`BPF_ENABLE_STATS`, Linux 5.8), as long as it is enabled.
+#[derive(Debug, Default)]
+pub struct RunTimeStats {
+    is_desired: bool,
+    /// The kernel stops when the last such descriptor is closed.
+    enabled: Option<OwnedFd>,
+}
+
+impl RunTimeStats {
+    /// Starts or stops the collection. A failure is logged once and changes nothing else.
+    pub fn set(&mut self, is_desired: bool) {
+        if self.is_desired == is_desired {
+            return;
+        }
+        self.is_desired = is_desired;
+        self.enabled = None;
+        if !is_desired {
+            log::info!("stopped the collection of BPF run times (metrics.program_run_time)");
+            return;
+        }
+        match enable_stats(Stats::RunTime) {
+            Ok(descriptor) => {
+                log::info!(
+                    "started the collection of run times of all BPF programs (metrics.program_run_time)"
+                );
+                self.enabled = Some(descriptor);
+            }
+            Err(error) => log::warn!(
+                "failed to enable BPF run time statistics: {}; the agent needs CAP_SYS_ADMIN and Linux 5.8 for \
+                 metrics.program_run_time",
+                error.io_error
+            ),
+        }
+    }
+}
+
+/// Runs of one program.
+#[derive(Clone, Debug)]
+pub(super) struct ProgramRuns {
+    hook: &'static str,
+    program: &'static str,
+    seconds: f64,
+    count: u64,
+}
+
+/// Reads the runs of all pinned programs. Programs that never ran while the kernel collected are left out.
+pub(super) fn read(pins: &PinDir) -> Vec<ProgramRuns> {
+    let runs = |(hook, program): (Hook, &'static str)| {
+        let info = ProgramInfo::from_pin(pins.program(program)).ok()?;
+        let (seconds, count) = (info.run_time().as_secs_f64(), info.run_count());
+        (count > 0).then(|| ProgramRuns { hook: hook.name(), program, seconds, count })
+    };
+    programs().filter_map(runs).collect()
+}
+
+fn programs() -> impl Iterator<Item = (Hook, &'static str)> {
+    let of = |hook| move |program| (hook, program);
+    let from_pod = [PROG_FROM_POD, PROG_FROM_POD_L3].map(of(Hook::FromPod));
+    let node_egress = [PROG_NODE_EGRESS, PROG_NODE_EGRESS_L3].map(of(Hook::NodeEgress));
+    let tc = from_pod.into_iter().chain(node_egress);
+    let socket = SOCKET_PROGRAMS.map(of(Hook::Socket));
+    let host = HOST_PROGRAMS.map(of(Hook::HostNetwork));
+    tc.chain(socket).chain(host).chain([(Hook::LocalService, PROG_LOCAL_SERVICE)])
+}
+
+pub(super) fn add(runs: &[ProgramRuns], families: &mut Families) {
+    let labels = |runs: &ProgramRuns| [("hook", runs.hook.to_owned()), ("program", runs.program.to_owned())];
+    families.counter(
+        "imds_agent_program_run_time_seconds",
+        "Time that the BPF program ran in seconds, while the kernel collects it",
+        runs.iter().map(|of_program| (labels(of_program), of_program.seconds)),
+    );
+    families.counter(
+        "imds_agent_program_runs",
+        "Number of runs of the BPF program, while the kernel collects it",
+        runs.iter().map(|of_program| (labels(of_program), of_program.count)),
+    );
+}
