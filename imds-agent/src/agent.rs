@@ -1,5 +1,7 @@
 //! The running agent: follows the node and its configuration until it is told to stop.
 
+mod unloaded;
+
 use std::{future, time::Duration};
 
 use anyhow::Context as _;
@@ -7,9 +9,11 @@ use futures_util::{FutureExt as _, Stream, StreamExt as _};
 use tokio::{
     io::unix::AsyncFd,
     signal::unix::{Signal, SignalKind, signal},
+    task::JoinSet,
     time::{Instant, Interval, MissedTickBehavior, interval_at, sleep_until},
 };
 
+use self::unloaded::Unloaded;
 use crate::{
     cluster::{Cluster, News},
     collector::Collector,
@@ -61,6 +65,8 @@ pub struct Agent {
     cluster: Cluster,
     /// Where no other process takes what the programs tell.
     collector: Option<AsyncFd<Collector>>,
+    /// Tasks that end with the work of the agent.
+    background: JoinSet<()>,
     timer: Interval,
     hangup: Signal,
     terminate: Signal,
@@ -91,11 +97,19 @@ impl Agent {
             supervisor: Supervisor::from_env(),
             cluster: Cluster::default(),
             collector: None,
+            background: JoinSet::new(),
             timer,
             hangup: signal(SignalKind::hangup()).context("can't listen for SIGHUP")?,
             terminate: signal(SignalKind::terminate()).context("can't listen for SIGTERM")?,
             interrupt: signal(SignalKind::interrupt()).context("can't listen for SIGINT")?,
         })
+    }
+
+    /// Ends these tasks with the work of the agent.
+    #[must_use]
+    pub fn with_background(mut self, background: JoinSet<()>) -> Self {
+        self.background = background;
+        self
     }
 
     /// How often the configuration was loaded again.
@@ -117,6 +131,7 @@ impl Agent {
         }
         give_back();
         let mut watch = self.watch();
+        let mut unload_request = self.watch_unload_request();
         // Since it was read, and before it was watched.
         let mut due = self.loader.change().map(|_| Due::now());
         let mut half_seen = None;
@@ -149,6 +164,9 @@ impl Agent {
                     self.server.retry();
                     self.open_collector();
                     self.supervisor.ready(&self.guard.state(&self.settings));
+                    if self.guard.pins().is_unload_requested() {
+                        return self.unload().run().await;
+                    }
                     // For what is not told of, as on some network file systems. Seen only once, it may be half written.
                     let change = self.loader.change();
                     if change.is_some() && change == half_seen {
@@ -161,6 +179,14 @@ impl Agent {
                     Err(error) => {
                         log::error!("can't watch the configuration any more: {error}");
                         watch = None;
+                    }
+                },
+                requested = changed(&mut unload_request) => match requested {
+                    Ok(()) if self.guard.pins().is_unload_requested() => return self.unload().run().await,
+                    Ok(()) => {}
+                    Err(error) => {
+                        log::error!("failed to watch for `imds-agent unload`, it is noticed by the resync: {error}");
+                        unload_request = None;
                     }
                 },
                 () = wait_for(due) => {
@@ -180,6 +206,18 @@ impl Agent {
         self.supervisor.stopping();
         log::info!("stopping; what is attached stays in force until `imds-agent unload`");
         Ok(())
+    }
+
+    /// Releases everything in the kernel to `imds-agent unload`.
+    fn unload(self) -> Unloaded {
+        let done = self.done();
+        let Self { guard, background, server, supervisor, timer, hangup, terminate, interrupt, .. } = self;
+        // Descriptors of maps end with it, as with the guard.
+        drop(background);
+        let pins = guard.pins().root().to_owned();
+        // The lock of the pin directory ends with it.
+        drop(guard);
+        Unloaded { pins, done, server, supervisor, timer, hangup, terminate, interrupt }
     }
 
     /// Takes in one piece of news, and those that have come meanwhile.
@@ -263,6 +301,13 @@ impl Agent {
             log::warn!("can't watch {}: {error}; it is read with every look at everything", path.display());
         };
         Watch::new(path).map_err(failed).ok()
+    }
+
+    fn watch_unload_request(&self) -> Option<Watch> {
+        let failed = |error| {
+            log::warn!("failed to watch for `imds-agent unload`, it is noticed by the resync: {error}");
+        };
+        self.guard.pins().watch_unload_request().map_err(failed).ok()
     }
 
     /// Loads the configuration again. One that can't be used leaves the one before in force.

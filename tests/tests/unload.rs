@@ -1,4 +1,4 @@
-//! `unload` leaves nothing of ours, and all that is somebody else's.
+//! `unload` removes everything of the agent, and nothing of other programs.
 
 use std::fs;
 
@@ -17,7 +17,7 @@ use nix::{
 };
 
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
-const MAPS: [&str; 3] = ["maps/imds_policy", "maps/imds_counters", "maps/imds_interfaces"];
+const MAPS: [&str; 4] = ["maps/imds_policy", "maps/imds_counters", "maps/imds_interfaces", "maps/AYA_LOGS"];
 
 fn our_programs(world: &World, pods: &[Pod]) -> Vec<u32> {
     let attached = pods.iter().flat_map(|pod| hook::programs(&world.node, &pod.host_ifname));
@@ -114,18 +114,69 @@ fn somebody_elses_tcx_program_stays() {
 }
 
 #[test]
-fn it_is_refused_while_an_agent_runs() {
+fn a_running_agent_releases_the_directory_and_stays_unloaded() {
     with_each_backend(|backend| {
         let world = World::new();
         let pod = world.add_pod(PodLink::Routed);
-        let mut agent = world.start_agent(backend);
+        let agent =
+            world.agent().backend(backend).hooks(&["from_pod", "node_egress"]).resync(1).spawn_ready();
+        world.assert_blocked(&pod);
+        let programs = our_programs(&world, std::slice::from_ref(&pod));
+        let maps = MAPS.map(|map| hook::pinned_map(&world.pin_dir().join(map)));
 
         let output = world.imds_agent(&["unload"]).output();
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{output:?}\n{}", agent.log());
+        assert!(stdout.contains(&format!("pid {}", agent.pid())) && stdout.contains("restart"), "{stdout}");
+        assert!(!world.pin_dir().exists());
+        assert_eq!(hook::programs(&world.node, &pod.host_ifname), []);
+        world.assert_open(&pod);
+
+        poll_until(LONG, "programs and maps to be freed", || {
+            let programs_left = programs.iter().any(|id| hook::program_exists(*id));
+            let maps_left = maps.iter().any(|id| hook::map_exists(*id));
+            (!programs_left && !maps_left).then_some(())
+        });
+
+        // The process still runs, so that no service manager starts another one, and leaves new pods alone.
+        agent.wait_for_log("nothing is enforced until the agent is restarted", LONG);
+        let late = world.add_pod(PodLink::Routed);
+        world.assert_open(&late);
+        assert_eq!(world.status().state, "unloaded");
+        assert!(!world.pin_dir().exists());
+        assert!(agent.terminate().success());
+
+        // The next one enforces.
+        let _agent = world.start_agent(backend);
+        world.assert_blocked(&late);
+    });
+}
+
+#[test]
+fn an_agent_that_hangs_enforces_nothing_and_is_named_with_the_commands() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pod = world.add_pod(PodLink::Routed);
+        let agent = world.start_agent(backend);
+        let pid = Pid::from_raw(agent.pid().try_into().unwrap());
+        kill(pid, Signal::SIGSTOP).unwrap();
+        world.assert_blocked(&pod);
+
+        let output = world.imds_agent(&["unload", "--timeout", "1"]).output();
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{stderr}");
-        assert!(stderr.contains(&agent.pid().to_string()), "{stderr}");
-        agent.wait_ready();
-        world.assert_blocked(&pod);
+        let unload = format!("imds-agent unload --pin-dir {}", world.pin_dir().display());
+        for part in [&*pid.to_string(), "Stop the agent first", &unload] {
+            assert!(stderr.contains(part), "{part}: {stderr}");
+        }
+        // The policy is the first thing that ends.
+        world.assert_open(&pod);
+
+        // The request waits for it.
+        kill(pid, Signal::SIGCONT).unwrap();
+        agent.wait_for_log("nothing is enforced until the agent is restarted", LONG);
+        world.unload();
+        assert!(!world.pin_dir().exists());
     });
 }
 

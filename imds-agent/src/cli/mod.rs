@@ -9,6 +9,7 @@ mod output;
 mod report;
 mod run;
 mod status;
+mod stop_command;
 mod top;
 mod unload;
 mod verify;

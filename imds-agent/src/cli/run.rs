@@ -5,6 +5,7 @@ use std::{convert::Infallible, future, path::PathBuf, process::ExitCode, time::D
 use anyhow::{Context as _, anyhow};
 use clap::{Args, ValueEnum};
 use imds_ebpf_common::AttachMode;
+use tokio::task::JoinSet;
 
 use super::{Failure, PinDirArg, StateDirArg};
 use crate::{
@@ -102,8 +103,9 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     let events = Netlink::events(node.backend == AttachMode::Clsact)?;
     let netlink = Netlink::connect()?.with_endpoints(settings.guarded.addresses());
     let datapath = Datapath::open(claim, &settings.plan, &settings.guarded, netlink.clone())?;
+    let mut background = JoinSet::new();
     match datapath.diagnostics() {
-        Ok(diagnostics) => drop(tokio::spawn(async {
+        Ok(diagnostics) => drop(background.spawn(async {
             log::warn!("the BPF programs' own log is no longer followed: {}", diagnostics.follow().await);
         })),
         Err(error) => log::warn!("{:#}", anyhow::Error::from(error)),
@@ -132,7 +134,8 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
             }
             None => None,
         };
-        let agent = Agent::new(guard, node, loader, settings.clone(), server, period)?;
+        let agent =
+            Agent::new(guard, node, loader, settings.clone(), server, period)?.with_background(background);
         let untaint = async {
             if let Some(untaint) = untaint {
                 untaint.await;

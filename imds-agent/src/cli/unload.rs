@@ -1,22 +1,26 @@
 //! `imds-agent unload`.
 
 use std::{
+    path::Path,
     process::ExitCode,
     time::{Duration, Instant},
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{Failure, PinDirArg, StateDirArg};
+use super::{DEFAULT_PIN_DIR, Failure, PinDirArg, StateDirArg, stop_command::stop_command};
 use crate::{
-    datapath::{self, Removed, pins::PinDir},
+    datapath::{
+        self, DatapathError, Progress, Removed,
+        pins::{PinDir, PinError},
+    },
     node::netlink::Netlink,
     preflight,
 };
 
-/// How often it is said how far it is.
+/// Interval of the lines that report progress.
 const PROGRESS: Duration = Duration::from_secs(1);
 
 #[derive(Args, Debug)]
@@ -24,6 +28,9 @@ pub(super) struct UnloadArgs {
     /// Wait for SIGTERM once it is done: for a service manager, or a cluster, that would start it again
     #[arg(long)]
     hold: bool,
+    /// Time in seconds that a running agent may take to release the pin directory
+    #[arg(long, value_name = "SECONDS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(0..=3600))]
+    timeout: u64,
     #[command(flatten)]
     state: StateDirArg,
     #[command(flatten)]
@@ -37,19 +44,35 @@ pub(super) async fn unload(args: UnloadArgs) -> Result<ExitCode, Failure> {
     let pins = PinDir::new(&args.pins.pin_dir)?;
     let netlink = Netlink::connect()?;
     let links = netlink.links().await?;
-    let mut told = Instant::now();
-    let progress = |done, all| {
-        if told.elapsed() >= PROGRESS {
-            eprintln!("detached {done} of {all} links");
-            told = Instant::now();
+    let (mut reported, mut is_off) = (Instant::now(), false);
+    let progress = |progress| match progress {
+        Progress::PolicyOff => is_off = true,
+        Progress::AskedAgent(pid) => {
+            let pid = pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default();
+            eprintln!("waiting for the running agent{pid} to release {}", args.pins.pin_dir.display());
         }
+        Progress::Detached(done, all) if reported.elapsed() >= PROGRESS => {
+            eprintln!("detached {done} of {all} links; all packets pass");
+            reported = Instant::now();
+        }
+        Progress::Detached(..) => {}
     };
-    match datapath::unload(&pins, &netlink, &links, progress).await? {
-        Removed { pin_dir: Some(pin_dir), interfaces, sockets } => {
-            let sockets = if sockets { ", and sockets" } else { "" };
-            println!("removed {} (guarded until now: {interfaces} interfaces{sockets})", pin_dir.display());
+    match datapath::unload(&pins, &netlink, &links, Duration::from_secs(args.timeout), progress).await {
+        Ok(removed) => print(&pins, &removed),
+        Err(DatapathError::Pin(PinError::NotReleased { path, pid, timeout })) => {
+            let unload = if args.pins.pin_dir == Path::new(DEFAULT_PIN_DIR) {
+                "imds-agent unload".to_owned()
+            } else {
+                format!("imds-agent unload --pin-dir {}", path.display())
+            };
+            let policy = if is_off { "; its hooks let everything pass for now" } else { "" };
+            let error = anyhow!(PinError::NotReleased { path, pid, timeout });
+            let remedy = stop_command(pid, &unload);
+            return Err(Failure::Failed(anyhow!(
+                "failed to unload: {error}{policy}. Stop the agent first: {remedy}"
+            )));
         }
-        Removed { pin_dir: None, .. } => println!("nothing is loaded at {}", pins.root().display()),
+        Err(error) => return Err(error.into()),
     }
     // A later start must not bring back exemptions of this installation.
     args.state.store().remove()?;
@@ -57,4 +80,23 @@ pub(super) async fn unload(args: UnloadArgs) -> Result<ExitCode, Failure> {
         terminate.recv().await;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn print(pins: &PinDir, removed: &Removed) {
+    let Some(pin_dir) = &removed.pin_dir else {
+        println!("nothing is loaded at {}", pins.root().display());
+        return;
+    };
+    let sockets = if removed.sockets { ", and sockets" } else { "" };
+    println!(
+        "removed {} (enforced until now: {} interfaces{sockets})",
+        pin_dir.display(),
+        removed.interfaces
+    );
+    for path in &removed.left {
+        eprintln!("left {}: the agent did not create it", path.display());
+    }
+    if let Some(pid) = removed.agent {
+        println!("the agent (pid {pid}) runs on without enforcing; restart it to enforce again");
+    }
 }

@@ -29,7 +29,7 @@ use aya_obj::generated::{
 
 pub use self::{
     cgroup::{CgroupPrograms, cgroup_programs, effective_programs},
-    program::{is_compiled, is_foreign, is_ours, load_idle, load_redirect, program_name},
+    program::{is_compiled, is_foreign, is_ours, load_idle, load_redirect, object_name, program_name},
     sink::{MAX_SINK_IDS, link_create_after, load_sink},
 };
 
@@ -324,10 +324,16 @@ fn info<T: Default>(object: impl AsFd) -> io::Result<T> {
 
 /// Whether a BPF object is a link: asking one of another type for a link's description would be answered with its own.
 fn is_link(object: &impl AsFd) -> io::Result<bool> {
+    // With an underscore when just made (bpf_link_prime), with a hyphen when opened again (bpf_link_new_fd).
+    Ok(matches!(kind_of(object)?.as_str(), "bpf_link" | "bpf-link"))
+}
+
+/// Name of the anonymous inode behind a BPF object: `bpf-map`, `bpf-prog`, `bpf_link` or `bpf-link`.
+fn kind_of(object: &impl AsFd) -> io::Result<String> {
     let path = format!("/proc/self/fd/{}", object.as_fd().as_raw_fd());
     let name = std::fs::read_link(path)?;
-    // With an underscore when just made (bpf_link_prime), with a hyphen when opened again (bpf_link_new_fd).
-    Ok(["anon_inode:bpf_link", "anon_inode:bpf-link"].into_iter().any(|link| name.as_os_str() == link))
+    let name = name.to_string_lossy();
+    Ok(name.strip_prefix("anon_inode:").unwrap_or_default().to_owned())
 }
 
 fn bpf_fd<T>(command: bpf_cmd, attr: T) -> io::Result<OwnedFd> {

@@ -274,8 +274,7 @@ impl CgroupLink {
 /// Detaches and unpins the link at `pin`. Returns whether it was attached to a cgroup.
 pub(super) fn detach_pinned(pin: &Path) -> Result<bool, DatapathError> {
     let mut was_attached = false;
-    if let Some(fd) = pins::open(pin)?
-        && let Ok(Some(link)) = bpf::link(&fd)
+    if let Some((fd, link)) = pins::open_own_link(pin)
         && link.cgroup().is_some()
     {
         bpf::link_detach(&fd).map_err(failed("detach from its cgroup the link", pin))?;

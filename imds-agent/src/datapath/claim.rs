@@ -21,17 +21,26 @@ impl PinDir {
     /// Makes what is missing of the directory, on a bpffs, and takes it for this process alone.
     pub fn claim(&self) -> Result<Claim, PinError> {
         self.ensure_bpffs()?;
+        self.ensure_usable()?;
         let is_new = !self.exists();
         self.make_directories()?;
-        Ok(Claim { dir: self.clone(), lock: self.lock(self.root())?, ready: None, is_new })
+        let claim = Claim { dir: self.clone(), lock: self.lock(self.root())?, ready: None, is_new };
+        // Left by an `unload` that was killed.
+        self.withdraw_unload_request()?;
+        Ok(claim)
     }
 
-    /// Takes the directory for this process alone, if it exists.
-    pub fn claim_existing(&self) -> Result<Option<Claim>, PinError> {
-        if !self.exists() {
-            return Ok(None);
-        }
-        Ok(Some(Claim { dir: self.clone(), lock: self.lock(self.root())?, ready: None, is_new: false }))
+    /// Takes the directory for this process alone, if it exists and no other process holds it.
+    pub(super) fn try_claim_existing(&self) -> Result<Option<Claim>, PinError> {
+        let directory = match File::open(self.root()) {
+            Ok(directory) => directory,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(io_error("open", self.root())(error)),
+        };
+        let inode = directory.metadata().map_err(io_error("inspect", self.root()))?.ino();
+        let lock = Flock::lock(directory, FlockArg::LockExclusiveNonblock).ok();
+        let lock = lock.filter(|_| is_at(self.root(), inode));
+        Ok(lock.map(|lock| Claim { dir: self.clone(), lock, ready: None, is_new: false }))
     }
 
     /// Takes the events for this process alone, until dropped, by the lock of the programs' directory, which nothing else
@@ -126,9 +135,9 @@ impl Claim {
         Ok(true)
     }
 
-    /// Removes the directory with all pins in it.
+    /// Removes the directory with the agent's pins in it.
     pub fn remove(self) -> Result<(), PinError> {
-        fs::remove_dir_all(self.dir.root()).map_err(io_error("remove", self.dir.root()))
+        self.dir.remove_own().map(drop)
     }
 }
 

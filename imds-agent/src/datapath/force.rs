@@ -8,7 +8,7 @@ use imds_ebpf_common::{
     names::{MAP_CONFIG, MAP_POLICY},
 };
 
-use super::{Datapath, DatapathError, Plan, config, endpoints, home, object::Maps};
+use super::{Datapath, DatapathError, Plan, config, endpoints, home, object::Maps, pins::PinDir};
 use crate::{config::Hooks, endpoints::Guarded};
 
 impl Datapath {
@@ -62,6 +62,22 @@ impl Datapath {
     pub fn record_refusal(&mut self, error: &str) -> Result<(), DatapathError> {
         config::put_refusal(&mut self.maps, error)
     }
+}
+
+/// Switches the pinned policy off, so that all hooks let everything pass at once. Returns false if the maps are not this
+/// version's, or there are none.
+pub(super) fn switch_off(pins: &PinDir) -> Result<bool, DatapathError> {
+    let mut maps = match Maps::open(pins) {
+        Ok(maps) => maps,
+        Err(error) => {
+            log::debug!("the policy is not switched off: {error}");
+            return Ok(false);
+        }
+    };
+    let failed = |source| DatapathError::Map { map: MAP_POLICY, source };
+    let policy = maps.policy.get(&0, 0).map_err(failed)?;
+    maps.policy.set(0, Policy { mode: Mode::Off as u32, ..policy }, 0).map_err(failed)?;
+    Ok(true)
 }
 
 /// Writes what is in force. What was denied and will be is so at every moment between, and nothing is denied that neither

@@ -18,14 +18,19 @@ pub mod hosts;
 pub mod mprog;
 pub mod object;
 pub mod obstacles;
+mod pin_owner;
+mod pin_removal;
 pub mod pins;
 pub mod pods;
 pub mod qdisc;
+mod rcu;
 pub mod recent;
 pub mod records;
 mod repair_backoff;
 pub mod sendmsg;
 pub mod sockets;
+mod unload;
+mod unload_request;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -39,6 +44,7 @@ use imds_ebpf_common::{
 };
 use thiserror::Error;
 
+pub use self::unload::{Progress, Removed, unload};
 use self::{
     cgroups::Cgroups,
     claim::Claim,
@@ -365,54 +371,4 @@ impl Datapath {
         missing |= self.maps.restore_pins(pins)?;
         Ok(missing)
     }
-}
-
-/// What [`unload`] found to remove.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct Removed {
-    /// Interfaces that were guarded until now.
-    pub interfaces: usize,
-    /// Whether sockets were.
-    pub sockets: bool,
-    /// The pin directory, where there was one.
-    pub pin_dir: Option<PathBuf>,
-}
-
-/// Removes everything of ours: links, filters, qdiscs that an agent made, pins, and with them programs and maps.
-///
-/// Detaching a TCX link takes the kernel a while, as attaching does: `progress` is told how many of how many are done.
-pub async fn unload(
-    pins: &PinDir,
-    netlink: &Netlink,
-    links: &[Link],
-    mut progress: impl FnMut(usize, usize),
-) -> Result<Removed, DatapathError> {
-    let mut removed = Removed::default();
-    let Some(claim) = pins.claim_existing()? else {
-        return Ok(removed);
-    };
-    home::ensure_no_filters_elsewhere(pins)?;
-    removed.sockets = sockets::detach_all(pins)? | hosts::detach_all(pins)?;
-    removed.sockets |= sockets::detach_local_service(pins)?;
-    let pinned = pins.pinned_links()?;
-    for (done, (_, path)) in (1..).zip(&pinned) {
-        removed.interfaces += usize::from(mprog::detach_pinned(path)?);
-        progress(done, pinned.len());
-    }
-    // Maps that can't be read leave it unknown which qdiscs are ours; those stay.
-    let mut maps = Maps::open(pins).ok();
-    for link in links {
-        let mut detached = false;
-        for edge in TcHook::ALL {
-            let spot = AttachPoint { ifindex: link.index, edge };
-            detached |= match &mut maps {
-                Some(maps) => attach::remove_filter(netlink, maps, spot).await?,
-                None => clsact::detach_all(netlink, spot).await?,
-            };
-        }
-        removed.interfaces += usize::from(detached);
-    }
-    removed.pin_dir = Some(pins.root().to_owned());
-    claim.remove()?;
-    Ok(removed)
 }

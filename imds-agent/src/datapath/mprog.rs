@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     fs, io,
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
+        fd::{BorrowedFd, OwnedFd},
         unix::fs::MetadataExt as _,
     },
     path::Path,
@@ -257,11 +257,10 @@ pub fn find(pins: &PinDir, point: AttachPoint, program: u32) -> Result<Option<At
     Ok(None)
 }
 
-/// Detaches the link that is pinned at `path`, at once, and unpins it. Returns whether it was attached.
+/// Detaches the agent's link that is pinned at `path`, at once, and unpins it. Returns whether it was attached.
 pub(super) fn detach_pinned(path: &Path) -> Result<bool, DatapathError> {
     let mut was_attached = false;
-    if let Some(fd) = pins::open(path)?
-        && let Ok(Some(link)) = bpf::link(fd.as_fd())
+    if let Some((fd, link)) = pins::open_own_link(path)
         && let Target::Interface { ifindex: ifindex @ 1.., .. } = link.target
     {
         let failed =

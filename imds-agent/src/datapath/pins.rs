@@ -8,6 +8,7 @@ use std::{
         unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     },
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use imds_ebpf_common::{TcHook, names::link_prefix};
@@ -21,7 +22,9 @@ use super::bpf;
 
 /// Where a bpffs is by convention, and the only place where the agent mounts one.
 pub(crate) const BPFFS: &str = "/sys/fs/bpf";
-const BPFFS_MAGIC: FsType = FsType(libc::BPF_FS_MAGIC);
+pub(super) const BPFFS_MAGIC: FsType = FsType(libc::BPF_FS_MAGIC);
+/// End of the name of a pin that is about to take the place of another one. A bpffs takes no dots in names.
+pub(super) const REPLACEMENT_SUFFIX: &str = "_new";
 /// Owner only: whoever can open a pin can detach or rewrite it.
 const MODE: u32 = 0o700;
 
@@ -35,6 +38,24 @@ pub enum PinError {
         path: PathBuf,
         /// Where one could be mounted.
         mount_point: PathBuf,
+    },
+    /// The path is no directory that an agent may use or remove.
+    #[error("refusing to use {}: {reason}; name the directory of `imds-agent run --pin-dir` (default: {BPFFS}/imds)", path.display())]
+    NotPinDir {
+        /// The pin directory.
+        path: PathBuf,
+        /// Why it is refused.
+        reason: &'static str,
+    },
+    /// The running agent does not release the directory for `unload`.
+    #[error("the running agent{} did not release {} within {timeout:?}", pid_phrase(*pid), path.display())]
+    NotReleased {
+        /// The pin directory.
+        path: PathBuf,
+        /// The agent, where it can be seen from this pid namespace.
+        pid: Option<i32>,
+        /// Time that `unload` waited.
+        timeout: Duration,
     },
     /// No bpffs was at its conventional place, and mounting one failed.
     #[error(
@@ -206,9 +227,8 @@ impl PinDir {
 
 /// Pins an object at `path`, in place of whatever is there, with no moment without a pin.
 pub fn pin_over(object: impl AsFd, path: &Path) -> Result<(), PinError> {
-    // A bpffs takes no dots in names.
     let mut new = path.as_os_str().to_owned();
-    new.push("_new");
+    new.push(REPLACEMENT_SUFFIX);
     let new = PathBuf::from(new);
     unpin(&new)?;
     bpf::pin(object, &new).map_err(io_error("pin", &new))?;
@@ -232,6 +252,17 @@ pub fn open(path: &Path) -> Result<Option<OwnedFd>, PinError> {
 #[must_use]
 pub fn link_at(path: &Path) -> Option<bpf::Link> {
     bpf::link(open(path).ok()??).ok()?
+}
+
+/// Opens the link that is pinned at `path` itself, unless its program is known to be of another agent. A symlink is not
+/// followed: the link behind it is pinned elsewhere.
+pub(super) fn open_own_link(path: &Path) -> Option<(OwnedFd, bpf::Link)> {
+    if fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_symlink()) {
+        return None;
+    }
+    let fd = open(path).ok()??;
+    let link = bpf::link(&fd).ok()??;
+    (!bpf::is_foreign(link.program)).then_some((fd, link))
 }
 
 /// Removes a pin, if it is there, or the directory that somebody made in its place.

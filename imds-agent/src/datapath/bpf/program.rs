@@ -12,7 +12,7 @@ use aya_obj::generated::{
 };
 use imds_ebpf_common::names::PREFIX;
 
-use super::{bpf_fd, info};
+use super::{bpf_fd, info, kind_of, link};
 
 pub(super) const EXIT: u64 = 0x95;
 
@@ -42,6 +42,31 @@ pub fn program_name(id: u32) -> Option<String> {
     let name = name(id).ok()?;
     let name = name.split(|&byte| byte == 0).next().filter(|name| !name.is_empty())?;
     Some(String::from_utf8_lossy(name).into_owned())
+}
+
+/// Returns the name of a map or a program, or that of the program of a link, as far as the kernel shows it.
+pub fn object_name(object: impl AsFd) -> io::Result<Option<String>> {
+    /// The start of `struct bpf_map_info`.
+    #[repr(C)]
+    #[derive(Default)]
+    struct MapInfo {
+        before: [u32; 6],
+        name: [u8; 16],
+    }
+    /// The start of `struct bpf_prog_info`.
+    #[repr(C)]
+    #[derive(Default)]
+    struct ProgramInfo {
+        before: [u64; 8],
+        name: [u8; 16],
+    }
+    let name = match kind_of(&object)?.as_str() {
+        "bpf-map" => info::<MapInfo>(object)?.name,
+        "bpf-prog" => info::<ProgramInfo>(object)?.name,
+        "bpf_link" | "bpf-link" => return Ok(link(object)?.and_then(|link| program_name(link.program))),
+        _ => return Ok(None),
+    };
+    Ok(Some(String::from_utf8_lossy(&name).trim_end_matches('\0').to_owned()))
 }
 
 /// Reports whether the program with this id is known to be an agent's, by its name.

@@ -1,0 +1,211 @@
+//! Ownership of a pin directory: an agent uses and removes only a directory of its own.
+
+use std::{
+    ffi::OsStr,
+    fs::{self, File, OpenOptions},
+    io,
+    os::{
+        fd::AsFd as _,
+        unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    },
+    path::{Path, PathBuf},
+};
+
+use imds_ebpf_common::TcHook;
+use imds_ebpf_common::names::{
+    HOST_LINKS, HOST_PROGRAMS, LOCAL_SERVICE_LINK, MAPS, PREFIX, PROG_LOCAL_SERVICE, SOCKET_LINKS,
+    SOCKET_PROGRAMS, TC_PROGRAMS, link_prefix,
+};
+use nix::sys::statfs::fstatfs;
+
+use super::{
+    bpf,
+    pins::{BPFFS_MAGIC, PinDir, PinError, REPLACEMENT_SUFFIX, io_error},
+    unload_request::REQUEST,
+};
+
+/// Kind of the pins in one subdirectory of a pin directory.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum PinKind {
+    Map,
+    Program,
+    Link,
+}
+
+impl PinKind {
+    /// Each kind, in the order in which its pins are removed.
+    pub(super) const ALL: [Self; 3] = [Self::Link, Self::Program, Self::Map];
+
+    /// Name of the subdirectory.
+    pub(super) const fn directory(self) -> &'static str {
+        match self {
+            Self::Map => "maps",
+            Self::Program => "progs",
+            Self::Link => "links",
+        }
+    }
+
+    /// Reports whether the agent creates a pin of this name. A replacement that was not renamed yet counts too.
+    pub(super) fn is_name(self, name: &str) -> bool {
+        let name = name.strip_suffix(REPLACEMENT_SUFFIX).unwrap_or(name);
+        match self {
+            Self::Map => MAPS.contains(&name),
+            Self::Program => {
+                let cgroup = SOCKET_PROGRAMS.into_iter().chain(HOST_PROGRAMS).chain([PROG_LOCAL_SERVICE]);
+                TC_PROGRAMS.into_iter().chain(cgroup).any(|program| program == name)
+            }
+            Self::Link => {
+                let has_number = |prefix: &str| {
+                    name.strip_prefix(prefix).is_some_and(|number| number.parse::<u64>().is_ok())
+                };
+                name == LOCAL_SERVICE_LINK
+                    || SOCKET_LINKS.contains(&name)
+                    || TcHook::ALL.into_iter().any(|hook| has_number(link_prefix(hook)))
+                    || HOST_LINKS.into_iter().any(|link| has_number(&format!("{link}_")))
+            }
+        }
+    }
+}
+
+impl PinDir {
+    /// Fails if this is a directory in which an agent must pin nothing: the root of a bpffs, or one with pins of other
+    /// programs. A directory that does not exist yet is fine.
+    pub fn ensure_usable(&self) -> Result<(), PinError> {
+        let Some(directory) = self.open_directory()? else { return Ok(()) };
+        self.ensure_below_root(&directory)?;
+        if self.unknown_entries()?.is_empty() || self.has_own_pin()? {
+            return Ok(());
+        }
+        Err(self.refusal("it holds pins of other programs and no map of imds-agent"))
+    }
+
+    /// Opens the directory if `unload` may remove it: a directory on a bpffs that holds an agent's own objects, or nothing
+    /// but the empty directories of one. Returns `None` if the path does not exist or the directory is empty.
+    pub(super) fn open_owned(&self) -> Result<Option<File>, PinError> {
+        let Some(directory) = self.open_directory()? else { return Ok(None) };
+        let statfs = fstatfs(&directory).map_err(|errno| io_error("inspect", self.root())(errno.into()))?;
+        if statfs.filesystem_type() != BPFFS_MAGIC {
+            return Err(self.refusal("it is not on a bpffs, so that no agent has pinned anything there"));
+        }
+        self.ensure_below_root(&directory)?;
+        for kind in PinKind::ALL {
+            let path = self.root().join(kind.directory());
+            if fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_symlink()) {
+                return Err(self.refusal("its subdirectory `maps`, `progs` or `links` is a symlink"));
+            }
+        }
+        if self.has_own_pin()? {
+            return Ok(Some(directory));
+        }
+        let entries = entries(self.root())?;
+        if entries.is_empty() {
+            return Ok(None);
+        }
+        let is_skeleton = self.unknown_entries()?.is_empty() && self.is_without_pins()?;
+        if is_skeleton { Ok(Some(directory)) } else { Err(self.refusal("it holds no map of imds-agent")) }
+    }
+
+    /// Opens the directory itself, not what a symlink at its path leads to. `None` if the path does not exist.
+    fn open_directory(&self) -> Result<Option<File>, PinError> {
+        let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
+        match OpenOptions::new().read(true).custom_flags(flags).open(self.root()) {
+            Ok(directory) => Ok(Some(directory)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTDIR | libc::ELOOP)) => {
+                Err(self.refusal("it is no directory, or a symlink"))
+            }
+            Err(error) => Err(io_error("open", self.root())(error)),
+        }
+    }
+
+    /// Fails at the root of a file system, which is shared by all programs.
+    fn ensure_below_root(&self, directory: &File) -> Result<(), PinError> {
+        let device = |metadata: io::Result<fs::Metadata>| metadata.map(|metadata| metadata.dev());
+        let inside = device(directory.metadata()).map_err(io_error("inspect", self.root()))?;
+        let above = self.root().join("..");
+        let outside = device(fs::metadata(&above)).map_err(io_error("inspect", &above))?;
+        if inside == outside {
+            return Ok(());
+        }
+        Err(self.refusal("it is a mount point, as the root of a bpffs, which all programs share"))
+    }
+
+    fn refusal(&self, reason: &'static str) -> PinError {
+        PinError::NotPinDir { path: self.root().to_owned(), reason }
+    }
+
+    /// Entries of the directory that an agent does not create.
+    fn unknown_entries(&self) -> Result<Vec<PathBuf>, PinError> {
+        let is_known = |path: &PathBuf| {
+            let name = path.file_name().unwrap_or_default();
+            name == REQUEST || PinKind::ALL.into_iter().any(|kind| name == kind.directory())
+        };
+        Ok(entries(self.root())?.into_iter().filter(|path| !is_known(path)).collect())
+    }
+
+    fn is_without_pins(&self) -> Result<bool, PinError> {
+        for kind in PinKind::ALL {
+            if !entries(&self.root().join(kind.directory()))?.is_empty() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Reports whether a map, program or link of an agent is pinned here under a name that agents use.
+    fn has_own_pin(&self) -> Result<bool, PinError> {
+        for kind in [PinKind::Map, PinKind::Program, PinKind::Link] {
+            let directory = self.root().join(kind.directory());
+            if fs::symlink_metadata(&directory).is_ok_and(|metadata| metadata.is_symlink()) {
+                continue;
+            }
+            for path in entries(&directory)? {
+                let is_named =
+                    path.file_name().and_then(OsStr::to_str).is_some_and(|name| kind.is_name(name));
+                if is_named && is_own(&path) {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// Reports whether the object that is pinned at `path` is an agent's, by its name. A symlink is never followed.
+pub(super) fn is_own(path: &Path) -> bool {
+    if !fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_file()) {
+        return false;
+    }
+    let Ok(object) = bpf::get(path) else { return false };
+    bpf::object_name(object.as_fd()).is_ok_and(|name| name.is_some_and(|name| name.starts_with(PREFIX)))
+}
+
+/// Paths of the entries of a directory; none if it does not exist.
+pub(super) fn entries(directory: &Path) -> Result<Vec<PathBuf>, PinError> {
+    match fs::read_dir(directory).and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect()) {
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            Ok(Vec::new())
+        }
+        listed => listed.map_err(io_error("list", directory)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_names_that_the_agent_creates() {
+        let [map, program, link] = [PinKind::Map, PinKind::Program, PinKind::Link];
+        assert!(map.is_name("imds_policy") && map.is_name("imds_policy_new") && map.is_name("AYA_LOGS"));
+        assert!(!map.is_name("imds_other") && !map.is_name("cilium_policy"));
+        assert!(program.is_name("imds_from_pod") && program.is_name("imds_host_out"));
+        assert!(!program.is_name("from_pod_3"));
+        for name in ["from_pod_3", "node_egress_12", "node_egress_12_new", "connect4", "host_egress_77"] {
+            assert!(link.is_name(name), "{name}");
+        }
+        for name in ["from_pod_", "from_pod_x", "host_egress", "cil_from_pod_3", "connect5"] {
+            assert!(!link.is_name(name), "{name}");
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! Removal of a pin directory: entry by entry, by name, without following a symlink.
+
+use std::{
+    ffi::OsStr,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use super::{
+    pin_owner::{PinKind, entries},
+    pins::{PinDir, PinError, io_error},
+    unload_request::REQUEST,
+};
+
+impl PinDir {
+    /// Removes what agents create in the directory, and the directory if nothing else is left in it. Returns the paths of
+    /// what is left: entries of other programs.
+    pub(super) fn remove_own(&self) -> Result<Vec<PathBuf>, PinError> {
+        let mut left = Vec::new();
+        for kind in PinKind::ALL {
+            let directory = self.root().join(kind.directory());
+            if !is_directory(&directory) {
+                continue;
+            }
+            for path in entries(&directory)? {
+                let is_named =
+                    path.file_name().and_then(OsStr::to_str).is_some_and(|name| kind.is_name(name));
+                if !is_named || !remove_entry(&path)? {
+                    left.push(path);
+                }
+            }
+            remove_empty(&directory)?;
+        }
+        remove_empty(&self.root().join(REQUEST))?;
+        let subdirectories = PinKind::ALL.map(|kind| self.root().join(kind.directory()));
+        left.extend(entries(self.root())?.into_iter().filter(|path| !subdirectories.contains(path)));
+        remove_empty(self.root())?;
+        Ok(left)
+    }
+}
+
+fn is_directory(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir())
+}
+
+/// Removes a pin or a symlink, or an empty directory in the place of a pin. Returns false for a directory with entries, which
+/// the agent does not create.
+fn remove_entry(path: &Path) -> Result<bool, PinError> {
+    if is_directory(path) {
+        return remove_empty(path);
+    }
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("unpin", path)(error)),
+        _ => Ok(true),
+    }
+}
+
+/// Removes a directory if it is empty. Returns whether it is gone.
+fn remove_empty(path: &Path) -> Result<bool, PinError> {
+    match fs::remove_dir(path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(false),
+        Err(error) => Err(io_error("remove", path)(error)),
+    }
+}

@@ -1,0 +1,52 @@
+//! The request of `imds-agent unload` to the running agent: a directory in the pin directory.
+//!
+//! Only a process that may change the pins, and so could end enforcement anyway, can make it. inotify reports it to the
+//! agent at once, in whatever mount namespace each of the two runs.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use super::pins::{PinDir, PinError, io_error};
+use crate::watch::Watch;
+
+/// Name of the directory.
+pub(super) const REQUEST: &str = "unload";
+
+impl PinDir {
+    fn unload_request(&self) -> PathBuf {
+        self.root().join(REQUEST)
+    }
+
+    /// Asks the agent to release the directory. Returns false if there is no pin directory any more.
+    pub(super) fn request_unload(&self) -> Result<bool, PinError> {
+        let request = self.unload_request();
+        match fs::create_dir(&request) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(io_error("create", &request)(error)),
+        }
+    }
+
+    /// Withdraws the request, which must not reach an agent that starts later.
+    pub(super) fn withdraw_unload_request(&self) -> Result<(), PinError> {
+        let request = self.unload_request();
+        match fs::remove_dir(&request) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("remove", &request)(error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Reports whether `unload` asks the agent to release the directory.
+    pub(crate) fn is_unload_requested(&self) -> bool {
+        let is_directory = |path: &Path| fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir());
+        is_directory(&self.unload_request())
+    }
+
+    /// Watches for such a request. Must be called within a tokio runtime.
+    pub(crate) fn watch_unload_request(&self) -> io::Result<Watch> {
+        Watch::new(&self.unload_request())
+    }
+}
