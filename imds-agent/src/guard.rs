@@ -7,6 +7,7 @@ mod exempt;
 mod hosts;
 mod links;
 mod local_service;
+mod other_agents;
 mod rounds;
 
 use std::{
@@ -21,6 +22,7 @@ use tokio::time::Instant;
 use self::{
     attach_queue::AttachQueue,
     change_log::{ChangeLog, Pass},
+    other_agents::OtherAgents,
 };
 
 use crate::{
@@ -111,6 +113,7 @@ pub struct Guard {
     failed: BTreeSet<AttachPoint>,
     /// Repairs that another program undoes again and again.
     backoff: RepairBackoff,
+    other_agents: OtherAgents,
     /// Attachment whose turn it is.
     turn: Option<AttachPoint>,
     /// Attachments to pods that were there at the start and wait for their turn.
@@ -156,6 +159,7 @@ impl Guard {
             queue: AttachQueue::new(),
             failed: BTreeSet::new(),
             backoff: RepairBackoff::default(),
+            other_agents: OtherAgents::default(),
             turn: None,
             initial: BTreeSet::new(),
             is_ready: false,
@@ -285,7 +289,9 @@ impl Guard {
         let sockets = if plan.cgroup.is_some() { "too" } else { "not" };
         let mode = plan.mode.name();
         let state = format!("mode {mode}: {pods} pod and {nodes} node interfaces guarded, sockets {sockets}");
-        let mut failures = self.failures();
+        let others = self.other_agents().map(|agent| ("node".to_owned(), agent.to_string()));
+        let failures = self.failures().map(|(name, failure)| (name.to_owned(), failure.to_owned()));
+        let mut failures = others.chain(failures);
         match failures.next() {
             Some((name, failure)) => {
                 format!("{state}; {} problems, the first: {name}: {failure}", 1 + failures.count())

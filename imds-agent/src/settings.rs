@@ -78,19 +78,14 @@ impl Node {
         Ok(Settings { plan, guarded, interfaces: config.interfaces.clone(), exempt, kubepods, cluster })
     }
 
-    /// The cgroup below which sockets are guarded, where a hook is on that does.
+    /// The cgroup for the hooks that need one; `None` if they are off, or no cgroup v2 hierarchy is mounted.
     fn cgroup(&self, hooks: Hooks) -> anyhow::Result<Option<PathBuf>> {
-        let is_needed = judges_by_cgroup(hooks);
-        if !is_needed && !hooks.has(Hook::LocalService) {
+        if !judges_by_cgroup(hooks) && !hooks.has(Hook::LocalService) {
             return Ok(None);
         }
-        let root = || cgroup::root().context("can't read the mounts").transpose();
-        let missing = || {
-            anyhow!("no cgroup v2 hierarchy is mounted: name one by --cgroup, or set {}", switch_off(hooks))
-        };
-        let found = self.cgroup.clone().map(Ok).or_else(root).transpose()?;
-        // The hook for a service on the node is not worth a failure to start.
-        if found.is_none() && is_needed { Err(missing()) } else { Ok(found) }
+        // Without a hierarchy the other hooks still run.
+        let root = || cgroup::root().context("failed to read the mounts").transpose();
+        self.cgroup.clone().map(Ok).or_else(root).transpose()
     }
 }
 

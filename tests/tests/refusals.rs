@@ -247,6 +247,67 @@ fn two_agents_with_their_own_pin_directories_are_no_trouble() {
 }
 
 #[test]
+fn a_cgroup_that_is_none() {
+    let refusal = Refusal::new();
+    let missing = refusal.world.scratch_dir().join("missing");
+    for path in [Path::new("/tmp"), Path::new("/dev/null"), &missing] {
+        let config = refusal.world.scratch_dir().join("empty.toml");
+        fs::write(&config, "").unwrap();
+        let agent = refusal.agent().config_file(config.to_str().unwrap());
+        let path = path.to_str().unwrap();
+        refusal.assert(&agent.args(&["--cgroup", path]).output(), 2, &["--cgroup", path]);
+    }
+}
+
+#[test]
+fn a_failed_start_leaves_an_earlier_agent_s_programs_and_maps() {
+    let refusal = Refusal::new();
+    refusal.agent().spawn_ready().kill9();
+    let before = (
+        hook::programs(&refusal.world.node, &refusal.pod.host_ifname),
+        hook::pinned_map(&refusal.world.pin_dir().join("maps/imds_policy")),
+    );
+    let config = refusal.world.scratch_dir().join("off.toml");
+    fs::write(&config, "mode = 'off'").unwrap();
+    let agent = refusal.agent().config_file(config.to_str().unwrap());
+    assert_line(&agent.args(&["--cgroup", "/tmp"]).output(), 2, &["--cgroup"]);
+    let after = (
+        hook::programs(&refusal.world.node, &refusal.pod.host_ifname),
+        hook::pinned_map(&refusal.world.pin_dir().join("maps/imds_policy")),
+    );
+    assert_eq!(before, after);
+    refusal.world.assert_blocked(&refusal.pod);
+}
+
+/// The other hooks run, and the missing one is named.
+#[test]
+fn a_missing_cgroup_v2_degrades_the_agent() {
+    let Refusal { world, pod } = Refusal::new();
+    let config = world.scratch_dir().join("socket.toml");
+    let hooks = "node_egress = false\nlocal_service = false\nhost_network = false";
+    fs::write(&config, format!("[metrics]\nlisten = []\n[hooks]\n{hooks}")).unwrap();
+    let log = fs::File::create(world.scratch_dir().join("log")).unwrap();
+    let script = "umount -l /sys/fs/cgroup && exec \"$@\"";
+    let agent = world.agent().config_file(config.to_str().unwrap());
+    let mut command = wrapped(&world, &["unshare", "--mount", "sh", "-c", script, "sh"], &agent);
+    let mut child = command.stderr(log).spawn().unwrap();
+    world.wait_guarded(&pod);
+    world.assert_blocked(&pod);
+    let late = world.add_pod(PodLink::Routed);
+    world.wait_guarded(&late);
+    world.assert_blocked(&late);
+    let status = world.status_when("the agent is ready", |status| status.agent.ready);
+    assert_eq!(status.state, "degraded");
+    assert!(status.problems.iter().any(|problem| problem.problem.contains("imds_connect4 is not attached")));
+    assert_eq!(world.imds_agent(&["status"]).output().status.code(), Some(3));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let log = fs::read_to_string(world.scratch_dir().join("log")).unwrap();
+    assert_eq!(log.matches("no cgroup v2 hierarchy is mounted").count(), 1, "{log}");
+    assert!(log.contains("run --cgroup"), "{log}");
+}
+
+#[test]
 fn a_configuration_that_is_wrong() {
     let cases: [(&str, &[&str]); 9] = [
         ("mode = \"enforce\"\nmodus = \"audit\"", &[":2:", "modus"]),

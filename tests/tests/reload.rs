@@ -397,13 +397,15 @@ fn a_cgroup_that_can_not_be_guarded_is_refused_with_the_file() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let file = ConfigFile::new(&world, FROM_POD);
-    let missing = world.cgroup().join("missing");
+    let cgroup = world.add_cgroup("missing");
+    let missing = cgroup.path().to_owned();
     let agent = world
         .agent()
         .config_file(file.path.to_str().unwrap())
         .args(&["--cgroup", missing.to_str().unwrap()])
         .spawn_ready();
     let good = world.status();
+    drop(cgroup);
     // Turns `node_egress` on, too, which must be detached again.
     file.replace("answer = 'reject'\n");
     let status = assert_refused(&world, &good, missing.to_str().unwrap());

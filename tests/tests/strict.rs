@@ -430,7 +430,7 @@ fn it_outlives_the_agent_and_the_next_takes_over_without_a_gap() {
     let denied = world.status().host_network.expect("host_network is on").counts.denied.packets;
     assert!(denied >= tried, "{denied} of {tried} counted");
     drop(agent);
-    assert_eq!(world.status().state, "enforcing");
+    world.status().assert_lacks_only_an_agent();
     world.unload();
     assert!(container.run(|| reachable(&world.node, METADATA)));
 }

@@ -14,7 +14,7 @@ use crate::{
     config_loader::ConfigLoader,
     datapath::{Datapath, bpf, pins::PinDir},
     guard::Guard,
-    node::{netlink::Netlink, senders::Finder},
+    node::{cgroup, netlink::Netlink, senders::Finder},
     preflight,
     provider::DMI_DIR,
     server::Server,
@@ -83,6 +83,10 @@ impl TcBackend {
 }
 
 pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
+    if let Some(path) = &args.cgroup {
+        cgroup::ensure_v2(path)
+            .map_err(|error| Failure::Usage(anyhow!("failed to use --cgroup {}: {error}", path.display())))?;
+    }
     preflight::check_capabilities()?;
     preflight::lift_limits()?;
     preflight::check_kernel()?;

@@ -13,7 +13,15 @@ use super::{
     sendmsg::{SendmsgInputs, SendmsgReason, sendmsg_reason},
     sockets::{self, LOCAL_SERVICE, SOCKETS, Sockets},
 };
-use crate::config::{Hooks, Sendmsg};
+use crate::{
+    config::{Hooks, Sendmsg},
+    node::cgroup,
+};
+
+/// Failure of a hook without a cgroup.
+pub const NO_CGROUP: &str = "socket is not attached: no cgroup v2 hierarchy is mounted";
+/// Remedy for it.
+pub const NO_CGROUP_REMEDY: &str = "mount cgroup2 (`mount -t cgroup2 cgroup2 /sys/fs/cgroup`), name a cgroup by `run --cgroup`, or set hooks.socket = false";
 
 /// The programs on cgroups, and the facts that decide which of them run.
 #[derive(Debug)]
@@ -49,6 +57,9 @@ impl Cgroups {
         };
         cgroups.sendmsg = cgroups.sendmsg_reason();
         cgroups.adopt_missing(pins, plan)?;
+        if cgroups.lacks_cgroup() {
+            log::error!("{NO_CGROUP}; {NO_CGROUP_REMEDY}");
+        }
         Ok(cgroups)
     }
 
@@ -64,6 +75,11 @@ impl Cgroups {
             }
         }
         Ok(())
+    }
+
+    /// Reports whether the `socket` hook is on and has no cgroup.
+    fn lacks_cgroup(&self) -> bool {
+        self.sockets.is_none() && self.hooks.has(Hook::Socket)
     }
 
     /// Adds the programs that `plan` needs to those that are needed now.
@@ -122,7 +138,8 @@ impl Datapath {
     /// Programs that are not attached to their cgroup, or not last there, in words.
     pub fn cgroup_failures(&self) -> impl Iterator<Item = &str> {
         let Cgroups { sockets, hosts, local_service, .. } = &self.cgroups;
-        sockets.iter().chain(local_service).flat_map(Sockets::failures).chain(hosts.failures())
+        let attached = sockets.iter().chain(local_service).flat_map(Sockets::failures);
+        attached.chain(hosts.failures()).chain(self.cgroups.lacks_cgroup().then_some(NO_CGROUP))
     }
 
     /// Attaches, replaces, moves, pins or detaches the programs of the `socket` and `local_service` hooks as needed. A program
@@ -137,7 +154,21 @@ impl Datapath {
         recorded.map(|()| changes)
     }
 
+    /// Reports whether the hooks of the node deny the packets of each pod until `from_pod` is attached to its link.
+    #[must_use]
+    pub fn has_node_wide_hook(&self) -> bool {
+        let has_sockets =
+            self.cgroups.sockets.as_ref().is_some_and(|sockets| sockets.failures().next().is_none());
+        self.hooks.has(Hook::NodeEgress) || (self.hooks.has(Hook::Socket) && has_sockets)
+    }
+
     fn restore_socket_hook(&mut self) -> Result<Vec<CgroupChange>, DatapathError> {
+        if self.cgroups.lacks_cgroup() {
+            // Links of an earlier agent stay until there is a cgroup again.
+            let Some(root) = cgroup::root().ok().flatten() else { return Ok(Vec::new()) };
+            self.cgroups.sockets = Some(Sockets::adopt(self.claim.dir(), &root, SOCKETS)?);
+            log::info!("found a cgroup v2 hierarchy at {}", root.display());
+        }
         let needs_sendmsg = self.cgroups.sendmsg.is_some();
         if let Some(sockets) = &mut self.cgroups.sockets {
             let is_desired = |attach_type| needs_sendmsg || !sockets::is_sendmsg(attach_type);

@@ -108,7 +108,7 @@ impl Links {
                 backend: mode,
                 current: entry.program == program,
                 pinned: link.is_pinned(&pins.link(point)),
-                place: if position == 0 { Order::First } else { Order::NotFirst },
+                place: order(&entries, position),
             });
         }
         Ok(attachments)
@@ -226,6 +226,16 @@ impl OpenLink {
     }
 }
 
+/// Order of the program at `position`. A program of another agent is no obstacle before it, as it lets pass only what is left
+/// to the next program: two agents that each wanted to be first would reorder their programs for ever.
+fn order(entries: &[bpf::Entry], position: usize) -> Order {
+    if entries.iter().take(position).all(|entry| bpf::is_ours(entry.program)) {
+        Order::First
+    } else {
+        Order::NotFirst
+    }
+}
+
 /// Lists all programs at the hook that `mode` attaches to, in the order in which they run.
 pub(super) fn programs(point: AttachPoint, mode: AttachMode) -> Result<Vec<bpf::Entry>, DatapathError> {
     let hook = required_hook(point, mode)?;
@@ -244,11 +254,7 @@ pub fn find(pins: &PinDir, point: AttachPoint, program: u32) -> Result<Option<At
         // A kernel or an interface without the hook answers with an error: then it has no program.
         let entries = bpf::entries(point.ifindex, hook).unwrap_or_default();
         if let Some((position, entry)) = entries.iter().enumerate().find(|(_, entry)| is_ours(entry)) {
-            let place = match position {
-                _ if is_preceded => Order::Blocked,
-                0 => Order::First,
-                _ => Order::NotFirst,
-            };
+            let place = if is_preceded { Order::Blocked } else { order(&entries, position) };
             let (current, pinned) = (entry.program == program, is_pinned(entry));
             return Ok(Some(Attachment { backend: mode, current, pinned, place }));
         }

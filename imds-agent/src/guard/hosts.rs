@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeSet, io};
 
+use imds_ebpf_common::Hook;
+
 use super::Guard;
 use crate::{
     datapath::DatapathError,
@@ -28,16 +30,26 @@ impl Guard {
         self.restore_hosts(searched.as_ref().is_none_or(was_seen))
     }
 
-    /// `all`: whether what is known of them is all there is.
+    /// Restores the `host_network` hook. `all`: no other cgroups of Kubernetes pods exist.
     pub(super) fn restore_hosts(&mut self, all: bool) -> Result<(), DatapathError> {
+        // Without a hierarchy none was looked for: links of an earlier agent stay.
+        let all = all && self.kubepods.is_some();
         let none = BTreeSet::new();
         let cgroups = self.kubepods.as_ref().map_or(&none, Kubepods::found);
         let changes = self.datapath.restore_hosts(cgroups, all)?;
         self.report_cgroups(changes);
-        let root = self.kubepods.as_ref().filter(|kubepods| kubepods.found().is_empty()).map(Kubepods::root);
-        match (root, &self.no_kubepods) {
-            (Some(root), None) => {
-                let failure = format!("no cgroup of Kubernetes pods (kubepods) below {}", root.display());
+        let failure = match &self.kubepods {
+            Some(kubepods) if kubepods.found().is_empty() => {
+                let root = kubepods.root().display();
+                Some(format!("no cgroup of Kubernetes pods (kubepods) below {root}"))
+            }
+            None if self.datapath.hooks().has(Hook::HostNetwork) => {
+                Some("no cgroup v2 hierarchy is mounted".to_owned())
+            }
+            Some(_) | None => None,
+        };
+        match (failure, &self.no_kubepods) {
+            (Some(failure), None) => {
                 log::warn!("hostNetwork pods are not restricted: {failure}; {}", kubepods::why_none());
                 self.no_kubepods = Some(failure);
             }

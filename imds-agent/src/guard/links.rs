@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use imds_ebpf_common::{AttachMode, Hook, TcHook, TcHookSet};
+use imds_ebpf_common::{AttachMode, TcHook, TcHookSet};
 use log::Level;
 use tokio::time::{Instant, sleep_until};
 
@@ -80,7 +80,7 @@ impl Guard {
             self.see(link).await;
             self.turn = None;
             // Without a hook that covers the pods until then, none of them may wait.
-            if self.datapath.hooks().has(Hook::NodeEgress) || self.datapath.hooks().has(Hook::Socket) {
+            if self.datapath.has_node_wide_hook() {
                 self.queue.on_attached();
             }
         }
@@ -147,6 +147,9 @@ impl Guard {
                 let failure = "another program undoes repairs again and again: the next repair waits";
                 self.fail(&link, failure.to_owned());
             }
+            Ok(Reconciled::Yielded) => {
+                self.failures.insert(link.index, "another imds-agent has its filter there".to_owned());
+            }
             // The event of its deletion follows.
             Err(error) if error.is_interface_gone() => {
                 log::debug!("{} (ifindex {}): deleted during reconciliation", link.name, link.index);
@@ -210,9 +213,9 @@ impl Guard {
             }
             match result {
                 Ok(Reconciled::AsDesired) => state.set_mode(hook, desired),
-                Ok(Reconciled::Postponed) => {
+                Ok(postponed @ (Reconciled::Postponed | Reconciled::Yielded)) => {
                     state.set_mode(hook, observed_mode(&attachments));
-                    reconciled = Reconciled::Postponed;
+                    reconciled = postponed;
                 }
                 // The hook only prepares this link for a route to an endpoint, so that an obstacle is no error.
                 Err(error) if self.is_spare(link, point) && error.obstacle().is_some() => {
@@ -239,10 +242,11 @@ impl Guard {
         is_new: bool,
     ) -> Result<Reconciled, DatapathError> {
         let point = AttachPoint { ifindex: link.index, edge: hook };
-        let actions = plan(desired, attachments);
+        let mut actions = plan(desired, attachments);
         if actions.is_empty() {
             self.backoff.clear(point);
         }
+        let yields = self.yield_to_earlier(&mut actions);
         let is_missing = actions.iter().any(|action| matches!(action, Action::Attach(_)));
         if self.is_repair(point, &actions, is_new) && !self.backoff.allow(point, is_missing, Instant::now()) {
             log::debug!("{} (ifindex {}): repair of {} postponed", link.name, link.index, hook.hook().name());
@@ -256,7 +260,7 @@ impl Guard {
         if desired == AttachMode::Clsact && actions.iter().any(is_moved) {
             self.warn_if_blocked(link, hook).await?;
         }
-        Ok(Reconciled::AsDesired)
+        Ok(if yields { Reconciled::Yielded } else { Reconciled::AsDesired })
     }
 
     /// Reports whether the actions undo a change that another program made.
@@ -354,6 +358,8 @@ enum Reconciled {
     AsDesired,
     /// A repair waits, as another program undid it again and again.
     Postponed,
+    /// An agent that started earlier has its filter there.
+    Yielded,
 }
 
 /// Attach mode of the agent's program at a hook, if there is one.

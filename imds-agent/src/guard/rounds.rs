@@ -27,6 +27,7 @@ impl Guard {
     async fn start_round(&mut self, anew: bool) -> Result<(), DatapathError> {
         let begun = self.look_around();
         if anew {
+            self.find_other_agents();
             self.finder.refresh();
             for link in self.read_links().await? {
                 if self.links.get(&link.index) != Some(&link) {
@@ -68,6 +69,7 @@ impl Guard {
     /// [`Guard::failures`] and does not keep the others from it.
     pub(super) async fn resync(&mut self) -> Result<(), DatapathError> {
         self.changes.begin(Pass::Resync);
+        self.find_other_agents();
         // Guarding goes on without pins; what comes of it is said at the end.
         let around = self.look_around().and(self.follow_local_service().await);
         // Node-wide hooks come first: they cover all pods at once, and their attachments do not wait.
@@ -85,7 +87,8 @@ impl Guard {
             self.announce_ready();
         }
         self.changes.end(Pass::Resync);
-        around.and(self.follow_enforcement())
+        // An agent that runs with the other hooks is better than none; the next resync tries again.
+        unless(true, around.and(self.follow_enforcement()))
     }
 
     /// Looks at all but links.

@@ -7,6 +7,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
+
 /// Inode number of the initial cgroup namespace (`PROC_CGROUP_INIT_INO`, `include/linux/proc_ns.h`).
 const INITIAL_NAMESPACE: u64 = 0xefff_fffb;
 
@@ -21,6 +23,15 @@ pub fn root() -> io::Result<Option<PathBuf>> {
         && fs::metadata("/proc/self/ns/cgroup")?.ino() != INITIAL_NAMESPACE
         && own(&fs::read_to_string("/proc/self/cgroup")?) == Some("");
     Ok((!is_container).then_some(path))
+}
+
+/// Fails if the path is not a directory of a cgroup v2 hierarchy.
+pub fn ensure_v2(path: &Path) -> io::Result<()> {
+    let is_v2 = statfs(path)?.filesystem_type() == CGROUP2_SUPER_MAGIC;
+    if is_v2 && fs::metadata(path)?.is_dir() {
+        return Ok(());
+    }
+    Err(io::Error::other("not a directory of a cgroup v2 hierarchy (`mount -t cgroup2` lists them)"))
 }
 
 /// The cgroup v2 in a file like /proc/self/cgroup, below the root of this process's cgroup namespace.

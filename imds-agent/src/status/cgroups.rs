@@ -9,6 +9,7 @@ use crate::{
     config::Hooks,
     datapath::{
         DatapathError,
+        cgroups::{NO_CGROUP, NO_CGROUP_REMEDY},
         counters::Counts,
         hosts,
         object::Maps,
@@ -48,6 +49,9 @@ impl Report {
         let reason = SendmsgReason::from_u32(record.sendmsg);
         let cgroup = if record.cgroup == 0 { root_id() } else { Some(record.cgroup) };
         let programs = cgroup.map(|id| sockets::inspect_sockets(pins, id)).unwrap_or_default();
+        if programs.is_empty() {
+            self.problem(None, NO_CGROUP, NO_CGROUP_REMEDY);
+        }
         let is_desired = |program: &&ProgramState| reason.is_some() || !program.is_sendmsg;
         let desired: Vec<_> = programs.iter().filter(is_desired).collect();
         for program in &desired {

@@ -22,6 +22,7 @@ use crate::{
         counters::{self, Counts},
         endpoints, home,
         object::{self, Maps, ObjectError},
+        other_agents,
         pins::PinDir,
         pods,
     },
@@ -106,13 +107,13 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
     let netlink = report.add_endpoints(&maps, netlink)?;
     let hooks = Hooks::from_bits(policy.hooks);
     report.hooks = Hook::ALL.into_iter().filter(|&hook| hooks.has(hook)).map(Hook::name).collect();
-    // The other hooks are there before a pod is.
-    let is_from_pod_alone =
-        hooks.has(Hook::FromPod) && !hooks.has(Hook::NodeEgress) && !hooks.has(Hook::Socket);
-    if !report.agent.running && is_from_pod_alone {
+    for agent in other_agents::find(pins) {
+        report.problem(None, agent.to_string(), agent.remedy());
+    }
+    if !report.agent.running {
         report.problem(
             None,
-            "no agent is running: pods that start now are not guarded",
+            "no agent is running: nothing is attached to pods that start now, and nothing is repaired",
             "start `imds-agent run`",
         );
     } else if report.agent.running && !report.agent.ready {

@@ -1,0 +1,137 @@
+//! Other agents on this node: each with a pin directory of its own, in the same network namespace.
+
+use std::{
+    fmt, fs,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
+
+use aya::maps::{Array, Map, MapData};
+use imds_ebpf_common::{Policy, maps::LAYOUT, names::MAP_POLICY};
+
+use super::{home, pins::PinDir};
+
+/// Depth below the root of a bpffs at which pin directories are looked for: `imds`, or `imds/blue`.
+const MAX_DEPTH: usize = 2;
+/// Largest number of directories that are read: other programs may have thousands.
+const MAX_DIRECTORIES: usize = 1024;
+
+/// Another agent that runs in this network namespace.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct OtherAgent {
+    /// Its pid, if it can be seen from this pid namespace.
+    pub pid: Option<i32>,
+    /// Its pin directory.
+    pub pin_dir: PathBuf,
+}
+
+impl fmt::Display for OtherAgent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "another imds-agent ")?;
+        if let Some(pid) = self.pid {
+            write!(f, "(pid {pid}) ")?;
+        }
+        write!(f, "runs on this node with pins in {}", self.pin_dir.display())
+    }
+}
+
+impl OtherAgent {
+    /// The consequence, and the commands that end it.
+    #[must_use]
+    pub fn remedy(&self) -> String {
+        let stop = self.pid.map(|pid| format!("`kill {pid}`, ")).unwrap_or_default();
+        format!(
+            "each denies what its own configuration denies; to keep one, stop the other: {stop}then `imds-agent unload \
+             --pin-dir {}`",
+            self.pin_dir.display()
+        )
+    }
+}
+
+/// Finds the other agents that run in this network namespace, in any bpffs that is mounted here.
+#[must_use]
+pub fn find(own: &PinDir) -> Vec<OtherAgent> {
+    let Ok(netns) = home::this_netns() else { return Vec::new() };
+    let inode = |path: &Path| fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino())).ok();
+    let own = inode(own.root());
+    let mut seen = vec![own];
+    let mut found = Vec::new();
+    for root in pin_dirs() {
+        let key = inode(&root);
+        if seen.contains(&key) {
+            continue;
+        }
+        seen.push(key);
+        let Ok(pins) = PinDir::new(&root) else { continue };
+        // The lock last: to ask for it, this takes it for a moment.
+        if read_netns(&pins) == Some(netns)
+            && let Ok(Some(holder)) = pins.holder()
+        {
+            found.push(OtherAgent { pid: holder.pid, pin_dir: root });
+        }
+    }
+    found.sort_by(|one, other| one.pin_dir.cmp(&other.pin_dir));
+    found
+}
+
+/// Network namespace of the agent that wrote the pinned policy, if the layout is this version's.
+fn read_netns(pins: &PinDir) -> Option<u32> {
+    let map = MapData::from_pin(pins.map(MAP_POLICY)).ok()?;
+    let policy: Array<MapData, Policy> = Map::Array(map).try_into().ok()?;
+    let Policy { layout, netns, .. } = policy.get(&0, 0).ok()?;
+    (layout == LAYOUT).then_some(netns)
+}
+
+/// Directories with a pinned policy.
+fn pin_dirs() -> Vec<PathBuf> {
+    let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mut pin_dirs = Vec::new();
+    let mut unread: Vec<_> = mounts(&mountinfo).into_iter().map(|path| (path, 0)).collect();
+    let mut read = 0;
+    while let Some((directory, depth)) = unread.pop() {
+        if directory.join("maps").join(MAP_POLICY).exists() {
+            pin_dirs.push(directory);
+            continue;
+        }
+        read += 1;
+        if depth >= MAX_DEPTH || read > MAX_DIRECTORIES {
+            continue;
+        }
+        let entries = fs::read_dir(&directory).into_iter().flatten().flatten();
+        let below = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        unread.extend(below.map(|entry| (entry.path(), depth + 1)));
+    }
+    pin_dirs
+}
+
+/// Mount points of bpffs (proc(5): the fifth field is the mount point, and the type follows a lone hyphen).
+fn mounts(mountinfo: &str) -> Vec<PathBuf> {
+    let mount = |line: &str| {
+        let (mount, kind) = line.split_once(" - ")?;
+        (kind.split(' ').next()? == "bpf").then(|| mount.split(' ').nth(4).map(PathBuf::from))?
+    };
+    mountinfo.lines().filter_map(mount).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_bpffs_is_found() {
+        let mountinfo = "30 23 0:26 / /sys/fs/bpf rw,nosuid shared:4 - bpf bpf rw,mode=700\n\
+                         31 23 0:27 / /sys rw - sysfs sysfs rw\n\
+                         32 23 0:28 / /run/cilium/bpffs rw - bpf none rw\n";
+        assert_eq!(mounts(mountinfo), [Path::new("/sys/fs/bpf"), Path::new("/run/cilium/bpffs")]);
+    }
+
+    #[test]
+    fn agents_in_words() {
+        let agent = OtherAgent { pid: Some(7), pin_dir: "/sys/fs/bpf/two".into() };
+        assert_eq!(
+            agent.to_string(),
+            "another imds-agent (pid 7) runs on this node with pins in /sys/fs/bpf/two"
+        );
+        assert!(agent.remedy().contains("`kill 7`") && agent.remedy().contains("--pin-dir /sys/fs/bpf/two"));
+    }
+}

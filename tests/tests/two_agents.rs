@@ -1,0 +1,86 @@
+//! Two agents on one node, with different pin directories.
+
+use std::path::PathBuf;
+
+use imds_tests::{AgentCommand, PodLink, Status, World, hook, probe::LONG, with_each_backend};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+/// A second pin directory, which is unloaded when dropped.
+struct Second<'w> {
+    world: &'w World,
+    path: PathBuf,
+}
+
+impl<'w> Second<'w> {
+    fn new(world: &'w World) -> Self {
+        let mut path = world.pin_dir().as_os_str().to_owned();
+        path.push("-second");
+        Self { world, path: path.into() }
+    }
+
+    fn command(&self, args: &[&str]) -> AgentCommand<'w> {
+        self.world.imds_agent(args).pin_dir(&self.path)
+    }
+}
+
+impl Drop for Second<'_> {
+    fn drop(&mut self) {
+        let _unloaded = self.command(&["unload"]).command().output();
+    }
+}
+
+fn names(status: &Status, pid: u32, path: &str) -> bool {
+    let text = format!("another imds-agent (pid {pid}) runs on this node with pins in {path}");
+    status.problems.iter().any(|problem| problem.problem == text)
+}
+
+#[test]
+fn both_are_named_once_and_do_not_fight() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let pod = world.add_pod(PodLink::Routed);
+        let directory = Second::new(&world);
+        let first = world.agent().backend(backend).resync(1).spawn_ready();
+        let second = world.agent().backend(backend).resync(1).pin_dir(&directory.path).spawn();
+        second.wait_for_log(&format!("another imds-agent (pid {}) runs on this node", first.pid()), LONG);
+        first.wait_for_log(&format!("another imds-agent (pid {}) runs on this node", second.pid()), LONG * 3);
+
+        let status = world.status();
+        assert_eq!(status.state, "degraded");
+        assert!(names(&status, second.pid(), directory.path.to_str().unwrap()), "{:?}", status.problems);
+        let output = directory.command(&["status", "-o", "json"]).output();
+        assert_eq!(output.status.code(), Some(3));
+        let status = String::from_utf8_lossy(&output.stdout);
+        assert!(status.contains(&format!("another imds-agent (pid {})", first.pid())), "{status}");
+
+        // A reload reconciles each link without regard to the backoff of repairs.
+        for round in 2..6 {
+            for agent in [&first, &second] {
+                kill(Pid::from_raw(agent.pid().try_into().unwrap()), Signal::SIGHUP).unwrap();
+                agent.wait_for_log(&format!("loaded configuration {round}:"), LONG);
+            }
+        }
+        let late = world.add_pod(PodLink::Routed);
+        world.wait_guarded(&late);
+        for pod in [&pod, &late] {
+            assert!(!hook::programs(&world.node, &pod.host_ifname).is_empty());
+            world.assert_blocked(pod);
+        }
+        for agent in [&first, &second] {
+            let log = agent.log();
+            assert_eq!(log.matches("another imds-agent (pid").count(), 1, "{log}");
+            let fights = ["moved from_pod", "replaced another program", "again with"];
+            let fights: usize = fights.map(|fight| log.matches(fight).count()).iter().sum();
+            assert!(fights <= 3, "{log}");
+        }
+
+        // Enforcement by one of them does not end with the other.
+        second.kill9();
+        drop(directory);
+        world.assert_blocked(&pod);
+        world.status_when("only one agent runs", Status::is_ready);
+    });
+}
