@@ -3,6 +3,7 @@
 use std::{
     fs, io,
     os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
+    path::Path,
     process::{Command, Output},
 };
 
