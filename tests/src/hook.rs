@@ -1,6 +1,6 @@
 //! What is attached at the TC hooks of an interface, as the kernel tells it.
 
-use std::{path::Path, sync::LazyLock};
+use std::{io::ErrorKind, path::Path, sync::LazyLock};
 
 use aya::{
     maps::{MapInfo, loaded_maps},
@@ -55,7 +55,15 @@ fn tcx_at(netns: &Netns, interface: &str, hook: TcAttachType) -> Vec<Attached> {
     if !has_tcx() {
         return Vec::new();
     }
-    let (_, programs) = netns.run(|| SchedClassifier::query_tcx(interface, hook)).expect("query TCX");
+    let (_, programs) = netns.run(|| {
+        loop {
+            match SchedClassifier::query_tcx(interface, hook) {
+                // A listed program was unloaded before aya opened it by its id: the list is out of date.
+                Err(ProgramError::SyscallError(error)) if error.io_error.kind() == ErrorKind::NotFound => {}
+                programs => return programs.expect("query TCX"),
+            }
+        }
+    });
     let attached = |program: &ProgramInfo| Attached {
         id: program.id(),
         name: program.name_as_str().unwrap_or_default().to_owned(),
