@@ -1,5 +1,6 @@
 //! The running agent: follows the node and its configuration until it is told to stop.
 
+mod due;
 mod unloaded;
 
 use std::{future, time::Duration};
@@ -10,10 +11,13 @@ use tokio::{
     io::unix::AsyncFd,
     signal::unix::{Signal, SignalKind, signal},
     task::JoinSet,
-    time::{Instant, Interval, MissedTickBehavior, interval_at, sleep_until},
+    time::{Instant, Interval, MissedTickBehavior, interval_at},
 };
 
-use self::unloaded::Unloaded;
+use self::{
+    due::{Due, wait_for},
+    unloaded::Unloaded,
+};
 use crate::{
     cluster::{Cluster, News},
     collector::Collector,
@@ -29,11 +33,6 @@ use crate::{
     supervisor::Supervisor,
     watch::Watch,
 };
-
-/// How long a file has to be left alone before it is read: who replaces one does so in several steps.
-const QUIET: Duration = Duration::from_millis(20);
-/// How long it is waited for that at most.
-const PATIENCE: Duration = Duration::from_millis(500);
 
 /// How much news of the kernel's is taken in before anything else has its turn.
 const AT_ONCE: usize = 256;
@@ -354,34 +353,6 @@ async fn collect(collector: &mut Option<AsyncFd<Collector>>) -> anyhow::Result<(
         collector.readable_mut().await?.clear_ready();
     }
     Ok(collector.get_mut().collect()?)
-}
-
-/// When a file that changed is to be read.
-#[derive(Clone, Copy, Debug)]
-struct Due {
-    at: Instant,
-    latest: Instant,
-}
-
-impl Due {
-    fn now() -> Self {
-        let now = Instant::now();
-        Self { at: now, latest: now }
-    }
-
-    /// After one more change.
-    fn after(before: Option<Self>) -> Self {
-        let now = Instant::now();
-        let latest = before.map_or(now + PATIENCE, |before| before.latest);
-        Self { at: latest.min(now + QUIET), latest }
-    }
-}
-
-async fn wait_for(due: Option<Due>) {
-    match due {
-        Some(due) => sleep_until(due.at).await,
-        None => future::pending().await,
-    }
 }
 
 async fn changed(watch: &mut Option<Watch>) -> std::io::Result<()> {

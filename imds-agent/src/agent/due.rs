@@ -1,0 +1,39 @@
+//! Debounce of changes to the configuration file.
+
+use std::{future, time::Duration};
+
+use tokio::time::{Instant, sleep_until};
+
+/// Time without a change before the file is read: programs replace a file in several steps.
+const DEBOUNCE: Duration = Duration::from_millis(20);
+/// Longest delay, if changes do not stop.
+const DEBOUNCE_MAX: Duration = Duration::from_millis(500);
+
+/// Time at which a changed file is read.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Due {
+    at: Instant,
+    latest: Instant,
+}
+
+impl Due {
+    pub(super) fn now() -> Self {
+        let now = Instant::now();
+        Self { at: now, latest: now }
+    }
+
+    /// Delays the time after one more change.
+    pub(super) fn after(before: Option<Self>) -> Self {
+        let now = Instant::now();
+        let latest = before.map_or(now + DEBOUNCE_MAX, |before| before.latest);
+        Self { at: latest.min(now + DEBOUNCE), latest }
+    }
+}
+
+/// Waits for that time; for ever if there is none.
+pub(super) async fn wait_for(due: Option<Due>) {
+    match due {
+        Some(due) => sleep_until(due.at).await,
+        None => future::pending().await,
+    }
+}
