@@ -10,6 +10,8 @@ use std::{
 use nix::unistd::geteuid;
 use thiserror::Error;
 
+use crate::checksum::fnv1a;
+
 const FILE_NAME: &str = "last-good.toml";
 /// First line up to the checksum. It is a TOML comment, so that `imds-agent config check` can read the stored file.
 const HEADER: &str = "# imds-agent last good configuration, format 1, checksum ";
@@ -147,7 +149,7 @@ fn read_private(path: &Path) -> io::Result<Result<String, &'static str>> {
 
 fn with_header(text: &str, of: &Path) -> String {
     let body = format!("{}\n{text}", file_line(of));
-    format!("{HEADER}{:016x}\n{body}", checksum(&body))
+    format!("{HEADER}{:016x}\n{body}", fnv1a(&body))
 }
 
 /// Second line: the configuration file that the text is from, control characters escaped.
@@ -155,22 +157,17 @@ fn file_line(of: &Path) -> String {
     format!("# file {}", of.display().to_string().escape_debug())
 }
 
+/// The checksum detects damage; the file's owner and mode keep other users out.
 fn check(text: &str, of: &Path) -> Result<(), &'static str> {
     let (header, body) = text.split_once('\n').ok_or("it has no header")?;
     let sum = header.strip_prefix(HEADER).ok_or("it has no header of this version")?;
-    if sum != format!("{:016x}", checksum(body)) {
+    if sum != format!("{:016x}", fnv1a(body)) {
         return Err("its checksum is wrong");
     }
     if body.lines().next() != Some(file_line(of).as_str()) {
         return Err("it is of another configuration file");
     }
     Ok(())
-}
-
-/// 64-bit FNV-1a. Detects damage; the file's owner and mode keep other users out.
-fn checksum(text: &str) -> u64 {
-    let step = |sum: u64, byte: u8| (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, step)
 }
 
 #[cfg(test)]

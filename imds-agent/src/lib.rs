@@ -23,6 +23,7 @@
 )]
 
 pub mod agent;
+mod checksum;
 pub mod cli;
 pub mod cluster;
 pub mod collector;

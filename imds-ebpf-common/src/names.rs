@@ -3,7 +3,7 @@
 //! The BPF object names its symbols so too; a test holds both sides together. The kernel keeps 15 bytes of a name
 //! (`BPF_OBJ_NAME_LEN`).
 
-use crate::{Frame, TcHook};
+use crate::{Frame, Hook, TcHook};
 
 /// TC ingress program for pods' interfaces with an Ethernet header.
 pub const PROG_FROM_POD: &str = "imds_from_pod";
@@ -104,6 +104,23 @@ pub const HOST_LINKS: [&str; 5] =
     ["host_connect4", "host_connect6", "host_sendmsg4", "host_sendmsg6", "host_egress"];
 /// Name of the pinned link of [`PROG_LOCAL_SERVICE`].
 pub const LOCAL_SERVICE_LINK: &str = "local_service";
+/// Returns the programs of a hook.
+#[must_use]
+pub const fn programs_of(hook: Hook) -> &'static [&'static str] {
+    match hook {
+        Hook::FromPod => &[PROG_FROM_POD, PROG_FROM_POD_L3],
+        Hook::NodeEgress => &[PROG_NODE_EGRESS, PROG_NODE_EGRESS_L3],
+        Hook::Socket => &SOCKET_PROGRAMS,
+        Hook::HostNetwork => &HOST_PROGRAMS,
+        Hook::LocalService => &[PROG_LOCAL_SERVICE],
+    }
+}
+
+/// Returns the programs of all hooks.
+pub fn programs() -> impl Iterator<Item = &'static str> {
+    Hook::ALL.into_iter().flat_map(programs_of).copied()
+}
+
 /// All maps of the object but those of constants.
 pub const MAPS: [&str; 20] = [
     MAP_POLICY,

@@ -15,15 +15,15 @@ use aya::{
 };
 use aya_obj::{Object, generated::bpf_func_id};
 use imds_ebpf_common::{
-    Address, CgroupRecord, ConfigRecord, Counter, CounterKey, Endpoint, Exemption, Filter, Frame, Grant,
-    Hook, InterfaceRecord, KubernetesRecord, PodRecord, Policy, ProbeRecord, ProviderRecord, Subject, TcHook,
+    Address, CgroupRecord, ConfigRecord, Counter, CounterKey, Endpoint, Exemption, Filter, Grant, Hook,
+    InterfaceRecord, KubernetesRecord, PodRecord, Policy, ProbeRecord, ProviderRecord, Subject,
     event::{Source, Window},
     maps::LAYOUT,
     names::{
-        GLOBAL_CGROUP_HAS_COOKIE, GLOBAL_TC_HAS_COOKIE, HOST_PROGRAMS, MAP_CGROUP, MAP_CONFIG, MAP_COUNTERS,
-        MAP_ENDPOINTS, MAP_EVENTS, MAP_EXEMPT, MAP_EXEMPT_SOURCES, MAP_FILTER, MAP_INTERFACES,
-        MAP_KUBERNETES, MAP_PODS, MAP_POLICY, MAP_PROBES, MAP_PROBING, MAP_PROVIDER, MAP_SOURCES, MAPS,
-        PROG_LOCAL_SERVICE, SOCKET_PROGRAMS, SYMBOL_FILTER, TC_PROGRAMS, in_object, tc_program,
+        GLOBAL_CGROUP_HAS_COOKIE, GLOBAL_TC_HAS_COOKIE, MAP_CGROUP, MAP_CONFIG, MAP_COUNTERS, MAP_ENDPOINTS,
+        MAP_EVENTS, MAP_EXEMPT, MAP_EXEMPT_SOURCES, MAP_FILTER, MAP_INTERFACES, MAP_KUBERNETES, MAP_PODS,
+        MAP_POLICY, MAP_PROBES, MAP_PROBING, MAP_PROVIDER, MAP_SOURCES, MAPS, SYMBOL_FILTER, in_object,
+        programs, programs_of,
     },
 };
 use thiserror::Error;
@@ -155,8 +155,7 @@ impl Programs {
 
     /// Pins the programs, in place of those of an earlier agent.
     pub fn pin(&self, pins: &PinDir) -> Result<(), ObjectError> {
-        let cgroup = SOCKET_PROGRAMS.into_iter().chain(HOST_PROGRAMS).chain([PROG_LOCAL_SERVICE]);
-        for name in TC_PROGRAMS.into_iter().chain(cgroup) {
+        for name in programs() {
             match self.ids.get(name) {
                 Some(_) => pins::pin_over(self.fd(name)?, &pins.program(name))?,
                 // An earlier agent's, for a hook that is off now.
@@ -175,12 +174,7 @@ impl Programs {
 
 /// Names of the programs for these hooks.
 fn names(hooks: Hooks) -> impl Iterator<Item = &'static str> {
-    let edges = TcHook::ALL.into_iter().filter(move |edge| hooks.has(edge.hook()));
-    let tc = edges.flat_map(|edge| [Frame::Ethernet, Frame::Ip].map(|frame| tc_program(edge, frame)));
-    let sockets = SOCKET_PROGRAMS.into_iter().filter(move |_| hooks.has(Hook::Socket));
-    let hosts = HOST_PROGRAMS.into_iter().filter(move |_| hooks.has(Hook::HostNetwork));
-    let local = hooks.has(Hook::LocalService).then_some(PROG_LOCAL_SERVICE);
-    tc.chain(sockets).chain(hosts).chain(local)
+    Hook::ALL.into_iter().filter(move |&hook| hooks.has(hook)).flat_map(programs_of).copied()
 }
 
 /// Reports whether TC programs can read the network namespace cookie of a packet's socket.

@@ -10,7 +10,10 @@ use aya::maps::{Array, Map, MapData};
 use imds_ebpf_common::{Policy, maps::LAYOUT, names::MAP_POLICY};
 
 use super::{home, pins::PinDir};
+use crate::node::mounts::mount_points;
 
+/// File system type of a bpffs.
+const BPFFS: &str = "bpf";
 /// Depth below the root of a bpffs at which pin directories are looked for: `imds`, or `imds/blue`.
 const MAX_DEPTH: usize = 2;
 /// Largest number of directories that are read: other programs may have thousands.
@@ -86,7 +89,7 @@ fn read_netns(pins: &PinDir) -> Option<u32> {
 fn pin_dirs() -> Vec<PathBuf> {
     let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let mut pin_dirs = Vec::new();
-    let mut unread: Vec<_> = mounts(&mountinfo).into_iter().map(|path| (path, 0)).collect();
+    let mut unread: Vec<_> = mount_points(&mountinfo, BPFFS).into_iter().map(|path| (path, 0)).collect();
     let mut read = 0;
     while let Some((directory, depth)) = unread.pop() {
         if directory.join("maps").join(MAP_POLICY).exists() {
@@ -104,15 +107,6 @@ fn pin_dirs() -> Vec<PathBuf> {
     pin_dirs
 }
 
-/// Mount points of bpffs (proc(5): the fifth field is the mount point, and the type follows a lone hyphen).
-fn mounts(mountinfo: &str) -> Vec<PathBuf> {
-    let mount = |line: &str| {
-        let (mount, kind) = line.split_once(" - ")?;
-        (kind.split(' ').next()? == "bpf").then(|| mount.split(' ').nth(4).map(PathBuf::from))?
-    };
-    mountinfo.lines().filter_map(mount).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -122,7 +116,10 @@ mod tests {
         let mountinfo = "30 23 0:26 / /sys/fs/bpf rw,nosuid shared:4 - bpf bpf rw,mode=700\n\
                          31 23 0:27 / /sys rw - sysfs sysfs rw\n\
                          32 23 0:28 / /run/cilium/bpffs rw - bpf none rw\n";
-        assert_eq!(mounts(mountinfo), [Path::new("/sys/fs/bpf"), Path::new("/run/cilium/bpffs")]);
+        assert_eq!(
+            mount_points(mountinfo, BPFFS),
+            [Path::new("/sys/fs/bpf"), Path::new("/run/cilium/bpffs")]
+        );
     }
 
     #[test]

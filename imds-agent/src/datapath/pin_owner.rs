@@ -13,8 +13,7 @@ use std::{
 
 use imds_ebpf_common::TcHook;
 use imds_ebpf_common::names::{
-    HOST_LINKS, HOST_PROGRAMS, LOCAL_SERVICE_LINK, MAPS, PREFIX, PROG_LOCAL_SERVICE, SOCKET_LINKS,
-    SOCKET_PROGRAMS, TC_PROGRAMS, link_prefix,
+    HOST_LINKS, LOCAL_SERVICE_LINK, MAPS, PREFIX, SOCKET_LINKS, link_prefix, programs,
 };
 use nix::sys::statfs::fstatfs;
 
@@ -45,15 +44,17 @@ impl PinKind {
         }
     }
 
+    /// Reports whether the agent creates a pin at this path, by the last part of the path.
+    pub(super) fn is_pin(self, path: &Path) -> bool {
+        path.file_name().and_then(OsStr::to_str).is_some_and(|name| self.is_name(name))
+    }
+
     /// Reports whether the agent creates a pin of this name. A replacement that was not renamed yet counts too.
-    pub(super) fn is_name(self, name: &str) -> bool {
+    fn is_name(self, name: &str) -> bool {
         let name = name.strip_suffix(REPLACEMENT_SUFFIX).unwrap_or(name);
         match self {
             Self::Map => MAPS.contains(&name),
-            Self::Program => {
-                let cgroup = SOCKET_PROGRAMS.into_iter().chain(HOST_PROGRAMS).chain([PROG_LOCAL_SERVICE]);
-                TC_PROGRAMS.into_iter().chain(cgroup).any(|program| program == name)
-            }
+            Self::Program => programs().any(|program| program == name),
             Self::Link => {
                 let has_number = |prefix: &str| {
                     name.strip_prefix(prefix).is_some_and(|number| number.parse::<u64>().is_ok())
@@ -160,9 +161,7 @@ impl PinDir {
                 continue;
             }
             for path in entries(&directory)? {
-                let is_named =
-                    path.file_name().and_then(OsStr::to_str).is_some_and(|name| kind.is_name(name));
-                if is_named && is_own(&path) {
+                if kind.is_pin(&path) && is_own(&path) {
                     return Ok(true);
                 }
             }
@@ -178,6 +177,11 @@ pub(super) fn is_own(path: &Path) -> bool {
     }
     let Ok(object) = bpf::get(path) else { return false };
     bpf::object_name(object.as_fd()).is_ok_and(|name| name.is_some_and(|name| name.starts_with(PREFIX)))
+}
+
+/// Reports whether a directory is at the path. A symlink is never followed.
+pub(super) fn is_directory(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir())
 }
 
 /// Paths of the entries of a directory; none if it does not exist.

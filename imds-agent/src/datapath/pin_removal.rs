@@ -1,13 +1,12 @@
 //! Removal of a pin directory: entry by entry, by name, without following a symlink.
 
 use std::{
-    ffi::OsStr,
     fs, io,
     path::{Path, PathBuf},
 };
 
 use super::{
-    pin_owner::{PinKind, entries},
+    pin_owner::{PinKind, entries, is_directory},
     pins::{PinDir, PinError, io_error},
     unload_request::REQUEST,
 };
@@ -23,9 +22,7 @@ impl PinDir {
                 continue;
             }
             for path in entries(&directory)? {
-                let is_named =
-                    path.file_name().and_then(OsStr::to_str).is_some_and(|name| kind.is_name(name));
-                if !is_named || !remove_entry(&path)? {
+                if !kind.is_pin(&path) || !remove_entry(&path)? {
                     left.push(path);
                 }
             }
@@ -37,10 +34,6 @@ impl PinDir {
         remove_empty(self.root())?;
         Ok(left)
     }
-}
-
-fn is_directory(path: &Path) -> bool {
-    fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir())
 }
 
 /// Removes a pin or a symlink, or an empty directory in the place of a pin. Returns false for a directory with entries, which

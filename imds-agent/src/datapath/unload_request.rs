@@ -3,12 +3,12 @@
 //! Only a process that may change the pins, and so could end enforcement anyway, can make it. inotify reports it to the
 //! agent at once, in whatever mount namespace each of the two runs.
 
-use std::{
-    fs, io,
-    path::{Path, PathBuf},
-};
+use std::{fs, io, path::PathBuf};
 
-use super::pins::{PinDir, PinError, io_error};
+use super::{
+    pin_owner::is_directory,
+    pins::{PinDir, PinError, io_error},
+};
 use crate::watch::Watch;
 
 /// Name of the directory.
@@ -41,7 +41,6 @@ impl PinDir {
 
     /// Reports whether `unload` asks the agent to release the directory.
     pub(crate) fn is_unload_requested(&self) -> bool {
-        let is_directory = |path: &Path| fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir());
         is_directory(&self.unload_request())
     }
 

@@ -147,19 +147,16 @@ impl Enforcement {
         let Some(ranges) = &traffic.destinations else {
             return Some("all addresses except the protected ones".to_owned());
         };
-        let is_partly_protected = |range: &&super::address_range::AddressRange| {
-            protected.iter().any(|&address| range.contains(address))
-        };
         let open = ranges.iter().filter(|range| !range.without(&protected).is_empty()).map(|range| {
             let except: Vec<_> = protected
                 .iter()
                 .filter(|&&address| range.contains(address))
                 .map(ToString::to_string)
                 .collect();
-            if is_partly_protected(&range) {
-                format!("{range} except {}", except.join(" and "))
-            } else {
+            if except.is_empty() {
                 range.to_string()
+            } else {
+                format!("{range} except {}", except.join(" and "))
             }
         });
         let open: Vec<_> = open.collect();

@@ -2,7 +2,10 @@
 
 use toml::{Table, Value};
 
-use crate::datapath::{config, object::Maps, pins::PinDir};
+use crate::{
+    checksum::fnv1a,
+    datapath::{config, object::Maps, pins::PinDir},
+};
 
 /// Returns the hash, or `None` if nothing is loaded.
 #[must_use]
@@ -15,10 +18,8 @@ pub fn exemptions_hash(pins: &PinDir) -> Option<u64> {
 fn hash(text: &str) -> u64 {
     let table: Table = text.parse().unwrap_or_default();
     let exemptions = table.get("exempt").map(Value::to_string).unwrap_or_default();
-    // FNV-1a. A sample of Prometheus is a float and holds integers of 53 bits.
-    let hash = exemptions.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    });
+    let hash = fnv1a(&exemptions);
+    // A sample of Prometheus is a float and holds integers of 53 bits.
     (hash >> 48) ^ (hash & 0xffff_ffff_ffff)
 }
 

@@ -6,13 +6,7 @@ use aya::{
     programs::ProgramInfo,
     sys::{Stats, enable_stats},
 };
-use imds_ebpf_common::{
-    Hook,
-    names::{
-        HOST_PROGRAMS, PROG_FROM_POD, PROG_FROM_POD_L3, PROG_LOCAL_SERVICE, PROG_NODE_EGRESS,
-        PROG_NODE_EGRESS_L3, SOCKET_PROGRAMS,
-    },
-};
+use imds_ebpf_common::{Hook, names::programs_of};
 
 use super::family::Families;
 use crate::datapath::pins::PinDir;
@@ -73,13 +67,7 @@ pub(super) fn read(pins: &PinDir) -> Vec<ProgramRuns> {
 }
 
 fn programs() -> impl Iterator<Item = (Hook, &'static str)> {
-    let of = |hook| move |program| (hook, program);
-    let from_pod = [PROG_FROM_POD, PROG_FROM_POD_L3].map(of(Hook::FromPod));
-    let node_egress = [PROG_NODE_EGRESS, PROG_NODE_EGRESS_L3].map(of(Hook::NodeEgress));
-    let tc = from_pod.into_iter().chain(node_egress);
-    let socket = SOCKET_PROGRAMS.map(of(Hook::Socket));
-    let host = HOST_PROGRAMS.map(of(Hook::HostNetwork));
-    tc.chain(socket).chain(host).chain([(Hook::LocalService, PROG_LOCAL_SERVICE)])
+    Hook::ALL.into_iter().flat_map(|hook| programs_of(hook).iter().map(move |&program| (hook, program)))
 }
 
 pub(super) fn add(runs: &[ProgramRuns], families: &mut Families) {

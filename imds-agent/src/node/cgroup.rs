@@ -9,6 +9,10 @@ use std::{
 
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
+use super::mounts::mount_points;
+
+/// File system type of cgroup v1.
+const V1: &str = "cgroup";
 /// Inode number of the initial cgroup namespace (`PROC_CGROUP_INIT_INO`, `include/linux/proc_ns.h`).
 const INITIAL_NAMESPACE: u64 = 0xefff_fffb;
 
@@ -76,16 +80,7 @@ pub fn children(path: &Path) -> io::Result<Vec<PathBuf>> {
 
 /// Where hierarchies of cgroup v1 are mounted.
 pub fn v1_roots() -> io::Result<Vec<PathBuf>> {
-    Ok(find_v1(&fs::read_to_string("/proc/self/mountinfo")?))
-}
-
-fn find_v1(mountinfo: &str) -> Vec<PathBuf> {
-    let path = |line: &str| {
-        let (mount, kind) = line.split_once(" - ")?;
-        let path = mount.split(' ').nth(4)?;
-        (kind.split(' ').next()? == "cgroup").then(|| Path::new(path).to_owned())
-    };
-    mountinfo.lines().filter_map(path).collect()
+    Ok(mount_points(&fs::read_to_string("/proc/self/mountinfo")?, V1))
 }
 
 /// A mount of the hierarchy, or of a part of it that the root of this process's cgroup namespace is in.
@@ -138,7 +133,10 @@ mod tests {
                       33 23 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n\
                       34 23 0:28 / /again rw - cgroup2 cgroup2 rw\n";
         assert_eq!(find(hybrid), Some(at("/sys/fs/cgroup/unified", 0)));
-        assert_eq!((find_v1(hybrid), find_v1(pure)), (vec!["/sys/fs/cgroup/cpu".into()], vec![]));
+        assert_eq!(
+            (mount_points(hybrid, V1), mount_points(pure, V1)),
+            (vec!["/sys/fs/cgroup/cpu".into()], vec![])
+        );
         assert_eq!(find("31 23 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n"), None);
     }
 

@@ -3,6 +3,7 @@
 pub mod cgroup;
 pub mod kubepods;
 pub mod links;
+pub(crate) mod mounts;
 pub mod netlink;
 pub mod netns;
 pub mod pod_cgroups;
