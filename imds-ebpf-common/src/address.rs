@@ -147,6 +147,23 @@ impl Destination {
     }
 }
 
+/// Reports whether an IPv6 address with these first eight octets may embed an IPv4 address.
+///
+/// It is one test for the first 16 bits of all the forms. It is true for a few other addresses too, but for none in 2001::/16,
+/// 2400::/6 or fc00::/7.
+#[inline(always)]
+pub(crate) const fn may_embed_ipv4(first: u64) -> bool {
+    const PREFIXES: u64 = first_16(NAT64) | SIX_TO_FOUR as u64;
+    first_16(first) & !PREFIXES == 0
+}
+
+/// The first two of eight octets, as they are in memory.
+#[inline(always)]
+const fn first_16(octets: u64) -> u64 {
+    let [first, second, ..] = octets.to_ne_bytes();
+    u16::from_ne_bytes([first, second]) as u64
+}
+
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "the fold is in the low bits")]
 const fn low_16(word: u64) -> u16 {

@@ -8,7 +8,7 @@ use network_types::{
 };
 
 use crate::{
-    address::{Address, Destination},
+    address::{Address, Destination, may_embed_ipv4},
     endpoint::{Service, TCP, UDP},
     flow::Flow,
     opaque::opaque,
@@ -183,7 +183,7 @@ where
     }
     if is_v6 {
         return packet.peek_pair(offset + DESTINATION_OFFSET_V6).is_some_and(|(first, second)| {
-            !tables.may_guard(Destination::from_halves(first, second).slot())
+            !may_embed_ipv4(first) && !tables.may_guard(Destination::V6(first, second).slot())
         });
     }
     // Hidden from the compiler, which else makes one switch of all comparisons, tags first.
