@@ -154,10 +154,9 @@ fn note(
         // The proof that pods are denied is none.
         return Ok(());
     }
-    let comm = events::comm(event);
     let key = DenialKey {
         address: Address::from_ipv6(event.destination),
-        sender: sender(pod, event, &interface, &comm),
+        sender: sender(pod, event, &interface),
         hook: event.hook.into(),
         verdict: event.verdict.into(),
     };
@@ -179,17 +178,21 @@ fn note(
     record.count = record.count.saturating_add(event.suppressed).saturating_add(1);
     record.bytes = record.bytes.saturating_add(event.bytes);
     record.last = record.last.max(now);
+    record.comm = event.comm;
     record.pod = padded(pod.map_or("", |pod| &pod.pod));
     denials.put(&key, &record)
 }
 
-/// A number for whose denials are counted together.
-fn sender(pod: Option<&Identity>, event: &Event, interface: &str, comm: &str) -> u64 {
+/// Returns the number under which the denials of a sender are counted together.
+///
+/// A sender chooses the names of its threads freely, so that they are no part of the number: else one process could fill the
+/// table with records and evict those of other senders.
+fn sender(pod: Option<&Identity>, event: &Event, interface: &str) -> u64 {
     // Its keys are the same for all processes of one version; what another one counted goes on under another number.
     let mut hasher = DefaultHasher::new();
     match pod {
         Some(pod) => (&pod.namespace, &pod.service_account, &pod.label).hash(&mut hasher),
-        None => (interface, comm, event.cgroup).hash(&mut hasher),
+        None => (interface, event.cgroup).hash(&mut hasher),
     }
     hasher.finish()
 }

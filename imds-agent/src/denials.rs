@@ -74,7 +74,7 @@ pub struct Sender {
     pub label: Option<String>,
     /// Interface by which packets came in.
     pub interface: Option<String>,
-    /// Name of the thread that called.
+    /// Name of the thread that called last.
     pub comm: Option<String>,
     /// cgroup of the caller, below the root of the hierarchy.
     pub cgroup: Option<String>,

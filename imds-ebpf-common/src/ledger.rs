@@ -66,7 +66,7 @@ pub struct DenialRecord {
     pub pod: [u8; LONG_NAME_LEN],
     /// Interface by which packets came in; empty for calls.
     pub interface: [u8; 16],
-    /// Name of the thread that called; empty for packets.
+    /// Name of the thread that called last; empty for packets.
     pub comm: [u8; 16],
     /// cgroup of the caller, below the root of the hierarchy; empty where it is not known.
     pub cgroup: [u8; CGROUP_PATH_LEN],

@@ -82,6 +82,32 @@ fn of_more_senders_than_are_kept_the_oldest_go() {
     world.unload();
 }
 
+/// A process names its threads freely, and must not evict the records of others with that.
+#[test]
+fn thread_names_share_a_record() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let agent = world.agent().hooks(&["socket"]).spawn_ready();
+    for number in 0..8 {
+        world.in_cgroup(|| {
+            let name = std::ffi::CString::new(format!("worker-{number}")).unwrap();
+            nix::sys::prctl::set_name(&name).unwrap();
+            assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer());
+        });
+    }
+    let denials = poll_until(LONG, "all denials", || {
+        let denials = denials(&world);
+        (sum(&denials) >= 8).then_some(denials)
+    });
+    assert_eq!(denials.len(), 1, "{denials:#?}");
+    assert_eq!(denials[0]["comm"], "worker-7", "{denials:#?}");
+    drop(agent);
+    world.unload();
+}
+
 #[test]
 fn from_audit_to_the_rules_to_enforcement() {
     if skip_without_netns_cookie() {

@@ -34,7 +34,7 @@ pub(super) struct AttachQueue {
 /// Reason for which an attachment waits for more than its turn.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Delay {
-    /// It waits for its turn only.
+    /// None: the attachment waits for its turn only.
     Turn,
     /// CNI plugins may add the qdisc that the filter needs.
     Plugins,
