@@ -149,8 +149,8 @@ impl Destination {
 
 /// Reports whether an IPv6 address with these first eight octets may embed an IPv4 address.
 ///
-/// One test covers the first 16 bits of all the forms. A few other addresses pass it too, but none in 2001::/16, 2400::/6 or
-/// fc00::/7.
+/// One test covers the first 16 bits of all the forms. A few other addresses pass it too, but none in `2001::/16`, `2400::/6` or
+/// `fc00::/7`.
 #[inline(always)]
 pub(crate) const fn may_embed_ipv4(first: u64) -> bool {
     const PREFIXES: u64 = first_16(NAT64) | SIX_TO_FOUR as u64;
