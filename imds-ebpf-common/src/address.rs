@@ -105,8 +105,8 @@ impl Destination {
     /// From the first and the second eight octets of an IPv6 address.
     #[inline(always)]
     pub(crate) fn from_halves(first: u64, second: u64) -> Self {
-        let [prefix_0, prefix_1, v4 @ .., _, _] = first.to_ne_bytes();
-        if u16::from_ne_bytes([prefix_0, prefix_1]) == SIX_TO_FOUR {
+        if first_16(first) == SIX_TO_FOUR {
+            let [_, _, v4 @ .., _, _] = first.to_ne_bytes();
             return Self::V4(u32::from_ne_bytes(v4));
         }
         if first != 0 && first != NAT64 {
@@ -153,15 +153,15 @@ impl Destination {
 /// `fc00::/7`.
 #[inline(always)]
 pub(crate) const fn may_embed_ipv4(first: u64) -> bool {
-    const PREFIXES: u64 = first_16(NAT64) | SIX_TO_FOUR as u64;
+    const PREFIXES: u16 = first_16(NAT64) | SIX_TO_FOUR;
     first_16(first) & !PREFIXES == 0
 }
 
 /// The first two of eight octets, as they are in memory.
 #[inline(always)]
-const fn first_16(octets: u64) -> u64 {
+const fn first_16(octets: u64) -> u16 {
     let [first, second, ..] = octets.to_ne_bytes();
-    u16::from_ne_bytes([first, second]) as u64
+    u16::from_ne_bytes([first, second])
 }
 
 #[inline(always)]

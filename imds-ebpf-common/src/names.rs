@@ -104,6 +104,7 @@ pub const HOST_LINKS: [&str; 5] =
     ["host_connect4", "host_connect6", "host_sendmsg4", "host_sendmsg6", "host_egress"];
 /// Name of the pinned link of [`PROG_LOCAL_SERVICE`].
 pub const LOCAL_SERVICE_LINK: &str = "local_service";
+
 /// Returns the programs of a hook.
 #[must_use]
 pub const fn programs_of(hook: Hook) -> &'static [&'static str] {

@@ -8,9 +8,8 @@ use imds_ebpf_common::{
     InterfaceRecord, Mode, Policy, Role, Service, Subject, SubjectKind, Verdict,
     maps::MARK,
     names::{
-        HOST_PROGRAMS, MAP_COUNTERS, MAP_ENDPOINTS, MAP_EXEMPT, MAP_EXEMPT_SOURCES, MAP_INTERFACES,
-        MAP_POLICY, MAPS, PROG_FROM_POD, PROG_FROM_POD_L3, PROG_LOCAL_SERVICE, PROG_NODE_EGRESS,
-        SECTION_FILTER, SOCKET_PROGRAMS, TC_PROGRAMS, in_object,
+        MAP_COUNTERS, MAP_ENDPOINTS, MAP_EXEMPT, MAP_EXEMPT_SOURCES, MAP_INTERFACES, MAP_POLICY, MAPS,
+        PROG_FROM_POD, PROG_FROM_POD_L3, PROG_NODE_EGRESS, SECTION_FILTER, in_object, programs,
     },
     packet::MAX_VLAN_TAGS,
 };
@@ -327,9 +326,7 @@ fn a_filter_that_was_never_written_is_the_loaders_mistake_and_a_full_one_only_co
 #[test]
 fn the_verifier_is_done_with_every_program_soon() {
     let object = Object::load_with(OBJECT, &kernel_features());
-    for name in
-        TC_PROGRAMS.into_iter().chain(SOCKET_PROGRAMS).chain(HOST_PROGRAMS).chain([PROG_LOCAL_SERVICE])
-    {
+    for name in programs() {
         let Some(verified) = object.verified_instructions(name) else {
             eprintln!("{SKIPPED}{WHOLE_TEST}: this kernel does not count the instructions that it verifies");
             return;
@@ -350,7 +347,7 @@ fn the_object_has_the_names_that_user_space_asks_for() {
         names.sort();
         names
     };
-    let programs = [&TC_PROGRAMS[..], &SOCKET_PROGRAMS, &HOST_PROGRAMS, &[PROG_LOCAL_SERVICE]].concat();
+    let programs: Vec<_> = programs().collect();
     assert_eq!(object.program_names(), sorted(&programs));
     assert_eq!(object.map_names(), sorted(&MAPS.map(in_object)));
     for name in programs.into_iter().chain(MAPS) {

@@ -31,22 +31,12 @@ pub(super) struct AttachQueue {
     next_turn: Instant,
 }
 
-/// Reason for which an attachment waits for more than its turn.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Delay {
-    /// None: the attachment waits for its turn only.
-    Turn,
-    /// CNI plugins may add the qdisc that the filter needs.
-    Plugins,
-    /// Kubernetes may name the pod behind the link, which then does not need the hook.
-    PodName,
-}
-
 #[derive(Clone, Copy, Debug)]
 struct Waiting {
     since: Instant,
     not_before: Instant,
-    delay: Delay,
+    /// Kubernetes may name the pod behind the link, which then does not need the hook.
+    is_spare: bool,
 }
 
 impl AttachQueue {
@@ -57,8 +47,17 @@ impl AttachQueue {
     }
 
     /// Adds an attachment, unless it waits already.
-    pub(super) fn push(&mut self, point: AttachPoint, not_before: Instant, delay: Delay) {
-        self.waiting.entry(point).or_insert_with(|| Waiting { since: Instant::now(), not_before, delay });
+    pub(super) fn push(&mut self, point: AttachPoint, not_before: Instant) {
+        self.insert(point, not_before, false);
+    }
+
+    /// Adds an attachment that the link does not need once Kubernetes names the pod behind it, unless it waits already.
+    pub(super) fn push_spare(&mut self, point: AttachPoint, not_before: Instant) {
+        self.insert(point, not_before, true);
+    }
+
+    fn insert(&mut self, point: AttachPoint, not_before: Instant, is_spare: bool) {
+        self.waiting.entry(point).or_insert_with(|| Waiting { since: Instant::now(), not_before, is_spare });
     }
 
     /// Removes an attachment that is made or no longer desired.
@@ -97,14 +96,11 @@ impl AttachQueue {
         self.waiting.keys().copied().filter(|point| point.edge == TcHook::FromPod)
     }
 
-    /// Attachments that are part of the initial sync: all but those of a hook that a pod's link will turn out not to need.
+    /// Attachments that are part of the initial sync: all but the spare ones.
     ///
     /// A link that lacks `node_egress` is open from the moment at which a route makes it an uplink, until the attachment.
     pub(super) fn initial(&self) -> impl Iterator<Item = AttachPoint> {
-        let is_initial = |(point, waiting): &(&AttachPoint, &Waiting)| {
-            point.edge == TcHook::FromPod || waiting.delay != Delay::PodName
-        };
-        self.waiting.iter().filter(is_initial).map(|(point, _)| *point)
+        self.waiting.iter().filter(|(_, waiting)| !waiting.is_spare).map(|(point, _)| *point)
     }
 
     /// Records a link event that the agent did not cause itself.
@@ -149,7 +145,7 @@ mod tests {
         assert_eq!(queue.next(), None);
         queue.on_link_event();
         let pod = point(7, TcHook::FromPod);
-        queue.push(pod, Instant::now(), Delay::Turn);
+        queue.push(pod, Instant::now());
         assert_eq!(queue.next(), Some((pod, Instant::now())));
         queue.remove(pod);
         assert_eq!(queue.next(), None);
@@ -158,14 +154,14 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn bursts_leave_pauses() {
         let mut queue = AttachQueue::new();
-        queue.push(point(7, TcHook::FromPod), Instant::now(), Delay::Turn);
-        queue.push(point(8, TcHook::FromPod), Instant::now(), Delay::Turn);
+        queue.push(point(7, TcHook::FromPod), Instant::now());
+        queue.push(point(8, TcHook::FromPod), Instant::now());
         queue.on_link_event();
         queue.remove(point(7, TcHook::FromPod));
         queue.on_attached();
         assert_eq!(queue.next(), Some((point(8, TcHook::FromPod), Instant::now() + PAUSE)));
         for index in 9..12 {
-            queue.push(point(index, TcHook::FromPod), Instant::now(), Delay::Turn);
+            queue.push(point(index, TcHook::FromPod), Instant::now());
         }
         queue.on_link_event();
         queue.on_attached();
@@ -179,10 +175,10 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn node_egress_waits_for_calm_but_not_for_ever() {
         let mut queue = AttachQueue::new();
-        queue.push(point(7, TcHook::NodeEgress), Instant::now(), Delay::Turn);
+        queue.push(point(7, TcHook::NodeEgress), Instant::now());
         queue.on_link_event();
         assert_eq!(queue.next(), Some((point(7, TcHook::NodeEgress), Instant::now() + CALM)));
-        queue.push(point(8, TcHook::FromPod), Instant::now(), Delay::Turn);
+        queue.push(point(8, TcHook::FromPod), Instant::now());
         assert_eq!(queue.next().unwrap().0, point(8, TcHook::FromPod));
         queue.remove(point(8, TcHook::FromPod));
         tokio::time::advance(MAX_DELAY).await;
@@ -194,7 +190,7 @@ mod tests {
     async fn delayed_attachments_are_released() {
         let mut queue = AttachQueue::new();
         let later = Instant::now() + Duration::from_secs(5);
-        queue.push(point(7, TcHook::FromPod), later, Delay::Turn);
+        queue.push(point(7, TcHook::FromPod), later);
         assert_eq!(queue.next().unwrap().1, later);
         assert_eq!(queue.delayed().collect::<Vec<_>>(), [7]);
         queue.release(|ifindex| ifindex == 7);
@@ -207,8 +203,8 @@ mod tests {
     async fn initial_sync_waits_for_plugins() {
         let mut queue = AttachQueue::new();
         let later = Instant::now() + Duration::from_secs(5);
-        queue.push(point(7, TcHook::NodeEgress), later, Delay::Plugins);
-        queue.push(point(8, TcHook::NodeEgress), later, Delay::PodName);
+        queue.push(point(7, TcHook::NodeEgress), later);
+        queue.push_spare(point(8, TcHook::NodeEgress), later);
         assert_eq!(queue.initial().collect::<Vec<_>>(), [point(7, TcHook::NodeEgress)]);
     }
 }

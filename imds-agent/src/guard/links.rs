@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::{
     Guard,
-    attach_queue::{AttachQueue, Delay},
+    attach_queue::AttachQueue,
     change_log::{Change, Pass},
 };
 use crate::{
@@ -297,14 +297,14 @@ impl Guard {
         }
         let is_clsact = desired == AttachMode::Clsact && !self.clsact_delay.is_zero();
         let waits_for_plugin = is_clsact && !self.datapath.has_qdisc(link).await?;
-        let (time, delay) = if waits_for_plugin {
-            (self.clsact_delay, Delay::Plugins)
+        let now = Instant::now();
+        if waits_for_plugin {
+            self.queue.push(point, now + self.clsact_delay);
         } else if self.is_spare(link, point) && self.pods.are_looked_up() {
-            (SPARE_DELAY, Delay::PodName)
+            self.queue.push_spare(point, now + SPARE_DELAY);
         } else {
-            (Duration::ZERO, Delay::Turn)
-        };
-        self.queue.push(point, Instant::now() + time, delay);
+            self.queue.push(point, now);
+        }
         if is_clsact && !waits_for_plugin {
             self.queue.release(|ifindex| ifindex == link.index);
         }
