@@ -172,13 +172,16 @@ fn note(
         label: padded(pod.and_then(|pod| pod.label.as_deref()).unwrap_or_default()),
         pod: padded(""),
         interface: padded(&interface),
-        comm: event.comm,
+        comm: padded(""),
         cgroup: padded_bytes(&if pod.is_none() { cgroup_path(event.cgroup) } else { Vec::new() }),
     });
     record.count = record.count.saturating_add(event.suppressed).saturating_add(1);
     record.bytes = record.bytes.saturating_add(event.bytes);
     record.last = record.last.max(now);
-    record.comm = event.comm;
+    // A packet of the same cgroup names no thread.
+    if event.comm != [0; _] {
+        record.comm = event.comm;
+    }
     record.pod = padded(pod.map_or("", |pod| &pod.pod));
     denials.put(&key, &record)
 }
