@@ -8,7 +8,6 @@ use std::{future, time::Duration};
 use anyhow::Context as _;
 use futures_util::{FutureExt as _, Stream, StreamExt as _};
 use tokio::{
-    io::unix::AsyncFd,
     signal::unix::{Signal, SignalKind, signal},
     task::JoinSet,
     time::{Instant, Interval, MissedTickBehavior, interval_at},
@@ -20,17 +19,16 @@ use self::{
 };
 use crate::{
     cluster::{Cluster, News},
-    collector::Collector,
     config_loader::ConfigLoader,
     guard::Guard,
     kube::PodEvent,
     logging,
     metrics::{Done, RunTimeStats},
     node::netlink::Event,
-    server::Server,
     settings::{Node, Settings},
     start_config::StartConfig,
     supervisor::Supervisor,
+    telemetry::Telemetry,
     watch::Watch,
 };
 
@@ -59,11 +57,9 @@ pub struct Agent {
     settings: Settings,
     reloads: Reloads,
     run_time_stats: RunTimeStats,
-    server: Server,
+    telemetry: Telemetry,
     supervisor: Supervisor,
     cluster: Cluster,
-    /// Where no other process takes what the programs tell.
-    collector: Option<AsyncFd<Collector>>,
     /// Tasks that end with the work of the agent.
     background: JoinSet<()>,
     timer: Interval,
@@ -80,7 +76,7 @@ impl Agent {
         node: Node,
         loader: ConfigLoader,
         settings: Settings,
-        server: Server,
+        telemetry: Telemetry,
         period: Duration,
     ) -> anyhow::Result<Self> {
         let mut timer = interval_at(Instant::now() + period, period);
@@ -92,10 +88,9 @@ impl Agent {
             settings,
             reloads: Reloads::default(),
             run_time_stats: RunTimeStats::default(),
-            server,
+            telemetry,
             supervisor: Supervisor::from_env(),
             cluster: Cluster::default(),
-            collector: None,
             background: JoinSet::new(),
             timer,
             hangup: signal(SignalKind::hangup()).context("can't listen for SIGHUP")?,
@@ -135,19 +130,15 @@ impl Agent {
         let mut due = self.loader.change().map(|_| Due::now());
         let mut half_seen = None;
         let mut rounds = 0_u32;
-        self.server.listen(&start.config.listen);
+        self.telemetry.listen(&start.config.listen);
         self.run_time_stats.set(start.config.program_run_time);
         self.follow_cluster().await;
-        self.open_collector();
         self.supervisor.ready(&self.guard.state(&self.settings));
         loop {
-            self.server.beat(self.done());
+            self.telemetry.report_progress(self.done());
             tokio::select! {
                 event = events.next() => self.take_in(event, &mut events).await?,
                 news = self.cluster.next() => self.hear(news).await,
-                collected = collect(&mut self.collector) => if let Err(error) = collected {
-                    self.lose_collector(&error);
-                },
                 () = future::ready(()), if self.guard.is_looking() => report(self.guard.go_on().await),
                 point = self.guard.attachment_due() => self.guard.attach(point).await,
                 () = future::ready(()), if self.guard.is_locating() => report(self.guard.locate_next().await),
@@ -160,8 +151,6 @@ impl Agent {
                     if is_thorough {
                         give_back();
                     }
-                    self.server.retry();
-                    self.open_collector();
                     self.supervisor.ready(&self.guard.state(&self.settings));
                     if self.guard.pins().is_unload_requested() {
                         return self.unload().run().await;
@@ -192,7 +181,7 @@ impl Agent {
                     due = None;
                     self.reload().await;
                 }
-                never = self.server.work() => match never {},
+                error = self.telemetry.ended() => return Err(error),
                 () = self.supervisor.watch() => {}
                 _ = self.hangup.recv() => {
                     due = None;
@@ -210,13 +199,14 @@ impl Agent {
     /// Releases everything in the kernel to `imds-agent unload`.
     fn unload(self) -> Unloaded {
         let done = self.done();
-        let Self { guard, background, server, supervisor, timer, hangup, terminate, interrupt, .. } = self;
+        let Self { guard, background, telemetry, supervisor, timer, hangup, terminate, interrupt, .. } = self;
         // Descriptors of maps end with it, as with the guard.
         drop(background);
+        telemetry.close_maps();
         let pins = guard.pins().root().to_owned();
         // The lock of the pin directory ends with it.
         drop(guard);
-        Unloaded { pins, done, server, supervisor, timer, hangup, terminate, interrupt }
+        Unloaded { pins, done, telemetry, supervisor, timer, hangup, terminate, interrupt }
     }
 
     /// Takes in one piece of news, and those that have come meanwhile.
@@ -245,28 +235,6 @@ impl Agent {
         }
     }
 
-    /// Takes what the programs tell, if no other process does.
-    fn open_collector(&mut self) {
-        if self.collector.is_some() {
-            return;
-        }
-        match Collector::open(self.guard.pins()) {
-            // SAFETY: the ring buffer's descriptor is the collector's own, and the same for as long as there is one.
-            Ok(Some(collector)) => match unsafe { AsyncFd::register(collector) } {
-                Ok(collector) => self.collector = Some(collector),
-                Err(error) => self.lose_collector(&error.into()),
-            },
-            // Somebody follows events, and keeps them meanwhile.
-            Ok(None) => {}
-            Err(error) => self.lose_collector(&error.into()),
-        }
-    }
-
-    fn lose_collector(&mut self, error: &anyhow::Error) {
-        log::error!("events are not kept until the next look at everything: {error:#}");
-        self.collector = None;
-    }
-
     async fn hear(&mut self, news: News) {
         match news {
             News::Pods(event) => {
@@ -289,7 +257,6 @@ impl Agent {
             repairs: self.guard.repairs(),
             writes: self.guard.writes(),
             watch: self.cluster.state(),
-            collected: self.collector.as_ref().map(|collector| collector.get_ref().collected()),
             log_lines_dropped: logging::dropped(),
         }
     }
@@ -336,23 +303,13 @@ impl Agent {
             return Err(error.into());
         }
         self.settings = settings;
-        self.server.listen(&config.listen);
+        self.telemetry.listen(&config.listen);
         self.run_time_stats.set(config.program_run_time);
         self.follow_cluster().await;
         let generation = self.guard.record_config(self.loader.path(), &config)?;
         self.loader.store_last_good();
         Ok(generation)
     }
-}
-
-/// Takes what the programs tell, as it comes.
-async fn collect(collector: &mut Option<AsyncFd<Collector>>) -> anyhow::Result<()> {
-    let Some(collector) = collector else { return future::pending().await };
-    if !collector.get_ref().has_more() {
-        // Cleared before it is read: what comes while it is read makes it ready again.
-        collector.readable_mut().await?.clear_ready();
-    }
-    Ok(collector.get_mut().collect()?)
 }
 
 async fn changed(watch: &mut Option<Watch>) -> std::io::Result<()> {

@@ -9,8 +9,8 @@ use nix::{
 };
 
 use crate::{
-    collector::{Collector, CollectorError},
     datapath::{pins::PinDir, recent::Recent},
+    telemetry::{Collector, CollectorError},
 };
 
 /// Milliseconds between two looks for events that another process takes from the programs.

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use tokio::{signal::unix::Signal, time::Interval};
 
-use crate::{metrics::Done, server::Server, supervisor::Supervisor};
+use crate::{metrics::Done, supervisor::Supervisor, telemetry::Telemetry};
 
 /// Status line for the service manager.
 const STATUS: &str = "unloaded by `imds-agent unload`: nothing is enforced until a restart";
@@ -16,7 +16,7 @@ pub(super) struct Unloaded {
     pub(super) pins: PathBuf,
     /// Counters of the agent, which do not go back.
     pub(super) done: Done,
-    pub(super) server: Server,
+    pub(super) telemetry: Telemetry,
     pub(super) supervisor: Supervisor,
     pub(super) timer: Interval,
     pub(super) hangup: Signal,
@@ -33,10 +33,10 @@ impl Unloaded {
         );
         self.supervisor.ready(STATUS);
         loop {
-            self.server.beat(self.done.clone());
+            self.telemetry.report_progress(self.done.clone());
             tokio::select! {
-                _ = self.timer.tick() => self.server.retry(),
-                never = self.server.work() => match never {},
+                _ = self.timer.tick() => {}
+                error = self.telemetry.ended() => return Err(error),
                 () = self.supervisor.watch() => {}
                 _ = self.hangup.recv() => {
                     log::warn!("no configuration is loaded after `imds-agent unload`: restart the agent");

@@ -10,12 +10,12 @@ use super::{
     output::{OutputArgs, write_stdout},
 };
 use crate::{
-    collector::Collector,
     datapath::{denials::Denials, endpoints, home, object, records},
     denials::Report,
     endpoints::Endpoint,
     escape::escape_lines,
     preflight,
+    telemetry::Collector,
 };
 
 #[derive(Args, Debug)]

@@ -17,10 +17,10 @@ use crate::{
     node::{cgroup, netlink::Netlink, senders::Finder},
     preflight,
     provider::DMI_DIR,
-    server::Server,
     settings::Node,
     start_config::StartConfig,
     startup_taint,
+    telemetry::Telemetry,
 };
 
 #[derive(Args, Debug)]
@@ -119,7 +119,7 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     let mut guard = Guard::new(datapath, netlink, settings, finder).with_clsact_delay(clsact_delay);
     if !args.once {
         let period = Duration::from_secs(args.resync);
-        let server = Server::new(PinDir::new(&args.pins.pin_dir)?, Netlink::connect()?, period);
+        let telemetry = Telemetry::start(PinDir::new(&args.pins.pin_dir)?, period)?;
         let untaint = match args.startup_taint {
             Some(key) if settings.cluster.is_none() && start.rejected.is_some() => {
                 log::warn!(
@@ -139,7 +139,7 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
             None => None,
         };
         let agent =
-            Agent::new(guard, node, loader, settings.clone(), server, period)?.with_background(background);
+            Agent::new(guard, node, loader, settings.clone(), telemetry, period)?.with_background(background);
         let untaint = async {
             if let Some(untaint) = untaint {
                 untaint.await;

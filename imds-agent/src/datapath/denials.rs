@@ -1,5 +1,10 @@
 //! Who was denied what, how often and since when, in a pinned map.
 
+use std::{
+    cmp::Reverse,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+};
+
 use aya::maps::{HashMap, Map, MapData, MapError};
 use imds_ebpf_common::{
     ledger::{DENIALS, DenialKey, DenialRecord},
@@ -37,7 +42,7 @@ impl Denials {
         }
     }
 
-    /// Writes that of one sender. Where there are too many those go that were heard of least recently.
+    /// Writes the record of one sender. A full map loses older records, first those of owners that have many.
     pub fn put(&mut self, key: &DenialKey, record: &DenialRecord) -> Result<(), MapError> {
         match self.0.insert(key, record, 0) {
             Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::E2BIG) => {
@@ -48,13 +53,13 @@ impl Denials {
         }
     }
 
-    /// For some at once: to find the oldest, all have to be looked at.
+    /// Removes an eighth of the records: the choice takes a look at all of them.
     fn make_room(&mut self) -> Result<(), MapError> {
-        let by_time =
-            |entry: Result<(DenialKey, DenialRecord), _>| entry.map(|(key, record)| (record.last, key));
-        let mut all = self.iter().map(by_time).collect::<Result<Vec<_>, MapError>>()?;
-        all.sort_unstable();
-        all.iter().take(DENIALS / 8).try_for_each(|(_, key)| self.remove(key))
+        let entry = |entry: Result<(DenialKey, DenialRecord), _>| {
+            entry.map(|(key, record)| (owner(&record), record.last, key))
+        };
+        let all = self.iter().map(entry).collect::<Result<Vec<_>, MapError>>()?;
+        evicted(all, DENIALS / 8).iter().try_for_each(|key| self.remove(key))
     }
 
     /// Forgets all.
@@ -68,5 +73,51 @@ impl Denials {
             Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
             Err(error) => Err(error),
         }
+    }
+}
+
+/// Returns a number for the owner of a sender, among whom the map is shared fairly: the namespace of a pod, otherwise the
+/// cgroup or the interface.
+fn owner(record: &DenialRecord) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    match record.namespace[0] {
+        0 => (record.cgroup, record.interface).hash(&mut hasher),
+        _ => record.namespace.hash(&mut hasher),
+    }
+    hasher.finish()
+}
+
+/// Chooses `count` records to remove among `(owner, time of the last denial, key)`.
+///
+/// Owners with many records lose the oldest of these first, so that a flood under ever new names evicts itself only. Between
+/// owners with equally many, the oldest go.
+fn evicted<K: Copy + Ord>(mut all: Vec<(u64, u64, K)>, count: usize) -> Vec<K> {
+    all.sort_unstable_by_key(|&(owner, last, key)| (owner, Reverse(last), key));
+    let mut ranked = Vec::with_capacity(all.len());
+    let (mut of, mut rank) = (None, 0_usize);
+    for (owner, last, key) in all {
+        rank = if of.replace(owner) == Some(owner) { rank + 1 } else { 0 };
+        ranked.push((Reverse(rank), last, key));
+    }
+    ranked.sort_unstable();
+    ranked.into_iter().take(count).map(|(.., key)| key).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_of_one_owner_evicts_its_own_records() {
+        let flood = (0..90).map(|number| (1, 1000 + number, number));
+        let others = (0..10).map(|number| (2 + number, number, 100 + number));
+        let evicted = evicted(flood.chain(others).collect(), 20);
+        assert_eq!(evicted, (0..20).collect::<Vec<u64>>());
+    }
+
+    #[test]
+    fn the_oldest_of_equal_owners_go() {
+        let all = (0..10).map(|number| (number, 100 - number, number)).collect();
+        assert_eq!(evicted(all, 3), [9, 8, 7]);
     }
 }

@@ -18,7 +18,6 @@ use self::family::Families;
 pub use self::{exemptions::exemptions_hash, format::Format, programs::RunTimeStats, snapshot::Snapshot};
 use crate::{
     agent::Reloads,
-    collector::Collected,
     datapath::{counters::Count, pins::PinDir},
     endpoints::unpadded,
     guard::{Repairs, Writes},
@@ -36,8 +35,6 @@ pub struct Done {
     pub writes: Writes,
     /// State of the pod watch, if there is one.
     pub watch: Option<WatchState>,
-    /// Events, if this agent collects them.
-    pub collected: Option<Collected>,
     /// Log lines that were dropped, because standard error was not read.
     pub log_lines_dropped: u64,
 }
@@ -53,12 +50,18 @@ pub struct DenialTo {
     verdict: u32,
 }
 
+impl From<&DenialKey> for DenialTo {
+    fn from(&DenialKey { address, hook, verdict, .. }: &DenialKey) -> Self {
+        Self { address, hook, verdict }
+    }
+}
+
 /// Adds up the denials.
 pub fn sum<E>(denials: impl Iterator<Item = Result<(DenialKey, DenialRecord), E>>) -> Result<Denied, E> {
     let mut denied = Denied::new();
     for denial in denials {
-        let (DenialKey { address, hook, verdict, .. }, record) = denial?;
-        let key = (unpadded(&record.namespace), DenialTo { address, hook, verdict });
+        let (key, record) = denial?;
+        let key = (unpadded(&record.namespace), DenialTo::from(&key));
         *denied.entry(key).or_default() += Count { packets: record.count, bytes: record.bytes };
     }
     Ok(denied)

@@ -9,10 +9,10 @@ use imds_ebpf_common::{AttachMode, Hook, Mode, Verdict};
 
 use super::{Denied, Done, family::Families};
 use crate::{
-    collector::Collected,
     datapath::counters::{Count, Counts},
     endpoints::plain,
     status::Report,
+    telemetry::Collected,
     version::COMMIT,
 };
 
@@ -28,6 +28,8 @@ pub struct Snapshot {
     pub denials: Denied,
     /// Counters of the agent.
     pub done: Done,
+    /// Events, if this agent collects them.
+    pub collected: Option<Collected>,
     /// Hash of the exemptions of the effective configuration; `None` if nothing is loaded.
     pub exemptions_hash: Option<u64>,
 }
@@ -279,7 +281,7 @@ impl Snapshot {
     }
 
     fn add_events(&self, to: &mut Families) {
-        let Collected { told, suppressed } = self.done.collected.unwrap_or_default();
+        let Collected { told, suppressed } = self.collected.unwrap_or_default();
         to.counter("imds_agent_events", "Events of packets and calls", [([], told)]);
         to.counter(
             "imds_agent_events_suppressed",

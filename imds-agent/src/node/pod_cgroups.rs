@@ -8,8 +8,10 @@ use std::{
 
 use super::{cgroup, kubepods, sandbox};
 
-/// What a kubelet calls the cgroups for pods whose quality of service is not guaranteed.
+/// Names of the kubelet's cgroups for pods whose quality of service is not guaranteed.
 const QOS: [&str; 2] = ["burstable", "besteffort"];
+/// Length of the id of a static pod, which is a hash in hexadecimal digits. Other ids also have hyphens.
+const MIN_UID_LEN: usize = 32;
 
 /// The kubelet's parts of the cgroup hierarchies.
 #[derive(Clone, Debug, Default)]
@@ -101,6 +103,15 @@ fn child(parent: &Path, name: &str, owner: u32) -> Option<PathBuf> {
         None => parent.join(name),
     };
     fs::metadata(&path).is_ok_and(|found| found.is_dir() && found.uid() == owner).then_some(path)
+}
+
+/// Reports whether a kubelet calls the cgroup of a pod so: `pod<uid>`, or `kubepods-burstable-pod<uid>.slice`.
+#[must_use]
+pub fn is_pod(name: &str) -> bool {
+    let last = name.strip_suffix(".slice").map_or(Some(name), |stem| stem.rsplit('-').next());
+    let uid = last.and_then(|last| last.strip_prefix("pod"));
+    let is_plain = |byte: u8| byte.is_ascii_hexdigit() || byte == b'-' || byte == b'_';
+    uid.is_some_and(|uid| uid.len() >= MIN_UID_LEN && uid.bytes().all(is_plain))
 }
 
 /// The id in the name of a container's cgroup: `cri-containerd-<id>.scope`, `crio-<id>.scope` or `<id>`.

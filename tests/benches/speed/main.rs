@@ -32,9 +32,12 @@ fn main() {
     let rounds = effort(ROUNDS);
     for round in 1..=rounds {
         eprintln!("round {round} of {rounds}");
-        // Each is before and behind another in every round.
+        // Each has another place in every round, and another guard before it in every second one.
         let mut turns: Vec<_> = Guard::ALL.to_vec();
         turns.rotate_left(round as usize % Guard::ALL.len());
+        if round % 2 == 0 {
+            turns.reverse();
+        }
         for guard in turns {
             let _on = guard.turn_on(&world, &pod);
             let possible = Traffic::ALL.into_iter().filter(|traffic| traffic.is_possible(guard));

@@ -1,9 +1,9 @@
 //! Metrics and health by HTTP: `/metrics`, `/healthz` and `/readyz`.
 //!
-//! It runs on the agent's own thread, a request at a time: what it may take of it is bounded.
+//! Size, time and number of requests are bounded.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::Cell,
     convert::Infallible,
     fs,
     future::{self, poll_fn},
@@ -12,6 +12,7 @@ use std::{
     path::{Path, PathBuf},
     pin::Pin,
     rc::Rc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
     time::Duration,
 };
@@ -31,11 +32,12 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
+use super::{EventStats, Progress};
 use crate::{
     config::Listen,
     datapath::{denials::Denials, object, pins::PinDir},
     escape::escape_lines,
-    metrics::{self, Denied, Done, Format, Snapshot},
+    metrics::{self, Denied, Format, Snapshot},
     node::netlink::Netlink,
     status::{self, Report},
 };
@@ -64,7 +66,7 @@ struct Connection {
 }
 
 /// Listens, and answers.
-pub struct Server {
+pub(super) struct Server {
     wanted: Vec<Listen>,
     listening: Vec<Socket>,
     /// What could not be listened at last, so that it is said once.
@@ -78,31 +80,35 @@ pub struct Server {
 struct Subject {
     pins: PinDir,
     netlink: Netlink,
-    done: RefCell<Done>,
-    /// When the agent was last seen at work.
-    beat: Cell<Instant>,
-    /// How long it may not be seen so.
+    progress: Arc<Mutex<Progress>>,
+    events: Rc<EventStats>,
+    /// Time without progress after which the agent is not healthy.
     patience: Duration,
 }
 
 impl Server {
-    /// A server that does not listen yet, for the agent of `pins`, which shows itself at least each `period`.
+    /// Creates a server that does not listen yet, for the agent of `pins`, which makes `progress` at least once in `period`.
     #[must_use]
-    pub fn new(pins: PinDir, netlink: Netlink, period: Duration) -> Self {
+    pub(super) fn new(
+        pins: PinDir,
+        netlink: Netlink,
+        progress: Arc<Mutex<Progress>>,
+        events: Rc<EventStats>,
+        period: Duration,
+    ) -> Self {
         let patience = period * 3 + Duration::from_secs(10);
-        let (done, beat) = (RefCell::default(), Cell::new(Instant::now()));
         Self {
             wanted: Vec::new(),
             listening: Vec::new(),
             failed: Vec::new(),
             connections: Vec::new(),
             paused_until: None,
-            subject: Rc::new(Subject { pins, netlink, done, beat, patience }),
+            subject: Rc::new(Subject { pins, netlink, progress, events, patience }),
         }
     }
 
     /// Listens there, and nowhere else.
-    pub fn listen(&mut self, places: &[Listen]) {
+    pub(super) fn listen(&mut self, places: &[Listen]) {
         places.clone_into(&mut self.wanted);
         self.listening.retain(|socket| places.contains(&socket.place));
         self.failed.retain(|place| places.contains(place));
@@ -110,7 +116,7 @@ impl Server {
     }
 
     /// Tries again what could not be listened at.
-    pub fn retry(&mut self) {
+    pub(super) fn retry(&mut self) {
         for place in &self.wanted {
             if self.listening.iter().any(|socket| socket.place == *place) {
                 continue;
@@ -133,14 +139,8 @@ impl Server {
         }
     }
 
-    /// The agent is at work, and has done this.
-    pub fn beat(&self, done: Done) {
-        *self.subject.done.borrow_mut() = done;
-        self.subject.beat.set(Instant::now());
-    }
-
     /// Serves. Nothing is lost where it is dropped and called again.
-    pub async fn work(&mut self) -> Infallible {
+    pub(super) async fn work(&mut self) -> Infallible {
         loop {
             let closed_until = self.closed_until();
             tokio::select! {
@@ -326,7 +326,7 @@ async fn answer(request: &Request<Incoming>, subject: &Subject) -> Response<Full
 impl Subject {
     /// Whether the agent follows the node.
     fn health(&self) -> Response<Full<Bytes>> {
-        let idle = self.beat.get().elapsed();
+        let idle = self.progress().reported.elapsed();
         if idle <= self.patience {
             return text(StatusCode::OK, "ok");
         }
@@ -353,20 +353,27 @@ impl Subject {
             Ok(denials) => denials,
             Err(error) => return text(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error:#}")),
         };
-        let done = self.done.borrow().clone();
+        let done = self.progress().done.clone();
+        let collected = self.events.collected.get();
         let exemptions_hash = metrics::exemptions_hash(&self.pins);
-        let snapshot = Snapshot { report, denials, done, exemptions_hash };
+        let snapshot = Snapshot { report, denials, done, collected, exemptions_hash };
         let metrics = metrics::encode(&snapshot, &self.pins, format);
         let mut response = respond(StatusCode::OK, format.content_type(), metrics);
         response.headers_mut().insert(VARY, HeaderValue::from_static("accept"));
         response
     }
 
+    fn progress(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn denials(&self) -> anyhow::Result<Denied> {
-        if !object::is_loaded(&self.pins) {
-            return Ok(Denied::new());
+        let mut totals = self.events.totals.borrow_mut();
+        // Another process adds to the records meanwhile.
+        if self.events.collected.get().is_none() && object::is_loaded(&self.pins) {
+            totals.raise_to(&metrics::sum(Denials::open(&self.pins)?.iter())?);
         }
-        Ok(metrics::sum(Denials::open(&self.pins)?.iter())?)
+        Ok(totals.denied().clone())
     }
 
     async fn report(&self) -> Result<Report, Response<Full<Bytes>>> {

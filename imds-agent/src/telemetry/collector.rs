@@ -1,0 +1,224 @@
+//! Moves events from the ring buffer of the programs to maps that any process can read: the last events, and a record for
+//! each denied sender.
+//!
+//! One process at a time does so: the running agent, or `imds-agent events` or `report` without one.
+
+use std::{
+    cell::RefCell,
+    collections::HashMap,
+    fs::File,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    rc::Rc,
+};
+
+use aya::maps::{MapData, MapError, RingBuf};
+use imds_ebpf_common::{
+    Address, Event, Verdict,
+    ledger::{DenialKey, DenialRecord},
+};
+use jiff::Timestamp;
+use nix::fcntl::Flock;
+use thiserror::Error;
+
+use super::{cgroup_units::CgroupUnits, totals::Totals};
+use crate::{
+    datapath::{
+        config::{nanoseconds, padded, padded_bytes},
+        counters::Count,
+        denials::Denials,
+        object::{self, ObjectError},
+        pins::{PinDir, PinError},
+        pods::Names,
+        recent::Recent,
+    },
+    endpoints::unpadded,
+    events::{self, boot_time, wall_time},
+    metrics::{self, Denied},
+    node::links,
+    pods::Identity,
+    verify,
+};
+
+/// Failure to collect events.
+#[derive(Debug, Error)]
+pub enum CollectorError {
+    /// A map can't be opened.
+    #[error(transparent)]
+    Object(#[from] ObjectError),
+    /// The pin directory can't be locked.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    /// A map can't be read or written.
+    #[error("failed to record events")]
+    Map(#[from] MapError),
+}
+
+/// Maximum number of events of one call of [`Collector::collect`]: some milliseconds of work.
+const MAX_EVENTS: u32 = 256;
+
+/// Number of events that were collected.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Collected {
+    /// Events of the programs.
+    pub told: u64,
+    /// Packets and calls that only the number in an event accounts for.
+    pub suppressed: u64,
+}
+
+/// Reader of the ring buffer.
+pub struct Collector {
+    ring: RingBuf<MapData>,
+    recent: Recent,
+    denials: Denials,
+    names: Names,
+    units: CgroupUnits,
+    totals: Rc<RefCell<Totals>>,
+    collected: Collected,
+    has_more: bool,
+    _claim: Flock<File>,
+}
+
+impl Collector {
+    /// Claims the events of the programs that are pinned in `pins` for this process. Returns `None` if another process
+    /// collects them.
+    pub fn open(pins: &PinDir) -> Result<Option<Self>, CollectorError> {
+        let Some(claim) = pins.try_claim_events()? else { return Ok(None) };
+        Ok(Some(Self {
+            ring: object::open_events(pins)?,
+            recent: Recent::open(pins)?,
+            denials: Denials::open(pins)?,
+            names: Names::open(pins)?,
+            units: CgroupUnits::new(),
+            totals: Rc::default(),
+            collected: Collected::default(),
+            has_more: false,
+            _claim: claim,
+        }))
+    }
+
+    /// Counts denials in these sums.
+    #[must_use]
+    pub fn with_totals(self, totals: Rc<RefCell<Totals>>) -> Self {
+        Self { totals, ..self }
+    }
+
+    /// Returns the sums of the records.
+    pub fn recorded(&self) -> Result<Denied, CollectorError> {
+        Ok(metrics::sum(self.denials.iter())?)
+    }
+
+    /// Returns the number of events that this collector has read.
+    #[must_use]
+    pub fn collected(&self) -> Collected {
+        self.collected
+    }
+
+    /// Reports whether the last [`Collector::collect`] left events in the ring buffer.
+    #[must_use]
+    pub fn has_more(&self) -> bool {
+        self.has_more
+    }
+
+    /// Reads events, but only up to a limit: senders can cause events faster than they are read.
+    pub fn collect(&mut self) -> Result<(), CollectorError> {
+        let booted = boot_time();
+        // An interface can be renamed, but seldom within these milliseconds.
+        let mut interfaces = HashMap::new();
+        self.has_more = false;
+        let mut left = MAX_EVENTS;
+        while let Some(event) = self.ring.next().map(|bytes| events::decode(&bytes)) {
+            let Some(event) = event else { continue };
+            self.collected.told = self.collected.told.saturating_add(1);
+            self.collected.suppressed = self.collected.suppressed.saturating_add(event.suppressed);
+            self.recent.push(event)?;
+            if [Verdict::Deny, Verdict::Audit].into_iter().any(|verdict| event.verdict == verdict as u8) {
+                let index = events::ingress(&event);
+                let interface = interfaces.entry(index).or_insert_with(|| interface_name(index));
+                self.record(&event, interface, booted)?;
+            }
+            left -= 1;
+            if left == 0 {
+                self.has_more = true;
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds the packets or calls of an event to the record of their sender.
+    fn record(&mut self, event: &Event, interface: &str, booted: Timestamp) -> Result<(), MapError> {
+        // `verify` sends these packets to test enforcement.
+        if interface.starts_with(verify::PREFIX) {
+            return Ok(());
+        }
+        let pod = events::senders(event).find_map(|sender| self.names.get(sender));
+        let pod = pod.as_ref();
+        let unit = if pod.is_none() { self.units.unit(event.cgroup) } else { Rc::default() };
+        let key = DenialKey {
+            address: Address::from_ipv6(event.destination),
+            sender: sender_id(pod, interface, &unit),
+            hook: event.hook.into(),
+            verdict: event.verdict.into(),
+        };
+        let now = nanoseconds(wall_time(event, booted));
+        let mut record = self.denials.get(&key)?.unwrap_or_else(|| DenialRecord {
+            count: 0,
+            bytes: 0,
+            first: now,
+            last: now,
+            namespace: padded(pod.map_or("", |pod| &pod.namespace)),
+            service_account: padded(pod.map_or("", |pod| &pod.service_account)),
+            label: padded(pod.and_then(|pod| pod.label.as_deref()).unwrap_or_default()),
+            pod: padded(""),
+            interface: padded(interface),
+            comm: padded(""),
+            cgroup: padded_bytes(&unit),
+        });
+        let packets = event.suppressed.saturating_add(1);
+        record.count = record.count.saturating_add(packets);
+        record.bytes = record.bytes.saturating_add(event.bytes);
+        record.last = record.last.max(now);
+        // A packet of the same cgroup names no thread.
+        if event.comm != [0; _] {
+            record.comm = event.comm;
+        }
+        record.pod = padded(pod.map_or("", |pod| &pod.pod));
+        self.denials.put(&key, &record)?;
+        let namespace = unpadded(&record.namespace);
+        self.totals.borrow_mut().add(&namespace, &key, Count { packets, bytes: event.bytes });
+        Ok(())
+    }
+}
+
+impl AsFd for Collector {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.ring.as_fd()
+    }
+}
+
+impl AsRawFd for Collector {
+    fn as_raw_fd(&self) -> RawFd {
+        self.ring.as_raw_fd()
+    }
+}
+
+/// Name of the interface by which a packet came in. It is empty for calls, and for interfaces that are gone: their indices
+/// would be ever new senders.
+fn interface_name(index: u32) -> String {
+    if index == 0 { String::new() } else { links::name_of(index).unwrap_or_default() }
+}
+
+/// Returns the number under which the denials of a sender are counted together.
+///
+/// It contains nothing that a sender chooses freely, like names of threads or of cgroups below its own: else one process
+/// could fill the table with records and evict those of other senders.
+fn sender_id(pod: Option<&Identity>, interface: &str, unit: &[u8]) -> u64 {
+    // All processes of one version compute equal numbers.
+    let mut hasher = DefaultHasher::new();
+    match pod {
+        Some(pod) => (&pod.namespace, &pod.service_account, &pod.label).hash(&mut hasher),
+        None => (interface, unit).hash(&mut hasher),
+    }
+    hasher.finish()
+}

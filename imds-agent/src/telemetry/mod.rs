@@ -1,0 +1,267 @@
+//! The telemetry thread: collects events, and serves metrics and health.
+//!
+//! Pods control how many events there are, and clients how many requests. On a thread of its own, this work can't delay the
+//! reconciler, which attaches the programs to new pods.
+
+mod budget;
+mod cgroup_units;
+mod collector;
+mod server;
+mod totals;
+
+use std::{
+    cell::{Cell, RefCell},
+    future, io,
+    rc::Rc,
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{SyncSender, sync_channel},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, anyhow};
+use tokio::{
+    io::unix::AsyncFd,
+    runtime::{Builder, Runtime},
+    sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
+    time::{MissedTickBehavior, interval, sleep_until},
+};
+
+pub use self::collector::{Collected, Collector, CollectorError};
+use self::{
+    budget::{CpuBudget, thread_cpu_time},
+    server::Server,
+    totals::Totals,
+};
+use crate::{config::Listen, datapath::pins::PinDir, metrics::Done, node::netlink::Netlink};
+
+/// Pause before events are read again, so that a flood of them does not wake the thread for each.
+const DEBOUNCE: Duration = Duration::from_millis(50);
+
+/// Handle of the telemetry thread, which ends when the handle is dropped.
+pub struct Telemetry {
+    requests: Option<UnboundedSender<Request>>,
+    progress: Arc<Mutex<Progress>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Request of the agent to its telemetry thread.
+enum Request {
+    /// Listens on these addresses, and on no others.
+    Listen(Vec<Listen>),
+    /// Closes all BPF maps for `imds-agent unload`, and acknowledges it.
+    CloseMaps(SyncSender<()>),
+}
+
+/// Progress of the reconciler, as the HTTP server reports it.
+struct Progress {
+    done: Done,
+    /// Time of the last report.
+    reported: Instant,
+}
+
+impl Telemetry {
+    /// Starts the thread for the agent of the pin directory `pins`, which reports its progress at least once in `period`.
+    pub fn start(pins: PinDir, period: Duration) -> anyhow::Result<Self> {
+        let (requests, inbox) = unbounded_channel();
+        let progress = Arc::new(Mutex::new(Progress { done: Done::default(), reported: Instant::now() }));
+        let (of_thread, (started, result)) = (Arc::clone(&progress), sync_channel(1));
+        let run = move || match runtime() {
+            Ok(runtime) => runtime.block_on(async {
+                match Worker::new(pins, of_thread, period) {
+                    Ok(worker) => {
+                        // The agent waits for it.
+                        let _received = started.send(Ok(()));
+                        drop(started);
+                        worker.run(inbox).await;
+                    }
+                    Err(error) => drop(started.send(Err(error))),
+                }
+            }),
+            Err(error) => drop(started.send(Err(error.into()))),
+        };
+        let thread = thread::Builder::new().name("imds-telemetry".to_owned()).spawn(run);
+        let thread = thread.context("failed to start the telemetry thread")?;
+        result.recv().context("the telemetry thread ended")?.context("failed to start telemetry")?;
+        Ok(Self { requests: Some(requests), progress, thread: Some(thread) })
+    }
+
+    /// Serves metrics and health at these addresses, and nowhere else.
+    pub fn listen(&self, addresses: &[Listen]) {
+        self.send(Request::Listen(addresses.to_owned()));
+    }
+
+    /// Records that the reconciler works, and what it has done so far.
+    pub fn report_progress(&self, done: Done) {
+        let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        *progress = Progress { done, reported: Instant::now() };
+    }
+
+    /// Closes the BPF maps and stops to collect events. Metrics and health are still served.
+    pub fn close_maps(&self) {
+        let (closed, wait) = sync_channel(1);
+        self.send(Request::CloseMaps(closed));
+        // An error means that the thread has ended, and its descriptors with it.
+        let _ended = wait.recv();
+    }
+
+    /// Waits until the thread has ended, which it does only if it panics.
+    pub async fn ended(&self) -> anyhow::Error {
+        if let Some(requests) = &self.requests {
+            requests.closed().await;
+        }
+        anyhow!("the telemetry thread ended: see the log lines before")
+    }
+
+    fn send(&self, request: Request) {
+        if let Some(requests) = &self.requests {
+            // An error means that the thread has ended, which `ended` reports.
+            let _ended = requests.send(request);
+        }
+    }
+}
+
+impl Drop for Telemetry {
+    /// Ends the thread, which removes its Unix sockets.
+    fn drop(&mut self) {
+        self.requests = None;
+        if let Some(thread) = self.thread.take() {
+            let _panicked = thread.join();
+        }
+    }
+}
+
+fn runtime() -> io::Result<Runtime> {
+    Builder::new_current_thread().enable_all().build()
+}
+
+/// State of the thread.
+struct Worker {
+    events: EventReader,
+    server: Server,
+    /// Interval between two attempts to do what failed.
+    period: Duration,
+}
+
+/// Reads the events while no other process does.
+struct EventReader {
+    pins: PinDir,
+    collector: Option<AsyncFd<Collector>>,
+    stats: Rc<EventStats>,
+    budget: CpuBudget,
+    /// Earliest time of the next reading.
+    next: Instant,
+    /// True after `imds-agent unload`.
+    is_closed: bool,
+}
+
+/// Counters of the events, as the HTTP server reports them.
+#[derive(Default)]
+struct EventStats {
+    /// Events that this process has read; `None` while another process reads them.
+    collected: Cell<Option<Collected>>,
+    totals: Rc<RefCell<Totals>>,
+}
+
+impl Worker {
+    fn new(pins: PinDir, progress: Arc<Mutex<Progress>>, period: Duration) -> anyhow::Result<Self> {
+        let stats = Rc::<EventStats>::default();
+        let server = Server::new(pins.clone(), Netlink::connect()?, progress, Rc::clone(&stats), period);
+        Ok(Self { events: EventReader::new(pins, stats), server, period })
+    }
+
+    async fn run(mut self, mut requests: UnboundedReceiver<Request>) {
+        let mut retry = interval(self.period);
+        retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                request = requests.recv() => match request {
+                    Some(Request::Listen(addresses)) => self.server.listen(&addresses),
+                    Some(Request::CloseMaps(closed)) => {
+                        self.events.close();
+                        // The agent waits for it.
+                        let _received = closed.send(());
+                    }
+                    None => return,
+                },
+                () = self.events.collect() => {}
+                never = self.server.work() => match never {},
+                _ = retry.tick() => {
+                    self.server.retry();
+                    self.events.open();
+                }
+            }
+        }
+    }
+}
+
+impl EventReader {
+    fn new(pins: PinDir, stats: Rc<EventStats>) -> Self {
+        let budget = CpuBudget::new(Instant::now());
+        Self { pins, collector: None, stats, budget, next: Instant::now(), is_closed: false }
+    }
+
+    /// Starts to read the events, unless another process does.
+    fn open(&mut self) {
+        if self.is_closed || self.collector.is_some() {
+            return;
+        }
+        match self.try_open() {
+            Ok(collector) => {
+                self.stats.collected.set(collector.as_ref().map(|collector| collector.get_ref().collected()));
+                self.collector = collector;
+            }
+            Err(error) => self.fail(&error),
+        }
+    }
+
+    fn try_open(&self) -> anyhow::Result<Option<AsyncFd<Collector>>> {
+        let Some(collector) = Collector::open(&self.pins)? else { return Ok(None) };
+        // The process that read them until now added to the records.
+        self.stats.totals.borrow_mut().raise_to(&collector.recorded()?);
+        let collector = collector.with_totals(Rc::clone(&self.stats.totals));
+        // SAFETY: the descriptor is that of the ring buffer, which the collector owns and never replaces.
+        Ok(Some(unsafe { AsyncFd::register(collector) }.map_err(io::Error::from)?))
+    }
+
+    /// Waits for events and reads some of them, as far as the budget allows.
+    async fn collect(&mut self) {
+        if let Err(error) = self.try_collect().await {
+            self.fail(&error);
+        }
+    }
+
+    async fn try_collect(&mut self) -> anyhow::Result<()> {
+        let Some(collector) = &mut self.collector else { return future::pending().await };
+        sleep_until(self.next.max(self.budget.available_at()).into()).await;
+        if !collector.get_ref().has_more() {
+            // Cleared before the reading, so that an event that comes meanwhile makes it ready again.
+            collector.readable_mut().await?.clear_ready();
+        }
+        let spent = thread_cpu_time();
+        collector.get_mut().collect()?;
+        self.budget.spend(thread_cpu_time().saturating_sub(spent), Instant::now());
+        self.stats.collected.set(Some(collector.get_ref().collected()));
+        self.next = Instant::now() + DEBOUNCE;
+        Ok(())
+    }
+
+    fn fail(&mut self, error: &anyhow::Error) {
+        log::error!(
+            "failed to read the events of the programs, the next attempt comes with the next resync: {error:#}"
+        );
+        self.release();
+    }
+
+    fn close(&mut self) {
+        self.is_closed = true;
+        self.release();
+    }
+
+    fn release(&mut self) {
+        self.collector = None;
+        self.stats.collected.set(None);
+    }
+}
