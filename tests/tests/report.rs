@@ -108,6 +108,30 @@ fn thread_names_share_a_record() {
     world.unload();
 }
 
+/// A container creates cgroups below its own freely, and must not evict the records of others with that.
+#[test]
+fn cgroups_of_a_unit_share_a_record() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let names = ["", "/init", "/init/worker", "/payload"].map(|below| format!("machine/web.scope{below}"));
+    let cgroups = names.map(|path| world.add_cgroup(&path));
+    let agent = world.agent().hooks(&["socket"]).spawn_ready();
+    for cgroup in &cgroups {
+        assert!(!cgroup.run(|| http_get(&pod.netns, METADATA, SHORT).is_answer()));
+    }
+    let denials = poll_until(LONG, "all denials", || {
+        let denials = denials(&world);
+        (sum(&denials) >= cgroups.len() as u64).then_some(denials)
+    });
+    let found: BTreeSet<_> = denials.iter().map(|denial| denial["cgroup"].as_str().unwrap()).collect();
+    assert!(found.len() == 1 && found.iter().all(|path| path.ends_with("machine/web.scope")), "{found:?}");
+    drop(agent);
+    world.unload();
+}
+
 #[test]
 fn from_audit_to_the_rules_to_enforcement() {
     if skip_without_netns_cookie() {

@@ -18,14 +18,15 @@ use crate::{
 #[derive(clap::Args)]
 pub(crate) struct Bench {
     /// Only this one: `test_run` for the programs alone, `speed` for packets beside others' guards, `churn` for new
-    /// pods, `scale` for up to 1,000 pods, `footprint` for an agent at rest
+    /// pods, `flood` for new pods beside a flood of denied packets, `scale` for up to 1,000 pods, `footprint` for an agent at
+    /// rest
     name: Option<String>,
     /// Write the results to docs/benchmarks.md, with plots
     #[arg(long)]
     document: bool,
 }
 
-const ALL: [&str; 5] = ["test_run", "speed", "churn", "scale", "footprint"];
+const ALL: [&str; 6] = ["test_run", "speed", "churn", "flood", "scale", "footprint"];
 /// Names the directory that the benchmarks write plots to.
 const PLOTS: &str = "IMDS_BENCH_PLOTS";
 

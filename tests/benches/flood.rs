@@ -1,0 +1,203 @@
+//! A flood of denied packets and calls: its effect on new pods, on the agent's CPU time and on `/healthz`.
+//!
+//! Sixteen threads send as fast as they can, from 100 network namespaces and 3,000 cgroups, and change their names all the
+//! time. The node has 1,000 mounts. The same load on an unprotected address shows the part that any traffic has.
+
+#[path = "churn/links.rs"]
+#[expect(dead_code, reason = "the churn benchmark reads all fields")]
+mod links;
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use imds_tests::{
+    Agent, Cgroup, METADATA, Netns, Pod, PodLink, SERVICE, World, effort,
+    http::{DEFAULT, try_get},
+    measure::{Process, Samples, machine, table},
+    poll::poll_until,
+};
+use links::{Churn, MadeLink, NAMESPACES};
+use nix::{
+    mount::{MsFlags, mount, umount},
+    sched::{CloneFlags, unshare},
+    sys::prctl,
+};
+
+const HOOKS: &[&str] = &["from_pod", "node_egress", "socket"];
+const SENDERS: usize = 16;
+const PODS: u32 = 100;
+const CGROUPS: u32 = 3000;
+const MOUNTS: u32 = 1000;
+/// New pods of each run, and the time between two of them.
+const LINKS: u32 = 300;
+const INTERVAL: Duration = Duration::from_millis(100);
+/// Packets under one name.
+const BURST: u32 = 500;
+/// Log line of an attachment, up to the name of the interface.
+const ATTACHED: &str = "attached from_pod to ";
+
+/// Load beside the new pods.
+#[derive(Clone, Copy)]
+enum Load {
+    None,
+    Elsewhere,
+    Denied,
+}
+
+/// Node with its mounts, pods and cgroups.
+struct Node<'w> {
+    world: &'w World,
+    pods: Vec<Pod>,
+    cgroups: Vec<Cgroup>,
+    churn: Vec<Netns>,
+}
+
+fn main() {
+    // Before any thread starts: the agent inherits the mounts.
+    unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace");
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
+        .expect("make mounts private");
+    let world = World::new();
+    let mounts = world.scratch_dir().join("mounts");
+    fs::create_dir(&mounts).expect("make a directory");
+    for _ in 0..effort(MOUNTS) {
+        mount(Some("none"), &mounts, Some("tmpfs"), MsFlags::empty(), None::<&str>).expect("mount a tmpfs");
+    }
+    let node = Node {
+        world: &world,
+        pods: (0..effort(PODS)).map(|_| world.add_pod(PodLink::Routed)).collect(),
+        cgroups: (0..effort(CGROUPS)).map(|number| world.add_cgroup(&format!("flood-{number}"))).collect(),
+        churn: (0..NAMESPACES).map(|_| Netns::new("churn")).collect(),
+    };
+    let rows = [
+        ("nothing else", Load::None),
+        ("16 senders to an unprotected address", Load::Elsewhere),
+        ("16 denied senders", Load::Denied),
+    ]
+    .map(|(name, load)| node.measure(name, load));
+    println!(
+        "{}; {LINKS} new pods, one per {} ms, beside {} pods, {} cgroups and {} mounts.\n",
+        machine(),
+        INTERVAL.as_millis(),
+        node.pods.len(),
+        node.cgroups.len(),
+        effort(MOUNTS)
+    );
+    print!("{}", table(&HEAD, &rows));
+    drop(node);
+    for _ in 0..effort(MOUNTS) {
+        umount(&mounts).expect("unmount a tmpfs");
+    }
+}
+
+const HEAD: [&str; 7] = [
+    "load",
+    "packets/s",
+    "link event to from_pod attached, p50",
+    "p99",
+    "agent's CPU, % of one",
+    "/healthz, p50",
+    "slowest",
+];
+
+impl Node<'_> {
+    fn measure(&self, name: &str, load: Load) -> Vec<String> {
+        eprintln!("{name}");
+        // At this level the log lists each attachment, also of many in a second.
+        let agent = self.world.agent().hooks(HOOKS).args(&["--log-level", "debug"]).spawn_ready();
+        self.world.status_when("every pod has its TCX link", |status| status.all_pods_have_tcx());
+        let (is_over, sent) = (AtomicBool::new(false), AtomicUsize::new(0));
+        let (mut made, mut health) = (Vec::new(), Vec::new());
+        let (start, mut cpu) = (Instant::now(), 0.0);
+        thread::scope(|scope| {
+            for number in 0..SENDERS {
+                let (is_over, sent) = (&is_over, &sent);
+                match load {
+                    Load::None => {}
+                    Load::Elsewhere => drop(scope.spawn(move || self.send(number, SERVICE, is_over, sent))),
+                    Load::Denied => drop(scope.spawn(move || self.send(number, METADATA, is_over, sent))),
+                }
+            }
+            let probe = scope.spawn(|| self.probe_health(&is_over));
+            let process = Process::new(agent.pid());
+            cpu = process.cpu_while(|| made = Churn::new(&self.world.node, &self.churn).run(LINKS, INTERVAL));
+            is_over.store(true, Ordering::Relaxed);
+            health = probe.join().expect("the probe of /healthz");
+        });
+        let rate = sent.into_inner() as f64 / start.elapsed().as_secs_f64();
+        let attached = latencies(&agent, &made);
+        let health = Samples::new(health);
+        drop(agent);
+        self.world.unload();
+        vec![
+            name.to_owned(),
+            format!("{rate:.0}"),
+            format!("{:.1} ms", attached.median()),
+            format!("{:.1} ms", attached.quantile(99)),
+            format!("{cpu:.2}"),
+            format!("{:.1} ms", health.median()),
+            format!("{:.1} ms", health.quantile(100)),
+        ]
+    }
+
+    /// Sends under ever new names, from one network namespace and cgroup after another.
+    fn send(&self, number: usize, to: Ipv4Addr, is_over: &AtomicBool, sent: &AtomicUsize) {
+        let to = SocketAddr::new(IpAddr::V4(to), 80);
+        let pods = self.pods.iter().cycle().skip(number * self.pods.len() / SENDERS);
+        let cgroups = self.cgroups.iter().cycle().skip(number * self.cgroups.len() / SENDERS);
+        for (turn, (pod, cgroup)) in pods.zip(cgroups).enumerate() {
+            if is_over.load(Ordering::Relaxed) {
+                return;
+            }
+            cgroup.run(|| {
+                pod.netns.run(|| {
+                    let name = std::ffi::CString::new(format!("{number}-{turn}")).expect("a name");
+                    prctl::set_name(&name).expect("name a thread");
+                    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a UDP socket");
+                    for _ in 0..BURST {
+                        // A call that the socket hook denies, or a packet without the hook.
+                        let _denied = socket.connect(to);
+                        let _denied = socket.send_to(b"GET", to);
+                    }
+                });
+            });
+            sent.fetch_add(2 * BURST as usize, Ordering::Relaxed);
+        }
+    }
+
+    /// Milliseconds of one request after another.
+    fn probe_health(&self, is_over: &AtomicBool) -> Vec<f64> {
+        let mut took = Vec::new();
+        while !is_over.load(Ordering::Relaxed) {
+            let start = Instant::now();
+            let (status, text) = try_get(self.world, DEFAULT, "/healthz").expect("an answer of /healthz");
+            assert_eq!(status, 200, "{text}");
+            took.push(start.elapsed().as_secs_f64() * 1e3);
+            thread::sleep(Duration::from_millis(50));
+        }
+        took
+    }
+}
+
+/// Milliseconds from the first event of each link to the log line of its attachment.
+fn latencies(agent: &Agent<'_>, made: &[MadeLink]) -> Samples {
+    let by_name: BTreeMap<&str, &MadeLink> = made.iter().map(|link| (link.name.as_str(), link)).collect();
+    let last = format!("{} ", made.last().expect("a link").name);
+    let is_last = |(_, line): &(Instant, String)| line.contains(&last) && line.contains("deleted");
+    poll_until(Duration::from_secs(10), "the agent to log the last deletion", || {
+        agent.log_lines().iter().any(is_last).then_some(())
+    });
+    let lines = agent.log_lines();
+    let latencies = lines.iter().filter_map(|(time, line)| {
+        let (_, rest) = line.split_once(ATTACHED)?;
+        let link = by_name.get(rest.split_once(' ')?.0)?;
+        Some(time.saturating_duration_since(link.announced).as_secs_f64() * 1e3)
+    });
+    Samples::new(latencies)
+}
