@@ -21,15 +21,18 @@ use aya_obj::generated::{
     BPF_F_BEFORE,
     bpf_attach_type::{self, BPF_NETKIT_PEER, BPF_NETKIT_PRIMARY, BPF_TCX_EGRESS, BPF_TCX_INGRESS},
     bpf_cmd::{
-        self, BPF_LINK_CREATE, BPF_LINK_DETACH, BPF_LINK_UPDATE, BPF_OBJ_GET, BPF_OBJ_GET_INFO_BY_FD,
-        BPF_OBJ_PIN, BPF_PROG_QUERY,
+        self, BPF_LINK_CREATE, BPF_LINK_DETACH, BPF_LINK_UPDATE, BPF_MAP_FREEZE, BPF_MAP_UPDATE_ELEM,
+        BPF_OBJ_GET, BPF_OBJ_GET_INFO_BY_FD, BPF_OBJ_PIN, BPF_PROG_QUERY,
     },
     bpf_link_type::{BPF_LINK_TYPE_CGROUP, BPF_LINK_TYPE_NETKIT, BPF_LINK_TYPE_TCX},
 };
 
 pub use self::{
     cgroup::{CgroupPrograms, cgroup_programs, effective_programs},
-    program::{is_compiled, is_foreign, is_ours, load_idle, load_redirect, object_name, program_name},
+    program::{
+        ProgLoad, btf_load, is_compiled, is_foreign, is_ours, load_idle, load_redirect, object_name,
+        prog_load, program_id, program_name,
+    },
     sink::{MAX_SINK_IDS, link_create_after, load_sink},
 };
 
@@ -298,6 +301,32 @@ pub fn pin(object: impl AsFd, path: &Path) -> io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let bpf_fd = object.as_fd().as_raw_fd();
     bpf(BPF_OBJ_PIN, PinAttr { pathname: path.as_ptr() as u64, bpf_fd, file_flags: 0 }).map(drop)
+}
+
+/// Writes the only element of an array map, of which `value` is as large as the map says.
+pub fn map_write(map: impl AsFd, value: &[u8]) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        map_fd: i32,
+        reserved: u32,
+        key: u64,
+        value: u64,
+        flags: u64,
+    }
+    let key = 0_u32;
+    let (key, value) = ((&raw const key) as u64, value.as_ptr() as u64);
+    bpf(BPF_MAP_UPDATE_ELEM, Attr { map_fd: map.as_fd().as_raw_fd(), reserved: 0, key, value, flags: 0 })
+        .map(drop)
+}
+
+/// Makes a map read-only for all processes; programs can then take its values as constants.
+pub fn map_freeze(map: impl AsFd) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        map_fd: i32,
+        reserved: u32,
+    }
+    bpf(BPF_MAP_FREEZE, Attr { map_fd: map.as_fd().as_raw_fd(), reserved: 0 }).map(drop)
 }
 
 #[repr(C)]

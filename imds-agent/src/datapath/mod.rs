@@ -15,6 +15,7 @@ pub mod exemptions;
 mod force;
 pub mod home;
 pub mod hosts;
+mod loader;
 pub mod mprog;
 pub mod object;
 pub mod obstacles;

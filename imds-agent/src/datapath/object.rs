@@ -2,15 +2,16 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
-    os::fd::{AsFd, BorrowedFd},
+    fs, io,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::Path,
+    ptr, slice,
 };
 
 use aya::{
-    Ebpf, EbpfError, EbpfLoader,
+    EbpfError,
     maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuHashMap, RingBuf},
-    programs::{Program, ProgramError, ProgramInfo, ProgramType},
+    programs::{ProgramError, ProgramInfo, ProgramType},
     sys::is_helper_supported,
 };
 use aya_obj::{Object, generated::bpf_func_id};
@@ -28,7 +29,11 @@ use imds_ebpf_common::{
 };
 use thiserror::Error;
 
-use super::pins::{self, PinDir, PinError};
+use super::{
+    bpf,
+    loader::{LoadedObject, RejectedProgram},
+    pins::{self, PinDir, PinError},
+};
 use crate::config::Hooks;
 
 /// The object as the linker left it.
@@ -40,12 +45,28 @@ pub enum ObjectError {
     /// Maps can't be created, or the object can't be read.
     #[error("can't load the BPF object")]
     Load(#[from] EbpfError),
-    /// The kernel refuses a program; the verifier's reasons are part of the source.
+    /// The kernel rejects a program; the verifier's log is part of the source.
     #[error("the kernel refuses the BPF program {name}")]
-    Program {
-        /// The program.
+    Rejected {
+        /// Name of the program.
         name: &'static str,
-        /// What the kernel said.
+        /// Error of the kernel.
+        source: RejectedProgram,
+    },
+    /// A program can't be inspected.
+    #[error("failed to inspect the BPF program {name}")]
+    Inspect {
+        /// Name of the program.
+        name: &'static str,
+        /// Error of the kernel.
+        source: io::Error,
+    },
+    /// A pinned program can't be opened.
+    #[error("failed to open the BPF program {name}")]
+    Program {
+        /// Name of the program.
+        name: &'static str,
+        /// Error of the kernel.
         source: Box<ProgramError>,
     },
     /// A map can't be opened or has another type.
@@ -69,94 +90,75 @@ pub enum ObjectError {
     Pin(#[from] PinError),
 }
 
-/// The programs, loaded; they stay in the kernel while this lives or something is attached.
+/// The loaded programs. They stay in the kernel while this lives or something is attached.
 #[derive(Debug)]
 pub struct Programs {
-    ebpf: Ebpf,
-    ids: BTreeMap<&'static str, u32>,
+    object: LoadedObject,
+    loaded: BTreeMap<&'static str, LoadedProgram>,
+}
+
+#[derive(Debug)]
+struct LoadedProgram {
+    id: u32,
+    fd: OwnedFd,
 }
 
 impl Programs {
-    /// Loads the programs for these hooks on the maps that are pinned in `pins`; what is not pinned yet is made and pinned.
+    /// Loads the programs of these hooks on the maps that are pinned in `pins`. Missing maps are created and pinned.
     ///
-    /// aya writes what the object has for a variable, also over that of a pinned map that other programs use: `filter` is
-    /// what it writes, so that has to match all endpoints that are guarded.
+    /// The variables of the object are written to their map even if it is pinned and other programs use it: `filter` must
+    /// match all endpoints that are protected at this time.
     pub fn load(pins: &PinDir, hooks: Hooks, filter: &Filter) -> Result<Self, ObjectError> {
         let features = kernel_features();
-        let mut loader = EbpfLoader::new();
-        for (name, value) in &features {
-            loader.override_global(name, value, true);
-        }
-        for name in MAPS {
-            loader.map_pin_path(in_object(name), pins.map(name));
-        }
-        loader.override_global(SYMBOL_FILTER, filter, true);
-        let mut programs = Self { ebpf: loader.load(OBJECT)?, ids: BTreeMap::new() };
+        let features = features.iter().map(|(name, value)| (*name, (slice::from_ref(value), true)));
+        let globals = features.chain([(SYMBOL_FILTER, (bytes_of(filter), true))]).collect();
+        let pin = |name: &str| MAPS.into_iter().find(|&map| in_object(map) == name).map(|map| pins.map(map));
+        let object = LoadedObject::new(OBJECT, globals, pin)?;
+        let mut programs = Self { object, loaded: BTreeMap::new() };
         programs.add(hooks)?;
         Ok(programs)
     }
 
-    /// Loads those of these hooks that are not.
+    /// Loads the programs of these hooks that are not loaded yet.
     pub fn add(&mut self, hooks: Hooks) -> Result<(), ObjectError> {
         for name in names(hooks) {
-            if !self.ids.contains_key(name) {
-                let id = self.load_one(name).map_err(|source| ObjectError::Program { name, source })?;
-                self.ids.insert(name, id.ok_or(ObjectError::Missing(name))?);
+            if !self.loaded.contains_key(name) {
+                let fd = self.object.load(name).ok_or(ObjectError::Missing(name))?;
+                let fd = fd.map_err(|source| ObjectError::Rejected { name, source })?;
+                let id = bpf::program_id(&fd).map_err(|source| ObjectError::Inspect { name, source })?;
+                self.loaded.insert(name, LoadedProgram { id, fd });
             }
         }
         Ok(())
     }
 
-    /// Lets go of those of other hooks. What is attached stays so.
+    /// Releases the programs of other hooks. Attached programs stay attached.
     pub fn keep(&mut self, hooks: Hooks) {
         let kept: Vec<_> = names(hooks).collect();
-        for name in self.ids.extract_if(.., |name, _| !kept.contains(name)).map(|(name, _)| name) {
-            let unloaded = match self.ebpf.program_mut(name) {
-                Some(Program::SchedClassifier(program)) => program.unload(),
-                Some(Program::CgroupSockAddr(program)) => program.unload(),
-                Some(Program::CgroupSkb(program)) => program.unload(),
-                Some(_) | None => Ok(()),
-            };
-            if let Err(error) = unloaded {
-                log::debug!("{name}: {error}");
-            }
-        }
+        self.loaded.retain(|name, _| kept.contains(name));
     }
 
-    /// Loads a program and returns its id, or `None` where the object has no such program.
-    fn load_one(&mut self, name: &str) -> Result<Option<u32>, Box<ProgramError>> {
-        match self.ebpf.program_mut(name) {
-            Some(Program::SchedClassifier(program)) => program.load()?,
-            Some(Program::CgroupSockAddr(program)) => program.load()?,
-            Some(Program::CgroupSkb(program)) => program.load()?,
-            Some(_) | None => return Ok(None),
-        }
-        let id = self.ebpf.program(name).map(|program| program.info().map(|info| info.id())).transpose()?;
-        Ok(id)
-    }
-
-    /// Ids of all.
+    /// Ids of all loaded programs.
     pub fn ids(&self) -> impl Iterator<Item = u32> {
-        self.ids.values().copied()
+        self.loaded.values().map(|program| program.id)
     }
 
-    /// Id of a program.
+    /// Id of a program, if it is loaded.
     #[must_use]
     pub fn id(&self, name: &str) -> Option<u32> {
-        self.ids.get(name).copied()
+        self.loaded.get(name).map(|program| program.id)
     }
 
     /// Descriptor of a program.
     pub fn fd(&self, name: &'static str) -> Result<BorrowedFd<'_>, ObjectError> {
-        let program = self.ebpf.program(name).ok_or(ObjectError::Missing(name))?;
-        let failed = |source| ObjectError::Program { name, source: Box::new(source) };
-        Ok(program.fd().map_err(failed)?.as_fd())
+        let program = self.loaded.get(name).ok_or(ObjectError::Missing(name))?;
+        Ok(program.fd.as_fd())
     }
 
     /// Pins the programs, in place of those of an earlier agent.
     pub fn pin(&self, pins: &PinDir) -> Result<(), ObjectError> {
         for name in programs() {
-            match self.ids.get(name) {
+            match self.loaded.get(name) {
                 Some(_) => pins::pin_over(self.fd(name)?, &pins.program(name))?,
                 // An earlier agent's, for a hook that is off now.
                 None => pins::unpin(&pins.program(name))?,
@@ -168,8 +170,13 @@ impl Programs {
     /// Whether one of the programs is not pinned, or another one in its place.
     #[must_use]
     pub fn is_unpinned(&self, pins: &PinDir) -> bool {
-        self.ids.iter().any(|(name, id)| pinned_program(pins, name).ok() != Some(*id))
+        self.loaded.iter().any(|(name, program)| pinned_program(pins, name).ok() != Some(program.id))
     }
+}
+
+fn bytes_of(filter: &Filter) -> &[u8] {
+    // SAFETY: `Filter` is plain data without padding (`aya::Pod`), and borrowed for as long as the bytes.
+    unsafe { slice::from_raw_parts(ptr::from_ref(filter).cast(), size_of::<Filter>()) }
 }
 
 /// Names of the programs for these hooks.

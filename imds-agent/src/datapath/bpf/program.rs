@@ -1,13 +1,16 @@
 //! Programs of a few instructions, and names of programs.
 
 use std::{
+    ffi::CStr,
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    slice,
 };
 
 use aya_obj::generated::{
-    bpf_cmd::{BPF_PROG_GET_FD_BY_ID, BPF_PROG_LOAD},
+    bpf_cmd::{BPF_BTF_LOAD, BPF_PROG_GET_FD_BY_ID, BPF_PROG_LOAD},
     bpf_func_id::BPF_FUNC_clone_redirect,
+    bpf_insn,
     bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS,
 };
 use imds_ebpf_common::names::PREFIX;
@@ -15,6 +18,8 @@ use imds_ebpf_common::names::PREFIX;
 use super::{bpf_fd, info, kind_of, link};
 
 pub(super) const EXIT: u64 = 0x95;
+/// Level of the verifier's log: each instruction, and statistics at the end.
+const LOG_LEVEL: u32 = 1 | 4;
 
 /// A TC program that leaves every packet to the next one.
 pub fn load_idle() -> io::Result<OwnedFd> {
@@ -99,7 +104,46 @@ pub(super) const fn set(register: u64, value: u64) -> u64 {
 }
 
 pub(super) fn load(instructions: &[u64]) -> io::Result<OwnedFd> {
+    // SAFETY: both types are plain 8 bytes of an instruction, of which the kernel checks every field.
+    let instructions = unsafe { slice::from_raw_parts(instructions.as_ptr().cast(), instructions.len()) };
+    let request = ProgLoad {
+        prog_type: BPF_PROG_TYPE_SCHED_CLS as u32,
+        instructions,
+        license: c"Dual MIT/GPL",
+        name: *b"imds_probe\0\0\0\0\0\0",
+        attach_type: 0,
+        btf: None,
+        func_info: (&[], 0),
+        line_info: (&[], 0),
+    };
+    prog_load(&request, &mut [])
+}
+
+/// Request to load a program.
+pub struct ProgLoad<'a> {
+    /// A `bpf_prog_type`.
+    pub prog_type: u32,
+    /// Instructions, with the descriptors of the maps in place.
+    pub instructions: &'a [bpf_insn],
+    /// License, which decides on the helpers that may be called.
+    pub license: &'a CStr,
+    /// Name, padded with at least one zero byte.
+    pub name: [u8; 16],
+    /// A `bpf_attach_type`, which only some types of programs have.
+    pub attach_type: u32,
+    /// BTF of the object, to which the next two refer.
+    pub btf: Option<&'a OwnedFd>,
+    /// Records of functions, and the size of one in bytes.
+    pub func_info: (&'a [u8], usize),
+    /// Records of source lines, and the size of one in bytes.
+    pub line_info: (&'a [u8], usize),
+}
+
+/// Loads a program. The verifier writes its log to `log` if that is not empty; `ENOSPC` means that it does not fit.
+pub fn prog_load(request: &ProgLoad<'_>, log: &mut [u8]) -> io::Result<OwnedFd> {
+    /// The start of the part of `union bpf_attr` for `BPF_PROG_LOAD`.
     #[repr(C)]
+    #[derive(Clone, Copy)]
     struct Attr {
         prog_type: u32,
         insn_cnt: u32,
@@ -111,20 +155,86 @@ pub(super) fn load(instructions: &[u64]) -> io::Result<OwnedFd> {
         kern_version: u32,
         prog_flags: u32,
         prog_name: [u8; 16],
+        prog_ifindex: u32,
+        expected_attach_type: u32,
+        prog_btf_fd: i32,
+        func_info_rec_size: u32,
+        func_info: u64,
+        func_info_cnt: u32,
+        line_info_rec_size: u32,
+        line_info: u64,
+        line_info_cnt: u32,
+        attach_btf_id: u32,
     }
+    /// Attempts while the kernel answers `EAGAIN`, as it does when a signal comes during verification.
+    const ATTEMPTS: u32 = 5;
+    let number = |number: usize| u32::try_from(number).map_err(io::Error::other);
+    // Without BTF the kernel refuses records.
+    let records = |(bytes, size): (&[u8], usize)| match (request.btf, bytes.len().checked_div(size)) {
+        (Some(_), Some(count)) => Ok((bytes.as_ptr() as u64, number(count)?, number(size)?)),
+        _ => Ok::<_, io::Error>((0, 0, 0)),
+    };
+    let (func_info, func_info_cnt, func_info_rec_size) = records(request.func_info)?;
+    let (line_info, line_info_cnt, line_info_rec_size) = records(request.line_info)?;
     let attr = Attr {
-        prog_type: BPF_PROG_TYPE_SCHED_CLS as u32,
-        insn_cnt: u32::try_from(instructions.len()).map_err(io::Error::other)?,
-        insns: instructions.as_ptr() as u64,
-        license: c"Dual MIT/GPL".as_ptr() as u64,
-        log_level: 0,
-        log_size: 0,
-        log_buf: 0,
+        prog_type: request.prog_type,
+        insn_cnt: number(request.instructions.len())?,
+        insns: request.instructions.as_ptr() as u64,
+        license: request.license.as_ptr() as u64,
+        log_level: if log.is_empty() { 0 } else { LOG_LEVEL },
+        log_size: number(log.len())?,
+        log_buf: if log.is_empty() { 0 } else { log.as_mut_ptr() as u64 },
         kern_version: 0,
         prog_flags: 0,
-        prog_name: *b"imds_probe\0\0\0\0\0\0",
+        prog_name: request.name,
+        prog_ifindex: 0,
+        expected_attach_type: request.attach_type,
+        prog_btf_fd: request.btf.map_or(0, AsRawFd::as_raw_fd),
+        func_info_rec_size,
+        func_info,
+        func_info_cnt,
+        line_info_rec_size,
+        line_info,
+        line_info_cnt,
+        attach_btf_id: 0,
     };
-    bpf_fd(BPF_PROG_LOAD, attr)
+    let mut loaded = bpf_fd(BPF_PROG_LOAD, attr);
+    for _ in 1..ATTEMPTS {
+        if !loaded.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EAGAIN)) {
+            break;
+        }
+        loaded = bpf_fd(BPF_PROG_LOAD, attr);
+    }
+    loaded
+}
+
+/// Loads type information for maps and programs.
+pub fn btf_load(btf: &[u8]) -> io::Result<OwnedFd> {
+    /// The start of the part of `union bpf_attr` for `BPF_BTF_LOAD`.
+    #[repr(C)]
+    struct Attr {
+        btf: u64,
+        log_buf: u64,
+        size: u32,
+        log_size: u32,
+        log_level: u32,
+        reserved: u32,
+    }
+    let size = u32::try_from(btf.len()).map_err(io::Error::other)?;
+    let btf = btf.as_ptr() as u64;
+    bpf_fd(BPF_BTF_LOAD, Attr { btf, log_buf: 0, size, log_size: 0, log_level: 0, reserved: 0 })
+}
+
+/// Id of a program.
+pub fn program_id(program: impl AsFd) -> io::Result<u32> {
+    /// The start of `struct bpf_prog_info`.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Info {
+        kind: u32,
+        id: u32,
+    }
+    Ok(info::<Info>(program)?.id)
 }
 
 /// Whether the kernel compiled a program.

@@ -1,0 +1,183 @@
+//! Loads a BPF object: creates or opens its maps, then loads programs on them one at a time.
+//!
+//! The parser and the relocations are those of `aya-obj`. `aya::EbpfLoader` is not used, because it parses the BTF of the running
+//! kernel in its constructor: that takes 15 MiB of memory, and only programs with CO-RE relocations need it.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    io,
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    path::PathBuf,
+};
+
+use aya::{
+    EbpfError, features,
+    maps::{MapData, MapError},
+};
+use aya_obj::{
+    EbpfSectionKind, Function, Object, Program, ProgramSection,
+    generated::{bpf_attach_type, bpf_prog_type},
+};
+use thiserror::Error;
+
+use super::bpf;
+
+/// Sizes in bytes of the buffer for the verifier's log. The next size is tried while the log does not fit.
+const LOG_SIZES: [usize; 3] = [1 << 20, 1 << 23, 1 << 26];
+/// Maximum length of the name of a program (`BPF_OBJ_NAME_LEN` without the zero byte at the end).
+const NAME_LEN: usize = 15;
+
+/// Failure to load a program.
+#[derive(Debug, Error)]
+#[error("{source}{}{log}", if log.is_empty() { "" } else { "; the verifier says:\n" })]
+pub struct RejectedProgram {
+    source: io::Error,
+    log: String,
+}
+
+/// A BPF object whose maps exist, and whose programs can be loaded.
+#[derive(Debug)]
+pub(super) struct LoadedObject {
+    programs: BTreeMap<String, (Program, Function)>,
+    btf: Option<OwnedFd>,
+    /// The programs refer to the maps by these descriptors.
+    _maps: Vec<MapData>,
+}
+
+impl LoadedObject {
+    /// Parses the object `data`, with these values of global variables, and creates its maps. A map with a path in `pins` is
+    /// opened there, or pinned there if it is new. Variables in a pinned map are overwritten.
+    pub(super) fn new(
+        data: &[u8],
+        globals: HashMap<&str, (&[u8], bool)>,
+        pins: impl Fn(&str) -> Option<PathBuf>,
+    ) -> Result<Self, EbpfError> {
+        let mut object = Object::parse(data)?;
+        object.patch_map_data(globals)?;
+        let btf = load_btf(&mut object)?;
+        let mut maps = Vec::new();
+        for (name, definition) in object.maps.drain() {
+            let map = match pins(&name) {
+                Some(path) => open_or_create(&name, &definition, btf.as_ref(), path)?,
+                None => create(&name, &definition, btf.as_ref())?,
+            };
+            initialize(&map, &definition)?;
+            maps.push((name, definition, map));
+        }
+        let sections: HashSet<_> = object.functions.keys().map(|(section, _)| *section).collect();
+        let by_name = maps
+            .iter()
+            .map(|(name, definition, map)| (name.as_str(), map.fd().as_fd().as_raw_fd(), definition));
+        object.relocate_maps(by_name, &sections)?;
+        object.relocate_calls(&sections)?;
+        object.sanitize_functions(features());
+        let Object { programs, functions, .. } = object;
+        let functions = &functions;
+        let with_function = |(name, program): (String, Program)| {
+            let function = functions.get(&program.function_key())?.clone();
+            Some((name, (program, function)))
+        };
+        let programs = programs.into_iter().filter_map(with_function).collect();
+        Ok(Self { programs, btf, _maps: maps.into_iter().map(|(.., map)| map).collect() })
+    }
+
+    /// Loads a program. Returns `None` if the object has no program of this name and of a type that is supported here.
+    pub(super) fn load(&self, name: &str) -> Option<Result<OwnedFd, RejectedProgram>> {
+        let (program, function) = self.programs.get(name)?;
+        let (prog_type, attach_type) = types(&program.section)?;
+        Some(self.load_as(name, program, function, prog_type, attach_type))
+    }
+
+    fn load_as(
+        &self,
+        name: &str,
+        program: &Program,
+        function: &Function,
+        prog_type: bpf_prog_type,
+        attach_type: Option<bpf_attach_type>,
+    ) -> Result<OwnedFd, RejectedProgram> {
+        let func_info = function.func_info.func_info_bytes();
+        let line_info = function.line_info.line_info_bytes();
+        let mut prog_name = [0; NAME_LEN + 1];
+        let name_bytes = name.bytes().take(NAME_LEN);
+        prog_name.iter_mut().zip(name_bytes).for_each(|(to, byte)| *to = byte);
+        let request = bpf::ProgLoad {
+            prog_type: prog_type as u32,
+            instructions: &function.instructions,
+            license: &program.license,
+            name: prog_name,
+            attach_type: attach_type.map_or(0, |attach_type| attach_type as u32),
+            btf: self.btf.as_ref(),
+            func_info: (&func_info, function.func_info_rec_size),
+            line_info: (&line_info, function.line_info_rec_size),
+        };
+        let source = match bpf::prog_load(&request, &mut []) {
+            Ok(program) => return Ok(program),
+            Err(error) => error,
+        };
+        for size in LOG_SIZES {
+            let mut log = vec![0; size];
+            match bpf::prog_load(&request, &mut log) {
+                Ok(program) => return Ok(program),
+                Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {}
+                Err(_) => {
+                    let text = log.split(|&byte| byte == 0).next().unwrap_or_default();
+                    return Err(RejectedProgram { source, log: String::from_utf8_lossy(text).into_owned() });
+                }
+            }
+        }
+        Err(RejectedProgram { source, log: String::new() })
+    }
+}
+
+/// Type of the programs in a section, and the attach type that the kernel checks them for.
+fn types(section: &ProgramSection) -> Option<(bpf_prog_type, Option<bpf_attach_type>)> {
+    match *section {
+        ProgramSection::SchedClassifier => Some((bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS, None)),
+        ProgramSection::CgroupSkb { attach_type } => {
+            Some((bpf_prog_type::BPF_PROG_TYPE_CGROUP_SKB, attach_type.map(Into::into)))
+        }
+        ProgramSection::CgroupSockAddr { attach_type } => {
+            Some((bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCK_ADDR, Some(attach_type.into())))
+        }
+        _ => None,
+    }
+}
+
+/// Loads the BTF of the object, as far as this kernel takes BTF. Without it `bpftool` shows numbers only.
+fn load_btf(object: &mut Object) -> Result<Option<OwnedFd>, EbpfError> {
+    let Some(supported) = features().btf() else { return Ok(None) };
+    let Some(btf) = object.fixup_and_sanitize_btf(supported)? else { return Ok(None) };
+    let loaded = bpf::btf_load(&btf.to_bytes());
+    Ok(loaded.inspect_err(|error| log::warn!("failed to load the BTF of the BPF object: {error}")).ok())
+}
+
+fn create(name: &str, definition: &aya_obj::Map, btf: Option<&OwnedFd>) -> Result<MapData, MapError> {
+    MapData::create(definition.clone(), name, btf.map(|btf| btf.as_fd()))
+}
+
+fn open_or_create(
+    name: &str,
+    definition: &aya_obj::Map,
+    btf: Option<&OwnedFd>,
+    path: PathBuf,
+) -> Result<MapData, MapError> {
+    if path.exists() {
+        return MapData::from_pin(path);
+    }
+    let map = create(name, definition, btf)?;
+    map.pin(path).map_err(|error| MapError::PinError { name: Some(name.to_owned()), error })?;
+    Ok(map)
+}
+
+/// Writes the variables of a section to its map. The kernel then lets no process change constants.
+fn initialize(map: &MapData, definition: &aya_obj::Map) -> Result<(), MapError> {
+    let failed = |call| move |io_error| MapError::SyscallError(aya::sys::SyscallError { call, io_error });
+    if !definition.data().is_empty() {
+        bpf::map_write(map.fd(), definition.data()).map_err(failed("bpf_map_update_elem"))?;
+    }
+    if definition.section_kind() == EbpfSectionKind::Rodata {
+        bpf::map_freeze(map.fd()).map_err(failed("bpf_map_freeze"))?;
+    }
+    Ok(())
+}
