@@ -7,7 +7,7 @@ use imds_agent::{
     endpoints::Guarded,
     provider::Dmi,
 };
-use imds_ebpf_common::{Answer, Hook, Mode};
+use imds_ebpf_common::{DenyAction, Hook, Mode};
 use toml::{Table, Value};
 
 const PATH: &str = "imds.toml";
@@ -65,8 +65,8 @@ fn assert_fallback(text: &str) {
 
 fn assert_same(one: &Config, other: &Config) {
     assert_eq!(
-        (one.mode, one.answer, one.hooks, one.mark),
-        (other.mode, other.answer, other.hooks, other.mark)
+        (one.mode, one.on_deny, one.hooks, one.mark),
+        (other.mode, other.on_deny, other.hooks, other.mark)
     );
     assert_eq!((&one.listen, &one.kubernetes), (&other.listen, &other.kubernetes));
     for name in ["eth0", "veth1a2b3c4d", "cni0", "lo", "a", ""] {
@@ -79,7 +79,7 @@ fn assert_same(one: &Config, other: &Config) {
 fn assert_no_weaker(config: &Config, said: &Table) {
     let word = |key: &str| said.get(key).and_then(Value::as_str);
     assert_eq!(config.mode.name(), word("mode").unwrap_or(Mode::Enforce.name()));
-    assert_eq!(config.answer.name(), word("answer").unwrap_or(Answer::Drop.name()));
+    assert_eq!(config.on_deny.name(), word("on_deny").unwrap_or(DenyAction::Drop.name()));
     let hooks = said.get("hooks").and_then(Value::as_table);
     for (hook, by_default) in
         [(Hook::FromPod, true), (Hook::NodeEgress, true), (Hook::Socket, true), (Hook::HostNetwork, false)]

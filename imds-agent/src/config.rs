@@ -22,7 +22,7 @@ use std::{
 };
 
 use imds_ebpf_common::{
-    Answer, Mode,
+    DenyAction, DenyErrno, Mode,
     maps::{CONFIG_TEXT_LEN, MARK},
 };
 use thiserror::Error;
@@ -49,7 +49,9 @@ pub struct Config {
     /// What happens to a packet from a pod to a guarded endpoint.
     pub mode: Mode,
     /// What its sender is told where it is denied.
-    pub answer: Answer,
+    pub on_deny: DenyAction,
+    /// Error of a call that the socket hook denies.
+    pub on_deny_errno: DenyErrno,
     /// Where packets and calls are judged.
     pub hooks: Hooks,
     /// Setting of the sendmsg programs.
@@ -75,7 +77,8 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             mode: Mode::default(),
-            answer: Answer::default(),
+            on_deny: DenyAction::default(),
+            on_deny_errno: DenyErrno::default(),
             hooks: Hooks::default(),
             sendmsg: Sendmsg::default(),
             mark: MARK,
@@ -202,7 +205,8 @@ impl Config {
         }
         Ok(Self {
             mode,
-            answer: file.answer.into(),
+            on_deny: file.on_deny.into(),
+            on_deny_errno: file.on_deny_errno.into(),
             hooks,
             sendmsg,
             mark,

@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 
 use anyhow::{Context as _, anyhow};
-use imds_ebpf_common::{AttachMode, Hook};
+use imds_ebpf_common::{AttachMode, DenyErrno, Hook};
 
 use crate::{
     cluster::Wanted,
     config::{Config, ConfigErrors, Exempt, Hooks, Interfaces, Surroundings},
-    datapath::Plan,
+    datapath::{Plan, object::can_choose_errno},
     endpoints::Guarded,
     node::{
         cgroup,
@@ -58,9 +58,17 @@ impl Node {
         (guarded, exempt): (Guarded, Vec<Exempt>),
     ) -> anyhow::Result<Settings> {
         let cgroup = self.cgroup(config.hooks)?;
+        if config.on_deny_errno != DenyErrno::Eperm && !can_choose_errno() {
+            log::warn!(
+                "on_deny_errno = \"{}\" has no effect: this kernel has no bpf_set_retval for sockets (Linux 6.1), denied calls \
+                 fail with EPERM",
+                config.on_deny_errno.name()
+            );
+        }
         let plan = Plan {
             mode: config.mode,
-            answer: config.answer,
+            on_deny: config.on_deny,
+            on_deny_errno: config.on_deny_errno,
             hooks: config.hooks,
             local_service: cgroup.clone().filter(|_| config.hooks.has(Hook::LocalService)),
             sendmsg: config.sendmsg,

@@ -43,12 +43,12 @@ pub use exemption::{Exemption, Grant, ProbeRecord, Subject, SubjectKind, soften}
 pub use filter::Filter;
 pub use flow::Flow;
 pub use maps::{
-    AttachMode, ConfigRecord, Counter, CounterKey, InterfaceRecord, KubernetesRecord, PodRecord, Policy,
-    ProviderRecord, Role,
+    AttachMode, ConfigRecord, Counter, CounterKey, InterfaceRecord, KubernetesRecord, OwnPackets, PodRecord,
+    Policy, ProviderRecord, Role,
 };
 pub use packet::{Frame, Packet, Place, find_header, flow, service};
 pub use tables::{Listed, Tables};
 pub use verdict::{
-    Answer, Examined, Hook, Mode, TcHook, TcHookSet, Verdict, examine, is_plainly_foreign, judge,
-    judge_address, judge_thoroughly,
+    DenyAction, DenyErrno, Examined, Hook, Mode, TcHook, TcHookSet, Verdict, examine, is_plainly_foreign,
+    judge, judge_address, judge_thoroughly,
 };

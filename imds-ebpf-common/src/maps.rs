@@ -4,7 +4,7 @@ use crate::{Hook, TcHook, Verdict, event::Window};
 
 /// Number of the layout below. It changes with every change of meaning that the sizes do not show, so that a newer
 /// agent never reads an older one's maps for something else.
-pub const LAYOUT: u32 = 6;
+pub const LAYOUT: u32 = 7;
 
 /// What is in force, read by the programs for packets to a guarded endpoint only.
 #[repr(C)]
@@ -12,8 +12,8 @@ pub const LAYOUT: u32 = 6;
 pub struct Policy {
     /// A [`Mode`](crate::Mode).
     pub mode: u32,
-    /// An [`Answer`](crate::Answer).
-    pub answer: u32,
+    /// An [`DenyAction`](crate::DenyAction).
+    pub on_deny: u32,
     /// The [`LAYOUT`] with which the maps were written; 0 before the first agent wrote it.
     pub layout: u32,
     /// Inode number of the node's network namespace: the one in which the agent runs.
@@ -22,6 +22,10 @@ pub struct Policy {
     pub hooks: u32,
     /// Bit of the packet mark that `from_pod` sets for `node_egress` on packets of exempt pods behind a bridge; 0 for none.
     pub mark: u32,
+    /// A [`DenyErrno`](crate::DenyErrno).
+    pub on_deny_errno: u32,
+    /// Zero.
+    pub reserved: u32,
     /// Cookie of the node's network namespace (`SO_NETNS_COOKIE`); 0 for the initial one, whose cookie the programs
     /// can ask for themselves.
     pub netns_cookie: u64,
@@ -174,11 +178,24 @@ pub struct InterfaceRecord {
     pub owns_qdisc: u8,
     /// 1 while an attachment waits in the attach queue, else 0.
     pub pending: u8,
-    /// 1 if it is a port of a bridge and its veth peer, in the node's network namespace too, has `node_egress` attached, else
-    /// 0. A packet that comes in here has left through the peer, after routing and DNAT.
-    pub judged_by_peer: u8,
-    /// 1 if it is a port of a bridge, bond or VRF, else 0.
-    pub is_port: u8,
+    /// An [`OwnPackets`].
+    pub own_packets: u8,
+    /// Zero.
+    pub reserved: u8,
+}
+
+/// Packets that came in by an interface and that `node_egress` takes for the node's own.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum OwnPackets {
+    /// None, as for the interfaces of pods.
+    #[default]
+    None = 0,
+    /// Packets with a socket, which TC redirected to this interface of the node.
+    WithSocket = 1,
+    /// Packets with the mark that another `node_egress` hook has set: they come back from an ifb device, or from a bridge port
+    /// whose veth peer is in the node's network namespace too.
+    Marked = 2,
 }
 
 impl InterfaceRecord {
@@ -281,7 +298,7 @@ impl AttachMode {
     }
 }
 
-const _: () = assert!(size_of::<Policy>() == 32);
+const _: () = assert!(size_of::<Policy>() == 40);
 const _: () = assert!(size_of::<CounterKey>() == 8);
 const _: () = assert!(size_of::<Counter>() == 56);
 const _: () = assert!(size_of::<InterfaceRecord>() == 24);

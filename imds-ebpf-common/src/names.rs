@@ -87,8 +87,10 @@ pub const SYMBOL_FILTER: &str = "IMDS_FILTER";
 pub const SECTION_FILTER: &str = ".bss";
 /// Global of the object: 1 where TC programs may call `bpf_get_netns_cookie`.
 pub const GLOBAL_TC_HAS_COOKIE: &str = "TC_HAS_COOKIE";
-/// The same for programs on packets of a cgroup.
+/// Global of the object: 1 if programs on packets of a cgroup may call `bpf_get_netns_cookie`.
 pub const GLOBAL_CGROUP_HAS_COOKIE: &str = "CGROUP_HAS_COOKIE";
+/// Global of the object: 1 if programs on sockets may call `bpf_set_retval`, to choose the error of a denied call.
+pub const GLOBAL_HAS_SET_RETVAL: &str = "HAS_SET_RETVAL";
 
 /// The TC programs.
 pub const TC_PROGRAMS: [&str; 4] = [PROG_FROM_POD, PROG_FROM_POD_L3, PROG_NODE_EGRESS, PROG_NODE_EGRESS_L3];

@@ -47,10 +47,10 @@ impl Mode {
     }
 }
 
-/// What a sender is told of a packet that is denied. A call on a socket is always refused with `EPERM`.
+/// Answer to a denied packet. A denied call on a socket fails with a [`DenyErrno`].
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub enum Answer {
+pub enum DenyAction {
     /// Nothing.
     #[default]
     Drop = 0,
@@ -58,8 +58,8 @@ pub enum Answer {
     Reject = 1,
 }
 
-impl Answer {
-    /// The answer with this number; a number that no version has given is [`Answer::Drop`].
+impl DenyAction {
+    /// The answer with this number; a number that no version has given is [`DenyAction::Drop`].
     #[inline(always)]
     #[must_use]
     pub const fn from_u32(answer: u32) -> Self {
@@ -75,6 +75,45 @@ impl Answer {
         match self {
             Self::Drop => "drop",
             Self::Reject => "reject",
+        }
+    }
+}
+
+/// Error of a call that the socket hook denies: the number of the errno in Linux, on all architectures of the agent.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum DenyErrno {
+    /// Operation not permitted. Kernels that can't choose the error always answer so.
+    #[default]
+    Eperm = 1,
+    /// Network is unreachable.
+    Enetunreach = 101,
+    /// Connection refused.
+    Econnrefused = 111,
+    /// No route to host.
+    Ehostunreach = 113,
+}
+
+impl DenyErrno {
+    /// Returns the error with this number; for an unknown number, [`DenyErrno::Eperm`].
+    #[must_use]
+    pub const fn from_u32(errno: u32) -> Self {
+        match errno {
+            101 => Self::Enetunreach,
+            111 => Self::Econnrefused,
+            113 => Self::Ehostunreach,
+            _ => Self::Eperm,
+        }
+    }
+
+    /// Name of the error, as the configuration has it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Eperm => "EPERM",
+            Self::Enetunreach => "ENETUNREACH",
+            Self::Econnrefused => "ECONNREFUSED",
+            Self::Ehostunreach => "EHOSTUNREACH",
         }
     }
 }

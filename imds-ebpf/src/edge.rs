@@ -4,7 +4,9 @@ use aya_ebpf::{
     bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC},
     programs::TcContext,
 };
-use imds_ebpf_common::{Answer, Frame, Hook, Place, Verdict, event::Window, find_header, is_plainly_foreign};
+use imds_ebpf_common::{
+    DenyAction, Frame, Hook, Place, Verdict, event::Window, find_header, is_plainly_foreign,
+};
 
 use crate::{
     diagnostics, events, maps,
@@ -90,6 +92,6 @@ pub(crate) fn conclude(judged: &Judged, window: Option<*mut Window>, way: Way) -
             return TC_ACT_UNSPEC;
         }
     }
-    let is_answered = maps::answer() == Answer::Reject && window.is_some_and(Window::may_answer);
+    let is_answered = maps::on_deny() == DenyAction::Reject && window.is_some_and(Window::may_answer);
     if is_answered { reject::answer(skb, place, way) } else { TC_ACT_SHOT }
 }

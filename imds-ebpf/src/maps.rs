@@ -8,7 +8,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use imds_ebpf_common::{
-    Address, Answer, CgroupRecord, ConfigRecord, Counter, CounterKey, Endpoint, Exemption, Filter, Grant,
+    Address, CgroupRecord, ConfigRecord, Counter, CounterKey, DenyAction, Endpoint, Exemption, Filter, Grant,
     Hook, InterfaceRecord, KubernetesRecord, Mode, PodRecord, Policy, ProbeRecord, ProviderRecord, Subject,
     Tables, Verdict,
     endpoint::{Keep, MAX_ENDPOINTS},
@@ -217,10 +217,16 @@ pub(crate) fn node_cookie() -> Option<u64> {
     POLICY.get(0).map(|policy| policy.netns_cookie).filter(|&cookie| cookie != 0)
 }
 
-/// What a denied sender is told.
+/// Returns the error of a denied call, as the kernel wants it: a negative number.
 #[inline(always)]
-pub(crate) fn answer() -> Answer {
-    POLICY.get(0).map_or(Answer::Drop, |policy| Answer::from_u32(policy.answer))
+pub(crate) fn denied_retval() -> i32 {
+    POLICY.get(0).map_or(0, |policy| (policy.on_deny_errno as i32).wrapping_neg())
+}
+
+/// Returns the answer to a denied packet.
+#[inline(always)]
+pub(crate) fn on_deny() -> DenyAction {
+    POLICY.get(0).map_or(DenyAction::Drop, |policy| DenyAction::from_u32(policy.on_deny))
 }
 
 /// Adds a packet of `bytes` bytes, and returns this CPU's counter. If the map is full the packet goes uncounted: the verdict

@@ -19,18 +19,27 @@ impl Edge for NodeEgress {
     #[inline(never)]
     fn judge_header(skb: *mut __sk_buff, place: Place) -> i32 {
         let (packet, hook) = (Skb::new(skb), Hook::NodeEgress);
-        let Some(sender) = sender::of(skb) else { return TC_ACT_UNSPEC };
         let Some(Examined { destination, verdict }) = examine(&packet, place, &maps::Maps) else {
             return TC_ACT_UNSPEC;
         };
+        let Some(sender) = sender::of(skb) else { return pass_marked(skb) };
         if let Some(probed) = judge_probe(&packet, sender, verdict) {
+            exempt::set_mark(skb, 1);
             return conclude_probe(probed.verdict);
         }
         let verdict = exempt::at_node_egress(skb, place, sender, verdict, &destination);
+        exempt::set_mark(skb, 1);
         let _uncounted = maps::count(packet.ifindex(), hook, verdict, packet.len());
         let window = events::window(&Source { id: u64::from(packet.ingress_ifindex()), hook: hook as u64 });
         conclude(&Judged { skb, place, hook, verdict }, window, Way::In)
     }
+}
+
+/// Sets the mark on a packet of the node, for the next hook on its way. Returns the TC action.
+#[inline(never)]
+fn pass_marked(skb: *mut __sk_buff) -> i32 {
+    exempt::set_mark(skb, 1);
+    TC_ACT_UNSPEC
 }
 
 /// Judges a packet of a test sender, which is identified like any other sender.

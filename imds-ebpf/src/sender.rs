@@ -1,7 +1,7 @@
 //! Senders at `node_egress`: the node itself, or a pod and how it is known.
 
 use aya_ebpf::bindings::__sk_buff;
-use imds_ebpf_common::{Packet as _, Role};
+use imds_ebpf_common::{OwnPackets, Packet as _};
 
 use crate::{
     maps,
@@ -38,7 +38,7 @@ const NODE: u64 = u64::MAX;
 fn cookie(skb: *mut __sk_buff) -> u64 {
     match netns::of_socket(skb) {
         SocketNetns::Cookie(cookie) if !netns::is_node(cookie) => cookie,
-        socket if was_judged(Skb::new(skb).ingress_ifindex(), socket) => NODE,
+        socket if is_nodes(&Skb::new(skb), socket) => NODE,
         SocketNetns::Cookie(_) | SocketNetns::NoSocket | SocketNetns::Unknown => 0,
     }
 }
@@ -48,28 +48,24 @@ fn cookie(skb: *mut __sk_buff) -> u64 {
 ///
 /// A packet that the node routes for a pod has lost its socket. So has one that comes back from an ifb device, which sets the
 /// ingress interface to itself (`ifb_ri_tasklet`, drivers/net/ifb.c), or by a veth pair inside the node's network namespace
-/// if bridges call netfilter (`br_netfilter`); both have left through another `node_egress` hook before.
+/// if bridges call netfilter (`br_netfilter`). Both have left through another `node_egress` hook before, which has set the
+/// mark. The record of an interface alone is no proof: the interface can be gone, or moved into a pod, before the agent
+/// knows it. The kernel clears the mark of a packet that comes from another network namespace (`skb_scrub_packet`).
 ///
 /// Without an ingress interface, a packet without a socket can be a pod's: an IPv6 packet that the node fragments again loses
 /// it (`ip6_copy_metadata`, `net/ipv6/ip6_output.c`), and ipvlan in layer 3 scrubs it. The few packets that the node sends
 /// without a socket, such as IPv6 resets, are denied with them. Before Linux 6.13 one with a socket can be that of a macvlan
 /// or ipvlan pod, which the socket hook covers.
 #[inline(always)]
-fn was_judged(ingress_ifindex: u32, socket: SocketNetns) -> bool {
+fn is_nodes(packet: &Skb, socket: SocketNetns) -> bool {
     let has_socket = !matches!(socket, SocketNetns::NoSocket);
+    let ingress_ifindex = packet.ingress_ifindex();
     if ingress_ifindex == 0 {
         return has_socket;
     }
     let Some(record) = maps::interface(ingress_ifindex) else { return false };
-    if record.judged_by_peer == 1 {
-        return true;
+    if record.own_packets == OwnPackets::Marked as u8 {
+        return packet.mark() & maps::mark() != 0;
     }
-    match Role::from_u8(record.role) {
-        Some(Role::Ifb) => true,
-        // TC redirected a packet of the node. A bridge keeps the socket of a frame too: a tap's is one of the node.
-        Some(Role::Other | Role::Uplink | Role::Loopback | Role::Excluded) => {
-            has_socket && record.is_port == 0
-        }
-        Some(Role::Pod | Role::Bridge) | None => false,
-    }
+    has_socket && record.own_packets == OwnPackets::WithSocket as u8
 }

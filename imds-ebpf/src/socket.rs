@@ -3,8 +3,9 @@
 //! [`Hook::Socket`] is about pods with a network namespace of their own, [`Hook::HostNetwork`] about those in the node's.
 
 use aya_ebpf::{
+    Global,
     bindings::bpf_sock_addr,
-    helpers::generated::{bpf_get_current_cgroup_id, bpf_get_netns_cookie},
+    helpers::generated::{bpf_get_current_cgroup_id, bpf_get_netns_cookie, bpf_set_retval},
     programs::SockAddrContext,
 };
 use imds_ebpf_common::{
@@ -13,6 +14,11 @@ use imds_ebpf_common::{
 };
 
 use crate::{diagnostics, events, exempt, maps, netns, probe};
+
+/// 1 if `connect` and `sendmsg` programs may call `bpf_set_retval` (Linux 6.1). The loader sets it. The verifier treats it as
+/// a constant and does not look at the call if it is 0.
+#[unsafe(no_mangle)]
+static HAS_SET_RETVAL: Global<u8> = Global::new(0);
 
 #[inline(always)]
 pub(crate) fn judge_v4(ctx: &SockAddrContext, hook: Hook) -> Verdict {
@@ -61,6 +67,9 @@ fn judge(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict {
     let verdict = exempt::apply(verdict, Subject::new(kind, id), &destination);
     let verdict = without_origin(verdict, cookie);
     let _uncounted = maps::count(CounterKey::DEPARTED, hook, verdict, 0);
+    if matches!(verdict, Verdict::Deny) {
+        choose_errno();
+    }
     let Some(window) = events::window(&Source { id, hook: hook as u64 }) else {
         diagnostics::unaccounted(hook as u32);
         return verdict;
@@ -70,6 +79,15 @@ fn judge(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict {
     // SAFETY: this CPU's own, and its map keeps it as long as a program runs that found it.
     events::call(hook, verdict, cookie, flow, unsafe { &mut *window });
     verdict
+}
+
+/// Sets the error of the call, which is `EPERM` without this. Calls of `imds-agent verify` keep that.
+#[inline(always)]
+fn choose_errno() {
+    if HAS_SET_RETVAL.load() != 0 {
+        // SAFETY: the helper takes a number; the kernel ignores one that is not an error.
+        let _kept = unsafe { bpf_set_retval(maps::denied_retval()) };
+    }
 }
 
 /// The same verdict, of which the verifier no longer knows which it is: it then follows what comes next once, and not once

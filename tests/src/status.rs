@@ -15,7 +15,7 @@ pub struct Status {
     pub agent: AgentProcess,
     pub configuration: Option<Configuration>,
     pub mode: Option<String>,
-    pub answer: Option<String>,
+    pub on_deny: Option<String>,
     pub provider: Option<Provider>,
     pub endpoints: Vec<Endpoint>,
     pub exemptions: Vec<ExemptSender>,

@@ -11,8 +11,8 @@ use imds_tests::{
     with_each_backend,
 };
 
-const REJECT: &str = "provider = 'aws'\nanswer = 'reject'";
-const DROP: &str = "provider = 'aws'\nanswer = 'drop'";
+const REJECT: &str = "provider = 'aws'\non_deny = 'reject'";
+const DROP: &str = "provider = 'aws'\non_deny = 'drop'";
 const EDGES: [&str; 2] = ["from_pod", "node_egress"];
 
 /// Longer than any answer takes: what is refused is refused before.
@@ -41,7 +41,7 @@ fn connections_are_refused_and_datagrams_are_answered_at_each_edge() {
         assert!(reachable(&pods[0].netns, METADATA_V6));
         for edge in EDGES {
             let agent = world.agent().backend(backend).hooks(&[edge]).config(REJECT).spawn_ready();
-            assert_eq!(world.status().answer.as_deref(), Some("reject"));
+            assert_eq!(world.status().on_deny.as_deref(), Some("reject"));
             world.assert_nothing_arrives(|| {
                 for pod in &pods {
                     assert!(refused(&pod.netns, METADATA), "TCP at {edge}: {:?}", pod.host_ifname);
@@ -113,7 +113,7 @@ fn a_connection_that_was_open_before_is_reset() {
 fn audit_answers_nothing() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
-    let _agent = world.agent().hooks(&EDGES).config("mode = 'audit'\nanswer = 'reject'").spawn_ready();
+    let _agent = world.agent().hooks(&EDGES).config("mode = 'audit'\non_deny = 'reject'").spawn_ready();
     world.assert_open(&pod);
     assert!(world.status().total.audited.packets > 0);
 }

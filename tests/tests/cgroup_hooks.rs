@@ -1,6 +1,6 @@
 //! Programs on cgroups: order among those of others, occupied cgroups, and when `sendmsg` and `local_service` programs run.
 
-use std::{io::ErrorKind, net::Ipv4Addr, path::Path};
+use std::{fs, io::ErrorKind, net::Ipv4Addr, path::Path};
 
 use imds_agent::datapath::pins::link_at;
 use imds_tests::{
@@ -237,6 +237,50 @@ fn local_service_follows_the_address() {
     drop(running);
     world.unload();
     assert!(is_open(&pod.netns) && is_open(&world.node));
+}
+
+/// A rule can choose a table in which the address is local, as for a transparent proxy.
+#[test]
+fn local_service_follows_policy_routes() {
+    let world = World::new();
+    let agent = world.agent().hooks(&["node_egress", "local_service"]).spawn_ready();
+    let is_attached = |status: &Status| status.local_service.as_ref().is_some_and(|local| local.attached);
+    assert!(!is_attached(&world.status()));
+    let route = format!("local {METADATA}/32 dev lo table 100");
+    world.node.ip(&format!("route add {route}"));
+    world.status_when("local_service is attached", is_attached);
+    world.node.ip(&format!("route del {route}"));
+    world.status_when("local_service is detached", |status| !is_attached(status));
+    drop(agent);
+    world.unload();
+}
+
+/// The kernel runs the programs of a cgroup above last, in whatever order they were attached.
+#[test]
+fn program_of_ancestor_is_reported() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    let below = world.add_cgroup("below");
+    let balancer = Foreign::redirecting_calls(BPF_CGROUP_INET4_CONNECT, METADATA);
+    let config = world.scratch_dir().join("socket.toml");
+    fs::write(&config, "[hooks]\nfrom_pod = false\nnode_egress = false\nsocket = true").unwrap();
+    let [config, cgroup] = [&config, below.path()].map(|path| path.to_str().unwrap());
+    let agent = world.agent().config_file(config).args(&["--cgroup", cgroup]).resync(1).spawn_ready();
+    let is_open = || below.run(|| http_get(&pod.netns, SERVICE, SHORT).is_answer());
+    let link = balancer.attach_cgroup(world.cgroup(), BPF_CGROUP_INET4_CONNECT);
+    let before = world.arrivals();
+    assert!(is_open() && world.arrivals() != before);
+    let is_reported =
+        |status: &Status| status.problems.iter().any(|problem| problem.problem.contains("is not last"));
+    world.status_when("the program of the ancestor is reported", is_reported);
+    assert_eq!(world.imds_agent(&["status"]).output().status.code(), Some(3));
+    drop(link);
+    world.status_when("all is well", Status::is_ready);
+    drop(agent);
+    world.unload();
 }
 
 /// Returns the ids of the pinned links of the socket hook.

@@ -85,13 +85,14 @@ fn show_says_what_is_in_force() {
     let world = World::new();
     let show = |format: &str| world.imds_agent(&["config", "show", "-o", format]).output();
     assert_eq!(show("toml").status.code(), Some(1));
-    let config = "answer = 'reject'\n[interfaces]\nexclude = ['lxc*']\n[[endpoint]]\nname = 'vault'\naddress = '10.0.0.9'";
+    let config = "on_deny = 'reject'\n[interfaces]\nexclude = ['lxc*']\n[[endpoint]]\nname = 'vault'\naddress = '10.0.0.9'";
     drop(world.agent().config(config).spawn_ready());
 
     let shown: serde_json::Value = serde_json::from_str(&stdout(&show("json"))).unwrap();
     let expected = serde_json::json!({
         "mode": "enforce",
-        "answer": "reject",
+        "on_deny": "reject",
+        "on_deny_errno": "EPERM",
         "provider": "auto",
         "extras": [],
         "hooks": { "from_pod": true, "node_egress": false, "socket": false, "host_network": false, "sendmsg": "auto", "local_service": false, "mark_bit": 12 },

@@ -10,7 +10,7 @@ use imds_tests::{
     Agent, Cgroup, METADATA, Netns, Pod, PodLink, SERVICE, World, known_here, lacks_netns_cookie,
     poll::{poll_until, try_poll},
     probe::{LONG, SHORT, http_get, reachable},
-    skip, skip_without_netns_cookie,
+    skip, skip_without_netns_cookie, with_each_backend,
 };
 
 const ALL: &[&str] = &["from_pod", "node_egress", "socket"];
@@ -71,6 +71,31 @@ fn wait_exempt(world: &World, pod: &Pod) {
 fn wait_denied(world: &World, pod: &Pod) {
     poll_until(LONG, "the pod to be denied", || (!reaches(world, &pod.netns)).then_some(()));
     world.assert_nothing_arrives(|| assert!(!reaches(world, &pod.netns)));
+}
+
+/// A route through the pod, as to an egress gateway, makes its interface an uplink, and leaves it the pod's.
+#[test]
+fn route_through_exempt_pod() {
+    with_each_backend(|backend| {
+        let world = World::new();
+        let [gateway, other] = [(); 2].map(|()| world.add_pod(PodLink::Routed));
+        let config = rule(&format!("interface = '{}'", gateway.host_ifname), "");
+        let agent = world.agent().backend(backend).config(&config).hooks(ALL).spawn_ready();
+        wait_exempt(&world, &gateway);
+        let route = format!("default via {} dev {} onlink table 100", gateway.address, gateway.host_ifname);
+        world.node.ip(&format!("route add {route}"));
+        world.status_when("the pod's interface is an uplink", |status| {
+            status.interface(&gateway.host_ifname).role == "uplink"
+        });
+        assert!(reaches(&world, &gateway.netns) && !reaches(&world, &other.netns));
+        world.node.ip(&format!("route del {route}"));
+        world.status_when("the interface is a pod's again", |status| {
+            status.interface(&gateway.host_ifname).role == "pod"
+        });
+        assert!(reaches(&world, &gateway.netns));
+        drop(agent);
+        world.unload();
+    });
 }
 
 #[test]

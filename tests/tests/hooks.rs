@@ -1,10 +1,12 @@
 //! Each hook alone: what it holds, with the way open before it and after it.
 
 use std::{
+    fs,
     io::ErrorKind,
     net::{Ipv4Addr, SocketAddr, UdpSocket},
 };
 
+use imds_agent::datapath::object::can_choose_errno;
 use imds_tests::{
     METADATA, Netns, PodLink, SERVICE, World, hook,
     probe::{LONG, Outcome, SHORT, http_get, reachable},
@@ -68,6 +70,40 @@ fn errors(netns: &Netns, endpoint: Ipv4Addr) -> Vec<(&'static str, Option<ErrorK
         ("connect on TCP", tcp(v4)),
         ("connect on TCP by a mapped address", tcp(mapped)),
     ]
+}
+
+#[test]
+fn errno_of_denied_calls() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    for (errno, chosen) in [
+        ("EPERM", ErrorKind::PermissionDenied),
+        ("ECONNREFUSED", ErrorKind::ConnectionRefused),
+        ("EHOSTUNREACH", ErrorKind::HostUnreachable),
+        ("ENETUNREACH", ErrorKind::NetworkUnreachable),
+    ] {
+        // Older kernels have no helper for it.
+        let expected = if can_choose_errno() { chosen } else { ErrorKind::PermissionDenied };
+        let config = format!(
+            "on_deny_errno = '{errno}'\n[hooks]\nfrom_pod = false\nnode_egress = false\nsocket = true\nsendmsg = true"
+        );
+        let path = world.scratch_dir().join("errno.toml");
+        fs::write(&path, config).unwrap();
+        let agent = world.agent().config_file(path.to_str().unwrap()).spawn_ready();
+        world.assert_nothing_arrives(|| {
+            for (call, error) in world.in_cgroup(|| errors(&pod.netns, METADATA)) {
+                assert_eq!(error, Some(expected), "{call} with {errno}");
+            }
+        });
+        let verified = world.in_cgroup(|| world.imds_agent(&["verify"]).output());
+        assert!(verified.status.success(), "{verified:?}");
+        drop(agent);
+    }
+    world.unload();
+    world.assert_open(&pod);
 }
 
 #[test]
@@ -176,7 +212,7 @@ fn all_hooks_together_are_what_an_agent_without_a_configuration_has() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Bridged);
     let empty = world.scratch_dir().join("empty.toml");
-    std::fs::write(&empty, "").unwrap();
+    fs::write(&empty, "").unwrap();
     let cgroup = world.cgroup().to_str().unwrap();
     let agent = world.agent().config_file(empty.to_str().unwrap()).args(&["--cgroup", cgroup]);
     let _agent = agent.spawn_ready();

@@ -119,11 +119,11 @@ fn guarding() -> Vec<String> {
     vec![
         FROM_POD.to_owned(),
         format!("provider = 'aws'\n{FROM_POD}{}", others(3)),
-        format!("answer = 'reject'\n{BOTH_EDGES}"),
+        format!("on_deny = 'reject'\n{BOTH_EDGES}"),
         format!("provider = 'none'\n{NODE_EGRESS}{}", own("'udp/5300', 'tcp/5300'")),
         format!("provider = 'none'\n{BOTH_EDGES}{}{}", others(200), own("")),
         format!("{FROM_POD}[interfaces]\ninclude = ['nothing*']\n{}", others(1)),
-        format!("provider = 'gcp'\nanswer = 'reject'\n{NODE_EGRESS}"),
+        format!("provider = 'gcp'\non_deny = 'reject'\n{NODE_EGRESS}"),
         format!("extras = ['ecs']\n{BOTH_EDGES}{}", others(9)),
     ]
 }
@@ -355,7 +355,7 @@ fn a_bad_file_leaves_the_configuration_before_in_force() {
     file.replace(&format!("{BOTH_EDGES}[[endpoint]]\nname = 'mine'\naddress = '{METADATA}'\n"));
     assert_refused(&world, &good, "already guarded");
 
-    let good = file.reload(&format!("answer = 'reject'\n{BOTH_EDGES}"));
+    let good = file.reload(&format!("on_deny = 'reject'\n{BOTH_EDGES}"));
     assert!(good.problems.is_empty(), "{:?}", good.problems);
 
     fs::remove_file(&file.path).unwrap();
@@ -407,7 +407,7 @@ fn a_cgroup_that_can_not_be_guarded_is_refused_with_the_file() {
     let good = world.status();
     drop(cgroup);
     // Turns `node_egress` on, too, which must be detached again.
-    file.replace("answer = 'reject'\n");
+    file.replace("on_deny = 'reject'\n");
     let status = assert_refused(&world, &good, missing.to_str().unwrap());
     assert!(!has_program(&world, World::UPLINK, Egress));
     assert!(status.interface(&pod.host_ifname).is_attached());

@@ -7,7 +7,7 @@ use etherparse::{
 };
 use imds_agent::datapath::object::OBJECT;
 use imds_ebpf_common::{
-    Address, Answer, Endpoint, Filter, IMDS_IPV4, Mode, Policy, Service,
+    Address, DenyAction, Endpoint, Filter, IMDS_IPV4, Mode, Policy, Service,
     event::Window,
     names::{MAP_ENDPOINTS, MAP_POLICY, PROG_FROM_POD, PROG_FROM_POD_L3, SECTION_FILTER},
 };
@@ -36,7 +36,7 @@ fn rejecting() -> Object {
     object.set(SECTION_FILTER, Filter::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint))));
     object.set(
         MAP_POLICY,
-        Policy { mode: Mode::Enforce as u32, answer: Answer::Reject as u32, ..Policy::default() },
+        Policy { mode: Mode::Enforce as u32, on_deny: DenyAction::Reject as u32, ..Policy::default() },
     );
     object
 }

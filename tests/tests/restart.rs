@@ -20,6 +20,36 @@ fn programs_of(world: &World, pod: &Pod) -> Vec<Attached> {
     hook::programs(&world.node, &pod.host_ifname)
 }
 
+/// The record of an interface can outlive it while no agent runs, and a pod's link can get its index.
+#[test]
+fn index_of_a_deleted_ifb_is_no_exemption() {
+    const INDEX: u32 = 7777;
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    world.node.ip(&format!("link add ifb-old index {INDEX} type ifb\nlink set ifb-old up"));
+    let agent = world.agent().hooks(&["from_pod", "node_egress"]).spawn_ready();
+    world.status_when("the ifb is recorded", |status| status.find("ifb-old").is_some());
+    agent.kill9();
+    let netns = pod.netns.name();
+    let (node, address) = (&world.node, "10.244.77.2");
+    node.ip(&format!(
+        "link del ifb-old
+        link add late index {INDEX} type veth peer name eth1 netns {netns}
+        link set late up
+        route add {address}/32 dev late"
+    ));
+    pod.netns.ip(&format!(
+        "addr add {address}/32 dev eth1
+        link set eth1 up
+        route add 10.244.77.1/32 dev eth1
+        route add {METADATA}/32 via 10.244.77.1 dev eth1 src {address} onlink"
+    ));
+    node.ip("addr add 10.244.77.1/32 dev late");
+    world.assert_blocked(&pod);
+    world.unload();
+    world.assert_open(&pod);
+}
+
 #[test]
 fn enforcement_outlives_an_agent_that_is_killed() {
     with_each_backend(|backend| {

@@ -4,7 +4,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::{Context as _, anyhow};
 use clap::{Args, Subcommand, ValueEnum};
-use imds_ebpf_common::{Answer, Hook, Mode};
+use imds_ebpf_common::{DenyAction, DenyErrno, Hook, Mode};
 use toml::{Table, Value};
 
 use super::{Failure, PinDirArg, config_summary::summary, output::write_stdout};
@@ -104,7 +104,8 @@ fn show(args: &ShowArgs) -> Result<ExitCode, Failure> {
     let mut table: Table = record.text.parse().context("can't read the configuration in force")?;
     // The policy is what the programs go by, also where somebody else wrote it.
     table.insert("mode".to_owned(), Mode::from_u32(policy.mode).name().into());
-    table.insert("answer".to_owned(), Answer::from_u32(policy.answer).name().into());
+    table.insert("on_deny".to_owned(), DenyAction::from_u32(policy.on_deny).name().into());
+    table.insert("on_deny_errno".to_owned(), DenyErrno::from_u32(policy.on_deny_errno).name().into());
     if let Some(Value::Table(switches)) = table.get_mut("hooks") {
         for hook in Hook::ALL {
             switches.insert(hook.name().to_owned(), hooks.has(hook).into());

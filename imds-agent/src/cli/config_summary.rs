@@ -22,7 +22,8 @@ pub(super) fn summary(config: &Config, guarded: &Guarded, exempt: &[Exempt]) -> 
         }
     };
     add("mode", &[config.mode.name().to_owned()]);
-    add("answer", &[config.answer.name().to_owned()]);
+    add("on_deny", &[config.on_deny.name().to_owned()]);
+    add("errno", &[config.on_deny_errno.name().to_owned()]);
     add("provider", &[provider(guarded)]);
     add("endpoints", &guarded.endpoints().iter().map(endpoint).collect::<Vec<_>>());
     let hooks = Hook::ALL.into_iter().filter(|&hook| config.hooks.has(hook)).map(Hook::name);

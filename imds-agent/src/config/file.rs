@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use imds_ebpf_common::{Answer, Mode};
+use imds_ebpf_common::{DenyAction, DenyErrno, Mode};
 use serde::{Deserialize, Serialize};
 use toml::{
     Spanned,
@@ -28,7 +28,8 @@ const MOST_MISTAKES: usize = 50;
 #[serde(deny_unknown_fields, default)]
 pub(super) struct File {
     pub(super) mode: ModeName,
-    pub(super) answer: AnswerName,
+    pub(super) on_deny: OnDenyName,
+    pub(super) on_deny_errno: ErrnoName,
     pub(super) provider: Spanned<String>,
     pub(super) extras: Vec<Spanned<String>>,
     pub(super) hooks: Spanned<HooksTable>,
@@ -44,7 +45,8 @@ impl Default for File {
     fn default() -> Self {
         Self {
             mode: ModeName::default(),
-            answer: AnswerName::default(),
+            on_deny: OnDenyName::default(),
+            on_deny_errno: ErrnoName::default(),
             provider: Spanned::new(0..0, "auto".to_owned()),
             extras: Vec::new(),
             hooks: Spanned::new(0..0, HooksTable::default()),
@@ -178,17 +180,38 @@ impl From<ModeName> for Mode {
 
 #[derive(Clone, Copy, Default, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum AnswerName {
+pub(super) enum OnDenyName {
     #[default]
     Drop,
     Reject,
 }
 
-impl From<AnswerName> for Answer {
-    fn from(answer: AnswerName) -> Self {
-        match answer {
-            AnswerName::Drop => Self::Drop,
-            AnswerName::Reject => Self::Reject,
+impl From<OnDenyName> for DenyAction {
+    fn from(name: OnDenyName) -> Self {
+        match name {
+            OnDenyName::Drop => Self::Drop,
+            OnDenyName::Reject => Self::Reject,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Default, Deserialize, Serialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub(super) enum ErrnoName {
+    #[default]
+    Eperm,
+    Econnrefused,
+    Ehostunreach,
+    Enetunreach,
+}
+
+impl From<ErrnoName> for DenyErrno {
+    fn from(name: ErrnoName) -> Self {
+        match name {
+            ErrnoName::Eperm => Self::Eperm,
+            ErrnoName::Econnrefused => Self::Econnrefused,
+            ErrnoName::Ehostunreach => Self::Ehostunreach,
+            ErrnoName::Enetunreach => Self::Enetunreach,
         }
     }
 }

@@ -14,16 +14,17 @@ fn parse(text: &str) -> Result<Config, String> {
 #[test]
 fn an_empty_file_enforces() {
     let config = parse("").unwrap();
-    assert_eq!((config.mode, config.answer), (Mode::Enforce, Answer::Drop));
+    assert_eq!((config.mode, config.on_deny), (Mode::Enforce, DenyAction::Drop));
     assert!(!config.interfaces.includes("veth0") && !config.interfaces.excludes("veth0"));
 }
 
 #[test]
 fn mode_and_globs() {
-    let config =
-        parse("mode = 'audit'\nanswer = 'reject'\n[interfaces]\ninclude = ['tun*']\nexclude = ['veth[0-3]']")
-            .unwrap();
-    assert_eq!((config.mode, config.answer), (Mode::Audit, Answer::Reject));
+    let config = parse(
+        "mode = 'audit'\non_deny = 'reject'\n[interfaces]\ninclude = ['tun*']\nexclude = ['veth[0-3]']",
+    )
+    .unwrap();
+    assert_eq!((config.mode, config.on_deny), (Mode::Audit, DenyAction::Reject));
     assert!(config.interfaces.includes("tun7") && !config.interfaces.includes("xtun7"));
     assert!(config.interfaces.excludes("veth3") && !config.interfaces.excludes("veth4"));
 }
@@ -60,7 +61,7 @@ fn errors_name_file_line_and_key() {
             "4:3: interfaces.inlcude: unknown field `inlcude`",
         ),
         ("mode = 'of'", "1:8: mode: unknown variant `of`"),
-        ("answer = 1", "1:10: answer: "),
+        ("on_deny = 1", "1:11: on_deny: "),
         ("[interfaces]\nexclude = ['veth[']", "2:12: interfaces.exclude: "),
         ("[interfaces]\ninclude = ['a*', 'b']\nexclude = ['b']", "3:12: interfaces.exclude: \"b\""),
         ("[interfaces]\ninclude = ['a', 7]", "2:17: interfaces.include: "),
@@ -165,7 +166,7 @@ fn every_error_is_found_at_once() {
     let shown = Config::parse(text, Path::new("f")).unwrap_err().to_string();
     assert!(shown.starts_with("f:1:") && shown.contains("10 more"), "{shown}");
 
-    let errors = all_errors("mode = \nanswer = ]\n[hooks");
+    let errors = all_errors("mode = \non_deny = ]\n[hooks");
     assert!(errors.len() >= 3, "{errors:#?}");
     let twice = "[[endpoint]]\nname = 'a'\naddress = '169.254.169.254'\n[[endpoint]]\nname = 'imds'\naddress = '1.2.3.4'";
     assert_eq!(all_errors(twice).len(), 2);
@@ -178,7 +179,7 @@ fn every_error_is_found_at_once() {
 fn the_text_of_a_configuration_is_the_same_configuration_with_every_default() {
     let texts = [
         "",
-        "mode = 'audit'\nanswer = 'reject'\nprovider = 'aws'\nextras = ['ecs']\n[hooks]\nsocket = false\n\
+        "mode = 'audit'\non_deny = 'reject'\nprovider = 'aws'\nextras = ['ecs']\n[hooks]\nsocket = false\n\
          [interfaces]\nexclude = ['a*', 'b']\n[[endpoint]]\nname = 'a'\naddress = '10.0.0.1'\n\
          [[endpoint]]\nname = 'b'\naddress = '::ffff:10.0.0.2'\nkeep = ['tcp/1', 'udp/2']",
     ];
@@ -186,7 +187,7 @@ fn the_text_of_a_configuration_is_the_same_configuration_with_every_default() {
         let config = parse(text).unwrap();
         let again = parse(config.to_toml()).unwrap();
         assert_eq!(config.to_toml(), again.to_toml());
-        assert_eq!((config.mode, config.answer, config.hooks), (again.mode, again.answer, again.hooks));
+        assert_eq!((config.mode, config.on_deny, config.hooks), (again.mode, again.on_deny, again.hooks));
         let guarded = |config: &Config| config.endpoints.resolve(&Dmi::default()).unwrap();
         assert_eq!(guarded(&config), guarded(&again));
         assert_eq!(config.interfaces.excludes("ab"), again.interfaces.excludes("ab"));

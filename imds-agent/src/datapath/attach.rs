@@ -109,9 +109,15 @@ impl Datapath {
                     if let Err(error) = records::set_owns_qdisc(&mut self.maps, link, edge) {
                         log::warn!("{}: `unload` will leave its clsact qdisc: {error}", link.name);
                     }
-                } else if edge == TcHook::NodeEgress {
-                    // An `ingress` qdisc would take the filter, for the wrong direction.
-                    self.check_qdisc(link, edge).await?;
+                } else {
+                    if edge == TcHook::NodeEgress {
+                        // An `ingress` qdisc would take the filter, for the wrong direction.
+                        self.check_qdisc(link, edge).await?;
+                    }
+                    if !clsact::has_ours(&self.netlink, link.index).await? {
+                        // Another program may have put its own qdisc in the place of the agent's.
+                        records::disown_qdisc(&mut self.maps, link)?;
+                    }
                 }
                 self.attach_filter(link, spot, self.programs.fd(name)?, name).await
             }

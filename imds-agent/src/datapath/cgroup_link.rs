@@ -191,6 +191,15 @@ impl CgroupLink {
             cgroup_order::program_behind(&cgroup.file, self.attach_type, program).unwrap_or_default();
         let at = cgroup.path.display();
         let Some(behind) = behind else {
+            let ancestor = cgroup_order::ancestor_program_behind(&cgroup.file, self.attach_type, program);
+            if let Some(behind) = ancestor.unwrap_or_default() {
+                let text = format!(
+                    "{}; it is attached to a cgroup above: run the agent with --cgroup of that one",
+                    not_last(self.program, &cgroup.path, &behind)
+                );
+                self.report_failure(text, changes);
+                return Ok(());
+            }
             self.failure = None;
             if has_calmed && self.reported.take().is_some() {
                 let text = format!("{} on cgroup {at} is last again", self.program);

@@ -109,6 +109,30 @@ pub fn program_behind(
     Ok(behind.map(OtherProgram::new))
 }
 
+/// Finds the last of the programs that run after `program` because they are attached to a cgroup above, and are not known to
+/// be an agent's. The kernel runs the programs of a cgroup before those of its ancestors (`compute_effective_progs`,
+/// kernel/bpf/cgroup.c), so that no order of attachment helps.
+pub fn ancestor_program_behind(
+    cgroup: impl AsFd,
+    attach_type: bpf_attach_type,
+    program: u32,
+) -> io::Result<Option<OtherProgram>> {
+    if !needs_last(attach_type) {
+        return Ok(None);
+    }
+    let own = bpf::cgroup_programs(cgroup.as_fd(), attach_type)?.ids;
+    let effective = bpf::effective_programs(cgroup, attach_type)?;
+    let behind = ancestors_behind(&own, &effective, program).into_iter().rev().find(|&id| !bpf::is_ours(id));
+    Ok(behind.map(OtherProgram::new))
+}
+
+/// Returns the programs of the effective order that run after `program` and are not in `own`, the cgroup's list.
+fn ancestors_behind(own: &[u32], effective: &[u32], program: u32) -> Vec<u32> {
+    let position = effective.iter().rposition(|&id| id == program);
+    let after = position.map_or(&[][..], |position| effective.get(position + 1..).unwrap_or_default());
+    after.iter().copied().filter(|id| !own.contains(id)).collect()
+}
+
 /// Returns the programs of `own`, a cgroup's list, that run after `program` in the effective order. Programs with
 /// `BPF_F_PREORDER` (Linux 6.15) run before all others of the cgroup, wherever they are in its list.
 fn behind(own: &[u32], effective: &[u32], program: u32) -> Vec<u32> {
@@ -134,6 +158,14 @@ mod tests {
         assert_eq!(behind(&[7, 1, 2], &[2, 7, 1], 7), [1]);
         // Detached in the meantime.
         assert!(behind(&[1, 2], &[1, 2], 7).is_empty());
+    }
+
+    #[test]
+    fn programs_of_ancestors_behind_ours() {
+        assert_eq!(ancestors_behind(&[1, 7], &[1, 7, 9], 7), [9]);
+        assert!(ancestors_behind(&[7, 1], &[7, 1], 7).is_empty());
+        // With BPF_F_PREORDER.
+        assert!(ancestors_behind(&[7], &[9, 7], 7).is_empty());
     }
 
     #[test]

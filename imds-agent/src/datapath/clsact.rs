@@ -153,6 +153,16 @@ async fn filters_below(
     ifindex: u32,
     parent: TcHandle,
 ) -> Result<Vec<Filter>, NetlinkError> {
+    let messages = dump_filters(netlink, ifindex, parent).await?;
+    Ok(messages.into_iter().filter_map(Filter::from_message).collect())
+}
+
+/// Lists the filters of all chains; none if the interface has no such qdisc.
+async fn dump_filters(
+    netlink: &Netlink,
+    ifindex: u32,
+    parent: TcHandle,
+) -> Result<Vec<TcMessage>, NetlinkError> {
     let request = RouteNetlinkMessage::GetTrafficFilter(message(ifindex, parent));
     let answers = match netlink.dump(format!("listing filters of interface {ifindex}"), request).await {
         // No such qdisc (EINVAL), or the interface is gone.
@@ -162,10 +172,20 @@ async fn filters_below(
         answers => answers?,
     };
     let filters = answers.into_iter().filter_map(|answer| match answer {
-        RouteNetlinkMessage::NewTrafficFilter(message) => Filter::from_message(message),
+        RouteNetlinkMessage::NewTrafficFilter(message) => Some(message),
         _ => None,
     });
     Ok(filters.collect())
+}
+
+/// Reports whether the interface has a filter of an agent at any hook.
+pub(super) async fn has_ours(netlink: &Netlink, ifindex: u32) -> Result<bool, NetlinkError> {
+    for edge in TcHook::ALL {
+        if filters(netlink, AttachPoint { ifindex, edge }).await?.iter().any(Filter::is_ours) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Adds the clsact qdisc if the interface has neither that nor an ingress qdisc: the two share one slot. Returns whether
@@ -180,10 +200,10 @@ pub async fn ensure_qdisc(netlink: &Netlink, ifindex: u32) -> Result<bool, Netli
     }
 }
 
-/// Removes the clsact qdisc unless it has a filter. The kernel refuses if the qdisc is of another kind.
+/// Removes the clsact qdisc unless it has a filter, in whatever chain. The kernel refuses if the qdisc is of another kind.
 pub async fn remove_unused_qdisc(netlink: &Netlink, ifindex: u32) -> Result<(), NetlinkError> {
     for edge in TcHook::ALL {
-        if !filters(netlink, AttachPoint { ifindex, edge }).await?.is_empty() {
+        if !dump_filters(netlink, ifindex, parent(edge)).await?.is_empty() {
             return Ok(());
         }
     }

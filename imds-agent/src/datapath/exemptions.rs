@@ -3,7 +3,10 @@
 use std::collections::BTreeSet;
 
 use aya::maps::MapError;
-use imds_ebpf_common::{Exemption, Subject, names::MAP_EXEMPT};
+use imds_ebpf_common::{
+    Exemption, Subject,
+    names::{MAP_EXEMPT, MAP_EXEMPT_SOURCES},
+};
 
 use super::{
     DatapathError, endpoints,
@@ -50,7 +53,8 @@ pub(super) fn write(maps: &mut Maps, known: &mut Known, desired: &Grants) -> Res
         remove(maps, known, &exemption)?;
     }
     // A full map keeps no grant from the map that has room.
-    let mut failed = write_sources(maps, known, &desired.sources, &mut writes).err();
+    let failed_sources = write_sources(maps, known, &desired.sources, &mut writes).err();
+    let mut failed = failed_sources.map(|source| DatapathError::Map { map: MAP_EXEMPT_SOURCES, source });
     for (exemption, grant) in &desired.entries {
         if known.entries.get(exemption) != Some(grant) {
             match maps.exempt.insert(exemption, grant, 0) {
@@ -58,7 +62,7 @@ pub(super) fn write(maps: &mut Maps, known: &mut Known, desired: &Grants) -> Res
                     known.entries.insert(*exemption, *grant);
                     writes += 1;
                 }
-                Err(error) => failed = Some(error),
+                Err(error) => failed = Some(of_exemptions(error)),
             }
         }
     }
@@ -70,10 +74,11 @@ pub(super) fn write(maps: &mut Maps, known: &mut Known, desired: &Grants) -> Res
         endpoints::set_filter(maps, &filter)?;
         writes += 1;
     }
-    failed.map_or(Ok(writes), |error| Err(of_exemptions(error)))
+    failed.map_or(Ok(writes), Err)
 }
 
-/// Writes the source addresses of exempt subjects.
+/// Writes the source addresses of exempt subjects. Obsolete ones are removed first, and one that fails keeps no other from
+/// being written.
 fn write_sources(
     maps: &mut Maps,
     known: &mut Grants,
@@ -88,14 +93,19 @@ fn write_sources(
         }
         *writes += 1;
     }
+    let mut written = Ok(());
     for source in desired {
         if !known.sources.contains(source) {
-            maps.exempt_sources.insert(source, 1, 0)?;
-            known.sources.insert(*source);
-            *writes += 1;
+            match maps.exempt_sources.insert(source, 1, 0) {
+                Ok(()) => {
+                    known.sources.insert(*source);
+                    *writes += 1;
+                }
+                Err(error) => written = Err(error),
+            }
         }
     }
-    Ok(())
+    written
 }
 
 /// Removes all grants of `subject`.

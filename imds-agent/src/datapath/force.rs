@@ -95,7 +95,9 @@ pub(super) fn write(maps: &mut Maps, plan: &Plan, guarded: &Guarded) -> Result<(
 fn write_policy(maps: &mut Maps, plan: &Plan) -> Result<(), DatapathError> {
     let policy = Policy {
         mode: plan.mode as u32,
-        answer: plan.answer as u32,
+        on_deny: plan.on_deny as u32,
+        on_deny_errno: plan.on_deny_errno as u32,
+        reserved: 0,
         layout: LAYOUT,
         netns: home::this_netns()?,
         hooks: plan.hooks.bits(),

@@ -42,7 +42,7 @@ use std::{
 
 use aya::maps::MapError;
 use imds_ebpf_common::{
-    Answer, AttachMode, Mode, Subject, SubjectKind, TcHook, TcHookSet, names::MAP_EXEMPT,
+    AttachMode, DenyAction, DenyErrno, Mode, Subject, SubjectKind, TcHook, TcHookSet, names::MAP_EXEMPT,
 };
 use thiserror::Error;
 
@@ -177,7 +177,9 @@ pub struct Plan {
     /// What happens to a packet from a pod to a guarded endpoint.
     pub mode: Mode,
     /// What its sender is told where it is denied.
-    pub answer: Answer,
+    pub on_deny: DenyAction,
+    /// Error of a call that the socket hook denies, where the kernel lets programs choose it.
+    pub on_deny_errno: DenyErrno,
     /// Where packets and calls are judged.
     pub hooks: Hooks,
     /// The cgroup of the `local_service` hook, if that hook is on.
@@ -284,8 +286,8 @@ impl Datapath {
     }
 
     /// Updates the record of an interface after its veth peer was reconciled.
-    pub fn update_judged_by_peer(&mut self, link: &Link) -> Result<(), DatapathError> {
-        records::update_judged_by_peer(&mut self.maps, link)
+    pub fn update_own_packets(&mut self, link: &Link) -> Result<(), DatapathError> {
+        records::update_own_packets(&mut self.maps, link)
     }
 
     /// Reports whether the agent has recorded its program at this hook of the interface.

@@ -21,10 +21,10 @@ use imds_ebpf_common::{
     event::{Source, Window},
     maps::LAYOUT,
     names::{
-        GLOBAL_CGROUP_HAS_COOKIE, GLOBAL_TC_HAS_COOKIE, MAP_CGROUP, MAP_CONFIG, MAP_COUNTERS, MAP_ENDPOINTS,
-        MAP_EVENTS, MAP_EXEMPT, MAP_EXEMPT_SOURCES, MAP_FILTER, MAP_INTERFACES, MAP_KUBERNETES, MAP_PODS,
-        MAP_POLICY, MAP_PROBES, MAP_PROBING, MAP_PROVIDER, MAP_SOURCES, MAPS, SYMBOL_FILTER, in_object,
-        programs, programs_of,
+        GLOBAL_CGROUP_HAS_COOKIE, GLOBAL_HAS_SET_RETVAL, GLOBAL_TC_HAS_COOKIE, MAP_CGROUP, MAP_CONFIG,
+        MAP_COUNTERS, MAP_ENDPOINTS, MAP_EVENTS, MAP_EXEMPT, MAP_EXEMPT_SOURCES, MAP_FILTER, MAP_INTERFACES,
+        MAP_KUBERNETES, MAP_PODS, MAP_POLICY, MAP_PROBES, MAP_PROBING, MAP_PROVIDER, MAP_SOURCES, MAPS,
+        SYMBOL_FILTER, in_object, programs, programs_of,
     },
 };
 use thiserror::Error;
@@ -191,10 +191,11 @@ pub(super) fn tc_has_cookie() -> bool {
 
 /// Returns the variables of the object that depend on the features of the running kernel, by name.
 #[must_use]
-pub fn kernel_features() -> [(&'static str, u8); 2] {
+pub fn kernel_features() -> [(&'static str, u8); 3] {
     [
         (GLOBAL_TC_HAS_COOKIE, has_cookie(ProgramType::SchedClassifier).into()),
         (GLOBAL_CGROUP_HAS_COOKIE, has_cookie(ProgramType::CgroupSkb).into()),
+        (GLOBAL_HAS_SET_RETVAL, can_choose_errno().into()),
     ]
 }
 
@@ -205,6 +206,13 @@ pub fn kernel_features() -> [(&'static str, u8); 2] {
 /// `host_network` judges the packets of all pods.
 fn has_cookie(program_type: ProgramType) -> bool {
     is_helper_supported(program_type, bpf_func_id::BPF_FUNC_get_netns_cookie).unwrap_or(false)
+}
+
+/// Reports whether programs on sockets can choose the error of a denied call (`bpf_set_retval`, which connect and sendmsg
+/// programs have since Linux 6.1).
+#[must_use]
+pub fn can_choose_errno() -> bool {
+    is_helper_supported(ProgramType::CgroupSockAddr, bpf_func_id::BPF_FUNC_set_retval).unwrap_or(false)
 }
 
 /// The pinned maps.

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use aya::maps::MapError;
-use imds_ebpf_common::{AttachMode, InterfaceRecord, Role, TcHook, names::MAP_INTERFACES};
+use imds_ebpf_common::{AttachMode, InterfaceRecord, OwnPackets, Role, TcHook, names::MAP_INTERFACES};
 
 use super::{
     DatapathError,
@@ -63,10 +63,25 @@ pub(super) fn put(maps: &mut Maps, link: &Link, state: LinkState) -> Result<(), 
         attach_modes: attach_modes.map(|mode| mode as u8),
         owns_qdisc: if has_filter { old.owns_qdisc } else { 0 },
         pending: u8::from(is_pending),
-        judged_by_peer: u8::from(is_judged_by_peer(maps, link)),
-        is_port: u8::from(link.master.is_some()),
+        own_packets: own_packets(maps, link, assignment.role) as u8,
+        reserved: 0,
     };
     if new == old { Ok(()) } else { write(maps, link.index, new) }
+}
+
+/// Returns which packets that come in by the interface are the node's own.
+fn own_packets(maps: &Maps, link: &Link, role: Role) -> OwnPackets {
+    match role {
+        Role::Ifb => OwnPackets::Marked,
+        _ if is_judged_by_peer(maps, link) => OwnPackets::Marked,
+        // A bridge keeps the socket of a frame too, and that of a tap device belongs to the node.
+        Role::Other | Role::Uplink | Role::Loopback | Role::Excluded if link.master.is_none() => {
+            OwnPackets::WithSocket
+        }
+        Role::Other | Role::Uplink | Role::Loopback | Role::Excluded | Role::Pod | Role::Bridge => {
+            OwnPackets::None
+        }
+    }
 }
 
 /// Reports whether packets that come in by the interface have passed `node_egress` at its veth peer. Only a port of a bridge
@@ -77,9 +92,10 @@ fn is_judged_by_peer(maps: &Maps, link: &Link) -> bool {
 }
 
 /// Updates the record of an interface after its veth peer was reconciled.
-pub(super) fn update_judged_by_peer(maps: &mut Maps, link: &Link) -> Result<(), DatapathError> {
+pub(super) fn update_own_packets(maps: &mut Maps, link: &Link) -> Result<(), DatapathError> {
     let Some(old) = get(maps, link.index) else { return Ok(()) };
-    let new = InterfaceRecord { judged_by_peer: u8::from(is_judged_by_peer(maps, link)), ..old };
+    let Some(role) = Role::from_u8(old.role) else { return Ok(()) };
+    let new = InterfaceRecord { own_packets: own_packets(maps, link, role) as u8, ..old };
     if new == old { Ok(()) } else { write(maps, link.index, new) }
 }
 
@@ -92,6 +108,14 @@ pub(super) fn set_owns_qdisc(maps: &mut Maps, link: &Link, hook: TcHook) -> Resu
     }
     record.owns_qdisc = 1;
     write(maps, link.index, record)
+}
+
+/// Records that the qdisc of the interface may be another program's, so that `unload` leaves it.
+pub(super) fn disown_qdisc(maps: &mut Maps, link: &Link) -> Result<(), DatapathError> {
+    match get(maps, link.index) {
+        Some(old) if old.owns_qdisc == 1 => write(maps, link.index, InterfaceRecord { owns_qdisc: 0, ..old }),
+        _ => Ok(()),
+    }
 }
 
 /// Removes an interface's record, if there is one.

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, future::pending, time::Duration};
 
-use imds_ebpf_common::{Hook, Role};
+use imds_ebpf_common::{Hook, TcHook};
 use tokio::time::{Instant, sleep_until};
 
 use super::Guard;
@@ -119,7 +119,11 @@ impl Guard {
         self.rules.set(rules);
         let mut either = self.datapath.granted()?;
         either.extend(self.find_exempt().await?);
-        self.datapath.grant(&either).map(drop)
+        // Without room for both, the new rules must still take away what the old ones granted.
+        if let Err(error) = self.datapath.grant(&either) {
+            log::warn!("failed to keep all exemptions during the reload: {:#}", anyhow::Error::from(error));
+        }
+        Ok(())
     }
 
     async fn find_exempt(&mut self) -> Result<Grants, DatapathError> {
@@ -151,7 +155,9 @@ impl Guard {
     }
 }
 
-/// Returns the host-side interfaces of pods.
+/// Returns the interfaces by which pods can send: those with `from_pod`. A route through a pod, as to an egress gateway, makes
+/// its interface an uplink, and leaves it the pod's.
 fn of_pods<'l>(links: &'l BTreeMap<u32, Link>, uplinks: &Uplinks, interfaces: &Interfaces) -> Vec<&'l Link> {
-    links.values().filter(|link| assign(link, uplinks, interfaces, false).role == Role::Pod).collect()
+    let has_from_pod = |link: &&Link| assign(link, uplinks, interfaces, false).hooks.has(TcHook::FromPod);
+    links.values().filter(has_from_pod).collect()
 }

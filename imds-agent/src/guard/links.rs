@@ -229,7 +229,7 @@ impl Guard {
         if let Some(peer) =
             link.lower.filter(|_| link.is_internal_pair()).and_then(|peer| self.links.get(&peer))
         {
-            recorded = recorded.and(self.datapath.update_judged_by_peer(peer));
+            recorded = recorded.and(self.datapath.update_own_packets(peer));
         }
         failed.map_or(recorded.map(|()| reconciled), Err)
     }

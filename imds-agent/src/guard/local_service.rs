@@ -6,7 +6,7 @@ use crate::datapath::DatapathError;
 impl Guard {
     /// Attaches the `local_service` hook while a protected address is local to the node, and detaches it otherwise.
     pub(super) async fn follow_local_service(&mut self) -> Result<(), DatapathError> {
-        let is_local = !self.netlink.local_endpoints().await?.is_empty();
+        let is_local = self.netlink.has_local_endpoint().await?;
         let changes = self.datapath.restore_local_service(is_local)?;
         self.report_cgroups(changes);
         Ok(())

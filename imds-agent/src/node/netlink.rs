@@ -154,24 +154,8 @@ impl Netlink {
     /// A router advertisement of a pod can make the pod's link an uplink. Uplinks get an additional hook and lose none, so
     /// that this does no harm.
     pub async fn uplinks(&self) -> Result<BTreeSet<u32>, NetlinkError> {
-        let mut uplinks = BTreeSet::new();
-        let requests =
-            [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()];
-        for request in requests {
-            let routes = self.handle.route().get(request).execute();
-            let leaving = routes.try_filter(|route| ready(self.leads_to_endpoint(route)));
-            let interfaces = leaving.map_ok(|route| outgoing(&route)).try_collect::<Vec<_>>().await;
-            match interfaces {
-                Ok(interfaces) => uplinks.extend(interfaces.into_iter().flatten()),
-                Err(error) => {
-                    let error = NetlinkError::from_rtnetlink("dumping routes", error);
-                    // A kernel without IPv6.
-                    if error.errno() != Some(libc::EAFNOSUPPORT) && error.errno() != Some(libc::EOPNOTSUPP) {
-                        return Err(error);
-                    }
-                }
-            }
-        }
+        let leaving = self.routes(|route| self.leads_to_endpoint(route)).await?;
+        let mut uplinks: BTreeSet<_> = leaving.iter().flat_map(outgoing).collect();
         for &endpoint in &self.endpoints {
             uplinks.extend(self.way_to(endpoint).await?);
         }
@@ -191,14 +175,39 @@ impl Netlink {
             .map_or_else(Vec::new, |route| outgoing(&route)))
     }
 
-    /// Reports which of the protected addresses are local to the node, so that its own sockets receive packets for them.
-    pub async fn local_endpoints(&self) -> Result<Vec<IpAddr>, NetlinkError> {
-        let mut local = Vec::new();
-        for &endpoint in &self.endpoints {
-            let route = self.route_to(endpoint).await?;
-            local.extend(route.filter(|route| route.header.kind == RouteType::Local).map(|_| endpoint));
+    /// Reports whether a protected address is local to the node, so that its own sockets receive packets for it: by a route
+    /// of any table, because rules can choose the table by mark or interface, as for transparent proxies.
+    pub async fn has_local_endpoint(&self) -> Result<bool, NetlinkError> {
+        let is_local = |route: &RouteMessage| {
+            let destination = Destination::of(route);
+            route.header.kind == RouteType::Local
+                && self.endpoints.iter().any(|&endpoint| destination.has(endpoint))
+        };
+        Ok(!self.routes(is_local).await?.is_empty())
+    }
+
+    /// Lists the routes of all tables that are wanted: a node can have a million others.
+    async fn routes(
+        &self,
+        is_wanted: impl Fn(&RouteMessage) -> bool,
+    ) -> Result<Vec<RouteMessage>, NetlinkError> {
+        let mut routes = Vec::new();
+        let requests =
+            [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()];
+        for request in requests {
+            let found = self.handle.route().get(request).execute();
+            match found.try_filter(|route| ready(is_wanted(route))).try_collect::<Vec<_>>().await {
+                Ok(found) => routes.extend(found),
+                Err(error) => {
+                    let error = NetlinkError::from_rtnetlink("dumping routes", error);
+                    // A kernel without IPv6.
+                    if error.errno() != Some(libc::EAFNOSUPPORT) && error.errno() != Some(libc::EOPNOTSUPP) {
+                        return Err(error);
+                    }
+                }
+            }
         }
-        Ok(local)
+        Ok(routes)
     }
 
     /// The route that the kernel chooses for the node's packets to `endpoint`; `None` if it has none.

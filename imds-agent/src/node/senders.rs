@@ -23,6 +23,8 @@ use super::{
 const MAX_DEPTH: usize = 8;
 /// Where network namespaces have names: by `ip netns` and the container runtimes, and by Docker.
 const NAMED: [&str; 2] = ["/run/netns", "/run/docker/netns"];
+/// Maximum number of source addresses of one exempt pod, so that one pod can't fill the map of all.
+const MAX_ADDRESSES: usize = 1024;
 
 /// What the datapath knows some pods by.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -272,8 +274,15 @@ impl Senders {
     }
 
     fn add_identity(&mut self, what: &str, identity: &NetnsIdentity, links: impl IntoIterator<Item = u32>) {
+        if identity.addresses.len() > MAX_ADDRESSES {
+            self.fail(format!(
+                "{what} has {} addresses: only packets from {MAX_ADDRESSES} of them are exempt",
+                identity.addresses.len()
+            ));
+        }
         for index in links {
-            self.addresses.entry(index).or_default().extend(&identity.addresses);
+            let addresses = identity.addresses.iter().take(MAX_ADDRESSES);
+            self.addresses.entry(index).or_default().extend(addresses);
         }
         match identity.cookie {
             Some(cookie) => drop(self.cookies.insert(cookie)),

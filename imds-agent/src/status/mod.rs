@@ -8,7 +8,7 @@ mod table;
 
 use std::collections::BTreeMap;
 
-use imds_ebpf_common::{Answer, Hook, Mode, Policy, Subject};
+use imds_ebpf_common::{DenyAction, Hook, Mode, Policy, Subject};
 
 pub(crate) use self::exemptions::exemption_rules;
 pub use self::report::{
@@ -70,7 +70,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
         },
         configuration: None,
         mode: None,
-        answer: None,
+        on_deny: None,
         provider: None,
         endpoints: Vec::new(),
         exemptions: Vec::new(),
@@ -102,7 +102,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
     let policy = maps.policy.get(&0, 0).map_err(unreadable)?;
     let mode = Mode::from_u32(policy.mode);
     report.mode = Some(mode.name());
-    report.answer = Some(Answer::from_u32(policy.answer).name());
+    report.on_deny = Some(DenyAction::from_u32(policy.on_deny).name());
     report.add_configuration(&maps)?;
     let netlink = report.add_endpoints(&maps, netlink)?;
     let hooks = Hooks::from_bits(policy.hooks);

@@ -30,7 +30,7 @@ pub struct Report {
     /// The mode in force; `None` where nothing is loaded.
     pub mode: Option<&'static str>,
     /// What senders of denied packets are told; `None` where nothing is loaded.
-    pub answer: Option<&'static str>,
+    pub on_deny: Option<&'static str>,
     /// Where the endpoints come from; `None` where nothing is loaded.
     pub provider: Option<Provider>,
     /// What is guarded.

@@ -33,7 +33,7 @@ impl Report {
         writeln!(text, "state      {}", self.state.name())?;
         self.write_configuration(text)?;
         writeln!(text, "mode       {}", self.mode.unwrap_or("unknown"))?;
-        writeln!(text, "answer     {}", self.answer.unwrap_or("unknown"))?;
+        writeln!(text, "on deny    {}", self.on_deny.unwrap_or("unknown"))?;
         self.write_endpoints(text)?;
         self.write_exemptions(text)?;
         self.write_kubernetes(text)?;

@@ -222,9 +222,9 @@ fn header(report: &Report) -> Vec<String> {
     });
     vec![
         format!(
-            "mode {}   answer {}   provider {provider}, {endpoints} endpoint{}   hooks {}",
+            "mode {}   on deny {}   provider {provider}, {endpoints} endpoint{}   hooks {}",
             report.mode.unwrap_or("unknown"),
-            report.answer.unwrap_or("unknown"),
+            report.on_deny.unwrap_or("unknown"),
             if endpoints == 1 { "" } else { "s" },
             report.hooks.join(" ")
         ),

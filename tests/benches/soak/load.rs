@@ -68,7 +68,7 @@ impl<'w> Cluster<'w> {
             .map(|number| format!("[[endpoint]]\nname = 'e{number}'\naddress = '203.0.113.{number}'\n"));
         let kubeconfig = self.world.scratch_dir().join("kubeconfig");
         format!(
-            "answer = '{answer}'\n[hooks]\nsocket = {socket}\n\
+            "on_deny = '{answer}'\n[hooks]\nsocket = {socket}\n\
              [kubernetes]\nkubeconfig = '{}'\nnode_name = '{NODE}'\n\
              [[exempt]]\nname = 'trusted-{}'\nnamespace = 'kube-system'\n\
              pod_selector = {{ match_labels = {{ app = 'agent' }} }}\n{}",

@@ -89,12 +89,12 @@ fn per_call(call: impl Fn(), calls: u32) -> f64 {
 
 /// How long a client takes to find out.
 pub(crate) fn waiting(world: &World, pod: &Pod) -> String {
-    let reject = || On::agent(world, &["from_pod"], "answer = 'reject'");
+    let reject = || On::agent(world, &["from_pod"], "on_deny = 'reject'");
     let by_guard = |guard: Guard| move || guard.turn_on(world, pod);
     let rows: Vec<_> = [
         ("imds-agent, socket", time(world, pod, by_guard(Guard::Socket))),
-        ("imds-agent, from_pod, answer = \"reject\"", time(world, pod, reject)),
-        ("imds-agent, from_pod, answer = \"drop\"", time(world, pod, by_guard(Guard::FromPod))),
+        ("imds-agent, from_pod, on_deny = \"reject\"", time(world, pod, reject)),
+        ("imds-agent, from_pod, on_deny = \"drop\"", time(world, pod, by_guard(Guard::FromPod))),
         ("AKS' rule", time(world, pod, by_guard(Guard::AksTcp))),
         ("AWS' rule with REJECT", time(world, pod, by_guard(Guard::AwsReject))),
     ]

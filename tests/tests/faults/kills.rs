@@ -22,7 +22,7 @@ fn configuration(random: &mut Random) -> String {
     let endpoints = (0..random.below(200))
         .map(|number| format!("[[endpoint]]\nname = 'e{number}'\naddress = '203.0.113.{number}'\n"));
     format!(
-        "answer = '{answer}'\n[hooks]\nsocket = false\nnode_egress = {node_egress}\n{}",
+        "on_deny = '{answer}'\n[hooks]\nsocket = false\nnode_egress = {node_egress}\n{}",
         endpoints.collect::<String>()
     )
 }

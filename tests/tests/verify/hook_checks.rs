@@ -15,7 +15,7 @@ use crate::{
     verify, verify_here,
 };
 
-const ALLOWED: &str = "answer = 'reject'\nprovider = 'none'\n\
+const ALLOWED: &str = "on_deny = 'reject'\nprovider = 'none'\n\
     [[endpoint]]\nname = 'dns'\naddress = '169.254.169.254'\nkeep = ['udp/53', 'tcp/80']";
 
 #[test]
