@@ -2,12 +2,15 @@
 
 use std::{io, process::Output};
 
+use aya::programs::tc::TcAttachType;
 use imds_tests::{
     Netns, PodLink, WHOLE_TEST, World, foreign::Foreign, lacks_device, output, skip,
-    skip_without_netns_cookie,
+    skip_without_netns_cookie, skip_without_tcx,
 };
 use serde_json::Value;
 
+/// TC action of a program that leaves the packet to the next one.
+const TC_ACT_UNSPEC: i32 = -1;
 // Attach type of include/uapi/linux/bpf.h.
 const BPF_CGROUP_INET4_CONNECT: u32 = 10;
 
@@ -151,6 +154,38 @@ fn gbp_tunnels_on_the_bridge_of_an_exempt_pod() {
     let port = one(&world, "mark_tunnels");
     assert_eq!(port["state"], "degraded");
     assert_has(&port, "remedy", "set the mark bit");
+}
+
+/// Such a program can write the mark after `from_pod` has set it.
+#[test]
+fn programs_behind_from_pod_of_an_exempt_pod() {
+    if skip_without_tcx() {
+        return;
+    }
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Bridged);
+    load_with_exempt(&world, &pod.host_ifname);
+    assert_eq!(one(&world, "tc_programs")["state"], "ok");
+    Foreign::returning(TC_ACT_UNSPEC).attach_filter(&world.node, &pod.host_ifname, TcAttachType::Ingress, 1);
+    let check = one(&world, "tc_programs");
+    assert_eq!(check["state"], "degraded", "{check:#}");
+    assert_has(&check, "found", "after the agent's");
+    assert_has(&check, "remedy", "hooks.mark_bit");
+    world.unload();
+}
+
+#[test]
+fn routes_through_a_pair_of_the_node() {
+    let world = World::new();
+    world.node.ip("link add pair0 type veth peer name pair1
+        link set pair0 up
+        link set pair1 up
+        addr add 10.9.9.1/30 dev pair0");
+    assert_eq!(one(&world, "node_pairs")["state"], "ok");
+    world.node.ip("route add default via 10.9.9.2 dev pair0 table 100");
+    let check = one(&world, "node_pairs");
+    assert_eq!(check["state"], "degraded", "{check:#}");
+    assert_has(&check, "found", "through pair0 to pair1");
 }
 
 #[test]

@@ -54,11 +54,12 @@ impl MarkUse {
     }
 
     /// Number of the bit, as in `hooks.mark_bit`.
-    fn number(&self) -> u32 {
+    pub(super) fn number(&self) -> u32 {
         self.bit.trailing_zeros()
     }
 
-    fn has(&self, bridge: Option<u32>) -> bool {
+    /// Reports whether the mark counts for packets from this bridge.
+    pub(super) fn has(&self, bridge: Option<u32>) -> bool {
         self.bridges.iter().any(|(index, _)| Some(*index) == bridge)
     }
 

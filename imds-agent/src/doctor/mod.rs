@@ -12,6 +12,7 @@ mod mark_rules;
 mod marks;
 mod metadata_programs;
 mod nft_rule;
+mod node_pairs;
 mod number_set;
 mod place;
 mod programs;
@@ -63,12 +64,13 @@ pub async fn examine(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
         place::agent(pins),
     ];
     let devices = devices::list(netlink).await?;
-    checks.extend(programs::of_interfaces(pins, netlink, &devices).await?);
+    let mark = MarkUse::read(pins, &devices);
+    checks.extend(programs::of_interfaces(pins, netlink, &devices, &mark).await?);
+    checks.extend(node_pairs::checks(pins, netlink).await?);
     checks.extend(cgroups::programs(pins)?);
     checks.extend(metadata_programs::checks(netlink).await?);
     let rulesets = Rulesets::list();
     checks.extend(firewall::rules(&rulesets, &Enforcement::read(pins)));
-    let mark = MarkUse::read(pins, &devices);
     checks.extend(marks::rules(&rulesets, &mark));
     checks.extend(marks::tunnels(&devices, &mark));
     Ok(Report {

@@ -7,6 +7,7 @@ use imds_ebpf_common::{TcHook, TcHookSet, names::TC_PROGRAMS};
 
 use super::{
     devices::Device,
+    marks::MarkUse,
     report::{Check, Program},
 };
 use crate::{
@@ -44,6 +45,7 @@ pub(super) async fn of_interfaces(
     pins: &PinDir,
     netlink: &Netlink,
     devices: &[Device],
+    mark: &MarkUse,
 ) -> Result<Vec<Check>, DatapathError> {
     let maps = Maps::open(pins).ok();
     let policy = maps.as_ref().and_then(|maps| maps.policy.get(&0, 0).ok());
@@ -70,7 +72,8 @@ pub(super) async fn of_interfaces(
             if edge == TcHook::FromPod && link.kind == Kind::Netkit {
                 // A device that is not the primary one of its pair is refused, and has no such hook.
                 let programs = bpf::entries(link.index, bpf::MprogHook::NetkitPeer).unwrap_or_default();
-                checks.extend(judge(&link, "peer", &entries("netkit", programs, pins, spot, &ours, &names)));
+                let entries = entries("netkit", programs, pins, spot, &ours, &names);
+                checks.extend(judge(&link, "peer", &entries, mark));
             }
             // A kernel without TCX answers with an error: then there is nothing.
             let programs = bpf::entries(link.index, spot.direction().into()).unwrap_or_default();
@@ -92,7 +95,7 @@ pub(super) async fn of_interfaces(
                 Direction::Ingress => "ingress",
                 Direction::Egress => "egress",
             };
-            checks.extend(judge(&link, hook, &entries));
+            checks.extend(judge(&link, hook, &entries, mark));
         }
     }
     if checks.is_empty() {
@@ -151,7 +154,7 @@ fn entries(
     programs.into_iter().map(entry).collect()
 }
 
-fn judge(link: &Link, hook: &'static str, entries: &[Entry]) -> Vec<Check> {
+fn judge(link: &Link, hook: &'static str, entries: &[Entry], mark: &MarkUse) -> Vec<Check> {
     let check = |program: Program, is_stuck| {
         let found = program.to_string();
         let check = match program.is_first {
@@ -169,6 +172,14 @@ fn judge(link: &Link, hook: &'static str, entries: &[Entry]) -> Vec<Check> {
             }
             None if is_stuck => {
                 let remedy = "the agent can't get in front of it without TCX (Linux 6.6): give it another priority than 1";
+                Check::degraded(OF_INTERFACES, found, remedy)
+            }
+            Some(false) if hook != "egress" && mark.has(link.master) => {
+                let remedy = format!(
+                    "it runs after from_pod, at a port of a bridge with an exempt pod: if it writes bit {} of the packet mark, \
+                     an exempt pod is denied, or another one exempt, at node_egress; choose another bit (hooks.mark_bit)",
+                    mark.number()
+                );
                 Check::degraded(OF_INTERFACES, found, remedy)
             }
             Some(false) | None => Check::ok(OF_INTERFACES, found),

@@ -1,0 +1,38 @@
+//! Veth pairs inside the node through which it routes packets to protected endpoints.
+
+use super::report::Check;
+use crate::{
+    datapath::{endpoints, object::Maps, pins::PinDir},
+    endpoints::plain,
+    node::netlink::{Netlink, NetlinkError},
+};
+
+const NAME: &str = "node_pairs";
+
+/// Names the pairs that are routed through: a packet loses its socket there, so that `node_egress` at the next interface can't
+/// tell the node's packets from those of pods. Ports of bridges are covered by the packet mark.
+pub(super) async fn checks(pins: &PinDir, netlink: &Netlink) -> Result<Vec<Check>, NetlinkError> {
+    let protected = Maps::open(pins).ok().and_then(|maps| endpoints::read(&maps).ok()).unwrap_or_default();
+    let addresses = protected.iter().map(|(address, _)| plain(*address)).collect();
+    let routed = netlink.clone().with_endpoints(addresses).uplinks().await?;
+    let links = netlink.links().await?;
+    let through = links.iter().filter(|link| link.is_internal_pair() && routed.contains(&link.index));
+    let pairs = through.filter_map(|link| {
+        let peer = links.iter().find(|peer| Some(peer.index) == link.lower && peer.master.is_none())?;
+        Some((&link.name, &peer.name))
+    });
+    let mut checks: Vec<_> = pairs
+        .map(|(name, peer)| {
+            let found = format!("packets to an endpoint are routed through {name} to {peer}, both of the node");
+            let remedy = format!(
+                "packets of the node and of exempt pods that come in by {peer} are denied where they leave the node: route them \
+                 by another interface, or exclude the interface behind {peer} ([interfaces] exclude)"
+            );
+            Check::degraded(NAME, found, remedy)
+        })
+        .collect();
+    if checks.is_empty() {
+        checks.push(Check::ok(NAME, "no route to an endpoint leads through a veth pair of the node"));
+    }
+    Ok(checks)
+}
