@@ -30,6 +30,7 @@ const NAMES: [&str; 22] = [
     "agent",
     "tc_programs",
     "xdp_programs",
+    "node_pairs",
     "cgroup_programs",
     "metadata_programs",
     "firewall_rules",

@@ -13,7 +13,7 @@ const NAME: &str = "node_pairs";
 /// tell the node's packets from those of pods. Ports of bridges are covered by the packet mark.
 pub(super) async fn checks(pins: &PinDir, netlink: &Netlink) -> Result<Vec<Check>, NetlinkError> {
     let protected = Maps::open(pins).ok().and_then(|maps| endpoints::read(&maps).ok()).unwrap_or_default();
-    let addresses = protected.iter().map(|(address, _)| plain(*address)).collect();
+    let addresses = protected.keys().map(|&address| plain(address)).collect();
     let routed = netlink.clone().with_endpoints(addresses).uplinks().await?;
     let links = netlink.links().await?;
     let through = links.iter().filter(|link| link.is_internal_pair() && routed.contains(&link.index));

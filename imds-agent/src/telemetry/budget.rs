@@ -65,7 +65,7 @@ mod tests {
     fn credit_is_limited() {
         let start = Instant::now();
         let mut budget = CpuBudget::new(start);
-        let later = start + Duration::from_secs(3600);
+        let later = start + Duration::from_hours(1);
         budget.spend(BURST + PER_SECOND, later);
         assert_eq!(budget.available_at(), later + Duration::from_secs(1));
     }

@@ -86,7 +86,8 @@ impl CgroupUnits {
 fn is_unit(path: &Path, owner: u32) -> bool {
     let Some(name) = path.file_name().and_then(|name| name.to_str()) else { return owner != 0 };
     let is_container_id = name.len() == CONTAINER_ID_LEN && name.bytes().all(|byte| byte.is_ascii_hexdigit());
-    let is_systemd_unit = name.ends_with(".service") || name.ends_with(".scope");
+    let (_, suffix) = name.rsplit_once('.').unwrap_or_default();
+    let is_systemd_unit = matches!(suffix, "service" | "scope");
     let is_lxc = name.starts_with("lxc.payload.");
     owner != 0 || is_container_id || is_systemd_unit || is_lxc || pod_cgroups::is_pod(name)
 }
