@@ -1,4 +1,4 @@
-//! What the programs tell of a packet or call to a guarded endpoint, and how often.
+//! Events of packets and calls to protected endpoints, and their rate limits.
 
 use crate::opaque::opaque;
 
@@ -23,7 +23,9 @@ pub struct Event {
     pub destination: [u8; 16],
     /// Index of the interface at which a packet was judged; 0 for calls.
     pub ifindex: u32,
-    /// Index of the interface by which it had come in; 0 where the node itself sent it, and for calls.
+    /// Index of the interface by which the packet entered the node; 0 if the kernel has recorded none, and for calls. The
+    /// kernel records none for packets of local sockets, and for some packets of pods (macvlan, ipvlan, and IPv6 packets that
+    /// the node fragments again).
     pub ingress_ifindex: u32,
     /// Process id of the caller, in the initial pid namespace; 0 for packets.
     pub pid: u32,

@@ -1,14 +1,14 @@
-//! Who may reach guarded endpoints after all, and which of them.
+//! Exemptions: identities of senders that may reach protected endpoints.
 
 use crate::{address::Address, opaque::opaque, tables::Tables, verdict::Verdict};
 
 /// Slots of [`Filter::subjects`](crate::Filter::subjects).
 pub const SUBJECT_SLOTS: usize = 1 << 14;
 
-/// Most entries of the map of exemptions: some for each of the pods that Kubernetes' largest nodes run.
+/// Largest number of entries of the map of exemptions: several for each of the 1,000 pods that Kubernetes' largest nodes run.
 pub const MAX_EXEMPTIONS: usize = 1 << 14;
 
-/// A sender, by what the programs can know it by.
+/// Identity of a sender, as the programs know it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct Subject {
@@ -18,11 +18,11 @@ pub struct Subject {
     pub kind: u64,
 }
 
-/// What a sender is known by.
+/// Kind of an identity.
 #[repr(u64)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum SubjectKind {
-    /// Index of the node's end of a pod's link.
+    /// Index of the host-side interface of a pod.
     Interface = 1,
     /// Cookie of a network namespace.
     Netns = 2,
@@ -47,7 +47,7 @@ impl SubjectKind {
 }
 
 impl Subject {
-    /// Nobody: no interface has the index 0.
+    /// No identity: no interface has the index 0.
     pub const NONE: Self = Self::new(SubjectKind::Interface, 0);
 
     /// The subject of this kind with this number.
@@ -57,8 +57,8 @@ impl Subject {
         Self { id, kind: kind as u64 }
     }
 
-    /// Its slot in [`Filter::subjects`](crate::Filter::subjects). Indices and cookies are given in a row, and fall in as
-    /// many slots.
+    /// Returns the slot in [`Filter::subjects`](crate::Filter::subjects). The kernel assigns indices and cookies in a row, so
+    /// that they get different slots.
     #[inline(always)]
     #[must_use]
     #[expect(clippy::cast_possible_truncation, reason = "the rest is below the number of slots")]
@@ -67,22 +67,21 @@ impl Subject {
     }
 }
 
-/// That a subject is exempt from what an endpoint's address is guarded by: the key of the map of exemptions.
+/// Key of the map of exemptions: one identity at one endpoint.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct Exemption {
     /// Address of the endpoint; [`Address::ANY`] for all endpoints.
     pub address: Address,
-    /// Who is exempt.
+    /// The exempt identity.
     pub subject: Subject,
 }
 
-/// How an exemption is judged, and why there is one: the value of the map.
+/// Value of the map of exemptions.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Grant {
-    /// The [`Verdict`] in the place of [`Verdict::Deny`]: [`Verdict::Exempt`], or [`Verdict::Audit`]. With any other
-    /// nothing is granted.
+    /// [`Verdict::Exempt`] or [`Verdict::Audit`], which replaces [`Verdict::Deny`]. Other values grant nothing.
     pub verdict: u32,
     /// Number of the rule of the configuration that grants it, from 1.
     pub rule: u32,
@@ -117,7 +116,7 @@ impl Grant {
         Self { verdict: verdict as u32, rule, flags: 0, reserved: 0 }
     }
 
-    /// The verdict on what is granted, where it is `verdict` on anybody else.
+    /// Returns the verdict on a request with this grant. `verdict` is the verdict without it.
     #[inline(always)]
     #[must_use]
     pub const fn soften(self, verdict: Verdict) -> Verdict {
@@ -131,7 +130,7 @@ impl Grant {
     }
 }
 
-/// Whether an exemption changes anything about this verdict.
+/// Reports whether an exemption can change `verdict`.
 #[inline(always)]
 #[must_use]
 pub const fn is_softened(verdict: Verdict) -> bool {
@@ -141,7 +140,7 @@ pub const fn is_softened(verdict: Verdict) -> bool {
     }
 }
 
-/// The verdict on what `subject` sends to the endpoint at `address`, where it is `verdict` on anybody else.
+/// Returns the verdict on a request of `subject` to `address`. `verdict` is the verdict without an exemption.
 #[inline(always)]
 pub fn soften<T: Tables + ?Sized>(
     verdict: Verdict,

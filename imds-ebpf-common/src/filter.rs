@@ -1,5 +1,5 @@
-//! What the programs go by, in one variable of theirs, so that they need no lookup: which addresses are guarded, what is
-//! kept there, and who may be exempt.
+//! The policy that the programs read without a map lookup: protected addresses, their allowed ports, and a bitmap of
+//! identities that may be exempt.
 
 use crate::{
     address::{Address, SLOTS},
@@ -7,21 +7,21 @@ use crate::{
     exemption::{SUBJECT_SLOTS, Subject},
 };
 
-/// Chains of a [`Table`]: so many that nearly all have one row at most.
+/// Number of chains (hash buckets) of a [`Table`]: with 256 endpoints nearly every chain has at most one row.
 pub const CHAINS: usize = 1 << 12;
-/// Most rows of a chain.
+/// Largest number of rows of a chain.
 pub const MAX_CHAIN: usize = 4;
 
-/// Two bitmaps that tell most addresses and senders from those that matter, and the endpoints.
+/// Two bitmaps that exclude most addresses and senders, and the endpoints.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Filter {
-    /// One bit for each of the slots that addresses fold to, from the lowest bit of the first byte on: where an address's
-    /// bit is not set, no endpoint has it.
+    /// Bitmap of the slots of protected addresses, lowest bit of the first byte first. If the bit of an address is 0, the
+    /// address is not protected.
     pub bits: [u8; SLOTS / 8],
-    /// One bit for each of the slots that subjects fall in: where a subject's bit is not set, it is exempt from nothing.
+    /// Bitmap of the slots of exempt identities. If the bit of an identity is 0, it is not exempt.
     pub subjects: [u8; SUBJECT_SLOTS / 8],
-    /// Which of the tables is in force: 0 or 1. The other one can be written meanwhile.
+    /// Index of the effective table, 0 or 1. User space writes the other one.
     pub current: u64,
     /// The endpoints.
     pub tables: [Table; 2],
@@ -41,9 +41,9 @@ pub struct Table {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Row {
-    /// Its address.
+    /// Address of the endpoint.
     pub address: Address,
-    /// What is kept there.
+    /// Allowed ports.
     pub keep: Keep,
     /// Number of the next row of the chain, from 1; 0 for none.
     pub next: u64,
@@ -54,7 +54,7 @@ impl Row {
     pub const EMPTY: Self = Self { address: Address::NONE, keep: [Service::NONE; MAX_KEPT], next: 0 };
 }
 
-/// The chain of an address with this slot: folded once more, so that addresses in a row have chains of their own.
+/// Returns the chain of an address with this slot, folded once more, so that addresses in a row get different chains.
 #[inline(always)]
 #[must_use]
 pub const fn chain(slot: u16) -> usize {
@@ -65,7 +65,7 @@ impl Table {
     /// No endpoints.
     pub const EMPTY: Self = Self { heads: [0; CHAINS], rows: [Row::EMPTY; MAX_ENDPOINTS] };
 
-    /// Writes these endpoints, of which there are [`MAX_ENDPOINTS`] at most, and [`MAX_CHAIN`] in a [`chain`].
+    /// Replaces all rows. At most [`MAX_ENDPOINTS`] rows, and [`MAX_CHAIN`] in a [`chain`].
     fn fill<'a>(&mut self, endpoints: impl IntoIterator<Item = (Address, &'a Endpoint)>) {
         *self = Self::EMPTY;
         for ((row, number), (address, endpoint)) in self.rows.iter_mut().zip(1..).zip(endpoints) {
@@ -75,7 +75,7 @@ impl Table {
         }
     }
 
-    /// What is kept at this address, if it is an endpoint's.
+    /// Returns the allowed ports of `address`, or `None` if it is not protected.
     #[must_use]
     pub fn find(&self, address: Address) -> Option<&Keep> {
         let mut number = usize::from(*self.heads.get(chain(address.slot()))?);
@@ -91,7 +91,7 @@ impl Table {
 }
 
 impl Filter {
-    /// Matches nothing.
+    /// Protects no address.
     #[expect(clippy::large_stack_arrays, reason = "it starts as a variable of the programs")]
     pub const EMPTY: Self = Self {
         bits: [0; SLOTS / 8],
@@ -107,7 +107,7 @@ impl Filter {
         ((slot >> 3) as usize, (slot & 7) as u32)
     }
 
-    /// The filter for these endpoints.
+    /// Returns a filter with these endpoints.
     #[must_use]
     pub fn of<'a>(endpoints: impl IntoIterator<Item = (Address, &'a Endpoint)> + Clone) -> Self {
         let mut filter = Self::EMPTY;
@@ -115,7 +115,7 @@ impl Filter {
         filter
     }
 
-    /// Makes these the endpoints, in the table that is not in force, and that is in force then.
+    /// Writes `endpoints` to the other table and makes it the effective one.
     pub fn set_endpoints<'a>(
         &mut self,
         endpoints: impl IntoIterator<Item = (Address, &'a Endpoint)> + Clone,
@@ -128,7 +128,7 @@ impl Filter {
         self.table_mut().fill(endpoints);
     }
 
-    /// The table in force.
+    /// Returns the effective table.
     #[must_use]
     pub fn table(&self) -> &Table {
         let [first, second] = &self.tables;
@@ -140,19 +140,19 @@ impl Filter {
         if self.current & 1 == 0 { first } else { second }
     }
 
-    /// Whether an address with this slot may be an endpoint's.
+    /// Reports whether an address with this slot may be protected.
     #[must_use]
     pub fn has(&self, slot: u16) -> bool {
         has_bit(&self.bits, slot)
     }
 
-    /// Whether a subject in this slot may be exempt from something.
+    /// Reports whether an identity with this slot may be exempt.
     #[must_use]
     pub fn has_subject(&self, slot: u16) -> bool {
         has_bit(&self.subjects, slot)
     }
 
-    /// Makes these all who may be exempt.
+    /// Replaces the bitmap of identities.
     pub fn set_subjects(&mut self, subjects: impl IntoIterator<Item = Subject>) {
         self.subjects = Self::EMPTY.subjects;
         for subject in subjects {
@@ -160,7 +160,7 @@ impl Filter {
         }
     }
 
-    /// Matches the addresses that `other` matches, too. The rest stays as it is.
+    /// Adds the address bits of `other`, so that both sets of endpoints are found during a change.
     pub fn add_slots_of(&mut self, other: &Self) {
         for (to, from) in self.bits.iter_mut().zip(other.bits) {
             *to |= from;

@@ -78,22 +78,20 @@ pub trait Packet {
         Some((u64::from_ne_bytes(self.read(offset)?), u64::from_ne_bytes(self.read(offset + 8)?)))
     }
 
-    /// The same offset, but one of which a verifier does not know how it came about: it then follows what comes next once,
-    /// and not once for each place where a header can be.
+    /// Hides the bounds of the offset from the verifier, which then checks the rest once, not once for each position of the
+    /// header.
     #[inline(always)]
     fn forget_origin(&self, offset: usize) -> usize {
         offset
     }
 
-    /// What a packet with an IP header at `place` is for: [`service`], of which an implementation may make a function of its
-    /// own.
+    /// Returns the [`service`] of a packet with an IP header at `place`. An implementation can do this in a separate function.
     #[inline(always)]
     fn service(&self, place: Place) -> Option<Service> {
         service(self, place)
     }
 
-    /// The same as [`Packet::read`] at an offset that is not known when the program is compiled, where speed is of no
-    /// importance.
+    /// [`Packet::read`] for offsets that the compiler does not know. Slower.
     #[inline(always)]
     fn fetch<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
         self.read(offset)

@@ -9,23 +9,23 @@ use crate::{
     tables::Tables,
 };
 
-/// What is done with a packet to a guarded endpoint.
+/// Action for a request to a protected endpoint.
 ///
 /// Zero is [`Mode::Enforce`], so that a map that was never written denies.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum Mode {
-    /// Deny it.
+    /// Deny the request.
     #[default]
     Enforce = 0,
-    /// Let it pass, but count it as one that would have been denied.
+    /// Let the request pass, and count it as audited.
     Audit = 1,
-    /// Let it pass.
+    /// Let the request pass, and count it as allowed.
     Off = 2,
 }
 
 impl Mode {
-    /// The mode with this number; a number that no version has given is [`Mode::Enforce`].
+    /// Returns the mode with this number; for an unknown number, [`Mode::Enforce`].
     #[inline]
     #[must_use]
     pub const fn from_u32(mode: u32) -> Self {
@@ -47,7 +47,7 @@ impl Mode {
     }
 }
 
-/// Answer to a denied packet. A denied call on a socket fails with a [`DenyErrno`].
+/// Reply to a denied packet. A denied call on a socket fails with a [`DenyErrno`].
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum DenyAction {
@@ -59,7 +59,7 @@ pub enum DenyAction {
 }
 
 impl DenyAction {
-    /// The answer with this number; a number that no version has given is [`DenyAction::Drop`].
+    /// Returns the action with this number; for an unknown number, [`DenyAction::Drop`].
     #[inline(always)]
     #[must_use]
     pub const fn from_u32(answer: u32) -> Self {
@@ -118,24 +118,24 @@ impl DenyErrno {
     }
 }
 
-/// Where a program of ours sees traffic.
+/// Hook of a BPF program of the agent.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum Hook {
-    /// TC ingress of the node's end of a pod's link.
+    /// TC ingress of the host-side interface of a pod.
     FromPod = 1,
-    /// TC egress of an interface of the node's own.
+    /// TC egress of the node's interfaces.
     NodeEgress = 2,
-    /// connect(2) and sendmsg(2) of a socket, by cgroup.
+    /// cgroup connect(2) and sendmsg(2) programs.
     Socket = 3,
-    /// The same, and packets, of pods in the node's own network namespace.
+    /// Calls and packets of pods in the node's network namespace.
     HostNetwork = 4,
     /// Packets that sockets of the node receive, while a protected address is local to the node.
     LocalService = 5,
 }
 
 impl Hook {
-    /// All of them.
+    /// All hooks.
     pub const ALL: [Self; 5] =
         [Self::FromPod, Self::NodeEgress, Self::Socket, Self::HostNetwork, Self::LocalService];
 
@@ -158,7 +158,7 @@ impl Hook {
     }
 }
 
-/// The hooks that are TC's.
+/// Hook of a TC program.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum TcHook {
     /// [`Hook::FromPod`].
@@ -231,17 +231,17 @@ impl TcHookSet {
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Verdict {
-    /// Not addressed to a guarded endpoint: none of our business, and never counted.
+    /// Not to a protected endpoint. Never counted.
     Foreign = 0,
-    /// To a guarded endpoint, dropped.
+    /// Denied.
     Deny = 1,
-    /// To a guarded endpoint, passed because the mode is [`Mode::Audit`].
+    /// Passed because the mode is [`Mode::Audit`].
     Audit = 2,
-    /// To a guarded endpoint, passed because the mode is [`Mode::Off`].
+    /// Passed because the mode is [`Mode::Off`].
     Allow = 3,
-    /// To a service that is kept open at a guarded endpoint, passed. Counted as allowed.
+    /// To an allowed port of the endpoint. Counted as allowed.
     Kept = 4,
-    /// To a guarded endpoint from a sender that is exempt from it, passed.
+    /// From an exempt sender.
     Exempt = 5,
 }
 
@@ -273,11 +273,11 @@ impl Verdict {
         }
     }
 
-    /// The same without looking: of a comparison a verifier makes two ways.
+    /// [`Self::from_u32`] without a comparison, because the verifier would follow each branch.
     ///
     /// # Safety
     ///
-    /// `verdict` is the number of one.
+    /// `verdict` must be the number of a verdict.
     #[inline(always)]
     #[must_use]
     pub const unsafe fn from_u32_unchecked(verdict: u32) -> Self {
@@ -285,13 +285,13 @@ impl Verdict {
         unsafe { mem::transmute::<u32, Self>(verdict) }
     }
 
-    /// The same verdict, but one of which a verifier does not know which: it then follows what comes next once, and not
-    /// once for each.
+    /// Returns the verdict as a number that the verifier cannot follow. The verifier then checks the rest once, not once for
+    /// each verdict.
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "it comes back as it went")]
     #[must_use]
     pub fn without_origin<P: Packet + ?Sized>(self, packet: &P) -> Self {
-        // SAFETY: it is the number that it was.
+        // SAFETY: the number is the one of `self`.
         unsafe { Self::from_u32_unchecked(packet.forget_origin(self as usize) as u32) }
     }
 
@@ -299,7 +299,7 @@ impl Verdict {
     pub const COUNTED: [Self; 5] = [Self::Deny, Self::Audit, Self::Allow, Self::Kept, Self::Exempt];
 }
 
-/// Judges a packet that a pod sent: [`is_plainly_foreign`], and [`judge_thoroughly`] where that does not say.
+/// Returns the verdict on a packet without exemptions: the fast path first, then the slow path.
 #[inline(always)]
 pub fn judge<P, T>(packet: &P, frame: Frame, tables: &T) -> Verdict
 where
@@ -312,7 +312,7 @@ where
     judge_thoroughly(packet, frame, tables)
 }
 
-/// Whether one look is enough to say that the packet is [`Verdict::Foreign`]. `false` says nothing.
+/// Fast path. Returns `true` if the packet certainly is not for a protected endpoint; `false` decides nothing.
 #[inline(always)]
 pub fn is_plainly_foreign<P, T>(packet: &P, frame: Frame, tables: &T) -> bool
 where
@@ -322,9 +322,9 @@ where
     packet::is_plainly_foreign(packet, frame, tables)
 }
 
-/// The verdict on a packet, whatever was seen of it before.
+/// Slow path. Returns the verdict on a packet without exemptions.
 ///
-/// The endpoints are asked only for an address that the filter may have, and the mode only for one of theirs.
+/// Looks up the endpoint only if the filter has the bit of the address, and the mode only for an endpoint.
 #[inline(always)]
 pub fn judge_thoroughly<P, T>(packet: &P, frame: Frame, tables: &T) -> Verdict
 where
@@ -363,7 +363,7 @@ where
     Some(Examined { verdict: verdict.without_origin(packet), destination: address })
 }
 
-/// Judges an attempt to reach `address` by a socket. `service` is what it is for, or `None` where that can't be said.
+/// Returns the verdict on a call to `address`. `service` is `None` if protocol or port is unknown.
 #[inline(always)]
 pub fn judge_address<T: Tables + ?Sized>(address: Address, service: Option<Service>, tables: &T) -> Verdict {
     let destination = Destination::from_ipv6(address.octets());

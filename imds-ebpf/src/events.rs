@@ -1,4 +1,4 @@
-//! Tells user space of packets and calls to guarded endpoints: a few of each source, and how many more there were.
+//! Emits events of packets and calls to protected endpoints: some of each source, with the number of those that were left out.
 
 use core::ptr;
 
@@ -23,20 +23,20 @@ use crate::{
     packet::Skb,
 };
 
-/// Room for some 2,500 events: what came last while nobody read is there for the next reader.
+/// Size of the ring buffer: about 2,200 events, kept for the next reader while none reads.
 const RING_BYTES: usize = 256 * 1024;
 /// Bytes of a thread's name (`TASK_COMM_LEN`, include/linux/sched.h).
 const COMM_LEN: u32 = 16;
 
-/// Of [`Event`]s; libbpf takes no ring buffer that names its type.
+/// Ring buffer of [`Event`]s. The type is missing because libbpf rejects a ring buffer that names it.
 #[btf_map(name = "imds_events")]
 static EVENTS: RingBuf<(), RING_BYTES> = RingBuf::new();
 
-/// Per CPU, so that no count is lost to another one's.
+/// Rate limits of sources. Per CPU, so that no two CPUs write one value.
 #[btf_map(name = "imds_sources")]
 static WINDOWS: LruPerCpuHashMap<Source, Window, SOURCES> = LruPerCpuHashMap::new();
 
-/// Tells of a packet, unless enough was told of its source.
+/// Emits the event of a packet, unless the source has reached its limit.
 #[inline(always)]
 pub(crate) fn packet(skb: *mut __sk_buff, place: Place, hook: Hook, verdict: Verdict, window: &mut Window) {
     if !is_to_be_told(window, Skb::new(skb).len()) {
@@ -50,7 +50,7 @@ pub(crate) fn packet(skb: *mut __sk_buff, place: Place, hook: Hook, verdict: Ver
     }
 }
 
-/// A function of its own, which is told little: the verifier then follows it once for all places of a header.
+/// Emits the event of a packet at a TC hook. A separate function, which the verifier checks once for all header positions.
 #[inline(never)]
 fn tell_packet(skb: *mut __sk_buff, place: Place, judged: u32, window: &mut Window) {
     if let Some(event) = of_packet(skb, place, judged, netns::of_socket(skb)) {
@@ -67,7 +67,7 @@ fn emit_received_packet(skb: *mut __sk_buff, place: Place, judged: u32, window: 
     }
 }
 
-/// The same at a cgroup, whose programs may ask for other things.
+/// Emits the event of a packet at the `cgroup_skb` program of `host_network`, which can read the cgroup of the socket.
 #[inline(never)]
 fn tell_packet_in_cgroup(skb: *mut __sk_buff, place: Place, judged: u32, window: &mut Window) {
     if let Some(event) = of_packet(skb, place, judged, netns::of_socket_in_cgroup(skb)) {
@@ -96,7 +96,7 @@ fn of_packet(skb: *mut __sk_buff, place: Place, judged: u32, socket: SocketNetns
     })
 }
 
-/// Tells of a call on a socket of the network namespace with this cookie.
+/// Emits the event of a call on a socket of the network namespace with this cookie, unless the source has reached its limit.
 #[inline(always)]
 pub(crate) fn call(hook: Hook, verdict: Verdict, netns_cookie: u64, flow: Flow, window: &mut Window) {
     if !is_to_be_told(window, 0) {
@@ -108,12 +108,12 @@ pub(crate) fn call(hook: Hook, verdict: Verdict, netns_cookie: u64, flow: Flow, 
     event.pid = (unsafe { bpf_get_current_pid_tgid() } >> 32) as u32;
     // SAFETY: as above.
     event.cgroup = unsafe { bpf_get_current_cgroup_id() };
-    // SAFETY: the buffer is as long as said. Where it fails, which it does without a task alone, it fills in zeros.
+    // SAFETY: the buffer has the given length. The helper fails only without a task, and then writes zeros.
     let _no_task = unsafe { bpf_get_current_comm(event.comm.as_mut_ptr().cast(), COMM_LEN) };
     tell(event, window);
 }
 
-/// An event of now, with all that comes from its flow.
+/// Returns an event with the current time and the fields of `flow`.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "zero")]
 fn event(flow: Flow) -> Event {
@@ -141,8 +141,7 @@ fn event(flow: Flow) -> Event {
     }
 }
 
-/// Tells of the event and all that the window has before it. Where nobody reads there is no room at some time: then the next
-/// one tells of it.
+/// Emits the event with the counts since the last one. If the ring buffer is full, the counts stay for the next event.
 #[inline(always)]
 fn tell(event: Event, window: &mut Window) {
     let event = Event { suppressed: window.untold.wrapping_sub(1), bytes: window.bytes, ..event };

@@ -1,6 +1,7 @@
-//! Strict mode: packets of pods in the node's own network namespace, as their sockets send them. What their sockets are
-//! asked for is judged before, by [`socket`](crate::socket); here is what no call names a destination for: raw sockets,
-//! protocols without a hook of their own, and sockets that were connected before.
+//! The `host_network` hook for packets: `cgroup_skb/egress` on the cgroups of Kubernetes pods.
+//!
+//! Calls that name a destination are judged in [`socket`](crate::socket). This program covers the rest: raw sockets,
+//! protocols without a cgroup hook, and sockets that were connected before.
 
 use aya_ebpf::{bindings::__sk_buff, helpers::generated::bpf_skb_cgroup_id, programs::SkBuffContext};
 use imds_ebpf_common::{
@@ -14,7 +15,7 @@ use crate::{
     packet::Skb,
 };
 
-/// In two functions, as at the edges.
+/// Judges a packet in two functions, for the same reason as [`edge::judge`](crate::edge::judge).
 #[inline(always)]
 pub(crate) fn judge(ctx: &SkBuffContext) -> Verdict {
     let skb = ctx.skb.skb;
@@ -48,12 +49,13 @@ fn judge_thoroughly(skb: *mut __sk_buff) -> u32 {
     verdict as u32
 }
 
-/// Whether the socket is of the node's network namespace.
+/// Reports whether the socket belongs to the node's network namespace, or may belong to it.
 #[inline(always)]
 fn is_of_node(skb: *mut __sk_buff) -> bool {
     match netns::of_socket_in_cgroup(skb) {
         SocketNetns::Cookie(cookie) => netns::is_node(cookie),
-        // Those of other namespaces are judged by the other hooks, too, and to no other end.
+        // The kernel does not report the namespace (before Linux 6.15): packets of pods with their own network namespace are
+        // judged here too. Their exemptions count only if the rule has cgroup ids (`cgroup` and Kubernetes rules).
         SocketNetns::NoSocket | SocketNetns::Unknown => true,
     }
 }

@@ -30,45 +30,46 @@ static POLICY: Array<Policy, 1> = Array::new();
 static COUNTS: PerCpuHashMap<CounterKey, Counter, COUNTERS, { BPF_F_NO_PREALLOC as usize }> =
     PerCpuHashMap::new();
 
-/// Written and read by user space alone; it is here so that it has BTF and is pinned with the others.
+/// Records of the node's interfaces. User space writes them; the programs read the attach modes and
+/// [`InterfaceRecord::own_packets`].
 #[btf_map(name = "imds_interfaces")]
 static INTERFACE_RECORDS: HashMap<u32, InterfaceRecord, INTERFACES, { BPF_F_NO_PREALLOC as usize }> =
     HashMap::new();
 
-/// As above.
+/// For user space only. The object defines the map so that it has BTF and a pin.
 #[btf_map(name = "imds_provider")]
 static PROVIDER: Array<ProviderRecord, 1> = Array::new();
 
-/// As above.
+/// For user space only. The object defines the map so that it has BTF and a pin.
 #[btf_map(name = "imds_config")]
 static CONFIG: Array<ConfigRecord, 1> = Array::new();
 
-/// Only user space uses it; it is here to have BTF and a pin like the other maps.
+/// For user space only. The object defines the map so that it has BTF and a pin.
 #[btf_map(name = "imds_cgroup")]
 static CGROUP: Array<CgroupRecord, 1> = Array::new();
 
-/// As above: the programs have the endpoints in the filter. There is room for the old and the new ones.
+/// For user space only: the programs read endpoints from [`IMDS_FILTER`]. Has room for the old and the new endpoints.
 #[btf_map(name = "imds_endpoints")]
 static ENDPOINT_RECORDS: HashMap<Address, Endpoint, { MAX_ENDPOINTS * 2 }, { BPF_F_NO_PREALLOC as usize }> =
     HashMap::new();
 
-/// As above.
+/// For user space only. The object defines the map so that it has BTF and a pin.
 #[btf_map(name = "imds_kubernetes")]
 static KUBERNETES: Array<KubernetesRecord, 1> = Array::new();
 
-/// As above.
+/// For user space only. The object defines the map so that it has BTF and a pin.
 #[btf_map(name = "imds_pods")]
 static PODS: HashMap<Subject, PodRecord, MAX_EXEMPTIONS, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
 
-/// As above.
+/// For user space only. The object defines the map so that it has BTF and a pin.
 #[btf_map(name = "imds_recent")]
 static RECENT_EVENTS: Array<RecentEvent, RECENT> = Array::new();
 
-/// As above.
+/// For user space only. The object defines the map so that it has BTF and a pin.
 #[btf_map(name = "imds_recent_at")]
 static RECENT_HEAD: Array<u64, 2> = Array::new();
 
-/// As above.
+/// For user space only. The object defines the map so that it has BTF and a pin.
 #[btf_map(name = "imds_denials")]
 static DENIAL_RECORDS: HashMap<DenialKey, DenialRecord, DENIALS, { BPF_F_NO_PREALLOC as usize }> =
     HashMap::new();

@@ -5,7 +5,7 @@ use core::mem::MaybeUninit;
 use aya_ebpf::{bindings::__sk_buff, helpers::bpf_skb_load_bytes};
 use imds_ebpf_common::{Packet, Place, Service, opaque::opaque_xor, service};
 
-/// A socket buffer at a TC hook.
+/// A socket buffer at a TC or `cgroup_skb` hook.
 pub(crate) struct Skb {
     /// The context that the kernel handed to the program: valid while it runs.
     skb: *mut __sk_buff,
@@ -18,21 +18,23 @@ impl Skb {
         Self { skb }
     }
 
-    /// Length in bytes, link-layer header and non-linear part included.
+    /// Length in bytes, with the non-linear part; at TC hooks also with the link-layer header.
     #[inline(always)]
     pub(crate) fn len(&self) -> u32 {
         // SAFETY: the kernel hands every TC program a valid context; the verifier checks the access.
         unsafe { (*self.skb).len }
     }
 
-    /// Index of the interface at whose hook the packet is.
+    /// Index of the interface at which the packet is: of the hook at TC, of the receiving interface at `cgroup_skb/ingress`,
+    /// and of the output device at `cgroup_skb/egress`.
     #[inline(always)]
     pub(crate) fn ifindex(&self) -> u32 {
         // SAFETY: as above.
         unsafe { (*self.skb).ifindex }
     }
 
-    /// Index of the interface by which it came in; 0 where it was sent from here.
+    /// Index of the interface by which the packet entered the node; 0 if the kernel has recorded none. That is so for packets
+    /// of local sockets, and for some packets of pods (macvlan, ipvlan, and IPv6 packets that the node fragments again).
     #[inline(always)]
     pub(crate) fn ingress_ifindex(&self) -> u32 {
         // SAFETY: as above.
@@ -46,7 +48,7 @@ impl Skb {
         unsafe { (*self.skb).mark }
     }
 
-    /// Marks it.
+    /// Sets the mark of the packet.
     #[inline(always)]
     pub(crate) fn set_mark(&self, mark: u32) {
         // SAFETY: as above; it is one of the fields that a TC program may write.
@@ -150,7 +152,7 @@ impl Packet for Skb {
         Some((u64::from_ne_bytes(first), u64::from_ne_bytes(second)))
     }
 
-    /// Exclusive or twice with a number that the verifier does not know leaves it with one that it does not know.
+    /// Hides the value from the verifier: XOR with an unknown number twice gives the same value without known bounds.
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "BPF has words of 64 bits")]
     fn forget_origin(&self, offset: usize) -> usize {
@@ -158,7 +160,7 @@ impl Packet for Skb {
         opaque_xor(offset as u64, unknown as u64) as usize ^ unknown
     }
 
-    /// A function of its own, which the verifier follows apart from where the header was found.
+    /// Reads the service in a separate function, which the verifier checks once for all header positions.
     #[inline(always)]
     fn service(&self, place: Place) -> Option<Service> {
         Some(Service::from_number(service_number(self.skb, place)))
@@ -170,7 +172,7 @@ impl Packet for Skb {
     }
 }
 
-/// The [number](Service::number) of what the packet is for; that of [`Service::NONE`] where that can't be found.
+/// Returns the [number](Service::number) of the packet's service, or that of [`Service::NONE`] if it can't be found.
 #[inline(never)]
 fn service_number(skb: *mut __sk_buff, place: Place) -> u32 {
     service(&Skb::new(skb), place).unwrap_or(Service::NONE).number()

@@ -1,4 +1,4 @@
-//! Answers to denied packets: the packet is made into the answer and sent back where it came from.
+//! Replies to denied packets: the program turns the packet into the reply and sends it back to the sender.
 
 use core::{mem::MaybeUninit, ptr};
 
@@ -16,16 +16,16 @@ use imds_ebpf_common::{
 
 use crate::packet::Skb;
 
-/// Which way a sender is.
+/// Direction in which the reply is sent.
 #[derive(Clone, Copy)]
 pub(crate) enum Way {
-    /// Out of the interface by which the packet came in.
+    /// Out of the interface by which the packet entered.
     Out,
-    /// Into the interface by which the packet leaves, as the endpoint's own answer would come.
+    /// Into the interface by which the packet would leave, like a reply of the endpoint, so that NAT translates it back.
     In,
 }
 
-/// Sends the answer. Returns the TC action, which drops the packet where none could or may be made.
+/// Turns the packet into a reply and sends it. Returns the TC action; drops the packet if no reply can or may be made.
 #[inline(always)]
 pub(crate) fn answer(skb: *mut __sk_buff, place: Place, way: Way) -> i32 {
     // Without a link layer the packet starts with the IP header.
@@ -35,20 +35,20 @@ pub(crate) fn answer(skb: *mut __sk_buff, place: Place, way: Way) -> i32 {
     let flags = match way {
         Way::Out => 0,
         Way::In => {
-            // What comes from the wire has none; firewalls route and translate by it.
+            // A reply from the wire has no mark, and rules of the node route and translate by the mark.
             // SAFETY: the kernel hands every TC program a valid context; the verifier checks the access.
             unsafe { (*skb).mark = 0 };
             u64::from(BPF_F_INGRESS)
         }
     };
-    // SAFETY: the helper takes numbers alone.
+    // SAFETY: the helper takes only numbers.
     let action = unsafe { bpf_redirect(Skb::new(skb).ifindex(), flags) };
     #[expect(clippy::cast_possible_truncation, reason = "TC actions are small numbers")]
     let action = action as i32;
     action
 }
 
-/// Makes the packet into the answer, but for the link layer. A function of its own, for its stack and the verifier.
+/// Turns the packet into the reply, without the link layer. A separate function, for its stack and the verifier.
 #[inline(never)]
 fn make(skb: *mut __sk_buff, place: Place) -> bool {
     match reply::kind(&Skb::new(skb), place) {

@@ -30,7 +30,7 @@ pub(crate) fn of(skb: *mut __sk_buff) -> Option<Sender> {
     Some(Sender { cookie: Skb::new(skb).forget_origin(cookie as usize) as u64 })
 }
 
-/// Stands for the node: the kernel counts cookies up from 1.
+/// Result of [`cookie`] for packets of the node. The kernel numbers cookies from 1, so that no namespace has it.
 const NODE: u64 = u64::MAX;
 
 /// Returns [`Sender::cookie`], or [`NODE`]. A separate function, so that the verifier follows it once for all verdicts.
@@ -43,8 +43,8 @@ fn cookie(skb: *mut __sk_buff) -> u64 {
     }
 }
 
-/// Reports whether a packet is the node's own, or was let through by another hook. Its socket belongs to the node, or the
-/// kernel does not report the network namespace of the socket, or it has none.
+/// Reports whether a packet counts as the node's. True if a socket of the node sent it, or a socket whose network namespace
+/// the kernel does not report, or if another `node_egress` hook has let the packet pass before.
 ///
 /// A packet that the node routes for a pod has lost its socket. So has one that comes back from an ifb device, which sets the
 /// ingress interface to itself (`ifb_ri_tasklet`, drivers/net/ifb.c), or by a veth pair inside the node's network namespace

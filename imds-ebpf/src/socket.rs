@@ -38,7 +38,7 @@ pub(crate) fn judge_v6(ctx: &SockAddrContext, hook: Hook) -> Verdict {
     judge(ctx, hook, Address::from_ipv6(destination))
 }
 
-/// The verdict, unless the socket is of a network namespace that this hook is not about.
+/// Judges a call. Returns [`Verdict::Foreign`] if the socket's network namespace belongs to another hook.
 #[inline(always)]
 fn judge(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict {
     let service = service(ctx.sock_addr);
@@ -53,7 +53,7 @@ fn judge(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict {
     if netns::is_node(cookie) != is_host {
         return Verdict::Foreign;
     }
-    // A namespace is a pod's, but for the node's, where a container is known by its cgroup.
+    // In the node's namespace the cgroup identifies the container, elsewhere the namespace identifies the pod.
     let (kind, id) = if is_host {
         // SAFETY: the helper takes no arguments; the caller is the current task.
         (SubjectKind::Cgroup, unsafe { bpf_get_current_cgroup_id() })
@@ -90,17 +90,17 @@ fn choose_errno() {
     }
 }
 
-/// The same verdict, of which the verifier no longer knows which it is: it then follows what comes next once, and not once
-/// for each. What it needs for that is a number that it does not know.
+/// Returns `verdict` as a number that the verifier cannot follow. The verifier then checks the rest once, not once for each
+/// verdict. `unknown` is any value that the verifier does not know.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "any number will do")]
 fn without_origin(verdict: Verdict, unknown: u64) -> Verdict {
     let number = opaque_xor(verdict as u64, unknown) ^ unknown;
-    // SAFETY: it is the number that it was.
+    // SAFETY: the number is the one of `verdict`.
     unsafe { Verdict::from_u32_unchecked(number as u32) }
 }
 
-/// What the call is for.
+/// Returns protocol and destination port of the call.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "what is cut off is said to be")]
 fn service(call: *const bpf_sock_addr) -> Service {
@@ -108,7 +108,7 @@ fn service(call: *const bpf_sock_addr) -> Service {
     let protocol = unsafe { (*call).protocol };
     // SAFETY: as above.
     let port = unsafe { (*call).user_port };
-    // Multipath TCP has no number of its own among packets: its sockets have TCP's and 256. The port is in network byte
-    // order in the first half of its word (bpf_sock_addr, include/uapi/linux/bpf.h).
+    // Multipath TCP sockets have protocol 262 (TCP + 256), which the cast to `u8` turns into TCP. `user_port` holds the port
+    // in network byte order in its first half (bpf_sock_addr, include/uapi/linux/bpf.h).
     Service::new(protocol as u8, u16::from_be(port as u16))
 }

@@ -91,8 +91,8 @@ impl Datapath {
                 self.links.pin(self.claim.dir(), spot, mode)
             }
             Action::Reorder(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
-                // The kernel takes a program only once per hook, so that a second copy has to hold the place before
-                // this one can have it.
+                // The kernel rejects a second link with the same program at one hook. A copy of the program is therefore
+                // attached first in order, then the link is updated to the original.
                 let hooks = Hooks::from_bits(edge.hook().bit());
                 let copy = Programs::load(self.claim.dir(), hooks, &endpoints::filter(&self.maps)?)?;
                 self.links
@@ -156,7 +156,7 @@ impl Datapath {
         name: &str,
     ) -> Result<(), DatapathError> {
         match clsact::attach_first(&self.netlink, spot, program, name).await {
-            // Refused for the block that the qdisc shares (`__tcf_block_find`).
+            // EOPNOTSUPP: the qdisc uses a shared filter block (`__tcf_block_find`).
             Err(error) if error.errno() == Some(libc::EOPNOTSUPP) => {
                 self.check_qdisc(link, spot.edge).await?;
                 Err(error.into())

@@ -15,7 +15,7 @@ use aya_obj::generated::bpf_attach_type::{
 
 use super::bpf;
 
-/// A program of another agent.
+/// A program on the cgroup that does not belong to imds-agent.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct OtherProgram {
     /// Id of the program.
@@ -90,7 +90,7 @@ pub fn needs_last(attach_type: bpf_attach_type) -> bool {
     )
 }
 
-/// Finds the last of the programs that run after `program` on the same cgroup and are not known to be an agent's, which
+/// Returns the last program that runs after `program` on the same cgroup. Programs of imds-agent are skipped, because they
 /// change no address.
 pub fn program_behind(
     cgroup: impl AsFd,
@@ -109,8 +109,8 @@ pub fn program_behind(
     Ok(behind.map(OtherProgram::new))
 }
 
-/// Finds the last of the programs that run after `program` because they are attached to a cgroup above, and are not known to
-/// be an agent's. The kernel runs the programs of a cgroup before those of its ancestors (`compute_effective_progs`,
+/// Returns the last program that runs after `program` because it is attached to a cgroup above. Programs of imds-agent are
+/// skipped. The kernel runs the programs of a cgroup before those of its ancestors (`compute_effective_progs`,
 /// kernel/bpf/cgroup.c), so that no order of attachment helps.
 pub fn ancestor_program_behind(
     cgroup: impl AsFd,

@@ -20,8 +20,8 @@ use crate::{
     reconcile::{Attachment, Order},
 };
 
-/// Handles of our filters, of which one is in use: the other is where a filter moves to. Nothing but "imds", so that
-/// they meet no other's 1.
+/// Handles of the agent's filters ("imds" and "imdt" in ASCII). One is in use; the other one is for the new filter while a
+/// filter moves. Other programs use small numbers.
 const HANDLES: [TcHandle; 2] =
     [TcHandle { major: 0x696d, minor: 0x6473 }, TcHandle { major: 0x696d, minor: 0x6474 }];
 const INGRESS: TcHandle = TcHandle { major: u16::MAX, minor: TcHandle::MIN_INGRESS };
@@ -44,17 +44,18 @@ pub struct Filter {
 }
 
 impl Filter {
-    /// Whether it is one of imds-agent's.
+    /// Reports whether the filter belongs to imds-agent.
     pub(crate) fn is_ours(&self) -> bool {
         HANDLES.contains(&self.handle) && self.name.as_ref().is_some_and(|name| name.starts_with(PREFIX))
     }
 
-    /// Whether a BPF filter can share its priority: all filters of one have one kind and protocol.
+    /// Reports whether a BPF filter can share the priority of this filter: all filters of one priority have one kind and
+    /// protocol.
     pub(crate) fn takes_company(&self) -> bool {
         self.kind == TcFilterBpf::KIND && self.protocol == ETH_P_ALL
     }
 
-    /// Reads a `RTM_NEWTFILTER` message; `None` where it describes no filter of that chain.
+    /// Reads a `RTM_NEWTFILTER` message. Returns `None` if it describes no filter of chain 0.
     #[must_use]
     pub fn from_message(message: TcMessage) -> Option<Self> {
         // The dump begins with an entry for each priority as such, with handle 0.
@@ -92,7 +93,7 @@ impl Filter {
     }
 }
 
-/// What of ours is among the filters of a hook, of which `program` should be it.
+/// Finds the agent's filter at a hook. `program` is the id of the program that it should run.
 pub async fn attachment(
     netlink: &Netlink,
     spot: AttachPoint,
@@ -112,7 +113,7 @@ pub async fn attachment(
     }))
 }
 
-/// Where `ours` stands among `filters`, which are in the order in which they run.
+/// Returns the order of `ours` among `filters`, which are in the order in which they run.
 fn place(filters: &[Filter], ours: &Filter) -> Order {
     if filters.first().is_some_and(Filter::is_ours) {
         return Order::First;
@@ -134,7 +135,7 @@ fn foreign(filters: &[Filter]) -> impl Iterator<Item = &Filter> {
     filters.iter().filter(|filter| !filter.is_ours())
 }
 
-/// The filters of a hook, in the order in which they run; none where the interface has no such qdisc.
+/// Lists the filters of a hook in the order in which they run; none if the interface has no such qdisc.
 pub(crate) async fn filters(netlink: &Netlink, spot: AttachPoint) -> Result<Vec<Filter>, NetlinkError> {
     let filters = filters_below(netlink, spot.ifindex, parent(spot.edge)).await?;
     // An `ingress` qdisc lists the filters of its one hook below whatever class it is asked for (`ingress_tcf_block`); clsact
@@ -213,8 +214,8 @@ pub async fn remove_unused_qdisc(netlink: &Netlink, ifindex: u32) -> Result<(), 
     )
 }
 
-/// Adds a filter before all others, as far as can be. Where one of ours is there already, it goes once the new one is
-/// in force.
+/// Adds a filter at the best free priority, before all other filters if possible. An older filter of the agent is removed after
+/// the new one is active.
 pub async fn attach_first(
     netlink: &Netlink,
     spot: AttachPoint,
@@ -234,7 +235,7 @@ pub async fn attach_first(
     detach(netlink, spot, used).await
 }
 
-/// Puts another program in the place of our filter's, atomically (`cls_bpf_change`: `list_replace_rcu`).
+/// Replaces the program of the agent's filter atomically (`cls_bpf_change`: `list_replace_rcu`).
 pub async fn replace(
     netlink: &Netlink,
     spot: AttachPoint,
@@ -250,7 +251,7 @@ pub async fn replace(
     detach(netlink, spot, ours).await
 }
 
-/// Removes all our filters from a hook. Returns whether there was one.
+/// Removes all filters of the agent from a hook. Returns whether there was one.
 pub async fn detach_all(netlink: &Netlink, spot: AttachPoint) -> Result<bool, NetlinkError> {
     let filters = filters(netlink, spot).await?;
     let ours: Vec<_> = filters.iter().filter(|filter| filter.is_ours()).collect();
@@ -326,7 +327,7 @@ fn filter_message(spot: AttachPoint, priority: u16, handle: TcHandle) -> TcMessa
     message
 }
 
-/// What is to be removed may be gone already, alone or with its interface.
+/// Ignores errors of a removal if the object or its interface was deleted concurrently.
 fn ignore_missing(result: Result<(), NetlinkError>) -> Result<(), NetlinkError> {
     match result {
         Err(error) if matches!(error.errno(), Some(libc::ENOENT | libc::ENODEV | libc::EINVAL)) => Ok(()),

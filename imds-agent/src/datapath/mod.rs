@@ -1,4 +1,4 @@
-//! What is in the kernel: loads, pins, attaches, replaces and removes it.
+//! The kernel side of the agent: loads, pins, attaches, replaces and removes programs, maps and links.
 
 mod attach;
 pub mod bpf;
@@ -69,7 +69,7 @@ use crate::{
     pods::{Lookup, Name},
 };
 
-/// What failed in the kernel, and on what.
+/// Failure of a kernel operation.
 #[derive(Debug, Error)]
 pub enum DatapathError {
     /// The object, its programs or its maps.
@@ -125,13 +125,13 @@ pub enum DatapathError {
 }
 
 impl DatapathError {
-    /// Whether the interface went away meanwhile, which is no failure.
+    /// Reports whether the interface was deleted concurrently, which is not a failure.
     #[must_use]
     pub fn is_interface_gone(&self) -> bool {
         self.errno() == Some(libc::ENODEV)
     }
 
-    /// The kernel's error number of a call on an interface.
+    /// Returns the kernel's error number of a call on an interface.
     fn errno(&self) -> Option<i32> {
         match self {
             Self::Netlink(error) => error.errno(),
@@ -145,7 +145,7 @@ impl DatapathError {
         }
     }
 
-    /// The obstacle, if it is one: retries fail until the operator or another program removes it.
+    /// Returns the obstacle, if the error is one: retries fail until the operator or another program removes it.
     #[must_use]
     pub fn obstacle(&self) -> Option<&ObstacleError> {
         match self {
@@ -171,37 +171,36 @@ pub struct Datapath {
     hooks: Hooks,
 }
 
-/// What a datapath is to be.
+/// Desired state of the datapath.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// What happens to a packet from a pod to a guarded endpoint.
+    /// Mode.
     pub mode: Mode,
-    /// What its sender is told where it is denied.
+    /// Reply that the sender of a denied packet gets.
     pub on_deny: DenyAction,
-    /// Error of a call that the socket hook denies, where the kernel lets programs choose it.
+    /// Error of a denied call, if the kernel lets programs choose it.
     pub on_deny_errno: DenyErrno,
-    /// Where packets and calls are judged.
+    /// Hooks that are on.
     pub hooks: Hooks,
     /// The cgroup of the `local_service` hook, if that hook is on.
     pub local_service: Option<PathBuf>,
     /// Setting of the sendmsg programs of the `socket` hook.
     pub sendmsg: Sendmsg,
-    /// How interfaces are attached.
+    /// Attach mode of interfaces.
     pub backend: AttachMode,
-    /// The cgroup below which sockets are guarded, where they are.
+    /// Cgroup of the `socket` hook, if that hook is on.
     pub cgroup: Option<PathBuf>,
-    /// How the programs know the node.
+    /// Network namespace of the node, as the programs identify it.
     pub identity: Identity,
     /// Bit of the packet mark that `from_pod` sets for `node_egress` on packets of exempt pods behind a bridge.
     pub mark: u32,
 }
 
 impl Datapath {
-    /// Loads the programs on the pinned maps, or on new ones where none are pinned or this version would misread them,
-    /// and takes over the pinned links. What was attached goes on with the earlier programs until
-    /// [`Datapath::apply`] replaces them.
+    /// Opens the pinned maps, or creates new ones if none are pinned or their layout differs, loads the programs, and adopts
+    /// pinned links. Attached programs of an earlier agent run until [`Datapath::apply`] replaces them.
     ///
-    /// Where this fails, nothing that was not there before stays behind.
+    /// If this fails, it leaves nothing behind that was not there before.
     pub fn open(
         claim: Claim,
         plan: &Plan,
@@ -259,7 +258,7 @@ impl Datapath {
         self.claim.dir()
     }
 
-    /// What the programs log of themselves.
+    /// Opens the log of the programs.
     pub fn diagnostics(&self) -> Result<Diagnostics, DiagnosticsError> {
         Diagnostics::open(self.programs.ids().next().unwrap_or_default())
     }
@@ -271,7 +270,7 @@ impl Datapath {
         if is_desired { self.attach_mode(link, hook) } else { AttachMode::None }
     }
 
-    /// Indices of interfaces of which something is pinned or recorded.
+    /// Returns the indices of interfaces with a pinned link or a record.
     #[must_use]
     pub fn known(&self) -> Vec<u32> {
         let mut known: Vec<u32> = self.links.indices().chain(self.maps.interfaces.keys().flatten()).collect();
@@ -303,17 +302,17 @@ impl Datapath {
             .is_some_and(|record| record.pending == 1 && record.name == records::padded(&link.name))
     }
 
-    /// Forgets what an interface's index stood for before it was this one's.
+    /// Removes the state of a deleted interface that had this index.
     pub fn take_over(&mut self, link: &Link) -> Result<(), DatapathError> {
         let owns_qdisc = records::get(&self.maps, link.index)
             .is_some_and(|record| record.owns_qdisc == 1 && record.name == records::padded(&link.name));
         self.forget(link.index)?;
-        // By the same name it is most likely the same interface, whose filter somebody removed: a qdisc that is there
-        // then is still the agent's.
+        // Same name: most likely the same interface, and another program removed the filter. The qdisc that is there is still
+        // the agent's.
         if owns_qdisc { records::set_owns_qdisc(&mut self.maps, link, TcHook::FromPod) } else { Ok(()) }
     }
 
-    /// Forgets an interface that is gone, and keeps its counts in the sum of those that are.
+    /// Removes all state of a deleted interface. Its counters are added to those of deleted interfaces.
     pub fn forget(&mut self, ifindex: u32) -> Result<(), DatapathError> {
         // Before all else: the next interface may have its index.
         self.revoke(ifindex)?;
@@ -328,43 +327,43 @@ impl Datapath {
         Ok(())
     }
 
-    /// Makes these all the grants that there are. Returns how often a map was written.
+    /// Replaces all exemptions. Returns the number of map updates.
     pub fn grant(&mut self, wanted: &Grants) -> Result<usize, DatapathError> {
         exemptions::write(&mut self.maps, &mut self.granted, wanted)
     }
 
-    /// Reads, with the next [`Datapath::grant`], what somebody else may have made of what is granted.
+    /// Drops the cached exemptions, so that the next [`Datapath::grant`] reads the map and corrects changes of other programs.
     pub fn forget_granted(&mut self) {
         self.granted.forget();
     }
 
-    /// Takes from an interface what is granted to it.
+    /// Removes the exemptions of an interface.
     pub fn revoke(&mut self, ifindex: u32) -> Result<(), DatapathError> {
         let subject = Subject::new(SubjectKind::Interface, ifindex.into());
         exemptions::revoke(&mut self.maps, &mut self.granted, subject)
     }
 
-    /// Makes these all the names that are told. Returns how often a map was written.
+    /// Replaces the pod names in the map. Returns the number of map updates.
     pub fn tell_names(&mut self, names: &BTreeMap<Subject, Name<'_>>) -> Result<usize, DatapathError> {
         pods::write(&mut self.maps, &mut self.told, names)
     }
 
-    /// Records how pods are looked up; `None` where they are not.
+    /// Records the status of the pod watch; `None` if it is off.
     pub fn record_lookup(&mut self, lookup: Option<&Lookup>) -> Result<(), DatapathError> {
         pods::put(&mut self.maps, lookup)
     }
 
-    /// What is granted.
+    /// Returns all exemptions of the map.
     pub fn granted(&self) -> Result<Grants, DatapathError> {
         exemptions::read(&self.maps).map_err(|source| DatapathError::Map { map: MAP_EXEMPT, source })
     }
 
-    /// Lets `status` know that every interface was looked at.
+    /// Marks the agent as ready: `status` then reports that every interface was reconciled.
     pub fn announce_ready(&mut self) -> Result<(), DatapathError> {
         Ok(self.claim.announce_ready()?)
     }
 
-    /// Makes the pin directory whole again, where somebody removed some of it. Returns whether that was so.
+    /// Restores missing pins. Returns whether any was missing.
     pub fn restore_pins(&mut self) -> Result<bool, DatapathError> {
         let mut missing = self.claim.restore()?;
         let pins = self.claim.dir();

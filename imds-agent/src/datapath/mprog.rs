@@ -226,8 +226,8 @@ impl OpenLink {
     }
 }
 
-/// Order of the program at `position`. A program of another agent is no obstacle before it, as it lets pass only what is left
-/// to the next program: two agents that each wanted to be first would reorder their programs for ever.
+/// Returns the order of the program at `position`. A program of a second imds-agent may run before it, because that one passes
+/// packets to the next program: two agents that each wanted to be first would reorder their programs for ever.
 fn order(entries: &[bpf::Entry], position: usize) -> Order {
     if entries.iter().take(position).all(|entry| bpf::is_ours(entry.program)) {
         Order::First

@@ -20,11 +20,11 @@ pub struct ObstacleError {
 /// Cause of an [`ObstacleError`].
 #[derive(Clone, Debug, Eq, Error, PartialEq)]
 pub enum Obstacle {
-    /// An `ingress` qdisc has no egress hook, and an interface has one of it or clsact: a filter for egress would run at
-    /// ingress.
+    /// The interface has an `ingress` qdisc, which has no egress hook and occupies the slot of clsact. An egress filter would
+    /// run at ingress.
     #[error("its ingress qdisc occupies the clsact slot; delete it or {}", tcx_remedy(*has_tcx))]
     IngressQdisc {
-        /// The kernel has TCX, but the agent was started without it.
+        /// True if the kernel has TCX, so that `--tc-backend tcx` avoids the qdisc.
         has_tcx: bool,
     },
     /// The hook of the qdisc is a filter block that several interfaces share: the kernel refuses filters of one of them.
@@ -37,7 +37,7 @@ pub enum Obstacle {
         kind: String,
         /// Index of the block, as `tc filter show block` takes it.
         block: u32,
-        /// The kernel has TCX, but the agent was started without it.
+        /// True if the kernel has TCX, so that `--tc-backend tcx` avoids the qdisc.
         has_tcx: bool,
     },
     /// The list of programs of the hook is full.

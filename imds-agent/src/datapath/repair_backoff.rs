@@ -1,4 +1,4 @@
-//! Pacing of repairs that another agent undoes.
+//! Delays between repairs that another program undoes.
 
 use std::time::{Duration, Instant};
 

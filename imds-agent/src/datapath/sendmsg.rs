@@ -22,15 +22,15 @@ pub struct SendmsgInputs {
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum SendmsgReason {
-    /// The configuration says so.
+    /// `hooks.sendmsg` is true.
     Configured = 1,
-    /// Packets are not judged where they come from pods.
+    /// `hooks.from_pod` is false.
     FromPodOff = 2,
-    /// Packets are not judged where they leave the node.
+    /// `hooks.node_egress` is false.
     NodeEgressOff = 3,
-    /// `node_egress` cannot tell packets of macvlan, ipvlan and netkit pods from the node's own.
+    /// Before Linux 6.13 `node_egress` cannot identify packets of macvlan, ipvlan and netkit pods.
     NoTcCookie = 4,
-    /// An interface lacks a program that it should have.
+    /// An interface lacks a program.
     NotEnforced = 5,
 }
 

@@ -3,7 +3,8 @@
 //! The kernel attaches a TCX link with RTNL held, and waits for a grace period (`tcx_entry_sync`, include/net/tcx.h): some
 //! 15 ms with `CONFIG_HZ=250`. A burst of attachments would stop each CNI plugin that needs the same lock. A link of a new
 //! pod is therefore attached at once if no others were attached just before, and else in turn, with pauses for other users of
-//! the lock. The node-wide hooks deny the pod's packets until then.
+//! the lock. The hooks `socket` and `node_egress` (on the uplinks) deny the pod's packets until then. They are called node-wide
+//! hooks here.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -14,9 +15,11 @@ use crate::datapath::pins::AttachPoint;
 
 /// Time without link events after which the queue is drained without pauses.
 const CALM: Duration = Duration::from_millis(250);
-/// Number of links that wait from which on pods come faster than they can be attached without a delay for their plugins.
+/// Queue length from which on the longer pause applies: pods are created faster than links can be attached without delaying CNI
+/// plugins.
 const BURST: usize = 3;
-/// Pause between two attachments: 10 pods a second are attached at once.
+/// Pause after an attachment outside of a burst. Pods that are created more than 55 ms apart (pause and attachment) are attached
+/// without a delay.
 const PAUSE: Duration = Duration::from_millis(40);
 /// Pause between two attachments in a burst.
 const BURST_PAUSE: Duration = Duration::from_millis(250);
@@ -35,7 +38,7 @@ pub(super) struct AttachQueue {
 struct Waiting {
     since: Instant,
     not_before: Instant,
-    /// Kubernetes may name the pod behind the link, which then does not need the hook.
+    /// True for `node_egress` of a link of unknown role, which is not needed if Kubernetes names a pod behind the link.
     is_spare: bool,
 }
 
@@ -77,7 +80,7 @@ impl AttachQueue {
         }
     }
 
-    /// Interfaces whose attachments wait for a certain time.
+    /// Returns the interfaces with an attachment whose `not_before` is in the future.
     pub(super) fn delayed(&self) -> impl Iterator<Item = u32> {
         let now = Instant::now();
         self.waiting

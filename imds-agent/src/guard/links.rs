@@ -79,7 +79,7 @@ impl Guard {
             self.turn = Some(point).filter(|_| is_queued);
             self.see(link).await;
             self.turn = None;
-            // Without a hook that covers the pods until then, none of them may wait.
+            // If no node-wide hook is on, nothing denies the waiting pods: do not pause.
             if self.datapath.has_node_wide_hook() {
                 self.queue.on_attached();
             }
@@ -274,8 +274,8 @@ impl Guard {
 
     /// Reports whether an attachment has to wait for its turn, and queues it.
     ///
-    /// Attachments of node-wide hooks never wait. On a kernel without TCX, the first filter needs a qdisc, which a CNI plugin
-    /// may want to add itself (`bandwidth`): the link waits until the plugins are done.
+    /// Attachments to uplinks and to interfaces other than veth and netkit never wait. In clsact mode the first filter needs a
+    /// qdisc, and a CNI plugin (`bandwidth`) may want to add its own: the link waits until its plugins are done.
     async fn must_wait(
         &mut self,
         link: &Link,
@@ -316,7 +316,8 @@ impl Guard {
         point.edge == TcHook::NodeEgress && link.leads_elsewhere() && !self.uplinks.contain(link.index)
     }
 
-    /// Level at which a change is logged that only the operator or the initial sync explain.
+    /// Returns the log level of a change: `info` during a reload and the initial sync, otherwise `warn`, because another program
+    /// caused it.
     pub(super) fn level_of_change(&self) -> Level {
         if self.in_reload || !self.initial_sync_done { Level::Info } else { Level::Warn }
     }

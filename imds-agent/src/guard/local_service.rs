@@ -1,4 +1,4 @@
-//! The `local_service` hook follows the node's routes.
+//! Attaches and detaches `local_service` when a route to a protected address becomes local or stops being so.
 
 use super::Guard;
 use crate::datapath::DatapathError;

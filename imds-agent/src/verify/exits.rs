@@ -145,12 +145,12 @@ fn kind(info: &[LinkInfo]) -> DeviceKind {
     }
 }
 
-/// The route of the node to an address.
+/// Route of the node to a destination.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub(super) struct Route {
     /// Indices of the interfaces by which packets leave; none without a route.
     pub(super) interfaces: Vec<u32>,
-    /// Reports whether the address is one of the node.
+    /// The destination is an address of the node.
     pub(super) is_local: bool,
 }
 

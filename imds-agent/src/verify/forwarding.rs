@@ -47,8 +47,8 @@ enum Arrival {
 }
 
 impl Path<'_> {
-    /// Returns why the node does not forward test packets of each family, if it does not: IPv4, then IPv6. The node receives
-    /// them by `interface`.
+    /// Sends packets to unprotected destinations through `interface`. Returns for IPv4 and IPv6 why the node does not forward
+    /// them, or `None` if it does.
     pub(super) async fn controls(
         &self,
         netlink: &Netlink,
@@ -110,8 +110,8 @@ impl Path<'_> {
         Ok(checks)
     }
 
-    /// Checks that an exempt pod reaches the last hook. `fails_if_lost` says whether it is a failure that another rule
-    /// of the node drops its packets.
+    /// Checks that an exempt pod reaches the last hook. `fails_if_lost`: a packet that is lost but not denied is a failure,
+    /// otherwise the check is skipped.
     pub(super) async fn check_exempt(
         &self,
         last_hook: &mut LastHook,

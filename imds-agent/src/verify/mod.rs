@@ -1,7 +1,7 @@
 //! `imds-agent verify`: proves on this node that pods are denied, and that exempt pods and the node are not.
 //!
-//! Test packets pass the real programs, routes and rules of the node. At the last hook before they would leave the machine,
-//! another program counts and drops them.
+//! Test packets pass the node's programs, routes and rules. The last hook (a TC program at the egress of each NIC, after the
+//! agent's) counts and drops them, so that none leaves the machine.
 
 mod attached;
 mod exits;

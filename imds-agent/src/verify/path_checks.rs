@@ -130,7 +130,7 @@ impl Paths {
         if enforced.hooks.has(Hook::FromPod) || enforced.hooks.has(Hook::NodeEgress) {
             checks.extend(routed.check_denied(last_hook, &open).await?);
         }
-        // Without exemptions it is the node's own business that a firewall rule drops packets of pods.
+        // Without exemptions, a firewall rule of the node that drops packets of pods is not a failure.
         checks.extend(routed.check_exempt(last_hook, &open, Treatment::Exempt, !exempt.is_empty()).await?);
 
         let bridges: BTreeSet<u64> = exempt
