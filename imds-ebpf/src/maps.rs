@@ -221,7 +221,7 @@ pub(crate) fn node_cookie() -> Option<u64> {
 /// Returns the error of a denied call, as the kernel wants it: a negative number.
 #[inline(always)]
 pub(crate) fn denied_retval() -> i32 {
-    POLICY.get(0).map_or(0, |policy| (policy.on_deny_errno as i32).wrapping_neg())
+    POLICY.get(0).map_or(0, |policy| policy.on_deny_errno.cast_signed().wrapping_neg())
 }
 
 /// Returns the answer to a denied packet.

@@ -12,7 +12,7 @@ use imds_tests::{
 };
 use serde_json::Value;
 
-const NAMES: [&str; 22] = [
+const NAMES: [&str; 23] = [
     "kernel",
     "btf",
     "bpffs",

@@ -76,7 +76,7 @@ impl Denials {
     }
 }
 
-/// Returns a number for the owner of a sender, among whom the map is shared fairly: the namespace of a pod, otherwise the
+/// Returns a number for the owner of a sender, used to share the map fairly: the namespace of a pod, otherwise the
 /// cgroup or the interface.
 fn owner(record: &DenialRecord) -> u64 {
     let mut hasher = DefaultHasher::new();

@@ -39,7 +39,7 @@ impl CpuBudget {
     }
 }
 
-/// CPU time of the calling thread. It is zero if the kernel can't tell, which Linux always can.
+/// CPU time of the calling thread. Zero if the kernel does not report it, which Linux always does.
 pub(super) fn thread_cpu_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from).unwrap_or_default()
 }

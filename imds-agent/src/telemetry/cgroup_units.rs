@@ -45,7 +45,7 @@ impl CgroupUnits {
         Self { units: HashMap::new(), next_search: Instant::now() }
     }
 
-    /// Returns the path of the unit below the root of the hierarchy. It is empty if the cgroup is unknown: removed, or
+    /// Returns the path of the unit below the root of the hierarchy. Returns an empty path for an unknown cgroup: removed, or
     /// created since the last search if the next one is not due yet.
     pub(super) fn unit(&mut self, id: u64) -> Rc<[u8]> {
         if id != 0 && !self.units.contains_key(&id) && self.next_search <= Instant::now() {

@@ -203,15 +203,15 @@ impl AsRawFd for Collector {
     }
 }
 
-/// Name of the interface by which a packet came in. It is empty for calls, and for interfaces that are gone: their indices
-/// would be ever new senders.
+/// Name of the interface by which a packet came in. Empty for calls, and for interfaces that are gone: their
+/// indices would be ever new senders.
 fn interface_name(index: u32) -> String {
     if index == 0 { String::new() } else { links::name_of(index).unwrap_or_default() }
 }
 
 /// Returns the number under which the denials of a sender are counted together.
 ///
-/// It contains nothing that a sender chooses freely, like names of threads or of cgroups below its own: else one process
+/// The number contains nothing that a sender chooses freely, like names of threads or of cgroups below its own: else one process
 /// could fill the table with records and evict those of other senders.
 fn sender_id(pod: Option<&Identity>, interface: &str, unit: &[u8]) -> u64 {
     // All processes of one version compute equal numbers.

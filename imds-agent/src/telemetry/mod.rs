@@ -237,7 +237,7 @@ impl EventReader {
         let Some(collector) = &mut self.collector else { return future::pending().await };
         sleep_until(self.next.max(self.budget.available_at()).into()).await;
         if !collector.get_ref().has_more() {
-            // Cleared before the reading, so that an event that comes meanwhile makes it ready again.
+            // Cleared before the reading, so that an event that comes during it makes it ready again.
             collector.readable_mut().await?.clear_ready();
         }
         let spent = thread_cpu_time();

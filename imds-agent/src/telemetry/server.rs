@@ -369,7 +369,7 @@ impl Subject {
 
     fn denials(&self) -> anyhow::Result<Denied> {
         let mut totals = self.events.totals.borrow_mut();
-        // Another process adds to the records meanwhile.
+        // Another process adds to the records while it collects.
         if self.events.collected.get().is_none() && object::is_loaded(&self.pins) {
             totals.raise_to(&metrics::sum(Denials::open(&self.pins)?.iter())?);
         }

@@ -178,7 +178,7 @@ fn by_udp(traffic: Traffic) -> f64 {
     best_of_batches(PACKETS, || (), |()| send())
 }
 
-/// Measures each batch on a connection of its own, so that the place of one connection in memory weighs little. Its
+/// Measures each batch on a connection of its own, so that the place of one connection in memory weighs little. The
 /// window has grown by a batch that is not measured.
 fn by_tcp(traffic: Traffic, count: u32, batch: impl Fn(&mut TcpStream)) -> f64 {
     let connect = || {
