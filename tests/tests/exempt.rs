@@ -80,7 +80,8 @@ fn route_through_exempt_pod() {
         let world = World::new();
         let [gateway, other] = [(); 2].map(|()| world.add_pod(PodLink::Routed));
         let config = rule(&format!("interface = '{}'", gateway.host_ifname), "");
-        let agent = world.agent().backend(backend).config(&config).hooks(ALL).spawn_ready();
+        let agent =
+            world.agent().backend(backend).config(&config).hooks(&["from_pod", "node_egress"]).spawn_ready();
         wait_exempt(&world, &gateway);
         let route = format!("default via {} dev {} onlink table 100", gateway.address, gateway.host_ifname);
         world.node.ip(&format!("route add {route}"));

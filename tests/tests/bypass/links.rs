@@ -1,8 +1,13 @@
 //! Pods that are connected otherwise than by a veth of their own, and namespaces behind a pod's.
 
+use std::net::UdpSocket;
+
 use imds_tests::{
-    METADATA, Netns, Pod, PodLink, WHOLE_TEST, Ways, World, lacks_device, lacks_tc_netns_cookie,
-    probe::{SHORT, http_get, udp_echo},
+    METADATA, Netns, Pod, PodLink, WHOLE_TEST, Ways, World,
+    hook::run_tc,
+    lacks_device, lacks_tc_netns_cookie, output,
+    poll::poll_until,
+    probe::{LONG, SHORT, http_get, udp_echo},
 };
 
 use crate::{ALL, services::nft};
@@ -62,6 +67,45 @@ fn ipvlan_in_layer_3() {
 #[test]
 fn ipvlan_in_layer_3_with_netfilter() {
     assert_pod_on_uplink_is_held("ipvlan", "type ipvlan mode l3s");
+}
+
+/// Packets that leave an ifb device skip the next TC ingress hook, `from_pod` (`skb->tc_skip_classify`), unless a `mirred`
+/// action consumes the flag before. The pod has `tbf` delay them, and deletes its filter before they leave.
+#[test]
+fn ifb_in_the_pod() {
+    if lacks_device(WHOLE_TEST, "ifb", "type ifb") {
+        return;
+    }
+    let world = World::new();
+    let pod = world.add_pod(PodLink::Routed);
+    pod.netns.ip("link add ifb0 type ifb\nlink set ifb0 up");
+    run_tc(&pod.netns, &words("qdisc add dev ifb0 root tbf rate 256kbit burst 1600 limit 100000"));
+    let is_empty = || {
+        let mut command = pod.netns.command("tc");
+        command.args(words("-s -json qdisc show dev ifb0"));
+        let output = output(command);
+        let qdiscs: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON of tc");
+        qdiscs[0]["backlog"] == 0
+    };
+    let send = || {
+        run_tc(&pod.netns, &words("qdisc add dev eth0 clsact"));
+        let redirect = format!(
+            "filter add dev eth0 egress protocol ip u32 match ip dst {METADATA} action mirred egress redirect dev ifb0"
+        );
+        run_tc(&pod.netns, &words(&redirect));
+        let socket = pod.netns.run(|| UdpSocket::bind("0.0.0.0:0")).expect("a UDP socket");
+        for _ in 0..20 {
+            // The socket hook, if it is on, refuses the call.
+            let _refused = socket.send_to(&[0; 200], (METADATA, 7));
+        }
+        run_tc(&pod.netns, &words("qdisc del dev eth0 clsact"));
+        poll_until(LONG, "the ifb to send what it holds", || is_empty().then_some(()));
+    };
+    world.ways(&["node_egress"]).one_way("UDP by an ifb", send).assert_held();
+}
+
+fn words(text: &str) -> Vec<&str> {
+    text.split_whitespace().collect()
 }
 
 /// A pair of which the pod has one end. Without a mode it is of layer 3; older versions of `ip` know no modes.

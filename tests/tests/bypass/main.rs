@@ -27,6 +27,7 @@
 //! | 20 | programs of others | `coexist.rs` |
 //! | 21 | a metadata service on the node | `on_node` |
 //! | 22 | super-packets, jumbo frames | `gso`, `crafted::a_jumbo_frame_that_is_not_in_one_piece_is_denied` |
+//! | 23 | an ifb in the pod | `links::ifb_in_the_pod` |
 //! | | all of one pod's ways, all hooks on | `together` |
 //! | | what must keep working | `harmless` |
 
