@@ -218,10 +218,13 @@ pub(crate) fn node_cookie() -> Option<u64> {
     POLICY.get(0).map(|policy| policy.netns_cookie).filter(|&cookie| cookie != 0)
 }
 
+/// Largest number of an error (`MAX_ERRNO`, include/linux/err.h). Linux 7 checks the range of an error that a program sets.
+const MAX_ERRNO: u32 = 4095;
+
 /// Returns the error of a denied call, as the kernel wants it: a negative number.
 #[inline(always)]
 pub(crate) fn denied_retval() -> i32 {
-    POLICY.get(0).map_or(0, |policy| policy.on_deny_errno.cast_signed().wrapping_neg())
+    POLICY.get(0).map_or(0, |policy| (policy.on_deny_errno & MAX_ERRNO).cast_signed().wrapping_neg())
 }
 
 /// Returns the answer to a denied packet.
