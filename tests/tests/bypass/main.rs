@@ -1,6 +1,6 @@
 //! Every known way around the guard: open before the agent runs, closed by each hook that is to hold it while the others
 //! are off, closed by all of them together, and open again after `unload` (`Ways::assert_held`).
-//! What is known to be open is a test that is ignored, and says why: `cargo test --test bypass -- --ignored` shows it.
+//! A way that is known to be open is an ignored test with the reason: `cargo test --test bypass -- --ignored` shows it.
 //! Kinds of devices that a kernel lacks are skipped with a word.
 //!
 //! | | way | tests, here or in the file named |
@@ -8,7 +8,7 @@
 //! | 1 | TCP to any port | `calls::tcp_and_udp_by_every_call` |
 //! | 2 | UDP by any call | `calls::tcp_and_udp_by_every_call` |
 //! | 3 | ICMP and any other protocol | `raw::any_protocol_from_a_raw_socket`, `crafted::every_kind_of_ip_packet_is_denied` |
-//! | 4 | frames made by hand, forged sources | `crafted::a_forged_source_address_is_of_no_use`, `raw` |
+//! | 4 | crafted frames, forged sources | `crafted::a_forged_source_address_is_of_no_use`, `raw` |
 //! | 5 | IPv4 addresses at IPv6 sockets | `calls::tcp_and_udp_by_every_call` |
 //! | 6 | TCP Fast Open, MPTCP, `io_uring` | `calls::tcp_fast_open_and_multipath_tcp_and_io_uring` |
 //! | 7 | IPv6 endpoints, extension headers | `ipv6`, `ipv6_fragments` |
@@ -20,7 +20,7 @@
 //! | 13 | NAT64 and 6to4 | `ipv6::addresses_that_embed_the_endpoint`, `translated` |
 //! | 14 | a namespace within a pod | `links::a_namespace_within…`, `links::a_macvlan_within_a_pod` |
 //! | 15 | a pod's first packet while no agent runs | `reuse::a_pod_that_takes_the_place_of_one_that_is_gone_is_held_from_its_first_packet`, `hooks.rs`, `restart.rs` |
-//! | 16 | links renamed, moved, made anew | `reuse` |
+//! | 16 | links renamed, moved, made again | `reuse` |
 //! | 17 | a pod in another's place | `reuse` |
 //! | 18 | a flood while programs are replaced | `restart.rs` |
 //! | 19 | what others remove | `restore.rs` |
