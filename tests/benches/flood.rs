@@ -3,12 +3,13 @@
 //! Sixteen threads send as fast as they can, from 100 network namespaces and 3,000 cgroups, and change their names all the
 //! time. The node has 1,000 mounts. A second run sends to an unprotected address, for the part that any traffic has.
 
+#[path = "churn/latency.rs"]
+mod latency;
 #[path = "churn/links.rs"]
 #[expect(dead_code, reason = "the churn benchmark reads all fields")]
 mod links;
 
 use std::{
-    collections::BTreeMap,
     fs,
     net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
     sync::atomic::{AtomicBool, AtomicU32, Ordering},
@@ -17,12 +18,12 @@ use std::{
 };
 
 use imds_tests::{
-    Agent, Cgroup, METADATA, Netns, Pod, PodLink, SERVICE, Status, World, effort,
+    Cgroup, METADATA, Netns, Pod, PodLink, SERVICE, Status, World, effort,
     http::{DEFAULT, try_get},
     measure::{Process, Samples, machine, table},
-    poll::poll_until,
 };
-use links::{Churn, MadeLink, NAMESPACES};
+use latency::latencies;
+use links::{Churn, NAMESPACES};
 use nix::{
     mount::{MsFlags, mount, umount},
     sched::{CloneFlags, unshare},
@@ -39,8 +40,6 @@ const LINKS: u32 = 300;
 const INTERVAL: Duration = Duration::from_millis(100);
 /// Half of the calls under one name.
 const BURST: u32 = 500;
-/// Log line of an attachment, up to the name of the interface.
-const ATTACHED: &str = "attached from_pod to ";
 
 /// Load beside the new pods.
 #[derive(Clone, Copy)]
@@ -183,21 +182,4 @@ impl Node<'_> {
         }
         took
     }
-}
-
-/// Milliseconds from the first event of each link to the log line of its attachment.
-fn latencies(agent: &Agent<'_>, made: &[MadeLink]) -> Samples {
-    let by_name: BTreeMap<&str, &MadeLink> = made.iter().map(|link| (link.name.as_str(), link)).collect();
-    let last = format!("{} ", made.last().expect("a link").name);
-    let is_last = |(_, line): &(Instant, String)| line.contains(&last) && line.contains("deleted");
-    poll_until(Duration::from_secs(10), "the agent to log the last deletion", || {
-        agent.log_lines().iter().any(is_last).then_some(())
-    });
-    let lines = agent.log_lines();
-    let latencies = lines.iter().filter_map(|(time, line)| {
-        let (_, rest) = line.split_once(ATTACHED)?;
-        let link = by_name.get(rest.split_once(' ')?.0)?;
-        Some(time.saturating_duration_since(link.announced).as_secs_f64() * 1e3)
-    });
-    Samples::new(latencies)
 }

@@ -13,7 +13,7 @@ use aya_obj::generated::bpf_attach_type;
 use super::{
     DatapathError,
     bpf::{self, Target},
-    cgroup_order::{self, Occupant, OtherProgram},
+    cgroup_order::{self, Behind, Occupant, OtherProgram},
     mprog,
     object::Programs,
     pins,
@@ -190,22 +190,24 @@ impl CgroupLink {
         let behind =
             cgroup_order::program_behind(&cgroup.file, self.attach_type, program).unwrap_or_default();
         let at = cgroup.path.display();
-        let Some(behind) = behind else {
-            let ancestor = cgroup_order::ancestor_program_behind(&cgroup.file, self.attach_type, program);
-            if let Some(behind) = ancestor.unwrap_or_default() {
+        let behind = match behind {
+            Some(Behind::Own(program)) => program,
+            Some(Behind::Ancestor(program)) => {
                 let text = format!(
                     "{}; it is attached to a cgroup above: run the agent with --cgroup of that one",
-                    not_last(self.program, &cgroup.path, &behind)
+                    not_last(self.program, &cgroup.path, &program)
                 );
                 self.report_failure(text, changes);
                 return Ok(());
             }
-            self.failure = None;
-            if has_calmed && self.reported.take().is_some() {
-                let text = format!("{} on cgroup {at} is last again", self.program);
-                changes.push(CgroupChange::new(CgroupChangeKind::Recovered, text));
+            None => {
+                self.failure = None;
+                if has_calmed && self.reported.take().is_some() {
+                    let text = format!("{} on cgroup {at} is last again", self.program);
+                    changes.push(CgroupChange::new(CgroupChangeKind::Recovered, text));
+                }
+                return Ok(());
             }
-            return Ok(());
         };
         if !self.reordering.is_due(now) {
             let text = not_last(self.program, &cgroup.path, &behind);

@@ -90,40 +90,41 @@ pub fn needs_last(attach_type: bpf_attach_type) -> bool {
     )
 }
 
-/// Returns the last program that runs after `program` on the same cgroup. Programs of imds-agent are skipped, because they
-/// change no address.
+/// A program that runs after ours and can change the destination that ours judged.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Behind {
+    /// It is attached to the same cgroup.
+    Own(OtherProgram),
+    /// It is attached to a cgroup above. The kernel runs the programs of a cgroup before those of its ancestors
+    /// (`compute_effective_progs`, kernel/bpf/cgroup.c), so that no order of attachment helps.
+    Ancestor(OtherProgram),
+}
+
+impl Behind {
+    /// The program.
+    #[must_use]
+    pub fn program(&self) -> &OtherProgram {
+        match self {
+            Self::Own(program) | Self::Ancestor(program) => program,
+        }
+    }
+}
+
+/// Returns the last program that runs after `program`, first of those on the same cgroup. Programs of imds-agent are skipped,
+/// because they change no address.
 pub fn program_behind(
     cgroup: impl AsFd,
     attach_type: bpf_attach_type,
     program: u32,
-) -> io::Result<Option<OtherProgram>> {
-    if !needs_last(attach_type) {
-        return Ok(None);
-    }
-    let own = bpf::cgroup_programs(cgroup.as_fd(), attach_type)?.ids;
-    if own.last() == Some(&program) {
-        return Ok(None);
-    }
-    let effective = bpf::effective_programs(cgroup, attach_type)?;
-    let behind = behind(&own, &effective, program).into_iter().rev().find(|&id| !bpf::is_ours(id));
-    Ok(behind.map(OtherProgram::new))
-}
-
-/// Returns the last program that runs after `program` because it is attached to a cgroup above. Programs of imds-agent are
-/// skipped. The kernel runs the programs of a cgroup before those of its ancestors (`compute_effective_progs`,
-/// kernel/bpf/cgroup.c), so that no order of attachment helps.
-pub fn ancestor_program_behind(
-    cgroup: impl AsFd,
-    attach_type: bpf_attach_type,
-    program: u32,
-) -> io::Result<Option<OtherProgram>> {
+) -> io::Result<Option<Behind>> {
     if !needs_last(attach_type) {
         return Ok(None);
     }
     let own = bpf::cgroup_programs(cgroup.as_fd(), attach_type)?.ids;
     let effective = bpf::effective_programs(cgroup, attach_type)?;
-    let behind = ancestors_behind(&own, &effective, program).into_iter().rev().find(|&id| !bpf::is_ours(id));
-    Ok(behind.map(OtherProgram::new))
+    let last = |ids: Vec<u32>| ids.into_iter().rev().find(|&id| !bpf::is_ours(id)).map(OtherProgram::new);
+    let of_own = last(behind(&own, &effective, program)).map(Behind::Own);
+    Ok(of_own.or_else(|| last(ancestors_behind(&own, &effective, program)).map(Behind::Ancestor)))
 }
 
 /// Returns the programs of the effective order that run after `program` and are not in `own`, the cgroup's list.

@@ -189,7 +189,6 @@ pub(super) fn inspect(pins: &PinDir, kind: Kind, id: u64) -> Vec<ProgramState> {
 }
 
 fn behind(path: &Path, attach_type: bpf_attach_type, program: u32) -> Option<OtherProgram> {
-    let cgroup = File::open(path).ok()?;
-    let behind = cgroup_order::program_behind(&cgroup, attach_type, program).ok()?;
-    behind.or_else(|| cgroup_order::ancestor_program_behind(&cgroup, attach_type, program).ok()?)
+    let behind = cgroup_order::program_behind(File::open(path).ok()?, attach_type, program).ok()?;
+    behind.map(|behind| behind.program().clone())
 }

@@ -1,14 +1,15 @@
 //! New pods beside the agent: the time until `from_pod` is attached, and the time that it takes to make their links.
 
+mod latency;
 mod links;
 
-use std::{collections::BTreeMap, time::Duration};
+use std::time::Duration;
 
 use imds_tests::{
-    Agent, Netns, World,
-    measure::{Samples, machine, table},
-    poll::poll_until,
+    Netns, World,
+    measure::{machine, table},
 };
+use latency::latencies;
 use links::{Churn, MadeLink, NAMESPACES};
 
 const HOOKS: &[&str] = &["from_pod", "node_egress", "socket"];
@@ -17,8 +18,6 @@ const LINKS: u32 = 300;
 /// Time between two links at 10 and at 50 pods a second.
 const CALM: Duration = Duration::from_millis(100);
 const BURST: Duration = Duration::from_millis(20);
-/// Log line of an attachment, up to the name of the interface.
-const ATTACHED: &str = "attached from_pod to ";
 
 fn main() {
     let world = World::new();
@@ -57,27 +56,6 @@ const HEAD: [&str; 7] = [
     "with the agent",
     "ratio",
 ];
-
-/// Milliseconds from the first event of each link to the log line of its attachment. Links that were deleted before their
-/// turn in the attach queue have none.
-fn latencies(agent: &Agent<'_>, made: &[MadeLink]) -> Samples {
-    let by_name: BTreeMap<&str, &MadeLink> = made.iter().map(|link| (link.name.as_str(), link)).collect();
-    poll_until(Duration::from_secs(5), "the agent to log the last deletion", || {
-        let last = made.last().map(|link| format!("{} ", link.name))?;
-        agent
-            .log_lines()
-            .iter()
-            .any(|(_, line)| line.contains(&last) && line.contains("deleted"))
-            .then_some(())
-    });
-    let lines = agent.log_lines();
-    let latencies = lines.iter().filter_map(|(time, line)| {
-        let (_, rest) = line.split_once(ATTACHED)?;
-        let link = by_name.get(rest.split_once(' ')?.0)?;
-        Some(time.saturating_duration_since(link.announced).as_secs_f64() * 1e3)
-    });
-    Samples::new(latencies)
-}
 
 fn mean(made: &[MadeLink]) -> f64 {
     made.iter().map(|link| link.took).sum::<f64>() / f64::from(LINKS)
