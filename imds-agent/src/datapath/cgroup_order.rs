@@ -93,15 +93,15 @@ pub fn needs_last(attach_type: bpf_attach_type) -> bool {
 /// A program that runs after ours and can change the destination that ours judged.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Behind {
-    /// It is attached to the same cgroup.
+    /// A program on the same cgroup.
     Own(OtherProgram),
-    /// It is attached to a cgroup above. The kernel runs the programs of a cgroup before those of its ancestors
+    /// A program on a cgroup above. The kernel runs the programs of a cgroup before those of its ancestors
     /// (`compute_effective_progs`, kernel/bpf/cgroup.c), so that no order of attachment helps.
     Ancestor(OtherProgram),
 }
 
 impl Behind {
-    /// The program.
+    /// Returns the program, wherever it is attached.
     #[must_use]
     pub fn program(&self) -> &OtherProgram {
         match self {
