@@ -4,7 +4,7 @@ use std::{io, process::Output};
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
-    Netns, PodLink, WHOLE_TEST, World, foreign::Foreign, lacks_device, output, skip,
+    Netns, PodLink, WHOLE_TEST, World, foreign::Foreign, hook::run_tc, lacks_device, output, skip,
     skip_without_netns_cookie, skip_without_tcx,
 };
 use serde_json::Value;
@@ -166,6 +166,7 @@ fn programs_behind_from_pod_of_an_exempt_pod() {
     let pod = world.add_pod(PodLink::Bridged);
     load_with_exempt(&world, &pod.host_ifname);
     assert_eq!(one(&world, "tc_programs")["state"], "ok");
+    run_tc(&world.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
     Foreign::returning(TC_ACT_UNSPEC).attach_filter(&world.node, &pod.host_ifname, TcAttachType::Ingress, 1);
     let check = one(&world, "tc_programs");
     assert_eq!(check["state"], "degraded", "{check:#}");
