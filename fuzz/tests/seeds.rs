@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 use imds_fuzz::Target;
 
 #[test]
-fn what_must_hold_of_any_bytes_holds_of_these() {
+fn seeds_uphold_the_invariants() {
     for target in Target::ALL {
         let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds").join(target.name());
         let seeds: Vec<_> = fs::read_dir(directory).unwrap().map(|seed| seed.unwrap().path()).collect();

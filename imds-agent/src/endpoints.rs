@@ -142,7 +142,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_does_nothing_to_a_terminal() {
+    fn names_are_escaped_for_terminals() {
         assert_eq!(unpadded(b"curl\0\0x"), "curl");
         assert_eq!(unpadded(b"a\x1b[2J\nb"), r"a\u{1b}[2J\nb");
         assert_eq!(unpadded(b"\xff"), r"\xff");

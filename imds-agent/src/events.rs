@@ -210,7 +210,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_packet_as_a_line_and_as_json() {
+    fn packet_as_line_and_json() {
         let event = Event {
             time: 1_500_000_000,
             suppressed: 41,
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_as_a_line() {
+    fn call_as_line() {
         let mut event = Event {
             destination: [0xfd, 0, 0xe, 0xc2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0x54],
             destination_port: 80,

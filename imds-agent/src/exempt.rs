@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cookie_is_missed_where_sockets_are_judged() {
+    fn missing_cookie_is_reported_for_socket() {
         let senders = Senders { without_cookie: Some("/n".to_owned()), ..found(7) };
         assert!(failure(&senders, true).unwrap().contains("/n: its calls"));
         assert_eq!(failure(&senders, false), None);
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn each_sender_is_granted_what_its_rules_say() {
+    fn senders_get_their_rules() {
         let (exempt, audit) = (Verdict::Exempt as u32, Verdict::Audit as u32);
         let (all, one) = (Address::ANY, Address::from_ipv4(ONE));
         assert_eq!(of(&[]), []);

@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_write_removes_the_older_text() {
+    fn failed_write_removes_older_text() {
         let dir = tempfile::tempdir().unwrap();
         let store = LastGoodStore::new(dir.path().to_owned());
         store.write(Path::new(FILE), "mode = 'audit'\n").unwrap();

@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn presets_are_what_the_maps_can_hold() {
+    fn presets_fit_the_maps() {
         for provider in all() {
             let endpoints: Vec<_> = provider.endpoints().collect();
             assert_eq!(
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn what_pods_need_is_in_no_preset() {
+    fn presets_spare_addresses_pods_need() {
         let never = ["169.254.20.10", "169.254.10.11", "100.100.100.100", "169.254.170.23", "fd00:ec2::23"];
         let never: Vec<IpAddr> = never.iter().map(|address| address.parse().unwrap()).collect();
         for endpoint in all().flat_map(Provider::endpoints) {
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn who_a_machine_is() {
+    fn machine_identification() {
         let dmi = |sys_vendor: &str, product_name: &str, tag: &str, uuid: &str| Dmi {
             sys_vendor: sys_vendor.into(),
             product_name: product_name.into(),
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_without_dmi_says_nothing() {
+    fn missing_dmi_gives_no_provider() {
         assert_eq!(Dmi::read(Path::new("/nonexistent")), Dmi::default());
     }
 }

@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_of_mode_attaches_before_it_detaches() {
+    fn mode_change_attaches_before_detaching() {
         assert_eq!(plan(Clsact, &[GOOD]), [Attach(Clsact), Detach(Tcx)]);
         assert_eq!(plan(Tcx, &[FILTER]), [Attach(Tcx), Detach(Clsact)]);
         assert_eq!(plan(Netkit, &[GOOD, FILTER]), [Attach(Netkit), Detach(Tcx), Detach(Clsact)]);
@@ -142,14 +142,14 @@ mod tests {
     }
 
     #[test]
-    fn repairs_are_told_from_other_actions() {
+    fn repairs_differ_from_other_actions() {
         assert!([Attach(Tcx), Replace(Netkit), Reorder(Clsact)].into_iter().all(Action::is_repair));
         assert!(![Pin(Tcx), Detach(Tcx)].into_iter().any(Action::is_repair));
     }
 
     proptest! {
         #[test]
-        fn a_wanted_mode_is_never_detached(current: bool, pinned: bool, count in 0..=3_usize) {
+        fn desired_mode_is_never_detached(current: bool, pinned: bool, count in 0..=3_usize) {
             let there = [Attachment { current, pinned, ..GOOD }, FILTER, NETKIT];
             for wanted in [Tcx, Clsact, Netkit] {
                 let actions = plan(wanted, &there[..count]);

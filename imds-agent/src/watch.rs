@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn the_way_leads_through_every_symlink() {
+    fn path_resolves_every_symlink() {
         let root = tempfile::tempdir().unwrap();
         let root = root.path().canonicalize().unwrap();
         let file = root.join("imds.toml");
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn every_way_of_changing_a_file_is_noticed() {
+    async fn every_kind_of_file_change_is_noticed() {
         let root = tempfile::tempdir().unwrap();
         let path = |name: &str| root.path().join(name);
         let file = path("dir/imds.toml");

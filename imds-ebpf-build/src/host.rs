@@ -87,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_directory_with_a_space_can_be_on_the_path_but_one_with_a_colon_cannot() {
+    fn path_dirs_with_space_and_colon() {
         let path = OsStr::new("/usr/bin:/bin");
         assert_eq!(prepended(Path::new("/home/a user/bin"), path), "/home/a user/bin:/usr/bin:/bin");
         assert_eq!(prepended(Path::new("/a:b"), path), path);

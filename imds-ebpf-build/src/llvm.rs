@@ -47,14 +47,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rustc_names_its_llvm() {
+    fn rustc_llvm_version() {
         assert_eq!(of_rustc("rustc 1.96.0\nhost: x\nLLVM version: 22.1.8\n"), Some(22));
         assert_eq!(of_rustc("rustc 1.96.0\nLLVM version: unknown\n"), None);
         assert_eq!(of_rustc(""), None);
     }
 
     #[test]
-    fn a_library_name_holds_the_major_version() {
+    fn library_name_has_major_version() {
         assert_eq!(of_library_name(b"\0libc.so.6\0libLLVM.so.22.1\0"), Some(22));
         assert_eq!(of_library_name(b"\0libLLVM-19.so\0"), Some(19));
         assert_eq!(of_library_name(b"libLLVMCore libLLVM.so.23"), Some(23));
@@ -63,7 +63,7 @@ mod tests {
     }
 
     #[test]
-    fn the_linker_complains_of_newer_bitcode() {
+    fn linker_rejects_newer_bitcode() {
         let complaint =
             "ERROR llvm: Invalid record (Producer: 'LLVM23.0.0-rust-1.99.0-nightly' Reader: 'LLVM 22.1.2')";
         assert!(is_too_old(complaint));

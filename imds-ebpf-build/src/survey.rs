@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn nightly_comes_first_unless_the_linker_cannot_read_it() {
+    fn nightly_preferred_if_linker_reads_it() {
         assert_eq!(chosen(&survey(Some(22), Ok(Some(22)), Ok(Some(22)))), Some(Compiler::Nightly));
         assert_eq!(chosen(&survey(Some(22), Ok(Some(23)), Ok(Some(22)))), Some(Compiler::Debian));
         assert_eq!(chosen(&survey(Some(22), Err(Lack::RustSrc), Ok(Some(22)))), Some(Compiler::Debian));
@@ -228,13 +228,13 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_llvm_is_no_hindrance() {
+    fn unknown_llvm_is_accepted() {
         assert_eq!(chosen(&survey(None, Ok(Some(23)), Err(Lack::DebianCore))), Some(Compiler::Nightly));
         assert_eq!(chosen(&survey(Some(22), Ok(None), Err(Lack::DebianCore))), Some(Compiler::Nightly));
     }
 
     #[test]
-    fn the_error_is_one_line_that_says_what_is_missing_and_both_ways() {
+    fn error_names_missing_parts_and_remedies() {
         let linker = Err(Lack::Linker);
         let survey = Survey { linker, nightly: Err(Lack::RustSrc), debian: Ok(Some(22)) };
         let message = survey.toolchain().unwrap_err().to_string();
@@ -252,7 +252,7 @@ mod tests {
 
     /// One test for all that starts a program: a script cannot be started while another thread's fork holds it open.
     #[test]
-    fn parts_are_found_where_they_are_installed() {
+    fn installed_parts_are_found() {
         let dir = tempfile::tempdir().unwrap();
         let root = &dir.path().join("a root with spaces");
         let host = &Host::below(root);

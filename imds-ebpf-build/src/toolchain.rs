@@ -179,7 +179,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn settings_for_the_host_are_told_from_settings_for_cargo() {
+    fn host_and_cargo_settings_are_separate() {
         for name in ["CARGO", "RUSTC", "RUSTC_WRAPPER", "CARGO_TARGET_DIR", "CARGO_PROFILE_RELEASE_LTO"] {
             assert!(is_for_the_host(OsStr::new(name)), "{name}");
         }
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn debian_s_compiler_is_named_in_full() {
+    fn debian_compiler_has_full_path() {
         let toolchain = Toolchain::new(Compiler::Debian, PathBuf::from("/opt/a dir/bpf-linker"));
         let clippy = toolchain.clippy(Path::new("/w s"), Path::new("/t d"), "x86_64");
         assert_eq!(clippy.get_program(), DEBIAN_CLIPPY);

@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn a_window_tells_so_many_and_no_event_is_lost_from_the_sum() {
+    fn window_limit_loses_no_event_from_the_sum() {
         let mut window = Window::default();
         let told: u64 = (0..25).filter_map(|time| admit(&mut window, Window::LENGTH + time)).sum();
         assert_eq!((told, window.untold), (u64::from(Window::MOST), 15));
@@ -190,14 +190,14 @@ mod tests {
     }
 
     #[test]
-    fn what_could_not_be_told_is_told_with_the_next() {
+    fn suppressed_events_are_added_to_the_next() {
         let mut window = Window::default();
         assert!(window.admit(BYTES, 0, || Window::LENGTH));
         assert_eq!(admit(&mut window, Window::LENGTH + 1), Some(2));
     }
 
     #[test]
-    fn the_clock_is_read_once_a_tick_when_enough_was_told() {
+    fn clock_is_read_once_per_tick_at_the_limit() {
         let mut window = Window::default();
         let mut reads = 0;
         for _ in 0..1000 {
@@ -215,14 +215,14 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_goes_back_stops_nothing_for_good() {
+    fn backward_clock_does_not_block_events() {
         let mut window =
             Window { start: 5 * Window::LENGTH, tick: 1, told: Window::MOST, ..Window::default() };
         assert_eq!(admit(&mut window, 0), Some(1));
     }
 
     #[test]
-    fn answers_are_limited_in_each_window() {
+    fn replies_are_limited_per_window() {
         let mut window = Window::default();
         for second in 1..3 {
             admit(&mut window, second * Window::LENGTH);

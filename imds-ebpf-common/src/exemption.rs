@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn an_exemption_softens_what_would_be_denied_and_nothing_else() {
+    fn exemption_affects_denials_only() {
         use Verdict::{Allow, Audit, Deny, Exempt, Foreign, Kept};
         let grant = |verdict| Grant::new(verdict, 1);
         let at = |address, verdict| (Exemption { address, subject: POD }, grant(verdict));
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_have_slots_of_their_own() {
+    fn adjacent_rules_have_separate_slots() {
         for kind in [SubjectKind::Interface, SubjectKind::Netns, SubjectKind::Cgroup] {
             let mut seen = [false; SUBJECT_SLOTS];
             for id in 4000..4000 + SUBJECT_SLOTS as u64 {

@@ -174,7 +174,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2048))]
 
     #[test]
-    fn a_packet_is_denied_if_and_only_if_its_destination_is_guarded(
+    fn only_protected_destinations_are_denied(
         macs: [u8; 12], tags in tags(0..=MAX_VLAN_TAGS), (destination, packet) in ipv4(),
     ) {
         let expected = if destination == IMDS_IPV4 { Verdict::Deny } else { Verdict::Foreign };
@@ -184,7 +184,7 @@ proptest! {
     }
 
     #[test]
-    fn cut_off_behind_the_destination_it_is_denied_and_before_it_is_foreign(
+    fn truncated_packets_by_cut_position(
         macs: [u8; 12], tags in tags(0..=MAX_VLAN_TAGS), (_, mut packet) in ipv4(), cut: prop::sample::Index,
     ) {
         packet[16..20].copy_from_slice(&IMDS_IPV4);
@@ -196,7 +196,7 @@ proptest! {
     }
 
     #[test]
-    fn what_is_not_ip_is_foreign(
+    fn non_ip_is_unrelated(
         macs: [u8; 12], tags in tags(0..=MAX_VLAN_TAGS), ether_type: u16, (_, packet) in ipv4(),
     ) {
         prop_assume!(![0x0800, 0x86dd, 0x8100, 0x88a8, 0x9100, 0x9200, 0x9300].contains(&ether_type));
@@ -205,7 +205,7 @@ proptest! {
     }
 
     #[test]
-    fn more_tags_than_devices_can_stack_are_not_looked_through(
+    fn vlan_tag_depth_is_limited(
         macs: [u8; 12], tags in tags(MAX_VLAN_TAGS + 1..20), (_, packet) in ipv4(),
     ) {
         let frame = tagged(macs, &tags, 0x0800, &packet);
@@ -213,7 +213,7 @@ proptest! {
     }
 
     #[test]
-    fn the_mode_decides_over_guarded_packets_only(macs: [u8; 12], (destination, packet) in ipv4()) {
+    fn mode_affects_protected_packets_only(macs: [u8; 12], (destination, packet) in ipv4()) {
         let frame = tagged(macs, &[], 0x0800, &packet);
         for (mode, expected) in
             [(Mode::Enforce, Verdict::Deny), (Mode::Audit, Verdict::Audit), (Mode::Off, Verdict::Allow)]
@@ -225,7 +225,7 @@ proptest! {
     }
 
     #[test]
-    fn an_ipv6_packet_is_judged_by_its_destination_and_its_ports_where_they_matter(
+    fn ipv6_by_destination_and_allowed_port(
         macs: [u8; 12], tags in tags(0..=MAX_VLAN_TAGS), (destination, endpoint) in destination_v6(),
         extensions in extensions(), transport in transport(),
     ) {
@@ -241,7 +241,7 @@ proptest! {
     }
 
     #[test]
-    fn an_ipv6_packet_that_is_cut_off_is_never_taken_for_a_kept_one(
+    fn truncated_ipv6_is_never_allowed(
         macs: [u8; 12], extensions in extensions(), cut: prop::sample::Index,
     ) {
         let packet = ipv6(RESOLVER_IPV6, &extensions, (UDP, 53));
@@ -259,7 +259,7 @@ proptest! {
     }
 
     #[test]
-    fn an_ipv4_packet_to_a_resolver_is_kept_only_where_it_shows_that_it_is_dns(
+    fn ipv4_resolver_packet_must_show_dns(
         (_, mut packet) in ipv4(), version_ihl in prop_oneof![3 => 0x45..=0x4f_u8, 1 => any::<u8>()],
         fragment in prop_oneof![select(vec![0_u16, 0x4000, 0x2000]), any::<u16>()], transport in transport(),
         cut: prop::sample::Index,
@@ -285,7 +285,7 @@ proptest! {
     }
 
     #[test]
-    fn a_socket_is_judged_as_its_packets_are((destination, _) in destination_v6(), transport in transport()) {
+    fn sockets_and_packets_agree((destination, _) in destination_v6(), transport in transport()) {
         let packet = ipv6(destination, &[], transport);
         let (protocol, port) = transport;
         let of_socket = with_tables(Mode::Enforce, |tables| {
@@ -295,7 +295,7 @@ proptest! {
     }
 
     #[test]
-    fn the_filter_knows_every_endpoint_in_every_form((destination, endpoint) in destination_v6()) {
+    fn bloom_filter_has_every_endpoint_form((destination, endpoint) in destination_v6()) {
         let address = Address::from_ipv6(destination);
         prop_assert_eq!(Address::from_ipv6(address.octets()), address);
         let found = with_tables(Mode::Enforce, |tables| {
@@ -307,7 +307,7 @@ proptest! {
 
     /// Of numbers so small that they meet, and of which one is one above another.
     #[test]
-    fn what_is_kept_is_what_was_listed(
+    fn only_listed_ports_are_allowed(
         listed in vec((select(vec![TCP, UDP]), 0_u16..4), 0..=MAX_KEPT),
         asked in (select(vec![0, 1, TCP, UDP]), 0_u16..4),
     ) {
@@ -320,7 +320,7 @@ proptest! {
     }
 
     #[test]
-    fn any_bytes_have_a_verdict_that_their_destination_explains(bytes in vec(any::<u8>(), 0..96)) {
+    fn any_bytes_have_an_explained_verdict(bytes in vec(any::<u8>(), 0..96)) {
         for frame in [Frame::Ethernet, Frame::Ip] {
             let enforced = verdict(&bytes, frame, Mode::Enforce);
             // Random bytes hit no endpoint, and so nothing else may be done to them.
@@ -330,7 +330,7 @@ proptest! {
 }
 
 #[test]
-fn a_second_opinion_on_what_a_packet_looks_like() {
+fn reference_parser_agrees() {
     let mut tcp = Vec::new();
     PacketBuilder::ethernet2([2; 6], [4; 6])
         .vlan(etherparse::VlanHeader::Single(SingleVlanHeader {
@@ -357,7 +357,7 @@ fn a_second_opinion_on_what_a_packet_looks_like() {
 }
 
 #[test]
-fn a_filter_has_what_was_put_in_and_little_else() {
+fn bloom_filter_has_few_false_positives() {
     let in_a_row: [fn(u8) -> Address; 4] = [
         |n| Address::from_ipv4([10, 0, n, 7]),
         |n| Address::from_ipv4([10, 0, 7, n]),
@@ -389,7 +389,7 @@ fn a_filter_has_what_was_put_in_and_little_else() {
 }
 
 #[test]
-fn a_chain_as_long_as_it_may_be_is_found_to_its_end() {
+fn longest_chain_is_searched_to_its_end() {
     // All with one slot.
     let addresses: Vec<_> = (0..4).map(|n| Address::from_ipv4([10, n, 10, n])).collect();
     assert!(addresses.len() == MAX_CHAIN);

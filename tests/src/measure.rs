@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_is_markdown() {
+    fn table_is_markdown() {
         let rows = [vec!["a".to_owned(), "1".to_owned()], vec!["long".to_owned(), "1.50".to_owned()]];
         let expected = "| what | ns   |\n| ---- | ---: |\n| a    |    1 |\n| long | 1.50 |\n";
         assert_eq!(table(&["what", "ns"], &rows).replace("|   ns |", "| ns   |"), expected);

@@ -88,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn metrics_and_labels_are_told_from_the_rest() {
+    fn metrics_and_labels_are_extracted() {
         let set = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<BTreeSet<_>>();
         for (expression, metrics, labels) in [
             ("up == 0", &["up"][..], &[][..]),

@@ -25,7 +25,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_grows_is_told_from_what_goes_up_and_down() {
+    fn growth_differs_from_fluctuation() {
         let steady: Vec<_> = (0..300).map(|number| 1000 + number % 7).collect();
         assert_eq!(growth(&steady), Some(0));
         let growing: Vec<_> = (0..300).map(|number| 1000 + number).collect();
@@ -35,7 +35,7 @@ mod tests {
     }
 
     #[test]
-    fn a_warm_up_does_not_count_nor_does_one_peak() {
+    fn warm_up_and_single_peak_are_ignored() {
         let mut values = vec![1000; 30];
         values[..10].fill(1);
         values[29] = 1_000_000;
@@ -43,7 +43,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_few_nothing_is_said() {
+    fn few_samples_give_no_verdict() {
         assert_eq!(growth(&[]), None);
         assert_eq!(growth(&[1; 5]), None);
         assert_eq!(growth(&[1; 6]), Some(0));

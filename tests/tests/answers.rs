@@ -30,7 +30,7 @@ fn prohibited(netns: &Netns, address: impl Into<IpAddr>) -> bool {
 }
 
 #[test]
-fn connections_are_refused_and_datagrams_are_answered_at_each_edge() {
+fn reject_replies_at_each_hook() {
     with_each_backend(|backend| {
         let world = World::new().with_ipv6();
         let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
@@ -69,7 +69,7 @@ fn connections_are_refused_and_datagrams_are_answered_at_each_edge() {
 }
 
 #[test]
-fn an_answer_at_the_node_egress_finds_its_way_back_through_translation() {
+fn reply_at_node_egress_passes_nat() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let service = Ipv4Addr::new(10, 96, 0, 80);
@@ -97,7 +97,7 @@ fn an_answer_at_the_node_egress_finds_its_way_back_through_translation() {
 }
 
 #[test]
-fn a_connection_that_was_open_before_is_reset() {
+fn earlier_connection_is_reset() {
     for edge in EDGES {
         let world = World::new();
         let pod = world.add_pod(PodLink::Routed);
@@ -110,7 +110,7 @@ fn a_connection_that_was_open_before_is_reset() {
 }
 
 #[test]
-fn audit_answers_nothing() {
+fn audit_sends_no_reply() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let _agent = world.agent().hooks(&EDGES).config("mode = 'audit'\non_deny = 'reject'").spawn_ready();
@@ -126,7 +126,7 @@ fn answer_to(pod: &Pod, frame: &[u8], marker: &[u8]) -> Option<Vec<u8>> {
 }
 
 #[test]
-fn an_answer_has_the_tags_of_what_it_answers() {
+fn reply_keeps_vlan_tags() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let _agent = world.agent().config(REJECT).spawn_ready();
@@ -142,7 +142,7 @@ fn an_answer_has_the_tags_of_what_it_answers() {
 }
 
 #[test]
-fn answers_are_limited_and_events_of_a_flood_too() {
+fn flood_limits_replies_and_events() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let _agent = world.agent().config(REJECT).spawn_ready();
@@ -172,7 +172,7 @@ fn received(pod: &Pod) -> io::Result<u64> {
 }
 
 #[test]
-fn a_macvlan_pod_is_answered_at_the_node_egress() {
+fn macvlan_pod_gets_reply_at_node_egress() {
     if imds_tests::lacks_tc_netns_cookie("answers to macvlan pods") {
         return;
     }

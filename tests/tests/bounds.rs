@@ -76,7 +76,7 @@ fn finish(world: &World, agent: Agent<'_>) {
 }
 
 #[test]
-fn a_thousand_connections_that_say_nothing() {
+fn thousand_idle_connections() {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, hard.min(soft.max(4096)), hard).unwrap();
     let world = World::new();
@@ -93,7 +93,7 @@ fn a_thousand_connections_that_say_nothing() {
 }
 
 #[test]
-fn requests_that_come_byte_by_byte() {
+fn requests_byte_by_byte() {
     let world = World::new();
     let agent = served(&world);
     let drip = |mut stream: TcpStream| {
@@ -144,7 +144,7 @@ fn requests_without_end() {
 }
 
 #[test]
-fn a_connection_is_good_for_one_request() {
+fn one_request_per_connection() {
     let world = World::new();
     let agent = served(&world);
     let mut stream = connect(&world);
@@ -156,7 +156,7 @@ fn a_connection_is_good_for_one_request() {
 }
 
 #[test]
-fn answers_that_nobody_reads() {
+fn unread_responses() {
     let world = World::new();
     let agent = served(&world);
     let before = descriptors(&agent);
@@ -177,7 +177,7 @@ fn answers_that_nobody_reads() {
 }
 
 #[test]
-fn those_who_ask_without_pause() {
+fn continuous_requests() {
     let world = World::new();
     let agent = served(&world);
     let (over, answers) = (Over::default(), AtomicU32::new(0));

@@ -68,7 +68,7 @@ fn load_balancer_attached_later_runs_first() {
 }
 
 #[test]
-fn attached_again_and_again_is_reported() {
+fn repeated_detaching_is_reported() {
     if skip_without_netns_cookie() {
         return;
     }
@@ -151,7 +151,7 @@ fn sendmsg(world: &World) -> (bool, Option<String>) {
 }
 
 #[test]
-fn sendmsg_runs_where_it_is_needed() {
+fn sendmsg_is_attached_if_needed() {
     if skip_without_netns_cookie() {
         return;
     }

@@ -32,7 +32,7 @@ fn assert_first(world: &World, pod: &Pod) {
 }
 
 #[test]
-fn a_tcx_program_that_accepts_all_and_was_there_before_comes_second() {
+fn earlier_tcx_program_comes_second() {
     if skip_without_tcx() {
         return;
     }
@@ -46,7 +46,7 @@ fn a_tcx_program_that_accepts_all_and_was_there_before_comes_second() {
 }
 
 #[test]
-fn a_tcx_program_that_gets_in_front_later_does_not_stay_there() {
+fn later_tcx_program_does_not_stay_first() {
     if skip_without_tcx() {
         return;
     }
@@ -70,7 +70,7 @@ fn a_tcx_program_that_gets_in_front_later_does_not_stay_there() {
 }
 
 #[test]
-fn a_bpf_filter_that_accepts_all_and_was_there_before_comes_second() {
+fn earlier_bpf_filter_comes_second() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Bridged);
     run_tc(&world.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
@@ -81,7 +81,7 @@ fn a_bpf_filter_that_accepts_all_and_was_there_before_comes_second() {
 }
 
 #[test]
-fn a_bpf_filter_that_gets_in_front_later_does_not_stay_there() {
+fn later_bpf_filter_does_not_stay_first() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Bridged);
     let _agent = world.agent().backend(AttachMode::Clsact).resync(1).spawn_ready();
@@ -98,7 +98,7 @@ fn add_u32_filter(world: &World, pod: &Pod) {
 }
 
 #[test]
-fn a_filter_that_clsact_can_not_get_in_front_of_is_a_problem_that_the_status_names() {
+fn blocking_filter_is_reported_in_status() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     add_u32_filter(&world, &pod);
@@ -118,7 +118,7 @@ fn a_filter_that_clsact_can_not_get_in_front_of_is_a_problem_that_the_status_nam
 }
 
 #[test]
-fn tcx_comes_before_every_filter() {
+fn tcx_runs_before_filters() {
     if skip_without_tcx() {
         return;
     }
@@ -138,7 +138,7 @@ fn tcx_comes_before_every_filter() {
 }
 
 #[test]
-fn a_program_that_drops_other_traffic_still_sees_it() {
+fn foreign_dropper_still_sees_traffic() {
     const TC_ACT_SHOT: i32 = 2;
     if skip_without_tcx() {
         return;
@@ -239,18 +239,18 @@ fn assert_foreign_is_no_way(hook: &'static str, at: TcAttachType, kinds: &[&str]
 }
 
 #[test]
-fn programs_of_others_at_the_from_pod_come_second() {
+fn foreign_programs_second_at_from_pod() {
     assert_foreign_is_no_way("from_pod", TcAttachType::Ingress, &["accepts", "leaves", "redirects"]);
 }
 
 #[test]
-fn programs_of_others_at_the_node_egress_come_second() {
+fn foreign_programs_second_at_node_egress() {
     assert_foreign_is_no_way("node_egress", TcAttachType::Egress, &["accepts", "leaves"]);
 }
 
 /// `node_egress` denies packets that another program, first at the pod's link, redirects.
 #[test]
-fn what_is_redirected_past_the_from_pod_meets_the_node_egress() {
+fn redirect_past_from_pod_meets_node_egress() {
     with_each_backend(|backend| {
         let world = World::new();
         let pod = world.add_pod(PodLink::Routed);

@@ -100,7 +100,7 @@ impl Node {
 }
 
 #[test]
-fn an_unknown_key_is_fail_closed_until_it_is_mended() {
+fn unknown_key_is_fail_closed_until_fixed() {
     let node = Node::new();
     node.write(&format!("unknown = 1\n{HOOKS}{}", node.exempt()));
     let (agent, status) = node.start_degraded("imds.toml:1:1: unknown: ");
@@ -129,7 +129,7 @@ fn an_unknown_key_is_fail_closed_until_it_is_mended() {
 }
 
 #[test]
-fn the_last_good_configuration_is_taken_if_it_is_intact() {
+fn last_good_config_is_used_if_intact() {
     let node = Node::new();
     node.write(&format!("{HOOKS}{}", node.exempt()));
     let good = node.command().spawn_ready();
@@ -182,7 +182,7 @@ fn the_last_good_configuration_is_taken_if_it_is_intact() {
 }
 
 #[test]
-fn only_mode_and_metrics_of_a_broken_file_count() {
+fn broken_file_keeps_mode_and_metrics() {
     for (text, part, mode) in [
         ("mode = 'audit'\nunknown = 1\n", "unknown", "audit"),
         ("mode = 'of'\nprovider = 'none'\n", "mode: ", "enforce"),
@@ -213,7 +213,7 @@ fn only_mode_and_metrics_of_a_broken_file_count() {
 }
 
 #[test]
-fn a_file_that_is_no_file_is_a_broken_one() {
+fn directory_counts_as_broken_file() {
     let node = Node::new();
     fs::create_dir(&node.file).unwrap();
     let (agent, _) = node.start_degraded("not a regular file");
@@ -238,7 +238,7 @@ fn once_enforces_and_exits_with_2() {
 }
 
 #[test]
-fn a_state_directory_that_can_not_be_written_ends_nothing() {
+fn unwritable_state_dir_is_not_fatal() {
     let node = Node::new();
     // A file in the place of the directory.
     fs::write(node.world.state_dir(), "").unwrap();

@@ -35,7 +35,7 @@ audit = true
 ";
 
 #[test]
-fn check_names_every_mistake_and_takes_what_is_right() {
+fn check_reports_every_error() {
     let world = World::new();
     let path = world.scratch_dir().join("imds.toml");
     let path_text = path.to_str().unwrap();
@@ -81,7 +81,7 @@ fn check_names_every_mistake_and_takes_what_is_right() {
 }
 
 #[test]
-fn show_says_what_is_in_force() {
+fn show_prints_effective_config() {
     let world = World::new();
     let show = |format: &str| world.imds_agent(&["config", "show", "-o", format]).output();
     assert_eq!(show("toml").status.code(), Some(1));
@@ -115,7 +115,7 @@ fn show_says_what_is_in_force() {
 }
 
 #[test]
-fn completions_and_manual_pages_have_every_command() {
+fn completions_and_man_pages_are_complete() {
     let world = World::new();
     let run = |args: &[&str]| {
         let program = world.imds_agent(&[]).command().get_program().to_owned();

@@ -80,7 +80,7 @@ fn strings<'a>(value: &'a Value, key: &str, found: &mut Vec<&'a str>) {
 }
 
 #[test]
-fn the_dashboard_and_the_alerts_ask_for_what_is_served() {
+fn dashboards_query_existing_metrics() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let neighbour = world.add_pod(PodLink::Routed);

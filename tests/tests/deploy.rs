@@ -25,7 +25,7 @@ fn copies_are_copies() {
 }
 
 #[test]
-fn nobody_may_point_a_service_at_any_address_of_a_preset() {
+fn policy_rejects_services_to_presets() {
     for (whose, policy) in [
         ("kustomize", deploy!("kubernetes/components/admission/policy.yaml")),
         ("helm", deploy!("helm/imds-agent/templates/admission.yaml")),
@@ -41,7 +41,7 @@ fn nobody_may_point_a_service_at_any_address_of_a_preset() {
 }
 
 #[test]
-fn versions_are_the_agents() {
+fn versions_match_the_agent() {
     let version = env!("CARGO_PKG_VERSION");
     let chart = deploy!("helm/imds-agent/Chart.yaml");
     assert!(
@@ -52,7 +52,7 @@ fn versions_are_the_agents() {
 }
 
 #[test]
-fn a_broken_configuration_stops_no_start() {
+fn broken_config_does_not_stop_the_start() {
     let unit = deploy!("systemd/imds-agent.service");
     let lines: Vec<_> = unit.lines().collect();
     for line in [

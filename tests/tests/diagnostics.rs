@@ -8,7 +8,7 @@ use imds_tests::{
 };
 
 #[test]
-fn a_pod_that_can_not_be_counted_is_denied_and_the_agents_log_says_so() {
+fn uncounted_pod_is_denied_and_logged() {
     let world = World::new();
     let agent = world.agent().spawn_ready();
     let mut empty = fill(&world);

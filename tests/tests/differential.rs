@@ -203,7 +203,7 @@ fn runner(seed: u64) -> TestRunner {
 }
 
 #[test]
-fn the_kernel_and_the_host_agree_on_any_packet() {
+fn kernel_and_host_agree_on_any_packet() {
     let endpoints = endpoints();
     let grants = grants();
     let mut filter = Filter::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));

@@ -39,7 +39,7 @@ const NAMES: [&str; 23] = [
 ];
 
 #[test]
-fn a_kernel_that_can_guard_has_all_that_is_needed() {
+fn supported_kernel_has_no_missing_check() {
     if skip_without_netns_cookie() {
         return;
     }
@@ -64,7 +64,7 @@ fn a_kernel_that_can_guard_has_all_that_is_needed() {
 }
 
 #[test]
-fn tcx_is_what_the_kernel_has() {
+fn tcx_check_matches_the_kernel() {
     let world = World::new();
     let (found, has_tcx) = (examine(&world), hook::has_tcx());
     let attaching = one(&found, "attaching");
@@ -74,7 +74,7 @@ fn tcx_is_what_the_kernel_has() {
 }
 
 #[test]
-fn a_pin_directory_elsewhere_is_missing_its_bpffs() {
+fn pin_dir_outside_bpffs_is_reported() {
     let world = World::new();
     let elsewhere = world.scratch_dir().join("pins");
     let output = command(&world).pin_dir(&elsewhere).output();
@@ -86,7 +86,7 @@ fn a_pin_directory_elsewhere_is_missing_its_bpffs() {
 }
 
 #[test]
-fn what_an_unprivileged_user_lacks_is_named() {
+fn unprivileged_user_is_reported() {
     let world = World::new();
     let mut command = command(&world).command();
     let drop_all = || {
@@ -106,7 +106,7 @@ fn what_an_unprivileged_user_lacks_is_named() {
 }
 
 #[test]
-fn it_says_whether_an_agent_runs() {
+fn running_agent_is_reported() {
     let world = World::new();
     let agent_of = |found: &Value| one(found, "agent").clone();
     assert_has(&agent_of(&examine(&world)), "found", "nothing is loaded");
@@ -121,7 +121,7 @@ fn it_says_whether_an_agent_runs() {
 }
 
 #[test]
-fn tcx_programs_of_others_are_named_with_their_place() {
+fn foreign_tcx_programs_are_reported() {
     if skip_without_tcx() {
         return;
     }
@@ -159,7 +159,7 @@ fn tcx_programs_of_others_are_named_with_their_place() {
 }
 
 #[test]
-fn filters_of_others_are_named_with_their_place() {
+fn foreign_filters_are_reported() {
     with_each_backend(|backend| {
         let world = World::new();
         let pod = world.add_pod(PodLink::Routed);
@@ -202,7 +202,7 @@ fn filters_of_others_are_named_with_their_place() {
 }
 
 #[test]
-fn programs_of_others_on_the_cgroup_are_named() {
+fn foreign_cgroup_programs_are_reported() {
     if skip_without_netns_cookie() {
         return;
     }

@@ -78,7 +78,7 @@ fn load_with_exempt(world: &World, interface: &str) {
 }
 
 #[test]
-fn nft_rules_that_write_the_mark() {
+fn nft_rules_writing_the_mark() {
     let world = World::new();
     let routed = world.add_pod(PodLink::Routed);
     assert_has(&one(&world, "mark_rules"), "found", "none writes bit 12");
@@ -114,7 +114,7 @@ fn nft_rules_that_write_the_mark() {
 }
 
 #[test]
-fn iptables_rules_that_write_the_mark() {
+fn iptables_rules_writing_the_mark() {
     let world = World::new();
     let bridged = world.add_pod(PodLink::Bridged);
     if !iptables(&world.node, "-t mangle -A PREROUTING -j MARK --or-mark 0x4000") {
@@ -137,7 +137,7 @@ fn iptables_rules_that_write_the_mark() {
 }
 
 #[test]
-fn gbp_tunnels_on_the_bridge_of_an_exempt_pod() {
+fn gbp_tunnels_on_exempt_pod_bridge() {
     const VXLAN: &str = "type vxlan id 5 dstport 4789 gbp";
     if lacks_device(WHOLE_TEST, "vxlan", VXLAN) {
         return;
@@ -158,7 +158,7 @@ fn gbp_tunnels_on_the_bridge_of_an_exempt_pod() {
 
 /// Such a program can write the mark after `from_pod` has set it.
 #[test]
-fn programs_behind_from_pod_of_an_exempt_pod() {
+fn programs_after_from_pod_of_exempt_pod() {
     if skip_without_tcx() {
         return;
     }
@@ -176,7 +176,7 @@ fn programs_behind_from_pod_of_an_exempt_pod() {
 }
 
 #[test]
-fn routes_through_a_pair_of_the_node() {
+fn routes_through_node_veth_pair() {
     let world = World::new();
     world.node.ip("link add pair0 type veth peer name pair1
         link set pair0 up

@@ -56,7 +56,7 @@ fn opens(check: &Value) -> String {
 }
 
 #[test]
-fn rules_are_explained_and_left_alone() {
+fn rules_are_explained_and_not_changed() {
     let world = World::new();
     let rules = "add table inet guard
         add chain inet guard forward { type filter hook forward priority 0; }
@@ -83,7 +83,7 @@ fn rules_are_explained_and_left_alone() {
 }
 
 #[test]
-fn the_rule_of_aks_is_known_by_its_origin() {
+fn aks_rule_is_recognized() {
     let world = World::new();
     let rule = "FORWARD 1 ! -s 10.0.0.4 -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j DROP";
     if !iptables(&world, &format!("-t mangle -I {rule}")) {
@@ -106,7 +106,7 @@ fn the_rule_of_aks_is_known_by_its_origin() {
 
 /// Row 22 of the field cases: each of these rules was called superfluous, and its removal opened something.
 #[test]
-fn rules_that_deny_more_than_the_agent_are_kept() {
+fn broader_rules_are_kept() {
     let world = World::new();
     let allowed = format!("[[endpoint]]\nname = 'wire'\naddress = '{WIRESERVER}'\nkeep = ['udp/53']\n");
     let rules = format!(
@@ -183,7 +183,7 @@ impl Drop for Background {
 }
 
 #[test]
-fn programs_for_the_metadata_service_are_named() {
+fn metadata_programs_are_reported() {
     let world = World::new();
     assert_has(one(&examine(&world), "metadata_programs"), "state", "ok");
     // The path of a socket in /proc/net/unix is the one that bind(2) was given, whatever directory it is in.

@@ -26,7 +26,7 @@ fn assert_v6_open(pod: &Pod) {
 }
 
 #[test]
-fn an_ipv6_endpoint_is_guarded_and_other_ipv6_is_not() {
+fn ipv6_endpoint_is_protected() {
     with_each_backend(|backend| {
         let world = World::new().with_ipv6();
         let pod = world.add_pod(PodLink::Routed);
@@ -54,7 +54,7 @@ fn an_ipv6_endpoint_is_guarded_and_other_ipv6_is_not() {
 }
 
 #[test]
-fn kept_ports_are_reachable_and_the_others_are_not() {
+fn only_allowed_ports_are_reachable() {
     let world = World::new().with_ipv6();
     let pod = world.add_pod(PodLink::Routed);
     world.add_pod_ipv6(&pod);
@@ -95,7 +95,7 @@ fn kept_ports_are_reachable_and_the_others_are_not() {
 }
 
 #[test]
-fn preset_allows_the_ports_of_the_configuration() {
+fn preset_allows_configured_ports() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let file = world.scratch_dir().join("imds.toml");
@@ -125,7 +125,7 @@ fn preset_allows_the_ports_of_the_configuration() {
 }
 
 #[test]
-fn addresses_that_embed_the_endpoint_do_not_leave_the_pod() {
+fn addresses_embedding_endpoint_are_denied() {
     with_each_backend(|backend| {
         let world = World::new().with_ipv6();
         let pod = world.add_pod(PodLink::Routed);
@@ -162,7 +162,7 @@ fn addresses_that_embed_the_endpoint_do_not_leave_the_pod() {
 }
 
 #[test]
-fn a_node_without_ipv6_is_guarded_all_the_same() {
+fn node_without_ipv6_is_enforced() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     for netns in [&*world.node, &pod.netns, &world.fabric] {
@@ -187,7 +187,7 @@ fn dmi(world: &World, sys_vendor: &str) -> PathBuf {
 }
 
 #[test]
-fn the_provider_is_told_by_the_firmware_and_changes_with_it() {
+fn provider_follows_the_firmware() {
     let world = World::new().with_ipv6();
     let pod = world.add_pod(PodLink::Routed);
     world.add_pod_ipv6(&pod);
@@ -217,7 +217,7 @@ fn the_provider_is_told_by_the_firmware_and_changes_with_it() {
 }
 
 #[test]
-fn as_many_endpoints_as_there_can_be_come_and_go() {
+fn maximum_of_endpoints_comes_and_goes() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     world.assert_open(&pod);
@@ -244,7 +244,7 @@ fn as_many_endpoints_as_there_can_be_come_and_go() {
 }
 
 #[test]
-fn guarding_nothing_is_an_error_that_names_the_line() {
+fn no_endpoint_is_an_error_with_its_line() {
     let world = World::new();
     let file = world.scratch_dir().join("imds.toml");
     fs::write(&file, "mode = 'enforce'\nprovider = 'none'").unwrap();

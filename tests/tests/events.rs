@@ -61,7 +61,7 @@ fn send(pod: &Pod, count: usize) {
 }
 
 #[test]
-fn a_packet_is_told_with_who_sent_it_where() {
+fn packet_event_names_sender_and_place() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     for (hook, interface) in [("from_pod", pod.host_ifname.as_str()), ("node_egress", World::UPLINK)] {
@@ -87,7 +87,7 @@ fn a_packet_is_told_with_who_sent_it_where() {
 }
 
 #[test]
-fn a_call_is_told_with_its_process() {
+fn call_event_names_the_process() {
     if skip_without_netns_cookie() {
         return;
     }
@@ -113,7 +113,7 @@ fn a_call_is_told_with_its_process() {
 }
 
 #[test]
-fn what_a_pod_in_the_nodes_namespace_does_is_told_with_its_cgroup() {
+fn host_network_event_names_the_cgroup() {
     if skip_without_netns_cookie() {
         return;
     }
@@ -142,7 +142,7 @@ fn what_a_pod_in_the_nodes_namespace_does_is_told_with_its_cgroup() {
 }
 
 #[test]
-fn a_flood_is_told_of_in_a_few_lines_that_add_up_to_it() {
+fn flood_events_add_up() {
     const FLOOD: usize = 5_000;
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
@@ -170,7 +170,7 @@ fn a_flood_is_told_of_in_a_few_lines_that_add_up_to_it() {
 }
 
 #[test]
-fn every_follower_is_told_whoever_takes_the_events_from_the_programs() {
+fn every_subscriber_gets_all_events() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let agent = world.agent().spawn_ready();
@@ -202,7 +202,7 @@ fn every_follower_is_told_whoever_takes_the_events_from_the_programs() {
 }
 
 #[test]
-fn without_anything_loaded_there_is_nothing_to_follow() {
+fn events_fail_without_agent() {
     let world = World::new();
     let output = world.imds_agent(&["events"]).output();
     assert_eq!(output.status.code(), Some(1));

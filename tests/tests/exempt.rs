@@ -100,7 +100,7 @@ fn route_through_exempt_pod() {
 }
 
 #[test]
-fn each_way_to_say_who_holds_on_every_hook() {
+fn every_selector_works_on_every_hook() {
     let mut all = vec![ALL, &["from_pod"], &["socket"], &["node_egress"]];
     if lacks_netns_cookie() {
         skip("the socket hook", "no SO_NETNS_COOKIE on this kernel");
@@ -137,7 +137,7 @@ fn each_way_to_say_who_holds_on_every_hook() {
 }
 
 #[test]
-fn the_mark_may_be_another_bit() {
+fn mark_bit_is_configurable() {
     let world = World::new();
     let [pod, neighbour] = [world.add_pod(PodLink::Bridged), world.add_pod(PodLink::Bridged)];
     assert!(reaches(&world, &pod.netns));
@@ -164,7 +164,7 @@ fn the_mark_may_be_another_bit() {
 }
 
 #[test]
-fn an_exemption_may_be_for_some_endpoints_and_may_audit() {
+fn exemption_for_some_endpoints_and_audit() {
     let own = format!("[[endpoint]]\nname = 'other'\naddress = '{SERVICE}'\n");
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
@@ -186,7 +186,7 @@ fn an_exemption_may_be_for_some_endpoints_and_may_audit() {
 }
 
 #[test]
-fn a_pod_in_the_nodes_namespace_is_exempt_by_its_cgroup() {
+fn host_network_pod_is_exempt_by_cgroup() {
     if skip_without_netns_cookie() {
         return;
     }
@@ -210,7 +210,7 @@ fn a_pod_in_the_nodes_namespace_is_exempt_by_its_cgroup() {
 }
 
 #[test]
-fn rules_come_and_go_with_the_configuration() {
+fn rules_follow_the_configuration() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Bridged);
     assert!(reaches(&world, &pod.netns));
@@ -238,7 +238,7 @@ fn rules_come_and_go_with_the_configuration() {
 }
 
 #[test]
-fn a_pod_that_comes_later_is_exempt_and_its_successor_is_not() {
+fn later_pod_is_exempt_successor_is_not() {
     let world = World::new();
     let agent = start(&world, &known_here(ALL), &rule("interface = 'guest0'", ""));
     let first = world.add_pod(PodLink::Routed);
@@ -271,7 +271,7 @@ fn a_pod_that_comes_later_is_exempt_and_its_successor_is_not() {
 }
 
 #[test]
-fn whom_a_rule_can_not_find_is_said() {
+fn unresolved_rules_are_reported() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     assert!(reachable(&pod.netns, METADATA));

@@ -63,7 +63,7 @@ fn series(metrics: &str) -> Vec<&str> {
 }
 
 #[test]
-fn the_accept_header_chooses_the_format() {
+fn accept_header_selects_format() {
     let world = World::new();
     let _agent = world.agent().spawn_ready();
     let plain = scrape(&world, "text/plain;version=0.0.4");
@@ -107,7 +107,7 @@ fn promtool_reads_both_formats() {
 }
 
 #[test]
-fn alerts_fire_when_they_should() {
+fn alerts_fire_on_their_conditions() {
     let directory = tempfile_dir();
     let files = [
         ("rules.yaml", include_str!("../../deploy/prometheus/rules.yaml")),
@@ -147,7 +147,7 @@ fn value(metrics: &str, series: &str) -> f64 {
 }
 
 #[test]
-fn the_process_is_measured() {
+fn process_metrics_are_served() {
     let world = World::new();
     let agent = world.agent().spawn_ready();
     let metrics = scrape(&world, "").body;
@@ -195,7 +195,7 @@ fn enables_collection(agent: &Agent<'_>) -> bool {
 }
 
 #[test]
-fn a_change_of_exemptions_changes_their_hash() {
+fn exemption_change_changes_the_hash() {
     let world = World::new();
     let file = world.scratch_dir().join("imds.toml");
     let write = |exemptions: &str| {

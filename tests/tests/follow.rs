@@ -16,7 +16,7 @@ fn link_pin(world: &World, pod: &Pod) -> PathBuf {
 }
 
 #[test]
-fn a_pod_that_comes_after_the_agent_is_guarded() {
+fn later_pod_is_enforced() {
     with_each_backend(|backend| {
         let world = World::new();
         let _agent = world.start_agent(backend);
@@ -33,7 +33,7 @@ fn a_pod_that_comes_after_the_agent_is_guarded() {
 }
 
 #[test]
-fn a_pod_that_goes_is_forgotten_but_its_counts_are_not() {
+fn deleted_pod_keeps_its_counts() {
     with_each_backend(|backend| {
         let world = World::new();
         let [gone, stays] = LINKS.map(|link| world.add_pod(link));
@@ -59,7 +59,7 @@ fn a_pod_that_goes_is_forgotten_but_its_counts_are_not() {
 }
 
 #[test]
-fn pods_that_came_and_went_while_no_agent_ran_are_noticed() {
+fn pod_changes_without_agent_are_noticed() {
     with_each_backend(|backend| {
         let world = World::new();
         let pod = world.add_pod(PodLink::Routed);
@@ -80,7 +80,7 @@ fn pods_that_came_and_went_while_no_agent_ran_are_noticed() {
 }
 
 #[test]
-fn pods_that_come_and_go_in_a_hurry_leave_nothing() {
+fn fast_pod_churn_leaves_nothing() {
     with_each_backend(|backend| {
         let world = World::new();
         let _agent = world.start_agent(backend);
@@ -101,7 +101,7 @@ fn pods_that_come_and_go_in_a_hurry_leave_nothing() {
 }
 
 #[test]
-fn a_renamed_interface_stays_guarded_and_keeps_its_counts() {
+fn renamed_interface_keeps_its_counts() {
     with_each_backend(|backend| {
         let world = World::new();
         let pod = world.add_pod(PodLink::Bridged);
@@ -122,7 +122,7 @@ fn a_renamed_interface_stays_guarded_and_keeps_its_counts() {
 }
 
 #[test]
-fn every_interface_has_its_role_and_only_pods_are_guarded() {
+fn only_pod_interfaces_are_enforced() {
     with_each_backend(|backend| {
         let world = World::new();
         // Both ends in the node's own namespace: no pod's.
@@ -159,7 +159,7 @@ fn every_interface_has_its_role_and_only_pods_are_guarded() {
 }
 
 #[test]
-fn an_excluded_interface_is_left_alone() {
+fn excluded_interface_is_not_attached() {
     with_each_backend(|backend| {
         let world = World::new();
         let [excluded, guarded] = LINKS.map(|link| world.add_pod(link));
@@ -179,7 +179,7 @@ fn an_excluded_interface_is_left_alone() {
 }
 
 #[test]
-fn what_the_next_agent_excludes_is_freed() {
+fn newly_excluded_interface_is_detached() {
     with_each_backend(|backend| {
         let world = World::new();
         let [excluded, guarded] = LINKS.map(|link| world.add_pod(link));
@@ -197,7 +197,7 @@ fn what_the_next_agent_excludes_is_freed() {
 }
 
 #[test]
-fn an_included_interface_is_guarded_whatever_it_is() {
+fn included_interface_is_always_enforced() {
     with_each_backend(|backend| {
         let world = World::new();
         world.node.ip("link add inner0 type veth peer name inner1\nlink set inner0 up\nlink set inner1 up");

@@ -13,7 +13,7 @@ fn denied(status: &Status, pod: &Pod) -> u64 {
 }
 
 #[test]
-fn pods_are_blocked_and_nothing_else_is_until_unload() {
+fn only_pods_are_denied_until_unload() {
     with_each_backend(|backend| {
         let world = World::new();
         let pods = LINKS.map(|link| world.add_pod(link));
@@ -50,7 +50,7 @@ fn pods_are_blocked_and_nothing_else_is_until_unload() {
 }
 
 #[test]
-fn a_denied_packet_is_counted_once_with_its_bytes_on_its_own_interface() {
+fn denied_packet_is_counted_once() {
     with_each_backend(|backend| {
         let world = World::new();
         let pods = LINKS.map(|link| world.add_pod(link));
@@ -71,7 +71,7 @@ fn a_denied_packet_is_counted_once_with_its_bytes_on_its_own_interface() {
 }
 
 #[test]
-fn audit_mode_counts_and_lets_pass() {
+fn audit_mode_counts_and_passes() {
     with_each_backend(|backend| {
         let world = World::new();
         let pods = LINKS.map(|link| world.add_pod(link));
@@ -91,7 +91,7 @@ fn audit_mode_counts_and_lets_pass() {
 }
 
 #[test]
-fn off_mode_lets_pass() {
+fn off_mode_passes() {
     with_each_backend(|backend| {
         let world = World::new();
         let pods = LINKS.map(|link| world.add_pod(link));
@@ -111,7 +111,7 @@ fn off_mode_lets_pass() {
 }
 
 #[test]
-fn the_mode_changes_with_the_next_agent() {
+fn next_agent_changes_the_mode() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     for (mode, is_blocked) in [("audit", false), ("enforce", true), ("off", false), ("enforce", true)] {
@@ -127,7 +127,7 @@ fn the_mode_changes_with_the_next_agent() {
 }
 
 #[test]
-fn a_connection_that_was_open_before_the_agent_came_is_cut() {
+fn connection_from_before_agent_is_cut() {
     with_each_backend(|backend| {
         let world = World::new();
         let pods = LINKS.map(|link| world.add_pod(link));
@@ -149,7 +149,7 @@ fn a_connection_that_was_open_before_the_agent_came_is_cut() {
 }
 
 #[test]
-fn one_run_protects_without_a_process_that_stays() {
+fn once_protects_without_a_process() {
     with_each_backend(|backend| {
         let world = World::new();
         let pods = LINKS.map(|link| world.add_pod(link));
@@ -166,7 +166,7 @@ fn one_run_protects_without_a_process_that_stays() {
 }
 
 #[test]
-fn the_status_command_tells_by_its_exit_code_whether_all_is_enforced() {
+fn status_exit_code_reports_enforcement() {
     let world = World::new();
     let _pod = world.add_pod(PodLink::Routed);
     let code = || world.imds_agent(&["status"]).output().status.code();

@@ -23,19 +23,19 @@ fn assert_reaches_everything(netns: &Netns) {
 }
 
 #[test]
-fn a_routed_pod_reaches_the_metadata_service_and_others() {
+fn routed_pod_reaches_all_servers() {
     let world = World::new();
     assert_reaches_everything(&world.add_pod(PodLink::Routed).netns);
 }
 
 #[test]
-fn a_bridged_pod_reaches_the_metadata_service_and_others() {
+fn bridged_pod_reaches_all_servers() {
     let world = World::new();
     assert_reaches_everything(&world.add_pod(PodLink::Bridged).netns);
 }
 
 #[test]
-fn the_node_reaches_the_metadata_service_and_others() {
+fn node_reaches_all_servers() {
     assert_reaches_everything(&World::new().node);
 }
 
@@ -57,7 +57,7 @@ fn pods_reach_each_other() {
 }
 
 #[test]
-fn nobody_answers_where_nobody_is() {
+fn unused_address_does_not_reply() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let nobody = Ipv4Addr::new(203, 0, 113, 1);
@@ -88,7 +88,7 @@ fn arrivals_are_counted_by_source() {
 }
 
 #[test]
-fn every_packet_sent_before_the_count_is_in_it() {
+fn count_includes_all_earlier_packets() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Bridged);
     let flood = Flood::udp(&pod, METADATA);
@@ -102,7 +102,7 @@ fn every_packet_sent_before_the_count_is_in_it() {
 }
 
 #[test]
-fn a_flood_of_connection_requests_arrives_and_the_server_survives_it() {
+fn server_survives_a_syn_flood() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let flood = Flood::syn(&pod, METADATA);
@@ -112,7 +112,7 @@ fn a_flood_of_connection_requests_arrives_and_the_server_survives_it() {
 }
 
 #[test]
-fn a_deleted_pod_leaves_no_interface_and_its_processes_die() {
+fn deleted_pod_leaves_nothing() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let path = pod.netns.path();
@@ -133,7 +133,7 @@ fn traces(world: &World) -> [PathBuf; 4] {
 }
 
 #[test]
-fn nothing_of_a_dropped_world_is_left() {
+fn dropped_world_leaves_nothing() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Bridged);
     std::fs::create_dir_all(world.pin_dir().join("links")).unwrap();
@@ -147,7 +147,7 @@ fn nothing_of_a_dropped_world_is_left() {
 }
 
 #[test]
-fn nothing_is_left_of_the_world_of_a_test_that_panics() {
+fn panicking_test_leaves_nothing() {
     let mut left = Vec::new();
     let result = catch_unwind(AssertUnwindSafe(|| {
         let world = World::new();
@@ -162,7 +162,7 @@ fn nothing_is_left_of_the_world_of_a_test_that_panics() {
 }
 
 #[test]
-fn the_next_process_sweeps_up_after_one_that_was_killed() {
+fn next_process_cleans_up_after_kill() {
     // No process has such an id: it is above the kernel's PID_MAX_LIMIT of 2^22.
     let name = format!("imds-{}-0-node", (1 << 22) + std::process::id());
     let path = Path::new("/run/netns").join(&name);

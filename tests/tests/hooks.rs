@@ -16,7 +16,7 @@ use imds_tests::{
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
 
 #[test]
-fn the_node_egress_holds_what_pods_send_by_any_link() {
+fn node_egress_denies_pods_on_any_link() {
     with_each_backend(|backend| {
         let world = World::new();
         let pods = LINKS.map(|link| world.add_pod(link));
@@ -107,7 +107,7 @@ fn errno_of_denied_calls() {
 }
 
 #[test]
-fn the_socket_hook_refuses_calls_at_once() {
+fn socket_hook_denies_calls_immediately() {
     if skip_without_netns_cookie() {
         return;
     }
@@ -154,7 +154,7 @@ fn the_socket_hook_refuses_calls_at_once() {
 }
 
 #[test]
-fn hooks_that_the_next_agent_has_off_are_removed_and_those_it_has_on_are_added() {
+fn next_agent_changes_the_hooks() {
     if skip_without_netns_cookie() {
         return;
     }
@@ -186,7 +186,7 @@ fn hooks_that_the_next_agent_has_off_are_removed_and_those_it_has_on_are_added()
 }
 
 #[test]
-fn a_socket_hook_that_somebody_detached_is_restored() {
+fn detached_socket_hook_is_restored() {
     if skip_without_netns_cookie() {
         return;
     }
@@ -205,7 +205,7 @@ fn a_socket_hook_that_somebody_detached_is_restored() {
 }
 
 #[test]
-fn all_hooks_together_are_what_an_agent_without_a_configuration_has() {
+fn default_config_has_all_hooks() {
     if skip_without_netns_cookie() {
         return;
     }

@@ -8,7 +8,7 @@ use imds_tests::{
 };
 
 #[test]
-fn it_is_known_by_every_hook() {
+fn every_hook_spares_the_initial_netns() {
     if skip_unless_disposable("makes the machine's own network namespace a node's") {
         return;
     }

@@ -102,7 +102,7 @@ impl Scheduled {
 }
 
 #[test]
-fn a_pod_is_exempt_from_its_sandbox_on_and_until_its_label_or_itself_is_gone() {
+fn exemption_follows_sandbox_label_and_pod() {
     for (link, driver) in [(PodLink::Routed, Driver::Cgroupfs), (PodLink::Bridged, Driver::Systemd)] {
         let cluster = Cluster::new();
         let agent = cluster.start();
@@ -135,7 +135,7 @@ fn a_pod_is_exempt_from_its_sandbox_on_and_until_its_label_or_itself_is_gone() {
 }
 
 #[test]
-fn a_sandbox_that_is_made_anew_is_found_again_and_its_successor_is_not() {
+fn recreated_sandbox_is_found_again() {
     let cluster = Cluster::new();
     let agent = cluster.start();
     let mut trusted = cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED);
@@ -157,7 +157,7 @@ fn a_sandbox_that_is_made_anew_is_found_again_and_its_successor_is_not() {
 }
 
 #[test]
-fn while_the_api_server_is_away_what_is_known_stays_and_nobody_else_is_exempt() {
+fn api_outage_keeps_known_exemptions_only() {
     let cluster = Cluster::new();
     let config = cluster.world.scratch_dir().join("imds.toml");
     let hooks = if lacks_netns_cookie() { "[hooks]\nsocket = false" } else { "" };
@@ -203,7 +203,7 @@ fn while_the_api_server_is_away_what_is_known_stays_and_nobody_else_is_exempt() 
 }
 
 #[test]
-fn a_pod_in_the_nodes_namespace_is_exempt_by_its_cgroups() {
+fn host_network_pod_is_exempt_by_cgroups() {
     if skip_without_netns_cookie() {
         return;
     }
@@ -241,7 +241,7 @@ fn a_pod_in_the_nodes_namespace_is_exempt_by_its_cgroups() {
 }
 
 #[test]
-fn pods_are_named_wherever_they_are_shown() {
+fn pod_names_are_shown_everywhere() {
     let cluster = Cluster::new();
     let agent = cluster.start();
     let mut scheduled = cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED);
@@ -271,7 +271,7 @@ fn pods_are_named_wherever_they_are_shown() {
 }
 
 #[test]
-fn of_a_thousand_pods_only_what_differs_is_written() {
+fn only_changes_of_1000_pods_are_written() {
     let cluster = Cluster::new();
     let agent = cluster.start();
     let pods = effort(1000);
@@ -315,7 +315,7 @@ fn of_a_thousand_pods_only_what_differs_is_written() {
 }
 
 #[test]
-fn an_agent_that_starts_anew_keeps_each_of_many_pods_exempt_at_every_moment() {
+fn restart_keeps_many_pods_exempt() {
     let cluster = Cluster::new();
     let agent = cluster.start();
     let pods = [(); 40].map(|()| {
@@ -359,7 +359,7 @@ fn an_agent_that_starts_anew_keeps_each_of_many_pods_exempt_at_every_moment() {
 }
 
 #[test]
-fn a_sandbox_that_comes_late_is_found_while_links_come_and_go() {
+fn late_sandbox_is_found_during_link_churn() {
     let cluster = Cluster::new();
     // A look at everything would find it, too.
     let agent =
@@ -383,7 +383,7 @@ fn a_sandbox_that_comes_late_is_found_while_links_come_and_go() {
 }
 
 #[test]
-fn the_startup_taint_goes_once_the_node_is_guarded_and_not_before() {
+fn startup_taint_is_removed_once_enforced() {
     let world = World::new();
     let server = ApiServer::start_in(&world.node);
     let pod = world.add_pod(PodLink::Routed);

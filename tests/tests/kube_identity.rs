@@ -79,7 +79,7 @@ fn delegate(path: &Path) {
 }
 
 #[test]
-fn a_users_cgroup_with_a_pods_id_is_not_the_pods() {
+fn user_cgroup_with_pod_id_is_ignored() {
     let cluster = Cluster::new();
     let (uid, other) = (new_uid(), new_uid());
     let of_user = Kubelet::new();
@@ -103,7 +103,7 @@ fn a_users_cgroup_with_a_pods_id_is_not_the_pods() {
 }
 
 #[test]
-fn cgroups_of_root_with_the_same_id_are_reported_and_exempt_no_pod() {
+fn duplicate_root_cgroups_exempt_no_pod() {
     let cluster = Cluster::new();
     let uid = new_uid();
     let of_container = Kubelet::new();
@@ -124,7 +124,7 @@ fn cgroups_of_root_with_the_same_id_are_reported_and_exempt_no_pod() {
 }
 
 #[test]
-fn a_copied_mirror_annotation_takes_no_exemption_away_and_is_reported() {
+fn copied_mirror_annotation_is_reported() {
     let cluster = Cluster::new();
     let (uid, copy) = (new_uid(), new_uid());
     let hash = format!("{:0>32}", uid.replace('-', ""));

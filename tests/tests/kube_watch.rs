@@ -98,7 +98,7 @@ async fn followed() -> (ApiServer, Follower) {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn pods_come_change_and_go() {
+async fn pods_are_added_changed_and_deleted() {
     let (server, mut follower) = followed().await;
     server.apply(trusted("b"));
     server.apply(pod("c", NODE, "default", "s", &[("app", "x")]));
@@ -127,7 +127,7 @@ async fn pods_come_change_and_go() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_list_comes_in_pages() {
+async fn list_is_paged() {
     let server = ApiServer::start();
     for number in 0..25 {
         server.apply(trusted(&number.to_string()));
@@ -140,7 +140,7 @@ async fn a_list_comes_in_pages() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_watch_that_ends_goes_on_where_it_was() {
+async fn ended_watch_resumes() {
     let server = ApiServer::start();
     server.apply(trusted("a"));
     let mut follower = Follower::with(&server, |options| options.watch = Duration::from_secs(3));
@@ -161,7 +161,7 @@ async fn a_watch_that_ends_goes_on_where_it_was() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn what_is_known_stays_while_the_server_is_away() {
+async fn known_pods_survive_an_outage() {
     let (server, mut follower) = followed().await;
     for _ in 0..3 {
         server.fail(Fault::Close);
@@ -179,7 +179,7 @@ async fn what_is_known_stays_while_the_server_is_away() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn what_was_forgotten_is_read_anew() {
+async fn expired_version_is_relisted() {
     let (server, mut follower) = followed().await;
     server.apply(trusted("b"));
     follower.until("the second", |follower| follower.is_exempt("b")).await;
@@ -195,7 +195,7 @@ async fn what_was_forgotten_is_read_anew() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn an_error_in_a_watch_that_says_gone_does_the_same() {
+async fn gone_error_in_watch_is_relisted() {
     let (server, mut follower) = followed().await;
     server.fail(Fault::Line(
         r#"{"type":"ERROR","object":{"kind":"Status","code":410,"message":"too old resource version"}}"#,
@@ -207,7 +207,7 @@ async fn an_error_in_a_watch_that_says_gone_does_the_same() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_list_from_a_state_that_the_server_never_had_is_of_the_newest() {
+async fn future_version_lists_most_recent() {
     let (server, mut follower) = followed().await;
     server.fail(Fault::Status(410, "too old resource version"));
     server.fail(Fault::Status(504, "Timeout: Too large resource version: 9, current: 2"));
@@ -221,7 +221,7 @@ async fn a_list_from_a_state_that_the_server_never_had_is_of_the_newest() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn each_way_to_fail_is_counted_and_gets_over() {
+async fn every_failure_is_counted_and_recovers() {
     for (fault, kind, first_list) in [
         (
             Fault::Answer(429, "Retry-After: 1\r\n", "Too many requests, please try again later."),
@@ -272,7 +272,7 @@ async fn each_way_to_fail_is_counted_and_gets_over() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn the_server_is_left_alone_for_as_long_as_it_asks() {
+async fn retry_after_is_respected() {
     let server = ApiServer::start();
     server.fail(Fault::Answer(429, "Retry-After: 200\r\n", ""));
     let mut follower = Follower::new(&server);
@@ -283,7 +283,7 @@ async fn the_server_is_left_alone_for_as_long_as_it_asks() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn pods_of_other_nodes_that_a_server_sends_all_the_same_are_none_of_ours() {
+async fn pods_of_other_nodes_are_ignored() {
     let (server, mut follower) = followed().await;
     let elsewhere = r#"{"type":"ADDED","object":{"metadata":{"uid":"z","namespace":"kube-system","name":"z",
         "resourceVersion":"3","labels":{"app":"x"}},"spec":{"nodeName":"node-1"}}}"#;
@@ -298,7 +298,7 @@ async fn pods_of_other_nodes_that_a_server_sends_all_the_same_are_none_of_ours()
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn what_does_not_end_is_left() {
+async fn endless_response_is_abandoned() {
     let (server, mut follower) = followed().await;
     server.fail(Fault::EndlessLine);
     server.fail(Fault::EndlessList("{\"items\":["));
@@ -312,7 +312,7 @@ async fn what_does_not_end_is_left() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_list_whose_parts_do_not_end_is_left() {
+async fn endless_list_pages_are_abandoned() {
     let server = ApiServer::start();
     let part = "{\"metadata\":{\"resourceVersion\":\"7\",\"continue\":\"0\"},\"items\":[]}";
     for _ in 0..5 {
@@ -326,7 +326,7 @@ async fn a_list_whose_parts_do_not_end_is_left() {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_kubeconfig_that_comes_later_is_waited_for_and_one_that_changes_is_read_again() {
+async fn later_and_changed_kubeconfig_is_read() {
     let server = ApiServer::start();
     server.apply(trusted("a"));
     let mut follower = Follower::new(&server);

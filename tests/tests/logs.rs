@@ -131,7 +131,7 @@ fn log_of(world: &World, args: &[&str], env: &[(&'static str, &str)]) -> Vec<Str
 }
 
 #[test]
-fn journal_has_priorities_and_no_second_time() {
+fn journal_has_priorities_without_timestamp() {
     let world = World::new();
     let (reader, writer) = pipe().unwrap();
     let stat = fstat(writer.as_fd()).unwrap();
@@ -163,7 +163,7 @@ fn json_has_one_object_a_line() {
 }
 
 #[test]
-fn level_of_the_option_wins() {
+fn level_option_takes_precedence() {
     let world = World::new();
     let debug = |lines: &[String]| lines.iter().any(|line| line.contains(" DEBUG "));
     assert!(log_of(&world, &["--log-level", "error"], &[("RUST_LOG", "debug")]).is_empty());
@@ -193,7 +193,7 @@ fn initial_sync_is_one_line() {
 }
 
 #[test]
-fn errors_of_the_api_server_name_its_url_and_each_cause_once() {
+fn api_errors_name_url_and_causes_once() {
     let world = World::new();
     let kubeconfig = world.scratch_dir().join("kubeconfig");
     write_kubeconfig(&kubeconfig, "http://127.0.0.1:1");
@@ -207,7 +207,7 @@ fn errors_of_the_api_server_name_its_url_and_each_cause_once() {
 }
 
 #[test]
-fn names_from_outside_are_escaped_in_every_output() {
+fn external_names_are_escaped_everywhere() {
     const INTERFACE: &str = "e\x1b[31mv\u{202e}l";
     const THREAD: &str = "a\x1b[2J\nforged";
     if skip_without_netns_cookie() {
@@ -286,7 +286,7 @@ fn assert_ends_quietly(world: &World, args: &[&str]) {
 }
 
 #[test]
-fn commands_end_quietly_when_their_reader_has_gone() {
+fn commands_exit_quietly_on_closed_pipe() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let agent = world.agent().spawn_ready();
@@ -310,7 +310,7 @@ fn commands_end_quietly_when_their_reader_has_gone() {
 }
 
 #[test]
-fn recorded_events_are_printed_without_following() {
+fn recorded_events_without_following() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let agent = world.agent().spawn_ready();

@@ -41,7 +41,7 @@ fn hang_up(agent: &Agent<'_>) {
 }
 
 #[test]
-fn what_is_counted_and_in_force_is_served() {
+fn counters_and_config_are_served() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     assert!(try_get(&world, DEFAULT, "/healthz").is_err(), "nobody serves yet");
@@ -92,7 +92,7 @@ fn what_is_counted_and_in_force_is_served() {
 }
 
 #[test]
-fn each_packet_is_told_of_or_counted_as_not_told_of_also_when_its_pod_is_gone() {
+fn every_packet_has_an_event_or_is_counted() {
     let world = World::new();
     let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
     let agent = world.agent().hooks(&known_here(&["from_pod", "node_egress", "socket"])).spawn_ready();
@@ -125,7 +125,7 @@ fn each_packet_is_told_of_or_counted_as_not_told_of_also_when_its_pod_is_gone() 
 }
 
 #[test]
-fn it_is_not_ready_while_a_pod_is_open() {
+fn not_ready_while_a_pod_is_not_enforced() {
     if skip_without_tcx() {
         return;
     }
@@ -156,7 +156,7 @@ fn it_is_not_ready_while_a_pod_is_open() {
 }
 
 #[test]
-fn where_it_is_served_changes_with_the_configuration() {
+fn reload_changes_the_listen_address() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let (file, socket) = (world.scratch_dir().join("imds.toml"), world.scratch_dir().join("metrics.sock"));
@@ -196,7 +196,7 @@ fn where_it_is_served_changes_with_the_configuration() {
 }
 
 #[test]
-fn who_asks_badly_keeps_nobody_else_from_it() {
+fn bad_requests_do_not_block_others() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let agent = world.agent().spawn_ready();

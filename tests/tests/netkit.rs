@@ -164,7 +164,7 @@ fn netkit_detached_links_are_restored() {
 
 /// The peer device takes no link, and both are the node's own.
 #[test]
-fn netkit_with_both_ends_on_the_node() {
+fn netkit_with_both_ends_on_node() {
     if skip_without_netkit() {
         return;
     }

@@ -47,7 +47,7 @@ fn assert_starts_anew(world: &World, pod: &Pod, backend: AttachMode, reason: &st
 }
 
 #[test]
-fn a_map_of_another_layout_is_replaced() {
+fn map_of_other_layout_is_replaced() {
     with_each_backend(|backend| {
         let (world, pod) = guarded_world(backend);
         let pin = world.pin_dir().join("maps/imds_counters");
@@ -61,7 +61,7 @@ fn a_map_of_another_layout_is_replaced() {
 }
 
 #[test]
-fn maps_that_another_version_wrote_are_replaced() {
+fn maps_of_other_version_are_replaced() {
     if skip_without_tcx() {
         return;
     }
@@ -85,7 +85,7 @@ fn maps_that_another_version_wrote_are_replaced() {
 }
 
 #[test]
-fn a_program_in_the_place_of_a_map_or_a_link_is_replaced() {
+fn program_at_map_or_link_pin_is_replaced() {
     if skip_without_tcx() {
         return;
     }
@@ -118,7 +118,7 @@ fn elsewhere(world: &World, netns: &Netns, args: &[&str]) -> std::process::Outpu
 }
 
 #[test]
-fn the_pins_of_another_network_namespace_are_left_alone() {
+fn pins_of_another_netns_are_left_alone() {
     with_each_backend(|backend| {
         let (world, pod) = guarded_world(backend);
         let refused = |args: &[&str]| {

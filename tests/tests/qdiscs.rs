@@ -99,7 +99,7 @@ fn from_pod_shares_an_ingress_qdisc() {
 }
 
 #[test]
-fn ingress_qdisc_leaves_no_room_for_node_egress() {
+fn ingress_qdisc_prevents_node_egress() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     qdisc(&world, World::UPLINK, "add ingress");
@@ -129,7 +129,7 @@ fn ingress_qdisc_leaves_no_room_for_node_egress() {
 
 /// An `ingress` qdisc lists the filter of `from_pod` at egress too.
 #[test]
-fn from_pod_at_an_ingress_qdisc_is_no_node_egress() {
+fn ingress_qdisc_keeps_from_pod_only() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Bridged);
     qdisc(&world, &pod.host_ifname, "add ingress");

@@ -64,7 +64,7 @@ fn wrapped(world: &World, wrapper: &[&str], agent: &AgentCommand<'_>) -> Command
 }
 
 #[test]
-fn a_user_who_is_not_root() {
+fn unprivileged_user() {
     let refusal = Refusal::new();
     let inner = refusal.agent().command();
     // Where nobody can get at it.
@@ -77,7 +77,7 @@ fn a_user_who_is_not_root() {
 }
 
 #[test]
-fn a_root_without_the_capabilities() {
+fn root_without_capabilities() {
     // CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON (capabilities(7)).
     let cases = [
         ("-net_admin", "CAP_NET_ADMIN"),
@@ -104,7 +104,7 @@ fn with_capabilities(world: &World, capabilities: &str) -> Command {
 }
 
 #[test]
-fn three_capabilities_are_all_that_it_takes() {
+fn three_capabilities_are_sufficient() {
     let Refusal { world, pod } = Refusal::new();
     let result = run_with_capabilities(&world, ENOUGH);
     assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
@@ -113,7 +113,7 @@ fn three_capabilities_are_all_that_it_takes() {
 
 /// Of the others that the unit and the pods of a cluster have, each is for something.
 #[test]
-fn exemptions_take_two_more() {
+fn exemptions_need_two_more_capabilities() {
     if skip_without_netns_cookie() {
         return;
     }
@@ -142,7 +142,7 @@ fn exemptions_take_two_more() {
 }
 
 #[test]
-fn a_limit_of_locked_memory_on_a_kernel_that_counts_maps_as_such() {
+fn locked_memory_limit_on_old_kernel() {
     let refusal = Refusal::new();
     let mut command = with_capabilities(&refusal.world, ENOUGH);
     // SAFETY: between fork and exec it makes one system call, and allocates nothing.
@@ -158,7 +158,7 @@ fn a_limit_of_locked_memory_on_a_kernel_that_counts_maps_as_such() {
 }
 
 #[test]
-fn a_pin_directory_that_is_on_no_bpffs() {
+fn pin_directory_outside_bpffs() {
     let refusal = Refusal::new();
     let path = refusal.world.scratch_dir().join("pins");
     let agent = refusal.agent().pin_dir(&path);
@@ -178,7 +178,7 @@ fn run_without_bpffs(world: &World, capabilities: &str) -> Output {
 }
 
 #[test]
-fn a_missing_bpffs_is_mounted_where_that_is_allowed() {
+fn missing_bpffs_is_mounted() {
     let Refusal { world, pod: _pod } = Refusal::new();
     let result = run_without_bpffs(&world, "+all");
     let stderr = String::from_utf8_lossy(&result.stderr);
@@ -187,7 +187,7 @@ fn a_missing_bpffs_is_mounted_where_that_is_allowed() {
 }
 
 #[test]
-fn a_missing_bpffs_that_can_not_be_mounted() {
+fn missing_bpffs_without_mount_right() {
     let refusal = Refusal::new();
     let result = run_without_bpffs(&refusal.world, "-sys_admin");
     refusal.assert(&result, 1, &["/sys/fs/bpf", "mount -t bpf bpf /sys/fs/bpf"]);
@@ -215,7 +215,7 @@ fn refuse_bpf(errno: i32) -> io::Result<()> {
 }
 
 #[test]
-fn a_kernel_without_bpf_or_one_that_refuses_it() {
+fn kernel_without_bpf() {
     let refusal = Refusal::new();
     for errno in [libc::ENOSYS, libc::EPERM] {
         let mut command = refusal.agent().command();
@@ -226,7 +226,7 @@ fn a_kernel_without_bpf_or_one_that_refuses_it() {
 }
 
 #[test]
-fn a_second_agent_on_the_same_pin_directory() {
+fn second_agent_on_same_pin_dir() {
     let refusal = Refusal::new();
     let mut first = refusal.agent().spawn_ready();
     assert_line(
@@ -240,7 +240,7 @@ fn a_second_agent_on_the_same_pin_directory() {
 }
 
 #[test]
-fn two_agents_with_their_own_pin_directories_are_no_trouble() {
+fn two_agents_with_separate_pin_dirs() {
     let [one, other] = [Refusal::new(), Refusal::new()];
     let _agents = [one.agent().spawn_ready(), other.agent().spawn_ready()];
     one.world.assert_blocked(&one.pod);
@@ -248,7 +248,7 @@ fn two_agents_with_their_own_pin_directories_are_no_trouble() {
 }
 
 #[test]
-fn a_cgroup_that_is_none() {
+fn path_that_is_not_a_cgroup() {
     let refusal = Refusal::new();
     let missing = refusal.world.scratch_dir().join("missing");
     for path in [Path::new("/tmp"), Path::new("/dev/null"), &missing] {
@@ -261,7 +261,7 @@ fn a_cgroup_that_is_none() {
 }
 
 #[test]
-fn a_failed_start_leaves_an_earlier_agent_s_programs_and_maps() {
+fn failed_start_keeps_earlier_enforcement() {
     let refusal = Refusal::new();
     refusal.agent().spawn_ready().kill9();
     let before = (
@@ -282,7 +282,7 @@ fn a_failed_start_leaves_an_earlier_agent_s_programs_and_maps() {
 
 /// The other hooks run, and the missing one is named.
 #[test]
-fn a_missing_cgroup_v2_degrades_the_agent() {
+fn missing_cgroup_v2_degrades_the_agent() {
     let Refusal { world, pod } = Refusal::new();
     let config = world.scratch_dir().join("socket.toml");
     let hooks = "node_egress = false\nlocal_service = false\nhost_network = false";
@@ -309,7 +309,7 @@ fn a_missing_cgroup_v2_degrades_the_agent() {
 }
 
 #[test]
-fn a_configuration_that_is_wrong() {
+fn wrong_configuration() {
     let cases: [(&str, &[&str]); 9] = [
         ("mode = \"enforce\"\nmodus = \"audit\"", &[":2:", "modus"]),
         ("[interfaces]\n\nexcluded = []", &[":3:", "excluded"]),
@@ -337,7 +337,7 @@ fn a_configuration_that_is_wrong() {
 }
 
 #[test]
-fn a_wrong_configuration_leaves_the_last_good_one_in_force() {
+fn wrong_config_keeps_last_good_one() {
     let Refusal { world, pod } = Refusal::new();
     let file = world.scratch_dir().join("imds.toml");
     let agent = || {
@@ -356,7 +356,7 @@ fn a_wrong_configuration_leaves_the_last_good_one_in_force() {
 }
 
 #[test]
-fn a_wrong_command_line() {
+fn wrong_command_line() {
     let refusal = Refusal::new();
     let cases: [&[&str]; 6] = [
         &[],

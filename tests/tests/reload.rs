@@ -129,7 +129,7 @@ fn guarding() -> Vec<String> {
 }
 
 #[test]
-fn no_packet_of_a_flood_passes_while_the_configuration_changes() {
+fn flood_is_denied_during_reloads() {
     with_each_backend(|backend| {
         let world = World::new();
         let pods = LINKS.map(|link| world.add_pod(link));
@@ -162,7 +162,7 @@ fn no_packet_of_a_flood_passes_while_the_configuration_changes() {
 }
 
 #[test]
-fn off_and_on_again_without_a_restart() {
+fn off_and_on_without_restart() {
     with_each_backend(|backend| {
         let world = World::new();
         let pod = world.add_pod(PodLink::Routed);
@@ -196,7 +196,7 @@ fn off_and_on_again_without_a_restart() {
 }
 
 #[test]
-fn hooks_come_and_go() {
+fn reload_changes_hooks() {
     if skip_without_netns_cookie() {
         return;
     }
@@ -241,7 +241,7 @@ fn hooks_come_and_go() {
 }
 
 #[test]
-fn strict_mode_comes_and_goes() {
+fn reload_changes_host_network() {
     if skip_without_netns_cookie() {
         return;
     }
@@ -268,7 +268,7 @@ fn strict_mode_comes_and_goes() {
 }
 
 #[test]
-fn endpoints_interfaces_and_the_provider_change() {
+fn reload_changes_endpoints_and_interfaces() {
     with_each_backend(|backend| {
         let world = World::new();
         let [pod, other] = LINKS.map(|link| world.add_pod(link));
@@ -310,7 +310,7 @@ fn endpoints_interfaces_and_the_provider_change() {
 }
 
 #[test]
-fn a_route_to_an_endpoint_that_is_new_makes_an_uplink() {
+fn new_endpoint_route_makes_an_uplink() {
     let world = World::new();
     let file = ConfigFile::new(&world, BOTH_EDGES);
     let agent = file.start(AttachMode::Clsact, &["--resync", "3600"]);
@@ -337,7 +337,7 @@ fn a_route_to_an_endpoint_that_is_new_makes_an_uplink() {
 }
 
 #[test]
-fn a_bad_file_leaves_the_configuration_before_in_force() {
+fn bad_file_keeps_previous_config() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     world.assert_open(&pod);
@@ -390,7 +390,7 @@ fn a_bad_file_leaves_the_configuration_before_in_force() {
 }
 
 #[test]
-fn a_cgroup_that_can_not_be_guarded_is_refused_with_the_file() {
+fn unusable_cgroup_rejects_the_file() {
     if skip_without_netns_cookie() {
         return;
     }
@@ -419,7 +419,7 @@ fn a_cgroup_that_can_not_be_guarded_is_refused_with_the_file() {
 }
 
 #[test]
-fn every_way_of_replacing_a_file_is_noticed() {
+fn every_file_replacement_is_noticed() {
     let world = World::new();
     let file = ConfigFile::new(&world, FROM_POD);
     // So that nothing is noticed for another reason.
@@ -474,7 +474,7 @@ fn file_in(dir: &Path, version: &str, text: &str) {
 }
 
 #[test]
-fn more_changes_than_the_kernel_tells_of() {
+fn inotify_overflow_is_handled() {
     let world = World::new();
     let file = ConfigFile::new(&world, FROM_POD);
     let agent = file.start(AttachMode::Clsact, &["--resync", "3600"]);
@@ -496,7 +496,7 @@ fn more_changes_than_the_kernel_tells_of() {
 }
 
 #[test]
-fn what_nobody_tells_of_is_noticed_by_looking() {
+fn polling_finds_unreported_changes() {
     let world = World::new();
     let file = ConfigFile::new(&world, FROM_POD);
     // Another name of the same file, in a directory that is not on the way.
@@ -513,7 +513,7 @@ fn what_nobody_tells_of_is_noticed_by_looking() {
 }
 
 #[test]
-fn sighup_without_a_file_ends_nothing() {
+fn sighup_without_file_is_ignored() {
     // Without a file all hooks are on.
     if skip_without_netns_cookie() {
         return;

@@ -80,7 +80,7 @@ fn answer(after: &[u8], v6: bool) -> SlicedPacket<'_> {
 }
 
 #[test]
-fn a_segment_is_answered_by_the_reset_that_its_stack_accepts() {
+fn tcp_reset_is_accepted_by_the_stack() {
     let object = rejecting();
     let segment = (
         any::<bool>(),
@@ -141,7 +141,7 @@ fn a_segment_is_answered_by_the_reset_that_its_stack_accepts() {
 }
 
 #[test]
-fn anything_else_is_answered_by_an_icmp_error_that_quotes_it() {
+fn icmp_error_quotes_the_packet() {
     let object = rejecting();
     let datagram =
         (any::<bool>(), any::<(u16, u16)>(), proptest::collection::vec(any::<u8>(), 0..300), any::<bool>());
@@ -185,7 +185,7 @@ fn anything_else_is_answered_by_an_icmp_error_that_quotes_it() {
 }
 
 #[test]
-fn what_must_not_be_answered_is_dropped_in_silence() {
+fn packets_without_reply_are_dropped() {
     let object = rejecting();
     let icmp = |v4_type: Icmpv4Type| {
         packet(false, |ip| {
@@ -226,7 +226,7 @@ fn what_must_not_be_answered_is_dropped_in_silence() {
 }
 
 #[test]
-fn packets_without_a_link_layer_and_with_options_are_answered_too() {
+fn replies_without_link_layer_and_options() {
     let object = rejecting();
     let mut before = packet(false, |ip| {
         let mut bytes = Vec::new();

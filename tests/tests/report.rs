@@ -54,7 +54,7 @@ fn sum(denials: &[Value]) -> u64 {
 }
 
 #[test]
-fn of_more_senders_than_are_kept_the_oldest_go() {
+fn oldest_senders_are_evicted() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let agent = world.agent().spawn_ready();
@@ -133,7 +133,7 @@ fn cgroups_of_a_unit_share_a_record() {
 }
 
 #[test]
-fn from_audit_to_the_rules_to_enforcement() {
+fn audit_to_rules_to_enforcement() {
     if skip_without_netns_cookie() {
         return;
     }

@@ -22,7 +22,7 @@ fn programs_of(world: &World, pod: &Pod) -> Vec<Attached> {
 
 /// The record of an interface can outlive it while no agent runs, and a pod's link can get its index.
 #[test]
-fn index_of_a_deleted_ifb_is_no_exemption() {
+fn deleted_ifb_index_is_not_exempt() {
     const INDEX: u32 = 7777;
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
@@ -51,7 +51,7 @@ fn index_of_a_deleted_ifb_is_no_exemption() {
 }
 
 #[test]
-fn enforcement_outlives_an_agent_that_is_killed() {
+fn enforcement_survives_sigkill() {
     with_each_backend(|backend| {
         let world = World::new();
         let pods = LINKS.map(|link| world.add_pod(link));
@@ -65,7 +65,7 @@ fn enforcement_outlives_an_agent_that_is_killed() {
 }
 
 #[test]
-fn enforcement_outlives_an_agent_that_is_told_to_end() {
+fn enforcement_survives_sigterm() {
     with_each_backend(|backend| {
         let world = World::new();
         let pods = LINKS.map(|link| world.add_pod(link));
@@ -77,7 +77,7 @@ fn enforcement_outlives_an_agent_that_is_told_to_end() {
 }
 
 #[test]
-fn the_next_agent_goes_on_counting_and_replaces_the_programs() {
+fn restart_keeps_counters() {
     with_each_backend(|backend| {
         let world = World::new();
         let pods = LINKS.map(|link| world.add_pod(link));
@@ -163,7 +163,7 @@ fn flood_while_agents_are_killed_and_started(backend: AttachMode, hook: &'static
 }
 
 #[test]
-fn no_packet_of_a_flood_passes_while_tcx_agents_are_killed_and_started() {
+fn restarts_deny_a_flood_tcx() {
     if skip_without_tcx() {
         return;
     }
@@ -171,12 +171,12 @@ fn no_packet_of_a_flood_passes_while_tcx_agents_are_killed_and_started() {
 }
 
 #[test]
-fn no_packet_of_a_flood_passes_while_clsact_agents_are_killed_and_started() {
+fn restarts_deny_a_flood_clsact() {
     flood_while_agents_are_killed_and_started(AttachMode::Clsact, "from_pod");
 }
 
 #[test]
-fn no_packet_of_a_flood_passes_the_node_egress_while_tcx_agents_are_killed_and_started() {
+fn restarts_deny_a_flood_node_egress_tcx() {
     if skip_without_tcx() {
         return;
     }
@@ -184,12 +184,12 @@ fn no_packet_of_a_flood_passes_the_node_egress_while_tcx_agents_are_killed_and_s
 }
 
 #[test]
-fn no_packet_of_a_flood_passes_the_node_egress_while_clsact_agents_are_killed_and_started() {
+fn restarts_deny_a_flood_node_egress_clsact() {
     flood_while_agents_are_killed_and_started(AttachMode::Clsact, "node_egress");
 }
 
 #[test]
-fn none_of_a_million_packets_of_a_hundred_pods_passes_while_programs_are_replaced() {
+fn replacement_denies_a_million_packets() {
     const PODS: usize = 100;
     const PACKETS: u64 = 1_000_000;
 
@@ -223,7 +223,7 @@ fn none_of_a_million_packets_of_a_hundred_pods_passes_while_programs_are_replace
 }
 
 #[test]
-fn no_packet_of_a_flood_passes_while_the_way_of_attaching_changes() {
+fn attach_mode_change_denies_a_flood() {
     if skip_without_tcx() {
         return;
     }

@@ -47,7 +47,7 @@ fn assert_restored(world: &World, agent: &Agent<'_>, pod: &Pod, lines_before: us
 }
 
 #[test]
-fn a_detached_tcx_link_is_attached_again() {
+fn detached_tcx_link_is_restored() {
     if skip_without_tcx() {
         return;
     }
@@ -63,7 +63,7 @@ fn a_detached_tcx_link_is_attached_again() {
 }
 
 #[test]
-fn a_removed_clsact_qdisc_is_made_again() {
+fn removed_clsact_qdisc_is_restored() {
     let world = World::new();
     let pods = LINKS.map(|link| world.add_pod(link));
     let agent = start(&world, AttachMode::Clsact);
@@ -80,7 +80,7 @@ fn a_removed_clsact_qdisc_is_made_again() {
 }
 
 #[test]
-fn a_removed_filter_is_added_again() {
+fn removed_filter_is_restored() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let agent = start(&world, AttachMode::Clsact);
@@ -90,7 +90,7 @@ fn a_removed_filter_is_added_again() {
 }
 
 #[test]
-fn a_removed_link_pin_is_pinned_again_without_a_gap() {
+fn removed_link_pin_is_restored() {
     if skip_without_tcx() {
         return;
     }
@@ -108,7 +108,7 @@ fn a_removed_link_pin_is_pinned_again_without_a_gap() {
 }
 
 #[test]
-fn a_removed_pin_directory_is_made_again_without_a_gap() {
+fn removed_pin_directory_is_restored() {
     with_each_backend(|backend| {
         let world = World::new();
         let pod = world.add_pod(PodLink::Routed);
@@ -128,7 +128,7 @@ fn a_removed_pin_directory_is_made_again_without_a_gap() {
 }
 
 #[test]
-fn what_was_detached_while_no_agent_ran_shows_in_the_status_and_is_restored_by_the_next() {
+fn detached_without_agent_is_restored() {
     with_each_backend(|backend| {
         let world = World::new();
         let pod = world.add_pod(PodLink::Routed);
@@ -159,7 +159,7 @@ fn guards_uplink(world: &World) -> bool {
 }
 
 #[test]
-fn the_node_egress_is_restored_whatever_took_it_away() {
+fn node_egress_is_restored() {
     with_each_backend(|backend| {
         let world = World::new();
         let pod = world.add_pod(PodLink::Routed);
@@ -185,7 +185,7 @@ fn the_node_egress_is_restored_whatever_took_it_away() {
 }
 
 #[test]
-fn rules_that_are_flushed_are_none_of_ours() {
+fn nft_flush_keeps_enforcement() {
     let hooks: [&[&str]; 3] = [&["from_pod"], &["node_egress"], &["socket"]];
     if skip_without_netns_cookie() {
         return;
@@ -210,7 +210,7 @@ fn rules_that_are_flushed_are_none_of_ours() {
 }
 
 #[test]
-fn pins_of_every_hook_that_are_removed_are_made_again_without_a_gap() {
+fn pins_of_every_hook_are_restored() {
     if skip_without_netns_cookie() {
         return;
     }

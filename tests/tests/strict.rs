@@ -119,7 +119,7 @@ fn assert_every_way_is_held(path: &str) {
 }
 
 #[test]
-fn every_way_of_a_pod_in_the_nodes_namespace() {
+fn host_network_pod_every_vector() {
     if skip_without_netns_cookie() {
         return;
     }
@@ -127,7 +127,7 @@ fn every_way_of_a_pod_in_the_nodes_namespace() {
 }
 
 #[test]
-fn every_way_of_a_pod_in_the_nodes_namespace_in_kind() {
+fn host_network_pod_every_vector_kind() {
     if skip_without_netns_cookie() {
         return;
     }
@@ -135,7 +135,7 @@ fn every_way_of_a_pod_in_the_nodes_namespace_in_kind() {
 }
 
 #[test]
-fn what_was_open_before_is_cut() {
+fn earlier_connection_is_cut() {
     if skip_without_netns_cookie() {
         return;
     }
@@ -179,7 +179,7 @@ fn assert_reaches(netns: &Netns, addresses: &[IpAddr]) {
 }
 
 #[test]
-fn the_node_keeps_its_access_and_a_pod_what_is_not_guarded() {
+fn node_and_unprotected_addresses_pass() {
     if skip_without_netns_cookie() {
         return;
     }
@@ -220,7 +220,7 @@ fn the_node_keeps_its_access_and_a_pod_what_is_not_guarded() {
 }
 
 #[test]
-fn a_pod_with_a_namespace_of_its_own_is_counted_once() {
+fn pod_with_own_netns_is_counted_once() {
     if skip_without_netns_cookie() {
         return;
     }
@@ -256,7 +256,7 @@ fn a_pod_with_a_namespace_of_its_own_is_counted_once() {
 }
 
 #[test]
-fn without_strict_mode_they_keep_their_access() {
+fn disabled_host_network_denies_nothing() {
     if skip_without_netns_cookie() {
         return;
     }
@@ -293,7 +293,7 @@ fn host_links(world: &World) -> Vec<String> {
 }
 
 #[test]
-fn cgroups_that_come_and_go_are_followed_at_once() {
+fn added_and_removed_cgroups_are_followed() {
     if skip_without_netns_cookie() {
         return;
     }
@@ -328,7 +328,7 @@ fn cgroups_that_come_and_go_are_followed_at_once() {
 }
 
 #[test]
-fn an_agent_that_finds_none_and_does_not_stay_fails() {
+fn once_without_kubepods_cgroup_fails() {
     if skip_without_netns_cookie() {
         return;
     }
@@ -346,7 +346,7 @@ fn an_agent_that_finds_none_and_does_not_stay_fails() {
 }
 
 #[test]
-fn audit_lets_them_pass_and_counts_them() {
+fn audit_counts_and_passes() {
     if skip_without_netns_cookie() {
         return;
     }
@@ -363,7 +363,7 @@ fn audit_lets_them_pass_and_counts_them() {
 }
 
 #[test]
-fn what_somebody_detached_is_restored() {
+fn detached_host_network_is_restored() {
     if skip_without_netns_cookie() {
         return;
     }
@@ -396,7 +396,7 @@ fn send_until(world: &World, container: &Cgroup, over: &Over, tried: &AtomicU64)
 }
 
 #[test]
-fn it_outlives_the_agent_and_the_next_takes_over_without_a_gap() {
+fn host_network_survives_restart() {
     const RESTARTS: usize = 10;
     if skip_without_netns_cookie() {
         return;

@@ -35,7 +35,7 @@ impl Manager {
 }
 
 #[test]
-fn a_service_manager_is_told_when_the_node_is_guarded_and_that_the_agent_works() {
+fn readiness_and_watchdog_are_notified() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let (socket, config) = (world.scratch_dir().join("notify"), world.scratch_dir().join("imds.toml"));

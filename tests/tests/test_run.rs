@@ -119,7 +119,7 @@ fn packets_to(destination: [u8; 4]) -> Vec<(&'static str, Vec<u8>)> {
 }
 
 #[test]
-fn every_packet_to_the_endpoint_is_denied_and_the_same_packet_elsewhere_is_not() {
+fn every_packet_to_endpoint_is_denied() {
     let object = object(Mode::Enforce);
     let program = object.program(PROG_FROM_POD);
     for ((name, guarded), (_, other)) in packets_to(IMDS_IPV4).into_iter().zip(packets_to(OTHER)) {
@@ -129,7 +129,7 @@ fn every_packet_to_the_endpoint_is_denied_and_the_same_packet_elsewhere_is_not()
 }
 
 #[test]
-fn what_only_looks_like_the_endpoint_is_let_through() {
+fn lookalikes_of_the_endpoint_pass() {
     let object = object(Mode::Enforce);
     let program = object.program(PROG_FROM_POD);
     let mut from_endpoint = Vec::new();
@@ -159,7 +159,7 @@ fn what_only_looks_like_the_endpoint_is_let_through() {
 }
 
 #[test]
-fn packets_without_a_link_layer_are_judged_by_the_other_program() {
+fn layer_3_packets_by_the_layer_3_program() {
     let object = object(Mode::Enforce);
     let program = object.program(PROG_FROM_POD_L3);
     for ((name, guarded), (_, other)) in packets_to(IMDS_IPV4).into_iter().zip(packets_to(OTHER)).take(8) {
@@ -169,7 +169,7 @@ fn packets_without_a_link_layer_are_judged_by_the_other_program() {
 }
 
 #[test]
-fn the_mode_decides_and_every_guarded_packet_is_counted_under_its_verdict() {
+fn mode_decides_and_verdicts_are_counted() {
     for (mode, verdict, expected) in [
         (Mode::Enforce, Verdict::Deny, TC_ACT_SHOT),
         (Mode::Audit, Verdict::Audit, TC_ACT_UNSPEC),
@@ -211,7 +211,7 @@ fn grant(subject: Subject, address: Address, verdict: Verdict) -> (Exemption, Gr
 }
 
 #[test]
-fn who_is_exempt_passes_to_what_it_is_exempt_from() {
+fn exempt_sender_passes_to_its_endpoints() {
     const HERE: Address = Address::from_ipv4(IMDS_IPV4);
     const ELSEWHERE: Address = Address::from_ipv4(OTHER);
     // A test run's packet comes from the loopback interface.
@@ -243,7 +243,7 @@ fn who_is_exempt_passes_to_what_it_is_exempt_from() {
 }
 
 #[test]
-fn only_exempt_pods_behind_a_bridge_are_marked() {
+fn only_bridged_exempt_pods_are_marked() {
     // A test run's packet comes from the loopback interface.
     let (exemption, grant) = grant(Subject::new(SubjectKind::Interface, 1), Address::ANY, Verdict::Exempt);
     let object = object_with(&[(exemption, Grant { flags: Grant::MARK, ..grant })], Mode::Enforce);
@@ -253,7 +253,7 @@ fn only_exempt_pods_behind_a_bridge_are_marked() {
 }
 
 #[test]
-fn node_egress_knows_pods_by_interface_and_bridges_by_mark() {
+fn node_egress_by_interface_and_mark() {
     let [pod, bridge] = [(SubjectKind::Interface, 7), (SubjectKind::Bridge, 9)]
         .map(|(kind, id)| grant(Subject::new(kind, id), Address::ANY, Verdict::Exempt));
     let mut object = object_with(&[pod, bridge], Mode::Enforce);
@@ -301,7 +301,7 @@ fn node_egress_knows_pods_by_interface_and_bridges_by_mark() {
 }
 
 #[test]
-fn a_policy_that_was_never_written_or_is_unknown_denies() {
+fn missing_or_unknown_policy_denies() {
     let never_written = unwritten_object();
     assert_eq!(action(never_written.program(PROG_FROM_POD), &udp(IMDS_IPV4)), TC_ACT_SHOT);
     let mut unknown = unwritten_object();
@@ -310,7 +310,7 @@ fn a_policy_that_was_never_written_or_is_unknown_denies() {
 }
 
 #[test]
-fn a_filter_that_was_never_written_is_the_loaders_mistake_and_a_full_one_only_costs_time() {
+fn unwritten_and_full_bloom_filter() {
     let mut object = Object::load(OBJECT);
     let full = Filter { bits: [0xff; 8192], subjects: [0xff; 2048], ..Filter::EMPTY };
     object.set(SECTION_FILTER, full);
@@ -325,7 +325,7 @@ fn a_filter_that_was_never_written_is_the_loaders_mistake_and_a_full_one_only_co
 }
 
 #[test]
-fn the_verifier_is_done_with_every_program_soon() {
+fn verifier_instructions_are_bounded() {
     let object = Object::load_with(OBJECT, &kernel_features());
     for name in programs() {
         let Some(verified) = object.verified_instructions(name) else {
@@ -341,7 +341,7 @@ fn the_verifier_is_done_with_every_program_soon() {
 const MOST_VERIFIED: u32 = 4096;
 
 #[test]
-fn the_object_has_the_names_that_user_space_asks_for() {
+fn object_has_the_expected_names() {
     let object = Object::load(OBJECT);
     let sorted = |names: &[&str]| {
         let mut names: Vec<_> = names.iter().map(|&name| name.to_owned()).collect();

@@ -96,7 +96,7 @@ fn denied(text: &str, pod: &Pod) -> Option<u64> {
 }
 
 #[test]
-fn a_pods_denials_are_seen_to_grow() {
+fn denials_of_a_pod_grow() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let agent = world.agent().spawn_ready();
@@ -131,7 +131,7 @@ fn a_pods_denials_are_seen_to_grow() {
 }
 
 #[test]
-fn whatever_ends_it_the_terminal_is_given_back() {
+fn terminal_is_restored_on_every_exit() {
     let world = World::new();
     let _agent = world.agent().spawn_ready();
     for keys in ["\x1b", "\x03"] {
@@ -149,7 +149,7 @@ fn whatever_ends_it_the_terminal_is_given_back() {
 }
 
 #[test]
-fn without_a_terminal_it_says_what_to_use() {
+fn missing_terminal_names_the_alternative() {
     let world = World::new();
     let output = world.imds_agent(&["top"]).output();
     let stderr = String::from_utf8_lossy(&output.stderr);

@@ -38,7 +38,7 @@ fn names(status: &Status, pid: u32, path: &str) -> bool {
 }
 
 #[test]
-fn both_are_named_once_and_do_not_fight() {
+fn both_agents_are_reported_and_coexist() {
     with_each_backend(|backend| {
         let world = World::new();
         let pod = world.add_pod(PodLink::Routed);

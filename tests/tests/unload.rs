@@ -29,7 +29,7 @@ fn our_programs(world: &World, pods: &[Pod]) -> Vec<u32> {
 }
 
 #[test]
-fn nothing_is_left() {
+fn unload_leaves_nothing() {
     with_each_backend(|backend| {
         let world = World::new();
         let pods = LINKS.map(|link| world.add_pod(link));
@@ -57,7 +57,7 @@ fn nothing_is_left() {
 }
 
 #[test]
-fn unloading_what_is_not_loaded_is_no_failure() {
+fn unload_without_programs_succeeds() {
     let world = World::new();
     world.unload();
     world.agent().once();
@@ -67,7 +67,7 @@ fn unloading_what_is_not_loaded_is_no_failure() {
 }
 
 #[test]
-fn a_clsact_qdisc_that_was_there_before_stays_with_its_filters() {
+fn earlier_clsact_qdisc_stays() {
     with_each_backend(|backend| {
         let world = World::new();
         let pods = LINKS.map(|link| world.add_pod(link));
@@ -88,7 +88,7 @@ fn a_clsact_qdisc_that_was_there_before_stays_with_its_filters() {
 }
 
 #[test]
-fn a_filter_that_somebody_added_to_our_qdisc_stays() {
+fn foreign_filter_on_own_qdisc_stays() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     world.start_agent(imds_tests::AttachMode::Clsact).kill9();
@@ -99,7 +99,7 @@ fn a_filter_that_somebody_added_to_our_qdisc_stays() {
 }
 
 #[test]
-fn somebody_elses_tcx_program_stays() {
+fn foreign_tcx_program_stays() {
     if skip_without_tcx() {
         return;
     }
@@ -114,7 +114,7 @@ fn somebody_elses_tcx_program_stays() {
 }
 
 #[test]
-fn a_running_agent_releases_the_directory_and_stays_unloaded() {
+fn running_agent_stays_unloaded() {
     with_each_backend(|backend| {
         let world = World::new();
         let pod = world.add_pod(PodLink::Routed);
@@ -153,7 +153,7 @@ fn a_running_agent_releases_the_directory_and_stays_unloaded() {
 }
 
 #[test]
-fn an_agent_that_hangs_enforces_nothing_and_is_named_with_the_commands() {
+fn hanging_agent_is_reported() {
     with_each_backend(|backend| {
         let world = World::new();
         let pod = world.add_pod(PodLink::Routed);
@@ -181,7 +181,7 @@ fn an_agent_that_hangs_enforces_nothing_and_is_named_with_the_commands() {
 }
 
 #[test]
-fn a_world_without_its_pods_is_unloaded_too() {
+fn unload_after_pods_are_deleted() {
     with_each_backend(|backend| {
         let world = World::new();
         let pod = world.add_pod(PodLink::Routed);
@@ -194,7 +194,7 @@ fn a_world_without_its_pods_is_unloaded_too() {
 
 /// For who would start it again when it ends.
 #[test]
-fn it_holds_on_once_it_is_done_where_it_is_told_to() {
+fn unload_waits_if_requested() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     world.assert_open(&pod);

@@ -52,7 +52,7 @@ fn pin_foreign_program(path: &Path) {
 }
 
 #[test]
-fn a_directory_of_files_is_left_alone() {
+fn directory_of_files_is_left_alone() {
     let world = World::new();
     let path = world.scratch_dir().join("files");
     fs::create_dir_all(path.join("maps")).unwrap();
@@ -62,7 +62,7 @@ fn a_directory_of_files_is_left_alone() {
 }
 
 #[test]
-fn the_root_of_a_bpffs_and_directories_of_other_programs_are_left_alone() {
+fn bpffs_root_and_foreign_dirs_are_kept() {
     let world = World::new();
     let bpffs = Bpffs::new(&world);
     let other = bpffs.0.join("other");
@@ -110,7 +110,7 @@ fn symlinks_are_not_followed() {
 }
 
 #[test]
-fn pins_of_other_programs_in_the_directory_stay() {
+fn foreign_pins_in_the_directory_stay() {
     if skip_without_tcx() {
         return;
     }

@@ -93,7 +93,7 @@ bpftool:
 ";
 
     #[test]
-    fn only_a_package_with_a_version_has_a_candidate() {
+    fn candidate_needs_a_version() {
         assert!(has_candidate(POLICY, "bpftool"));
         assert!(!has_candidate(POLICY, "rustc-web"));
         assert!(!has_candidate(POLICY, "rustc"));

@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn results_take_the_place_of_those_before() {
+    fn results_replace_earlier_ones() {
         let text = "a\n<!-- cargo xtask bench x --document -->\nold\n<!-- end -->\nb\n";
         let expected = "a\n<!-- cargo xtask bench x --document -->\n\nnew\n\n<!-- end -->\nb\n";
         assert_eq!(with_results(text, "x", "new\n").unwrap(), expected);

@@ -44,7 +44,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_directory_is_made_whole_or_not_at_all() {
+    fn directory_creation_is_atomic() {
         let cache = tempfile::tempdir().unwrap();
         let dir = cache.path().join("6.1");
         let made = |content: &str, is_good: bool| {

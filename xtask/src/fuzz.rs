@@ -174,13 +174,13 @@ stat::peak_rss_mb:              61
 ";
 
     #[test]
-    fn what_was_done_is_said_in_a_line() {
+    fn summary_is_one_line() {
         assert_eq!(summary(LOG), "9000 inputs, 500 a second, 2345 places reached, 61 MiB");
         assert_eq!(summary(""), "? inputs, ? a second, ? places reached, ? MiB");
     }
 
     #[test]
-    fn a_failure_is_said_with_how_to_see_it_again() {
+    fn failure_names_the_replay_command() {
         let log =
             "SUMMARY: libFuzzer: deadly signal\nartifact_prefix='/t/'; Test unit written to /t/crash-0a\n";
         let expected = "; to see it again: cargo xtask fuzz config --input /t/crash-0a";
@@ -189,7 +189,7 @@ stat::peak_rss_mb:              61
     }
 
     #[test]
-    fn there_are_seeds_for_each_target() {
+    fn every_target_has_seeds() {
         for target in TARGETS {
             assert!(root().join("fuzz/seeds").join(target).is_dir(), "{target}");
         }

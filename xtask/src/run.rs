@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_this_run_loaded_is_unloaded() {
+    fn only_own_programs_are_unloaded() {
         assert_eq!(after(false, true, &args(&["--config", "x"])), After::Unload);
         assert_eq!(after(false, false, &[]), After::Nothing);
         assert!(matches!(after(true, true, &[]), After::Leave(_)));
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn directories_are_those_of_the_agent() {
+    fn directories_match_the_agent() {
         let pin_dir = |agent_args: &[&str]| directory(&args(agent_args), "--pin-dir", DEFAULT_PIN_DIR);
         assert_eq!(pin_dir(&["--once"]), Path::new(DEFAULT_PIN_DIR));
         assert_eq!(pin_dir(&["--pin-dir", "/sys/fs/bpf/a b"]), Path::new("/sys/fs/bpf/a b"));

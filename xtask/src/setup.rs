@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_machine_lacks_all_of_the_debian_way() {
+    fn empty_machine_lacks_all_packages() {
         let root = tempfile::tempdir().unwrap();
         let missing = Missing::on(&host(root.path(), &[]), &ALL);
         let mut expected = DEBIAN_PACKAGES.to_vec();
@@ -313,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn a_purpose_asks_for_no_more_than_it_needs() {
+    fn purposes_need_only_their_packages() {
         let root = tempfile::tempdir().unwrap();
         let core = root.path().join("usr/lib/rustlib/bpfel-unknown-none/lib");
         fs::create_dir_all(core).unwrap();
@@ -326,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_linker_alone_needs_no_package_of_the_compiler() {
+    fn missing_linker_needs_no_compiler() {
         let root = tempfile::tempdir().unwrap();
         fs::create_dir_all(root.path().join("usr/lib/rustlib/bpfel-unknown-none/lib")).unwrap();
         let host = host(root.path(), &["usr/bin/rustc", "usr/bin/cargo"]);

@@ -84,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_exit_code_is_what_a_shell_reports() {
+    fn exit_code_matches_the_shell() {
         assert_eq!(exit_code(ExitStatus::from_raw(3 << 8)), 3);
         assert_eq!(exit_code(ExitStatus::from_raw(15)), 128 + 15);
     }

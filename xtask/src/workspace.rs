@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_command_is_described_as_it_would_be_typed() {
+    fn command_is_printed_as_typed() {
         assert_eq!(
             describe(Command::new("/opt/rust/bin/cargo").args(["build", "-p", "x"])),
             "cargo build -p x"

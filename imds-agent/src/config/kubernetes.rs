@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn when_pods_are_looked_up_and_how() {
+    fn pod_watch_settings() {
         let outside = Surroundings::default();
         let inside = Surroundings { in_pod: true, ..Surroundings::default() };
         let file = Some(Access::Kubeconfig("/etc/k.yaml".into()));
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn the_nodes_name() {
+    fn node_name_sources() {
         let host = Surroundings { hostname: "Node-7.Example".to_owned(), ..Surroundings::default() };
         let told = Surroundings { node_name: Some("node-8".to_owned()), ..host.clone() };
         let named = parse("[kubernetes]\nnode_name = 'node-9'").unwrap();
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_are_named() {
+    fn errors_name_the_key() {
         for (line, place, part) in [
             ("enabled = 1", "2:11", "true or false"),
             ("enabled = 'maybe'", "2:11", "maybe"),

@@ -44,7 +44,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_kubernetes_takes_and_what_not() {
+    fn kubernetes_name_validation() {
         let long = "a".repeat(64);
         for good in ["kube-system", "a", "0-9"] {
             assert!(is_dns_label(good) && is_dns_subdomain(good) && is_label_key(good), "{good}");

@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_of_serde_are_understood() {
+    fn serde_messages_are_parsed() {
         for (message, expected) in [
             ("unknown field `modee`, expected one of `mode`, `answer`", "; did you mean \"mode\"?"),
             ("unknown variant `of`, expected one of `enforce`, `audit`, `off`", "; did you mean \"off\"?"),

@@ -12,7 +12,7 @@ fn parse(text: &str) -> Result<Config, String> {
 }
 
 #[test]
-fn an_empty_file_enforces() {
+fn empty_file_enforces() {
     let config = parse("").unwrap();
     assert_eq!((config.mode, config.on_deny), (Mode::Enforce, DenyAction::Drop));
     assert!(!config.interfaces.includes("veth0") && !config.interfaces.excludes("veth0"));
@@ -30,7 +30,7 @@ fn mode_and_globs() {
 }
 
 #[test]
-fn hooks_are_on_unless_switched_off_and_strict_mode_is_off_unless_switched_on() {
+fn hook_defaults() {
     let hooks = [Hook::FromPod, Hook::NodeEgress, Hook::Socket, Hook::HostNetwork];
     let on = |text: &str| hooks.map(|hook| parse(text).unwrap().hooks.has(hook));
     assert_eq!(on(""), [true, true, true, false]);
@@ -102,7 +102,7 @@ fn errors_have_suggestions() {
 }
 
 #[test]
-fn presets_have_other_ports_where_the_file_says_so() {
+fn preset_ports_can_be_overridden() {
     let ports = |text: &str| {
         let guarded = parse(text).unwrap().endpoints.resolve(&Dmi::default()).unwrap();
         let of = |endpoint: &crate::endpoints::Endpoint| {
@@ -135,7 +135,7 @@ fn presets_have_other_ports_where_the_file_says_so() {
 }
 
 #[test]
-fn metrics_are_served_at_one_place_or_several() {
+fn metrics_listen_one_or_several() {
     let listen = |text: &str| parse(&format!("[metrics]\nlisten = {text}")).map(|config| config.listen);
     let place = |text: &str| text.parse::<Listen>().unwrap();
     assert_eq!(listen("'127.0.0.1:1'"), Ok(vec![place("127.0.0.1:1")]));
@@ -155,7 +155,7 @@ fn all_errors(text: &str) -> Vec<String> {
 }
 
 #[test]
-fn every_error_is_found_at_once() {
+fn all_errors_are_reported_together() {
     let text = "mode = 'of'\nmodus = 'off'\nprovider = 'gpc'\nextras = ['ecs', 'eks']\n[hooks]\nsocket = 0\n\
                 [interfaces]\ninclude = ['[', 'a', 3]\nexclude = ['a']\n\
                 [[endpoint]]\nname = 'a'\naddress = '10.0.0'\nkeep = ['sctp/1']\n\
@@ -176,7 +176,7 @@ fn every_error_is_found_at_once() {
 }
 
 #[test]
-fn the_text_of_a_configuration_is_the_same_configuration_with_every_default() {
+fn shown_config_parses_to_itself() {
     let texts = [
         "",
         "mode = 'audit'\non_deny = 'reject'\nprovider = 'aws'\nextras = ['ecs']\n[hooks]\nsocket = false\n\
@@ -199,7 +199,7 @@ fn the_text_of_a_configuration_is_the_same_configuration_with_every_default() {
 }
 
 #[test]
-fn a_configuration_that_can_not_be_shown_is_refused() {
+fn unprintable_config_is_rejected() {
     let glob = "x".repeat(1000);
     let globs = format!("'{glob}', ").repeat(66);
     assert!(parse(&format!("[interfaces]\ninclude = [{globs}]")).unwrap_err().contains("bytes"));
@@ -218,7 +218,7 @@ fn example() -> (&'static str, String) {
 }
 
 #[test]
-fn the_example_is_all_defaults() {
+fn example_equals_defaults() {
     let (example, in_force) = example();
     assert_eq!(parse(example).unwrap().to_toml(), Config::default().to_toml());
     let mut in_force: Table = parse(&in_force).unwrap().to_toml().parse().unwrap();
@@ -232,7 +232,7 @@ fn the_example_is_all_defaults() {
 }
 
 #[test]
-fn the_example_has_every_key() {
+fn example_has_every_key() {
     let (_, in_force) = example();
     let keys: Table = in_force.parse().unwrap();
     let mut tables = vec![(String::new(), BTreeSet::new())];
@@ -275,7 +275,7 @@ fn resolve(text: &str, vendor: &str) -> Result<Guarded, String> {
 }
 
 #[test]
-fn endpoints_are_the_providers_and_the_operators() {
+fn endpoints_of_provider_and_operator() {
     let guarded = resolve("", "").unwrap();
     assert_eq!((guarded.configured(), guarded.provider(), guarded.endpoints().len()), ("auto", "generic", 1));
     let guarded = resolve("", "Amazon EC2").unwrap();
@@ -293,7 +293,7 @@ fn endpoints_are_the_providers_and_the_operators() {
 }
 
 #[test]
-fn endpoints_that_make_no_sense_are_named() {
+fn invalid_endpoints_are_reported() {
     let one =
         |address: &str, rest: &str| format!("\n[[endpoint]]\nname = 'a'\naddress = '{address}'\n{rest}");
     let own = |n| format!("[[endpoint]]\nname = 'n{n}'\naddress = '10.1.0.{n}'\n");
@@ -337,7 +337,7 @@ fn endpoints_that_make_no_sense_are_named() {
 
 proptest! {
     #[test]
-    fn no_text_panics_and_every_error_is_one_line(text in "(?s).{0,200}") {
+    fn any_text_gives_one_line_errors(text in "(?s).{0,200}") {
         if let Err(error) = parse(&text) {
             prop_assert!(!error.contains('\n'), "{error}");
         }

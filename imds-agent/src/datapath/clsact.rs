@@ -359,27 +359,27 @@ mod tests {
     }
 
     #[test]
-    fn first_is_first() {
+    fn own_filter_first() {
         assert_eq!(place(&[ours(1)], &ours(1)), Order::First);
         assert_eq!(place(&[ours(1), other(1, "bpf"), other(2, "u32")], &ours(1)), Order::First);
         assert_eq!(place(&[ours(2), other(3, "u32")], &ours(2)), Order::First);
     }
 
     #[test]
-    fn another_bpf_filter_of_the_same_priority_can_be_passed() {
+    fn bpf_filter_of_same_priority_is_passed() {
         assert_eq!(place(&[other(1, "bpf"), ours(1)], &ours(1)), Order::NotFirst);
         assert_eq!(best_priority(&[other(1, "bpf")]), 1);
     }
 
     #[test]
-    fn a_filter_of_another_kind_at_the_first_priority_can_not() {
+    fn other_filter_kind_at_priority_1_blocks() {
         assert_eq!(best_priority(&[other(1, "matchall")]), 2);
         assert_eq!(place(&[other(1, "matchall"), ours(2)], &ours(2)), Order::Blocked);
         assert_eq!(place(&[other(1, "matchall"), ours(3)], &ours(3)), Order::NotFirst);
     }
 
     #[test]
-    fn a_place_that_became_free_is_taken() {
+    fn freed_priority_is_taken() {
         assert_eq!(place(&[other(2, "u32"), ours(3)], &ours(3)), Order::NotFirst);
     }
 }

@@ -139,7 +139,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_that_is_too_long_is_cut_between_characters() {
+    fn long_text_is_cut_at_a_character() {
         assert_eq!(padded::<4>("a"), *b"a\0\0\0");
         assert_eq!(padded::<4>("abcde"), *b"abcd");
         assert_eq!(padded::<4>("abc\u{e4}"), *b"abc\0");

@@ -108,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_flood_of_one_owner_evicts_its_own_records() {
+    fn flood_evicts_records_of_its_owner() {
         let flood = (0..90).map(|number| (1, 1000 + number, number));
         let others = (0..10).map(|number| (2 + number, number, 100 + number));
         let evicted = evicted(flood.chain(others).collect(), 20);
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_of_equal_owners_go() {
+    fn oldest_record_of_equal_owners_is_evicted() {
         let all = (0..10).map(|number| (number, 100 - number, number)).collect();
         assert_eq!(evicted(all, 3), [9, 8, 7]);
     }

@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_bpffs_is_found() {
+    fn all_bpffs_mounts_are_found() {
         let mountinfo = "30 23 0:26 / /sys/fs/bpf rw,nosuid shared:4 - bpf bpf rw,mode=700\n\
                          31 23 0:27 / /sys rw - sysfs sysfs rw\n\
                          32 23 0:28 / /run/cilium/bpffs rw - bpf none rw\n";

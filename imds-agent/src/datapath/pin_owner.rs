@@ -199,7 +199,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_names_that_the_agent_creates() {
+    fn own_pin_names_only() {
         let [map, program, link] = [PinKind::Map, PinKind::Program, PinKind::Link];
         assert!(map.is_name("imds_policy") && map.is_name("imds_policy_new") && map.is_name("AYA_LOGS"));
         assert!(!map.is_name("imds_other") && !map.is_name("cilium_policy"));

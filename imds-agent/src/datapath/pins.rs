@@ -282,7 +282,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_of_pins() {
+    fn pin_names() {
         let dir = PinDir::new(Path::new("/sys/fs/bpf/imds")).unwrap();
         let spot = |edge| AttachPoint { ifindex: 12, edge };
         assert_eq!(dir.link(spot(TcHook::FromPod)), Path::new("/sys/fs/bpf/imds/links/from_pod_12"));
@@ -292,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_on_another_file_system_is_refused_with_the_remedy() {
+    fn non_bpffs_dir_is_rejected_with_remedy() {
         let elsewhere = tempfile::tempdir().unwrap();
         let dir = PinDir::new(&elsewhere.path().join("pins")).unwrap();
         let error = dir.claim().unwrap_err();

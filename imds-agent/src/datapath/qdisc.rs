@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn root_qdiscs_are_in_another_place() {
+    fn root_qdiscs_are_ignored() {
         let mut message = TcMessage::with_index(7);
         message.header.parent = TcHandle::ROOT;
         assert_eq!(Qdisc::from_message(message), None);

@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn not_needed_where_packets_of_every_pod_are_judged() {
+    fn not_needed_if_all_pods_are_covered() {
         assert_eq!(sendmsg_reason(inputs()), None);
     }
 
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_decide_before_all_else() {
+    fn setting_takes_precedence() {
         let on = SendmsgInputs { setting: Sendmsg::On, ..inputs() };
         assert_eq!(sendmsg_reason(on), Some(SendmsgReason::Configured));
         let without_socket = SendmsgInputs { hooks: hooks(&[Hook::FromPod]), ..on };

@@ -44,7 +44,7 @@ fn meant(report: &Report) -> Vec<Rule> {
 }
 
 #[test]
-fn hooks_of_one_sender_are_one_line_and_one_rule() {
+fn hooks_of_one_sender_are_merged() {
     let later = DenialRecord { last: 3_000_000_000, pod: padded("pod-1"), ..record("a", "s", "app=x") };
     let report = report(&[
         (key(Hook::Socket, Verdict::Audit), record("a", "s", "app=x")),
@@ -71,7 +71,7 @@ fn hooks_of_one_sender_are_one_line_and_one_rule() {
 }
 
 #[test]
-fn every_sender_gets_a_rule_that_is_its_own() {
+fn senders_get_distinct_rules() {
     let call = DenialRecord { comm: padded("cu\"rl"), interface: padded(""), ..record("", "", "") };
     let report = report(&[
         (key(Hook::FromPod, Verdict::Deny), record("a", "default", "")),
@@ -93,7 +93,7 @@ fn every_sender_gets_a_rule_that_is_its_own() {
 }
 
 #[test]
-fn what_is_no_longer_guarded_is_told_without_a_rule() {
+fn unprotected_address_gets_no_rule() {
     let gone = DenialKey { address: Address::from_ipv4([10, 0, 0, 9]), ..key(Hook::FromPod, Verdict::Deny) };
     let report = report(&[(gone, record("a", "s", ""))]);
     assert!(report.rules.is_empty() && report.table().contains("10.0.0.9"));

@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_are_read_and_shown() {
+    fn ranges_parse_and_print() {
         for (text, shown) in [
             ("169.254.169.254", "169.254.169.254"),
             ("169.254.169.254/32", "169.254.169.254"),
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn wide_ranges_are_about_everything() {
+    fn wide_ranges_count_as_any() {
         assert!(range("0.0.0.0/0").is_about_everything() && range("::/0").is_about_everything());
         assert!(range("168.0.0.0/7").is_about_everything() && !range("169.0.0.0/8").is_about_everything());
         assert!(range("fc00::/7").is_about_everything() && !range("fd00::/8").is_about_everything());

@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn rules_matter_for_exempt_pods_behind_a_bridge() {
+    fn rules_matter_for_bridged_exempt_pods() {
         let (state, note) = states("PREROUTING", &on(&[]));
         assert!(state == State::Ok && note.contains("there is none"), "{note}");
         let (state, note) = states("PREROUTING", &on(&[(3, "cni0")]));
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn tunnels_matter_as_ports_of_such_a_bridge() {
+    fn tunnels_matter_as_bridge_ports() {
         let device = |master, mark_source| Device {
             name: "vx0".to_owned(),
             master,

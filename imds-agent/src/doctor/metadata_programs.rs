@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_is_found_by_its_name() {
+    fn process_is_found_by_name() {
         let name = fs::read_to_string("/proc/self/comm").unwrap();
         assert!(process(Path::new("/proc"), name.trim()).is_some());
         assert_eq!(process(Path::new("/proc"), "no process has"), None);

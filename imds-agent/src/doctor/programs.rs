@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn places_of_others() {
+    fn positions_of_foreign_programs() {
         let entries = [entry("a", false), entry("imds_from_pod", true), entry("b", false)];
         let found: Vec<_> =
             foreign(&entries, "veth0", "ingress").map(|(program, _)| program.to_string()).collect();

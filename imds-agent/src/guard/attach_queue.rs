@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn single_pod_is_attached_at_once() {
+    async fn single_pod_is_attached_immediately() {
         let mut queue = AttachQueue::new();
         assert_eq!(queue.next(), None);
         queue.on_link_event();
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn node_egress_waits_for_calm_but_not_for_ever() {
+    async fn node_egress_wait_is_bounded() {
         let mut queue = AttachQueue::new();
         queue.push(point(7, TcHook::NodeEgress), Instant::now());
         queue.on_link_event();

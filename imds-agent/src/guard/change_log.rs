@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn single_change_of_a_pass_is_its_own_summary() {
+    async fn single_change_is_its_own_summary() {
         let mut log = ChangeLog::new();
         log.begin(Pass::Resync);
         note(&mut log, Level::Info, Change::Attached, 4);

@@ -468,7 +468,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "current_thread")]
-    async fn a_watch_is_read_line_by_line() {
+    async fn watch_is_read_by_line() {
         let bookmark = r#"{"type":"BOOKMARK","object":{"kind":"Pod","metadata":{"resourceVersion":"7"}}}"#;
         let pod = r#"{"type":"ADDED","object":{"metadata":{"uid":"u","namespace":"n","name":"p"}}}"#;
         let mut two = lines(&format!("{bookmark}\n\n{pod}\n"));
@@ -485,7 +485,7 @@ mod tests {
     }
 
     #[test]
-    fn each_cause_is_named_once() {
+    fn error_causes_are_not_repeated() {
         #[derive(Debug, Error)]
         #[error("{text}")]
         struct Link {
@@ -500,7 +500,7 @@ mod tests {
     }
 
     #[test]
-    fn a_status_says_what_is_to_be_done() {
+    fn status_errors_name_the_remedy() {
         let kind = |json: &str| serde_json::from_str::<Status>(json).unwrap().into_error().kind();
         assert_eq!(kind(r#"{"code":410,"message":"too old resource version"}"#), ErrorKind::Gone);
         assert_eq!(

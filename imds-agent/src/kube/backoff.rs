@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn no_two_nodes_come_back_together() {
+    fn nodes_do_not_retry_together() {
         let pause = || Attempts::new(Backoff::default()).failed(None);
         let first = pause();
         assert!((0..10).any(|_| pause() != first));

@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_needed_is_read() {
+    fn pod_fields_are_read() {
         let object = json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": {
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lacks_is_not_granted() {
+    fn missing_fields_grant_nothing() {
         let metadata = json!({ "uid": "u", "namespace": "n", "name": "p" });
         let bare: PodObject = serde_json::from_value(json!({ "metadata": metadata })).unwrap();
         assert!(!bare.is_on("") && !bare.is_on("node-0"));
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn a_static_pods_cgroup_has_a_name_that_no_other_pod_can_take() {
+    fn static_pod_cgroup_name_is_unique() {
         let uid = "a3c1b0de-1f2e-4d3c-8b4a-5f6e7d8c9b0a";
         let cgroup_uid = |mirror: &str, hash: &str| {
             let annotations = json!({ MIRROR: mirror, HASH: hash });

@@ -77,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_one_with_the_key_is_removed() {
+    fn only_matching_taint_is_removed() {
         let taints = json!([{ "key": "a", "effect": "NoSchedule" }, { "key": "b", "effect": "NoExecute" }]);
         let patch = patch(&taints, "a").unwrap();
         assert_eq!(patch[0]["value"], taints);

@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn each_form() {
+    fn every_format() {
         let message = "veth\x1b1: \"x\"\nforged";
         assert_eq!(
             line(LogFormat::Text, false, message),
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn long_messages_are_cut_between_characters() {
+    fn long_messages_are_cut_at_a_character() {
         let text = line(LogFormat::Text, true, &"\u{e4}".repeat(MAX_MESSAGE));
         assert!(text.len() < MAX_MESSAGE + 50 && text.ends_with("more bytes)\n"));
     }

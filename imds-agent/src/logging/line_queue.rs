@@ -175,7 +175,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_without_room_are_dropped_and_reported_in_their_place() {
+    fn dropped_lines_are_reported_in_place() {
         let queue = LineQueue::default();
         let line = |number: usize| vec![b'0' + u8::try_from(number).unwrap(); MAX_BYTES / 4];
         (0..6).for_each(|number| queue.push(line(number)));
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn dropped_lines_are_reported_without_a_later_line() {
+    fn dropped_lines_need_no_later_line() {
         let queue = LineQueue::default();
         queue.push(vec![b'a'; MAX_BYTES]);
         queue.push(b"b\n".to_vec());
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn flush_does_not_wait_for_lines_that_are_not_taken() {
+    fn flush_does_not_wait_for_the_reader() {
         let queue = LineQueue::default();
         queue.push(b"a\n".to_vec());
         queue.flush();

@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn the_option_wins_over_the_environment() {
+    fn option_overrides_environment() {
         let own = "imds_agent::guard";
         assert!(logs(None, None, own, Level::Info) && !logs(None, None, own, Level::Debug));
         assert!(logs(None, Some("debug"), own, Level::Debug));

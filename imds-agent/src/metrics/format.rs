@@ -154,7 +154,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_accept_header_chooses_the_format() {
+    fn accept_header_selects_format() {
         const PROMETHEUS: &str = "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,\
                                   text/plain;version=0.0.4;q=0.5,*/*;q=0.1";
         const PROMETHEUS_3: &str = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,\

@@ -94,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_of_proc_stat() {
+    fn proc_stat_line() {
         let stat = "7 (a) b) S 1 7 7 0 -1 4194560 1 0 0 0 150 50 0 0 20 0 1 0 250 8192 3 4\n";
         let expected = Process {
             cpu_seconds: 2.0,
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn this_process_has_them_all() {
+    fn own_process_has_all_metrics() {
         let mut families = Families::default();
         add(&mut families);
         assert_eq!(families.iter().count(), 6);

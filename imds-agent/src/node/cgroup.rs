@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn the_root_of_pure_hybrid_and_no_v2() {
+    fn cgroup_root_pure_hybrid_and_v1() {
         let pure = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n";
         assert_eq!(find(pure), Some(at("/sys/fs/cgroup", 0)));
         let hybrid = "31 23 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn in_a_container_the_node_s_hierarchy_comes_before_its_own_cgroup() {
+    fn container_prefers_the_node_hierarchy() {
         let container = "40 23 0:26 / /sys/fs/cgroup ro - cgroup2 cgroup ro\n\
                          41 23 0:26 /../../.. /sys/fs/cgroup ro - cgroup2 cgroup2 rw\n\
                          42 23 0:26 /../../other /elsewhere ro - cgroup2 cgroup2 rw\n";

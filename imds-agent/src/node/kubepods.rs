@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_topmost_of_each_branch_is_found_by_whatever_name() {
+    async fn topmost_cgroups_are_found() {
         let root = tempfile::tempdir().unwrap();
         make(
             root.path(),
@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn those_that_come_and_go_are_told() {
+    async fn added_and_removed_cgroups_are_reported() {
         let root = tempfile::tempdir().unwrap();
         let mut kubepods = Kubepods::new(root.path().to_owned());
         kubepods.search().unwrap();

@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn netkit_tells_its_sides_apart() {
+    fn netkit_sides_are_distinguished() {
         let netkit = |is_primary| {
             let data = InfoData::Netkit(vec![InfoNetkit::Primary(is_primary)]);
             let info = vec![LinkInfo::Kind(InfoKind::Netkit), LinkInfo::Data(data)];

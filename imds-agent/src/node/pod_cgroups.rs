@@ -133,7 +133,7 @@ mod tests {
     const ID: &str = "1f0e6d2c9b8a7f6e5d4c3b2a19080706f5e4d3c2b1a09f8e7d6c5b4a39281706";
 
     #[test]
-    fn pods_of_every_driver_and_quality_of_service() {
+    fn pods_of_every_driver_and_qos_class() {
         let root = tempfile::tempdir().unwrap();
         for path in [
             format!("kubepods/pod{UID}/{ID}"),
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn cgroups_below_those_of_another_user_are_not_the_kubelets() {
+    fn delegated_cgroups_are_ignored() {
         if !nix::unistd::geteuid().is_root() {
             eprintln!("SKIPPED: only root can give a directory to another user");
             return;

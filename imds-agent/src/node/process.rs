@@ -82,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_of_proc_stat() {
+    fn proc_stat_line() {
         let line = |state: &str| {
             format!("7 (a) S (b) {state} 1 7 7 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 4711 2 3 4\n")
                 .into_bytes()
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_has_ended_is_not_there() {
+    fn ended_process_is_not_found() {
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
         let process = Process::open(child.id()).unwrap().unwrap();
         assert!(process.is_alive().unwrap() && process.netns().unwrap().is_some());

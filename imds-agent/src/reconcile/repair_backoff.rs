@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_fight_slows_down_to_the_limit() {
+    async fn repeated_repairs_back_off_to_the_limit() {
         let mut backoff = RepairBackoff::default();
         // 3 at once, then after 1, 2, 4, 8, 16, 32, 64, 128 and 256 s.
         assert_eq!(fight(&mut backoff, Duration::from_secs(512)).await, BURST + 9);
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn quiet_time_starts_over() {
+    async fn quiet_period_resets_the_delay() {
         let mut backoff = RepairBackoff::default();
         fight(&mut backoff, Duration::from_secs(20)).await;
         let next = backoff.next_retry(POINT).unwrap();

@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn rates_are_of_what_came_since_and_of_all_where_counts_started_over() {
+    fn rates_survive_counter_resets() {
         let two = Duration::from_secs(2);
         let rate = |now: u64, before: u64| {
             let mut row = named("a", 1, now, 0.0);
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_sorted_by_what_the_user_chose() {
+    fn rows_are_sorted_by_the_chosen_column() {
         let rows = vec![
             named("a", 1, 9, 0.0),
             named("c", 3, 5, 1.0),
@@ -305,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn so_many_events_are_kept() {
+    fn number_of_events_is_bounded() {
         let mut model = Model::default();
         model.add_events((0..EVENTS + 5).map(|number| number.to_string()));
         assert_eq!((model.events.len(), model.events[0].as_str()), (EVENTS, "5"));

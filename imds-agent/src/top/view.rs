@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn all_of_it_in_a_terminal_of_usual_size() {
+    fn full_view_in_80_columns() {
         let expected = [
             "mode enforce",
             "agent running, pid 7",
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rest_where_there_is_less_room() {
+    fn reduced_view_in_small_terminals() {
         let mut model = model();
         model.shows_keys = true;
         model.is_paused = true;

@@ -269,7 +269,7 @@ pub(crate) fn uncommon<'w>(ways: Ways<'w>, pod: &'w Pod) -> Ways<'w> {
 }
 
 #[test]
-fn tcp_and_udp_by_every_call() {
+fn tcp_and_udp_every_call() {
     for link in [PodLink::Routed, PodLink::Bridged] {
         let world = World::new();
         let pod = world.add_pod(link);
@@ -278,7 +278,7 @@ fn tcp_and_udp_by_every_call() {
 }
 
 #[test]
-fn tcp_fast_open_and_multipath_tcp_and_io_uring() {
+fn tcp_fast_open_mptcp_and_io_uring() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Bridged);
     uncommon(world.ways(&ALL), &pod).assert_held();

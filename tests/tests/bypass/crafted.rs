@@ -56,7 +56,7 @@ fn forwarded_packets(source: Ipv4Addr, destination: Ipv4Addr) -> Vec<(String, Ve
 }
 
 #[test]
-fn every_kind_of_ip_packet_is_denied() {
+fn every_ip_packet_form_is_denied() {
     with_each_edge(|start| {
         let world = World::new();
         let pods = LINKS.map(|link| world.add_pod(link));
@@ -90,7 +90,7 @@ fn every_kind_of_ip_packet_is_denied() {
 }
 
 #[test]
-fn a_forged_source_address_is_of_no_use() {
+fn spoofed_source_is_denied() {
     with_each_edge(|start| {
         let world = World::new();
         let [pod, neighbour] = LINKS.map(|link| world.add_pod(link));
@@ -127,7 +127,7 @@ const PRIORITY_TAG: (u16, u16) = (0x8100, 0x2000);
 const PRIORITY_TAG_AD: (u16, u16) = (0x88a8, 0x2000);
 
 #[test]
-fn priority_tags_hide_nothing() {
+fn priority_tags_are_denied() {
     with_each_edge(|start| {
         let world = World::new();
         let pods = LINKS.map(|link| world.add_pod(link));
@@ -163,7 +163,7 @@ fn priority_tags_hide_nothing() {
 }
 
 #[test]
-fn a_vlan_does_not_lead_past_the_guard_through_the_bridge() {
+fn vlan_through_bridge_is_denied() {
     with_each_backend(|backend| {
         let world = World::new();
         let [pod, port] = [PodLink::Bridged, PodLink::Bridged].map(|link| world.add_pod(link));
@@ -194,7 +194,7 @@ fn a_vlan_does_not_lead_past_the_guard_through_the_bridge() {
 }
 
 #[test]
-fn a_jumbo_frame_that_is_not_in_one_piece_is_denied() {
+fn fragmented_jumbo_frame_is_denied() {
     with_each_edge(|start| {
         let world = World::new();
         let pod = world.add_pod(PodLink::Routed);

@@ -58,7 +58,7 @@ fn sets() -> Vec<(&'static str, Vec<Fragment>, usize)> {
 }
 
 #[test]
-fn fragments_show_no_more_than_a_kept_port() {
+fn fragments_reach_allowed_ports_only() {
     let world = World::new();
     let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
     let arrivals_of = |pod: &Pod, fragments: &[Fragment]| {

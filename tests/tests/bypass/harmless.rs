@@ -31,7 +31,7 @@ fn assert_nothing_is_harmed(world: &World, [routed, bridged]: &[Pod; 2]) {
 }
 
 #[test]
-fn all_else_works_with_each_hook() {
+fn other_traffic_passes_each_hook() {
     let world = World::new().with_ipv6();
     let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
     world.add_pod_ipv6(&pods[0]);
@@ -60,7 +60,7 @@ fn all_else_works_with_each_hook() {
 
 /// Answers of a pod to whoever asks it, of the node's own and from outside.
 #[test]
-fn pods_are_reached_at_both_edges() {
+fn pods_are_reachable_with_both_tc_hooks() {
     let world = World::new();
     let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
     let _services = pods.each_ref().map(|pod| imds_tests::Services::start(&pod.netns, &[pod.address.into()]));

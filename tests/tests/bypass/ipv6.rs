@@ -92,7 +92,7 @@ fn sockets_to_an_ipv6_endpoint() {
 }
 
 #[test]
-fn extension_headers_before_an_ipv6_endpoint() {
+fn ipv6_extension_headers() {
     let world = World::new().with_ipv6();
     let pod = world.add_pod(PodLink::Routed);
     let address = world.add_pod_ipv6(&pod);

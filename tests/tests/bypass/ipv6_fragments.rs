@@ -51,7 +51,7 @@ fn send_fragments(pod: &Pod, source: Ipv6Addr, sizes: &[usize]) {
 }
 
 #[test]
-fn fragments_that_the_node_puts_together_and_takes_apart() {
+fn fragments_reassembled_by_the_node() {
     let (world, pod, address) = world_that_tracks();
     let send = |sizes| send_fragments(&pod, address, sizes);
     world
@@ -94,16 +94,16 @@ fn assert_fragments_made_anew_are_held(hooks: &[&'static str], destination: Ipv6
 }
 
 #[test]
-fn fragments_that_the_node_makes_anew_are_held_at_the_from_pod() {
+fn refragmented_denied_at_from_pod() {
     assert_fragments_made_anew_are_held(&["from_pod"], METADATA_V6);
 }
 
 #[test]
-fn fragments_that_the_node_makes_anew_are_held_at_the_node_egress() {
+fn refragmented_denied_at_node_egress() {
     assert_fragments_made_anew_are_held(&["node_egress"], METADATA_V6);
 }
 
 #[test]
-fn fragments_to_a_service_that_the_node_makes_anew_are_held() {
+fn refragmented_to_service_is_denied() {
     assert_fragments_made_anew_are_held(&EDGES, CLUSTER_IP_V6);
 }

@@ -163,7 +163,7 @@ fn add_nested(pod: &Netns, interface: &str) -> Netns {
 }
 
 #[test]
-fn a_namespace_within_a_pod() {
+fn netns_within_a_pod() {
     for link in [PodLink::Routed, PodLink::Bridged] {
         let world = World::new();
         let pod = world.add_pod(link);
@@ -186,29 +186,29 @@ fn assert_namespace_within_pod_on_uplink_is_held(hooks: &[&'static str], kind: &
 }
 
 #[test]
-fn a_namespace_within_a_macvlan_pod() {
+fn netns_within_a_macvlan_pod() {
     assert_namespace_within_pod_on_uplink_is_held(&WITHOUT_LINK, "macvlan", "type macvlan mode bridge");
 }
 
 #[test]
-fn a_namespace_within_an_ipvlan_pod_in_layer_2() {
+fn netns_within_an_ipvlan_l2_pod() {
     assert_namespace_within_pod_on_uplink_is_held(&WITHOUT_LINK, "ipvlan", "type ipvlan mode l2");
 }
 
 #[test]
-fn a_namespace_within_an_ipvlan_pod_in_layer_3() {
+fn netns_within_an_ipvlan_l3_pod() {
     assert_namespace_within_pod_on_uplink_is_held(&["socket"], "ipvlan", "type ipvlan mode l3");
 }
 
 /// Such a device takes the packets out of the namespace, and with them what tells that they were forwarded.
 #[test]
-fn a_namespace_within_an_ipvlan_pod_in_layer_3_at_the_node_egress() {
+fn netns_within_ipvlan_l3_pod_node_egress() {
     assert_namespace_within_pod_on_uplink_is_held(&["node_egress"], "ipvlan", "type ipvlan mode l3");
 }
 
 /// Another MAC address on the pod's own link.
 #[test]
-fn a_macvlan_within_a_pod() {
+fn macvlan_within_a_pod() {
     if lacks_device(WHOLE_TEST, "macvlan", "link lower0 type macvlan mode bridge") {
         return;
     }

@@ -5,28 +5,28 @@
 //!
 //! | | way | tests, here or in the file named |
 //! | --- | --- | --- |
-//! | 1 | TCP to any port | `calls::tcp_and_udp_by_every_call` |
-//! | 2 | UDP by any call | `calls::tcp_and_udp_by_every_call` |
-//! | 3 | ICMP and any other protocol | `raw::any_protocol_from_a_raw_socket`, `crafted::every_kind_of_ip_packet_is_denied` |
-//! | 4 | crafted frames, forged sources | `crafted::a_forged_source_address_is_of_no_use`, `raw` |
-//! | 5 | IPv4 addresses at IPv6 sockets | `calls::tcp_and_udp_by_every_call` |
-//! | 6 | TCP Fast Open, MPTCP, `io_uring` | `calls::tcp_fast_open_and_multipath_tcp_and_io_uring` |
+//! | 1 | TCP to any port | `calls::tcp_and_udp_every_call` |
+//! | 2 | UDP by any call | `calls::tcp_and_udp_every_call` |
+//! | 3 | ICMP and any other protocol | `raw::any_protocol_from_raw_socket`, `crafted::every_ip_packet_form_is_denied` |
+//! | 4 | crafted frames, forged sources | `crafted::spoofed_source_is_denied`, `raw` |
+//! | 5 | IPv4 addresses at IPv6 sockets | `calls::tcp_and_udp_every_call` |
+//! | 6 | TCP Fast Open, MPTCP, `io_uring` | `calls::tcp_fast_open_mptcp_and_io_uring` |
 //! | 7 | IPv6 endpoints, extension headers | `ipv6`, `ipv6_fragments` |
 //! | 8 | IPv4 options, source routes, fragments | `crafted`, `source_route`, `fragments` |
-//! | 9 | VLAN tags and devices | `crafted::priority_tags_hide_nothing`, `crafted::a_vlan_does_not_lead_past_the_guard_through_the_bridge`, `vlans` |
+//! | 9 | VLAN tags and devices | `crafted::priority_tags_are_denied`, `crafted::vlan_through_bridge_is_denied`, `vlans` |
 //! | 10 | Services and DNAT | `services` |
 //! | 11 | tunnels that the node ends | `tunnels` |
 //! | 12 | macvlan, ipvlan, netkit | `links` |
 //! | 13 | NAT64 and 6to4 | `ipv6::addresses_that_embed_the_endpoint`, `translated` |
-//! | 14 | a namespace within a pod | `links::a_namespace_within…`, `links::a_macvlan_within_a_pod` |
-//! | 15 | a pod's first packet while no agent runs | `reuse::a_pod_that_takes_the_place_of_one_that_is_gone_is_held_from_its_first_packet`, `hooks.rs`, `restart.rs` |
+//! | 14 | a namespace within a pod | `links::netns_within…`, `links::macvlan_within_a_pod` |
+//! | 15 | a pod's first packet while no agent runs | `reuse::successor_is_denied_from_first_packet`, `hooks.rs`, `restart.rs` |
 //! | 16 | links renamed, moved, made again | `reuse` |
 //! | 17 | a pod in another's place | `reuse` |
 //! | 18 | a flood while programs are replaced | `restart.rs` |
 //! | 19 | what others remove | `restore.rs` |
 //! | 20 | programs of others | `coexist.rs` |
 //! | 21 | a metadata service on the node | `on_node` |
-//! | 22 | super-packets, jumbo frames | `gso`, `crafted::a_jumbo_frame_that_is_not_in_one_piece_is_denied` |
+//! | 22 | super-packets, jumbo frames | `gso`, `crafted::fragmented_jumbo_frame_is_denied` |
 //! | 23 | an ifb in the pod | `links::ifb_in_the_pod` |
 //! | | all of one pod's ways, all hooks on | `together` |
 //! | | what must keep working | `harmless` |

@@ -16,7 +16,7 @@ const HOOKS: [&str; 2] = ["from_pod", "socket"];
 const LOCAL_SERVICE: &str = "local_service";
 
 #[test]
-fn a_metadata_service_on_the_node_itself() {
+fn local_service_direct() {
     let world = World::new().with_ipv6();
     let [routed, bridged] = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
     world.add_pod_ipv6(&routed);
@@ -46,7 +46,7 @@ fn world_with_service() -> (World, Pod, Services) {
 // Only the local_service hook sees packets whose destination becomes the node's own address behind the pods' links.
 
 #[test]
-fn a_metadata_service_on_the_node_behind_a_service() {
+fn local_service_behind_kube_service() {
     let (world, pod, _services) = world_with_service();
     redirect(&world.node, CLUSTER_IP, METADATA);
     world
@@ -57,7 +57,7 @@ fn a_metadata_service_on_the_node_behind_a_service() {
 }
 
 #[test]
-fn a_metadata_service_on_the_node_through_a_tunnel() {
+fn local_service_through_tunnel() {
     let (world, pod, _services) = world_with_service();
     tunnel(&world, &pod, VXLAN);
     // Probed outside of the guarded cgroup, as with a packet socket: the socket hook holds what connects.
@@ -71,7 +71,7 @@ fn a_metadata_service_on_the_node_through_a_tunnel() {
 }
 
 #[test]
-fn a_metadata_service_on_the_node_by_a_source_route() {
+fn local_service_by_source_route() {
     let (world, pod, _services) = world_with_service();
     for key in ["all", "default", &pod.host_ifname] {
         world.node.sysctl(&format!("ipv4/conf/{key}/accept_source_route"), "1");

@@ -57,7 +57,7 @@ pub(crate) fn ways<'w>(mut ways: Ways<'w>, pod: &'w Pod) -> Ways<'w> {
 }
 
 #[test]
-fn any_protocol_from_a_raw_socket() {
+fn any_protocol_from_raw_socket() {
     for link in [PodLink::Routed, PodLink::Bridged] {
         let world = World::new();
         let pod = world.add_pod(link);

@@ -13,7 +13,7 @@ use aya::programs::tc::TcAttachType;
 use crate::ALL;
 
 #[test]
-fn a_link_that_is_renamed_or_moved_to_another_bridge_stays_held() {
+fn renamed_or_moved_link_stays_denied() {
     for hook in known_here(&ALL) {
         let world = World::new();
         let pod = world.add_pod(PodLink::Bridged);
@@ -61,7 +61,7 @@ fn bridge_address(world: &World) -> String {
 }
 
 #[test]
-fn a_pod_that_takes_the_name_and_index_of_one_that_is_gone_is_guarded_and_starts_from_zero() {
+fn reused_name_and_index_start_from_zero() {
     let world = World::new();
     let first = world.add_pod(PodLink::Routed);
     let agent = world.agent().spawn_ready();
@@ -91,7 +91,7 @@ fn a_pod_that_takes_the_name_and_index_of_one_that_is_gone_is_guarded_and_starts
 
 /// A pod that comes while no agent runs and takes the place of one that was there, in every respect but its namespace.
 #[test]
-fn a_pod_that_takes_the_place_of_one_that_is_gone_is_held_from_its_first_packet() {
+fn successor_is_denied_from_first_packet() {
     for hook in known_here(&["node_egress", "socket"]) {
         let world = World::new();
         let first = world.add_pod(PodLink::Routed);
@@ -115,7 +115,7 @@ fn is_ours_at_egress(world: &World, interface: &str) -> bool {
 
 /// `node_egress` goes with the interface, and comes back with one that has its name and number.
 #[test]
-fn an_uplink_that_is_renamed_or_made_anew_is_guarded() {
+fn renamed_or_recreated_uplink_is_enforced() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     world.assert_open(&pod);

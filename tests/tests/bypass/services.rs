@@ -33,7 +33,7 @@ pub(crate) fn nft(netns: &Netns, rules: &str) {
 }
 
 #[test]
-fn a_service_whose_backend_is_the_endpoint() {
+fn service_with_endpoint_as_backend() {
     let world = World::new().with_ipv6();
     let [routed, bridged] = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
     world.add_pod_ipv6(&routed);
@@ -51,7 +51,7 @@ fn a_service_whose_backend_is_the_endpoint() {
 }
 
 #[test]
-fn a_service_to_the_endpoint_stays_the_nodes_to_use() {
+fn node_may_use_service_to_endpoint() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     redirect(&world.node, CLUSTER_IP, METADATA);

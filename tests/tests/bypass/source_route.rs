@@ -17,7 +17,7 @@ pub(crate) fn source_route(kind: u8, last: Ipv4Addr) -> Vec<u8> {
 }
 
 #[test]
-fn source_routes_that_the_node_follows() {
+fn source_routes_followed_by_the_node() {
     let world = World::new();
     let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
     for key in ["all", "default", World::BRIDGE, &pods[0].host_ifname] {
@@ -41,7 +41,7 @@ fn source_routes_that_the_node_follows() {
 
 /// What a program gets without any right: its packets go to the first hop, its call names the last.
 #[test]
-fn a_socket_with_a_source_route_by_the_node() {
+fn socket_with_source_route_via_node() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     for key in ["all", "default", &pod.host_ifname] {
@@ -70,7 +70,7 @@ fn a_socket_with_a_source_route_by_the_node() {
 }
 
 #[test]
-fn segments_that_the_node_follows() {
+fn srv6_segments_followed_by_the_node() {
     const ROUTING: u8 = 43;
     const SEGMENT_ROUTING: u8 = 4;
     const NO_NEXT: u8 = 59;

@@ -5,7 +5,7 @@ use imds_tests::{PodLink, World, known_here};
 use crate::{ALL, AWS, calls, ipv6, raw};
 
 #[test]
-fn no_way_is_open_with_all_hooks() {
+fn all_vectors_are_denied_with_all_hooks() {
     let world = World::new().with_ipv6();
     let pod = world.add_pod(PodLink::Routed);
     let address = world.add_pod_ipv6(&pod);

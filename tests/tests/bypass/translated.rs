@@ -66,7 +66,7 @@ fn translate(packet: &[u8]) -> Option<Vec<u8>> {
 }
 
 #[test]
-fn a_node_that_translates_ipv6_to_ipv4() {
+fn nat64_on_the_node() {
     let world = World::new().with_ipv6();
     let pod = world.add_pod(PodLink::Routed);
     world.add_pod_ipv6(&pod);

@@ -40,18 +40,18 @@ fn assert_stack_is_held(name: &str, devices: &[&str]) {
 }
 
 #[test]
-fn a_vlan_device_on_the_pods_link() {
+fn vlan_device_on_pod_link() {
     assert_stack_is_held("one tag", &["type vlan id 5"]);
 }
 
 #[test]
-fn vlan_devices_upon_each_other() {
+fn stacked_vlan_devices() {
     assert_stack_is_held("QinQ", &["type vlan proto 802.1ad id 5", "type vlan id 6"]);
 }
 
 /// A bridge port's tag goes when the frame reaches the bridge's own interface.
 #[test]
-fn a_bridge_that_knows_vlans() {
+fn vlan_aware_bridge() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Bridged);
     let mut command = world.node.command("ip");

@@ -113,7 +113,7 @@ impl Case {
 
 #[test]
 #[ignore = "takes a Debian root and a package: cargo xtask e2e"]
-fn installed_it_guards_and_removed_it_does_not() {
+fn install_enforces_and_removal_ends_it() {
     let case = Case::new();
     let before = case.traces();
     case.install(DEB);
@@ -153,7 +153,7 @@ fn installed_it_guards_and_removed_it_does_not() {
 
 #[test]
 #[ignore = "takes a Debian root and a package: cargo xtask e2e"]
-fn an_upgrade_lets_nothing_through_and_keeps_counts_and_configuration() {
+fn upgrade_keeps_enforcement_and_counters() {
     let case = Case::new();
     let older = case.older();
     case.install(older);
@@ -175,7 +175,7 @@ fn an_upgrade_lets_nothing_through_and_keeps_counts_and_configuration() {
 
 #[test]
 #[ignore = "takes a Debian root and a package: cargo xtask e2e"]
-fn the_service_comes_back_and_never_holds_up_a_runtime() {
+fn service_restart_never_blocks_runtime() {
     let case = Case::new();
     case.install(DEB);
     case.wait_active();
@@ -210,7 +210,7 @@ fn the_service_comes_back_and_never_holds_up_a_runtime() {
 
 #[test]
 #[ignore = "takes a Debian root and a package: cargo xtask e2e"]
-fn the_service_is_hardened() {
+fn service_is_hardened() {
     let case = Case::new();
     case.install(DEB);
     let text =

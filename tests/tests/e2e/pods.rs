@@ -35,7 +35,7 @@ fn pods_cgroup() -> String {
 
 #[test]
 #[ignore = "takes container runtimes and the static binary: cargo xtask e2e"]
-fn the_aks_pages_steps_by_the_image_on_podman_pods() {
+fn aks_steps_with_image_on_podman_pods() {
     let world = World::new();
     let podman = Podman::new(&world);
     podman.build_agent();
@@ -95,7 +95,7 @@ fn the_aks_pages_steps_by_the_image_on_podman_pods() {
 
 #[test]
 #[ignore = "takes container runtimes: cargo xtask e2e"]
-fn none_of_a_hundred_pods_that_come_and_go_gets_anything() {
+fn hundred_churning_pods_are_denied() {
     let world = World::new();
     let podman = Podman::new(&world);
     podman.play("lasting", false);
@@ -120,7 +120,7 @@ fn none_of_a_hundred_pods_that_come_and_go_gets_anything() {
 
 #[test]
 #[ignore = "takes container runtimes: cargo xtask e2e"]
-fn one_pod_is_exempt_by_its_cgroup_and_only_that() {
+fn single_pod_is_exempt_by_cgroup() {
     let world = World::new();
     let podman = Podman::new(&world);
     for name in ["trusted", "other"] {
@@ -146,7 +146,7 @@ fn one_pod_is_exempt_by_its_cgroup_and_only_that() {
 
 #[test]
 #[ignore = "takes container runtimes: cargo xtask e2e"]
-fn containerd_and_the_reference_cni_plugins() {
+fn containerd_with_reference_cni_plugins() {
     let world = World::new();
     // What leads to the node's own pods of the harness must not be in the way.
     let _neighbour = world.add_pod(PodLink::Routed);

@@ -63,7 +63,7 @@ fn assert_calm(agent: &Agent<'_>) {
 /// machine was moved to.
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn an_agent_whose_clocks_are_a_year_ahead_of_the_pins() {
+fn clocks_a_year_ahead_of_the_pins() {
     let case = Case::new(AttachMode::Clsact);
     let log = case.world.scratch_dir().join("log");
     case.under_flood(|| {
@@ -91,7 +91,7 @@ fn an_agent_whose_clocks_are_a_year_ahead_of_the_pins() {
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn denials_that_were_written_down_at_times_that_never_were() {
+fn denial_records_with_impossible_times() {
     let case = Case::new(AttachMode::Clsact);
     let agent = case.agent().resync(1).spawn_ready();
     case.under_flood(|| assert_works(&case));
@@ -122,7 +122,7 @@ fn jump(by: i64) {
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn a_wall_clock_that_jumps_by_a_year_and_back() {
+fn wall_clock_jumps_a_year_and_back() {
     if skip_unless_disposable("sets the machine's clock") {
         return;
     }

@@ -56,7 +56,7 @@ fn killed_at_any_moment(backend: AttachMode) {
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn killed_at_any_moment_of_start_and_reload_with_tcx() {
+fn killed_during_start_and_reload_tcx() {
     if !skip_without_tcx() {
         killed_at_any_moment(AttachMode::Tcx);
     }
@@ -64,7 +64,7 @@ fn killed_at_any_moment_of_start_and_reload_with_tcx() {
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn killed_at_any_moment_of_start_and_reload_with_clsact() {
+fn killed_during_start_and_reload_clsact() {
     killed_at_any_moment(AttachMode::Clsact);
 }
 
@@ -121,7 +121,7 @@ fn killed_while_pods_come_and_go(backend: AttachMode) {
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn killed_while_pods_come_and_go_with_tcx() {
+fn killed_during_pod_churn_tcx() {
     if !skip_without_tcx() {
         killed_while_pods_come_and_go(AttachMode::Tcx);
     }
@@ -129,6 +129,6 @@ fn killed_while_pods_come_and_go_with_tcx() {
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn killed_while_pods_come_and_go_with_clsact() {
+fn killed_during_pod_churn_clsact() {
     killed_while_pods_come_and_go(AttachMode::Clsact);
 }

@@ -46,7 +46,7 @@ fn out_of_descriptors() {
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn a_full_disk_under_the_log() {
+fn full_disk_under_the_log() {
     let case = Case::new(AttachMode::Clsact);
     let path = case.world.scratch_dir().join("imds.toml");
     fs::write(&path, "[hooks]\nsocket = false").unwrap();

@@ -11,7 +11,7 @@ use super::{Case, LINKS, Random, signal};
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn a_burst_of_link_events_that_overruns_the_queue() {
+fn link_event_burst_overruns_the_queue() {
     let case = Case::new(AttachMode::Clsact);
     let agent = case.agent().resync(3600).spawn_ready();
     let overruns = || case.metric("imds_agent_netlink_overruns_total ");
@@ -36,7 +36,7 @@ fn a_burst_of_link_events_that_overruns_the_queue() {
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn interfaces_that_are_renamed_moved_and_deleted_while_they_are_attached() {
+fn interfaces_change_during_attachment() {
     let case = Case::new(AttachMode::Clsact);
     let world = &case.world;
     let agent = case.agent().resync(1).spawn_ready();
@@ -167,7 +167,7 @@ fn stripped_at_random(backend: AttachMode) {
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn links_that_are_detached_at_random() {
+fn links_detached_at_random() {
     if !skip_without_tcx() {
         stripped_at_random(AttachMode::Tcx);
     }
@@ -175,6 +175,6 @@ fn links_that_are_detached_at_random() {
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn filters_that_are_removed_at_random() {
+fn filters_removed_at_random() {
     stripped_at_random(AttachMode::Clsact);
 }

@@ -22,7 +22,7 @@ use super::{Case, signal};
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn counters_that_are_full() {
+fn full_counter_maps() {
     let case = Case::new(AttachMode::Clsact);
     let mut counters: PerCpuHashMap<MapData, CounterKey, Counter> =
         Map::PerCpuHashMap(open(&case, "imds_counters")).try_into().unwrap();
@@ -92,7 +92,7 @@ const FILLED: [Filled; 5] = [
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn maps_of_user_space_that_are_full() {
+fn full_user_space_maps() {
     for (name, fill) in FILLED {
         let case = Case::new(AttachMode::Clsact);
         // What an agent finds there it clears away, and what comes while it runs it lives with.
@@ -179,7 +179,7 @@ impl Ring {
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn events_that_nobody_reads() {
+fn unread_events() {
     let case = Case::with_sockets(AttachMode::Clsact);
     let crowd: Vec<_> = (0..effort(60).max(20)).map(|_| case.world.add_pod(PodLink::Routed)).collect();
     let agent = case.agent().resync(1).spawn_ready();

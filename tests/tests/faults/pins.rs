@@ -72,7 +72,7 @@ fn pins_that_are_removed(backend: AttachMode) {
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn pins_that_are_removed_while_the_agent_runs_with_tcx() {
+fn removed_pins_are_restored_tcx() {
     if !skip_without_tcx() {
         pins_that_are_removed(AttachMode::Tcx);
     }
@@ -80,14 +80,14 @@ fn pins_that_are_removed_while_the_agent_runs_with_tcx() {
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn pins_that_are_removed_while_the_agent_runs_with_clsact() {
+fn removed_pins_are_restored_clsact() {
     pins_that_are_removed(AttachMode::Clsact);
 }
 
 /// What docs/troubleshooting.md says of it: a filter needs no pin, a link does.
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn pins_that_are_removed_while_no_agent_runs() {
+fn pins_removed_without_agent() {
     let case = Case::with_sockets(AttachMode::Clsact);
     let empty = || fs::remove_dir_all(case.world.pin_dir()).unwrap();
     case.under_flood(|| {
@@ -204,7 +204,7 @@ fn bpffs_that_is_unmounted(backend: AttachMode, may_mount: bool) {
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn a_bpffs_that_is_unmounted_under_an_agent_that_may_mount_one() {
+fn unmounted_bpffs_is_mounted_again() {
     bpffs_that_is_unmounted(AttachMode::Clsact, true);
     if !skip_without_tcx() {
         bpffs_that_is_unmounted(AttachMode::Tcx, true);
@@ -213,7 +213,7 @@ fn a_bpffs_that_is_unmounted_under_an_agent_that_may_mount_one() {
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn a_bpffs_that_is_unmounted_under_an_agent_that_may_not() {
+fn unmounted_bpffs_without_mount_right() {
     bpffs_that_is_unmounted(AttachMode::Clsact, false);
     if !skip_without_tcx() {
         bpffs_that_is_unmounted(AttachMode::Tcx, false);
@@ -291,7 +291,7 @@ fn pins_that_are_replaced_while_the_agent_runs(backend: AttachMode) {
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn pins_in_whose_place_others_are_while_the_agent_runs_with_tcx() {
+fn replaced_pins_are_restored_tcx() {
     if !skip_without_tcx() {
         pins_that_are_replaced_while_the_agent_runs(AttachMode::Tcx);
     }
@@ -299,7 +299,7 @@ fn pins_in_whose_place_others_are_while_the_agent_runs_with_tcx() {
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn pins_in_whose_place_others_are_while_the_agent_runs_with_clsact() {
+fn replaced_pins_are_restored_clsact() {
     pins_that_are_replaced_while_the_agent_runs(AttachMode::Clsact);
 }
 
@@ -336,7 +336,7 @@ fn pins_that_are_replaced_between_agents(backend: AttachMode) {
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn pins_in_whose_place_others_are_between_agents_with_tcx() {
+fn pins_replaced_between_agents_tcx() {
     if !skip_without_tcx() {
         pins_that_are_replaced_between_agents(AttachMode::Tcx);
     }
@@ -344,13 +344,13 @@ fn pins_in_whose_place_others_are_between_agents_with_tcx() {
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn pins_in_whose_place_others_are_between_agents_with_clsact() {
+fn pins_replaced_between_agents_clsact() {
     pins_that_are_replaced_between_agents(AttachMode::Clsact);
 }
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn a_link_of_another_on_the_same_hook_in_the_place_of_a_pin_is_left_to_its_owner() {
+fn foreign_link_at_pin_path_is_kept() {
     if skip_without_tcx() {
         return;
     }

@@ -101,7 +101,7 @@ fn upgraded_and_back(backend: AttachMode) {
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn another_layout_and_back_with_tcx() {
+fn other_map_layout_and_back_tcx() {
     if !skip_without_tcx() {
         upgraded_and_back(AttachMode::Tcx);
     }
@@ -109,13 +109,13 @@ fn another_layout_and_back_with_tcx() {
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn another_layout_and_back_with_clsact() {
+fn other_map_layout_and_back_clsact() {
     upgraded_and_back(AttachMode::Clsact);
 }
 
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
-fn maps_of_another_meaning_and_the_same_size() {
+fn maps_of_same_size_and_other_schema() {
     let case = Case::with_sockets(AttachMode::Clsact);
     case.under_flood(|| {
         for _ in 0..effort(5) {

@@ -178,32 +178,32 @@ const FEW: u32 = 6;
 const MANY: u32 = 50;
 
 #[test]
-fn tcx_leaves_ptp_pods_to_the_plugin() {
+fn tcx_with_ptp_pods() {
     assert_pods_start(ptp, Some(AttachMode::Tcx), FEW);
 }
 
 #[test]
-fn tcx_leaves_bridge_pods_to_the_plugin() {
+fn tcx_with_bridge_pods() {
     assert_pods_start(bridge, Some(AttachMode::Tcx), FEW);
 }
 
 #[test]
-fn default_mode_leaves_ptp_pods_to_the_plugin() {
+fn default_mode_with_ptp_pods() {
     assert_pods_start(ptp, None, FEW);
 }
 
 #[test]
-fn default_mode_leaves_bridge_pods_to_the_plugin() {
+fn default_mode_with_bridge_pods() {
     assert_pods_start(bridge, None, FEW);
 }
 
 #[test]
-fn clsact_leaves_ptp_pods_to_the_plugin() {
+fn clsact_with_ptp_pods() {
     assert_pods_start(ptp, Some(AttachMode::Clsact), FEW);
 }
 
 #[test]
-fn clsact_leaves_bridge_pods_to_the_plugin() {
+fn clsact_with_bridge_pods() {
     assert_pods_start(bridge, Some(AttachMode::Clsact), FEW);
 }
 

@@ -76,7 +76,7 @@ fn ingress_qdisc_on_the_uplink() {
 
 /// `from_pod` shares an `ingress` qdisc of a pod's link, and leaves the qdisc and the filters of others there.
 #[test]
-fn ingress_qdisc_on_a_pods_link() {
+fn ingress_qdisc_on_pod_link() {
     with_each_backend(|mode| {
         let world = World::new();
         let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));

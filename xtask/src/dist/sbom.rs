@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_linked_is_in_it_and_nothing_else() {
+    fn only_linked_crates_are_listed() {
         let on = |name: &str, kind: Option<&str>| json!({ "pkg": format!("{name}#1"), "dep_kinds": [{ "kind": kind }] });
         let metadata = json!({
             "packages": [

@@ -181,7 +181,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mirrors_are_told_by_their_labels() {
+    fn mirrors_are_recognized_by_label() {
         let targets = "nodistro https://deb.example/node\n\
                        Debian http://mirror.example/debian/\n\
                        Debian http://mirror.example/updates/\n\
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_is_what_the_meta_package_needs_of_one_version() {
+    fn kernel_packages_of_one_version() {
         let answer = "\
 linux-image-cloud-amd64
   Depends: linux-image-7.2.13+deb14-cloud-amd64
@@ -213,7 +213,7 @@ linux-image-cloud-amd64
     }
 
     #[test]
-    fn of_the_machine_s_configuration_only_what_is_about_downloading_is_kept() {
+    fn only_download_settings_are_kept() {
         let dump = "Acquire::http::Proxy \"http://proxy.example\";\nDPkg::Post-Invoke:: \"rm\";\n\
                     Acquire::IndexTargets::deb::DEP-11::MetaKey \"x\";\n";
         let configuration = configuration(Path::new("/cache"), dump);

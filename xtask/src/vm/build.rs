@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn executables_are_told_apart_by_their_kind() {
+    fn executables_are_classified_by_kind() {
         let messages = r#"{"reason":"compiler-artifact","target":{"kind":["lib"],"name":"imds_agent"},"executable":null}
 {"reason":"compiler-artifact","target":{"kind":["test"],"name":"unload"},"executable":"/t/unload-1"}
 {"reason":"compiler-artifact","target":{"kind":["bin"],"name":"imds-agent"},"executable":"/t/imds-agent"}

@@ -127,7 +127,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_archive_is_in_the_kernel_s_format() {
+    fn archive_has_the_kernel_format() {
         let mut cpio = Cpio::default();
         cpio.add("/a/b", b"hello");
         cpio.add("a/b", b"once");
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn libraries_are_the_paths_that_ldd_names() {
+    fn libraries_are_parsed_from_ldd() {
         let text = "\tlinux-vdso.so.1 (0x00007ffc)\n\
                     \tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x00007f)\n\
                     \t/lib64/ld-linux-x86-64.so.2 (0x00007f)\n";

@@ -114,7 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_kernel_is_found_wherever_its_packages_put_it() {
+    fn kernel_is_found_in_either_layout() {
         for [vmlinuz, modules] in [
             ["boot/vmlinuz-5.10.0-46-cloud-amd64", "lib/modules/5.10.0-46-cloud-amd64/kernel/net"],
             ["usr/lib/modules/7.2.13+deb14-cloud-amd64/vmlinuz", "usr/lib/modules/7.2.13+deb14-cloud-amd64"],
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_is_called_by_its_version() {
+    fn line_is_named_by_version() {
         assert_eq!(
             Line::value_variants().iter().map(Line::to_string).collect::<Vec<_>>(),
             ["5.10", "6.1", "6.12", "7", "this"]

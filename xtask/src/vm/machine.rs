@@ -117,7 +117,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_is_told_once_it_is_whole() {
+    fn only_complete_lines_are_reported() {
         let log = tempfile::NamedTempFile::new().unwrap();
         let mut console = Console::open(log.path()).unwrap();
         let mut told = Vec::new();

@@ -149,7 +149,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_module_comes_after_what_it_needs_and_once() {
+    fn modules_follow_their_dependencies() {
         let root = tempfile::tempdir().unwrap();
         let dir = root.path().join("kernel/net");
         fs::create_dir_all(&dir).unwrap();

@@ -20,13 +20,13 @@ const QUICK_DIVISOR: u32 = 20;
 /// hook alone and all of them, every program before the kernel's verifier, answers, IPv6, and devices that only some
 /// kernels have: what else there is differs less from kernel to kernel.
 const QUICK: [(&str, &[&str]); 7] = [
-    ("answers", &["a_connection_that_was_open", "finds_its_way_back"]),
-    ("bypass", &["calls::tcp_and_udp", "links::ipvlan_in_layer_2", "services::a_service_whose_backend"]),
-    ("endpoints", &["an_ipv6_endpoint"]),
-    ("hooks", &["all_hooks_together", "the_socket_hook_refuses"]),
-    ("from_pod", &["pods_are_blocked"]),
+    ("answers", &["earlier_connection_is_reset", "reply_at_node_egress"]),
+    ("bypass", &["calls::tcp_and_udp", "links::ipvlan_in_layer_2", "services::service_with_endpoint"]),
+    ("endpoints", &["ipv6_endpoint_is_protected"]),
+    ("hooks", &["default_config_has_all_hooks", "socket_hook_denies"]),
+    ("from_pod", &["only_pods_are_denied"]),
     ("layouts", &["stacks::vlan_on_bond", "veths::vrf"]),
-    ("test_run", &["every_packet_to_the_endpoint", "the_verifier_is_done"]),
+    ("test_run", &["every_packet_to_endpoint", "verifier_instructions"]),
 ];
 
 /// What tests are ignored but here, each of which takes the machine for itself: those of `cargo xtask faults`.

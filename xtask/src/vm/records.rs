@@ -119,7 +119,7 @@ mod tests {
                          @begin unload \ntest b ... ok\n@end unload 0 5\nTEST-RC=1\n";
 
     #[test]
-    fn a_newer_run_of_a_whole_executable_counts() {
+    fn newer_complete_run_counts() {
         let again = "@kernel 6.1.0\n@divisor 4\n@commit bbb\n@doctor {}\n@begin follow \ntest a ... ok\n@end follow 0 7\n\
                      @begin unload part\ntest b ... FAILED\n@end unload 101 1\n";
         let record = of(&[WHOLE, again]);
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_machine_died_of_is_known_and_what_was_broken_off_is_not() {
+    fn died_machine_differs_from_cut_console() {
         let cut = "@kernel 6.1.0\n@begin unload \ntest b ... ok\n";
         assert_eq!(of(&[WHOLE, cut]).results["unload"].executable.code, Some(0));
         let died = [cut, "Kernel panic\n@machine ended early\n"].concat();
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn consoles_are_told_apart_by_kernel_and_come_in_their_order() {
+    fn consoles_are_grouped_and_ordered() {
         let dir = tempfile::tempdir().unwrap();
         for name in ["kernel-6.1.200.log", "kernel-6.1.99.log", "kernel-6.12.7.log", "kernel-6.1.cpio"] {
             fs::write(dir.path().join(name), "").unwrap();

@@ -252,7 +252,7 @@ test result: FAILED. 1 passed; 1 failed\r
     }
 
     #[test]
-    fn what_is_skipped_for_a_reason_that_the_kernel_gives_is_no_fault() {
+    fn kernel_skips_are_no_failure() {
         let console = [START, UNLOAD, "TEST-RC=0\r\n"].concat();
         let good = row(Line::V5_10, &console, &["unload"]);
         assert_eq!(good.complaints, [""; 0]);
@@ -270,7 +270,7 @@ test result: FAILED. 1 passed; 1 failed\r
     }
 
     #[test]
-    fn a_kernel_that_has_tcx_must_use_it() {
+    fn kernel_with_tcx_must_use_it() {
         let console = [START, UNLOAD, "TEST-RC=0\r\n"].concat();
         let complaints = row(Line::V7, &console, &["unload"]).complaints;
         assert_eq!(
@@ -285,20 +285,20 @@ test result: FAILED. 1 passed; 1 failed\r
     }
 
     #[test]
-    fn where_the_agent_does_not_start_nothing_else_is_told() {
+    fn failed_start_hides_other_failures() {
         let console = "@kernel 6.1.0\r\n@complaint the agent can't be started: no\r\nTEST-RC=1\r\n";
         assert_eq!(row(Line::V6_1, console, &["follow"]).complaints, ["the agent can't be started: no"]);
     }
 
     #[test]
-    fn a_failed_test_is_shown_with_its_output() {
+    fn failed_test_shows_its_output() {
         let console = [START_6_1, FAILING, "@complaint the kernel says: BUG\r\nTEST-RC=1\r\n"].concat();
         let complaints = row(Line::V6_1, &console, &["follow"]).complaints;
         assert_eq!(complaints, ["the kernel says: BUG", "follow: bad failed\n    thread 'bad' panicked"]);
     }
 
     #[test]
-    fn a_machine_that_says_nothing_of_its_end_has_failed() {
+    fn machine_without_result_has_failed() {
         let console = [START, UNLOAD, "@begin follow\r\ntest good ... ok\r\nKernel panic\r\n"].concat();
         let complaints = row(Line::V5_10, &console, &["follow", "unload"]).complaints;
         assert_eq!(complaints[0], "follow did not end");

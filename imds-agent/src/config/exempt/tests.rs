@@ -12,7 +12,7 @@ fn one(lines: &str) -> Exempt {
 }
 
 #[test]
-fn each_way_to_say_who() {
+fn every_selector_is_accepted() {
     assert!(resolve("").unwrap().is_empty());
     let Sender::Interface(glob) = one("interface = 'veth[0-3]'").sender else { panic!("an interface") };
     assert!(glob.matches("veth3") && !glob.matches("veth4"));
@@ -26,7 +26,7 @@ fn each_way_to_say_who() {
 }
 
 #[test]
-fn rules_that_make_no_sense_are_named() {
+fn invalid_rules_are_reported() {
     let rule = |lines: &str| format!("[[exempt]]\nname = 'a'\n{lines}");
     let two = |first: &str, second: &str| format!("{}\n[[exempt]]\nname = 'b'\n{second}", rule(first));
     for (text, place, part) in [
@@ -59,7 +59,7 @@ fn rules_that_make_no_sense_are_named() {
 }
 
 #[test]
-fn rules_for_one_sender_need_not_contradict_each_other() {
+fn rules_for_one_sender_may_differ() {
     let own = "[[endpoint]]\nname = 'vault'\naddress = '10.0.0.9'\n";
     let rule =
         |name: &str, rest: &str| format!("[[exempt]]\nname = '{name}'\ncgroup = 'c'\nendpoints = ['{rest}\n");
@@ -68,7 +68,7 @@ fn rules_for_one_sender_need_not_contradict_each_other() {
 }
 
 #[test]
-fn pods_of_kubernetes_are_meant_by_namespace_account_and_labels() {
+fn kubernetes_selectors_match_pods() {
     let of = |lines: &str| match one(lines).sender {
         Sender::Pods(pods) => pods,
         other => panic!("{other:?}"),
@@ -120,7 +120,7 @@ fn pods_of_kubernetes_are_meant_by_namespace_account_and_labels() {
 }
 
 #[test]
-fn the_profile_for_aks_has_a_rule_for_every_add_on_that_it_can_not_be_used_with() {
+fn aks_profile_covers_incompatible_add_ons() {
     const PROFILE: &str = include_str!("../../../../deploy/profiles/aks.toml");
     let rules = resolve(PROFILE).unwrap();
     for name in [

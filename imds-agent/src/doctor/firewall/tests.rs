@@ -107,7 +107,7 @@ fn rules_of_known_owners() {
 }
 
 #[test]
-fn rules_about_something_else_are_left_out() {
+fn unrelated_rules_are_left_out() {
     for rule in [
         "FORWARD -j ACCEPT",
         "FORWARD -d 10.0.0.0/8 -j DROP",
@@ -143,7 +143,7 @@ fn contained_rules_can_be_removed() {
 }
 
 #[test]
-fn rules_of_the_nodes_own_processes_stay() {
+fn rules_for_node_processes_stay() {
     for (rules, part) in [
         (&["OUTPUT -d 169.254.169.254/32 -j DROP"][..], "the node's own processes and pods with hostNetwork"),
         (
@@ -166,7 +166,7 @@ fn rules_of_the_nodes_own_processes_stay() {
 }
 
 #[test]
-fn allowed_ports_and_other_addresses_would_open() {
+fn allowed_ports_and_other_addresses_open() {
     for (rule, expected) in [
         (
             "FORWARD -d 168.63.129.16/32 -j DROP",
@@ -203,7 +203,7 @@ fn other_modes_deny_nothing() {
 }
 
 #[test]
-fn exempt_pods_and_hooks_that_are_off_would_open() {
+fn exempt_pods_and_disabled_hooks_open() {
     let imds = IpAddr::from([169, 254, 169, 254]);
     let exemptions = BTreeMap::from([(imds, BTreeSet::from(["csi".to_owned()]))]);
     let exempt = Enforcement { exemptions, ..enforced() };
@@ -282,7 +282,7 @@ fn sets_and_maps_of_nftables() {
 }
 
 #[test]
-fn large_concatenations_are_read_column_by_column() {
+fn large_concatenations_by_column() {
     let tuple = json!({"concat": [field("ip", "daddr"), field("tcp", "dport")]});
     let elements: Vec<_> = (1..=300).map(|port| json!({"concat": ["169.254.169.254", port]})).collect();
     let set = json!({"name": "s", "elem": elements});

@@ -39,7 +39,7 @@ fn meant(index: &Index, rule: &Pods) -> Vec<String> {
 }
 
 #[test]
-fn of_more_pods_than_a_node_can_have_nothing_is_known() {
+fn pod_limit_makes_the_index_unknown() {
     let mut index = index((0..MOST_PODS).map(|number| pod(&number.to_string(), "a", "s", "x")));
     let rule = rule("namespace = 'a'");
     assert_eq!(index.handle(PodEvent::Apply(pod("new", "a", "s", "x"))), BTreeSet::new());
@@ -50,7 +50,7 @@ fn of_more_pods_than_a_node_can_have_nothing_is_known() {
 }
 
 #[test]
-fn a_rule_means_pods_of_its_namespace_alone() {
+fn rule_matches_its_namespace_only() {
     let pods =
         [pod("0", "a", "s", "x"), pod("1", "b", "s", "x"), pod("2", "a", "t", "y"), pod("3", "a", "s", "z")];
     let index = index(pods);
@@ -82,7 +82,7 @@ fn a_rule_means_pods_of_its_namespace_alone() {
 }
 
 #[test]
-fn what_was_told_twice_or_is_unknown_changes_nothing() {
+fn repeated_events_change_nothing() {
     let mut index = index([pod("0", "a", "s", "x"), pod("1", "a", "s", "x")]);
     assert!(index.handle(PodEvent::Apply(pod("0", "a", "s", "x"))).is_empty());
     assert!(index.handle(PodEvent::Delete { uid: "7".to_owned() }).is_empty());
@@ -93,7 +93,7 @@ fn what_was_told_twice_or_is_unknown_changes_nothing() {
 }
 
 #[test]
-fn a_pod_loses_what_its_label_gave_it_and_one_that_is_over_has_nothing() {
+fn label_removal_and_end_revoke_exemption() {
     let rule = rule("namespace = 'a'\npod_selector.match_labels = { app = 'x' }");
     let mut index = index([pod("0", "a", "s", "x"), pod("1", "a", "s", "x")]);
     index.handle(PodEvent::Apply(pod("0", "a", "s", "")));
@@ -103,7 +103,7 @@ fn a_pod_loses_what_its_label_gave_it_and_one_that_is_over_has_nothing() {
 }
 
 #[test]
-fn cgroups_that_two_pods_without_a_date_claim_have_no_owner() {
+fn undated_cgroup_claims_have_no_owner() {
     let rule = rule("namespace = 'a'");
     let first = Pod { cgroup_uid: "hash".to_owned(), ..pod("0", "a", "s", "") };
     let second = Pod { cgroup_uid: "hash".to_owned(), ..pod("1", "c", "s", "") };
@@ -119,7 +119,7 @@ fn cgroups_that_two_pods_without_a_date_claim_have_no_owner() {
 }
 
 #[test]
-fn cgroups_that_several_pods_claim_are_the_oldest_ones() {
+fn oldest_pod_owns_disputed_cgroup() {
     let rule = rule("namespace = 'a'");
     let claimant = |uid: &str, namespace: &str, created: &str| Pod {
         cgroup_uid: "hash".to_owned(),
@@ -182,7 +182,7 @@ fn any_step() -> impl Strategy<Value = Step> {
 
 proptest! {
     #[test]
-    fn however_it_came_about_it_is_what_a_new_one_would_be(steps in prop::collection::vec(any_step(), 0..24)) {
+    fn index_is_independent_of_event_order(steps in prop::collection::vec(any_step(), 0..24)) {
         let mut index = Index::default();
         let mut pods: BTreeMap<String, Pod> = BTreeMap::new();
         for step in steps {
