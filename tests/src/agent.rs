@@ -1,4 +1,4 @@
-//! imds-agent on a world's node.
+//! Runs imds-agent on a world's node.
 
 use std::{
     env, fs,
@@ -22,28 +22,28 @@ use crate::{
     poll::{poll_until, try_poll},
 };
 
-/// How long any command of the agent may take.
+/// Time limit of any command of the agent.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long an agent may take to be ready, or to go.
+/// Time limit for an agent to become ready, or to end.
 const READY_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// The hooks that there are.
+/// Every hook of the agent, by its configuration key.
 const HOOKS: [&str; 5] = ["from_pod", "node_egress", "socket", "host_network", "local_service"];
 
-/// What reads a status for a machine.
+/// Arguments of the command that prints the status as JSON.
 const STATUS: &[&str] = &["status", "-o", "json"];
 
-/// How the agent attaches its programs.
+/// Mode in which the agent attaches its TC programs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum AttachMode {
-    /// TCX links.
+    /// TCX links (Linux 6.6).
     Tcx,
     /// Filters on a clsact qdisc.
     Clsact,
 }
 
 impl AttachMode {
-    /// Its name on the command line and in the status.
+    /// Returns the name of the mode on the command line and in the status.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -54,40 +54,40 @@ impl AttachMode {
 }
 
 impl World {
-    /// `imds-agent run` on this world's node. Only `from_pod` is on, unless the test says otherwise, and sockets are
-    /// guarded in this world's cgroup only.
+    /// Returns `imds-agent run` on this world's node. Unless the test says otherwise, only `from_pod` is on, and the
+    /// cgroup hooks are attached to this world's cgroup.
     pub fn agent(&self) -> AgentCommand<'_> {
         AgentCommand { run: Some((String::new(), vec!["from_pod"])), ..self.imds_agent(&["run"]) }
     }
 
-    /// An agent that runs and guards every pod that there is.
+    /// Starts an agent and waits until it enforces every pod.
     #[must_use]
     #[track_caller]
     pub fn start_agent(&self, backend: AttachMode) -> Agent<'_> {
         self.agent().backend(backend).spawn_ready()
     }
 
-    /// `imds-agent status`.
+    /// Returns the output of `imds-agent status`, which must succeed.
     #[must_use]
     #[track_caller]
     pub fn status(&self) -> Status {
-        self.try_status().unwrap_or_else(|failure| panic!("status is not as documented: {failure}"))
+        self.try_status().unwrap_or_else(|failure| panic!("status does not match its schema: {failure}"))
     }
 
-    /// The same where it may fail, as it does while pins that are not the agent's await their replacement.
+    /// Returns the output of `imds-agent status`. The command fails while foreign pins are waiting to be replaced.
     #[track_caller]
     pub fn try_status(&self) -> Result<Status, String> {
         try_status(&self.imds_agent(STATUS))
     }
 
-    /// `imds-agent unload`, which has to succeed.
+    /// Runs `imds-agent unload`, which must succeed.
     #[track_caller]
     pub fn unload(&self) {
         let output = self.imds_agent(&["unload"]).output();
-        assert!(output.status.success(), "unload failed: {output:?}");
+        assert!(output.status.success(), "unload must succeed: {output:?}");
     }
 
-    /// Any command of imds-agent on this world's node, with its pin directory.
+    /// Returns any command of imds-agent on this world's node, with the world's pin directory.
     pub fn imds_agent(&self, args: &[&str]) -> AgentCommand<'_> {
         let (args, pin_dir) = (args.iter().map(ToString::to_string).collect(), self.pin_dir().to_owned());
         AgentCommand {
@@ -107,7 +107,7 @@ fn try_status(command: &AgentCommand<'_>) -> Result<Status, String> {
     serde_json::from_slice(&output.stdout).map_err(|error| format!("{error}: {output:?}"))
 }
 
-/// Runs a command that must end by itself within 30 seconds.
+/// Runs a command and returns its output. Panics if it does not end within 30 seconds.
 #[track_caller]
 pub fn output(mut command: Command) -> Output {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -116,7 +116,7 @@ pub fn output(mut command: Command) -> Output {
     let (sender, receiver) = mpsc::channel();
     let waiter = thread::spawn(move || sender.send(child.wait_with_output()));
     let output = receiver.recv_timeout(COMMAND_TIMEOUT).unwrap_or_else(|_| {
-        // Still ours: the waiter has not reaped it.
+        // The process id is not reused yet: the waiter has not reaped the child.
         let _ = kill(pid, Signal::SIGKILL);
         panic!("{command:?} did not end within {COMMAND_TIMEOUT:?}");
     });
@@ -124,7 +124,7 @@ pub fn output(mut command: Command) -> Output {
     output.expect("wait for a child")
 }
 
-/// A command of imds-agent, not yet started.
+/// A command of imds-agent that is not started yet.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct AgentCommand<'w> {
@@ -133,25 +133,25 @@ pub struct AgentCommand<'w> {
     env: Vec<(&'static str, String)>,
     pin_dir: PathBuf,
     binary: Option<PathBuf>,
-    /// Configuration and hooks that are on, for `run`.
+    /// Configuration and enabled hooks, for `run`.
     run: Option<(String, Vec<&'static str>)>,
-    /// `hooks.sendmsg`, for `run`.
+    /// Value of `hooks.sendmsg`, for `run`.
     sendmsg: Option<&'static str>,
 }
 
 impl<'w> AgentCommand<'w> {
-    /// Attaches in this way only.
+    /// Restricts the agent to one attach mode.
     pub fn backend(self, backend: AttachMode) -> Self {
-        // The pods of tests have no CNI plugin that could need their qdisc slot.
+        // Pods of tests have no CNI plugin that could need their qdisc slot.
         self.args(&["--tc-backend", backend.name(), "--clsact-delay", "0"])
     }
 
-    /// Looks for what was detached every so many seconds.
+    /// Sets the interval of the full resync in seconds.
     pub fn resync(self, seconds: u32) -> Self {
         self.args(&["--resync", &seconds.to_string()])
     }
 
-    /// With this configuration, which says nothing of hooks.
+    /// Sets the configuration, which must not contain a `[hooks]` table.
     pub fn config(mut self, toml: &str) -> Self {
         if let Some((config, _)) = &mut self.run {
             toml.clone_into(config);
@@ -159,7 +159,7 @@ impl<'w> AgentCommand<'w> {
         self
     }
 
-    /// With this file as the configuration.
+    /// Reads the configuration from this file.
     pub fn config_file(self, path: &str) -> Self {
         Self { run: None, ..self }.args(&["--config", path])
     }
@@ -170,7 +170,7 @@ impl<'w> AgentCommand<'w> {
         self
     }
 
-    /// With these hooks on, and no others.
+    /// Enables exactly these hooks.
     pub fn hooks(mut self, on: &[&'static str]) -> Self {
         if let Some((_, hooks)) = &mut self.run {
             *hooks = on.to_vec();
@@ -178,41 +178,41 @@ impl<'w> AgentCommand<'w> {
         self
     }
 
-    /// With these arguments too.
+    /// Adds arguments to the command line.
     pub fn args(mut self, args: &[&str]) -> Self {
         self.args.extend(args.iter().map(ToString::to_string));
         self
     }
 
-    /// With this in its environment.
+    /// Sets a variable of the environment.
     pub fn env(mut self, name: &'static str, value: &str) -> Self {
         self.env.push((name, value.to_owned()));
         self
     }
 
-    /// With another pin directory than the world's.
+    /// Replaces the world's pin directory with another one.
     pub fn pin_dir(self, path: &Path) -> Self {
         Self { pin_dir: path.to_owned(), ..self }
     }
 
-    /// By another binary than the world's.
+    /// Runs another binary than the world's.
     pub fn binary(self, path: &Path) -> Self {
         Self { binary: Some(path.to_owned()), ..self }
     }
 
-    /// `run --once`: protects the node and ends.
+    /// Runs `run --once`, which protects the node and ends.
     #[track_caller]
     pub fn once(self) -> Output {
         self.args(&["--once"]).output()
     }
 
-    /// Runs it until it ends by itself: for what has to fail.
+    /// Runs the command until it ends, for commands that must fail.
     #[track_caller]
     pub fn output(&self) -> Output {
         output(self.command())
     }
 
-    /// The process, not yet started and with nothing redirected.
+    /// Returns the process, not started and with nothing redirected.
     #[track_caller]
     pub fn command(&self) -> Command {
         let binary = self.binary.clone().unwrap_or_else(binary);
@@ -223,7 +223,7 @@ impl<'w> AgentCommand<'w> {
         }
         command.envs(self.env.iter().map(|(name, value)| (name, value)));
         if let Some((config, on)) = &self.run {
-            // Behind what the test has to say, so that the lines of that keep their numbers.
+            // The hooks follow the test's text, whose lines therefore keep their numbers.
             let hooks = HOOKS.map(|hook| format!("{hook} = {}\n", on.contains(&hook))).concat();
             let sendmsg = self.sendmsg.map(|value| format!("sendmsg = {value}\n")).unwrap_or_default();
             let path = self.world.scratch_dir().join(unique("config-")).with_extension("toml");
@@ -233,7 +233,7 @@ impl<'w> AgentCommand<'w> {
         command
     }
 
-    /// Starts it.
+    /// Starts the agent in the background and collects its log.
     #[must_use]
     #[track_caller]
     pub fn spawn(self) -> Agent<'w> {
@@ -243,18 +243,18 @@ impl<'w> AgentCommand<'w> {
         let stderr = child.stderr.take().expect("a pipe");
         let log = Arc::new(Mutex::new(Vec::new()));
         let lines = Arc::clone(&log);
-        // Ends with the process.
+        // The thread ends with the process.
         thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
                 lines.lock().expect("no reader panicked").push((Instant::now(), line));
             }
         });
-        // Of the same version, which understands what this one lays out.
+        // The status is read with the same binary, which knows the agent's map layout.
         let status = AgentCommand { binary: self.binary, ..self.world.imds_agent(STATUS) };
         Agent { status, child, log }
     }
 
-    /// Starts it and waits until every pod that there is, is guarded.
+    /// Starts the agent and waits until it enforces every existing pod.
     #[must_use]
     #[track_caller]
     pub fn spawn_ready(self) -> Agent<'w> {
@@ -264,7 +264,7 @@ impl<'w> AgentCommand<'w> {
     }
 }
 
-/// A running agent. Dropping it kills it, which ends no enforcement.
+/// A running agent. Dropping it kills the process, which does not end enforcement.
 #[derive(Debug)]
 pub struct Agent<'w> {
     status: AgentCommand<'w>,
@@ -273,14 +273,14 @@ pub struct Agent<'w> {
 }
 
 impl Agent<'_> {
-    /// Its process id.
+    /// Returns the process id of the agent.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Waits until the status says that this agent has looked at every interface, has no problems and guards every
-    /// pod's.
+    /// Waits until the status reports that this agent has synced all interfaces, has no problems and enforces every
+    /// pod.
     #[track_caller]
     pub fn wait_ready(&mut self) -> Status {
         let pid = self.pid();
@@ -295,20 +295,20 @@ impl Agent<'_> {
         ready.unwrap_or_else(|| panic!("the agent is not ready: {last:#?}\n{}", self.log()))
     }
 
-    /// All that it wrote to its standard error so far.
+    /// Returns the standard error of the agent so far.
     #[must_use]
     pub fn log(&self) -> String {
         let lines: Vec<_> = self.log_lines().into_iter().map(|(_, line)| line).collect();
         lines.join("\n")
     }
 
-    /// Lines of its standard error so far, each with its time of arrival.
+    /// Returns the lines of standard error so far, each with the time at which it was read.
     #[must_use]
     pub fn log_lines(&self) -> Vec<(Instant, String)> {
         self.log.lock().expect("the reader is well").clone()
     }
 
-    /// Waits for a line of its log that contains `pattern`.
+    /// Waits for a line of the log that contains `pattern`, and returns it.
     #[track_caller]
     pub fn wait_for_log(&self, pattern: &str, deadline: Duration) -> String {
         let found = try_poll(deadline, || {
@@ -317,13 +317,13 @@ impl Agent<'_> {
         found.unwrap_or_else(|| panic!("no {pattern:?} in the log within {deadline:?}:\n{}", self.log()))
     }
 
-    /// Kills it in the way that it can't notice.
+    /// Kills the agent with SIGKILL.
     pub fn kill9(mut self) {
         self.child.kill().expect("kill the agent");
         self.child.wait().expect("wait for the agent");
     }
 
-    /// Asks it to end, and waits.
+    /// Sends SIGTERM to the agent and waits until it ends.
     #[track_caller]
     pub fn terminate(mut self) -> ExitStatus {
         kill(pid(&self.child), Signal::SIGTERM).expect("signal the agent");
@@ -335,7 +335,7 @@ impl Agent<'_> {
 
 impl Drop for Agent<'_> {
     fn drop(&mut self) {
-        // Both fail where it is gone already.
+        // Both calls fail if the process has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
         if thread::panicking() {
@@ -348,7 +348,7 @@ fn pid(child: &Child) -> Pid {
     Pid::from_raw(child.id().try_into().expect("process ids are positive C ints"))
 }
 
-/// `$IMDS_AGENT`, or the one that was built with the running executable.
+/// Returns `$IMDS_AGENT`, or the agent that was built together with the running executable.
 #[track_caller]
 fn binary() -> PathBuf {
     if let Some(path) = env::var_os("IMDS_AGENT") {

@@ -1,4 +1,4 @@
-//! A small Kubernetes API server: lists and watches pods over HTTP, and misbehaves when told to.
+//! A small Kubernetes API server: lists and watches pods over HTTP, and misbehaves on request.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::Netns;
 
-/// Serves until dropped.
+/// A server that runs until it is dropped.
 #[derive(Debug)]
 pub struct ApiServer {
     shared: Arc<Shared>,
@@ -31,10 +31,10 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Store {
     version: u64,
-    /// What is older is forgotten.
+    /// Oldest resource version that a watch can start from.
     oldest: u64,
     pods: BTreeMap<String, Value>,
-    /// Taints of nodes, by name.
+    /// Taints of nodes, by node name.
     taints: BTreeMap<String, Value>,
     history: Vec<(u64, &'static str, Value)>,
     faults: VecDeque<Fault>,
@@ -43,37 +43,37 @@ struct Store {
     is_stopped: bool,
 }
 
-/// A way to misbehave, once.
+/// A failure that the server produces once.
 #[derive(Clone, Debug)]
 pub enum Fault {
     /// Answers the next list or watch with this status, these headers and this body.
     Answer(u16, &'static str, &'static str),
     /// Answers the next list or watch with a status object.
     Status(u16, &'static str),
-    /// Says nothing to the next list or watch.
+    /// Leaves the next list or watch without a response.
     Silence,
-    /// Closes the connection of the next list or watch without an answer.
+    /// Closes the connection of the next list or watch without a response.
     Close,
-    /// Breaks off in the middle of the next list.
+    /// Closes the connection in the middle of the next list.
     HalfList,
-    /// Breaks off in the middle of the next event.
+    /// Closes the connection in the middle of the next event.
     HalfEvent,
-    /// Begins the answer to the next list with this, and never ends it.
+    /// Begins the response to the next list with this text and never ends it.
     EndlessList(&'static str),
-    /// Begins a line in the next watch, and never ends it.
+    /// Begins a line in the next watch and never ends it.
     EndlessLine,
-    /// Sends this line in the next watch in place of events, and closes it properly.
+    /// Sends this line in the next watch instead of events, and closes it properly.
     Line(&'static str),
 }
 
 impl ApiServer {
-    /// Serves on a free port of the calling thread's loopback.
+    /// Starts a server on a free port of loopback in the calling thread's namespace.
     #[must_use]
     pub fn start() -> Self {
         Self::serve(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("bind the API server"))
     }
 
-    /// Serves on a free port of this namespace's loopback.
+    /// Starts a server on a free port of loopback in this namespace.
     #[must_use]
     pub fn start_in(netns: &Netns) -> Self {
         let bind = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0));
@@ -97,7 +97,7 @@ impl ApiServer {
                 let shared = Arc::clone(&for_thread);
                 thread::spawn(move || {
                     shared.serve(&stream);
-                    // There is another descriptor of it.
+                    // The thread that serves the connection has another descriptor.
                     let _ = stream.shutdown(Shutdown::Both);
                 });
             }
@@ -105,18 +105,18 @@ impl ApiServer {
         Self { shared, address, thread: Some(thread) }
     }
 
-    /// Where it is.
+    /// Returns the base URL of the server.
     #[must_use]
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    /// Writes a kubeconfig by which it is found.
+    /// Writes a kubeconfig that points to the server.
     pub fn write_kubeconfig(&self, path: &Path) {
         write_kubeconfig(path, &self.url());
     }
 
-    /// Stores a pod, made by [`pod`], and tells those who watch.
+    /// Stores a pod, built by [`pod`], and notifies the watches.
     pub fn apply(&self, mut pod: Value) {
         let mut store = self.shared.lock();
         let version = store.next_version();
@@ -127,7 +127,7 @@ impl ApiServer {
         self.shared.changed.notify_all();
     }
 
-    /// Deletes the pod and tells those who watch.
+    /// Deletes the pod and notifies the watches.
     pub fn delete(&self, uid: &str) {
         let mut store = self.shared.lock();
         let version = store.next_version();
@@ -137,14 +137,14 @@ impl ApiServer {
         self.shared.changed.notify_all();
     }
 
-    /// Deletes the pod and forgets that there was one: only a list shows it.
+    /// Deletes the pod and its history: only a list shows the deletion.
     pub fn forget(&self, uid: &str) {
         let mut store = self.shared.lock();
         store.pods.remove(uid).expect("a pod that was stored");
         store.compact();
     }
 
-    /// Tells those who watch which version this is.
+    /// Sends the current resource version to the watches as a bookmark.
     pub fn bookmark(&self) {
         let mut store = self.shared.lock();
         let version = store.next_version();
@@ -153,18 +153,18 @@ impl ApiServer {
         self.shared.changed.notify_all();
     }
 
-    /// Forgets all that was, so that no watch can go on from there.
+    /// Discards the history, so that no watch can resume from an earlier version.
     pub fn compact(&self) {
         self.shared.lock().compact();
     }
 
-    /// Misbehaves so when it can next. Faults are done one after another.
+    /// Queues a failure. Each failure applies to the next request of its kind; later ones wait for earlier ones.
     pub fn fail(&self, fault: Fault) {
         self.shared.lock().faults.push_back(fault);
         self.shared.changed.notify_all();
     }
 
-    /// How many faults are still to be done.
+    /// Returns the number of queued failures.
     #[must_use]
     pub fn faults_left(&self) -> usize {
         self.shared.lock().faults.len()
@@ -175,21 +175,21 @@ impl ApiServer {
         self.shared.lock().taints.insert(node.to_owned(), taints);
     }
 
-    /// The taints of that node.
+    /// Returns the taints of the node.
     #[must_use]
     pub fn taints(&self, node: &str) -> Value {
         self.shared.lock().taints[node].clone()
     }
 
-    /// Closes all connections.
+    /// Closes all connections of clients.
     pub fn disconnect(&self) {
         for connection in self.shared.lock().connections.drain(..) {
-            // It may be closed already.
+            // The connection may be closed already.
             let _ = connection.shutdown(Shutdown::Both);
         }
     }
 
-    /// The targets of all requests so far.
+    /// Returns the targets of all requests so far.
     #[must_use]
     pub fn requests(&self) -> Vec<String> {
         self.shared.lock().requests.clone()
@@ -201,7 +201,7 @@ impl Drop for ApiServer {
         self.shared.lock().is_stopped = true;
         self.shared.changed.notify_all();
         self.disconnect();
-        // The thread that accepts is woken by a last connection, where this thread can make one.
+        // A last connection wakes the accepting thread, if this thread can connect.
         let reached = TcpStream::connect(self.address).is_ok();
         if let Some(thread) = self.thread.take()
             && reached
@@ -211,7 +211,7 @@ impl Drop for ApiServer {
     }
 }
 
-/// A pod as the API has it.
+/// Returns a pod object of the Kubernetes API.
 #[must_use]
 pub fn pod(uid: &str, node: &str, namespace: &str, service_account: &str, labels: &[(&str, &str)]) -> Value {
     let labels: BTreeMap<_, _> = labels.iter().copied().collect();
@@ -224,7 +224,7 @@ pub fn pod(uid: &str, node: &str, namespace: &str, service_account: &str, labels
     })
 }
 
-/// A kubeconfig of a cluster at `url`.
+/// Writes a kubeconfig for a cluster at `url`.
 pub fn write_kubeconfig(path: &Path, url: &str) {
     let config = json!({
         "apiVersion": "v1",
@@ -234,7 +234,7 @@ pub fn write_kubeconfig(path: &Path, url: &str) {
         "contexts": [{ "name": "x", "context": { "cluster": "c", "user": "u" } }],
         "current-context": "x",
     });
-    // JSON is YAML, too.
+    // JSON is also valid YAML.
     std::fs::write(path, config.to_string()).expect("write a kubeconfig");
 }
 
@@ -249,7 +249,7 @@ impl Store {
         self.oldest = self.next_version();
     }
 
-    /// The next fault if it is one for this request.
+    /// Takes the next failure from the queue if it applies to this request.
     fn take_fault(&mut self, is_watch: bool) -> Option<Fault> {
         let fits = match self.faults.front()? {
             Fault::Answer(..) | Fault::Status(..) | Fault::Silence | Fault::Close => true,
@@ -265,7 +265,7 @@ impl Shared {
         self.store.lock().expect("no thread panics while it holds the store")
     }
 
-    /// Answers one request. What a client no longer wants to hear needs not be written.
+    /// Answers one request. Returns early if the client closes the connection.
     fn serve(&self, mut stream: &TcpStream) -> Option<()> {
         let mut reader = BufReader::new(stream);
         let mut lines = reader.by_ref().lines();
@@ -327,7 +327,7 @@ impl Shared {
         }
     }
 
-    /// Tells of a node, after a patch that tests its taints and replaces them, if there is one.
+    /// Returns a node object. A patch first tests the node's taints and replaces them.
     fn node(&self, stream: &TcpStream, node: &str, patch: &[u8]) -> Option<()> {
         let mut store = self.lock();
         let Some(taints) = store.taints.get_mut(node) else {
@@ -392,7 +392,7 @@ impl Shared {
             }
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                // Whoever watches goes on where this ends.
+                // The next watch resumes where this one ends.
                 drop(store);
                 return stream.write_all(b"0\r\n\r\n").ok();
             }
@@ -419,14 +419,14 @@ fn is_selected(pod: &Value, query: &BTreeMap<String, String>) -> bool {
     node.is_none_or(|node| pod["spec"]["nodeName"] == node)
 }
 
-/// The parameters of a target, decoded as far as names and numbers need it.
+/// Returns the query parameters of a target. Decodes only escapes that occur in names and numbers.
 fn query(target: &str) -> BTreeMap<String, String> {
     let (_, query) = target.split_once('?').unwrap_or_default();
     let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
     pairs.map(|(key, value)| (key.to_owned(), value.replace("%3D", "="))).collect()
 }
 
-/// Until the client has had enough.
+/// Sends data until the client closes the connection.
 fn pour(mut stream: &TcpStream, start: &str) -> Option<()> {
     stream.write_all(format!("HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{start}").as_bytes()).ok()?;
     let more = " ".repeat(1 << 16);
@@ -437,7 +437,7 @@ fn pour(mut stream: &TcpStream, start: &str) -> Option<()> {
 fn respond(mut stream: &TcpStream, code: u16, headers: &str, body: &str) -> Option<()> {
     let length = body.len();
     let head =
-        format!("HTTP/1.1 {code} Told\r\nContent-Length: {length}\r\nConnection: close\r\n{headers}\r\n");
+        format!("HTTP/1.1 {code} Status\r\nContent-Length: {length}\r\nConnection: close\r\n{headers}\r\n");
     stream.write_all((head + body).as_bytes()).ok()
 }
 

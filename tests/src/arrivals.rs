@@ -1,4 +1,4 @@
-//! Counts what arrives at the metadata service's side of the node's uplink.
+//! Counts packets that arrive at the metadata service's side of the node's uplink.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -17,10 +17,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::{METADATA, METADATA_V6, Netns, PacketSocket, SERVICE, SERVICE_V6, measure::run_on};
 
-/// The discard port: nothing listens there.
+/// The discard port, on which no server listens.
 const BARRIER_PORT: u16 = 9;
 const UDP: u8 = 17;
-/// Between the pod and the fabric a packet waits in a CPU's backlog twice: behind either veth pair.
+/// Number of veth pairs between a pod and the fabric. Packets wait in the CPU backlog once behind each pair.
 const HOPS: usize = 2;
 /// [`METADATA`] in the groups of an IPv6 address.
 const METADATA_V4_SEGMENTS: [u16; 2] = [0xa9fe, 0xa9fe];
@@ -28,23 +28,24 @@ const RETRIES: u32 = 100;
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 const BUFFER: libc::c_int = 32 << 20;
 
-/// Packets that arrived for the metadata service, of any protocol and however broken, retransmissions included: to its
-/// IPv4 and its IPv6 address, and to IPv6 addresses that embed the former.
+/// Packets that arrived for the metadata service, of any protocol, malformed ones and retransmissions included. Counts
+/// destinations that are its IPv4 address, its IPv6 address, or an IPv6 address that embeds the former.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Arrivals {
     by_source: BTreeMap<IpAddr, u64>,
-    /// Arrived faster than they could be read: for somebody, by somebody.
+    /// Packets that arrived faster than the counter read them, from any source to any destination.
     unread: u64,
 }
 
 impl Arrivals {
-    /// How many came with this source address, forged or not.
+    /// Returns the number of packets with this source address, spoofed or not.
     #[must_use]
     pub fn from(&self, source: impl Into<IpAddr>) -> u64 {
         self.by_source.get(&source.into()).copied().unwrap_or(0)
     }
 
-    /// How many came from all sources. Counts too many where packets came too fast to be looked at, never too few.
+    /// Returns the number of packets from all sources. The number can be too high if packets were dropped unread, never
+    /// too low.
     #[must_use]
     pub fn total(&self) -> u64 {
         self.by_source.values().sum::<u64>() + self.unread
@@ -55,7 +56,7 @@ impl Arrivals {
 #[derive(Debug)]
 pub(crate) struct Counter {
     shared: Arc<Shared>,
-    /// Destination of the marks.
+    /// Destination address of the marks.
     barrier: IpAddr,
     stop: Option<PipeWriter>,
     thread: Option<JoinHandle<()>>,
@@ -74,7 +75,7 @@ struct State {
 }
 
 impl Counter {
-    /// Counts what arrives on `interface` of `fabric`. Marks are sent to `barrier`, [`SERVICE`] or [`SERVICE_V6`].
+    /// Starts to count arrivals on `interface` of `fabric`. Sends marks to `barrier`, [`SERVICE`] or [`SERVICE_V6`].
     pub(crate) fn start(fabric: &Netns, interface: &str, barrier: IpAddr) -> Self {
         let sockets = [libc::ETH_P_IP, libc::ETH_P_IPV6]
             .map(|protocol| PacketSocket::packets(fabric, interface, protocol));
@@ -86,7 +87,8 @@ impl Counter {
         let of_thread = Arc::clone(&shared);
         let thread = thread::spawn(move || {
             let [v4, v6] = &sockets;
-            // The marks' own socket comes first: packets that arrived before a mark are read once the mark is.
+            // The socket that receives marks is read first: the other socket then already holds every packet that
+            // arrived before the mark.
             let [of_v4, of_v6]: [(_, See); 2] = [(v4, State::see_v4), (v6, State::see_v6)];
             let order = if barrier.is_ipv4() { [of_v4, of_v6] } else { [of_v6, of_v4] };
             let mut fds =
@@ -102,10 +104,10 @@ impl Counter {
         Self { shared, barrier, stop: Some(stop), thread: Some(thread) }
     }
 
-    /// What arrived, with everything that was sent before the call.
+    /// Returns the arrivals, including every packet that was sent before the call.
     ///
-    /// Packets wait in per-CPU queues, so marks are sent from every CPU of the node, to an address that is not guarded,
-    /// and waited for.
+    /// Packets wait in per-CPU queues. The function therefore sends a mark from every CPU of the node to an unprotected
+    /// address and waits until all marks have arrived.
     pub(crate) fn read(&self, node: &Netns) -> Arrivals {
         let cpus = thread::available_parallelism().expect("number of CPUs").get();
         node.run(|| {
@@ -128,7 +130,7 @@ impl Counter {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let mark = NEXT.fetch_add(1, Ordering::Relaxed);
         let arrived = (0..RETRIES).any(|_| {
-            // Repeated, because a full queue drops it.
+            // Sent repeatedly, because a full queue drops the mark.
             let sent = socket.send_to(&mark.to_be_bytes(), (self.barrier, BARRIER_PORT));
             sent.is_ok() && self.shared.wait_for(mark)
         });
@@ -145,11 +147,11 @@ impl Drop for Counter {
     }
 }
 
-/// Counts a packet of one family.
+/// Counts a packet of one address family.
 type See = fn(&mut State, &[u8]);
 
 impl Shared {
-    /// Reads both sockets, in this order.
+    /// Reads both sockets, in the order of the array.
     fn read_all(&self, sockets: [(&PacketSocket, See); 2]) {
         let mut buffer = [0; 128];
         let mut state = self.state.lock().expect("no reader panicked");
@@ -171,7 +173,7 @@ impl Shared {
 }
 
 impl State {
-    /// Looks at fixed places only: what is broken counts too.
+    /// Reads fixed offsets only, so that malformed packets count too.
     fn see_v4(&mut self, packet: &[u8]) {
         let Some(&source) = packet.get(12..).and_then(<[u8]>::first_chunk::<4>) else { return };
         let Some(&destination) = packet.get(16..).and_then(<[u8]>::first_chunk::<4>) else { return };
@@ -197,7 +199,8 @@ impl State {
     }
 }
 
-/// Whether it is the metadata service's, or embeds its IPv4 address: NAT64's prefix (RFC 6052) and 6to4's (RFC 3056).
+/// Reports whether the address is the metadata service's, or embeds its IPv4 address with the NAT64 (RFC 6052) or 6to4
+/// (RFC 3056) prefix.
 fn is_metadata_v6(destination: Ipv6Addr) -> bool {
     let [high, low] = METADATA_V4_SEGMENTS;
     destination == METADATA_V6
@@ -205,11 +208,11 @@ fn is_metadata_v6(destination: Ipv6Addr) -> bool {
         || destination.segments()[..3] == [0x2002, high, low]
 }
 
-/// The mark of a packet with this protocol, `rest` of which begins with the destination port.
+/// Returns the mark in a packet of this protocol. `rest` begins with the destination port.
 fn barrier_mark(protocol: Option<&u8>, rest: Option<&[u8]>) -> Option<u64> {
     let rest = rest?;
     let to_barrier = protocol == Some(&UDP) && rest.get(..2)? == BARRIER_PORT.to_be_bytes();
-    // Length and checksum are between the port and the payload.
+    // Length and checksum lie between the port and the payload.
     let mark = rest.get(6..)?.first_chunk()?;
     to_barrier.then_some(u64::from_be_bytes(*mark))
 }

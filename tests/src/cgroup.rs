@@ -1,4 +1,4 @@
-//! Threaded cgroups, so that a test's own threads can be in one while the rest of its process is not.
+//! Threaded cgroups: threads of a test can enter one while the rest of the process stays outside.
 
 use std::{
     fs,
@@ -15,14 +15,14 @@ use crate::{
 };
 
 const PREFIX: &str = "imds-test-";
-/// Where hierarchies v1 are by convention.
+/// Conventional mount point of the cgroup v1 memory controller.
 const V1_MEMORY: &str = "/sys/fs/cgroup/memory";
 
-/// A cgroup below the one of this process. It is removed on drop.
+/// A cgroup below the one of this process. Dropping it removes the cgroup.
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
-    /// Itself and those above it that were made for it.
+    /// The cgroup and the ancestors that were created for it.
     made: Vec<PathBuf>,
 }
 
@@ -31,7 +31,7 @@ impl Cgroup {
         Self::below(&parent(), unique(PREFIX).as_ref())
     }
 
-    /// Makes the cgroup at this path below another one, and those above it that are missing.
+    /// Creates the cgroup at this path below `parent`, and its missing ancestors.
     pub(crate) fn below(parent: &Path, path: &Path) -> Self {
         let mut made = Vec::new();
         let mut whole = parent.to_owned();
@@ -46,20 +46,19 @@ impl Cgroup {
         Self { path: whole, made }
     }
 
-    /// Its id: its inode number (kernfs).
+    /// Returns the cgroup id, which is the inode number (kernfs).
     #[must_use]
     pub fn id(&self) -> u64 {
         fs::metadata(&self.path).expect("inspect a cgroup").ino()
     }
 
-    /// Where it is.
+    /// Returns the path of the cgroup's directory.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Runs `work` in a thread that is in this cgroup, as are the threads that it starts, and the sockets that they
-    /// make.
+    /// Runs `work` on a thread inside this cgroup. Threads and sockets that it creates belong to the cgroup too.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         thread::scope(|scope| {
             let inside = scope.spawn(|| {
@@ -72,7 +71,8 @@ impl Cgroup {
     }
 }
 
-/// A cgroup whose processes have little memory, by hierarchy v2 or v1, whichever has the controller. It is removed on drop.
+/// A cgroup with a memory limit, in the hierarchy (v2 or v1) that has the memory controller. Dropping it removes the
+/// cgroup.
 #[derive(Debug)]
 pub struct MemoryLimit {
     path: PathBuf,
@@ -80,7 +80,7 @@ pub struct MemoryLimit {
 }
 
 impl MemoryLimit {
-    /// Makes one without a limit yet; `None` where no hierarchy limits memory.
+    /// Creates a cgroup without a limit. Returns `None` if no hierarchy has the memory controller.
     #[must_use]
     pub fn new() -> Option<Self> {
         let (v1, v2) = (Path::new(V1_MEMORY), v2_root());
@@ -98,12 +98,12 @@ impl MemoryLimit {
         Some(Self { limit: path.join(limit), path })
     }
 
-    /// Limits it to so many bytes.
+    /// Sets the limit in bytes.
     pub fn set(&self, bytes: u64) {
         fs::write(&self.limit, bytes.to_string()).expect("limit memory");
     }
 
-    /// The file that takes processes into it.
+    /// Returns the file that moves processes into the cgroup.
     #[must_use]
     pub fn procs(&self) -> PathBuf {
         self.path.join("cgroup.procs")
@@ -121,7 +121,7 @@ impl Drop for MemoryLimit {
 impl Drop for Cgroup {
     fn drop(&mut self) {
         for path in self.made.iter().rev() {
-            // Fails while a thread is in it; the next process sweeps.
+            // Fails while a thread is in the cgroup. The next test process removes it then.
             if let Err(error) = fs::remove_dir(path) {
                 eprintln!("{}: {error}", path.display());
             }
@@ -143,7 +143,7 @@ pub(crate) fn sweep() {
     }
 }
 
-/// Removes a cgroup and those below it. Another process may be sweeping too.
+/// Removes a cgroup and its descendants. Another process may do the same concurrently.
 pub(crate) fn remove(path: &Path) {
     for entry in fs::read_dir(path).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
@@ -153,7 +153,7 @@ pub(crate) fn remove(path: &Path) {
     let _ = fs::remove_dir(path);
 }
 
-/// The cgroup v2 of this process: only threaded cgroups below it can have its threads.
+/// Returns the cgroup v2 of this process. Only threaded cgroups below it can contain threads of the process.
 fn parent() -> PathBuf {
     let cgroups = fs::read_to_string("/proc/self/cgroup").expect("read /proc/self/cgroup");
     let own =
@@ -161,7 +161,7 @@ fn parent() -> PathBuf {
     v2_root().join(own)
 }
 
-/// Where the hierarchy is mounted.
+/// Returns the mount point of the cgroup v2 hierarchy.
 pub(crate) fn v2_root() -> PathBuf {
     ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
         .map(Path::new)

@@ -17,7 +17,7 @@ const PLUGINS: &str = "/usr/lib/cni";
 /// Newest version that Debian 12's plugins speak.
 const VERSION: &str = "0.4.0";
 
-/// A network of a container runtime: a chain of plugins that are called for each pod.
+/// A network of a container runtime: a chain of plugins that runs for each pod.
 #[derive(Debug)]
 pub struct CniNetwork<'w> {
     world: &'w World,
@@ -118,7 +118,7 @@ impl CniNetwork<'_> {
 }
 
 impl CniPod<'_> {
-    /// Name of the host-side veth, which the network's plugins must have made.
+    /// Returns the name of the host-side veth, which the network's plugins must have created.
     #[must_use]
     #[track_caller]
     pub fn veth(&self) -> &str {

@@ -1,8 +1,8 @@
-//! How much of the longest tests is done, and how long is waited for what has to come.
+//! Scale of the longest tests, and time limits that follow it.
 
 use std::{env, sync::LazyLock, time::Duration};
 
-/// Names how many times less is done than usual, for machines that are emulated.
+/// Environment variable with the divisor of repetitions, for emulated machines.
 pub const EFFORT: &str = "IMDS_TEST_DIVISOR";
 
 static DIVISOR: LazyLock<u32> = LazyLock::new(|| {
@@ -11,18 +11,18 @@ static DIVISOR: LazyLock<u32> = LazyLock::new(|| {
     divisor
 });
 
-/// `count` of anything that a test does over and over, or fewer where [`EFFORT`] says so, but some.
+/// Returns `count` divided by [`EFFORT`], at least 1.
 ///
 /// # Panics
 ///
-/// Where that is no positive number.
+/// Panics if the variable is not a positive number.
 #[must_use]
 pub fn effort(count: u32) -> u32 {
     (count / *DIVISOR).max(1)
 }
 
-/// How long to wait for what has to come: longer where less is done, as an emulated machine has one processor for a flood
-/// and for an agent that starts meanwhile.
+/// Returns the time limit scaled for this machine. An emulated machine needs more time because one CPU runs the flood
+/// and the starting agent.
 pub(crate) fn patience(deadline: Duration) -> Duration {
     if *DIVISOR == 1 { deadline } else { deadline * 6 }
 }

@@ -1,4 +1,4 @@
-//! What tests expect of a guarded node.
+//! Assertions about a node with an agent.
 
 use std::{net::Ipv4Addr, thread};
 
@@ -10,8 +10,8 @@ use crate::{
     skip::lacks_tcx,
 };
 
-/// Runs a test once for each way of attaching that the kernel has, or with less [`effort`] only for the one that the
-/// agent prefers.
+/// Runs a test once for each attach mode of the kernel. With a reduced [`effort`], runs only the agent's preferred
+/// mode.
 pub fn with_each_backend(test: impl Fn(AttachMode)) {
     let backends: &[_] = if lacks_tcx("the part with TCX") {
         &[AttachMode::Clsact]
@@ -20,14 +20,15 @@ pub fn with_each_backend(test: impl Fn(AttachMode)) {
     };
     let count = effort(2) as usize;
     for &backend in backends.iter().take(count) {
-        // Shown where the test fails.
+        // Printed if the test fails.
         eprintln!("backend: {}", backend.name());
         test(backend);
     }
 }
 
 impl World {
-    /// Neither TCP nor UDP nor ICMP from `pod` gets an answer from the metadata service, and nothing arrives there.
+    /// Asserts that TCP, UDP and ICMP requests from `pod` to the metadata service get no response, and that no packet
+    /// arrives there.
     #[track_caller]
     pub fn assert_blocked(&self, pod: &Pod) {
         self.assert_nothing_arrives(|| {
@@ -37,13 +38,13 @@ impl World {
         });
     }
 
-    /// The metadata service answers `pod`.
+    /// Asserts that the metadata service responds to `pod`.
     #[track_caller]
     pub fn assert_open(&self, pod: &Pod) {
         assert_reaches(&pod.netns, METADATA, &pod.host_ifname);
     }
 
-    /// What is not guarded works: the node's own access, and `pod`'s to everything else.
+    /// Asserts that unprotected traffic works: all traffic of the node, and traffic of `pod` to other addresses.
     #[track_caller]
     pub fn assert_harmless(&self, pod: &Pod) {
         assert_reaches(&self.node, METADATA, "the node");
@@ -57,7 +58,7 @@ impl World {
         assert!(icmp_echo(&self.node, pod.address, LONG).is_answer(), "the node to {}", pod.host_ifname);
     }
 
-    /// No packet arrives at the metadata service during `work`.
+    /// Asserts that no packet arrives at the metadata service during `work`.
     #[track_caller]
     pub fn assert_nothing_arrives<T>(&self, work: impl FnOnce() -> T) -> T {
         let before = self.arrivals();
@@ -66,7 +67,7 @@ impl World {
         result
     }
 
-    /// Polls the status until it is as `wanted`.
+    /// Polls the status until `wanted` accepts it.
     #[track_caller]
     pub fn status_when(&self, what: &str, wanted: impl Fn(&Status) -> bool) -> Status {
         let mut last = None;
@@ -76,13 +77,13 @@ impl World {
             last = Some(status.clone());
             is_wanted.then_some(status)
         });
-        found.unwrap_or_else(|| panic!("waited in vain until {what}: {last:#?}"))
+        found.unwrap_or_else(|| panic!("timed out waiting until {what}: {last:#?}"))
     }
 
-    /// Waits until a running agent guards `pod`.
+    /// Waits until a running agent enforces `pod`.
     #[track_caller]
     pub fn wait_guarded(&self, pod: &Pod) -> Status {
-        self.status_when("the pod is guarded", |status| {
+        self.status_when("the pod is enforced", |status| {
             status.find(&pod.host_ifname).is_some_and(crate::status::Interface::is_attached)
         })
     }
@@ -91,13 +92,13 @@ impl World {
 #[track_caller]
 fn assert_reaches(netns: &Netns, address: Ipv4Addr, who: &str) {
     assert!(reachable(netns, address), "{who} does not reach {address} by HTTP");
-    poll_until(LONG, &format!("a UDP echo for {who} from {address}"), || {
+    poll_until(LONG, &format!("a UDP echo to {who} from {address}"), || {
         udp_echo(netns, address, SHORT).is_answer().then_some(())
     });
     assert!(icmp_echo(netns, address, LONG).is_answer(), "{who} does not reach {address} by ICMP");
 }
 
-/// Tries all protocols at the same time, as those that fail take long.
+/// Tries all protocols concurrently, because failing probes run into their timeout.
 fn probe_all(netns: &Netns, address: Ipv4Addr) -> [(&'static str, Outcome); 3] {
     thread::scope(|scope| {
         let probes = [

@@ -1,4 +1,4 @@
-//! Many packets, as fast as one thread sends them.
+//! Floods of packets, as fast as one thread can send.
 
 use std::{
     net::{Ipv4Addr, SocketAddrV4, UdpSocket},
@@ -18,7 +18,7 @@ use crate::{
     probe::raw_socket,
 };
 
-/// Different packets of a SYN flood; they are sent again and again.
+/// Number of distinct packets of a SYN flood, which are sent in a loop.
 const SYNS: u16 = 1024;
 
 /// A running flood. Dropping it stops it.
@@ -30,15 +30,15 @@ pub struct Flood {
 }
 
 impl Flood {
-    /// UDP datagrams from `pod` to a port of `destination` where nobody listens: to echoes that come when the flood is
-    /// over, the pod would answer with ICMP errors.
+    /// Floods a closed port of `destination` with UDP datagrams from `pod`. With an echo server, late echoes would make
+    /// the pod send ICMP errors.
     #[must_use]
     pub fn udp(pod: &Pod, destination: Ipv4Addr) -> Self {
         let socket = pod.netns.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))).expect("a UDP socket");
         Self::start(move || socket.send_to(b"flood", (destination, UDP_PORT)).is_ok())
     }
 
-    /// The same from each of many pods in turn.
+    /// Floods a closed port of `destination` with UDP datagrams from each pod in turn.
     #[must_use]
     pub fn udp_of_all(pods: &[Pod], destination: Ipv4Addr) -> Self {
         let open = |pod: &Pod| pod.netns.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)));
@@ -50,7 +50,7 @@ impl Flood {
         })
     }
 
-    /// TCP connection requests from `pod` to the HTTP port of `destination`, from many source ports.
+    /// Floods the HTTP port of `destination` with TCP SYN packets from `pod`, from many source ports.
     #[must_use]
     pub fn syn(pod: &Pod, destination: Ipv4Addr) -> Self {
         let socket = pod.netns.run(raw_socket).expect("a raw socket");
@@ -65,13 +65,14 @@ impl Flood {
         })
     }
 
-    /// Packets that left the pod so far: dropped ones too, those that its kernel did not take not.
+    /// Returns the number of packets that left the pod so far. Includes packets that were dropped later, not those that
+    /// the pod's kernel refused.
     #[must_use]
     pub fn sent(&self) -> u64 {
         self.sent.load(Ordering::Relaxed)
     }
 
-    /// Stops and tells how many packets left the pod.
+    /// Stops the flood and returns the number of packets that left the pod.
     pub fn stop(mut self) -> u64 {
         self.join();
         self.sent()

@@ -1,4 +1,4 @@
-//! What others on a node do: attach programs of their own, and detach ours.
+//! BPF programs of other software on a node, and operations that detach the agent's programs.
 
 use std::{
     ffi::CString,
@@ -37,10 +37,10 @@ const BPF_TCX_INGRESS: u32 = 46;
 const BPF_TCX_EGRESS: u32 = 47;
 const BPF_NETKIT_PEER: u32 = 55;
 const BPF_F_BEFORE: u32 = 1 << 3;
-/// `bpf_redirect`.
+/// Helper function `bpf_redirect`.
 const REDIRECT: u32 = 23;
 
-/// A program that does the same with every packet, or call. It goes with the last link or filter that has it.
+/// A program that treats every packet or call alike. The kernel frees it with its last link or filter.
 #[derive(Debug)]
 pub struct Foreign {
     program: OwnedFd,
@@ -79,7 +79,8 @@ impl Foreign {
         Self::calling(REDIRECT, &[ifindex, 0]).expect("load a program that calls bpf_redirect")
     }
 
-    /// Loads a program that returns what a helper of the kernel does. Without arguments, it is called with the context.
+    /// Loads a TC program that returns the result of a kernel helper. Without arguments, the helper receives the
+    /// context.
     pub fn calling(helper: u32, arguments: &[u32]) -> io::Result<Self> {
         // r1 = argument; …; call helper; exit
         let set = |(register, argument): (u64, &u32)| 0xb7 | register << 8 | u64::from(*argument) << 32;
@@ -88,7 +89,7 @@ impl Foreign {
         Self::load(&instructions, TC)
     }
 
-    /// Loads a program for a hook of sockets, by its `bpf_attach_type`, that lets every call go on.
+    /// Loads a cgroup socket program for this `bpf_attach_type` that allows every call.
     #[must_use]
     pub fn allowing_calls(attach_type: u32) -> Self {
         // r0 = 1; exit
@@ -97,8 +98,8 @@ impl Foreign {
         Self::load(&instructions, kind).expect("load a program of two instructions")
     }
 
-    /// Loads a program for a hook of IPv4 sockets, by its `bpf_attach_type`, that sends every call to this address, as a
-    /// load balancer of Services does.
+    /// Loads a cgroup program for IPv4 sockets and this `bpf_attach_type` that redirects every call to `address`, as a
+    /// Service load balancer does.
     #[must_use]
     pub fn redirecting_calls(attach_type: u32, address: Ipv4Addr) -> Self {
         let address = u64::from(u32::from_ne_bytes(address.octets()));
@@ -153,17 +154,17 @@ impl Foreign {
         Ok(Self { program, pin, _pins: pins })
     }
 
-    /// Its descriptor.
+    /// Returns the descriptor of the program.
     pub fn program(&self) -> BorrowedFd<'_> {
         self.program.as_fd()
     }
 
-    /// Where it is pinned.
+    /// Returns the path at which the program is pinned.
     pub fn pin(&self) -> &Path {
         &self.pin
     }
 
-    /// Attaches it to a TCX hook before all others. It is detached when the link is closed.
+    /// Attaches the program to a TCX hook before all others. Closing the link detaches it.
     #[must_use]
     pub fn attach_tcx_first(&self, netns: &Netns, ifindex: u32, hook: TcAttachType) -> OwnedFd {
         let attach_type = match hook {
@@ -192,7 +193,7 @@ impl Foreign {
         netns.run(|| bpf_fd(BPF_LINK_CREATE, &mut attributes)).expect("create a link")
     }
 
-    /// Adds it as a direct-action filter of clsact, which the interface must have.
+    /// Adds the program as a direct-action filter to clsact, which the interface must have.
     pub fn attach_filter(&self, netns: &Netns, interface: &str, hook: TcAttachType, priority: u16) {
         let (pin, priority) = (self.pin.to_str().expect("a UTF-8 path"), priority.to_string());
         let filter =
@@ -224,15 +225,15 @@ impl Drop for AloneOnCgroup {
     }
 }
 
-/// Pins what is pinned at `from` at another place, over whatever is pinned there.
+/// Pins the object at `from` also at `to`, and replaces the pin there.
 pub fn pin_over(from: &Path, to: &Path) {
     let object = open(from).unwrap_or_else(|error| panic!("{}: {error}", from.display()));
     pin_object_over(&object, to);
 }
 
-/// The same with any object.
+/// Pins an object at `to`, and replaces the pin there.
 pub fn pin_object_over(object: &OwnedFd, to: &Path) {
-    // A bpffs takes no dots in names.
+    // bpffs rejects names with dots.
     let new = to.with_file_name("foreign_new");
     let path = c_path(&new);
     let mut attributes =
@@ -241,7 +242,7 @@ pub fn pin_object_over(object: &OwnedFd, to: &Path) {
     fs::rename(&new, to).unwrap_or_else(|error| panic!("{}: {error}", to.display()));
 }
 
-/// Detaches a pinned link; the pin stays, with nothing behind it (as `bpftool link detach` does).
+/// Detaches a pinned link as `bpftool link detach` does. The pin remains and refers to a defunct link.
 pub fn detach_link(pin: &Path) {
     let link = open(pin).unwrap_or_else(|error| panic!("{}: {error}", pin.display()));
     bpf(BPF_LINK_DETACH, &mut raw(&link)).expect("detach a link");
@@ -253,7 +254,7 @@ fn open(pin: &Path) -> io::Result<OwnedFd> {
     bpf_fd(BPF_OBJ_GET, &mut attributes)
 }
 
-/// Type of a program, and what it will be attached to where the type leaves that open.
+/// Program type, and the expected attach type if the program type needs one.
 #[derive(Clone, Copy, Debug)]
 struct Kind {
     prog_type: u32,
@@ -262,7 +263,7 @@ struct Kind {
 
 const TC: Kind = Kind { prog_type: BPF_PROG_TYPE_SCHED_CLS, expected_attach_type: 0 };
 
-/// The part of `union bpf_attr` that `BPF_PROG_LOAD` needs.
+/// Part of `union bpf_attr` that `BPF_PROG_LOAD` needs.
 #[repr(C)]
 #[derive(Default)]
 struct ProgLoad {
@@ -280,7 +281,7 @@ struct ProgLoad {
     expected_attach_type: u32,
 }
 
-/// The same for `BPF_OBJ_PIN` and `BPF_OBJ_GET`.
+/// Part of `union bpf_attr` for `BPF_OBJ_PIN` and `BPF_OBJ_GET`.
 #[repr(C)]
 struct ObjPin {
     pathname: u64,
@@ -297,8 +298,8 @@ struct ProgAttach {
     attach_flags: u32,
 }
 
-/// Part of `union bpf_attr` for `BPF_LINK_CREATE` of a TCX, netkit or cgroup link; a cgroup has its descriptor in place of the
-/// interface.
+/// Part of `union bpf_attr` for `BPF_LINK_CREATE` of a TCX, netkit or cgroup link. Cgroup links have a descriptor in
+/// the field of the interface index.
 #[repr(C)]
 #[derive(Default)]
 struct LinkCreate {
@@ -313,13 +314,13 @@ struct LinkCreate {
 
 fn bpf_fd<T>(command: libc::c_long, attributes: &mut T) -> io::Result<OwnedFd> {
     let fd = bpf(command, attributes)?;
-    // SAFETY: the commands that are called through here return a new descriptor.
+    // SAFETY: callers pass only commands that return a new descriptor, which has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<RawFd> {
-    // SAFETY: the kernel reads and writes no more than the size says, takes the rest of the union for zero, and what
-    // the attributes point to outlives the call.
+    // SAFETY: the kernel accesses at most `size` bytes of the attributes and assumes zero for the rest of the union.
+    // Memory that the attributes point to outlives the call.
     let result =
         unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attributes), size_of::<T>()) };
     if result < 0 {

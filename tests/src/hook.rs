@@ -1,4 +1,4 @@
-//! What is attached at the TC hooks of an interface, as the kernel tells it.
+//! Programs at the TC hooks of an interface, as the kernel reports them.
 
 use std::{io::ErrorKind, path::Path, sync::LazyLock};
 
@@ -10,27 +10,27 @@ use serde_json::Value;
 
 use crate::{Netns, netns::checked};
 
-/// How the agent's programs begin: the kernel keeps 15 bytes of a name.
+/// Prefix of the names of the agent's programs. The kernel keeps 15 bytes of a name.
 pub const OURS: &str = "imds_";
 
-/// A program at the hook.
+/// A program that is attached to a hook.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Attached {
-    /// The kernel's number of the program.
+    /// Program id of the kernel.
     pub id: u32,
-    /// Its name.
+    /// Name of the program, at most 15 bytes.
     pub name: String,
 }
 
 impl Attached {
-    /// Whether it is one of the agent's.
+    /// Reports whether the program is one of the agent's.
     #[must_use]
     pub fn is_ours(&self) -> bool {
         self.name.starts_with(OURS)
     }
 }
 
-/// Whether the kernel has TCX (6.6, commit e420bed02507).
+/// Reports whether the kernel has TCX (6.6, commit e420bed02507).
 #[must_use]
 pub fn has_tcx() -> bool {
     static HAS_TCX: LazyLock<bool> =
@@ -44,8 +44,8 @@ pub fn has_tcx() -> bool {
     *HAS_TCX
 }
 
-/// The programs of TCX ingress, which runs before clsact, in the order in which they run; none where the kernel lacks
-/// it.
+/// Returns the TCX ingress programs in execution order. TCX runs before clsact. Returns an empty list if the kernel
+/// lacks TCX.
 #[must_use]
 pub fn tcx(netns: &Netns, interface: &str) -> Vec<Attached> {
     tcx_at(netns, interface, TcAttachType::Ingress)
@@ -58,7 +58,7 @@ fn tcx_at(netns: &Netns, interface: &str, hook: TcAttachType) -> Vec<Attached> {
     let (_, programs) = netns.run(|| {
         loop {
             match SchedClassifier::query_tcx(interface, hook) {
-                // A listed program was unloaded before aya opened it by its id: the list is out of date.
+                // The list is outdated: a program was unloaded before aya opened it by its id.
                 Err(ProgramError::SyscallError(error)) if error.io_error.kind() == ErrorKind::NotFound => {}
                 programs => return programs.expect("query TCX"),
             }
@@ -71,7 +71,7 @@ fn tcx_at(netns: &Netns, interface: &str, hook: TcAttachType) -> Vec<Attached> {
     programs.iter().map(attached).collect()
 }
 
-/// The BPF filters of clsact ingress in the order in which they run.
+/// Returns the BPF filters of clsact ingress in execution order.
 #[must_use]
 pub fn filters(netns: &Netns, interface: &str) -> Vec<Attached> {
     filters_at(netns, interface, TcAttachType::Ingress)
@@ -86,19 +86,19 @@ fn filters_at(netns: &Netns, interface: &str, hook: TcAttachType) -> Vec<Attache
     tc(netns, &["filter", "show", "dev", interface, direction(hook)]).iter().filter_map(attached).collect()
 }
 
-/// All programs of the ingress hook in the order in which they run.
+/// Returns all programs of the ingress hook in execution order.
 #[must_use]
 pub fn programs(netns: &Netns, interface: &str) -> Vec<Attached> {
     programs_at(netns, interface, TcAttachType::Ingress)
 }
 
-/// All programs of one of the two hooks in the order in which they run.
+/// Returns all programs of an ingress or egress hook in execution order.
 #[must_use]
 pub fn programs_at(netns: &Netns, interface: &str, hook: TcAttachType) -> Vec<Attached> {
     [tcx_at(netns, interface, hook), filters_at(netns, interface, hook)].concat()
 }
 
-/// A hook's name for `tc`.
+/// Returns the name of a hook in commands of `tc`.
 pub(crate) fn direction(hook: TcAttachType) -> &'static str {
     match hook {
         TcAttachType::Egress => "egress",
@@ -106,13 +106,13 @@ pub(crate) fn direction(hook: TcAttachType) -> &'static str {
     }
 }
 
-/// Whether the interface has a clsact qdisc.
+/// Reports whether the interface has a clsact qdisc.
 #[must_use]
 pub fn has_clsact(netns: &Netns, interface: &str) -> bool {
     tc(netns, &["qdisc", "show", "dev", interface]).iter().any(|qdisc| qdisc["kind"] == "clsact")
 }
 
-/// Kinds of the interface's qdiscs, sorted.
+/// Returns the kinds of the interface's qdiscs, sorted.
 #[must_use]
 pub fn qdisc_kinds(netns: &Netns, interface: &str) -> Vec<String> {
     let qdiscs = tc(netns, &["qdisc", "show", "dev", interface]);
@@ -122,31 +122,31 @@ pub fn qdisc_kinds(netns: &Netns, interface: &str) -> Vec<String> {
     kinds
 }
 
-/// Whether the kernel still has a program, attached or not.
+/// Reports whether a program is loaded in the kernel, attached or not.
 #[must_use]
 pub fn program_exists(id: u32) -> bool {
     loaded_programs().flatten().any(|program| program.id() == id)
 }
 
-/// Whether the kernel still has a map.
+/// Reports whether a map exists in the kernel.
 #[must_use]
 pub fn map_exists(id: u32) -> bool {
     loaded_maps().flatten().any(|map| map.id() == id)
 }
 
-/// The kernel's number of a pinned program.
+/// Returns the program id of a pinned program.
 #[must_use]
 pub fn pinned_program(pin: &Path) -> u32 {
     ProgramInfo::from_pin(pin).expect("a pinned program").id()
 }
 
-/// The kernel's number of a pinned map.
+/// Returns the map id of a pinned map.
 #[must_use]
 pub fn pinned_map(pin: &Path) -> u32 {
     MapInfo::from_pin(pin).expect("a pinned map").id()
 }
 
-/// Runs `tc` in a namespace.
+/// Runs `tc` in a network namespace.
 pub fn run_tc(netns: &Netns, args: &[&str]) {
     checked(netns.command("tc").args(args), None);
 }

@@ -1,4 +1,4 @@
-//! What the agent serves by HTTP, as a monitoring system asks for it.
+//! HTTP client for the agent's metrics and health endpoints.
 
 use std::{
     io::{self, Read, Write},
@@ -7,17 +7,17 @@ use std::{
 
 use crate::{World, probe::LONG};
 
-/// Where it serves unless it is told otherwise.
+/// Default listen address of the agent.
 pub const DEFAULT: &str = "127.0.0.1:9254";
 
-/// The response to a GET.
+/// Response to a GET request.
 #[derive(Clone, Debug)]
 pub struct Response {
-    /// Status code.
+    /// HTTP status code.
     pub status: u16,
     /// Status line and header.
     pub head: String,
-    /// Body.
+    /// Response body.
     pub body: String,
 }
 
@@ -35,7 +35,7 @@ pub fn exchange(stream: impl Read + Write, path: &str) -> io::Result<(u16, Strin
     Ok((status, body))
 }
 
-/// Sends a GET with these lines of a header.
+/// Sends a GET request with additional header lines.
 fn get(mut stream: impl Read + Write, path: &str, header: &str) -> io::Result<Response> {
     write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\n{header}\r\n")?;
     let mut answer = String::new();

@@ -1,4 +1,4 @@
-//! The cgroups that a kubelet makes for pods, in the machine's hierarchy v2.
+//! Cgroups that a kubelet creates for pods, in the machine's cgroup v2 hierarchy.
 
 use std::{
     fs,
@@ -16,42 +16,42 @@ use crate::{
 };
 
 pub(crate) const PREFIX: &str = "imds-kubelet-";
-/// Of a container.
+/// Example of a container id.
 pub const CONTAINER: &str = "1f0e6d2c9b8a7f6e5d4c3b2a19080706f5e4d3c2b1a09f8e7d6c5b4a39281706";
 
-/// A cgroup in which a kubelet has its own. It and all below it is removed on drop.
+/// A cgroup that contains a kubelet's cgroups. Dropping it removes the whole subtree.
 #[derive(Debug)]
 pub struct Kubelet {
     root: PathBuf,
 }
 
-/// By what a kubelet makes cgroups.
+/// Cgroup driver of the kubelet.
 #[derive(Clone, Copy, Debug)]
 pub enum Driver {
-    /// Directories of its own.
+    /// The kubelet creates the directories itself.
     Cgroupfs,
-    /// systemd's slices and scopes.
+    /// systemd creates slices and scopes.
     Systemd,
 }
 
 impl Kubelet {
-    /// Makes the root alone: the kubelet has not been started yet.
+    /// Creates the root without pod cgroups, as before the kubelet's first start.
     #[must_use]
     #[expect(clippy::new_without_default, reason = "making cgroups is work that its name should show")]
     pub fn new() -> Self {
-        // Not below this process's own: there it could be a threaded one, which has no processes.
+        // Not below this process's own cgroup, which may be threaded and could then contain no processes.
         let root = v2_root().join(unique(PREFIX));
         fs::create_dir(&root).unwrap_or_else(|error| panic!("make {}: {error}", root.display()));
         Self { root }
     }
 
-    /// Where it is.
+    /// Returns the path of the root cgroup.
     #[must_use]
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// Makes the cgroups of a burstable pod with one container, without a process.
+    /// Creates the cgroups of a burstable pod with one container and no process.
     #[must_use]
     pub fn add_pod(&self, uid: &str, driver: Driver) -> PodCgroup {
         let (path, container) = match driver {
@@ -77,37 +77,37 @@ impl Drop for Kubelet {
     }
 }
 
-/// An id that no other pod on this machine has.
+/// Returns a pod id that is unique on this machine.
 #[must_use]
 pub fn new_uid() -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     format!("{:08x}-1f2e-4d3c-8b4a-{:012x}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
-/// The cgroups of a pod. Its processes end on drop, and the cgroups are removed.
+/// The cgroups of a pod. Dropping it ends the processes and removes the cgroups.
 #[derive(Debug)]
 pub struct PodCgroup {
-    /// The pod's.
+    /// Path of the pod's cgroup.
     pub path: PathBuf,
-    /// Its container's.
+    /// Path of the container's cgroup.
     pub container: PathBuf,
     processes: Vec<Child>,
 }
 
 impl PodCgroup {
-    /// Starts a process in this cgroup and in `netns`, and returns its id.
+    /// Starts a process in the container's cgroup and in `netns`, and returns its process id.
     pub fn start_in(&mut self, netns: &Netns) -> u32 {
         self.start(netns.command("sleep"))
     }
 
-    /// The same as a user other than root.
+    /// Starts a process like [`Self::start_in`] with another user id than root's.
     pub fn start_as(&mut self, netns: &Netns, user: u32) -> u32 {
         let mut command = netns.command("setpriv");
         command.args([&format!("--reuid={user}"), "--clear-groups", "sleep"]);
         self.start(command)
     }
 
-    /// `sleep` is what it has to end with.
+    /// Starts a process. `sleep` is a command that ends with `sleep`.
     fn start(&mut self, mut sleep: Command) -> u32 {
         let process = sleep.arg("1000").spawn().expect("start a process");
         let pid = process.id();
@@ -116,7 +116,7 @@ impl PodCgroup {
         pid
     }
 
-    /// Ends its processes; the cgroups stay.
+    /// Ends the processes and keeps the cgroups.
     pub fn stop(&mut self) {
         for mut process in self.processes.drain(..) {
             process.kill().expect("kill a child");
@@ -132,13 +132,13 @@ impl Drop for PodCgroup {
     }
 }
 
-/// A process that has ended is still in its cgroup for a moment.
+/// Removes a cgroup once it is empty. A process stays in its cgroup for a moment after its end.
 fn remove_when_empty(path: &Path) {
     let gone = try_poll(LONG, || {
         remove(path);
         (!path.exists()).then_some(())
     });
     if gone.is_none() {
-        eprintln!("{} can't be removed", path.display());
+        eprintln!("failed to remove {}", path.display());
     }
 }

@@ -1,4 +1,4 @@
-//! Interfaces through which a node leaves.
+//! Layouts of the interfaces through which packets leave a node.
 
 use crate::{Netns, World, world::FABRIC_IFNAME};
 
@@ -18,13 +18,13 @@ pub(crate) enum Routes {
     /// A default route in the main table.
     #[default]
     Main,
-    /// Commands of `ip` in place of a default route.
+    /// Commands of `ip` that replace the default route.
     Own(String),
     /// An IPv6 default route, and no IPv4 address.
     Ipv6Only,
 }
 
-/// A node's way out: its NIC, the interfaces above it, and the one that has the node's address.
+/// Path of packets out of a node: the NIC, interfaces above it, and the interface with the node's address.
 #[derive(Clone, Debug)]
 pub struct Layout {
     nic: Nic,
@@ -42,7 +42,7 @@ impl Default for Layout {
 }
 
 impl Layout {
-    /// A NIC that has the node's address itself.
+    /// Returns the layout of a NIC that has the node's address itself.
     #[must_use]
     pub fn new(nic: Nic) -> Self {
         Self {
@@ -55,19 +55,19 @@ impl Layout {
         }
     }
 
-    /// Runs these commands of `ip` while the NIC is down, and gives the node's address to `device`.
+    /// Runs these commands of `ip` while the NIC is down, and assigns the node's address to `device`.
     #[must_use]
     pub fn above(self, setup: &str, device: &'static str) -> Self {
         Self { setup: setup.to_owned(), device, ..self }
     }
 
-    /// Runs these commands of `ip` in the fabric, and gives its address to `device`.
+    /// Runs these commands of `ip` in the fabric, and assigns its address to `device`.
     #[must_use]
     pub fn fabric_above(self, setup: &str, device: &'static str) -> Self {
         Self { fabric_setup: setup.to_owned(), fabric_device: device, ..self }
     }
 
-    /// Runs these commands of `ip` in place of adding a default route to the main table. They have to route the node's
+    /// Runs these commands of `ip` instead of adding a default route to the main table. They must route the node's
     /// packets for [`SERVICE`](crate::SERVICE) to the fabric.
     #[must_use]
     pub fn routes(self, batch: &str) -> Self {
@@ -84,7 +84,7 @@ impl Layout {
         matches!(self.routes, Routes::Ipv6Only)
     }
 
-    /// Makes the interfaces, which are up then and have no addresses.
+    /// Creates the interfaces without addresses and sets them up.
     pub(crate) fn make_links(&self, node: &Netns, fabric: &Netns) {
         let (nic, uplink) = (World::UPLINK, self.device);
         match self.nic {

@@ -1,10 +1,10 @@
-//! A node, its pods and a metadata service, made of network namespaces.
+//! A node, its pods and a metadata service, built from network namespaces.
 //!
-//! [`World`] is the topology, [`Agent`] is imds-agent running on its node, [`probe`] and [`flood`] are what pods do.
-//! Worlds share nothing: they run in parallel in one process and in several, touch no interface of the machine's own,
-//! and are gone when dropped, also by a panic. What a killed process left behind goes when the next one starts.
+//! [`World`] is the topology, [`Agent`] is imds-agent on its node, [`probe`] and [`flood`] are actions of pods. Worlds
+//! share no state: they run in parallel in one process and in several, and touch no interface of the machine itself.
+//! Dropping a world removes it, also during a panic. A new process removes the remains of killed ones.
 //!
-//! This is a test harness: what should not fail, panics.
+//! The functions of this test harness panic on failure.
 #![expect(clippy::missing_panics_doc, reason = "every function here panics where a test would")]
 #![expect(clippy::must_use_candidate, reason = "a probe is often sent for its packets alone")]
 

@@ -1,4 +1,4 @@
-//! A machine with systemd: a Debian root of its own in namespaces of its own, on a world's node.
+//! A machine with systemd: a Debian root file system in its own namespaces, on a world's node.
 
 use std::{
     env, fs,
@@ -21,14 +21,14 @@ use crate::{
     poll::{poll_until, try_poll},
 };
 
-/// Names the directory of a Debian root with systemd, for tests that take one.
+/// Environment variable with the directory of a Debian root that contains systemd.
 pub const DEBIAN_ROOT: &str = "IMDS_DEBIAN_ROOT";
 
-/// How long it may take until systemd has started all.
+/// Time limit of the boot of systemd.
 const BOOT: Duration = Duration::from_mins(1);
 
-/// Makes the file systems of a machine, and becomes its first process. In it, `$root` is the root and `$lower` what is below
-/// it.
+/// Mounts the file systems of a machine and becomes its init process. `$root` is the root, `$lower` the unchanged
+/// directory below the overlay.
 const BOOT_SCRIPT: &str = r#"
 mount --make-rprivate /
 mount -t tmpfs tmpfs "$root"
@@ -57,10 +57,10 @@ umount -l mnt/.old
 exec env -i container=other PATH=/usr/sbin:/usr/bin:/sbin:/bin /lib/systemd/systemd --log-target=null --show-status=no
 "#;
 
-/// A machine that runs. Dropping it ends all that runs there, and what that had pinned.
+/// A running machine. Dropping it ends all of its processes and removes their pins.
 #[derive(Debug)]
 pub struct Machine {
-    /// `unshare`, whose one child is the first process there.
+    /// `unshare`, whose only child is the init process of the machine.
     child: Child,
     cgroup: PathBuf,
     _root: TempDir,
@@ -68,11 +68,12 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Boots one whose network is `node`'s, from the root that [`DEBIAN_ROOT`] names, of which nothing changes.
+    /// Boots a machine in the network of `node`, from the root that [`DEBIAN_ROOT`] names. The directory stays
+    /// unchanged.
     ///
     /// # Panics
     ///
-    /// Where there is none, or it does not start.
+    /// Panics if the variable is not set or the machine does not start.
     #[must_use]
     pub fn boot(node: &Netns) -> Self {
         let lower = env::var(DEBIAN_ROOT).unwrap_or_else(|_| panic!("{DEBIAN_ROOT}: run `cargo xtask e2e`"));
@@ -82,7 +83,7 @@ impl Machine {
         let cgroup = v2_root().join(unique("imds-machine-"));
         fs::create_dir(&cgroup).expect("make a cgroup");
         let mut command = node.command("sh");
-        // It is in the cgroup before that becomes the root of what it sees.
+        // The process enters the cgroup first: the cgroup namespace then has it as its root.
         let script = "echo $$ > \"$cgroup/cgroup.procs\" && exec unshare --mount --pid --uts --ipc --cgroup --fork \
                       --kill-child sh -ec \"$boot\"";
         command.args(["-ec", script]).stdin(Stdio::null());
@@ -99,19 +100,19 @@ impl Machine {
         machine
     }
 
-    /// A directory that is `/mnt` there.
+    /// Returns the directory that is mounted at `/mnt` in the machine.
     #[must_use]
     pub fn shared(&self) -> &Path {
         self.shared.path()
     }
 
-    /// Runs a command there, from outside of all of its services.
+    /// Runs a command in the machine, outside of all services.
     #[track_caller]
     pub fn run(&self, arguments: &[&str]) -> Output {
         output(self.command(arguments))
     }
 
-    /// The same, which must succeed. Returns what it wrote to its standard output.
+    /// Runs a command in the machine, which must succeed. Returns its standard output.
     #[track_caller]
     pub fn checked(&self, arguments: &[&str]) -> String {
         let output = self.run(arguments);
@@ -126,21 +127,21 @@ impl Machine {
         text(&output.stdout)
     }
 
-    /// A property of a unit, as systemd has it now.
+    /// Returns the current value of a property of a systemd unit.
     #[track_caller]
     pub fn property(&self, unit: &str, name: &str) -> String {
         self.checked(&["systemctl", "show", "--property", name, "--value", unit]).trim().to_owned()
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        // The child's: unshare itself is outside of the pid namespace.
+        // The child is the target, because unshare itself is outside of the pid namespace.
         let children = format!("/proc/{0}/task/{0}/children", self.child.id());
         let first = fs::read_to_string(children).unwrap_or_default().trim().to_owned();
         let mut command = Command::new("sh");
         let script = "echo $$ > \"$cgroup/cgroup.procs\" && exec nsenter --target \"$first\" --all env -i \
                       PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive \"$@\"";
         command.args(["-ec", script, "sh"]).args(arguments).env("first", first);
-        // Where systemd itself is once it has started: the root of a hierarchy may have processes, others may not.
+        // Cgroup of systemd itself after its start: inner cgroups with controllers must not contain processes.
         let scope = self.cgroup.join("init.scope");
         command.env("cgroup", if scope.exists() { scope } else { self.cgroup.clone() });
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -150,7 +151,7 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        // With it ends its child, the first process of the namespace, and with that all others.
+        // The end of `unshare` ends its child, the init process, and thereby all processes of the pid namespace.
         let _gone = kill(Pid::from_raw(self.child.id().try_into().unwrap_or_default()), Signal::SIGKILL);
         let _reaped = self.child.wait();
         let removed = try_poll(BOOT, || {
@@ -158,7 +159,7 @@ impl Drop for Machine {
             (!self.cgroup.exists()).then_some(())
         });
         if removed.is_none() {
-            eprintln!("{} can't be removed", self.cgroup.display());
+            eprintln!("failed to remove {}", self.cgroup.display());
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Numbers: samples and what is made of them, and what a process takes of the machine.
+//! Samples and their statistics, and the resources that a process uses.
 
 use std::{fs, thread, time::Duration};
 
@@ -7,12 +7,12 @@ use nix::{
     unistd::Pid,
 };
 
-/// Samples of one quantity, in order.
+/// Samples of one quantity, in the order of measurement.
 #[derive(Clone, Debug)]
 pub struct Samples(Vec<f64>);
 
 impl Samples {
-    /// These, of which there must be some.
+    /// Collects samples. Panics without any.
     pub fn new(samples: impl IntoIterator<Item = f64>) -> Self {
         let mut samples: Vec<_> = samples.into_iter().collect();
         assert!(!samples.is_empty(), "no samples");
@@ -20,36 +20,36 @@ impl Samples {
         Self(samples)
     }
 
-    /// Number of samples; there is at least one.
+    /// Returns the number of samples, which is at least one.
     #[expect(clippy::len_without_is_empty, reason = "never empty")]
     #[must_use]
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// The median.
+    /// Returns the median of the samples.
     pub fn median(&self) -> f64 {
         self.quantile(50)
     }
 
-    /// The smallest sample that at least `percent` of them do not exceed.
+    /// Returns the smallest sample that is not exceeded by at least `percent` percent of the samples.
     pub fn quantile(&self, percent: usize) -> f64 {
         let rank = (self.0.len() * percent).div_ceil(100).clamp(1, self.0.len());
         self.0[rank - 1]
     }
 }
 
-/// A process that is measured.
+/// A process whose resources are measured.
 #[derive(Clone, Copy, Debug)]
 pub struct Process(u32);
 
 impl Process {
-    /// The one with this id.
+    /// Returns the process with this id.
     pub const fn new(pid: u32) -> Self {
         Self(pid)
     }
 
-    /// Seconds of CPU time so far (proc(5): fields 14 and 15 of stat, in clock ticks).
+    /// Returns the CPU time so far in seconds (proc(5): fields 14 and 15 of stat, in clock ticks).
     pub fn cpu(self) -> f64 {
         let stat = self.read("stat");
         let (_, behind_name) = stat.rsplit_once(')').expect("a name in parentheses");
@@ -62,19 +62,19 @@ impl Process {
         ticks / 100.0
     }
 
-    /// Percent of one CPU that it takes while `work` is done.
+    /// Returns the CPU usage during `work`, in percent of one CPU.
     pub fn cpu_while(self, work: impl FnOnce()) -> f64 {
         let (before, start) = (self.cpu(), std::time::Instant::now());
         work();
         100.0 * (self.cpu() - before) / start.elapsed().as_secs_f64()
     }
 
-    /// Percent of one CPU that it takes for as long as nothing else is done.
+    /// Returns the CPU usage of the idle process during `period`, in percent of one CPU.
     pub fn cpu_at_rest(self, period: Duration) -> f64 {
         self.cpu_while(|| thread::sleep(period))
     }
 
-    /// MiB of memory of one kind, by its name in /proc/PID/status.
+    /// Returns a memory size in MiB, by its key in /proc/PID/status.
     pub fn memory(self, kind: &str) -> f64 {
         let status = self.read("status");
         let line = status.lines().find_map(|line| line.strip_prefix(kind)?.strip_prefix(':'));
@@ -88,14 +88,14 @@ impl Process {
     }
 }
 
-/// Has the calling thread run on one CPU, and what its packets cause with it.
+/// Pins the calling thread, and the softirq work that its packets cause, to one CPU.
 pub fn run_on(cpu: usize) {
     let mut set = CpuSet::new();
     set.set(cpu).expect("a CPU of this machine");
     sched_setaffinity(Pid::from_raw(0), &set).expect("sched_setaffinity");
 }
 
-/// The kernel and the processor that were measured.
+/// Describes the kernel and the CPU of this machine.
 #[must_use]
 pub fn machine() -> String {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
@@ -107,7 +107,7 @@ pub fn machine() -> String {
     format!("Linux {}, {cpus} CPUs of {model}", release.trim())
 }
 
-/// A table in Markdown whose columns are aligned for who reads it as it is.
+/// Formats a table in Markdown with aligned columns.
 #[must_use]
 pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     let head: Vec<_> = head.iter().map(ToString::to_string).collect();
@@ -118,7 +118,7 @@ pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     let line = |cells: &[String]| {
         let cells = cells.iter().zip(&widths).enumerate();
         let cells = cells.map(|(column, (cell, &width))| {
-            // What is measured is at the right.
+            // Columns of numbers are aligned to the right.
             if column == 0 { format!(" {cell:width$} |") } else { format!(" {cell:>width$} |") }
         });
         format!("|{}\n", cells.collect::<String>())

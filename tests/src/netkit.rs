@@ -1,4 +1,4 @@
-//! netkit pairs (kernel 6.7), without an `ip` that knows them (iproute2 6.7).
+//! Creates netkit pairs (Linux 6.7) without `ip`, whose older versions do not know them (before iproute2 6.7).
 
 use std::{
     fs::File,
@@ -24,17 +24,17 @@ const IFLA_INFO_DATA: u16 = 2;
 const IFLA_NETKIT_PEER_INFO: u16 = 1;
 const IFLA_NETKIT_MODE: u16 = 5;
 
-/// `struct ifinfomsg` without anything set.
+/// `struct ifinfomsg` with every field zero.
 const IFINFOMSG: [u8; 16] = [0; 16];
-/// Length of `struct nlmsghdr`.
+/// Length of `struct nlmsghdr` in bytes.
 const HEADER_LEN: usize = 16;
 
 /// Mode of a netkit pair.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum NetkitMode {
-    /// Frames with addresses, and ARP.
+    /// Ethernet frames with MAC addresses and ARP.
     L2 = 0,
-    /// Packets without a neighbour.
+    /// IP packets without neighbour resolution.
     L3 = 1,
 }
 
@@ -65,7 +65,7 @@ pub fn add_pair(
     netns.run(|| request(libc::RTM_NEWLINK, libc::NLM_F_CREATE | libc::NLM_F_EXCL, &body.concat()))
 }
 
-/// Reports whether the kernel has no netkit devices, and says that the test is skipped.
+/// Reports whether the kernel lacks netkit devices, and prints a skip notice then.
 #[must_use]
 pub fn skip_without_netkit() -> bool {
     let (netns, other) = (Netns::new("netkit"), Netns::new("netkit-peer"));
@@ -92,7 +92,7 @@ fn request(kind: u16, flags: libc::c_int, body: &[u8]) -> io::Result<()> {
     send(socket.as_raw_fd(), &message, MsgFlags::empty())?;
     let mut answer = [0; 4096];
     let received = recv(socket.as_raw_fd(), &mut answer, MsgFlags::empty())?;
-    // An NLMSG_ERROR: the header, then the negative error number.
+    // A message of type NLMSG_ERROR has the negative error number after its header.
     let errno = answer.get(HEADER_LEN..HEADER_LEN + 4).filter(|_| received >= HEADER_LEN + 4);
     match i32::from_ne_bytes(errno.expect("an acknowledgement").try_into().expect("4 bytes")) {
         0 => Ok(()),
@@ -107,7 +107,7 @@ fn open() -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// A netlink attribute, padded to 4 bytes.
+/// Encodes a netlink attribute, padded to 4 bytes.
 fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
     let length = u16::try_from(4 + value.len()).expect("a short attribute");
     let mut attribute = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();

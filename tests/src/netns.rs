@@ -1,4 +1,4 @@
-//! Network namespaces that are gone when dropped.
+//! Network namespaces that are deleted on drop.
 
 use std::{
     ffi::OsStr,
@@ -31,17 +31,17 @@ use crate::{cgroup, pins, poll::poll_until};
 const DIRECTORY: &str = "/run/netns";
 const PREFIX: &str = "imds-";
 
-/// A named network namespace, deleted on drop together with the processes in it.
+/// A named network namespace. Dropping it deletes the namespace and kills its processes.
 #[derive(Debug)]
 pub struct Netns {
     name: String,
     file: Arc<File>,
-    /// Whether it is the one in which this process and the machine's others are, which stay.
+    /// True for the namespace of this process and of the machine, which stays.
     is_machines: bool,
 }
 
 impl Netns {
-    /// Makes a namespace whose name ends in `role`.
+    /// Creates a namespace whose name ends in `role`.
     #[must_use]
     pub fn new(role: &str) -> Self {
         static PREPARED: Once = Once::new();
@@ -55,29 +55,29 @@ impl Netns {
         Self { name, file, is_machines: false }
     }
 
-    /// A name for the namespace in which this process is.
+    /// Creates a name for the namespace of this process.
     pub(crate) fn of_machine() -> Self {
         lift_memlock();
-        // Not one that is swept, with all processes in it.
+        // The prefix differs from that of other namespaces, which are swept together with their processes.
         let name = unique("machine-");
         let file = Arc::new(add(&name, false));
         Self { name, file, is_machines: true }
     }
 
-    /// Name under /run/netns.
+    /// Returns the name under /run/netns.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Path of the namespace's file.
+    /// Returns the path of the namespace's file.
     #[must_use]
     pub fn path(&self) -> PathBuf {
         Path::new(DIRECTORY).join(&self.name)
     }
 
-    /// Runs `work` in this namespace, on a thread of its own: the caller's never changes. A socket stays in the
-    /// namespace in which it was made, so that `work` may return one.
+    /// Runs `work` in this namespace on a separate thread, so that the caller's namespace never changes. A socket stays
+    /// in the namespace in which it was created; `work` may therefore return one.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         thread::scope(|scope| {
             let thread = scope.spawn(|| {
@@ -88,18 +88,19 @@ impl Netns {
         })
     }
 
-    /// A command that will run in this namespace. Unlike under `ip netns exec`, it sees the machine's /sys, and so
-    /// bpffs and cgroup2.
+    /// Returns a command that will run in this namespace. Unlike with `ip netns exec`, the command sees the machine's
+    /// /sys with bpffs and cgroup2.
     #[must_use]
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(program);
         let file = Arc::clone(&self.file);
-        // SAFETY: between fork and exec, setns and the conversion of its errno are mere system call and integer.
+        // SAFETY: between fork and exec the closure only calls setns and converts its error number, both of which are
+        // async-signal-safe.
         unsafe { command.pre_exec(move || Ok(enter(&file)?)) };
         command
     }
 
-    /// Runs `ip` in this namespace with one command a line.
+    /// Runs `ip` in this namespace with one command per line.
     pub fn ip(&self, batch: &str) {
         checked(self.command("ip").args(["-batch", "-"]), Some(batch));
     }
@@ -107,17 +108,17 @@ impl Netns {
     /// Sets a sysctl below `net`, such as `ipv4/ip_forward`.
     pub fn sysctl(&self, key: &str, value: &str) {
         let path = format!("/proc/sys/net/{key}");
-        // The directory shows the namespace of the thread that looks.
+        // The directory shows the network namespace of the thread that opens it.
         self.run(|| fs::write(&path, value).unwrap_or_else(|error| panic!("{path}: {error}")));
     }
 
-    /// Whether there is such a sysctl.
+    /// Reports whether the sysctl exists.
     #[must_use]
     pub fn has_sysctl(&self, key: &str) -> bool {
         self.run(|| Path::new("/proc/sys/net").join(key).exists())
     }
 
-    /// Kills every process in this namespace and waits until none is left; none of the machine's own.
+    /// Kills every process in this namespace and waits for their end. Does nothing for the machine's own namespace.
     pub fn kill_processes(&self) {
         if !self.is_machines {
             kill_processes(&self.file);
@@ -132,25 +133,25 @@ impl Drop for Netns {
     }
 }
 
-/// `prefix`, the process and a number, such that no other caller in any process gets the same.
+/// Returns `prefix` with the process id and a number. The name is unique on this machine.
 pub fn unique(prefix: &str) -> String {
     static COUNTER: AtomicU32 = AtomicU32::new(0);
     format!("{prefix}{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed))
 }
 
-/// Whether a name made by [`unique`] with `prefix` is of a process that no longer exists.
+/// Reports whether a name that [`unique`] built with `prefix` belongs to a process that no longer exists.
 pub(crate) fn is_leftover(name: &str, prefix: &str) -> bool {
     let pid = name.strip_prefix(prefix).and_then(|rest| rest.split('-').next()?.parse::<u32>().ok());
     pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists())
 }
 
-/// Runs a command to its end and panics with what it said unless it succeeded.
+/// Runs a command and returns its output. Panics with its standard error unless it succeeds.
 #[track_caller]
 pub(crate) fn checked(command: &mut Command, input: Option<&str>) -> String {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     let mut stdin = child.stdin.take().expect("a pipe");
-    // A command that ends without reading its input says why itself.
+    // Ignores the error: a command that ends without reading its input reports the reason itself.
     let _ = stdin.write_all(input.unwrap_or_default().as_bytes());
     drop(stdin);
     let output = child.wait_with_output().expect("wait for a child");
@@ -163,14 +164,14 @@ fn enter(namespace: &impl AsFd) -> nix::Result<()> {
     setns(namespace, CloneFlags::CLONE_NEWNET)
 }
 
-/// Before Linux 5.11 maps and programs count as locked memory, of which a user may have little. Agents inherit what a
-/// service manager would give them.
+/// Raises the limit of locked memory, to which maps and programs count before Linux 5.11. Agents inherit it, as from a
+/// service manager.
 fn lift_memlock() {
-    // Takes CAP_SYS_RESOURCE; newer kernels have no such limit.
+    // Needs CAP_SYS_RESOURCE. Newer kernels do not use the limit for BPF.
     let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
 }
 
-/// Removes what processes that were killed left behind.
+/// Removes the namespaces, cgroups and pins of processes that were killed.
 fn sweep() {
     pins::sweep();
     cgroup::sweep();
@@ -179,7 +180,7 @@ fn sweep() {
         if !is_leftover(&name, PREFIX) {
             continue;
         }
-        // Another process may be sweeping too, and be quicker.
+        // Another process may sweep concurrently and delete the namespace first.
         if let Ok(file) = File::open(Path::new(DIRECTORY).join(&name)) {
             kill_processes(&file);
             delete(&name);
@@ -188,17 +189,18 @@ fn sweep() {
 }
 
 fn kill_processes(namespace: &File) {
-    poll_until(Duration::from_secs(10), "the processes in a namespace to die", || {
+    poll_until(Duration::from_secs(10), "the processes in a namespace to end", || {
         let processes = processes_in(namespace);
         for process in &processes {
-            // It may have gone by itself.
+            // The process may have ended by itself.
             let _ = kill(*process, Signal::SIGKILL);
         }
         processes.is_empty().then_some(())
     });
 }
 
-/// The processes whose main thread is in `namespace`: never the caller's own, which only sends threads there.
+/// Returns the processes whose main thread is in `namespace`. Never includes the caller's process, of which only other
+/// threads enter the namespace.
 fn processes_in(namespace: &File) -> Vec<Pid> {
     let wanted = namespace.metadata().expect("stat of an open file");
     let processes = fs::read_dir("/proc").expect("/proc").flatten();
@@ -212,7 +214,8 @@ fn processes_in(namespace: &File) -> Vec<Pid> {
         .collect()
 }
 
-/// What `ip netns add` does, or with the namespace that is there `ip netns attach`: worlds need so many that its start would take a good part of a test's time.
+/// Implements `ip netns add`, or `ip netns attach` for the current namespace. Starting `ip` for each of the many
+/// namespaces would take a large part of a test's time.
 fn add(name: &str, is_new: bool) -> File {
     fs::create_dir_all(DIRECTORY).unwrap_or_else(|error| panic!("{DIRECTORY}: {error}"));
     let path = Path::new(DIRECTORY).join(name);
@@ -230,7 +233,7 @@ fn add(name: &str, is_new: bool) -> File {
 
 fn delete(name: &str) {
     let path = Path::new(DIRECTORY).join(name);
-    // Nothing to be done where it fails: it runs in drop, and the next process sweeps.
+    // Ignores errors: the function runs in drop, and the next process sweeps.
     let _ = umount2(&path, MntFlags::MNT_DETACH);
     let _ = fs::remove_file(&path);
 }

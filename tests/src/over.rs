@@ -1,19 +1,20 @@
-//! What other threads of a test do until it is over.
+//! A stop flag for background threads of a test.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Whether it is: told on purpose, or by a test that fails meanwhile and would wait for the others else.
+/// A flag that tells threads to stop. A guard sets it also if the test panics; otherwise the test would wait forever
+/// for its threads.
 #[derive(Debug, Default)]
 pub struct Over(AtomicBool);
 
 impl Over {
-    /// Whether others are to stop.
+    /// Reports whether threads must stop.
     #[must_use]
     pub fn is_told(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
 
-    /// Tells it when what is returned is dropped.
+    /// Returns a guard that sets the flag when it is dropped.
     #[must_use]
     pub fn when_dropped(&self) -> impl Drop {
         Tell(self)

@@ -1,4 +1,4 @@
-//! `AF_PACKET` sockets: whole frames, past every check that the IP stack makes.
+//! `AF_PACKET` sockets, which send and receive whole frames without the checks of the IP stack.
 
 use std::{
     io,
@@ -13,35 +13,35 @@ use crate::{Netns, poll::try_poll};
 pub struct PacketSocket(OwnedFd);
 
 impl PacketSocket {
-    /// A socket that sends and receives whole frames on `interface` of `netns`.
+    /// Opens a socket that sends and receives whole frames on `interface` of `netns`.
     #[must_use]
     pub fn frames(netns: &Netns, interface: &str) -> Self {
         Self::open(netns, interface, libc::SOCK_RAW, libc::ETH_P_ALL)
     }
 
-    /// A socket that receives what arrives on `interface` of `netns` as `protocol`, an `EtherType`, from its IP header
-    /// on, before the IP stack judges it.
+    /// Opens a socket that receives packets of `protocol`, an `EtherType`, from `interface` of `netns`. Packets begin
+    /// with the IP header and are received before the IP stack validates them.
     #[must_use]
     pub(crate) fn packets(netns: &Netns, interface: &str, protocol: libc::c_int) -> Self {
         Self::open(netns, interface, libc::SOCK_DGRAM, protocol)
     }
 
-    /// Has what it sends go to the driver past the interface's queue and the egress hooks.
+    /// Makes sent frames bypass the interface's queue and the egress hooks.
     pub fn bypass_queue(&self) {
         self.set(libc::SOL_PACKET, libc::PACKET_QDISC_BYPASS, 1);
     }
 
     /// Sends one frame, Ethernet header included.
     pub fn send(&self, frame: &[u8]) -> io::Result<()> {
-        // SAFETY: pointer and length are of one live slice.
+        // SAFETY: pointer and length describe one live slice.
         let sent = unsafe { libc::send(self.0.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
         if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
-    /// Sends one frame of more than a page of which only the first `linear` bytes are in one piece in the kernel: where
-    /// they are depends on the sender.
+    /// Sends one frame larger than a page, of which only the first `linear` bytes are in the linear part of the skb.
+    /// The sender chooses that number.
     pub fn send_scattered(&self, frame: &[u8], linear: u16) -> io::Result<()> {
-        // struct virtio_net_hdr: of its ten bytes, the third and fourth are hdr_len.
+        // The third and fourth of the ten bytes of struct virtio_net_hdr are hdr_len.
         let mut with_header = [[0; 2], linear.to_ne_bytes(), [0; 2], [0; 2], [0; 2]].concat();
         with_header.extend_from_slice(frame);
         self.set(libc::SOL_PACKET, libc::PACKET_VNET_HDR, 1);
@@ -50,13 +50,13 @@ impl PacketSocket {
         sent
     }
 
-    /// Whether a frame with `marker` in it comes within `deadline`, or has come already.
+    /// Reports whether a frame that contains `marker` is received within `deadline`. Frames received earlier count too.
     #[must_use]
     pub fn sees(&self, marker: &[u8], deadline: Duration) -> bool {
         self.find(deadline, |frame| frame.windows(marker.len()).any(|window| window == marker)).is_some()
     }
 
-    /// The first frame that is wanted and comes within `deadline`, or has come already.
+    /// Returns the first frame that `is_wanted` accepts within `deadline`. Frames received earlier count too.
     #[must_use]
     pub fn find(&self, deadline: Duration, is_wanted: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
         let mut buffer = [0; 2048];
@@ -71,19 +71,19 @@ impl PacketSocket {
         try_poll(deadline, &mut next)
     }
 
-    /// Receives one packet, cut to the buffer's length, if there is one.
+    /// Receives one packet if one is queued, truncated to the length of the buffer.
     pub(crate) fn receive<'a>(&self, buffer: &'a mut [u8]) -> io::Result<&'a [u8]> {
-        // SAFETY: pointer and length are of one live slice.
+        // SAFETY: pointer and length describe one live slice.
         let got = unsafe { libc::recv(self.0.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
         let got = usize::try_from(got).map_err(|_| io::Error::last_os_error())?;
         Ok(&buffer[..got])
     }
 
-    /// How many packets the kernel dropped because nobody had read the earlier ones, since the last call.
+    /// Returns the number of packets that the kernel dropped since the last call because the queue was full.
     pub(crate) fn take_dropped(&self) -> u64 {
         let mut statistics = libc::tpacket_stats { tp_packets: 0, tp_drops: 0 };
         let mut length = socklen::<libc::tpacket_stats>();
-        // SAFETY: the structure is the one that packet(7) names for this option, and outlives the call.
+        // SAFETY: the structure is the one that packet(7) documents for this option, and outlives the call.
         let result = unsafe {
             libc::getsockopt(
                 self.0.as_raw_fd(),
@@ -97,14 +97,14 @@ impl PacketSocket {
         statistics.tp_drops.into()
     }
 
-    /// Lets the socket hold up to `bytes` of unread packets.
+    /// Sets the size of the receive queue in bytes.
     pub(crate) fn buffer(&self, bytes: libc::c_int) {
         self.set(libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, bytes);
     }
 
     fn set(&self, level: libc::c_int, option: libc::c_int, value: libc::c_int) {
         let (pointer, length) = ((&raw const value).cast(), socklen::<libc::c_int>());
-        // SAFETY: all options that are set here take a C int, which outlives the call.
+        // SAFETY: every option that callers set takes a C int, which outlives the call.
         let result = unsafe { libc::setsockopt(self.0.as_raw_fd(), level, option, pointer, length) };
         assert_eq!(result, 0, "option {option}: {}", io::Error::last_os_error());
     }
@@ -113,7 +113,7 @@ impl PacketSocket {
         netns.run(|| {
             let ifindex = nix::net::if_::if_nametoindex(interface).expect("an interface of the namespace");
             let protocol = u16::try_from(protocol).expect("an EtherType").to_be();
-            // SAFETY: takes integers only.
+            // SAFETY: the call takes integers only.
             let fd = unsafe {
                 libc::socket(
                     libc::AF_PACKET,
@@ -122,7 +122,7 @@ impl PacketSocket {
                 )
             };
             assert!(fd >= 0, "packet socket: {}", io::Error::last_os_error());
-            // SAFETY: just opened, and nobody else's.
+            // SAFETY: the descriptor was just opened and has no other owner.
             let socket = Self(unsafe { OwnedFd::from_raw_fd(fd) });
             socket.bind(ifindex, protocol);
             socket
@@ -139,7 +139,7 @@ impl PacketSocket {
             sll_halen: 0,
             sll_addr: [0; 8],
         };
-        // SAFETY: a packet socket's address, with its own length.
+        // SAFETY: the address is a sockaddr_ll and the length is its size.
         let result = unsafe {
             libc::bind(self.0.as_raw_fd(), (&raw const address).cast(), socklen::<libc::sockaddr_ll>())
         };

@@ -1,4 +1,4 @@
-//! Packets as pods can make them by hand.
+//! Crafted packets, as pods can send them.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -7,12 +7,12 @@ use etherparse::{IpFragOffset, IpNumber, Ipv4Header, Ipv4Options, PacketBuilder}
 use crate::{Pod, services::HTTP_PORT};
 
 const TTL: u8 = 64;
-/// Nobody answers there; an echo would make the pod send more packets of its own accord.
+/// Closed port: an echo would make the pod send further packets.
 pub(crate) const UDP_PORT: u16 = 9999;
 const ETHERTYPE_IPV4: [u8; 2] = [0x08, 0x00];
 const ETHERTYPE_IPV6: [u8; 2] = [0x86, 0xdd];
 
-/// A UDP datagram to a port where nobody listens.
+/// Builds a UDP datagram to a closed port.
 #[must_use]
 pub fn udp(source: Ipv4Addr, destination: Ipv4Addr, payload: &[u8]) -> Vec<u8> {
     let builder = PacketBuilder::ipv4(source.octets(), destination.octets(), TTL).udp(40_000, UDP_PORT);
@@ -21,7 +21,7 @@ pub fn udp(source: Ipv4Addr, destination: Ipv4Addr, payload: &[u8]) -> Vec<u8> {
     packet
 }
 
-/// A UDP datagram by IPv6.
+/// Builds a UDP datagram over IPv6 to a closed port.
 #[must_use]
 pub fn udp_v6(source: Ipv6Addr, destination: Ipv6Addr, payload: &[u8]) -> Vec<u8> {
     let builder = PacketBuilder::ipv6(source.octets(), destination.octets(), TTL).udp(40_000, UDP_PORT);
@@ -30,7 +30,7 @@ pub fn udp_v6(source: Ipv6Addr, destination: Ipv6Addr, payload: &[u8]) -> Vec<u8
     packet
 }
 
-/// A TCP connection request to the HTTP port.
+/// Builds a TCP SYN packet to the HTTP port.
 #[must_use]
 pub fn syn(source: Ipv4Addr, destination: Ipv4Addr, source_port: u16, sequence: u32) -> Vec<u8> {
     let builder = PacketBuilder::ipv4(source.octets(), destination.octets(), TTL)
@@ -41,20 +41,20 @@ pub fn syn(source: Ipv4Addr, destination: Ipv4Addr, source_port: u16, sequence: 
     packet
 }
 
-/// A packet of any IP protocol, with 16 bytes that mean nothing to any.
+/// Builds a packet of any IP protocol with a meaningless payload of 16 bytes.
 #[must_use]
 pub fn protocol(source: Ipv4Addr, destination: Ipv4Addr, protocol: u8) -> Vec<u8> {
     ipv4(source, destination, protocol, |_| {})
 }
 
-/// The same with IPv4 options.
+/// Builds a packet of any IP protocol with IPv4 options.
 #[must_use]
 pub fn with_options(source: Ipv4Addr, destination: Ipv4Addr, options: &[u8]) -> Vec<u8> {
     let options = Ipv4Options::try_from(options).expect("up to 40 bytes, a multiple of 4");
     ipv4(source, destination, IpNumber::UDP.0, |header| header.options = options)
 }
 
-/// One fragment of a UDP datagram, `offset` times eight bytes into it.
+/// Builds one fragment of a UDP datagram, at an offset of `offset` times eight bytes.
 #[must_use]
 pub fn fragment(source: Ipv4Addr, destination: Ipv4Addr, offset: u16, more: bool) -> Vec<u8> {
     ipv4(source, destination, IpNumber::UDP.0, |header| {
@@ -65,7 +65,7 @@ pub fn fragment(source: Ipv4Addr, destination: Ipv4Addr, offset: u16, more: bool
     })
 }
 
-/// One fragment of a UDP datagram whose data from there on, UDP header included where it is the first, is `payload`.
+/// Builds one fragment of a UDP datagram with this payload, which includes the UDP header if the fragment is the first.
 #[must_use]
 pub fn fragment_with(
     source: Ipv4Addr,
@@ -86,7 +86,7 @@ pub fn fragment_with(
     packet
 }
 
-/// An IPv6 packet whose first header behind the fixed one is of the kind `next_header`.
+/// Builds an IPv6 packet. `next_header` is the type of the header after the fixed one.
 #[must_use]
 pub fn ipv6(source: Ipv6Addr, destination: Ipv6Addr, next_header: u8, payload: &[u8]) -> Vec<u8> {
     let length = u16::try_from(payload.len()).expect("a small packet");
@@ -99,13 +99,13 @@ pub fn ipv6(source: Ipv6Addr, destination: Ipv6Addr, next_header: u8, payload: &
     packet
 }
 
-/// An Ethernet frame from `pod` to its gateway.
+/// Builds an Ethernet frame from `pod` to its gateway.
 #[must_use]
 pub fn frame(pod: &Pod, packet: &[u8]) -> Vec<u8> {
     tagged_frame(pod, pod.gateway_mac, &[], packet)
 }
 
-/// An Ethernet frame from `pod` with VLAN tags, outermost first: type and content of each.
+/// Builds an Ethernet frame from `pod` with VLAN tags, outermost first, each as type and content.
 #[must_use]
 pub fn tagged_frame(pod: &Pod, destination: [u8; 6], tags: &[(u16, u16)], packet: &[u8]) -> Vec<u8> {
     let mut frame = [destination, pod.mac].concat();

@@ -1,4 +1,4 @@
-//! Pin directories on a bpffs, one for every world.
+//! Pin directories on a bpffs, one for each world.
 
 use std::{
     fs, io,
@@ -16,8 +16,7 @@ use crate::netns::{is_leftover, unique};
 const BPFFS: &str = "/sys/fs/bpf";
 const PREFIX: &str = "imds-test-";
 
-/// A path for pins that nobody else uses. The directory is the agent's to make; on drop it is removed with all that is
-/// pinned in it.
+/// A unique path for pins. The agent creates the directory; dropping this removes it with all pins.
 #[derive(Debug)]
 pub(crate) struct PinDir(PathBuf);
 
@@ -35,7 +34,7 @@ impl PinDir {
         match fs::remove_dir_all(&self.0) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            // In drop, perhaps of a test that fails: the next process sweeps.
+            // No panic in drop, which may run for a failing test. The next process sweeps.
             Err(error) => eprintln!("{}: {error}", self.0.display()),
         }
     }
@@ -52,7 +51,7 @@ pub(crate) fn sweep() {
     let Ok(entries) = fs::read_dir(BPFFS) else { return };
     for entry in entries.flatten() {
         if entry.file_name().to_str().is_some_and(|name| is_leftover(name, PREFIX)) {
-            // Another process may be sweeping too.
+            // Another process may sweep concurrently.
             let _ = fs::remove_dir_all(entry.path());
         }
     }

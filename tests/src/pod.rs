@@ -1,4 +1,4 @@
-//! Pods, as far as the network sees them.
+//! Pods: network namespaces that are connected to the node.
 
 use std::{
     net::{Ipv4Addr, Ipv6Addr},
@@ -10,45 +10,45 @@ use crate::{
     netkit::{self, NetkitMode},
 };
 
-/// All pod addresses.
+/// Subnet of all pod addresses.
 pub(crate) const PODS: &str = "10.244.0.0/16";
 pub(crate) const BRIDGED_GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 244, 2, 1);
-/// That of the pods behind the bridge.
+/// Length of the subnet prefix of pods behind the bridge.
 pub(crate) const BRIDGED_PREFIX: u8 = 18;
 pub(crate) const BRIDGED_GATEWAY_MAC: [u8; 6] = [0x02, 0x42, 10, 244, 2, 1];
 const PODS_OF_SUBNET: u32 = 250;
-/// As many as fit in the bridge's subnet, which ends where that of the others begins.
+/// Number of addresses in the bridge's subnet, which ends where the subnet of routed pods begins.
 const MOST_PODS: u32 = 62 * PODS_OF_SUBNET;
-/// Answered for by proxy ARP, as with Calico and Azure CNI.
+/// Gateway of routed pods. The node answers ARP for it as a proxy, as with Calico and Azure CNI.
 const ROUTED_GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
-/// Calico's, for the node's end of every pod's link.
+/// MAC address of every host-side veth, as with Calico.
 const ROUTED_GATEWAY_MAC: [u8; 6] = [0xee; 6];
 
-/// How a pod is connected to its node.
+/// Kind of the connection between a pod and its node.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum PodLink {
-    /// By a veth of its own with a host route, as Calico, Azure CNI and CNI's ptp do.
+    /// Own veth with a host route, as with Calico, Azure CNI and the CNI plugin ptp.
     Routed,
-    /// By a veth enslaved to the bridge [`World::BRIDGE`](crate::World::BRIDGE), as kubenet and flannel do.
+    /// Veth that is a port of the bridge [`World::BRIDGE`](crate::World::BRIDGE), as with kubenet and flannel.
     Bridged,
-    /// Connected with a netkit pair and a host route, as Cilium does: see [`skip_without_netkit`](crate::skip_without_netkit).
+    /// Netkit pair with a host route, as with Cilium: see [`skip_without_netkit`](crate::skip_without_netkit).
     Netkit(NetkitMode),
 }
 
-/// A network namespace with `eth0`, a veth whose other end is the node's.
+/// A network namespace with `eth0`, a veth whose peer is on the node.
 #[derive(Debug)]
 pub struct Pod {
-    /// The pod's network namespace.
+    /// Network namespace of the pod.
     pub netns: Netns,
-    /// The pod's IPv4 address.
+    /// IPv4 address of the pod.
     pub address: Ipv4Addr,
     /// MAC address of the pod's `eth0`.
     pub mac: [u8; 6],
-    /// MAC address that the pod's default route leads to.
+    /// MAC address of the pod's default gateway.
     pub gateway_mac: [u8; 6],
-    /// Name of the node's end of the link.
+    /// Name of the host-side interface.
     pub host_ifname: String,
-    /// Index of the node's end of the link in the node's namespace.
+    /// Index of the host-side interface in the node's namespace.
     pub host_ifindex: u32,
     /// Kind of the connection.
     pub link: PodLink,
@@ -56,7 +56,8 @@ pub struct Pod {
 }
 
 impl World {
-    /// A pod with a routed link that takes the place of one that is gone: its index and address, and perhaps its name.
+    /// Adds a routed pod that takes over the interface index and address of a deleted pod, and optionally its interface
+    /// name.
     #[must_use]
     pub fn add_successor(&self, name: &str, index: u32, address: Ipv4Addr) -> Netns {
         let (successor, eth0) = (Netns::new("successor"), Pod::IFNAME);
@@ -80,7 +81,7 @@ impl World {
 }
 
 impl Pod {
-    /// The pod's interface, in the pod.
+    /// Name of the interface inside the pod.
     pub const IFNAME: &str = "eth0";
 
     pub(crate) fn new(node: &Arc<Netns>, link: PodLink, number: u32) -> Self {
@@ -90,11 +91,11 @@ impl Pod {
         };
         assert!(number < MOST_PODS, "more than {MOST_PODS} pods");
         let subnet = u8::try_from(first_subnet + number / PODS_OF_SUBNET).expect("less than 64 and 62");
-        // The bridge has the first address of its subnet.
+        // The bridge has the first address of the subnet.
         let host = u8::try_from(number % PODS_OF_SUBNET + 2).expect("less than 250 and 2");
         let address = Ipv4Addr::new(10, 244, subnet, host);
         let mac = [0x02, 0x42, 10, 244, subnet, host];
-        // Looks as random as real ones, and differs for every number (Knuth's multiplicative hash).
+        // Looks as random as real names, and is unique for every number (Knuth's multiplicative hash).
         let host_ifname = format!("veth{:08x}", (number + 1).wrapping_mul(2_654_435_761));
         let netns = Netns::new(&format!("pod{number}"));
         let mut pod = Self {
@@ -117,7 +118,7 @@ impl Pod {
         pod
     }
 
-    /// The IPv6 address that [`World::add_pod_ipv6`] gives it.
+    /// Returns the IPv6 address that [`World::add_pod_ipv6`] assigns.
     #[must_use]
     pub fn address_v6(&self) -> Ipv6Addr {
         let [.., subnet, host] = self.address.octets();
@@ -149,7 +150,7 @@ impl Pod {
             "link add {veth} address {host_mac} type veth peer name {eth0} address {mac} netns {netns}
              link set {veth} up",
             veth = self.host_ifname,
-            // A bridge port has a MAC address other than the bridge's.
+            // A bridge port needs a MAC address other than the bridge's.
             host_mac = mac_text(ROUTED_GATEWAY_MAC),
             eth0 = Self::IFNAME,
             mac = mac_text(self.mac),
@@ -161,7 +162,7 @@ impl Pod {
     fn connect_routed(&self) {
         let (veth, eth0, address) = (&self.host_ifname, Self::IFNAME, self.address);
         self.node.sysctl(&format!("ipv4/conf/{veth}/proxy_arp"), "1");
-        // The kernel's default waits up to 0.8 s before it answers for others.
+        // The kernel delays proxy replies by up to 0.8 s by default.
         self.node.sysctl(&format!("ipv4/neigh/{veth}/proxy_delay"), "0");
         self.node.ip(&format!("route add {address}/32 dev {veth}"));
         self.netns.ip(&format!(
@@ -183,14 +184,14 @@ impl Pod {
 
 impl Drop for Pod {
     fn drop(&mut self) {
-        // Fails where the node was dropped first, or the test deleted the interface itself.
+        // Fails if the node was dropped first, or the test deleted the interface itself.
         let mut command = self.node.command("ip");
         let _ =
             command.args(["link", "delete", &self.host_ifname]).stderr(std::process::Stdio::null()).status();
     }
 }
 
-/// A MAC address as `ip` reads it.
+/// Formats a MAC address for `ip`.
 pub(crate) fn mac_text(mac: [u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }

@@ -1,4 +1,4 @@
-//! Waiting for something without guessing how long it takes.
+//! Polling with a time limit.
 
 use std::{
     thread::sleep,
@@ -7,21 +7,20 @@ use std::{
 
 use crate::effort::patience;
 
-/// Between two probes, of which each may be a process that takes time from what is waited for.
+/// First and further pauses between probes. Probes can be processes, which take CPU time from the awaited event.
 const INTERVALS: [Duration; 2] = [Duration::from_millis(5), Duration::from_millis(100)];
 
-/// Calls `probe` until it returns something; panics with `what` when `deadline` has passed, several times over on machines
-/// that are emulated.
+/// Calls `probe` until it returns a value. Panics with `what` after `deadline`, which is longer on emulated machines.
 #[track_caller]
 pub fn poll_until<T>(deadline: Duration, what: &str, probe: impl FnMut() -> Option<T>) -> T {
     let deadline = patience(deadline);
     match try_poll(deadline, probe) {
         Some(found) => found,
-        None => panic!("waited {deadline:?} in vain for {what}"),
+        None => panic!("timed out after {deadline:?} waiting for {what}"),
     }
 }
 
-/// Calls `probe` until it returns something, at least once; `None` when `deadline` has passed.
+/// Calls `probe` until it returns a value, at least once. Returns `None` after `deadline`.
 pub fn try_poll<T>(deadline: Duration, mut probe: impl FnMut() -> Option<T>) -> Option<T> {
     let (start, [shortest, longest]) = (Instant::now(), INTERVALS);
     loop {

@@ -1,4 +1,4 @@
-//! What a program in a namespace finds when it tries to reach an address.
+//! Probes: attempts of a program in a namespace to reach an address.
 
 use std::{
     io::{self, ErrorKind, Read as _, Write as _},
@@ -19,26 +19,26 @@ use crate::{
     services::{ECHO_PORT, HTTP_PORT},
 };
 
-/// How long a probe waits that is expected to fail: some hundred times a round trip here.
+/// Timeout of a probe that should fail: several hundred round-trip times.
 pub const SHORT: Duration = Duration::from_millis(400);
-/// How long a probe is repeated that is expected to succeed, for machines that are busy.
+/// Time limit for repeating a probe that should succeed, for busy machines.
 pub const LONG: Duration = Duration::from_secs(5);
 
-/// What became of a probe.
+/// Result of a probe.
 #[derive(Debug)]
 pub enum Outcome {
-    /// The answer.
+    /// The response.
     Answer(Vec<u8>),
-    /// Silence.
+    /// No response within the timeout.
     Timeout,
-    /// Somebody said that nobody listens.
+    /// Connection refused or port unreachable.
     Refused,
-    /// The caller's own kernel or a router said no.
+    /// An error of the local kernel or of a router.
     Error(io::Error),
 }
 
 impl Outcome {
-    /// Whether there was an answer.
+    /// Reports whether a response was received.
     #[must_use]
     pub fn is_answer(&self) -> bool {
         matches!(self, Self::Answer(_))
@@ -58,36 +58,36 @@ impl From<io::Result<Vec<u8>>> for Outcome {
     }
 }
 
-/// Whether the HTTP server at `address` answers, tried for [`LONG`].
+/// Reports whether the HTTP server at `address` responds within [`LONG`].
 pub fn reachable(netns: &Netns, address: impl Into<IpAddr>) -> bool {
     let address = address.into();
     try_poll(LONG, || http_get(netns, address, SHORT).is_answer().then_some(())).is_some()
 }
 
-/// Asks the HTTP server at `address` for a document.
+/// Sends an HTTP request to `address`.
 pub fn http_get(netns: &Netns, address: impl Into<IpAddr>, timeout: Duration) -> Outcome {
     http_get_at(netns, (address.into(), HTTP_PORT).into(), timeout)
 }
 
-/// The same at any port.
+/// Sends an HTTP request to any address and port.
 pub fn http_get_at(netns: &Netns, address: SocketAddr, timeout: Duration) -> Outcome {
     let connected = netns.run(|| TcpStream::connect_timeout(&address, timeout));
     let exchange = |mut stream: TcpStream| {
         let answer = http_exchange(&mut stream, timeout);
-        // Now: for as long as another thread's child has not called execve(2), it has the socket, too, and closing ours
-        // ends nothing.
+        // Shut down explicitly: a forked child of another thread has a copy of the socket until its execve(2), so that
+        // closing ours would not reset the connection.
         let _reset_already = stream.shutdown(Shutdown::Both);
         answer
     };
     connected.and_then(exchange).into()
 }
 
-/// Opens a connection to the HTTP server at `address`, from the calling thread's namespace.
+/// Opens a connection to the HTTP server at `address` from the calling thread's namespace.
 pub fn connect(address: Ipv4Addr, timeout: Duration) -> io::Result<TcpStream> {
     TcpStream::connect_timeout(&SocketAddr::from((address, HTTP_PORT)), timeout)
 }
 
-/// Asks for a document on an open connection.
+/// Sends an HTTP request on an open connection.
 pub fn http_exchange(stream: &mut TcpStream, timeout: Duration) -> io::Result<Vec<u8>> {
     stream.set_read_timeout(Some(timeout))?;
     stream.write_all(b"GET /metadata/instance HTTP/1.1\r\nHost: metadata\r\nMetadata: true\r\n\r\n")?;
@@ -101,7 +101,7 @@ pub fn udp_echo(netns: &Netns, address: impl Into<IpAddr>, timeout: Duration) ->
     udp_echo_at(netns, (address.into(), ECHO_PORT).into(), timeout)
 }
 
-/// The same at any port.
+/// Sends a datagram to an echo server at any address and port.
 pub fn udp_echo_at(netns: &Netns, address: SocketAddr, timeout: Duration) -> Outcome {
     let any: IpAddr =
         if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
@@ -117,7 +117,7 @@ pub fn udp_echo_at(netns: &Netns, address: SocketAddr, timeout: Duration) -> Out
     netns.run(exchange).into()
 }
 
-/// Pings `address`.
+/// Sends an ICMP echo request to `address`.
 pub fn icmp_echo(netns: &Netns, address: Ipv4Addr, timeout: Duration) -> Outcome {
     let echo = IcmpEchoHeader { id: 0x1b4d, seq: 1 };
     let mut request = Icmpv4Header::with_checksum(Icmpv4Type::EchoRequest(echo), b"echo").to_bytes().to_vec();
@@ -146,7 +146,7 @@ pub fn icmp_echo(netns: &Netns, address: Ipv4Addr, timeout: Duration) -> Outcome
     netns.run(exchange).into()
 }
 
-/// Sends IP packets as they are, headers included; the kernel fills in what is zero of source, ID and checksum.
+/// Sends IP packets with their headers. The kernel fills in source, ID and checksum if they are zero.
 pub fn send_ipv4(netns: &Netns, destination: Ipv4Addr, packets: &[Vec<u8>]) -> io::Result<()> {
     netns.run(|| {
         let socket = raw_socket()?;
@@ -158,7 +158,7 @@ pub fn send_ipv4(netns: &Netns, destination: Ipv4Addr, packets: &[Vec<u8>]) -> i
     })
 }
 
-/// A socket that takes IP packets with their headers (raw(7): `IPPROTO_RAW` implies `IP_HDRINCL`).
+/// Opens a socket that sends IP packets with their headers (raw(7): `IPPROTO_RAW` implies `IP_HDRINCL`).
 pub(crate) fn raw_socket() -> nix::Result<std::os::fd::OwnedFd> {
     socket(AddressFamily::Inet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Raw)
 }

@@ -1,11 +1,11 @@
-//! What an expression of `PromQL` asks of the metrics: enough of the language for the dashboard and the alerts.
+//! Metrics and labels of a `PromQL` expression. Covers the part of the language that the dashboard and the alerts use.
 
 use std::collections::BTreeSet;
 
-/// Words that are no metric where they stand for themselves.
+/// Keywords and functions that are not metrics.
 const WORDS: [&str; 7] = ["and", "or", "unless", "group_left", "group_right", "bool", "offset"];
 
-/// Metrics, and the labels by which an expression selects or groups them.
+/// Metrics of an expression, and the labels by which it selects or groups them.
 #[derive(Debug, Default, Eq, PartialEq)]
 pub struct Asked {
     /// Names of time series.
@@ -14,11 +14,11 @@ pub struct Asked {
     pub labels: BTreeSet<String>,
 }
 
-/// What `expression` asks for.
+/// Returns the metrics and labels of `expression`.
 ///
 /// # Panics
 ///
-/// Where it is no expression.
+/// Panics if the expression is malformed.
 #[must_use]
 pub fn asked(expression: &str) -> Asked {
     let mut asked = Asked::default();
@@ -59,7 +59,7 @@ fn is_name(c: char) -> bool {
     c.is_ascii_alphanumeric() || c == '_' || c == ':'
 }
 
-/// What comes before the next `end` that is in no string, and what behind it.
+/// Splits the text at the next `end` outside of strings.
 fn until(text: &str, end: char) -> (&str, &str) {
     let mut in_string = false;
     for (at, c) in text.char_indices() {
@@ -68,10 +68,10 @@ fn until(text: &str, end: char) -> (&str, &str) {
         }
         in_string ^= c == '"';
     }
-    panic!("no {end} behind {text}");
+    panic!("missing {end} after {text}");
 }
 
-/// The labels in `a="b",c=~"d"`.
+/// Returns the labels of matchers such as `a="b",c=~"d"`.
 fn matchers(inside: &str) -> Vec<String> {
     let mut labels = Vec::new();
     let mut rest = inside;

@@ -1,4 +1,4 @@
-//! The servers in the fabric: HTTP and UDP echo, at the metadata addresses and at ordinary ones.
+//! Servers in the fabric: HTTP and UDP echo, at the metadata addresses and at unprotected ones.
 
 use std::{
     io::{self, ErrorKind, PipeReader, PipeWriter, Read as _, Write as _},
@@ -13,14 +13,14 @@ use crate::Netns;
 
 pub(crate) const HTTP_PORT: u16 = 80;
 pub(crate) const ECHO_PORT: u16 = 7;
-/// A resolver's port, where the same two serve: what matters is who reaches it.
+/// Port of a resolver. The same two servers listen there, because only reachability is tested.
 pub const DNS_PORT: u16 = 53;
 
-/// What the metadata service tells, in the form of Azure's.
+/// Document of the metadata service, in the form of Azure's.
 const DOCUMENT: &str = r#"{"compute":{"azEnvironment":"AzurePublicCloud","location":"westeurope","name":"node-0","osType":"Linux","vmId":"02aab8a4-74ef-476e-8182-f6d2ba4166a6"}}"#;
 const MAX_REQUEST: usize = 8192;
 
-/// Serves in the background until dropped.
+/// Servers that run in the background until they are dropped.
 #[derive(Debug)]
 pub struct Services {
     stop: Option<PipeWriter>,
@@ -28,7 +28,7 @@ pub struct Services {
 }
 
 impl Services {
-    /// Serves at each of `addresses`, which `fabric` has.
+    /// Starts servers at each of `addresses`, which `fabric` must have.
     pub fn start(fabric: &Netns, addresses: &[IpAddr]) -> Self {
         let mut server = fabric.run(|| Server::bind(addresses)).expect("bind the fabric's servers");
         let (stopped, stop) = io::pipe().expect("a pipe");
@@ -75,7 +75,7 @@ impl Server {
         Ok(server)
     }
 
-    /// Waits for something to do and does it; `false` when told to stop.
+    /// Waits for I/O and handles it. Returns `false` once the servers must stop.
     fn turn(&mut self, stopped: &PipeReader) -> bool {
         let sources = (self.listeners.iter().map(AsFd::as_fd))
             .chain(self.echoes.iter().map(AsFd::as_fd))
@@ -86,7 +86,7 @@ impl Server {
         if fds.last().and_then(PollFd::any) == Some(true) {
             return false;
         }
-        // Everything is non-blocking, and there is little of it: no need to know which one is ready.
+        // All sockets are non-blocking and few, so that each can be tried without checking which one is ready.
         self.connections.retain_mut(Connection::is_open_after_reading);
         self.echoes.iter().for_each(echo_all);
         for listener in &self.listeners {
@@ -101,7 +101,7 @@ impl Server {
 }
 
 impl Connection {
-    /// Reads what there is, and answers once the request is complete.
+    /// Reads available bytes and responds to a complete request. Returns whether the connection stays open.
     fn is_open_after_reading(&mut self) -> bool {
         let mut buffer = [0; 1024];
         loop {
@@ -117,7 +117,8 @@ impl Connection {
                 let head =
                     format!("HTTP/1.1 {status}\r\nContent-Type: application/json\r\nConnection: close\r\n");
                 let answer = format!("{head}Content-Length: {}\r\n\r\n{DOCUMENT}", DOCUMENT.len());
-                // A client that is gone wants no answer; one that waits has room for this little.
+                // Ignores errors: the client may have closed the connection, and a waiting client has enough buffer
+                // space.
                 let _ = self.stream.write_all(answer.as_bytes());
                 return false;
             }

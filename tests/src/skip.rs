@@ -1,35 +1,35 @@
-//! What a kernel lacks of what tests need, and how they say so.
+//! Checks for missing kernel features and programs. Tests that need them print a skip notice.
 
 use std::{env, net::UdpSocket, os::fd::AsRawFd as _, process::Stdio};
 
 use crate::{Netns, foreign::Foreign, hook};
 
-/// How a line begins that tells what a test leaves out and why. `cargo xtask vm` reads it.
+/// Prefix of a line that reports a skipped test or part of one, with the reason. `cargo xtask vm` reads these lines.
 pub const SKIPPED: &str = "skipped: ";
-/// What is left out by a test that runs nothing.
+/// Name of the skipped part if a test runs nothing.
 pub const WHOLE_TEST: &str = "the whole test";
 
-/// Says, in the environment, that nobody minds what becomes of the machine, as of a virtual one that is made for tests.
+/// Environment variable that allows tests to change the machine, for virtual machines that exist for tests only.
 const DISPOSABLE: &str = "IMDS_DISPOSABLE";
 
-/// Whether a test that does `what` to the machine can't run, which it tells.
+/// Reports whether the machine must not be changed, and prints a skip notice then. `what` is the change.
 #[must_use]
 pub fn skip_unless_disposable(what: &str) -> bool {
     let is_needed = env::var_os(DISPOSABLE).is_none();
     if is_needed {
-        skip(WHOLE_TEST, &format!("it {what}, which takes {DISPOSABLE}"));
+        skip(WHOLE_TEST, &format!("the test {what}, which needs {DISPOSABLE}"));
     }
     is_needed
 }
 
-/// Whether a test that is about TCX alone can't run, which it tells.
+/// Reports whether the kernel lacks TCX, and prints a skip notice for the whole test then.
 #[must_use]
 pub fn skip_without_tcx() -> bool {
     lacks_tcx(WHOLE_TEST)
 }
 
-/// Whether the socket hook can't know the node here, which is said: before Linux 5.14 the namespace of a world has no
-/// cookie that the agent can ask for.
+/// Reports whether the socket hook cannot recognize the node's sockets, and prints a skip notice then. Before Linux
+/// 5.14 the agent cannot read the netns cookie of a world's namespace.
 #[must_use]
 pub fn skip_without_netns_cookie() -> bool {
     let lacks = lacks_netns_cookie();
@@ -39,7 +39,8 @@ pub fn skip_without_netns_cookie() -> bool {
     lacks
 }
 
-/// Those of `hooks` that can hold a world's pods: all but the socket hook where it can't know the node, which is said.
+/// Returns the hooks that can deny a world's pods. Omits the socket hook with a skip notice if it cannot recognize the
+/// node's sockets.
 #[must_use]
 pub fn known_here(hooks: &[&'static str]) -> Vec<&'static str> {
     let mut known = hooks.to_vec();
@@ -50,14 +51,14 @@ pub fn known_here(hooks: &[&'static str]) -> Vec<&'static str> {
     known
 }
 
-/// The same as [`skip_without_netns_cookie`], without a word.
+/// Reports whether the kernel lacks `SO_NETNS_COOKIE` (Linux 5.14), without a skip notice.
 #[must_use]
 pub fn lacks_netns_cookie() -> bool {
     // SO_NETNS_COOKIE of include/uapi/asm-generic/socket.h.
     const SO_NETNS_COOKIE: libc::c_int = 71;
     let socket = UdpSocket::bind("0.0.0.0:0").expect("a UDP socket");
     let (mut cookie, mut length) = (0_u64, 8);
-    // SAFETY: the buffer is as long as the length says, and both outlive the call.
+    // SAFETY: the length is the size of the buffer, and both outlive the call.
     let result = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
@@ -91,18 +92,18 @@ pub fn lacks_tc_netns_cookie(left_out: &str) -> bool {
     lacks
 }
 
-/// Whether the kernel has no network devices of this kind, which a test that is about them says.
+/// Reports whether the kernel lacks network devices of this kind, and prints a skip notice then.
 #[must_use]
 pub fn lacks_device(left_out: &str, kind: &str, options: &str) -> bool {
     let netns = Netns::new("devices");
     netns.ip("link add lower0 type veth peer name lower1");
     let mut command = netns.command("ip");
     command.args(["link", "add", "upper0"]).args(options.split_whitespace());
-    // What it says where it fails is in the reason.
+    // The error message of `ip` becomes part of the reason.
     let added = command.stdin(Stdio::null()).output().expect("run ip");
     if !added.status.success() {
         let said = String::from_utf8_lossy(&added.stderr);
-        // So an `ip` complains that has no options for such a device.
+        // An `ip` that does not know the device's options prints this message.
         let of =
             if said.contains("Garbage instead of arguments") { "by this `ip`" } else { "on this kernel" };
         skip(left_out, &format!("no {kind} devices {of} ({})", said.trim().replace('\n', " ")));
@@ -110,7 +111,8 @@ pub fn lacks_device(left_out: &str, kind: &str, options: &str) -> bool {
     !added.status.success()
 }
 
-/// Reports whether one of these programs, names in `PATH` or absolute paths, is not installed, and says which.
+/// Reports whether one of these programs, names in `PATH` or absolute paths, is not installed, and prints a skip notice
+/// then.
 #[must_use]
 pub fn lacks_program(left_out: &str, programs: &[&str]) -> bool {
     let path = env::var_os("PATH").unwrap_or_default();
@@ -122,7 +124,7 @@ pub fn lacks_program(left_out: &str, programs: &[&str]) -> bool {
     missing.is_some()
 }
 
-/// Says what is left out and why.
+/// Prints a skip notice with the skipped part and the reason.
 pub fn skip(left_out: &str, reason: &str) {
     eprintln!("{SKIPPED}{left_out}: {reason}");
 }

@@ -1,4 +1,4 @@
-//! Probes from an address or a device of the sender's choice.
+//! Probes with a chosen source address or device.
 
 use std::{
     io,
@@ -20,17 +20,17 @@ use crate::{
     services::{ECHO_PORT, HTTP_PORT},
 };
 
-/// Source address and device that a node's process binds its sockets to.
+/// Source address and device to which a process of the node binds its sockets.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Source {
-    /// Address, where routes depend on it.
+    /// Source address, which some routes depend on.
     pub address: Option<Ipv4Addr>,
     /// Device, such as a VRF.
     pub device: Option<&'static str>,
 }
 
 impl Source {
-    /// Asks the HTTP server at `destination` for a document.
+    /// Sends an HTTP request to `destination`.
     pub fn http_get(self, netns: &Netns, destination: Ipv4Addr, timeout: Duration) -> Outcome {
         let exchange = || {
             let socket =
@@ -63,7 +63,7 @@ impl Source {
         if let Some(address) = self.address {
             bind(socket.as_raw_fd(), &SockaddrIn::from(SocketAddrV4::new(address, 0)))?;
         }
-        // Limits connect(2), too.
+        // The send timeout also limits connect(2).
         setsockopt(&socket, sockopt::SendTimeout, &timeval(timeout))?;
         match connect(socket.as_raw_fd(), &SockaddrIn::from(to)) {
             Ok(()) => Ok(socket),

@@ -1,10 +1,10 @@
-//! What `imds-agent status -o json` says: schema 1.
+//! Output of `imds-agent status -o json`, schema 1.
 
 use std::path::PathBuf;
 
 use serde::Deserialize;
 
-/// The whole document. Keys that a later version adds are ignored; one that is missing is an error.
+/// The whole document. Ignores keys that later versions add; a missing key is an error.
 #[derive(Clone, Debug, Deserialize)]
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct Status {
@@ -30,7 +30,7 @@ pub struct Status {
     pub problems: Vec<Problem>,
 }
 
-/// How pods are looked up.
+/// Status of the pod watch.
 #[derive(Clone, Debug, Deserialize)]
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct Kubernetes {
@@ -42,12 +42,12 @@ pub struct Kubernetes {
     pub error: Option<String>,
     pub pods: u32,
     pub awaited: u32,
-    /// Agents of earlier versions do not count them.
+    /// Missing in the output of earlier versions.
     #[serde(default)]
     pub disputed: u32,
 }
 
-/// A pod.
+/// Kubernetes metadata of a pod.
 #[derive(Clone, Debug, Deserialize)]
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct Identity {
@@ -59,7 +59,7 @@ pub struct Identity {
     pub uid: String,
 }
 
-/// Who is exempt.
+/// A sender that matches an exemption.
 #[derive(Clone, Debug, Deserialize)]
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct ExemptSender {
@@ -72,7 +72,7 @@ pub struct ExemptSender {
     pub verdict: String,
 }
 
-/// The agent that holds the pin directory's lock.
+/// The agent process that holds the lock of the pin directory.
 #[derive(Clone, Debug, Deserialize)]
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct AgentProcess {
@@ -81,7 +81,7 @@ pub struct AgentProcess {
     pub pid: Option<u32>,
 }
 
-/// The configuration in force.
+/// The effective configuration.
 #[derive(Clone, Debug, Deserialize)]
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct Configuration {
@@ -91,7 +91,7 @@ pub struct Configuration {
     pub refused: Option<Refused>,
 }
 
-/// A configuration that is not in force.
+/// A rejected configuration.
 #[derive(Clone, Debug, Deserialize)]
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct Refused {
@@ -99,7 +99,7 @@ pub struct Refused {
     pub error: String,
 }
 
-/// Where the endpoints come from.
+/// Cloud provider that determines the endpoints.
 #[derive(Clone, Debug, Deserialize)]
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct Provider {
@@ -107,7 +107,7 @@ pub struct Provider {
     pub in_force: String,
 }
 
-/// A guarded endpoint.
+/// A protected endpoint.
 #[derive(Clone, Debug, Deserialize)]
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct Endpoint {
@@ -116,7 +116,7 @@ pub struct Endpoint {
     pub keep: Vec<String>,
 }
 
-/// An interface of the node.
+/// A network interface of the node.
 #[derive(Clone, Debug, Deserialize)]
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct Interface {
@@ -129,7 +129,7 @@ pub struct Interface {
     pub counts: Counts,
 }
 
-/// A TC hook that an interface should have, and the program there.
+/// A TC hook that an interface should have, and its program.
 #[derive(Clone, Debug, Deserialize)]
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct HookAttachment {
@@ -140,13 +140,13 @@ pub struct HookAttachment {
 }
 
 impl Interface {
-    /// Attach mode of the interface's first hook, if its program is attached.
+    /// Returns the attach mode of the interface's first hook, if its program is attached.
     #[must_use]
     pub fn attach_mode(&self) -> Option<&str> {
         self.attachments.first()?.attach_mode.as_deref()
     }
 
-    /// Reports whether there are hooks, and each has its program.
+    /// Reports whether the interface has hooks and each has its program.
     #[must_use]
     pub fn is_attached(&self) -> bool {
         let is_attached = |attachment: &HookAttachment| attachment.attach_mode.is_some();
@@ -167,7 +167,7 @@ impl Interface {
     }
 }
 
-/// Packets to guarded endpoints, by what was done with them.
+/// Packets to protected endpoints, by verdict.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct Counts {
@@ -177,7 +177,7 @@ pub struct Counts {
     pub exempt: Count,
 }
 
-/// Calls on sockets.
+/// State of the `socket` hook.
 #[derive(Clone, Debug, Deserialize)]
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct Sockets {
@@ -187,7 +187,7 @@ pub struct Sockets {
     pub counts: Counts,
 }
 
-/// The sendmsg programs.
+/// State of the sendmsg programs.
 #[derive(Clone, Debug, Deserialize)]
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct Sendmsg {
@@ -195,7 +195,7 @@ pub struct Sendmsg {
     pub reason: Option<String>,
 }
 
-/// The hook for a metadata service on the node.
+/// State of the hook for a metadata service on the node.
 #[derive(Clone, Debug, Deserialize)]
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct LocalService {
@@ -205,7 +205,7 @@ pub struct LocalService {
     pub counts: Counts,
 }
 
-/// Pods in the node's network namespace.
+/// State of the `host_network` hook.
 #[derive(Clone, Debug, Deserialize)]
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct HostNetwork {
@@ -215,7 +215,7 @@ pub struct HostNetwork {
     pub counts: Counts,
 }
 
-/// Packets and their bytes.
+/// Number of packets and bytes.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct Count {
@@ -223,7 +223,7 @@ pub struct Count {
     pub bytes: u64,
 }
 
-/// Something that is not as it should be.
+/// A problem that the agent reports.
 #[derive(Clone, Debug, Deserialize)]
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct Problem {
@@ -233,13 +233,13 @@ pub struct Problem {
 }
 
 impl Status {
-    /// The interface with this name, if the agent knows of it.
+    /// Returns the interface with this name, if the agent knows it.
     #[must_use]
     pub fn find(&self, name: &str) -> Option<&Interface> {
         self.interfaces.iter().find(|interface| interface.name == name)
     }
 
-    /// The interface with this name.
+    /// Returns the interface with this name. Panics if the agent does not know it.
     #[must_use]
     #[track_caller]
     pub fn interface(&self, name: &str) -> &Interface {
@@ -253,20 +253,20 @@ impl Status {
         attachment.is_some_and(|attachment| attachment.attach_mode.is_some())
     }
 
-    /// What `get` takes of every interface's counts and of those that are gone, added up.
+    /// Returns the sum of `get` over the counts of every interface, deleted ones included.
     #[must_use]
     pub fn sum(&self, get: impl Fn(&Counts) -> u64) -> u64 {
         let of_interfaces: u64 = self.interfaces.iter().map(|interface| get(&interface.counts)).sum();
         of_interfaces + get(&self.departed)
     }
 
-    /// Packets denied so far, on all interfaces that ever were.
+    /// Returns the number of denied packets on all interfaces, deleted ones included.
     #[must_use]
     pub fn denied(&self) -> u64 {
         self.total.denied.packets
     }
 
-    /// All that is there is enforced, and no agent runs that would guard what comes.
+    /// Asserts that everything is enforced, and that the only problem is the missing agent.
     #[track_caller]
     pub fn assert_lacks_only_an_agent(&self) {
         assert_eq!((self.agent.running, self.agent.pid, self.state.as_str()), (false, None, "degraded"));
@@ -274,31 +274,31 @@ impl Status {
         assert!(self.all_pods_are_guarded(), "{:#?}", self.interfaces);
     }
 
-    /// Whether an agent runs, everything is enforced and every pod's interface is guarded.
+    /// Reports whether an agent runs without problems and every pod interface is enforced.
     #[must_use]
     pub fn is_ready(&self) -> bool {
         self.agent.ready && self.problems.is_empty() && self.all_pods_are_guarded()
     }
 
-    /// Whether every pod's interface has its TCX link, and none a filter that holds it until then.
+    /// Reports whether every pod interface has its TCX link instead of a temporary clsact filter.
     #[must_use]
     pub fn all_pods_have_tcx(&self) -> bool {
         let mut pods = self.interfaces.iter().filter(|interface| interface.role == "pod");
         pods.all(|interface| interface.attach_mode() == Some("tcx"))
     }
 
-    /// Whether the API server has told of so many pods, and each was found on the node.
+    /// Reports whether the API server listed this number of pods and the sandbox of each was found.
     #[must_use]
     pub fn has_located(&self, pods: usize) -> bool {
         let known = self.kubernetes.as_ref();
         known.is_some_and(|known| known.pods as usize == pods && known.awaited == 0)
     }
 
-    /// Whether each has a program of its own, where they are to have one.
+    /// Reports whether every pod interface has all of its programs.
     #[must_use]
     pub fn all_pods_are_guarded(&self) -> bool {
         let mut attachments = self.interfaces.iter().flat_map(|interface| &interface.attachments);
-        // `node_egress` of a link of unknown use comes when nothing else is to be attached.
+        // For links of unknown use, `node_egress` is attached once nothing else is pending.
         let is_spare = |attachment: &HookAttachment| attachment.pending && attachment.hook == "node_egress";
         attachments.all(|attachment| attachment.attach_mode.is_some() || is_spare(attachment))
     }

@@ -1,7 +1,8 @@
-//! Whether something that is measured over and over stays what it is.
+//! Growth of a quantity that is sampled repeatedly.
 
-/// How much higher the median of the last third is than that of the third before it; the first one is the warm-up. What is
-/// steady but for its ups and downs comes to little, however long they were measured. `None` of fewer than six.
+/// Returns the difference between the medians of the last and the middle third of the samples. The first third is the
+/// warm-up. A fluctuating but stable quantity gives a small number for any duration. Returns `None` for fewer than six
+/// samples.
 #[must_use]
 pub fn growth(values: &[u64]) -> Option<i64> {
     let third = values.len() / 3;
@@ -12,7 +13,7 @@ pub fn growth(values: &[u64]) -> Option<i64> {
     Some(median(last)?.cast_signed().saturating_sub(median(before)?.cast_signed()))
 }
 
-/// The one in the middle, by size.
+/// Returns the median of the values.
 #[must_use]
 pub fn median(values: &[u64]) -> Option<u64> {
     let mut sorted = values.to_vec();

@@ -4,10 +4,10 @@ use std::{fs::File, io, os::fd::AsRawFd as _};
 
 use crate::Netns;
 
-/// Kind of a TUN device.
+/// Mode of a TUN device.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum TunMode {
-    /// Carries IP packets.
+    /// Carries IP packets without Ethernet headers.
     Tun,
     /// Carries Ethernet frames, like the NIC of a virtual machine.
     Tap,
@@ -23,7 +23,7 @@ pub fn open_tun(netns: &Netns, name: &str, mode: TunMode) -> File {
 
 fn open(name: &str, mode: TunMode) -> io::Result<File> {
     let device = File::options().read(true).write(true).open("/dev/net/tun")?;
-    // SAFETY: a structure of integers, for which zero is nothing.
+    // SAFETY: ifreq consists of integers and byte arrays, for which zero is valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from.cast_signed();
@@ -33,7 +33,7 @@ fn open(name: &str, mode: TunMode) -> io::Result<File> {
         TunMode::Tap => libc::IFF_TAP,
     };
     request.ifr_ifru.ifru_flags = libc::c_short::try_from(kind | libc::IFF_NO_PI).expect("small flags");
-    // SAFETY: the request is the one that this ioctl takes, and outlives the call.
+    // SAFETY: TUNSETIFF takes a pointer to an ifreq, which outlives the call.
     let result = unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETIFF, &raw const request) };
     if result == 0 { Ok(device) } else { Err(io::Error::last_os_error()) }
 }

@@ -1,4 +1,4 @@
-//! Ways to the metadata service, and which hooks hold them.
+//! Attack vectors to the metadata service, and the hooks that deny them.
 
 use crate::{
     Agent, Cgroup, World,
@@ -7,12 +7,12 @@ use crate::{
     skip::{WHOLE_TEST, lacks_netns_cookie, skip},
 };
 
-/// The hooks that see packets.
+/// Hooks that see packets.
 const EDGES: [&str; 2] = ["from_pod", "node_egress"];
 const SOCKET: &str = "socket";
 const STRICT: &str = "host_network";
 
-/// Ways by which pods reach the metadata service, and the hooks each of which is to hold all of them alone.
+/// Attack vectors of pods to the metadata service. Each of the hooks alone must deny all of them.
 #[must_use]
 pub struct Ways<'w> {
     world: &'w World,
@@ -24,7 +24,7 @@ pub struct Ways<'w> {
 }
 
 impl World {
-    /// Ways that are held by these hooks.
+    /// Returns an empty set of vectors that these hooks must deny.
     pub fn ways(&self, hooks: &[&'static str]) -> Ways<'_> {
         Ways {
             world: self,
@@ -36,7 +36,7 @@ impl World {
         }
     }
 
-    /// Whether anything arrives at the metadata service of what `send` sends.
+    /// Reports whether any packet that `send` sends arrives at the metadata service.
     pub fn arrives(&self, send: impl FnOnce()) -> bool {
         let before = self.arrivals();
         send();
@@ -45,38 +45,39 @@ impl World {
 }
 
 impl<'w> Ways<'w> {
-    /// With this configuration of the agent.
+    /// Sets the agent's configuration.
     pub fn config(mut self, toml: &str) -> Self {
         toml.clone_into(&mut self.config);
         self
     }
 
-    /// Adds a hook that is on only together with all others, as the agent refuses to start with it alone.
+    /// Adds a hook that is tested only together with all others, because the agent refuses to start with it alone.
     pub fn also(mut self, hook: &'static str) -> Self {
         self.also.push(hook);
         self
     }
 
-    /// Tries all of them in this cgroup.
+    /// Tries all vectors in this cgroup.
     pub fn in_cgroup(mut self, cgroup: &'w Cgroup) -> Self {
         self.cgroup = Some(cgroup);
         self
     }
 
-    /// A way that `is_open` where it returns true. It is tried in the world's cgroup, unless another one is chosen.
+    /// Adds a vector. `is_open` returns whether it reaches the service. It runs in the world's cgroup unless another
+    /// one is set.
     pub fn way(mut self, name: impl Into<String>, is_open: impl Fn() -> bool + Sync + 'w) -> Self {
         self.all.push((name.into(), Box::new(is_open)));
         self
     }
 
-    /// A way without an answer: it is open where packets arrive.
+    /// Adds a vector without a response, which is open if packets arrive.
     pub fn one_way(self, name: impl Into<String>, send: impl Fn() + Sync + 'w) -> Self {
         let world = self.world;
         self.way(name, move || world.arrives(&send))
     }
 
-    /// Each way is open without the agent, closed by each of the hooks alone, if there are any, and by all there are
-    /// together, and open again after each.
+    /// Asserts that each vector is open without the agent, denied by each hook alone and by all hooks together, and
+    /// open again afterwards.
     #[track_caller]
     pub fn assert_held(self) {
         self.assert_open("without the agent");
@@ -90,7 +91,7 @@ impl<'w> Ways<'w> {
             is_held = true;
         }
         if !is_held && !self.hooks.is_empty() {
-            return skip(WHOLE_TEST, "no hook that would hold it on this kernel");
+            return skip(WHOLE_TEST, "no hook can deny it on this kernel");
         }
         let mut all = EDGES.to_vec();
         if !lacks_netns_cookie() {
@@ -103,7 +104,7 @@ impl<'w> Ways<'w> {
         self.assert_closed(&all);
     }
 
-    /// The ways that are open with these hooks on: none, if all is well.
+    /// Returns the vectors that are open with these hooks. The list is empty if all are denied.
     #[must_use]
     pub fn open_with(&self, hooks: &[&'static str]) -> Vec<&str> {
         let agent = self.start(hooks);

@@ -1,4 +1,4 @@
-//! The topology: a node, its uplink, and the metadata service behind it.
+//! The topology: a node, its uplink, and the metadata service beyond it.
 
 use std::{
     net::{Ipv4Addr, Ipv6Addr},
@@ -21,14 +21,14 @@ use crate::{
     services::Services,
 };
 
-/// The metadata service.
+/// IPv4 address of the metadata service.
 pub const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
-/// Some other service, equally far away (TEST-NET-2, RFC 5737).
+/// An unprotected service at the same distance (TEST-NET-2, RFC 5737).
 pub const SERVICE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 10);
 
-/// The metadata service's address by IPv6 (AWS's).
+/// IPv6 address of the metadata service (AWS).
 pub const METADATA_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
-/// Some other service by IPv6 (documentation prefix, RFC 3849).
+/// An unprotected IPv6 service (documentation prefix, RFC 3849).
 pub const SERVICE_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x10);
 
 const NODE_ADDRESS_V6: Ipv6Addr = Ipv6Addr::new(0xfd10, 0, 0, 0, 0, 0, 0, 4);
@@ -47,19 +47,19 @@ pub(crate) const FABRIC_IFNAME: &str = "node0";
 /// pod ─ eth0 ── veth5e6f7a8b ─ cni0 ──╯
 /// ```
 ///
-/// Whatever runs in `node` is what a hostNetwork pod or the kubelet is on a real one.
+/// Processes in `node` stand for hostNetwork pods or the kubelet of a real node.
 #[derive(Debug)]
 pub struct World {
-    /// The node's network namespace.
+    /// Network namespace of the node.
     pub node: Arc<Netns>,
-    /// The network beyond the node's uplink.
+    /// Network namespace beyond the node's uplink.
     pub fabric: Netns,
     pub(crate) pins: PinDir,
-    /// For configuration files.
+    /// Directory for configuration files.
     pub(crate) scratch: TempDir,
-    /// The agent's binary, where it is not the one that tests use.
+    /// Binary of the agent, if it is not the default one.
     pub(crate) agent: Option<PathBuf>,
-    /// Where the sockets are that the agent guards, if it does.
+    /// Cgroup to which the agent attaches its socket programs.
     cgroup: Cgroup,
     arrivals: Option<Counter>,
     layout: Layout,
@@ -69,25 +69,25 @@ pub struct World {
 }
 
 impl World {
-    /// The node's interface towards the fabric. Its peer is in another namespace, as a pod's would be.
+    /// Name of the node's interface to the fabric. Its peer is in another namespace, like that of a pod.
     pub const UPLINK: &str = "uplink0";
-    /// The bridge of the pods that have one.
+    /// Name of the bridge of bridged pods.
     pub const BRIDGE: &str = "cni0";
 
-    /// Makes a node without pods.
+    /// Creates a node without pods.
     #[must_use]
     #[expect(clippy::new_without_default, reason = "making a world is work that its name should show")]
     pub fn new() -> Self {
         Self::with_layout(Layout::default())
     }
 
-    /// Makes a node that leaves through the interfaces of `layout`.
+    /// Creates a node whose packets leave through the interfaces of `layout`.
     #[must_use]
     pub fn with_layout(layout: Layout) -> Self {
         Self::around(Netns::new("node"), layout)
     }
 
-    /// Makes this machine itself the node, whose interfaces and sysctls stay changed: see
+    /// Uses this machine itself as the node. Its interfaces and sysctls stay changed: see
     /// [`skip_unless_disposable`](crate::skip_unless_disposable).
     #[must_use]
     pub fn of_machine() -> Self {
@@ -97,7 +97,7 @@ impl World {
     fn around(node: Netns, layout: Layout) -> Self {
         let fabric = Netns::new("fabric");
         for netns in [&node, &fabric] {
-            // The machine's own defaults, which IPv4 inherits, may differ.
+            // IPv4 inherits the machine's own defaults, which may differ.
             netns.sysctl("ipv4/conf/all/rp_filter", "0");
             netns.sysctl("ipv4/conf/default/rp_filter", "0");
         }
@@ -152,7 +152,7 @@ impl World {
         if is_ipv6_only { world.with_ipv6() } else { world }
     }
 
-    /// The same node with IPv6: the services are at [`METADATA_V6`] and [`SERVICE_V6`], too.
+    /// Adds IPv6 to the node. The services are then also at [`METADATA_V6`] and [`SERVICE_V6`].
     #[must_use]
     pub fn with_ipv6(mut self) -> Self {
         for netns in [&*self.node, &self.fabric] {
@@ -175,14 +175,14 @@ impl World {
         self
     }
 
-    /// The same node, where nobody counts what arrives, which takes time from each packet.
+    /// Turns off the counting of arrivals, which takes time for each packet.
     #[must_use]
     pub fn without_counting(mut self) -> Self {
         self.arrivals = None;
         self
     }
 
-    /// Gives a pod an IPv6 address and a way out of the node.
+    /// Gives a pod an IPv6 address and a default route.
     pub fn add_pod_ipv6(&self, pod: &Pod) -> Ipv6Addr {
         let address = pod.address_v6();
         let eth0 = Pod::IFNAME;
@@ -201,82 +201,83 @@ impl World {
         address
     }
 
-    /// The network beyond the uplink, as frames.
+    /// Returns a socket for the frames in the network beyond the uplink.
     #[must_use]
     pub fn fabric_frames(&self) -> PacketSocket {
         PacketSocket::frames(&self.fabric, self.layout.fabric_device)
     }
 
-    /// The same node, on which every command of imds-agent is this binary.
+    /// Uses this binary for every command of imds-agent on the node.
     #[must_use]
     pub fn with_agent(mut self, binary: PathBuf) -> Self {
         self.agent = Some(binary);
         self
     }
 
-    /// Adds a pod, at any time. It is gone when dropped.
+    /// Adds a pod to the running node. Dropping the pod deletes it.
     #[must_use]
     pub fn add_pod(&self, link: PodLink) -> Pod {
         Pod::new(&self.node, link, self.pods.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// The node's own address on its uplink.
+    /// Returns the IPv4 address of the node on its uplink.
     #[must_use]
     pub fn node_address(&self) -> Ipv4Addr {
         NODE_ADDRESS
     }
 
-    /// The same by IPv6, where it has that.
+    /// Returns the IPv6 address of the node on its uplink, which exists after [`World::with_ipv6`].
     #[must_use]
     pub fn node_address_v6(&self) -> Ipv6Addr {
         NODE_ADDRESS_V6
     }
 
-    /// What arrived at the fabric for the metadata service so far: all that was sent before the call is in it.
+    /// Returns the packets for the metadata service that arrived at the fabric, including all that were sent before the
+    /// call.
     #[must_use]
     pub fn arrivals(&self) -> Arrivals {
         let counter = self.arrivals.as_ref().expect("a world in which arrivals are counted");
         counter.read(&self.node)
     }
 
-    /// The pin directory of this world's agent. It exists once the agent made it.
+    /// Returns the pin directory of this world's agent, which creates it.
     #[must_use]
     pub fn pin_dir(&self) -> &Path {
         self.pins.path()
     }
 
-    /// The cgroup of this world: what runs in it has its sockets guarded.
+    /// Returns the cgroup of this world. The socket hook applies to sockets that are created in it.
     #[must_use]
     pub fn cgroup(&self) -> &Path {
         self.cgroup.path()
     }
 
-    /// Runs `work` in this world's cgroup, as the programs of a container are in the container's.
+    /// Runs `work` in this world's cgroup, as the processes of a container run in the container's.
     pub fn in_cgroup<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         self.cgroup.run(work)
     }
 
-    /// A cgroup at this path below the world's, for programs of a pod that shares the node's network namespace. It is
-    /// removed when dropped.
+    /// Creates a cgroup at this path below the world's, for processes of a pod in the node's network namespace.
+    /// Dropping it removes the cgroup.
     #[must_use]
     pub fn add_cgroup(&self, path: &str) -> Cgroup {
         Cgroup::below(self.cgroup(), path.as_ref())
     }
 
-    /// The directory of the last good configuration.
+    /// Returns the directory of the last good configuration.
     #[must_use]
     pub fn state_dir(&self) -> PathBuf {
         self.scratch.path().join("state")
     }
 
-    /// A directory for files, removed with the world.
+    /// Returns a directory for files, which is removed with the world.
     #[must_use]
     pub fn scratch_dir(&self) -> &Path {
         self.scratch.path()
     }
 }
 
-/// Turns IPv6 on without waiting for duplicates of addresses.
+/// Enables IPv6 without duplicate address detection.
 fn enable_ipv6(netns: &Netns) {
     netns.sysctl("ipv6/conf/all/accept_dad", "0");
     netns.sysctl("ipv6/conf/default/accept_dad", "0");
@@ -285,7 +286,7 @@ fn enable_ipv6(netns: &Netns) {
 
 impl Drop for World {
     fn drop(&mut self) {
-        // An agent that still runs would pin anew what is removed next.
+        // Kills a running agent, which would restore the pins that are removed next.
         self.node.kill_processes();
     }
 }
