@@ -1,4 +1,5 @@
-//! Any text is refused in words or means what it says: no weaker, and the same once it was written and read again.
+//! Configuration parser: any text is rejected with an error, or enforces at least what it says and survives being
+//! printed and parsed again.
 
 use std::{net::IpAddr, path::Path};
 
@@ -21,10 +22,10 @@ pub(crate) fn run(bytes: &[u8]) {
             return assert_fallback(text);
         }
     };
-    let written = Config::parse(config.to_toml(), Path::new(PATH)).expect("what was accepted is so again");
+    let written = Config::parse(config.to_toml(), Path::new(PATH)).expect("a printed configuration is valid");
     assert_eq!(written.to_toml(), config.to_toml());
     assert_same(&config, &written);
-    let said: Table = text.parse().expect("what was accepted is TOML");
+    let said: Table = text.parse().expect("an accepted configuration is TOML");
     assert_no_weaker(&config, &said);
     for dmi in [Dmi::default(), Dmi { sys_vendor: "Amazon EC2".to_owned(), ..Dmi::default() }] {
         match config.resolve(&dmi) {
@@ -38,19 +39,19 @@ pub(crate) fn run(bytes: &[u8]) {
     }
 }
 
-/// Each mistake has a place in the text, and is told on one line.
+/// Asserts that each error has a position in the text and is reported on one line.
 fn assert_told(errors: &ConfigErrors, text: &str) {
     assert!(errors.iter().count() > 0);
     for error in errors.iter() {
-        let ConfigError::Parse { line, column, .. } = error else { panic!("{error}: nothing was read") };
+        let ConfigError::Parse { line, column, .. } = error else { panic!("{error}: not a parse error") };
         let there =
-            text.split('\n').nth(line - 1).unwrap_or_else(|| panic!("{error}: there is no such line"));
-        assert!((1..=there.chars().count() + 1).contains(column), "{error}: there is no such column");
+            text.split('\n').nth(line - 1).unwrap_or_else(|| panic!("{error}: the line does not exist"));
+        assert!((1..=there.chars().count() + 1).contains(column), "{error}: the column does not exist");
         assert!(!error.to_string().contains('\n'), "{error:?}");
     }
 }
 
-/// The fallback is valid, and differs from the built-in defaults in mode and metrics only.
+/// Asserts that the fallback is valid and differs from the built-in defaults only in mode and metrics.
 fn assert_fallback(text: &str) {
     let fallback = Config::fallback(text, Path::new(PATH));
     let written = Config::parse(fallback.to_toml(), Path::new(PATH)).expect("a valid fallback");
@@ -75,7 +76,7 @@ fn assert_same(one: &Config, other: &Config) {
     }
 }
 
-/// What is off, or let through, is so because the text says so in these words.
+/// Asserts that a hook is off or traffic is allowed only if the text says so explicitly.
 fn assert_no_weaker(config: &Config, said: &Table) {
     let word = |key: &str| said.get(key).and_then(Value::as_str);
     assert_eq!(config.mode.name(), word("mode").unwrap_or(Mode::Enforce.name()));
@@ -98,7 +99,7 @@ fn tables<'t>(said: &'t Table, key: &str) -> impl Iterator<Item = &'t Table> {
     said.get(key).and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_table)
 }
 
-/// Each endpoint of the text is guarded, and keeps no more than it says.
+/// Asserts that each endpoint of the text is protected and allows only the ports of the text.
 fn assert_guards(guarded: &Guarded, said: &Table) {
     for table in tables(said, "endpoint") {
         let name = table["name"].as_str().expect("a name");
@@ -107,10 +108,10 @@ fn assert_guards(guarded: &Guarded, said: &Table) {
         let said: Vec<_> = keep.into_iter().flatten().filter_map(Value::as_str).collect();
         assert_eq!(endpoint.keep.len(), said.len());
         for kept in &endpoint.keep {
-            // A port may be written with zeros before it.
+            // The text may have leading zeros in a port number.
             let (protocol, port) = (kept.to_string(), kept.0.port.to_string());
             let is_it = |said: &&str| said.ends_with(&port) && protocol.starts_with(&said[..4]);
-            assert!(said.iter().any(is_it), "{kept} of {said:?}");
+            assert!(said.iter().any(is_it), "{kept} is not in {said:?}");
         }
     }
     if said.get("provider").is_none_or(|provider| provider.as_str() != Some("none")) {
@@ -119,7 +120,7 @@ fn assert_guards(guarded: &Guarded, said: &Table) {
     }
 }
 
-/// There is no rule but those of the text, and each is for whom it says and no more endpoints.
+/// Asserts that there are only the rules of the text, each with its subject and no additional endpoints.
 fn assert_exempts(guarded: &Guarded, exempt: &[Exempt], said: &Table) {
     let rules: Vec<_> = tables(said, "exempt").collect();
     assert_eq!(exempt.len(), rules.len());

@@ -1,4 +1,5 @@
-//! Any bytes have a verdict, the fast path's agrees with the thorough one's, and what is kept shows its port.
+//! Packet parser: any bytes have a verdict, the fast path agrees with the slow path, and an allowed packet has an
+//! allowed port.
 
 use imds_ebpf_common::{
     Address, Endpoint, Filter, Frame, IMDS_IPV4, Listed, Mode, Service, Verdict, is_plainly_foreign, judge,

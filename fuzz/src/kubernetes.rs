@@ -1,4 +1,4 @@
-//! Whatever an API server says, nobody is exempt but the pods that a rule means.
+//! Kubernetes API decoder: any response of an API server exempts only pods that a rule selects.
 
 use std::{path::Path, sync::LazyLock};
 
@@ -36,7 +36,7 @@ pub(crate) fn run(bytes: &[u8]) {
     }
 }
 
-/// Parsed once: it takes longer than what is told of pods.
+/// Parsed once, because parsing rules takes longer than decoding a response.
 static RULES: LazyLock<Vec<Pods>> = LazyLock::new(|| {
     let config = Config::parse(CONFIG, Path::new("rules")).expect("a configuration");
     let (_, exempt) = config.resolve(&Dmi::default()).expect("a configuration");

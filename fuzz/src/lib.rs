@@ -1,6 +1,7 @@
-//! What must hold of any bytes that imds-agent reads: each target takes some, and panics where it does not.
+//! Invariants of imds-agent's decoders for arbitrary bytes. Each target decodes one kind of input and panics if an
+//! invariant is violated.
 //!
-//! `cargo xtask fuzz` makes the bytes up, and `cargo test` tries those in `seeds`.
+//! `cargo xtask fuzz` generates inputs. `cargo test` runs the inputs in `seeds`.
 
 mod config;
 mod judge;
@@ -9,32 +10,32 @@ mod netlink;
 mod records;
 mod rulesets;
 
-/// Names the target in the environment of the fuzzer.
+/// Environment variable with the name of the target.
 pub const TARGET: &str = "IMDS_FUZZ_TARGET";
 
-/// One kind of bytes that are read.
+/// Kind of input that the agent decodes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Target {
-    /// A packet.
+    /// A network packet.
     Judge,
-    /// A configuration.
+    /// A configuration file.
     Config,
-    /// What rtnetlink says.
+    /// Messages of rtnetlink.
     Netlink,
-    /// What the programs tell, and what is read back from pinned maps.
+    /// Events of the BPF programs, and values that are read from pinned maps.
     Records,
-    /// What an API server says.
+    /// Responses of a Kubernetes API server.
     Kubernetes,
     /// Listings of iptables and nftables, which `doctor` explains.
     Rulesets,
 }
 
 impl Target {
-    /// All.
+    /// Every target.
     pub const ALL: [Self; 6] =
         [Self::Judge, Self::Config, Self::Netlink, Self::Records, Self::Kubernetes, Self::Rulesets];
 
-    /// The name on the command line and of the directory of its seeds.
+    /// Returns the name on the command line, which is also the directory of the seeds.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -47,17 +48,17 @@ impl Target {
         }
     }
 
-    /// The one of that name.
+    /// Returns the target with this name.
     #[must_use]
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|target| target.name() == name)
     }
 
-    /// Reads `bytes` as the agent would.
+    /// Decodes `bytes` as the agent does.
     ///
     /// # Panics
     ///
-    /// Where the agent makes of them what it must not.
+    /// Panics if the result violates an invariant.
     pub fn run(self, bytes: &[u8]) {
         match self {
             Self::Judge => judge::run(bytes),

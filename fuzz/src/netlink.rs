@@ -1,4 +1,4 @@
-//! Any bytes from rtnetlink are read to their end, whatever they describe.
+//! rtnetlink decoder: any bytes are decoded to their end without a panic.
 
 use bytes::BytesMut;
 use imds_agent::{
@@ -13,7 +13,7 @@ use rtnetlink::{
 
 pub(crate) fn run(bytes: &[u8]) {
     let mut datagram = BytesMut::from(bytes);
-    // As the connection does with each datagram.
+    // Decodes each datagram as the netlink connection does.
     while let Ok(Some(message)) = NetlinkCodec::decode::<RouteNetlinkMessage>(&mut datagram) {
         read(message);
     }

@@ -1,5 +1,5 @@
-//! Whatever is in the ring buffer and in pinned maps can be shown, on lines of its own and as JSON; and rules that are proposed
-//! are a configuration that exempts whom was denied.
+//! Decoders of the ring buffer and of pinned maps: any content can be printed as one line and as JSON, and proposed
+//! rules are valid TOML with exemptions only.
 
 use std::{collections::BTreeSet, path::Path};
 
@@ -17,7 +17,7 @@ use imds_ebpf_common::{
 };
 use jiff::Timestamp;
 
-/// Interfaces for which rules are proposed.
+/// Interfaces for which the report proposes rules.
 const PODS: [&str; 2] = ["veth0", "veth1"];
 
 pub(crate) fn run(bytes: &[u8]) {
@@ -57,36 +57,36 @@ fn report(bytes: &[u8], endpoint: &Guarded) {
     assert!(report.table().lines().all(is_one_line), "{}", report.table());
     let rules: toml::Table = report.rules.parse().unwrap_or_else(|error| panic!("{error}\n{}", report.rules));
     assert!(rules.keys().all(|key| key == "exempt"), "{rules:?}");
-    // Who has a name that no pod can have gets a rule that is refused.
+    // A denial with an impossible pod name gets a rule that the parser rejects.
     let _config = Config::parse(&report.rules, Path::new("rules"));
 }
 
-/// Whether nothing in it makes a terminal do more than show it.
+/// Reports whether the text has no control characters, which a terminal would interpret.
 fn is_one_line(text: &str) -> bool {
     !text.chars().any(char::is_control)
 }
 
-/// A value of a map that has these bytes, and zeros behind them.
+/// Returns a map value with these bytes, padded with zeros.
 fn filled<T: Plain>(bytes: &[u8]) -> T {
     let mut value = T::ZERO;
     let length = bytes.len().min(size_of::<T>());
-    // SAFETY: any bytes are a value, by the trait's contract, and there are no fewer of them than are written.
+    // SAFETY: any bytes are a valid value by the trait's contract, and `length` is at most the size of the value.
     unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), (&raw mut value).cast::<u8>(), length) };
     value
 }
 
 /// # Safety
 ///
-/// Any bytes are one.
+/// Any bytes must be a valid value of the type.
 unsafe trait Plain: Sized {
     const ZERO: Self;
 }
 
 macro_rules! plain {
     ($($type:ty),*) => {$(
-        // SAFETY: integers without padding, as the maps have it.
+        // SAFETY: the type consists of integers without padding, as in the BPF maps.
         unsafe impl Plain for $type {
-            // SAFETY: zeros are one.
+            // SAFETY: zeros are a valid value of a `Plain` type.
             const ZERO: Self = unsafe { std::mem::zeroed() };
         }
     )*};

@@ -1,4 +1,4 @@
-//! Any listing of a firewall is explained, and a rule is called removable only if it opens nothing.
+//! Firewall listings: any listing is explained, and a rule is called removable only if its removal opens nothing.
 
 use imds_agent::{
     doctor::{Check, explain_rules},

@@ -1,4 +1,4 @@
-//! What the fuzzer starts from, and what it once found.
+//! Runs the seeds of the fuzzer and inputs that it found earlier.
 
 use std::{fs, path::Path};
 

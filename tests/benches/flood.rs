@@ -1,7 +1,8 @@
 //! A flood of denied packets and calls: its effect on new pods, on the agent's CPU time and on `/healthz`.
 //!
-//! Sixteen threads send as fast as they can, from 100 network namespaces and 3,000 cgroups, and change their names all the
-//! time. The node has 1,000 mounts. A second run sends to an unprotected address, for the part that any traffic has.
+//! Sixteen threads send as fast as they can, from 100 network namespaces and 3,000 cgroups, and continuously change
+//! their names. The node has 1,000 mounts. A second run sends to an unprotected address, to measure the effect of
+//! traffic in general.
 
 #[path = "churn/latency.rs"]
 mod latency;
@@ -35,13 +36,13 @@ const SENDERS: usize = 16;
 const PODS: u32 = 100;
 const CGROUPS: u32 = 3000;
 const MOUNTS: u32 = 1000;
-/// New pods of each run, and the time between two of them.
+/// Number of new pods in each run, and the time between two of them.
 const LINKS: u32 = 300;
 const INTERVAL: Duration = Duration::from_millis(100);
-/// Half of the calls under one name.
+/// Number of connect(2) and of sendto(2) calls under one name.
 const BURST: u32 = 500;
 
-/// Load beside the new pods.
+/// Load that runs beside the new pods.
 #[derive(Clone, Copy)]
 enum Load {
     None,
@@ -49,7 +50,7 @@ enum Load {
     Denied,
 }
 
-/// Node with its mounts, pods and cgroups.
+/// A node with its mounts, pods and cgroups.
 struct Node<'w> {
     world: &'w World,
     pods: Vec<Pod>,
@@ -58,7 +59,7 @@ struct Node<'w> {
 }
 
 fn main() {
-    // Before any thread starts: the agent inherits the mounts.
+    // Runs before any thread starts, so that the agent inherits the mounts.
     unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace");
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
         .expect("make mounts private");
@@ -108,7 +109,7 @@ const HEAD: [&str; 7] = [
 impl Node<'_> {
     fn measure(&self, name: &str, load: Load) -> Vec<String> {
         eprintln!("{name}");
-        // At this level the log lists each attachment, also of many in a second.
+        // At this level the log lists every attachment, even many within a second.
         let agent = self.world.agent().hooks(HOOKS).args(&["--log-level", "debug"]).spawn_ready();
         self.world.status_when("every pod has its TCX link", Status::all_pods_have_tcx);
         let (is_over, sent) = (AtomicBool::new(false), AtomicU32::new(0));
@@ -145,7 +146,7 @@ impl Node<'_> {
         ]
     }
 
-    /// Sends under ever new names, from one network namespace and cgroup after another.
+    /// Sends under changing names, from one network namespace and cgroup after another.
     fn send(&self, number: usize, to: Ipv4Addr, is_over: &AtomicBool, sent: &AtomicU32) {
         let to = SocketAddr::new(IpAddr::V4(to), 80);
         let pods = self.pods.iter().cycle().skip(number * self.pods.len() / SENDERS);
@@ -160,7 +161,7 @@ impl Node<'_> {
                     prctl::set_name(&name).expect("name a thread");
                     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a UDP socket");
                     for _ in 0..BURST {
-                        // A call that the socket hook denies, or a packet without the hook.
+                        // Either the socket hook denies the call, or a packet is sent if the hook is off.
                         let _denied = socket.connect(to);
                         let _denied = socket.send_to(b"GET", to);
                     }
@@ -170,7 +171,7 @@ impl Node<'_> {
         }
     }
 
-    /// Milliseconds of one request after another.
+    /// Returns the milliseconds of consecutive requests.
     fn probe_health(&self, is_over: &AtomicBool) -> Vec<f64> {
         let mut took = Vec::new();
         while !is_over.load(Ordering::Relaxed) {

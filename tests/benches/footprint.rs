@@ -1,4 +1,4 @@
-//! What the agent itself takes: memory, and CPU while nothing happens, on a node with 250 pods of which the API server tells.
+//! Resources of the agent on an idle node with 250 pods from an API server: memory and CPU time.
 
 use std::time::Duration;
 
@@ -12,9 +12,9 @@ use imds_tests::{
 
 const PODS: usize = 250;
 const NODE: &str = "node-0";
-/// How long links may take to get TCX in the place of their filters.
+/// Time limit for links to receive TCX in place of their filters.
 const PATIENCE: Duration = Duration::from_mins(2);
-/// How long nothing happens.
+/// Duration of the idle period.
 const IDLE: Duration = Duration::from_mins(1);
 
 fn main() {
@@ -23,7 +23,7 @@ fn main() {
     let kubelet = Kubelet::new();
     let kubeconfig = world.scratch_dir().join("kubeconfig");
     server.write_kubeconfig(&kubeconfig);
-    eprintln!("making {PODS} pods");
+    eprintln!("creating {PODS} pods");
     let pods: Vec<_> = (0..PODS)
         .map(|number| {
             let link = world.add_pod(PodLink::Routed);
@@ -41,21 +41,21 @@ fn main() {
         kubeconfig.display()
     );
     let agent = world.agent().config(&config).hooks(&["from_pod", "node_egress", "socket"]).spawn_ready();
-    world.status_when("every pod is located", |status| status.has_located(PODS));
-    // One after another: that is work, too.
+    world.status_when("the sandbox of every pod is found", |status| status.has_located(PODS));
+    // Links are upgraded one after another, which also takes CPU time.
     poll_until(PATIENCE, "every pod to have its TCX link", || {
         world.status().all_pods_have_tcx().then_some(())
     });
     let process = Process::new(agent.pid());
-    eprintln!("watching it for {IDLE:?}");
+    eprintln!("measuring the idle agent for {IDLE:?}");
     let used = process.cpu_at_rest(IDLE);
     println!("{PODS} pods, {} exempt senders, {}\n", world.status().exemptions.len(), machine());
     let [resident, most, own] = ["VmRSS", "VmHWM", "RssAnon"].map(|kind| process.memory(kind));
     let row = |what: &str, value: String| vec![what.to_owned(), value];
     let rows = [
         row("resident memory", format!("{resident:.1} MiB")),
-        row("most so far", format!("{most:.1} MiB")),
-        row("of it not a file's", format!("{own:.1} MiB")),
+        row("peak memory", format!("{most:.1} MiB")),
+        row("anonymous memory", format!("{own:.1} MiB")),
         row("CPU", format!("{used:.3} % of one")),
     ];
     print!("{}", table(&["at rest", "takes"], &rows));

@@ -1,4 +1,4 @@
-//! Plots, as SVG, where somebody wants them.
+//! Optional plots in SVG format.
 
 use std::{env, error::Error, path::PathBuf};
 
@@ -7,7 +7,7 @@ use plotters::prelude::{
     LineSeries, PathElement, RGBColor, Rectangle, SVGBackend, SegmentValue, SeriesLabelPosition, Text, WHITE,
 };
 
-/// Names the directory that plots are written to; without it there are none.
+/// Environment variable with the directory of the plots. Without it, no plots are written.
 const DIRECTORY: &str = "IMDS_BENCH_PLOTS";
 const WIDTH: u32 = 900;
 const FONT: (&str, u32) = ("sans-serif", 14);
@@ -16,7 +16,7 @@ const OTHERS: RGBColor = RGBColor(165, 165, 165);
 const COLORS: [RGBColor; 4] =
     [RGBColor(31, 97, 141), RGBColor(202, 111, 30), RGBColor(30, 132, 73), RGBColor(118, 68, 138)];
 
-/// Draws one bar for each name, those that are ours in another colour.
+/// Draws one bar per name. Bars of the agent have a different color.
 #[allow(dead_code, reason = "each benchmark has one kind of plot")]
 pub(crate) fn bars(name: &str, title: &str, bars: &[(&str, f64, bool)]) {
     let draw = |path: PathBuf| -> Result<(), Box<dyn Error>> {
@@ -31,7 +31,7 @@ pub(crate) fn bars(name: &str, title: &str, bars: &[(&str, f64, bool)]) {
             .x_label_area_size(28)
             .y_label_area_size(290)
             .build_cartesian_2d(0.0..most * 1.1, (0..count).into_segmented())?;
-        // The first is at the top.
+        // The first bar is at the top.
         let at = |row: usize| count - 1 - row;
         let label = |row: &SegmentValue<usize>| match row {
             SegmentValue::CenterOf(row) if *row < count => bars[at(*row)].0.to_owned(),
@@ -54,7 +54,7 @@ pub(crate) fn bars(name: &str, title: &str, bars: &[(&str, f64, bool)]) {
     to_file(name, draw);
 }
 
-/// Draws lines through points whose axes are logarithmic.
+/// Draws lines through points on logarithmic axes.
 #[allow(dead_code, reason = "as above")]
 pub(crate) fn lines(name: &str, title: &str, lines: &[(&str, Vec<(f64, f64)>)]) {
     let draw = |path: PathBuf| -> Result<(), Box<dyn Error>> {

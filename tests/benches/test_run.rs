@@ -1,6 +1,6 @@
-//! What the programs cost, by `BPF_PROG_TEST_RUN`, against an empty program measured in the same run.
+//! Cost of the BPF programs, measured with `BPF_PROG_TEST_RUN` against an empty program in the same run.
 //!
-//! Rounds are interleaved, so that what else the machine does falls on all alike; the median counts.
+//! Rounds are interleaved, so that other load of the machine affects all programs alike. The results are medians.
 
 use std::hint::black_box;
 
@@ -58,7 +58,7 @@ fn main() {
     println!("{}", instructions(&enforcing));
 }
 
-/// How long the programs are.
+/// Returns a table with the sizes of the programs.
 fn instructions(object: &Object) -> String {
     let rows: Vec<_> = object
         .program_names()
@@ -79,7 +79,7 @@ fn instructions(object: &Object) -> String {
     table(&["program", "instructions", "compiled", "followed by the verifier"], &rows)
 }
 
-/// As many as there can be.
+/// Returns the largest possible set of endpoints.
 fn endpoints() -> Vec<(Address, Endpoint)> {
     let endpoint = |id, keep| Endpoint { name: [0; 16], id, keep };
     let nothing = [Service::NONE; 8];
@@ -100,7 +100,8 @@ fn endpoints() -> Vec<(Address, Endpoint)> {
     endpoints
 }
 
-/// Nanoseconds of an empty run and of one of ours, one right after the other.
+/// Returns the nanoseconds of a run of the empty program and of the agent's program, measured one right after the
+/// other.
 fn round(empty: &SchedClassifier, ours: &SchedClassifier, packet: &[u8]) -> (f64, f64) {
     let time = |program| program::nanoseconds(program, black_box(packet), REPEAT);
     (time(empty), time(ours))
@@ -124,15 +125,15 @@ fn packets() -> Vec<(&'static str, Vec<u8>)> {
     let mut vlan = udp([198, 51, 100, 10]);
     vlan.splice(12..12, [0x81, 0x00, 0x00, 0x05]);
     vec![
-        ("IPv4, not ours", udp([198, 51, 100, 10])),
+        ("IPv4, unprotected", udp([198, 51, 100, 10])),
         ("IPv4, 169.254.169.253", udp([169, 254, 169, 253])),
-        ("IPv6, not ours", ipv6(documentation, 2)),
+        ("IPv6, unprotected", ipv6(documentation, 2)),
         ("ARP", arp),
-        ("IPv4 with a VLAN tag, not ours", vlan),
+        ("IPv4 with a VLAN tag, unprotected", vlan),
         ("IPv4 to 169.254.169.254, denied", udp(IMDS_IPV4)),
         ("IPv4 to 168.63.129.16, denied", udp([168, 63, 129, 16])),
-        ("IPv4 to one of the others, denied", udp([10, 98, 0, 1])),
+        ("IPv4 to another endpoint, denied", udp([10, 98, 0, 1])),
         ("IPv6 to fd00:ec2::254, denied", ipv6(IMDS_IPV6, 80)),
-        ("IPv6 to fd20:ce::254, kept", ipv6(RESOLVER_IPV6, 53)),
+        ("IPv6 to fd20:ce::254, allowed", ipv6(RESOLVER_IPV6, 53)),
     ]
 }

@@ -1,4 +1,4 @@
-//! Time until `from_pod` is attached to new links, by the log of the agent.
+//! Time until `from_pod` is attached to new links, measured from the agent's log.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -6,7 +6,7 @@ use imds_tests::{Agent, measure::Samples, poll::poll_until};
 
 use crate::links::MadeLink;
 
-/// Log line of an attachment, up to the name of the interface.
+/// Log line of an attachment, up to the interface name.
 const ATTACHED: &str = "attached from_pod to ";
 
 /// Milliseconds from the first event of each link to the log line of its attachment. Links that were deleted before their

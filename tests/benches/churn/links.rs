@@ -1,4 +1,4 @@
-//! Links of pods that come and go: veth pairs into a few network namespaces.
+//! Links of short-lived pods: veth pairs into a few network namespaces.
 
 use std::{
     io::{self, Write as _},
@@ -17,9 +17,9 @@ use nix::sys::{
     time::TimeVal,
 };
 
-/// Number of network namespaces of the pods, and of links at a time.
+/// Number of pod network namespaces, and of links at a time.
 pub(crate) const NAMESPACES: u32 = 50;
-/// Index of the first link. The others follow, so that events name them.
+/// Index of the first link. Later links have consecutive indices, so that events identify them.
 const FIRST_INDEX: u32 = 1_000_000;
 /// Time limit for making one link.
 const TIMEOUT: TimeVal = TimeVal::new(10, 0);
@@ -28,21 +28,21 @@ const GROUPS: u32 = 1;
 const NEW_LINK: u16 = 16;
 const IFF_UP: u32 = 1;
 
-/// A link that was made.
+/// A link that the benchmark created.
 #[derive(Clone, Debug)]
 pub(crate) struct MadeLink {
     /// Name of the host-side interface.
     pub(crate) name: String,
-    /// Arrival of the kernel's first event of it.
+    /// Time of the kernel's first event for the link.
     pub(crate) announced: Instant,
-    /// Milliseconds from the request until it was up.
+    /// Milliseconds from the request until the link was up.
     pub(crate) took: f64,
 }
 
-/// Makes links, and deletes those that were made before.
+/// Creates links and deletes earlier ones.
 #[derive(Debug)]
 pub(crate) struct Churn<'n> {
-    /// One `ip` for all requests.
+    /// One `ip` process for all requests.
     ip: Child,
     commands: ChildStdin,
     events: OwnedFd,
@@ -59,7 +59,7 @@ impl<'n> Churn<'n> {
         Self { ip, commands, events, namespaces }
     }
 
-    /// Makes `count` links, one per `interval`, and deletes all of them.
+    /// Creates `count` links, one per `interval`, and deletes all of them.
     pub(crate) fn run(mut self, count: u32, interval: Duration) -> Vec<MadeLink> {
         let start = Instant::now();
         let mut made = Vec::new();
@@ -109,8 +109,8 @@ fn listen() -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// Indices and flags of the new links in a datagram. A message starts with 16 bytes of struct nlmsghdr, with its length and
-/// type in front; struct ifinfomsg follows, with the index and the flags at bytes 4 and 8.
+/// Returns the indices and flags of the new links in a datagram. A message starts with the 16 bytes of struct nlmsghdr,
+/// whose length and type come first. struct ifinfomsg follows, with the index at byte 4 and the flags at byte 8.
 fn new_links(mut rest: &[u8]) -> Vec<(u32, u32)> {
     let mut links = Vec::new();
     while let Some(length) = rest.first_chunk().map(|length| u32::from_ne_bytes(*length))

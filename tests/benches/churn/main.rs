@@ -1,4 +1,4 @@
-//! New pods beside the agent: the time until `from_pod` is attached, and the time that it takes to make their links.
+//! New pods while the agent runs: the time until `from_pod` is attached, and the time to create their links.
 
 mod latency;
 mod links;
@@ -13,9 +13,9 @@ use latency::latencies;
 use links::{Churn, MadeLink, NAMESPACES};
 
 const HOOKS: &[&str] = &["from_pod", "node_egress", "socket"];
-/// Links of each run.
+/// Number of links in each run.
 const LINKS: u32 = 300;
-/// Time between two links at 10 and at 50 pods a second.
+/// Time between two links at 10 pods a second, and at 50.
 const CALM: Duration = Duration::from_millis(100);
 const BURST: Duration = Duration::from_millis(20);
 

@@ -1,7 +1,8 @@
-//! How the agent grows with the pods of a node: to cover them, to follow new ones, to be started again, and what it takes.
+//! Scalability of the agent with the number of pods on a node: time to enforce them, to handle new ones and to restart,
+//! and resources.
 //!
-//! Pods have a namespace, a routed link, a cgroup with a process, and are in the API server, every fifth of them exempt by
-//! a rule. Those that come and go while it is measured are links into other namespaces.
+//! Each pod has a namespace, a routed link, a cgroup with a process, and an object in the API server. A rule exempts
+//! every fifth pod. Short-lived pods during a measurement are links into other namespaces.
 
 #[path = "../churn/links.rs"]
 mod churn;
@@ -29,14 +30,14 @@ use churn::{Churn, MadeLink};
 const SIZES: [usize; 5] = [10, 30, 100, 300, 1000];
 const NODE: &str = "node-0";
 const HOOKS: &[&str] = &["from_pod", "node_egress", "socket"];
-/// Links that come and go while CPU time is measured, 50 a second.
+/// Number of links that come and go while CPU time is measured, 50 a second.
 const LINKS: u32 = 750;
 const INTERVAL: Duration = Duration::from_millis(20);
-/// How often each start is measured.
+/// Number of measurements of each start.
 const STARTS: usize = 5;
-/// How long nothing happens while CPU time is measured.
+/// Duration of the idle period in which CPU time is measured.
 const REST: Duration = Duration::from_secs(20);
-/// How long an agent may take to say that all is guarded.
+/// Time limit for an agent to report that everything is enforced.
 const PATIENCE: Duration = Duration::from_mins(1);
 
 fn main() {
@@ -70,7 +71,7 @@ const HEAD: [&str; 7] = [
     "CPU at 50 pods/s",
 ];
 
-/// What was measured with so many pods: times in milliseconds, memory in MiB, CPU in percent of one.
+/// Results for one number of pods: times in milliseconds, memory in MiB, CPU time in percent of one CPU.
 #[derive(Debug)]
 struct Row {
     pods: u32,
@@ -97,7 +98,7 @@ impl Row {
     }
 }
 
-/// A node of which an API server tells.
+/// A node with pods that an API server lists.
 struct Node {
     world: World,
     server: ApiServer,
@@ -181,8 +182,8 @@ impl Node {
         }
     }
 
-    /// Starts an agent, and returns the milliseconds until it reports to the service manager that it is ready: the node-wide
-    /// hooks cover all pods then.
+    /// Starts an agent. Returns the milliseconds until it notifies the service manager that it is ready: the node-wide
+    /// hooks then cover all pods.
     fn start(&self) -> (Agent<'_>, f64) {
         let path = self.world.scratch_dir().join("notify");
         let notified = listen(&path);
@@ -193,7 +194,7 @@ impl Node {
         (agent, start.elapsed().as_secs_f64() * 1e3)
     }
 
-    /// Waits until each pod has its program too, whose attachments take turns.
+    /// Waits until each pod also has its own program. Attachments run one after another.
     fn wait_all_enforced(&self, agent: &Agent<'_>) {
         poll_until(PATIENCE * 4, "every pod to have its program", || {
             let status = self.world.status();
@@ -201,9 +202,10 @@ impl Node {
         });
     }
 
-    /// Until every pod is located and has its TCX link: a good while, as they take turns.
+    /// Waits until the sandbox of every pod is found and every pod has its TCX link. Links are upgraded one after
+    /// another, which takes long.
     fn wait_settled(&self, pods: usize) {
-        poll_until(PATIENCE * 4, "every pod to be located and held by TCX", || {
+        poll_until(PATIENCE * 4, "the sandbox and TCX link of every pod", || {
             let status = self.world.status();
             let of_pods = status.interfaces.iter().filter(|interface| interface.role == "pod");
             let is_settled = status.has_located(pods) && status.all_pods_have_tcx();
@@ -213,7 +215,7 @@ impl Node {
 }
 
 fn listen(path: &Path) -> UnixDatagram {
-    // That of the start before.
+    // Removes the socket of the previous start.
     let _ = std::fs::remove_file(path);
     let socket = UnixDatagram::bind(path).expect("bind a socket");
     socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");

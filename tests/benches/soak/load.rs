@@ -1,4 +1,4 @@
-//! What happens on the node.
+//! Load on the node during the soak test.
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -25,25 +25,25 @@ use imds_tests::{
 };
 
 const NODE: &str = "node-0";
-/// How many pods there are at a time, besides those that flood.
+/// Number of short-lived pods at a time, besides the flooding ones.
 const LIVING: usize = 20;
 const BETWEEN_PODS: Duration = Duration::from_millis(400);
 const BETWEEN_CONFIGURATIONS: Duration = Duration::from_secs(4);
 const BETWEEN_SCRAPES: Duration = Duration::from_secs(1);
-/// How long of each second both flooding pods send.
+/// Part of each second in which both flooding pods send.
 const BURST: Duration = Duration::from_millis(100);
-/// Every so many pods the API server forgets what was, and closes all connections.
+/// Number of pods after which the API server discards its history and closes all connections.
 const BETWEEN_COMPACTIONS: u32 = 100;
 
-/// The cluster that the node is of.
+/// The cluster of the node.
 pub(crate) struct Cluster<'w> {
     world: &'w World,
-    // Dropped first: the server's thread is woken from outside.
+    // Dropped first, because its thread is woken through the node's namespace.
     server: ApiServer,
     kubelet: Kubelet,
-    /// The agent's configuration.
+    /// Path of the agent's configuration.
     pub(crate) config: PathBuf,
-    /// Addresses of pods that were exempt at some time.
+    /// Addresses of pods that have been exempt at any time.
     exempt: Mutex<BTreeSet<Ipv4Addr>>,
     made: AtomicU64,
     sent: AtomicU64,
@@ -60,7 +60,7 @@ impl<'w> Cluster<'w> {
         cluster
     }
 
-    /// One of many that deny the same.
+    /// Returns one of many configurations that deny the same traffic.
     fn configuration(&self, number: u32) -> String {
         let answer = ["drop", "reject"][number as usize % 2];
         let socket = number % 5 != 4;
@@ -81,7 +81,7 @@ impl<'w> Cluster<'w> {
     fn configure(&self, text: &str) {
         let new = self.config.with_extension("new");
         fs::write(&new, text).expect("write a configuration");
-        fs::rename(new, &self.config).expect("put a configuration in place");
+        fs::rename(new, &self.config).expect("replace the configuration");
     }
 
     fn add_pod(&self, number: u32) -> Tenant {
@@ -105,7 +105,7 @@ impl<'w> Cluster<'w> {
         self.server.apply(pod(&tenant.uid, NODE, "kube-system", "agent", &labels));
     }
 
-    /// The API server hears of it before or after the kernel does.
+    /// Deletes a pod, alternately first from the API server or first from the kernel.
     fn remove(&self, tenant: Tenant, number: u32) {
         let Tenant { uid, cgroup, pod } = tenant;
         if number.is_multiple_of(2) {
@@ -118,14 +118,14 @@ impl<'w> Cluster<'w> {
     }
 }
 
-/// A pod that comes and goes.
+/// A short-lived pod.
 struct Tenant {
     uid: String,
     cgroup: PodCgroup,
     pod: Pod,
 }
 
-/// All that goes on while one agent runs.
+/// Load while one agent runs.
 pub(crate) struct Load<'c> {
     cluster: &'c Cluster<'c>,
     flooders: &'c [Pod; 2],
@@ -138,7 +138,7 @@ impl<'c> Load<'c> {
         Self { cluster, flooders, is_over: AtomicBool::new(false), failed_scrapes: AtomicU64::new(0) }
     }
 
-    /// In the background, until it is stopped.
+    /// Starts the load in the background. [`Self::stop`] ends it.
     pub(crate) fn start<'s>(&'s self, scope: &'s Scope<'s, '_>) {
         scope.spawn(|| self.come_and_go());
         scope.spawn(|| self.reconfigure());
@@ -150,12 +150,12 @@ impl<'c> Load<'c> {
         self.is_over.store(true, Ordering::Relaxed);
     }
 
-    /// How many pods were made, of all agents.
+    /// Returns the number of pods created so far, for all agents.
     pub(crate) fn pods(&self) -> u64 {
         self.cluster.made.load(Ordering::Relaxed)
     }
 
-    /// How many packets the floods sent, of all agents.
+    /// Returns the number of packets that the floods sent so far, for all agents.
     pub(crate) fn sent(&self) -> u64 {
         self.cluster.sent.load(Ordering::Relaxed)
     }
@@ -164,7 +164,7 @@ impl<'c> Load<'c> {
         self.failed_scrapes.load(Ordering::Relaxed)
     }
 
-    /// What of it came from pods that were exempt at some time.
+    /// Returns the number of arrivals from pods that have been exempt at any time.
     pub(crate) fn arrivals_of_exempt(&self, arrivals: &Arrivals) -> u64 {
         let exempt = self.cluster.exempt.lock().expect("no thread panicked");
         exempt.iter().map(|&address| arrivals.from(address)).sum()
@@ -178,7 +178,7 @@ impl<'c> Load<'c> {
         let (cluster, mut living) = (self.cluster, VecDeque::new());
         for number in (0..).take_while(|_| self.goes_on()) {
             let tenant = cluster.add_pod(number);
-            // By the socket hook, and past it.
+            // One request with a socket in the cgroup of the socket hook, one with a socket outside.
             cluster.world.in_cgroup(|| http_get(&tenant.pod.netns, METADATA, SHORT));
             udp_echo(&tenant.pod.netns, METADATA, Duration::from_millis(20));
             if number % 8 == 4 {
@@ -202,7 +202,7 @@ impl<'c> Load<'c> {
         }
     }
 
-    /// Every fourth is refused.
+    /// Replaces the configuration repeatedly. The agent must reject every fourth one.
     fn reconfigure(&self) {
         let refused =
             ["nonsense = 1\n", "mode = 'enforce\n", "provider = 'nobody'\n", "[[exempt]]\nname = 'x'\n"];
@@ -217,7 +217,7 @@ impl<'c> Load<'c> {
         cluster.configure(&cluster.configuration(0));
     }
 
-    /// A part of each second: the machine has others to serve.
+    /// Floods during a part of each second only, which leaves CPU time for the other load.
     fn flood(&self) {
         let [routed, bridged] = self.flooders;
         while self.goes_on() {
@@ -241,7 +241,7 @@ impl<'c> Load<'c> {
     }
 }
 
-/// `imds-agent events`, and what it was told.
+/// The process `imds-agent events` and the number of events that it printed.
 pub(crate) struct Follower {
     process: Child,
     told: Arc<AtomicU64>,
@@ -255,7 +255,7 @@ impl Follower {
         let (told, suppressed) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
         let lines = BufReader::new(process.stdout.take().expect("a pipe")).lines();
         let (count, sum) = (Arc::clone(&told), Arc::clone(&suppressed));
-        // Ends with the process.
+        // The thread ends with the process.
         thread::spawn(move || {
             for line in lines.map_while(Result::ok) {
                 let event: serde_json::Value = serde_json::from_str(&line).expect("JSON");
@@ -266,7 +266,7 @@ impl Follower {
         Self { process, told, suppressed }
     }
 
-    /// Events, and how many more these say that there were.
+    /// Returns the number of events, and of suppressed events that they report.
     pub(crate) fn heard(&self) -> (u64, u64) {
         (self.told.load(Ordering::Relaxed), self.suppressed.load(Ordering::Relaxed))
     }

@@ -1,6 +1,6 @@
-//! A node for an hour: pods come and go, configurations are loaded and refused, pods flood the metadata service, and somebody
-//! follows events and reads metrics. Says whether the agent takes no more at the end than before, and whether each packet was
-//! denied and accounted for: `cargo xtask soak`.
+//! An hour of load on a node: pods come and go, configurations are loaded and rejected, pods flood the metadata
+//! service, and clients subscribe to events and read metrics. Reports whether the agent's resource usage grows, and
+//! whether every packet was denied and accounted for: `cargo xtask soak`.
 
 mod load;
 mod sample;
@@ -20,12 +20,12 @@ use load::{Cluster, Follower, Load};
 use sample::{Row, Sampler};
 use verdict::Outcome;
 
-/// Names how long it takes, in minutes.
+/// Environment variable with the duration in minutes.
 const MINUTES: &str = "IMDS_SOAK_MINUTES";
 const PERIOD: Duration = Duration::from_secs(10);
-/// How long what was sent last may be on its way.
+/// Time for the last packets to be processed.
 const REST: Duration = Duration::from_secs(3);
-/// How many agents do it one after another: each but the last is killed.
+/// Number of agents that run one after another. All but the last are killed.
 const AGENTS: u32 = 2;
 
 fn main() -> ExitCode {
@@ -58,13 +58,13 @@ fn main() -> ExitCode {
         sleep(REST);
         let last = sampler.row(&load, &follower);
         println!("{last}");
-        println!("agent {number} is {}", if number < AGENTS { "killed" } else { "told to stop" });
+        println!("agent {number} is {}", if number < AGENTS { "killed" } else { "terminated" });
         outcome.add(&rows, &last, follower.stop(), sampler.objects());
         outcome.held_at_rest.push(sample::held(&world));
         if number < AGENTS {
             agent.kill9();
         } else {
-            assert!(agent.terminate().success(), "the agent does not end well");
+            assert!(agent.terminate().success(), "the agent must exit with success");
         }
     }
     world.unload();
@@ -78,7 +78,7 @@ fn start_agent<'w>(world: &'w World, config: &Path) -> Agent<'w> {
     let config = config.to_str().expect("a path of ours");
     let agent = world.imds_agent(&["run"]).config_file(config).args(&["--cgroup", cgroup]).spawn_ready();
     if hook::has_tcx() {
-        // A filter holds a pod until there is time for TCX.
+        // A clsact filter denies the pod until the TCX link is attached.
         world.status_when("every pod has its TCX link", Status::all_pods_have_tcx);
     }
     agent

@@ -1,4 +1,4 @@
-//! What the agent takes and says at one moment.
+//! Resource usage and counters of the agent at one moment.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,42 +19,42 @@ use imds_tests::{
 
 use crate::load::{Follower, Load};
 
-/// Maps that have an entry for each pod or interface.
+/// Maps with an entry for each pod or interface.
 const MAPS: [&str; 4] = ["imds_interfaces", "imds_counters", "imds_pods", "imds_exempt"];
 
-/// One moment. What is counted is so from the first agent's start on, unless it says otherwise.
+/// Values at one moment. Counters begin with the first agent unless the field says otherwise.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Row {
     elapsed: Duration,
-    /// Resident memory in KiB, and what of it is no file's.
+    /// Resident memory in KiB. The next field is its anonymous part.
     rss: u64,
     pub(crate) anonymous: u64,
     pub(crate) descriptors: u64,
-    /// Of one processor.
+    /// Percent of one CPU.
     cpu_percent: f64,
     pods: u64,
-    /// Since this agent's start.
+    /// Number of reloads since the start of this agent.
     pub(crate) reloads: u64,
-    /// Likewise.
+    /// Number of rejected configurations since the start of this agent.
     pub(crate) refused: u64,
     sent: u64,
     pub(crate) denied: u64,
     /// Packets and calls of any verdict.
     pub(crate) counted: u64,
-    /// Since this agent's start.
+    /// Number of events since the start of this agent.
     pub(crate) told: u64,
-    /// Likewise.
+    /// Number of suppressed events since the start of this agent.
     pub(crate) suppressed: u64,
     pub(crate) untold: u64,
-    /// What this agent's follower heard.
+    /// Number of events that this agent's subscriber received.
     heard: u64,
-    /// Packets to the metadata service of pods that were never exempt.
+    /// Packets to the metadata service from pods that were never exempt.
     pub(crate) strangers: u64,
     pub(crate) failed_scrapes: u64,
 }
 
 impl Row {
-    pub(crate) const TITLES: &str = " elapsed  RSS KiB anon KiB fds  CPU %   pods reloads refused         sent       denied    told  suppressed  untold   heard arrived";
+    pub(crate) const TITLES: &str = " elapsed  RSS KiB anon KiB fds  CPU %   pods reloads refused         sent       denied  events  suppressed pending received arrived";
 }
 
 impl fmt::Display for Row {
@@ -62,7 +62,7 @@ impl fmt::Display for Row {
         let seconds = self.elapsed.as_secs();
         write!(
             f,
-            "{:4}:{:02}  {:8} {:8} {:3} {:6.2} {:6} {:7} {:7} {:12} {:12} {:7} {:11} {:7} {:7} {:7}",
+            "{:4}:{:02}  {:8} {:8} {:3} {:6.2} {:6} {:7} {:7} {:12} {:12} {:7} {:11} {:7} {:8} {:7}",
             seconds / 60,
             seconds % 60,
             self.rss,
@@ -83,18 +83,18 @@ impl fmt::Display for Row {
     }
 }
 
-/// Looks at one agent.
+/// Takes samples of one agent.
 pub(crate) struct Sampler<'w> {
     world: &'w World,
     process: String,
     start: Instant,
     usage: Process,
-    /// Seconds of CPU time, and when it was so much.
+    /// CPU time in seconds at the last sample, and the time of that sample.
     before: (f64, Instant),
     objects: BTreeSet<Object>,
 }
 
-/// A program or map of the agent's.
+/// Id of a BPF program or map of the agent.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub(crate) enum Object {
     Program(u32),
@@ -102,7 +102,7 @@ pub(crate) enum Object {
 }
 
 impl<'w> Sampler<'w> {
-    /// Since the `start` of the first agent.
+    /// Creates a sampler for an agent. `start` is the start of the first agent.
     pub(crate) fn new(world: &'w World, agent: &Agent<'_>, start: Instant) -> Self {
         let process = format!("/proc/{}", agent.pid());
         let usage = Process::new(agent.pid());
@@ -138,20 +138,20 @@ impl<'w> Sampler<'w> {
         }
     }
 
-    /// All of the agent's that were seen.
+    /// Returns all programs and maps of the agent that any sample saw.
     pub(crate) fn objects(self) -> BTreeSet<Object> {
         self.objects
     }
 }
 
-/// What is in the kernel for interfaces and pods: pinned links, and entries of maps.
+/// Counts kernel objects for interfaces and pods: pinned links and map entries.
 pub(crate) fn held(world: &World) -> BTreeMap<String, usize> {
     let links = fs::read_dir(world.pin_dir().join("links")).map_or(0, Iterator::count);
     let entries = MAPS.map(|name| (name.to_owned(), entries(&world.pin_dir().join("maps").join(name))));
     entries.into_iter().chain([("links".to_owned(), links)]).collect()
 }
 
-/// Those of interfaces that are gone are no interface's: they are not counted.
+/// Counts the entries of a map. Skips index 0, which sums the counters of deleted interfaces.
 fn entries(pin: &Path) -> usize {
     let output =
         Command::new("bpftool").args(["-j", "map", "dump", "pinned"]).arg(pin).output().expect("bpftool");
@@ -160,8 +160,8 @@ fn entries(pin: &Path) -> usize {
     entries.iter().filter(|entry| entry["formatted"]["key"]["ifindex"] != 0).count()
 }
 
-/// Which of these objects there still are after a while, and whether the pin directory is: the kernel frees what is unused when
-/// it has time.
+/// Returns the given objects that still exist after a while, and the pin directory if it exists. The kernel frees
+/// unused objects asynchronously.
 pub(crate) fn left(world: &World, objects: &BTreeSet<Object>) -> Vec<String> {
     let gone = try_poll(LONG, || left_now(world, objects).is_empty().then_some(()));
     if gone.is_some() { Vec::new() } else { left_now(world, objects) }
@@ -176,10 +176,10 @@ fn left_now(world: &World, objects: &BTreeSet<Object>) -> Vec<String> {
     left.map(|object| format!("{object:?}")).chain(directory).collect()
 }
 
-/// Of which the process has descriptors.
+/// Returns the programs and maps for which the process has descriptors.
 fn objects(process: &str) -> BTreeSet<Object> {
     let infos = fs::read_dir(format!("{process}/fdinfo")).into_iter().flatten().flatten();
-    // One may be closed meanwhile.
+    // The process may close a descriptor concurrently.
     let texts = infos.filter_map(|info| fs::read_to_string(info.path()).ok());
     let id =
         |text: &str, key: &str| text.lines().find_map(|line| line.strip_prefix(key)?.trim().parse().ok());
@@ -190,7 +190,7 @@ fn objects(process: &str) -> BTreeSet<Object> {
         .collect()
 }
 
-/// What the agent serves; nothing where it did not.
+/// Metrics that the agent serves. Empty if the request failed.
 struct Metrics(BTreeMap<String, u64>);
 
 impl Metrics {

@@ -1,4 +1,4 @@
-//! What comes of it all.
+//! Verdict over a soak test.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,33 +9,33 @@ use imds_tests::steady::{growth, median};
 
 use crate::sample::{Object, Row};
 
-/// By how much the memory of an agent may grow, in KiB: what an allocator keeps of its ups and downs.
+/// Allowed growth of the agent's memory in KiB, which covers memory that the allocator caches.
 const MEMORY: i64 = 1024;
-/// The same of its descriptors: those that are open for a moment.
+/// Allowed growth of the number of descriptors, which covers descriptors that are open for a moment.
 const DESCRIPTORS: i64 = 2;
 
-/// All that is judged.
+/// All measured results.
 #[derive(Debug, Default)]
 pub(crate) struct Outcome {
     agents: Vec<Usage>,
-    /// What was in the kernel before and after each agent's pods.
+    /// Number of kernel objects before and after each agent's pods.
     pub(crate) held_at_rest: Vec<BTreeMap<String, usize>>,
-    /// Packets to the metadata service of pods that were never exempt.
+    /// Packets to the metadata service from pods that were never exempt.
     strangers: u64,
-    /// Of all agents: events that were told, and those that these say were not.
+    /// Number of events of all agents. The next fields count suppressed and pending ones.
     told: u64,
     suppressed: u64,
-    /// The same as the followers heard it.
+    /// Number of events and suppressed events that the subscribers received.
     heard: (u64, u64),
     untold: u64,
     counted: u64,
     denied: u64,
     pub(crate) objects: BTreeSet<Object>,
-    /// What there still is after `unload`.
+    /// Objects that remain after `unload`.
     pub(crate) left: Vec<String>,
 }
 
-/// What one agent took, and by how much that grew.
+/// Resource usage of one agent and its growth.
 #[derive(Debug)]
 struct Usage {
     memory: Measured,
@@ -65,13 +65,13 @@ impl fmt::Display for Measured {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.growth {
             Some(growth) => write!(f, "{} ({growth:+})", self.median),
-            None => write!(f, "{} (too few to tell)", self.median),
+            None => write!(f, "{} (too few samples)", self.median),
         }
     }
 }
 
 impl Outcome {
-    /// Takes in what was seen of one agent, `last` of all at rest.
+    /// Adds the samples of one agent. `last` is the sample after the load ended.
     pub(crate) fn add(&mut self, rows: &[Row], last: &Row, heard: (u64, u64), objects: BTreeSet<Object>) {
         let all = |get: fn(&Row) -> u64| rows.iter().map(get).collect::<Vec<_>>();
         self.agents.push(Usage {
@@ -97,19 +97,19 @@ impl Outcome {
         let mut checks = vec![(
             self.strangers == 0 && self.denied > 0,
             format!(
-                "{} packets denied, {} arrived of pods that were never exempt",
+                "{} packets denied, {} arrived from pods that were never exempt",
                 self.denied, self.strangers
             ),
         )];
         for (number, agent) in (1..).zip(&self.agents) {
             let Usage { memory, descriptors, reloads, refused, failed_scrapes } = agent;
             checks.extend([
-                (memory.is_steady(MEMORY), format!("agent {number}: {memory} KiB of memory that is no file's")),
+                (memory.is_steady(MEMORY), format!("agent {number}: {memory} KiB of anonymous memory")),
                 (descriptors.is_steady(DESCRIPTORS), format!("agent {number}: {descriptors} descriptors")),
                 (
                     *reloads > 0 && *refused > 0 && *failed_scrapes == 0,
                     format!(
-                        "agent {number}: {reloads} configurations loaded, {refused} refused, {failed_scrapes} reads of \
+                        "agent {number}: {reloads} configurations loaded, {refused} rejected, {failed_scrapes} reads of \
                          metrics failed"
                     ),
                 ),
@@ -119,16 +119,16 @@ impl Outcome {
         checks.push((
             explained == self.counted,
             format!(
-                "{} packets and calls counted = {} told + {} suppressed + {} yet untold",
+                "{} packets and calls counted = {} events + {} suppressed + {} pending",
                 self.counted, self.told, self.suppressed, self.untold
             ),
         ));
         checks.push((
             self.heard == (self.told, self.suppressed),
-            format!("followers heard {} and of {} more", self.heard.0, self.heard.1),
+            format!("subscribers received {} events and {} suppressed", self.heard.0, self.heard.1),
         ));
         let is_held_steady = self.held_at_rest.windows(2).all(|pair| pair[0] == pair[1]);
-        checks.push((is_held_steady, format!("in the kernel at rest: {:?}", self.held_at_rest)));
+        checks.push((is_held_steady, format!("kernel objects at rest: {:?}", self.held_at_rest)));
         checks.push((
             self.left.is_empty(),
             format!("after unload, of {} programs and maps: {:?} left", self.objects.len(), self.left),
@@ -141,12 +141,12 @@ impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "in brackets: the median of the last third of an agent's time less that of the third before\n\
+            "in brackets: the median of the last third of an agent's run minus that of the middle third\n\
              (at most {MEMORY} KiB and {DESCRIPTORS} descriptors)"
         )?;
         for (is_good, what) in self.checks() {
             writeln!(f, "{} {what}", if is_good { "ok  " } else { "FAIL" })?;
         }
-        write!(f, "{}", if self.is_good() { "the agent held" } else { "the agent did NOT hold" })
+        write!(f, "{}", if self.is_good() { "the agent passed" } else { "the agent FAILED" })
     }
 }

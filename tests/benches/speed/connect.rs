@@ -1,4 +1,4 @@
-//! Calls of sockets: cost of connect(2) and sendto(2), and how long a denied client waits.
+//! Socket calls: cost of connect(2) and sendto(2), and waiting time of a denied client.
 
 use std::{
     io::ErrorKind,
@@ -16,11 +16,11 @@ use crate::guard::{Guard, On};
 const ROUNDS: usize = 25;
 const CALLS: u32 = 5_000;
 const PORT: u16 = 80;
-/// How long a client waits at most: the SDKs' patience is from one second to several minutes.
+/// Timeout of a client. SDKs use one second to several minutes.
 const PATIENCE: Duration = Duration::from_secs(3);
 const CPU: usize = 1;
 
-/// Measures calls to addresses that are not protected, with the hooks and without.
+/// Measures calls to unprotected addresses, with and without the hooks.
 pub(crate) fn latency(world: &World, pod: &Pod) -> String {
     let guards = [Guard::Nothing, Guard::EmptySocket, Guard::Socket, Guard::AllHooks];
     let mut costs = [const { Vec::new() }; 4];
@@ -57,8 +57,8 @@ pub(crate) fn latency(world: &World, pod: &Pod) -> String {
     format!("### Calls to an address that is not protected\n\n{}", table(&head, &rows))
 }
 
-/// Returns nanoseconds of a UDP socket's connect, of a TCP connection on loopback with its accept and close, and of sendto
-/// on an unconnected UDP socket.
+/// Returns nanoseconds of three operations: connect of a UDP socket; connect, accept and close of a TCP connection on
+/// loopback; sendto on an unconnected UDP socket.
 fn calls() -> [f64; 3] {
     run_on(CPU);
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a listener");
@@ -70,7 +70,7 @@ fn calls() -> [f64; 3] {
         drop(listener.accept().expect("accept"));
         drop(stream);
     };
-    // The receiver never reads: its full queue drops the datagrams, which keeps the rest of the cost small.
+    // The receiver never reads: its full queue drops the datagrams, which keeps the cost of reception small.
     let receiver = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a receiver");
     let (sender, to) = (UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)), receiver.local_addr());
     let (sender, to) = (sender.expect("a sender"), to.expect("its address"));
@@ -87,7 +87,7 @@ fn per_call(call: impl Fn(), calls: u32) -> f64 {
     start.elapsed().as_secs_f64() * 1e9 / f64::from(calls)
 }
 
-/// How long a client takes to find out.
+/// Measures the time until a client learns that it is denied.
 pub(crate) fn waiting(world: &World, pod: &Pod) -> String {
     let reject = || On::agent(world, &["from_pod"], "on_deny = 'reject'");
     let by_guard = |guard: Guard| move || guard.turn_on(world, pod);

@@ -1,4 +1,4 @@
-//! What is measured against each other.
+//! Alternatives that are compared with each other.
 
 use std::{fs::File, os::fd::OwnedFd, process::Command};
 
@@ -15,16 +15,16 @@ const TC_ACT_UNSPEC: i32 = -1;
 const TC_ACT_SHOT: i32 = 2;
 const CALLS: [bpf_attach_type; 4] =
     [BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG];
-/// Both addresses of the metadata service.
+/// Protects both addresses of the metadata service.
 const CONFIG: &str = "provider = 'aws'";
-/// The same as AKS' rule, and connections followed.
+/// The same restriction as AKS' rule, with connection tracking.
 const NFTABLES: &str = "add table inet guard
 add chain inet guard forward { type filter hook forward priority filter; }
 add rule inet guard forward ip daddr 169.254.169.254 ip saddr != 10.0.0.4 udp dport 80 drop
 add rule inet guard forward ip6 daddr fd00:ec2::254 ip6 saddr != fd10::4 udp dport 80 drop
 add rule inet guard forward ct state invalid drop";
 
-/// What keeps the pod from the metadata service, if anything does.
+/// Mechanism that blocks the pod's access to the metadata service, or a baseline.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Guard {
     Nothing,
@@ -41,16 +41,16 @@ pub(crate) enum Guard {
     AksMangle,
     Nftables,
     AwsReject,
-    /// To the letter: the others are about the protocol of the traffic here.
+    /// The rule exactly as AKS has it. The other variants match the protocol of the measured traffic.
     AksTcp,
 }
 
-/// A guard in force, until dropped.
+/// An active mechanism. Dropping it turns the mechanism off.
 pub(crate) struct On<'w> {
     world: &'w World,
     is_agent: bool,
     has_rules: bool,
-    /// The link goes with its descriptor.
+    /// Dropping the descriptor removes the link.
     foreign: Vec<(Foreign, OwnedFd)>,
 }
 
@@ -92,7 +92,7 @@ impl Guard {
         }
     }
 
-    /// The agent's hooks that are on.
+    /// Returns the agent's hooks that are enabled.
     const fn hooks(self) -> &'static [&'static str] {
         match self {
             Self::FromPod => &["from_pod"],
@@ -103,12 +103,12 @@ impl Guard {
         }
     }
 
-    /// Whether it is the agent.
+    /// Reports whether the mechanism is imds-agent.
     pub(crate) const fn is_ours(self) -> bool {
         !self.hooks().is_empty()
     }
 
-    /// The table of iptables, and what the rule in it says of the packets to a guarded address.
+    /// Returns the table of iptables, and the rule's match and target for packets to a protected address.
     const fn rule(self) -> Option<(&'static str, &'static str)> {
         match self {
             Self::AksFilter => Some(("filter", "! -s NODE -p udp -m udp --dport 80 -j DROP")),
@@ -146,14 +146,14 @@ impl Guard {
         on
     }
 
-    /// By IPv6, too, which neither AKS nor AWS has a rule for.
+    /// Adds the rules for IPv6 too, although neither AKS nor AWS has such rules.
     fn add_rules(self, world: &World) {
         let node = &world.node;
         for (iptables, guarded, address) in [
             ("iptables", "169.254.169.254/32", world.node_address().to_string()),
             ("ip6tables", "fd00:ec2::254/128", world.node_address_v6().to_string()),
         ] {
-            // One of kube-proxy's: it has the kernel follow connections.
+            // A rule of kube-proxy that makes the kernel track connections.
             run(node, iptables, "-A FORWARD -m conntrack --ctstate INVALID -j DROP");
             if let Some((table, rule)) = self.rule() {
                 let rule = rule.replace("NODE", &address);
@@ -164,7 +164,7 @@ impl Guard {
 }
 
 impl<'w> On<'w> {
-    /// The agent's programs, with these hooks on.
+    /// Starts the agent's programs with these hooks.
     pub(crate) fn agent(world: &'w World, hooks: &'static [&'static str], config: &str) -> Self {
         let started = world.agent().hooks(hooks).config(config).once();
         assert!(started.status.success(), "{started:?}");
@@ -183,14 +183,14 @@ impl Drop for On<'_> {
     }
 }
 
-/// A foreign program at the pod's edge.
+/// Attaches a foreign program to TC ingress of the pod's host-side veth.
 fn at_from_pod(action: i32, node: &Netns, pod: &Pod) -> (Foreign, OwnedFd) {
     let foreign = Foreign::returning(action);
     let link = foreign.attach_tcx_first(node, pod.host_ifindex, TcAttachType::Ingress);
     (foreign, link)
 }
 
-/// One at the node's edge.
+/// Attaches a foreign program to TC egress of the uplink.
 fn at_node_egress(action: i32, node: &Netns) -> (Foreign, OwnedFd) {
     let foreign = Foreign::returning(action);
     let ifindex = node.run(|| if_nametoindex(World::UPLINK)).expect("the uplink");
@@ -198,7 +198,7 @@ fn at_node_egress(action: i32, node: &Netns) -> (Foreign, OwnedFd) {
     (foreign, link)
 }
 
-/// One at each call of sockets that the agent has one at.
+/// Attaches a foreign program to each socket hook that the agent uses.
 fn at_calls(world: &World) -> [(Foreign, OwnedFd); CALLS.len()] {
     CALLS.map(|call| {
         let foreign = Foreign::allowing_calls(call as u32);

@@ -1,9 +1,9 @@
-//! What guards cost, side by side in one run: nothing at all, programs that do nothing or drop everything, the agent's
-//! hooks, and the firewall rules that do the same work.
+//! Cost of access restrictions, measured side by side in one run: no restriction, programs that do nothing or drop
+//! everything, the agent's hooks, and firewall rules with the same effect.
 //!
-//! One pod, its node and the metadata server are namespaces of this machine. A thread in the pod sends, on a CPU of its
-//! own, and what it causes happens there too, from its call to the server's socket: the time of all of it counts. Guards
-//! take turns, each for a short while, so that what else the machine does falls on all alike.
+//! The pod, its node and the metadata server are network namespaces of this machine. A thread in the pod sends packets.
+//! It is pinned to one CPU, on which all resulting work up to the server's socket runs too, so that the measured time
+//! covers all of it. The alternatives take short turns, so that other load of the machine affects all of them alike.
 
 mod connect;
 mod guard;
@@ -19,7 +19,7 @@ use imds_tests::{
 use guard::Guard;
 use traffic::{Pair, Traffic};
 
-/// How often it is each guard's turn.
+/// Number of turns of each alternative.
 const ROUNDS: u32 = 25;
 
 fn main() {
@@ -32,7 +32,7 @@ fn main() {
     let rounds = effort(ROUNDS);
     for round in 1..=rounds {
         eprintln!("round {round} of {rounds}");
-        // Each has another place in every round, and another guard before it in every second one.
+        // Each round has another order. Every second round also reverses which alternative runs before which.
         let mut turns: Vec<_> = Guard::ALL.to_vec();
         turns.rotate_left(round as usize % Guard::ALL.len());
         if round % 2 == 0 {
@@ -59,7 +59,7 @@ fn main() {
     println!("{}", connect::waiting(&world, &pod));
 }
 
-/// Nanoseconds of a unit, by guard and traffic, one for each round.
+/// Nanoseconds of a unit, by alternative and traffic, one value for each round.
 #[derive(Debug, Default)]
 struct Costs(Vec<(Guard, Traffic, f64)>);
 
@@ -77,7 +77,7 @@ impl Costs {
         Samples::new(self.of(guard, traffic)).median()
     }
 
-    /// How many times as much as another guard's, round by round.
+    /// Returns the cost as a multiple of another alternative's cost, for each round.
     fn ratio(&self, guard: Guard, to: Guard, traffic: Traffic) -> Samples {
         Samples::new(self.of(guard, traffic).zip(self.of(to, traffic)).map(|(cost, other)| cost / other))
     }

@@ -1,4 +1,4 @@
-//! What the pod sends.
+//! Traffic that the pod sends.
 
 use std::{
     fs,
@@ -13,26 +13,26 @@ use nix::sys::socket::{setsockopt, sockopt::RcvBuf};
 
 use crate::guard::Guard;
 
-/// Packets that are measured together, of which a turn has some: what else the machine does then falls on few.
+/// Number of packets in one batch. A turn has several batches, so that other load of the machine disturbs few of them.
 pub(crate) const PACKETS: u32 = 2_000;
 pub(crate) const BATCHES: usize = 10;
-/// The one of AKS' rule.
+/// Destination port of AKS' rule.
 const PORT: u16 = 80;
-/// The sender's, and so that of all that its packets cause.
+/// CPU of the sender, and thereby of all work that its packets cause.
 const CPU: usize = 1;
-/// A frame of 64 bytes by IPv4.
+/// Payload of an IPv4 frame of 64 bytes.
 const PAYLOAD: [u8; 22] = [0; 22];
-/// Of the server whose answer is what it was asked.
+/// Port of the server that echoes its input.
 const ECHO_PORT: u16 = 7;
-/// Exchanges with it that are measured together.
+/// Number of request-response exchanges in one batch.
 const EXCHANGES: u32 = 500;
-/// Of the server that reads, and says so once it has read as much as is measured together.
+/// Port of the server that discards its input and acknowledges each complete batch.
 const DISCARD_PORT: u16 = 9;
-/// What it is sent at a time: the most that there is in a packet that is cut up later.
+/// Data of one write: the largest packet that is segmented later.
 static PIECE: [u8; 1 << 16] = [0; 1 << 16];
 const PIECES: u32 = 400;
 
-/// What is sent.
+/// Kind of the traffic.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Traffic {
     DeniedV4,
@@ -74,7 +74,7 @@ impl Traffic {
         }
     }
 
-    /// What is measured.
+    /// Returns the name of the measured unit.
     pub(crate) const fn unit(self) -> &'static str {
         match self {
             Self::Exchange => "an exchange",
@@ -83,7 +83,7 @@ impl Traffic {
         }
     }
 
-    /// What guards are compared with.
+    /// Returns the alternatives with which others are compared.
     pub(crate) const fn baselines(self) -> &'static [Guard] {
         if self.is_denied() {
             &[Guard::DropAll, Guard::AksFilter, Guard::AksMangle]
@@ -92,7 +92,7 @@ impl Traffic {
         }
     }
 
-    /// Whether there is anything to measure: a connection takes somebody who answers.
+    /// Reports whether the traffic works with this alternative. TCP connections need responses.
     pub(crate) fn is_possible(self, guard: Guard) -> bool {
         guard != Guard::DropAll || !matches!(self, Self::Exchange | Self::Stream)
     }
@@ -117,11 +117,11 @@ impl Traffic {
     }
 }
 
-/// The sender's sockets and the receiver's.
+/// Sockets of the sender and the receiver.
 pub(crate) struct Pair<'w> {
     world: &'w World,
     pod: &'w Pod,
-    /// Full, so that what arrives goes all the way to it and no further.
+    /// The receive queue is full, so that packets are processed up to the socket and dropped there.
     _sink: UdpSocket,
 }
 
@@ -134,7 +134,7 @@ impl<'w> Pair<'w> {
         Self { world, pod, _sink: sink }
     }
 
-    /// Nanoseconds that a unit takes, its sending and all that it causes, in the best of a turn's batches.
+    /// Returns the nanoseconds per unit, including all work that it causes, in the best batch of a turn.
     pub(crate) fn cost(&self, traffic: Traffic) -> f64 {
         self.world.in_cgroup(|| self.pod.netns.run(|| in_pod(traffic)))
     }
@@ -169,17 +169,17 @@ fn by_udp(traffic: Traffic) -> f64 {
     }
     let send = || {
         for _ in 0..PACKETS {
-            // Refused or not.
+            // The call fails if the socket hook denies it.
             let _ = if is_connected { socket.send(&PAYLOAD) } else { socket.send_to(&PAYLOAD, destination) };
         }
     };
-    // Not measured.
+    // The first batch is a warm-up.
     send();
     best_of_batches(PACKETS, || (), |()| send())
 }
 
-/// Measures each batch on a connection of its own, so that the place of one connection in memory weighs little. The
-/// window has grown by a batch that is not measured.
+/// Measures each batch on a new connection, so that the memory layout of one connection has little influence. An
+/// unmeasured batch first opens the window.
 fn by_tcp(traffic: Traffic, count: u32, batch: impl Fn(&mut TcpStream)) -> f64 {
     let connect = || {
         let mut stream = TcpStream::connect(traffic.destination()).expect("connect to a server");
@@ -190,7 +190,8 @@ fn by_tcp(traffic: Traffic, count: u32, batch: impl Fn(&mut TcpStream)) -> f64 {
     best_of_batches(count, connect, |stream| batch(stream))
 }
 
-/// Nanoseconds of one of `count`, in the best of some batches, each after a `set_up` that is not measured.
+/// Returns the nanoseconds per operation in the best of several batches. The `set_up` before each batch is not
+/// measured.
 fn best_of_batches<S>(count: u32, set_up: impl Fn() -> S, batch: impl Fn(&mut S)) -> f64 {
     let batches = (0..BATCHES).map(|_| {
         let mut state = set_up();
@@ -202,21 +203,21 @@ fn best_of_batches<S>(count: u32, set_up: impl Fn() -> S, batch: impl Fn(&mut S)
             if lost == lost_in_backlog() {
                 return took;
             }
-            // The machine did something else there: not all was done for all packets.
+            // Other load of the machine made the kernel drop packets, so that the batch is incomplete.
             sleep(Duration::from_millis(10));
         }
     });
     batches.fold(f64::INFINITY, f64::min)
 }
 
-/// Has a thread serve one connection after another, for as long as this process runs.
+/// Starts a thread that serves one connection after another until the process ends.
 fn serve(world: &World, port: u16, serve_one: fn(TcpStream) -> io::Result<()>) {
     let listener = world.fabric.run(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))).expect("a listener");
     thread::spawn(move || {
-        // Where the client is: the time of both counts.
+        // The server runs on the CPU of the client, so that the time of both is measured.
         run_on(CPU);
         for stream in listener.incoming() {
-            // It ends when the client goes.
+            // The connection ends when the client closes it.
             let _ = stream.and_then(serve_one);
         }
     });
@@ -245,7 +246,8 @@ fn discard(mut stream: TcpStream) -> io::Result<()> {
     }
 }
 
-/// Packets that the CPU had no time for: the second column of its line (net/core/net-procfs.c).
+/// Returns the number of packets that the CPU's full backlog dropped: the second column of its line
+/// (net/core/net-procfs.c).
 fn lost_in_backlog() -> String {
     let lines = fs::read_to_string("/proc/net/softnet_stat").expect("read softnet_stat");
     let line = lines.lines().nth(CPU).expect("a line for each CPU");
