@@ -13,7 +13,7 @@ use crate::Netns;
 
 pub(crate) const HTTP_PORT: u16 = 80;
 pub(crate) const ECHO_PORT: u16 = 7;
-/// Port of a resolver. The same two servers listen there, because only reachability is tested.
+/// Port of a resolver. HTTP and echo servers listen there, because only reachability is tested.
 pub const DNS_PORT: u16 = 53;
 
 /// Document of the metadata service, in the form of Azure's.

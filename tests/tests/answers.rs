@@ -1,4 +1,4 @@
-//! What a denied sender is told: its own stack takes it for the endpoint's answer, at once.
+//! Replies to denied senders (`on_deny = "reject"`): the sender's own stack accepts them immediately as the endpoint's.
 
 use std::{
     io::{self, ErrorKind},
@@ -15,13 +15,13 @@ const REJECT: &str = "provider = 'aws'\non_deny = 'reject'";
 const DROP: &str = "provider = 'aws'\non_deny = 'drop'";
 const EDGES: [&str; 2] = ["from_pod", "node_egress"];
 
-/// Longer than any answer takes: what is refused is refused before.
+/// Reports whether the connection is refused. The timeout is longer than any reply takes.
 fn refused(netns: &Netns, address: impl Into<IpAddr>) -> bool {
     matches!(http_get(netns, address, LONG), Outcome::Refused)
 }
 
-/// The error of a connected UDP socket that hears of an ICMP error: EHOSTUNREACH for IPv4 (`icmp_err_convert`,
-/// net/ipv4/icmp.c), EACCES for IPv6 (`tab_unreach`, net/ipv6/icmp.c).
+/// Reports whether a connected UDP socket receives the error of an ICMP reply: EHOSTUNREACH for IPv4
+/// (`icmp_err_convert`, net/ipv4/icmp.c), EACCES for IPv6 (`tab_unreach`, net/ipv6/icmp.c).
 fn prohibited(netns: &Netns, address: impl Into<IpAddr>) -> bool {
     match udp_echo(netns, address, LONG) {
         Outcome::Error(error) => matches!(error.raw_os_error(), Some(libc::EHOSTUNREACH | libc::EACCES)),
@@ -47,8 +47,8 @@ fn reject_replies_at_each_hook() {
                     assert!(refused(&pod.netns, METADATA), "TCP at {edge}: {:?}", pod.host_ifname);
                     assert!(prohibited(&pod.netns, METADATA), "UDP at {edge}");
                 }
-                assert!(refused(&pods[0].netns, METADATA_V6), "TCP by IPv6 at {edge}");
-                assert!(prohibited(&pods[0].netns, METADATA_V6), "UDP by IPv6 at {edge}");
+                assert!(refused(&pods[0].netns, METADATA_V6), "TCP over IPv6 at {edge}");
+                assert!(prohibited(&pods[0].netns, METADATA_V6), "UDP over IPv6 at {edge}");
             });
             for pod in &pods {
                 world.assert_harmless(pod);
@@ -56,7 +56,7 @@ fn reject_replies_at_each_hook() {
             assert!(reachable(&world.node, METADATA) && reachable(&world.node, METADATA_V6));
             drop(agent);
 
-            // The same agent with the other answer says nothing.
+            // An agent with `on_deny = "drop"` sends no reply.
             let agent = world.agent().backend(backend).hooks(&[edge]).config(DROP).spawn_ready();
             assert!(matches!(http_get(&pods[0].netns, METADATA, SHORT), Outcome::Timeout));
             drop(agent);
@@ -118,7 +118,7 @@ fn audit_sends_no_reply() {
     assert!(world.status().total.audited.packets > 0);
 }
 
-/// Sends a frame from the pod and returns the first that comes back with `marker` in it.
+/// Sends a frame from the pod and returns the first received frame that contains `marker`.
 fn answer_to(pod: &Pod, frame: &[u8], marker: &[u8]) -> Option<Vec<u8>> {
     let socket = PacketSocket::frames(&pod.netns, Pod::IFNAME);
     socket.send(frame).expect("send");
@@ -135,7 +135,7 @@ fn reply_keeps_vlan_tags() {
     for tags in [&[(0x8100, 0x6000)][..], &[(0x88a8, 0x6000), (0x8100, 0x4000)]] {
         let frame = packets::tagged_frame(&pod, pod.gateway_mac, tags, &segment);
         let answer = answer_to(&pod, &frame, &ports).expect("an answer");
-        // A packet socket shows the outermost tag beside the frame, not in it: what is left is the inner ones.
+        // A packet socket returns the outermost tag beside the frame, so that only inner tags remain in it.
         let inner: Vec<u8> = frame[12..].iter().skip(4).copied().take((tags.len() - 1) * 4 + 2).collect();
         assert_eq!(answer[12..12 + inner.len()], inner, "{tags:x?}: {answer:x?}");
     }
@@ -163,7 +163,7 @@ fn flood_limits_replies_and_events() {
     assert!(answers >= 1000 && answers < u64::from(total), "{answers} answers");
 }
 
-/// Packets that the pod's interface received.
+/// Returns the number of packets that the pod's interface received.
 fn received(pod: &Pod) -> io::Result<u64> {
     let mut command = pod.netns.command("ip");
     command.args(["-s", "-j", "link", "show", "dev", Pod::IFNAME]);
@@ -173,7 +173,7 @@ fn received(pod: &Pod) -> io::Result<u64> {
 
 #[test]
 fn macvlan_pod_gets_reply_at_node_egress() {
-    if imds_tests::lacks_tc_netns_cookie("answers to macvlan pods") {
+    if imds_tests::lacks_tc_netns_cookie("replies to macvlan pods") {
         return;
     }
     let world = World::new();

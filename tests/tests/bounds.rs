@@ -1,5 +1,5 @@
-//! What may be asked of the agent by HTTP is bounded in size, time and number: whoever asks for more gets no more, and keeps
-//! neither others waiting nor pods unguarded.
+//! HTTP requests are bounded in size, time and number. Excessive clients get no more, and neither delay other clients
+//! nor leave pods unenforced.
 
 use std::{
     fs,
@@ -21,9 +21,9 @@ use nix::sys::{
     socket::{setsockopt, sockopt},
 };
 
-/// How long a whole connection may last, with some of its own for a machine that is busy.
+/// Time limit of a whole connection, with a reserve for a busy machine.
 const PATIENCE: Duration = Duration::from_secs(15 + 10);
-/// Descriptors beyond those of an agent that serves nobody, at most: connections that are served at once, and pods.
+/// Maximum number of descriptors above those of an idle agent: concurrent connections and pods.
 const MOST_DESCRIPTORS: usize = 16 + 16;
 
 fn served(world: &World) -> Agent<'_> {
@@ -43,7 +43,7 @@ fn descriptors(agent: &Agent<'_>) -> usize {
     fs::read_dir(format!("/proc/{}/fd", agent.pid())).expect("descriptors of the agent").count()
 }
 
-/// Others are served, and a pod that comes now is guarded.
+/// Asserts that other clients are served and a new pod is enforced.
 #[track_caller]
 fn assert_unharmed(world: &World) {
     let start = Instant::now();
@@ -57,15 +57,15 @@ fn assert_unharmed(world: &World) {
     world.assert_blocked(&pod);
 }
 
-/// Reads until the agent closes, and returns what it said.
+/// Reads until the agent closes the connection, and returns the response.
 #[track_caller]
 fn until_closed(mut stream: TcpStream) -> String {
     let mut answer = Vec::new();
     match stream.read_to_end(&mut answer) {
         Ok(_) => {}
-        // There was something that it had not read.
+        // The agent closed the connection with unread data.
         Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
-        Err(error) => panic!("it was not closed: {error}"),
+        Err(error) => panic!("the connection was not closed: {error}"),
     }
     String::from_utf8_lossy(&answer).into_owned()
 }
@@ -104,7 +104,7 @@ fn requests_byte_by_byte() {
             }
             sleep(Duration::from_millis(100));
         }
-        panic!("it went on for {:?}", start.elapsed());
+        panic!("the connection stayed open for {:?}", start.elapsed());
     };
     let streams: Vec<_> = (0..10).map(|_| connect(&world)).collect();
     thread::scope(|scope| {
@@ -129,7 +129,7 @@ fn requests_without_end() {
             result = stream.write_all(more);
             poured += more.len();
         }
-        assert!(result.is_err(), "{poured} bytes were taken in {PATIENCE:?}");
+        assert!(result.is_err(), "the agent read {poured} bytes within {PATIENCE:?}");
         poured
     };
     thread::scope(|scope| {
@@ -169,7 +169,7 @@ fn unread_responses() {
     let streams: Vec<_> = (0..100).filter_map(|_| deaf().ok()).collect();
     assert!(streams.len() > 50, "{}", streams.len());
     assert_unharmed(&world);
-    poll_until(PATIENCE, "all to be let go", || {
+    poll_until(PATIENCE, "all connections to be closed", || {
         (descriptors(&agent) < before + MOST_DESCRIPTORS).then_some(())
     });
     drop(streams);

@@ -1,4 +1,5 @@
-//! Programs on cgroups: order among those of others, occupied cgroups, and when `sendmsg` and `local_service` programs run.
+//! Programs on cgroups: order among programs of other software, occupied cgroups, and when the `sendmsg` and
+//! `local_service` programs are attached.
 
 use std::{fs, io::ErrorKind, net::Ipv4Addr, path::Path};
 
@@ -14,7 +15,7 @@ use imds_tests::{
 // Constants of include/uapi/linux/bpf.h.
 const BPF_CGROUP_INET4_CONNECT: u32 = 10;
 
-/// Hooks that are on without a configuration, apart from `local_service`.
+/// Hooks that are on without a configuration, except `local_service`.
 const ALL: [&str; 3] = ["from_pod", "node_egress", "socket"];
 
 fn is_answered(world: &World, netns: &Netns, address: Ipv4Addr) -> bool {
@@ -57,10 +58,10 @@ fn load_balancer_attached_later_runs_first() {
     agent.wait_for_log("to the end of the programs", LONG);
     assert!(is_refused(&world, &pod.netns, SERVICE));
     assert!(!is_open());
-    let status = world.status_when("all is well", Status::is_ready);
+    let status = world.status_when("the agent is ready", Status::is_ready);
     assert!(status.sockets.is_some_and(|sockets| sockets.attached));
 
-    // The link at the end is pinned.
+    // The link at the last position is pinned.
     agent.kill9();
     assert!(is_refused(&world, &pod.netns, SERVICE));
     world.unload();
@@ -89,7 +90,7 @@ fn repeated_detaching_is_reported() {
         has_problem(&status, "imds_connect4 on cgroup") && has_problem(&status, "\"foreign\" runs after it")
     );
     assert_eq!(world.imds_agent(&["status"]).output().status.code(), Some(3));
-    // The agent still moves its program to the end, later.
+    // The agent still moves its program to the last position, but later.
     poll_until(LONG, "imds_connect4 to be last", || is_refused(&world, &pod.netns, SERVICE).then_some(()));
     assert_eq!(agent.log().matches("is not last").count(), 1, "{}", agent.log());
     drop(link);
@@ -134,7 +135,7 @@ fn occupied_cgroup_degrades_the_agent() {
 
     drop(occupant);
     agent.wait_for_log("attached imds_connect4 to cgroup", LONG);
-    world.status_when("all is well", Status::is_ready);
+    world.status_when("the agent is ready", Status::is_ready);
     assert!(is_refused(&world, &pod.netns, METADATA));
     assert_eq!(agent.log().matches("failed to attach imds_connect4").count(), 1, "{}", agent.log());
     drop(agent);
@@ -157,7 +158,7 @@ fn sendmsg_is_attached_if_needed() {
     }
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
-    let covers = !imds_tests::lacks_tc_netns_cookie("the part without sendmsg programs");
+    let covers = !imds_tests::lacks_tc_netns_cookie("coverage without sendmsg programs");
     let is_held = || {
         world.assert_nothing_arrives(|| {
             assert!(!world.in_cgroup(|| udp_echo(&pod.netns, METADATA, SHORT).is_answer()));
@@ -182,7 +183,7 @@ fn sendmsg_is_attached_if_needed() {
         }
         assert!(world.status().sockets.is_some_and(|sockets| sockets.attached));
         is_held();
-        // Links outlive the agent, and the next one takes them over.
+        // Links survive the agent, and the next agent adopts them.
         agent.kill9();
     }
     let text = String::from_utf8(world.imds_agent(&["status"]).output().stdout).unwrap();
@@ -219,7 +220,7 @@ fn local_service_follows_the_address() {
     let counts = world.status().local_service.unwrap().counts;
     assert!(counts.denied.packets > 0 && counts.exempt.packets > 0, "{counts:?}");
 
-    // The program outlives the agent, and the next agent adopts it.
+    // The program survives the agent, and the next agent adopts it.
     running.kill9();
     assert!(!is_open(&pod.netns));
     let link = || link_at(&world.pin_dir().join("links/local_service")).map(|link| link.id);
@@ -239,7 +240,7 @@ fn local_service_follows_the_address() {
     assert!(is_open(&pod.netns) && is_open(&world.node));
 }
 
-/// A rule can choose a table in which the address is local, as for a transparent proxy.
+/// A routing rule can select a table in which the address is local, as for a transparent proxy.
 #[test]
 fn local_service_follows_policy_routes() {
     let world = World::new();
@@ -255,7 +256,7 @@ fn local_service_follows_policy_routes() {
     world.unload();
 }
 
-/// The kernel runs the programs of a cgroup above last, in whatever order they were attached.
+/// The kernel runs programs of ancestor cgroups last, in whatever order they were attached.
 #[test]
 fn program_of_ancestor_is_reported() {
     if skip_without_netns_cookie() {
@@ -278,7 +279,7 @@ fn program_of_ancestor_is_reported() {
     world.status_when("the program of the ancestor is reported", is_reported);
     assert_eq!(world.imds_agent(&["status"]).output().status.code(), Some(3));
     drop(link);
-    world.status_when("all is well", Status::is_ready);
+    world.status_when("the agent is ready", Status::is_ready);
     drop(agent);
     world.unload();
 }

@@ -1,4 +1,5 @@
-//! Programs of others on the same hook: a CNI's, which may accept packets and so end their way through the hook.
+//! Programs of other software on the same hook, such as a CNI's, which may accept packets and thereby end their
+//! processing at the hook.
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
@@ -11,7 +12,7 @@ use imds_tests::{
     skip_without_tcx, with_each_backend,
 };
 
-/// TC action of a program that leaves the packet to the next one.
+/// TC action that leaves the packet to the next program.
 const TC_ACT_UNSPEC: i32 = -1;
 
 fn names(programs: &[Attached]) -> Vec<bool> {
@@ -20,7 +21,7 @@ fn names(programs: &[Attached]) -> Vec<bool> {
 
 #[track_caller]
 fn assert_first(world: &World, pod: &Pod) {
-    let status = world.status_when("the guard is first", |status| {
+    let status = world.status_when("from_pod is first", |status| {
         let is_first =
             status.find(&pod.host_ifname).is_some_and(|interface| interface.is_first() == Some(true));
         is_first && status.problems.is_empty()
@@ -62,7 +63,7 @@ fn later_tcx_program_does_not_stay_first() {
         Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex, TcAttachType::Ingress);
     assert_eq!(world.status().interface(&pod.host_ifname).is_first(), Some(false));
     let _agent = world.start_agent(AttachMode::Tcx);
-    poll_until(LONG, "the guard to be first", || {
+    poll_until(LONG, "from_pod to be first", || {
         let programs = names(&hook::programs(&world.node, &pod.host_ifname));
         (programs == [true, false, false]).then_some(())
     });
@@ -89,8 +90,8 @@ fn later_bpf_filter_does_not_stay_first() {
     assert_first(&world, &pod);
 }
 
-/// Classifies every packet, which ends its way through the clsact hook, at the priority that comes first of all. A
-/// filter of another kind can't share it.
+/// Adds a filter that classifies every packet at the first priority, which ends processing at the clsact hook. A filter
+/// of another kind cannot share that priority.
 fn add_u32_filter(world: &World, pod: &Pod) {
     let filter = ["filter", "add", "dev", &pod.host_ifname, "ingress", "prio", "1", "protocol", "all"];
     run_tc(&world.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
@@ -110,7 +111,7 @@ fn blocking_filter_is_reported_in_status() {
     assert!(status.problems.iter().any(|problem| problem.interface.as_ref() == Some(&pod.host_ifname)));
     assert_eq!(status.state, "degraded");
     assert_eq!(world.imds_agent(&["status"]).output().status.code(), Some(3));
-    // What that means, as long as the other filter takes every packet.
+    // The consequence while the other filter accepts every packet: nothing is denied.
     world.assert_open(&pod);
 
     run_tc(&world.node, &["filter", "delete", "dev", &pod.host_ifname, "ingress", "prio", "1"]);
@@ -132,7 +133,7 @@ fn tcx_runs_before_filters() {
 
     drop(agent);
     world.unload();
-    // Neither ours to remove.
+    // The agent leaves the qdisc and the filter of other software in place.
     assert!(hook::has_clsact(&world.node, &pod.host_ifname));
     world.assert_open(&pod);
 }
@@ -152,13 +153,13 @@ fn foreign_dropper_still_sees_traffic() {
         TcAttachType::Ingress,
     );
     let _agent = world.start_agent(AttachMode::Tcx);
-    // The guard, which is before it now, leaves what it does not deny to the others.
+    // The agent's program, which is now first, leaves allowed packets to the other programs.
     assert!(!imds_tests::probe::udp_echo(&pod.netns, SERVICE, imds_tests::probe::SHORT).is_answer());
     drop(link);
     world.assert_harmless(&pod);
 }
 
-/// What somebody has attached at a hook, until dropped.
+/// A foreign attachment at a hook, which is removed on drop.
 enum Attachment {
     Tcx(#[expect(dead_code, reason = "detached when dropped")] std::os::fd::OwnedFd),
     Filter,
@@ -187,13 +188,13 @@ fn attach_first(
 }
 
 fn wait_until_first(world: &World, interface: &str, at: TcAttachType) {
-    poll_until(LONG, "the guard to be first", || {
+    poll_until(LONG, "from_pod to be first", || {
         let programs = names(&hook::programs_at(&world.node, interface, at));
         (programs == [true, false]).then_some(())
     });
 }
 
-/// A packet of the pod's to the metadata service, however it gets there: to whom its frame is does not matter.
+/// Reports whether a packet of the pod arrives at the metadata service, whatever the destination of its frame.
 fn arrives(world: &World, pod: &Pod) -> bool {
     let packet = packets::udp(pod.address, METADATA, b"redirected");
     world.arrives(|| {
@@ -201,8 +202,8 @@ fn arrives(world: &World, pod: &Pod) -> bool {
     })
 }
 
-/// Another's program that accepts, leaves or redirects every packet, at one of the agent's hooks, there before the agent
-/// or later.
+/// Asserts that a foreign program that accepts, skips or redirects every packet does not open one of the agent's hooks,
+/// whether it is attached before the agent or later.
 fn assert_foreign_is_no_way(hook: &'static str, at: TcAttachType, kinds: &[&str]) {
     with_each_backend(|backend| {
         for is_later in [false, true] {
@@ -229,7 +230,9 @@ fn assert_foreign_is_no_way(hook: &'static str, at: TcAttachType, kinds: &[&str]
                 };
                 wait_until_first(&world, interface, at);
                 assert!(!arrives(&world, &pod), "{hook}: {kind}, later: {is_later}");
-                world.status_when("all is well", |status| status.is_ready() && status.state == "enforcing");
+                world.status_when("the agent is ready", |status| {
+                    status.is_ready() && status.state == "enforcing"
+                });
                 drop(agent);
                 world.unload();
                 assert!(arrives(&world, &pod), "{kind}");
@@ -248,7 +251,7 @@ fn foreign_programs_second_at_node_egress() {
     assert_foreign_is_no_way("node_egress", TcAttachType::Egress, &["accepts", "leaves"]);
 }
 
-/// `node_egress` denies packets that another program, first at the pod's link, redirects.
+/// `node_egress` denies packets that another program, first at the pod's interface, redirects.
 #[test]
 fn redirect_past_from_pod_meets_node_egress() {
     with_each_backend(|backend| {

@@ -1,4 +1,5 @@
-//! An agent that starts with a broken configuration file: it enforces, exempts no pod by that file, and reports the file.
+//! An agent that starts with a broken configuration file enforces, applies no exemption of that file, and reports the
+//! file.
 
 use std::{
     fs,
@@ -17,7 +18,7 @@ use nix::{
     unistd::Pid,
 };
 
-/// Hooks that each test kernel has.
+/// Hooks that every tested kernel supports.
 const HOOKS: &str = "[hooks]\nsocket = false\n";
 
 struct Node {
@@ -35,13 +36,13 @@ impl Node {
         Self { world, pod, file }
     }
 
-    /// A rule that exempts the pod.
+    /// Returns a rule that exempts the pod.
     fn exempt(&self) -> String {
         format!("[[exempt]]\nname = 'one'\ninterface = '{}'\n", self.pod.host_ifname)
     }
 
     fn write(&self, text: &str) {
-        // As a whole: the agent must not see half a file.
+        // Replaced atomically, so that the agent never reads half a file.
         let new = self.file.with_extension("new");
         fs::write(&new, text).unwrap();
         fs::rename(new, &self.file).unwrap();
@@ -56,7 +57,7 @@ impl Node {
         self.world.imds_agent(&["run"]).config_file(self.file.to_str().unwrap()).args(&["--cgroup", cgroup])
     }
 
-    /// Starts an agent that has to become degraded for a reason that contains `part`.
+    /// Starts an agent and waits until it is degraded for a reason that contains `part`.
     #[track_caller]
     fn start_degraded(&self, part: &str) -> (Agent<'_>, Status) {
         let agent = self.command().spawn();
@@ -79,7 +80,7 @@ impl Node {
         (agent, status)
     }
 
-    /// Waits until the file is in force, and nothing is wrong.
+    /// Waits until the file is effective and no problem is left.
     #[track_caller]
     fn wait_recovered(&self) -> Status {
         self.world.status_when("the configuration is valid", |status| {
@@ -110,7 +111,7 @@ fn unknown_key_is_fail_closed_until_fixed() {
     assert_eq!(node.rejected_metric(), "imds_agent_config_last_reload_successful 0");
     assert!(!node.stored().exists());
 
-    // A reload that finds the file broken still changes nothing.
+    // A reload that still finds the broken file changes nothing.
     Node::hang_up(&agent);
     agent.wait_for_log("the configuration before stays in force", LONG);
     node.world.assert_blocked(&node.pod);
@@ -137,7 +138,8 @@ fn last_good_config_is_used_if_intact() {
     assert_eq!(metadata.mode() & 0o777, 0o600);
     good.kill9();
 
-    // The node reboots: all enforcement ends. The last good configuration survives `unload` only as a copy.
+    // Simulates a reboot, which ends all enforcement. `unload` deletes the last good configuration, so that the test
+    // restores a copy.
     let stored = fs::read_to_string(node.stored()).unwrap();
     let reboot = || {
         node.world.unload();
@@ -240,7 +242,7 @@ fn once_enforces_and_exits_with_2() {
 #[test]
 fn unwritable_state_dir_is_not_fatal() {
     let node = Node::new();
-    // A file in the place of the directory.
+    // A file at the path of the directory.
     fs::write(node.world.state_dir(), "").unwrap();
     node.write(HOOKS);
     let agent = node.command().spawn_ready();

@@ -1,4 +1,4 @@
-//! Commands around the configuration and the command line, which need no agent to run.
+//! Commands for the configuration and the command line, which need no running agent.
 
 use std::{fs, process::Output};
 
@@ -39,7 +39,7 @@ fn check_reports_every_error() {
     let world = World::new();
     let path = world.scratch_dir().join("imds.toml");
     let path_text = path.to_str().unwrap();
-    // Not through the harness's command, which is for those that have a pin directory.
+    // Does not use the harness's command, which adds a pin directory.
     let check = || {
         let mut command = world.imds_agent(&[]).command();
         let program = command.get_program().to_owned();
@@ -105,7 +105,7 @@ fn show_prints_effective_config() {
     });
     assert_eq!(shown, expected);
 
-    // The other form is a file that comes to the same.
+    // The TOML output is a configuration file with the same meaning.
     let file = world.scratch_dir().join("shown.toml");
     fs::write(&file, stdout(&show("toml"))).unwrap();
     let once = world.imds_agent(&["run"]).config_file(file.to_str().unwrap()).once();

@@ -1,4 +1,4 @@
-//! The dashboard and the alerts ask for what the agent serves, and for nothing else.
+//! The dashboard and the alerts query only metrics and labels that the agent serves.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,12 +15,12 @@ use serde_json::Value;
 const RULES: &str = include_str!("../../deploy/prometheus/rules.yaml");
 const DASHBOARD: &str = include_str!("../../deploy/grafana/imds-agent.json");
 
-/// Labels that Prometheus gives to every time series.
+/// Labels that Prometheus adds to every time series.
 const OF_PROMETHEUS: [&str; 2] = ["instance", "job"];
-/// Labels of series of Prometheus and of kube-state-metrics, and of targets by a relabeling.
+/// Labels of series of Prometheus and of kube-state-metrics, and of targets through relabeling.
 const OF_TARGETS: [(&str, &[&str]); 2] = [("up", &["node"]), ("kube_node_info", &["node"])];
 
-/// The time series that are served, and their labels.
+/// Served time series with their labels.
 type Served = BTreeMap<String, BTreeSet<String>>;
 
 fn scrape(world: &World) -> String {
@@ -42,7 +42,7 @@ fn served(metrics: &str) -> Served {
     served
 }
 
-/// What of `expression` is not served; nothing where all is.
+/// Returns the metrics and labels of `expression` that are not served.
 fn unknown(expression: &str, served: &Served) -> Vec<String> {
     let Asked { metrics, labels } = asked(expression);
     let known: BTreeSet<_> = metrics.iter().filter_map(|metric| served.get(metric)).flatten().collect();
@@ -52,7 +52,7 @@ fn unknown(expression: &str, served: &Served) -> Vec<String> {
     metrics.chain(labels).cloned().collect()
 }
 
-/// Every expression of the rules, and the labels that its annotations show.
+/// Returns every expression of the rules with the labels that its annotations show.
 fn alerts() -> Vec<(String, BTreeSet<String>)> {
     let alerts = RULES.split("- alert: ").skip(1).map(|alert| {
         let key = |key: &str| alert.lines().find_map(|line| line.trim().strip_prefix(key));
@@ -84,7 +84,7 @@ fn dashboards_query_existing_metrics() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     let neighbour = world.add_pod(PodLink::Routed);
-    // Nobody is there to be asked.
+    // No API server listens at this address.
     let kubeconfig = world.scratch_dir().join("kubeconfig");
     write_kubeconfig(&kubeconfig, "http://127.0.0.1:1");
     let rule = format!(
@@ -100,7 +100,7 @@ fn dashboards_query_existing_metrics() {
     });
     drop(agent);
     world.unload();
-    // Served where the hook is on, which it is not on every kernel of the tests.
+    // Served only if the hook is on, which some tested kernels do not support.
     served.entry("imds_agent_cgroup_hook_attached".to_owned()).or_default().insert("hook".to_owned());
 
     let alerts = alerts();
@@ -129,7 +129,7 @@ fn dashboards_query_existing_metrics() {
         assert_eq!(unknown(expression, &served), [""; 0], "{expression}");
     }
 
-    // It would say so.
+    // Proves that the check detects an unknown metric.
     assert_eq!(unknown("imds_agent_packet_total", &served), ["imds_agent_packet_total"]);
     assert_eq!(unknown(r#"imds_agent_ready{hook="x"}"#, &served), ["hook"]);
 }

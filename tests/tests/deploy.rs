@@ -1,10 +1,10 @@
-//! What is in deploy says the same wherever it says it twice.
+//! Facts that files in deploy repeat are the same in each file.
 
 use std::net::IpAddr;
 
 use imds_agent::provider::{EXTRAS, PROVIDERS};
 
-/// A file of deploy. Part of the test: on the kernels of virtual machines there are no files.
+/// Includes a file of deploy at compile time, because the test machines of other kernels have no files.
 macro_rules! deploy {
     ($path:literal) => {
         include_str!(concat!("../../deploy/", $path))
@@ -56,7 +56,7 @@ fn broken_config_does_not_stop_the_start() {
     let unit = deploy!("systemd/imds-agent.service");
     let lines: Vec<_> = unit.lines().collect();
     for line in [
-        // The prefix makes a failed check a message only.
+        // With the prefix, a failed check only prints a message.
         "ExecStartPre=-/usr/bin/imds-agent config check /etc/imds-agent/imds.toml",
         "ExecReload=/usr/bin/imds-agent config check /etc/imds-agent/imds.toml",
         "StateDirectory=imds-agent",

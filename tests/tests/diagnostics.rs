@@ -1,4 +1,4 @@
-//! What the programs say of themselves.
+//! Messages of the BPF programs in the agent's log.
 
 use aya::maps::{Map, MapData, MapError, PerCpuHashMap, PerCpuValues};
 use imds_ebpf_common::{Counter, CounterKey, Hook, Verdict, names::MAP_COUNTERS};
@@ -22,7 +22,7 @@ fn uncounted_pod_is_denied_and_logged() {
     assert!(reachable(&pod.netns, METADATA));
 }
 
-/// Fills the map of counters, so that it takes no more; empties it of these again when called.
+/// Fills the map of counters. Calling the returned function removes the added entries.
 fn fill(world: &World) -> impl FnMut() {
     let pin = world.pin_dir().join("maps").join(MAP_COUNTERS);
     let map = MapData::from_pin(pin).expect("a pinned map");
@@ -37,7 +37,7 @@ fn fill(world: &World) -> impl FnMut() {
             Ok(()) => count += 1,
             Err(MapError::SyscallError(error)) => match error.io_error.raw_os_error() {
                 Some(libc::E2BIG) => break,
-                // The kernel makes room in the background.
+                // The kernel frees entries asynchronously.
                 Some(libc::ENOMEM) => {}
                 _ => panic!("{error}"),
             },

@@ -1,6 +1,7 @@
-//! The kernel's verdict and the host's on the same packets: well-formed, changed, cut off, tagged, IPv4 and IPv6.
+//! Compares the kernel's verdict with the host's for the same packets: well-formed, modified, truncated, tagged, IPv4
+//! and IPv6.
 //!
-//! A run prints its seed; `IMDS_SEED=… cargo xtask test the_kernel_and_the_host` repeats it.
+//! A run prints its seed; `IMDS_SEED=… cargo xtask test kernel_and_host` repeats it.
 
 use std::{
     cell::Cell,
@@ -36,7 +37,7 @@ const TC_ACT_UNSPEC: i32 = -1;
 const TC_ACT_SHOT: i32 = 2;
 
 const IMDS_IPV6: [u8; 16] = [0xfd, 0, 0x0e, 0xc2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0x54];
-/// These keep udp/53 and tcp/53.
+/// These endpoints allow udp/53 and tcp/53.
 const RESOLVER_IPV4: [u8; 4] = [168, 63, 129, 16];
 const RESOLVER_IPV6: [u8; 16] = [0xfd, 0x20, 0, 0xce, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0x54];
 
@@ -74,7 +75,7 @@ fn ipv6_address() -> impl Strategy<Value = [u8; 16]> {
                 address[2..6].copy_from_slice(&ipv4);
             }
             3 => {}
-            // Almost one of them.
+            // An address close to an endpoint's.
             _ => {
                 address[..4].copy_from_slice(&[0, 0x64, 0xff, 0x9b]);
                 address[usize::from(noise[0] % 12)] ^= noise[1];
@@ -90,7 +91,7 @@ fn ipv6_address() -> impl Strategy<Value = [u8; 16]> {
     ]
 }
 
-/// What comes behind an IP header: mostly for DNS.
+/// Generates the part after an IP header, mostly DNS.
 fn transport() -> impl Strategy<Value = (u8, Vec<u8>)> {
     let protocol = prop_oneof![3 => Just(UDP), 3 => Just(TCP), 1 => any::<u8>()];
     let port = prop_oneof![3 => Just(53_u16), 1 => Just(80_u16), 1 => any::<u16>()];
@@ -140,7 +141,7 @@ fn ipv6() -> impl Strategy<Value = Vec<u8>> {
     })
 }
 
-/// Frames, some of them changed or cut off.
+/// Generates frames, some of them modified or truncated.
 fn frame() -> impl Strategy<Value = Vec<u8>> {
     let ip = prop_oneof![ipv4().prop_map(|ip| (0x0800_u16, ip)), ipv6().prop_map(|ip| (0x86dd_u16, ip))];
     let tag = (select(vec![0x8100_u16, 0x88a8, 0x9100, 0x9200, 0x9300]), any::<u16>());
@@ -166,10 +167,10 @@ fn frame() -> impl Strategy<Value = Vec<u8>> {
     })
 }
 
-/// Where a test run's packet comes from: the loopback interface.
+/// Sender of a test run's packet: the loopback interface.
 const SENDER: Subject = Subject::new(SubjectKind::Interface, 1);
 
-/// The sender is exempt from one endpoint, and audited at another.
+/// Exempts the sender from one endpoint and audits it at another one.
 fn grants() -> [(Exemption, Grant); 2] {
     let grant = |address, verdict| (Exemption { address, subject: SENDER }, Grant::new(verdict, 1));
     [
@@ -178,7 +179,7 @@ fn grants() -> [(Exemption, Grant); 2] {
     ]
 }
 
-/// Packets that the program counted so far, under each verdict.
+/// Returns the number of packets that the program counted so far, for each verdict.
 fn counts(object: &Object) -> [u64; 5] {
     // A test run's packet comes from the loopback interface.
     Verdict::COUNTED.map(|verdict| {
@@ -244,11 +245,11 @@ fn kernel_and_host_agree_on_any_packet() {
         Ok(())
     });
     result.unwrap();
-    // That tells a kept packet from one that is no endpoint's, too.
+    // The counters also distinguish an allowed packet from an unrelated one.
     assert_eq!(counts(&object), expected_counts.get());
     let [denied, audited, allowed, kept, exempt] = expected_counts.get();
     println!(
-        "{} comparisons: {denied} denied, {audited} audited, {kept} kept, {exempt} exempt",
+        "{} comparisons: {denied} denied, {audited} audited, {kept} allowed, {exempt} exempt",
         compared.get()
     );
     assert!(compared.get() > effort(PACKETS) && allowed == 0, "{compared:?} {expected_counts:?}");

@@ -1,4 +1,4 @@
-//! `doctor` says what works here, names others' programs, and changes nothing.
+//! `doctor` reports the machine's capabilities, names foreign programs, and changes nothing.
 
 use std::{fs, io, os::unix::process::CommandExt as _};
 
@@ -54,7 +54,7 @@ fn supported_kernel_has_no_missing_check() {
     for check in found["checks"].as_array().unwrap() {
         assert_eq!(check["state"] == "ok", check["remedy"].is_null(), "{check:#}");
     }
-    // It tried all that, and left nothing.
+    // The checks attached programs as an experiment, and removed all of them.
     assert_eq!(hook::programs(&world.node, &pod.host_ifname), []);
     assert!(!hook::has_clsact(&world.node, &pod.host_ifname) && !world.pin_dir().exists());
 
@@ -91,12 +91,12 @@ fn unprivileged_user_is_reported() {
     let mut command = command(&world).command();
     let drop_all = || {
         for capability in 0..64 {
-            // SAFETY: takes integers only. It fails for those that the kernel does not have.
+            // SAFETY: the call takes integers only. It fails for capabilities that the kernel does not have.
             let _ = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };
         }
         io::Result::Ok(())
     };
-    // SAFETY: system calls alone. The namespace is entered before, by the closure that was added first.
+    // SAFETY: the closure makes system calls only. The closure that was added first has entered the namespace before.
     unsafe { command.pre_exec(drop_all) };
     let output = output(command);
     let found = report(&output);
@@ -186,7 +186,7 @@ fn foreign_filters_are_reported() {
         let _agent = world.agent().backend(backend).spawn();
         world.wait_guarded(&pod);
         let found = places(&examine(&world));
-        // What is before the agent's: with filters, the one that can't be passed.
+        // Programs before the agent's. With filters, that is the one that blocks the first priority.
         let before: Vec<_> = found
             .iter()
             .filter(|(_, _, is_first)| *is_first == Some(true))
@@ -210,7 +210,7 @@ fn foreign_cgroup_programs_are_reported() {
     let other = world
         .pin_dir()
         .with_file_name(format!("{}-other", world.pin_dir().file_name().unwrap().to_str().unwrap()));
-    // Another agent is another like any.
+    // A second agent counts as foreign.
     let first = world.agent().hooks(&["socket"]).pin_dir(&other).once();
     assert!(first.status.success(), "{first:?}");
     let _agent = world.agent().hooks(&["socket"]).spawn_ready();

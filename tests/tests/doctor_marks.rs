@@ -1,4 +1,4 @@
-//! `doctor` names the rules, devices and programs of others by which a packet or call can pass the agent's.
+//! `doctor` names foreign rules, devices and programs that let a packet or call bypass the agent.
 
 use std::{io, process::Output};
 
@@ -9,7 +9,7 @@ use imds_tests::{
 };
 use serde_json::Value;
 
-/// TC action of a program that leaves the packet to the next one.
+/// TC action that leaves the packet to the next program.
 const TC_ACT_UNSPEC: i32 = -1;
 // Attach type of include/uapi/linux/bpf.h.
 const BPF_CGROUP_INET4_CONNECT: u32 = 10;
@@ -48,7 +48,7 @@ fn nft(netns: &Netns, arguments: &[&str]) -> String {
     succeeded(&output(command))
 }
 
-/// Runs `iptables`, unless there is none.
+/// Runs `iptables`. Returns false if it is not installed.
 #[track_caller]
 fn iptables(netns: &Netns, arguments: &str) -> bool {
     let mut command = netns.command("iptables");
@@ -98,7 +98,7 @@ fn nft_rules_writing_the_mark() {
     assert_has(&found[0], "found", "there is none");
     assert_eq!((&found[0]["mark"]["chain"], &found[0]["mark"]["bit"]), (&"pre".into(), &12.into()));
 
-    // An exempt pod that has no bridge is known by its interface.
+    // An exempt pod without a bridge is identified by its interface.
     load_with_exempt(&world, &routed.host_ifname);
     assert!(checks(&world, "mark_rules").iter().all(|check| check["state"] == "ok"));
 
@@ -118,7 +118,7 @@ fn iptables_rules_writing_the_mark() {
     let world = World::new();
     let bridged = world.add_pod(PodLink::Bridged);
     if !iptables(&world.node, "-t mangle -A PREROUTING -j MARK --or-mark 0x4000") {
-        skip(WHOLE_TEST, "there is no iptables here");
+        skip(WHOLE_TEST, "there is no iptables on this machine");
         return;
     }
     load_with_exempt(&world, &bridged.host_ifname);
@@ -156,7 +156,7 @@ fn gbp_tunnels_on_exempt_pod_bridge() {
     assert_has(&port, "remedy", "set the mark bit");
 }
 
-/// Such a program can write the mark after `from_pod` has set it.
+/// A program after `from_pod` can overwrite the mark.
 #[test]
 fn programs_after_from_pod_of_exempt_pod() {
     if skip_without_tcx() {

@@ -1,4 +1,4 @@
-//! `doctor` explains the firewall rules of others and the programs that restrict the metadata service, and changes none.
+//! `doctor` explains foreign firewall rules and programs that restrict the metadata service, and changes none of them.
 
 use std::{
     fs, io,
@@ -17,7 +17,7 @@ use imds_tests::{
 use serde_json::Value;
 
 const WIRESERVER: &str = "198.51.100.32";
-/// Hooks that deny all packets of pods, which the node forwards.
+/// Hooks that deny all packets of pods that the node forwards.
 const HOOKS: [&str; 2] = ["from_pod", "node_egress"];
 
 fn nft(world: &World, arguments: &[&str]) -> String {
@@ -87,7 +87,7 @@ fn aks_rule_is_recognized() {
     let world = World::new();
     let rule = "FORWARD 1 ! -s 10.0.0.4 -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j DROP";
     if !iptables(&world, &format!("-t mangle -I {rule}")) {
-        skip(WHOLE_TEST, "there is no iptables here");
+        skip(WHOLE_TEST, "there is no iptables on this machine");
         return;
     }
     let found = examine(&world);
@@ -104,7 +104,7 @@ fn aks_rule_is_recognized() {
     assert_has(one(&examine(&world), "firewall_rules"), "state", "ok");
 }
 
-/// Row 22 of the field cases: each of these rules was called superfluous, and its removal opened something.
+/// Regression test: each of these rules was once reported as removable, although its removal opened access.
 #[test]
 fn broader_rules_are_kept() {
     let world = World::new();
@@ -152,7 +152,7 @@ fn broader_rules_are_kept() {
     world.unload();
 }
 
-/// Following the advice opens nothing: the pod stays denied once every removable rule is removed.
+/// Following the advice opens nothing: the pod stays denied after every removable rule is removed.
 #[test]
 fn removing_a_removable_rule_opens_nothing() {
     let world = World::new();
@@ -172,7 +172,7 @@ fn removing_a_removable_rule_opens_nothing() {
     world.assert_blocked(&pod);
 }
 
-/// A process that ends with the test.
+/// A background process that ends with the test.
 struct Background(Child);
 
 impl Drop for Background {
@@ -186,7 +186,7 @@ impl Drop for Background {
 fn metadata_programs_are_reported() {
     let world = World::new();
     assert_has(one(&examine(&world), "metadata_programs"), "state", "ok");
-    // The path of a socket in /proc/net/unix is the one that bind(2) was given, whatever directory it is in.
+    // /proc/net/unix shows the path that bind(2) received, whatever directory it is in.
     let root = world.scratch_dir().join("root");
     fs::create_dir_all(root.join("run/systemd")).unwrap();
     let socket = Path::new("/run/systemd/io.systemd.InstanceMetadata");
@@ -206,7 +206,7 @@ fn metadata_programs_are_reported() {
     assert_has(all(&examine(&world), "metadata_programs")[0], "found", "network unlocked");
 }
 
-/// Binds a Unix socket to an absolute path below another root directory, on a thread of its own.
+/// Binds a Unix socket to an absolute path below another root directory, on a separate thread.
 fn bind_below(root: &Path, path: &Path) -> UnixListener {
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).unwrap();
     nix::unistd::chroot(root).unwrap();

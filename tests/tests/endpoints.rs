@@ -1,4 +1,4 @@
-//! Which endpoints are guarded, and what is kept open at them.
+//! Protected endpoints and their allowed ports.
 
 use std::{
     fs,
@@ -34,7 +34,7 @@ fn ipv6_endpoint_is_protected() {
         assert_v6_open(&pod);
 
         let agent = world.agent().backend(backend).config(AWS).spawn_ready();
-        // Neighbours have to be found anew, from either side.
+        // Flushes neighbour entries, so that neighbour discovery runs again from both sides.
         for netns in [&*world.node, &pod.netns, &world.fabric] {
             netns.ip("neigh flush all");
         }
@@ -136,7 +136,7 @@ fn addresses_embedding_endpoint_are_denied() {
             ["64:ff9b::a9fe:a9fd", "2002:a9fe:a9fd::1"].map(|form| form.parse().unwrap());
         let fabric = world.fabric_frames();
         let socket = PacketSocket::frames(&pod.netns, Pod::IFNAME);
-        // The pod's neighbour entries must not matter: frames go to the gateway's address as they are.
+        // Frames are addressed to the gateway directly, so that neighbour entries of the pod do not matter.
         let arrives = |destination: Ipv6Addr, marker: &str, patience| {
             let packet = packets::udp_v6(address, destination, marker.as_bytes());
             socket.send(&packets::frame(&pod, &packet)).unwrap();
@@ -178,7 +178,7 @@ fn node_without_ipv6_is_enforced() {
     world.assert_open(&pod);
 }
 
-/// A directory of DMI files in which the vendor is this.
+/// Creates a directory of DMI files with this vendor.
 fn dmi(world: &World, sys_vendor: &str) -> PathBuf {
     let dir = world.scratch_dir().join("dmi");
     fs::create_dir_all(&dir).unwrap();
@@ -206,8 +206,8 @@ fn provider_follows_the_firmware() {
     world.assert_blocked(&pod);
     agent.kill9();
 
-    // What is guarded by both stays so; what only the first guarded is open again.
-    let (agent, provider) = start("Nobody");
+    // Endpoints of both providers stay protected; endpoints of the first one only become reachable.
+    let (agent, provider) = start("Unknown");
     assert_eq!(provider, "generic");
     assert_v6_open(&pod);
     world.assert_blocked(&pod);
@@ -248,7 +248,7 @@ fn no_endpoint_is_an_error_with_its_line() {
     let world = World::new();
     let file = world.scratch_dir().join("imds.toml");
     fs::write(&file, "mode = 'enforce'\nprovider = 'none'").unwrap();
-    // Not through the harness's command, which is for commands that have a pin directory.
+    // Does not use the harness's command, which adds a pin directory.
     let program = world.imds_agent(&[]).command().get_program().to_owned();
     let mut command = world.node.command(program);
     command.args(["config", "check", file.to_str().unwrap()]);

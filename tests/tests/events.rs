@@ -1,4 +1,4 @@
-//! What is told of denied packets and calls, and that nothing is lost from the sum.
+//! Events of denied packets and calls. Their sum must match the counters.
 
 use std::{
     io::{BufRead as _, BufReader},
@@ -16,7 +16,7 @@ use imds_tests::{
 };
 use serde_json::Value;
 
-/// `imds-agent events -o json`, until dropped.
+/// A running `imds-agent events -o json`. Dropping it ends the process.
 struct Follower {
     child: Child,
     events: Receiver<Value>,
@@ -39,7 +39,7 @@ impl Follower {
         Self { child, events }
     }
 
-    /// The next event, of which there has to be one.
+    /// Returns the next event, which must arrive within the time limit.
     fn next(&self) -> Value {
         self.events.recv_timeout(LONG).expect("an event")
     }
@@ -94,7 +94,7 @@ fn call_event_names_the_process() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Bridged);
     let agent = world.agent().hooks(&["socket"]).spawn_ready();
-    // Nobody follows yet: what comes now is there for whoever does.
+    // No client is subscribed yet: the event waits for the first one.
     assert!(world.in_cgroup(|| !http_get(&pod.netns, METADATA, SHORT).is_answer()));
     agent.kill9();
     let follower = Follower::start(&world);
@@ -152,7 +152,7 @@ fn flood_events_add_up() {
 
     let (mut lines, mut sum, mut bytes) = (0, 0, 0);
     while sum < FLOOD as u64 {
-        // One more at a time, a second apart for each CPU that has something left to tell.
+        // Sends single packets, so that each CPU with pending events emits them in a later rate-limit window.
         if let Ok(event) = follower.events.recv_timeout(Duration::from_millis(300)) {
             lines += 1;
             sum += 1 + event["suppressed"].as_u64().unwrap();
@@ -163,8 +163,8 @@ fn flood_events_add_up() {
         }
     }
     let denied = world.status().total.denied;
-    assert!(sum <= denied.packets, "{sum} told of {denied:?}");
-    // Of packets that are all alike.
+    assert!(sum <= denied.packets, "{sum} reported of {denied:?}");
+    // All packets have the same size.
     assert_eq!(bytes * denied.packets, sum * denied.bytes);
     assert!(lines < FLOOD / 10, "{lines} lines");
 }
@@ -177,7 +177,7 @@ fn every_subscriber_gets_all_events() {
     let [first, second] = [Follower::start(&world), Follower::start(&world)];
     let all_are_told = |followers: &[&Follower]| {
         for follower in followers {
-            // What others were shown before it follows is not shown to it.
+            // A new subscriber does not receive events that others have received before.
             let event = poll_until(LONG, "an event", || {
                 send(&pod, 1);
                 follower.events.recv_timeout(Duration::from_millis(300)).ok()
@@ -188,7 +188,7 @@ fn every_subscriber_gets_all_events() {
     all_are_told(&[&first, &second]);
     agent.kill9();
     all_are_told(&[&first, &second]);
-    // The one that is left takes over, whichever it was that took them.
+    // The remaining subscriber takes over reading the ring buffer, whichever one did before.
     drop(first);
     all_are_told(&[&second]);
     let third = Follower::start(&world);

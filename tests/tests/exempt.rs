@@ -1,4 +1,4 @@
-//! Who is exempt reaches the metadata service, on every hook, and nobody else does.
+//! Exempt senders reach the metadata service on every hook, and no other sender does.
 
 use std::{
     fs,
@@ -16,7 +16,7 @@ use imds_tests::{
 const ALL: &[&str] = &["from_pod", "node_egress", "socket"];
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
 
-/// A process in a pod's network namespace and in a cgroup of its own.
+/// A process in a pod's network namespace and in a separate cgroup.
 struct Process {
     cgroup: PathBuf,
     child: Child,
@@ -38,13 +38,13 @@ impl Drop for Process {
     fn drop(&mut self) {
         let ended = self.child.kill().and_then(|()| self.child.wait());
         let removed = try_poll(LONG, || {
-            // Busy until the process has left it.
+            // Busy until the process has left the cgroup.
             let below = fs::remove_dir(self.cgroup.join("container"));
             let _busy = below.and_then(|()| fs::remove_dir(&self.cgroup));
             (!self.cgroup.exists()).then_some(())
         });
         if ended.is_err() || removed.is_none() {
-            eprintln!("{} can't be removed", self.cgroup.display());
+            eprintln!("failed to remove {}", self.cgroup.display());
         }
     }
 }
@@ -57,7 +57,7 @@ fn start<'w>(world: &'w World, hooks: &[&'static str], config: &str) -> Agent<'w
     world.agent().config(config).hooks(hooks).spawn_ready()
 }
 
-/// By a socket that the agent guards, if it guards any.
+/// Reports whether the pod reaches the service from a socket in the cgroup of the socket hook.
 fn reaches(world: &World, netns: &Netns) -> bool {
     world.in_cgroup(|| http_get(netns, METADATA, SHORT).is_answer())
 }
@@ -73,7 +73,7 @@ fn wait_denied(world: &World, pod: &Pod) {
     world.assert_nothing_arrives(|| assert!(!reaches(world, &pod.netns)));
 }
 
-/// A route through the pod, as to an egress gateway, makes its interface an uplink, and leaves it the pod's.
+/// A route through the pod, as to an egress gateway, makes its interface an uplink as well as a pod interface.
 #[test]
 fn route_through_exempt_pod() {
     with_each_backend(|backend| {
@@ -110,7 +110,7 @@ fn every_selector_works_on_every_hook() {
     for link in LINKS {
         for &hooks in &all {
             if hooks == ["node_egress"] && link == PodLink::Bridged {
-                // Behind a bridge it takes `from_pod` to tell one pod from another.
+                // Behind a bridge, only `from_pod` can distinguish pods.
                 continue;
             }
             let world = World::new();
@@ -151,7 +151,7 @@ fn mark_bit_is_configurable() {
     for bit in [31, 0] {
         write(bit);
         let text = format!("mark_bit = {bit}\n");
-        poll_until(LONG, "the bit to be in force", || {
+        poll_until(LONG, "the bit to be effective", || {
             let shown = world.imds_agent(&["config", "show"]).output();
             String::from_utf8(shown.stdout).unwrap().contains(&text).then_some(())
         });
@@ -199,7 +199,7 @@ fn host_network_pod_is_exempt_by_cgroup() {
     let agent = start(&world, &["host_network"], &rule(&sender, ""));
     assert!(reaches(&container), "{}", agent.log());
     world.assert_nothing_arrives(|| assert!(!reaches(&neighbour)));
-    // One that is made later.
+    // A container that starts later.
     let later = world.add_cgroup("kubepods.slice/pod7.slice/b");
     poll_until(LONG, "the new container to be exempt", || reaches(&later).then_some(()));
     let exempt = world.status().host_network.unwrap().counts.exempt.packets;
@@ -223,7 +223,7 @@ fn rules_follow_the_configuration() {
     fs::write(&path, rule(&format!("netns = '{}'", pod.netns.path().display()), hooks)).unwrap();
     wait_exempt(&world, &pod);
 
-    // It stays while no agent runs, and through the start of the next.
+    // The exemption stays while no agent runs, and during the start of the next one.
     agent.kill9();
     assert!(reaches(&world, &pod.netns));
     let agent = world.agent().config_file(path.to_str().unwrap()).args(&["--cgroup", cgroup]).spawn_ready();
@@ -243,7 +243,7 @@ fn later_pod_is_exempt_successor_is_not() {
     let agent = start(&world, &known_here(ALL), &rule("interface = 'guest0'", ""));
     let first = world.add_pod(PodLink::Routed);
     wait_denied(&world, &first);
-    // Its name alone makes it one of those that are meant.
+    // The interface name alone makes the rule match.
     world.node.ip(&format!(
         "link set {0} down
          link set {0} name guest0
@@ -260,7 +260,7 @@ fn later_pod_is_exempt_successor_is_not() {
     first.delete();
     let successor = world.add_successor("guest1", index, address);
     world.assert_nothing_arrives(|| assert!(!reaches(&world, &successor)));
-    world.status_when("the successor is guarded and nobody exempt", |status| {
+    world.status_when("the successor is enforced and no sender exempt", |status| {
         status.find("guest1").is_some_and(imds_tests::status::Interface::is_attached)
             && status.exemptions.is_empty()
     });
@@ -275,7 +275,7 @@ fn unresolved_rules_are_reported() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     assert!(reachable(&pod.netns, METADATA));
-    // No namespace, the node's own, and one that is not there.
+    // A regular file, the node's own namespace, and a missing file.
     let file = world.scratch_dir().join("file");
     fs::write(&file, "").unwrap();
     for (path, part) in

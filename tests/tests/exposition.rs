@@ -1,4 +1,5 @@
-//! Metrics in the formats that clients ask for, and checked by Prometheus' own `promtool`; alerts as it evaluates them.
+//! Metrics in the formats that clients request, checked by Prometheus' `promtool`, and alerts as Prometheus evaluates
+//! them.
 
 use std::{
     fs, io,
@@ -25,14 +26,14 @@ fn promtool() -> Command {
     Command::new(std::env::var_os("PROMTOOL").unwrap_or_else(|| "promtool".into()))
 }
 
-/// Runs promtool with an input. Returns `None`, and says that the test is skipped, if it is not installed.
+/// Runs promtool with an input. Returns `None` and prints a skip notice if it is not installed.
 fn run_promtool(arguments: &[&str], directory: &Path, input: &str) -> Option<Output> {
     let mut command = promtool();
     command.args(arguments).current_dir(directory);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = match command.spawn() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            skip(WHOLE_TEST, "there is no promtool here (package prometheus)");
+            skip(WHOLE_TEST, "there is no promtool on this machine (package prometheus)");
             return None;
         }
         child => child.unwrap(),
@@ -54,8 +55,8 @@ fn scrape(world: &World, accept: &str) -> Response {
     })
 }
 
-/// Removes the values, which differ from one scrape to the next, and the runs of programs, which appear while any process of
-/// the machine has the kernel collect them.
+/// Removes the values, which differ between scrapes, and the program runs, which appear while any process of the
+/// machine makes the kernel collect them.
 fn series(metrics: &str) -> Vec<&str> {
     let samples =
         metrics.lines().filter(|line| !line.starts_with('#') && !line.starts_with("imds_agent_program_run"));
@@ -77,7 +78,7 @@ fn accept_header_selects_format() {
     assert!(open.body.contains("# TYPE imds_agent_packets counter\n"), "{}", open.body);
     assert!(open.body.ends_with("# EOF\n"), "{}", open.body);
     assert_eq!(series(&plain.body), series(&open.body));
-    // A client that names no format gets the one that every client reads.
+    // A client without an `Accept` header gets the text format, which every client supports.
     let by_default = try_get(&world, DEFAULT, "/metrics").unwrap().1;
     assert_eq!(series(&by_default), series(&plain.body));
     assert!(!by_default.contains("# EOF"), "{by_default}");
@@ -93,7 +94,7 @@ fn promtool_reads_both_formats() {
     let Some(output) = run_promtool(&["check", "metrics"], world.scratch_dir(), &text) else { return };
     assert_clean(&output);
     assert!(output.stderr.is_empty(), "{output:?}");
-    // `check metrics` reads the text format alone. The importer reads OpenMetrics, with a time in each sample.
+    // `check metrics` reads only the text format. The importer reads OpenMetrics, with a timestamp in each sample.
     let open = scrape(&world, PROMETHEUS).body;
     let timed: String = open
         .lines()
@@ -122,7 +123,7 @@ fn alerts_fire_on_their_conditions() {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
     }
     fs::remove_dir_all(directory).unwrap();
-    // Each alert has at least one case in which it fires, and one in which it does not.
+    // Each alert needs at least one case in which it fires, and one in which it does not.
     let [(_, rules), (_, cases)] = files;
     for alert in rules.split("- alert: ").skip(1).map(|alert| alert.lines().next().unwrap()) {
         let query = format!("ALERTS{{alertname=\"{alert}\",alertstate=\"firing\"}}");
@@ -184,10 +185,10 @@ fn run_times_are_collected_on_request() {
     assert!(enables_collection(&agent));
     drop(agent);
     let agent = world.agent().spawn_ready();
-    assert!(!enables_collection(&agent), "off by default");
+    assert!(!enables_collection(&agent), "collection must be off by default");
 }
 
-/// Reports whether the agent keeps the kernel collecting. Other processes can do so, too, at the same time.
+/// Reports whether the agent keeps the kernel collecting run times. Other processes may do so concurrently.
 fn enables_collection(agent: &Agent<'_>) -> bool {
     let descriptors = fs::read_dir(format!("/proc/{}/fd", agent.pid())).unwrap().flatten();
     let mut targets = descriptors.filter_map(|descriptor| fs::read_link(descriptor.path()).ok());

@@ -1,4 +1,4 @@
-//! The agent follows the node: pods come and go, and somebody detaches what it attached.
+//! The agent follows changes of the node: pods are added and deleted, and other software detaches programs.
 
 use std::{fs, path::PathBuf};
 
@@ -66,7 +66,7 @@ fn pod_changes_without_agent_are_noticed() {
         let agent = world.start_agent(backend);
         let packet = packets::udp(pod.address, METADATA, b"counted");
         send_ipv4(&pod.netns, METADATA, &[packet]).unwrap();
-        world.status_when("it is counted", |status| status.total.denied.packets == 1);
+        world.status_when("the packet is counted", |status| status.total.denied.packets == 1);
         agent.kill9();
         let name = pod.host_ifname.clone();
         pod.delete();
@@ -85,7 +85,7 @@ fn fast_pod_churn_leaves_nothing() {
         let world = World::new();
         let _agent = world.start_agent(backend);
         for number in 0..20 {
-            // Its namespace is gone before or after the agent saw it.
+            // The namespace is deleted before or after the agent sees the interface.
             let _pod = world.add_pod(LINKS[number % 2]);
         }
         let stays = world.add_pod(PodLink::Routed);
@@ -107,7 +107,7 @@ fn renamed_interface_keeps_its_counts() {
         let pod = world.add_pod(PodLink::Bridged);
         let _agent = world.start_agent(backend);
         send_ipv4(&pod.netns, METADATA, &[packets::udp(pod.address, METADATA, b"counted")]).unwrap();
-        world.status_when("it is counted", |status| status.total.denied.packets == 1);
+        world.status_when("the packet is counted", |status| status.total.denied.packets == 1);
 
         let old = &pod.host_ifname;
         world.node.ip(&format!("link set {old} down\nlink set {old} name renamed0\nlink set renamed0 up"));
@@ -125,7 +125,7 @@ fn renamed_interface_keeps_its_counts() {
 fn only_pod_interfaces_are_enforced() {
     with_each_backend(|backend| {
         let world = World::new();
-        // Both ends in the node's own namespace: no pod's.
+        // Both ends are in the node's own namespace, so that the link belongs to no pod.
         world.node.ip("link add inner0 type veth peer name inner1\nlink set inner0 up\nlink set inner1 up");
         let pods = LINKS.map(|link| world.add_pod(link));
         let _agent = world.start_agent(backend);
@@ -144,7 +144,7 @@ fn only_pod_interfaces_are_enforced() {
         for (name, role) in others {
             let interface = status.interface(name);
             assert_eq!(interface.role, role, "{name}");
-            // The uplink's peer is in another network namespace, like that of a pod's link.
+            // The uplink's peer is in another network namespace, like that of a pod interface.
             let is_uncertain = name == World::UPLINK;
             assert_eq!(interface.attachment("from_pod").is_some(), is_uncertain, "{name}");
             let ours = hook::programs(&world.node, name).iter().any(hook::Attached::is_ours);

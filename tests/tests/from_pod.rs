@@ -1,4 +1,4 @@
-//! `from_pod`: no packet of a pod reaches the metadata service, and nothing else is touched.
+//! `from_pod`: no packet of a pod reaches the metadata service, and other traffic is not affected.
 
 use imds_tests::{
     METADATA, Pod, PodLink, SERVICE, Status, World, packets,

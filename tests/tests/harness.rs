@@ -1,4 +1,4 @@
-//! The harness itself, without an agent: what the other tests take for granted.
+//! The harness itself, without an agent: guarantees on which other tests rely.
 
 use std::{
     net::Ipv4Addr,
@@ -96,7 +96,7 @@ fn count_includes_all_earlier_packets() {
     let sent = flood.stop();
 
     let arrived = world.arrivals();
-    // A CPU's backlog drops what it has no room for.
+    // A CPU drops packets that do not fit into its backlog.
     assert!(arrived.total() > sent / 2, "{} of {sent} arrived", arrived.total());
     assert_eq!(arrived, world.arrivals());
 }
@@ -154,7 +154,7 @@ fn panicking_test_leaves_nothing() {
         let pod = world.add_pod(PodLink::Routed);
         left.extend(traces(&world));
         left.push(pod.netns.path());
-        // Also a panic in another namespace is the test's.
+        // A panic in another namespace must fail the test too.
         pod.netns.run(|| panic!("as a failing test would"));
     }));
     assert_eq!(result.unwrap_err().downcast_ref(), Some(&"as a failing test would"));
@@ -163,7 +163,7 @@ fn panicking_test_leaves_nothing() {
 
 #[test]
 fn next_process_cleans_up_after_kill() {
-    // No process has such an id: it is above the kernel's PID_MAX_LIMIT of 2^22.
+    // No process can have this id, which is above the kernel's PID_MAX_LIMIT of 2^22.
     let name = format!("imds-{}-0-node", (1 << 22) + std::process::id());
     let path = Path::new("/run/netns").join(&name);
     let added = std::process::Command::new("ip").args(["netns", "add", &name]).status().unwrap();

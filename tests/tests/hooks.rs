@@ -1,4 +1,4 @@
-//! Each hook alone: what it holds, with the way open before it and after it.
+//! Each hook alone: the traffic that it denies, which passes before and after.
 
 use std::{
     fs,
@@ -53,7 +53,7 @@ fn udp_socket(netns: &Netns, any: &str) -> UdpSocket {
     netns.run(|| UdpSocket::bind(any).expect("a UDP socket"))
 }
 
-/// Errors of every call by which a socket in a namespace can name the endpoint.
+/// Returns the errors of every call with which a socket in a namespace can name the endpoint.
 fn errors(netns: &Netns, endpoint: Ipv4Addr) -> Vec<(&'static str, Option<ErrorKind>)> {
     let (v4, mapped) = (SocketAddr::from((endpoint, 80)), SocketAddr::from((endpoint.to_ipv6_mapped(), 80)));
     let kind = |result: std::io::Result<()>| result.err().map(|error| error.kind());
@@ -85,7 +85,7 @@ fn errno_of_denied_calls() {
         ("EHOSTUNREACH", ErrorKind::HostUnreachable),
         ("ENETUNREACH", ErrorKind::NetworkUnreachable),
     ] {
-        // Older kernels have no helper for it.
+        // Older kernels lack the helper for the error number.
         let expected = if can_choose_errno() { chosen } else { ErrorKind::PermissionDenied };
         let config = format!(
             "on_deny_errno = '{errno}'\n[hooks]\nfrom_pod = false\nnode_egress = false\nsocket = true\nsendmsg = true"
@@ -126,16 +126,16 @@ fn socket_hook_denies_calls_immediately() {
             }
         });
         assert!(of(&pod.netns, SERVICE).iter().all(|(_, error)| error.is_none()));
-        // Not in the guarded cgroup: nobody's business.
+        // A socket outside of the agent's cgroup is not affected.
         assert!(reachable(&pod.netns, METADATA));
     }
-    // The node's own, in the same cgroup.
+    // The node's own sockets in the same cgroup are not affected.
     assert!(of(&world.node, METADATA).iter().all(|(_, error)| error.is_none()));
     assert!(world.in_cgroup(|| reachable(&world.node, METADATA)));
     let sockets = world.status().sockets.expect("the hook is on");
     assert!(sockets.attached && sockets.counts.denied.packets >= 12, "{sockets:?}");
 
-    // It outlives the agent, covers pods that start without one, and is taken over by the next.
+    // The hook survives the agent, covers pods that start without one, and is adopted by the next agent.
     agent.kill9();
     let late = world.add_pod(PodLink::Bridged);
     assert!(of(&late.netns, METADATA).iter().all(|(_, error)| *error == Some(ErrorKind::PermissionDenied)));
@@ -200,8 +200,8 @@ fn detached_socket_hook_is_restored() {
     assert!(denied());
     imds_tests::foreign::detach_link(&world.pin_dir().join("links/connect4"));
     agent.wait_for_log("attached imds_connect4", LONG);
-    imds_tests::poll::poll_until(LONG, "connect4 to be guarded again", || denied().then_some(()));
-    world.status_when("all is well", |status| status.is_ready() && status.state == "enforcing");
+    imds_tests::poll::poll_until(LONG, "connect4 to be attached again", || denied().then_some(()));
+    world.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! A machine's own network namespace as the node's, which is what it is outside of tests. Before Linux 5.14 the socket hook
-//! and strict mode know no other.
+//! The machine's initial network namespace as the node's, as outside of tests. Before Linux 5.14 the hooks `socket` and
+//! `host_network` work only there.
 
 use imds_tests::{
     METADATA, PodLink, SERVICE, World,
@@ -9,7 +9,7 @@ use imds_tests::{
 
 #[test]
 fn every_hook_spares_the_initial_netns() {
-    if skip_unless_disposable("makes the machine's own network namespace a node's") {
+    if skip_unless_disposable("uses the machine's own network namespace as the node's") {
         return;
     }
     let world = World::of_machine();

@@ -1,4 +1,4 @@
-//! Who is exempt by what Kubernetes calls them: from the API server's word to the packet.
+//! Exemptions of Kubernetes pods, from the API server's events to the packets.
 
 use std::{fs, thread};
 
@@ -26,15 +26,15 @@ const RULE: &str = "
     service_account = 'agent'
     pod_selector = { match_labels = { app = 'agent' } }";
 
-/// A node of a cluster: its API server and its kubelet.
+/// A node of a cluster with its API server and kubelet.
 struct Cluster {
-    // Dropped first: the server's thread is woken from outside.
+    // Dropped first, because its thread is woken through the node's namespace.
     server: ApiServer,
     kubelet: Kubelet,
     world: World,
 }
 
-/// A pod that was scheduled: it has a link and cgroups, and a process only once it is started.
+/// A scheduled pod: it has a link and cgroups, and a process once it is started.
 struct Scheduled {
     uid: String,
     cgroup: PodCgroup,
@@ -81,7 +81,7 @@ impl Cluster {
         self.world.assert_nothing_arrives(|| assert!(!self.reaches(&pod.netns)));
     }
 
-    /// Waits until the API server has told of that many pods.
+    /// Waits until the agent knows this number of pods from the API server.
     fn wait_known(&self, pods: u32) {
         self.world.status_when("the pods are known", |status| {
             status.kubernetes.as_ref().is_some_and(|kubernetes| kubernetes.pods == pods)
@@ -94,7 +94,7 @@ impl Scheduled {
         pod(&self.uid, NODE, "kube-system", "agent", labels)
     }
 
-    /// Starts its sandbox.
+    /// Starts the pod's sandbox.
     fn start(&mut self) -> &Pod {
         self.cgroup.start_in(&self.pod.netns);
         &self.pod
@@ -141,7 +141,7 @@ fn recreated_sandbox_is_found_again() {
     let mut trusted = cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED);
     trusted.start();
     cluster.wait_exempt(&trusted.pod);
-    // The runtime makes another sandbox for the same pod, of which the API server says nothing.
+    // The runtime creates another sandbox for the same pod, without an event of the API server.
     trusted.cgroup.stop();
     let (index, address) = (trusted.pod.host_ifindex, trusted.pod.address);
     trusted.pod.delete();
@@ -169,12 +169,12 @@ fn api_outage_keeps_known_exemptions_only() {
     let mut trusted = cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED);
     trusted.start();
     cluster.wait_exempt(&trusted.pod);
-    // So long that it would not come to an end within the test.
+    // Enough failures to outlast the test.
     for _ in 0..100 {
         cluster.server.fail(Fault::Status(500, "etcdserver: no leader"));
     }
     cluster.server.disconnect();
-    let status = cluster.world.status_when("the failure is said", |status| {
+    let status = cluster.world.status_when("the failure is reported", |status| {
         status.kubernetes.as_ref().is_some_and(|kubernetes| {
             !kubernetes.is_connected
                 && kubernetes.error.as_ref().is_some_and(|error| error.contains("no leader"))
@@ -186,14 +186,14 @@ fn api_outage_keeps_known_exemptions_only() {
     cluster.wait_denied(&unknown.pod);
     assert!(cluster.reaches(&trusted.pod.netns));
 
-    // The next agent has heard of nobody.
+    // The next agent gets no pods from the API server.
     agent.kill9();
     let agent = spawn();
     assert!(cluster.reaches(&trusted.pod.netns), "{}", agent.log());
     cluster.world.assert_nothing_arrives(|| assert!(!cluster.reaches(&unknown.pod.netns)));
     agent.kill9();
 
-    // Rules that are others than the earlier agent's keep nothing.
+    // Rules that differ from the earlier agent's keep none of its exemptions.
     fs::write(config, rules.replace("'trusted'", "'others'")).unwrap();
     let agent = spawn();
     cluster.world.assert_nothing_arrives(|| assert!(!cluster.reaches(&trusted.pod.netns)));
@@ -219,7 +219,7 @@ fn host_network_pod_is_exempt_by_cgroups() {
     cluster.server.apply(object);
     trusted.cgroup.start_in(&cluster.world.node);
     let granted = |number: usize| {
-        cluster.world.status_when("its cgroups are granted", |status| {
+        cluster.world.status_when("its cgroups are exempt", |status| {
             let mut exempt = status.exemptions.iter().filter(|sender| sender.cgroup.is_some());
             exempt.clone().count() == number && exempt.all(|sender| sender.pod.is_some())
         })
@@ -228,7 +228,7 @@ fn host_network_pod_is_exempt_by_cgroups() {
     assert!(
         before.exemptions.iter().all(|sender| sender.pod.as_ref().is_some_and(|pod| pod.uid == trusted.uid))
     );
-    // A container of which the API server has not told.
+    // A container that the API server has not reported.
     let later = trusted.cgroup.path.join("cri-containerd-later.scope");
     fs::create_dir(&later).unwrap();
     granted(3);
@@ -299,7 +299,7 @@ fn only_changes_of_1000_pods_are_written() {
     let before = writes();
     cluster.server.compact();
     cluster.server.disconnect();
-    poll_until(LONG, "all pods to be read again", || {
+    poll_until(LONG, "all pods to be listed again", || {
         (metric("imds_agent_kubernetes_relists_total") == 2).then_some(())
     });
     assert_eq!(writes(), before);
@@ -307,7 +307,8 @@ fn only_changes_of_1000_pods_are_written() {
     cluster.server.apply(trusted[0].object(&[]));
     cluster.wait_denied(&trusted[0].pod);
     let [exempt, named] = writes();
-    // The grants of its namespace and its link, its addresses, and the filter. Its name stays.
+    // Removes the exemptions of the pod's namespace and link, its addresses, and updates the filter. The pod's name
+    // stays.
     assert!(exempt - before[0] <= 5 && named == before[1], "{exempt} and {named} after {before:?}");
     assert!(cluster.reaches(&trusted[1].pod.netns));
     drop(agent);
@@ -327,7 +328,7 @@ fn restart_keeps_many_pods_exempt() {
         cluster.wait_exempt(&pod.pod);
     }
     agent.kill9();
-    // Counted by programs and maps that stay. An answer that is late would be no sign: this is about refusals.
+    // Compares counters of maps that survive restarts. A late response would prove nothing; only denials count.
     let (world, over) = (&cluster.world, Over::default());
     let before = world.status().total;
     thread::scope(|scope| {
@@ -342,7 +343,7 @@ fn restart_keeps_many_pods_exempt() {
         let _tell = over.when_dropped();
         for _ in 0..effort(10) {
             let agent = cluster.start();
-            world.status_when("every pod is located", |status| status.has_located(40));
+            world.status_when("the sandbox of every pod is found", |status| status.has_located(40));
             agent.kill9();
         }
     });
@@ -361,7 +362,7 @@ fn restart_keeps_many_pods_exempt() {
 #[test]
 fn late_sandbox_is_found_during_link_churn() {
     let cluster = Cluster::new();
-    // A look at everything would find it, too.
+    // A full resync would find the sandbox as well, so the interval is long.
     let agent =
         cluster.world.agent().config(&cluster.config()).hooks(&known_here(ALL)).resync(3600).spawn_ready();
     let mut trusted = cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED);
@@ -393,7 +394,7 @@ fn startup_taint_is_removed_once_enforced() {
     let kubeconfig = world.scratch_dir().join("kubeconfig");
     server.write_kubeconfig(&kubeconfig);
     let config = format!("[kubernetes]\nkubeconfig = '{}'\nnode_name = '{NODE}'", kubeconfig.display());
-    // It is tried again.
+    // The agent must retry after this failure.
     server.fail(Fault::Status(500, "etcd"));
     server.fail(Fault::Status(500, "etcd"));
     let agent = world.agent().config(&config).args(&["--startup-taint", "imds-agent/not-ready"]).spawn();

@@ -1,4 +1,4 @@
-//! Neither a user of the node nor a client of the API server can take a pod's identity, or take it away unseen.
+//! Neither a user of the node nor a client of the API server can take over a pod's identity, or revoke it unnoticed.
 
 use std::{
     fs,
@@ -21,7 +21,7 @@ const NODE: &str = "node-0";
 const RULE: &str = "[[exempt]]\nname = 'trusted'\nnamespace = 'kube-system'\nservice_account = 'agent'\n";
 
 struct Cluster {
-    // Dropped before its network is.
+    // Dropped before its network.
     server: ApiServer,
     kubelet: Kubelet,
     world: World,
@@ -41,7 +41,7 @@ impl Cluster {
         self.world.agent().config(&config).hooks(&known_here(&["from_pod", "node_egress"])).spawn_ready()
     }
 
-    /// A pod with a sandbox in the cgroup of the kubelet's pod with this id.
+    /// Starts a sandbox for the pod with this id of the kubelet.
     fn run(&self, kubelet: &Kubelet, uid: &str) -> (Pod, PodCgroup) {
         let pod = self.world.add_pod(PodLink::Routed);
         let mut cgroup = kubelet.add_pod(uid, Driver::Cgroupfs);
@@ -69,7 +69,7 @@ fn trusted(uid: &str) -> Value {
     pod(uid, NODE, "kube-system", "agent", &[])
 }
 
-/// Gives a cgroup and all below it to a user, as systemd does with `Delegate=yes`.
+/// Gives a cgroup and its descendants to a user, as systemd does with `Delegate=yes`.
 fn delegate(path: &Path) {
     chown(path, Some(1000), Some(1000)).unwrap();
     let is_dir = |path: &PathBuf| path.is_dir();
@@ -88,12 +88,12 @@ fn user_cgroup_with_pod_id_is_ignored() {
     cluster.server.apply(trusted(&uid));
     cluster.server.apply(trusted(&other));
     let agent = cluster.start();
-    // Once a pod of the kubelet is exempt, the agent has looked at all cgroups.
+    // Once a later pod of the kubelet is exempt, the agent has examined all cgroups.
     let (pod, _processes_of_pod) = cluster.run(&cluster.kubelet, &other);
     cluster.wait_exempt(&pod);
     cluster.world.assert_nothing_arrives(|| assert!(!cluster.reaches(&attacker)));
 
-    // The kubelet starts the pod: it has its exemption, and the user still has none.
+    // The kubelet starts the pod: it gets its exemption, and the user still has none.
     let (exempt, _processes_of_exempt) = cluster.run(&cluster.kubelet, &uid);
     cluster.wait_exempt(&exempt);
     cluster.world.assert_nothing_arrives(|| assert!(!cluster.reaches(&attacker)));

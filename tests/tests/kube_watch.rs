@@ -1,4 +1,4 @@
-//! The watch of the API server, over HTTP, and what becomes of exemptions when the server misbehaves.
+//! The watch of the API server over HTTP, and the effect of its failures on exemptions.
 
 use std::{path::Path, time::Duration};
 
@@ -19,12 +19,12 @@ const RULES: &str = "
     namespace = 'kube-system'
     pod_selector = { match_labels = { app = 'x' } }";
 
-/// A watch that feeds an index.
+/// A watch whose events update an index.
 struct Follower {
     watch: Watch,
     index: Index,
     rule: Pods,
-    /// Of each relist, how many pods were in it.
+    /// Number of pods in each relist.
     relists: Vec<usize>,
     directory: TempDir,
 }
@@ -54,24 +54,24 @@ impl Follower {
         }
     }
 
-    /// Takes in news until `is_so`.
+    /// Applies events until `is_so` returns true.
     async fn until(&mut self, what: &str, is_so: impl Fn(&Self) -> bool) {
         let waiting = async {
             while !is_so(self) {
-                let event = self.watch.next().await.expect("the watch goes on");
+                let event = self.watch.next().await.expect("the watch must continue");
                 if let PodEvent::Relist(pods) = &event {
                     self.relists.push(pods.len());
                 }
                 self.index.handle(event);
             }
         };
-        timeout(LONG, waiting).await.unwrap_or_else(|_| panic!("waited in vain for {what}"));
+        timeout(LONG, waiting).await.unwrap_or_else(|_| panic!("timed out waiting for {what}"));
     }
 
     async fn until_state(&mut self, what: &str, is_so: impl FnMut(&WatchState) -> bool) {
         let mut state = self.watch.state();
         let so = timeout(LONG, state.wait_for(is_so)).await;
-        so.unwrap_or_else(|_| panic!("waited in vain for {what}")).expect("the watch goes on");
+        so.unwrap_or_else(|_| panic!("timed out waiting for {what}")).expect("the watch must continue");
     }
 
     fn is_exempt(&self, uid: &str) -> bool {
@@ -87,7 +87,7 @@ fn trusted(uid: &str) -> serde_json::Value {
     pod(uid, NODE, "kube-system", "s", &[("app", "x")])
 }
 
-/// A server with one trusted pod, and a follower that knows it and is told of changes.
+/// Returns a server with one trusted pod, and a follower that has listed it and watches for changes.
 async fn followed() -> (ApiServer, Follower) {
     let server = ApiServer::start();
     server.apply(trusted("a"));
@@ -104,18 +104,18 @@ async fn pods_are_added_changed_and_deleted() {
     server.apply(pod("c", NODE, "default", "s", &[("app", "x")]));
     server.apply(pod("d", "node-1", "kube-system", "s", &[("app", "x")]));
     server.apply(trusted("e"));
-    follower.until("the last of them", |follower| follower.is_exempt("e")).await;
+    follower.until("the last of the pods", |follower| follower.is_exempt("e")).await;
     assert!(follower.is_exempt("b") && !follower.is_exempt("c") && follower.index.get("c").is_some());
     assert!(follower.index.get("d").is_none(), "another node's");
 
     server.apply(pod("b", NODE, "kube-system", "s", &[]));
-    follower.until("the label to be gone", |follower| !follower.is_exempt("b")).await;
+    follower.until("the label to be removed", |follower| !follower.is_exempt("b")).await;
     server.delete("a");
-    follower.until("the pod to be gone", |follower| follower.index.get("a").is_none()).await;
+    follower.until("the pod to be deleted", |follower| follower.index.get("a").is_none()).await;
     let mut ended = trusted("e");
     ended["status"]["phase"] = "Failed".into();
     server.apply(ended);
-    follower.until("the pod to be over", |follower| !follower.is_exempt("e")).await;
+    follower.until("the pod to be terminated", |follower| !follower.is_exempt("e")).await;
 
     assert_eq!(follower.relists, [1]);
     let state = follower.watch.state().borrow().clone();
@@ -150,12 +150,12 @@ async fn ended_watch_resumes() {
     };
     let mut state = follower.watch.state();
     while watches(&server) < 3 {
-        // Each bookmark wakes the watch's state, so that this turns once for each.
+        // Each bookmark changes the watch's state, so that the loop runs once for each.
         server.bookmark();
-        timeout(LONG, state.changed()).await.expect("news").unwrap();
+        timeout(LONG, state.changed()).await.expect("an event").unwrap();
     }
     server.apply(trusted("b"));
-    follower.until("what came later", |follower| follower.is_exempt("b")).await;
+    follower.until("the later event", |follower| follower.is_exempt("b")).await;
     let errors = follower.watch.state().borrow().errors.clone();
     assert_eq!((follower.relists.len(), errors), (1, [].into()));
 }
@@ -171,9 +171,9 @@ async fn known_pods_survive_an_outage() {
     assert!(follower.is_exempt("a"));
     server.apply(trusted("b"));
     server.apply(pod("a", NODE, "kube-system", "s", &[]));
-    follower.until("what was missed", |follower| follower.is_exempt("b") && !follower.is_exempt("a")).await;
+    follower.until("the missed events", |follower| follower.is_exempt("b") && !follower.is_exempt("a")).await;
     follower.until_state("a watch", |state| state.connected).await;
-    assert_eq!(follower.relists.len(), 1, "it goes on where it was");
+    assert_eq!(follower.relists.len(), 1, "the watch must resume without a list");
     assert!(follower.errors(ErrorKind::Connect) + follower.errors(ErrorKind::Closed) >= 3);
     assert!(follower.watch.state().borrow().last_error.is_some());
 }
@@ -261,7 +261,7 @@ async fn every_failure_is_counted_and_recovers() {
         };
         assert_eq!(follower.is_exempt("a"), !first_list, "{case}");
         follower.until_state(&case, |state| state.errors.contains_key(&kind)).await;
-        assert!(first_list || follower.is_exempt("a"), "{case}: what is known stays");
+        assert!(first_list || follower.is_exempt("a"), "{case}: known pods stay exempt");
         server.apply(trusted("b"));
         follower.until(&case, |follower| follower.is_exempt("a") && follower.is_exempt("b")).await;
         follower.until_state(&case, |state| state.connected).await;
@@ -293,7 +293,7 @@ async fn pods_of_other_nodes_are_ignored() {
     follower.until_state("the line", |state| state.events >= 1).await;
     server.apply(trusted("b"));
     server.apply(trusted("c"));
-    follower.until("what comes next", |follower| follower.is_exempt("c")).await;
+    follower.until("the next event", |follower| follower.is_exempt("c")).await;
     assert!(follower.index.get("z").is_none());
 }
 
@@ -304,7 +304,9 @@ async fn endless_response_is_abandoned() {
     server.fail(Fault::EndlessList("{\"items\":["));
     server.disconnect();
     follower
-        .until_state("both to be left", |state| state.errors.get(&ErrorKind::Malformed) == Some(&2))
+        .until_state("both responses to be abandoned", |state| {
+            state.errors.get(&ErrorKind::Malformed) == Some(&2)
+        })
         .await;
     assert!(follower.is_exempt("a"));
     follower.until("the list", |follower| follower.relists.len() == 2).await;
@@ -320,7 +322,9 @@ async fn endless_list_pages_are_abandoned() {
     }
     server.apply(trusted("a"));
     let mut follower = Follower::with(&server, |options| options.most_pages = 5);
-    follower.until_state("it to be left", |state| state.errors.contains_key(&ErrorKind::Malformed)).await;
+    follower
+        .until_state("the list to be abandoned", |state| state.errors.contains_key(&ErrorKind::Malformed))
+        .await;
     follower.until("the list", |follower| follower.is_exempt("a")).await;
     assert_eq!((follower.errors(ErrorKind::Malformed), server.faults_left()), (1, 0));
 }
@@ -334,8 +338,8 @@ async fn later_and_changed_kubeconfig_is_read() {
     let mut options = Options::new(NODE.to_owned());
     options.backoff = Backoff { first: Duration::from_millis(20), longest: Duration::from_millis(200) };
     follower.watch = Watch::start(Access::Kubeconfig(kubeconfig.clone()), options);
-    follower.until_state("the lack of a file", |state| state.errors.contains_key(&ErrorKind::Config)).await;
-    // The server speaks no TLS.
+    follower.until_state("the missing file", |state| state.errors.contains_key(&ErrorKind::Config)).await;
+    // The server does not support TLS.
     write_kubeconfig(&kubeconfig, &server.url().replace("http:", "https:"));
     follower.until_state("the wrong address", |state| state.errors.contains_key(&ErrorKind::Connect)).await;
     server.write_kubeconfig(&kubeconfig);

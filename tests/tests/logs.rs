@@ -1,4 +1,4 @@
-//! The agent's log on standard error, and names from outside in every output.
+//! The agent's log on standard error, and external names in every output.
 
 use std::{
     collections::HashMap,
@@ -28,7 +28,7 @@ use nix::{
 };
 use serde_json::Value;
 
-/// A process that is killed when the test ends.
+/// A process that is killed on drop.
 struct Running(Child);
 
 impl Running {
@@ -48,7 +48,7 @@ impl Drop for Running {
     }
 }
 
-/// A pipe that is full.
+/// Creates a pipe and fills it.
 fn full_pipe() -> (OwnedFd, OwnedFd) {
     let (reader, writer) = pipe().unwrap();
     let mut writer = File::from(OwnedFd::from(writer));
@@ -59,7 +59,7 @@ fn full_pipe() -> (OwnedFd, OwnedFd) {
         }
     };
     assert_eq!(error.kind(), ErrorKind::WouldBlock);
-    // The agent shares the mode of the pipe.
+    // The agent shares the file status flags of the pipe.
     fcntl(writer.as_fd(), FcntlArg::F_SETFL(OFlag::empty())).unwrap();
     (reader.into(), writer.into())
 }
@@ -85,7 +85,7 @@ fn pipe_without_reader_blocks_nothing() {
     let mut agent = Running::start(run(), writer);
     poll_until(LONG, "the agent to be ready", is_ready);
     assert_eq!(dropped(&world), 0);
-    // Each refused configuration is quoted in the log.
+    // Each rejected configuration is quoted in the log.
     fs::write(&config, format!("mode = '{}'", "x".repeat(12_000))).unwrap();
     poll_until(LONG, "dropped lines", || {
         agent.signal(Signal::SIGHUP);
@@ -119,7 +119,7 @@ fn pipe_without_reader_blocks_nothing() {
     world.assert_open(&pod);
 }
 
-/// Runs the agent once, and returns the lines of its log.
+/// Runs the agent once and returns the lines of its log.
 fn log_of(world: &World, args: &[&str], env: &[(&'static str, &str)]) -> Vec<String> {
     let mut command = world.agent().args(&["--once"]).args(args);
     for (name, value) in env {
@@ -143,7 +143,7 @@ fn journal_has_priorities_without_timestamp() {
     assert!(lines.iter().any(|line| line.starts_with("<6>mode enforce")), "{lines:#?}");
     assert!(lines.iter().all(|line| line.starts_with('<')), "{lines:#?}");
 
-    // Another stream than standard error.
+    // The stream differs from standard error.
     let lines = log_of(&world, &[], &[("JOURNAL_STREAM", &stream)]);
     assert!(lines.iter().any(|line| line.contains("Z INFO  mode enforce")), "{lines:#?}");
     world.unload();
@@ -268,7 +268,7 @@ fn external_names_are_escaped_everywhere() {
     world.unload();
 }
 
-/// Ends quietly: with success and without a word.
+/// Asserts that a command ends with success and without output when its reader has closed the pipe.
 #[track_caller]
 fn assert_ends_quietly(world: &World, args: &[&str]) {
     let (reader, writer) = pipe().unwrap();
@@ -278,7 +278,7 @@ fn assert_ends_quietly(world: &World, args: &[&str]) {
     let stderr = child.stderr.take().unwrap();
     let said = thread::spawn(move || std::io::read_to_string(stderr).unwrap());
     let mut child = Running(child);
-    // The last handle of the pipe is the child's.
+    // Afterwards only the child has the write end of the pipe.
     drop(command);
     let status = poll_until(LONG, "the command to end", || child.0.try_wait().unwrap());
     let said = said.join().unwrap();
@@ -304,7 +304,7 @@ fn commands_exit_quietly_on_closed_pipe() {
         assert_ends_quietly(&world, args);
     }
     drop(agent);
-    // Another process no longer takes the events.
+    // Without the agent, the command reads the ring buffer itself.
     assert_ends_quietly(&world, &["events"]);
     world.unload();
 }
@@ -320,12 +320,12 @@ fn recorded_events_without_following() {
         String::from_utf8(output.stdout).unwrap().lines().count()
     };
     assert_eq!(events(&[]), 0);
-    // A frame needs no neighbour entry, so that there is an event for sure.
+    // A frame needs no neighbour entry, so that it certainly causes an event.
     let frame = packets::frame(&pod, &packets::syn(pod.address, METADATA, 40_000, 1));
     PacketSocket::frames(&pod.netns, Pod::IFNAME).send(&frame).unwrap();
     poll_until(LONG, "the events", || (events(&["--since", "1h"]) > 0).then_some(()));
     assert_eq!(events(&["--since", "0s"]), 0);
-    // Events of --since are not marked as printed.
+    // Events printed with --since are not marked as printed.
     assert!(events(&[]) > 0);
     assert_eq!(events(&[]), 0);
     assert!(events(&["--since", "1h"]) > 0);

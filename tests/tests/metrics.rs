@@ -1,4 +1,4 @@
-//! Metrics and health, as a monitoring system asks for them.
+//! Metrics and health endpoints, as a monitoring system requests them.
 
 use std::{
     io::{Read as _, Write as _},
@@ -29,7 +29,7 @@ fn get(world: &World, path: &str) -> (u16, String) {
     try_get(world, DEFAULT, path).unwrap()
 }
 
-/// The value of a time series.
+/// Returns the value of a time series.
 #[track_caller]
 fn value(metrics: &str, series: &str) -> f64 {
     let found = metrics.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
@@ -44,7 +44,7 @@ fn hang_up(agent: &Agent<'_>) {
 fn counters_and_config_are_served() {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
-    assert!(try_get(&world, DEFAULT, "/healthz").is_err(), "nobody serves yet");
+    assert!(try_get(&world, DEFAULT, "/healthz").is_err(), "no agent serves yet");
     assert!(http_get(&pod.netns, METADATA, LONG).is_answer());
     let agent = world.agent().spawn_ready();
     poll_until(LONG, "metrics to be served", || try_get(&world, DEFAULT, "/healthz").ok());
@@ -57,7 +57,7 @@ fn counters_and_config_are_served() {
         (DENIED, 0.0),
         (r#"imds_agent_mode{mode="enforce"}"#, 1.0),
         (r#"imds_agent_mode{mode="audit"}"#, 0.0),
-        // The pod's link, and the uplink, which is a veth too.
+        // Two interfaces: the pod's, and the uplink, which is a veth too.
         (r#"imds_agent_interfaces{hook="from_pod",state="enforced"}"#, 2.0),
         (r#"imds_agent_interfaces{hook="from_pod",state="unenforced"}"#, 0.0),
         ("imds_agent_ready", 1.0),
@@ -83,7 +83,7 @@ fn counters_and_config_are_served() {
     let total = total.packets as f64;
     assert!(value(&after, DENIED) <= total);
 
-    // What was counted at an interface that is gone stays.
+    // Counts of a deleted interface stay.
     pod.delete();
     world.status_when("the pod is gone", |status| status.interfaces.iter().all(|one| one.role != "pod"));
     assert!(value(&get(&world, "/metrics").1, DENIED) >= value(&after, DENIED));
@@ -143,10 +143,10 @@ fn not_ready_while_a_pod_is_not_enforced() {
         value(&metrics, r#"imds_agent_interfaces{hook="from_pod",state="unenforced"}"#) > 0.0,
         "{metrics}"
     );
-    // It works all the same.
+    // The agent is still healthy.
     assert_eq!(get(&world, "/healthz").0, 200);
     hang_up(&agent);
-    poll_until(LONG, "it to be ready again", || (get(&world, "/readyz").0 == 200).then_some(()));
+    poll_until(LONG, "the agent to be ready again", || (get(&world, "/readyz").0 == 200).then_some(()));
     let metrics = get(&world, "/metrics").1;
     assert!(value(&metrics, r#"imds_agent_config_reloads_total{result="succeeded"}"#) > 0.0, "{metrics}");
     world.assert_blocked(&pod);
@@ -171,13 +171,13 @@ fn reload_changes_the_listen_address() {
     poll_until(LONG, "the Unix socket to be served", || at_socket(&socket).ok());
     assert_eq!(at_socket(&socket).unwrap().0, 200);
     assert!(try_get(&world, DEFAULT, "/readyz").is_err());
-    // One that is killed leaves its socket, which the next takes over.
+    // A killed agent leaves its socket, which the next one replaces.
     drop(agent);
     assert!(socket.metadata().unwrap().file_type().is_socket());
     let agent = start();
     poll_until(LONG, "the Unix socket to be served again", || at_socket(&socket).ok());
 
-    // An address that is not the node's is no reason to guard less, or to stop.
+    // An address that the node does not have neither stops the agent nor reduces enforcement.
     write("\"127.0.0.1:9300\", \"192.0.2.1:9300\"");
     poll_until(LONG, "the other address to be served", || {
         try_get(&world, "127.0.0.1:9300", "/readyz").is_ok_and(|(status, _)| status == 200).then_some(())
@@ -202,7 +202,7 @@ fn bad_requests_do_not_block_others() {
     let agent = world.agent().spawn_ready();
     poll_until(LONG, "metrics to be served", || try_get(&world, DEFAULT, "/healthz").ok());
     let connect = || world.node.run(|| TcpStream::connect(DEFAULT)).unwrap();
-    // More than are served at once, of whom nobody says anything: each is let go after a while.
+    // More silent connections than the server accepts concurrently. Each one is closed after its timeout.
     let silent: Vec<_> = (0..20).map(|_| connect()).collect();
     poll_until(LONG * 4, "others to be served", || try_get(&world, DEFAULT, "/healthz").ok());
     drop(silent);

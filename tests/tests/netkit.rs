@@ -1,4 +1,5 @@
-//! Pods behind netkit pairs, whose peer programs run before TC ingress of the host side and can send packets past it.
+//! Pods behind netkit pairs. Programs on the peer run before TC ingress of the host side and can redirect packets past
+//! it.
 
 use imds_agent::datapath::bpf::{self, MprogHook};
 use imds_tests::{
@@ -10,11 +11,11 @@ use imds_tests::{
     skip_without_netkit,
 };
 
-/// `bpf_redirect_neigh` of include/uapi/linux/bpf.h.
+/// Helper function `bpf_redirect_neigh` of include/uapi/linux/bpf.h.
 const REDIRECT_NEIGH: u32 = 152;
 const MODES: [NetkitMode; 2] = [NetkitMode::L2, NetkitMode::L3];
 
-/// Attach mode and order of `from_pod`, as the status has them.
+/// Returns attach mode and order of `from_pod` from the status.
 fn from_pod(status: &Status, pod: &Pod) -> (Option<String>, Option<bool>) {
     let interface = status.interface(&pod.host_ifname);
     (interface.attach_mode().map(str::to_owned), interface.is_first())
@@ -32,13 +33,13 @@ fn assert_enforced(world: &World, pod: &Pod) {
     assert!(reachable(&world.node, METADATA));
 }
 
-/// Ids of the programs at the peer, in the order in which they run.
+/// Returns the ids of the programs on the peer in execution order.
 fn peer_programs(world: &World, pod: &Pod) -> Vec<u32> {
     let entries = world.node.run(|| bpf::entries(pod.host_ifindex, MprogHook::NetkitPeer));
     entries.unwrap().into_iter().map(|entry| entry.program).collect()
 }
 
-/// A program that sends packets of a pod to the uplink, past TC ingress of the host side.
+/// Returns a program that redirects packets of a pod to the uplink, past TC ingress of the host side.
 fn redirecting_to_uplink(world: &World) -> Foreign {
     let uplink = world.node.run(|| nix::net::if_::if_nametoindex(World::UPLINK)).unwrap();
     Foreign::calling(REDIRECT_NEIGH, &[uplink, 0, 0, 0]).unwrap()
@@ -77,7 +78,7 @@ fn netkit_redirects_come_second() {
             let world = World::new();
             let pod = world.add_pod(PodLink::Netkit(mode));
             if mode == NetkitMode::L2 {
-                // The program passes neither requests nor replies of ARP on to the node.
+                // The program forwards neither ARP requests nor replies to the node.
                 let text = |mac: [u8; 6]| mac.map(|byte| format!("{byte:02x}")).join(":");
                 let add = |address: &str, mac, device: &str| {
                     format!("neigh replace {address} lladdr {} dev {device} nud permanent", text(mac))
@@ -142,7 +143,7 @@ fn netkit_links_are_adopted() {
     });
     assert_enforced(&world, &pod);
     let log = agent.log();
-    // Updates of an initial sync share a line.
+    // Updates of an initial sync share one log line.
     assert!(log.contains("updated") && !log.contains("removed") && !log.contains("attached"), "{log}");
 }
 
@@ -162,7 +163,7 @@ fn netkit_detached_links_are_restored() {
     assert_enforced(&world, &pod);
 }
 
-/// The peer device takes no link, and both are the node's own.
+/// The peer device supports no link, and both devices belong to the node.
 #[test]
 fn netkit_with_both_ends_on_node() {
     if skip_without_netkit() {

@@ -1,4 +1,4 @@
-//! What somebody else left in the pin directory is not taken for the agent's.
+//! Foreign objects in the pin directory are not mistaken for the agent's.
 
 use std::fs;
 
@@ -26,7 +26,7 @@ fn guarded_world(backend: AttachMode) -> (World, Pod) {
     (world, pod)
 }
 
-/// The next agent starts with new maps, says why, and guards.
+/// Asserts that the next agent starts with new maps, logs the reason, and enforces the pod.
 #[track_caller]
 fn assert_starts_anew(world: &World, pod: &Pod, backend: AttachMode, reason: &str) {
     world.assert_blocked(pod);
@@ -38,7 +38,7 @@ fn assert_starts_anew(world: &World, pod: &Pod, backend: AttachMode, reason: &st
     assert!(world.status().interface(&pod.host_ifname).counts.denied.packets > 0);
     agent.kill9();
 
-    // Once is enough.
+    // The next start must find nothing to replace.
     let agent = world.start_agent(backend);
     assert!(!agent.log().contains("starting with new maps"), "{}", agent.log());
     drop(agent);
@@ -70,9 +70,9 @@ fn maps_of_other_version_are_replaced() {
     let mut policies: Array<MapData, Policy> =
         Map::Array(MapData::from_pin(pin).unwrap()).try_into().unwrap();
     assert!(world.status().total.denied.packets > 0);
-    // A policy that is misread must not open anything.
+    // A misread policy must not open access.
     policies.set(0, Policy { mode: Mode::Off as u32, layout: 99, ..Policy::default() }, 0).unwrap();
-    // Until then the programs go by it, as it is their own map.
+    // Until the replacement the programs use the changed policy, which is in their own map.
     world.assert_open(&pod);
     for command in [&["status"][..], &["report"], &["config", "show"]] {
         let output = world.imds_agent(command).output();
@@ -109,7 +109,7 @@ fn program_at_map_or_link_pin_is_replaced() {
     assert_eq!(hook::tcx(&world.node, &pod.host_ifname).len(), 1);
 }
 
-/// `imds-agent` with this world's pin directory, in another network namespace.
+/// Runs `imds-agent` with this world's pin directory in another network namespace.
 fn elsewhere(world: &World, netns: &Netns, args: &[&str]) -> std::process::Output {
     let here = world.imds_agent(args).command();
     let mut there = netns.command(here.get_program());
@@ -129,7 +129,8 @@ fn pins_of_another_netns_are_left_alone() {
         };
         refused(&["status"]);
         match backend {
-            // Links show that they are in use; filters of another namespace can't be seen, only removed there.
+            // A pinned link shows that the directory is in use. Filters of another namespace are not visible, but
+            // `unload` would fail to remove them.
             AttachMode::Tcx => refused(&["run", "--once"]),
             AttachMode::Clsact => refused(&["unload"]),
         }

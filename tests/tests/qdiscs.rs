@@ -1,4 +1,5 @@
-//! Qdiscs and lists of programs that others set up before the agent: shared where it can be, else reported.
+//! Qdiscs and program lists of other software that exist before the agent starts: shared if possible, otherwise
+//! reported.
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
@@ -9,12 +10,12 @@ use imds_tests::{
     skip_without_tcx,
 };
 
-/// TC action of a program that leaves the packet to the next one.
+/// TC action that leaves the packet to the next program.
 const TC_ACT_UNSPEC: i32 = -1;
-/// Largest number of programs that the kernel takes at one hook (`bpf_mprog_max`).
+/// Maximum number of programs that the kernel supports at one hook (`bpf_mprog_max`).
 const MAX_PROGRAMS: usize = 63;
 
-/// Attach mode of the hook of an interface, as the status has it.
+/// Returns the attach mode of the interface's hook from the status.
 fn attach_mode(status: &Status, interface: &str) -> Option<String> {
     status.find(interface)?.attach_mode().map(str::to_owned)
 }
@@ -27,7 +28,7 @@ fn has_problem(status: &Status, interface: &str) -> bool {
     status.problems.iter().any(|problem| problem.interface.as_deref() == Some(interface))
 }
 
-/// Waits until the status says that the interface is not enforced, with the exit code for that.
+/// Waits until the status reports that the interface is not enforced, and checks the exit code.
 #[track_caller]
 fn assert_not_enforced(world: &World, interface: &str) {
     let status = world.status_when("the interface is not enforced", |status| {
@@ -38,14 +39,14 @@ fn assert_not_enforced(world: &World, interface: &str) {
     assert_eq!(world.imds_agent(&["status"]).output().status.code(), Some(3));
 }
 
-/// Events of the interface, each of which has the agent reconcile it, cause no lines in the log.
+/// Asserts that repeated events of the interface, each of which causes a reconcile, add no lines to the log.
 #[track_caller]
 fn assert_log_is_bounded(world: &World, agent: &Agent<'_>, interface: &str) {
     let lines = || agent.log().lines().filter(|line| line.contains(interface)).count();
     for length in 500..520 {
         world.node.ip(&format!("link set {interface} txqueuelen {length}"));
     }
-    // Reconciled after those.
+    // The agent reconciles this pod after the earlier events.
     let pod = world.add_pod(PodLink::Routed);
     world.wait_guarded(&pod);
     assert!(lines() <= 3, "{}", agent.log());
@@ -85,13 +86,13 @@ fn from_pod_shares_an_ingress_qdisc() {
     assert_eq!(is_ours, [true, false]);
     assert!(!hook::has_clsact(&world.node, veth));
 
-    // Replaced by the next agent, where it is.
+    // The next agent replaces the filter in its position.
     agent.kill9();
     let agent = world.start_agent(AttachMode::Clsact);
     assert_pod_enforced(&world, &pod);
     drop(agent);
     world.unload();
-    // The filter and the qdisc of others stay: adding another one fails.
+    // Foreign filters and qdiscs stay: adding the filter again fails.
     let is_ours: Vec<_> = hook::filters(&world.node, veth).iter().map(Attached::is_ours).collect();
     assert_eq!(is_ours, [false]);
     qdisc(&world, veth, "del ingress");
@@ -127,7 +128,7 @@ fn ingress_qdisc_prevents_node_egress() {
     world.assert_open(&pod);
 }
 
-/// An `ingress` qdisc lists the filter of `from_pod` at egress too.
+/// `tc` lists the filter of `from_pod` on an `ingress` qdisc at egress too.
 #[test]
 fn ingress_qdisc_keeps_from_pod_only() {
     let world = World::new();

@@ -1,4 +1,4 @@
-//! What the agent can't do it says in one line that names the subject, and leaves nothing behind.
+//! Failures: the agent reports an unmet requirement in one line that names the subject, and leaves nothing behind.
 
 use std::{
     fs, io,
@@ -17,7 +17,7 @@ use imds_tests::{
 };
 use nix::sys::resource::{Resource, setrlimit};
 
-/// One world with a pod, in which an agent is refused.
+/// A world with a pod in which an agent fails.
 struct Refusal {
     world: World,
     pod: imds_tests::Pod,
@@ -34,7 +34,7 @@ impl Refusal {
         self.world.agent()
     }
 
-    /// `output` is of an agent that failed with this code and one line that contains all `subjects`, and left nothing.
+    /// Asserts that an agent failed with this code and one line that contains all `subjects`, and left nothing behind.
     #[track_caller]
     fn assert(&self, output: &Output, code: i32, subjects: &[&str]) {
         assert_line(output, code, subjects);
@@ -55,7 +55,7 @@ fn assert_line(output: &Output, code: i32, subjects: &[&str]) {
     }
 }
 
-/// The same command, run by `wrapper`.
+/// Runs the command through `wrapper`.
 fn wrapped(world: &World, wrapper: &[&str], agent: &AgentCommand<'_>) -> Command {
     let inner = agent.command();
     let mut command = world.node.command(wrapper[0]);
@@ -67,7 +67,7 @@ fn wrapped(world: &World, wrapper: &[&str], agent: &AgentCommand<'_>) -> Command
 fn unprivileged_user() {
     let refusal = Refusal::new();
     let inner = refusal.agent().command();
-    // Where nobody can get at it.
+    // The directory is not accessible for other users.
     let copy = refusal.world.scratch_dir().join("imds-agent");
     fs::copy(inner.get_program(), &copy).unwrap();
     fs::set_permissions(refusal.world.scratch_dir(), fs::Permissions::from_mode(0o755)).unwrap();
@@ -78,7 +78,7 @@ fn unprivileged_user() {
 
 #[test]
 fn root_without_capabilities() {
-    // CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON (capabilities(7)).
+    // CAP_SYS_ADMIN includes CAP_BPF and CAP_PERFMON (capabilities(7)).
     let cases = [
         ("-net_admin", "CAP_NET_ADMIN"),
         ("-bpf,-sys_admin", "CAP_BPF"),
@@ -90,7 +90,7 @@ fn root_without_capabilities() {
     }
 }
 
-/// All that the agent needs.
+/// Capabilities that are sufficient without exemptions.
 const ENOUGH: &str = "-all,+bpf,+net_admin,+perfmon";
 
 fn run_with_capabilities(world: &World, capabilities: &str) -> Output {
@@ -111,14 +111,14 @@ fn three_capabilities_are_sufficient() {
     world.assert_blocked(&pod);
 }
 
-/// Of the others that the unit and the pods of a cluster have, each is for something.
+/// The unit and the pods have two more capabilities. Exemptions need both.
 #[test]
 fn exemptions_need_two_more_capabilities() {
     if skip_without_netns_cookie() {
         return;
     }
     let Refusal { world, pod } = Refusal::new();
-    // What takes a look at the pod's processes, which are another user's, and into its network namespace.
+    // Requires access to the pod's processes, which belong to another user, and to its network namespace.
     let kubelet = Kubelet::new();
     let mut cgroup = kubelet.add_pod(&new_uid(), Driver::Cgroupfs);
     cgroup.start_as(&pod.netns, 1000);
@@ -145,10 +145,10 @@ fn exemptions_need_two_more_capabilities() {
 fn locked_memory_limit_on_old_kernel() {
     let refusal = Refusal::new();
     let mut command = with_capabilities(&refusal.world, ENOUGH);
-    // SAFETY: between fork and exec it makes one system call, and allocates nothing.
+    // SAFETY: between fork and exec the closure makes one system call and allocates nothing.
     unsafe { command.pre_exec(|| Ok(setrlimit(Resource::RLIMIT_MEMLOCK, 1 << 16, 1 << 16)?)) };
     let output = output(command);
-    // Since Linux 5.11 they count as the cgroup's memory.
+    // Since Linux 5.11 maps count as memory of the cgroup.
     if KernelVersion::current().unwrap() < KernelVersion::new(5, 11, 0) {
         refusal.assert(&output, 1, &["65536", "LimitMEMLOCK", "CAP_SYS_RESOURCE"]);
     } else {
@@ -166,7 +166,7 @@ fn pin_directory_outside_bpffs() {
     assert!(!path.exists());
 }
 
-/// Runs the agent in a mount namespace whose /sys/fs/bpf is no bpffs: there is none then, as on a bare machine.
+/// Runs the agent in a mount namespace in which /sys/fs/bpf is not a bpffs, as on a bare machine.
 fn run_without_bpffs(world: &World, capabilities: &str) -> Output {
     let bounding = format!("--bounding-set={capabilities}");
     let script = format!("umount -l /sys/fs/bpf && exec setpriv {bounding} --inh-caps=-all \"$@\"");
@@ -183,7 +183,7 @@ fn missing_bpffs_is_mounted() {
     let result = run_without_bpffs(&world, "+all");
     let stderr = String::from_utf8_lossy(&result.stderr);
     assert!(result.status.success() && stderr.contains("mounted a bpffs at /sys/fs/bpf"), "{stderr}");
-    // It is gone with the mount namespace, and with it what was pinned there.
+    // The bpffs and its pins are removed together with the mount namespace.
 }
 
 #[test]
@@ -193,7 +193,7 @@ fn missing_bpffs_without_mount_right() {
     refusal.assert(&result, 1, &["/sys/fs/bpf", "mount -t bpf bpf /sys/fs/bpf"]);
 }
 
-/// Makes bpf(2) fail with `errno` in a process that is about to be executed.
+/// Makes bpf(2) fail with `errno` in a process before its exec.
 fn refuse_bpf(errno: i32) -> io::Result<()> {
     const fn statement(code: u32, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
         #[expect(clippy::cast_possible_truncation, reason = "codes are 16 bits, the constants are not")]
@@ -219,7 +219,7 @@ fn kernel_without_bpf() {
     let refusal = Refusal::new();
     for errno in [libc::ENOSYS, libc::EPERM] {
         let mut command = refusal.agent().command();
-        // SAFETY: between fork and exec it makes one system call, and allocates nothing.
+        // SAFETY: between fork and exec the closure makes one system call and allocates nothing.
         unsafe { command.pre_exec(move || refuse_bpf(errno)) };
         refusal.assert(&output(command), 1, &["kernel"]);
     }
@@ -280,7 +280,7 @@ fn failed_start_keeps_earlier_enforcement() {
     refusal.world.assert_blocked(&refusal.pod);
 }
 
-/// The other hooks run, and the missing one is named.
+/// The other hooks are enforced, and the missing one is reported.
 #[test]
 fn missing_cgroup_v2_degrades_the_agent() {
     let Refusal { world, pod } = Refusal::new();

@@ -1,4 +1,4 @@
-//! The configuration changes while the agent runs: at once, without a gap, and never to a bad one.
+//! Reloads while the agent runs: immediate, without a gap in enforcement, and never to an invalid configuration.
 
 use std::{
     fs,
@@ -54,19 +54,19 @@ impl<'w> ConfigFile<'w> {
             .spawn_ready()
     }
 
-    /// Puts another file in its place, as editors do.
+    /// Replaces the file atomically, as editors do.
     fn replace(&self, text: &str) {
         let new = self.path.with_extension("new");
         fs::write(&new, text).unwrap();
         fs::rename(new, &self.path).unwrap();
     }
 
-    /// The same, and waits until that is in force.
+    /// Replaces the file and waits until the new configuration is effective.
     #[track_caller]
     fn reload(&self, text: &str) -> Status {
         let before = generation(&self.world.status());
         self.replace(text);
-        self.world.status_when("the configuration is in force", |status| {
+        self.world.status_when("the configuration is effective", |status| {
             generation(status) > before && status.configuration.as_ref().unwrap().refused.is_none()
         })
     }
@@ -80,10 +80,10 @@ fn hang_up(agent: &Agent<'_>) {
     kill(Pid::from_raw(agent.pid().try_into().unwrap()), Signal::SIGHUP).unwrap();
 }
 
-/// Waits until the file was refused with such an error, and all is as before.
+/// Waits until the file is rejected with this error, and asserts that the earlier configuration stays effective.
 #[track_caller]
 fn assert_refused(world: &World, before: &Status, part: &str) -> Status {
-    let status = world.status_when("the file is refused", |status| {
+    let status = world.status_when("the file is rejected", |status| {
         let refused = status.configuration.as_ref().and_then(|configuration| configuration.refused.as_ref());
         refused.is_some_and(|refused| refused.error.contains(part))
     });
@@ -108,7 +108,7 @@ fn assert_flood_arrives(world: &World, pods: &[Pod; 2]) {
     });
 }
 
-/// Configurations all of which guard [`METADATA`], each with something else changed.
+/// Returns configurations that all protect [`METADATA`], each with another change.
 fn guarding() -> Vec<String> {
     let others = |count: u8| {
         let other = |n| format!("[[endpoint]]\nname = 'e{n}'\naddress = '10.9.0.{n}'\n");
@@ -152,7 +152,7 @@ fn flood_is_denied_during_reloads() {
         assert!(sent > 100_000, "{sent} packets are no flood");
         let status = world.status();
         assert!(generation(&status) >= generation(&first) + 56);
-        // At both edges a packet is counted once: what the first denies never gets to the second.
+        // A packet is counted once: packets that `from_pod` denies never reach `node_egress`.
         assert!(status.denied() <= sent && status.denied() > sent / 2, "{} of {sent}", status.denied());
 
         drop(agent);
@@ -184,7 +184,7 @@ fn off_and_on_without_restart() {
             assert!(total.denied.packets > denied && total.allowed.packets > 0, "{total:?}");
         }
         assert!(world.status().total.audited.packets > 0);
-        // Nothing at all to guard, and then something again.
+        // No endpoint at all, and then one again.
         file.reload(&format!("mode = 'off'\nprovider = 'none'\n{BOTH_EDGES}"));
         world.assert_open(&pod);
         file.reload(BOTH_EDGES);
@@ -208,7 +208,7 @@ fn reload_changes_hooks() {
         let agent = file.start(backend, &[]);
         let (veth, uplink) = (pod.host_ifname.as_str(), World::UPLINK);
         let are_guarded = || [has_program(&world, veth, Ingress), has_program(&world, uplink, Egress)];
-        // A call that is refused, and one that waits in vain for an answer.
+        // Distinguishes a denied call from one that times out.
         let is_refused =
             || world.in_cgroup(|| matches!(http_get(&pod.netns, METADATA, SHORT), Outcome::Error(_)));
         assert_eq!(are_guarded(), [true, false]);
@@ -228,7 +228,7 @@ fn reload_changes_hooks() {
             world.assert_blocked(&pod);
         }
         assert_eq!(fs::read_dir(world.pin_dir().join("progs")).unwrap().count(), 3);
-        // What is new later is guarded by what is on then.
+        // The effective hooks also apply to later pods.
         file.reload(BOTH_EDGES);
         let late = world.add_pod(PodLink::Bridged);
         world.wait_guarded(&late);
@@ -294,11 +294,11 @@ fn reload_changes_endpoints_and_interfaces() {
         assert_eq!(status.interface(&pod.host_ifname).role, "pod");
         world.assert_blocked(&pod);
 
-        // The firmware says something else, and the file does not change.
+        // The firmware data changes, the file does not.
         assert_eq!(status.provider.unwrap().in_force, "generic");
         fs::write(dmi.join("sys_vendor"), "Amazon EC2\n").unwrap();
         hang_up(&agent);
-        let status = world.status_when("the provider is another", |status| {
+        let status = world.status_when("the provider has changed", |status| {
             status.provider.as_ref().is_some_and(|provider| provider.in_force == "aws")
         });
         assert_eq!(status.endpoints.len(), 2);
@@ -315,7 +315,7 @@ fn new_endpoint_route_makes_an_uplink() {
     let file = ConfigFile::new(&world, BOTH_EDGES);
     let agent = file.start(AttachMode::Clsact, &["--resync", "3600"]);
     let vault = Ipv4Addr::new(10, 9, 0, 1);
-    // As the uplink of a nested node: a veth, to which no default route leads.
+    // The uplink of a nested node: a veth without a default route.
     let pod = world.add_pod(PodLink::Routed);
     let role = |role: &'static str| {
         world
@@ -351,7 +351,7 @@ fn bad_file_keeps_previous_config() {
     agent.wait_for_log("the configuration before stays in force", LONG);
     world.assert_blocked(&pod);
 
-    // Clashes with the provider's.
+    // The endpoint conflicts with the provider's.
     file.replace(&format!("{BOTH_EDGES}[[endpoint]]\nname = 'mine'\naddress = '{METADATA}'\n"));
     assert_refused(&world, &good, "already guarded");
 
@@ -363,7 +363,7 @@ fn bad_file_keeps_previous_config() {
     world.assert_blocked(&pod);
     let good = file.reload(BOTH_EDGES);
 
-    // A directory, and a pipe that nobody writes to.
+    // A directory, and a pipe without a writer.
     fs::remove_file(&file.path).unwrap();
     fs::create_dir(&file.path).unwrap();
     assert_refused(&world, &good, "not a regular file");
@@ -377,7 +377,7 @@ fn bad_file_keeps_previous_config() {
     fs::write(&file.path, " ".repeat((1 << 20) + 1)).unwrap();
     assert_refused(&world, &good, "MiB");
 
-    // What is refused is known without the agent, too, and not for longer than it is so.
+    // The rejection is recorded without the agent too, until the next agent loads a valid file.
     agent.kill9();
     assert_refused(&world, &good, "MiB");
     file.replace(BOTH_EDGES);
@@ -406,7 +406,7 @@ fn unusable_cgroup_rejects_the_file() {
         .spawn_ready();
     let good = world.status();
     drop(cgroup);
-    // Turns `node_egress` on, too, which must be detached again.
+    // The file also enables `node_egress`, which must be detached again.
     file.replace("on_deny = 'reject'\n");
     let status = assert_refused(&world, &good, missing.to_str().unwrap());
     assert!(!has_program(&world, World::UPLINK, Egress));
@@ -422,7 +422,7 @@ fn unusable_cgroup_rejects_the_file() {
 fn every_file_replacement_is_noticed() {
     let world = World::new();
     let file = ConfigFile::new(&world, FROM_POD);
-    // So that nothing is noticed for another reason.
+    // No resync runs during the test.
     let agent = file.start(AttachMode::Clsact, &["--resync", "3600"]);
     let modes = |n: usize| ["enforce", "audit", "off"][n % 3];
     let config = |mode: &str| format!("mode = '{mode}'\n{FROM_POD}");
@@ -439,7 +439,7 @@ fn every_file_replacement_is_noticed() {
     fs::write(&file.path, config("enforce")).unwrap();
     assert_in_force("enforce");
 
-    // As the kubelet does with a ConfigMap.
+    // Replaces symlinks as the kubelet does for a ConfigMap.
     let dir = world.scratch_dir();
     let version = |n: usize| {
         let name = format!("..2026_11_23_{n}");
@@ -459,7 +459,7 @@ fn every_file_replacement_is_noticed() {
         assert_in_force(modes(n));
     }
 
-    // Two changes in a hurry: the last one counts.
+    // Several fast changes: the last one counts.
     for n in 0..10 {
         file_in(dir, &current, &config(modes(n)));
         file_in(dir, &current, &config(modes(n + 1)));
@@ -482,7 +482,7 @@ fn inotify_overflow_is_handled() {
     kill(pid, Signal::SIGSTOP).unwrap();
     let most: usize =
         fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap().trim().parse().unwrap();
-    // Two events each, and no two in a row alike, which the kernel would tell as one.
+    // Two events per file. Successive events differ, because the kernel would merge equal ones.
     for n in 0..most {
         let name = world.scratch_dir().join(format!("other-{}", n % 2));
         fs::write(&name, "").unwrap();
@@ -490,7 +490,7 @@ fn inotify_overflow_is_handled() {
     }
     file.replace(&format!("mode = 'audit'\n{FROM_POD}"));
     kill(pid, Signal::SIGCONT).unwrap();
-    world.status_when("it is noticed", |status| status.mode.as_deref() == Some("audit"));
+    world.status_when("the change is noticed", |status| status.mode.as_deref() == Some("audit"));
     drop(agent);
     world.unload();
 }
@@ -499,13 +499,13 @@ fn inotify_overflow_is_handled() {
 fn polling_finds_unreported_changes() {
     let world = World::new();
     let file = ConfigFile::new(&world, FROM_POD);
-    // Another name of the same file, in a directory that is not on the way.
+    // A second name of the same file, in a directory that the agent does not watch.
     let elsewhere = world.scratch_dir().join("elsewhere");
     fs::create_dir(&elsewhere).unwrap();
     fs::hard_link(&file.path, elsewhere.join("imds.toml")).unwrap();
     let agent = file.start(AttachMode::Clsact, &["--resync", "1"]);
     fs::write(elsewhere.join("imds.toml"), format!("mode = 'audit'\n{FROM_POD}")).unwrap();
-    poll_until(Duration::from_secs(20), "it to be noticed", || {
+    poll_until(Duration::from_secs(20), "the change to be noticed", || {
         (world.status().mode.as_deref() == Some("audit")).then_some(())
     });
     drop(agent);
@@ -514,7 +514,7 @@ fn polling_finds_unreported_changes() {
 
 #[test]
 fn sighup_without_file_is_ignored() {
-    // Without a file all hooks are on.
+    // Without a file, all hooks are on.
     if skip_without_netns_cookie() {
         return;
     }
@@ -524,7 +524,7 @@ fn sighup_without_file_is_ignored() {
     let mut agent = world.imds_agent(&["run"]).args(&args).spawn_ready();
     let before = generation(&world.status());
     hang_up(&agent);
-    world.status_when("it is loaded again", |status| generation(status) == before + 1);
+    world.status_when("the configuration is loaded again", |status| generation(status) == before + 1);
     agent.wait_ready();
     world.assert_blocked(&pod);
     assert!(agent.terminate().success());

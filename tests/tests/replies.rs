@@ -1,5 +1,5 @@
-//! Answers to hand-made packets, byte by byte: what the programs make of a denied packet, as another implementation of
-//! the protocols (etherparse) reads it.
+//! Replies to crafted packets, byte by byte: an independent implementation of the protocols (etherparse) parses the
+//! replies of the BPF programs.
 
 use etherparse::{
     IcmpEchoHeader, Icmpv4Type, Icmpv6Type, IpNumber, NetSlice, PacketBuilder, SlicedPacket, TransportSlice,
@@ -41,13 +41,13 @@ fn rejecting() -> Object {
     object
 }
 
-/// So often as one CPU answers in a second, without waiting for the next one.
+/// Returns a runner with at most as many cases as one CPU answers per second, so that the rate limit does not apply.
 fn runner() -> TestRunner {
     let cases = Window::MOST_ANSWERS / 2;
     TestRunner::new(ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() })
 }
 
-/// A packet with both headers in front of it, by either version of IP.
+/// Builds a packet with Ethernet and IP headers, for either version of IP.
 fn packet(
     v6: bool,
     write: impl FnOnce(etherparse::PacketBuilderStep<etherparse::IpHeaders>) -> Vec<u8>,
@@ -56,7 +56,7 @@ fn packet(
     write(if v6 { ethernet.ipv6(POD_V6, IMDS_IPV6, 64) } else { ethernet.ipv4(POD, IMDS_IPV4, 64) })
 }
 
-/// The answer, whose addresses and checksums are as they should be.
+/// Parses the reply, and asserts that its addresses and checksums are correct.
 fn answer(after: &[u8], v6: bool) -> SlicedPacket<'_> {
     let answer = SlicedPacket::from_ethernet(after).expect("a packet");
     assert_eq!((&after[..6], &after[6..12]), (&MACS.0[..], &MACS.1[..]));
@@ -151,7 +151,7 @@ fn icmp_error_quotes_the_packet() {
             if is_udp {
                 ip.udp(source, port).write(&mut bytes, &data).unwrap();
             } else {
-                // At least eight bytes, of a protocol without a meaning here.
+                // At least eight bytes of an unknown protocol.
                 let data = [&[0; 8][..], &data].concat();
                 ip.write(&mut bytes, IpNumber(132), &data).unwrap();
             }
@@ -218,7 +218,7 @@ fn packets_without_reply_are_dropped() {
         ("a later fragment", fragment),
         ("a multicast source", from_multicast),
         ("no source", from_nobody),
-        ("less than there is to quote", cut_off),
+        ("a packet too short to quote", cut_off),
     ] {
         let (action, after) = try_run(program, &packet).expect("a test run");
         assert_eq!((action, after), (TC_ACT_SHOT, packet), "{name}");
@@ -237,7 +237,7 @@ fn replies_without_link_layer_and_options() {
     let (action, without) = try_run(object.program(PROG_FROM_POD_L3), &before[14..]).expect("a test run");
     assert_eq!((action, &without[..]), (TC_ACT_REDIRECT, &with_link_layer[14..]));
 
-    // Four bytes of options: all headers that there can be are quoted, with what follows.
+    // Four bytes of options: the reply quotes the largest possible header and the data after it.
     before.splice(34..34, [1, 1, 1, 0]);
     before[14] = 0x46;
     let (action, after) = try_run(object.program(PROG_FROM_POD), &before).expect("a test run");

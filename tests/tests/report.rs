@@ -1,4 +1,4 @@
-//! What `imds-agent report` says of who was denied, and that the rules that it prints exempt just them.
+//! `imds-agent report`: denied senders, and proposed rules that exempt exactly these senders.
 
 use std::{collections::BTreeSet, fs};
 
@@ -82,7 +82,7 @@ fn oldest_senders_are_evicted() {
     world.unload();
 }
 
-/// A process names its threads freely, and must not evict the records of others with that.
+/// A process can rename its threads freely. The names must not evict records of other senders.
 #[test]
 fn thread_names_share_a_record() {
     if skip_without_netns_cookie() {
@@ -108,7 +108,7 @@ fn thread_names_share_a_record() {
     world.unload();
 }
 
-/// A container creates cgroups below its own freely, and must not evict the records of others with that.
+/// A container can create cgroups below its own freely. The cgroups must not evict records of other senders.
 #[test]
 fn cgroups_of_a_unit_share_a_record() {
     if skip_without_netns_cookie() {
@@ -189,7 +189,7 @@ fn audit_to_rules_to_enforcement() {
     let table = report(&world, &[]);
     assert!(table.contains("tools/agent app=agent") && table.contains("[[exempt]]"), "{table}");
 
-    // Pasted as they are, they exempt who was there, and nobody else, from the moment of enforcement on.
+    // The proposed rules, used unmodified, exempt exactly the denied senders from the moment of enforcement.
     write("enforce", &report(&world, &["--rules", "--reset"]));
     poll_until(LONG, "enforcement", || (!reaches(&world, &pods[1].netns)).then_some(()));
     world.assert_nothing_arrives(|| assert!(!reaches(&world, &pods[1].netns)));
@@ -202,7 +202,7 @@ fn audit_to_rules_to_enforcement() {
         poll_until(LONG, "the denied pod in the report", || Some(denied()).filter(|found| !found.is_empty()));
     assert!(found.iter().all(|denial| denial["service_account"] == "web"), "{found:?}");
 
-    // It is there without an agent, and what comes now is added.
+    // The report is available without an agent, and includes later denials.
     agent.kill9();
     let before = sum(&found);
     assert!(!reaches(&world, &pods[1].netns));

@@ -1,4 +1,4 @@
-//! Enforcement outlives the agent, and the next agent takes over without a gap.
+//! Enforcement survives the agent, and the next agent takes over without a gap.
 
 use std::{
     thread::sleep,
@@ -20,7 +20,7 @@ fn programs_of(world: &World, pod: &Pod) -> Vec<Attached> {
     hook::programs(&world.node, &pod.host_ifname)
 }
 
-/// The record of an interface can outlive it while no agent runs, and a pod's link can get its index.
+/// The record of an interface can outlive the interface while no agent runs, and a pod interface can get its index.
 #[test]
 fn deleted_ifb_index_is_not_exempt() {
     const INDEX: u32 = 7777;
@@ -100,7 +100,7 @@ fn restart_keeps_counters() {
             assert!(programs_after[0].is_ours());
             assert_ne!(programs_after[0].id, programs_before[0].id);
             let old = programs_before[0].id;
-            poll_until(LONG, "the old program to go", || (!hook::program_exists(old)).then_some(()));
+            poll_until(LONG, "the old program to be unloaded", || (!hook::program_exists(old)).then_some(()));
 
             world.assert_blocked(pod);
             let denied = world.status().interface(name).counts.denied.packets;
@@ -109,7 +109,7 @@ fn restart_keeps_counters() {
     });
 }
 
-/// Each of the pods floods the metadata service: what the guard withstands has to arrive without it.
+/// Floods the metadata service from each pod. Asserts that the packets arrive without the agent.
 fn flood(pods: &[Pod; 2]) -> [Flood; 2] {
     [Flood::udp(&pods[0], METADATA), Flood::syn(&pods[1], METADATA)]
 }
@@ -140,7 +140,7 @@ fn flood_while_agents_are_killed_and_started(backend: AttachMode, hook: &'static
     let mut restarts = 0;
     while restarts < restarts_wanted || start.elapsed() < duration {
         agent.kill9();
-        // One that does not live to take over: it is killed a little later each time.
+        // An agent that is killed before it takes over, a little later each time.
         let stillborn = agent_of().spawn();
         sleep(Duration::from_millis(restarts.into()));
         stillborn.kill9();
@@ -153,7 +153,7 @@ fn flood_while_agents_are_killed_and_started(backend: AttachMode, hook: &'static
     let sent: u64 = floods.into_iter().map(Flood::stop).sum();
     assert_eq!(world.arrivals(), before, "of {sent} packets during {restarts} restarts");
     assert!(sent > effort(100_000).into(), "{sent} packets are no flood");
-    // Each packet was counted at most once; the kernel may drop some on the way to the hook.
+    // Each packet was counted at most once. The kernel may drop some before the hook.
     let denied = world.status().total.denied.packets;
     assert!(denied <= sent && denied > sent / 2, "{denied} of {sent} counted");
 

@@ -1,4 +1,4 @@
-//! What was detached or removed behind the agent's back is restored, and said so.
+//! Programs, qdiscs and pins that other software removes are restored, and the log reports it.
 
 use std::{fs, path::PathBuf};
 
@@ -23,7 +23,7 @@ fn link_pin(world: &World, pod: &Pod) -> PathBuf {
     world.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex))
 }
 
-/// Takes the agent's program away, with no trace in the pin directory.
+/// Detaches the agent's program without a trace in the pin directory.
 fn detach(world: &World, backend: AttachMode, pod: &Pod) {
     match backend {
         AttachMode::Tcx => detach_link(&link_pin(world, pod)),
@@ -31,7 +31,7 @@ fn detach(world: &World, backend: AttachMode, pod: &Pod) {
     }
 }
 
-/// Waits until the agent's program is the hook's first again, and until the agent has told its log.
+/// Waits until the agent's program is first at the hook again, and until the log reports it.
 fn assert_restored(world: &World, agent: &Agent<'_>, pod: &Pod, lines_before: usize) {
     poll_until(LONG, "the program to be attached again", || {
         hook::programs(&world.node, &pod.host_ifname)
@@ -43,7 +43,7 @@ fn assert_restored(world: &World, agent: &Agent<'_>, pod: &Pod, lines_before: us
     poll_until(LONG, "a line in the log that names the interface", || {
         agent.log().lines().skip(lines_before).any(|line| line.contains(&pod.host_ifname)).then_some(())
     });
-    world.status_when("all is well", |status| status.is_ready() && status.state == "enforcing");
+    world.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
 }
 
 #[test]
@@ -73,7 +73,7 @@ fn removed_clsact_qdisc_is_restored() {
         assert_restored(&world, &agent, pod, lines);
         assert_eq!(hook::filters(&world.node, &pod.host_ifname).len(), 1);
     }
-    // That it was made anew changes nothing of whose it is.
+    // A recreated qdisc still belongs to the agent.
     drop(agent);
     world.unload();
     assert!(pods.iter().all(|pod| !hook::has_clsact(&world.node, &pod.host_ifname)));
@@ -104,7 +104,7 @@ fn removed_link_pin_is_restored() {
     world.assert_blocked(&pod);
     poll_until(LONG, "the link to be pinned again", || pin.exists().then_some(()));
     assert_eq!(hook::tcx(&world.node, &pod.host_ifname), before);
-    world.status_when("all is well", |status| status.is_ready() && status.state == "enforcing");
+    world.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
 }
 
 #[test]
@@ -118,8 +118,8 @@ fn removed_pin_directory_is_restored() {
 
         fs::remove_dir_all(world.pin_dir()).unwrap();
         world.assert_blocked(&pod);
-        let status =
-            world.status_when("all is well", |status| status.is_ready() && status.state == "enforcing");
+        let status = world
+            .status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
         assert!(status.total.denied.packets > denied);
         for pin in ["maps/imds_policy", "maps/imds_counters", "maps/imds_interfaces", "progs/imds_from_pod"] {
             assert!(world.pin_dir().join(pin).exists(), "{pin}");
@@ -144,14 +144,14 @@ fn detached_without_agent_is_restored() {
         assert!(status.problems.iter().any(|problem| problem.interface.as_ref() == Some(&pod.host_ifname)));
         assert_eq!(world.imds_agent(&["status"]).output().status.code(), Some(3));
 
-        // The initial sync has one line at level info.
+        // The initial sync is one line at level info.
         let args = ["--log-level", "debug"];
         let agent = world.agent().backend(backend).resync(1).args(&args).spawn_ready();
         assert_restored(&world, &agent, &pod, 0);
     });
 }
 
-/// Whether the agent's program is the first that sees what leaves by the uplink.
+/// Reports whether the agent's program is the first one at egress of the uplink.
 fn guards_uplink(world: &World) -> bool {
     hook::programs_at(&world.node, World::UPLINK, TcAttachType::Egress)
         .first()
@@ -177,7 +177,7 @@ fn node_egress_is_restored() {
         poll_until(LONG, "a line in the log that names the interface", || {
             agent.log().lines().skip(lines).any(|line| line.contains(World::UPLINK)).then_some(())
         });
-        world.status_when("all is well", |status| status.is_ready() && status.state == "enforcing");
+        world.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
         drop(agent);
         world.unload();
         world.assert_open(&pod);
@@ -194,7 +194,7 @@ fn nft_flush_keeps_enforcement() {
         let world = World::new();
         let pod = world.add_pod(PodLink::Routed);
         let is_open = || world.in_cgroup(|| http_get(&pod.netns, METADATA, SHORT).is_answer());
-        poll_until(LONG, "the way to be open", || is_open().then_some(()));
+        poll_until(LONG, "the service to be reachable", || is_open().then_some(()));
         let agent = world.agent().hooks(on).spawn_ready();
         let before = world.status();
         let mut flush = world.node.command("nft");
@@ -205,7 +205,7 @@ fn nft_flush_keeps_enforcement() {
         assert_eq!((&*before.state, before.problems.len()), (&*after.state, after.problems.len()));
         drop(agent);
         world.unload();
-        poll_until(LONG, "the way to be open again", || is_open().then_some(()));
+        poll_until(LONG, "the service to be reachable again", || is_open().then_some(()));
     }
 }
 
@@ -218,7 +218,7 @@ fn pins_of_every_hook_are_restored() {
         let world = World::new();
         let pod = world.add_pod(PodLink::Bridged);
         let is_open = || world.in_cgroup(|| http_get(&pod.netns, METADATA, SHORT).is_answer());
-        poll_until(LONG, "the way to be open", || is_open().then_some(()));
+        poll_until(LONG, "the service to be reachable", || is_open().then_some(()));
         let agent = world.agent().hooks(&[on]).resync(1).spawn_ready();
         let links = || {
             let entries = fs::read_dir(world.pin_dir().join("links")).into_iter().flatten().flatten();
@@ -231,9 +231,9 @@ fn pins_of_every_hook_are_restored() {
         assert!(!is_open(), "{on}");
         poll_until(LONG, "the links to be pinned again", || (links() == before).then_some(()));
         assert!(!is_open(), "{on}");
-        world.status_when("all is well", |status| status.is_ready() && status.state == "enforcing");
+        world.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
         drop(agent);
         world.unload();
-        poll_until(LONG, "the way to be open again", || is_open().then_some(()));
+        poll_until(LONG, "the service to be reachable again", || is_open().then_some(()));
     }
 }

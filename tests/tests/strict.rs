@@ -1,4 +1,4 @@
-//! Strict mode: pods in the node's own network namespace are told from the node by their cgroup.
+//! `host_network`: pods in the node's own network namespace are distinguished from the node by their cgroup.
 
 use std::{
     fs, io,
@@ -24,23 +24,23 @@ use nix::sys::socket::{MsgFlags, SockaddrIn, sendto};
 
 const STRICT: &str = "host_network";
 const ALL: [&str; 4] = ["from_pod", "node_egress", "socket", STRICT];
-/// A cloud with endpoints of both families.
+/// Configuration with endpoints of both address families.
 const AWS: &str = "provider = 'aws'";
-/// Where the kubelet puts a container with systemd's cgroup driver, but for the lengths of names.
+/// Cgroup of a container with systemd's cgroup driver, with shorter names than the kubelet's.
 const CONTAINER: &str = "kubepods.slice/kubepods-besteffort.slice/pod7.slice/container.scope";
-/// The same in kind.
+/// Cgroup of a container in kind.
 const IN_KIND: &str = "kubelet.slice/kubelet-kubepods.slice/pod7.slice";
 const ECHO_PORT: u16 = 7;
 
-/// Sends from a raw socket that has the kernel make the IP header.
+/// Sends a packet from a raw socket. The kernel adds the IP header.
 fn send_raw(netns: &Netns, to: Ipv4Addr, protocol: libc::c_int) -> io::Result<()> {
     netns.run(|| {
-        // SAFETY: takes no pointers.
+        // SAFETY: the call takes no pointers.
         let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: a descriptor that was just made.
+        // SAFETY: the descriptor was just created and has no other owner.
         let socket = unsafe { OwnedFd::from_raw_fd(fd) };
         let to = SockaddrIn::from(SocketAddrV4::new(to, 0));
         sendto(socket.as_raw_fd(), &[0, 7, 0, 7, 0, 16, 0, 0], &to, MsgFlags::empty())?;
@@ -54,7 +54,7 @@ fn udp_socket(netns: &Netns, any: &str) -> UdpSocket {
     socket
 }
 
-/// Whether a datagram to the echo server comes back, from a socket that is not connected.
+/// Reports whether the echo server returns a datagram from an unconnected socket.
 fn echoes(netns: &Netns, any: &str, to: impl Into<IpAddr>) -> bool {
     let socket = udp_socket(netns, any);
     socket.send_to(b"echo", (to.into(), ECHO_PORT)).and_then(|_| socket.recv(&mut [0; 16])).is_ok()
@@ -70,7 +70,7 @@ fn is_refused<T>(result: io::Result<T>) -> bool {
     result.is_err_and(|error| error.kind() == ErrorKind::PermissionDenied)
 }
 
-/// An address that a rule of the node turns into the endpoint's, as of a Service with that backend.
+/// Address that a rule of the node translates into the endpoint's, like a Service with that backend.
 const CLUSTER_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 80);
 
 fn redirect(node: &Netns) {
@@ -83,7 +83,7 @@ fn redirect(node: &Netns) {
     assert!(output.status.success(), "nft: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Every way by which a program in this cgroup and the node's network namespace reaches the metadata service is held.
+/// Asserts that every attack vector of a process in this cgroup and in the node's network namespace is denied.
 fn assert_every_way_is_held(path: &str) {
     let world = World::new().with_ipv6();
     let container = world.add_cgroup(path);
@@ -96,18 +96,18 @@ fn assert_every_way_is_held(path: &str) {
         .way("TCP", || http_get(node, METADATA, SHORT).is_answer())
         .way("TCP to another port", || http_get_at(node, (METADATA, DNS_PORT).into(), SHORT).is_answer())
         .way("TCP to a mapped address", || mapped_tcp(node))
-        .way("TCP by IPv6", || http_get(node, METADATA_V6, SHORT).is_answer())
+        .way("TCP over IPv6", || http_get(node, METADATA_V6, SHORT).is_answer())
         .way("UDP", || echoes(node, "0.0.0.0:0", METADATA))
         .way("UDP to a mapped address", || echoes(node, "[::]:0", METADATA.to_ipv6_mapped()))
-        .way("UDP by IPv6", || echoes(node, "[::]:0", METADATA_V6))
+        .way("UDP over IPv6", || echoes(node, "[::]:0", METADATA_V6))
         .way("UDP, connected", || udp_echo(node, METADATA, SHORT).is_answer())
-        .way("UDP by IPv6, connected", || udp_echo(node, METADATA_V6, SHORT).is_answer())
+        .way("UDP over IPv6, connected", || udp_echo(node, METADATA_V6, SHORT).is_answer())
         .way("TCP to a Service", || http_get(node, CLUSTER_IP, SHORT).is_answer())
         .way("UDP to a Service", || udp_echo(node, CLUSTER_IP, SHORT).is_answer())
         .way("ICMP echo", || icmp_echo(node, METADATA, SHORT).is_answer())
         .one_way("IP_HDRINCL", || {
             let packet = packets::udp(world.node_address(), METADATA, b"by hand");
-            // Whether it is refused is seen by what arrives.
+            // Ignores the result: the arrivals show whether the packet was denied.
             let _ = send_ipv4(node, METADATA, &[packet]);
         });
     for (name, protocol) in [("TCP", 6), ("UDP", 17), ("SCTP", 132), ("an experiment", 253)] {
@@ -167,7 +167,7 @@ fn earlier_connection_is_cut() {
     assert!(http_exchange(&mut again, LONG).is_ok());
 }
 
-/// What a program on the node does that is no business of the guard's.
+/// Asserts that unprotected traffic of a process on the node works.
 fn assert_reaches(netns: &Netns, addresses: &[IpAddr]) {
     for &address in addresses {
         assert!(reachable(netns, address), "TCP to {address}");
@@ -242,10 +242,10 @@ fn pod_with_own_netns_is_counted_once() {
         skip("packets", "programs of cgroups do not see a socket's network namespace on this kernel");
     } else {
         container.run(|| send_raw(&pod.netns, METADATA, 132)).unwrap();
-        world.status_when("it is counted", |status| status.total.denied.packets == 2);
+        world.status_when("the packet is counted", |status| status.total.denied.packets == 2);
         assert_eq!(denied(), [1, 1, 0, 2]);
     }
-    // In the node's namespace, likewise.
+    // Calls and packets in the node's namespace are denied too.
     assert!(container.run(|| !http_get(&world.node, METADATA, SHORT).is_answer()));
     assert!(is_refused(container.run(|| send_raw(&world.node, METADATA, 132))));
     let [_, _, host, _] = denied();
@@ -272,12 +272,12 @@ fn disabled_host_network_denies_nothing() {
     assert!(is_held());
     agent.kill9();
     assert!(is_held());
-    // What the next one has off is removed.
+    // The next agent has the hook off and removes its links.
     let agent = world.agent().hooks(&ALL[..3]).spawn_ready();
     assert!(is_open());
     assert_eq!(host_links(&world), [""; 0]);
     agent.kill9();
-    // Off in another way.
+    // The mode `off` disables the hook as well.
     let agent = world.agent().hooks(&[STRICT]).config("mode = 'off'").spawn_ready();
     assert!(is_open());
     drop(agent);
@@ -285,7 +285,7 @@ fn disabled_host_network_denies_nothing() {
     assert!(is_open());
 }
 
-/// Names of the links that are pinned for the cgroups of Kubernetes pods.
+/// Returns the names of the pinned links for cgroups of Kubernetes pods.
 fn host_links(world: &World) -> Vec<String> {
     let entries = fs::read_dir(world.pin_dir().join("links")).unwrap();
     let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
@@ -298,10 +298,10 @@ fn added_and_removed_cgroups_are_followed() {
         return;
     }
     let world = World::new();
-    // Nothing is looked at again but what is told.
+    // No resync runs during the test, so that only events can report the cgroups.
     let agent = world.agent().hooks(&[STRICT]).resync(3600).spawn();
     agent.wait_for_log("hostNetwork pods are not restricted", LONG);
-    let status = world.status_when("it is said", |status| status.agent.ready);
+    let status = world.status_when("the problem is reported", |status| status.agent.ready);
     assert_eq!(status.state, "degraded");
     let [problem] = &status.problems[..] else { panic!("{:#?}", status.problems) };
     assert!(problem.problem.contains("hostNetwork") && problem.remedy.contains("cgroup"), "{problem:?}");
@@ -310,7 +310,7 @@ fn added_and_removed_cgroups_are_followed() {
     for (count, path) in (1..).zip(["kubepods", CONTAINER, IN_KIND]) {
         let cgroup = world.add_cgroup(path);
         assert_ne!(world.status().state, "unloaded");
-        world.status_when("it is attached", |status| {
+        world.status_when("the programs are attached", |status| {
             let host = status.host_network.as_ref().expect("host_network is on");
             host.attached && host.cgroups.len() == count && status.state == "enforcing"
         });
@@ -320,7 +320,7 @@ fn added_and_removed_cgroups_are_followed() {
     assert!(reachable(&world.node, METADATA));
     assert_eq!(host_links(&world).len(), 15);
     drop(cgroups);
-    poll_until(LONG, "the pins to go", || host_links(&world).is_empty().then_some(()));
+    poll_until(LONG, "the pins to be removed", || host_links(&world).is_empty().then_some(()));
     drop(agent);
     world.unload();
     let cgroup = world.add_cgroup(CONTAINER);
@@ -375,18 +375,18 @@ fn detached_host_network_is_restored() {
     assert!(is_held());
     foreign::detach_link(&world.pin_dir().join(format!("links/host_egress_{kubepods}")));
     agent.wait_for_log("attached imds_host_out", LONG);
-    poll_until(LONG, "packets to be held again", || is_held().then_some(()));
+    poll_until(LONG, "packets to be denied again", || is_held().then_some(()));
     fs::remove_file(world.pin_dir().join(format!("links/host_connect4_{kubepods}"))).unwrap();
     agent.wait_for_log("pinned the link of imds_host_conn4", LONG);
-    world.status_when("all is well", |status| status.is_ready() && status.state == "enforcing");
+    world.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
 }
 
-/// Sends to the metadata service by a call that names it, by one that connects and by a raw socket, until told to stop.
+/// Sends to the metadata service with a sendto call, with a connect call and from a raw socket, until `over` is set.
 fn send_until(world: &World, container: &Cgroup, over: &Over, tried: &AtomicU64) {
     container.run(|| {
         let (named, connected) = (udp_socket(&world.node, "0.0.0.0:0"), udp_socket(&world.node, "0.0.0.0:0"));
         while !over.is_told() {
-            // Refused, or seen to arrive.
+            // The call is denied, or its packet is counted on arrival.
             let _ = named.send_to(b"echo", (METADATA, ECHO_PORT));
             let _ = connected.connect((METADATA, ECHO_PORT)).and_then(|()| connected.send(b"echo"));
             let _ = send_raw(&world.node, METADATA, 132);
@@ -418,7 +418,7 @@ fn host_network_survives_restart() {
         for _ in 0..RESTARTS {
             agent.kill9();
             let told = tried.load(Ordering::Relaxed);
-            poll_until(LONG, "tries without an agent", || {
+            poll_until(LONG, "attempts without an agent", || {
                 (tried.load(Ordering::Relaxed) > told + 30).then_some(())
             });
             agent = world.agent().hooks(&[STRICT]).spawn_ready();
@@ -426,7 +426,7 @@ fn host_network_survives_restart() {
         agent
     });
     let tried = tried.into_inner();
-    assert_eq!(world.arrivals(), before, "of {tried} tries during {RESTARTS} restarts");
+    assert_eq!(world.arrivals(), before, "of {tried} attempts during {RESTARTS} restarts");
     let denied = world.status().host_network.expect("host_network is on").counts.denied.packets;
     assert!(denied >= tried, "{denied} of {tried} counted");
     drop(agent);

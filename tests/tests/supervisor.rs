@@ -1,4 +1,4 @@
-//! What a service manager is told: `sd_notify(3)` to a socket of the test's own.
+//! Notifications to a service manager: `sd_notify(3)` to a socket of the test.
 
 use std::{fs, os::unix::net::UnixDatagram, time::Duration};
 
@@ -8,14 +8,14 @@ use nix::{
     unistd::Pid,
 };
 
-/// On every kernel.
+/// Settings that work on every tested kernel.
 const REST: &str = "[hooks]\nsocket = false\n[metrics]\nlisten = []";
 
-/// The socket of a service manager.
+/// Notification socket of a service manager.
 struct Manager(UnixDatagram);
 
 impl Manager {
-    /// Waits for a line that starts so, and returns what comes behind that.
+    /// Waits for a line with this prefix, and returns the rest of the line.
     #[track_caller]
     fn wait_for(&self, start: &str) -> String {
         let mut heard = Vec::new();
@@ -57,7 +57,7 @@ fn readiness_and_watchdog_are_notified() {
         manager.wait_for("WATCHDOG=1");
     }
 
-    // By the time that it is ready again, the other configuration is in force.
+    // When the agent reports that it is ready again, the new configuration is effective.
     fs::write(&config, format!("mode = 'enforce'\n{REST}")).unwrap();
     kill(Pid::from_raw(agent.pid().try_into().unwrap()), Signal::SIGHUP).unwrap();
     manager.wait_for("RELOADING=1");
@@ -65,7 +65,7 @@ fn readiness_and_watchdog_are_notified() {
     world.assert_blocked(&pod);
     let status = manager.wait_for("STATUS=");
     assert!(status.starts_with("mode enforce: 1 pod and "), "{status}");
-    // It is ready with one that is refused, too: what was in force is.
+    // The agent is ready after a rejected configuration as well, with the earlier one effective.
     fs::write(&config, "mode = 'nonsense'").unwrap();
     manager.wait_for("RELOADING=1");
     manager.wait_for("READY=1");

@@ -12,10 +12,10 @@ use imds_agent::datapath::bpf::{Direction, link_create_first, link_detach, load_
 use imds_tests::{AttachMode, Netns, World, skip_without_tcx};
 
 const LINKS: u32 = 200;
-/// Setting of the machine by which the kernel sends interrupts instead of waiting for a grace period.
+/// Kernel setting that sends interrupts instead of waiting for an RCU grace period.
 const EXPEDITED: &str = "/sys/kernel/rcu_expedited";
 
-/// Restores the setting when it is dropped.
+/// Restores the setting on drop.
 struct Expedited(String);
 
 impl Expedited {

@@ -1,5 +1,5 @@
-//! The programs on hand-made packets: what the kernel's verifier, JIT and helpers make of them, packet for packet the
-//! same as the host's.
+//! The BPF programs on crafted packets: the kernel's verifier, JIT and helpers give the same result as the host's code
+//! for each packet.
 
 use etherparse::{EtherType, Ipv4Extensions, Ipv4Header, PacketBuilder, SingleVlanHeader, VlanId, ip_number};
 use imds_agent::datapath::object::{OBJECT, kernel_features};
@@ -27,7 +27,7 @@ const ETHERNET_LEN: usize = 14;
 
 const IMDS: Endpoint = Endpoint { name: *b"imds\0\0\0\0\0\0\0\0\0\0\0\0", id: 1, keep: [Service::NONE; 8] };
 
-/// Programs for which 169.254.169.254 is an endpoint.
+/// Loads programs for which 169.254.169.254 is an endpoint.
 fn unwritten_object() -> Object {
     let mut object = Object::load(OBJECT);
     object.insert(MAP_ENDPOINTS, Address::from_ipv4(IMDS_IPV4), IMDS);
@@ -59,14 +59,14 @@ fn raw(destination: [u8; 4], protocol: u8) -> Vec<u8> {
     packet
 }
 
-/// `packet` with VLAN tags put behind its addresses.
+/// Returns `packet` with VLAN tags inserted after its MAC addresses.
 fn with_tags(packet: &[u8], tags: &[u16]) -> Vec<u8> {
     let (macs, rest) = packet.split_at(12);
     let tags = tags.iter().flat_map(|tpid| [tpid.to_be_bytes(), [0, 5]].concat());
     macs.iter().copied().chain(tags).chain(rest.iter().copied()).collect()
 }
 
-/// Every packet here is denied when it goes to the endpoint, and let through when it goes elsewhere.
+/// Returns packets that must be denied if they go to the endpoint and pass if they go elsewhere.
 fn packets_to(destination: [u8; 4]) -> Vec<(&'static str, Vec<u8>)> {
     let mut tcp = Vec::new();
     ethernet().ipv4(POD, destination, 64).tcp(40_000, 80, 7, 64_240).syn().write(&mut tcp, &[]).unwrap();
@@ -107,14 +107,14 @@ fn packets_to(destination: [u8; 4]) -> Vec<(&'static str, Vec<u8>)> {
         ("a fragment that is not the first", fragment),
         ("a header of a version and length that do not exist", nonsense),
         ("a jumbo frame", jumbo),
-        ("cut off behind the destination", cut),
+        ("truncated after the destination", cut),
         ("broadcast from no address", forged),
-        ("802.1Q by etherparse", tagged),
+        ("802.1Q built by etherparse", tagged),
         ("802.1Q", with_tags(&udp(destination), &[0x8100])),
         ("802.1ad", with_tags(&udp(destination), &[0x88a8])),
         ("QinQ", with_tags(&udp(destination), &[0x88a8, 0x8100])),
-        ("QinQ of old", with_tags(&udp(destination), &[0x9100, 0x9200])),
-        ("as many tags as devices can stack", with_tags(&udp(destination), &[0x8100; MAX_VLAN_TAGS])),
+        ("QinQ with the pre-standard EtherType", with_tags(&udp(destination), &[0x9100, 0x9200])),
+        ("the maximum number of stacked tags", with_tags(&udp(destination), &[0x8100; MAX_VLAN_TAGS])),
     ]
 }
 
@@ -143,11 +143,14 @@ fn lookalikes_of_the_endpoint_pass() {
         ("ARP", arp),
         ("IPv6", ipv6),
         (
-            "cut off within the destination",
+            "truncated inside the destination",
             with_tags(&udp(IMDS_IPV4), &[0x8100])[..ETHERNET_LEN + 4 + 19].to_vec(),
         ),
-        ("a tag and no more", with_tags(&udp(IMDS_IPV4), &[0x8100])[..ETHERNET_LEN + 2].to_vec()),
-        ("more tags than devices can stack", with_tags(&udp(IMDS_IPV4), &[0x8100; MAX_VLAN_TAGS + 1])),
+        ("a tag without payload", with_tags(&udp(IMDS_IPV4), &[0x8100])[..ETHERNET_LEN + 2].to_vec()),
+        (
+            "more than the maximum number of stacked tags",
+            with_tags(&udp(IMDS_IPV4), &[0x8100; MAX_VLAN_TAGS + 1]),
+        ),
     ] {
         assert_eq!(action(program, &packet), TC_ACT_UNSPEC, "{name}");
     }
@@ -193,7 +196,7 @@ fn mode_decides_and_verdicts_are_counted() {
     }
 }
 
-/// Programs for which these grants are in force.
+/// Loads programs with these exemptions.
 fn object_with(grants: &[(Exemption, Grant)], mode: Mode) -> Object {
     let mut object = object(mode);
     object.set(MAP_POLICY, Policy { mode: mode as u32, mark: MARK, ..Policy::default() });
@@ -227,7 +230,7 @@ fn exempt_sender_passes_to_its_endpoints() {
         (grant(sender, ELSEWHERE, Verdict::Exempt), Mode::Enforce, Verdict::Deny),
         (grant(neighbour, HERE, Verdict::Exempt), Mode::Enforce, Verdict::Deny),
         (grant(namesake, Address::ANY, Verdict::Exempt), Mode::Enforce, Verdict::Deny),
-        // What no agent writes.
+        // A verdict that no agent writes.
         (grant(sender, HERE, Verdict::Foreign), Mode::Enforce, Verdict::Deny),
     ] {
         let object = object_with(&[granted], mode);
@@ -272,7 +275,7 @@ fn node_egress_by_interface_and_mark() {
             skip(WHOLE_TEST, "no test run with an ingress interface on this kernel");
             return false;
         };
-        // The mark is for the next hook on the way of a packet that passes.
+        // The mark tells the next hook on the path that the packet passed.
         assert_eq!(run, (expected, mark | MARK), "{case}");
         assert_eq!(marked(program, &udp(OTHER), mark, ingress), Some((TC_ACT_UNSPEC, mark)), "{case}");
         true
@@ -282,7 +285,7 @@ fn node_egress_by_interface_and_mark() {
         (with_from_pod, MARK, 8, TC_ACT_SHOT),
         (with_from_pod, MARK | 1, 9, TC_ACT_UNSPEC),
         (with_from_pod, 1, 9, TC_ACT_SHOT),
-        // Without `from_pod`, the source address has to be the pod's.
+        // Without `from_pod`, the source address must be the pod's.
         (alone, 1, 7, TC_ACT_SHOT),
     ] {
         if !check(&mut object, hooks, mark, ingress, expected) {
@@ -315,7 +318,7 @@ fn unwritten_and_full_bloom_filter() {
     let full = Filter { bits: [0xff; 8192], subjects: [0xff; 2048], ..Filter::EMPTY };
     object.set(SECTION_FILTER, full);
     assert_eq!(action(object.program(PROG_FROM_POD), &udp(OTHER)), TC_ACT_UNSPEC);
-    // Endpoints come into force with the filter: the map of that name is for people.
+    // The filter makes endpoints effective. The map of endpoints is for display only.
     object.insert(MAP_ENDPOINTS, Address::from_ipv4(IMDS_IPV4), IMDS);
     assert_eq!(action(object.program(PROG_FROM_POD), &udp(IMDS_IPV4)), TC_ACT_UNSPEC);
     let with_endpoint = Filter::of([(Address::from_ipv4(IMDS_IPV4), &IMDS)]);
@@ -329,7 +332,7 @@ fn verifier_instructions_are_bounded() {
     let object = Object::load_with(OBJECT, &kernel_features());
     for name in programs() {
         let Some(verified) = object.verified_instructions(name) else {
-            eprintln!("{SKIPPED}{WHOLE_TEST}: this kernel does not count the instructions that it verifies");
+            eprintln!("{SKIPPED}{WHOLE_TEST}: no count of verified instructions on this kernel");
             return;
         };
         println!("{name}: {verified} instructions");
@@ -337,7 +340,7 @@ fn verifier_instructions_are_bounded() {
     }
 }
 
-/// Most instructions that the verifier follows for a program.
+/// Maximum number of instructions that the verifier may process for a program.
 const MOST_VERIFIED: u32 = 4096;
 
 #[test]
@@ -352,6 +355,6 @@ fn object_has_the_expected_names() {
     assert_eq!(object.program_names(), sorted(&programs));
     assert_eq!(object.map_names(), sorted(&MAPS.map(in_object)));
     for name in programs.into_iter().chain(MAPS) {
-        assert!(name.len() < 16, "the kernel cuts {name}");
+        assert!(name.len() < 16, "the kernel truncates {name}");
     }
 }

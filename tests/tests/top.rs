@@ -1,4 +1,4 @@
-//! `imds-agent top` in a pseudo terminal, as somebody at a keyboard sees it.
+//! `imds-agent top` in a pseudo terminal, as a user sees it.
 
 use std::{
     fs::File,
@@ -19,7 +19,7 @@ use nix::{
 const LINES: NonZero<u16> = NonZero::new(24).unwrap();
 const COLUMNS: NonZero<u16> = NonZero::new(100).unwrap();
 
-/// `imds-agent top` and the terminal that it runs in.
+/// `imds-agent top` and its terminal.
 struct Terminal {
     child: Child,
     keyboard: File,
@@ -34,7 +34,7 @@ impl Terminal {
         let mut command = world.imds_agent(&[&["top"], args].concat()).command();
         command.env("TERM", "xterm").stdin(end()).stdout(end()).stderr(end());
         let child = command.spawn().unwrap();
-        // The command keeps its ends until it is dropped: the terminal would never be seen to close.
+        // Closes the copies of the terminal's descriptors in this process; otherwise its closing could not be detected.
         drop(command);
         drop(pty.slave);
         let screen = Arc::new(Mutex::new(vt100::Parser::new(LINES, COLUMNS, 0)));
@@ -62,11 +62,11 @@ impl Terminal {
         self.keyboard.write_all(keys.as_bytes()).unwrap();
     }
 
-    /// Waits for its end, and for the terminal to be as it was.
+    /// Waits for the end of the command, and for the terminal to be restored.
     #[track_caller]
     fn end(mut self) -> ExitStatus {
         let status = poll_until(LONG, "the end", || self.child.try_wait().unwrap());
-        poll_until(LONG, "the screen to be given back", || {
+        poll_until(LONG, "the screen to be restored", || {
             let parser = self.screen.lock().unwrap();
             (!parser.screen().alternate_screen() && !parser.screen().hide_cursor()).then_some(())
         });
@@ -89,7 +89,7 @@ fn send(pod: &Pod, count: usize) {
     }
 }
 
-/// What is denied in all at the pod's interface, as the table has it.
+/// Returns the total number of denials at the pod's interface from the table.
 fn denied(text: &str, pod: &Pod) -> Option<u64> {
     let line = text.lines().find(|line| line.starts_with(&pod.host_ifname))?;
     line.split_whitespace().nth(6)?.parse().ok()
@@ -115,14 +115,14 @@ fn denials_of_a_pod_grow() {
         text.contains("sorted by denied ") && !text.contains("Ctrl-C  quit")
     });
     terminal.press("p");
-    terminal.wait_for("that it stopped", |text| text.contains("stopped"));
+    terminal.wait_for("the word stopped", |text| text.contains("stopped"));
     send(&pod, 2);
-    world.status_when("they are counted", |status| status.total.denied.packets == 5);
+    world.status_when("the packets are counted", |status| status.total.denied.packets == 5);
     assert_eq!(denied(&terminal.text(), &pod), Some(3));
     terminal.press("p");
-    terminal.wait_for("what came meanwhile", |text| denied(text, &pod) == Some(5));
+    terminal.wait_for("the packets sent while stopped", |text| denied(text, &pod) == Some(5));
 
-    // It goes on without an agent, and what is not as it should be is said.
+    // The display continues without an agent and shows the problem.
     agent.kill9();
     terminal.wait_for("the agent's end", |text| text.contains("agent not running"));
     terminal.press("q");

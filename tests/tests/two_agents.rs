@@ -1,4 +1,4 @@
-//! Two agents on one node, with different pin directories.
+//! Two agents on one node with different pin directories.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use nix::{
     unistd::Pid,
 };
 
-/// A second pin directory, which is unloaded when dropped.
+/// A second pin directory, which is unloaded on drop.
 struct Second<'w> {
     world: &'w World,
     path: PathBuf,
@@ -56,7 +56,7 @@ fn both_agents_are_reported_and_coexist() {
         let status = String::from_utf8_lossy(&output.stdout);
         assert!(status.contains(&format!("another imds-agent (pid {})", first.pid())), "{status}");
 
-        // A reload reconciles each link without regard to the backoff of repairs.
+        // A reload reconciles each interface without the backoff of repairs.
         for round in 2..6 {
             for agent in [&first, &second] {
                 kill(Pid::from_raw(agent.pid().try_into().unwrap()), Signal::SIGHUP).unwrap();
@@ -77,8 +77,8 @@ fn both_agents_are_reported_and_coexist() {
             assert!(fights <= 3, "{log}");
         }
 
-        // Enforcement by one of them does not end with the other. Filters of clsact have one place for both agents, which the
-        // unload clears: the other agent fills it again.
+        // Ending one agent does not end enforcement of the other. Both agents share one position for clsact filters,
+        // which the unload clears and the other agent fills again.
         second.kill9();
         drop(directory);
         world.wait_guarded(&pod);

@@ -1,4 +1,4 @@
-//! `unload` removes everything of the agent, and nothing of other programs.
+//! `unload` removes everything of the agent, and nothing of other software.
 
 use std::fs;
 
@@ -35,7 +35,7 @@ fn unload_leaves_nothing() {
         let pods = LINKS.map(|link| world.add_pod(link));
         world.start_agent(backend).kill9();
         let programs = our_programs(&world, &pods);
-        assert!(programs.len() >= 4, "one a pod and two pins: {programs:?}");
+        assert!(programs.len() >= 4, "one per pod and two pins: {programs:?}");
         let maps = MAPS.map(|map| hook::pinned_map(&world.pin_dir().join(map)));
 
         world.unload();
@@ -46,7 +46,7 @@ fn unload_leaves_nothing() {
             assert!(!hook::has_clsact(&world.node, &pod.host_ifname));
             world.assert_open(pod);
         }
-        // The kernel frees after a grace period.
+        // The kernel frees objects after a grace period.
         poll_until(LONG, "programs and maps to be freed", || {
             let programs_left = programs.iter().any(|id| hook::program_exists(*id));
             let maps_left = maps.iter().any(|id| hook::map_exists(*id));
@@ -138,7 +138,7 @@ fn running_agent_stays_unloaded() {
             (!programs_left && !maps_left).then_some(())
         });
 
-        // The process still runs, so that no service manager starts another one, and leaves new pods alone.
+        // The process keeps running, so that no service manager restarts it, and ignores new pods.
         agent.wait_for_log("nothing is enforced until the agent is restarted", LONG);
         let late = world.add_pod(PodLink::Routed);
         world.assert_open(&late);
@@ -146,7 +146,7 @@ fn running_agent_stays_unloaded() {
         assert!(!world.pin_dir().exists());
         assert!(agent.terminate().success());
 
-        // The next one enforces.
+        // The next agent enforces.
         let _agent = world.start_agent(backend);
         world.assert_blocked(&late);
     });
@@ -169,10 +169,10 @@ fn hanging_agent_is_reported() {
         for part in [&*pid.to_string(), "Stop the agent first", &unload] {
             assert!(stderr.contains(part), "{part}: {stderr}");
         }
-        // The policy is the first thing that ends.
+        // Disabling the policy is the first step of the unload.
         world.assert_open(&pod);
 
-        // The request waits for it.
+        // The unload request waits until the agent continues.
         kill(pid, Signal::SIGCONT).unwrap();
         agent.wait_for_log("nothing is enforced until the agent is restarted", LONG);
         world.unload();
@@ -192,7 +192,7 @@ fn unload_after_pods_are_deleted() {
     });
 }
 
-/// For who would start it again when it ends.
+/// Prevents an immediate restart by a supervisor.
 #[test]
 fn unload_waits_if_requested() {
     let world = World::new();
@@ -201,10 +201,10 @@ fn unload_waits_if_requested() {
     assert!(world.agent().once().status.success());
     world.assert_blocked(&pod);
     let mut unload = world.imds_agent(&["unload", "--hold"]).command().spawn().unwrap();
-    poll_until(LONG, "the way to be open again", || (!world.pin_dir().exists()).then_some(()));
+    poll_until(LONG, "the pin directory to be removed", || (!world.pin_dir().exists()).then_some(()));
     world.assert_open(&pod);
     assert!(unload.try_wait().unwrap().is_none());
     kill(Pid::from_raw(unload.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
-    let ended = poll_until(LONG, "it to end", || unload.try_wait().unwrap());
+    let ended = poll_until(LONG, "the command to end", || unload.try_wait().unwrap());
     assert!(ended.success(), "{ended}");
 }

@@ -1,4 +1,4 @@
-//! Directories that `unload` and `run` must not touch: those without an agent's own pins.
+//! Directories that `unload` and `run` must not touch because they contain no pins of the agent.
 
 use std::{
     fs,
@@ -14,7 +14,7 @@ use imds_tests::{
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-/// A bpffs of the test's own.
+/// A separate bpffs for the test.
 struct Bpffs(PathBuf);
 
 impl Bpffs {
@@ -94,7 +94,7 @@ fn symlinks_are_not_followed() {
     assert_refused(unload(&world), &link, "symlink");
     world.assert_blocked(&pod);
 
-    // Nor those inside.
+    // Symlinks inside the directory are not followed either.
     let bpffs = Bpffs::new(&world);
     let other = bpffs.0.join("other");
     fs::create_dir(&other).unwrap();

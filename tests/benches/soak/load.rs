@@ -205,7 +205,7 @@ impl<'c> Load<'c> {
     /// Replaces the configuration repeatedly. The agent must reject every fourth one.
     fn reconfigure(&self) {
         let refused =
-            ["nonsense = 1\n", "mode = 'enforce\n", "provider = 'nobody'\n", "[[exempt]]\nname = 'x'\n"];
+            ["nonsense = 1\n", "mode = 'enforce\n", "provider = 'unknown'\n", "[[exempt]]\nname = 'x'\n"];
         let cluster = self.cluster;
         for number in (1..).take_while(|_| self.goes_on()) {
             match number % 4 {

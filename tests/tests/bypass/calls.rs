@@ -1,5 +1,5 @@
-//! Calls that name a destination: plain ones, and those by other means. A program needs no right for any of them, and
-//! each hook holds all.
+//! System calls that name a destination, common and uncommon ones. A process needs no privilege for any of them, and
+//! each hook alone denies all.
 
 use std::{
     io::{self, IoSlice},
@@ -21,12 +21,12 @@ const HTTP_PORT: u16 = 80;
 const ECHO_PORT: u16 = 7;
 const TCP_FASTOPEN_CONNECT: libc::c_int = 30;
 
-/// socket(2), for protocols that the standard library does not know.
+/// Calls socket(2) for protocols that the standard library does not support.
 pub(crate) fn socket(netns: &Netns, kind: libc::c_int, protocol: libc::c_int) -> io::Result<OwnedFd> {
     netns.run(|| {
-        // SAFETY: takes no pointers.
+        // SAFETY: the call takes no pointers.
         let fd = unsafe { libc::socket(libc::AF_INET, kind | libc::SOCK_CLOEXEC, protocol) };
-        // SAFETY: a descriptor that was just made, where it is one.
+        // SAFETY: the descriptor was just created and has no other owner.
         if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(unsafe { OwnedFd::from_raw_fd(fd) }) }
     })
 }
@@ -50,27 +50,27 @@ fn set_timeout(socket: &OwnedFd) {
 fn set<T>(socket: &OwnedFd, level: libc::c_int, option: libc::c_int, value: &T) {
     let length = libc::socklen_t::try_from(size_of::<T>()).unwrap();
     let value: *const T = value;
-    // SAFETY: the value is as long as the length says and outlives the call.
+    // SAFETY: the length is the size of the value, which outlives the call.
     let result = unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, value.cast(), length) };
     assert_eq!(result, 0, "setsockopt {option}: {}", io::Error::last_os_error());
 }
 
-/// connect(2), for what the standard library has no name.
+/// Calls connect(2) for sockets that the standard library does not support.
 fn connect(socket: &OwnedFd, to: Ipv4Addr) -> io::Result<()> {
     let address = address(to);
     let length = libc::socklen_t::try_from(size_of_val(&address)).unwrap();
-    // SAFETY: the address is as long as the length says and outlives the call.
+    // SAFETY: the length is the size of the address, which outlives the call.
     let result = unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// sendto(2) with `MSG_FASTOPEN`, which connects and sends at once.
+/// Calls sendto(2) with `MSG_FASTOPEN`, which connects and sends at once.
 fn fast_open(netns: &Netns, to: Ipv4Addr) -> io::Result<()> {
     let socket = socket(netns, libc::SOCK_STREAM, libc::IPPROTO_TCP)?;
     set_timeout(&socket);
     let (address, data) = (address(to), b"GET / HTTP/1.0\r\n\r\n");
     let length = libc::socklen_t::try_from(size_of_val(&address)).unwrap();
-    // SAFETY: address and data are as long as the lengths say and outlive the call.
+    // SAFETY: the lengths are the sizes of address and data, which outlive the call.
     let sent = unsafe {
         libc::sendto(
             socket.as_raw_fd(),
@@ -84,7 +84,7 @@ fn fast_open(netns: &Netns, to: Ipv4Addr) -> io::Result<()> {
     if sent < 0 { Err(io::Error::last_os_error()) } else { answer(&socket) }
 }
 
-/// The same by the socket option, where connect(2) waits for the first write.
+/// Connects with the socket option `TCP_FASTOPEN_CONNECT`, with which connect(2) waits for the first write.
 fn fast_open_connect(netns: &Netns, to: Ipv4Addr) -> io::Result<()> {
     let socket = socket(netns, libc::SOCK_STREAM, libc::IPPROTO_TCP)?;
     set_timeout(&socket);
@@ -102,7 +102,7 @@ fn mptcp(netns: &Netns, to: Ipv4Addr) -> io::Result<()> {
 
 fn exchange(socket: &OwnedFd) -> io::Result<()> {
     let data = b"GET / HTTP/1.0\r\n\r\n";
-    // SAFETY: the data is as long as the length says.
+    // SAFETY: the length is the size of the data.
     let sent =
         unsafe { libc::send(socket.as_raw_fd(), data.as_ptr().cast(), data.len(), libc::MSG_NOSIGNAL) };
     if sent < 0 { Err(io::Error::last_os_error()) } else { answer(socket) }
@@ -110,12 +110,12 @@ fn exchange(socket: &OwnedFd) -> io::Result<()> {
 
 fn answer(socket: &OwnedFd) -> io::Result<()> {
     let mut buffer = [0_u8; 16];
-    // SAFETY: the buffer is as long as the length says.
+    // SAFETY: the length is the size of the buffer.
     let read = unsafe { libc::recv(socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
     if read > 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// A UDP socket in a pod that waits for an answer only so long.
+/// Opens a UDP socket in a pod with a receive timeout.
 fn udp(netns: &Netns, any: &str) -> UdpSocket {
     let socket = netns.run(|| UdpSocket::bind(any)).expect("a UDP socket");
     socket.set_read_timeout(Some(SHORT)).expect("set a timeout");
@@ -126,21 +126,21 @@ fn echoes(socket: &UdpSocket, sent: io::Result<usize>) -> bool {
     sent.and_then(|_| socket.recv(&mut [0; 16])).is_ok()
 }
 
-/// sendto(2) with an address of this family, whatever it is.
+/// Calls sendto(2) with an arbitrary address family.
 fn send_to_family(netns: &Netns, family: libc::c_int, to: Ipv4Addr) -> bool {
     let socket = udp(netns, "0.0.0.0:0");
     let mut address = address(to);
     address.sin_family = family.try_into().expect("a small constant");
     address.sin_port = ECHO_PORT.to_be();
     let length = libc::socklen_t::try_from(size_of_val(&address)).unwrap();
-    // SAFETY: address and data are as long as the lengths say and outlive the call.
+    // SAFETY: the lengths are the sizes of address and data, which outlive the call.
     let sent = unsafe {
         libc::sendto(socket.as_raw_fd(), [0_u8; 4].as_ptr().cast(), 4, 0, (&raw const address).cast(), length)
     };
     echoes(&socket, usize::try_from(sent).map_err(io::Error::other))
 }
 
-/// An IPv6 socket takes IPv4 addresses too, for UDP.
+/// Sends to an IPv4 address from an IPv6 UDP socket, which Linux accepts.
 fn ipv4_address_at_ipv6_socket(netns: &Netns, to: Ipv4Addr, connected: bool) -> bool {
     let socket = udp(netns, "[::]:0");
     let mut address = address(to);
@@ -149,18 +149,18 @@ fn ipv4_address_at_ipv6_socket(netns: &Netns, to: Ipv4Addr, connected: bool) -> 
     let pointer = (&raw const address).cast();
     let data = [0_u8; 4].as_ptr().cast();
     let sent = if connected {
-        // SAFETY: the address is as long as the length says and outlives the call.
+        // SAFETY: the length is the size of the address, which outlives the call.
         let result = unsafe { libc::connect(socket.as_raw_fd(), pointer, length) };
         if result == 0 { socket.send(&[0; 4]) } else { Err(io::Error::last_os_error()) }
     } else {
-        // SAFETY: address and data are as long as the lengths say and outlive the call.
+        // SAFETY: the lengths are the sizes of address and data, which outlive the call.
         let sent = unsafe { libc::sendto(socket.as_raw_fd(), data, 4, 0, pointer, length) };
         usize::try_from(sent).map_err(io::Error::other)
     };
     echoes(&socket, sent)
 }
 
-/// sendmsg(2) that says which source address and interface to use.
+/// Calls sendmsg(2) with `IP_PKTINFO`, which selects the source address and interface.
 fn send_with_packet_info(pod: &Pod, to: Ipv4Addr) -> bool {
     let socket = udp(&pod.netns, "0.0.0.0:0");
     let interface =
@@ -176,10 +176,10 @@ fn send_with_packet_info(pod: &Pod, to: Ipv4Addr) -> bool {
     echoes(&socket, sent.map_err(io::Error::from))
 }
 
-/// Has the kernel carry out one operation of a ring, and returns its result.
+/// Submits one operation to an io_uring and returns its result.
 fn by_ring(entry: &squeue::Entry) -> io::Result<u32> {
     let mut ring = IoUring::new(1)?;
-    // SAFETY: what the entry points to outlives this function, which waits until the kernel is done with it.
+    // SAFETY: memory that the entry points to outlives this function, which waits until the kernel has completed it.
     unsafe { ring.submission().push(entry) }.map_err(io::Error::other)?;
     ring.submit_and_wait(1)?;
     let done = ring.completion().next().expect("a completion was waited for");
@@ -189,7 +189,7 @@ fn by_ring(entry: &squeue::Entry) -> io::Result<u32> {
 fn connect_by_ring(netns: &Netns, to: Ipv4Addr) -> io::Result<()> {
     let socket = socket(netns, libc::SOCK_STREAM, libc::IPPROTO_TCP)?;
     set_timeout(&socket);
-    // A ring waits as long as TCP tries.
+    // The ring itself would wait for the timeout of TCP.
     let milliseconds = u32::try_from(SHORT.as_millis()).unwrap();
     set(&socket, libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, &milliseconds);
     let address = address(to);
@@ -205,7 +205,7 @@ fn send_by_ring(netns: &Netns, to: Ipv4Addr) -> bool {
     address.sin_port = ECHO_PORT.to_be();
     let mut data = *b"echo";
     let mut vector = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
-    // SAFETY: a structure of integers and pointers, for which zero is nothing.
+    // SAFETY: msghdr consists of integers and pointers, for which zero is valid.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_name = (&raw mut address).cast();
     message.msg_namelen = libc::socklen_t::try_from(size_of_val(&address)).unwrap();
@@ -214,7 +214,7 @@ fn send_by_ring(netns: &Netns, to: Ipv4Addr) -> bool {
     echoes(&socket, sent.map(|_| data.len()))
 }
 
-/// What ordinary programs call.
+/// Adds the calls of ordinary programs.
 pub(crate) fn plain<'w>(ways: Ways<'w>, pod: &'w Pod) -> Ways<'w> {
     let at = |port| SocketAddr::from((METADATA, port));
     let mapped = |port| SocketAddr::from((METADATA.to_ipv6_mapped(), port));
@@ -248,22 +248,22 @@ pub(crate) fn plain<'w>(ways: Ways<'w>, pod: &'w Pod) -> Ways<'w> {
         })
 }
 
-/// What few programs call, as far as this kernel lets them.
+/// Adds uncommon calls that this kernel supports.
 pub(crate) fn uncommon<'w>(ways: Ways<'w>, pod: &'w Pod) -> Ways<'w> {
     let mut ways = ways
         .way("MSG_FASTOPEN", || fast_open(&pod.netns, METADATA).is_ok())
         .way("TCP_FASTOPEN_CONNECT", || fast_open_connect(&pod.netns, METADATA).is_ok());
     match socket(&pod.netns, libc::SOCK_STREAM, libc::IPPROTO_MPTCP) {
         Ok(_) => ways = ways.way("MPTCP", || mptcp(&pod.netns, METADATA).is_ok()),
-        Err(error) => skip("the part with MPTCP", &error.to_string()),
+        Err(error) => skip("MPTCP", &error.to_string()),
     }
     match IoUring::new(1) {
         Ok(_) => {
             ways = ways
-                .way("connect by io_uring", || connect_by_ring(&pod.netns, METADATA).is_ok())
-                .way("sendmsg by io_uring", || send_by_ring(&pod.netns, METADATA));
+                .way("connect with io_uring", || connect_by_ring(&pod.netns, METADATA).is_ok())
+                .way("sendmsg with io_uring", || send_by_ring(&pod.netns, METADATA));
         }
-        Err(error) => skip("the part with io_uring", &error.to_string()),
+        Err(error) => skip("io_uring", &error.to_string()),
     }
     ways
 }

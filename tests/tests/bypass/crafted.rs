@@ -1,4 +1,4 @@
-//! Packets that a pod makes by hand: whatever reaches the metadata service without the agent, does not with it.
+//! Crafted packets: those that reach the metadata service without the agent do not reach it with the agent.
 
 use std::net::Ipv4Addr;
 
@@ -11,10 +11,10 @@ use imds_tests::{
 use crate::EDGES;
 
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
-/// One that is nobody's here.
+/// Address that no host in the topology has.
 const STRANGER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 77);
 
-/// The hooks that see packets, each alone, in each way of attaching.
+/// Runs a test with each hook that sees packets alone, in each attach mode.
 fn with_each_edge(test: impl Fn(&dyn Fn(&World) -> Agent<'_>)) {
     for hook in EDGES {
         with_each_backend(|backend| {
@@ -28,7 +28,7 @@ fn denied(world: &World) -> u64 {
     world.status().total.denied.packets
 }
 
-/// Packets that Linux forwards, named.
+/// Returns packets that Linux forwards, with their names.
 fn forwarded_packets(source: Ipv4Addr, destination: Ipv4Addr) -> Vec<(String, Vec<u8>)> {
     let mut all = vec![
         ("UDP".into(), packets::udp(source, destination, b"datagram")),
@@ -37,7 +37,7 @@ fn forwarded_packets(source: Ipv4Addr, destination: Ipv4Addr) -> Vec<(String, Ve
         ("first fragment".into(), packets::fragment(source, destination, 0, true)),
         ("middle fragment".into(), packets::fragment(source, destination, 2, true)),
         ("last fragment".into(), packets::fragment(source, destination, 4, false)),
-        ("last fragment far out".into(), packets::fragment(source, destination, 8000, false)),
+        ("last fragment at a large offset".into(), packets::fragment(source, destination, 8000, false)),
     ];
     // ICMP, IGMP, IPIP, 6in4, DCCP, GRE, ESP, SCTP, UDP-Lite, experimental and reserved.
     for protocol in [1, 2, 4, 41, 33, 47, 50, 132, 136, 253, 255] {
@@ -100,19 +100,20 @@ fn spoofed_source_is_denied() {
             for source in forged {
                 let mut frame = packets::frame(&pod, &packets::udp(source, METADATA, b"forged"));
                 socket.send(&frame).unwrap();
-                // Nor is a forged MAC address.
+                // A spoofed MAC address does not help either.
                 frame[6..12].copy_from_slice(&[0x02, 0xde, 0xad, 0xbe, 0xef, 0x01]);
                 socket.send(&frame).unwrap();
             }
         };
-        // Linux drops what comes in with an address of its own as the source: that one would not arrive anyway.
+        // Linux drops packets that arrive with one of its own addresses as the source. That one packet would never
+        // arrive.
         send_all();
         let arrivals = world.arrivals();
         assert_eq!((arrivals.from(neighbour.address), arrivals.from(STRANGER)), (2, 2));
 
         let agent = start(&world);
         world.assert_nothing_arrives(send_all);
-        // Linux drops the node's own address before `node_egress`.
+        // Linux drops the packet with the node's own address before `node_egress`.
         assert!([4, 6].contains(&denied(&world)));
         drop(agent);
         world.unload();
@@ -122,7 +123,7 @@ fn spoofed_source_is_denied() {
     });
 }
 
-/// A priority tag: its VLAN id is 0, and Linux takes the frame for untagged.
+/// Priority tag with VLAN id 0, which Linux treats as no tag.
 const PRIORITY_TAG: (u16, u16) = (0x8100, 0x2000);
 const PRIORITY_TAG_AD: (u16, u16) = (0x88a8, 0x2000);
 
@@ -182,7 +183,7 @@ fn vlan_through_bridge_is_denied() {
 
         let agent = world.start_agent(backend);
         send(b"with agent", METADATA);
-        // Comes after, so that the other had its time.
+        // Sent afterwards, so that the earlier packet would have arrived by now.
         send(b"elsewhere", SERVICE);
         assert!(watcher.sees(b"elsewhere", LONG) && !watcher.sees(b"with agent", SHORT));
         assert_eq!(denied(&world), 2);
@@ -203,7 +204,7 @@ fn fragmented_jumbo_frame_is_denied() {
         pod.netns.ip("link set eth0 mtu 9000");
         let frame = packets::frame(&pod, &packets::udp(pod.address, METADATA, &[0; 8000]));
         let socket = PacketSocket::frames(&pod.netns, Pod::IFNAME);
-        // The Ethernet header alone, and a cut within the destination address.
+        // Two cuts: after the Ethernet header, and inside the destination address.
         let send = || [14, 32].into_iter().for_each(|linear| socket.send_scattered(&frame, linear).unwrap());
         send();
         assert_eq!(world.arrivals().from(pod.address), 2);

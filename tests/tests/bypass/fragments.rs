@@ -1,4 +1,4 @@
-//! Fragments: where ports are kept, none gets in whose port can't be seen, and none that changes another's.
+//! Fragments and allowed ports: fragments whose port is unknown, and fragments that overwrite the port, are denied.
 
 use imds_tests::{METADATA, PacketSocket, Pod, PodLink, World, packets};
 
@@ -12,48 +12,49 @@ const KEEP_DNS: &str = "provider = 'none'
     address = '169.254.169.254'
     keep = ['udp/53', 'tcp/53']";
 
-/// UDP from port 40000 to `port`, of 24 bytes, with a wrong checksum: an answer would make the pod send more.
+/// Builds the header of a UDP datagram of 24 bytes from port 40000 to `port`. The wrong checksum avoids a reply, which
+/// would make the pod send more packets.
 fn udp_header(port: u8) -> [u8; 8] {
     [0x9c, 0x40, 0, port, 0, 24, 0xde, 0xad]
 }
 
-/// A fragment: protocol, where it starts in eights of bytes, whether more come, and its content.
+/// A fragment: protocol, offset in units of eight bytes, more-fragments flag, and payload.
 type Fragment = (u8, u16, bool, Vec<u8>);
 
-/// Datagrams and segments in pieces, the number of which get through where port 53 is kept.
+/// Returns fragmented datagrams and segments, each with the number of fragments that may pass if port 53 is allowed.
 fn sets() -> Vec<(&'static str, Vec<Fragment>, usize)> {
     let dns = udp_header(53).to_vec();
     let http = udp_header(80).to_vec();
     let rest = vec![0; 16];
     vec![
         (
-            "the first to a port that is not kept",
+            "the first fragment to a port that is not allowed",
             vec![(UDP, 0, true, http.clone()), (UDP, 1, false, rest.clone())],
             0,
         ),
         (
-            "the rest of a datagram to a kept port",
+            "the rest of a datagram to an allowed port",
             vec![(UDP, 0, true, dns.clone()), (UDP, 1, false, rest.clone())],
             1,
         ),
         (
-            "a second first one with another port",
+            "a second first fragment with another port",
             vec![(UDP, 0, true, dns.clone()), (UDP, 0, true, http.clone()), (UDP, 1, false, rest)],
             1,
         ),
         (
-            "one that overlaps the kept port",
+            "a fragment that overlaps the allowed port",
             vec![(UDP, 0, true, [dns, vec![0; 8]].concat()), (UDP, 1, false, http)],
             1,
         ),
-        // Eight bytes of TCP: the ports are there, the rest of the header is not.
+        // Eight bytes of TCP contain the ports, but not the rest of the header.
         (
-            "a tiny first one, and the header's rest",
+            "a tiny first fragment, and the rest of the header",
             vec![(TCP, 0, true, vec![0x9c, 0x40, 0, 80, 0, 0, 0, 1]), (TCP, 1, false, vec![0; 12])],
             0,
         ),
-        ("the rest of a header to a kept port", vec![(TCP, 1, false, vec![0; 12])], 0),
-        ("a first one that ends before the port", vec![(UDP, 0, false, vec![0x9c, 0x40])], 0),
+        ("the rest of a header to an allowed port", vec![(TCP, 1, false, vec![0; 12])], 0),
+        ("a first fragment that ends before the port", vec![(UDP, 0, false, vec![0x9c, 0x40])], 0),
     ]
 }
 

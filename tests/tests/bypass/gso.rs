@@ -1,4 +1,4 @@
-//! Super-packets: what a pod sends at once and the network cuts into packets only later.
+//! Super-packets: data that a pod sends in one piece and that the kernel segments later.
 
 use std::{io::Write as _, net::UdpSocket, os::fd::AsRawFd as _};
 
@@ -12,7 +12,7 @@ use crate::{ALL, EDGES};
 const SEGMENT: u16 = 1200;
 const SEGMENTS: u16 = 10;
 
-/// Sends ten datagrams in one.
+/// Sends ten datagrams in one call.
 fn send_segments(world: &World, pod: &Pod) {
     let socket = pod.netns.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap();
     let size = libc::c_int::from(SEGMENT);
@@ -28,7 +28,7 @@ fn send_segments(world: &World, pod: &Pod) {
         )
     };
     assert_eq!(result, 0, "UDP_SEGMENT: {}", std::io::Error::last_os_error());
-    // Refused where the socket hook is on.
+    // The socket hook denies the call if it is on.
     let _ = world.in_cgroup(|| socket.send_to(&[0; (SEGMENT * SEGMENTS) as usize], (METADATA, 9999)));
 }
 
@@ -38,14 +38,16 @@ fn segmented_udp() {
         let world = World::new();
         let pod = world.add_pod(link);
         world.ways(&ALL).one_way("UDP_SEGMENT", || send_segments(&world, &pod)).assert_held();
-        // It is one packet at the hook, and more than a link takes; or as many as it has segments, where the kernel cuts it
-        // before a veth (Linux 5.10 does).
+        // The hook counts one packet larger than the link's MTU. If the kernel segments before a veth, as Linux 5.10
+        // does, it counts one packet per segment.
         for hook in EDGES {
             let _agent = world.agent().hooks(&[hook]).spawn_ready();
             let before = world.status().total.denied;
             send_segments(&world, &pod);
-            let after =
-                world.status_when("it is counted", |status| status.total.denied != before).total.denied;
+            let after = world
+                .status_when("the packet is counted", |status| status.total.denied != before)
+                .total
+                .denied;
             let packets = after.packets - before.packets;
             assert!(
                 after.bytes - before.bytes > u64::from(SEGMENT * SEGMENTS),
@@ -57,7 +59,7 @@ fn segmented_udp() {
     }
 }
 
-/// Writes as much as goes on a connection that was open before the agent came, all of which is retransmitted in vain.
+/// Writes as much as possible on a connection from before the agent. All of it is retransmitted and denied.
 #[test]
 fn segmented_tcp() {
     for hook in EDGES {
@@ -77,7 +79,7 @@ fn segmented_tcp() {
         assert_eq!(world.arrivals(), before, "{status:?}");
         drop(agent);
         world.unload();
-        // Another connection of that time goes on.
+        // Another connection from before the agent still works.
         http_exchange(&mut after, LONG).unwrap();
     }
 }

@@ -1,4 +1,4 @@
-//! What must keep working, with each hook alone and with all of them.
+//! Traffic that must keep working, with each hook alone and with all hooks.
 
 use std::net::Ipv6Addr;
 
@@ -9,14 +9,14 @@ use imds_tests::{
 
 use crate::{ALL, AWS};
 
-/// As without a guard: by TCP and UDP.
+/// Asserts that TCP and UDP over IPv6 reach `address`, as without an agent.
 #[track_caller]
 fn assert_v6_reaches(netns: &Netns, address: Ipv6Addr, who: &str) {
     assert!(reachable(netns, address), "{who} does not reach {address} by TCP");
     assert!(udp_echo(netns, address, LONG).is_answer(), "{who} does not reach {address} by UDP");
 }
 
-/// The node's own access, other destinations, and pods and node among each other.
+/// Asserts that the node's own access, other destinations, and traffic between pods and node work.
 #[track_caller]
 fn assert_nothing_is_harmed(world: &World, [routed, bridged]: &[Pod; 2]) {
     for pod in [routed, bridged] {
@@ -42,7 +42,7 @@ fn other_traffic_passes_each_hook() {
         eprintln!("hooks: {hooks:?}");
         let mut open_before = pods[0].netns.run(|| connect(SERVICE, LONG)).unwrap();
         let agent = world.agent().hooks(hooks).config(AWS).spawn_ready();
-        // Neighbours have to be found anew, by ARP and by neighbour discovery, from either side.
+        // Flushes neighbour entries, so that ARP and neighbour discovery run again from both sides.
         for netns in [&*world.node, &pods[0].netns, &pods[1].netns, &world.fabric] {
             netns.ip("neigh flush all");
         }
@@ -58,7 +58,7 @@ fn other_traffic_passes_each_hook() {
     }
 }
 
-/// Answers of a pod to whoever asks it, of the node's own and from outside.
+/// Pods respond to other pods, to the node and to hosts outside.
 #[test]
 fn pods_are_reachable_with_both_tc_hooks() {
     let world = World::new();

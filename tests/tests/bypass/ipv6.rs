@@ -1,4 +1,4 @@
-//! The endpoints that are IPv6 addresses, and IPv6 addresses that embed the endpoint's IPv4 one.
+//! IPv6 endpoints, and IPv6 addresses that embed the endpoint's IPv4 address.
 
 use std::net::{Ipv6Addr, SocketAddr, UdpSocket};
 
@@ -26,9 +26,9 @@ pub(crate) fn send(pod: &Pod, packet: &[u8]) {
     PacketSocket::frames(&pod.netns, Pod::IFNAME).send(&packets::frame(pod, packet)).expect("send a frame");
 }
 
-/// Headers before a UDP header: the kind of the first, and the bytes of all.
+/// Returns extension headers before a UDP header: the type of the first one and all bytes.
 fn headers() -> Vec<(&'static str, u8, Vec<u8>)> {
-    // What each has behind its first byte, which names the next; padding where it needs some.
+    // Contents after the first byte, which is the type of the next header. Padded if necessary.
     let options = |next: u8| [&[next, 0, 1, 4][..], &[0; 4]].concat();
     let fragment = |offset: u16, more: u8| {
         let [high, low] = (offset << 3 | u16::from(more)).to_be_bytes();
@@ -44,7 +44,7 @@ fn headers() -> Vec<(&'static str, u8, Vec<u8>)> {
             DESTINATION,
             [vec![options(DESTINATION); 9].concat(), options(UDP)].concat(),
         ),
-        ("a fragment that is all", FRAGMENT, fragment(0, 0)),
+        ("an atomic fragment", FRAGMENT, fragment(0, 0)),
         ("a first fragment", FRAGMENT, fragment(0, 1)),
         ("a fragment in the middle", FRAGMENT, fragment(2, 1)),
         ("a last fragment", FRAGMENT, fragment(8000, 0)),
@@ -63,7 +63,7 @@ fn headers() -> Vec<(&'static str, u8, Vec<u8>)> {
     ]
 }
 
-/// What sockets do, and packets with every kind of header.
+/// Adds socket calls, and packets with every extension header.
 pub(crate) fn packets_to_endpoint<'w>(mut ways: Ways<'w>, pod: &'w Pod, address: Ipv6Addr) -> Ways<'w> {
     for (name, first, content) in headers() {
         let packet = packets::ipv6(address, METADATA_V6, first, &[content, vec![0; 24]].concat());

@@ -1,4 +1,4 @@
-//! IPv6 fragments that connection tracking puts together on the node, which then takes them apart again.
+//! IPv6 fragments that connection tracking on the node reassembles and then fragments again.
 
 use std::{
     net::{Ipv6Addr, UdpSocket},
@@ -16,7 +16,7 @@ use crate::{
     services::{CLUSTER_IP_V6, nft, redirect},
 };
 
-/// A world whose node tracks connections, as with any Service, and a pod with an IPv6 address.
+/// Creates a world whose node tracks connections, as with any Service, and a pod with an IPv6 address.
 fn world_that_tracks() -> (World, Pod, Ipv6Addr) {
     let world = World::new().with_ipv6();
     let pod = world.add_pod(PodLink::Routed);
@@ -30,12 +30,12 @@ fn world_that_tracks() -> (World, Pod, Ipv6Addr) {
     (world, pod, address)
 }
 
-/// A UDP datagram in fragments of these sizes, all but the last multiples of 8.
+/// Sends a UDP datagram in fragments of these sizes. All but the last must be multiples of 8.
 fn send_fragments(pod: &Pod, source: Ipv6Addr, sizes: &[usize]) {
     static IDENTIFICATION: AtomicU8 = AtomicU8::new(0);
     let identification = IDENTIFICATION.fetch_add(1, Ordering::Relaxed);
     let length: usize = sizes.iter().sum();
-    // From port 40000 to 9999.
+    // Source port 40000, destination port 9999.
     let mut datagram = vec![0x9c, 0x40, 0x27, 0x0f];
     datagram.extend_from_slice(&u16::try_from(length).unwrap().to_be_bytes());
     datagram.extend_from_slice(&[0, 1]);
@@ -58,23 +58,24 @@ fn fragments_reassembled_by_the_node() {
         .ways(&EDGES)
         .config(AWS)
         .one_way("two fragments", || send(&[1232, 100]))
-        .one_way("fragments of which the first is the smallest", || send(&[104, 1232, 64]))
+        .one_way("fragments with the smallest one first", || send(&[104, 1232, 64]))
         .one_way("many small fragments", || send(&[64; 40]))
         .assert_held();
 }
 
-/// Where the uplink wants more room for headers than the fragments came with, as `hv_netvsc` and tunnels do, the
-/// kernel makes new packets of them, and forgets by which interface they came (`ip6_copy_metadata` of IPv6's output).
+/// Tests fragments that lose their ingress interface. If the uplink needs more headroom than the fragments have, as
+/// with `hv_netvsc` and tunnels, IPv6 output copies them to new packets without the ingress interface
+/// (`ip6_copy_metadata`).
 fn assert_fragments_made_anew_are_held(hooks: &[&'static str], destination: Ipv6Addr) {
     let (world, pod, _) = world_that_tracks();
     redirect(&world.node, CLUSTER_IP_V6, METADATA_V6);
-    // The room that a bridge's port needs is asked for at the other end of a veth.
+    // The headroom that a bridge port needs also applies to the peer of a veth.
     world.fabric.ip("link add br0 type bridge
          link add vx0 type vxlan id 9 dstport 4790
          link set vx0 master br0
          link set node0 master br0
          link set br0 up");
-    // The bridge has taken the address's interface: nobody answers for it any more.
+    // The bridge took over the interface of the address, on which neighbour discovery gets no reply any more.
     let neighbour = "neigh replace fd10::1 lladdr 02:00:00:00:00:01 nud permanent dev";
     world.node.ip(&format!("{neighbour} {}", World::UPLINK));
     let fabric = world.fabric_frames();

@@ -1,4 +1,4 @@
-//! Pods that are connected otherwise than by a veth of their own, and namespaces behind a pod's.
+//! Pods without a veth of their own, and network namespaces behind a pod's.
 
 use std::net::UdpSocket;
 
@@ -12,7 +12,7 @@ use imds_tests::{
 
 use crate::{ALL, services::nft};
 
-/// What holds a pod that has no link on the node, on this kernel.
+/// Returns the hooks that can deny a pod without its own interface on the node, with this kernel.
 fn hooks_without_link() -> Vec<&'static str> {
     let without = lacks_tc_netns_cookie("`node_egress`");
     if without { vec!["socket"] } else { vec!["socket", "node_egress"] }
@@ -23,13 +23,13 @@ fn tcp_and_udp<'w>(ways: Ways<'w>, netns: &'w Netns) -> Ways<'w> {
         .way("UDP", || udp_echo(netns, METADATA, SHORT).is_answer())
 }
 
-/// A pod with an interface upon the node's uplink: there is no link of its own on the node.
+/// Adds a pod whose interface is a child of the node's uplink. The node has no interface for such a pod.
 fn add_pod_on_uplink(world: &World, options: &str) -> Netns {
     let pod = Netns::new("upper");
     world.node.ip(&format!("link add upper0 link {} netns {} {options}", World::UPLINK, pod.name()));
     pod.ip("link set lo up\naddr add 10.0.0.77/24 dev upper0\nlink set upper0 up\nroute add default via 10.0.0.1");
     if options.contains("mode l3") {
-        // Nobody answers for the pod's address.
+        // The fabric gets no ARP reply for the pod's address.
         world.fabric.ip(&format!("route add 10.0.0.77/32 via {}", world.node_address()));
     }
     pod
@@ -69,8 +69,8 @@ fn ipvlan_in_layer_3_with_netfilter() {
     assert_pod_on_uplink_is_held("ipvlan", "type ipvlan mode l3s");
 }
 
-/// Packets that leave an ifb device skip the next TC ingress hook, `from_pod` (`skb->tc_skip_classify`), unless a `mirred`
-/// action consumes the flag before. The pod has `tbf` delay them, and deletes its filter before they leave.
+/// Packets that leave an ifb device skip the next TC ingress hook, `from_pod` (`skb->tc_skip_classify`), unless a
+/// `mirred` action clears the flag first. The pod delays them with `tbf`, and deletes its filter before they leave.
 #[test]
 fn ifb_in_the_pod() {
     if lacks_device(WHOLE_TEST, "ifb", "type ifb") {
@@ -95,20 +95,21 @@ fn ifb_in_the_pod() {
         run_tc(&pod.netns, &words(&redirect));
         let socket = pod.netns.run(|| UdpSocket::bind("0.0.0.0:0")).expect("a UDP socket");
         for _ in 0..20 {
-            // The socket hook, if it is on, refuses the call.
+            // The socket hook denies the call if it is on.
             let _refused = socket.send_to(&[0; 200], (METADATA, 7));
         }
         run_tc(&pod.netns, &words("qdisc del dev eth0 clsact"));
-        poll_until(LONG, "the ifb to send what it holds", || is_empty().then_some(()));
+        poll_until(LONG, "the ifb to send its queue", || is_empty().then_some(()));
     };
-    world.ways(&["node_egress"]).one_way("UDP by an ifb", send).assert_held();
+    world.ways(&["node_egress"]).one_way("UDP through an ifb", send).assert_held();
 }
 
 fn words(text: &str) -> Vec<&str> {
     text.split_whitespace().collect()
 }
 
-/// A pair of which the pod has one end. Without a mode it is of layer 3; older versions of `ip` know no modes.
+/// Tests a pod with one end of a netkit pair. Without a mode the pair is in layer 3; older versions of `ip` do not
+/// support modes.
 fn assert_netkit_is_held(options: &str) {
     if lacks_device(WHOLE_TEST, "netkit", options) {
         return;
@@ -140,7 +141,7 @@ fn netkit_in_layer_3() {
     assert_netkit_is_held("type netkit");
 }
 
-/// A namespace made inside of a pod, which forwards for it behind its own address.
+/// Adds a network namespace inside a pod. The pod forwards its traffic with source NAT.
 fn add_nested(pod: &Netns, interface: &str) -> Netns {
     let nested = Netns::new("nested");
     pod.ip(&format!(
@@ -172,7 +173,8 @@ fn netns_within_a_pod() {
     }
 }
 
-/// What holds a namespace within a pod that has no link on the node: what it sends is forwarded, but for the last step.
+/// Hooks that deny a namespace within a pod that has no interface of its own on the node. Only the pod forwards the
+/// packets, not the node.
 const WITHOUT_LINK: [&str; 2] = ["socket", "node_egress"];
 
 fn assert_namespace_within_pod_on_uplink_is_held(hooks: &[&'static str], kind: &str, options: &str) {
@@ -200,13 +202,14 @@ fn netns_within_an_ipvlan_l3_pod() {
     assert_namespace_within_pod_on_uplink_is_held(&["socket"], "ipvlan", "type ipvlan mode l3");
 }
 
-/// Such a device takes the packets out of the namespace, and with them what tells that they were forwarded.
+/// An ipvlan device in layer 3 mode moves packets out of the namespace and clears the fields that show that they were
+/// forwarded.
 #[test]
 fn netns_within_ipvlan_l3_pod_node_egress() {
     assert_namespace_within_pod_on_uplink_is_held(&["node_egress"], "ipvlan", "type ipvlan mode l3");
 }
 
-/// Another MAC address on the pod's own link.
+/// A second MAC address on the pod's own link.
 #[test]
 fn macvlan_within_a_pod() {
     if lacks_device(WHOLE_TEST, "macvlan", "link lower0 type macvlan mode bridge") {

@@ -1,35 +1,35 @@
-//! Every known way around the guard: open before the agent runs, closed by each hook that is to hold it while the others
-//! are off, closed by all of them together, and open again after `unload` (`Ways::assert_held`).
-//! A way that is known to be open is an ignored test with the reason: `cargo test --test bypass -- --ignored` shows it.
-//! Kinds of devices that a kernel lacks are skipped with a word.
+//! Every known attack vector. Each one is open without the agent, denied by each listed hook alone, denied by all hooks
+//! together, and open again after `unload` (`Ways::assert_held`). Vectors that are known to be open are ignored tests
+//! with the reason: `cargo test --test bypass -- --ignored` lists them. Tests of device types that a kernel lacks are
+//! skipped with a notice.
 //!
-//! | | way | tests, here or in the file named |
+//! | | vector | tests, here or in the named file |
 //! | --- | --- | --- |
 //! | 1 | TCP to any port | `calls::tcp_and_udp_every_call` |
-//! | 2 | UDP by any call | `calls::tcp_and_udp_every_call` |
+//! | 2 | UDP with any call | `calls::tcp_and_udp_every_call` |
 //! | 3 | ICMP and any other protocol | `raw::any_protocol_from_raw_socket`, `crafted::every_ip_packet_form_is_denied` |
-//! | 4 | crafted frames, forged sources | `crafted::spoofed_source_is_denied`, `raw` |
+//! | 4 | crafted frames, spoofed sources | `crafted::spoofed_source_is_denied`, `raw` |
 //! | 5 | IPv4 addresses at IPv6 sockets | `calls::tcp_and_udp_every_call` |
 //! | 6 | TCP Fast Open, MPTCP, `io_uring` | `calls::tcp_fast_open_mptcp_and_io_uring` |
 //! | 7 | IPv6 endpoints, extension headers | `ipv6`, `ipv6_fragments` |
 //! | 8 | IPv4 options, source routes, fragments | `crafted`, `source_route`, `fragments` |
 //! | 9 | VLAN tags and devices | `crafted::priority_tags_are_denied`, `crafted::vlan_through_bridge_is_denied`, `vlans` |
 //! | 10 | Services and DNAT | `services` |
-//! | 11 | tunnels that the node ends | `tunnels` |
+//! | 11 | tunnels that end on the node | `tunnels` |
 //! | 12 | macvlan, ipvlan, netkit | `links` |
 //! | 13 | NAT64 and 6to4 | `ipv6::addresses_that_embed_the_endpoint`, `translated` |
-//! | 14 | a namespace within a pod | `links::netns_within…`, `links::macvlan_within_a_pod` |
+//! | 14 | a network namespace within a pod | `links::netns_within…`, `links::macvlan_within_a_pod` |
 //! | 15 | a pod's first packet while no agent runs | `reuse::successor_is_denied_from_first_packet`, `hooks.rs`, `restart.rs` |
-//! | 16 | links renamed, moved, made again | `reuse` |
-//! | 17 | a pod in another's place | `reuse` |
+//! | 16 | interfaces that are renamed, moved or recreated | `reuse` |
+//! | 17 | a pod that reuses the identity of another one | `reuse` |
 //! | 18 | a flood while programs are replaced | `restart.rs` |
-//! | 19 | what others remove | `restore.rs` |
-//! | 20 | programs of others | `coexist.rs` |
+//! | 19 | removal of programs, links and pins | `restore.rs` |
+//! | 20 | programs of other software | `coexist.rs` |
 //! | 21 | a metadata service on the node | `on_node` |
 //! | 22 | super-packets, jumbo frames | `gso`, `crafted::fragmented_jumbo_frame_is_denied` |
 //! | 23 | an ifb in the pod | `links::ifb_in_the_pod` |
-//! | | all of one pod's ways, all hooks on | `together` |
-//! | | what must keep working | `harmless` |
+//! | | all vectors of one pod, all hooks on | `together` |
+//! | | traffic that must keep working | `harmless` |
 
 mod calls;
 mod crafted;
@@ -49,9 +49,9 @@ mod translated;
 mod tunnels;
 mod vlans;
 
-/// The hooks that see every call of a pod's socket.
+/// Hooks that see every call of a pod's socket.
 const ALL: [&str; 3] = ["from_pod", "node_egress", "socket"];
-/// The hooks that see packets.
+/// Hooks that see packets.
 const EDGES: [&str; 2] = ["from_pod", "node_egress"];
-/// A cloud with endpoints of both families.
+/// Configuration with endpoints of both address families.
 const AWS: &str = "provider = 'aws'";

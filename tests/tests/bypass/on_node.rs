@@ -1,4 +1,4 @@
-//! A metadata service on the node itself, such as a proxy: nothing leaves by an uplink.
+//! A metadata service on the node itself, such as a proxy. Requests to it leave through no uplink.
 
 use imds_tests::{
     METADATA, METADATA_V6, PacketSocket, Pod, PodLink, Services, World, packets,
@@ -28,22 +28,22 @@ fn local_service_direct() {
             .way("TCP", || http_get(&pod.netns, METADATA, SHORT).is_answer())
             .way("UDP", || udp_echo(&pod.netns, METADATA, SHORT).is_answer());
     }
-    ways.way("TCP by IPv6", || http_get(&routed.netns, METADATA_V6, SHORT).is_answer())
-        .way("UDP by IPv6", || udp_echo(&routed.netns, METADATA_V6, SHORT).is_answer())
+    ways.way("TCP over IPv6", || http_get(&routed.netns, METADATA_V6, SHORT).is_answer())
+        .way("UDP over IPv6", || udp_echo(&routed.netns, METADATA_V6, SHORT).is_answer())
         .assert_held();
 }
 
-/// A node that has the metadata address itself, and a pod of it.
+/// Creates a node that has the metadata address itself, with a pod and the service.
 fn world_with_service() -> (World, Pod, Services) {
     let world = World::new();
     let pod = world.add_pod(PodLink::Routed);
     world.node.ip(&format!("addr add {METADATA}/32 dev lo"));
-    // A service outside of the cgroup would receive packets that no hook judges.
+    // Outside of the cgroup, the service would receive packets that no hook sees.
     let services = world.in_cgroup(|| Services::start(&world.node, &[METADATA.into()]));
     (world, pod, services)
 }
 
-// Only the local_service hook sees packets whose destination becomes the node's own address behind the pods' links.
+// Only the local_service hook sees packets whose destination becomes the node's own address after `from_pod`.
 
 #[test]
 fn local_service_behind_kube_service() {
@@ -60,7 +60,7 @@ fn local_service_behind_kube_service() {
 fn local_service_through_tunnel() {
     let (world, pod, _services) = world_with_service();
     tunnel(&world, &pod, VXLAN);
-    // Probed outside of the guarded cgroup, as with a packet socket: the socket hook holds what connects.
+    // Probed outside of the agent's cgroup, as with a packet socket, because the socket hook denies connect calls.
     let is_open = || http_get(&pod.netns, METADATA, SHORT).is_answer();
     assert!(is_open());
     let agent = world.agent().hooks(&[&ALL[..], &[LOCAL_SERVICE]].concat()).spawn_ready();
@@ -78,7 +78,7 @@ fn local_service_by_source_route() {
     }
     let options = source_route(LOOSE, METADATA);
     let mut packet = packets::with_options(pod.address, world.node_address(), &options);
-    // To the echo port, without a checksum.
+    // Truncated to a datagram to the echo port without a checksum.
     packet.truncate(packet.len() - 16);
     packet.extend_from_slice(&[[0x9c, 0x40], [0, 7], [0, 16], [0, 0]].concat());
     packet.extend_from_slice(b"a marker");

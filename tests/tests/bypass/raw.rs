@@ -1,4 +1,4 @@
-//! Packets of any protocol from raw sockets, for which a pod has the right by default.
+//! Packets of any protocol from raw sockets, which pods may open by default.
 
 use std::{
     net::{Ipv4Addr, SocketAddrV4},
@@ -13,14 +13,14 @@ use nix::sys::socket::{MsgFlags, SockaddrIn, sendto};
 
 use crate::{EDGES, calls::socket};
 
-/// Sends from a raw socket that has the kernel make the IP header.
+/// Sends a packet from a raw socket. The kernel adds the IP header.
 fn send_protocol(netns: &Netns, to: Ipv4Addr, protocol: libc::c_int) {
     let socket = socket(netns, libc::SOCK_RAW, protocol).expect("a raw socket");
     let to = SockaddrIn::from(SocketAddrV4::new(to, 0));
     sendto(socket.as_raw_fd(), &[0, 7, 0, 7, 0, 16, 0, 0], &to, MsgFlags::empty()).expect("send a packet");
 }
 
-/// What a raw socket can send.
+/// Adds the packets that a raw socket can send.
 pub(crate) fn ways<'w>(mut ways: Ways<'w>, pod: &'w Pod) -> Ways<'w> {
     let protocols = [
         ("TCP", libc::IPPROTO_TCP),

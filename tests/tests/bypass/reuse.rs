@@ -1,4 +1,4 @@
-//! Names and numbers that one interface has after another, and interfaces that change theirs.
+//! Interface names and indices that are reused, and interfaces that change theirs.
 
 use imds_tests::{
     METADATA, Netns, Pod, PodLink, World,
@@ -23,7 +23,7 @@ fn renamed_or_moved_link_stays_denied() {
         rename_and_move(&world, &pod);
         world.in_cgroup(|| assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer(), "{hook}"));
         if hook == "from_pod" {
-            world.status_when("the new name is known", |status| {
+            world.status_when("the status has the new name", |status| {
                 status.find("other0").is_some_and(|link| link.role == "pod" && link.is_attached())
             });
         }
@@ -48,7 +48,7 @@ fn rename_and_move(world: &World, pod: &Pod) {
         bridge_address(world),
         World::BRIDGE
     ));
-    // It has the address of the bridge that it replaces, but not its MAC address.
+    // The new bridge has the address of the replaced one, but another MAC address.
     pod.netns.ip("neigh flush all");
 }
 
@@ -69,7 +69,7 @@ fn reused_name_and_index_start_from_zero() {
     let denied = world.status().interface(&first.host_ifname).counts.denied.packets;
     assert!(denied > 0);
 
-    // While no agent looks: the next one can't know but by the links themselves.
+    // The agent is killed first: the next one can only detect the change by the interfaces themselves.
     agent.kill9();
     let (name, index) = (first.host_ifname.clone(), first.host_ifindex);
     first.delete();
@@ -89,7 +89,7 @@ fn reused_name_and_index_start_from_zero() {
     drop(agent);
 }
 
-/// A pod that comes while no agent runs and takes the place of one that was there, in every respect but its namespace.
+/// A pod starts while no agent runs and replaces a deleted pod in every respect but its namespace.
 #[test]
 fn successor_is_denied_from_first_packet() {
     for hook in known_here(&["node_egress", "socket"]) {
@@ -113,7 +113,7 @@ fn is_ours_at_egress(world: &World, interface: &str) -> bool {
     hook::programs_at(&world.node, interface, TcAttachType::Egress).first().is_some_and(Attached::is_ours)
 }
 
-/// `node_egress` goes with the interface, and comes back with one that has its name and number.
+/// `node_egress` is detached with the interface, and attached again to an interface of the same name and index.
 #[test]
 fn renamed_or_recreated_uplink_is_enforced() {
     let world = World::new();
@@ -141,7 +141,7 @@ fn renamed_or_recreated_uplink_is_enforced() {
         World::UPLINK,
         world.fabric.name()
     ));
-    poll_until(LONG, "the new uplink to be guarded", || {
+    poll_until(LONG, "the new uplink to be enforced", || {
         is_ours_at_egress(&world, World::UPLINK).then_some(())
     });
     world.fabric.ip("addr add 10.0.0.1/24 dev node1

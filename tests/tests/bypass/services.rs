@@ -1,4 +1,4 @@
-//! Services and other rules of the node that turn an address into the endpoint's.
+//! Services and other rules of the node that translate an address into the endpoint's.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -12,7 +12,7 @@ use crate::AWS;
 pub(crate) const CLUSTER_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 80);
 pub(crate) const CLUSTER_IP_V6: Ipv6Addr = Ipv6Addr::new(0xfd96, 0, 0, 0, 0, 0, 0, 0x80);
 
-/// Redirects what is sent to one address on to the endpoint, as a Service does whose backend is the endpoint.
+/// Redirects traffic for one address to the endpoint, as a Service does whose backend is the endpoint.
 pub(crate) fn redirect(netns: &Netns, service: impl Into<IpAddr>, endpoint: impl Into<IpAddr>) {
     let (service, endpoint) = (service.into(), endpoint.into());
     let family = if service.is_ipv4() { "ip" } else { "ip6" };
@@ -45,8 +45,8 @@ fn service_with_endpoint_as_backend() {
             .way("TCP to a Service", || http_get(&pod.netns, CLUSTER_IP, SHORT).is_answer())
             .way("UDP to a Service", || udp_echo(&pod.netns, CLUSTER_IP, SHORT).is_answer());
     }
-    ways.way("TCP to a Service by IPv6", || http_get(&routed.netns, CLUSTER_IP_V6, SHORT).is_answer())
-        .way("UDP to a Service by IPv6", || udp_echo(&routed.netns, CLUSTER_IP_V6, SHORT).is_answer())
+    ways.way("TCP to a Service over IPv6", || http_get(&routed.netns, CLUSTER_IP_V6, SHORT).is_answer())
+        .way("UDP to a Service over IPv6", || udp_echo(&routed.netns, CLUSTER_IP_V6, SHORT).is_answer())
         .assert_held();
 }
 

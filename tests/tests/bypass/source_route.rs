@@ -1,5 +1,5 @@
-//! Packets to the node that name their next destination: source routes of IPv4, segments of IPv6. `from_pod` sees another
-//! destination; if the node follows source routes, they leave it with the endpoint's.
+//! Packets to the node that name their next destination: IPv4 source routes and IPv6 segments. `from_pod` sees another
+//! destination. If the node follows source routes, it forwards them to the endpoint.
 
 use std::{net::Ipv4Addr, os::fd::AsRawFd as _};
 
@@ -11,7 +11,7 @@ const NO_OPERATION: u8 = 1;
 pub(crate) const LOOSE: u8 = 0x83;
 const STRICT: u8 = 0x89;
 
-/// A source route with one address left.
+/// Returns a source route option with one remaining address.
 pub(crate) fn source_route(kind: u8, last: Ipv4Addr) -> Vec<u8> {
     [&[NO_OPERATION, kind, 7, 4][..], &last.octets()].concat()
 }
@@ -23,7 +23,7 @@ fn source_routes_followed_by_the_node() {
     for key in ["all", "default", World::BRIDGE, &pods[0].host_ifname] {
         world.node.sysctl(&format!("ipv4/conf/{key}/accept_source_route"), "1");
     }
-    // A strict route's next hop has to be a neighbour.
+    // The next hop of a strict route must be a neighbour.
     world.node.ip(&format!("route add {METADATA} dev {}", World::UPLINK));
     let mut ways = world.ways(&["node_egress"]);
     for (pod, link) in pods.iter().zip(["routed", "bridged"]) {
@@ -39,7 +39,7 @@ fn source_routes_followed_by_the_node() {
     ways.assert_held();
 }
 
-/// What a program gets without any right: its packets go to the first hop, its call names the last.
+/// Needs no privilege: the packets go to the first hop, while the call names the last one.
 #[test]
 fn socket_with_source_route_via_node() {
     let world = World::new();
@@ -52,7 +52,7 @@ fn socket_with_source_route_via_node() {
         socket.set_write_timeout(Some(SHORT)).unwrap();
         let route = source_route(LOOSE, world.node_address());
         let length = libc::socklen_t::try_from(route.len()).unwrap();
-        // SAFETY: the option is as long as the length says and outlives the call.
+        // SAFETY: the length is the size of the option, which outlives the call.
         let result = unsafe {
             libc::setsockopt(
                 socket.as_raw_fd(),
@@ -63,7 +63,7 @@ fn socket_with_source_route_via_node() {
             )
         };
         assert_eq!(result, 0, "IP_OPTIONS: {}", std::io::Error::last_os_error());
-        // Refused with the socket hook.
+        // The socket hook denies the call if it is on.
         let _ = socket.send_to(b"routed", (METADATA, 9999));
     };
     world.ways(&["socket", "node_egress"]).one_way("a loose source route of a socket", send).assert_held();
@@ -85,7 +85,7 @@ fn srv6_segments_followed_by_the_node() {
         }
         world.node.sysctl(&format!("ipv6/conf/{key}/seg6_enabled"), "1");
     }
-    // Two segments in reverse order: the node is the first, the endpoint the last.
+    // Two segments in reverse order: the node is first, the endpoint last.
     let header =
         [&[NO_NEXT, 4, SEGMENT_ROUTING, 1, 1, 0, 0, 0][..], &METADATA_V6.octets(), &node.octets()].concat();
     let packet = packets::ipv6(address, node, ROUTING, &header);

@@ -1,4 +1,4 @@
-//! All hooks on, as without a configuration: the ways of one pod, one after the other.
+//! All hooks on, as without a configuration: all attack vectors of one pod, one after another.
 
 use imds_tests::{PodLink, World, known_here};
 

@@ -1,5 +1,5 @@
-//! A node that translates IPv6 to IPv4 itself (NAT64, RFC 6146): what comes out of the translator is addressed to the
-//! endpoint, whatever its prefix was.
+//! A node that translates IPv6 to IPv4 itself (NAT64, RFC 6146). Packets from the translator are addressed to the
+//! endpoint, whatever the prefix was.
 
 use std::{
     io::{self, Read as _, Write as _},
@@ -17,7 +17,7 @@ const SOURCE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 64);
 const IPV6_HEADER: usize = 40;
 const UDP_HEADER: usize = 8;
 
-/// A translator of UDP that knows one prefix, as tayga does with a tun device.
+/// A translator of UDP with one prefix and a TUN device, as tayga.
 struct Translator {
     stop: Option<io::PipeWriter>,
     thread: Option<JoinHandle<()>>,
@@ -56,7 +56,7 @@ impl Drop for Translator {
     }
 }
 
-/// A UDP datagram to an address that ends in an IPv4 one, as one to that.
+/// Translates a UDP datagram to the IPv4 address at the end of its IPv6 destination.
 fn translate(packet: &[u8]) -> Option<Vec<u8>> {
     const UDP: u8 = 17;
     let is_udp = packet.first()? >> 4 == 6 && *packet.get(6)? == UDP;
@@ -74,7 +74,7 @@ fn nat64_on_the_node() {
     let [high, low] = [0xa9fe; 2];
     assert_eq!(METADATA, Ipv4Addr::new(169, 254, 169, 254));
     let well_known = Ipv6Addr::new(0x64, 0xff9b, 0, 0, 0, 0, high, low);
-    // The operator's own prefix. Only `node_egress`, after the translator, sees the endpoint's address.
+    // An operator-defined prefix. Only `node_egress`, after the translator, sees the endpoint's address.
     let own = Ipv6Addr::new(0x2001, 0xdb8, 0x64, 0, 0, 0, high, low);
     world.node.ip("route add 64:ff9b::/96 dev nat64\nroute add 2001:db8:64::/96 dev nat64");
     let send = |destination: Ipv6Addr| {

@@ -1,5 +1,5 @@
-//! Tunnels from a pod that the node ends, as overlay networks have them: what comes out of one is addressed to the
-//! endpoint, and no pod's link ever saw that.
+//! Tunnels from a pod that end on the node, as in overlay networks. Decapsulated packets are addressed to the endpoint,
+//! which no pod interface saw before.
 
 use imds_tests::{
     METADATA, METADATA_V6, Netns, Pod, PodLink, WHOLE_TEST, World, lacks_device,
@@ -8,12 +8,12 @@ use imds_tests::{
 
 use crate::AWS;
 
-/// The hooks that deny a tunnel: `node_egress` any packet inside, the socket hook those that a socket sends.
+/// Hooks that deny tunneled traffic: `node_egress` denies any inner packet, the socket hook those that a socket sends.
 const HOOKS: [&str; 2] = ["node_egress", "socket"];
 
 pub(crate) const VXLAN: &str = "type vxlan id 42 local LOCAL remote REMOTE dstport 4789";
 
-/// A device of the same kind at either end, and the route through it.
+/// Adds a tunnel device at both ends, and the route through it.
 pub(crate) fn tunnel(world: &World, pod: &Pod, options: &str) {
     let end = |netns: &Netns, local, remote, address| {
         let options = options.replace("LOCAL", local).replace("REMOTE", remote);
@@ -28,7 +28,7 @@ pub(crate) fn tunnel(world: &World, pod: &Pod, options: &str) {
     world.fabric.ip(&format!("route add 172.30.0.0/24 via {node}"));
 }
 
-/// The pod reaches the metadata service through a tunnel of this kind.
+/// Asserts that tunneled packets of the pod are denied.
 fn assert_tunnel_is_held(kind: &str, options: &str) {
     let example = options.replace("LOCAL", "10.0.0.4").replace("REMOTE", "10.0.0.5");
     if lacks_device(WHOLE_TEST, kind, &example) {
@@ -38,7 +38,7 @@ fn assert_tunnel_is_held(kind: &str, options: &str) {
         let world = World::new();
         let pod = world.add_pod(link);
         if link == PodLink::Bridged {
-            // Else the node's end sends from the bridge's address, and the pod's knows another.
+            // Otherwise the node sends from the bridge's address, which is not the pod's configured remote address.
             let (pod, node) = (pod.address, world.node_address());
             world.node.ip(&format!("route add {pod}/32 dev {} src {node}", World::BRIDGE));
         }
@@ -76,13 +76,13 @@ fn gre_with_ethernet() {
     assert_tunnel_is_held("GRE TAP", "type gretap local LOCAL remote REMOTE");
 }
 
-/// `sit` carries IPv4 too.
+/// A `sit` device carries IPv4 too.
 #[test]
 fn sit_with_ipv4() {
     assert_tunnel_is_held("SIT", "type sit mode any local LOCAL remote REMOTE");
 }
 
-/// The IPv6 endpoint in a tunnel by IPv4.
+/// Asserts that IPv6 packets in a tunnel over IPv4 are denied.
 fn assert_ipv6_in_tunnel_is_held(kind: &str, options: &str) {
     let example = options.replace("LOCAL", "10.0.0.4").replace("REMOTE", "10.0.0.5");
     if lacks_device(WHOLE_TEST, kind, &example) {
@@ -100,8 +100,8 @@ fn assert_ipv6_in_tunnel_is_held(kind: &str, options: &str) {
     world
         .ways(&HOOKS)
         .config(AWS)
-        .way(format!("TCP by IPv6 in {kind}"), || http_get(&pod.netns, METADATA_V6, SHORT).is_answer())
-        .way(format!("UDP by IPv6 in {kind}"), || udp_echo(&pod.netns, METADATA_V6, SHORT).is_answer())
+        .way(format!("TCP over IPv6 in {kind}"), || http_get(&pod.netns, METADATA_V6, SHORT).is_answer())
+        .way(format!("UDP over IPv6 in {kind}"), || udp_echo(&pod.netns, METADATA_V6, SHORT).is_answer())
         .assert_held();
 }
 

@@ -1,4 +1,4 @@
-//! VLAN devices and bridges that know VLANs on the node: a tag is then more than part of a frame.
+//! VLAN devices and VLAN-aware bridges on the node, which interpret the tags of pods' frames.
 
 use imds_tests::{
     METADATA, PacketSocket, Pod, PodLink, WHOLE_TEST, World, lacks_device, packets,
@@ -8,7 +8,7 @@ use imds_tests::{
 
 use crate::{ALL, EDGES};
 
-/// Devices upon each other at both ends of the pod's link, and the pod's way out through the uppermost ones.
+/// Stacks VLAN devices at both ends of the pod's link, and routes the pod's traffic through the uppermost ones.
 fn stack(world: &World, pod: &Pod, devices: &[&str]) {
     let (mut node, mut inside) = (pod.host_ifname.clone(), Pod::IFNAME.to_owned());
     for (level, options) in devices.iter().enumerate() {
@@ -49,7 +49,7 @@ fn stacked_vlan_devices() {
     assert_stack_is_held("QinQ", &["type vlan proto 802.1ad id 5", "type vlan id 6"]);
 }
 
-/// A bridge port's tag goes when the frame reaches the bridge's own interface.
+/// The bridge removes a port's tag when the frame reaches the bridge's own interface.
 #[test]
 fn vlan_aware_bridge() {
     let world = World::new();
@@ -57,10 +57,10 @@ fn vlan_aware_bridge() {
     let mut command = world.node.command("ip");
     command.args(["link", "set", World::BRIDGE, "type", "bridge", "vlan_filtering", "1"]);
     if !imds_tests::output(command).status.success() {
-        skip(WHOLE_TEST, "bridges do not know VLANs on this kernel");
+        skip(WHOLE_TEST, "no VLAN-aware bridges on this kernel");
         return;
     }
-    // 1 is what ports have without being told.
+    // Ports are members of VLAN 1 by default.
     let packet = packets::udp(pod.address, METADATA, b"tagged");
     let frame = packets::tagged_frame(&pod, pod.gateway_mac, &[(0x8100, 1)], &packet);
     world

@@ -14,12 +14,12 @@ use imds_tests::{
 
 const CONFIG: &str = "/etc/imds-agent/imds.toml";
 const SERVICE: &str = "imds-agent.service";
-/// Where the package is, as the machine sees it.
+/// Path of the package inside the machine.
 const DEB: &str = "/mnt/imds-agent.deb";
 
-/// A machine that has not got the package yet, and a pod on it.
+/// A machine without the package, and a pod on it.
 struct Case {
-    // Dropped before its network is.
+    // Dropped before its network.
     machine: Machine,
     pod: Pod,
     world: World,
@@ -62,13 +62,13 @@ impl Case {
         self.machine.property(SERVICE, "MainPID")
     }
 
-    /// Waits for another process of the service than this one.
+    /// Waits until the main process of the service is another one than `pid`.
     #[track_caller]
     fn wait_for_another(&self, pid: &str, what: &str) {
         poll_until(LONG, what, || (![pid, "0"].contains(&&*self.pid())).then_some(()));
     }
 
-    /// Replaces the version that is installed while the pod sends, of which nothing arrives.
+    /// Installs another version while the pod sends, and asserts that no packet arrives.
     #[track_caller]
     fn replace(&self, install: impl FnOnce()) {
         let pid = self.pid();
@@ -85,14 +85,14 @@ impl Case {
         self.machine.run(&["test", "-e", path]).status.success()
     }
 
-    /// Packets that were denied at the pod's interface, as the agent there says.
+    /// Returns the number of packets denied at the pod's interface, as the agent on the machine reports it.
     fn denied(&self) -> u64 {
         let status = self.machine.run(&["imds-agent", "status", "-o", "json"]);
         let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
         status["total"]["denied"]["packets"].as_u64().unwrap()
     }
 
-    /// The same package as an older version, as the machine sees it.
+    /// Builds the same package with an older version number, and returns its path inside the machine.
     fn older(&self) -> &'static str {
         let script = "dpkg-deb --raw-extract imds-agent.deb older && \
                       sed -i 's/^Version: .*/Version: 0.0.9-1/' older/DEBIAN/control && \
@@ -101,7 +101,7 @@ impl Case {
         "/mnt/older.deb"
     }
 
-    /// All that is there with the package's name in its own.
+    /// Returns all files on the machine with the package's name in their own.
     fn traces(&self) -> Vec<PathBuf> {
         let found = self.machine.checked(&[
             "sh", "-c",
@@ -112,12 +112,12 @@ impl Case {
 }
 
 #[test]
-#[ignore = "takes a Debian root and a package: cargo xtask e2e"]
+#[ignore = "needs a Debian root and a package: cargo xtask e2e"]
 fn install_enforces_and_removal_ends_it() {
     let case = Case::new();
     let before = case.traces();
     case.install(DEB);
-    // The service manager was told that all is guarded: it is, at once.
+    // The service manager was notified that everything is enforced, so the pod must be denied immediately.
     case.wait_active();
     case.world.assert_blocked(&case.pod);
     let status = case.machine.property(SERVICE, "StatusText");
@@ -128,7 +128,7 @@ fn install_enforces_and_removal_ends_it() {
         assert!(case.has(page), "{page}");
     }
 
-    // The capabilities and system calls that the unit leaves are enough for exemptions, too.
+    // The unit's capabilities and system call filter also permit exemptions.
     let rule = format!("[[exempt]]\nname = 'one'\ninterface = '{}'", case.pod.host_ifname);
     case.configure(&format!("{rule}\n[metrics]\nlisten = ['/run/imds-agent/metrics.sock']"));
     case.machine.checked(&["systemctl", "reload", SERVICE]);
@@ -140,7 +140,7 @@ fn install_enforces_and_removal_ends_it() {
     case.machine.checked(&["systemctl", "reload", SERVICE]);
     poll_until(LONG, "the end of the exemption", || case.is_denied().then_some(()));
 
-    // Stopped, it guards; removed, it does not, and purged, nothing is left.
+    // A stopped service keeps enforcement, a removed package ends it, and a purge leaves nothing.
     case.machine.checked(&["systemctl", "stop", SERVICE]);
     case.world.assert_blocked(&case.pod);
     case.machine.checked(&["systemctl", "start", SERVICE]);
@@ -152,7 +152,7 @@ fn install_enforces_and_removal_ends_it() {
 }
 
 #[test]
-#[ignore = "takes a Debian root and a package: cargo xtask e2e"]
+#[ignore = "needs a Debian root and a package: cargo xtask e2e"]
 fn upgrade_keeps_enforcement_and_counters() {
     let case = Case::new();
     let older = case.older();
@@ -165,7 +165,7 @@ fn upgrade_keeps_enforcement_and_counters() {
     case.replace(|| case.install(DEB));
     assert!(case.denied() > denied);
     assert!(case.machine.checked(&["cat", CONFIG]).contains("of the operator"));
-    // And back.
+    // Back to the newer version.
     case.replace(|| {
         case.machine.checked(&["apt-get", "install", "--yes", "--allow-downgrades", older]);
     });
@@ -174,12 +174,12 @@ fn upgrade_keeps_enforcement_and_counters() {
 }
 
 #[test]
-#[ignore = "takes a Debian root and a package: cargo xtask e2e"]
+#[ignore = "needs a Debian root and a package: cargo xtask e2e"]
 fn service_restart_never_blocks_runtime() {
     let case = Case::new();
     case.install(DEB);
     case.wait_active();
-    // One that hangs is not at work.
+    // A hanging agent must be restarted by the watchdog.
     let drop_in = "mkdir -p /run/systemd/system/imds-agent.service.d && \
                    printf '[Service]\\nWatchdogSec=1\\n' > /run/systemd/system/imds-agent.service.d/test.conf && \
                    systemctl daemon-reload && systemctl restart imds-agent";
@@ -193,7 +193,7 @@ fn service_restart_never_blocks_runtime() {
     case.machine.checked(&["kill", "-KILL", &pid]);
     case.wait_for_another(&pid, "a restart");
 
-    // With a configuration that can't be used it fails. A container runtime starts all the same, after the attempt.
+    // The service fails with an unusable configuration. A container runtime still starts after the attempt.
     case.machine.checked(&["systemctl", "stop", SERVICE]);
     case.configure("nonsense = 1");
     let runtime = "printf '[Service]\\nType=oneshot\\nRemainAfterExit=yes\\nExecStart=/bin/true\\n' > /run/systemd/system/containerd.service && \
@@ -209,7 +209,7 @@ fn service_restart_never_blocks_runtime() {
 }
 
 #[test]
-#[ignore = "takes a Debian root and a package: cargo xtask e2e"]
+#[ignore = "needs a Debian root and a package: cargo xtask e2e"]
 fn service_is_hardened() {
     let case = Case::new();
     case.install(DEB);

@@ -1,5 +1,5 @@
-//! What is shipped, as it is used: the package on a machine with systemd, the image and the agent on real pods. They take
-//! long, and what `cargo xtask e2e` makes first.
+//! Shipped artifacts in use: the package on a machine with systemd, and the image and the agent with real pods. The
+//! tests take long and need artifacts that `cargo xtask e2e` builds first.
 
 mod deb;
 mod pods;

@@ -1,4 +1,4 @@
-//! Real pods, by programs that are not ours.
+//! Real pods of container runtimes.
 
 use std::{fs, process::Output, thread};
 
@@ -8,11 +8,11 @@ use serde_json::json;
 use crate::runtime::{Containerd, Podman, stdout, wait_ready};
 
 const URL: &str = "http://169.254.169.254/metadata/instance?api-version=2023-11-15";
-/// The very lines of the AKS page, for a pod without hostNetwork and one with it.
+/// The exact commands of the AKS documentation, for a pod without hostNetwork and one with it.
 const NON_HOST: [&str; 9] =
     ["curl", "-s", "-H", "Metadata:true", "--connect-timeout", "10", "--noproxy", "*", URL];
 const HOST: [&str; 7] = ["curl", "-s", "-H", "Metadata:true", "--noproxy", "*", URL];
-/// For many pods, one after the other.
+/// A request with a short timeout, for sequences of many pods.
 const HASTY: [&str; 9] = ["curl", "-s", "-H", "Metadata:true", "--max-time", "1", "--noproxy", "*", URL];
 
 #[track_caller]
@@ -26,7 +26,7 @@ fn assert_nothing(output: &Output) {
     assert!(!output.status.success() && output.stdout.is_empty(), "{output:?}");
 }
 
-/// Where podman's pods have their sockets.
+/// Returns the cgroup of podman's pods.
 fn pods_cgroup() -> String {
     let cgroup = imds_agent::node::cgroup::root().unwrap().unwrap().join(Podman::CGROUP);
     fs::create_dir_all(&cgroup).unwrap();
@@ -34,7 +34,7 @@ fn pods_cgroup() -> String {
 }
 
 #[test]
-#[ignore = "takes container runtimes and the static binary: cargo xtask e2e"]
+#[ignore = "needs container runtimes and the static binary: cargo xtask e2e"]
 fn aks_steps_with_image_on_podman_pods() {
     let world = World::new();
     let podman = Podman::new(&world);
@@ -44,7 +44,7 @@ fn aks_steps_with_image_on_podman_pods() {
     assert_document(&podman.exec("non-host-nw", &NON_HOST));
     assert_document(&podman.exec("host-nw", &HOST));
 
-    // In the container it sees the node's cgroups and processes.
+    // `doctor` in the container must see the node's cgroups and processes.
     let doctor = imds_tests::output(podman.agent(&["--rm"], &["doctor", "-o", "json"]));
     let doctor: serde_json::Value = serde_json::from_slice(&doctor.stdout).unwrap();
     let check = |name: &str| {
@@ -59,7 +59,7 @@ fn aks_steps_with_image_on_podman_pods() {
     assert_eq!(check("cgroup2")["found"], root.to_str().unwrap());
     assert_eq!(check("pods")["state"], "ok");
 
-    // Enabled: no pod is started anew for it.
+    // Enabling needs no restart of pods.
     let config = world.scratch_dir().join("imds.toml");
     fs::write(&config, "provider = 'azure'").unwrap();
     let cgroup = pods_cgroup();
@@ -72,21 +72,21 @@ fn aks_steps_with_image_on_podman_pods() {
     let verify = world.status();
     assert!(verify.total.denied.packets > 0, "{verify:?}");
 
-    // Off and on again by the configuration alone.
+    // The mode is switched off and on again by changing the configuration only.
     for (mode, is_denied) in [("off", false), ("enforce", true)] {
         fs::write(&config, format!("provider = 'azure'\nmode = '{mode}'")).unwrap();
         poll_until(LONG, mode, || {
             (podman.exec("non-host-nw", &HASTY).stdout.is_empty() == is_denied).then_some(())
         });
     }
-    // In force without the agent, for a pod that starts then, too.
+    // Enforcement continues without the agent, also for a pod that starts then.
     podman.run(&["kill", "--signal", "KILL", "agent"]);
     podman.play("later", false);
     world.assert_nothing_arrives(|| {
         assert_nothing(&podman.exec("non-host-nw", &NON_HOST));
         assert_nothing(&podman.exec("later", &NON_HOST));
     });
-    // Disabled: no node is changed for it.
+    // Disabling needs no change of the node.
     let unloaded = imds_tests::output(podman.agent(&["--rm"], &["unload"]));
     assert!(unloaded.status.success(), "{unloaded:?}");
     assert_document(&podman.exec("non-host-nw", &NON_HOST));
@@ -94,7 +94,7 @@ fn aks_steps_with_image_on_podman_pods() {
 }
 
 #[test]
-#[ignore = "takes container runtimes: cargo xtask e2e"]
+#[ignore = "needs container runtimes: cargo xtask e2e"]
 fn hundred_churning_pods_are_denied() {
     let world = World::new();
     let podman = Podman::new(&world);
@@ -119,7 +119,7 @@ fn hundred_churning_pods_are_denied() {
 }
 
 #[test]
-#[ignore = "takes container runtimes: cargo xtask e2e"]
+#[ignore = "needs container runtimes: cargo xtask e2e"]
 fn single_pod_is_exempt_by_cgroup() {
     let world = World::new();
     let podman = Podman::new(&world);
@@ -140,21 +140,21 @@ fn single_pod_is_exempt_by_cgroup() {
     world.assert_nothing_arrives(|| assert_nothing(&podman.exec("successor", &HASTY)));
     drop(agent);
     world.unload();
-    // Not the other: with the first pod, podman took away its address translation.
+    // Only the pod with hostNetwork has access: podman removed the NAT rules together with the first pod.
     assert_document(&podman.exec("successor", &HOST));
 }
 
 #[test]
-#[ignore = "takes container runtimes: cargo xtask e2e"]
+#[ignore = "needs container runtimes: cargo xtask e2e"]
 fn containerd_with_reference_cni_plugins() {
     let world = World::new();
-    // What leads to the node's own pods of the harness must not be in the way.
+    // Routes to the harness's own pods must not interfere.
     let _neighbour = world.add_pod(PodLink::Routed);
     let mut containerd = Containerd::new(&world);
     for (network, subnet) in [
         (json!({ "type": "bridge", "bridge": "cni9", "isGateway": true, "ipMasq": true }), "10.89.1.0/24"),
         (json!({ "type": "ptp", "ipMasq": true }), "10.89.2.0/24"),
-        // Its pods are the node's neighbours.
+        // Pods of this network are neighbours of the node.
         (json!({ "type": "macvlan", "master": World::UPLINK }), "10.0.0.64/26"),
     ] {
         let kind = network["type"].as_str().unwrap().to_owned();

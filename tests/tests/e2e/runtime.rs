@@ -1,4 +1,5 @@
-//! Container runtimes on a world's node: podman with pods from Kubernetes' YAML, and containerd with the reference CNI plugins.
+//! Container runtimes on a world's node: podman with pods from Kubernetes YAML, and containerd with the reference CNI
+//! plugins.
 
 use std::{
     env, fs,
@@ -14,9 +15,9 @@ use imds_tests::{
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// What the pods run: busybox, and curl with what it is linked to.
+/// Image of the pods: busybox, and curl with its libraries.
 const IMAGE: &str = "localhost/tools:1";
-/// Makes the files of that image in `$root`.
+/// Script that copies the files of the image to `$root`.
 const IMAGE_SCRIPT: &str = r#"
 mkdir -p "$root/bin" "$root/tmp" "$root/etc"
 cp "$(command -v busybox)" "$root/bin/busybox"
@@ -26,7 +27,7 @@ curl=$(command -v curl)
 cp --parents --dereference "$curl" $(ldd "$curl" | grep -o '/[^ ]*') "$root"
 tar -C "$root" -c . > "$tar"
 "#;
-/// What this machine's limits take; see containers.conf(5).
+/// Settings that work with this machine's limits; see containers.conf(5).
 const CONTAINERS_CONF: &str = r#"
 [containers]
 default_ulimits = ["nofile=4096:4096", "nproc=4096:4096"]
@@ -39,7 +40,7 @@ events_logger = "file"
 network_backend = "netavark"
 "#;
 
-/// Text of what a command wrote to its standard output.
+/// Returns the standard output of a command as text.
 pub(crate) fn stdout(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
@@ -53,7 +54,7 @@ fn checked(command: Command) -> String {
     stdout(&output)
 }
 
-/// The archive of the pods' file system, in `dir`.
+/// Creates an archive of the pods' file system in `dir`.
 fn tools(dir: &Path) -> PathBuf {
     let tar = dir.join("tools.tar");
     let mut script = Command::new("sh");
@@ -62,14 +63,14 @@ fn tools(dir: &Path) -> PathBuf {
     tar
 }
 
-/// podman with images and containers of its own, whose network is that of a world's node. All of it is removed on drop.
+/// podman with its own images and containers on a world's node. Dropping it removes all of them.
 pub(crate) struct Podman<'w> {
     world: &'w World,
     dir: TempDir,
 }
 
 impl<'w> Podman<'w> {
-    /// Where podman puts pods: the cgroup of them all.
+    /// Name of the cgroup in which podman creates pods.
     pub(crate) const CGROUP: &'static str = "libpod_parent";
 
     pub(crate) fn new(world: &'w World) -> Self {
@@ -99,13 +100,13 @@ impl<'w> Podman<'w> {
         command
     }
 
-    /// Runs it, which must succeed, and returns what it says.
+    /// Runs podman, which must succeed, and returns its standard output.
     #[track_caller]
     pub(crate) fn run(&self, arguments: &[&str]) -> String {
         checked(self.command(arguments))
     }
 
-    /// Starts the pod of this name, as the AKS page's YAML has it.
+    /// Starts a pod with this name from the YAML of the AKS documentation.
     pub(crate) fn play(&self, name: &str, host_network: bool) {
         let pod = json!({
             "apiVersion": "v1",
@@ -121,18 +122,18 @@ impl<'w> Podman<'w> {
         self.run(&["play", "kube", yaml.to_str().unwrap()]);
     }
 
-    /// Runs a command in that pod.
+    /// Runs a command in the pod.
     pub(crate) fn exec(&self, pod: &str, command: &[&str]) -> Output {
         let container = format!("{pod}-{pod}");
         output(self.command(&[&["exec", &container], command].concat()))
     }
 
-    /// Runs a command in a pod that ends with it.
+    /// Runs a command in a pod that is removed afterwards.
     pub(crate) fn run_once(&self, command: &[&str]) -> Output {
         output(self.command(&[&["run", "--rm", "--pull", "never", IMAGE], command].concat()))
     }
 
-    /// The image of the agent, from its static binary.
+    /// Builds the agent's image from its static binary.
     pub(crate) fn build_agent(&self) {
         let binary = PathBuf::from(env::var("IMDS_AGENT").expect("IMDS_AGENT"));
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/image/Containerfile");
@@ -142,7 +143,7 @@ impl<'w> Podman<'w> {
         checked(build);
     }
 
-    /// A command of the agent in a container with what the `DaemonSet` gives it, and no more.
+    /// Returns a command of the agent in a container with exactly the privileges of the `DaemonSet`.
     pub(crate) fn agent(&self, options: &[&str], arguments: &[&str]) -> Command {
         let scratch = format!("{0}:{0}:ro", self.world.scratch_dir().display());
         let mut command =
@@ -173,7 +174,7 @@ impl Drop for Podman<'_> {
     }
 }
 
-/// containerd with a root of its own. Its pods are network namespaces that a CNI plugin connects.
+/// containerd with its own root directory. Pods are network namespaces that a CNI plugin connects.
 pub(crate) struct Containerd<'w> {
     world: &'w World,
     dir: TempDir,
@@ -192,7 +193,7 @@ impl<'w> Containerd<'w> {
         let dir = TempDir::with_prefix("imds-containerd-").unwrap();
         let daemon = Self::start(world, dir.path());
         let containerd = Self { world, dir, daemon };
-        // containerd takes no bare file system for an image: podman makes one of it.
+        // containerd needs an image instead of a bare file system, which podman builds.
         let podman = Podman::new(world);
         let image = containerd.dir.path().join("image.tar");
         podman.run(&[
@@ -227,7 +228,7 @@ impl<'w> Containerd<'w> {
         poll_until(LONG, "containerd", || output(self.command(&["version"])).status.success().then_some(()));
     }
 
-    /// Kills the daemon, and starts another one. What runs goes on.
+    /// Kills the daemon and starts another one. Containers keep running.
     pub(crate) fn restart(&mut self) {
         self.daemon.kill().unwrap();
         self.daemon.wait().unwrap();
@@ -246,7 +247,7 @@ impl<'w> Containerd<'w> {
         checked(self.command(arguments))
     }
 
-    /// A sandbox in this network: what a CNI configuration says besides its name, its version and its addresses.
+    /// Creates a sandbox in a network. `network` is a CNI configuration without name, version and addresses.
     pub(crate) fn sandbox(&self, mut network: Value, subnet: &str) -> Sandbox<'_, 'w> {
         network["cniVersion"] = "0.4.0".into();
         network["name"] = network["type"].clone();
@@ -269,7 +270,7 @@ impl Drop for Containerd<'_> {
             let _gone = output(self.command(&["task", "delete", "--force", task]));
         }
         let _ended = self.daemon.kill().and_then(|()| self.daemon.wait());
-        // Mounts of containers that were still there.
+        // Unmounts remaining mounts of containers.
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
         let dir = self.dir.path().to_string_lossy().into_owned();
         for mount in
@@ -293,7 +294,7 @@ impl Sandbox<'_, '_> {
         checked(command);
     }
 
-    /// Runs a command in a container there.
+    /// Runs a command in a container of the sandbox.
     pub(crate) fn run(&self, arguments: &[&str]) -> Output {
         let netns = format!("network:{}", self.netns.path().display());
         let options = ["run", "--rm", "--snapshotter", "native", "--with-ns", &netns];
@@ -310,7 +311,7 @@ impl Drop for Sandbox<'_, '_> {
     }
 }
 
-/// Waits until the agent that is pinned for this world has looked at everything and finds nothing amiss.
+/// Waits until the agent that is pinned for this world has completed its sync and reports no problem.
 pub(crate) fn wait_ready(world: &World) {
     let ready = try_poll(LONG, || world.try_status().ok().filter(imds_tests::Status::is_ready));
     assert!(ready.is_some(), "the agent is not ready: {:?}", world.try_status());

@@ -24,7 +24,8 @@ use super::{Case, Process, wrapped};
 
 const YEAR: Duration = Duration::from_hours(365 * 24);
 
-/// What is asked of an agent, whatever the time: that it guards who is new, answers, counts on and loses nothing.
+/// Asserts that the agent works regardless of the time: it enforces new pods, responds, and keeps counting and
+/// reporting.
 #[track_caller]
 fn assert_works(case: &Case) {
     let late = case.world.add_pod(PodLink::Routed);
@@ -38,7 +39,7 @@ fn assert_works(case: &Case) {
     assert_reports(case);
 }
 
-/// Who was denied what is told, with times in their order.
+/// Asserts that the report lists denials with ordered timestamps.
 #[track_caller]
 fn assert_reports(case: &Case) {
     let table = case.world.imds_agent(&["report"]).output();
@@ -48,7 +49,7 @@ fn assert_reports(case: &Case) {
     let denials = report["denials"].as_array().unwrap();
     assert!(!denials.is_empty());
     for denial in denials {
-        // RFC 3339 in UTC: the order of the text is that of the times.
+        // RFC 3339 in UTC sorts like the times themselves.
         assert!(denial["first"].as_str() <= denial["last"].as_str(), "{denial}");
     }
 }
@@ -59,8 +60,8 @@ fn assert_calm(agent: &Agent<'_>) {
     assert!(!log.contains("panicked") && !log.contains("ERROR"), "{log}");
 }
 
-/// The clock of the programs is the kernel's, that of an agent may be another: of a time namespace, or of a kernel that a
-/// machine was moved to.
+/// The BPF programs use the kernel's clock. The agent's clock can differ, in a time namespace or after a machine was
+/// migrated to another kernel.
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
 fn clocks_a_year_ahead_of_the_pins() {
@@ -113,7 +114,7 @@ fn denial_records_with_impossible_times() {
     case.assert_well();
 }
 
-/// The machine's clock, put forward or back.
+/// Sets the machine's clock forward or back by `by` seconds.
 fn jump(by: i64) {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     let then = i64::try_from(now.as_secs()).unwrap() + by;

@@ -1,4 +1,4 @@
-//! Agents that are killed at any moment.
+//! Agents that are killed at random moments.
 
 use std::{
     fs,
@@ -10,12 +10,12 @@ use imds_tests::{AttachMode, METADATA, Over, Pod, World, effort, hook, packets, 
 
 use super::{Case, LINKS, Random};
 
-/// Most pods at a time besides those that stay.
+/// Maximum number of pods at a time besides those that stay.
 const CROWD: usize = 8;
-/// As many as a world has addresses for.
+/// Number of addresses that a world has for pods.
 const MOST: u32 = 240;
 
-/// A configuration that denies the same, with other settings and up to 200 endpoints besides.
+/// Returns a configuration that denies the same traffic, with random settings and up to 200 additional endpoints.
 fn configuration(random: &mut Random) -> String {
     let answer = random.of(&["drop", "reject"]);
     let node_egress = random.is_true();
@@ -41,7 +41,8 @@ fn killed_at_any_moment(backend: AttachMode) {
         for round in 0..kills {
             replace(&configuration(&mut random));
             let agent = case.agent().config_file(path.to_str().unwrap()).resync(1).spawn();
-            // Anywhere from before it is there to its work being done, with a reload or without one on the way.
+            // The kill happens between the very start and the end of the initial sync, in every second round during a
+            // reload.
             sleep(Duration::from_millis(random.below(200)));
             if round % 2 == 1 {
                 replace(&configuration(&mut random));
@@ -68,7 +69,8 @@ fn killed_during_start_and_reload_clsact() {
     killed_at_any_moment(AttachMode::Clsact);
 }
 
-/// Pods come, send a little, and go or stay, until it is `over`. Returns those that stay, and how many there were.
+/// Creates pods that send a few packets and then are deleted or stay, until `over` is set. Returns the pods that stay
+/// and the number of all pods.
 fn come_and_go(world: &World, mut random: Random, over: &Over) -> (Vec<Pod>, u32) {
     let (mut pods, mut came) = (Vec::new(), 0);
     while came < MOST && !over.is_told() {
@@ -77,7 +79,7 @@ fn come_and_go(world: &World, mut random: Random, over: &Over) -> (Vec<Pod>, u32
             let syns: Vec<_> = (1..100_u16)
                 .map(|number| packets::syn(pod.address, METADATA, number, number.into()))
                 .collect();
-            // Before anybody could have seen it.
+            // Sent before the agent can have seen the pod.
             probe::send_ipv4(&pod.netns, METADATA, &syns).unwrap();
             pods.push(pod);
             came += 1;

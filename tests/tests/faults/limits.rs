@@ -1,4 +1,4 @@
-//! Agents that run out of what a process may have.
+//! Agents that run into resource limits.
 
 use std::{
     fs,
@@ -26,10 +26,10 @@ fn out_of_descriptors() {
     case.under_flood(|| {
         for limit in [10, 16, 24, 32, 48, 64] {
             let mut command = case.agent().command();
-            // SAFETY: between fork and exec it makes one system call, and allocates nothing.
+            // SAFETY: between fork and exec the closure makes one system call and allocates nothing.
             unsafe { command.pre_exec(move || Ok(setrlimit(Resource::RLIMIT_NOFILE, limit, limit)?)) };
             let mut agent = Process::start(command, &log);
-            // It ends with a word, or works as well as it can and says what it can't.
+            // The agent must end with an error, or work as far as possible and report the rest.
             poll_until(LONG, "an end or a status", || {
                 let is_known = case.world.try_status().is_ok_and(|status| status.agent.ready);
                 (agent.has_ended() || is_known).then_some(())
@@ -54,7 +54,7 @@ fn full_disk_under_the_log() {
     let mut agent = Process::start(command, Path::new("/dev/full"));
     case.under_flood(|| {
         case.world.status_when("an agent", |status| status.agent.ready);
-        // Which it would like to complain of.
+        // The agent must log the rejected file.
         fs::write(&path, "nonsense = 1").unwrap();
         case.world.status_when("the refusal", |status| {
             status.configuration.as_ref().is_some_and(|configuration| configuration.refused.is_some())
@@ -67,7 +67,8 @@ fn full_disk_under_the_log() {
     case.assert_well();
 }
 
-/// Before Linux 5.11 an agent says that it can't work, and what is in force stays so; later ones count no locked memory.
+/// Before Linux 5.11 the agent fails with an error, and the earlier enforcement stays. Later kernels do not count
+/// locked memory.
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
 fn out_of_locked_memory() {
@@ -80,7 +81,7 @@ fn out_of_locked_memory() {
                 (format!("--bounding-set={CAPABILITIES}"), format!("--inh-caps={CAPABILITIES}"));
             let mut command =
                 wrapped(&case, &["setpriv", &bounding, &inheritable], &case.agent().args(&["--once"]));
-            // SAFETY: between fork and exec it makes one system call, and allocates nothing.
+            // SAFETY: between fork and exec the closure makes one system call and allocates nothing.
             unsafe { command.pre_exec(move || Ok(setrlimit(Resource::RLIMIT_MEMLOCK, limit, limit)?)) };
             let done = output(command);
             let said = String::from_utf8_lossy(&done.stderr);
@@ -95,7 +96,7 @@ fn out_of_locked_memory() {
 #[ignore = "takes minutes: cargo xtask faults"]
 fn out_of_memory() {
     let Some(memory) = MemoryLimit::new() else {
-        return skip(WHOLE_TEST, "no cgroup limits memory here");
+        return skip(WHOLE_TEST, "no cgroup with a memory controller on this machine");
     };
     let case = Case::new(AttachMode::Clsact);
     let log = case.world.scratch_dir().join("log");
@@ -106,7 +107,7 @@ fn out_of_memory() {
             memory.set(mebibytes << 20);
             let mut agent =
                 Process::start(wrapped(&case, &["sh", "-c", &enter, "sh"], &case.agent().resync(1)), &log);
-            // An older kernel may look for memory to take back until the agent is killed from outside.
+            // An older kernel may try to reclaim memory until the agent is killed from outside.
             let ended = try_poll(LONG * 4, || {
                 let ended = agent.0.try_wait().unwrap();
                 let is_ready = case.world.try_status().is_ok_and(|status| status.is_ready());
@@ -124,7 +125,7 @@ fn out_of_memory() {
             fs::write(&log, "").unwrap();
         }
     });
-    println!("{killed} agents were killed, {failed} failed, {stuck} came to nothing, {ready} were ready");
+    println!("{killed} agents were killed, {failed} failed, {stuck} hung, {ready} were ready");
     assert!(killed + failed + stuck > 0 && ready > 0);
     case.assert_well();
 }

@@ -1,4 +1,4 @@
-//! Interfaces that change, and programs that are taken off them.
+//! Interfaces that change, and programs that are detached from them.
 
 use std::{fs, path::PathBuf, process::Command, thread::sleep, time::Duration};
 
@@ -17,7 +17,7 @@ fn link_event_burst_overruns_the_queue() {
     let overruns = || case.metric("imds_agent_netlink_overruns_total ");
     assert_eq!(overruns(), 0);
     let late = case.under_flood(|| {
-        // It can't listen while so many come that the kernel has to drop some, that of a new pod among them.
+        // The stopped agent does not read events, so that the kernel must drop some, including that of a new pod.
         signal(agent.pid(), Signal::SIGSTOP);
         case.world.node.ip("link add burst0 type veth peer name burst1");
         let flips = "link set burst0 up\nlink set burst0 down\n".repeat(2000);
@@ -64,7 +64,7 @@ fn interfaces_change_during_attachment() {
     case.assert_well();
 }
 
-/// Where packets and calls are judged.
+/// A place where packets or calls are filtered.
 #[derive(Clone, Copy)]
 enum Point {
     FromPod,
@@ -75,7 +75,7 @@ enum Point {
 impl Point {
     const EDGES: [Self; 2] = [Self::FromPod, Self::NodeEgress];
 
-    /// The pins of its links.
+    /// Returns the pins of the links at this place.
     fn links(self, case: &Case) -> Vec<PathBuf> {
         let begins = match self {
             Self::FromPod => &["from_pod_"][..],
@@ -89,7 +89,7 @@ impl Point {
         pins.filter(is_of_it).collect()
     }
 
-    /// The interfaces that it guards, and the hook that it is at.
+    /// Returns the interfaces with a program, and the direction of the hook.
     fn interfaces(self, case: &Case) -> (Vec<&str>, &'static str) {
         match self {
             Self::FromPod => (case.pods.iter().map(|pod| &*pod.host_ifname).collect(), "ingress"),
@@ -98,11 +98,11 @@ impl Point {
         }
     }
 
-    /// Takes some or all of its programs away, and returns how many.
+    /// Detaches some or all of the programs, and returns their number.
     fn strip(self, case: &Case, random: &mut Random) -> u64 {
         let links = self.links(case);
         let mut stripped = 0;
-        // At least one.
+        // Index of a program that is always detached.
         let first = random.below(links.len().max(2) as u64);
         for (number, link) in (0..).zip(&links) {
             if number == first || random.is_true() {
@@ -142,8 +142,8 @@ fn remove_filter(case: &Case, interface: &str, direction: &str, random: &mut Ran
     }
 }
 
-/// One edge loses programs again and again, and often the sockets do at the same time: the other edge holds until they are
-/// back.
+/// Repeatedly detaches programs of one TC hook, often together with those of the socket hook. The other TC hook must
+/// deny traffic until they are back.
 fn stripped_at_random(backend: AttachMode) {
     let case = Case::with_sockets(backend);
     let agent = case.agent().resync(1).spawn_ready();
@@ -155,7 +155,9 @@ fn stripped_at_random(backend: AttachMode) {
             if case.has_sockets() && random.is_true() {
                 stripped += Point::Socket.strip(&case, &mut random);
             }
-            case.world.status_when("all is back", |status| status.is_ready() && status.state == "enforcing");
+            case.world.status_when("everything is enforced again", |status| {
+                status.is_ready() && status.state == "enforcing"
+            });
         }
     });
     let repaired = case.metric("imds_agent_drift_corrections_total{action=\"attached\"}");

@@ -1,5 +1,5 @@
-//! Faults, while pods send throughout: nothing of it arrives. They take minutes and so are ignored: `cargo xtask faults` runs
-//! them. Those that take no longer than others are in `restore.rs`, `pins.rs`, `restart.rs` and `kube_watch.rs`.
+//! Faults while pods send continuously. No packet may arrive. The tests take minutes and are therefore ignored: `cargo
+//! xtask faults` runs them. Faster tests of faults are in `restore.rs`, `pins.rs`, `restart.rs` and `kube_watch.rs`.
 
 mod clock;
 mod kills;
@@ -31,7 +31,7 @@ const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
 const EDGES: &[&str] = &["from_pod", "node_egress"];
 const ALL: &[&str] = &["from_pod", "node_egress", "socket"];
 
-/// A world whose pods were denied by an agent that is gone now, as they were not before.
+/// A world whose pods had access, and were then denied by an agent that has been killed.
 struct Case {
     pods: [Pod; 2],
     world: World,
@@ -40,12 +40,12 @@ struct Case {
 }
 
 impl Case {
-    /// Both edges guard it.
+    /// Creates a case in which both TC hooks deny the pods.
     fn new(backend: AttachMode) -> Self {
         Self::with(backend, EDGES)
     }
 
-    /// So do the sockets, where they can.
+    /// Creates a case in which the socket hook denies the pods too, if it works on this kernel.
     fn with_sockets(backend: AttachMode) -> Self {
         if lacks_netns_cookie() {
             skip("the socket hook", "no SO_NETNS_COOKIE on this kernel");
@@ -68,17 +68,17 @@ impl Case {
         self.hooks.contains(&"socket")
     }
 
-    /// An agent like the one before.
+    /// Returns a command that starts an agent like the earlier one.
     fn agent(&self) -> AgentCommand<'_> {
         self.world.agent().backend(self.backend).hooks(self.hooks)
     }
 
-    /// Does something while the pods send, of which nothing arrives.
+    /// Runs `work` while the pods send, and asserts that no packet arrives.
     #[track_caller]
     fn under_flood<T>(&self, work: impl FnOnce() -> T) -> T {
         let Self { pods, world, .. } = self;
         let (result, sent) = world.assert_nothing_arrives(|| {
-            // What these send the sockets' hook denies, if it is on, and else the edges.
+            // The socket hook denies these calls if it is on, otherwise the TC hooks deny the packets.
             let calls = self.has_sockets().then(|| world.in_cgroup(|| Flood::udp(&pods[0], METADATA)));
             let floods = [Flood::udp(&pods[0], METADATA), Flood::syn(&pods[1], METADATA)];
             let result = work();
@@ -90,7 +90,7 @@ impl Case {
         result
     }
 
-    /// After a fault, an agent guards all, and takes it off again.
+    /// Asserts that an agent enforces everything after the fault, and that `unload` ends enforcement.
     #[track_caller]
     fn assert_well(self) {
         let agent = self.agent().spawn_ready();
@@ -104,7 +104,7 @@ impl Case {
         }
     }
 
-    /// The sum of the agent's metrics that begin so.
+    /// Returns the sum of the agent's metrics whose series begins with `name`.
     #[track_caller]
     fn metric(&self, name: &str) -> u64 {
         let (_, metrics) = try_get(&self.world, DEFAULT, "/metrics").unwrap();
@@ -117,7 +117,7 @@ fn signal(pid: u32, signal: Signal) {
     kill(Pid::from_raw(pid.try_into().unwrap()), signal).unwrap();
 }
 
-/// Numbers that follow from a seed (splitmix64), which `IMDS_SEED` repeats.
+/// Pseudo-random numbers (splitmix64). `IMDS_SEED` sets the seed to repeat a run.
 struct Random(u64);
 
 impl Random {
@@ -145,7 +145,7 @@ impl Random {
     }
 }
 
-/// A process that ends with the test.
+/// A process that is killed on drop.
 struct Process(Child);
 
 impl Process {
@@ -165,7 +165,7 @@ impl Drop for Process {
     }
 }
 
-/// Runs `wrapper`, which is to become the process that `command` is, in the same network namespace.
+/// Runs `command` through `wrapper`, which must execute it, in the same network namespace.
 fn wrapped(case: &Case, wrapper: &[&str], command: &AgentCommand<'_>) -> Command {
     let inner = command.command();
     let mut command = case.world.node.command(wrapper[0]);

@@ -37,7 +37,7 @@ fn full_counter_maps() {
     }
     println!("{added} counters");
     assert!(added > 100, "{added}");
-    // A pod that has no counter: it is denied all the same, also from its first packet on.
+    // A pod without a counter is denied as well, from its first packet.
     let agent = case.agent().spawn();
     let late = case.under_flood(|| guarded_late(&case));
     drop(agent);
@@ -49,7 +49,7 @@ fn open(case: &Case, name: &str) -> MapData {
     MapData::from_pin(case.world.pin_dir().join("maps").join(name)).unwrap()
 }
 
-/// A pod that is guarded though it comes late.
+/// Adds a pod and asserts that it is enforced.
 fn guarded_late(case: &Case) -> Pod {
     let late = case.world.add_pod(PodLink::Routed);
     case.world.wait_guarded(&late);
@@ -57,7 +57,7 @@ fn guarded_late(case: &Case) -> Pod {
     late
 }
 
-/// Fills a map with what means nothing.
+/// Fills a map with unrelated entries.
 fn fill<const KEY: usize, const VALUE: usize>(case: &Case, name: &str) -> u32
 where
     [u8; KEY]: Plain,
@@ -79,7 +79,7 @@ where
     added
 }
 
-/// A map and how it is filled.
+/// Name of a map, and the function that fills it.
 type Filled = (&'static str, fn(&Case, &str) -> u32);
 
 const FILLED: [Filled; 5] = [
@@ -95,13 +95,13 @@ const FILLED: [Filled; 5] = [
 fn full_user_space_maps() {
     for (name, fill) in FILLED {
         let case = Case::new(AttachMode::Clsact);
-        // What an agent finds there it clears away, and what comes while it runs it lives with.
+        // The agent removes unrelated entries at its start, and tolerates those that appear while it runs.
         fill(&case, name);
         case.under_flood(|| {
             let agent = case.agent().resync(3600).spawn_ready();
             fill(&case, name);
             let late = guarded_late(&case);
-            // Only of interfaces there is something new to be written.
+            // Only the map of interfaces gets a new entry.
             let is_said = agent.log().contains("can't write the map");
             assert_eq!(is_said, name == "imds_interfaces", "{name}: {}", agent.log());
             agent.kill9();
@@ -113,7 +113,7 @@ fn full_user_space_maps() {
     }
 }
 
-/// Who should pass and does not is told, and keeps nobody else from being guarded.
+/// An exemption that does not fit is reported, and does not prevent the enforcement of other pods.
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
 fn more_exemptions_than_fit() {
@@ -132,8 +132,8 @@ fn more_exemptions_than_fit() {
             agent.wait_for_log("can't write the map imds_exempt", LONG);
             println!("{} of {} exemptions", case.world.status().exemptions.len(), PODS * ENDPOINTS);
             let late = case.world.add_pod(PodLink::Routed);
-            // So many exemptions take a status long.
-            poll_until(LONG * 6, "a new pod to be guarded", || {
+            // The status takes long with this number of exemptions.
+            poll_until(LONG * 6, "a new pod to be enforced", || {
                 let programs = hook::programs(&case.world.node, &late.host_ifname);
                 programs.first().is_some_and(hook::Attached::is_ours).then_some(())
             });
@@ -141,14 +141,14 @@ fn more_exemptions_than_fit() {
             agent.kill9();
         }
     });
-    // Whom no rule means any more is denied again.
+    // A pod that no rule selects any more is denied again.
     case.agent().spawn_ready().kill9();
     case.world.assert_blocked(&crowd[0]);
     drop(crowd);
     case.assert_well();
 }
 
-/// How far a ring buffer was written and read: two pages before its data (kernel/bpf/ringbuf.c).
+/// Write and read positions of a ring buffer, which are in the two pages before its data (kernel/bpf/ringbuf.c).
 struct Ring {
     pages: [NonNull<u64>; 2],
     room: u64,
@@ -160,7 +160,7 @@ impl Ring {
         let page = usize::try_from(sysconf(SysconfVar::PAGE_SIZE).unwrap().unwrap()).unwrap();
         let pages = [0, page].map(|offset| {
             let (fd, offset) = (map.fd().as_fd().as_raw_fd(), offset.try_into().unwrap());
-            // SAFETY: a new mapping of one page, wherever the kernel puts it.
+            // SAFETY: creates a new mapping of one page at an address that the kernel chooses.
             let mapped =
                 unsafe { libc::mmap(ptr::null_mut(), page, libc::PROT_READ, libc::MAP_SHARED, fd, offset) };
             assert_ne!(mapped, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
@@ -170,7 +170,7 @@ impl Ring {
     }
 
     fn is_full(&self) -> bool {
-        // SAFETY: the pages stay mapped as long as the process lives, and begin with the two positions.
+        // SAFETY: the pages stay mapped for the lifetime of the process and begin with the two positions.
         let [read, written] = self.pages.map(|page| unsafe { page.read_volatile() });
         // Each event has a header of 8 bytes.
         written - read + (size_of::<Event>() as u64 + 8) > self.room
@@ -190,14 +190,14 @@ fn unread_events() {
         poll_until(LONG * 12, "a full ring buffer", || ring.is_full().then_some(()));
         let denied = case.world.status().total.denied.packets;
         let sent = flood.sent();
-        case.world.status_when("packets to be counted all the same", |status| {
+        case.world.status_when("packets to be counted with a full ring buffer", |status| {
             status.total.denied.packets > denied && flood.sent() > sent
         });
         signal(agent.pid(), Signal::SIGCONT);
         poll_until(LONG, "an agent that reads", || (!ring.is_full()).then_some(()));
         guarded_late(&case);
     });
-    println!("{} events told after all", case.metric("imds_agent_events_total "));
+    println!("{} events emitted afterwards", case.metric("imds_agent_events_total "));
     drop(agent);
     drop(crowd);
     case.assert_well();

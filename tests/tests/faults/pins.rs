@@ -1,4 +1,4 @@
-//! The pin directory: removed, unmounted, and full of what is somebody else's.
+//! The pin directory: removed, unmounted, and filled with foreign objects.
 
 use std::{
     fs,
@@ -33,7 +33,7 @@ fn checked(command: Command) {
 }
 
 fn wait_until_all_is_back(case: &Case) {
-    poll_until(LONG * 2, "all to be as it should be", || {
+    poll_until(LONG * 2, "everything to be repaired", || {
         let status = case.world.try_status().ok()?;
         (status.is_ready() && status.state == "enforcing").then_some(())
     });
@@ -52,7 +52,7 @@ fn pins_that_are_removed(backend: AttachMode) {
     case.under_flood(|| {
         for _ in 0..removals {
             let root = case.world.pin_dir();
-            // Any may be gone already, or come while it goes.
+            // Ignores errors: the agent may create or remove a pin concurrently.
             let _gone = match random.below(3) {
                 0 => fs::remove_dir_all(root),
                 1 => fs::remove_dir_all(root.join(random.of(&DIRECTORIES))),
@@ -84,7 +84,7 @@ fn removed_pins_are_restored_clsact() {
     pins_that_are_removed(AttachMode::Clsact);
 }
 
-/// What docs/troubleshooting.md says of it: a filter needs no pin, a link does.
+/// Verifies docs/troubleshooting.md: a clsact filter needs no pin, a link does.
 #[test]
 #[ignore = "takes minutes: cargo xtask faults"]
 fn pins_removed_without_agent() {
@@ -108,11 +108,11 @@ fn pins_removed_without_agent() {
     case.assert_well();
 }
 
-/// An agent in a mount namespace of its own, with a bpffs of its own.
+/// Starts an agent in its own mount namespace with its own bpffs.
 fn start_apart(case: &Case, may_mount: bool, log: &Path) -> Process {
     let more = if may_mount { ",+sys_admin" } else { "" };
     let bounding = format!("--bounding-set=-all,+bpf,+net_admin,+perfmon{more}");
-    // In the place of the machine's, which would be there again once it is unmounted.
+    // Replaces the machine's bpffs, which would be visible again after the unmount.
     let mount = "umount -l /sys/fs/bpf && mount -t bpf bpf /sys/fs/bpf";
     let script = format!("{mount} && exec setpriv {bounding} --inh-caps=-all \"$@\"");
     let wrapper = ["unshare", "--mount", "sh", "-c", &script, "sh"];
@@ -121,19 +121,19 @@ fn start_apart(case: &Case, may_mount: bool, log: &Path) -> Process {
     Process::start(command, log)
 }
 
-/// Runs a command where that agent is.
+/// Runs a command in the namespaces of that agent.
 fn beside(case: &Case, agent: &Process, command: &[&str]) -> Command {
     let mut beside = case.world.node.command("nsenter");
     beside.arg(format!("--mount=/proc/{}/ns/mnt", agent.0.id())).args(command);
     beside
 }
 
-/// Waits until the agent that is apart says that all is as it should be.
+/// Waits until the agent in the other mount namespace reports no problem.
 fn wait_until_well_apart(case: &Case, agent: &Process) {
     let status = case.world.imds_agent(&["status"]).command();
     let mut words = vec![status.get_program().to_str().unwrap()];
     words.extend(status.get_args().map(|word| word.to_str().unwrap()));
-    poll_until(LONG * 3, "the status to be well", || {
+    poll_until(LONG * 3, "a status without problems", || {
         let status = output(beside(case, agent, &words));
         let is_well =
             status.status.success() && String::from_utf8_lossy(&status.stdout).contains("enforcing");
@@ -145,7 +145,7 @@ fn guards(case: &Case, pod: &Pod) -> bool {
     hook::programs(&case.world.node, &pod.host_ifname).first().is_some_and(hook::Attached::is_ours)
 }
 
-/// Ids of the links on the world's cgroup.
+/// Returns the ids of the links on the world's cgroup.
 fn links_of_sockets(case: &Case) -> Vec<String> {
     let mut bpftool = Command::new("bpftool");
     bpftool.args(["-j", "link", "list"]);
@@ -163,14 +163,14 @@ fn detach_sockets(case: &Case) {
         bpftool.args(["link", "detach", "id", id]);
         checked(bpftool);
     }
-    poll_until(LONG, "sockets to be guarded again", || {
+    poll_until(LONG, "the socket hook to be attached again", || {
         (links_of_sockets(case).len() == links.len()).then_some(())
     });
 }
 
 fn bpffs_that_is_unmounted(backend: AttachMode, may_mount: bool) {
     let case = Case::with_sockets(backend);
-    // Its own pins are elsewhere.
+    // Removes the pins in the machine's bpffs, which the agent does not use.
     case.world.unload();
     let log = case.world.scratch_dir().join("log");
     let agent = start_apart(&case, may_mount, &log);
@@ -179,14 +179,16 @@ fn bpffs_that_is_unmounted(backend: AttachMode, may_mount: bool) {
     let late = case.under_flood(|| {
         checked(beside(&case, &agent, &["umount", "-l", "/sys/fs/bpf"]));
         if !may_mount {
-            poll_until(LONG, "a word of it", || said("mount -t bpf bpf /sys/fs/bpf").then_some(()));
+            poll_until(LONG, "a log message about the mount", || {
+                said("mount -t bpf bpf /sys/fs/bpf").then_some(())
+            });
             let readiness = try_get(&case.world, DEFAULT, "/readyz").unwrap();
             assert_eq!(readiness.0, 503, "{readiness:?}");
             detach_sockets(&case);
         }
-        // Guarding goes on, with or without pins.
+        // Enforcement continues with or without pins.
         let late = case.world.add_pod(PodLink::Routed);
-        poll_until(LONG, "a new pod to be guarded", || guards(&case, &late).then_some(()));
+        poll_until(LONG, "a new pod to be enforced", || guards(&case, &late).then_some(()));
         case.world.assert_blocked(&late);
         if !may_mount {
             checked(beside(&case, &agent, &["mount", "-t", "bpf", "bpf", "/sys/fs/bpf"]));
@@ -196,7 +198,7 @@ fn bpffs_that_is_unmounted(backend: AttachMode, may_mount: bool) {
         late
     });
     assert_eq!(said("mounted a bpffs"), may_mount);
-    // With it goes its mount namespace, and what was pinned there.
+    // Ending the agent removes its mount namespace with all pins.
     drop(agent);
     drop(late);
     case.assert_well();
@@ -220,7 +222,7 @@ fn unmounted_bpffs_without_mount_right() {
     }
 }
 
-/// Objects of another node's agent, which look like this one's, and some that do not.
+/// Objects of another node's agent that resemble this agent's, and some that do not.
 struct Others {
     paths: Vec<PathBuf>,
     world: World,
@@ -245,13 +247,13 @@ impl Others {
         Self { paths, world, _pod: pod }
     }
 
-    /// The same without maps that could be this agent's by all that can be seen of them.
+    /// Drops the maps that cannot be distinguished from this agent's.
     fn unlike(mut self) -> Self {
         self.paths.retain(|path| !path.parent().unwrap().ends_with("maps") || path.ends_with("other"));
         self
     }
 
-    /// Puts something in the place of a pin.
+    /// Replaces a pin by a random other object.
     fn replace(&self, pin: &Path, random: &mut Random) {
         let other = random.of(&self.paths);
         match random.below(8) {
@@ -303,7 +305,7 @@ fn replaced_pins_are_restored_clsact() {
     pins_that_are_replaced_while_the_agent_runs(AttachMode::Clsact);
 }
 
-/// Whether it is the link of one edge: without its pin a link ends, while no agent holds it.
+/// Reports whether the pin is a link of this TC hook. Without a pin, a link ends when no agent holds it.
 fn is_of(edge: &str, pin: &Path) -> bool {
     pin.file_name().unwrap().to_str().unwrap().starts_with(edge)
 }
@@ -312,10 +314,10 @@ fn pins_that_are_replaced_between_agents(backend: AttachMode) {
     let case = Case::with_sockets(backend);
     let others = Others::new(&case).unlike();
     let mut random = Random::new();
-    let (mut replaced, mut news) = (0, 0);
+    let (mut replaced, mut new_maps) = (0, 0);
     case.under_flood(|| {
         for round in 0..effort(8) {
-            // The other edge holds.
+            // The other TC hook keeps denying traffic.
             let spared = ["from_pod_", "node_egress_"][usize::from(round % 2 == 0)];
             for pin in pins(&case) {
                 if random.is_true() && !is_of(spared, &pin) {
@@ -324,12 +326,12 @@ fn pins_that_are_replaced_between_agents(backend: AttachMode) {
                 }
             }
             let agent = case.agent().spawn_ready();
-            news += u32::from(agent.log().contains("starting with new maps and counters"));
+            new_maps += u32::from(agent.log().contains("starting with new maps and counters"));
             wait_until_all_is_back(&case);
             agent.kill9();
         }
     });
-    println!("{replaced} pins replaced, new maps {news} times");
+    println!("{replaced} pins replaced, new maps {new_maps} times");
     case.assert_well();
     drop(others.world);
 }

@@ -1,4 +1,4 @@
-//! Agents of versions that lay out their maps differently, in turn.
+//! Alternating agents of versions with different map layouts.
 
 use std::{
     env,
@@ -16,23 +16,22 @@ use imds_tests::{AttachMode, effort, hook, skip_without_tcx};
 
 use super::{Case, Random};
 
-/// Names the binary of an older version, to be tried beside the one that is made up.
+/// Environment variable with the binary of an older version, which is tested in addition to a synthetic one.
 const PREVIOUS: &str = "IMDS_PREVIOUS_AGENT";
 
-/// Agents that read each other's maps as another version's.
+/// Returns agents with a map layout that this agent does not recognize, and vice versa.
 fn others(case: &Case) -> Vec<PathBuf> {
     env::var_os(PREVIOUS).map(PathBuf::from).into_iter().chain([made_up(case)]).collect()
 }
 
-/// The agent as another version of it would be: its object has a map of counters with less room, which it finds another
-/// layout's wherever it meets the one with more, and the other way around.
+/// Returns a copy of the agent with a different map layout: its map of counters has a smaller capacity.
 fn made_up(case: &Case) -> PathBuf {
     let mut binary = fs::read(case.agent().command().get_program()).unwrap();
     let room = MapInfo::from_pin(case.world.pin_dir().join("maps/imds_counters")).unwrap().max_entries();
     let object = embedded_object(&binary);
     let (room, less) = (room.to_le_bytes(), (room - 1).to_le_bytes());
     let places: Vec<_> = object.clone().filter(|&at| binary[at..].starts_with(&room)).collect();
-    assert!(!places.is_empty(), "the object in the agent does not tell the room of its counters");
+    assert!(!places.is_empty(), "the embedded object does not contain the capacity of the counters");
     for at in places {
         binary[at..at + room.len()].copy_from_slice(&less);
     }
@@ -42,19 +41,19 @@ fn made_up(case: &Case) -> PathBuf {
     path
 }
 
-/// Where the BPF object is in the agent's binary: its sections, which the table of them follows.
+/// Returns the range of the BPF object in the agent's binary: its sections up to the section header table.
 fn embedded_object(binary: &[u8]) -> Range<usize> {
-    // ELF of 64 bits and little endian, whose machine is EM_BPF.
+    // A 64-bit little-endian ELF file with the machine type EM_BPF.
     let is_object = |start: &usize| {
         binary[*start..].starts_with(b"\x7fELF\x02\x01\x01") && binary[*start + 18..].starts_with(&[247, 0])
     };
     let start = (0..binary.len() - 64).step_by(8).find(is_object).expect("a BPF object in the agent");
-    // e_shoff of Elf64_Ehdr.
+    // Field e_shoff of Elf64_Ehdr.
     let length = u64::from_le_bytes(*binary[start + 40..].first_chunk().unwrap());
     start..start + usize::try_from(length).unwrap()
 }
 
-/// At each interface there is one program of ours.
+/// Asserts that each interface has exactly one program, which is the agent's.
 #[track_caller]
 fn assert_taken_over(case: &Case) {
     for pod in &case.pods {
@@ -70,7 +69,7 @@ fn upgraded_and_back(backend: AttachMode) {
     for other in others(&case) {
         case.under_flood(|| {
             for round in 0..effort(6) {
-                // There and back.
+                // Upgrades to the other version and back.
                 for agent in [case.agent().binary(&other), case.agent()] {
                     let agent = agent.spawn_ready();
                     let log = agent.log();

@@ -27,7 +27,8 @@ fn veth_nic_in_bridge() {
     Case::new(bridge(Nic::Veth)).assert_enforced();
 }
 
-/// A veth pair with both ends in the node's namespace: one has the node's address, the other is the bridge's port.
+/// Adds a veth pair with both ends in the node's namespace: one has the node's address, the other is a port of the
+/// bridge.
 fn veth_pair(nic: Nic) -> Layout {
     let setup = format!(
         "link add {BRIDGE} type bridge
@@ -51,7 +52,7 @@ fn veth_pair_to_bridge_of_veth_nic() {
     Case::new(veth_pair(Nic::Veth)).assert_enforced();
 }
 
-/// Makes the pod a port of the NIC's bridge, with an address of the node's subnet.
+/// Moves the pod to a port of the NIC's bridge, with an address of the node's subnet.
 fn join_bridge(world: &World, pod: &mut Pod) {
     let [.., host] = pod.address.octets();
     let veth = &pod.host_ifname;
@@ -97,7 +98,7 @@ fn add_service(world: &World) {
     assert!(output.status.success(), "nft: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Keeps the node's bridges from passing packets to netfilter, which `br_netfilter` does by default.
+/// Prevents the node's bridges from passing packets to netfilter, which `br_netfilter` does by default.
 pub(crate) fn disable_bridge_netfilter(world: &World) {
     const KEY: &str = "bridge/bridge-nf-call-iptables";
     if world.node.has_sysctl(KEY) {
@@ -109,7 +110,7 @@ pub(crate) fn disable_bridge_netfilter(world: &World) {
 /// end is a port of the bridge.
 fn move_gateway_behind_pair(world: &World, pod: &Pod) {
     let bridge = World::BRIDGE;
-    // Keeps the bridge from answering ARP requests for the address of `gateway0`.
+    // Prevents the bridge from answering ARP requests for the address of `gateway0`.
     world.node.sysctl(&format!("ipv4/conf/{bridge}/arp_ignore"), "1");
     let [a, b, c, _] = pod.address.octets();
     world.node.ip(&format!(
@@ -127,7 +128,7 @@ fn move_gateway_behind_pair(world: &World, pod: &Pod) {
 #[test]
 fn service_behind_veth_pair() {
     let world = World::new();
-    // A bridge that translates the address leads packets past the pair.
+    // A bridge that translates the address would route packets past the pair.
     disable_bridge_netfilter(&world);
     let pod = world.add_pod(PodLink::Bridged);
     move_gateway_behind_pair(&world, &pod);

@@ -12,14 +12,14 @@ use imds_tests::{
     with_each_backend,
 };
 
-/// All hooks that see calls of a pod.
+/// Hooks that see calls and packets of a pod.
 pub(crate) const ALL: &[&str] = &["from_pod", "node_egress", "socket"];
-/// The hooks that see packets.
+/// Hooks that see packets.
 pub(crate) const TC: &[&str] = &["from_pod", "node_egress"];
-/// The hook of the node's interfaces.
+/// Hook of the node's own interfaces.
 pub(crate) const NODE_EGRESS: &[&str] = &["node_egress"];
 
-/// A key of `[[exempt]]` that names a pod.
+/// Key of `[[exempt]]` that selects a pod.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Key {
     Interface,
@@ -27,7 +27,7 @@ pub(crate) enum Key {
 }
 
 impl Key {
-    /// The rule that exempts `pod`.
+    /// Returns the rule that exempts `pod`.
     pub(crate) fn rule(self, pod: &Pod) -> String {
         let subject = match self {
             Self::Interface => format!("interface = '{}'", pod.host_ifname),
@@ -37,7 +37,7 @@ impl Key {
     }
 }
 
-/// Hooks, attach mode and key of exemptions of each run of an agent. Emulated machines leave out the last two.
+/// Hooks, attach mode and exemption key of each run of an agent. Emulated machines omit the last two.
 const RUNS: [(&[&str], Option<AttachMode>, Key); 5] = [
     (ALL, None, Key::Interface),
     (TC, None, Key::Netns),
@@ -46,19 +46,19 @@ const RUNS: [(&[&str], Option<AttachMode>, Key); 5] = [
     (NODE_EGRESS, None, Key::Netns),
 ];
 
-/// A layout with two pods on each kind of link: the first one is exempt.
+/// A layout with two pods on each kind of link, of which the first is exempt.
 pub(crate) struct Case {
     pub(crate) world: World,
     pub(crate) source: Source,
     pub(crate) config: &'static str,
     target: IpAddr,
     pods: Vec<[Pod; 2]>,
-    /// Pods that `node_egress` alone tells from others on the same bridge.
+    /// Selects pods that `node_egress` alone can distinguish from others on the same bridge.
     is_known_at_egress: fn(&Pod) -> bool,
 }
 
 impl Case {
-    /// A routed and a bridged pair of pods on a node with this layout.
+    /// Creates a routed and a bridged pair of pods on a node with this layout.
     pub(crate) fn new(layout: Layout) -> Self {
         let world = World::with_layout(layout);
         let pods = [PodLink::Routed, PodLink::Bridged].map(|link| [world.add_pod(link), world.add_pod(link)]);
@@ -72,7 +72,7 @@ impl Case {
         }
     }
 
-    /// Adds IPv6 addresses to all pods, and makes `target` the endpoint.
+    /// Adds IPv6 addresses to all pods, and uses `target` as the endpoint.
     pub(crate) fn with_ipv6_target(self, target: impl Into<IpAddr>) -> Self {
         for pod in self.pods.iter().flatten() {
             self.world.add_pod_ipv6(pod);
@@ -80,7 +80,7 @@ impl Case {
         Self { target: target.into(), config: "provider = 'aws'\n", ..self }
     }
 
-    /// Changes each pod once it is connected.
+    /// Modifies each pod after it was connected.
     pub(crate) fn place(mut self, mut place: impl FnMut(&World, &mut Pod)) -> Self {
         for pod in self.pods.iter_mut().flatten() {
             place(&self.world, pod);
@@ -88,18 +88,18 @@ impl Case {
         self
     }
 
-    /// Pods on one bridge with the NIC, where `node_egress` sees their own links.
+    /// Marks pods on one bridge with the NIC, whose own interfaces `node_egress` sees.
     pub(crate) fn known_at_egress(self) -> Self {
         Self { is_known_at_egress: |_| true, ..self }
     }
 
-    /// Pods in a VRF, where `node_egress` sees the VRF as the ingress interface of all, as it sees a bridge.
+    /// Marks pods in a VRF, which `node_egress` sees as the ingress interface of all of them, as with a bridge.
     pub(crate) fn unknown_at_egress(self) -> Self {
         Self { is_known_at_egress: |_| false, ..self }
     }
 
-    /// Every sender reaches the endpoint before the agent starts and after each unload. In between, the node and exempt
-    /// pods do, and no packet of another pod arrives.
+    /// Asserts that every sender reaches the endpoint before the agent starts and after each unload. In between, only
+    /// the node and exempt pods reach it, and no packet of another pod arrives.
     #[track_caller]
     pub(crate) fn assert_enforced(self) {
         let mut broken = self.unreachable("without the agent", &self.all_pods());
@@ -141,7 +141,7 @@ impl Case {
         self.pods.iter().flatten().collect()
     }
 
-    /// Probes of the node and of `pods` that get no answer.
+    /// Returns probes of the node and of `pods` that get no response.
     fn unreachable(&self, case: &str, pods: &[&Pod]) -> Vec<String> {
         let node = Sender { name: "node".to_owned(), netns: &self.world.node, source: Some(self.source) };
         let senders = pods.iter().map(|pod| Sender::from_pod(pod)).chain([node]);
@@ -153,17 +153,17 @@ impl Case {
                 last = Some(outcome);
                 is_answer.then_some(())
             });
-            found.is_none().then(|| format!("{case}: no answer to {}: {last:?}", probe.name()))
+            found.is_none().then(|| format!("{case}: no response to {}: {last:?}", probe.name()))
         };
         at_once(senders, &fails)
     }
 
-    /// Probes of `pods` that get an answer, and pods of which packets arrive.
+    /// Returns probes of `pods` that get a response, and pods whose packets arrive.
     fn reachable(&self, case: &str, pods: &[&Pod]) -> Vec<String> {
         let before = self.world.arrivals();
         let succeeds = |probe: &Probe<'_>| {
             let outcome = self.world.in_cgroup(|| probe.send(self.target));
-            outcome.is_answer().then(|| format!("{case}: answer to {}", probe.name()))
+            outcome.is_answer().then(|| format!("{case}: response to {}", probe.name()))
         };
         let mut broken = at_once(pods.iter().map(|pod| Sender::from_pod(pod)), &succeeds);
         let after = self.world.arrivals();
@@ -218,7 +218,7 @@ impl Probe<'_> {
     }
 }
 
-/// Sends a TCP and a UDP probe of each sender at the same time, and returns the errors that `check` finds.
+/// Sends a TCP and a UDP probe of each sender concurrently, and returns the errors that `check` finds.
 fn at_once<'a>(
     senders: impl Iterator<Item = Sender<'a>>,
     check: &(impl Fn(&Probe<'_>) -> Option<String> + Sync),
@@ -235,8 +235,8 @@ fn probes_of<'a>(senders: &'a [Sender<'a>]) -> impl Iterator<Item = Probe<'a>> {
     senders.iter().flat_map(|sender| [true, false].map(|is_tcp| Probe { sender, is_tcp }))
 }
 
-/// Asserts that `node_egress` denies the packets of `source` in each attach mode, alone and with the other hooks: `reaches`
-/// returns false and no packet arrives, while the node reaches `service`.
+/// Asserts that `node_egress` denies the packets of `source` in each attach mode, alone and with the other hooks:
+/// `reaches` returns false and no packet arrives, while the node reaches `service`.
 ///
 /// Without the agent and after each unload, `reaches` must return true.
 #[track_caller]

@@ -1,4 +1,4 @@
-//! Default routes that come and go while pods send.
+//! Default routes that are added and removed while pods send.
 
 use imds_tests::{
     Layout, METADATA, Nic, Pod, PodLink, World, effort,
@@ -10,10 +10,11 @@ use imds_tests::{
 use crate::fixture::NODE_EGRESS;
 
 const ROUNDS: u32 = 20;
-/// Packets of each pod while the route is there.
+/// Number of packets of each pod while the route exists.
 const PACKETS: u64 = 200;
 
-/// Lets packets of the pod leave its namespace without an answer to ARP, which the node gives only while it has a route.
+/// Adds a permanent neighbour entry, so that packets leave the pod without ARP. The node answers ARP only while it has
+/// a route.
 fn add_gateway_neighbour(pod: &Pod) {
     let [gateway, mac] = match pod.link {
         PodLink::Routed | PodLink::Netkit(_) => ["169.254.1.1", "ee:ee:ee:ee:ee:ee"],
@@ -26,9 +27,9 @@ fn change_default(world: &World, verb: &str) {
     world.node.ip(&format!("route {verb} default via 10.0.0.1 dev {}", World::UPLINK));
 }
 
-/// `arguments` are those of `imds-agent run`.
+/// Asserts that no packet of a pod arrives while the route changes. `arguments` are those of `imds-agent run`.
 fn assert_never_open(nic: Nic, arguments: &[&str]) {
-    // The node reaches the other service always, and its neighbour is known.
+    // The node always reaches the other service, whose neighbour entry is known.
     let layout = Layout::new(nic).routes("route add 198.51.100.10/32 via 10.0.0.1");
     let world = World::with_layout(layout);
     let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
@@ -71,7 +72,7 @@ fn default_route_of_veth_nic() {
     assert_never_open(Nic::Veth, &[]);
 }
 
-/// A filter needs a qdisc, which an agent leaves to CNI plugins for a while: it is not ready before.
+/// A clsact filter needs a qdisc. The agent leaves the qdisc slot to CNI plugins for a while and is not ready before.
 #[test]
 fn default_route_of_veth_nic_by_clsact() {
     assert_never_open(Nic::Veth, &["--tc-backend", "clsact", "--clsact-delay", "1"]);

@@ -1,4 +1,4 @@
-//! Interfaces that the configuration chooses.
+//! Interfaces that the configuration selects.
 
 use imds_tests::{
     Layout, METADATA, Nic, PodLink, World, output,
@@ -7,7 +7,7 @@ use imds_tests::{
 
 use crate::fixture::{NODE_EGRESS, TC};
 
-/// The entry of the NIC in the status.
+/// Returns the entry of the NIC in the status.
 fn uplink_status(world: &World) -> serde_json::Value {
     let output = output(world.imds_agent(&["status", "-o", "json"]).command());
     let status: serde_json::Value = serde_json::from_slice(&output.stdout).expect("a status in JSON");
@@ -46,7 +46,7 @@ fn excluded_nic() {
     }
 }
 
-/// An operator who takes the NIC for a pod's link gets `from_pod` there, which cuts off neither the node nor answers.
+/// Including the NIC as a pod interface attaches `from_pod` to it, which blocks neither the node nor responses.
 #[test]
 fn included_nic() {
     for nic in [Nic::Veth, Nic::Macvlan] {

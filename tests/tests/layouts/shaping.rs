@@ -1,4 +1,4 @@
-//! Egress of the NIC that is redirected to an ifb and comes back to it.
+//! Egress of the NIC that is redirected to an ifb and returns to the NIC.
 
 use imds_tests::{Layout, Netns, Nic, WHOLE_TEST, World, lacks_device, output, skip};
 
@@ -14,7 +14,7 @@ fn tc(netns: &Netns, arguments: &str) -> bool {
     output(command).status.success()
 }
 
-/// Redirects egress of the NIC by a filter of `qdisc`, which has to be the NIC's at `parent`.
+/// Redirects egress of the NIC with a filter of `qdisc`, which is added to the NIC. `parent` is the filter's parent.
 fn assert_redirected(nic: Nic, qdisc: &str, parent: &str) {
     if lacks_device(WHOLE_TEST, "ifb", "type ifb") {
         return;
@@ -41,7 +41,7 @@ fn redirect_of_veth_nic() {
     assert_redirected(Nic::Veth, "root handle 1: htb", "parent 1:");
 }
 
-/// In TCX mode the agent's programs come before the redirect, in clsact mode they share its qdisc.
+/// In TCX mode the agent's programs run before the redirect, in clsact mode they share its qdisc.
 #[test]
 fn redirect_of_clsact() {
     assert_redirected(Nic::Macvlan, "clsact", "egress");

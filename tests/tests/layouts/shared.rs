@@ -1,4 +1,4 @@
-//! Pods with an interface above the NIC: the node has no interface of theirs.
+//! Pods with an interface above the NIC. The node has no interface of its own for these pods.
 
 use imds_tests::{
     METADATA, Netns, WHOLE_TEST, World, known_here, lacks_device, lacks_tc_netns_cookie,
@@ -21,7 +21,7 @@ fn add_pod(world: &World, options: &str, host: u8) -> Netns {
          route add default via 10.0.0.1"
     ));
     if options.contains("mode l3") {
-        // Such a device answers no ARP request.
+        // The device answers no ARP requests.
         world.fabric.ip(&format!("route add 10.0.0.{host}/32 via {}", world.node_address()));
     }
     pod
@@ -45,7 +45,7 @@ fn assert_enforced(options: &str) {
     let all = [&exempt, &denied, &*world.node];
     let assert_open = |when: &str| {
         for netns in all {
-            poll_until(LONG, &format!("answers for {} {when}", netns.name()), || {
+            poll_until(LONG, &format!("responses to {} {when}", netns.name()), || {
                 reaches(&world, netns).then_some(())
             });
         }

@@ -30,7 +30,7 @@ fn bond_of_veth_nic() {
     }
 }
 
-/// A VLAN device above `lower` on the node, and its counterpart in the fabric.
+/// Adds a VLAN device above `lower` on the node, and its counterpart in the fabric.
 fn vlan(layout: Layout, setup: &str, lower: &str) -> Layout {
     let setup = format!("{setup}\nlink add link {lower} name vlan5 type vlan id 5");
     layout.above(&setup, "vlan5").fabric_above("link add link node0 name vlan5 type vlan id 5", "vlan5")
@@ -54,7 +54,7 @@ fn vlan_on_veth_nic() {
     }
 }
 
-/// Four devices upon each other, each with TC egress.
+/// Four stacked devices, each with TC egress.
 #[test]
 fn vlan_on_bond_in_bridge() {
     if lacks_vlan() || lacks_bond() {

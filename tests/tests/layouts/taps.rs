@@ -12,10 +12,10 @@ use crate::{
 const TAP: &str = "tap0";
 const VM_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 77);
 const VM_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x77];
-/// The fabric's MAC address and its text for `ip`.
+/// MAC address of the fabric, also as text for `ip`.
 const FABRIC_MAC: ([u8; 6], &str) = ([0x02, 0, 0, 0, 0, 0x01], "02:00:00:00:00:01");
 
-/// Writes a datagram to the endpoint as the virtual machine sends it.
+/// Writes a datagram to the endpoint to the tap, as the virtual machine sends it.
 fn send_from_vm(mut tap: &File) {
     let (fabric_mac, _) = FABRIC_MAC;
     let packet = packets::udp(VM_ADDRESS, METADATA, b"virtual machine");
@@ -24,11 +24,12 @@ fn send_from_vm(mut tap: &File) {
     tap.write_all(&frame).expect("write a frame to the tap");
 }
 
-/// The frames have a socket of the node, since this process opened the tap in the node's network namespace.
+/// Asserts that frames of the tap are denied. They belong to a socket of the node, because this process opened the tap
+/// in the node's network namespace.
 #[track_caller]
 fn assert_tap_denied(nic: Nic) {
     let world = World::with_layout(bridge(nic));
-    // Frames lose their socket in `br_netfilter`, and the test is about frames that have one.
+    // `br_netfilter` would remove the socket from the frames, which the test needs.
     disable_bridge_netfilter(&world);
     world.fabric.ip(&format!("link set node0 address {}", FABRIC_MAC.1));
     let tap = open_tun(&world.node, TAP, TunMode::Tap);

@@ -1,5 +1,5 @@
-//! Uplinks that are veths with a peer in another namespace, like links of pods, and that the main IPv4 table does not
-//! show.
+//! Uplinks that are veths with a peer in another namespace, like pod interfaces, and that are not in the main IPv4
+//! table.
 
 use imds_tests::{Layout, METADATA_V6, Nic, Pod, PodLink, Source, WHOLE_TEST, World, lacks_device};
 
@@ -12,7 +12,7 @@ fn ipv6_only() {
     }
 }
 
-/// Pods and the node leave by routes of a table that rules choose by the source address.
+/// Packets of pods and of the node leave by routes of a table that routing rules select by source address.
 #[test]
 fn policy_routing() {
     for nic in [Nic::Veth, Nic::Macvlan] {

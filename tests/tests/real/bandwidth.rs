@@ -1,4 +1,4 @@
-//! The CNI plugin `bandwidth`, which adds an `ingress` qdisc to the link that another plugin has just made.
+//! The CNI plugin `bandwidth`, which adds an `ingress` qdisc to a link that another plugin has just created.
 
 use std::{
     sync::{Arc, Mutex},
@@ -23,13 +23,14 @@ use crate::{
     reaches, reaches_somehow,
 };
 
-/// Seconds that the agent leaves a new link to the CNI in clsact mode: the default, and not the value of other tests.
+/// Seconds for which the agent leaves a new link to the CNI in clsact mode. This is the default, which other tests
+/// override.
 const CLSACT_DELAY: &str = "5";
-/// Seconds that no test waits for.
+/// Delay in seconds that exceeds the duration of any test.
 const LONG_CLSACT_DELAY: &str = "600";
-/// Time until the agent is attached to all links.
+/// Time limit until the agent is attached to all links.
 const ATTACHED: Duration = Duration::from_secs(30);
-/// Pods that start at the same time, as a kubelet has them.
+/// Number of pods that start concurrently, as with a kubelet.
 const WORKERS: u32 = 4;
 
 fn bandwidth() -> Value {
@@ -42,11 +43,11 @@ fn bandwidth() -> Value {
     })
 }
 
-/// Attach mode that the agent is started with, if any: it chooses one itself otherwise.
+/// Attach mode of the agent, or `None` for its own choice.
 type Mode = Option<AttachMode>;
 
-/// Names pods' links, as Kubernetes does: a link with an `ingress` qdisc has no place for a filter at its egress, which the
-/// agent adds to links that may be an uplink.
+/// Selects pod interfaces by name, as in Kubernetes. The agent adds an egress filter to interfaces that may be an
+/// uplink, for which an `ingress` qdisc has no place.
 const PODS: &str = "[interfaces]\ninclude = ['veth*']\n";
 
 fn agent<'w>(world: &'w World, mode: Mode, config: &str, delay: &str) -> AgentCommand<'w> {
@@ -54,7 +55,7 @@ fn agent<'w>(world: &'w World, mode: Mode, config: &str, delay: &str) -> AgentCo
     let config = format!("{known}{config}");
     let agent = world.agent().hooks(&known_here(ALL)).config(&config).args(&["--clsact-delay", delay]);
     match mode {
-        // `AgentCommand::backend` sets the delay, too.
+        // `AgentCommand::backend` also sets the delay.
         Some(mode) => agent.args(&["--tc-backend", mode.name()]),
         None => agent,
     }
@@ -65,7 +66,7 @@ fn start<'w>(world: &'w World, mode: Mode, config: &str) -> Agent<'w> {
     if mode == Some(AttachMode::Clsact) { spawn(world, agent) } else { agent.spawn_ready() }
 }
 
-/// Starts an agent, and waits for the hooks that deny every pod of the node.
+/// Starts an agent and waits until the hooks that deny every pod of the node are attached.
 fn spawn<'w>(world: &World, agent: AgentCommand<'w>) -> Agent<'w> {
     let agent = agent.spawn();
     poll_until(ATTACHED, "the hooks of the node", || {
@@ -76,8 +77,8 @@ fn spawn<'w>(world: &World, agent: AgentCommand<'w>) -> Agent<'w> {
     agent
 }
 
-/// Checks that `from_pod` is on the pods' links, and that its order is reported: the plugin's own filter has the first
-/// priority of an `ingress` qdisc, so that a filter of the agent comes second.
+/// Asserts that `from_pod` is attached to the pod interfaces, and that its order is reported. The plugin's own filter
+/// has the first priority of an `ingress` qdisc, so that a filter of the agent comes second.
 #[track_caller]
 fn assert_attached(world: &World, mode: Mode, pods: &[&CniPod<'_>]) {
     let is_clsact = mode == Some(AttachMode::Clsact);
@@ -92,7 +93,7 @@ fn assert_attached(world: &World, mode: Mode, pods: &[&CniPod<'_>]) {
     });
 }
 
-/// Connects a pod that sends to the endpoint all the time.
+/// Connects a pod that sends to the endpoint continuously.
 fn connect<'n>(network: &'n CniNetwork<'_>) -> Result<CniPod<'n>, String> {
     let (netns, over) = (Arc::new(Netns::new("cni")), Over::default());
     thread::scope(|scope| {
@@ -111,7 +112,7 @@ fn assert_qdiscs_of_plugin(world: &World, pod: &CniPod<'_>) {
     assert_eq!(qdisc_kinds(&world.node, pod.veth()), ["ingress", "tbf"], "{}", pod.veth());
 }
 
-/// Starts this many pods while the agent runs, checks that none fails and that nothing of theirs arrives, and removes the
+/// Starts this number of pods while the agent runs, asserts that none fails and no packet arrives, and unloads the
 /// agent.
 fn assert_pods_start(make: for<'w> fn(&'w World, &[Value]) -> CniNetwork<'w>, mode: Mode, count: u32) {
     if lacks_program(WHOLE_TEST, &[&plugin("bandwidth"), "iptables"])
@@ -149,7 +150,7 @@ fn assert_pods_start(make: for<'w> fn(&'w World, &[Value]) -> CniNetwork<'w>, mo
     for pod in pods.iter().chain([&before]) {
         assert_qdiscs_of_plugin(&world, pod);
         world.assert_nothing_arrives(|| {
-            // No process in the cgroup of the socket hook: packets only.
+            // The process is outside of the socket hook's cgroup, so that packets are sent.
             assert!(!http_get(&pod.netns, METADATA, Duration::from_millis(50)).is_answer());
         });
     }
@@ -160,7 +161,7 @@ fn assert_pods_start(make: for<'w> fn(&'w World, &[Value]) -> CniNetwork<'w>, mo
         }
     }
 
-    // Half of them end while the agent runs.
+    // Half of the pods are deleted while the agent runs.
     let mut pods = pods;
     pods.drain(..pods.len() / 2).for_each(CniPod::delete);
     drop(agent);
@@ -173,7 +174,7 @@ fn assert_pods_start(make: for<'w> fn(&'w World, &[Value]) -> CniNetwork<'w>, mo
     pods.into_iter().chain([before]).for_each(CniPod::delete);
 }
 
-/// Pods of a run that is not about numbers.
+/// Number of pods in tests that are not about scale.
 const FEW: u32 = 6;
 const MANY: u32 = 50;
 
@@ -217,7 +218,7 @@ fn fifty_pods_in_each_mode() {
     }
 }
 
-/// The agent adds its qdisc to a new link once the CNI has set up the link: a process runs in the pod then.
+/// The agent adds its qdisc to a new link once a process runs in the pod, because the CNI has then set up the link.
 #[test]
 fn clsact_waits_for_a_process() {
     if lacks_program(WHOLE_TEST, &[&plugin("ptp"), "iptables"]) {
@@ -233,7 +234,7 @@ fn clsact_waits_for_a_process() {
     assert_eq!(qdisc_kinds(&world.node, pod.veth()), ["noqueue"]);
 
     let mut process = pod.netns.command("unshare");
-    // As a container's, and unlike the plugins, which enter the namespace too.
+    // Like a container's process and unlike a plugin's, it has its own mount namespace.
     let mut process = process.args(["--mount", "sleep", "1000"]).spawn().expect("start a process");
     poll_until(ATTACHED, "from_pod on the new link", || {
         world.status().has_attached(pod.veth(), "from_pod").then_some(())
@@ -247,7 +248,7 @@ fn clsact_waits_for_a_process() {
     process.kill().and_then(|()| process.wait()).expect("end a process");
 }
 
-/// The agent adds no qdisc with TCX.
+/// The agent adds no qdisc in TCX mode.
 #[test]
 fn tcx_adds_no_qdisc() {
     if lacks_program(WHOLE_TEST, &[&plugin("ptp"), "iptables"]) || skip_without_tcx() {
@@ -272,7 +273,7 @@ fn tcx_adds_no_qdisc() {
     assert!(reaches(&world, &later.netns));
 }
 
-/// A bandwidth limit of an exempt pod does not change its exemption.
+/// A bandwidth limit of an exempt pod does not affect its exemption.
 #[test]
 fn exempt_pod_with_limited_bandwidth() {
     if lacks_program(WHOLE_TEST, &[&plugin("bandwidth"), "iptables"]) {

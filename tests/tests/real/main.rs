@@ -1,6 +1,6 @@
-//! Pods, rules and traffic control by programs that are not ours: the reference CNI plugins, `nft`, `iptables`, `tc` and
-//! Open vSwitch. A test skips if its programs are not installed. `cargo xtask e2e real` runs all of them, the long ones
-//! too.
+//! Pods, rules and traffic control of real software: the reference CNI plugins, `nft`, `iptables`, `tc` and Open
+//! vSwitch. A test is skipped if its programs are not installed. `cargo xtask e2e real` runs all of them, including the
+//! long ones.
 
 mod bandwidth;
 mod nics;
@@ -19,16 +19,16 @@ use imds_tests::{
 };
 
 const ALL: &[&str] = &["from_pod", "node_egress", "socket"];
-/// The hooks that see packets.
+/// Hooks that see packets.
 const PACKETS: &[&str] = &["from_pod", "node_egress"];
 
-/// Reports whether any request to the endpoint gets an answer: over TCP and UDP, of a process in a container and of one
-/// whose sockets no cgroup hook sees.
+/// Reports whether any request to the endpoint gets a response: over TCP and UDP, from a process in a container and
+/// from one whose sockets no cgroup hook sees.
 fn reaches_somehow(world: &World, netns: &Netns) -> bool {
     let tcp = || http_get(netns, METADATA, SHORT).is_answer();
     let udp = || udp_echo(netns, METADATA, SHORT).is_answer();
     thread::scope(|scope| {
-        // All at the same time, because each one waits if it is denied.
+        // Sent concurrently, because each denied request runs into its timeout.
         let probes = [
             scope.spawn(tcp),
             scope.spawn(udp),
@@ -39,7 +39,7 @@ fn reaches_somehow(world: &World, netns: &Netns) -> bool {
     })
 }
 
-/// Reports whether each of the requests of [`reaches_somehow`] gets an answer in time.
+/// Reports whether each of the requests of [`reaches_somehow`] gets a response in time.
 fn reaches(world: &World, netns: &Netns) -> bool {
     let is_reached = |get: &(dyn Fn() -> bool + Sync)| try_poll(LONG, || get().then_some(())).is_some();
     let probes = || {
@@ -49,19 +49,20 @@ fn reaches(world: &World, netns: &Netns) -> bool {
     world.in_cgroup(probes) && probes()
 }
 
-/// An exemption that one selector, such as `interface = 'veth1'`, makes.
+/// Returns an exemption with one selector, such as `interface = 'veth1'`.
 fn exemption(selector: &str) -> String {
     format!("[[exempt]]\nname = 'of-test'\n{selector}\n")
 }
 
-/// Checks that only the node and the exempt pod reach the endpoint while the agent enforces the configuration, with all
-/// hooks and with those that see packets, and after the agent was killed. Without the agent each pod reaches the endpoint.
+/// Asserts that only the node and the exempt pod reach the endpoint while the agent enforces the configuration, with
+/// all hooks and with those that see packets, and after the agent was killed. Without the agent each pod reaches the
+/// endpoint.
 #[track_caller]
 fn assert_exempt(world: &World, config: &str, exempt: Option<&Netns>, others: &[&Netns]) {
     assert_exempt_with(world, config, exempt, others, &[AttachMode::Tcx]);
 }
 
-/// Checks an exemption as [`assert_exempt`] does, in each of these attach modes that the kernel has.
+/// Asserts an exemption like [`assert_exempt`], in each of these attach modes that the kernel has.
 #[track_caller]
 fn assert_exempt_with(
     world: &World,
@@ -103,7 +104,7 @@ fn assert_exempt_with(
 /// Applies rules with `nft`.
 #[track_caller]
 fn nft(netns: &Netns, rules: &str) {
-    // A file, because older versions take no newline as a separator in an argument.
+    // Older versions of `nft` do not accept a newline as a separator in an argument.
     let file = std::env::temp_dir().join(unique("imds-nft-"));
     std::fs::write(&file, rules).expect("write rules");
     let mut command = netns.command("nft");

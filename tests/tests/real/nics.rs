@@ -12,14 +12,14 @@ const MODES: &[AttachMode] = &[AttachMode::Tcx, AttachMode::Clsact];
 /// Kind of the node's NIC.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Nic {
-    /// The veth that a [`World`] has.
+    /// The veth uplink of a [`World`].
     Veth,
-    /// A device without a peer in another namespace that the agent could take for a pod's.
+    /// A device without a peer in another namespace, which the agent cannot mistake for a pod interface.
     Macvlan,
 }
 
 impl Nic {
-    /// Gives the node this NIC in place of its uplink, without an address. Returns its name.
+    /// Replaces the node's uplink by this NIC without an address. Returns its name.
     pub(crate) fn install(self, world: &World) -> &'static str {
         match self {
             Self::Veth => {
@@ -41,7 +41,7 @@ impl Nic {
     }
 }
 
-/// Gives the node's address and its default route to an interface.
+/// Moves the node's address and its default route to an interface.
 pub(crate) fn set_address(world: &World, interface: &str) {
     world.node.ip(&format!(
         "link set {interface} up
@@ -55,7 +55,7 @@ pub(crate) fn lacks_macvlan() -> bool {
     lacks_device(WHOLE_TEST, "macvlan", "link lower0 type macvlan mode passthru")
 }
 
-/// An exempt pod and another one of each kind.
+/// Asserts access of an exempt pod and denial of another one, for each kind of link.
 pub(crate) fn assert_exempt_pods(world: &World) {
     for link in [PodLink::Routed, PodLink::Bridged] {
         let [exempt, other]: [Pod; 2] = [world.add_pod(link), world.add_pod(link)];

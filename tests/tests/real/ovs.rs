@@ -14,7 +14,7 @@ const BRIDGE: &str = "br-ex";
 const SCHEMA: &str = "/usr/share/openvswitch/vswitch.ovsschema";
 const PROGRAMS: [&str; 4] = ["ovs-vsctl", "ovs-vswitchd", "ovsdb-server", "ovsdb-tool"];
 
-/// Open vSwitch on a node, with a database of its own. Dropping it ends its daemons.
+/// Open vSwitch on a node with its own database. Dropping it ends its daemons.
 struct OpenVSwitch<'w> {
     world: &'w World,
     dir: TempDir,
@@ -36,7 +36,7 @@ impl<'w> OpenVSwitch<'w> {
         ovs
     }
 
-    /// Adds a bridge with this port. Packets pass the kernel's datapath if it is loaded, else vswitchd.
+    /// Adds a bridge with this port. Packets pass the kernel's datapath if it is loaded, otherwise vswitchd.
     fn add_bridge(&self, bridge: &str, port: &str) {
         let has_module = Path::new("/sys/module/openvswitch").exists();
         let datapath = format!("datapath_type={}", if has_module { "system" } else { "netdev" });
@@ -82,7 +82,7 @@ impl<'w> OpenVSwitch<'w> {
 impl Drop for OpenVSwitch<'_> {
     fn drop(&mut self) {
         for daemon in &mut self.daemons {
-            // Both fail if the daemon has ended.
+            // Both calls fail if the daemon has ended.
             let _ = daemon.kill();
             let _ = daemon.wait();
         }

@@ -1,4 +1,4 @@
-//! Pods of the reference CNI plugins, each plugin called as a container runtime calls it.
+//! Pods of the reference CNI plugins. Each plugin is called as a container runtime calls it.
 
 use std::{net::Ipv4Addr, sync::Arc, thread, time::Duration};
 
@@ -25,24 +25,25 @@ pub(crate) fn bridge<'w>(world: &'w World, chained: &[Value]) -> CniNetwork<'w> 
     world.cni_network(&json!({ "subnet": BRIDGE }), &[&[bridge], chained].concat())
 }
 
-/// Pods that are the node's neighbours: the fabric is their gateway, and no interface of the node is theirs alone.
+/// Returns a network of macvlan pods, which are neighbours of the node. The fabric is their gateway, and the node has
+/// no interface of their own.
 fn macvlan(world: &World) -> CniNetwork<'_> {
     let addresses = json!({ "subnet": "10.0.0.0/24", "rangeStart": "10.0.0.64", "gateway": "10.0.0.1" });
     world.cni_network(&addresses, &[json!({ "type": "macvlan", "master": World::UPLINK })])
 }
 
-/// Sends to the endpoint every millisecond until `over`, also before the namespace has an interface.
+/// Sends to the endpoint every millisecond until `over` is set, also before the namespace has an interface.
 pub(crate) fn send_until(netns: &Netns, over: &Over) {
     const INTERVAL: Duration = Duration::from_millis(1);
     while !over.is_told() {
         if !matches!(udp_echo(netns, METADATA, INTERVAL), Outcome::Timeout) {
-            // Unreachable without waiting.
+            // The network is unreachable, and the probe returned at once.
             thread::sleep(INTERVAL);
         }
     }
 }
 
-/// Connects a pod that sends to the endpoint all the time, and checks that nothing arrives.
+/// Connects a pod that sends to the endpoint continuously, and asserts that no packet arrives.
 #[track_caller]
 fn assert_denied_from_the_start<'n>(world: &World, network: &'n CniNetwork<'_>) -> CniPod<'n> {
     let (netns, over) = (Arc::new(Netns::new("cni")), Over::default());
@@ -58,8 +59,8 @@ fn assert_denied_from_the_start<'n>(world: &World, network: &'n CniNetwork<'_>) 
     })
 }
 
-/// Checks pods of a network that each of `hooks` denies alone: those that are there before the agent and those that come
-/// later, denied and exempt ones.
+/// Asserts that each of `hooks` alone denies pods of a network: pods from before the agent and later ones, denied and
+/// exempt ones.
 #[track_caller]
 fn assert_plugin(world: &World, network: &CniNetwork<'_>, hooks: &[&'static str]) {
     let [pod, exempt] = [network.add_pod(), network.add_pod()];
@@ -150,7 +151,7 @@ fn portmap_and_tuning() {
     }
 }
 
-/// The fabric reaches a server in the pod through a port of the node.
+/// Asserts that the fabric reaches a server in the pod through a port of the node.
 #[track_caller]
 fn assert_host_port(world: &World, pod: &CniPod<'_>, port: u16) {
     let _server = Services::start(&pod.netns, &[Ipv4Addr::UNSPECIFIED.into()]);

@@ -1,4 +1,4 @@
-//! Qdiscs that `tc` added before the agent came.
+//! Qdiscs that `tc` added before the agent started.
 
 use std::time::Duration;
 
@@ -13,9 +13,9 @@ use imds_tests::{
 
 use crate::run;
 
-/// Time in which an agent that repeats a repair shows itself.
+/// Duration in which an agent that repeats a repair is detected.
 const WATCHED: Duration = Duration::from_secs(3);
-/// More lines than an agent writes that reports each state once.
+/// Exceeds the number of log lines of an agent that reports each state once.
 const MAX_LINES: usize = 60;
 /// Exit code of `status` if something is not enforced.
 const NOT_ENFORCED: i32 = 3;
@@ -33,7 +33,7 @@ fn has_u32_filter(world: &World, interface: &str) -> bool {
     filters.contains("u32")
 }
 
-/// Node egress is enforced behind an `ingress` qdisc of the uplink, or reported as not enforced.
+/// `node_egress` is enforced behind an `ingress` qdisc of the uplink, or reported as not enforced.
 #[test]
 fn ingress_qdisc_on_the_uplink() {
     with_each_backend(|mode| {
@@ -74,7 +74,7 @@ fn ingress_qdisc_on_the_uplink() {
     });
 }
 
-/// `from_pod` shares an `ingress` qdisc of a pod's link, and leaves the qdisc and the filters of others there.
+/// `from_pod` shares an `ingress` qdisc of a pod interface. The agent keeps the qdisc and foreign filters.
 #[test]
 fn ingress_qdisc_on_pod_link() {
     with_each_backend(|mode| {

@@ -10,10 +10,10 @@ use imds_tests::{
 use crate::{ALL, PACKETS, assert_exempt, exemption, nft, reaches, run};
 
 const CLUSTER_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 80);
-/// Bit of the mark by which the agent knows packets of exempt pods behind a bridge (`hooks.mark_bit`).
+/// Mark bit with which the agent identifies packets of exempt pods behind a bridge (`hooks.mark_bit`).
 const MARK: &str = "0x1000";
 
-/// A node with an exempt pod and another one, which it routes.
+/// Creates a node with an exempt pod and another one, both routed.
 fn routed() -> (World, [Pod; 2], String) {
     let world = World::new();
     let pods = [world.add_pod(PodLink::Routed), world.add_pod(PodLink::Routed)];
@@ -47,7 +47,7 @@ fn rule_replaces_the_mark() {
     assert_exempt(&world, &config, Some(&exempt.netns), &[&other.netns]);
 }
 
-/// Redirects a Service to the endpoint, and checks that pods without an exemption do not reach it.
+/// Redirects a Service to the endpoint, and asserts that pods without an exemption do not reach it.
 #[track_caller]
 fn assert_service_is_denied(world: &World, config: &str, pods: &[&Pod]) {
     nft(
@@ -121,7 +121,7 @@ fn masquerade_on_the_uplink() {
     }
 }
 
-/// An exempt pod that forwards packets, as `ip_forward` of the node makes it, is of no use to other pods.
+/// An exempt pod that forwards packets, as the node's `ip_forward` permits, gives other pods no access.
 #[test]
 fn exempt_pod_forwards_for_another() {
     const COUNT: usize = 10;

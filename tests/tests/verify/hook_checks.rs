@@ -1,4 +1,4 @@
-//! Each hook on its own.
+//! `verify` with each hook alone.
 
 use std::fs;
 
@@ -32,14 +32,14 @@ fn all_hooks_and_paths_pass() {
         let verified = world.assert_nothing_arrives(|| verify(&world));
         assert_all_passed(&verified);
         for hook in ALL {
-            // One check of the hook as a whole, one for each address.
+            // One check of the hook as a whole, and one for each address.
             assert_eq!(checks(&verified.1, hook).len(), 3, "{:#}", verified.1);
         }
         for sender in ["pod", "exempt pod", "exempt pod on cni0", "node"] {
             assert_eq!(path_of(&verified.1, sender).len(), 2, "{sender}: {:#}", verified.1);
         }
         assert_eq!(interfaces(&world.node), before);
-        world.status_when("all is well", |status| status.is_ready() && status.state == "enforcing");
+        world.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
     });
 }
 
@@ -99,7 +99,7 @@ fn interface_without_program_fails() {
             AttachMode::Tcx => {
                 detach_link(&world.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex)));
             }
-            // A running agent repairs a removed filter at once.
+            // A running agent repairs a removed filter immediately.
             AttachMode::Clsact => {
                 agent.kill9();
                 run_tc(&world.node, &["qdisc", "delete", "dev", &pod.host_ifname, "clsact"]);
@@ -114,7 +114,7 @@ fn interface_without_program_fails() {
 
 #[test]
 fn no_interfaces_fail() {
-    // The uplink is a veth, which can be the link of a pod as far as the agent knows.
+    // The uplink is a veth, which the agent cannot distinguish from a pod interface.
     let config = format!("[interfaces]\nexclude = ['{}']", World::UPLINK);
     let world = World::new();
     let _agent = world.agent().config(&config).hooks(&["from_pod"]).spawn_ready();
@@ -122,7 +122,7 @@ fn no_interfaces_fail() {
     assert_fails(&verified, &["from_pod"]);
     let observed = checks(&verified.1, "from_pod")[0]["observed"].to_string();
     assert!(observed.contains("at 0 of 0"), "{observed}");
-    // With a pod there is one.
+    // A pod adds an interface to check.
     let _pod = world.add_pod(PodLink::Routed);
     assert_passed(&verify(&world));
 }

@@ -1,4 +1,4 @@
-//! `verify` passes on a protected node, fails for each reason to, and leaves nothing behind.
+//! `verify` passes on a protected node, fails for each possible reason, and leaves nothing behind.
 
 mod hook_checks;
 mod node_rules;
@@ -11,7 +11,7 @@ use imds_tests::{Netns, Pod, PodLink, World};
 use serde_json::Value;
 
 const ALL: [&str; 3] = ["from_pod", "node_egress", "socket"];
-/// A cloud with endpoints of both families.
+/// Configuration with endpoints of both address families.
 const AWS: &str = "provider = 'aws'";
 
 /// Runs `verify` in the cgroup of the socket hook.
@@ -47,14 +47,14 @@ fn checks<'a>(report: &'a Value, hook: &str) -> Vec<&'a Value> {
     all_checks(report).filter(|check| check["hook"] == hook).collect()
 }
 
-/// Outcome and observation for each endpoint, of the packets of a sender along their path through the node.
+/// Returns outcome and observation of a sender's packets along their path through the node, for each endpoint.
 fn path_of(report: &Value, sender: &str) -> Vec<(String, String)> {
     let text = |check: &Value, field: &str| check[field].as_str().unwrap().to_owned();
     let path = checks(report, "path").into_iter().filter(|check| check["sender"] == sender);
     path.map(|check| (text(check, "outcome"), text(check, "observed"))).collect()
 }
 
-/// Hooks with a check of this outcome.
+/// Returns the hooks with a check of this outcome.
 fn hooks_with<'a>(report: &'a Value, outcome: &str) -> Vec<&'a str> {
     let checks = all_checks(report).filter(|check| check["outcome"] == outcome);
     let mut hooks: Vec<_> = checks.filter_map(|check| check["hook"].as_str()).collect();
@@ -82,12 +82,12 @@ fn assert_fails((output, report): &(Output, Value), hooks: &[&str]) {
     assert_eq!(hooks_with(report, "failed"), hooks, "{report:#}");
 }
 
-/// An exemption for this pod.
+/// Returns an exemption for this pod.
 fn exempt(pod: &Pod) -> String {
     format!("[[exempt]]\nname = 'one'\ninterface = '{}'", pod.host_ifname)
 }
 
-/// A pod of each kind, of which the bridged one is for an exemption.
+/// Adds a pod of each kind. The bridged one is for an exemption.
 fn add_pods(world: &World) -> (Pod, Pod) {
     (world.add_pod(PodLink::Routed), world.add_pod(PodLink::Bridged))
 }

@@ -1,4 +1,4 @@
-//! Rules of the node that drop test packets, or change what exemptions rely on.
+//! Rules of the node that drop test packets, or change fields on which exemptions rely.
 
 use std::{io::Write as _, process::Stdio};
 
@@ -10,7 +10,7 @@ use crate::{
 
 const EDGES: [&str; 2] = ["from_pod", "node_egress"];
 
-/// Adds a chain at this hook of netfilter, with this rule.
+/// Adds a chain with this rule at this netfilter hook.
 fn nft(world: &World, hook: &str, rule: &str) {
     let script =
         format!("table ip test {{ chain {hook} {{ type filter hook {hook} priority 0; {rule}; }}\n}}\n");
@@ -32,7 +32,7 @@ fn overwritten_mark_fails() {
         panic!("{:#}", verified.1)
     };
     assert!(outcome == "failed" && observed.contains("exemption mark"), "{observed}");
-    // A routed pod is known by its interface.
+    // A routed pod is identified by its interface.
     assert_eq!(path_of(&verified.1, "exempt pod")[0].0, "passed");
 }
 

@@ -1,4 +1,4 @@
-//! The rights of the shipped `DaemonSet`.
+//! `verify` with the capabilities of the shipped `DaemonSet`.
 
 use imds_tests::{PodLink, World, output, skip_without_netns_cookie};
 use serde_json::Value;

@@ -1,4 +1,4 @@
-//! A run leaves nothing behind, also when it is killed, and passes on a busy machine.
+//! `verify` leaves nothing behind, even if it is killed, and passes on a busy machine.
 
 use std::{
     hint::spin_loop,
@@ -19,7 +19,8 @@ use nix::{
 
 use crate::{ALL, add_pods, assert_all_passed, assert_nothing_left, exempt, interfaces, verify};
 
-/// Routes of the node, and programs at its uplink. IPv6 routes of link-local addresses come some time after their links.
+/// Returns the routes of the node and the number of programs at its uplink. Link-local IPv6 routes appear some time
+/// after their links.
 fn state_of(world: &World) -> (String, usize) {
     let routes =
         world.node.command("ip").args(["-4", "route", "show", "table", "all"]).output().unwrap().stdout;
@@ -53,7 +54,7 @@ fn no_traces() {
     });
 }
 
-/// The interfaces of the node show the namespace of a run: its end of the pod's link.
+/// The host-side veth of the test pod shows on the node that a run is active.
 #[test]
 fn signals_leave_nothing() {
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGKILL] {
@@ -61,7 +62,7 @@ fn signals_leave_nothing() {
         let (_routed, _bridged) = add_pods(&world);
         let agent = world.agent().hooks(&["from_pod", "node_egress"]).spawn_ready();
         let before = state_of(&world);
-        // `verify` waits for an agent that is stopped.
+        // `verify` waits while the agent is stopped.
         let agent_pid = Pid::from_raw(agent.pid().try_into().unwrap());
         kill(agent_pid, Signal::SIGSTOP).unwrap();
         let mut command = world.imds_agent(&["verify"]).command();
@@ -71,7 +72,7 @@ fn signals_leave_nothing() {
         kill(Pid::from_raw(child.id().try_into().unwrap()), signal).unwrap();
         let status = child.wait().unwrap();
         if signal == Signal::SIGKILL {
-            // The kernel removes the contents of a namespace some time later.
+            // The kernel destroys the contents of a namespace asynchronously.
             poll_until(LONG, "the end of the link", || {
                 (!interfaces(&world.node).contains(&name)).then_some(())
             });
@@ -90,14 +91,14 @@ fn busy_machine() {
     run_beside_load(effort(20));
 }
 
-/// `cargo test -p imds-tests --test verify -- --ignored soak`
+/// Runs for an hour: `cargo test -p imds-tests --test verify -- --ignored soak`
 #[test]
 #[ignore = "takes an hour"]
 fn soak() {
     run_beside_load(400);
 }
 
-/// Runs `verify` so many times while each processor is busy twice over.
+/// Runs `verify` repeatedly while two threads per CPU keep the machine busy.
 fn run_beside_load(runs: u32) {
     if skip_without_netns_cookie() {
         return;
