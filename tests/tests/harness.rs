@@ -169,7 +169,7 @@ fn next_process_cleans_up_after_kill() {
     let added = std::process::Command::new("ip").args(["netns", "add", &name]).status().unwrap();
     assert!(added.success());
     let executable = std::env::current_exe().unwrap();
-    let swept = std::process::Command::new(executable).arg("the_node_reaches").output().unwrap();
+    let swept = std::process::Command::new(executable).arg("node_reaches").output().unwrap();
     assert!(swept.status.success(), "{swept:?}");
     assert!(!path.exists());
 }

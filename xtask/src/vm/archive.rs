@@ -1,4 +1,5 @@
-//! Debian's archive through an apt of its own: the suites are not the machine's; mirror, proxy and keyring are.
+//! Access to Debian's archive with a separate apt configuration: its own suites, and the machine's mirror, proxy and
+//! keyring.
 
 use std::{
     fs,
@@ -8,42 +9,42 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-/// Depends on the newest kernel for virtual machines.
+/// Package that depends on the newest kernel for virtual machines.
 const META_PACKAGE: &str = "linux-image-cloud-amd64";
 const KERNEL_PACKAGES: [&str; 3] = ["linux-image-", "linux-binary-", "linux-modules-"];
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// The package lists of one suite, in a directory of their own. apt checks their signatures and every package's hash.
+/// Package lists of one suite in a separate directory. apt checks their signatures and the hash of every package.
 pub(super) struct Archive {
     config: PathBuf,
     dir: PathBuf,
     suite: &'static str,
-    /// What apt said about what it could not get.
+    /// Error messages of apt about lists that it failed to download.
     complaints: String,
 }
 
 impl Archive {
-    /// Downloads the lists of `suite` to `dir`.
+    /// Downloads the package lists of `suite` to `dir`.
     pub(super) fn open(dir: &Path, suite: &'static str) -> Result<Self> {
         for directory in ["state/lists/partial", "cache/archives/partial", "packages"] {
-            fs::create_dir_all(dir.join(directory)).context("could not make apt's directories")?;
+            fs::create_dir_all(dir.join(directory)).context("failed to create apt's directories")?;
         }
         let write = |name: &str, text: String| {
             let path = dir.join(name);
             fs::write(&path, text)
-                .with_context(|| format!("could not write {}", path.display()))
+                .with_context(|| format!("failed to write {}", path.display()))
                 .map(|()| path)
         };
         write("status", String::new())?;
         write("sources.list", Mirrors::of_machine()?.sources(suite))?;
         let config = write("apt.conf", configuration(dir, &run(Command::new("apt-config").arg("dump"))?))?;
         let mut archive = Self { config, dir: dir.to_owned(), suite, complaints: String::new() };
-        let update = archive.apt("apt-get").arg("update").output().context("could not start apt-get")?;
+        let update = archive.apt("apt-get").arg("update").output().context("failed to start apt-get")?;
         archive.complaints = String::from_utf8_lossy(&update.stderr).into_owned();
         Ok(archive)
     }
 
-    /// The packages that are the newest kernel.
+    /// Returns the packages of the newest kernel.
     pub(super) fn kernel(&self) -> Result<Vec<String>> {
         let mut packages: Vec<String> = Vec::new();
         let mut asked = META_PACKAGE.to_owned();
@@ -51,7 +52,7 @@ impl Archive {
             let answer = run(self.apt("apt-cache").args(["depends", &asked]));
             let answer = answer.with_context(|| {
                 let complaints = self.complaints.trim().replace('\n', " ");
-                format!("the suite {} can't be had from apt's mirror: {complaints}", self.suite)
+                format!("failed to get the suite {} from apt's mirror: {complaints}", self.suite)
             })?;
             for package in dependencies(&answer).filter(|package| is_kernel(package)) {
                 if packages.iter().all(|known| known != package) {
@@ -64,7 +65,7 @@ impl Archive {
             }
         }
         if packages.is_empty() {
-            bail!("{META_PACKAGE} of the suite {} names no kernel", self.suite);
+            bail!("{META_PACKAGE} of the suite {} depends on no kernel", self.suite);
         }
         Ok(packages)
     }
@@ -85,8 +86,8 @@ impl Archive {
 
 /// Unpacks all packages of `dir` below `root`.
 pub(super) fn unpack(dir: &Path, root: &Path) -> Result<()> {
-    for entry in fs::read_dir(dir).context("could not list the packages")? {
-        let path = entry.context("could not list the packages")?.path();
+    for entry in fs::read_dir(dir).context("failed to list the packages")? {
+        let path = entry.context("failed to list the packages")?.path();
         if path.extension().is_some_and(|extension| extension == "deb") {
             run(Command::new("dpkg-deb").arg("--extract").args([&path, root]))?;
         }
@@ -94,8 +95,8 @@ pub(super) fn unpack(dir: &Path, root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The configuration of an apt below `dir`. Of the machine's (`dump`) it has what is about downloading: no hook of the
-/// machine's may run.
+/// Returns the configuration of a separate apt below `dir`. Copies only download settings from the machine's
+/// configuration (`dump`), because its hooks must not run.
 fn configuration(dir: &Path, dump: &str) -> String {
     let is_about_downloading =
         |line: &&str| line.starts_with("Acquire::") && !line.starts_with("Acquire::IndexTargets");
@@ -116,7 +117,7 @@ Acquire::Languages "none";
     own + &dump.lines().filter(is_about_downloading).collect::<Vec<_>>().join("\n") + "\n"
 }
 
-/// Where the machine's apt has Debian from.
+/// Debian mirrors in the machine's apt sources.
 #[derive(Debug, Eq, PartialEq)]
 struct Mirrors {
     main: String,
@@ -128,10 +129,10 @@ impl Mirrors {
         let mut targets = Command::new("apt-get");
         targets.args(["indextargets", "--format", "$(LABEL) $(REPO_URI)", "Created-By: Packages"]);
         Self::parse(&run(&mut targets)?)
-            .context("apt has no mirror of Debian: is it in its sources, and was `apt-get update` run?")
+            .context("no Debian mirror in apt's sources: add one and run `apt-get update`")
     }
 
-    /// Of lines with a label and a URI.
+    /// Parses lines with a label and a URI.
     fn parse(targets: &str) -> Option<Self> {
         let labeled = |wanted: &str| {
             let mut targets = targets.lines().filter_map(|line| line.split_once(' '));
@@ -144,19 +145,19 @@ impl Mirrors {
         let line = |mirror: &str, suite: &str| {
             format!("deb [arch=amd64 signed-by={KEYRING}] {mirror} {suite} main\n")
         };
-        // Neither sid nor backports have security updates of their own.
+        // Neither sid nor backports have separate security updates.
         let security = self.security.as_ref().filter(|_| suite != "sid" && !suite.ends_with("-backports"));
         line(&self.main, suite)
             + &security.map(|mirror| line(mirror, &format!("{suite}-security"))).unwrap_or_default()
     }
 }
 
-/// What `apt-cache depends` says a package needs.
+/// Returns the dependencies in the output of `apt-cache depends`.
 fn dependencies(answer: &str) -> impl Iterator<Item = &str> {
     answer.lines().filter_map(|line| line.trim_start().strip_prefix("Depends: "))
 }
 
-/// Whether a package is a kernel of one version, or a part of it.
+/// Reports whether a package is a kernel of one version, or a part of it.
 fn is_kernel(package: &str) -> bool {
     KERNEL_PACKAGES.iter().any(|prefix| {
         package
@@ -165,11 +166,11 @@ fn is_kernel(package: &str) -> bool {
     })
 }
 
-/// What a command writes.
+/// Runs a command and returns its standard output.
 fn run(command: &mut Command) -> Result<String> {
     let output = command.stdin(Stdio::null()).output();
     let name = command.get_program().display().to_string();
-    let output = output.with_context(|| format!("could not start {name}"))?;
+    let output = output.with_context(|| format!("failed to start {name}"))?;
     if !output.status.success() {
         bail!("{name} failed: {}", String::from_utf8_lossy(&output.stderr).trim());
     }

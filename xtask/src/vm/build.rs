@@ -1,4 +1,4 @@
-//! What is to run in the machines, linked statically: they have no libraries.
+//! Builds of the agent and the tests. They are linked statically, because the virtual machines have no libraries.
 
 use std::{path::PathBuf, process::Stdio};
 
@@ -9,16 +9,17 @@ use crate::workspace::{artifacts, cargo, describe, root, say};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// Executables for the machines.
+/// Executables for the virtual machines.
 #[derive(Debug)]
 pub(super) struct Payload {
     pub(super) agent: PathBuf,
-    /// Each of the package's test executables, by its name.
+    /// Name and path of each test executable.
     pub(super) tests: Vec<(String, PathBuf)>,
 }
 
 impl Payload {
-    /// Compiles the agent, and the test executables that `filter` names; all of them if it has parts of tests' names.
+    /// Compiles the agent and the test executables that `filter` names. Compiles all of them if the filter contains
+    /// parts of test names.
     pub(super) fn build(filter: &[String]) -> Result<Self> {
         let mut build = cargo("build");
         let are_all_executables = !filter.is_empty() && filter.iter().all(|name| is_executable(name));
@@ -42,12 +43,12 @@ impl Payload {
             .stderr(Stdio::inherit());
         let what = describe(&build);
         say(&what);
-        let output = build.output().with_context(|| format!("could not start {what}"))?;
+        let output = build.output().with_context(|| format!("failed to start {what}"))?;
         if !output.status.success() {
             bail!("{what} failed ({})", output.status);
         }
         Self::from_messages(&String::from_utf8_lossy(&output.stdout))
-            .with_context(|| format!("{what} made no agent"))
+            .with_context(|| format!("{what} built no agent"))
     }
 
     fn from_messages(messages: &str) -> Option<Self> {
@@ -72,7 +73,7 @@ fn is_executable(name: &str) -> bool {
     is_plain && (tests.join(name).join("main.rs").is_file() || tests.join(format!("{name}.rs")).is_file())
 }
 
-/// What cargo says of something that it has compiled.
+/// A JSON message of cargo about a compiled target.
 #[derive(Deserialize)]
 struct Message {
     target: Target,

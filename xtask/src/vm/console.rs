@@ -1,4 +1,4 @@
-//! What a machine's console tells.
+//! Parser of a virtual machine's console.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -7,56 +7,41 @@ use std::{
 
 use imds_tests::{SKIPPED, WHOLE_TEST};
 use serde::Serialize;
-use serde_json::Value;
 
-/// All that one told.
+/// Information from the console of one machine.
 #[derive(Debug, Default)]
 pub(super) struct Guest {
-    /// Whether it was given a filter, and so does not look what the agent takes.
+    /// The run has a filter and does not determine the kernel features that the agent uses.
     pub(super) is_brief: bool,
     pub(super) release: Option<String>,
-    /// What the agent and the tests were built from.
-    pub(super) commit: Option<String>,
-    /// How many times less was done of the longest tests.
-    pub(super) divisor: Option<u32>,
-    /// What `doctor` reports.
-    pub(super) doctor: Option<Value>,
-    /// What else the kernel has or lacks.
-    pub(super) capabilities: BTreeMap<String, String>,
-    /// What the agent makes use of where it may choose.
+    /// Features that the agent uses on this kernel, by the names of guest.sh.
     pub(super) took: BTreeMap<String, String>,
     pub(super) executables: BTreeMap<String, Executable>,
-    /// What began and did not end.
-    pub(super) unfinished: Option<String>,
-    /// How the machine ended, where whoever ran it saw that.
-    pub(super) end: Option<String>,
     pub(super) complaints: Vec<String>,
-    /// Whether init came to its end, and found no fault.
+    /// Result of init, `None` if it did not reach its end.
     pub(super) result: Option<bool>,
     pub(super) lines: Vec<String>,
 }
 
-/// What one test executable told.
+/// Results of one test executable.
 #[derive(Debug, Default, Serialize)]
 pub(super) struct Executable {
-    /// Whether it was to run all its tests.
-    pub(super) is_whole: bool,
     pub(super) passed: BTreeSet<String>,
     pub(super) failed: BTreeSet<String>,
     pub(super) ignored: usize,
-    /// Tests that ran nothing, with their reasons.
+    /// Tests that were skipped as a whole, with their reasons.
     pub(super) skipped: BTreeMap<String, String>,
-    /// Tests that left out a part, with their reasons.
+    /// Tests that were skipped in part, with their reasons.
     pub(super) in_part: BTreeMap<String, String>,
     pub(super) code: Option<i32>,
-    /// How long it took by the machine's own clock.
+    /// Duration by the machine's own clock.
     pub(super) seconds: Option<u64>,
     #[serde(skip)]
     pub(super) output: BTreeMap<String, Vec<String>>,
 }
 
 impl Guest {
-    /// Reads the console of guest.sh.
+    /// Parses the console output of guest.sh.
     pub(super) fn from_console(console: &str) -> Self {
         let mut guest = Self::default();
         let (mut executable, mut shown_test) = (Executable::default(), None);
@@ -64,27 +49,16 @@ impl Guest {
             let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
             match word {
                 "@kernel" => guest.release = Some(rest.to_owned()),
-                "@commit" => guest.commit = Some(rest.to_owned()),
-                "@divisor" => guest.divisor = rest.parse().ok(),
-                "@doctor" => guest.doctor = serde_json::from_str(rest).ok(),
-                "@capability" => guest.capabilities.extend(pair(rest)),
                 "@took" => guest.took.extend(pair(rest)),
-                "@machine" => guest.end = Some(rest.to_owned()),
                 "@brief" => guest.is_brief = true,
                 "@complaint" => guest.complaints.push(rest.to_owned()),
-                "@begin" => {
-                    let mut words = rest.split(' ');
-                    guest.unfinished = words.next().map(str::to_owned);
-                    let is_whole = words.all(|argument| argument.is_empty() || argument.starts_with("--"));
-                    (executable, shown_test) = (Executable { is_whole, ..Executable::default() }, None);
-                }
+                "@begin" => (executable, shown_test) = (Executable::default(), None),
                 "@end" => {
                     let mut words = rest.split(' ');
                     let name = words.next().unwrap_or_default().to_owned();
                     executable.code = words.next().and_then(|code| code.parse().ok());
                     executable.seconds = words.next().and_then(|seconds| seconds.parse().ok());
                     guest.executables.insert(name, std::mem::take(&mut executable));
-                    guest.unfinished = None;
                 }
                 "TEST-RC=0" => guest.result = Some(true),
                 "TEST-RC=1" => guest.result = Some(false),
@@ -96,13 +70,13 @@ impl Guest {
     }
 }
 
-/// Of `WHAT: HOW`.
+/// Parses `NAME: VALUE`.
 fn pair(text: &str) -> Option<(String, String)> {
     text.split_once(": ").map(|(what, how)| (what.to_owned(), how.to_owned()))
 }
 
 impl Executable {
-    /// Reads a line of libtest's. `shown_test` is the one whose output the line may be of.
+    /// Parses a line of libtest. `shown_test` is the test whose output is printed at this point.
     fn read(&mut self, line: &str, shown_test: &mut Option<String>) {
         if let Some(name) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
             *shown_test = Some(name.to_owned());
@@ -128,14 +102,9 @@ impl Executable {
         }
     }
 
-    /// How many tests passed that ran something.
+    /// Returns the number of passed tests, without those that were skipped as a whole.
     pub(super) fn passed(&self) -> usize {
         self.passed.iter().filter(|test| !self.skipped.contains_key(*test)).count()
-    }
-
-    /// How many failed; all in one, where it ended otherwise than by its tests.
-    pub(super) fn failures(&self) -> usize {
-        self.failed.len().max(usize::from(self.code != Some(0)))
     }
 
     pub(super) fn is_empty(&self) -> bool {

@@ -1,5 +1,5 @@
 #!/tools/busybox sh
-# Runs the tests as the only process of a virtual machine. What the machine's console shows is read by console.rs.
+# Runs the tests as the init process of a virtual machine. console.rs parses the output on the machine's console.
 
 /tools/busybox mkdir -p /bin /dev /proc /run /sys /tmp
 /tools/busybox --install -s /bin
@@ -15,13 +15,13 @@ mount -t tmpfs run /run
 mount -t bpf bpf /sys/fs/bpf
 mount -t cgroup2 cgroup /sys/fs/cgroup
 echo "@kernel $(uname -r)"
-# Nobody else gathers entropy here: the kernel makes some of its own for who reads, but not for who polls, as a test may.
+# No other program collects entropy here. The kernel generates some for a read, but not for a poll, as in a test.
 head -c 1 /dev/random > /dev/null
 
-# Namespaces of tests get no tunnel devices that they did not ask for.
+# New network namespaces must not get fallback tunnel devices.
 echo 1 > /proc/sys/net/core/fb_tunnels_only_for_init_net
 while read -r module; do
-    insmod "/modules/$module.ko" || echo "@complaint the module $module can't be loaded"
+    insmod "/modules/$module.ko" || echo "@complaint failed to load the module $module"
 done < /modules/order
 # busybox's shell prefers its own `ip`.
 /tools/ip link set lo up
@@ -29,29 +29,28 @@ done < /modules/order
 while read -r variable; do
     export "$variable"
 done < /environment
-# Nobody else has this machine: tests may break it.
+# The machine exists for the tests only, which may therefore change it.
 export IMDS_DISPOSABLE=1
-echo "@divisor $IMDS_TEST_DIVISOR"
-echo "@commit $(cat /commit)"
-sh /capabilities.sh /imds-agent
+# Lists the features of this kernel on the console.
+/imds-agent doctor
 
 if [ -e /brief ]; then
     echo "@brief"
 else
-    # What the agent makes use of where it may choose.
+    # Prints the features that the agent uses where it has a choice.
     /tools/ip netns add pod
     /tools/ip link add pod0 type veth peer name eth0 netns pod
     if ! /imds-agent run --once; then
-        # So would every test.
-        echo "@complaint the agent can't be started: $(/imds-agent run --once 2>&1 | tail -n 1)"
+        # Every test would fail as well.
+        echo "@complaint failed to start the agent: $(/imds-agent run --once 2>&1 | tail -n 1)"
         echo "TEST-RC=1"
         poweroff -f
     fi
     pins=/sys/fs/bpf/imds
-    # One line for each object, of which the attachment of from_pod to the pod's interface is one.
-    guard=$(/imds-agent status -o json | tr -d ' \n' | tr '{' '\n' \
+    # One line for each JSON object. One of them is the attachment of from_pod to the pod's interface.
+    attach_mode=$(/imds-agent status -o json | tr -d ' \n' | tr '{' '\n' \
         | sed -n '/"hook":"from_pod"/s/.*"attach_mode":"\([a-z]*\)".*/\1/p' | head -n 1)
-    echo "@took guard: $guard"
+    echo "@took attach_mode: $attach_mode"
     case $(bpftool -j map dump pinned $pins/maps/imds_policy) in
         *'"netns_cookie":0'[,}]*) echo "@took node: initial namespace" ;;
         *'"netns_cookie":'*) echo "@took node: cookie" ;;

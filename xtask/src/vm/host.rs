@@ -1,4 +1,4 @@
-//! The same on this machine's own kernel: not emulated, and nothing that may break the machine.
+//! Runs the tests on this machine's own kernel without emulation. Tests that may harm the machine are skipped.
 
 use std::{
     fs::{self, File},
@@ -12,22 +12,16 @@ use nix::{sys::utsname::uname, unistd::Uid};
 
 use super::plan::{Plan, Planned};
 
-const CAPABILITIES: &str = include_str!("capabilities.sh");
-
-/// Runs all that is planned and writes to `log` what a machine's console would show. Tells each test executable that ended.
+/// Runs the planned tests and writes the same output to `log` as a machine's console. Calls `tell` with the name of
+/// each finished executable.
 pub(super) fn run(plan: &Plan, log: &Path, mut tell: impl FnMut(&str)) -> Result<()> {
     if !Uid::effective().is_root() {
-        bail!("the tests load BPF programs and make network namespaces: run them as root");
+        bail!("the tests load BPF programs and create network namespaces: run them as root");
     }
-    let release = uname().context("could not ask for the kernel's release")?;
-    let start = format!(
-        "@kernel {}\n@divisor 1\n@commit {}\n{}",
-        release.release().display(),
-        plan.commit,
-        if plan.is_brief { "@brief\n" } else { "" }
-    );
-    fs::write(log, start).with_context(|| format!("could not write {}", log.display()))?;
-    execute(Command::new("sh").args(["-c", CAPABILITIES, "sh"]).arg(&plan.agent), log)?;
+    let release = uname().context("failed to get the kernel release")?;
+    let brief = if plan.is_brief { "@brief\n" } else { "" };
+    let start = format!("@kernel {}\n{brief}", release.release().display());
+    fs::write(log, start).with_context(|| format!("failed to write {}", log.display()))?;
     let mut is_good = true;
     for planned in &plan.tests {
         is_good &= run_one(planned, &plan.agent, log)?;
@@ -47,21 +41,21 @@ fn run_one(planned: &Planned, agent: &Path, log: &Path) -> Result<bool> {
     Ok(code == 0)
 }
 
-/// Adds a line to a console.
-pub(super) fn append(log: &Path, line: &str) -> Result<()> {
+/// Appends a line to a log.
+fn append(log: &Path, line: &str) -> Result<()> {
     let written = open(log)
         .and_then(|mut log| Ok(std::io::Write::write_all(&mut log, format!("{line}\n").as_bytes())?));
-    written.with_context(|| format!("could not write {}", log.display()))
+    written.with_context(|| format!("failed to write {}", log.display()))
 }
 
 fn open(log: &Path) -> Result<File> {
     Ok(File::options().append(true).open(log)?)
 }
 
-/// Runs a command, all of whose output goes to the console.
+/// Runs a command and appends its output to the log.
 fn execute(command: &mut Command, log: &Path) -> Result<i32> {
     let (output, errors) = (open(log)?, open(log)?);
     let status = command.stdin(Stdio::null()).stdout(output).stderr(errors).status();
-    let status = status.with_context(|| format!("could not start {}", command.get_program().display()))?;
+    let status = status.with_context(|| format!("failed to start {}", command.get_program().display()))?;
     Ok(status.code().unwrap_or(-1))
 }

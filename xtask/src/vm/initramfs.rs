@@ -1,4 +1,4 @@
-//! The machine's only file system.
+//! The initramfs, which is the only file system of a virtual machine.
 
 use std::{
     collections::BTreeSet,
@@ -12,19 +12,17 @@ use anyhow::{Context as _, Result, bail};
 use super::{kernels::Kernel, modules, plan::Plan, tools::Tools};
 
 const INIT: &[u8] = include_bytes!("guest.sh");
-const CAPABILITIES: &[u8] = include_bytes!("capabilities.sh");
-/// Programs of this machine that the tests start. With busybox alone there would be no `ip link add type veth`, and its
-/// shell prefers its own `setpriv`, as its `unshare` does its own shell.
+/// Programs of this machine that the tests run. busybox lacks `ip link add type veth`, and its shell prefers its
+/// built-in `setpriv`, as its `unshare` prefers its own shell.
 const TOOLS: [&str; 9] = ["bpftool", "busybox", "ip", "nft", "nsenter", "setpriv", "sh", "tc", "unshare"];
 
 const DIRECTORY: u32 = 0o040_755;
 const EXECUTABLE: u32 = 0o100_755;
 
-/// All that runs with `kernel`.
+/// Builds the archive of all files that run with `kernel`.
 pub(super) fn archive(programs: &Tools, kernel: &Kernel, plan: &Plan) -> Result<Vec<u8>> {
     let mut cpio = Cpio::default();
     cpio.add("init", INIT);
-    cpio.add("capabilities.sh", CAPABILITIES);
     for tool in TOOLS {
         let path = programs.find(tool)?;
         cpio.copy(&format!("tools/{tool}"), &path)?;
@@ -46,7 +44,6 @@ pub(super) fn archive(programs: &Tools, kernel: &Kernel, plan: &Plan) -> Result<
     if plan.is_brief {
         cpio.add("brief", &[]);
     }
-    cpio.add("commit", plan.commit.as_bytes());
     cpio.add("environment", lines(plan.environment.iter().map(String::as_str)).as_bytes());
     Ok(cpio.finish())
 }
@@ -55,23 +52,23 @@ fn lines<'a>(items: impl Iterator<Item = &'a str>) -> String {
     items.flat_map(|item| [item, "\n"]).collect()
 }
 
-/// What a program needs to start, as the dynamic linker says.
+/// Returns the libraries of a program, according to the dynamic linker.
 fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
     let output =
-        Command::new("ldd").arg(program).env("LC_ALL", "C").output().context("could not start ldd")?;
+        Command::new("ldd").arg(program).env("LC_ALL", "C").output().context("failed to start ldd")?;
     let text = String::from_utf8_lossy(&output.stdout);
     if text.contains("not found") {
-        bail!("{} lacks libraries: {text}", program.display());
+        bail!("{} has missing libraries: {text}", program.display());
     }
     Ok(parse_ldd(&text))
 }
 
-/// Of `NAME => PATH (ADDRESS)` and `PATH (ADDRESS)`; a static program's has none.
+/// Parses lines of the forms `NAME => PATH (ADDRESS)` and `PATH (ADDRESS)`. Static programs have none.
 fn parse_ldd(text: &str) -> Vec<PathBuf> {
     text.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect()
 }
 
-/// A file system in the kernel's own format: "newc" (Documentation/driver-api/early-userspace/buffer-format.rst).
+/// An archive in the kernel's "newc" format (Documentation/driver-api/early-userspace/buffer-format.rst).
 #[derive(Debug, Default)]
 struct Cpio {
     bytes: Vec<u8>,
@@ -79,7 +76,7 @@ struct Cpio {
 }
 
 impl Cpio {
-    /// Adds an executable with the directories above it, where it is not there yet.
+    /// Adds an executable, and its parent directories if they are missing.
     fn add(&mut self, path: &str, content: &[u8]) {
         let path = path.trim_start_matches('/');
         for (end, _) in path.match_indices('/') {
@@ -89,7 +86,7 @@ impl Cpio {
     }
 
     fn copy(&mut self, path: &str, from: &Path) -> Result<()> {
-        let content = fs::read(from).with_context(|| format!("could not read {}", from.display()))?;
+        let content = fs::read(from).with_context(|| format!("failed to read {}", from.display()))?;
         self.add(path, &content);
         Ok(())
     }
@@ -103,7 +100,7 @@ impl Cpio {
         if !self.paths.insert(path.to_owned()) {
             return;
         }
-        // Inode, mode, owner, group, links, time, size, two device numbers of two words, name's size, checksum.
+        // Inode, mode, owner, group, links, time, size, two device numbers of two words, length of the name, checksum.
         let header =
             [self.paths.len(), mode as usize, 0, 0, 1, 0, content.len(), 0, 0, 0, 0, path.len() + 1, 0];
         self.bytes.extend_from_slice(b"070701");

@@ -11,7 +11,7 @@ use clap::ValueEnum;
 use super::archive::Archive;
 use crate::{cache, workspace::say};
 
-/// A kernel series, and how it can guard.
+/// A kernel series that is tested.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd, ValueEnum)]
 pub(super) enum Line {
     #[value(name = "5.10")]
@@ -22,16 +22,16 @@ pub(super) enum Line {
     V6_12,
     #[value(name = "7")]
     V7,
-    /// That of the machine itself, which is not emulated.
+    /// The kernel of this machine, which is not emulated.
     #[value(name = "this")]
     This,
 }
 
 impl Line {
-    /// Those that can be had everywhere.
+    /// Series that are available as Debian packages.
     pub(super) const DEBIANS: [Self; 4] = [Self::V5_10, Self::V6_1, Self::V6_12, Self::V7];
 
-    /// The release of Debian that has it.
+    /// Returns the Debian suite that has this kernel.
     const fn suite(self) -> Option<&'static str> {
         match self {
             Self::V5_10 => Some("bullseye"),
@@ -42,20 +42,25 @@ impl Line {
         }
     }
 
-    /// What the agent has to make use of there where it may choose, by the names of guest.sh: TCX came with 6.6, namespaces'
-    /// cookies with 5.14, and for TC programs with 6.13.
+    /// Returns the features that the agent must use on this kernel, by the names of guest.sh. TCX exists since 6.6,
+    /// netns cookies of sockets since 5.14, and netns cookies in TC programs since 6.13.
     pub(super) fn takes(self) -> Vec<(&'static str, &'static str)> {
-        let (guard, node, node_egress) = match self {
+        let (attach_mode, node, node_egress) = match self {
             Self::V5_10 => ("clsact", "initial namespace", "ifindex"),
             Self::V6_1 => ("clsact", "cookie", "ifindex"),
             Self::V6_12 => ("tcx", "cookie", "ifindex"),
             Self::V7 => ("tcx", "cookie", "cookie"),
             Self::This => return Vec::new(),
         };
-        vec![("guard", guard), ("node", node), ("node_egress", node_egress), ("events", "ringbuf")]
+        vec![
+            ("attach_mode", attach_mode),
+            ("node", node),
+            ("node_egress", node_egress),
+            ("events", "ringbuf"),
+        ]
     }
 
-    /// Whether it lacks anything that a test may be about.
+    /// Reports whether the kernel lacks a feature that a test needs.
     pub(super) const fn may_skip(self) -> bool {
         !matches!(self, Self::V7)
     }
@@ -67,7 +72,7 @@ impl fmt::Display for Line {
     }
 }
 
-/// A kernel on this machine's disk.
+/// A kernel that is unpacked in the cache.
 #[derive(Debug)]
 pub(super) struct Kernel {
     pub(super) line: Line,
@@ -77,16 +82,17 @@ pub(super) struct Kernel {
 }
 
 impl Kernel {
-    /// The kernel in `cache`, downloaded where it is not there yet or the user wants it anew.
+    /// Returns the kernel in `cache`. Downloads it if it is missing or `refresh` is set.
     pub(super) fn get(line: Line, cache: &Path, refresh: bool) -> Result<Self> {
         let dir = cache.join("kernels").join(line.to_string());
         if refresh || !dir.exists() {
-            download(line, &dir).with_context(|| format!("could not get kernel {line}"))?;
+            download(line, &dir).with_context(|| format!("failed to get kernel {line}"))?;
         }
-        Self::find(line, &dir).with_context(|| format!("{} is no kernel: remove it", dir.display()))
+        Self::find(line, &dir)
+            .with_context(|| format!("{} does not contain a kernel: remove it", dir.display()))
     }
 
-    /// Where the packages of any suite put it.
+    /// Finds the kernel in either directory layout of Debian's packages.
     fn find(line: Line, dir: &Path) -> Option<Self> {
         let mut entries = ["lib/modules", "usr/lib/modules"]
             .into_iter()
@@ -103,7 +109,7 @@ impl Kernel {
 fn download(line: Line, dir: &Path) -> Result<()> {
     say(format_args!("downloading kernel {line}"));
     cache::make(dir, |root, staging| {
-        let suite = line.suite().context("it is in no release of Debian")?;
+        let suite = line.suite().context("no Debian suite has this kernel")?;
         let archive = Archive::open(&staging.join("apt"), suite)?;
         archive.unpack(&archive.kernel()?, root)
     })

@@ -16,18 +16,18 @@ use super::tools::Tools;
 
 const POLL: Duration = Duration::from_millis(50);
 
-/// What a machine is made of.
+/// Parameters of a virtual machine.
 #[derive(Debug)]
 pub(super) struct Machine<'a> {
     pub(super) kernel: &'a Path,
     pub(super) initramfs: &'a Path,
     pub(super) accel: &'a str,
-    /// Where its console goes.
+    /// File that receives the console output.
     pub(super) log: &'a Path,
     pub(super) timeout: Duration,
 }
 
-/// How a machine ended. QEMU's exit code says no more than that it ran, also after a panic of the kernel.
+/// Kind of a machine's end. QEMU's exit code is the same after a panic of the kernel.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum End {
     ByItself,
@@ -44,18 +44,19 @@ impl fmt::Display for End {
 }
 
 impl Machine<'_> {
-    /// Runs it until it powers off, and tells each line of its console.
+    /// Runs the machine until it powers off. Calls `tell` with each complete line of its console.
     pub(super) fn run(&self, tools: &Tools, mut tell: impl FnMut(&str)) -> Result<End> {
         let console =
-            File::create(self.log).with_context(|| format!("could not write {}", self.log.display()))?;
+            File::create(self.log).with_context(|| format!("failed to write {}", self.log.display()))?;
         let mut command = tools.qemu()?;
-        // One processor: with two, each a thread of QEMU 7.2's TCG, Linux 7.2 panicked in two of four runs of the tests
-        // that attach to TCX ("Oops: int3", in code that it was patching); with two in one thread, in none of four.
+        // One CPU: with two CPUs in separate threads of QEMU 7.2's TCG, Linux 7.2 panicked in two of four runs of the
+        // tests that attach to TCX ("Oops: int3", in code that it was patching). With two CPUs in one thread, it
+        // panicked in none of four runs.
         if self.accel == "tcg" {
-            // The machine's time is the number of instructions that it ran: a deadline is as long for a busy host as for
-            // an idle one, and nobody waits while the machine does.
+            // The clock of the machine counts executed instructions, so that deadlines do not depend on the load of the
+            // host, and idle time costs nothing.
             command.args(["-icount", "shift=2,sleep=off"]);
-            // Without AVX, which takes many more instructions to emulate than it saves.
+            // Without AVX, whose emulation takes more instructions than it saves.
             command.args(["-cpu", "qemu64"]);
         } else {
             command.args(["-cpu", "max"]);
@@ -71,12 +72,12 @@ impl Machine<'_> {
             .stdin(Stdio::null())
             .stdout(console);
         let mut console = Console::open(self.log)?;
-        let mut child = command.spawn().context("could not start QEMU")?;
+        let mut child = command.spawn().context("failed to start QEMU")?;
         let start = Instant::now();
-        while child.try_wait().context("could not wait for QEMU")?.is_none() {
+        while child.try_wait().context("failed to wait for QEMU")?.is_none() {
             if start.elapsed() > self.timeout {
-                child.kill().context("could not stop QEMU")?;
-                child.wait().context("could not wait for QEMU")?;
+                child.kill().context("failed to stop QEMU")?;
+                child.wait().context("failed to wait for QEMU")?;
                 return Ok(End::TimedOut(self.timeout));
             }
             console.read(&mut tell)?;
@@ -87,21 +88,21 @@ impl Machine<'_> {
     }
 }
 
-/// A console that is still written to.
+/// A console to which the machine is still writing.
 struct Console {
     log: File,
-    /// A line without its end.
+    /// Incomplete last line.
     rest: Vec<u8>,
 }
 
 impl Console {
     fn open(log: &Path) -> Result<Self> {
-        let log = File::open(log).with_context(|| format!("could not read {}", log.display()))?;
+        let log = File::open(log).with_context(|| format!("failed to read {}", log.display()))?;
         Ok(Self { log, rest: Vec::new() })
     }
 
     fn read(&mut self, mut tell: impl FnMut(&str)) -> Result<()> {
-        self.log.read_to_end(&mut self.rest).context("could not read a console")?;
+        self.log.read_to_end(&mut self.rest).context("failed to read a console")?;
         if let Some(end) = self.rest.iter().rposition(|&byte| byte == b'\n') {
             let lines: Vec<u8> = self.rest.drain(..=end).collect();
             String::from_utf8_lossy(&lines).lines().for_each(|line| tell(line.trim_end()));

@@ -1,16 +1,15 @@
-//! The tests on other kernels: each a virtual machine, with nothing in it but the agent, the tests and what they start.
+//! The command `cargo xtask vm`: tests on other kernels in virtual machines that contain only the agent, the tests and
+//! their programs.
 
 mod archive;
 mod build;
 mod console;
-mod document;
 mod host;
 mod initramfs;
 mod kernels;
 mod machine;
 mod modules;
 mod plan;
-mod records;
 mod report;
 mod tools;
 
@@ -39,60 +38,55 @@ use plan::Plan;
 use report::Row;
 use tools::Tools;
 
-/// Run the tests of the agent on other kernels: Debian's, in virtual machines
+/// Run the tests on other kernels: Debian's, in virtual machines
 ///
-/// The kernels, and QEMU where it is not installed, are downloaded once, from the mirror that apt uses.
+/// The kernels, and QEMU if it is not installed, are downloaded once from apt's mirror.
 #[derive(clap::Args)]
-#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 pub(crate) struct Vm {
-    /// One of the kernels, or this machine's own; repeat it for more. Without, all of Debian's
+    /// Kernel to test, `this` for this machine's own; may be repeated [default: all of Debian's]
     #[arg(long = "kernel", value_enum, value_name = "VERSION")]
     lines: Vec<Line>,
-    /// Run a selection, less of the longest tests, and each with one way of attaching
+    /// Run a selection of tests with fewer repetitions and one attach mode
     #[arg(long)]
     quick: bool,
-    /// How to show the results
+    /// Output format
     #[arg(short, long, value_enum, value_name = "FORMAT", default_value_t)]
     output: Output,
-    /// Only download what it takes, where it is not there yet
+    /// Only download the missing kernels and tools
     #[arg(long, conflicts_with_all = ["quick", "output", "filter"])]
     fetch: bool,
-    /// Write docs/kernels.md, of what the newest runs told that left nothing out of a test executable; none is started
-    #[arg(long, conflicts_with_all = ["lines", "quick", "output", "fetch", "refresh", "filter"])]
-    document: bool,
-    /// Look for newer versions of the kernels than those that were downloaded
+    /// Look for newer versions of the downloaded kernels
     #[arg(long)]
     refresh: bool,
-    /// How many times less of the longest tests is done than where nothing is emulated [default: 4, or 20 with --quick]
+    /// Divisor of the repetitions in the longest tests [default: 4, or 20 with --quick]
     #[arg(long, value_name = "TIMES")]
     divisor: Option<NonZero<u32>>,
-    /// After how many minutes a machine is stopped
+    /// Time limit of a machine in minutes
     #[arg(long, value_name = "MINUTES", default_value_t = 60)]
     timeout: u64,
-    /// What QEMU runs the machines with: tcg works everywhere, kvm is much faster where it works
+    /// QEMU accelerator: tcg works everywhere, kvm is much faster if it works
     #[arg(long, value_name = "ACCELERATOR", default_value = "tcg")]
     accel: String,
-    /// Names of tests, in whole or in part, or of test executables
+    /// Parts of test names, or names of test executables
     #[arg(last = true)]
     filter: Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
 enum Output {
-    /// For people
+    /// Aligned columns.
     #[default]
     Table,
-    /// For programs
+    /// One JSON document.
     Json,
 }
 
 impl Vm {
     pub(crate) fn run(mut self) -> Result<ExitCode> {
         if env::consts::ARCH != "x86_64" {
-            bail!("the machines are x86_64 ones, and so must this one be that compiles for them");
-        }
-        if self.document {
-            return document::write(&artifacts("vm")?);
+            bail!(
+                "the virtual machines are x86_64, and this machine must be too in order to compile for them"
+            );
         }
         if self.lines.is_empty() {
             self.lines = Line::DEBIANS.to_vec();
@@ -122,10 +116,10 @@ impl Vm {
         Ok(if is_good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 
-    /// Runs as many machines at a time as there are processors: each has one.
+    /// Runs as many machines concurrently as there are CPUs. Each machine has one.
     fn run_all(&self, kernels: Vec<Result<Option<Kernel>>>, plan: &Plan, tools: &Tools) -> Result<Vec<Row>> {
         let results = artifacts("vm")?;
-        // Taken from its end: the newest kernels skip the least, and so take longest.
+        // Taken from the end: the newest kernels skip the fewest tests and take longest.
         let queue = Mutex::new(kernels.into_iter().zip(&self.lines).collect::<Vec<_>>());
         let rows = Mutex::new(Vec::new());
         thread::scope(|scope| {
@@ -147,7 +141,7 @@ impl Vm {
         Ok(rows)
     }
 
-    /// Runs what is planned in a machine with `kernel`, or on this one.
+    /// Runs the plan in a machine with `kernel`, or on this machine if it is `None`.
     fn run_one(
         &self,
         line: Line,
@@ -156,7 +150,7 @@ impl Vm {
         tools: &Tools,
         results: &Path,
     ) -> Result<Row> {
-        let log = records::new_console(results, line);
+        let log = results.join(format!("kernel-{line}.log"));
         let start = Instant::now();
         let mut count = 0;
         let ended = |name: &str| {
@@ -171,13 +165,8 @@ impl Vm {
             host::run(plan, &log, ended)?;
             End::ByItself
         };
-        let console = fs::read(&log).with_context(|| format!("could not read {}", log.display()))?;
+        let console = fs::read(&log).with_context(|| format!("failed to read {}", log.display()))?;
         let guest = Guest::from_console(&String::from_utf8_lossy(&console));
-        if guest.result.is_none() {
-            host::append(&log, &format!("\n@machine {end}"))?;
-        } else if plan.is_whole {
-            records::forget_before(results, line, &log)?;
-        }
         let row = Row::new(line, guest, plan.names(), end, start.elapsed());
         say(format_args!("kernel {line}: {row}"));
         Ok(row)
@@ -194,7 +183,7 @@ impl Vm {
     ) -> Result<End> {
         let line = kernel.line;
         let archive = initramfs::archive(tools, kernel, plan)?;
-        fs::write(initramfs, archive).with_context(|| format!("could not write {}", initramfs.display()))?;
+        fs::write(initramfs, archive).with_context(|| format!("failed to write {}", initramfs.display()))?;
         say(format_args!("kernel {line} ({}) starts; its console is {}", kernel.release, log.display()));
         let machine = Machine {
             kernel: &kernel.vmlinuz,

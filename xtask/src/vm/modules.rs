@@ -1,4 +1,4 @@
-//! Kernel modules, in the order in which the kernel takes them.
+//! Kernel modules in load order.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-/// What the tests use, or may. Where a kernel has one built in or not at all, there is no such file.
+/// Modules that the tests may need. A kernel has no file for a module that is built in or missing.
 const WANTED: [&str; 54] = [
     "act_gact",
     "act_mirred",
@@ -67,17 +67,17 @@ const WANTED: [&str; 54] = [
     "xt_tcpudp",
 ];
 
-/// A module, ready for insmod.
+/// A module for insmod.
 #[derive(Debug)]
 pub(super) struct Module {
     pub(super) name: String,
     pub(super) content: Vec<u8>,
 }
 
-/// The wanted modules below `dir`, each after those that it needs.
+/// Returns the needed modules below `dir`, each after its dependencies.
 pub(super) fn load_order(dir: &Path) -> Result<Vec<Module>> {
     let mut files = BTreeMap::new();
-    collect(dir, &mut files).with_context(|| format!("could not list {}", dir.display()))?;
+    collect(dir, &mut files).with_context(|| format!("failed to list {}", dir.display()))?;
     let mut order = Order { files, seen: BTreeSet::new(), modules: Vec::new() };
     for name in WANTED {
         order.add(name)?;
@@ -97,7 +97,7 @@ impl Order {
         if !self.seen.insert(name.to_owned()) {
             return Ok(());
         }
-        let content = read(&path).with_context(|| format!("could not read {}", path.display()))?;
+        let content = read(&path).with_context(|| format!("failed to read {}", path.display()))?;
         for needed in needs(&content) {
             self.add(&needed)?;
         }
@@ -119,7 +119,7 @@ fn collect(dir: &Path, files: &mut BTreeMap<String, PathBuf>) -> io::Result<()> 
     Ok(())
 }
 
-/// The kernel's name of a module: that of its file may have hyphens.
+/// Returns the kernel's name of a module. File names may contain hyphens instead of underscores.
 fn canonical(name: &str) -> String {
     name.replace('-', "_")
 }
@@ -135,7 +135,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
-/// The modules that a module names as its needs: `depends=a,b` among the strings of its section `.modinfo`.
+/// Returns the dependencies of a module: `depends=a,b` in its section `.modinfo`.
 fn needs(module: &[u8]) -> Vec<String> {
     const KEY: &[u8] = b"\0depends=";
     let Some(start) = module.windows(KEY.len()).position(|window| window == KEY) else { return Vec::new() };

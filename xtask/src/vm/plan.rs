@@ -1,4 +1,4 @@
-//! Which tests run, and how much of each.
+//! Selection of tests, and number of their repetitions.
 
 use std::{
     num::NonZero,
@@ -10,15 +10,14 @@ use anyhow::{Context as _, Result, bail};
 use imds_tests::EFFORT;
 
 use super::build::Payload;
-use crate::build::commit;
 
-/// How many times less of the longest tests is done than on a machine that is not emulated.
+/// Divisor of repetitions in an emulated machine.
 const DIVISOR: u32 = 4;
-/// The same with `--quick`.
+/// Divisor of repetitions with `--quick`.
 const QUICK_DIVISOR: u32 = 20;
-/// The tests of `--quick`, by executable and parts of their names; all of an executable's where there are none. Each
-/// hook alone and all of them, every program before the kernel's verifier, answers, IPv6, and devices that only some
-/// kernels have: what else there is differs less from kernel to kernel.
+/// Tests of `--quick`, by executable and parts of their names. They cover each hook alone and all hooks, the verifier
+/// on every program, replies, IPv6, and devices that only some kernels have. Other behaviour differs less between
+/// kernels.
 const QUICK: [(&str, &[&str]); 7] = [
     ("answers", &["earlier_connection_is_reset", "reply_at_node_egress"]),
     ("bypass", &["calls::tcp_and_udp", "links::ipvlan_in_layer_2", "services::service_with_endpoint"]),
@@ -29,35 +28,32 @@ const QUICK: [(&str, &[&str]); 7] = [
     ("test_run", &["every_packet_to_endpoint", "verifier_instructions"]),
 ];
 
-/// What tests are ignored but here, each of which takes the machine for itself: those of `cargo xtask faults`.
+/// The executable of `cargo xtask faults` and its options: its tests are ignored otherwise, and each needs the machine
+/// for itself.
 const FAULTS: (&str, &[&str]) = ("faults", &["--include-ignored", "--test-threads=1"]);
 
-/// What a machine is to do.
+/// Work of one machine.
 #[derive(Debug)]
 pub(super) struct Plan {
     pub(super) agent: PathBuf,
     pub(super) tests: Vec<Planned>,
-    /// What the agent and the tests were built from.
-    pub(super) commit: String,
-    /// Variables of the tests' environment, as `NAME=VALUE`.
+    /// Variables in the environment of the tests, as `NAME=VALUE`.
     pub(super) environment: Vec<String>,
-    /// Whether it is about a few tests, and not about what the agent makes use of on each kernel.
+    /// The run has a filter, and does not determine the features that the agent uses.
     pub(super) is_brief: bool,
-    /// Whether it is all tests, and as much of each as there is time for.
-    pub(super) is_whole: bool,
 }
 
-/// A test executable.
+/// A test executable with its filter.
 #[derive(Debug)]
 pub(super) struct Planned {
     pub(super) name: String,
     pub(super) path: PathBuf,
-    /// Parts of names of those of its tests that are to run; all, where there are none.
+    /// Parts of names of the tests to run. All tests run if this is empty.
     pub(super) filter: Vec<String>,
 }
 
 impl Plan {
-    /// All tests, those of `filter` (parts of tests' names, or names of executables), or `is_quick` ones.
+    /// Selects all tests, those of `filter` (parts of test names, or names of executables), or those of `--quick`.
     pub(super) fn new(
         payload: Payload,
         filter: &[String],
@@ -67,9 +63,9 @@ impl Plan {
         let is_there = |name: &str| payload.tests.iter().any(|(there, _)| there == name);
         let missing = QUICK.iter().find(|(name, _)| !is_there(name));
         if let Some((name, _)) = missing.filter(|_| filter.is_empty()) {
-            bail!("there is no test executable {name} any more, of which the quick tests are to be");
+            bail!("unknown test executable {name} in the selection of --quick");
         }
-        // What names an executable is no part of a test's name.
+        // Names of executables are not parts of test names.
         let parts: Vec<_> = filter.iter().filter(|&part| !is_there(part)).cloned().collect();
         let mut tests = Vec::new();
         for (name, path) in payload.tests {
@@ -85,45 +81,44 @@ impl Plan {
             tests.extend(planned);
         }
         if tests.is_empty() {
-            bail!("no test executable is called {0}, and no test has it in its name", filter.join(" or "));
+            bail!("no test executable and no test matches {0}", filter.join(" or "));
         }
         let usual = if is_quick { QUICK_DIVISOR } else { DIVISOR };
         let divisor = divisor.map_or(usual, NonZero::get);
         let environment = vec![format!("{EFFORT}={divisor}")];
         let is_brief = !filter.is_empty();
-        let is_whole = !is_brief && !is_quick;
-        Ok(Self { agent: payload.agent, tests, commit: commit(), environment, is_brief, is_whole })
+        Ok(Self { agent: payload.agent, tests, environment, is_brief })
     }
 
-    /// The test executables' names.
+    /// Returns the names of the test executables.
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
         self.tests.iter().map(|planned| planned.name.as_str())
     }
 }
 
 impl Planned {
-    /// What it is started with.
+    /// Returns the arguments of the executable.
     pub(super) fn arguments(&self) -> impl Iterator<Item = &str> {
         let options = if self.name == FAULTS.0 { FAULTS.1 } else { &[] };
         options.iter().copied().chain(self.filter.iter().map(String::as_str))
     }
 
-    /// What of it is quick, if anything is.
+    /// Restricts the executable to its tests of `--quick`. Returns `None` if it has none.
     fn quick(self) -> Result<Option<Self>> {
         let Some((name, parts)) = QUICK.iter().find(|(name, _)| *name == self.name) else { return Ok(None) };
         for part in *parts {
             if !has_tests(&self.path, &[(*part).to_owned()])? {
-                bail!("{name} has no test {part} any more, which is to be among the quick ones");
+                bail!("{name} has no test {part}, which --quick selects");
             }
         }
         Ok(Some(Self { filter: parts.iter().map(|&part| part.to_owned()).collect(), ..self }))
     }
 }
 
-/// Whether an executable has tests of these names: it runs here, too.
+/// Reports whether an executable has tests with these names, by running it on this machine.
 fn has_tests(executable: &Path, filter: &[String]) -> Result<bool> {
     let mut list = Command::new(executable);
     let output = list.args(["--list", "--format", "terse"]).args(filter).output();
-    let output = output.with_context(|| format!("could not start {}", executable.display()))?;
+    let output = output.with_context(|| format!("failed to start {}", executable.display()))?;
     Ok(String::from_utf8_lossy(&output.stdout).lines().any(|line| line.ends_with(": test")))
 }

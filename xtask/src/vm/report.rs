@@ -1,4 +1,4 @@
-//! What is made of what the machines told.
+//! Results of all machines as a table and as JSON.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,21 +15,21 @@ use super::{
     machine::End,
 };
 
-/// How much of a failed test's output is shown, and of a console that ends unexpectedly.
+/// Number of lines that are shown of a failed test's output, and of a console that ends unexpectedly.
 const TAIL: usize = 20;
 
-/// A kernel, and all that is wrong there.
+/// Results of a kernel.
 #[derive(Debug)]
 pub(super) struct Row {
     pub(super) line: Line,
     guest: Guest,
     duration: Duration,
-    /// One each, and what belongs to it.
+    /// Failures, each with its output.
     pub(super) complaints: Vec<String>,
 }
 
 impl Row {
-    /// Judges a machine that was given the executables `expected`.
+    /// Checks the results of a machine that should have run the executables `expected`.
     pub(super) fn new<'a>(
         line: Line,
         guest: Guest,
@@ -44,7 +44,7 @@ impl Row {
         for (what, wanted) in line.takes() {
             let took = guest.took.get(what).map_or("nothing", String::as_str);
             if took != wanted && !guest.is_brief {
-                complaints.push(format!("{what}: the agent takes {took}, not {wanted}"));
+                complaints.push(format!("{what}: the agent uses {took}, expected {wanted}"));
             }
         }
         for name in expected {
@@ -57,14 +57,14 @@ impl Row {
             complaints.push("no test ran".to_owned());
         }
         if guest.result.is_none() {
-            complaints.push(with_tail(&format!("the machine {end}; its last words:"), &guest.lines));
+            complaints.push(with_tail(&format!("the machine {end}; end of its console:"), &guest.lines));
         } else if guest.result == Some(false) && complaints.is_empty() {
-            complaints.push("init found a fault".to_owned());
+            complaints.push("init reported a failure".to_owned());
         }
         Self { line, guest, duration, complaints }
     }
 
-    /// A kernel that could not even be started.
+    /// Creates the row of a kernel that failed to start.
     pub(super) fn failed(line: Line, error: String) -> Self {
         Self { line, guest: Guest::default(), duration: Duration::ZERO, complaints: vec![error] }
     }
@@ -85,7 +85,7 @@ impl Executable {
             complaints.push(format!("{name} ended with {:?}", self.code));
         }
         if !line.may_skip() {
-            // Devices take an `ip` that knows them, too, which is this machine's, and not all tools are taken along.
+            // Support for a device also depends on this machine's `ip`, and the machines contain few programs.
             let is_of_kernel =
                 |reason: &str| !reason.contains(" devices ") && !reason.starts_with("there is no ");
             let faults = self.skipped.iter().filter(|(_, reason)| is_of_kernel(reason));
@@ -107,18 +107,18 @@ impl fmt::Display for Row {
         write!(f, "{passed} passed, {skipped} skipped, {failed} failed in {seconds} s")?;
         match self.complaints.len() {
             0 => Ok(()),
-            complaints => write!(f, "; {complaints} complaints"),
+            complaints => write!(f, "; {complaints} failures"),
         }
     }
 }
 
-/// What is wrong, and the last of the lines that tell more.
+/// Appends the last lines of an output to a failure.
 fn with_tail(complaint: &str, lines: &[String]) -> String {
     let tail = &lines[lines.len().saturating_sub(TAIL)..];
     iter::once(complaint).chain(tail.iter().map(String::as_str)).collect::<Vec<_>>().join("\n    ")
 }
 
-/// All kernels beside each other, why tests were skipped, and what is wrong.
+/// Formats the results: a column per kernel, the reasons of skipped tests, and the failures.
 pub(super) fn table(rows: &[Row]) -> String {
     let executables: BTreeSet<_> = rows.iter().flat_map(|row| row.guest.executables.keys()).collect();
     let unknown = || "?".to_owned();
@@ -161,7 +161,7 @@ pub(super) fn table(rows: &[Row]) -> String {
     text
 }
 
-/// The same for programs.
+/// Returns the results as JSON.
 pub(super) fn json(rows: &[Row]) -> Value {
     let kernels: Vec<_> = rows
         .iter()
@@ -179,15 +179,15 @@ pub(super) fn json(rows: &[Row]) -> Value {
     json!({ "schema": 1, "kernels": kernels })
 }
 
-/// Tests that did not run all that they have.
+/// Skipped tests.
 #[derive(Debug, Default)]
 struct LeftOut {
-    /// Those that ran nothing, with the kernels on which they did not.
+    /// Tests that were skipped as a whole, with their kernels.
     whole: BTreeMap<String, Vec<String>>,
     in_part: BTreeSet<String>,
 }
 
-/// What was left out for each reason.
+/// Groups skipped tests by reason.
 fn left_out(rows: &[Row]) -> BTreeMap<&str, LeftOut> {
     let mut all: BTreeMap<&str, LeftOut> = BTreeMap::new();
     for row in rows {
@@ -208,10 +208,11 @@ fn left_out(rows: &[Row]) -> BTreeMap<&str, LeftOut> {
 mod tests {
     use super::*;
 
-    const START: &str = "SeaBIOS\r\n@kernel 5.10.0\r\n@took guard: clsact\r\n@took node: initial namespace\r
+    const START: &str =
+        "SeaBIOS\r\n@kernel 5.10.0\r\n@took attach_mode: clsact\r\n@took node: initial namespace\r
 @took node_egress: ifindex\r\n@took events: ringbuf\r\n";
-    /// Of the same, on a newer kernel.
-    const START_6_1: &str = "@kernel 6.1.0\r\n@took guard: clsact\r\n@took node: cookie\r
+    /// Start of a console with a newer kernel.
+    const START_6_1: &str = "@kernel 6.1.0\r\n@took attach_mode: clsact\r\n@took node: cookie\r
 @took node_egress: ifindex\r\n@took events: ringbuf\r\n";
     const UNLOAD: &str = "@begin unload\r
 running 3 tests\r
@@ -258,7 +259,7 @@ test result: FAILED. 1 passed; 1 failed\r
         assert_eq!(good.complaints, [""; 0]);
         assert_eq!(good.to_string(), "1 passed, 1 skipped, 0 failed in 60 s");
         let table = table(&[good]);
-        let start = "KERNEL       5.10.0\nevents       ringbuf\nguard        clsact\nnode         initial namespace\n\
+        let start = "KERNEL       5.10.0\nattach_mode  clsact\nevents       ringbuf\nnode         initial namespace\n\
              node_egress  ifindex\nunload       1 passed, 1 skipped, 1 ignored\nseconds      60\n";
         assert!(table.starts_with(start), "{table}");
         assert!(
@@ -276,9 +277,9 @@ test result: FAILED. 1 passed; 1 failed\r
         assert_eq!(
             complaints,
             [
-                "guard: the agent takes clsact, not tcx",
-                "node: the agent takes initial namespace, not cookie",
-                "node_egress: the agent takes ifindex, not cookie",
+                "attach_mode: the agent uses clsact, expected tcx",
+                "node: the agent uses initial namespace, expected cookie",
+                "node_egress: the agent uses ifindex, expected cookie",
                 "unload: tcx_alone was skipped: no TCX on this kernel"
             ]
         );
@@ -286,8 +287,8 @@ test result: FAILED. 1 passed; 1 failed\r
 
     #[test]
     fn failed_start_hides_other_failures() {
-        let console = "@kernel 6.1.0\r\n@complaint the agent can't be started: no\r\nTEST-RC=1\r\n";
-        assert_eq!(row(Line::V6_1, console, &["follow"]).complaints, ["the agent can't be started: no"]);
+        let console = "@kernel 6.1.0\r\n@complaint failed to start the agent: no\r\nTEST-RC=1\r\n";
+        assert_eq!(row(Line::V6_1, console, &["follow"]).complaints, ["failed to start the agent: no"]);
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! QEMU and what runs in its machines. What this machine lacks is unpacked in the cache: nothing is installed, as
-//! Debian's QEMU may conflict with something that is.
+//! QEMU and programs for its machines. Missing ones are unpacked in the cache and not installed, because Debian's QEMU
+//! may conflict with an installed package.
 
 use std::{
     env,
@@ -14,26 +14,26 @@ use super::archive::{Archive, unpack};
 use crate::{apt, cache, workspace::say};
 
 const QEMU: &str = "qemu-system-x86_64";
-/// Programs, and Debian's packages that have them.
+/// Programs and their Debian packages.
 const PROGRAMS: [(&str, &str); 2] = [(QEMU, "qemu-system-x86"), ("busybox", "busybox-static")];
-/// A version of iproute2 that has options for netkit devices and starts with the libraries of Debian 12, and its suite.
+/// A version of iproute2 that supports netkit devices and runs with the libraries of Debian 12, and its suite.
 const IPROUTE2: (&str, &str) = ("iproute2", "bookworm-backports");
-/// Kind of devices that an `ip` without such options does not list.
+/// Device type that older versions of `ip` do not list.
 const NEWEST_KIND: &str = "netkit";
 const BINARIES: [&str; 4] = ["usr/bin", "bin", "usr/sbin", "sbin"];
 const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
 
-/// The programs of this machine, and those in the cache.
+/// Programs of this machine and in the cache.
 #[derive(Debug)]
 pub(super) struct Tools {
     host: Host,
     unpacked: PathBuf,
-    /// Programs that are preferred to the machine's own.
+    /// Directory of programs that take precedence over the machine's.
     newer: Option<PathBuf>,
 }
 
 impl Tools {
-    /// Downloads what is neither here nor in `cache`.
+    /// Downloads programs that are neither installed nor in `cache`.
     pub(super) fn get(cache: &Path) -> Result<Self> {
         let mut tools = Self { host: Host::current(), unpacked: cache.join("tools"), newer: None };
         let lacking: Vec<_> = PROGRAMS
@@ -49,7 +49,7 @@ impl Tools {
                 apt::download(&lacking, &packages)?;
                 unpack(&packages, root)
             })
-            .with_context(|| format!("could not get {names}"))?;
+            .with_context(|| format!("failed to get {names}"))?;
         }
         if !tools.knows_newest_kind()? {
             tools.newer = Some(get_iproute2(cache)?);
@@ -64,23 +64,26 @@ impl Tools {
         Ok([help.stdout, help.stderr].iter().any(|text| String::from_utf8_lossy(text).contains(NEWEST_KIND)))
     }
 
-    /// The program of that name.
+    /// Returns the path of a program.
     pub(super) fn find(&self, program: &str) -> Result<PathBuf> {
         let below = |root: &PathBuf| {
             BINARIES.map(|dir| root.join(dir).join(program)).into_iter().find(|path| path.is_file())
         };
         let newer = self.newer.as_ref().and_then(below);
         let found = newer.or_else(|| self.host.find(program)).or_else(|| below(&self.unpacked));
-        found.with_context(|| format!("there is no {program}"))
+        found.with_context(|| format!("{program} is not installed"))
     }
 
-    /// QEMU, with its libraries and its firmware.
+    /// Returns a command that runs QEMU with its libraries and firmware.
     pub(super) fn qemu(&self) -> Result<Command> {
         let path = self.find(QEMU)?;
         let mut command = Command::new(&path);
         if path.starts_with(&self.unpacked) {
             let libraries = LIBRARIES.map(|dir| self.unpacked.join(dir));
-            command.env("LD_LIBRARY_PATH", env::join_paths(libraries).context("no path of libraries")?);
+            command.env(
+                "LD_LIBRARY_PATH",
+                env::join_paths(libraries).context("failed to build the library path")?,
+            );
             for firmware in ["qemu", "seabios"] {
                 command.arg("-L").arg(self.unpacked.join("usr/share").join(firmware));
             }
@@ -89,7 +92,7 @@ impl Tools {
     }
 }
 
-/// Downloads [`IPROUTE2`] where it is not in `cache` yet, and returns its directory.
+/// Downloads [`IPROUTE2`] if it is missing in `cache`, and returns its directory.
 fn get_iproute2(cache: &Path) -> Result<PathBuf> {
     let (package, suite) = IPROUTE2;
     let dir = cache.join(package);
