@@ -1,4 +1,4 @@
-//! Debian's package manager.
+//! Debian's package manager apt.
 
 use std::{
     fs,
@@ -10,26 +10,26 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::workspace::execute;
 
-/// Installs packages, and their lists first where those do not know them.
+/// Installs packages. Updates the package lists first if a package is unknown.
 pub(crate) fn install(packages: &[String]) -> Result<()> {
     ensure_known(packages)?;
-    // A package of the user's that conflicts is his to remove.
+    // Does not remove conflicting packages, which only the user may do.
     let mut install = apt_get(&["install", "--yes", "--no-install-recommends", "--no-remove"]);
     execute(install.args(packages))
-        .context("could not install packages: if apt-get could not fetch them, run `apt-get update` first")
+        .context("failed to install packages: if apt-get failed to fetch them, run `apt-get update` first")
 }
 
-/// Downloads packages to `dir`, with all that they need and the machine does not have. Changes nothing else, and so
-/// minds neither locks nor conflicts.
+/// Downloads packages and their missing dependencies to `dir`. Changes nothing else, and therefore ignores locks and
+/// conflicts.
 pub(crate) fn download(packages: &[String], dir: &Path) -> Result<()> {
     ensure_known(packages)?;
     let partial = dir.join("partial");
-    fs::create_dir_all(&partial).with_context(|| format!("could not make {}", partial.display()))?;
+    fs::create_dir_all(&partial).with_context(|| format!("failed to create {}", partial.display()))?;
     let mut download = apt_get(&["install", "--yes", "--no-install-recommends", "--download-only"]);
     download.args(["-o", "Debug::NoLocking=true", "-o", "APT::Sandbox::User="]);
     download.arg("-o").arg(format!("Dir::Cache::Archives={}", dir.display()));
     execute(download.args(packages))
-        .context("could not download packages: is this machine online? If so, run `apt-get update` first")
+        .context("failed to download packages: is this machine online? If so, run `apt-get update` first")
 }
 
 fn ensure_known(packages: &[String]) -> Result<()> {
@@ -39,14 +39,14 @@ fn ensure_known(packages: &[String]) -> Result<()> {
         unknown = without_candidate(packages)?;
     }
     if !unknown.is_empty() {
-        bail!("this distribution has no {}, Debian 12 with its security updates has", unknown.join(", "));
+        bail!("this distribution has no {} (Debian 12 with security updates does)", unknown.join(", "));
     }
     Ok(())
 }
 
 fn apt_get(arguments: &[&str]) -> Command {
     let mut apt_get = Command::new("apt-get");
-    // Another apt-get, such as unattended-upgrades, is waited for.
+    // Waits for another apt-get, such as unattended-upgrades.
     apt_get.args(arguments).args(["-o", "DPkg::Lock::Timeout=300"]);
     apt_get.env("DEBIAN_FRONTEND", "noninteractive").stdin(Stdio::null()).stdout(Stdio::null());
     apt_get
@@ -59,7 +59,7 @@ fn without_candidate(packages: &[String]) -> Result<Vec<&str>> {
         .args(packages)
         .env("LC_ALL", "C")
         .output()
-        .context("could not start apt-cache")?;
+        .context("failed to start apt-cache")?;
     if !output.status.success() {
         bail!("apt-cache policy failed: {}", String::from_utf8_lossy(&output.stderr).trim());
     }
@@ -67,7 +67,7 @@ fn without_candidate(packages: &[String]) -> Result<Vec<&str>> {
     Ok(packages.iter().map(String::as_str).filter(|package| !has_candidate(&policy, package)).collect())
 }
 
-/// Whether the output of `apt-cache policy` names a version of `package` that could be installed.
+/// Reports whether the output of `apt-cache policy` has an installable version of `package`.
 fn has_candidate(policy: &str, package: &str) -> bool {
     let mut lines = policy.lines().skip_while(|line| line.strip_suffix(':') != Some(package)).skip(1);
     lines

@@ -1,4 +1,4 @@
-//! The benchmarks.
+//! The command `cargo xtask bench`.
 
 use std::{
     fs,
@@ -13,13 +13,14 @@ use crate::{
     workspace::{cargo, describe, execute, root, say},
 };
 
-/// Measure the agent and its programs, beside what does nothing and what others use; needs root, takes half an hour on a
-/// machine that does nothing else
+/// Run the benchmarks of the agent and its programs; needs root, takes half an hour on an otherwise idle machine
+///
+/// The benchmarks compare the agent with empty programs, iptables and nftables.
 #[derive(clap::Args)]
 pub(crate) struct Bench {
-    /// Only this one: `test_run` for the programs alone, `speed` for packets beside others' guards, `churn` for new
-    /// pods, `flood` for new pods beside a flood of denied packets, `scale` for up to 1,000 pods, `footprint` for an agent at
-    /// rest
+    /// Name of one benchmark: `test_run` for the programs alone, `speed` for packets beside other mechanisms, `churn`
+    /// for new pods, `flood` for new pods beside a flood of denied packets, `scale` for up to 1,000 pods, `footprint`
+    /// for an idle agent
     name: Option<String>,
     /// Write the results to docs/benchmarks.md, with plots
     #[arg(long)]
@@ -27,14 +28,14 @@ pub(crate) struct Bench {
 }
 
 const ALL: [&str; 6] = ["test_run", "speed", "churn", "flood", "scale", "footprint"];
-/// Names the directory that the benchmarks write plots to.
+/// Environment variable with the directory of the plots.
 const PLOTS: &str = "IMDS_BENCH_PLOTS";
 
 impl Bench {
     pub(crate) fn run(self) -> Result<ExitCode> {
         let names = match &self.name {
             Some(name) if !ALL.contains(&name.as_str()) => {
-                bail!("there is no {name}, only {}", ALL.join(", "))
+                bail!("unknown benchmark {name}, expected one of {}", ALL.join(", "))
             }
             Some(name) => vec![name.as_str()],
             None => ALL.to_vec(),
@@ -54,7 +55,7 @@ impl Bench {
         Ok(ExitCode::SUCCESS)
     }
 
-    /// What a benchmark writes.
+    /// Runs a benchmark and returns its output.
     fn measure(&self, name: &str) -> Result<String> {
         let mut bench = cargo("bench");
         bench
@@ -65,26 +66,26 @@ impl Bench {
         }
         let what = describe(&bench);
         say(&what);
-        let output = bench.output().with_context(|| format!("could not start {what}"))?;
+        let output = bench.output().with_context(|| format!("failed to start {what}"))?;
         if !output.status.success() {
             bail!("{what} failed ({})", output.status);
         }
-        String::from_utf8(output.stdout).with_context(|| format!("{what} wrote no text"))
+        String::from_utf8(output.stdout).with_context(|| format!("the output of {what} is not UTF-8"))
     }
 }
 
-/// Puts results in their place in the document.
+/// Replaces the results of a benchmark in the document.
 fn write_down(name: &str, results: &str) -> Result<()> {
     let path = root().join("docs/benchmarks.md");
-    let text = fs::read_to_string(&path).with_context(|| format!("could not read {}", path.display()))?;
+    let text = fs::read_to_string(&path).with_context(|| format!("failed to read {}", path.display()))?;
     let text = with_results(&text, name, results)
-        .with_context(|| format!("{} has no place for {name}", path.display()))?;
-    fs::write(&path, text).with_context(|| format!("could not write {}", path.display()))?;
-    say(format_args!("{} has the results", path.display()));
+        .with_context(|| format!("{} has no section for {name}", path.display()))?;
+    fs::write(&path, text).with_context(|| format!("failed to write {}", path.display()))?;
+    say(format_args!("wrote the results to {}", path.display()));
     Ok(())
 }
 
-/// `text` with other results between the comments that are about `name`.
+/// Returns `text` with new results between the comments of the benchmark `name`.
 fn with_results(text: &str, name: &str, results: &str) -> Option<String> {
     let (begin, end) = (format!("<!-- cargo xtask bench {name} --document -->\n"), "<!-- end -->");
     let (before, rest) = text.split_once(&begin)?;

@@ -1,4 +1,4 @@
-//! The agent's binary.
+//! The command `cargo xtask build`.
 
 use std::{
     path::PathBuf,
@@ -12,19 +12,19 @@ use crate::{
     workspace::{artifacts, cargo, execute, root, say},
 };
 
-/// Build the agent: one binary with the BPF programs inside, in target/release
+/// Build the agent in target/release, one binary that contains the BPF programs
 #[derive(clap::Args)]
 pub(crate) struct Build {}
 
 impl Build {
     pub(crate) fn run(self) -> Result<ExitCode> {
         let Self {} = self;
-        say(format_args!("the agent is {}", release()?.display()));
+        say(format_args!("built {}", release()?.display()));
         Ok(ExitCode::SUCCESS)
     }
 }
 
-/// Builds the agent for use, and returns where it is.
+/// Builds the agent in release mode and returns its path.
 pub(crate) fn release() -> Result<PathBuf> {
     let agent = artifacts("release")?.join("imds-agent");
     setup::ensure(Purpose::Build)?;
@@ -32,7 +32,7 @@ pub(crate) fn release() -> Result<PathBuf> {
     Ok(agent)
 }
 
-/// The commit that is built, with `-dirty` behind it where files were changed since; `unknown` without git.
+/// Returns the current commit, with the suffix `-dirty` if files were changed since, or `unknown` without git.
 pub(crate) fn commit() -> String {
     let git = |arguments: &[&str]| {
         let output = Command::new("git").args(arguments).current_dir(root()).output().ok()?;

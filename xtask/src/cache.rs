@@ -1,4 +1,4 @@
-//! What was downloaded, outside of the workspace for it to outlive this one.
+//! Cache of downloads, which is outside of the workspace in order to survive it.
 
 use std::{
     env, fs,
@@ -8,31 +8,31 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-/// Its directory.
+/// Returns the cache directory of this project.
 pub(crate) fn dir() -> Result<PathBuf> {
     let below = |variable| env::var_os(variable).map(PathBuf::from).filter(|path| path.is_absolute());
     let base = below("XDG_CACHE_HOME").or_else(|| Some(below("HOME")?.join(".cache")));
     Ok(base.context("neither XDG_CACHE_HOME nor HOME is set")?.join("imds-agent"))
 }
 
-/// Makes `dir` anew, whole or not at all: `fill` is given a directory for what is to be in it, and one for the rest.
+/// Replaces `dir` atomically. `fill` gets a directory for its new content, and one for temporary files.
 pub(crate) fn make(dir: &Path, fill: impl FnOnce(&Path, &Path) -> Result<()>) -> Result<()> {
     let staging = Staging(dir.with_added_extension(process::id().to_string()));
     let root = staging.0.join("root");
-    fs::create_dir_all(&root).with_context(|| format!("could not make {}", root.display()))?;
+    fs::create_dir_all(&root).with_context(|| format!("failed to create {}", root.display()))?;
     fill(&root, &staging.0)?;
     if dir.exists() {
-        fs::remove_dir_all(dir).with_context(|| format!("could not remove {}", dir.display()))?;
+        fs::remove_dir_all(dir).with_context(|| format!("failed to remove {}", dir.display()))?;
     }
-    fs::rename(&root, dir).with_context(|| format!("could not make {}", dir.display()))
+    fs::rename(&root, dir).with_context(|| format!("failed to create {}", dir.display()))
 }
 
-/// A directory that is removed when dropped.
+/// A directory that is removed on drop.
 struct Staging(PathBuf);
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        // Left behind where it fails: it is only a cache.
+        // Ignores errors: leftovers in the cache do no harm.
         let _ = fs::remove_dir_all(&self.0);
     }
 }

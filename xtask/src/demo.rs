@@ -1,4 +1,4 @@
-//! The agent at work on a node that is made of network namespaces.
+//! The command `cargo xtask demo`.
 
 use std::{io::ErrorKind, net::Ipv4Addr, process::ExitCode, thread};
 
@@ -22,7 +22,7 @@ use crate::{
     workspace::say,
 };
 
-/// Show the agent at work: a node, two pods and a metadata service, made of network namespaces and removed again
+/// Demonstrate the agent on a node, two pods and a metadata service in temporary network namespaces
 #[derive(clap::Args)]
 pub(crate) struct Demo {}
 
@@ -30,17 +30,17 @@ impl Demo {
     pub(crate) fn run(self) -> Result<ExitCode> {
         let Self {} = self;
         if !Uid::effective().is_root() {
-            bail!("the demo makes network namespaces: run it as root");
+            bail!("the demo creates network namespaces: run it as root");
         }
         setup::ensure(Purpose::Test)?;
         let agent = build::release()?;
         let interrupt = Interrupt::new()?;
 
-        say("making a node with two pods, and a metadata service behind its uplink");
+        say("creating a node with two pods, and a metadata service beyond its uplink");
         let world = World::new().with_agent(agent);
         let pods = [world.add_pod(PodLink::Routed), world.add_pod(PodLink::Bridged)];
         let probes = probes(&world, &pods);
-        // Where the agent guards sockets: here too, and nowhere else on this machine.
+        // Runs in the cgroup to which the agent attaches its socket programs.
         let observe = || world.in_cgroup(|| observe(&probes, &interrupt));
         let before = observe()?;
 
@@ -72,12 +72,12 @@ impl Demo {
             let cells = [before[index], during[index], killed[index], after[index]];
             row(probe.from, &probe.to.to_string(), cells);
         }
-        println!("\nimds-agent status, while it ran:\n\n{}", String::from_utf8_lossy(&status.stdout));
+        println!("\nimds-agent status while the agent ran:\n\n{}", String::from_utf8_lossy(&status.stdout));
         Ok(ExitCode::SUCCESS)
     }
 }
 
-/// Somebody who asks for a document.
+/// A sender of HTTP requests.
 struct Probe<'a> {
     from: &'static str,
     netns: &'a Netns,
@@ -88,12 +88,12 @@ struct Probe<'a> {
 fn probes<'a>(world: &'a World, [routed, bridged]: &'a [Pod; 2]) -> Vec<Probe<'a>> {
     let probe = |from, netns, in_container, to| Probe { from, netns, in_container, to };
     vec![
-        probe("pod with a routed link", &routed.netns, true, METADATA),
-        probe("pod on a bridge", &bridged.netns, true, METADATA),
+        probe("routed pod", &routed.netns, true, METADATA),
+        probe("bridged pod", &bridged.netns, true, METADATA),
         probe("pod with hostNetwork", &world.node, true, METADATA),
         probe("process of the node", &world.node, false, METADATA),
-        probe("pod with a routed link", &routed.netns, true, SERVICE),
-        probe("pod on a bridge", &bridged.netns, true, SERVICE),
+        probe("routed pod", &routed.netns, true, SERVICE),
+        probe("bridged pod", &bridged.netns, true, SERVICE),
     ]
 }
 
@@ -107,14 +107,14 @@ impl Probe<'_> {
         let outcome = thread::scope(|scope| {
             let asking = scope.spawn(|| {
                 if self.in_container {
-                    // All that a container has of its own but the network, which is the pod's or the node's.
+                    // A container has these namespaces of its own. The network namespace is the pod's or the node's.
                     unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)?;
                 }
                 Ok::<_, nix::Error>(http_get(self.netns, self.to, SHORT))
             });
             asking.join().expect("probes do not panic")
         });
-        Ok(match outcome.context("could not make a container's namespaces")? {
+        Ok(match outcome.context("failed to create the namespaces of a container")? {
             Outcome::Answer(_) => "200 OK",
             Outcome::Timeout => "no answer",
             Outcome::Refused => "refused",
@@ -124,24 +124,24 @@ impl Probe<'_> {
     }
 }
 
-/// Ctrl-C and its like, taken at the next step: the world's namespaces are then removed on the way out.
+/// Termination signals, which are handled between two steps, so that the namespaces are removed before the exit.
 struct Interrupt {
     signals: SignalFd,
 }
 
 impl Interrupt {
-    /// Blocks the signals for this thread and for all that it starts from now on.
+    /// Blocks the signals for this thread and for threads that it starts later.
     fn new() -> Result<Self> {
         let blocked: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
-        blocked.thread_block().context("could not block signals")?;
+        blocked.thread_block().context("failed to block signals")?;
         let signals =
-            SignalFd::with_flags(&blocked, SfdFlags::SFD_NONBLOCK).context("could not open a signalfd")?;
+            SignalFd::with_flags(&blocked, SfdFlags::SFD_NONBLOCK).context("failed to open a signalfd")?;
         Ok(Self { signals })
     }
 
     fn check(&self) -> Result<()> {
-        if self.signals.read_signal().context("could not read a signal")?.is_some() {
-            bail!("interrupted: everything is removed");
+        if self.signals.read_signal().context("failed to read a signal")?.is_some() {
+            bail!("interrupted; removing everything");
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! What is depended on.
+//! The command `cargo xtask deny`.
 
 use std::process::{Command, ExitCode};
 
@@ -9,11 +9,11 @@ use crate::{
     workspace::{cargo, execute, root, say},
 };
 
-/// Check licences, sources and versions of all crates that are depended on, and known vulnerabilities where their
-/// database can be had; `deny.toml` says what is allowed
+/// Check licences, sources and versions of all dependencies, and known vulnerabilities if the database is available;
+/// `deny.toml` has the rules
 #[derive(clap::Args)]
 pub(crate) struct Deny {
-    /// Fail where the database can't be had
+    /// Fail if the advisory database is not available
     #[arg(long)]
     advisories: bool,
 }
@@ -23,12 +23,12 @@ impl Deny {
         setup::ensure(Purpose::Deny)?;
         execute(deny(&["check"]).args(["bans", "licenses", "sources"]))?;
         match execute(&mut deny(&["fetch", "db"])) {
-            // It was just fetched.
+            // Offline, because the database was just fetched.
             Ok(()) => execute(deny(&["--offline", "check"]).arg("advisories"))?,
             Err(error) if self.advisories => {
-                return Err(error).context("RustSec's database can't be had");
+                return Err(error).context("failed to fetch the RustSec database");
             }
-            Err(_) => say("advisories were NOT checked: RustSec's database can't be had"),
+            Err(_) => say("advisories were NOT checked: failed to fetch the RustSec database"),
         }
         Ok(ExitCode::SUCCESS)
     }

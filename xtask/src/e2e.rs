@@ -1,4 +1,4 @@
-//! What is shipped, as it is used.
+//! The command `cargo xtask e2e`.
 
 use std::{
     fs,
@@ -17,23 +17,25 @@ use crate::{
     workspace::{cargo, execute, say},
 };
 
-/// What a machine of the tests has besides Debian's base.
+/// Packages of the test machine in addition to Debian's base.
 const PACKAGES: &str = "systemd,systemd-sysv,dbus,iproute2,procps";
 
-/// Name of the test executable that runs programs of others, as the first filter.
+/// First filter that selects the tests with real software, and the name of their executable.
 const REAL: &str = "real";
-/// Tests of the other executable that run pods, and need nothing that is shipped.
-const POD_TESTS: [&str; 3] = ["containerd_and", "one_pod_is_exempt", "none_of_a_hundred"];
+/// Tests of the other executable that run pods and need no release artifact.
+const POD_TESTS: [&str; 3] = ["containerd_with", "single_pod_is_exempt", "hundred_churning"];
 
-/// Try what is shipped: the package on machines with systemd, the image and the agent on pods of podman and containerd;
-/// needs root, takes some minutes. `e2e real` runs the tests with programs of others instead: CNI plugins, nft, iptables,
-/// tc, Open vSwitch, and podman and containerd if they are installed
+/// Test the release artifacts: the package on machines with systemd, the image and the agent on pods of podman and
+/// containerd; needs root, takes some minutes
+///
+/// `e2e real` runs the tests with real software instead: CNI plugins, nft, iptables, tc, Open vSwitch, and podman and
+/// containerd if they are installed.
 #[derive(clap::Args)]
 pub(crate) struct EndToEnd {
-    /// Try what is in target/dist already
+    /// Test the existing artifacts in target/dist
     #[arg(long)]
     no_build: bool,
-    /// `real`, or names of tests, in whole or in part, and options of the test binary such as --nocapture
+    /// `real`, or parts of test names, and options of the test binary such as --nocapture
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     filter: Vec<String>,
 }
@@ -41,7 +43,7 @@ pub(crate) struct EndToEnd {
 impl EndToEnd {
     pub(crate) fn run(self) -> Result<ExitCode> {
         if !Uid::effective().is_root() {
-            bail!("the tests make machines of namespaces: run them as root");
+            bail!("the tests create machines in namespaces: run them as root");
         }
         if let Some((REAL, filter)) = self.filter.split_first().map(|(first, rest)| (first.as_str(), rest)) {
             return real(filter);
@@ -60,7 +62,7 @@ impl EndToEnd {
     }
 }
 
-/// Runs the tests with programs of others, the long ones too.
+/// Runs the tests with real software, including the long ones.
 fn real(filter: &[String]) -> Result<ExitCode> {
     let agent = test::prepare()?;
     let test = |executable: &str| {
@@ -79,19 +81,19 @@ fn real(filter: &[String]) -> Result<ExitCode> {
 }
 
 fn debootstrap(root: &Path) -> Result<()> {
-    say("making a Debian root: this takes a minute");
+    say("creating a Debian root: this takes a minute");
     let mut debootstrap = Command::new("debootstrap");
     debootstrap.args(["--variant=minbase", "--include", PACKAGES, "bookworm"]).arg(root);
     debootstrap.stdout(Stdio::null());
-    execute(&mut debootstrap).context("could not make a Debian root: is this machine online?")
+    execute(&mut debootstrap).context("failed to create a Debian root: is this machine online?")
 }
 
-/// The one Debian package in `dir`.
+/// Returns the only Debian package in `dir`.
 fn package(dir: &Path) -> Result<PathBuf> {
-    let entries = fs::read_dir(dir).with_context(|| format!("could not list {}", dir.display()))?;
+    let entries = fs::read_dir(dir).with_context(|| format!("failed to list {}", dir.display()))?;
     let mut packages = entries.flatten().map(|entry| entry.path());
     let is_package = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "deb");
     packages
         .find(is_package)
-        .with_context(|| format!("there is no .deb in {}: run it without --no-build", dir.display()))
+        .with_context(|| format!("no .deb in {}: run the command without --no-build", dir.display()))
 }

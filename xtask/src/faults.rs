@@ -1,4 +1,4 @@
-//! The fault suite.
+//! The command `cargo xtask faults`.
 
 use std::{
     path::PathBuf,
@@ -12,13 +12,13 @@ use crate::{
     workspace::{artifacts, cargo, execute, root},
 };
 
-/// Run the tests that break things while pods send, and tell in numbers what each did; needs root, takes some minutes
+/// Run the tests that inject faults while pods send, and print numbers of each; needs root, takes some minutes
 #[derive(clap::Args)]
 pub(crate) struct Faults {
-    /// Have the agent of this tag or commit take turns with this one, too, where versions take over from each other
+    /// Alternate with the agent of this tag or commit in tests of version changes
     #[arg(long, value_name = "REVISION")]
     previous: Option<String>,
-    /// Names of tests, in whole or in part, and options of the test binary such as --nocapture
+    /// Parts of test names, and options of the test binary such as --nocapture
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     filter: Vec<String>,
 }
@@ -28,7 +28,7 @@ impl Faults {
         let agent = test::prepare()?;
         let mut test = cargo("test");
         test.args(HOST_CRATES).args(["--test", "faults", "--", "--include-ignored", "--show-output"]);
-        // Each has the machine for itself.
+        // Each test needs the machine for itself.
         test.arg("--test-threads=1").args(self.filter).env("IMDS_AGENT", agent);
         if let Some(revision) = &self.previous {
             test.env("IMDS_PREVIOUS_AGENT", build(revision)?);
@@ -38,7 +38,7 @@ impl Faults {
     }
 }
 
-/// Builds the agent of another revision. Returns where it is.
+/// Builds the agent of another revision and returns its path.
 fn build(revision: &str) -> Result<PathBuf> {
     let target = artifacts("previous")?;
     let sources = target.join("sources");
@@ -47,7 +47,7 @@ fn build(revision: &str) -> Result<PathBuf> {
         git.arg("-C").arg(root()).args(arguments);
         git
     };
-    // Over what is left of a run that was broken off.
+    // Replaces the worktree of an aborted run.
     execute(git(&["worktree", "add", "--force", "--force", "--detach"]).arg(&sources).arg(revision))?;
     let mut agent = cargo("build");
     agent.args(["--release", "--locked", "--package", "imds-agent", "--manifest-path"]);

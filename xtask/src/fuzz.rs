@@ -1,4 +1,4 @@
-//! Fuzzing.
+//! The command `cargo xtask fuzz`.
 
 use std::{
     env, fs,
@@ -16,23 +16,24 @@ use crate::{
     workspace::{artifacts, cargo, describe, execute, root, say},
 };
 
-/// Make up packets, configurations and messages, and see that nothing panics or lets through what it should not
+/// Fuzz the packet parser and the decoders of configurations, netlink messages, records, API responses and firewall
+/// listings
 #[derive(clap::Args)]
 pub(crate) struct Fuzz {
     /// Name of one target: judge, config, netlink, records, kubernetes or rulesets
     target: Option<String>,
-    /// How long, for each target
+    /// Duration for each target in seconds
     #[arg(long, default_value_t = 60)]
     seconds: u32,
-    /// Try this file alone, such as one that was kept of a failure
+    /// Run only this input file, such as one that caused a failure
     #[arg(long, requires = "target")]
     input: Option<PathBuf>,
 }
 
 const TARGETS: [&str; 6] = ["judge", "config", "netlink", "records", "kubernetes", "rulesets"];
-/// Names the target to the fuzzer.
+/// Environment variable with the name of the target.
 const TARGET: &str = "IMDS_FUZZ_TARGET";
-/// What libFuzzer takes of the compiler, but for a sanitizer of memory: with that, unstable flags.
+/// Compiler flags that libFuzzer needs. A memory sanitizer would also need unstable flags.
 const FLAGS: [&str; 6] = [
     "-Cpasses=sancov-module",
     "-Cllvm-args=-sanitizer-coverage-level=4",
@@ -41,9 +42,9 @@ const FLAGS: [&str; 6] = [
     "-Cllvm-args=-sanitizer-coverage-trace-compares",
     "--cfg=fuzzing",
 ];
-/// Longest input in bytes.
+/// Maximum length of an input in bytes.
 const LONGEST: u32 = 8192;
-/// How long one input may take, in seconds, and how much memory in MiB.
+/// Time limit of one input in seconds. The next constant is the memory limit in MiB.
 const PATIENCE: u32 = 10;
 const MEMORY: u32 = 2048;
 
@@ -90,12 +91,12 @@ fn known(name: &str) -> Result<&'static str> {
     TARGETS
         .into_iter()
         .find(|target| *target == name)
-        .with_context(|| format!("there is no target {name}, only {}", TARGETS.join(", ")))
+        .with_context(|| format!("unknown target {name}, expected one of {}", TARGETS.join(", ")))
 }
 
-/// With a directory of its own: there all is compiled anew.
+/// Builds the fuzzer in a separate target directory, because the flags differ for all crates.
 fn build(directory: &Path) -> Result<PathBuf> {
-    // With a target build scripts and macros are left as they are.
+    // Naming the target keeps the flags away from build scripts and macros.
     let triple = format!("{}-unknown-linux-gnu", env::consts::ARCH);
     let mut build = cargo("build");
     build.args(["--package", "imds-fuzz", "--features", "libfuzzer", "--profile", "fuzz", "--locked"]);
@@ -104,15 +105,15 @@ fn build(directory: &Path) -> Result<PathBuf> {
     Ok(directory.join(triple).join("fuzz/imds-fuzz"))
 }
 
-/// Keeps what it finds interesting for the next time, and what makes it fail.
+/// Runs the fuzzer on one target. Keeps interesting inputs for the next run, and failing ones.
 fn run(fuzzer: &Path, directory: &Path, target: &str, seconds: u32) -> Result<()> {
     let seeds = root().join("fuzz/seeds").join(target);
     let [corpus, failures] = ["corpus", "failures"].map(|kind| directory.join(kind).join(target));
     for directory in [&corpus, &failures] {
-        fs::create_dir_all(directory).with_context(|| format!("could not make {}", directory.display()))?;
+        fs::create_dir_all(directory).with_context(|| format!("failed to create {}", directory.display()))?;
     }
     let path = directory.join(target).with_extension("log");
-    let log = File::create(&path).with_context(|| format!("could not make {}", path.display()))?;
+    let log = File::create(&path).with_context(|| format!("failed to create {}", path.display()))?;
     let mut fuzz = Command::new(fuzzer);
     fuzz.arg(format!("-max_total_time={seconds}"))
         .arg(format!("-max_len={LONGEST}"))
@@ -125,8 +126,8 @@ fn run(fuzzer: &Path, directory: &Path, target: &str, seconds: u32) -> Result<()
         fuzz.arg(format!("-dict={}", dictionary.display()));
     }
     fuzz.args([&corpus, &seeds]).env(TARGET, target).stderr(log);
-    let status = fuzz.status().with_context(|| format!("could not start {}", describe(&fuzz)))?;
-    let log = fs::read_to_string(&path).with_context(|| format!("could not read {}", path.display()))?;
+    let status = fuzz.status().with_context(|| format!("failed to start {}", describe(&fuzz)))?;
+    let log = fs::read_to_string(&path).with_context(|| format!("failed to read {}", path.display()))?;
     if status.success() {
         say(format_args!("{target}: {}", summary(&log)));
         return Ok(());
@@ -134,14 +135,14 @@ fn run(fuzzer: &Path, directory: &Path, target: &str, seconds: u32) -> Result<()
     bail!("{target} failed ({status}), see {}{}", path.display(), reproduction(target, &log))
 }
 
-/// How to see a failure again.
+/// Returns the command that repeats a failure.
 fn reproduction(target: &str, log: &str) -> String {
     let kept = log.lines().find_map(|line| line.split_once("Test unit written to "));
-    let try_it = |(_, input)| format!("; to see it again: cargo xtask fuzz {target} --input {input}");
+    let try_it = |(_, input)| format!("; to repeat it: cargo xtask fuzz {target} --input {input}");
     kept.map(try_it).unwrap_or_default()
 }
 
-/// What libFuzzer says at the end.
+/// Returns a summary of libFuzzer's final statistics.
 fn summary(log: &str) -> String {
     let coverage = log.lines().rev().find_map(|line| {
         let mut words = line.split_whitespace();
@@ -153,7 +154,7 @@ fn summary(log: &str) -> String {
         line.and_then(|rest| rest.strip_prefix(':')).map_or("?", str::trim)
     };
     format!(
-        "{} inputs, {} a second, {} places reached, {} MiB",
+        "{} inputs, {} per second, {} edges covered, {} MiB",
         statistic("number_of_executed_units"),
         statistic("average_exec_per_sec"),
         coverage.unwrap_or("?"),
@@ -175,15 +176,15 @@ stat::peak_rss_mb:              61
 
     #[test]
     fn summary_is_one_line() {
-        assert_eq!(summary(LOG), "9000 inputs, 500 a second, 2345 places reached, 61 MiB");
-        assert_eq!(summary(""), "? inputs, ? a second, ? places reached, ? MiB");
+        assert_eq!(summary(LOG), "9000 inputs, 500 per second, 2345 edges covered, 61 MiB");
+        assert_eq!(summary(""), "? inputs, ? per second, ? edges covered, ? MiB");
     }
 
     #[test]
     fn failure_names_the_replay_command() {
         let log =
             "SUMMARY: libFuzzer: deadly signal\nartifact_prefix='/t/'; Test unit written to /t/crash-0a\n";
-        let expected = "; to see it again: cargo xtask fuzz config --input /t/crash-0a";
+        let expected = "; to repeat it: cargo xtask fuzz config --input /t/crash-0a";
         assert_eq!(reproduction("config", log), expected);
         assert_eq!(reproduction("config", LOG), "");
     }

@@ -1,4 +1,4 @@
-//! Formatting and clippy, for the host's crates and for the BPF one.
+//! The command `cargo xtask lint`.
 
 use std::{env, process::ExitCode};
 
@@ -10,7 +10,7 @@ use crate::{
     workspace::{artifacts, cargo, execute, root},
 };
 
-/// Check the formatting and run clippy, on the BPF crate for its own target too; warnings are errors
+/// Check the formatting and run clippy, for the BPF crate on its own target too; warnings are errors
 #[derive(clap::Args)]
 pub(crate) struct Lint {}
 

@@ -1,6 +1,6 @@
-//! `cargo xtask`: everything that is done with this workspace and is more than one cargo command.
+//! `cargo xtask`: tasks of this workspace that need more than one cargo command.
 //!
-//! A command is one file: a clap struct with a `run` method.
+//! Each command is a clap struct with a `run` method in its own file.
 
 mod apt;
 mod bench;

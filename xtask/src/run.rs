@@ -1,4 +1,4 @@
-//! The agent in the foreground.
+//! The command `cargo xtask run`.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -16,9 +16,9 @@ use crate::{
     workspace::{execute, say},
 };
 
-/// Where the agent pins its programs unless told otherwise.
+/// Default pin directory of the agent.
 const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/imds";
-/// Directory of the agent's last good configuration unless `--state-dir` names another one.
+/// Default directory of the agent's last good configuration.
 const DEFAULT_STATE_DIR: &str = "/var/lib/imds-agent";
 
 /// Protect this node until Ctrl-C: build and run the agent, then unload its programs
@@ -43,15 +43,15 @@ impl Run {
         let state_dir = directory(&self.agent_args, "--state-dir", DEFAULT_STATE_DIR);
         let was_loaded = pin_dir.exists();
 
-        // Also for `unload`: a second Ctrl-C must not stop it half way.
+        // Also covers `unload`, which a second Ctrl-C must not interrupt.
         let supervisor = Supervisor::new()?;
         let status = supervisor.run(Command::new(&agent).arg("run").args(&self.agent_args))?;
         match after(was_loaded, pin_dir.exists(), &self.agent_args) {
             After::Nothing => {}
-            // Without its output, which would end it if the terminal is gone.
+            // Discards the output, because writing to a closed terminal would end the command.
             After::Unload => execute(unload(&agent, &pin_dir, &state_dir).stdout(Stdio::null()))?,
             After::Leave(why) => say(format_args!(
-                "{why}: enforcement goes on, `{} unload --pin-dir {}` ends it",
+                "{why}: enforcement continues until `{} unload --pin-dir {}`",
                 agent.display(),
                 pin_dir.display()
             )),
@@ -66,7 +66,7 @@ fn unload(agent: &Path, pin_dir: &Path, state_dir: &Path) -> Command {
     unload
 }
 
-/// What to do with the programs when the agent has ended.
+/// Action for the programs after the agent has ended.
 #[derive(Debug, Eq, PartialEq)]
 enum After {
     Nothing,
@@ -86,7 +86,7 @@ fn after(was_loaded: bool, is_loaded: bool, agent_args: &[OsString]) -> After {
     }
 }
 
-/// Returns the directory that the agent's arguments give `option`, or its default.
+/// Returns the directory after `option` in the agent's arguments, or the default.
 fn directory(agent_args: &[OsString], option: &str, default: &str) -> PathBuf {
     let separate = agent_args.windows(2).find(|pair| pair[0] == option).map(|pair| pair[1].as_os_str());
     let joined = agent_args.iter().find_map(|argument| {

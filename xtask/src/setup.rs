@@ -1,4 +1,4 @@
-//! What building and testing need of the machine.
+//! The command `cargo xtask setup`: requirements for building and testing.
 
 use std::{fmt, process::ExitCode};
 
@@ -11,15 +11,15 @@ use crate::{
     workspace::{cargo, execute, say},
 };
 
-/// Install what is missing for building, testing and linting: Debian packages and bpf-linker
+/// Install missing requirements for building, testing and linting: Debian packages and bpf-linker
 #[derive(clap::Args)]
 pub(crate) struct Setup {
-    /// Only report what is there and what is missing
+    /// Only report missing requirements
     #[arg(long)]
     check: bool,
 }
 
-/// What the machine is needed for.
+/// Task that has requirements.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Purpose {
     Build,
@@ -36,7 +36,7 @@ pub(crate) enum Purpose {
     Manifests,
 }
 
-/// A program that is started, and the Debian package that has it.
+/// A required program and the Debian package that contains it.
 struct Tool {
     program: &'static str,
     package: &'static str,
@@ -51,9 +51,9 @@ const TEST_TOOLS: [Tool; 7] = [
     Tool { program: "bpftool", package: "bpftool" },
     Tool { program: "nsenter", package: "util-linux" },
 ];
-/// What the benchmarks take beyond that.
+/// Additional tools of the benchmarks.
 const BENCH_TOOLS: [Tool; 1] = [Tool { program: "ip6tables", package: "iptables" }];
-/// What the virtual machines take beyond that, but for what `vm` gets itself.
+/// Additional tools for virtual machines. `vm` itself downloads QEMU and other programs.
 const VM_TOOLS: [Tool; 6] = [
     Tool { program: "apt-get", package: "apt" },
     Tool { program: "dpkg-deb", package: "dpkg" },
@@ -62,7 +62,7 @@ const VM_TOOLS: [Tool; 6] = [
     Tool { program: "setpriv", package: "util-linux" },
     Tool { program: "xz", package: "xz-utils" },
 ];
-/// Container runtimes, and the programs of the images that they run.
+/// Container runtimes, and the programs in their images.
 const RUNTIME_TOOLS: [Tool; 9] = [
     Tool { program: "/usr/lib/cni/bridge", package: "containernetworking-plugins" },
     Tool { program: "/usr/lib/podman/netavark", package: "netavark" },
@@ -81,21 +81,21 @@ const MANIFEST_TOOLS: [Tool; 3] = [
     Tool { program: "python3", package: "python3" },
     Tool { program: "pip3", package: "python3-pip" },
 ];
-/// What libFuzzer is compiled with.
+/// Compiler of libFuzzer.
 const FUZZ_TOOLS: [Tool; 1] = [Tool { program: "c++", package: "g++" }];
 const IMAGE_TOOLS: [Tool; 1] = [Tool { program: "podman", package: "podman" }];
-/// A program that cargo builds from its source, which is on the registry of crates.
+/// A program from crates.io, built with cargo.
 #[derive(Clone, Copy, Debug)]
 struct CargoTool {
     program: &'static str,
     version: &'static str,
-    /// Beyond the program and its version.
+    /// Additional arguments of `cargo install`.
     arguments: &'static [&'static str],
 }
 
-/// What makes the Debian package.
+/// Builds the Debian package.
 const CARGO_DEB: CargoTool = CargoTool { program: "cargo-deb", version: "3.8.0", arguments: &[] };
-/// What looks at all that is depended on. It runs for seconds: without optimization it is built in half the time.
+/// Checks dependencies. A debug build takes half the time, and the program runs for seconds only.
 const CARGO_DENY: CargoTool = CargoTool { program: "cargo-deny", version: "0.20.2", arguments: &["--debug"] };
 const CLIPPY_PACKAGE: &str = "rust-web-clippy";
 
@@ -110,7 +110,7 @@ impl Setup {
         }
         let toolchain = Survey::of(&host).toolchain()?;
         say(format_args!(
-            "all is there; the BPF object is built with {} and {}",
+            "no requirement is missing; the BPF object is built with {} and {}",
             toolchain.compiler(),
             toolchain.linker().display()
         ));
@@ -118,24 +118,24 @@ impl Setup {
     }
 }
 
-/// Installs what is missing for `purpose`, without a word where nothing is.
+/// Installs missing requirements of `purpose`. Prints nothing if none is missing.
 pub(crate) fn ensure(purpose: Purpose) -> Result<()> {
     let host = Host::current();
     Missing::on(&host, &[purpose]).install(&host, &[purpose])
 }
 
-/// Names the programs that this machine lacks for `purpose`, if any.
+/// Returns a list of the missing requirements of `purpose`, if any.
 pub(crate) fn missing(purpose: Purpose) -> Option<String> {
     let missing = Missing::on(&Host::current(), &[purpose]);
     (!missing.is_empty()).then(|| format!("missing: {missing}"))
 }
 
-/// What a machine lacks.
+/// Missing requirements of a machine.
 #[derive(Debug, Default)]
 struct Missing {
-    /// Each thing, and what to do about it.
+    /// Descriptions of the missing requirements with their remedies.
     things: Vec<String>,
-    /// Debian's packages for that. bpf-linker comes after them, see [`install_linker`].
+    /// Missing Debian packages. bpf-linker is installed after them, see [`install_linker`].
     packages: Vec<&'static str>,
     cargo_tools: Vec<CargoTool>,
 }
@@ -211,7 +211,7 @@ impl Missing {
             Compiler::Debian => {
                 self.add(format!("clippy for the BPF crate (package {CLIPPY_PACKAGE})"), CLIPPY_PACKAGE);
             }
-            // rustup's toolchains are the user's to change.
+            // rustup's toolchains belong to the user.
             Compiler::Nightly => self.things.push(
                 "clippy for the BPF crate (rustup component add clippy --toolchain nightly)".to_owned(),
             ),
@@ -245,11 +245,11 @@ impl Missing {
             say(format_args!("building {program}: this takes some minutes"));
             let mut install = cargo("install");
             install.args([program, "--version", version, "--locked", "--quiet"]).args(*arguments);
-            execute(&mut install).with_context(|| format!("could not build {program}"))?;
+            execute(&mut install).with_context(|| format!("failed to build {program}"))?;
         }
         let left = Self::on(host, purposes);
         if !left.is_empty() {
-            bail!("still missing after the set-up: {left}");
+            bail!("still missing after setup: {left}");
         }
         Ok(())
     }
@@ -261,23 +261,25 @@ impl fmt::Display for Missing {
     }
 }
 
-/// Builds bpf-linker with the LLVM of Debian's compiler, which changes within a Debian release.
+/// Builds bpf-linker with the LLVM version of Debian's compiler, which changes within a Debian release.
 fn install_linker(host: &Host, survey: &Survey) -> Result<()> {
-    let llvm =
-        survey.debian.clone()?.with_context(|| format!("{} does not name its LLVM", Compiler::Debian))?;
+    let llvm = survey
+        .debian
+        .clone()?
+        .with_context(|| format!("failed to determine the LLVM version of {}", Compiler::Debian))?;
     if !host.file(&format!("/usr/lib/llvm-{llvm}/lib/libLLVM.so")).exists() {
         install_packages(host, &[format!("llvm-{llvm}-dev")])?;
     }
     say("building bpf-linker: this takes a minute");
-    execute(&mut linker_install(llvm)).context("could not build bpf-linker")
+    execute(&mut linker_install(llvm)).context("failed to build bpf-linker")
 }
 
 fn install_packages(host: &Host, packages: &[String]) -> Result<()> {
     if host.find("apt-get").is_none() {
-        bail!("only on Debian and its like does the set-up know the packages ({})", packages.join(", "));
+        bail!("setup supports only Debian-based systems; needed packages: {}", packages.join(", "));
     }
     if !Uid::effective().is_root() {
-        bail!("it takes root to run `apt-get install {}`", packages.join(" "));
+        bail!("run as root, or run `apt-get install {}`", packages.join(" "));
     }
     apt::install(packages)
 }
@@ -292,7 +294,7 @@ mod tests {
         ["containernetworking-plugins", "iproute2", "iptables", "nftables", "bpftool", "util-linux"];
     const ALL: [Purpose; 3] = [Purpose::Build, Purpose::Test, Purpose::Lint];
 
-    /// A machine on which programs at these paths start, and do nothing.
+    /// Creates a machine on which programs at these paths exist and do nothing.
     fn host(root: &Path, programs: &[&str]) -> Host {
         for path in programs.iter().map(|program| root.join(program)) {
             fs::create_dir_all(path.parent().unwrap()).unwrap();

@@ -1,4 +1,4 @@
-//! The long run.
+//! The command `cargo xtask soak`.
 
 use std::process::ExitCode;
 
@@ -10,11 +10,13 @@ use crate::{
     workspace::{cargo, execute},
 };
 
-/// Run the agent for an hour while pods come, go and flood and configurations change, and see that it takes no more at the
-/// end than before, and that nothing arrives or is unaccounted for; needs root
+/// Run the agent under load for an hour; needs root
+///
+/// Pods come, go and flood the metadata service, and configurations change. Checks that the agent's resource usage does
+/// not grow, and that every packet is denied and accounted for.
 #[derive(clap::Args)]
 pub(crate) struct Soak {
-    /// How long; half of it with one agent, which is killed, and half with the next
+    /// Duration in minutes; the first of two agents is killed after half of it
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u16).range(3..))]
     minutes: u16,
 }
@@ -22,7 +24,7 @@ pub(crate) struct Soak {
 impl Soak {
     pub(crate) fn run(self) -> Result<ExitCode> {
         if !Uid::effective().is_root() {
-            bail!("the soak loads BPF programs and makes network namespaces: run it as root");
+            bail!("the soak test loads BPF programs and creates network namespaces: run it as root");
         }
         setup::ensure(Purpose::Test)?;
         execute(cargo("build").args(["--release", "--package", "imds-agent", "--locked"]))?;

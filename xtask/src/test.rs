@@ -1,4 +1,4 @@
-//! The tests of all crates.
+//! The command `cargo xtask test`.
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -10,15 +10,15 @@ use crate::{
     workspace::{artifacts, cargo, execute},
 };
 
-/// Run the tests of all crates; needs root, changes nothing outside of namespaces that it makes
+/// Run the tests of all crates; needs root, changes nothing outside of its own namespaces
 #[derive(clap::Args)]
 pub(crate) struct Test {
-    /// Names of tests, in whole or in part, and options of the test binaries such as --nocapture
+    /// Parts of test names, and options of the test binaries such as --nocapture
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     filter: Vec<String>,
 }
 
-/// All crates but the BPF one, which no host can run.
+/// All crates except the BPF one, which does not run on a host.
 pub(crate) const HOST_CRATES: [&str; 4] = ["--workspace", "--exclude", "imds-ebpf", "--locked"];
 
 impl Test {
@@ -31,17 +31,17 @@ impl Test {
     }
 }
 
-/// Builds what the tests take, and returns the agent that they try.
+/// Builds the tests and the agent, and returns the agent's path.
 pub(crate) fn prepare() -> Result<PathBuf> {
     if !Uid::effective().is_root() {
         bail!(
-            "the tests load BPF programs and make network namespaces: \
+            "the tests load BPF programs and create network namespaces: \
              run them as root, e.g. `sudo -E env \"PATH=$PATH\" cargo xtask test`"
         );
     }
     let agent = artifacts("debug")?.join("imds-agent");
     setup::ensure(Purpose::Test)?;
-    // With all targets, so that cargo chooses the same features, and compiles nothing twice.
+    // Builds all targets, so that cargo selects the same features and compiles nothing twice.
     execute(cargo("build").args(HOST_CRATES).arg("--all-targets"))?;
     Ok(agent)
 }

@@ -1,4 +1,4 @@
-//! This workspace, and how its commands are started.
+//! The workspace and its commands.
 
 use std::{
     env,
@@ -10,43 +10,43 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-/// The directory of the workspace.
+/// Returns the root directory of the workspace.
 pub(crate) fn root() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
 }
 
-/// `cargo SUBCOMMAND` for the host's crates: the cargo that runs us, with the settings of its user. In his directory
-/// too, for a relative `CARGO_TARGET_DIR` to mean the same.
+/// Returns `cargo SUBCOMMAND` for the host's crates: the cargo that runs xtask, with the user's settings. It runs in
+/// the user's directory, so that a relative `CARGO_TARGET_DIR` keeps its meaning.
 pub(crate) fn cargo(subcommand: &str) -> Command {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.arg(subcommand);
     cargo
 }
 
-/// The directory of what cargo builds with `profile` (`debug` or `release`), wherever the user has it: beside our own.
+/// Returns cargo's output directory of `profile` (`debug` or `release`), beside the one of xtask.
 pub(crate) fn artifacts(profile: &str) -> Result<PathBuf> {
-    let this = env::current_exe().context("could not tell where xtask itself is")?;
+    let this = env::current_exe().context("failed to find the path of xtask")?;
     let dir = this.ancestors().nth(2).context("xtask is not in cargo's target directory")?;
     Ok(dir.join(profile))
 }
 
-/// Says what it runs, runs it, and fails where that does.
+/// Prints a command, runs it, and fails if the command fails.
 pub(crate) fn execute(command: &mut Command) -> Result<()> {
     let what = describe(command);
     say(&what);
-    let status = command.status().with_context(|| format!("could not start {what}"))?;
+    let status = command.status().with_context(|| format!("failed to start {what}"))?;
     if !status.success() {
         bail!("{what} failed ({status})");
     }
     Ok(())
 }
 
-/// One line for the user. That nobody may read it is no reason to stop.
+/// Prints a line for the user. Ignores errors: standard error may be closed.
 pub(crate) fn say(line: impl Display) {
     let _ = writeln!(io::stderr(), "xtask: {line}");
 }
 
-/// A command as it would be typed.
+/// Formats a command as it would be typed.
 pub(crate) fn describe(command: &Command) -> String {
     let program = Path::new(command.get_program());
     let name = program.file_name().unwrap_or(program.as_os_str()).to_string_lossy();

@@ -1,4 +1,4 @@
-//! The Debian package, as `imds-agent/Cargo.toml` describes it.
+//! Debian package, described in `imds-agent/Cargo.toml`.
 
 use std::path::Path;
 
@@ -6,13 +6,13 @@ use anyhow::{Result, ensure};
 
 use crate::workspace::{cargo, execute, root};
 
-/// Packs what is in `dir`.
+/// Builds the package from the files in `dir`.
 pub(super) fn build(dir: &Path) -> Result<()> {
-    // Where the manifest says that it is.
+    // The manifest refers to files in this directory.
     let expected = root().join("target/dist");
     ensure!(
         dir.canonicalize()? == expected.canonicalize().unwrap_or_default(),
-        "the Debian package is made from {} only: unset CARGO_TARGET_DIR",
+        "the Debian package can only be built from {}: unset CARGO_TARGET_DIR",
         expected.display()
     );
     let mut deb = cargo("deb");

@@ -1,4 +1,4 @@
-//! The container image.
+//! The command `cargo xtask image`.
 
 use std::process::{Command, ExitCode};
 
@@ -13,7 +13,7 @@ use crate::{
 /// Build the container image from the static binary, with podman
 #[derive(clap::Args)]
 pub(crate) struct Image {
-    /// What it is called
+    /// Name and tag of the image
     #[arg(long, default_value = "localhost/imds-agent:latest")]
     tag: String,
 }
@@ -25,8 +25,8 @@ impl Image {
         let mut podman = Command::new("podman");
         podman.args(["build", "--network", "none", "--timestamp", "0", "--tag", &self.tag, "--file"]);
         podman.arg(root().join("deploy/image/Containerfile")).arg(&dir);
-        execute(&mut podman).context("could not build the image")?;
-        say(format_args!("the image is {}", self.tag));
+        execute(&mut podman).context("failed to build the image")?;
+        say(format_args!("built the image {}", self.tag));
         Ok(ExitCode::SUCCESS)
     }
 }

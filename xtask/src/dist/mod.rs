@@ -1,4 +1,4 @@
-//! What is released: one static binary, and what tells of it and comes around it.
+//! Release artifacts: one static binary, and its SBOM, package, manual pages and completions.
 
 mod deb;
 mod image;
@@ -23,16 +23,17 @@ use crate::{
 
 pub(crate) use image::Image;
 
-/// Largest binary in bytes.
+/// Maximum size of the binary in bytes.
 const LARGEST: u64 = 10 << 20;
 
-/// Build what is released, in target/dist: the static binary, its .deb, SBOM, manual pages, completions and checksums
+/// Build the release artifacts in target/dist: the static binary, its .deb, SBOM, manual pages, completions and
+/// checksums
 #[derive(clap::Args)]
 pub(crate) struct Dist {
-    /// Only the binary, its SBOM and checksums
+    /// Build only the binary, its SBOM and checksums
     #[arg(long)]
     binary: bool,
-    /// Build the binary a second time, elsewhere, and compare; for a tree without changes
+    /// Build the binary a second time in another directory and compare; needs a tree without changes
     #[arg(long)]
     check: bool,
 }
@@ -45,13 +46,13 @@ impl Dist {
             check(&dir)?;
         }
         let sums = sum_up(&dir)?;
-        say(format_args!("all of it is in {}:", dir.display()));
+        say(format_args!("artifacts in {}:", dir.display()));
         eprint!("{sums}");
         Ok(ExitCode::SUCCESS)
     }
 }
 
-/// Builds all of it, and returns where it is.
+/// Builds all artifacts and returns their directory.
 pub(crate) fn build() -> Result<PathBuf> {
     let dir = build_binary()?;
     manual(&dir)?;
@@ -59,30 +60,30 @@ pub(crate) fn build() -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// Where what is released is put.
+/// Returns the directory of the artifacts.
 pub(crate) fn dir() -> Result<PathBuf> {
     artifacts("dist")
 }
 
-/// Builds the static binary and its SBOM, and nothing else, and returns where they are.
+/// Builds only the static binary and its SBOM, and returns their directory.
 fn build_binary() -> Result<PathBuf> {
     let dir = dir()?;
     if dir.exists() {
-        fs::remove_dir_all(&dir).with_context(|| format!("could not remove {}", dir.display()))?;
+        fs::remove_dir_all(&dir).with_context(|| format!("failed to remove {}", dir.display()))?;
     }
-    fs::create_dir_all(&dir).with_context(|| format!("could not make {}", dir.display()))?;
+    fs::create_dir_all(&dir).with_context(|| format!("failed to create {}", dir.display()))?;
     let built = compile(root(), &artifacts("")?)?;
     let binary = dir.join("imds-agent");
-    fs::copy(&built, &binary).with_context(|| format!("could not copy {}", built.display()))?;
+    fs::copy(&built, &binary).with_context(|| format!("failed to copy {}", built.display()))?;
     judge(&binary)?;
     let sbom = sbom::of_agent(&triple()?, &sha256(&binary)?)?;
     let path = dir.join("imds-agent.cdx.json");
-    fs::write(&path, sbom).with_context(|| format!("could not write {}", path.display()))?;
+    fs::write(&path, sbom).with_context(|| format!("failed to write {}", path.display()))?;
     Ok(dir)
 }
 
-/// The target that the agent is built for: this machine's, with the C library inside. Build scripts and macros would
-/// take the same flags, were the target not named.
+/// Returns the target triple of this machine. Naming the target explicitly keeps the flags of the binary, such as the
+/// static C library, away from build scripts and macros.
 fn triple() -> Result<String> {
     match env::consts::ARCH {
         arch @ ("x86_64" | "aarch64") => Ok(format!("{arch}-unknown-linux-gnu")),
@@ -90,9 +91,9 @@ fn triple() -> Result<String> {
     }
 }
 
-/// Builds the sources at `source` in `target_dir`, and returns the binary, which depends on neither of the two paths.
+/// Builds the sources at `source` in `target_dir` and returns the binary, whose content depends on neither path.
 fn compile(source: &Path, target_dir: &Path) -> Result<PathBuf> {
-    let source = source.canonicalize().with_context(|| format!("could not find {}", source.display()))?;
+    let source = source.canonicalize().with_context(|| format!("failed to find {}", source.display()))?;
     let triple = triple()?;
     let mut flags = vec!["-Ctarget-feature=+crt-static".to_owned(), remap(&source, "imds-agent")];
     flags.push(remap(target_dir, "target"));
@@ -105,26 +106,26 @@ fn compile(source: &Path, target_dir: &Path) -> Result<PathBuf> {
     Ok(target_dir.join(triple).join("static").join("imds-agent"))
 }
 
-/// Fails unless the binary is static and small.
+/// Fails unless the binary is static and not too large.
 fn judge(binary: &Path) -> Result<()> {
-    let bytes = fs::read(binary).with_context(|| format!("could not read {}", binary.display()))?;
-    let elf = Builder::read(&*bytes).with_context(|| format!("{} is no ELF file", binary.display()))?;
+    let bytes = fs::read(binary).with_context(|| format!("failed to read {}", binary.display()))?;
+    let elf = Builder::read(&*bytes).with_context(|| format!("{} is not an ELF file", binary.display()))?;
     let needed = elf.dynamic_data().unwrap_or_default().iter().any(|entry| entry.tag() == DT_NEEDED);
     ensure!(elf.interp_section().is_none() && !needed, "{} needs shared libraries", binary.display());
     ensure!(
         bytes.len() as u64 <= LARGEST,
-        "{} has {} bytes, which is more than {LARGEST}",
+        "{} has {} bytes, at most {LARGEST} are allowed",
         binary.display(),
         bytes.len()
     );
     Ok(())
 }
 
-/// Fails unless the committed sources come to the same binary in other directories.
+/// Fails unless the committed sources give the same binary in other directories.
 fn check(dir: &Path) -> Result<()> {
     ensure!(
         !build::commit().ends_with("-dirty"),
-        "only what is committed can be compared: commit the changes first"
+        "the comparison needs a clean tree: commit the changes first"
     );
     let again = dir.with_file_name("dist-again");
     let _ = fs::remove_dir_all(&again);
@@ -134,12 +135,12 @@ fn check(dir: &Path) -> Result<()> {
     let second = compile(&again.join("elsewhere"), &again.join("built"))?;
     let (first, second) = (sha256(&dir.join("imds-agent"))?, sha256(&second)?);
     ensure!(first == second, "two builds differ: {first} and {second}");
-    say(format_args!("built twice, in different directories: both are {first}"));
+    say(format_args!("two builds in different directories are identical: {first}"));
     let _ = fs::remove_dir_all(&again);
     Ok(())
 }
 
-/// Manual pages and completions, as the binary writes them.
+/// Writes manual pages and completions, which the binary generates.
 fn manual(dir: &Path) -> Result<()> {
     let binary = dir.join("imds-agent");
     execute(Command::new(&binary).arg("man").arg(dir.join("man")))?;
@@ -153,7 +154,7 @@ fn manual(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Writes checksums as sha256sum(1) does, of every file of `dir`, and returns them.
+/// Writes the checksums of every file of `dir` in the format of sha256sum(1), and returns them.
 fn sum_up(dir: &Path) -> Result<String> {
     let mut names = Vec::new();
     for entry in fs::read_dir(dir)? {
@@ -170,6 +171,6 @@ fn sum_up(dir: &Path) -> Result<String> {
 }
 
 fn sha256(path: &Path) -> Result<String> {
-    let bytes = fs::read(path).with_context(|| format!("could not read {}", path.display()))?;
+    let bytes = fs::read(path).with_context(|| format!("failed to read {}", path.display()))?;
     Ok(format!("{:x}", Sha256::digest(bytes)))
 }

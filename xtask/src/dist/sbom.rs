@@ -1,5 +1,5 @@
-//! What the binary is made of, as `CycloneDX` 1.5: the crates of the agent and those of the BPF object inside. There is nothing
-//! in it that another build of the same commit would not have.
+//! SBOM of the binary in `CycloneDX` 1.5 format: the crates of the agent and of the embedded BPF object. Two builds of
+//! the same commit give the same SBOM.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,10 +12,10 @@ use serde_json::{Value, json};
 
 use crate::workspace::{cargo, root};
 
-/// What is in the binary, with all that these depend on.
+/// Crates in the binary whose dependencies are listed.
 const ROOTS: [&str; 2] = ["imds-agent", "imds-ebpf"];
 
-/// What `cargo metadata` says.
+/// Output of `cargo metadata`.
 #[derive(Deserialize)]
 struct Metadata {
     packages: Vec<Package>,
@@ -49,13 +49,13 @@ struct Dependency {
     dep_kinds: Vec<DependencyKind>,
 }
 
-/// `None` for what is linked in; `build` and `dev` are not.
+/// `None` for a normal dependency, otherwise `build` or `dev`, which are not linked.
 #[derive(Deserialize)]
 struct DependencyKind {
     kind: Option<String>,
 }
 
-/// What Cargo.lock says.
+/// Content of Cargo.lock.
 #[derive(Deserialize)]
 struct Lock {
     package: Vec<Locked>,
@@ -68,20 +68,20 @@ struct Locked {
     checksum: Option<String>,
 }
 
-/// Of the agent for the target `triple`, whose binary has this SHA-256.
+/// Returns the SBOM of the agent for the target `triple`. `sha256` is the checksum of the binary.
 pub(super) fn of_agent(triple: &str, sha256: &str) -> Result<String> {
     let mut metadata = cargo("metadata");
     metadata.args(["--format-version", "1", "--locked", "--filter-platform", triple]).current_dir(root());
-    let output = metadata.output().context("could not start cargo metadata")?;
+    let output = metadata.output().context("failed to start cargo metadata")?;
     ensure!(
         output.status.success(),
         "cargo metadata failed: {}",
         String::from_utf8_lossy(&output.stderr).trim()
     );
     let metadata =
-        serde_json::from_slice(&output.stdout).context("could not read what cargo metadata says")?;
-    let lock = fs::read_to_string(root().join("Cargo.lock")).context("could not read Cargo.lock")?;
-    let lock = toml::from_str(&lock).context("could not read Cargo.lock")?;
+        serde_json::from_slice(&output.stdout).context("failed to parse the output of cargo metadata")?;
+    let lock = fs::read_to_string(root().join("Cargo.lock")).context("failed to read Cargo.lock")?;
+    let lock = toml::from_str(&lock).context("failed to read Cargo.lock")?;
     let sbom = describe(&metadata, &lock, sha256)?;
     Ok(format!("{}\n", serde_json::to_string_pretty(&sbom)?))
 }
@@ -99,18 +99,21 @@ fn describe(metadata: &Metadata, lock: &Lock, sha256: &str) -> Result<Value> {
 
     let is_root = |package: &&Package| package.source.is_none() && ROOTS.contains(&&*package.name);
     let mut left: Vec<&str> = metadata.packages.iter().filter(is_root).map(|package| &*package.id).collect();
-    ensure!(left.len() == ROOTS.len(), "{ROOTS:?} are not all in the workspace");
+    ensure!(left.len() == ROOTS.len(), "the workspace must contain {ROOTS:?}");
     let mut found = BTreeSet::new();
     while let Some(id) = left.pop() {
         if found.insert(id) {
             left.extend(&linked[id]);
         }
     }
-    // By name, not by path.
+    // Sorted by name, because paths differ between machines.
     let mut found: Vec<&Package> = found.into_iter().map(|id| packages[id]).collect();
     found.sort_by_key(|package| (&package.name, &package.version));
 
-    let agent = found.iter().find(|package| package.name == ROOTS[0]).context("the agent is not found")?;
+    let agent = found
+        .iter()
+        .find(|package| package.name == ROOTS[0])
+        .context("the agent is missing in the dependency graph")?;
     let component = |package: &Package| {
         let mut component = json!({
             "type": "library",
@@ -120,7 +123,7 @@ fn describe(metadata: &Metadata, lock: &Lock, sha256: &str) -> Result<Value> {
             "purl": package.purl(),
         });
         if let Some(license) = &package.license {
-            // Slashes are how it was written before SPDX expressions were asked for.
+            // Slashes are the notation from before Cargo required SPDX expressions.
             component["licenses"] =
                 json!([{ "expression": license.replace('/', " OR ").replace("  ", " ") }]);
         }
@@ -138,7 +141,7 @@ fn describe(metadata: &Metadata, lock: &Lock, sha256: &str) -> Result<Value> {
     let dependencies = found.iter().map(|package| {
         let mut on: Vec<_> = linked[&*package.id].iter().map(|id| packages[id].purl()).collect();
         if package.id == agent.id {
-            // What its build script puts in.
+            // The build script of the agent embeds this crate.
             on.extend(found.iter().filter(|package| package.name == ROOTS[1]).map(|package| package.purl()));
         }
         on.sort();
@@ -156,14 +159,14 @@ fn describe(metadata: &Metadata, lock: &Lock, sha256: &str) -> Result<Value> {
 }
 
 impl Package {
-    /// Its package URL.
+    /// Returns the package URL.
     fn purl(&self) -> String {
         format!("pkg:cargo/{}@{}", self.name, self.version)
     }
 }
 
 impl Node {
-    /// Ids of what is linked with it.
+    /// Returns the ids of the crates that are linked with this one.
     fn linked(&self) -> Vec<&str> {
         let is_linked =
             |dependency: &&Dependency| dependency.dep_kinds.iter().any(|kind| kind.kind.is_none());

@@ -1,4 +1,4 @@
-//! What is applied to clusters: rendered by Helm and Kustomize themselves, and validated.
+//! The command `cargo xtask manifests`.
 
 use std::{
     path::Path,
@@ -14,7 +14,7 @@ use crate::{
     workspace::{artifacts, cargo, execute, root, say},
 };
 
-/// Helm's engine, the schemas of Kubernetes and CEL, from `PyPI`. A change of them makes a new environment.
+/// Helm's engine, the schemas of Kubernetes and CEL, from `PyPI`. Another version gets its own directory.
 const LIBRARIES: [&str; 3] =
     ["cel-expr-python==0.1.3", "helm-python-sdk==0.2.2", "kubernetes-validate==1.37.0"];
 const RENDER: &str = include_str!("render.py");
@@ -22,7 +22,7 @@ const RENDER: &str = include_str!("render.py");
 /// Render the chart and the kustomizations in deploy, and validate them against the schemas of Kubernetes
 #[derive(clap::Args)]
 pub(crate) struct Manifests {
-    /// Only get Helm and the schemas
+    /// Only download Helm and the schemas
     #[arg(long)]
     fetch: bool,
 }
@@ -33,19 +33,19 @@ impl Manifests {
         let name = LIBRARIES.map(|library| library.replace("==", "-")).join("-");
         let python = cache::dir()?.join("python").join(name);
         if !python.exists() {
-            say("getting Helm and the schemas of Kubernetes");
+            say("downloading Helm and the schemas of Kubernetes");
             cache::make(&python, |root, _| install(root))?;
         }
         if self.fetch {
             return Ok(ExitCode::SUCCESS);
         }
-        // As for the tests: nothing is compiled twice.
+        // Same features as for the tests, so that nothing is compiled twice.
         execute(cargo("build").args(HOST_CRATES))?;
-        // Libraries in a directory are at home wherever it is moved, as the programs of a virtual environment are not.
+        // A plain directory of libraries can be moved, unlike a virtual environment.
         let mut render = Command::new("python3");
         render.args(["-c", RENDER]).arg(root().canonicalize()?).arg(artifacts("debug")?.join("imds-agent"));
-        say("rendering and validating what is in deploy");
-        let status = render.env("PYTHONPATH", python).status().context("could not start python3")?;
+        say("rendering and validating the manifests in deploy");
+        let status = render.env("PYTHONPATH", python).status().context("failed to start python3")?;
         Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }
@@ -62,5 +62,5 @@ fn install(dir: &Path) -> Result<()> {
         "ignore",
     ]);
     execute(pip.arg("--target").arg(dir).args(LIBRARIES))
-        .context("could not install them: is this machine online?")
+        .context("failed to install Helm and the schemas: is this machine online?")
 }

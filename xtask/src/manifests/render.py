@@ -1,6 +1,6 @@
-"""Renders everything in deploy for Kubernetes and validates it against the API's own schemas.
+"""Renders the Kubernetes manifests in deploy and validates them against the schemas of the API.
 
-Arguments: the workspace, the agent's binary. `cargo xtask manifests` runs it where its two libraries are.
+Arguments: the workspace, the agent's binary. `cargo xtask manifests` runs the script with its libraries in PYTHONPATH.
 """
 
 import ipaddress
@@ -17,9 +17,9 @@ from cel_expr_python.ext import ext_optional
 
 ROOT, AGENT = pathlib.Path(sys.argv[1]), sys.argv[2]
 KUBERNETES, CHART = ROOT / "deploy/kubernetes", ROOT / "deploy/helm/imds-agent"
-# The oldest that the admission policy is for, and the newest that the schemas are of.
+# The oldest version that the admission policy supports, and the newest version of the schemas.
 VERSIONS = ["1.31", kubernetes_validate.latest_version()]
-# Of the Prometheus operator, which are no part of Kubernetes.
+# Kinds of the Prometheus operator, which have no schema in Kubernetes.
 FOREIGN = {"PodMonitor", "PrometheusRule"}
 failures = []
 
@@ -28,7 +28,7 @@ def check(what, text, kinds):
     documents = [document for document in yaml.safe_load_all(text) if document]
     found = {document["kind"] for document in documents}
     if not kinds <= found:
-        failures.append(f"{what}: there is no {', '.join(sorted(kinds - found))}")
+        failures.append(f"{what}: missing {', '.join(sorted(kinds - found))}")
     for document in documents:
         kind, name = document["kind"], document["metadata"]["name"]
         for version in VERSIONS if kind not in FOREIGN else []:
@@ -56,7 +56,7 @@ def kustomize(path):
 
 
 def is_ip(text):
-    """As Kubernetes' CEL library has it: neither a zone nor an IPv4-mapped address."""
+    """Implements isIP of Kubernetes' CEL library, which accepts neither zones nor IPv4-mapped addresses."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -69,7 +69,7 @@ def function(name, overload, result, implementation):
     return cel.FunctionDecl(name, overloads)
 
 
-# Addresses that are equal have the same text.
+# Represents addresses as canonical text, so that equal addresses compare equal.
 IP_LIBRARY = cel.CelExtension(
     "ip",
     [
@@ -80,7 +80,7 @@ IP_LIBRARY = cel.CelExtension(
 
 
 def admits(policy, thing):
-    """What a policy says of an object, by the engine that Kubernetes' is a sibling of."""
+    """Returns whether a policy admits an object. The CEL implementation is another one than Kubernetes'."""
     types = {"object": cel.Type.DYN, "variables": cel.Type.DYN}
     env = cel.NewEnv(variables=types, extensions=[IP_LIBRARY, ext_optional.ExtOptional()])
 
@@ -97,7 +97,7 @@ def admits(policy, thing):
 
 
 def check_policy(what, policy):
-    """Services and their like at addresses of pods and of metadata services."""
+    """Evaluates the policy on Services, EndpointSlices and Endpoints with pod and metadata addresses."""
 
     def service(**spec):
         return {"kind": "Service", "spec": {"type": "ClusterIP", "clusterIP": "10.0.0.1", **spec}}
@@ -132,15 +132,15 @@ def check_policy(what, policy):
                 failures.append(f"{what}: the policy {'refuses' if expected else 'admits'} {thing}")
         except Exception as error:
             failures.append(f"{what}: the policy fails on {thing}: {error}")
-    print(f"{what}: the policy admits and refuses {len(cases)} objects as it should")
+    print(f"{what}: the policy admits and refuses {len(cases)} objects as expected")
 
 
 def check_checks(document):
-    """What would be wrong has to be found."""
+    """Checks that the validation detects an unknown key."""
     document["spec"]["template"]["spec"]["hostPid"] = True
     try:
         kubernetes_validate.validate(document, VERSIONS[-1], strict=True)
-        failures.append("a key that Kubernetes does not know is not found")
+        failures.append("the validation accepts an unknown key")
     except kubernetes_validate.ValidationError:
         pass
 
@@ -154,7 +154,7 @@ base = check("base", kustomize(KUBERNETES / "base"), BASE)
 for overlay in sorted((KUBERNETES / "overlays").iterdir()):
     check(f"overlay {overlay.name}", kustomize(overlay), BASE)
 with tempfile.TemporaryDirectory(dir=KUBERNETES) as directory:
-    # Kustomize follows no path out of the directory that it is given, unless that is a resource or a component.
+    # Kustomize reads files outside of its directory only as resources or components.
     components = sorted(path.name for path in (KUBERNETES / "components").iterdir())
     kustomization = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
@@ -178,20 +178,20 @@ with helm_python.Chart.load(str(CHART)) as chart:
         default = default or documents
         if any(document["kind"] == "ValidatingAdmissionPolicy" for document in documents):
             check_policy(f"chart with {path.name}", one(documents, "ValidatingAdmissionPolicy"))
-    # What the schema of the values is for.
+    # The schema of the values must reject each of these.
     for wrong in [{"config": {"mode": "audti"}}, {"confg": {}}, {"podMonitor": {"enabled": True}}]:
         try:
             chart.render(wrong, name="imds-agent", namespace="imds-agent")
-            failures.append(f"chart: {wrong} is not refused")
+            failures.append(f"chart: {wrong} is not rejected")
         except helm_python.HelmError as error:
-            print(f"chart: {wrong} is refused: {str(error).splitlines()[-1]}")
+            print(f"chart: {wrong} is rejected: {str(error).splitlines()[-1]}")
 
-# Two ways to the same pods.
+# The chart and the base must create the same pods.
 pods = [one(documents, "DaemonSet")["spec"]["template"]["spec"] for documents in (base, default)]
 if pods[0] != pods[1]:
-    failures.append(f"the chart's pods are not those of the base:\n{yaml.safe_dump(pods[0])}\n{yaml.safe_dump(pods[1])}")
+    failures.append(f"the chart's pods differ from those of the base:\n{yaml.safe_dump(pods[0])}\n{yaml.safe_dump(pods[1])}")
 if one(base, "ClusterRole")["rules"] != one(default, "ClusterRole")["rules"]:
-    failures.append("the chart's role is not that of the base")
+    failures.append("the chart's role differs from that of the base")
 
 check_checks(one(check("base", kustomize(KUBERNETES / "base"), BASE), "DaemonSet"))
 print(*failures, sep="\n", file=sys.stderr)
