@@ -30,7 +30,10 @@ pub(crate) fn run(bytes: &[u8]) {
     for dmi in [Dmi::default(), Dmi { sys_vendor: "Amazon EC2".to_owned(), ..Dmi::default() }] {
         match config.resolve(&dmi) {
             Ok((guarded, exempt)) => {
-                assert_eq!(written.resolve(&dmi).expect("the same"), (guarded.clone(), exempt.clone()));
+                assert_eq!(
+                    written.resolve(&dmi).expect("a printed configuration is valid"),
+                    (guarded.clone(), exempt.clone())
+                );
                 assert_guards(&guarded, &said);
                 assert_exempts(&guarded, &exempt, &said);
             }
@@ -103,7 +106,8 @@ fn tables<'t>(said: &'t Table, key: &str) -> impl Iterator<Item = &'t Table> {
 fn assert_guards(guarded: &Guarded, said: &Table) {
     for table in tables(said, "endpoint") {
         let name = table["name"].as_str().expect("a name");
-        let endpoint = guarded.endpoints().iter().find(|endpoint| endpoint.name == name).expect("is guarded");
+        let endpoint =
+            guarded.endpoints().iter().find(|endpoint| endpoint.name == name).expect("a protected endpoint");
         let keep = table.get("keep").and_then(Value::as_array);
         let said: Vec<_> = keep.into_iter().flatten().filter_map(Value::as_str).collect();
         assert_eq!(endpoint.keep.len(), said.len());
@@ -150,7 +154,9 @@ fn assert_exempts(guarded: &Guarded, exempt: &[Exempt], said: &Table) {
                 let is_named = |name: &str| names.iter().any(|named| named.as_str() == Some(name));
                 let of_address = |address| guarded.endpoints().iter().find(|one| one.address == address);
                 assert!(
-                    addresses.iter().all(|&address| is_named(&of_address(address).expect("guarded").name))
+                    addresses
+                        .iter()
+                        .all(|&address| is_named(&of_address(address).expect("a protected endpoint").name))
                 );
             }
             (scope, endpoints) => panic!("{scope:?} of {endpoints:?}"),

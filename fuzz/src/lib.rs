@@ -16,11 +16,11 @@ pub const TARGET: &str = "IMDS_FUZZ_TARGET";
 /// Kind of input that the agent decodes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Target {
-    /// A network packet.
+    /// A network packet with or without an Ethernet header.
     Judge,
-    /// A configuration file.
+    /// Text of a configuration file.
     Config,
-    /// Messages of rtnetlink.
+    /// Datagrams with messages of rtnetlink.
     Netlink,
     /// Events of the BPF programs, and values that are read from pinned maps.
     Records,
@@ -31,7 +31,7 @@ pub enum Target {
 }
 
 impl Target {
-    /// Every target.
+    /// Every target, in the order of the command line.
     pub const ALL: [Self; 6] =
         [Self::Judge, Self::Config, Self::Netlink, Self::Records, Self::Kubernetes, Self::Rulesets];
 

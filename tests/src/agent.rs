@@ -170,7 +170,7 @@ impl<'w> AgentCommand<'w> {
         self
     }
 
-    /// Enables exactly these hooks.
+    /// Enables these hooks and disables all others.
     pub fn hooks(mut self, on: &[&'static str]) -> Self {
         if let Some((_, hooks)) = &mut self.run {
             *hooks = on.to_vec();
@@ -305,7 +305,7 @@ impl Agent<'_> {
     /// Returns the lines of standard error so far, each with the time at which it was read.
     #[must_use]
     pub fn log_lines(&self) -> Vec<(Instant, String)> {
-        self.log.lock().expect("the reader is well").clone()
+        self.log.lock().expect("the reader has not panicked").clone()
     }
 
     /// Waits for a line of the log that contains `pattern`, and returns it.

@@ -123,7 +123,7 @@ impl Counter {
                 }
             }
         });
-        self.shared.state.lock().expect("the reader is well").arrivals.clone()
+        self.shared.state.lock().expect("the reader has not panicked").arrivals.clone()
     }
 
     fn pass_barrier(&self, socket: &UdpSocket) {
@@ -165,10 +165,10 @@ impl Shared {
     }
 
     fn wait_for(&self, mark: u64) -> bool {
-        let state = self.state.lock().expect("the reader is well");
+        let state = self.state.lock().expect("the reader has not panicked");
         let is_missing = |state: &mut State| !state.barriers.remove(&mark);
         let waited = self.barrier_passed.wait_timeout_while(state, RETRY_INTERVAL, is_missing);
-        !waited.expect("the reader is well").1.timed_out()
+        !waited.expect("the reader has not panicked").1.timed_out()
     }
 }
 

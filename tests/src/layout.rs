@@ -12,7 +12,7 @@ pub enum Nic {
     Macvlan,
 }
 
-/// Routes of the node.
+/// Routes of the node to the fabric.
 #[derive(Clone, Debug, Default)]
 pub(crate) enum Routes {
     /// A default route in the main table.

@@ -50,7 +50,7 @@ pub struct Pod {
     pub host_ifname: String,
     /// Index of the host-side interface in the node's namespace.
     pub host_ifindex: u32,
-    /// Kind of the connection.
+    /// Kind of the connection to the node.
     pub link: PodLink,
     node: Arc<Netns>,
 }

@@ -24,10 +24,10 @@ pub const SHORT: Duration = Duration::from_millis(400);
 /// Time limit for repeating a probe that should succeed, for busy machines.
 pub const LONG: Duration = Duration::from_secs(5);
 
-/// Result of a probe.
+/// Result of a probe of a server.
 #[derive(Debug)]
 pub enum Outcome {
-    /// The response.
+    /// Bytes of the response.
     Answer(Vec<u8>),
     /// No response within the timeout.
     Timeout,

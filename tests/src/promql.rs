@@ -8,9 +8,9 @@ const WORDS: [&str; 7] = ["and", "or", "unless", "group_left", "group_right", "b
 /// Metrics of an expression, and the labels by which it selects or groups them.
 #[derive(Debug, Default, Eq, PartialEq)]
 pub struct Asked {
-    /// Names of time series.
+    /// Names of time series without labels.
     pub metrics: BTreeSet<String>,
-    /// Names of labels.
+    /// Names of labels of all metrics.
     pub labels: BTreeSet<String>,
 }
 

@@ -81,7 +81,7 @@ pub struct AgentProcess {
     pub pid: Option<u32>,
 }
 
-/// The effective configuration.
+/// The configuration that the agent enforces.
 #[derive(Clone, Debug, Deserialize)]
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct Configuration {
@@ -91,7 +91,7 @@ pub struct Configuration {
     pub refused: Option<Refused>,
 }
 
-/// A rejected configuration.
+/// A configuration file that the agent rejected.
 #[derive(Clone, Debug, Deserialize)]
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct Refused {
@@ -107,7 +107,7 @@ pub struct Provider {
     pub in_force: String,
 }
 
-/// A protected endpoint.
+/// A protected endpoint with its allowed ports.
 #[derive(Clone, Debug, Deserialize)]
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct Endpoint {

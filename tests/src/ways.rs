@@ -7,7 +7,7 @@ use crate::{
     skip::{WHOLE_TEST, lacks_netns_cookie, skip},
 };
 
-/// Hooks that see packets.
+/// TC hooks, which see packets.
 const EDGES: [&str; 2] = ["from_pod", "node_egress"];
 const SOCKET: &str = "socket";
 const STRICT: &str = "host_network";
@@ -45,7 +45,7 @@ impl World {
 }
 
 impl<'w> Ways<'w> {
-    /// Sets the agent's configuration.
+    /// Sets the agent's configuration in TOML.
     pub fn config(mut self, toml: &str) -> Self {
         toml.clone_into(&mut self.config);
         self

@@ -55,7 +55,7 @@ pub struct World {
     /// Network namespace beyond the node's uplink.
     pub fabric: Netns,
     pub(crate) pins: PinDir,
-    /// Directory for configuration files.
+    /// Temporary directory for configuration files.
     pub(crate) scratch: TempDir,
     /// Binary of the agent, if it is not the default one.
     pub(crate) agent: Option<PathBuf>,

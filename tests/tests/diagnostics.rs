@@ -46,7 +46,7 @@ fn fill(world: &World) -> impl FnMut() {
     }
     move || {
         for index in 0..count {
-            counters.remove(&key(index)).expect("what was inserted");
+            counters.remove(&key(index)).expect("an inserted entry");
         }
     }
 }

@@ -94,7 +94,7 @@ impl Scheduled {
         pod(&self.uid, NODE, "kube-system", "agent", labels)
     }
 
-    /// Starts the pod's sandbox.
+    /// Starts the pod's sandbox with one process.
     fn start(&mut self) -> &Pod {
         self.cgroup.start_in(&self.pod.netns);
         &self.pod

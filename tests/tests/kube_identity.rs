@@ -156,7 +156,7 @@ fn copied_mirror_annotation_is_reported() {
     assert!(!names.is_empty() && names.iter().all(|pod| pod.uid == uid), "{names:?}");
 
     cluster.server.delete(&copy);
-    cluster.world.status_when("the copy is gone", |status| {
+    cluster.world.status_when("the copy is deleted", |status| {
         status.state == "enforcing" && status.exemptions.iter().any(|sender| sender.pod.is_some())
     });
     assert!(cluster.reaches(&pod));

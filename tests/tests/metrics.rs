@@ -85,7 +85,7 @@ fn counters_and_config_are_served() {
 
     // Counts of a deleted interface stay.
     pod.delete();
-    world.status_when("the pod is gone", |status| status.interfaces.iter().all(|one| one.role != "pod"));
+    world.status_when("the pod is deleted", |status| status.interfaces.iter().all(|one| one.role != "pod"));
     assert!(value(&get(&world, "/metrics").1, DENIED) >= value(&after, DENIED));
     drop(agent);
     world.unload();
@@ -118,7 +118,7 @@ fn every_packet_has_an_event_or_is_counted() {
     for pod in pods {
         pod.delete();
     }
-    world.status_when("the pods are gone", |status| status.interfaces.iter().all(|one| one.role != "pod"));
+    world.status_when("the pods are deleted", |status| status.interfaces.iter().all(|one| one.role != "pod"));
     poll_until(LONG, "each packet to be accounted for", is_accounted_for);
     drop(agent);
     world.unload();

@@ -106,7 +106,7 @@ fn assert_every_way_is_held(path: &str) {
         .way("UDP to a Service", || udp_echo(node, CLUSTER_IP, SHORT).is_answer())
         .way("ICMP echo", || icmp_echo(node, METADATA, SHORT).is_answer())
         .one_way("IP_HDRINCL", || {
-            let packet = packets::udp(world.node_address(), METADATA, b"by hand");
+            let packet = packets::udp(world.node_address(), METADATA, b"crafted");
             // Ignores the result: the arrivals show whether the packet was denied.
             let _ = send_ipv4(node, METADATA, &[packet]);
         });

@@ -1,4 +1,4 @@
-//! Debian's package manager apt.
+//! Installation and download of Debian packages with apt.
 
 use std::{
     fs,

@@ -81,7 +81,7 @@ const MANIFEST_TOOLS: [Tool; 3] = [
     Tool { program: "python3", package: "python3" },
     Tool { program: "pip3", package: "python3-pip" },
 ];
-/// Compiler of libFuzzer.
+/// C++ compiler, with which libFuzzer is built.
 const FUZZ_TOOLS: [Tool; 1] = [Tool { program: "c++", package: "g++" }];
 const IMAGE_TOOLS: [Tool; 1] = [Tool { program: "podman", package: "podman" }];
 /// A program from crates.io, built with cargo.
@@ -93,7 +93,7 @@ struct CargoTool {
     arguments: &'static [&'static str],
 }
 
-/// Builds the Debian package.
+/// Cargo subcommand that builds the Debian package.
 const CARGO_DEB: CargoTool = CargoTool { program: "cargo-deb", version: "3.8.0", arguments: &[] };
 /// Checks dependencies. A debug build takes half the time, and the program runs for seconds only.
 const CARGO_DENY: CargoTool = CargoTool { program: "cargo-deny", version: "0.20.2", arguments: &["--debug"] };

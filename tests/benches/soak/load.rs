@@ -118,7 +118,7 @@ impl<'w> Cluster<'w> {
     }
 }
 
-/// A short-lived pod.
+/// A short-lived pod with its cgroup and id.
 struct Tenant {
     uid: String,
     cgroup: PodCgroup,

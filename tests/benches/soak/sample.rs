@@ -30,7 +30,7 @@ pub(crate) struct Row {
     rss: u64,
     pub(crate) anonymous: u64,
     pub(crate) descriptors: u64,
-    /// Percent of one CPU.
+    /// CPU time since the last sample, in percent of one CPU.
     cpu_percent: f64,
     pods: u64,
     /// Number of reloads since the start of this agent.

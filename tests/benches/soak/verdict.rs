@@ -14,7 +14,7 @@ const MEMORY: i64 = 1024;
 /// Allowed growth of the number of descriptors, which covers descriptors that are open for a moment.
 const DESCRIPTORS: i64 = 2;
 
-/// All measured results.
+/// All measured results, on which the verdict depends.
 #[derive(Debug, Default)]
 pub(crate) struct Outcome {
     agents: Vec<Usage>,

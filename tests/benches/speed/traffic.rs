@@ -32,7 +32,7 @@ const DISCARD_PORT: u16 = 9;
 static PIECE: [u8; 1 << 16] = [0; 1 << 16];
 const PIECES: u32 = 400;
 
-/// Kind of the traffic.
+/// Kind of the measured traffic, by destination and protocol.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Traffic {
     DeniedV4,

@@ -51,7 +51,7 @@ mod vlans;
 
 /// Hooks that see every call of a pod's socket.
 const ALL: [&str; 3] = ["from_pod", "node_egress", "socket"];
-/// Hooks that see packets.
+/// TC hooks, which see packets.
 const EDGES: [&str; 2] = ["from_pod", "node_egress"];
 /// Configuration with endpoints of both address families.
 const AWS: &str = "provider = 'aws'";

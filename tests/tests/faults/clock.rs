@@ -1,4 +1,4 @@
-//! Clocks that jump.
+//! Clocks that jump or differ between agent and kernel.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

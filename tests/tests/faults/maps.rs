@@ -1,4 +1,4 @@
-//! Maps that are full.
+//! Maps that are full, which must not open access.
 
 use std::{
     os::fd::{AsFd as _, AsRawFd as _},

@@ -14,7 +14,7 @@ use imds_tests::{
 
 /// Hooks that see calls and packets of a pod.
 pub(crate) const ALL: &[&str] = &["from_pod", "node_egress", "socket"];
-/// Hooks that see packets.
+/// TC hooks, which see packets.
 pub(crate) const TC: &[&str] = &["from_pod", "node_egress"];
 /// Hook of the node's own interfaces.
 pub(crate) const NODE_EGRESS: &[&str] = &["node_egress"];

@@ -1,4 +1,4 @@
-//! Devices above the NIC.
+//! Bonds and VLAN devices above the NIC.
 
 use imds_tests::{Layout, Nic, WHOLE_TEST, World, lacks_device};
 

@@ -19,7 +19,7 @@ use imds_tests::{
 };
 
 const ALL: &[&str] = &["from_pod", "node_egress", "socket"];
-/// Hooks that see packets.
+/// TC hooks, which see packets.
 const PACKETS: &[&str] = &["from_pod", "node_egress"];
 
 /// Reports whether any request to the endpoint gets a response: over TCP and UDP, from a process in a container and
@@ -101,7 +101,7 @@ fn assert_exempt_with(
     }
 }
 
-/// Applies rules with `nft`.
+/// Applies rules with `nft` in a network namespace.
 #[track_caller]
 fn nft(netns: &Netns, rules: &str) {
     // Older versions of `nft` do not accept a newline as a separator in an argument.

@@ -15,7 +15,7 @@ use crate::workspace::{cargo, root};
 /// Crates in the binary whose dependencies are listed.
 const ROOTS: [&str; 2] = ["imds-agent", "imds-ebpf"];
 
-/// Output of `cargo metadata`.
+/// Used part of the output of `cargo metadata`.
 #[derive(Deserialize)]
 struct Metadata {
     packages: Vec<Package>,
@@ -55,7 +55,7 @@ struct DependencyKind {
     kind: Option<String>,
 }
 
-/// Content of Cargo.lock.
+/// Used part of Cargo.lock.
 #[derive(Deserialize)]
 struct Lock {
     package: Vec<Locked>,
@@ -159,7 +159,7 @@ fn describe(metadata: &Metadata, lock: &Lock, sha256: &str) -> Result<Value> {
 }
 
 impl Package {
-    /// Returns the package URL.
+    /// Returns the package URL (purl) of the crate.
     fn purl(&self) -> String {
         format!("pkg:cargo/{}@{}", self.name, self.version)
     }

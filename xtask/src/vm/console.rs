@@ -70,7 +70,7 @@ impl Guest {
     }
 }
 
-/// Parses `NAME: VALUE`.
+/// Parses `NAME: VALUE` into its parts.
 fn pair(text: &str) -> Option<(String, String)> {
     text.split_once(": ").map(|(what, how)| (what.to_owned(), how.to_owned()))
 }

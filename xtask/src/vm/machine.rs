@@ -91,7 +91,7 @@ impl Machine<'_> {
 /// A console to which the machine is still writing.
 struct Console {
     log: File,
-    /// Incomplete last line.
+    /// Incomplete last line of the console.
     rest: Vec<u8>,
 }
 

@@ -67,7 +67,7 @@ const WANTED: [&str; 54] = [
     "xt_tcpudp",
 ];
 
-/// A module for insmod.
+/// A module that guest.sh loads with insmod.
 #[derive(Debug)]
 pub(super) struct Module {
     pub(super) name: String,

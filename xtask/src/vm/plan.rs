@@ -32,7 +32,7 @@ const QUICK: [(&str, &[&str]); 7] = [
 /// for itself.
 const FAULTS: (&str, &[&str]) = ("faults", &["--include-ignored", "--test-threads=1"]);
 
-/// Work of one machine.
+/// Executables and environment of one machine.
 #[derive(Debug)]
 pub(super) struct Plan {
     pub(super) agent: PathBuf,

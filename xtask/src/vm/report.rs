@@ -18,7 +18,7 @@ use super::{
 /// Number of lines that are shown of a failed test's output, and of a console that ends unexpectedly.
 const TAIL: usize = 20;
 
-/// Results of a kernel.
+/// Results of the tests on one kernel.
 #[derive(Debug)]
 pub(super) struct Row {
     pub(super) line: Line,
@@ -179,7 +179,7 @@ pub(super) fn json(rows: &[Row]) -> Value {
     json!({ "schema": 1, "kernels": kernels })
 }
 
-/// Skipped tests.
+/// Tests that were skipped for one reason.
 #[derive(Debug, Default)]
 struct LeftOut {
     /// Tests that were skipped as a whole, with their kernels.
