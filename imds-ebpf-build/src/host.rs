@@ -1,4 +1,4 @@
-//! Where programs are looked for.
+//! Search for programs on the build machine.
 
 use std::{
     env,
@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// This machine, or a directory that a test made to look like one.
+/// Root directory and search path of the build machine, or of a directory tree that a test created.
 #[derive(Clone, Debug)]
 pub struct Host {
     root: PathBuf,
@@ -17,14 +17,14 @@ pub struct Host {
 }
 
 impl Host {
-    /// The machine and the environment of this process.
+    /// Returns the machine and the environment of this process.
     #[must_use]
     pub fn current() -> Self {
         let bin_below = |variable, dir| Some(PathBuf::from(env::var_os(variable)?).join(dir));
         Self {
             root: PathBuf::from("/"),
             path: env::var_os("PATH").unwrap_or_default(),
-            // Where `cargo install` leaves programs: `sudo` and systemd give a PATH without them.
+            // The directories of `cargo install`, which are not on the PATH of `sudo` and systemd.
             cargo_bins: [
                 bin_below("CARGO_INSTALL_ROOT", "bin"),
                 bin_below("CARGO_HOME", "bin"),
@@ -36,20 +36,20 @@ impl Host {
         }
     }
 
-    /// A machine whose files are below `root`, with `bin` as its PATH.
+    /// Returns a machine whose files are below `root`, with `bin` as its PATH.
     #[must_use]
     pub fn below(root: &Path) -> Self {
         Self { root: root.to_owned(), path: root.join("bin").into_os_string(), cargo_bins: Vec::new() }
     }
 
-    /// The program of that name on the PATH, among cargo's installed ones, or among the system administrator's, which
-    /// other users' PATHs lack.
+    /// Returns the first program with this name on the PATH, in the directories of `cargo install`, or in the `sbin`
+    /// directories, which are not on the PATH of unprivileged users.
     #[must_use]
     pub fn find(&self, program: &str) -> Option<PathBuf> {
         self.find_all(program).next()
     }
 
-    /// All programs of that name, in that order. An absolute path is one program.
+    /// Returns all programs with this name, in the order of [`Host::find`]. `program` may be an absolute path.
     pub fn find_all(&self, program: &str) -> impl Iterator<Item = PathBuf> {
         let dirs = env::split_paths(&self.path).chain(self.cargo_bins.iter().cloned());
         let dirs = dirs.chain(["usr/local/sbin", "usr/sbin", "sbin"].map(|dir| self.root.join(dir)));
@@ -58,20 +58,20 @@ impl Host {
             .filter(|path| is_executable(path))
     }
 
-    /// `path`, which is absolute on this machine.
+    /// Returns the path of the file that has the absolute path `path` on this machine.
     #[must_use]
     pub fn file(&self, path: &str) -> PathBuf {
         self.root.join(path.trim_start_matches('/'))
     }
 
-    /// The PATH with the programs of `dir` before all others.
+    /// Returns the PATH with `dir` as first directory.
     #[must_use]
     pub fn path_after(&self, dir: &Path) -> OsString {
         prepended(dir, &self.path)
     }
 }
 
-/// Whether `path` is a file that somebody may execute.
+/// Reports whether `path` is a regular file with an execute permission for any user.
 fn is_executable(path: &Path) -> bool {
     path.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
 }

@@ -1,9 +1,8 @@
 //! Finds a toolchain that can build the BPF object, and builds it.
 //!
 //! The object needs `core` for `bpfel-unknown-none` and a bpf-linker with an LLVM at least as new as the compiler's.
-//! Two compilers have that: rustup's nightly with rust-src, which builds `core` itself, and Debian's packages, which
-//! bring it precompiled. [`Survey`] says what of both is there, [`Toolchain`] is one that is complete, and [`build`]
-//! is what a build script calls.
+//! Two compilers provide `core`: rustup's nightly with rust-src builds it, and Debian's packages contain it precompiled.
+//! [`Survey`] lists the installed parts of both, [`Toolchain`] is a complete one, and build scripts call [`build`].
 
 mod host;
 mod llvm;

@@ -1,6 +1,6 @@
-//! Which LLVM a compiler and a linker bring.
+//! LLVM versions of compilers and linkers.
 //!
-//! LLVM reads the bitcode of its own and of older versions only.
+//! LLVM reads only bitcode of its own version and of older ones.
 
 use std::{
     fs::File,
@@ -8,27 +8,27 @@ use std::{
     path::Path,
 };
 
-/// The names of shared libraries are at the beginning of an executable.
+/// Number of bytes to search: the names of shared libraries are at the beginning of an executable.
 const HEAD: u64 = 1 << 20;
 
-/// The major version that `rustc -vV` names.
+/// Returns the major version of LLVM in the output of `rustc -vV`.
 pub(crate) fn of_rustc(version: &str) -> Option<u32> {
     version.lines().find_map(|line| leading_number(line.strip_prefix("LLVM version: ")?.as_bytes()))
 }
 
-/// The major version of the libLLVM that an executable loads. One with LLVM linked in statically does not say.
+/// Returns the major version of the libLLVM that an executable loads, or `None` if LLVM is linked statically.
 pub(crate) fn of_executable(path: &Path) -> io::Result<Option<u32>> {
     let mut head = Vec::new();
     File::open(path)?.take(HEAD).read_to_end(&mut head)?;
     Ok(of_library_name(&head))
 }
 
-/// What bpf-linker prints when it meets bitcode of a newer LLVM than its own.
+/// Reports whether the output of bpf-linker contains the error about bitcode of a newer LLVM.
 pub(crate) fn is_too_old(linker_output: &str) -> bool {
     linker_output.contains("Reader: 'LLVM")
 }
 
-/// Finds `libLLVM.so.22.1` or `libLLVM-22.so`.
+/// Returns the major version in a library name such as `libLLVM.so.22.1` or `libLLVM-22.so`.
 fn of_library_name(bytes: &[u8]) -> Option<u32> {
     const NAME: &[u8] = b"libLLVM";
     bytes.windows(NAME.len()).enumerate().filter(|(_, window)| *window == NAME).find_map(|(at, _)| {

@@ -1,4 +1,4 @@
-//! The BPF object, for a build script.
+//! Build of the BPF object, for build scripts.
 
 use std::{
     env, fs,
@@ -17,27 +17,26 @@ use crate::{
     toolchain::{OBJECT, TARGET},
 };
 
-/// What the object is made of, for cargo to run the build script again.
+/// Inputs of the object, relative to the workspace. Cargo runs the build script again if one of them changes.
 const SOURCES: [&str; 5] =
     ["Cargo.lock", "Cargo.toml", "imds-ebpf", "imds-ebpf-common/Cargo.toml", "imds-ebpf-common/src"];
 
-/// A BPF object that was built.
+/// BPF object that [`build`] has written.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Object {
-    /// Where it is.
+    /// Path of the file, in `OUT_DIR`.
     pub path: PathBuf,
-    /// Its SHA-256, in hexadecimal.
+    /// SHA-256 of the file, in hexadecimal.
     pub sha256: String,
 }
 
-/// Builds the BPF object; for a build script, which it tells cargo when to run again.
+/// Builds the BPF object. Call it from a build script: it prints `cargo::rerun-if-changed` for all inputs.
 pub fn build() -> Result<Object> {
-    let variable =
-        |name| env::var_os(name).with_context(|| format!("{name} is not set: not in a build script?"));
+    let variable = |name| env::var_os(name).with_context(|| format!("{name} is not set: build scripts only"));
     let manifest_dir = PathBuf::from(variable("CARGO_MANIFEST_DIR")?);
     let workspace = manifest_dir.parent().context("the crate has no parent directory")?;
     let out_dir = PathBuf::from(variable("OUT_DIR")?);
-    let target_arch = env::var("CARGO_CFG_TARGET_ARCH").context("CARGO_CFG_TARGET_ARCH")?;
+    let target_arch = env::var("CARGO_CFG_TARGET_ARCH").context("failed to read CARGO_CFG_TARGET_ARCH")?;
 
     let toolchain = Toolchain::detect()?;
     for path in
@@ -49,7 +48,7 @@ pub fn build() -> Result<Object> {
     let target_dir = shared_target_dir(&out_dir);
     let mut cargo = toolchain.build(workspace, &target_dir, &target_arch);
     let output =
-        cargo.output().with_context(|| format!("could not start {}", cargo.get_program().display()))?;
+        cargo.output().with_context(|| format!("failed to start {}", cargo.get_program().display()))?;
     if !output.status.success() {
         let compiler = toolchain.compiler();
         let stderr = String::from_utf8_lossy(&output.stderr);
@@ -59,26 +58,26 @@ pub fn build() -> Result<Object> {
                 toolchain.linker().display()
             );
         }
-        bail!("cargo could not build {OBJECT} with {compiler} ({}):\n{stderr}", output.status);
+        bail!("failed to build {OBJECT} with {compiler} ({}):\n{stderr}", output.status);
     }
 
-    // The shared directory holds the object of the last build, which may have been for another kernel.
+    // The next build, possibly for another architecture, overwrites the object in the shared directory.
     let (built, object) = (target_dir.join(TARGET).join("release").join(OBJECT), out_dir.join(OBJECT));
-    let bytes = fs::read(&built).with_context(|| format!("could not read {}", built.display()))?;
+    let bytes = fs::read(&built).with_context(|| format!("failed to read {}", built.display()))?;
     let bytes =
-        without_dwarf(&bytes).with_context(|| format!("could not strip {} of DWARF", built.display()))?;
-    fs::write(&object, &bytes).with_context(|| format!("could not write {}", object.display()))?;
+        without_dwarf(&bytes).with_context(|| format!("failed to strip DWARF from {}", built.display()))?;
+    fs::write(&object, &bytes).with_context(|| format!("failed to write {}", object.display()))?;
     Ok(Object { path: object, sha256: format!("{:x}", Sha256::digest(&bytes)) })
 }
 
-/// BTF was made of it, and the kernel knows no other debugging information: two thirds of the object.
+/// Removes the DWARF sections, two thirds of the object. The kernel reads only BTF, which the linker has generated from DWARF.
 fn without_dwarf(object: &[u8]) -> object::build::Result<Vec<u8>> {
     let mut object = Builder::read(object)?;
     for section in &mut object.sections {
         let name = section.name.strip_prefix(b".rel".as_slice()).unwrap_or(&section.name);
         section.delete = name.starts_with(b".debug_");
     }
-    // LLVM has one table for names of sections and symbols, which `object` can read, but writes as two.
+    // LLVM writes one string table for the names of sections and symbols. `object` can read that, but writes two tables.
     let names = object.sections.add();
     (names.name, names.sh_type) = (b".shstrtab".as_slice().into(), SHT_STRTAB);
     names.data = SectionData::SectionString;
@@ -87,8 +86,8 @@ fn without_dwarf(object: &[u8]) -> object::build::Result<Vec<u8>> {
     Ok(stripped)
 }
 
-/// One directory for all profiles of the outer cargo, so that the object is built once. Not the outer cargo's own:
-/// that one is locked while a build script runs.
+/// Returns one target directory for all profiles of the outer cargo, so that the object is built once. The target directory
+/// of the outer cargo itself is locked while a build script runs.
 fn shared_target_dir(out_dir: &Path) -> PathBuf {
     let outer = out_dir.ancestors().find(|dir| dir.join("CACHEDIR.TAG").is_file());
     outer.unwrap_or(out_dir).join("ebpf")

@@ -1,4 +1,4 @@
-//! What is there of the toolchains, and what each lacks.
+//! Installed and missing parts of the toolchains.
 
 use std::{
     error::Error,
@@ -12,66 +12,67 @@ use crate::{
     toolchain::{DEBIAN_CARGO, DEBIAN_RUSTC, LINKER_VERSION, TARGET, leave_outer_cargo},
 };
 
-/// What Debian's compiler for the BPF object consists of; its bpf-linker is built with the `llvm-…-dev` of the same
+/// Debian packages of the compiler for the BPF object. Building bpf-linker also needs the `llvm-…-dev` of the compiler's
 /// LLVM.
 pub const DEBIAN_PACKAGES: [&str; 4] = ["rustc-web", "cargo-web", "rust-web-llvm", "libstd-rust-web-dev-bpf"];
 
 /// A compiler that can build the BPF object.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Compiler {
-    /// rustup's nightly with rust-src.
+    /// Nightly of rustup with rust-src.
     Nightly,
-    /// Debian's `rustc-web`, `cargo-web` and `libstd-rust-web-dev-bpf`.
+    /// Debian's packages `rustc-web`, `cargo-web` and `libstd-rust-web-dev-bpf`.
     Debian,
 }
 
-/// A bpf-linker that starts.
+/// bpf-linker of this machine that starts.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Linker {
-    /// The program.
+    /// Path of the program.
     pub path: PathBuf,
-    /// The major version of its LLVM, where it can be told.
+    /// Major version of its LLVM; `None` if unknown.
     pub llvm: Option<u32>,
 }
 
-/// Both compilers and the linker: the major version of its LLVM, where it can be told, for a compiler that is complete.
+/// Result of the search for the linker and both compilers. `Ok` of a compiler contains the major version of its LLVM, or
+/// `None` if unknown.
 #[derive(Debug)]
 pub struct Survey {
-    /// bpf-linker.
+    /// First bpf-linker that starts.
     pub linker: Result<Linker, Lack>,
-    /// rustup's nightly.
+    /// LLVM version of rustup's nightly.
     pub nightly: Result<Option<u32>, Lack>,
-    /// Debian's packages.
+    /// LLVM version of Debian's compiler.
     pub debian: Result<Option<u32>, Lack>,
 }
 
-/// Why a part of a toolchain cannot be used.
+/// Reason why a part of a toolchain cannot be used.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Lack {
-    /// No bpf-linker.
+    /// bpf-linker is not installed.
     Linker,
-    /// A bpf-linker that does not start, for example because its libLLVM is gone.
+    /// bpf-linker does not start, for example because its libLLVM was removed.
     BrokenLinker(PathBuf),
-    /// No rustup.
+    /// rustup is not installed.
     Rustup,
-    /// No nightly toolchain.
+    /// rustup has no nightly toolchain.
     Nightly,
-    /// A nightly without rust-src.
+    /// The nightly toolchain has no rust-src.
     RustSrc,
-    /// No rustc or cargo of Debian's.
+    /// Debian's rustc or cargo is not installed.
     DebianCompiler,
-    /// No precompiled `core` for the BPF target.
+    /// Debian's precompiled `core` for the BPF target is not installed.
     DebianCore,
-    /// The compiler's bitcode is of a newer LLVM than the linker can read.
+    /// The compiler's LLVM is newer than the linker's, which cannot read its bitcode.
     OlderLinker {
-        /// The LLVM of the compiler.
+        /// Major version of the compiler's LLVM.
         compiler: u32,
-        /// The LLVM of the linker.
+        /// Major version of the linker's LLVM.
         linker: u32,
     },
 }
 
-/// No toolchain is complete: the survey that found none.
+/// Error for a machine without a complete toolchain: the missing parts of each.
 #[derive(Debug)]
 pub struct NoToolchain {
     linker: Option<Lack>,
@@ -80,13 +81,13 @@ pub struct NoToolchain {
 }
 
 impl Survey {
-    /// Looks for all parts on `host`.
+    /// Searches `host` for all parts.
     #[must_use]
     pub fn of(host: &Host) -> Self {
         Self { linker: linker(host), nightly: nightly(host), debian: debian(host) }
     }
 
-    /// The first toolchain that is complete.
+    /// Returns the first complete toolchain: nightly before Debian.
     pub fn toolchain(&self) -> Result<Toolchain, NoToolchain> {
         let usable = |compiler: &Result<Option<u32>, Lack>| {
             let llvm = compiler.clone()?;
@@ -110,7 +111,7 @@ impl Survey {
     }
 }
 
-/// The first one that starts.
+/// Returns the first bpf-linker that starts.
 fn linker(host: &Host) -> Result<Linker, Lack> {
     let mut broken = None;
     for path in host.find_all("bpf-linker") {
@@ -144,7 +145,7 @@ fn debian(host: &Host) -> Result<Option<u32>, Lack> {
     Ok(output(&rustc, &["-vV"]).as_deref().and_then(llvm::of_rustc))
 }
 
-/// What a program prints, if it starts and succeeds.
+/// Returns the standard output of a program, or `None` if it does not start or fails.
 fn output(program: &Path, arguments: &[&str]) -> Option<String> {
     let mut command = Command::new(program);
     leave_outer_cargo(&mut command);
@@ -164,9 +165,9 @@ impl fmt::Display for Compiler {
 impl fmt::Display for Lack {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Linker => f.write_str("is neither on the PATH nor among cargo's programs"),
+            Self::Linker => f.write_str("is neither on the PATH nor in cargo's bin directory"),
             Self::BrokenLinker(path) => write!(f, "at {} does not start", path.display()),
-            Self::Rustup => f.write_str("cannot be had without rustup"),
+            Self::Rustup => f.write_str("needs rustup, which is not installed"),
             Self::Nightly => f.write_str("is not installed"),
             Self::RustSrc => f.write_str("lacks rust-src"),
             Self::DebianCompiler => f.write_str("rustc-web and cargo-web are not installed"),
@@ -182,11 +183,12 @@ impl Error for Lack {}
 
 impl fmt::Display for NoToolchain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let say = |lack: &Option<Lack>| lack.as_ref().map_or_else(|| "is there".to_owned(), Lack::to_string);
+        let say =
+            |lack: &Option<Lack>| lack.as_ref().map_or_else(|| "is installed".to_owned(), Lack::to_string);
         write!(
             f,
-            "no toolchain can build the BPF object: bpf-linker {}; rustup's nightly {}; Debian's compiler: {}. \
-             `cargo xtask setup` as root on Debian installs what is missing, or do one of: \
+            "found no complete toolchain for the BPF object: bpf-linker {}; rustup's nightly {}; Debian's compiler: {}. \
+             On Debian, `cargo xtask setup` as root installs the missing parts. Otherwise do one of: \
              (1) rustup toolchain install nightly --component rust-src, and put a bpf-linker of \
              https://github.com/aya-rs/bpf-linker/releases on the PATH; \
              (2) apt-get install {} llvm-22-dev && LLVM_PREFIX=/usr/lib/llvm-22 cargo install bpf-linker \
@@ -242,7 +244,7 @@ mod tests {
         for part in [
             "bpf-linker is neither",
             "nightly lacks rust-src",
-            "Debian's compiler: is there",
+            "Debian's compiler: is installed",
             "(1) rustup",
             "(2) apt-get",
         ] {
@@ -250,7 +252,8 @@ mod tests {
         }
     }
 
-    /// One test for all that starts a program: a script cannot be started while another thread's fork holds it open.
+    /// One test for everything that starts a program: a script fails to start (ETXTBSY) while a process forked by another
+    /// thread has it open for writing.
     #[test]
     fn installed_parts_are_found() {
         let dir = tempfile::tempdir().unwrap();
@@ -271,7 +274,7 @@ mod tests {
         assert_eq!(survey.debian, Err(Lack::DebianCore));
 
         let nightly = root.join("nightly");
-        // Behind the broken one on the PATH.
+        // Found after the broken one on the PATH.
         script(&root.join("usr/sbin/bpf-linker"), "# libLLVM.so.22.1");
         script(&root.join("bin/rustup"), &format!("echo '{}'", nightly.display()));
         fs::create_dir_all(host.file("/usr/lib/rustlib").join(TARGET).join("lib")).unwrap();

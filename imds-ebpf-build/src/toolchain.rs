@@ -1,4 +1,4 @@
-//! The commands of a toolchain that is complete.
+//! Commands that build and check the BPF object with a complete toolchain.
 
 use std::{
     env,
@@ -9,16 +9,16 @@ use std::{
 
 use crate::{Compiler, Host, NoToolchain, Survey};
 
-/// Where Debian's compiler is: never rustup's, which comes first on the PATH.
+/// Absolute path of Debian's compiler, because rustup's usually comes first on the PATH.
 pub(crate) const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
 pub(crate) const DEBIAN_CARGO: &str = "/usr/bin/cargo";
 const DEBIAN_CLIPPY: &str = "/usr/bin/cargo-clippy";
 pub(crate) const LINKER_VERSION: &str = "0.13.0";
 const RUSTUP_TOOLCHAIN: &str = "RUSTUP_TOOLCHAIN";
-/// Crates that turn on an unstable feature: inline assembly for BPF.
+/// Crates that need an unstable feature: inline assembly for BPF.
 const UNSTABLE: &str = "aya_ebpf,imds_ebpf_common";
 pub(crate) const TARGET: &str = "bpfel-unknown-none";
-/// The package, its binary, and the file that a build leaves.
+/// Name of the package, of its binary and of the built file.
 pub(crate) const OBJECT: &str = "imds-ebpf";
 
 /// A compiler and a linker for the BPF object.
@@ -29,7 +29,7 @@ pub struct Toolchain {
 }
 
 impl Toolchain {
-    /// The first toolchain that is complete on this machine, or what is missing of each.
+    /// Returns the first complete toolchain of this machine, or an error that lists the missing parts of each.
     pub fn detect() -> Result<Self, NoToolchain> {
         Survey::of(&Host::current()).toolchain()
     }
@@ -38,20 +38,20 @@ impl Toolchain {
         Self { compiler, linker }
     }
 
-    /// Whose compiler it is.
+    /// Returns the compiler of the toolchain.
     #[must_use]
     pub const fn compiler(&self) -> Compiler {
         self.compiler
     }
 
-    /// The bpf-linker.
+    /// Returns the path of bpf-linker.
     #[must_use]
     pub fn linker(&self) -> &Path {
         &self.linker
     }
 
-    /// `cargo build` of the BPF object, for the workspace at `workspace`, with object files in `target_dir`. The code
-    /// is told that it runs on a `target_arch` kernel.
+    /// Returns the `cargo build` command for the BPF object of the workspace at `workspace`, with `target_dir` as target
+    /// directory. Sets the cfg `bpf_target_arch` of the programs to `target_arch`.
     #[must_use]
     pub fn build(&self, workspace: &Path, target_dir: &Path, target_arch: &str) -> Command {
         let program = match self.compiler {
@@ -61,10 +61,11 @@ impl Toolchain {
         self.cargo(program, "build", workspace, target_dir, target_arch)
     }
 
-    /// `cargo clippy` of the same, with warnings as errors.
+    /// Returns the `cargo clippy` command for the BPF object, with warnings as errors. The arguments are those of
+    /// [`Toolchain::build`].
     #[must_use]
     pub fn clippy(&self, workspace: &Path, target_dir: &Path, target_arch: &str) -> Command {
-        // Not `cargo clippy`: cargo prefers the cargo-clippy in its home, which is rustup's, to its own.
+        // Runs cargo-clippy directly, because `cargo clippy` prefers the cargo-clippy in cargo's home, which is rustup's.
         let program = match self.compiler {
             Compiler::Nightly => "cargo-clippy",
             Compiler::Debian => DEBIAN_CLIPPY,
@@ -98,8 +99,8 @@ impl Toolchain {
         cargo.args(["--locked", "--release", "--package", OBJECT, "--target", TARGET]);
         cargo.arg("--target-dir").arg(target_dir).current_dir(workspace);
         let arch = format!("--cfg=bpf_target_arch=\"{target_arch}\"");
-        // Paths are in the BTF: wherever it is built, the object is to be the same. By this one the linker finds the lines
-        // of source that it puts there, too.
+        // BTF contains source paths. Remapping makes the object independent of the build directory. `.` also lets the linker
+        // find the source lines that it copies into BTF.
         let workspace = remap(workspace, ".");
         let mut flags = vec!["-Cdebuginfo=2".to_owned(), "-Clink-arg=--btf".to_owned(), arch, workspace];
         flags.extend(cargo_home().map(|home| remap(&home, "cargo")));
@@ -112,7 +113,7 @@ impl Toolchain {
 }
 
 impl Compiler {
-    /// Whether it has a clippy.
+    /// Reports whether clippy is installed for this compiler.
     #[must_use]
     pub fn has_clippy(self, host: &Host) -> bool {
         match self {
@@ -125,20 +126,20 @@ impl Compiler {
     }
 }
 
-/// The compiler's argument for `to` to stand for `from` wherever it names files in what it makes.
+/// Returns the compiler argument that replaces the path prefix `from` by `to` in its output.
 #[must_use]
 pub fn remap(from: &Path, to: &str) -> String {
     format!("--remap-path-prefix={}={to}", from.display())
 }
 
-/// Where cargo has the sources of dependencies, unless the user is nowhere at home.
+/// Returns cargo's home, which contains the sources of dependencies, or `None` if neither `CARGO_HOME` nor `HOME` is set.
 #[must_use]
 pub fn cargo_home() -> Option<PathBuf> {
     let home = || Some(PathBuf::from(env::var_os("HOME")?).join(".cargo"));
     env::var_os("CARGO_HOME").map(PathBuf::from).or_else(home)
 }
 
-/// A program of rustup's nightly.
+/// Returns the command that runs a program of rustup's nightly.
 fn nightly(host: &Host, program: &str) -> Command {
     let mut rustup = Command::new(host.find("rustup").unwrap_or_else(|| "rustup".into()));
     leave_outer_cargo(&mut rustup);
@@ -146,12 +147,13 @@ fn nightly(host: &Host, program: &str) -> Command {
     rustup
 }
 
-/// Builds and installs a bpf-linker with Debian's LLVM of that major version, in place of one that does not work.
+/// Returns the command that builds and installs a bpf-linker with Debian's LLVM of this major version. Replaces an
+/// installed one.
 #[must_use]
 pub fn linker_install(llvm: u32) -> Command {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     leave_outer_cargo(&mut cargo);
-    // The compiler of rust-toolchain.toml, wherever we run.
+    // Selects the compiler of rust-toolchain.toml also outside the workspace.
     cargo.envs(env::var_os(RUSTUP_TOOLCHAIN).map(|toolchain| (RUSTUP_TOOLCHAIN, toolchain)));
     cargo.args(["install", "bpf-linker", "--version", LINKER_VERSION, "--locked", "--force"]);
     cargo.arg("--no-default-features").arg("--features").arg(format!("llvm-{llvm}"));
@@ -159,7 +161,7 @@ pub fn linker_install(llvm: u32) -> Command {
     cargo
 }
 
-/// Removes what the outer cargo, or its user, set for the compiler of the host's code.
+/// Removes environment variables by which the outer cargo or its user configures the build of host code.
 pub(crate) fn leave_outer_cargo(command: &mut Command) {
     for (name, _) in env::vars_os().filter(|(name, _)| is_for_the_host(name)) {
         command.env_remove(name);

@@ -1,4 +1,4 @@
-//! The record of the hooks of cgroups.
+//! Record of the desired state of the cgroup hooks.
 
 /// Value of [`CgroupRecord::sendmsg`] if the configuration turns the sendmsg programs off.
 pub const SENDMSG_OFF: u32 = u32::MAX;

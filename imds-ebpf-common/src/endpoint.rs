@@ -1,15 +1,15 @@
-//! The guarded endpoints.
+//! Protected endpoints and their allowed ports.
 
 use crate::{opaque::opaque_xor, packet::Packet};
 
-/// The instance metadata service of nearly every cloud, in network byte order (RFC 3927 link-local block).
+/// Address of the instance metadata service on most clouds, in network byte order (RFC 3927 link-local block).
 pub const IMDS_IPV4: [u8; 4] = [169, 254, 169, 254];
 
-/// Most endpoints that can be guarded at a time.
+/// Largest number of protected endpoints.
 pub const MAX_ENDPOINTS: usize = 256;
-/// Most services that can be kept at one address.
+/// Largest number of allowed ports of one endpoint.
 pub const MAX_KEPT: usize = 8;
-/// Bytes of an endpoint's name, of which the last is zero.
+/// Size of an endpoint's name in bytes, including the terminating zero.
 pub const NAME_LEN: usize = 16;
 
 /// IP protocol number of TCP.
@@ -17,7 +17,7 @@ pub const TCP: u8 = 6;
 /// IP protocol number of UDP.
 pub const UDP: u8 = 17;
 
-/// What a packet is for at its destination, and what can be kept open there. Aligned to be compared as one word.
+/// Transport protocol and destination port. Aligned so that the programs compare it as one word.
 #[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct Service {
@@ -25,29 +25,29 @@ pub struct Service {
     pub port: u16,
     /// IP protocol number: [`TCP`] or [`UDP`].
     pub protocol: u8,
-    /// Zero.
+    /// Explicit padding, always written as 0.
     pub reserved: u8,
 }
 
 impl Service {
-    /// In the place of no service: protocol 0 is the IPv6 hop-by-hop header and has no ports.
+    /// Placeholder for no service: protocol 0 is the IPv6 hop-by-hop header, which has no ports.
     pub const NONE: Self = Self::new(0, 0);
 
-    /// A port, in host byte order, of a protocol.
+    /// Creates a service from an IP protocol number and a port in host byte order.
     #[inline(always)]
     #[must_use]
     pub const fn new(protocol: u8, port: u16) -> Self {
         Self { port, protocol, reserved: 0 }
     }
 
-    /// The same, but one of which a verifier does not know [how it came about](Packet::forget_origin).
+    /// Returns the service with bounds that the verifier does not know, see [`Packet::forget_origin`].
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "it comes back as it went")]
+    #[expect(clippy::cast_possible_truncation, reason = "the number has 32 bits")]
     pub(crate) fn without_origin<P: Packet + ?Sized>(self, packet: &P) -> Self {
         Self::from_number(packet.forget_origin(self.number() as usize) as u32)
     }
 
-    /// The one with this [number](Service::number).
+    /// Returns the service with this [number](Service::number).
     #[inline(always)]
     #[must_use]
     pub const fn from_number(number: u32) -> Self {
@@ -55,7 +55,7 @@ impl Service {
         Self { port: u16::from_ne_bytes([port_0, port_1]), protocol, reserved }
     }
 
-    /// Port and protocol in one.
+    /// Returns port and protocol as one word in memory order.
     #[inline(always)]
     #[must_use]
     pub const fn number(self) -> u32 {
@@ -64,43 +64,44 @@ impl Service {
     }
 }
 
-/// A guarded endpoint: everything at its address is denied, except the services that are kept.
+/// A protected endpoint: requests to its address are denied, except to its allowed ports.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Endpoint {
     /// Name, padded with zero bytes.
     pub name: [u8; NAME_LEN],
-    /// Number of the endpoint, from 1, in the order of the configuration.
+    /// Number of the endpoint in the configuration, from 1.
     pub id: u32,
-    /// What is kept.
+    /// Allowed ports; all other ports are denied.
     pub keep: Keep,
 }
 
 impl Endpoint {
-    /// The kept services.
+    /// Iterates over the allowed ports, without the unused entries.
     pub fn kept(&self) -> impl Iterator<Item = Service> + '_ {
         self.keep.iter().copied().take_while(|service| service.protocol != 0)
     }
 }
 
-/// Kept services; [`Service::NONE`] after the last.
+/// Allowed ports of an endpoint; [`Service::NONE`] after the last one.
 pub type Keep = [Service; MAX_KEPT];
 
-/// Whether anything is kept, so that a packet's ports matter.
+/// Reports whether an endpoint has allowed ports. If not, its verdict does not depend on the ports of the packet.
 #[inline(always)]
 #[must_use]
 pub const fn keeps_any(keep: &Keep) -> bool {
     keep[0].protocol != 0
 }
 
-/// Reports whether `service` is kept. A separate function in BPF programs, so that the verifier follows it once.
+/// Reports whether `service` is an allowed port. A separate function in BPF programs, so that the verifier checks it once.
 #[cfg_attr(target_arch = "bpf", inline(never))]
 #[cfg_attr(not(target_arch = "bpf"), inline(always))]
 #[must_use]
 pub fn keeps(keep: &Keep, service: Service) -> bool {
-    // By arithmetic, so that the verifier has one way through here and not eight, and two at a time: with 1 taken off each
-    // half, a zero half is the only one whose highest bit is set and was not before, but for a half above one that is zero
-    // itself. Opaque, as the compiler else makes branches of it.
+    // Compares without branches, so that the verifier follows one path and not eight. Each step compares two services: XOR
+    // makes the half of an equal service zero, and subtracting 1 sets the highest bit of a zero half. `& !difference` ignores
+    // halves that had the bit before. The borrow of a zero lower half can also set the bit of the upper half, but then the
+    // lower half matches already. The XOR is opaque, because LLVM would turn it back into branches.
     const ONES: u64 = 0x0000_0001_0000_0001;
     let wanted = u64::from(service.number()) * ONES;
     let mut found = 0;

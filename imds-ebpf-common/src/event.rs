@@ -1,4 +1,4 @@
-//! Events of packets and calls to protected endpoints, and their rate limits.
+//! Events of packets and calls to protected endpoints, and the rate limiter of events.
 
 use crate::opaque::opaque;
 
@@ -6,22 +6,22 @@ use crate::opaque::opaque;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Event {
-    /// When, in nanoseconds since boot (`CLOCK_BOOTTIME`).
+    /// Time in nanoseconds since boot (`CLOCK_BOOTTIME`).
     pub time: u64,
-    /// Cookie of the network namespace of the socket; 0 where that is not known.
+    /// Cookie of the network namespace of the socket; 0 if unknown.
     pub netns_cookie: u64,
-    /// Id of the cgroup v2 of the caller, or of the socket of a packet at [`Hook::HostNetwork`](crate::Hook::HostNetwork); 0 for other
-    /// packets.
+    /// Id of the cgroup v2 of the caller, or of the packet's socket at [`Hook::HostNetwork`](crate::Hook::HostNetwork); 0 for
+    /// other packets.
     pub cgroup: u64,
-    /// Events of the same source and CPU that were left out since the one before.
+    /// Number of events of this source on this CPU that were suppressed since the previous emitted one.
     pub suppressed: u64,
-    /// Bytes of this packet and of those that were left out, as [`Counter::bytes`](crate::Counter::bytes) has them.
+    /// Bytes of this packet and of the suppressed ones, counted like [`Counter::bytes`](crate::Counter::bytes).
     pub bytes: u64,
-    /// Source, IPv4 as IPv4-mapped IPv6; unspecified where that is not known.
+    /// Source address, IPv4 as IPv4-mapped IPv6; unspecified (`::`) if unknown.
     pub source: [u8; 16],
-    /// Destination, likewise.
+    /// Destination address, IPv4 as IPv4-mapped IPv6.
     pub destination: [u8; 16],
-    /// Index of the interface at which a packet was judged; 0 for calls.
+    /// Index of the interface at whose hook the packet was seen; 0 for calls.
     pub ifindex: u32,
     /// Index of the interface by which the packet entered the node; 0 if the kernel has recorded none, and for calls. The
     /// kernel records none for packets of local sockets, and for some packets of pods (macvlan, ipvlan, and IPv6 packets that
@@ -29,19 +29,19 @@ pub struct Event {
     pub ingress_ifindex: u32,
     /// Process id of the caller, in the initial pid namespace; 0 for packets.
     pub pid: u32,
-    /// Source port; 0 where there is none or it can't be found.
+    /// Source port; 0 if the packet has none or the parser can't find it.
     pub source_port: u16,
-    /// Destination port, likewise.
+    /// Destination port; 0 if the packet has none or the parser can't find it.
     pub destination_port: u16,
-    /// A [`Hook`](crate::Hook).
+    /// Number of the [`Hook`](crate::Hook) that saw the packet or call.
     pub hook: u8,
-    /// A [`Verdict`](crate::Verdict).
+    /// Number of the [`Verdict`](crate::Verdict) on the packet or call.
     pub verdict: u8,
-    /// IP protocol number; 255 where it can't be found.
+    /// IP protocol number; 255 if the parser can't find it.
     pub protocol: u8,
-    /// Zero.
+    /// Explicit padding, always written as 0.
     pub reserved: u8,
-    /// Zero.
+    /// Explicit padding, always written as 0.
     pub padding: u32,
     /// Name of the caller's thread, padded with zero bytes; empty for packets.
     pub comm: [u8; 16],
@@ -49,50 +49,50 @@ pub struct Event {
 
 const _: () = assert!(size_of::<Event>() == 112);
 
-/// Whose events are counted together.
+/// Key of the rate limiter: events of one source share a [`Window`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Source {
-    /// Index of the interface by which packets came in; cookie of the network namespace of calls; id of the cgroup of
-    /// both at [`Hook::HostNetwork`](crate::Hook::HostNetwork).
+    /// Ingress interface index for packets; cookie of the network namespace for calls; cgroup id for both at
+    /// [`Hook::HostNetwork`](crate::Hook::HostNetwork).
     pub id: u64,
-    /// A [`Hook`](crate::Hook).
+    /// Number of the [`Hook`](crate::Hook) that saw the packets or calls.
     pub hook: u64,
 }
 
-/// How many sources are known at a time, but for those whose interface's [`Counter`](crate::Counter) has their window. One
-/// that was not heard of for long is forgotten.
+/// Number of entries of the LRU map of sources. Sources at `from_pod` need no entry: the [`Counter`](crate::Counter) of the
+/// interface contains their window.
 pub const SOURCES: usize = 4096;
 
-/// Events and answers of one source on one CPU.
+/// Rate limiter for the events and replies of one source on one CPU: a fixed window of one second.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Window {
-    /// When it began, in nanoseconds since boot.
+    /// Start of the window, in nanoseconds since boot.
     pub start: u64,
-    /// The kernel's timer tick at which the clock was last read.
+    /// Timer tick (jiffies) at which the clock was last read.
     pub tick: u64,
-    /// Events since the last one that was told.
+    /// Number of events since the last emitted one.
     pub untold: u64,
-    /// Bytes of these; 0 for calls.
+    /// Bytes of the events since the last emitted one; 0 for calls.
     pub bytes: u64,
-    /// Events that were told since it began.
+    /// Number of events emitted in this window.
     pub told: u32,
-    /// Answers that were sent since it began.
+    /// Number of replies sent in this window.
     pub answered: u32,
 }
 
 impl Window {
     /// Length of a window, in nanoseconds.
     pub const LENGTH: u64 = 1_000_000_000;
-    /// Most events that are told of one source on one CPU in a window.
+    /// Largest number of events of one source on one CPU in a window.
     pub const MOST: u32 = 10;
-    /// Most answers that are sent to one source by one CPU in a window: so many as the kernel sends ICMP errors in all
-    /// (`icmp_msgs_per_sec`, Linux 5.10).
+    /// Largest number of replies to one source from one CPU in a window: the default of the kernel's global limit of ICMP
+    /// errors (`icmp_msgs_per_sec`, Linux 5.10).
     pub const MOST_ANSWERS: u32 = 1000;
 
-    /// In which nothing was told. For the programs: of many zeros in a row the compiler makes a call that the verifier
-    /// refuses, so that they are hidden from it.
+    /// Returns a window without events, for BPF programs. The zeros are hidden from the compiler, because LLVM writes many
+    /// zeros with a call to memset, which BPF does not have.
     #[inline(always)]
     #[must_use]
     #[expect(clippy::cast_possible_truncation, reason = "zero")]
@@ -101,11 +101,11 @@ impl Window {
         Self { start: zero, tick: zero, untold: zero, bytes: zero, told: zero as u32, answered: zero as u32 }
     }
 
-    /// Takes in an event of so many `bytes` at timer tick `tick`. Whether it is to be told, and once it was,
-    /// [`Window::clear`] is to be called.
+    /// Counts an event of `bytes` bytes at timer tick `tick`. Returns `true` if the caller should emit the event; the
+    /// caller must call [`Window::clear`] after it did.
     ///
-    /// `clock` tells the nanoseconds since boot. Once enough was told it is asked with each tick and not with each
-    /// event: reading it costs more than all else that an event costs.
+    /// `clock` returns the nanoseconds since boot. At the limit it is read once per tick and not per event, because
+    /// reading it costs more than the rest of the function.
     #[inline(always)]
     #[must_use]
     pub fn admit(&mut self, bytes: u32, tick: u64, clock: impl FnOnce() -> u64) -> bool {
@@ -122,15 +122,16 @@ impl Window {
         true
     }
 
-    /// All that was taken in up to now is known to user space.
+    /// Resets the counts of events and bytes since the last emitted event.
     #[inline(always)]
     pub fn clear(&mut self) {
-        // Hidden from the compiler, which makes a call of two zeros in a row.
+        // Hidden from the compiler, which would write two zeros in a row with a call to memset.
         self.untold = opaque(0);
         self.bytes = opaque(0);
     }
 
-    /// Whether one more answer may be sent in the window that [`Window::admit`] left.
+    /// Reports whether one more reply may be sent in this window, and counts it. Call it after [`Window::admit`], which
+    /// starts a new window when the old one has ended.
     #[inline(always)]
     pub fn may_answer(&mut self) -> bool {
         let may = self.answered < Self::MOST_ANSWERS;
@@ -157,7 +158,7 @@ mod pod {
 
     // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for Source {}
-    // SAFETY: as above.
+    // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for Window {}
 }
 
@@ -165,12 +166,13 @@ mod pod {
 mod tests {
     use super::*;
 
-    /// So many ticks a second, as most distributions have it.
+    /// Timer ticks per second (`CONFIG_HZ`) of most distributions.
     const HZ: u64 = 250;
 
     const BYTES: u32 = 74;
 
-    /// How many events were told with one at this time, where it was.
+    /// Adds an event at `time`. Returns the number of events that the emitted one accounts for, or `None` if it is
+    /// suppressed.
     fn admit(window: &mut Window, time: u64) -> Option<u64> {
         window.admit(BYTES, time / (Window::LENGTH / HZ), || time).then(|| {
             assert_eq!(window.bytes, window.untold * u64::from(BYTES));

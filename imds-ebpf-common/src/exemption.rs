@@ -2,23 +2,23 @@
 
 use crate::{address::Address, opaque::opaque, tables::Tables, verdict::Verdict};
 
-/// Slots of [`Filter::subjects`](crate::Filter::subjects).
+/// Number of bits in [`Filter::subjects`](crate::Filter::subjects).
 pub const SUBJECT_SLOTS: usize = 1 << 14;
 
-/// Largest number of entries of the map of exemptions: several for each of the 1,000 pods that Kubernetes' largest nodes run.
+/// Largest number of entries of the map of exemptions: several for each pod on a large node with 1,000 pods.
 pub const MAX_EXEMPTIONS: usize = 1 << 14;
 
 /// Identity of a sender, as the programs know it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct Subject {
-    /// Interface index, cookie or id.
+    /// Interface index, netns cookie or cgroup id, depending on `kind`.
     pub id: u64,
-    /// A [`SubjectKind`].
+    /// Number of the [`SubjectKind`] of `id`.
     pub kind: u64,
 }
 
-/// Kind of an identity.
+/// Kind of the id in a [`Subject`].
 #[repr(u64)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum SubjectKind {
@@ -28,12 +28,13 @@ pub enum SubjectKind {
     Netns = 2,
     /// Id of a cgroup v2.
     Cgroup = 3,
-    /// Index of a bridge of the node that has an exempt pod's link as a port. Only marked packets of it are exempt.
+    /// Index of a bridge of the node with the host-side interface of an exempt pod as a port. Only marked packets from the
+    /// bridge are exempt.
     Bridge = 4,
 }
 
 impl SubjectKind {
-    /// The kind with this number, or `None` where no version of this layout has given it.
+    /// Returns the kind with this number, or `None` for an unknown number.
     #[must_use]
     pub const fn from_u64(kind: u64) -> Option<Self> {
         match kind {
@@ -50,18 +51,18 @@ impl Subject {
     /// No identity: no interface has the index 0.
     pub const NONE: Self = Self::new(SubjectKind::Interface, 0);
 
-    /// The subject of this kind with this number.
+    /// Creates an identity from its kind and its index, cookie or id.
     #[inline(always)]
     #[must_use]
     pub const fn new(kind: SubjectKind, id: u64) -> Self {
         Self { id, kind: kind as u64 }
     }
 
-    /// Returns the slot in [`Filter::subjects`](crate::Filter::subjects). The kernel assigns indices and cookies in a row, so
-    /// that they get different slots.
+    /// Returns the bit in [`Filter::subjects`](crate::Filter::subjects). The kernel assigns indices and cookies in sequence,
+    /// and consecutive ids get different bits.
     #[inline(always)]
     #[must_use]
-    #[expect(clippy::cast_possible_truncation, reason = "the rest is below the number of slots")]
+    #[expect(clippy::cast_possible_truncation, reason = "the remainder is less than the number of slots")]
     pub const fn slot(self) -> u16 {
         ((self.id ^ (self.id >> 14) ^ (self.kind << 12)) % SUBJECT_SLOTS as u64) as u16
     }
@@ -73,7 +74,7 @@ impl Subject {
 pub struct Exemption {
     /// Address of the endpoint; [`Address::ANY`] for all endpoints.
     pub address: Address,
-    /// The exempt identity.
+    /// Identity of the exempt sender.
     pub subject: Subject,
 }
 
@@ -83,15 +84,15 @@ pub struct Exemption {
 pub struct Grant {
     /// [`Verdict::Exempt`] or [`Verdict::Audit`], which replaces [`Verdict::Deny`]. Other values grant nothing.
     pub verdict: u32,
-    /// Number of the rule of the configuration that grants it, from 1.
+    /// Number of the exemption rule in the configuration, from 1.
     pub rule: u32,
-    /// [`Grant::MARK`] or 0.
+    /// Flags: [`Grant::MARK`] or 0.
     pub flags: u32,
-    /// Zero.
+    /// Explicit padding, always written as 0.
     pub reserved: u32,
 }
 
-/// A sender that `imds-agent verify` controls, and the verdicts on its packets and calls: the value of the map of probes.
+/// Value of the map of probes: a test sender of `imds-agent verify`, and the verdicts on its packets and calls.
 ///
 /// The programs count a probe here and nowhere else, and emit no event for it.
 #[repr(C)]
@@ -99,18 +100,18 @@ pub struct Grant {
 pub struct ProbeRecord {
     /// 1 if the programs treat the probe as an exempt sender, else 0.
     pub exempt: u32,
-    /// Zero.
+    /// Explicit padding, always written as 0.
     pub reserved: u32,
     /// Number of packets and calls at each hook by verdict: `verdicts[hook][verdict]`.
     pub verdicts: [[u64; 6]; 6],
 }
 
 impl Grant {
-    /// `from_pod` sets the exemption mark on packets of this subject: the pod is behind a bridge of the node, so that at
-    /// `node_egress` the ingress interface names the bridge and not the pod.
+    /// Flag: `from_pod` sets the exemption mark on packets of this subject. Needed for a pod behind a bridge of the node,
+    /// because the ingress interface at `node_egress` is then the bridge.
     pub const MARK: u32 = 1;
 
-    /// A grant of `verdict` by the rule with this number, from 1.
+    /// Creates a grant of `verdict` by the rule with this number, from 1.
     #[must_use]
     pub const fn new(verdict: Verdict, rule: u32) -> Self {
         Self { verdict: verdict as u32, rule, flags: 0, reserved: 0 }
@@ -167,7 +168,7 @@ pub fn soften_thoroughly<T: Tables + ?Sized>(
 
 /// Returns the grant that changes `verdict` on packets of `subject` to `address`.
 #[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "zero")]
+#[expect(clippy::cast_possible_truncation, reason = "the value is zero")]
 pub fn find_grant<T: Tables + ?Sized>(
     verdict: Verdict,
     subject: Subject,
@@ -178,7 +179,8 @@ pub fn find_grant<T: Tables + ?Sized>(
         return None;
     }
     let of_one = tables.grant(&Exemption { address: *address, subject });
-    // Address::ANY, hidden from the compiler: it puts constants of that size in a section, which is one more map.
+    // Address::ANY, hidden from the compiler: it puts constants of that size in a section, and loaders create a map for
+    // each section.
     let any = || Address::from_ipv4((opaque(0) as u32).to_be_bytes());
     of_one.or_else(|| tables.grant(&Exemption { address: any(), subject }))
 }
@@ -216,7 +218,7 @@ mod tests {
             (&[at(ONE, Audit)], [Audit, Deny]),
             (&[at(Address::ANY, Exempt)], [Exempt, Exempt]),
             (&[at(Address::ANY, Audit), at(OTHER, Exempt)], [Audit, Exempt]),
-            // What no agent writes grants nothing.
+            // Verdicts that the agent never writes grant nothing.
             (&[at(ONE, Foreign), at(OTHER, Allow)], [Deny, Deny]),
         ] {
             assert_eq!(of(grants, Deny, POD), denied, "{grants:?}");

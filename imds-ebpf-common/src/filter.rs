@@ -7,12 +7,12 @@ use crate::{
     exemption::{SUBJECT_SLOTS, Subject},
 };
 
-/// Number of chains (hash buckets) of a [`Table`]: with 256 endpoints nearly every chain has at most one row.
+/// Number of chains (hash buckets) of a [`Table`]. With 256 endpoints most chains have at most one row.
 pub const CHAINS: usize = 1 << 12;
 /// Largest number of rows of a chain.
 pub const MAX_CHAIN: usize = 4;
 
-/// Two bitmaps that exclude most addresses and senders, and the endpoints.
+/// The policy: two bitmaps that exclude most addresses and senders, and two tables of endpoints.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Filter {
@@ -23,38 +23,38 @@ pub struct Filter {
     pub subjects: [u8; SUBJECT_SLOTS / 8],
     /// Index of the effective table, 0 or 1. User space writes the other one.
     pub current: u64,
-    /// The endpoints.
+    /// The effective table, and the one that the next change is written to.
     pub tables: [Table; 2],
 }
 
-/// The endpoints, found by the slot of their address.
+/// Hash table of the endpoints, with the slot of the address as hash.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Table {
-    /// Number of the first row of each chain, from 1; 0 where it has none.
+    /// Number of the first row of each chain, from 1; 0 for an empty chain.
     pub heads: [u16; CHAINS],
-    /// The rows.
+    /// Rows of all chains. Unused ones are [`Row::EMPTY`].
     pub rows: [Row; MAX_ENDPOINTS],
 }
 
-/// An endpoint, as the programs know it.
+/// Row of a [`Table`]: the part of an endpoint that the programs need.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Row {
-    /// Address of the endpoint.
+    /// Address of the protected endpoint.
     pub address: Address,
-    /// Allowed ports.
+    /// Allowed ports of the endpoint.
     pub keep: Keep,
     /// Number of the next row of the chain, from 1; 0 for none.
     pub next: u64,
 }
 
 impl Row {
-    /// No endpoint.
+    /// Unused row: no endpoint has [`Address::NONE`].
     pub const EMPTY: Self = Self { address: Address::NONE, keep: [Service::NONE; MAX_KEPT], next: 0 };
 }
 
-/// Returns the chain of an address with this slot, folded once more, so that addresses in a row get different chains.
+/// Returns the chain of an address with this slot. Folds the slot again, so that consecutive addresses get different chains.
 #[inline(always)]
 #[must_use]
 pub const fn chain(slot: u16) -> usize {
@@ -62,10 +62,10 @@ pub const fn chain(slot: u16) -> usize {
 }
 
 impl Table {
-    /// No endpoints.
+    /// Table without endpoints: all chains are empty.
     pub const EMPTY: Self = Self { heads: [0; CHAINS], rows: [Row::EMPTY; MAX_ENDPOINTS] };
 
-    /// Replaces all rows. At most [`MAX_ENDPOINTS`] rows, and [`MAX_CHAIN`] in a [`chain`].
+    /// Replaces all rows. The caller passes at most [`MAX_ENDPOINTS`] endpoints, and at most [`MAX_CHAIN`] per [`chain`].
     fn fill<'a>(&mut self, endpoints: impl IntoIterator<Item = (Address, &'a Endpoint)>) {
         *self = Self::EMPTY;
         for ((row, number), (address, endpoint)) in self.rows.iter_mut().zip(1..).zip(endpoints) {
@@ -91,8 +91,8 @@ impl Table {
 }
 
 impl Filter {
-    /// Protects no address.
-    #[expect(clippy::large_stack_arrays, reason = "it starts as a variable of the programs")]
+    /// Filter that protects no address.
+    #[expect(clippy::large_stack_arrays, reason = "initial value of a global variable of the programs")]
     pub const EMPTY: Self = Self {
         bits: [0; SLOTS / 8],
         subjects: [0; SUBJECT_SLOTS / 8],
@@ -100,14 +100,14 @@ impl Filter {
         tables: [Table::EMPTY; 2],
     };
 
-    /// Byte and bit of a slot.
+    /// Returns the byte index and the bit number of a slot in a bitmap.
     #[inline(always)]
     #[must_use]
     pub const fn position(slot: u16) -> (usize, u32) {
         ((slot >> 3) as usize, (slot & 7) as u32)
     }
 
-    /// Returns a filter with these endpoints.
+    /// Creates a filter with these endpoints and without exempt identities.
     #[must_use]
     pub fn of<'a>(endpoints: impl IntoIterator<Item = (Address, &'a Endpoint)> + Clone) -> Self {
         let mut filter = Self::EMPTY;
@@ -128,7 +128,7 @@ impl Filter {
         self.table_mut().fill(endpoints);
     }
 
-    /// Returns the effective table.
+    /// Returns the table that the programs use.
     #[must_use]
     pub fn table(&self) -> &Table {
         let [first, second] = &self.tables;
@@ -160,7 +160,7 @@ impl Filter {
         }
     }
 
-    /// Adds the address bits of `other`, so that both sets of endpoints are found during a change.
+    /// Adds the address bits of `other`, so that the old and the new endpoints are protected during a change.
     pub fn add_slots_of(&mut self, other: &Self) {
         for (to, from) in self.bits.iter_mut().zip(other.bits) {
             *to |= from;

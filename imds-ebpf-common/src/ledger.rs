@@ -1,46 +1,47 @@
-//! What user space keeps of events: the last ones, and who was denied what how often. The programs don't read it.
+//! Layouts of the event log, in maps of user space: recent events, and counts of denials per sender. The programs do not
+//! read them.
 
 use crate::{
     Address, Event,
     maps::{LABEL_LEN, LONG_NAME_LEN, NAME_LEN},
 };
 
-/// How many of the last events are kept.
+/// Number of events that the log keeps.
 pub const RECENT: usize = 1024;
-/// How many senders and endpoints are kept apart.
+/// Largest number of denial records: one for each sender and endpoint.
 pub const DENIALS: usize = 2048;
-/// Most bytes of a cgroup's path that are kept.
+/// Largest length of a cgroup path in a record, in bytes.
 pub const CGROUP_PATH_LEN: usize = 256;
 
-/// One of the last events. Whose two numbers differ is being written.
+/// Entry of the log of recent events. While its two numbers differ, the entry is being written.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct RecentEvent {
-    /// Its number, from 1.
+    /// Number of the event, from 1.
     pub number: u64,
-    /// The event.
+    /// The event, as the programs emitted it.
     pub event: Event,
-    /// Its number again.
+    /// Number of the event again, at the end of the entry.
     pub number_again: u64,
 }
 
-/// Where the number of the last event is; 0 before the first.
+/// Index of the number of the last event in [`MAP_RECENT_HEAD`](crate::names::MAP_RECENT_HEAD). The number is 0 before the
+/// first event.
 pub const LAST: u32 = 0;
-/// Where the number of the last event is that was shown to somebody.
+/// Index of the number of the last event that a client has printed.
 pub const SHOWN: u32 = 1;
 
-/// Whose denials are counted together. All pods of a namespace that have the same service account and the same telling label
-/// are one sender, whichever of them it was.
+/// Key of the map of denials. Pods of one namespace with equal service account and equal identifying label are one sender.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct DenialKey {
-    /// The endpoint's address.
+    /// Address of the protected endpoint.
     pub address: Address,
-    /// A number that follows from who the sender is.
+    /// Hash of the sender's identity.
     pub sender: u64,
-    /// A [`Hook`](crate::Hook).
+    /// Number of the [`Hook`](crate::Hook) that denied.
     pub hook: u32,
-    /// A [`Verdict`](crate::Verdict).
+    /// Number of the [`Verdict`](crate::Verdict): denied or audited.
     pub verdict: u32,
 }
 
@@ -48,27 +49,27 @@ pub struct DenialKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct DenialRecord {
-    /// How many packets or calls.
+    /// Number of packets and calls.
     pub count: u64,
-    /// Bytes of these packets, as [`Counter::bytes`](crate::Counter::bytes) has them.
+    /// Bytes of the packets, counted like [`Counter::bytes`](crate::Counter::bytes).
     pub bytes: u64,
-    /// When the first was.
+    /// Time of the first denial.
     pub first: u64,
-    /// When the last was.
+    /// Time of the last denial.
     pub last: u64,
-    /// Namespace of the pod; empty where no pod is known.
+    /// Namespace of the pod; empty if the pod is unknown.
     pub namespace: [u8; NAME_LEN],
-    /// Its service account.
+    /// Service account of the pod.
     pub service_account: [u8; LONG_NAME_LEN],
-    /// A label that says what it runs, as `key=value`.
+    /// Label that identifies the application of the pod, as `key=value`.
     pub label: [u8; LABEL_LEN],
-    /// Name of the pod that was last.
+    /// Name of the pod that was denied last.
     pub pod: [u8; LONG_NAME_LEN],
-    /// Interface by which packets came in; empty for calls.
+    /// Ingress interface of packets; empty for calls.
     pub interface: [u8; 16],
-    /// Name of the thread that called last; empty for packets.
+    /// Name of the thread whose call was denied last; empty for packets.
     pub comm: [u8; 16],
-    /// cgroup of the caller, below the root of the hierarchy; empty where it is not known.
+    /// Path of the caller's cgroup, relative to the root of the hierarchy; empty if unknown.
     pub cgroup: [u8; CGROUP_PATH_LEN],
 }
 
@@ -82,8 +83,8 @@ mod pod {
 
     // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for RecentEvent {}
-    // SAFETY: as above.
+    // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for DenialKey {}
-    // SAFETY: as above.
+    // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for DenialRecord {}
 }

@@ -1,8 +1,8 @@
-//! What the BPF programs and user space of imds-agent share: the layout of the maps, the names of everything
-//! that is pinned, and every decision that can be made without I/O.
+//! Code shared by the BPF programs and user space of imds-agent: the layouts of the maps, the names of the pinned
+//! objects, the packet parser and the verdict.
 //!
-//! The same code is compiled into the BPF object and into host tests, so that a packet gets the same verdict from
-//! both.
+//! This crate is compiled into the BPF object and into host tests, so that tests on the host check the code that runs in
+//! the kernel.
 #![cfg_attr(
     not(test),
     deny(

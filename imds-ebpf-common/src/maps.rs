@@ -1,59 +1,59 @@
-//! Layout of the maps' keys and values. All integers are in host byte order.
+//! Layouts of the keys and values of the maps. All integers are in host byte order.
 
 use crate::{Hook, TcHook, Verdict, event::Window};
 
-/// Number of the layout below. It changes with every change of meaning that the sizes do not show, so that a newer
-/// agent never reads an older one's maps for something else.
+/// Version of the map layouts. Increment it with every change of meaning that does not change a size, so that the agent
+/// never misreads pinned maps of another version.
 pub const LAYOUT: u32 = 7;
 
-/// What is in force, read by the programs for packets to a guarded endpoint only.
+/// Effective settings of the programs, which read them only for packets and calls to a protected endpoint.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Policy {
-    /// A [`Mode`](crate::Mode).
+    /// Number of the effective [`Mode`](crate::Mode).
     pub mode: u32,
-    /// An [`DenyAction`](crate::DenyAction).
+    /// Number of the effective [`DenyAction`](crate::DenyAction).
     pub on_deny: u32,
-    /// The [`LAYOUT`] with which the maps were written; 0 before the first agent wrote it.
+    /// The [`LAYOUT`] of the pinned maps; 0 before the first agent has written it.
     pub layout: u32,
-    /// Inode number of the node's network namespace: the one in which the agent runs.
+    /// Inode number of the node's network namespace, in which the agent runs.
     pub netns: u32,
-    /// The hooks that are on: a [`Hook::bit`](crate::Hook::bit) each.
+    /// Enabled hooks: one [`Hook::bit`](crate::Hook::bit) each.
     pub hooks: u32,
-    /// Bit of the packet mark that `from_pod` sets for `node_egress` on packets of exempt pods behind a bridge; 0 for none.
+    /// Bit of the packet mark by which `from_pod` passes exemptions of pods behind a bridge to `node_egress`; 0 for none.
     pub mark: u32,
-    /// A [`DenyErrno`](crate::DenyErrno).
+    /// Number of the effective [`DenyErrno`](crate::DenyErrno).
     pub on_deny_errno: u32,
-    /// Zero.
+    /// Explicit padding, always written as 0.
     pub reserved: u32,
-    /// Cookie of the node's network namespace (`SO_NETNS_COOKIE`); 0 for the initial one, whose cookie the programs
-    /// can ask for themselves.
+    /// Cookie of the node's network namespace (`SO_NETNS_COOKIE`); 0 for the initial one, whose cookie the programs get
+    /// from `bpf_get_netns_cookie`.
     pub netns_cookie: u64,
 }
 
-/// The bit that is [`Policy::mark`]: none that kube-proxy, Cilium, Calico, the AWS CNI or Istio use.
+/// Default of [`Policy::mark`]: a bit that kube-proxy, Cilium, Calico, the AWS CNI and Istio do not use.
 pub const MARK: u32 = 1 << 12;
 
-/// What a [`Counter`] counts.
+/// Key of the map of [`Counter`]s.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct CounterKey {
-    /// Index of the interface in the node's network namespace; [`CounterKey::DEPARTED`] for those that are gone, and
-    /// for what is judged by cgroup.
+    /// Index of the interface in the node's network namespace; [`CounterKey::DEPARTED`] for deleted interfaces and for the
+    /// cgroup hooks.
     pub ifindex: u32,
-    /// A [`Hook`](crate::Hook).
+    /// Number of the [`Hook`](crate::Hook) that counts.
     pub hook: u8,
-    /// A [`Verdict`](crate::Verdict).
+    /// Number of the counted [`Verdict`](crate::Verdict).
     pub verdict: u8,
-    /// Zero.
+    /// Explicit padding, always written as 0.
     pub reserved: u16,
 }
 
 impl CounterKey {
-    /// Stands for all interfaces that no longer exist. The kernel gives no interface the index 0.
+    /// Index of the counters of all deleted interfaces. The kernel gives no interface the index 0.
     pub const DEPARTED: u32 = 0;
 
-    /// The key for what `hook` on this interface judged so.
+    /// Creates the key of the packets and calls that got this verdict at `hook` of an interface.
     #[inline(always)]
     #[must_use]
     pub const fn new(ifindex: u32, hook: Hook, verdict: Verdict) -> Self {
@@ -61,114 +61,114 @@ impl CounterKey {
     }
 }
 
-/// Packets and bytes, one per CPU.
+/// Counter of packets and bytes. The map has one value per CPU.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Counter {
-    /// Packets as the hook sees them: a GSO super-packet is one, and so is a call on a socket.
+    /// Number of packets as the hook sees them: a GSO packet counts once, and so does a call on a socket.
     pub packets: u64,
-    /// Bytes of these packets, link-layer header included; none of calls on sockets.
+    /// Bytes of the packets, including the link-layer header; 0 for calls on sockets.
     pub bytes: u64,
-    /// Rate limit of the events of these packets, used at `from_pod`, where all of them have one source.
+    /// Rate limiter of the events, used at `from_pod`, where all packets of an interface have one source.
     pub window: Window,
 }
 
-/// Where the endpoints come from, for people to read. Names are padded with zero bytes.
+/// Provider whose endpoints are protected, for display. Names are padded with zero bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct ProviderRecord {
-    /// What the configuration says, such as `auto`.
+    /// Value in the configuration, such as `auto`.
     pub configured: [u8; 16],
-    /// Whose preset is in force, such as `aws`.
+    /// Provider of the effective preset, such as `aws`.
     pub in_force: [u8; 16],
 }
 
-/// Most bytes of a configuration.
+/// Largest size of a configuration as TOML, in bytes.
 pub const CONFIG_TEXT_LEN: usize = 64 << 10;
-/// Most bytes of the path of a configuration file that are kept.
+/// Largest length of the path of a configuration file in a record, in bytes.
 pub const CONFIG_PATH_LEN: usize = 512;
-/// Most bytes that are kept of what was wrong with a configuration file.
+/// Largest length of an error message in a record, in bytes.
 pub const CONFIG_ERROR_LEN: usize = 1024;
 
-/// The configuration in force, for people to read, and what became of the last one that was tried. Text is UTF-8, padded
-/// with zero bytes; times are nanoseconds since the epoch.
+/// Effective configuration, for display, and the error of the last rejected one. Text is UTF-8, padded with zero bytes;
+/// times are nanoseconds since the epoch.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct ConfigRecord {
-    /// Number of the configuration: one more with each that comes into force, across agents. 0 before the first.
+    /// Generation of the configuration: increases by one with each change, also across restarts of the agent. 0 before the
+    /// first.
     pub generation: u64,
-    /// When it came into force.
+    /// Time since which the configuration is effective.
     pub loaded_at: u64,
-    /// When a later one was refused; 0 where none was.
+    /// Time at which a later configuration was rejected; 0 if none was.
     pub failed_at: u64,
-    /// The file it is from; empty where there is none.
+    /// Path of the configuration file; empty if there is no file.
     pub path: [u8; CONFIG_PATH_LEN],
-    /// Why the later one was refused, cut where it is longer.
+    /// Error of the rejected configuration, truncated if longer.
     pub error: [u8; CONFIG_ERROR_LEN],
-    /// The configuration as TOML, every default included.
+    /// The configuration as TOML, including all defaults.
     pub text: [u8; CONFIG_TEXT_LEN],
 }
 
-/// Most bytes of the name of a pod, a service account or a node (RFC 1123 subdomain), with the zeros behind it.
+/// Size of the name of a pod, a service account or a node (RFC 1123 subdomain) in bytes, including padding.
 pub const LONG_NAME_LEN: usize = 256;
-/// The same of a namespace or a container (RFC 1123 label).
+/// Size of the name of a namespace or a container (RFC 1123 label) in bytes, including padding.
 pub const NAME_LEN: usize = 64;
-/// Most bytes of a label of which a record tells.
+/// Size of a label in bytes, including padding.
 pub const LABEL_LEN: usize = 192;
 
-/// The pod that is behind an interface, a network namespace or a cgroup, as the API server describes it. Text is padded
-/// with zero bytes.
+/// Pod metadata from the API server, keyed by the pod's interface, network namespace or cgroup. Text is padded with zero
+/// bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct PodRecord {
-    /// Its namespace.
+    /// Kubernetes namespace of the pod.
     pub namespace: [u8; NAME_LEN],
-    /// Its name.
+    /// Name of the pod (`metadata.name`).
     pub name: [u8; LONG_NAME_LEN],
-    /// Its service account.
+    /// Service account of the pod.
     pub service_account: [u8; LONG_NAME_LEN],
-    /// The container whose cgroup it is; empty for all that is not one's.
+    /// Name of the container, if the key is a container's cgroup; else empty.
     pub container: [u8; NAME_LEN],
-    /// A label that says what it runs, as `key=value`; empty where none does.
+    /// Label that identifies the application of the pod, as `key=value`; empty if the pod has none.
     pub label: [u8; LABEL_LEN],
-    /// Its id, which no other pod ever has.
+    /// Unique id of the pod (`metadata.uid`).
     pub uid: [u8; NAME_LEN],
 }
 
-/// How pods are looked up, and how that goes. Text is padded with zero bytes; times are nanoseconds since the epoch, and 0
-/// for never.
+/// Status of the pod watch. Text is padded with zero bytes; times are nanoseconds since the epoch, and 0 for never.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct KubernetesRecord {
-    /// When the API server began to tell of pods, or ceased to.
+    /// Time at which the watch was established, or interrupted.
     pub since: u64,
-    /// When what is known was last known to be all there is.
+    /// Time at which the set of pods was last known to be complete.
     pub synced_at: u64,
-    /// When the API server last failed to tell.
+    /// Time of the last failed request to the API server.
     pub failed_at: u64,
-    /// 1 where pods are looked up, else 0.
+    /// 1 if the agent watches pods, else 0.
     pub is_enabled: u32,
-    /// 1 where the API server tells of pods now, else 0.
+    /// 1 while the watch is established, else 0.
     pub is_connected: u32,
-    /// How many pods are known.
+    /// Number of pods on the node, as far as known.
     pub pods: u32,
-    /// How many of them have no sandbox that could be found.
+    /// Number of pods whose sandbox was not found yet.
     pub awaited: u32,
     /// Number of pods that claim the cgroup of another pod.
     pub disputed: u64,
-    /// The node's name in the cluster.
+    /// Name of the node in the cluster.
     pub node: [u8; LONG_NAME_LEN],
-    /// What failed last, cut where it is longer.
+    /// Last error, truncated if longer.
     pub error: [u8; CONFIG_ERROR_LEN],
 }
 
-/// What the agent knows of an interface of the node.
+/// State of an interface of the node, as the agent has last observed and reconciled it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct InterfaceRecord {
     /// Name, padded with zero bytes.
     pub name: [u8; 16],
-    /// A [`Role`].
+    /// Number of the [`Role`] of the interface.
     pub role: u8,
     /// TC hooks that the interface should have: a [`TcHook::bit`] each.
     pub hooks: u8,
@@ -176,30 +176,30 @@ pub struct InterfaceRecord {
     pub attach_modes: [u8; 2],
     /// 1 if the agent added the interface's clsact qdisc, else 0.
     pub owns_qdisc: u8,
-    /// 1 while an attachment waits in the attach queue, else 0.
+    /// 1 while an attachment of the interface is in the attach queue, else 0.
     pub pending: u8,
-    /// An [`OwnPackets`].
+    /// Number of the [`OwnPackets`] of the interface.
     pub own_packets: u8,
-    /// Zero.
+    /// Explicit padding, always written as 0.
     pub reserved: u8,
 }
 
-/// Packets that came in by an interface and that `node_egress` takes for the node's own.
+/// Packets received on an interface that `node_egress` treats as the node's own.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum OwnPackets {
-    /// None, as for the interfaces of pods.
+    /// No packets, as on the interfaces of pods.
     #[default]
     None = 0,
     /// Packets with a socket, which TC redirected to this interface of the node.
     WithSocket = 1,
-    /// Packets with the mark that another `node_egress` hook has set: they come back from an ifb device, or from a bridge port
-    /// whose veth peer is in the node's network namespace too.
+    /// Packets with the mark that another `node_egress` hook has set. They return from an ifb device, or from a bridge port
+    /// whose veth peer is also in the node's network namespace.
     Marked = 2,
 }
 
 impl InterfaceRecord {
-    /// Number of the [`AttachMode`] of a hook.
+    /// Returns the number of the [`AttachMode`] at a hook.
     #[inline(always)]
     #[must_use]
     pub const fn attach_mode(&self, hook: TcHook) -> u8 {
@@ -222,25 +222,25 @@ impl InterfaceRecord {
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum Role {
-    /// Any other interface of the node, such as a NIC without a route to an endpoint, a tunnel or a tap device.
+    /// Any other interface of the node, such as a tunnel, a tap device, or a NIC without a route to a protected endpoint.
     #[default]
     Other = 0,
-    /// The host-side interface of a pod, or one that the operator included.
+    /// The host-side interface of a pod, or an interface that the configuration includes.
     Pod = 1,
     /// A route of the node to a protected endpoint leaves through this interface, or through a device on top of it.
     Uplink = 2,
-    /// A bridge.
+    /// A bridge device of the node.
     Bridge = 3,
-    /// Loopback.
+    /// The loopback interface of the node.
     Loopback = 4,
-    /// Excluded by the operator.
+    /// An interface that the configuration excludes.
     Excluded = 5,
-    /// An ifb device: receives only packets that TC redirects to it, which another hook has judged before.
+    /// An ifb device: receives only packets that TC redirects to it, after another hook has given a verdict on them.
     Ifb = 6,
 }
 
 impl Role {
-    /// The role with this number, or `None` where no version of this layout has given it.
+    /// Returns the role with this number, or `None` for an unknown number.
     #[must_use]
     pub const fn from_u8(role: u8) -> Option<Self> {
         match role {
@@ -255,7 +255,7 @@ impl Role {
         }
     }
 
-    /// The name, as users see it.
+    /// Returns the name in the output of the agent.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -270,11 +270,11 @@ impl Role {
     }
 }
 
-/// How a program is attached to an interface.
+/// Mechanism by which a program is attached to an interface.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, Default, Eq, Ord, PartialEq, PartialOrd)]
 pub enum AttachMode {
-    /// Not at all.
+    /// No program of the agent is attached.
     #[default]
     None = 0,
     /// A TCX link (kernel 6.6, commit e420bed02507).
@@ -286,7 +286,7 @@ pub enum AttachMode {
 }
 
 impl AttachMode {
-    /// The name, as users see it.
+    /// Returns the name in the output of the agent.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -317,31 +317,31 @@ mod pod {
 
     // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for Policy {}
-    // SAFETY: as above.
+    // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for CounterKey {}
-    // SAFETY: as above.
+    // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for Counter {}
-    // SAFETY: as above.
+    // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for InterfaceRecord {}
-    // SAFETY: as above.
+    // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for ProviderRecord {}
-    // SAFETY: as above.
+    // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for ConfigRecord {}
-    // SAFETY: as above.
+    // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for PodRecord {}
-    // SAFETY: as above.
+    // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for KubernetesRecord {}
-    // SAFETY: as above.
+    // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for Subject {}
-    // SAFETY: as above.
+    // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for Address {}
-    // SAFETY: as above.
+    // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for Endpoint {}
-    // SAFETY: as above.
+    // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for Filter {}
-    // SAFETY: as above.
+    // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for Exemption {}
-    // SAFETY: as above.
+    // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for Grant {}
     // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for ProbeRecord {}

@@ -1,15 +1,15 @@
-//! Values of which the compiler does not know how they came about.
+//! Optimization barriers: values whose origin the compiler does not know.
 //!
-//! It makes one branch for each value that it knows, of zeros in a row a call that the verifier refuses, and drops checks
-//! that the verifier wants to see.
+//! Without them, the compiler makes a branch for each value that it knows, writes zeros with a call to memset, which BPF
+//! does not have, and removes bounds checks that the verifier requires.
 
-/// The exclusive or of both. On BPF this costs no more than the operator, where `core::hint::black_box` writes its value
-/// to the stack and reads it again.
+/// Returns the exclusive or of both values. On BPF this is one instruction, while `core::hint::black_box` writes its value
+/// to the stack and reads it back.
 #[cfg(target_arch = "bpf")]
 #[inline(always)]
 #[must_use]
 pub fn opaque_xor(mut value: u64, other: u64) -> u64 {
-    // SAFETY: one instruction, on the two registers that it names.
+    // SAFETY: the instruction accesses only the two registers that it names.
     unsafe {
         core::arch::asm!(
             "{0} ^= {1}", inout(reg) value, in(reg) other, options(pure, nomem, nostack, preserves_flags)
@@ -18,7 +18,7 @@ pub fn opaque_xor(mut value: u64, other: u64) -> u64 {
     value
 }
 
-/// The exclusive or of both.
+/// Returns the exclusive or of both values, on the host.
 #[cfg(not(target_arch = "bpf"))]
 #[inline(always)]
 #[must_use]
@@ -26,19 +26,19 @@ pub fn opaque_xor(value: u64, other: u64) -> u64 {
     core::hint::black_box(value ^ other)
 }
 
-/// The same pointer.
+/// Returns `pointer` unchanged. The compiler does not know what it points to.
 #[cfg(target_arch = "bpf")]
 #[inline(always)]
 #[must_use]
 pub fn opaque_pointer<T>(mut pointer: *const T) -> *const T {
-    // SAFETY: one instruction, on the register that it names, which it leaves as it is.
+    // SAFETY: the instruction accesses only the register that it names, and adds 0 to it.
     unsafe {
         core::arch::asm!("{0} += 0", inout(reg) pointer, options(pure, readonly, nostack, preserves_flags));
     };
     pointer
 }
 
-/// The same pointer.
+/// Returns `pointer` unchanged, on the host.
 #[cfg(not(target_arch = "bpf"))]
 #[inline(always)]
 #[must_use]
@@ -46,7 +46,7 @@ pub fn opaque_pointer<T>(pointer: *const T) -> *const T {
     core::hint::black_box(pointer)
 }
 
-/// The same value.
+/// Returns `value` unchanged. The compiler does not know its range.
 #[inline(always)]
 #[must_use]
 pub fn opaque(value: u64) -> u64 {

@@ -1,4 +1,4 @@
-//! The packet parser: finds the destination of a frame, and what the packet is for there where that matters.
+//! Packet parser: finds the destination address of a frame and, for endpoints with allowed ports, the destination port.
 
 use core::mem::offset_of;
 
@@ -15,22 +15,22 @@ use crate::{
     tables::Tables,
 };
 
-/// Most VLAN tags that are looked through.
+/// Largest number of VLAN tags that the parser skips.
 ///
-/// Linux lets at most 8 devices stack on one another (`MAX_NEST_DEV`, include/linux/netdevice.h), so a frame with
-/// more tags than that reaches no IP stack.
+/// Linux allows at most 8 stacked devices (`MAX_NEST_DEV`, include/linux/netdevice.h), so a frame with more tags reaches
+/// no IP stack.
 pub const MAX_VLAN_TAGS: usize = 8;
 
-/// Most IPv6 extension headers that are looked through for ports. Each kind comes at most once, and destination options
-/// twice, in a packet as senders should make it (RFC 8200 section 4.1).
+/// Largest number of IPv6 extension headers that the parser skips to find ports. Senders should include each kind at most
+/// once, and destination options at most twice (RFC 8200 section 4.1).
 pub const MAX_EXTENSION_HEADERS: usize = 4;
 
-// EtherTypes as they are in memory: compared without a byte swap.
+// EtherTypes in memory order, so that comparisons need no byte swap.
 const ETH_P_IP: u16 = 0x0800_u16.to_be();
 const ETH_P_IPV6: u16 = 0x86dd_u16.to_be();
 const ETH_P_8021Q: u16 = 0x8100_u16.to_be();
 const ETH_P_8021AD: u16 = 0x88a8_u16.to_be();
-// The pre-standard QinQ types. Linux does not untag them, but a switch behind a bridged node may.
+// Pre-standard QinQ types. Linux does not untag them, but a switch behind a node with a bridge may.
 const ETH_P_QINQ1: u16 = 0x9100_u16.to_be();
 const ETH_P_QINQ2: u16 = 0x9200_u16.to_be();
 const ETH_P_QINQ3: u16 = 0x9300_u16.to_be();
@@ -42,56 +42,58 @@ const DESTINATION_OFFSET_V6: usize = offset_of!(Ipv6Hdr, dst_addr);
 const HOP_BY_HOP_OPTIONS: u8 = 0;
 pub(crate) const FRAGMENT: u8 = 44;
 const DESTINATION_OPTIONS: u8 = 60;
-/// Where the destination port is in a TCP and in a UDP header.
+/// Offset of the destination port in TCP and UDP headers, in bytes.
 const DESTINATION_PORT_OFFSET: usize = 2;
 
-/// Bytes of a packet, from where the hook sees them.
+/// Read access to the bytes of a packet. Offset 0 is the first byte that the hook sees.
 ///
-/// Implemented by the TC context in the BPF programs and by byte slices on the host.
+/// Implemented by the socket buffer in the BPF programs and by byte slices on the host.
 pub trait Packet {
-    /// Reads `N` bytes at `offset` from the start of the packet, or `None` where the packet is shorter.
+    /// Reads `N` bytes at `offset` from the start of the packet, or returns `None` if the packet is shorter.
     fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]>;
 
-    /// [`Packet::read_words`] where that is possible at once; `None` says nothing of the packet's length.
+    /// Variant of [`Packet::read_words`] that may fail for packets of any length, such as non-linear ones. `None` implies
+    /// nothing about the length.
     #[inline(always)]
     fn peek_words(&self, first: usize, second: usize) -> Option<(u16, u32)> {
         self.read_words(first, second)
     }
 
-    /// [`Packet::read_pair`] where that is possible at once; `None` says nothing of the packet's length.
+    /// Variant of [`Packet::read_pair`] that may fail for packets of any length, such as non-linear ones. `None` implies
+    /// nothing about the length.
     #[inline(always)]
     fn peek_pair(&self, offset: usize) -> Option<(u64, u64)> {
         self.read_pair(offset)
     }
 
-    /// Reads a 16-bit and a 32-bit word, as they are in memory, at two offsets of which the second is the greater.
+    /// Reads a 16-bit word at `first` and a 32-bit word at `second`, both in memory order. `second` must be greater.
     ///
-    /// Both at once, so that an implementation need compare the packet's length but once.
+    /// One call reads both, so that an implementation checks the length of the packet only once.
     #[inline(always)]
     fn read_words(&self, first: usize, second: usize) -> Option<(u16, u32)> {
         Some((u16::from_ne_bytes(self.read(first)?), u32::from_ne_bytes(self.read(second)?)))
     }
 
-    /// Reads two 64-bit words in a row, as they are in memory.
+    /// Reads two consecutive 64-bit words in memory order.
     #[inline(always)]
     fn read_pair(&self, offset: usize) -> Option<(u64, u64)> {
         Some((u64::from_ne_bytes(self.read(offset)?), u64::from_ne_bytes(self.read(offset + 8)?)))
     }
 
-    /// Hides the bounds of the offset from the verifier, which then checks the rest once, not once for each position of the
-    /// header.
+    /// Returns `offset` unchanged and hides its bounds from the verifier, which then checks the code after it once, not
+    /// once for each position of the header.
     #[inline(always)]
     fn forget_origin(&self, offset: usize) -> usize {
         offset
     }
 
-    /// Returns the [`service`] of a packet with an IP header at `place`. An implementation can do this in a separate function.
+    /// Returns the [`service`] of a packet with an IP header at `place`. The BPF programs do this in a separate function.
     #[inline(always)]
     fn service(&self, place: Place) -> Option<Service> {
         service(self, place)
     }
 
-    /// [`Packet::read`] for offsets that the compiler does not know. Slower.
+    /// Variant of [`Packet::read`] for offsets that the compiler does not know. The BPF programs call a helper for it.
     #[inline(always)]
     fn fetch<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
         self.read(offset)
@@ -105,7 +107,7 @@ impl Packet for [u8] {
     }
 }
 
-/// What a packet starts with at the hook: a property of the interface, not of the packet.
+/// First header of packets at the hook: a property of the interface, not of the packet.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Frame {
     /// An Ethernet header (veth, physical and bridge interfaces).
@@ -123,7 +125,7 @@ impl Place {
 
     /// Creates the place of an IPv4 header that starts `offset` bytes after the start of the packet.
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "after a few tags at most")]
+    #[expect(clippy::cast_possible_truncation, reason = "the header starts after a few tags at most")]
     const fn v4(offset: usize) -> Self {
         Self(offset as u32)
     }
@@ -148,18 +150,18 @@ impl Place {
         self.0 & Self::IS_V6 != 0
     }
 
-    /// Hides from a verifier how the header was found, like [`Packet::forget_origin`].
+    /// Returns the place with bounds that the verifier does not know, see [`Packet::forget_origin`].
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "BPF has words of 64 bits")]
+    #[expect(clippy::cast_possible_truncation, reason = "the value has 32 bits")]
     #[must_use]
     pub fn without_origin<P: Packet + ?Sized>(self, packet: &P) -> Self {
         Self(packet.forget_origin(self.0 as usize) as u32)
     }
 }
 
-/// Whether one look at where the destination should be is enough to say that it is no endpoint's: the fast path.
+/// Fast path: reports whether the bytes at the usual offset of the destination exclude a protected endpoint.
 ///
-/// `false` says nothing. Without a call, and with a handful of registers: this is what nearly every packet pays.
+/// `false` decides nothing. Nearly every packet runs only this code, so it makes no call and needs few registers.
 #[inline(always)]
 pub(crate) fn is_plainly_foreign<P, T>(packet: &P, frame: Frame, tables: &T) -> bool
 where
@@ -184,13 +186,13 @@ where
             !may_embed_ipv4(first) && !tables.may_guard(Destination::V6(first, second).slot())
         });
     }
-    // Hidden from the compiler, which else makes one switch of all comparisons, tags first.
-    #[expect(clippy::cast_possible_truncation, reason = "it comes back as it went")]
+    // Hidden from the compiler, which would merge all comparisons into one switch that tests the tags first.
+    #[expect(clippy::cast_possible_truncation, reason = "the value has 16 bits")]
     let ether_type = opaque(u64::from(word)) as u16;
     if frame == Frame::Ip || !is_vlan(ether_type) {
         return true;
     }
-    // IPv4 behind one tag is as ordinary as a tag in the frame gets: the kernel takes the outer one out.
+    // Most tagged frames have one tag in the data, because the kernel moves the outer one to the skb metadata.
     let tagged = EthHdr::LEN + VLAN_TAG_LEN;
     match packet.peek_words(tagged - size_of::<u16>(), tagged + DESTINATION_OFFSET) {
         Some((ETH_P_IP, v4)) => !tables.may_guard(Destination::V4(v4).slot()),
@@ -201,8 +203,8 @@ where
 /// Finds the IP header of a packet, behind up to [`MAX_VLAN_TAGS`] VLAN tags. Returns `None` if the packet has none or is
 /// cut off before it.
 ///
-/// The rest of the header is not looked at: the destination is at a fixed place, so that a packet whose EtherType says IP
-/// is judged by it even if the header is broken. A packet of [`Frame::Ip`] has no EtherType, so that the version decides.
+/// Ignores the other fields of the header. The destination has a fixed offset, so a packet with an EtherType of IP gets a
+/// verdict even if its header is malformed. A packet of [`Frame::Ip`] has no EtherType, so its IP version decides.
 #[inline(always)]
 pub fn find_header<P: Packet + ?Sized>(packet: &P, frame: Frame) -> Option<Place> {
     match frame {
@@ -245,9 +247,9 @@ pub(crate) fn destination<P: Packet + ?Sized>(packet: &P, place: Place) -> Optio
     Some(Destination::from_halves(u64::from_ne_bytes(first), u64::from_ne_bytes(second)))
 }
 
-/// Who sends a packet with an IP header at this place to whom; `None` where it is cut off.
+/// Returns the flow of a packet with an IP header at `place`, or `None` if the packet is cut off before the end of the header.
 ///
-/// Extension headers are not walked: of what is behind them an event is told without ports.
+/// Does not skip IPv6 extension headers: a packet with extension headers has a flow without ports.
 #[inline(always)]
 pub fn flow<P: Packet + ?Sized>(packet: &P, place: Place) -> Option<Flow> {
     let offset = place.offset();
@@ -287,8 +289,10 @@ pub fn source<P: Packet + ?Sized>(packet: &P, place: Place) -> Option<Address> {
     packet.fetch(offset + offset_of!(Ipv4Hdr, src_addr)).map(Address::from_ipv4)
 }
 
-/// What a packet with this header is for, or `None` where that can't be found: for another protocol than TCP and UDP,
-/// for any fragment but the first, behind headers that hide it, and where the packet is broken or cut off.
+/// Returns protocol and destination port of a packet with an IP header at `place`.
+///
+/// Returns `None` for protocols other than TCP and UDP, for fragments other than the first, for extension headers that the
+/// parser does not skip, and for malformed and truncated packets.
 #[inline(always)]
 pub fn service<P: Packet + ?Sized>(packet: &P, place: Place) -> Option<Service> {
     if let Some(service) = plain_service(packet, place) {
@@ -300,8 +304,7 @@ pub fn service<P: Packet + ?Sized>(packet: &P, place: Place) -> Option<Service> 
     Some(Service::new(protocol, port))
 }
 
-/// The same for the packets that nearly all are, in one look: nothing between the Ethernet header, the IP header and the
-/// ports. `None` says nothing.
+/// Fast path of [`service`] for packets without VLAN tags, IP options and extension headers. `None` decides nothing.
 #[inline(always)]
 fn plain_service<P: Packet + ?Sized>(packet: &P, place: Place) -> Option<Service> {
     if place.offset() != EthHdr::LEN {
@@ -326,7 +329,7 @@ fn plain_service<P: Packet + ?Sized>(packet: &P, place: Place) -> Option<Service
     has_ports(protocol).then(|| Service::new(protocol, u16::from_be_bytes([port_0, port_1])))
 }
 
-/// Protocol and place of what an IPv4 header carries.
+/// Returns the protocol and the offset of the payload of an IPv4 header.
 #[inline(always)]
 fn payload_v4<P: Packet + ?Sized>(packet: &P, header: usize) -> Option<(u8, usize)> {
     let [version_ihl, _, _, _, _, _, fragment_0, fragment_1, _, protocol] = packet.fetch(header)?;
@@ -336,8 +339,8 @@ fn payload_v4<P: Packet + ?Sized>(packet: &P, header: usize) -> Option<(u8, usiz
     is_known.then_some((protocol, header + words * 4))
 }
 
-/// Protocol and place of what comes behind an IPv6 header and those of its extension headers that leave the destination
-/// as it is.
+/// Returns the protocol and the offset of the payload of an IPv6 header. Skips extension headers that do not change the
+/// destination.
 #[inline(always)]
 fn payload_v6<P: Packet + ?Sized>(packet: &P, header: usize) -> Option<(u8, usize)> {
     let [mut next] = packet.fetch(header + offset_of!(Ipv6Hdr, next_hdr))?;

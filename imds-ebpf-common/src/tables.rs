@@ -1,4 +1,4 @@
-//! What a verdict is looked up in.
+//! Policy lookup, implemented for the maps in the BPF programs and for plain values on the host.
 
 use crate::{
     address::Address,
@@ -8,34 +8,34 @@ use crate::{
     verdict::Mode,
 };
 
-/// Filter, endpoints and mode: maps in the BPF programs, values on the host.
+/// Lookup of endpoints, exemptions and the mode for a verdict.
 pub trait Tables {
-    /// Whether an address that folds to `slot` may be an endpoint's. Asked for every packet.
+    /// Reports whether an address with this slot may be protected. Called for every packet.
     fn may_guard(&self, slot: u16) -> bool;
 
-    /// Returns the kept services of the endpoint at this address, which folds to `slot`; `None` for all other addresses.
+    /// Returns the allowed ports of the endpoint at `address`, whose slot is `slot`, or `None` if it is not protected.
     fn keep(&self, slot: u16, address: &Address) -> Option<&Keep>;
 
-    /// The mode in force. Asked for packets to an endpoint.
+    /// Returns the effective mode. Called only for requests to an endpoint.
     fn mode(&self) -> Mode;
 
-    /// Whether a subject that falls in `slot` may be exempt from something. Asked for what would be denied.
+    /// Reports whether a subject with this slot may be exempt. Called only for requests that would be denied.
     fn may_be_exempt(&self, slot: u16) -> bool;
 
-    /// What is granted. Asked for what [`Tables::may_be_exempt`] lets through.
+    /// Returns the grant of an exemption. Called only if [`Tables::may_be_exempt`] returns `true`.
     fn grant(&self, exemption: &Exemption) -> Option<Grant>;
 }
 
-/// Tables without a kernel.
+/// [`Tables`] without a kernel, for tests and tools on the host.
 #[derive(Clone, Copy, Debug)]
 pub struct Listed<'a> {
-    /// The filter for all of `endpoints`.
+    /// Filter with all of `endpoints` and the subjects of `grants`.
     pub filter: &'a Filter,
-    /// The endpoints.
+    /// Protected endpoints with their addresses.
     pub endpoints: &'a [(Address, Endpoint)],
-    /// The exemptions, whose subjects the filter has.
+    /// Exemptions. `filter` must contain their subjects.
     pub grants: &'a [(Exemption, Grant)],
-    /// The mode.
+    /// Effective mode, returned by [`Tables::mode`].
     pub mode: Mode,
 }
 

@@ -1,4 +1,4 @@
-//! The verdict: one pure function of the packet and the policy.
+//! The verdict: a pure function of the packet and the policy.
 
 use core::mem;
 
@@ -15,7 +15,7 @@ use crate::{
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum Mode {
-    /// Deny the request.
+    /// Deny the request, and count it as denied.
     #[default]
     Enforce = 0,
     /// Let the request pass, and count it as audited.
@@ -36,7 +36,7 @@ impl Mode {
         }
     }
 
-    /// The name, as it is in the configuration.
+    /// Returns the name in the configuration.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -51,10 +51,10 @@ impl Mode {
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum DenyAction {
-    /// Nothing.
+    /// No reply: drops the packet silently.
     #[default]
     Drop = 0,
-    /// A TCP reset, or an ICMP error.
+    /// TCP reset or ICMP error.
     Reject = 1,
 }
 
@@ -69,7 +69,7 @@ impl DenyAction {
         }
     }
 
-    /// The name, as it is in the configuration.
+    /// Returns the name in the configuration.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -79,18 +79,18 @@ impl DenyAction {
     }
 }
 
-/// Error of a call that the socket hook denies: the number of the errno in Linux, on all architectures of the agent.
+/// Error of a call that the socket hook denies. The values are the errno numbers of Linux on all supported architectures.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum DenyErrno {
-    /// Operation not permitted. Kernels that can't choose the error always answer so.
+    /// Operation not permitted. The only error on kernels without `bpf_set_retval` for these programs.
     #[default]
     Eperm = 1,
-    /// Network is unreachable.
+    /// Network is unreachable, errno `ENETUNREACH`.
     Enetunreach = 101,
-    /// Connection refused.
+    /// Connection refused, errno `ECONNREFUSED`.
     Econnrefused = 111,
-    /// No route to host.
+    /// No route to host, errno `EHOSTUNREACH`.
     Ehostunreach = 113,
 }
 
@@ -106,7 +106,7 @@ impl DenyErrno {
         }
     }
 
-    /// Name of the error, as the configuration has it.
+    /// Returns the name of the error in the configuration.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -130,22 +130,22 @@ pub enum Hook {
     Socket = 3,
     /// Calls and packets of pods in the node's network namespace.
     HostNetwork = 4,
-    /// Packets that sockets of the node receive, while a protected address is local to the node.
+    /// Packets that sockets of the node receive. Attached while a protected address is local to the node.
     LocalService = 5,
 }
 
 impl Hook {
-    /// All hooks.
+    /// All hooks, in the order of their numbers.
     pub const ALL: [Self; 5] =
         [Self::FromPod, Self::NodeEgress, Self::Socket, Self::HostNetwork, Self::LocalService];
 
-    /// This hook's bit in [`Policy::hooks`](crate::Policy::hooks).
+    /// Returns the bit of this hook in [`Policy::hooks`](crate::Policy::hooks).
     #[must_use]
     pub const fn bit(self) -> u32 {
         1 << self as u32
     }
 
-    /// The name, as it is in the configuration.
+    /// Returns the name in the configuration.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -161,23 +161,23 @@ impl Hook {
 /// Hook of a TC program.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum TcHook {
-    /// [`Hook::FromPod`].
+    /// TC ingress, as [`Hook::FromPod`].
     FromPod,
-    /// [`Hook::NodeEgress`].
+    /// TC egress, as [`Hook::NodeEgress`].
     NodeEgress,
 }
 
 impl TcHook {
-    /// Both.
+    /// Both TC hooks, in the order of [`InterfaceRecord::attach_modes`](crate::InterfaceRecord::attach_modes).
     pub const ALL: [Self; 2] = [Self::FromPod, Self::NodeEgress];
 
-    /// This hook's bit in [`InterfaceRecord::hooks`](crate::InterfaceRecord::hooks).
+    /// Returns the bit of this hook in [`InterfaceRecord::hooks`](crate::InterfaceRecord::hooks).
     #[must_use]
     pub const fn bit(self) -> u8 {
         1 << self as u8
     }
 
-    /// The hook that it is.
+    /// Returns this hook as a [`Hook`].
     #[must_use]
     pub const fn hook(self) -> Hook {
         match self {
@@ -194,22 +194,22 @@ pub struct TcHookSet {
 }
 
 impl TcHookSet {
-    /// The empty set.
+    /// Empty set: no TC hook.
     pub const NONE: Self = Self { bits: 0 };
-    /// Only [`TcHook::FromPod`].
+    /// Set that contains only [`TcHook::FromPod`].
     pub const FROM_POD: Self = Self { bits: TcHook::FromPod.bit() };
-    /// Only [`TcHook::NodeEgress`].
+    /// Set that contains only [`TcHook::NodeEgress`].
     pub const NODE_EGRESS: Self = Self { bits: TcHook::NodeEgress.bit() };
-    /// Both hooks.
+    /// Set that contains both TC hooks.
     pub const BOTH: Self = Self { bits: TcHook::FromPod.bit() | TcHook::NodeEgress.bit() };
 
-    /// The set with these bits.
+    /// Creates the set from one [`TcHook::bit`] for each hook.
     #[must_use]
     pub const fn from_bits(bits: u8) -> Self {
         Self { bits }
     }
 
-    /// One [`TcHook::bit`] for each hook of the set.
+    /// Returns one [`TcHook::bit`] for each hook of the set.
     #[must_use]
     pub const fn bits(self) -> u8 {
         self.bits
@@ -221,32 +221,32 @@ impl TcHookSet {
         self.bits & hook.bit() != 0
     }
 
-    /// The hooks of the set.
+    /// Iterates over the hooks of the set, in the order of [`TcHook::ALL`].
     pub fn iter(self) -> impl Iterator<Item = TcHook> {
         TcHook::ALL.into_iter().filter(move |&hook| self.has(hook))
     }
 }
 
-/// The outcome for one packet.
+/// Result of the policy for one packet or call.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Verdict {
-    /// Not to a protected endpoint. Never counted.
+    /// Passed because the destination is not a protected endpoint. Never counted.
     Foreign = 0,
-    /// Denied.
+    /// Denied because the mode is [`Mode::Enforce`].
     Deny = 1,
     /// Passed because the mode is [`Mode::Audit`].
     Audit = 2,
     /// Passed because the mode is [`Mode::Off`].
     Allow = 3,
-    /// To an allowed port of the endpoint. Counted as allowed.
+    /// Passed because the port is allowed. Counted as allowed.
     Kept = 4,
-    /// From an exempt sender.
+    /// Passed because the sender is exempt.
     Exempt = 5,
 }
 
 impl Verdict {
-    /// The name, as events have it.
+    /// Returns the name in events.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -259,7 +259,7 @@ impl Verdict {
         }
     }
 
-    /// The verdict with this number.
+    /// Returns the verdict with this number; for an unknown number, [`Verdict::Exempt`].
     #[inline(always)]
     #[must_use]
     pub const fn from_u32(verdict: u32) -> Self {
@@ -281,21 +281,21 @@ impl Verdict {
     #[inline(always)]
     #[must_use]
     pub const unsafe fn from_u32_unchecked(verdict: u32) -> Self {
-        // SAFETY: the caller says so.
+        // SAFETY: the caller guarantees that the number belongs to a verdict.
         unsafe { mem::transmute::<u32, Self>(verdict) }
     }
 
-    /// Returns the verdict as a number that the verifier cannot follow. The verifier then checks the rest once, not once for
+    /// Returns the same verdict and hides its value from the verifier, which then checks the code after it once, not once for
     /// each verdict.
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "it comes back as it went")]
+    #[expect(clippy::cast_possible_truncation, reason = "the number has 32 bits")]
     #[must_use]
     pub fn without_origin<P: Packet + ?Sized>(self, packet: &P) -> Self {
-        // SAFETY: the number is the one of `self`.
+        // SAFETY: `forget_origin` returns the number of `self` unchanged.
         unsafe { Self::from_u32_unchecked(packet.forget_origin(self as usize) as u32) }
     }
 
-    /// The verdicts that are counted.
+    /// All verdicts that have counters.
     pub const COUNTED: [Self; 5] = [Self::Deny, Self::Audit, Self::Allow, Self::Kept, Self::Exempt];
 }
 
@@ -312,7 +312,7 @@ where
     judge_thoroughly(packet, frame, tables)
 }
 
-/// Fast path. Returns `true` if the packet certainly is not for a protected endpoint; `false` decides nothing.
+/// Fast path. Returns `true` if the packet certainly is not for a protected endpoint. `false` decides nothing.
 #[inline(always)]
 pub fn is_plainly_foreign<P, T>(packet: &P, frame: Frame, tables: &T) -> bool
 where
@@ -324,7 +324,7 @@ where
 
 /// Slow path. Returns the verdict on a packet without exemptions.
 ///
-/// Looks up the endpoint only if the filter has the bit of the address, and the mode only for an endpoint.
+/// Looks up the mode only if the destination is an endpoint.
 #[inline(always)]
 pub fn judge_thoroughly<P, T>(packet: &P, frame: Frame, tables: &T) -> Verdict
 where
@@ -341,11 +341,11 @@ where
 pub struct Examined {
     /// Verdict on senders without an exemption.
     pub verdict: Verdict,
-    /// Address of the endpoint.
+    /// Canonical address of the endpoint.
     pub destination: Address,
 }
 
-/// Judges a packet by the IP header at `place`. Returns `None` for [`Verdict::Foreign`].
+/// Returns the verdict on a packet with an IP header at `place`, or `None` for [`Verdict::Foreign`].
 #[inline(always)]
 pub fn examine<P, T>(packet: &P, place: Place, tables: &T) -> Option<Examined>
 where

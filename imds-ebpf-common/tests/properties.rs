@@ -1,4 +1,4 @@
-//! Properties of the parser and the verdict, against packets built by etherparse and against any bytes at all.
+//! Property tests of the parser and the verdict, with generated packets, packets built by etherparse and random bytes.
 
 use std::collections::BTreeSet;
 
@@ -14,11 +14,11 @@ use proptest::{collection::vec, prelude::*, sample::select};
 
 const ETHERNET_LEN: usize = 14;
 const VLAN_LEN: usize = 4;
-/// Up to and with the destination address.
+/// Offset of the end of the destination address in an IPv4 header.
 const DESTINATION_END: usize = 20;
 
 const IMDS_IPV6: [u8; 16] = [0xfd, 0, 0x0e, 0xc2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0x54];
-/// These are resolvers, too: udp/53 and tcp/53 are kept.
+/// Endpoint that is also a DNS resolver: udp/53 and tcp/53 are allowed.
 const RESOLVER_IPV4: [u8; 4] = [168, 63, 129, 16];
 const RESOLVER_IPV6: [u8; 16] = [0xfd, 0x20, 0, 0xce, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0x54];
 
@@ -44,7 +44,7 @@ fn verdict(packet: &[u8], frame: Frame, mode: Mode) -> Verdict {
     with_tables(mode, |tables| judge(packet, frame, tables))
 }
 
-/// Addresses: mostly the endpoint and its neighbours, where a wrong mask would show.
+/// Generates mostly the endpoint and addresses that differ in one bit, which would reveal a wrong mask.
 fn address() -> impl Strategy<Value = [u8; 4]> {
     prop_oneof![
         3 => Just(IMDS_IPV4),
@@ -53,7 +53,7 @@ fn address() -> impl Strategy<Value = [u8; 4]> {
     ]
 }
 
-/// An IPv4 packet with a UDP datagram, options and fragmentation as they come.
+/// Generates an IPv4 packet with random protocol, options, fragment field and payload, and returns its destination too.
 fn ipv4() -> impl Strategy<Value = ([u8; 4], Vec<u8>)> {
     (any::<[u8; 4]>(), address(), any::<u8>(), 0..=10_usize, any::<u16>(), vec(any::<u8>(), 0..64)).prop_map(
         |(source, destination, protocol, options, fragment, payload)| {
@@ -72,7 +72,7 @@ fn ipv4() -> impl Strategy<Value = ([u8; 4], Vec<u8>)> {
     )
 }
 
-/// A way to write an IPv4 address as an IPv6 one.
+/// Generates an IPv6 address that embeds an IPv4 address.
 fn embedded([a, b, c, d]: [u8; 4]) -> impl Strategy<Value = [u8; 16]> {
     let form = move |prefix: [u8; 12]| {
         let mut address = [0; 16];
@@ -93,7 +93,7 @@ fn embedded([a, b, c, d]: [u8; 4]) -> impl Strategy<Value = [u8; 16]> {
     ]
 }
 
-/// An IPv6 destination, and the endpoint that it is: with nothing kept, or with DNS kept.
+/// Generates an IPv6 destination, and `Some` if it is an endpoint: `true` if the endpoint allows DNS.
 fn destination_v6() -> impl Strategy<Value = ([u8; 16], Option<bool>)> {
     let flipped = |address: [u8; 16]| {
         (0..128_u32).prop_map(move |bit| (u128::from_be_bytes(address) ^ (1 << bit)).to_be_bytes())
@@ -110,7 +110,7 @@ fn destination_v6() -> impl Strategy<Value = ([u8; 16], Option<bool>)> {
     ]
 }
 
-/// Extension headers: kind, length in 8-octet units beyond the first, and for fragments offset and flags.
+/// Generates extension headers: kind, length in 8-octet units after the first, and for fragments offset and flags.
 fn extensions() -> impl Strategy<Value = Vec<(u8, u8, u16)>> {
     let fragment = prop_oneof![3 => 0..8_u16, 1 => any::<u16>()];
     vec((select(vec![0, 60, 44, 43, 51, 135]), 0..4_u8, fragment), 0..=MAX_EXTENSION_HEADERS + 2)
@@ -144,7 +144,7 @@ fn ipv6(destination: [u8; 16], extensions: &[(u8, u8, u16)], (protocol, port): (
     packet
 }
 
-/// Whether a packet as [`ipv6`] makes it shows that it is for DNS.
+/// Reports whether the parser can see that a packet built by [`ipv6`] goes to a DNS port.
 fn shows_dns(extensions: &[(u8, u8, u16)], (protocol, port): (u8, u16)) -> bool {
     let is_walked =
         |&(kind, _, fragment): &(u8, u8, u16)| matches!((kind, fragment >> 3), (0 | 60, _) | (44, 0));
@@ -154,7 +154,7 @@ fn shows_dns(extensions: &[(u8, u8, u16)], (protocol, port): (u8, u16)) -> bool 
         && port == 53
 }
 
-/// `inner`, of `ether_type`, behind an Ethernet header and these VLAN tags.
+/// Builds a frame from an Ethernet header, these VLAN tags, `ether_type` and `inner`.
 fn tagged(macs: [u8; 12], tags: &[(u16, u16)], ether_type: u16, inner: &[u8]) -> Vec<u8> {
     let mut frame = macs.to_vec();
     for (tpid, tci) in tags {
@@ -271,7 +271,7 @@ proptest! {
         packet[16..20].copy_from_slice(&RESOLVER_IPV4);
         let ports = usize::from(version_ihl & 0xf) * 4;
         packet[ports + 2..ports + 4].copy_from_slice(&transport.1.to_be_bytes());
-        // Where that fell on the header, it is another packet.
+        // Below 20 bytes, the port has overwritten the header.
         prop_assume!(ports >= 20);
         let cut = 20 + cut.index(81);
         let is_dns = (0x45..=0x4f).contains(&version_ihl) && fragment << 3 == 0 && ports + 4 <= cut
@@ -305,7 +305,7 @@ proptest! {
         prop_assert!(found.0 || endpoint.is_none());
     }
 
-    /// Of numbers so small that they meet, and of which one is one above another.
+    /// Uses small numbers, so that many services are equal or differ by one.
     #[test]
     fn only_listed_ports_are_allowed(
         listed in vec((select(vec![TCP, UDP]), 0_u16..4), 0..=MAX_KEPT),
@@ -323,7 +323,7 @@ proptest! {
     fn any_bytes_have_an_explained_verdict(bytes in vec(any::<u8>(), 0..96)) {
         for frame in [Frame::Ethernet, Frame::Ip] {
             let enforced = verdict(&bytes, frame, Mode::Enforce);
-            // Random bytes hit no endpoint, and so nothing else may be done to them.
+            // Random bytes do not contain the address of an endpoint, so they must pass.
             prop_assert_eq!(enforced, Verdict::Foreign);
         }
     }
@@ -379,7 +379,7 @@ fn bloom_filter_has_few_false_positives() {
     }
     assert_eq!(filter.table().find(Address::from_ipv4(IMDS_IPV4)), None);
 
-    // Another change leaves the table that was in force as it was, for who still reads it.
+    // A change does not touch the previous table, which programs may still be reading.
     let mut later = filter;
     later.set_endpoints([(Address::from_ipv4(IMDS_IPV4), &endpoint)]);
     assert!(later.current != filter.current && later.tables.contains(filter.table()));
@@ -390,7 +390,7 @@ fn bloom_filter_has_few_false_positives() {
 
 #[test]
 fn longest_chain_is_searched_to_its_end() {
-    // All with one slot.
+    // All addresses have the same slot.
     let addresses: Vec<_> = (0..4).map(|n| Address::from_ipv4([10, n, 10, n])).collect();
     assert!(addresses.len() == MAX_CHAIN);
     assert!(addresses.iter().all(|address| address.slot() == addresses[0].slot()));

@@ -1,7 +1,8 @@
-//! Messages of the programs about themselves, which the agent logs through aya-log. Packets have events instead.
+//! Log messages of the programs about their own failures, which the agent prints through aya-log. Denied packets have events
+//! instead.
 //!
 //! The macros of aya-log build a record byte by byte in each program, which costs the verifier hundreds of instructions. The
-//! records here are constants in the wire format of aya-log-common.
+//! records in this module are constants in the wire format of aya-log-common.
 
 use aya_ebpf::{btf_maps::RingBuf, helpers::generated::bpf_jiffies64, macros::btf_map};
 use aya_log_common::{ArgumentKind, Level, RecordFieldKind};
@@ -10,46 +11,47 @@ use imds_ebpf_common::{Hook, opaque::opaque};
 /// Size of the ring buffer in bytes.
 const LOG_BYTES: usize = 64 * 1024;
 
-/// The name by which aya-log finds the ring buffer.
+/// Ring buffer of log records. aya-log finds it by this name.
 #[btf_map(name = "AYA_LOGS")]
 static LOGS: RingBuf<(), LOG_BYTES> = RingBuf::new();
 
-/// Shortest time between two messages, in timer ticks (100 to 1000 per second, as the kernel is configured).
+/// Minimum interval between two messages, in timer ticks (100 to 1000 per second, depending on `CONFIG_HZ`).
 const PAUSE: u64 = 2500;
 
-/// Time of the last message, in timer ticks. Not zero, because variables of zeros share their section with the filter.
+/// Time of the last message, in timer ticks. The initial value is not zero, because zero variables would be placed in the
+/// section of the filter (`.bss`).
 #[unsafe(no_mangle)]
 static mut LAST: u64 = u64::MAX / 2;
 
-/// Logs that a map is full, so that a packet or call at this hook was judged but neither counted nor reported.
+/// Logs that a map is full. The packet or call at this hook got a verdict, but is neither counted nor reported.
 ///
-/// A separate function, which the verifier follows apart from its callers.
+/// A separate function, so that the verifier checks it apart from its callers.
 #[inline(never)]
-#[expect(clippy::cast_possible_truncation, reason = "BPF has words of 64 bits")]
+#[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits on BPF")]
 pub(crate) fn unaccounted(hook: u32) {
     // SAFETY: the helper takes no arguments.
     let now = unsafe { bpf_jiffies64() };
     let last = &raw mut LAST;
-    // SAFETY: the pointer is valid for the whole program; two CPUs that write at once cause two messages.
+    // SAFETY: the pointer to a static is always valid; two CPUs that write at once cause two messages.
     if now.wrapping_sub(unsafe { last.read_volatile() }) < PAUSE {
         return;
     }
-    // SAFETY: the pointer is valid for the whole program.
+    // SAFETY: the pointer to a static is always valid.
     unsafe { last.write_volatile(now) };
-    // The compiler knows the range of the number and would drop the check that the verifier needs.
+    // Opaque, because the compiler knows the range of the number and would remove the bounds check that the verifier needs.
     if let Some(record) = MAP_IS_FULL.get(opaque(hook.into()) as usize) {
         let _no_room = LOGS.output_untyped::<Record>(record, 0);
     }
 }
 
-/// Bytes of a record with a message of [`MESSAGE`]'s length.
+/// Size in bytes of a record with a message of [`MESSAGE`]'s length.
 const RECORD: usize = 2 + (3 + 3) + (3 + 1) + 3 + 3 + (3 + 4) + (3 + 4) + (3 + MESSAGE.len());
 type Record = [u8; RECORD];
 
-/// The message; the number of the hook replaces the last character.
+/// Text of the message. The number of the hook replaces the last character.
 const MESSAGE: &[u8] = b"a map is full: hook ?";
 
-/// The message by number of the hook.
+/// Records of the message, indexed by the number of the hook.
 static MAP_IS_FULL: [Record; Hook::ALL.len() + 1] = {
     let mut records = [[0; RECORD]; Hook::ALL.len() + 1];
     let mut hook = 0;

@@ -1,4 +1,4 @@
-//! Common parts of the two TC hooks: find the IP header, judge, count, report and answer.
+//! Code shared by the two TC hooks: finds the IP header, and reports and answers packets to protected endpoints.
 
 use aya_ebpf::{
     bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC},
@@ -14,17 +14,17 @@ use crate::{
     reject::{self, Way},
 };
 
-/// A hook of TC.
+/// TC hook that gives a verdict on packets.
 pub(crate) trait Edge {
-    /// Judges a packet that may go to a protected endpoint, by the IP header at `place`. Returns the TC action.
+    /// Gives a verdict on a packet with an IP header at `place` that may go to a protected endpoint. Returns the TC action.
     ///
-    /// Implementations are separate functions, which the verifier follows once for all places of the header.
+    /// Implementations are separate functions, so that the verifier checks them once for all positions of the header.
     fn judge_header(skb: *mut __sk_buff, place: Place) -> i32;
 }
 
-/// Judges a packet at the hook `E`. Returns the TC action.
+/// Gives a verdict on a packet at the hook `E`. Returns the TC action.
 ///
-/// The rest is in separate functions, because registers and stack of those would cost every packet some instructions.
+/// The slow path is in separate functions: inlined, its registers and stack would cost every packet some instructions.
 #[inline(always)]
 pub(crate) fn judge<E: Edge>(ctx: &TcContext, frame: Frame) -> i32 {
     let skb = ctx.skb.skb;
@@ -64,7 +64,7 @@ pub(crate) struct Judged {
     pub(crate) verdict: Verdict,
 }
 
-/// Returns the TC action for a packet of a test sender: neither counted with others nor reported nor answered.
+/// Returns the TC action for a packet of a test sender, which gets no counter, event or reply.
 #[inline(always)]
 pub(crate) const fn conclude_probe(verdict: Verdict) -> i32 {
     match verdict {
@@ -73,14 +73,14 @@ pub(crate) const fn conclude_probe(verdict: Verdict) -> i32 {
     }
 }
 
-/// Reports the packet and answers it, within the limits of its source. Returns the TC action.
+/// Emits an event and sends a reply, within the rate limits of the source. Returns the TC action.
 ///
-/// `TC_ACT_UNSPEC` for all that is not denied: it leaves the packet to the other programs on the hook, which `TC_ACT_OK`
-/// would skip.
+/// Packets that are not denied get `TC_ACT_UNSPEC`, which continues with the next program on the hook. `TC_ACT_OK` would skip
+/// it.
 #[inline(always)]
 pub(crate) fn conclude(judged: &Judged, window: Option<*mut Window>, way: Way) -> i32 {
     let &Judged { skb, place, hook, verdict } = judged;
-    // SAFETY: the window belongs to this CPU, and its map keeps it as long as a program runs that found it.
+    // SAFETY: the window belongs to this CPU, and the map does not free it while the program that looked it up runs.
     let mut window = window.map(|window| unsafe { &mut *window });
     match &mut window {
         Some(window) => events::packet(skb, place, hook, verdict, window),

@@ -1,4 +1,4 @@
-//! Emits events of packets and calls to protected endpoints: some of each source, with the number of those that were left out.
+//! Emits events of packets and calls to protected endpoints. Limits the rate per source, and counts the suppressed events.
 
 use core::ptr;
 
@@ -23,16 +23,16 @@ use crate::{
     packet::Skb,
 };
 
-/// Size of the ring buffer: about 2,200 events, kept for the next reader while none reads.
+/// Size of the ring buffer in bytes: about 2,200 events. Without a reader, the oldest events stay for the next one.
 const RING_BYTES: usize = 256 * 1024;
-/// Bytes of a thread's name (`TASK_COMM_LEN`, include/linux/sched.h).
+/// Size of a thread's name in bytes (`TASK_COMM_LEN`, include/linux/sched.h).
 const COMM_LEN: u32 = 16;
 
-/// Ring buffer of [`Event`]s. The type is missing because libbpf rejects a ring buffer that names it.
+/// Ring buffer of [`Event`]s. The definition omits the value type, because libbpf rejects ring buffers that have one.
 #[btf_map(name = "imds_events")]
 static EVENTS: RingBuf<(), RING_BYTES> = RingBuf::new();
 
-/// Rate limits of sources. Per CPU, so that no two CPUs write one value.
+/// Rate limiters of sources. Per CPU, so that no two CPUs write the same value.
 #[btf_map(name = "imds_sources")]
 static WINDOWS: LruPerCpuHashMap<Source, Window, SOURCES> = LruPerCpuHashMap::new();
 
@@ -50,7 +50,8 @@ pub(crate) fn packet(skb: *mut __sk_buff, place: Place, hook: Hook, verdict: Ver
     }
 }
 
-/// Emits the event of a packet at a TC hook. A separate function, which the verifier checks once for all header positions.
+/// Emits the event of a packet at a TC hook. A separate function, so that the verifier checks it once for all header
+/// positions.
 #[inline(never)]
 fn tell_packet(skb: *mut __sk_buff, place: Place, judged: u32, window: &mut Window) {
     if let Some(event) = of_packet(skb, place, judged, netns::of_socket(skb)) {
@@ -58,8 +59,8 @@ fn tell_packet(skb: *mut __sk_buff, place: Place, judged: u32, window: &mut Wind
     }
 }
 
-/// Emits the event of a packet that a socket of the node receives. The socket is not the sender's, so that the event has
-/// neither cookie nor cgroup.
+/// Emits the event of a packet that a socket of the node receives. The event has neither cookie nor cgroup, because the socket
+/// belongs to the receiver.
 #[inline(never)]
 fn emit_received_packet(skb: *mut __sk_buff, place: Place, judged: u32, window: &mut Window) {
     if let Some(event) = of_packet(skb, place, judged, SocketNetns::NoSocket) {
@@ -71,14 +72,14 @@ fn emit_received_packet(skb: *mut __sk_buff, place: Place, judged: u32, window: 
 #[inline(never)]
 fn tell_packet_in_cgroup(skb: *mut __sk_buff, place: Place, judged: u32, window: &mut Window) {
     if let Some(event) = of_packet(skb, place, judged, netns::of_socket_in_cgroup(skb)) {
-        // SAFETY: the helper takes the context of a program on packets.
+        // SAFETY: the helper takes the context of a `cgroup_skb` program.
         let cgroup = unsafe { bpf_skb_cgroup_id(skb) };
         tell(Event { cgroup, ..event }, window);
     }
 }
 
 #[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "packed above")]
+#[expect(clippy::cast_possible_truncation, reason = "the caller has packed both into the lower 16 bits")]
 fn of_packet(skb: *mut __sk_buff, place: Place, judged: u32, socket: SocketNetns) -> Option<Event> {
     let packet = Skb::new(skb);
     let flow = flow(&packet, place)?;
@@ -106,7 +107,7 @@ pub(crate) fn call(hook: Hook, verdict: Verdict, netns_cookie: u64, flow: Flow, 
     let mut event = Event { netns_cookie, hook, verdict, ..event(flow) };
     // SAFETY: the helper takes no arguments; the caller is the current task.
     event.pid = (unsafe { bpf_get_current_pid_tgid() } >> 32) as u32;
-    // SAFETY: as above.
+    // SAFETY: the helper takes no arguments; the caller is the current task.
     event.cgroup = unsafe { bpf_get_current_cgroup_id() };
     // SAFETY: the buffer has the given length. The helper fails only without a task, and then writes zeros.
     let _no_task = unsafe { bpf_get_current_comm(event.comm.as_mut_ptr().cast(), COMM_LEN) };
@@ -115,9 +116,9 @@ pub(crate) fn call(hook: Hook, verdict: Verdict, netns_cookie: u64, flow: Flow, 
 
 /// Returns an event with the current time and the fields of `flow`.
 #[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "zero")]
+#[expect(clippy::cast_possible_truncation, reason = "the value is zero")]
 fn event(flow: Flow) -> Event {
-    // Hidden from the compiler, which of many zeros in a row makes a call that the verifier refuses.
+    // Hidden from the compiler, which would write many zeros with a call to memset. BPF does not have it.
     let zero = opaque(0);
     Event {
         time: now(),
@@ -141,7 +142,7 @@ fn event(flow: Flow) -> Event {
     }
 }
 
-/// Emits the event with the counts since the last one. If the ring buffer is full, the counts stay for the next event.
+/// Emits the event with the counts since the previous one. If the ring buffer is full, the next event includes them.
 #[inline(always)]
 fn tell(event: Event, window: &mut Window) {
     let event = Event { suppressed: window.untold.wrapping_sub(1), bytes: window.bytes, ..event };
@@ -150,14 +151,14 @@ fn tell(event: Event, window: &mut Window) {
     }
 }
 
-/// Returns the window of this source on this CPU; `None` if the map has no room for it.
+/// Returns the window of this source on this CPU, or `None` if the map has no room for it.
 #[inline(always)]
 pub(crate) fn window(source: &Source) -> Option<*mut Window> {
     let window = find_window(source.id, source.hook);
     (!window.is_null()).then_some(window)
 }
 
-/// Returns a null pointer if the map has no room. A separate function, so that the verifier follows its callers once for new
+/// Returns a null pointer if the map has no room. A separate function, so that the verifier checks its callers once for new
 /// and existing windows.
 #[inline(never)]
 fn find_window(id: u64, hook: u64) -> *mut Window {
@@ -165,19 +166,19 @@ fn find_window(id: u64, hook: u64) -> *mut Window {
     if let Some(window) = WINDOWS.get_ptr_mut(source) {
         return window;
     }
-    // If another CPU inserts the source at the same time, this writes only this CPU's part (bpf_percpu_hash_update).
+    // If another CPU has inserted the source in the meantime, this writes only this CPU's value (bpf_percpu_hash_update).
     let _no_room = WINDOWS.insert(source, Window::new(), u64::from(BPF_ANY));
     WINDOWS.get_ptr_mut(source).unwrap_or(ptr::null_mut())
 }
 
 #[inline(always)]
 fn is_to_be_told(window: &mut Window, bytes: u32) -> bool {
-    // SAFETY: the helper takes no arguments; the verifier makes a load of the call.
+    // SAFETY: the helper takes no arguments.
     let tick = unsafe { bpf_jiffies64() };
     window.admit(bytes, tick, now)
 }
 
-/// Nanoseconds since boot.
+/// Returns the time in nanoseconds since boot (`CLOCK_BOOTTIME`).
 #[inline(always)]
 fn now() -> u64 {
     // SAFETY: the helper takes no arguments.

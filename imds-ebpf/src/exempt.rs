@@ -1,8 +1,8 @@
-//! Exemptions: which grant changes the verdict on a packet or call.
+//! Exemptions: looks up the grant that changes the verdict on a packet or call.
 //!
-//! A sender is known by values that no other program writes: the netns cookie of its socket and the ingress interface. Only
-//! pods behind a bridge of the node need the packet's mark, because there the ingress interface at `node_egress` is the
-//! bridge.
+//! The programs identify senders by values that no other program can write: the netns cookie of the socket and the ingress
+//! interface. Only pods behind a bridge of the node need the packet mark, because the ingress interface of their packets at
+//! `node_egress` is the bridge.
 
 use aya_ebpf::bindings::__sk_buff;
 use imds_ebpf_common::{
@@ -17,7 +17,7 @@ use crate::{
     sender::Sender,
 };
 
-/// Returns the verdict on packets of `subject` to `address`, given the `verdict` on senders without an exemption.
+/// Returns the verdict on a request of `subject` to `address`. `verdict` is the verdict without exemptions.
 #[inline(always)]
 pub(crate) fn apply(verdict: Verdict, subject: Subject, address: &Address) -> Verdict {
     if !Maps.may_be_exempt(subject.slot()) {
@@ -27,18 +27,18 @@ pub(crate) fn apply(verdict: Verdict, subject: Subject, address: &Address) -> Ve
     softened
 }
 
-/// Applies exemptions at `from_pod`, where the interface is the pod's own.
+/// Applies exemptions at `from_pod`, where the interface identifies the pod.
 ///
-/// A grant covers packets of the pod itself: those of its sockets and those from its addresses, but not traffic that it
-/// forwards for others. Sets the exemption mark for pods behind a bridge, and clears it on all other protected traffic.
+/// A grant covers packets of the pod's sockets and packets from its addresses, but not traffic that the pod forwards for other
+/// senders. Sets the exemption mark for pods behind a bridge, and clears it on all other packets to protected endpoints.
 #[inline(always)]
 pub(crate) fn at_from_pod(skb: *mut __sk_buff, place: Place, verdict: Verdict, address: &Address) -> Verdict {
     let softened = find_at_from_pod(skb, place, address, verdict as u32);
-    // SAFETY: the function returns the number of a verdict.
+    // SAFETY: the called function returns the number of a verdict.
     unsafe { Verdict::from_u32_unchecked(softened) }.without_origin(&Skb::new(skb))
 }
 
-/// Takes and returns the number of a verdict. A separate function, which the verifier follows apart from its callers.
+/// Takes and returns the number of a verdict. A separate function, so that the verifier checks it apart from its callers.
 #[inline(never)]
 fn find_at_from_pod(skb: *mut __sk_buff, place: Place, address: &Address, verdict: u32) -> u32 {
     // SAFETY: the caller passes the number of a verdict.
@@ -57,7 +57,7 @@ fn find_at_from_pod(skb: *mut __sk_buff, place: Place, address: &Address, verdic
     softened as u32
 }
 
-/// Sets or clears the exemption mark. A separate function without branches, which the verifier follows once per call.
+/// Sets or clears the exemption mark. A separate function without branches, so that the verifier follows one path per call.
 #[inline(never)]
 pub(crate) fn set_mark(skb: *mut __sk_buff, is_marked: u32) {
     let packet = Skb::new(skb);
@@ -65,8 +65,8 @@ pub(crate) fn set_mark(skb: *mut __sk_buff, is_marked: u32) {
     packet.set_mark((packet.mark() & !bit) | (bit & is_marked.wrapping_neg()));
 }
 
-/// Applies exemptions at `node_egress`, in the order of how certain the identity is: the socket's network namespace, the
-/// ingress interface, and the mark of packets that come from a bridge with an exempt pod's port.
+/// Applies exemptions at `node_egress`. Uses the most reliable identity first: the network namespace of the socket, then the
+/// ingress interface, then the mark of packets from a bridge with an exempt pod as port.
 #[inline(always)]
 pub(crate) fn at_node_egress(
     skb: *mut __sk_buff,
@@ -76,11 +76,11 @@ pub(crate) fn at_node_egress(
     address: &Address,
 ) -> Verdict {
     let softened = find_at_node_egress(skb, place, sender.cookie, address, verdict as u32);
-    // SAFETY: the function returns the number of a verdict.
+    // SAFETY: the called function returns the number of a verdict.
     unsafe { Verdict::from_u32_unchecked(softened) }.without_origin(&Skb::new(skb))
 }
 
-/// Takes and returns the number of a verdict. A separate function: few packets come here.
+/// Takes and returns the number of a verdict. A separate function, because only packets to protected endpoints need it.
 #[inline(never)]
 fn find_at_node_egress(
     skb: *mut __sk_buff,
@@ -100,7 +100,7 @@ fn find_at_node_egress(
     by_interface(skb, place, Skb::new(skb).ingress_ifindex(), verdict, address) as u32
 }
 
-/// Applies the grant of the interface by which a packet came in, or of the bridge if the packet is marked.
+/// Applies the grant of the ingress interface `ifindex`, or of the bridge with this index if the packet is marked.
 #[inline(always)]
 pub(crate) fn by_interface(
     skb: *mut __sk_buff,
@@ -114,8 +114,8 @@ pub(crate) fn by_interface(
     }
     let softened = apply(verdict, Subject::new(SubjectKind::Interface, ifindex.into()), address);
     if softened as u32 != verdict as u32 {
-        // With `from_pod` on, that hook has compared the source with the pod's addresses, before any source NAT.
-        // Without it, source NAT may have set an address of the node.
+        // If `from_pod` is attached, that hook has compared the source with the pod's addresses, before any source NAT.
+        // Otherwise compares them here, and accepts addresses of the node, which source NAT may have set.
         let is_checked = has_from_pod(ifindex) || has_source(skb, place, ifindex, NODE);
         return if is_checked { softened } else { verdict };
     }
@@ -127,7 +127,7 @@ pub(crate) fn by_interface(
 
 /// Reports whether a packet at `from_pod` belongs to the exempt pod itself and is not forwarded for another sender.
 ///
-/// A packet that a pod forwards has lost its socket (`ip_rcv_core` and `ip6_rcv_core` orphan it).
+/// A forwarded packet has no socket (`ip_rcv_core` and `ip6_rcv_core` orphan it).
 #[inline(always)]
 fn is_own_packet(skb: *mut __sk_buff, place: Place, ifindex: u32, address: &Address) -> bool {
     let is_of_socket = match netns::of_socket(skb) {
@@ -138,12 +138,12 @@ fn is_own_packet(skb: *mut __sk_buff, place: Place, ifindex: u32, address: &Addr
     is_of_socket || has_source(skb, place, ifindex, ifindex)
 }
 
-/// Reports whether the network namespace with this cookie has a grant for the endpoint or for all of them.
+/// Reports whether the network namespace with this cookie has a grant for the endpoint or for all endpoints.
 #[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "zero")]
+#[expect(clippy::cast_possible_truncation, reason = "the value is zero")]
 fn has_grant(cookie: u64, address: &Address) -> bool {
     let subject = Subject::new(SubjectKind::Netns, cookie);
-    // `Address::ANY`, hidden from the compiler, which would put the constant in a section of its own.
+    // `Address::ANY`, hidden from the compiler, which would put the constant in an additional section.
     let any = Address::from_ipv4((opaque(0) as u32).to_be_bytes());
     maps::is_granted(&Exemption { address: any, subject })
         || maps::is_granted(&Exemption { address: *address, subject })
@@ -156,11 +156,11 @@ fn has_from_pod(ifindex: u32) -> bool {
     maps::is_on(Hook::FromPod) && maps::interface(ifindex).is_some_and(is_attached)
 }
 
-/// Stands for the node in the map of source addresses: no interface has the index 0.
+/// Index for the node's own addresses in the map of source addresses. No interface has the index 0.
 const NODE: u32 = 0;
 
 /// Reports whether the packet's source address is registered for one of two interfaces. A separate function, so that the
-/// verifier follows it once.
+/// verifier checks it once.
 #[inline(never)]
 fn has_source(skb: *mut __sk_buff, place: Place, ifindex: u32, other: u32) -> bool {
     let Some(address) = source(&Skb::new(skb), place) else { return false };
@@ -171,8 +171,8 @@ fn has_source(skb: *mut __sk_buff, place: Place, ifindex: u32, other: u32) -> bo
     is_source_of(ifindex) || is_source_of(other)
 }
 
-/// Looks up the grant of a subject. Takes the number of a verdict; returns that of the verdict which the grant makes of it,
-/// with the grant's flags above. A separate function: few packets come here.
+/// Looks up the grant of a subject. Takes the number of a verdict. Returns the number of the verdict with the grant applied,
+/// and the flags of the grant in the bits above. A separate function, because few packets need it.
 #[inline(never)]
 fn grant_for(id: u64, kind: u64, address: &Address, verdict: u32) -> u32 {
     // SAFETY: the caller passes the number of a verdict.
@@ -183,7 +183,7 @@ fn grant_for(id: u64, kind: u64, address: &Address, verdict: u32) -> u32 {
     }
 }
 
-/// Bits of the verdict in the result of [`grant_for`].
+/// Offset in bits of the flags in the result of [`grant_for`]; the verdict is below.
 const FLAGS: u32 = 8;
 
 /// Splits the result of [`grant_for`] into verdict and flags.

@@ -1,4 +1,4 @@
-//! The `from_pod` hook: every packet here was sent, or forwarded, by the pod behind the interface.
+//! `from_pod` hook: gives a verdict on packets that the pod behind an interface sends or forwards.
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_UNSPEC};
 use imds_ebpf_common::{Examined, Hook, Place, Subject, SubjectKind, examine};
@@ -11,7 +11,7 @@ use crate::{
     reject::Way,
 };
 
-/// The hook at ingress of the host side of a pod link.
+/// Hook at TC ingress of the host-side interface of a pod.
 pub(crate) struct FromPod;
 
 impl Edge for FromPod {
@@ -28,8 +28,8 @@ impl Edge for FromPod {
         }
         let verdict = exempt::at_from_pod(skb, place, verdict, &destination);
         let counter = maps::count(packet.ifindex(), hook, verdict, packet.len());
-        // One interface is one source here, so that its counter contains the rate limit too.
-        // SAFETY: the map owns the counter, and nothing frees it under a running program.
+        // At this hook each interface is one source, so its counter also contains the rate limiter.
+        // SAFETY: the map owns the counter, and does not free it while the program that looked it up runs.
         let window = counter.map(|counter| unsafe { &raw mut (*counter).window });
         conclude(&Judged { skb, place, hook, verdict }, window, Way::Out)
     }

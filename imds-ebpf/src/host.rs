@@ -1,7 +1,7 @@
-//! The `host_network` hook for packets: `cgroup_skb/egress` on the cgroups of Kubernetes pods.
+//! `host_network` hook for packets: `cgroup_skb/egress` on the cgroups of Kubernetes pods.
 //!
-//! Calls that name a destination are judged in [`socket`](crate::socket). This program covers the rest: raw sockets,
-//! protocols without a cgroup hook, and sockets that were connected before.
+//! [`socket`](crate::socket) covers calls that name a destination. This program covers packets of other senders: raw sockets,
+//! protocols without a cgroup hook, and sockets that were connected before the programs were attached.
 
 use aya_ebpf::{bindings::__sk_buff, helpers::generated::bpf_skb_cgroup_id, programs::SkBuffContext};
 use imds_ebpf_common::{
@@ -15,7 +15,7 @@ use crate::{
     packet::Skb,
 };
 
-/// Judges a packet in two functions, for the same reason as [`edge::judge`](crate::edge::judge).
+/// Returns the verdict on a packet. The slow path is a separate function, see [`edge::judge`](crate::edge::judge).
 #[inline(always)]
 pub(crate) fn judge(ctx: &SkBuffContext) -> Verdict {
     let skb = ctx.skb.skb;
@@ -36,13 +36,13 @@ fn judge_thoroughly(skb: *mut __sk_buff) -> u32 {
     if !is_of_node(skb) {
         return Verdict::Foreign as u32;
     }
-    // SAFETY: the helper takes the context of a program on packets.
+    // SAFETY: the helper takes the context of a `cgroup_skb` program.
     let id = unsafe { bpf_skb_cgroup_id(skb) };
     let verdict = exempt::apply(verdict, Subject::new(SubjectKind::Cgroup, id), &destination);
     let verdict = verdict.without_origin(&packet);
     let _uncounted = maps::count(CounterKey::DEPARTED, hook, verdict, packet.len());
     match events::window(&Source { id, hook: hook as u64 }) {
-        // SAFETY: this CPU's own, and its map keeps it as long as a program runs that found it.
+        // SAFETY: the window belongs to this CPU, and the map does not free it while the program that looked it up runs.
         Some(window) => events::packet(skb, place, hook, verdict, unsafe { &mut *window }),
         None => diagnostics::unaccounted(hook as u32),
     }
@@ -54,8 +54,8 @@ fn judge_thoroughly(skb: *mut __sk_buff) -> u32 {
 fn is_of_node(skb: *mut __sk_buff) -> bool {
     match netns::of_socket_in_cgroup(skb) {
         SocketNetns::Cookie(cookie) => netns::is_node(cookie),
-        // The kernel does not report the namespace (before Linux 6.15): packets of pods with their own network namespace are
-        // judged here too. Their exemptions count only if the rule has cgroup ids (`cgroup` and Kubernetes rules).
+        // Before Linux 6.15 the kernel does not report the namespace, so packets of pods with their own network namespace also
+        // get a verdict here. For them, only exemptions with cgroup ids apply (`cgroup` and Kubernetes rules).
         SocketNetns::NoSocket | SocketNetns::Unknown => true,
     }
 }

@@ -1,5 +1,6 @@
-//! The `local_service` hook: packets that sockets of the node receive, attached while a protected address is local to the
-//! node. At `cgroup_skb/ingress` the destination is the one after DNAT and decapsulation, which no other hook sees.
+//! `local_service` hook: gives a verdict on packets that sockets of the node receive. Attached while a protected address is
+//! local to the node. At `cgroup_skb/ingress` packets have the destination after DNAT and decapsulation, which no other hook
+//! sees.
 
 use aya_ebpf::{bindings::__sk_buff, programs::SkBuffContext};
 use imds_ebpf_common::{
@@ -14,10 +15,11 @@ use crate::{
     probe,
 };
 
-/// Index of loopback in every network namespace (`LOOPBACK_IFINDEX`, include/net/flow.h): the node's own calls.
+/// Index of loopback in every network namespace (`LOOPBACK_IFINDEX`, include/net/flow.h). Loopback carries the node's own
+/// requests, which pass.
 const LOOPBACK: u32 = 1;
 
-/// Judges a packet in two functions, for the same reason as [`edge`](crate::edge::judge).
+/// Returns the verdict on a packet. The slow path is a separate function, see [`edge::judge`](crate::edge::judge).
 #[inline(always)]
 pub(crate) fn judge(ctx: &SkBuffContext) -> Verdict {
     let skb = ctx.skb.skb;
@@ -37,7 +39,7 @@ fn judge_thoroughly(skb: *mut __sk_buff) -> u32 {
         return Verdict::Foreign as u32;
     };
     match netns::of_socket_in_cgroup(skb) {
-        // A pod that serves the address itself is another hook's matter.
+        // The receiver is a pod that serves the protected address itself. The other hooks cover requests to it.
         SocketNetns::Cookie(cookie) if !netns::is_node(cookie) => return Verdict::Foreign as u32,
         SocketNetns::Cookie(_) | SocketNetns::NoSocket | SocketNetns::Unknown => {}
     }
@@ -48,7 +50,7 @@ fn judge_thoroughly(skb: *mut __sk_buff) -> u32 {
     let verdict = exempt::by_interface(skb, place, ifindex, verdict, &destination).without_origin(&packet);
     let _uncounted = maps::count(CounterKey::DEPARTED, hook, verdict, packet.len());
     match events::window(&Source { id: ifindex.into(), hook: hook as u64 }) {
-        // SAFETY: the value is this CPU's own, and its map keeps it as long as a program runs that found it.
+        // SAFETY: the window belongs to this CPU, and the map does not free it while the program that looked it up runs.
         Some(window) => events::packet(skb, place, hook, verdict, unsafe { &mut *window }),
         None => diagnostics::unaccounted(hook as u32),
     }

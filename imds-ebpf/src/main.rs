@@ -1,4 +1,4 @@
-//! The BPF programs of imds-agent: entry points, which only translate.
+//! Entry points of the BPF programs of imds-agent. They only convert contexts and verdicts.
 #![deny(
     clippy::expect_used,
     clippy::panic,
@@ -36,103 +36,104 @@ use crate::{from_pod::FromPod, node_egress::NodeEgress};
 
 /// `from_pod`: TC ingress of a pod's host-side interface.
 #[classifier]
-#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_from_pod(ctx: TcContext) -> i32 {
     edge::judge::<FromPod>(&ctx, Frame::Ethernet)
 }
 
-/// [`imds_from_pod`] for interfaces without a link layer. The name is short because the kernel keeps 15 characters.
+/// Variant of [`imds_from_pod`] for interfaces without a link layer. The kernel truncates names to 15 characters.
 #[classifier]
-#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_from_podl3(ctx: TcContext) -> i32 {
     edge::judge::<FromPod>(&ctx, Frame::Ip)
 }
 
 /// `node_egress`: TC egress of an interface of the node.
 #[classifier]
-#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_egress(ctx: TcContext) -> i32 {
     edge::judge::<NodeEgress>(&ctx, Frame::Ethernet)
 }
 
-/// [`imds_egress`] for interfaces without a link layer.
+/// Variant of [`imds_egress`] for interfaces without a link layer.
 #[classifier]
-#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_egress_l3(ctx: TcContext) -> i32 {
     edge::judge::<NodeEgress>(&ctx, Frame::Ip)
 }
 
 /// `socket`: connect(2) on an IPv4 socket.
 #[cgroup_sock_addr(connect4)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_connect4(ctx: SockAddrContext) -> i32 {
     permission(socket::judge_v4(&ctx, Hook::Socket))
 }
 
 /// `socket`: connect(2) on an IPv6 socket.
 #[cgroup_sock_addr(connect6)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_connect6(ctx: SockAddrContext) -> i32 {
     permission(socket::judge_v6(&ctx, Hook::Socket))
 }
 
 /// `socket`: sendmsg(2), sendto(2) and sendmmsg(2) on an unconnected IPv4 UDP socket.
 #[cgroup_sock_addr(sendmsg4)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_sendmsg4(ctx: SockAddrContext) -> i32 {
     permission(socket::judge_v4(&ctx, Hook::Socket))
 }
 
 /// `socket`: sendmsg(2), sendto(2) and sendmmsg(2) on an unconnected IPv6 UDP socket.
 #[cgroup_sock_addr(sendmsg6)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_sendmsg6(ctx: SockAddrContext) -> i32 {
     permission(socket::judge_v6(&ctx, Hook::Socket))
 }
 
 /// `host_network`: connect(2) on an IPv4 socket of a hostNetwork pod.
 #[cgroup_sock_addr(connect4)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_host_conn4(ctx: SockAddrContext) -> i32 {
     permission(socket::judge_v4(&ctx, Hook::HostNetwork))
 }
 
 /// `host_network`: connect(2) on an IPv6 socket of a hostNetwork pod.
 #[cgroup_sock_addr(connect6)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_host_conn6(ctx: SockAddrContext) -> i32 {
     permission(socket::judge_v6(&ctx, Hook::HostNetwork))
 }
 
 /// `host_network`: sendmsg(2), sendto(2) and sendmmsg(2) on an unconnected IPv4 UDP socket of a hostNetwork pod.
 #[cgroup_sock_addr(sendmsg4)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_host_send4(ctx: SockAddrContext) -> i32 {
     permission(socket::judge_v4(&ctx, Hook::HostNetwork))
 }
 
 /// `host_network`: sendmsg(2), sendto(2) and sendmmsg(2) on an unconnected IPv6 UDP socket of a hostNetwork pod.
 #[cgroup_sock_addr(sendmsg6)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_host_send6(ctx: SockAddrContext) -> i32 {
     permission(socket::judge_v6(&ctx, Hook::HostNetwork))
 }
 
 /// `host_network`: IP packets that sockets of hostNetwork pods send.
 #[cgroup_skb(egress)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_host_out(ctx: SkBuffContext) -> i32 {
     permission(host::judge(&ctx))
 }
 
 /// `local_service`: IP packets that sockets of the node receive.
 #[cgroup_skb(ingress)]
-#[expect(clippy::needless_pass_by_value, reason = "the macro hands the context over")]
+#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_local_in(ctx: SkBuffContext) -> i32 {
     permission(local_service::judge(&ctx))
 }
 
-/// Return value of a cgroup program: 1 lets the call or packet pass, 0 denies it with `EPERM` or the error that the program set.
+/// Returns the result of a cgroup program: 1 lets the call or packet pass, 0 denies it with `EPERM` or the error that the
+/// program has set.
 #[inline(always)]
 const fn permission(verdict: Verdict) -> i32 {
     match verdict {
@@ -147,7 +148,7 @@ fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
 }
 
-/// The project is Apache-2.0 OR MIT. The kernel wants a GPL-compatible licence here.
+/// License string for the kernel, which allows some helpers only for GPL-compatible programs.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,4 +1,4 @@
-//! The maps, private, beside their typed accessors.
+//! Maps of the programs, and typed functions that access them.
 
 use core::{mem::offset_of, ptr};
 
@@ -19,7 +19,7 @@ use imds_ebpf_common::{
     opaque::{opaque, opaque_pointer},
 };
 
-/// Interfaces that one node can have: far above the 1,000 pods that Kubernetes' largest nodes run.
+/// Largest number of interfaces of a node. Large nodes run 1,000 pods.
 const INTERFACES: usize = 16_384;
 const COUNTERS: usize = (INTERFACES + Hook::ALL.len()) * Verdict::COUNTED.len();
 
@@ -77,7 +77,8 @@ static DENIAL_RECORDS: HashMap<DenialKey, DenialRecord, DENIALS, { BPF_F_NO_PREA
 #[btf_map(name = "imds_exempt")]
 static EXEMPTIONS: HashMap<Exemption, Grant, MAX_EXEMPTIONS, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
 
-/// Written by user space alone. The section's whole content: the map of that section has the size of this.
+/// The policy, written only by user space. No other variable may be in its section: the size of the section's map must be
+/// the size of the filter.
 #[unsafe(no_mangle)]
 static mut IMDS_FILTER: Filter = Filter::EMPTY;
 
@@ -92,11 +93,11 @@ const MAX_PROBES: usize = 64;
 #[btf_map(name = "imds_probes")]
 static PROBES: HashMap<Subject, ProbeRecord, MAX_PROBES, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
 
-/// Number of entries in [`PROBES`]. An array, as the verifier turns its lookup into a load.
+/// Number of entries in [`PROBES`]. An array, because the verifier replaces a lookup in an array by a load.
 #[btf_map(name = "imds_probing")]
 static PROBING: Array<u32, 1> = Array::new();
 
-/// What the maps say.
+/// Policy lookup in the maps of this object.
 pub(crate) struct Maps;
 
 impl Tables for Maps {
@@ -112,7 +113,7 @@ impl Tables for Maps {
         unsafe { keep.as_ref() }
     }
 
-    /// [`Mode::Enforce`] where it can't be read.
+    /// Returns [`Mode::Enforce`] if the policy can't be read.
     #[inline(always)]
     fn mode(&self) -> Mode {
         POLICY.get(0).map_or(Mode::Enforce, |policy| Mode::from_u32(policy.mode))
@@ -125,25 +126,25 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn grant(&self, exemption: &Exemption) -> Option<Grant> {
-        // SAFETY: as for endpoints.
+        // SAFETY: the value is copied at once; an entry that user space replaces in the meantime keeps valid numbers.
         unsafe { EXEMPTIONS.get(exemption) }.copied()
     }
 }
 
-/// Returns the kept services of the endpoint at `address` in this chain of the filter, or null. A separate function, so that
-/// the verifier follows its callers once for all rows.
+/// Returns the allowed ports of the endpoint at `address` in this chain of the filter, or null. A separate function, so that
+/// the verifier checks its callers once for all rows.
 ///
-/// The table is constant while a program reads it: user space writes the other one, and waits until all programs have left
-/// that one.
+/// The table does not change while a program reads it: user space writes the other table, after an RCU grace period in
+/// which all programs have stopped reading that one.
 #[inline(never)]
-#[expect(clippy::cast_possible_truncation, reason = "BPF has words of 64 bits")]
+#[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits on BPF")]
 fn find_keep(chain: u64, address: &Address) -> *const Keep {
-    // Hidden from the compiler, which knows that nothing in this object writes it.
+    // Opaque, because the compiler would use the initial value: no code in this object writes the variable.
     let filter = opaque_pointer(&raw const IMDS_FILTER);
-    // SAFETY: the pointer is valid for the whole program, and the fields read here are not written while they are in force.
+    // SAFETY: the pointer to a static is always valid, and user space does not write the effective table.
     let filter = unsafe { &*filter };
     let table = &filter.tables[filter.current as usize & 1];
-    // Verifiers before Linux 6.10 take the exclusive or in the chain's number for any number: they need the remainder.
+    // Verifiers before Linux 6.10 do not track bounds through the XOR that computes the chain, so the remainder is needed.
     let mut number = u64::from(table.heads[opaque(chain) as usize % CHAINS]);
     for _ in 0..MAX_CHAIN {
         if number == 0 {
@@ -158,23 +159,23 @@ fn find_keep(chain: u64, address: &Address) -> *const Keep {
     ptr::null()
 }
 
-/// Whether the bit of a slot is set in the part of the filter that starts `offset` bytes behind its start.
+/// Reports whether the bit of a slot is set in the bitmap at byte `offset` of the filter.
 #[inline(always)]
 fn has_bit(offset: usize, slot: u16) -> bool {
     let (byte, bit) = Filter::position(slot);
     let byte = (&raw const IMDS_FILTER).cast::<u8>().wrapping_add(offset + byte);
-    // SAFETY: a slot's byte is one of that part's. Nothing in this object writes it, which is why the read is volatile.
+    // SAFETY: every 16-bit slot of the bitmap is within the filter. The read is volatile, because user space writes the byte.
     let byte = unsafe { byte.read_volatile() };
     byte >> bit & 1 == 1
 }
 
-/// The bit of a packet's mark by which it is known to be exempt; 0 for none.
+/// Returns the bit that the programs use in the packet mark; 0 for none.
 #[inline(always)]
 pub(crate) fn mark() -> u32 {
     POLICY.get(0).map_or(0, |policy| policy.mark)
 }
 
-/// Reports whether there is a grant.
+/// Reports whether the map has a grant for this exemption.
 #[inline(always)]
 pub(crate) fn is_granted(exemption: &Exemption) -> bool {
     EXEMPTIONS.get_ptr(exemption).is_some()
@@ -183,86 +184,86 @@ pub(crate) fn is_granted(exemption: &Exemption) -> bool {
 /// Reports whether the source address of `exemption` belongs to its subject.
 #[inline(always)]
 pub(crate) fn is_exempt_source(exemption: &Exemption) -> bool {
-    // SAFETY: the value is read at once, and an entry that is replaced under a running program keeps its meaning.
+    // SAFETY: the value is not read, only its presence.
     unsafe { EXEMPT_SOURCES.get(exemption) }.is_some()
 }
 
-/// Reports whether there are test senders.
+/// Reports whether any test sender is registered.
 #[inline(always)]
 pub(crate) fn has_probes() -> bool {
     PROBING.get(0).is_some_and(|&count| count != 0)
 }
 
-/// Returns the record of a test sender.
+/// Returns the record of a test sender, or `None` if `subject` is none.
 #[inline(always)]
 pub(crate) fn probe(subject: &Subject) -> Option<*mut ProbeRecord> {
     PROBES.get_ptr_mut(subject)
 }
 
-/// Returns the record of an interface of the node; `None` if the agent has not written one.
+/// Returns the record of an interface of the node, or `None` if the agent has not written one.
 #[inline(always)]
 pub(crate) fn interface(ifindex: u32) -> Option<&'static InterfaceRecord> {
-    // SAFETY: single bytes are read at once, and an entry that is replaced under a running program keeps valid ones.
+    // SAFETY: the programs read only single bytes, which stay valid if user space replaces the entry in the meantime.
     unsafe { INTERFACE_RECORDS.get(ifindex) }
 }
 
-/// Whether this hook is on.
+/// Reports whether the configuration enables this hook.
 #[inline(always)]
 pub(crate) fn is_on(hook: Hook) -> bool {
     POLICY.get(0).is_some_and(|policy| policy.hooks & hook.bit() != 0)
 }
 
-/// Cookie of the node's network namespace; `None` for the initial one.
+/// Returns the cookie of the node's network namespace, or `None` if that is the initial one.
 #[inline(always)]
 pub(crate) fn node_cookie() -> Option<u64> {
     POLICY.get(0).map(|policy| policy.netns_cookie).filter(|&cookie| cookie != 0)
 }
 
-/// Largest number of an error (`MAX_ERRNO`, include/linux/err.h). Linux 7 checks the range of an error that a program sets.
+/// Largest errno (`MAX_ERRNO`, include/linux/err.h). The verifier of Linux 7 checks the range of an error that a program sets.
 const MAX_ERRNO: u32 = 4095;
 
-/// Returns the error of a denied call, as the kernel wants it: a negative number.
+/// Returns the error of a denied call as a negative errno.
 #[inline(always)]
 pub(crate) fn denied_retval() -> i32 {
     POLICY.get(0).map_or(0, |policy| (policy.on_deny_errno & MAX_ERRNO).cast_signed().wrapping_neg())
 }
 
-/// Returns the answer to a denied packet.
+/// Returns the action for denied packets.
 #[inline(always)]
 pub(crate) fn on_deny() -> DenyAction {
     POLICY.get(0).map_or(DenyAction::Drop, |policy| DenyAction::from_u32(policy.on_deny))
 }
 
-/// Adds a packet of `bytes` bytes, and returns this CPU's counter. If the map is full the packet goes uncounted: the verdict
-/// never depends on it.
+/// Counts a packet of `bytes` bytes, and returns this CPU's counter. Returns `None` without counting if the map is full; the
+/// verdict never depends on it.
 #[inline(always)]
 pub(crate) fn count(ifindex: u32, hook: Hook, verdict: Verdict, bytes: u32) -> Option<*mut Counter> {
     let counter = count_judged(ifindex, hook as u32, verdict as u32, bytes);
     (!counter.is_null()).then_some(counter)
 }
 
-/// Returns a null pointer if the map is full. A separate function, so that the verifier follows its callers once for new and
+/// Returns a null pointer if the map is full. A separate function, so that the verifier checks its callers once for new and
 /// existing counters.
 #[inline(never)]
-#[expect(clippy::cast_possible_truncation, reason = "numbers of hooks and verdicts")]
+#[expect(clippy::cast_possible_truncation, reason = "hooks and verdicts are small numbers")]
 fn count_judged(ifindex: u32, hook: u32, verdict: u32, bytes: u32) -> *mut Counter {
     let key = CounterKey { ifindex, hook: hook as u8, verdict: verdict as u8, reserved: 0 };
     let Some(counter) = COUNTS.get_ptr_mut(key).or_else(|| first_counter(&key)) else {
         return ptr::null_mut();
     };
-    // SAFETY: the map owns the value and frees none under a running program. The value belongs to this CPU, and programs at TC
-    // run in softirq context or with it disabled, which another one on the same CPU does not interrupt.
+    // SAFETY: the map owns the value, and does not free it while the program that looked it up runs. The value belongs to this
+    // CPU, and TC programs run in softirq context or with softirqs disabled, so no other one interrupts them on this CPU.
     let sum = unsafe { &mut *counter };
     sum.packets += 1;
     sum.bytes += u64::from(bytes);
     counter
 }
 
-/// User space makes the entry when it attaches the interface; this is for a packet that comes before.
+/// Creates the counter of a key for its first packet. User space has usually created it when attaching to the interface.
 #[inline(always)]
 fn first_counter(key: &CounterKey) -> Option<*mut Counter> {
     let window = Window::new();
-    // Where another CPU made one meanwhile, only this CPU's part of it is written (bpf_percpu_hash_update).
+    // If another CPU has inserted the key in the meantime, this writes only this CPU's value (bpf_percpu_hash_update).
     let _full =
         COUNTS.insert(key, Counter { packets: opaque(0), bytes: opaque(0), window }, u64::from(BPF_ANY));
     COUNTS.get_ptr_mut(key)

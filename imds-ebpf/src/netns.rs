@@ -1,22 +1,22 @@
-//! Network namespaces of sockets.
+//! Identification of the network namespaces of sockets.
 
 use aya_ebpf::{Global, bindings::__sk_buff, helpers::generated::bpf_get_netns_cookie};
 
 use crate::maps;
 
-/// 1 if TC programs may call `bpf_get_netns_cookie` (Linux 6.13). The loader sets it. The verifier treats it as a constant
-/// and does not look at the call if it is 0.
+/// 1 if TC programs may call `bpf_get_netns_cookie` (Linux 6.13). The loader sets it before loading. The verifier treats it
+/// as a constant, and ignores the call as dead code if it is 0.
 #[unsafe(no_mangle)]
 static TC_HAS_COOKIE: Global<u8> = Global::new(0);
 
-/// 1 if `cgroup_skb` programs may call `bpf_get_netns_cookie` (Linux 6.15).
+/// 1 if `cgroup_skb` programs may call `bpf_get_netns_cookie` (Linux 6.15). The loader sets it like [`TC_HAS_COOKIE`].
 #[unsafe(no_mangle)]
 static CGROUP_HAS_COOKIE: Global<u8> = Global::new(0);
 
 /// Reports whether `cookie` belongs to the network namespace in which the agent runs.
 #[inline(always)]
 pub(crate) fn is_node(cookie: u64) -> bool {
-    // SAFETY: without a context the helper returns the cookie of the initial namespace.
+    // SAFETY: the helper accepts a null context, and then returns the cookie of the initial namespace.
     let node = maps::node_cookie().unwrap_or_else(|| unsafe { bpf_get_netns_cookie(core::ptr::null_mut()) });
     cookie == node
 }
@@ -24,18 +24,21 @@ pub(crate) fn is_node(cookie: u64) -> bool {
 /// Network namespace of a packet's socket.
 #[derive(Clone, Copy)]
 pub(crate) enum SocketNetns {
-    /// The packet has no socket, or lost it on the way.
+    /// The packet has no socket, or the kernel has orphaned it.
     NoSocket,
-    /// Cookie of the namespace.
+    /// Cookie of the socket's namespace.
     Cookie(u64),
-    /// The packet has a socket, and the kernel does not report its namespace.
+    /// The packet has a socket, but the kernel does not report its namespace.
     Unknown,
 }
 
 /// Returns the network namespace of the packet's socket at a TC hook.
 #[inline(always)]
 pub(crate) fn of_socket(skb: *mut __sk_buff) -> SocketNetns {
-    #[expect(clippy::multiple_unsafe_ops_per_block, reason = "a union behind a pointer is two")]
+    #[expect(
+        clippy::multiple_unsafe_ops_per_block,
+        reason = "reading a union field behind a pointer counts as two"
+    )]
     // SAFETY: the kernel passes a valid context to every TC program; the verifier checks the access to the union, which has
     // one field.
     let socket = unsafe { (*skb).__bindgen_anon_2.sk };

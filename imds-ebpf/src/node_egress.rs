@@ -1,4 +1,4 @@
-//! The `node_egress` hook: a packet that leaves the node here was forwarded for a pod, or is the node's own.
+//! `node_egress` hook: gives a verdict on packets that the node forwards for pods, and lets the node's own packets pass.
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_UNSPEC};
 use imds_ebpf_common::{Examined, Hook, Place, Subject, SubjectKind, Verdict, event::Source, examine};
@@ -12,7 +12,7 @@ use crate::{
     sender::{self, Sender},
 };
 
-/// The hook at egress of the node's interfaces.
+/// Hook at TC egress of the node's interfaces.
 pub(crate) struct NodeEgress;
 
 impl Edge for NodeEgress {
@@ -35,14 +35,14 @@ impl Edge for NodeEgress {
     }
 }
 
-/// Sets the mark on a packet of the node, for the next hook on its way. Returns the TC action.
+/// Sets the mark on a packet of the node, so that the next `node_egress` hook on its path lets it pass. Returns the TC action.
 #[inline(never)]
 fn pass_marked(skb: *mut __sk_buff) -> i32 {
     exempt::set_mark(skb, 1);
     TC_ACT_UNSPEC
 }
 
-/// Judges a packet of a test sender, which is identified like any other sender.
+/// Counts a packet if its sender is a test sender, and returns the verdict. Identifies the sender like any other.
 #[inline(always)]
 fn judge_probe(packet: &Skb, sender: Sender, verdict: Verdict) -> Option<Probed> {
     if !maps::has_probes() {

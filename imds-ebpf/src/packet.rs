@@ -1,4 +1,4 @@
-//! Bounded access to the bytes of a socket buffer.
+//! Bounds-checked access to the bytes of a socket buffer.
 
 use core::mem::MaybeUninit;
 
@@ -7,90 +7,91 @@ use imds_ebpf_common::{Packet, Place, Service, opaque::opaque_xor, service};
 
 /// A socket buffer at a TC or `cgroup_skb` hook.
 pub(crate) struct Skb {
-    /// The context that the kernel handed to the program: valid while it runs.
+    /// Context of the running program, valid while it runs.
     skb: *mut __sk_buff,
 }
 
 impl Skb {
-    /// Takes the context of the running program.
+    /// Creates the socket buffer from the context of the running program.
     #[inline(always)]
     pub(crate) const fn new(skb: *mut __sk_buff) -> Self {
         Self { skb }
     }
 
-    /// Length in bytes, with the non-linear part; at TC hooks also with the link-layer header.
+    /// Returns the length in bytes, including the non-linear part, and at TC hooks the link-layer header.
     #[inline(always)]
     pub(crate) fn len(&self) -> u32 {
-        // SAFETY: the kernel hands every TC program a valid context; the verifier checks the access.
+        // SAFETY: the kernel passes a valid context, and the verifier checks the access.
         unsafe { (*self.skb).len }
     }
 
-    /// Index of the interface at which the packet is: of the hook at TC, of the receiving interface at `cgroup_skb/ingress`,
-    /// and of the output device at `cgroup_skb/egress`.
+    /// Returns the interface index: of the hook's interface at TC, of the receiving interface at `cgroup_skb/ingress`, and of
+    /// the output device at `cgroup_skb/egress`.
     #[inline(always)]
     pub(crate) fn ifindex(&self) -> u32 {
-        // SAFETY: as above.
+        // SAFETY: the kernel passes a valid context, and the verifier checks the access.
         unsafe { (*self.skb).ifindex }
     }
 
-    /// Index of the interface by which the packet entered the node; 0 if the kernel has recorded none. That is so for packets
-    /// of local sockets, and for some packets of pods (macvlan, ipvlan, and IPv6 packets that the node fragments again).
+    /// Returns the index of the interface by which the packet entered the node; 0 if the kernel has recorded none. The kernel
+    /// records none for packets of local sockets, and for some packets of pods (macvlan, ipvlan, and IPv6 packets that the
+    /// node fragments again).
     #[inline(always)]
     pub(crate) fn ingress_ifindex(&self) -> u32 {
-        // SAFETY: as above.
+        // SAFETY: the kernel passes a valid context, and the verifier checks the access.
         unsafe { (*self.skb).ingress_ifindex }
     }
 
-    /// Mark of the packet, by which the node's own rules and programs know it.
+    /// Returns the packet mark (`skb->mark`).
     #[inline(always)]
     pub(crate) fn mark(&self) -> u32 {
-        // SAFETY: as above.
+        // SAFETY: the kernel passes a valid context, and the verifier checks the access.
         unsafe { (*self.skb).mark }
     }
 
-    /// Sets the mark of the packet.
+    /// Sets the packet mark (`skb->mark`).
     #[inline(always)]
     pub(crate) fn set_mark(&self, mark: u32) {
-        // SAFETY: as above; it is one of the fields that a TC program may write.
+        // SAFETY: the kernel passes a valid context. The verifier checks the access; a TC program may write this field.
         unsafe { (*self.skb).mark = mark };
     }
 
     #[inline(always)]
     fn data(&self) -> usize {
-        // SAFETY: as above.
+        // SAFETY: the kernel passes a valid context, and the verifier checks the access.
         unsafe { (*self.skb).data as usize }
     }
 
     #[inline(always)]
     fn data_end(&self) -> usize {
-        // SAFETY: as above.
+        // SAFETY: the kernel passes a valid context, and the verifier checks the access.
         unsafe { (*self.skb).data_end as usize }
     }
 }
 
 impl Skb {
-    /// Reads through the helper, which changes nothing: a sender chooses how little of its packet is linear
-    /// (`AF_PACKET` with a mapped ring leaves 14 bytes).
+    /// Reads through a helper, which also reads the non-linear part of the packet. The sender controls the length of the linear
+    /// part (14 bytes from `AF_PACKET` with a mapped ring), and the helper does not change the packet.
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "both are below the length of a few headers")]
+    #[expect(clippy::cast_possible_truncation, reason = "offset and length are within a few headers")]
     pub(crate) fn fetch_to<'a, T: Number, const N: usize>(
         &self,
         offset: usize,
         to: &'a mut MaybeUninit<[T; N]>,
     ) -> Option<&'a mut [T; N]> {
         let length = size_of::<[T; N]>() as u32;
-        // SAFETY: the buffer is as long as said and outlives the call; the helper checks the range against the packet.
+        // SAFETY: the buffer has `length` bytes and outlives the call. The helper checks the range against the packet.
         let failed =
             unsafe { bpf_skb_load_bytes(self.skb.cast(), offset as u32, to.as_mut_ptr().cast(), length) };
         if failed != 0 {
             return None;
         }
-        // SAFETY: a call that succeeds has written all of it, and of a number any bytes are one.
+        // SAFETY: a successful call has written the whole buffer, and any bytes are a valid number.
         Some(unsafe { to.assume_init_mut() })
     }
 }
 
-/// What can be read from a packet.
+/// Types that can be read from a packet: all bit patterns are valid.
 pub(crate) trait Number {}
 
 impl Number for u8 {}
@@ -101,7 +102,7 @@ impl Packet for Skb {
     fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
         let start = self.data() + offset;
         if start + N <= self.data_end() {
-            // SAFETY: the range was just compared with data_end, as the verifier demands too; bytes need no alignment.
+            // SAFETY: the range ends before `data_end`, which the verifier checks too. Bytes need no alignment.
             return Some(unsafe { *(start as *const [u8; N]) });
         }
         self.fetch(offset)
@@ -113,10 +114,10 @@ impl Packet for Skb {
         if start + second + size_of::<u32>() > self.data_end() {
             return None;
         }
-        // SAFETY: in range, as the second word is and the first comes before it. A BPF load has the alignment rules of
-        // the machine below, and the verifier refuses the program where the packet's layout does not meet them.
+        // SAFETY: the word is before the second one, which ends before `data_end`. The verifier rejects the program on machines
+        // that need a stricter alignment than packets have.
         let first = unsafe { *((start + first) as *const u16) };
-        // SAFETY: as above.
+        // SAFETY: the word ends before `data_end`. The verifier rejects the program on machines that need a stricter alignment.
         let second = unsafe { *((start + second) as *const u32) };
         Some((first, second))
     }
@@ -127,9 +128,9 @@ impl Packet for Skb {
         if start + 2 * size_of::<u64>() > self.data_end() {
             return None;
         }
-        // SAFETY: in range, as was just seen; of the alignment as above.
+        // SAFETY: both words end before `data_end`. The verifier rejects the program on machines that need a stricter alignment.
         let first = unsafe { *(start as *const u64) };
-        // SAFETY: as above.
+        // SAFETY: both words end before `data_end`. The verifier rejects the program on machines that need a stricter alignment.
         let second = unsafe { *((start + size_of::<u64>()) as *const u64) };
         Some((first, second))
     }
@@ -152,15 +153,16 @@ impl Packet for Skb {
         Some((u64::from_ne_bytes(first), u64::from_ne_bytes(second)))
     }
 
-    /// Hides the value from the verifier: XOR with an unknown number twice gives the same value without known bounds.
+    /// Hides the bounds of the value from the verifier: XOR with an unknown number twice gives the same value without known
+    /// bounds.
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "BPF has words of 64 bits")]
+    #[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits on BPF")]
     fn forget_origin(&self, offset: usize) -> usize {
         let unknown = self.len() as usize;
         opaque_xor(offset as u64, unknown as u64) as usize ^ unknown
     }
 
-    /// Reads the service in a separate function, which the verifier checks once for all header positions.
+    /// Reads the service in a separate function, so that the verifier checks that once for all header positions.
     #[inline(always)]
     fn service(&self, place: Place) -> Option<Service> {
         Some(Service::from_number(service_number(self.skb, place)))

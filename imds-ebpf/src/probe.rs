@@ -1,18 +1,18 @@
-//! Test senders of `imds-agent verify`: counted apart, and without events, so that they leave no trace in reports.
+//! Test senders (probes) of `imds-agent verify`. They have separate counters and no events, so that reports do not show them.
 
 use imds_ebpf_common::{Hook, ProbeRecord, Subject, Verdict, opaque::opaque};
 
 use crate::maps;
 
-/// `ProbeRecord::exempt`: the programs treat the probe as an exempt sender.
+/// Flag in `ProbeRecord::exempt`: the programs treat the probe as an exempt sender.
 const EXEMPT: u32 = 1;
-/// `ProbeRecord::exempt`: `from_pod` sets the exemption mark on packets of the probe.
+/// Flag in `ProbeRecord::exempt`: `from_pod` sets the exemption mark on packets of the probe.
 const MARKED: u32 = 2;
 
-/// Verdict on a packet or call of a probe.
+/// Result for a packet or call of a probe.
 pub(crate) struct Probed {
     pub(crate) verdict: Verdict,
-    /// Reports whether `from_pod` sets the exemption mark.
+    /// True if `from_pod` sets the exemption mark on the packet.
     pub(crate) is_marked: bool,
 }
 
@@ -28,7 +28,7 @@ pub(crate) fn judge(subject: Subject, hook: Hook, verdict: Verdict) -> Option<Pr
 /// Counts a packet or call of a probe, and returns the verdict on it.
 #[inline(always)]
 pub(crate) fn count(probe: *mut ProbeRecord, hook: Hook, verdict: Verdict) -> Probed {
-    // The number of a verdict with the flags above, so that the function has one result in a register.
+    // The verdict in the lower 8 bits and the flags above them, because a BPF function returns one register.
     let packed = count_number(probe, hook as u32, verdict as u32);
     // SAFETY: the lower bits are the number of a verdict.
     let verdict = unsafe { Verdict::from_u32_unchecked(packed & 0xff) };
@@ -36,14 +36,14 @@ pub(crate) fn count(probe: *mut ProbeRecord, hook: Hook, verdict: Verdict) -> Pr
 }
 
 #[inline(never)]
-#[expect(clippy::cast_possible_truncation, reason = "BPF has words of 64 bits")]
+#[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits on BPF")]
 fn count_number(probe: *mut ProbeRecord, hook: u32, verdict: u32) -> u32 {
-    // SAFETY: the map owns the value, and frees it only after a grace period.
+    // SAFETY: the map owns the value, and frees it only after an RCU grace period.
     let ProbeRecord { exempt, verdicts, .. } = unsafe { &mut *probe };
     let denied = Verdict::Deny as u32;
     let is_exempt = *exempt & EXEMPT != 0 && (verdict == denied || verdict == Verdict::Audit as u32);
     let verdict = if is_exempt { Verdict::Exempt as u32 } else { verdict };
-    // The compiler knows the range of both numbers and would drop the checks that the verifier needs.
+    // Opaque, because the compiler knows the range of both numbers and would remove the bounds checks that the verifier needs.
     let (row, column) = (opaque(hook.into()) as usize, opaque(verdict.into()) as usize);
     if let Some(count) = verdicts.get_mut(row).and_then(|row| row.get_mut(column)) {
         *count += 1;

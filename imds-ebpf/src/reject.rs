@@ -1,4 +1,4 @@
-//! Replies to denied packets: the program turns the packet into the reply and sends it back to the sender.
+//! Replies to denied packets: turns the packet into a reset or an ICMP error, and sends that to the sender.
 
 use core::{mem::MaybeUninit, ptr};
 
@@ -19,13 +19,13 @@ use crate::packet::Skb;
 /// Direction in which the reply is sent.
 #[derive(Clone, Copy)]
 pub(crate) enum Way {
-    /// Out of the interface by which the packet entered.
+    /// Egress of the interface on which the packet was received.
     Out,
-    /// Into the interface by which the packet would leave, like a reply of the endpoint, so that NAT translates it back.
+    /// Ingress of the interface on which the packet would leave, like a reply of the endpoint, so that NAT translates it back.
     In,
 }
 
-/// Turns the packet into a reply and sends it. Returns the TC action; drops the packet if no reply can or may be made.
+/// Turns the packet into a reply and sends it. Returns the TC action. Drops the packet if no reply is possible or allowed.
 #[inline(always)]
 pub(crate) fn answer(skb: *mut __sk_buff, place: Place, way: Way) -> i32 {
     // Without a link layer the packet starts with the IP header.
@@ -35,8 +35,8 @@ pub(crate) fn answer(skb: *mut __sk_buff, place: Place, way: Way) -> i32 {
     let flags = match way {
         Way::Out => 0,
         Way::In => {
-            // A reply from the wire has no mark, and rules of the node route and translate by the mark.
-            // SAFETY: the kernel hands every TC program a valid context; the verifier checks the access.
+            // A real reply has no mark when it is received. Routing and NAT rules of the node may match marks.
+            // SAFETY: the kernel passes a valid context, and the verifier checks the access.
             unsafe { (*skb).mark = 0 };
             u64::from(BPF_F_INGRESS)
         }
@@ -48,7 +48,8 @@ pub(crate) fn answer(skb: *mut __sk_buff, place: Place, way: Way) -> i32 {
     action
 }
 
-/// Turns the packet into the reply, without the link layer. A separate function, for its stack and the verifier.
+/// Turns the packet into the reply, except for the link-layer header. A separate function, so that it has its own stack frame
+/// and the verifier checks it once.
 #[inline(never)]
 fn make(skb: *mut __sk_buff, place: Place) -> bool {
     match reply::kind(&Skb::new(skb), place) {
@@ -71,9 +72,9 @@ fn make_reset(skb: *mut __sk_buff, place: Place) -> Option<()> {
     put_head(skb, place, TCP, size_of_val(tcp), addresses)?;
     resize(skb, at + size_of_val(tcp))?;
 
-    // The TCP header is where it was. Where the sender left its checksum to the network device (CHECKSUM_PARTIAL), that
-    // finishes the answer's, too, and wants the pseudo-header's sum in the place. No field says so, but then alone this
-    // helper changes nothing (inet_proto_csum_replace4, net/core/utils.c).
+    // If the sender leaves its checksum to the network device (CHECKSUM_PARTIAL), the device also completes the checksum of the
+    // reply, and the field must hold the sum of the pseudo-header. No field of the context shows this. The program detects it
+    // because then this helper changes nothing (inet_proto_csum_replace4, net/core/utils.c).
     let at = at + reply::CHECKSUM_WORD * WORD;
     let full = packet.fetch::<2>(at)?;
     // SAFETY: the helper takes the context of a TC program and checks the range against the packet.
@@ -89,7 +90,7 @@ fn make_prohibited(skb: *mut __sk_buff, place: Place) -> Option<()> {
     } else if Skb::new(skb).fetch(place.offset())? == [0x45] {
         put_quote::<{ reply::QUOTE_V4 }>(skb, place)?
     } else {
-        // It has options: all of them are quoted, with whatever follows.
+        // The header has options: quotes as many words as the largest header needs.
         put_quote::<{ reply::QUOTE_V4_OPTIONS }>(skb, place)?
     };
     let length = Skb::new(skb).forget_origin(reply::ICMP_WORDS * WORD + length);
@@ -103,7 +104,7 @@ fn make_prohibited(skb: *mut __sk_buff, place: Place) -> Option<()> {
     store(skb, behind_header(skb, place), &header)
 }
 
-/// Length in bytes of what is behind the IP header, as that says.
+/// Returns the length of the IP payload in bytes, according to the IP header.
 #[inline(always)]
 fn payload_len(packet: &Skb, place: Place) -> Option<u32> {
     let (at, header) = if place.is_v6() { (4, 0) } else { (2, 20) };
@@ -111,15 +112,15 @@ fn payload_len(packet: &Skb, place: Place) -> Option<u32> {
     Some(u32::from(length).saturating_sub(header))
 }
 
-/// Where the payload of the answer starts.
+/// Returns the offset of the IP payload of the reply.
 #[inline(always)]
 fn behind_header(skb: *mut __sk_buff, place: Place) -> usize {
     let length = if place.is_v6() { 40 } else { 20 };
     Skb::new(skb).forget_origin(place.offset() + length)
 }
 
-/// Cuts the packet off behind the first `N` words of its IP packet, and moves these so far towards the end that IP and
-/// ICMP header fit before them. Returns how many bytes they are, and their sum.
+/// Truncates the IP packet to its first `N` words, and moves them back to make room for IP and ICMP header before them.
+/// Returns the number of quoted bytes, and their sum.
 #[inline(always)]
 fn put_quote<const N: usize>(skb: *mut __sk_buff, place: Place) -> Option<(usize, Sum)> {
     let mut quote = MaybeUninit::uninit();
@@ -130,7 +131,7 @@ fn put_quote<const N: usize>(skb: *mut __sk_buff, place: Place) -> Option<(usize
     Some((size_of_val(quote), sum(quote)))
 }
 
-/// The sum of more words than a program should add up itself.
+/// Returns the sum of `words`. Uses a helper, because adding many words costs many instructions.
 #[inline(always)]
 fn sum<const N: usize>(words: &mut Words<N>) -> Sum {
     // SAFETY: the helper reads no more than these words.
@@ -148,7 +149,7 @@ fn put_head(skb: *mut __sk_buff, place: Place, protocol: u8, length: usize, addr
     }
 }
 
-/// Sender and receiver change places. Returns the sum of their addresses.
+/// Swaps source and destination address. Returns the sum of both addresses.
 #[inline(always)]
 fn swap_addresses(skb: *mut __sk_buff, place: Place) -> Option<Sum> {
     if place.is_v6() {
@@ -158,7 +159,7 @@ fn swap_addresses(skb: *mut __sk_buff, place: Place) -> Option<Sum> {
     }
 }
 
-/// The halves of `N` words change places. Returns the sum of all.
+/// Swaps the halves of the `N` words at offset `at`. Returns the sum of all words.
 #[inline(always)]
 fn swap<const N: usize>(skb: *mut __sk_buff, at: usize) -> Option<Sum> {
     let mut halves = MaybeUninit::uninit();
@@ -170,7 +171,7 @@ fn swap<const N: usize>(skb: *mut __sk_buff, at: usize) -> Option<Sum> {
     Some(sum)
 }
 
-/// Sender and receiver of the frame change places.
+/// Swaps source and destination address of the Ethernet header.
 #[inline(always)]
 fn swap_macs(skb: *mut __sk_buff) -> Option<()> {
     let packet = Skb::new(skb);
@@ -179,10 +180,10 @@ fn swap_macs(skb: *mut __sk_buff) -> Option<()> {
     store(skb, 6, &destination)
 }
 
-/// Makes the packet so many bytes long. It is in one piece then, and no longer one that the device is to split.
+/// Sets the length of the packet in bytes. The helper also makes the packet linear and resets its GSO state.
 #[inline(always)]
 fn resize(skb: *mut __sk_buff, length: usize) -> Option<()> {
-    // SAFETY: the helper takes the context of a TC program, and refuses lengths that can't be.
+    // SAFETY: the helper takes the context of a TC program, and rejects invalid lengths.
     let failed = unsafe { bpf_skb_change_tail(skb, as_u32(length), 0) };
     (failed == 0).then_some(())
 }
@@ -190,14 +191,14 @@ fn resize(skb: *mut __sk_buff, length: usize) -> Option<()> {
 #[inline(always)]
 fn store<T, const N: usize>(skb: *mut __sk_buff, offset: usize, content: &[T; N]) -> Option<()> {
     let (from, length) = (content.as_ptr().cast(), as_u32(size_of_val(content)));
-    // SAFETY: the helper reads what there is, and checks the range against the packet.
+    // SAFETY: `from` and `length` describe `content`. The helper checks the range against the packet.
     let failed =
         unsafe { bpf_skb_store_bytes(skb, as_u32(offset), from, length, u64::from(BPF_F_RECOMPUTE_CSUM)) };
     (failed == 0).then_some(())
 }
 
 #[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "offsets and lengths of a few headers")]
+#[expect(clippy::cast_possible_truncation, reason = "offsets and lengths are within a few headers")]
 const fn as_u32(length: usize) -> u32 {
     length as u32
 }

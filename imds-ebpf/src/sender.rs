@@ -1,4 +1,4 @@
-//! Senders at `node_egress`: the node itself, or a pod and how it is known.
+//! Senders of packets at `node_egress`: tells the node's own packets from packets of pods.
 
 use aya_ebpf::bindings::__sk_buff;
 use imds_ebpf_common::{OwnPackets, Packet as _};
@@ -9,19 +9,20 @@ use crate::{
     packet::Skb,
 };
 
-/// A sender that is not the node.
+/// Sender that is not the node.
 #[derive(Clone, Copy)]
 pub(crate) struct Sender {
     /// Cookie of the network namespace of the packet's socket; 0 if the packet has no socket, or before Linux 6.13.
     pub(crate) cookie: u64,
 }
 
-/// Returns the sender of a packet that leaves the node; `None` for the node itself.
+/// Returns the sender of a packet that leaves the node, or `None` for the node itself.
 ///
-/// A packet can leave through several interfaces of the node (bridge and NIC, bond and slave, VLAN and NIC). The answer
-/// depends only on the packet's socket and ingress interface, which stay, so that each hook gives the same verdict.
+/// A packet can pass several interfaces of the node (bridge and NIC, bond and slave, VLAN and NIC). The result depends
+/// only on the packet's socket and ingress interface, so that each hook on its path gives the same verdict. [`is_nodes`] uses
+/// the mark for devices that change them.
 #[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "BPF has words of 64 bits")]
+#[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits on BPF")]
 pub(crate) fn of(skb: *mut __sk_buff) -> Option<Sender> {
     let cookie = cookie(skb);
     if cookie == NODE {
@@ -30,10 +31,10 @@ pub(crate) fn of(skb: *mut __sk_buff) -> Option<Sender> {
     Some(Sender { cookie: Skb::new(skb).forget_origin(cookie as usize) as u64 })
 }
 
-/// Result of [`cookie`] for packets of the node. The kernel numbers cookies from 1, so that no namespace has it.
+/// Result of [`cookie`] for packets of the node. No namespace has this cookie, because the kernel numbers cookies from 1.
 const NODE: u64 = u64::MAX;
 
-/// Returns [`Sender::cookie`], or [`NODE`]. A separate function, so that the verifier follows it once for all verdicts.
+/// Returns [`Sender::cookie`], or [`NODE`]. A separate function, so that the verifier checks it once for all verdicts.
 #[inline(never)]
 fn cookie(skb: *mut __sk_buff) -> u64 {
     match netns::of_socket(skb) {
@@ -43,19 +44,20 @@ fn cookie(skb: *mut __sk_buff) -> u64 {
     }
 }
 
-/// Reports whether a packet counts as the node's. True if a socket of the node sent it, or a socket whose network namespace
-/// the kernel does not report, or if another `node_egress` hook has let the packet pass before.
+/// Reports whether a packet counts as the node's own. True for packets of a socket of the node or of a socket whose network
+/// namespace the kernel does not report, and for packets that another `node_egress` hook has let pass before.
 ///
-/// A packet that the node routes for a pod has lost its socket. So has one that comes back from an ifb device, which sets the
-/// ingress interface to itself (`ifb_ri_tasklet`, drivers/net/ifb.c), or by a veth pair inside the node's network namespace
-/// if bridges call netfilter (`br_netfilter`). Both have left through another `node_egress` hook before, which has set the
-/// mark. The record of an interface alone is no proof: the interface can be gone, or moved into a pod, before the agent
-/// knows it. The kernel clears the mark of a packet that comes from another network namespace (`skb_scrub_packet`).
+/// Packets that the node routes for a pod have no socket. Packets that return from an ifb device, which sets the ingress
+/// interface to itself (`ifb_ri_tasklet`, drivers/net/ifb.c), have none either, and packets that return from a veth pair
+/// inside the node's network namespace lose it if bridges call netfilter (`br_netfilter`). Both kinds have passed another
+/// `node_egress` hook before, which has set the mark. The record of the interface alone is not sufficient: the interface may
+/// be deleted, or moved into a pod, before the agent handles the event. A pod can't set the mark, because the kernel clears
+/// it when a packet leaves a network namespace (`skb_scrub_packet`).
 ///
-/// Without an ingress interface, a packet without a socket can be a pod's: an IPv6 packet that the node fragments again loses
-/// it (`ip6_copy_metadata`, `net/ipv6/ip6_output.c`), and ipvlan in layer 3 scrubs it. The few packets that the node sends
-/// without a socket, such as IPv6 resets, are denied with them. Before Linux 6.13 one with a socket can be that of a macvlan
-/// or ipvlan pod, which the socket hook covers.
+/// Some packets of pods have neither ingress interface nor socket: IPv6 packets that the node fragments again lose the
+/// interface (`ip6_copy_metadata`, `net/ipv6/ip6_output.c`), and ipvlan in L3 mode clears it. The few packets that the node
+/// sends without a socket, such as IPv6 resets, are therefore denied too. Before Linux 6.13, a packet with a socket can
+/// belong to a macvlan or ipvlan pod. The socket hook covers these pods.
 #[inline(always)]
 fn is_nodes(packet: &Skb, socket: SocketNetns) -> bool {
     let has_socket = !matches!(socket, SocketNetns::NoSocket);

@@ -1,6 +1,6 @@
-//! The socket hook: calls that name a destination, seen before a packet is made. Addresses are never rewritten.
+//! Programs on connect(2) and sendmsg(2): give a verdict on calls before a packet exists. They never rewrite addresses.
 //!
-//! [`Hook::Socket`] is about pods with a network namespace of their own, [`Hook::HostNetwork`] about those in the node's.
+//! [`Hook::Socket`] covers pods with their own network namespace, [`Hook::HostNetwork`] covers pods in the node's.
 
 use aya_ebpf::{
     Global,
@@ -15,21 +15,21 @@ use imds_ebpf_common::{
 
 use crate::{diagnostics, events, exempt, maps, netns, probe};
 
-/// 1 if `connect` and `sendmsg` programs may call `bpf_set_retval` (Linux 6.1). The loader sets it. The verifier treats it as
-/// a constant and does not look at the call if it is 0.
+/// 1 if `connect` and `sendmsg` programs may call `bpf_set_retval` (Linux 6.1). The loader sets it before loading. The
+/// verifier treats it as a constant, and ignores the call as dead code if it is 0.
 #[unsafe(no_mangle)]
 static HAS_SET_RETVAL: Global<u8> = Global::new(0);
 
 #[inline(always)]
 pub(crate) fn judge_v4(ctx: &SockAddrContext, hook: Hook) -> Verdict {
-    // SAFETY: the kernel hands the program a valid context; the verifier checks the access.
+    // SAFETY: the kernel passes a valid context, and the verifier checks the access.
     let destination = unsafe { (*ctx.sock_addr).user_ip4 };
     judge(ctx, hook, Address::from_ipv4(destination.to_ne_bytes()))
 }
 
 #[inline(always)]
 pub(crate) fn judge_v6(ctx: &SockAddrContext, hook: Hook) -> Verdict {
-    // SAFETY: as above.
+    // SAFETY: the kernel passes a valid context, and the verifier checks the access.
     let words = unsafe { (*ctx.sock_addr).user_ip6 };
     let mut destination = [0; 16];
     for (bytes, word) in destination.chunks_exact_mut(4).zip(words) {
@@ -38,7 +38,7 @@ pub(crate) fn judge_v6(ctx: &SockAddrContext, hook: Hook) -> Verdict {
     judge(ctx, hook, Address::from_ipv6(destination))
 }
 
-/// Judges a call. Returns [`Verdict::Foreign`] if the socket's network namespace belongs to another hook.
+/// Returns the verdict on a call: [`Verdict::Foreign`] if another hook covers the socket's network namespace.
 #[inline(always)]
 fn judge(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict {
     let service = service(ctx.sock_addr);
@@ -53,7 +53,7 @@ fn judge(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict {
     if netns::is_node(cookie) != is_host {
         return Verdict::Foreign;
     }
-    // In the node's namespace the cgroup identifies the container, elsewhere the namespace identifies the pod.
+    // In the node's namespace the cgroup identifies the container. In all others, the namespace identifies the pod.
     let (kind, id) = if is_host {
         // SAFETY: the helper takes no arguments; the caller is the current task.
         (SubjectKind::Cgroup, unsafe { bpf_get_current_cgroup_id() })
@@ -76,39 +76,39 @@ fn judge(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict {
     };
     let flow = Flow::to(destination.octets());
     let flow = Flow { destination_port: service.port, protocol: service.protocol, ..flow };
-    // SAFETY: this CPU's own, and its map keeps it as long as a program runs that found it.
+    // SAFETY: the window belongs to this CPU, and the map does not free it while the program that looked it up runs.
     events::call(hook, verdict, cookie, flow, unsafe { &mut *window });
     verdict
 }
 
-/// Sets the error of the call, which is `EPERM` without this. Calls of `imds-agent verify` keep that.
+/// Sets the error of the denied call, which is `EPERM` by default. Calls of `imds-agent verify` always fail with `EPERM`.
 #[inline(always)]
 fn choose_errno() {
     if HAS_SET_RETVAL.load() != 0 {
-        // SAFETY: the helper takes a number; the kernel ignores one that is not an error.
+        // SAFETY: the helper takes a number, and the kernel ignores numbers that are not an error.
         let _kept = unsafe { bpf_set_retval(maps::denied_retval()) };
     }
 }
 
-/// Returns `verdict` as a number that the verifier cannot follow. The verifier then checks the rest once, not once for each
-/// verdict. `unknown` is any value that the verifier does not know.
+/// Returns `verdict` unchanged and hides its value from the verifier, which then checks the code after it once, not once for
+/// each verdict. `unknown` is any value that the verifier does not know.
 #[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "any number will do")]
+#[expect(clippy::cast_possible_truncation, reason = "the number of a verdict has 32 bits")]
 fn without_origin(verdict: Verdict, unknown: u64) -> Verdict {
     let number = opaque_xor(verdict as u64, unknown) ^ unknown;
-    // SAFETY: the number is the one of `verdict`.
+    // SAFETY: XOR with `unknown` twice gives the number of `verdict`.
     unsafe { Verdict::from_u32_unchecked(number as u32) }
 }
 
 /// Returns protocol and destination port of the call.
 #[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "what is cut off is said to be")]
+#[expect(clippy::cast_possible_truncation, reason = "only the lower bits are needed, see below")]
 fn service(call: *const bpf_sock_addr) -> Service {
-    // SAFETY: the kernel hands the program a valid context; the verifier checks the access.
+    // SAFETY: the kernel passes a valid context, and the verifier checks the access.
     let protocol = unsafe { (*call).protocol };
-    // SAFETY: as above.
+    // SAFETY: the kernel passes a valid context, and the verifier checks the access.
     let port = unsafe { (*call).user_port };
-    // Multipath TCP sockets have protocol 262 (TCP + 256), which the cast to `u8` turns into TCP. `user_port` holds the port
-    // in network byte order in its first half (bpf_sock_addr, include/uapi/linux/bpf.h).
+    // Multipath TCP sockets have protocol 262 (TCP + 256), which the cast to `u8` turns into TCP. The first half of `user_port`
+    // contains the port in network byte order (bpf_sock_addr, include/uapi/linux/bpf.h).
     Service::new(protocol as u8, u16::from_be(port as u16))
 }

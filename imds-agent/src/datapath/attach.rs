@@ -1,4 +1,4 @@
-//! Attaches the programs to the hooks of interfaces, in each attach mode.
+//! Attaches the programs to the TC hooks of interfaces, in each attach mode.
 
 use std::os::fd::BorrowedFd;
 
@@ -23,10 +23,10 @@ use crate::{
 };
 
 impl Datapath {
-    /// Attach mode of a desired hook of this interface.
+    /// Returns the attach mode of a desired hook of this interface.
     ///
-    /// A program at the peer of a netkit pair can redirect packets of the pod past TC ingress of the host side, so that
-    /// `from_pod` joins the programs at the peer: every kernel with netkit devices (6.7) has these links.
+    /// A program at the peer of a netkit pair can redirect packets of the pod past TC ingress of the host side. `from_pod` is
+    /// therefore attached to the peer too. Every kernel with netkit devices (6.7) supports such links.
     #[must_use]
     pub fn attach_mode(&self, link: &Link, hook: TcHook) -> AttachMode {
         match (link.kind, hook) {
@@ -37,10 +37,9 @@ impl Datapath {
         }
     }
 
-    /// Observes the attachments of the agent at a hook of an interface.
+    /// Returns the attachments of the agent at a hook of an interface.
     ///
-    /// Filters are looked for if the agent runs in clsact mode, if an agent recorded one, and if the caller asks for a
-    /// `thorough` search.
+    /// Searches for filters only in clsact mode, if the record of the interface has a filter, or if `thorough` is set.
     pub async fn observe(
         &mut self,
         link: &Link,
@@ -48,7 +47,7 @@ impl Datapath {
         thorough: bool,
     ) -> Result<Vec<Attachment>, DatapathError> {
         let spot = AttachPoint { ifindex: link.index, edge };
-        // If the hook is off no program is loaded, so that no attached one is the current one.
+        // No program is loaded for a hook that is off. Id 0 then makes every attached program obsolete.
         let program = self.programs.id(tc_program(edge, link.frame)).unwrap_or_default();
         let mut attachments = self.links.observe(self.claim.dir(), spot, program)?;
         let recorded = records::has_filter(&self.maps, link.index);
@@ -63,7 +62,7 @@ impl Datapath {
         Ok(attachments)
     }
 
-    /// Carries out one action at a hook of an interface.
+    /// Executes one reconcile action at a hook of an interface.
     pub async fn apply(&mut self, link: &Link, edge: TcHook, action: Action) -> Result<(), DatapathError> {
         let spot = AttachPoint { ifindex: link.index, edge };
         let name = tc_program(edge, link.frame);
@@ -73,7 +72,7 @@ impl Datapath {
                 match self.attach_link(spot, mode, name) {
                     Err(error) if mode == AttachMode::Netkit && is_netkit_refusal(&error) => {
                         log::warn!(
-                            "{}: attaching via TCX instead: {:#}",
+                            "{}: netkit link rejected, attaching via TCX: {:#}",
                             link.name,
                             anyhow::Error::from(error)
                         );
@@ -91,8 +90,8 @@ impl Datapath {
                 self.links.pin(self.claim.dir(), spot, mode)
             }
             Action::Reorder(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
-                // The kernel rejects a second link with the same program at one hook. A copy of the program is therefore
-                // attached first in order, then the link is updated to the original.
+                // The kernel rejects a second link with the same program at one hook. This attaches a copy of the program
+                // at the head of the hook, then updates the link to the original.
                 let hooks = Hooks::from_bits(edge.hook().bit());
                 let copy = Programs::load(self.claim.dir(), hooks, &endpoints::filter(&self.maps)?)?;
                 self.links
@@ -107,15 +106,18 @@ impl Datapath {
                 counters::prepare(&mut self.maps, link.index, edge.hook());
                 if clsact::ensure_qdisc(&self.netlink, link.index).await? {
                     if let Err(error) = records::set_owns_qdisc(&mut self.maps, link, edge) {
-                        log::warn!("{}: `unload` will leave its clsact qdisc: {error}", link.name);
+                        log::warn!(
+                            "{}: failed to record the new clsact qdisc, `unload` will not remove it: {error}",
+                            link.name
+                        );
                     }
                 } else {
                     if edge == TcHook::NodeEgress {
-                        // An `ingress` qdisc would take the filter, for the wrong direction.
+                        // An `ingress` qdisc would accept the filter and run it at ingress.
                         self.check_qdisc(link, edge).await?;
                     }
                     if !clsact::has_ours(&self.netlink, link.index).await? {
-                        // Another program may have put its own qdisc in the place of the agent's.
+                        // Another program may have replaced the agent's qdisc by its own.
                         records::disown_qdisc(&mut self.maps, link)?;
                     }
                 }
@@ -165,7 +167,7 @@ impl Datapath {
         }
     }
 
-    /// Reports whether the interface has a qdisc that takes filters, whichever program added it.
+    /// Reports whether the interface has a clsact or ingress qdisc, no matter which program added it.
     pub async fn has_qdisc(&self, link: &Link) -> Result<bool, DatapathError> {
         Ok(qdisc::read(&self.netlink, link.index).await?.is_some())
     }
@@ -179,19 +181,19 @@ impl Datapath {
     }
 }
 
-/// Reports whether programs at the peer of a netkit pair see packets before TC ingress does.
+/// Reports whether the peer of a netkit pair has programs, which run before TC ingress.
 fn has_earlier_netkit_program(link: &Link, edge: TcHook) -> bool {
     let entries = || bpf::entries(link.index, MprogHook::NetkitPeer);
     (link.kind, edge) == (Kind::Netkit, TcHook::FromPod) && entries().is_ok_and(|list| !list.is_empty())
 }
 
-/// Reports whether a netkit link can never be attached there: the kernel lacks it (EINVAL, EOPNOTSUPP), or the device is
-/// no netkit device (ENXIO) or a peer device (EACCES), as `netkit_dev_fetch` says (drivers/net/netkit.c).
+/// Reports whether attaching a netkit link to the device always fails: the kernel does not support it (EINVAL, EOPNOTSUPP),
+/// the device is not a netkit device (ENXIO), or it is a peer device (EACCES). See `netkit_dev_fetch` (drivers/net/netkit.c).
 fn is_netkit_refusal(error: &DatapathError) -> bool {
     matches!(error.errno(), Some(libc::EINVAL | libc::EOPNOTSUPP | libc::ENXIO | libc::EACCES))
 }
 
-/// Turns the error of a full list of programs (ERANGE, `bpf_mprog_attach`) into one with the remedy.
+/// Converts the error of a full list of programs (ERANGE, `bpf_mprog_attach`) to an [`ObstacleError`] with a remedy.
 fn with_obstacle(error: DatapathError, link: &Link, hook: TcHook) -> DatapathError {
     if error.errno() == Some(libc::ERANGE) {
         let obstacle = Obstacle::TooManyPrograms;
@@ -201,7 +203,7 @@ fn with_obstacle(error: DatapathError, link: &Link, hook: TcHook) -> DatapathErr
 }
 
 /// Removes the filters of the agent from a hook, and the qdisc if the agent added it and no filter is left. Returns
-/// whether there was a filter.
+/// `true` if the hook had a filter of the agent.
 pub(super) async fn remove_filter(
     netlink: &Netlink,
     maps: &mut Maps,

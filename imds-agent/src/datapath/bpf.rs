@@ -1,5 +1,7 @@
-//! The bpf(2) calls on links that aya lacks: by interface index, where aya goes by a name that may have passed to
-//! another interface, and with the answers that the reconcile loop needs.
+//! Wrappers of bpf(2) commands that aya lacks.
+//!
+//! aya identifies interfaces by name, which can move to another interface. These functions take interface indices, and
+//! return the information that the reconcile loop needs.
 
 mod cgroup;
 mod program;
@@ -36,48 +38,48 @@ pub use self::{
     sink::{MAX_SINK_IDS, link_create_after, load_sink},
 };
 
-/// Size of the list of programs of one hook: `BPF_MPROG_MAX` (`include/linux/bpf_mprog.h`).
+/// Capacity of the list of programs of one hook: `BPF_MPROG_MAX` (`include/linux/bpf_mprog.h`).
 const MPROG_MAX: u32 = 64;
-/// Largest number of programs on one hook: the list ends with an empty entry (`bpf_mprog_max`).
+/// Largest number of programs on one hook. The last entry of the list is always empty (`bpf_mprog_max`).
 pub const MAX_PROGRAMS: u32 = MPROG_MAX - 1;
 
-/// The loopback interface's index in every network namespace (`LOOPBACK_IFINDEX`, include/net/flow.h).
+/// Index of the loopback interface in every network namespace (`LOOPBACK_IFINDEX`, include/net/flow.h).
 const LOOPBACK: u32 = 1;
 
-/// What a link attaches its program to.
+/// Object that a link attaches its program to.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Target {
     /// A TCX or netkit hook.
     Interface {
-        /// Index of the interface, in the namespace where that is now; 0 once the link is detached.
+        /// Index of the interface in its network namespace; 0 after the link was detached.
         ifindex: u32,
-        /// The hook of the interface.
+        /// Hook of the interface, as the kernel reports it.
         hook: MprogHook,
     },
-    /// A cgroup.
+    /// A hook of a cgroup.
     Cgroup {
-        /// Its id, which is its inode number; 0 once the link is detached.
+        /// Id of the cgroup (its inode number); 0 after the link was detached.
         id: u64,
-        /// The hook, as a `bpf_attach_type`.
+        /// Hook of the cgroup, as a `bpf_attach_type`.
         attach_type: u32,
     },
-    /// Something that the agent never attaches to.
+    /// Any object that the agent never attaches to.
     Other,
 }
 
-/// What the kernel says of a link.
+/// Description of a link, as the kernel returns it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Link {
-    /// Id of the link.
+    /// Id of the link (`bpf_link_info`).
     pub id: u32,
-    /// Id of its program.
+    /// Id of the attached program.
     pub program: u32,
-    /// Where it is.
+    /// Object that the program is attached to.
     pub target: Target,
 }
 
 impl Link {
-    /// Id of the cgroup that it is attached to, if it is to one.
+    /// Returns the id of the cgroup that the link is attached to, or `None` for other and detached links.
     #[must_use]
     pub fn cgroup(&self) -> Option<u64> {
         match self.target {
@@ -87,12 +89,12 @@ impl Link {
     }
 }
 
-/// Which way packets go at a TC hook, as seen from the node.
+/// Direction of packets at a TC hook, as seen from the node.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Direction {
-    /// Into the node.
+    /// Packets that enter the node.
     Ingress,
-    /// Out of the node.
+    /// Packets that leave the node.
     Egress,
 }
 
@@ -137,16 +139,16 @@ impl From<Direction> for MprogHook {
     }
 }
 
-/// One entry of a TCX or netkit hook, in the order in which they run.
+/// One program in the list of a TCX or netkit hook.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Entry {
-    /// Id of the program.
+    /// Id of the attached program.
     pub program: u32,
-    /// Id of its link; 0 where it was attached without one.
+    /// Id of its link; 0 if the program was attached without a link.
     pub link: u32,
 }
 
-/// Whether the kernel has TCX (6.6, commit e420bed02507).
+/// Reports whether the kernel supports TCX (6.6, commit e420bed02507).
 #[must_use]
 pub fn has_tcx() -> bool {
     tcx_entries(LOOPBACK, Direction::Ingress).is_ok()
@@ -158,12 +160,12 @@ pub fn link_create_first(
     ifindex: u32,
     hook: impl Into<MprogHook>,
 ) -> io::Result<OwnedFd> {
-    // Before nothing in particular is before everything.
+    // Without a relative program, BPF_F_BEFORE inserts at the head of the list.
     let attach_type = hook.into().attach_type() as u32;
     link_create(program.as_fd().as_raw_fd(), ifindex, attach_type, BPF_F_BEFORE)
 }
 
-/// Attaches a program to a cgroup, beside those of others: a link always allows them (`BPF_F_ALLOW_MULTI`).
+/// Attaches a program to a cgroup. Other programs on the cgroup stay, because links always use `BPF_F_ALLOW_MULTI`.
 pub fn link_create_cgroup(
     program: impl AsFd,
     cgroup: impl AsFd,
@@ -177,7 +179,7 @@ fn link_create(prog_fd: i32, target: u32, attach_type: u32, flags: u32) -> io::R
     #[repr(C)]
     struct Attr {
         prog_fd: i32,
-        /// A descriptor or an interface index.
+        /// File descriptor of a cgroup, or interface index.
         target: u32,
         attach_type: u32,
         flags: u32,
@@ -189,7 +191,7 @@ fn link_create(prog_fd: i32, target: u32, attach_type: u32, flags: u32) -> io::R
     bpf_fd(BPF_LINK_CREATE, attr)
 }
 
-/// Puts another program in a link's place, atomically.
+/// Replaces the program of a link atomically.
 pub fn link_update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
     #[repr(C)]
     struct Attr {
@@ -207,7 +209,7 @@ pub fn link_update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
     bpf(BPF_LINK_UPDATE, attr).map(drop)
 }
 
-/// Detaches a link at once, whoever else holds it.
+/// Detaches a link at once, even if other processes have it open.
 pub fn link_detach(link: impl AsFd) -> io::Result<()> {
     #[repr(C)]
     struct Attr {
@@ -216,9 +218,9 @@ pub fn link_detach(link: impl AsFd) -> io::Result<()> {
     bpf(BPF_LINK_DETACH, Attr { link_fd: link.as_fd().as_raw_fd() }).map(drop)
 }
 
-/// Describes an object that should be a link; `None` where it is something else.
+/// Returns the description of a link, or `None` if the object is not a link.
 pub fn link(link: impl AsFd) -> io::Result<Option<Link>> {
-    /// The start of `struct bpf_link_info`, as far as links of interfaces and cgroups fill it.
+    /// First fields of `struct bpf_link_info`, with those of interface and cgroup links.
     #[repr(C)]
     #[derive(Default)]
     struct Info {
@@ -226,7 +228,7 @@ pub fn link(link: impl AsFd) -> io::Result<Option<Link>> {
         id: u32,
         program: u32,
         pad: u32,
-        // TCX and netkit: interface index and attach type. cgroup: both halves of the id, then the attach type.
+        // TCX and netkit links: interface index and attach type. cgroup links: 64-bit id and attach type.
         target: [u32; 4],
     }
     if !is_link(&link)? {
@@ -237,7 +239,7 @@ pub fn link(link: impl AsFd) -> io::Result<Option<Link>> {
     let target = match (info.kind, MprogHook::of_link(info.kind, second)) {
         (_, Some(hook)) => Target::Interface { ifindex: first, hook },
         (kind, _) if kind == BPF_LINK_TYPE_CGROUP as u32 => {
-            // A u64 in memory.
+            // The two words in memory order are the 64-bit id.
             let (first, second) = (first.to_ne_bytes(), second.to_ne_bytes());
             let mut id = [0; 8];
             id[..4].copy_from_slice(&first);
@@ -249,13 +251,13 @@ pub fn link(link: impl AsFd) -> io::Result<Option<Link>> {
     Ok(Some(Link { id: info.id, program: info.program, target }))
 }
 
-/// Lists the programs on a TCX hook of an interface, in order.
+/// Lists the programs on a TCX hook of an interface, in the order in which they run.
 pub fn tcx_entries(ifindex: u32, direction: Direction) -> io::Result<Vec<Entry>> {
     entries(ifindex, direction.into())
 }
 
-/// Lists the programs on a TCX or netkit hook of an interface, in order. A kernel or an interface without the hook
-/// answers with an error.
+/// Lists the programs on a TCX or netkit hook of an interface, in the order in which they run. Returns an error if the kernel
+/// or the interface does not have the hook.
 pub fn entries(ifindex: u32, hook: MprogHook) -> io::Result<Vec<Entry>> {
     #[repr(C)]
     struct Attr {
@@ -290,20 +292,20 @@ pub fn entries(ifindex: u32, hook: MprogHook) -> io::Result<Vec<Entry>> {
     Ok(entries.map(|(program, link)| Entry { program, link }).collect())
 }
 
-/// Opens what is pinned at `path`.
+/// Opens the object that is pinned at `path`.
 pub fn get(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     bpf_fd(BPF_OBJ_GET, PinAttr { pathname: path.as_ptr() as u64, bpf_fd: 0, file_flags: 0 })
 }
 
-/// Pins an object at `path`, where nothing may be yet.
+/// Pins an object at `path`, which must not exist.
 pub fn pin(object: impl AsFd, path: &Path) -> io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let bpf_fd = object.as_fd().as_raw_fd();
     bpf(BPF_OBJ_PIN, PinAttr { pathname: path.as_ptr() as u64, bpf_fd, file_flags: 0 }).map(drop)
 }
 
-/// Writes the only element of an array map, of which `value` is as large as the map says.
+/// Writes the only element of an array map. The length of `value` must be the value size of the map.
 pub fn map_write(map: impl AsFd, value: &[u8]) -> io::Result<()> {
     #[repr(C)]
     struct Attr {
@@ -319,7 +321,7 @@ pub fn map_write(map: impl AsFd, value: &[u8]) -> io::Result<()> {
         .map(drop)
 }
 
-/// Makes a map read-only for all processes; programs can then take its values as constants.
+/// Makes a map read-only for all processes, so that the verifier treats its values as constants.
 pub fn map_freeze(map: impl AsFd) -> io::Result<()> {
     #[repr(C)]
     struct Attr {
@@ -336,7 +338,7 @@ struct PinAttr {
     file_flags: u32,
 }
 
-/// What the kernel says of a BPF object: `T` is the start of that type's `struct bpf_…_info`, in plain integers.
+/// Returns the description of a BPF object. `T` contains the first fields of the `struct bpf_…_info` of its type, as integers.
 fn info<T: Default>(object: impl AsFd) -> io::Result<T> {
     #[repr(C)]
     struct Attr {
@@ -351,13 +353,13 @@ fn info<T: Default>(object: impl AsFd) -> io::Result<T> {
     Ok(info)
 }
 
-/// Whether a BPF object is a link: asking one of another type for a link's description would be answered with its own.
+/// Reports whether a BPF object is a link. The kernel describes an object of any type, without an error for an unexpected one.
 fn is_link(object: &impl AsFd) -> io::Result<bool> {
-    // With an underscore when just made (bpf_link_prime), with a hyphen when opened again (bpf_link_new_fd).
+    // The name has an underscore for a new link (bpf_link_prime), and a hyphen for a reopened one (bpf_link_new_fd).
     Ok(matches!(kind_of(object)?.as_str(), "bpf_link" | "bpf-link"))
 }
 
-/// Name of the anonymous inode behind a BPF object: `bpf-map`, `bpf-prog`, `bpf_link` or `bpf-link`.
+/// Returns the name of the anonymous inode of a BPF object: `bpf-map`, `bpf-prog`, `bpf_link` or `bpf-link`.
 fn kind_of(object: &impl AsFd) -> io::Result<String> {
     let path = format!("/proc/self/fd/{}", object.as_fd().as_raw_fd());
     let name = std::fs::read_link(path)?;
@@ -368,7 +370,7 @@ fn kind_of(object: &impl AsFd) -> io::Result<String> {
 fn bpf_fd<T>(command: bpf_cmd, attr: T) -> io::Result<OwnedFd> {
     let fd = bpf(command, attr)?;
     let fd = i32::try_from(fd).map_err(io::Error::other)?;
-    // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
+    // SAFETY: the kernel has just created this descriptor for this process, and no other owner exists.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -377,20 +379,20 @@ fn bpf<T>(command: bpf_cmd, mut attr: T) -> io::Result<c_long> {
 }
 
 fn bpf_mut<T>(command: bpf_cmd, attr: &mut T) -> io::Result<c_long> {
-    // SAFETY: every T of this module and its child is the start of the command's part of union bpf_attr, without implicit
-    // padding; pointers in it are to buffers of the size beside them, which outlive the call.
+    // SAFETY: every T of this module and its children contains the first fields of the command's part of `union bpf_attr`,
+    // without implicit padding. Pointers in it refer to buffers of the given sizes, which outlive the call.
     let result =
         unsafe { libc::syscall(libc::SYS_bpf, command as libc::c_int, ptr::from_mut(attr), size_of::<T>()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
-/// Waits until no program runs any more that started before: they run with RCU read-locked, and this is `synchronize_rcu`
-/// (kernel/sched/membarrier.c, `MEMBARRIER_CMD_GLOBAL`, Linux 4.3).
+/// Waits until all programs that were running at the call have ended. Programs run in RCU read-side critical sections, and
+/// `MEMBARRIER_CMD_GLOBAL` (Linux 4.3) calls `synchronize_rcu` (kernel/sched/membarrier.c).
 pub fn wait_for_programs() {
-    // SAFETY: takes no pointers.
+    // SAFETY: the system call takes no pointers.
     let result = unsafe { libc::syscall(libc::SYS_membarrier, libc::MEMBARRIER_CMD_GLOBAL, 0, 0) };
     if result != 0 {
-        // Kernels with nohz_full CPUs refuse it. No packet takes a program this long.
+        // Kernels with nohz_full CPUs reject the command. No program runs this long for a packet.
         thread::sleep(Duration::from_millis(100));
     }
 }

@@ -1,4 +1,4 @@
-//! One program on a cgroup: its link, the pin, and the repairs of both.
+//! Link of one program on a cgroup: attaches, pins and repairs it.
 
 use std::{
     fs::File,
@@ -27,13 +27,13 @@ pub enum CgroupChangeKind {
     Attached,
     /// The program of an earlier agent was replaced.
     Replaced,
-    /// A link was pinned again.
+    /// A link was pinned again after its pin was removed.
     Pinned,
-    /// A program was moved behind those of others.
+    /// A program was moved after those of other software.
     Reordered,
-    /// A program was detached.
+    /// A program was detached from the cgroup.
     Detached,
-    /// A program is attached and last again.
+    /// A program is attached and last again, after a failure.
     Recovered,
     /// A program cannot be attached, or does not stay last.
     Failed,
@@ -42,11 +42,11 @@ pub enum CgroupChangeKind {
 /// A change on a cgroup, reported once.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct CgroupChange {
-    /// Kind of the change.
+    /// Kind of this change, which decides the log level.
     pub kind: CgroupChangeKind,
-    /// The cgroup has just been found.
+    /// True if the cgroup was discovered by this reconciliation.
     pub is_new: bool,
-    /// The change in words, for the log.
+    /// Description of the change for the log.
     pub text: String,
 }
 
@@ -56,7 +56,7 @@ impl CgroupChange {
     }
 }
 
-/// An open cgroup.
+/// Cgroup directory that the agent keeps open.
 #[derive(Debug)]
 pub(super) struct OpenCgroup {
     pub(super) path: PathBuf,
@@ -72,9 +72,9 @@ pub(super) struct CgroupLink {
     attach_type: bpf_attach_type,
     pin: PathBuf,
     fd: Option<OwnedFd>,
-    /// The failure that lasts.
+    /// Current failure, as `status` shows it.
     failure: Option<String>,
-    /// The failure that was logged last.
+    /// Failure that was logged last.
     reported: Option<String>,
     attaching: RepairBackoff,
     reordering: RepairBackoff,
@@ -111,13 +111,13 @@ impl CgroupLink {
         self.attach_type
     }
 
-    /// Reason why the program is not attached, or not last.
+    /// Returns the reason why the program is not attached, or not last.
     pub(super) fn failure(&self) -> Option<&str> {
         self.failure.as_deref()
     }
 
-    /// Attaches the program if it is not attached, replaces an earlier one, pins the link, and moves it behind the programs
-    /// of others. A program that cannot be attached is a change, not an error.
+    /// Reconciles the link: attaches the program, replaces the program of an earlier agent, pins the link, and moves it after the
+    /// programs of other software. A program that cannot be attached is reported as a change, not as an error.
     pub(super) fn restore(
         &mut self,
         programs: &Programs,
@@ -144,7 +144,7 @@ impl CgroupLink {
         self.keep_last(programs, cgroup, changes)
     }
 
-    /// Attaches the program, at the end of the list.
+    /// Attaches the program, at the end of the cgroup's list.
     fn attach(
         &mut self,
         programs: &Programs,
@@ -162,8 +162,8 @@ impl CgroupLink {
                 self.attaching = RepairBackoff::default();
                 let text = format!("attached {} to cgroup {}", self.program, cgroup.path.display());
                 changes.push(CgroupChange::new(CgroupChangeKind::Attached, text));
-                // Kept before it is pinned: if that fails, the program stays attached while this process lives. The pin may
-                // be one of a link that was detached, or of a cgroup that was removed.
+                // Stores the descriptor before pinning: if pinning fails, the program stays attached while this process lives.
+                // The pin may exist already, for a detached link or a removed cgroup.
                 Ok(pins::pin_over(self.fd.insert(link), &self.pin)?)
             }
             Err(error) => {
@@ -176,7 +176,8 @@ impl CgroupLink {
         }
     }
 
-    /// Moves the program behind those of others on the same cgroup, which could change the destination that it judged.
+    /// Moves the program after those of other software on the same cgroup. A later program could change the destination after
+    /// the verdict.
     fn keep_last(
         &mut self,
         programs: &Programs,
@@ -186,7 +187,7 @@ impl CgroupLink {
         let now = Instant::now();
         let has_calmed = self.reordering.has_calmed(now);
         let program = programs.id(self.program).unwrap_or_default();
-        // A kernel that cannot list them, as where another security module forbids it, leaves the order unknown.
+        // If the kernel does not list the programs, for example because an LSM denies it, the order is unknown.
         let behind =
             cgroup_order::program_behind(&cgroup.file, self.attach_type, program).unwrap_or_default();
         let at = cgroup.path.display();
@@ -194,7 +195,7 @@ impl CgroupLink {
             Some(Behind::Own(program)) => program,
             Some(Behind::Ancestor(program)) => {
                 let text = format!(
-                    "{}; it is attached to a cgroup above: run the agent with --cgroup of that one",
+                    "{}; it is attached to an ancestor of the cgroup: run the agent with --cgroup of the ancestor",
                     not_last(self.program, &cgroup.path, &program)
                 );
                 self.report_failure(text, changes);
@@ -212,14 +213,14 @@ impl CgroupLink {
         if !self.reordering.is_due(now) {
             let text = not_last(self.program, &cgroup.path, &behind);
             if self.reported.is_some() {
-                // One failure, even if another agent attaches a new program each time.
+                // Logs one failure, even if another agent attaches a new program each time.
                 self.reported = Some(text.clone());
             }
             self.report_failure(text, changes);
             return Ok(());
         }
         self.reordering.note(now);
-        // The kernel appends the new link. Several links may run one program.
+        // The kernel appends the new link to the list. Several links may have the same program.
         match bpf::link_create_cgroup(programs.fd(self.program)?, &cgroup.file, self.attach_type) {
             Ok(link) => {
                 self.failure = None;
@@ -228,7 +229,8 @@ impl CgroupLink {
                     pins::pin_over(link, &self.pin)?;
                 }
                 if let Some(earlier) = earlier {
-                    bpf::link_detach(earlier).map_err(failed("detach an earlier link from", &cgroup.path))?;
+                    bpf::link_detach(earlier)
+                        .map_err(failed("detach the earlier link from", &cgroup.path))?;
                 }
                 let text = format!(
                     "moved {} on cgroup {at} to the end of the programs: {behind} ran after it",
@@ -274,7 +276,7 @@ impl CgroupLink {
         self.failure = Some(text);
     }
 
-    /// Describes the link if it is attached to this hook of the cgroup.
+    /// Returns the description of the link if it is attached to this hook of the cgroup.
     fn attached(&self, cgroup: u64, fd: &OwnedFd) -> Option<bpf::Link> {
         let link = bpf::link(fd).ok().flatten()?;
         let desired = Target::Cgroup { id: cgroup, attach_type: self.attach_type as u32 };
@@ -282,20 +284,20 @@ impl CgroupLink {
     }
 }
 
-/// Detaches and unpins the link at `pin`. Returns whether it was attached to a cgroup.
+/// Detaches and unpins the link at `pin`. Returns `true` if it was attached to a cgroup.
 pub(super) fn detach_pinned(pin: &Path) -> Result<bool, DatapathError> {
     let mut was_attached = false;
     if let Some((fd, link)) = pins::open_own_link(pin)
         && link.cgroup().is_some()
     {
-        bpf::link_detach(&fd).map_err(failed("detach from its cgroup the link", pin))?;
+        bpf::link_detach(&fd).map_err(failed("detach from its cgroup the link at", pin))?;
         was_attached = true;
     }
     pins::unpin(pin)?;
     Ok(was_attached)
 }
 
-/// Describes a failure to attach a program, and names the program that keeps it off.
+/// Describes a failure to attach a program, including the program that prevents it.
 #[must_use]
 pub(super) fn attach_error(
     program: &str,
@@ -310,7 +312,7 @@ pub(super) fn attach_error(
     format!("failed to attach {program} to cgroup {}: {cause}", cgroup.display())
 }
 
-/// Describes a program that is not attached, and the one that keeps it off.
+/// Describes a program that is not attached, including the program that prevents it.
 #[must_use]
 pub(super) fn not_attached(program: &str, cgroup: Option<&Path>, occupant: Option<&Occupant>) -> String {
     let cgroup = cgroup.map(|cgroup| format!(" {}", cgroup.display())).unwrap_or_default();
@@ -318,7 +320,7 @@ pub(super) fn not_attached(program: &str, cgroup: Option<&Path>, occupant: Optio
     format!("{program} is not attached to cgroup{cgroup}{cause}")
 }
 
-/// Describes a program that another one runs after.
+/// Describes a program that is not the last one to run.
 #[must_use]
 pub(super) fn not_last(program: &str, cgroup: &Path, behind: &OtherProgram) -> String {
     format!(

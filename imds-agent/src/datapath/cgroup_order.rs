@@ -1,4 +1,4 @@
-//! Programs of others on a cgroup: those that run after ours, and those that keep ours off.
+//! Programs of other software on a cgroup: programs that run after the agent's, and programs that prevent its attachment.
 
 use std::{
     fmt,
@@ -18,7 +18,7 @@ use super::bpf;
 /// A program on the cgroup that does not belong to imds-agent.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct OtherProgram {
-    /// Id of the program.
+    /// Id of the program, as in `bpftool prog`.
     pub id: u32,
     /// Name of the program; `None` if it has none, or without `CAP_SYS_ADMIN`.
     pub name: Option<String>,
@@ -37,18 +37,18 @@ impl fmt::Display for OtherProgram {
     }
 }
 
-/// A program that was attached without `BPF_F_ALLOW_MULTI`, so that the kernel refuses others with `EPERM`.
+/// A program that was attached without `BPF_F_ALLOW_MULTI`, so that the kernel rejects others with `EPERM`.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Occupant {
     program: OtherProgram,
     allows_override: bool,
-    /// The ancestor that it is attached to, if it is not the cgroup itself.
+    /// Ancestor that the program is attached to; `None` for the cgroup itself.
     ancestor: Option<PathBuf>,
 }
 
 impl Occupant {
-    /// Finds the program that keeps others off a hook of the cgroup at `path`: its own, or one of the next ancestor that
-    /// has a program (`hierarchy_allows_attach`, kernel/bpf/cgroup.c).
+    /// Finds the program that prevents attachments to a hook of the cgroup at `path`: a program of the cgroup itself, or of the
+    /// nearest ancestor with programs (`hierarchy_allows_attach`, kernel/bpf/cgroup.c).
     #[must_use]
     pub fn find(path: &Path, attach_type: bpf_attach_type) -> Option<Self> {
         let hierarchy = path.ancestors().take_while(|path| path.join("cgroup.procs").exists());
@@ -78,7 +78,7 @@ impl fmt::Display for Occupant {
     }
 }
 
-/// Reports whether a program that runs later can change the destination that ours judged.
+/// Reports whether a later program on this hook can change the destination after the verdict.
 #[must_use]
 pub fn needs_last(attach_type: bpf_attach_type) -> bool {
     matches!(
@@ -90,18 +90,18 @@ pub fn needs_last(attach_type: bpf_attach_type) -> bool {
     )
 }
 
-/// A program that runs after ours and can change the destination that ours judged.
+/// A program that runs after the agent's, and can change the destination after the verdict.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Behind {
-    /// A program on the same cgroup.
+    /// The program is attached to the same cgroup.
     Own(OtherProgram),
-    /// A program on a cgroup above. The kernel runs the programs of a cgroup before those of its ancestors
-    /// (`compute_effective_progs`, kernel/bpf/cgroup.c), so that no order of attachment helps.
+    /// The program is attached to an ancestor. The kernel runs the programs of a cgroup before those of its ancestors
+    /// (`compute_effective_progs`, kernel/bpf/cgroup.c), so moving the agent's program does not help.
     Ancestor(OtherProgram),
 }
 
 impl Behind {
-    /// Returns the program, wherever it is attached.
+    /// Returns the program, on whichever cgroup it is attached.
     #[must_use]
     pub fn program(&self) -> &OtherProgram {
         match self {
@@ -110,8 +110,8 @@ impl Behind {
     }
 }
 
-/// Returns the last program that runs after `program`, first of those on the same cgroup. Programs of imds-agent are skipped,
-/// because they change no address.
+/// Returns the last program that runs after `program`, preferably one on the same cgroup. Ignores programs of imds-agent, which
+/// do not change addresses.
 pub fn program_behind(
     cgroup: impl AsFd,
     attach_type: bpf_attach_type,
@@ -127,15 +127,15 @@ pub fn program_behind(
     Ok(of_own.or_else(|| last(ancestors_behind(&own, &effective, program)).map(Behind::Ancestor)))
 }
 
-/// Returns the programs of the effective order that run after `program` and are not in `own`, the cgroup's list.
+/// Returns the programs that run after `program` in the effective order and are not in `own`, the list of the cgroup.
 fn ancestors_behind(own: &[u32], effective: &[u32], program: u32) -> Vec<u32> {
     let position = effective.iter().rposition(|&id| id == program);
     let after = position.map_or(&[][..], |position| effective.get(position + 1..).unwrap_or_default());
     after.iter().copied().filter(|id| !own.contains(id)).collect()
 }
 
-/// Returns the programs of `own`, a cgroup's list, that run after `program` in the effective order. Programs with
-/// `BPF_F_PREORDER` (Linux 6.15) run before all others of the cgroup, wherever they are in its list.
+/// Returns the programs of `own`, the list of the cgroup, that run after `program` in the effective order. Programs with
+/// `BPF_F_PREORDER` (Linux 6.15) run before all others of the cgroup, regardless of their position in the list.
 fn behind(own: &[u32], effective: &[u32], program: u32) -> Vec<u32> {
     let after = |list: &[u32]| {
         let position = list.iter().rposition(|&id| id == program);
@@ -153,7 +153,7 @@ mod tests {
     fn programs_behind_ours() {
         assert!(behind(&[1, 7], &[1, 7, 9], 7).is_empty());
         assert_eq!(behind(&[7, 1, 2], &[7, 1, 2, 9], 7), [1, 2]);
-        // The last one of two links of a program counts.
+        // If a program has two links, the last one counts.
         assert!(behind(&[7, 1, 7], &[7, 1, 7], 7).is_empty());
         // With BPF_F_PREORDER.
         assert_eq!(behind(&[7, 1, 2], &[2, 7, 1], 7), [1]);

@@ -1,4 +1,4 @@
-//! The hooks of cgroups: `socket`, `host_network` and `local_service`.
+//! Reconciles the programs of the cgroup hooks: `socket`, `host_network` and `local_service`.
 
 use std::{collections::BTreeSet, path::PathBuf};
 
@@ -18,25 +18,25 @@ use crate::{
     node::cgroup,
 };
 
-/// Failure of a hook without a cgroup.
+/// Failure of the `socket` hook on a node without cgroup v2.
 pub const NO_CGROUP: &str = "socket is not attached: no cgroup v2 hierarchy is mounted";
-/// Remedy for it.
-pub const NO_CGROUP_REMEDY: &str = "mount cgroup2 (`mount -t cgroup2 cgroup2 /sys/fs/cgroup`), name a cgroup by `run --cgroup`, or set hooks.socket = false";
+/// Remedy for [`NO_CGROUP`], shown after it.
+pub const NO_CGROUP_REMEDY: &str = "mount cgroup2 (`mount -t cgroup2 cgroup2 /sys/fs/cgroup`), set `run --cgroup`, or set hooks.socket = false";
 
-/// The programs on cgroups, and the facts that decide which of them run.
+/// Programs on cgroups, and the inputs that decide which of them are attached.
 #[derive(Debug)]
 pub(super) struct Cgroups {
     sockets: Option<Sockets>,
     hosts: Hosts,
     local_service: Option<Sockets>,
-    /// A protected address is local to the node; `None` until the routes were read.
+    /// True if a protected address is local to the node; `None` until the routes are read.
     is_local: Option<bool>,
     setting: Sendmsg,
     hooks: Hooks,
     has_tc_cookie: bool,
     is_enforced: bool,
     sendmsg: Option<SendmsgReason>,
-    /// Last record that was written.
+    /// Record that was written last.
     recorded: Option<CgroupRecord>,
 }
 
@@ -68,33 +68,33 @@ impl Cgroups {
             self.sockets = Some(Sockets::adopt(pins, cgroup, SOCKETS)?);
         }
         if let (None, Some(cgroup)) = (&self.local_service, &plan.local_service) {
-            // Most nodes never need this hook: without its cgroup the agent still starts.
+            // The agent starts without this hook, because most nodes never need it.
             match Sockets::adopt(pins, cgroup, LOCAL_SERVICE) {
                 Ok(local_service) => self.local_service = Some(local_service),
-                Err(error) => log::warn!("local_service is off: {:#}", anyhow::Error::from(error)),
+                Err(error) => log::warn!("local_service is not attached: {:#}", anyhow::Error::from(error)),
             }
         }
         Ok(())
     }
 
-    /// Reports whether the `socket` hook is on and has no cgroup.
+    /// Reports whether the `socket` hook is on but has no cgroup.
     fn lacks_cgroup(&self) -> bool {
         self.sockets.is_none() && self.hooks.has(Hook::Socket)
     }
 
-    /// Adds the programs that `plan` needs to those that are needed now.
+    /// Adds the programs of `plan` to the desired programs.
     pub(super) fn prepare(&mut self, pins: &PinDir, plan: &Plan) -> Result<(), DatapathError> {
         (self.setting, self.hooks) = (plan.sendmsg, plan.hooks);
         self.sendmsg = self.sendmsg_reason().or(self.sendmsg);
         self.adopt_missing(pins, plan)
     }
 
-    /// Reports whether the programs are those that `plan` needs, and no more.
+    /// Reports whether the desired programs are exactly those of `plan`.
     pub(super) fn matches(&self, plan: &Plan) -> bool {
         self.setting == plan.sendmsg && self.sendmsg == self.sendmsg_reason()
     }
 
-    /// Drops the programs that `plan` does not need: they are to be detached from now on.
+    /// Removes the programs that `plan` does not need from the desired programs. The next reconciliation detaches them.
     pub(super) fn release(&mut self, plan: &Plan) {
         (self.setting, self.hooks) = (plan.sendmsg, plan.hooks);
         self.sendmsg = self.sendmsg_reason();
@@ -135,17 +135,17 @@ impl Cgroups {
 }
 
 impl Datapath {
-    /// Programs that are not attached to their cgroup, or not last there, in words.
+    /// Describes the programs that are not attached to their cgroup, or not last there.
     pub fn cgroup_failures(&self) -> impl Iterator<Item = &str> {
         let Cgroups { sockets, hosts, local_service, .. } = &self.cgroups;
         let attached = sockets.iter().chain(local_service).flat_map(Sockets::failures);
         attached.chain(hosts.failures()).chain(self.cgroups.lacks_cgroup().then_some(NO_CGROUP))
     }
 
-    /// Attaches, replaces, moves, pins or detaches the programs of the `socket` and `local_service` hooks as needed. A program
-    /// that cannot be attached is a change of kind [`CgroupChangeKind::Failed`], reported once; the next call tries again.
+    /// Reconciles the programs of the `socket` and `local_service` hooks. A program that cannot be attached is reported once, as
+    /// a change of kind [`CgroupChangeKind::Failed`]. The next call tries again.
     pub fn restore_sockets(&mut self) -> Result<Vec<CgroupChange>, DatapathError> {
-        // Programs are attached even if the record cannot be written, and each hook even if another one fails.
+        // Continues after a failure: attaches programs even if writing the record fails, and each hook even if another fails.
         let recorded = self.cgroups.record(&mut self.maps);
         let sockets = self.restore_socket_hook();
         let local_service = self.restore_local_service_hook();
@@ -154,7 +154,7 @@ impl Datapath {
         recorded.map(|()| changes)
     }
 
-    /// Reports whether the hooks of the node deny the packets of each pod until `from_pod` is attached to its link.
+    /// Reports whether a hook of the whole node denies requests of a new pod until `from_pod` is attached to its interface.
     #[must_use]
     pub fn has_node_wide_hook(&self) -> bool {
         let has_sockets =
@@ -164,7 +164,7 @@ impl Datapath {
 
     fn restore_socket_hook(&mut self) -> Result<Vec<CgroupChange>, DatapathError> {
         if self.cgroups.lacks_cgroup() {
-            // Links of an earlier agent stay until there is a cgroup again.
+            // Links of an earlier agent stay until a cgroup v2 hierarchy is mounted.
             let Some(root) = cgroup::root().ok().flatten() else { return Ok(Vec::new()) };
             self.cgroups.sockets = Some(Sockets::adopt(self.claim.dir(), &root, SOCKETS)?);
             log::info!("found a cgroup v2 hierarchy at {}", root.display());
@@ -180,7 +180,7 @@ impl Datapath {
 
     fn restore_local_service_hook(&mut self) -> Result<Vec<CgroupChange>, DatapathError> {
         match (&mut self.cgroups.local_service, self.cgroups.is_local) {
-            // An earlier agent's program stays until the routes were read.
+            // The program of an earlier agent stays until the routes are read.
             (Some(_), None) => Ok(Vec::new()),
             (Some(local_service), Some(is_local)) => local_service.restore(&self.programs, |_| is_local),
             (None, _) => {
@@ -190,8 +190,8 @@ impl Datapath {
         }
     }
 
-    /// Attaches, replaces and pins the program of the `local_service` hook while a protected address is local to the node,
-    /// and detaches it otherwise.
+    /// Reconciles the program of the `local_service` hook, which is attached only while a protected address is local to the
+    /// node.
     pub fn restore_local_service(&mut self, is_local: bool) -> Result<Vec<CgroupChange>, DatapathError> {
         self.cgroups.is_local = Some(is_local);
         let recorded = self.cgroups.record(&mut self.maps);
@@ -199,7 +199,7 @@ impl Datapath {
         recorded.map(|()| changes)
     }
 
-    /// Attaches or detaches the sendmsg programs as needed, given whether every interface has its programs.
+    /// Attaches or detaches the sendmsg programs as needed. `is_enforced` is true if all interfaces are enforced.
     pub fn set_enforced(&mut self, is_enforced: bool) -> Result<Vec<CgroupChange>, DatapathError> {
         self.cgroups.is_enforced = is_enforced;
         let reason = self.cgroups.sendmsg_reason();
@@ -210,8 +210,8 @@ impl Datapath {
         self.restore_sockets()
     }
 
-    /// Restores the programs of the `host_network` hook on the cgroups of Kubernetes pods, which are at these paths. Links
-    /// on other cgroups are removed if these are `all` that exist.
+    /// Reconciles the programs of the `host_network` hook on these cgroups of Kubernetes pods. Removes links on other cgroups
+    /// if `all` is set: then the list is complete.
     pub fn restore_hosts(
         &mut self,
         cgroups: &BTreeSet<PathBuf>,

@@ -1,4 +1,4 @@
-//! Who holds a pin directory.
+//! Lock of a pin directory: flock(2) on the directory, held by the agent that uses it.
 
 use std::{
     fs::{self, File},
@@ -13,24 +13,24 @@ use nix::fcntl::{Flock, FlockArg};
 
 use super::pins::{PinDir, PinError, io_error};
 
-/// How long to wait for the lock: `status` holds it for a moment to see whether somebody else does.
+/// Time limit for taking the lock. `status` holds it for a moment to check whether another process does.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 impl PinDir {
-    /// Makes what is missing of the directory, on a bpffs, and takes it for this process alone.
+    /// Creates the directory and its subdirectories if missing, and locks it for this process. Fails if it is not on a bpffs.
     pub fn claim(&self) -> Result<Claim, PinError> {
         self.ensure_bpffs()?;
         self.ensure_usable()?;
         let is_new = !self.exists();
         self.make_directories()?;
         let claim = Claim { dir: self.clone(), lock: self.lock(self.root())?, ready: None, is_new };
-        // Left by an `unload` that was killed.
+        // A killed `unload` may have left its request.
         self.withdraw_unload_request()?;
         Ok(claim)
     }
 
-    /// Takes the directory for this process alone, if it exists and no other process holds it.
+    /// Locks the directory for this process, if it exists and no other process holds the lock.
     pub(super) fn try_claim_existing(&self) -> Result<Option<Claim>, PinError> {
         let directory = match File::open(self.root()) {
             Ok(directory) => directory,
@@ -43,15 +43,15 @@ impl PinDir {
         Ok(lock.map(|lock| Claim { dir: self.clone(), lock, ready: None, is_new: false }))
     }
 
-    /// Takes the events for this process alone, until dropped, by the lock of the programs' directory, which nothing else
-    /// needs; `None` where another process has them.
+    /// Locks the event ring buffer for this process until the result is dropped. Returns `None` if another process holds the
+    /// lock. Uses the directory of programs for the lock, which has no other lock.
     pub fn try_claim_events(&self) -> Result<Option<Flock<File>>, PinError> {
         let path = self.programs();
         let directory = File::open(&path).map_err(io_error("open", &path))?;
         Ok(Flock::lock(directory, FlockArg::LockExclusiveNonblock).ok())
     }
 
-    /// The process that holds the directory, if there is one.
+    /// Returns the process that holds the lock of the directory, or `None` if no process does.
     pub fn holder(&self) -> Result<Option<Holder>, PinError> {
         if !is_locked(self.root())? {
             return Ok(None);
@@ -60,7 +60,7 @@ impl PinDir {
         Ok(Some(Holder { pid: holder_of(inode), is_ready: is_locked(&self.maps())? }))
     }
 
-    /// Takes the lock of the directory that is at `path` then: one that was removed meanwhile is no use.
+    /// Locks the directory at `path`. If the directory was removed in the meantime, creates it and locks the new one.
     fn lock(&self, path: &Path) -> Result<Flock<File>, PinError> {
         let deadline = Instant::now() + LOCK_PATIENCE;
         loop {
@@ -76,39 +76,39 @@ impl PinDir {
     }
 }
 
-/// Another process that holds the pin directory.
+/// Another process that holds the lock of a pin directory.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Holder {
-    /// Its pid, where that can be seen from this pid namespace.
+    /// Pid of the process; `None` if it is not visible in this pid namespace.
     pub pid: Option<i32>,
-    /// Whether it is through with its first look at every interface.
+    /// True after the agent has reconciled every interface once.
     pub is_ready: bool,
 }
 
-/// The pin directory, held by this process until dropped.
+/// Lock of a pin directory, released when dropped.
 #[derive(Debug)]
 pub struct Claim {
     dir: PinDir,
     lock: Flock<File>,
-    /// Lock of the maps' directory, which says that the holder is ready: like the other one it can't outlive it.
+    /// Lock of the directory of maps, which marks the agent as ready. The kernel releases it when the process ends.
     ready: Option<Flock<File>>,
     is_new: bool,
 }
 
 impl Claim {
-    /// The paths in it.
+    /// Returns the locked pin directory.
     #[must_use]
     pub fn dir(&self) -> &PinDir {
         &self.dir
     }
 
-    /// Whether the directory was made for this claim.
+    /// Reports whether this process has created the directory.
     #[must_use]
     pub fn is_new(&self) -> bool {
         self.is_new
     }
 
-    /// Lets `status` know that every interface was looked at.
+    /// Marks the agent as ready: `status` then reports that every interface was reconciled.
     pub fn announce_ready(&mut self) -> Result<(), PinError> {
         if self.ready.is_none() {
             self.ready = Some(self.dir.lock(&self.dir.maps())?);
@@ -116,7 +116,7 @@ impl Claim {
         Ok(())
     }
 
-    /// Makes again, and holds again, what somebody removed. Returns whether anything was missing.
+    /// Creates removed directories again, and locks them. Returns `true` if any was missing.
     pub fn restore(&mut self) -> Result<bool, PinError> {
         let whole = holds(&self.lock, self.dir.root())
             && self.ready.as_ref().is_none_or(|ready| holds(ready, &self.dir.maps()))
@@ -135,13 +135,13 @@ impl Claim {
         Ok(true)
     }
 
-    /// Removes the directory with the agent's pins in it.
+    /// Removes the agent's pins, and the directory if no other entries are left.
     pub fn remove(self) -> Result<(), PinError> {
         self.dir.remove_own().map(drop)
     }
 }
 
-/// Whether a lock is that of the directory that is at `path` now.
+/// Reports whether the lock belongs to the directory that is now at `path`.
 fn holds(lock: &Flock<File>, path: &Path) -> bool {
     lock.metadata().is_ok_and(|metadata| is_at(path, metadata.ino()))
 }
@@ -150,7 +150,7 @@ fn is_at(path: &Path, inode: u64) -> bool {
     fs::metadata(path).is_ok_and(|metadata| metadata.ino() == inode)
 }
 
-/// Whether a process holds the lock of the directory at `path`, if there is one.
+/// Reports whether a process holds the lock of the directory at `path`. Returns `false` if the directory does not exist.
 fn is_locked(path: &Path) -> Result<bool, PinError> {
     let directory = match File::open(path) {
         Ok(directory) => directory,
@@ -160,7 +160,8 @@ fn is_locked(path: &Path) -> Result<bool, PinError> {
     Ok(Flock::lock(directory, FlockArg::LockSharedNonblock).is_err())
 }
 
-/// The process that holds a flock(2) on an inode, from /proc/locks: `1: FLOCK ADVISORY WRITE PID MAJ:MIN:INODE 0 EOF`.
+/// Returns the pid of the process that holds a flock(2) on an inode, from /proc/locks. The format of a line is
+/// `1: FLOCK ADVISORY WRITE PID MAJ:MIN:INODE 0 EOF`.
 fn holder_of(inode: u64) -> Option<i32> {
     let locks = fs::read_to_string("/proc/locks").ok()?;
     locks.lines().find_map(|line| {

@@ -1,4 +1,4 @@
-//! Direct-action filters on the clsact qdisc, which every kernel since 4.5 has, or on an ingress qdisc that is there.
+//! Direct-action filters on the clsact qdisc (Linux 4.5), or on an existing ingress qdisc.
 
 use std::{
     io,
@@ -20,19 +20,19 @@ use crate::{
     reconcile::{Attachment, Order},
 };
 
-/// Handles of the agent's filters ("imds" and "imdt" in ASCII). One is in use; the other one is for the new filter while a
-/// filter moves. Other programs use small numbers.
+/// Handles of the agent's filters ("imds" and "imdt" in ASCII). A filter uses one of them; the new filter uses the other one
+/// while a filter moves. Other programs use small numbers.
 const HANDLES: [TcHandle; 2] =
     [TcHandle { major: 0x696d, minor: 0x6473 }, TcHandle { major: 0x696d, minor: 0x6474 }];
 const INGRESS: TcHandle = TcHandle { major: u16::MAX, minor: TcHandle::MIN_INGRESS };
 const EGRESS: TcHandle = TcHandle { major: u16::MAX, minor: TcHandle::MIN_EGRESS };
 /// Handle of the clsact or ingress qdisc, ffff:0.
 const CLSACT_HANDLE: TcHandle = TcHandle { major: u16::MAX, minor: 0 };
-/// Filters see packets of every protocol, VLAN-tagged ones too.
+/// Protocol of the filters: all packets, including VLAN-tagged ones.
 const ETH_P_ALL: u16 = 0x0003_u16.to_be();
 const FIRST_PRIORITY: u16 = 1;
 
-/// A filter of chain 0, where all classification starts.
+/// Filter of chain 0, where all classification starts.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Filter {
     pub(crate) priority: u16,
@@ -49,16 +49,16 @@ impl Filter {
         HANDLES.contains(&self.handle) && self.name.as_ref().is_some_and(|name| name.starts_with(PREFIX))
     }
 
-    /// Reports whether a BPF filter can share the priority of this filter: all filters of one priority have one kind and
+    /// Reports whether a BPF filter can have the priority of this filter. All filters of one priority have the same kind and
     /// protocol.
     pub(crate) fn takes_company(&self) -> bool {
         self.kind == TcFilterBpf::KIND && self.protocol == ETH_P_ALL
     }
 
-    /// Reads a `RTM_NEWTFILTER` message. Returns `None` if it describes no filter of chain 0.
+    /// Parses an `RTM_NEWTFILTER` message. Returns `None` if it does not describe a filter of chain 0.
     #[must_use]
     pub fn from_message(message: TcMessage) -> Option<Self> {
-        // The dump begins with an entry for each priority as such, with handle 0.
+        // The dump contains an entry with handle 0 for each priority.
         if message.header.handle == TcHandle::UNSPEC {
             return None;
         }
@@ -105,7 +105,7 @@ pub async fn attachment(
         backend: AttachMode::Clsact,
         current: ours.program == Some(program),
         pinned: true,
-        // TCX comes before all filters (tcx_run in net/core/dev.c); a kernel without it answers with an error.
+        // TCX programs run before all filters (tcx_run in net/core/dev.c). Kernels without TCX return an error.
         place: match bpf::tcx_entries(spot.ifindex, spot.direction()) {
             Ok(entries) if !entries.is_empty() => Order::Blocked,
             Ok(_) | Err(_) => place(&filters, ours),
@@ -113,7 +113,7 @@ pub async fn attachment(
     }))
 }
 
-/// Returns the order of `ours` among `filters`, which are in the order in which they run.
+/// Returns the order of `ours` among `filters`, which are sorted by the order in which they run.
 fn place(filters: &[Filter], ours: &Filter) -> Order {
     if filters.first().is_some_and(Filter::is_ours) {
         return Order::First;
@@ -123,7 +123,7 @@ fn place(filters: &[Filter], ours: &Filter) -> Order {
     if can_be_first || best < ours.priority { Order::NotFirst } else { Order::Blocked }
 }
 
-/// The lowest priority at which a BPF filter can be.
+/// Returns the lowest priority that a BPF filter can have.
 fn best_priority(filters: &[Filter]) -> u16 {
     let is_free = |priority: &u16| {
         foreign(filters).filter(|filter| filter.priority == *priority).all(Filter::takes_company)
@@ -135,11 +135,12 @@ fn foreign(filters: &[Filter]) -> impl Iterator<Item = &Filter> {
     filters.iter().filter(|filter| !filter.is_ours())
 }
 
-/// Lists the filters of a hook in the order in which they run; none if the interface has no such qdisc.
+/// Lists the filters of a hook in the order in which they run. Returns an empty list if the interface has no clsact or ingress
+/// qdisc.
 pub(crate) async fn filters(netlink: &Netlink, spot: AttachPoint) -> Result<Vec<Filter>, NetlinkError> {
     let filters = filters_below(netlink, spot.ifindex, parent(spot.edge)).await?;
-    // An `ingress` qdisc lists the filters of its one hook below whatever class it is asked for (`ingress_tcf_block`); clsact
-    // has none below class 0 (`clsact_tcf_block`).
+    // An `ingress` qdisc lists its ingress filters for every class (`ingress_tcf_block`), clsact lists none for class 0
+    // (`clsact_tcf_block`).
     if spot.edge == TcHook::NodeEgress
         && !filters.is_empty()
         && !filters_below(netlink, spot.ifindex, CLSACT_HANDLE).await?.is_empty()
@@ -158,7 +159,7 @@ async fn filters_below(
     Ok(messages.into_iter().filter_map(Filter::from_message).collect())
 }
 
-/// Lists the filters of all chains; none if the interface has no such qdisc.
+/// Lists the filters of all chains. Returns an empty list if the interface has no clsact or ingress qdisc.
 async fn dump_filters(
     netlink: &Netlink,
     ifindex: u32,
@@ -166,7 +167,7 @@ async fn dump_filters(
 ) -> Result<Vec<TcMessage>, NetlinkError> {
     let request = RouteNetlinkMessage::GetTrafficFilter(message(ifindex, parent));
     let answers = match netlink.dump(format!("listing filters of interface {ifindex}"), request).await {
-        // No such qdisc (EINVAL), or the interface is gone.
+        // The interface has no such qdisc (EINVAL), or was deleted.
         Err(error) if matches!(error.errno(), Some(libc::EINVAL | libc::ENODEV | libc::ENOENT)) => {
             return Ok(Vec::new());
         }
@@ -179,7 +180,7 @@ async fn dump_filters(
     Ok(filters.collect())
 }
 
-/// Reports whether the interface has a filter of an agent at any hook.
+/// Reports whether the interface has a filter of the agent at any hook.
 pub(super) async fn has_ours(netlink: &Netlink, ifindex: u32) -> Result<bool, NetlinkError> {
     for edge in TcHook::ALL {
         if filters(netlink, AttachPoint { ifindex, edge }).await?.iter().any(Filter::is_ours) {
@@ -189,8 +190,8 @@ pub(super) async fn has_ours(netlink: &Netlink, ifindex: u32) -> Result<bool, Ne
     Ok(false)
 }
 
-/// Adds the clsact qdisc if the interface has neither that nor an ingress qdisc: the two share one slot. Returns whether
-/// it was added.
+/// Adds the clsact qdisc if the interface has neither a clsact nor an ingress qdisc, which share one slot. Returns `true` if it
+/// was added.
 pub async fn ensure_qdisc(netlink: &Netlink, ifindex: u32) -> Result<bool, NetlinkError> {
     let call = format!("adding a clsact qdisc to interface {ifindex}");
     let request = RouteNetlinkMessage::NewQueueDiscipline(qdisc(ifindex));
@@ -201,7 +202,7 @@ pub async fn ensure_qdisc(netlink: &Netlink, ifindex: u32) -> Result<bool, Netli
     }
 }
 
-/// Removes the clsact qdisc unless it has a filter, in whatever chain. The kernel refuses if the qdisc is of another kind.
+/// Removes the clsact qdisc unless it has a filter in any chain. The kernel rejects the request for a qdisc of another kind.
 pub async fn remove_unused_qdisc(netlink: &Netlink, ifindex: u32) -> Result<(), NetlinkError> {
     for edge in TcHook::ALL {
         if !dump_filters(netlink, ifindex, parent(edge)).await?.is_empty() {
@@ -227,10 +228,10 @@ pub async fn attach_first(
     let used: Vec<_> = filters.iter().filter(|filter| filter.is_ours()).collect();
     let is_free = |handle: &TcHandle| used.iter().all(|filter| filter.handle != *handle);
     let Some(handle) = HANDLES.into_iter().find(is_free) else {
-        // Left by an agent that was killed between the two steps below; the next round finds one free.
+        // An agent was killed between the two steps below and left both. The next reconciliation finds a free handle.
         return detach(netlink, spot, used.last().copied()).await;
     };
-    // A new BPF filter goes before the others of its priority (cls_bpf_change: list_add_rcu).
+    // The kernel inserts a new BPF filter before the others of its priority (cls_bpf_change: list_add_rcu).
     write(netlink, spot, priority, handle, program, name, NLM_F_CREATE | NLM_F_EXCL).await?;
     detach(netlink, spot, used).await
 }
@@ -251,7 +252,7 @@ pub async fn replace(
     detach(netlink, spot, ours).await
 }
 
-/// Removes all filters of the agent from a hook. Returns whether there was one.
+/// Removes all filters of the agent from a hook. Returns `true` if the hook had any.
 pub async fn detach_all(netlink: &Netlink, spot: AttachPoint) -> Result<bool, NetlinkError> {
     let filters = filters(netlink, spot).await?;
     let ours: Vec<_> = filters.iter().filter(|filter| filter.is_ours()).collect();

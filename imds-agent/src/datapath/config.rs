@@ -1,5 +1,5 @@
-//! The configuration in force as text, and what became of the last one that was tried: in a pinned map, so that it can be
-//! asked for without the agent.
+//! Record of the effective configuration and of the last rejected one. The record is in a pinned map, so that commands can
+//! read it while no agent runs.
 
 use std::path::{Path, PathBuf};
 
@@ -10,40 +10,40 @@ use jiff::Timestamp;
 use super::{DatapathError, object::Maps};
 use crate::endpoints;
 
-/// How often to read until two readings agree: the kernel copies a value while another copies it in.
+/// Largest number of reads until two consecutive ones are equal. A read during an update returns a mix of both values.
 const READINGS: usize = 20;
 
-/// What is recorded of the configuration.
+/// Effective configuration, as recorded in the map.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Record {
-    /// Number of the configuration, one more with each that comes into force.
+    /// Generation of the configuration: increases by one with each change.
     pub generation: u64,
-    /// The file it is from, if it is from one.
+    /// Path of the configuration file; `None` if there is no file.
     pub path: Option<PathBuf>,
-    /// When it came into force.
+    /// Time since which the configuration is effective.
     pub loaded_at: Timestamp,
-    /// The one that was refused last, if that was later.
+    /// Last configuration that was rejected after this one was loaded.
     pub refusal: Option<Refusal>,
-    /// The configuration as TOML, every default included.
+    /// The configuration as TOML, including all defaults.
     pub text: String,
 }
 
-/// A configuration that was refused.
+/// Configuration that was rejected.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Refusal {
-    /// When.
+    /// Time of the rejection.
     pub at: Timestamp,
-    /// Why, perhaps cut.
+    /// Error message, truncated to the size of the record.
     pub error: String,
 }
 
-/// What is recorded; `None` before the first configuration was.
+/// Reads the record. Returns `None` before the first configuration was recorded.
 pub fn read(maps: &Maps) -> Result<Option<Record>, MapError> {
     Ok(Record::of(&read_whole(&maps.config)?))
 }
 
 impl Record {
-    /// Reads the map's form; `None` of one that was never written.
+    /// Converts the value of the map. Returns `None` for a value that was never written.
     #[must_use]
     pub fn of(record: &ConfigRecord) -> Option<Self> {
         if record.generation == 0 {
@@ -62,7 +62,7 @@ impl Record {
     }
 }
 
-/// Records a configuration that is in force from now on. Returns its number.
+/// Records a new effective configuration. Returns its generation.
 pub(super) fn put(maps: &mut Maps, path: Option<&Path>, text: &str) -> Result<u64, DatapathError> {
     let before = read_whole(&maps.config).map_err(failed)?;
     let generation = before.generation.saturating_add(1);
@@ -79,7 +79,7 @@ pub(super) fn put(maps: &mut Maps, path: Option<&Path>, text: &str) -> Result<u6
     Ok(generation)
 }
 
-/// Records that a configuration was refused, so that the one before is still in force.
+/// Records that a configuration was rejected. The previous one stays effective.
 pub(super) fn put_refusal(maps: &mut Maps, error: &str) -> Result<(), DatapathError> {
     let before = read_whole(&maps.config).map_err(failed)?;
     let record = ConfigRecord { failed_at: now(), error: padded(error), ..before };
@@ -106,7 +106,7 @@ fn now() -> u64 {
     nanoseconds(Timestamp::now())
 }
 
-/// Since the epoch.
+/// Returns the nanoseconds since the epoch.
 pub(crate) fn nanoseconds(time: Timestamp) -> u64 {
     time.as_nanosecond().try_into().unwrap_or_default()
 }
@@ -115,13 +115,13 @@ pub(crate) fn timestamp(nanoseconds: u64) -> Timestamp {
     Timestamp::from_nanosecond(nanoseconds.into()).unwrap_or_default()
 }
 
-/// As much of `text` as there is room for in whole characters, then zeros.
+/// Returns `text` padded with zeros, or truncated at a character boundary.
 pub(crate) fn padded<const LEN: usize>(text: &str) -> [u8; LEN] {
     let (whole, _) = text.split_at(text.floor_char_boundary(LEN));
     padded_bytes(whole.as_bytes())
 }
 
-/// As many of these bytes as there is room for, then zeros.
+/// Returns `bytes` padded with zeros, or truncated.
 pub(crate) fn padded_bytes<const LEN: usize>(bytes: &[u8]) -> [u8; LEN] {
     let mut padded = [0; LEN];
     for (to, from) in padded.iter_mut().zip(bytes) {

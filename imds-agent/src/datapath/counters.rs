@@ -1,4 +1,4 @@
-//! Packets and bytes by interface and verdict, summed over the CPUs.
+//! Counters of packets and bytes by interface, hook and verdict, summed over the CPUs.
 
 use std::{collections::BTreeMap, ops::AddAssign};
 
@@ -18,15 +18,15 @@ use super::{
     object::{self, Maps},
 };
 
-/// `BPF_NOEXIST`: make an entry, but leave one that is there.
+/// Flag `BPF_NOEXIST`: creates an entry, and fails if it exists.
 const NOEXIST: u64 = 1;
 
-/// Packets and bytes.
+/// Number of packets and bytes with one verdict.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize)]
 pub struct Count {
-    /// Packets; a GSO super-packet is one.
+    /// Number of packets or calls; a GSO packet counts once.
     pub packets: u64,
-    /// Bytes, link-layer header included.
+    /// Number of bytes, including the link-layer header.
     pub bytes: u64,
 }
 
@@ -37,14 +37,14 @@ impl AddAssign for Count {
     }
 }
 
-/// The counts of one interface.
+/// Counts of one interface and hook by verdict.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize)]
 pub struct Counts {
-    /// Dropped.
+    /// Denied because the mode is enforce.
     pub denied: Count,
     /// Passed because the mode is audit.
     pub audited: Count,
-    /// Passed because the mode is off or the service is kept.
+    /// Passed because the mode is off or the port is allowed.
     pub allowed: Count,
     /// Passed because the sender is exempt.
     pub exempt: Count,
@@ -65,7 +65,7 @@ impl Counts {
 }
 
 impl Counts {
-    /// Each of them with its name.
+    /// Returns each count with the name of its verdict.
     #[must_use]
     pub fn named(self) -> [(&'static str, Count); 4] {
         let Self { denied, audited, allowed, exempt } = self;
@@ -82,7 +82,7 @@ impl AddAssign for Counts {
     }
 }
 
-/// All counts by interface index and number of the hook; those of interfaces that are gone, and those of sockets, at
+/// Reads all counts by interface index and number of the hook. Counts of deleted interfaces and of cgroup hooks have the index
 /// [`CounterKey::DEPARTED`].
 pub fn read(maps: &Maps) -> Result<BTreeMap<(u32, u8), Counts>, MapError> {
     let mut counts: BTreeMap<(u32, u8), Counts> = BTreeMap::new();
@@ -96,7 +96,7 @@ pub fn read(maps: &Maps) -> Result<BTreeMap<(u32, u8), Counts>, MapError> {
     Ok(counts)
 }
 
-/// Makes an interface's entries, so that the programs need not. Where that fails they do it with the first packet.
+/// Creates the counters of an interface. If that fails, the programs create them for the first packet.
 pub(super) fn prepare(maps: &mut Maps, ifindex: u32, hook: Hook) {
     for verdict in Verdict::COUNTED {
         let zero = on_first_cpu(Counter::default());
@@ -104,20 +104,20 @@ pub(super) fn prepare(maps: &mut Maps, ifindex: u32, hook: Hook) {
         if let Some(zero) = zero
             && let Err(error) = maps.counters.insert(key, zero, NOEXIST)
         {
-            log::debug!("counter of interface {ifindex}: {error}");
+            log::debug!("failed to create a counter of interface {ifindex}: {error}");
         }
     }
 }
 
-/// Packets and calls of which nothing was told so far: their number comes with the next one of the same sender, if there is
-/// one.
+/// Returns the number of rate-limited events that no emitted event accounts for yet. The next event of the same source
+/// includes them.
 pub fn untold(maps: &Maps) -> Result<u64, MapError> {
     let mut untold = 0_u64;
     let of_interfaces = object::present(maps.counters.iter());
     for entry in of_interfaces {
         untold = untold.saturating_add(sum(&entry?.1).window.untold);
     }
-    // Senders come and go while it is gone through, and each that goes can make it begin anew.
+    // The programs add and evict sources concurrently, and an evicted key restarts the iteration: the limit ends it.
     for entry in object::present(maps.sources.iter()).take(2 * SOURCES) {
         for window in entry?.1.iter() {
             untold = untold.saturating_add(window.untold);
@@ -126,7 +126,7 @@ pub fn untold(maps: &Maps) -> Result<u64, MapError> {
     Ok(untold)
 }
 
-/// Adds an interface's counts to those of the departed, and removes its entries.
+/// Adds the counts of an interface to those of deleted interfaces, and removes its counters.
 pub(super) fn fold(maps: &mut Maps, ifindex: u32) -> Result<(), DatapathError> {
     let failed = |source| DatapathError::Map { map: MAP_COUNTERS, source };
     let keys = [Hook::FromPod, Hook::NodeEgress]
@@ -149,7 +149,7 @@ pub(super) fn fold(maps: &mut Maps, ifindex: u32) -> Result<(), DatapathError> {
     Ok(())
 }
 
-/// What all CPUs have counted, and not told.
+/// Returns the sum over all CPUs, including the number of pending events.
 fn sum(values: &PerCpuValues<Counter>) -> Counter {
     values.iter().fold(Counter::default(), added)
 }
@@ -162,7 +162,7 @@ fn added(sum: Counter, other: &Counter) -> Counter {
     }
 }
 
-/// A value for the map that has all of `counter` on one CPU.
+/// Returns a per-CPU value with `counter` on the first CPU and zeros on the others.
 fn on_first_cpu(counter: Counter) -> Option<PerCpuValues<Counter>> {
     let mut values = vec![Counter::default(); nr_cpus().ok()?];
     *values.first_mut()? = counter;

@@ -1,4 +1,4 @@
-//! Who was denied what, how often and since when, in a pinned map.
+//! Counts of denials per sender and endpoint, in a pinned map.
 
 use std::{
     cmp::Reverse,
@@ -16,24 +16,24 @@ use super::{
     pins::PinDir,
 };
 
-/// All denials.
+/// Map of the denial records of all senders.
 #[derive(Debug)]
 pub struct Denials(HashMap<MapData, DenialKey, DenialRecord>);
 
 impl Denials {
-    /// Those that are pinned.
+    /// Opens the pinned map of denials.
     pub fn open(pins: &PinDir) -> Result<Self, ObjectError> {
         let failed = |source| ObjectError::Map { name: MAP_DENIALS, source };
         let map = MapData::from_pin(pins.map(MAP_DENIALS)).map_err(failed)?;
         Map::HashMap(map).try_into().map(Self).map_err(failed)
     }
 
-    /// Each of them, one at a time: all together are large.
+    /// Iterates over all records. Reads one record at a time, because all records together need much memory.
     pub fn iter(&self) -> impl Iterator<Item = Result<(DenialKey, DenialRecord), MapError>> {
         object::present(self.0.iter())
     }
 
-    /// That of one sender.
+    /// Returns the record of one sender, endpoint, hook and verdict.
     pub fn get(&self, key: &DenialKey) -> Result<Option<DenialRecord>, MapError> {
         match self.0.get(key, 0) {
             Ok(record) => Ok(Some(record)),
@@ -42,7 +42,7 @@ impl Denials {
         }
     }
 
-    /// Writes the record of one sender. A full map loses older records, first those of owners that have many.
+    /// Writes the record of one sender. If the map is full, evicts old records, first those of owners with many records.
     pub fn put(&mut self, key: &DenialKey, record: &DenialRecord) -> Result<(), MapError> {
         match self.0.insert(key, record, 0) {
             Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::E2BIG) => {
@@ -53,7 +53,7 @@ impl Denials {
         }
     }
 
-    /// Removes an eighth of the records: the choice takes a look at all of them.
+    /// Evicts an eighth of the records at once, because the choice reads all of them.
     fn make_room(&mut self) -> Result<(), MapError> {
         let entry = |entry: Result<(DenialKey, DenialRecord), _>| {
             entry.map(|(key, record)| (owner(&record), record.last, key))
@@ -62,7 +62,7 @@ impl Denials {
         evicted(all, DENIALS / 8).iter().try_for_each(|key| self.remove(key))
     }
 
-    /// Forgets all.
+    /// Removes all records from the map.
     pub fn clear(&mut self) -> Result<(), MapError> {
         let keys: Vec<_> = object::present(self.0.keys()).collect::<Result<_, _>>()?;
         keys.iter().try_for_each(|key| self.remove(key))
@@ -76,8 +76,8 @@ impl Denials {
     }
 }
 
-/// Returns a number for the owner of a sender, used to share the map fairly: the namespace of a pod, otherwise the
-/// cgroup or the interface.
+/// Returns a hash of the owner of a sender, by which the map is shared fairly: the namespace of a pod, otherwise the cgroup
+/// or the interface.
 fn owner(record: &DenialRecord) -> u64 {
     let mut hasher = DefaultHasher::new();
     match record.namespace[0] {
@@ -87,10 +87,10 @@ fn owner(record: &DenialRecord) -> u64 {
     hasher.finish()
 }
 
-/// Chooses `count` records to remove among `(owner, time of the last denial, key)`.
+/// Chooses `count` records to evict among `(owner, time of the last denial, key)`.
 ///
-/// Owners with many records lose the oldest of these first, so that a flood under ever new names evicts itself only. Between
-/// owners with equally many, the oldest go.
+/// Owners with the most records lose their oldest ones first, so that a flood of new pod names evicts only its own records.
+/// Among owners with equally many records, the oldest records are evicted.
 fn evicted<K: Copy + Ord>(mut all: Vec<(u64, u64, K)>, count: usize) -> Vec<K> {
     all.sort_unstable_by_key(|&(owner, last, key)| (owner, Reverse(last), key));
     let mut ranked = Vec::with_capacity(all.len());

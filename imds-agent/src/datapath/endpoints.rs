@@ -1,4 +1,4 @@
-//! The endpoints in the maps: written such that nothing that is guarded is ever let through.
+//! Reads and writes the protected endpoints in the maps. Updates are ordered so that no request to them passes in between.
 
 use std::collections::BTreeMap;
 
@@ -15,32 +15,32 @@ use super::{
 };
 use crate::endpoints::{Guarded, padded, unpadded};
 
-/// What is guarded, by address.
+/// Reads the protected endpoints by address.
 pub fn read(maps: &Maps) -> Result<BTreeMap<Address, Endpoint>, MapError> {
     object::present(maps.endpoints.iter()).collect()
 }
 
-/// The provider as it was configured, and the one whose preset is in force.
+/// Reads the configured provider, and the provider of the effective preset.
 pub fn provider(maps: &Maps) -> Result<(String, String), MapError> {
     let ProviderRecord { configured, in_force } = maps.provider.get(&0, 0)?;
     Ok((unpadded(&configured), unpadded(&in_force)))
 }
 
-/// The filter in force.
+/// Reads the effective filter.
 pub(super) fn filter(maps: &Maps) -> Result<Filter, DatapathError> {
     maps.filter.get(&0, 0).map_err(|source| DatapathError::Map { map: MAP_FILTER, source })
 }
 
-/// Puts another filter in force.
+/// Replaces the effective filter.
 pub(super) fn set_filter(maps: &mut Maps, filter: &Filter) -> Result<(), DatapathError> {
     maps.filter.set(0, *filter, 0).map_err(|source| DatapathError::Map { map: MAP_FILTER, source })
 }
 
-/// What the filter has to be while programs are loaded: what is in force, and it matches all that will be guarded, too.
+/// Returns the filter to load the programs with: the effective one, with the address bits of the new endpoints added.
 pub(super) fn filter_while_loading(pins: &PinDir, guarded: &Guarded) -> Filter {
     let entries: BTreeMap<_, _> = guarded.entries().collect();
     let wanted = Filter::of(by_address(&entries));
-    // Without maps, or with unreadable ones, no program is attached that goes by them.
+    // If the maps do not exist or are unreadable, no attached program uses them.
     match Maps::open(pins).ok().and_then(|maps| filter(&maps).ok()) {
         Some(mut in_force) => {
             in_force.add_slots_of(&wanted);
@@ -54,7 +54,7 @@ fn by_address(entries: &BTreeMap<Address, Endpoint>) -> impl Iterator<Item = (Ad
     entries.iter().map(|(address, endpoint)| (*address, endpoint))
 }
 
-/// Makes `guarded` what is guarded, all of it at one moment.
+/// Replaces the protected endpoints by `guarded`. The programs see the change of all endpoints at once.
 pub fn write(maps: &mut Maps, guarded: &Guarded) -> Result<(), DatapathError> {
     let wanted: BTreeMap<_, _> = guarded.entries().collect();
     write_filter(maps, &wanted)?;
@@ -64,7 +64,7 @@ pub fn write(maps: &mut Maps, guarded: &Guarded) -> Result<(), DatapathError> {
     maps.provider.set(0, record, 0).map_err(|source| DatapathError::Map { map: MAP_PROVIDER, source })
 }
 
-/// The table that is not in force is written first, and is then what is.
+/// Writes the unused table of the filter, then makes it the effective one.
 fn write_filter(maps: &mut Maps, wanted: &BTreeMap<Address, Endpoint>) -> Result<(), DatapathError> {
     let before = filter(maps)?;
     let mut after = before;
@@ -77,12 +77,12 @@ fn write_filter(maps: &mut Maps, wanted: &BTreeMap<Address, Endpoint>) -> Result
     set_filter(maps, &staged)?;
     staged.current = after.current;
     set_filter(maps, &staged)?;
-    // The next change is written where some of them may still read.
+    // The next change overwrites the previous table, which running programs may still read.
     bpf::wait_for_programs();
     set_filter(maps, &after)
 }
 
-/// For people, and by address for `bpftool`.
+/// Writes the map of endpoint records, which `status` and `bpftool` read.
 fn write_records(maps: &mut Maps, wanted: &BTreeMap<Address, Endpoint>) -> Result<(), DatapathError> {
     let failed = |source| DatapathError::Map { map: MAP_ENDPOINTS, source };
     let before = read(maps).map_err(failed)?;

@@ -1,4 +1,4 @@
-//! Who is exempt, in the maps: written in an order in which nobody is exempt for a moment who should not be.
+//! Reads and writes the exemptions in the maps. Updates are ordered so that no other sender is exempt in between.
 
 use std::collections::BTreeSet;
 
@@ -21,12 +21,12 @@ pub fn read(maps: &Maps) -> Result<Grants, MapError> {
     Ok(Grants { entries, sources })
 }
 
-/// Cache of the maps' content: a map is slow to read, and each link event needs the content.
+/// Cache of the content of the maps, because reading a map is slow and each link event needs the content.
 #[derive(Debug, Default)]
 pub(super) struct Known(Option<Grants>);
 
 impl Known {
-    /// Discards the content: another process may have written the maps.
+    /// Discards the cache, because another process may have written the maps.
     pub(super) fn forget(&mut self) {
         self.0 = None;
     }
@@ -43,7 +43,7 @@ impl Known {
 pub(super) fn write(maps: &mut Maps, known: &mut Known, desired: &Grants) -> Result<usize, DatapathError> {
     let known = known.get(maps)?;
     if known == desired {
-        // The common case: most link events change no exemption.
+        // Fast path: most link events change no exemption.
         return Ok(0);
     }
     let obsolete: Vec<_> =
@@ -52,7 +52,7 @@ pub(super) fn write(maps: &mut Maps, known: &mut Known, desired: &Grants) -> Res
     for exemption in obsolete {
         remove(maps, known, &exemption)?;
     }
-    // A full map keeps no grant from the map that has room.
+    // If the map of source addresses is full, still writes grants to the map that has room.
     let failed_sources = write_sources(maps, known, &desired.sources, &mut writes).err();
     let mut failed = failed_sources.map(|source| DatapathError::Map { map: MAP_EXEMPT_SOURCES, source });
     for (exemption, grant) in &desired.entries {
@@ -66,7 +66,7 @@ pub(super) fn write(maps: &mut Maps, known: &mut Known, desired: &Grants) -> Res
             }
         }
     }
-    // Subjects that stay exempt are in the bitmap at every moment.
+    // One write replaces the bitmap, so that subjects that stay exempt are always in it.
     let in_force = endpoints::filter(maps)?;
     let mut filter = in_force;
     filter.set_subjects(desired.entries.keys().map(|exemption| exemption.subject));
@@ -77,8 +77,7 @@ pub(super) fn write(maps: &mut Maps, known: &mut Known, desired: &Grants) -> Res
     failed.map_or(Ok(writes), Err)
 }
 
-/// Writes the source addresses of exempt subjects. Obsolete ones are removed first, and one that fails keeps no other from
-/// being written.
+/// Writes the source addresses of exempt subjects. Removes obsolete ones first. Continues after a failed insertion.
 fn write_sources(
     maps: &mut Maps,
     known: &mut Grants,

@@ -1,4 +1,4 @@
-//! What is in force, and how it changes while it is.
+//! Changes of the effective policy: mode, hooks and endpoints.
 
 use std::path::Path;
 
@@ -12,13 +12,13 @@ use super::{Datapath, DatapathError, Plan, config, endpoints, home, object::Maps
 use crate::{config::Hooks, endpoints::Guarded};
 
 impl Datapath {
-    /// The hooks that are attached.
+    /// Returns the hooks that should be attached.
     #[must_use]
     pub fn hooks(&self) -> Hooks {
         self.hooks
     }
 
-    /// Loads what the hooks of `plan` need, and attaches them with everything else from now on. The other hooks stay until
+    /// Loads the programs of the hooks of `plan`, and adds them to the desired hooks. Hooks that `plan` does not have stay until
     /// [`Datapath::release`].
     pub fn prepare(&mut self, plan: &Plan) -> Result<(), DatapathError> {
         self.hooks = self.hooks.and(plan.hooks);
@@ -27,18 +27,18 @@ impl Datapath {
         self.cgroups.prepare(self.claim.dir(), plan)
     }
 
-    /// Puts mode, answer and endpoints in force. What was denied and will be is denied at every moment between.
+    /// Applies mode, deny action and endpoints. Requests that both the old and the new policy deny stay denied throughout.
     pub fn enforce(&mut self, plan: &Plan, guarded: &Guarded) -> Result<(), DatapathError> {
         write(&mut self.maps, plan, guarded)
     }
 
-    /// Reports whether nothing is attached beyond what `plan` needs.
+    /// Reports whether the desired hooks and cgroup programs are exactly those of `plan`.
     #[must_use]
     pub fn matches(&self, plan: &Plan) -> bool {
         self.hooks == plan.hooks && self.cgroups.matches(plan)
     }
 
-    /// Lets go of hooks that `plan` has not: from now on they are to be detached.
+    /// Removes the hooks that `plan` does not have from the desired hooks. The next reconciliation detaches them.
     pub fn release(&mut self, plan: &Plan) -> Result<(), DatapathError> {
         self.hooks = plan.hooks;
         self.cgroups.release(plan);
@@ -46,31 +46,31 @@ impl Datapath {
         Ok(self.programs.pin(self.claim.dir())?)
     }
 
-    /// Whether the configuration that was in force last, which may have been an earlier agent's, is this text.
+    /// Reports whether `text` is the last effective configuration, possibly of an earlier agent.
     pub fn was_in_force(&self, text: &str) -> Result<bool, DatapathError> {
         let record =
             config::read(&self.maps).map_err(|source| DatapathError::Map { map: MAP_CONFIG, source })?;
         Ok(record.is_some_and(|record| record.text == text))
     }
 
-    /// Records a configuration that is in force from now on, for `status` and `config show`. Returns its number.
+    /// Records the effective configuration for `status` and `config show`. Returns its generation.
     pub fn record_config(&mut self, path: Option<&Path>, text: &str) -> Result<u64, DatapathError> {
         config::put(&mut self.maps, path, text)
     }
 
-    /// Records why a configuration is not in force.
+    /// Records the error of a rejected configuration.
     pub fn record_refusal(&mut self, error: &str) -> Result<(), DatapathError> {
         config::put_refusal(&mut self.maps, error)
     }
 }
 
-/// Switches the pinned policy off, so that all hooks let everything pass at once. Returns false if the maps are not this
-/// version's, or there are none.
+/// Sets the mode of the pinned policy to off, so that all hooks let all packets pass. Returns `false` if there are no maps, or
+/// maps of another version.
 pub(super) fn switch_off(pins: &PinDir) -> Result<bool, DatapathError> {
     let mut maps = match Maps::open(pins) {
         Ok(maps) => maps,
         Err(error) => {
-            log::debug!("the policy is not switched off: {error}");
+            log::debug!("failed to open the maps, the policy stays on: {error}");
             return Ok(false);
         }
     };
@@ -80,8 +80,11 @@ pub(super) fn switch_off(pins: &PinDir) -> Result<bool, DatapathError> {
     Ok(true)
 }
 
-/// Writes what is in force. What was denied and will be is so at every moment between, and nothing is denied that neither
-/// was nor will be: an endpoint that is new must not meet the old mode where only that denies, nor one that goes the new.
+/// Writes policy and endpoints. Requests that both the old and the new policy deny stay denied throughout, and no request is
+/// denied that neither of them denies.
+///
+/// The order follows from the new mode. If it denies, the endpoints come first, so that it never applies to removed
+/// endpoints. Otherwise the mode comes first, so that the old mode never applies to new endpoints.
 pub(super) fn write(maps: &mut Maps, plan: &Plan, guarded: &Guarded) -> Result<(), DatapathError> {
     if plan.mode == Mode::Enforce {
         endpoints::write(maps, guarded)?;

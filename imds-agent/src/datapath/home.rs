@@ -1,5 +1,5 @@
-//! Which network namespace the pins belong to. A bpffs is shared where a network namespace is not, so that an agent,
-//! `status` or `unload` can meet the pins of another node's: a container's, or the host's.
+//! Network namespace that owns the pins. Several network namespaces can share a bpffs, so the agent, `status` or `unload` may
+//! find pins of an agent in another namespace, such as a container's or the host's.
 
 use crate::node::netns;
 use imds_ebpf_common::{Policy, maps::LAYOUT};
@@ -12,20 +12,20 @@ use super::{
     records,
 };
 
-/// Inode number of the network namespace in which this runs.
+/// Returns the inode number of the network namespace of this process.
 pub(super) fn this_netns() -> Result<u32, DatapathError> {
     let path = "/proc/thread-self/ns/net".as_ref();
     Ok(netns::this_inode().map_err(pins::io_error("inspect", path))?)
 }
 
-/// The other namespace to which the pinned maps belong; `None` where they are this one's or can't be read.
+/// Returns the network namespace that owns the pinned maps, or `None` if it is this one or the maps are unreadable.
 pub(super) fn other_netns(pins: &PinDir) -> Result<Option<u32>, DatapathError> {
     let Ok(maps) = Maps::open(pins) else { return Ok(None) };
     let Ok(Policy { layout: LAYOUT, netns, .. }) = maps.policy.get(&0, 0) else { return Ok(None) };
     Ok((netns != this_netns()?).then_some(netns))
 }
 
-/// Fails where the pins are in use in another namespace. Those of a namespace that is gone are free to take.
+/// Fails if an interface of another network namespace uses the pins. Pins of a deleted namespace can be taken over.
 pub(super) fn ensure_free(pins: &PinDir) -> Result<(), DatapathError> {
     let Some(netns) = other_netns(pins)? else { return Ok(()) };
     for (_, path) in pins.pinned_links()? {
@@ -35,13 +35,13 @@ pub(super) fn ensure_free(pins: &PinDir) -> Result<(), DatapathError> {
         }
     }
     log::warn!(
-        "{} is left from network namespace {netns}, which is gone or has only filters",
+        "taking over {} from network namespace {netns}, which was deleted or has no attached links",
         pins.root().display()
     );
     Ok(())
 }
 
-/// Fails where the pins belong to another namespace, whatever is in use there.
+/// Fails if the pins belong to another network namespace, even if they are not in use.
 pub fn ensure_ours(pins: &PinDir) -> Result<(), DatapathError> {
     match other_netns(pins)? {
         Some(netns) => Err(DatapathError::Elsewhere { path: pins.root().to_owned(), netns }),
@@ -49,7 +49,8 @@ pub fn ensure_ours(pins: &PinDir) -> Result<(), DatapathError> {
     }
 }
 
-/// Fails where another namespace may have filters, which can't be seen from here. Links can be removed from anywhere.
+/// Fails if another network namespace may have filters of the agent. This process can't remove those; it can detach links in
+/// any namespace.
 pub(super) fn ensure_no_filters_elsewhere(pins: &PinDir) -> Result<(), DatapathError> {
     let Some(netns) = other_netns(pins)? else { return Ok(()) };
     let maps = Maps::open(pins)?;

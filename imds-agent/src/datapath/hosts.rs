@@ -1,4 +1,4 @@
-//! Strict mode: the hooks of the cgroups of Kubernetes pods, as many as there are.
+//! Programs of the `host_network` hook on the cgroups of Kubernetes pods.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,22 +15,22 @@ use super::{
     sockets::{self, HOSTS, ProgramState, Sockets},
 };
 
-/// The cgroups that have their links, by path.
+/// Cgroups with links of the `host_network` hook, by path.
 #[derive(Debug, Default)]
 pub(super) struct Hosts {
     cgroups: BTreeMap<PathBuf, Sockets>,
 }
 
 impl Hosts {
-    /// Guards the cgroups at these paths as they should be, each whatever becomes of the others. What is attached to
-    /// others stays. Returns what was done, for people.
+    /// Reconciles the links on the cgroups at these paths, each even if another one fails. Links on other cgroups stay. Returns
+    /// the changes.
     pub(super) fn restore(
         &mut self,
         pins: &PinDir,
         programs: &Programs,
         wanted: &BTreeSet<PathBuf>,
     ) -> Result<Vec<CgroupChange>, DatapathError> {
-        // By the same path it can be another one now.
+        // Drops cgroups that were removed, also if another cgroup was created at the path.
         self.cgroups.retain(|path, cgroup| wanted.contains(path) && cgroup.is_there());
         let mut done = Vec::new();
         let mut failed = None;
@@ -38,7 +38,7 @@ impl Hosts {
             let is_new = !self.cgroups.contains_key(path);
             let restored = self.restore_one(pins, programs, path);
             match restored {
-                // Removed in the meantime.
+                // The cgroup was removed in the meantime.
                 _ if !path.exists() => drop(self.cgroups.remove(path)),
                 Ok(one) => done.extend(one.into_iter().map(|change| CgroupChange { is_new, ..change })),
                 Err(error) => failed = failed.or(Some(error)),
@@ -50,7 +50,7 @@ impl Hosts {
         }
     }
 
-    /// Programs that are not attached, or not last, in words.
+    /// Describes the programs that are not attached, or not last.
     pub(super) fn failures(&self) -> impl Iterator<Item = &str> {
         self.cgroups.values().flat_map(Sockets::failures)
     }
@@ -67,7 +67,7 @@ impl Hosts {
         self.cgroups.get_mut(path).map_or_else(|| Ok(Vec::new()), |cgroup| cgroup.restore(programs, |_| true))
     }
 
-    /// Detaches and unpins the links of all other cgroups, most of which are gone. Returns what was done, for people.
+    /// Detaches and unpins the links of all other cgroups, most of which were removed. Returns the changes.
     pub(super) fn forget_others(&self, pins: &PinDir) -> Result<Vec<CgroupChange>, DatapathError> {
         let held: BTreeSet<u64> = self.cgroups.values().map(Sockets::id).collect();
         let mut done = Vec::new();
@@ -84,7 +84,7 @@ impl Hosts {
     }
 }
 
-/// Detaches and unpins all links. Returns whether one was attached.
+/// Detaches and unpins all links of the `host_network` hook. Returns `true` if one was attached.
 pub(super) fn detach_all(pins: &PinDir) -> Result<bool, DatapathError> {
     let mut was_attached = false;
     for (_, path) in pinned(pins)? {
@@ -93,13 +93,13 @@ pub(super) fn detach_all(pins: &PinDir) -> Result<bool, DatapathError> {
     Ok(was_attached)
 }
 
-/// Inspects the programs of each cgroup of which links are pinned, by the cgroup's id.
+/// Inspects the programs of each cgroup with pinned links. Returns their states by cgroup id.
 pub fn inspect(pins: &PinDir) -> Result<BTreeMap<u64, Vec<ProgramState>>, PinError> {
     let ids: BTreeSet<u64> = pinned(pins)?.into_iter().map(|(id, _)| id).collect();
     Ok(ids.into_iter().map(|id| (id, sockets::inspect(pins, HOSTS, id))).collect())
 }
 
-/// The pinned links, by the id of the cgroup that each was pinned for.
+/// Returns the pinned links of the `host_network` hook, each with the id of its cgroup.
 fn pinned(pins: &PinDir) -> Result<Vec<(u64, PathBuf)>, PinError> {
     let id_of = |path: &Path| {
         let name = path.file_name()?.to_str()?;

@@ -1,7 +1,7 @@
 //! Loads a BPF object: creates or opens its maps, then loads programs on them one at a time.
 //!
-//! The parser and the relocations are those of `aya-obj`. `aya::EbpfLoader` is not used, because it parses the BTF of the running
-//! kernel in its constructor: that takes 15 MiB of memory, and only programs with CO-RE relocations need it.
+//! Uses the parser and the relocations of `aya-obj`. Does not use `aya::EbpfLoader`, whose constructor parses the BTF of the
+//! running kernel: that takes 15 MiB of memory, and only programs with CO-RE relocations need it.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -22,31 +22,31 @@ use thiserror::Error;
 
 use super::bpf;
 
-/// Sizes in bytes of the buffer for the verifier's log. The next size is tried while the log does not fit.
+/// Sizes in bytes of the buffer for the verifier's log, tried in this order until the log fits.
 const LOG_SIZES: [usize; 3] = [1 << 20, 1 << 23, 1 << 26];
 /// Maximum length of the name of a program (`BPF_OBJ_NAME_LEN` without the zero byte at the end).
 const NAME_LEN: usize = 15;
 
-/// Failure to load a program.
+/// Error of a program that the kernel rejected.
 #[derive(Debug, Error)]
-#[error("{source}{}{log}", if log.is_empty() { "" } else { "; the verifier says:\n" })]
+#[error("{source}{}{log}", if log.is_empty() { "" } else { "; verifier log:\n" })]
 pub struct RejectedProgram {
     source: io::Error,
     log: String,
 }
 
-/// A BPF object whose maps exist, and whose programs can be loaded.
+/// BPF object with created maps and relocated programs.
 #[derive(Debug)]
 pub(super) struct LoadedObject {
     programs: BTreeMap<String, (Program, Function)>,
     btf: Option<OwnedFd>,
-    /// The programs refer to the maps by these descriptors.
+    /// Keeps the file descriptors open that the programs refer to.
     _maps: Vec<MapData>,
 }
 
 impl LoadedObject {
-    /// Parses the object `data`, with these values of global variables, and creates its maps. A map with a path in `pins` is
-    /// opened there, or pinned there if it is new. Variables in a pinned map are overwritten.
+    /// Parses the object `data`, sets these global variables, and creates the maps. A map with a path in `pins` is opened there,
+    /// or created and pinned there. Overwrites the variables in a pinned map.
     pub(super) fn new(
         data: &[u8],
         globals: HashMap<&str, (&[u8], bool)>,
@@ -81,7 +81,7 @@ impl LoadedObject {
         Ok(Self { programs, btf, _maps: maps.into_iter().map(|(.., map)| map).collect() })
     }
 
-    /// Loads a program. Returns `None` if the object has no program of this name and of a type that is supported here.
+    /// Loads a program. Returns `None` if the object has no program with this name, or its type is not supported.
     pub(super) fn load(&self, name: &str) -> Option<Result<OwnedFd, RejectedProgram>> {
         let (program, function) = self.programs.get(name)?;
         let (prog_type, attach_type) = types(&program.section)?;
@@ -130,7 +130,7 @@ impl LoadedObject {
     }
 }
 
-/// Type of the programs in a section, and the attach type that the kernel checks them for.
+/// Returns the type of the programs in a section, and their expected attach type.
 fn types(section: &ProgramSection) -> Option<(bpf_prog_type, Option<bpf_attach_type>)> {
     match *section {
         ProgramSection::SchedClassifier => Some((bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS, None)),
@@ -144,7 +144,7 @@ fn types(section: &ProgramSection) -> Option<(bpf_prog_type, Option<bpf_attach_t
     }
 }
 
-/// Loads the BTF of the object, as far as this kernel takes BTF. Without it `bpftool` shows numbers only.
+/// Loads the BTF of the object, if the kernel supports BTF. Without BTF, `bpftool` shows only raw values.
 fn load_btf(object: &mut Object) -> Result<Option<OwnedFd>, EbpfError> {
     let Some(supported) = features().btf() else { return Ok(None) };
     let Some(btf) = object.fixup_and_sanitize_btf(supported)? else { return Ok(None) };
@@ -170,7 +170,7 @@ fn open_or_create(
     Ok(map)
 }
 
-/// Writes the variables of a section to its map. The kernel then lets no process change constants.
+/// Writes the variables of a section to its map, and freezes the map of constants.
 fn initialize(map: &MapData, definition: &aya_obj::Map) -> Result<(), MapError> {
     let failed = |call| move |io_error| MapError::SyscallError(aya::sys::SyscallError { call, io_error });
     if !definition.data().is_empty() {

@@ -1,4 +1,4 @@
-//! The kernel side of the agent: loads, pins, attaches, replaces and removes programs, maps and links.
+//! Management of BPF objects: loads, pins, attaches, replaces and removes programs, maps and links.
 
 mod attach;
 pub mod bpf;
@@ -72,54 +72,54 @@ use crate::{
 /// Failure of a kernel operation.
 #[derive(Debug, Error)]
 pub enum DatapathError {
-    /// The object, its programs or its maps.
+    /// The BPF object, a program or a map failed.
     #[error(transparent)]
     Object(#[from] ObjectError),
-    /// The pin directory.
+    /// An operation on the pin directory failed.
     #[error(transparent)]
     Pin(#[from] PinError),
-    /// A request to rtnetlink.
+    /// A request to rtnetlink failed.
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
-    /// A call on a TCX or netkit link.
+    /// A call on a TCX or netkit link failed.
     #[error("failed to {operation} {mode} link of interface {ifindex}")]
     Link {
-        /// The call.
+        /// Operation, for the message: a verb and an article.
         operation: &'static str,
         /// Name of the attach mode.
         mode: &'static str,
-        /// The interface.
+        /// Index of the interface.
         ifindex: u32,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: io::Error,
     },
     /// An obstacle that no retry removes.
     #[error(transparent)]
     Obstacle(#[from] ObstacleError),
-    /// A call on the link of a cgroup.
+    /// A call on the link of a cgroup failed.
     #[error("failed to {operation} {}", path.display())]
     Cgroup {
-        /// The call.
+        /// Operation, for the message: a phrase that ends before the path.
         operation: &'static str,
-        /// The cgroup, or the pin of the link.
+        /// Path of the cgroup, or of the pinned link.
         path: PathBuf,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: io::Error,
     },
     /// The pins belong to another network namespace.
-    #[error("{} belongs to network namespace {netns}, not to this one: use another --pin-dir here, or run this there with `nsenter --net=`", path.display())]
+    #[error("{} belongs to another network namespace ({netns}); use another --pin-dir, or run this command in that namespace with `nsenter --net=`", path.display())]
     Elsewhere {
-        /// The pin directory.
+        /// Path of the pin directory.
         path: PathBuf,
         /// Inode number of the namespace, as in `lsns -t net`.
         netns: u32,
     },
-    /// A map that can't be written.
-    #[error("can't write the map {map}")]
+    /// Reading or writing a map failed.
+    #[error("failed to read or write map {map}")]
     Map {
-        /// The map.
+        /// Name of the map.
         map: &'static str,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: MapError,
     },
 }
@@ -145,7 +145,7 @@ impl DatapathError {
         }
     }
 
-    /// Returns the obstacle, if the error is one: retries fail until the operator or another program removes it.
+    /// Returns the obstacle, if that is the error. Retries fail until the operator or another program removes it.
     #[must_use]
     pub fn obstacle(&self) -> Option<&ObstacleError> {
         match self {
@@ -155,7 +155,7 @@ impl DatapathError {
     }
 }
 
-/// The programs, maps and links of one pin directory, held by this process.
+/// Programs, maps and links of the pin directory that this process has locked.
 pub struct Datapath {
     claim: Claim,
     programs: Programs,
@@ -166,7 +166,7 @@ pub struct Datapath {
     granted: exemptions::Known,
     netlink: Netlink,
     backend: AttachMode,
-    /// Interfaces on which the kernel refused a netkit link.
+    /// Indices of interfaces on which the kernel rejected a netkit link.
     refused_netkit: BTreeSet<u32>,
     hooks: Hooks,
 }
@@ -174,25 +174,25 @@ pub struct Datapath {
 /// Desired state of the datapath.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// Mode.
+    /// Mode of the policy.
     pub mode: Mode,
     /// Reply that the sender of a denied packet gets.
     pub on_deny: DenyAction,
     /// Error of a denied call, if the kernel lets programs choose it.
     pub on_deny_errno: DenyErrno,
-    /// Hooks that are on.
+    /// Hooks that the configuration enables.
     pub hooks: Hooks,
-    /// The cgroup of the `local_service` hook, if that hook is on.
+    /// Cgroup of the `local_service` hook, if that hook is on.
     pub local_service: Option<PathBuf>,
     /// Setting of the sendmsg programs of the `socket` hook.
     pub sendmsg: Sendmsg,
-    /// Attach mode of interfaces.
+    /// Attach mode of interfaces, except netkit devices.
     pub backend: AttachMode,
     /// Cgroup of the `socket` hook, if that hook is on.
     pub cgroup: Option<PathBuf>,
     /// Network namespace of the node, as the programs identify it.
     pub identity: Identity,
-    /// Bit of the packet mark that `from_pod` sets for `node_egress` on packets of exempt pods behind a bridge.
+    /// Bit of the packet mark by which `from_pod` passes exemptions of pods behind a bridge to `node_egress`.
     pub mark: u32,
 }
 
@@ -200,7 +200,7 @@ impl Datapath {
     /// Opens the pinned maps, or creates new ones if none are pinned or their layout differs, loads the programs, and adopts
     /// pinned links. Attached programs of an earlier agent run until [`Datapath::apply`] replaces them.
     ///
-    /// If this fails, it leaves nothing behind that was not there before.
+    /// On failure, removes the pin directory if this process has created it.
     pub fn open(
         claim: Claim,
         plan: &Plan,
@@ -252,7 +252,7 @@ impl Datapath {
         Ok((programs, maps, links, cgroups))
     }
 
-    /// The pin directory.
+    /// Returns the pin directory of this agent.
     #[must_use]
     pub fn pins(&self) -> &PinDir {
         self.claim.dir()
@@ -263,7 +263,7 @@ impl Datapath {
         Diagnostics::open(self.programs.ids().next().unwrap_or_default())
     }
 
-    /// Attach mode that a hook of an interface with these `hooks` should have.
+    /// Returns the desired attach mode of a hook, on an interface with the desired `hooks`.
     #[must_use]
     pub fn desired_mode(&self, link: &Link, hooks: TcHookSet, hook: TcHook) -> AttachMode {
         let is_desired = self.hooks.has(hook.hook()) && hooks.has(hook);
@@ -279,7 +279,7 @@ impl Datapath {
         known
     }
 
-    /// Records the state of an interface, for `status` and for the next agent.
+    /// Records the state of an interface, for `status` and for the agent after a restart.
     pub fn record(&mut self, link: &Link, state: LinkState) -> Result<(), DatapathError> {
         records::put(&mut self.maps, link, state)
     }
@@ -289,38 +289,38 @@ impl Datapath {
         records::update_own_packets(&mut self.maps, link)
     }
 
-    /// Reports whether the agent has recorded its program at this hook of the interface.
+    /// Reports whether the record of the interface has a program at this hook.
     #[must_use]
     pub fn was_attached(&self, link: &Link, hook: TcHook) -> bool {
         records::get(&self.maps, link.index).is_some_and(|record| record.is_attached(hook))
     }
 
-    /// Reports whether an agent has recorded that an attachment to this interface waited in its attach queue.
+    /// Reports whether the record of the interface has a pending attachment.
     #[must_use]
     pub fn was_pending(&self, link: &Link) -> bool {
         records::get(&self.maps, link.index)
             .is_some_and(|record| record.pending == 1 && record.name == records::padded(&link.name))
     }
 
-    /// Removes the state of a deleted interface that had this index.
+    /// Removes the state of a deleted interface whose index `link` has now.
     pub fn take_over(&mut self, link: &Link) -> Result<(), DatapathError> {
         let owns_qdisc = records::get(&self.maps, link.index)
             .is_some_and(|record| record.owns_qdisc == 1 && record.name == records::padded(&link.name));
         self.forget(link.index)?;
-        // Same name: most likely the same interface, and another program removed the filter. The qdisc that is there is still
-        // the agent's.
+        // The name has not changed, so it is probably the same interface, and another program has removed the filter. The
+        // qdisc still belongs to the agent.
         if owns_qdisc { records::set_owns_qdisc(&mut self.maps, link, TcHook::FromPod) } else { Ok(()) }
     }
 
-    /// Removes all state of a deleted interface. Its counters are added to those of deleted interfaces.
+    /// Removes all state of a deleted interface. Adds its counters to those of deleted interfaces.
     pub fn forget(&mut self, ifindex: u32) -> Result<(), DatapathError> {
-        // Before all else: the next interface may have its index.
+        // Revokes the exemptions first, because a new interface may already have the index.
         self.revoke(ifindex)?;
         self.refused_netkit.remove(&ifindex);
         for edge in TcHook::ALL {
             self.links.forget(self.claim.dir(), AttachPoint { ifindex, edge })?;
         }
-        // Left by a `verify` that was killed.
+        // A killed `verify` may have left its probe.
         let _no_probe = self.maps.probes.remove(&Subject::new(SubjectKind::Interface, ifindex.into()));
         counters::fold(&mut self.maps, ifindex)?;
         records::remove(&mut self.maps, ifindex);
@@ -348,12 +348,12 @@ impl Datapath {
         pods::write(&mut self.maps, &mut self.told, names)
     }
 
-    /// Records the status of the pod watch; `None` if it is off.
+    /// Records the status of the pod watch; `None` means that it is off.
     pub fn record_lookup(&mut self, lookup: Option<&Lookup>) -> Result<(), DatapathError> {
         pods::put(&mut self.maps, lookup)
     }
 
-    /// Returns all exemptions of the map.
+    /// Reads all exemptions from the map.
     pub fn granted(&self) -> Result<Grants, DatapathError> {
         exemptions::read(&self.maps).map_err(|source| DatapathError::Map { map: MAP_EXEMPT, source })
     }
@@ -363,7 +363,7 @@ impl Datapath {
         Ok(self.claim.announce_ready()?)
     }
 
-    /// Restores missing pins. Returns whether any was missing.
+    /// Restores missing pins. Returns `true` if any was missing.
     pub fn restore_pins(&mut self) -> Result<bool, DatapathError> {
         let mut missing = self.claim.restore()?;
         let pins = self.claim.dir();

@@ -1,4 +1,4 @@
-//! Links of the agent on hooks that run a list of programs (TCX and netkit): open and pinned.
+//! Links of the agent on hooks that run a list of programs (TCX and netkit). Each link is open and pinned.
 
 use std::{
     collections::BTreeMap,
@@ -19,13 +19,13 @@ use super::{
 };
 use crate::reconcile::{Attachment, Order};
 
-/// Attach modes that are links, in the order in which their programs run.
+/// Attach modes that use links, in the order in which their programs run.
 const MODES: [AttachMode; 2] = [AttachMode::Netkit, AttachMode::Tcx];
 
-/// Reports whether the link with this id, of which the kernel names `ifindex`, is attached at `point`.
+/// Reports whether the link with this id and reported `ifindex` is attached at `point`.
 ///
-/// Of a link at a netkit peer the kernel names the peer, by its index in the pod's network namespace (`netkit_dev_fetch`,
-/// drivers/net/netkit.c): the list of programs of the primary device decides.
+/// For a link at a netkit peer, the kernel reports the index of the peer in the pod's network namespace (`netkit_dev_fetch`,
+/// drivers/net/netkit.c). This function then searches the programs of the primary device for the link.
 fn is_link_at(point: AttachPoint, id: u32, ifindex: u32, hook: MprogHook) -> bool {
     match hook {
         MprogHook::Tcx(_) | MprogHook::NetkitPrimary => ifindex == point.ifindex,
@@ -36,9 +36,9 @@ fn is_link_at(point: AttachPoint, id: u32, ifindex: u32, hook: MprogHook) -> boo
     }
 }
 
-/// The links of this process. Each is pinned and open, so that it stays attached if another program removes its pin.
+/// Links of this process by attach point and mode. An open link stays attached if another program removes its pin.
 ///
-/// An attach point has links of two modes only while one takes over from the other: both have the same pin.
+/// An attach point has links of both modes only while one replaces the other. Both use the same pin.
 #[derive(Debug, Default)]
 pub(super) struct Links {
     links: BTreeMap<(AttachPoint, AttachMode), OpenLink>,
@@ -48,12 +48,12 @@ pub(super) struct Links {
 struct OpenLink {
     fd: OwnedFd,
     id: u32,
-    /// Inode number of the pin when it was last seen to be this link's: no other pin on that bpffs has the same.
+    /// Inode number of the pin, if it was verified to belong to this link. Inode numbers are unique on the bpffs.
     pin: Option<u64>,
 }
 
 impl Links {
-    /// Adopts the links that earlier agents pinned. Removes pins of other objects.
+    /// Opens the links that earlier agents pinned. Removes pins of other objects.
     pub(super) fn adopt(pins: &PinDir) -> Result<Self, PinError> {
         let mut links = BTreeMap::new();
         for (point, path) in pins.pinned_links()? {
@@ -69,11 +69,11 @@ impl Links {
                     let mode = mode(hook).unwrap_or_default();
                     links.insert((point, mode), OpenLink { fd, id, pin: None });
                 }
-                // Detached: its interface was deleted.
+                // The link is detached, because its interface was deleted.
                 Some((_, Target::Interface { ifindex: 0, .. })) => pins::unpin(&path)?,
                 Some(_) | None => {
                     log::warn!(
-                        "removed {}: an agent has not pinned it for this interface ({description})",
+                        "removed the pin {}: it is not a link of imds-agent on this interface ({description})",
                         path.display()
                     );
                     pins::unpin(&path)?;
@@ -87,8 +87,8 @@ impl Links {
         self.links.keys().map(|(point, _)| point.ifindex)
     }
 
-    /// Asks the kernel for the state of the links at `point`, on which `program` should run. Forgets links that were
-    /// detached.
+    /// Reads the state of the links at `point` from the kernel. `program` is the desired program. Closes and unpins links that
+    /// were detached.
     pub(super) fn observe(
         &mut self,
         pins: &PinDir,
@@ -114,7 +114,7 @@ impl Links {
         Ok(attachments)
     }
 
-    /// Attaches `program` before all others.
+    /// Attaches `program` at the head of the hook.
     pub(super) fn attach(
         &mut self,
         pins: &PinDir,
@@ -126,7 +126,7 @@ impl Links {
         self.insert(pins, point, mode, fd)
     }
 
-    /// Replaces the link's program, with no moment without one.
+    /// Replaces the program of the link atomically.
     pub(super) fn replace(
         &mut self,
         point: AttachPoint,
@@ -137,7 +137,7 @@ impl Links {
         bpf::link_update(&link.fd, program).map_err(failed("replace the program of the", point, mode))
     }
 
-    /// Pins the link again.
+    /// Pins the link again after its pin was removed or replaced.
     pub(super) fn pin(
         &mut self,
         pins: &PinDir,
@@ -148,7 +148,7 @@ impl Links {
         Ok(pins::pin_over(&link.fd, &pins.link(point))?)
     }
 
-    /// Attaches `copy` before all others and detaches the link that was there.
+    /// Attaches `copy` at the head of the hook with a new link, and detaches the previous link.
     pub(super) fn reorder(
         &mut self,
         pins: &PinDir,
@@ -165,7 +165,7 @@ impl Links {
         }
     }
 
-    /// Detaches the link.
+    /// Detaches, closes and unpins the link.
     pub(super) fn detach(
         &mut self,
         pins: &PinDir,
@@ -177,7 +177,7 @@ impl Links {
         Ok(self.forget_mode(pins, point, mode)?)
     }
 
-    /// Closes and unpins the links of an interface that was deleted.
+    /// Closes and unpins the links of a deleted interface.
     pub(super) fn forget(&mut self, pins: &PinDir, point: AttachPoint) -> Result<(), PinError> {
         for mode in MODES {
             self.links.remove(&(point, mode));
@@ -185,7 +185,7 @@ impl Links {
         pins::unpin(&pins.link(point))
     }
 
-    /// Closes a detached link. Keeps the pin if it is a link of another mode that took over.
+    /// Closes a detached link. Removes the pin unless it belongs to the link of another mode that replaced this one.
     fn forget_mode(&mut self, pins: &PinDir, point: AttachPoint, mode: AttachMode) -> Result<(), PinError> {
         self.links.remove(&(point, mode));
         let path = pins.link(point);
@@ -203,7 +203,7 @@ impl Links {
     ) -> Result<(), DatapathError> {
         let link = bpf::link(&fd).map_err(failed("describe the", point, mode))?;
         let id = link.map_or(0, |link| link.id);
-        // Kept open before it is pinned: if pinning fails, it stays attached while this process lives.
+        // Stores the descriptor before pinning: if pinning fails, the link stays attached while this process lives.
         let link = self.links.entry((point, mode)).insert_entry(OpenLink { fd, id, pin: None });
         Ok(pins::pin_over(&link.get().fd, &pins.link(point))?)
     }
@@ -215,8 +215,8 @@ impl Links {
 }
 
 impl OpenLink {
-    /// Reports whether the link is pinned at `path`. Each resync asks this of every link, so that the pin is opened only if
-    /// it is another file than last time.
+    /// Reports whether the link is pinned at `path`. Each resync calls this for every link, so it opens the pin only if the inode
+    /// number has changed.
     fn is_pinned(&mut self, path: &Path) -> bool {
         let inode = fs::metadata(path).ok().map(|metadata| metadata.ino());
         if inode.is_none() || inode != self.pin {
@@ -226,8 +226,8 @@ impl OpenLink {
     }
 }
 
-/// Returns the order of the program at `position`. A program of a second imds-agent may run before it, because that one passes
-/// packets to the next program: two agents that each wanted to be first would reorder their programs for ever.
+/// Returns the order of the program at `position`. Programs of another imds-agent may run before it, because they pass packets
+/// to the next program. Otherwise two agents would reorder their programs forever.
 fn order(entries: &[bpf::Entry], position: usize) -> Order {
     if entries.iter().take(position).all(|entry| bpf::is_ours(entry.program)) {
         Order::First
@@ -242,8 +242,8 @@ pub(super) fn programs(point: AttachPoint, mode: AttachMode) -> Result<Vec<bpf::
     bpf::entries(point.ifindex, hook).map_err(failed("list the programs before the", point, mode))
 }
 
-/// Finds the attached link of an interface, pinned or with this `program`, for processes without open links. A program that
-/// runs earlier is named first.
+/// Finds the attached link of an interface that is pinned or has this `program`, for processes without open links. Prefers the
+/// link whose program runs first.
 pub fn find(pins: &PinDir, point: AttachPoint, program: u32) -> Result<Option<Attachment>, PinError> {
     let pinned = pins::open(&pins.link(point))?.and_then(|fd| bpf::link(fd).ok().flatten());
     let is_pinned = |entry: &bpf::Entry| pinned.is_some_and(|pinned| pinned.id == entry.link);
@@ -251,7 +251,7 @@ pub fn find(pins: &PinDir, point: AttachPoint, program: u32) -> Result<Option<At
     let mut is_preceded = false;
     for mode in MODES {
         let Some(hook) = mprog_hook(point.edge, mode) else { continue };
-        // A kernel or an interface without the hook answers with an error: then it has no program.
+        // A kernel or an interface without the hook returns an error, and has no programs.
         let entries = bpf::entries(point.ifindex, hook).unwrap_or_default();
         if let Some((position, entry)) = entries.iter().enumerate().find(|(_, entry)| is_ours(entry)) {
             let place = if is_preceded { Order::Blocked } else { order(&entries, position) };
@@ -263,7 +263,7 @@ pub fn find(pins: &PinDir, point: AttachPoint, program: u32) -> Result<Option<At
     Ok(None)
 }
 
-/// Detaches the agent's link that is pinned at `path`, at once, and unpins it. Returns whether it was attached.
+/// Detaches and unpins the agent's link at `path`. Returns `true` if it was attached to an interface.
 pub(super) fn detach_pinned(path: &Path) -> Result<bool, DatapathError> {
     let mut was_attached = false;
     if let Some((fd, link)) = pins::open_own_link(path)
@@ -283,21 +283,21 @@ pub(super) fn is_pinned(id: u32, path: &Path) -> bool {
     pins::link_at(path).is_some_and(|link| link.id == id)
 }
 
-/// The list of programs that a link of this mode joins, or `None` if the mode attaches no link there.
+/// Returns the hook that a link of this mode is attached to, or `None` if the mode has no link for the hook.
 #[must_use]
 pub fn mprog_hook(hook: TcHook, mode: AttachMode) -> Option<MprogHook> {
     match (hook, mode) {
         (TcHook::FromPod, AttachMode::Tcx) => Some(MprogHook::Tcx(Direction::Ingress)),
         (TcHook::NodeEgress, AttachMode::Tcx) => Some(MprogHook::Tcx(Direction::Egress)),
         (TcHook::FromPod, AttachMode::Netkit) => Some(MprogHook::NetkitPeer),
-        // Packets of the node to the pod's device, which is no way out of the node.
+        // The primary device of a netkit pair sends packets to the pod, so it is no egress of the node.
         (TcHook::NodeEgress, AttachMode::Netkit)
         | (TcHook::FromPod | TcHook::NodeEgress, AttachMode::None | AttachMode::Clsact) => None,
     }
 }
 
 impl AttachPoint {
-    /// Direction of the packets at this point, as the node sees it.
+    /// Returns the direction of the packets at this point, as seen from the node.
     #[must_use]
     pub fn direction(self) -> Direction {
         match self.edge {

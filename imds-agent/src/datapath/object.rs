@@ -1,4 +1,4 @@
-//! The BPF object: embedded, checked against what is pinned, and loaded.
+//! The embedded BPF object: compares its maps with the pinned ones, loads the programs, and opens the maps.
 
 use std::{
     collections::BTreeMap,
@@ -36,61 +36,62 @@ use super::{
 };
 use crate::config::Hooks;
 
-/// The object as the linker left it.
+/// ELF file of the BPF object, as built by `imds-ebpf-build`.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("IMDS_EBPF_OBJECT"));
 
-/// Why the object can't be loaded.
+/// Error of the BPF object, its programs or its maps.
 #[derive(Debug, Error)]
 pub enum ObjectError {
-    /// Maps can't be created, or the object can't be read.
-    #[error("can't load the BPF object")]
+    /// Parsing the object or creating a map failed.
+    #[error("failed to load the BPF object")]
     Load(#[from] EbpfError),
-    /// The kernel rejects a program; the verifier's log is part of the source.
-    #[error("the kernel refuses the BPF program {name}")]
+    /// The kernel has rejected a program. The source contains the verifier's log.
+    #[error("failed to load BPF program {name}")]
     Rejected {
         /// Name of the program.
         name: &'static str,
         /// Error of the kernel.
         source: RejectedProgram,
     },
-    /// A program can't be inspected.
-    #[error("failed to inspect the BPF program {name}")]
+    /// Inspecting a loaded program failed.
+    #[error("failed to inspect BPF program {name}")]
     Inspect {
         /// Name of the program.
         name: &'static str,
         /// Error of the kernel.
         source: io::Error,
     },
-    /// A pinned program can't be opened.
-    #[error("failed to open the BPF program {name}")]
+    /// Opening a pinned program failed.
+    #[error("failed to open BPF program {name}")]
     Program {
         /// Name of the program.
         name: &'static str,
         /// Error of the kernel.
         source: Box<ProgramError>,
     },
-    /// A map can't be opened or has another type.
-    #[error("can't use the map {name}")]
+    /// Opening or reading a map failed, or it has another type.
+    #[error("failed to open or read map {name}")]
     Map {
-        /// The map.
+        /// Name of the map.
         name: &'static str,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: MapError,
     },
-    /// What is pinned was laid out by another version of the agent.
+    /// The pinned maps have the layout of another version of the agent.
     #[error(
-        "the maps are of another version of imds-agent ({0}): ask that one, or start this version's agent, which takes over"
+        "the maps belong to another version of imds-agent ({0}): use the binary of that version, or start the agent of this \
+         version, which replaces them"
     )]
     OtherVersion(String),
-    /// The object that was built into the agent is not the one that it was written for.
+    /// The embedded object lacks a program or map of this version.
     #[error("the embedded BPF object has no {0}")]
     Missing(&'static str),
-    /// A pin can't be read or written.
+    /// Reading or writing a pin failed.
     #[error(transparent)]
     Pin(#[from] PinError),
 }
 
-/// The loaded programs. They stay in the kernel while this lives or something is attached.
+/// Loaded programs. They stay in the kernel while this value lives, or while they are pinned or attached.
 #[derive(Debug)]
 pub struct Programs {
     object: LoadedObject,
@@ -104,10 +105,10 @@ struct LoadedProgram {
 }
 
 impl Programs {
-    /// Loads the programs of these hooks on the maps that are pinned in `pins`. Missing maps are created and pinned.
+    /// Loads the programs of these hooks with the maps that are pinned in `pins`. Creates and pins missing maps.
     ///
-    /// The variables of the object are written to their map even if it is pinned and other programs use it: `filter` must
-    /// match all endpoints that are protected at this time.
+    /// Writes the variables of the object to their map, even if that is pinned and attached programs use it. `filter` must
+    /// therefore match all endpoints that are protected now.
     pub fn load(pins: &PinDir, hooks: Hooks, filter: &Filter) -> Result<Self, ObjectError> {
         let features = kernel_features();
         let features = features.iter().map(|(name, value)| (*name, (slice::from_ref(value), true)));
@@ -138,36 +139,36 @@ impl Programs {
         self.loaded.retain(|name, _| kept.contains(name));
     }
 
-    /// Ids of all loaded programs.
+    /// Returns the ids of all loaded programs.
     pub fn ids(&self) -> impl Iterator<Item = u32> {
         self.loaded.values().map(|program| program.id)
     }
 
-    /// Id of a program, if it is loaded.
+    /// Returns the id of a program, or `None` if it is not loaded.
     #[must_use]
     pub fn id(&self, name: &str) -> Option<u32> {
         self.loaded.get(name).map(|program| program.id)
     }
 
-    /// Descriptor of a program.
+    /// Returns the file descriptor of a loaded program.
     pub fn fd(&self, name: &'static str) -> Result<BorrowedFd<'_>, ObjectError> {
         let program = self.loaded.get(name).ok_or(ObjectError::Missing(name))?;
         Ok(program.fd.as_fd())
     }
 
-    /// Pins the programs, in place of those of an earlier agent.
+    /// Pins the loaded programs, and removes the pins of all others.
     pub fn pin(&self, pins: &PinDir) -> Result<(), ObjectError> {
         for name in programs() {
             match self.loaded.get(name) {
                 Some(_) => pins::pin_over(self.fd(name)?, &pins.program(name))?,
-                // An earlier agent's, for a hook that is off now.
+                // An earlier agent may have pinned it, for a hook that is off now.
                 None => pins::unpin(&pins.program(name))?,
             }
         }
         Ok(())
     }
 
-    /// Whether one of the programs is not pinned, or another one in its place.
+    /// Reports whether a loaded program is not pinned, or its pin belongs to another program.
     #[must_use]
     pub fn is_unpinned(&self, pins: &PinDir) -> bool {
         self.loaded.iter().any(|(name, program)| pinned_program(pins, name).ok() != Some(program.id))
@@ -175,11 +176,11 @@ impl Programs {
 }
 
 fn bytes_of(filter: &Filter) -> &[u8] {
-    // SAFETY: `Filter` is plain data without padding (`aya::Pod`), and borrowed for as long as the bytes.
+    // SAFETY: `Filter` is plain data without padding (`aya::Pod`), and the result borrows it.
     unsafe { slice::from_raw_parts(ptr::from_ref(filter).cast(), size_of::<Filter>()) }
 }
 
-/// Names of the programs for these hooks.
+/// Returns the names of the programs of these hooks.
 fn names(hooks: Hooks) -> impl Iterator<Item = &'static str> {
     Hook::ALL.into_iter().filter(move |&hook| hooks.has(hook)).flat_map(programs_of).copied()
 }
@@ -189,7 +190,7 @@ pub(super) fn tc_has_cookie() -> bool {
     has_cookie(ProgramType::SchedClassifier)
 }
 
-/// Returns the variables of the object that depend on the features of the running kernel, by name.
+/// Returns name and value of the variables of the object that depend on the features of the running kernel.
 #[must_use]
 pub fn kernel_features() -> [(&'static str, u8); 3] {
     [
@@ -202,48 +203,47 @@ pub fn kernel_features() -> [(&'static str, u8); 3] {
 /// Reports whether programs of this type can read the network namespace cookie of a packet's socket (Linux 6.13 for TC,
 /// 6.15 for cgroups).
 ///
-/// Without the cookie `node_egress` can't distinguish packets of macvlan and ipvlan pods from the node's own, and
-/// `host_network` judges the packets of all pods.
+/// Without the cookie, `node_egress` can't distinguish packets of macvlan and ipvlan pods from the node's own, and
+/// `host_network` gives verdicts on the packets of all pods.
 fn has_cookie(program_type: ProgramType) -> bool {
     is_helper_supported(program_type, bpf_func_id::BPF_FUNC_get_netns_cookie).unwrap_or(false)
 }
 
-/// Reports whether programs on sockets can choose the error of a denied call (`bpf_set_retval`, which connect and sendmsg
-/// programs have since Linux 6.1).
+/// Reports whether connect and sendmsg programs can set the error of a denied call (`bpf_set_retval`, Linux 6.1).
 #[must_use]
 pub fn can_choose_errno() -> bool {
     is_helper_supported(ProgramType::CgroupSockAddr, bpf_func_id::BPF_FUNC_set_retval).unwrap_or(false)
 }
 
-/// The pinned maps.
+/// Typed handles of the pinned maps.
 pub struct Maps {
-    /// The effective policy.
+    /// Mode, hooks and other settings of the programs.
     pub policy: Array<MapData, Policy>,
-    /// Packets and bytes by interface and verdict.
+    /// Counters of packets and bytes by interface, hook and verdict.
     pub counters: PerCpuHashMap<MapData, CounterKey, Counter>,
     /// State of each interface, as the agent recorded it.
     pub interfaces: HashMap<MapData, u32, InterfaceRecord>,
     /// Bitmaps of the protected addresses and exempt subjects, and the table of endpoints.
     pub filter: Array<MapData, Filter>,
-    /// The protected endpoints.
+    /// Records of the protected endpoints, by address.
     pub endpoints: HashMap<MapData, Address, Endpoint>,
-    /// Grants of the exempt subjects.
+    /// Grants by subject and endpoint.
     pub exempt: HashMap<MapData, Exemption, Grant>,
     /// Source addresses of exempt subjects.
     pub exempt_sources: HashMap<MapData, Exemption, u32>,
     /// Test senders of `imds-agent verify`.
     pub probes: HashMap<MapData, Subject, ProbeRecord>,
-    /// Number of test senders.
+    /// Number of entries in `probes`.
     pub probing: Array<MapData, u32>,
-    /// Provider of the endpoints.
+    /// Configured and effective provider of the endpoints.
     pub provider: Array<MapData, ProviderRecord>,
-    /// The configuration as text.
+    /// Effective configuration, as text.
     pub config: Array<MapData, ConfigRecord>,
-    /// Desired state of the hooks of cgroups.
+    /// Desired state of the cgroup hooks.
     pub cgroup: Array<MapData, CgroupRecord>,
-    /// Status of the pod watch.
+    /// Status of the pod watch, written by the agent.
     pub kubernetes: Array<MapData, KubernetesRecord>,
-    /// Pods of interfaces, network namespaces and cgroups.
+    /// Pod metadata by interface, network namespace and cgroup.
     pub pods: HashMap<MapData, Subject, PodRecord>,
     /// Rate-limit state of events by source, except at `from_pod`, where it is part of the counters.
     pub sources: PerCpuHashMap<MapData, Source, Window>,
@@ -289,7 +289,7 @@ impl Maps {
         })
     }
 
-    /// Pins again the maps that somebody unpinned, or put others in the place of. Returns whether that was so.
+    /// Pins maps again whose pins were removed or replaced. Returns `true` if there were any.
     pub fn restore_pins(&self, pins: &PinDir) -> Result<bool, ObjectError> {
         let mut restored = false;
         for &(name, ref map) in &self.held {
@@ -305,8 +305,8 @@ impl Maps {
     }
 }
 
-/// Removes the pins of maps that this version would misread, so that loading makes new ones. What is attached goes on
-/// with the old maps until it is replaced. Returns why, for each map that was given up.
+/// Removes the pins of all maps if this version would misread one of them, so that loading creates new maps. Attached programs
+/// use the old maps until they are replaced. Returns a reason for each incompatible map.
 pub fn drop_foreign_maps(pins: &PinDir) -> Result<Vec<String>, ObjectError> {
     let expected = Object::parse(OBJECT).map_err(|error| ObjectError::Load(error.into()))?.maps;
     let mut reasons = Vec::new();
@@ -328,7 +328,7 @@ pub fn drop_foreign_maps(pins: &PinDir) -> Result<Vec<String>, ObjectError> {
         reasons.push(format!("the maps have layout {layout}, this version has {LAYOUT}"));
     }
     if !reasons.is_empty() {
-        // All or none: counters of one layout with the policy of another would be neither.
+        // Removes all pins or none, because maps of different versions must not be mixed.
         for name in MAPS {
             pins::unpin(&pins.map(name))?;
         }
@@ -336,11 +336,11 @@ pub fn drop_foreign_maps(pins: &PinDir) -> Result<Vec<String>, ObjectError> {
     Ok(reasons)
 }
 
-/// What is different about the map that is pinned at `path`, or `None` where it is the wanted one.
+/// Describes the difference between the map that is pinned at `path` and the `wanted` one. Returns `None` if they match.
 fn mismatch(path: &Path, wanted: [u32; 5]) -> Option<String> {
     let info = match MapInfo::from_pin(path) {
         Ok(info) => info,
-        Err(error) => return Some(format!("it is no map that can be opened ({error})")),
+        Err(error) => return Some(format!("failed to open the map: {error}")),
     };
     let map_type = info.map_type().map_or(u32::MAX, |map_type| map_type as u32);
     let found = [map_type, info.key_size(), info.value_size(), info.max_entries(), info.map_flags()];
@@ -351,8 +351,8 @@ fn mismatch(path: &Path, wanted: [u32; 5]) -> Option<String> {
     })
 }
 
-/// The layout that the pinned maps were written with, where it is another than this version's. Maps that were made but
-/// never written are this version's for want of any other.
+/// Returns the layout of the pinned maps if it differs from this version's. Maps that were created but never written (layout 0)
+/// count as this version's.
 fn other_layout(pins: &PinDir) -> Option<u32> {
     let map = MapData::from_pin(pins.map(MAP_POLICY)).ok()?;
     let policy: Array<MapData, Policy> = Map::Array(map).try_into().ok()?;
@@ -360,27 +360,27 @@ fn other_layout(pins: &PinDir) -> Option<u32> {
     (layout != LAYOUT && layout != 0).then_some(layout)
 }
 
-/// The entries of a map, but for those that are removed while it is gone through.
+/// Skips entries that are removed during the iteration over a map.
 pub fn present<T>(
     entries: impl Iterator<Item = Result<T, MapError>>,
 ) -> impl Iterator<Item = Result<T, MapError>> {
     entries.filter(|entry| !matches!(entry, Err(MapError::KeyNotFound)))
 }
 
-/// Opens the pinned events.
+/// Opens the pinned ring buffer of events.
 pub fn open_events(pins: &PinDir) -> Result<RingBuf<MapData>, ObjectError> {
     let failed = |source| ObjectError::Map { name: MAP_EVENTS, source };
     let map = MapData::from_pin(pins.map(MAP_EVENTS)).map_err(failed)?;
     Map::RingBuf(map).try_into().map_err(failed)
 }
 
-/// Whether maps of ours are pinned, and so programs loaded.
+/// Reports whether maps of an agent are pinned, which implies that programs are loaded.
 #[must_use]
 pub fn is_loaded(pins: &PinDir) -> bool {
     fs::exists(pins.map(MAP_POLICY)).unwrap_or(false)
 }
 
-/// Id of the program that is pinned under this name.
+/// Returns the id of the program that is pinned under this name.
 pub fn pinned_program(pins: &PinDir, name: &'static str) -> Result<u32, ObjectError> {
     let failed = |source| ObjectError::Program { name, source: Box::new(source) };
     Ok(ProgramInfo::from_pin(pins.program(name)).map_err(failed)?.id())

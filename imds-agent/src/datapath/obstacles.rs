@@ -5,29 +5,29 @@ use thiserror::Error;
 
 use super::bpf::MAX_PROGRAMS;
 
-/// A hook that cannot be attached to an interface until the operator or another program changes that interface.
+/// Error of an attachment that fails until the operator or another program changes the interface.
 #[derive(Clone, Debug, Eq, Error, PartialEq)]
 #[error("failed to attach {} to {interface}: {obstacle}", hook.hook().name())]
 pub struct ObstacleError {
-    /// The hook.
+    /// Hook that is not attached.
     pub hook: TcHook,
     /// Name of the interface.
     pub interface: String,
-    /// The cause and its remedy.
+    /// Cause of the failure, with a remedy.
     pub obstacle: Obstacle,
 }
 
 /// Cause of an [`ObstacleError`].
 #[derive(Clone, Debug, Eq, Error, PartialEq)]
 pub enum Obstacle {
-    /// The interface has an `ingress` qdisc, which has no egress hook and occupies the slot of clsact. An egress filter would
+    /// The interface has an `ingress` qdisc, which has no egress hook and occupies the slot of clsact. A filter for egress would
     /// run at ingress.
     #[error("its ingress qdisc occupies the clsact slot; delete it or {}", tcx_remedy(*has_tcx))]
     IngressQdisc {
         /// True if the kernel has TCX, so that `--tc-backend tcx` avoids the qdisc.
         has_tcx: bool,
     },
-    /// The hook of the qdisc is a filter block that several interfaces share: the kernel refuses filters of one of them.
+    /// The hook of the qdisc uses a filter block that several interfaces share. The kernel rejects filters of a single interface.
     #[error(
         "its {kind} qdisc uses the shared filter block {block}, which takes no filter of a single interface; delete the qdisc or {}",
         tcx_remedy(*has_tcx)

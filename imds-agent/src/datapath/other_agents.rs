@@ -1,4 +1,4 @@
-//! Other agents on this node: each with a pin directory of its own, in the same network namespace.
+//! Search for other agents in the same network namespace, each with its own pin directory.
 
 use std::{
     fmt, fs,
@@ -14,17 +14,17 @@ use crate::node::mounts::mount_points;
 
 /// File system type of a bpffs.
 const BPFFS: &str = "bpf";
-/// Depth below the root of a bpffs at which pin directories are looked for: `imds`, or `imds/blue`.
+/// Largest depth of pin directories below the root of a bpffs that the search finds: `imds`, or `imds/blue`.
 const MAX_DEPTH: usize = 2;
-/// Largest number of directories that are read: other programs may have thousands.
+/// Largest number of directories that the search reads. Other programs may have thousands.
 const MAX_DIRECTORIES: usize = 1024;
 
 /// Another agent that runs in this network namespace.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct OtherAgent {
-    /// Its pid, if it can be seen from this pid namespace.
+    /// Pid of the agent; `None` if it is not visible in this pid namespace.
     pub pid: Option<i32>,
-    /// Its pin directory.
+    /// Pin directory of the agent.
     pub pin_dir: PathBuf,
 }
 
@@ -39,19 +39,19 @@ impl fmt::Display for OtherAgent {
 }
 
 impl OtherAgent {
-    /// The consequence, and the commands that end it.
+    /// Returns the consequence, and the commands that stop the other agent.
     #[must_use]
     pub fn remedy(&self) -> String {
         let stop = self.pid.map(|pid| format!("`kill {pid}`, ")).unwrap_or_default();
         format!(
-            "each denies what its own configuration denies; to keep one, stop the other: {stop}then `imds-agent unload \
+            "each agent enforces its own configuration; to run only one, stop the other: {stop}then `imds-agent unload \
              --pin-dir {}`",
             self.pin_dir.display()
         )
     }
 }
 
-/// Finds the other agents that run in this network namespace, in any bpffs that is mounted here.
+/// Finds the other agents that run in this network namespace, on every mounted bpffs.
 #[must_use]
 pub fn find(own: &PinDir) -> Vec<OtherAgent> {
     let Ok(netns) = home::this_netns() else { return Vec::new() };
@@ -66,7 +66,7 @@ pub fn find(own: &PinDir) -> Vec<OtherAgent> {
         }
         seen.push(key);
         let Ok(pins) = PinDir::new(&root) else { continue };
-        // The lock last: to ask for it, this takes it for a moment.
+        // Checks the lock last, because the check takes the lock for a moment.
         if read_netns(&pins) == Some(netns)
             && let Ok(Some(holder)) = pins.holder()
         {
@@ -77,7 +77,7 @@ pub fn find(own: &PinDir) -> Vec<OtherAgent> {
     found
 }
 
-/// Network namespace of the agent that wrote the pinned policy, if the layout is this version's.
+/// Returns the network namespace of the agent that wrote the pinned policy, or `None` for another layout.
 fn read_netns(pins: &PinDir) -> Option<u32> {
     let map = MapData::from_pin(pins.map(MAP_POLICY)).ok()?;
     let policy: Array<MapData, Policy> = Map::Array(map).try_into().ok()?;
@@ -85,7 +85,7 @@ fn read_netns(pins: &PinDir) -> Option<u32> {
     (layout == LAYOUT).then_some(netns)
 }
 
-/// Directories with a pinned policy.
+/// Returns the directories with a pinned policy map.
 fn pin_dirs() -> Vec<PathBuf> {
     let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let mut pin_dirs = Vec::new();

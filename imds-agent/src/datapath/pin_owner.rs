@@ -1,4 +1,4 @@
-//! Ownership of a pin directory: an agent uses and removes only a directory of its own.
+//! Ownership of a pin directory: checks that a directory belongs to imds-agent before it is used or removed.
 
 use std::{
     ffi::OsStr,
@@ -32,10 +32,10 @@ pub(super) enum PinKind {
 }
 
 impl PinKind {
-    /// Each kind, in the order in which its pins are removed.
+    /// All kinds, in the order in which their pins are removed.
     pub(super) const ALL: [Self; 3] = [Self::Link, Self::Program, Self::Map];
 
-    /// Name of the subdirectory.
+    /// Returns the name of the subdirectory.
     pub(super) const fn directory(self) -> &'static str {
         match self {
             Self::Map => "maps",
@@ -44,12 +44,12 @@ impl PinKind {
         }
     }
 
-    /// Reports whether the agent creates a pin at this path, by the last part of the path.
+    /// Reports whether the agent uses the last part of this path as the name of a pin.
     pub(super) fn is_pin(self, path: &Path) -> bool {
         path.file_name().and_then(OsStr::to_str).is_some_and(|name| self.is_name(name))
     }
 
-    /// Reports whether the agent creates a pin of this name. A replacement that was not renamed yet counts too.
+    /// Reports whether the agent uses this name for a pin. Includes names of replacements that were not renamed yet.
     fn is_name(self, name: &str) -> bool {
         let name = name.strip_suffix(REPLACEMENT_SUFFIX).unwrap_or(name);
         match self {
@@ -69,24 +69,24 @@ impl PinKind {
 }
 
 impl PinDir {
-    /// Fails if this is a directory in which an agent must pin nothing: the root of a bpffs, or one with pins of other
-    /// programs. A directory that does not exist yet is fine.
+    /// Fails if the agent must not use this directory: the root of a bpffs, or a directory with pins of other programs. Succeeds
+    /// if the directory does not exist yet.
     pub fn ensure_usable(&self) -> Result<(), PinError> {
         let Some(directory) = self.open_directory()? else { return Ok(()) };
         self.ensure_below_root(&directory)?;
         if self.unknown_entries()?.is_empty() || self.has_own_pin()? {
             return Ok(());
         }
-        Err(self.refusal("it holds pins of other programs and no map of imds-agent"))
+        Err(self.refusal("it contains pins of other programs and no map of imds-agent"))
     }
 
-    /// Opens the directory if `unload` may remove it: a directory on a bpffs that holds an agent's own objects, or nothing
-    /// but the empty directories of one. Returns `None` if the path does not exist or the directory is empty.
+    /// Opens the directory if `unload` may remove it: a directory on a bpffs that contains objects of an agent, or only the empty
+    /// subdirectories that agents create. Returns `None` if the path does not exist or the directory is empty.
     pub(super) fn open_owned(&self) -> Result<Option<File>, PinError> {
         let Some(directory) = self.open_directory()? else { return Ok(None) };
         let statfs = fstatfs(&directory).map_err(|errno| io_error("inspect", self.root())(errno.into()))?;
         if statfs.filesystem_type() != BPFFS_MAGIC {
-            return Err(self.refusal("it is not on a bpffs, so that no agent has pinned anything there"));
+            return Err(self.refusal("it is not on a bpffs, so it contains no pins"));
         }
         self.ensure_below_root(&directory)?;
         for kind in PinKind::ALL {
@@ -103,17 +103,17 @@ impl PinDir {
             return Ok(None);
         }
         let is_skeleton = self.unknown_entries()?.is_empty() && self.is_without_pins()?;
-        if is_skeleton { Ok(Some(directory)) } else { Err(self.refusal("it holds no map of imds-agent")) }
+        if is_skeleton { Ok(Some(directory)) } else { Err(self.refusal("it contains no map of imds-agent")) }
     }
 
-    /// Opens the directory itself, not what a symlink at its path leads to. `None` if the path does not exist.
+    /// Opens the directory without following a symlink. Returns `None` if the path does not exist.
     fn open_directory(&self) -> Result<Option<File>, PinError> {
         let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
         match OpenOptions::new().read(true).custom_flags(flags).open(self.root()) {
             Ok(directory) => Ok(Some(directory)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTDIR | libc::ELOOP)) => {
-                Err(self.refusal("it is no directory, or a symlink"))
+                Err(self.refusal("it is a symlink, or not a directory"))
             }
             Err(error) => Err(io_error("open", self.root())(error)),
         }
@@ -128,14 +128,14 @@ impl PinDir {
         if inside == outside {
             return Ok(());
         }
-        Err(self.refusal("it is a mount point, as the root of a bpffs, which all programs share"))
+        Err(self.refusal("it is a mount point, such as the root of a bpffs, which all programs share"))
     }
 
     fn refusal(&self, reason: &'static str) -> PinError {
         PinError::NotPinDir { path: self.root().to_owned(), reason }
     }
 
-    /// Entries of the directory that an agent does not create.
+    /// Returns the entries of the directory that agents do not create.
     fn unknown_entries(&self) -> Result<Vec<PathBuf>, PinError> {
         let is_known = |path: &PathBuf| {
             let name = path.file_name().unwrap_or_default();
@@ -153,7 +153,7 @@ impl PinDir {
         Ok(true)
     }
 
-    /// Reports whether a map, program or link of an agent is pinned here under a name that agents use.
+    /// Reports whether the directory contains a pin of an agent's map, program or link, under a name that agents use.
     fn has_own_pin(&self) -> Result<bool, PinError> {
         for kind in [PinKind::Map, PinKind::Program, PinKind::Link] {
             let directory = self.root().join(kind.directory());
@@ -170,7 +170,7 @@ impl PinDir {
     }
 }
 
-/// Reports whether the object that is pinned at `path` is an agent's, by its name. A symlink is never followed.
+/// Reports whether the object that is pinned at `path` belongs to an agent, by its name. Does not follow symlinks.
 pub(super) fn is_own(path: &Path) -> bool {
     if !fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_file()) {
         return false;
@@ -179,12 +179,12 @@ pub(super) fn is_own(path: &Path) -> bool {
     bpf::object_name(object.as_fd()).is_ok_and(|name| name.is_some_and(|name| name.starts_with(PREFIX)))
 }
 
-/// Reports whether a directory is at the path. A symlink is never followed.
+/// Reports whether `path` is a directory. Does not follow symlinks.
 pub(super) fn is_directory(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir())
 }
 
-/// Paths of the entries of a directory; none if it does not exist.
+/// Returns the paths of the entries of a directory. Returns an empty list if it does not exist.
 pub(super) fn entries(directory: &Path) -> Result<Vec<PathBuf>, PinError> {
     match fs::read_dir(directory).and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect()) {
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {

@@ -1,4 +1,4 @@
-//! Removal of a pin directory: entry by entry, by name, without following a symlink.
+//! Removal of a pin directory. Removes only names that agents create, one entry at a time, and does not follow symlinks.
 
 use std::{
     fs, io,
@@ -12,8 +12,8 @@ use super::{
 };
 
 impl PinDir {
-    /// Removes what agents create in the directory, and the directory if nothing else is left in it. Returns the paths of
-    /// what is left: entries of other programs.
+    /// Removes the entries that agents create, and the directory if it is then empty. Returns the paths of the remaining entries,
+    /// which belong to other programs.
     pub(super) fn remove_own(&self) -> Result<Vec<PathBuf>, PinError> {
         let mut left = Vec::new();
         for kind in PinKind::ALL {
@@ -36,8 +36,8 @@ impl PinDir {
     }
 }
 
-/// Removes a pin or a symlink, or an empty directory in the place of a pin. Returns false for a directory with entries, which
-/// the agent does not create.
+/// Removes a pin, a symlink, or an empty directory with the name of a pin. Returns `false` for a directory with entries, which
+/// agents do not create.
 fn remove_entry(path: &Path) -> Result<bool, PinError> {
     if is_directory(path) {
         return remove_empty(path);
@@ -48,7 +48,7 @@ fn remove_entry(path: &Path) -> Result<bool, PinError> {
     }
 }
 
-/// Removes a directory if it is empty. Returns whether it is gone.
+/// Removes a directory if it is empty. Returns `true` if it does not exist afterwards.
 fn remove_empty(path: &Path) -> Result<bool, PinError> {
     match fs::remove_dir(path) {
         Ok(()) => Ok(true),

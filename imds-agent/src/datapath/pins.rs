@@ -1,4 +1,4 @@
-//! The pin directory: where it may be, and what is in it.
+//! The pin directory: paths of the pins, creation of the directory, and operations on single pins.
 
 use std::{
     fs::{self, DirBuilder, Permissions},
@@ -20,64 +20,64 @@ use thiserror::Error;
 
 use super::bpf;
 
-/// Where a bpffs is by convention, and the only place where the agent mounts one.
+/// Conventional mount point of a bpffs, and the only one where the agent mounts a bpffs itself.
 pub(crate) const BPFFS: &str = "/sys/fs/bpf";
 pub(super) const BPFFS_MAGIC: FsType = FsType(libc::BPF_FS_MAGIC);
-/// End of the name of a pin that is about to take the place of another one. A bpffs takes no dots in names.
+/// Suffix of a new pin before it replaces another one. Names on a bpffs must not contain dots.
 pub(super) const REPLACEMENT_SUFFIX: &str = "_new";
-/// Owner only: whoever can open a pin can detach or rewrite it.
+/// Mode of the directories: owner only, because a process that can open a pin can detach a link or write a map.
 const MODE: u32 = 0o700;
 
-/// Why a pin directory can't be used.
+/// Error of a pin directory.
 #[derive(Debug, Error)]
 pub enum PinError {
-    /// The path is on another file system.
+    /// The path is not on a bpffs.
     #[error("{} is not on a bpffs; mount one with `mount -t bpf bpf {}` or choose another --pin-dir", path.display(), mount_point.display())]
     NotBpffs {
-        /// The pin directory.
+        /// Path of the pin directory.
         path: PathBuf,
-        /// Where one could be mounted.
+        /// Directory where a bpffs can be mounted.
         mount_point: PathBuf,
     },
-    /// The path is no directory that an agent may use or remove.
+    /// The path is not a directory that an agent may use or remove.
     #[error("refusing to use {}: {reason}; name the directory of `imds-agent run --pin-dir` (default: {BPFFS}/imds)", path.display())]
     NotPinDir {
-        /// The pin directory.
+        /// Path of the directory.
         path: PathBuf,
-        /// Why it is refused.
+        /// Reason for the refusal.
         reason: &'static str,
     },
-    /// The running agent does not release the directory for `unload`.
+    /// The running agent did not release the directory for `unload` in time.
     #[error("the running agent{} did not release {} within {timeout:?}", pid_phrase(*pid), path.display())]
     NotReleased {
-        /// The pin directory.
+        /// Path of the pin directory.
         path: PathBuf,
-        /// The agent, where it can be seen from this pid namespace.
+        /// Pid of the agent; `None` if it is not visible in this pid namespace.
         pid: Option<i32>,
-        /// Time that `unload` waited.
+        /// Time limit of `unload`.
         timeout: Duration,
     },
-    /// No bpffs was at its conventional place, and mounting one failed.
+    /// No bpffs is mounted at the conventional mount point, and mounting one failed.
     #[error(
         "there is no bpffs at {BPFFS} and mounting one failed; run `mount -t bpf bpf {BPFFS}` on the host"
     )]
     Mount(#[source] io::Error),
-    /// Another process holds the directory.
-    #[error("another process{} holds {}: there can be one `run` and one `events` for each --pin-dir", pid_phrase(*pid), path.display())]
+    /// Another process holds the lock of the directory.
+    #[error("another process{} holds the lock of {}: each --pin-dir allows one `run` and one `events`", pid_phrase(*pid), path.display())]
     Held {
-        /// The pin directory.
+        /// Path of the locked directory.
         path: PathBuf,
-        /// The holder, where it can be seen from this pid namespace.
+        /// Pid of the other process; `None` if it is not visible in this pid namespace.
         pid: Option<i32>,
     },
     /// A file operation failed.
-    #[error("can't {operation} {}", path.display())]
+    #[error("failed to {operation} {}", path.display())]
     Io {
-        /// What was tried.
+        /// Operation, for the message: a verb and possibly an object.
         operation: &'static str,
-        /// With what.
+        /// Path of the file or directory.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the system.
         source: io::Error,
     },
 }
@@ -91,59 +91,59 @@ pub(crate) fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::
     move |source| PinError::Io { operation, path, source }
 }
 
-/// A TC hook of an interface.
+/// Attach point of a program: a TC hook of one interface.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub struct AttachPoint {
-    /// Interface index.
+    /// Index of the interface.
     pub ifindex: u32,
-    /// Which of its hooks.
+    /// TC hook of the interface.
     pub edge: TcHook,
 }
 
-/// A pin directory: paths only.
+/// Path of a pin directory, and paths of the pins in it.
 #[derive(Clone, Debug)]
 pub struct PinDir {
     root: PathBuf,
 }
 
 impl PinDir {
-    /// The pin directory at `root`, which need not exist.
+    /// Returns the pin directory at `root`, which does not have to exist.
     pub fn new(root: &Path) -> Result<Self, PinError> {
         let root = std::path::absolute(root).map_err(io_error("resolve", root))?;
         Ok(Self { root })
     }
 
-    /// The directory itself.
+    /// Returns the absolute path of the directory.
     #[must_use]
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// Pin of a map.
+    /// Returns the path of the pin of a map.
     #[must_use]
     pub fn map(&self, name: &str) -> PathBuf {
         self.maps().join(name)
     }
 
-    /// Pin of a program.
+    /// Returns the path of the pin of a program.
     #[must_use]
     pub fn program(&self, name: &str) -> PathBuf {
         self.programs().join(name)
     }
 
-    /// Pin of the TCX link of an interface.
+    /// Returns the path of the pin of the TCX or netkit link at an attach point.
     #[must_use]
     pub fn link(&self, spot: AttachPoint) -> PathBuf {
         self.links().join(format!("{}{}", link_prefix(spot.edge), spot.ifindex))
     }
 
-    /// Pin of a link of another kind.
+    /// Returns the path of the pin of a cgroup link.
     #[must_use]
     pub fn named_link(&self, name: &str) -> PathBuf {
         self.links().join(name)
     }
 
-    /// The pinned links of interfaces, by where each was pinned for.
+    /// Returns the paths of the pinned links of interfaces, each with its attach point.
     pub fn pinned_links(&self) -> Result<Vec<(AttachPoint, PathBuf)>, PinError> {
         let spot_of = |path: &Path| {
             let name = path.file_name()?.to_str()?;
@@ -155,7 +155,7 @@ impl PinDir {
         Ok(self.all_links()?.into_iter().filter_map(|path| Some((spot_of(&path)?, path))).collect())
     }
 
-    /// Every pin of a link, of whatever kind.
+    /// Returns the paths of all pinned links, of interfaces and cgroups.
     pub fn all_links(&self) -> Result<Vec<PathBuf>, PinError> {
         let links = self.links();
         match fs::read_dir(&links).and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect()) {
@@ -176,7 +176,7 @@ impl PinDir {
         self.root.join("links")
     }
 
-    /// Whether there is anything at all.
+    /// Reports whether the path exists.
     #[must_use]
     pub fn exists(&self) -> bool {
         self.root.exists()
@@ -217,7 +217,7 @@ impl PinDir {
         Ok(())
     }
 
-    /// Whether it is on a bpffs, or would be.
+    /// Reports whether the directory is on a bpffs. If it does not exist, checks its nearest existing ancestor.
     pub fn is_on_bpffs(&self) -> Result<bool, PinError> {
         let existing = self.root.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
         let stat = statfs(existing).map_err(|errno| io_error("inspect", existing)(errno.into()))?;
@@ -225,7 +225,7 @@ impl PinDir {
     }
 }
 
-/// Pins an object at `path`, in place of whatever is there, with no moment without a pin.
+/// Pins an object at `path`. Replaces an existing pin atomically.
 pub fn pin_over(object: impl AsFd, path: &Path) -> Result<(), PinError> {
     let mut new = path.as_os_str().to_owned();
     new.push(REPLACEMENT_SUFFIX);
@@ -233,13 +233,13 @@ pub fn pin_over(object: impl AsFd, path: &Path) -> Result<(), PinError> {
     unpin(&new)?;
     bpf::pin(object, &new).map_err(io_error("pin", &new))?;
     if path.is_dir() {
-        // Which no pin can take the place of.
+        // rename(2) cannot replace a directory by a pin.
         unpin(path)?;
     }
     fs::rename(&new, path).map_err(io_error("replace", path))
 }
 
-/// Opens what is pinned at `path`, or `None` where nothing is: a directory is no pin.
+/// Opens the object that is pinned at `path`. Returns `None` if the path does not exist or is a directory.
 pub fn open(path: &Path) -> Result<Option<OwnedFd>, PinError> {
     match bpf::get(path) {
         Ok(object) => Ok(Some(object)),
@@ -248,14 +248,14 @@ pub fn open(path: &Path) -> Result<Option<OwnedFd>, PinError> {
     }
 }
 
-/// The link that is pinned at `path`; `None` where there is none that can be opened.
+/// Returns the link that is pinned at `path`, or `None` if there is no link that can be opened.
 #[must_use]
 pub fn link_at(path: &Path) -> Option<bpf::Link> {
     bpf::link(open(path).ok()??).ok()?
 }
 
-/// Opens the link that is pinned at `path` itself, unless its program is known to be of another agent. A symlink is not
-/// followed: the link behind it is pinned elsewhere.
+/// Opens the link that is pinned at `path`, unless its program is known to belong to other software. Does not follow symlinks,
+/// whose target is a pin outside this directory.
 pub(super) fn open_own_link(path: &Path) -> Option<(OwnedFd, bpf::Link)> {
     if fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_symlink()) {
         return None;
@@ -265,7 +265,7 @@ pub(super) fn open_own_link(path: &Path) -> Option<(OwnedFd, bpf::Link)> {
     (!bpf::is_foreign(link.program)).then_some((fd, link))
 }
 
-/// Removes a pin, if it is there, or the directory that somebody made in its place.
+/// Removes a pin if it exists, or a directory that another program created at its path.
 pub fn unpin(path: &Path) -> Result<(), PinError> {
     let removed = match fs::remove_file(path) {
         Err(_) if path.is_dir() => fs::remove_dir_all(path),

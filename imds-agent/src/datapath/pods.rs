@@ -1,5 +1,5 @@
-//! Who is behind interfaces, network namespaces and cgroups, in a pinned map: so that whatever process reads events and
-//! counters can say so. The programs don't read it.
+//! Pod metadata of interfaces, network namespaces and cgroups, in a pinned map. Processes that read events and counters use it
+//! to name the pods. The programs do not read it.
 
 use std::collections::BTreeMap;
 
@@ -21,39 +21,39 @@ use crate::{
     pods::{Identity, Lookup, Name},
 };
 
-/// Labels that say what a pod runs, the most telling first.
+/// Labels that identify the application of a pod, in order of preference.
 const LABELS: [&str; 5] = ["app.kubernetes.io/name", "k8s-app", "app", "component", "name"];
 
-/// What of the map was written, by the pod's id and the container's name: all else in an entry follows from these.
+/// Cache of the keys of the map, each with pod uid and container name, which determine the rest of the entry.
 #[derive(Debug, Default)]
 pub(super) struct Told(Option<BTreeMap<Subject, (String, String)>>);
 
-/// Who is behind whom.
+/// Reads the pod metadata of all subjects.
 pub fn read(maps: &Maps) -> Result<BTreeMap<Subject, Identity>, MapError> {
     let entries = object::present(maps.pods.iter());
     entries.map(|entry| entry.map(|(subject, record)| (subject, Identity::of(&record)))).collect()
 }
 
-/// Names one at a time.
+/// Map of pod metadata, for lookups of single subjects.
 #[derive(Debug)]
 pub struct Names(HashMap<MapData, Subject, PodRecord>);
 
 impl Names {
-    /// Those that are pinned.
+    /// Opens the pinned map of pod metadata.
     pub fn open(pins: &PinDir) -> Result<Self, ObjectError> {
         let failed = |source| ObjectError::Map { name: MAP_PODS, source };
         let map = MapData::from_pin(pins.map(MAP_PODS)).map_err(failed)?;
         Map::HashMap(map).try_into().map(Self).map_err(failed)
     }
 
-    /// Who is behind `subject`, where that is known.
+    /// Returns the pod metadata of `subject`, or `None` if it is unknown.
     #[must_use]
     pub fn get(&self, subject: Subject) -> Option<Identity> {
         self.0.get(&subject, 0).ok().as_ref().map(Identity::of)
     }
 }
 
-/// Makes `names` what the map says. Returns how often it was written.
+/// Replaces the content of the map by `names`. Returns the number of map updates.
 pub(super) fn write(
     maps: &mut Maps,
     told: &mut Told,
@@ -102,7 +102,7 @@ fn record(pod: &Pod, container: &str) -> PodRecord {
 }
 
 impl Identity {
-    /// Reads the map's form.
+    /// Converts the value of the map.
     #[must_use]
     pub fn of(record: &PodRecord) -> Self {
         let unless_empty = |padded: &[u8]| Some(text(padded)).filter(|text| !text.is_empty());
@@ -117,13 +117,13 @@ impl Identity {
     }
 }
 
-/// How pods are looked up; `None` where they are not.
+/// Reads the status of the pod watch. Returns `None` if it is off.
 pub fn lookup(maps: &Maps) -> Result<Option<Lookup>, MapError> {
     Ok(Lookup::of(&maps.kubernetes.get(&0, 0)?))
 }
 
 impl Lookup {
-    /// Reads the map's form; `None` where pods are not looked up.
+    /// Converts the value of the map. Returns `None` if the pod watch is off.
     #[must_use]
     pub fn of(record: &KubernetesRecord) -> Option<Self> {
         let moment = |nanoseconds| (nanoseconds != 0).then(|| timestamp(nanoseconds));
@@ -141,7 +141,7 @@ impl Lookup {
     }
 }
 
-/// Records how pods are looked up.
+/// Records the status of the pod watch; `None` means that it is off.
 pub(super) fn put(maps: &mut Maps, lookup: Option<&Lookup>) -> Result<(), DatapathError> {
     let moment = |moment: Option<Timestamp>| moment.map_or(0, nanoseconds);
     let record = KubernetesRecord {

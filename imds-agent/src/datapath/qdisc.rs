@@ -1,4 +1,4 @@
-//! Reads the qdisc in the `ffff:` slot of an interface, which holds either `clsact` or `ingress`.
+//! Reads the qdisc in the `ffff:` slot of an interface, which contains either `clsact` or `ingress`.
 
 use imds_ebpf_common::TcHook;
 use rtnetlink::{
@@ -12,14 +12,14 @@ use rtnetlink::{
 use super::{bpf, obstacles::Obstacle};
 use crate::node::netlink::{Netlink, NetlinkError};
 
-/// Block of ingress (`include/uapi/linux/rtnetlink.h`), which the library does not know.
+/// Attribute of the ingress block (`include/uapi/linux/rtnetlink.h`), which the netlink library does not define.
 const TCA_INGRESS_BLOCK: u16 = 13;
-/// Block of egress.
+/// Attribute of the egress block (`include/uapi/linux/rtnetlink.h`).
 const TCA_EGRESS_BLOCK: u16 = 14;
 /// Kind of the qdisc that has no egress hook.
 const INGRESS: &str = "ingress";
 
-/// The qdisc in the slot of an interface.
+/// Qdisc in the `ffff:` slot of an interface.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Qdisc {
     kind: String,
@@ -28,7 +28,7 @@ pub struct Qdisc {
 }
 
 impl Qdisc {
-    /// Reads a `RTM_NEWQDISC` message; `None` if it describes a qdisc in another place.
+    /// Parses an `RTM_NEWQDISC` message. Returns `None` if the qdisc is not in the `ffff:` slot.
     #[must_use]
     pub fn from_message(message: TcMessage) -> Option<Self> {
         if message.header.parent != TcHandle::CLSACT {
@@ -54,7 +54,7 @@ impl Qdisc {
         Some(qdisc)
     }
 
-    /// The obstacle to a filter at `hook`, if there is one. `has_tcx`: the kernel has TCX, which needs no qdisc.
+    /// Returns the obstacle to a filter at `hook`, or `None`. `has_tcx` selects the remedy: TCX needs no qdisc.
     #[must_use]
     pub fn obstacle(&self, hook: TcHook, has_tcx: bool) -> Option<Obstacle> {
         let block = match hook {
@@ -66,11 +66,11 @@ impl Qdisc {
     }
 }
 
-/// Reads the qdisc of an interface; `None` if the slot is free.
+/// Reads the qdisc of an interface. Returns `None` if the slot is free.
 ///
-/// The kernel dumps the qdiscs of all interfaces (`tc_dump_qdisc`), so that callers ask only about interfaces that have one
-/// already. A request for a single qdisc would be answered to all listeners of `RTNLGRP_TC` (`qdisc_notify`), as if the
-/// qdisc had changed.
+/// The kernel dumps the qdiscs of all interfaces (`tc_dump_qdisc`), so call this only for interfaces that already have one. For
+/// a request for a single qdisc, the kernel also notifies all listeners of `RTNLGRP_TC` (`qdisc_notify`), as if the qdisc had
+/// changed.
 pub(super) async fn read(netlink: &Netlink, ifindex: u32) -> Result<Option<Qdisc>, NetlinkError> {
     let request = RouteNetlinkMessage::GetQueueDiscipline(TcMessage::with_index(ifindex.cast_signed()));
     let answers = netlink.dump(format!("listing qdiscs of interface {ifindex}"), request).await?;

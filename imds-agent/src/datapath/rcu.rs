@@ -1,22 +1,22 @@
-//! Short grace periods while many TCX links are detached.
+//! Expedited RCU grace periods while many TCX links are detached.
 //!
-//! The kernel waits for a grace period for each link that it detaches, with RTNL held (`tcx_link_release`, kernel/bpf/tcx.c), so
-//! that threads do not help. If grace periods are expedited, it sends interrupts to the CPUs instead of waiting.
+//! The kernel waits for a grace period for each link that it detaches, and holds RTNL while it waits (`tcx_link_release`,
+//! kernel/bpf/tcx.c), so threads do not help. With expedited grace periods, it sends interrupts to the CPUs instead of waiting.
 
 use std::fs;
 
-/// Setting of the machine (kernel/ksysfs.c).
+/// sysfs file of the machine-wide setting (kernel/ksysfs.c).
 const EXPEDITED: &str = "/sys/kernel/rcu_expedited";
-/// Number of links from which on the setting is changed: fewer are detached within a second.
+/// Smallest number of links for which the setting is changed. Detaching fewer takes less than a second.
 pub(super) const MANY_LINKS: usize = 64;
 
-/// Grace periods are expedited until this is dropped.
+/// Guard that keeps grace periods expedited until it is dropped.
 #[derive(Debug)]
 pub(super) struct Expedited(());
 
 impl Expedited {
-    /// Expedites grace periods, unless the machine does so anyway. Returns `None` if that is not allowed, as in a container with a
-    /// read-only /sys.
+    /// Expedites grace periods. Returns `None` if they are expedited already, or if that is not allowed, for example in a container
+    /// with a read-only /sys.
     pub(super) fn set() -> Option<Self> {
         if fs::read_to_string(EXPEDITED).ok()?.trim() != "0" {
             return None;

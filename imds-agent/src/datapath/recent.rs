@@ -1,5 +1,5 @@
-//! The last events, in pinned maps: so that as many as want to can follow them, while one process takes them from the ring
-//! buffer, which has one reading position.
+//! Recent events, in pinned maps. The ring buffer of the programs has only one reader position, so one process reads it and
+//! writes the events here, where any number of processes can read them.
 
 use aya::maps::{Array, Map, MapData, MapError};
 use imds_ebpf_common::{
@@ -10,14 +10,14 @@ use imds_ebpf_common::{
 
 use super::{object::ObjectError, pins::PinDir};
 
-/// The last events.
+/// Maps of the recent events and of their positions.
 pub struct Recent {
     events: Array<MapData, RecentEvent>,
     head: Array<MapData, u64>,
 }
 
 impl Recent {
-    /// Those that are pinned.
+    /// Opens the pinned maps of recent events.
     pub fn open(pins: &PinDir) -> Result<Self, ObjectError> {
         let failed = |name| move |source| ObjectError::Map { name, source };
         let open = |name| MapData::from_pin(pins.map(name)).map(Map::Array).map_err(failed(name));
@@ -27,31 +27,31 @@ impl Recent {
         })
     }
 
-    /// Number of the last one; 0 before the first.
+    /// Returns the number of the last event; 0 before the first.
     pub fn last(&self) -> Result<u64, MapError> {
         self.head.get(&LAST, 0)
     }
 
-    /// Number of the last one that was shown to somebody.
+    /// Returns the number of the last event that a client has printed.
     pub fn shown(&self) -> Result<u64, MapError> {
         self.head.get(&SHOWN, 0)
     }
 
-    /// Adds one. Only one process at a time may.
+    /// Adds an event. Only one process at a time may call this.
     pub fn push(&mut self, event: Event) -> Result<(), MapError> {
         let number = self.last()?.saturating_add(1);
         self.events.set(slot(number), RecentEvent { number, event, number_again: number }, 0)?;
         self.head.set(LAST, number, 0)
     }
 
-    /// Those after number `after`, and the number of the last; what is too old is no longer there.
+    /// Returns the events after number `after` that are not overwritten yet, and the number of the last event.
     pub fn since(&self, after: u64) -> Result<(Vec<Event>, u64), MapError> {
         let last = self.last()?;
         let first = after.max(last.saturating_sub(RECENT as u64)).saturating_add(1);
         let mut events = Vec::new();
         for number in first..=last {
             let recent = self.events.get(&slot(number), 0)?;
-            // Another one is there where it was overtaken meanwhile.
+            // Skips entries that a newer event has overwritten in the meantime.
             if recent.number == number && recent.number_again == number {
                 events.push(recent.event);
             }
@@ -59,13 +59,13 @@ impl Recent {
         Ok((events, last))
     }
 
-    /// Notes that those up to number `shown` were shown to somebody.
+    /// Records that a client has printed all events up to number `shown`.
     pub fn set_shown(&mut self, shown: u64) -> Result<(), MapError> {
         if shown > self.shown()? { self.head.set(SHOWN, shown, 0) } else { Ok(()) }
     }
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "below the number of slots")]
+#[expect(clippy::cast_possible_truncation, reason = "the remainder is less than the number of slots")]
 const fn slot(number: u64) -> u32 {
     (number % RECENT as u64) as u32
 }

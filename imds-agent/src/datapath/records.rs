@@ -1,4 +1,4 @@
-//! What the agent knows of each interface, in a pinned map: for `status`, for `bpftool`, and for the next agent.
+//! Records of the state of each interface, in a pinned map. `status`, `bpftool` and the agent after a restart read them.
 
 use std::collections::BTreeSet;
 
@@ -11,37 +11,37 @@ use super::{
 };
 use crate::{endpoints::unpadded, node::links::Link, state::Assignment};
 
-/// The record of an interface.
+/// Returns the record of an interface, or `None` if there is none.
 #[must_use]
 pub fn get(maps: &Maps, ifindex: u32) -> Option<InterfaceRecord> {
     maps.interfaces.get(&ifindex, 0).ok()
 }
 
-/// Names of all interfaces of a role.
+/// Returns the names of all recorded interfaces with this role.
 pub fn names(maps: &Maps, role: Role) -> Result<BTreeSet<String>, MapError> {
     let records = object::present(maps.interfaces.iter()).collect::<Result<Vec<_>, _>>()?;
     let of_role = records.into_iter().filter(|(_, record)| record.role == role as u8);
     Ok(of_role.map(|(_, record)| unpadded(&record.name)).collect())
 }
 
-/// Reports whether an agent recorded a filter on an interface.
+/// Reports whether the record of an interface has a filter.
 pub(super) fn has_filter(maps: &Maps, ifindex: u32) -> bool {
     get(maps, ifindex).is_some_and(|record| record.attach_modes.contains(&(AttachMode::Clsact as u8)))
 }
 
-/// State of an interface that goes into its record.
+/// State of an interface for its record.
 #[derive(Clone, Copy, Debug)]
 pub struct LinkState {
-    /// Role and desired hooks.
+    /// Role and desired hooks of the interface.
     pub assignment: Assignment,
     /// Attach mode of each hook, in the order of [`TcHook::ALL`](imds_ebpf_common::TcHook::ALL).
     pub attach_modes: [AttachMode; 2],
-    /// Reports whether an attachment waits in the attach queue.
+    /// True while an attachment is in the attach queue.
     pub is_pending: bool,
 }
 
 impl LinkState {
-    /// Sets the attach mode of a hook.
+    /// Sets the attach mode of one hook.
     pub fn set_mode(&mut self, hook: TcHook, mode: AttachMode) {
         let [from_pod, node_egress] = &mut self.attach_modes;
         *match hook {
@@ -51,7 +51,7 @@ impl LinkState {
     }
 }
 
-/// Writes the state of an interface. Ownership of its qdisc stays recorded until it has no filter of the agent.
+/// Writes the state of an interface. Keeps `owns_qdisc` until the interface has no filter of the agent.
 pub(super) fn put(maps: &mut Maps, link: &Link, state: LinkState) -> Result<(), DatapathError> {
     let old = get(maps, link.index).unwrap_or_default();
     let LinkState { assignment, attach_modes, is_pending } = state;
@@ -69,12 +69,13 @@ pub(super) fn put(maps: &mut Maps, link: &Link, state: LinkState) -> Result<(), 
     if new == old { Ok(()) } else { write(maps, link.index, new) }
 }
 
-/// Returns which packets that come in by the interface are the node's own.
+/// Returns the packets received on the interface that are the node's own.
 fn own_packets(maps: &Maps, link: &Link, role: Role) -> OwnPackets {
     match role {
         Role::Ifb => OwnPackets::Marked,
         _ if is_judged_by_peer(maps, link) => OwnPackets::Marked,
-        // A bridge keeps the socket of a frame too, and that of a tap device belongs to the node.
+        // Excludes bridge ports: frames that a bridge forwards keep their socket, and the socket of frames from a tap device
+        // belongs to the node.
         Role::Other | Role::Uplink | Role::Loopback | Role::Excluded if link.master.is_none() => {
             OwnPackets::WithSocket
         }
@@ -84,8 +85,8 @@ fn own_packets(maps: &Maps, link: &Link, role: Role) -> OwnPackets {
     }
 }
 
-/// Reports whether packets that come in by the interface have passed `node_egress` at its veth peer. Only a port of a bridge
-/// gets them after routing and DNAT.
+/// Reports whether packets received on the interface have passed `node_egress` at its veth peer. Only packets to a bridge port
+/// are already routed and translated by DNAT then.
 fn is_judged_by_peer(maps: &Maps, link: &Link) -> bool {
     let peer = link.lower.filter(|_| link.is_internal_pair() && link.master.is_some());
     peer.and_then(|peer| get(maps, peer)).is_some_and(|record| record.is_attached(TcHook::NodeEgress))
@@ -99,7 +100,7 @@ pub(super) fn update_own_packets(maps: &mut Maps, link: &Link) -> Result<(), Dat
     if new == old { Ok(()) } else { write(maps, link.index, new) }
 }
 
-/// Records that the agent added the interface's qdisc, for a filter at `hook`.
+/// Records that the agent has added the qdisc of the interface, for a filter at `hook`.
 pub(super) fn set_owns_qdisc(maps: &mut Maps, link: &Link, hook: TcHook) -> Result<(), DatapathError> {
     let mut record = get(maps, link.index).unwrap_or_default();
     record.name = padded(&link.name);
@@ -110,7 +111,7 @@ pub(super) fn set_owns_qdisc(maps: &mut Maps, link: &Link, hook: TcHook) -> Resu
     write(maps, link.index, record)
 }
 
-/// Records that the qdisc of the interface may be another program's, so that `unload` leaves it.
+/// Records that the qdisc of the interface may belong to another program, so that `unload` does not remove it.
 pub(super) fn disown_qdisc(maps: &mut Maps, link: &Link) -> Result<(), DatapathError> {
     match get(maps, link.index) {
         Some(old) if old.owns_qdisc == 1 => write(maps, link.index, InterfaceRecord { owns_qdisc: 0, ..old }),
@@ -118,10 +119,10 @@ pub(super) fn disown_qdisc(maps: &mut Maps, link: &Link) -> Result<(), DatapathE
     }
 }
 
-/// Removes an interface's record, if there is one.
+/// Removes the record of an interface, if it has one.
 pub(super) fn remove(maps: &mut Maps, ifindex: u32) {
     if let Err(error) = maps.interfaces.remove(&ifindex) {
-        log::debug!("no record of interface {ifindex} to remove: {error}");
+        log::debug!("failed to remove the record of interface {ifindex}: {error}");
     }
 }
 
@@ -130,7 +131,7 @@ fn write(maps: &mut Maps, ifindex: u32, record: InterfaceRecord) -> Result<(), D
     maps.interfaces.insert(ifindex, record, 0).map_err(failed)
 }
 
-/// An interface name as the kernel keeps it: at most 15 bytes, then zeros.
+/// Returns an interface name in the form of the kernel: at most 15 bytes, padded with zeros.
 pub(super) fn padded(name: &str) -> [u8; 16] {
     let mut padded = [0; 16];
     for (to, from) in padded.iter_mut().zip(name.bytes().take(15)) {

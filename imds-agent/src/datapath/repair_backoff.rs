@@ -1,4 +1,4 @@
-//! Delays between repairs that another program undoes.
+//! Backoff of repairs that another program keeps reverting.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ const MAX_DELAY: Duration = Duration::from_mins(5);
 /// Time without a repair after which the next one starts at the shortest delay again.
 const RESET_AFTER: Duration = Duration::from_mins(10);
 
-/// Exponential backoff: the first repair is due at once, and each further one doubles the delay until the next.
+/// Exponential backoff. The first repair is due at once, and each repair doubles the delay before the next one.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct RepairBackoff {
     last: Option<(Instant, Duration)>,
@@ -21,13 +21,13 @@ impl RepairBackoff {
         self.last.is_none_or(|(at, delay)| now.duration_since(at) >= delay)
     }
 
-    /// Records that a repair is made now.
+    /// Records a repair at the time `now`.
     pub(super) fn note(&mut self, now: Instant) {
         let delay = self.last.map_or(MIN_DELAY, |(_, delay)| (delay * 2).min(MAX_DELAY));
         self.last = Some((now, delay));
     }
 
-    /// Drops the state of repairs that are long ago. Returns whether no state is left.
+    /// Resets the state if the last repair is long ago. Returns `true` if no state is left.
     pub(super) fn has_calmed(&mut self, now: Instant) -> bool {
         self.last = self.last.filter(|(at, _)| now.duration_since(*at) < RESET_AFTER);
         self.last.is_none()

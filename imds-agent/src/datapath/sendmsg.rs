@@ -1,19 +1,19 @@
-//! The decision whether the sendmsg programs run.
+//! Decides if the sendmsg programs of the `socket` hook are attached.
 
 use imds_ebpf_common::Hook;
 
 use crate::config::{Hooks, Sendmsg};
 
-/// Facts that decide whether unconnected UDP needs the sendmsg programs.
+/// Inputs of [`sendmsg_reason`].
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct SendmsgInputs {
-    /// `hooks.sendmsg` of the configuration.
+    /// Value of `hooks.sendmsg` in the configuration.
     pub setting: Sendmsg,
-    /// The hooks that are on.
+    /// Hooks that the configuration enables.
     pub hooks: Hooks,
-    /// TC programs can read the network namespace cookie of a packet's socket (Linux 6.13).
+    /// True if TC programs can read the netns cookie of a packet's socket (Linux 6.13).
     pub has_tc_cookie: bool,
-    /// Every interface has its programs.
+    /// True if all interfaces are enforced.
     pub is_enforced: bool,
 }
 
@@ -22,30 +22,30 @@ pub struct SendmsgInputs {
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum SendmsgReason {
-    /// `hooks.sendmsg` is true.
+    /// The configuration sets `hooks.sendmsg` to true.
     Configured = 1,
-    /// `hooks.from_pod` is false.
+    /// The configuration disables the `from_pod` hook.
     FromPodOff = 2,
-    /// `hooks.node_egress` is false.
+    /// The configuration disables the `node_egress` hook.
     NodeEgressOff = 3,
     /// Before Linux 6.13 `node_egress` cannot identify packets of macvlan, ipvlan and netkit pods.
     NoTcCookie = 4,
-    /// An interface lacks a program.
+    /// An interface is not enforced, because it lacks a program.
     NotEnforced = 5,
 }
 
 impl SendmsgReason {
-    /// All reasons.
+    /// All reasons, in order of precedence.
     pub const ALL: [Self; 5] =
         [Self::Configured, Self::FromPodOff, Self::NodeEgressOff, Self::NoTcCookie, Self::NotEnforced];
 
-    /// The reason with this number, or `None` if the number stands for none.
+    /// Returns the reason with this number, or `None` for an unknown number.
     #[must_use]
     pub fn from_u32(number: u32) -> Option<Self> {
         Self::ALL.into_iter().find(|&reason| reason as u32 == number)
     }
 
-    /// The reason in words.
+    /// Returns the reason in words, for `status`.
     #[must_use]
     pub const fn text(self) -> &'static str {
         match self {
@@ -53,15 +53,15 @@ impl SendmsgReason {
             Self::FromPodOff => "from_pod is off",
             Self::NodeEgressOff => "node_egress is off",
             Self::NoTcCookie => {
-                "this kernel cannot tell macvlan, ipvlan and netkit pods at node_egress (Linux 6.13 can)"
+                "node_egress cannot identify packets of macvlan, ipvlan and netkit pods before Linux 6.13"
             }
-            Self::NotEnforced => "an interface lacks a hook",
+            Self::NotEnforced => "an interface is not enforced",
         }
     }
 }
 
-/// Decides whether the sendmsg programs are needed. They cost each unconnected UDP sendto(2) of the node, so that they
-/// run only if `from_pod` and `node_egress` do not judge the packets of every pod.
+/// Returns the reason why the sendmsg programs are needed, or `None` if they are not. They add a cost to each sendto(2) on an
+/// unconnected UDP socket of the node, so they run only if `from_pod` and `node_egress` do not cover the packets of all pods.
 #[must_use]
 pub fn sendmsg_reason(inputs: SendmsgInputs) -> Option<SendmsgReason> {
     let SendmsgInputs { setting, hooks, has_tc_cookie, is_enforced } = inputs;

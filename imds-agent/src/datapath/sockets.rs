@@ -1,4 +1,4 @@
-//! The programs of a cgroup: a set of links that are attached, pinned and repaired together.
+//! Programs of one hook on a cgroup: a set of links that are attached, pinned and repaired together.
 
 use std::{
     fs::{self, File},
@@ -23,17 +23,17 @@ use super::{
 };
 use crate::node::cgroup;
 
-/// The programs of one hook: pins of the links, programs and attach types, in the same order.
+/// Description of a cgroup hook: link names, programs and attach types, in the same order.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Kind {
     links: &'static [&'static str],
     programs: &'static [&'static str],
     attach_types: &'static [bpf_attach_type],
-    /// Several cgroups can have these programs, so that the names of the pins end with the cgroup's id.
+    /// True if several cgroups can have these programs. The names of the pins then end with the cgroup id.
     is_one_of_many: bool,
 }
 
-/// Attach types of [`HOST_PROGRAMS`] and, without the last, of [`SOCKET_PROGRAMS`].
+/// Attach types of [`HOST_PROGRAMS`]. [`SOCKET_PROGRAMS`] have the same ones without the last.
 pub(super) const ATTACH_TYPES: [bpf_attach_type; 5] = [
     BPF_CGROUP_INET4_CONNECT,
     BPF_CGROUP_INET6_CONNECT,
@@ -42,7 +42,7 @@ pub(super) const ATTACH_TYPES: [bpf_attach_type; 5] = [
     BPF_CGROUP_INET_EGRESS,
 ];
 
-/// The `socket` hook.
+/// Description of the `socket` hook.
 pub(super) const SOCKETS: Kind = Kind {
     links: &SOCKET_LINKS,
     programs: &SOCKET_PROGRAMS,
@@ -50,11 +50,11 @@ pub(super) const SOCKETS: Kind = Kind {
     is_one_of_many: false,
 };
 
-/// The `host_network` hook, on one of the cgroups of Kubernetes pods.
+/// Description of the `host_network` hook, on one of the cgroups of Kubernetes pods.
 pub(super) const HOSTS: Kind =
     Kind { links: &HOST_LINKS, programs: &HOST_PROGRAMS, attach_types: &ATTACH_TYPES, is_one_of_many: true };
 
-/// The `local_service` hook.
+/// Description of the `local_service` hook.
 pub(super) const LOCAL_SERVICE: Kind = Kind {
     links: &[LOCAL_SERVICE_LINK],
     programs: &[PROG_LOCAL_SERVICE],
@@ -62,7 +62,7 @@ pub(super) const LOCAL_SERVICE: Kind = Kind {
     is_one_of_many: false,
 };
 
-/// A cgroup and the links of one hook on it.
+/// Cgroup with the links of one hook.
 #[derive(Debug)]
 pub(super) struct Sockets {
     cgroup: OpenCgroup,
@@ -83,22 +83,22 @@ impl Sockets {
         Ok(Self { cgroup: OpenCgroup { path: path.to_owned(), file, id }, links })
     }
 
-    /// The cgroup's id.
+    /// Returns the id of the cgroup.
     pub(super) fn id(&self) -> u64 {
         self.cgroup.id
     }
 
-    /// Reports whether the cgroup is still the one at its path.
+    /// Reports whether the cgroup still exists at its path.
     pub(super) fn is_there(&self) -> bool {
         fs::metadata(&self.cgroup.path).is_ok_and(|metadata| metadata.ino() == self.cgroup.id)
     }
 
-    /// Programs that are not attached, or not last, in words.
+    /// Describes the programs that are not attached, or not last.
     pub(super) fn failures(&self) -> impl Iterator<Item = &str> {
         self.links.iter().filter_map(CgroupLink::failure)
     }
 
-    /// Restores the links of the desired attach types and detaches the others, each even if another one fails.
+    /// Reconciles the links of the desired attach types and detaches the others. Continues after a failure.
     pub(super) fn restore(
         &mut self,
         programs: &Programs,
@@ -127,7 +127,7 @@ pub(super) fn is_sendmsg(attach_type: bpf_attach_type) -> bool {
     matches!(attach_type, BPF_CGROUP_UDP4_SENDMSG | BPF_CGROUP_UDP6_SENDMSG)
 }
 
-/// Detaches and unpins the links of the `socket` hook, wherever they are. Returns whether one was attached.
+/// Detaches and unpins the links of the `socket` hook on any cgroup. Returns `true` if one was attached.
 pub(super) fn detach_all(pins: &PinDir) -> Result<bool, DatapathError> {
     let mut was_attached = false;
     for name in SOCKET_LINKS {
@@ -136,7 +136,7 @@ pub(super) fn detach_all(pins: &PinDir) -> Result<bool, DatapathError> {
     Ok(was_attached)
 }
 
-/// Detaches and unpins the link of the `local_service` hook, wherever it is. Returns whether it was attached.
+/// Detaches and unpins the link of the `local_service` hook on any cgroup. Returns `true` if it was attached.
 pub(super) fn detach_local_service(pins: &PinDir) -> Result<bool, DatapathError> {
     cgroup_link::detach_pinned(&pins.named_link(LOCAL_SERVICE_LINK))
 }
@@ -144,13 +144,13 @@ pub(super) fn detach_local_service(pins: &PinDir) -> Result<bool, DatapathError>
 /// State of one program of a cgroup, read from the kernel.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct ProgramState {
-    /// Name of the program.
+    /// Name of the BPF program.
     pub program: &'static str,
-    /// The program is one of the sendmsg programs, which are not always needed.
+    /// True for the sendmsg programs, which are not always needed.
     pub is_sendmsg: bool,
-    /// The program is attached to the cgroup.
+    /// True if the program is attached to the cgroup.
     pub is_attached: bool,
-    /// Reason why it is not attached, or the program that runs after it.
+    /// Description of the problem if the program is not attached, or not last.
     pub problem: Option<String>,
 }
 

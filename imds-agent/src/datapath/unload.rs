@@ -1,4 +1,4 @@
-//! Unloading: ends enforcement and removes everything that agents attached and pinned.
+//! Implementation of `imds-agent unload`: ends enforcement, and removes all attachments and pins of agents.
 
 use std::path::PathBuf;
 
@@ -19,7 +19,7 @@ use super::{
 };
 use crate::node::{links::Link, netlink::Netlink};
 
-/// Interval at which `unload` tries to take the directory.
+/// Interval at which `unload` tries to lock the directory.
 const RELEASE_RETRY: Duration = Duration::from_millis(20);
 
 /// Result of [`unload`].
@@ -27,33 +27,32 @@ const RELEASE_RETRY: Duration = Duration::from_millis(20);
 pub struct Removed {
     /// Number of interfaces that had a program of the agent.
     pub interfaces: usize,
-    /// Cgroups had programs of the agent.
+    /// True if cgroups had programs of the agent.
     pub sockets: bool,
-    /// The pin directory; `None` if there was none.
+    /// Path of the removed pin directory; `None` if it did not exist.
     pub pin_dir: Option<PathBuf>,
-    /// Entries of the pin directory that agents do not create, and that stay.
+    /// Entries of the pin directory that agents do not create. They are not removed.
     pub left: Vec<PathBuf>,
-    /// The agent that released the directory, and runs on without enforcing anything.
+    /// Pid of the agent that has released the directory, and keeps running without enforcing anything.
     pub agent: Option<i32>,
 }
 
-/// Step of [`unload`].
+/// Step of [`unload`], for progress messages.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Progress {
-    /// All hooks let everything pass from now on.
+    /// The policy is off: all hooks let all packets pass.
     PolicyOff,
-    /// A running agent was asked to release the directory.
+    /// The running agent was asked to release the directory. Contains its pid, if visible.
     AskedAgent(Option<i32>),
-    /// So many of all pinned links were detached.
+    /// Number of detached links, and number of all pinned links.
     Detached(usize, usize),
 }
 
-/// Removes everything that agents attached and pinned: links, filters, qdiscs that an agent added, and pins, and with them
+/// Removes links, filters and pins of agents, and qdiscs that an agent added. Without pins and attachments, the kernel frees the
 /// programs and maps.
 ///
-/// A running agent is asked to release the directory, and may take `timeout` for it.
-/// The policy is switched off first, so that all hooks let everything pass at once. The kernel needs a grace period for each
-/// TCX link that is detached after that.
+/// Asks a running agent to release the directory, and waits at most `timeout` for it. Switches the policy off first, so that all
+/// hooks let all packets pass at once, because detaching takes long: the kernel waits for a grace period for each TCX link.
 pub async fn unload(
     pins: &PinDir,
     netlink: &Netlink,
@@ -62,13 +61,13 @@ pub async fn unload(
     mut progress: impl FnMut(Progress),
 ) -> Result<Removed, DatapathError> {
     let mut removed = Removed::default();
-    // Open as long as this works on it, so that its inode is no other directory's.
+    // Keeps the directory open, so that the kernel does not reuse its inode number.
     let Some(_directory) = pins.open_owned()? else { return Ok(removed) };
     home::ensure_no_filters_elsewhere(pins)?;
     let (claim, agent) = if let Some(claim) = pins.try_claim_existing()? {
         (claim, None)
     } else {
-        // Before the agent is asked: it may hang.
+        // Switches the policy off before asking the agent, which may hang.
         if force::switch_off(pins)? {
             progress(Progress::PolicyOff);
         }
@@ -80,7 +79,7 @@ pub async fn unload(
         let Some(claim) = wait_for_release(pins, agent, timeout).await? else { return Ok(removed) };
         (claim, agent)
     };
-    // Again, as an agent may have loaded its configuration in between.
+    // Repeats this, because the agent may have applied its configuration in the meantime.
     if force::switch_off(pins)? {
         progress(Progress::PolicyOff);
     }
@@ -92,7 +91,7 @@ pub async fn unload(
     Ok(removed)
 }
 
-/// Asks the running agent to release the directory, and waits for it. Returns `None` if the directory is gone.
+/// Asks the running agent to release the directory, and waits for it. Returns `None` if the directory was removed.
 async fn wait_for_release(
     pins: &PinDir,
     agent: Option<i32>,
@@ -100,7 +99,7 @@ async fn wait_for_release(
 ) -> Result<Option<Claim>, PinError> {
     let deadline = Instant::now() + timeout;
     loop {
-        // Each time: an agent that starts in between removes the request.
+        // Repeats the request, because an agent that starts in the meantime removes it.
         if !pins.request_unload()? {
             return Ok(None);
         }
@@ -108,7 +107,7 @@ async fn wait_for_release(
             return Ok(Some(claim));
         }
         if Instant::now() >= deadline {
-            // The request stays: an agent that works again later releases the directory then.
+            // Leaves the request in place, so that a hanging agent releases the directory when it resumes.
             let pid = pins.holder()?.map_or(agent, |holder| holder.pid);
             return Err(PinError::NotReleased { path: pins.root().to_owned(), pid, timeout });
         }
@@ -116,7 +115,8 @@ async fn wait_for_release(
     }
 }
 
-/// Expedites grace periods. Ctrl-C and SIGTERM then no longer end the process before it restores the setting.
+/// Expedites grace periods. Handles SIGINT and SIGTERM first, so that they do not end the process before it restores the
+/// setting.
 fn expedite() -> Option<Expedited> {
     let handlers = [SignalKind::interrupt(), SignalKind::terminate()].map(signal);
     if handlers.iter().all(Result::is_ok) { Expedited::set() } else { None }
@@ -138,7 +138,7 @@ async fn detach(
         progress(Progress::Detached(done, pinned.len()));
     }
     drop(expedited);
-    // Without readable maps it is unknown which qdiscs an agent added; they stay.
+    // Qdiscs stay if the maps are unreadable, because then the owner of a qdisc is unknown.
     let mut maps = Maps::open(pins).ok();
     for link in links {
         let mut detached = false;

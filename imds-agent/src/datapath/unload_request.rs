@@ -1,7 +1,7 @@
-//! The request of `imds-agent unload` to the running agent: a directory in the pin directory.
+//! Request of `imds-agent unload` to the running agent: a directory in the pin directory.
 //!
-//! Only a process that may change the pins, and so could end enforcement anyway, can make it. inotify reports it to the
-//! agent at once, in whatever mount namespace each of the two runs.
+//! Only a process that may change the pins can create it, and such a process can end enforcement anyway. inotify notifies the
+//! agent at once, even if both processes run in different mount namespaces.
 
 use std::{fs, io, path::PathBuf};
 
@@ -11,7 +11,7 @@ use super::{
 };
 use crate::watch::Watch;
 
-/// Name of the directory.
+/// Name of the request's directory in the pin directory.
 pub(super) const REQUEST: &str = "unload";
 
 impl PinDir {
@@ -19,7 +19,7 @@ impl PinDir {
         self.root().join(REQUEST)
     }
 
-    /// Asks the agent to release the directory. Returns false if there is no pin directory any more.
+    /// Asks the agent to release the directory. Returns `false` if the pin directory was removed.
     pub(super) fn request_unload(&self) -> Result<bool, PinError> {
         let request = self.unload_request();
         match fs::create_dir(&request) {
@@ -30,7 +30,7 @@ impl PinDir {
         }
     }
 
-    /// Withdraws the request, which must not reach an agent that starts later.
+    /// Withdraws the request, so that it does not reach an agent that starts later.
     pub(super) fn withdraw_unload_request(&self) -> Result<(), PinError> {
         let request = self.unload_request();
         match fs::remove_dir(&request) {
@@ -39,12 +39,12 @@ impl PinDir {
         }
     }
 
-    /// Reports whether `unload` asks the agent to release the directory.
+    /// Reports whether `unload` has asked the agent to release the directory.
     pub(crate) fn is_unload_requested(&self) -> bool {
         is_directory(&self.unload_request())
     }
 
-    /// Watches for such a request. Must be called within a tokio runtime.
+    /// Watches for the request. Must be called within a tokio runtime.
     pub(crate) fn watch_unload_request(&self) -> io::Result<Watch> {
         Watch::new(&self.unload_request())
     }

@@ -102,7 +102,7 @@ fn full_user_space_maps() {
             fill(&case, name);
             let late = guarded_late(&case);
             // Only the map of interfaces gets a new entry.
-            let is_said = agent.log().contains("can't write the map");
+            let is_said = agent.log().contains("failed to read or write map");
             assert_eq!(is_said, name == "imds_interfaces", "{name}: {}", agent.log());
             agent.kill9();
             let agent = case.agent().spawn_ready();
@@ -129,7 +129,7 @@ fn more_exemptions_than_fit() {
     case.under_flood(|| {
         for _ in 0..effort(2) {
             let agent = case.agent().config(&config).spawn_ready();
-            agent.wait_for_log("can't write the map imds_exempt", LONG);
+            agent.wait_for_log("failed to read or write map imds_exempt", LONG);
             println!("{} of {} exemptions", case.world.status().exemptions.len(), PODS * ENDPOINTS);
             let late = case.world.add_pod(PodLink::Routed);
             // The status takes long with this number of exemptions.

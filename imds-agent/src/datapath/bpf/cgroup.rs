@@ -1,4 +1,4 @@
-//! Programs that are attached to a cgroup's hook.
+//! Queries of the programs that are attached to a hook of a cgroup.
 
 use std::{
     io,
@@ -17,21 +17,21 @@ const CGROUP_MAX: usize = 64;
 /// Programs of one hook of a cgroup.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct CgroupPrograms {
-    /// Ids of the programs.
+    /// Ids of the programs, in the order of the query.
     pub ids: Vec<u32>,
     /// Attach flags, which all programs of a hook share; zero in a list of effective programs.
     pub flags: u32,
 }
 
 impl CgroupPrograms {
-    /// Returns the program that keeps all others off the hook: the kernel refuses another program beside one that was
+    /// Returns the program that prevents others from being attached: the kernel rejects another program beside one that was
     /// attached without `BPF_F_ALLOW_MULTI` (`__cgroup_bpf_attach`, kernel/bpf/cgroup.c).
     #[must_use]
     pub fn exclusive(&self) -> Option<u32> {
         self.ids.first().copied().filter(|_| self.flags & BPF_F_ALLOW_MULTI == 0)
     }
 
-    /// Reports whether descendants of the cgroup may have programs of their own in place of this one.
+    /// Reports whether a program on a descendant of the cgroup replaces this one (`BPF_F_ALLOW_OVERRIDE`).
     #[must_use]
     pub fn allows_override(&self) -> bool {
         self.flags & BPF_F_ALLOW_OVERRIDE != 0
@@ -43,13 +43,13 @@ pub fn cgroup_programs(cgroup: impl AsFd, attach_type: bpf_attach_type) -> io::R
     query(cgroup, attach_type, 0)
 }
 
-/// Lists the programs that run for sockets in the cgroup, those of its ancestors too, in the order in which they run.
+/// Lists the programs that run for sockets in the cgroup, including those of its ancestors, in the order in which they run.
 pub fn effective_programs(cgroup: impl AsFd, attach_type: bpf_attach_type) -> io::Result<Vec<u32>> {
     Ok(query(cgroup, attach_type, BPF_F_QUERY_EFFECTIVE)?.ids)
 }
 
 fn query(cgroup: impl AsFd, attach_type: bpf_attach_type, query_flags: u32) -> io::Result<CgroupPrograms> {
-    /// The first fields of the command. Older kernels refuse later ones unless they are zero.
+    /// First fields of the command's part of `union bpf_attr`. Older kernels reject later fields that are not zero.
     #[repr(C)]
     struct Attr {
         target_fd: i32,
@@ -60,7 +60,7 @@ fn query(cgroup: impl AsFd, attach_type: bpf_attach_type, query_flags: u32) -> i
         count: u32,
         pad: u32,
     }
-    #[expect(clippy::cast_possible_truncation, reason = "64")]
+    #[expect(clippy::cast_possible_truncation, reason = "the value is 64")]
     const COUNT: u32 = CGROUP_MAX as u32;
     let mut programs = [0_u32; CGROUP_MAX];
     let mut attr = Attr {

@@ -1,4 +1,4 @@
-//! Programs of a few instructions, and names of programs.
+//! Loading of programs, small built-in programs, and names of programs.
 
 use std::{
     ffi::CStr,
@@ -18,30 +18,31 @@ use imds_ebpf_common::names::PREFIX;
 use super::{bpf_fd, info, kind_of, link};
 
 pub(super) const EXIT: u64 = 0x95;
-/// Level of the verifier's log: each instruction, and statistics at the end.
+/// Level of the verifier's log: instructions (`BPF_LOG_LEVEL1`) and statistics (`BPF_LOG_STATS`).
 const LOG_LEVEL: u32 = 1 | 4;
 
-/// A TC program that leaves every packet to the next one.
+/// Loads a TC program that passes every packet to the next program.
 pub fn load_idle() -> io::Result<OwnedFd> {
     let unspecified = u64::from((-1_i32).cast_unsigned());
     load(&[set(0, unspecified), EXIT])
 }
 
-/// A TC program that sends a clone of every packet out of the interface with this index. A clone has no socket, like a
-/// packet that the node forwards.
+/// Loads a TC program that sends a clone of every packet to the egress of the interface with this index, and drops the
+/// original. A clone has no socket, like a packet that the node forwards.
 pub fn load_redirect(ifindex: u32) -> io::Result<OwnedFd> {
     const DROP: u64 = 2;
     let call = 0x85 | (BPF_FUNC_clone_redirect as u64) << 32;
     load(&[set(2, ifindex.into()), set(3, 0), call, set(0, DROP), EXIT])
 }
 
-/// Whether the program with this id is known to be somebody else's: by its name, which takes `CAP_SYS_ADMIN` to ask for.
+/// Reports whether the program with this id is known not to belong to imds-agent. Compares the name, which is readable only
+/// with `CAP_SYS_ADMIN`.
 #[must_use]
 pub fn is_foreign(id: u32) -> bool {
     name(id).is_ok_and(|name| !name.starts_with(PREFIX.as_bytes()))
 }
 
-/// Returns the name of the program with this id, as far as the kernel shows it: that takes `CAP_SYS_ADMIN`.
+/// Returns the name of the program with this id; `None` if it has none, or without `CAP_SYS_ADMIN`.
 #[must_use]
 pub fn program_name(id: u32) -> Option<String> {
     let name = name(id).ok()?;
@@ -49,16 +50,17 @@ pub fn program_name(id: u32) -> Option<String> {
     Some(String::from_utf8_lossy(name).into_owned())
 }
 
-/// Returns the name of a map or a program, or that of the program of a link, as far as the kernel shows it.
+/// Returns the name of a map or a program, or the name of a link's program; `None` for other objects, and for links without
+/// `CAP_SYS_ADMIN`.
 pub fn object_name(object: impl AsFd) -> io::Result<Option<String>> {
-    /// The start of `struct bpf_map_info`.
+    /// First fields of `struct bpf_map_info`.
     #[repr(C)]
     #[derive(Default)]
     struct MapInfo {
         before: [u32; 6],
         name: [u8; 16],
     }
-    /// The start of `struct bpf_prog_info`.
+    /// First fields of `struct bpf_prog_info`.
     #[repr(C)]
     #[derive(Default)]
     struct ProgramInfo {
@@ -74,7 +76,7 @@ pub fn object_name(object: impl AsFd) -> io::Result<Option<String>> {
     Ok(Some(String::from_utf8_lossy(&name).trim_end_matches('\0').to_owned()))
 }
 
-/// Reports whether the program with this id is known to be an agent's, by its name.
+/// Reports whether the program with this id is known to belong to an imds-agent, by its name.
 #[must_use]
 pub fn is_ours(id: u32) -> bool {
     name(id).is_ok_and(|name| name.starts_with(PREFIX.as_bytes()))
@@ -87,7 +89,7 @@ fn name(id: u32) -> io::Result<[u8; 16]> {
         next_id: u32,
         open_flags: u32,
     }
-    /// The start of `struct bpf_prog_info`.
+    /// First fields of `struct bpf_prog_info`.
     #[repr(C)]
     #[derive(Default)]
     struct Info {
@@ -98,13 +100,13 @@ fn name(id: u32) -> io::Result<[u8; 16]> {
     Ok(info::<Info>(program)?.name)
 }
 
-/// `register = value`, 32 bits of it.
+/// Returns the instruction `register = value`, with a 32-bit value.
 pub(super) const fn set(register: u64, value: u64) -> u64 {
     0xb7 | register << 8 | value << 32
 }
 
 pub(super) fn load(instructions: &[u64]) -> io::Result<OwnedFd> {
-    // SAFETY: both types are plain 8 bytes of an instruction, of which the kernel checks every field.
+    // SAFETY: both types are 8 bytes of plain data, and the kernel checks every field of the instructions.
     let instructions = unsafe { slice::from_raw_parts(instructions.as_ptr().cast(), instructions.len()) };
     let request = ProgLoad {
         prog_type: BPF_PROG_TYPE_SCHED_CLS as u32,
@@ -121,27 +123,27 @@ pub(super) fn load(instructions: &[u64]) -> io::Result<OwnedFd> {
 
 /// Request to load a program.
 pub struct ProgLoad<'a> {
-    /// A `bpf_prog_type`.
+    /// Type of the program, as a `bpf_prog_type`.
     pub prog_type: u32,
-    /// Instructions, with the descriptors of the maps in place.
+    /// Instructions, relocated to the file descriptors of the maps.
     pub instructions: &'a [bpf_insn],
-    /// License, which decides on the helpers that may be called.
+    /// License string. The kernel allows some helpers only for GPL-compatible ones.
     pub license: &'a CStr,
     /// Name, padded with at least one zero byte.
     pub name: [u8; 16],
-    /// A `bpf_attach_type`, which only some types of programs have.
+    /// Expected attach type, as a `bpf_attach_type`; 0 for program types without one.
     pub attach_type: u32,
-    /// BTF of the object, to which the next two refer.
+    /// BTF of the object, which `func_info` and `line_info` refer to.
     pub btf: Option<&'a OwnedFd>,
-    /// Records of functions, and the size of one in bytes.
+    /// Records of functions, and the size of a record in bytes.
     pub func_info: (&'a [u8], usize),
-    /// Records of source lines, and the size of one in bytes.
+    /// Records of source lines, and the size of a record in bytes.
     pub line_info: (&'a [u8], usize),
 }
 
-/// Loads a program. The verifier writes its log to `log` if that is not empty; `ENOSPC` means that it does not fit.
+/// Loads a program. The verifier writes its log to `log` unless that is empty. `ENOSPC` means that the log does not fit.
 pub fn prog_load(request: &ProgLoad<'_>, log: &mut [u8]) -> io::Result<OwnedFd> {
-    /// The start of the part of `union bpf_attr` for `BPF_PROG_LOAD`.
+    /// First fields of the part of `union bpf_attr` for `BPF_PROG_LOAD`.
     #[repr(C)]
     #[derive(Clone, Copy)]
     struct Attr {
@@ -166,10 +168,10 @@ pub fn prog_load(request: &ProgLoad<'_>, log: &mut [u8]) -> io::Result<OwnedFd> 
         line_info_cnt: u32,
         attach_btf_id: u32,
     }
-    /// Attempts while the kernel answers `EAGAIN`, as it does when a signal comes during verification.
+    /// Largest number of attempts while the kernel returns `EAGAIN`, which means that a signal interrupted the verifier.
     const ATTEMPTS: u32 = 5;
     let number = |number: usize| u32::try_from(number).map_err(io::Error::other);
-    // Without BTF the kernel refuses records.
+    // The kernel rejects records without BTF.
     let records = |(bytes, size): (&[u8], usize)| match (request.btf, bytes.len().checked_div(size)) {
         (Some(_), Some(count)) => Ok((bytes.as_ptr() as u64, number(count)?, number(size)?)),
         _ => Ok::<_, io::Error>((0, 0, 0)),
@@ -210,7 +212,7 @@ pub fn prog_load(request: &ProgLoad<'_>, log: &mut [u8]) -> io::Result<OwnedFd> 
 
 /// Loads type information for maps and programs.
 pub fn btf_load(btf: &[u8]) -> io::Result<OwnedFd> {
-    /// The start of the part of `union bpf_attr` for `BPF_BTF_LOAD`.
+    /// First fields of the part of `union bpf_attr` for `BPF_BTF_LOAD`.
     #[repr(C)]
     struct Attr {
         btf: u64,
@@ -225,9 +227,9 @@ pub fn btf_load(btf: &[u8]) -> io::Result<OwnedFd> {
     bpf_fd(BPF_BTF_LOAD, Attr { btf, log_buf: 0, size, log_size: 0, log_level: 0, reserved: 0 })
 }
 
-/// Id of a program.
+/// Returns the id of a program.
 pub fn program_id(program: impl AsFd) -> io::Result<u32> {
-    /// The start of `struct bpf_prog_info`.
+    /// First fields of `struct bpf_prog_info`.
     #[repr(C)]
     #[derive(Default)]
     struct Info {
@@ -237,9 +239,9 @@ pub fn program_id(program: impl AsFd) -> io::Result<u32> {
     Ok(info::<Info>(program)?.id)
 }
 
-/// Whether the kernel compiled a program.
+/// Reports whether the kernel has compiled the program to native code (JIT).
 pub fn is_compiled(program: impl AsFd) -> io::Result<bool> {
-    /// The start of `struct bpf_prog_info`.
+    /// First fields of `struct bpf_prog_info`.
     #[repr(C)]
     #[derive(Default)]
     struct Info {

@@ -17,27 +17,26 @@ use super::{
     program::{EXIT, load, set},
 };
 
-/// Number of test packets that a sink can tell apart.
+/// Number of test packets that a sink can distinguish.
 pub const MAX_SINK_IDS: u32 = 256;
 
-/// Offsets from the frame pointer: 40 bytes of the IP header, 20 of the TCP header, a socket cookie, a map key.
+/// Stack offsets from the frame pointer: 40 bytes of the IP header, 20 bytes of the TCP header, a socket cookie, a map key.
 const IP: i16 = -64;
 const TCP: i16 = -24;
 const COOKIE: i16 = -72;
 const KEY: i16 = -76;
 
-/// Loads a TC program that recognises TCP segments with only SYN set, by their sequence number `marker` (its bytes in the order
-/// in which they are sent) or by the cookie of their socket. The number of a test packet is the window of a marked
-/// segment, or the value of `cookies` for the socket. The program counts the packet in `counts` and drops it.
+/// Loads a TC program that counts test packets in `counts` and drops them. Other packets go to the next program.
 ///
-/// Every other packet goes to the next program.
+/// Test packets are TCP SYN segments with the sequence number `marker` (bytes in network order), or of a socket whose cookie is
+/// in `cookies`. The number of a test packet is the TCP window of a marked segment, or the value in `cookies`.
 pub fn load_sink(marker: [u8; 4], counts: BorrowedFd<'_>, cookies: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     load(&instructions(marker, counts, cookies))
 }
 
-/// Attaches a program to TCX egress of an interface: behind the program of `agent`, or behind all others.
+/// Attaches a program to TCX egress of an interface: directly after the program of `agent`, or after all others if `None`.
 ///
-/// Directly behind the agent's, a test packet can't leave the node through another program that accepts or redirects it.
+/// Directly after the agent's program, no other program can accept or redirect test packets so that they leave the node.
 pub fn link_create_after(program: impl AsFd, ifindex: u32, agent: Option<Entry>) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct Attr {
@@ -66,14 +65,14 @@ pub fn link_create_after(program: impl AsFd, ifindex: u32, agent: Option<Entry>)
     bpf_fd(BPF_LINK_CREATE, attr)
 }
 
-/// An instruction, or a name for the next one.
+/// One line of the assembler: an instruction or a label.
 #[derive(Clone, Copy)]
 enum Step {
-    /// Any instruction but a jump.
+    /// Instruction that is not a jump.
     Run(u64),
-    /// A jump to the instruction with this name, further down.
+    /// Forward jump to the label with this name.
     Jump(u64, &'static str),
-    /// The name of the instruction that follows.
+    /// Label of the following instruction.
     Name(&'static str),
 }
 
@@ -83,7 +82,7 @@ fn instructions(marker: [u8; 4], counts: BorrowedFd<'_>, cookies: BorrowedFd<'_>
     let mut steps = vec![Run(copy(6, 1))];
     steps.extend(load_bytes(Run(set(2, 0)), IP, 40));
     steps.extend([
-        // Version of IP, and the offset of the TCP header in register 7.
+        // Reads the IP version, and computes the offset of the TCP header in register 7.
         Run(load_byte(1, IP)),
         Run(0x77 | 1 << 8 | 4 << 32),
         Jump(equal(1, 4), "ipv4"),
@@ -102,15 +101,15 @@ fn instructions(marker: [u8; 4], counts: BorrowedFd<'_>, cookies: BorrowedFd<'_>
     ]);
     steps.extend(load_bytes(Run(copy(2, 7)), TCP, 20));
     steps.extend([
-        // The flags but for those of ECN, which a SYN may have.
+        // Masks the ECN flags, which a SYN may have.
         Run(load_byte(1, TCP + 13)),
         Run(0x57 | 1 << 8 | 0x3f << 32),
         Jump(differs(1, 2), "next"),
         Run(0x61 | 1 << 8 | 10 << 12 | offset(TCP + 4)),
-        // Compares 32 bits.
+        // 32-bit comparison.
         Jump(0x56 | 1 << 8 | u64::from(u32::from_ne_bytes(marker)) << 32, "cookie"),
         Run(0x69 | 8 << 8 | 10 << 12 | offset(TCP + 14)),
-        // From network byte order, 16 bits.
+        // Converts 16 bits from network byte order.
         Run(0xdc | 8 << 8 | 16 << 32),
         Jump(0x05, "count"),
         Name("cookie"),
@@ -130,7 +129,7 @@ fn instructions(marker: [u8; 4], counts: BorrowedFd<'_>, cookies: BorrowedFd<'_>
     steps.extend([
         Jump(equal(0, 0), "drop"),
         Run(set(1, 1)),
-        // Adds register 1 atomically, 64 bits.
+        // Atomic 64-bit addition of register 1.
         Run(0xdb | 1 << 12),
         Name("drop"),
         Run(set(0, 2)),
@@ -142,7 +141,7 @@ fn instructions(marker: [u8; 4], counts: BorrowedFd<'_>, cookies: BorrowedFd<'_>
     assemble(&steps)
 }
 
-/// Resolves the jumps.
+/// Returns the instructions, with the offsets of jumps resolved.
 fn assemble(steps: &[Step]) -> Vec<u64> {
     let is_instruction = |step: &&Step| !matches!(step, Name(_));
     let position = |name: &str| {
@@ -158,7 +157,7 @@ fn assemble(steps: &[Step]) -> Vec<u64> {
     assembled.collect()
 }
 
-/// `bpf_skb_load_bytes_relative(skb, OFFSET, stack, length, BPF_HDR_START_NET)`; packets that are shorter go on.
+/// Calls `bpf_skb_load_bytes_relative(skb, OFFSET, stack, length, BPF_HDR_START_NET)`. Shorter packets go to the next program.
 fn load_bytes(offset: Step, stack: i16, length: u64) -> [Step; 8] {
     [
         Run(copy(1, 6)),
@@ -172,7 +171,7 @@ fn load_bytes(offset: Step, stack: i16, length: u64) -> [Step; 8] {
     ]
 }
 
-/// `bpf_map_lookup_elem(map, stack)`.
+/// Calls `bpf_map_lookup_elem(map, stack)` for a key on the stack.
 fn look_up(map: BorrowedFd<'_>, stack: i16) -> [Step; 5] {
     [
         Run(0x18
@@ -194,7 +193,7 @@ const fn copy(to: u64, from: u64) -> u64 {
     0xbf | to << 8 | from << 12
 }
 
-#[expect(clippy::cast_sign_loss, reason = "sign-extended by the kernel")]
+#[expect(clippy::cast_sign_loss, reason = "the kernel sign-extends the immediate")]
 const fn add(register: u64, number: i16) -> u64 {
     0x07 | register << 8 | (number as i32 as u32 as u64) << 32
 }
@@ -211,7 +210,7 @@ const fn differs(register: u64, number: u64) -> u64 {
     0x55 | register << 8 | number << 32
 }
 
-#[expect(clippy::cast_sign_loss, reason = "16 bits of the instruction")]
+#[expect(clippy::cast_sign_loss, reason = "the instruction has 16 bits for it")]
 const fn offset(offset: i16) -> u64 {
     (offset as u16 as u64) << 16
 }
