@@ -1,4 +1,4 @@
-//! The running agent: follows the node and its configuration until it is told to stop.
+//! Event loop of the running agent: follows the node and its configuration until a signal stops it.
 
 mod due;
 mod unloaded;
@@ -32,35 +32,35 @@ use crate::{
     watch::Watch,
 };
 
-/// How much news of the kernel's is taken in before anything else has its turn.
+/// Netlink events to handle before other event sources have their turn.
 const AT_ONCE: usize = 256;
 
-/// With each so many looks at what is attached, interfaces and routes are read anew, too. The kernel sends news of them, and
-/// says where some were lost.
+/// Every so many resyncs, interfaces and routes are listed again, too. The kernel reports their changes, and reports
+/// lost events.
 const THOROUGH: u32 = 6;
 
-/// How often the configuration was loaded again since the agent started.
+/// Numbers of configuration reloads since the agent started.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Reloads {
-    /// Came into force.
+    /// Reloads whose configuration became effective.
     pub succeeded: u64,
-    /// Were refused.
+    /// Reloads whose configuration was rejected.
     pub failed: u64,
 }
 
-/// The agent.
+/// The agent with its state and event sources.
 pub struct Agent {
     guard: Guard,
     node: Node,
     loader: ConfigLoader,
-    /// What is in force.
+    /// Settings that the datapath enforces now.
     settings: Settings,
     reloads: Reloads,
     run_time_stats: RunTimeStats,
     telemetry: Telemetry,
     supervisor: Supervisor,
     cluster: Cluster,
-    /// Tasks that end with the work of the agent.
+    /// Tasks that are aborted when the agent ends.
     background: JoinSet<()>,
     timer: Interval,
     hangup: Signal,
@@ -69,8 +69,8 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// An agent for the attachments of `guard`, with `settings` in force. It does a full resync each `period`, and loads
-    /// changed configurations by `loader`.
+    /// Creates an agent that manages the attachments of `guard`. `settings` are the effective ones. The agent resyncs
+    /// every `period`, and uses `loader` to load changed configurations.
     pub fn new(
         guard: Guard,
         node: Node,
@@ -93,27 +93,27 @@ impl Agent {
             cluster: Cluster::default(),
             background: JoinSet::new(),
             timer,
-            hangup: signal(SignalKind::hangup()).context("can't listen for SIGHUP")?,
-            terminate: signal(SignalKind::terminate()).context("can't listen for SIGTERM")?,
-            interrupt: signal(SignalKind::interrupt()).context("can't listen for SIGINT")?,
+            hangup: signal(SignalKind::hangup()).context("failed to listen for SIGHUP")?,
+            terminate: signal(SignalKind::terminate()).context("failed to listen for SIGTERM")?,
+            interrupt: signal(SignalKind::interrupt()).context("failed to listen for SIGINT")?,
         })
     }
 
-    /// Ends these tasks with the work of the agent.
+    /// Adds tasks that are aborted when the agent ends.
     #[must_use]
     pub fn with_background(mut self, background: JoinSet<()>) -> Self {
         self.background = background;
         self
     }
 
-    /// How often the configuration was loaded again.
+    /// Returns the numbers of configuration reloads.
     #[must_use]
     pub fn reloads(&self) -> Reloads {
         self.reloads
     }
 
-    /// Does a full resync with the configuration `start`, and works until a signal stops the agent. Attached programs stay
-    /// attached then.
+    /// Does the initial full resync with the configuration `start`, and runs until a signal stops the agent. Attached
+    /// programs stay attached after that.
     pub async fn run(
         mut self,
         start: &StartConfig,
@@ -126,7 +126,7 @@ impl Agent {
         give_back();
         let mut watch = self.watch();
         let mut unload_request = self.watch_unload_request();
-        // Since it was read, and before it was watched.
+        // The file may have changed after it was read and before the watch started.
         let mut due = self.loader.change().map(|_| Due::now());
         let mut half_seen = None;
         let mut rounds = 0_u32;
@@ -155,7 +155,8 @@ impl Agent {
                     if self.guard.pins().is_unload_requested() {
                         return self.unload().run().await;
                     }
-                    // For what is not told of, as on some network file systems. Seen only once, it may be half written.
+                    // Covers changes without inotify events, as on some network file systems. A change must be seen
+                    // twice: at first the file may be half written.
                     let change = self.loader.change();
                     if change.is_some() && change == half_seen {
                         self.reload().await;
@@ -165,7 +166,7 @@ impl Agent {
                 changed = changed(&mut watch) => match changed {
                     Ok(()) => due = Some(Due::after(due)),
                     Err(error) => {
-                        log::error!("can't watch the configuration any more: {error}");
+                        log::error!("stopped watching the configuration file, the resync checks it: {error}");
                         watch = None;
                     }
                 },
@@ -173,7 +174,7 @@ impl Agent {
                     Ok(()) if self.guard.pins().is_unload_requested() => return self.unload().run().await,
                     Ok(()) => {}
                     Err(error) => {
-                        log::error!("failed to watch for `imds-agent unload`, it is noticed by the resync: {error}");
+                        log::error!("failed to watch for `imds-agent unload`, the resync checks for it: {error}");
                         unload_request = None;
                     }
                 },
@@ -192,33 +193,33 @@ impl Agent {
             }
         }
         self.supervisor.stopping();
-        log::info!("stopping; what is attached stays in force until `imds-agent unload`");
+        log::info!("stopping; attached programs keep enforcing until `imds-agent unload`");
         Ok(())
     }
 
-    /// Releases everything in the kernel to `imds-agent unload`.
+    /// Closes all kernel objects, so that `imds-agent unload` can remove them.
     fn unload(self) -> Unloaded {
         let done = self.done();
         let Self { guard, background, telemetry, supervisor, timer, hangup, terminate, interrupt, .. } = self;
-        // Descriptors of maps end with it, as with the guard.
+        // Drops the map descriptors of the background tasks, too.
         drop(background);
         telemetry.close_maps();
         let pins = guard.pins().root().to_owned();
-        // The lock of the pin directory ends with it.
+        // Dropping the guard releases the lock of the pin directory.
         drop(guard);
         Unloaded { pins, done, telemetry, supervisor, timer, hangup, terminate, interrupt }
     }
 
-    /// Takes in one piece of news, and those that have come meanwhile.
+    /// Handles one netlink event, and those that have arrived in the meantime.
     async fn take_in(
         &mut self,
         mut event: Option<Event>,
         events: &mut (impl Stream<Item = Event> + Unpin),
     ) -> anyhow::Result<()> {
         for left in (0..AT_ONCE).rev() {
-            let news = event.context("lost the connection to rtnetlink: pods can't be followed")?;
+            let news = event.context("lost the connection to rtnetlink: cannot follow interfaces")?;
             report(self.guard.handle(news).await);
-            // What is asked for here must be taken in, too.
+            // An event that is read here must be handled, or it is lost.
             match (left > 0).then(|| events.next().now_or_never()).flatten() {
                 Some(next) => event = next,
                 None => break,
@@ -264,19 +265,19 @@ impl Agent {
     fn watch(&self) -> Option<Watch> {
         let path = self.loader.path()?;
         let failed = |error| {
-            log::warn!("can't watch {}: {error}; it is read with every look at everything", path.display());
+            log::warn!("failed to watch {}: {error}; the resync checks it", path.display());
         };
         Watch::new(path).map_err(failed).ok()
     }
 
     fn watch_unload_request(&self) -> Option<Watch> {
         let failed = |error| {
-            log::warn!("failed to watch for `imds-agent unload`, it is noticed by the resync: {error}");
+            log::warn!("failed to watch for `imds-agent unload`, the resync checks for it: {error}");
         };
         self.guard.pins().watch_unload_request().map_err(failed).ok()
     }
 
-    /// Loads the configuration again. One that can't be used leaves the one before in force.
+    /// Reloads the configuration. If that fails, the previous one stays effective.
     async fn reload(&mut self) {
         self.supervisor.reloading();
         match self.try_reload().await {
@@ -287,7 +288,7 @@ impl Agent {
             Err(error) => {
                 self.reloads.failed += 1;
                 let error = format!("{error:#}");
-                log::error!("the configuration before stays in force: {error}");
+                log::error!("failed to reload configuration, keeping the previous one: {error}");
                 report(self.guard.record_refusal(&error));
             }
         }
@@ -319,16 +320,17 @@ async fn changed(watch: &mut Option<Watch>) -> std::io::Result<()> {
     }
 }
 
-/// Gives the memory back that loading the programs took, or a list of everything: several times what is needed later.
+/// Returns free heap memory to the kernel. Loading the programs and listing all pods take several times what the agent
+/// needs later.
 fn give_back() {
     #[cfg(target_env = "gnu")]
-    // SAFETY: it takes no pointers, and may be called at any time.
+    // SAFETY: `malloc_trim` takes no pointers and may be called at any time.
     unsafe {
         libc::malloc_trim(0);
     }
 }
 
-/// What fails is tried again with the next look at everything at the latest.
+/// Logs an error. The next resync retries the operation at the latest.
 fn report<T>(result: Result<T, impl Into<anyhow::Error>>) {
     if let Err(error) = result {
         log::error!("{:#}", error.into());

@@ -1,4 +1,4 @@
-//! The connection to the cluster that the configuration wants.
+//! Connection to the cluster, as the configuration demands.
 
 use std::future::pending;
 
@@ -9,32 +9,32 @@ use crate::{
     kube::{Options, PodEvent, Watch, WatchState},
 };
 
-/// How pods are to be looked up.
+/// Configuration of the pod watch.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Wanted {
-    /// The way to the API server.
+    /// Address and credentials of the API server.
     pub access: Access,
-    /// The node's name in the cluster.
+    /// Name of the node in the cluster.
     pub node: String,
 }
 
-/// What is heard of the cluster.
+/// Event of the pod watch.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum News {
-    /// Of this node's pods.
+    /// Change of this node's pods.
     Pods(PodEvent),
-    /// Of the connection.
+    /// Change of the connection to the API server.
     State(WatchState),
 }
 
-/// A watch of this node's pods, where one is wanted.
+/// Watch of this node's pods, if the configuration demands one.
 #[derive(Debug, Default)]
 pub struct Cluster {
     watched: Option<(Wanted, Watch, Receiver<WatchState>)>,
 }
 
 impl Cluster {
-    /// Makes this what is watched. Must be called within a tokio runtime.
+    /// Starts, replaces or stops the watch according to `wanted`. Must be called within a tokio runtime.
     pub fn follow(&mut self, wanted: Option<&Wanted>) {
         if self.watched.as_ref().map(|(wanted, ..)| wanted) == wanted {
             return;
@@ -43,28 +43,28 @@ impl Cluster {
             let watch = Watch::start(wanted.access.clone(), Options::new(wanted.node.clone()));
             let mut state = watch.state();
             state.mark_changed();
-            log::info!("following the pods of node {}", wanted.node);
+            log::info!("watching the pods of node {}", wanted.node);
             (wanted.clone(), watch, state)
         });
     }
 
-    /// The node's name in the cluster, where it is followed.
+    /// Returns the node's name in the cluster, or `None` if there is no watch.
     #[must_use]
     pub fn node(&self) -> Option<&str> {
         self.watched.as_ref().map(|(wanted, ..)| wanted.node.as_str())
     }
 
-    /// How the watch goes, where there is one.
+    /// Returns the state of the watch, or `None` if there is no watch.
     #[must_use]
     pub fn state(&self) -> Option<WatchState> {
         self.watched.as_ref().map(|(.., state)| state.borrow().clone())
     }
 
-    /// What is heard next. Nothing is lost when this is cancelled.
+    /// Waits for the next event. Cancel safe.
     pub async fn next(&mut self) -> News {
         let Some((_, watch, state)) = &mut self.watched else { return pending().await };
         tokio::select! {
-            // A pod before the state that it came to.
+            // Return a pod event before the state that followed from it.
             biased;
             Some(event) = watch.next() => News::Pods(event),
             Ok(()) = state.changed() => News::State(state.borrow_and_update().clone()),

@@ -1,4 +1,4 @@
-//! The configuration file: TOML to a validated [`Config`].
+//! Configuration file: parses TOML into a validated [`Config`].
 
 mod endpoints;
 mod exempt;
@@ -42,33 +42,33 @@ use self::{
 
 use crate::{endpoints::Guarded, provider::Dmi};
 
-/// What the operator wants. The default is what runs without a file: enforce, the endpoints of the provider whose machine
-/// this is, interfaces as classified.
+/// Validated configuration. The default is used without a file: mode `enforce`, the endpoints of the provider that DMI
+/// identifies, and no exemptions.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// What happens to a packet from a pod to a guarded endpoint.
+    /// Treatment of a packet from a pod to a protected endpoint.
     pub mode: Mode,
-    /// What its sender is told where it is denied.
+    /// Response to the sender of a denied packet.
     pub on_deny: DenyAction,
     /// Error of a call that the socket hook denies.
     pub on_deny_errno: DenyErrno,
-    /// Where packets and calls are judged.
+    /// Hooks that the configuration enables.
     pub hooks: Hooks,
     /// Setting of the sendmsg programs.
     pub sendmsg: Sendmsg,
     /// Bit of the packet mark that `from_pod` sets for `node_egress` on packets of exempt pods behind a bridge.
     pub mark: u32,
-    /// What is guarded.
+    /// Selection of the protected endpoints.
     pub endpoints: Endpoints,
-    /// Which interfaces are pods'.
+    /// Interfaces whose classification the operator overrides.
     pub interfaces: Interfaces,
-    /// Who is exempt.
+    /// Exemption rules, in the order of the file.
     pub exempt: Exemptions,
-    /// Where metrics and health are served.
+    /// Addresses of the server for metrics and health.
     pub listen: Vec<Listen>,
-    /// True if the kernel is to collect run times of BPF programs.
+    /// True if the kernel should collect run times of BPF programs.
     pub program_run_time: bool,
-    /// How pods are known by name.
+    /// Settings of the pod watch.
     pub kubernetes: Kubernetes,
     text: String,
 }
@@ -93,27 +93,27 @@ impl Default for Config {
     }
 }
 
-/// One thing that is wrong with a configuration.
+/// Single error in a configuration.
 #[derive(Debug, Error)]
 pub enum ConfigError {
-    /// The file can't be read.
-    #[error("can't read the configuration {}: {reason}", path.display())]
+    /// The file cannot be read.
+    #[error("failed to read the configuration {}: {reason}", path.display())]
     Read {
-        /// The file.
+        /// Path of the configuration file.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the system call.
         reason: io::Error,
     },
-    /// The file is not TOML, or has a key or value that is not known or makes no sense.
+    /// The file is not TOML, or has an unknown key or an invalid value.
     #[error("{}:{line}:{column}: {message}", path.display())]
     Parse {
-        /// The file.
+        /// Path of the configuration file.
         path: PathBuf,
-        /// Line of the mistake, from 1.
+        /// Line of the error, counted from 1.
         line: usize,
-        /// Column of the mistake in characters, from 1.
+        /// Column of the error in characters, counted from 1.
         column: usize,
-        /// What is wrong, on one line.
+        /// Description of the error on one line.
         message: String,
     },
 }
@@ -127,12 +127,12 @@ impl ConfigError {
     }
 }
 
-/// Why a configuration can't be used, at least one thing. Nothing of it is in force then.
+/// All errors of an unusable configuration, at least one. The agent applies no part of such a configuration.
 #[derive(Debug, Error)]
 pub struct ConfigErrors(Vec<ConfigError>);
 
 impl ConfigErrors {
-    /// Each of them, by line.
+    /// Returns the errors, ordered by line.
     pub fn iter(&self) -> impl Iterator<Item = &ConfigError> {
         self.0.iter()
     }
@@ -145,10 +145,10 @@ impl From<ConfigError> for ConfigErrors {
 }
 
 impl fmt::Display for ConfigErrors {
-    /// The first, and how many more there are.
+    /// Formats the first error and the number of the others.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0[..] {
-            [] => f.write_str("the configuration is wrong"),
+            [] => f.write_str("invalid configuration"),
             [only] => only.fmt(f),
             [first, more @ ..] => {
                 write!(f, "{first} (and {} more, see `imds-agent config check`)", more.len())
@@ -158,7 +158,7 @@ impl fmt::Display for ConfigErrors {
 }
 
 impl Config {
-    /// Reads and validates `path`.
+    /// Reads and validates the configuration file at `path`.
     pub fn load(path: &Path) -> Result<Self, ConfigErrors> {
         Self::parse(&read(path)?, path)
     }
@@ -175,7 +175,7 @@ impl Config {
         if kubernetes.enabled == Enabled::No
             && let Some(name) = exempt.first_of_pods(&file.exempt)
         {
-            let message = "exempt.namespace: no pod is known with kubernetes.enabled = \"no\"";
+            let message = "exempt.namespace: needs the pod watch, but kubernetes.enabled = \"no\"";
             mistakes.note(source.error(name.span(), message.to_owned()));
         }
         let mode = file.mode.into();
@@ -183,20 +183,19 @@ impl Config {
         let sendmsg = file.hooks.get_ref().sendmsg(source, &mut mistakes);
         let mark = file.hooks.get_ref().mark(source, &mut mistakes);
         let text = file.to_toml();
-        // Of a file that was read in part only, these could be wrong.
+        // Later checks could report wrong errors if only a part of the file was read.
         if mistakes.are_none() {
             if endpoints.are_none() && mode != Mode::Off {
                 let message =
-                    "provider: \"none\" and no [[endpoint]] would guard nothing; say mode = \"off\" for that";
+                    "provider: \"none\" without an [[endpoint]] protects nothing; set mode = \"off\" instead";
                 mistakes.note(source.error(file.provider.span(), message.to_owned()));
             }
             if !hooks.deny_remote() {
-                let message =
-                    "hooks: every one is off, so that nothing would be guarded; say mode = \"off\" for that";
+                let message = "hooks: all hooks are off, so nothing is enforced; set mode = \"off\" instead";
                 mistakes.note(source.error(file.hooks.span(), message.to_owned()));
             }
             if text.len() > CONFIG_TEXT_LEN {
-                let message = format!("all of it, defaults included, is more than {CONFIG_TEXT_LEN} bytes");
+                let message = format!("the configuration with all defaults exceeds {CONFIG_TEXT_LEN} bytes");
                 mistakes.note(source.error(0..0, message));
             }
         }
@@ -220,10 +219,10 @@ impl Config {
         })
     }
 
-    /// The built-in defaults for a file that can't be used, with its `mode` and `metrics` if these are valid.
+    /// Returns the built-in defaults for an unusable file, with its `mode` and `metrics` if these are valid.
     ///
-    /// No other key is taken: a key that depends on one with an error could weaken enforcement. The address of metrics is
-    /// taken because the probes of a cluster restart an agent that does not answer there.
+    /// Other keys are ignored, because a key that depends on an invalid one could weaken enforcement. The metrics
+    /// address is used because the probes of a cluster restart an agent that does not answer there.
     #[must_use]
     pub fn fallback(text: &str, path: &Path) -> Self {
         let (source, mut mistakes) = (Source { text, path }, Mistakes::default());
@@ -238,7 +237,7 @@ impl Config {
         Self { listen, text: File { metrics, ..file }.to_toml(), ..config }
     }
 
-    /// The configuration with the `socket` hook off.
+    /// Returns the configuration with the `socket` hook off.
     #[must_use]
     pub fn without_socket(self) -> Self {
         let (source, mut mistakes) = (Source { text: &self.text, path: Path::new("") }, Mistakes::default());
@@ -247,35 +246,35 @@ impl Config {
         Self { hooks, text: file.to_toml(), ..self }
     }
 
-    /// What it guards, and whom it exempts from what, on a machine of which the firmware says `dmi`.
+    /// Resolves the protected endpoints and the exemptions on a machine with the SMBIOS fields `dmi`.
     pub fn resolve(&self, dmi: &Dmi) -> Result<(Guarded, Vec<Exempt>), ConfigErrors> {
         let guarded = self.endpoints.resolve(dmi)?;
         let exempt = self.exempt.resolve(&guarded)?;
         Ok((guarded, exempt))
     }
 
-    /// The same as TOML, every default included.
+    /// Returns the configuration as TOML, including every default.
     #[must_use]
     pub fn to_toml(&self) -> &str {
         &self.text
     }
 }
 
-/// The text of a file that is no larger than a configuration can be.
+/// Reads a configuration file of at most 1 MiB.
 pub fn read(path: &Path) -> Result<String, ConfigError> {
     read_file(path).map_err(|reason| ConfigError::Read { path: path.to_owned(), reason })
 }
 
 fn read_file(path: &Path) -> io::Result<String> {
     const MOST: u64 = 1 << 20;
-    // Without blocking: a pipe that nobody writes to would hold the agent.
+    // Open without blocking: a FIFO without a writer would block the agent.
     let file = fs::File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     if !file.metadata()?.is_file() {
-        return Err(io::Error::other("it is not a regular file"));
+        return Err(io::Error::other("not a regular file"));
     }
     let mut text = String::new();
     if file.take(MOST + 1).read_to_string(&mut text)? as u64 > MOST {
-        return Err(io::Error::other("it has more than a MiB"));
+        return Err(io::Error::other("the file is larger than 1 MiB"));
     }
     Ok(text)
 }

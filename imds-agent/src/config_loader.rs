@@ -1,4 +1,4 @@
-//! Loads the configuration, at the start and when its file changes.
+//! Loads the configuration at the start and when its file changes.
 
 use std::path::{Path, PathBuf};
 
@@ -14,16 +14,17 @@ pub struct ConfigLoader {
     /// Addresses of the metrics server that replace those of the file, unless empty.
     listen: Vec<Listen>,
     store: LastGoodStore,
-    /// Content of the file when it was read last.
+    /// Content of the file at the last read.
     seen: Content,
 }
 
-/// Content of the file; `None` if it can't be read or no file is named.
+/// Content of the file. `None` if it cannot be read or no file is named.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub(crate) struct Content(Option<String>);
 
 impl ConfigLoader {
-    /// A loader of the file at `path`. `listen` replaces the addresses of the metrics server unless it is empty.
+    /// Creates a loader of the file at `path`. `listen` replaces the addresses of the metrics server unless it is
+    /// empty.
     #[must_use]
     pub fn new(path: Option<PathBuf>, listen: Vec<Listen>, store: LastGoodStore) -> Self {
         Self { path, listen, store, seen: Content::default() }
@@ -42,19 +43,19 @@ impl ConfigLoader {
         Ok(self.with_listen(config))
     }
 
-    /// The file.
+    /// Returns the path of the configuration file, if one is named.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
         self.path.as_deref()
     }
 
-    /// Content of the file now, if it differs from the content that was read last.
+    /// Returns the current content of the file if it differs from the last read.
     pub(crate) fn change(&self) -> Option<Content> {
         let now = Content(config::read(self.path.as_ref()?).ok());
         (now != self.seen).then_some(now)
     }
 
-    /// Stores the content that was read last as the last good configuration.
+    /// Stores the content of the last read as the last good configuration.
     pub(crate) fn store_last_good(&self) {
         let (Some(path), Content(Some(text))) = (&self.path, &self.seen) else { return };
         if let Err(error) = absolute(path).and_then(|path| self.store.write(&path, text)) {
@@ -65,19 +66,20 @@ impl ConfigLoader {
         }
     }
 
-    /// Path of the last good configuration.
+    /// Returns the path of the last good configuration.
     pub(crate) fn last_good_path(&self) -> PathBuf {
         self.store.path()
     }
 
-    /// Reads and validates the last good configuration of the file, if one is stored.
+    /// Reads and validates the stored last good configuration of the file, if one exists.
     pub(crate) fn load_last_good(&self) -> anyhow::Result<Option<Config>> {
         let Some(path) = &self.path else { return Ok(None) };
         let Some(text) = self.store.read(&absolute(path)?)? else { return Ok(None) };
         Ok(Some(self.with_listen(Config::parse(&text, &self.store.path())?)))
     }
 
-    /// Returns the built-in defaults with the keys of the broken file that can't weaken them: see [`Config::fallback`].
+    /// Returns the built-in defaults, plus those keys of the broken file that cannot weaken them: see
+    /// [`Config::fallback`].
     pub(crate) fn fallback(&self) -> Config {
         let path = self.path.as_deref().unwrap_or(Path::new(""));
         let Content(text) = &self.seen;

@@ -1,4 +1,4 @@
-//! What is guarded, as the agent knows it: validated, and turned into the maps' form.
+//! Protected endpoints after validation, and their form in the maps.
 
 use std::{
     fmt,
@@ -12,18 +12,18 @@ use imds_ebpf_common::{
 
 use crate::escape::escape_bytes;
 
-/// An endpoint: all at its address is denied but the services that are kept.
+/// A protected endpoint. All traffic to its address is denied, except to the services in `keep`.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Endpoint {
     /// Name, at most 15 bytes.
     pub name: String,
-    /// Address; for an IPv4 address the plain form, however it was written.
+    /// Address of the service. An IPv6 address in the configuration that embeds an IPv4 address becomes the latter.
     pub address: IpAddr,
-    /// What pods may reach there, at most [`MAX_KEPT`].
+    /// Services that every pod may reach at the address, at most [`MAX_KEPT`].
     pub keep: Vec<Keep>,
 }
 
-/// A service that is kept, shown as in the configuration: `udp/53`.
+/// Port that every pod may reach, shown as in the configuration: `udp/53`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Keep(pub Service);
 
@@ -47,14 +47,14 @@ impl Endpoint {
         Entry { name: padded(&self.name), id, keep }
     }
 
-    /// The endpoint that a map's entry stands for.
+    /// Returns the endpoint that a map entry describes.
     #[must_use]
     pub fn from_entry(address: Address, entry: &Entry) -> Self {
         Self { name: unpadded(&entry.name), address: plain(address), keep: entry.kept().map(Keep).collect() }
     }
 }
 
-/// All that is guarded, and why.
+/// All protected endpoints, and the provider that they come from.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Guarded {
     configured: &'static str,
@@ -63,32 +63,32 @@ pub struct Guarded {
 }
 
 impl Guarded {
-    /// Takes endpoints whose addresses differ. `configured` is the provider as the configuration has it, `provider` the
-    /// one that it came to.
+    /// Creates the set from endpoints with distinct addresses. `configured` is the provider in the configuration, and
+    /// `provider` the one that it resolves to.
     #[must_use]
     pub(crate) fn new(configured: &'static str, provider: &'static str, endpoints: Vec<Endpoint>) -> Self {
         Self { configured, provider, endpoints }
     }
 
-    /// The provider as configured: `auto`, `none` or a name.
+    /// Returns the provider in the configuration: `auto`, `none` or a name.
     #[must_use]
     pub fn configured(&self) -> &'static str {
         self.configured
     }
 
-    /// The provider whose preset is in force, or `none`.
+    /// Returns the provider whose preset is effective, or `none`.
     #[must_use]
     pub fn provider(&self) -> &'static str {
         self.provider
     }
 
-    /// The endpoints, in the order of the preset and then of the configuration.
+    /// Returns the endpoints of the preset, followed by those of the configuration.
     #[must_use]
     pub fn endpoints(&self) -> &[Endpoint] {
         &self.endpoints
     }
 
-    /// Addresses of the endpoints.
+    /// Returns the addresses of the endpoints.
     #[must_use]
     pub fn addresses(&self) -> Vec<IpAddr> {
         self.endpoints.iter().map(|endpoint| endpoint.address).collect()
@@ -99,7 +99,7 @@ impl Guarded {
     }
 }
 
-/// An address as the maps have it.
+/// Returns the map form of an address.
 pub(crate) fn address(address: IpAddr) -> Address {
     match address {
         IpAddr::V4(address) => Address::from_ipv4(address.octets()),
@@ -107,14 +107,14 @@ pub(crate) fn address(address: IpAddr) -> Address {
     }
 }
 
-/// The plain form of an address that the maps have.
+/// Returns the address of a map key. IPv4-mapped addresses become IPv4 addresses.
 pub(crate) fn plain(address: Address) -> IpAddr {
     address
         .ipv4()
         .map_or_else(|| Ipv6Addr::from(address.octets()).into(), |address| Ipv4Addr::from(address).into())
 }
 
-/// A name as the maps have it: at most 15 bytes, then zeros.
+/// Returns a name as a zero-padded field of a map entry. Names longer than 15 bytes are cut.
 pub(crate) fn padded(name: &str) -> [u8; NAME_LEN] {
     let mut padded = [0; NAME_LEN];
     for (to, from) in padded.iter_mut().zip(name.bytes().take(NAME_LEN - 1)) {
@@ -123,12 +123,12 @@ pub(crate) fn padded(name: &str) -> [u8; NAME_LEN] {
     padded
 }
 
-/// The text in these bytes, escaped for outputs.
+/// Returns the text of a zero-padded field, escaped for output.
 pub(crate) fn unpadded(text: &[u8]) -> String {
     escape_bytes(without_padding(text))
 }
 
-/// The text in these bytes as it is; `None` if it is not UTF-8.
+/// Returns the text of a zero-padded field without escaping, or `None` if it is not UTF-8.
 pub(crate) fn raw(text: &[u8]) -> Option<&str> {
     str::from_utf8(without_padding(text)).ok()
 }

@@ -1,4 +1,4 @@
-//! Who is exempt from what: the operator's rules, and whom they find on this node.
+//! Exemptions: the operator's rules, and the identities of the senders on this node that they match.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,7 +23,7 @@ use crate::{
 /// Exemptions that the datapath should have.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Grants {
-    /// The grants, by subject and endpoint.
+    /// Verdicts, by subject and endpoint.
     pub entries: BTreeMap<Exemption, Grant>,
     /// Source addresses of the subjects.
     pub sources: BTreeSet<Exemption>,
@@ -58,7 +58,7 @@ impl Grants {
         self.entries.extend(of_bridges);
     }
 
-    /// Adds the node's own addresses, by which masqueraded packets are known if `from_pod` is off.
+    /// Adds the node's own addresses: if `from_pod` is off, masqueraded packets are recognized by them.
     pub fn add_node(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
         let subject = Subject::new(SubjectKind::Interface, 0);
         let sources = addresses.into_iter().map(|source| Exemption { address: address(source), subject });
@@ -66,35 +66,35 @@ impl Grants {
     }
 }
 
-/// Index of the interface that a subject stands for.
+/// Returns the ifindex of a subject that is an interface.
 fn interface_of(subject: Subject) -> Option<u32> {
     let is_interface = SubjectKind::from_u64(subject.kind) == Some(SubjectKind::Interface);
     u32::try_from(subject.id).ok().filter(|_| is_interface)
 }
 
-/// The rules in force.
+/// Exemption rules of the effective configuration.
 #[derive(Debug, Default)]
 pub struct Rules {
     exempt: Vec<Exempt>,
     traces: Vec<Trace>,
-    /// Why somebody for whom a rule is may not be exempt, by the rule's name.
+    /// Reason why a rule cannot be applied completely, by name of the rule.
     failures: BTreeMap<String, String>,
 }
 
 impl Rules {
-    /// These rules.
+    /// Creates the set of effective rules from those of the configuration.
     #[must_use]
     pub fn new(exempt: Vec<Exempt>) -> Self {
         Self { exempt, ..Self::default() }
     }
 
-    /// Whether they are these.
+    /// Reports whether `rules` are the effective ones.
     #[must_use]
     pub fn are(&self, rules: &[Exempt]) -> bool {
         self.exempt == rules
     }
 
-    /// Those for pods of Kubernetes.
+    /// Returns the selectors of the rules for Kubernetes pods.
     pub fn of_pods(&self) -> impl Iterator<Item = &config::Pods> {
         self.exempt.iter().filter_map(|rule| match &rule.sender {
             Sender::Pods(pods) => Some(pods),
@@ -102,32 +102,32 @@ impl Rules {
         })
     }
 
-    /// Whether what is granted by the rule with this number, from 1, is granted to pods of Kubernetes.
+    /// Reports whether the rule with this number, counted from 1, is for Kubernetes pods.
     #[must_use]
     pub fn mean_pods(&self, rule: u32) -> bool {
         let rule = usize::try_from(rule).ok().and_then(|rule| self.exempt.get(rule.checked_sub(1)?));
         rule.is_some_and(|rule| matches!(rule.sender, Sender::Pods(_)))
     }
 
-    /// Puts these in the place of those before.
+    /// Replaces all rules, and clears their errors.
     pub fn set(&mut self, rules: Vec<Exempt>) {
         self.exempt = rules;
         self.failures.clear();
     }
 
-    /// What is not as the rules have it, by name.
+    /// Returns the reasons why rules cannot be applied completely, by name of the rule.
     #[must_use]
     pub fn failures(&self) -> &BTreeMap<String, String> {
         &self.failures
     }
 
-    /// Whether there are rules of whose pods the kernel sends no news.
+    /// Reports whether a rule depends on paths whose changes the kernel does not report.
     #[must_use]
     pub fn are_to_be_asked(&self) -> bool {
         self.exempt.iter().any(|rule| rule.sender.path().is_some())
     }
 
-    /// Whether those rules may find others than at the last [`Rules::find`].
+    /// Reports whether rules with a path may match other senders than at the last [`Rules::find`].
     #[must_use]
     pub fn may_have_changed(&self) -> bool {
         self.traces() != self.traces
@@ -137,7 +137,7 @@ impl Rules {
         self.exempt.iter().filter_map(|rule| rule.sender.path()).map(Finder::trace).collect()
     }
 
-    /// What is to be granted on a node with these `links` of `pods`, where sockets are judged or are not.
+    /// Computes the exemptions on a node with these `links` of `pods`. `judges_sockets`: the socket hook is on.
     pub async fn find(
         &mut self,
         finder: &mut Finder,
@@ -167,7 +167,7 @@ impl Rules {
         }
         for (name, failure) in &failures {
             if self.failures.get(name) != Some(failure) {
-                log::warn!("who is meant by the exemption {name:?} may be denied all the same: {failure}");
+                log::warn!("exemption {name:?} cannot be applied completely: {failure}");
             }
         }
         self.failures = failures;
@@ -184,19 +184,20 @@ impl Sender {
     }
 }
 
-/// Why who is meant by a rule may be denied all the same.
+/// Returns the reason why a rule cannot be applied to all senders that it matches.
 fn failure(senders: &Senders, judges_sockets: bool) -> Option<String> {
     let without_cookie = || {
         let pod = senders.without_cookie.as_ref().filter(|_| judges_sockets)?;
         Some(format!(
-            "this kernel (before Linux 5.14) has no cookie for the network namespace of {pod}: its calls on sockets are judged as \
-             anybody's, set hooks.socket = false"
+            "this kernel (before Linux 5.14) has no cookie for the network namespace of {pod}: the socket hook does not exempt its \
+             calls, set hooks.socket = false"
         ))
     };
     senders.failures.first().cloned().or_else(without_cookie)
 }
 
-/// What these rules grant to those who were found for each. Who is exempt by one rule and audited by another is exempt.
+/// Returns the exemptions that these rules give to the senders found for each. An exempting rule takes precedence over
+/// an auditing one.
 fn grants(rules: &[Exempt], found: &[Senders]) -> BTreeMap<Exemption, Grant> {
     let mut grants = BTreeMap::new();
     for ((rule, senders), number) in rules.iter().zip(found).zip(1..) {
@@ -211,7 +212,7 @@ fn grants(rules: &[Exempt], found: &[Senders]) -> BTreeMap<Exemption, Grant> {
             }
         }
     }
-    // The programs look for an endpoint's own entry first, which is not to hide that for all.
+    // The programs look up the entry of an endpoint first, which must not hide an exemption for all endpoints.
     let is_of_all = |exemption: &Exemption| exemption.address == Address::ANY;
     let exempt_from_all: BTreeSet<_> = grants
         .iter()
@@ -222,7 +223,7 @@ fn grants(rules: &[Exempt], found: &[Senders]) -> BTreeMap<Exemption, Grant> {
     grants
 }
 
-/// Source addresses of the pods that were found.
+/// Returns the source addresses of the pods that were found.
 fn sources(found: &[Senders]) -> BTreeSet<Exemption> {
     let of_links = found.iter().flat_map(|senders| &senders.addresses);
     let exemptions = of_links.flat_map(|(&index, addresses)| {

@@ -1,4 +1,4 @@
-//! The agent's work: follows the node's interfaces and keeps each as it should be.
+//! Reconciles the node: follows its interfaces, and brings the attachments of each to the desired state.
 
 mod attach_queue;
 mod cgroup_changes;
@@ -46,60 +46,61 @@ use crate::{
     state::Uplinks,
 };
 
-/// How often what somebody else had changed was put right since the agent started.
+/// Numbers of drift corrections since the agent started: changes of other programs that the agent reverted.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Repairs {
-    /// Attached again.
+    /// Programs that were attached again.
     pub attached: u64,
-    /// Put in the place of another program.
+    /// Programs of others that this agent's program replaced.
     pub replaced: u64,
-    /// Pinned again, links and what is in the pin directory.
+    /// Links pinned again, and entries of the pin directory restored.
     pub pinned: u64,
-    /// Put before programs that had got in front.
+    /// Programs moved to the head of their hook, because another program had been attached before them.
     pub reordered: u64,
-    /// Repairs that were postponed, as another program undid them again and again.
+    /// Repairs that were postponed because another program undid them repeatedly.
     pub postponed: u64,
-    /// Times at which the kernel's events came faster than they were read.
+    /// Overruns of the netlink receive buffer (ENOBUFS).
     pub overruns: u64,
 }
 
-/// How often maps were written for who is exempt and who is who, since the agent started.
+/// Numbers of map updates since the agent started.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Writes {
-    /// That of exemptions.
+    /// Updates of the exemption maps.
     pub exemptions: u64,
-    /// That of pods.
+    /// Updates of the pod name map.
     pub pods: u64,
 }
 
-/// Interfaces as they are and as they should be, and the datapath that makes the one the other.
-#[expect(clippy::struct_excessive_bools, reason = "each is of something else")]
+/// Observed and desired state of all interfaces, and the datapath that reconciles them.
+#[expect(clippy::struct_excessive_bools, reason = "each flag is independent")]
 pub struct Guard {
     datapath: Datapath,
     netlink: Netlink,
     interfaces: Interfaces,
-    /// The cgroups of Kubernetes pods, in strict mode.
+    /// Cgroups of Kubernetes pods, if hostNetwork pods are restricted.
     kubepods: Option<Kubepods>,
-    /// Who is exempt.
+    /// Exemption rules of the configuration.
     rules: Rules,
-    /// Whom rules can mean.
+    /// Resolves a rule to the identities of the senders that it exempts.
     finder: Finder,
     pods: Pods,
-    /// The node's name in the cluster, and how the watch of its pods goes, where there is one.
+    /// Name of the node in the cluster and state of its pod watch, if Kubernetes is used.
     watched: Option<(String, WatchState)>,
-    /// When it was last looked for who is exempt and of whom there is no news.
+    /// Time of the last poll for changes that the kernel does not report.
     last_search: Instant,
-    /// Whether what an earlier agent granted to pods of Kubernetes is what the rules say, as far as they were known then.
+    /// True until the first pod sync if the previous agent ran with this configuration: its exemptions for pods are
+    /// then kept.
     keeps_grants: bool,
     links: BTreeMap<u32, Link>,
     /// Interfaces that routes to protected endpoints name.
     routed: BTreeSet<u32>,
     uplinks: Uplinks,
-    /// What failed last, by interface, so that it is said once and not with every round.
+    /// Last error of each interface, so that an error is logged once and not with every resync.
     failures: BTreeMap<u32, String>,
-    /// Why no hostNetwork pod is held, where that is so.
+    /// Reason why no hostNetwork pod is restricted, if that is so.
     no_kubepods: Option<String>,
-    /// Links that are still to be looked at in this round.
+    /// Interfaces that the current resync still has to reconcile.
     round: VecDeque<u32>,
     /// True once every interface was reconciled: until then, filters of an earlier agent may be anywhere.
     initial_sync_done: bool,
@@ -111,12 +112,12 @@ pub struct Guard {
     queue: AttachQueue,
     /// Hooks that could not be reconciled the last time.
     failed: BTreeSet<AttachPoint>,
-    /// Repairs that another program undoes again and again.
+    /// Backoff of repairs that another program undoes repeatedly.
     backoff: RepairBackoff,
     other_agents: OtherAgents,
     /// Attachment whose turn it is.
     turn: Option<AttachPoint>,
-    /// Attachments to pods that were there at the start and wait for their turn.
+    /// Attachments of the initial sync that wait for their turn.
     initial: BTreeSet<AttachPoint>,
     /// `status` knows that the initial sync is done.
     is_ready: bool,
@@ -128,7 +129,7 @@ pub struct Guard {
 }
 
 impl Guard {
-    /// A guard that has not looked at any interface yet.
+    /// Returns a guard that knows no interface yet.
     #[must_use]
     pub fn new(
         datapath: Datapath,
@@ -177,19 +178,19 @@ impl Guard {
         self
     }
 
-    /// How often maps were written for who is exempt and who is who.
+    /// Returns the numbers of map updates since the agent started.
     #[must_use]
     pub fn writes(&self) -> Writes {
         self.writes
     }
 
-    /// The pin directory.
+    /// Returns the directory in which programs, maps and links are pinned.
     #[must_use]
     pub fn pins(&self) -> &PinDir {
         self.datapath.pins()
     }
 
-    /// How often what somebody else had changed was put right.
+    /// Returns the numbers of drift corrections since the agent started.
     #[must_use]
     pub fn repairs(&self) -> Repairs {
         Repairs { postponed: self.backoff.suppressed(), ..self.repairs }
@@ -210,8 +211,10 @@ impl Guard {
         Ok(())
     }
 
-    /// Puts other settings in force: what is guarded at the end stays so if it was before. Where that fails, what came of
-    /// it is to be undone by the settings before.
+    /// Applies other settings. A protected endpoint that both the old and the new settings contain stays protected
+    /// throughout.
+    ///
+    /// After an error the settings may be applied in part: call this again with the previous ones.
     pub async fn reconfigure(&mut self, settings: &Settings) -> Result<(), DatapathError> {
         self.in_reload = true;
         self.changes.begin(Pass::Reload);
@@ -223,12 +226,12 @@ impl Guard {
 
     async fn change_to(&mut self, settings: &Settings) -> Result<(), DatapathError> {
         let Settings { plan, guarded, interfaces, exempt, kubepods, .. } = settings;
-        // Rules have numbers, which may be others now.
+        // The datapath refers to rules by number, and other rules may change the numbers.
         self.keeps_grants &= self.rules.are(exempt);
-        // What is new guards before anything is told of it, and what is to go does until then.
+        // New programs are attached before the maps refer to their hooks, and old ones are detached after that.
         let before = self.datapath.hooks();
         self.datapath.prepare(plan)?;
-        // What could not be attached before is no reason against what is new.
+        // A hook that already failed before the reload must not make the new settings fail.
         unless(before.has(Hook::Socket), self.restore_sockets())?;
         if let (None, Some(root)) = (&self.kubepods, kubepods) {
             self.kubepods = Some(Kubepods::new(root.clone()));
@@ -254,27 +257,27 @@ impl Guard {
         self.restore_exemptions().await
     }
 
-    /// Records a configuration that is in force from now on, for `status` and `config show`. Returns its number.
+    /// Records the configuration that is effective from now on, for `status` and `config show`. Returns its generation.
     pub fn record_config(&mut self, path: Option<&Path>, config: &Config) -> Result<u64, DatapathError> {
         self.datapath.record_config(path, config.to_toml())
     }
 
-    /// Records why a configuration is not in force.
+    /// Records the reason why a configuration was rejected.
     pub fn record_refusal(&mut self, error: &str) -> Result<(), DatapathError> {
         self.datapath.record_refusal(error)
     }
 
-    /// What is guarded how, in a line.
+    /// Returns one line that sums up mode, attachments and endpoints.
     #[must_use]
     pub fn summary(&self, Settings { plan, guarded, .. }: &Settings) -> String {
         let [pods, nodes] = self.count_interfaces();
         format!(
-            "mode {}: {} pod and {} node interfaces guarded by {}, sockets {}, provider {}, {} endpoint{}, pins in {}",
+            "mode {}: {} pod and {} node interfaces, attach mode {}, socket hook {}, provider {}, {} endpoint{}, pins in {}",
             plan.mode.name(),
             pods,
             nodes,
             plan.backend.name(),
-            if plan.cgroup.is_some() { "too" } else { "not" },
+            if plan.cgroup.is_some() { "on" } else { "off" },
             guarded.provider(),
             guarded.endpoints().len(),
             if guarded.endpoints().len() == 1 { "" } else { "s" },
@@ -282,25 +285,25 @@ impl Guard {
         )
     }
 
-    /// The same on a line as short as a service manager shows it, and what is not as it should be.
+    /// Returns a line for `systemctl status`: mode, number of interfaces, and the first of the current errors.
     #[must_use]
     pub fn state(&self, Settings { plan, .. }: &Settings) -> String {
         let [pods, nodes] = self.count_interfaces();
-        let sockets = if plan.cgroup.is_some() { "too" } else { "not" };
+        let sockets = if plan.cgroup.is_some() { "on" } else { "off" };
         let mode = plan.mode.name();
-        let state = format!("mode {mode}: {pods} pod and {nodes} node interfaces guarded, sockets {sockets}");
+        let state = format!("mode {mode}: {pods} pod and {nodes} node interfaces, socket hook {sockets}");
         let others = self.other_agents().map(|agent| ("node".to_owned(), agent.to_string()));
         let failures = self.failures().map(|(name, failure)| (name.to_owned(), failure.to_owned()));
         let mut failures = others.chain(failures);
         match failures.next() {
             Some((name, failure)) => {
-                format!("{state}; {} problems, the first: {name}: {failure}", 1 + failures.count())
+                format!("{state}; {} problems, first: {name}: {failure}", 1 + failures.count())
             }
             None => state,
         }
     }
 
-    /// Numbers of the interfaces of pods and of the node that should have a program.
+    /// Returns the numbers of pod and node interfaces that should have a program.
     fn count_interfaces(&self) -> [usize; 2] {
         let [mut pods, mut nodes] = [0; 2];
         for link in self.links.values() {
@@ -314,10 +317,10 @@ impl Guard {
         [pods, nodes]
     }
 
-    /// What is not as it should be, by interface.
+    /// Returns what is not enforced and why: by interface, cgroup and rule.
     pub fn failures(&self) -> impl Iterator<Item = (&str, &str)> {
         let of_interfaces = self.failures.iter().map(|(index, failure)| {
-            (self.links.get(index).map_or("a gone interface", |link| link.name.as_str()), failure.as_str())
+            (self.links.get(index).map_or("deleted interface", |link| link.name.as_str()), failure.as_str())
         });
         let of_rules = self.rules.failures().iter().map(|(name, failure)| (name.as_str(), failure.as_str()));
         let of_hosts = self.no_kubepods.iter().map(|failure| ("hostNetwork pods", failure.as_str()));
@@ -325,8 +328,8 @@ impl Guard {
         of_interfaces.chain(of_cgroups).chain(of_hosts).chain(of_rules)
     }
 
-    /// Takes in one piece of news. What it means for exemptions is for [`Guard::settle`], but for what is taken from links
-    /// that are gone or others' now: that is at once.
+    /// Handles a netlink event. Exemptions are recomputed by [`Guard::settle`] later, but those of deleted interfaces
+    /// and of reused interface indexes are removed immediately.
     pub async fn handle(&mut self, event: Event) -> Result<(), DatapathError> {
         if let Event::Link(_) | Event::LinkGone(_) = &event {
             self.queue.on_link_event();
@@ -354,15 +357,15 @@ impl Guard {
             Event::Overrun => {
                 self.repairs.overruns += 1;
                 self.pods.forget_sandboxes();
-                log::warn!("the kernel's events came faster than they were read: reading everything anew");
+                log::warn!("netlink receive buffer overrun (ENOBUFS): starting a full resync");
                 self.resync().await?;
             }
         }
         Ok(())
     }
 
-    /// Grants what the links that are there now are to have, where news was taken in since it was done last: once for all
-    /// news that came together, as it takes the longer the more pods there are.
+    /// Recomputes exemptions if links changed since the last call. Runs once per batch of events, because the cost
+    /// grows with the number of pods.
     pub async fn settle(&mut self) -> Result<(), DatapathError> {
         let followed = self.follow_enforcement();
         if std::mem::take(&mut self.exemptions_dirty) {
@@ -384,7 +387,7 @@ impl Guard {
     }
 }
 
-/// Fails with `result`, unless `is_old` news: that is only said.
+/// Returns `result`, but only logs its error if `is_old`: the error existed before, or must not stop the caller.
 fn unless(is_old: bool, result: Result<(), DatapathError>) -> Result<(), DatapathError> {
     match result {
         Err(error) if is_old => {

@@ -1,4 +1,4 @@
-//! The last good configuration on disk, for a start with a configuration file that can't be used.
+//! Last good configuration on disk, for a start with an unusable configuration file.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
@@ -13,20 +13,21 @@ use thiserror::Error;
 use crate::checksum::fnv1a;
 
 const FILE_NAME: &str = "last-good.toml";
-/// First line up to the checksum. It is a TOML comment, so that `imds-agent config check` can read the stored file.
+/// First line up to the checksum. The line is a TOML comment, so that `imds-agent config check` can read the stored
+/// file.
 const HEADER: &str = "# imds-agent last good configuration, format 1, checksum ";
-/// A configuration file has a MiB at most; the header lines come on top.
+/// Upper bound of the size: 1 MiB for the configuration file, plus the header lines.
 const MAX_LEN: u64 = (1 << 20) + (8 << 10);
 
-/// Reason why the last good configuration can't be stored or used.
+/// Reason why the last good configuration cannot be stored or used.
 #[derive(Debug, Error)]
 pub enum LastGoodError {
-    /// A system call fails.
+    /// A system call returned an error.
     #[error("failed to {verb} {}: {source}", path.display())]
     Io {
-        /// Name of the operation.
+        /// Operation, as a verb of the error message.
         verb: &'static str,
-        /// File or directory.
+        /// File or directory that the operation accesses.
         path: PathBuf,
         /// Error of the system call.
         source: io::Error,
@@ -34,9 +35,9 @@ pub enum LastGoodError {
     /// The stored file is damaged, or was not written by the agent for this configuration file.
     #[error("failed to use {}: {reason}", path.display())]
     Unusable {
-        /// The stored file.
+        /// Path of the stored file.
         path: PathBuf,
-        /// Defect of the file.
+        /// Defect that makes the file unusable.
         reason: &'static str,
     },
 }
@@ -48,20 +49,20 @@ pub struct LastGoodStore {
 }
 
 impl LastGoodStore {
-    /// A store in `dir`, which is created when a configuration is written.
+    /// Creates a store in `dir`. The directory is created when a configuration is written.
     #[must_use]
     pub fn new(dir: PathBuf) -> Self {
         Self { dir }
     }
 
-    /// The stored file.
+    /// Returns the path of the stored file.
     #[must_use]
     pub fn path(&self) -> PathBuf {
         self.dir.join(FILE_NAME)
     }
 
-    /// Reads the stored text of the configuration file `of`, or `None` if nothing is stored. The text starts with the
-    /// header, so that lines in it are lines of the stored file.
+    /// Reads the stored text of the configuration file `of`, or returns `None` if nothing is stored. The text includes
+    /// the header, so that line numbers in errors match the stored file.
     pub fn read(&self, of: &Path) -> Result<Option<String>, LastGoodError> {
         let path = self.path();
         let text = match read_private(&path) {
@@ -76,8 +77,8 @@ impl LastGoodStore {
         }
     }
 
-    /// Stores `text` of the configuration file `of`. If that fails, the text stored before is removed: it could have
-    /// exemptions that `text` has no more.
+    /// Stores `text` of the configuration file `of`. If that fails, removes the previously stored text, because it
+    /// could contain exemptions that `text` no longer has.
     pub fn write(&self, of: &Path, text: &str) -> Result<(), LastGoodError> {
         let text = with_header(text, of);
         if matches!(read_private(&self.path()), Ok(Ok(stored)) if stored == text) {
@@ -100,7 +101,7 @@ impl LastGoodStore {
             }
             Err(source) => return Err(LastGoodError::Io { verb: "remove", path, source }),
         };
-        // Fails for a directory with other files and for a mount point, which both stay.
+        // Fails for a directory with other files and for a mount point. Both stay.
         let _is_kept = fs::remove_dir(&self.dir);
         Ok(removed)
     }
@@ -129,7 +130,7 @@ impl LastGoodStore {
     }
 }
 
-/// Reads a file that no other user can have written. The inner error is the defect of a file that can be read.
+/// Reads a file that no other user can have written. The inner error is the defect of a readable file.
 fn read_private(path: &Path) -> io::Result<Result<String, &'static str>> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let file = File::options().read(true).custom_flags(flags).open(path)?;
@@ -152,12 +153,12 @@ fn with_header(text: &str, of: &Path) -> String {
     format!("{HEADER}{:016x}\n{body}", fnv1a(&body))
 }
 
-/// Second line: the configuration file that the text is from, control characters escaped.
+/// Returns the second line, which names the configuration file of the text, with control characters escaped.
 fn file_line(of: &Path) -> String {
     format!("# file {}", of.display().to_string().escape_debug())
 }
 
-/// The checksum detects damage; the file's owner and mode keep other users out.
+/// Checks header and checksum. The checksum detects damage only: owner and mode of the file keep other users out.
 fn check(text: &str, of: &Path) -> Result<(), &'static str> {
     let (header, body) = text.split_once('\n').ok_or("it has no header")?;
     let sum = header.strip_prefix(HEADER).ok_or("it has no header of this version")?;
@@ -165,7 +166,7 @@ fn check(text: &str, of: &Path) -> Result<(), &'static str> {
         return Err("its checksum is wrong");
     }
     if body.lines().next() != Some(file_line(of).as_str()) {
-        return Err("it is of another configuration file");
+        return Err("it belongs to another configuration file");
     }
     Ok(())
 }

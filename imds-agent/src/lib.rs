@@ -1,13 +1,13 @@
-//! imds-agent: keeps pods and containers away from the cloud instance metadata service.
+//! imds-agent: blocks access of pods and containers to the cloud instance metadata service.
 //!
-//! [`cli`] is the command line. [`agent`] runs: it loads the configuration with [`config_loader`], applies it to this node by
-//! [`settings`], and passes the node's events to [`guard`], which follows the interfaces. [`start_config`] chooses the
-//! configuration of a start, from [`last_good`] if the file is broken. [`state`] assigns roles to interfaces and [`reconcile`]
-//! plans the changes, both without I/O. [`exempt`] finds exempt pods, and [`datapath`] writes to the kernel. [`node`] reads the
-//! node's links, cgroups and processes, [`kube`] the cluster's pods of this node. [`doctor`] reports the features of this
-//! node, and [`verify`] proves enforcement. [`server`] answers monitoring, with [`metrics`] among others. [`supervisor`] talks
-//! to the service manager. [`logging`] writes the log, and [`escape`] makes text from outside safe for every
-//! output.
+//! [`cli`] is the command line. [`agent`] is the event loop: it loads the configuration with [`config_loader`],
+//! resolves it for this node with [`settings`], and passes the node's events to [`guard`], which reconciles the
+//! interfaces. [`start_config`] chooses the configuration at the start, from [`last_good`] if the file is broken.
+//! [`state`] assigns roles to interfaces and [`reconcile`] plans the actions, both without I/O. [`exempt`] computes the
+//! exemptions, and [`datapath`] writes to the kernel. [`node`] reads the node's links, cgroups and processes, [`kube`]
+//! watches the pods of this node. [`doctor`] checks the features of this node, and [`verify`] tests enforcement.
+//! [`telemetry`] serves health and metrics, the latter from [`metrics`]. [`supervisor`] notifies the service manager.
+//! [`logging`] writes the log, and [`escape`] makes untrusted text safe for every output.
 #![cfg_attr(
     not(test),
     deny(

@@ -1,4 +1,4 @@
-//! The imds-agent binary.
+//! Entry point of the `imds-agent` binary.
 #![cfg_attr(
     not(test),
     deny(

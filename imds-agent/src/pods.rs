@@ -1,4 +1,4 @@
-//! The pods of this node: what the API server says of them, and what the kernel knows them by.
+//! Pods of this node: their metadata from the API server, and the identities by which the kernel knows them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,103 +23,105 @@ use crate::{
     },
 };
 
-/// Limits of the pauses in which it is looked for sandboxes that are not there yet.
+/// Shortest and longest interval of the poll for sandboxes that do not exist yet.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(500));
 
-/// The pods of this node.
+/// State of the pods of this node.
 #[derive(Debug)]
 pub struct Pods {
     index: Index,
-    /// Why nobody may be known.
+    /// Reason why the set of pods may be incomplete.
     doubt: Option<Doubt>,
-    /// Whether the API server has told of all of them.
+    /// True once the API server has listed all pods.
     is_synced: bool,
     tree: Tree,
-    /// Where those are that have a sandbox, by their ids.
+    /// Resolved sandboxes, by pod UID.
     sandboxes: BTreeMap<String, Sandbox>,
-    /// Ids of those that are to be looked for, for the first time or again: until then, what is known of them counts.
+    /// UIDs of the pods whose sandbox has to be resolved, for the first time or again. Until then the previous sandbox
+    /// counts.
     sought: BTreeSet<String>,
-    /// Whether nobody was told of what is known now.
+    /// True if the pod names changed since they were written to the maps.
     is_untold: bool,
-    /// When the API server told of a pod last that has none.
+    /// Time of the last event about a pod without a sandbox.
     last_awaited: Instant,
-    /// Those in the node's network namespace that are exempt: known by their cgroups alone, which come and go.
+    /// UIDs of the exempt hostNetwork pods. The datapath knows them by their containers' cgroups only, which come and
+    /// go.
     hosts: BTreeSet<String>,
-    /// Cgroups that several pods claim, as they were logged.
+    /// Cgroups that several pods claim, as text that was logged.
     disputes: BTreeSet<String>,
     /// Number of pods that claim the cgroup of another pod.
     disputed: u32,
 }
 
-/// Why nobody may be known.
+/// Reason why the set of pods may be incomplete.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Doubt {
-    /// The API server is not asked.
+    /// The pod watch is disabled.
     NotLookedUp,
-    /// It has not told of anybody.
+    /// The API server has not listed the pods yet.
     NotTold,
 }
 
-/// What a subject of the datapath is to the cluster.
+/// Pod and container that a subject of the datapath stands for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Name<'p> {
-    /// The pod.
+    /// Pod to which the subject belongs.
     pub pod: &'p Pod,
-    /// Its container, where the subject is one's.
+    /// Name of the container, if the subject is the cgroup of one.
     pub container: Option<&'p str>,
 }
 
-/// A pod, for people: as much of it as is recorded for whatever process wants to name it. In its JSON form, fields are only
-/// added.
+/// Metadata of a pod for output. The agent records it so that other processes can name the pod. The JSON form only ever
+/// gains fields.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 pub struct Identity {
-    /// Its namespace.
+    /// Namespace in which the pod was created.
     pub namespace: String,
-    /// Its name.
+    /// Name of the pod, without the namespace.
     pub pod: String,
-    /// Its service account.
+    /// Name of the pod's service account.
     pub service_account: String,
-    /// The container, where one is known.
+    /// Name of the container, if it is known.
     pub container: Option<String>,
-    /// A label that says what it runs, as `key=value`.
+    /// Label that names the application, as `key=value`.
     pub label: Option<String>,
-    /// Its id, which no other pod ever has.
+    /// UID of the pod, which is never reused.
     pub uid: String,
 }
 
 impl fmt::Display for Identity {
-    /// `namespace/pod`, and the container where one is known: `namespace/pod[container]`.
+    /// Formats as `namespace/pod`, or `namespace/pod[container]` if the container is known.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.namespace, self.pod)?;
         self.container.iter().try_for_each(|container| write!(f, "[{container}]"))
     }
 }
 
-/// How the looking up of pods goes. In its JSON form, fields are only added.
+/// Status of the pod watch. The JSON form only ever gains fields.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
 pub struct Lookup {
-    /// The node's name in the cluster.
+    /// Name of the node in the cluster.
     pub node: String,
-    /// Whether the API server tells of pods now.
+    /// True while the API server answers the watch.
     pub is_connected: bool,
-    /// Since when that is so.
+    /// Time of the last change of `is_connected`.
     pub since: Timestamp,
-    /// When what is known was last known to be all there is.
+    /// Time of the last moment at which the set of pods was known to be complete.
     pub synced_at: Option<Timestamp>,
-    /// When the API server last failed to tell.
+    /// Time of the last error of the watch.
     pub failed_at: Option<Timestamp>,
-    /// What failed then.
+    /// Last error of the watch.
     pub error: Option<String>,
-    /// How many pods are known.
+    /// Number of pods that the API server listed.
     pub pods: u32,
-    /// How many of them have no sandbox that could be found.
+    /// Number of known pods whose sandbox was not found.
     pub awaited: u32,
     /// Number of pods that claim the cgroup of another pod.
     pub disputed: u32,
 }
 
 impl Pods {
-    /// None that are known yet; `are_looked_up`: whether that can change.
+    /// Returns an empty set of pods. `are_looked_up`: a pod watch will fill it.
     #[must_use]
     pub fn new(are_looked_up: bool) -> Self {
         Self {
@@ -137,7 +139,7 @@ impl Pods {
         }
     }
 
-    /// Takes in what the API server tells. Returns whether that is news.
+    /// Applies an event of the pod watch. Returns whether it changed anything.
     pub fn handle(&mut self, event: PodEvent) -> bool {
         let is_first = matches!(event, PodEvent::Relist(_)) && !std::mem::replace(&mut self.is_synced, true);
         let changed = self.index.handle(event);
@@ -147,7 +149,7 @@ impl Pods {
         for uid in changed {
             self.last_awaited = Instant::now();
             if self.index.get(&uid).is_some() {
-                // It may have started a container, or a new sandbox.
+                // The pod may have a new container or sandbox.
                 self.sought.insert(uid);
             } else {
                 self.sandboxes.remove(&uid);
@@ -172,14 +174,14 @@ impl Pods {
         self.disputed = u32::try_from(pods).unwrap_or(u32::MAX);
     }
 
-    /// Takes in how the watch of them goes. Returns whether that changes who is known.
+    /// Applies the state of the pod watch. Returns whether [`Pods::senders`] changes.
     pub fn take_in(&mut self, state: &WatchState) -> bool {
         let has_failed = !state.connected && state.last_error.is_some();
         let doubt = (has_failed && !self.is_synced).then_some(Doubt::NotTold);
         std::mem::replace(&mut self.doubt, doubt) != doubt
     }
 
-    /// How the looking up goes, of which the watch of this node says `state`.
+    /// Returns the status of the pod watch. `state` is the state of the watch of this node.
     #[must_use]
     pub fn lookup(&self, node: &str, state: &WatchState) -> Lookup {
         let (failed_at, error) =
@@ -198,19 +200,19 @@ impl Pods {
         }
     }
 
-    /// Whether the API server has told of all pods. Until then nobody knows who is to be exempt.
+    /// Reports whether the API server has listed all pods. Until then the exempt pods are not known completely.
     #[must_use]
     pub fn is_synced(&self) -> bool {
         self.is_synced
     }
 
-    /// Follows the containers of those in the node's network namespace that `rules` mean.
+    /// Tracks the containers of the hostNetwork pods that `rules` match.
     pub fn follow_hosts<'r>(&mut self, rules: impl Iterator<Item = &'r config::Pods>) {
         let meant = rules.flat_map(|rule| self.index.meant(rule));
         self.hosts = meant.filter(|pod| pod.host_network).map(|pod| pod.uid.clone()).collect();
     }
 
-    /// Reports whether the API server is asked for pods.
+    /// Reports whether the pod watch is enabled.
     #[must_use]
     pub fn are_looked_up(&self) -> bool {
         self.doubt != Some(Doubt::NotLookedUp)
@@ -222,42 +224,42 @@ impl Pods {
         self.sandboxes.values().any(|sandbox| sandbox.senders.interfaces.contains(&index))
     }
 
-    /// A link is there that was not.
+    /// Handles a new link: the sandboxes behind it have to be resolved again.
     pub fn link_came(&mut self, link: &Link) {
         if link.peer_netns.is_some() {
             self.seek(|sandbox| sandbox.netns_id == link.peer_netns);
         }
     }
 
-    /// A link is gone; who knows whether the sandbox is.
+    /// Handles the deletion of a link. The sandbox behind it may still exist.
     pub fn link_went(&mut self, index: u32) {
         let led_to = |sandbox: &Sandbox| sandbox.senders.interfaces.contains(&index);
         self.seek(led_to);
-        // Another pod's link may have its index next.
+        // The link of another pod may get this index next.
         let count = self.sandboxes.len();
         self.sandboxes.retain(|_, sandbox| !led_to(sandbox));
         self.is_untold |= self.sandboxes.len() < count;
     }
 
-    /// Where pods are may have changed unseen.
+    /// Drops all sandboxes, after events were lost.
     pub fn forget_sandboxes(&mut self) {
         self.sandboxes.clear();
         self.is_untold = true;
         self.seek_awaited();
     }
 
-    /// Looks again, with the next [`Pods::locate`], for those of which not all could be found out.
+    /// Queues the pods that could not be resolved completely. The next [`Pods::locate`] retries them.
     pub fn retry(&mut self) {
         self.seek(|sandbox| !sandbox.senders.failures.is_empty());
         if self.awaited().next().is_some() {
-            // The kubelet may have moved, and what it left behind be there still.
+            // The kubelet may have moved to other cgroups, and left the old ones behind.
             self.tree.search();
             self.seek_awaited();
         }
     }
 
-    /// Looks again, with the next [`Pods::locate`], for those that were awaited and have a sandbox now, and for those in the
-    /// node's network namespace that are exempt and have other cgroups than when they were located.
+    /// Queues the pods that have a sandbox now but had none before, and the exempt hostNetwork pods whose cgroups
+    /// changed. The next [`Pods::locate`] resolves them.
     pub fn seek_moved(&mut self) {
         if self.tree.is_stale() {
             self.tree.search();
@@ -272,13 +274,13 @@ impl Pods {
         self.sought.extend(found);
     }
 
-    /// Whether there are some whose sandboxes are to be looked for.
+    /// Reports whether pods are queued whose sandboxes have to be resolved.
     #[must_use]
     pub fn are_sought(&self) -> bool {
         !self.sought.is_empty()
     }
 
-    /// Looks for the sandboxes of the next `count` that are sought. `links` are those of pods.
+    /// Resolves the sandboxes of the next `count` queued pods. `links` are the links of pods.
     pub async fn locate(&mut self, finder: &Finder, netlink: &Netlink, links: &[&Link], count: usize) {
         if self.tree.is_stale() {
             self.tree.search();
@@ -302,8 +304,8 @@ impl Pods {
         }
     }
 
-    /// After how long, since the last time, [`Pods::seek_moved`] is worth a call; `None` where nothing is awaited. The longer
-    /// nothing comes, the less often it is.
+    /// Returns the time after which the next [`Pods::seek_moved`] is due, or `None` if no pod waits for its sandbox.
+    /// The interval grows with the time since the last event.
     #[must_use]
     pub fn pause(&self) -> Option<Duration> {
         let (shortest, longest) = PAUSES;
@@ -311,15 +313,15 @@ impl Pods {
         is_worth_it.then(|| (self.last_awaited.elapsed() / 10).clamp(shortest, longest))
     }
 
-    /// What the datapath knows those by whom a rule means.
+    /// Returns the identities of the pods that a rule matches.
     #[must_use]
     pub fn senders(&self, rule: &config::Pods) -> Senders {
         let mut senders = Senders::default();
         match self.doubt {
             Some(Doubt::NotLookedUp) => senders.fail(
-                "no pods are looked up here: run in the cluster, or set kubernetes.enabled and kubernetes.kubeconfig",
+                "the pod watch is disabled: run in the cluster, or set kubernetes.enabled and kubernetes.kubeconfig",
             ),
-            Some(Doubt::NotTold) => senders.fail("the API server has not told of this node's pods yet"),
+            Some(Doubt::NotTold) => senders.fail("the API server has not sent this node's pods yet"),
             None => {}
         }
         for pod in self.index.meant(rule) {
@@ -330,18 +332,18 @@ impl Pods {
         senders
     }
 
-    /// Whether [`Pods::names`] are to be told: all are known that can be, and they were not told.
+    /// Reports whether [`Pods::names`] has to be written to the maps: it changed, and all pods are resolved.
     #[must_use]
     pub fn are_to_be_told(&self) -> bool {
         self.is_untold && self.is_synced && !self.are_sought()
     }
 
-    /// They were told.
+    /// Records that the names were written to the maps.
     pub fn were_told(&mut self) {
         self.is_untold = false;
     }
 
-    /// Who is behind what the datapath knows.
+    /// Returns the pod and container behind each subject that the datapath knows.
     #[must_use]
     pub fn names(&self) -> BTreeMap<Subject, Name<'_>> {
         let mut names = BTreeMap::new();

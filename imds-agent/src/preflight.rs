@@ -1,4 +1,4 @@
-//! What has to be true before anything is touched.
+//! Checks of capabilities, kernel features and limits, before the agent changes anything.
 
 use std::io;
 
@@ -15,10 +15,10 @@ use nix::sys::{
 };
 use thiserror::Error;
 
-/// Why the agent can't work here.
+/// Reason why the agent cannot run here.
 #[derive(Debug, Error)]
 pub enum PreflightError {
-    /// The process lacks capabilities.
+    /// The process lacks required capabilities.
     #[error("missing {}: run as root, or grant CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN", .0.join(" and "))]
     Capabilities(Vec<&'static str>),
     /// The kernel lacks a feature.
@@ -26,29 +26,29 @@ pub enum PreflightError {
         "kernel {release} lacks {feature}; imds-agent needs Linux 5.10 or newer, built with CONFIG_BPF_SYSCALL and CONFIG_NET_CLS_BPF"
     )]
     TooOld {
-        /// What uname(2) says.
+        /// Release of the kernel, from uname(2).
         release: String,
-        /// What is missing.
+        /// Name of the missing feature.
         feature: &'static str,
     },
-    /// The kernel could, but does not let this process.
+    /// The kernel has the feature, but denies it to this process.
     #[error(
-        "the kernel refuses bpf(2) to this process; a container needs CAP_BPF in the initial user namespace, and lockdown or a seccomp profile may forbid it"
+        "the kernel denies bpf(2) to this process; a container needs CAP_BPF in the initial user namespace, and lockdown or a seccomp profile may forbid it"
     )]
     Forbidden(#[source] io::Error),
-    /// The kernel counts BPF maps as locked memory, of which there may be little.
+    /// The kernel counts BPF maps as locked memory, and the limit cannot be raised.
     #[error(
         "locked memory is limited to {0} bytes, and Linux before 5.11 counts BPF maps as such: lift the limit (LimitMEMLOCK=infinity in a systemd unit) or grant CAP_SYS_RESOURCE"
     )]
     LockedMemory(u64),
 }
 
-/// Checks the process's capabilities: what every command needs that looks at BPF objects.
+/// Checks the capabilities that every command needs to access BPF objects.
 pub fn check_capabilities() -> Result<(), PreflightError> {
     let has = |capability| caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false);
     let mut missing = Vec::new();
-    // CAP_SYS_ADMIN stands for both (capabilities(7)). Without CAP_PERFMON the verifier follows programs as if they
-    // were an attacker's, and refuses ours (bpf_allow_ptr_leaks and its kin, include/linux/bpf.h).
+    // CAP_SYS_ADMIN implies both (capabilities(7)). Without CAP_PERFMON the verifier treats programs as untrusted, and
+    // rejects the agent's (bpf_allow_ptr_leaks and related functions, include/linux/bpf.h).
     for (capability, name) in [(Capability::CAP_BPF, "CAP_BPF"), (Capability::CAP_PERFMON, "CAP_PERFMON")] {
         if !has(capability) && !has(Capability::CAP_SYS_ADMIN) {
             missing.push(name);
@@ -60,9 +60,9 @@ pub fn check_capabilities() -> Result<(), PreflightError> {
     if missing.is_empty() { Ok(()) } else { Err(PreflightError::Capabilities(missing)) }
 }
 
-/// Checks, by trying, that the kernel has what the datapath can't do without.
+/// Checks that the kernel has the features that the datapath requires, by probing each one.
 pub fn check_kernel() -> Result<(), PreflightError> {
-    // TC programs, and what the maps are made of.
+    // Program and map types of the datapath.
     let programs = is_program_supported(ProgramType::SchedClassifier).map_err(errno_of);
     demand("BPF programs for TC", programs)?;
     for (feature, map_type) in [
@@ -75,17 +75,19 @@ pub fn check_kernel() -> Result<(), PreflightError> {
     Ok(())
 }
 
-/// Lifts the limits that 1,000 interfaces would meet: one descriptor for each, and before Linux 5.11 locked memory for
-/// maps and programs. Where the first is not allowed, what meets the limit says so; the second is taken by other
-/// processes of the user too, and what meets it gets no better answer than EPERM.
+/// Raises the limits that 1,000 interfaces would exceed: one descriptor for each, and locked memory for maps and
+/// programs before Linux 5.11.
+///
+/// A failure to raise the limit of open files is not an error, because a later EMFILE names its cause. Locked memory is
+/// shared with other processes of the user, and exceeding the limit is reported as EPERM without a cause.
 pub fn lift_limits() -> Result<(), PreflightError> {
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(errno) = raised {
-        log::debug!("can't raise the limit of open files: {errno}");
+        log::debug!("failed to raise the limit of open files: {errno}");
     }
     if let Err(errno) = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY) {
-        log::debug!("can't raise the limit of locked memory: {errno}");
+        log::debug!("failed to raise the limit of locked memory: {errno}");
         let limit = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(soft, _)| soft);
         if counts_locked_memory() {
             return Err(PreflightError::LockedMemory(limit));
@@ -94,7 +96,8 @@ pub fn lift_limits() -> Result<(), PreflightError> {
     Ok(())
 }
 
-/// Whether the kernel counts maps and programs as locked memory. Later ones count them as the cgroup's.
+/// Reports whether the kernel counts maps and programs as locked memory. Since Linux 5.11 they are charged to the
+/// cgroup.
 #[must_use]
 pub fn counts_locked_memory() -> bool {
     KernelVersion::current().is_ok_and(|kernel| kernel < KernelVersion::new(5, 11, 0))

@@ -1,5 +1,6 @@
-//! The clouds: where their metadata services are, what else is at these addresses that pods need, and how a machine says
-//! whose it is. "(secondary source)" marks what the provider's own documentation does not say.
+//! Cloud providers: addresses of their metadata services, the services at these addresses that pods need, and the
+//! detection of the provider from DMI. "(secondary source)" marks facts that the provider's own documentation does not
+//! contain.
 
 use std::{fs, io, net::IpAddr, path::Path};
 
@@ -10,13 +11,13 @@ use imds_ebpf_common::{
 
 use crate::endpoints::{Endpoint, Keep};
 
-/// Where the kernel shows what the firmware says of the machine (SMBIOS).
+/// Directory in which the kernel exposes the SMBIOS (DMI) fields of the machine.
 pub const DMI_DIR: &str = "/sys/class/dmi/id";
 
-/// A cloud whose endpoints are known.
+/// A cloud provider with known endpoints.
 #[derive(Debug, Eq, PartialEq)]
 pub struct Provider {
-    /// Its name in the configuration.
+    /// Name of the provider in the configuration.
     pub name: &'static str,
     endpoints: &'static [Preset],
 }
@@ -24,29 +25,29 @@ pub struct Provider {
 type Preset = (&'static str, &'static str, &'static [Service]);
 
 const NONE: &[Service] = &[];
-/// The resolver that is at the same address.
+/// DNS resolver at the address of the metadata service.
 const DNS: &[Service] = &[Service::new(UDP, 53), Service::new(TCP, 53)];
 const DNS_DHCP: &[Service] = &[Service::new(UDP, 53), Service::new(TCP, 53), Service::new(UDP, 67)];
 
 const IMDS: &str = "169.254.169.254";
 
-/// Where nothing is known of the provider: the address that nearly all of them use, and nothing kept.
+/// Fallback for an unknown provider: the address that nearly all providers use, without allowed ports.
 pub static GENERIC: Provider = Provider { name: "generic", endpoints: &[("imds", IMDS, NONE)] };
 
-/// No endpoints.
+/// The provider `none`, without endpoints.
 pub static NO_PROVIDER: Provider = Provider { name: "none", endpoints: &[] };
 
-/// Every provider that can be named.
+/// All providers that the configuration can name, except `generic` and `none`.
 pub static PROVIDERS: &[Provider] = &[
-    // 168.63.129.16 is the WireServer: goal state and TLS bootstrap at tcp/80 and tcp/32526 (AKS #4503: guarding 80 alone
-    // is not enough), and the resolver and DHCP server of every VM, which stay.
+    // 168.63.129.16 is the WireServer, which serves the goal state and TLS bootstrap at tcp/80 and tcp/32526 (AKS
+    // #4503: denying port 80 alone is not enough). DNS and DHCP of every VM use the address, too, and stay allowed.
     Provider { name: "azure", endpoints: &[("imds", IMDS, NONE), ("wireserver", "168.63.129.16", DNS_DHCP)] },
-    // Not guarded: 169.254.170.23 and fd00:ec2::23 (EKS Pod Identity, made for pods), 169.254.169.253 and fd00:ec2::253
-    // (DNS), 169.254.169.123 (NTP). 169.254.170.2 is the extra `ecs`.
+    // Not protected: 169.254.170.23 and fd00:ec2::23 (EKS Pod Identity, meant for pods), 169.254.169.253 and
+    // fd00:ec2::253 (DNS), 169.254.169.123 (NTP). 169.254.170.2 is the extra `ecs`.
     Provider { name: "aws", endpoints: &[("imds", IMDS, NONE), ("imds-v6", "fd00:ec2::254", NONE)] },
-    // The metadata server is the VM's resolver, too. The IPv6 address: (secondary source).
+    // The metadata server is also the VM's DNS resolver. IPv6 address: (secondary source).
     Provider { name: "gcp", endpoints: &[("imds", IMDS, DNS), ("imds-v6", "fd20:ce::254", DNS)] },
-    // As on GCP. 192.0.0.192: (secondary source).
+    // Like GCP. 192.0.0.192: (secondary source).
     Provider {
         name: "oracle",
         endpoints: &[
@@ -55,12 +56,12 @@ pub static PROVIDERS: &[Provider] = &[
             ("imds-classic", "192.0.0.192", DNS),
         ],
     },
-    // The IPv6 address: (secondary source).
+    // IPv6 address: (secondary source).
     Provider {
         name: "alibaba",
         endpoints: &[("imds", "100.100.100.200", NONE), ("imds-v6", "fd00:100::100:200", NONE)],
     },
-    // Link-local IPv6: matched by the address, on every link.
+    // The IPv6 address is link-local. The programs match it on every link.
     Provider { name: "openstack", endpoints: &[("imds", IMDS, NONE), ("imds-v6", "fe80::a9fe:a9fe", NONE)] },
     Provider { name: "hetzner", endpoints: &[("imds", IMDS, NONE), ("imds-v6", "fe80::a9fe:a9fe", NONE)] },
     Provider { name: "akamai", endpoints: &[("imds", IMDS, NONE), ("imds-v6", "fd00:a9fe:a9fe::1", NONE)] },
@@ -68,7 +69,8 @@ pub static PROVIDERS: &[Provider] = &[
         name: "scaleway",
         endpoints: &[("imds", "169.254.42.42", NONE), ("imds-v6", "fd00:42::42", NONE)],
     },
-    // Not 169.254.10.10, which one secondary source names: it is a DNS server's address elsewhere (AKS LocalDNS).
+    // 169.254.10.10, which one secondary source names, is missing because it is the address of a DNS server elsewhere
+    // (AKS LocalDNS).
     Provider { name: "tencent", endpoints: &[("imds", "169.254.0.23", NONE)] },
     Provider { name: "digitalocean", endpoints: &[("imds", IMDS, NONE)] },
     Provider { name: "vultr", endpoints: &[("imds", IMDS, NONE)] },
@@ -78,28 +80,28 @@ pub static PROVIDERS: &[Provider] = &[
     Provider { name: "equinix", endpoints: &[("imds", "192.80.8.124", NONE)] },
 ];
 
-/// Endpoints that are guarded only where the configuration names them under `extras`.
+/// Endpoints that are protected only if the configuration names them in `extras`.
 ///
-/// `ecs`: credentials of ECS tasks, which the tasks themselves need where there are any.
+/// `ecs`: credentials of ECS tasks. The tasks themselves need them, if the node runs any.
 pub static EXTRAS: &[Provider] = &[Provider { name: "ecs", endpoints: &[("ecs", "169.254.170.2", NONE)] }];
 
 impl Provider {
-    /// The provider with this name.
+    /// Returns the provider with this name, including `generic` and `none`.
     #[must_use]
     pub fn named(name: &str) -> Option<&'static Self> {
         PROVIDERS.iter().chain([&GENERIC, &NO_PROVIDER]).find(|provider| provider.name == name)
     }
 
-    /// The extra with this name.
+    /// Returns the extra with this name.
     #[must_use]
     pub fn extra(name: &str) -> Option<&'static Self> {
         EXTRAS.iter().find(|extra| extra.name == name)
     }
 
-    /// What it guards.
+    /// Returns the endpoints of the preset.
     pub fn endpoints(&self) -> impl Iterator<Item = Endpoint> + use<> {
         self.endpoints.iter().filter_map(|&(name, address, keep)| {
-            // A test parses all of them.
+            // A test checks that all addresses parse.
             let address: IpAddr = address.parse().ok()?;
             let keep = keep.iter().copied().map(Keep).collect();
             Some(Endpoint { name: name.to_owned(), address, keep })
@@ -107,7 +109,7 @@ impl Provider {
     }
 }
 
-/// What the firmware says of the machine: file contents without surrounding white space, empty where there is none.
+/// SMBIOS fields of the machine: file contents without surrounding white space, or empty if the file does not exist.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 #[expect(missing_docs, reason = "named after the kernel's files")]
 pub struct Dmi {
@@ -119,15 +121,15 @@ pub struct Dmi {
 }
 
 impl Dmi {
-    /// Reads the files in `dir`, usually [`DMI_DIR`]. A machine without such a file says nothing; one that can't be read
-    /// is as good as none, and is logged.
+    /// Reads the files in `dir`, usually [`DMI_DIR`]. A missing file leaves its field empty, as does one that cannot be
+    /// read, which is logged.
     #[must_use]
     pub fn read(dir: &Path) -> Self {
         let file = |name| match fs::read(dir.join(name)) {
             Ok(contents) => String::from_utf8_lossy(&contents).trim().to_owned(),
             Err(error) => {
                 if error.kind() != io::ErrorKind::NotFound {
-                    log::warn!("can't read {}: {error}", dir.join(name).display());
+                    log::warn!("failed to read {}: {error}", dir.join(name).display());
                 }
                 String::new()
             }
@@ -141,14 +143,14 @@ impl Dmi {
         }
     }
 
-    /// The provider whose machine this is; [`GENERIC`] where it doesn't say.
+    /// Returns the provider of the machine, or [`GENERIC`] if the fields do not identify one.
     #[must_use]
     pub fn provider(&self) -> &'static Provider {
         Provider::named(self.provider_name()).unwrap_or(&GENERIC)
     }
 
     fn provider_name(&self) -> &'static str {
-        /// Asset tag of every Azure VM: "MSFT AZURE VM" in a keyboard's codes.
+        /// Asset tag of every Azure VM: "MSFT AZURE VM" as character codes.
         const AZURE_TAG: &str = "7783-7084-3265-9085-8269-3286-77";
         let vendor = self.sys_vendor.as_str();
         let uuid_prefix = self.product_uuid.get(..3).unwrap_or_default();
@@ -158,7 +160,7 @@ impl Dmi {
         if self.chassis_asset_tag == "OracleCloud.com" {
             return "oracle";
         }
-        // Xen instances have no vendor of their own; the UUID starts so on those.
+        // Xen instances have no EC2 vendor, but their UUID starts with `ec2`.
         let is_xen_on_ec2 = uuid_prefix.eq_ignore_ascii_case("ec2") && vendor == "Xen";
         if vendor == "Amazon EC2" || self.bios_vendor == "Amazon EC2" || is_xen_on_ec2 {
             return "aws";
@@ -203,7 +205,7 @@ mod tests {
             assert_eq!(
                 endpoints.len(),
                 provider.endpoints.len(),
-                "{}: an address that is none",
+                "{}: an address does not parse",
                 provider.name
             );
             let names: BTreeSet<_> = endpoints.iter().map(|endpoint| &endpoint.name).collect();

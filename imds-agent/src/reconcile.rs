@@ -1,35 +1,37 @@
-//! Actions that bring a hook of an interface to its desired state: a pure function of desired and observed state.
+//! Plans the actions that bring a hook of an interface to its desired state: a pure function of desired and observed
+//! state.
 
 pub mod repair_backoff;
 
 use imds_ebpf_common::AttachMode;
 
-/// A program of the agent at a hook of an interface.
+/// A program of this agent at a hook of an interface.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Attachment {
     /// Attach mode; never [`AttachMode::None`].
     pub backend: AttachMode,
-    /// Whether it is the program that this agent loaded.
+    /// True for the program that this agent loaded, false for one of an earlier agent or of another program.
     pub current: bool,
-    /// Whether it is pinned where it belongs, so that it outlives the agent. Filters always are.
+    /// True if the link is pinned in the pin directory, so that it outlives the agent. Filters need no pin: always
+    /// true.
     pub pinned: bool,
-    /// Where it stands among the programs of the hook.
+    /// Position among the programs of the hook.
     pub place: Order,
 }
 
-/// Where a program stands among the programs of its hook.
+/// Position of a program among the programs of its hook.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Order {
-    /// First: no other program sees the packet before.
+    /// No other program runs before it.
     First,
-    /// Others come before, and it can be put before them.
+    /// Other programs run before it, and it can be moved before them.
     NotFirst,
-    /// Others come before, and the attach mode has no place before them.
+    /// Other programs run before it, and the attach mode offers no position before them.
     Blocked,
 }
 
 impl Order {
-    /// The name, as users see it.
+    /// Returns the name that `status` prints.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -43,21 +45,21 @@ impl Order {
 /// A change to one hook of an interface.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Action {
-    /// Attach, first in order.
+    /// Attach the program, first in order.
     Attach(AttachMode),
-    /// Put this agent's program in the place of the one there, with no moment between.
+    /// Replace the program that is attached with this agent's, atomically.
     Replace(AttachMode),
-    /// Pin the link again.
+    /// Pin the link in the pin directory again.
     Pin(AttachMode),
-    /// Put it before all others, with no moment without it.
+    /// Move the program before all others, without detaching it.
     Reorder(AttachMode),
-    /// Take it away.
+    /// Detach the program from the hook.
     Detach(AttachMode),
 }
 
 impl Action {
-    /// Reports whether the action repairs a hook that another program changed, if this agent had attached it before.
-    /// Repairs that repeat should back off.
+    /// Reports whether the action repairs a hook that this agent had attached to and that another program changed.
+    /// Repeated repairs should back off.
     #[must_use]
     pub fn is_repair(self) -> bool {
         match self {
@@ -67,8 +69,8 @@ impl Action {
     }
 }
 
-/// Plans the actions that bring a hook from `actual` to `wanted`, in their order: a new attachment comes before one of
-/// another mode is detached, so that no packet passes between the two.
+/// Plans the actions that bring a hook from `actual` to `wanted`, in order. A new attachment precedes the detachment of
+/// one with another mode, so that no packet passes between the two.
 #[must_use]
 pub fn plan(wanted: AttachMode, actual: &[Attachment]) -> Vec<Action> {
     let mut actions = Vec::new();

@@ -1,4 +1,4 @@
-//! What a configuration comes to on this node.
+//! Settings of the agent on this node: the configuration, resolved with the command line and the node's features.
 
 use std::path::PathBuf;
 
@@ -17,41 +17,41 @@ use crate::{
     provider::Dmi,
 };
 
-/// What the command line says of the node, which no configuration changes.
+/// Command line options that concern the node. A reload of the configuration does not change them.
 #[derive(Clone, Debug)]
 pub struct Node {
-    /// How interfaces are attached.
+    /// Attach mode for the TC hooks.
     pub backend: AttachMode,
-    /// cgroup below which sockets are guarded; without it, the root of the hierarchy.
+    /// cgroup to which the socket hook is attached. `None`: the root of the cgroup v2 hierarchy.
     pub cgroup: Option<PathBuf>,
-    /// Where the firmware's words are.
+    /// Directory with the SMBIOS fields, see [`Dmi::read`].
     pub dmi_dir: PathBuf,
 }
 
-/// What is to be in force.
+/// Resolved configuration of this node.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// What the datapath is to be.
+    /// Mode, hooks and attach points of the datapath.
     pub plan: Plan,
-    /// What is guarded.
+    /// Protected endpoints and their provider.
     pub guarded: Guarded,
-    /// Which interfaces are pods'.
+    /// Interfaces that the operator includes or excludes.
     pub interfaces: Interfaces,
-    /// Who is exempt.
+    /// Exemption rules, with the endpoints resolved.
     pub exempt: Vec<Exempt>,
-    /// The cgroup below which those of Kubernetes pods are looked for, in strict mode.
+    /// cgroup below which Kubernetes pods are searched, if `host_network` is on.
     pub kubepods: Option<PathBuf>,
-    /// How pods are looked up, where they are.
+    /// Configuration of the pod watch, if it is enabled.
     pub cluster: Option<Wanted>,
 }
 
 impl Node {
-    /// What `config` guards here, and whom it exempts.
+    /// Resolves the protected endpoints and exemptions of `config` on this node.
     pub fn resolve(&self, config: &Config) -> Result<(Guarded, Vec<Exempt>), ConfigErrors> {
         config.resolve(&Dmi::read(&self.dmi_dir))
     }
 
-    /// What `config` comes to, which guards and exempts this.
+    /// Resolves the remaining settings of `config`. The tuple is the result of [`Node::resolve`].
     pub fn settings(
         &self,
         config: &Config,
@@ -60,7 +60,7 @@ impl Node {
         let cgroup = self.cgroup(config.hooks)?;
         if config.on_deny_errno != DenyErrno::Eperm && !can_choose_errno() {
             log::warn!(
-                "on_deny_errno = \"{}\" has no effect: this kernel has no bpf_set_retval for sockets (Linux 6.1), denied calls \
+                "on_deny_errno = \"{}\" has no effect: this kernel lacks bpf_set_retval for sockets (Linux 6.1), denied calls \
                  fail with EPERM",
                 config.on_deny_errno.name()
             );
@@ -86,20 +86,20 @@ impl Node {
         Ok(Settings { plan, guarded, interfaces: config.interfaces.clone(), exempt, kubepods, cluster })
     }
 
-    /// The cgroup for the hooks that need one; `None` if they are off, or no cgroup v2 hierarchy is mounted.
+    /// Returns the cgroup for the hooks that need one, or `None` if they are off or no cgroup v2 hierarchy is mounted.
     fn cgroup(&self, hooks: Hooks) -> anyhow::Result<Option<PathBuf>> {
         if !judges_by_cgroup(hooks) && !hooks.has(Hook::LocalService) {
             return Ok(None);
         }
-        // Without a hierarchy the other hooks still run.
+        // The other hooks do not need a hierarchy.
         let root = || cgroup::root().context("failed to read the mounts").transpose();
         self.cgroup.clone().map(Ok).or_else(root).transpose()
     }
 }
 
-/// How the programs know the node. Which sockets are the node's own must be known where sockets are judged.
+/// Returns how the programs recognize the node's sockets, which the cgroup hooks must do.
 fn identity(hooks: Hooks) -> anyhow::Result<Identity> {
-    match netns::identity().context("can't tell this network namespace's cookie")? {
+    match netns::identity().context("failed to get the cookie of this network namespace")? {
         Some(identity) => Ok(identity),
         None if !judges_by_cgroup(hooks) => Ok(Identity::Initial),
         None => Err(anyhow!(
@@ -113,7 +113,7 @@ fn judges_by_cgroup(hooks: Hooks) -> bool {
     hooks.has(Hook::Socket) || hooks.has(Hook::HostNetwork)
 }
 
-/// How to do without what judges by cgroup.
+/// Returns the configuration keys that turn off the cgroup hooks.
 fn switch_off(hooks: Hooks) -> String {
     let on = [Hook::Socket, Hook::HostNetwork].into_iter().filter(|&hook| hooks.has(hook));
     on.map(|hook| format!("hooks.{} = false", hook.name())).collect::<Vec<_>>().join(" and ")

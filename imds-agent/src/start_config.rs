@@ -1,4 +1,4 @@
-//! The configuration that an agent starts with, which a broken file does not prevent.
+//! Configuration at the start of the agent. A broken file does not prevent the start.
 
 use std::path::{Path, PathBuf};
 
@@ -10,24 +10,25 @@ use crate::{
     settings::{Node, Settings},
 };
 
-/// The configuration that an agent starts with.
+/// Configuration that the agent starts with, and its source.
 #[derive(Clone, Debug)]
 pub struct StartConfig {
-    /// The configuration.
+    /// Validated configuration, before it is applied to this node.
     pub config: Config,
     /// The configuration applied to this node.
     pub settings: Settings,
     /// File that it was read from; `None` for the built-in defaults.
     pub path: Option<PathBuf>,
-    /// Reason why it is not that of the configured file, if it is not.
+    /// Reason why the configured file is not used, if it is not.
     pub rejected: Option<String>,
 }
 
 impl StartConfig {
-    /// Loads the configured file. If it can't be used, falls back to the last good configuration, and without one to the
-    /// built-in defaults.
+    /// Loads the configured file. If it is unusable, falls back to the last good configuration, or to the built-in
+    /// defaults if none is stored.
     ///
-    /// Fails only if this node can't enforce the configuration: a broken file must not leave the node open.
+    /// Returns an error only if this node can't enforce the configuration: a broken file must not leave the node
+    /// unprotected.
     pub fn choose(loader: &mut ConfigLoader, node: &Node) -> anyhow::Result<Self> {
         let result = loader.load().and_then(|config| {
             let resolved = node.resolve(&config)?;
@@ -66,7 +67,7 @@ impl StartConfig {
     }
 }
 
-/// Returns the built-in defaults. The socket hook is on by default, and off on a node that can't have it.
+/// Returns the built-in defaults. The socket hook is on by default, but off on a node that does not support it.
 fn built_in(loader: &ConfigLoader, node: &Node) -> anyhow::Result<(Config, Settings)> {
     let config = loader.fallback();
     let without_socket = config.clone().without_socket();

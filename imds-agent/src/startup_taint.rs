@@ -1,4 +1,5 @@
-//! The taint that keeps pods off a node until it is guarded: whoever makes nodes sets it, and the agent takes it off.
+//! Startup taint: keeps pods off a node until its interfaces are enforced. The creator of the node sets it, and the
+//! agent removes it.
 
 use std::time::Duration;
 
@@ -12,11 +13,11 @@ use crate::{
     status,
 };
 
-/// How often it is looked whether all is guarded.
+/// Interval of the readiness check.
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// Waits until all that is to be guarded is, as `/readyz` has it, and takes the taint with this key off the node. Tries until
-/// it is gone: meanwhile the node gets no pods, but none is let through.
+/// Waits until the node is ready, as `/readyz` defines it, and removes the taint with this key from the node. Retries
+/// until the taint is removed: until then, no pod is scheduled on the node.
 pub async fn take_off(wanted: Wanted, key: String, pins: PinDir, netlink: Netlink) {
     while !is_ready(&pins, &netlink).await {
         sleep(PERIOD).await;
@@ -24,13 +25,13 @@ pub async fn take_off(wanted: Wanted, key: String, pins: PinDir, netlink: Netlin
     let mut attempts = Attempts::new(Backoff::default());
     loop {
         let error = match try_take_off(&wanted, &key).await {
-            Ok(true) => return log::info!("took the taint {key} off node {}", wanted.node),
+            Ok(true) => return log::info!("removed the taint {key} from node {}", wanted.node),
             Ok(false) => return log::info!("node {} has no taint {key}", wanted.node),
             Err(error) => error,
         };
         let pause = attempts.failed(error.retry_after());
         log::error!(
-            "can't take the taint {key} off node {}, which gets no pods until then: {:#}",
+            "failed to remove the taint {key} from node {}, no pods are scheduled there until then: {:#}",
             wanted.node,
             anyhow::Error::from(error)
         );
@@ -42,7 +43,7 @@ async fn is_ready(pins: &PinDir, netlink: &Netlink) -> bool {
     status::gather(pins, netlink).await.is_ok_and(|report| report.uncovered().is_empty())
 }
 
-/// Whether it was there.
+/// Removes the taint. Returns whether the node had it.
 async fn try_take_off(wanted: &Wanted, key: &str) -> Result<bool, TaintError> {
     let node = NodeTaints::new(&wanted.access, &wanted.node).await?;
     node.remove(key).await

@@ -1,4 +1,4 @@
-//! Role of an interface and the hooks that it gets: pure functions of what the kernel and the operator say.
+//! Role and hooks of an interface: pure functions of kernel state and configuration.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,29 +9,30 @@ use crate::{
     node::links::{Kind, Link},
 };
 
-/// Role of an interface, and the TC hooks that it should have if they are on.
+/// Role of an interface, and the TC hooks that it should have if these are enabled.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Assignment {
-    /// Role, as users see it.
+    /// Role of the interface, as `status` prints it.
     pub role: Role,
-    /// TC hooks.
+    /// TC hooks that the interface should have.
     pub hooks: TcHookSet,
 }
 
-/// Interfaces by which the node sends to protected endpoints.
+/// Interfaces through which the node sends to protected endpoints.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Uplinks {
     /// Interfaces that a route names.
     routed: BTreeSet<u32>,
-    /// Interfaces below or beside those: ports of a bridge, slaves of a bond, the NIC of a VLAN.
+    /// Interfaces below or beside those of the routes: ports of a bridge, slaves of a bond, the NIC of a VLAN.
     related: BTreeSet<u32>,
 }
 
 impl Uplinks {
-    /// The uplinks of a node with these `links`, whose routes to protected endpoints leave by the interfaces `routed`.
+    /// Computes the uplinks of a node with these `links`, whose routes to protected endpoints leave through the
+    /// interfaces `routed`.
     ///
-    /// Ports of one bridge, bond or VRF belong together, and a stacked device belongs to the one below it. All ports of Open
-    /// vSwitch belong together too: its flows are not known here.
+    /// Ports of one bridge, bond or VRF belong together, and a stacked device belongs to the one below it. All ports of
+    /// Open vSwitch belong together, too, because the agent does not read its flows.
     #[must_use]
     pub fn new<'l>(
         routed: BTreeSet<u32>,
@@ -66,16 +67,16 @@ impl Uplinks {
         self.routed.contains(&index)
     }
 
-    /// Reports whether packets of the node to a protected endpoint can leave by the interface.
+    /// Reports whether packets of the node to a protected endpoint can leave through the interface.
     #[must_use]
     pub fn contain(&self, index: u32) -> bool {
         self.related.contains(&index)
     }
 }
 
-/// Devices that a packet of a port names as its ingress interface once the port's bridge has passed it up: the bridge, the
-/// devices on top of it, and a VRF. For Open vSwitch all internal ports. None if a netkit device is a port too, as its pod
-/// may set the mark.
+/// Returns the devices that can be the ingress interface of a packet from a port after the port's bridge has passed it
+/// up: the bridge, the devices on top of it, and a VRF. For Open vSwitch these are all internal ports. Empty if a port
+/// of the bridge is a netkit device, whose pod may set the mark.
 #[must_use]
 pub fn ingress_devices(port: &Link, links: &BTreeMap<u32, Link>) -> BTreeSet<u32> {
     let mut devices = BTreeSet::new();
@@ -109,13 +110,13 @@ pub fn ingress_devices(port: &Link, links: &BTreeMap<u32, Link>) -> BTreeSet<u32
     }
 }
 
-/// Assigns role and hooks to `link`. `is_known_pod`: Kubernetes has a pod behind it.
+/// Assigns role and hooks to `link`. `is_known_pod`: Kubernetes has a pod behind the link.
 ///
-/// The operator's configuration comes first, except on loopback: hooks there would cut off the node itself.
+/// The operator's configuration takes precedence, except on loopback: hooks on loopback would cut off the node itself.
 ///
-/// A veth or netkit device whose peer is in another network namespace is a pod's link or an uplink of the node (in kind, LXD
-/// or Incus), and routes change. Such a device gets both hooks unless it is known to be a pod's, so that neither a wrong
-/// guess nor a change of the role leaves a moment without the hook.
+/// A veth or netkit device whose peer is in another network namespace is either a pod's link or an uplink of the node
+/// (in kind, LXD or Incus), and routes can change. Such a device gets both hooks unless it is known to be a pod's. A
+/// wrong guess or a change of the role then leaves no moment without the hook.
 #[must_use]
 pub fn assign(link: &Link, uplinks: &Uplinks, interfaces: &Interfaces, is_known_pod: bool) -> Assignment {
     let assignment = |role, hooks| Assignment { role, hooks };

@@ -1,5 +1,5 @@
-//! What the service manager is told, where one started the agent and wants to know (`sd_notify(3)`): that the node is
-//! guarded, how, and that the agent is at work.
+//! Notifications to the service manager (`sd_notify(3)`), if one started the agent: readiness, status line, reloads and
+//! watchdog.
 
 use std::{future, time::Duration};
 
@@ -8,7 +8,7 @@ use tokio::time::{Interval, MissedTickBehavior, interval};
 
 use crate::escape::escape;
 
-/// The service manager. Without one, nothing is told to anybody.
+/// Connection to the service manager. Does nothing if there is none.
 #[derive(Debug)]
 pub struct Supervisor {
     is_ready: bool,
@@ -17,11 +17,11 @@ pub struct Supervisor {
 }
 
 impl Supervisor {
-    /// The one that `NOTIFY_SOCKET` and `WATCHDOG_USEC` name.
+    /// Connects to the service manager that `NOTIFY_SOCKET` and `WATCHDOG_USEC` name.
     #[must_use]
     pub fn from_env() -> Self {
         let watchdog = sd_notify::watchdog_enabled().map(|patience| {
-            // Half of what it waits, as sd_watchdog_enabled(3) advises.
+            // Half of the timeout, as sd_watchdog_enabled(3) advises.
             let mut watchdog = interval((patience / 2).max(Duration::from_millis(1)));
             watchdog.set_missed_tick_behavior(MissedTickBehavior::Delay);
             watchdog
@@ -29,7 +29,7 @@ impl Supervisor {
         Self { is_ready: false, status: String::new(), watchdog }
     }
 
-    /// What can be guarded is guarded, and it is as `status` says.
+    /// Reports that the agent is ready, and sets the status line.
     pub fn ready(&mut self, status: &str) {
         // A newline would start another assignment of the protocol.
         let status = escape(status).into_owned();
@@ -43,22 +43,22 @@ impl Supervisor {
         }
     }
 
-    /// The configuration is being loaded again, until [`Supervisor::ready`].
+    /// Reports a reload of the configuration, which lasts until [`Supervisor::ready`].
     pub fn reloading(&mut self) {
         self.is_ready = false;
-        // Asked for where the unit is of Type=notify-reload (systemd 253).
+        // Units of Type=notify-reload (systemd 253) require the time.
         match NotifyState::monotonic_usec_now() {
             Ok(now) => tell(&[NotifyState::Reloading, now]),
             Err(_) => tell(&[NotifyState::Reloading]),
         }
     }
 
-    /// The agent ends.
+    /// Reports that the agent stops.
     pub fn stopping(&self) {
         tell(&[NotifyState::Stopping]);
     }
 
-    /// Says that the agent is at work, each time that this is due. Nothing is lost where it is dropped and called again.
+    /// Sends a watchdog notification when the next one is due. Cancel safe.
     pub async fn watch(&mut self) {
         let Some(watchdog) = &mut self.watchdog else { return future::pending().await };
         watchdog.tick().await;
@@ -66,9 +66,9 @@ impl Supervisor {
     }
 }
 
-/// That nobody hears it is no reason to stop: who waits for it has a limit.
+/// Sends a notification. A failure is only logged: the service manager has its own timeouts.
 fn tell(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
-        log::warn!("can't tell the service manager: {error}");
+        log::warn!("failed to notify the service manager: {error}");
     }
 }

@@ -1,11 +1,10 @@
-//! Which imds-agent this is.
+//! Version and build of this binary.
 
-/// Its version.
+/// Version of the package, as in `Cargo.toml`.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
-/// The commit that it was built from, with `-dirty` behind it where files were changed since; `unknown` where its build did
-/// not tell.
+/// Commit of the build, with the suffix `-dirty` if files had been changed, or `unknown` if the build did not know it.
 pub const COMMIT: &str = env!("IMDS_COMMIT");
-/// What `--version` says: that, and the SHA-256 of the BPF object inside.
+/// Output of `--version`: version, commit, and SHA-256 of the embedded BPF object.
 pub const LONG: &str = concat!(
     env!("CARGO_PKG_VERSION"),
     "\ncommit ",

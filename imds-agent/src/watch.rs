@@ -1,4 +1,4 @@
-//! News of a file that may be replaced, be reached through symlinks, or go and come again.
+//! Watches a file that may be replaced, be reached through symlinks, or be removed and created again.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,13 +14,13 @@ use nix::{
 };
 use tokio::io::unix::AsyncFd;
 
-/// As many symlinks as the kernel follows (`MAXSYMLINKS`, include/linux/namei.h).
+/// Number of symlinks that the kernel follows (`MAXSYMLINKS`, include/linux/namei.h).
 const MOST_LINKS: usize = 40;
-/// How often to look again whether the way to the file is still the one that is watched.
+/// Attempts to watch a path that changes while the watches are added.
 const LOOKS: usize = 10;
 
-/// Watches every directory entry on the way to a file, so that it does not matter which of them is replaced: that of a
-/// `ConfigMap` is the symlink `..data`, which the file's own symlink leads through.
+/// Watches every directory entry on the path to a file, so that the replacement of any of them is noticed. A
+/// `ConfigMap` replaces the symlink `..data`, through which the file's own symlink leads.
 #[derive(Debug)]
 pub struct Watch {
     path: PathBuf,
@@ -38,17 +38,18 @@ impl AsRawFd for Descriptor {
 }
 
 impl Watch {
-    /// Watches `path` from now on, whether or not it exists. Must be called within a tokio runtime.
+    /// Watches `path`, whether or not it exists. Must be called within a tokio runtime.
     pub fn new(path: &Path) -> io::Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
-        // SAFETY: the descriptor is the instance's own, stays open as long as it, and is always the same.
+        // SAFETY: the descriptor belongs to the inotify instance that is registered with it, which keeps it open and
+        // never changes it.
         let inotify = unsafe { AsyncFd::register(Descriptor(inotify)) }?;
         let mut watch = Self { path: std::path::absolute(path)?, inotify, watched: BTreeMap::new() };
         watch.follow()?;
         Ok(watch)
     }
 
-    /// Waits until the file may be another one, or have another content. Dropping the future loses nothing.
+    /// Waits until the file may have been replaced or have other content. Cancel safe.
     pub async fn changed(&mut self) -> io::Result<()> {
         loop {
             let mut ready = self.inotify.readable().await?;
@@ -70,12 +71,12 @@ impl Watch {
         if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
             return true;
         }
-        // Without a name it is about the directory itself.
+        // An event without a name concerns the directory itself.
         let is_of = |names: &BTreeSet<OsString>| event.name.as_ref().is_none_or(|name| names.contains(name));
         self.watched.get(&event.wd).is_some_and(is_of)
     }
 
-    /// Watches the way to the file as it is now, and no other.
+    /// Watches the entries on the current path to the file, and removes all other watches.
     fn follow(&mut self) -> io::Result<()> {
         let mut way = way_to(&self.path);
         for _ in 0..LOOKS {
@@ -105,13 +106,13 @@ impl Watch {
                 Ok(descriptor) => {
                     watched.entry(descriptor).or_default().insert(name.clone());
                 }
-                // The directory before it is watched for it.
+                // The watch of the parent directory reports its creation.
                 Err(Errno::ENOENT | Errno::ENOTDIR) => {}
                 Err(errno) => return Err(errno.into()),
             }
         }
         for &descriptor in self.watched.keys().filter(|descriptor| !watched.contains_key(descriptor)) {
-            // Fails where the directory is gone, and the watch with it.
+            // Fails if the directory was removed, and the watch with it.
             let _gone = inotify.rm_watch(descriptor);
         }
         self.watched = watched;
@@ -119,8 +120,8 @@ impl Watch {
     }
 }
 
-/// Every directory entry that is looked up on the way to an absolute path, symlinks followed. Where one is missing, those
-/// behind it are as if it were a directory.
+/// Returns every directory entry that a lookup of an absolute path visits, following symlinks. A missing entry is
+/// treated as a directory, so that the entries after it are returned, too.
 fn way_to(path: &Path) -> Vec<(PathBuf, OsString)> {
     let mut ahead: Vec<_> = parts(path);
     let (mut at, mut way, mut links) = (PathBuf::from("/"), Vec::new(), 0);
@@ -150,7 +151,7 @@ enum Part {
     Entry(OsString),
 }
 
-/// The parts of a path, the first one last.
+/// Returns the components of a path in reverse order.
 fn parts(path: &Path) -> Vec<Part> {
     let part = |component| match component {
         Component::RootDir => Some(Part::Root),
@@ -191,11 +192,11 @@ mod tests {
         assert!(names(&root.join("loop/imds.toml"), &root).len() < 2 * MOST_LINKS);
     }
 
-    /// Whether `work` is noticed.
+    /// Reports whether the watch notices `work`.
     async fn notices(watch: &mut Watch, work: impl FnOnce()) -> bool {
         work();
         let noticed = timeout(Duration::from_secs(5), watch.changed()).await.is_ok();
-        // What else comes of it.
+        // Skip further events of the same change.
         while timeout(Duration::from_millis(20), watch.changed()).await.is_ok() {}
         noticed
     }

@@ -113,7 +113,7 @@ fn unknown_key_is_fail_closed_until_fixed() {
 
     // A reload that still finds the broken file changes nothing.
     Node::hang_up(&agent);
-    agent.wait_for_log("the configuration before stays in force", LONG);
+    agent.wait_for_log("keeping the previous one", LONG);
     node.world.assert_blocked(&node.pod);
 
     node.write(&format!("{HOOKS}{}", node.exempt()));
@@ -191,7 +191,7 @@ fn broken_file_keeps_mode_and_metrics() {
         ("mode = 'off'\n[hooks\n", "imds.toml:2", "enforce"),
         (
             "mode = 'audit'\n[[endpoint]]\nname = 'a'\naddress = '169.254.169.254'\n",
-            "already guarded",
+            "already protected",
             "audit",
         ),
         ("mode = 'off'\nmode = 'audit'\n", "imds.toml:2", "enforce"),

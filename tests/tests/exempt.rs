@@ -279,7 +279,7 @@ fn unresolved_rules_are_reported() {
     let file = world.scratch_dir().join("file");
     fs::write(&file, "").unwrap();
     for (path, part) in
-        [(file, "can't enter"), (world.node.path(), "the node's own"), ("/nowhere/at/all".into(), "")]
+        [(file, "failed to enter"), (world.node.path(), "the node's own"), ("/nowhere/at/all".into(), "")]
     {
         let sender = format!("netns = '{}'", path.display());
         let mut agent = world.agent().config(&rule(&sender, "")).hooks(&["from_pod"]).spawn();

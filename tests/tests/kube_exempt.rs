@@ -402,7 +402,7 @@ fn startup_taint_is_removed_once_enforced() {
         (server.taints(NODE) == serde_json::json!([taint("other")])).then_some(())
     });
     world.assert_blocked(&pod);
-    agent.wait_for_log("took the taint", LONG);
+    agent.wait_for_log("removed the taint", LONG);
     drop(agent);
     world.unload();
     world.assert_open(&pod);

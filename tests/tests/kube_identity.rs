@@ -111,7 +111,7 @@ fn duplicate_root_cgroups_exempt_no_pod() {
     let (pod, _processes_of_pod) = cluster.run(&cluster.kubelet, &uid);
     cluster.server.apply(trusted(&uid));
     let agent = cluster.start();
-    let line = agent.wait_for_log("several cgroups have its id", LONG);
+    let line = agent.wait_for_log("several cgroups have its UID", LONG);
     assert!(line.contains(&format!("kube-system/pod-{uid}")), "{line}");
     for pod in [&attacker, &pod] {
         cluster.world.assert_nothing_arrives(|| assert!(!cluster.reaches(pod)));

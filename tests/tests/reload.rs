@@ -348,12 +348,12 @@ fn bad_file_keeps_previous_config() {
     file.replace(&format!("mode = 'of'\n{BOTH_EDGES}"));
     let status = assert_refused(&world, &good, "imds.toml:1:8: mode: ");
     assert_eq!(status.configuration.unwrap().file.unwrap(), file.path);
-    agent.wait_for_log("the configuration before stays in force", LONG);
+    agent.wait_for_log("keeping the previous one", LONG);
     world.assert_blocked(&pod);
 
     // The endpoint conflicts with the provider's.
     file.replace(&format!("{BOTH_EDGES}[[endpoint]]\nname = 'mine'\naddress = '{METADATA}'\n"));
-    assert_refused(&world, &good, "already guarded");
+    assert_refused(&world, &good, "already protected");
 
     let good = file.reload(&format!("on_deny = 'reject'\n{BOTH_EDGES}"));
     assert!(good.problems.is_empty(), "{:?}", good.problems);

@@ -4,9 +4,9 @@ use std::{future, time::Duration};
 
 use tokio::time::{Instant, sleep_until};
 
-/// Time without a change before the file is read: programs replace a file in several steps.
+/// Time without a change before the file is read, because programs replace a file in several steps.
 const DEBOUNCE: Duration = Duration::from_millis(20);
-/// Longest delay, if changes do not stop.
+/// Longest delay if changes do not stop.
 const DEBOUNCE_MAX: Duration = Duration::from_millis(500);
 
 /// Time at which a changed file is read.
@@ -22,7 +22,7 @@ impl Due {
         Self { at: now, latest: now }
     }
 
-    /// Delays the time after one more change.
+    /// Postpones the time after one more change, up to [`DEBOUNCE_MAX`] after the first one.
     pub(super) fn after(before: Option<Self>) -> Self {
         let now = Instant::now();
         let latest = before.map_or(now + DEBOUNCE_MAX, |before| before.latest);
@@ -30,7 +30,7 @@ impl Due {
     }
 }
 
-/// Waits for that time; for ever if there is none.
+/// Waits until `due`, or forever if it is `None`.
 pub(super) async fn wait_for(due: Option<Due>) {
     match due {
         Some(due) => sleep_until(due.at).await,

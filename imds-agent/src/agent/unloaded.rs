@@ -1,7 +1,7 @@
-//! The agent after `imds-agent unload`: it runs on without enforcing anything.
+//! The agent after `imds-agent unload`: the process stays, but enforces nothing.
 //!
-//! The process does not exit, because systemd (`Restart=always`) or the kubelet would start it again, into enforcement. A restart by the
-//! operator does so.
+//! The process does not exit, because systemd (`Restart=always`) or the kubelet would restart it, and the restarted
+//! agent would enforce again. Only the operator should do that.
 
 use std::path::PathBuf;
 
@@ -14,7 +14,7 @@ const STATUS: &str = "unloaded by `imds-agent unload`: nothing is enforced until
 
 pub(super) struct Unloaded {
     pub(super) pins: PathBuf,
-    /// Counters of the agent, which do not go back.
+    /// Last counters of the agent. They must not go back to 0.
     pub(super) done: Done,
     pub(super) telemetry: Telemetry,
     pub(super) supervisor: Supervisor,
@@ -39,7 +39,7 @@ impl Unloaded {
                 error = self.telemetry.ended() => return Err(error),
                 () = self.supervisor.watch() => {}
                 _ = self.hangup.recv() => {
-                    log::warn!("no configuration is loaded after `imds-agent unload`: restart the agent");
+                    log::warn!("ignored SIGHUP after `imds-agent unload`: restart the agent to load a configuration");
                     self.supervisor.reloading();
                     self.supervisor.ready(STATUS);
                 }

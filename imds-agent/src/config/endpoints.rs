@@ -1,4 +1,4 @@
-//! What the configuration says of endpoints: a provider, extras, and endpoints of the operator's own.
+//! Endpoints in the configuration: a provider, extras, and the operator's own endpoints.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -21,14 +21,14 @@ use crate::{
     provider::{Dmi, EXTRAS, NO_PROVIDER, PROVIDERS, Provider},
 };
 
-/// Whose endpoints are guarded, and which besides. The default: those of the provider whose machine this is.
+/// Selection of the protected endpoints. The default is the preset of the provider that DMI identifies.
 #[derive(Clone, Debug, Default)]
 pub struct Endpoints {
-    /// `None` is `auto`.
+    /// Selected provider. `None` stands for `auto`.
     provider: Option<&'static Provider>,
     extras: Vec<(&'static Provider, Place)>,
     own: Vec<(Endpoint, Place)>,
-    /// Changes to endpoints of the provider and of extras.
+    /// Changes to endpoints of the provider's preset and of extras.
     presets: Vec<PresetChange>,
 }
 
@@ -73,12 +73,12 @@ impl Endpoints {
         }
     }
 
-    /// Whether nothing is guarded, whatever the machine.
+    /// Reports whether no endpoint is protected, independent of the machine.
     pub(super) fn are_none(&self) -> bool {
         self.provider == Some(&NO_PROVIDER) && self.extras.is_empty() && self.own.is_empty()
     }
 
-    /// All endpoints, on a machine of which the firmware says `dmi`.
+    /// Returns all protected endpoints on a machine with the SMBIOS fields `dmi`.
     pub fn resolve(&self, dmi: &Dmi) -> Result<Guarded, ConfigErrors> {
         let provider = self.provider.unwrap_or_else(|| dmi.provider());
         let mut endpoints: Vec<_> = provider.endpoints().collect();
@@ -110,7 +110,7 @@ impl Endpoints {
 }
 
 impl PresetChange {
-    /// Changes the endpoint, which must be one of the provider or of an extra.
+    /// Applies the change. The endpoint must belong to the provider or to an extra.
     fn apply(&self, provider: &Provider, endpoints: &mut [Endpoint]) -> Result<(), String> {
         if let Some(endpoint) = endpoints.iter_mut().find(|endpoint| endpoint.name == self.name) {
             endpoint.keep.clone_from(&self.keep);
@@ -129,17 +129,23 @@ fn check_new(endpoint: &Endpoint, others: &[Endpoint]) -> Result<(), String> {
         return Err(format!("endpoint: more than {MAX_ENDPOINTS} endpoints"));
     }
     let chain = |endpoint: &Endpoint| filter::chain(address(endpoint.address).slot());
-    if others.iter().filter(|other| chain(other) == chain(endpoint)).count() >= MAX_CHAIN {
+    let same_chain: Vec<_> = others.iter().filter(|other| chain(other) == chain(endpoint)).collect();
+    if same_chain.len() >= MAX_CHAIN {
         let address = endpoint.address;
+        let addresses: Vec<_> = same_chain.iter().map(|other| other.address.to_string()).collect();
         return Err(format!(
-            "endpoint.address: {address} falls together with {MAX_CHAIN} others: leave one out"
+            "endpoint.address: hash bucket of {address} is full (at most {MAX_CHAIN} endpoints): remove one of {}",
+            addresses.join(", ")
         ));
     }
     if let Some(other) = others.iter().find(|other| other.name == endpoint.name) {
-        return Err(format!("endpoint.name: {:?} is already that of {}", endpoint.name, other.address));
+        return Err(format!("endpoint.name: {:?} is already the name of {}", endpoint.name, other.address));
     }
     if let Some(other) = others.iter().find(|other| address(other.address) == address(endpoint.address)) {
-        return Err(format!("endpoint.address: {} is already guarded as {:?}", endpoint.address, other.name));
+        return Err(format!(
+            "endpoint.address: {} is already protected as {:?}",
+            endpoint.address, other.name
+        ));
     }
     Ok(())
 }
@@ -179,7 +185,7 @@ fn parse_endpoint(table: &EndpointTable, source: Source<'_>) -> Result<(Endpoint
     let address = parse_address(table.address.get_ref())
         .map_err(|message| source.error(table.address.span(), message))?;
     let keep = parse_keeps("endpoint.keep", &table.keep, source)?;
-    // What it clashes with is known only together with the provider's.
+    // Conflicts with endpoints of the provider are checked later, when the provider is known.
     Ok((Endpoint { name: table.name.get_ref().clone(), address, keep }, source.place(table.address.span())))
 }
 
@@ -199,7 +205,7 @@ fn parse_keeps(
 ) -> Result<Vec<Keep>, ConfigError> {
     let count = texts.get_ref().len();
     if count > MAX_KEPT {
-        let message = format!("{key}: {count} services; at most {MAX_KEPT} can be kept");
+        let message = format!("{key}: {count} ports, but at most {MAX_KEPT} are supported");
         return Err(source.error(texts.span(), message));
     }
     let mut keep: Vec<Keep> = Vec::new();
@@ -207,27 +213,27 @@ fn parse_keeps(
         let service =
             parse_keep(key, text.get_ref()).map_err(|message| source.error(text.span(), message))?;
         if keep.contains(&service) {
-            return Err(source.error(text.span(), format!("{key}: {service} is there twice")));
+            return Err(source.error(text.span(), format!("{key}: {service} is listed twice")));
         }
         keep.push(service);
     }
     Ok(keep)
 }
 
-/// The plain form of an address that a service can be at, however far away.
+/// Parses the address of an endpoint. Rejects addresses that no metadata service can have.
 fn parse_address(text: &str) -> Result<IpAddr, String> {
     let written: IpAddr = text.parse().map_err(|_| {
         let address = text.split_once('/').map(|(address, _)| address.parse::<IpAddr>());
         let hint =
             if matches!(address, Some(Ok(_))) { ": ranges are not supported: list the address" } else { "" };
-        format!("endpoint.address: {text:?} is no IPv4 or IPv6 address{hint}")
+        format!("endpoint.address: {text:?} is not an IPv4 or IPv6 address{hint}")
     })?;
-    // The form that packets are compared in: an address that embeds an IPv4 one is that.
+    // Packets are compared in this form: an IPv6 address that embeds an IPv4 address becomes the latter.
     let plain = address(written).ipv4().map_or(written, IpAddr::from);
     for address in [written, plain] {
         let is_broadcast = matches!(address, IpAddr::V4(address) if address.is_broadcast());
         let kind = if address.is_unspecified() {
-            "unspecified"
+            "the unspecified"
         } else if address.is_loopback() {
             "a loopback"
         } else if address.is_multicast() {
@@ -237,7 +243,9 @@ fn parse_address(text: &str) -> Result<IpAddr, String> {
         } else {
             continue;
         };
-        return Err(format!("endpoint.address: {text} is {kind} address, where no metadata service can be"));
+        return Err(format!(
+            "endpoint.address: {text} is {kind} address, which no metadata service can have"
+        ));
     }
     Ok(plain)
 }
@@ -249,7 +257,7 @@ fn parse_keep(key: &str, text: &str) -> Result<Keep, String> {
             "udp" => UDP,
             _ => return None,
         };
-        // Digits alone: a number's sign would parse too.
+        // Only digits: `parse` would also accept a sign.
         let port = port.bytes().all(|byte| byte.is_ascii_digit()).then(|| port.parse().ok())??;
         (port != 0).then_some(Keep(Service::new(protocol, port)))
     });

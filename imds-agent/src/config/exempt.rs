@@ -1,4 +1,4 @@
-//! `[[exempt]]`: who may reach guarded endpoints after all. Nothing else grants that.
+//! `[[exempt]]`: rules that exempt senders from enforcement. Nothing else exempts a sender.
 
 use std::{
     collections::BTreeSet,
@@ -20,10 +20,10 @@ use super::{
 };
 use crate::endpoints::Guarded;
 
-/// Most characters of a rule's name: of a DNS label, as Kubernetes' names are.
+/// Longest name of a rule in characters, like that of a DNS label in Kubernetes.
 const LONGEST_NAME: usize = 63;
 
-/// The rules as written: which endpoints there are is known only on the machine.
+/// Exemption rules before their endpoint names are resolved, which depends on the machine.
 #[derive(Clone, Debug, Default)]
 pub struct Exemptions {
     rules: Vec<Written>,
@@ -34,54 +34,54 @@ struct Written {
     name: String,
     sender: Sender,
     is_audited: bool,
-    /// Names of endpoints and where they are named; `None` for all endpoints.
+    /// Endpoint names with their locations in the file; `None` for all endpoints.
     endpoints: Option<Vec<(String, Place)>>,
 }
 
-/// One rule.
+/// Exemption rule with resolved endpoints.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Exempt {
-    /// Its name, by which it is reported.
+    /// Name of the rule in logs, reports and metrics.
     pub name: String,
-    /// Whom it is for.
+    /// Senders that the rule matches.
     pub sender: Sender,
-    /// Which endpoints it is for.
+    /// Endpoints that the rule covers.
     pub scope: Scope,
-    /// Whether what it lets pass is judged as in audit mode: counted and reported.
+    /// True if requests that the rule allows are counted and reported as in audit mode.
     pub is_audited: bool,
 }
 
-/// Whom a rule is for.
+/// Selector of the senders that a rule matches.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Sender {
-    /// Pods whose link has such a name at the node's end.
+    /// Pods whose host-side interface has a matching name.
     Interface(NameGlob),
-    /// The network namespace at this absolute path.
+    /// Processes in the network namespace at this absolute path.
     Netns(PathBuf),
-    /// The pods that have processes in this cgroup and those below it: a path below the mount of a hierarchy, or an
-    /// absolute one.
+    /// Pods with processes in this cgroup or below. The path is absolute, or relative to the mount point of a
+    /// hierarchy.
     Cgroup(PathBuf),
-    /// Pods of this node, as the API server describes them.
+    /// Pods of this node that match, according to the API server.
     Pods(Pods),
 }
 
-/// Which pods a rule is for.
+/// Selector of Kubernetes pods by namespace, service account and labels.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Pods {
-    /// Their namespace.
+    /// Namespace of the selected pods.
     pub namespace: String,
-    /// Their service account; `None` for any.
+    /// Service account of the pods; `None` matches any.
     pub service_account: Option<String>,
-    /// Their labels; `None` for any.
+    /// Labels of the pods; `None` matches any.
     pub selector: Option<Selector>,
 }
 
-/// A glob of interface names.
+/// Glob that matches interface names.
 #[derive(Clone, Debug)]
 pub struct NameGlob(GlobMatcher);
 
 impl NameGlob {
-    /// Whether an interface of this name is meant.
+    /// Reports whether the glob matches an interface name.
     #[must_use]
     pub fn matches(&self, name: &str) -> bool {
         self.0.is_match(name)
@@ -102,12 +102,12 @@ impl PartialEq for NameGlob {
 
 impl Eq for NameGlob {}
 
-/// Some of the guarded endpoints.
+/// Subset of the protected endpoints.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Scope {
-    /// All.
+    /// All protected endpoints, including later additions.
     All,
-    /// Those at these addresses.
+    /// Only the endpoints with these addresses.
     Some(BTreeSet<IpAddr>),
 }
 
@@ -146,14 +146,14 @@ impl Exemptions {
         Self { rules }
     }
 
-    /// Where the first rule for Kubernetes pods is, if there is one.
+    /// Returns the name of the first rule for Kubernetes pods, if the file has one.
     pub(super) fn first_of_pods<'t>(&self, tables: &'t [ExemptTable]) -> Option<&'t Spanned<String>> {
         let of_pods = |written: &&Written| matches!(written.sender, Sender::Pods(_));
         let name = &self.rules.iter().find(of_pods)?.name;
         tables.iter().map(|table| &table.name).find(|written| written.get_ref() == name)
     }
 
-    /// The rules, each of whose endpoints is one of `guarded`.
+    /// Returns the rules with their endpoint names resolved to addresses of `guarded`.
     pub fn resolve(&self, guarded: &Guarded) -> Result<Vec<Exempt>, ConfigErrors> {
         let mut mistakes = Mistakes::default();
         let rules = self.rules.iter().map(|rule| {
@@ -188,13 +188,13 @@ fn address(name: &str, place: &Place, guarded: &Guarded) -> Result<IpAddr, Confi
 
 fn check_new(rule: &Written, others: &[Written]) -> Result<(), String> {
     if others.iter().any(|other| other.name == rule.name) {
-        return Err(format!("exempt.name: {:?} is already that of another rule", rule.name));
+        return Err(format!("exempt.name: {:?} is already the name of another rule", rule.name));
     }
     if let Some(other) = others.iter().find(|other| other.sender == rule.sender && other.overlaps(rule)) {
         let reason = if other.is_audited == rule.is_audited {
-            "say the same of the same sender"
+            "are duplicates: both match the same sender"
         } else {
-            "contradict each other: one audits what the other exempts"
+            "contradict each other: one audits and the other exempts the same sender"
         };
         return Err(format!("exempt: {:?} and {:?} {reason}", other.name, rule.name));
     }
@@ -236,23 +236,24 @@ fn parse_sender(table: &ExemptTable, source: Source<'_>) -> Result<Sender, Confi
         (None, None, Some(path), None) => parse_path(path, "cgroup", source).map(Sender::Cgroup),
         (None, None, None, Some(namespace)) => parse_pods(namespace, table, source).map(Sender::Pods),
         (None, None, None, None) => {
-            let message = "exempt: says not whom: one of interface, netns, cgroup and namespace is needed";
+            let message = "exempt: missing selector: set one of `interface`, `netns`, `cgroup`, `namespace`";
             Err(source.error(name.span(), message.to_owned()))
         }
         (_, _, _, _) => {
-            let message = "exempt: interface, netns, cgroup and namespace: a rule has only one of them";
+            let message = "exempt: set only one of `interface`, `netns`, `cgroup`, `namespace`";
             Err(source.error(name.span(), message.to_owned()))
         }
     }
 }
 
-/// Where something is said that makes sense beside a namespace alone.
+/// Returns the location of a key that is only allowed together with `namespace`.
 fn beside_namespace(table: &ExemptTable) -> Option<Range<usize>> {
     let service_account = table.service_account.as_ref().map(Spanned::span);
     service_account.or_else(|| table.pod_selector.as_ref().map(Spanned::span))
 }
 
-/// A rule names its namespace: what a pod's author can say of a pod is never enough.
+/// Parses the selector of Kubernetes pods. The namespace is required, because the author of a pod can choose labels
+/// freely.
 fn parse_pods(
     namespace: &Spanned<String>,
     ExemptTable { service_account, pod_selector, .. }: &ExemptTable,
@@ -262,7 +263,7 @@ fn parse_pods(
         if is_name(name.get_ref()) {
             return Ok(name.get_ref().clone());
         }
-        let message = format!("exempt.{key}: {:?} can't be the name of one", name.get_ref());
+        let message = format!("exempt.{key}: {:?} is not a valid name", name.get_ref());
         Err(source.error(name.span(), message))
     };
     let account = |name| checked(name, "service_account", names::is_dns_subdomain);
@@ -276,22 +277,22 @@ fn parse_pods(
 fn parse_interface(glob: &Spanned<String>, source: Source<'_>) -> Result<Sender, ConfigError> {
     let error = |message| source.error(glob.span(), message);
     if glob.get_ref().is_empty() {
-        return Err(error("exempt.interface: is empty".to_owned()));
+        return Err(error("exempt.interface: must not be empty".to_owned()));
     }
     let compiled = Glob::new(glob.get_ref()).map_err(|cause| error(format!("exempt.interface: {cause}")))?;
     Ok(Sender::Interface(NameGlob(compiled.compile_matcher())))
 }
 
-/// A path must say what it means, and not mean everything.
+/// Parses a path. Rejects relative components and paths that match everything.
 fn parse_path(path: &Spanned<PathBuf>, key: &str, source: Source<'_>) -> Result<PathBuf, ConfigError> {
     let written: &Path = path.get_ref();
     let is_plain = written.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
     let complaint = if key == "netns" && !written.is_absolute() {
-        "is no absolute path"
+        "is not an absolute path"
     } else if !is_plain {
-        "has `.` or `..` in it"
+        "must not contain `.` or `..`"
     } else if written.file_name().is_none() {
-        "names nothing"
+        "has no last component"
     } else {
         return Ok(written.to_owned());
     };
@@ -305,11 +306,11 @@ fn parse_endpoints(
 ) -> Result<Vec<(String, Place)>, ConfigError> {
     let mut seen = BTreeSet::new();
     if let Some(twice) = names.get_ref().iter().find(|name| !seen.insert(name.get_ref())) {
-        let message = format!("exempt.endpoints: {:?} is there twice", twice.get_ref());
+        let message = format!("exempt.endpoints: {:?} is listed twice", twice.get_ref());
         return Err(source.error(twice.span(), message));
     }
     if seen.is_empty() {
-        let message = "exempt.endpoints: is empty; leave it out to mean all";
+        let message = "exempt.endpoints: is empty; remove the key to cover all endpoints";
         return Err(source.error(names.span(), message.to_owned()));
     }
     Ok(names.get_ref().iter().map(|name| (name.get_ref().clone(), source.place(name.span()))).collect())

@@ -1,4 +1,4 @@
-//! The file as TOML has it: its keys and their defaults.
+//! Keys of the file and their defaults, as serde reads and writes them.
 
 use std::ops::Range;
 
@@ -20,10 +20,10 @@ use super::{
     suggest::did_you_mean_of,
 };
 
-/// So many mistakes are named at most: whoever has more has another kind of file.
+/// Number of reported errors. A file with more of them is probably not a configuration file.
 const MOST_MISTAKES: usize = 50;
 
-/// Every key of the file. Tables come last, as TOML wants them.
+/// All keys of the file. Tables come last, because TOML requires that.
 #[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct File {
@@ -61,11 +61,11 @@ impl Default for File {
 }
 
 impl File {
-    /// Reads as much as can be read: what can't is noted, and left out.
+    /// Reads as much as possible. Invalid keys are recorded as errors, and left out.
     pub(super) fn read(source: Source<'_>, mistakes: &mut Mistakes) -> Self {
         let (mut document, errors) = DeTable::parse_recoverable(source.text);
         if !errors.is_empty() {
-            // What such a text says otherwise is guesswork.
+            // The rest of a text with syntax errors is unreliable.
             for error in errors.iter().take(MOST_MISTAKES) {
                 mistakes.note(source.error(error.span().unwrap_or_default(), message(error, source)));
             }
@@ -87,20 +87,20 @@ impl File {
         Self::default()
     }
 
-    /// The file with the `socket` hook off.
+    /// Returns the file with the `socket` hook off.
     pub(super) fn without_socket(self) -> Self {
         let hooks = self.hooks.into_inner().without_socket();
         Self { hooks: Spanned::new(0..0, hooks), ..self }
     }
 
-    /// The file with every default in it.
+    /// Returns the file as TOML, with all defaults.
     pub(super) fn to_toml(&self) -> String {
-        // Strings, booleans and lists of them: there is nothing that TOML has no form for.
-        toml::to_string(self).unwrap_or_else(|error| format!("# can't be shown: {error}\n"))
+        // Cannot fail: TOML can represent strings, booleans and lists of them.
+        toml::to_string(self).unwrap_or_else(|error| format!("# failed to serialize: {error}\n"))
     }
 }
 
-/// Removes the smallest thing at `place` that has a key or is in a list, and returns its key.
+/// Removes the smallest key or list element that contains `place`, and returns its key.
 fn remove(table: &mut DeTable<'_>, place: &Range<usize>) -> Option<String> {
     let mut removed = None;
     for (key, value) in table.iter_mut() {
@@ -119,7 +119,7 @@ fn remove(table: &mut DeTable<'_>, place: &Range<usize>) -> Option<String> {
     })
 }
 
-/// The same in a value. An element of a list has no key of its own.
+/// Variant of [`remove`] for a value. Returns an empty key for an element of a list.
 fn remove_below(value: &mut DeValue<'_>, place: &Range<usize>) -> Option<String> {
     match value {
         DeValue::Table(table) => remove(table, place),
@@ -146,7 +146,7 @@ fn contains(outer: &Range<usize>, inner: &Range<usize>) -> bool {
     outer.start <= inner.start && inner.end <= outer.end && !outer.is_empty()
 }
 
-/// What a parser says, on one line, and of what.
+/// Returns the parser's message on one line, with the text that it refers to.
 fn message(error: &Error, source: Source<'_>) -> String {
     let span = error.span().unwrap_or_default();
     let there = source.text.get(span).unwrap_or_default();

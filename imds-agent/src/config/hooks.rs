@@ -1,4 +1,4 @@
-//! The hooks that are on.
+//! `[hooks]`: switches of the hooks.
 
 use std::fmt;
 
@@ -8,38 +8,38 @@ use toml::Spanned;
 
 use super::source::{Mistakes, Source};
 
-/// The hooks that are on.
+/// Set of hooks, as one bit each.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Hooks {
     bits: u32,
 }
 
 impl Hooks {
-    /// The hooks of [`Policy::hooks`](imds_ebpf_common::Policy::hooks).
+    /// Creates the set from the bits of [`Policy::hooks`](imds_ebpf_common::Policy::hooks).
     #[must_use]
     pub const fn from_bits(bits: u32) -> Self {
         Self { bits }
     }
 
-    /// As [`Policy::hooks`](imds_ebpf_common::Policy::hooks) has them.
+    /// Returns the set as the bits of [`Policy::hooks`](imds_ebpf_common::Policy::hooks).
     #[must_use]
     pub const fn bits(self) -> u32 {
         self.bits
     }
 
-    /// Whether this one is on.
+    /// Reports whether a hook is enabled.
     #[must_use]
     pub const fn has(self, hook: Hook) -> bool {
         self.bits & hook.bit() != 0
     }
 
-    /// Reports whether a hook is on that denies requests to a service beyond the node.
+    /// Reports whether a hook is enabled that denies requests to a service beyond the node.
     #[must_use]
     pub const fn deny_remote(self) -> bool {
         self.bits & !Hook::LocalService.bit() != 0
     }
 
-    /// Those that are on in either.
+    /// Returns the union of both sets.
     #[must_use]
     pub const fn and(self, others: Self) -> Self {
         Self { bits: self.bits | others.bits }
@@ -47,7 +47,7 @@ impl Hooks {
 }
 
 impl Default for Hooks {
-    /// All but strict mode.
+    /// Returns all hooks except `host_network`.
     fn default() -> Self {
         (&HooksTable::default()).into()
     }
@@ -56,12 +56,12 @@ impl Default for Hooks {
 /// Setting of the sendmsg programs of the `socket` hook: `"auto"`, `true` or `false` in the configuration.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum Sendmsg {
-    /// They are attached if `from_pod` and `node_egress` do not judge the packets of every pod.
+    /// Attached if `from_pod` and `node_egress` do not check the packets of every pod.
     #[default]
     Auto,
-    /// They are attached.
+    /// Attached whenever the `socket` hook is.
     On,
-    /// They are not attached.
+    /// Not attached, even if packets are not checked.
     Off,
 }
 
@@ -104,7 +104,7 @@ impl Serialize for Sendmsg {
 
 #[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
-#[expect(clippy::struct_excessive_bools, reason = "switches, as the file has them")]
+#[expect(clippy::struct_excessive_bools, reason = "each is a key of the file")]
 pub(super) struct HooksTable {
     from_pod: bool,
     node_egress: bool,
@@ -141,16 +141,16 @@ impl HooksTable {
         sendmsg
     }
 
-    /// The table with the `socket` hook off.
+    /// Returns the table with the `socket` hook off.
     pub(super) fn without_socket(self) -> Self {
         Self { socket: false, sendmsg: Spanned::new(0..0, Sendmsg::Auto), ..self }
     }
 
-    /// The mark of packets that are exempt.
+    /// Returns the packet mark that `from_pod` sets on packets of exempt pods.
     pub(super) fn mark(&self, source: Source<'_>, mistakes: &mut Mistakes) -> u32 {
         let bit = *self.mark_bit.get_ref();
         1_u32.checked_shl(bit.into()).unwrap_or_else(|| {
-            let message = format!("hooks.mark_bit: {bit} is not 0 to 31, the bits of a packet's mark");
+            let message = format!("hooks.mark_bit: {bit} is out of range, a packet mark has bits 0 to 31");
             mistakes.note(source.error(self.mark_bit.span(), message));
             MARK
         })

@@ -1,4 +1,4 @@
-//! Exceptions from the classification of interfaces.
+//! Interface names for which the operator overrides the classification.
 
 use globset::{Glob, GlobSet, GlobSetBuilder};
 use serde::{Deserialize, Serialize};
@@ -6,7 +6,7 @@ use toml::Spanned;
 
 use super::source::{Mistakes, Source};
 
-/// Exceptions from the classification of interfaces, by name.
+/// Globs of interface names for which the operator overrides the classification.
 #[derive(Clone, Debug, Default)]
 pub struct Interfaces {
     include: GlobSet,
@@ -21,13 +21,13 @@ pub(super) struct InterfacesTable {
 }
 
 impl Interfaces {
-    /// Whether the operator wants this interface guarded, whatever it is.
+    /// Reports whether the operator declares an interface to be a pod's.
     #[must_use]
     pub fn includes(&self, name: &str) -> bool {
         self.include.is_match(name)
     }
 
-    /// Whether the operator wants this interface left alone.
+    /// Reports whether the operator excludes an interface from enforcement.
     #[must_use]
     pub fn excludes(&self, name: &str) -> bool {
         self.exclude.is_match(name)
@@ -38,7 +38,7 @@ impl Interfaces {
         let is_included =
             |glob: &&Spanned<String>| include.iter().any(|other| other.as_ref() == glob.as_ref());
         for glob in exclude.iter().filter(is_included) {
-            let message = format!("interfaces.exclude: {:?} is in interfaces.include, too", glob.as_ref());
+            let message = format!("interfaces.exclude: {:?} is also in interfaces.include", glob.as_ref());
             mistakes.note(source.error(glob.span(), message));
         }
         Self {

@@ -1,4 +1,4 @@
-//! `[kubernetes]`: whether and how pods are known by name.
+//! `[kubernetes]`: settings of the pod watch.
 
 use std::{
     env, fmt,
@@ -13,30 +13,30 @@ use super::{
     source::{Mistakes, Source},
 };
 
-/// Where a pod finds what it needs to speak to the API server.
+/// File that Kubernetes mounts into a pod for access to the API server.
 const SERVICE_ACCOUNT_TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
 
-/// How the agent learns of pods. The default: from the cluster that it runs in, if it does.
+/// Settings of the pod watch. The default is to watch the pods of the cluster in which the agent runs, if it does.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Kubernetes {
-    /// Whether it does at all.
+    /// Condition under which the pod watch runs.
     pub enabled: Enabled,
-    /// A kubeconfig file to reach the API server by, an absolute path.
+    /// Absolute path of a kubeconfig file for access to the API server.
     pub kubeconfig: Option<PathBuf>,
-    /// Name of this node, where it is neither `NODE_NAME` nor the host's.
+    /// Name of this node in the cluster, if it is neither `NODE_NAME` nor the host name.
     pub node_name: Option<String>,
 }
 
-/// Setting of the lookup of pods: `"auto"`, `"yes"` or true, `"no"` or false in the configuration.
+/// Setting of the pod watch: `"auto"`, `"yes"` or true, `"no"` or false in the configuration.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Enabled {
-    /// In a pod, or where there is a kubeconfig.
+    /// Watch pods if the agent runs in a pod or a kubeconfig is set.
     #[default]
     Auto,
-    /// Always.
+    /// Watch pods in any case.
     Yes,
-    /// Never.
+    /// Do not watch pods, even in a cluster.
     No,
 }
 
@@ -69,28 +69,28 @@ impl<'de> Deserialize<'de> for Enabled {
     }
 }
 
-/// The way to the API server.
+/// Source of address and credentials of the API server.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Access {
-    /// As a pod of the cluster.
+    /// Service account of the pod in which the agent runs.
     InCluster,
-    /// As this file says.
+    /// Kubeconfig file at this path.
     Kubeconfig(PathBuf),
 }
 
-/// What the agent finds around it.
+/// Environment of the process, as far as the pod watch depends on it.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Surroundings {
-    /// Whether it runs in a pod.
+    /// True if the agent runs in a pod.
     pub in_pod: bool,
-    /// The environment's `NODE_NAME`.
+    /// Value of the environment variable `NODE_NAME`.
     pub node_name: Option<String>,
-    /// The host's name.
+    /// Host name as returned by gethostname(2).
     pub hostname: String,
 }
 
 impl Surroundings {
-    /// Those of this process.
+    /// Reads the environment of this process.
     #[must_use]
     pub fn read() -> Self {
         let hostname = nix::unistd::gethostname().unwrap_or_default();
@@ -104,7 +104,7 @@ impl Surroundings {
 }
 
 impl Kubernetes {
-    /// The way to the API server; `None` where pods are not looked up.
+    /// Returns how to access the API server, or `None` if pods are not watched.
     #[must_use]
     pub fn access(&self, surroundings: &Surroundings) -> Option<Access> {
         let is_wanted = match self.enabled {
@@ -115,11 +115,11 @@ impl Kubernetes {
         is_wanted.then(|| self.kubeconfig.clone().map_or(Access::InCluster, Access::Kubeconfig))
     }
 
-    /// Name of this node in the cluster.
+    /// Returns the name of this node in the cluster.
     #[must_use]
     pub fn node_name(&self, surroundings: &Surroundings) -> String {
         let said = self.node_name.as_ref().or(surroundings.node_name.as_ref());
-        // The kubelet takes the host's name in lower case.
+        // Like the kubelet, which registers the host name in lower case.
         said.cloned().unwrap_or_else(|| surroundings.hostname.to_lowercase())
     }
 
@@ -133,13 +133,13 @@ impl Kubernetes {
         if let Some(path) = &kubeconfig
             && !Path::new(path.get_ref()).is_absolute()
         {
-            let message = format!("kubernetes.kubeconfig: {:?} is no absolute path", path.get_ref());
+            let message = format!("kubernetes.kubeconfig: {:?} is not an absolute path", path.get_ref());
             return Err(source.error(path.span(), message));
         }
         if let Some(name) = &node_name
             && !names::is_dns_subdomain(name.get_ref())
         {
-            let message = format!("kubernetes.node_name: {:?} can't be the name of a node", name.get_ref());
+            let message = format!("kubernetes.node_name: {:?} is not a valid node name", name.get_ref());
             return Err(source.error(name.span(), message));
         }
         Ok(Self {

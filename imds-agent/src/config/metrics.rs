@@ -1,4 +1,4 @@
-//! Where metrics and health are served.
+//! Addresses of the server for metrics and health.
 
 use std::{
     fmt,
@@ -13,17 +13,17 @@ use toml::Spanned;
 use super::source::{Mistakes, Source};
 
 const DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9254);
-/// As many as anybody may want.
+/// Upper bound of the number of addresses.
 const MOST: usize = 8;
 /// Longest path of a Unix socket in bytes (`sun_path` of unix(7), without the byte that ends it).
 const LONGEST_PATH: usize = 107;
 
-/// A place to listen at.
+/// Address that the metrics server listens on.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Listen {
-    /// A TCP address.
+    /// TCP socket address, with a port.
     Tcp(SocketAddr),
-    /// A Unix socket: an absolute path.
+    /// Unix socket at an absolute path.
     Unix(PathBuf),
 }
 
@@ -43,7 +43,7 @@ pub(super) struct MetricsTable {
     pub(super) program_run_time: bool,
 }
 
-/// One place or a list of them. It is shown as a list.
+/// One address or a list of them. Serialized as a list.
 #[derive(Serialize)]
 #[serde(transparent)]
 struct Places(Vec<Spanned<String>>);
@@ -82,7 +82,7 @@ impl Default for MetricsTable {
 }
 
 impl Listen {
-    /// The node's loopback alone.
+    /// Returns the default: the loopback address only.
     pub(super) fn by_default() -> Vec<Self> {
         vec![Self::Tcp(DEFAULT)]
     }
@@ -90,20 +90,20 @@ impl Listen {
     pub(super) fn parse(table: &MetricsTable, source: Source<'_>, mistakes: &mut Mistakes) -> Vec<Self> {
         let mut places = Vec::new();
         let Places(texts) = table.listen.get_ref();
-        // A single string is where its value is.
+        // A single string has the location of its value.
         let span = |text: &Spanned<String>| {
             if text.span().is_empty() { table.listen.span() } else { text.span() }
         };
         for text in texts {
             let place = text.as_ref().parse().and_then(|place| {
-                if places.contains(&place) { Err(format!("{place} is there already")) } else { Ok(place) }
+                if places.contains(&place) { Err(format!("{place} is listed twice")) } else { Ok(place) }
             });
             let place =
                 place.map_err(|message| source.error(span(text), format!("metrics.listen: {message}")));
             places.extend(mistakes.take(place));
         }
         if let Some(beyond) = texts.get(MOST) {
-            let message = format!("metrics.listen: there can be {MOST} at most");
+            let message = format!("metrics.listen: at most {MOST} addresses are supported");
             mistakes.note(source.error(beyond.span(), message));
         }
         places
@@ -116,7 +116,7 @@ impl FromStr for Listen {
     fn from_str(text: &str) -> Result<Self, String> {
         if text.starts_with('/') {
             if text.len() > LONGEST_PATH {
-                return Err(format!("the path of a Unix socket has {LONGEST_PATH} bytes at most"));
+                return Err(format!("the path of a Unix socket has more than {LONGEST_PATH} bytes"));
             }
             return Ok(Self::Unix(text.into()));
         }

@@ -1,11 +1,11 @@
-//! What Kubernetes accepts as a name (`k8s.io/apimachinery/pkg/util/validation`).
+//! Validation of Kubernetes names, like `k8s.io/apimachinery/pkg/util/validation`.
 
-/// Name of a namespace (RFC 1123 label).
+/// Reports whether `name` is a valid namespace name (RFC 1123 label).
 pub(super) fn is_dns_label(name: &str) -> bool {
     is_delimited(name, 63, |byte| byte.is_ascii_lowercase() || byte.is_ascii_digit(), b"-")
 }
 
-/// Name of a node, or of a service account (RFC 1123 subdomain).
+/// Reports whether `name` is a valid name of a node or service account (RFC 1123 subdomain).
 pub(super) fn is_dns_subdomain(name: &str) -> bool {
     name.len() <= 253
         && name.split('.').all(|label| {
@@ -13,7 +13,7 @@ pub(super) fn is_dns_subdomain(name: &str) -> bool {
         })
 }
 
-/// Key of a label: a name, with or without a domain and a slash before it.
+/// Reports whether `key` is a valid label key: a name, optionally with a domain and a slash before it.
 pub(super) fn is_label_key(key: &str) -> bool {
     match key.split_once('/') {
         Some((domain, name)) => is_dns_subdomain(domain) && is_qualified(name),
@@ -21,7 +21,7 @@ pub(super) fn is_label_key(key: &str) -> bool {
     }
 }
 
-/// Value of a label.
+/// Reports whether `value` is a valid label value.
 pub(super) fn is_label_value(value: &str) -> bool {
     value.is_empty() || is_qualified(value)
 }
@@ -30,7 +30,7 @@ fn is_qualified(name: &str) -> bool {
     is_delimited(name, 63, |byte| byte.is_ascii_alphanumeric(), b"-_.")
 }
 
-/// Whether `name` starts and ends with one of `ends`, and has these and `inside` between.
+/// Reports whether `name` starts and ends with bytes that `ends` accepts, and has only these and `inside` between.
 fn is_delimited(name: &str, longest: usize, ends: impl Fn(u8) -> bool, inside: &[u8]) -> bool {
     let bytes = name.as_bytes();
     bytes.len() <= longest

@@ -1,4 +1,4 @@
-//! Label selectors, as Kubernetes has them.
+//! Label selectors with the semantics of Kubernetes.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,7 +7,7 @@ use toml::Spanned;
 
 use super::{ConfigError, names, source::Source};
 
-/// Which labels a pod must have: all requirements hold.
+/// Label selector of pods. All requirements must hold.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Selector {
     requirements: BTreeSet<Requirement>,
@@ -28,7 +28,7 @@ enum Condition {
 }
 
 impl Selector {
-    /// Whether `labels` are what this asks for. `NotIn` holds, too, of what lacks the label.
+    /// Reports whether `labels` satisfy all requirements. `NotIn` also holds if the label is missing.
     #[must_use]
     pub fn matches(&self, labels: &BTreeMap<String, String>) -> bool {
         self.requirements.iter().all(|Requirement { key, condition }| {
@@ -48,7 +48,7 @@ impl Selector {
         for (key, value) in match_labels {
             check_key(key, source)?;
             check_value(value, source)?;
-            // What Kubernetes makes of it, too, so that the two ways to say the same are the same.
+            // Kubernetes treats `match_labels` as `In`, too. Equal selectors then compare as equal.
             let condition = Condition::In([value.get_ref().clone()].into());
             requirements.insert(Requirement { key: key.get_ref().clone(), condition });
         }
@@ -56,8 +56,7 @@ impl Selector {
             requirements.insert(parse_expression(expression, source)?);
         }
         if requirements.is_empty() {
-            let message =
-                "exempt.pod_selector: selects nothing in particular; leave it out to mean every pod";
+            let message = "exempt.pod_selector: is empty; remove the key to match every pod";
             return Err(source.error(table.span(), message.to_owned()));
         }
         Ok(Self { requirements })
@@ -98,11 +97,12 @@ fn parse_expression(table: &ExpressionTable, source: Source<'_>) -> Result<Requi
         (Operator::Exists, None) => Condition::Exists,
         (Operator::DoesNotExist, None) => Condition::DoesNotExist,
         (Operator::In | Operator::NotIn, None) => {
-            let message = "exempt.pod_selector.match_expressions.values: In and NotIn need them";
+            let message = "exempt.pod_selector.match_expressions.values: In and NotIn require values";
             return Err(source.error(operator.span(), message.to_owned()));
         }
         (Operator::Exists | Operator::DoesNotExist, Some(values)) => {
-            let message = "exempt.pod_selector.match_expressions.values: Exists and DoesNotExist have none";
+            let message =
+                "exempt.pod_selector.match_expressions.values: Exists and DoesNotExist take no values";
             return Err(source.error(values.span(), message.to_owned()));
         }
     };
@@ -117,7 +117,7 @@ fn parse_operator(operator: &Spanned<String>, source: Source<'_>) -> Result<Oper
         "DoesNotExist" => Operator::DoesNotExist,
         other => {
             let message = format!(
-                "exempt.pod_selector.match_expressions.operator: {other:?} is none of In, NotIn, Exists and DoesNotExist"
+                "exempt.pod_selector.match_expressions.operator: {other:?} is not one of In, NotIn, Exists, DoesNotExist"
             );
             return Err(source.error(operator.span(), message));
         }
@@ -129,7 +129,7 @@ fn parse_values(
     source: Source<'_>,
 ) -> Result<BTreeSet<String>, ConfigError> {
     if values.get_ref().is_empty() {
-        let message = "exempt.pod_selector.match_expressions.values: is empty";
+        let message = "exempt.pod_selector.match_expressions.values: must not be empty";
         return Err(source.error(values.span(), message.to_owned()));
     }
     for value in values.get_ref() {
@@ -142,7 +142,7 @@ fn check_key(key: &Spanned<String>, source: Source<'_>) -> Result<(), ConfigErro
     if names::is_label_key(key.get_ref()) {
         return Ok(());
     }
-    let message = format!("exempt.pod_selector: {:?} can't be the key of a label", key.get_ref());
+    let message = format!("exempt.pod_selector: {:?} is not a valid label key", key.get_ref());
     Err(source.error(key.span(), message))
 }
 
@@ -150,6 +150,6 @@ fn check_value(value: &Spanned<String>, source: Source<'_>) -> Result<(), Config
     if names::is_label_value(value.get_ref()) {
         return Ok(());
     }
-    let message = format!("exempt.pod_selector: {:?} can't be the value of a label", value.get_ref());
+    let message = format!("exempt.pod_selector: {:?} is not a valid label value", value.get_ref());
     Err(source.error(value.span(), message))
 }

@@ -1,4 +1,4 @@
-//! Places in a configuration file, and what is wrong there.
+//! Locations in a configuration file, and the errors found there.
 
 use std::{
     ops::Range,
@@ -9,7 +9,7 @@ use toml::Spanned;
 
 use super::ConfigError;
 
-/// A file that is being parsed.
+/// Text and path of the file that is being parsed.
 #[derive(Clone, Copy)]
 pub(super) struct Source<'a> {
     pub(super) text: &'a str,
@@ -32,7 +32,7 @@ impl Source<'_> {
     }
 }
 
-/// Refuses a name under `key` that has other than plain characters, or more than `most` of them.
+/// Checks that a name under `key` has only letters, digits, `-`, `_` and `.`, and at most `most` of them.
 pub(super) fn check_name(
     name: &Spanned<String>,
     key: &str,
@@ -48,7 +48,7 @@ pub(super) fn check_name(
     Err(source.error(name.span(), message))
 }
 
-/// Where in a file something is said.
+/// Location in a configuration file.
 #[derive(Clone, Debug)]
 pub(super) struct Place {
     path: PathBuf,
@@ -63,7 +63,7 @@ impl Place {
     }
 }
 
-/// What is wrong with a file, as it is found.
+/// Errors found so far in a file.
 #[derive(Default)]
 pub(super) struct Mistakes {
     found: Vec<ConfigError>,
@@ -74,7 +74,7 @@ impl Mistakes {
         self.found.push(mistake);
     }
 
-    /// What could be made of a part of the file; its mistake is noted.
+    /// Returns the parsed part of the file, or records its error and returns `None`.
     pub(super) fn take<T>(&mut self, part: Result<T, ConfigError>) -> Option<T> {
         part.map_err(|mistake| self.note(mistake)).ok()
     }
@@ -87,7 +87,7 @@ impl Mistakes {
         self.found.len()
     }
 
-    /// All of them by line, if there are any.
+    /// Returns the errors, ordered by line and column.
     pub(super) fn into_vec(mut self) -> Vec<ConfigError> {
         self.found.sort_by_key(ConfigError::position);
         self.found

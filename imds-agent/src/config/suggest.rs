@@ -1,4 +1,4 @@
-//! Suggestions for words that are misspelled.
+//! Suggestions for misspelled keys and values.
 
 /// Longest word that is compared.
 const MAX_LENGTH: usize = 40;
@@ -8,7 +8,8 @@ pub(super) fn did_you_mean<'c>(word: &str, candidates: impl IntoIterator<Item = 
     nearest(word, candidates).map(|best| format!("; did you mean \"{best}\"?")).unwrap_or_default()
 }
 
-/// Returns the same for a message of serde, which quotes the word and then all that are known with backticks.
+/// Returns a suggestion for an error message of serde, which quotes first the unknown word and then the known ones with
+/// backticks.
 pub(super) fn did_you_mean_of(message: &str) -> String {
     if !message.starts_with("unknown field `") && !message.starts_with("unknown variant `") {
         return String::new();
@@ -17,7 +18,7 @@ pub(super) fn did_you_mean_of(message: &str) -> String {
     quoted.next().map(|word| did_you_mean(word, quoted)).unwrap_or_default()
 }
 
-/// Returns the most similar candidate: at most a third of its characters differ.
+/// Returns the most similar candidate, if at most a third of its characters differ.
 fn nearest<'c>(word: &str, candidates: impl IntoIterator<Item = &'c str>) -> Option<&'c str> {
     let word: Vec<char> = word.chars().take(MAX_LENGTH).collect();
     let distances = candidates.into_iter().map(|candidate| (distance(&word, candidate), candidate));
@@ -25,7 +26,7 @@ fn nearest<'c>(word: &str, candidates: impl IntoIterator<Item = &'c str>) -> Opt
     (distance <= best.chars().count().div_ceil(3)).then_some(best)
 }
 
-/// Number of characters to insert, remove, replace or swap with their neighbour (optimal string alignment).
+/// Returns the number of characters to insert, remove, replace or swap with their neighbour (optimal string alignment).
 fn distance(from: &[char], to: &str) -> usize {
     let to: Vec<char> = to.chars().collect();
     let (mut before, mut last): (Vec<usize>, Vec<usize>) = (Vec::new(), (0..=to.len()).collect());

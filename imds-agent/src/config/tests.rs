@@ -70,7 +70,7 @@ fn errors_name_file_line_and_key() {
         ("\n[hooks]\nsendmsg = 'yes'", "3:11: hooks.sendmsg: "),
         ("\n[hooks]\nsendmsg = 1", "3:11: hooks.sendmsg: "),
         ("\n[hooks]\nsocket = false\nsendmsg = true", "4:11: hooks.sendmsg: true needs hooks.socket"),
-        ("\n[hooks]\nfrom_pod = false\nsocket = false\nnode_egress = false", "2:1: hooks: every one is off"),
+        ("\n[hooks]\nfrom_pod = false\nsocket = false\nnode_egress = false", "2:1: hooks: all hooks are off"),
         (
             "\n[[endpoint]]\nname = 'a'\n[[endpoint]]\naddress = '10.0.0.1'",
             "2:1: endpoint: missing field `address`",
@@ -91,7 +91,7 @@ fn errors_have_suggestions() {
         ("provider = 'azure'\n[preset.wireservr]\nallow_ports = []", "; did you mean \"wireserver\"?"),
         (
             "[[endpoint]]\nname = 'a'\naddress = '10.0.0.0/24'",
-            "no IPv4 or IPv6 address: ranges are not supported: list the address",
+            "not an IPv4 or IPv6 address: ranges are not supported: list the address",
         ),
     ] {
         let errors = all_errors(text);
@@ -191,7 +191,7 @@ fn shown_config_parses_to_itself() {
         let guarded = |config: &Config| config.endpoints.resolve(&Dmi::default()).unwrap();
         assert_eq!(guarded(&config), guarded(&again));
         assert_eq!(config.interfaces.excludes("ab"), again.interfaces.excludes("ab"));
-        // As `config show` has it.
+        // Like `config show`, which parses the text and prints it again.
         let table: Table = config.to_toml().parse().unwrap();
         assert_eq!(parse(&toml::to_string(&table).unwrap()).unwrap().to_toml(), config.to_toml());
     }
@@ -205,7 +205,7 @@ fn unprintable_config_is_rejected() {
     assert!(parse(&format!("[interfaces]\ninclude = [{globs}]")).unwrap_err().contains("bytes"));
 }
 
-/// The example, and the same with every key that is commented out in force.
+/// Returns the example file, and the same file with all commented-out keys enabled.
 fn example() -> (&'static str, String) {
     let example = include_str!("../../../deploy/imds.toml");
     let uncommented = |line: &str| match line.strip_prefix('#') {
@@ -224,7 +224,7 @@ fn example_equals_defaults() {
     let mut in_force: Table = parse(&in_force).unwrap().to_toml().parse().unwrap();
     let mut default: Table = Config::default().to_toml().parse().unwrap();
     for lists in [&mut in_force, &mut default] {
-        // What is in these has no default.
+        // Tables in lists have no default.
         lists.retain(|_, value| !matches!(value, Value::Array(list) if list.iter().all(Value::is_table)));
         lists.remove("preset");
     }
@@ -240,7 +240,7 @@ fn example_has_every_key() {
     for (name, value) in &keys {
         let mut found = BTreeSet::new();
         match value {
-            // Its keys are names of endpoints.
+            // The keys of this table are names of endpoints.
             Value::Table(_) if name == "preset" => continue,
             Value::Table(table) => add_keys(table, &mut found),
             Value::Array(list) if list.iter().any(Value::is_table) => {
@@ -252,7 +252,7 @@ fn example_has_every_key() {
         tables.push((header, found));
     }
     for (header, found) in tables {
-        // The parser itself tells which keys there are.
+        // The parser's error message lists the known keys.
         let error = all_errors(&format!("{header}\nno-such-key = 1")).join("; ");
         let (_, expected) = error.split_once("expected ").unwrap();
         let expected: BTreeSet<_> = expected.split('`').skip(1).step_by(2).map(str::to_owned).collect();
@@ -301,13 +301,13 @@ fn invalid_endpoints_are_reported() {
     let nine = "keep = ['tcp/1', 'tcp/2', 'tcp/3', 'tcp/4', 'tcp/5', 'tcp/6', 'tcp/7', 'tcp/8', 'tcp/9']";
     for (text, place, part) in [
         ("provider = 'gpc'".to_owned(), "1:12", "gcp"),
-        ("mode = 'audit'\nprovider = 'none'".to_owned(), "2:12", "guard nothing"),
+        ("mode = 'audit'\nprovider = 'none'".to_owned(), "2:12", "protects nothing"),
         ("extras = ['eks']".to_owned(), "1:11", "ecs"),
-        (one("169.254.169.254", ""), "4:11", "already guarded as \"imds\""),
-        (one("64:ff9b::169.254.169.254", ""), "4:11", "already guarded"),
+        (one("169.254.169.254", ""), "4:11", "already protected as \"imds\""),
+        (one("64:ff9b::169.254.169.254", ""), "4:11", "already protected"),
         (one("10.0.0.1", "[[endpoint]]\nname = 'a'\naddress = '10.0.0.2'"), "7:11", "endpoint.name"),
-        (one("10.0.0", ""), "4:11", "no IPv4 or IPv6 address"),
-        (one("10.0.0.0/8", ""), "4:11", "no IPv4 or IPv6 address"),
+        (one("10.0.0", ""), "4:11", "not an IPv4 or IPv6 address"),
+        (one("10.0.0.0/8", ""), "4:11", "not an IPv4 or IPv6 address"),
         (one("224.0.0.1", ""), "4:11", "multicast"),
         (one("ff02::1", ""), "4:11", "multicast"),
         (one("127.0.0.1", ""), "4:11", "loopback"),

@@ -1,10 +1,10 @@
-//! Attachments that wait for their turn.
+//! Queue of attachments that wait for their turn.
 //!
-//! The kernel attaches a TCX link with RTNL held, and waits for a grace period (`tcx_entry_sync`, include/net/tcx.h): some
-//! 15 ms with `CONFIG_HZ=250`. A burst of attachments would stop each CNI plugin that needs the same lock. A link of a new
-//! pod is therefore attached at once if no others were attached just before, and else in turn, with pauses for other users of
-//! the lock. The hooks `socket` and `node_egress` (on the uplinks) deny the pod's packets until then. They are called node-wide
-//! hooks here.
+//! The kernel attaches a TCX link with RTNL held, and waits for a grace period (`tcx_entry_sync`, include/net/tcx.h):
+//! about 15 ms with `CONFIG_HZ=250`. A burst of attachments would delay each CNI plugin that needs the same lock. The
+//! agent therefore attaches to the link of a new pod immediately if it made no other attachment just before. Otherwise
+//! the link waits for its turn, with pauses for other users of the lock. The hooks `socket` and `node_egress` (on the
+//! uplinks) deny the pod's packets until then. They are called node-wide hooks below.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -26,7 +26,7 @@ const BURST_PAUSE: Duration = Duration::from_millis(250);
 /// Longest time that an attachment of low priority waits for calm.
 const MAX_DELAY: Duration = Duration::from_secs(10);
 
-/// Attachments that wait for their turn, and the time of the next turn.
+/// Attachments that wait, and the time of the next turn.
 #[derive(Debug)]
 pub(super) struct AttachQueue {
     waiting: BTreeMap<AttachPoint, Waiting>,
@@ -43,18 +43,19 @@ struct Waiting {
 }
 
 impl AttachQueue {
-    /// An empty queue.
+    /// Returns a queue without attachments.
     pub(super) fn new() -> Self {
         let now = Instant::now();
         Self { waiting: BTreeMap::new(), last_link_event: now, next_turn: now }
     }
 
-    /// Adds an attachment, unless it waits already.
+    /// Adds an attachment, unless it is queued already.
     pub(super) fn push(&mut self, point: AttachPoint, not_before: Instant) {
         self.insert(point, not_before, false);
     }
 
-    /// Adds an attachment that the link does not need once Kubernetes names the pod behind it, unless it waits already.
+    /// Adds an attachment that the link does not need once Kubernetes names the pod behind it, unless it is queued
+    /// already.
     pub(super) fn push_spare(&mut self, point: AttachPoint, not_before: Instant) {
         self.insert(point, not_before, true);
     }
@@ -63,7 +64,7 @@ impl AttachQueue {
         self.waiting.entry(point).or_insert_with(|| Waiting { since: Instant::now(), not_before, is_spare });
     }
 
-    /// Removes an attachment that is made or no longer desired.
+    /// Removes an attachment that has been made or is no longer desired.
     pub(super) fn remove(&mut self, point: AttachPoint) {
         self.waiting.remove(&point);
     }
@@ -73,7 +74,7 @@ impl AttachQueue {
         self.waiting.retain(|point, _| point.ifindex != ifindex);
     }
 
-    /// Allows the attachments of these interfaces at once, before their time.
+    /// Lets the attachments of these interfaces run immediately, before their `not_before` time.
     pub(super) fn release(&mut self, is_released: impl Fn(u32) -> bool) {
         for (_, waiting) in self.waiting.iter_mut().filter(|(point, _)| is_released(point.ifindex)) {
             waiting.not_before = waiting.since;
@@ -89,24 +90,25 @@ impl AttachQueue {
             .map(|(point, _)| point.ifindex)
     }
 
-    /// Reports whether an attachment waits.
+    /// Reports whether this attachment is queued.
     pub(super) fn contains(&self, point: AttachPoint) -> bool {
         self.waiting.contains_key(&point)
     }
 
-    /// Attachments of `from_pod` that wait.
+    /// Returns the queued attachments of `from_pod`.
     fn pods(&self) -> impl Iterator<Item = AttachPoint> {
         self.waiting.keys().copied().filter(|point| point.edge == TcHook::FromPod)
     }
 
-    /// Attachments that are part of the initial sync: all but the spare ones.
+    /// Returns the queued attachments that are part of the initial sync: all but the spare ones.
     ///
-    /// A link that lacks `node_egress` is open from the moment at which a route makes it an uplink, until the attachment.
+    /// A link without `node_egress` is not enforced from the moment at which a route makes it an uplink, until the
+    /// attachment.
     pub(super) fn initial(&self) -> impl Iterator<Item = AttachPoint> {
         self.waiting.iter().filter(|(_, waiting)| !waiting.is_spare).map(|(point, _)| *point)
     }
 
-    /// Records a link event that the agent did not cause itself.
+    /// Records a link event that another program caused.
     pub(super) fn on_link_event(&mut self) {
         self.last_link_event = Instant::now();
     }

@@ -6,7 +6,7 @@ use super::Guard;
 use crate::datapath::cgroup_link::{CgroupChange, CgroupChangeKind};
 
 impl Guard {
-    /// Logs changes on cgroups, and counts those that repair what another agent changed.
+    /// Logs changes on cgroups, and counts those that repair what another program changed.
     pub(super) fn report_cgroups(&mut self, changes: Vec<CgroupChange>) {
         for CgroupChange { kind, is_new, text } in changes {
             let level = if is_new { Level::Info } else { self.level_of_change() };

@@ -1,4 +1,4 @@
-//! Lines of the log about single interfaces.
+//! Log lines about changes of single interfaces.
 //!
 //! A pass over all interfaces logs one summary: on a node with 1,000 pods, a line for each interface would hide all others.
 //! Other changes get a line each, but only as many as a reader can follow.
@@ -14,23 +14,23 @@ use crate::{datapath::pins::AttachPoint, node::links::Link, reconcile::Action};
 
 /// Warnings and errors of a pass that get a line of their own.
 const MAX_WARNINGS: u32 = 5;
-/// Lines that may come at once outside of a pass.
+/// Size of the token bucket: lines that may be logged at once outside of a pass.
 const MAX_BURST: u32 = 20;
-/// Time after which one more line may come.
+/// Interval at which the token bucket gets one more line.
 const REFILL_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Work that covers all interfaces.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Pass {
-    /// The first one, until each pod that was there at the start has its program.
+    /// Initial sync: lasts until each pod that ran at the start of the agent has its program.
     InitialSync,
-    /// A resync.
+    /// Periodic resync, or one after a netlink overrun.
     Resync,
-    /// A change of the configuration.
+    /// Reconciliation after a reload of the configuration.
     Reload,
 }
 
-/// A change of an interface or of a program there.
+/// Kind of a change of an interface or of a program on it.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub(super) enum Change {
     NotEnforced,
@@ -48,7 +48,7 @@ pub(super) enum Change {
 #[derive(Debug)]
 pub(super) struct ChangeLog {
     pass: Option<(Pass, Tally)>,
-    /// Changes outside of a pass without a line.
+    /// Changes outside of a pass that got no line.
     flood: Tally,
     tokens: u32,
     refilled: Instant,
@@ -94,13 +94,13 @@ impl ChangeLog {
         Self { pass: None, flood: Tally::default(), tokens: MAX_BURST, refilled: Instant::now() }
     }
 
-    /// Starts a pass, unless one goes on.
+    /// Starts a pass, unless one is in progress.
     pub(super) fn begin(&mut self, pass: Pass) {
         self.report_flood();
         self.pass.get_or_insert_with(|| (pass, Tally::default()));
     }
 
-    /// Ends a pass, and logs its summary. Does nothing while another pass goes on.
+    /// Ends a pass, and logs its summary. Does nothing if another pass is in progress.
     pub(super) fn end(&mut self, pass: Pass) {
         if let Some((_, tally)) = self.pass.take_if(|(current, _)| *current == pass)
             && let Some((level, line)) = tally.summary(pass.name())
@@ -109,7 +109,7 @@ impl ChangeLog {
         }
     }
 
-    /// Logs a change.
+    /// Logs a change, or adds it to the tally if too many lines were logged.
     pub(super) fn note(&mut self, level: Level, change: Change, text: String) {
         if self.has_line(level) {
             self.report_flood();
@@ -159,12 +159,12 @@ impl ChangeLog {
 impl Tally {
     fn add(&mut self, level: Level, change: Change, text: String) {
         *self.counts.entry(change).or_default() += 1;
-        // More severe levels are smaller.
+        // `log::Level` orders more severe levels first, so that the minimum is the most severe one.
         self.level = Some(self.level.map_or(level, |before| before.min(level)));
         self.first.get_or_insert((level, text));
     }
 
-    /// The only change, or the number of each.
+    /// Returns the text of the only change, or the number of changes of each kind.
     fn summary(self, title: &str) -> Option<(Level, String)> {
         let total: u64 = self.counts.values().sum();
         if total <= 1 {
@@ -182,7 +182,7 @@ impl Tally {
 }
 
 impl Guard {
-    /// Counts and logs an action.
+    /// Logs an action, and counts it if it corrects drift.
     pub(super) fn report(&mut self, link: &Link, hook: TcHook, action: Action, is_new: bool) {
         let Link { name, index, .. } = link;
         let is_turn = self.turn == Some(AttachPoint { ifindex: *index, edge: hook });

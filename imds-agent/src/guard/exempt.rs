@@ -1,4 +1,4 @@
-//! Who is exempt, as pods come and go.
+//! Keeps the exemptions current while pods and links come and go.
 
 use std::{collections::BTreeMap, future::pending, time::Duration};
 
@@ -16,13 +16,13 @@ use crate::{
     state::{Uplinks, assign},
 };
 
-/// How often it is asked for what the kernel sends no news of: names of network namespaces, and processes in cgroups.
+/// Poll interval for changes that the kernel does not report: names of network namespaces, and members of cgroups.
 const PERIOD: Duration = Duration::from_millis(250);
-/// How many sandboxes are looked for before news has its turn: a millisecond's worth.
+/// Sandboxes to resolve before events are handled again: about 1 ms of work.
 const SANDBOXES_AT_ONCE: usize = 2;
 
 impl Guard {
-    /// Waits until the rules may find others than they did.
+    /// Waits until the next poll for changes that the kernel does not report.
     pub async fn search_due(&self) {
         let of_rules = (self.rules.are_to_be_asked() || self.waits_for_plugins()).then_some(PERIOD);
         match of_rules.into_iter().chain(self.pods.pause()).min() {
@@ -31,22 +31,22 @@ impl Guard {
         }
     }
 
-    /// Looks whether they do.
+    /// Polls for changes of network namespaces, cgroups and sandboxes, and updates the exemptions.
     pub async fn search_exempt(&mut self) -> Result<(), DatapathError> {
         self.last_search = Instant::now();
         self.release_started_pods().await;
-        // What comes of it is for `locate_next`.
+        // Only queues the pods: `locate_next` resolves their sandboxes.
         self.pods.seek_moved();
         if self.rules.may_have_changed() { self.restore_exemptions().await } else { Ok(()) }
     }
 
-    /// Whether there are pods whose sandboxes are to be looked for.
+    /// Reports whether pods are queued whose sandboxes have to be resolved.
     #[must_use]
     pub fn is_locating(&self) -> bool {
         self.pods.are_sought()
     }
 
-    /// Looks for the next ones; when that was the last, for who is exempt.
+    /// Resolves the next sandboxes. Recomputes the exemptions after the last one.
     pub async fn locate_next(&mut self) -> Result<(), DatapathError> {
         self.locate(SANDBOXES_AT_ONCE).await;
         if self.is_locating() {
@@ -56,13 +56,13 @@ impl Guard {
         self.record_lookup().and(restored)
     }
 
-    /// Looks for the next `count` of them.
+    /// Resolves the sandboxes of the next `count` queued pods.
     pub(super) async fn locate(&mut self, count: usize) {
         let pods = of_pods(&self.links, &self.uplinks, &self.interfaces);
         self.pods.locate(&self.finder, &self.netlink, &pods, count).await;
     }
 
-    /// Grants what the rules say of the pods that are there, and takes the rest away.
+    /// Computes the exemptions of the pods on this node, and updates the maps to match.
     pub async fn restore_exemptions(&mut self) -> Result<(), DatapathError> {
         let wanted = self.find_exempt().await?;
         let writes = self.datapath.grant(&wanted)?;
@@ -77,7 +77,7 @@ impl Guard {
         Ok(())
     }
 
-    /// Takes in what the API server tells of pods. Where they are is for [`Guard::locate_next`].
+    /// Handles an event of the pod watch. [`Guard::locate_next`] resolves the sandboxes of new pods.
     pub async fn hear_of_pods(&mut self, event: PodEvent) -> Result<(), DatapathError> {
         let disputed = self.pods.disputed();
         if !self.pods.handle(event) {
@@ -89,7 +89,7 @@ impl Guard {
         self.restore_exemptions().await
     }
 
-    /// Takes in how the watch of the pods of `node` goes.
+    /// Handles a state change of the watch of the pods of `node`.
     pub async fn hear_of_watch(&mut self, node: &str, state: &WatchState) -> Result<(), DatapathError> {
         if self.pods.take_in(state) {
             self.restore_exemptions().await?;
@@ -103,7 +103,7 @@ impl Guard {
         self.datapath.record_lookup(lookup.as_ref())
     }
 
-    /// No pods are looked up any more.
+    /// Drops all pods and their exemptions, after the pod watch was disabled.
     pub async fn forget_cluster(&mut self) -> Result<(), DatapathError> {
         self.pods = Pods::new(false);
         self.watched = None;
@@ -113,13 +113,13 @@ impl Guard {
         self.restore_exemptions().await
     }
 
-    /// Puts other rules in force, but takes nothing away before [`Guard::restore_exemptions`] does: what is granted by
-    /// both is so at every moment between.
+    /// Applies other rules. Exemptions of the old rules are removed only by [`Guard::restore_exemptions`], so that an
+    /// exemption that both old and new rules contain is never interrupted.
     pub(super) async fn change_rules(&mut self, rules: Vec<Exempt>) -> Result<(), DatapathError> {
         self.rules.set(rules);
         let mut either = self.datapath.granted()?;
         either.extend(self.find_exempt().await?);
-        // Without room for both, the new rules must still take away what the old ones granted.
+        // If the map has no room for both, the new rules must still revoke the exemptions of the old ones.
         if let Err(error) = self.datapath.grant(&either) {
             log::warn!("failed to keep all exemptions during the reload: {:#}", anyhow::Error::from(error));
         }
@@ -138,11 +138,11 @@ impl Guard {
         if !self.datapath.hooks().has(Hook::FromPod) && !wanted.entries.is_empty() {
             wanted.add_node(netns::addresses().unwrap_or_default());
         }
-        // What comes of what all pods and their places are is better than what an earlier agent knew.
+        // Once all pods are synced and resolved, the recomputed exemptions replace those of the previous agent.
         self.keeps_grants &= self.is_locating() || !self.pods.is_synced();
         if self.keeps_grants {
-            // What an earlier agent knew stays until there is better knowledge. Cookies and ids of cgroups are never given
-            // again, and an interface with another pod's index has lost what was granted to it.
+            // Until then, the exemptions of the previous agent stay. The kernel never reuses a netns cookie or cgroup
+            // id, and an interface that reuses the index of a deleted one has lost its exemptions already.
             let granted = self.datapath.granted()?;
             for (exemption, grant) in granted.entries {
                 if self.rules.mean_pods(grant.rule) {
@@ -155,8 +155,8 @@ impl Guard {
     }
 }
 
-/// Returns the interfaces by which pods can send: those with `from_pod`. A route through a pod, as to an egress gateway, makes
-/// its interface an uplink, and leaves it the pod's.
+/// Returns the interfaces from which pods can send: those with `from_pod`. A route through a pod, for example to an
+/// egress gateway, makes the pod's interface an uplink, but it remains a pod interface.
 fn of_pods<'l>(links: &'l BTreeMap<u32, Link>, uplinks: &Uplinks, interfaces: &Interfaces) -> Vec<&'l Link> {
     let has_from_pod = |link: &&Link| assign(link, uplinks, interfaces, false).hooks.has(TcHook::FromPod);
     links.values().filter(has_from_pod).collect()

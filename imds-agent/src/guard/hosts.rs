@@ -1,4 +1,4 @@
-//! Strict mode: the cgroups of Kubernetes pods, as they come and go.
+//! hostNetwork restriction: follows the cgroups of Kubernetes pods as they are created and removed.
 
 use std::{collections::BTreeSet, io};
 
@@ -19,7 +19,7 @@ impl Guard {
         }
     }
 
-    /// Takes in what changed of them.
+    /// Handles changes of the cgroups of Kubernetes pods.
     pub fn follow_kubepods(&mut self) -> Result<(), DatapathError> {
         let followed = self.kubepods.as_mut().map(Kubepods::follow);
         self.restore_hosts(followed.as_ref().is_none_or(was_seen))
@@ -30,9 +30,9 @@ impl Guard {
         self.restore_hosts(searched.as_ref().is_none_or(was_seen))
     }
 
-    /// Restores the `host_network` hook. `all`: no other cgroups of Kubernetes pods exist.
+    /// Restores the `host_network` hook. `all`: the known cgroups of Kubernetes pods are all that exist.
     pub(super) fn restore_hosts(&mut self, all: bool) -> Result<(), DatapathError> {
-        // Without a hierarchy none was looked for: links of an earlier agent stay.
+        // If no hierarchy was searched, other cgroups may exist: keep the links of an earlier agent.
         let all = all && self.kubepods.is_some();
         let none = BTreeSet::new();
         let cgroups = self.kubepods.as_ref().map_or(&none, Kubepods::found);
@@ -60,10 +60,10 @@ impl Guard {
     }
 }
 
-/// Whether the cgroups were looked at; where not, says why.
+/// Reports whether the cgroups could be read, and logs the error otherwise.
 fn was_seen(looked: &io::Result<()>) -> bool {
     if let Err(error) = looked {
-        log::error!("can't look for the cgroups of Kubernetes pods: {error}");
+        log::error!("failed to search the cgroups of Kubernetes pods: {error}");
     }
     looked.is_ok()
 }

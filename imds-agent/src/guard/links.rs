@@ -18,23 +18,24 @@ use crate::{
     state::{self, Assignment, Uplinks},
 };
 
-/// Time that Kubernetes has to name the pod behind a link, before the link gets a hook that only a link of unknown use needs.
+/// Time that Kubernetes has to name the pod behind a link. After that, a link of unknown use also gets the hook
+/// `node_egress`.
 const SPARE_DELAY: Duration = Duration::from_secs(10);
 
 impl Guard {
-    /// Role and hooks of an interface.
+    /// Returns the role and the desired hooks of an interface.
     pub(super) fn assign(&self, link: &Link) -> Assignment {
         state::assign(link, &self.uplinks, &self.interfaces, self.pods.have_link(link.index))
     }
 
-    /// Reads the routes again, and reconciles the interfaces whose role they change.
+    /// Reads the routes again, and reconciles the interfaces whose role changed.
     pub(super) async fn reclassify(&mut self) -> Result<(), DatapathError> {
         self.routed = self.netlink.uplinks().await?;
         self.update_uplinks().await;
         self.follow_local_service().await
     }
 
-    /// Recomputes the uplinks of the known interfaces, and reconciles those whose hooks they change.
+    /// Recomputes the uplinks among the known interfaces, and reconciles the interfaces whose role or hooks changed.
     pub(super) async fn update_uplinks(&mut self) {
         let uplinks = Uplinks::new(self.routed.clone(), self.links.values());
         if uplinks == self.uplinks {
@@ -51,7 +52,7 @@ impl Guard {
         }
     }
 
-    /// Attaches the sendmsg programs while an interface lacks a program that should be there.
+    /// Attaches the sendmsg programs while an interface lacks a desired program, and detaches them otherwise.
     pub(super) fn follow_enforcement(&mut self) -> Result<(), DatapathError> {
         let changes = self.datapath.set_enforced(self.failures.is_empty())?;
         self.report_cgroups(changes);
@@ -73,13 +74,13 @@ impl Guard {
     pub async fn attach(&mut self, point: AttachPoint) {
         let is_queued = self.queue.contains(point);
         self.queue.remove(point);
-        // A repair that is still too early waits again.
+        // A repair that is still too early is postponed again.
         self.backoff.clear(point);
         if let Some(link) = self.links.get(&point.ifindex).cloned() {
             self.turn = Some(point).filter(|_| is_queued);
             self.see(link).await;
             self.turn = None;
-            // If no node-wide hook is on, nothing denies the waiting pods: do not pause.
+            // If no node-wide hook is on, no hook denies the packets of waiting pods: do not pause.
             if self.datapath.has_node_wide_hook() {
                 self.queue.on_attached();
             }
@@ -110,8 +111,8 @@ impl Guard {
         }
     }
 
-    /// Allows attachments that wait for a CNI plugin once a process runs in the pod's network namespace: the runtime starts
-    /// the first one when all plugins are done.
+    /// Releases attachments that wait for a CNI plugin once a process runs in the pod's network namespace: the
+    /// container runtime starts the first process after all plugins have finished.
     pub(super) async fn release_started_pods(&mut self) {
         let delayed: BTreeSet<u32> = self.queue.delayed().collect();
         if delayed.is_empty() {
@@ -150,7 +151,7 @@ impl Guard {
             Ok(Reconciled::Yielded) => {
                 self.failures.insert(link.index, "another imds-agent has its filter there".to_owned());
             }
-            // The event of its deletion follows.
+            // RTM_DELLINK follows.
             Err(error) if error.is_interface_gone() => {
                 log::debug!("{} (ifindex {}): deleted during reconciliation", link.name, link.index);
             }
@@ -171,12 +172,12 @@ impl Guard {
         for hook in TcHook::ALL {
             observed.push((hook, self.datapath.observe(link, hook, !self.initial_sync_done).await?));
         }
-        // A record that can't be written, as when a map is full, must not keep a program from being attached.
+        // A record that cannot be written, for example because a map is full, must not prevent the attachment.
         let mut recorded = Ok(());
-        // An agent that ended before the link had its turn has left the exemptions of this link.
+        // The exemptions under this index belong to this link if an earlier agent ended before the link had its turn.
         let was_queued = self.keeps_grants && self.datapath.was_pending(link);
         if is_new && !was_queued && observed.iter().all(|(_, attachments)| attachments.is_empty()) {
-            // Records and counters under this index belong to a deleted interface.
+            // Otherwise records and counters under this index belong to a deleted interface.
             recorded = self.datapath.take_over(link);
         }
         let mut assignment = self.assign(link);
@@ -217,7 +218,7 @@ impl Guard {
                     state.set_mode(hook, observed_mode(&attachments));
                     reconciled = postponed;
                 }
-                // The hook only prepares this link for a route to an endpoint, so that an obstacle is no error.
+                // The hook only prepares this link for a route to an endpoint, so an obstacle is not an error.
                 Err(error) if self.is_spare(link, point) && error.obstacle().is_some() => {
                     log::debug!("{} (ifindex {}): {:#}", link.name, link.index, anyhow::Error::from(error));
                     state.assignment.hooks = TcHookSet::FROM_POD;
@@ -274,8 +275,9 @@ impl Guard {
 
     /// Reports whether an attachment has to wait for its turn, and queues it.
     ///
-    /// Attachments to uplinks and to interfaces other than veth and netkit never wait. In clsact mode the first filter needs a
-    /// qdisc, and a CNI plugin (`bandwidth`) may want to add its own: the link waits until its plugins are done.
+    /// Attachments to uplinks and to interfaces other than veth and netkit never wait. In clsact mode the first filter
+    /// needs a qdisc, and a CNI plugin (`bandwidth`) may want to add its own: the link waits until its plugins have
+    /// finished.
     async fn must_wait(
         &mut self,
         link: &Link,
@@ -285,11 +287,11 @@ impl Guard {
     ) -> Result<bool, DatapathError> {
         let is_attached = attachments.iter().any(|attachment| attachment.backend == desired);
         let is_uplink = point.edge == TcHook::NodeEgress && self.uplinks.contain(link.index);
-        // A pair that a CNI plugin makes is announced before its peer is known.
+        // The kernel announces a pair that a CNI plugin creates before its peer is known.
         let is_pair = link.leads_elsewhere() || matches!(link.kind, Kind::Veth | Kind::Netkit);
-        // An attachment that failed in its turn is tried again with each event and resync.
+        // An attachment that failed in its turn is retried with each event and resync.
         let has_failed = self.failed.contains(&point);
-        // A program that another one removed is attached again at once, as long as that does not repeat.
+        // A program that another program removed is attached again immediately. [`RepairBackoff`] limits repetitions.
         let was_attached = self.initial_sync_done && self.datapath.was_attached(link, point.edge);
         let is_turn = self.turn == Some(point) || has_failed || was_attached;
         if desired == AttachMode::None || is_attached || is_uplink || !is_pair || is_turn {
@@ -311,13 +313,13 @@ impl Guard {
         Ok(true)
     }
 
-    /// Reports whether `node_egress` of a link only prepares for a route to an endpoint.
+    /// Reports whether `node_egress` on this link is only a precaution: no route to an endpoint uses the link yet.
     fn is_spare(&self, link: &Link, point: AttachPoint) -> bool {
         point.edge == TcHook::NodeEgress && link.leads_elsewhere() && !self.uplinks.contain(link.index)
     }
 
-    /// Returns the log level of a change: `info` during a reload and the initial sync, otherwise `warn`, because another program
-    /// caused it.
+    /// Returns the log level of a change: `info` during a reload and the initial sync, otherwise `warn`, because
+    /// another program caused the change.
     pub(super) fn level_of_change(&self) -> Level {
         if self.in_reload || !self.initial_sync_done { Level::Info } else { Level::Warn }
     }
@@ -327,8 +329,8 @@ impl Guard {
         if attachments.iter().any(|attachment| attachment.place == Order::Blocked) {
             let Link { name, index, .. } = link;
             log::warn!(
-                "{name} (ifindex {index}): another filter runs before {}: `tc filter show dev {name} ingress` or \
-                 `egress` names it",
+                "{name} (ifindex {index}): another filter runs before {}: see `tc filter show dev {name} ingress` or \
+                 `egress`",
                 hook.hook().name()
             );
         }
@@ -352,23 +354,23 @@ impl Guard {
     }
 }
 
-/// Result of the reconciliation of an interface that met no error.
+/// Result of a reconciliation that met no error.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Reconciled {
     /// Each hook is as desired, or waits for its turn in the attach queue.
     AsDesired,
-    /// A repair waits, as another program undid it again and again.
+    /// A repair is postponed because another program undid it repeatedly.
     Postponed,
-    /// An agent that started earlier has its filter there.
+    /// Another agent that started earlier has its filter on the hook.
     Yielded,
 }
 
-/// Attach mode of the agent's program at a hook, if there is one.
+/// Returns the attach mode of the agent's program at a hook, or `None` if it has none.
 fn observed_mode(attachments: &[Attachment]) -> AttachMode {
     attachments.first().map_or(AttachMode::None, |attachment| attachment.backend)
 }
 
-/// Attachments that wait at the start of the agent.
+/// Returns the attachments that the initial sync still waits for.
 pub(super) fn initial(queue: &AttachQueue) -> BTreeSet<AttachPoint> {
     queue.initial().collect()
 }

@@ -1,4 +1,4 @@
-//! Other agents on this node: reported once, and not fought.
+//! Other agents on this node: the agent reports them once, and does not replace their filters.
 
 use imds_ebpf_common::AttachMode;
 
@@ -8,16 +8,16 @@ use crate::{
     reconcile::Action,
 };
 
-/// The other agents that run on this node.
+/// Other agents that run on this node.
 #[derive(Debug, Default)]
 pub(super) struct OtherAgents {
     running: Vec<OtherAgent>,
-    /// Agents that ran before this one started: of two, the later one yields.
+    /// Agents that ran before this one started. This agent yields to them.
     earlier: Vec<OtherAgent>,
 }
 
 impl Guard {
-    /// Looks for other agents on this node, and logs each once.
+    /// Looks for other agents on this node, and logs each one once.
     pub(super) fn find_other_agents(&mut self) {
         let found = other_agents::find(self.datapath.pins());
         let others = &mut self.other_agents;
@@ -25,7 +25,7 @@ impl Guard {
             log::error!("{agent}: {}", agent.remedy());
         }
         for agent in others.running.iter().filter(|agent| !found.contains(agent)) {
-            log::info!("no agent runs any more with pins in {}", agent.pin_dir.display());
+            log::info!("the other agent with pins in {} has stopped", agent.pin_dir.display());
         }
         if !self.initial_sync_done {
             others.earlier.clone_from(&found);
@@ -34,15 +34,16 @@ impl Guard {
         others.running = found;
     }
 
-    /// Other agents that run on this node, for the line of the service manager.
+    /// Returns the other agents that run on this node, for the status line of the service manager.
     pub(super) fn other_agents(&self) -> impl Iterator<Item = &OtherAgent> {
         self.other_agents.running.iter()
     }
 
-    /// Removes the actions on a filter that belongs to an agent that started earlier. Returns whether this agent then has no
-    /// program at the hook.
+    /// Removes the actions on a filter that belongs to an agent that started earlier. Returns true if this agent then
+    /// has no program at the hook.
     ///
-    /// All agents name and number their filters alike, so that two agents would replace each other's for ever.
+    /// All agents use the same names and handles for their filters, so two agents would replace each other's filter
+    /// forever.
     pub(super) fn yield_to_earlier(&self, actions: &mut Vec<Action>) -> bool {
         if self.other_agents.earlier.is_empty() {
             return false;

@@ -1,17 +1,17 @@
-//! Looking at everything again, for what there was no news of.
+//! Resync: repairs changes that no event reported.
 
 use std::collections::BTreeSet;
 
 use super::{Guard, change_log::Pass, links, unless};
 use crate::{datapath::DatapathError, node::links::Link, state::Uplinks};
 
-/// How many links are looked at before news has its turn: a millisecond's worth.
+/// Links to reconcile before events are handled again: about 1 ms of work.
 const LINKS_AT_ONCE: usize = 8;
 
 impl Guard {
-    /// Begins to look at everything again, of links at what is attached and pinned: [`Guard::go_on`] does that for a few at
-    /// a time, so that news need not wait for all of them. `anew`: whether interfaces and routes are read, too, of which the
-    /// kernel sends news.
+    /// Starts a resync of attachments and pins. [`Guard::go_on`] then reconciles a few links at a time, so that events
+    /// need not wait for all of them. A full resync also lists interfaces and routes, although the kernel reports
+    /// their changes.
     pub async fn begin(&mut self, anew: bool) -> Result<(), DatapathError> {
         if self.is_looking() {
             return Ok(());
@@ -41,13 +41,13 @@ impl Guard {
         begun
     }
 
-    /// Whether there are links to look at.
+    /// Reports whether a resync is in progress.
     #[must_use]
     pub fn is_looking(&self) -> bool {
         !self.round.is_empty()
     }
 
-    /// Looks at the next links.
+    /// Reconciles the next links of the resync.
     pub async fn go_on(&mut self) -> Result<(), DatapathError> {
         for _ in 0..LINKS_AT_ONCE {
             let Some(index) = self.round.pop_front() else { break };
@@ -61,16 +61,16 @@ impl Guard {
         self.changes.end(Pass::Resync);
         self.follow_enforcement()?;
         self.restore_exemptions().await?;
-        // Again, if another program removed the directory.
+        // Mark the agent as ready again, in case another program removed the pin directory.
         if self.is_ready { self.datapath.announce_ready() } else { Ok(()) }
     }
 
-    /// Reads everything anew and puts right what is not as it should be. What fails on one interface is in
-    /// [`Guard::failures`] and does not keep the others from it.
+    /// Does a full resync. An error on one interface is recorded in [`Guard::failures`], and does not keep the others
+    /// from being reconciled.
     pub(super) async fn resync(&mut self) -> Result<(), DatapathError> {
         self.changes.begin(Pass::Resync);
         self.find_other_agents();
-        // Guarding goes on without pins; what comes of it is said at the end.
+        // Enforcement continues without pins: the error is logged at the end.
         let around = self.look_around().and(self.follow_local_service().await);
         // Node-wide hooks come first: they cover all pods at once, and their attachments do not wait.
         let mut links = self.read_links().await?;
@@ -80,25 +80,25 @@ impl Guard {
             self.see(link).await;
         }
         self.locate(usize::MAX).await;
-        // A failure to exempt pods must not keep the agent from denying others.
+        // A failure to exempt some pods must not keep the agent from denying the others.
         unless(true, self.restore_exemptions().await)?;
         if !std::mem::replace(&mut self.initial_sync_done, true) {
             self.initial = links::initial(&self.queue);
             self.announce_ready();
         }
         self.changes.end(Pass::Resync);
-        // An agent that runs with the other hooks is better than none; the next resync tries again.
+        // An agent that runs with the remaining hooks is better than none. The next resync tries again.
         unless(true, around.and(self.follow_enforcement()))
     }
 
-    /// Looks at all but links.
+    /// Resyncs everything except links: pins, socket hook and cgroups.
     fn look_around(&mut self) -> Result<(), DatapathError> {
         let restored = self.datapath.restore_pins();
         if let Ok(true) = restored
             && self.initial_sync_done
         {
             self.repairs.pinned += 1;
-            log::warn!("restored what was missing from {}", self.datapath.pins().root().display());
+            log::warn!("restored missing entries of {}", self.datapath.pins().root().display());
         }
         let sockets = self.restore_sockets();
         self.datapath.forget_granted();
@@ -109,7 +109,7 @@ impl Guard {
         hosts
     }
 
-    /// All links of the node. Those that are gone are forgotten.
+    /// Lists the links of the node, and removes the state of deleted ones.
     async fn read_links(&mut self) -> Result<Vec<Link>, DatapathError> {
         self.routed = self.netlink.uplinks().await?;
         let links = self.netlink.links().await?;

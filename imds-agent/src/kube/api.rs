@@ -1,4 +1,4 @@
-//! The requests that are made of the API server, and what can come of them.
+//! Requests to the API server, their answers, and their errors.
 
 use std::{error::Error, path::PathBuf, time::Duration};
 
@@ -21,76 +21,76 @@ use super::{
 };
 use crate::config::Access;
 
-/// Longest answer that is taken: etcd holds no object of more than 1.5 MiB, and a node few pods.
+/// Longest answer in bytes. etcd stores no object of more than 1.5 MiB, and a page lists few pods.
 const MAX_ANSWER: usize = 64 << 20;
-/// Longest line of a watch.
+/// Longest line of a watch in bytes.
 const MAX_LINE: usize = 8 << 20;
-/// Longest that a server's wish for a pause is heeded.
+/// Upper bound of the `Retry-After` time that the agent respects.
 const MAX_RETRY_AFTER: Duration = Duration::from_mins(5);
-/// Path of all pods.
+/// URL path of all pods.
 pub(super) const PODS: &str = "/api/v1/pods";
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Why the API server is not heard.
+/// Error of a request to the API server.
 #[derive(Debug, Error)]
 pub(super) enum ApiError {
-    #[error("can't read the kubeconfig {}", path.display())]
+    #[error("failed to read the kubeconfig {}", path.display())]
     Kubeconfig { path: PathBuf, source: Box<KubeconfigError> },
-    #[error("can't find the API server from within the cluster")]
+    #[error("failed to find the API server from within the cluster")]
     InCluster { source: InClusterError },
-    #[error("can't make a client of the API server")]
+    #[error("failed to create a client of the API server")]
     Client { source: Box<kube_client::Error> },
-    #[error("the API server can't be reached")]
+    #[error("failed to reach the API server")]
     Unreachable { source: Box<kube_client::Error> },
     #[error("the API server did not answer within {after:?}")]
     Silent { after: Duration },
-    #[error("the API server's answer broke off")]
+    #[error("the API server closed the connection during an answer")]
     BrokeOff { source: Option<Box<kube_client::Error>> },
-    #[error("the API server has forgotten the state that was asked for: {message}")]
+    #[error("the API server no longer has the requested resource version: {message}")]
     Gone { message: String },
-    #[error("the API server has too much to do")]
+    #[error("the API server throttles requests")]
     Throttled { retry_after: Option<Duration> },
-    #[error("the API server refuses it ({code}): {message}")]
+    #[error("the API server denied the request ({code}): {message}")]
     Refused { code: u16, message: String },
-    #[error("the API server failed ({code}): {message}")]
+    #[error("the API server returned an error ({code}): {message}")]
     Failed { code: u16, message: String },
-    #[error("the API server's answer can't be read")]
+    #[error("failed to parse the answer of the API server")]
     Malformed { source: serde_json::Error },
-    #[error("the API server's answer has no {what}")]
+    #[error("the answer of the API server has no {what}")]
     Incomplete { what: &'static str },
-    #[error("the API server's answer is longer than {limit} bytes")]
+    #[error("the answer of the API server is longer than {limit} bytes")]
     TooLong { limit: usize },
-    #[error("the API server's list of pods does not end: {pods} pods of this node in {pages} parts")]
+    #[error("the pod list of the API server is too long: {pods} pods of this node in {pages} pages")]
     Endless { pages: usize, pods: usize },
 }
 
-/// Kinds of failure that are counted.
+/// Kinds of errors, as metrics count them.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ErrorKind {
-    /// It is not known how to reach the API server.
+    /// The configuration of the API client is missing or invalid.
     Config,
-    /// The API server can't be reached.
+    /// The API server cannot be reached.
     Connect,
-    /// It does not answer.
+    /// The API server does not answer in time.
     Timeout,
-    /// It closed the connection too early.
+    /// The API server closed the connection before the end of an answer.
     Closed,
-    /// It no longer has the state from which news were asked for (410).
+    /// The API server no longer has the requested resource version (410).
     Gone,
-    /// It asks for patience (429).
+    /// The API server asks to retry later (429).
     Throttled,
-    /// It does not let the agent read pods (401, 403).
+    /// The API server does not allow the agent to read pods (401, 403).
     Refused,
-    /// It failed otherwise.
+    /// The API server returned another error.
     Server,
-    /// Its answer makes no sense.
+    /// The API server sent an invalid answer.
     Malformed,
 }
 
 impl ErrorKind {
-    /// The name, as users see it.
+    /// Returns the name in metrics and JSON.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -125,7 +125,7 @@ impl ApiError {
         }
     }
 
-    /// How long the server asks to be left alone.
+    /// Returns the pause that the server requests before the next attempt.
     pub(super) fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Throttled { retry_after } => retry_after.map(|pause| pause.min(MAX_RETRY_AFTER)),
@@ -134,8 +134,8 @@ impl ApiError {
     }
 }
 
-/// The text of an error and of its causes. A cause that is quoted already is left out: libraries repeat the text of their
-/// causes in their own.
+/// Returns the text of an error and of its causes. Skips a cause whose text is already included, because libraries
+/// repeat their causes.
 pub(super) fn with_causes(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
@@ -149,22 +149,22 @@ pub(super) fn with_causes(error: &dyn Error) -> String {
     text
 }
 
-/// From which state of its store the server is to answer.
+/// Resource version that a list must have at least (`resourceVersionMatch`).
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) enum Since {
-    /// Any that it has at hand: it costs the least.
+    /// Any version that the server has cached, which is the cheapest.
     Any,
-    /// This or a newer one.
+    /// This version or a newer one.
     NotOlderThan(String),
-    /// The newest.
+    /// The most recent version, which requires a consistent read from etcd.
     Newest,
 }
 
-/// Part of a list.
+/// Page of a pod list.
 pub(super) struct Page {
     pods: Vec<PodObject>,
     pub(super) resource_version: String,
-    /// Where the next part starts, if there is one.
+    /// Continue token of the next page, or `None` for the last page.
     pub(super) next: Option<String>,
 }
 
@@ -173,7 +173,7 @@ impl Page {
         #[derive(Deserialize)]
         struct List {
             metadata: ListMetadata,
-            // Go writes null for a list that is empty.
+            // Go writes null for an empty list.
             items: Option<Vec<PodObject>>,
         }
         let list: List = serde_json::from_slice(json).map_err(|source| ApiError::Malformed { source })?;
@@ -185,13 +185,13 @@ impl Page {
         })
     }
 
-    /// Those of `node` among its pods.
+    /// Returns the pods of the page that run on `node`.
     pub(super) fn pods_of(self, node: &str) -> impl Iterator<Item = Pod> {
         self.pods.into_iter().filter(move |pod| pod.is_on(node)).map(PodObject::into_pod)
     }
 }
 
-/// What a watch tells.
+/// Event of a pod watch.
 #[derive(Deserialize)]
 #[serde(tag = "type", content = "object", rename_all = "UPPERCASE")]
 pub(super) enum News {
@@ -207,7 +207,7 @@ impl News {
         serde_json::from_slice(json).map_err(|source| ApiError::Malformed { source })
     }
 
-    /// What it says of the pods of `node`, if it does, and the state of the store after it.
+    /// Converts to an event about a pod of `node`, if it is one, and the new resource version.
     pub(super) fn into_event(self, node: &str) -> Result<(Option<PodEvent>, String), ApiError> {
         let (event, version) = match self {
             Self::Added(pod) | Self::Modified(pod) if pod.is_on(node) => {
@@ -259,7 +259,7 @@ impl Status {
         let message: String = line.chars().filter(|char| !char.is_control()).take(200).collect();
         match code {
             410 => ApiError::Gone { message },
-            // After its store was set back, a server can't have what it once told.
+            // A server whose etcd was restored from a backup no longer has newer versions.
             _ if message.contains("Too large resource version") => ApiError::Gone { message },
             429 => ApiError::Throttled { retry_after: seconds.map(Duration::from_secs) },
             401 | 403 => ApiError::Refused { code, message },
@@ -268,10 +268,10 @@ impl Status {
     }
 }
 
-/// The API server, asked about the pods of one node.
+/// Client of the API server for the pods of one node.
 pub(super) struct Api {
     client: Client,
-    /// URL of the server, without a slash at the end.
+    /// URL of the server, without a trailing slash.
     server: String,
     node: String,
 }
@@ -287,24 +287,24 @@ impl Api {
         if config.root_cert.is_none()
             && (config.accept_invalid_certs || config.cluster_url.scheme_str() == Some("http"))
         {
-            // No certificate is looked at: there need not be any on the system, as there are none in a small image.
+            // No certificate is verified. Avoid loading the system's, which a minimal image does not have.
             config.root_cert = Some(Vec::new());
         }
         config.connect_timeout = Some(CONNECT_TIMEOUT);
         let server = config.cluster_url.to_string().trim_end_matches('/').to_owned();
-        // Pauses are the watch's affair, and seen.
+        // The pod watch retries with its own backoff, and reports each attempt.
         config.default_retry = false;
         let client =
             Client::try_from(config).map_err(|source| ApiError::Client { source: Box::new(source) })?;
         Ok(Self { client, server, node: node.to_owned() })
     }
 
-    /// The text of an error of a request for `path`, which names the URL, and each cause once.
+    /// Returns the text of an error of a request for `path`, with the URL and all causes.
     pub(super) fn describe(&self, path: &str, error: &ApiError) -> String {
         format!("{}{path}: {}", self.server, with_causes(error))
     }
 
-    /// Part of all pods: the first, or the one that starts at `next`.
+    /// Requests a page of the pods of the node: the first one, or the one that starts at `next`.
     pub(super) async fn list(&self, since: &Since, limit: u32, next: Option<&str>) -> Result<Page, ApiError> {
         let limit = limit.to_string();
         let mut query = vec![("limit", limit.as_str())];
@@ -322,7 +322,7 @@ impl Api {
         Page::from_json(&read(self.get(&query).await?, MAX_ANSWER).await?)
     }
 
-    /// All news after the state `version`; the server ends it after `timeout`.
+    /// Starts a watch of changes after resource version `version`. The server ends the watch after `timeout`.
     pub(super) async fn watch(&self, version: &str, timeout: Duration) -> Result<Lines, ApiError> {
         let seconds = timeout.as_secs().max(1).to_string();
         let query = [
@@ -334,7 +334,8 @@ impl Api {
         Ok(Lines { body: self.get(&query).await?, buffer: BytesMut::new(), searched: 0 })
     }
 
-    /// What the server says of the object at `target`, changed by a `patch` (RFC 6902) where there is one.
+    /// Sends a request for the object at `target`, with an optional `patch` (RFC 6902). Returns the object in the
+    /// answer.
     pub(super) async fn request(
         &self,
         method: Method,
@@ -367,7 +368,7 @@ impl Api {
         let header =
             answer.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
         let body = read(answer.into_body(), MAX_LINE).await.unwrap_or_default();
-        // Not all that can answer in the server's place speaks its language.
+        // A proxy may answer in place of the API server, without a `Status` object.
         let mut status: Status = serde_json::from_slice(&body).unwrap_or_else(|_| Status {
             message: String::from_utf8_lossy(&body).into_owned(),
             ..Status::default()
@@ -397,18 +398,18 @@ async fn from_kubeconfig(path: PathBuf) -> Result<ClientConfig, ApiError> {
     read().await.map_err(|source| ApiError::Kubeconfig { path: path.clone(), source: Box::new(source) })
 }
 
-/// What a watch tells, as it comes.
+/// Answer to a watch request, read line by line.
 pub(super) struct Lines {
     body: Body,
     buffer: BytesMut,
-    /// Length of the part of the buffer that has no end of line.
+    /// Length of the prefix of the buffer that contains no newline.
     searched: usize,
 }
 
 impl Lines {
-    /// The next piece of news; `None` where the server ended the watch.
+    /// Waits for the next event. Returns `None` if the server ended the watch.
     ///
-    /// Nothing is lost when this is cancelled.
+    /// Cancel safe.
     pub(super) async fn next(&mut self) -> Result<Option<News>, ApiError> {
         loop {
             if let Some(line) = self.line() {

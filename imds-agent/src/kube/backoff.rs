@@ -1,16 +1,16 @@
-//! How long to wait before the next attempt.
+//! Exponential backoff with jitter for requests to the API server.
 
 use std::{
     hash::{BuildHasher as _, Hasher as _, RandomState},
     time::Duration,
 };
 
-/// Limits of the pauses between attempts: each is up to twice as long as the one before.
+/// Bounds of the pauses between attempts. Each pause is up to twice as long as the one before.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Backoff {
-    /// The longest that the first can be.
+    /// Upper bound of the first pause.
     pub first: Duration,
-    /// The longest that any can be.
+    /// Upper bound of all pauses.
     pub longest: Duration,
 }
 
@@ -20,7 +20,7 @@ impl Default for Backoff {
     }
 }
 
-/// Attempts that failed in a row.
+/// Counter of attempts that failed in a row.
 #[derive(Debug)]
 pub struct Attempts {
     backoff: Backoff,
@@ -28,29 +28,31 @@ pub struct Attempts {
 }
 
 impl Attempts {
-    /// None yet.
+    /// Creates a counter without failed attempts.
     #[must_use]
     pub fn new(backoff: Backoff) -> Self {
         Self { backoff, failed: 0 }
     }
 
-    /// One succeeded: the next pause is as short as the first.
+    /// Records a success: the next pause is as short as the first.
     pub fn succeeded(&mut self) {
         self.failed = 0;
     }
 
-    /// The pause after one more that failed, at least as long as the server asks for.
+    /// Records a failed attempt. Returns the pause before the next one, which is at least `asked`, the pause that the
+    /// server requests.
     pub fn failed(&mut self, asked: Option<Duration>) -> Duration {
         let limit = self.backoff.first.saturating_mul(1_u32.checked_shl(self.failed).unwrap_or(u32::MAX));
         self.failed = self.failed.saturating_add(1);
         let limit = limit.min(self.backoff.longest);
-        // All nodes of a cluster lose the server at the same moment, and must not come back at the same.
+        // All nodes of a cluster lose the server at the same moment. The jitter keeps them from reconnecting at the
+        // same moment.
         let pause = limit / 2 + limit.mul_f64(random_fraction() / 2.0);
         asked.map_or(pause, |asked| asked + pause)
     }
 }
 
-/// From 0 to 1. The standard library seeds each hasher anew.
+/// Returns a random number from 0 to 1. The standard library seeds each hasher randomly.
 fn random_fraction() -> f64 {
     let [a, b, c, d, ..] = RandomState::new().build_hasher().finish().to_ne_bytes();
     f64::from(u32::from_ne_bytes([a, b, c, d])) / f64::from(u32::MAX)

@@ -1,4 +1,4 @@
-//! Which pods there are, and which of them a rule means: pure, so that a test can tell it all.
+//! Set of known pods, and the pods that a rule matches. Pure, so that unit tests cover it completely.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -8,28 +8,28 @@ use std::{
 use super::{pod::Pod, watch::PodEvent};
 use crate::config::Pods;
 
-/// Most pods that are known: far above what a node runs. Of others nothing is known, so that no rule means them.
+/// Upper bound of known pods, far above what a node runs. Further pods are ignored, so no rule matches them.
 pub const MOST_PODS: usize = 16_384;
 
-/// The pods of this node that the API server has told of. What is not in here is not known.
+/// Pods of this node that the API server has reported.
 #[derive(Clone, Debug, Default)]
 pub struct Index {
     pods: BTreeMap<String, Pod>,
-    /// Ids of pods by the id that their cgroups are named after.
+    /// Pod UIDs by the UID that names the pods' cgroup.
     claims: BTreeMap<String, BTreeSet<String>>,
-    /// Keys of `claims` with several pods: usually none.
+    /// Keys of `claims` with several pods, usually none.
     contested: BTreeSet<String>,
 }
 
-/// Names of claimants in a log line. A client may create as many as it likes.
+/// Names of claimants in a log line. A client of the API server may create any number of them.
 const MAX_NAMES: usize = 3;
 
-/// A cgroup that several pods claim.
+/// Cgroup that several pods claim.
 #[derive(Clone, Debug)]
 pub struct Dispute<'i> {
-    /// The pod that the cgroup counts as.
+    /// Pod to which the cgroup is attributed.
     pub owner: Option<&'i Pod>,
-    /// The other pods, which are not exempt by it.
+    /// Other pods that claim the cgroup. The cgroup does not make them exempt.
     pub others: Vec<&'i Pod>,
 }
 
@@ -43,15 +43,18 @@ impl fmt::Display for Dispute<'_> {
         }
         match self.owner {
             Some(Pod { namespace, name, .. }) => {
-                write!(f, " claims the cgroup of the older static pod {namespace}/{name} by its annotations")
+                write!(
+                    f,
+                    " claims the cgroup of the older static pod {namespace}/{name} with its annotations"
+                )
             }
-            None => write!(f, " claim the same cgroup by their annotations, and none is the oldest"),
+            None => write!(f, " claim the same cgroup with their annotations, and none is the oldest"),
         }
     }
 }
 
 impl Index {
-    /// Takes in one piece of news. Returns the ids of the pods that are new, gone, or others than before.
+    /// Applies an event. Returns the UIDs of the pods that are new, deleted or changed.
     pub fn handle(&mut self, event: PodEvent) -> BTreeSet<String> {
         match event {
             PodEvent::Relist(pods) => self.relist(pods),
@@ -60,18 +63,18 @@ impl Index {
         }
     }
 
-    /// All pods.
+    /// Returns all pods, including terminated ones.
     pub fn pods(&self) -> impl Iterator<Item = &Pod> {
         self.pods.values()
     }
 
-    /// The pod with this id.
+    /// Returns the pod with this UID.
     #[must_use]
     pub fn get(&self, uid: &str) -> Option<&Pod> {
         self.pods.get(uid)
     }
 
-    /// The pods that may have processes. If several pods claim a cgroup, only its owner is among them: see
+    /// Returns the pods that may have processes. If several pods claim a cgroup, only its owner is included: see
     /// [`Index::disputes`].
     pub fn living(&self) -> impl Iterator<Item = &Pod> {
         let owns_cgroup = |pod: &&Pod| {
@@ -81,11 +84,11 @@ impl Index {
         self.pods.values().filter(|pod| !pod.is_over).filter(owns_cgroup)
     }
 
-    /// Cgroups that several pods claim.
+    /// Returns the cgroups that several pods claim.
     ///
-    /// A static pod's cgroup is named after an annotation of its mirror pod, which each client that may create pods can
-    /// copy. The oldest object owns the cgroup: the kubelet creates the mirror pod when it starts the static pod, and the
-    /// API server dates it. So a copy neither takes an exemption away nor gets one.
+    /// The cgroup of a static pod is named after an annotation of its mirror pod, which any client that may create pods
+    /// can copy. The oldest object owns the cgroup: the kubelet creates the mirror pod when it starts the static pod,
+    /// and the API server sets the creation time. A copy therefore neither removes an exemption nor gets one.
     pub fn disputes(&self) -> impl Iterator<Item = Dispute<'_>> {
         self.contested.iter().map(|cgroup| {
             let owner = self.owner(cgroup);
@@ -95,7 +98,8 @@ impl Index {
         })
     }
 
-    /// The oldest of the pods that claim a cgroup; `None` if two are equally old or no pod has a date.
+    /// Returns the oldest of the pods that claim a cgroup, or `None` if two are equally old or no pod has a creation
+    /// time.
     fn owner(&self, cgroup: &str) -> Option<&Pod> {
         let oldest = self.claimants(cgroup).filter_map(|pod| pod.created).min()?;
         let mut of_that_date = self.claimants(cgroup).filter(|pod| pod.created == Some(oldest));
@@ -107,7 +111,7 @@ impl Index {
         uids.filter_map(|uid| self.pods.get(uid))
     }
 
-    /// Those of the living that a rule means.
+    /// Returns the running pods that a rule matches.
     pub fn meant<'i>(&'i self, rule: &'i Pods) -> impl Iterator<Item = &'i Pod> {
         self.living().filter(|pod| is_meant(pod, rule))
     }
@@ -144,7 +148,7 @@ impl Index {
         Some(uid)
     }
 
-    /// These are all the pods there are.
+    /// Replaces the set of pods. Returns the UIDs of the pods that are new, deleted or changed.
     fn relist(&mut self, pods: Vec<Pod>) -> BTreeSet<String> {
         let present: BTreeSet<_> = pods.iter().map(|pod| pod.uid.clone()).collect();
         let gone: Vec<_> = self.pods.keys().filter(|uid| !present.contains(*uid)).cloned().collect();

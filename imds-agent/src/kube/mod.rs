@@ -1,7 +1,7 @@
-//! The pods of this node, as the API server tells of them.
+//! Pods of this node, from the API server.
 //!
-//! [`watch`] follows them and never ends; what it hears goes into the [`index`], which says without any I/O whom the
-//! operator's rules mean. What neither has heard of is not exempt.
+//! [`watch`] lists and watches them until it is dropped. The [`index`] holds the result, and matches pods with the
+//! operator's rules without any I/O. A pod that is not in the index is not exempt.
 
 pub mod index;
 pub mod pod;

@@ -1,42 +1,42 @@
-//! A pod: of all that the API server says, what the agent needs.
+//! Pod metadata that the agent needs.
 
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use serde::Deserialize;
 
-/// Set on the object that the kubelet makes in the API server's store for a pod of its own, a static one: the name that
-/// it goes by on the node.
+/// Annotation of a mirror pod, which the kubelet creates in the API server for a static pod. The value is the UID of
+/// the static pod on the node.
 const MIRROR: &str = "kubernetes.io/config.mirror";
-/// The same, from the kubelet's own source of it.
+/// Annotation with the UID of the static pod, set by the kubelet's configuration source.
 const HASH: &str = "kubernetes.io/config.hash";
 
-/// A pod of this node.
+/// Metadata of a pod on this node.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Pod {
-    /// Its id, which no other pod ever has.
+    /// UID of the pod, which is never reused.
     pub uid: String,
-    /// The id that its cgroups are named after. That of a static pod differs from [`Pod::uid`].
+    /// UID that names the pod's cgroups. For a static pod it differs from [`Pod::uid`].
     pub cgroup_uid: String,
-    /// Time at which the API server created the object, which no client can choose.
+    /// Creation time of the object. The API server sets it, and clients cannot choose it.
     pub created: Option<Timestamp>,
-    /// Its namespace.
+    /// Namespace in which the pod was created.
     pub namespace: String,
-    /// Its name in that namespace.
+    /// Name, unique within the namespace.
     pub name: String,
-    /// Its service account.
+    /// Name of the pod's service account.
     pub service_account: String,
-    /// Its labels, all of them: the rules may change.
+    /// All labels of the pod, because the rules may change.
     pub labels: BTreeMap<String, String>,
-    /// Whether it is meant to be in the node's network namespace.
+    /// True for a hostNetwork pod.
     pub host_network: bool,
-    /// Names of its containers by the id that the container runtime gave them.
+    /// Container names by the container ID of the runtime.
     pub containers: BTreeMap<String, String>,
-    /// Whether all its containers have ended for good (`Succeeded`, `Failed`).
+    /// True if all containers have terminated for good (phase `Succeeded` or `Failed`).
     pub is_over: bool,
 }
 
-/// As in the API, each part as optional as a broken server might make it.
+/// Pod object of the API. Fields are optional, so that an incomplete object can be parsed.
 #[derive(Debug, Deserialize)]
 pub(super) struct PodObject {
     metadata: Metadata,
@@ -56,7 +56,7 @@ struct Metadata {
     annotations: Option<Annotations>,
 }
 
-/// The two that matter; others can be long.
+/// The two annotations that matter. Others can be long.
 #[derive(Debug, Deserialize)]
 struct Annotations {
     #[serde(rename = "kubernetes.io/config.mirror")]
@@ -90,12 +90,12 @@ struct ContainerStatus {
 }
 
 impl PodObject {
-    /// The state of the store that it is of.
+    /// Returns the resource version of the object.
     pub(super) fn resource_version(&self) -> Option<&str> {
         self.metadata.resource_version.as_deref()
     }
 
-    /// Whether it runs on this node: a server that knows nothing of field selectors sends all pods.
+    /// Reports whether the pod runs on this node. A server that ignores field selectors sends all pods.
     pub(super) fn is_on(&self, node: &str) -> bool {
         self.spec.as_ref().and_then(|spec| spec.node_name.as_deref()) == Some(node)
     }
@@ -129,7 +129,7 @@ impl Status {
             .flatten()
             .flatten()
             .filter_map(|ContainerStatus { name, container_id }| {
-                // `containerd://0123…`; empty while there is none yet.
+                // The ID looks like `containerd://0123…`, and is empty before the container is created.
                 let (_, id) = container_id.as_ref()?.split_once("://")?;
                 (!id.is_empty()).then(|| (id.to_owned(), name))
             })
@@ -137,15 +137,15 @@ impl Status {
     }
 }
 
-/// The id by which the kubelet knows a static pod: an MD5 sum in hexadecimal.
+/// Returns the UID by which the kubelet knows a static pod: an MD5 hash in hexadecimal.
 ///
-/// Anyone who may create pods can write the annotations. Without hyphens the id is never another pod's in the API
-/// server's store, whose ids are UUIDs. If two pods have the same one, the index decides.
+/// Any client that may create pods can write the annotations. A hash has no hyphens, so it never equals the UID of
+/// another pod in the API server, which is a UUID. If two pods have the same hash, the index decides.
 fn static_uid(Annotations { mirror, hash }: Annotations) -> Option<String> {
     let hash = hash.filter(|hash| Some(hash) == mirror.as_ref())?;
     let is_md5 = hash.len() == 32 && hash.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
     if !is_md5 {
-        log::debug!("{MIRROR} and {HASH} that are no kubelet's: {hash:?}");
+        log::debug!("ignoring {MIRROR} and {HASH}, not an MD5 hash: {hash:?}");
     }
     is_md5.then_some(hash)
 }

@@ -1,4 +1,4 @@
-//! How the watch is doing, for status and metrics.
+//! State of the pod watch, for status and metrics.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -7,35 +7,35 @@ use serde::Serialize;
 
 use super::api::ErrorKind;
 
-/// How the watch is doing. In its JSON form, fields are only added.
+/// State of the pod watch. The JSON form only ever gains fields.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
 pub struct WatchState {
-    /// Whether the API server is telling of pods now.
+    /// True while the API server answers the watch.
     pub connected: bool,
-    /// Since when that is so.
+    /// Time of the last change of `connected`.
     pub since: Timestamp,
-    /// When what is known was last known to be all there is.
+    /// Time of the last moment at which the set of pods was known to be complete.
     pub last_sync: Option<Timestamp>,
-    /// What failed last.
+    /// Last error of the watch.
     pub last_error: Option<Failure>,
-    /// When it is tried again, where it has failed.
+    /// Time of the next attempt, after an error.
     pub next_attempt: Option<Timestamp>,
-    /// How often all pods were read, the first time included.
+    /// Number of complete lists, including the first one.
     pub relists: u64,
-    /// How many changes to pods were told.
+    /// Number of events about pods.
     pub events: u64,
-    /// How often what failed.
+    /// Number of errors by kind.
     pub errors: BTreeMap<ErrorKind, u64>,
 }
 
-/// Something that failed.
+/// Error of the pod watch.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
 pub struct Failure {
-    /// When.
+    /// Time at which the error occurred.
     pub time: Timestamp,
-    /// What it was, for programs.
+    /// Kind of the error, for metrics.
     pub kind: ErrorKind,
-    /// What it was, for people.
+    /// Text of the error, for people.
     pub message: String,
 }
 

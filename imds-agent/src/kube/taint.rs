@@ -1,4 +1,4 @@
-//! Taints of this node.
+//! Removal of a taint from a node.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::api::{Api, with_causes};
 use crate::config::Access;
 
-/// Why a taint is still there.
+/// Reason why a taint could not be removed.
 #[derive(Debug, thiserror::Error)]
 #[error("{text}")]
 pub struct TaintError {
@@ -17,33 +17,33 @@ pub struct TaintError {
 }
 
 impl TaintError {
-    /// How long the server asks to be left alone.
+    /// Returns the pause that the server requests before the next attempt.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
         self.retry_after
     }
 }
 
-/// The taints of one node.
+/// Client for the taints of one node.
 pub struct NodeTaints {
     api: Api,
     target: String,
 }
 
 impl NodeTaints {
-    /// Of the node of this name.
+    /// Creates a client for the node with this name.
     pub async fn new(access: &Access, node: &str) -> Result<Self, TaintError> {
-        // A name of a node needs no escaping (RFC 1123).
+        // Node names need no escaping (RFC 1123).
         let api = Api::new(access, node).await;
         let api = api.map_err(|error| TaintError { text: with_causes(&error), retry_after: None })?;
         Ok(Self { api, target: format!("/api/v1/nodes/{node}") })
     }
 
-    /// Removes all with this key. Returns whether there was one.
+    /// Removes all taints with this key. Returns whether there was one.
     ///
     /// # Errors
     ///
-    /// Also where somebody else changed the taints meanwhile, which are then left as they are.
+    /// Fails if another client changed the taints concurrently. The taints then stay as they are.
     pub async fn remove(&self, key: &str) -> Result<bool, TaintError> {
         let node = self.request(Method::GET, None).await?;
         let patch = node.pointer("/spec/taints").and_then(|taints| patch(taints, key));
@@ -60,7 +60,8 @@ impl NodeTaints {
     }
 }
 
-/// What to do to a node with these taints (RFC 6902): nothing unless they are still these.
+/// Returns the patch (RFC 6902) that removes the taints with `key`. The patch fails if the taints changed in the
+/// meantime.
 fn patch(taints: &Value, key: &str) -> Option<Value> {
     let all = taints.as_array()?;
     let left: Vec<_> = all.iter().filter(|taint| taint.get("key").is_none_or(|its| its != key)).collect();

@@ -1,6 +1,6 @@
-//! Follows the pods of one node, whatever the API server does.
+//! List and watch of the pods of one node, with retries until it is dropped.
 //!
-//! What was told stays known while the server is away; what it has not told of is unknown.
+//! While the server is unreachable, the last known pods stay. Pods that the server has not reported are unknown.
 
 use std::time::Duration;
 
@@ -20,28 +20,30 @@ use super::{
 };
 use crate::config::Access;
 
-/// A watch that ends sooner than this, and without a word, is one that the server does not want.
+/// A watch that ends sooner than this without an event counts as a failure.
 const SHORTEST: Duration = Duration::from_secs(1);
 
-/// How to watch.
+/// Settings of the pod watch.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Name of the node whose pods are followed.
+    /// Name of the node whose pods are watched.
     pub node: String,
-    /// How many pods are asked for at a time.
+    /// Number of pods per page of a list.
     pub page: u32,
-    /// Most parts of a list. It has to do for all pods of the largest clusters: a server may know nothing of field selectors.
+    /// Upper bound of the pages of a list. Must suffice for all pods of the largest clusters, because a server may
+    /// ignore field selectors.
     pub most_pages: usize,
-    /// How long a watch lasts before the next one starts where it ended: what a connection that died silently can hide.
+    /// Duration of a watch, after which the next one continues. Bounds the time for which a silently broken connection
+    /// stays unnoticed.
     pub watch: Duration,
-    /// How long the server may take for an answer.
+    /// Timeout for an answer of the server.
     pub answer: Duration,
-    /// How long to wait after a failure.
+    /// Backoff between attempts after an error.
     pub backoff: Backoff,
 }
 
 impl Options {
-    /// What suits a cluster of any size.
+    /// Returns settings that suit clusters of any size.
     #[must_use]
     pub fn new(node: String) -> Self {
         Self {
@@ -55,35 +57,35 @@ impl Options {
     }
 }
 
-/// News of the node's pods.
+/// Change of the node's pods.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum PodEvent {
-    /// These are all.
+    /// Complete list of the pods.
     Relist(Vec<Pod>),
-    /// One is new, or another than before.
+    /// A pod was created or changed.
     Apply(Pod),
-    /// One is gone.
+    /// A pod was deleted, or left the node.
     Delete {
-        /// Its id.
+        /// UID of the deleted pod.
         uid: String,
     },
 }
 
 impl PodEvent {
-    /// What a line of a watch says of the pods of `node`; `None` where it says nothing of any.
+    /// Parses a line of a watch. Returns `None` if it does not concern a pod of `node`.
     pub fn from_line(json: &[u8], node: &str) -> Result<Option<Self>, ErrorKind> {
         let event = News::from_json(json).and_then(|news| news.into_event(node));
         event.map(|(event, _)| event).map_err(|error| error.kind())
     }
 
-    /// What a list says, where it is all of it.
+    /// Parses a list of one page, and keeps the pods of `node`.
     pub fn from_list(json: &[u8], node: &str) -> Result<Self, ErrorKind> {
         let page = Page::from_json(json).map_err(|error| error.kind())?;
         Ok(Self::Relist(page.pods_of(node).collect()))
     }
 }
 
-/// A watch in the background. It ends when dropped.
+/// Pod watch that runs in the background. Dropping it ends the watch.
 #[derive(Debug)]
 pub struct Watch {
     events: mpsc::Receiver<PodEvent>,
@@ -92,9 +94,9 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Starts to watch. Must be called within a tokio runtime.
+    /// Starts the watch. Must be called within a tokio runtime.
     ///
-    /// It tries for as long as it takes: also a kubeconfig that is not there yet is waited for.
+    /// The watch retries forever, even if the kubeconfig file does not exist yet.
     #[must_use]
     pub fn start(access: Access, options: Options) -> Self {
         let (to_events, events) = mpsc::channel(64);
@@ -113,12 +115,12 @@ impl Watch {
         Self { events, state, task: tokio::spawn(follower.run()) }
     }
 
-    /// The next piece of news. Nothing is lost when this is cancelled.
+    /// Waits for the next event. Cancel safe.
     pub async fn next(&mut self) -> Option<PodEvent> {
         self.events.recv().await
     }
 
-    /// How the watch is doing, now and from now on.
+    /// Returns a receiver of the state of the watch.
     #[must_use]
     pub fn state(&self) -> watch::Receiver<WatchState> {
         self.state.clone()
@@ -131,10 +133,10 @@ impl Drop for Watch {
     }
 }
 
-/// Nobody listens any more.
+/// The receiver of the events was dropped.
 struct Unheard;
 
-/// Why following stopped for now.
+/// Reason why the watch stopped.
 enum Interruption {
     Failed(ApiError),
     Unheard,
@@ -157,12 +159,12 @@ struct Follower {
     options: Options,
     api: Option<Api>,
     list_since: Since,
-    /// State of the store that all news so far add up to; `None` where all pods must be read.
+    /// Resource version after all events so far, or `None` if all pods must be listed again.
     version: Option<String>,
     attempts: Attempts,
     events: mpsc::Sender<PodEvent>,
     state: watch::Sender<WatchState>,
-    /// What failed last, so that it is said once and not with every attempt.
+    /// Last logged error, so that an error is logged once and not with every attempt.
     said: Option<String>,
 }
 
@@ -180,7 +182,7 @@ impl Follower {
         }
     }
 
-    /// Reads all pods if need be, then follows them until the server ends the watch.
+    /// Lists all pods if necessary, then watches them until the server ends the watch.
     async fn follow(&mut self) -> Result<(), Interruption> {
         let api = match self.api.take() {
             Some(api) => api,
@@ -269,7 +271,7 @@ impl Follower {
     }
 
     fn proceed_to(&mut self, version: String) {
-        // A server that is behind must not take back what another one told.
+        // A server that lags behind must not revert events of another one.
         self.list_since = Since::NotOlderThan(version.clone());
         self.version = Some(version);
     }
@@ -285,9 +287,9 @@ impl Follower {
         let described = self.api.as_ref().map(|api| api.describe(PODS, error));
         let text = described.unwrap_or_else(|| with_causes(error));
         match error.kind() {
-            // What was missed is only in the whole.
+            // Only a complete list contains the missed events.
             ErrorKind::Gone | ErrorKind::Malformed => self.version = None,
-            // Credentials and addresses may be others by now.
+            // Credentials and addresses may have changed: read them again.
             ErrorKind::Config | ErrorKind::Connect | ErrorKind::Timeout | ErrorKind::Refused => {
                 self.api = None;
             }

@@ -1,4 +1,4 @@
-//! The cgroup v2 hierarchy.
+//! Cgroup v2 hierarchy of the node.
 
 use std::{
     collections::VecDeque,
@@ -16,9 +16,9 @@ const V1: &str = "cgroup";
 /// Inode number of the initial cgroup namespace (`PROC_CGROUP_INIT_INO`, `include/linux/proc_ns.h`).
 const INITIAL_NAMESPACE: u64 = 0xefff_fffb;
 
-/// Where the root of the cgroup v2 hierarchy is mounted: /sys/fs/cgroup on pure v2 hosts, /sys/fs/cgroup/unified on
-/// hybrid ones. `None` where it is not; also in a container that sees no more of it than its own cgroup, which to it looks
-/// like the root of all.
+/// Returns the mount point of the root of the cgroup v2 hierarchy: /sys/fs/cgroup on pure v2 hosts,
+/// /sys/fs/cgroup/unified on hybrid ones. Returns `None` if it is not mounted, or in a container that sees only its own
+/// cgroup, which appears to be the root.
 pub fn root() -> io::Result<Option<PathBuf>> {
     let Some(Root { path, height }) = find(&fs::read_to_string("/proc/self/mountinfo")?) else {
         return Ok(None);
@@ -29,7 +29,7 @@ pub fn root() -> io::Result<Option<PathBuf>> {
     Ok((!is_container).then_some(path))
 }
 
-/// Fails if the path is not a directory of a cgroup v2 hierarchy.
+/// Returns an error if the path is not a directory of a cgroup v2 hierarchy.
 pub fn ensure_v2(path: &Path) -> io::Result<()> {
     let is_v2 = statfs(path)?.filesystem_type() == CGROUP2_SUPER_MAGIC;
     if is_v2 && fs::metadata(path)?.is_dir() {
@@ -38,26 +38,26 @@ pub fn ensure_v2(path: &Path) -> io::Result<()> {
     Err(io::Error::other("not a directory of a cgroup v2 hierarchy (`mount -t cgroup2` lists them)"))
 }
 
-/// The cgroup v2 in a file like /proc/self/cgroup, below the root of this process's cgroup namespace.
+/// Returns the cgroup v2 in a file like /proc/self/cgroup, relative to the root of this process's cgroup namespace.
 fn own(cgroups: &str) -> Option<&str> {
     cgroups.lines().find_map(|line| line.strip_prefix("0::/"))
 }
 
-/// Ids of the cgroup v2 of this process and of those above it, as far as they can be seen.
+/// Returns the IDs of the cgroup v2 of this process and of its ancestors, as far as they are visible.
 pub fn ids_of_this_process() -> io::Result<Vec<u64>> {
     let Some(root) = root()? else { return Ok(Vec::new()) };
     let cgroups = fs::read_to_string("/proc/thread-self/cgroup")?;
     let path = root.join(own(&cgroups).unwrap_or_default());
     let above = path.ancestors().take_while(|path| path.starts_with(&root));
-    // The inode number of a cgroup is its id (kernfs).
+    // The inode number of a cgroup is its ID (kernfs).
     above.map(|path| Ok(fs::metadata(path)?.ino())).collect()
 }
 
-/// The cgroup v2 with this id, as far as it can be seen.
+/// Returns the path of the cgroup v2 with this ID, if it is visible.
 pub fn path_of(id: u64) -> io::Result<Option<PathBuf>> {
     let mut unseen = VecDeque::from_iter(root()?);
     while let Some(path) = unseen.pop_front() {
-        // What is gone meanwhile is not the one.
+        // A cgroup that was deleted in the meantime does not match.
         if fs::metadata(&path).is_ok_and(|metadata| metadata.ino() == id) {
             return Ok(Some(path));
         }
@@ -66,7 +66,7 @@ pub fn path_of(id: u64) -> io::Result<Option<PathBuf>> {
     Ok(None)
 }
 
-/// The cgroups right below the one at `path`.
+/// Returns the direct children of the cgroup at `path`.
 pub fn children(path: &Path) -> io::Result<Vec<PathBuf>> {
     let mut children = Vec::new();
     for entry in fs::read_dir(path)? {
@@ -78,21 +78,21 @@ pub fn children(path: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(children)
 }
 
-/// Where hierarchies of cgroup v1 are mounted.
+/// Returns the mount points of the cgroup v1 hierarchies.
 pub fn v1_roots() -> io::Result<Vec<PathBuf>> {
     Ok(mount_points(&fs::read_to_string("/proc/self/mountinfo")?, V1))
 }
 
-/// A mount of the hierarchy, or of a part of it that the root of this process's cgroup namespace is in.
+/// Mount of the hierarchy, or of a part of it that contains the root of this process's cgroup namespace.
 #[derive(Debug, Eq, PartialEq)]
 struct Root {
     path: PathBuf,
-    /// How many cgroups it is above that.
+    /// Number of levels between the mounted cgroup and the root of the cgroup namespace.
     height: usize,
 }
 
-/// The first mount of the whole hierarchy, or else of the largest part (proc(5): the fourth field is the part of it that is
-/// mounted, the fifth where, and behind a lone hyphen the type).
+/// Returns the first mount of the whole hierarchy, or else of the largest part (proc(5): the fourth field is the
+/// mounted part, the fifth the mount point, and a lone hyphen precedes the type).
 fn find(mountinfo: &str) -> Option<Root> {
     let root = |line: &str| {
         let (mount, kind) = line.split_once(" - ")?;
@@ -101,15 +101,15 @@ fn find(mountinfo: &str) -> Option<Root> {
         if kind.split(' ').next()? != "cgroup2" {
             return None;
         }
-        // Spaces and the like are octal there; no cgroup mount has any.
+        // Spaces and the like are octal escapes there. No cgroup mount contains any.
         Some(Root { path: path.into(), height: height(part)? })
     };
-    // Of several alike, `max_by_key` gives the last.
+    // `max_by_key` returns the last of several equal elements.
     mountinfo.lines().rev().filter_map(root).max_by_key(|root| root.height)
 }
 
-/// How far above the root of the cgroup namespace that part of the hierarchy begins: 0 for `/`, 2 for `/../..`. `None` where
-/// it is not above.
+/// Returns the number of levels from the root of a mounted part of the hierarchy down to the root of the cgroup
+/// namespace: 0 for `/`, 2 for `/../..`. Returns `None` if the part is not an ancestor.
 fn height(part: &str) -> Option<usize> {
     let mut names = part.strip_prefix('/')?.split('/').filter(|name| !name.is_empty());
     let height = names.clone().count();

@@ -1,4 +1,4 @@
-//! The cgroups of Kubernetes pods, as they come and go.
+//! Cgroups of Kubernetes pods (`kubepods`), and inotify watches that report when they are created or removed.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -12,13 +12,13 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use super::cgroup;
 
-/// What their names have in common: the kubelet makes `kubepods` with its cgroupfs driver and `kubepods.slice` with
-/// systemd's, in kind `kubelet-kubepods.slice`.
+/// Common part of the names: the kubelet creates `kubepods` with its cgroupfs driver, `kubepods.slice` with the systemd
+/// driver, and `kubelet-kubepods.slice` in kind.
 const NAME: &str = "kubepods";
-/// How deep below the root they are looked for: k3s in a container that systemd started has them at 4.
+/// Depth of the search below the root. k3s in a container that systemd started has the cgroups at depth 4.
 const DEPTH: usize = 5;
 
-/// The cgroups of Kubernetes pods below one cgroup: the topmost of each branch, which stands for all in it.
+/// Cgroups of Kubernetes pods below a root cgroup: the topmost one of each branch, which contains all others.
 #[derive(Debug)]
 pub struct Kubepods {
     root: PathBuf,
@@ -26,54 +26,51 @@ pub struct Kubepods {
     found: BTreeSet<PathBuf>,
 }
 
-/// What the kernel says of the directories that were searched.
+/// Inotify watches of the searched directories.
 #[derive(Debug)]
 struct News {
     inotify: Inotify,
-    /// A second descriptor of the same.
+    /// Duplicate of the inotify descriptor, registered with tokio.
     ready: AsyncFd<OwnedFd>,
     watched: HashMap<WatchDescriptor, (PathBuf, usize)>,
-    /// Whether there is more than can be watched, so that it is said once.
+    /// True once the limit of watches was reached, so that this is logged once.
     is_short: bool,
 }
 
 impl Kubepods {
-    /// Those below `root`, which was not searched yet.
+    /// Creates the set for `root`, without searching it.
     #[must_use]
     pub fn new(root: PathBuf) -> Self {
         let news = News::new().inspect_err(|error| {
-            log::warn!(
-                "can't follow {}: what changes is noticed with the next look at everything: {error}",
-                root.display()
-            );
+            log::warn!("failed to watch {}, the resync finds changes: {error}", root.display());
         });
         Self { root, news: news.ok(), found: BTreeSet::new() }
     }
 
-    /// The cgroup below which they are looked for.
+    /// Returns the root of the search.
     #[must_use]
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// Paths of those that were there last time.
+    /// Returns the cgroups found so far.
     #[must_use]
     pub fn found(&self) -> &BTreeSet<PathBuf> {
         &self.found
     }
 
-    /// Waits until something may have changed.
+    /// Waits until the cgroups may have changed.
     pub async fn changed(&self) {
         if let Some(news) = &self.news
             && let Ok(mut ready) = news.ready.readable().await
         {
-            // Cleared before it is read: what comes while it is read makes it ready again.
+            // Clear before reading: an event that arrives during the read then makes it ready again.
             return ready.clear_ready();
         }
         std::future::pending::<()>().await;
     }
 
-    /// Looks at everything. Where that fails, what was found before is taken to be there still.
+    /// Searches all directories. If that fails, the cgroups found before are kept.
     pub fn search(&mut self) -> io::Result<()> {
         let mut before = mem::take(&mut self.found);
         let searched = self.look(self.root.clone(), 0);
@@ -83,7 +80,7 @@ impl Kubepods {
         searched
     }
 
-    /// Looks at what changed.
+    /// Applies the pending inotify events.
     pub fn follow(&mut self) -> io::Result<()> {
         while let Some(events) = self.news.as_ref().map(News::read).transpose()?
             && !events.is_empty()
@@ -115,7 +112,7 @@ impl Kubepods {
         self.look(path, depth)
     }
 
-    /// Looks at `path` and below it. A directory is watched before it is read, so that nothing falls between the two.
+    /// Searches `path` and below. Each directory is watched before it is read, so that no change is missed in between.
     fn look(&mut self, path: PathBuf, depth: usize) -> io::Result<()> {
         let Self { news, found, .. } = self;
         let mut watch = |path: &Path, depth| {
@@ -133,7 +130,7 @@ impl News {
     fn new() -> io::Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
         let descriptor = inotify.as_fd().try_clone_to_owned()?;
-        // SAFETY: an owned descriptor stays what it is until it is dropped, with the registration.
+        // SAFETY: an owned descriptor stays open and unchanged until it is dropped, which also ends the registration.
         let ready = unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?;
         Ok(Self { inotify, ready, watched: HashMap::new(), is_short: false })
     }
@@ -145,12 +142,12 @@ impl News {
             Err(errno) if is_gone(&errno.into()) || self.is_short => {}
             Err(errno) => {
                 self.is_short = true;
-                log::warn!("can't follow {}: {errno} (fs.inotify.max_user_watches)", path.display());
+                log::warn!("failed to watch {}: {errno} (fs.inotify.max_user_watches)", path.display());
             }
         }
     }
 
-    /// What there is; nothing where there is nothing.
+    /// Returns the pending events without waiting.
     fn read(&self) -> io::Result<Vec<InotifyEvent>> {
         match self.inotify.read_events() {
             Ok(events) => Ok(events),
@@ -160,27 +157,27 @@ impl News {
     }
 }
 
-/// Why there may be none, and what to do.
+/// Returns a hint why no cgroup of Kubernetes pods was found, and how to fix it.
 #[must_use]
 pub fn why_none() -> String {
     match in_v1() {
         Some(path) => format!(
-            "the kubelet uses cgroup v1 ({}), where programs can't be attached: boot with \
+            "the kubelet uses cgroup v1 ({}), to which programs cannot be attached: boot with \
              systemd.unified_cgroup_hierarchy=1, or set hooks.host_network = false",
             path.display()
         ),
-        None => "start the kubelet, name the cgroup v2 below which its pods are by --cgroup, or set \
+        None => "start the kubelet, set --cgroup to the cgroup v2 above its pods, or set \
                  hooks.host_network = false"
             .to_owned(),
     }
 }
 
-/// A cgroup of Kubernetes pods in a hierarchy of cgroup v1.
+/// Returns a cgroup of Kubernetes pods in a cgroup v1 hierarchy.
 fn in_v1() -> Option<PathBuf> {
     cgroup::v1_roots().ok()?.iter().find_map(|root| below(root).ok()?.pop_first())
 }
 
-/// The cgroups of Kubernetes pods below `root`, of whatever version of cgroups.
+/// Returns the cgroups of Kubernetes pods below `root`, for either version of cgroups.
 pub fn below(root: &Path) -> io::Result<BTreeSet<PathBuf>> {
     let mut found = BTreeSet::new();
     walk(root.to_owned(), 0, &mut |_, _| {}, &mut |path| {
@@ -189,8 +186,8 @@ pub fn below(root: &Path) -> io::Result<BTreeSet<PathBuf>> {
     Ok(found)
 }
 
-/// Goes through the directories from `path` on, which is `depth` below the root, and tells of each that is to be `read`
-/// and of each that was `found`.
+/// Walks the directories from `path` down, which is `depth` levels below the root. Calls `read` before reading a
+/// directory, and `found` for each cgroup of Kubernetes pods.
 fn walk(
     path: PathBuf,
     depth: usize,
@@ -216,7 +213,7 @@ fn walk(
     Ok(())
 }
 
-/// Whether this is what one hears of a cgroup that was removed meanwhile.
+/// Reports whether an error means that the cgroup was removed in the meantime.
 fn is_gone(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::ENOTDIR))
 }
@@ -270,7 +267,7 @@ mod tests {
         let mut kubepods = Kubepods::new(root.path().to_owned());
         kubepods.search().unwrap();
         assert_eq!(found(&kubepods), [""; 0]);
-        // In one go: the last is made before its parents are watched.
+        // Created at once: the child exists before its parent is watched.
         make(root.path(), &["kubelet.slice/kubelet-kubepods.slice"]);
         kubepods.changed().await;
         kubepods.follow().unwrap();

@@ -1,4 +1,4 @@
-//! The node's interfaces, as rtnetlink describes them.
+//! Interfaces of the node, as rtnetlink describes them.
 
 use imds_ebpf_common::Frame;
 use nix::net::if_::if_indextoname;
@@ -12,81 +12,82 @@ use rtnetlink::packet_route::{
 
 use crate::escape::escape_bytes;
 
-/// An interface in the node's network namespace.
+/// Interface in the node's network namespace.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Link {
-    /// Interface index.
+    /// Interface index (ifindex), which the kernel may reuse after a deletion.
     pub index: u32,
-    /// Name; it may change at any time.
+    /// Interface name, which may change at any time.
     pub name: String,
-    /// Kind of device.
+    /// Kind of the device, as far as its role depends on it.
     pub kind: Kind,
-    /// What its packets start with.
+    /// Link-layer header of the interface's packets.
     pub frame: Frame,
-    /// Id of the network namespace of its peer, where that is another one (`IFLA_LINK_NETNSID`).
+    /// ID of the peer's network namespace, if it differs from this one (`IFLA_LINK_NETNSID`).
     pub peer_netns: Option<i32>,
-    /// Index of the bridge, bond, team or VRF that this interface is a port of (`IFLA_MASTER`).
+    /// Index of the bridge, bond, team or VRF to which this interface belongs as a port (`IFLA_MASTER`).
     pub master: Option<u32>,
     /// Index of the interface below this one (`IFLA_LINK`), if both are in one network namespace. Devices of a pair
     /// (veth, netkit) name their peer.
     pub lower: Option<u32>,
-    /// Id of the XDP program on the interface, which runs before every TC hook; 0 if the kernel does not tell the id.
-    /// A program that a BPF link attaches causes no event, so that only a resync finds it.
+    /// ID of the XDP program on the interface, which runs before every TC hook, or 0 if the kernel does not report the
+    /// ID. Attaching a program with a BPF link causes no event, so only a resync finds it.
     pub xdp: Option<u32>,
 }
 
-/// Kinds of device that are told apart.
+/// Kinds of devices that the agent treats differently.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Kind {
-    /// Virtual Ethernet pair.
+    /// One end of a veth pair.
     Veth,
     /// Primary device of a netkit pair (kernel 6.7): the host side, which takes the programs of both devices.
     Netkit,
     /// Peer device of a netkit pair: the pod's side, which takes no netkit program.
     NetkitPeer,
-    /// Bridge.
+    /// Linux bridge, not its ports.
     Bridge,
-    /// Bond.
+    /// Bond, not its slaves.
     Bond,
-    /// Team.
+    /// Team device, not its ports.
     Team,
-    /// VLAN.
+    /// VLAN device on top of another one.
     Vlan,
-    /// macvlan or macvtap.
+    /// macvlan or macvtap device.
     Macvlan,
-    /// ipvlan or ipvtap.
+    /// ipvlan or ipvtap device.
     Ipvlan,
-    /// Virtual routing and forwarding device.
+    /// Virtual routing and forwarding (VRF) device.
     Vrf,
-    /// Intermediate functional block: receives packets that filters of other interfaces redirect.
+    /// Intermediate functional block (ifb): receives packets that filters of other interfaces redirect.
     Ifb,
     /// Open vSwitch datapath or internal port.
     Ovs,
-    /// Loopback.
+    /// Loopback device, which gets no hook.
     Loopback,
-    /// Any other.
+    /// Device of any other kind.
     Other,
-    /// The kernel lists it, but its description could not be read. It is guarded as a pod's: at an interface that is
-    /// none the guard finds nothing to deny, and the other mistake would leave a pod unguarded.
+    /// Interface that the kernel lists, but whose description could not be read. The agent treats it as a pod's: on an
+    /// interface that is not a pod's the program finds nothing to deny, while the opposite error would leave a pod
+    /// unenforced.
     Unreadable,
 }
 
-/// Name of the interface with this index in the calling thread's network namespace, where there is one.
+/// Returns the name of the interface with this index in the calling thread's network namespace, if it exists.
 #[must_use]
 pub fn name_of(index: u32) -> Option<String> {
-    // Bytes that are not UTF-8 are escaped as in the name of [`Link::unreadable`].
+    // Invalid UTF-8 is escaped like in the name of [`Link::unreadable`].
     let name = if_indextoname(index).ok()?;
     Some(name.into_string().unwrap_or_else(|error| escape_bytes(error.into_cstring().as_bytes())))
 }
 
 impl Link {
-    /// An interface of which nothing but this is known.
+    /// Creates an interface whose other properties are unknown.
     #[must_use]
     pub fn unreadable(index: u32, name: String) -> Self {
         Self { name, kind: Kind::Unreadable, ..Self::with_index(index) }
     }
 
-    /// An interface of no special kind, without a name.
+    /// Creates an Ethernet interface of kind [`Kind::Other`] without a name.
     #[must_use]
     pub const fn with_index(index: u32) -> Self {
         Self {
@@ -101,14 +102,14 @@ impl Link {
         }
     }
 
-    /// Reports whether the interface is one end of a veth pair that has both ends in this network namespace.
+    /// Reports whether the interface is one end of a veth pair with both ends in this network namespace.
     #[must_use]
     pub fn is_internal_pair(&self) -> bool {
         self.kind == Kind::Veth && self.peer_netns.is_none() && self.lower.is_some()
     }
 
-    /// Reports whether the other end is in another network namespace, or may be: a pod's link, or an uplink of a node that
-    /// is itself a container.
+    /// Reports whether the other end is, or may be, in another network namespace: the link of a pod, or an uplink of a
+    /// node that is itself a container.
     #[must_use]
     pub fn leads_elsewhere(&self) -> bool {
         match self.kind {
@@ -118,8 +119,8 @@ impl Link {
         }
     }
 
-    /// Reads a `RTM_NEWLINK` message; `None` where it does not describe an interface as such: a bridge speaks of its
-    /// ports in messages of the same type and another family.
+    /// Parses a `RTM_NEWLINK` message. Returns `None` for a bridge's message about a port, which has the same type but
+    /// another family.
     #[must_use]
     pub fn from_message(message: LinkMessage) -> Option<Self> {
         if message.header.interface_family != AddressFamily::Unspec {
@@ -142,7 +143,7 @@ impl Link {
                 _ => {}
             }
         }
-        // An index of another network namespace means nothing in this one; tunnels have 0 for none.
+        // An index of another network namespace is meaningless in this one. Tunnels report 0 for no lower device.
         let is_here = link.peer_netns.is_none();
         link.lower = link.lower.filter(|&lower| is_here && lower != 0 && lower != link.index);
         Some(link)
@@ -171,7 +172,7 @@ fn kind(info: &[LinkInfo]) -> Option<Kind> {
     })
 }
 
-/// Reports whether `IFLA_NETKIT_PRIMARY` says so: each kernel with netkit sends it.
+/// Reports whether `IFLA_NETKIT_PRIMARY` marks the peer device. Each kernel with netkit sends the attribute.
 fn is_netkit_peer(info: &[LinkInfo]) -> bool {
     info.iter().any(|info| match info {
         LinkInfo::Data(InfoData::Netkit(data)) => data.contains(&InfoNetkit::Primary(false)),
@@ -179,7 +180,7 @@ fn is_netkit_peer(info: &[LinkInfo]) -> bool {
     })
 }
 
-/// Id of the attached XDP program. `IFLA_XDP_PROG_ID` lacks if there are several, one per mode.
+/// Returns the ID of the attached XDP program. `IFLA_XDP_PROG_ID` is missing if there are several, one per mode.
 fn xdp_program(attributes: &[LinkXdp]) -> Option<u32> {
     let is_attached = attributes
         .iter()
@@ -193,8 +194,8 @@ fn xdp_program(attributes: &[LinkXdp]) -> Option<u32> {
     is_attached.then(|| program.unwrap_or_default())
 }
 
-/// What the kernel's `dev_is_mac_header_xmit` says (`include/linux/if_arp.h`): at a TC hook the packets of the other types
-/// start with their IP header.
+/// Reports whether packets at a TC hook start with a link-layer header, like the kernel's `dev_is_mac_header_xmit`
+/// (`include/linux/if_arp.h`). Packets of the other types start with their IP header.
 fn has_link_header(layer: LinkLayerType) -> bool {
     !matches!(
         layer,

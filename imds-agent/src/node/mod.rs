@@ -1,4 +1,4 @@
-//! What the kernel says is there.
+//! State of the node, read from the kernel: interfaces, routes, network namespaces, cgroups and processes.
 
 pub mod cgroup;
 pub mod kubepods;

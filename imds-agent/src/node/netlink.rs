@@ -1,4 +1,4 @@
-//! rtnetlink: the interfaces, the ways out of the node, filters, and news of each.
+//! rtnetlink: interfaces, routes, filters, and events about their changes.
 
 use std::{
     collections::BTreeSet,
@@ -25,18 +25,18 @@ use thiserror::Error;
 use super::links::Link;
 use crate::escape::escape_bytes;
 
-/// A request to rtnetlink that failed.
+/// Error of a request to rtnetlink.
 #[derive(Debug, Error)]
 #[error("netlink: {call}")]
 pub struct NetlinkError {
-    /// The request, and its subject.
+    /// Description of the request and its object.
     call: String,
-    /// What the kernel said.
+    /// Error that the kernel returned.
     source: io::Error,
 }
 
 impl NetlinkError {
-    /// The kernel's error number, where it is one of the kernel's.
+    /// Returns the kernel's error number, if the kernel returned the error.
     #[must_use]
     pub fn errno(&self) -> Option<i32> {
         self.source.raw_os_error()
@@ -55,31 +55,31 @@ impl NetlinkError {
     }
 }
 
-/// News from the kernel.
+/// Event that the kernel reports through rtnetlink.
 #[derive(Debug)]
 pub enum Event {
-    /// An interface is new or has changed.
+    /// An interface was created or changed.
     Link(Link),
-    /// The interface with this index is gone from the namespace.
+    /// The interface with this index was deleted, or moved to another namespace.
     LinkGone(u32),
-    /// A route to this destination has changed.
+    /// A route to this destination was added, changed or removed.
     Route(Destination),
-    /// A rule has changed by which routes are chosen.
+    /// A routing policy rule was added or removed.
     Rule,
-    /// A qdisc or filter on the interface with this index has changed.
+    /// A qdisc or filter on the interface with this index was added, changed or removed.
     Filter(u32),
-    /// Events were lost.
+    /// The receive buffer overran, and events were lost.
     Overrun,
 }
 
-/// Destination of a route.
+/// Destination prefix of a route.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Destination {
     address: IpAddr,
     prefix_length: u8,
 }
 
-/// A connection to rtnetlink in the network namespace of the calling thread.
+/// Connection to rtnetlink in the network namespace of the calling thread.
 #[derive(Clone, Debug)]
 pub struct Netlink {
     handle: Handle,
@@ -87,7 +87,7 @@ pub struct Netlink {
 }
 
 impl Netlink {
-    /// Connects. Must be called within a tokio runtime.
+    /// Opens a connection. Must be called within a tokio runtime.
     pub fn connect() -> Result<Self, NetlinkError> {
         let (connection, handle, _) =
             rtnetlink::new_connection().map_err(|source| NetlinkError::new("connecting", source))?;
@@ -95,20 +95,21 @@ impl Netlink {
         Ok(Self { handle, endpoints: Vec::new() })
     }
 
-    /// Sets the protected addresses: routes to them lead to uplinks.
+    /// Sets the protected addresses. The interfaces of routes to them are uplinks.
     #[must_use]
     pub fn with_endpoints(self, endpoints: Vec<IpAddr>) -> Self {
         Self { endpoints, ..self }
     }
 
-    /// Reports whether a route to `destination` may lead to a protected endpoint: true of a default route, false of the host
-    /// route of a pod.
+    /// Reports whether a route to `destination` may lead to a protected endpoint: true for a default route, false for
+    /// the host route of a pod.
     #[must_use]
     pub fn may_be_way_out(&self, destination: Destination) -> bool {
         destination.prefix_length == 0 || self.endpoints.iter().any(|&endpoint| destination.has(endpoint))
     }
 
-    /// All news from now on: of filters only where `filters` says so. The stream never ends while the kernel can be heard.
+    /// Subscribes to events; to those of filters only if `filters` is true. The stream ends only if the connection is
+    /// lost.
     pub fn events(filters: bool) -> Result<impl Stream<Item = Event> + Unpin, NetlinkError> {
         let mut groups = vec![
             MulticastGroup::Link,
@@ -126,10 +127,10 @@ impl Netlink {
         Ok(messages.filter_map(|(message, _)| ready(Event::from_payload(message.payload))))
     }
 
-    /// All interfaces of the namespace.
+    /// Lists all interfaces of the namespace.
     pub async fn links(&self) -> Result<Vec<Link>, NetlinkError> {
-        // A description that the library can't decode is left out of the dump; the names are asked for first, so that
-        // an interface that lacks from the dump is either gone by then or such a one.
+        // The dump omits a description that the library cannot decode. List the names first: an interface that is
+        // missing from the dump was either deleted in the meantime, or could not be decoded.
         let names =
             if_nameindex().map_err(|errno| NetlinkError::new("listing interface names", errno.into()))?;
         let links = self.handle.link().get().execute();
@@ -148,11 +149,11 @@ impl Netlink {
         Ok(links)
     }
 
-    /// Indices of the interfaces by which packets can leave the node for a protected endpoint: those of all routes, in
-    /// whatever table, that lead there, and those that the kernel chooses for the node's own packets.
+    /// Returns the indices of the interfaces through which packets can leave the node for a protected endpoint: those
+    /// of all matching routes in any table, and those that the kernel chooses for the node's own packets.
     ///
-    /// A router advertisement of a pod can make the pod's link an uplink. Uplinks get an additional hook and lose none, so
-    /// that this does no harm.
+    /// A router advertisement of a pod can make the pod's link an uplink. This is harmless, because an uplink gets an
+    /// additional hook and loses none.
     pub async fn uplinks(&self) -> Result<BTreeSet<u32>, NetlinkError> {
         let leaving = self.routes(|route| self.leads_to_endpoint(route)).await?;
         let mut uplinks: BTreeSet<_> = leaving.iter().flat_map(outgoing).collect();
@@ -166,7 +167,7 @@ impl Netlink {
         route.header.kind == RouteType::Unicast && self.may_be_way_out(Destination::of(route))
     }
 
-    /// Indices of the interfaces through which the kernel sends to `endpoint`; none if it is unreachable.
+    /// Returns the indices of the interfaces through which the kernel sends to `endpoint`; empty if it is unreachable.
     async fn way_to(&self, endpoint: IpAddr) -> Result<Vec<u32>, NetlinkError> {
         Ok(self
             .route_to(endpoint)
@@ -175,8 +176,9 @@ impl Netlink {
             .map_or_else(Vec::new, |route| outgoing(&route)))
     }
 
-    /// Reports whether a protected address is local to the node, so that its own sockets receive packets for it: by a route
-    /// of any table, because rules can choose the table by mark or interface, as for transparent proxies.
+    /// Reports whether a protected address is local to the node, so that the node's own sockets receive packets for it.
+    /// Checks the routes of every table, because rules can choose the table by mark or interface, as for transparent
+    /// proxies.
     pub async fn has_local_endpoint(&self) -> Result<bool, NetlinkError> {
         let is_local = |route: &RouteMessage| {
             let destination = Destination::of(route);
@@ -186,7 +188,8 @@ impl Netlink {
         Ok(!self.routes(is_local).await?.is_empty())
     }
 
-    /// Lists the routes of all tables that are wanted: a node can have a million others.
+    /// Lists the routes of all tables that match `is_wanted`. Filters during the dump, because a node can have a
+    /// million routes.
     async fn routes(
         &self,
         is_wanted: impl Fn(&RouteMessage) -> bool,
@@ -200,7 +203,7 @@ impl Netlink {
                 Ok(found) => routes.extend(found),
                 Err(error) => {
                     let error = NetlinkError::from_rtnetlink("dumping routes", error);
-                    // A kernel without IPv6.
+                    // The kernel has no IPv6.
                     if error.errno() != Some(libc::EAFNOSUPPORT) && error.errno() != Some(libc::EOPNOTSUPP) {
                         return Err(error);
                     }
@@ -210,7 +213,7 @@ impl Netlink {
         Ok(routes)
     }
 
-    /// The route that the kernel chooses for the node's packets to `endpoint`; `None` if it has none.
+    /// Returns the route that the kernel chooses for the node's packets to `endpoint`, if there is one.
     async fn route_to(&self, endpoint: IpAddr) -> Result<Option<RouteMessage>, NetlinkError> {
         let request = match endpoint {
             IpAddr::V4(address) => {
@@ -241,8 +244,8 @@ impl Netlink {
         }
     }
 
-    /// The id that this namespace has for the network namespace of which `namespace` is a file, as in
-    /// [`Link::peer_netns`]; `None` where it has none, and so no link into it.
+    /// Returns the ID that this namespace assigns to the network namespace of the file `namespace`, as in
+    /// [`Link::peer_netns`]. Returns `None` if it has no ID, in which case no link leads into it.
     pub async fn netns_id(&self, namespace: &File) -> Result<Option<i32>, NetlinkError> {
         let error = |source| NetlinkError::new("asking for the id of a namespace", source);
         let fd = u32::try_from(namespace.as_raw_fd()).map_err(|source| error(io::Error::other(source)))?;
@@ -259,7 +262,7 @@ impl Netlink {
         Ok(id.filter(|&id| id >= 0))
     }
 
-    /// Sends a request that is answered with an acknowledgement.
+    /// Sends a request that the kernel acknowledges.
     pub(crate) async fn acknowledged(
         &self,
         call: impl Into<String>,
@@ -284,7 +287,7 @@ impl Netlink {
         self.request(message, 0).try_next().await.map_err(|source| NetlinkError::new(call, source))
     }
 
-    /// Sends a request that is answered with a list.
+    /// Sends a dump request and returns all messages of the reply.
     pub(crate) async fn dump(
         &self,
         call: impl Into<String>,
@@ -318,7 +321,7 @@ impl Netlink {
 }
 
 impl Event {
-    /// Reads a message; `None` where it is no news.
+    /// Converts a message to an event. Returns `None` if the message is irrelevant.
     #[must_use]
     pub fn from_payload(payload: NetlinkPayload<RouteNetlinkMessage>) -> Option<Self> {
         let message = match payload {
@@ -370,7 +373,7 @@ impl Destination {
     }
 }
 
-/// The interfaces through which a route leaves.
+/// Returns the indices of the interfaces through which a route leaves.
 fn outgoing(route: &RouteMessage) -> Vec<u32> {
     let mut interfaces = Vec::new();
     for attribute in &route.attributes {

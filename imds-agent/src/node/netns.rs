@@ -1,4 +1,4 @@
-//! Network namespaces: the node's, in which the agent runs, and others.
+//! Network namespaces: the node's, in which the agent runs, and those of pods.
 
 use std::{
     collections::BTreeSet,
@@ -19,23 +19,23 @@ use nix::{
     sched::{CloneFlags, setns, unshare},
 };
 
-/// `SO_NETNS_COOKIE` (Linux 5.14, commit e8b9eab99232), which no library has yet.
+/// `SO_NETNS_COOKIE` (Linux 5.14, commit e8b9eab99232), which is missing in the libc crate.
 const SO_NETNS_COOKIE: libc::c_int = 71;
 
 /// Name of the threads that enter namespaces.
 pub(crate) const THREAD: &str = "imds-netns";
 
-/// How the programs can know the node's network namespace.
+/// Property by which the BPF programs recognize the node's network namespace.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Identity {
-    /// By its cookie.
+    /// Netns cookie of the namespace.
     Cookie(u64),
-    /// It is the initial one, whose cookie they can ask for.
+    /// The namespace is the initial one, whose cookie the programs can query.
     Initial,
 }
 
 impl Identity {
-    /// As [`Policy::netns_cookie`](imds_ebpf_common::Policy::netns_cookie) has it.
+    /// Returns the value for [`Policy::netns_cookie`](imds_ebpf_common::Policy::netns_cookie).
     #[must_use]
     pub const fn cookie(self) -> u64 {
         match self {
@@ -45,14 +45,14 @@ impl Identity {
     }
 }
 
-/// The identity of the calling thread's network namespace; `None` where an older kernel has no cookie to tell and it
-/// can't be seen to be the initial one.
+/// Returns the identity of the calling thread's network namespace. Returns `None` if the kernel is too old to report
+/// the cookie, and the namespace is not recognizable as the initial one.
 pub fn identity() -> io::Result<Option<Identity>> {
     match cookie() {
         Ok(cookie) => Ok(Some(Identity::Cookie(cookie))),
         Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => {
-            // The first process of the machine is in the initial namespace, of a container in the container's: where
-            // this is a container's, the agent must not take it for the machine's.
+            // Process 1 of the machine is in the initial namespace. In a container, process 1 is the container's, whose
+            // namespace must not be mistaken for the initial one.
             let is_first = inode("/proc/1/ns/net")? == inode("/proc/thread-self/ns/net")?;
             Ok((is_first && is_node_pid_namespace()).then_some(Identity::Initial))
         }
@@ -60,28 +60,29 @@ pub fn identity() -> io::Result<Option<Identity>> {
     }
 }
 
-/// Whether the processes of the whole machine can be seen: then the kernel's own are among them.
+/// Reports whether the agent runs in the node's pid namespace, where kernel threads are visible.
 #[must_use]
 pub fn is_node_pid_namespace() -> bool {
     fs::read_to_string("/proc/2/comm").is_ok_and(|comm| comm.trim() == "kthreadd")
 }
 
-/// Inode number of the calling thread's network namespace, which is unique among those that exist.
+/// Returns the inode number of the calling thread's network namespace, which is unique among existing namespaces.
 pub fn this_inode() -> io::Result<u32> {
     // proc_inum is an unsigned int (include/linux/ns_common.h).
     u32::try_from(inode("/proc/thread-self/ns/net")?).map_err(io::Error::other)
 }
 
-/// Properties of a network namespace by which the datapath knows its senders.
+/// Properties by which the datapath recognizes senders in a network namespace.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct NetnsIdentity {
-    /// Cookie of the namespace; `None` before Linux 5.14.
+    /// Netns cookie; `None` before Linux 5.14.
     pub cookie: Option<u64>,
-    /// Addresses of its interfaces, without those of loopback.
+    /// Addresses of the interfaces, without those of loopback.
     pub addresses: BTreeSet<IpAddr>,
 }
 
-/// Reads the identity of the network namespace that `namespace` is a file of. Enters it, which takes `CAP_SYS_ADMIN`.
+/// Reads the identity of the network namespace of the file `namespace`. Enters the namespace, which requires
+/// `CAP_SYS_ADMIN`.
 pub fn identity_of(namespace: &File) -> io::Result<NetnsIdentity> {
     let (cookie, addresses) = inside(namespace, || (cookie(), addresses()))?;
     let cookie = match cookie {
@@ -91,7 +92,7 @@ pub fn identity_of(namespace: &File) -> io::Result<NetnsIdentity> {
     Ok(NetnsIdentity { cookie, addresses: addresses? })
 }
 
-/// Addresses of the interfaces in the calling thread's network namespace, without those of loopback.
+/// Returns the addresses of the interfaces in the calling thread's network namespace, without those of loopback.
 pub fn addresses() -> io::Result<BTreeSet<IpAddr>> {
     let address = |interface: InterfaceAddress| {
         let storage = interface.address?;
@@ -108,9 +109,9 @@ fn inode(path: &str) -> io::Result<u64> {
 fn cookie() -> io::Result<u64> {
     let socket = UdpSocket::bind("127.0.0.1:0").or_else(|_| UdpSocket::bind("0.0.0.0:0"))?;
     let mut cookie = 0_u64;
-    #[expect(clippy::cast_possible_truncation, reason = "8")]
+    #[expect(clippy::cast_possible_truncation, reason = "size_of::<u64>() is 8")]
     let mut length = size_of::<u64>() as libc::socklen_t;
-    // SAFETY: the buffer is as long as the length says, and both outlive the call.
+    // SAFETY: `length` is the size of the buffer, and both outlive the call.
     let result = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
@@ -123,12 +124,13 @@ fn cookie() -> io::Result<u64> {
     if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
 }
 
-/// A new network namespace that only a descriptor of this process holds: it is gone, with all in it, when that is closed.
+/// New network namespace that only a descriptor of this process keeps alive. Closing the descriptor deletes the
+/// namespace with all its interfaces.
 #[derive(Debug)]
 pub struct Namespace(File);
 
 impl Namespace {
-    /// Makes one, which takes `CAP_SYS_ADMIN`.
+    /// Creates a namespace, which requires `CAP_SYS_ADMIN`.
     pub fn new() -> io::Result<Self> {
         on_thread(|| {
             unshare(CloneFlags::CLONE_NEWNET)?;
@@ -136,12 +138,12 @@ impl Namespace {
         })
     }
 
-    /// Cookie of the namespace, which Linux 5.14 and newer report.
+    /// Returns the netns cookie. Requires Linux 5.14.
     pub fn cookie(&self) -> io::Result<u64> {
         self.run(cookie)?
     }
 
-    /// Runs `work` in it, on a thread of its own: the caller's never changes.
+    /// Runs `work` in the namespace, on a separate thread, so that the caller's thread stays in its own.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
         inside(&self.0, work)
     }
@@ -153,8 +155,8 @@ impl AsFd for Namespace {
     }
 }
 
-/// Runs `work` in the network namespace that `namespace` is a file of. The thread ends with it: no other work can come to run
-/// in there.
+/// Runs `work` in the network namespace of the file `namespace`. The thread ends afterwards, so that no other work runs
+/// in that namespace by mistake.
 fn inside<T: Send>(namespace: &File, work: impl FnOnce() -> T + Send) -> io::Result<T> {
     on_thread(|| {
         setns(namespace, CloneFlags::CLONE_NEWNET)?;

@@ -1,4 +1,4 @@
-//! The cgroups that a kubelet makes for pods: which is whose.
+//! Cgroups that the kubelet creates for pods, and the pods to which they belong.
 
 use std::{
     fs, iter,
@@ -8,53 +8,54 @@ use std::{
 
 use super::{cgroup, kubepods, sandbox};
 
-/// Names of the kubelet's cgroups for pods whose quality of service is not guaranteed.
+/// Names of the kubelet's cgroups for the QoS classes other than Guaranteed.
 const QOS: [&str; 2] = ["burstable", "besteffort"];
-/// Length of the id of a static pod, which is a hash in hexadecimal digits. Other ids also have hyphens.
+/// Length of the UID of a static pod, which is a hash in hexadecimal digits. Other UIDs also have hyphens.
 const MIN_UID_LEN: usize = 32;
 
-/// The kubelet's parts of the cgroup hierarchies.
+/// Cgroups of the kubelet (`kubepods`) in all hierarchies.
 #[derive(Clone, Debug, Default)]
 pub struct Tree {
-    /// The parts in each hierarchy, v2 first. A hierarchy has more than one when the kubelet had other settings before.
+    /// Cgroups of the kubelet in each hierarchy, v2 first. A hierarchy has several if the kubelet had other settings
+    /// before.
     hierarchies: Vec<Hierarchy>,
 }
 
-/// The kubelet's parts of one hierarchy.
+/// Cgroups of the kubelet in one hierarchy.
 #[derive(Clone, Debug)]
 struct Hierarchy {
-    /// Owner of the root, which is root on each node that the agent can protect.
+    /// Owner of the hierarchy's root cgroup. On each node that the agent can protect, this is the user root.
     owner: u32,
     tops: Vec<PathBuf>,
 }
 
 impl Tree {
-    /// Looks for where they start.
+    /// Searches the kubelet's cgroups again.
     pub fn search(&mut self) {
         let v2 = cgroup::root().ok().flatten();
-        // Each process is in a cgroup of every hierarchy, so that one will do. Which of them the kubelet uses on a hybrid
-        // host depends on its driver.
+        // Each process is in a cgroup of every v1 hierarchy, so one of them suffices. The hierarchy that the kubelet
+        // uses on a hybrid host depends on its driver.
         let v1 = cgroup::v1_roots().unwrap_or_default();
         let v1 = v1.iter().filter_map(|root| Hierarchy::search(root)).find(|found| !found.tops.is_empty());
         self.hierarchies = v2.and_then(|root| Hierarchy::search(&root)).into_iter().chain(v1).collect();
     }
 
-    /// Whether there is none, or one that was found is gone.
+    /// Reports whether a new search is due: no cgroup of the kubelet was found, or one was removed since.
     #[must_use]
     pub fn is_stale(&self) -> bool {
         let mut tops = self.hierarchies.iter().flat_map(|hierarchy| &hierarchy.tops).peekable();
         tops.peek().is_none() || tops.any(|top| !top.exists())
     }
 
-    /// The cgroups of the pod with this id in their names: one in each hierarchy, v2 first. What a pod makes of its own is
-    /// not looked at: it could name it after another pod.
+    /// Returns the cgroups of the pod with this UID in their names: one in each hierarchy, v2 first. Ignores cgroups
+    /// that a pod created below its own, because it could name them after another pod.
     #[must_use]
     pub fn of(&self, uid: &str) -> Vec<PathBuf> {
         self.hierarchies.iter().flat_map(|hierarchy| hierarchy.of(uid)).collect()
     }
 
-    /// Returns the cgroups with processes that have this id in their names, if one hierarchy has more than one. Only one of
-    /// them can be the pod's, and a container that may create cgroups can have created the others.
+    /// Returns the populated cgroups that have this UID in their names, if one hierarchy has more than one. Only one of
+    /// them can be the pod's. A container that may create cgroups can have created the others.
     #[must_use]
     pub fn ambiguous(&self, uid: &str) -> Option<Vec<PathBuf>> {
         self.hierarchies.iter().find_map(|hierarchy| {
@@ -68,8 +69,8 @@ impl Tree {
 }
 
 impl Hierarchy {
-    /// The parts below `root` that no other user than root can have made: a user with a delegated cgroup may give any name
-    /// to the cgroups below it.
+    /// Searches below `root`, and returns only cgroups whose ancestors all belong to the owner of the root. A user with
+    /// a delegated cgroup may give any name to the cgroups below it.
     fn search(root: &Path) -> Option<Self> {
         let owner = fs::metadata(root).ok()?.uid();
         let is_owned = |path: &Path| fs::symlink_metadata(path).is_ok_and(|found| found.uid() == owner);
@@ -80,7 +81,7 @@ impl Hierarchy {
     }
 
     fn of(&self, uid: &str) -> Vec<PathBuf> {
-        // It is from the API server, and becomes a part of a path.
+        // The UID is untrusted input from the API server, and becomes part of a path.
         let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
         if uid.is_empty() || !uid.bytes().all(is_plain) {
             return Vec::new();
@@ -95,8 +96,9 @@ impl Hierarchy {
     }
 }
 
-/// The cgroup right below `parent` that a kubelet calls so, unless it is another owner's: whom a subtree was delegated to
-/// may call a cgroup anything. The name of a systemd slice starts with its parent's, and has no hyphens of its own.
+/// Returns the child cgroup of `parent` with the name that the kubelet gives it, unless it has another owner, because
+/// the owner of a delegated subtree may choose any names. The name of a systemd slice starts with that of its parent,
+/// and its own part contains no hyphens.
 fn child(parent: &Path, name: &str, owner: u32) -> Option<PathBuf> {
     let path = match parent.file_name()?.to_str()?.strip_suffix(".slice") {
         Some(stem) => parent.join(format!("{stem}-{}.slice", name.replace('-', "_"))),
@@ -105,7 +107,7 @@ fn child(parent: &Path, name: &str, owner: u32) -> Option<PathBuf> {
     fs::metadata(&path).is_ok_and(|found| found.is_dir() && found.uid() == owner).then_some(path)
 }
 
-/// Reports whether a kubelet calls the cgroup of a pod so: `pod<uid>`, or `kubepods-burstable-pod<uid>.slice`.
+/// Reports whether the name is that of a pod's cgroup: `pod<uid>`, or `kubepods-burstable-pod<uid>.slice`.
 #[must_use]
 pub fn is_pod(name: &str) -> bool {
     let last = name.strip_suffix(".slice").map_or(Some(name), |stem| stem.rsplit('-').next());
@@ -114,7 +116,8 @@ pub fn is_pod(name: &str) -> bool {
     uid.is_some_and(|uid| uid.len() >= MIN_UID_LEN && uid.bytes().all(is_plain))
 }
 
-/// The id in the name of a container's cgroup: `cri-containerd-<id>.scope`, `crio-<id>.scope` or `<id>`.
+/// Returns the container ID in the name of a container's cgroup: `cri-containerd-<id>.scope`, `crio-<id>.scope` or
+/// `<id>`.
 #[must_use]
 pub fn container(name: &str) -> Option<String> {
     let stem = name.strip_suffix(".scope").unwrap_or(name);
@@ -143,7 +146,7 @@ mod tests {
             format!(
                 "kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice/kubelet-kubepods-burstable-pod{STATIC}.slice"
             ),
-            // None of a pod: a wrong parent's name, another level, no name.
+            // Not pods: name of a wrong parent, wrong level, no UID.
             "kubepods.slice/kubepods-burstable.slice/kubepods-podz.slice".to_owned(),
             "kubepods/burstable/burstable/podz".to_owned(),
             "kubepods/pod".to_owned(),
@@ -175,7 +178,7 @@ mod tests {
         }
         let count = || Hierarchy::search(root.path()).unwrap().of("x").len();
         assert_eq!(count(), 3);
-        // A cgroup of root below a delegated one counts no more than the delegated one.
+        // A cgroup of root below a delegated one is ignored like the delegated one.
         own("user.slice/user@1000.service");
         assert_eq!(count(), 2);
         own("kubepods/burstable/podx");

@@ -1,4 +1,4 @@
-//! A process, held such that its id can't come to mean another.
+//! Handle of a process that cannot refer to another process after its PID is reused.
 
 use std::{
     fs::File,
@@ -12,18 +12,17 @@ use nix::{
     sys::stat::Mode,
 };
 
-/// Where processes are.
+/// Mount point of the proc file system.
 pub(super) const PROC: &str = "/proc";
 
-/// A process's directory in /proc, opened. Once the process is reaped nothing can be read through it, also when its id
-/// has been given to another.
+/// Open directory of a process in /proc. Once the process is reaped, reads through it fail, even if its PID was reused.
 #[derive(Debug)]
 pub(super) struct Process {
     directory: OwnedFd,
 }
 
 impl Process {
-    /// Opens the process with this id; `None` where there is none, or only what is left of one.
+    /// Opens the process with this PID. Returns `None` if it does not exist or is a zombie.
     pub(super) fn open(pid: u32) -> io::Result<Option<Self>> {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let opened =
@@ -33,19 +32,19 @@ impl Process {
         Ok(process.is_alive()?.then_some(process))
     }
 
-    /// Whether it is still there.
+    /// Reports whether the process still exists and is not a zombie.
     pub(super) fn is_alive(&self) -> io::Result<bool> {
         Ok(self.started()?.is_some())
     }
 
-    /// When it was started, in clock ticks since boot; `None` where it is no longer there.
+    /// Returns the start time of the process in clock ticks since boot, or `None` if it has ended.
     pub(super) fn started(&self) -> io::Result<Option<u64>> {
         let mut text = Vec::new();
         let read = self.read("stat").and_then(|mut stat| stat.read_to_end(&mut text));
         Ok(unless_gone(read)?.and_then(|_| started(&text)))
     }
 
-    /// Its network namespace.
+    /// Opens the network namespace of the process, or returns `None` if it has ended.
     pub(super) fn netns(&self) -> io::Result<Option<File>> {
         unless_gone(self.read("ns/net"))
     }
@@ -55,7 +54,7 @@ impl Process {
     }
 }
 
-/// `None` for what a process that has just ended leaves.
+/// Turns the errors that mean that a process has ended into `None`.
 fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Ok(value) => Ok(Some(value)),
@@ -64,8 +63,8 @@ fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-/// The start time in /proc/PID/stat; `None` for a zombie. Second in the line is the name, in parentheses, and it can have
-/// anything in it (proc(5)).
+/// Returns the start time in /proc/PID/stat, or `None` for a zombie. The second field is the name in parentheses, which
+/// can contain any characters (proc(5)).
 fn started(stat: &[u8]) -> Option<u64> {
     let behind_name = stat.rsplit(|&byte| byte == b')').next().filter(|rest| rest.len() < stat.len())?;
     let mut fields = str::from_utf8(behind_name).ok()?.split_ascii_whitespace();

@@ -1,4 +1,4 @@
-//! The sandboxes of Kubernetes pods: from a pod's cgroups to what the datapath knows it by.
+//! Sandboxes of Kubernetes pods: maps a pod's cgroups to the identities that the datapath uses.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,25 +16,25 @@ use super::{
 };
 use crate::kube::Pod;
 
-/// A pod of Kubernetes that has processes.
+/// Sandbox of a Kubernetes pod with at least one process.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Sandbox {
-    /// What the datapath knows it by.
+    /// Identities by which the datapath recognizes the pod.
     pub senders: Senders,
-    /// Ids of its cgroups v2, and of each the id of the container whose it is.
+    /// IDs of the pod's cgroups v2, with the ID of the container to which each belongs.
     pub cgroups: BTreeMap<u64, Option<String>>,
-    /// The id of its network namespace, where a link leads there.
+    /// ID of the pod's network namespace, if a link leads there.
     pub netns_id: Option<i32>,
 }
 
 impl Sandbox {
-    /// The sandbox of a pod with processes in several `cgroups` of one hierarchy: nothing is known of it.
+    /// Creates a sandbox without identities, for a pod with processes in several `cgroups` of one hierarchy.
     #[must_use]
     pub fn ambiguous(Pod { namespace, name, .. }: &Pod, cgroups: &[PathBuf]) -> Self {
         let paths: Vec<_> = cgroups.iter().map(|path| path.display().to_string()).collect();
         let mut sandbox = Self::default();
         sandbox.senders.fail(format!(
-            "pod {namespace}/{name} is not exempt, because several cgroups have its id: {}; end the processes in those \
+            "pod {namespace}/{name} is not exempt, because several cgroups have its UID: {}; end the processes in those \
              that the kubelet did not create",
             paths.join(", ")
         ));
@@ -43,7 +43,8 @@ impl Sandbox {
 }
 
 impl Finder {
-    /// The pod of Kubernetes whose cgroups these are, one in each of some hierarchies; `None` where it has no sandbox yet.
+    /// Resolves the sandbox of the Kubernetes pod that owns `cgroups`, one per hierarchy. Returns `None` if it has no
+    /// sandbox yet.
     pub async fn pod(
         &self,
         netlink: &Netlink,
@@ -67,13 +68,13 @@ impl Finder {
         Some(sandbox)
     }
 
-    /// The network namespace of a pod's oldest process: the runtime made the sandbox with it. A younger one may have gone
-    /// elsewhere, into a namespace that is not the pod's. Before a sandbox is what it will be, there are the runtime's own
-    /// processes, in the node's namespace.
+    /// Opens the network namespace of a pod's oldest process, which the runtime started in the sandbox. A younger
+    /// process may have entered another namespace. While the runtime creates a sandbox, the cgroup contains its own
+    /// processes, which are still in the node's namespace.
     fn first_process(&self, cgroups: &[PathBuf], host_network: bool) -> Result<Option<Namespace>, String> {
-        let unreadable = |error| format!("can't look at the processes of a pod: {error}");
+        let unreadable = |error| format!("failed to read the processes of a pod: {error}");
         let mut are_hidden = false;
-        // Each process is in a cgroup of every hierarchy, so that one will do.
+        // Each process is in a cgroup of every hierarchy, so one of them suffices.
         for cgroup in cgroups {
             let mut processes = Vec::new();
             for procs in below(cgroup).into_iter().map(|directory| directory.join("cgroup.procs")) {
@@ -94,7 +95,7 @@ impl Finder {
         }
         if are_hidden {
             return Err(
-                "can't see the processes of a pod: the agent needs the node's pid namespace (hostPID)"
+                "the processes of a pod are not visible: the agent needs the node's pid namespace (hostPID)"
                     .to_owned(),
             );
         }
@@ -102,14 +103,14 @@ impl Finder {
     }
 }
 
-/// Ids of the cgroups v2 among these and below them, and the containers whose they are.
+/// Returns the IDs of these cgroups v2 and those below, with the containers to which they belong.
 fn containers(cgroups: &[PathBuf]) -> BTreeMap<u64, Option<String>> {
     let is_v2 = |path: &&PathBuf| path.join("cgroup.controllers").exists();
     let of_pod = |pod: &PathBuf| {
         below(pod)
             .into_iter()
             .filter_map(|path| {
-                // The container's own cgroups are below the one that is named after it.
+                // Cgroups that the container creates are below the one that is named after it.
                 let first = path.strip_prefix(pod).ok()?.iter().next();
                 let container = first.and_then(|name| pod_cgroups::container(name.to_str()?));
                 Some((fs::metadata(&path).ok()?.ino(), container))
@@ -119,13 +120,13 @@ fn containers(cgroups: &[PathBuf]) -> BTreeMap<u64, Option<String>> {
     cgroups.iter().filter(is_v2).flat_map(of_pod).collect()
 }
 
-/// Ids of the cgroups v2 among these and below them.
+/// Returns the IDs of these cgroups v2 and of those below.
 #[must_use]
 pub fn cgroup_ids(cgroups: &[PathBuf]) -> BTreeSet<u64> {
     containers(cgroups).into_keys().collect()
 }
 
-/// Whether a process that can be seen is in one of these cgroups or below.
+/// Reports whether one of these cgroups, or one below, has a visible process.
 #[must_use]
 pub fn is_inhabited(cgroups: &[PathBuf]) -> bool {
     cgroups.iter().flat_map(|cgroup| below(cgroup)).any(|path| !pids(&path.join("cgroup.procs")).is_empty())

@@ -1,5 +1,4 @@
-//! From what an operator knows a pod by to what the datapath does: indices of links, cookies of network namespaces, and
-//! ids of cgroups.
+//! Resolves exempt senders to the identities that the datapath uses: interface indices, netns cookies and cgroup IDs.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,62 +18,63 @@ use super::{
     process::{PROC, Process},
 };
 
-/// How deep below a cgroup processes are looked for.
+/// Depth of the search for processes below a cgroup.
 const MAX_DEPTH: usize = 8;
-/// Where network namespaces have names: by `ip netns` and the container runtimes, and by Docker.
+/// Directories with named network namespaces: those of `ip netns` and most container runtimes, and those of Docker.
 const NAMED: [&str; 2] = ["/run/netns", "/run/docker/netns"];
 /// Maximum number of source addresses of one exempt pod, so that one pod can't fill the map of all.
 const MAX_ADDRESSES: usize = 1024;
 
-/// What the datapath knows some pods by.
+/// Identities by which the datapath recognizes a set of pods.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Senders {
-    /// Indices of the node's ends of their links.
+    /// Indices of the host-side interfaces.
     pub interfaces: BTreeSet<u32>,
-    /// Cookies of their network namespaces.
+    /// Netns cookies of the pods.
     pub cookies: BTreeSet<u64>,
-    /// Ids of their cgroups v2.
+    /// IDs of the pods' cgroups v2.
     pub cgroups: BTreeSet<u64>,
     /// Addresses of the pods, by the index of the host-side interface.
     pub addresses: BTreeMap<u32, BTreeSet<IpAddr>>,
-    /// Why some of this is not known.
+    /// Reasons why the identities are incomplete.
     pub failures: BTreeSet<String>,
-    /// One of them whose network namespace has no cookie to tell, as before Linux 5.14: only sockets are judged by it.
+    /// One of the network namespaces whose cookie the kernel does not report (before Linux 5.14). Only the socket hook
+    /// needs the cookie.
     pub without_cookie: Option<String>,
 }
 
-/// What is cheap to ask of a path by which pods are known.
+/// Fingerprint of a path, which is cheap to compute and changes when the senders behind the path may have changed.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Trace {
     inodes: BTreeSet<u64>,
     pids: BTreeSet<u32>,
 }
 
-/// A network namespace, which is there for as long as this is.
+/// Open network namespace, which exists at least as long as this handle.
 #[derive(Debug)]
 pub(super) struct Namespace {
     file: File,
     pub(super) inode: u64,
 }
 
-/// Finds pods on this node. It takes the node's pid namespace, `CAP_SYS_PTRACE` to open the namespaces of processes of
-/// other users, and `CAP_SYS_ADMIN` to enter them.
+/// Resolves pods on this node. Requires the node's pid namespace, `CAP_SYS_PTRACE` to open the namespaces of other
+/// users' processes, and `CAP_SYS_ADMIN` to enter them.
 #[derive(Debug)]
 pub struct Finder {
     /// Inode number of the node's network namespace.
     pub(super) node: u64,
-    /// Identities of the namespaces behind links, by index and the namespace's id. The cookie of a link never changes; its
-    /// addresses are read again after [`Finder::refresh`].
+    /// Identities of the namespaces behind links, by ifindex and namespace ID. The cookie behind a link never changes.
+    /// The addresses are read again after [`Finder::refresh`].
     behind: BTreeMap<(u32, i32), NetnsIdentity>,
 }
 
 impl Finder {
-    /// A finder for the node whose network namespace is the calling thread's.
+    /// Creates a finder for the node whose network namespace is that of the calling thread.
     pub fn new() -> io::Result<Self> {
         Ok(Self { node: netns::this_inode()?.into(), behind: BTreeMap::new() })
     }
 
-    /// Those whose links these are.
+    /// Resolves the pods behind these links.
     pub async fn behind(&mut self, netlink: &Netlink, links: &[&Link]) -> Senders {
         let mut senders = Senders::default();
         let mut unknown = BTreeMap::new();
@@ -95,32 +95,33 @@ impl Finder {
             match netns::identity_of(&namespace.file) {
                 Ok(identity) => {
                     senders.add_identity(&link.name, &identity, [link.index]);
-                    // A pod that has none but link-local addresses is still being set up.
+                    // A pod that has only link-local addresses is still being set up.
                     if identity.addresses.iter().any(|address| !is_link_local(*address)) {
                         self.behind.insert((link.index, id), identity);
                     }
                 }
                 Err(error) => {
-                    senders.fail(format!("can't enter the network namespace behind {}: {error}", link.name));
+                    senders
+                        .fail(format!("failed to enter the network namespace behind {}: {error}", link.name));
                 }
             }
         }
         for link in unknown.into_values() {
             let name = &link.name;
             senders.fail(format!(
-                "can't find the network namespace behind {name}: no process and no name leads there"
+                "failed to find the network namespace behind {name}: it has no process and no name"
             ));
         }
         senders
     }
 
-    /// Reads the addresses of pods again at the next search.
+    /// Drops the cached identities, so that the next search reads the addresses of pods again.
     pub fn refresh(&mut self) {
         self.behind.clear();
     }
 
-    /// Ids of the network namespaces in which containers run, as [`Link::peer_netns`] has them. CNI plugins enter them too,
-    /// but stay in the mount namespace of the first process.
+    /// Returns the IDs of the network namespaces in which containers run, as in [`Link::peer_netns`]. CNI plugins also
+    /// enter these namespaces, but stay in the mount namespace of process 1.
     pub async fn inhabited(&self, netlink: &Netlink) -> BTreeSet<i32> {
         let mut ids = BTreeSet::new();
         let mounts = |process: &Path| fs::metadata(process.join("ns/mnt")).ok().map(|file| file.ino());
@@ -135,13 +136,13 @@ impl Finder {
         ids
     }
 
-    /// Forgets all links but these.
+    /// Drops the cached identities of all links except these.
     pub fn keep(&mut self, links: &BTreeMap<u32, Link>) {
         self.behind
             .retain(|(index, id), _| links.get(index).is_some_and(|link| link.peer_netns == Some(*id)));
     }
 
-    /// Those in the network namespace at `path`; nobody where there is none, or the node's own.
+    /// Resolves the network namespace at `path`. Empty if it does not exist, or is the node's own.
     pub async fn in_netns(&self, netlink: &Netlink, pods: &[&Link], path: &Path) -> Senders {
         let mut senders = Senders::default();
         match Namespace::open(path) {
@@ -150,17 +151,17 @@ impl Finder {
             }
             Ok(namespace) => drop(senders.add(&namespace, path.display(), netlink, pods).await),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => senders.fail(format!("can't open {}: {error}", path.display())),
+            Err(error) => senders.fail(format!("failed to open {}: {error}", path.display())),
         }
         senders
     }
 
-    /// Those that have processes in the cgroup at `path` or below, and these cgroups.
+    /// Resolves the cgroup at `path` and those below: their IDs, and the network namespaces of their processes.
     pub async fn in_cgroup(&self, netlink: &Netlink, pods: &[&Link], path: &Path) -> Senders {
         let mut senders = Senders::default();
         let mut seen = BTreeSet::from([self.node]);
         for directory in directories(path) {
-            // Only those of v2 have ids that the programs can ask for.
+            // Programs can only query the IDs of v2 cgroups.
             if directory.join("cgroup.controllers").exists()
                 && let Ok(metadata) = fs::metadata(&directory)
             {
@@ -174,7 +175,7 @@ impl Finder {
                     }
                     Ok(_) => {}
                     Err(error) => {
-                        senders.fail(format!("can't look at the processes in {}: {error}", path.display()));
+                        senders.fail(format!("failed to read the processes in {}: {error}", path.display()));
                     }
                 }
             }
@@ -182,7 +183,8 @@ impl Finder {
         senders
     }
 
-    /// What changes with what [`Finder::in_netns`] and [`Finder::in_cgroup`] find at `path`.
+    /// Returns the fingerprint of `path`, which changes when [`Finder::in_netns`] or [`Finder::in_cgroup`] may find
+    /// other senders.
     #[must_use]
     pub fn trace(path: &Path) -> Trace {
         let directories = directories(path);
@@ -193,8 +195,8 @@ impl Finder {
         }
     }
 
-    /// The network namespace of a process of which `procs` says that it is in that cgroup. Its number may become
-    /// another's: if it is there before and after, it was all the time.
+    /// Opens the network namespace of a process that `procs` lists as a member of its cgroup. The PID may be reused
+    /// concurrently: if the list contains it before and after, it belonged to the same process throughout.
     pub(super) fn netns_of(pid: u32, procs: &Path) -> io::Result<Option<Namespace>> {
         let Some(process) = Process::open(pid)? else { return Ok(None) };
         let Some(file) = process.netns()? else { return Ok(None) };
@@ -204,23 +206,23 @@ impl Finder {
         Namespace::of(file).map(Some)
     }
 
-    /// All but the node's own that a name or a process leads to.
+    /// Opens all named or populated network namespaces except the node's own.
     fn namespaces(&self) -> Vec<Namespace> {
         self.namespaces_of(NAMED.into_iter().flat_map(entries).chain(process_namespaces()))
     }
 
     fn namespaces_of(&self, paths: impl Iterator<Item = PathBuf>) -> Vec<Namespace> {
         let mut seen = BTreeSet::from([self.node]);
-        // What can't be opened is missing in the end, which is said there.
+        // A namespace that cannot be opened is reported as missing later.
         let is_new = |path: &PathBuf| fs::metadata(path).is_ok_and(|metadata| seen.insert(metadata.ino()));
         paths.filter(is_new).filter_map(|path| Namespace::open(&path).ok()).collect()
     }
 }
 
 impl Namespace {
-    /// Opens the file at `path`, which may be none of a namespace.
+    /// Opens the file at `path`. Does not check that it is a network namespace.
     fn open(path: &Path) -> io::Result<Self> {
-        // Without blocking: a pipe that nobody writes to would hold the agent.
+        // Open without blocking: a FIFO without a writer would block the agent.
         Self::of(File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?)
     }
 
@@ -231,7 +233,7 @@ impl Namespace {
 }
 
 impl Senders {
-    /// Takes in those of `others`.
+    /// Adds the identities of `others`.
     pub fn extend(&mut self, others: &Self) {
         self.interfaces.extend(&others.interfaces);
         self.cookies.extend(&others.cookies);
@@ -245,7 +247,7 @@ impl Senders {
         }
     }
 
-    /// Adds what is in `namespace`, which is that of `what`. Returns its id, where it has one.
+    /// Adds the identities of `namespace`, which belongs to `what`. Returns its namespace ID, if it has one.
     pub(super) async fn add(
         &mut self,
         namespace: &Namespace,
@@ -256,15 +258,15 @@ impl Senders {
         let identity = match netns::identity_of(&namespace.file) {
             Ok(identity) => identity,
             Err(error) => {
-                self.fail(format!("can't enter the network namespace of {what}: {error}"));
+                self.fail(format!("failed to enter the network namespace of {what}: {error}"));
                 return None;
             }
         };
         self.add_identity(&what.to_string(), &identity, []);
-        // As long as the file is open the namespace is there, and its id no other's. Where it has none no link leads
-        // there: it is reached by macvlan, or not yet at all.
+        // The open file keeps the namespace and its ID from being reused. A namespace without an ID has no link: its
+        // pod uses macvlan, or is not connected yet.
         let id = netlink.netns_id(&namespace.file).await.unwrap_or_else(|error| {
-            self.fail(format!("can't find the links of {what}: {:#}", anyhow::Error::from(error)));
+            self.fail(format!("failed to find the links of {what}: {:#}", anyhow::Error::from(error)));
             None
         })?;
         let links = pods.iter().filter(|link| link.peer_netns == Some(id)).map(|link| link.index);
@@ -295,20 +297,20 @@ impl Senders {
     }
 }
 
-/// The cgroups that `path` means, and those below them.
+/// Returns the cgroups that `path` matches in any hierarchy, and those below.
 fn directories(path: &Path) -> Vec<PathBuf> {
     let roots = cgroup::root().ok().flatten().into_iter().chain(cgroup::v1_roots().unwrap_or_default());
-    // Of an absolute path joining leaves that.
+    // `join` returns an absolute `path` unchanged.
     let tops: BTreeSet<_> =
         roots.map(|root| root.join(path)).filter(|top| top.join("cgroup.procs").exists()).collect();
     tops.iter().flat_map(|top| below(top)).collect()
 }
 
-/// The cgroup at `top` and those below it.
+/// Returns the cgroup at `top` and those below.
 pub(super) fn below(top: &Path) -> Vec<PathBuf> {
     let (mut directories, mut level) = (vec![top.to_owned()], vec![top.to_owned()]);
     for _ in 0..MAX_DEPTH {
-        // What is gone meanwhile has none.
+        // A cgroup that was removed in the meantime has no children.
         level = level.iter().flat_map(|path| cgroup::children(path).unwrap_or_default()).collect();
         directories.extend(level.iter().cloned());
     }
@@ -323,7 +325,7 @@ fn is_link_local(address: IpAddr) -> bool {
     }
 }
 
-/// Files of the network namespaces of all processes.
+/// Returns the network namespace files of all processes.
 fn process_namespaces() -> impl Iterator<Item = PathBuf> {
     let processes = entries(PROC).filter(|path| {
         let name = path.file_name().unwrap_or_default().as_encoded_bytes();
@@ -336,9 +338,10 @@ fn entries(directory: impl AsRef<Path>) -> impl Iterator<Item = PathBuf> {
     fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path())
 }
 
-/// None of a cgroup that is gone, or that is a threaded one: its processes are its parent's.
+/// Returns the PIDs in a `cgroup.procs` file. Empty for a removed cgroup, and for a threaded one, whose processes
+/// belong to its parent.
 pub(super) fn pids(procs: &Path) -> Vec<u32> {
     let text = fs::read_to_string(procs).unwrap_or_default();
-    // Those of another pid namespace are 0.
+    // Processes of another pid namespace are listed as 0.
     text.lines().filter_map(|line| line.parse().ok()).filter(|&pid| pid != 0).collect()
 }

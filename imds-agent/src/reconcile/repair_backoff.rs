@@ -1,4 +1,4 @@
-//! Backoff of repairs that repeat, so that two programs that undo each other's changes do not loop.
+//! Backoff of repeated repairs, so that two programs that undo each other's changes do not loop.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -6,40 +6,40 @@ use tokio::time::Instant;
 
 use crate::datapath::pins::AttachPoint;
 
-/// Repairs in a row that run at once: a single program that is in the way needs no more.
+/// Repairs in a row without delay. A single interfering program causes no more than these.
 const BURST: u32 = 3;
-/// Delay after the last repair of the burst. Each further one doubles it.
+/// Delay after the last repair of the burst. Each further repair doubles it.
 const MIN_DELAY: Duration = Duration::from_secs(1);
-/// Upper bound of the delay.
+/// Upper bound of the delay between repairs of a hook that still has a program of the agent.
 const MAX_DELAY: Duration = Duration::from_mins(5);
 /// Upper bound of the delay if the hook has no program of the agent.
 const MAX_DELAY_IF_MISSING: Duration = Duration::from_secs(10);
-/// Time without need for a repair after which the next one starts a new burst. Longer than the longest delay and a resync
-/// interval, because a repair that was due is asked for again only then.
+/// Time without a repair after which the next one starts a new burst. Longer than the longest delay plus a resync
+/// interval, because only the resync requests a repair that is due.
 const QUIET: Duration = Duration::from_mins(10);
 
-/// Decides when a hook of an interface may be repaired: attached again, reordered, or its program replaced.
+/// Decides when a hook of an interface may be repaired: attached again, reordered, or given another program.
 #[derive(Debug, Default)]
 pub struct RepairBackoff {
     points: BTreeMap<AttachPoint, Repairs>,
     suppressed: u64,
 }
 
-/// Repairs of one hook.
+/// Repairs of one hook of one interface.
 #[derive(Debug)]
 struct Repairs {
     /// Repairs in a row, without a long interval between them.
     count: u32,
-    /// Time from which the next one may run.
+    /// Time from which the next repair may run.
     next: Instant,
-    /// A repair was suppressed since the last one that ran.
+    /// True if a repair was suppressed since the last one that ran.
     is_waiting: bool,
 }
 
 impl RepairBackoff {
-    /// Returns whether a repair of `point` may run now, and counts it as run or as suppressed.
+    /// Reports whether a repair of `point` may run now, and counts it as run or as suppressed.
     ///
-    /// `is_missing`: the hook has no program of the agent, so that the repair must not wait long.
+    /// `is_missing`: the hook has no program of the agent, so the repair must not wait long.
     pub fn allow(&mut self, point: AttachPoint, is_missing: bool, now: Instant) -> bool {
         let repairs = self.points.entry(point).or_insert(Repairs { count: 0, next: now, is_waiting: false });
         if now >= repairs.next + QUIET {
@@ -57,20 +57,20 @@ impl RepairBackoff {
         true
     }
 
-    /// Returns when a suppressed repair of `point` may run, or `None` if none waits.
+    /// Returns when a suppressed repair of `point` may run, or `None` if none is pending.
     #[must_use]
     pub fn next_retry(&self, point: AttachPoint) -> Option<Instant> {
         self.points.get(&point).filter(|repairs| repairs.is_waiting).map(|repairs| repairs.next)
     }
 
-    /// Returns the suppressed repair that may run first, and when.
+    /// Returns the suppressed repair that may run first, and its time.
     #[must_use]
     pub fn first_retry(&self) -> Option<(AttachPoint, Instant)> {
         let waiting = self.points.iter().filter(|(_, repairs)| repairs.is_waiting);
         waiting.map(|(&point, repairs)| (point, repairs.next)).min_by_key(|&(_, next)| next)
     }
 
-    /// Drops the suppressed repair of `point`: the hook is as desired. The next repair keeps the delay.
+    /// Drops the suppressed repair of `point`, because the hook is as desired. The delay of the next repair stays.
     pub fn clear(&mut self, point: AttachPoint) {
         if let Some(repairs) = self.points.get_mut(&point) {
             repairs.is_waiting = false;
@@ -82,14 +82,14 @@ impl RepairBackoff {
         self.points.retain(|point, _| point.ifindex != ifindex);
     }
 
-    /// Number of suppressed repairs since the start.
+    /// Returns the number of suppressed repairs since the start.
     #[must_use]
     pub fn suppressed(&self) -> u64 {
         self.suppressed
     }
 }
 
-/// Delay after `count` repairs in a row.
+/// Returns the delay after `count` repairs in a row.
 fn delay(count: u32) -> Duration {
     match count.checked_sub(BURST) {
         Some(repeated) => {
@@ -109,7 +109,7 @@ mod tests {
     const POINT: AttachPoint = AttachPoint { ifindex: 7, edge: TcHook::FromPod };
     const OTHER: AttachPoint = AttachPoint { ifindex: 7, edge: TcHook::NodeEgress };
 
-    /// Repairs that run within `period` if another program undoes each at once.
+    /// Returns the number of repairs that run within `period` if another program undoes each one immediately.
     async fn fight(backoff: &mut RepairBackoff, period: Duration) -> u32 {
         let (end, mut repairs) = (Instant::now() + period, 0);
         while Instant::now() < end {

@@ -14,7 +14,9 @@ fn one(lines: &str) -> Exempt {
 #[test]
 fn every_selector_is_accepted() {
     assert!(resolve("").unwrap().is_empty());
-    let Sender::Interface(glob) = one("interface = 'veth[0-3]'").sender else { panic!("an interface") };
+    let Sender::Interface(glob) = one("interface = 'veth[0-3]'").sender else {
+        panic!("expected a selector by interface")
+    };
     assert!(glob.matches("veth3") && !glob.matches("veth4"));
     assert_eq!(one("netns = '/run/netns/x'").sender, Sender::Netns("/run/netns/x".into()));
     assert_eq!(one("cgroup = 'system.slice/x'").sender, Sender::Cgroup("system.slice/x".into()));
@@ -34,15 +36,15 @@ fn invalid_rules_are_reported() {
         ("[[exempt]]\nname = ''\nnetns = '/n'".to_owned(), "2:8", "exempt.name"),
         (rule("netns = '/n'\n[[exempt]]\nname = 'a'\nnetns = '/m'"), "5:8", "already"),
         (rule("netns = '/n'\npod = 'x'"), "4:1", "pod"),
-        (rule(""), "2:8", "says not whom"),
+        (rule(""), "2:8", "missing selector"),
         (rule("netns = '/n'\ncgroup = 'c'"), "2:8", "only one"),
         (rule("interface = 'veth['"), "3:13", "veth["),
         (rule("interface = ''"), "3:13", "empty"),
         (rule("netns = 'n'"), "3:9", "absolute"),
         (rule("netns = '/run/../n'"), "3:9", ".."),
-        (rule("cgroup = '/'"), "3:10", "names nothing"),
+        (rule("cgroup = '/'"), "3:10", "no last component"),
         (rule("cgroup = '.'"), "3:10", "`.`"),
-        (rule("cgroup = ''"), "3:10", "names nothing"),
+        (rule("cgroup = ''"), "3:10", "no last component"),
         (rule("netns = '/n'\nendpoints = []"), "4:13", "empty"),
         (rule("netns = '/n'\nendpoints = ['imds', 'imds']"), "4:22", "twice"),
         (rule("netns = '/n'\nendpoints = ['vault']"), "4:14", "\"vault\""),
@@ -79,7 +81,7 @@ fn kubernetes_selectors_match_pods() {
     assert_eq!(by_label.service_account.as_deref(), Some("s"));
     let by_expression = of("namespace = 'a'\nservice_account = 's'\n\
         pod_selector.match_expressions = [{ key = 'app', operator = 'In', values = ['x'] }]");
-    assert_eq!(by_label, by_expression, "two ways to say the same");
+    assert_eq!(by_label, by_expression, "equivalent selectors");
 
     let rule = |lines: &str| format!("[[exempt]]\nname = 'a'\n{lines}");
     let expression = |rest: &str| {
@@ -92,18 +94,18 @@ fn kubernetes_selectors_match_pods() {
         (rule("service_account = 's'"), "3:19", "need a namespace"),
         (rule("netns = '/n'\npod_selector.match_labels = { a = 'b' }"), "4:1", "need a namespace"),
         (rule("namespace = 'a'\nnetns = '/n'"), "2:8", "only one"),
-        (rule("namespace = 'a'\npod_selector = {}"), "4:16", "leave it out"),
+        (rule("namespace = 'a'\npod_selector = {}"), "4:16", "remove the key"),
         (
             rule("namespace = 'a'\npod_selector = { match_labels = { a = 'b' }, labels = {} }"),
             "4:46",
             "labels",
         ),
-        (rule("namespace = 'a'\npod_selector.match_labels = { 'a b' = 'c' }"), "4:31", "key of a label"),
-        (rule("namespace = 'a'\npod_selector.match_labels = { a = 'b c' }"), "4:35", "value of a label"),
-        (expression("operator = 'in', values = ['v']"), "4:59", "none of In"),
-        (expression("operator = 'In'"), "4:59", "need them"),
+        (rule("namespace = 'a'\npod_selector.match_labels = { 'a b' = 'c' }"), "4:31", "label key"),
+        (rule("namespace = 'a'\npod_selector.match_labels = { a = 'b c' }"), "4:35", "label value"),
+        (expression("operator = 'in', values = ['v']"), "4:59", "not one of In"),
+        (expression("operator = 'In'"), "4:59", "require values"),
         (expression("operator = 'In', values = []"), "4:74", "empty"),
-        (expression("operator = 'Exists', values = ['v']"), "4:78", "have none"),
+        (expression("operator = 'Exists', values = ['v']"), "4:78", "take no values"),
         ("[kubernetes]\nenabled = 'no'\n".to_owned() + &rule("namespace = 'a'"), "4:8", "kubernetes.enabled"),
         (
             format!("{}\n{}", rule("namespace = 'a'"), rule("namespace = 'a'").replace("'a'\nn", "'b'\nn")),

@@ -133,10 +133,10 @@ fn oldest_pod_owns_disputed_cgroup() {
         (
             claimant("0", "c", new),
             &["1"][..],
-            "pod c/pod-0 claims the cgroup of the older static pod a/pod-1 by its",
+            "pod c/pod-0 claims the cgroup of the older static pod a/pod-1 with its",
         ),
         (claimant("0", "c", ""), &["1"], "pod c/pod-0 claims the cgroup of"),
-        (claimant("0", "c", old), &[], "pod c/pod-0, a/pod-1 claim the same cgroup by their"),
+        (claimant("0", "c", old), &[], "pod c/pod-0, a/pod-1 claim the same cgroup with their"),
         (
             claimant("2", "c", "2026-11-23T15:04:04Z"),
             &[],
@@ -160,7 +160,7 @@ enum Step {
     Relist(Vec<Pod>),
 }
 
-/// Few enough of each that they meet.
+/// Small alphabets, so that pods collide often.
 fn any_pod() -> impl Strategy<Value = Pod> {
     ("[0-5]", "[abc]", "[st]", "[xy]", "[0-5]", any::<bool>()).prop_map(
         |(uid, namespace, account, app, cgroup_uid, is_over)| Pod {
@@ -197,7 +197,7 @@ proptest! {
                     index.handle(PodEvent::Delete { uid })
                 }
                 Step::Relist(list) => {
-                    // Of what is there twice the later counts.
+                    // The later one of two pods with the same UID counts.
                     pods = list.iter().map(|pod| (pod.uid.clone(), pod.clone())).collect();
                     index.handle(PodEvent::Relist(list))
                 }
