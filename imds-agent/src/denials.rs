@@ -1,4 +1,4 @@
-//! Who was denied what, or would have been: for the operator who has to decide whom to exempt.
+//! Report of denied senders, and of senders that audit mode would deny, with the rules that would exempt them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,70 +21,71 @@ use crate::{
     node::netns,
 };
 
-/// Version of the JSON form: within one, fields are only added.
+/// Schema version of the JSON output. Fields are only added while it stays the same.
 const SCHEMA: u32 = 1;
-/// Most characters of a rule's name.
+/// Maximum length of a rule's name in characters.
 const LONGEST_NAME: usize = 63;
 
-/// Everybody who was denied something.
+/// Report that `imds-agent report` prints.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// Version of this form: within one, fields are only added.
+    /// Schema version. Fields are only added while it stays the same.
     pub schema: u32,
-    /// The pin directory.
+    /// Directory of the pinned maps, programs and links.
     pub pin_dir: PathBuf,
-    /// By sender, endpoint and verdict; who was denied most recently comes first.
+    /// Denials by sender, endpoint and verdict, the latest first.
     pub denials: Vec<Denial>,
-    /// Rules that would exempt them all, as lines of a configuration.
+    /// Rules that would exempt all these senders, in the syntax of the configuration file.
     pub rules: String,
 }
 
-/// What one sender was denied at one endpoint.
+/// Denials of one sender at one endpoint.
 #[derive(Clone, Debug, Serialize)]
 pub struct Denial {
-    /// Who it was.
+    /// Sender of the packets and calls.
     #[serde(flatten)]
     pub sender: Sender,
-    /// Name of the pod that was last, of those that are this sender.
+    /// Name of the pod that was denied last, among the pods of this sender.
     pub pod: Option<String>,
-    /// Name of the endpoint; `None` where it is no longer guarded.
+    /// Name of the endpoint; `None` if it is no longer protected.
     pub endpoint: Option<String>,
-    /// Its address.
+    /// Address of the endpoint.
     pub address: IpAddr,
-    /// `deny`, or `audit` for what would have been denied.
+    /// `deny`, or `audit` for requests that mode `enforce` would deny.
     pub verdict: &'static str,
-    /// How many packets or calls, by hook. A call that passes makes packets, which are counted there.
+    /// Number of packets or calls by hook. A call that passes sends packets, which other hooks count again.
     pub counts: BTreeMap<&'static str, u64>,
-    /// Bytes of these packets, link-layer headers included; none of calls.
+    /// Bytes of these packets, link-layer headers included. Calls have no bytes.
     pub bytes: u64,
-    /// When the first was.
+    /// Time of the first packet or call.
     pub first: Timestamp,
-    /// When the last was.
+    /// Time of the last packet or call.
     pub last: Timestamp,
 }
 
-/// Pods that are alike, or a sender of which no pod is known.
+/// Pods with the same namespace, service account and label, or a sender without a known pod.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 pub struct Sender {
     /// Namespace of the pods.
     pub namespace: Option<String>,
-    /// Their service account.
+    /// Service account of the pods.
     pub service_account: Option<String>,
-    /// A label that says what they run, as `key=value`.
+    /// Label that names the application, as `key=value`.
     pub label: Option<String>,
-    /// Interface by which packets came in.
+    /// Interface through which packets entered the node.
     pub interface: Option<String>,
     /// Name of the thread that called last.
     pub comm: Option<String>,
     /// cgroup of the caller, below the root of the hierarchy.
     pub cgroup: Option<String>,
-    /// A name in it is escaped, so that no rule can be made of it.
+    /// True if a name is escaped, so that no rule can match it.
     #[serde(skip)]
     pub is_escaped: bool,
 }
 
 impl Report {
-    /// Of what is recorded in `pin_dir`, where these endpoints are guarded, and interfaces with these names are pods'.
+    /// Builds the report from the records in `pin_dir`. `guarded` are the protected endpoints, `pods` the names of pod
+    /// interfaces.
     #[must_use]
     pub fn new(
         pin_dir: PathBuf,
@@ -125,11 +126,11 @@ impl Report {
         Self { schema: SCHEMA, pin_dir, denials, rules }
     }
 
-    /// As text that ends with a newline.
+    /// Returns the report as text that ends with a newline.
     #[must_use]
     pub fn table(&self) -> String {
         if self.denials.is_empty() {
-            return "nobody was denied anything, and in audit mode nobody would have been\n".to_owned();
+            return "no denials are recorded\n".to_owned();
         }
         let hooks: BTreeSet<_> =
             self.denials.iter().flat_map(|denial| denial.counts.keys().copied()).collect();
@@ -148,7 +149,7 @@ impl Report {
         }
         let mut text = format!("{}\n", table.trim_fmt());
         if !self.rules.is_empty() {
-            text += "\nrules that exempt them, for the configuration:\n\n";
+            text += "\nrules that would exempt these senders:\n\n";
             text += &self.rules;
         }
         text
@@ -170,7 +171,8 @@ impl Sender {
         }
     }
 
-    /// What a rule says to mean this sender, and a line that says what it means besides; `None` where no rule can.
+    /// Returns the selector of a rule for this sender, and a caution if the rule also covers other senders. Returns `None` if
+    /// no rule can match the sender.
     fn rule(&self, pods: &BTreeSet<String>) -> Option<(String, Option<&'static str>)> {
         if self.is_escaped {
             return None;
@@ -185,32 +187,34 @@ impl Sender {
                 });
             let has_own_account = self.service_account.as_deref().is_some_and(|account| account != "default");
             let caution = (selector.is_none() && !has_own_account)
-                .then_some("every pod of the namespace that has no service account of its own");
+                .then_some("every pod of the namespace with the default service account");
             let lines = [Some(line("namespace", namespace)), account, selector];
             return Some((lines.into_iter().flatten().collect(), caution));
         }
-        // What `verify` calls to be refused.
+        // A test call of `imds-agent verify`.
         if self.comm.as_deref() == Some(netns::THREAD) {
             return None;
         }
         if let Some(cgroup) = &self.cgroup {
             return Some((line("cgroup", cgroup), None));
         }
-        // By a bridge, packets of many pods come in.
+        // Packets of many pods enter through a bridge. A rule for one would exempt all of them.
         let interface = self.interface.as_ref().filter(|name| pods.contains(*name))?;
-        let caution = "whatever comes to have an interface of this name";
+        let caution = "every later pod whose interface has this name";
         Some((line("interface", &globset::escape(interface)), Some(caution)))
     }
 
     fn name(&self) -> String {
-        let what = self.label.as_deref().and_then(|label| Some(label.split_once('=')?.1));
+        let application = self.label.as_deref().and_then(|label| Some(label.split_once('=')?.1));
         let parts: Vec<&str> = match &self.namespace {
-            Some(namespace) => vec![namespace, what.or(self.service_account.as_deref()).unwrap_or("all")],
+            Some(namespace) => {
+                vec![namespace, application.or(self.service_account.as_deref()).unwrap_or("all")]
+            }
             None => vec![self.comm.as_deref().or(self.interface.as_deref()).unwrap_or("sender")],
         };
         let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
         let plain = |c: char| if is_plain(c) { c } else { '-' };
-        // Room for a number behind it.
+        // Leaves room for a number after the name.
         parts.join("-").chars().map(plain).take(LONGEST_NAME - 5).collect()
     }
 }
@@ -231,7 +235,7 @@ impl std::fmt::Display for Sender {
     }
 }
 
-/// One rule for each sender and all that it was denied.
+/// Returns one rule per sender, for all endpoints at which it was denied.
 fn rules(denials: &[Denial], pods: &BTreeSet<String>) -> String {
     let mut endpoints: BTreeMap<&Sender, BTreeSet<&str>> = BTreeMap::new();
     for denial in denials {
@@ -242,7 +246,7 @@ fn rules(denials: &[Denial], pods: &BTreeSet<String>) -> String {
     let (mut text, mut names, mut seen) = (String::new(), BTreeSet::new(), BTreeSet::new());
     for (sender, endpoints) in endpoints {
         let Some((lines, caution)) = sender.rule(pods) else { continue };
-        // Threads of one cgroup are one sender to a rule.
+        // One rule by cgroup covers all threads in it.
         if !seen.insert(lines.clone()) {
             continue;
         }
@@ -252,7 +256,7 @@ fn rules(denials: &[Denial], pods: &BTreeSet<String>) -> String {
         let endpoints: Vec<_> = endpoints.into_iter().map(toml::Value::from).collect();
         let endpoints = toml::Value::from(endpoints);
         // Writing to a string does not fail.
-        let _ok = caution.iter().try_for_each(|caution| writeln!(text, "# This means {caution}."));
+        let _ok = caution.iter().try_for_each(|caution| writeln!(text, "# This rule exempts {caution}."));
         let _ok = writeln!(
             text,
             "[[exempt]]\nname = \"{}\"\n{lines}endpoints = {endpoints}\n",

@@ -1,4 +1,4 @@
-//! What the programs log of themselves, in the agent's log.
+//! Forwards log messages of the BPF programs to the agent's log.
 
 use std::io;
 
@@ -7,29 +7,29 @@ use log::Log;
 use thiserror::Error;
 use tokio::io::{Interest, unix::AsyncFd};
 
-/// Why the programs' log can't be read. Guarding does not depend on it.
+/// Failure to read the log of the BPF programs. Enforcement does not depend on that log.
 #[derive(Debug, Error)]
 pub enum DiagnosticsError {
-    /// There is no such program, or it has no log.
-    #[error("can't find the log of the BPF program {program}")]
+    /// The program does not exist, or has no log.
+    #[error("failed to open the log of the BPF program {program}")]
     Open {
         /// Id of the program.
         program: u32,
-        /// What aya said.
+        /// Error of aya-log.
         source: aya_log::Error,
     },
-    /// The log can't be waited for.
-    #[error("can't wait for the log of the BPF programs")]
+    /// The ring buffer of the log can't be polled.
+    #[error("failed to poll the log of the BPF programs")]
     Wait(#[from] io::Error),
 }
 
-/// The log of the programs, which all of them share.
+/// Log of the BPF programs, which share one ring buffer.
 pub struct Diagnostics {
     logger: AsyncFd<EbpfLogger<&'static dyn Log>>,
 }
 
 impl Diagnostics {
-    /// Opens the log of a program. One reader takes what another then misses.
+    /// Opens the log of a program. Each message reaches only one reader.
     pub fn open(program: u32) -> Result<Self, DiagnosticsError> {
         let logger =
             EbpfLogger::init_from_id(program).map_err(|source| DiagnosticsError::Open { program, source })?;
@@ -39,7 +39,7 @@ impl Diagnostics {
         Ok(Self { logger })
     }
 
-    /// Passes on what is logged, until waiting for it fails.
+    /// Forwards messages until polling fails, and returns the error.
     pub async fn follow(mut self) -> io::Error {
         loop {
             match self.logger.readable_mut().await {

@@ -1,11 +1,11 @@
 //! Escapes text from outside the agent before it reaches an output: names of interfaces, threads, cgroups and pods, labels,
 //! and errors that quote them.
 //!
-//! A pod names its threads as it likes. An escape sequence in such a name would change what a terminal shows, a newline would
-//! forge a line of the log, and a bidirectional override would reorder it.
+//! A pod chooses the names of its threads. In such a name an escape sequence would control the terminal, a newline would forge
+//! a log line, and a bidirectional override would reorder the line.
 //!
-//! Backslashes stay as they are: systemd writes many into the names of cgroups. Text that is escaped already therefore stays
-//! the same, so that a name may be escaped both where it is read and where it is written.
+//! Backslashes are not escaped, because systemd uses many in the names of cgroups. Escaping is therefore idempotent: a name can
+//! be escaped both when it is read and when it is written.
 
 use std::{
     borrow::Cow,
@@ -18,21 +18,21 @@ use std::{
 use serde::Serialize;
 use serde_json::ser::{CharEscape, CompactFormatter, Formatter, PrettyFormatter, Serializer};
 
-/// Reports whether a character can change how the text around it is shown: control characters, separators of lines, and
-/// marks and overrides of the writing direction.
+/// Reports whether a character can change the display of the text around it: control characters, line separators, and marks
+/// and overrides of the writing direction.
 const fn is_unsafe(c: char) -> bool {
     matches!(c,
         '\0'..='\x1f' | '\x7f'..='\u{9f}' | '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}'
         | '\u{2066}'..='\u{2069}')
 }
 
-/// Escapes text for one line: `\n`, `\u{1b}`.
+/// Escapes text for one line, such as `\n` or `\u{1b}`.
 #[must_use]
 pub fn escape(text: &str) -> Cow<'_, str> {
     escape_all(text, is_unsafe)
 }
 
-/// Escapes text of several lines, such as a table: newlines stay.
+/// Escapes text of several lines, such as a table. Newlines are not escaped.
 #[must_use]
 pub fn escape_lines(text: &str) -> Cow<'_, str> {
     escape_all(text, |c| c != '\n' && is_unsafe(c))
@@ -52,7 +52,7 @@ pub fn escape_bytes(bytes: &[u8]) -> String {
     escaped
 }
 
-/// Escapes a path for one line.
+/// Escapes a path for one line. Bytes that are not UTF-8 become `\xff`.
 #[must_use]
 pub fn escape_path(path: &Path) -> String {
     escape_bytes(path.as_os_str().as_bytes())
@@ -73,12 +73,12 @@ fn escape_all(text: &str, is_unsafe: impl Fn(char) -> bool) -> Cow<'_, str> {
     Cow::Owned(escaped)
 }
 
-/// Writes a value as JSON on one line. The strings in it are escaped like by [`escape`].
+/// Formats a value as JSON on one line. Strings are escaped as by [`escape`].
 pub fn to_json(value: &impl Serialize) -> serde_json::Result<String> {
     serialize(value, Escaping { inner: CompactFormatter, keeps_lines: false })
 }
 
-/// Writes a value as indented JSON. The strings in it are escaped like by [`escape_lines`].
+/// Formats a value as indented JSON. Strings are escaped as by [`escape_lines`].
 pub fn to_json_pretty(value: &impl Serialize) -> serde_json::Result<String> {
     serialize(value, Escaping { inner: PrettyFormatter::new(), keeps_lines: true })
 }
@@ -90,7 +90,7 @@ fn serialize(value: &impl Serialize, formatter: impl Formatter) -> serde_json::R
     Ok(String::from_utf8_lossy(&json).into_owned())
 }
 
-/// A JSON formatter that escapes the characters of strings.
+/// JSON formatter that escapes the characters of strings.
 struct Escaping<F> {
     inner: F,
     keeps_lines: bool,
@@ -98,7 +98,7 @@ struct Escaping<F> {
 
 impl<F: Formatter> Formatter for Escaping<F> {
     fn write_string_fragment<W: ?Sized + Write>(&mut self, to: &mut W, fragment: &str) -> io::Result<()> {
-        // A backslash in a JSON string is two.
+        // JSON escapes a backslash in a string with another one.
         to.write_all(escape(fragment).replace('\\', r"\\").as_bytes())
     }
 

@@ -1,4 +1,4 @@
-//! Events of the programs, for people and for programs.
+//! Converts events of the BPF programs to text and JSON.
 
 use std::{fmt, net::Ipv6Addr};
 
@@ -8,52 +8,52 @@ use serde::Serialize;
 
 use crate::{escape::escape, pods::Identity};
 
-/// An event as users see it. In its JSON form, one object a line, fields are only added.
+/// An event, resolved for users. Later versions only add fields to the JSON form.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
 pub struct Record {
-    /// When, by the wall clock.
+    /// Wall-clock time of the event.
     pub time: Timestamp,
-    /// Where it was judged.
+    /// Hook that gave the verdict.
     pub hook: &'static str,
-    /// What became of it: `deny`, `audit` or `allow`.
+    /// Verdict: `deny`, `audit`, `allow` or `exempt`.
     pub verdict: &'static str,
-    /// Index of the interface at which a packet was judged.
+    /// Index of the interface whose hook saw the packet; `None` for a call.
     pub ifindex: Option<u32>,
-    /// Its name, where it still exists.
+    /// Name of that interface, if it still exists.
     pub interface: Option<String>,
-    /// Index of the interface by which a packet had come in.
+    /// Index of the interface through which the packet entered the node.
     pub ingress_ifindex: Option<u32>,
-    /// Its name, where it still exists.
+    /// Name of the ingress interface, if it still exists.
     pub ingress_interface: Option<String>,
-    /// Process id of a caller, in the initial pid namespace.
+    /// Process id of the caller, in the initial pid namespace; `None` for a packet.
     pub pid: Option<u32>,
-    /// Name of the caller's thread.
+    /// Name of the calling thread; `None` for a packet.
     pub comm: Option<String>,
     /// Id of the caller's cgroup v2.
     pub cgroup: Option<u64>,
     /// Cookie of the network namespace of the socket.
     pub netns_cookie: Option<u64>,
-    /// The pod that sent it, where one is known.
+    /// Pod of the sender, if it is known.
     pub pod: Option<Identity>,
-    /// Source address.
+    /// IPv4 or IPv6 source address; `None` if the call or packet has none yet.
     pub source: Option<String>,
-    /// Source port.
+    /// Source port; `None` for protocols without ports.
     pub source_port: Option<u16>,
-    /// Destination address.
+    /// IPv4 or IPv6 destination address.
     pub destination: String,
-    /// Destination port.
+    /// Destination port; `None` for protocols without ports.
     pub destination_port: Option<u16>,
     /// Name or number of the IP protocol.
     pub protocol: Option<String>,
-    /// Events of the same source that were left out since the one before.
+    /// Number of packets or calls of the same source that were suppressed since its previous event.
     pub suppressed: u64,
-    /// Bytes of this packet and of those that were left out; 0 for calls.
+    /// Bytes of this packet and of the suppressed ones; 0 for calls.
     pub bytes: u64,
 }
 
 impl Record {
-    /// Makes an event readable. `booted` is the wall clock's time of boot, `interface` finds an interface's name,
-    /// `pod` is the one that sent it.
+    /// Converts an event. `booted` is the wall-clock time of boot, `interface` returns the name of an interface, and `pod` is
+    /// the pod of the sender.
     #[must_use]
     pub fn new(
         event: &Event,
@@ -90,7 +90,7 @@ impl Record {
     }
 }
 
-/// The event in these bytes, or `None` where they are too few: another version's.
+/// Decodes an event. Returns `None` if the bytes are too few, as from programs of another version.
 #[must_use]
 pub fn decode(bytes: &[u8]) -> Option<Event> {
     let bytes = bytes.first_chunk::<{ size_of::<Event>() }>()?;
@@ -98,30 +98,31 @@ pub fn decode(bytes: &[u8]) -> Option<Event> {
     Some(unsafe { bytes.as_ptr().cast::<Event>().read_unaligned() })
 }
 
-/// When it was by the wall clock, of which `booted` is the time of boot.
+/// Returns the wall-clock time of an event. `booted` is the wall-clock time of boot.
 #[must_use]
 pub fn wall_time(event: &Event, booted: Timestamp) -> Timestamp {
     let since_boot = SignedDuration::from_nanos(event.time.try_into().unwrap_or(i64::MAX));
     booted.checked_add(since_boot).unwrap_or(Timestamp::MAX)
 }
 
-/// Name of the thread that called; empty for packets.
+/// Returns the name of the calling thread; empty for packets.
 #[must_use]
 pub fn comm(event: &Event) -> String {
     crate::endpoints::unpadded(&event.comm)
 }
 
-/// Index of the interface by which a packet came to the node; 0 where it came by none.
+/// Returns the index of the interface through which a packet entered the node; 0 if it entered through none.
 #[must_use]
 pub fn ingress(event: &Event) -> u32 {
-    // At `node_egress` the packet's own interface is an exit of the node, not the way in.
+    // At `node_egress` the interface of the event is the one through which the packet leaves the node.
     match event.hook {
         hook if hook == Hook::FromPod as u8 => event.ifindex,
         _ => event.ingress_ifindex,
     }
 }
 
-/// Whom the datapath may know the sender of what an event tells by, the one that says most first: a cgroup is a container's.
+/// Returns the identities of an event's sender, most specific first: a cgroup identifies a container, a network namespace or
+/// an interface only the pod.
 pub fn senders(event: &Event) -> impl Iterator<Item = Subject> {
     [
         (SubjectKind::Cgroup, event.cgroup),
@@ -134,7 +135,7 @@ pub fn senders(event: &Event) -> impl Iterator<Item = Subject> {
 }
 
 impl fmt::Display for Record {
-    /// One line: `2026-11-23T15:04:05.123Z deny from_pod veth1 (4): 10.244.0.7:40312 -> 169.254.169.254:80 tcp`.
+    /// Formats one line: `2026-11-23T15:04:05.123Z deny from_pod veth1 (4): 10.244.0.7:40312 -> 169.254.169.254:80 tcp`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:.3} {:5} {:9} ", self.time, self.verdict, self.hook)?;
         if let Some(index) = self.ifindex {
@@ -160,7 +161,7 @@ impl fmt::Display for Record {
         }
         match self.suppressed {
             0 => Ok(()),
-            suppressed => write!(f, ", and {suppressed} before it that were not reported"),
+            suppressed => write!(f, ", {suppressed} more suppressed"),
         }
     }
 }
@@ -182,7 +183,7 @@ fn verdict(number: u8) -> &'static str {
     counted.map_or("unknown", Verdict::name)
 }
 
-/// Names of the protocols that are met (IANA); others by number.
+/// Returns the name of a common IP protocol (IANA), otherwise its number.
 fn protocol(number: u8) -> Option<String> {
     Some(match number {
         1 => "icmp".to_owned(),
@@ -190,13 +191,13 @@ fn protocol(number: u8) -> Option<String> {
         17 => "udp".to_owned(),
         58 => "icmpv6".to_owned(),
         132 => "sctp".to_owned(),
-        // Reserved: what the programs say where they can't find it.
+        // Reserved by IANA. The programs use it if they can't find the protocol.
         255 => return None,
         other => format!("protocol {other}"),
     })
 }
 
-/// The wall clock's time of boot, as it is now: a clock that is set later moves it.
+/// Returns the wall-clock time of boot. Setting the clock moves it.
 #[must_use]
 pub fn boot_time() -> Timestamp {
     let now = Timestamp::now();
@@ -228,8 +229,8 @@ mod tests {
         let record = Record::new(&event, Timestamp::UNIX_EPOCH, |index| Some(format!("veth{index}")), None);
         assert_eq!(
             record.to_string(),
-            "1970-01-01T00:00:01.500Z deny  from_pod  veth4 (4): 10.244.0.7:40312 -> 169.254.169.254:80 tcp, and 41 \
-             before it that were not reported"
+            "1970-01-01T00:00:01.500Z deny  from_pod  veth4 (4): 10.244.0.7:40312 -> 169.254.169.254:80 tcp, 41 more \
+             suppressed"
         );
         let json = serde_json::to_value(&record).unwrap();
         assert_eq!((&json["interface"], &json["pid"]), (&"veth4".into(), &serde_json::Value::Null));

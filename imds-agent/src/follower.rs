@@ -1,4 +1,4 @@
-//! Follows events, whichever process takes them from the programs.
+//! Reads events for a command, also while another process collects them from the programs.
 
 use std::os::fd::{AsFd as _, BorrowedFd};
 
@@ -13,25 +13,25 @@ use crate::{
     telemetry::{Collector, CollectorError},
 };
 
-/// Milliseconds between two looks for events that another process takes from the programs.
+/// Poll interval in milliseconds while another process collects the events.
 const PERIOD: u8 = 100;
 
-/// A reader of events. What came last while nobody followed comes first.
+/// Reader of recorded events. Returns unread events first.
 pub struct Follower {
     pins: PinDir,
     recent: Recent,
-    /// Where no other process takes events from the programs, this one does.
+    /// Collector of this process; `None` while another process collects the events.
     collector: Option<Collector>,
     /// Number of the last event that was read.
     position: u64,
-    /// How many came between the last two readings that were gone by then; `None` before the first.
+    /// Number of events that were overwritten between the last two reads; `None` before the first.
     missed: Option<u64>,
-    /// Whether what is read is shown to somebody for good.
+    /// True if events count as read for later readers once this reader has returned them.
     marks: bool,
 }
 
 impl Follower {
-    /// Of the programs that are pinned in `pins`.
+    /// Opens a reader that starts with the first unread event of the pin directory.
     pub fn open(pins: PinDir) -> Result<Self, CollectorError> {
         let recent = Recent::open(&pins)?;
         let position = recent.shown()?;
@@ -39,17 +39,17 @@ impl Follower {
         Ok(Self { pins, recent, collector, position, missed: None, marks: true })
     }
 
-    /// The same, from `earlier` events ago on. What is read so comes first for others all the same.
+    /// Opens a reader that starts `earlier` events before the last one. Its events stay unread for other readers.
     pub fn open_last(pins: PinDir, earlier: u64) -> Result<Self, CollectorError> {
         let follower = Self::open(pins)?;
         let position = follower.recent.last()?.saturating_sub(earlier);
         Ok(Self { position, marks: false, ..follower })
     }
 
-    /// What there is that was not read yet.
+    /// Returns the events since the last read.
     pub fn read(&mut self) -> Result<Vec<Event>, CollectorError> {
         if self.collector.is_none() {
-            // The agent may have ended.
+            // The process that collected the events may have ended.
             self.collector = Collector::open(&self.pins)?;
         }
         if let Some(collector) = &mut self.collector {
@@ -57,7 +57,7 @@ impl Follower {
         }
         let (events, last) = self.recent.since(self.position)?;
         let missed = last.saturating_sub(self.position).saturating_sub(events.len() as u64);
-        // Before the first reading nobody followed.
+        // Events that were overwritten before this reader started do not count as missed.
         self.missed = Some(self.missed.map_or(0, |_| missed));
         self.position = last;
         if self.marks {
@@ -66,13 +66,13 @@ impl Follower {
         Ok(events)
     }
 
-    /// How many events came faster than they were read, so that what was read last lacks them.
+    /// Returns the number of events that were overwritten before the last [`Follower::read`] could return them.
     #[must_use]
     pub fn missed(&self) -> u64 {
         self.missed.unwrap_or_default()
     }
 
-    /// Reports whether there is more than [`Follower::read`] took.
+    /// Reports whether the last [`Follower::read`] left events in the ring buffer.
     #[must_use]
     pub fn has_more(&self) -> bool {
         self.collector.as_ref().is_some_and(Collector::has_more)

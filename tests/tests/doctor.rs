@@ -117,7 +117,7 @@ fn running_agent_is_reported() {
     agent.kill9();
     let killed = agent_of(&examine(&world));
     assert_eq!(killed["state"], "degraded");
-    assert_has(&killed, "found", "something is loaded");
+    assert_has(&killed, "found", "programs are loaded");
 }
 
 #[test]

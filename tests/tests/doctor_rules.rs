@@ -145,7 +145,7 @@ fn broader_rules_are_kept() {
         let agent = world.agent().hooks(&HOOKS).config(&format!("mode = '{mode}'\n{allowed}")).spawn_ready();
         let found = examine(&world);
         for check in all(&found, "firewall_rules") {
-            assert!(opens(check).contains(&format!("the mode is {mode}")), "{check:#}");
+            assert!(opens(check).contains(&format!("in the mode {mode}")), "{check:#}");
         }
         drop(agent);
     }

@@ -110,7 +110,7 @@ fn pipe_without_reader_blocks_nothing() {
     });
     // Standard error is read again.
     let mut lines = BufReader::new(File::from(reader)).lines().map_while(Result::ok);
-    let report = lines.find(|line| line.contains(" lines of the log: standard error was not read"));
+    let report = lines.find(|line| line.contains(" log lines: standard error was not read"));
     let report = report.expect("a report of dropped lines");
     let count = report.split("dropped ").nth(1).and_then(|rest| rest.split(' ').next()?.parse::<u64>().ok());
     assert!(count.is_some_and(|count| count > 0 && count <= dropped(&world)), "{report}");

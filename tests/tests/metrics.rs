@@ -183,7 +183,7 @@ fn reload_changes_the_listen_address() {
         try_get(&world, "127.0.0.1:9300", "/readyz").is_ok_and(|(status, _)| status == 200).then_some(())
     });
     assert!(at_socket(&socket).is_err() && !socket.exists());
-    assert!(agent.log().contains("can't serve metrics and health at 192.0.2.1:9300"), "{}", agent.log());
+    assert!(agent.log().contains("failed to serve metrics and health at 192.0.2.1:9300"), "{}", agent.log());
     world.assert_blocked(&pod);
     write("");
     poll_until(LONG, "nothing to be served", || {

@@ -167,7 +167,7 @@ fn audit_to_rules_to_enforcement() {
     world.status_when("both pods are known", |status| {
         status.kubernetes.as_ref().is_some_and(|kubernetes| kubernetes.pods == 2 && kubernetes.awaited == 0)
     });
-    assert!(denials(&world).is_empty() && report(&world, &[]).starts_with("nobody"));
+    assert!(denials(&world).is_empty() && report(&world, &[]).starts_with("no denials"));
     assert!(reaches(&world, &pods[0].netns));
 
     let found = poll_until(LONG, "the audited pod in the report", || {

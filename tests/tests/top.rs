@@ -115,7 +115,7 @@ fn denials_of_a_pod_grow() {
         text.contains("sorted by denied ") && !text.contains("Ctrl-C  quit")
     });
     terminal.press("p");
-    terminal.wait_for("the word stopped", |text| text.contains("stopped"));
+    terminal.wait_for("the pause", |text| text.contains("paused"));
     send(&pod, 2);
     world.status_when("the packets are counted", |status| status.total.denied.packets == 5);
     assert_eq!(denied(&terminal.text(), &pod), Some(3));

@@ -1,4 +1,4 @@
-//! `imds-agent config`.
+//! `imds-agent config check` and `imds-agent config show`.
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -28,10 +28,10 @@ pub(super) struct ConfigArgs {
 
 #[derive(Debug, Subcommand)]
 enum ConfigCommand {
-    /// Check a file: prints `ok` and the effective configuration, or each mistake with line and key. `provider = "auto"` is
-    /// resolved for this machine
+    /// Check a configuration file. Prints `ok` and the effective configuration, or each error with its line and key. Resolves
+    /// `provider = "auto"` for this machine
     Check(CheckArgs),
-    /// Show what is in force, defaults included, whether or not an agent runs
+    /// Show the effective configuration with all defaults. Works without a running agent
     Show(ShowArgs),
 }
 
@@ -40,14 +40,14 @@ struct CheckArgs {
     /// Configuration file (TOML)
     #[arg(value_name = "FILE")]
     file: PathBuf,
-    /// Directory of the files by which `provider = "auto"` tells the provider
+    /// Directory of the firmware files (DMI) from which `provider = "auto"` detects the provider
     #[arg(long, value_name = "DIR", default_value = DMI_DIR, hide = true)]
     dmi_dir: PathBuf,
 }
 
 #[derive(Args, Debug)]
 struct ShowArgs {
-    /// As a configuration file, or for programs
+    /// Output format
     #[arg(short, long, value_enum, default_value_t = Output::Toml)]
     output: Output,
     #[command(flatten)]
@@ -56,9 +56,9 @@ struct ShowArgs {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Output {
-    /// As a file that `run` would take
+    /// A configuration file for `run --config`
     Toml,
-    /// One JSON object with the keys of the file
+    /// One JSON object with the keys of the configuration file
     Json,
 }
 
@@ -93,16 +93,16 @@ fn show(args: &ShowArgs) -> Result<ExitCode, Failure> {
     let pins = PinDir::new(&args.pins.pin_dir)?;
     if !object::is_loaded(&pins) {
         return Err(
-            anyhow!("nothing is loaded at {}: no configuration is in force", pins.root().display()).into()
+            anyhow!("nothing is loaded at {}: no configuration is effective", pins.root().display()).into()
         );
     }
     let maps = Maps::open(&pins)?;
-    let record = config::read(&maps).context("can't read the configuration in force")?;
+    let record = config::read(&maps).context("failed to read the effective configuration")?;
     let record = record.ok_or_else(|| anyhow!("the agent has recorded no configuration yet"))?;
-    let policy = maps.policy.get(&0, 0).context("can't read the policy in force")?;
+    let policy = maps.policy.get(&0, 0).context("failed to read the map imds_policy")?;
     let hooks = Hooks::from_bits(policy.hooks);
-    let mut table: Table = record.text.parse().context("can't read the configuration in force")?;
-    // The policy is what the programs go by, also where somebody else wrote it.
+    let mut table: Table = record.text.parse().context("failed to parse the effective configuration")?;
+    // The programs read the policy map, which another program may have changed after the configuration was recorded.
     table.insert("mode".to_owned(), Mode::from_u32(policy.mode).name().into());
     table.insert("on_deny".to_owned(), DenyAction::from_u32(policy.on_deny).name().into());
     table.insert("on_deny_errno".to_owned(), DenyErrno::from_u32(policy.on_deny_errno).name().into());
@@ -117,7 +117,7 @@ fn show(args: &ShowArgs) -> Result<ExitCode, Failure> {
                 record.path.map_or_else(|| "all defaults".to_owned(), |path| path.display().to_string());
             let (number, since) = (record.generation, record.loaded_at);
             let toml = toml::to_string(&table)?;
-            write_stdout(&format!("# {file}, number {number}, in force since {since:.0}\n{toml}"))?;
+            write_stdout(&format!("# {file}, generation {number}, active since {since:.0}\n{toml}"))?;
         }
         Output::Json => write_stdout(&(serde_json::to_string_pretty(&table)? + "\n"))?,
     }

@@ -1,4 +1,4 @@
-//! The effective configuration in a few lines, for `imds-agent config check`.
+//! Summary of the effective configuration for `imds-agent config check`.
 
 use std::fmt::Write as _;
 
@@ -9,7 +9,7 @@ use crate::{
     endpoints::{Endpoint, Guarded},
 };
 
-/// Returns what a configuration resolves to on this machine, as text that ends with a newline.
+/// Returns the configuration, resolved for this machine, as text that ends with a newline.
 pub(super) fn summary(config: &Config, guarded: &Guarded, exempt: &[Exempt]) -> String {
     let mut text = String::new();
     let mut add = |title: &str, values: &[String]| {
@@ -44,7 +44,7 @@ fn provider(guarded: &Guarded) -> String {
 
 fn endpoint(endpoint: &Endpoint) -> String {
     let ports: Vec<_> = endpoint.keep.iter().map(ToString::to_string).collect();
-    let allowed = if ports.is_empty() { String::new() } else { format!(", but {}", ports.join(" ")) };
+    let allowed = if ports.is_empty() { String::new() } else { format!(", allows {}", ports.join(" ")) };
     format!("{} ({}){allowed}", endpoint.address, endpoint.name)
 }
 
@@ -55,7 +55,7 @@ fn exemption(rule: &Exempt, guarded: &Guarded) -> String {
         Sender::Cgroup(path) => format!("cgroup {}", path.display()),
         Sender::Pods(pods) => {
             let account = pods.service_account.as_ref().map(|name| format!(", service account {name}"));
-            let labels = pods.selector.as_ref().map(|_| ", by labels");
+            let labels = pods.selector.as_ref().map(|_| ", pod selector");
             format!(
                 "namespace {}{}{}",
                 pods.namespace,
@@ -72,7 +72,7 @@ fn exemption(rule: &Exempt, guarded: &Guarded) -> String {
         }
     };
     let audited = if rule.is_audited { ", audited" } else { "" };
-    format!("{subject} from {endpoints} ({}){audited}", rule.name)
+    format!("{subject} to {endpoints} (rule {}){audited}", rule.name)
 }
 
 fn kubernetes(config: &Config) -> String {
@@ -80,7 +80,7 @@ fn kubernetes(config: &Config) -> String {
     let node = config.kubernetes.node_name(&surroundings);
     match config.kubernetes.access(&surroundings) {
         None => "no".to_owned(),
-        Some(Access::InCluster) => format!("as a pod of the cluster, node {node}"),
+        Some(Access::InCluster) => format!("service account of the pod, node {node}"),
         Some(Access::Kubeconfig(path)) => format!("kubeconfig {}, node {node}", path.display()),
     }
 }

@@ -1,4 +1,4 @@
-//! `imds-agent doctor`.
+//! `imds-agent doctor`: prints the report of [`crate::doctor`].
 
 use std::process::ExitCode;
 

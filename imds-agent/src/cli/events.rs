@@ -1,4 +1,4 @@
-//! `imds-agent events`.
+//! `imds-agent events`: prints recorded events, and new ones as they occur.
 
 use std::{
     io::{self, Write as _},
@@ -23,14 +23,14 @@ use crate::{
 
 #[derive(Args, Debug)]
 pub(super) struct EventsArgs {
-    /// For people or for programs
+    /// Output format
     #[arg(short, long, value_enum, default_value_t = Output::Text)]
     output: Output,
     /// Print the recorded events and exit
     #[arg(long)]
     no_follow: bool,
-    /// Print the recorded events of this last time first, such as 90s, 10m or 1h30m, instead of those that were not printed
-    /// before. The last 1,024 events are recorded
+    /// Print the recorded events of the last DURATION first (90s, 10m, 1h30m), instead of the unread ones. The last 1,024
+    /// events are recorded
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     since: Option<SignedDuration>,
     #[command(flatten)]
@@ -39,9 +39,9 @@ pub(super) struct EventsArgs {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Output {
-    /// One line for each
+    /// One line per event
     Text,
-    /// One JSON object a line; fields are only added
+    /// One JSON object per line; later versions only add fields
     Json,
 }
 
@@ -59,7 +59,6 @@ pub(super) fn events(args: &EventsArgs) -> Result<ExitCode, Failure> {
         );
     }
     home::ensure_ours(&pins)?;
-    // A ring buffer has one reading position: two readers would each miss what the other takes.
     let names = pods::Names::open(&pins)?;
     let earliest = args.since.map(|since| Timestamp::now().checked_sub(since).unwrap_or(Timestamp::MIN));
     let mut follower = match earliest {
@@ -73,13 +72,16 @@ pub(super) fn events(args: &EventsArgs) -> Result<ExitCode, Failure> {
             events.retain(|event| wall_time(event, booted) >= earliest);
         }
         if follower.missed() > 0 {
-            log::warn!("{} events came faster than they were read", follower.missed());
+            log::warn!(
+                "missed {} events: they were overwritten before they could be read",
+                follower.missed()
+            );
         }
         match print(&events, &names, args.output) {
             Ok(()) => {}
-            // A reader that has read enough, like `head`, is no error.
+            // A reader like `head` closes the pipe once it has enough, which is not an error.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(ExitCode::SUCCESS),
-            Err(error) => return Err(anyhow::Error::from(error).context("can't print events").into()),
+            Err(error) => return Err(anyhow::Error::from(error).context("failed to print events").into()),
         }
         if args.no_follow {
             if follower.has_more() {

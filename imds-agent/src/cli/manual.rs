@@ -1,4 +1,4 @@
-//! `imds-agent completions` and `imds-agent man`: what packages install beside the binary.
+//! `imds-agent completions` and `imds-agent man`: files that packages install beside the binary.
 
 use std::{
     fs,
@@ -16,14 +16,14 @@ use super::{Cli, Failure};
 
 #[derive(Args, Debug)]
 pub(super) struct CompletionsArgs {
-    /// The shell
+    /// Shell to complete for
     #[arg(value_enum)]
     shell: Shell,
 }
 
 #[derive(Args, Debug)]
 pub(super) struct ManArgs {
-    /// Directory for a page of each command; without one, the page of imds-agent itself is written to standard output
+    /// Directory for one page per command. Without it, the page of imds-agent goes to standard output
     #[arg(value_name = "DIR")]
     dir: Option<PathBuf>,
 }
@@ -42,7 +42,7 @@ pub(super) fn man(args: &ManArgs) -> Result<ExitCode, Failure> {
         Man::new(command).render(&mut page)?;
         return print(&page);
     };
-    let failed = || format!("can't write manual pages to {}", dir.display());
+    let failed = || format!("failed to write manual pages to {}", dir.display());
     fs::create_dir_all(dir).with_context(failed)?;
     clap_mangen::generate_to(command, dir).with_context(failed)?;
     Ok(ExitCode::SUCCESS)
@@ -50,7 +50,7 @@ pub(super) fn man(args: &ManArgs) -> Result<ExitCode, Failure> {
 
 fn print(text: &[u8]) -> Result<ExitCode, Failure> {
     match io::stdout().write_all(text) {
-        // Whoever read it has had enough, as `head` does.
+        // A reader like `head` closes the pipe once it has enough, which is not an error.
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
         Ok(()) | Err(_) => Ok(ExitCode::SUCCESS),
     }

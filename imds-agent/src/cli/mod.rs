@@ -1,4 +1,4 @@
-//! The command line.
+//! Command line: arguments, help texts and exit codes.
 
 mod config;
 mod config_summary;
@@ -25,15 +25,15 @@ use crate::{
     version,
 };
 
-/// Where maps, programs and links are pinned unless the user says otherwise.
+/// Default directory of the pinned maps, programs and links (`--pin-dir`).
 pub const DEFAULT_PIN_DIR: &str = "/sys/fs/bpf/imds";
 
-/// Keeps pods and containers away from the cloud instance metadata service (169.254.169.254).
+/// Blocks pods and containers from the cloud instance metadata service (169.254.169.254).
 ///
-/// What `run` puts into the kernel stays in force when the agent stops, is killed or upgraded; `unload` removes it.
+/// The BPF programs that `run` attaches stay attached when the agent stops, is killed or is upgraded. `unload` removes them.
 ///
-/// Exit status: 0 done, 1 failure, 2 a command line or configuration that can't be used, 3 `status` found that
-/// something is not enforced, `verify` that something does not hold, or `doctor` that something is missing.
+/// Exit codes: 0 success; 1 failure; 2 invalid command line or configuration; 3 `status` found a hook that is not enforced,
+/// `verify` a check that failed, or `doctor` a missing feature.
 #[derive(Debug, Parser)]
 #[command(version, long_version = version::LONG, arg_required_else_help = true)]
 pub struct Cli {
@@ -46,26 +46,26 @@ pub struct Cli {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Log")]
 struct LogArgs {
-    /// Form of the log on standard error. Lines have a priority instead of time and level if that is the journal of systemd
+    /// Log format on standard error. If that is the systemd journal, lines have a priority instead of time and level
     #[arg(long, global = true, value_name = "FORMAT", value_enum, default_value_t)]
     log_format: LogFormat,
-    /// Least severe level that is logged. It wins over `RUST_LOG`, whose filters can also name modules and libraries
-    /// (`info,imds_agent::kube=debug,hyper=debug`). Without both: info
+    /// Lowest level to log. Overrides `RUST_LOG`, whose filters can also name modules and libraries
+    /// (`info,imds_agent::kube=debug,hyper=debug`). Default: info
     #[arg(long, global = true, value_name = "LEVEL", value_enum)]
     log_level: Option<LogLevel>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum LogLevel {
-    /// Failures
+    /// Failures of enforcement or of a command
     Error,
-    /// Also changes by other programs, and limitations
+    /// Failures, changes by other programs, and limitations
     Warn,
-    /// Also changes of configuration, pods and interfaces
+    /// Also changes of the configuration, pods and interfaces
     Info,
     /// Also each interface and attachment of a resync
     Debug,
-    /// Everything
+    /// All messages, also of libraries
     Trace,
 }
 
@@ -83,43 +83,43 @@ impl LogLevel {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Protect this node, and follow its pods as they come and go
+    /// Protect this node: attach the BPF programs, and follow pods as they start and stop
     Run(run::RunArgs),
-    /// Show what is guarded how, and what is not
+    /// Show the state of this node: mode, endpoints, exemptions, attached interfaces and problems
     Status(output::OutputArgs),
-    /// Follow what is denied, as it happens; what came last while nobody followed comes first
+    /// Stream denied requests. Prints unread recent events first
     Events(events::EventsArgs),
-    /// Watch pods, verdicts per second and what was denied last, in a terminal
+    /// Show pods, verdicts per second and the latest events in a terminal
     Top(top::TopArgs),
-    /// List who was denied what, or would have been in audit mode, and the rules that would exempt them
+    /// List denied senders (in audit mode: senders that enforcement would deny), and the rules that would exempt them
     Report(report::ReportArgs),
-    /// Say what works here and what does not, and what to do; nothing is changed
+    /// Check kernel features, permissions and other programs on this node, and print remedies. Changes nothing
     Doctor(output::OutputArgs),
-    /// Prove on this node that pods are denied and the node is not
+    /// Send test packets on this node: checks that pods are denied, and that exempt pods and the node are not
     Verify(output::OutputArgs),
-    /// Check a configuration file, or show the configuration in force
+    /// Check a configuration file, or show the effective configuration
     Config(config::ConfigArgs),
-    /// Remove every program, link, map and pin, and the last good configuration
+    /// End enforcement: remove every program, link, map and pin, and the last good configuration
     Unload(unload::UnloadArgs),
-    /// Write a script for a shell that completes this command line
+    /// Print a completion script for a shell
     Completions(manual::CompletionsArgs),
-    /// Write manual pages
+    /// Print or write manual pages
     Man(manual::ManArgs),
 }
 
 #[derive(Args, Debug)]
 struct PinDirArg {
-    /// Directory on a bpffs in which everything is pinned
+    /// Directory on a bpffs for the pinned maps, programs and links
     #[arg(long, value_name = "DIR", default_value = DEFAULT_PIN_DIR)]
     pin_dir: PathBuf,
 }
 
-/// Directory of the last good configuration unless the user names another one.
+/// Default directory of the last good configuration (`--state-dir`).
 pub const DEFAULT_STATE_DIR: &str = "/var/lib/imds-agent";
 
 #[derive(Args, Debug)]
 struct StateDirArg {
-    /// Directory of the last good configuration
+    /// Directory in which the last good configuration is stored
     #[arg(long, value_name = "DIR", default_value = DEFAULT_STATE_DIR)]
     state_dir: PathBuf,
 }
@@ -130,12 +130,12 @@ impl StateDirArg {
     }
 }
 
-/// Why a command ends early.
+/// Error that ends a command.
 #[derive(Debug)]
 enum Failure {
-    /// What the user gave can't be used.
+    /// The arguments or the configuration are invalid; exit code 2.
     Usage(anyhow::Error),
-    /// It can't be done here, or failed.
+    /// The command failed, or is not possible on this machine; exit code 1.
     Failed(anyhow::Error),
 }
 
@@ -145,18 +145,18 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
     }
 }
 
-/// A check whose answer is no: `status` with something unenforced, `verify` with something that does not hold,
-/// `doctor` with something that is missing.
+/// Exit code of a failed check: `status` found a hook that is not enforced, `verify` a check that failed, or `doctor` a
+/// missing feature.
 const NOT_HELD: u8 = 3;
 
-/// Carries out a command.
+/// Runs a command and returns its exit code.
 #[must_use]
 pub fn main(cli: Cli) -> ExitCode {
     let level = cli.log.log_level.map(LogLevel::filter);
-    // The other commands may wait for the process that reads their output.
+    // Only `run` must not block on the reader of its standard error. The other commands may.
     let is_queued = matches!(cli.command, Command::Run(_));
     if let Err(error) = logging::init(LogOptions { format: cli.log.log_format, level, is_queued }) {
-        return report(1, &anyhow::Error::from(error).context("failed to start the thread of the log"));
+        return report(1, &anyhow::Error::from(error).context("failed to start the log thread"));
     }
     let code = run(cli.command);
     logging::flush();
@@ -190,7 +190,7 @@ fn run(command: Command) -> ExitCode {
     }
 }
 
-/// Says on one line what is wrong. A verifier's log comes after it, as it is.
+/// Writes the error on one line. The log of the BPF verifier, if the error quotes it, follows unchanged.
 fn report(code: u8, error: &anyhow::Error) -> ExitCode {
     logging::write_last_words(&format!("imds-agent: {error:#}"));
     ExitCode::from(code)

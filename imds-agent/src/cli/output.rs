@@ -1,4 +1,4 @@
-//! Commands that print a report and say by their exit status whether all is as it should be.
+//! Output of the commands that print a report and return the result of their check as the exit code.
 
 use std::{
     io::{self, Write as _},
@@ -16,7 +16,7 @@ use crate::{
 
 #[derive(Args, Debug)]
 pub(super) struct OutputArgs {
-    /// For people or for programs
+    /// Output format
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     output: Output,
     #[command(flatten)]
@@ -25,19 +25,19 @@ pub(super) struct OutputArgs {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Output {
-    /// A table
+    /// Text in columns
     Table,
-    /// One JSON object; within one value of its `schema`, fields are only added
+    /// One JSON object. Fields are only added while the value of `schema` stays the same
     Json,
 }
 
 impl OutputArgs {
-    /// The pin directory that it is about.
+    /// Returns the pin directory of the option `--pin-dir`.
     pub(super) fn pins(&self) -> Result<PinDir, PinError> {
         PinDir::new(&self.pins.pin_dir)
     }
 
-    /// Prints `report`, whose form for people is `table`. `is_right` is what the command was asked.
+    /// Prints `report` as JSON or, converted by `table`, as text. The exit code is [`NOT_HELD`] unless `is_right`.
     pub(super) fn print<R: Serialize>(
         &self,
         report: &R,
@@ -52,7 +52,7 @@ impl OutputArgs {
     }
 }
 
-/// Writes to standard output. A reader that has read enough, like `head`, is no error.
+/// Writes to standard output. A reader like `head` that closes the pipe is not an error.
 pub(super) fn write_stdout(text: &str) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {

@@ -1,4 +1,4 @@
-//! `imds-agent report`.
+//! `imds-agent report`: prints the recorded denials and suggested rules.
 
 use std::process::ExitCode;
 
@@ -20,10 +20,10 @@ use crate::{
 
 #[derive(Args, Debug)]
 pub(super) struct ReportArgs {
-    /// Print only the rules that would exempt everybody, ready for the configuration
+    /// Print only the rules that would exempt all denied senders, in the syntax of the configuration file
     #[arg(long, conflicts_with = "output")]
     rules: bool,
-    /// Forget everybody once they are printed
+    /// Clear the recorded denials after printing them
     #[arg(long)]
     reset: bool,
     #[command(flatten)]
@@ -35,10 +35,10 @@ pub(super) fn report(args: &ReportArgs) -> Result<ExitCode, Failure> {
     let pins = args.output.pins()?;
     if !object::is_loaded(&pins) {
         let root = pins.root().display();
-        return Err(anyhow::anyhow!("nothing is loaded at {root}: nobody was denied anything").into());
+        return Err(anyhow::anyhow!("nothing is loaded at {root}: no denials are recorded").into());
     }
     home::ensure_ours(&pins)?;
-    // What was told while nobody listened.
+    // Without a running agent, no process has read these events yet.
     if let Some(mut collector) = Collector::open(&pins)? {
         collector.collect()?;
         while collector.has_more() {

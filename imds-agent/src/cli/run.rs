@@ -1,4 +1,4 @@
-//! `imds-agent run`.
+//! `imds-agent run`: sets up the agent and runs it.
 
 use std::{convert::Infallible, future, path::PathBuf, process::ExitCode, time::Duration};
 
@@ -25,33 +25,36 @@ use crate::{
 
 #[derive(Args, Debug)]
 pub(super) struct RunArgs {
-    /// Configuration file (TOML); without one, all defaults. It is loaded again when it changes, and on SIGHUP. If it can't be
-    /// used at the start, the agent enforces the last good configuration, or the built-in defaults without exemptions
+    /// Configuration file (TOML). Without it, all keys have their defaults. The agent reloads the file when it changes and on
+    /// SIGHUP. If the file is invalid at the start, the agent enforces the last good configuration, or the built-in defaults
+    /// without exemptions
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Attach to the pods that are there, then exit; what is attached stays in force
+    /// Attach to the interfaces that exist and exit. The programs stay attached
     #[arg(long)]
     once: bool,
-    /// How programs are attached to interfaces
+    /// Attach mode of the programs on interfaces
     #[arg(long, value_enum, default_value_t = TcBackend::Auto)]
     tc_backend: TcBackend,
-    /// Seconds that a new pod waits for its CNI plugins before it gets a clsact qdisc, unless a process of the pod runs before
+    /// clsact mode: maximum delay in seconds before the agent creates the qdisc of a new pod's interface. The delay leaves
+    /// the qdisc to the CNI plugins, and ends early once a process runs in the pod
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=600))]
     clsact_delay: u64,
-    /// Seconds between two looks at everything, for what the kernel sends no event of
+    /// Interval in seconds of the full resync, which repairs changes that the kernel does not report
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
     resync: u64,
-    /// cgroup v2 below which sockets are guarded; without it, the root of the hierarchy
+    /// Directory of the cgroup v2 to which the socket programs are attached. Default: the root of the hierarchy
     #[arg(long, value_name = "DIR")]
     cgroup: Option<PathBuf>,
-    /// Where metrics and health are served, instead of where `metrics.listen` says: an address with a port, or an absolute
-    /// path of a Unix socket
+    /// Address for metrics and health: ADDRESS:PORT, or the absolute path of a Unix socket. Can be repeated. Overrides
+    /// `metrics.listen`
     #[arg(long, value_name = "ADDRESS")]
     listen: Vec<Listen>,
-    /// Key of a taint that is taken off the node once all is guarded. It takes a role that may get and patch nodes
+    /// Key of a taint that the agent removes from the node once all hooks are enforced. Needs a role that may get and patch
+    /// nodes
     #[arg(long, value_name = "KEY", conflicts_with = "once")]
     startup_taint: Option<String>,
-    /// Directory of the files by which `provider = "auto"` tells the provider
+    /// Directory of the firmware files (DMI) from which `provider = "auto"` detects the provider
     #[arg(long, value_name = "DIR", default_value = DMI_DIR, hide = true)]
     dmi_dir: PathBuf,
     #[command(flatten)]
@@ -62,7 +65,7 @@ pub(super) struct RunArgs {
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 enum TcBackend {
-    /// TCX where the kernel has it, clsact otherwise
+    /// TCX if the kernel supports it, otherwise clsact
     Auto,
     /// TCX links (Linux 6.6 and newer)
     Tcx,
@@ -97,24 +100,24 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         log::error!("failed to load the configuration: {error}");
     }
     if args.once {
-        // It ends before the API server could tell of anybody.
+        // The process ends before the pod watch could deliver a pod.
         start.settings.cluster = None;
     }
     let settings = &start.settings;
     let claim = PinDir::new(&args.pins.pin_dir)?.claim()?;
 
-    // Listening comes before the first look, so that nothing falls between the two.
+    // Subscribe before the first listing, so that no change between the two is missed.
     let events = Netlink::events(node.backend == AttachMode::Clsact)?;
     let netlink = Netlink::connect()?.with_endpoints(settings.guarded.addresses());
     let datapath = Datapath::open(claim, &settings.plan, &settings.guarded, netlink.clone())?;
     let mut background = JoinSet::new();
     match datapath.diagnostics() {
         Ok(diagnostics) => drop(background.spawn(async {
-            log::warn!("the BPF programs' own log is no longer followed: {}", diagnostics.follow().await);
+            log::warn!("failed to read the log of the BPF programs: {}", diagnostics.follow().await);
         })),
         Err(error) => log::warn!("{:#}", anyhow::Error::from(error)),
     }
-    let finder = Finder::new().context("can't tell this network namespace")?;
+    let finder = Finder::new().context("failed to identify this network namespace")?;
     let clsact_delay = Duration::from_secs(if args.once { 0 } else { args.clsact_delay });
     let mut guard = Guard::new(datapath, netlink, settings, finder).with_clsact_delay(clsact_delay);
     if !args.once {
@@ -130,7 +133,7 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
             Some(key) => {
                 let wanted = settings.cluster.clone().ok_or_else(|| {
                     let message =
-                        "--startup-taint takes an API server: see [kubernetes] of the configuration";
+                        "--startup-taint needs access to an API server: see [kubernetes] in the configuration";
                     Failure::Usage(anyhow!(message))
                 })?;
                 let (pins, netlink) = (PinDir::new(&args.pins.pin_dir)?, Netlink::connect()?);
@@ -156,7 +159,7 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     guard.attach_all().await;
     let failures: Vec<_> = guard.failures().map(|(name, failure)| format!("{name}: {failure}")).collect();
     if !failures.is_empty() {
-        return Err(Failure::Failed(anyhow!("not everything is guarded: {}", failures.join("; "))));
+        return Err(Failure::Failed(anyhow!("failed to attach to all interfaces: {}", failures.join("; "))));
     }
     if start.rejected.is_some() {
         // Logged above: the node is protected, but not as the operator configured it.

@@ -1,4 +1,4 @@
-//! `imds-agent status`.
+//! `imds-agent status`: prints the report of [`crate::status`].
 
 use std::process::ExitCode;
 

@@ -1,8 +1,8 @@
-//! The command that stops a running agent, from the cgroup that it runs in.
+//! Chooses the command that stops a running agent by the cgroup of its process.
 
 use std::fs;
 
-/// Returns the commands that stop the agent with this pid and unload after that.
+/// Returns the commands that stop the agent with this pid and then unload.
 pub(super) fn stop_command(pid: Option<i32>, unload: &str) -> String {
     let cgroup = pid.and_then(|pid| fs::read_to_string(format!("/proc/{pid}/cgroup")).ok());
     from_cgroup(&cgroup.unwrap_or_default(), pid, unload)
@@ -17,7 +17,7 @@ fn from_cgroup(cgroup: &str, pid: Option<i32>, unload: &str) -> String {
     let mut units =
         cgroup.lines().filter_map(|line| line.rsplit('/').find(|name| name.ends_with(".service")));
     match (units.next_back(), pid) {
-        // A user's session is no service of the agent.
+        // `user@UID.service` is the session of a user, not a service of the agent.
         (Some(unit), _) if !unit.starts_with("user@") => {
             let unit = unit.trim_end_matches(".service");
             format!("`systemctl stop {unit} && {unload}`")

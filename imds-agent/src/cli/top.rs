@@ -1,4 +1,4 @@
-//! `imds-agent top`.
+//! `imds-agent top`: refreshes the view and handles keys and signals.
 
 use std::{
     io::{self, IsTerminal as _},
@@ -27,14 +27,14 @@ use crate::{
     top::{Command, Model, draw},
 };
 
-/// How many rows a page is.
+/// Rows that PgUp and PgDn scroll.
 const PAGE: isize = 10;
-/// How many of the last events are there at the start.
+/// Number of recorded events that are shown at the start.
 const EARLIER: u64 = 50;
 
 #[derive(Args, Debug)]
 pub(super) struct TopArgs {
-    /// Seconds between two looks, from 0.1 to 60
+    /// Refresh interval in seconds, from 0.1 to 60
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = parse_interval)]
     interval: Duration,
     #[command(flatten)]
@@ -46,20 +46,21 @@ fn parse_interval(text: &str) -> Result<Duration, String> {
     if (0.1..=60.0).contains(&seconds) {
         Ok(Duration::from_secs_f64(seconds))
     } else {
-        Err("it is from 0.1 to 60 seconds".to_owned())
+        Err("must be from 0.1 to 60 seconds".to_owned())
     }
 }
 
 pub(super) async fn top(args: TopArgs) -> Result<ExitCode, Failure> {
     if !io::stdout().is_terminal() || !io::stdin().is_terminal() {
-        let message =
-            "top needs a terminal; for scripts there are `imds-agent status` and `imds-agent events`";
+        let message = "top needs a terminal; in scripts use `imds-agent status` and `imds-agent events`";
         return Err(Failure::Usage(anyhow!(message)));
     }
     preflight::check_capabilities()?;
     let pins = PinDir::new(&args.pins.pin_dir)?;
     if !object::is_loaded(&pins) {
-        return Err(anyhow!("nothing is loaded at {}: there is nothing to see", pins.root().display()).into());
+        return Err(
+            anyhow!("nothing is loaded at {}: there is nothing to show", pins.root().display()).into()
+        );
     }
     home::ensure_ours(&pins)?;
     let mut watched = Watched {
@@ -71,7 +72,7 @@ pub(super) async fn top(args: TopArgs) -> Result<ExitCode, Failure> {
         last: None,
     };
     watched.look().await?;
-    let mut terminal = ratatui::try_init().context("can't use this terminal")?;
+    let mut terminal = ratatui::try_init().context("failed to initialize the terminal")?;
     let outcome = watched.run(&mut terminal, args.interval).await;
     ratatui::restore();
     outcome.map(|()| ExitCode::SUCCESS).map_err(Failure::Failed)
@@ -87,7 +88,7 @@ struct Watched {
 }
 
 impl Watched {
-    /// Shows it until the user has seen enough.
+    /// Refreshes the view until the user quits or a signal ends the command.
     async fn run(&mut self, terminal: &mut DefaultTerminal, period: Duration) -> anyhow::Result<()> {
         let mut ticks = interval(period);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -99,7 +100,7 @@ impl Watched {
             [first?, second?, third?]
         };
         loop {
-            terminal.draw(|frame| draw(frame, &self.model)).context("can't draw")?;
+            terminal.draw(|frame| draw(frame, &self.model)).context("failed to draw")?;
             tokio::select! {
                 _ = ticks.tick() => if !self.model.is_paused { self.look().await? },
                 event = keys.next() => match event {
@@ -108,9 +109,9 @@ impl Watched {
                         Some(Wish::Command(command)) => self.model.obey(command),
                         None => {}
                     },
-                    // Another size is drawn at once.
+                    // After a resize the next iteration draws the new size.
                     Some(Ok(_)) => {}
-                    Some(Err(error)) => return Err(error).context("can't read from the terminal"),
+                    Some(Err(error)) => return Err(error).context("failed to read from the terminal"),
                     None => return Ok(()),
                 },
                 _ = terminate.recv() => return Ok(()),
@@ -120,7 +121,7 @@ impl Watched {
         }
     }
 
-    /// Takes in what is so now.
+    /// Updates the model with the current status and new events.
     async fn look(&mut self) -> anyhow::Result<()> {
         let report = status::gather(&self.pins, &self.netlink).await?;
         let now = Instant::now();
@@ -131,7 +132,7 @@ impl Watched {
             let pod = events::senders(&event).find_map(|sender| names.get(sender));
             let line = Record::new(&event, booted, links::name_of, pod).to_string();
             let line = escape(&line).into_owned();
-            // The day is known.
+            // The view omits the date.
             line.split_once('T').map_or(line.clone(), |(_, line)| line.to_owned())
         });
         self.model.add_events(lines);
@@ -144,7 +145,7 @@ enum Wish {
     Command(Command),
 }
 
-/// What the user means by a key.
+/// Returns the command of a key, if it has one.
 fn wish(key: KeyEvent) -> Option<Wish> {
     let command = match key.code {
         KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => return Some(Wish::Quit),

@@ -1,4 +1,4 @@
-//! `imds-agent unload`.
+//! `imds-agent unload`: ends enforcement and prints the progress.
 
 use std::{
     path::Path,
@@ -25,10 +25,10 @@ const PROGRESS: Duration = Duration::from_secs(1);
 
 #[derive(Args, Debug)]
 pub(super) struct UnloadArgs {
-    /// Wait for SIGTERM once it is done: for a service manager, or a cluster, that would start it again
+    /// Wait for SIGTERM after the unload, so that a service manager or the kubelet does not start the process again
     #[arg(long)]
     hold: bool,
-    /// Time in seconds that a running agent may take to release the pin directory
+    /// Limit in seconds for a running agent to release the pin directory
     #[arg(long, value_name = "SECONDS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(0..=3600))]
     timeout: u64,
     #[command(flatten)]
@@ -40,7 +40,7 @@ pub(super) struct UnloadArgs {
 pub(super) async fn unload(args: UnloadArgs) -> Result<ExitCode, Failure> {
     preflight::check_capabilities()?;
     let terminate = args.hold.then(|| signal(SignalKind::terminate()));
-    let mut terminate = terminate.transpose().context("can't listen for SIGTERM")?;
+    let mut terminate = terminate.transpose().context("failed to listen for SIGTERM")?;
     let pins = PinDir::new(&args.pins.pin_dir)?;
     let netlink = Netlink::connect()?;
     let links = netlink.links().await?;
@@ -65,7 +65,7 @@ pub(super) async fn unload(args: UnloadArgs) -> Result<ExitCode, Failure> {
             } else {
                 format!("imds-agent unload --pin-dir {}", path.display())
             };
-            let policy = if is_off { "; its hooks let everything pass for now" } else { "" };
+            let policy = if is_off { "; all packets pass already" } else { "" };
             let error = anyhow!(PinError::NotReleased { path, pid, timeout });
             let remedy = stop_command(pid, &unload);
             return Err(Failure::Failed(anyhow!(
@@ -97,6 +97,6 @@ fn print(pins: &PinDir, removed: &Removed) {
         eprintln!("left {}: the agent did not create it", path.display());
     }
     if let Some(pid) = removed.agent {
-        println!("the agent (pid {pid}) runs on without enforcing; restart it to enforce again");
+        println!("the agent (pid {pid}) keeps running but no longer enforces; restart it to enforce again");
     }
 }

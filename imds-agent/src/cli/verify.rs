@@ -1,4 +1,4 @@
-//! `imds-agent verify`.
+//! `imds-agent verify`: prints the report of [`crate::verify`].
 
 use std::process::ExitCode;
 

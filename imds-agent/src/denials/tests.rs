@@ -35,7 +35,7 @@ fn report(records: &[(DenialKey, DenialRecord)]) -> Report {
     Report::new("/pins".into(), records, guarded.endpoints(), &["veth0".to_owned()].into())
 }
 
-/// The senders that the report's rules mean.
+/// Parses the rules of the report.
 fn meant(report: &Report) -> Vec<Rule> {
     let config =
         Config::parse(&report.rules, Path::new("imds.toml")).unwrap_or_else(|error| panic!("{error}"));
@@ -89,7 +89,7 @@ fn senders_get_distinct_rules() {
     let meant = meant(&report);
     assert_eq!(meant.len(), 4, "{}", report.rules);
     assert!(meant.contains(&Rule::Cgroup("a/b\"c".into())), "{meant:?}");
-    assert_eq!(report.rules.matches("# This means").count(), 2);
+    assert_eq!(report.rules.matches("# This rule exempts").count(), 2);
 }
 
 #[test]

@@ -46,7 +46,7 @@ impl AddressRange {
         Self::new(self.first.max(other.first), self.last.min(other.last))
     }
 
-    /// Reports whether the range is wider than a prefix of 8 bits: a rule for it is about everything.
+    /// Reports whether the range is wider than a prefix of 8 bits. A rule for it is not specific to a metadata service.
     pub(super) fn is_about_everything(self) -> bool {
         let host_bits = width(self.first) - 8;
         to_number(self.last) - to_number(self.first) >= 1 << host_bits

@@ -1,4 +1,4 @@
-//! Programs of others on the cgroup whose sockets the agent protects.
+//! Programs of other owners on the cgroup of the socket hook.
 
 use std::{
     collections::BTreeSet,
@@ -54,7 +54,7 @@ enum Place {
     Above,
 }
 
-/// Names the programs of others, and those that keep the agent's off a hook.
+/// Lists the programs of other owners, and names those that keep the agent's programs off a hook.
 pub(super) fn programs(pins: &PinDir) -> Result<Vec<Check>, DatapathError> {
     let links = SOCKET_LINKS.map(|name| pins::link_at(&pins.named_link(name)));
     let Some((root, path)) = path(links.iter().flatten().find_map(bpf::Link::cgroup)) else {
@@ -68,23 +68,23 @@ pub(super) fn programs(pins: &PinDir) -> Result<Vec<Check>, DatapathError> {
             Ok(found) => checks.extend(found),
             Err(error) => {
                 let found = format!("failed to query {hook} of {}: {error}", escape_path(&cgroup.path));
-                let remedy = "run this as root, or with the agent's capabilities";
+                let remedy = "run `imds-agent doctor` as root, or with the agent's capabilities";
                 return Ok(vec![Check::degraded(NAME, found, remedy)]);
             }
         }
     }
     if checks.is_empty() {
-        checks.push(Check::ok(NAME, format!("no others at {}", escape_path(&cgroup.path))));
+        checks.push(Check::ok(NAME, format!("no other programs at {}", escape_path(&cgroup.path))));
     }
     Ok(checks)
 }
 
 struct Cgroup {
-    /// The root of the hierarchy.
+    /// Root of the cgroup v2 hierarchy.
     root: PathBuf,
     path: PathBuf,
     directory: File,
-    /// Programs of the agent.
+    /// Ids of the agent's programs.
     ours: BTreeSet<u32>,
 }
 
@@ -113,8 +113,8 @@ impl Cgroup {
         Ok(checks.collect())
     }
 
-    /// Returns the program that keeps the agent's off the hook, on this cgroup or the nearest above that has programs
-    /// (`hierarchy_allows_attach`, kernel/bpf/cgroup.c).
+    /// Returns the program, attached without `BPF_F_ALLOW_MULTI`, that keeps the agent's program off the hook. Searches this
+    /// cgroup, and if it has no programs the nearest ancestor that has some (`hierarchy_allows_attach`, kernel/bpf/cgroup.c).
     fn exclusive(&self, own: &CgroupPrograms, attach_type: bpf_attach_type) -> Option<u32> {
         if !own.ids.is_empty() {
             return own.exclusive();
@@ -140,15 +140,15 @@ fn check(place: Place, program: Program) -> Check {
         Place::Harmless => Check::ok(NAME, found),
         Place::Later => {
             let remedy = format!(
-                "runs after imds_{hook}: it may rewrite the destination, and the socket hook does not see the result; an agent \
-                 that runs moves its program behind it"
+                "runs after imds_{hook}: it may rewrite the destination, and the socket hook does not see the result; a running \
+                 agent moves its program to the end"
             );
             Check::degraded(NAME, found, remedy)
         }
         Place::Above => {
             let remedy = format!(
                 "runs after imds_{hook}, because its cgroup is above the agent's: it may rewrite the destination, and the socket \
-                 hook does not see the result; let the agent use the same cgroup (`run --cgroup`)"
+                 hook does not see the result; set `run --cgroup` to the cgroup of that program"
             );
             Check::degraded(NAME, found, remedy)
         }
@@ -159,8 +159,8 @@ fn check(place: Place, program: Program) -> Check {
 fn alone(program: Program, hook: &str) -> Check {
     let found = format!("{program}, attached without BPF_F_ALLOW_MULTI");
     let remedy = format!(
-        "the kernel refuses the agent's program on {hook}, which is not enforced; the other hooks are not affected: let the owner \
-         attach its program by a link or with BPF_F_ALLOW_MULTI ({BPF_F_ALLOW_MULTI:#x})"
+        "the kernel rejects the agent's program on {hook}, which is not enforced; the other hooks are not affected: the owner must \
+         attach its program with a BPF link or with BPF_F_ALLOW_MULTI ({BPF_F_ALLOW_MULTI:#x})"
     );
     Check { program: Some(program), ..Check::degraded(NAME, found, remedy) }
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::traffic::Action;
 
-/// A hook of netfilter.
+/// A netfilter hook to which base chains are attached.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub(super) enum BaseHook {
     Ingress,

@@ -1,4 +1,5 @@
-//! The denials of the loaded configuration beside those of a firewall rule: the difference opens if the rule is removed.
+//! Compares the denials of the loaded configuration with those of a firewall rule. The difference opens if the rule is
+//! removed.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,7 +17,7 @@ use crate::{
     status::exemption_rules,
 };
 
-/// The denials of the loaded configuration.
+/// Mode, hooks, endpoints and exemptions of the loaded configuration.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Enforcement {
     /// `None` if nothing is loaded.
@@ -42,7 +43,7 @@ impl Enforcement {
         Self { mode, endpoints: endpoints.collect(), ..Self::default() }
     }
 
-    /// Returns `None` if a map can't be read.
+    /// Reads the pinned maps. Returns `None` if one can't be read.
     fn from_maps(maps: &Maps) -> Option<Self> {
         let policy = maps.policy.get(&0, 0).ok()?;
         let entries = endpoints::read(maps).ok()?;
@@ -78,8 +79,8 @@ impl Enforcement {
     pub(super) fn why_nothing_is_denied(&self) -> Option<String> {
         match self.mode {
             Some(Mode::Enforce) => None,
-            Some(mode) => Some(format!("the mode is {}, in which imds-agent denies nothing", mode.name())),
-            None => Some("imds-agent is not loaded, and denies nothing".to_owned()),
+            Some(mode) => Some(format!("imds-agent denies nothing in the mode {}", mode.name())),
+            None => Some("imds-agent is not loaded and denies nothing".to_owned()),
         }
     }
 

@@ -11,7 +11,7 @@ use rtnetlink::packet_route::{
 
 use crate::node::netlink::{Netlink, NetlinkError};
 
-/// One interface.
+/// One interface of the node.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub(super) struct Device {
     pub(super) index: u32,
@@ -24,7 +24,7 @@ pub(super) struct Device {
     pub(super) mark_source: Option<MarkSource>,
 }
 
-/// Kinds of device by which a packet arrives with a mark that its sender chose.
+/// Kind of device that lets the sender of a packet choose its mark.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum MarkSource {
     /// VXLAN whose header carries a group policy, which becomes the mark (`vxlan_parse_gbp_hdr`, drivers/net/vxlan).
@@ -36,7 +36,7 @@ pub(super) enum MarkSource {
 /// Lists the interfaces of the namespace, except for those that the library can't decode.
 pub(super) async fn list(netlink: &Netlink) -> Result<Vec<Device>, NetlinkError> {
     let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
-    let answers = netlink.dump("listing interfaces", request).await?;
+    let answers = netlink.dump("failed to list interfaces", request).await?;
     let devices = answers.into_iter().filter_map(|answer| match answer {
         RouteNetlinkMessage::NewLink(message) => Device::from_message(message),
         _ => None,

@@ -1,5 +1,5 @@
-//! Firewall rules of others for metadata services: the purpose of each, and the traffic that opens if it is removed. They
-//! are only listed; no rule is ever changed.
+//! Explains firewall rules of other owners for metadata services: the purpose of each, and the traffic that opens if it is
+//! removed. Changes no rule.
 
 use std::{collections::BTreeSet, net::IpAddr};
 
@@ -22,16 +22,16 @@ const GKE_PORTS: [&str; 2] = [":988", ":987"];
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 enum Effect {
     Deny,
-    /// Leads to another address or port.
+    /// Redirects to another address or port.
     Redirect,
     Accept,
     Other,
 }
 
-/// A rule about a metadata service.
+/// A firewall rule that matches a metadata service.
 struct Finding<'a> {
     rule: &'a ListedRule,
-    /// The metadata service; a protected one before all others.
+    /// Address of the metadata service. Protected addresses take precedence.
     address: IpAddr,
     effect: Effect,
     /// The branch with this effect that reaches the address.
@@ -41,7 +41,7 @@ struct Finding<'a> {
     opens: Vec<String>,
 }
 
-/// Lists the rules for an address of any provider, or of this configuration.
+/// Explains the rules for an address of any provider, or of this configuration.
 pub(super) fn rules(rulesets: &Rulesets, enforcement: &Enforcement) -> Vec<Check> {
     let (chains, known) = (rulesets.chains(), presets());
     let findings = rulesets.rules.iter().filter_map(|rule| Finding::new(rule, &chains, &known, enforcement));
@@ -63,7 +63,8 @@ fn presets() -> BTreeSet<IpAddr> {
     endpoints.map(|endpoint| endpoint.address).collect()
 }
 
-/// Returns the first of these addresses that the traffic is for, a protected one first. Traffic to everything is for none.
+/// Returns the first of the `known` addresses that the traffic reaches, protected ones first; `None` for traffic to all
+/// addresses.
 fn address(traffic: &Traffic, known: &BTreeSet<IpAddr>, enforcement: &Enforcement) -> Option<IpAddr> {
     let ranges = traffic.destinations.as_ref()?;
     let is_for = |address: &IpAddr| {
@@ -73,7 +74,7 @@ fn address(traffic: &Traffic, known: &BTreeSet<IpAddr>, enforcement: &Enforcemen
 }
 
 impl<'a> Finding<'a> {
-    /// Returns `None` for a rule about something else.
+    /// Returns `None` for a rule that matches no metadata service.
     fn new(
         rule: &'a ListedRule,
         chains: &Chains,
@@ -115,28 +116,28 @@ impl<'a> Finding<'a> {
             Effect::Deny
                 if traffic.has_negated_source && chain == "FORWARD" && traffic.services() == "tcp/80" =>
             {
-                ("aks", "AKS' IMDS restriction: drops forwarded packets to TCP port 80")
+                ("aks", "IMDS restriction of AKS: drops forwarded packets to TCP port 80")
             }
             Effect::Deny if traffic.interface == "eni+" => (
                 "eks",
-                "eksctl's disablePodIMDS, or AWS' advice for EKS: drops packets of pods of the VPC CNI",
+                "eksctl's disablePodIMDS, or a rule that AWS recommends for EKS: drops packets of pods of the VPC CNI",
             ),
             Effect::Deny if chain == "DOCKER-USER" || traffic.interface.starts_with("docker") => {
-                ("docker", "AWS' advice for ECS: drops packets of Docker's containers")
+                ("docker", "rule that AWS recommends for ECS: drops packets of Docker's containers")
             }
             Effect::Redirect if self.address == IpAddr::from([169, 254, 170, 2]) => {
-                ("ecs", "the ECS agent's: leads to its own endpoint for task credentials")
+                ("ecs", "ECS agent: redirects to its own endpoint for task credentials")
             }
             Effect::Redirect if leads_to(&KUBE2IAM_PORTS) => {
-                ("kube2iam", "kube2iam's or kiam's: leads pods to it")
+                ("kube2iam", "kube2iam or kiam: redirects pods to its proxy")
             }
             Effect::Redirect if leads_to(&GKE_PORTS) => {
-                ("gke", "GKE's Workload Identity: leads pods to its metadata server")
+                ("gke", "Workload Identity of GKE: redirects pods to its metadata server")
             }
-            Effect::Deny => ("other", "denies"),
-            Effect::Redirect => ("other", "leads elsewhere"),
-            Effect::Accept => ("other", "accepts"),
-            Effect::Other => ("other", "neither denies nor accepts"),
+            Effect::Deny => ("other", "denies packets"),
+            Effect::Redirect => ("other", "redirects packets"),
+            Effect::Accept => ("other", "accepts packets"),
+            Effect::Other => ("other", "neither denies nor accepts packets"),
         }
     }
 
@@ -152,7 +153,10 @@ impl<'a> Finding<'a> {
         let opens = self.opens.join("; ");
         match self.effect {
             Effect::Deny if !self.opens.is_empty() => {
-                format!("keep the rule, unless this may open: {opens}. The rule is removed with: {remove}")
+                format!(
+                    "keep the rule: imds-agent does not deny everything that it denies. If it is removed, this traffic passes: \
+                     {opens}. Command that removes the rule: {remove}"
+                )
             }
             Effect::Deny if origin == "aks" => format!(
                 "no conflict: imds-agent denies everything that the rule denies. Once `imds-agent verify` passes, it can be \
@@ -172,14 +176,18 @@ impl<'a> Finding<'a> {
             }
             Effect::Redirect => {
                 let opens = if opens.is_empty() { "nothing".to_owned() } else { opens };
-                format!("no conflict; removing the rule ({remove}) lets through without redirection: {opens}")
+                format!(
+                    "no conflict. If the rule is removed ({remove}), this traffic passes without redirection: {opens}"
+                )
             }
             Effect::Accept | Effect::Other => match enforcement.why_nothing_is_denied() {
-                Some(reason) => format!("{reason}: other rules decide; this one is removed with: {remove}"),
+                Some(reason) => format!("{reason}. Command that removes the rule: {remove}"),
                 None if enforcement.endpoints.contains_key(&address) => format!(
-                    "no conflict: imds-agent denies pods independently of this rule; the rule is removed with: {remove}"
+                    "no conflict: imds-agent denies pods independently of this rule. Command that removes the rule: {remove}"
                 ),
-                None => format!("imds-agent does not protect {address}; the rule is removed with: {remove}"),
+                None => {
+                    format!("imds-agent does not protect {address}. Command that removes the rule: {remove}")
+                }
             },
         }
     }

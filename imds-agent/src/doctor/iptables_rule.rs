@@ -1,4 +1,4 @@
-//! Rules of `iptables-save`.
+//! Parser of rules in the output of `iptables-save`.
 
 use super::{
     address_range::AddressRange,
@@ -6,7 +6,7 @@ use super::{
     traffic::{Action, Branch, Traffic, protocol},
 };
 
-/// Reads a rule, from its chain on.
+/// Parses the words of a rule, which begin with the name of its chain.
 pub(super) fn branch(words: &[String]) -> Branch {
     let (mut traffic, mut target, mut to) = (Traffic::default(), String::new(), String::new());
     let mut is_negated = false;
@@ -48,7 +48,7 @@ pub(super) fn branch(words: &[String]) -> Branch {
         "DNAT" | "REDIRECT" | "TPROXY" => Action::Redirect(to),
         "ACCEPT" | "RETURN" => Action::Accept,
         "" => Action::Other,
-        // A target of an extension, such as LOG, is no chain: then no rule is found there.
+        // A target of an extension, such as LOG, is not a chain either, but a chain of that name has no rules.
         chain => Action::Jump(chain.to_owned()),
     };
     Branch { traffic, action }

@@ -1,4 +1,4 @@
-//! What the kernel has.
+//! Checks of kernel features, tried with system calls where possible.
 
 use std::{fs, io, net::UdpSocket};
 
@@ -21,12 +21,12 @@ use crate::{
     preflight,
 };
 
-/// Where the kernel describes its own types.
+/// BTF of the kernel itself.
 const BTF: &str = "/sys/kernel/btf/vmlinux";
 /// Index of loopback in every network namespace.
 const LOOPBACK: u32 = 1;
-/// What to do where the kernel refuses to answer.
-const AS_ROOT: &str = "run this as root, or with the agent's capabilities";
+/// Remedy if the kernel denies a query.
+const AS_ROOT: &str = "run `imds-agent doctor` as root, or with the agent's capabilities";
 
 pub(super) fn release() -> Check {
     const NAME: &str = "kernel";
@@ -43,8 +43,8 @@ pub(super) fn btf() -> Check {
     if fs::exists(BTF).unwrap_or(false) {
         return Check::ok(NAME, BTF);
     }
-    let consequence = "bpftool may show maps without the names of their fields: use a kernel with \
-                       CONFIG_DEBUG_INFO_BTF, or mount /sys";
+    let consequence =
+        "bpftool may print maps without field names: use a kernel with CONFIG_DEBUG_INFO_BTF, or mount /sys";
     Check::degraded(NAME, format!("no {BTF}"), consequence)
 }
 
@@ -53,23 +53,24 @@ pub(super) fn jit() -> Check {
     match bpf::load_idle().and_then(bpf::is_compiled) {
         Ok(true) => Check::ok(NAME, "programs are compiled"),
         Ok(false) => {
-            let remedy = "each packet costs several times as much: sysctl net.core.bpf_jit_enable=1";
+            let remedy =
+                "each packet costs several times as much CPU time: run `sysctl net.core.bpf_jit_enable=1`";
             Check::degraded(NAME, "programs are interpreted", remedy)
         }
         Err(error) => unknown(NAME, &error),
     }
 }
 
-/// TCX, which can be asked for, and filters, which are tried in a namespace of their own.
+/// Checks the attach modes: queries TCX, and tries a clsact filter in a new network namespace.
 pub(super) fn attaching() -> Check {
     const NAME: &str = "attaching";
     let filters = try_filter();
     match (bpf::has_tcx(), filters) {
-        (true, Ok(())) => Check::ok(NAME, "TCX; clsact filters too"),
+        (true, Ok(())) => Check::ok(NAME, "TCX and clsact filters"),
         (true, Err(error)) => Check::ok(NAME, format!("TCX; no clsact filters ({error})")),
         (false, Ok(())) => {
-            let consequence = "a filter of another kind than BPF at priority 1 can't be passed (Linux 6.6 has TCX, where \
-                               the guard always comes first)";
+            let consequence = "a filter at priority 1 that is not a BPF filter runs before the agent's program; with TCX \
+                               (Linux 6.6) the agent's program always runs first";
             Check::degraded(NAME, "clsact filters; no TCX", consequence)
         }
         (false, Err(error)) => {
@@ -84,7 +85,7 @@ fn try_filter() -> Result<(), String> {
     let program = bpf::load_idle().map_err(|error| error.to_string())?;
     let attach = || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let runtime = runtime.map_err(|error| NetlinkError::new("starting", error))?;
+        let runtime = runtime.map_err(|error| NetlinkError::new("failed to start a runtime", error))?;
         runtime.block_on(async {
             let netlink = Netlink::connect()?;
             clsact::ensure_qdisc(&netlink, LOOPBACK).await?;
@@ -93,28 +94,29 @@ fn try_filter() -> Result<(), String> {
         })
     };
     let namespace =
-        Namespace::new().map_err(|error| format!("not tried: a new network namespace: {error}"))?;
+        Namespace::new().map_err(|error| format!("failed to create a network namespace: {error}"))?;
     let attached = namespace.run(attach).map_err(|error| error.to_string())?;
     attached.map_err(chain)
 }
 
-/// `SO_NETNS_COOKIE`, Linux 5.14.
+/// Checks `SO_NETNS_COOKIE` (Linux 5.14), with which the socket hooks identify a network namespace.
 pub(super) fn netns_cookie() -> Check {
     const NAME: &str = "netns_cookie";
     match netns::identity() {
-        Ok(Some(Identity::Cookie(cookie))) => Check::ok(NAME, format!("sockets have it: here {cookie}")),
+        Ok(Some(Identity::Cookie(cookie))) => {
+            Check::ok(NAME, format!("SO_NETNS_COOKIE supported; cookie of this namespace: {cookie}"))
+        }
         Ok(Some(Identity::Initial)) => {
-            let consequence = "the socket hook and strict mode work in the initial network namespace alone, which this is; the \
-                               calls of exempt pods on sockets are denied as anybody's: where there are any, set hooks.socket = \
-                               false";
-            Check::degraded(NAME, "sockets don't tell (Linux 5.14 does)", consequence)
+            let consequence = "the hooks socket and host_network work only in the initial network namespace, which this is; the \
+                               socket hook also denies exempt pods: if there are any, set hooks.socket = false";
+            Check::degraded(NAME, "SO_NETNS_COOKIE not supported (needs Linux 5.14)", consequence)
         }
         Ok(None) => {
             let remedy =
                 "run the agent in the machine's initial network namespace, or set hooks.socket = false";
             Check::missing(
                 NAME,
-                "sockets don't tell (Linux 5.14 does), and this is another namespace",
+                "SO_NETNS_COOKIE not supported (needs Linux 5.14), and this is not the initial network namespace",
                 remedy,
             )
         }
@@ -122,23 +124,22 @@ pub(super) fn netns_cookie() -> Check {
     }
 }
 
-/// `bpf_get_netns_cookie` in TC programs (Linux 6.13), and what remains uncovered without it.
+/// Checks `bpf_get_netns_cookie` in TC programs (Linux 6.13), and names the traffic that is not denied without it.
 pub(super) fn netns_cookie_tc() -> Check {
     const NAME: &str = "netns_cookie_tc";
-    let consequence = "node_egress can't ask to which network namespace a packet's socket belongs. A packet with a socket and without \
-                       an ingress interface counts as the node's: frames that a macvlan or ipvlan pod crafts (raw and packet \
-                       sockets) and its earlier connections are not denied, its connect and sendmsg calls are, by the socket hook. A \
-                       packet with a socket and an ingress interface that is neither a pod's nor a bridge counts as the node's, too, \
-                       because it passed an earlier egress hook: so does a pod's packet that enters by an excluded interface, or by \
-                       a veth pair inside the node's namespace. Linux 6.13 and newer cover these";
+    let consequence = "node_egress cannot read the network namespace of a packet's socket. A packet with a socket and without an \
+                       ingress interface counts as the node's. Not denied are therefore frames that a macvlan or ipvlan pod crafts \
+                       (raw and packet sockets) and packets of its open connections; the socket hook denies its connect and sendmsg \
+                       calls. A packet with a socket and an ingress interface that is neither a pod's nor a bridge also counts as \
+                       the node's, because it passed an earlier egress hook. Not denied is therefore a pod's packet that enters by \
+                       an excluded interface, or by a veth pair inside the node's namespace. Linux 6.13 and newer deny all of these";
     cookie_in(NAME, ProgramType::SchedClassifier, consequence)
 }
 
-/// Linux 6.15.
+/// Checks `bpf_get_netns_cookie` in `cgroup_skb` programs (Linux 6.15).
 pub(super) fn netns_cookie_cgroup_skb() -> Check {
     const NAME: &str = "netns_cookie_cgroup_skb";
-    let consequence =
-        "host_network denies the packets of all pods before `from_pod` counts them (Linux 6.15)";
+    let consequence = "host_network denies the packets of all pods before from_pod counts them; Linux 6.15 and newer tell them apart";
     cookie_in(NAME, ProgramType::CgroupSkb, consequence)
 }
 
@@ -155,8 +156,10 @@ fn cookie_in(name: &'static str, program_type: ProgramType, consequence: &str) -
 pub(super) fn ring_buffer() -> Check {
     const NAME: &str = "ring_buffer";
     match is_map_supported(MapType::RingBuf) {
-        Ok(true) => Check::ok(NAME, "there is one"),
-        Ok(false) => Check::missing(NAME, "there is none", "use Linux 5.8 or newer: events are told by it"),
+        Ok(true) => Check::ok(NAME, "supported"),
+        Ok(false) => {
+            Check::missing(NAME, "not supported", "use Linux 5.8 or newer: the programs emit events to it")
+        }
         Err(error) => unknown(NAME, &error.io_error),
     }
 }
@@ -164,13 +167,13 @@ pub(super) fn ring_buffer() -> Check {
 pub(super) fn ipv6() -> Check {
     const NAME: &str = "ipv6";
     match UdpSocket::bind("[::]:0") {
-        Ok(_) => Check::ok(NAME, "on"),
-        Err(error) => Check::ok(NAME, format!("off, so that nothing needs guarding there ({error})")),
+        Ok(_) => Check::ok(NAME, "enabled"),
+        Err(error) => Check::ok(NAME, format!("disabled: no IPv6 traffic to deny ({error})")),
     }
 }
 
 fn unknown(name: &'static str, error: &io::Error) -> Check {
-    Check::degraded(name, format!("can't be told: {error}"), AS_ROOT)
+    Check::degraded(name, format!("unknown: {error}"), AS_ROOT)
 }
 
 fn io_error(error: ProgramError) -> io::Error {
@@ -180,7 +183,7 @@ fn io_error(error: ProgramError) -> io::Error {
     }
 }
 
-/// An error and what caused it, on one line.
+/// Formats an error with its causes on one line.
 fn chain(error: impl Into<anyhow::Error>) -> String {
     format!("{:#}", error.into())
 }

@@ -16,7 +16,7 @@ pub(super) enum Effect {
 }
 
 impl Effect {
-    /// The name in JSON.
+    /// Name of the effect in JSON.
     pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Kept => "kept",
@@ -26,7 +26,7 @@ impl Effect {
         }
     }
 
-    /// The verb in sentences about a rule.
+    /// Verb for sentences about a rule.
     pub(super) const fn verb(self) -> &'static str {
         match self {
             Self::Kept => "keeps",
@@ -36,7 +36,7 @@ impl Effect {
         }
     }
 
-    /// The bit of a constant.
+    /// Returns the effect of writing a constant.
     const fn of_value(value: u32, bit: u32) -> Self {
         if value & bit == 0 { Self::Cleared } else { Self::Set }
     }
@@ -67,7 +67,7 @@ impl Effect {
         }
     }
 
-    /// The bit after this effect and then another one.
+    /// Returns the effect of this and then `next`.
     const fn then(self, next: Self) -> Self {
         match next {
             Self::Kept => self,
@@ -134,7 +134,7 @@ fn of_iptables(words: &[String], bit: u32) -> Effect {
     }
 }
 
-/// The effect of `mark = (mark & ~mask) ^ value`.
+/// Returns the effect of `mark = (mark & ~mask) ^ value`.
 fn masked(value: u32, mask: u32, bit: u32) -> Effect {
     Effect::Kept.and(Effect::of_value(!mask, bit)).xor(Effect::of_value(value, bit))
 }
@@ -170,7 +170,7 @@ fn is_packet_mark(expression: &Value) -> bool {
     expression.pointer("/meta/key").and_then(Value::as_str) == Some("mark")
 }
 
-/// The bit of a value of nftables. Everything except for constants, the mark and their combinations is unknown.
+/// Returns the bit of a value in nftables. Only constants, the mark and their combinations are known.
 fn of_operand(operand: &Value, bit: u32) -> Effect {
     if is_packet_mark(operand) {
         return Effect::Kept;

@@ -1,5 +1,5 @@
-//! Rules, TC actions and devices of others that change the bit of the packet mark by which `node_egress` knows exempt
-//! pods behind a bridge.
+//! Firewall rules, TC actions and devices of other owners that change the bit of the packet mark with which `node_egress`
+//! identifies exempt pods behind a bridge.
 
 use imds_ebpf_common::{SubjectKind, maps::MARK};
 use serde_json::Value;
@@ -68,7 +68,7 @@ impl MarkUse {
     }
 }
 
-/// Names the rules and TC actions that change the mark bit.
+/// Lists the rules and TC actions that change the mark bit.
 pub(super) fn rules(rulesets: &Rulesets, mark: &MarkUse) -> Vec<Check> {
     let chains = rulesets.chains();
     let rules = rulesets.rules.iter().filter_map(|rule| {
@@ -119,7 +119,7 @@ fn check(
     } else {
         let consequence = consequence(effect, &mark.bridge_names());
         let remedy = format!(
-            "{consequence}; set hooks.mark_bit to a bit that no rule writes, or let the rule keep {:#x} by a mask",
+            "{consequence}; set hooks.mark_bit to a bit that no rule writes, or exclude {:#x} in the mask of the rule",
             mark.bit
         );
         Check::degraded(RULES, found, remedy)
@@ -127,7 +127,7 @@ fn check(
     Check { mark: Some(writer), ..check }
 }
 
-/// Describes the result for packets that come in by these bridges and that the rule matches.
+/// Describes the effect on packets from these bridges that the rule matches.
 fn consequence(effect: Effect, bridges: &str) -> String {
     let opens = format!("a pod behind {bridges} that is not exempt can pass node_egress as an exempt one");
     let closes = format!("exempt pods behind {bridges} can be denied at node_egress");
@@ -138,7 +138,7 @@ fn consequence(effect: Effect, bridges: &str) -> String {
     }
 }
 
-/// Names the devices by which a packet arrives with a mark that its sender chose.
+/// Lists the devices that let a sender choose the mark of its packets.
 pub(super) fn tunnels(devices: &[Device], mark: &MarkUse) -> Vec<Check> {
     let sources = devices.iter().filter_map(|device| Some((device, device.mark_source?)));
     let mut checks: Vec<_> = sources.map(|(device, source)| tunnel(device, source, mark)).collect();

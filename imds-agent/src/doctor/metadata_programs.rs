@@ -1,5 +1,4 @@
-//! Programs of others that restrict or pass on requests to a metadata service: systemd-imdsd and Azure's Guest Proxy
-//! Agent.
+//! Other programs that restrict or proxy requests to a metadata service: systemd-imdsd and Azure's Guest Proxy Agent.
 
 use std::{fs, path::Path};
 
@@ -14,12 +13,13 @@ use crate::node::netlink::{Netlink, NetlinkError};
 const NAME: &str = "metadata_programs";
 /// Socket of systemd-imdsd (systemd-imdsd.socket of systemd 261).
 const IMDSD_SOCKET: &str = "/run/systemd/io.systemd.InstanceMetadata";
-/// Mark of the packets of systemd-imdsd, which a rule leads past the prohibit route (85-imds-early.network of systemd 261).
+/// Packet mark of systemd-imdsd. A routing rule lets packets with it bypass the prohibit route (85-imds-early.network of
+/// systemd 261).
 const IMDSD_MARK: u32 = 0x7fff_0815;
 /// Name of Azure's Guest Proxy Agent in /proc/PID/comm, which has room for 15 bytes of `azure-proxy-agent`.
 const GPA_COMM: &str = "azure-proxy-age";
 
-/// State of the node that shows the programs.
+/// Traces of the programs on this node.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 struct Observed {
     has_imdsd_socket: bool,
@@ -28,7 +28,7 @@ struct Observed {
     gpa: Option<u32>,
 }
 
-/// Names the programs and the requests that each covers.
+/// Lists the programs that run here, with the requests that each covers.
 pub(super) async fn checks(netlink: &Netlink) -> Result<Vec<Check>, NetlinkError> {
     let sockets = fs::read_to_string("/proc/net/unix").unwrap_or_default();
     let observed = Observed {
@@ -42,7 +42,7 @@ pub(super) async fn checks(netlink: &Netlink) -> Result<Vec<Check>, NetlinkError
 async fn has_imdsd_rule(netlink: &Netlink) -> Result<bool, NetlinkError> {
     let mut request = RuleMessage::default();
     request.header.family = AddressFamily::Inet;
-    let rules = netlink.dump("dumping routing rules", RouteNetlinkMessage::GetRule(request)).await?;
+    let rules = netlink.dump("failed to list routing rules", RouteNetlinkMessage::GetRule(request)).await?;
     let is_of_imdsd = |message: &RouteNetlinkMessage| match message {
         RouteNetlinkMessage::NewRule(rule) => rule.attributes.contains(&RuleAttribute::FwMark(IMDSD_MARK)),
         _ => false,
@@ -54,7 +54,7 @@ async fn has_imdsd_rule(netlink: &Netlink) -> Result<bool, NetlinkError> {
 fn process(proc: &Path, name: &str) -> Option<u32> {
     let processes = fs::read_dir(proc).ok()?.flatten();
     let mut ids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    // The name of a process can be any bytes.
+    // The name of a process need not be UTF-8.
     ids.find(|id| {
         fs::read(proc.join(id.to_string()).join("comm"))
             .is_ok_and(|comm| comm.trim_ascii() == name.as_bytes())
@@ -83,16 +83,16 @@ impl Observed {
         let network = if self.has_imdsd_rule {
             "network locked: a prohibit route stops IPv4 packets to the metadata service without the mark 0x7fff0815"
         } else {
-            "network unlocked: no routing rule for the mark 0x7fff0815, so that requests past the socket are not restricted"
+            "network unlocked: no routing rule for the mark 0x7fff0815, direct requests are not restricted"
         };
-        let mut remedy = "imds-agent does not see requests through the socket, which the node itself makes: do not mount the node's \
-                          /run into pods"
+        let mut remedy = "imds-agent does not see requests through the socket, because systemd-imdsd sends them as the node: do not \
+                          mount the node's /run into pods"
             .to_owned();
         if self.has_imdsd_rule {
             remedy.push_str(
-                "; the route stops exempt pods too, and the node's processes except those that set the mark, but neither \
-                 other protected addresses nor frames that a pod sends out past the node's routes: keep both; to let exempt \
-                 pods pass, boot with systemd.imds.network=unlocked",
+                "; the route stops exempt pods too, and processes of the node that do not set the mark; it covers neither other \
+                 protected addresses nor frames that a pod sends past the node's routes, so keep imds-agent; to let exempt pods \
+                 pass, boot with systemd.imds.network=unlocked",
             );
         }
         Check::degraded(NAME, format!("systemd-imdsd: {socket}; {network}"), remedy)
@@ -101,13 +101,13 @@ impl Observed {
 
 fn gpa(pid: u32) -> Check {
     let found = format!(
-        "Azure's Guest Proxy Agent (azure-proxy-agent.service, pid {pid}): a connect4 program leads TCP connections to \
+        "Azure's Guest Proxy Agent (azure-proxy-agent.service, pid {pid}): a connect4 program redirects TCP connections to \
          169.254.169.254:80, 168.63.129.16:80 and 168.63.129.16:32526 to a proxy at 127.0.0.1, which authorizes processes of \
          the node"
     );
-    let remedy = "it covers neither UDP, IPv6, other ports nor crafted packets, which imds-agent denies to pods: keep both; in a pod the \
-                  redirection leads to the pod's own loopback, so that exempt pods can't connect either, and imds-agent \
-                  neither denies nor counts such a call";
+    let remedy = "the proxy covers neither UDP, IPv6, other ports nor crafted packets, so keep imds-agent; in a pod the redirection \
+                  leads to the pod's own loopback, so that exempt pods cannot connect either, and imds-agent neither denies nor \
+                  counts such a call";
     Check::degraded(NAME, found, remedy)
 }
 

@@ -1,4 +1,6 @@
-//! What works here and what does not, and what to do: asked of the kernel by trying, and nothing is attached.
+//! `imds-agent doctor`: checks kernel features by trying them, and reports other programs and firewall rules, with remedies.
+//!
+//! Attaches no program to the interfaces and cgroups of the node, and changes no rule.
 
 mod address_range;
 mod cgroups;
@@ -31,11 +33,11 @@ use crate::{
     version::VERSION,
 };
 
-/// Version of the JSON form: within one, fields are only added.
+/// Schema version of the JSON output. Fields are only added while it stays the same.
 const SCHEMA: u32 = 1;
 
-/// Explains the rules of a listing of `iptables-save` or `nft --json` on a node where the endpoints of `provider` are
-/// protected in this mode by the default hooks.
+/// Explains the rules in the output of `iptables-save` or `nft --json`, for a node that protects the endpoints of `provider`
+/// in this mode with the default hooks.
 #[must_use]
 pub fn explain_rules(listing: &str, provider: &Provider, mode: Mode) -> Vec<Check> {
     let rulesets = Rulesets::from_listing(listing);
@@ -44,7 +46,7 @@ pub fn explain_rules(listing: &str, provider: &Provider, mode: Mode) -> Vec<Chec
     checks
 }
 
-/// Looks at everything.
+/// Runs all checks on this node.
 pub async fn examine(pins: &PinDir, netlink: &Netlink) -> Result<Report, DatapathError> {
     let mut checks = vec![
         kernel::release(),

@@ -10,15 +10,15 @@ use super::{
     traffic::{Action, Branch, Traffic, protocol},
 };
 
-/// Most branches of a rule that are kept apart. Beyond it, the dimensions of a concatenation are read one by one, which
-/// gives more traffic than the rule matches.
+/// Maximum number of branches of a rule. Beyond it, the dimensions of a concatenation are read independently, which gives
+/// more traffic than the rule matches.
 const MAX_BRANCHES: usize = 256;
 
 /// Elements of the named sets and maps, by family, table and name.
 #[derive(Debug, Default)]
 pub(super) struct NamedSets(BTreeMap<[String; 3], Vec<Value>>);
 
-/// The named sets of the table of a rule.
+/// Named sets of the table that contains a rule.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct TableSets<'a> {
     pub(super) sets: &'a NamedSets,
@@ -231,7 +231,7 @@ fn bounds(value: &Value) -> Option<(&Value, &Value)> {
     }
 }
 
-/// Lists values for people.
+/// Formats values as a list for a message.
 fn listed(values: &[&Value]) -> String {
     let text = |value: &&Value| match (value, bounds(value)) {
         (Value::String(text), _) => text.clone(),

@@ -9,8 +9,9 @@ use crate::{
 
 const NAME: &str = "node_pairs";
 
-/// Names the pairs that are routed through: a packet loses its socket there, so that `node_egress` at the next interface can't
-/// tell the node's packets from those of pods. Ports of bridges are covered by the packet mark.
+/// Lists the pairs that packets to an endpoint are routed through. A packet loses its socket there, so that `node_egress` at
+/// the next interface can't tell the node's packets from those of pods. For ports of bridges the packet mark replaces the
+/// socket.
 pub(super) async fn checks(pins: &PinDir, netlink: &Netlink) -> Result<Vec<Check>, NetlinkError> {
     let protected = Maps::open(pins).ok().and_then(|maps| endpoints::read(&maps).ok()).unwrap_or_default();
     let addresses = protected.keys().map(|&address| plain(address)).collect();
@@ -25,8 +26,8 @@ pub(super) async fn checks(pins: &PinDir, netlink: &Netlink) -> Result<Vec<Check
         .map(|(name, peer)| {
             let found = format!("packets to an endpoint are routed through {name} to {peer}, both of the node");
             let remedy = format!(
-                "packets of the node and of exempt pods that come in by {peer} are denied where they leave the node: route them \
-                 by another interface, or exclude the interface behind {peer} ([interfaces] exclude)"
+                "packets of the node and of exempt pods that enter through {peer} are denied at the uplink behind it: route them \
+                 through another interface, or exclude that uplink ([interfaces] exclude)"
             );
             Check::degraded(NAME, found, remedy)
         })

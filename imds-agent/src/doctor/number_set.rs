@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// Numbers in ranges that are sorted and apart from each other.
+/// Sorted ranges that neither overlap nor touch.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) struct NumberSet(Vec<(u32, u32)>);
 
@@ -54,7 +54,7 @@ impl NumberSet {
         Self::new(of_both.collect())
     }
 
-    /// Returns the only number of the set.
+    /// Returns the number if the set has exactly one.
     pub(super) fn single(&self) -> Option<u32> {
         match self.0[..] {
             [(first, last)] if first == last => Some(first),

@@ -1,4 +1,4 @@
-//! Programs of others at the hooks of interfaces that are the agent's, or would be, and at XDP before them.
+//! Programs of other owners at the TC and netkit hooks that the agent uses, and at XDP, which runs before them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -30,17 +30,17 @@ use crate::{
 const OF_INTERFACES: &str = "tc_programs";
 const XDP: &str = "xdp_programs";
 
-/// One program at a hook.
+/// One program at a hook, of the agent or of another owner.
 pub(super) struct Entry {
     pub(super) name: Option<String>,
     pub(super) id: Option<u32>,
     pub(super) kind: String,
     pub(super) is_ours: bool,
-    /// Whether filters can't be put before it.
+    /// True if the agent can't place its filter before this one.
     pub(super) is_stuck: bool,
 }
 
-/// Those at the TC hooks of interfaces that are guarded or would be.
+/// Checks the hooks of all interfaces that have or need programs of the agent.
 pub(super) async fn of_interfaces(
     pins: &PinDir,
     netlink: &Netlink,
@@ -70,16 +70,17 @@ pub(super) async fn of_interfaces(
                 of_xdp.extend(device.iter().flat_map(|device| xdp(device, &names, maps.is_some())));
             }
             if edge == TcHook::FromPod && link.kind == Kind::Netkit {
-                // A device that is not the primary one of its pair is refused, and has no such hook.
+                // The kernel rejects the query for a device that is not the primary one of its pair: it has no peer hook.
                 let programs = bpf::entries(link.index, bpf::MprogHook::NetkitPeer).unwrap_or_default();
                 let entries = entries("netkit", programs, pins, spot, &ours, &names);
                 checks.extend(judge(&link, "peer", &entries, mark));
             }
-            // A kernel without TCX answers with an error: then there is nothing.
+            // A kernel without TCX returns an error, and has no TCX programs.
             let programs = bpf::entries(link.index, spot.direction().into()).unwrap_or_default();
             let mut entries = entries("tcx", programs, pins, spot, &ours, &names);
             let mut filters = clsact::filters(netlink, spot).await?;
-            // Others than BPF's have inner parts of their own (u32's tables), and all of a priority are of one kind.
+            // A filter of another kind lists its inner parts too (the hash tables of u32). All filters of one priority are of
+            // one kind.
             filters.dedup_by(|one, other| one.kind != "bpf" && one.priority == other.priority);
             for filter in filters {
                 let is_stuck = !bpf::has_tcx() && filter.priority == 1 && !filter.takes_company();
@@ -99,10 +100,10 @@ pub(super) async fn of_interfaces(
         }
     }
     if checks.is_empty() {
-        checks.push(Check::ok(OF_INTERFACES, format!("no others at {count} interfaces")));
+        checks.push(Check::ok(OF_INTERFACES, format!("no other programs at {count} hooks of interfaces")));
     }
     if of_xdp.is_empty() {
-        of_xdp.push(Check::ok(XDP, format!("none at {pods} interfaces of pods")));
+        of_xdp.push(Check::ok(XDP, format!("none at {pods} pod interfaces")));
     }
     checks.extend(of_xdp);
     Ok(checks)
@@ -126,8 +127,9 @@ fn xdp<'a>(
             is_first: is_loaded.then_some(true),
         };
         let remedy = format!(
-            "it sees the pod's frames before from_pod: frames that it sends on by XDP_TX or XDP_REDIRECT pass neither from_pod nor \
-             node_egress; the socket hook denies ordinary calls all the same; to remove it: `ip link set dev {} xdp off`",
+            "the program sees the pod's frames before from_pod: frames that it sends on with XDP_TX or XDP_REDIRECT pass neither \
+             from_pod nor node_egress; the socket hook still denies ordinary calls; to remove the program: `ip link set dev {} xdp \
+             off`",
             device.name
         );
         Check { program: Some(program.clone()), ..Check::degraded(XDP, program.to_string(), remedy) }
@@ -164,20 +166,21 @@ fn judge(link: &Link, hook: &'static str, entries: &[Entry], mark: &MarkUse) -> 
                     _ => format!("`tc filter delete dev {} {hook}`", link.name),
                 };
                 let remedy = format!(
-                    "it can let packets pass {} that the agent would deny: an agent that runs moves its program to the head of \
-                     the hook if the kernel allows that, otherwise remove the other program ({command})",
+                    "the program can let packets pass {} that the agent would deny: a running agent moves its program to the head \
+                     of the hook if the kernel allows that, otherwise remove the other program ({command})",
                     link.name
                 );
                 Check::degraded(OF_INTERFACES, found, remedy)
             }
             None if is_stuck => {
-                let remedy = "the agent can't get in front of it without TCX (Linux 6.6): give it another priority than 1";
+                let remedy = "without TCX (Linux 6.6) the agent cannot place its program before this one: give it another priority \
+                              than 1";
                 Check::degraded(OF_INTERFACES, found, remedy)
             }
             Some(false) if hook != "egress" && mark.has(link.master) => {
                 let remedy = format!(
-                    "it runs after from_pod, at a port of a bridge with an exempt pod: if it writes bit {} of the packet mark, \
-                     an exempt pod is denied, or another one exempt, at node_egress; choose another bit (hooks.mark_bit)",
+                    "the program runs after from_pod, at a port of a bridge with an exempt pod: if it writes bit {} of the packet \
+                     mark, node_egress denies an exempt pod, or lets another pod pass; choose another bit (hooks.mark_bit)",
                     mark.number()
                 );
                 Check::degraded(OF_INTERFACES, found, remedy)
@@ -190,7 +193,7 @@ fn judge(link: &Link, hook: &'static str, entries: &[Entry], mark: &MarkUse) -> 
     programs.map(|(program, entry)| check(program, entry.is_stuck)).collect()
 }
 
-/// The others' programs among those of a hook.
+/// Returns the programs of other owners at a hook.
 pub(super) fn foreign<'a>(
     entries: &'a [Entry],
     at: &str,
@@ -205,12 +208,12 @@ pub(super) fn foreign<'a>(
     })
 }
 
-/// Ids of the agent's programs on interfaces.
+/// Returns the ids of the agent's pinned programs for interfaces.
 fn pinned_programs(pins: &PinDir) -> BTreeSet<u32> {
     TC_PROGRAMS.into_iter().filter_map(|name| object::pinned_program(pins, name).ok()).collect()
 }
 
-/// Names of all programs, as far as the kernel tells: that takes `CAP_SYS_ADMIN`.
+/// Returns the names of all loaded programs by id; empty without `CAP_SYS_ADMIN`.
 pub(super) fn names() -> BTreeMap<u32, String> {
     let programs = loaded_programs().flatten();
     programs.filter_map(|program| Some((program.id(), program.name_as_str()?.to_owned()))).collect()
@@ -230,8 +233,8 @@ mod tests {
         let found: Vec<_> =
             foreign(&entries, "veth0", "ingress").map(|(program, _)| program.to_string()).collect();
         let expected = [
-            "tcx a (id 7) at ingress of veth0, place 1 of 3, before the agent's",
-            "tcx b (id 7) at ingress of veth0, place 3 of 3, after the agent's",
+            "tcx a (id 7) at ingress of veth0, position 1 of 3, before the agent's program",
+            "tcx b (id 7) at ingress of veth0, position 3 of 3, after the agent's program",
         ];
         assert_eq!(found, expected);
         let alone = [entry("a", false)];

@@ -1,4 +1,4 @@
-//! The report.
+//! Report of `imds-agent doctor`, as JSON and as a table.
 
 use std::{
     fmt::{self, Write as _},
@@ -11,97 +11,97 @@ use serde::Serialize;
 
 use crate::escape::escape;
 
-/// The whole of it.
+/// Report of one `imds-agent doctor`.
 #[derive(Debug, Serialize)]
 pub struct Report {
-    /// Version of this form: within one, fields are only added.
+    /// Schema version. Fields are only added while it stays the same.
     pub schema: u32,
     /// Version of the program that made the report.
     pub version: &'static str,
-    /// The pin directory.
+    /// Directory of the pinned maps, programs and links.
     pub pin_dir: PathBuf,
-    /// Whether nothing is missing that enforcement needs.
+    /// True if no check has the state [`State::Missing`].
     pub ready: bool,
-    /// What was looked at.
+    /// Checks in the order in which they ran.
     pub checks: Vec<Check>,
 }
 
-/// One thing that was looked at.
+/// Result of one check, with its consequence and remedy.
 #[derive(Clone, Debug, Serialize)]
 pub struct Check {
-    /// What it is.
+    /// Name of the check. Several results can have the same name, such as one for each firewall rule.
     pub name: &'static str,
-    /// How it is.
+    /// Result of the check in one word.
     pub state: State,
-    /// What was found.
+    /// Observed feature, program or rule.
     pub found: String,
-    /// What to do, or what comes of it; `None` where it is [`State::Ok`].
+    /// Consequence, and how to fix it; `None` if the state is [`State::Ok`].
     pub remedy: Option<String>,
-    /// The program that it is about, if it is about one.
+    /// Program of another owner, if the check is about one.
     pub program: Option<Program>,
-    /// The firewall rule that it is about, if it is about one.
+    /// Firewall rule, if the check is about one.
     pub rule: Option<Rule>,
-    /// The rule or TC action that writes the mark bit, if the check is about one.
+    /// Rule or TC action that writes the mark bit, if the check is about one.
     pub mark: Option<MarkWriter>,
 }
 
-/// How it is.
+/// Result of a check in one word.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// As it should be.
+    /// The check found no problem.
     Ok,
-    /// Good enough, with a consequence.
+    /// Enforcement works, with the consequence that [`Check::remedy`] describes.
     Degraded,
-    /// Enforcement needs it.
+    /// A feature that enforcement needs is not available.
     Missing,
 }
 
-/// Somebody else's program at a hook of ours.
+/// Program of another owner at a hook that the agent uses.
 #[derive(Clone, Debug, Serialize)]
 pub struct Program {
-    /// Its name, where the kernel tells.
+    /// Name of the program, if the kernel reports one.
     pub name: Option<String>,
-    /// Its id; `None` for a filter that is no BPF program.
+    /// Id of the program; `None` for a filter that is not a BPF program.
     pub id: Option<u32>,
     /// Kind of attachment: `tcx`, `netkit`, `xdp`, `cgroup` or the kind of filter.
     pub kind: String,
-    /// The interface, or the path of the cgroup.
+    /// Name of the interface, or path of the cgroup.
     pub at: String,
-    /// The hook there, such as `ingress` or `connect4`.
+    /// Hook of the interface or cgroup, such as `ingress` or `connect4`.
     pub hook: &'static str,
-    /// Its place among the programs of the hook, from 1.
+    /// Position among the programs of the hook, from 1.
     pub place: usize,
-    /// How many there are, the agent's own included.
+    /// Number of programs of the hook, those of the agent included.
     pub of: usize,
-    /// Whether it runs before the agent's; `None` where that has none there.
+    /// True if the program runs before the agent's; `None` if the agent has no program at the hook.
     pub is_first: Option<bool>,
 }
 
-/// Somebody's firewall rule for a metadata service.
+/// Firewall rule of another owner for a metadata service.
 #[derive(Clone, Debug, Serialize)]
 pub struct Rule {
-    /// Its table.
+    /// Table of the rule, such as `mangle`.
     pub table: String,
-    /// Its chain.
+    /// Chain of the rule, such as `FORWARD`.
     pub chain: String,
-    /// What would add it, or names it.
+    /// Command that adds the rule, or the name of the rule.
     pub text: String,
-    /// Whose it looks like: `aks`, `eks`, `docker`, `kube2iam`, `ecs`, `gke` or `other`.
+    /// Probable owner: `aks`, `eks`, `docker`, `kube2iam`, `ecs`, `gke` or `other`.
     pub origin: &'static str,
-    /// The metadata service that it is about.
+    /// Address of the metadata service.
     pub address: IpAddr,
-    /// Whether the agent keeps it from doing what it is for.
+    /// True if the agent denies packets that the rule would redirect.
     pub conflicts: bool,
-    /// True if the rule denies nothing that imds-agent lets pass, so that it can be removed.
+    /// True if imds-agent denies everything that the rule denies, so that the rule can be removed.
     pub removable: bool,
-    /// Traffic that opens if the rule is removed: the agent does not deny it.
+    /// Traffic that opens if the rule is removed, because the agent does not deny it.
     pub opens: Vec<String>,
-    /// The command that removes it.
+    /// Command that removes the rule.
     pub remove: String,
 }
 
-/// A rule of a firewall or a TC action that writes the mark bit of the configuration.
+/// Firewall rule or TC action that writes the mark bit of the configuration.
 #[derive(Clone, Debug, Serialize)]
 pub struct MarkWriter {
     /// Table of the rule; `None` for a TC action.
@@ -123,10 +123,10 @@ impl fmt::Display for Program {
         if let Some(id) = id {
             write!(formatter, " (id {id})")?;
         }
-        write!(formatter, " at {hook} of {at}, place {place} of {of}")?;
+        write!(formatter, " at {hook} of {at}, position {place} of {of}")?;
         match is_first {
-            Some(true) => formatter.write_str(", before the agent's"),
-            Some(false) => formatter.write_str(", after the agent's"),
+            Some(true) => formatter.write_str(", before the agent's program"),
+            Some(false) => formatter.write_str(", after the agent's program"),
             None => Ok(()),
         }
     }
@@ -155,12 +155,12 @@ impl Check {
 }
 
 impl Report {
-    /// The report as text that ends with a newline.
+    /// Returns the report as text that ends with a newline.
     #[must_use]
     pub fn table(&self) -> String {
         let mut table = Table::new();
         table.load_style(NOTHING);
-        table.set_header(["CHECK", "STATE", "FOUND"]);
+        table.set_header(["CHECK", "STATE", "OBSERVED"]);
         for check in &self.checks {
             table.add_row([check.name, check.state.name(), &escape(&check.found)]);
         }
@@ -168,7 +168,7 @@ impl Report {
         let remedies: Vec<_> =
             self.checks.iter().filter_map(|check| Some((check.name, check.remedy.as_ref()?))).collect();
         if !remedies.is_empty() {
-            text.push_str("\nwhat comes of it, and what to do:\n");
+            text.push_str("\nconsequences and remedies:\n");
         }
         for (name, remedy) in remedies {
             // Writing to a string does not fail.

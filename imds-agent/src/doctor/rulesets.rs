@@ -1,4 +1,4 @@
-//! Rules of iptables, nftables and TC actions, as their own programs list them. No rule is ever changed.
+//! Lists rules of iptables and nftables and TC actions with the tools `iptables-save`, `nft` and `tc`. Changes no rule.
 
 use std::{
     collections::BTreeSet,
@@ -14,7 +14,7 @@ use super::{
     traffic::{Action, Branch},
 };
 
-/// Programs that list rules of iptables. Some list the same rules as one before, and are then ignored.
+/// Programs that list rules of iptables. One that prints the same rules as an earlier one is ignored.
 const SAVES: [&str; 6] = [
     "iptables-save",
     "iptables-legacy-save",
@@ -26,10 +26,10 @@ const SAVES: [&str; 6] = [
 /// Tables of nftables that iptables manages.
 const IPTABLES_TABLES: [&str; 5] = ["filter", "mangle", "nat", "raw", "security"];
 
-/// Everything that the programs on this node list.
+/// Rules and TC actions of this node.
 #[derive(Debug, Default)]
 pub(super) struct Rulesets {
-    /// Programs that could be run.
+    /// Names of the programs that ran successfully.
     pub(super) sources: Vec<&'static str>,
     pub(super) rules: Vec<ListedRule>,
     /// TC actions, as `tc -json actions list` prints them.
@@ -37,13 +37,13 @@ pub(super) struct Rulesets {
     base_chains: Vec<(ChainId, BaseHook)>,
 }
 
-/// One rule of a firewall.
+/// One firewall rule, with its parsed branches.
 #[derive(Clone, Debug)]
 pub(super) struct ListedRule {
     pub(super) chain: ChainId,
-    /// The command that adds the rule, or its name.
+    /// Command that adds the rule, or its name.
     pub(super) text: String,
-    /// The command that removes the rule.
+    /// Command that removes the rule.
     pub(super) remove: String,
     /// Matched traffic and the verdicts for it.
     pub(super) branches: Vec<Branch>,
@@ -98,7 +98,7 @@ impl Rulesets {
         rulesets
     }
 
-    /// Returns from where packets reach the chains of all rules.
+    /// Returns the hooks from which packets reach each chain.
     pub(super) fn chains(&self) -> Chains {
         let actions = self
             .rules
@@ -173,7 +173,7 @@ impl ListedRule {
     }
 }
 
-/// Output of a program that is there and succeeds.
+/// Runs a program and returns its output; `None` if it does not exist or fails.
 fn run(program: &str, arguments: &[&str]) -> Option<String> {
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::null()).stderr(Stdio::null());
@@ -197,7 +197,7 @@ fn words(line: &str) -> Vec<String> {
     words
 }
 
-/// Objects with a `kind` in the output of `tc -json actions list`, at any depth.
+/// Returns the objects with a `kind` in the output of `tc -json actions list`, at any depth.
 pub(super) fn actions(listed: &Value) -> Vec<Value> {
     match listed {
         Value::Array(values) => values.iter().flat_map(actions).collect(),

@@ -4,8 +4,8 @@ use std::net::IpAddr;
 
 use super::{address_range::AddressRange, number_set::NumberSet};
 
-/// Traffic that a rule matches. Conditions that can't be read are left out, so that this is never less than the traffic
-/// of the rule.
+/// Traffic that a rule matches. Conditions that can't be read are left out, so that this is at least the traffic of the
+/// rule.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) struct Traffic {
     /// Destination addresses; `None` for all.
@@ -31,7 +31,7 @@ pub(super) struct Branch {
 pub(super) enum Action {
     /// Drops or rejects the packet.
     Deny,
-    /// Changes the destination. Holds `:PORT` where the rule names a port.
+    /// Changes the destination. Contains `:PORT` if the rule names a port.
     Redirect(String),
     Accept,
     /// Continues in another chain of the table.

@@ -1,4 +1,4 @@
-//! The form of a line of the log.
+//! Formats of a log line.
 
 use std::{borrow::Cow, env, io, os::fd::AsFd as _};
 
@@ -10,24 +10,24 @@ use serde::Serialize;
 
 use crate::escape::{escape, to_json};
 
-/// Longest message in bytes. An error of the BPF verifier quotes its whole log.
+/// Maximum length of a message in bytes. An error of the BPF verifier quotes its whole log.
 const MAX_MESSAGE: usize = 16 << 10;
 
-/// Form of the lines of the log.
+/// Format of the log lines.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
 pub enum LogFormat {
     /// Time, level and message
     #[default]
     Text,
-    /// One JSON object a line: timestamp, level, target, message
+    /// One JSON object per line: timestamp, level, target, message
     Json,
 }
 
-/// Turns records into lines.
+/// Converts log records to lines of a format.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct LineFormat {
     format: LogFormat,
-    /// Standard error is the journal, which has a priority and a time for each line.
+    /// True if standard error is the systemd journal, which records a priority and a time for each line.
     is_journal: bool,
 }
 
@@ -44,7 +44,7 @@ impl LineFormat {
         Self { format, is_journal: is_journal() }
     }
 
-    /// One line, with its newline.
+    /// Returns one line with its newline.
     pub(super) fn line(self, level: Level, target: &str, message: &str) -> Vec<u8> {
         self.line_at(Timestamp::now(), level, target, message)
     }
@@ -55,7 +55,7 @@ impl LineFormat {
             LogFormat::Json => {
                 let level = name(level);
                 let line = JsonLine { timestamp: format!("{time:.6}"), level, target, message: &message };
-                // Maps of strings have a JSON form.
+                // Serializing a map of strings does not fail.
                 to_json(&line).unwrap_or_default()
             }
             LogFormat::Text if self.is_journal => escape(&message).into_owned(),
@@ -65,7 +65,8 @@ impl LineFormat {
         format!("{priority}{line}\n").into_bytes()
     }
 
-    /// Lines of an error with which the process ends: as they are in the text form on a terminal, in a file or a pipe.
+    /// Returns the lines of an error with which the process ends. In the text format, except for the journal, they stay
+    /// unchanged.
     pub(super) fn last_words(self, text: &str) -> Vec<u8> {
         match (self.format, self.is_journal) {
             (LogFormat::Text, false) => format!("{}\n", crate::escape::escape_lines(text)).into_bytes(),
@@ -78,14 +79,14 @@ impl LineFormat {
     }
 }
 
-/// Reports whether standard error is the stream to the journal that `JOURNAL_STREAM` names (sd-daemon(3)): the variable alone
-/// is inherited by processes whose standard error was redirected.
+/// Reports whether standard error is the stream to the journal that `JOURNAL_STREAM` names (sd-daemon(3)). The variable alone
+/// does not suffice: processes with a redirected standard error inherit it.
 fn is_journal() -> bool {
     let Ok(stream) = env::var("JOURNAL_STREAM") else { return false };
     fstat(io::stderr().as_fd()).is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
 }
 
-/// Priority of syslog(3).
+/// Returns the priority of syslog(3) for a level.
 const fn priority(level: Level) -> u8 {
     match level {
         Level::Error => 3,

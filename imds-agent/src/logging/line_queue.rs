@@ -1,6 +1,6 @@
-//! The lines that wait to be written, and the thread that writes them.
+//! Queue of log lines, and the thread that writes them.
 //!
-//! A write to a pipe that no process reads blocks for ever. The agent therefore hands its lines to a thread, and drops those
+//! A write to a pipe that no process reads blocks forever. The agent therefore passes its lines to a thread, and drops lines
 //! for which the queue has no room.
 
 use std::{
@@ -13,14 +13,14 @@ use std::{
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-/// Limit of the bytes that wait.
+/// Maximum number of queued bytes.
 const MAX_BYTES: usize = 256 << 10;
-/// A pipe that is writable takes as much without blocking (`PIPE_BUF`).
+/// Size of one write in bytes. A writable pipe accepts this many without blocking (`PIPE_BUF`).
 const CHUNK: usize = 4096;
-/// Time without progress after which the end of the process waits no longer.
+/// Time without progress after which a flush gives up.
 const FLUSH_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// Lines that wait to be written.
+/// Queue of lines for standard error.
 #[derive(Debug, Default)]
 pub(super) struct LineQueue {
     state: Mutex<State>,
@@ -33,19 +33,19 @@ struct State {
     /// Sum of the lengths of the lines.
     bytes: usize,
     dropped: u64,
-    /// Dropped lines that no entry reports yet.
+    /// Number of dropped lines that no entry reports yet.
     unreported: u64,
     is_writing: bool,
-    /// Number of entries that were written.
+    /// Number of written entries, which tells a flush of progress.
     written: u64,
 }
 
-/// What the thread writes next.
+/// Entry that the thread writes next.
 #[derive(Debug, Eq, PartialEq)]
 pub(super) enum Entry {
     /// A line, with its newline.
     Line(Vec<u8>),
-    /// A report of so many dropped lines.
+    /// A report of this number of dropped lines.
     Dropped(u64),
 }
 
@@ -61,7 +61,7 @@ impl LineQueue {
         }
     }
 
-    /// Adds a line, even if there is no room: for the last one.
+    /// Adds a line, even if there is no room. Used for the last line of the process.
     pub(super) fn push_last(&self, line: Vec<u8>) {
         self.add(self.lock(), line);
     }
@@ -76,12 +76,12 @@ impl LineQueue {
         self.changed.notify_all();
     }
 
-    /// Number of lines that were dropped.
+    /// Returns the number of dropped lines.
     pub(super) fn dropped(&self) -> u64 {
         self.lock().dropped
     }
 
-    /// Waits until all lines are written, unless standard error takes none.
+    /// Waits until all lines are written, or until standard error accepts none.
     pub(super) fn flush(&self) {
         let mut state = self.lock();
         while state.is_writing || !state.entries.is_empty() {
@@ -130,14 +130,14 @@ impl LineQueue {
         self.changed.notify_all();
     }
 
-    /// Writes the lines as they come. `report` makes the line that reports dropped ones.
+    /// Writes lines as they arrive. `report` formats the line that reports dropped ones.
     pub(super) fn write_all(&self, report: impl Fn(u64) -> Vec<u8>) -> ! {
         let mut stderr = io::stderr();
         loop {
             let is_written = match self.pop() {
                 Entry::Line(line) => write(&mut stderr, &line).is_ok(),
                 Entry::Dropped(count) => {
-                    // A report that is lost is no line of the log.
+                    // A lost report does not count as a dropped line.
                     let _lost = write(&mut stderr, &report(count));
                     true
                 }
@@ -154,7 +154,7 @@ impl LineQueue {
 fn write(stderr: &mut Stderr, line: &[u8]) -> io::Result<()> {
     for mut rest in line.chunks(CHUNK) {
         while !rest.is_empty() {
-            // Standard error may be non-blocking: its mode is shared with other processes.
+            // Standard error may be non-blocking, because processes that share it share its mode.
             poll(&mut [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)], PollTimeout::NONE).or_else(
                 |errno| if errno == nix::errno::Errno::EINTR { Ok(0) } else { Err(io::Error::from(errno)) },
             )?;

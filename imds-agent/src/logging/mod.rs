@@ -1,4 +1,4 @@
-//! The agent's log on standard error.
+//! Log of the agent on standard error.
 
 mod line_format;
 mod line_queue;
@@ -16,11 +16,11 @@ use log::{LevelFilter, Log, Metadata, Record};
 pub use self::line_format::LogFormat;
 use self::{line_format::LineFormat, line_queue::LineQueue};
 
-/// Environment variable with filters, which [`LogOptions::level`] overrides.
+/// Environment variable with log filters. [`LogOptions::level`] overrides it.
 const FILTERS: &str = "RUST_LOG";
-/// Prefix of the agent's own targets, and of those of the BPF programs.
+/// Prefix of the log targets of the agent and of the BPF programs.
 const OWN: &str = "imds";
-/// Libraries whose lines of level info are about themselves.
+/// Libraries whose messages of level info do not concern operators.
 const LIBRARIES: [&str; 12] = [
     "aya",
     "h2",
@@ -36,14 +36,14 @@ const LIBRARIES: [&str; 12] = [
     "want",
 ];
 
-/// Form and level of the log.
+/// Format and level of the log.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct LogOptions {
-    /// Form of the lines.
+    /// Format of the lines.
     pub format: LogFormat,
-    /// Least severe level, instead of the filters of `RUST_LOG`.
+    /// Lowest level to log. Overrides the filters of `RUST_LOG`.
     pub level: Option<LevelFilter>,
-    /// Hands lines to a thread, so that the process never waits for the reader of its standard error.
+    /// Passes lines to a thread, so that the process never waits for the reader of its standard error.
     pub is_queued: bool,
 }
 
@@ -61,7 +61,7 @@ pub fn init(options: LogOptions) -> io::Result<()> {
         let (queue, _) = QUEUE.get_or_init(|| (LineQueue::default(), format));
         thread::Builder::new().name("imds-log".to_owned()).spawn(move || {
             let report = |count| {
-                let message = format!("dropped {count} lines of the log: standard error was not read");
+                let message = format!("dropped {count} log lines: standard error was not read");
                 format.line(log::Level::Warn, module_path!(), &message)
             };
             queue.write_all(report)
@@ -73,20 +73,20 @@ pub fn init(options: LogOptions) -> io::Result<()> {
     }
     let filter = filter(options.level, env::var(FILTERS).ok().as_deref());
     let level = filter.filter();
-    // The first logger stays, if there is one.
+    // If a logger is set already, it stays.
     if log::set_boxed_logger(Box::new(Logger { filter, format })).is_ok() {
         log::set_max_level(level);
     }
     Ok(())
 }
 
-/// Number of lines that were dropped, because standard error was not read.
+/// Returns the number of lines that were dropped because standard error was not read.
 #[must_use]
 pub fn dropped() -> u64 {
     QUEUE.get().map_or(0, |(queue, _)| queue.dropped())
 }
 
-/// Waits until all lines are written, unless standard error takes none.
+/// Waits until all lines are written, or until standard error accepts none.
 pub fn flush() {
     if let Some((queue, _)) = QUEUE.get() {
         queue.flush();
@@ -97,7 +97,7 @@ pub fn flush() {
 pub fn write_last_words(text: &str) {
     match QUEUE.get() {
         Some((queue, format)) => queue.push_last(format.last_words(text)),
-        // Standard error that is closed is no reason to panic.
+        // A closed standard error must not cause a panic.
         None => {
             let _closed = writeln!(io::stderr(), "{}", crate::escape::escape_lines(text));
         }

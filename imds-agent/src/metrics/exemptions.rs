@@ -1,4 +1,4 @@
-//! A hash of the exemptions of the effective configuration, by which a change of them is seen.
+//! Hash of the exemptions of the effective configuration. A metric exports it, so that an alert can detect a change.
 
 use toml::{Table, Value};
 
@@ -14,12 +14,12 @@ pub fn exemptions_hash(pins: &PinDir) -> Option<u64> {
     Some(hash(&record.text))
 }
 
-/// Hashes the exemptions of a configuration in TOML. Other keys do not count.
+/// Hashes the exemptions of a configuration in TOML. Other keys do not affect the hash.
 fn hash(text: &str) -> u64 {
     let table: Table = text.parse().unwrap_or_default();
     let exemptions = table.get("exempt").map(Value::to_string).unwrap_or_default();
     let hash = fnv1a(&exemptions);
-    // A sample of Prometheus is a float and holds integers of 53 bits.
+    // Prometheus stores a sample as a float, which represents integers of up to 53 bits exactly.
     (hash >> 48) ^ (hash & 0xffff_ffff_ffff)
 }
 

@@ -1,18 +1,18 @@
-//! Metric families: names, help texts and samples, in no particular text format.
+//! Metric families: names, help texts and samples, independent of the text format.
 
 use std::fmt;
 
-/// All time series of one name.
+/// All time series with the same metric name.
 #[derive(Clone, Debug)]
 pub(super) struct Family {
-    /// The name, for a counter without `_total`.
+    /// Name of the metric, without the suffix `_total` of counters.
     pub(super) name: &'static str,
     pub(super) help: &'static str,
     pub(super) kind: Kind,
     pub(super) samples: Vec<Sample>,
 }
 
-/// The type of a family.
+/// Metric type of a family.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Kind {
     Counter,
@@ -26,7 +26,7 @@ pub(super) struct Sample {
     pub(super) value: Number,
 }
 
-/// The value of a sample.
+/// Value of a sample: integers are printed without a decimal point.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Number {
     Integer(u64),

@@ -5,18 +5,18 @@ use std::fmt::Write as _;
 use super::family::{Families, Family, Kind, Sample};
 use crate::escape::escape;
 
-/// A text format for metrics.
+/// Text format of `/metrics`.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum Format {
-    /// The text format of Prometheus.
+    /// Prometheus text format, version 0.0.4.
     #[default]
     Text,
-    /// `OpenMetrics` 1.0.
+    /// `OpenMetrics` text format, version 1.0.
     OpenMetrics,
 }
 
 impl Format {
-    /// Returns the format that the header prefers: the text format if it prefers none or names neither.
+    /// Returns the format that the header prefers, or the Prometheus text format if it has no preference.
     #[must_use]
     pub fn from_accept(header: &str) -> Self {
         let ranges: Vec<_> = elements(header, ',').into_iter().filter_map(Range::parse).collect();
@@ -28,7 +28,7 @@ impl Format {
         if quality(Self::OpenMetrics) > quality(Self::Text) { Self::OpenMetrics } else { Self::Text }
     }
 
-    /// The media type in HTTP.
+    /// Returns the value of the `Content-Type` header.
     #[must_use]
     pub const fn content_type(self) -> &'static str {
         match self {
@@ -53,7 +53,7 @@ impl Format {
         text
     }
 
-    /// Writing to a string does not fail.
+    /// Appends a family to `text`. The results of `writeln!` are ignored, because writing to a string does not fail.
     fn encode_family(self, family: &Family, text: &mut String) {
         let Family { name, help, kind, samples } = family;
         let suffix = if *kind == Kind::Counter { "_total" } else { "" };

@@ -1,4 +1,4 @@
-//! Metrics of the node and of the agent, in the text formats of Prometheus.
+//! Metrics of the node and the agent, in the text formats of Prometheus.
 
 mod exemptions;
 mod family;
@@ -24,12 +24,12 @@ use crate::{
     kube::WatchState,
 };
 
-/// Counters of a running agent.
+/// Counters of a running agent since its start.
 #[derive(Clone, Debug, Default)]
 pub struct Done {
-    /// Reloads of the configuration.
+    /// Successful and failed reloads of the configuration.
     pub reloads: Reloads,
-    /// Drift corrections.
+    /// Corrections of changes that other programs made.
     pub repairs: Repairs,
     /// Map updates for exemptions and pod names.
     pub writes: Writes,
@@ -56,7 +56,7 @@ impl From<&DenialKey> for DenialTo {
     }
 }
 
-/// Adds up the denials.
+/// Sums the denial records by namespace, endpoint, hook and verdict.
 pub fn sum<E>(denials: impl Iterator<Item = Result<(DenialKey, DenialRecord), E>>) -> Result<Denied, E> {
     let mut denied = Denied::new();
     for denial in denials {
@@ -67,7 +67,7 @@ pub fn sum<E>(denials: impl Iterator<Item = Result<(DenialKey, DenialRecord), E>
     Ok(denied)
 }
 
-/// Writes all metrics of one scrape in this format.
+/// Encodes all metrics of one scrape.
 #[must_use]
 pub fn encode(snapshot: &Snapshot, pins: &PinDir, format: Format) -> String {
     let mut families = Families::default();

@@ -1,4 +1,4 @@
-//! Metrics of the agent's process, as the client libraries of Prometheus name them.
+//! Metrics of the agent's process, with the names that the client libraries of Prometheus use.
 
 use std::{fs, io};
 
@@ -9,7 +9,7 @@ use nix::{
 
 use super::family::Families;
 
-/// Resources of a process.
+/// Resource usage of a process.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Process {
     cpu_seconds: f64,
@@ -25,7 +25,7 @@ pub(super) fn add(families: &mut Families) {
         Err(error) => log::debug!("failed to read the resources of the process: {error}"),
     }
     if let Ok(descriptors) = fs::read_dir("/proc/self/fd") {
-        // One is the descriptor of the directory.
+        // Reading the directory opens one descriptor itself.
         let open = descriptors.count().saturating_sub(1) as u64;
         families.gauge("process_open_fds", "Number of open file descriptors", [([], open)]);
     }
@@ -68,11 +68,11 @@ fn read() -> io::Result<Process> {
     parse(&stat, &boot, ticks, page).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
-/// Reads /proc/PID/stat and the boot time in /proc/stat (`proc_pid_stat(5)`, `proc_stat(5)`).
+/// Parses /proc/PID/stat and the boot time in /proc/stat (`proc_pid_stat(5)`, `proc_stat(5)`).
 fn parse(stat: &str, boot: &str, ticks: u32, page: u32) -> Option<Process> {
     // The name, which is the second field and in parentheses, can contain any character.
     let fields: Vec<_> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
-    // The first of these is the third of the line.
+    // The remaining fields start with number 3.
     let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
     let boot = boot.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse::<u32>().ok()?;
     let seconds = |in_ticks: u64| as_float(in_ticks) / f64::from(ticks);

@@ -1,4 +1,4 @@
-//! Run time of the agent's BPF programs, if the kernel collects it.
+//! Run times of the agent's BPF programs, if the kernel measures them.
 
 use std::os::fd::OwnedFd;
 
@@ -11,16 +11,16 @@ use imds_ebpf_common::{Hook, names::programs_of};
 use super::family::Families;
 use crate::datapath::pins::PinDir;
 
-/// Keeps the kernel collecting run times of BPF programs (`BPF_ENABLE_STATS`, Linux 5.8), as long as it is enabled.
+/// Switch for the measurement of run times of all BPF programs (`BPF_ENABLE_STATS`, Linux 5.8).
 #[derive(Debug, Default)]
 pub struct RunTimeStats {
     is_desired: bool,
-    /// The kernel stops when the last such descriptor is closed.
+    /// Descriptor that keeps the measurement on. The kernel stops when the last such descriptor is closed.
     enabled: Option<OwnedFd>,
 }
 
 impl RunTimeStats {
-    /// Starts or stops the collection. A failure is logged once and changes nothing else.
+    /// Starts or stops the measurement. A failure is logged once and has no other effect.
     pub fn set(&mut self, is_desired: bool) {
         if self.is_desired == is_desired {
             return;
@@ -28,13 +28,13 @@ impl RunTimeStats {
         self.is_desired = is_desired;
         self.enabled = None;
         if !is_desired {
-            log::info!("stopped the collection of BPF run times (metrics.program_run_time)");
+            log::info!("stopped measuring run times of BPF programs (metrics.program_run_time)");
             return;
         }
         match enable_stats(Stats::RunTime) {
             Ok(descriptor) => {
                 log::info!(
-                    "started the collection of run times of all BPF programs (metrics.program_run_time)"
+                    "started measuring run times of all BPF programs of this machine (metrics.program_run_time)"
                 );
                 self.enabled = Some(descriptor);
             }
@@ -47,7 +47,7 @@ impl RunTimeStats {
     }
 }
 
-/// Runs of one program.
+/// Run time and number of runs of one program.
 #[derive(Clone, Debug)]
 pub(super) struct ProgramRuns {
     hook: &'static str,
@@ -56,7 +56,7 @@ pub(super) struct ProgramRuns {
     count: u64,
 }
 
-/// Reads the runs of all pinned programs. Programs that never ran while the kernel collected are left out.
+/// Reads the runs of all pinned programs. Leaves out programs that never ran during the measurement.
 pub(super) fn read(pins: &PinDir) -> Vec<ProgramRuns> {
     let runs = |(hook, program): (Hook, &'static str)| {
         let info = ProgramInfo::from_pin(pins.program(program)).ok()?;
@@ -74,12 +74,12 @@ pub(super) fn add(runs: &[ProgramRuns], families: &mut Families) {
     let labels = |runs: &ProgramRuns| [("hook", runs.hook.to_owned()), ("program", runs.program.to_owned())];
     families.counter(
         "imds_agent_program_run_time_seconds",
-        "Time that the BPF program ran in seconds, while the kernel collects it",
+        "Run time of the BPF program in seconds, while the kernel measures it",
         runs.iter().map(|of_program| (labels(of_program), of_program.seconds)),
     );
     families.counter(
         "imds_agent_program_runs",
-        "Number of runs of the BPF program, while the kernel collects it",
+        "Number of runs of the BPF program, while the kernel measures them",
         runs.iter().map(|of_program| (labels(of_program), of_program.count)),
     );
 }

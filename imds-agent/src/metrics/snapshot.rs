@@ -1,4 +1,4 @@
-//! The metrics of one moment.
+//! Snapshot of all values for one scrape, and their metric families.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,19 +16,19 @@ use crate::{
     version::COMMIT,
 };
 
-/// Maximum number of namespaces with a label of their own.
+/// Maximum number of namespaces with a label value of their own.
 const MAX_NAMESPACES: usize = 100;
 
-/// Everything that one scrape reports of the node and the agent.
+/// Values of the node and the agent that one scrape reports.
 #[derive(Debug)]
 pub struct Snapshot {
-    /// State in the kernel.
+    /// Status of the node, read from the kernel.
     pub report: Report,
-    /// Denials by namespace.
+    /// Sums of denials by namespace.
     pub denials: Denied,
-    /// Counters of the agent.
+    /// Counters of the agent since its start.
     pub done: Done,
-    /// Events, if this agent collects them.
+    /// Event counters; `None` if another process collects the events.
     pub collected: Option<Collected>,
     /// Hash of the exemptions of the effective configuration; `None` if nothing is loaded.
     pub exemptions_hash: Option<u64>,
@@ -81,8 +81,8 @@ impl Snapshot {
         );
     }
 
-    /// Adds the counters of each enabled hook, also without a packet: `increase()` of a time series that starts above 0
-    /// does not see the first packets.
+    /// Adds the counters of each enabled hook, also those that are 0: `increase()` misses the first packets of a time series
+    /// that starts above 0.
     fn add_counts(&self, to: &mut Families) {
         let mut by_hook: BTreeMap<_, Counts> =
             self.report.hooks.iter().map(|&hook| (hook, Counts::default())).collect();
@@ -143,7 +143,7 @@ impl Snapshot {
         };
         to.counter(
             "imds_agent_denials",
-            "Denied and audited packets and calls by namespace of the pod; without one if no pod is known",
+            "Denied and audited packets and calls by namespace of the pod; the namespace is empty if no pod is known",
             samples(|count| count.packets),
         );
         to.counter(
@@ -191,7 +191,7 @@ impl Snapshot {
     fn add_exemptions(&self, to: &mut Families) {
         to.gauge(
             "imds_agent_exempt_subjects",
-            "Interfaces, network namespaces and cgroups that an exemption covers; each of its endpoints counts",
+            "Interfaces, network namespaces and cgroups that an exemption covers, counted for each of its endpoints",
             self.report
                 .senders_by_rule()
                 .into_iter()
@@ -269,7 +269,7 @@ impl Snapshot {
         );
         to.counter(
             "imds_agent_map_updates",
-            "Map entries that were written because pods or exemptions changed",
+            "Map entries that the agent wrote because pods or exemptions changed",
             [("imds_exempt", writes.exemptions), ("imds_pods", writes.pods)]
                 .map(|(map, count)| ([("map", map.to_owned())], count)),
         );
@@ -285,7 +285,7 @@ impl Snapshot {
         to.counter("imds_agent_events", "Events of packets and calls", [([], told)]);
         to.counter(
             "imds_agent_events_suppressed",
-            "Packets and calls that only the number in an event accounts for, because of the rate limit",
+            "Packets and calls beyond the rate limit, which an event reports only as a number",
             [([], suppressed)],
         );
         to.gauge(

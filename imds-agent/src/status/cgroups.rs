@@ -1,4 +1,4 @@
-//! The hooks of cgroups in the report.
+//! Adds the cgroup hooks to the status report.
 
 use std::{collections::BTreeMap, os::unix::fs::MetadataExt as _};
 
@@ -21,7 +21,7 @@ use crate::{
 };
 
 impl Report {
-    /// Adds the hooks of cgroups that are on, and removes their counts from `counts`.
+    /// Adds the enabled cgroup hooks, and removes their counts from `counts`.
     pub(super) fn add_cgroups(
         &mut self,
         pins: &PinDir,
@@ -87,7 +87,7 @@ impl Report {
             Some(program) if desired => self.add_program(program),
             None if desired => {
                 let problem = format!("{PROG_LOCAL_SERVICE} is not attached: the agent has no cgroup");
-                self.problem(None, problem, "mount cgroup2, or name a cgroup by `run --cgroup`");
+                self.problem(None, problem, "mount cgroup2, or set `run --cgroup`");
             }
             Some(_) | None => {}
         }
@@ -115,14 +115,16 @@ impl Report {
         let Some(problem) = &program.problem else { return };
         let remedy = match (self.agent.running, program.is_attached) {
             (false, _) => "start `imds-agent run`",
-            (true, true) => "the agent moves it to the end; if that repeats, another agent does the same",
-            (true, false) => "the agent attaches it once it can; its log says why it cannot",
+            (true, true) => {
+                "the agent moves it to the end; if this repeats, another program also moves to the end"
+            }
+            (true, false) => "the agent tries again at each resync; see its log for the cause",
         };
         self.problem(None, problem, remedy);
     }
 }
 
-/// Id of the root of the hierarchy.
+/// Returns the id of the root of the cgroup v2 hierarchy.
 fn root_id() -> Option<u64> {
     cgroup::root().ok()??.metadata().ok().map(|metadata| metadata.ino())
 }

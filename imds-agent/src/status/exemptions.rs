@@ -1,4 +1,4 @@
-//! Who is exempt, by the names that people know.
+//! Adds the exempt senders to the status report, with the names of rules, interfaces, pods and endpoints.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ use crate::{
 };
 
 impl Report {
-    /// Adds who is exempt, once endpoints and interfaces are known.
+    /// Adds the exempt senders. Needs the report's endpoints and interfaces for their names.
     pub(super) fn add_exemptions(
         &mut self,
         maps: &Maps,
@@ -67,7 +67,7 @@ impl Report {
             }
             Some(SubjectKind::Netns) => sender.netns_cookie = Some(subject.id),
             Some(SubjectKind::Cgroup) => sender.cgroup = Some(subject.id),
-            // Bridges stand for the pods behind them, which are listed themselves.
+            // A bridge entry covers exempt pods behind it, which have entries of their own.
             Some(SubjectKind::Bridge) | None => {}
         }
         sender
@@ -80,7 +80,7 @@ impl Report {
         known.map_or_else(|| address.to_string(), |endpoint| endpoint.name.clone())
     }
 
-    /// How many senders each rule finds, by its name.
+    /// Returns the number of exempt senders by the name of their rule.
     #[must_use]
     pub fn senders_by_rule(&self) -> BTreeMap<&str, usize> {
         let mut senders = BTreeMap::new();

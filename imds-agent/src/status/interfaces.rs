@@ -1,4 +1,4 @@
-//! Attachments of each interface, as the kernel lists them.
+//! Adds each interface with its attachments, as the kernel lists them, to the status report.
 
 use std::collections::BTreeMap;
 
@@ -27,7 +27,7 @@ impl Report {
             sum += counts.remove(&(link.index, hook.hook() as u8)).unwrap_or_default();
         }
         self.total += sum;
-        // The agent knows the configuration; a link that it has not seen yet is judged by the defaults.
+        // The agent's record follows the configuration. Without a record, use the default interface selection.
         let record = records::get(node.maps, link.index);
         let recorded = record.and_then(|record| Some((Role::from_u8(record.role)?, record)));
         let (role, desired) = if let Some((role, record)) = recorded {
@@ -40,10 +40,10 @@ impl Report {
         let mut attachments = Vec::new();
         for hook in desired.iter().filter(|hook| node.hooks.has(hook.hook())) {
             let attachment = attachment(link, hook, node).await?;
-            // Without a route to an endpoint the egress hook of such a link only prepares for one.
+            // Such a link needs the egress hook only once a route to an endpoint leads through it.
             let is_spare =
                 hook == TcHook::NodeEgress && link.leads_elsewhere() && !node.uplinks.contain(link.index);
-            // Hooks of uplinks never wait, and without an agent none is attached later.
+            // Hooks of uplinks are never queued, and without an agent no hook is attached later.
             let may_wait = self.agent.running && (hook == TcHook::FromPod || is_spare);
             let is_prepared_later = is_spare && record.is_none();
             let pending = attachment.is_none() && (is_prepared_later || (may_wait && is_queued));
@@ -85,12 +85,12 @@ impl Report {
             if !pending {
                 return self.problem(Some(name), format!("{hook_name} is not enforced"), remedy);
             }
-            // The node-wide hooks deny the pod's packets until then.
+            // Until it is attached, the node-wide hooks deny the pod's packets, if one of them is on.
             if !node.hooks.has(Hook::NodeEgress) && !node.hooks.has(Hook::Socket) {
                 self.problem(
                     Some(name),
                     format!("{hook_name} is not enforced yet"),
-                    "wait for the attach queue",
+                    "wait: the agent attaches it shortly",
                 );
             }
             return;
@@ -98,26 +98,26 @@ impl Report {
         if let (TcHook::FromPod, Some(program)) = (hook, link.xdp) {
             let problem =
                 format!("XDP program {program} runs before {hook_name} and can redirect packets past it");
-            self.problem(Some(name), problem, format!("`ip link show dev {name}` names the program"));
+            self.problem(Some(name), problem, format!("see `ip link show dev {name}`"));
         }
         if attachment.place != Order::First {
             let remedy =
-                format!("`bpftool net show` and `tc filter show dev {name} ingress` (or egress) name them");
+                format!("see `bpftool net show` and `tc filter show dev {name} ingress` (or egress)");
             let problem = format!("{hook_name} is not first: other programs run before it");
             self.problem(Some(name), problem, remedy);
         }
         if !attachment.current {
             let problem = format!("{hook_name} runs another program than the pinned one");
-            self.problem(Some(name), problem, "an agent that starts replaces it");
+            self.problem(Some(name), problem, "restart the agent, which replaces it");
         }
         if !attachment.pinned {
-            let problem = format!("the link of {hook_name} is not pinned: it ends with the agent");
-            self.problem(Some(name), problem, "a running agent pins it again");
+            let problem = format!("the link of {hook_name} is not pinned: enforcement ends with the agent");
+            self.problem(Some(name), problem, "a running agent pins it at the next resync");
         }
     }
 }
 
-/// Order of the program among all programs that see the packet before it, XDP included.
+/// Returns the order of the program at its hook. An XDP program also counts as one that runs before it.
 fn order(link: &Link, hook: TcHook, attachment: Attachment) -> Order {
     match (hook, link.xdp) {
         (TcHook::FromPod, Some(_)) => Order::Blocked,
@@ -125,7 +125,7 @@ fn order(link: &Link, hook: TcHook, attachment: Attachment) -> Order {
     }
 }
 
-/// Returns the agent's program at a hook. Links run before filters, so that a link counts if both are there.
+/// Returns the agent's program at a hook. If both a link and a filter are attached, returns the link, which runs first.
 async fn attachment(link: &Link, hook: TcHook, node: &Node<'_>) -> Result<Option<Attachment>, DatapathError> {
     let point = AttachPoint { ifindex: link.index, edge: hook };
     let program = object::pinned_program(node.pins, tc_program(hook, link.frame))?;

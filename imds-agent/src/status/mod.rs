@@ -1,4 +1,4 @@
-//! What is in force, as the kernel says it: whether or not an agent runs.
+//! Status of this node, read from the kernel. Works with and without a running agent.
 
 mod cgroups;
 mod exemptions;
@@ -34,12 +34,12 @@ use crate::{
     version::VERSION,
 };
 
-/// Version of the JSON form: within one, fields are only added.
+/// Schema version of the JSON output. Fields are only added while it stays the same.
 const SCHEMA: u32 = 1;
-/// How often to ask until hooks and mode are the same before and after.
+/// Maximum number of attempts to read a status during which the policy does not change.
 const ATTEMPTS: usize = 5;
 
-/// Asks the kernel.
+/// Reads the status from the kernel.
 pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, DatapathError> {
     for _ in 0..ATTEMPTS {
         let before = policy(pins);
@@ -51,7 +51,7 @@ pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapath
     gather_once(pins, netlink).await
 }
 
-/// What is in force, where that can be read.
+/// Returns the effective policy; `None` if it can't be read.
 fn policy(pins: &PinDir) -> Option<Policy> {
     Maps::open(pins).ok()?.policy.get(&0, 0).ok()
 }
@@ -91,10 +91,10 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
     }
     home::ensure_ours(pins)?;
     let maps = match Maps::open(pins) {
-        // The first agent pins one after the other, a later one those that somebody removed.
+        // A starting agent pins the maps one after the other.
         Err(_) if report.agent.running && !report.agent.ready => {
             report.state = State::Degraded;
-            report.problem(None, "the agent has not loaded its programs yet", "wait, or see its log");
+            report.problem(None, "the agent has not loaded its programs yet", "wait, or see the agent's log");
             return Ok(report);
         }
         maps => maps?,
@@ -113,11 +113,15 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
     if !report.agent.running {
         report.problem(
             None,
-            "no agent is running: nothing is attached to pods that start now, and nothing is repaired",
+            "no agent is running: no program is attached to new pods, and detached programs are not restored",
             "start `imds-agent run`",
         );
     } else if report.agent.running && !report.agent.ready {
-        report.problem(None, "the agent has not looked at every interface yet", "wait, or see its log");
+        report.problem(
+            None,
+            "the agent has not reconciled all interfaces yet",
+            "wait, or see the agent's log",
+        );
     }
 
     report.untold = counters::untold(&maps).map_err(unreadable)?;
@@ -138,7 +142,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
         report.add(&link, &node, &mut counts).await?;
     }
     report.add_exemptions(&maps, &names)?;
-    // Of interfaces that are gone and not yet forgotten, too.
+    // Also of interfaces that were deleted and whose counters the agent has not yet added to those of deleted ones.
     for gone in counts.into_values() {
         report.departed += gone;
     }
@@ -169,9 +173,9 @@ impl Report {
                 || "the built-in defaults".to_owned(),
                 |path| format!("the configuration loaded from {}", path.display()),
             );
-            let remedy = "mend the file (`imds-agent config check FILE` lists all errors); the agent loads it then, or on \
-                          SIGHUP";
-            self.problem(None, format!("configuration rejected, {from} in force: {error} ({at:.0})"), remedy);
+            let remedy = "correct the file (`imds-agent config check FILE` lists all errors); the agent loads it when it changes, \
+                          or on SIGHUP";
+            self.problem(None, format!("configuration rejected, using {from}: {error} ({at:.0})"), remedy);
         }
         self.configuration = record.map(|config::Record { generation, path, loaded_at, refusal, .. }| {
             let refused = refusal.map(|config::Refusal { at, error }| Refused { at, error });
@@ -186,12 +190,12 @@ impl Report {
             self.problem(
                 None,
                 format!("{disputed} pods claim the cgroup of another pod by the annotation kubernetes.io/config.hash"),
-                "delete them: the agent's log has their names",
+                "delete the copies: the agent's log names them",
             );
         }
     }
 
-    /// Adds what is guarded, and returns a connection that knows it.
+    /// Adds the protected endpoints, and returns a connection that treats routes to them as uplinks.
     fn add_endpoints(&mut self, maps: &Maps, netlink: &Netlink) -> Result<Netlink, DatapathError> {
         let (configured, in_force) = endpoints::provider(maps).map_err(unreadable)?;
         self.provider = Some(Provider { configured, in_force });
@@ -206,13 +210,13 @@ impl Report {
             keep: to_strings(keep),
         }));
         if self.endpoints.is_empty() && self.mode != Some(Mode::Off.name()) {
-            self.problem(None, "no endpoint is guarded", "start `imds-agent run`");
+            self.problem(None, "no endpoint is protected", "start `imds-agent run`");
         }
         Ok(netlink.clone().with_endpoints(guarded.iter().map(|endpoint| endpoint.address).collect()))
     }
 }
 
-/// What is asked about every interface.
+/// State of the node that the reports of all interfaces share.
 struct Node<'a> {
     pins: &'a PinDir,
     maps: &'a Maps,

@@ -1,4 +1,4 @@
-//! The report.
+//! Status report, serialized as JSON for `-o json`.
 
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
@@ -12,58 +12,57 @@ use crate::{
     reconcile::Order,
 };
 
-/// The whole of it.
+/// Status of the node on one pin directory.
 #[derive(Debug, Serialize)]
 pub struct Report {
-    /// Version of this form: within one, fields are only added.
+    /// Schema version. Fields are only added while it stays the same.
     pub schema: u32,
     /// Version of the program that made the report.
     pub version: &'static str,
-    /// The pin directory.
+    /// Directory of the pinned maps, programs and links.
     pub pin_dir: PathBuf,
-    /// In one word.
+    /// State of the node in one word.
     pub state: State,
-    /// The agent on this pin directory.
+    /// Agent that uses this pin directory.
     pub agent: Agent,
-    /// The configuration in force; `None` where nothing is loaded.
+    /// Effective configuration; `None` if nothing is loaded.
     pub configuration: Option<Configuration>,
-    /// The mode in force; `None` where nothing is loaded.
+    /// Effective mode; `None` if nothing is loaded.
     pub mode: Option<&'static str>,
-    /// What senders of denied packets are told; `None` where nothing is loaded.
+    /// Reply to denied packets, `drop` or `reject`; `None` if nothing is loaded.
     pub on_deny: Option<&'static str>,
-    /// Where the endpoints come from; `None` where nothing is loaded.
+    /// Provider of the endpoints; `None` if nothing is loaded.
     pub provider: Option<Provider>,
-    /// What is guarded.
+    /// Protected endpoints, in the order of the configuration.
     pub endpoints: Vec<Endpoint>,
-    /// Who is exempt from what.
+    /// Exempt senders, sorted by rule.
     pub exemptions: Vec<ExemptSender>,
-    /// How pods of Kubernetes are looked up; `None` where they are not.
+    /// Status of the pod watch; `None` if no pods are watched.
     pub kubernetes: Option<Lookup>,
-    /// Every interface of the node.
+    /// All interfaces of the node.
     pub interfaces: Vec<Interface>,
-    /// The hooks that are on.
+    /// Names of the enabled hooks.
     pub hooks: Vec<&'static str>,
-    /// Calls on sockets; `None` where that hook is off.
+    /// The `socket` hook; `None` if the hook is off.
     pub sockets: Option<SocketReport>,
-    /// Pods in the node's network namespace; `None` where strict mode is off.
+    /// The `host_network` hook, which restricts pods in the node's network namespace; `None` if the hook is off.
     pub host_network: Option<HostReport>,
-    /// The hook for a metadata service on the node; `None` if that hook is off.
+    /// The `local_service` hook, for a metadata service on the node; `None` if the hook is off.
     pub local_service: Option<LocalServiceReport>,
-    /// Counts of interfaces that are gone.
+    /// Counts of interfaces that were deleted.
     pub departed: Counts,
-    /// Counts of all, those that are gone too.
+    /// Counts of all interfaces and hooks, deleted interfaces included.
     pub total: Counts,
-    /// Counts of each hook that has any, of whatever interface.
+    /// Counts by hook, over all interfaces. Hooks without counts are left out.
     pub by_hook: BTreeMap<&'static str, Counts>,
-    /// Packets and calls of which no event told so far.
+    /// Number of rate-limited packets and calls that no event accounts for yet.
     pub untold: u64,
-    /// What is not as it should be.
+    /// Problems of this node. If there are any, the state is [`State::Degraded`].
     pub problems: Vec<Problem>,
 }
 
 impl Report {
-    /// What is to be guarded and is not, in words: interfaces, sockets and hostNetwork pods. Nothing where every hook that
-    /// is on holds all that there is.
+    /// Describes each interface and hook that is not enforced, one line each. Empty if all enabled hooks are enforced.
     #[must_use]
     pub fn uncovered(&self) -> Vec<String> {
         if self.state == State::Unloaded {
@@ -71,7 +70,7 @@ impl Report {
         }
         let mut uncovered = Vec::new();
         if !self.agent.ready {
-            uncovered.push("not every interface was looked at yet".to_owned());
+            uncovered.push("the agent has not reconciled all interfaces yet".to_owned());
         }
         let is_node_wide =
             self.hooks.iter().any(|&hook| hook == Hook::NodeEgress.name() || hook == Hook::Socket.name());
@@ -83,7 +82,7 @@ impl Report {
             );
         }
         if self.sockets.as_ref().is_some_and(|sockets| !sockets.attached) {
-            uncovered.push("sockets are not guarded".to_owned());
+            uncovered.push("socket is not attached".to_owned());
         }
         if self.local_service.as_ref().is_some_and(|local| local.desired && !local.attached) {
             uncovered.push("local_service is not attached".to_owned());
@@ -95,109 +94,108 @@ impl Report {
     }
 }
 
-/// In one word.
+/// State of the node in one word.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// Every pod is denied.
+    /// Mode `enforce` without problems: requests of pods are denied.
     Enforcing,
-    /// Every pod is watched, none denied.
+    /// Mode `audit` without problems: requests of pods are counted and pass.
     Auditing,
-    /// Every pod is let through, because the operator says so.
+    /// Mode `off` without problems: requests of pods pass.
     Off,
-    /// There are problems.
+    /// The report lists at least one problem.
     Degraded,
-    /// Nothing is loaded.
+    /// The pin directory has no programs and maps.
     Unloaded,
 }
 
-/// The agent on a pin directory.
+/// Agent that uses the pin directory.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Agent {
-    /// Whether one runs.
+    /// True if an agent runs.
     pub running: bool,
-    /// Whether it has looked at every interface since it started.
+    /// True if the agent has reconciled every interface since it started.
     pub ready: bool,
-    /// Its pid, where that can be seen from here.
+    /// Pid of the agent, if it is visible in this pid namespace.
     pub pid: Option<i32>,
 }
 
-/// The configuration in force.
+/// Configuration that the kernel enforces now.
 #[derive(Clone, Debug, Serialize)]
 pub struct Configuration {
-    /// Its number: one more with each that comes into force, across agents.
+    /// Generation, which each load of a configuration increases by 1, also across restarts of the agent.
     pub generation: u64,
-    /// The file that it is from; `None` where all is default.
+    /// Configuration file; `None` if all keys have their defaults.
     pub file: Option<PathBuf>,
-    /// When it came into force.
+    /// Time at which the configuration became effective.
     pub loaded_at: Timestamp,
-    /// A later one that was refused, if there was one.
+    /// Last rejected configuration, if it is newer than this one.
     pub refused: Option<Refused>,
 }
 
-/// A configuration that was refused.
+/// A configuration that the agent rejected.
 #[derive(Clone, Debug, Serialize)]
 pub struct Refused {
-    /// When.
+    /// Time of the rejection.
     pub at: Timestamp,
-    /// Why.
+    /// Reason of the rejection.
     pub error: String,
 }
 
-/// Where the endpoints come from.
+/// Cloud provider whose endpoints are protected.
 #[derive(Clone, Debug, Serialize)]
 pub struct Provider {
-    /// What the configuration says: `auto`, `none` or a name.
+    /// Provider in the configuration: `auto`, `none` or a name.
     pub configured: String,
-    /// Whose endpoints are guarded.
+    /// Provider whose endpoints are protected.
     pub in_force: String,
 }
 
-/// A guarded endpoint.
+/// A protected address with its allowed ports.
 #[derive(Clone, Debug, Serialize)]
 pub struct Endpoint {
-    /// Its name.
+    /// Name of the endpoint, as in the configuration.
     pub name: String,
-    /// Its address.
+    /// Protected IPv4 or IPv6 address.
     pub address: IpAddr,
-    /// What pods may reach there all the same, such as `udp/53`.
+    /// Ports that every pod may reach, such as `udp/53`.
     pub keep: Vec<String>,
 }
 
-/// A sender that is exempt, or audited where others are denied. It is known by one of interface, network namespace and
-/// cgroup.
+/// An exempt sender, identified by one of interface, network namespace and cgroup.
 #[derive(Clone, Debug, Serialize)]
 pub struct ExemptSender {
-    /// Name of the rule that grants it; its number where that rule is no longer in the configuration.
+    /// Name of the rule; its number if the rule is no longer in the configuration.
     pub rule: String,
-    /// Name of the interface, or its index where it is gone.
+    /// Name of the interface; its index if it was deleted.
     pub interface: Option<String>,
     /// Cookie of the network namespace.
     pub netns_cookie: Option<u64>,
     /// Id of the cgroup v2.
     pub cgroup: Option<u64>,
-    /// The pod behind it, where one is known.
+    /// Pod of the sender, if it is known.
     pub pod: Option<Identity>,
-    /// Name of the endpoint, or its address where it is not guarded; `None` for all.
+    /// Name of the endpoint, or its address if it is not protected; `None` for all endpoints.
     pub endpoint: Option<String>,
-    /// What becomes of what would be denied: `exempt` or `audit`.
+    /// Verdict on the sender's requests: `exempt`, or `audit` for a rule with `audit = true`.
     pub verdict: &'static str,
 }
 
 /// One interface of the node.
 #[derive(Debug, Serialize)]
 pub struct Interface {
-    /// Interface index.
+    /// Index of the interface (ifindex).
     pub ifindex: u32,
-    /// Name.
+    /// Name of the interface, escaped.
     pub name: String,
-    /// The pod behind it, where one is known.
+    /// Pod of the interface, if it is known.
     pub pod: Option<Identity>,
     /// Role of the interface on the node.
     pub role: &'static str,
-    /// Attachments that it should have, of the hooks that are on.
+    /// Attachments that the interface should have, for the enabled hooks.
     pub attachments: Vec<HookAttachment>,
-    /// What was counted there.
+    /// Packets and bytes by verdict.
     #[serde(flatten)]
     pub counts: Counts,
 }
@@ -205,7 +203,7 @@ pub struct Interface {
 /// A TC hook that an interface should have, and the program there.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct HookAttachment {
-    /// Name of the hook.
+    /// Name of the hook, `from_pod` or `node_egress`.
     pub hook: &'static str,
     /// Attach mode of the agent's program: `tcx`, `clsact` or `netkit`; `None` if there is none.
     pub attach_mode: Option<&'static str>,
@@ -236,65 +234,65 @@ impl Interface {
         self.attachments.iter().all(HookAttachment::is_attached)
     }
 
-    /// The attachment at the hook with this name, if the interface should have one.
+    /// Returns the attachment at the hook with this name, if the interface should have one.
     #[must_use]
     pub fn attachment(&self, hook: &str) -> Option<&HookAttachment> {
         self.attachments.iter().find(|attachment| attachment.hook == hook)
     }
 }
 
-/// The socket hook.
+/// State of the `socket` hook.
 #[derive(Debug, Serialize)]
 pub struct SocketReport {
     /// True if all needed programs are attached.
     pub attached: bool,
-    /// The programs for unconnected UDP.
+    /// State of the programs for unconnected UDP sockets.
     pub sendmsg: SendmsgReport,
     /// Number of calls by verdict; bytes are not counted.
     #[serde(flatten)]
     pub counts: Counts,
 }
 
-/// The sendmsg programs of the socket hook.
+/// State of the sendmsg programs of the `socket` hook.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct SendmsgReport {
-    /// Both programs are attached.
+    /// True if both programs are attached.
     pub attached: bool,
-    /// Reason why they are needed, or not.
+    /// Reason why they are needed, or why not.
     pub reason: Option<&'static str>,
 }
 
-/// The hook for a metadata service on the node.
+/// State of the `local_service` hook, for a metadata service on the node.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct LocalServiceReport {
-    /// The program is attached.
+    /// True if the program is attached.
     pub attached: bool,
-    /// A protected address is local to the node.
+    /// True if a protected address is local to the node, so that the program is needed.
     pub desired: bool,
-    /// Packets that sockets of the node would receive.
+    /// Packets for sockets of the node, by verdict.
     #[serde(flatten)]
     pub counts: Counts,
 }
 
-/// Strict mode.
+/// State of the `host_network` hook.
 #[derive(Debug, Serialize)]
 pub struct HostReport {
-    /// Whether there is a cgroup of Kubernetes pods, and all programs are attached to each.
+    /// True if a cgroup of Kubernetes pods exists, and all programs are attached to each.
     pub attached: bool,
     /// Ids of these cgroups: their inode numbers.
     pub cgroups: Vec<u64>,
-    /// What was counted there: calls, which have no bytes, and packets.
+    /// Calls and packets by verdict. Bytes of calls are not counted.
     #[serde(flatten)]
     pub counts: Counts,
 }
 
-/// Something that is not as it should be.
+/// A problem of this node, with its remedy.
 #[derive(Debug, Serialize)]
 pub struct Problem {
-    /// The interface that has it, or `None` where it is the node's.
+    /// Name of the affected interface; `None` if the problem affects the whole node.
     pub interface: Option<String>,
-    /// What it is.
+    /// Description of the problem in one sentence.
     pub problem: String,
-    /// What to do.
+    /// Action that fixes it, or command that shows more.
     pub remedy: String,
 }

@@ -1,4 +1,4 @@
-//! The report as a table for people.
+//! Text form of the status report.
 
 use std::fmt::Write as _;
 
@@ -11,7 +11,7 @@ use crate::{
 };
 
 impl Report {
-    /// The report as text that ends with a newline.
+    /// Returns the report as text that ends with a newline.
     #[must_use]
     pub fn table(&self) -> String {
         let mut text = String::new();
@@ -63,7 +63,7 @@ impl Report {
             return Ok(());
         };
         let file = file.as_ref().map_or("all defaults".into(), |file| file.to_string_lossy());
-        writeln!(text, "config     {file}, number {generation}, in force since {loaded_at:.0}")
+        writeln!(text, "config     {file}, generation {generation}, active since {loaded_at:.0}")
     }
 
     fn write_endpoints(&self, text: &mut String) -> std::fmt::Result {
@@ -81,7 +81,7 @@ impl Report {
         }
         for (index, Endpoint { name, address, keep }) in self.endpoints.iter().enumerate() {
             let title = if index == 0 { "endpoints" } else { "" };
-            let kept = if keep.is_empty() { String::new() } else { format!(", but {}", keep.join(" ")) };
+            let kept = if keep.is_empty() { String::new() } else { format!(", allows {}", keep.join(" ")) };
             writeln!(text, "{title:<10} {address} ({name}){kept}")?;
         }
         Ok(())
@@ -96,10 +96,10 @@ impl Report {
                 (None, None, Some(id)) => format!("cgroup {id}"),
                 (None, None, None) => "unknown".to_owned(),
             };
-            let pod = sender.pod.as_ref().map(|pod| format!(", {pod},")).unwrap_or_default();
+            let pod = sender.pod.as_ref().map(|pod| format!(", pod {pod},")).unwrap_or_default();
             let from = sender.endpoint.as_deref().unwrap_or("all endpoints");
             let audited = if sender.verdict == "audit" { ", audited" } else { "" };
-            writeln!(text, "{title:<10} {who}{pod} from {from} ({}){audited}", sender.rule)?;
+            writeln!(text, "{title:<10} {who}{pod} to {from} (rule {}){audited}", sender.rule)?;
         }
         Ok(())
     }
@@ -111,14 +111,14 @@ impl Report {
         let plural = if *pods == 1 { "" } else { "s" };
         write!(text, "kubernetes node {node}, {pods} pod{plural} known")?;
         if *awaited > 0 {
-            write!(text, ", {awaited} of them without a sandbox")?;
+            write!(text, ", {awaited} of them unresolved (no sandbox found)")?;
         }
         match (is_connected, error) {
             (true, _) => writeln!(text),
             (false, None) => writeln!(text, ", not connected yet"),
             (false, Some(error)) => {
                 writeln!(text, ", not connected since {since:.0}: {error}")?;
-                writeln!(text, "{:<10} what was granted stays, and no pod that is new is exempt", "")
+                writeln!(text, "{:<10} exempt pods stay exempt, new pods are not exempt", "")
             }
         }
     }
@@ -165,7 +165,7 @@ impl Report {
         }
         let sum =
             |name, counts| [Cell::new(name), blank(), blank(), blank()].into_iter().chain(cells(counts));
-        table.add_row(sum("(departed)", &self.departed));
+        table.add_row(sum("(deleted)", &self.departed));
         table.add_row(sum("total", &self.total));
         table
     }
@@ -183,7 +183,7 @@ impl State {
     }
 }
 
-/// Phrases an attachment as `from_pod tcx`; the order is named if the program is not first.
+/// Formats an attachment as `from_pod tcx`, with `not first` if other programs run before it.
 fn phrase_attachment(attachment: &HookAttachment) -> String {
     let HookAttachment { hook, attach_mode, order, pending } = attachment;
     match (attach_mode, order) {
@@ -204,7 +204,7 @@ fn calls(counts: &Counts) -> [Cell; 4] {
             (0, _) => "0".to_owned(),
             (1, 0) => "1 call".to_owned(),
             (calls, 0) => format!("{calls} calls"),
-            // At one of them it is not known which were which.
+            // host_network counts calls and packets in one counter.
             (both, bytes) => format!("{both} calls and packets, {bytes} bytes"),
         })
     })

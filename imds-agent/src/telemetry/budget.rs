@@ -1,12 +1,12 @@
-//! A limit of the CPU time of work whose amount pods control.
+//! Limits the CPU time of work whose amount pods control.
 
 use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
 
-/// CPU time that is granted in each second: 2 % of one CPU.
+/// CPU time that is added per second: 2 % of one CPU.
 const PER_SECOND: Duration = Duration::from_millis(20);
-/// CPU time that can be saved up for a burst.
+/// Maximum unused CPU time, for bursts.
 const BURST: Duration = Duration::from_millis(400);
 
 /// Token bucket of CPU time.
@@ -14,7 +14,7 @@ const BURST: Duration = Duration::from_millis(400);
 pub(super) struct CpuBudget {
     /// Unused time, up to [`BURST`].
     credit: Duration,
-    /// Time that was used in excess of the credit.
+    /// Time used in excess of the credit.
     debt: Duration,
     updated: Instant,
 }
@@ -39,7 +39,7 @@ impl CpuBudget {
     }
 }
 
-/// CPU time of the calling thread. Zero if the kernel does not report it, which Linux always does.
+/// Returns the CPU time of the calling thread; zero on an error, which Linux does not return for this clock.
 pub(super) fn thread_cpu_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from).unwrap_or_default()
 }

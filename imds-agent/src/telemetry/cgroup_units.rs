@@ -1,7 +1,7 @@
-//! Cgroups as senders: an id becomes the path of the unit that the cgroup belongs to.
+//! Resolves a cgroup id to the path of its unit, which is a sender in the report.
 //!
-//! A container or a service with a delegated cgroup creates cgroups below its own as it likes. They count as the unit that
-//! root gave it, so that it can't take the place of other senders in the report.
+//! A container or a service with a delegated cgroup can create any number of cgroups below its own. All of them count as the
+//! unit that root created, so that they can't displace other senders from the report.
 
 use std::{
     collections::HashMap,

@@ -1,7 +1,7 @@
 //! Moves events from the ring buffer of the programs to maps that any process can read: the last events, and a record for
 //! each denied sender.
 //!
-//! One process at a time does so: the running agent, or `imds-agent events` or `report` without one.
+//! One process at a time collects events: the running agent or, without one, `imds-agent events` or `imds-agent report`.
 
 use std::{
     cell::RefCell,
@@ -40,7 +40,7 @@ use crate::{
     verify,
 };
 
-/// Failure to collect events.
+/// Failure to open or update the maps of events.
 #[derive(Debug, Error)]
 pub enum CollectorError {
     /// A map can't be opened.
@@ -60,13 +60,13 @@ const MAX_EVENTS: u32 = 256;
 /// Number of events that were collected.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Collected {
-    /// Events of the programs.
+    /// Events of the BPF programs.
     pub told: u64,
-    /// Packets and calls that only the number in an event accounts for.
+    /// Packets and calls beyond the rate limit, which an event reports only as a number.
     pub suppressed: u64,
 }
 
-/// Reader of the ring buffer.
+/// Reader of the event ring buffer, and writer of the maps of recorded events and denials.
 pub struct Collector {
     ring: RingBuf<MapData>,
     recent: Recent,
@@ -97,13 +97,13 @@ impl Collector {
         }))
     }
 
-    /// Counts denials in these sums.
+    /// Sets the sums to which denials are added.
     #[must_use]
     pub fn with_totals(self, totals: Rc<RefCell<Totals>>) -> Self {
         Self { totals, ..self }
     }
 
-    /// Returns the sums of the records.
+    /// Returns the sums of all denial records in the map.
     pub fn recorded(&self) -> Result<Denied, CollectorError> {
         Ok(metrics::sum(self.denials.iter())?)
     }
@@ -120,7 +120,7 @@ impl Collector {
         self.has_more
     }
 
-    /// Reads events, but only up to a limit: senders can cause events faster than they are read.
+    /// Reads events up to a limit, because senders can cause events faster than they are read.
     pub fn collect(&mut self) -> Result<(), CollectorError> {
         let booted = boot_time();
         // An interface can be renamed, but seldom within these milliseconds.
@@ -179,7 +179,7 @@ impl Collector {
         record.count = record.count.saturating_add(packets);
         record.bytes = record.bytes.saturating_add(event.bytes);
         record.last = record.last.max(now);
-        // A packet of the same cgroup names no thread.
+        // Events of packets have no thread name.
         if event.comm != [0; _] {
             record.comm = event.comm;
         }
@@ -203,18 +203,18 @@ impl AsRawFd for Collector {
     }
 }
 
-/// Name of the interface by which a packet came in. Empty for calls, and for interfaces that are gone: their
-/// indices would be ever new senders.
+/// Returns the name of the interface through which a packet entered the node. Empty for calls, and for deleted interfaces,
+/// because each of their indices would be another sender.
 fn interface_name(index: u32) -> String {
     if index == 0 { String::new() } else { links::name_of(index).unwrap_or_default() }
 }
 
 /// Returns the number under which the denials of a sender are counted together.
 ///
-/// The number contains nothing that a sender chooses freely, like names of threads or of cgroups below its own: else one process
-/// could fill the table with records and evict those of other senders.
+/// The number depends on nothing that a sender chooses freely, like names of threads or of cgroups below its own. Otherwise
+/// one process could fill the table with records and evict those of other senders.
 fn sender_id(pod: Option<&Identity>, interface: &str, unit: &[u8]) -> u64 {
-    // All processes of one version compute equal numbers.
+    // `DefaultHasher::new` has fixed keys: all processes of one version compute the same number.
     let mut hasher = DefaultHasher::new();
     match pod {
         Some(pod) => (&pod.namespace, &pod.service_account, &pod.label).hash(&mut hasher),

@@ -1,6 +1,6 @@
 //! The telemetry thread: collects events, and serves metrics and health.
 //!
-//! Pods control how many events there are, and clients how many requests. On a thread of its own, this work can't delay the
+//! Pods control the number of events, and clients the number of requests. A separate thread keeps this work from delaying the
 //! reconciler, which attaches the programs to new pods.
 
 mod budget;
@@ -37,10 +37,10 @@ use self::{
 };
 use crate::{config::Listen, datapath::pins::PinDir, metrics::Done, node::netlink::Netlink};
 
-/// Pause before events are read again, so that a flood of them does not wake the thread for each.
+/// Pause between two reads of events, so that a flood does not wake the thread for each event.
 const DEBOUNCE: Duration = Duration::from_millis(50);
 
-/// Handle of the telemetry thread, which ends when the handle is dropped.
+/// Handle of the telemetry thread. Dropping it ends the thread.
 pub struct Telemetry {
     requests: Option<UnboundedSender<Request>>,
     progress: Arc<Mutex<Progress>>,
@@ -49,7 +49,7 @@ pub struct Telemetry {
 
 /// Request of the agent to its telemetry thread.
 enum Request {
-    /// Listens on these addresses, and on no others.
+    /// Replaces the addresses of the HTTP server.
     Listen(Vec<Listen>),
     /// Closes all BPF maps for `imds-agent unload`, and acknowledges it.
     CloseMaps(SyncSender<()>),
@@ -72,7 +72,7 @@ impl Telemetry {
             Ok(runtime) => runtime.block_on(async {
                 match Worker::new(pins, of_thread, period) {
                     Ok(worker) => {
-                        // The agent waits for it.
+                        // The constructor waits for this message.
                         let _received = started.send(Ok(()));
                         drop(started);
                         worker.run(inbox).await;
@@ -88,22 +88,22 @@ impl Telemetry {
         Ok(Self { requests: Some(requests), progress, thread: Some(thread) })
     }
 
-    /// Serves metrics and health at these addresses, and nowhere else.
+    /// Replaces the addresses at which metrics and health are served.
     pub fn listen(&self, addresses: &[Listen]) {
         self.send(Request::Listen(addresses.to_owned()));
     }
 
-    /// Records that the reconciler works, and what it has done so far.
+    /// Records that the reconciler is alive, with its counters.
     pub fn report_progress(&self, done: Done) {
         let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
         *progress = Progress { done, reported: Instant::now() };
     }
 
-    /// Closes the BPF maps and stops to collect events. Metrics and health are still served.
+    /// Closes the BPF maps and stops collecting events. Metrics and health are still served.
     pub fn close_maps(&self) {
         let (closed, wait) = sync_channel(1);
         self.send(Request::CloseMaps(closed));
-        // An error means that the thread has ended, and its descriptors with it.
+        // An error means that the thread has ended, which closed its descriptors.
         let _ended = wait.recv();
     }
 
@@ -112,7 +112,7 @@ impl Telemetry {
         if let Some(requests) = &self.requests {
             requests.closed().await;
         }
-        anyhow!("the telemetry thread ended: see the log lines before")
+        anyhow!("the telemetry thread ended: see the previous log lines")
     }
 
     fn send(&self, request: Request) {
@@ -137,23 +137,23 @@ fn runtime() -> io::Result<Runtime> {
     Builder::new_current_thread().enable_all().build()
 }
 
-/// State of the thread.
+/// State of the telemetry thread.
 struct Worker {
     events: EventReader,
     server: Server,
-    /// Interval between two attempts to do what failed.
+    /// Retry interval of failed operations.
     period: Duration,
 }
 
-/// Reads the events while no other process does.
+/// Collects events while no other process does.
 struct EventReader {
     pins: PinDir,
     collector: Option<AsyncFd<Collector>>,
     stats: Rc<EventStats>,
     budget: CpuBudget,
-    /// Earliest time of the next reading.
+    /// Earliest time of the next read.
     next: Instant,
-    /// True after `imds-agent unload`.
+    /// True once `imds-agent unload` has closed the maps.
     is_closed: bool,
 }
 
@@ -181,7 +181,7 @@ impl Worker {
                     Some(Request::Listen(addresses)) => self.server.listen(&addresses),
                     Some(Request::CloseMaps(closed)) => {
                         self.events.close();
-                        // The agent waits for it.
+                        // The agent waits for this message.
                         let _received = closed.send(());
                     }
                     None => return,
@@ -203,7 +203,7 @@ impl EventReader {
         Self { pins, collector: None, stats, budget, next: Instant::now(), is_closed: false }
     }
 
-    /// Starts to read the events, unless another process does.
+    /// Starts collecting events, unless another process does.
     fn open(&mut self) {
         if self.is_closed || self.collector.is_some() {
             return;
@@ -219,14 +219,14 @@ impl EventReader {
 
     fn try_open(&self) -> anyhow::Result<Option<AsyncFd<Collector>>> {
         let Some(collector) = Collector::open(&self.pins)? else { return Ok(None) };
-        // The process that read them until now added to the records.
+        // The process that collected events until now added to the records.
         self.stats.totals.borrow_mut().raise_to(&collector.recorded()?);
         let collector = collector.with_totals(Rc::clone(&self.stats.totals));
         // SAFETY: the descriptor is that of the ring buffer, which the collector owns and never replaces.
         Ok(Some(unsafe { AsyncFd::register(collector) }.map_err(io::Error::from)?))
     }
 
-    /// Waits for events and reads some of them, as far as the budget allows.
+    /// Waits for events and for the CPU budget, then reads some events.
     async fn collect(&mut self) {
         if let Err(error) = self.try_collect().await {
             self.fail(&error);
@@ -237,7 +237,7 @@ impl EventReader {
         let Some(collector) = &mut self.collector else { return future::pending().await };
         sleep_until(self.next.max(self.budget.available_at()).into()).await;
         if !collector.get_ref().has_more() {
-            // Cleared before the reading, so that an event that comes during it makes it ready again.
+            // Clear readiness before the read, so that an event that arrives during the read sets it again.
             collector.readable_mut().await?.clear_ready();
         }
         let spent = thread_cpu_time();
@@ -249,9 +249,7 @@ impl EventReader {
     }
 
     fn fail(&mut self, error: &anyhow::Error) {
-        log::error!(
-            "failed to read the events of the programs, the next attempt comes with the next resync: {error:#}"
-        );
+        log::error!("failed to read events of the BPF programs, retrying at the next resync: {error:#}");
         self.release();
     }
 

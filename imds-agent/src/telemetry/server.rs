@@ -1,6 +1,6 @@
-//! Metrics and health by HTTP: `/metrics`, `/healthz` and `/readyz`.
+//! HTTP server for `/metrics`, `/healthz` and `/readyz`.
 //!
-//! Size, time and number of requests are bounded.
+//! The size, duration and number of requests are limited.
 
 use std::{
     cell::Cell,
@@ -42,41 +42,41 @@ use crate::{
     status::{self, Report},
 };
 
-/// Connections that are served at once. When there are so many, one has to give way to the next.
+/// Maximum number of concurrent connections. Beyond it, a new connection replaces an old one.
 const MOST_CONNECTIONS: usize = 16;
-/// How long a connection need not give way whose request is not here.
+/// Time for which a connection without a complete request header can't be replaced.
 const SILENT: Duration = Duration::from_millis(20);
-/// The same of one that is answered.
+/// Time for which a connection with a request can't be replaced.
 const UNDISTURBED: Duration = Duration::from_secs(1);
-/// How long a request may take to come in whole.
+/// Limit for the arrival of the request header.
 const REQUEST_PATIENCE: Duration = Duration::from_secs(5);
-/// How long a connection may take, from the first byte of the request to the last of the answer.
+/// Limit for a whole connection, request and response.
 const CONNECTION_PATIENCE: Duration = Duration::from_secs(15);
-/// Largest request in bytes: the least that hyper takes.
+/// Maximum size of a request header in bytes, the minimum that hyper accepts.
 const MOST_BYTES: usize = 8192;
-/// How long nobody is let in after that has failed, as it does without descriptors.
+/// Pause after accept(2) failed, as it does without free descriptors.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// A connection that is served.
+/// A connection, with the future that serves it.
 struct Connection {
     work: Pin<Box<dyn Future<Output = ()>>>,
     since: Instant,
-    /// Whether its request is here.
+    /// True once the request header has arrived.
     has_asked: Rc<Cell<bool>>,
 }
 
-/// Listens, and answers.
+/// Server of metrics and health on any number of addresses.
 pub(super) struct Server {
     wanted: Vec<Listen>,
     listening: Vec<Socket>,
-    /// What could not be listened at last, so that it is said once.
+    /// Addresses whose last failure is already logged.
     failed: Vec<Listen>,
     connections: Vec<Connection>,
     paused_until: Option<Instant>,
     subject: Rc<Subject>,
 }
 
-/// Whose metrics and health it is.
+/// State that the handlers of all requests share.
 struct Subject {
     pins: PinDir,
     netlink: Netlink,
@@ -87,7 +87,7 @@ struct Subject {
 }
 
 impl Server {
-    /// Creates a server that does not listen yet, for the agent of `pins`, which makes `progress` at least once in `period`.
+    /// Creates a server that does not listen yet, for the agent of `pins`, which reports `progress` at least once per `period`.
     #[must_use]
     pub(super) fn new(
         pins: PinDir,
@@ -107,7 +107,7 @@ impl Server {
         }
     }
 
-    /// Listens there, and nowhere else.
+    /// Replaces the addresses on which the server listens.
     pub(super) fn listen(&mut self, places: &[Listen]) {
         places.clone_into(&mut self.wanted);
         self.listening.retain(|socket| places.contains(&socket.place));
@@ -115,7 +115,7 @@ impl Server {
         self.retry();
     }
 
-    /// Tries again what could not be listened at.
+    /// Retries the addresses that could not be bound.
     pub(super) fn retry(&mut self) {
         for place in &self.wanted {
             if self.listening.iter().any(|socket| socket.place == *place) {
@@ -123,14 +123,13 @@ impl Server {
             }
             match Socket::bind(place) {
                 Ok(socket) => {
-                    log::info!("metrics and health are served at {place}");
+                    log::info!("serving metrics and health at {place}");
                     self.listening.push(socket);
                     self.failed.retain(|failed| failed != place);
                 }
                 Err(error) if !self.failed.contains(place) => {
                     log::error!(
-                        "can't serve metrics and health at {place}: {error}; it is tried again with every look at \
-                         everything (metrics.listen)"
+                        "failed to serve metrics and health at {place} (metrics.listen), retrying at each resync: {error}"
                     );
                     self.failed.push(place.clone());
                 }
@@ -139,18 +138,18 @@ impl Server {
         }
     }
 
-    /// Serves. Nothing is lost where it is dropped and called again.
+    /// Serves connections. Cancel safe: dropping the future loses no connection.
     pub(super) async fn work(&mut self) -> Infallible {
         loop {
             let closed_until = self.closed_until();
             tokio::select! {
-                // First: a request that is here must not give way to who comes next.
+                // Served first, so that a new connection does not replace one whose request has arrived.
                 biased;
                 () = serve_all(&mut self.connections) => {}
                 stream = accept(&self.listening), if closed_until.is_none() => match stream {
                     Ok(stream) => self.let_in(stream),
                     Err(error) => {
-                        log::debug!("accept: {error}");
+                        log::debug!("failed to accept a connection: {error}");
                         self.paused_until = Some(Instant::now() + PAUSE);
                     }
                 },
@@ -159,7 +158,7 @@ impl Server {
         }
     }
 
-    /// Until when nobody is let in; `None` where somebody may be.
+    /// Returns the time until which no connection is accepted; `None` if one can be accepted now.
     fn closed_until(&self) -> Option<Instant> {
         let is_full = self.connections.len() >= MOST_CONNECTIONS;
         let first_to_go =
@@ -184,7 +183,7 @@ impl Connection {
     }
 }
 
-/// Serves until one has ended, or more.
+/// Serves all connections until at least one has ended.
 async fn serve_all(connections: &mut Vec<Connection>) {
     poll_fn(|context| {
         let before = connections.len();
@@ -201,7 +200,7 @@ async fn pause(until: Option<Instant>) {
     }
 }
 
-/// Waits for a connection at any of them.
+/// Waits for a connection on any of the sockets.
 async fn accept(sockets: &[Socket]) -> io::Result<Stream> {
     poll_fn(|context| {
         let ready = sockets.iter().map(|socket| socket.poll_accept(context)).find(Poll::is_ready);
@@ -210,7 +209,7 @@ async fn accept(sockets: &[Socket]) -> io::Result<Stream> {
     .await
 }
 
-/// Where it listens.
+/// Listening socket with its address.
 struct Socket {
     place: Listen,
     listener: Listener,
@@ -256,12 +255,12 @@ impl Drop for Socket {
         if let Listen::Unix(path) = &self.place
             && let Err(error) = fs::remove_file(path)
         {
-            log::debug!("{}: {error}", path.display());
+            log::debug!("failed to remove {}: {error}", path.display());
         }
     }
 }
 
-/// Takes the place of a socket that nobody listens at any more: one of an agent that was killed.
+/// Binds a Unix socket. Replaces a socket file without a listener, as a killed agent leaves it.
 fn bind_unix(path: &PathBuf) -> io::Result<UnixListener> {
     if is_abandoned(path) {
         fs::remove_file(path)?;
@@ -289,7 +288,7 @@ impl Stream {
     }
 }
 
-/// Answers one request, and notes that it is here.
+/// Serves one request, and sets `has_asked` once its header has arrived.
 async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, subject: Rc<Subject>, has_asked: Rc<Cell<bool>>) {
     let answer = service_fn(|request| {
         has_asked.set(true);
@@ -304,8 +303,8 @@ async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, subject: Rc<Subject>
         .serve_connection(TokioIo::new(stream), answer);
     match timeout(CONNECTION_PATIENCE, connection).await {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => log::debug!("a request for metrics or health: {error}"),
-        Err(_) => log::debug!("a request for metrics or health took longer than {CONNECTION_PATIENCE:?}"),
+        Ok(Err(error)) => log::debug!("failed to serve a request for metrics or health: {error}"),
+        Err(_) => log::debug!("closed a connection for metrics or health after {CONNECTION_PATIENCE:?}"),
     }
 }
 
@@ -319,21 +318,21 @@ async fn answer(request: &Request<Incoming>, subject: &Subject) -> Response<Full
         "/healthz" => subject.health(),
         "/readyz" => subject.readiness().await,
         "/metrics" => subject.metrics(format(request.headers())).await,
-        _ => text(StatusCode::NOT_FOUND, "there are /metrics, /healthz and /readyz"),
+        _ => text(StatusCode::NOT_FOUND, "not found: see /metrics, /healthz and /readyz"),
     }
 }
 
 impl Subject {
-    /// Whether the agent follows the node.
+    /// Answers `/healthz`: 200 while the reconciler makes progress.
     fn health(&self) -> Response<Full<Bytes>> {
         let idle = self.progress().reported.elapsed();
         if idle <= self.patience {
             return text(StatusCode::OK, "ok");
         }
-        text(StatusCode::SERVICE_UNAVAILABLE, &format!("the agent has done nothing for {} s", idle.as_secs()))
+        text(StatusCode::SERVICE_UNAVAILABLE, &format!("no progress for {} s", idle.as_secs()))
     }
 
-    /// Whether all that is to be guarded is.
+    /// Answers `/readyz`: 200 if every interface, cgroup and hook is enforced.
     async fn readiness(&self) -> Response<Full<Bytes>> {
         match self.report().await {
             Ok(report) => match &report.uncovered()[..] {

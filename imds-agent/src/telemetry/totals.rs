@@ -1,4 +1,4 @@
-//! Sums of denials that never decrease, unlike the sums of the records, of which old ones are removed.
+//! Monotonic sums of denials. The sums of the records can decrease, because old records are removed.
 
 use std::collections::BTreeSet;
 
@@ -9,7 +9,7 @@ use crate::{
     metrics::{DenialTo, Denied},
 };
 
-/// Maximum number of namespaces that are counted apart. Further ones share the empty name.
+/// Maximum number of namespaces with sums of their own. Further ones share the empty name.
 const MAX_NAMESPACES: usize = 1000;
 
 /// Monotonic sums of denials by namespace, endpoint, hook and verdict.
@@ -36,7 +36,7 @@ impl Totals {
         }
     }
 
-    /// The sums.
+    /// Returns the monotonic sums.
     pub(super) fn denied(&self) -> &Denied {
         &self.denied
     }

@@ -1,4 +1,4 @@
-//! A live view of pods, verdicts per second, and what was denied last.
+//! `imds-agent top`: a live view of pods, verdicts per second and the latest events.
 
 mod model;
 mod view;

@@ -1,4 +1,4 @@
-//! What is shown, without a terminal.
+//! Model of the view, independent of the terminal.
 
 use std::{
     cmp::Reverse,
@@ -12,84 +12,84 @@ use crate::{
     status::{self, Report},
 };
 
-/// How many of the last events are kept.
+/// Maximum number of events that the model keeps.
 const EVENTS: usize = 200;
 
-/// All that is shown.
+/// State of the view, updated at each refresh.
 #[derive(Debug, Default)]
 pub struct Model {
-    /// Lines above the table.
+    /// Lines above the table: mode, provider, hooks and agent.
     pub header: Vec<String>,
-    /// The first thing that is not as it should be, and how many more there are.
+    /// First problem of the status, and the number of further ones.
     pub problem: Option<(String, usize)>,
-    /// Interfaces and hooks, in the order in which they are shown.
+    /// Rows of interfaces and hooks, sorted by `sort`.
     pub rows: Vec<Row>,
-    /// What was denied last, the newest at the end.
+    /// Latest events, the newest at the end.
     pub events: VecDeque<String>,
-    /// The order.
+    /// Sort order of the rows.
     pub sort: Sort,
-    /// How many rows are scrolled over.
+    /// Number of rows above the first visible one.
     pub offset: usize,
-    /// Whether nothing new is taken in.
+    /// True while the view is not refreshed.
     pub is_paused: bool,
-    /// Whether the keys are shown.
+    /// True while the list of keys is shown.
     pub shows_keys: bool,
-    /// What was counted at the last look, by index and name.
+    /// Counts at the previous refresh, by interface index and name.
     pub(super) before: BTreeMap<(u32, String), Counts>,
 }
 
-/// An interface, or a hook that knows none.
+/// Row of an interface or a cgroup hook.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Row {
-    /// Its name.
+    /// Name of the interface or hook.
     pub name: String,
-    /// Its index; 0 for a hook.
+    /// Interface index; 0 for a hook.
     pub index: u32,
-    /// What it is to the guard.
+    /// Role of the interface; empty for a hook.
     pub role: String,
-    /// The pod behind it, where one is known.
+    /// Pod of the interface, if it is known.
     pub pod: Option<String>,
-    /// What was counted.
+    /// Packets and bytes by verdict.
     pub counts: Counts,
-    /// Denied a second.
+    /// Denied packets or calls per second.
     pub denied: f64,
-    /// Audited a second.
+    /// Audited packets or calls per second.
     pub audited: f64,
-    /// Exempt a second.
+    /// Exempt packets or calls per second.
     pub exempt: f64,
 }
 
-/// What rows are sorted by.
+/// Sort order of the rows.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum Sort {
-    /// What is denied now, then what was in all.
+    /// Denials per second, then the total of denials.
     #[default]
     Rate,
-    /// What was denied in all.
+    /// Total of denied packets and calls.
     Total,
-    /// Names.
+    /// Names, interfaces before hooks.
     Name,
 }
 
-/// What the user wants.
+/// Command that a key stands for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Command {
-    /// Another order.
+    /// Switches to the next sort order.
     Sort,
-    /// Stop or go on.
+    /// Pauses or resumes the refresh.
     Pause,
-    /// Show or hide the keys.
+    /// Shows or hides the list of keys.
     Keys,
-    /// Scroll by so many rows.
+    /// Scrolls down by this number of rows, or up if it is negative.
     Scroll(isize),
-    /// To the first row.
+    /// Scrolls to the first row.
     First,
-    /// To the last row.
+    /// Scrolls to the last row.
     Last,
 }
 
 impl Sort {
-    /// The name, as users see it.
+    /// Returns the name of the order in the status line.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -109,7 +109,7 @@ impl Sort {
 }
 
 impl Model {
-    /// Takes in a status that is `elapsed` younger than the one before; without that there are no rates yet.
+    /// Updates the model with a status. `elapsed` is the time since the previous one; `None` for the first, which has no rates.
     pub fn take(&mut self, report: &Report, elapsed: Option<Duration>) {
         self.header = header(report);
         self.problem = report.problems.split_first().map(|(first, others)| {
@@ -125,7 +125,7 @@ impl Model {
         for row in &mut rows {
             let key = (row.index, row.name.clone());
             if let Some(elapsed) = elapsed {
-                // One that is new has had all of it since.
+                // A new row has counted everything since the previous status.
                 row.set_rates(before.get(&key).copied().unwrap_or_default(), elapsed);
             }
             self.before.insert(key, row.counts);
@@ -134,7 +134,7 @@ impl Model {
         self.order();
     }
 
-    /// Adds what was denied since.
+    /// Adds new events and drops the oldest ones beyond the limit.
     pub fn add_events(&mut self, events: impl IntoIterator<Item = String>) {
         self.events.extend(events);
         while self.events.len() > EVENTS {
@@ -142,7 +142,7 @@ impl Model {
         }
     }
 
-    /// Does what the user wants.
+    /// Applies the command of a key.
     pub fn obey(&mut self, command: Command) {
         match command {
             Command::Sort => {
@@ -162,7 +162,7 @@ impl Model {
     }
 
     fn order(&mut self) {
-        // In thousandths: what is shown alike is sorted alike.
+        // Compare in thousandths, so that equal displayed rates sort as equal.
         #[expect(clippy::cast_possible_truncation, reason = "rates are far below")]
         let rate = |row: &Row| Reverse((row.denied * 1000.0) as i64);
         let total = |row: &Row| Reverse(row.counts.denied.packets);
@@ -179,9 +179,9 @@ impl Model {
 impl Row {
     fn set_rates(&mut self, before: Counts, elapsed: Duration) {
         let rate = |now: u64, before: u64| {
-            // Fewer than before: the counts started over.
+            // Counters that decreased were reset, so that everything counted is new.
             let more = if now >= before { now - before } else { now };
-            #[expect(clippy::cast_precision_loss, reason = "for people")]
+            #[expect(clippy::cast_precision_loss, reason = "the view shows one decimal")]
             let more = more as f64;
             more / elapsed.as_secs_f64().max(0.001)
         };
@@ -228,7 +228,7 @@ fn header(report: &Report) -> Vec<String> {
             if endpoints == 1 { "" } else { "s" },
             report.hooks.join(" ")
         ),
-        format!("agent {agent}   interfaces {guarded} of {wanted} guarded{}", lookup.unwrap_or_default()),
+        format!("agent {agent}   interfaces {guarded} of {wanted} attached{}", lookup.unwrap_or_default()),
     ]
 }
 

@@ -1,4 +1,4 @@
-//! The view in a terminal of whatever size.
+//! Draws the model in a terminal of any size.
 
 use ratatui::{
     Frame,
@@ -10,18 +10,18 @@ use ratatui::{
 
 use super::model::{Model, Row};
 
-/// Most lines of what was denied last.
+/// Maximum number of lines for events.
 const EVENTS: u16 = 10;
 const KEYS: [&str; 6] = [
     "q, Esc, Ctrl-C  quit",
     "s               sort by denied/s, denied or name",
-    "p, space        stop, and go on",
+    "p, space        pause or resume",
     "arrows, PgUp, PgDn, Home, End",
     "                scroll",
     "?               show or hide this",
 ];
 
-/// Draws all of it.
+/// Draws the whole view.
 pub fn draw(frame: &mut Frame<'_>, model: &Model) {
     let header = model.header.len() + usize::from(model.problem.is_some());
     let area = frame.area();
@@ -36,8 +36,8 @@ pub fn draw(frame: &mut Frame<'_>, model: &Model) {
     draw_header(frame, model, top);
     draw_table(frame, model, table);
     draw_events(frame, model, bottom);
-    let state = if model.is_paused { "stopped   " } else { "" };
-    let line = format!("{state}sorted by {}   q quit  s sort  p stop  ? keys", model.sort.name());
+    let state = if model.is_paused { "paused   " } else { "" };
+    let line = format!("{state}sorted by {}   q quit  s sort  p pause  ? keys", model.sort.name());
     frame.render_widget(Paragraph::new(line).style(Modifier::DIM), foot);
     if model.shows_keys {
         draw_keys(frame, area);
@@ -95,7 +95,7 @@ fn cells(row: &Row, has_pods: bool) -> Cells<'_> {
 }
 
 fn draw_events(frame: &mut Frame<'_>, model: &Model, area: Rect) {
-    let block = Block::new().borders(Borders::TOP).title(" last ");
+    let block = Block::new().borders(Borders::TOP).title(" events ");
     let room = usize::from(block.inner(area).height);
     let skipped = model.events.len().saturating_sub(room);
     let lines: Vec<_> = model.events.iter().skip(skipped).map(|event| Line::raw(event.as_str())).collect();
@@ -137,7 +137,7 @@ mod tests {
         };
         let mut model = Model {
             header: vec!["mode enforce".to_owned(), "agent running, pid 7".to_owned()],
-            problem: Some(("veth1: is not guarded".to_owned(), 1)),
+            problem: Some(("veth1: from_pod is not enforced".to_owned(), 1)),
             rows: vec![row("veth0", 4, 12, 1.5, Some("tools/web")), row("(sockets)", 0, 3, 0.0, None)],
             ..Model::default()
         };
@@ -150,18 +150,18 @@ mod tests {
         let expected = [
             "mode enforce",
             "agent running, pid 7",
-            "PROBLEM veth1: is not guarded (and 1 more): see imds-agent status",
+            "PROBLEM veth1: from_pod is not enforced (and 1 more): see imds-agent status",
             "INTERFACE       INDEX  ROLE    DENIED/S  AUDITED/S EXEMPT/S  DENIED     POD",
             "veth0           4      pod     1.5       0.0       0.0       12         tools/web",
             "(sockets)                      0.0       0.0       0.0       3",
             "",
             "",
             "",
-            " last ──────────────────────────────────────────────────────────────────────────────────",
+            " events ────────────────────────────────────────────────────────────────────────────────",
             "event 6",
             "event 7",
             "event 8",
-            "sorted by denied/s   q quit  s sort  p stop  ? keys",
+            "sorted by denied/s   q quit  s sort  p pause  ? keys",
         ];
         let mut screen = screen(&model(), 88, 14);
         screen[9] = screen[9].trim_start_matches('─').to_owned();
@@ -180,6 +180,6 @@ mod tests {
         }
         let screen = screen(&model, 60, 12);
         assert!(screen[1].contains(" keys ") && screen[2].contains("q, Esc"), "{screen:#?}");
-        assert!(screen[11].starts_with("stopped   sorted by"), "{screen:#?}");
+        assert!(screen[11].starts_with("paused   sorted by"), "{screen:#?}");
     }
 }

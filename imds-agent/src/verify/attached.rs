@@ -1,4 +1,4 @@
-//! Attachments: those of the node's interfaces, and that of a new one.
+//! Checks the attachments of the node's interfaces, and waits for those of a test interface.
 
 use std::{
     collections::BTreeSet,
@@ -19,9 +19,9 @@ use crate::{
     status::{Interface, Report},
 };
 
-/// Limit for the agent to attach to an interface that is new.
+/// Limit for the agent to attach to a new interface.
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(30);
-/// Time after which a hook that the agent's record of an interface does not list counts as not desired.
+/// Time after which a hook counts as not desired if the agent's record of the interface does not list it.
 const DESIRED_DELAY: Duration = Duration::from_secs(3);
 
 /// Waits until the agent has attached its program to a new interface.
@@ -33,7 +33,7 @@ pub(super) async fn wait_attached(
 ) -> Result<(), Skip> {
     let LinkName { name, ifindex } = interface;
     if !is_followed {
-        let reason = "no agent runs that would attach to a new interface: start `imds-agent run`";
+        let reason = "no agent is running to attach to a new interface: start `imds-agent run`";
         return Err(match hook {
             TcHook::FromPod => Skip::failed(reason),
             TcHook::NodeEgress => Skip::new(reason),
@@ -58,10 +58,10 @@ pub(super) async fn wait_attached(
         sleep(POLL_INTERVAL).await;
     }
     let seconds = ATTACH_TIMEOUT.as_secs();
-    Err(Skip::failed(format!("{name} is not enforced after {seconds} s: the agent's log says why")))
+    Err(Skip::failed(format!("{name} is not enforced after {seconds} s: see the agent's log")))
 }
 
-/// Checks that the programs of a TC hook are attached, first in order, at all interfaces that should have them.
+/// Checks that the programs of a TC hook are attached, and first in order, at all interfaces that should have them.
 pub(super) fn check(hook: TcHook, status: &Report) -> Check {
     const EXPECTED: &str = "first at every interface";
     let hook = hook.hook().name();
@@ -104,7 +104,7 @@ enum AttachmentState {
     Missing,
 }
 
-/// The state of a hook of an interface; `None` if the interface should not have it.
+/// Returns the state of a hook of an interface; `None` if the interface should not have the hook.
 fn attachment<'s>(interface: &'s Interface, hook: &str) -> Option<(&'s str, AttachmentState)> {
     let attachment = interface.attachment(hook)?;
     let state = match attachment {

@@ -1,4 +1,4 @@
-//! The devices through which packets leave the machine: the uplinks, followed down to the lowest device of each stack.
+//! Finds the devices through which packets leave the machine: the lowest device of the stack below each uplink.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -18,7 +18,7 @@ use rtnetlink::{
 use super::fixture::PREFIX;
 use crate::node::netlink::{Netlink, NetlinkError};
 
-/// A network device of the node, with its place in a stack of devices.
+/// A network device of the node, with its position in a stack of devices.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub(super) struct NetDevice {
     pub(super) index: u32,
@@ -29,21 +29,21 @@ pub(super) struct NetDevice {
     kind: DeviceKind,
     /// Bridge, bond, team or VRF of which this device is a port.
     master: Option<u32>,
-    /// The device below, or the other end of a pair, if it is in the same namespace.
+    /// Device below, or other end of a pair, if it is in the same namespace.
     link: Option<u32>,
     is_running: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 enum DeviceKind {
-    /// A device that the kernel names no kind of, such as a NIC.
+    /// A device without a kind in rtnetlink, such as a NIC.
     #[default]
     Plain,
-    /// A virtual device that sends through the one that it is linked to.
+    /// A virtual device that sends through the device that it is linked to.
     Stacked,
     /// One end of a pair.
     Pair,
-    /// Any other virtual device.
+    /// Any other virtual device, such as a bridge or a bond.
     Virtual,
 }
 
@@ -77,7 +77,7 @@ pub(super) fn lowest(
     lowest
 }
 
-/// The devices to which `device` hands its packets.
+/// Returns the devices to which `device` passes its packets.
 fn below<'d>(devices: &'d BTreeMap<u32, NetDevice>, device: &'d NetDevice) -> impl Iterator<Item = u32> + 'd {
     let ports = move |master: u32| {
         let ports = devices.values().filter(move |port| port.master == Some(master) && !port.is_own());
@@ -119,7 +119,7 @@ impl NetDevice {
         device
     }
 
-    /// Reports whether `imds-agent verify` made the device.
+    /// Reports whether `imds-agent verify` created the device.
     fn is_own(&self) -> bool {
         self.name.starts_with(PREFIX)
     }
@@ -150,7 +150,7 @@ fn kind(info: &[LinkInfo]) -> DeviceKind {
 pub(super) struct Route {
     /// Indices of the interfaces by which packets leave; none without a route.
     pub(super) interfaces: Vec<u32>,
-    /// The destination is an address of the node.
+    /// True if the destination is an address of the node.
     pub(super) is_local: bool,
 }
 
@@ -164,7 +164,7 @@ pub(super) async fn route_to(netlink: &Netlink, destination: IpAddr) -> Result<R
     match netlink.answer(format!("failed to look up the route to {destination}"), request).await {
         Ok(Some(RouteNetlinkMessage::NewRoute(route))) => Ok(Route::from_message(&route)),
         Ok(_) => Ok(Route::default()),
-        // Unreachable, prohibited, or a family that is off.
+        // The destination is unreachable or prohibited, or its address family is disabled.
         Err(error) if error.errno().is_some() => Ok(Route::default()),
         Err(error) => Err(error),
     }

@@ -1,4 +1,4 @@
-//! Devices that exist for the time of a run: a network namespace with one end of a veth pair, as of a pod, and a TAP device.
+//! Devices that exist during a run: a network namespace with one end of a veth pair, like a pod, and a TAP device.
 //!
 //! A descriptor of this process owns the namespace, and another one the TAP device. The kernel removes both when the process
 //! ends, and with the namespace the pair and its routes.
@@ -34,7 +34,7 @@ use crate::{
     },
 };
 
-/// Prefix of the names of all devices and cgroups that a run makes; the process id follows.
+/// Prefix of the names of all devices and cgroups that a run creates; the process id follows.
 pub(crate) const PREFIX: &str = "imdsv";
 /// Name of the pod's end of the pair, in the namespace.
 const POD_END: &str = "eth0";
@@ -50,7 +50,7 @@ pub(super) struct LinkName {
 pub(super) trait TestDevice {
     fn interface(&self) -> &LinkName;
 
-    /// Has the node receive a frame.
+    /// Sends a frame that the node receives from this device.
     fn send(&self, frame: &[u8]) -> io::Result<()>;
 }
 
@@ -58,14 +58,14 @@ pub(super) trait TestDevice {
 #[derive(Debug)]
 pub(super) struct TestPod {
     namespace: Namespace,
-    /// The host-side interface.
+    /// Host-side interface of the pair.
     interface: LinkName,
     frames: io::Result<PacketSocket>,
 }
 
 impl TestPod {
-    /// MAC address of the host-side interface. A bridge takes the lowest one of its ports, unless it has one of its own, so
-    /// that this one never becomes the bridge's.
+    /// MAC address of the host-side interface. A bridge without an address of its own takes the lowest one of its ports. This
+    /// one is too high to be chosen.
     pub(super) const HOST_MAC: Mac = [0xfe, 0xff, 0xff, 0xff, 0xff, 0xfe];
     /// MAC address of the pod's end.
     pub(super) const POD_MAC: Mac = [0xfe, 0xff, 0xff, 0xff, 0xff, 0xfd];
@@ -123,7 +123,7 @@ impl TestPod {
         bridge: u32,
         mtu: u32,
     ) -> Result<(), NetlinkError> {
-        // A bridge takes the lowest MTU of its ports, unless it has one of its own.
+        // A bridge without an MTU of its own takes the lowest one of its ports.
         let link = LinkMessageBuilder::<LinkUnspec>::new().index(self.interface.ifindex).mtu(mtu);
         let link = link.controller(bridge).build();
         let call = format!("failed to add {} to bridge {bridge}", self.interface.name);
@@ -138,7 +138,7 @@ impl TestPod {
         netlink.acknowledged(call, RouteNetlinkMessage::SetLink(link), 0).await
     }
 
-    /// Removes the pair at once; the kernel would remove it some time after the process ends.
+    /// Removes the pair immediately. The kernel would remove it some time after the process ends.
     pub(super) async fn remove(self, netlink: &Netlink) -> Result<(), NetlinkError> {
         let LinkName { name, ifindex } = &self.interface;
         let link = LinkMessageBuilder::<LinkUnspec>::new().index(*ifindex).build();
@@ -178,7 +178,7 @@ async fn set_up(netlink: &Netlink, ifindex: u32) -> Result<(), NetlinkError> {
     netlink.acknowledged(call, RouteNetlinkMessage::SetLink(link), 0).await
 }
 
-/// A TAP device of the node that sends every frame back that it receives, like a packet that the node forwards.
+/// A TAP device of the node that sends out every frame that it receives, like a packet that the node forwards.
 #[derive(Debug)]
 pub(super) struct LoopbackTap {
     interface: LinkName,

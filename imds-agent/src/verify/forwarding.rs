@@ -1,4 +1,4 @@
-//! The path of a pod's packets through the node: over its routes and rules, up to the last hook.
+//! Sends packets of a pod along their path through the node: its routes and rules, up to the last hook.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -23,7 +23,7 @@ use crate::{endpoints::Endpoint, node::netlink::Netlink};
 /// Destinations that are not protected (TEST-NET-2, RFC 5737, and the documentation prefix, RFC 3849).
 pub(super) const CONTROLS: [IpAddr; 2] =
     [IpAddr::V4(Ipv4Addr::new(198, 51, 100, 1)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1))];
-/// Time that a frame has to reach the last hook once another one of the same check was denied.
+/// Limit for a frame to reach the last hook after another frame of the same check was denied.
 const DENIED_DELAY: Duration = Duration::from_millis(500);
 
 /// A test pod on one path into the node: its own link, or a bridge.
@@ -38,7 +38,7 @@ pub(super) struct Path<'p> {
     pub(super) place: String,
 }
 
-/// Result for one destination.
+/// Result of the test packets for one destination.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Arrival {
     Arrived,
@@ -47,8 +47,8 @@ enum Arrival {
 }
 
 impl Path<'_> {
-    /// Sends packets to unprotected destinations through `interface`. Returns for IPv4 and IPv6 why the node does not forward
-    /// them, or `None` if it does.
+    /// Sends packets to unprotected destinations through `interface`. Returns, for IPv4 and IPv6, the reason why the node does
+    /// not forward them; `None` if it does.
     pub(super) async fn controls(
         &self,
         netlink: &Netlink,
@@ -77,8 +77,8 @@ impl Path<'_> {
                 && let Some(skip) = skips.get_mut(usize::from(control.is_ipv6()))
             {
                 let reason = format!(
-                    "this node does not forward test packets: those to {control} reach no last hook, which a \
-                     firewall rule or a missing route can cause"
+                    "this node does not forward test packets: packets to {control} do not reach the last hook, because of a \
+                     firewall rule or a missing route"
                 );
                 *skip = Some(Skip::new(reason));
             }
@@ -110,8 +110,8 @@ impl Path<'_> {
         Ok(checks)
     }
 
-    /// Checks that an exempt pod reaches the last hook. `fails_if_lost`: a packet that is lost but not denied is a failure,
-    /// otherwise the check is skipped.
+    /// Checks that an exempt pod reaches the last hook. If a packet is lost but not denied, the check fails with
+    /// `fails_if_lost`, and is skipped otherwise.
     pub(super) async fn check_exempt(
         &self,
         last_hook: &mut LastHook,
@@ -131,7 +131,7 @@ impl Path<'_> {
             }
             let mut arrival = arrivals.next().unwrap_or(Arrival::Lost);
             if matches!(arrival, Arrival::Denied(_)) && targets.len() > 1 {
-                // The record of a probe has no addresses: alone, the endpoint's own verdict shows.
+                // The counters of a probe are not kept by address. Sending to one endpoint alone shows its verdict.
                 self.reset(treatment)?;
                 arrival = self.send(last_hook, &[target(endpoint)]).await.pop().unwrap_or(Arrival::Lost);
             }
@@ -146,7 +146,7 @@ impl Path<'_> {
         Ok(checks)
     }
 
-    /// Reports whether `from_pod` set the mark, and no `node_egress` hook saw it.
+    /// Reports whether `from_pod` set the mark and no `node_egress` hook saw it.
     fn has_lost_mark(&self) -> bool {
         let is_marked = self.probe.count(Hook::FromPod, Verdict::Exempt) > 0;
         let seen = self.bridge.map(|bridge| bridge.total(Hook::NodeEgress));
@@ -164,7 +164,7 @@ impl Path<'_> {
         self.probe.denied_at().or_else(|| self.bridge?.denied_at())
     }
 
-    /// Sends a segment to each of these services until all have arrived, one was denied, or the time is up.
+    /// Sends a segment to each of these services until all have arrived, one is denied, or the timeout expires.
     async fn send(&self, last_hook: &mut LastHook, targets: &[(IpAddr, Service)]) -> Vec<Arrival> {
         let frames: Vec<_> = targets
             .iter()
@@ -211,8 +211,9 @@ impl Path<'_> {
     }
 }
 
-const LOST: &str = "lost on the way, but not denied: another program or firewall rule of this node drops it";
-const MARK_LOST: &str = "a program or firewall rule of this node overwrites the exemption mark, or drops it";
+const LOST: &str = "lost, but not denied: another program or firewall rule of this node drops it";
+const MARK_LOST: &str =
+    "a program or firewall rule of this node overwrites the exemption mark, or drops the packet";
 
 impl Outcome {
     const fn from_loss(fails: bool) -> Self {
@@ -224,7 +225,7 @@ fn target(endpoint: &Endpoint) -> (IpAddr, Service) {
     (endpoint.address, closed(&endpoint.keep, TCP))
 }
 
-/// Returns the sysctl that keeps the node from forwarding what it receives by this interface.
+/// Describes the sysctl that keeps the node from forwarding packets from this interface; `None` if it forwards them.
 fn not_forwarding(is_ipv4: bool, interface: &str) -> Option<String> {
     let key = if is_ipv4 {
         format!("net/ipv4/conf/{interface}/forwarding")

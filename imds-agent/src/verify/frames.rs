@@ -9,32 +9,32 @@ use std::{
 use imds_ebpf_common::{Service, endpoint::UDP};
 use nix::net::if_::if_nametoindex;
 
-/// The dummy address (RFC 7600), which no host has.
+/// IPv4 source address: the dummy address (RFC 7600), which no host has.
 pub(super) const SOURCE_V4: Ipv4Addr = Ipv4Addr::new(192, 0, 0, 8);
-/// In the discard-only prefix (RFC 6666), which no host has.
+/// IPv6 source address in the discard-only prefix (RFC 6666), which no host has.
 pub(super) const SOURCE_V6: Ipv6Addr = Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 8);
 const HOPS: u8 = 64;
 const ETHERTYPE_V4: [u8; 2] = [0x08, 0x00];
 const ETHERTYPE_V6: [u8; 2] = [0x86, 0xdd];
-/// Ephemeral ports of Linux start here.
+/// First ephemeral port of Linux.
 const FIRST_PORT: u16 = 32_768;
 
-/// A MAC address.
+/// MAC address, in the order of its bytes on the wire.
 pub(super) type Mac = [u8; 6];
 
-/// Parts that all frames of a sender share.
+/// Header fields that all frames of a sender share.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Frames {
-    /// MAC address of the node's interface that is to take the frame.
+    /// MAC address of the node's interface that receives the frame.
     pub(super) to: Mac,
     /// MAC address of the sender.
     pub(super) from: Mac,
-    /// Sequence number of TCP segments, by which the packet sink knows them.
+    /// Sequence number of TCP segments, with which the packet sink recognises them.
     pub(super) marker: [u8; 4],
 }
 
 impl Frames {
-    /// A frame for `service` at `address`: a TCP segment with SYN and the window `id`, or an empty datagram.
+    /// Builds a frame for `service` at `address`: a TCP segment with SYN and the window `id`, or an empty datagram.
     pub(super) fn frame(&self, address: IpAddr, service: Service, id: u16) -> Vec<u8> {
         let mut segment = self.segment(service, id);
         let length = u16::try_from(segment.len()).unwrap_or_default();
@@ -64,8 +64,8 @@ impl Frames {
         frame
     }
 
-    /// A TCP or UDP header without its checksum. Each run has its own source port, so that connection tracking of the node
-    /// does not take the segment for one of an earlier run.
+    /// Builds a TCP or UDP header without its checksum. Each run has its own source port, so that connection tracking does not
+    /// assign the segment to a connection of an earlier run.
     fn segment(&self, Service { port, protocol, .. }: Service, id: u16) -> Vec<u8> {
         let source_port = FIRST_PORT | u16::from_be_bytes([self.marker[0], self.marker[1]]);
         let mut segment = [source_port.to_be_bytes(), port.to_be_bytes()].concat();
@@ -94,7 +94,7 @@ fn ipv4_header(address: Ipv4Addr, protocol: u8, length: u16) -> [u8; 20] {
     header
 }
 
-/// Checksum of a TCP segment or UDP datagram, with the pseudo-header.
+/// Returns the checksum of a TCP segment or UDP datagram with its pseudo-header.
 fn segment_checksum(source: IpAddr, destination: IpAddr, protocol: u8, segment: &[u8]) -> u16 {
     let mut bytes = Vec::new();
     for address in [source, destination] {
@@ -109,7 +109,7 @@ fn segment_checksum(source: IpAddr, destination: IpAddr, protocol: u8, segment: 
     checksum(&bytes)
 }
 
-/// Internet checksum (RFC 1071) of an even number of bytes.
+/// Returns the Internet checksum (RFC 1071) of an even number of bytes.
 fn checksum(bytes: &[u8]) -> u16 {
     let (words, _) = bytes.as_chunks::<2>();
     let mut sum: u32 = words.iter().map(|&word| u32::from(u16::from_be_bytes(word))).sum();
@@ -121,7 +121,7 @@ fn checksum(bytes: &[u8]) -> u16 {
     !sum
 }
 
-/// A socket that sends whole frames.
+/// A packet socket that sends frames with their Ethernet header.
 #[derive(Debug)]
 pub(super) struct PacketSocket {
     socket: OwnedFd,
@@ -141,7 +141,7 @@ impl PacketSocket {
         Ok(Self { socket: unsafe { OwnedFd::from_raw_fd(fd) }, ifindex })
     }
 
-    /// Sends a frame.
+    /// Sends a frame, which includes the Ethernet header.
     pub(super) fn send(&self, frame: &[u8]) -> io::Result<()> {
         #[expect(clippy::cast_possible_truncation, reason = "17 and 20")]
         let (family, address_length) =

@@ -1,7 +1,6 @@
 //! The `host_network` hook: calls of a process in the cgroup of Kubernetes pods and in the node's network namespace.
 //!
-//! The process is a child in a cgroup that is made for it. A run that is killed leaves its cgroup, empty; the next one
-//! removes it.
+//! The process is a child in a cgroup of its own. A run that is killed leaves its empty cgroup, which the next run removes.
 
 use std::{
     fs::{self, File},
@@ -54,7 +53,7 @@ pub(super) fn check(enforced: &Enforced) -> Result<Vec<Check>, VerifyError> {
 /// A cgroup below that of pods, for processes like those of a hostNetwork pod. Dropping this removes the cgroup.
 struct PodProcess {
     path: PathBuf,
-    /// Id of the cgroup.
+    /// Id of the cgroup: its inode number.
     id: u64,
     processes: File,
 }
@@ -98,7 +97,7 @@ impl PodProcess {
         (phrase(&result), Outcome::from_success(is_refused(&result)))
     }
 
-    /// Runs `work` in a child in the cgroup, for the error that it ends with.
+    /// Runs `work` in a child in the cgroup and returns the error with which it ends.
     fn run(&self, mut work: impl FnMut() -> io::Result<()> + Send + Sync + 'static) -> io::Error {
         let processes = match self.processes.try_clone() {
             Ok(processes) => processes,
@@ -106,7 +105,7 @@ impl PodProcess {
         };
         let mut child = Command::new("/proc/self/exe");
         let enter_and_work = move || {
-            // 0 is the process that writes it.
+            // 0 stands for the writing process.
             (&processes).write_all(b"0")?;
             work()
         };
@@ -117,7 +116,7 @@ impl PodProcess {
     }
 }
 
-/// Connects. The result is always an error with a number: the parent gets nothing else from a child.
+/// Connects and returns an error with an errno in any case, because the parent receives nothing else from the child.
 fn connect(address: IpAddr, service: Service) -> io::Result<()> {
     let errno = match attempt(address, service) {
         Ok(()) => libc::EISCONN,

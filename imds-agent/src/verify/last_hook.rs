@@ -1,4 +1,4 @@
-//! The last hook: where test packets are counted and dropped, instead of leaving the machine.
+//! The last hook: a packet sink that counts and drops test packets, so that they do not leave the machine.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,13 +24,13 @@ use crate::{
     node::netlink::Netlink,
 };
 
-/// The packet sink at the egress of every interface by which packets leave the machine.
+/// The packet sink at the egress of every interface through which packets leave the machine.
 pub(super) struct LastHook {
     counts: Array<MapData, u64>,
     cookies: HashMap<MapData, u64, u32>,
     marker: [u8; 4],
     next_id: u16,
-    /// Detached when they are closed.
+    /// Links that detach the sink when they are closed.
     links: Vec<OwnedFd>,
     filters: Vec<SinkFilter>,
 }
@@ -93,12 +93,12 @@ impl LastHook {
         Ok(())
     }
 
-    /// Sequence number of marked segments.
+    /// Returns the TCP sequence number that marks test segments.
     pub(super) fn marker(&self) -> [u8; 4] {
         self.marker
     }
 
-    /// A number for a test packet, which no other one of this run has while there are enough.
+    /// Returns a number for a test packet, and sets its counter to zero. Numbers repeat once all are used.
     pub(super) fn new_id(&mut self) -> u16 {
         self.next_id = (self.next_id + 1) % u16::try_from(bpf::MAX_SINK_IDS).unwrap_or(u16::MAX);
         if let Err(error) = self.counts.set(self.next_id.into(), 0, 0) {
@@ -107,7 +107,7 @@ impl LastHook {
         self.next_id
     }
 
-    /// Has the sink recognise segments of the socket with this cookie.
+    /// Adds a socket, given by its cookie, whose segments the sink counts under `id`.
     pub(super) fn expect_socket(&mut self, cookie: u64, id: u16) -> Result<(), VerifyError> {
         self.cookies.insert(cookie, u32::from(id), 0).map_err(map_failed)
     }
@@ -128,7 +128,7 @@ impl LastHook {
     }
 }
 
-/// The agent's program at TCX egress of an interface, if it is attached there.
+/// Returns the agent's TCX entry at egress of an interface, if it is attached there.
 fn agents_link(pins: &PinDir, ifindex: u32) -> Option<bpf::Entry> {
     let pin = pins.named_link(&format!("{}{ifindex}", link_prefix(TcHook::NodeEgress)));
     let pinned = pins::link_at(&pin)?;

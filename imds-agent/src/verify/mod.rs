@@ -1,7 +1,7 @@
-//! `imds-agent verify`: proves on this node that pods are denied, and that exempt pods and the node are not.
+//! `imds-agent verify`: checks with test packets that pods are denied, and that exempt pods and the node are not.
 //!
-//! Test packets pass the node's programs, routes and rules. The last hook (a TC program at the egress of each NIC, after the
-//! agent's) counts and drops them, so that none leaves the machine.
+//! Test packets pass the programs, routes and rules of the node. The last hook (a TC program at the egress of each NIC, after
+//! the agent's) counts and drops them, so that no test packet leaves the machine.
 
 mod attached;
 mod exits;
@@ -52,15 +52,15 @@ use crate::{
     version::VERSION,
 };
 
-/// Version of the JSON form: within one, fields are only added.
+/// Schema version of the JSON output. Fields are only added while it stays the same.
 const SCHEMA: u32 = 1;
-/// Name of checks that are about the path through the node, and not about one hook.
+/// Hook name of checks of a whole path through the node.
 const PATH: &str = "path";
-/// Limit for an agent that starts to reconcile every interface.
+/// Limit for a starting agent to reconcile every interface.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
-/// Limit for an agent to attach to interfaces that are new.
+/// Limit for an agent to attach to new interfaces.
 const ATTACH_DELAY: Duration = Duration::from_secs(5);
-/// Limit for another run to end.
+/// Limit for the end of another run.
 const LOCK_TIMEOUT: Duration = Duration::from_mins(2);
 /// Limit for a test packet to be counted. A busy machine can need seconds to handle it.
 const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -70,31 +70,31 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// Reason why no check could run.
 #[derive(Debug, Error)]
 pub enum VerifyError {
-    /// No programs are loaded.
-    #[error("nothing is loaded at {}: start `imds-agent run`, or name the --pin-dir of the one that runs", .0.display())]
+    /// The pin directory has no programs and maps.
+    #[error("nothing is loaded at {}: start `imds-agent run`, or set the --pin-dir of the running agent", .0.display())]
     Unloaded(PathBuf),
     /// A network namespace could not be created or entered.
     #[error("failed to create a network namespace, which needs CAP_SYS_ADMIN")]
     Namespace(#[source] io::Error),
-    /// No interface leads out of the machine.
+    /// No route of the node leads to an endpoint.
     #[error("this node has no uplink: no route leads to an endpoint")]
     NoExit,
     /// A system call failed.
     #[error("failed to {operation} {subject}")]
     Io {
-        /// The operation.
+        /// Operation, such as `open`.
         operation: &'static str,
-        /// Its object.
+        /// Object of the operation, such as `a socket`.
         subject: String,
-        /// The system's error.
+        /// Error of the system call.
         source: io::Error,
     },
     /// A map can't be read or written.
     #[error("failed to use the map {map}")]
     Map {
-        /// The map.
+        /// Name of the map.
         map: &'static str,
-        /// The kernel's error.
+        /// Error of the map operation.
         source: MapError,
     },
     /// The datapath can't be read.
@@ -117,7 +117,7 @@ impl VerifyError {
         move |source| Self::Io { operation, subject, source }
     }
 
-    /// The error with its causes, in one line.
+    /// Formats the error with its causes on one line.
     fn in_full(self) -> String {
         format!("{:#}", anyhow::Error::from(self))
     }
@@ -129,7 +129,7 @@ impl From<ObjectError> for VerifyError {
     }
 }
 
-/// The effective configuration of the kernel, and the maps for test senders.
+/// Effective configuration of the kernel, and the maps for test senders.
 struct Enforced {
     pins: PinDir,
     maps: Maps,
@@ -177,7 +177,7 @@ pub async fn verify(pins: &PinDir, netlink: &Netlink) -> Result<VerifyReport, Ve
 async fn lock() -> Result<UnixListener, VerifyError> {
     let start = Instant::now();
     loop {
-        // The name begins with a zero byte: an abstract one, of which each network namespace has its own.
+        // The leading zero byte makes the name an abstract one. Each network namespace has its own abstract names.
         match UnixListener::bind("\0imds-agent-verify") {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse && start.elapsed() < LOCK_TIMEOUT => {
                 sleep(POLL_INTERVAL).await;
@@ -229,7 +229,7 @@ impl Fixture {
     async fn new(enforced: &Enforced, netlink: &Netlink) -> Result<Self, VerifyError> {
         let mut paths = Paths::new(enforced, netlink).await?;
         let pod = match TestPod::new(netlink).await {
-            // A container may not be allowed to.
+            // A container may lack the right to create one.
             Err(error @ VerifyError::Namespace(_)) => Err(Skip::new(error.in_full())),
             Err(error) => {
                 paths.remove(netlink).await?;
@@ -251,7 +251,7 @@ impl Fixture {
     async fn check(&mut self, enforced: &Enforced, netlink: &Netlink) -> Result<Vec<Check>, VerifyError> {
         let mut checks = Vec::new();
         if enforced.endpoints.is_empty() {
-            checks.push(Check::new("-", "an endpoint is protected", "none is", Outcome::Fail));
+            checks.push(Check::new("-", "an endpoint is protected", "no endpoint is", Outcome::Fail));
         }
         for hook in TcHook::ALL.into_iter().filter(|hook| enforced.hooks.has(hook.hook())) {
             checks.push(attached::check(hook, &enforced.status));
@@ -292,7 +292,7 @@ impl Enforced {
     }
 }
 
-/// Limit for a running agent to reconcile interfaces that are new.
+/// Returns the limit for a running agent to reconcile new interfaces.
 fn settle_timeout(status: &status::Report) -> Duration {
     match status.interfaces.iter().all(status::Interface::is_attached) {
         _ if !status.agent.ready => START_TIMEOUT,

@@ -1,4 +1,4 @@
-//! Calls of the node itself, up to the last hook.
+//! Connections of the node itself, up to the last hook.
 
 use std::{
     collections::BTreeSet,
@@ -26,7 +26,7 @@ const EXPECTED: &str = "reaches the last hook";
 
 /// Checks that connections of the node to each endpoint reach the last hook.
 ///
-/// Endpoints with an address in `local` are on the node itself, so that no packet leaves.
+/// Endpoints with an address in `local` are on the node itself: their packets do not leave it.
 pub(super) async fn check(
     last_hook: &mut Result<LastHook, Skip>,
     endpoints: &[Endpoint],
@@ -51,7 +51,7 @@ pub(super) async fn check(
     join_all(results).await
 }
 
-/// A connection that was not yet tried.
+/// A socket that is not connected yet.
 struct Call {
     socket: TcpSocket,
     to: SocketAddr,
@@ -70,7 +70,7 @@ impl Call {
         Ok(Self { socket, to, id })
     }
 
-    /// Connects until the segment is at the last hook, which drops it.
+    /// Connects, and waits until the segment arrives at the last hook, which drops it.
     async fn run(self, last_hook: &LastHook, is_local: bool) -> (String, Outcome) {
         let mut connecting = pin!(self.socket.connect(self.to));
         let start = Instant::now();
@@ -88,17 +88,17 @@ impl Call {
     }
 }
 
-/// Judges a connection that ended before it was at the last hook.
+/// Returns the result of a connection that ended before its segment arrived at the last hook.
 fn judge(result: &io::Result<()>, is_local: bool) -> (String, Outcome) {
     match result.as_ref().map_err(io::Error::raw_os_error) {
         Ok(()) => ("answered on this node".to_owned(), Outcome::Pass),
         Err(_) if is_refused(result) => (phrase(result), Outcome::Fail),
         Err(_) if is_local => (format!("an address of this node: {}", phrase(result)), Outcome::Skipped),
-        // A hook with on_deny = "reject" answers so, or a firewall.
+        // A hook with `on_deny = "reject"` or a firewall rule sends a reset.
         Err(Some(libc::ECONNREFUSED | libc::ECONNRESET)) => {
             ("reset on this node: by imds-agent, or by a firewall rule".to_owned(), Outcome::Fail)
         }
-        Err(_) => (format!("the node does not reach it: {}", phrase(result)), Outcome::Skipped),
+        Err(_) => (format!("not reachable from the node: {}", phrase(result)), Outcome::Skipped),
     }
 }
 

@@ -1,4 +1,4 @@
-//! The result of each check, and the report of all.
+//! Results of the checks, and the report.
 
 use std::{fmt::Write as _, net::IpAddr, path::PathBuf};
 
@@ -11,51 +11,51 @@ use crate::{
     escape::escape,
 };
 
-/// The report of one `imds-agent verify`.
+/// Report of one `imds-agent verify`.
 #[derive(Debug, Serialize)]
 pub struct VerifyReport {
-    /// Schema version: within one version, fields are only added.
+    /// Schema version. Fields are only added while it stays the same.
     pub schema: u32,
     /// Version of the program that made the report.
     pub version: &'static str,
-    /// The pin directory.
+    /// Directory of the pinned maps, programs and links.
     pub pin_dir: PathBuf,
-    /// The mode that the kernel enforces.
+    /// Effective mode: `enforce`, `audit` or `off`.
     pub mode: &'static str,
-    /// Reports whether no check failed and at least one passed.
+    /// True if no check failed and at least one passed.
     pub passed: bool,
-    /// The checks, in the order in which they ran.
+    /// Checks in the order in which they ran.
     pub checks: Vec<Check>,
 }
 
-/// One check.
+/// Result of one check, with its expectation.
 #[derive(Clone, Debug, Serialize)]
 pub struct Check {
-    /// The hook, or `path` for the path through the node.
+    /// Hook, or `path` for the path through the node.
     pub hook: &'static str,
-    /// The sender of test packets; `None` for a check without traffic.
+    /// Sender of the test packets; `None` for a check without traffic.
     pub sender: Option<String>,
     /// Name of the endpoint; `None` for a check of the hook as a whole.
     pub endpoint: Option<String>,
     /// Address of the endpoint.
     pub address: Option<IpAddr>,
-    /// The allowed service that the check is about, such as `udp/53`.
+    /// Allowed service that the check is about, such as `udp/53`.
     pub service: Option<String>,
-    /// The expected result.
+    /// Result that an enforced node shows.
     pub expected: &'static str,
-    /// The observed result, or the reason why the check was skipped.
+    /// Observed result, or the reason why the check was skipped.
     pub observed: String,
-    /// The outcome.
+    /// Outcome of the check.
     pub outcome: Outcome,
 }
 
-/// The outcome of a check.
+/// Outcome of a check.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 pub enum Outcome {
-    /// The node does what it should.
+    /// The observed result is the expected one.
     #[serde(rename = "passed")]
     Pass,
-    /// The node does something else.
+    /// The observed result differs from the expected one.
     #[serde(rename = "failed")]
     Fail,
     /// The check could not run here.
@@ -63,7 +63,7 @@ pub enum Outcome {
     Skipped,
 }
 
-/// The reason why a check can't run, and its outcome then.
+/// Reason why a check can't run, with the outcome of that check.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) struct Skip {
     pub(super) reason: String,
@@ -71,12 +71,12 @@ pub(super) struct Skip {
 }
 
 impl Skip {
-    /// A check that can't run for a reason that has nothing to do with enforcement.
+    /// Creates the reason of a skipped check, which does not concern enforcement.
     pub(super) fn new(reason: impl Into<String>) -> Self {
         Self { reason: reason.into(), outcome: Outcome::Skipped }
     }
 
-    /// A check that can't run because a hook is not enforced.
+    /// Creates the reason of a failed check: a hook is not enforced.
     pub(super) fn failed(reason: impl Into<String>) -> Self {
         Self { reason: reason.into(), outcome: Outcome::Fail }
     }
@@ -115,14 +115,14 @@ impl Check {
         }
     }
 
-    /// A check that could not run.
+    /// Creates the result of a check that could not run.
     pub(super) fn skipped(hook: &'static str, expected: &'static str, skip: &Skip) -> Self {
         Self::new(hook, expected, &*skip.reason, skip.outcome)
     }
 
-    /// The check that all programs of a cgroup hook are attached.
+    /// Creates the check that all programs of a cgroup hook are attached.
     pub(super) fn attached(hook: Hook, is_attached: bool) -> Self {
-        let observed = if is_attached { "attached" } else { "not all are: `imds-agent status` names them" };
+        let observed = if is_attached { "attached" } else { "not all attached: see `imds-agent status`" };
         Self::new(hook.name(), "all programs attached", observed, Outcome::from_success(is_attached))
     }
 
@@ -142,14 +142,14 @@ impl Check {
     }
 }
 
-/// Reports whether these checks prove anything, and none failed.
+/// Reports whether at least one check passed and none failed.
 pub(super) fn is_passed(checks: &[Check]) -> bool {
     let has = |outcome| checks.iter().any(|check| check.outcome == outcome);
     has(Outcome::Pass) && !has(Outcome::Fail)
 }
 
 impl VerifyReport {
-    /// The report as text that ends with a newline.
+    /// Returns the report as text that ends with a newline.
     #[must_use]
     pub fn table(&self) -> String {
         let mut table = Table::new();
@@ -179,10 +179,10 @@ impl VerifyReport {
     }
 }
 
-/// A verdict in words; `None` if no packet or call was counted.
+/// Describes a verdict; `None` if no packet or call was counted.
 pub(super) const fn phrase(verdict: Option<Verdict>) -> &'static str {
     match verdict {
-        None | Some(Verdict::Foreign) => "not judged",
+        None | Some(Verdict::Foreign) => "no verdict",
         Some(Verdict::Deny) => "denied",
         Some(Verdict::Audit) => "not denied, counted as audited",
         Some(Verdict::Allow) => "not denied, counted as allowed",

@@ -1,4 +1,4 @@
-//! Checks of whole paths through the node: of a denied pod, of exempt pods and of the node itself.
+//! Checks of whole paths through the node, for a denied pod, exempt pods and the node itself.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,16 +22,16 @@ use super::{
 };
 use crate::{datapath::object, endpoints::Endpoint, node::netlink::Netlink};
 
-/// The last hook, for as long as packets are sent along paths.
+/// State of the path checks, with the last hook attached.
 pub(super) struct Paths {
     last_hook: Result<LastHook, Skip>,
     devices: BTreeMap<u32, NetDevice>,
-    /// Addresses of endpoints that are on the node itself.
+    /// Endpoint addresses that are local to the node.
     local: BTreeSet<IpAddr>,
 }
 
 impl Paths {
-    /// Attaches the last hook.
+    /// Attaches the last hook to the exits of the node.
     pub(super) async fn new(enforced: &Enforced, netlink: &Netlink) -> Result<Self, VerifyError> {
         routes::remove(netlink).await?;
         let of_role = |role: Role| {
@@ -56,7 +56,7 @@ impl Paths {
         Ok(Self { last_hook, devices, local })
     }
 
-    /// Removes the last hook, and routes through the node's bridges.
+    /// Removes the last hook, and the routes through the node's bridges.
     pub(super) async fn remove(&mut self, netlink: &Netlink) -> Result<(), VerifyError> {
         if let Ok(last_hook) = &mut self.last_hook {
             last_hook.detach(netlink).await;
@@ -64,7 +64,7 @@ impl Paths {
         Ok(routes::remove(netlink).await?)
     }
 
-    /// Runs all checks of paths.
+    /// Runs the checks of all paths.
     pub(super) async fn check(
         &mut self,
         enforced: &Enforced,
@@ -81,7 +81,8 @@ impl Paths {
         Ok(checks)
     }
 
-    /// Returns why no test packet of a pod can reach an endpoint's last hook, given the result for the node's own.
+    /// Returns the reason why test packets of a pod can't reach the last hook of an endpoint. `node` is the result of the
+    /// node's own packets.
     fn skip_of(&self, endpoint: &Endpoint, node: &Check) -> Option<Skip> {
         if self.local.contains(&endpoint.address) {
             return Some(Skip::new("an address of this node"));
@@ -155,7 +156,7 @@ impl Paths {
     }
 }
 
-/// Waits until the test pod's link has the programs that judge its packets.
+/// Waits until the programs are attached to the test pod's link.
 async fn wait_ready(enforced: &Enforced, pod: &TestPod) -> Result<(), Skip> {
     if let Some(skip) = pod.obstacle() {
         return Err(skip);
@@ -167,7 +168,7 @@ async fn wait_ready(enforced: &Enforced, pod: &TestPod) -> Result<(), Skip> {
     Ok(())
 }
 
-/// The test pod's link as a port of a bridge.
+/// Test pod whose link is a port of a bridge.
 struct Bridged<'p> {
     device: &'p NetDevice,
     probe: &'p Probe<'p>,
@@ -198,7 +199,7 @@ impl Bridged<'_> {
     }
 }
 
-/// Adds the skip of an endpoint's family, IPv4 or IPv6, to those of endpoints.
+/// Combines the skip reasons of endpoints with those of their address families.
 fn with_skips<'e>(
     endpoints: &[(&'e Endpoint, Option<Skip>)],
     families: &[Option<Skip>; 2],

@@ -1,4 +1,4 @@
-//! Calls on sockets of a pod: the socket hook on its own.
+//! Checks of the socket hook: connect(2) and sendto(2) in the network namespace of the test pod.
 
 use std::collections::BTreeSet;
 
@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{datapath::pins, endpoints::Endpoint, node::cgroup};
 
-/// Pin of the link of the hook on sendto(2), which the agent attaches only on nodes that need it.
+/// Pin of the sendto(2) program's link. The agent attaches this program only on nodes that need it.
 const SENDMSG_LINK: &str = "sendmsg4";
 
 /// Checks that calls from the namespace of the test pod are refused.
@@ -34,7 +34,7 @@ pub(super) fn check(enforced: &Enforced, pod: &Result<TestPod, Skip>) -> Result<
             return Ok(checks);
         }
     };
-    // Without a cookie, before Linux 5.14, the calls are counted with those of all pods.
+    // Before Linux 5.14 the namespace has no cookie, and the programs count the calls with those of all pods.
     let probe = pod
         .cookie()
         .map(|cookie| enforced.probes.add(Subject::new(SubjectKind::Netns, cookie), Treatment::Denied));
@@ -54,7 +54,7 @@ pub(super) fn check(enforced: &Enforced, pod: &Result<TestPod, Skip>) -> Result<
     Ok(checks)
 }
 
-/// Reports whether each call that names an endpoint is refused by the hook, and what was observed.
+/// Calls each endpoint, and returns whether the hook refused all calls, with a description of the results.
 fn refused(
     enforced: &Enforced,
     pod: &TestPod,
@@ -84,7 +84,7 @@ fn refused(
     }
     let mut observed = wrong.join(", ");
     if is_in_enforced_cgroup(enforced) == Some(false) {
-        observed.push_str(": this process is outside of the cgroup that the programs are attached to");
+        observed.push_str(": this process is outside of the cgroup to which the programs are attached");
     }
     Ok((observed, false))
 }

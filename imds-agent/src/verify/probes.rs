@@ -1,4 +1,4 @@
-//! Test senders in the maps of the programs: counted apart from all other senders, and without events.
+//! Probes: test senders in the BPF maps. The programs count them separately and emit no events for them.
 
 use std::cell::RefCell;
 
@@ -15,7 +15,7 @@ use crate::datapath::{object, pins::PinDir};
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(u32)]
 pub(super) enum Treatment {
-    /// The programs treat the probe as any pod.
+    /// The programs treat the probe like a pod without an exemption.
     Denied = 0,
     /// The programs treat the probe as an exempt sender.
     Exempt = 1,
@@ -23,7 +23,7 @@ pub(super) enum Treatment {
     ExemptMarked = 3,
 }
 
-/// The maps of probes. One run at a time uses them.
+/// Maps of the probes, which one run at a time uses.
 pub(super) struct Probes {
     maps: RefCell<ProbeMaps>,
 }
@@ -50,7 +50,7 @@ impl Probes {
         Ok(Self { maps: RefCell::new(maps) })
     }
 
-    /// Makes `subject` a probe for as long as the result lives.
+    /// Makes `subject` a probe until the returned value is dropped.
     pub(super) fn add(&self, subject: Subject, treatment: Treatment) -> Result<Probe<'_>, VerifyError> {
         let probe = Probe { probes: self, subject };
         probe.reset(treatment)?;
@@ -60,14 +60,14 @@ impl Probes {
 }
 
 impl ProbeMaps {
-    /// Writes the number of probes for the programs, which skip the lookup if it is 0.
+    /// Writes the number of probes to the map that the programs read. They skip the lookup if it is 0.
     fn count(&mut self) -> Result<(), MapError> {
         let count = object::present(self.records.keys()).count();
         self.count.set(0, u32::try_from(count).unwrap_or(u32::MAX), 0)
     }
 }
 
-/// A test sender.
+/// A test sender, which is removed from the maps when this is dropped.
 pub(super) struct Probe<'p> {
     probes: &'p Probes,
     subject: Subject,

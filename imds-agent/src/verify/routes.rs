@@ -1,4 +1,4 @@
-//! The route back to the test pod, which strict reverse path filtering of the node asks for.
+//! Route back to the test pod. Strict reverse path filtering drops its packets without such a route.
 
 use std::net::IpAddr;
 
@@ -14,21 +14,21 @@ use rtnetlink::{
 use super::frames::{SOURCE_V4, SOURCE_V6};
 use crate::node::netlink::{Netlink, NetlinkError};
 
-/// Leads to the test pod's address of this family through an interface.
+/// Adds or replaces the route to the test pod's address of this family, through an interface.
 pub(super) async fn replace(netlink: &Netlink, is_ipv4: bool, ifindex: u32) -> Result<(), NetlinkError> {
     let call = format!("failed to add the route to {} through interface {ifindex}", source(is_ipv4));
     let request = RouteNetlinkMessage::NewRoute(route(is_ipv4, Some(ifindex))?);
     netlink.acknowledged(call, request, NLM_F_CREATE | NLM_F_REPLACE).await
 }
 
-/// Removes the routes, if they are there: those through a bridge outlive a run that was killed.
+/// Removes the routes if they exist. A run that is killed leaves those through a bridge.
 pub(super) async fn remove(netlink: &Netlink) -> Result<(), NetlinkError> {
     for is_ipv4 in [true, false] {
         let call = format!("failed to remove the route to {}", source(is_ipv4));
         let removed =
             netlink.acknowledged(call, RouteNetlinkMessage::DelRoute(route(is_ipv4, None)?), 0).await;
         match removed {
-            // No such route, or no such family.
+            // An errno means that the route does not exist, or that the address family is disabled.
             Err(error) if error.errno().is_none() => return Err(error),
             Ok(()) | Err(_) => {}
         }

@@ -1,6 +1,6 @@
-//! The packet sink as a filter on a clsact qdisc, for interfaces whose agent program is one.
+//! The packet sink as a filter on a clsact qdisc, for interfaces on which the agent's program is such a filter.
 //!
-//! A filter stays when its process is killed: it drops nothing but test packets of that run, and the next run removes it.
+//! If the process is killed, the filter stays. It drops only test packets of that run, and the next run removes it.
 
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
@@ -19,19 +19,19 @@ use crate::{
 
 /// Egress of a clsact qdisc, `ffff:fff3`.
 const EGRESS: TcHandle = TcHandle { major: u16::MAX, minor: TcHandle::MIN_EGRESS };
-/// "veri", "fy": no other program's filters have this handle.
+/// Handle of the sink's filters, "veri" and "fy" in ASCII, which no other program uses.
 const HANDLE: TcHandle = TcHandle { major: 0x7665, minor: 0x7269 };
 const ETH_P_ALL: u16 = 0x0003_u16.to_be();
 const NAME: &str = "verify_sink";
 
-/// A filter, until [`SinkFilter::remove`].
+/// An attached filter. [`SinkFilter::remove`] detaches it.
 #[derive(Debug)]
 pub(super) struct SinkFilter {
     ifindex: u32,
     priority: u16,
 }
 
-/// The filters at egress of an interface, in the order in which they run; none without a clsact qdisc.
+/// Lists the filters at egress of an interface in the order in which they run. Returns none without a clsact qdisc.
 pub(super) async fn filters(netlink: &Netlink, ifindex: u32) -> Result<Vec<Filter>, NetlinkError> {
     let request = RouteNetlinkMessage::GetTrafficFilter(message(ifindex));
     let call = format!("failed to list filters of interface {ifindex}");
@@ -55,7 +55,7 @@ impl SinkFilter {
         program: BorrowedFd<'_>,
     ) -> Result<Option<Self>, NetlinkError> {
         let Some(agent) = filters.iter().find(|filter| filter.is_ours()) else { return Ok(None) };
-        // Filters of one priority have one kind and protocol, and a new BPF filter is the first of them.
+        // All filters of a priority have the same kind and protocol, and a new BPF filter comes first.
         let is_free = |priority: &u16| {
             filters.iter().filter(|filter| filter.priority == *priority).all(Filter::takes_company)
         };
@@ -80,7 +80,7 @@ impl SinkFilter {
         Ok(Some(filter))
     }
 
-    /// Removes the filter, if it is there.
+    /// Removes the filter if it still exists.
     pub(super) async fn remove(&self, netlink: &Netlink) -> Result<(), NetlinkError> {
         let call = format!("failed to remove a filter of interface {}", self.ifindex);
         match netlink.acknowledged(call, RouteNetlinkMessage::DelTrafficFilter(self.message()), 0).await {

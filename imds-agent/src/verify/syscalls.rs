@@ -1,4 +1,4 @@
-//! Results of calls that name an endpoint.
+//! Calls to an endpoint, and descriptions of their results.
 
 use std::{
     io,
@@ -9,7 +9,7 @@ use std::{
 use imds_ebpf_common::{Service, endpoint::UDP};
 use nix::errno::Errno;
 
-/// Limit for one connection: a refusal comes at once, and an answer is not needed.
+/// Limit for one connection. A refusal returns immediately, and the check needs no answer.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(300);
 
 /// Connects with TCP, or sends a datagram with UDP, from the calling thread's network namespace.

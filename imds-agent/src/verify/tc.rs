@@ -1,4 +1,4 @@
-//! The TC hooks, each on its own: the verdict on frames at a new interface.
+//! Checks of each TC hook: its verdicts on frames at a test interface.
 
 use std::time::{Duration, Instant};
 
@@ -18,14 +18,14 @@ use crate::{
     endpoints::{Endpoint, Keep},
 };
 
-/// After this time a frame is sent again: one that is sent while an interface comes up can be lost.
+/// Interval at which a frame is sent again. A frame that is sent while an interface comes up can be lost.
 pub(super) const RESEND_INTERVAL: Duration = Duration::from_millis(300);
-/// Time that a verdict other than the expected one has to be followed by that one.
+/// Time to wait for the expected verdict after another one.
 const OTHER_VERDICT_DELAY: Duration = Duration::from_millis(500);
-/// No interface has this address, so that the node takes none of these frames for its own and forwards none.
+/// MAC address that no interface has, so that the node neither accepts nor forwards these frames.
 const NO_HOST: Mac = [0x02, 0, 0, 0, 0, 0xfe];
 
-/// Checks a hook at a new interface, endpoint by endpoint.
+/// Checks the verdicts of a hook at a test interface for each endpoint.
 pub(super) async fn check(
     tc_hook: TcHook,
     device: Result<&dyn TestDevice, Skip>,
@@ -65,14 +65,14 @@ pub(super) async fn check(
     Ok(checks)
 }
 
-/// The services of an endpoint to try: one that is not allowed, and all that are.
+/// Returns the services of an endpoint to test: all allowed ones, and one that is not allowed.
 pub(super) fn targets(endpoint: &Endpoint) -> impl Iterator<Item = (Service, Verdict, Option<Keep>)> {
     let keep = &endpoint.keep;
     let allowed = keep.iter().map(|&allowed| (allowed.0, Verdict::Kept, Some(allowed)));
     [(closed(keep, TCP), Verdict::Deny, None)].into_iter().chain(allowed)
 }
 
-/// A service of this protocol that is not allowed.
+/// Returns a service of this protocol that is not allowed.
 pub(super) fn closed(keep: &[Keep], protocol: u8) -> Service {
     let services = (80..=u16::MAX).map(|port| Service::new(protocol, port));
     services
@@ -88,7 +88,7 @@ pub(super) const fn expectation(verdict: Verdict) -> &'static str {
     }
 }
 
-/// Sends a frame until a hook has counted it, and returns the verdict: `expected`, unless there was only another one.
+/// Sends a frame until a hook has counted it, and returns the verdict: `expected` if the hook gave it, otherwise another.
 async fn verdict_on(
     device: &dyn TestDevice,
     probe: &Probe<'_>,
@@ -121,7 +121,7 @@ async fn verdict_on(
     probe.verdict(hook)
 }
 
-/// Waits until a hook has counted each frame, so that no late one is taken for one of the next check.
+/// Waits until a hook has counted all sent frames, so that the next check does not count a late one.
 async fn settle(probe: &Probe<'_>, hook: Hook, sent: u64) {
     let start = Instant::now();
     while probe.total(hook) < sent && start.elapsed() < OTHER_VERDICT_DELAY {

@@ -23,7 +23,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{ if contains ":" .Values.metrics.address }}[{{ .Values.metrics.address }}]{{ else }}{{ .Values.metrics.address }}{{ end }}:{{ .Values.metrics.port }}
 {{- end }}
 
-{{/* Where the kubelet, which is on the node, asks for health. */}}
+{{/* Probe of the kubelet, which runs in the node's network namespace. */}}
 {{- define "imds-agent.probe" -}}
 httpGet:
   host: {{ if has .Values.metrics.address (list "0.0.0.0" "::") }}127.0.0.1{{ else }}{{ .Values.metrics.address }}{{ end }}

@@ -189,8 +189,8 @@ fn allowed_ports_and_other_addresses_open() {
 #[test]
 fn other_modes_deny_nothing() {
     for (mode, part) in [
-        (Some(Mode::Audit), "the mode is audit"),
-        (Some(Mode::Off), "the mode is off"),
+        (Some(Mode::Audit), "in the mode audit"),
+        (Some(Mode::Off), "in the mode off"),
         (None, "imds-agent is not loaded"),
     ] {
         let opens = opens(iptables(&[AKS], &azure(mode)));
