@@ -4,8 +4,8 @@
 use std::{net::IpAddr, path::Path};
 
 use imds_agent::{
-    config::{Config, ConfigError, ConfigErrors, Enabled, Exempt, Scope, Sender},
-    endpoints::Guarded,
+    config::{Config, ConfigError, ConfigErrors, Enabled, EndpointSelector, Exempt, RuleSubject},
+    endpoints::EndpointSet,
     provider::Dmi,
 };
 use imds_ebpf_common::{DenyAction, Hook, Mode};
@@ -92,30 +92,30 @@ fn assert_no_weaker(config: &Config, said: &Table) {
         assert_eq!(config.hooks.has(hook), is_on, "{}", hook.name());
     }
     assert!(config.mark.is_power_of_two());
-    let names_pods = tables(said, "exempt").any(|rule| rule.contains_key("namespace"));
+    let names_pods = policy(said, "exempt").any(|rule| rule.contains_key("namespace"));
     assert!(!names_pods || config.kubernetes.enabled != Enabled::No);
     let globs = |key: &str| said.get("interfaces").and_then(|all| Some(all.get(key)?.as_array()?.is_empty()));
     assert!(globs("exclude") == Some(false) || !config.interfaces.excludes("eth0"));
 }
 
-fn tables<'t>(said: &'t Table, key: &str) -> impl Iterator<Item = &'t Table> {
+fn policy<'t>(said: &'t Table, key: &str) -> impl Iterator<Item = &'t Table> {
     said.get(key).and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_table)
 }
 
 /// Asserts that each endpoint of the text is protected and allows only the ports of the text.
-fn assert_guards(guarded: &Guarded, said: &Table) {
-    for table in tables(said, "endpoint") {
+fn assert_guards(guarded: &EndpointSet, said: &Table) {
+    for table in policy(said, "endpoint") {
         let name = table["name"].as_str().expect("a name");
         let endpoint =
             guarded.endpoints().iter().find(|endpoint| endpoint.name == name).expect("a protected endpoint");
-        let keep = table.get("keep").and_then(Value::as_array);
-        let said: Vec<_> = keep.into_iter().flatten().filter_map(Value::as_str).collect();
-        assert_eq!(endpoint.keep.len(), said.len());
-        for kept in &endpoint.keep {
+        let allowed_ports = table.get("keep").and_then(Value::as_array);
+        let said: Vec<_> = allowed_ports.into_iter().flatten().filter_map(Value::as_str).collect();
+        assert_eq!(endpoint.allow_ports.len(), said.len());
+        for port in &endpoint.allow_ports {
             // The text may have leading zeros in a port number.
-            let (protocol, port) = (kept.to_string(), kept.0.port.to_string());
-            let is_it = |said: &&str| said.ends_with(&port) && protocol.starts_with(&said[..4]);
-            assert!(said.iter().any(is_it), "{kept} is not in {said:?}");
+            let (protocol, number) = (port.to_string(), port.0.port.to_string());
+            let is_it = |said: &&str| said.ends_with(&number) && protocol.starts_with(&said[..4]);
+            assert!(said.iter().any(is_it), "{port} is not in {said:?}");
         }
     }
     if said.get("provider").is_none_or(|provider| provider.as_str() != Some("none")) {
@@ -125,31 +125,31 @@ fn assert_guards(guarded: &Guarded, said: &Table) {
 }
 
 /// Asserts that there are only the rules of the text, each with its subject and no additional endpoints.
-fn assert_exempts(guarded: &Guarded, exempt: &[Exempt], said: &Table) {
-    let rules: Vec<_> = tables(said, "exempt").collect();
+fn assert_exempts(guarded: &EndpointSet, exempt: &[Exempt], said: &Table) {
+    let rules: Vec<_> = policy(said, "exempt").collect();
     assert_eq!(exempt.len(), rules.len());
     for (exempt, said) in exempt.iter().zip(rules) {
         let word = |key: &str| said.get(key).and_then(Value::as_str);
         assert_eq!(Some(&*exempt.name), word("name"));
         assert_eq!(exempt.is_audited, said.get("audit").and_then(Value::as_bool).unwrap_or_default());
         match &exempt.sender {
-            Sender::Pods(pods) => {
+            RuleSubject::Pods(pods) => {
                 assert_eq!(Some(&*pods.namespace), word("namespace"));
                 assert_eq!(pods.service_account.as_deref(), word("service_account"));
                 assert_eq!(pods.selector.is_some(), said.contains_key("pod_selector"));
             }
-            Sender::Interface(_) => assert!(word("interface").is_some_and(|glob| !glob.is_empty())),
-            Sender::Netns(path) => {
+            RuleSubject::Interface(_) => assert!(word("interface").is_some_and(|glob| !glob.is_empty())),
+            RuleSubject::Netns(path) => {
                 assert!(path.is_absolute() && path.to_str() == word("netns"));
             }
-            Sender::Cgroup(path) => {
+            RuleSubject::Cgroup(path) => {
                 assert!(path.file_name().is_some() && path.to_str() == word("cgroup"));
             }
         }
         let endpoints = said.get("endpoints").and_then(Value::as_array);
         match (&exempt.scope, endpoints) {
-            (Scope::All, None) => {}
-            (Scope::Some(addresses), Some(names)) => {
+            (EndpointSelector::All, None) => {}
+            (EndpointSelector::Only(addresses), Some(names)) => {
                 assert_eq!(addresses.len(), names.len());
                 let is_named = |name: &str| names.iter().any(|named| named.as_str() == Some(name));
                 let of_address = |address| guarded.endpoints().iter().find(|one| one.address == address);

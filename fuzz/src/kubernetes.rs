@@ -3,7 +3,7 @@
 use std::{path::Path, sync::LazyLock};
 
 use imds_agent::{
-    config::{Config, Exempt, Pods, Sender},
+    config::{Config, Exempt, PodSelector, RuleSubject},
     kube::{Index, Pod, PodEvent},
     provider::Dmi,
 };
@@ -28,7 +28,7 @@ pub(crate) fn run(bytes: &[u8]) {
         for event in [told.ok().flatten(), listed.ok()].into_iter().flatten() {
             index.handle(event);
             for rule in &*RULES {
-                for pod in index.meant(rule) {
+                for pod in index.matching(rule) {
                     assert_meant(pod, rule, &index);
                 }
             }
@@ -37,18 +37,18 @@ pub(crate) fn run(bytes: &[u8]) {
 }
 
 /// Parsed once, because parsing rules takes longer than decoding a response.
-static RULES: LazyLock<Vec<Pods>> = LazyLock::new(|| {
+static RULES: LazyLock<Vec<PodSelector>> = LazyLock::new(|| {
     let config = Config::parse(CONFIG, Path::new("rules")).expect("a configuration");
     let (_, exempt) = config.resolve(&Dmi::default()).expect("a configuration");
     let of_pods = |exempt: Exempt| match exempt.sender {
-        Sender::Pods(pods) => Some(pods),
-        Sender::Interface(_) | Sender::Netns(_) | Sender::Cgroup(_) => None,
+        RuleSubject::Pods(pods) => Some(pods),
+        RuleSubject::Interface(_) | RuleSubject::Netns(_) | RuleSubject::Cgroup(_) => None,
     };
     exempt.into_iter().filter_map(of_pods).collect()
 });
 
-fn assert_meant(pod: &Pod, rule: &Pods, index: &Index) {
-    assert!(pod.namespace == rule.namespace && !pod.is_over, "{pod:?}");
+fn assert_meant(pod: &Pod, rule: &PodSelector, index: &Index) {
+    assert!(pod.namespace == rule.namespace && !pod.is_terminated, "{pod:?}");
     let label = |key: &str| pod.labels.get(key).map(String::as_str);
     if rule.selector.is_some() {
         assert!(pod.service_account == "agent" && label("app") == Some("agent"), "{pod:?}");

@@ -2,7 +2,7 @@
 
 use bytes::BytesMut;
 use imds_agent::{
-    datapath::{clsact::Filter, qdisc::Qdisc},
+    datapath::{clsact::TcFilter, qdisc::Qdisc},
     node::{links::Link, netlink::Event},
 };
 use rtnetlink::{
@@ -26,7 +26,7 @@ fn read(message: NetlinkMessage<RouteNetlinkMessage>) {
             assert!(Link::from_message(link.clone()).is_none_or(|link| link.index == index));
         }
         NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewTrafficFilter(filter)) => {
-            let _filter = Filter::from_message(filter.clone());
+            let _filter = TcFilter::from_message(filter.clone());
         }
         NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewQueueDiscipline(qdisc)) => {
             let _qdisc = Qdisc::from_message(qdisc.clone());

@@ -6,14 +6,14 @@ use std::{collections::BTreeSet, path::Path};
 use imds_agent::{
     config::Config,
     datapath::config::Record as ConfigInForce,
-    denials::Report,
+    denials::DenialReport,
     endpoints::Endpoint as Guarded,
     events::{self, Record},
-    pods::{Identity, Lookup},
+    pods::{PodRef, PodWatchStatus},
 };
 use imds_ebpf_common::{
     Address, ConfigRecord, Endpoint, Event, KubernetesRecord, PodRecord,
-    ledger::{DenialKey, DenialRecord},
+    event_log::{DenialKey, DenialRecord},
 };
 use jiff::Timestamp;
 
@@ -21,18 +21,18 @@ use jiff::Timestamp;
 const PODS: [&str; 2] = ["veth0", "veth1"];
 
 pub(crate) fn run(bytes: &[u8]) {
-    let pod = Identity::of(&filled(bytes));
+    let pod = PodRef::of(&filled(bytes));
     assert!(is_one_line(&pod.to_string()), "{pod:?}");
     if let Some(event) = events::decode(bytes) {
         show(&event, pod);
     }
     let _configuration = ConfigInForce::of(&filled::<ConfigRecord>(bytes));
-    let _lookup = Lookup::of(&filled::<KubernetesRecord>(bytes));
+    let _lookup = PodWatchStatus::of(&filled::<KubernetesRecord>(bytes));
     let endpoint = Guarded::from_entry(Address::from_ipv6(filled(bytes)), &filled::<Endpoint>(bytes));
     report(bytes, &endpoint);
 }
 
-fn show(event: &Event, pod: Identity) {
+fn show(event: &Event, pod: PodRef) {
     let interface = |index: u32| (!index.is_multiple_of(3)).then(|| format!("veth{index}"));
     for pod in [None, Some(pod)] {
         let record = Record::new(event, Timestamp::UNIX_EPOCH, interface, pod);
@@ -52,7 +52,8 @@ fn report(bytes: &[u8], endpoint: &Guarded) {
         first.address = Address::from_ipv6(filled(bytes));
     }
     let pods = BTreeSet::from(PODS.map(str::to_owned));
-    let report = Report::new("/sys/fs/bpf/imds".into(), &denials, std::slice::from_ref(endpoint), &pods);
+    let report =
+        DenialReport::new("/sys/fs/bpf/imds".into(), &denials, std::slice::from_ref(endpoint), &pods);
     let _json = serde_json::to_string(&report).expect("JSON");
     assert!(report.table().lines().all(is_one_line), "{}", report.table());
     let rules: toml::Table = report.rules.parse().unwrap_or_else(|error| panic!("{error}\n{}", report.rules));

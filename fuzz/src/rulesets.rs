@@ -1,7 +1,7 @@
 //! Firewall listings: any listing is explained, and a rule is called removable only if its removal opens nothing.
 
 use imds_agent::{
-    doctor::{Check, explain_rules},
+    doctor::{DoctorCheck, explain_rules},
     provider::Provider,
 };
 use imds_ebpf_common::Mode;
@@ -20,7 +20,7 @@ pub(crate) fn run(bytes: &[u8]) {
     }
     for mode in [Mode::Audit, Mode::Off] {
         let is_removable =
-            |check: &Check| check.rule.as_ref().is_some_and(|rule| rule.removable || rule.conflicts);
+            |check: &DoctorCheck| check.rule.as_ref().is_some_and(|rule| rule.removable || rule.conflicts);
         assert!(!explain(mode).iter().any(is_removable), "{mode:?}");
     }
 }

@@ -1,6 +1,6 @@
 //! Event loop of the running agent: follows the node and its configuration until a signal stops it.
 
-mod due;
+mod debounce;
 mod unloaded;
 
 use std::{future, time::Duration};
@@ -14,30 +14,30 @@ use tokio::{
 };
 
 use self::{
-    due::{Due, wait_for},
+    debounce::{Debounce, wait_for},
     unloaded::Unloaded,
 };
 use crate::{
-    cluster::{Cluster, News},
+    cluster::{Cluster, ClusterEvent},
     config_loader::ConfigLoader,
-    guard::Guard,
+    controller::Reconciler,
     kube::PodEvent,
     logging,
-    metrics::{Done, RunTimeStats},
+    metrics::{AgentStats, RunTimeStats},
     node::netlink::Event,
-    settings::{Node, Settings},
+    resolved_config::{ResolvedConfig, RunOptions},
     start_config::StartConfig,
-    supervisor::Supervisor,
+    systemd::Systemd,
     telemetry::Telemetry,
-    watch::Watch,
+    watch::FileWatcher,
 };
 
 /// Netlink events to handle before other event sources have their turn.
-const AT_ONCE: usize = 256;
+const EVENT_BATCH: usize = 256;
 
 /// Every so many resyncs, interfaces and routes are listed again, too. The kernel reports their changes, and reports
 /// lost events.
-const THOROUGH: u32 = 6;
+const FULL_RESYNC_EVERY: u32 = 6;
 
 /// Numbers of configuration reloads since the agent started.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -50,15 +50,15 @@ pub struct Reloads {
 
 /// The agent with its state and event sources.
 pub struct Agent {
-    guard: Guard,
-    node: Node,
+    reconciler: Reconciler,
+    node: RunOptions,
     loader: ConfigLoader,
     /// Settings that the datapath enforces now.
-    settings: Settings,
+    settings: ResolvedConfig,
     reloads: Reloads,
     run_time_stats: RunTimeStats,
     telemetry: Telemetry,
-    supervisor: Supervisor,
+    systemd: Systemd,
     cluster: Cluster,
     /// Tasks that are aborted when the agent ends.
     background: JoinSet<()>,
@@ -69,27 +69,27 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Creates an agent that manages the attachments of `guard`. `settings` are the effective ones. The agent resyncs
+    /// Creates an agent that manages the attachments of `reconciler`. `settings` are the effective ones. The agent resyncs
     /// every `period`, and uses `loader` to load changed configurations.
     pub fn new(
-        guard: Guard,
-        node: Node,
+        reconciler: Reconciler,
+        node: RunOptions,
         loader: ConfigLoader,
-        settings: Settings,
+        settings: ResolvedConfig,
         telemetry: Telemetry,
         period: Duration,
     ) -> anyhow::Result<Self> {
         let mut timer = interval_at(Instant::now() + period, period);
         timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Ok(Self {
-            guard,
+            reconciler,
             node,
             loader,
             settings,
             reloads: Reloads::default(),
             run_time_stats: RunTimeStats::default(),
             telemetry,
-            supervisor: Supervisor::from_env(),
+            systemd: Systemd::from_env(),
             cluster: Cluster::default(),
             background: JoinSet::new(),
             timer,
@@ -119,40 +119,40 @@ impl Agent {
         start: &StartConfig,
         mut events: impl Stream<Item = Event> + Unpin,
     ) -> anyhow::Result<()> {
-        self.guard.start(start).await?;
+        self.reconciler.start(start).await?;
         if start.rejected.is_none() {
             self.loader.store_last_good();
         }
-        give_back();
+        trim_heap();
         let mut watch = self.watch();
         let mut unload_request = self.watch_unload_request();
         // The file may have changed after it was read and before the watch started.
-        let mut due = self.loader.change().map(|_| Due::now());
+        let mut due = self.loader.change().map(|_| Debounce::now());
         let mut half_seen = None;
-        let mut rounds = 0_u32;
+        let mut resyncs = 0_u32;
         self.telemetry.listen(&start.config.listen);
         self.run_time_stats.set(start.config.program_run_time);
         self.follow_cluster().await;
-        self.supervisor.ready(&self.guard.state(&self.settings));
+        self.systemd.ready(&self.reconciler.state(&self.settings));
         loop {
-            self.telemetry.report_progress(self.done());
+            self.telemetry.report_progress(self.stats());
             tokio::select! {
-                event = events.next() => self.take_in(event, &mut events).await?,
-                news = self.cluster.next() => self.hear(news).await,
-                () = future::ready(()), if self.guard.is_looking() => report(self.guard.go_on().await),
-                point = self.guard.attachment_due() => self.guard.attach(point).await,
-                () = future::ready(()), if self.guard.is_locating() => report(self.guard.locate_next().await),
-                () = self.guard.search_due() => report(self.guard.search_exempt().await),
-                () = self.guard.kubepods_changed() => report(self.guard.follow_kubepods()),
+                event = events.next() => self.on_link_events(event, &mut events).await?,
+                event = self.cluster.next() => self.on_cluster_event(event).await,
+                () = future::ready(()), if self.reconciler.resync_in_progress() => log_error(self.reconciler.resync_step().await),
+                point = self.reconciler.attachment_due() => self.reconciler.attach(point).await,
+                () = future::ready(()), if self.reconciler.is_resolving() => log_error(self.reconciler.resolve_next().await),
+                () = self.reconciler.search_due() => log_error(self.reconciler.search_exempt().await),
+                () = self.reconciler.kubepods_changed() => log_error(self.reconciler.follow_kubepods()),
                 _ = self.timer.tick() => {
-                    rounds = rounds.wrapping_add(1);
-                    let is_thorough = rounds.is_multiple_of(THOROUGH);
-                    report(self.guard.begin(is_thorough).await);
-                    if is_thorough {
-                        give_back();
+                    resyncs = resyncs.wrapping_add(1);
+                    let is_full = resyncs.is_multiple_of(FULL_RESYNC_EVERY);
+                    log_error(self.reconciler.start_resync(is_full).await);
+                    if is_full {
+                        trim_heap();
                     }
-                    self.supervisor.ready(&self.guard.state(&self.settings));
-                    if self.guard.pins().is_unload_requested() {
+                    self.systemd.ready(&self.reconciler.state(&self.settings));
+                    if self.reconciler.pins().is_unload_requested() {
                         return self.unload().run().await;
                     }
                     // Covers changes without inotify events, as on some network file systems. A change must be seen
@@ -164,14 +164,14 @@ impl Agent {
                     half_seen = change;
                 }
                 changed = changed(&mut watch) => match changed {
-                    Ok(()) => due = Some(Due::after(due)),
+                    Ok(()) => due = Some(Debounce::after(due)),
                     Err(error) => {
                         log::error!("stopped watching the configuration file, the resync checks it: {error}");
                         watch = None;
                     }
                 },
                 requested = changed(&mut unload_request) => match requested {
-                    Ok(()) if self.guard.pins().is_unload_requested() => return self.unload().run().await,
+                    Ok(()) if self.reconciler.pins().is_unload_requested() => return self.unload().run().await,
                     Ok(()) => {}
                     Err(error) => {
                         log::error!("failed to watch for `imds-agent unload`, the resync checks for it: {error}");
@@ -183,7 +183,7 @@ impl Agent {
                     self.reload().await;
                 }
                 error = self.telemetry.ended() => return Err(error),
-                () = self.supervisor.watch() => {}
+                () = self.systemd.watchdog() => {}
                 _ = self.hangup.recv() => {
                     due = None;
                     self.reload().await;
@@ -192,128 +192,129 @@ impl Agent {
                 _ = self.interrupt.recv() => break,
             }
         }
-        self.supervisor.stopping();
+        self.systemd.stopping();
         log::info!("stopping; attached programs keep enforcing until `imds-agent unload`");
         Ok(())
     }
 
     /// Closes all kernel objects, so that `imds-agent unload` can remove them.
     fn unload(self) -> Unloaded {
-        let done = self.done();
-        let Self { guard, background, telemetry, supervisor, timer, hangup, terminate, interrupt, .. } = self;
+        let stats = self.stats();
+        let Self { reconciler, background, telemetry, systemd, timer, hangup, terminate, interrupt, .. } =
+            self;
         // Drops the map descriptors of the background tasks, too.
         drop(background);
         telemetry.close_maps();
-        let pins = guard.pins().root().to_owned();
+        let pins = reconciler.pins().root().to_owned();
         // Dropping the guard releases the lock of the pin directory.
-        drop(guard);
-        Unloaded { pins, done, telemetry, supervisor, timer, hangup, terminate, interrupt }
+        drop(reconciler);
+        Unloaded { pins, stats, telemetry, systemd, timer, hangup, terminate, interrupt }
     }
 
     /// Handles one netlink event, and those that have arrived in the meantime.
-    async fn take_in(
+    async fn on_link_events(
         &mut self,
         mut event: Option<Event>,
         events: &mut (impl Stream<Item = Event> + Unpin),
     ) -> anyhow::Result<()> {
-        for left in (0..AT_ONCE).rev() {
-            let news = event.context("lost the connection to rtnetlink: cannot follow interfaces")?;
-            report(self.guard.handle(news).await);
+        for left in (0..EVENT_BATCH).rev() {
+            let link_event = event.context("lost the connection to rtnetlink: cannot follow interfaces")?;
+            log_error(self.reconciler.handle(link_event).await);
             // An event that is read here must be handled, or it is lost.
             match (left > 0).then(|| events.next().now_or_never()).flatten() {
                 Some(next) => event = next,
                 None => break,
             }
         }
-        report(self.guard.settle().await);
+        log_error(self.reconciler.flush_pending_sync().await);
         Ok(())
     }
 
     async fn follow_cluster(&mut self) {
         self.cluster.follow(self.settings.cluster.as_ref());
         if self.cluster.node().is_none() {
-            report(self.guard.forget_cluster().await);
+            log_error(self.reconciler.forget_cluster().await);
         }
     }
 
-    async fn hear(&mut self, news: News) {
-        match news {
-            News::Pods(event) => {
+    async fn on_cluster_event(&mut self, event: ClusterEvent) {
+        match event {
+            ClusterEvent::Pods(event) => {
                 let is_relist = matches!(event, PodEvent::Relist(_));
-                report(self.guard.hear_of_pods(event).await);
+                log_error(self.reconciler.on_pod_event(event).await);
                 if is_relist {
-                    give_back();
+                    trim_heap();
                 }
             }
-            News::State(state) => {
+            ClusterEvent::State(state) => {
                 let node = self.cluster.node().unwrap_or_default();
-                report(self.guard.hear_of_watch(node, &state).await);
+                log_error(self.reconciler.on_watch_status(node, &state).await);
             }
         }
     }
 
-    fn done(&self) -> Done {
-        Done {
+    fn stats(&self) -> AgentStats {
+        AgentStats {
             reloads: self.reloads,
-            repairs: self.guard.repairs(),
-            writes: self.guard.writes(),
+            corrections: self.reconciler.corrections(),
+            map_updates: self.reconciler.map_updates(),
             watch: self.cluster.state(),
             log_lines_dropped: logging::dropped(),
         }
     }
 
-    fn watch(&self) -> Option<Watch> {
+    fn watch(&self) -> Option<FileWatcher> {
         let path = self.loader.path()?;
         let failed = |error| {
             log::warn!("failed to watch {}: {error}; the resync checks it", path.display());
         };
-        Watch::new(path).map_err(failed).ok()
+        FileWatcher::new(path).map_err(failed).ok()
     }
 
-    fn watch_unload_request(&self) -> Option<Watch> {
+    fn watch_unload_request(&self) -> Option<FileWatcher> {
         let failed = |error| {
             log::warn!("failed to watch for `imds-agent unload`, the resync checks for it: {error}");
         };
-        self.guard.pins().watch_unload_request().map_err(failed).ok()
+        self.reconciler.pins().watch_unload_request().map_err(failed).ok()
     }
 
     /// Reloads the configuration. If that fails, the previous one stays effective.
     async fn reload(&mut self) {
-        self.supervisor.reloading();
+        self.systemd.reloading();
         match self.try_reload().await {
             Ok(generation) => {
                 self.reloads.succeeded += 1;
-                log::info!("loaded configuration {generation}: {}", self.guard.summary(&self.settings));
+                log::info!("loaded configuration {generation}: {}", self.reconciler.summary(&self.settings));
             }
             Err(error) => {
                 self.reloads.failed += 1;
                 let error = format!("{error:#}");
                 log::error!("failed to reload configuration, keeping the previous one: {error}");
-                report(self.guard.record_refusal(&error));
+                log_error(self.reconciler.record_rejected_config(&error));
             }
         }
-        self.supervisor.ready(&self.guard.state(&self.settings));
+        self.systemd.ready(&self.reconciler.state(&self.settings));
     }
 
     async fn try_reload(&mut self) -> anyhow::Result<u64> {
         let config = self.loader.load()?;
         let resolved = self.node.resolve(&config)?;
         let settings = self.node.settings(&config, resolved)?;
-        if let Err(error) = self.guard.reconfigure(&settings).await {
-            report(self.guard.reconfigure(&self.settings).await);
+        if let Err(error) = self.reconciler.reconfigure(&settings).await {
+            log_error(self.reconciler.reconfigure(&self.settings).await);
             return Err(error.into());
         }
         self.settings = settings;
         self.telemetry.listen(&config.listen);
         self.run_time_stats.set(config.program_run_time);
         self.follow_cluster().await;
-        let generation = self.guard.record_config(self.loader.path(), &config)?;
+        let generation = self.reconciler.record_config(self.loader.path(), &config)?;
         self.loader.store_last_good();
         Ok(generation)
     }
 }
 
-async fn changed(watch: &mut Option<Watch>) -> std::io::Result<()> {
+async fn changed(watch: &mut Option<FileWatcher>) -> std::io::Result<()> {
     match watch {
         Some(watch) => watch.changed().await,
         None => future::pending().await,
@@ -322,7 +323,7 @@ async fn changed(watch: &mut Option<Watch>) -> std::io::Result<()> {
 
 /// Returns free heap memory to the kernel. Loading the programs and listing all pods take several times what the agent
 /// needs later.
-fn give_back() {
+fn trim_heap() {
     #[cfg(target_env = "gnu")]
     // SAFETY: `malloc_trim` takes no pointers and may be called at any time.
     unsafe {
@@ -331,7 +332,7 @@ fn give_back() {
 }
 
 /// Logs an error. The next resync retries the operation at the latest.
-fn report<T>(result: Result<T, impl Into<anyhow::Error>>) {
+fn log_error<T>(result: Result<T, impl Into<anyhow::Error>>) {
     if let Err(error) = result {
         log::error!("{:#}", error.into());
     }

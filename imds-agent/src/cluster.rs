@@ -6,12 +6,12 @@ use tokio::sync::watch::Receiver;
 
 use crate::{
     config::Access,
-    kube::{Options, PodEvent, Watch, WatchState},
+    kube::{Options, PodEvent, PodWatcher, WatchState},
 };
 
 /// Configuration of the pod watch.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Wanted {
+pub struct ApiConfig {
     /// Address and credentials of the API server.
     pub access: Access,
     /// Name of the node in the cluster.
@@ -20,7 +20,7 @@ pub struct Wanted {
 
 /// Event of the pod watch.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub enum News {
+pub enum ClusterEvent {
     /// Change of this node's pods.
     Pods(PodEvent),
     /// Change of the connection to the API server.
@@ -30,17 +30,17 @@ pub enum News {
 /// Watch of this node's pods, if the configuration demands one.
 #[derive(Debug, Default)]
 pub struct Cluster {
-    watched: Option<(Wanted, Watch, Receiver<WatchState>)>,
+    watched: Option<(ApiConfig, PodWatcher, Receiver<WatchState>)>,
 }
 
 impl Cluster {
     /// Starts, replaces or stops the watch according to `wanted`. Must be called within a tokio runtime.
-    pub fn follow(&mut self, wanted: Option<&Wanted>) {
+    pub fn follow(&mut self, wanted: Option<&ApiConfig>) {
         if self.watched.as_ref().map(|(wanted, ..)| wanted) == wanted {
             return;
         }
         self.watched = wanted.map(|wanted| {
-            let watch = Watch::start(wanted.access.clone(), Options::new(wanted.node.clone()));
+            let watch = PodWatcher::start(wanted.access.clone(), Options::new(wanted.node.clone()));
             let mut state = watch.state();
             state.mark_changed();
             log::info!("watching the pods of node {}", wanted.node);
@@ -61,13 +61,13 @@ impl Cluster {
     }
 
     /// Waits for the next event. Cancel safe.
-    pub async fn next(&mut self) -> News {
+    pub async fn next(&mut self) -> ClusterEvent {
         let Some((_, watch, state)) = &mut self.watched else { return pending().await };
         tokio::select! {
             // Return a pod event before the state that followed from it.
             biased;
-            Some(event) = watch.next() => News::Pods(event),
-            Ok(()) = state.changed() => News::State(state.borrow_and_update().clone()),
+            Some(event) = watch.next() => ClusterEvent::Pods(event),
+            Ok(()) = state.changed() => ClusterEvent::State(state.borrow_and_update().clone()),
             else => pending().await,
         }
     }

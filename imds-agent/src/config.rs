@@ -29,18 +29,18 @@ use thiserror::Error;
 
 pub use self::{
     endpoints::Endpoints,
-    exempt::{Exempt, Exemptions, NameGlob, Pods, Scope, Sender},
+    exempt::{EndpointSelector, Exempt, Exemptions, NameGlob, PodSelector, RuleSubject},
     hooks::{Hooks, Sendmsg},
     interfaces::Interfaces,
-    kubernetes::{Access, Enabled, Kubernetes, Surroundings},
+    kubernetes::{Access, Enabled, Environment, Kubernetes},
     metrics::Listen,
 };
 use self::{
     file::File,
-    source::{Mistakes, Source},
+    source::{Diagnostics, SourceFile},
 };
 
-use crate::{endpoints::Guarded, provider::Dmi};
+use crate::{endpoints::EndpointSet, provider::Dmi};
 
 /// Validated configuration. The default is used without a file: mode `enforce`, the endpoints of the provider that DMI
 /// identifies, and no exemptions.
@@ -165,42 +165,42 @@ impl Config {
 
     /// Validates `text`, which was read from `path`.
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigErrors> {
-        let (source, mut mistakes) = (Source { text, path }, Mistakes::default());
-        let file = File::read(source, &mut mistakes);
-        let interfaces = Interfaces::parse(&file.interfaces, source, &mut mistakes);
-        let endpoints = Endpoints::parse(&file, source, &mut mistakes);
-        let exempt = Exemptions::parse(&file.exempt, source, &mut mistakes);
-        let listen = Listen::parse(&file.metrics, source, &mut mistakes);
-        let kubernetes = Kubernetes::parse(&file.kubernetes, source, &mut mistakes);
+        let (source, mut diagnostics) = (SourceFile { text, path }, Diagnostics::default());
+        let file = File::read(source, &mut diagnostics);
+        let interfaces = Interfaces::parse(&file.interfaces, source, &mut diagnostics);
+        let endpoints = Endpoints::parse(&file, source, &mut diagnostics);
+        let exempt = Exemptions::parse(&file.exempt, source, &mut diagnostics);
+        let listen = Listen::parse(&file.metrics, source, &mut diagnostics);
+        let kubernetes = Kubernetes::parse(&file.kubernetes, source, &mut diagnostics);
         if kubernetes.enabled == Enabled::No
             && let Some(name) = exempt.first_of_pods(&file.exempt)
         {
             let message = "exempt.namespace: needs the pod watch, but kubernetes.enabled = \"no\"";
-            mistakes.note(source.error(name.span(), message.to_owned()));
+            diagnostics.note(source.error(name.span(), message.to_owned()));
         }
         let mode = file.mode.into();
         let hooks = Hooks::from(file.hooks.get_ref());
-        let sendmsg = file.hooks.get_ref().sendmsg(source, &mut mistakes);
-        let mark = file.hooks.get_ref().mark(source, &mut mistakes);
+        let sendmsg = file.hooks.get_ref().sendmsg(source, &mut diagnostics);
+        let mark = file.hooks.get_ref().mark(source, &mut diagnostics);
         let text = file.to_toml();
         // Later checks could report wrong errors if only a part of the file was read.
-        if mistakes.are_none() {
-            if endpoints.are_none() && mode != Mode::Off {
+        if diagnostics.is_empty() {
+            if endpoints.is_empty() && mode != Mode::Off {
                 let message =
                     "provider: \"none\" without an [[endpoint]] protects nothing; set mode = \"off\" instead";
-                mistakes.note(source.error(file.provider.span(), message.to_owned()));
+                diagnostics.note(source.error(file.provider.span(), message.to_owned()));
             }
             if !hooks.deny_remote() {
                 let message = "hooks: all hooks are off, so nothing is enforced; set mode = \"off\" instead";
-                mistakes.note(source.error(file.hooks.span(), message.to_owned()));
+                diagnostics.note(source.error(file.hooks.span(), message.to_owned()));
             }
             if text.len() > CONFIG_TEXT_LEN {
                 let message = format!("the configuration with all defaults exceeds {CONFIG_TEXT_LEN} bytes");
-                mistakes.note(source.error(0..0, message));
+                diagnostics.note(source.error(0..0, message));
             }
         }
-        if !mistakes.are_none() {
-            return Err(ConfigErrors(mistakes.into_vec()));
+        if !diagnostics.is_empty() {
+            return Err(ConfigErrors(diagnostics.into_vec()));
         }
         Ok(Self {
             mode,
@@ -225,13 +225,13 @@ impl Config {
     /// address is used because the probes of a cluster restart an agent that does not answer there.
     #[must_use]
     pub fn fallback(text: &str, path: &Path) -> Self {
-        let (source, mut mistakes) = (Source { text, path }, Mistakes::default());
-        let File { mode, metrics, .. } = File::read(source, &mut mistakes);
-        let mut of_metrics = Mistakes::default();
+        let (source, mut diagnostics) = (SourceFile { text, path }, Diagnostics::default());
+        let File { mode, metrics, .. } = File::read(source, &mut diagnostics);
+        let mut of_metrics = Diagnostics::default();
         let listen = Listen::parse(&metrics, source, &mut of_metrics);
         let file = File { mode, ..File::default() };
         let config = Self { mode: mode.into(), text: file.to_toml(), ..Self::default() };
-        if !of_metrics.are_none() {
+        if !of_metrics.is_empty() {
             return config;
         }
         Self { listen, text: File { metrics, ..file }.to_toml(), ..config }
@@ -240,14 +240,15 @@ impl Config {
     /// Returns the configuration with the `socket` hook off.
     #[must_use]
     pub fn without_socket(self) -> Self {
-        let (source, mut mistakes) = (Source { text: &self.text, path: Path::new("") }, Mistakes::default());
-        let file = File::read(source, &mut mistakes).without_socket();
+        let (source, mut diagnostics) =
+            (SourceFile { text: &self.text, path: Path::new("") }, Diagnostics::default());
+        let file = File::read(source, &mut diagnostics).without_socket();
         let hooks = Hooks::from(file.hooks.get_ref());
         Self { hooks, text: file.to_toml(), ..self }
     }
 
     /// Resolves the protected endpoints and the exemptions on a machine with the SMBIOS fields `dmi`.
-    pub fn resolve(&self, dmi: &Dmi) -> Result<(Guarded, Vec<Exempt>), ConfigErrors> {
+    pub fn resolve(&self, dmi: &Dmi) -> Result<(EndpointSet, Vec<Exempt>), ConfigErrors> {
         let guarded = self.endpoints.resolve(dmi)?;
         let exempt = self.exempt.resolve(&guarded)?;
         Ok((guarded, exempt))

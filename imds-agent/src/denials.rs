@@ -10,7 +10,7 @@ use std::{
 use comfy_table::{Table, presets::NOTHING};
 use imds_ebpf_common::{
     Hook, Verdict,
-    ledger::{DenialKey, DenialRecord},
+    event_log::{DenialKey, DenialRecord},
 };
 use jiff::Timestamp;
 use serde::Serialize;
@@ -24,11 +24,11 @@ use crate::{
 /// Schema version of the JSON output. Fields are only added while it stays the same.
 const SCHEMA: u32 = 1;
 /// Maximum length of a rule's name in characters.
-const LONGEST_NAME: usize = 63;
+const MAX_NAME: usize = 63;
 
 /// Report that `imds-agent report` prints.
 #[derive(Clone, Debug, Serialize)]
-pub struct Report {
+pub struct DenialReport {
     /// Schema version. Fields are only added while it stays the same.
     pub schema: u32,
     /// Directory of the pinned maps, programs and links.
@@ -44,7 +44,7 @@ pub struct Report {
 pub struct Denial {
     /// Sender of the packets and calls.
     #[serde(flatten)]
-    pub sender: Sender,
+    pub sender: DenialSubject,
     /// Name of the pod that was denied last, among the pods of this sender.
     pub pod: Option<String>,
     /// Name of the endpoint; `None` if it is no longer protected.
@@ -65,7 +65,7 @@ pub struct Denial {
 
 /// Pods with the same namespace, service account and label, or a sender without a known pod.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd, Serialize)]
-pub struct Sender {
+pub struct DenialSubject {
     /// Namespace of the pods.
     pub namespace: Option<String>,
     /// Service account of the pods.
@@ -83,7 +83,7 @@ pub struct Sender {
     pub is_escaped: bool,
 }
 
-impl Report {
+impl DenialReport {
     /// Builds the report from the records in `pin_dir`. `guarded` are the protected endpoints, `pods` the names of pod
     /// interfaces.
     #[must_use]
@@ -93,9 +93,9 @@ impl Report {
         guarded: &[Endpoint],
         pods: &BTreeSet<String>,
     ) -> Self {
-        let mut merged: BTreeMap<(Sender, IpAddr, u32), Denial> = BTreeMap::new();
+        let mut merged: BTreeMap<(DenialSubject, IpAddr, u32), Denial> = BTreeMap::new();
         for (key, record) in records {
-            let (sender, address) = (Sender::of(record), plain(key.address));
+            let (sender, address) = (DenialSubject::of(record), plain(key.address));
             let (first, last) = (timestamp(record.first), timestamp(record.last));
             let named = guarded.iter().find(|endpoint| endpoint.address == address);
             let verdict = if key.verdict == Verdict::Audit as u32 { Verdict::Audit } else { Verdict::Deny };
@@ -156,7 +156,7 @@ impl Report {
     }
 }
 
-impl Sender {
+impl DenialSubject {
     fn of(record: &DenialRecord) -> Self {
         let names: [&[u8]; 5] =
             [&record.namespace, &record.service_account, &record.label, &record.interface, &record.cgroup];
@@ -215,11 +215,11 @@ impl Sender {
         let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
         let plain = |c: char| if is_plain(c) { c } else { '-' };
         // Leaves room for a number after the name.
-        parts.join("-").chars().map(plain).take(LONGEST_NAME - 5).collect()
+        parts.join("-").chars().map(plain).take(MAX_NAME - 5).collect()
     }
 }
 
-impl std::fmt::Display for Sender {
+impl std::fmt::Display for DenialSubject {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self { namespace: Some(namespace), service_account, label, .. } => {
@@ -237,7 +237,7 @@ impl std::fmt::Display for Sender {
 
 /// Returns one rule per sender, for all endpoints at which it was denied.
 fn rules(denials: &[Denial], pods: &BTreeSet<String>) -> String {
-    let mut endpoints: BTreeMap<&Sender, BTreeSet<&str>> = BTreeMap::new();
+    let mut endpoints: BTreeMap<&DenialSubject, BTreeSet<&str>> = BTreeMap::new();
     for denial in denials {
         if let Some(endpoint) = &denial.endpoint {
             endpoints.entry(&denial.sender).or_default().insert(endpoint);

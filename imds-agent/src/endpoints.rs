@@ -7,27 +7,27 @@ use std::{
 
 use imds_ebpf_common::{
     Address, Endpoint as Entry, Service,
-    endpoint::{MAX_KEPT, NAME_LEN, TCP, UDP},
+    endpoint::{MAX_ALLOWED_PORTS, NAME_LEN, TCP, UDP},
 };
 
 use crate::escape::escape_bytes;
 
-/// A protected endpoint. All traffic to its address is denied, except to the services in `keep`.
+/// A protected endpoint. All traffic to its address is denied, except to the services in `allow_ports`.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Endpoint {
     /// Name, at most 15 bytes.
     pub name: String,
     /// Address of the service. An IPv6 address in the configuration that embeds an IPv4 address becomes the latter.
     pub address: IpAddr,
-    /// Services that every pod may reach at the address, at most [`MAX_KEPT`].
-    pub keep: Vec<Keep>,
+    /// Services that every pod may reach at the address, at most [`MAX_ALLOWED_PORTS`].
+    pub allow_ports: Vec<AllowedPort>,
 }
 
 /// Port that every pod may reach, shown as in the configuration: `udp/53`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Keep(pub Service);
+pub struct AllowedPort(pub Service);
 
-impl fmt::Display for Keep {
+impl fmt::Display for AllowedPort {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self(Service { protocol, port, .. }) = *self;
         match protocol {
@@ -40,29 +40,33 @@ impl fmt::Display for Keep {
 
 impl Endpoint {
     fn entry(&self, id: u32) -> Entry {
-        let mut keep = [Service::NONE; MAX_KEPT];
-        for (to, from) in keep.iter_mut().zip(&self.keep) {
+        let mut allow_ports = [Service::NONE; MAX_ALLOWED_PORTS];
+        for (to, from) in allow_ports.iter_mut().zip(&self.allow_ports) {
             *to = from.0;
         }
-        Entry { name: padded(&self.name), id, keep }
+        Entry { name: padded(&self.name), id, allowed_ports: allow_ports }
     }
 
     /// Returns the endpoint that a map entry describes.
     #[must_use]
     pub fn from_entry(address: Address, entry: &Entry) -> Self {
-        Self { name: unpadded(&entry.name), address: plain(address), keep: entry.kept().map(Keep).collect() }
+        Self {
+            name: unpadded(&entry.name),
+            address: plain(address),
+            allow_ports: entry.allowed_ports().map(AllowedPort).collect(),
+        }
     }
 }
 
 /// All protected endpoints, and the provider that they come from.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Guarded {
+pub struct EndpointSet {
     configured: &'static str,
     provider: &'static str,
     endpoints: Vec<Endpoint>,
 }
 
-impl Guarded {
+impl EndpointSet {
     /// Creates the set from endpoints with distinct addresses. `configured` is the provider in the configuration, and
     /// `provider` the one that it resolves to.
     #[must_use]

@@ -6,7 +6,7 @@ use imds_ebpf_common::{Event, Hook, Subject, SubjectKind, Verdict};
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
-use crate::{escape::escape, pods::Identity};
+use crate::{escape::escape, pods::PodRef};
 
 /// An event, resolved for users. Later versions only add fields to the JSON form.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
@@ -34,7 +34,7 @@ pub struct Record {
     /// Cookie of the network namespace of the socket.
     pub netns_cookie: Option<u64>,
     /// Pod of the sender, if it is known.
-    pub pod: Option<Identity>,
+    pub pod: Option<PodRef>,
     /// IPv4 or IPv6 source address; `None` if the call or packet has none yet.
     pub source: Option<String>,
     /// Source port; `None` for protocols without ports.
@@ -59,7 +59,7 @@ impl Record {
         event: &Event,
         booted: Timestamp,
         interface: impl Fn(u32) -> Option<String>,
-        pod: Option<Identity>,
+        pod: Option<PodRef>,
     ) -> Self {
         let ifindex = (event.ifindex != 0).then_some(event.ifindex);
         let ingress = (event.ingress_ifindex != 0).then_some(event.ingress_ifindex);

@@ -9,14 +9,14 @@ use std::{
 use imds_ebpf_common::{Address, Exemption, Grant, Subject, SubjectKind, Verdict};
 
 use crate::{
-    config::{self, Exempt, Scope, Sender},
+    config::{self, EndpointSelector, Exempt, RuleSubject},
     endpoints::address,
     node::{
         links::Link,
         netlink::Netlink,
-        senders::{Finder, Senders, Trace},
+        senders::{Fingerprint, IdentitySet, SenderResolver},
     },
-    pods::Pods,
+    pods::PodTracker,
     state,
 };
 
@@ -76,9 +76,9 @@ fn interface_of(subject: Subject) -> Option<u32> {
 #[derive(Debug, Default)]
 pub struct Rules {
     exempt: Vec<Exempt>,
-    traces: Vec<Trace>,
+    traces: Vec<Fingerprint>,
     /// Reason why a rule cannot be applied completely, by name of the rule.
-    failures: BTreeMap<String, String>,
+    errors: BTreeMap<String, String>,
 }
 
 impl Rules {
@@ -95,30 +95,30 @@ impl Rules {
     }
 
     /// Returns the selectors of the rules for Kubernetes pods.
-    pub fn of_pods(&self) -> impl Iterator<Item = &config::Pods> {
+    pub fn of_pods(&self) -> impl Iterator<Item = &config::PodSelector> {
         self.exempt.iter().filter_map(|rule| match &rule.sender {
-            Sender::Pods(pods) => Some(pods),
-            Sender::Interface(_) | Sender::Netns(_) | Sender::Cgroup(_) => None,
+            RuleSubject::Pods(pods) => Some(pods),
+            RuleSubject::Interface(_) | RuleSubject::Netns(_) | RuleSubject::Cgroup(_) => None,
         })
     }
 
     /// Reports whether the rule with this number, counted from 1, is for Kubernetes pods.
     #[must_use]
-    pub fn mean_pods(&self, rule: u32) -> bool {
+    pub fn selects_pods(&self, rule: u32) -> bool {
         let rule = usize::try_from(rule).ok().and_then(|rule| self.exempt.get(rule.checked_sub(1)?));
-        rule.is_some_and(|rule| matches!(rule.sender, Sender::Pods(_)))
+        rule.is_some_and(|rule| matches!(rule.sender, RuleSubject::Pods(_)))
     }
 
     /// Replaces all rules, and clears their errors.
     pub fn set(&mut self, rules: Vec<Exempt>) {
         self.exempt = rules;
-        self.failures.clear();
+        self.errors.clear();
     }
 
     /// Returns the reasons why rules cannot be applied completely, by name of the rule.
     #[must_use]
-    pub fn failures(&self) -> &BTreeMap<String, String> {
-        &self.failures
+    pub fn errors(&self) -> &BTreeMap<String, String> {
+        &self.errors
     }
 
     /// Reports whether a rule depends on paths whose changes the kernel does not report.
@@ -133,49 +133,49 @@ impl Rules {
         self.traces() != self.traces
     }
 
-    fn traces(&self) -> Vec<Trace> {
-        self.exempt.iter().filter_map(|rule| rule.sender.path()).map(Finder::trace).collect()
+    fn traces(&self) -> Vec<Fingerprint> {
+        self.exempt.iter().filter_map(|rule| rule.sender.path()).map(SenderResolver::fingerprint).collect()
     }
 
     /// Computes the exemptions on a node with these `links` of `pods`. `judges_sockets`: the socket hook is on.
     pub async fn find(
         &mut self,
-        finder: &mut Finder,
+        resolver: &mut SenderResolver,
         netlink: &Netlink,
         links: &[&Link],
-        pods: &Pods,
+        pods: &PodTracker,
         judges_sockets: bool,
     ) -> Grants {
         self.traces = self.traces();
         let mut found = Vec::new();
-        let mut failures = BTreeMap::new();
+        let mut errors = BTreeMap::new();
         for rule in &self.exempt {
             let senders = match &rule.sender {
-                Sender::Interface(glob) => {
+                RuleSubject::Interface(glob) => {
                     let of_rule: Vec<_> =
                         links.iter().copied().filter(|link| glob.matches(&link.name)).collect();
-                    finder.behind(netlink, &of_rule).await
+                    resolver.from_links(netlink, &of_rule).await
                 }
-                Sender::Netns(path) => finder.in_netns(netlink, links, path).await,
-                Sender::Cgroup(path) => finder.in_cgroup(netlink, links, path).await,
-                Sender::Pods(rule) => pods.senders(rule),
+                RuleSubject::Netns(path) => resolver.from_netns(netlink, links, path).await,
+                RuleSubject::Cgroup(path) => resolver.from_cgroup(netlink, links, path).await,
+                RuleSubject::Pods(rule) => pods.senders(rule),
             };
             if let Some(failure) = failure(&senders, judges_sockets) {
-                failures.insert(rule.name.clone(), failure);
+                errors.insert(rule.name.clone(), failure);
             }
             found.push(senders);
         }
-        for (name, failure) in &failures {
-            if self.failures.get(name) != Some(failure) {
+        for (name, failure) in &errors {
+            if self.errors.get(name) != Some(failure) {
                 log::warn!("exemption {name:?} cannot be applied completely: {failure}");
             }
         }
-        self.failures = failures;
+        self.errors = errors;
         Grants { entries: grants(&self.exempt, &found), sources: sources(&found) }
     }
 }
 
-impl Sender {
+impl RuleSubject {
     fn path(&self) -> Option<&Path> {
         match self {
             Self::Netns(path) | Self::Cgroup(path) => Some(path),
@@ -185,7 +185,7 @@ impl Sender {
 }
 
 /// Returns the reason why a rule cannot be applied to all senders that it matches.
-fn failure(senders: &Senders, judges_sockets: bool) -> Option<String> {
+fn failure(senders: &IdentitySet, judges_sockets: bool) -> Option<String> {
     let without_cookie = || {
         let pod = senders.without_cookie.as_ref().filter(|_| judges_sockets)?;
         Some(format!(
@@ -193,12 +193,12 @@ fn failure(senders: &Senders, judges_sockets: bool) -> Option<String> {
              calls, set hooks.socket = false"
         ))
     };
-    senders.failures.first().cloned().or_else(without_cookie)
+    senders.errors.first().cloned().or_else(without_cookie)
 }
 
 /// Returns the exemptions that these rules give to the senders found for each. An exempting rule takes precedence over
 /// an auditing one.
-fn grants(rules: &[Exempt], found: &[Senders]) -> BTreeMap<Exemption, Grant> {
+fn grants(rules: &[Exempt], found: &[IdentitySet]) -> BTreeMap<Exemption, Grant> {
     let mut grants = BTreeMap::new();
     for ((rule, senders), number) in rules.iter().zip(found).zip(1..) {
         let verdict = if rule.is_audited { Verdict::Audit } else { Verdict::Exempt };
@@ -224,7 +224,7 @@ fn grants(rules: &[Exempt], found: &[Senders]) -> BTreeMap<Exemption, Grant> {
 }
 
 /// Returns the source addresses of the pods that were found.
-fn sources(found: &[Senders]) -> BTreeSet<Exemption> {
+fn sources(found: &[IdentitySet]) -> BTreeSet<Exemption> {
     let of_links = found.iter().flat_map(|senders| &senders.addresses);
     let exemptions = of_links.flat_map(|(&index, addresses)| {
         let subject = Subject::new(SubjectKind::Interface, index.into());
@@ -233,17 +233,17 @@ fn sources(found: &[Senders]) -> BTreeSet<Exemption> {
     exemptions.collect()
 }
 
-fn subjects(Senders { interfaces, cookies, cgroups, .. }: &Senders) -> impl Iterator<Item = Subject> {
+fn subjects(IdentitySet { interfaces, cookies, cgroups, .. }: &IdentitySet) -> impl Iterator<Item = Subject> {
     let interfaces = interfaces.iter().map(|&index| Subject::new(SubjectKind::Interface, index.into()));
     let cookies = cookies.iter().map(|&cookie| Subject::new(SubjectKind::Netns, cookie));
     let cgroups = cgroups.iter().map(|&id| Subject::new(SubjectKind::Cgroup, id));
     interfaces.chain(cookies).chain(cgroups)
 }
 
-fn addresses(scope: &Scope) -> Vec<Address> {
+fn addresses(scope: &EndpointSelector) -> Vec<Address> {
     match scope {
-        Scope::All => vec![Address::ANY],
-        Scope::Some(addresses) => addresses.iter().copied().map(address).collect(),
+        EndpointSelector::All => vec![Address::ANY],
+        EndpointSelector::Only(addresses) => addresses.iter().copied().map(address).collect(),
     }
 }
 
@@ -254,15 +254,16 @@ mod tests {
     const ONE: [u8; 4] = [10, 0, 0, 1];
 
     fn rule(addresses: Option<[u8; 4]>, is_audited: bool) -> Exempt {
-        let scope = addresses.map_or(Scope::All, |address| Scope::Some([IpAddr::from(address)].into()));
-        Exempt { name: "a".to_owned(), sender: Sender::Netns("/n".into()), scope, is_audited }
+        let scope = addresses
+            .map_or(EndpointSelector::All, |address| EndpointSelector::Only([IpAddr::from(address)].into()));
+        Exempt { name: "a".to_owned(), sender: RuleSubject::Netns("/n".into()), scope, is_audited }
     }
 
-    fn found(interface: u32) -> Senders {
-        Senders { interfaces: [interface].into(), ..Senders::default() }
+    fn found(interface: u32) -> IdentitySet {
+        IdentitySet { interfaces: [interface].into(), ..IdentitySet::default() }
     }
 
-    fn of(rules: &[(Exempt, Senders)]) -> Vec<(Address, u64, u32, u32)> {
+    fn of(rules: &[(Exempt, IdentitySet)]) -> Vec<(Address, u64, u32, u32)> {
         let (rules, found): (Vec<_>, Vec<_>) = rules.iter().cloned().unzip();
         let plain = |(exemption, grant): (Exemption, Grant)| {
             (exemption.address, exemption.subject.id, grant.verdict, grant.rule)
@@ -272,10 +273,10 @@ mod tests {
 
     #[test]
     fn missing_cookie_is_reported_for_socket() {
-        let senders = Senders { without_cookie: Some("/n".to_owned()), ..found(7) };
+        let senders = IdentitySet { without_cookie: Some("/n".to_owned()), ..found(7) };
         assert!(failure(&senders, true).unwrap().contains("/n: its calls"));
         assert_eq!(failure(&senders, false), None);
-        let unknown = Senders { failures: ["gone".to_owned()].into(), ..senders };
+        let unknown = IdentitySet { errors: ["gone".to_owned()].into(), ..senders };
         assert_eq!(failure(&unknown, false).unwrap(), "gone");
     }
 
@@ -284,7 +285,7 @@ mod tests {
         let (exempt, audit) = (Verdict::Exempt as u32, Verdict::Audit as u32);
         let (all, one) = (Address::ANY, Address::from_ipv4(ONE));
         assert_eq!(of(&[]), []);
-        assert_eq!(of(&[(rule(None, false), Senders::default())]), []);
+        assert_eq!(of(&[(rule(None, false), IdentitySet::default())]), []);
         assert_eq!(of(&[(rule(None, false), found(7))]), [(all, 7, exempt, 1)]);
         assert_eq!(of(&[(rule(Some(ONE), true), found(7))]), [(one, 7, audit, 1)]);
         let both = [(rule(Some(ONE), true), found(7)), (rule(Some(ONE), false), found(7))];
@@ -295,7 +296,7 @@ mod tests {
         assert_eq!(of(&both), [(all, 7, audit, 2), (one, 7, exempt, 1)]);
         let others = [(rule(Some(ONE), true), found(7)), (rule(None, false), found(8))];
         assert_eq!(of(&others), [(all, 8, exempt, 2), (one, 7, audit, 1)]);
-        let everything = Senders { cookies: [9].into(), cgroups: [10].into(), ..found(7) };
+        let everything = IdentitySet { cookies: [9].into(), cgroups: [10].into(), ..found(7) };
         let kinds: Vec<_> = subjects(&everything).map(|subject| (subject.kind, subject.id)).collect();
         assert_eq!(kinds, [(1, 7), (2, 9), (3, 10)]);
     }

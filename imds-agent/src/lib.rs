@@ -1,12 +1,12 @@
 //! imds-agent: blocks access of pods and containers to the cloud instance metadata service.
 //!
 //! [`cli`] is the command line. [`agent`] is the event loop: it loads the configuration with [`config_loader`],
-//! resolves it for this node with [`settings`], and passes the node's events to [`guard`], which reconciles the
+//! resolves it for this node with [`settings`], and passes the node's events to [`reconciler`], which reconciles the
 //! interfaces. [`start_config`] chooses the configuration at the start, from [`last_good`] if the file is broken.
 //! [`state`] assigns roles to interfaces and [`reconcile`] plans the actions, both without I/O. [`exempt`] computes the
 //! exemptions, and [`datapath`] writes to the kernel. [`node`] reads the node's links, cgroups and processes, [`kube`]
 //! watches the pods of this node. [`doctor`] checks the features of this node, and [`verify`] tests enforcement.
-//! [`telemetry`] serves health and metrics, the latter from [`metrics`]. [`supervisor`] notifies the service manager.
+//! [`telemetry`] serves health and metrics, the latter from [`metrics`]. [`systemd`] notifies the service manager.
 //! [`logging`] writes the log, and [`escape`] makes untrusted text safe for every output.
 #![cfg_attr(
     not(test),
@@ -23,21 +23,20 @@
 )]
 
 pub mod agent;
+pub mod bpf_log;
 mod checksum;
 pub mod cli;
 pub mod cluster;
 pub mod config;
 pub mod config_loader;
+pub mod controller;
 pub mod datapath;
 pub mod denials;
-pub mod diagnostics;
 pub mod doctor;
 pub mod endpoints;
 pub mod escape;
 pub mod events;
 pub mod exempt;
-pub mod follower;
-pub mod guard;
 pub mod kube;
 pub mod last_good;
 pub mod logging;
@@ -47,12 +46,13 @@ pub mod pods;
 pub mod preflight;
 pub mod provider;
 pub mod reconcile;
-pub mod settings;
+pub mod resolved_config;
 pub mod start_config;
 pub mod startup_taint;
 pub mod state;
 pub mod status;
-pub mod supervisor;
+pub mod subscriber;
+pub mod systemd;
 pub mod telemetry;
 pub mod top;
 pub mod verify;

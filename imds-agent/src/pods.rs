@@ -17,36 +17,36 @@ use crate::{
     node::{
         links::Link,
         netlink::Netlink,
-        pod_cgroups::Tree,
+        pod_cgroups::KubepodsCgroups,
         sandbox::{self, Sandbox},
-        senders::{Finder, Senders},
+        senders::{IdentitySet, SenderResolver},
     },
 };
 
 /// Shortest and longest interval of the poll for sandboxes that do not exist yet.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(500));
+const RETRY_DELAYS: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(500));
 
 /// State of the pods of this node.
 #[derive(Debug)]
-pub struct Pods {
+pub struct PodTracker {
     index: Index,
     /// Reason why the set of pods may be incomplete.
-    doubt: Option<Doubt>,
+    sync: Option<SyncState>,
     /// True once the API server has listed all pods.
     is_synced: bool,
-    tree: Tree,
+    cgroup_tree: KubepodsCgroups,
     /// Resolved sandboxes, by pod UID.
     sandboxes: BTreeMap<String, Sandbox>,
     /// UIDs of the pods whose sandbox has to be resolved, for the first time or again. Until then the previous sandbox
     /// counts.
-    sought: BTreeSet<String>,
+    pending: BTreeSet<String>,
     /// True if the pod names changed since they were written to the maps.
-    is_untold: bool,
+    names_dirty: bool,
     /// Time of the last event about a pod without a sandbox.
-    last_awaited: Instant,
+    last_change: Instant,
     /// UIDs of the exempt hostNetwork pods. The datapath knows them by their containers' cgroups only, which come and
     /// go.
-    hosts: BTreeSet<String>,
+    host_network_pods: BTreeSet<String>,
     /// Cgroups that several pods claim, as text that was logged.
     disputes: BTreeSet<String>,
     /// Number of pods that claim the cgroup of another pod.
@@ -55,16 +55,16 @@ pub struct Pods {
 
 /// Reason why the set of pods may be incomplete.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Doubt {
+enum SyncState {
     /// The pod watch is disabled.
-    NotLookedUp,
+    Disabled,
     /// The API server has not listed the pods yet.
-    NotTold,
+    NotSynced,
 }
 
 /// Pod and container that a subject of the datapath stands for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Name<'p> {
+pub struct PodContainer<'p> {
     /// Pod to which the subject belongs.
     pub pod: &'p Pod,
     /// Name of the container, if the subject is the cgroup of one.
@@ -74,7 +74,7 @@ pub struct Name<'p> {
 /// Metadata of a pod for output. The agent records it so that other processes can name the pod. The JSON form only ever
 /// gains fields.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd, Serialize)]
-pub struct Identity {
+pub struct PodRef {
     /// Namespace in which the pod was created.
     pub namespace: String,
     /// Name of the pod, without the namespace.
@@ -89,7 +89,7 @@ pub struct Identity {
     pub uid: String,
 }
 
-impl fmt::Display for Identity {
+impl fmt::Display for PodRef {
     /// Formats as `namespace/pod`, or `namespace/pod[container]` if the container is known.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.namespace, self.pod)?;
@@ -99,7 +99,7 @@ impl fmt::Display for Identity {
 
 /// Status of the pod watch. The JSON form only ever gains fields.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
-pub struct Lookup {
+pub struct PodWatchStatus {
     /// Name of the node in the cluster.
     pub node: String,
     /// True while the API server answers the watch.
@@ -115,25 +115,25 @@ pub struct Lookup {
     /// Number of pods that the API server listed.
     pub pods: u32,
     /// Number of known pods whose sandbox was not found.
-    pub awaited: u32,
+    pub unresolved: u32,
     /// Number of pods that claim the cgroup of another pod.
     pub disputed: u32,
 }
 
-impl Pods {
-    /// Returns an empty set of pods. `are_looked_up`: a pod watch will fill it.
+impl PodTracker {
+    /// Returns an empty set of pods. `is_enabled`: a pod watch will fill it.
     #[must_use]
-    pub fn new(are_looked_up: bool) -> Self {
+    pub fn new(is_enabled: bool) -> Self {
         Self {
             index: Index::default(),
-            doubt: (!are_looked_up).then_some(Doubt::NotLookedUp),
+            sync: (!is_enabled).then_some(SyncState::Disabled),
             is_synced: false,
-            tree: Tree::default(),
+            cgroup_tree: KubepodsCgroups::default(),
             sandboxes: BTreeMap::new(),
-            sought: BTreeSet::new(),
-            is_untold: true,
-            last_awaited: Instant::now(),
-            hosts: BTreeSet::new(),
+            pending: BTreeSet::new(),
+            names_dirty: true,
+            last_change: Instant::now(),
+            host_network_pods: BTreeSet::new(),
             disputes: BTreeSet::new(),
             disputed: 0,
         }
@@ -144,13 +144,13 @@ impl Pods {
         let is_first = matches!(event, PodEvent::Relist(_)) && !std::mem::replace(&mut self.is_synced, true);
         let changed = self.index.handle(event);
         let is_news = is_first || !changed.is_empty();
-        self.is_untold |= is_news;
+        self.names_dirty |= is_news;
         self.log_disputes();
         for uid in changed {
-            self.last_awaited = Instant::now();
+            self.last_change = Instant::now();
             if self.index.get(&uid).is_some() {
                 // The pod may have a new container or sandbox.
-                self.sought.insert(uid);
+                self.pending.insert(uid);
             } else {
                 self.sandboxes.remove(&uid);
             }
@@ -174,20 +174,20 @@ impl Pods {
         self.disputed = u32::try_from(pods).unwrap_or(u32::MAX);
     }
 
-    /// Applies the state of the pod watch. Returns whether [`Pods::senders`] changes.
-    pub fn take_in(&mut self, state: &WatchState) -> bool {
+    /// Applies the state of the pod watch. Returns whether [`PodTracker::senders`] changes.
+    pub fn on_watch_status(&mut self, state: &WatchState) -> bool {
         let has_failed = !state.connected && state.last_error.is_some();
-        let doubt = (has_failed && !self.is_synced).then_some(Doubt::NotTold);
-        std::mem::replace(&mut self.doubt, doubt) != doubt
+        let sync = (has_failed && !self.is_synced).then_some(SyncState::NotSynced);
+        std::mem::replace(&mut self.sync, sync) != sync
     }
 
     /// Returns the status of the pod watch. `state` is the state of the watch of this node.
     #[must_use]
-    pub fn lookup(&self, node: &str, state: &WatchState) -> Lookup {
+    pub fn lookup(&self, node: &str, state: &WatchState) -> PodWatchStatus {
         let (failed_at, error) =
             state.last_error.as_ref().map(|failure| (failure.time, failure.message.clone())).unzip();
         let number = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
-        Lookup {
+        PodWatchStatus {
             node: node.to_owned(),
             is_connected: state.connected,
             since: state.since,
@@ -195,7 +195,7 @@ impl Pods {
             failed_at,
             error,
             pods: number(self.index.pods().count()),
-            awaited: number(self.awaited().count()),
+            unresolved: number(self.unresolved().count()),
             disputed: self.disputed,
         }
     }
@@ -207,124 +207,130 @@ impl Pods {
     }
 
     /// Tracks the containers of the hostNetwork pods that `rules` match.
-    pub fn follow_hosts<'r>(&mut self, rules: impl Iterator<Item = &'r config::Pods>) {
-        let meant = rules.flat_map(|rule| self.index.meant(rule));
-        self.hosts = meant.filter(|pod| pod.host_network).map(|pod| pod.uid.clone()).collect();
+    pub fn track_host_network_pods<'r>(&mut self, rules: impl Iterator<Item = &'r config::PodSelector>) {
+        let matching = rules.flat_map(|rule| self.index.matching(rule));
+        self.host_network_pods = matching.filter(|pod| pod.host_network).map(|pod| pod.uid.clone()).collect();
     }
 
     /// Reports whether the pod watch is enabled.
     #[must_use]
-    pub fn are_looked_up(&self) -> bool {
-        self.doubt != Some(Doubt::NotLookedUp)
+    pub fn is_enabled(&self) -> bool {
+        self.sync != Some(SyncState::Disabled)
     }
 
     /// Reports whether the link leads to a known pod.
     #[must_use]
-    pub fn have_link(&self, index: u32) -> bool {
+    pub fn has_link(&self, index: u32) -> bool {
         self.sandboxes.values().any(|sandbox| sandbox.senders.interfaces.contains(&index))
     }
 
     /// Handles a new link: the sandboxes behind it have to be resolved again.
-    pub fn link_came(&mut self, link: &Link) {
+    pub fn on_link_added(&mut self, link: &Link) {
         if link.peer_netns.is_some() {
-            self.seek(|sandbox| sandbox.netns_id == link.peer_netns);
+            self.enqueue(|sandbox| sandbox.netns_id == link.peer_netns);
         }
     }
 
     /// Handles the deletion of a link. The sandbox behind it may still exist.
-    pub fn link_went(&mut self, index: u32) {
+    pub fn on_link_deleted(&mut self, index: u32) {
         let led_to = |sandbox: &Sandbox| sandbox.senders.interfaces.contains(&index);
-        self.seek(led_to);
+        self.enqueue(led_to);
         // The link of another pod may get this index next.
         let count = self.sandboxes.len();
         self.sandboxes.retain(|_, sandbox| !led_to(sandbox));
-        self.is_untold |= self.sandboxes.len() < count;
+        self.names_dirty |= self.sandboxes.len() < count;
     }
 
     /// Drops all sandboxes, after events were lost.
     pub fn forget_sandboxes(&mut self) {
         self.sandboxes.clear();
-        self.is_untold = true;
-        self.seek_awaited();
+        self.names_dirty = true;
+        self.enqueue_unresolved();
     }
 
-    /// Queues the pods that could not be resolved completely. The next [`Pods::locate`] retries them.
+    /// Queues the pods that could not be resolved completely. The next [`PodTracker::resolve_sandboxes`] retries them.
     pub fn retry(&mut self) {
-        self.seek(|sandbox| !sandbox.senders.failures.is_empty());
-        if self.awaited().next().is_some() {
+        self.enqueue(|sandbox| !sandbox.senders.errors.is_empty());
+        if self.unresolved().next().is_some() {
             // The kubelet may have moved to other cgroups, and left the old ones behind.
-            self.tree.search();
-            self.seek_awaited();
+            self.cgroup_tree.rescan();
+            self.enqueue_unresolved();
         }
     }
 
     /// Queues the pods that have a sandbox now but had none before, and the exempt hostNetwork pods whose cgroups
-    /// changed. The next [`Pods::locate`] resolves them.
-    pub fn seek_moved(&mut self) {
-        if self.tree.is_stale() {
-            self.tree.search();
+    /// changed. The next [`PodTracker::resolve_sandboxes`] resolves them.
+    pub fn enqueue_changed(&mut self) {
+        if self.cgroup_tree.is_stale() {
+            self.cgroup_tree.rescan();
         }
-        let cgroups = |pod: &Pod| self.tree.of(&pod.cgroup_uid);
-        let unsought = self.awaited().filter(|pod| !self.sought.contains(&pod.uid));
-        let come = unsought.filter(|pod| sandbox::is_inhabited(&cgroups(pod)));
-        let hosts = self.located().filter(|(pod, _)| self.hosts.contains(&pod.uid));
-        let moved =
-            hosts.filter(|(pod, sandbox)| !sandbox.cgroups.keys().eq(&sandbox::cgroup_ids(&cgroups(pod))));
+        let cgroups = |pod: &Pod| self.cgroup_tree.of(&pod.cgroup_uid);
+        let idle = self.unresolved().filter(|pod| !self.pending.contains(&pod.uid));
+        let come = idle.filter(|pod| sandbox::is_populated(&cgroups(pod)));
+        let host_network_pods = self.resolved().filter(|(pod, _)| self.host_network_pods.contains(&pod.uid));
+        let moved = host_network_pods
+            .filter(|(pod, sandbox)| !sandbox.cgroups.keys().eq(&sandbox::cgroup_ids(&cgroups(pod))));
         let found: Vec<_> = come.chain(moved.map(|(pod, _)| pod)).map(|pod| pod.uid.clone()).collect();
-        self.sought.extend(found);
+        self.pending.extend(found);
     }
 
     /// Reports whether pods are queued whose sandboxes have to be resolved.
     #[must_use]
-    pub fn are_sought(&self) -> bool {
-        !self.sought.is_empty()
+    pub fn has_pending(&self) -> bool {
+        !self.pending.is_empty()
     }
 
     /// Resolves the sandboxes of the next `count` queued pods. `links` are the links of pods.
-    pub async fn locate(&mut self, finder: &Finder, netlink: &Netlink, links: &[&Link], count: usize) {
-        if self.tree.is_stale() {
-            self.tree.search();
+    pub async fn resolve_sandboxes(
+        &mut self,
+        resolver: &SenderResolver,
+        netlink: &Netlink,
+        links: &[&Link],
+        count: usize,
+    ) {
+        if self.cgroup_tree.is_stale() {
+            self.cgroup_tree.rescan();
         }
         for _ in 0..count {
-            let Some(uid) = self.sought.pop_first() else { break };
+            let Some(uid) = self.pending.pop_first() else { break };
             let Some(pod) = self.index.get(&uid) else { continue };
-            if let Some(cgroups) = self.tree.ambiguous(&pod.cgroup_uid) {
+            if let Some(cgroups) = self.cgroup_tree.ambiguous(&pod.cgroup_uid) {
                 let sandbox = Sandbox::ambiguous(pod, &cgroups);
-                self.is_untold |= self.sandboxes.insert(uid, sandbox.clone()) != Some(sandbox);
+                self.names_dirty |= self.sandboxes.insert(uid, sandbox.clone()) != Some(sandbox);
                 continue;
             }
-            let cgroups = self.tree.of(&pod.cgroup_uid);
-            let found = finder.pod(netlink, links, &cgroups, pod.host_network).await;
+            let cgroups = self.cgroup_tree.of(&pod.cgroup_uid);
+            let found = resolver.from_pod(netlink, links, &cgroups, pod.host_network).await;
             log::debug!("pod {uid}: {found:?}");
             let before = match found.clone() {
                 Some(sandbox) => self.sandboxes.insert(uid, sandbox),
                 None => self.sandboxes.remove(&uid),
             };
-            self.is_untold |= before != found;
+            self.names_dirty |= before != found;
         }
     }
 
-    /// Returns the time after which the next [`Pods::seek_moved`] is due, or `None` if no pod waits for its sandbox.
+    /// Returns the time after which the next [`PodTracker::enqueue_changed`] is due, or `None` if no pod waits for its sandbox.
     /// The interval grows with the time since the last event.
     #[must_use]
-    pub fn pause(&self) -> Option<Duration> {
-        let (shortest, longest) = PAUSES;
-        let is_worth_it = self.awaited().next().is_some() || !self.hosts.is_empty();
-        is_worth_it.then(|| (self.last_awaited.elapsed() / 10).clamp(shortest, longest))
+    pub fn retry_delay(&self) -> Option<Duration> {
+        let (shortest, longest) = RETRY_DELAYS;
+        let is_worth_it = self.unresolved().next().is_some() || !self.host_network_pods.is_empty();
+        is_worth_it.then(|| (self.last_change.elapsed() / 10).clamp(shortest, longest))
     }
 
     /// Returns the identities of the pods that a rule matches.
     #[must_use]
-    pub fn senders(&self, rule: &config::Pods) -> Senders {
-        let mut senders = Senders::default();
-        match self.doubt {
-            Some(Doubt::NotLookedUp) => senders.fail(
+    pub fn senders(&self, rule: &config::PodSelector) -> IdentitySet {
+        let mut senders = IdentitySet::default();
+        match self.sync {
+            Some(SyncState::Disabled) => senders.fail(
                 "the pod watch is disabled: run in the cluster, or set kubernetes.enabled and kubernetes.kubeconfig",
             ),
-            Some(Doubt::NotTold) => senders.fail("the API server has not sent this node's pods yet"),
+            Some(SyncState::NotSynced) => senders.fail("the API server has not sent this node's pods yet"),
             None => {}
         }
-        for pod in self.index.meant(rule) {
+        for pod in self.index.matching(rule) {
             if let Some(sandbox) = self.sandboxes.get(&pod.uid) {
                 senders.extend(&sandbox.senders);
             }
@@ -332,50 +338,50 @@ impl Pods {
         senders
     }
 
-    /// Reports whether [`Pods::names`] has to be written to the maps: it changed, and all pods are resolved.
+    /// Reports whether [`PodTracker::names`] has to be written to the maps: it changed, and all pods are resolved.
     #[must_use]
-    pub fn are_to_be_told(&self) -> bool {
-        self.is_untold && self.is_synced && !self.are_sought()
+    pub fn needs_name_sync(&self) -> bool {
+        self.names_dirty && self.is_synced && !self.has_pending()
     }
 
     /// Records that the names were written to the maps.
-    pub fn were_told(&mut self) {
-        self.is_untold = false;
+    pub fn names_synced(&mut self) {
+        self.names_dirty = false;
     }
 
     /// Returns the pod and container behind each subject that the datapath knows.
     #[must_use]
-    pub fn names(&self) -> BTreeMap<Subject, Name<'_>> {
+    pub fn names(&self) -> BTreeMap<Subject, PodContainer<'_>> {
         let mut names = BTreeMap::new();
-        for (pod, sandbox) in self.located() {
-            let of_pod = Name { pod, container: None };
-            let Senders { interfaces, cookies, .. } = &sandbox.senders;
+        for (pod, sandbox) in self.resolved() {
+            let of_pod = PodContainer { pod, container: None };
+            let IdentitySet { interfaces, cookies, .. } = &sandbox.senders;
             let interfaces = interfaces.iter().map(|&index| (SubjectKind::Interface, index.into()));
             let cookies = cookies.iter().map(|&cookie| (SubjectKind::Netns, cookie));
             names.extend(interfaces.chain(cookies).map(|(kind, id)| (Subject::new(kind, id), of_pod)));
             for (&id, container) in &sandbox.cgroups {
                 let container = container.as_ref().and_then(|id| pod.containers.get(id)).map(String::as_str);
-                names.insert(Subject::new(SubjectKind::Cgroup, id), Name { pod, container });
+                names.insert(Subject::new(SubjectKind::Cgroup, id), PodContainer { pod, container });
             }
         }
         names
     }
 
-    fn located(&self) -> impl Iterator<Item = (&Pod, &Sandbox)> {
-        self.index.living().filter_map(|pod| Some((pod, self.sandboxes.get(&pod.uid)?)))
+    fn resolved(&self) -> impl Iterator<Item = (&Pod, &Sandbox)> {
+        self.index.active().filter_map(|pod| Some((pod, self.sandboxes.get(&pod.uid)?)))
     }
 
-    fn awaited(&self) -> impl Iterator<Item = &Pod> {
-        self.index.living().filter(|pod| !self.sandboxes.contains_key(&pod.uid))
+    fn unresolved(&self) -> impl Iterator<Item = &Pod> {
+        self.index.active().filter(|pod| !self.sandboxes.contains_key(&pod.uid))
     }
 
-    fn seek(&mut self, is_meant: impl Fn(&Sandbox) -> bool) {
-        let meant = self.sandboxes.iter().filter(|(_, sandbox)| is_meant(sandbox));
-        self.sought.extend(meant.map(|(uid, _)| uid.clone()));
+    fn enqueue(&mut self, is_selected: impl Fn(&Sandbox) -> bool) {
+        let matching = self.sandboxes.iter().filter(|(_, sandbox)| is_selected(sandbox));
+        self.pending.extend(matching.map(|(uid, _)| uid.clone()));
     }
 
-    fn seek_awaited(&mut self) {
-        let awaited: Vec<_> = self.awaited().map(|pod| pod.uid.clone()).collect();
-        self.sought.extend(awaited);
+    fn enqueue_unresolved(&mut self) {
+        let unresolved: Vec<_> = self.unresolved().map(|pod| pod.uid.clone()).collect();
+        self.pending.extend(unresolved);
     }
 }

@@ -9,7 +9,7 @@ use imds_ebpf_common::{
     endpoint::{TCP, UDP},
 };
 
-use crate::endpoints::{Endpoint, Keep};
+use crate::endpoints::{AllowedPort, Endpoint};
 
 /// Directory in which the kernel exposes the SMBIOS (DMI) fields of the machine.
 pub const DMI_DIR: &str = "/sys/class/dmi/id";
@@ -100,11 +100,11 @@ impl Provider {
 
     /// Returns the endpoints of the preset.
     pub fn endpoints(&self) -> impl Iterator<Item = Endpoint> + use<> {
-        self.endpoints.iter().filter_map(|&(name, address, keep)| {
+        self.endpoints.iter().filter_map(|&(name, address, allow_ports)| {
             // A test checks that all addresses parse.
             let address: IpAddr = address.parse().ok()?;
-            let keep = keep.iter().copied().map(Keep).collect();
-            Some(Endpoint { name: name.to_owned(), address, keep })
+            let allow_ports = allow_ports.iter().copied().map(AllowedPort).collect();
+            Some(Endpoint { name: name.to_owned(), address, allow_ports })
         })
     }
 }

@@ -7,7 +7,7 @@ use anyhow::anyhow;
 use crate::{
     config::{Config, ConfigErrors},
     config_loader::ConfigLoader,
-    settings::{Node, Settings},
+    resolved_config::{ResolvedConfig, RunOptions},
 };
 
 /// Configuration that the agent starts with, and its source.
@@ -16,7 +16,7 @@ pub struct StartConfig {
     /// Validated configuration, before it is applied to this node.
     pub config: Config,
     /// The configuration applied to this node.
-    pub settings: Settings,
+    pub settings: ResolvedConfig,
     /// File that it was read from; `None` for the built-in defaults.
     pub path: Option<PathBuf>,
     /// Reason why the configured file is not used, if it is not.
@@ -29,7 +29,7 @@ impl StartConfig {
     ///
     /// Returns an error only if this node can't enforce the configuration: a broken file must not leave the node
     /// unprotected.
-    pub fn choose(loader: &mut ConfigLoader, node: &Node) -> anyhow::Result<Self> {
+    pub fn choose(loader: &mut ConfigLoader, node: &RunOptions) -> anyhow::Result<Self> {
         let result = loader.load().and_then(|config| {
             let resolved = node.resolve(&config)?;
             Ok((config, resolved))
@@ -44,7 +44,7 @@ impl StartConfig {
         }
     }
 
-    fn fall_back(loader: &ConfigLoader, node: &Node, errors: &ConfigErrors) -> anyhow::Result<Self> {
+    fn fall_back(loader: &ConfigLoader, node: &RunOptions, errors: &ConfigErrors) -> anyhow::Result<Self> {
         let path = loader.last_good_path();
         let no_last_good =
             match loader.load_last_good().map(|config| config.map(|config| usable(config, node))) {
@@ -68,7 +68,7 @@ impl StartConfig {
 }
 
 /// Returns the built-in defaults. The socket hook is on by default, but off on a node that does not support it.
-fn built_in(loader: &ConfigLoader, node: &Node) -> anyhow::Result<(Config, Settings)> {
+fn built_in(loader: &ConfigLoader, node: &RunOptions) -> anyhow::Result<(Config, ResolvedConfig)> {
     let config = loader.fallback();
     let without_socket = config.clone().without_socket();
     usable(config, node).or_else(|error| {
@@ -76,7 +76,7 @@ fn built_in(loader: &ConfigLoader, node: &Node) -> anyhow::Result<(Config, Setti
     })
 }
 
-fn usable(config: Config, node: &Node) -> anyhow::Result<(Config, Settings)> {
+fn usable(config: Config, node: &RunOptions) -> anyhow::Result<(Config, ResolvedConfig)> {
     let resolved = node.resolve(&config)?;
     let settings = node.settings(&config, resolved)?;
     Ok((config, settings))

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::time::sleep;
 
 use crate::{
-    cluster::Wanted,
+    cluster::ApiConfig,
     datapath::pins::PinDir,
     kube::{Attempts, Backoff, NodeTaints, TaintError},
     node::netlink::Netlink,
@@ -18,13 +18,13 @@ const PERIOD: Duration = Duration::from_secs(1);
 
 /// Waits until the node is ready, as `/readyz` defines it, and removes the taint with this key from the node. Retries
 /// until the taint is removed: until then, no pod is scheduled on the node.
-pub async fn take_off(wanted: Wanted, key: String, pins: PinDir, netlink: Netlink) {
+pub async fn remove_startup_taint(wanted: ApiConfig, key: String, pins: PinDir, netlink: Netlink) {
     while !is_ready(&pins, &netlink).await {
         sleep(PERIOD).await;
     }
     let mut attempts = Attempts::new(Backoff::default());
     loop {
-        let error = match try_take_off(&wanted, &key).await {
+        let error = match try_remove_startup_taint(&wanted, &key).await {
             Ok(true) => return log::info!("removed the taint {key} from node {}", wanted.node),
             Ok(false) => return log::info!("node {} has no taint {key}", wanted.node),
             Err(error) => error,
@@ -40,11 +40,11 @@ pub async fn take_off(wanted: Wanted, key: String, pins: PinDir, netlink: Netlin
 }
 
 async fn is_ready(pins: &PinDir, netlink: &Netlink) -> bool {
-    status::gather(pins, netlink).await.is_ok_and(|report| report.uncovered().is_empty())
+    status::gather(pins, netlink).await.is_ok_and(|report| report.not_enforced().is_empty())
 }
 
 /// Removes the taint. Returns whether the node had it.
-async fn try_take_off(wanted: &Wanted, key: &str) -> Result<bool, TaintError> {
+async fn try_remove_startup_taint(wanted: &ApiConfig, key: &str) -> Result<bool, TaintError> {
     let node = NodeTaints::new(&wanted.access, &wanted.node).await?;
     node.remove(key).await
 }

@@ -6,7 +6,7 @@ use imds_ebpf_common::{Role, TcHookSet};
 
 use crate::{
     config::Interfaces,
-    node::links::{Kind, Link},
+    node::links::{Link, LinkKind},
 };
 
 /// Role of an interface, and the TC hooks that it should have if these are enabled.
@@ -51,7 +51,7 @@ impl Uplinks {
                     related.extend(link.lower);
                 }
             }
-            let ovs = links.clone().filter(|link| link.kind == Kind::Ovs).map(|link| link.index);
+            let ovs = links.clone().filter(|link| link.kind == LinkKind::Ovs).map(|link| link.index);
             if ovs.clone().any(|index| related.contains(&index)) {
                 related.extend(ovs);
             }
@@ -81,17 +81,19 @@ impl Uplinks {
 pub fn ingress_devices(port: &Link, links: &BTreeMap<u32, Link>) -> BTreeSet<u32> {
     let mut devices = BTreeSet::new();
     let master = |link: &Link| link.master.and_then(|index| links.get(&index));
-    let Some(first) = master(port).filter(|link| matches!(link.kind, Kind::Bridge | Kind::Ovs | Kind::Vrf))
+    let Some(first) =
+        master(port).filter(|link| matches!(link.kind, LinkKind::Bridge | LinkKind::Ovs | LinkKind::Vrf))
     else {
         return devices;
     };
     let is_port = |link: &&Link| link.master == Some(first.index);
-    if links.values().filter(is_port).any(|link| matches!(link.kind, Kind::Netkit | Kind::NetkitPeer)) {
+    if links.values().filter(is_port).any(|link| matches!(link.kind, LinkKind::Netkit | LinkKind::NetkitPeer))
+    {
         return devices;
     }
     devices.insert(first.index);
-    if first.kind == Kind::Ovs {
-        devices.extend(links.values().filter(|link| link.kind == Kind::Ovs).map(|link| link.index));
+    if first.kind == LinkKind::Ovs {
+        devices.extend(links.values().filter(|link| link.kind == LinkKind::Ovs).map(|link| link.index));
     }
     loop {
         let before = devices.len();
@@ -101,7 +103,8 @@ pub fn ingress_devices(port: &Link, links: &BTreeMap<u32, Link>) -> BTreeSet<u32
             if is_above {
                 devices.insert(link.index);
             }
-            let vrf = master(link).filter(|master| master.kind == Kind::Vrf && devices.contains(&link.index));
+            let vrf =
+                master(link).filter(|master| master.kind == LinkKind::Vrf && devices.contains(&link.index));
             devices.extend(vrf.map(|vrf| vrf.index));
         }
         if devices.len() == before {
@@ -120,7 +123,7 @@ pub fn ingress_devices(port: &Link, links: &BTreeMap<u32, Link>) -> BTreeSet<u32
 #[must_use]
 pub fn assign(link: &Link, uplinks: &Uplinks, interfaces: &Interfaces, is_known_pod: bool) -> Assignment {
     let assignment = |role, hooks| Assignment { role, hooks };
-    if link.kind == Kind::Loopback {
+    if link.kind == LinkKind::Loopback {
         return assignment(Role::Loopback, TcHookSet::NONE);
     }
     if interfaces.excludes(&link.name) {
@@ -136,9 +139,9 @@ pub fn assign(link: &Link, uplinks: &Uplinks, interfaces: &Interfaces, is_known_
         return assignment(role, if is_sure { TcHookSet::FROM_POD } else { TcHookSet::BOTH });
     }
     let role = match link.kind {
-        Kind::Ifb => return assignment(Role::Ifb, TcHookSet::NONE),
+        LinkKind::Ifb => return assignment(Role::Ifb, TcHookSet::NONE),
         _ if is_uplink => Role::Uplink,
-        Kind::Bridge => Role::Bridge,
+        LinkKind::Bridge => Role::Bridge,
         _ => Role::Other,
     };
     assignment(role, TcHookSet::NODE_EGRESS)
@@ -151,7 +154,7 @@ mod tests {
     use super::*;
     use crate::config::Config;
 
-    fn link(name: &str, kind: Kind, peer_netns: Option<i32>) -> Link {
+    fn link(name: &str, kind: LinkKind, peer_netns: Option<i32>) -> Link {
         Link { name: name.to_owned(), kind, peer_netns, ..Link::with_index(7) }
     }
 
@@ -164,7 +167,7 @@ mod tests {
 
     #[test]
     fn veth_with_remote_peer_gets_both_hooks() {
-        for kind in [Kind::Veth, Kind::Netkit] {
+        for kind in [LinkKind::Veth, LinkKind::Netkit] {
             assert_eq!(assigned(&link("v", kind, Some(0)), &[], ""), (Role::Pod, TcHookSet::BOTH));
             assert_eq!(assigned(&link("v", kind, Some(0)), &[7], ""), (Role::Uplink, TcHookSet::BOTH));
             assert_eq!(assigned(&link("v", kind, None), &[], ""), (Role::Other, TcHookSet::NODE_EGRESS));
@@ -173,7 +176,7 @@ mod tests {
 
     #[test]
     fn known_pod_gets_from_pod_only() {
-        let pod = link("v", Kind::Veth, Some(0));
+        let pod = link("v", LinkKind::Veth, Some(0));
         let hooks = |routed: &[u32]| {
             let uplinks = Uplinks::new(routed.iter().copied().collect(), std::iter::once(&pod));
             assign(&pod, &uplinks, &Interfaces::default(), true).hooks
@@ -185,37 +188,42 @@ mod tests {
     #[test]
     fn other_kinds() {
         let egress = TcHookSet::NODE_EGRESS;
-        assert_eq!(assigned(&link("eth0", Kind::Other, None), &[7], ""), (Role::Uplink, egress));
-        assert_eq!(assigned(&link("br0", Kind::Bridge, None), &[7], ""), (Role::Uplink, egress));
-        assert_eq!(assigned(&link("lo", Kind::Loopback, None), &[], ""), (Role::Loopback, TcHookSet::NONE));
-        assert_eq!(assigned(&link("cni0", Kind::Bridge, None), &[], ""), (Role::Bridge, egress));
-        assert_eq!(assigned(&link("tun0", Kind::Other, None), &[], ""), (Role::Other, egress));
-        assert_eq!(assigned(&link("ifb0", Kind::Ifb, None), &[], ""), (Role::Ifb, TcHookSet::NONE));
-        assert_eq!(assigned(&link("x", Kind::Unreadable, None), &[], ""), (Role::Pod, TcHookSet::BOTH));
+        assert_eq!(assigned(&link("eth0", LinkKind::Other, None), &[7], ""), (Role::Uplink, egress));
+        assert_eq!(assigned(&link("br0", LinkKind::Bridge, None), &[7], ""), (Role::Uplink, egress));
+        assert_eq!(
+            assigned(&link("lo", LinkKind::Loopback, None), &[], ""),
+            (Role::Loopback, TcHookSet::NONE)
+        );
+        assert_eq!(assigned(&link("cni0", LinkKind::Bridge, None), &[], ""), (Role::Bridge, egress));
+        assert_eq!(assigned(&link("tun0", LinkKind::Other, None), &[], ""), (Role::Other, egress));
+        assert_eq!(assigned(&link("ifb0", LinkKind::Ifb, None), &[], ""), (Role::Ifb, TcHookSet::NONE));
+        assert_eq!(assigned(&link("x", LinkKind::Unreadable, None), &[], ""), (Role::Pod, TcHookSet::BOTH));
     }
 
     #[test]
     fn operator_decides_first() {
         let include = "[interfaces]\ninclude = ['tun*', 'lo']";
-        let tun = link("tun0", Kind::Other, None);
+        let tun = link("tun0", LinkKind::Other, None);
         assert_eq!(assigned(&tun, &[], include), (Role::Pod, TcHookSet::FROM_POD));
         assert_eq!(assigned(&tun, &[7], include), (Role::Pod, TcHookSet::BOTH));
-        assert_eq!(assigned(&link("lo", Kind::Loopback, None), &[], include).0, Role::Loopback);
+        assert_eq!(assigned(&link("lo", LinkKind::Loopback, None), &[], include).0, Role::Loopback);
 
         let exclude = "[interfaces]\nexclude = ['v*', 'eth0']";
-        for excluded in
-            [link("v0", Kind::Veth, Some(3)), link("v0", Kind::Veth, None), link("eth0", Kind::Other, None)]
-        {
+        for excluded in [
+            link("v0", LinkKind::Veth, Some(3)),
+            link("v0", LinkKind::Veth, None),
+            link("eth0", LinkKind::Other, None),
+        ] {
             assert_eq!(assigned(&excluded, &[7], exclude), (Role::Excluded, TcHookSet::NONE));
         }
         let both = "[interfaces]\ninclude = ['*']\nexclude = ['v0']";
-        assert_eq!(assigned(&link("v0", Kind::Veth, Some(3)), &[], both).0, Role::Excluded);
+        assert_eq!(assigned(&link("v0", LinkKind::Veth, Some(3)), &[], both).0, Role::Excluded);
     }
 
     #[test]
     fn ports_of_an_uplink_are_uplinks() {
         let port = |index, master| Link { master: Some(master), ..Link::with_index(index) };
-        let bridge = Link { kind: Kind::Bridge, ..Link::with_index(1) };
+        let bridge = Link { kind: LinkKind::Bridge, ..Link::with_index(1) };
         let nic = port(2, 1);
         let vlan = Link { lower: Some(2), ..Link::with_index(3) };
         let other_port = port(4, 9);

@@ -15,14 +15,14 @@ use nix::{
 use tokio::io::unix::AsyncFd;
 
 /// Number of symlinks that the kernel follows (`MAXSYMLINKS`, include/linux/namei.h).
-const MOST_LINKS: usize = 40;
+const MAX_LINKS: usize = 40;
 /// Attempts to watch a path that changes while the watches are added.
 const LOOKS: usize = 10;
 
 /// Watches every directory entry on the path to a file, so that the replacement of any of them is noticed. A
 /// `ConfigMap` replaces the symlink `..data`, through which the file's own symlink leads.
 #[derive(Debug)]
-pub struct Watch {
+pub struct FileWatcher {
     path: PathBuf,
     inotify: AsyncFd<Descriptor>,
     watched: BTreeMap<WatchDescriptor, BTreeSet<OsString>>,
@@ -37,7 +37,7 @@ impl AsRawFd for Descriptor {
     }
 }
 
-impl Watch {
+impl FileWatcher {
     /// Watches `path`, whether or not it exists. Must be called within a tokio runtime.
     pub fn new(path: &Path) -> io::Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
@@ -133,7 +133,7 @@ fn way_to(path: &Path) -> Vec<(PathBuf, OsString)> {
                 let entry = at.join(&name);
                 way.push((at.clone(), name));
                 match fs::read_link(&entry) {
-                    Ok(target) if links < MOST_LINKS => {
+                    Ok(target) if links < MAX_LINKS => {
                         links += 1;
                         ahead.append(&mut parts(&target));
                     }
@@ -189,11 +189,11 @@ mod tests {
         assert_eq!(names(&file, &root), ["", "imds.toml", "..data", "..1", "..1/imds.toml"]);
 
         symlink("loop", root.join("loop")).unwrap();
-        assert!(names(&root.join("loop/imds.toml"), &root).len() < 2 * MOST_LINKS);
+        assert!(names(&root.join("loop/imds.toml"), &root).len() < 2 * MAX_LINKS);
     }
 
     /// Reports whether the watch notices `work`.
-    async fn notices(watch: &mut Watch, work: impl FnOnce()) -> bool {
+    async fn notices(watch: &mut FileWatcher, work: impl FnOnce()) -> bool {
         work();
         let noticed = timeout(Duration::from_secs(5), watch.changed()).await.is_ok();
         // Skip further events of the same change.
@@ -206,7 +206,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let path = |name: &str| root.path().join(name);
         let file = path("dir/imds.toml");
-        let mut watch = Watch::new(&file).unwrap();
+        let mut watch = FileWatcher::new(&file).unwrap();
         let watch = &mut watch;
         assert!(notices(watch, || fs::create_dir(path("dir")).unwrap()).await);
         assert!(notices(watch, || fs::write(&file, "1").unwrap()).await);

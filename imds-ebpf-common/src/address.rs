@@ -2,7 +2,7 @@
 
 use crate::packet::Packet;
 
-/// Number of bits in the address bitmap of the [`Filter`](crate::Filter): one for each value of a 16-bit hash.
+/// Number of bits in the address bitmap of the [`PolicyTable`](crate::Filter): one for each value of a 16-bit hash.
 pub const SLOTS: usize = 1 << 16;
 
 /// First 64 bits of `64:ff9b::/96` (RFC 6052, the well-known NAT64 prefix).
@@ -70,15 +70,15 @@ impl Address {
         }
     }
 
-    /// Returns the address with bounds that the verifier does not know, see [`Packet::forget_origin`].
+    /// Returns the address with bounds that the verifier does not know, see [`Packet::verifier_opaque`].
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits on BPF")]
-    pub(crate) fn without_origin<P: Packet + ?Sized>(self, packet: &P) -> Self {
-        let [low, high] = self.halves().map(|half| packet.forget_origin(half as usize) as u64);
+    pub(crate) fn hide_bounds<P: Packet + ?Sized>(self, packet: &P) -> Self {
+        let [low, high] = self.halves().map(|half| packet.verifier_opaque(half as usize) as u64);
         Self { octets: (u128::from(low) | u128::from(high) << 64).to_ne_bytes() }
     }
 
-    /// Returns the hash of the address: its bit in the [`Filter`](crate::Filter).
+    /// Returns the hash of the address: its bit in the [`PolicyTable`](crate::Filter).
     #[must_use]
     pub fn slot(self) -> u16 {
         Destination::from_ipv6(self.octets).slot()

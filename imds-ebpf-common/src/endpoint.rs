@@ -8,7 +8,7 @@ pub const IMDS_IPV4: [u8; 4] = [169, 254, 169, 254];
 /// Largest number of protected endpoints.
 pub const MAX_ENDPOINTS: usize = 256;
 /// Largest number of allowed ports of one endpoint.
-pub const MAX_KEPT: usize = 8;
+pub const MAX_ALLOWED_PORTS: usize = 8;
 /// Size of an endpoint's name in bytes, including the terminating zero.
 pub const NAME_LEN: usize = 16;
 
@@ -40,11 +40,11 @@ impl Service {
         Self { port, protocol, reserved: 0 }
     }
 
-    /// Returns the service with bounds that the verifier does not know, see [`Packet::forget_origin`].
+    /// Returns the service with bounds that the verifier does not know, see [`Packet::verifier_opaque`].
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "the number has 32 bits")]
-    pub(crate) fn without_origin<P: Packet + ?Sized>(self, packet: &P) -> Self {
-        Self::from_number(packet.forget_origin(self.number() as usize) as u32)
+    pub(crate) fn hide_bounds<P: Packet + ?Sized>(self, packet: &P) -> Self {
+        Self::from_number(packet.verifier_opaque(self.number() as usize) as u32)
     }
 
     /// Returns the service with this [number](Service::number).
@@ -73,31 +73,31 @@ pub struct Endpoint {
     /// Number of the endpoint in the configuration, from 1.
     pub id: u32,
     /// Allowed ports; all other ports are denied.
-    pub keep: Keep,
+    pub allowed_ports: AllowedPorts,
 }
 
 impl Endpoint {
     /// Iterates over the allowed ports, without the unused entries.
-    pub fn kept(&self) -> impl Iterator<Item = Service> + '_ {
-        self.keep.iter().copied().take_while(|service| service.protocol != 0)
+    pub fn allowed_ports(&self) -> impl Iterator<Item = Service> + '_ {
+        self.allowed_ports.iter().copied().take_while(|service| service.protocol != 0)
     }
 }
 
 /// Allowed ports of an endpoint; [`Service::NONE`] after the last one.
-pub type Keep = [Service; MAX_KEPT];
+pub type AllowedPorts = [Service; MAX_ALLOWED_PORTS];
 
 /// Reports whether an endpoint has allowed ports. If not, its verdict does not depend on the ports of the packet.
 #[inline(always)]
 #[must_use]
-pub const fn keeps_any(keep: &Keep) -> bool {
-    keep[0].protocol != 0
+pub const fn allows_any(allowed_ports: &AllowedPorts) -> bool {
+    allowed_ports[0].protocol != 0
 }
 
 /// Reports whether `service` is an allowed port. A separate function in BPF programs, so that the verifier checks it once.
 #[cfg_attr(target_arch = "bpf", inline(never))]
 #[cfg_attr(not(target_arch = "bpf"), inline(always))]
 #[must_use]
-pub fn keeps(keep: &Keep, service: Service) -> bool {
+pub fn allows(allowed_ports: &AllowedPorts, service: Service) -> bool {
     // Compares without branches, so that the verifier follows one path and not eight. Each step compares two services: XOR
     // makes the half of an equal service zero, and subtracting 1 sets the highest bit of a zero half. `& !difference` ignores
     // halves that had the bit before. The borrow of a zero lower half can also set the bit of the upper half, but then the
@@ -105,7 +105,7 @@ pub fn keeps(keep: &Keep, service: Service) -> bool {
     const ONES: u64 = 0x0000_0001_0000_0001;
     let wanted = u64::from(service.number()) * ONES;
     let mut found = 0;
-    for pair in keep.as_chunks::<2>().0 {
+    for pair in allowed_ports.as_chunks::<2>().0 {
         let [first, second] = pair;
         let difference = opaque_xor(u64::from(second.number()) << 32 | u64::from(first.number()), wanted);
         found |= difference.wrapping_sub(ONES) & !difference;

@@ -49,10 +49,10 @@ pub struct Event {
 
 const _: () = assert!(size_of::<Event>() == 112);
 
-/// Key of the rate limiter: events of one source share a [`Window`].
+/// Key of the rate limiter: events of one source share a [`RateLimiter`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Source {
+pub struct RateLimitKey {
     /// Ingress interface index for packets; cookie of the network namespace for calls; cgroup id for both at
     /// [`Hook::HostNetwork`](crate::Hook::HostNetwork).
     pub id: u64,
@@ -62,12 +62,12 @@ pub struct Source {
 
 /// Number of entries of the LRU map of sources. Sources at `from_pod` need no entry: the [`Counter`](crate::Counter) of the
 /// interface contains their window.
-pub const SOURCES: usize = 4096;
+pub const MAX_RATE_LIMITERS: usize = 4096;
 
 /// Rate limiter for the events and replies of one source on one CPU: a fixed window of one second.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct Window {
+pub struct RateLimiter {
     /// Start of the window, in nanoseconds since boot.
     pub start: u64,
     /// Timer tick (jiffies) at which the clock was last read.
@@ -82,14 +82,14 @@ pub struct Window {
     pub answered: u32,
 }
 
-impl Window {
+impl RateLimiter {
     /// Length of a window, in nanoseconds.
-    pub const LENGTH: u64 = 1_000_000_000;
+    pub const WINDOW: u64 = 1_000_000_000;
     /// Largest number of events of one source on one CPU in a window.
-    pub const MOST: u32 = 10;
+    pub const MAX_EVENTS: u32 = 10;
     /// Largest number of replies to one source from one CPU in a window: the default of the kernel's global limit of ICMP
     /// errors (`icmp_msgs_per_sec`, Linux 5.10).
-    pub const MOST_ANSWERS: u32 = 1000;
+    pub const MAX_REPLIES: u32 = 1000;
 
     /// Returns a window without events, for BPF programs. The zeros are hidden from the compiler, because LLVM writes many
     /// zeros with a call to memset, which BPF does not have.
@@ -102,20 +102,20 @@ impl Window {
     }
 
     /// Counts an event of `bytes` bytes at timer tick `tick`. Returns `true` if the caller should emit the event; the
-    /// caller must call [`Window::clear`] after it did.
+    /// caller must call [`RateLimiter::clear`] after it did.
     ///
     /// `clock` returns the nanoseconds since boot. At the limit it is read once per tick and not per event, because
     /// reading it costs more than the rest of the function.
     #[inline(always)]
     #[must_use]
-    pub fn admit(&mut self, bytes: u32, tick: u64, clock: impl FnOnce() -> u64) -> bool {
+    pub fn allow(&mut self, bytes: u32, tick: u64, clock: impl FnOnce() -> u64) -> bool {
         self.untold += 1;
         self.bytes += u64::from(bytes);
-        if self.told >= Self::MOST && self.tick == tick {
+        if self.told >= Self::MAX_EVENTS && self.tick == tick {
             return false;
         }
-        self.turn(tick, clock());
-        if self.told >= Self::MOST {
+        self.roll_window(tick, clock());
+        if self.told >= Self::MAX_EVENTS {
             return false;
         }
         self.told += 1;
@@ -130,19 +130,19 @@ impl Window {
         self.bytes = opaque(0);
     }
 
-    /// Reports whether one more reply may be sent in this window, and counts it. Call it after [`Window::admit`], which
+    /// Reports whether one more reply may be sent in this window, and counts it. Call it after [`RateLimiter::allow`], which
     /// starts a new window when the old one has ended.
     #[inline(always)]
-    pub fn may_answer(&mut self) -> bool {
-        let may = self.answered < Self::MOST_ANSWERS;
+    pub fn allow_reply(&mut self) -> bool {
+        let may = self.answered < Self::MAX_REPLIES;
         self.answered += u32::from(may);
         may
     }
 
     #[inline(always)]
-    fn turn(&mut self, tick: u64, time: u64) {
+    fn roll_window(&mut self, tick: u64, time: u64) {
         self.tick = tick;
-        if time.wrapping_sub(self.start) >= Self::LENGTH {
+        if time.wrapping_sub(self.start) >= Self::WINDOW {
             self.start = time;
             self.told = 0;
             self.answered = 0;
@@ -150,16 +150,16 @@ impl Window {
     }
 }
 
-const _: () = assert!(size_of::<Window>() == 40);
+const _: () = assert!(size_of::<RateLimiter>() == 40);
 
 #[cfg(feature = "user")]
 mod pod {
-    use super::{Source, Window};
+    use super::{RateLimitKey, RateLimiter};
 
     // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
-    unsafe impl aya::Pod for Source {}
+    unsafe impl aya::Pod for RateLimitKey {}
     // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
-    unsafe impl aya::Pod for Window {}
+    unsafe impl aya::Pod for RateLimiter {}
 }
 
 #[cfg(test)]
@@ -173,63 +173,67 @@ mod tests {
 
     /// Adds an event at `time`. Returns the number of events that the emitted one accounts for, or `None` if it is
     /// suppressed.
-    fn admit(window: &mut Window, time: u64) -> Option<u64> {
-        window.admit(BYTES, time / (Window::LENGTH / HZ), || time).then(|| {
-            assert_eq!(window.bytes, window.untold * u64::from(BYTES));
-            let told = window.untold;
-            window.clear();
+    fn allow(limiter: &mut RateLimiter, time: u64) -> Option<u64> {
+        limiter.allow(BYTES, time / (RateLimiter::WINDOW / HZ), || time).then(|| {
+            assert_eq!(limiter.bytes, limiter.untold * u64::from(BYTES));
+            let told = limiter.untold;
+            limiter.clear();
             told
         })
     }
 
     #[test]
     fn window_limit_loses_no_event_from_the_sum() {
-        let mut window = Window::default();
-        let told: u64 = (0..25).filter_map(|time| admit(&mut window, Window::LENGTH + time)).sum();
-        assert_eq!((told, window.untold), (u64::from(Window::MOST), 15));
-        assert_eq!(admit(&mut window, 2 * Window::LENGTH + 1), Some(16));
-        assert_eq!(admit(&mut window, 2 * Window::LENGTH + 2), Some(1));
+        let mut limiter = RateLimiter::default();
+        let told: u64 = (0..25).filter_map(|time| allow(&mut limiter, RateLimiter::WINDOW + time)).sum();
+        assert_eq!((told, limiter.untold), (u64::from(RateLimiter::MAX_EVENTS), 15));
+        assert_eq!(allow(&mut limiter, 2 * RateLimiter::WINDOW + 1), Some(16));
+        assert_eq!(allow(&mut limiter, 2 * RateLimiter::WINDOW + 2), Some(1));
     }
 
     #[test]
     fn suppressed_events_are_added_to_the_next() {
-        let mut window = Window::default();
-        assert!(window.admit(BYTES, 0, || Window::LENGTH));
-        assert_eq!(admit(&mut window, Window::LENGTH + 1), Some(2));
+        let mut limiter = RateLimiter::default();
+        assert!(limiter.allow(BYTES, 0, || RateLimiter::WINDOW));
+        assert_eq!(allow(&mut limiter, RateLimiter::WINDOW + 1), Some(2));
     }
 
     #[test]
     fn clock_is_read_once_per_tick_at_the_limit() {
-        let mut window = Window::default();
+        let mut limiter = RateLimiter::default();
         let mut reads = 0;
         for _ in 0..1000 {
-            let is_told = window.admit(BYTES, 7, || {
+            let is_told = limiter.allow(BYTES, 7, || {
                 reads += 1;
-                Window::LENGTH
+                RateLimiter::WINDOW
             });
             if is_told {
-                window.clear();
+                limiter.clear();
             }
         }
-        assert_eq!((reads, window.untold), (Window::MOST, 990));
-        assert!(!window.admit(BYTES, 8, || Window::LENGTH + 1));
-        assert_eq!(window.untold, 991);
+        assert_eq!((reads, limiter.untold), (RateLimiter::MAX_EVENTS, 990));
+        assert!(!limiter.allow(BYTES, 8, || RateLimiter::WINDOW + 1));
+        assert_eq!(limiter.untold, 991);
     }
 
     #[test]
     fn backward_clock_does_not_block_events() {
-        let mut window =
-            Window { start: 5 * Window::LENGTH, tick: 1, told: Window::MOST, ..Window::default() };
-        assert_eq!(admit(&mut window, 0), Some(1));
+        let mut limiter = RateLimiter {
+            start: 5 * RateLimiter::WINDOW,
+            tick: 1,
+            told: RateLimiter::MAX_EVENTS,
+            ..RateLimiter::default()
+        };
+        assert_eq!(allow(&mut limiter, 0), Some(1));
     }
 
     #[test]
     fn replies_are_limited_per_window() {
-        let mut window = Window::default();
+        let mut limiter = RateLimiter::default();
         for second in 1..3 {
-            admit(&mut window, second * Window::LENGTH);
-            let sent = (0..2 * Window::MOST_ANSWERS).filter(|_| window.may_answer()).count();
-            assert_eq!(sent, Window::MOST_ANSWERS as usize);
+            allow(&mut limiter, second * RateLimiter::WINDOW);
+            let sent = (0..2 * RateLimiter::MAX_REPLIES).filter(|_| limiter.allow_reply()).count();
+            assert_eq!(sent, RateLimiter::MAX_REPLIES as usize);
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Exemptions: identities of senders that may reach protected endpoints.
 
-use crate::{address::Address, opaque::opaque, tables::Tables, verdict::Verdict};
+use crate::{address::Address, opaque::opaque, policy_lookup::PolicyLookup, verdict::Verdict};
 
-/// Number of bits in [`Filter::subjects`](crate::Filter::subjects).
+/// Number of bits in [`PolicyTable::subjects`](crate::Filter::subjects).
 pub const SUBJECT_SLOTS: usize = 1 << 14;
 
 /// Largest number of entries of the map of exemptions: several for each pod on a large node with 1,000 pods.
@@ -58,7 +58,7 @@ impl Subject {
         Self { id, kind: kind as u64 }
     }
 
-    /// Returns the bit in [`Filter::subjects`](crate::Filter::subjects). The kernel assigns indices and cookies in sequence,
+    /// Returns the bit in [`PolicyTable::subjects`](crate::Filter::subjects). The kernel assigns indices and cookies in sequence,
     /// and consecutive ids get different bits.
     #[inline(always)]
     #[must_use]
@@ -120,7 +120,7 @@ impl Grant {
     /// Returns the verdict on a request with this grant. `verdict` is the verdict without it.
     #[inline(always)]
     #[must_use]
-    pub const fn soften(self, verdict: Verdict) -> Verdict {
+    pub const fn apply_exemption(self, verdict: Verdict) -> Verdict {
         const EXEMPT: u32 = Verdict::Exempt as u32;
         const AUDIT: u32 = Verdict::Audit as u32;
         match self.verdict {
@@ -134,55 +134,55 @@ impl Grant {
 /// Reports whether an exemption can change `verdict`.
 #[inline(always)]
 #[must_use]
-pub const fn is_softened(verdict: Verdict) -> bool {
+pub const fn can_be_exempted(verdict: Verdict) -> bool {
     match verdict {
         Verdict::Deny | Verdict::Audit => true,
-        Verdict::Foreign | Verdict::Allow | Verdict::Kept | Verdict::Exempt => false,
+        Verdict::Unrelated | Verdict::Allow | Verdict::Allowed | Verdict::Exempt => false,
     }
 }
 
 /// Returns the verdict on a request of `subject` to `address`. `verdict` is the verdict without an exemption.
 #[inline(always)]
-pub fn soften<T: Tables + ?Sized>(
+pub fn apply_exemption<T: PolicyLookup + ?Sized>(
     verdict: Verdict,
     subject: Subject,
     address: &Address,
-    tables: &T,
+    policy: &T,
 ) -> Verdict {
-    if !tables.may_be_exempt(subject.slot()) {
+    if !policy.may_be_exempt(subject.slot()) {
         return verdict;
     }
-    soften_thoroughly(verdict, subject, address, tables)
+    apply_exemption_slow(verdict, subject, address, policy)
 }
 
 /// Applies the exemption of `subject` without reading the bitmap of exempt subjects.
 #[inline(always)]
-pub fn soften_thoroughly<T: Tables + ?Sized>(
+pub fn apply_exemption_slow<T: PolicyLookup + ?Sized>(
     verdict: Verdict,
     subject: Subject,
     address: &Address,
-    tables: &T,
+    policy: &T,
 ) -> Verdict {
-    find_grant(verdict, subject, address, tables).map_or(verdict, |grant| grant.soften(verdict))
+    find_grant(verdict, subject, address, policy).map_or(verdict, |grant| grant.apply_exemption(verdict))
 }
 
 /// Returns the grant that changes `verdict` on packets of `subject` to `address`.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "the value is zero")]
-pub fn find_grant<T: Tables + ?Sized>(
+pub fn find_grant<T: PolicyLookup + ?Sized>(
     verdict: Verdict,
     subject: Subject,
     address: &Address,
-    tables: &T,
+    policy: &T,
 ) -> Option<Grant> {
-    if !is_softened(verdict) {
+    if !can_be_exempted(verdict) {
         return None;
     }
-    let of_one = tables.grant(&Exemption { address: *address, subject });
+    let of_one = policy.grant(&Exemption { address: *address, subject });
     // Address::ANY, hidden from the compiler: it puts constants of that size in a section, and loaders create a map for
     // each section.
     let any = || Address::from_ipv4((opaque(0) as u32).to_be_bytes());
-    of_one.or_else(|| tables.grant(&Exemption { address: any(), subject }))
+    of_one.or_else(|| policy.grant(&Exemption { address: any(), subject }))
 }
 
 const _: () = assert!(size_of::<Subject>() == 16);
@@ -193,7 +193,7 @@ const _: () = assert!(size_of::<ProbeRecord>() == 8 + 6 * 6 * 8);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Filter, Listed, Mode};
+    use crate::{InMemoryPolicy, Mode, PolicyTable};
 
     const ONE: Address = Address::from_ipv4([10, 0, 0, 1]);
     const OTHER: Address = Address::from_ipv4([10, 0, 0, 2]);
@@ -201,15 +201,15 @@ mod tests {
     const POD: Subject = Subject::new(SubjectKind::Interface, 7);
 
     fn of(grants: &[(Exemption, Grant)], verdict: Verdict, subject: Subject) -> [Verdict; 2] {
-        let mut filter = Filter::EMPTY;
+        let mut filter = PolicyTable::EMPTY;
         filter.set_subjects(grants.iter().map(|(exemption, _)| exemption.subject));
-        let tables = Listed { filter: &filter, endpoints: &[], grants, mode: Mode::Enforce };
-        [ONE, OTHER].map(|address| soften(verdict, subject, &address, &tables))
+        let policy = InMemoryPolicy { filter: &filter, endpoints: &[], grants, mode: Mode::Enforce };
+        [ONE, OTHER].map(|address| apply_exemption(verdict, subject, &address, &policy))
     }
 
     #[test]
     fn exemption_affects_denials_only() {
-        use Verdict::{Allow, Audit, Deny, Exempt, Foreign, Kept};
+        use Verdict::{Allow, Allowed, Audit, Deny, Exempt, Unrelated};
         let grant = |verdict| Grant::new(verdict, 1);
         let at = |address, verdict| (Exemption { address, subject: POD }, grant(verdict));
         for (grants, denied) in [
@@ -219,12 +219,12 @@ mod tests {
             (&[at(Address::ANY, Exempt)], [Exempt, Exempt]),
             (&[at(Address::ANY, Audit), at(OTHER, Exempt)], [Audit, Exempt]),
             // Verdicts that the agent never writes grant nothing.
-            (&[at(ONE, Foreign), at(OTHER, Allow)], [Deny, Deny]),
+            (&[at(ONE, Unrelated), at(OTHER, Allow)], [Deny, Deny]),
         ] {
             assert_eq!(of(grants, Deny, POD), denied, "{grants:?}");
             let audited = denied.map(|verdict| if verdict == Deny { Audit } else { verdict });
             assert_eq!(of(grants, Audit, POD), audited, "{grants:?}");
-            for verdict in [Foreign, Allow, Kept] {
+            for verdict in [Unrelated, Allow, Allowed] {
                 assert_eq!(of(grants, verdict, POD), [verdict; 2], "{grants:?}");
             }
             for kind in [SubjectKind::Netns, SubjectKind::Cgroup] {

@@ -3,19 +3,19 @@
 
 use crate::{
     address::{Address, SLOTS},
-    endpoint::{Endpoint, Keep, MAX_ENDPOINTS, MAX_KEPT, Service},
+    endpoint::{AllowedPorts, Endpoint, MAX_ALLOWED_PORTS, MAX_ENDPOINTS, Service},
     exemption::{SUBJECT_SLOTS, Subject},
 };
 
-/// Number of chains (hash buckets) of a [`Table`]. With 256 endpoints most chains have at most one row.
-pub const CHAINS: usize = 1 << 12;
+/// Number of chains (hash buckets) of a [`EndpointTable`]. With 256 endpoints most chains have at most one row.
+pub const BUCKETS: usize = 1 << 12;
 /// Largest number of rows of a chain.
-pub const MAX_CHAIN: usize = 4;
+pub const MAX_BUCKET_LEN: usize = 4;
 
 /// The policy: two bitmaps that exclude most addresses and senders, and two tables of endpoints.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Filter {
+pub struct PolicyTable {
     /// Bitmap of the slots of protected addresses, lowest bit of the first byte first. If the bit of an address is 0, the
     /// address is not protected.
     pub bits: [u8; SLOTS / 8],
@@ -24,80 +24,81 @@ pub struct Filter {
     /// Index of the effective table, 0 or 1. User space writes the other one.
     pub current: u64,
     /// The effective table, and the one that the next change is written to.
-    pub tables: [Table; 2],
+    pub tables: [EndpointTable; 2],
 }
 
 /// Hash table of the endpoints, with the slot of the address as hash.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Table {
+pub struct EndpointTable {
     /// Number of the first row of each chain, from 1; 0 for an empty chain.
-    pub heads: [u16; CHAINS],
-    /// Rows of all chains. Unused ones are [`Row::EMPTY`].
-    pub rows: [Row; MAX_ENDPOINTS],
+    pub heads: [u16; BUCKETS],
+    /// Rows of all chains. Unused ones are [`EndpointEntry::EMPTY`].
+    pub entries: [EndpointEntry; MAX_ENDPOINTS],
 }
 
-/// Row of a [`Table`]: the part of an endpoint that the programs need.
+/// Row of a [`EndpointTable`]: the part of an endpoint that the programs need.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Row {
+pub struct EndpointEntry {
     /// Address of the protected endpoint.
     pub address: Address,
     /// Allowed ports of the endpoint.
-    pub keep: Keep,
+    pub allowed_ports: AllowedPorts,
     /// Number of the next row of the chain, from 1; 0 for none.
     pub next: u64,
 }
 
-impl Row {
+impl EndpointEntry {
     /// Unused row: no endpoint has [`Address::NONE`].
-    pub const EMPTY: Self = Self { address: Address::NONE, keep: [Service::NONE; MAX_KEPT], next: 0 };
+    pub const EMPTY: Self =
+        Self { address: Address::NONE, allowed_ports: [Service::NONE; MAX_ALLOWED_PORTS], next: 0 };
 }
 
 /// Returns the chain of an address with this slot. Folds the slot again, so that consecutive addresses get different chains.
 #[inline(always)]
 #[must_use]
-pub const fn chain(slot: u16) -> usize {
-    (slot ^ (slot >> 4)) as usize % CHAINS
+pub const fn bucket(slot: u16) -> usize {
+    (slot ^ (slot >> 4)) as usize % BUCKETS
 }
 
-impl Table {
+impl EndpointTable {
     /// Table without endpoints: all chains are empty.
-    pub const EMPTY: Self = Self { heads: [0; CHAINS], rows: [Row::EMPTY; MAX_ENDPOINTS] };
+    pub const EMPTY: Self = Self { heads: [0; BUCKETS], entries: [EndpointEntry::EMPTY; MAX_ENDPOINTS] };
 
-    /// Replaces all rows. The caller passes at most [`MAX_ENDPOINTS`] endpoints, and at most [`MAX_CHAIN`] per [`chain`].
+    /// Replaces all rows. The caller passes at most [`MAX_ENDPOINTS`] endpoints, and at most [`MAX_BUCKET_LEN`] per [`bucket`].
     fn fill<'a>(&mut self, endpoints: impl IntoIterator<Item = (Address, &'a Endpoint)>) {
         *self = Self::EMPTY;
-        for ((row, number), (address, endpoint)) in self.rows.iter_mut().zip(1..).zip(endpoints) {
-            let Some(head) = self.heads.get_mut(chain(address.slot())) else { continue };
-            *row = Row { address, keep: endpoint.keep, next: u64::from(*head) };
+        for ((entry, number), (address, endpoint)) in self.entries.iter_mut().zip(1..).zip(endpoints) {
+            let Some(head) = self.heads.get_mut(bucket(address.slot())) else { continue };
+            *entry = EndpointEntry { address, allowed_ports: endpoint.allowed_ports, next: u64::from(*head) };
             *head = number;
         }
     }
 
     /// Returns the allowed ports of `address`, or `None` if it is not protected.
     #[must_use]
-    pub fn find(&self, address: Address) -> Option<&Keep> {
-        let mut number = usize::from(*self.heads.get(chain(address.slot()))?);
-        for _ in 0..MAX_CHAIN {
-            let row = self.rows.get(number.checked_sub(1)?)?;
-            if row.address == address {
-                return Some(&row.keep);
+    pub fn find(&self, address: Address) -> Option<&AllowedPorts> {
+        let mut number = usize::from(*self.heads.get(bucket(address.slot()))?);
+        for _ in 0..MAX_BUCKET_LEN {
+            let entry = self.entries.get(number.checked_sub(1)?)?;
+            if entry.address == address {
+                return Some(&entry.allowed_ports);
             }
-            number = usize::try_from(row.next).ok()?;
+            number = usize::try_from(entry.next).ok()?;
         }
         None
     }
 }
 
-impl Filter {
+impl PolicyTable {
     /// Filter that protects no address.
     #[expect(clippy::large_stack_arrays, reason = "initial value of a global variable of the programs")]
     pub const EMPTY: Self = Self {
         bits: [0; SLOTS / 8],
         subjects: [0; SUBJECT_SLOTS / 8],
         current: 0,
-        tables: [Table::EMPTY; 2],
+        tables: [EndpointTable::EMPTY; 2],
     };
 
     /// Returns the byte index and the bit number of a slot in a bitmap.
@@ -130,12 +131,12 @@ impl Filter {
 
     /// Returns the table that the programs use.
     #[must_use]
-    pub fn table(&self) -> &Table {
+    pub fn table(&self) -> &EndpointTable {
         let [first, second] = &self.tables;
         if self.current & 1 == 0 { first } else { second }
     }
 
-    fn table_mut(&mut self) -> &mut Table {
+    fn table_mut(&mut self) -> &mut EndpointTable {
         let [first, second] = &mut self.tables;
         if self.current & 1 == 0 { first } else { second }
     }
@@ -169,17 +170,17 @@ impl Filter {
 }
 
 fn has_bit(bitmap: &[u8], slot: u16) -> bool {
-    let (byte, bit) = Filter::position(slot);
+    let (byte, bit) = PolicyTable::position(slot);
     bitmap.get(byte).is_some_and(|byte| byte >> bit & 1 == 1)
 }
 
 fn set_bit(bitmap: &mut [u8], slot: u16) {
-    let (byte, bit) = Filter::position(slot);
+    let (byte, bit) = PolicyTable::position(slot);
     if let Some(byte) = bitmap.get_mut(byte) {
         *byte |= 1 << bit;
     }
 }
 
-const _: () = assert!(size_of::<Row>() == 56);
-const _: () = assert!(size_of::<Table>() == 2 * CHAINS + 56 * MAX_ENDPOINTS);
-const _: () = assert!(size_of::<Filter>() == 8192 + 2048 + 8 + 2 * size_of::<Table>());
+const _: () = assert!(size_of::<EndpointEntry>() == 56);
+const _: () = assert!(size_of::<EndpointTable>() == 2 * BUCKETS + 56 * MAX_ENDPOINTS);
+const _: () = assert!(size_of::<PolicyTable>() == 8192 + 2048 + 8 + 2 * size_of::<EndpointTable>());

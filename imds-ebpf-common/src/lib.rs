@@ -23,32 +23,32 @@ pub mod address;
 pub mod cgroup;
 pub mod endpoint;
 pub mod event;
+pub mod event_log;
 pub mod exemption;
 pub mod filter;
 pub mod flow;
-pub mod ledger;
 pub mod maps;
 pub mod names;
 pub mod opaque;
 pub mod packet;
+pub mod policy_lookup;
 pub mod reply;
-pub mod tables;
 pub mod verdict;
 
 pub use address::Address;
 pub use cgroup::CgroupRecord;
 pub use endpoint::{Endpoint, IMDS_IPV4, Service};
 pub use event::Event;
-pub use exemption::{Exemption, Grant, ProbeRecord, Subject, SubjectKind, soften};
-pub use filter::Filter;
+pub use exemption::{Exemption, Grant, ProbeRecord, Subject, SubjectKind, apply_exemption};
+pub use filter::PolicyTable;
 pub use flow::Flow;
 pub use maps::{
     AttachMode, ConfigRecord, Counter, CounterKey, InterfaceRecord, KubernetesRecord, OwnPackets, PodRecord,
     Policy, ProviderRecord, Role,
 };
-pub use packet::{Frame, Packet, Place, find_header, flow, service};
-pub use tables::{Listed, Tables};
+pub use packet::{IpOffset, LinkLayer, Packet, find_header, flow, service};
+pub use policy_lookup::{InMemoryPolicy, PolicyLookup};
 pub use verdict::{
-    DenyAction, DenyErrno, Examined, Hook, Mode, TcHook, TcHookSet, Verdict, examine, is_plainly_foreign,
-    judge, judge_address, judge_thoroughly,
+    DenyAction, DenyErrno, EndpointMatch, Hook, Mode, TcHook, TcHookSet, Verdict, classify, classify_address,
+    classify_slow, is_unrelated_fast, lookup_endpoint,
 };

@@ -1,10 +1,10 @@
 //! Layouts of the keys and values of the maps. All integers are in host byte order.
 
-use crate::{Hook, TcHook, Verdict, event::Window};
+use crate::{Hook, TcHook, Verdict, event::RateLimiter};
 
 /// Version of the map layouts. Increment it with every change of meaning that does not change a size, so that the agent
 /// never misreads pinned maps of another version.
-pub const LAYOUT: u32 = 7;
+pub const MAP_SCHEMA_VERSION: u32 = 7;
 
 /// Effective settings of the programs, which read them only for packets and calls to a protected endpoint.
 #[repr(C)]
@@ -14,7 +14,7 @@ pub struct Policy {
     pub mode: u32,
     /// Number of the effective [`DenyAction`](crate::DenyAction).
     pub on_deny: u32,
-    /// The [`LAYOUT`] of the pinned maps; 0 before the first agent has written it.
+    /// The [`MAP_SCHEMA_VERSION`] of the pinned maps; 0 before the first agent has written it.
     pub layout: u32,
     /// Inode number of the node's network namespace, in which the agent runs.
     pub netns: u32,
@@ -38,7 +38,7 @@ pub const MARK: u32 = 1 << 12;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct CounterKey {
-    /// Index of the interface in the node's network namespace; [`CounterKey::DEPARTED`] for deleted interfaces and for the
+    /// Index of the interface in the node's network namespace; [`CounterKey::DELETED`] for deleted interfaces and for the
     /// cgroup hooks.
     pub ifindex: u32,
     /// Number of the [`Hook`](crate::Hook) that counts.
@@ -51,7 +51,7 @@ pub struct CounterKey {
 
 impl CounterKey {
     /// Index of the counters of all deleted interfaces. The kernel gives no interface the index 0.
-    pub const DEPARTED: u32 = 0;
+    pub const DELETED: u32 = 0;
 
     /// Creates the key of the packets and calls that got this verdict at `hook` of an interface.
     #[inline(always)]
@@ -70,7 +70,7 @@ pub struct Counter {
     /// Bytes of the packets, including the link-layer header; 0 for calls on sockets.
     pub bytes: u64,
     /// Rate limiter of the events, used at `from_pod`, where all packets of an interface have one source.
-    pub window: Window,
+    pub limiter: RateLimiter,
 }
 
 /// Provider whose endpoints are protected, for display. Names are padded with zero bytes.
@@ -153,7 +153,7 @@ pub struct KubernetesRecord {
     /// Number of pods on the node, as far as known.
     pub pods: u32,
     /// Number of pods whose sandbox was not found yet.
-    pub awaited: u32,
+    pub unresolved: u32,
     /// Number of pods that claim the cgroup of another pod.
     pub disputed: u64,
     /// Name of the node in the cluster.
@@ -313,7 +313,7 @@ mod pod {
         ConfigRecord, Counter, CounterKey, InterfaceRecord, KubernetesRecord, PodRecord, Policy,
         ProviderRecord,
     };
-    use crate::{Address, Endpoint, Exemption, Filter, Grant, ProbeRecord, Subject};
+    use crate::{Address, Endpoint, Exemption, Grant, PolicyTable, ProbeRecord, Subject};
 
     // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for Policy {}
@@ -338,7 +338,7 @@ mod pod {
     // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for Endpoint {}
     // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
-    unsafe impl aya::Pod for Filter {}
+    unsafe impl aya::Pod for PolicyTable {}
     // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.
     unsafe impl aya::Pod for Exemption {}
     // SAFETY: repr(C), integers only, no padding: every bit pattern is a value.

@@ -3,7 +3,7 @@
 //! The BPF object uses these names for its symbols, and a test compares them. The kernel truncates names to 15 bytes
 //! (`BPF_OBJ_NAME_LEN`).
 
-use crate::{Frame, Hook, TcHook};
+use crate::{Hook, LinkLayer, TcHook};
 
 /// TC ingress program for the host-side interfaces of pods, with an Ethernet header.
 pub const PROG_FROM_POD: &str = "imds_from_pod";
@@ -41,7 +41,7 @@ pub const MAP_COUNTERS: &str = "imds_counters";
 /// Hash of interface index to [`InterfaceRecord`](crate::InterfaceRecord).
 pub const MAP_INTERFACES: &str = "imds_interfaces";
 
-/// Array with one entry: the [`Filter`](crate::Filter).
+/// Array with one entry: the [`PolicyTable`](crate::Filter).
 pub const MAP_FILTER: &str = "imds_filter";
 /// Hash of [`Address`](crate::Address) to [`Endpoint`](crate::Endpoint).
 pub const MAP_ENDPOINTS: &str = "imds_endpoints";
@@ -69,14 +69,14 @@ pub const MAP_PODS: &str = "imds_pods";
 /// Array of the last [`RecentEvent`](crate::ledger::RecentEvent)s, used as a ring: the index is the number modulo the size.
 pub const MAP_RECENT: &str = "imds_recent";
 /// Array of two event numbers, at the indices [`LAST`](crate::ledger::LAST) and [`SHOWN`](crate::ledger::SHOWN).
-pub const MAP_RECENT_HEAD: &str = "imds_recent_at";
+pub const MAP_RECENT_IDX: &str = "imds_recent_at";
 /// Hash of [`DenialKey`](crate::ledger::DenialKey) to [`DenialRecord`](crate::ledger::DenialRecord).
 pub const MAP_DENIALS: &str = "imds_denials";
 
 /// Ring buffer of [`Event`](crate::Event)s, written by the programs.
 pub const MAP_EVENTS: &str = "imds_events";
-/// Per-CPU LRU hash of [`Source`](crate::event::Source) to [`Window`](crate::event::Window).
-pub const MAP_SOURCES: &str = "imds_sources";
+/// Per-CPU LRU hash of [`RateLimitKey`](crate::event::Source) to [`RateLimiter`](crate::event::Window).
+pub const MAP_RATELIMIT: &str = "imds_sources";
 
 /// Ring buffer of log records of the programs. aya-log requires this name.
 pub const MAP_LOGS: &str = "AYA_LOGS";
@@ -141,10 +141,10 @@ pub const MAPS: [&str; 20] = [
     MAP_KUBERNETES,
     MAP_PODS,
     MAP_RECENT,
-    MAP_RECENT_HEAD,
+    MAP_RECENT_IDX,
     MAP_DENIALS,
     MAP_EVENTS,
-    MAP_SOURCES,
+    MAP_RATELIMIT,
     MAP_LOGS,
 ];
 
@@ -168,11 +168,11 @@ pub const fn link_prefix(edge: TcHook) -> &'static str {
 
 /// Returns the name of the TC program for a hook and for interfaces whose packets start with `frame`.
 #[must_use]
-pub const fn tc_program(edge: TcHook, frame: Frame) -> &'static str {
+pub const fn tc_program(edge: TcHook, frame: LinkLayer) -> &'static str {
     match (edge, frame) {
-        (TcHook::FromPod, Frame::Ethernet) => PROG_FROM_POD,
-        (TcHook::FromPod, Frame::Ip) => PROG_FROM_POD_L3,
-        (TcHook::NodeEgress, Frame::Ethernet) => PROG_NODE_EGRESS,
-        (TcHook::NodeEgress, Frame::Ip) => PROG_NODE_EGRESS_L3,
+        (TcHook::FromPod, LinkLayer::Ethernet) => PROG_FROM_POD,
+        (TcHook::FromPod, LinkLayer::None) => PROG_FROM_POD_L3,
+        (TcHook::NodeEgress, LinkLayer::Ethernet) => PROG_NODE_EGRESS,
+        (TcHook::NodeEgress, LinkLayer::None) => PROG_NODE_EGRESS_L3,
     }
 }

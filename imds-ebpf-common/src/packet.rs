@@ -12,7 +12,7 @@ use crate::{
     endpoint::{Service, TCP, UDP},
     flow::Flow,
     opaque::opaque,
-    tables::Tables,
+    policy_lookup::PolicyLookup,
 };
 
 /// Largest number of VLAN tags that the parser skips.
@@ -83,14 +83,14 @@ pub trait Packet {
     /// Returns `offset` unchanged and hides its bounds from the verifier, which then checks the code after it once, not
     /// once for each position of the header.
     #[inline(always)]
-    fn forget_origin(&self, offset: usize) -> usize {
+    fn verifier_opaque(&self, offset: usize) -> usize {
         offset
     }
 
-    /// Returns the [`service`] of a packet with an IP header at `place`. The BPF programs do this in a separate function.
+    /// Returns the [`service`] of a packet with an IP header at `ip`. The BPF programs do this in a separate function.
     #[inline(always)]
-    fn service(&self, place: Place) -> Option<Service> {
-        service(self, place)
+    fn service(&self, ip: IpOffset) -> Option<Service> {
+        service(self, ip)
     }
 
     /// Variant of [`Packet::read`] for offsets that the compiler does not know. The BPF programs call a helper for it.
@@ -109,18 +109,18 @@ impl Packet for [u8] {
 
 /// First header of packets at the hook: a property of the interface, not of the packet.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Frame {
+pub enum LinkLayer {
     /// An Ethernet header (veth, physical and bridge interfaces).
     Ethernet,
     /// An IP header: the interface has no link layer (`ARPHRD_NONE`: tun, `WireGuard`, netkit in L3 mode).
-    Ip,
+    None,
 }
 
 /// Position and version of an IP header in one number, which fits in one register of a BPF function.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Place(u32);
+pub struct IpOffset(u32);
 
-impl Place {
+impl IpOffset {
     const IS_V6: u32 = 1 << 31;
 
     /// Creates the place of an IPv4 header that starts `offset` bytes after the start of the packet.
@@ -150,12 +150,12 @@ impl Place {
         self.0 & Self::IS_V6 != 0
     }
 
-    /// Returns the place with bounds that the verifier does not know, see [`Packet::forget_origin`].
+    /// Returns the place with bounds that the verifier does not know, see [`Packet::verifier_opaque`].
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "the value has 32 bits")]
     #[must_use]
-    pub fn without_origin<P: Packet + ?Sized>(self, packet: &P) -> Self {
-        Self(packet.forget_origin(self.0 as usize) as u32)
+    pub fn hide_bounds<P: Packet + ?Sized>(self, packet: &P) -> Self {
+        Self(packet.verifier_opaque(self.0 as usize) as u32)
     }
 }
 
@@ -163,39 +163,39 @@ impl Place {
 ///
 /// `false` decides nothing. Nearly every packet runs only this code, so it makes no call and needs few registers.
 #[inline(always)]
-pub(crate) fn is_plainly_foreign<P, T>(packet: &P, frame: Frame, tables: &T) -> bool
+pub(crate) fn is_unrelated_fast<P, T>(packet: &P, frame: LinkLayer, policy: &T) -> bool
 where
     P: Packet + ?Sized,
-    T: Tables + ?Sized,
+    T: PolicyLookup + ?Sized,
 {
     let (offset, type_offset) = match frame {
-        Frame::Ethernet => (EthHdr::LEN, EthHdr::LEN - size_of::<u16>()),
-        Frame::Ip => (0, 0),
+        LinkLayer::Ethernet => (EthHdr::LEN, EthHdr::LEN - size_of::<u16>()),
+        LinkLayer::None => (0, 0),
     };
     let Some((word, v4)) = packet.peek_words(type_offset, offset + DESTINATION_OFFSET) else { return false };
     let [version_ihl, _] = word.to_ne_bytes();
     let (is_v4, is_v6) = match frame {
-        Frame::Ethernet => (word == ETH_P_IP, word == ETH_P_IPV6),
-        Frame::Ip => (version_ihl >> 4 == 4, version_ihl >> 4 == 6),
+        LinkLayer::Ethernet => (word == ETH_P_IP, word == ETH_P_IPV6),
+        LinkLayer::None => (version_ihl >> 4 == 4, version_ihl >> 4 == 6),
     };
     if is_v4 {
-        return !tables.may_guard(Destination::V4(v4).slot());
+        return !policy.may_guard(Destination::V4(v4).slot());
     }
     if is_v6 {
         return packet.peek_pair(offset + DESTINATION_OFFSET_V6).is_some_and(|(first, second)| {
-            !may_embed_ipv4(first) && !tables.may_guard(Destination::V6(first, second).slot())
+            !may_embed_ipv4(first) && !policy.may_guard(Destination::V6(first, second).slot())
         });
     }
     // Hidden from the compiler, which would merge all comparisons into one switch that tests the tags first.
     #[expect(clippy::cast_possible_truncation, reason = "the value has 16 bits")]
     let ether_type = opaque(u64::from(word)) as u16;
-    if frame == Frame::Ip || !is_vlan(ether_type) {
+    if frame == LinkLayer::None || !is_vlan(ether_type) {
         return true;
     }
     // Most tagged frames have one tag in the data, because the kernel moves the outer one to the skb metadata.
     let tagged = EthHdr::LEN + VLAN_TAG_LEN;
     match packet.peek_words(tagged - size_of::<u16>(), tagged + DESTINATION_OFFSET) {
-        Some((ETH_P_IP, v4)) => !tables.may_guard(Destination::V4(v4).slot()),
+        Some((ETH_P_IP, v4)) => !policy.may_guard(Destination::V4(v4).slot()),
         Some(_) | None => false,
     }
 }
@@ -204,16 +204,16 @@ where
 /// cut off before it.
 ///
 /// Ignores the other fields of the header. The destination has a fixed offset, so a packet with an EtherType of IP gets a
-/// verdict even if its header is malformed. A packet of [`Frame::Ip`] has no EtherType, so its IP version decides.
+/// verdict even if its header is malformed. A packet of [`LinkLayer::None`] has no EtherType, so its IP version decides.
 #[inline(always)]
-pub fn find_header<P: Packet + ?Sized>(packet: &P, frame: Frame) -> Option<Place> {
+pub fn find_header<P: Packet + ?Sized>(packet: &P, frame: LinkLayer) -> Option<IpOffset> {
     match frame {
-        Frame::Ethernet => find_header_in_ethernet(packet),
-        Frame::Ip => {
+        LinkLayer::Ethernet => find_header_in_ethernet(packet),
+        LinkLayer::None => {
             let [version_ihl] = packet.fetch(0)?;
             match version_ihl >> 4 {
-                4 => Some(Place::v4(0)),
-                6 => Some(Place::v6(0)),
+                4 => Some(IpOffset::v4(0)),
+                6 => Some(IpOffset::v6(0)),
                 _ => None,
             }
         }
@@ -221,13 +221,13 @@ pub fn find_header<P: Packet + ?Sized>(packet: &P, frame: Frame) -> Option<Place
 }
 
 #[inline(always)]
-fn find_header_in_ethernet<P: Packet + ?Sized>(packet: &P) -> Option<Place> {
+fn find_header_in_ethernet<P: Packet + ?Sized>(packet: &P) -> Option<IpOffset> {
     const ETHER_TYPES: usize = MAX_VLAN_TAGS + 1;
     let mut offset = EthHdr::LEN;
     for _ in 0..ETHER_TYPES {
         match u16::from_ne_bytes(packet.fetch(offset - size_of::<u16>())?) {
-            ETH_P_IP => return Some(Place::v4(offset)),
-            ETH_P_IPV6 => return Some(Place::v6(offset)),
+            ETH_P_IP => return Some(IpOffset::v4(offset)),
+            ETH_P_IPV6 => return Some(IpOffset::v6(offset)),
             ether_type if !is_vlan(ether_type) => return None,
             _ => offset += VLAN_TAG_LEN,
         }
@@ -235,26 +235,26 @@ fn find_header_in_ethernet<P: Packet + ?Sized>(packet: &P) -> Option<Place> {
     None
 }
 
-/// Reads the destination of a packet with an IP header at `place`. Returns `None` if the packet is cut off before its end.
+/// Reads the destination of a packet with an IP header at `ip`. Returns `None` if the packet is cut off before its end.
 #[inline(always)]
-pub(crate) fn destination<P: Packet + ?Sized>(packet: &P, place: Place) -> Option<Destination> {
-    if !place.is_v6() {
-        let word = packet.fetch(place.offset() + DESTINATION_OFFSET)?;
+pub(crate) fn destination<P: Packet + ?Sized>(packet: &P, ip: IpOffset) -> Option<Destination> {
+    if !ip.is_v6() {
+        let word = packet.fetch(ip.offset() + DESTINATION_OFFSET)?;
         return Some(Destination::V4(u32::from_ne_bytes(word)));
     }
-    let at = place.offset() + DESTINATION_OFFSET_V6;
+    let at = ip.offset() + DESTINATION_OFFSET_V6;
     let (first, second) = (packet.fetch(at)?, packet.fetch(at + size_of::<u64>())?);
     Some(Destination::from_halves(u64::from_ne_bytes(first), u64::from_ne_bytes(second)))
 }
 
-/// Returns the flow of a packet with an IP header at `place`, or `None` if the packet is cut off before the end of the header.
+/// Returns the flow of a packet with an IP header at `ip`, or `None` if the packet is cut off before the end of the header.
 ///
 /// Does not skip IPv6 extension headers: a packet with extension headers has a flow without ports.
 #[inline(always)]
-pub fn flow<P: Packet + ?Sized>(packet: &P, place: Place) -> Option<Flow> {
-    let offset = place.offset();
+pub fn flow<P: Packet + ?Sized>(packet: &P, ip: IpOffset) -> Option<Flow> {
+    let offset = ip.offset();
     let mut flow = Flow::to([0; 16]);
-    let payload = if place.is_v6() {
+    let payload = if ip.is_v6() {
         let [next] = packet.fetch(offset + offset_of!(Ipv6Hdr, next_hdr))?;
         flow.source = packet.fetch(offset + offset_of!(Ipv6Hdr, src_addr))?;
         flow.destination = packet.fetch(offset + DESTINATION_OFFSET_V6)?;
@@ -279,38 +279,38 @@ pub fn flow<P: Packet + ?Sized>(packet: &P, place: Place) -> Option<Flow> {
     Some(flow)
 }
 
-/// Returns the source address of a packet with an IP header at `place`; `None` if it is cut off.
+/// Returns the source address of a packet with an IP header at `ip`; `None` if it is cut off.
 #[inline(always)]
-pub fn source<P: Packet + ?Sized>(packet: &P, place: Place) -> Option<Address> {
-    let offset = place.offset();
-    if place.is_v6() {
+pub fn source<P: Packet + ?Sized>(packet: &P, ip: IpOffset) -> Option<Address> {
+    let offset = ip.offset();
+    if ip.is_v6() {
         return packet.fetch(offset + offset_of!(Ipv6Hdr, src_addr)).map(Address::from_ipv6);
     }
     packet.fetch(offset + offset_of!(Ipv4Hdr, src_addr)).map(Address::from_ipv4)
 }
 
-/// Returns protocol and destination port of a packet with an IP header at `place`.
+/// Returns protocol and destination port of a packet with an IP header at `ip`.
 ///
 /// Returns `None` for protocols other than TCP and UDP, for fragments other than the first, for extension headers that the
 /// parser does not skip, and for malformed and truncated packets.
 #[inline(always)]
-pub fn service<P: Packet + ?Sized>(packet: &P, place: Place) -> Option<Service> {
-    if let Some(service) = plain_service(packet, place) {
+pub fn service<P: Packet + ?Sized>(packet: &P, ip: IpOffset) -> Option<Service> {
+    if let Some(service) = plain_service(packet, ip) {
         return Some(service);
     }
     let (protocol, offset) =
-        if place.is_v6() { payload_v6(packet, place.offset())? } else { payload_v4(packet, place.offset())? };
+        if ip.is_v6() { payload_v6(packet, ip.offset())? } else { payload_v4(packet, ip.offset())? };
     let port = u16::from_be_bytes(packet.fetch(offset + DESTINATION_PORT_OFFSET)?);
     Some(Service::new(protocol, port))
 }
 
 /// Fast path of [`service`] for packets without VLAN tags, IP options and extension headers. `None` decides nothing.
 #[inline(always)]
-fn plain_service<P: Packet + ?Sized>(packet: &P, place: Place) -> Option<Service> {
-    if place.offset() != EthHdr::LEN {
+fn plain_service<P: Packet + ?Sized>(packet: &P, ip: IpOffset) -> Option<Service> {
+    if ip.offset() != EthHdr::LEN {
         return None;
     }
-    let (protocol, ports) = if place.is_v6() {
+    let (protocol, ports) = if ip.is_v6() {
         let (next, ports) = packet.peek_words(EthHdr::LEN + 6, EthHdr::LEN + Ipv6Hdr::LEN)?;
         let [next, _] = next.to_ne_bytes();
         (next, ports)

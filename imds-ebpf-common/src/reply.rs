@@ -6,7 +6,7 @@ use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
 use crate::{
     endpoint::TCP,
-    packet::{self, Packet, Place},
+    packet::{self, IpOffset, Packet},
 };
 
 /// Size of a word of [`Words`] in bytes.
@@ -55,13 +55,13 @@ pub enum Kind {
     Prohibited,
 }
 
-/// Returns the kind of the reply to a packet with an IP header at `place`.
+/// Returns the kind of the reply to a packet with an IP header at `ip`.
 ///
 /// Returns `None` for packets that must not be answered (RFC 1122 section 3.2.2, RFC 4443 section 2.4): ICMP errors,
 /// fragments other than the first, and packets whose source is not a single host. [`reset`] also excludes resets.
 #[inline(always)]
-pub fn kind<P: Packet + ?Sized>(packet: &P, place: Place) -> Option<Kind> {
-    if place.is_v6() { kind_v6(packet, place.offset()) } else { kind_v4(packet, place.offset()) }
+pub fn kind<P: Packet + ?Sized>(packet: &P, ip: IpOffset) -> Option<Kind> {
+    if ip.is_v6() { kind_v6(packet, ip.offset()) } else { kind_v4(packet, ip.offset()) }
 }
 
 #[inline(always)]

@@ -4,9 +4,9 @@ use core::mem;
 
 use crate::{
     address::{Address, Destination},
-    endpoint::{Keep, Service, keeps, keeps_any},
-    packet::{self, Frame, Packet, Place, find_header},
-    tables::Tables,
+    endpoint::{AllowedPorts, Service, allows, allows_any},
+    packet::{self, IpOffset, LinkLayer, Packet, find_header},
+    policy_lookup::PolicyLookup,
 };
 
 /// Action for a request to a protected endpoint.
@@ -232,7 +232,7 @@ impl TcHookSet {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Verdict {
     /// Passed because the destination is not a protected endpoint. Never counted.
-    Foreign = 0,
+    Unrelated = 0,
     /// Denied because the mode is [`Mode::Enforce`].
     Deny = 1,
     /// Passed because the mode is [`Mode::Audit`].
@@ -240,7 +240,7 @@ pub enum Verdict {
     /// Passed because the mode is [`Mode::Off`].
     Allow = 3,
     /// Passed because the port is allowed. Counted as allowed.
-    Kept = 4,
+    Allowed = 4,
     /// Passed because the sender is exempt.
     Exempt = 5,
 }
@@ -250,11 +250,11 @@ impl Verdict {
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
-            Self::Foreign => "foreign",
+            Self::Unrelated => "foreign",
             Self::Deny => "deny",
             Self::Audit => "audit",
             Self::Allow => "allow",
-            Self::Kept => "kept",
+            Self::Allowed => "kept",
             Self::Exempt => "exempt",
         }
     }
@@ -264,11 +264,11 @@ impl Verdict {
     #[must_use]
     pub const fn from_u32(verdict: u32) -> Self {
         match verdict {
-            0 => Self::Foreign,
+            0 => Self::Unrelated,
             1 => Self::Deny,
             2 => Self::Audit,
             3 => Self::Allow,
-            4 => Self::Kept,
+            4 => Self::Allowed,
             _ => Self::Exempt,
         }
     }
@@ -290,104 +290,116 @@ impl Verdict {
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "the number has 32 bits")]
     #[must_use]
-    pub fn without_origin<P: Packet + ?Sized>(self, packet: &P) -> Self {
-        // SAFETY: `forget_origin` returns the number of `self` unchanged.
-        unsafe { Self::from_u32_unchecked(packet.forget_origin(self as usize) as u32) }
+    pub fn hide_bounds<P: Packet + ?Sized>(self, packet: &P) -> Self {
+        // SAFETY: `verifier_opaque` returns the number of `self` unchanged.
+        unsafe { Self::from_u32_unchecked(packet.verifier_opaque(self as usize) as u32) }
     }
 
     /// All verdicts that have counters.
-    pub const COUNTED: [Self; 5] = [Self::Deny, Self::Audit, Self::Allow, Self::Kept, Self::Exempt];
+    pub const COUNTED: [Self; 5] = [Self::Deny, Self::Audit, Self::Allow, Self::Allowed, Self::Exempt];
 }
 
 /// Returns the verdict on a packet without exemptions: the fast path first, then the slow path.
 #[inline(always)]
-pub fn judge<P, T>(packet: &P, frame: Frame, tables: &T) -> Verdict
+pub fn classify<P, T>(packet: &P, frame: LinkLayer, policy: &T) -> Verdict
 where
     P: Packet + ?Sized,
-    T: Tables + ?Sized,
+    T: PolicyLookup + ?Sized,
 {
-    if is_plainly_foreign(packet, frame, tables) {
-        return Verdict::Foreign;
+    if is_unrelated_fast(packet, frame, policy) {
+        return Verdict::Unrelated;
     }
-    judge_thoroughly(packet, frame, tables)
+    classify_slow(packet, frame, policy)
 }
 
 /// Fast path. Returns `true` if the packet certainly is not for a protected endpoint. `false` decides nothing.
 #[inline(always)]
-pub fn is_plainly_foreign<P, T>(packet: &P, frame: Frame, tables: &T) -> bool
+pub fn is_unrelated_fast<P, T>(packet: &P, frame: LinkLayer, policy: &T) -> bool
 where
     P: Packet + ?Sized,
-    T: Tables + ?Sized,
+    T: PolicyLookup + ?Sized,
 {
-    packet::is_plainly_foreign(packet, frame, tables)
+    packet::is_unrelated_fast(packet, frame, policy)
 }
 
 /// Slow path. Returns the verdict on a packet without exemptions.
 ///
 /// Looks up the mode only if the destination is an endpoint.
 #[inline(always)]
-pub fn judge_thoroughly<P, T>(packet: &P, frame: Frame, tables: &T) -> Verdict
+pub fn classify_slow<P, T>(packet: &P, frame: LinkLayer, policy: &T) -> Verdict
 where
     P: Packet + ?Sized,
-    T: Tables + ?Sized,
+    T: PolicyLookup + ?Sized,
 {
     find_header(packet, frame)
-        .and_then(|place| examine(packet, place, tables))
-        .map_or(Verdict::Foreign, |examined| examined.verdict)
+        .and_then(|ip| lookup_endpoint(packet, ip, policy))
+        .map_or(Verdict::Unrelated, |examined| examined.verdict)
 }
 
 /// A packet to a protected endpoint.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Examined {
+pub struct EndpointMatch {
     /// Verdict on senders without an exemption.
     pub verdict: Verdict,
     /// Canonical address of the endpoint.
     pub destination: Address,
 }
 
-/// Returns the verdict on a packet with an IP header at `place`, or `None` for [`Verdict::Foreign`].
+/// Returns the verdict on a packet with an IP header at `ip`, or `None` for [`Verdict::Unrelated`].
 #[inline(always)]
-pub fn examine<P, T>(packet: &P, place: Place, tables: &T) -> Option<Examined>
+pub fn lookup_endpoint<P, T>(packet: &P, ip: IpOffset, policy: &T) -> Option<EndpointMatch>
 where
     P: Packet + ?Sized,
-    T: Tables + ?Sized,
+    T: PolicyLookup + ?Sized,
 {
-    let destination = packet::destination(packet, place)?;
-    let (slot, address) = (destination.slot(), destination.address().without_origin(packet));
-    let keep = tables.keep(slot, &address)?;
-    let verdict = if keeps_any(keep) {
-        decide(keep, packet.service(place).unwrap_or(Service::NONE).without_origin(packet), tables)
+    let destination = packet::destination(packet, ip)?;
+    let (slot, address) = (destination.slot(), destination.address().hide_bounds(packet));
+    let allowed_ports = policy.allowed_ports(slot, &address)?;
+    let verdict = if allows_any(allowed_ports) {
+        classify_service(
+            allowed_ports,
+            packet.service(ip).unwrap_or(Service::NONE).hide_bounds(packet),
+            policy,
+        )
     } else {
-        by_mode(tables)
+        by_mode(policy)
     };
-    Some(Examined { verdict: verdict.without_origin(packet), destination: address })
+    Some(EndpointMatch { verdict: verdict.hide_bounds(packet), destination: address })
 }
 
 /// Returns the verdict on a call to `address`. `service` is `None` if protocol or port is unknown.
 #[inline(always)]
-pub fn judge_address<T: Tables + ?Sized>(address: Address, service: Option<Service>, tables: &T) -> Verdict {
+pub fn classify_address<T: PolicyLookup + ?Sized>(
+    address: Address,
+    service: Option<Service>,
+    policy: &T,
+) -> Verdict {
     let destination = Destination::from_ipv6(address.octets());
     let slot = destination.slot();
-    if !tables.may_guard(slot) {
-        return Verdict::Foreign;
+    if !policy.may_guard(slot) {
+        return Verdict::Unrelated;
     }
-    match tables.keep(slot, &destination.address()) {
-        Some(keep) => decide(keep, service.unwrap_or(Service::NONE), tables),
-        None => Verdict::Foreign,
+    match policy.allowed_ports(slot, &destination.address()) {
+        Some(allowed_ports) => classify_service(allowed_ports, service.unwrap_or(Service::NONE), policy),
+        None => Verdict::Unrelated,
     }
 }
 
 #[inline(always)]
-fn decide<T: Tables + ?Sized>(keep: &Keep, service: Service, tables: &T) -> Verdict {
-    if keeps(keep, service) {
-        return Verdict::Kept;
+fn classify_service<T: PolicyLookup + ?Sized>(
+    allowed_ports: &AllowedPorts,
+    service: Service,
+    policy: &T,
+) -> Verdict {
+    if allows(allowed_ports, service) {
+        return Verdict::Allowed;
     }
-    by_mode(tables)
+    by_mode(policy)
 }
 
 #[inline(always)]
-fn by_mode<T: Tables + ?Sized>(tables: &T) -> Verdict {
-    match tables.mode() {
+fn by_mode<T: PolicyLookup + ?Sized>(policy: &T) -> Verdict {
+    match policy.mode() {
         Mode::Enforce => Verdict::Deny,
         Mode::Audit => Verdict::Audit,
         Mode::Off => Verdict::Allow,

@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 
 use etherparse::{EtherType, PacketBuilder, SingleVlanHeader, VlanId};
 use imds_ebpf_common::{
-    Address, Endpoint, Filter, Frame, IMDS_IPV4, Listed, Mode, Service, Tables, Verdict,
-    endpoint::{MAX_KEPT, TCP, UDP, keeps, keeps_any},
-    filter::{MAX_CHAIN, chain},
-    judge, judge_address,
+    Address, Endpoint, IMDS_IPV4, InMemoryPolicy, LinkLayer, Mode, PolicyLookup, PolicyTable, Service,
+    Verdict, classify, classify_address,
+    endpoint::{MAX_ALLOWED_PORTS, TCP, UDP, allows, allows_any},
+    filter::{MAX_BUCKET_LEN, bucket},
     packet::{MAX_EXTENSION_HEADERS, MAX_VLAN_TAGS},
 };
 use proptest::{collection::vec, prelude::*, sample::select};
@@ -23,25 +23,25 @@ const RESOLVER_IPV4: [u8; 4] = [168, 63, 129, 16];
 const RESOLVER_IPV6: [u8; 16] = [0xfd, 0x20, 0, 0xce, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0x54];
 
 fn endpoints() -> [(Address, Endpoint); 4] {
-    let mut dns = [Service::NONE; MAX_KEPT];
+    let mut dns = [Service::NONE; MAX_ALLOWED_PORTS];
     (dns[0], dns[1]) = (Service::new(UDP, 53), Service::new(TCP, 53));
-    let endpoint = |keep| Endpoint { name: [0; 16], id: 1, keep };
+    let endpoint = |allowed_ports| Endpoint { name: [0; 16], id: 1, allowed_ports };
     [
-        (Address::from_ipv4(IMDS_IPV4), endpoint([Service::NONE; MAX_KEPT])),
-        (Address::from_ipv6(IMDS_IPV6), endpoint([Service::NONE; MAX_KEPT])),
+        (Address::from_ipv4(IMDS_IPV4), endpoint([Service::NONE; MAX_ALLOWED_PORTS])),
+        (Address::from_ipv6(IMDS_IPV6), endpoint([Service::NONE; MAX_ALLOWED_PORTS])),
         (Address::from_ipv4(RESOLVER_IPV4), endpoint(dns)),
         (Address::from_ipv6(RESOLVER_IPV6), endpoint(dns)),
     ]
 }
 
-fn with_tables<T>(mode: Mode, work: impl FnOnce(&Listed<'_>) -> T) -> T {
+fn with_tables<T>(mode: Mode, work: impl FnOnce(&InMemoryPolicy<'_>) -> T) -> T {
     let endpoints = endpoints();
-    let filter = Filter::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
-    work(&Listed { filter: &filter, endpoints: &endpoints, grants: &[], mode })
+    let filter = PolicyTable::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
+    work(&InMemoryPolicy { filter: &filter, endpoints: &endpoints, grants: &[], mode })
 }
 
-fn verdict(packet: &[u8], frame: Frame, mode: Mode) -> Verdict {
-    with_tables(mode, |tables| judge(packet, frame, tables))
+fn verdict(packet: &[u8], frame: LinkLayer, mode: Mode) -> Verdict {
+    with_tables(mode, |policy| classify(packet, frame, policy))
 }
 
 /// Generates mostly the endpoint and addresses that differ in one bit, which would reveal a wrong mask.
@@ -177,10 +177,10 @@ proptest! {
     fn only_protected_destinations_are_denied(
         macs: [u8; 12], tags in tags(0..=MAX_VLAN_TAGS), (destination, packet) in ipv4(),
     ) {
-        let expected = if destination == IMDS_IPV4 { Verdict::Deny } else { Verdict::Foreign };
+        let expected = if destination == IMDS_IPV4 { Verdict::Deny } else { Verdict::Unrelated };
         let frame = tagged(macs, &tags, 0x0800, &packet);
-        prop_assert_eq!(verdict(&frame, Frame::Ethernet, Mode::Enforce), expected);
-        prop_assert_eq!(verdict(&packet, Frame::Ip, Mode::Enforce), expected);
+        prop_assert_eq!(verdict(&frame, LinkLayer::Ethernet, Mode::Enforce), expected);
+        prop_assert_eq!(verdict(&packet, LinkLayer::None, Mode::Enforce), expected);
     }
 
     #[test]
@@ -191,8 +191,8 @@ proptest! {
         let frame = tagged(macs, &tags, 0x0800, &packet);
         let cut = cut.index(frame.len() + 1);
         let is_whole = cut >= ETHERNET_LEN + VLAN_LEN * tags.len() + DESTINATION_END;
-        let expected = if is_whole { Verdict::Deny } else { Verdict::Foreign };
-        prop_assert_eq!(verdict(&frame[..cut], Frame::Ethernet, Mode::Enforce), expected);
+        let expected = if is_whole { Verdict::Deny } else { Verdict::Unrelated };
+        prop_assert_eq!(verdict(&frame[..cut], LinkLayer::Ethernet, Mode::Enforce), expected);
     }
 
     #[test]
@@ -201,7 +201,7 @@ proptest! {
     ) {
         prop_assume!(![0x0800, 0x86dd, 0x8100, 0x88a8, 0x9100, 0x9200, 0x9300].contains(&ether_type));
         let frame = tagged(macs, &tags, ether_type, &packet);
-        prop_assert_eq!(verdict(&frame, Frame::Ethernet, Mode::Enforce), Verdict::Foreign);
+        prop_assert_eq!(verdict(&frame, LinkLayer::Ethernet, Mode::Enforce), Verdict::Unrelated);
     }
 
     #[test]
@@ -209,7 +209,7 @@ proptest! {
         macs: [u8; 12], tags in tags(MAX_VLAN_TAGS + 1..20), (_, packet) in ipv4(),
     ) {
         let frame = tagged(macs, &tags, 0x0800, &packet);
-        prop_assert_eq!(verdict(&frame, Frame::Ethernet, Mode::Enforce), Verdict::Foreign);
+        prop_assert_eq!(verdict(&frame, LinkLayer::Ethernet, Mode::Enforce), Verdict::Unrelated);
     }
 
     #[test]
@@ -219,8 +219,8 @@ proptest! {
             [(Mode::Enforce, Verdict::Deny), (Mode::Audit, Verdict::Audit), (Mode::Off, Verdict::Allow)]
         {
             let is_guarded = destination == IMDS_IPV4;
-            let verdict = verdict(&frame, Frame::Ethernet, mode);
-            prop_assert_eq!(verdict, if is_guarded { expected } else { Verdict::Foreign });
+            let verdict = verdict(&frame, LinkLayer::Ethernet, mode);
+            prop_assert_eq!(verdict, if is_guarded { expected } else { Verdict::Unrelated });
         }
     }
 
@@ -231,13 +231,13 @@ proptest! {
     ) {
         let packet = ipv6(destination, &extensions, transport);
         let expected = match endpoint {
-            None => Verdict::Foreign,
-            Some(true) if shows_dns(&extensions, transport) => Verdict::Kept,
+            None => Verdict::Unrelated,
+            Some(true) if shows_dns(&extensions, transport) => Verdict::Allowed,
             Some(_) => Verdict::Deny,
         };
         let frame = tagged(macs, &tags, 0x86dd, &packet);
-        prop_assert_eq!(verdict(&frame, Frame::Ethernet, Mode::Enforce), expected);
-        prop_assert_eq!(verdict(&packet, Frame::Ip, Mode::Enforce), expected);
+        prop_assert_eq!(verdict(&frame, LinkLayer::Ethernet, Mode::Enforce), expected);
+        prop_assert_eq!(verdict(&packet, LinkLayer::None, Mode::Enforce), expected);
     }
 
     #[test]
@@ -249,13 +249,13 @@ proptest! {
         let cut = cut.index(whole.len() + 1);
         let shows_port = shows_dns(&extensions, (UDP, 53)) && cut + 4 >= whole.len();
         let expected = if cut < ETHERNET_LEN + 40 {
-            Verdict::Foreign
+            Verdict::Unrelated
         } else if shows_port {
-            Verdict::Kept
+            Verdict::Allowed
         } else {
             Verdict::Deny
         };
-        prop_assert_eq!(verdict(&whole[..cut], Frame::Ethernet, Mode::Enforce), expected);
+        prop_assert_eq!(verdict(&whole[..cut], LinkLayer::Ethernet, Mode::Enforce), expected);
     }
 
     #[test]
@@ -276,11 +276,11 @@ proptest! {
         let cut = 20 + cut.index(81);
         let is_dns = (0x45..=0x4f).contains(&version_ihl) && fragment << 3 == 0 && ports + 4 <= cut
             && [UDP, TCP].contains(&transport.0) && transport.1 == 53;
-        let expected = if is_dns { Verdict::Kept } else { Verdict::Deny };
+        let expected = if is_dns { Verdict::Allowed } else { Verdict::Deny };
         let frame = tagged([2; 12], &[], 0x0800, &packet[..cut]);
-        prop_assert_eq!(verdict(&frame, Frame::Ethernet, Mode::Enforce), expected);
+        prop_assert_eq!(verdict(&frame, LinkLayer::Ethernet, Mode::Enforce), expected);
         for mode in [Mode::Audit, Mode::Off] {
-            prop_assert_eq!(verdict(&frame, Frame::Ethernet, mode) == Verdict::Kept, is_dns);
+            prop_assert_eq!(verdict(&frame, LinkLayer::Ethernet, mode) == Verdict::Allowed, is_dns);
         }
     }
 
@@ -288,18 +288,18 @@ proptest! {
     fn sockets_and_packets_agree((destination, _) in destination_v6(), transport in transport()) {
         let packet = ipv6(destination, &[], transport);
         let (protocol, port) = transport;
-        let of_socket = with_tables(Mode::Enforce, |tables| {
-            judge_address(Address::from_ipv6(destination), Some(Service::new(protocol, port)), tables)
+        let of_socket = with_tables(Mode::Enforce, |policy| {
+            classify_address(Address::from_ipv6(destination), Some(Service::new(protocol, port)), policy)
         });
-        prop_assert_eq!(of_socket, verdict(&packet, Frame::Ip, Mode::Enforce));
+        prop_assert_eq!(of_socket, verdict(&packet, LinkLayer::None, Mode::Enforce));
     }
 
     #[test]
     fn bloom_filter_has_every_endpoint_form((destination, endpoint) in destination_v6()) {
         let address = Address::from_ipv6(destination);
         prop_assert_eq!(Address::from_ipv6(address.octets()), address);
-        let found = with_tables(Mode::Enforce, |tables| {
-            (tables.may_guard(address.slot()), tables.keep(address.slot(), &address).map(keeps_any))
+        let found = with_tables(Mode::Enforce, |policy| {
+            (policy.may_guard(address.slot()), policy.allowed_ports(address.slot(), &address).map(allows_any))
         });
         prop_assert_eq!(found.1, endpoint);
         prop_assert!(found.0 || endpoint.is_none());
@@ -308,23 +308,23 @@ proptest! {
     /// Uses small numbers, so that many services are equal or differ by one.
     #[test]
     fn only_listed_ports_are_allowed(
-        listed in vec((select(vec![TCP, UDP]), 0_u16..4), 0..=MAX_KEPT),
+        listed in vec((select(vec![TCP, UDP]), 0_u16..4), 0..=MAX_ALLOWED_PORTS),
         asked in (select(vec![0, 1, TCP, UDP]), 0_u16..4),
     ) {
-        let mut keep = [Service::NONE; MAX_KEPT];
-        for (to, (protocol, port)) in keep.iter_mut().zip(&listed) {
+        let mut allowed_ports = [Service::NONE; MAX_ALLOWED_PORTS];
+        for (to, (protocol, port)) in allowed_ports.iter_mut().zip(&listed) {
             *to = Service::new(*protocol, *port);
         }
-        let endpoint = Endpoint { name: [0; 16], id: 1, keep };
-        prop_assert_eq!(keeps(&endpoint.keep, Service::new(asked.0, asked.1)), listed.contains(&asked));
+        let endpoint = Endpoint { name: [0; 16], id: 1, allowed_ports };
+        prop_assert_eq!(allows(&endpoint.allowed_ports, Service::new(asked.0, asked.1)), listed.contains(&asked));
     }
 
     #[test]
     fn any_bytes_have_an_explained_verdict(bytes in vec(any::<u8>(), 0..96)) {
-        for frame in [Frame::Ethernet, Frame::Ip] {
+        for frame in [LinkLayer::Ethernet, LinkLayer::None] {
             let enforced = verdict(&bytes, frame, Mode::Enforce);
             // Random bytes do not contain the address of an endpoint, so they must pass.
-            prop_assert_eq!(enforced, Verdict::Foreign);
+            prop_assert_eq!(enforced, Verdict::Unrelated);
         }
     }
 }
@@ -344,7 +344,7 @@ fn reference_parser_agrees() {
         .syn()
         .write(&mut tcp, &[])
         .unwrap();
-    assert_eq!(verdict(&tcp, Frame::Ethernet, Mode::Enforce), Verdict::Deny);
+    assert_eq!(verdict(&tcp, LinkLayer::Ethernet, Mode::Enforce), Verdict::Deny);
 
     let mut v6 = Vec::new();
     let mapped = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 169, 254, 169, 254];
@@ -353,7 +353,7 @@ fn reference_parser_agrees() {
         .udp(1, 2)
         .write(&mut v6, &[1])
         .unwrap();
-    assert_eq!(verdict(&v6, Frame::Ethernet, Mode::Enforce), Verdict::Deny);
+    assert_eq!(verdict(&v6, LinkLayer::Ethernet, Mode::Enforce), Verdict::Deny);
 }
 
 #[test]
@@ -365,17 +365,17 @@ fn bloom_filter_has_few_false_positives() {
         |n| Address::from_ipv6([0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7, n]),
     ];
     for address in in_a_row {
-        let chains: BTreeSet<_> = (0..=255).map(|n| chain(address(n).slot())).collect();
-        assert_eq!(chains.len(), 256, "neighbours share chains");
+        let buckets: BTreeSet<_> = (0..=255).map(|n| bucket(address(n).slot())).collect();
+        assert_eq!(buckets.len(), 256, "neighbours share chains");
     }
     let addresses: Vec<_> = (0..=255).map(in_a_row[0]).collect();
-    let endpoint = Endpoint { name: [0; 16], id: 1, keep: [Service::NONE; MAX_KEPT] };
-    let filter = Filter::of(addresses.iter().map(|address| (*address, &endpoint)));
+    let endpoint = Endpoint { name: [0; 16], id: 1, allowed_ports: [Service::NONE; MAX_ALLOWED_PORTS] };
+    let filter = PolicyTable::of(addresses.iter().map(|address| (*address, &endpoint)));
     assert!(addresses.iter().all(|address| filter.has(address.slot())));
     let bits: u32 = filter.bits.iter().map(|byte| byte.count_ones()).sum();
     assert_eq!(bits, 256, "neighbours share slots");
     for address in &addresses {
-        assert_eq!(filter.table().find(*address), Some(&endpoint.keep));
+        assert_eq!(filter.table().find(*address), Some(&endpoint.allowed_ports));
     }
     assert_eq!(filter.table().find(Address::from_ipv4(IMDS_IPV4)), None);
 
@@ -392,9 +392,9 @@ fn bloom_filter_has_few_false_positives() {
 fn longest_chain_is_searched_to_its_end() {
     // All addresses have the same slot.
     let addresses: Vec<_> = (0..4).map(|n| Address::from_ipv4([10, n, 10, n])).collect();
-    assert!(addresses.len() == MAX_CHAIN);
+    assert!(addresses.len() == MAX_BUCKET_LEN);
     assert!(addresses.iter().all(|address| address.slot() == addresses[0].slot()));
-    let endpoint = Endpoint { name: [0; 16], id: 1, keep: [Service::NONE; MAX_KEPT] };
-    let filter = Filter::of(addresses.iter().map(|address| (*address, &endpoint)));
+    let endpoint = Endpoint { name: [0; 16], id: 1, allowed_ports: [Service::NONE; MAX_ALLOWED_PORTS] };
+    let filter = PolicyTable::of(addresses.iter().map(|address| (*address, &endpoint)));
     assert!(addresses.iter().all(|address| filter.table().find(*address).is_some()));
 }

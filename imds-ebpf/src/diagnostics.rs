@@ -28,7 +28,7 @@ static mut LAST: u64 = u64::MAX / 2;
 /// A separate function, so that the verifier checks it apart from its callers.
 #[inline(never)]
 #[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits on BPF")]
-pub(crate) fn unaccounted(hook: u32) {
+pub(crate) fn warn_map_full(hook: u32) {
     // SAFETY: the helper takes no arguments.
     let now = unsafe { bpf_jiffies64() };
     let last = &raw mut LAST;
@@ -39,7 +39,7 @@ pub(crate) fn unaccounted(hook: u32) {
     // SAFETY: the pointer to a static is always valid.
     unsafe { last.write_volatile(now) };
     // Opaque, because the compiler knows the range of the number and would remove the bounds check that the verifier needs.
-    if let Some(record) = MAP_IS_FULL.get(opaque(hook.into()) as usize) {
+    if let Some(record) = MAP_FULL_MESSAGE.get(opaque(hook.into()) as usize) {
         let _no_room = LOGS.output_untyped::<Record>(record, 0);
     }
 }
@@ -52,7 +52,7 @@ type Record = [u8; RECORD];
 const MESSAGE: &[u8] = b"a map is full: hook ?";
 
 /// Records of the message, indexed by the number of the hook.
-static MAP_IS_FULL: [Record; Hook::ALL.len() + 1] = {
+static MAP_FULL_MESSAGE: [Record; Hook::ALL.len() + 1] = {
     let mut records = [[0; RECORD]; Hook::ALL.len() + 1];
     let mut hook = 0;
     while hook < records.len() {

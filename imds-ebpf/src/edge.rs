@@ -5,71 +5,73 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use imds_ebpf_common::{
-    DenyAction, Frame, Hook, Place, Verdict, event::Window, find_header, is_plainly_foreign,
+    DenyAction, Hook, IpOffset, LinkLayer, Verdict, event::RateLimiter, find_header, is_unrelated_fast,
 };
 
 use crate::{
     diagnostics, events, maps,
     packet::Skb,
-    reject::{self, Way},
+    reject::{self, ReplyDirection},
 };
 
 /// TC hook that gives a verdict on packets.
-pub(crate) trait Edge {
-    /// Gives a verdict on a packet with an IP header at `place` that may go to a protected endpoint. Returns the TC action.
+pub(crate) trait TcProgram {
+    /// Gives a verdict on a packet with an IP header at `ip` that may go to a protected endpoint. Returns the TC action.
     ///
     /// Implementations are separate functions, so that the verifier checks them once for all positions of the header.
-    fn judge_header(skb: *mut __sk_buff, place: Place) -> i32;
+    fn classify_header(skb: *mut __sk_buff, ip: IpOffset) -> i32;
 }
 
 /// Gives a verdict on a packet at the hook `E`. Returns the TC action.
 ///
 /// The slow path is in separate functions: inlined, its registers and stack would cost every packet some instructions.
 #[inline(always)]
-pub(crate) fn judge<E: Edge>(ctx: &TcContext, frame: Frame) -> i32 {
+pub(crate) fn classify<E: TcProgram>(ctx: &TcContext, frame: LinkLayer) -> i32 {
     let skb = ctx.skb.skb;
-    if is_plainly_foreign(&Skb::new(skb), frame, &maps::Maps) {
+    if is_unrelated_fast(&Skb::new(skb), frame, &maps::Maps) {
         return TC_ACT_UNSPEC;
     }
     match frame {
-        Frame::Ethernet => judge_ethernet::<E>(skb),
-        Frame::Ip => judge_without_link_layer::<E>(skb),
+        LinkLayer::Ethernet => classify_ethernet::<E>(skb),
+        LinkLayer::None => classify_without_link_layer::<E>(skb),
     }
 }
 
 #[inline(never)]
-fn judge_ethernet<E: Edge>(skb: *mut __sk_buff) -> i32 {
-    judge_frame::<E>(skb, Frame::Ethernet)
+fn classify_ethernet<E: TcProgram>(skb: *mut __sk_buff) -> i32 {
+    classify_frame::<E>(skb, LinkLayer::Ethernet)
 }
 
 #[inline(never)]
-fn judge_without_link_layer<E: Edge>(skb: *mut __sk_buff) -> i32 {
-    judge_frame::<E>(skb, Frame::Ip)
+fn classify_without_link_layer<E: TcProgram>(skb: *mut __sk_buff) -> i32 {
+    classify_frame::<E>(skb, LinkLayer::None)
 }
 
 #[inline(always)]
-fn judge_frame<E: Edge>(skb: *mut __sk_buff, frame: Frame) -> i32 {
+fn classify_frame<E: TcProgram>(skb: *mut __sk_buff, frame: LinkLayer) -> i32 {
     let packet = Skb::new(skb);
     match find_header(&packet, frame) {
-        Some(place) => E::judge_header(skb, place.without_origin(&packet)),
+        Some(ip) => E::classify_header(skb, ip.hide_bounds(&packet)),
         None => TC_ACT_UNSPEC,
     }
 }
 
 /// A packet to a protected endpoint that the node did not send.
-pub(crate) struct Judged {
+pub(crate) struct Classified {
     pub(crate) skb: *mut __sk_buff,
-    pub(crate) place: Place,
+    pub(crate) ip: IpOffset,
     pub(crate) hook: Hook,
     pub(crate) verdict: Verdict,
 }
 
 /// Returns the TC action for a packet of a test sender, which gets no counter, event or reply.
 #[inline(always)]
-pub(crate) const fn conclude_probe(verdict: Verdict) -> i32 {
+pub(crate) const fn finish_probe(verdict: Verdict) -> i32 {
     match verdict {
         Verdict::Deny => TC_ACT_SHOT,
-        Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept | Verdict::Exempt => TC_ACT_UNSPEC,
+        Verdict::Unrelated | Verdict::Audit | Verdict::Allow | Verdict::Allowed | Verdict::Exempt => {
+            TC_ACT_UNSPEC
+        }
     }
 }
 
@@ -78,20 +80,24 @@ pub(crate) const fn conclude_probe(verdict: Verdict) -> i32 {
 /// Packets that are not denied get `TC_ACT_UNSPEC`, which continues with the next program on the hook. `TC_ACT_OK` would skip
 /// it.
 #[inline(always)]
-pub(crate) fn conclude(judged: &Judged, window: Option<*mut Window>, way: Way) -> i32 {
-    let &Judged { skb, place, hook, verdict } = judged;
+pub(crate) fn finish(
+    classified: &Classified,
+    limiter: Option<*mut RateLimiter>,
+    direction: ReplyDirection,
+) -> i32 {
+    let &Classified { skb, ip, hook, verdict } = classified;
     // SAFETY: the window belongs to this CPU, and the map does not free it while the program that looked it up runs.
-    let mut window = window.map(|window| unsafe { &mut *window });
-    match &mut window {
-        Some(window) => events::packet(skb, place, hook, verdict, window),
-        None => diagnostics::unaccounted(hook as u32),
+    let mut limiter = limiter.map(|limiter| unsafe { &mut *limiter });
+    match &mut limiter {
+        Some(limiter) => events::packet(skb, ip, hook, verdict, limiter),
+        None => diagnostics::warn_map_full(hook as u32),
     }
     match verdict {
         Verdict::Deny => {}
-        Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept | Verdict::Exempt => {
+        Verdict::Unrelated | Verdict::Audit | Verdict::Allow | Verdict::Allowed | Verdict::Exempt => {
             return TC_ACT_UNSPEC;
         }
     }
-    let is_answered = maps::on_deny() == DenyAction::Reject && window.is_some_and(Window::may_answer);
-    if is_answered { reject::answer(skb, place, way) } else { TC_ACT_SHOT }
+    let is_answered = maps::on_deny() == DenyAction::Reject && limiter.is_some_and(RateLimiter::allow_reply);
+    if is_answered { reject::answer(skb, ip, direction) } else { TC_ACT_SHOT }
 }

@@ -12,8 +12,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use imds_ebpf_common::{
-    Event, Flow, Hook, Place, Verdict,
-    event::{SOURCES, Source, Window},
+    Event, Flow, Hook, IpOffset, Verdict,
+    event::{MAX_RATE_LIMITERS, RateLimitKey, RateLimiter},
     flow,
     opaque::opaque,
 };
@@ -34,55 +34,62 @@ static EVENTS: RingBuf<(), RING_BYTES> = RingBuf::new();
 
 /// Rate limiters of sources. Per CPU, so that no two CPUs write the same value.
 #[btf_map(name = "imds_sources")]
-static WINDOWS: LruPerCpuHashMap<Source, Window, SOURCES> = LruPerCpuHashMap::new();
+static RATE_LIMITERS: LruPerCpuHashMap<RateLimitKey, RateLimiter, MAX_RATE_LIMITERS> =
+    LruPerCpuHashMap::new();
 
 /// Emits the event of a packet, unless the source has reached its limit.
 #[inline(always)]
-pub(crate) fn packet(skb: *mut __sk_buff, place: Place, hook: Hook, verdict: Verdict, window: &mut Window) {
-    if !is_to_be_told(window, Skb::new(skb).len()) {
+pub(crate) fn packet(
+    skb: *mut __sk_buff,
+    ip: IpOffset,
+    hook: Hook,
+    verdict: Verdict,
+    limiter: &mut RateLimiter,
+) {
+    if !may_emit(limiter, Skb::new(skb).len()) {
         return;
     }
-    let judged = hook as u32 | (verdict as u32) << 8;
+    let classified = hook as u32 | (verdict as u32) << 8;
     match hook {
-        Hook::FromPod | Hook::NodeEgress | Hook::Socket => tell_packet(skb, place, judged, window),
-        Hook::HostNetwork => tell_packet_in_cgroup(skb, place, judged, window),
-        Hook::LocalService => emit_received_packet(skb, place, judged, window),
+        Hook::FromPod | Hook::NodeEgress | Hook::Socket => emit_packet(skb, ip, classified, limiter),
+        Hook::HostNetwork => emit_packet_in_cgroup(skb, ip, classified, limiter),
+        Hook::LocalService => emit_received_packet(skb, ip, classified, limiter),
     }
 }
 
 /// Emits the event of a packet at a TC hook. A separate function, so that the verifier checks it once for all header
 /// positions.
 #[inline(never)]
-fn tell_packet(skb: *mut __sk_buff, place: Place, judged: u32, window: &mut Window) {
-    if let Some(event) = of_packet(skb, place, judged, netns::of_socket(skb)) {
-        tell(event, window);
+fn emit_packet(skb: *mut __sk_buff, ip: IpOffset, classified: u32, limiter: &mut RateLimiter) {
+    if let Some(event) = of_packet(skb, ip, classified, netns::of_socket(skb)) {
+        emit(event, limiter);
     }
 }
 
 /// Emits the event of a packet that a socket of the node receives. The event has neither cookie nor cgroup, because the socket
 /// belongs to the receiver.
 #[inline(never)]
-fn emit_received_packet(skb: *mut __sk_buff, place: Place, judged: u32, window: &mut Window) {
-    if let Some(event) = of_packet(skb, place, judged, SocketNetns::NoSocket) {
-        tell(event, window);
+fn emit_received_packet(skb: *mut __sk_buff, ip: IpOffset, classified: u32, limiter: &mut RateLimiter) {
+    if let Some(event) = of_packet(skb, ip, classified, SocketNetns::NoSocket) {
+        emit(event, limiter);
     }
 }
 
 /// Emits the event of a packet at the `cgroup_skb` program of `host_network`, which can read the cgroup of the socket.
 #[inline(never)]
-fn tell_packet_in_cgroup(skb: *mut __sk_buff, place: Place, judged: u32, window: &mut Window) {
-    if let Some(event) = of_packet(skb, place, judged, netns::of_socket_in_cgroup(skb)) {
+fn emit_packet_in_cgroup(skb: *mut __sk_buff, ip: IpOffset, classified: u32, limiter: &mut RateLimiter) {
+    if let Some(event) = of_packet(skb, ip, classified, netns::of_socket_in_cgroup(skb)) {
         // SAFETY: the helper takes the context of a `cgroup_skb` program.
         let cgroup = unsafe { bpf_skb_cgroup_id(skb) };
-        tell(Event { cgroup, ..event }, window);
+        emit(Event { cgroup, ..event }, limiter);
     }
 }
 
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "the caller has packed both into the lower 16 bits")]
-fn of_packet(skb: *mut __sk_buff, place: Place, judged: u32, socket: SocketNetns) -> Option<Event> {
+fn of_packet(skb: *mut __sk_buff, ip: IpOffset, classified: u32, socket: SocketNetns) -> Option<Event> {
     let packet = Skb::new(skb);
-    let flow = flow(&packet, place)?;
+    let flow = flow(&packet, ip)?;
     let netns_cookie = match socket {
         SocketNetns::Cookie(cookie) => cookie,
         SocketNetns::NoSocket | SocketNetns::Unknown => 0,
@@ -91,16 +98,16 @@ fn of_packet(skb: *mut __sk_buff, place: Place, judged: u32, socket: SocketNetns
         netns_cookie,
         ifindex: packet.ifindex(),
         ingress_ifindex: packet.ingress_ifindex(),
-        hook: judged as u8,
-        verdict: (judged >> 8) as u8,
+        hook: classified as u8,
+        verdict: (classified >> 8) as u8,
         ..event(flow)
     })
 }
 
 /// Emits the event of a call on a socket of the network namespace with this cookie, unless the source has reached its limit.
 #[inline(always)]
-pub(crate) fn call(hook: Hook, verdict: Verdict, netns_cookie: u64, flow: Flow, window: &mut Window) {
-    if !is_to_be_told(window, 0) {
+pub(crate) fn call(hook: Hook, verdict: Verdict, netns_cookie: u64, flow: Flow, limiter: &mut RateLimiter) {
+    if !may_emit(limiter, 0) {
         return;
     }
     let (hook, verdict) = (hook as u8, verdict as u8);
@@ -111,7 +118,7 @@ pub(crate) fn call(hook: Hook, verdict: Verdict, netns_cookie: u64, flow: Flow, 
     event.cgroup = unsafe { bpf_get_current_cgroup_id() };
     // SAFETY: the buffer has the given length. The helper fails only without a task, and then writes zeros.
     let _no_task = unsafe { bpf_get_current_comm(event.comm.as_mut_ptr().cast(), COMM_LEN) };
-    tell(event, window);
+    emit(event, limiter);
 }
 
 /// Returns an event with the current time and the fields of `flow`.
@@ -144,38 +151,38 @@ fn event(flow: Flow) -> Event {
 
 /// Emits the event with the counts since the previous one. If the ring buffer is full, the next event includes them.
 #[inline(always)]
-fn tell(event: Event, window: &mut Window) {
-    let event = Event { suppressed: window.untold.wrapping_sub(1), bytes: window.bytes, ..event };
+fn emit(event: Event, limiter: &mut RateLimiter) {
+    let event = Event { suppressed: limiter.untold.wrapping_sub(1), bytes: limiter.bytes, ..event };
     if EVENTS.output_untyped::<Event>(&event, 0).is_ok() {
-        window.clear();
+        limiter.clear();
     }
 }
 
 /// Returns the window of this source on this CPU, or `None` if the map has no room for it.
 #[inline(always)]
-pub(crate) fn window(source: &Source) -> Option<*mut Window> {
-    let window = find_window(source.id, source.hook);
-    (!window.is_null()).then_some(window)
+pub(crate) fn limiter(source: &RateLimitKey) -> Option<*mut RateLimiter> {
+    let limiter = find_limiter(source.id, source.hook);
+    (!limiter.is_null()).then_some(limiter)
 }
 
 /// Returns a null pointer if the map has no room. A separate function, so that the verifier checks its callers once for new
 /// and existing windows.
 #[inline(never)]
-fn find_window(id: u64, hook: u64) -> *mut Window {
-    let source = Source { id, hook };
-    if let Some(window) = WINDOWS.get_ptr_mut(source) {
-        return window;
+fn find_limiter(id: u64, hook: u64) -> *mut RateLimiter {
+    let source = RateLimitKey { id, hook };
+    if let Some(limiter) = RATE_LIMITERS.get_ptr_mut(source) {
+        return limiter;
     }
     // If another CPU has inserted the source in the meantime, this writes only this CPU's value (bpf_percpu_hash_update).
-    let _no_room = WINDOWS.insert(source, Window::new(), u64::from(BPF_ANY));
-    WINDOWS.get_ptr_mut(source).unwrap_or(ptr::null_mut())
+    let _no_room = RATE_LIMITERS.insert(source, RateLimiter::new(), u64::from(BPF_ANY));
+    RATE_LIMITERS.get_ptr_mut(source).unwrap_or(ptr::null_mut())
 }
 
 #[inline(always)]
-fn is_to_be_told(window: &mut Window, bytes: u32) -> bool {
+fn may_emit(limiter: &mut RateLimiter, bytes: u32) -> bool {
     // SAFETY: the helper takes no arguments.
     let tick = unsafe { bpf_jiffies64() };
-    window.admit(bytes, tick, now)
+    limiter.allow(bytes, tick, now)
 }
 
 /// Returns the time in nanoseconds since boot (`CLOCK_BOOTTIME`).

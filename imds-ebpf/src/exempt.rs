@@ -6,15 +6,15 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use imds_ebpf_common::{
-    Address, Exemption, Grant, Hook, InterfaceRecord, Place, Subject, SubjectKind, Tables as _, TcHook,
-    Verdict, exemption::find_grant, opaque::opaque, packet::source,
+    Address, Exemption, Grant, Hook, InterfaceRecord, IpOffset, PolicyLookup as _, Subject, SubjectKind,
+    TcHook, Verdict, exemption::find_grant, opaque::opaque, packet::source,
 };
 
 use crate::{
     maps::{self, Maps},
     netns::{self, SocketNetns},
     packet::Skb,
-    sender::Sender,
+    sender::SocketOwner,
 };
 
 /// Returns the verdict on a request of `subject` to `address`. `verdict` is the verdict without exemptions.
@@ -23,8 +23,8 @@ pub(crate) fn apply(verdict: Verdict, subject: Subject, address: &Address) -> Ve
     if !Maps.may_be_exempt(subject.slot()) {
         return verdict;
     }
-    let (softened, _) = unpack(grant_for(subject.id, subject.kind, address, verdict as u32));
-    softened
+    let (exempted, _) = unpack(grant_for(subject.id, subject.kind, address, verdict as u32));
+    exempted
 }
 
 /// Applies exemptions at `from_pod`, where the interface identifies the pod.
@@ -32,29 +32,29 @@ pub(crate) fn apply(verdict: Verdict, subject: Subject, address: &Address) -> Ve
 /// A grant covers packets of the pod's sockets and packets from its addresses, but not traffic that the pod forwards for other
 /// senders. Sets the exemption mark for pods behind a bridge, and clears it on all other packets to protected endpoints.
 #[inline(always)]
-pub(crate) fn at_from_pod(skb: *mut __sk_buff, place: Place, verdict: Verdict, address: &Address) -> Verdict {
-    let softened = find_at_from_pod(skb, place, address, verdict as u32);
+pub(crate) fn at_from_pod(skb: *mut __sk_buff, ip: IpOffset, verdict: Verdict, address: &Address) -> Verdict {
+    let exempted = find_at_from_pod(skb, ip, address, verdict as u32);
     // SAFETY: the called function returns the number of a verdict.
-    unsafe { Verdict::from_u32_unchecked(softened) }.without_origin(&Skb::new(skb))
+    unsafe { Verdict::from_u32_unchecked(exempted) }.hide_bounds(&Skb::new(skb))
 }
 
 /// Takes and returns the number of a verdict. A separate function, so that the verifier checks it apart from its callers.
 #[inline(never)]
-fn find_at_from_pod(skb: *mut __sk_buff, place: Place, address: &Address, verdict: u32) -> u32 {
+fn find_at_from_pod(skb: *mut __sk_buff, ip: IpOffset, address: &Address, verdict: u32) -> u32 {
     // SAFETY: the caller passes the number of a verdict.
     let verdict = unsafe { Verdict::from_u32_unchecked(verdict) };
     let packet = Skb::new(skb);
     let ifindex = packet.ifindex();
     let subject = Subject::new(SubjectKind::Interface, ifindex.into());
-    let (mut softened, mut is_marked) = (verdict, false);
+    let (mut exempted, mut is_marked) = (verdict, false);
     if Maps.may_be_exempt(subject.slot()) {
         let (granted, flags) = unpack(grant_for(subject.id, subject.kind, address, verdict as u32));
-        if granted as u32 != verdict as u32 && is_own_packet(skb, place, ifindex, address) {
-            (softened, is_marked) = (granted, flags & Grant::MARK != 0);
+        if granted as u32 != verdict as u32 && is_own_packet(skb, ip, ifindex, address) {
+            (exempted, is_marked) = (granted, flags & Grant::MARK != 0);
         }
     }
     set_mark(skb, u32::from(is_marked));
-    softened as u32
+    exempted as u32
 }
 
 /// Sets or clears the exemption mark. A separate function without branches, so that the verifier follows one path per call.
@@ -70,21 +70,21 @@ pub(crate) fn set_mark(skb: *mut __sk_buff, is_marked: u32) {
 #[inline(always)]
 pub(crate) fn at_node_egress(
     skb: *mut __sk_buff,
-    place: Place,
-    sender: Sender,
+    ip: IpOffset,
+    sender: SocketOwner,
     verdict: Verdict,
     address: &Address,
 ) -> Verdict {
-    let softened = find_at_node_egress(skb, place, sender.cookie, address, verdict as u32);
+    let exempted = find_at_node_egress(skb, ip, sender.cookie, address, verdict as u32);
     // SAFETY: the called function returns the number of a verdict.
-    unsafe { Verdict::from_u32_unchecked(softened) }.without_origin(&Skb::new(skb))
+    unsafe { Verdict::from_u32_unchecked(exempted) }.hide_bounds(&Skb::new(skb))
 }
 
 /// Takes and returns the number of a verdict. A separate function, because only packets to protected endpoints need it.
 #[inline(never)]
 fn find_at_node_egress(
     skb: *mut __sk_buff,
-    place: Place,
+    ip: IpOffset,
     cookie: u64,
     address: &Address,
     verdict: u32,
@@ -92,19 +92,19 @@ fn find_at_node_egress(
     // SAFETY: the caller passes the number of a verdict.
     let verdict = unsafe { Verdict::from_u32_unchecked(verdict) };
     if cookie != 0 {
-        let softened = apply(verdict, Subject::new(SubjectKind::Netns, cookie), address);
-        if softened as u32 != verdict as u32 {
-            return softened as u32;
+        let exempted = apply(verdict, Subject::new(SubjectKind::Netns, cookie), address);
+        if exempted as u32 != verdict as u32 {
+            return exempted as u32;
         }
     }
-    by_interface(skb, place, Skb::new(skb).ingress_ifindex(), verdict, address) as u32
+    by_interface(skb, ip, Skb::new(skb).ingress_ifindex(), verdict, address) as u32
 }
 
 /// Applies the grant of the ingress interface `ifindex`, or of the bridge with this index if the packet is marked.
 #[inline(always)]
 pub(crate) fn by_interface(
     skb: *mut __sk_buff,
-    place: Place,
+    ip: IpOffset,
     ifindex: u32,
     verdict: Verdict,
     address: &Address,
@@ -112,12 +112,12 @@ pub(crate) fn by_interface(
     if ifindex == 0 {
         return verdict;
     }
-    let softened = apply(verdict, Subject::new(SubjectKind::Interface, ifindex.into()), address);
-    if softened as u32 != verdict as u32 {
+    let exempted = apply(verdict, Subject::new(SubjectKind::Interface, ifindex.into()), address);
+    if exempted as u32 != verdict as u32 {
         // If `from_pod` is attached, that hook has compared the source with the pod's addresses, before any source NAT.
         // Otherwise compares them here, and accepts addresses of the node, which source NAT may have set.
-        let is_checked = has_from_pod(ifindex) || has_source(skb, place, ifindex, NODE);
-        return if is_checked { softened } else { verdict };
+        let is_checked = has_from_pod(ifindex) || has_source(skb, ip, ifindex, NODE);
+        return if is_checked { exempted } else { verdict };
     }
     if Skb::new(skb).mark() & maps::mark() == 0 {
         return verdict;
@@ -129,13 +129,13 @@ pub(crate) fn by_interface(
 ///
 /// A forwarded packet has no socket (`ip_rcv_core` and `ip6_rcv_core` orphan it).
 #[inline(always)]
-fn is_own_packet(skb: *mut __sk_buff, place: Place, ifindex: u32, address: &Address) -> bool {
+fn is_own_packet(skb: *mut __sk_buff, ip: IpOffset, ifindex: u32, address: &Address) -> bool {
     let is_of_socket = match netns::of_socket(skb) {
         SocketNetns::Cookie(cookie) => has_grant(cookie, address),
         SocketNetns::Unknown => true,
         SocketNetns::NoSocket => false,
     };
-    is_of_socket || has_source(skb, place, ifindex, ifindex)
+    is_of_socket || has_source(skb, ip, ifindex, ifindex)
 }
 
 /// Reports whether the network namespace with this cookie has a grant for the endpoint or for all endpoints.
@@ -162,8 +162,8 @@ const NODE: u32 = 0;
 /// Reports whether the packet's source address is registered for one of two interfaces. A separate function, so that the
 /// verifier checks it once.
 #[inline(never)]
-fn has_source(skb: *mut __sk_buff, place: Place, ifindex: u32, other: u32) -> bool {
-    let Some(address) = source(&Skb::new(skb), place) else { return false };
+fn has_source(skb: *mut __sk_buff, ip: IpOffset, ifindex: u32, other: u32) -> bool {
+    let Some(address) = source(&Skb::new(skb), ip) else { return false };
     let is_source_of = |ifindex: u32| {
         let subject = Subject::new(SubjectKind::Interface, ifindex.into());
         maps::is_exempt_source(&Exemption { address, subject })
@@ -178,7 +178,7 @@ fn grant_for(id: u64, kind: u64, address: &Address, verdict: u32) -> u32 {
     // SAFETY: the caller passes the number of a verdict.
     let verdict = unsafe { Verdict::from_u32_unchecked(verdict) };
     match find_grant(verdict, Subject { id, kind }, address, &Maps) {
-        Some(grant) => grant.soften(verdict) as u32 | grant.flags << FLAGS,
+        Some(grant) => grant.apply_exemption(verdict) as u32 | grant.flags << FLAGS,
         None => verdict as u32,
     }
 }

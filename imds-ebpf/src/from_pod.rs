@@ -1,36 +1,36 @@
 //! `from_pod` hook: gives a verdict on packets that the pod behind an interface sends or forwards.
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_UNSPEC};
-use imds_ebpf_common::{Examined, Hook, Place, Subject, SubjectKind, examine};
+use imds_ebpf_common::{EndpointMatch, Hook, IpOffset, Subject, SubjectKind, lookup_endpoint};
 
 use crate::{
-    edge::{Edge, Judged, conclude, conclude_probe},
+    edge::{Classified, TcProgram, finish, finish_probe},
     exempt, maps,
     packet::Skb,
     probe,
-    reject::Way,
+    reject::ReplyDirection,
 };
 
 /// Hook at TC ingress of the host-side interface of a pod.
 pub(crate) struct FromPod;
 
-impl Edge for FromPod {
+impl TcProgram for FromPod {
     #[inline(never)]
-    fn judge_header(skb: *mut __sk_buff, place: Place) -> i32 {
+    fn classify_header(skb: *mut __sk_buff, ip: IpOffset) -> i32 {
         let (packet, hook) = (Skb::new(skb), Hook::FromPod);
-        let Some(Examined { destination, verdict }) = examine(&packet, place, &maps::Maps) else {
+        let Some(EndpointMatch { destination, verdict }) = lookup_endpoint(&packet, ip, &maps::Maps) else {
             return TC_ACT_UNSPEC;
         };
         let pod = Subject::new(SubjectKind::Interface, packet.ifindex().into());
-        if let Some(probed) = probe::judge(pod, hook, verdict) {
+        if let Some(probed) = probe::classify(pod, hook, verdict) {
             exempt::set_mark(skb, u32::from(probed.is_marked));
-            return conclude_probe(probed.verdict);
+            return finish_probe(probed.verdict);
         }
-        let verdict = exempt::at_from_pod(skb, place, verdict, &destination);
+        let verdict = exempt::at_from_pod(skb, ip, verdict, &destination);
         let counter = maps::count(packet.ifindex(), hook, verdict, packet.len());
         // At this hook each interface is one source, so its counter also contains the rate limiter.
         // SAFETY: the map owns the counter, and does not free it while the program that looked it up runs.
-        let window = counter.map(|counter| unsafe { &raw mut (*counter).window });
-        conclude(&Judged { skb, place, hook, verdict }, window, Way::Out)
+        let limiter = counter.map(|counter| unsafe { &raw mut (*counter).limiter });
+        finish(&Classified { skb, ip, hook, verdict }, limiter, ReplyDirection::Egress)
     }
 }

@@ -5,8 +5,8 @@
 
 use aya_ebpf::{bindings::__sk_buff, helpers::generated::bpf_skb_cgroup_id, programs::SkBuffContext};
 use imds_ebpf_common::{
-    CounterKey, Examined, Frame, Hook, Subject, SubjectKind, Verdict, event::Source, examine, find_header,
-    is_plainly_foreign,
+    CounterKey, EndpointMatch, Hook, LinkLayer, Subject, SubjectKind, Verdict, event::RateLimitKey,
+    find_header, is_unrelated_fast, lookup_endpoint,
 };
 
 use crate::{
@@ -15,36 +15,36 @@ use crate::{
     packet::Skb,
 };
 
-/// Returns the verdict on a packet. The slow path is a separate function, see [`edge::judge`](crate::edge::judge).
+/// Returns the verdict on a packet. The slow path is a separate function, see [`edge::classify`](crate::edge::judge).
 #[inline(always)]
-pub(crate) fn judge(ctx: &SkBuffContext) -> Verdict {
+pub(crate) fn classify(ctx: &SkBuffContext) -> Verdict {
     let skb = ctx.skb.skb;
-    if is_plainly_foreign(&Skb::new(skb), Frame::Ip, &maps::Maps) {
-        return Verdict::Foreign;
+    if is_unrelated_fast(&Skb::new(skb), LinkLayer::None, &maps::Maps) {
+        return Verdict::Unrelated;
     }
-    Verdict::from_u32(judge_thoroughly(skb))
+    Verdict::from_u32(classify_slow(skb))
 }
 
 #[inline(never)]
-fn judge_thoroughly(skb: *mut __sk_buff) -> u32 {
+fn classify_slow(skb: *mut __sk_buff) -> u32 {
     let (packet, hook) = (Skb::new(skb), Hook::HostNetwork);
-    let Some(place) = find_header(&packet, Frame::Ip) else { return Verdict::Foreign as u32 };
-    let place = place.without_origin(&packet);
-    let Some(Examined { verdict, destination }) = examine(&packet, place, &maps::Maps) else {
-        return Verdict::Foreign as u32;
+    let Some(ip) = find_header(&packet, LinkLayer::None) else { return Verdict::Unrelated as u32 };
+    let ip = ip.hide_bounds(&packet);
+    let Some(EndpointMatch { verdict, destination }) = lookup_endpoint(&packet, ip, &maps::Maps) else {
+        return Verdict::Unrelated as u32;
     };
     if !is_of_node(skb) {
-        return Verdict::Foreign as u32;
+        return Verdict::Unrelated as u32;
     }
     // SAFETY: the helper takes the context of a `cgroup_skb` program.
     let id = unsafe { bpf_skb_cgroup_id(skb) };
     let verdict = exempt::apply(verdict, Subject::new(SubjectKind::Cgroup, id), &destination);
-    let verdict = verdict.without_origin(&packet);
-    let _uncounted = maps::count(CounterKey::DEPARTED, hook, verdict, packet.len());
-    match events::window(&Source { id, hook: hook as u64 }) {
+    let verdict = verdict.hide_bounds(&packet);
+    let _uncounted = maps::count(CounterKey::DELETED, hook, verdict, packet.len());
+    match events::limiter(&RateLimitKey { id, hook: hook as u64 }) {
         // SAFETY: the window belongs to this CPU, and the map does not free it while the program that looked it up runs.
-        Some(window) => events::packet(skb, place, hook, verdict, unsafe { &mut *window }),
-        None => diagnostics::unaccounted(hook as u32),
+        Some(limiter) => events::packet(skb, ip, hook, verdict, unsafe { &mut *limiter }),
+        None => diagnostics::warn_map_full(hook as u32),
     }
     verdict as u32
 }

@@ -30,7 +30,7 @@ use aya_ebpf::{
     macros::{cgroup_skb, cgroup_sock_addr, classifier},
     programs::{SkBuffContext, SockAddrContext, TcContext},
 };
-use imds_ebpf_common::{Frame, Hook, Verdict};
+use imds_ebpf_common::{Hook, LinkLayer, Verdict};
 
 use crate::{from_pod::FromPod, node_egress::NodeEgress};
 
@@ -38,98 +38,98 @@ use crate::{from_pod::FromPod, node_egress::NodeEgress};
 #[classifier]
 #[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_from_pod(ctx: TcContext) -> i32 {
-    edge::judge::<FromPod>(&ctx, Frame::Ethernet)
+    edge::classify::<FromPod>(&ctx, LinkLayer::Ethernet)
 }
 
 /// Variant of [`imds_from_pod`] for interfaces without a link layer. The kernel truncates names to 15 characters.
 #[classifier]
 #[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_from_podl3(ctx: TcContext) -> i32 {
-    edge::judge::<FromPod>(&ctx, Frame::Ip)
+    edge::classify::<FromPod>(&ctx, LinkLayer::None)
 }
 
 /// `node_egress`: TC egress of an interface of the node.
 #[classifier]
 #[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_egress(ctx: TcContext) -> i32 {
-    edge::judge::<NodeEgress>(&ctx, Frame::Ethernet)
+    edge::classify::<NodeEgress>(&ctx, LinkLayer::Ethernet)
 }
 
 /// Variant of [`imds_egress`] for interfaces without a link layer.
 #[classifier]
 #[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_egress_l3(ctx: TcContext) -> i32 {
-    edge::judge::<NodeEgress>(&ctx, Frame::Ip)
+    edge::classify::<NodeEgress>(&ctx, LinkLayer::None)
 }
 
 /// `socket`: connect(2) on an IPv4 socket.
 #[cgroup_sock_addr(connect4)]
 #[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_connect4(ctx: SockAddrContext) -> i32 {
-    permission(socket::judge_v4(&ctx, Hook::Socket))
+    permission(socket::classify_v4(&ctx, Hook::Socket))
 }
 
 /// `socket`: connect(2) on an IPv6 socket.
 #[cgroup_sock_addr(connect6)]
 #[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_connect6(ctx: SockAddrContext) -> i32 {
-    permission(socket::judge_v6(&ctx, Hook::Socket))
+    permission(socket::classify_v6(&ctx, Hook::Socket))
 }
 
 /// `socket`: sendmsg(2), sendto(2) and sendmmsg(2) on an unconnected IPv4 UDP socket.
 #[cgroup_sock_addr(sendmsg4)]
 #[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_sendmsg4(ctx: SockAddrContext) -> i32 {
-    permission(socket::judge_v4(&ctx, Hook::Socket))
+    permission(socket::classify_v4(&ctx, Hook::Socket))
 }
 
 /// `socket`: sendmsg(2), sendto(2) and sendmmsg(2) on an unconnected IPv6 UDP socket.
 #[cgroup_sock_addr(sendmsg6)]
 #[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_sendmsg6(ctx: SockAddrContext) -> i32 {
-    permission(socket::judge_v6(&ctx, Hook::Socket))
+    permission(socket::classify_v6(&ctx, Hook::Socket))
 }
 
 /// `host_network`: connect(2) on an IPv4 socket of a hostNetwork pod.
 #[cgroup_sock_addr(connect4)]
 #[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_host_conn4(ctx: SockAddrContext) -> i32 {
-    permission(socket::judge_v4(&ctx, Hook::HostNetwork))
+    permission(socket::classify_v4(&ctx, Hook::HostNetwork))
 }
 
 /// `host_network`: connect(2) on an IPv6 socket of a hostNetwork pod.
 #[cgroup_sock_addr(connect6)]
 #[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_host_conn6(ctx: SockAddrContext) -> i32 {
-    permission(socket::judge_v6(&ctx, Hook::HostNetwork))
+    permission(socket::classify_v6(&ctx, Hook::HostNetwork))
 }
 
 /// `host_network`: sendmsg(2), sendto(2) and sendmmsg(2) on an unconnected IPv4 UDP socket of a hostNetwork pod.
 #[cgroup_sock_addr(sendmsg4)]
 #[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_host_send4(ctx: SockAddrContext) -> i32 {
-    permission(socket::judge_v4(&ctx, Hook::HostNetwork))
+    permission(socket::classify_v4(&ctx, Hook::HostNetwork))
 }
 
 /// `host_network`: sendmsg(2), sendto(2) and sendmmsg(2) on an unconnected IPv6 UDP socket of a hostNetwork pod.
 #[cgroup_sock_addr(sendmsg6)]
 #[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_host_send6(ctx: SockAddrContext) -> i32 {
-    permission(socket::judge_v6(&ctx, Hook::HostNetwork))
+    permission(socket::classify_v6(&ctx, Hook::HostNetwork))
 }
 
 /// `host_network`: IP packets that sockets of hostNetwork pods send.
 #[cgroup_skb(egress)]
 #[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_host_out(ctx: SkBuffContext) -> i32 {
-    permission(host::judge(&ctx))
+    permission(host::classify(&ctx))
 }
 
 /// `local_service`: IP packets that sockets of the node receive.
 #[cgroup_skb(ingress)]
 #[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_local_in(ctx: SkBuffContext) -> i32 {
-    permission(local_service::judge(&ctx))
+    permission(local_service::classify(&ctx))
 }
 
 /// Returns the result of a cgroup program: 1 lets the call or packet pass, 0 denies it with `EPERM` or the error that the
@@ -138,7 +138,7 @@ fn imds_local_in(ctx: SkBuffContext) -> i32 {
 const fn permission(verdict: Verdict) -> i32 {
     match verdict {
         Verdict::Deny => 0,
-        Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept | Verdict::Exempt => 1,
+        Verdict::Unrelated | Verdict::Audit | Verdict::Allow | Verdict::Allowed | Verdict::Exempt => 1,
     }
 }
 

@@ -8,14 +8,14 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use imds_ebpf_common::{
-    Address, CgroupRecord, ConfigRecord, Counter, CounterKey, DenyAction, Endpoint, Exemption, Filter, Grant,
-    Hook, InterfaceRecord, KubernetesRecord, Mode, PodRecord, Policy, ProbeRecord, ProviderRecord, Subject,
-    Tables, Verdict,
-    endpoint::{Keep, MAX_ENDPOINTS},
-    event::Window,
+    Address, CgroupRecord, ConfigRecord, Counter, CounterKey, DenyAction, Endpoint, Exemption, Grant, Hook,
+    InterfaceRecord, KubernetesRecord, Mode, PodRecord, Policy, PolicyLookup, PolicyTable, ProbeRecord,
+    ProviderRecord, Subject, Verdict,
+    endpoint::{AllowedPorts, MAX_ENDPOINTS},
+    event::RateLimiter,
+    event_log::{DENIALS, DenialKey, DenialRecord, RECENT, RecentEvent},
     exemption::MAX_EXEMPTIONS,
-    filter::{CHAINS, MAX_CHAIN, chain},
-    ledger::{DENIALS, DenialKey, DenialRecord, RECENT, RecentEvent},
+    filter::{BUCKETS, MAX_BUCKET_LEN, bucket},
     opaque::{opaque, opaque_pointer},
 };
 
@@ -67,7 +67,7 @@ static RECENT_EVENTS: Array<RecentEvent, RECENT> = Array::new();
 
 /// For user space only. The object defines the map so that it has BTF and a pin.
 #[btf_map(name = "imds_recent_at")]
-static RECENT_HEAD: Array<u64, 2> = Array::new();
+static RECENT_IDX: Array<u64, 2> = Array::new();
 
 /// For user space only. The object defines the map so that it has BTF and a pin.
 #[btf_map(name = "imds_denials")]
@@ -80,7 +80,7 @@ static EXEMPTIONS: HashMap<Exemption, Grant, MAX_EXEMPTIONS, { BPF_F_NO_PREALLOC
 /// The policy, written only by user space. No other variable may be in its section: the size of the section's map must be
 /// the size of the filter.
 #[unsafe(no_mangle)]
-static mut IMDS_FILTER: Filter = Filter::EMPTY;
+static mut IMDS_FILTER: PolicyTable = PolicyTable::EMPTY;
 
 /// Source addresses of exempt pods, by the host-side interface of the pod. The node's own addresses have the interface 0.
 #[btf_map(name = "imds_exempt_src")]
@@ -100,17 +100,17 @@ static PROBING: Array<u32, 1> = Array::new();
 /// Policy lookup in the maps of this object.
 pub(crate) struct Maps;
 
-impl Tables for Maps {
+impl PolicyLookup for Maps {
     #[inline(always)]
     fn may_guard(&self, slot: u16) -> bool {
         has_bit(0, slot)
     }
 
     #[inline(always)]
-    fn keep(&self, slot: u16, address: &Address) -> Option<&Keep> {
-        let keep = find_keep(chain(slot) as u64, address);
+    fn allowed_ports(&self, slot: u16, address: &Address) -> Option<&AllowedPorts> {
+        let allowed_ports = find_allowed_ports(bucket(slot) as u64, address);
         // SAFETY: the pointer is null or points into a variable of this object.
-        unsafe { keep.as_ref() }
+        unsafe { allowed_ports.as_ref() }
     }
 
     /// Returns [`Mode::Enforce`] if the policy can't be read.
@@ -121,7 +121,7 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn may_be_exempt(&self, slot: u16) -> bool {
-        has_bit(offset_of!(Filter, subjects), slot)
+        has_bit(offset_of!(PolicyTable, subjects), slot)
     }
 
     #[inline(always)]
@@ -138,23 +138,23 @@ impl Tables for Maps {
 /// which all programs have stopped reading that one.
 #[inline(never)]
 #[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits on BPF")]
-fn find_keep(chain: u64, address: &Address) -> *const Keep {
+fn find_allowed_ports(bucket: u64, address: &Address) -> *const AllowedPorts {
     // Opaque, because the compiler would use the initial value: no code in this object writes the variable.
     let filter = opaque_pointer(&raw const IMDS_FILTER);
     // SAFETY: the pointer to a static is always valid, and user space does not write the effective table.
     let filter = unsafe { &*filter };
     let table = &filter.tables[filter.current as usize & 1];
     // Verifiers before Linux 6.10 do not track bounds through the XOR that computes the chain, so the remainder is needed.
-    let mut number = u64::from(table.heads[opaque(chain) as usize % CHAINS]);
-    for _ in 0..MAX_CHAIN {
+    let mut number = u64::from(table.heads[opaque(bucket) as usize % BUCKETS]);
+    for _ in 0..MAX_BUCKET_LEN {
         if number == 0 {
             return ptr::null();
         }
-        let row = &table.rows[opaque(number - 1) as usize % MAX_ENDPOINTS];
-        if row.address.halves() == address.halves() {
-            return &raw const row.keep;
+        let entry = &table.entries[opaque(number - 1) as usize % MAX_ENDPOINTS];
+        if entry.address.halves() == address.halves() {
+            return &raw const entry.allowed_ports;
         }
-        number = row.next;
+        number = entry.next;
     }
     ptr::null()
 }
@@ -162,7 +162,7 @@ fn find_keep(chain: u64, address: &Address) -> *const Keep {
 /// Reports whether the bit of a slot is set in the bitmap at byte `offset` of the filter.
 #[inline(always)]
 fn has_bit(offset: usize, slot: u16) -> bool {
-    let (byte, bit) = Filter::position(slot);
+    let (byte, bit) = PolicyTable::position(slot);
     let byte = (&raw const IMDS_FILTER).cast::<u8>().wrapping_add(offset + byte);
     // SAFETY: every 16-bit slot of the bitmap is within the filter. The read is volatile, because user space writes the byte.
     let byte = unsafe { byte.read_volatile() };
@@ -238,7 +238,7 @@ pub(crate) fn on_deny() -> DenyAction {
 /// verdict never depends on it.
 #[inline(always)]
 pub(crate) fn count(ifindex: u32, hook: Hook, verdict: Verdict, bytes: u32) -> Option<*mut Counter> {
-    let counter = count_judged(ifindex, hook as u32, verdict as u32, bytes);
+    let counter = count_classified(ifindex, hook as u32, verdict as u32, bytes);
     (!counter.is_null()).then_some(counter)
 }
 
@@ -246,7 +246,7 @@ pub(crate) fn count(ifindex: u32, hook: Hook, verdict: Verdict, bytes: u32) -> O
 /// existing counters.
 #[inline(never)]
 #[expect(clippy::cast_possible_truncation, reason = "hooks and verdicts are small numbers")]
-fn count_judged(ifindex: u32, hook: u32, verdict: u32, bytes: u32) -> *mut Counter {
+fn count_classified(ifindex: u32, hook: u32, verdict: u32, bytes: u32) -> *mut Counter {
     let key = CounterKey { ifindex, hook: hook as u8, verdict: verdict as u8, reserved: 0 };
     let Some(counter) = COUNTS.get_ptr_mut(key).or_else(|| first_counter(&key)) else {
         return ptr::null_mut();
@@ -262,9 +262,9 @@ fn count_judged(ifindex: u32, hook: u32, verdict: u32, bytes: u32) -> *mut Count
 /// Creates the counter of a key for its first packet. User space has usually created it when attaching to the interface.
 #[inline(always)]
 fn first_counter(key: &CounterKey) -> Option<*mut Counter> {
-    let window = Window::new();
+    let limiter = RateLimiter::new();
     // If another CPU has inserted the key in the meantime, this writes only this CPU's value (bpf_percpu_hash_update).
     let _full =
-        COUNTS.insert(key, Counter { packets: opaque(0), bytes: opaque(0), window }, u64::from(BPF_ANY));
+        COUNTS.insert(key, Counter { packets: opaque(0), bytes: opaque(0), limiter }, u64::from(BPF_ANY));
     COUNTS.get_ptr_mut(key)
 }

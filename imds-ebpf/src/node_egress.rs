@@ -1,37 +1,40 @@
 //! `node_egress` hook: gives a verdict on packets that the node forwards for pods, and lets the node's own packets pass.
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_UNSPEC};
-use imds_ebpf_common::{Examined, Hook, Place, Subject, SubjectKind, Verdict, event::Source, examine};
+use imds_ebpf_common::{
+    EndpointMatch, Hook, IpOffset, Subject, SubjectKind, Verdict, event::RateLimitKey, lookup_endpoint,
+};
 
 use crate::{
-    edge::{Edge, Judged, conclude, conclude_probe},
+    edge::{Classified, TcProgram, finish, finish_probe},
     events, exempt, maps,
     packet::Skb,
     probe::{self, Probed},
-    reject::Way,
-    sender::{self, Sender},
+    reject::ReplyDirection,
+    sender::{self, SocketOwner},
 };
 
 /// Hook at TC egress of the node's interfaces.
 pub(crate) struct NodeEgress;
 
-impl Edge for NodeEgress {
+impl TcProgram for NodeEgress {
     #[inline(never)]
-    fn judge_header(skb: *mut __sk_buff, place: Place) -> i32 {
+    fn classify_header(skb: *mut __sk_buff, ip: IpOffset) -> i32 {
         let (packet, hook) = (Skb::new(skb), Hook::NodeEgress);
-        let Some(Examined { destination, verdict }) = examine(&packet, place, &maps::Maps) else {
+        let Some(EndpointMatch { destination, verdict }) = lookup_endpoint(&packet, ip, &maps::Maps) else {
             return TC_ACT_UNSPEC;
         };
         let Some(sender) = sender::of(skb) else { return pass_marked(skb) };
-        if let Some(probed) = judge_probe(&packet, sender, verdict) {
+        if let Some(probed) = classify_probe(&packet, sender, verdict) {
             exempt::set_mark(skb, 1);
-            return conclude_probe(probed.verdict);
+            return finish_probe(probed.verdict);
         }
-        let verdict = exempt::at_node_egress(skb, place, sender, verdict, &destination);
+        let verdict = exempt::at_node_egress(skb, ip, sender, verdict, &destination);
         exempt::set_mark(skb, 1);
         let _uncounted = maps::count(packet.ifindex(), hook, verdict, packet.len());
-        let window = events::window(&Source { id: u64::from(packet.ingress_ifindex()), hook: hook as u64 });
-        conclude(&Judged { skb, place, hook, verdict }, window, Way::In)
+        let limiter =
+            events::limiter(&RateLimitKey { id: u64::from(packet.ingress_ifindex()), hook: hook as u64 });
+        finish(&Classified { skb, ip, hook, verdict }, limiter, ReplyDirection::Ingress)
     }
 }
 
@@ -44,7 +47,7 @@ fn pass_marked(skb: *mut __sk_buff) -> i32 {
 
 /// Counts a packet if its sender is a test sender, and returns the verdict. Identifies the sender like any other.
 #[inline(always)]
-fn judge_probe(packet: &Skb, sender: Sender, verdict: Verdict) -> Option<Probed> {
+fn classify_probe(packet: &Skb, sender: SocketOwner, verdict: Verdict) -> Option<Probed> {
     if !maps::has_probes() {
         return None;
     }

@@ -3,7 +3,7 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::{bindings::__sk_buff, helpers::bpf_skb_load_bytes};
-use imds_ebpf_common::{Packet, Place, Service, opaque::opaque_xor, service};
+use imds_ebpf_common::{IpOffset, Packet, Service, opaque::opaque_xor, service};
 
 /// A socket buffer at a TC or `cgroup_skb` hook.
 pub(crate) struct Skb {
@@ -157,15 +157,15 @@ impl Packet for Skb {
     /// bounds.
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits on BPF")]
-    fn forget_origin(&self, offset: usize) -> usize {
+    fn verifier_opaque(&self, offset: usize) -> usize {
         let unknown = self.len() as usize;
         opaque_xor(offset as u64, unknown as u64) as usize ^ unknown
     }
 
     /// Reads the service in a separate function, so that the verifier checks that once for all header positions.
     #[inline(always)]
-    fn service(&self, place: Place) -> Option<Service> {
-        Some(Service::from_number(service_number(self.skb, place)))
+    fn service(&self, ip: IpOffset) -> Option<Service> {
+        Some(Service::from_number(service_number(self.skb, ip)))
     }
 
     #[inline(always)]
@@ -176,6 +176,6 @@ impl Packet for Skb {
 
 /// Returns the [number](Service::number) of the packet's service, or that of [`Service::NONE`] if it can't be found.
 #[inline(never)]
-fn service_number(skb: *mut __sk_buff, place: Place) -> u32 {
-    service(&Skb::new(skb), place).unwrap_or(Service::NONE).number()
+fn service_number(skb: *mut __sk_buff, ip: IpOffset) -> u32 {
+    service(&Skb::new(skb), ip).unwrap_or(Service::NONE).number()
 }

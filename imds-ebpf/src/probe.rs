@@ -18,7 +18,7 @@ pub(crate) struct Probed {
 
 /// Counts a packet or call with this `verdict` if the sender is a probe. Returns `None` for all other senders.
 #[inline(always)]
-pub(crate) fn judge(subject: Subject, hook: Hook, verdict: Verdict) -> Option<Probed> {
+pub(crate) fn classify(subject: Subject, hook: Hook, verdict: Verdict) -> Option<Probed> {
     if !maps::has_probes() {
         return None;
     }

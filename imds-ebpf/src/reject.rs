@@ -9,7 +9,7 @@ use aya_ebpf::{
     },
 };
 use imds_ebpf_common::{
-    Packet as _, Place,
+    IpOffset, Packet as _,
     endpoint::TCP,
     reply::{self, ICMP, ICMP_V6, Kind, Sum, WORD, Words},
 };
@@ -18,23 +18,23 @@ use crate::packet::Skb;
 
 /// Direction in which the reply is sent.
 #[derive(Clone, Copy)]
-pub(crate) enum Way {
+pub(crate) enum ReplyDirection {
     /// Egress of the interface on which the packet was received.
-    Out,
+    Egress,
     /// Ingress of the interface on which the packet would leave, like a reply of the endpoint, so that NAT translates it back.
-    In,
+    Ingress,
 }
 
 /// Turns the packet into a reply and sends it. Returns the TC action. Drops the packet if no reply is possible or allowed.
 #[inline(always)]
-pub(crate) fn answer(skb: *mut __sk_buff, place: Place, way: Way) -> i32 {
+pub(crate) fn answer(skb: *mut __sk_buff, ip: IpOffset, direction: ReplyDirection) -> i32 {
     // Without a link layer the packet starts with the IP header.
-    if !make(skb, place) || (place.offset() != 0 && swap_macs(skb).is_none()) {
+    if !make(skb, ip) || (ip.offset() != 0 && swap_macs(skb).is_none()) {
         return TC_ACT_SHOT;
     }
-    let flags = match way {
-        Way::Out => 0,
-        Way::In => {
+    let flags = match direction {
+        ReplyDirection::Egress => 0,
+        ReplyDirection::Ingress => {
             // A real reply has no mark when it is received. Routing and NAT rules of the node may match marks.
             // SAFETY: the kernel passes a valid context, and the verifier checks the access.
             unsafe { (*skb).mark = 0 };
@@ -51,25 +51,25 @@ pub(crate) fn answer(skb: *mut __sk_buff, place: Place, way: Way) -> i32 {
 /// Turns the packet into the reply, except for the link-layer header. A separate function, so that it has its own stack frame
 /// and the verifier checks it once.
 #[inline(never)]
-fn make(skb: *mut __sk_buff, place: Place) -> bool {
-    match reply::kind(&Skb::new(skb), place) {
-        Some(Kind::Reset) => make_reset(skb, place).is_some(),
-        Some(Kind::Prohibited) => make_prohibited(skb, place).is_some(),
+fn make(skb: *mut __sk_buff, ip: IpOffset) -> bool {
+    match reply::kind(&Skb::new(skb), ip) {
+        Some(Kind::Reset) => make_reset(skb, ip).is_some(),
+        Some(Kind::Prohibited) => make_prohibited(skb, ip).is_some(),
         None => false,
     }
 }
 
 #[inline(always)]
-fn make_reset(skb: *mut __sk_buff, place: Place) -> Option<()> {
+fn make_reset(skb: *mut __sk_buff, ip: IpOffset) -> Option<()> {
     let packet = Skb::new(skb);
-    let at = behind_header(skb, place);
+    let at = behind_header(skb, ip);
     let mut tcp = MaybeUninit::uninit();
     let tcp: &mut Words<{ reply::TCP_WORDS }> = packet.fetch_to(at, &mut tcp)?;
-    let addresses = swap_addresses(skb, place)?;
-    let length = payload_len(&packet, place)?;
+    let addresses = swap_addresses(skb, ip)?;
+    let length = payload_len(&packet, ip)?;
     let pseudo = reply::reset(tcp, length, addresses)?;
     store(skb, at, tcp)?;
-    put_head(skb, place, TCP, size_of_val(tcp), addresses)?;
+    put_head(skb, ip, TCP, size_of_val(tcp), addresses)?;
     resize(skb, at + size_of_val(tcp))?;
 
     // If the sender leaves its checksum to the network device (CHECKSUM_PARTIAL), the device also completes the checksum of the
@@ -84,48 +84,48 @@ fn make_reset(skb: *mut __sk_buff, place: Place) -> Option<()> {
 }
 
 #[inline(always)]
-fn make_prohibited(skb: *mut __sk_buff, place: Place) -> Option<()> {
-    let (length, quote) = if place.is_v6() {
-        put_quote::<{ reply::QUOTE_V6 }>(skb, place)?
-    } else if Skb::new(skb).fetch(place.offset())? == [0x45] {
-        put_quote::<{ reply::QUOTE_V4 }>(skb, place)?
+fn make_prohibited(skb: *mut __sk_buff, ip: IpOffset) -> Option<()> {
+    let (length, quote) = if ip.is_v6() {
+        put_quote::<{ reply::QUOTE_V6 }>(skb, ip)?
+    } else if Skb::new(skb).fetch(ip.offset())? == [0x45] {
+        put_quote::<{ reply::QUOTE_V4 }>(skb, ip)?
     } else {
         // The header has options: quotes as many words as the largest header needs.
-        put_quote::<{ reply::QUOTE_V4_OPTIONS }>(skb, place)?
+        put_quote::<{ reply::QUOTE_V4_OPTIONS }>(skb, ip)?
     };
-    let length = Skb::new(skb).forget_origin(reply::ICMP_WORDS * WORD + length);
-    let addresses = swap_addresses(skb, place)?;
-    let (protocol, header) = if place.is_v6() {
+    let length = Skb::new(skb).verifier_opaque(reply::ICMP_WORDS * WORD + length);
+    let addresses = swap_addresses(skb, ip)?;
+    let (protocol, header) = if ip.is_v6() {
         (ICMP_V6, reply::prohibited_v6(quote, length, addresses))
     } else {
         (ICMP, reply::prohibited_v4(quote))
     };
-    put_head(skb, place, protocol, length, addresses)?;
-    store(skb, behind_header(skb, place), &header)
+    put_head(skb, ip, protocol, length, addresses)?;
+    store(skb, behind_header(skb, ip), &header)
 }
 
 /// Returns the length of the IP payload in bytes, according to the IP header.
 #[inline(always)]
-fn payload_len(packet: &Skb, place: Place) -> Option<u32> {
-    let (at, header) = if place.is_v6() { (4, 0) } else { (2, 20) };
-    let length = u16::from_be_bytes(packet.fetch(place.offset() + at)?);
+fn payload_len(packet: &Skb, ip: IpOffset) -> Option<u32> {
+    let (at, header) = if ip.is_v6() { (4, 0) } else { (2, 20) };
+    let length = u16::from_be_bytes(packet.fetch(ip.offset() + at)?);
     Some(u32::from(length).saturating_sub(header))
 }
 
 /// Returns the offset of the IP payload of the reply.
 #[inline(always)]
-fn behind_header(skb: *mut __sk_buff, place: Place) -> usize {
-    let length = if place.is_v6() { 40 } else { 20 };
-    Skb::new(skb).forget_origin(place.offset() + length)
+fn behind_header(skb: *mut __sk_buff, ip: IpOffset) -> usize {
+    let length = if ip.is_v6() { 40 } else { 20 };
+    Skb::new(skb).verifier_opaque(ip.offset() + length)
 }
 
 /// Truncates the IP packet to its first `N` words, and moves them back to make room for IP and ICMP header before them.
 /// Returns the number of quoted bytes, and their sum.
 #[inline(always)]
-fn put_quote<const N: usize>(skb: *mut __sk_buff, place: Place) -> Option<(usize, Sum)> {
+fn put_quote<const N: usize>(skb: *mut __sk_buff, ip: IpOffset) -> Option<(usize, Sum)> {
     let mut quote = MaybeUninit::uninit();
-    let quote: &mut Words<N> = Skb::new(skb).fetch_to(place.offset(), &mut quote)?;
-    let at = behind_header(skb, place) + reply::ICMP_WORDS * WORD;
+    let quote: &mut Words<N> = Skb::new(skb).fetch_to(ip.offset(), &mut quote)?;
+    let at = behind_header(skb, ip) + reply::ICMP_WORDS * WORD;
     resize(skb, at + size_of_val(quote))?;
     store(skb, at, quote)?;
     Some((size_of_val(quote), sum(quote)))
@@ -141,21 +141,21 @@ fn sum<const N: usize>(words: &mut Words<N>) -> Sum {
 
 /// Writes the IP header up to its addresses.
 #[inline(always)]
-fn put_head(skb: *mut __sk_buff, place: Place, protocol: u8, length: usize, addresses: Sum) -> Option<()> {
-    if place.is_v6() {
-        store(skb, place.offset(), &reply::ipv6_head(protocol, length))
+fn put_head(skb: *mut __sk_buff, ip: IpOffset, protocol: u8, length: usize, addresses: Sum) -> Option<()> {
+    if ip.is_v6() {
+        store(skb, ip.offset(), &reply::ipv6_head(protocol, length))
     } else {
-        store(skb, place.offset(), &reply::ipv4_head(protocol, length, addresses))
+        store(skb, ip.offset(), &reply::ipv4_head(protocol, length, addresses))
     }
 }
 
 /// Swaps source and destination address. Returns the sum of both addresses.
 #[inline(always)]
-fn swap_addresses(skb: *mut __sk_buff, place: Place) -> Option<Sum> {
-    if place.is_v6() {
-        swap::<{ 2 * 4 }>(skb, place.offset() + reply::ADDRESSES_V6 * WORD)
+fn swap_addresses(skb: *mut __sk_buff, ip: IpOffset) -> Option<Sum> {
+    if ip.is_v6() {
+        swap::<{ 2 * 4 }>(skb, ip.offset() + reply::ADDRESSES_V6 * WORD)
     } else {
-        swap::<2>(skb, place.offset() + reply::ADDRESSES_V4 * WORD)
+        swap::<2>(skb, ip.offset() + reply::ADDRESSES_V4 * WORD)
     }
 }
 

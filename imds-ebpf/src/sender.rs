@@ -11,7 +11,7 @@ use crate::{
 
 /// Sender that is not the node.
 #[derive(Clone, Copy)]
-pub(crate) struct Sender {
+pub(crate) struct SocketOwner {
     /// Cookie of the network namespace of the packet's socket; 0 if the packet has no socket, or before Linux 6.13.
     pub(crate) cookie: u64,
 }
@@ -23,18 +23,18 @@ pub(crate) struct Sender {
 /// the mark for devices that change them.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits on BPF")]
-pub(crate) fn of(skb: *mut __sk_buff) -> Option<Sender> {
+pub(crate) fn of(skb: *mut __sk_buff) -> Option<SocketOwner> {
     let cookie = cookie(skb);
     if cookie == NODE {
         return None;
     }
-    Some(Sender { cookie: Skb::new(skb).forget_origin(cookie as usize) as u64 })
+    Some(SocketOwner { cookie: Skb::new(skb).verifier_opaque(cookie as usize) as u64 })
 }
 
 /// Result of [`cookie`] for packets of the node. No namespace has this cookie, because the kernel numbers cookies from 1.
 const NODE: u64 = u64::MAX;
 
-/// Returns [`Sender::cookie`], or [`NODE`]. A separate function, so that the verifier checks it once for all verdicts.
+/// Returns [`SocketOwner::cookie`], or [`NODE`]. A separate function, so that the verifier checks it once for all verdicts.
 #[inline(never)]
 fn cookie(skb: *mut __sk_buff) -> u64 {
     match netns::of_socket(skb) {

@@ -9,8 +9,8 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use imds_ebpf_common::{
-    Address, CounterKey, Flow, Hook, Service, Subject, SubjectKind, Verdict, event::Source, judge_address,
-    opaque::opaque_xor,
+    Address, CounterKey, Flow, Hook, Service, Subject, SubjectKind, Verdict, classify_address,
+    event::RateLimitKey, opaque::opaque_xor,
 };
 
 use crate::{diagnostics, events, exempt, maps, netns, probe};
@@ -21,37 +21,37 @@ use crate::{diagnostics, events, exempt, maps, netns, probe};
 static HAS_SET_RETVAL: Global<u8> = Global::new(0);
 
 #[inline(always)]
-pub(crate) fn judge_v4(ctx: &SockAddrContext, hook: Hook) -> Verdict {
+pub(crate) fn classify_v4(ctx: &SockAddrContext, hook: Hook) -> Verdict {
     // SAFETY: the kernel passes a valid context, and the verifier checks the access.
     let destination = unsafe { (*ctx.sock_addr).user_ip4 };
-    judge(ctx, hook, Address::from_ipv4(destination.to_ne_bytes()))
+    classify(ctx, hook, Address::from_ipv4(destination.to_ne_bytes()))
 }
 
 #[inline(always)]
-pub(crate) fn judge_v6(ctx: &SockAddrContext, hook: Hook) -> Verdict {
+pub(crate) fn classify_v6(ctx: &SockAddrContext, hook: Hook) -> Verdict {
     // SAFETY: the kernel passes a valid context, and the verifier checks the access.
     let words = unsafe { (*ctx.sock_addr).user_ip6 };
     let mut destination = [0; 16];
     for (bytes, word) in destination.chunks_exact_mut(4).zip(words) {
         bytes.copy_from_slice(&word.to_ne_bytes());
     }
-    judge(ctx, hook, Address::from_ipv6(destination))
+    classify(ctx, hook, Address::from_ipv6(destination))
 }
 
-/// Returns the verdict on a call: [`Verdict::Foreign`] if another hook covers the socket's network namespace.
+/// Returns the verdict on a call: [`Verdict::Unrelated`] if another hook covers the socket's network namespace.
 #[inline(always)]
-fn judge(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict {
+fn classify(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict {
     let service = service(ctx.sock_addr);
-    let verdict = judge_address(destination, Some(service), &maps::Maps);
+    let verdict = classify_address(destination, Some(service), &maps::Maps);
     match verdict {
-        Verdict::Foreign => return verdict,
-        Verdict::Deny | Verdict::Audit | Verdict::Allow | Verdict::Kept | Verdict::Exempt => {}
+        Verdict::Unrelated => return verdict,
+        Verdict::Deny | Verdict::Audit | Verdict::Allow | Verdict::Allowed | Verdict::Exempt => {}
     }
     // SAFETY: the helper takes the context of a socket address program.
     let cookie = unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) };
     let is_host = matches!(hook, Hook::HostNetwork);
     if netns::is_node(cookie) != is_host {
-        return Verdict::Foreign;
+        return Verdict::Unrelated;
     }
     // In the node's namespace the cgroup identifies the container. In all others, the namespace identifies the pod.
     let (kind, id) = if is_host {
@@ -60,24 +60,24 @@ fn judge(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict {
     } else {
         (SubjectKind::Netns, cookie)
     };
-    let verdict = without_origin(verdict, cookie);
-    if let Some(probed) = probe::judge(Subject::new(kind, id), hook, verdict) {
+    let verdict = hide_bounds(verdict, cookie);
+    if let Some(probed) = probe::classify(Subject::new(kind, id), hook, verdict) {
         return probed.verdict;
     }
     let verdict = exempt::apply(verdict, Subject::new(kind, id), &destination);
-    let verdict = without_origin(verdict, cookie);
-    let _uncounted = maps::count(CounterKey::DEPARTED, hook, verdict, 0);
+    let verdict = hide_bounds(verdict, cookie);
+    let _uncounted = maps::count(CounterKey::DELETED, hook, verdict, 0);
     if matches!(verdict, Verdict::Deny) {
         choose_errno();
     }
-    let Some(window) = events::window(&Source { id, hook: hook as u64 }) else {
-        diagnostics::unaccounted(hook as u32);
+    let Some(limiter) = events::limiter(&RateLimitKey { id, hook: hook as u64 }) else {
+        diagnostics::warn_map_full(hook as u32);
         return verdict;
     };
     let flow = Flow::to(destination.octets());
     let flow = Flow { destination_port: service.port, protocol: service.protocol, ..flow };
     // SAFETY: the window belongs to this CPU, and the map does not free it while the program that looked it up runs.
-    events::call(hook, verdict, cookie, flow, unsafe { &mut *window });
+    events::call(hook, verdict, cookie, flow, unsafe { &mut *limiter });
     verdict
 }
 
@@ -94,7 +94,7 @@ fn choose_errno() {
 /// each verdict. `unknown` is any value that the verifier does not know.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "the number of a verdict has 32 bits")]
-fn without_origin(verdict: Verdict, unknown: u64) -> Verdict {
+fn hide_bounds(verdict: Verdict, unknown: u64) -> Verdict {
     let number = opaque_xor(verdict as u64, unknown) ^ unknown;
     // SAFETY: XOR with `unknown` twice gives the number of `verdict`.
     unsafe { Verdict::from_u32_unchecked(number as u32) }

@@ -19,7 +19,7 @@ use std::{
 };
 
 use imds_tests::{
-    Cgroup, METADATA, Netns, Pod, PodLink, SERVICE, Status, World, effort,
+    Cgroup, METADATA, Netns, Pod, PodLink, SERVICE, Status, TestEnv, effort,
     http::{DEFAULT, try_get},
     measure::{Process, Samples, machine, table},
 };
@@ -52,7 +52,7 @@ enum Load {
 
 /// A node with its mounts, pods and cgroups.
 struct Node<'w> {
-    world: &'w World,
+    env: &'w TestEnv,
     pods: Vec<Pod>,
     cgroups: Vec<Cgroup>,
     churn: Vec<Netns>,
@@ -63,16 +63,16 @@ fn main() {
     unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace");
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
         .expect("make mounts private");
-    let world = World::new();
-    let mounts = world.scratch_dir().join("mounts");
+    let env = TestEnv::new();
+    let mounts = env.scratch_dir().join("mounts");
     fs::create_dir(&mounts).expect("make a directory");
     for _ in 0..effort(MOUNTS) {
         mount(Some("none"), &mounts, Some("tmpfs"), MsFlags::empty(), None::<&str>).expect("mount a tmpfs");
     }
     let node = Node {
-        world: &world,
-        pods: (0..effort(PODS)).map(|_| world.add_pod(PodLink::Routed)).collect(),
-        cgroups: (0..effort(CGROUPS)).map(|number| world.add_cgroup(&format!("flood-{number}"))).collect(),
+        env: &env,
+        pods: (0..effort(PODS)).map(|_| env.add_pod(PodLink::Routed)).collect(),
+        cgroups: (0..effort(CGROUPS)).map(|number| env.add_cgroup(&format!("flood-{number}"))).collect(),
         churn: (0..NAMESPACES).map(|_| Netns::new("churn")).collect(),
     };
     let rows = [
@@ -110,8 +110,8 @@ impl Node<'_> {
     fn measure(&self, name: &str, load: Load) -> Vec<String> {
         eprintln!("{name}");
         // At this level the log lists every attachment, even many within a second.
-        let agent = self.world.agent().hooks(HOOKS).args(&["--log-level", "debug"]).spawn_ready();
-        self.world.status_when("every pod has its TCX link", Status::all_pods_have_tcx);
+        let agent = self.env.agent().hooks(HOOKS).args(&["--log-level", "debug"]).spawn_ready();
+        self.env.status_when("every pod has its TCX link", Status::all_pods_have_tcx);
         let (is_over, sent) = (AtomicBool::new(false), AtomicU32::new(0));
         let (mut made, mut health) = (Vec::new(), Vec::new());
         let (start, mut cpu) = (Instant::now(), 0.0);
@@ -126,7 +126,7 @@ impl Node<'_> {
             }
             let probe = scope.spawn(|| self.probe_health(&is_over));
             let process = Process::new(agent.pid());
-            cpu = process.cpu_while(|| made = Churn::new(&self.world.node, &self.churn).run(LINKS, INTERVAL));
+            cpu = process.cpu_while(|| made = Churn::new(&self.env.node, &self.churn).run(LINKS, INTERVAL));
             is_over.store(true, Ordering::Relaxed);
             health = probe.join().expect("the probe of /healthz");
         });
@@ -134,7 +134,7 @@ impl Node<'_> {
         let attached = latencies(&agent, &made);
         let health = Samples::new(health);
         drop(agent);
-        self.world.unload();
+        self.env.unload();
         vec![
             name.to_owned(),
             format!("{rate:.0}"),
@@ -176,7 +176,7 @@ impl Node<'_> {
         let mut took = Vec::new();
         while !is_over.load(Ordering::Relaxed) {
             let start = Instant::now();
-            let (status, text) = try_get(self.world, DEFAULT, "/healthz").expect("an answer of /healthz");
+            let (status, text) = try_get(self.env, DEFAULT, "/healthz").expect("an answer of /healthz");
             assert_eq!(status, 200, "{text}");
             took.push(start.elapsed().as_secs_f64() * 1e3);
             thread::sleep(Duration::from_millis(50));

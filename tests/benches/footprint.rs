@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use imds_tests::{
-    PodLink, World,
+    PodLink, TestEnv,
     api_server::{ApiServer, pod},
     kubelet::{Driver, Kubelet, new_uid},
     measure::{Process, machine, table},
@@ -18,15 +18,15 @@ const PATIENCE: Duration = Duration::from_mins(2);
 const IDLE: Duration = Duration::from_mins(1);
 
 fn main() {
-    let world = World::new();
-    let server = ApiServer::start_in(&world.node);
+    let env = TestEnv::new();
+    let server = ApiServer::start_in(&env.node);
     let kubelet = Kubelet::new();
-    let kubeconfig = world.scratch_dir().join("kubeconfig");
+    let kubeconfig = env.scratch_dir().join("kubeconfig");
     server.write_kubeconfig(&kubeconfig);
     eprintln!("creating {PODS} pods");
     let pods: Vec<_> = (0..PODS)
         .map(|number| {
-            let link = world.add_pod(PodLink::Routed);
+            let link = env.add_pod(PodLink::Routed);
             let uid = new_uid();
             let mut cgroup = kubelet.add_pod(&uid, Driver::Systemd);
             cgroup.start_in(&link.netns);
@@ -40,16 +40,14 @@ fn main() {
          [kubernetes]\nkubeconfig = '{}'\nnode_name = '{NODE}'",
         kubeconfig.display()
     );
-    let agent = world.agent().config(&config).hooks(&["from_pod", "node_egress", "socket"]).spawn_ready();
-    world.status_when("the sandbox of every pod is found", |status| status.has_located(PODS));
+    let agent = env.agent().config(&config).hooks(&["from_pod", "node_egress", "socket"]).spawn_ready();
+    env.status_when("the sandbox of every pod is found", |status| status.has_resolved(PODS));
     // Links are upgraded one after another, which also takes CPU time.
-    poll_until(PATIENCE, "every pod to have its TCX link", || {
-        world.status().all_pods_have_tcx().then_some(())
-    });
+    poll_until(PATIENCE, "every pod to have its TCX link", || env.status().all_pods_have_tcx().then_some(()));
     let process = Process::new(agent.pid());
     eprintln!("measuring the idle agent for {IDLE:?}");
     let used = process.cpu_at_rest(IDLE);
-    println!("{PODS} pods, {} exempt senders, {}\n", world.status().exemptions.len(), machine());
+    println!("{PODS} pods, {} exempt senders, {}\n", env.status().exemptions.len(), machine());
     let [resident, most, own] = ["VmRSS", "VmHWM", "RssAnon"].map(|kind| process.memory(kind));
     let row = |what: &str, value: String| vec![what.to_owned(), value];
     let rows = [
@@ -60,6 +58,6 @@ fn main() {
     ];
     print!("{}", table(&["at rest", "takes"], &rows));
     drop(agent);
-    world.unload();
+    env.unload();
     drop(pods);
 }

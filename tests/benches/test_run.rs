@@ -8,7 +8,7 @@ use aya::programs::SchedClassifier;
 use etherparse::PacketBuilder;
 use imds_agent::datapath::object::OBJECT;
 use imds_ebpf_common::{
-    Address, Endpoint, Filter, IMDS_IPV4, Mode, Policy, Service,
+    Address, Endpoint, IMDS_IPV4, Mode, Policy, PolicyTable, Service,
     endpoint::{MAX_ENDPOINTS, UDP},
     names::{MAP_ENDPOINTS, MAP_POLICY, PROG_FROM_POD, SECTION_FILTER},
 };
@@ -33,8 +33,10 @@ fn main() {
     for (address, endpoint) in &endpoints {
         enforcing.insert(MAP_ENDPOINTS, *address, *endpoint);
     }
-    enforcing
-        .set(SECTION_FILTER, Filter::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint))));
+    enforcing.set(
+        SECTION_FILTER,
+        PolicyTable::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint))),
+    );
     let ours = enforcing.program(PROG_FROM_POD);
 
     let rows: Vec<_> = packets()
@@ -81,7 +83,7 @@ fn instructions(object: &Object) -> String {
 
 /// Returns the largest possible set of endpoints.
 fn endpoints() -> Vec<(Address, Endpoint)> {
-    let endpoint = |id, keep| Endpoint { name: [0; 16], id, keep };
+    let endpoint = |id, allowed_ports| Endpoint { name: [0; 16], id, allowed_ports };
     let nothing = [Service::NONE; 8];
     let mut dns = nothing;
     dns[0] = Service::new(UDP, 53);

@@ -16,7 +16,7 @@ use nix::{
 };
 
 use crate::{
-    Status, World,
+    Status, TestEnv,
     effort::patience,
     netns::unique,
     poll::{poll_until, try_poll},
@@ -53,7 +53,7 @@ impl AttachMode {
     }
 }
 
-impl World {
+impl TestEnv {
     /// Returns `imds-agent run` on this world's node. Unless the test says otherwise, only `from_pod` is on, and the
     /// cgroup hooks are attached to this world's cgroup.
     pub fn agent(&self) -> AgentCommand<'_> {
@@ -91,7 +91,7 @@ impl World {
     pub fn imds_agent(&self, args: &[&str]) -> AgentCommand<'_> {
         let (args, pin_dir) = (args.iter().map(ToString::to_string).collect(), self.pin_dir().to_owned());
         AgentCommand {
-            world: self,
+            test_env: self,
             args,
             env: Vec::new(),
             pin_dir,
@@ -128,7 +128,7 @@ pub fn output(mut command: Command) -> Output {
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct AgentCommand<'w> {
-    world: &'w World,
+    test_env: &'w TestEnv,
     args: Vec<String>,
     env: Vec<(&'static str, String)>,
     pin_dir: PathBuf,
@@ -216,19 +216,19 @@ impl<'w> AgentCommand<'w> {
     #[track_caller]
     pub fn command(&self) -> Command {
         let binary = self.binary.clone().unwrap_or_else(binary);
-        let mut command = self.world.node.command(binary);
+        let mut command = self.test_env.node.command(binary);
         command.args(&self.args).arg("--pin-dir").arg(&self.pin_dir);
         if matches!(self.args.first().map(String::as_str), Some("run" | "unload")) {
-            command.arg("--state-dir").arg(self.world.state_dir());
+            command.arg("--state-dir").arg(self.test_env.state_dir());
         }
         command.envs(self.env.iter().map(|(name, value)| (name, value)));
         if let Some((config, on)) = &self.run {
             // The hooks follow the test's text, whose lines therefore keep their numbers.
             let hooks = HOOKS.map(|hook| format!("{hook} = {}\n", on.contains(&hook))).concat();
             let sendmsg = self.sendmsg.map(|value| format!("sendmsg = {value}\n")).unwrap_or_default();
-            let path = self.world.scratch_dir().join(unique("config-")).with_extension("toml");
+            let path = self.test_env.scratch_dir().join(unique("config-")).with_extension("toml");
             fs::write(&path, format!("{config}\n[hooks]\n{hooks}{sendmsg}")).expect("write a configuration");
-            command.arg("--config").arg(path).arg("--cgroup").arg(self.world.cgroup());
+            command.arg("--config").arg(path).arg("--cgroup").arg(self.test_env.cgroup());
         }
         command
     }
@@ -250,7 +250,7 @@ impl<'w> AgentCommand<'w> {
             }
         });
         // The status is read with the same binary, which knows the agent's map layout.
-        let status = AgentCommand { binary: self.binary, ..self.world.imds_agent(STATUS) };
+        let status = AgentCommand { binary: self.binary, ..self.test_env.imds_agent(STATUS) };
         Agent { status, child, log }
     }
 

@@ -10,7 +10,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use crate::{Netns, Pod, World, netns::unique};
+use crate::{Netns, Pod, TestEnv, netns::unique};
 
 /// Debian's directory of the reference plugins.
 const PLUGINS: &str = "/usr/lib/cni";
@@ -20,7 +20,7 @@ const VERSION: &str = "0.4.0";
 /// A network of a container runtime: a chain of plugins that runs for each pod.
 #[derive(Debug)]
 pub struct CniNetwork<'w> {
-    world: &'w World,
+    env: &'w TestEnv,
     name: String,
     plugins: Vec<Value>,
 }
@@ -45,7 +45,7 @@ pub fn plugin(name: &str) -> String {
     format!("{PLUGINS}/{name}")
 }
 
-impl World {
+impl TestEnv {
     /// Configures a network of these plugins. The first one connects pods; IP addresses come from `addresses`, options
     /// of the IPAM plugin `host-local`.
     #[must_use]
@@ -60,7 +60,7 @@ impl World {
             plugin["cniVersion"] = VERSION.into();
             plugin["name"] = name.as_str().into();
         }
-        CniNetwork { world: self, name, plugins }
+        CniNetwork { env: self, name, plugins }
     }
 }
 
@@ -101,9 +101,9 @@ impl CniNetwork<'_> {
             configuration["prevResult"] = previous.clone();
         }
         let kind = plugin["type"].as_str().expect("the type of a plugin");
-        let file = self.world.scratch_dir().join(unique(&format!("{}-", self.name)));
+        let file = self.env.scratch_dir().join(unique(&format!("{}-", self.name)));
         fs::write(&file, configuration.to_string()).expect("write a CNI configuration");
-        let mut command = self.world.node.command(Path::new(PLUGINS).join(kind));
+        let mut command = self.env.node.command(Path::new(PLUGINS).join(kind));
         command.env("CNI_COMMAND", verb).env("CNI_CONTAINERID", netns.name());
         command.env("CNI_NETNS", netns.path()).env("CNI_IFNAME", Pod::IFNAME).env("CNI_PATH", PLUGINS);
         command.stdin(fs::File::open(&file).expect("open a CNI configuration")).stderr(Stdio::inherit());

@@ -4,17 +4,17 @@ use std::process::Output;
 
 use serde_json::Value;
 
-use crate::{AgentCommand, World};
+use crate::{AgentCommand, TestEnv};
 
 /// Returns the report of the node.
 #[track_caller]
-pub fn examine(world: &World) -> Value {
-    report(&command(world).output())
+pub fn examine(env: &TestEnv) -> Value {
+    report(&command(env).output())
 }
 
 /// Returns the command that prints the report.
-pub fn command(world: &World) -> AgentCommand<'_> {
-    world.imds_agent(&["doctor", "-o", "json"])
+pub fn command(env: &TestEnv) -> AgentCommand<'_> {
+    env.imds_agent(&["doctor", "-o", "json"])
 }
 
 /// Reads the report from the output of the command.

@@ -3,7 +3,7 @@
 use std::{net::Ipv4Addr, thread};
 
 use crate::{
-    AttachMode, METADATA, Netns, Pod, SERVICE, Status, World,
+    AttachMode, METADATA, Netns, Pod, SERVICE, Status, TestEnv,
     effort::{effort, patience},
     poll::{poll_until, try_poll},
     probe::{LONG, Outcome, SHORT, http_get, icmp_echo, reachable, udp_echo},
@@ -26,7 +26,7 @@ pub fn with_each_backend(test: impl Fn(AttachMode)) {
     }
 }
 
-impl World {
+impl TestEnv {
     /// Asserts that TCP, UDP and ICMP requests from `pod` to the metadata service get no response, and that no packet
     /// arrives there.
     #[track_caller]
@@ -61,9 +61,9 @@ impl World {
     /// Asserts that no packet arrives at the metadata service during `work`.
     #[track_caller]
     pub fn assert_nothing_arrives<T>(&self, work: impl FnOnce() -> T) -> T {
-        let before = self.arrivals();
+        let before = self.received_packets();
         let result = work();
-        assert_eq!(before, self.arrivals(), "packets arrived at the metadata service");
+        assert_eq!(before, self.received_packets(), "packets arrived at the metadata service");
         result
     }
 
@@ -82,7 +82,7 @@ impl World {
 
     /// Waits until a running agent enforces `pod`.
     #[track_caller]
-    pub fn wait_guarded(&self, pod: &Pod) -> Status {
+    pub fn wait_enforced(&self, pod: &Pod) -> Status {
         self.status_when("the pod is enforced", |status| {
             status.find(&pod.host_ifname).is_some_and(crate::status::Interface::is_attached)
         })

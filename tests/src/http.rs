@@ -5,7 +5,7 @@ use std::{
     net::{SocketAddr, TcpStream},
 };
 
-use crate::{World, probe::LONG};
+use crate::{TestEnv, probe::LONG};
 
 /// Default listen address of the agent.
 pub const DEFAULT: &str = "127.0.0.1:9254";
@@ -47,22 +47,22 @@ fn get(mut stream: impl Read + Write, path: &str, header: &str) -> io::Result<Re
 }
 
 /// Sends a GET to an address of the node.
-pub fn try_get(world: &World, at: &str, path: &str) -> io::Result<(u16, String)> {
-    connect(world, at, |stream| exchange(stream, path))
+pub fn try_get(env: &TestEnv, at: &str, path: &str) -> io::Result<(u16, String)> {
+    connect(env, at, |stream| exchange(stream, path))
 }
 
 /// Sends a GET with an `Accept` header to an address of the node.
-pub fn try_get_as(world: &World, at: &str, path: &str, accept: &str) -> io::Result<Response> {
-    connect(world, at, |stream| get(stream, path, &format!("Accept: {accept}\r\n")))
+pub fn try_get_as(env: &TestEnv, at: &str, path: &str, accept: &str) -> io::Result<Response> {
+    connect(env, at, |stream| get(stream, path, &format!("Accept: {accept}\r\n")))
 }
 
 fn connect<T: Send>(
-    world: &World,
+    env: &TestEnv,
     at: &str,
     exchange: impl FnOnce(TcpStream) -> io::Result<T> + Send,
 ) -> io::Result<T> {
     let address: SocketAddr = at.parse().expect("an address with a port");
-    world.node.run(|| {
+    env.node.run(|| {
         let stream = TcpStream::connect_timeout(&address, LONG)?;
         stream.set_read_timeout(Some(LONG))?;
         exchange(stream)

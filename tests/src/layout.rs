@@ -1,8 +1,8 @@
 //! Layouts of the interfaces through which packets leave a node.
 
-use crate::{Netns, World, world::FABRIC_IFNAME};
+use crate::{Netns, TestEnv, env::FABRIC_IFNAME};
 
-/// Kind of the node's NIC, which is always called [`World::UPLINK`].
+/// Kind of the node's NIC, which is always called [`TestEnv::UPLINK`].
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum Nic {
     /// A veth whose peer is in the fabric, like a pod's in kind and k3d.
@@ -48,7 +48,7 @@ impl Layout {
         Self {
             nic,
             setup: String::new(),
-            device: World::UPLINK,
+            device: TestEnv::UPLINK,
             fabric_setup: String::new(),
             fabric_device: FABRIC_IFNAME,
             routes: Routes::default(),
@@ -86,7 +86,7 @@ impl Layout {
 
     /// Creates the interfaces without addresses and sets them up.
     pub(crate) fn make_links(&self, node: &Netns, fabric: &Netns) {
-        let (nic, uplink) = (World::UPLINK, self.device);
+        let (nic, uplink) = (TestEnv::UPLINK, self.device);
         match self.nic {
             Nic::Veth => fabric
                 .ip(&format!("link add {FABRIC_IFNAME} type veth peer name {nic} netns {}", node.name())),

@@ -1,6 +1,6 @@
 //! A node, its pods and a metadata service, built from network namespaces.
 //!
-//! [`World`] is the topology, [`Agent`] is imds-agent on its node, [`probe`] and [`flood`] are actions of pods. Worlds
+//! [`TestEnv`] is the topology, [`Agent`] is imds-agent on its node, [`probe`] and [`flood`] are actions of pods. Worlds
 //! share no state: they run in parallel in one process and in several, and touch no interface of the machine itself.
 //! Dropping a world removes it, also during a panic. A new process removes the remains of killed ones.
 //!
@@ -24,12 +24,12 @@ pub mod poll;
 pub mod probe;
 pub mod program;
 pub mod promql;
+pub mod stability;
 pub mod status;
-pub mod steady;
 
 mod agent;
-mod arrivals;
 mod effort;
+mod env;
 mod expect;
 mod layout;
 mod machine;
@@ -38,18 +38,18 @@ mod over;
 mod packet_socket;
 mod pins;
 mod pod;
+mod received_packets;
 mod services;
 mod skip;
 mod source;
 mod tun;
-mod ways;
-mod world;
+mod vectors;
 
 pub use agent::{Agent, AgentCommand, AttachMode, output};
-pub use arrivals::Arrivals;
 pub use cgroup::{Cgroup, MemoryLimit};
 pub use cni::{CniNetwork, CniPod};
 pub use effort::{EFFORT, effort};
+pub use env::{METADATA, METADATA_V6, SERVICE, SERVICE_V6, TestEnv};
 pub use expect::with_each_backend;
 pub use layout::{Layout, Nic};
 pub use machine::{DEBIAN_ROOT, Machine};
@@ -58,6 +58,7 @@ pub use netns::Netns;
 pub use over::Over;
 pub use packet_socket::PacketSocket;
 pub use pod::{Pod, PodLink};
+pub use received_packets::ReceivedPackets;
 pub use services::{DNS_PORT, Services};
 pub use skip::{
     SKIPPED, WHOLE_TEST, known_here, lacks_device, lacks_netns_cookie, lacks_program, lacks_tc_netns_cookie,
@@ -66,5 +67,4 @@ pub use skip::{
 pub use source::Source;
 pub use status::Status;
 pub use tun::{TunMode, open_tun};
-pub use ways::Ways;
-pub use world::{METADATA, METADATA_V6, SERVICE, SERVICE_V6, World};
+pub use vectors::AttackVectors;

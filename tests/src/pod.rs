@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::{
-    Netns, World,
+    Netns, TestEnv,
     netkit::{self, NetkitMode},
 };
 
@@ -29,7 +29,7 @@ const ROUTED_GATEWAY_MAC: [u8; 6] = [0xee; 6];
 pub enum PodLink {
     /// Own veth with a host route, as with Calico, Azure CNI and the CNI plugin ptp.
     Routed,
-    /// Veth that is a port of the bridge [`World::BRIDGE`](crate::World::BRIDGE), as with kubenet and flannel.
+    /// Veth that is a port of the bridge [`TestEnv::BRIDGE`](crate::World::BRIDGE), as with kubenet and flannel.
     Bridged,
     /// Netkit pair with a host route, as with Cilium: see [`skip_without_netkit`](crate::skip_without_netkit).
     Netkit(NetkitMode),
@@ -55,7 +55,7 @@ pub struct Pod {
     node: Arc<Netns>,
 }
 
-impl World {
+impl TestEnv {
     /// Adds a routed pod that takes over the interface index and address of a deleted pod, and optionally its interface
     /// name.
     #[must_use]
@@ -118,7 +118,7 @@ impl Pod {
         pod
     }
 
-    /// Returns the IPv6 address that [`World::add_pod_ipv6`] assigns.
+    /// Returns the IPv6 address that [`TestEnv::add_pod_ipv6`] assigns.
     #[must_use]
     pub fn address_v6(&self) -> Ipv6Addr {
         let [.., subnet, host] = self.address.octets();
@@ -174,7 +174,7 @@ impl Pod {
 
     fn connect_bridged(&self) {
         let (veth, eth0, address) = (&self.host_ifname, Self::IFNAME, self.address);
-        self.node.ip(&format!("link set {veth} master {}", World::BRIDGE));
+        self.node.ip(&format!("link set {veth} master {}", TestEnv::BRIDGE));
         self.netns.ip(&format!(
             "addr add {address}/{BRIDGED_PREFIX} dev {eth0}
              route add default via {BRIDGED_GATEWAY} dev {eth0}"

@@ -25,7 +25,7 @@ pub struct Status {
     pub sockets: Option<Sockets>,
     pub host_network: Option<HostNetwork>,
     pub local_service: Option<LocalService>,
-    pub departed: Counts,
+    pub deleted: Counts,
     pub total: Counts,
     pub problems: Vec<Problem>,
 }
@@ -257,7 +257,7 @@ impl Status {
     #[must_use]
     pub fn sum(&self, get: impl Fn(&Counts) -> u64) -> u64 {
         let of_interfaces: u64 = self.interfaces.iter().map(|interface| get(&interface.counts)).sum();
-        of_interfaces + get(&self.departed)
+        of_interfaces + get(&self.deleted)
     }
 
     /// Returns the number of denied packets on all interfaces, deleted ones included.
@@ -271,13 +271,13 @@ impl Status {
     pub fn assert_lacks_only_an_agent(&self) {
         assert_eq!((self.agent.running, self.agent.pid, self.state.as_str()), (false, None, "degraded"));
         let [Problem { interface: None, .. }] = &self.problems[..] else { panic!("{:#?}", self.problems) };
-        assert!(self.all_pods_are_guarded(), "{:#?}", self.interfaces);
+        assert!(self.all_pods_enforced(), "{:#?}", self.interfaces);
     }
 
     /// Reports whether an agent runs without problems and every pod interface is enforced.
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        self.agent.ready && self.problems.is_empty() && self.all_pods_are_guarded()
+        self.agent.ready && self.problems.is_empty() && self.all_pods_enforced()
     }
 
     /// Reports whether every pod interface has its TCX link instead of a temporary clsact filter.
@@ -289,14 +289,14 @@ impl Status {
 
     /// Reports whether the API server listed this number of pods and the sandbox of each was found.
     #[must_use]
-    pub fn has_located(&self, pods: usize) -> bool {
+    pub fn has_resolved(&self, pods: usize) -> bool {
         let known = self.kubernetes.as_ref();
         known.is_some_and(|known| known.pods as usize == pods && known.awaited == 0)
     }
 
     /// Reports whether every pod interface has all of its programs.
     #[must_use]
-    pub fn all_pods_are_guarded(&self) -> bool {
+    pub fn all_pods_enforced(&self) -> bool {
         let mut attachments = self.interfaces.iter().flat_map(|interface| &interface.attachments);
         // For links of unknown use, `node_egress` is attached once nothing else is pending.
         let is_spare = |attachment: &HookAttachment| attachment.pending && attachment.hook == "node_egress";

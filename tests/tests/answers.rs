@@ -6,7 +6,7 @@ use std::{
 };
 
 use imds_tests::{
-    METADATA, METADATA_V6, Netns, PacketSocket, Pod, PodLink, World, packets,
+    METADATA, METADATA_V6, Netns, PacketSocket, Pod, PodLink, TestEnv, packets,
     probe::{LONG, Outcome, SHORT, http_exchange, http_get, reachable, udp_echo},
     with_each_backend,
 };
@@ -32,17 +32,17 @@ fn prohibited(netns: &Netns, address: impl Into<IpAddr>) -> bool {
 #[test]
 fn reject_replies_at_each_hook() {
     with_each_backend(|backend| {
-        let world = World::new().with_ipv6();
-        let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
-        world.add_pod_ipv6(&pods[0]);
+        let env = TestEnv::new().with_ipv6();
+        let pods = [PodLink::Routed, PodLink::Bridged].map(|link| env.add_pod(link));
+        env.add_pod_ipv6(&pods[0]);
         for pod in &pods {
-            world.assert_open(pod);
+            env.assert_open(pod);
         }
         assert!(reachable(&pods[0].netns, METADATA_V6));
         for edge in EDGES {
-            let agent = world.agent().backend(backend).hooks(&[edge]).config(REJECT).spawn_ready();
-            assert_eq!(world.status().on_deny.as_deref(), Some("reject"));
-            world.assert_nothing_arrives(|| {
+            let agent = env.agent().backend(backend).hooks(&[edge]).config(REJECT).spawn_ready();
+            assert_eq!(env.status().on_deny.as_deref(), Some("reject"));
+            env.assert_nothing_arrives(|| {
                 for pod in &pods {
                     assert!(refused(&pod.netns, METADATA), "TCP at {edge}: {:?}", pod.host_ifname);
                     assert!(prohibited(&pod.netns, METADATA), "UDP at {edge}");
@@ -51,18 +51,18 @@ fn reject_replies_at_each_hook() {
                 assert!(prohibited(&pods[0].netns, METADATA_V6), "UDP over IPv6 at {edge}");
             });
             for pod in &pods {
-                world.assert_harmless(pod);
+                env.assert_harmless(pod);
             }
-            assert!(reachable(&world.node, METADATA) && reachable(&world.node, METADATA_V6));
+            assert!(reachable(&env.node, METADATA) && reachable(&env.node, METADATA_V6));
             drop(agent);
 
             // An agent with `on_deny = "drop"` sends no reply.
-            let agent = world.agent().backend(backend).hooks(&[edge]).config(DROP).spawn_ready();
+            let agent = env.agent().backend(backend).hooks(&[edge]).config(DROP).spawn_ready();
             assert!(matches!(http_get(&pods[0].netns, METADATA, SHORT), Outcome::Timeout));
             drop(agent);
-            world.unload();
+            env.unload();
             for pod in &pods {
-                world.assert_open(pod);
+                env.assert_open(pod);
             }
         }
     });
@@ -70,40 +70,40 @@ fn reject_replies_at_each_hook() {
 
 #[test]
 fn reply_at_node_egress_passes_nat() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
     let service = Ipv4Addr::new(10, 96, 0, 80);
     let rules = format!(
         "table ip nat {{
             chain prerouting {{ type nat hook prerouting priority -100; ip daddr {service} dnat to {METADATA}; }}
             chain postrouting {{ type nat hook postrouting priority 100; oifname {} masquerade; }}
         }}",
-        World::UPLINK
+        TestEnv::UPLINK
     );
-    let mut nft = world.node.command("nft");
+    let mut nft = env.node.command("nft");
     nft.arg(rules);
     assert!(imds_tests::output(nft).status.success());
     assert!(reachable(&pod.netns, service));
-    let agent = world.agent().hooks(&["node_egress"]).config(REJECT).spawn_ready();
-    world.assert_nothing_arrives(|| {
+    let agent = env.agent().hooks(&["node_egress"]).config(REJECT).spawn_ready();
+    env.assert_nothing_arrives(|| {
         for address in [service, METADATA] {
             assert!(refused(&pod.netns, address), "{address}");
             assert!(prohibited(&pod.netns, address), "{address}");
         }
     });
     drop(agent);
-    world.unload();
+    env.unload();
     assert!(reachable(&pod.netns, service));
 }
 
 #[test]
 fn earlier_connection_is_reset() {
     for edge in EDGES {
-        let world = World::new();
-        let pod = world.add_pod(PodLink::Routed);
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Routed);
         let mut stream =
             pod.netns.run(|| TcpStream::connect_timeout(&(METADATA, 80).into(), LONG)).expect("open");
-        let _agent = world.agent().hooks(&[edge]).config(REJECT).spawn_ready();
+        let _agent = env.agent().hooks(&[edge]).config(REJECT).spawn_ready();
         let error = http_exchange(&mut stream, LONG).expect_err("denied");
         assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{edge}: {error}");
     }
@@ -111,11 +111,11 @@ fn earlier_connection_is_reset() {
 
 #[test]
 fn audit_sends_no_reply() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let _agent = world.agent().hooks(&EDGES).config("mode = 'audit'\non_deny = 'reject'").spawn_ready();
-    world.assert_open(&pod);
-    assert!(world.status().total.audited.packets > 0);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let _agent = env.agent().hooks(&EDGES).config("mode = 'audit'\non_deny = 'reject'").spawn_ready();
+    env.assert_open(&pod);
+    assert!(env.status().total.audited.packets > 0);
 }
 
 /// Sends a frame from the pod and returns the first received frame that contains `marker`.
@@ -127,9 +127,9 @@ fn answer_to(pod: &Pod, frame: &[u8], marker: &[u8]) -> Option<Vec<u8>> {
 
 #[test]
 fn reply_keeps_vlan_tags() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let _agent = world.agent().config(REJECT).spawn_ready();
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let _agent = env.agent().config(REJECT).spawn_ready();
     let segment = packets::syn(pod.address, METADATA, 40_321, 7);
     let ports = [80_u16.to_be_bytes(), 40_321_u16.to_be_bytes()].concat();
     for tags in [&[(0x8100, 0x6000)][..], &[(0x88a8, 0x6000), (0x8100, 0x4000)]] {
@@ -143,9 +143,9 @@ fn reply_keeps_vlan_tags() {
 
 #[test]
 fn flood_limits_replies_and_events() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let _agent = world.agent().config(REJECT).spawn_ready();
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let _agent = env.agent().config(REJECT).spawn_ready();
     let socket = PacketSocket::frames(&pod.netns, Pod::IFNAME);
     let total = 20_000_u32;
     for sequence in 0..total {
@@ -158,7 +158,7 @@ fn flood_limits_replies_and_events() {
             }
         }
     }
-    world.status_when("all are denied", |status| status.denied() >= u64::from(total));
+    env.status_when("all are denied", |status| status.denied() >= u64::from(total));
     let answers = received(&pod).expect("the pod's counter");
     assert!(answers >= 1000 && answers < u64::from(total), "{answers} answers");
 }
@@ -176,12 +176,12 @@ fn macvlan_pod_gets_reply_at_node_egress() {
     if imds_tests::lacks_tc_netns_cookie("replies to macvlan pods") {
         return;
     }
-    let world = World::new();
+    let env = TestEnv::new();
     let netns = Netns::new("macvlan");
-    world.node.ip(&format!(
+    env.node.ip(&format!(
         "link add mv0 link {} type macvlan mode bridge
          link set mv0 netns {}",
-        World::UPLINK,
+        TestEnv::UPLINK,
         netns.name()
     ));
     netns.ip("link set lo up
@@ -190,10 +190,10 @@ fn macvlan_pod_gets_reply_at_node_egress() {
          link set eth0 up
          route add default via 10.0.0.1");
     assert!(reachable(&netns, METADATA));
-    let agent = world.agent().hooks(&["node_egress"]).config(REJECT).spawn_ready();
+    let agent = env.agent().hooks(&["node_egress"]).config(REJECT).spawn_ready();
     assert!(refused(&netns, METADATA));
     assert!(prohibited(&netns, METADATA));
     drop(agent);
-    world.unload();
+    env.unload();
     assert!(reachable(&netns, METADATA));
 }

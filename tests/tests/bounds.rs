@@ -11,7 +11,7 @@ use std::{
 };
 
 use imds_tests::{
-    Agent, Over, PodLink, World, effort,
+    Agent, Over, PodLink, TestEnv, effort,
     http::{DEFAULT, try_get},
     poll::poll_until,
     probe::LONG,
@@ -26,14 +26,14 @@ const PATIENCE: Duration = Duration::from_secs(15 + 10);
 /// Maximum number of descriptors above those of an idle agent: concurrent connections and pods.
 const MOST_DESCRIPTORS: usize = 16 + 16;
 
-fn served(world: &World) -> Agent<'_> {
-    let agent = world.agent().spawn_ready();
-    poll_until(LONG, "metrics to be served", || try_get(world, DEFAULT, "/healthz").ok());
+fn served(env: &TestEnv) -> Agent<'_> {
+    let agent = env.agent().spawn_ready();
+    poll_until(LONG, "metrics to be served", || try_get(env, DEFAULT, "/healthz").ok());
     agent
 }
 
-fn connect(world: &World) -> TcpStream {
-    let stream = world.node.run(|| TcpStream::connect(DEFAULT)).expect("connect");
+fn connect(env: &TestEnv) -> TcpStream {
+    let stream = env.node.run(|| TcpStream::connect(DEFAULT)).expect("connect");
     stream.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
     stream.set_write_timeout(Some(PATIENCE)).expect("set a timeout");
     stream
@@ -45,16 +45,16 @@ fn descriptors(agent: &Agent<'_>) -> usize {
 
 /// Asserts that other clients are served and a new pod is enforced.
 #[track_caller]
-fn assert_unharmed(world: &World) {
+fn assert_unharmed(env: &TestEnv) {
     let start = Instant::now();
     for path in ["/metrics", "/healthz", "/readyz"] {
-        let served = try_get(world, DEFAULT, path);
+        let served = try_get(env, DEFAULT, path);
         assert!(served.as_ref().is_ok_and(|(status, _)| *status == 200), "{path}: {served:?}");
     }
     assert!(start.elapsed() < PATIENCE, "{:?}", start.elapsed());
-    let pod = world.add_pod(PodLink::Routed);
-    world.wait_guarded(&pod);
-    world.assert_blocked(&pod);
+    let pod = env.add_pod(PodLink::Routed);
+    env.wait_enforced(&pod);
+    env.assert_blocked(&pod);
 }
 
 /// Reads until the agent closes the connection, and returns the response.
@@ -70,32 +70,32 @@ fn until_closed(mut stream: TcpStream) -> String {
     String::from_utf8_lossy(&answer).into_owned()
 }
 
-fn finish(world: &World, agent: Agent<'_>) {
+fn finish(env: &TestEnv, agent: Agent<'_>) {
     assert!(agent.terminate().success());
-    world.unload();
+    env.unload();
 }
 
 #[test]
 fn thousand_idle_connections() {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, hard.min(soft.max(4096)), hard).unwrap();
-    let world = World::new();
-    let agent = served(&world);
+    let env = TestEnv::new();
+    let agent = served(&env);
     let before = descriptors(&agent);
-    let silent: Vec<_> = (0..effort(1000)).map(|_| connect(&world)).collect();
-    assert_unharmed(&world);
+    let silent: Vec<_> = (0..effort(1000)).map(|_| connect(&env)).collect();
+    assert_unharmed(&env);
     assert!(descriptors(&agent) < before + MOST_DESCRIPTORS, "{} after {before}", descriptors(&agent));
     for stream in silent {
         assert_eq!(until_closed(stream), "");
     }
-    assert_unharmed(&world);
-    finish(&world, agent);
+    assert_unharmed(&env);
+    finish(&env, agent);
 }
 
 #[test]
 fn requests_byte_by_byte() {
-    let world = World::new();
-    let agent = served(&world);
+    let env = TestEnv::new();
+    let agent = served(&env);
     let drip = |mut stream: TcpStream| {
         let start = Instant::now();
         for byte in b"GET /metrics HTTP/1.1\r\nHost: ".iter().chain([b'x'; 10_000].iter()) {
@@ -106,23 +106,23 @@ fn requests_byte_by_byte() {
         }
         panic!("the connection stayed open for {:?}", start.elapsed());
     };
-    let streams: Vec<_> = (0..10).map(|_| connect(&world)).collect();
+    let streams: Vec<_> = (0..10).map(|_| connect(&env)).collect();
     thread::scope(|scope| {
         let drips: Vec<_> = streams.into_iter().map(|stream| scope.spawn(move || drip(stream))).collect();
-        assert_unharmed(&world);
+        assert_unharmed(&env);
         for drip in drips {
             assert!(drip.join().unwrap() < PATIENCE);
         }
     });
-    finish(&world, agent);
+    finish(&env, agent);
 }
 
 #[test]
 fn requests_without_end() {
-    let world = World::new();
-    let agent = served(&world);
+    let env = TestEnv::new();
+    let agent = served(&env);
     let pour = |head: &[u8], more: &[u8]| {
-        let mut stream = connect(&world);
+        let mut stream = connect(&env);
         let (start, mut poured) = (Instant::now(), 0);
         let mut result = stream.write_all(head);
         while result.is_ok() && start.elapsed() < PATIENCE {
@@ -138,64 +138,63 @@ fn requests_without_end() {
         scope.spawn(|| pour(b"GET /", &[b'x'; 4096]));
         scope.spawn(|| pour(b"GET / HTTP/1.1\r\n", b"A: b\r\n"));
         scope.spawn(move || pour(body, &chunk));
-        assert_unharmed(&world);
+        assert_unharmed(&env);
     });
-    finish(&world, agent);
+    finish(&env, agent);
 }
 
 #[test]
 fn one_request_per_connection() {
-    let world = World::new();
-    let agent = served(&world);
-    let mut stream = connect(&world);
+    let env = TestEnv::new();
+    let agent = served(&env);
+    let mut stream = connect(&env);
     let request = "GET /healthz HTTP/1.1\r\nHost: node\r\nConnection: keep-alive\r\n\r\n";
     stream.write_all(request.repeat(100).as_bytes()).unwrap();
     let answer = until_closed(stream);
     assert_eq!(answer.matches("HTTP/1.1 200 OK").count(), 1, "{answer}");
-    finish(&world, agent);
+    finish(&env, agent);
 }
 
 #[test]
 fn unread_responses() {
-    let world = World::new();
-    let agent = served(&world);
+    let env = TestEnv::new();
+    let agent = served(&env);
     let before = descriptors(&agent);
     let deaf = || -> io::Result<TcpStream> {
-        let mut stream = connect(&world);
+        let mut stream = connect(&env);
         setsockopt(&stream, sockopt::RcvBuf, &1)?;
         stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: node\r\n\r\n")?;
         Ok(stream)
     };
     let streams: Vec<_> = (0..100).filter_map(|_| deaf().ok()).collect();
     assert!(streams.len() > 50, "{}", streams.len());
-    assert_unharmed(&world);
+    assert_unharmed(&env);
     poll_until(PATIENCE, "all connections to be closed", || {
         (descriptors(&agent) < before + MOST_DESCRIPTORS).then_some(())
     });
     drop(streams);
-    finish(&world, agent);
+    finish(&env, agent);
 }
 
 #[test]
 fn continuous_requests() {
-    let world = World::new();
-    let agent = served(&world);
+    let env = TestEnv::new();
+    let agent = served(&env);
     let (over, answers) = (Over::default(), AtomicU32::new(0));
     thread::scope(|scope| {
         let tell = over.when_dropped();
         for _ in 0..effort(20) {
             scope.spawn(|| {
                 while !over.is_told() {
-                    let is_served =
-                        try_get(&world, DEFAULT, "/metrics").is_ok_and(|(status, _)| status == 200);
+                    let is_served = try_get(&env, DEFAULT, "/metrics").is_ok_and(|(status, _)| status == 200);
                     answers.fetch_add(is_served.into(), Ordering::Relaxed);
                 }
             });
         }
         let longest = (0..10).map(|_| {
-            let pod = world.add_pod(PodLink::Bridged);
+            let pod = env.add_pod(PodLink::Bridged);
             let start = Instant::now();
-            world.wait_guarded(&pod);
+            env.wait_enforced(&pod);
             start.elapsed()
         });
         let longest = longest.max();
@@ -203,6 +202,6 @@ fn continuous_requests() {
         assert!(longest < Some(PATIENCE), "{longest:?}");
     });
     assert!(answers.into_inner() > 0);
-    assert_unharmed(&world);
-    finish(&world, agent);
+    assert_unharmed(&env);
+    finish(&env, agent);
 }

@@ -5,7 +5,7 @@ use std::{fs, io::ErrorKind, net::Ipv4Addr, path::Path};
 
 use imds_agent::datapath::pins::link_at;
 use imds_tests::{
-    METADATA, Netns, PodLink, SERVICE, Services, Status, World,
+    METADATA, Netns, PodLink, SERVICE, Services, Status, TestEnv,
     foreign::{self, Foreign},
     poll::poll_until,
     probe::{LONG, Outcome, SHORT, http_get, udp_echo},
@@ -18,12 +18,12 @@ const BPF_CGROUP_INET4_CONNECT: u32 = 10;
 /// Hooks that are on without a configuration, except `local_service`.
 const ALL: [&str; 3] = ["from_pod", "node_egress", "socket"];
 
-fn is_answered(world: &World, netns: &Netns, address: Ipv4Addr) -> bool {
-    world.in_cgroup(|| http_get(netns, address, SHORT).is_answer())
+fn is_answered(env: &TestEnv, netns: &Netns, address: Ipv4Addr) -> bool {
+    env.in_cgroup(|| http_get(netns, address, SHORT).is_answer())
 }
 
-fn is_refused(world: &World, netns: &Netns, address: Ipv4Addr) -> bool {
-    let outcome = world.in_cgroup(|| http_get(netns, address, SHORT));
+fn is_refused(env: &TestEnv, netns: &Netns, address: Ipv4Addr) -> bool {
+    let outcome = env.in_cgroup(|| http_get(netns, address, SHORT));
     matches!(outcome, Outcome::Error(error) if error.kind() == ErrorKind::PermissionDenied)
 }
 
@@ -31,8 +31,8 @@ fn has_problem(status: &Status, text: &str) -> bool {
     status.problems.iter().any(|problem| problem.problem.contains(text))
 }
 
-fn is_pinned(world: &World, link: &str) -> bool {
-    world.pin_dir().join("links").join(link).exists()
+fn is_pinned(env: &TestEnv, link: &str) -> bool {
+    env.pin_dir().join("links").join(link).exists()
 }
 
 #[test]
@@ -40,31 +40,31 @@ fn load_balancer_attached_later_runs_first() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
     let balancer = Foreign::redirecting_calls(BPF_CGROUP_INET4_CONNECT, METADATA);
-    let attach = || balancer.attach_cgroup(world.cgroup(), BPF_CGROUP_INET4_CONNECT);
+    let attach = || balancer.attach_cgroup(env.cgroup(), BPF_CGROUP_INET4_CONNECT);
     let is_open = || {
-        let before = world.arrivals();
-        is_answered(&world, &pod.netns, SERVICE) && world.arrivals() != before
+        let before = env.received_packets();
+        is_answered(&env, &pod.netns, SERVICE) && env.received_packets() != before
     };
 
     let link = attach();
     assert!(is_open());
     drop(link);
 
-    let agent = world.agent().hooks(&["socket"]).resync(1).spawn_ready();
+    let agent = env.agent().hooks(&["socket"]).resync(1).spawn_ready();
     let _link = attach();
     agent.wait_for_log("to the end of the programs", LONG);
-    assert!(is_refused(&world, &pod.netns, SERVICE));
+    assert!(is_refused(&env, &pod.netns, SERVICE));
     assert!(!is_open());
-    let status = world.status_when("the agent is ready", Status::is_ready);
+    let status = env.status_when("the agent is ready", Status::is_ready);
     assert!(status.sockets.is_some_and(|sockets| sockets.attached));
 
     // The link at the last position is pinned.
     agent.kill9();
-    assert!(is_refused(&world, &pod.netns, SERVICE));
-    world.unload();
+    assert!(is_refused(&env, &pod.netns, SERVICE));
+    env.unload();
     assert!(is_open());
 }
 
@@ -73,25 +73,25 @@ fn repeated_detaching_is_reported() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
     let balancer = Foreign::redirecting_calls(BPF_CGROUP_INET4_CONNECT, METADATA);
-    let attach = || balancer.attach_cgroup(world.cgroup(), BPF_CGROUP_INET4_CONNECT);
-    let agent = world.agent().hooks(&["socket"]).resync(1).spawn_ready();
+    let attach = || balancer.attach_cgroup(env.cgroup(), BPF_CGROUP_INET4_CONNECT);
+    let agent = env.agent().hooks(&["socket"]).resync(1).spawn_ready();
     let mut link = attach();
     poll_until(LONG, "the agent to back off", || {
-        if is_refused(&world, &pod.netns, SERVICE) {
+        if is_refused(&env, &pod.netns, SERVICE) {
             link = attach();
         }
         agent.log().contains("is not last").then_some(())
     });
-    let status = world.status();
+    let status = env.status();
     assert!(
         has_problem(&status, "imds_connect4 on cgroup") && has_problem(&status, "\"foreign\" runs after it")
     );
-    assert_eq!(world.imds_agent(&["status"]).output().status.code(), Some(3));
+    assert_eq!(env.imds_agent(&["status"]).output().status.code(), Some(3));
     // The agent still moves its program to the last position, but later.
-    poll_until(LONG, "imds_connect4 to be last", || is_refused(&world, &pod.netns, SERVICE).then_some(()));
+    poll_until(LONG, "imds_connect4 to be last", || is_refused(&env, &pod.netns, SERVICE).then_some(()));
     assert_eq!(agent.log().matches("is not last").count(), 1, "{}", agent.log());
     drop(link);
 }
@@ -101,53 +101,53 @@ fn occupied_cgroup_degrades_the_agent() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new().with_ipv6();
-    let pod = world.add_pod(PodLink::Routed);
+    let env = TestEnv::new().with_ipv6();
+    let pod = env.add_pod(PodLink::Routed);
     let foreign = Foreign::allowing_calls(BPF_CGROUP_INET4_CONNECT);
-    let occupant = foreign.attach_cgroup_alone(world.cgroup(), BPF_CGROUP_INET4_CONNECT);
-    world.assert_open(&pod);
+    let occupant = foreign.attach_cgroup_alone(env.cgroup(), BPF_CGROUP_INET4_CONNECT);
+    env.assert_open(&pod);
 
-    let once = world.agent().hooks(&["from_pod", "socket"]).once();
+    let once = env.agent().hooks(&["from_pod", "socket"]).once();
     let output = String::from_utf8_lossy(&once.stderr);
     assert!(!once.status.success() && output.contains("without BPF_F_ALLOW_MULTI"), "{output}");
-    world.unload();
+    env.unload();
 
-    let agent = world.agent().hooks(&["from_pod", "socket"]).resync(1).spawn();
+    let agent = env.agent().hooks(&["from_pod", "socket"]).resync(1).spawn();
     agent.wait_for_log("failed to attach imds_connect4 to cgroup", LONG);
-    world.wait_guarded(&pod);
-    world.assert_blocked(&pod);
-    let late = world.add_pod(PodLink::Routed);
-    world.wait_guarded(&late);
-    world.assert_blocked(&late);
+    env.wait_enforced(&pod);
+    env.assert_blocked(&pod);
+    let late = env.add_pod(PodLink::Routed);
+    env.wait_enforced(&late);
+    env.assert_blocked(&late);
 
-    let status = world.status_when("the agent is ready", |status| status.agent.ready);
+    let status = env.status_when("the agent is ready", |status| status.agent.ready);
     assert!(
         has_problem(&status, "\"foreign\" is attached without BPF_F_ALLOW_MULTI"),
         "{:?}",
         status.problems
     );
-    assert!(is_pinned(&world, "connect6") && !is_pinned(&world, "connect4"));
+    assert!(is_pinned(&env, "connect6") && !is_pinned(&env, "connect4"));
     assert!(status.sockets.is_some_and(|sockets| !sockets.attached));
-    assert_eq!(world.imds_agent(&["status"]).output().status.code(), Some(3));
-    let doctor = world.imds_agent(&["doctor"]).output();
+    assert_eq!(env.imds_agent(&["status"]).output().status.code(), Some(3));
+    let doctor = env.imds_agent(&["doctor"]).output();
     let doctor = String::from_utf8_lossy(&doctor.stdout);
     assert!(doctor.contains("attached without BPF_F_ALLOW_MULTI"), "{doctor}");
 
     drop(occupant);
     agent.wait_for_log("attached imds_connect4 to cgroup", LONG);
-    world.status_when("the agent is ready", Status::is_ready);
-    assert!(is_refused(&world, &pod.netns, METADATA));
+    env.status_when("the agent is ready", Status::is_ready);
+    assert!(is_refused(&env, &pod.netns, METADATA));
     assert_eq!(agent.log().matches("failed to attach imds_connect4").count(), 1, "{}", agent.log());
     drop(agent);
-    world.unload();
-    world.assert_open(&pod);
-    world.assert_open(&late);
+    env.unload();
+    env.assert_open(&pod);
+    env.assert_open(&late);
 }
 
 /// Returns the status of the sendmsg programs, and compares it with the pins.
-fn sendmsg(world: &World) -> (bool, Option<String>) {
-    let sendmsg = world.status().sockets.expect("the hook is on").sendmsg;
-    assert_eq!(sendmsg.attached, is_pinned(world, "sendmsg4") && is_pinned(world, "sendmsg6"));
+fn sendmsg(env: &TestEnv) -> (bool, Option<String>) {
+    let sendmsg = env.status().sockets.expect("the hook is on").sendmsg;
+    assert_eq!(sendmsg.attached, is_pinned(env, "sendmsg4") && is_pinned(env, "sendmsg6"));
     (sendmsg.attached, sendmsg.reason)
 }
 
@@ -156,12 +156,12 @@ fn sendmsg_is_attached_if_needed() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
     let covers = !imds_tests::lacks_tc_netns_cookie("coverage without sendmsg programs");
     let is_held = || {
-        world.assert_nothing_arrives(|| {
-            assert!(!world.in_cgroup(|| udp_echo(&pod.netns, METADATA, SHORT).is_answer()));
+        env.assert_nothing_arrives(|| {
+            assert!(!env.in_cgroup(|| udp_echo(&pod.netns, METADATA, SHORT).is_answer()));
         });
     };
     let covered = (false, Some("from_pod and node_egress cover all pods".to_owned()));
@@ -173,23 +173,23 @@ fn sendmsg_is_attached_if_needed() {
         (&ALL[..], Some("true"), Some((true, Some("hooks.sendmsg is true".to_owned())))),
         (&ALL[..], Some("'auto'"), covers.then_some(covered)),
     ] {
-        let mut command = world.agent().hooks(hooks);
+        let mut command = env.agent().hooks(hooks);
         if let Some(setting) = setting {
             command = command.sendmsg(setting);
         }
         let agent = command.spawn_ready();
         if let Some(expected) = expected {
-            assert_eq!(sendmsg(&world), expected, "{hooks:?} {setting:?}");
+            assert_eq!(sendmsg(&env), expected, "{hooks:?} {setting:?}");
         }
-        assert!(world.status().sockets.is_some_and(|sockets| sockets.attached));
+        assert!(env.status().sockets.is_some_and(|sockets| sockets.attached));
         is_held();
         // Links survive the agent, and the next agent adopts them.
         agent.kill9();
     }
-    let text = String::from_utf8(world.imds_agent(&["status"]).output().stdout).unwrap();
+    let text = String::from_utf8(env.imds_agent(&["status"]).output().stdout).unwrap();
     assert!(text.contains("\nsendmsg "), "{text}");
-    world.unload();
-    world.assert_open(&pod);
+    env.unload();
+    env.assert_open(&pod);
 }
 
 #[test]
@@ -197,63 +197,63 @@ fn local_service_follows_the_address() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let [pod, exempt] = [(); 2].map(|()| world.add_pod(PodLink::Routed));
+    let env = TestEnv::new();
+    let [pod, exempt] = [(); 2].map(|()| env.add_pod(PodLink::Routed));
     let is_open = |netns| http_get(netns, METADATA, SHORT).is_answer();
     let agent = || {
         let rule = format!("[[exempt]]\nname = 'proxy'\ninterface = '{}'", exempt.host_ifname);
-        world.agent().hooks(&["node_egress", "local_service"]).config(&rule).spawn_ready()
+        env.agent().hooks(&["node_egress", "local_service"]).config(&rule).spawn_ready()
     };
     let state = |status: &Status| {
         let local = status.local_service.as_ref().expect("the hook is on");
-        assert_eq!(local.attached, is_pinned(&world, "local_service"));
+        assert_eq!(local.attached, is_pinned(&env, "local_service"));
         (local.attached, local.desired)
     };
     let running = agent();
-    assert_eq!(state(&world.status()), (false, false));
+    assert_eq!(state(&env.status()), (false, false));
 
     let address = format!("{METADATA}/32 dev lo");
-    world.node.ip(&format!("addr add {address}"));
-    let _services = world.in_cgroup(|| Services::start(&world.node, &[METADATA.into()]));
-    world.status_when("local_service is attached", |status| state(status) == (true, true));
-    assert!(!is_open(&pod.netns) && is_open(&exempt.netns) && is_open(&world.node));
-    let counts = world.status().local_service.unwrap().counts;
+    env.node.ip(&format!("addr add {address}"));
+    let _services = env.in_cgroup(|| Services::start(&env.node, &[METADATA.into()]));
+    env.status_when("local_service is attached", |status| state(status) == (true, true));
+    assert!(!is_open(&pod.netns) && is_open(&exempt.netns) && is_open(&env.node));
+    let counts = env.status().local_service.unwrap().counts;
     assert!(counts.denied.packets > 0 && counts.exempt.packets > 0, "{counts:?}");
 
     // The program survives the agent, and the next agent adopts it.
     running.kill9();
     assert!(!is_open(&pod.netns));
-    let link = || link_at(&world.pin_dir().join("links/local_service")).map(|link| link.id);
+    let link = || link_at(&env.pin_dir().join("links/local_service")).map(|link| link.id);
     let before = link();
     let running = agent();
     assert!(before.is_some() && link() == before);
-    assert!(!is_open(&pod.netns) && is_open(&world.node));
+    assert!(!is_open(&pod.netns) && is_open(&env.node));
 
-    foreign::detach_link(&world.pin_dir().join("links/local_service"));
-    world.node.ip(&format!("addr del {address}"));
-    world.status_when("local_service is detached", |status| state(status) == (false, false));
-    world.node.ip(&format!("addr add {address}"));
-    world.status_when("local_service is attached again", |status| state(status) == (true, true));
+    foreign::detach_link(&env.pin_dir().join("links/local_service"));
+    env.node.ip(&format!("addr del {address}"));
+    env.status_when("local_service is detached", |status| state(status) == (false, false));
+    env.node.ip(&format!("addr add {address}"));
+    env.status_when("local_service is attached again", |status| state(status) == (true, true));
     assert!(!is_open(&pod.netns));
     drop(running);
-    world.unload();
-    assert!(is_open(&pod.netns) && is_open(&world.node));
+    env.unload();
+    assert!(is_open(&pod.netns) && is_open(&env.node));
 }
 
 /// A routing rule can select a table in which the address is local, as for a transparent proxy.
 #[test]
 fn local_service_follows_policy_routes() {
-    let world = World::new();
-    let agent = world.agent().hooks(&["node_egress", "local_service"]).spawn_ready();
+    let env = TestEnv::new();
+    let agent = env.agent().hooks(&["node_egress", "local_service"]).spawn_ready();
     let is_attached = |status: &Status| status.local_service.as_ref().is_some_and(|local| local.attached);
-    assert!(!is_attached(&world.status()));
+    assert!(!is_attached(&env.status()));
     let route = format!("local {METADATA}/32 dev lo table 100");
-    world.node.ip(&format!("route add {route}"));
-    world.status_when("local_service is attached", is_attached);
-    world.node.ip(&format!("route del {route}"));
-    world.status_when("local_service is detached", |status| !is_attached(status));
+    env.node.ip(&format!("route add {route}"));
+    env.status_when("local_service is attached", is_attached);
+    env.node.ip(&format!("route del {route}"));
+    env.status_when("local_service is detached", |status| !is_attached(status));
     drop(agent);
-    world.unload();
+    env.unload();
 }
 
 /// The kernel runs programs of ancestor cgroups last, in whatever order they were attached.
@@ -262,26 +262,26 @@ fn program_of_ancestor_is_reported() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let below = world.add_cgroup("below");
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let below = env.add_cgroup("below");
     let balancer = Foreign::redirecting_calls(BPF_CGROUP_INET4_CONNECT, METADATA);
-    let config = world.scratch_dir().join("socket.toml");
+    let config = env.scratch_dir().join("socket.toml");
     fs::write(&config, "[hooks]\nfrom_pod = false\nnode_egress = false\nsocket = true").unwrap();
     let [config, cgroup] = [&config, below.path()].map(|path| path.to_str().unwrap());
-    let agent = world.agent().config_file(config).args(&["--cgroup", cgroup]).resync(1).spawn_ready();
+    let agent = env.agent().config_file(config).args(&["--cgroup", cgroup]).resync(1).spawn_ready();
     let is_open = || below.run(|| http_get(&pod.netns, SERVICE, SHORT).is_answer());
-    let link = balancer.attach_cgroup(world.cgroup(), BPF_CGROUP_INET4_CONNECT);
-    let before = world.arrivals();
-    assert!(is_open() && world.arrivals() != before);
+    let link = balancer.attach_cgroup(env.cgroup(), BPF_CGROUP_INET4_CONNECT);
+    let before = env.received_packets();
+    assert!(is_open() && env.received_packets() != before);
     let is_reported =
         |status: &Status| status.problems.iter().any(|problem| problem.problem.contains("is not last"));
-    world.status_when("the program of the ancestor is reported", is_reported);
-    assert_eq!(world.imds_agent(&["status"]).output().status.code(), Some(3));
+    env.status_when("the program of the ancestor is reported", is_reported);
+    assert_eq!(env.imds_agent(&["status"]).output().status.code(), Some(3));
     drop(link);
-    world.status_when("the agent is ready", Status::is_ready);
+    env.status_when("the agent is ready", Status::is_ready);
     drop(agent);
-    world.unload();
+    env.unload();
 }
 
 /// Returns the ids of the pinned links of the socket hook.
@@ -296,11 +296,11 @@ fn restart_keeps_links() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    world.agent().hooks(&["socket"]).spawn_ready().kill9();
-    let before = link_ids(world.pin_dir());
-    let _agent = world.agent().hooks(&["socket"]).spawn_ready();
-    assert_eq!(link_ids(world.pin_dir()), before);
-    assert!(is_refused(&world, &pod.netns, METADATA));
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    env.agent().hooks(&["socket"]).spawn_ready().kill9();
+    let before = link_ids(env.pin_dir());
+    let _agent = env.agent().hooks(&["socket"]).spawn_ready();
+    assert_eq!(link_ids(env.pin_dir()), before);
+    assert!(is_refused(&env, &pod.netns, METADATA));
 }

@@ -3,7 +3,7 @@
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
-    AttachMode, METADATA, PacketSocket, Pod, PodLink, SERVICE, World,
+    AttachMode, METADATA, PacketSocket, Pod, PodLink, SERVICE, TestEnv,
     foreign::{Foreign, TC_ACT_OK},
     hook::{self, Attached, run_tc},
     packets,
@@ -20,16 +20,16 @@ fn names(programs: &[Attached]) -> Vec<bool> {
 }
 
 #[track_caller]
-fn assert_first(world: &World, pod: &Pod) {
-    let status = world.status_when("from_pod is first", |status| {
+fn assert_first(env: &TestEnv, pod: &Pod) {
+    let status = env.status_when("from_pod is first", |status| {
         let is_first =
             status.find(&pod.host_ifname).is_some_and(|interface| interface.is_first() == Some(true));
         is_first && status.problems.is_empty()
     });
     assert_eq!(status.state, "enforcing");
-    assert_eq!(names(&hook::programs(&world.node, &pod.host_ifname)), [true, false]);
-    world.assert_blocked(pod);
-    world.assert_harmless(pod);
+    assert_eq!(names(&hook::programs(&env.node, &pod.host_ifname)), [true, false]);
+    env.assert_blocked(pod);
+    env.assert_harmless(pod);
 }
 
 #[test]
@@ -37,13 +37,13 @@ fn earlier_tcx_program_comes_second() {
     if skip_without_tcx() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
     let _link =
-        Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex, TcAttachType::Ingress);
-    world.assert_open(&pod);
-    let _agent = world.start_agent(AttachMode::Tcx);
-    assert_first(&world, &pod);
+        Foreign::returning(TC_ACT_OK).attach_tcx_first(&env.node, pod.host_ifindex, TcAttachType::Ingress);
+    env.assert_open(&pod);
+    let _agent = env.start_agent(AttachMode::Tcx);
+    assert_first(&env, &pod);
 }
 
 #[test]
@@ -51,71 +51,71 @@ fn later_tcx_program_does_not_stay_first() {
     if skip_without_tcx() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let agent = world.agent().backend(AttachMode::Tcx).resync(1).spawn_ready();
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let agent = env.agent().backend(AttachMode::Tcx).resync(1).spawn_ready();
     let _link =
-        Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex, TcAttachType::Ingress);
-    assert_first(&world, &pod);
+        Foreign::returning(TC_ACT_OK).attach_tcx_first(&env.node, pod.host_ifindex, TcAttachType::Ingress);
+    assert_first(&env, &pod);
 
     agent.kill9();
     let _another =
-        Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex, TcAttachType::Ingress);
-    assert_eq!(world.status().interface(&pod.host_ifname).is_first(), Some(false));
-    let _agent = world.start_agent(AttachMode::Tcx);
+        Foreign::returning(TC_ACT_OK).attach_tcx_first(&env.node, pod.host_ifindex, TcAttachType::Ingress);
+    assert_eq!(env.status().interface(&pod.host_ifname).is_first(), Some(false));
+    let _agent = env.start_agent(AttachMode::Tcx);
     poll_until(LONG, "from_pod to be first", || {
-        let programs = names(&hook::programs(&world.node, &pod.host_ifname));
+        let programs = names(&hook::programs(&env.node, &pod.host_ifname));
         (programs == [true, false, false]).then_some(())
     });
-    world.assert_blocked(&pod);
+    env.assert_blocked(&pod);
 }
 
 #[test]
 fn earlier_bpf_filter_comes_second() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Bridged);
-    run_tc(&world.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
-    Foreign::returning(TC_ACT_OK).attach_filter(&world.node, &pod.host_ifname, TcAttachType::Ingress, 1);
-    world.assert_open(&pod);
-    let _agent = world.start_agent(AttachMode::Clsact);
-    assert_first(&world, &pod);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Bridged);
+    run_tc(&env.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
+    Foreign::returning(TC_ACT_OK).attach_filter(&env.node, &pod.host_ifname, TcAttachType::Ingress, 1);
+    env.assert_open(&pod);
+    let _agent = env.start_agent(AttachMode::Clsact);
+    assert_first(&env, &pod);
 }
 
 #[test]
 fn later_bpf_filter_does_not_stay_first() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Bridged);
-    let _agent = world.agent().backend(AttachMode::Clsact).resync(1).spawn_ready();
-    Foreign::returning(TC_ACT_OK).attach_filter(&world.node, &pod.host_ifname, TcAttachType::Ingress, 1);
-    assert_first(&world, &pod);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Bridged);
+    let _agent = env.agent().backend(AttachMode::Clsact).resync(1).spawn_ready();
+    Foreign::returning(TC_ACT_OK).attach_filter(&env.node, &pod.host_ifname, TcAttachType::Ingress, 1);
+    assert_first(&env, &pod);
 }
 
 /// Adds a filter that classifies every packet at the first priority, which ends processing at the clsact hook. A filter
 /// of another kind cannot share that priority.
-fn add_u32_filter(world: &World, pod: &Pod) {
+fn add_u32_filter(env: &TestEnv, pod: &Pod) {
     let filter = ["filter", "add", "dev", &pod.host_ifname, "ingress", "prio", "1", "protocol", "all"];
-    run_tc(&world.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
-    run_tc(&world.node, &[&filter[..], &["u32", "match", "u32", "0", "0", "classid", "1:1"]].concat());
+    run_tc(&env.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
+    run_tc(&env.node, &[&filter[..], &["u32", "match", "u32", "0", "0", "classid", "1:1"]].concat());
 }
 
 #[test]
 fn blocking_filter_is_reported_in_status() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    add_u32_filter(&world, &pod);
-    let _agent = world.agent().backend(AttachMode::Clsact).spawn();
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    add_u32_filter(&env, &pod);
+    let _agent = env.agent().backend(AttachMode::Clsact).spawn();
 
-    let status = world.wait_guarded(&pod);
+    let status = env.wait_enforced(&pod);
     let interface = status.interface(&pod.host_ifname);
     assert_eq!((interface.attach_mode(), interface.is_first()), (Some("clsact"), Some(false)));
     assert!(status.problems.iter().any(|problem| problem.interface.as_ref() == Some(&pod.host_ifname)));
     assert_eq!(status.state, "degraded");
-    assert_eq!(world.imds_agent(&["status"]).output().status.code(), Some(3));
+    assert_eq!(env.imds_agent(&["status"]).output().status.code(), Some(3));
     // The consequence while the other filter accepts every packet: nothing is denied.
-    world.assert_open(&pod);
+    env.assert_open(&pod);
 
-    run_tc(&world.node, &["filter", "delete", "dev", &pod.host_ifname, "ingress", "prio", "1"]);
-    world.assert_blocked(&pod);
+    run_tc(&env.node, &["filter", "delete", "dev", &pod.host_ifname, "ingress", "prio", "1"]);
+    env.assert_blocked(&pod);
 }
 
 #[test]
@@ -123,19 +123,19 @@ fn tcx_runs_before_filters() {
     if skip_without_tcx() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    add_u32_filter(&world, &pod);
-    let agent = world.start_agent(AttachMode::Tcx);
-    assert_eq!(world.status().interface(&pod.host_ifname).is_first(), Some(true));
-    world.assert_blocked(&pod);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    add_u32_filter(&env, &pod);
+    let agent = env.start_agent(AttachMode::Tcx);
+    assert_eq!(env.status().interface(&pod.host_ifname).is_first(), Some(true));
+    env.assert_blocked(&pod);
     assert!(reachable(&pod.netns, SERVICE));
 
     drop(agent);
-    world.unload();
+    env.unload();
     // The agent leaves the qdisc and the filter of other software in place.
-    assert!(hook::has_clsact(&world.node, &pod.host_ifname));
-    world.assert_open(&pod);
+    assert!(hook::has_clsact(&env.node, &pod.host_ifname));
+    env.assert_open(&pod);
 }
 
 #[test]
@@ -144,19 +144,16 @@ fn foreign_dropper_still_sees_traffic() {
     if skip_without_tcx() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
     assert!(reachable(&pod.netns, SERVICE));
-    let link = Foreign::returning(TC_ACT_SHOT).attach_tcx_first(
-        &world.node,
-        pod.host_ifindex,
-        TcAttachType::Ingress,
-    );
-    let _agent = world.start_agent(AttachMode::Tcx);
+    let link =
+        Foreign::returning(TC_ACT_SHOT).attach_tcx_first(&env.node, pod.host_ifindex, TcAttachType::Ingress);
+    let _agent = env.start_agent(AttachMode::Tcx);
     // The agent's program, which is now first, leaves allowed packets to the other programs.
     assert!(!imds_tests::probe::udp_echo(&pod.netns, SERVICE, imds_tests::probe::SHORT).is_answer());
     drop(link);
-    world.assert_harmless(&pod);
+    env.assert_harmless(&pod);
 }
 
 /// A foreign attachment at a hook, which is removed on drop.
@@ -166,7 +163,7 @@ enum Attachment {
 }
 
 fn attach_first(
-    world: &World,
+    env: &TestEnv,
     backend: AttachMode,
     program: &Foreign,
     interface: &str,
@@ -174,30 +171,30 @@ fn attach_first(
 ) -> Attachment {
     match backend {
         AttachMode::Tcx => {
-            let index = world.node.run(|| nix::net::if_::if_nametoindex(interface)).unwrap();
-            Attachment::Tcx(program.attach_tcx_first(&world.node, index, at))
+            let index = env.node.run(|| nix::net::if_::if_nametoindex(interface)).unwrap();
+            Attachment::Tcx(program.attach_tcx_first(&env.node, index, at))
         }
         AttachMode::Clsact => {
-            if !hook::has_clsact(&world.node, interface) {
-                run_tc(&world.node, &["qdisc", "add", "dev", interface, "clsact"]);
+            if !hook::has_clsact(&env.node, interface) {
+                run_tc(&env.node, &["qdisc", "add", "dev", interface, "clsact"]);
             }
-            program.attach_filter(&world.node, interface, at, 1);
+            program.attach_filter(&env.node, interface, at, 1);
             Attachment::Filter
         }
     }
 }
 
-fn wait_until_first(world: &World, interface: &str, at: TcAttachType) {
+fn wait_until_first(env: &TestEnv, interface: &str, at: TcAttachType) {
     poll_until(LONG, "from_pod to be first", || {
-        let programs = names(&hook::programs_at(&world.node, interface, at));
+        let programs = names(&hook::programs_at(&env.node, interface, at));
         (programs == [true, false]).then_some(())
     });
 }
 
 /// Reports whether a packet of the pod arrives at the metadata service, whatever the destination of its frame.
-fn arrives(world: &World, pod: &Pod) -> bool {
+fn arrives(env: &TestEnv, pod: &Pod) -> bool {
     let packet = packets::udp(pod.address, METADATA, b"redirected");
-    world.arrives(|| {
+    env.arrives(|| {
         PacketSocket::frames(&pod.netns, Pod::IFNAME).send(&packets::frame(pod, &packet)).unwrap();
     })
 }
@@ -208,34 +205,34 @@ fn assert_foreign_is_no_way(hook: &'static str, at: TcAttachType, kinds: &[&str]
     with_each_backend(|backend| {
         for is_later in [false, true] {
             for &kind in kinds {
-                let world = World::new();
-                let pod = world.add_pod(PodLink::Routed);
-                let uplink = world.node.run(|| nix::net::if_::if_nametoindex(World::UPLINK)).unwrap();
-                let interface = if hook == "from_pod" { &*pod.host_ifname } else { World::UPLINK };
+                let env = TestEnv::new();
+                let pod = env.add_pod(PodLink::Routed);
+                let uplink = env.node.run(|| nix::net::if_::if_nametoindex(TestEnv::UPLINK)).unwrap();
+                let interface = if hook == "from_pod" { &*pod.host_ifname } else { TestEnv::UPLINK };
                 let program = match kind {
                     "accepts" => Foreign::returning(TC_ACT_OK),
                     "leaves" => Foreign::returning(TC_ACT_UNSPEC),
                     _ => Foreign::redirecting(uplink),
                 };
-                let attach = || attach_first(&world, backend, &program, interface, at);
-                let start = || world.agent().backend(backend).hooks(&[hook]).resync(1).spawn_ready();
+                let attach = || attach_first(&env, backend, &program, interface, at);
+                let start = || env.agent().backend(backend).hooks(&[hook]).resync(1).spawn_ready();
                 let (_attached, agent) = if is_later {
-                    assert!(arrives(&world, &pod));
+                    assert!(arrives(&env, &pod));
                     let agent = start();
                     (attach(), agent)
                 } else {
                     let attached = attach();
-                    assert!(arrives(&world, &pod), "{kind}");
+                    assert!(arrives(&env, &pod), "{kind}");
                     (attached, start())
                 };
-                wait_until_first(&world, interface, at);
-                assert!(!arrives(&world, &pod), "{hook}: {kind}, later: {is_later}");
-                world.status_when("the agent is ready", |status| {
+                wait_until_first(&env, interface, at);
+                assert!(!arrives(&env, &pod), "{hook}: {kind}, later: {is_later}");
+                env.status_when("the agent is ready", |status| {
                     status.is_ready() && status.state == "enforcing"
                 });
                 drop(agent);
-                world.unload();
-                assert!(arrives(&world, &pod), "{kind}");
+                env.unload();
+                assert!(arrives(&env, &pod), "{kind}");
             }
         }
     });
@@ -255,18 +252,18 @@ fn foreign_programs_second_at_node_egress() {
 #[test]
 fn redirect_past_from_pod_meets_node_egress() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let pod = world.add_pod(PodLink::Routed);
-        let uplink = world.node.run(|| nix::net::if_::if_nametoindex(World::UPLINK)).unwrap();
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Routed);
+        let uplink = env.node.run(|| nix::net::if_::if_nametoindex(TestEnv::UPLINK)).unwrap();
         let program = Foreign::redirecting(uplink);
-        let attached = attach_first(&world, backend, &program, &pod.host_ifname, TcAttachType::Ingress);
-        assert!(arrives(&world, &pod));
-        let agent = world.agent().backend(backend).hooks(&["node_egress"]).spawn_ready();
-        assert!(!arrives(&world, &pod));
-        assert!(world.status().interface(World::UPLINK).counts.denied.packets > 0);
+        let attached = attach_first(&env, backend, &program, &pod.host_ifname, TcAttachType::Ingress);
+        assert!(arrives(&env, &pod));
+        let agent = env.agent().backend(backend).hooks(&["node_egress"]).spawn_ready();
+        assert!(!arrives(&env, &pod));
+        assert!(env.status().interface(TestEnv::UPLINK).counts.denied.packets > 0);
         drop(agent);
-        world.unload();
-        assert!(arrives(&world, &pod));
+        env.unload();
+        assert!(arrives(&env, &pod));
         drop(attached);
     });
 }

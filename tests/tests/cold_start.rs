@@ -8,7 +8,7 @@ use std::{
 };
 
 use imds_tests::{
-    Agent, AgentCommand, Pod, PodLink, Status, World,
+    Agent, AgentCommand, Pod, PodLink, Status, TestEnv,
     http::{DEFAULT, try_get},
     poll::poll_until,
     probe::LONG,
@@ -22,18 +22,18 @@ use nix::{
 const HOOKS: &str = "[hooks]\nsocket = false\n";
 
 struct Node {
-    world: World,
+    env: TestEnv,
     pod: Pod,
     file: PathBuf,
 }
 
 impl Node {
     fn new() -> Self {
-        let world = World::new();
-        let pod = world.add_pod(PodLink::Routed);
-        world.assert_open(&pod);
-        let file = world.scratch_dir().join("imds.toml");
-        Self { world, pod, file }
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Routed);
+        env.assert_open(&pod);
+        let file = env.scratch_dir().join("imds.toml");
+        Self { env, pod, file }
     }
 
     /// Returns a rule that exempts the pod.
@@ -49,12 +49,12 @@ impl Node {
     }
 
     fn stored(&self) -> PathBuf {
-        self.world.state_dir().join("last-good.toml")
+        self.env.state_dir().join("last-good.toml")
     }
 
     fn command(&self) -> AgentCommand<'_> {
-        let cgroup = self.world.cgroup().to_str().unwrap();
-        self.world.imds_agent(&["run"]).config_file(self.file.to_str().unwrap()).args(&["--cgroup", cgroup])
+        let cgroup = self.env.cgroup().to_str().unwrap();
+        self.env.imds_agent(&["run"]).config_file(self.file.to_str().unwrap()).args(&["--cgroup", cgroup])
     }
 
     /// Starts an agent and waits until it is degraded for a reason that contains `part`.
@@ -62,8 +62,8 @@ impl Node {
     fn start_degraded(&self, part: &str) -> (Agent<'_>, Status) {
         let agent = self.command().spawn();
         let pid = agent.pid();
-        let status = self.world.status_when("the agent is degraded", |status| {
-            status.agent.ready && status.agent.pid == Some(pid) && status.all_pods_are_guarded()
+        let status = self.env.status_when("the agent is degraded", |status| {
+            status.agent.ready && status.agent.pid == Some(pid) && status.all_pods_enforced()
         });
         assert_eq!(status.state, "degraded", "{}", agent.log());
         let refused = status.configuration.as_ref().unwrap().refused.as_ref().expect("a rejected file");
@@ -73,7 +73,7 @@ impl Node {
             "{:?}",
             status.problems
         );
-        assert_eq!(self.world.imds_agent(&["status"]).output().status.code(), Some(3));
+        assert_eq!(self.env.imds_agent(&["status"]).output().status.code(), Some(3));
         let log = agent.log();
         let errors: Vec<_> = log.lines().filter(|line| line.contains("ERROR")).collect();
         assert!(matches!(errors[..], [error] if error.contains(part)), "{errors:?}");
@@ -83,14 +83,14 @@ impl Node {
     /// Waits until the file is effective and no problem is left.
     #[track_caller]
     fn wait_recovered(&self) -> Status {
-        self.world.status_when("the configuration is valid", |status| {
+        self.env.status_when("the configuration is valid", |status| {
             let configuration = status.configuration.as_ref().unwrap();
             configuration.refused.is_none() && status.problems.is_empty()
         })
     }
 
     fn rejected_metric(&self) -> String {
-        let (_, metrics) = poll_until(LONG, "metrics", || try_get(&self.world, DEFAULT, "/metrics").ok());
+        let (_, metrics) = poll_until(LONG, "metrics", || try_get(&self.env, DEFAULT, "/metrics").ok());
         let line = metrics.lines().find(|line| line.starts_with("imds_agent_config_last_reload_successful "));
         line.unwrap_or_default().to_owned()
     }
@@ -107,14 +107,14 @@ fn unknown_key_is_fail_closed_until_fixed() {
     let (agent, status) = node.start_degraded("imds.toml:1:1: unknown: ");
     assert_eq!((status.mode.as_deref(), status.exemptions.len()), (Some("enforce"), 0));
     assert_eq!(status.configuration.unwrap().file, None);
-    node.world.assert_blocked(&node.pod);
+    node.env.assert_blocked(&node.pod);
     assert_eq!(node.rejected_metric(), "imds_agent_config_last_reload_successful 0");
     assert!(!node.stored().exists());
 
     // A reload that still finds the broken file changes nothing.
     Node::hang_up(&agent);
     agent.wait_for_log("keeping the previous one", LONG);
-    node.world.assert_blocked(&node.pod);
+    node.env.assert_blocked(&node.pod);
 
     node.write(&format!("{HOOKS}{}", node.exempt()));
     let status = node.wait_recovered();
@@ -122,11 +122,11 @@ fn unknown_key_is_fail_closed_until_fixed() {
         (status.state.as_str(), status.configuration.unwrap().file),
         ("enforcing", Some(node.file.clone()))
     );
-    node.world.assert_open(&node.pod);
+    node.env.assert_open(&node.pod);
     assert_eq!(node.rejected_metric(), "imds_agent_config_last_reload_successful 1");
     drop(agent);
-    node.world.unload();
-    node.world.assert_open(&node.pod);
+    node.env.unload();
+    node.env.assert_open(&node.pod);
 }
 
 #[test]
@@ -142,10 +142,10 @@ fn last_good_config_is_used_if_intact() {
     // restores a copy.
     let stored = fs::read_to_string(node.stored()).unwrap();
     let reboot = || {
-        node.world.unload();
+        node.env.unload();
         assert!(!node.stored().exists());
-        node.world.assert_open(&node.pod);
-        fs::create_dir(node.world.state_dir()).unwrap();
+        node.env.assert_open(&node.pod);
+        fs::create_dir(node.env.state_dir()).unwrap();
     };
     let store = |text: &str, mode: u32| {
         fs::write(node.stored(), text).unwrap();
@@ -164,7 +164,7 @@ fn last_good_config_is_used_if_intact() {
         let (agent, status) = node.start_degraded(part);
         assert_eq!(status.configuration.unwrap().file, Some(node.stored()));
         assert_eq!(status.hooks, ["from_pod", "node_egress", "local_service"]);
-        node.world.assert_open(&node.pod);
+        node.env.assert_open(&node.pod);
         drop(agent);
     }
     node.write(&format!("unknown = 1\n{HOOKS}{}", node.exempt()));
@@ -177,10 +177,10 @@ fn last_good_config_is_used_if_intact() {
         store(&text, mode);
         let (agent, status) = node.start_degraded(part);
         assert_eq!(status.configuration.unwrap().file, None);
-        node.world.assert_blocked(&node.pod);
+        node.env.assert_blocked(&node.pod);
         drop(agent);
     }
-    node.world.unload();
+    node.env.unload();
 }
 
 #[test]
@@ -202,15 +202,15 @@ fn broken_file_keeps_mode_and_metrics() {
         assert_eq!(status.mode.as_deref(), Some(mode), "{text}");
         assert!(!status.endpoints.is_empty() && status.hooks.contains(&"from_pod".to_owned()));
         if mode == "enforce" {
-            node.world.assert_blocked(&node.pod);
+            node.env.assert_blocked(&node.pod);
         } else {
-            node.world.assert_open(&node.pod);
+            node.env.assert_open(&node.pod);
             poll_until(LONG, "metrics at the file's address", || {
-                try_get(&node.world, "127.0.0.1:9301", "/healthz").ok()
+                try_get(&node.env, "127.0.0.1:9301", "/healthz").ok()
             });
         }
         drop(agent);
-        node.world.unload();
+        node.env.unload();
     }
 }
 
@@ -219,12 +219,12 @@ fn directory_counts_as_broken_file() {
     let node = Node::new();
     fs::create_dir(&node.file).unwrap();
     let (agent, _) = node.start_degraded("not a regular file");
-    node.world.assert_blocked(&node.pod);
+    node.env.assert_blocked(&node.pod);
     fs::remove_dir(&node.file).unwrap();
     node.write(HOOKS);
     assert_eq!(node.wait_recovered().state, "enforcing");
     drop(agent);
-    node.world.unload();
+    node.env.unload();
 }
 
 #[test]
@@ -234,20 +234,20 @@ fn once_enforces_and_exits_with_2() {
     let output = node.command().once();
     assert_eq!(output.status.code(), Some(2), "{output:?}");
     assert!(String::from_utf8_lossy(&output.stderr).contains("imds.toml:1:1: unknown"), "{output:?}");
-    node.world.assert_blocked(&node.pod);
-    node.world.unload();
-    node.world.assert_open(&node.pod);
+    node.env.assert_blocked(&node.pod);
+    node.env.unload();
+    node.env.assert_open(&node.pod);
 }
 
 #[test]
 fn unwritable_state_dir_is_not_fatal() {
     let node = Node::new();
     // A file at the path of the directory.
-    fs::write(node.world.state_dir(), "").unwrap();
+    fs::write(node.env.state_dir(), "").unwrap();
     node.write(HOOKS);
     let agent = node.command().spawn_ready();
     agent.wait_for_log("failed to store the last good configuration", LONG);
-    node.world.assert_blocked(&node.pod);
+    node.env.assert_blocked(&node.pod);
     drop(agent);
-    node.world.unload();
+    node.env.unload();
 }

@@ -2,7 +2,7 @@
 
 use std::{fs, process::Output};
 
-use imds_tests::{World, output};
+use imds_tests::{TestEnv, output};
 
 const COMMANDS: [&str; 9] =
     ["run", "status", "events", "verify", "doctor", "config", "unload", "completions", "man"];
@@ -36,14 +36,14 @@ audit = true
 
 #[test]
 fn check_reports_every_error() {
-    let world = World::new();
-    let path = world.scratch_dir().join("imds.toml");
+    let env = TestEnv::new();
+    let path = env.scratch_dir().join("imds.toml");
     let path_text = path.to_str().unwrap();
     // Does not use the harness's command, which adds a pin directory.
     let check = || {
-        let mut command = world.imds_agent(&[]).command();
+        let mut command = env.imds_agent(&[]).command();
         let program = command.get_program().to_owned();
-        command = world.node.command(program);
+        command = env.node.command(program);
         command.args(["config", "check", path_text]);
         output(command)
     };
@@ -82,11 +82,11 @@ fn check_reports_every_error() {
 
 #[test]
 fn show_prints_effective_config() {
-    let world = World::new();
-    let show = |format: &str| world.imds_agent(&["config", "show", "-o", format]).output();
+    let env = TestEnv::new();
+    let show = |format: &str| env.imds_agent(&["config", "show", "-o", format]).output();
     assert_eq!(show("toml").status.code(), Some(1));
     let config = "on_deny = 'reject'\n[interfaces]\nexclude = ['lxc*']\n[[endpoint]]\nname = 'vault'\naddress = '10.0.0.9'";
-    drop(world.agent().config(config).spawn_ready());
+    drop(env.agent().config(config).spawn_ready());
 
     let shown: serde_json::Value = serde_json::from_str(&stdout(&show("json"))).unwrap();
     let expected = serde_json::json!({
@@ -106,20 +106,20 @@ fn show_prints_effective_config() {
     assert_eq!(shown, expected);
 
     // The TOML output is a configuration file with the same meaning.
-    let file = world.scratch_dir().join("shown.toml");
+    let file = env.scratch_dir().join("shown.toml");
     fs::write(&file, stdout(&show("toml"))).unwrap();
-    let once = world.imds_agent(&["run"]).config_file(file.to_str().unwrap()).once();
+    let once = env.imds_agent(&["run"]).config_file(file.to_str().unwrap()).once();
     assert!(once.status.success(), "{once:?}");
     assert_eq!(serde_json::from_str::<serde_json::Value>(&stdout(&show("json"))).unwrap(), expected);
-    world.unload();
+    env.unload();
 }
 
 #[test]
 fn completions_and_man_pages_are_complete() {
-    let world = World::new();
+    let env = TestEnv::new();
     let run = |args: &[&str]| {
-        let program = world.imds_agent(&[]).command().get_program().to_owned();
-        let mut command = world.node.command(program);
+        let program = env.imds_agent(&[]).command().get_program().to_owned();
+        let mut command = env.node.command(program);
         command.args(args);
         stdout(&output(command))
     };
@@ -131,7 +131,7 @@ fn completions_and_man_pages_are_complete() {
         }
     }
     let page = run(&["man"]);
-    let dir = world.scratch_dir().join("man");
+    let dir = env.scratch_dir().join("man");
     run(&["man", dir.to_str().unwrap()]);
     for command in COMMANDS {
         assert!(page.contains(&format!("imds\\-agent\\-{command}(1)")), "{command}: {page}");

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use imds_tests::{
-    PodLink, World,
+    PodLink, TestEnv,
     api_server::write_kubeconfig,
     http::{DEFAULT, try_get},
     poll::poll_until,
@@ -23,9 +23,9 @@ const OF_TARGETS: [(&str, &[&str]); 2] = [("up", &["node"]), ("kube_node_info", 
 /// Served time series with their labels.
 type Served = BTreeMap<String, BTreeSet<String>>;
 
-fn scrape(world: &World) -> String {
+fn scrape(env: &TestEnv) -> String {
     poll_until(LONG, "metrics to be served", || {
-        let answer = try_get(world, DEFAULT, "/metrics").ok();
+        let answer = try_get(env, DEFAULT, "/metrics").ok();
         answer.filter(|(status, _)| *status == 200).map(|(_, metrics)| metrics)
     })
 }
@@ -81,25 +81,25 @@ fn strings<'a>(value: &'a Value, key: &str, found: &mut Vec<&'a str>) {
 
 #[test]
 fn dashboards_query_existing_metrics() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let neighbour = world.add_pod(PodLink::Routed);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let neighbour = env.add_pod(PodLink::Routed);
     // No API server listens at this address.
-    let kubeconfig = world.scratch_dir().join("kubeconfig");
+    let kubeconfig = env.scratch_dir().join("kubeconfig");
     write_kubeconfig(&kubeconfig, "http://127.0.0.1:1");
     let rule = format!(
         "[[exempt]]\nname = 'one'\ninterface = '{}'\n[kubernetes]\nkubeconfig = '{}'",
         pod.host_ifname,
         kubeconfig.display()
     );
-    let agent = world.agent().hooks(&["from_pod", "node_egress"]).config(&rule).spawn_ready();
-    world.assert_blocked(&neighbour);
+    let agent = env.agent().hooks(&["from_pod", "node_egress"]).config(&rule).spawn_ready();
+    env.assert_blocked(&neighbour);
     let mut served = poll_until(LONG, "a denial to be counted", || {
-        let served = served(&scrape(&world));
+        let served = served(&scrape(&env));
         served.contains_key("imds_agent_denials_total").then_some(served)
     });
     drop(agent);
-    world.unload();
+    env.unload();
     // Served only if the hook is on, which some tested kernels do not support.
     served.entry("imds_agent_cgroup_hook_attached".to_owned()).or_default().insert("hook".to_owned());
 

@@ -3,28 +3,28 @@
 use aya::maps::{Map, MapData, MapError, PerCpuHashMap, PerCpuValues};
 use imds_ebpf_common::{Counter, CounterKey, Hook, Verdict, names::MAP_COUNTERS};
 use imds_tests::{
-    METADATA, PodLink, World,
+    METADATA, PodLink, TestEnv,
     probe::{LONG, SHORT, http_get, reachable},
 };
 
 #[test]
 fn uncounted_pod_is_denied_and_logged() {
-    let world = World::new();
-    let agent = world.agent().spawn_ready();
-    let mut empty = fill(&world);
-    let pod = world.add_pod(PodLink::Routed);
-    world.wait_guarded(&pod);
-    world.assert_nothing_arrives(|| assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer()));
+    let env = TestEnv::new();
+    let agent = env.agent().spawn_ready();
+    let mut empty = fill(&env);
+    let pod = env.add_pod(PodLink::Routed);
+    env.wait_enforced(&pod);
+    env.assert_nothing_arrives(|| assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer()));
     agent.wait_for_log("a map is full", LONG);
     empty();
     drop(agent);
-    world.unload();
+    env.unload();
     assert!(reachable(&pod.netns, METADATA));
 }
 
 /// Fills the map of counters. Calling the returned function removes the added entries.
-fn fill(world: &World) -> impl FnMut() {
-    let pin = world.pin_dir().join("maps").join(MAP_COUNTERS);
+fn fill(env: &TestEnv) -> impl FnMut() {
+    let pin = env.pin_dir().join("maps").join(MAP_COUNTERS);
     let map = MapData::from_pin(pin).expect("a pinned map");
     let mut counters: PerCpuHashMap<MapData, CounterKey, Counter> =
         Map::PerCpuHashMap(map).try_into().expect("the counters");

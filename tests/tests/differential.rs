@@ -11,15 +11,14 @@ use std::{
 
 use imds_agent::datapath::object::OBJECT;
 use imds_ebpf_common::{
-    Address, Counter, CounterKey, Endpoint, Exemption, Filter, Frame, Grant, Hook, IMDS_IPV4, Listed, Mode,
-    Policy, Service, Subject, SubjectKind, Verdict,
+    Address, Counter, CounterKey, Endpoint, Exemption, Grant, Hook, IMDS_IPV4, InMemoryPolicy, LinkLayer,
+    Mode, Policy, PolicyTable, Service, Subject, SubjectKind, Verdict, apply_exemption,
     endpoint::{TCP, UDP},
-    examine, find_header,
+    find_header, lookup_endpoint,
     names::{
         MAP_COUNTERS, MAP_ENDPOINTS, MAP_EXEMPT, MAP_POLICY, PROG_FROM_POD, PROG_FROM_POD_L3, SECTION_FILTER,
     },
     packet::MAX_VLAN_TAGS,
-    soften,
 };
 use imds_tests::{
     effort,
@@ -44,7 +43,7 @@ const RESOLVER_IPV6: [u8; 16] = [0xfd, 0x20, 0, 0xce, 0, 0, 0, 0, 0, 0, 0, 0, 0,
 fn endpoints() -> Vec<(Address, Endpoint)> {
     let mut dns = [Service::NONE; 8];
     (dns[0], dns[7]) = (Service::new(UDP, 53), Service::new(TCP, 53));
-    let endpoint = |id, keep| Endpoint { name: [0; 16], id, keep };
+    let endpoint = |id, allowed_ports| Endpoint { name: [0; 16], id, allowed_ports };
     vec![
         (Address::from_ipv4(IMDS_IPV4), endpoint(1, [Service::NONE; 8])),
         (Address::from_ipv6(IMDS_IPV6), endpoint(2, [Service::NONE; 8])),
@@ -207,7 +206,7 @@ fn runner(seed: u64) -> TestRunner {
 fn kernel_and_host_agree_on_any_packet() {
     let endpoints = endpoints();
     let grants = grants();
-    let mut filter = Filter::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
+    let mut filter = PolicyTable::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
     filter.set_subjects([SENDER]);
     let mut object = Object::load(OBJECT);
     object.set(MAP_POLICY, Policy { mode: Mode::Enforce as u32, ..Policy::default() });
@@ -218,18 +217,19 @@ fn kernel_and_host_agree_on_any_packet() {
         object.insert(MAP_EXEMPT, exemption, grant);
     }
     object.set(SECTION_FILTER, filter);
-    let tables = Listed { filter: &filter, endpoints: &endpoints, grants: &grants, mode: Mode::Enforce };
+    let tables =
+        InMemoryPolicy { filter: &filter, endpoints: &endpoints, grants: &grants, mode: Mode::Enforce };
 
     let compared = Cell::new(0);
     let expected_counts = Cell::new([0_u64; 5]);
     let packet =
         prop_oneof![4 => frame(), 1 => frame().prop_map(|frame| frame[14.min(frame.len())..].to_vec())];
     let result = runner(seed()).run(&packet, |packet| {
-        for (name, frame) in [(PROG_FROM_POD, Frame::Ethernet), (PROG_FROM_POD_L3, Frame::Ip)] {
+        for (name, frame) in [(PROG_FROM_POD, LinkLayer::Ethernet), (PROG_FROM_POD_L3, LinkLayer::None)] {
             let verdict = find_header(&packet[..], frame)
-                .and_then(|place| examine(&packet[..], place, &tables))
-                .map_or(Verdict::Foreign, |examined| {
-                    soften(examined.verdict, SENDER, &examined.destination, &tables)
+                .and_then(|place| lookup_endpoint(&packet[..], place, &tables))
+                .map_or(Verdict::Unrelated, |examined| {
+                    apply_exemption(examined.verdict, SENDER, &examined.destination, &tables)
                 });
             let expected = if verdict == Verdict::Deny { TC_ACT_SHOT } else { TC_ACT_UNSPEC };
             if let Some(action) = try_action(object.program(name), &packet) {

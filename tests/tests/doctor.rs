@@ -4,7 +4,7 @@ use std::{fs, io, os::unix::process::CommandExt as _};
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
-    AttachMode, PodLink, World,
+    AttachMode, PodLink, TestEnv,
     doctor::{all, assert_has, command, examine, one, report},
     foreign::{Foreign, TC_ACT_OK},
     hook::{self, run_tc},
@@ -43,9 +43,9 @@ fn supported_kernel_has_no_missing_check() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let output = command(&world).output();
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let output = command(&env).output();
     let found = report(&output);
     assert_eq!(output.status.code(), Some(0), "{found:#}");
     assert_eq!((found["schema"].as_u64(), found["ready"].as_bool()), (Some(1), Some(true)));
@@ -55,18 +55,18 @@ fn supported_kernel_has_no_missing_check() {
         assert_eq!(check["state"] == "ok", check["remedy"].is_null(), "{check:#}");
     }
     // The checks attached programs as an experiment, and removed all of them.
-    assert_eq!(hook::programs(&world.node, &pod.host_ifname), []);
-    assert!(!hook::has_clsact(&world.node, &pod.host_ifname) && !world.pin_dir().exists());
+    assert_eq!(hook::programs(&env.node, &pod.host_ifname), []);
+    assert!(!hook::has_clsact(&env.node, &pod.host_ifname) && !env.pin_dir().exists());
 
-    let table = world.imds_agent(&["doctor"]).output();
+    let table = env.imds_agent(&["doctor"]).output();
     let text = String::from_utf8(table.stdout).unwrap();
     assert!(NAMES.iter().all(|name| text.contains(name)) && text.contains("imds-agent run"), "{text}");
 }
 
 #[test]
 fn tcx_check_matches_the_kernel() {
-    let world = World::new();
-    let (found, has_tcx) = (examine(&world), hook::has_tcx());
+    let env = TestEnv::new();
+    let (found, has_tcx) = (examine(&env), hook::has_tcx());
     let attaching = one(&found, "attaching");
     assert_eq!(attaching["state"], if has_tcx { "ok" } else { "degraded" });
     assert_has(attaching, "found", "clsact filters");
@@ -75,9 +75,9 @@ fn tcx_check_matches_the_kernel() {
 
 #[test]
 fn pin_dir_outside_bpffs_is_reported() {
-    let world = World::new();
-    let elsewhere = world.scratch_dir().join("pins");
-    let output = command(&world).pin_dir(&elsewhere).output();
+    let env = TestEnv::new();
+    let elsewhere = env.scratch_dir().join("pins");
+    let output = command(&env).pin_dir(&elsewhere).output();
     assert_eq!(output.status.code(), Some(3));
     let found = report(&output);
     assert_eq!((&found["ready"], &one(&found, "bpffs")["state"]), (&Value::Bool(false), &"missing".into()));
@@ -87,8 +87,8 @@ fn pin_dir_outside_bpffs_is_reported() {
 
 #[test]
 fn unprivileged_user_is_reported() {
-    let world = World::new();
-    let mut command = command(&world).command();
+    let env = TestEnv::new();
+    let mut command = command(&env).command();
     let drop_all = || {
         for capability in 0..64 {
             // SAFETY: the call takes integers only. It fails for capabilities that the kernel does not have.
@@ -107,15 +107,15 @@ fn unprivileged_user_is_reported() {
 
 #[test]
 fn running_agent_is_reported() {
-    let world = World::new();
+    let env = TestEnv::new();
     let agent_of = |found: &Value| one(found, "agent").clone();
-    assert_has(&agent_of(&examine(&world)), "found", "nothing is loaded");
-    let agent = world.start_agent(if hook::has_tcx() { AttachMode::Tcx } else { AttachMode::Clsact });
-    let running = agent_of(&examine(&world));
+    assert_has(&agent_of(&examine(&env)), "found", "nothing is loaded");
+    let agent = env.start_agent(if hook::has_tcx() { AttachMode::Tcx } else { AttachMode::Clsact });
+    let running = agent_of(&examine(&env));
     assert_eq!(running["state"], "ok");
     assert_has(&running, "found", &agent.pid().to_string());
     agent.kill9();
-    let killed = agent_of(&examine(&world));
+    let killed = agent_of(&examine(&env));
     assert_eq!(killed["state"], "degraded");
     assert_has(&killed, "found", "programs are loaded");
 }
@@ -125,30 +125,30 @@ fn foreign_tcx_programs_are_reported() {
     if skip_without_tcx() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
     let attach = || {
         let hook = TcAttachType::Ingress;
-        Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex, hook)
+        Foreign::returning(TC_ACT_OK).attach_tcx_first(&env.node, pod.host_ifindex, hook)
     };
     let _second = attach();
-    let id = hook::tcx(&world.node, &pod.host_ifname)[0].id;
+    let id = hook::tcx(&env.node, &pod.host_ifname)[0].id;
     let expected = serde_json::json!({
         "name": "foreign", "id": id, "kind": "tcx", "at": pod.host_ifname, "hook": "ingress",
         "place": 1, "of": 1, "is_first": null,
     });
-    let found = examine(&world);
+    let found = examine(&env);
     assert_eq!(one(&found, "tc_programs")["program"], expected);
     assert_eq!(one(&found, "tc_programs")["state"], "ok");
 
-    let _agent = world.agent().resync(3600).spawn_ready();
-    let found = examine(&world);
+    let _agent = env.agent().resync(3600).spawn_ready();
+    let found = examine(&env);
     let second = one(&found, "tc_programs");
     assert_eq!((&second["program"]["place"], &second["program"]["is_first"]), (&2.into(), &false.into()));
     assert_eq!(second["state"], "ok");
 
     let _first = attach();
-    let found = examine(&world);
+    let found = examine(&env);
     let states: Vec<_> = all(&found, "tc_programs")
         .iter()
         .map(|check| (&check["program"]["place"], &check["state"]))
@@ -161,12 +161,12 @@ fn foreign_tcx_programs_are_reported() {
 #[test]
 fn foreign_filters_are_reported() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let pod = world.add_pod(PodLink::Routed);
-        run_tc(&world.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
-        Foreign::returning(TC_ACT_OK).attach_filter(&world.node, &pod.host_ifname, TcAttachType::Ingress, 7);
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Routed);
+        run_tc(&env.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
+        Foreign::returning(TC_ACT_OK).attach_filter(&env.node, &pod.host_ifname, TcAttachType::Ingress, 7);
         let filter = ["filter", "add", "dev", &pod.host_ifname, "ingress", "prio", "1", "protocol", "all"];
-        run_tc(&world.node, &[&filter[..], &["u32", "match", "u32", "0", "0", "classid", "1:1"]].concat());
+        run_tc(&env.node, &[&filter[..], &["u32", "match", "u32", "0", "0", "classid", "1:1"]].concat());
         let places = |found: &Value| -> Vec<_> {
             let programs = all(found, "tc_programs").into_iter().map(|check| &check["program"]);
             let place = |program: &Value| {
@@ -175,17 +175,17 @@ fn foreign_filters_are_reported() {
             };
             programs.map(place).collect()
         };
-        let found = examine(&world);
+        let found = examine(&env);
         let last = all(&found, "tc_programs").pop().unwrap();
         let name = last["program"]["name"].as_str().unwrap();
         assert!(name.starts_with("foreign"), "{last:#}");
-        assert_eq!(last["program"]["id"], hook::filters(&world.node, &pod.host_ifname)[0].id);
+        assert_eq!(last["program"]["id"], hook::filters(&env.node, &pod.host_ifname)[0].id);
         let kinds: Vec<_> = places(&found).into_iter().map(|(kind, _, is_first)| (kind, is_first)).collect();
         assert_eq!(kinds, [("u32".to_owned(), None), ("bpf".to_owned(), None)]);
 
-        let _agent = world.agent().backend(backend).spawn();
-        world.wait_guarded(&pod);
-        let found = places(&examine(&world));
+        let _agent = env.agent().backend(backend).spawn();
+        env.wait_enforced(&pod);
+        let found = places(&examine(&env));
         // Programs before the agent's. With filters, that is the one that blocks the first priority.
         let before: Vec<_> = found
             .iter()
@@ -206,15 +206,15 @@ fn foreign_cgroup_programs_are_reported() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let other = world
+    let env = TestEnv::new();
+    let other = env
         .pin_dir()
-        .with_file_name(format!("{}-other", world.pin_dir().file_name().unwrap().to_str().unwrap()));
+        .with_file_name(format!("{}-other", env.pin_dir().file_name().unwrap().to_str().unwrap()));
     // A second agent counts as foreign.
-    let first = world.agent().hooks(&["socket"]).pin_dir(&other).once();
+    let first = env.agent().hooks(&["socket"]).pin_dir(&other).once();
     assert!(first.status.success(), "{first:?}");
-    let _agent = world.agent().hooks(&["socket"]).spawn_ready();
-    let found = examine(&world);
+    let _agent = env.agent().hooks(&["socket"]).spawn_ready();
+    let found = examine(&env);
     let programs: Vec<_> =
         all(&found, "cgroup_programs").into_iter().map(|check| &check["program"]).collect();
     let hooks: Vec<_> = programs.iter().map(|program| program["hook"].as_str().unwrap()).collect();
@@ -222,7 +222,7 @@ fn foreign_cgroup_programs_are_reported() {
     assert_eq!(programs[0]["name"], "imds_connect4");
     assert_eq!(programs[0]["id"], hook::pinned_program(&other.join("progs/imds_connect4")));
     assert_eq!((&programs[0]["place"], &programs[0]["of"]), (&1.into(), &2.into()));
-    assert_eq!(programs[0]["at"], world.cgroup().to_str().unwrap());
-    let unloaded = world.imds_agent(&["unload"]).pin_dir(&other).output();
+    assert_eq!(programs[0]["at"], env.cgroup().to_str().unwrap());
+    let unloaded = env.imds_agent(&["unload"]).pin_dir(&other).output();
     assert!(unloaded.status.success() && !fs::exists(&other).unwrap(), "{unloaded:?}");
 }

@@ -4,7 +4,7 @@ use std::{io, process::Output};
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
-    Netns, PodLink, WHOLE_TEST, World, foreign::Foreign, hook::run_tc, lacks_device, output, skip,
+    Netns, PodLink, TestEnv, WHOLE_TEST, foreign::Foreign, hook::run_tc, lacks_device, output, skip,
     skip_without_netns_cookie, skip_without_tcx,
 };
 use serde_json::Value;
@@ -15,8 +15,8 @@ const TC_ACT_UNSPEC: i32 = -1;
 const BPF_CGROUP_INET4_CONNECT: u32 = 10;
 
 #[track_caller]
-fn checks(world: &World, name: &str) -> Vec<Value> {
-    let output = world.imds_agent(&["doctor", "-o", "json"]).output();
+fn checks(env: &TestEnv, name: &str) -> Vec<Value> {
+    let output = env.imds_agent(&["doctor", "-o", "json"]).output();
     let report: Value =
         serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"));
     let checks = report["checks"].as_array().unwrap();
@@ -24,8 +24,8 @@ fn checks(world: &World, name: &str) -> Vec<Value> {
 }
 
 #[track_caller]
-fn one(world: &World, name: &str) -> Value {
-    let checks = checks(world, name);
+fn one(env: &TestEnv, name: &str) -> Value {
+    let checks = checks(env, name);
     let [check] = &checks[..] else { panic!("{name}: {checks:#?}") };
     check.clone()
 }
@@ -71,19 +71,19 @@ fn bpftool(netns: &Netns, arguments: &[&str]) {
 
 /// Loads the agent's programs with an exemption for the host-side interface of a pod.
 #[track_caller]
-fn load_with_exempt(world: &World, interface: &str) {
+fn load_with_exempt(env: &TestEnv, interface: &str) {
     let config = format!("[[exempt]]\nname = 'of-test'\ninterface = '{interface}'\n");
-    let loaded = world.agent().hooks(&["from_pod", "node_egress"]).config(&config).once();
+    let loaded = env.agent().hooks(&["from_pod", "node_egress"]).config(&config).once();
     assert!(loaded.status.success(), "{loaded:?}");
 }
 
 #[test]
 fn nft_rules_writing_the_mark() {
-    let world = World::new();
-    let routed = world.add_pod(PodLink::Routed);
-    assert_has(&one(&world, "mark_rules"), "found", "none writes bit 12");
+    let env = TestEnv::new();
+    let routed = env.add_pod(PodLink::Routed);
+    assert_has(&one(&env, "mark_rules"), "found", "none writes bit 12");
     nft(
-        &world.node,
+        &env.node,
         &["add table inet other
            add chain inet other pre { type filter hook prerouting priority mangle; }
            add rule inet other pre meta mark set meta mark or 0x4000
@@ -91,7 +91,7 @@ fn nft_rules_writing_the_mark() {
            add chain inet other out { type route hook output priority mangle; }
            add rule inet other out meta mark set 0x0"],
     );
-    let found = checks(&world, "mark_rules");
+    let found = checks(&env, "mark_rules");
     let effects: Vec<_> = found.iter().map(|check| check["mark"]["effect"].as_str().unwrap()).collect();
     assert_eq!(effects, ["set", "cleared"]);
     assert!(found.iter().all(|check| check["state"] == "ok"), "{found:#?}");
@@ -99,40 +99,40 @@ fn nft_rules_writing_the_mark() {
     assert_eq!((&found[0]["mark"]["chain"], &found[0]["mark"]["bit"]), (&"pre".into(), &12.into()));
 
     // An exempt pod without a bridge is identified by its interface.
-    load_with_exempt(&world, &routed.host_ifname);
-    assert!(checks(&world, "mark_rules").iter().all(|check| check["state"] == "ok"));
+    load_with_exempt(&env, &routed.host_ifname);
+    assert!(checks(&env, "mark_rules").iter().all(|check| check["state"] == "ok"));
 
-    let bridged = world.add_pod(PodLink::Bridged);
-    load_with_exempt(&world, &bridged.host_ifname);
-    let [sets, clears] = &checks(&world, "mark_rules")[..] else { panic!("two rules") };
+    let bridged = env.add_pod(PodLink::Bridged);
+    load_with_exempt(&env, &bridged.host_ifname);
+    let [sets, clears] = &checks(&env, "mark_rules")[..] else { panic!("two rules") };
     assert_eq!((&sets["state"], &clears["state"]), (&"degraded".into(), &"ok".into()));
     assert_has(sets, "found", "nft rule inet other pre handle");
     assert_has(sets, "remedy", "a pod behind cni0 that is not exempt can pass node_egress");
     assert_has(clears, "found", "the node's own packets");
-    nft(&world.node, &["delete", "table", "inet", "other"]);
-    assert_eq!(one(&world, "mark_rules")["state"], "ok");
+    nft(&env.node, &["delete", "table", "inet", "other"]);
+    assert_eq!(one(&env, "mark_rules")["state"], "ok");
 }
 
 #[test]
 fn iptables_rules_writing_the_mark() {
-    let world = World::new();
-    let bridged = world.add_pod(PodLink::Bridged);
-    if !iptables(&world.node, "-t mangle -A PREROUTING -j MARK --or-mark 0x4000") {
+    let env = TestEnv::new();
+    let bridged = env.add_pod(PodLink::Bridged);
+    if !iptables(&env.node, "-t mangle -A PREROUTING -j MARK --or-mark 0x4000") {
         skip(WHOLE_TEST, "there is no iptables on this machine");
         return;
     }
-    load_with_exempt(&world, &bridged.host_ifname);
-    assert_has(&one(&world, "mark_rules"), "found", "none writes bit 12");
+    load_with_exempt(&env, &bridged.host_ifname);
+    assert_has(&one(&env, "mark_rules"), "found", "none writes bit 12");
     for (target, effect) in [
         ("MARK --set-mark 0x1000/0x1000", "set"),
         ("MARK --set-mark 0x10", "cleared"),
         ("CONNMARK --restore-mark", "changed"),
     ] {
-        assert!(iptables(&world.node, &format!("-t mangle -A FORWARD -j {target}")));
-        let check = one(&world, "mark_rules");
+        assert!(iptables(&env.node, &format!("-t mangle -A FORWARD -j {target}")));
+        let check = one(&env, "mark_rules");
         assert_eq!((&check["state"], &check["mark"]["effect"]), (&"degraded".into(), &effect.into()));
         assert_eq!((&check["mark"]["table"], &check["mark"]["chain"]), (&"mangle".into(), &"FORWARD".into()));
-        assert!(iptables(&world.node, &format!("-t mangle -D FORWARD -j {target}")));
+        assert!(iptables(&env.node, &format!("-t mangle -D FORWARD -j {target}")));
     }
 }
 
@@ -142,16 +142,16 @@ fn gbp_tunnels_on_exempt_pod_bridge() {
     if lacks_device(WHOLE_TEST, "vxlan", VXLAN) {
         return;
     }
-    let world = World::new();
-    let bridged = world.add_pod(PodLink::Bridged);
-    assert_has(&one(&world, "mark_tunnels"), "found", "no VXLAN device with gbp");
-    world.node.ip(&format!("link add gbp0 {VXLAN}\nlink add plain0 type vxlan id 6 dstport 4790"));
-    load_with_exempt(&world, &bridged.host_ifname);
-    let alone = one(&world, "mark_tunnels");
+    let env = TestEnv::new();
+    let bridged = env.add_pod(PodLink::Bridged);
+    assert_has(&one(&env, "mark_tunnels"), "found", "no VXLAN device with gbp");
+    env.node.ip(&format!("link add gbp0 {VXLAN}\nlink add plain0 type vxlan id 6 dstport 4790"));
+    load_with_exempt(&env, &bridged.host_ifname);
+    let alone = one(&env, "mark_tunnels");
     assert_eq!(alone["state"], "ok");
     assert_has(&alone, "found", "gbp0 is a VXLAN device with gbp");
-    world.node.ip(&format!("link set gbp0 master {}", World::BRIDGE));
-    let port = one(&world, "mark_tunnels");
+    env.node.ip(&format!("link set gbp0 master {}", TestEnv::BRIDGE));
+    let port = one(&env, "mark_tunnels");
     assert_eq!(port["state"], "degraded");
     assert_has(&port, "remedy", "set the mark bit");
 }
@@ -162,48 +162,48 @@ fn programs_after_from_pod_of_exempt_pod() {
     if skip_without_tcx() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Bridged);
-    load_with_exempt(&world, &pod.host_ifname);
-    assert_eq!(one(&world, "tc_programs")["state"], "ok");
-    run_tc(&world.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
-    Foreign::returning(TC_ACT_UNSPEC).attach_filter(&world.node, &pod.host_ifname, TcAttachType::Ingress, 1);
-    let check = one(&world, "tc_programs");
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Bridged);
+    load_with_exempt(&env, &pod.host_ifname);
+    assert_eq!(one(&env, "tc_programs")["state"], "ok");
+    run_tc(&env.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
+    Foreign::returning(TC_ACT_UNSPEC).attach_filter(&env.node, &pod.host_ifname, TcAttachType::Ingress, 1);
+    let check = one(&env, "tc_programs");
     assert_eq!(check["state"], "degraded", "{check:#}");
     assert_has(&check, "found", "after the agent's");
     assert_has(&check, "remedy", "hooks.mark_bit");
-    world.unload();
+    env.unload();
 }
 
 #[test]
 fn routes_through_node_veth_pair() {
-    let world = World::new();
-    world.node.ip("link add pair0 type veth peer name pair1
+    let env = TestEnv::new();
+    env.node.ip("link add pair0 type veth peer name pair1
         link set pair0 up
         link set pair1 up
         addr add 10.9.9.1/30 dev pair0");
-    assert_eq!(one(&world, "node_pairs")["state"], "ok");
-    world.node.ip("route add default via 10.9.9.2 dev pair0 table 100");
-    let check = one(&world, "node_pairs");
+    assert_eq!(one(&env, "node_pairs")["state"], "ok");
+    env.node.ip("route add default via 10.9.9.2 dev pair0 table 100");
+    let check = one(&env, "node_pairs");
     assert_eq!(check["state"], "degraded", "{check:#}");
     assert_has(&check, "found", "through pair0 to pair1");
 }
 
 #[test]
 fn xdp_programs_on_pod_links() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    assert_eq!(one(&world, "xdp_programs")["state"], "ok");
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    assert_eq!(one(&env, "xdp_programs")["state"], "ok");
     let program = Foreign::passing_frames();
     let pin = program.pin().to_str().unwrap();
-    bpftool(&world.node, &["net", "attach", "xdpgeneric", "pinned", pin, "dev", &pod.host_ifname]);
-    let found = one(&world, "xdp_programs");
+    bpftool(&env.node, &["net", "attach", "xdpgeneric", "pinned", pin, "dev", &pod.host_ifname]);
+    let found = one(&env, "xdp_programs");
     assert_eq!(found["state"], "degraded");
     assert_eq!((&found["program"]["kind"], &found["program"]["name"]), (&"xdp".into(), &"foreign".into()));
     assert_has(&found, "found", &pod.host_ifname);
     assert_has(&found, "remedy", "XDP_REDIRECT");
-    world.node.ip(&format!("link set dev {} xdpgeneric off", pod.host_ifname));
-    assert_eq!(one(&world, "xdp_programs")["state"], "ok");
+    env.node.ip(&format!("link set dev {} xdpgeneric off", pod.host_ifname));
+    assert_eq!(one(&env, "xdp_programs")["state"], "ok");
 }
 
 #[test]
@@ -211,22 +211,22 @@ fn cgroup_programs_after_the_agents() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let cgroup = world.cgroup().to_str().unwrap();
+    let env = TestEnv::new();
+    let cgroup = env.cgroup().to_str().unwrap();
     let attach = |program: &Foreign, hook: &str| {
         let pin = program.pin().to_str().unwrap();
-        bpftool(&world.node, &["cgroup", "attach", cgroup, hook, "pinned", pin, "multi"]);
+        bpftool(&env.node, &["cgroup", "attach", cgroup, hook, "pinned", pin, "multi"]);
     };
     let before = Foreign::allowing_calls(BPF_CGROUP_INET4_CONNECT);
     attach(&before, "connect4");
-    let loaded = world.agent().hooks(&["socket"]).once();
+    let loaded = env.agent().hooks(&["socket"]).once();
     assert!(loaded.status.success(), "{loaded:?}");
-    let found = one(&world, "cgroup_programs");
+    let found = one(&env, "cgroup_programs");
     assert_eq!((&found["state"], &found["program"]["is_first"]), (&"ok".into(), &true.into()));
 
     let after = Foreign::allowing_calls(BPF_CGROUP_INET4_CONNECT);
     attach(&after, "connect4");
-    let [first, last] = &checks(&world, "cgroup_programs")[..] else { panic!("two programs") };
+    let [first, last] = &checks(&env, "cgroup_programs")[..] else { panic!("two programs") };
     assert_eq!((&first["state"], &last["state"]), (&"ok".into(), &"degraded".into()));
     assert_eq!((&last["program"]["place"], &last["program"]["of"]), (&3.into(), &3.into()));
     assert_has(last, "remedy", "runs after imds_connect4: it may rewrite the destination");
@@ -237,20 +237,20 @@ fn cgroup_programs_without_allow_multi() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let cgroup = world.cgroup().to_str().unwrap();
-    let loaded = world.agent().hooks(&["socket"]).once();
+    let env = TestEnv::new();
+    let cgroup = env.cgroup().to_str().unwrap();
+    let loaded = env.agent().hooks(&["socket"]).once();
     assert!(loaded.status.success(), "{loaded:?}");
     let others = Foreign::passing_packets();
     let pin = others.pin().to_str().unwrap();
     let change = |action: &str, flags: &[&str]| {
-        bpftool(&world.node, &[&["cgroup", action, cgroup, "ingress", "pinned", pin], flags].concat());
+        bpftool(&env.node, &[&["cgroup", action, cgroup, "ingress", "pinned", pin], flags].concat());
     };
     change("attach", &["multi"]);
-    assert_eq!(one(&world, "cgroup_programs")["state"], "ok");
+    assert_eq!(one(&env, "cgroup_programs")["state"], "ok");
     change("detach", &[]);
     change("attach", &[]);
-    let found = one(&world, "cgroup_programs");
+    let found = one(&env, "cgroup_programs");
     assert_eq!((&found["state"], &found["program"]["hook"]), (&"degraded".into(), &"ingress".into()));
     assert_has(&found, "found", "without BPF_F_ALLOW_MULTI");
 }

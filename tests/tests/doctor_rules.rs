@@ -8,7 +8,7 @@ use std::{
 };
 
 use imds_tests::{
-    PodLink, WHOLE_TEST, World,
+    PodLink, TestEnv, WHOLE_TEST,
     doctor::{all, assert_has, examine, one},
     output,
     probe::{SHORT, http_get},
@@ -20,8 +20,8 @@ const WIRESERVER: &str = "198.51.100.32";
 /// Hooks that deny all packets of pods that the node forwards.
 const HOOKS: [&str; 2] = ["from_pod", "node_egress"];
 
-fn nft(world: &World, arguments: &[&str]) -> String {
-    let mut command = world.node.command("nft");
+fn nft(env: &TestEnv, arguments: &[&str]) -> String {
+    let mut command = env.node.command("nft");
     command.args(arguments);
     let output = output(command);
     assert!(output.status.success(), "{arguments:?}: {output:?}");
@@ -29,8 +29,8 @@ fn nft(world: &World, arguments: &[&str]) -> String {
 }
 
 /// Runs iptables in the node. Returns false if it is not installed.
-fn iptables(world: &World, arguments: &str) -> bool {
-    let mut command = world.node.command("iptables");
+fn iptables(env: &TestEnv, arguments: &str) -> bool {
+    let mut command = env.node.command("iptables");
     command.args(arguments.split(' '));
     match command.output() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => false,
@@ -57,57 +57,57 @@ fn opens(check: &Value) -> String {
 
 #[test]
 fn rules_are_explained_and_not_changed() {
-    let world = World::new();
+    let env = TestEnv::new();
     let rules = "add table inet guard
         add chain inet guard forward { type filter hook forward priority 0; }
         add rule inet guard forward ip daddr 169.254.169.254 tcp dport 80 drop
         add rule inet guard forward ip daddr 198.51.100.10 drop
         add chain inet guard prerouting { type nat hook prerouting priority -100; }
         add rule inet guard prerouting ip daddr 169.254.0.0/16 tcp dport 80 dnat ip to 10.0.0.4:8181";
-    assert_has(one(&examine(&world), "firewall_rules"), "state", "ok");
-    nft(&world, &[rules]);
-    let _agent = world.agent().hooks(&HOOKS).spawn_ready();
-    let before = nft(&world, &["--handle", "list", "ruleset"]);
-    let found = examine(&world);
+    assert_has(one(&examine(&env), "firewall_rules"), "state", "ok");
+    nft(&env, &[rules]);
+    let _agent = env.agent().hooks(&HOOKS).spawn_ready();
+    let before = nft(&env, &["--handle", "list", "ruleset"]);
+    let found = examine(&env);
     let [drops, leads] = all(&found, "firewall_rules")[..] else { panic!("{found:#}") };
     assert_has(drops, "remedy", "no conflict");
     assert_eq!((&drops["rule"]["conflicts"], &drops["rule"]["chain"]), (&false.into(), &"forward".into()));
     assert_has(leads, "remedy", "conflict");
     assert_eq!((&leads["rule"]["conflicts"], &leads["rule"]["origin"]), (&true.into(), &"kube2iam".into()));
-    assert_eq!(nft(&world, &["--handle", "list", "ruleset"]), before);
+    assert_eq!(nft(&env, &["--handle", "list", "ruleset"]), before);
     for rule in [drops, leads] {
         let remove = rule["rule"]["remove"].as_str().unwrap();
-        nft(&world, &remove.split(' ').skip(1).collect::<Vec<_>>());
+        nft(&env, &remove.split(' ').skip(1).collect::<Vec<_>>());
     }
-    assert_has(one(&examine(&world), "firewall_rules"), "state", "ok");
+    assert_has(one(&examine(&env), "firewall_rules"), "state", "ok");
 }
 
 #[test]
 fn aks_rule_is_recognized() {
-    let world = World::new();
+    let env = TestEnv::new();
     let rule = "FORWARD 1 ! -s 10.0.0.4 -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j DROP";
-    if !iptables(&world, &format!("-t mangle -I {rule}")) {
+    if !iptables(&env, &format!("-t mangle -I {rule}")) {
         skip(WHOLE_TEST, "there is no iptables on this machine");
         return;
     }
-    let found = examine(&world);
+    let found = examine(&env);
     let check = one(&found, "firewall_rules");
     assert!(opens(check).contains("imds-agent is not loaded"), "{check:#}");
-    let _agent = world.agent().hooks(&HOOKS).spawn_ready();
-    let found = examine(&world);
+    let _agent = env.agent().hooks(&HOOKS).spawn_ready();
+    let found = examine(&env);
     let check = one(&found, "firewall_rules");
     assert_eq!((&check["rule"]["origin"], &check["rule"]["table"]), (&"aks".into(), &"mangle".into()));
     assert_eq!(opens(check), "");
     assert_has(check, "remedy", "--disable-imds-restriction");
     let remove = check["rule"]["remove"].as_str().unwrap();
-    assert!(iptables(&world, remove.strip_prefix("iptables ").unwrap()));
-    assert_has(one(&examine(&world), "firewall_rules"), "state", "ok");
+    assert!(iptables(&env, remove.strip_prefix("iptables ").unwrap()));
+    assert_has(one(&examine(&env), "firewall_rules"), "state", "ok");
 }
 
 /// Regression test: each of these rules was once reported as removable, although its removal opened access.
 #[test]
 fn broader_rules_are_kept() {
-    let world = World::new();
+    let env = TestEnv::new();
     let allowed = format!("[[endpoint]]\nname = 'wire'\naddress = '{WIRESERVER}'\nkeep = ['udp/53']\n");
     let rules = format!(
         "add table inet guard
@@ -123,9 +123,9 @@ fn broader_rules_are_kept() {
         add rule inet guard forward ip daddr vmap @verdicts
         add rule inet guard forward ip daddr . tcp dport {{ 169.254.169.254 . 80, {WIRESERVER} . 80 }} drop"
     );
-    nft(&world, &[&rules]);
-    let agent = world.agent().hooks(&HOOKS).config(&allowed).spawn_ready();
-    let found = examine(&world);
+    nft(&env, &[&rules]);
+    let agent = env.agent().hooks(&HOOKS).config(&allowed).spawn_ready();
+    let found = examine(&env);
     let found: Vec<_> = all(&found, "firewall_rules").into_iter().map(opens).collect();
     let expected = [
         "the node's own processes and pods with hostNetwork",
@@ -142,34 +142,34 @@ fn broader_rules_are_kept() {
     }
     drop(agent);
     for mode in ["audit", "off"] {
-        let agent = world.agent().hooks(&HOOKS).config(&format!("mode = '{mode}'\n{allowed}")).spawn_ready();
-        let found = examine(&world);
+        let agent = env.agent().hooks(&HOOKS).config(&format!("mode = '{mode}'\n{allowed}")).spawn_ready();
+        let found = examine(&env);
         for check in all(&found, "firewall_rules") {
             assert!(opens(check).contains(&format!("in the mode {mode}")), "{check:#}");
         }
         drop(agent);
     }
-    world.unload();
+    env.unload();
 }
 
 /// Following the advice opens nothing: the pod stays denied after every removable rule is removed.
 #[test]
 fn removing_a_removable_rule_opens_nothing() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
     let rules = "add table inet guard
         add chain inet guard forward { type filter hook forward priority 0; }
         add rule inet guard forward ip daddr 169.254.169.254 drop";
-    nft(&world, &[rules]);
+    nft(&env, &[rules]);
     assert!(!http_get(&pod.netns, imds_tests::METADATA, SHORT).is_answer());
-    let _agent = world.agent().hooks(&HOOKS).spawn_ready();
-    world.wait_guarded(&pod);
-    let found = examine(&world);
+    let _agent = env.agent().hooks(&HOOKS).spawn_ready();
+    env.wait_enforced(&pod);
+    let found = examine(&env);
     let check = one(&found, "firewall_rules");
     assert_eq!(opens(check), "");
     let remove = check["rule"]["remove"].as_str().unwrap();
-    nft(&world, &remove.split(' ').skip(1).collect::<Vec<_>>());
-    world.assert_blocked(&pod);
+    nft(&env, &remove.split(' ').skip(1).collect::<Vec<_>>());
+    env.assert_blocked(&pod);
 }
 
 /// A background process that ends with the test.
@@ -184,26 +184,26 @@ impl Drop for Background {
 
 #[test]
 fn metadata_programs_are_reported() {
-    let world = World::new();
-    assert_has(one(&examine(&world), "metadata_programs"), "state", "ok");
+    let env = TestEnv::new();
+    assert_has(one(&examine(&env), "metadata_programs"), "state", "ok");
     // /proc/net/unix shows the path that bind(2) received, whatever directory it is in.
-    let root = world.scratch_dir().join("root");
+    let root = env.scratch_dir().join("root");
     fs::create_dir_all(root.join("run/systemd")).unwrap();
     let socket = Path::new("/run/systemd/io.systemd.InstanceMetadata");
-    let _socket = world.node.run(|| bind_below(&root, socket));
-    world.node.ip("rule add fwmark 0x7fff0815 table 2147420181");
-    let sleep = world.scratch_dir().join("azure-proxy-agent");
+    let _socket = env.node.run(|| bind_below(&root, socket));
+    env.node.ip("rule add fwmark 0x7fff0815 table 2147420181");
+    let sleep = env.scratch_dir().join("azure-proxy-agent");
     fs::copy("/bin/sleep", &sleep).unwrap();
     let _agent = Background(Command::new(&sleep).arg("1000").stdin(Stdio::null()).spawn().unwrap());
-    let found = examine(&world);
+    let found = examine(&env);
     let [imdsd, gpa] = all(&found, "metadata_programs")[..] else { panic!("{found:#}") };
     assert_has(imdsd, "found", "systemd-imdsd.socket serves metadata");
     assert_has(imdsd, "found", "network locked");
     assert_has(imdsd, "remedy", "exempt pods");
     assert_has(gpa, "found", "azure-proxy-agent.service");
     assert_has(gpa, "found", "168.63.129.16:32526");
-    world.node.ip("rule del fwmark 0x7fff0815");
-    assert_has(all(&examine(&world), "metadata_programs")[0], "found", "network unlocked");
+    env.node.ip("rule del fwmark 0x7fff0815");
+    assert_has(all(&examine(&env), "metadata_programs")[0], "found", "network unlocked");
 }
 
 /// Binds a Unix socket to an absolute path below another root directory, on a separate thread.

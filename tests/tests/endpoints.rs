@@ -7,7 +7,7 @@ use std::{
 };
 
 use imds_tests::{
-    DNS_PORT, METADATA, METADATA_V6, PacketSocket, Pod, PodLink, SERVICE_V6, World, packets,
+    DNS_PORT, METADATA, METADATA_V6, PacketSocket, Pod, PodLink, SERVICE_V6, TestEnv, packets,
     poll::poll_until,
     probe::{LONG, SHORT, http_get, http_get_at, reachable, udp_echo, udp_echo_at},
     with_each_backend,
@@ -28,43 +28,43 @@ fn assert_v6_open(pod: &Pod) {
 #[test]
 fn ipv6_endpoint_is_protected() {
     with_each_backend(|backend| {
-        let world = World::new().with_ipv6();
-        let pod = world.add_pod(PodLink::Routed);
-        world.add_pod_ipv6(&pod);
+        let env = TestEnv::new().with_ipv6();
+        let pod = env.add_pod(PodLink::Routed);
+        env.add_pod_ipv6(&pod);
         assert_v6_open(&pod);
 
-        let agent = world.agent().backend(backend).config(AWS).spawn_ready();
+        let agent = env.agent().backend(backend).config(AWS).spawn_ready();
         // Flushes neighbour entries, so that neighbour discovery runs again from both sides.
-        for netns in [&*world.node, &pod.netns, &world.fabric] {
+        for netns in [&*env.node, &pod.netns, &env.fabric] {
             netns.ip("neigh flush all");
         }
         assert_v6_blocked(&pod);
-        world.assert_blocked(&pod);
-        assert!(world.status().interface(&pod.host_ifname).counts.denied.packets > 0);
+        env.assert_blocked(&pod);
+        assert!(env.status().interface(&pod.host_ifname).counts.denied.packets > 0);
         assert!(reachable(&pod.netns, SERVICE_V6) && udp_echo(&pod.netns, SERVICE_V6, LONG).is_answer());
-        assert!(reachable(&world.node, METADATA_V6) && reachable(&world.node, SERVICE_V6));
-        world.assert_harmless(&pod);
+        assert!(reachable(&env.node, METADATA_V6) && reachable(&env.node, SERVICE_V6));
+        env.assert_harmless(&pod);
 
         agent.kill9();
         assert_v6_blocked(&pod);
-        world.unload();
+        env.unload();
         assert_v6_open(&pod);
-        world.assert_open(&pod);
+        env.assert_open(&pod);
     });
 }
 
 #[test]
 fn only_allowed_ports_are_reachable() {
-    let world = World::new().with_ipv6();
-    let pod = world.add_pod(PodLink::Routed);
-    world.add_pod_ipv6(&pod);
+    let env = TestEnv::new().with_ipv6();
+    let pod = env.add_pod(PodLink::Routed);
+    env.add_pod_ipv6(&pod);
     let addresses = [METADATA.into(), METADATA_V6.into()];
     let dns = addresses.map(|address| SocketAddr::new(address, DNS_PORT));
     let is_dns_open = |dns| {
         http_get_at(&pod.netns, dns, LONG).is_answer() && udp_echo_at(&pod.netns, dns, LONG).is_answer()
     };
     assert!(dns.into_iter().all(is_dns_open));
-    world.assert_open(&pod);
+    env.assert_open(&pod);
     assert_v6_open(&pod);
 
     let config = "provider = 'none'
@@ -76,11 +76,11 @@ fn only_allowed_ports_are_reachable() {
         name = 'six'
         address = 'fd00:ec2::254'
         keep = ['udp/53', 'tcp/53']";
-    let agent = world.agent().config(config).spawn_ready();
+    let agent = env.agent().config(config).spawn_ready();
     assert!(dns.into_iter().all(is_dns_open));
     assert_v6_blocked(&pod);
-    world.assert_blocked(&pod);
-    let status = world.status();
+    env.assert_blocked(&pod);
+    let status = env.status();
     let counts = status.interface(&pod.host_ifname).counts;
     assert!(counts.allowed.packets > 0 && counts.denied.packets > 0, "{counts:?}");
     let shown: Vec<_> = status.endpoints.iter().map(|e| (&*e.name, &*e.address, e.keep.join(" "))).collect();
@@ -89,52 +89,52 @@ fn only_allowed_ports_are_reachable() {
     assert_eq!(status.provider.unwrap().in_force, "none");
 
     drop(agent);
-    world.unload();
-    world.assert_open(&pod);
+    env.unload();
+    env.assert_open(&pod);
     assert_v6_open(&pod);
 }
 
 #[test]
 fn preset_allows_configured_ports() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let file = world.scratch_dir().join("imds.toml");
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let file = env.scratch_dir().join("imds.toml");
     let write = |ports: &str| {
         let hooks = "[hooks]\nnode_egress = false\nsocket = false\n";
         fs::write(&file, format!("provider = 'gcp'\n{hooks}[preset.imds]\nallow_ports = [{ports}]\n"))
             .unwrap();
     };
     write("");
-    let agent = world.imds_agent(&["run"]).config_file(file.to_str().unwrap()).spawn_ready();
-    world.assert_blocked(&pod);
+    let agent = env.imds_agent(&["run"]).config_file(file.to_str().unwrap()).spawn_ready();
+    env.assert_blocked(&pod);
     write("'tcp/80'");
     poll_until(LONG, "the port to be allowed", || {
         http_get(&pod.netns, METADATA, SHORT).is_answer().then_some(())
     });
-    let status = world.status();
+    let status = env.status();
     let imds = status.endpoints.iter().find(|endpoint| endpoint.name == "imds").unwrap();
     assert_eq!(imds.keep, ["tcp/80"]);
     write("");
     poll_until(LONG, "the port to be denied again", || {
         (!http_get(&pod.netns, METADATA, SHORT).is_answer()).then_some(())
     });
-    world.assert_blocked(&pod);
+    env.assert_blocked(&pod);
     drop(agent);
-    world.unload();
-    world.assert_open(&pod);
+    env.unload();
+    env.assert_open(&pod);
 }
 
 #[test]
 fn addresses_embedding_endpoint_are_denied() {
     with_each_backend(|backend| {
-        let world = World::new().with_ipv6();
-        let pod = world.add_pod(PodLink::Routed);
-        let address = world.add_pod_ipv6(&pod);
+        let env = TestEnv::new().with_ipv6();
+        let pod = env.add_pod(PodLink::Routed);
+        let address = env.add_pod_ipv6(&pod);
         let forms: [Ipv6Addr; 3] = ["64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1", "2002:a9fe:a9fe:7::9"]
             .map(|form| form.parse().unwrap());
         let others: [Ipv6Addr; 2] =
             ["64:ff9b::a9fe:a9fd", "2002:a9fe:a9fd::1"].map(|form| form.parse().unwrap());
-        let fabric = world.fabric_frames();
+        let fabric = env.fabric_frames();
         let socket = PacketSocket::frames(&pod.netns, Pod::IFNAME);
         // Frames are addressed to the gateway directly, so that neighbour entries of the pod do not matter.
         let arrives = |destination: Ipv6Addr, marker: &str, patience| {
@@ -145,16 +145,16 @@ fn addresses_embedding_endpoint_are_denied() {
         for form in forms.into_iter().chain(others) {
             assert!(arrives(form, &format!("before {form}"), LONG), "{form} without the agent");
         }
-        let agent = world.start_agent(backend);
+        let agent = env.start_agent(backend);
         for form in forms {
             assert!(!arrives(form, &format!("with {form}"), SHORT), "{form}");
         }
         for other in others {
             assert!(arrives(other, &format!("with {other}"), LONG), "{other}");
         }
-        assert_eq!(world.status().denied(), 3);
+        assert_eq!(env.status().denied(), 3);
         drop(agent);
-        world.unload();
+        env.unload();
         for form in forms {
             assert!(arrives(form, &format!("after {form}"), LONG), "{form} after unload");
         }
@@ -163,24 +163,24 @@ fn addresses_embedding_endpoint_are_denied() {
 
 #[test]
 fn node_without_ipv6_is_enforced() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    for netns in [&*world.node, &pod.netns, &world.fabric] {
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    for netns in [&*env.node, &pod.netns, &env.fabric] {
         netns.sysctl("ipv6/conf/all/disable_ipv6", "1");
         netns.sysctl("ipv6/conf/default/disable_ipv6", "1");
     }
-    world.assert_open(&pod);
-    let agent = world.agent().config(AWS).spawn_ready();
-    world.assert_blocked(&pod);
-    world.assert_harmless(&pod);
+    env.assert_open(&pod);
+    let agent = env.agent().config(AWS).spawn_ready();
+    env.assert_blocked(&pod);
+    env.assert_harmless(&pod);
     drop(agent);
-    world.unload();
-    world.assert_open(&pod);
+    env.unload();
+    env.assert_open(&pod);
 }
 
 /// Creates a directory of DMI files with this vendor.
-fn dmi(world: &World, sys_vendor: &str) -> PathBuf {
-    let dir = world.scratch_dir().join("dmi");
+fn dmi(env: &TestEnv, sys_vendor: &str) -> PathBuf {
+    let dir = env.scratch_dir().join("dmi");
     fs::create_dir_all(&dir).unwrap();
     fs::write(dir.join("sys_vendor"), format!("{sys_vendor}\n")).unwrap();
     dir
@@ -188,69 +188,69 @@ fn dmi(world: &World, sys_vendor: &str) -> PathBuf {
 
 #[test]
 fn provider_follows_the_firmware() {
-    let world = World::new().with_ipv6();
-    let pod = world.add_pod(PodLink::Routed);
-    world.add_pod_ipv6(&pod);
+    let env = TestEnv::new().with_ipv6();
+    let pod = env.add_pod(PodLink::Routed);
+    env.add_pod_ipv6(&pod);
     assert_v6_open(&pod);
-    world.assert_open(&pod);
+    env.assert_open(&pod);
     let start = |vendor| {
-        let dir = dmi(&world, vendor);
-        let agent = world.agent().args(&["--dmi-dir", dir.to_str().unwrap()]).spawn_ready();
-        let provider = world.status().provider.unwrap();
+        let dir = dmi(&env, vendor);
+        let agent = env.agent().args(&["--dmi-dir", dir.to_str().unwrap()]).spawn_ready();
+        let provider = env.status().provider.unwrap();
         assert_eq!(provider.configured, "auto");
         (agent, provider.in_force)
     };
     let (agent, provider) = start("Amazon EC2");
     assert_eq!(provider, "aws");
     assert_v6_blocked(&pod);
-    world.assert_blocked(&pod);
+    env.assert_blocked(&pod);
     agent.kill9();
 
     // Endpoints of both providers stay protected; endpoints of the first one only become reachable.
     let (agent, provider) = start("Unknown");
     assert_eq!(provider, "generic");
     assert_v6_open(&pod);
-    world.assert_blocked(&pod);
+    env.assert_blocked(&pod);
     agent.kill9();
-    world.unload();
-    world.assert_open(&pod);
+    env.unload();
+    env.assert_open(&pod);
 }
 
 #[test]
 fn maximum_of_endpoints_comes_and_goes() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    world.assert_open(&pod);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    env.assert_open(&pod);
     let config = |octet: u8| {
         let one = |n| format!("[[endpoint]]\nname = 'n{n}'\naddress = '10.{octet}.0.{n}'\n");
         let own: Vec<_> = (0..255).map(one).collect();
         format!("provider = 'generic'\n{}", own.concat())
     };
     for octet in [77, 78, 79] {
-        let agent = world.agent().config(&config(octet)).spawn_ready();
-        let status = world.status();
+        let agent = env.agent().config(&config(octet)).spawn_ready();
+        let status = env.status();
         assert_eq!(status.endpoints.len(), 256);
         assert!(
             status.endpoints[1..]
                 .iter()
                 .all(|endpoint| endpoint.address.starts_with(&format!("10.{octet}.")))
         );
-        world.assert_blocked(&pod);
-        world.assert_harmless(&pod);
+        env.assert_blocked(&pod);
+        env.assert_harmless(&pod);
         agent.kill9();
     }
-    world.unload();
-    world.assert_open(&pod);
+    env.unload();
+    env.assert_open(&pod);
 }
 
 #[test]
 fn no_endpoint_is_an_error_with_its_line() {
-    let world = World::new();
-    let file = world.scratch_dir().join("imds.toml");
+    let env = TestEnv::new();
+    let file = env.scratch_dir().join("imds.toml");
     fs::write(&file, "mode = 'enforce'\nprovider = 'none'").unwrap();
     // Does not use the harness's command, which adds a pin directory.
-    let program = world.imds_agent(&[]).command().get_program().to_owned();
-    let mut command = world.node.command(program);
+    let program = env.imds_agent(&[]).command().get_program().to_owned();
+    let mut command = env.node.command(program);
     command.args(["config", "check", file.to_str().unwrap()]);
     let output = imds_tests::output(command);
     let stderr = String::from_utf8_lossy(&output.stderr);

@@ -9,7 +9,7 @@ use std::{
 };
 
 use imds_tests::{
-    METADATA, PacketSocket, Pod, PodLink, World, packets,
+    METADATA, PacketSocket, Pod, PodLink, TestEnv, packets,
     poll::poll_until,
     probe::{LONG, SHORT, http_get, icmp_echo},
     skip_without_netns_cookie,
@@ -23,8 +23,8 @@ struct Follower {
 }
 
 impl Follower {
-    fn start(world: &World) -> Self {
-        let mut command = world.imds_agent(&["events", "-o", "json"]).command();
+    fn start(env: &TestEnv) -> Self {
+        let mut command = env.imds_agent(&["events", "-o", "json"]).command();
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let (sender, events) = mpsc::channel();
@@ -62,11 +62,11 @@ fn send(pod: &Pod, count: usize) {
 
 #[test]
 fn packet_event_names_sender_and_place() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    for (hook, interface) in [("from_pod", pod.host_ifname.as_str()), ("node_egress", World::UPLINK)] {
-        let agent = world.agent().hooks(&[hook]).spawn_ready();
-        let follower = Follower::start(&world);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    for (hook, interface) in [("from_pod", pod.host_ifname.as_str()), ("node_egress", TestEnv::UPLINK)] {
+        let agent = env.agent().hooks(&[hook]).spawn_ready();
+        let follower = Follower::start(&env);
         send(&pod, 1);
         let event = follower.next();
         let is = |field: &str, value: Value| assert_eq!(event[field], value, "{field} of {event}");
@@ -80,9 +80,9 @@ fn packet_event_names_sender_and_place() {
         is("protocol", "tcp".into());
         is("pid", Value::Null);
         is("suppressed", 0.into());
-        is("bytes", world.status().total.denied.bytes.into());
+        is("bytes", env.status().total.denied.bytes.into());
         drop((follower, agent));
-        world.unload();
+        env.unload();
     }
 }
 
@@ -91,13 +91,13 @@ fn call_event_names_the_process() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Bridged);
-    let agent = world.agent().hooks(&["socket"]).spawn_ready();
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Bridged);
+    let agent = env.agent().hooks(&["socket"]).spawn_ready();
     // No client is subscribed yet: the event waits for the first one.
-    assert!(world.in_cgroup(|| !http_get(&pod.netns, METADATA, SHORT).is_answer()));
+    assert!(env.in_cgroup(|| !http_get(&pod.netns, METADATA, SHORT).is_answer()));
     agent.kill9();
-    let follower = Follower::start(&world);
+    let follower = Follower::start(&env);
     let event = follower.next();
     assert_eq!(
         (event["hook"].as_str(), event["verdict"].as_str()),
@@ -117,10 +117,10 @@ fn host_network_event_names_the_cgroup() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let container = world.add_cgroup("kubepods.slice/pod7.slice");
-    let agent = world.agent().hooks(&["host_network"]).spawn_ready();
-    let follower = Follower::start(&world);
+    let env = TestEnv::new();
+    let container = env.add_cgroup("kubepods.slice/pod7.slice");
+    let agent = env.agent().hooks(&["host_network"]).spawn_ready();
+    let follower = Follower::start(&env);
     let told = |protocol: &str| {
         let event = follower.next();
         let found = ["hook", "verdict", "protocol"].map(|field| event[field].as_str().unwrap());
@@ -128,26 +128,26 @@ fn host_network_event_names_the_cgroup() {
         assert_eq!(event["cgroup"], container.id(), "{event}");
         event
     };
-    assert!(container.run(|| !http_get(&world.node, METADATA, SHORT).is_answer()));
+    assert!(container.run(|| !http_get(&env.node, METADATA, SHORT).is_answer()));
     let event = told("tcp");
     assert_eq!((&event["pid"], &event["interface"]), (&std::process::id().into(), &Value::Null), "{event}");
     assert!(event["comm"].is_string(), "{event}");
-    assert!(container.run(|| !icmp_echo(&world.node, METADATA, SHORT).is_answer()));
+    assert!(container.run(|| !icmp_echo(&env.node, METADATA, SHORT).is_answer()));
     let event = told("icmp");
     let found = ["source", "interface"].map(|field| event[field].as_str().unwrap());
-    assert_eq!(found, [world.node_address().to_string().as_str(), World::UPLINK], "{event}");
+    assert_eq!(found, [env.node_address().to_string().as_str(), TestEnv::UPLINK], "{event}");
     drop((follower, agent));
-    world.unload();
-    assert!(container.run(|| icmp_echo(&world.node, METADATA, LONG).is_answer()));
+    env.unload();
+    assert!(container.run(|| icmp_echo(&env.node, METADATA, LONG).is_answer()));
 }
 
 #[test]
 fn flood_events_add_up() {
     const FLOOD: usize = 5_000;
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let _agent = world.agent().spawn_ready();
-    let follower = Follower::start(&world);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let _agent = env.agent().spawn_ready();
+    let follower = Follower::start(&env);
     send(&pod, FLOOD);
 
     let (mut lines, mut sum, mut bytes) = (0, 0, 0);
@@ -162,7 +162,7 @@ fn flood_events_add_up() {
             send(&pod, 1);
         }
     }
-    let denied = world.status().total.denied;
+    let denied = env.status().total.denied;
     assert!(sum <= denied.packets, "{sum} reported of {denied:?}");
     // All packets have the same size.
     assert_eq!(bytes * denied.packets, sum * denied.bytes);
@@ -171,10 +171,10 @@ fn flood_events_add_up() {
 
 #[test]
 fn every_subscriber_gets_all_events() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let agent = world.agent().spawn_ready();
-    let [first, second] = [Follower::start(&world), Follower::start(&world)];
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let agent = env.agent().spawn_ready();
+    let [first, second] = [Follower::start(&env), Follower::start(&env)];
     let all_are_told = |followers: &[&Follower]| {
         for follower in followers {
             // A new subscriber does not receive events that others have received before.
@@ -191,20 +191,20 @@ fn every_subscriber_gets_all_events() {
     // The remaining subscriber takes over reading the ring buffer, whichever one did before.
     drop(first);
     all_are_told(&[&second]);
-    let third = Follower::start(&world);
+    let third = Follower::start(&env);
     all_are_told(&[&second, &third]);
     drop(second);
     all_are_told(&[&third]);
-    let agent = world.agent().spawn_ready();
+    let agent = env.agent().spawn_ready();
     all_are_told(&[&third]);
     drop((third, agent));
-    world.unload();
+    env.unload();
 }
 
 #[test]
 fn events_fail_without_agent() {
-    let world = World::new();
-    let output = world.imds_agent(&["events"]).output();
+    let env = TestEnv::new();
+    let output = env.imds_agent(&["events"]).output();
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stderr).contains("nothing is loaded"));
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use imds_tests::{
-    Agent, Cgroup, METADATA, Netns, Pod, PodLink, SERVICE, World, known_here, lacks_netns_cookie,
+    Agent, Cgroup, METADATA, Netns, Pod, PodLink, SERVICE, TestEnv, known_here, lacks_netns_cookie,
     poll::{poll_until, try_poll},
     probe::{LONG, SHORT, http_get, reachable},
     skip, skip_without_netns_cookie, with_each_backend,
@@ -53,49 +53,49 @@ fn rule(sender: &str, rest: &str) -> String {
     format!("[[exempt]]\nname = 'of-test'\n{sender}\n{rest}\n")
 }
 
-fn start<'w>(world: &'w World, hooks: &[&'static str], config: &str) -> Agent<'w> {
-    world.agent().config(config).hooks(hooks).spawn_ready()
+fn start<'w>(env: &'w TestEnv, hooks: &[&'static str], config: &str) -> Agent<'w> {
+    env.agent().config(config).hooks(hooks).spawn_ready()
 }
 
 /// Reports whether the pod reaches the service from a socket in the cgroup of the socket hook.
-fn reaches(world: &World, netns: &Netns) -> bool {
-    world.in_cgroup(|| http_get(netns, METADATA, SHORT).is_answer())
+fn reaches(env: &TestEnv, netns: &Netns) -> bool {
+    env.in_cgroup(|| http_get(netns, METADATA, SHORT).is_answer())
 }
 
 #[track_caller]
-fn wait_exempt(world: &World, pod: &Pod) {
-    poll_until(LONG, "the pod to be exempt", || reaches(world, &pod.netns).then_some(()));
+fn wait_exempt(env: &TestEnv, pod: &Pod) {
+    poll_until(LONG, "the pod to be exempt", || reaches(env, &pod.netns).then_some(()));
 }
 
 #[track_caller]
-fn wait_denied(world: &World, pod: &Pod) {
-    poll_until(LONG, "the pod to be denied", || (!reaches(world, &pod.netns)).then_some(()));
-    world.assert_nothing_arrives(|| assert!(!reaches(world, &pod.netns)));
+fn wait_denied(env: &TestEnv, pod: &Pod) {
+    poll_until(LONG, "the pod to be denied", || (!reaches(env, &pod.netns)).then_some(()));
+    env.assert_nothing_arrives(|| assert!(!reaches(env, &pod.netns)));
 }
 
 /// A route through the pod, as to an egress gateway, makes its interface an uplink as well as a pod interface.
 #[test]
 fn route_through_exempt_pod() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let [gateway, other] = [(); 2].map(|()| world.add_pod(PodLink::Routed));
+        let env = TestEnv::new();
+        let [gateway, other] = [(); 2].map(|()| env.add_pod(PodLink::Routed));
         let config = rule(&format!("interface = '{}'", gateway.host_ifname), "");
         let agent =
-            world.agent().backend(backend).config(&config).hooks(&["from_pod", "node_egress"]).spawn_ready();
-        wait_exempt(&world, &gateway);
+            env.agent().backend(backend).config(&config).hooks(&["from_pod", "node_egress"]).spawn_ready();
+        wait_exempt(&env, &gateway);
         let route = format!("default via {} dev {} onlink table 100", gateway.address, gateway.host_ifname);
-        world.node.ip(&format!("route add {route}"));
-        world.status_when("the pod's interface is an uplink", |status| {
+        env.node.ip(&format!("route add {route}"));
+        env.status_when("the pod's interface is an uplink", |status| {
             status.interface(&gateway.host_ifname).role == "uplink"
         });
-        assert!(reaches(&world, &gateway.netns) && !reaches(&world, &other.netns));
-        world.node.ip(&format!("route del {route}"));
-        world.status_when("the interface is a pod's again", |status| {
+        assert!(reaches(&env, &gateway.netns) && !reaches(&env, &other.netns));
+        env.node.ip(&format!("route del {route}"));
+        env.status_when("the interface is a pod's again", |status| {
             status.interface(&gateway.host_ifname).role == "pod"
         });
-        assert!(reaches(&world, &gateway.netns));
+        assert!(reaches(&env, &gateway.netns));
         drop(agent);
-        world.unload();
+        env.unload();
     });
 }
 
@@ -113,74 +113,74 @@ fn every_selector_works_on_every_hook() {
                 // Behind a bridge, only `from_pod` can distinguish pods.
                 continue;
             }
-            let world = World::new();
-            let [pod, neighbour] = [world.add_pod(link), world.add_pod(link)];
-            assert!(reaches(&world, &pod.netns) && reaches(&world, &neighbour.netns));
+            let env = TestEnv::new();
+            let [pod, neighbour] = [env.add_pod(link), env.add_pod(link)];
+            assert!(reaches(&env, &pod.netns) && reaches(&env, &neighbour.netns));
             let process = Process::new(&pod);
             for sender in [
                 format!("interface = '{}'", pod.host_ifname),
                 format!("netns = '{}'", pod.netns.path().display()),
                 format!("cgroup = '{}'", process.cgroup.file_name().unwrap().to_str().unwrap()),
             ] {
-                let agent = start(&world, hooks, &rule(&sender, ""));
+                let agent = start(&env, hooks, &rule(&sender, ""));
                 let case = format!("{sender} with {hooks:?}, {link:?}");
-                assert!(reaches(&world, &pod.netns), "{case}: {}", agent.log());
-                world.assert_nothing_arrives(|| assert!(!reaches(&world, &neighbour.netns), "{case}"));
-                let total = world.status().total;
+                assert!(reaches(&env, &pod.netns), "{case}: {}", agent.log());
+                env.assert_nothing_arrives(|| assert!(!reaches(&env, &neighbour.netns), "{case}"));
+                let total = env.status().total;
                 assert!(total.exempt.packets > 0 && total.denied.packets > 0, "{case}: {total:?}");
                 drop(agent);
-                world.unload();
+                env.unload();
             }
-            assert!(reaches(&world, &neighbour.netns));
+            assert!(reaches(&env, &neighbour.netns));
         }
     }
 }
 
 #[test]
 fn mark_bit_is_configurable() {
-    let world = World::new();
-    let [pod, neighbour] = [world.add_pod(PodLink::Bridged), world.add_pod(PodLink::Bridged)];
-    assert!(reaches(&world, &pod.netns));
-    let path = world.scratch_dir().join("imds.toml");
+    let env = TestEnv::new();
+    let [pod, neighbour] = [env.add_pod(PodLink::Bridged), env.add_pod(PodLink::Bridged)];
+    assert!(reaches(&env, &pod.netns));
+    let path = env.scratch_dir().join("imds.toml");
     let write = |bit: u8| {
         let rule = rule(&format!("interface = '{}'", pod.host_ifname), "");
         fs::write(&path, format!("{rule}\n[hooks]\nsocket = false\nmark_bit = {bit}")).unwrap();
     };
     write(31);
-    let agent = world.agent().config_file(path.to_str().unwrap()).spawn_ready();
+    let agent = env.agent().config_file(path.to_str().unwrap()).spawn_ready();
     for bit in [31, 0] {
         write(bit);
         let text = format!("mark_bit = {bit}\n");
         poll_until(LONG, "the bit to be effective", || {
-            let shown = world.imds_agent(&["config", "show"]).output();
+            let shown = env.imds_agent(&["config", "show"]).output();
             String::from_utf8(shown.stdout).unwrap().contains(&text).then_some(())
         });
-        assert!(reaches(&world, &pod.netns), "{}", agent.log());
-        world.assert_nothing_arrives(|| assert!(!reaches(&world, &neighbour.netns)));
+        assert!(reaches(&env, &pod.netns), "{}", agent.log());
+        env.assert_nothing_arrives(|| assert!(!reaches(&env, &neighbour.netns)));
     }
     drop(agent);
-    world.unload();
-    assert!(reaches(&world, &neighbour.netns));
+    env.unload();
+    assert!(reaches(&env, &neighbour.netns));
 }
 
 #[test]
 fn exemption_for_some_endpoints_and_audit() {
     let own = format!("[[endpoint]]\nname = 'other'\naddress = '{SERVICE}'\n");
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
     assert!(reachable(&pod.netns, METADATA) && reachable(&pod.netns, SERVICE));
     let sender = format!("interface = '{}'", pod.host_ifname);
     for (rest, exempt, audited) in
         [("endpoints = ['other']", true, false), ("endpoints = ['other']\naudit = true", false, true)]
     {
         let config = format!("{own}{}", rule(&sender, rest));
-        let agent = world.agent().config(&config).hooks(&["from_pod", "node_egress"]).spawn_ready();
+        let agent = env.agent().config(&config).hooks(&["from_pod", "node_egress"]).spawn_ready();
         assert!(reachable(&pod.netns, SERVICE), "{rest}");
-        world.assert_blocked(&pod);
-        let counts = world.status().interface(&pod.host_ifname).counts;
+        env.assert_blocked(&pod);
+        let counts = env.status().interface(&pod.host_ifname).counts;
         assert_eq!((counts.exempt.packets > 0, counts.audited.packets > 0), (exempt, audited), "{counts:?}");
         drop(agent);
-        world.unload();
+        env.unload();
     }
     assert!(reachable(&pod.netns, METADATA));
 }
@@ -190,106 +190,106 @@ fn host_network_pod_is_exempt_by_cgroup() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
+    let env = TestEnv::new();
     let [container, neighbour] =
-        ["kubepods.slice/pod7.slice/a", "kubepods.slice/pod8.slice/a"].map(|path| world.add_cgroup(path));
-    let reaches = |cgroup: &Cgroup| cgroup.run(|| http_get(&world.node, METADATA, SHORT).is_answer());
+        ["kubepods.slice/pod7.slice/a", "kubepods.slice/pod8.slice/a"].map(|path| env.add_cgroup(path));
+    let reaches = |cgroup: &Cgroup| cgroup.run(|| http_get(&env.node, METADATA, SHORT).is_answer());
     assert!(reaches(&container) && reaches(&neighbour));
     let sender = format!("cgroup = '{}'", container.path().parent().unwrap().display());
-    let agent = start(&world, &["host_network"], &rule(&sender, ""));
+    let agent = start(&env, &["host_network"], &rule(&sender, ""));
     assert!(reaches(&container), "{}", agent.log());
-    world.assert_nothing_arrives(|| assert!(!reaches(&neighbour)));
+    env.assert_nothing_arrives(|| assert!(!reaches(&neighbour)));
     // A container that starts later.
-    let later = world.add_cgroup("kubepods.slice/pod7.slice/b");
+    let later = env.add_cgroup("kubepods.slice/pod7.slice/b");
     poll_until(LONG, "the new container to be exempt", || reaches(&later).then_some(()));
-    let exempt = world.status().host_network.unwrap().counts.exempt.packets;
+    let exempt = env.status().host_network.unwrap().counts.exempt.packets;
     assert!(exempt > 0);
     drop(agent);
-    world.unload();
+    env.unload();
     assert!(reaches(&neighbour));
 }
 
 #[test]
 fn rules_follow_the_configuration() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Bridged);
-    assert!(reaches(&world, &pod.netns));
-    let path = world.scratch_dir().join("imds.toml");
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Bridged);
+    assert!(reaches(&env, &pod.netns));
+    let path = env.scratch_dir().join("imds.toml");
     let hooks = if lacks_netns_cookie() { "[hooks]\nsocket = false\n" } else { "" };
     fs::write(&path, hooks).unwrap();
-    let cgroup = world.cgroup().to_str().unwrap();
-    let agent = world.agent().config_file(path.to_str().unwrap()).args(&["--cgroup", cgroup]).spawn_ready();
-    wait_denied(&world, &pod);
+    let cgroup = env.cgroup().to_str().unwrap();
+    let agent = env.agent().config_file(path.to_str().unwrap()).args(&["--cgroup", cgroup]).spawn_ready();
+    wait_denied(&env, &pod);
     fs::write(&path, rule(&format!("netns = '{}'", pod.netns.path().display()), hooks)).unwrap();
-    wait_exempt(&world, &pod);
+    wait_exempt(&env, &pod);
 
     // The exemption stays while no agent runs, and during the start of the next one.
     agent.kill9();
-    assert!(reaches(&world, &pod.netns));
-    let agent = world.agent().config_file(path.to_str().unwrap()).args(&["--cgroup", cgroup]).spawn_ready();
-    assert!(reaches(&world, &pod.netns));
+    assert!(reaches(&env, &pod.netns));
+    let agent = env.agent().config_file(path.to_str().unwrap()).args(&["--cgroup", cgroup]).spawn_ready();
+    assert!(reaches(&env, &pod.netns));
 
     fs::write(&path, format!("mode = 'enforce'\n{hooks}")).unwrap();
-    wait_denied(&world, &pod);
-    assert!(world.status().exemptions.is_empty());
+    wait_denied(&env, &pod);
+    assert!(env.status().exemptions.is_empty());
     drop(agent);
-    world.unload();
-    assert!(reaches(&world, &pod.netns));
+    env.unload();
+    assert!(reaches(&env, &pod.netns));
 }
 
 #[test]
 fn later_pod_is_exempt_successor_is_not() {
-    let world = World::new();
-    let agent = start(&world, &known_here(ALL), &rule("interface = 'guest0'", ""));
-    let first = world.add_pod(PodLink::Routed);
-    wait_denied(&world, &first);
+    let env = TestEnv::new();
+    let agent = start(&env, &known_here(ALL), &rule("interface = 'guest0'", ""));
+    let first = env.add_pod(PodLink::Routed);
+    wait_denied(&env, &first);
     // The interface name alone makes the rule match.
-    world.node.ip(&format!(
+    env.node.ip(&format!(
         "link set {0} down
          link set {0} name guest0
          link set guest0 up
          route add {1}/32 dev guest0",
         first.host_ifname, first.address
     ));
-    wait_exempt(&world, &first);
-    let status = world.status();
+    wait_exempt(&env, &first);
+    let status = env.status();
     assert!(status.exemptions.iter().any(|exemption| exemption.interface.as_deref() == Some("guest0")));
     assert!(status.exemptions.iter().all(|exemption| exemption.rule == "of-test"), "{status:#?}");
 
     let (index, address) = (first.host_ifindex, first.address);
     first.delete();
-    let successor = world.add_successor("guest1", index, address);
-    world.assert_nothing_arrives(|| assert!(!reaches(&world, &successor)));
-    world.status_when("the successor is enforced and no sender exempt", |status| {
+    let successor = env.add_successor("guest1", index, address);
+    env.assert_nothing_arrives(|| assert!(!reaches(&env, &successor)));
+    env.status_when("the successor is enforced and no sender exempt", |status| {
         status.find("guest1").is_some_and(imds_tests::status::Interface::is_attached)
             && status.exemptions.is_empty()
     });
-    world.assert_nothing_arrives(|| assert!(!reaches(&world, &successor)));
+    env.assert_nothing_arrives(|| assert!(!reaches(&env, &successor)));
     drop(agent);
-    world.unload();
-    assert!(reaches(&world, &successor));
+    env.unload();
+    assert!(reaches(&env, &successor));
 }
 
 #[test]
 fn unresolved_rules_are_reported() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
     assert!(reachable(&pod.netns, METADATA));
     // A regular file, the node's own namespace, and a missing file.
-    let file = world.scratch_dir().join("file");
+    let file = env.scratch_dir().join("file");
     fs::write(&file, "").unwrap();
     for (path, part) in
-        [(file, "failed to enter"), (world.node.path(), "the node's own"), ("/nowhere/at/all".into(), "")]
+        [(file, "failed to enter"), (env.node.path(), "the node's own"), ("/nowhere/at/all".into(), "")]
     {
         let sender = format!("netns = '{}'", path.display());
-        let mut agent = world.agent().config(&rule(&sender, "")).hooks(&["from_pod"]).spawn();
+        let mut agent = env.agent().config(&rule(&sender, "")).hooks(&["from_pod"]).spawn();
         agent.wait_ready();
-        world.assert_blocked(&pod);
+        env.assert_blocked(&pod);
         if !part.is_empty() {
             agent.wait_for_log(part, LONG);
         }
         drop(agent);
-        world.unload();
+        env.unload();
     }
     assert!(reachable(&pod.netns, METADATA));
 }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use imds_tests::{
-    Agent, METADATA, PodLink, WHOLE_TEST, World,
+    Agent, METADATA, PodLink, TestEnv, WHOLE_TEST,
     http::{DEFAULT, Response, try_get, try_get_as},
     known_here,
     poll::poll_until,
@@ -49,9 +49,9 @@ fn assert_clean(output: &Output) {
     assert!(!messages.contains("error") && !messages.contains("no help text"), "{messages}");
 }
 
-fn scrape(world: &World, accept: &str) -> Response {
+fn scrape(env: &TestEnv, accept: &str) -> Response {
     poll_until(LONG, "metrics to be served", || {
-        try_get_as(world, DEFAULT, "/metrics", accept).ok().filter(|response| response.status == 200)
+        try_get_as(env, DEFAULT, "/metrics", accept).ok().filter(|response| response.status == 200)
     })
 }
 
@@ -65,46 +65,46 @@ fn series(metrics: &str) -> Vec<&str> {
 
 #[test]
 fn accept_header_selects_format() {
-    let world = World::new();
-    let _agent = world.agent().spawn_ready();
-    let plain = scrape(&world, "text/plain;version=0.0.4");
+    let env = TestEnv::new();
+    let _agent = env.agent().spawn_ready();
+    let plain = scrape(&env, "text/plain;version=0.0.4");
     assert!(plain.has_header("content-type: text/plain; version=0.0.4; charset=utf-8"), "{}", plain.head);
     assert!(plain.has_header("vary: accept"), "{}", plain.head);
     assert!(plain.body.contains("# TYPE imds_agent_packets_total counter\n"), "{}", plain.body);
     assert!(!plain.body.contains("# EOF"), "{}", plain.body);
-    let open = scrape(&world, PROMETHEUS);
+    let open = scrape(&env, PROMETHEUS);
     let expected = "content-type: application/openmetrics-text; version=1.0.0; charset=utf-8";
     assert!(open.has_header(expected), "{}", open.head);
     assert!(open.body.contains("# TYPE imds_agent_packets counter\n"), "{}", open.body);
     assert!(open.body.ends_with("# EOF\n"), "{}", open.body);
     assert_eq!(series(&plain.body), series(&open.body));
     // A client without an `Accept` header gets the text format, which every client supports.
-    let by_default = try_get(&world, DEFAULT, "/metrics").unwrap().1;
+    let by_default = try_get(&env, DEFAULT, "/metrics").unwrap().1;
     assert_eq!(series(&by_default), series(&plain.body));
     assert!(!by_default.contains("# EOF"), "{by_default}");
 }
 
 #[test]
 fn promtool_reads_both_formats() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let _agent = world.agent().hooks(&known_here(&["from_pod", "node_egress", "socket"])).spawn_ready();
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let _agent = env.agent().hooks(&known_here(&["from_pod", "node_egress", "socket"])).spawn_ready();
     assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer());
-    let text = scrape(&world, "text/plain").body;
-    let Some(output) = run_promtool(&["check", "metrics"], world.scratch_dir(), &text) else { return };
+    let text = scrape(&env, "text/plain").body;
+    let Some(output) = run_promtool(&["check", "metrics"], env.scratch_dir(), &text) else { return };
     assert_clean(&output);
     assert!(output.stderr.is_empty(), "{output:?}");
     // `check metrics` reads only the text format. The importer reads OpenMetrics, with a timestamp in each sample.
-    let open = scrape(&world, PROMETHEUS).body;
+    let open = scrape(&env, PROMETHEUS).body;
     let timed: String = open
         .lines()
         .map(|line| if line.starts_with('#') { format!("{line}\n") } else { format!("{line} 1700000000\n") })
         .collect();
-    let (file, blocks) = (world.scratch_dir().join("open"), world.scratch_dir().join("blocks"));
+    let (file, blocks) = (env.scratch_dir().join("open"), env.scratch_dir().join("blocks"));
     fs::write(&file, timed).unwrap();
     let arguments =
         ["tsdb", "create-blocks-from", "openmetrics", file.to_str().unwrap(), blocks.to_str().unwrap()];
-    assert_clean(&run_promtool(&arguments, world.scratch_dir(), "").unwrap());
+    assert_clean(&run_promtool(&arguments, env.scratch_dir(), "").unwrap());
 }
 
 #[test]
@@ -149,9 +149,9 @@ fn value(metrics: &str, series: &str) -> f64 {
 
 #[test]
 fn process_metrics_are_served() {
-    let world = World::new();
-    let agent = world.agent().spawn_ready();
-    let metrics = scrape(&world, "").body;
+    let env = TestEnv::new();
+    let agent = env.agent().spawn_ready();
+    let metrics = scrape(&env, "").body;
     let status = fs::read_to_string(format!("/proc/{}/status", agent.pid())).unwrap();
     let kib = |name: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
@@ -172,19 +172,19 @@ fn process_metrics_are_served() {
 #[test]
 fn run_times_are_collected_on_request() {
     const RUNS: &str = r#"imds_agent_program_runs_total{hook="from_pod",program="imds_from_pod"}"#;
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let agent = world.agent().config("[metrics]\nprogram_run_time = true\n").spawn_ready();
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let agent = env.agent().config("[metrics]\nprogram_run_time = true\n").spawn_ready();
     assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer());
     let metrics = poll_until(LONG, "runs to be counted", || {
-        let metrics = scrape(&world, "").body;
+        let metrics = scrape(&env, "").body;
         metrics.contains(RUNS).then_some(metrics)
     });
     assert!(value(&metrics, RUNS) >= 1.0, "{metrics}");
     assert!(value(&metrics, &RUNS.replace("runs_total", "run_time_seconds_total")) > 0.0, "{metrics}");
     assert!(enables_collection(&agent));
     drop(agent);
-    let agent = world.agent().spawn_ready();
+    let agent = env.agent().spawn_ready();
     assert!(!enables_collection(&agent), "collection must be off by default");
 }
 
@@ -197,14 +197,14 @@ fn enables_collection(agent: &Agent<'_>) -> bool {
 
 #[test]
 fn exemption_change_changes_the_hash() {
-    let world = World::new();
-    let file = world.scratch_dir().join("imds.toml");
+    let env = TestEnv::new();
+    let file = env.scratch_dir().join("imds.toml");
     let write = |exemptions: &str| {
         fs::write(&file, format!("{exemptions}[hooks]\nsocket = false\nnode_egress = false\n")).unwrap();
     };
     write("");
-    let _agent = world.imds_agent(&["run"]).config_file(file.to_str().unwrap()).spawn_ready();
-    let hash = || value(&scrape(&world, "").body, "imds_agent_exemptions_hash");
+    let _agent = env.imds_agent(&["run"]).config_file(file.to_str().unwrap()).spawn_ready();
+    let hash = || value(&scrape(&env, "").body, "imds_agent_exemptions_hash");
     let before = hash();
     write("[[exempt]]\nname = 'one'\ninterface = 'none*'\n");
     poll_until(LONG, "the hash to change", || ((hash() - before).abs() > 0.5).then_some(()));

@@ -3,7 +3,7 @@
 use std::{fs, path::PathBuf};
 
 use imds_tests::{
-    AttachMode, METADATA, Pod, PodLink, World, hook, packets,
+    AttachMode, METADATA, Pod, PodLink, TestEnv, hook, packets,
     poll::poll_until,
     probe::{LONG, send_ipv4},
     with_each_backend,
@@ -11,23 +11,23 @@ use imds_tests::{
 
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
 
-fn link_pin(world: &World, pod: &Pod) -> PathBuf {
-    world.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex))
+fn link_pin(env: &TestEnv, pod: &Pod) -> PathBuf {
+    env.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex))
 }
 
 #[test]
 fn later_pod_is_enforced() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let _agent = world.start_agent(backend);
+        let env = TestEnv::new();
+        let _agent = env.start_agent(backend);
         for link in LINKS {
-            let pod = world.add_pod(link);
-            let status = world.wait_guarded(&pod);
+            let pod = env.add_pod(link);
+            let status = env.wait_enforced(&pod);
             let interface = status.interface(&pod.host_ifname);
             assert_eq!((interface.role.as_str(), interface.attach_mode()), ("pod", Some(backend.name())));
             assert_eq!((interface.ifindex, interface.is_first()), (pod.host_ifindex, Some(true)));
-            world.assert_blocked(&pod);
-            world.assert_harmless(&pod);
+            env.assert_blocked(&pod);
+            env.assert_harmless(&pod);
         }
     });
 }
@@ -35,109 +35,109 @@ fn later_pod_is_enforced() {
 #[test]
 fn deleted_pod_keeps_its_counts() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let [gone, stays] = LINKS.map(|link| world.add_pod(link));
-        let _agent = world.start_agent(backend);
+        let env = TestEnv::new();
+        let [gone, stays] = LINKS.map(|link| env.add_pod(link));
+        let _agent = env.start_agent(backend);
         for (pod, packets) in [(&gone, 5), (&stays, 3)] {
             let packet = packets::udp(pod.address, METADATA, b"counted");
             send_ipv4(&pod.netns, METADATA, &vec![packet; packets]).unwrap();
         }
-        let before = world.status_when("all are counted", |status| status.total.denied.packets == 8);
-        let (name, pin) = (gone.host_ifname.clone(), link_pin(&world, &gone));
+        let before = env.status_when("all are counted", |status| status.total.denied.packets == 8);
+        let (name, pin) = (gone.host_ifname.clone(), link_pin(&env, &gone));
         let counts = before.interface(&name).counts;
         assert_eq!(counts.denied.packets, 5);
 
         gone.delete();
 
-        let after = world.status_when("the interface is forgotten", |status| status.find(&name).is_none());
-        assert_eq!((after.departed, after.total), (counts, before.total));
+        let after = env.status_when("the interface is forgotten", |status| status.find(&name).is_none());
+        assert_eq!((after.deleted, after.total), (counts, before.total));
         assert_eq!(after.interface(&stays.host_ifname).counts.denied.packets, 3);
         poll_until(LONG, "the link's pin to go", || (!pin.exists()).then_some(()));
         assert!(after.problems.is_empty());
-        world.assert_blocked(&stays);
+        env.assert_blocked(&stays);
     });
 }
 
 #[test]
 fn pod_changes_without_agent_are_noticed() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let pod = world.add_pod(PodLink::Routed);
-        let agent = world.start_agent(backend);
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Routed);
+        let agent = env.start_agent(backend);
         let packet = packets::udp(pod.address, METADATA, b"counted");
         send_ipv4(&pod.netns, METADATA, &[packet]).unwrap();
-        world.status_when("the packet is counted", |status| status.total.denied.packets == 1);
+        env.status_when("the packet is counted", |status| status.total.denied.packets == 1);
         agent.kill9();
         let name = pod.host_ifname.clone();
         pod.delete();
-        let late = world.add_pod(PodLink::Bridged);
+        let late = env.add_pod(PodLink::Bridged);
 
-        let _agent = world.start_agent(backend);
-        let status = world.status_when("the interface is forgotten", |status| status.find(&name).is_none());
-        assert_eq!((status.departed.denied.packets, status.total.denied.packets), (1, 1));
-        world.assert_blocked(&late);
+        let _agent = env.start_agent(backend);
+        let status = env.status_when("the interface is forgotten", |status| status.find(&name).is_none());
+        assert_eq!((status.deleted.denied.packets, status.total.denied.packets), (1, 1));
+        env.assert_blocked(&late);
     });
 }
 
 #[test]
 fn fast_pod_churn_leaves_nothing() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let _agent = world.start_agent(backend);
+        let env = TestEnv::new();
+        let _agent = env.start_agent(backend);
         for number in 0..20 {
             // The namespace is deleted before or after the agent sees the interface.
-            let _pod = world.add_pod(LINKS[number % 2]);
+            let _pod = env.add_pod(LINKS[number % 2]);
         }
-        let stays = world.add_pod(PodLink::Routed);
-        world.status_when("only the last pod is there", |status| {
+        let stays = env.add_pod(PodLink::Routed);
+        env.status_when("only the last pod is there", |status| {
             let mut pods = status.interfaces.iter().filter(|interface| interface.role == "pod");
             let last = pods.next().is_some_and(|pod| pod.name == stays.host_ifname && pod.is_attached());
             last && pods.next().is_none() && status.problems.is_empty()
         });
-        let links = fs::read_dir(world.pin_dir().join("links")).unwrap().count();
+        let links = fs::read_dir(env.pin_dir().join("links")).unwrap().count();
         assert!(links <= 2, "{links} links pinned");
-        world.assert_blocked(&stays);
+        env.assert_blocked(&stays);
     });
 }
 
 #[test]
 fn renamed_interface_keeps_its_counts() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let pod = world.add_pod(PodLink::Bridged);
-        let _agent = world.start_agent(backend);
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Bridged);
+        let _agent = env.start_agent(backend);
         send_ipv4(&pod.netns, METADATA, &[packets::udp(pod.address, METADATA, b"counted")]).unwrap();
-        world.status_when("the packet is counted", |status| status.total.denied.packets == 1);
+        env.status_when("the packet is counted", |status| status.total.denied.packets == 1);
 
         let old = &pod.host_ifname;
-        world.node.ip(&format!("link set {old} down\nlink set {old} name renamed0\nlink set renamed0 up"));
+        env.node.ip(&format!("link set {old} down\nlink set {old} name renamed0\nlink set renamed0 up"));
 
-        let status = world.status_when("the new name is there", |status| status.find("renamed0").is_some());
+        let status = env.status_when("the new name is there", |status| status.find("renamed0").is_some());
         assert!(status.find(old).is_none());
         let renamed = status.interface("renamed0");
         assert_eq!((renamed.ifindex, renamed.counts.denied.packets), (pod.host_ifindex, 1));
         assert_eq!(renamed.attach_mode(), Some(backend.name()));
-        world.assert_blocked(&pod);
+        env.assert_blocked(&pod);
     });
 }
 
 #[test]
 fn only_pod_interfaces_are_enforced() {
     with_each_backend(|backend| {
-        let world = World::new();
+        let env = TestEnv::new();
         // Both ends are in the node's own namespace, so that the link belongs to no pod.
-        world.node.ip("link add inner0 type veth peer name inner1\nlink set inner0 up\nlink set inner1 up");
-        let pods = LINKS.map(|link| world.add_pod(link));
-        let _agent = world.start_agent(backend);
+        env.node.ip("link add inner0 type veth peer name inner1\nlink set inner0 up\nlink set inner1 up");
+        let pods = LINKS.map(|link| env.add_pod(link));
+        let _agent = env.start_agent(backend);
 
-        let status = world.status();
+        let status = env.status();
         for pod in &pods {
             assert_eq!(status.interface(&pod.host_ifname).role, "pod");
         }
         let others = [
             ("lo", "loopback"),
-            (World::UPLINK, "uplink"),
-            (World::BRIDGE, "bridge"),
+            (TestEnv::UPLINK, "uplink"),
+            (TestEnv::BRIDGE, "bridge"),
             ("inner0", "other"),
             ("inner1", "other"),
         ];
@@ -145,12 +145,12 @@ fn only_pod_interfaces_are_enforced() {
             let interface = status.interface(name);
             assert_eq!(interface.role, role, "{name}");
             // The uplink's peer is in another network namespace, like that of a pod interface.
-            let is_uncertain = name == World::UPLINK;
+            let is_uncertain = name == TestEnv::UPLINK;
             assert_eq!(interface.attachment("from_pod").is_some(), is_uncertain, "{name}");
-            let ours = hook::programs(&world.node, name).iter().any(hook::Attached::is_ours);
+            let ours = hook::programs(&env.node, name).iter().any(hook::Attached::is_ours);
             assert_eq!(ours, is_uncertain, "{name}");
             assert_eq!(
-                hook::has_clsact(&world.node, name),
+                hook::has_clsact(&env.node, name),
                 is_uncertain && backend == AttachMode::Clsact,
                 "{name}"
             );
@@ -161,19 +161,19 @@ fn only_pod_interfaces_are_enforced() {
 #[test]
 fn excluded_interface_is_not_attached() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let [excluded, guarded] = LINKS.map(|link| world.add_pod(link));
+        let env = TestEnv::new();
+        let [excluded, guarded] = LINKS.map(|link| env.add_pod(link));
         let glob = format!("{}*", &excluded.host_ifname[..8]);
         assert!(!guarded.host_ifname.starts_with(&glob[..8]));
         let config = format!("[interfaces]\nexclude = [\"{glob}\"]");
-        let _agent = world.agent().backend(backend).config(&config).spawn_ready();
+        let _agent = env.agent().backend(backend).config(&config).spawn_ready();
 
-        world.assert_open(&excluded);
-        world.assert_blocked(&guarded);
-        let status = world.status();
+        env.assert_open(&excluded);
+        env.assert_blocked(&guarded);
+        let status = env.status();
         let interface = status.interface(&excluded.host_ifname);
         assert_eq!((interface.role.as_str(), interface.attach_mode()), ("excluded", None));
-        assert_eq!(hook::programs(&world.node, &excluded.host_ifname), []);
+        assert_eq!(hook::programs(&env.node, &excluded.host_ifname), []);
         assert_eq!(status.state, "enforcing");
     });
 }
@@ -181,34 +181,34 @@ fn excluded_interface_is_not_attached() {
 #[test]
 fn newly_excluded_interface_is_detached() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let [excluded, guarded] = LINKS.map(|link| world.add_pod(link));
-        let agent = world.start_agent(backend);
-        world.assert_blocked(&excluded);
+        let env = TestEnv::new();
+        let [excluded, guarded] = LINKS.map(|link| env.add_pod(link));
+        let agent = env.start_agent(backend);
+        env.assert_blocked(&excluded);
         assert!(agent.terminate().success());
 
         let config = format!("[interfaces]\nexclude = [\"{}\"]", excluded.host_ifname);
-        let _agent = world.agent().backend(backend).config(&config).spawn_ready();
-        world.assert_open(&excluded);
-        world.assert_blocked(&guarded);
-        assert_eq!(hook::programs(&world.node, &excluded.host_ifname), []);
-        assert!(!link_pin(&world, &excluded).exists());
+        let _agent = env.agent().backend(backend).config(&config).spawn_ready();
+        env.assert_open(&excluded);
+        env.assert_blocked(&guarded);
+        assert_eq!(hook::programs(&env.node, &excluded.host_ifname), []);
+        assert!(!link_pin(&env, &excluded).exists());
     });
 }
 
 #[test]
 fn included_interface_is_always_enforced() {
     with_each_backend(|backend| {
-        let world = World::new();
-        world.node.ip("link add inner0 type veth peer name inner1\nlink set inner0 up\nlink set inner1 up");
+        let env = TestEnv::new();
+        env.node.ip("link add inner0 type veth peer name inner1\nlink set inner0 up\nlink set inner1 up");
         let config = "[interfaces]\ninclude = [\"inner?\"]\nexclude = [\"inner1\"]";
-        let _agent = world.agent().backend(backend).config(config).spawn_ready();
+        let _agent = env.agent().backend(backend).config(config).spawn_ready();
 
-        let status = world.status();
+        let status = env.status();
         let (included, excluded) = (status.interface("inner0"), status.interface("inner1"));
         assert_eq!((included.role.as_str(), included.attach_mode()), ("pod", Some(backend.name())));
         assert_eq!((excluded.role.as_str(), excluded.attach_mode()), ("excluded", None));
-        assert!(hook::programs(&world.node, "inner0").iter().all(hook::Attached::is_ours));
-        assert_eq!(hook::programs(&world.node, "inner1"), []);
+        assert!(hook::programs(&env.node, "inner0").iter().all(hook::Attached::is_ours));
+        assert_eq!(hook::programs(&env.node, "inner1"), []);
     });
 }

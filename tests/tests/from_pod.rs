@@ -1,7 +1,7 @@
 //! `from_pod`: no packet of a pod reaches the metadata service, and other traffic is not affected.
 
 use imds_tests::{
-    METADATA, Pod, PodLink, SERVICE, Status, World, packets,
+    METADATA, Pod, PodLink, SERVICE, Status, TestEnv, packets,
     probe::{LONG, SHORT, connect, http_exchange, reachable, send_ipv4},
     with_each_backend,
 };
@@ -15,18 +15,18 @@ fn denied(status: &Status, pod: &Pod) -> u64 {
 #[test]
 fn only_pods_are_denied_until_unload() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let pods = LINKS.map(|link| world.add_pod(link));
+        let env = TestEnv::new();
+        let pods = LINKS.map(|link| env.add_pod(link));
         for pod in &pods {
-            world.assert_open(pod);
+            env.assert_open(pod);
         }
 
-        let agent = world.start_agent(backend);
+        let agent = env.start_agent(backend);
         for pod in &pods {
-            world.assert_blocked(pod);
-            world.assert_harmless(pod);
+            env.assert_blocked(pod);
+            env.assert_harmless(pod);
         }
-        let status = world.status();
+        let status = env.status();
         assert_eq!((status.state.as_str(), status.mode.as_deref()), ("enforcing", Some("enforce")));
         let [endpoint] = &status.endpoints[..] else { panic!("{:?}", status.endpoints) };
         assert_eq!((endpoint.name.as_str(), endpoint.address.as_str()), ("imds", "169.254.169.254"));
@@ -40,11 +40,11 @@ fn only_pods_are_denied_until_unload() {
 
         assert!(agent.terminate().success());
         for pod in &pods {
-            world.assert_blocked(pod);
+            env.assert_blocked(pod);
         }
-        world.unload();
+        env.unload();
         for pod in &pods {
-            world.assert_open(pod);
+            env.assert_open(pod);
         }
     });
 }
@@ -52,16 +52,16 @@ fn only_pods_are_denied_until_unload() {
 #[test]
 fn denied_packet_is_counted_once() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let pods = LINKS.map(|link| world.add_pod(link));
-        let _agent = world.start_agent(backend);
+        let env = TestEnv::new();
+        let pods = LINKS.map(|link| env.add_pod(link));
+        let _agent = env.start_agent(backend);
 
         let packet = packets::udp(pods[0].address, METADATA, b"five!");
         let frame_length = u64::try_from(packets::frame(&pods[0], &packet).len()).unwrap();
-        world.assert_nothing_arrives(|| send_ipv4(&pods[0].netns, METADATA, &vec![packet; 7]).unwrap());
+        env.assert_nothing_arrives(|| send_ipv4(&pods[0].netns, METADATA, &vec![packet; 7]).unwrap());
         send_ipv4(&pods[1].netns, SERVICE, &[packets::udp(pods[1].address, SERVICE, b"five!")]).unwrap();
 
-        let status = world.status();
+        let status = env.status();
         let counts = status.interface(&pods[0].host_ifname).counts;
         assert_eq!((counts.denied.packets, counts.denied.bytes), (7, 7 * frame_length));
         assert_eq!((counts.audited.packets, counts.allowed.packets), (0, 0));
@@ -73,14 +73,14 @@ fn denied_packet_is_counted_once() {
 #[test]
 fn audit_mode_counts_and_passes() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let pods = LINKS.map(|link| world.add_pod(link));
-        let _agent = world.agent().backend(backend).config("mode = \"audit\"").spawn_ready();
+        let env = TestEnv::new();
+        let pods = LINKS.map(|link| env.add_pod(link));
+        let _agent = env.agent().backend(backend).config("mode = \"audit\"").spawn_ready();
         for pod in &pods {
-            world.assert_open(pod);
+            env.assert_open(pod);
         }
 
-        let status = world.status();
+        let status = env.status();
         assert_eq!((status.state.as_str(), status.mode.as_deref()), ("auditing", Some("audit")));
         for pod in &pods {
             let counts = status.interface(&pod.host_ifname).counts;
@@ -93,14 +93,14 @@ fn audit_mode_counts_and_passes() {
 #[test]
 fn off_mode_passes() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let pods = LINKS.map(|link| world.add_pod(link));
-        let _agent = world.agent().backend(backend).config("mode = \"off\"").spawn_ready();
+        let env = TestEnv::new();
+        let pods = LINKS.map(|link| env.add_pod(link));
+        let _agent = env.agent().backend(backend).config("mode = \"off\"").spawn_ready();
         for pod in &pods {
-            world.assert_open(pod);
+            env.assert_open(pod);
         }
 
-        let status = world.status();
+        let status = env.status();
         assert_eq!((status.state.as_str(), status.mode.as_deref()), ("off", Some("off")));
         for pod in &pods {
             let counts = status.interface(&pod.host_ifname).counts;
@@ -112,15 +112,15 @@ fn off_mode_passes() {
 
 #[test]
 fn next_agent_changes_the_mode() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
     for (mode, is_blocked) in [("audit", false), ("enforce", true), ("off", false), ("enforce", true)] {
-        let agent = world.agent().config(&format!("mode = \"{mode}\"")).spawn_ready();
-        assert_eq!(world.status().mode.as_deref(), Some(mode));
+        let agent = env.agent().config(&format!("mode = \"{mode}\"")).spawn_ready();
+        assert_eq!(env.status().mode.as_deref(), Some(mode));
         if is_blocked {
-            world.assert_blocked(&pod);
+            env.assert_blocked(&pod);
         } else {
-            world.assert_open(&pod);
+            env.assert_open(&pod);
         }
         assert!(agent.terminate().success());
     }
@@ -129,20 +129,20 @@ fn next_agent_changes_the_mode() {
 #[test]
 fn connection_from_before_agent_is_cut() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let pods = LINKS.map(|link| world.add_pod(link));
+        let env = TestEnv::new();
+        let pods = LINKS.map(|link| env.add_pod(link));
         let streams = pods.each_ref().map(|pod| {
             assert!(reachable(&pod.netns, METADATA));
             pod.netns.run(|| connect(METADATA, LONG)).unwrap()
         });
-        let mut of_node = world.node.run(|| connect(METADATA, LONG)).unwrap();
+        let mut of_node = env.node.run(|| connect(METADATA, LONG)).unwrap();
         let mut elsewhere = pods[0].netns.run(|| connect(SERVICE, LONG)).unwrap();
 
-        let _agent = world.start_agent(backend);
+        let _agent = env.start_agent(backend);
         for mut stream in streams {
-            world.assert_nothing_arrives(|| http_exchange(&mut stream, SHORT).unwrap_err());
+            env.assert_nothing_arrives(|| http_exchange(&mut stream, SHORT).unwrap_err());
         }
-        assert!(pods.iter().all(|pod| denied(&world.status(), pod) > 0));
+        assert!(pods.iter().all(|pod| denied(&env.status(), pod) > 0));
         http_exchange(&mut of_node, LONG).unwrap();
         http_exchange(&mut elsewhere, LONG).unwrap();
     });
@@ -151,38 +151,38 @@ fn connection_from_before_agent_is_cut() {
 #[test]
 fn once_protects_without_a_process() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let pods = LINKS.map(|link| world.add_pod(link));
-        let output = world.agent().backend(backend).once();
+        let env = TestEnv::new();
+        let pods = LINKS.map(|link| env.add_pod(link));
+        let output = env.agent().backend(backend).once();
         assert!(output.status.success(), "{output:?}");
 
-        let status = world.status();
+        let status = env.status();
         status.assert_lacks_only_an_agent();
         for pod in &pods {
-            world.assert_blocked(pod);
-            world.assert_harmless(pod);
+            env.assert_blocked(pod);
+            env.assert_harmless(pod);
         }
     });
 }
 
 #[test]
 fn status_exit_code_reports_enforcement() {
-    let world = World::new();
-    let _pod = world.add_pod(PodLink::Routed);
-    let code = || world.imds_agent(&["status"]).output().status.code();
-    assert_eq!((code(), world.status().state.as_str()), (Some(3), "unloaded"));
-    let agent = world.agent().spawn_ready();
-    assert_eq!((code(), world.status().state.as_str()), (Some(0), "enforcing"));
+    let env = TestEnv::new();
+    let _pod = env.add_pod(PodLink::Routed);
+    let code = || env.imds_agent(&["status"]).output().status.code();
+    assert_eq!((code(), env.status().state.as_str()), (Some(3), "unloaded"));
+    let agent = env.agent().spawn_ready();
+    assert_eq!((code(), env.status().state.as_str()), (Some(0), "enforcing"));
 
     agent.kill9();
-    let late = world.add_pod(PodLink::Routed);
-    assert_eq!((code(), world.status().state.as_str()), (Some(3), "degraded"));
-    let problems = world.status().problems;
+    let late = env.add_pod(PodLink::Routed);
+    assert_eq!((code(), env.status().state.as_str()), (Some(3), "degraded"));
+    let problems = env.status().problems;
     let problem = problems.iter().find(|problem| problem.interface.as_ref() == Some(&late.host_ifname));
     let problem = problem.unwrap_or_else(|| panic!("{problems:#?}"));
     assert!(!problem.problem.is_empty() && !problem.remedy.is_empty());
 
-    let _agent = world.agent().spawn_ready();
-    assert_eq!((code(), world.status().state.as_str()), (Some(0), "enforcing"));
-    world.assert_blocked(&late);
+    let _agent = env.agent().spawn_ready();
+    assert_eq!((code(), env.status().state.as_str()), (Some(0), "enforcing"));
+    env.assert_blocked(&late);
 }

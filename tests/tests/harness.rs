@@ -7,7 +7,7 @@ use std::{
 };
 
 use imds_tests::{
-    METADATA, Netns, PodLink, SERVICE, World,
+    METADATA, Netns, PodLink, SERVICE, TestEnv,
     flood::Flood,
     poll::poll_until,
     probe::{LONG, SHORT, http_get, icmp_echo, reachable, udp_echo},
@@ -24,26 +24,26 @@ fn assert_reaches_everything(netns: &Netns) {
 
 #[test]
 fn routed_pod_reaches_all_servers() {
-    let world = World::new();
-    assert_reaches_everything(&world.add_pod(PodLink::Routed).netns);
+    let env = TestEnv::new();
+    assert_reaches_everything(&env.add_pod(PodLink::Routed).netns);
 }
 
 #[test]
 fn bridged_pod_reaches_all_servers() {
-    let world = World::new();
-    assert_reaches_everything(&world.add_pod(PodLink::Bridged).netns);
+    let env = TestEnv::new();
+    assert_reaches_everything(&env.add_pod(PodLink::Bridged).netns);
 }
 
 #[test]
 fn node_reaches_all_servers() {
-    assert_reaches_everything(&World::new().node);
+    assert_reaches_everything(&TestEnv::new().node);
 }
 
 #[test]
 fn pods_reach_each_other() {
-    let world = World::new();
-    let pods = [PodLink::Routed, PodLink::Bridged, PodLink::Routed, PodLink::Bridged]
-        .map(|link| world.add_pod(link));
+    let env = TestEnv::new();
+    let pods =
+        [PodLink::Routed, PodLink::Bridged, PodLink::Routed, PodLink::Bridged].map(|link| env.add_pod(link));
     for from in &pods {
         for to in &pods {
             assert!(
@@ -58,8 +58,8 @@ fn pods_reach_each_other() {
 
 #[test]
 fn unused_address_does_not_reply() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
     let nobody = Ipv4Addr::new(203, 0, 113, 1);
     assert!(!http_get(&pod.netns, nobody, SHORT).is_answer());
     assert!(!udp_echo(&pod.netns, nobody, SHORT).is_answer());
@@ -68,9 +68,9 @@ fn unused_address_does_not_reply() {
 
 #[test]
 fn arrivals_are_counted_by_source() {
-    let world = World::new();
-    let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
-    assert_eq!(world.arrivals().total(), 0);
+    let env = TestEnv::new();
+    let pods = [PodLink::Routed, PodLink::Bridged].map(|link| env.add_pod(link));
+    assert_eq!(env.received_packets().total(), 0);
 
     for (pod, pings) in pods.iter().zip([3, 2]) {
         for _ in 0..pings {
@@ -78,45 +78,45 @@ fn arrivals_are_counted_by_source() {
         }
         assert!(icmp_echo(&pod.netns, SERVICE, LONG).is_answer());
     }
-    assert!(icmp_echo(&world.node, METADATA, LONG).is_answer());
+    assert!(icmp_echo(&env.node, METADATA, LONG).is_answer());
 
-    let arrivals = world.arrivals();
-    assert_eq!(arrivals.from(pods[0].address), 3);
-    assert_eq!(arrivals.from(pods[1].address), 2);
-    assert_eq!(arrivals.from(world.node_address()), 1);
-    assert_eq!(arrivals.total(), 6);
+    let received_packets = env.received_packets();
+    assert_eq!(received_packets.from(pods[0].address), 3);
+    assert_eq!(received_packets.from(pods[1].address), 2);
+    assert_eq!(received_packets.from(env.node_address()), 1);
+    assert_eq!(received_packets.total(), 6);
 }
 
 #[test]
 fn count_includes_all_earlier_packets() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Bridged);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Bridged);
     let flood = Flood::udp(&pod, METADATA);
     poll_until(LONG, "10,000 packets", || (flood.sent() > 10_000).then_some(()));
     let sent = flood.stop();
 
-    let arrived = world.arrivals();
+    let arrived = env.received_packets();
     // A CPU drops packets that do not fit into its backlog.
     assert!(arrived.total() > sent / 2, "{} of {sent} arrived", arrived.total());
-    assert_eq!(arrived, world.arrivals());
+    assert_eq!(arrived, env.received_packets());
 }
 
 #[test]
 fn server_survives_a_syn_flood() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
     let flood = Flood::syn(&pod, METADATA);
-    poll_until(LONG, "10,000 packets to arrive", || (world.arrivals().total() > 10_000).then_some(()));
+    poll_until(LONG, "10,000 packets to arrive", || (env.received_packets().total() > 10_000).then_some(()));
     assert!(flood.stop() > 0);
     assert!(reachable(&pod.netns, METADATA));
 }
 
 #[test]
 fn deleted_pod_leaves_nothing() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
     let path = pod.netns.path();
-    let device = world.node.run(|| nix::net::if_::if_nametoindex(pod.host_ifname.as_str())).unwrap();
+    let device = env.node.run(|| nix::net::if_::if_nametoindex(pod.host_ifname.as_str())).unwrap();
     assert_eq!(device, pod.host_ifindex);
     let mut process = pod.netns.command("sleep").arg("1000").spawn().unwrap();
 
@@ -124,23 +124,23 @@ fn deleted_pod_leaves_nothing() {
     pod.delete();
 
     assert!(!path.exists());
-    assert!(world.node.run(|| nix::net::if_::if_nametoindex(name.as_str())).is_err());
+    assert!(env.node.run(|| nix::net::if_::if_nametoindex(name.as_str())).is_err());
     assert!(!process.wait().unwrap().success());
 }
 
-fn traces(world: &World) -> [PathBuf; 4] {
-    [world.node.path(), world.fabric.path(), world.pin_dir().into(), world.scratch_dir().into()]
+fn traces(env: &TestEnv) -> [PathBuf; 4] {
+    [env.node.path(), env.fabric.path(), env.pin_dir().into(), env.scratch_dir().into()]
 }
 
 #[test]
 fn dropped_world_leaves_nothing() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Bridged);
-    std::fs::create_dir_all(world.pin_dir().join("links")).unwrap();
-    let (traces, pod_path) = (traces(&world), pod.netns.path());
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Bridged);
+    std::fs::create_dir_all(env.pin_dir().join("links")).unwrap();
+    let (traces, pod_path) = (traces(&env), pod.netns.path());
     assert!(traces.iter().all(|path| path.exists()) && pod_path.exists());
 
-    drop(world);
+    drop(env);
     drop(pod);
 
     assert!(traces.iter().map(PathBuf::as_path).chain([pod_path.as_path()]).all(|path| !path.exists()));
@@ -150,9 +150,9 @@ fn dropped_world_leaves_nothing() {
 fn panicking_test_leaves_nothing() {
     let mut left = Vec::new();
     let result = catch_unwind(AssertUnwindSafe(|| {
-        let world = World::new();
-        let pod = world.add_pod(PodLink::Routed);
-        left.extend(traces(&world));
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Routed);
+        left.extend(traces(&env));
         left.push(pod.netns.path());
         // A panic in another namespace must fail the test too.
         pod.netns.run(|| panic!("as a failing test would"));

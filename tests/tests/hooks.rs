@@ -8,7 +8,7 @@ use std::{
 
 use imds_agent::datapath::object::can_choose_errno;
 use imds_tests::{
-    METADATA, Netns, PodLink, SERVICE, World, hook,
+    METADATA, Netns, PodLink, SERVICE, TestEnv, hook,
     probe::{LONG, Outcome, SHORT, http_get, reachable},
     skip_without_netns_cookie, with_each_backend,
 };
@@ -18,33 +18,33 @@ const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
 #[test]
 fn node_egress_denies_pods_on_any_link() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let pods = LINKS.map(|link| world.add_pod(link));
+        let env = TestEnv::new();
+        let pods = LINKS.map(|link| env.add_pod(link));
         for pod in &pods {
-            world.assert_open(pod);
+            env.assert_open(pod);
         }
 
-        let agent = world.agent().backend(backend).hooks(&["node_egress"]).spawn_ready();
+        let agent = env.agent().backend(backend).hooks(&["node_egress"]).spawn_ready();
         for pod in &pods {
-            world.assert_blocked(pod);
-            world.assert_harmless(pod);
+            env.assert_blocked(pod);
+            env.assert_harmless(pod);
         }
-        let status = world.status();
-        let uplink = status.interface(World::UPLINK);
+        let status = env.status();
+        let uplink = status.interface(TestEnv::UPLINK);
         assert_eq!((uplink.role.as_str(), uplink.attach_mode()), ("uplink", Some(backend.name())));
         assert!(uplink.counts.denied.packets > 0);
         assert!(pods.iter().all(|pod| status.interface(&pod.host_ifname).attachment("from_pod").is_none()));
 
         // A pod that starts while no agent runs is denied from its first packet. The missing agent is the only problem.
         agent.kill9();
-        let late = world.add_pod(PodLink::Routed);
-        world.assert_blocked(&late);
-        world.status().assert_lacks_only_an_agent();
+        let late = env.add_pod(PodLink::Routed);
+        env.assert_blocked(&late);
+        env.status().assert_lacks_only_an_agent();
 
-        world.unload();
-        assert!(!hook::has_clsact(&world.node, World::UPLINK));
+        env.unload();
+        assert!(!hook::has_clsact(&env.node, TestEnv::UPLINK));
         for pod in pods.iter().chain([&late]) {
-            world.assert_open(pod);
+            env.assert_open(pod);
         }
     });
 }
@@ -77,8 +77,8 @@ fn errno_of_denied_calls() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
     for (errno, chosen) in [
         ("EPERM", ErrorKind::PermissionDenied),
         ("ECONNREFUSED", ErrorKind::ConnectionRefused),
@@ -90,20 +90,20 @@ fn errno_of_denied_calls() {
         let config = format!(
             "on_deny_errno = '{errno}'\n[hooks]\nfrom_pod = false\nnode_egress = false\nsocket = true\nsendmsg = true"
         );
-        let path = world.scratch_dir().join("errno.toml");
+        let path = env.scratch_dir().join("errno.toml");
         fs::write(&path, config).unwrap();
-        let agent = world.agent().config_file(path.to_str().unwrap()).spawn_ready();
-        world.assert_nothing_arrives(|| {
-            for (call, error) in world.in_cgroup(|| errors(&pod.netns, METADATA)) {
+        let agent = env.agent().config_file(path.to_str().unwrap()).spawn_ready();
+        env.assert_nothing_arrives(|| {
+            for (call, error) in env.in_cgroup(|| errors(&pod.netns, METADATA)) {
                 assert_eq!(error, Some(expected), "{call} with {errno}");
             }
         });
-        let verified = world.in_cgroup(|| world.imds_agent(&["verify"]).output());
+        let verified = env.in_cgroup(|| env.imds_agent(&["verify"]).output());
         assert!(verified.status.success(), "{verified:?}");
         drop(agent);
     }
-    world.unload();
-    world.assert_open(&pod);
+    env.unload();
+    env.assert_open(&pod);
 }
 
 #[test]
@@ -111,16 +111,16 @@ fn socket_hook_denies_calls_immediately() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let pods = LINKS.map(|link| world.add_pod(link));
-    let of = |netns: &Netns, endpoint| world.in_cgroup(|| errors(netns, endpoint));
+    let env = TestEnv::new();
+    let pods = LINKS.map(|link| env.add_pod(link));
+    let of = |netns: &Netns, endpoint| env.in_cgroup(|| errors(netns, endpoint));
     for pod in &pods {
         assert!(of(&pod.netns, METADATA).iter().all(|(_, error)| error.is_none()));
     }
 
-    let agent = world.agent().hooks(&["socket"]).spawn_ready();
+    let agent = env.agent().hooks(&["socket"]).spawn_ready();
     for pod in &pods {
-        world.assert_nothing_arrives(|| {
+        env.assert_nothing_arrives(|| {
             for (call, error) in of(&pod.netns, METADATA) {
                 assert_eq!(error, Some(ErrorKind::PermissionDenied), "{call}");
             }
@@ -130,22 +130,22 @@ fn socket_hook_denies_calls_immediately() {
         assert!(reachable(&pod.netns, METADATA));
     }
     // The node's own sockets in the same cgroup are not affected.
-    assert!(of(&world.node, METADATA).iter().all(|(_, error)| error.is_none()));
-    assert!(world.in_cgroup(|| reachable(&world.node, METADATA)));
-    let sockets = world.status().sockets.expect("the hook is on");
+    assert!(of(&env.node, METADATA).iter().all(|(_, error)| error.is_none()));
+    assert!(env.in_cgroup(|| reachable(&env.node, METADATA)));
+    let sockets = env.status().sockets.expect("the hook is on");
     assert!(sockets.attached && sockets.counts.denied.packets >= 12, "{sockets:?}");
 
     // The hook survives the agent, covers pods that start without one, and is adopted by the next agent.
     agent.kill9();
-    let late = world.add_pod(PodLink::Bridged);
+    let late = env.add_pod(PodLink::Bridged);
     assert!(of(&late.netns, METADATA).iter().all(|(_, error)| *error == Some(ErrorKind::PermissionDenied)));
-    let before = world.status().total.denied.packets;
-    let agent = world.agent().hooks(&["socket"]).spawn_ready();
+    let before = env.status().total.denied.packets;
+    let agent = env.agent().hooks(&["socket"]).spawn_ready();
     assert!(of(&late.netns, METADATA).iter().all(|(_, error)| *error == Some(ErrorKind::PermissionDenied)));
-    assert_eq!(world.status().total.denied.packets, before + 6);
+    assert_eq!(env.status().total.denied.packets, before + 6);
     drop(agent);
 
-    world.unload();
+    env.unload();
     assert!(
         pods.iter()
             .chain([&late])
@@ -159,12 +159,12 @@ fn next_agent_changes_the_hooks() {
         return;
     }
     with_each_backend(|backend| {
-        let world = World::new();
-        let pod = world.add_pod(PodLink::Routed);
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Routed);
         let in_force = || {
-            let status = world.status();
-            let ours = |name: &str| hook::programs(&world.node, name).iter().any(hook::Attached::is_ours);
-            let uplink = status.interface(World::UPLINK);
+            let status = env.status();
+            let ours = |name: &str| hook::programs(&env.node, name).iter().any(hook::Attached::is_ours);
+            let uplink = status.interface(TestEnv::UPLINK);
             let egress = uplink.attachment("node_egress").is_some_and(|hook| hook.attach_mode.is_some());
             let attached = status.sockets.is_some_and(|sockets| sockets.attached);
             [ours(&pod.host_ifname), egress, attached]
@@ -175,13 +175,13 @@ fn next_agent_changes_the_hooks() {
             (&["node_egress"], [false, true, false]),
             (&["from_pod"], [true, false, false]),
         ] {
-            let agent = world.agent().backend(backend).hooks(on).spawn_ready();
+            let agent = env.agent().backend(backend).hooks(on).spawn_ready();
             assert_eq!(in_force(), expected, "{on:?}");
-            assert!(world.in_cgroup(|| !http_get(&pod.netns, METADATA, SHORT).is_answer()), "{on:?}");
+            assert!(env.in_cgroup(|| !http_get(&pod.netns, METADATA, SHORT).is_answer()), "{on:?}");
             agent.kill9();
         }
-        world.unload();
-        world.assert_open(&pod);
+        env.unload();
+        env.assert_open(&pod);
     });
 }
 
@@ -190,18 +190,18 @@ fn detached_socket_hook_is_restored() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let agent = world.agent().hooks(&["socket"]).resync(1).spawn_ready();
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let agent = env.agent().hooks(&["socket"]).resync(1).spawn_ready();
     let denied = || {
-        let outcome = world.in_cgroup(|| http_get(&pod.netns, METADATA, SHORT));
+        let outcome = env.in_cgroup(|| http_get(&pod.netns, METADATA, SHORT));
         matches!(outcome, Outcome::Error(error) if error.kind() == ErrorKind::PermissionDenied)
     };
     assert!(denied());
-    imds_tests::foreign::detach_link(&world.pin_dir().join("links/connect4"));
+    imds_tests::foreign::detach_link(&env.pin_dir().join("links/connect4"));
     agent.wait_for_log("attached imds_connect4", LONG);
     imds_tests::poll::poll_until(LONG, "connect4 to be attached again", || denied().then_some(()));
-    world.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
+    env.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
 }
 
 #[test]
@@ -209,16 +209,16 @@ fn default_config_has_all_hooks() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Bridged);
-    let empty = world.scratch_dir().join("empty.toml");
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Bridged);
+    let empty = env.scratch_dir().join("empty.toml");
     fs::write(&empty, "").unwrap();
-    let cgroup = world.cgroup().to_str().unwrap();
-    let agent = world.agent().config_file(empty.to_str().unwrap()).args(&["--cgroup", cgroup]);
+    let cgroup = env.cgroup().to_str().unwrap();
+    let agent = env.agent().config_file(empty.to_str().unwrap()).args(&["--cgroup", cgroup]);
     let _agent = agent.spawn_ready();
-    assert_eq!(world.status().hooks, ["from_pod", "node_egress", "socket", "local_service"]);
-    world.in_cgroup(|| {
-        world.assert_blocked(&pod);
-        world.assert_harmless(&pod);
+    assert_eq!(env.status().hooks, ["from_pod", "node_egress", "socket", "local_service"]);
+    env.in_cgroup(|| {
+        env.assert_blocked(&pod);
+        env.assert_harmless(&pod);
     });
 }

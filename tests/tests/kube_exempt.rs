@@ -3,7 +3,7 @@
 use std::{fs, thread};
 
 use imds_tests::{
-    Agent, METADATA, Netns, Over, Pod, PodLink, World,
+    Agent, METADATA, Netns, Over, Pod, PodLink, TestEnv,
     api_server::{ApiServer, Fault, pod},
     effort,
     http::{DEFAULT, try_get},
@@ -31,7 +31,7 @@ struct Cluster {
     // Dropped first, because its thread is woken through the node's namespace.
     server: ApiServer,
     kubelet: Kubelet,
-    world: World,
+    env: TestEnv,
 }
 
 /// A scheduled pod: it has a link and cgroups, and a process once it is started.
@@ -43,31 +43,31 @@ struct Scheduled {
 
 impl Cluster {
     fn new() -> Self {
-        let world = World::new();
-        Self { server: ApiServer::start_in(&world.node), kubelet: Kubelet::new(), world }
+        let env = TestEnv::new();
+        Self { server: ApiServer::start_in(&env.node), kubelet: Kubelet::new(), env }
     }
 
     fn config(&self) -> String {
-        let kubeconfig = self.world.scratch_dir().join("kubeconfig");
+        let kubeconfig = self.env.scratch_dir().join("kubeconfig");
         self.server.write_kubeconfig(&kubeconfig);
         let kubernetes = format!("kubeconfig = '{}'\nnode_name = '{NODE}'\n", kubeconfig.display());
         format!("{RULE}\n[kubernetes]\n{kubernetes}")
     }
 
     fn start(&self) -> Agent<'_> {
-        self.world.agent().config(&self.config()).hooks(&known_here(ALL)).spawn_ready()
+        self.env.agent().config(&self.config()).hooks(&known_here(ALL)).spawn_ready()
     }
 
     fn schedule(&self, link: PodLink, driver: Driver, labels: &[(&str, &str)]) -> Scheduled {
         let uid = new_uid();
         let cgroup = self.kubelet.add_pod(&uid, driver);
-        let scheduled = Scheduled { uid, cgroup, pod: self.world.add_pod(link) };
+        let scheduled = Scheduled { uid, cgroup, pod: self.env.add_pod(link) };
         self.server.apply(scheduled.object(labels));
         scheduled
     }
 
     fn reaches(&self, netns: &Netns) -> bool {
-        self.world.in_cgroup(|| http_get(netns, METADATA, SHORT).is_answer())
+        self.env.in_cgroup(|| http_get(netns, METADATA, SHORT).is_answer())
     }
 
     #[track_caller]
@@ -78,12 +78,12 @@ impl Cluster {
     #[track_caller]
     fn wait_denied(&self, pod: &Pod) {
         poll_until(LONG, "the pod to be denied", || (!self.reaches(&pod.netns)).then_some(()));
-        self.world.assert_nothing_arrives(|| assert!(!self.reaches(&pod.netns)));
+        self.env.assert_nothing_arrives(|| assert!(!self.reaches(&pod.netns)));
     }
 
     /// Waits until the agent knows this number of pods from the API server.
     fn wait_known(&self, pods: u32) {
-        self.world.status_when("the pods are known", |status| {
+        self.env.status_when("the pods are known", |status| {
             status.kubernetes.as_ref().is_some_and(|kubernetes| kubernetes.pods == pods)
         });
     }
@@ -127,9 +127,9 @@ fn exemption_follows_sandbox_label_and_pod() {
         cluster.wait_exempt(&trusted.pod);
         cluster.server.delete(&trusted.uid);
         cluster.wait_denied(&trusted.pod);
-        assert!(cluster.world.status().exemptions.is_empty());
+        assert!(cluster.env.status().exemptions.is_empty());
         drop(agent);
-        cluster.world.unload();
+        cluster.env.unload();
         assert!(cluster.reaches(&trusted.pod.netns));
     }
 }
@@ -145,26 +145,26 @@ fn recreated_sandbox_is_found_again() {
     trusted.cgroup.stop();
     let (index, address) = (trusted.pod.host_ifindex, trusted.pod.address);
     trusted.pod.delete();
-    let successor = cluster.world.add_successor("guest1", index, address);
-    cluster.world.assert_nothing_arrives(|| assert!(!cluster.reaches(&successor)));
-    let again = cluster.world.add_pod(PodLink::Routed);
+    let successor = cluster.env.add_successor("guest1", index, address);
+    cluster.env.assert_nothing_arrives(|| assert!(!cluster.reaches(&successor)));
+    let again = cluster.env.add_pod(PodLink::Routed);
     trusted.cgroup.start_in(&again.netns);
     cluster.wait_exempt(&again);
-    cluster.world.assert_nothing_arrives(|| assert!(!cluster.reaches(&successor)));
+    cluster.env.assert_nothing_arrives(|| assert!(!cluster.reaches(&successor)));
     drop(agent);
-    cluster.world.unload();
+    cluster.env.unload();
     assert!(cluster.reaches(&successor));
 }
 
 #[test]
 fn api_outage_keeps_known_exemptions_only() {
     let cluster = Cluster::new();
-    let config = cluster.world.scratch_dir().join("imds.toml");
+    let config = cluster.env.scratch_dir().join("imds.toml");
     let hooks = if lacks_netns_cookie() { "[hooks]\nsocket = false" } else { "" };
     let rules = format!("{}\n{hooks}", cluster.config());
     fs::write(&config, &rules).unwrap();
-    let (config, cgroup) = (config.to_str().unwrap(), cluster.world.cgroup().to_str().unwrap());
-    let spawn = || cluster.world.agent().config_file(config).args(&["--cgroup", cgroup]).spawn_ready();
+    let (config, cgroup) = (config.to_str().unwrap(), cluster.env.cgroup().to_str().unwrap());
+    let spawn = || cluster.env.agent().config_file(config).args(&["--cgroup", cgroup]).spawn_ready();
     let agent = spawn();
     let mut trusted = cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED);
     trusted.start();
@@ -174,7 +174,7 @@ fn api_outage_keeps_known_exemptions_only() {
         cluster.server.fail(Fault::Status(500, "etcdserver: no leader"));
     }
     cluster.server.disconnect();
-    let status = cluster.world.status_when("the failure is reported", |status| {
+    let status = cluster.env.status_when("the failure is reported", |status| {
         status.kubernetes.as_ref().is_some_and(|kubernetes| {
             !kubernetes.is_connected
                 && kubernetes.error.as_ref().is_some_and(|error| error.contains("no leader"))
@@ -190,15 +190,15 @@ fn api_outage_keeps_known_exemptions_only() {
     agent.kill9();
     let agent = spawn();
     assert!(cluster.reaches(&trusted.pod.netns), "{}", agent.log());
-    cluster.world.assert_nothing_arrives(|| assert!(!cluster.reaches(&unknown.pod.netns)));
+    cluster.env.assert_nothing_arrives(|| assert!(!cluster.reaches(&unknown.pod.netns)));
     agent.kill9();
 
     // Rules that differ from the earlier agent's keep none of its exemptions.
     fs::write(config, rules.replace("'trusted'", "'others'")).unwrap();
     let agent = spawn();
-    cluster.world.assert_nothing_arrives(|| assert!(!cluster.reaches(&trusted.pod.netns)));
+    cluster.env.assert_nothing_arrives(|| assert!(!cluster.reaches(&trusted.pod.netns)));
     drop(agent);
-    cluster.world.unload();
+    cluster.env.unload();
     assert!(cluster.reaches(&unknown.pod.netns));
 }
 
@@ -209,17 +209,17 @@ fn host_network_pod_is_exempt_by_cgroups() {
     }
     let cluster = Cluster::new();
     let mut trusted = cluster.schedule(PodLink::Routed, Driver::Systemd, &[]);
-    let config = cluster.world.scratch_dir().join("imds.toml");
+    let config = cluster.env.scratch_dir().join("imds.toml");
     let hooks = "[hooks]\nfrom_pod = false\nnode_egress = false\nsocket = false\nhost_network = true";
     fs::write(&config, format!("{}\n{hooks}", cluster.config())).unwrap();
     let (config, cgroup) = (config.to_str().unwrap(), cluster.kubelet.root().to_str().unwrap());
-    let agent = cluster.world.agent().config_file(config).args(&["--cgroup", cgroup]).spawn_ready();
+    let agent = cluster.env.agent().config_file(config).args(&["--cgroup", cgroup]).spawn_ready();
     let mut object = trusted.object(TRUSTED);
     object["spec"]["hostNetwork"] = true.into();
     cluster.server.apply(object);
-    trusted.cgroup.start_in(&cluster.world.node);
+    trusted.cgroup.start_in(&cluster.env.node);
     let granted = |number: usize| {
-        cluster.world.status_when("its cgroups are exempt", |status| {
+        cluster.env.status_when("its cgroups are exempt", |status| {
             let mut exempt = status.exemptions.iter().filter(|sender| sender.cgroup.is_some());
             exempt.clone().count() == number && exempt.all(|sender| sender.pod.is_some())
         })
@@ -237,7 +237,7 @@ fn host_network_pod_is_exempt_by_cgroups() {
     cluster.server.delete(&trusted.uid);
     granted(0);
     drop(agent);
-    cluster.world.unload();
+    cluster.env.unload();
 }
 
 #[test]
@@ -250,7 +250,7 @@ fn pod_names_are_shown_everywhere() {
     let container = format!("containerd://{CONTAINER}");
     object["status"]["containerStatuses"] = serde_json::json!([{ "name": "main", "containerID": container }]);
     cluster.server.apply(object);
-    let status = cluster.world.status_when("the pod has a name", |status| {
+    let status = cluster.env.status_when("the pod has a name", |status| {
         status.find(&scheduled.pod.host_ifname).is_some_and(|interface| interface.pod.is_some())
     });
     let pod = status.find(&scheduled.pod.host_ifname).unwrap().pod.clone().unwrap();
@@ -258,16 +258,16 @@ fn pod_names_are_shown_everywhere() {
         (pod.namespace.as_str(), pod.pod, pod.service_account.as_str(), pod.uid, pod.label.as_deref()),
         ("kube-system", format!("pod-{}", scheduled.uid), "agent", scheduled.uid.clone(), Some("app=agent"))
     );
-    let table = cluster.world.imds_agent(&["status"]).output();
+    let table = cluster.env.imds_agent(&["status"]).output();
     let table = String::from_utf8(table.stdout).unwrap();
     assert!(table.contains(&format!("kube-system/pod-{}", scheduled.uid)) && table.contains(NODE), "{table}");
 
     cluster.server.delete(&scheduled.uid);
-    cluster.world.status_when("the pod is forgotten", |status| {
+    cluster.env.status_when("the pod is forgotten", |status| {
         status.find(&scheduled.pod.host_ifname).is_some_and(|interface| interface.pod.is_none())
     });
     drop(agent);
-    cluster.world.unload();
+    cluster.env.unload();
 }
 
 #[test]
@@ -288,7 +288,7 @@ fn only_changes_of_1000_pods_are_written() {
         cluster.wait_exempt(&pod.pod);
     }
     let metric = |name: &str| -> u64 {
-        let (_, metrics) = try_get(&cluster.world, DEFAULT, "/metrics").unwrap();
+        let (_, metrics) = try_get(&cluster.env, DEFAULT, "/metrics").unwrap();
         let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
         value.unwrap_or_else(|| panic!("no {name} in:\n{metrics}"))
     };
@@ -312,7 +312,7 @@ fn only_changes_of_1000_pods_are_written() {
     assert!(exempt - before[0] <= 5 && named == before[1], "{exempt} and {named} after {before:?}");
     assert!(cluster.reaches(&trusted[1].pod.netns));
     drop(agent);
-    cluster.world.unload();
+    cluster.env.unload();
 }
 
 #[test]
@@ -329,25 +329,25 @@ fn restart_keeps_many_pods_exempt() {
     }
     agent.kill9();
     // Compares counters of maps that survive restarts. A late response would prove nothing; only denials count.
-    let (world, over) = (&cluster.world, Over::default());
-    let before = world.status().total;
+    let (env, over) = (&cluster.env, Over::default());
+    let before = env.status().total;
     thread::scope(|scope| {
         for number in [0, 20, 39] {
             let (pod, over) = (&pods[number].pod, &over);
             scope.spawn(move || {
                 while !over.is_told() {
-                    world.in_cgroup(|| http_get(&pod.netns, METADATA, SHORT));
+                    env.in_cgroup(|| http_get(&pod.netns, METADATA, SHORT));
                 }
             });
         }
         let _tell = over.when_dropped();
         for _ in 0..effort(10) {
             let agent = cluster.start();
-            world.status_when("the sandbox of every pod is found", |status| status.has_located(40));
+            env.status_when("the sandbox of every pod is found", |status| status.has_resolved(40));
             agent.kill9();
         }
     });
-    let after = world.status().total;
+    let after = env.status().total;
     assert!(after.exempt.packets > before.exempt.packets, "{after:?}");
     assert_eq!(after.denied.packets, before.denied.packets);
     let agent = cluster.start();
@@ -355,7 +355,7 @@ fn restart_keeps_many_pods_exempt() {
     cluster.wait_denied(&pods[20].pod);
     assert!(cluster.reaches(&pods[39].pod.netns));
     drop(agent);
-    cluster.world.unload();
+    cluster.env.unload();
     assert!(cluster.reaches(&pods[20].pod.netns));
 }
 
@@ -364,11 +364,11 @@ fn late_sandbox_is_found_during_link_churn() {
     let cluster = Cluster::new();
     // A full resync would find the sandbox as well, so the interval is long.
     let agent =
-        cluster.world.agent().config(&cluster.config()).hooks(&known_here(ALL)).resync(3600).spawn_ready();
+        cluster.env.agent().config(&cluster.config()).hooks(&known_here(ALL)).resync(3600).spawn_ready();
     let mut trusted = cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED);
     cluster.wait_known(1);
     cluster.wait_denied(&trusted.pod);
-    let (node, over) = (&cluster.world.node, Over::default());
+    let (node, over) = (&cluster.env.node, Over::default());
     thread::scope(|scope| {
         let _tell = over.when_dropped();
         scope.spawn(|| {
@@ -380,30 +380,30 @@ fn late_sandbox_is_found_during_link_churn() {
         cluster.wait_exempt(&trusted.pod);
     });
     drop(agent);
-    cluster.world.unload();
+    cluster.env.unload();
 }
 
 #[test]
 fn startup_taint_is_removed_once_enforced() {
-    let world = World::new();
-    let server = ApiServer::start_in(&world.node);
-    let pod = world.add_pod(PodLink::Routed);
-    world.assert_open(&pod);
+    let env = TestEnv::new();
+    let server = ApiServer::start_in(&env.node);
+    let pod = env.add_pod(PodLink::Routed);
+    env.assert_open(&pod);
     let taint = |key: &str| serde_json::json!({ "key": key, "effect": "NoSchedule" });
     server.set_taints(NODE, serde_json::json!([taint("other"), taint("imds-agent/not-ready")]));
-    let kubeconfig = world.scratch_dir().join("kubeconfig");
+    let kubeconfig = env.scratch_dir().join("kubeconfig");
     server.write_kubeconfig(&kubeconfig);
     let config = format!("[kubernetes]\nkubeconfig = '{}'\nnode_name = '{NODE}'", kubeconfig.display());
     // The agent must retry after this failure.
     server.fail(Fault::Status(500, "etcd"));
     server.fail(Fault::Status(500, "etcd"));
-    let agent = world.agent().config(&config).args(&["--startup-taint", "imds-agent/not-ready"]).spawn();
+    let agent = env.agent().config(&config).args(&["--startup-taint", "imds-agent/not-ready"]).spawn();
     poll_until(LONG, "the taint to go", || {
         (server.taints(NODE) == serde_json::json!([taint("other")])).then_some(())
     });
-    world.assert_blocked(&pod);
+    env.assert_blocked(&pod);
     agent.wait_for_log("removed the taint", LONG);
     drop(agent);
-    world.unload();
-    world.assert_open(&pod);
+    env.unload();
+    env.assert_open(&pod);
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use imds_tests::{
-    Agent, METADATA, Pod, PodLink, World,
+    Agent, METADATA, Pod, PodLink, TestEnv,
     api_server::{ApiServer, pod},
     http::{DEFAULT, try_get},
     known_here,
@@ -24,33 +24,33 @@ struct Cluster {
     // Dropped before its network.
     server: ApiServer,
     kubelet: Kubelet,
-    world: World,
+    env: TestEnv,
 }
 
 impl Cluster {
     fn new() -> Self {
-        let world = World::new();
-        Self { server: ApiServer::start_in(&world.node), kubelet: Kubelet::new(), world }
+        let env = TestEnv::new();
+        Self { server: ApiServer::start_in(&env.node), kubelet: Kubelet::new(), env }
     }
 
     fn start(&self) -> Agent<'_> {
-        let kubeconfig = self.world.scratch_dir().join("kubeconfig");
+        let kubeconfig = self.env.scratch_dir().join("kubeconfig");
         self.server.write_kubeconfig(&kubeconfig);
         let kubernetes = format!("kubeconfig = '{}'\nnode_name = '{NODE}'\n", kubeconfig.display());
         let config = format!("{RULE}[kubernetes]\n{kubernetes}");
-        self.world.agent().config(&config).hooks(&known_here(&["from_pod", "node_egress"])).spawn_ready()
+        self.env.agent().config(&config).hooks(&known_here(&["from_pod", "node_egress"])).spawn_ready()
     }
 
     /// Starts a sandbox for the pod with this id of the kubelet.
     fn run(&self, kubelet: &Kubelet, uid: &str) -> (Pod, PodCgroup) {
-        let pod = self.world.add_pod(PodLink::Routed);
+        let pod = self.env.add_pod(PodLink::Routed);
         let mut cgroup = kubelet.add_pod(uid, Driver::Cgroupfs);
         cgroup.start_in(&pod.netns);
         (pod, cgroup)
     }
 
     fn reaches(&self, pod: &Pod) -> bool {
-        self.world.in_cgroup(|| http_get(&pod.netns, METADATA, SHORT).is_answer())
+        self.env.in_cgroup(|| http_get(&pod.netns, METADATA, SHORT).is_answer())
     }
 
     #[track_caller]
@@ -59,7 +59,7 @@ impl Cluster {
     }
 
     fn metric(&self, state: &str) -> String {
-        let (_, metrics) = try_get(&self.world, DEFAULT, "/metrics").unwrap();
+        let (_, metrics) = try_get(&self.env, DEFAULT, "/metrics").unwrap();
         let series = format!("imds_agent_kubernetes_pods{{state=\"{state}\"}} ");
         metrics.lines().find_map(|line| line.strip_prefix(&series)).unwrap_or_default().to_owned()
     }
@@ -91,14 +91,14 @@ fn user_cgroup_with_pod_id_is_ignored() {
     // Once a later pod of the kubelet is exempt, the agent has examined all cgroups.
     let (pod, _processes_of_pod) = cluster.run(&cluster.kubelet, &other);
     cluster.wait_exempt(&pod);
-    cluster.world.assert_nothing_arrives(|| assert!(!cluster.reaches(&attacker)));
+    cluster.env.assert_nothing_arrives(|| assert!(!cluster.reaches(&attacker)));
 
     // The kubelet starts the pod: it gets its exemption, and the user still has none.
     let (exempt, _processes_of_exempt) = cluster.run(&cluster.kubelet, &uid);
     cluster.wait_exempt(&exempt);
-    cluster.world.assert_nothing_arrives(|| assert!(!cluster.reaches(&attacker)));
+    cluster.env.assert_nothing_arrives(|| assert!(!cluster.reaches(&attacker)));
     drop(agent);
-    cluster.world.unload();
+    cluster.env.unload();
     assert!(cluster.reaches(&attacker));
 }
 
@@ -114,13 +114,13 @@ fn duplicate_root_cgroups_exempt_no_pod() {
     let line = agent.wait_for_log("several cgroups have its UID", LONG);
     assert!(line.contains(&format!("kube-system/pod-{uid}")), "{line}");
     for pod in [&attacker, &pod] {
-        cluster.world.assert_nothing_arrives(|| assert!(!cluster.reaches(pod)));
+        cluster.env.assert_nothing_arrives(|| assert!(!cluster.reaches(pod)));
     }
     drop(processes);
     cluster.wait_exempt(&pod);
-    cluster.world.assert_nothing_arrives(|| assert!(!cluster.reaches(&attacker)));
+    cluster.env.assert_nothing_arrives(|| assert!(!cluster.reaches(&attacker)));
     drop(agent);
-    cluster.world.unload();
+    cluster.env.unload();
 }
 
 #[test]
@@ -141,7 +141,7 @@ fn copied_mirror_annotation_is_reported() {
 
     let object = imds_tests::api_server::pod(&copy, NODE, "tenant", "default", &[]);
     cluster.server.apply(mirror(object, "2026-11-23T15:04:06Z"));
-    let status = cluster.world.status_when("the copy is reported", |status| {
+    let status = cluster.env.status_when("the copy is reported", |status| {
         status.kubernetes.as_ref().is_some_and(|kubernetes| kubernetes.disputed == 1)
     });
     assert_eq!(status.state, "degraded");
@@ -156,10 +156,10 @@ fn copied_mirror_annotation_is_reported() {
     assert!(!names.is_empty() && names.iter().all(|pod| pod.uid == uid), "{names:?}");
 
     cluster.server.delete(&copy);
-    cluster.world.status_when("the copy is deleted", |status| {
+    cluster.env.status_when("the copy is deleted", |status| {
         status.state == "enforcing" && status.exemptions.iter().any(|sender| sender.pod.is_some())
     });
     assert!(cluster.reaches(&pod));
     drop(agent);
-    cluster.world.unload();
+    cluster.env.unload();
 }

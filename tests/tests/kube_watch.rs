@@ -3,8 +3,8 @@
 use std::{path::Path, time::Duration};
 
 use imds_agent::{
-    config::{Access, Config, Pods, Sender},
-    kube::{Backoff, ErrorKind, Index, Options, PodEvent, Watch, WatchState},
+    config::{Access, Config, PodSelector, RuleSubject},
+    kube::{Backoff, ErrorKind, Index, Options, PodEvent, PodWatcher, WatchState},
     provider::Dmi,
 };
 use imds_tests::api_server::{ApiServer, Fault, pod, write_kubeconfig};
@@ -21,9 +21,9 @@ const RULES: &str = "
 
 /// A watch whose events update an index.
 struct Follower {
-    watch: Watch,
+    watch: PodWatcher,
     index: Index,
-    rule: Pods,
+    rule: PodSelector,
     /// Number of pods in each relist.
     relists: Vec<usize>,
     directory: TempDir,
@@ -42,11 +42,11 @@ impl Follower {
         options.backoff = Backoff { first: Duration::from_millis(20), longest: Duration::from_millis(200) };
         change(&mut options);
         let config = Config::parse(RULES, Path::new("imds.toml")).unwrap();
-        let Sender::Pods(rule) = config.resolve(&Dmi::default()).unwrap().1.remove(0).sender else {
+        let RuleSubject::Pods(rule) = config.resolve(&Dmi::default()).unwrap().1.remove(0).sender else {
             panic!("a rule for pods")
         };
         Self {
-            watch: Watch::start(Access::Kubeconfig(kubeconfig), options),
+            watch: PodWatcher::start(Access::Kubeconfig(kubeconfig), options),
             index: Index::default(),
             rule,
             relists: Vec::new(),
@@ -75,7 +75,7 @@ impl Follower {
     }
 
     fn is_exempt(&self, uid: &str) -> bool {
-        self.index.meant(&self.rule).any(|pod| pod.uid == uid)
+        self.index.matching(&self.rule).any(|pod| pod.uid == uid)
     }
 
     fn errors(&self, kind: ErrorKind) -> u64 {
@@ -187,7 +187,7 @@ async fn expired_version_is_relisted() {
     server.disconnect();
     follower.until("the second list", |follower| follower.relists.len() == 2).await;
     assert!(!follower.is_exempt("a") && follower.is_exempt("b"));
-    assert!(follower.errors(ErrorKind::Gone) >= 1);
+    assert!(follower.errors(ErrorKind::Expired) >= 1);
     let requests = server.requests();
     let lists: Vec<_> = requests.iter().filter(|request| request.contains("limit=")).collect();
     assert!(lists[0].contains("resourceVersion=0"), "{lists:?}");
@@ -203,7 +203,7 @@ async fn gone_error_in_watch_is_relisted() {
     server.forget("a");
     server.disconnect();
     follower.until("the second list", |follower| follower.relists.len() == 2).await;
-    assert!(!follower.is_exempt("a") && follower.errors(ErrorKind::Gone) >= 1);
+    assert!(!follower.is_exempt("a") && follower.errors(ErrorKind::Expired) >= 1);
 }
 
 #[tokio::test(flavor = "current_thread")]
@@ -230,7 +230,7 @@ async fn every_failure_is_counted_and_recovers() {
         ),
         (Fault::Answer(502, "", "<html>\nBad Gateway"), ErrorKind::Server, true),
         (Fault::Status(500, "etcdserver: leader changed"), ErrorKind::Server, true),
-        (Fault::Status(403, "pods is forbidden"), ErrorKind::Refused, true),
+        (Fault::Status(403, "pods is forbidden"), ErrorKind::Forbidden, true),
         (Fault::Close, ErrorKind::Connect, true),
         (Fault::HalfList, ErrorKind::Closed, true),
         (Fault::Answer(200, "", "{\"kind\":\"PodList\",\"items\":["), ErrorKind::Malformed, true),
@@ -337,7 +337,7 @@ async fn later_and_changed_kubeconfig_is_read() {
     let kubeconfig = follower.directory.path().join("other");
     let mut options = Options::new(NODE.to_owned());
     options.backoff = Backoff { first: Duration::from_millis(20), longest: Duration::from_millis(200) };
-    follower.watch = Watch::start(Access::Kubeconfig(kubeconfig.clone()), options);
+    follower.watch = PodWatcher::start(Access::Kubeconfig(kubeconfig.clone()), options);
     follower.until_state("the missing file", |state| state.errors.contains_key(&ErrorKind::Config)).await;
     // The server does not support TLS.
     write_kubeconfig(&kubeconfig, &server.url().replace("http:", "https:"));

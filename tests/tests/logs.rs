@@ -10,7 +10,7 @@ use std::{
 };
 
 use imds_tests::{
-    METADATA, PacketSocket, Pod, PodLink, World,
+    METADATA, PacketSocket, Pod, PodLink, TestEnv,
     api_server::write_kubeconfig,
     http::{DEFAULT, try_get},
     packets,
@@ -64,36 +64,36 @@ fn full_pipe() -> (OwnedFd, OwnedFd) {
     (reader.into(), writer.into())
 }
 
-fn dropped(world: &World) -> u64 {
-    let (_, metrics) = try_get(world, DEFAULT, "/metrics").unwrap();
+fn dropped(env: &TestEnv) -> u64 {
+    let (_, metrics) = try_get(env, DEFAULT, "/metrics").unwrap();
     let value = metrics.lines().find_map(|line| line.strip_prefix("imds_agent_log_lines_dropped_total "));
     value.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("not in:\n{metrics}"))
 }
 
 #[test]
 fn pipe_without_reader_blocks_nothing() {
-    let world = World::new();
-    let config = world.scratch_dir().join("imds.toml");
+    let env = TestEnv::new();
+    let config = env.scratch_dir().join("imds.toml");
     fs::write(&config, "").unwrap();
-    let run = || world.imds_agent(&["run"]).config_file(config.to_str().unwrap()).command();
+    let run = || env.imds_agent(&["run"]).config_file(config.to_str().unwrap()).command();
     let is_ready = || {
-        let status = world.try_status().ok().filter(|status| status.is_ready() && status.agent.running)?;
+        let status = env.try_status().ok().filter(|status| status.is_ready() && status.agent.running)?;
         Some(status)
     };
 
     let (reader, writer) = full_pipe();
     let mut agent = Running::start(run(), writer);
     poll_until(LONG, "the agent to be ready", is_ready);
-    assert_eq!(dropped(&world), 0);
+    assert_eq!(dropped(&env), 0);
     // Each rejected configuration is quoted in the log.
     fs::write(&config, format!("mode = '{}'", "x".repeat(12_000))).unwrap();
     poll_until(LONG, "dropped lines", || {
         agent.signal(Signal::SIGHUP);
-        (dropped(&world) > 0).then_some(())
+        (dropped(&env) > 0).then_some(())
     });
-    let pod = world.add_pod(PodLink::Routed);
-    world.wait_guarded(&pod);
-    world.assert_blocked(&pod);
+    let pod = env.add_pod(PodLink::Routed);
+    env.wait_enforced(&pod);
+    env.assert_blocked(&pod);
     agent.signal(Signal::SIGTERM);
     let status = poll_until(LONG, "the agent to end", || agent.0.try_wait().unwrap());
     assert!(status.success(), "{status}");
@@ -106,23 +106,23 @@ fn pipe_without_reader_blocks_nothing() {
     fs::write(&config, format!("mode = '{}'", "x".repeat(12_000))).unwrap();
     poll_until(LONG, "dropped lines", || {
         agent.signal(Signal::SIGHUP);
-        (dropped(&world) > 0).then_some(())
+        (dropped(&env) > 0).then_some(())
     });
     // Standard error is read again.
     let mut lines = BufReader::new(File::from(reader)).lines().map_while(Result::ok);
     let report = lines.find(|line| line.contains(" log lines: standard error was not read"));
     let report = report.expect("a report of dropped lines");
     let count = report.split("dropped ").nth(1).and_then(|rest| rest.split(' ').next()?.parse::<u64>().ok());
-    assert!(count.is_some_and(|count| count > 0 && count <= dropped(&world)), "{report}");
+    assert!(count.is_some_and(|count| count > 0 && count <= dropped(&env)), "{report}");
     drop((agent, lines));
-    world.unload();
-    world.assert_open(&pod);
+    env.unload();
+    env.assert_open(&pod);
 }
 
 /// Runs the agent once and returns the lines of its log.
-fn log_of(world: &World, args: &[&str], env: &[(&'static str, &str)]) -> Vec<String> {
-    let mut command = world.agent().args(&["--once"]).args(args);
-    for (name, value) in env {
+fn log_of(env: &TestEnv, args: &[&str], variables: &[(&'static str, &str)]) -> Vec<String> {
+    let mut command = env.agent().args(&["--once"]).args(args);
+    for (name, value) in variables {
         command = command.env(name, value);
     }
     let output = command.output();
@@ -132,11 +132,11 @@ fn log_of(world: &World, args: &[&str], env: &[(&'static str, &str)]) -> Vec<Str
 
 #[test]
 fn journal_has_priorities_without_timestamp() {
-    let world = World::new();
+    let env = TestEnv::new();
     let (reader, writer) = pipe().unwrap();
     let stat = fstat(writer.as_fd()).unwrap();
     let stream = format!("{}:{}", stat.st_dev, stat.st_ino);
-    let command = world.agent().args(&["--once"]).env("JOURNAL_STREAM", &stream);
+    let command = env.agent().args(&["--once"]).env("JOURNAL_STREAM", &stream);
     let mut agent = Running::start(command.command(), writer.into());
     assert!(agent.0.wait().unwrap().success());
     let lines: Vec<_> = BufReader::new(reader).lines().map(Result::unwrap).collect();
@@ -144,66 +144,66 @@ fn journal_has_priorities_without_timestamp() {
     assert!(lines.iter().all(|line| line.starts_with('<')), "{lines:#?}");
 
     // The stream differs from standard error.
-    let lines = log_of(&world, &[], &[("JOURNAL_STREAM", &stream)]);
+    let lines = log_of(&env, &[], &[("JOURNAL_STREAM", &stream)]);
     assert!(lines.iter().any(|line| line.contains("Z INFO  mode enforce")), "{lines:#?}");
-    world.unload();
+    env.unload();
 }
 
 #[test]
 fn json_has_one_object_a_line() {
-    let world = World::new();
-    let lines = log_of(&world, &["--log-format", "json"], &[]);
+    let env = TestEnv::new();
+    let lines = log_of(&env, &["--log-format", "json"], &[]);
     let objects: Vec<HashMap<String, String>> =
         lines.iter().map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}"))).collect();
     let line = objects.iter().find(|line| line["message"].starts_with("mode enforce")).expect("the summary");
     assert_eq!((&*line["level"], &*line["target"]), ("info", "imds_agent::guard"), "{line:?}");
     assert!(line["timestamp"].ends_with('Z') && line["timestamp"].contains('T'), "{line:?}");
     assert_eq!(line.len(), 4, "{line:?}");
-    world.unload();
+    env.unload();
 }
 
 #[test]
 fn level_option_takes_precedence() {
-    let world = World::new();
+    let env = TestEnv::new();
     let debug = |lines: &[String]| lines.iter().any(|line| line.contains(" DEBUG "));
-    assert!(log_of(&world, &["--log-level", "error"], &[("RUST_LOG", "debug")]).is_empty());
-    assert!(debug(&log_of(&world, &["--log-level", "debug"], &[("RUST_LOG", "error")])));
-    assert!(debug(&log_of(&world, &[], &[("RUST_LOG", "imds_agent=debug")])));
-    assert!(!debug(&log_of(&world, &[], &[])));
-    world.unload();
+    assert!(log_of(&env, &["--log-level", "error"], &[("RUST_LOG", "debug")]).is_empty());
+    assert!(debug(&log_of(&env, &["--log-level", "debug"], &[("RUST_LOG", "error")])));
+    assert!(debug(&log_of(&env, &[], &[("RUST_LOG", "imds_agent=debug")])));
+    assert!(!debug(&log_of(&env, &[], &[])));
+    env.unload();
 }
 
 #[test]
 fn initial_sync_is_one_line() {
-    let world = World::new();
-    let pods: Vec<_> = (0..8).map(|_| world.add_pod(PodLink::Routed)).collect();
+    let env = TestEnv::new();
+    let pods: Vec<_> = (0..8).map(|_| env.add_pod(PodLink::Routed)).collect();
     let names_pods = |lines: &[String]| {
         lines.iter().filter(|line| pods.iter().any(|pod| line.contains(&pod.host_ifname))).count()
     };
-    let lines = log_of(&world, &[], &[]);
+    let lines = log_of(&env, &[], &[]);
     assert_eq!(names_pods(&lines), 0, "{lines:#?}");
     assert!(
         lines.iter().any(|line| line.contains("initial sync: ") && line.contains(" attached")),
         "{lines:#?}"
     );
-    world.unload();
-    let lines = log_of(&world, &["--log-level", "debug"], &[]);
+    env.unload();
+    let lines = log_of(&env, &["--log-level", "debug"], &[]);
     assert!(names_pods(&lines) >= pods.len(), "{lines:#?}");
-    world.unload();
+    env.unload();
 }
 
 #[test]
 fn api_errors_name_url_and_causes_once() {
-    let world = World::new();
-    let kubeconfig = world.scratch_dir().join("kubeconfig");
+    let env = TestEnv::new();
+    let kubeconfig = env.scratch_dir().join("kubeconfig");
     write_kubeconfig(&kubeconfig, "http://127.0.0.1:1");
     let config = format!("[kubernetes]\nkubeconfig = '{}'\nnode_name = 'node-0'\n", kubeconfig.display());
-    let agent = world.agent().config(&config).spawn();
+    let agent = env.agent().config(&config).spawn();
     let line = agent.wait_for_log("http://127.0.0.1:1/api/v1/pods: ", LONG);
     assert_eq!(line.matches("client error (Connect)").count(), 1, "{line}");
     assert_eq!(line.to_lowercase().matches("connection refused").count(), 1, "{line}");
     drop(agent);
-    world.unload();
+    env.unload();
 }
 
 #[test]
@@ -213,12 +213,12 @@ fn external_names_are_escaped_everywhere() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    world.node.ip(&format!("link add {INTERFACE} type bridge"));
-    world.node.ip(&format!("link set {INTERFACE} up"));
-    let agent = world.agent().hooks(&["node_egress", "socket"]).args(&["--log-level", "debug"]).spawn_ready();
-    world.in_cgroup(|| {
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    env.node.ip(&format!("link add {INTERFACE} type bridge"));
+    env.node.ip(&format!("link set {INTERFACE} up"));
+    let agent = env.agent().hooks(&["node_egress", "socket"]).args(&["--log-level", "debug"]).spawn_ready();
+    env.in_cgroup(|| {
         let name = std::ffi::CString::new(THREAD).unwrap();
         nix::sys::prctl::set_name(&name).unwrap();
         assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer());
@@ -230,7 +230,7 @@ fn external_names_are_escaped_everywhere() {
         assert!(!text.lines().any(|line| line.starts_with("forged")), "{what}: {text:?}");
     };
     let shown = |args: &[&str]| {
-        let output = world.imds_agent(args).output();
+        let output = env.imds_agent(args).output();
         let text = String::from_utf8(output.stdout).unwrap();
         assert!(!text.is_empty(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
         safe(&format!("{args:?}"), &text);
@@ -259,21 +259,21 @@ fn external_names_are_escaped_everywhere() {
     shown(&["doctor"]);
     shown(&["doctor", "-o", "json"]);
 
-    safe("metrics", &try_get(&world, DEFAULT, "/metrics").unwrap().1);
-    safe("readyz", &try_get(&world, DEFAULT, "/readyz").unwrap().1);
-    world.node.ip(&format!("link delete {INTERFACE}"));
+    safe("metrics", &try_get(&env, DEFAULT, "/metrics").unwrap().1);
+    safe("readyz", &try_get(&env, DEFAULT, "/readyz").unwrap().1);
+    env.node.ip(&format!("link delete {INTERFACE}"));
     agent.wait_for_log(&format!("{interface} (ifindex "), LONG);
     safe("log", &agent.log());
     drop(agent);
-    world.unload();
+    env.unload();
 }
 
 /// Asserts that a command ends with success and without output when its reader has closed the pipe.
 #[track_caller]
-fn assert_ends_quietly(world: &World, args: &[&str]) {
+fn assert_ends_quietly(env: &TestEnv, args: &[&str]) {
     let (reader, writer) = pipe().unwrap();
     drop(reader);
-    let mut command = world.imds_agent(args).command();
+    let mut command = env.imds_agent(args).command();
     let mut child = command.stdin(Stdio::null()).stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
     let stderr = child.stderr.take().unwrap();
     let said = thread::spawn(move || std::io::read_to_string(stderr).unwrap());
@@ -287,10 +287,10 @@ fn assert_ends_quietly(world: &World, args: &[&str]) {
 
 #[test]
 fn commands_exit_quietly_on_closed_pipe() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let agent = world.agent().spawn_ready();
-    assert_ends_quietly(&world, &["events"]);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let agent = env.agent().spawn_ready();
+    assert_ends_quietly(&env, &["events"]);
     assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer());
     for args in [
         &["events"][..],
@@ -301,21 +301,21 @@ fn commands_exit_quietly_on_closed_pipe() {
         &["status"],
         &["config", "show"],
     ] {
-        assert_ends_quietly(&world, args);
+        assert_ends_quietly(&env, args);
     }
     drop(agent);
     // Without the agent, the command reads the ring buffer itself.
-    assert_ends_quietly(&world, &["events"]);
-    world.unload();
+    assert_ends_quietly(&env, &["events"]);
+    env.unload();
 }
 
 #[test]
 fn recorded_events_without_following() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let agent = world.agent().spawn_ready();
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let agent = env.agent().spawn_ready();
     let events = |args: &[&str]| {
-        let output = world.imds_agent(&[&["events", "--no-follow"], args].concat()).output();
+        let output = env.imds_agent(&[&["events", "--no-follow"], args].concat()).output();
         assert!(output.status.success(), "{output:?}");
         String::from_utf8(output.stdout).unwrap().lines().count()
     };
@@ -330,9 +330,9 @@ fn recorded_events_without_following() {
     assert_eq!(events(&[]), 0);
     assert!(events(&["--since", "1h"]) > 0);
     for wrong in ["soon", "-1m", ""] {
-        let output = world.imds_agent(&["events", &format!("--since={wrong}")]).output();
+        let output = env.imds_agent(&["events", &format!("--since={wrong}")]).output();
         assert_eq!(output.status.code(), Some(2), "{wrong}: {output:?}");
     }
     drop(agent);
-    world.unload();
+    env.unload();
 }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use imds_tests::{
-    Agent, AttachMode, METADATA, PodLink, World,
+    Agent, AttachMode, METADATA, PodLink, TestEnv,
     flood::Flood,
     foreign::detach_link,
     http::{DEFAULT, exchange, try_get},
@@ -25,8 +25,8 @@ use nix::{
 const DENIED: &str = r#"imds_agent_packets_total{hook="from_pod",verdict="denied"}"#;
 
 #[track_caller]
-fn get(world: &World, path: &str) -> (u16, String) {
-    try_get(world, DEFAULT, path).unwrap()
+fn get(env: &TestEnv, path: &str) -> (u16, String) {
+    try_get(env, DEFAULT, path).unwrap()
 }
 
 /// Returns the value of a time series.
@@ -42,16 +42,16 @@ fn hang_up(agent: &Agent<'_>) {
 
 #[test]
 fn counters_and_config_are_served() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    assert!(try_get(&world, DEFAULT, "/healthz").is_err(), "no agent serves yet");
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    assert!(try_get(&env, DEFAULT, "/healthz").is_err(), "no agent serves yet");
     assert!(http_get(&pod.netns, METADATA, LONG).is_answer());
-    let agent = world.agent().spawn_ready();
-    poll_until(LONG, "metrics to be served", || try_get(&world, DEFAULT, "/healthz").ok());
+    let agent = env.agent().spawn_ready();
+    poll_until(LONG, "metrics to be served", || try_get(&env, DEFAULT, "/healthz").ok());
     for path in ["/healthz", "/readyz"] {
-        assert_eq!(get(&world, path), (200, "ok\n".to_owned()), "{path}");
+        assert_eq!(get(&env, path), (200, "ok\n".to_owned()), "{path}");
     }
-    let (status, before) = get(&world, "/metrics");
+    let (status, before) = get(&env, "/metrics");
     assert_eq!(status, 200);
     for (series, expected) in [
         (DENIED, 0.0),
@@ -75,8 +75,8 @@ fn counters_and_config_are_served() {
     assert!((tcx + clsact - 2.0).abs() < f64::EPSILON, "{before}");
 
     assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer());
-    let after = get(&world, "/metrics").1;
-    let total = world.status().total.denied;
+    let after = get(&env, "/metrics").1;
+    let total = env.status().total.denied;
     assert!(value(&after, DENIED) > 0.0, "{after}");
     assert!(value(&after, r#"imds_agent_bytes_total{hook="from_pod",verdict="denied"}"#) > 0.0, "{after}");
     #[expect(clippy::cast_precision_loss, reason = "they are few")]
@@ -85,20 +85,20 @@ fn counters_and_config_are_served() {
 
     // Counts of a deleted interface stay.
     pod.delete();
-    world.status_when("the pod is deleted", |status| status.interfaces.iter().all(|one| one.role != "pod"));
-    assert!(value(&get(&world, "/metrics").1, DENIED) >= value(&after, DENIED));
+    env.status_when("the pod is deleted", |status| status.interfaces.iter().all(|one| one.role != "pod"));
+    assert!(value(&get(&env, "/metrics").1, DENIED) >= value(&after, DENIED));
     drop(agent);
-    world.unload();
+    env.unload();
 }
 
 #[test]
 fn every_packet_has_an_event_or_is_counted() {
-    let world = World::new();
-    let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
-    let agent = world.agent().hooks(&known_here(&["from_pod", "node_egress", "socket"])).spawn_ready();
+    let env = TestEnv::new();
+    let pods = [PodLink::Routed, PodLink::Bridged].map(|link| env.add_pod(link));
+    let agent = env.agent().hooks(&known_here(&["from_pod", "node_egress", "socket"])).spawn_ready();
     let flood = Flood::udp(&pods[0], METADATA);
     for _ in 0..100 {
-        assert!(!world.in_cgroup(|| http_get(&pods[1].netns, METADATA, SHORT)).is_answer());
+        assert!(!env.in_cgroup(|| http_get(&pods[1].netns, METADATA, SHORT)).is_answer());
     }
     assert!(flood.stop() > 100);
     let series = |metrics: &str, prefix: &str| -> f64 {
@@ -106,7 +106,7 @@ fn every_packet_has_an_event_or_is_counted() {
         values.map(|(_, value)| value.parse::<f64>().unwrap()).sum()
     };
     let is_accounted_for = || {
-        let metrics = get(&world, "/metrics").1;
+        let metrics = get(&env, "/metrics").1;
         let told =
             ["imds_agent_events_total", "imds_agent_events_suppressed_total", "imds_agent_events_pending"];
         let sum: f64 = told.iter().map(|name| value(&metrics, name)).sum();
@@ -118,10 +118,10 @@ fn every_packet_has_an_event_or_is_counted() {
     for pod in pods {
         pod.delete();
     }
-    world.status_when("the pods are deleted", |status| status.interfaces.iter().all(|one| one.role != "pod"));
+    env.status_when("the pods are deleted", |status| status.interfaces.iter().all(|one| one.role != "pod"));
     poll_until(LONG, "each packet to be accounted for", is_accounted_for);
     drop(agent);
-    world.unload();
+    env.unload();
 }
 
 #[test]
@@ -129,48 +129,48 @@ fn not_ready_while_a_pod_is_not_enforced() {
     if skip_without_tcx() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let agent = world.agent().backend(AttachMode::Tcx).resync(3600).spawn_ready();
-    poll_until(LONG, "metrics to be served", || try_get(&world, DEFAULT, "/healthz").ok());
-    assert_eq!(get(&world, "/readyz").0, 200);
-    detach_link(&world.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex)));
-    let (status, why) = get(&world, "/readyz");
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let agent = env.agent().backend(AttachMode::Tcx).resync(3600).spawn_ready();
+    poll_until(LONG, "metrics to be served", || try_get(&env, DEFAULT, "/healthz").ok());
+    assert_eq!(get(&env, "/readyz").0, 200);
+    detach_link(&env.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex)));
+    let (status, why) = get(&env, "/readyz");
     assert!(status == 503 && why.contains(&pod.host_ifname), "{status}: {why}");
-    let metrics = get(&world, "/metrics").1;
+    let metrics = get(&env, "/metrics").1;
     assert!(value(&metrics, "imds_agent_ready").abs() < f64::EPSILON, "{metrics}");
     assert!(
         value(&metrics, r#"imds_agent_interfaces{hook="from_pod",state="unenforced"}"#) > 0.0,
         "{metrics}"
     );
     // The agent is still healthy.
-    assert_eq!(get(&world, "/healthz").0, 200);
+    assert_eq!(get(&env, "/healthz").0, 200);
     hang_up(&agent);
-    poll_until(LONG, "the agent to be ready again", || (get(&world, "/readyz").0 == 200).then_some(()));
-    let metrics = get(&world, "/metrics").1;
+    poll_until(LONG, "the agent to be ready again", || (get(&env, "/readyz").0 == 200).then_some(()));
+    let metrics = get(&env, "/metrics").1;
     assert!(value(&metrics, r#"imds_agent_config_reloads_total{result="succeeded"}"#) > 0.0, "{metrics}");
-    world.assert_blocked(&pod);
+    env.assert_blocked(&pod);
     drop(agent);
-    world.unload();
-    world.assert_open(&pod);
+    env.unload();
+    env.assert_open(&pod);
 }
 
 #[test]
 fn reload_changes_the_listen_address() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let (file, socket) = (world.scratch_dir().join("imds.toml"), world.scratch_dir().join("metrics.sock"));
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let (file, socket) = (env.scratch_dir().join("imds.toml"), env.scratch_dir().join("metrics.sock"));
     let write = |listen: &str| {
         let hooks = "[hooks]\nsocket = false\nnode_egress = false\n";
         std::fs::write(&file, format!("{hooks}[metrics]\nlisten = [{listen}]\n")).unwrap();
     };
     let at_socket = |path: &Path| exchange(UnixStream::connect(path)?, "/readyz");
     write(&format!("\"{}\"", socket.display()));
-    let start = || world.imds_agent(&["run"]).config_file(file.to_str().unwrap()).spawn_ready();
+    let start = || env.imds_agent(&["run"]).config_file(file.to_str().unwrap()).spawn_ready();
     let agent = start();
     poll_until(LONG, "the Unix socket to be served", || at_socket(&socket).ok());
     assert_eq!(at_socket(&socket).unwrap().0, 200);
-    assert!(try_get(&world, DEFAULT, "/readyz").is_err());
+    assert!(try_get(&env, DEFAULT, "/readyz").is_err());
     // A killed agent leaves its socket, which the next one replaces.
     drop(agent);
     assert!(socket.metadata().unwrap().file_type().is_socket());
@@ -180,31 +180,29 @@ fn reload_changes_the_listen_address() {
     // An address that the node does not have neither stops the agent nor reduces enforcement.
     write("\"127.0.0.1:9300\", \"192.0.2.1:9300\"");
     poll_until(LONG, "the other address to be served", || {
-        try_get(&world, "127.0.0.1:9300", "/readyz").is_ok_and(|(status, _)| status == 200).then_some(())
+        try_get(&env, "127.0.0.1:9300", "/readyz").is_ok_and(|(status, _)| status == 200).then_some(())
     });
     assert!(at_socket(&socket).is_err() && !socket.exists());
     assert!(agent.log().contains("failed to serve metrics and health at 192.0.2.1:9300"), "{}", agent.log());
-    world.assert_blocked(&pod);
+    env.assert_blocked(&pod);
     write("");
-    poll_until(LONG, "nothing to be served", || {
-        try_get(&world, "127.0.0.1:9300", "/").is_err().then_some(())
-    });
-    world.assert_blocked(&pod);
+    poll_until(LONG, "nothing to be served", || try_get(&env, "127.0.0.1:9300", "/").is_err().then_some(()));
+    env.assert_blocked(&pod);
     drop(agent);
-    world.unload();
-    world.assert_open(&pod);
+    env.unload();
+    env.assert_open(&pod);
 }
 
 #[test]
 fn bad_requests_do_not_block_others() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let agent = world.agent().spawn_ready();
-    poll_until(LONG, "metrics to be served", || try_get(&world, DEFAULT, "/healthz").ok());
-    let connect = || world.node.run(|| TcpStream::connect(DEFAULT)).unwrap();
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let agent = env.agent().spawn_ready();
+    poll_until(LONG, "metrics to be served", || try_get(&env, DEFAULT, "/healthz").ok());
+    let connect = || env.node.run(|| TcpStream::connect(DEFAULT)).unwrap();
     // More silent connections than the server accepts concurrently. Each one is closed after its timeout.
     let silent: Vec<_> = (0..20).map(|_| connect()).collect();
-    poll_until(LONG * 4, "others to be served", || try_get(&world, DEFAULT, "/healthz").ok());
+    poll_until(LONG * 4, "others to be served", || try_get(&env, DEFAULT, "/healthz").ok());
     drop(silent);
     for nonsense in [
         b"GET /metrics HTTP/1.1\r\n".repeat(10_000),
@@ -219,12 +217,12 @@ fn bad_requests_do_not_block_others() {
         let _ = stream.read_to_end(&mut answer);
         let answer = String::from_utf8_lossy(&answer);
         assert!(!answer.starts_with("HTTP/1.1 200"), "{answer}");
-        assert_eq!(get(&world, "/healthz").0, 200);
+        assert_eq!(get(&env, "/healthz").0, 200);
     }
     for (path, expected) in [("/", 404), ("/metrics/", 404), ("/healthz?verbose", 200)] {
-        assert_eq!(get(&world, path).0, expected, "{path}");
+        assert_eq!(get(&env, path).0, expected, "{path}");
     }
-    world.assert_blocked(&pod);
+    env.assert_blocked(&pod);
     assert!(agent.terminate().success());
-    world.unload();
+    env.unload();
 }

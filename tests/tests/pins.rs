@@ -5,7 +5,7 @@ use std::fs;
 use aya::maps::{Array, Map, MapData};
 use imds_ebpf_common::{Mode, Policy};
 use imds_tests::{
-    AttachMode, Netns, Pod, PodLink, World,
+    AttachMode, Netns, Pod, PodLink, TestEnv,
     foreign::{Foreign, TC_ACT_OK},
     hook, output, skip_without_tcx, with_each_backend,
 };
@@ -17,46 +17,46 @@ fn bpftool(args: &[&str]) {
     assert!(output.status.success(), "bpftool {args:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-fn guarded_world(backend: AttachMode) -> (World, Pod) {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    world.assert_open(&pod);
-    world.start_agent(backend).kill9();
-    world.assert_blocked(&pod);
-    (world, pod)
+fn guarded_world(backend: AttachMode) -> (TestEnv, Pod) {
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    env.assert_open(&pod);
+    env.start_agent(backend).kill9();
+    env.assert_blocked(&pod);
+    (env, pod)
 }
 
 /// Asserts that the next agent starts with new maps, logs the reason, and enforces the pod.
 #[track_caller]
-fn assert_starts_anew(world: &World, pod: &Pod, backend: AttachMode, reason: &str) {
-    world.assert_blocked(pod);
-    let agent = world.start_agent(backend);
+fn assert_starts_anew(env: &TestEnv, pod: &Pod, backend: AttachMode, reason: &str) {
+    env.assert_blocked(pod);
+    let agent = env.start_agent(backend);
     let log = agent.log();
     assert!(log.contains("starting with new maps and counters") && log.contains(reason), "{reason}: {log}");
-    world.assert_blocked(pod);
-    world.assert_harmless(pod);
-    assert!(world.status().interface(&pod.host_ifname).counts.denied.packets > 0);
+    env.assert_blocked(pod);
+    env.assert_harmless(pod);
+    assert!(env.status().interface(&pod.host_ifname).counts.denied.packets > 0);
     agent.kill9();
 
     // The next start must find nothing to replace.
-    let agent = world.start_agent(backend);
+    let agent = env.start_agent(backend);
     assert!(!agent.log().contains("starting with new maps"), "{}", agent.log());
     drop(agent);
-    world.unload();
-    world.assert_open(pod);
+    env.unload();
+    env.assert_open(pod);
 }
 
 #[test]
 fn map_of_other_layout_is_replaced() {
     with_each_backend(|backend| {
-        let (world, pod) = guarded_world(backend);
-        let pin = world.pin_dir().join("maps/imds_counters");
+        let (env, pod) = guarded_world(backend);
+        let pin = env.pin_dir().join("maps/imds_counters");
         fs::remove_file(&pin).unwrap();
         let pin = pin.to_str().unwrap();
         bpftool(&[
             "map", "create", pin, "type", "hash", "key", "4", "value", "8", "entries", "7", "name", "other",
         ]);
-        assert_starts_anew(&world, &pod, backend, "imds_counters");
+        assert_starts_anew(&env, &pod, backend, "imds_counters");
     });
 }
 
@@ -65,23 +65,23 @@ fn maps_of_other_version_are_replaced() {
     if skip_without_tcx() {
         return;
     }
-    let (world, pod) = guarded_world(AttachMode::Tcx);
-    let pin = world.pin_dir().join("maps/imds_policy");
+    let (env, pod) = guarded_world(AttachMode::Tcx);
+    let pin = env.pin_dir().join("maps/imds_policy");
     let mut policies: Array<MapData, Policy> =
         Map::Array(MapData::from_pin(pin).unwrap()).try_into().unwrap();
-    assert!(world.status().total.denied.packets > 0);
+    assert!(env.status().total.denied.packets > 0);
     // A misread policy must not open access.
     policies.set(0, Policy { mode: Mode::Off as u32, layout: 99, ..Policy::default() }, 0).unwrap();
     // Until the replacement the programs use the changed policy, which is in their own map.
-    world.assert_open(&pod);
+    env.assert_open(&pod);
     for command in [&["status"][..], &["report"], &["config", "show"]] {
-        let output = world.imds_agent(command).output();
+        let output = env.imds_agent(command).output();
         let said = String::from_utf8(output.stderr).unwrap();
         assert!(!output.status.success() && said.contains("another version"), "{command:?}: {said}");
     }
-    let agent = world.start_agent(AttachMode::Tcx);
+    let agent = env.start_agent(AttachMode::Tcx);
     assert!(agent.log().contains("layout 99"), "{}", agent.log());
-    world.assert_blocked(&pod);
+    env.assert_blocked(&pod);
 }
 
 #[test]
@@ -89,29 +89,29 @@ fn program_at_map_or_link_pin_is_replaced() {
     if skip_without_tcx() {
         return;
     }
-    let (world, pod) = guarded_world(AttachMode::Tcx);
+    let (env, pod) = guarded_world(AttachMode::Tcx);
     let foreign = Foreign::returning(TC_ACT_OK);
     let (map, link) = (
-        world.pin_dir().join("maps/imds_policy"),
-        world.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex)),
+        env.pin_dir().join("maps/imds_policy"),
+        env.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex)),
     );
     for pin in [&map, &link] {
         fs::remove_file(pin).unwrap();
         bpftool(&["prog", "pin", "pinned", foreign.pin().to_str().unwrap(), pin.to_str().unwrap()]);
     }
-    let agent = world.start_agent(AttachMode::Tcx);
+    let agent = env.start_agent(AttachMode::Tcx);
     assert!(
         agent.log().contains("imds_policy") && agent.log().contains("links/from_pod_"),
         "{}",
         agent.log()
     );
-    world.assert_blocked(&pod);
-    assert_eq!(hook::tcx(&world.node, &pod.host_ifname).len(), 1);
+    env.assert_blocked(&pod);
+    assert_eq!(hook::tcx(&env.node, &pod.host_ifname).len(), 1);
 }
 
 /// Runs `imds-agent` with this world's pin directory in another network namespace.
-fn elsewhere(world: &World, netns: &Netns, args: &[&str]) -> std::process::Output {
-    let here = world.imds_agent(args).command();
+fn elsewhere(env: &TestEnv, netns: &Netns, args: &[&str]) -> std::process::Output {
+    let here = env.imds_agent(args).command();
     let mut there = netns.command(here.get_program());
     there.args(here.get_args());
     output(there)
@@ -120,9 +120,9 @@ fn elsewhere(world: &World, netns: &Netns, args: &[&str]) -> std::process::Outpu
 #[test]
 fn pins_of_another_netns_are_left_alone() {
     with_each_backend(|backend| {
-        let (world, pod) = guarded_world(backend);
+        let (env, pod) = guarded_world(backend);
         let refused = |args: &[&str]| {
-            let output = elsewhere(&world, &world.fabric, args);
+            let output = elsewhere(&env, &env.fabric, args);
             let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
             assert_eq!(output.status.code(), Some(1), "{args:?}: {stderr}");
             assert!(stderr.contains("network namespace"), "{args:?}: {stderr}");
@@ -134,8 +134,8 @@ fn pins_of_another_netns_are_left_alone() {
             AttachMode::Tcx => refused(&["run", "--once"]),
             AttachMode::Clsact => refused(&["unload"]),
         }
-        world.assert_blocked(&pod);
-        world.unload();
-        world.assert_open(&pod);
+        env.assert_blocked(&pod);
+        env.unload();
+        env.assert_open(&pod);
     });
 }

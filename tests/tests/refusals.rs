@@ -9,7 +9,7 @@ use std::{
 
 use aya::util::KernelVersion;
 use imds_tests::{
-    AgentCommand, METADATA, PodLink, World, hook,
+    AgentCommand, METADATA, PodLink, TestEnv, hook,
     kubelet::{Driver, Kubelet, new_uid},
     output,
     probe::{SHORT, http_get},
@@ -19,28 +19,28 @@ use nix::sys::resource::{Resource, setrlimit};
 
 /// A world with a pod in which an agent fails.
 struct Refusal {
-    world: World,
+    env: TestEnv,
     pod: imds_tests::Pod,
 }
 
 impl Refusal {
     fn new() -> Self {
-        let world = World::new();
-        let pod = world.add_pod(PodLink::Routed);
-        Self { world, pod }
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Routed);
+        Self { env, pod }
     }
 
     fn agent(&self) -> AgentCommand<'_> {
-        self.world.agent()
+        self.env.agent()
     }
 
     /// Asserts that an agent failed with this code and one line that contains all `subjects`, and left nothing behind.
     #[track_caller]
     fn assert(&self, output: &Output, code: i32, subjects: &[&str]) {
         assert_line(output, code, subjects);
-        assert!(!self.world.pin_dir().exists(), "{}", self.world.pin_dir().display());
-        assert_eq!(hook::programs(&self.world.node, &self.pod.host_ifname), []);
-        assert!(!hook::has_clsact(&self.world.node, &self.pod.host_ifname));
+        assert!(!self.env.pin_dir().exists(), "{}", self.env.pin_dir().display());
+        assert_eq!(hook::programs(&self.env.node, &self.pod.host_ifname), []);
+        assert!(!hook::has_clsact(&self.env.node, &self.pod.host_ifname));
     }
 }
 
@@ -56,9 +56,9 @@ fn assert_line(output: &Output, code: i32, subjects: &[&str]) {
 }
 
 /// Runs the command through `wrapper`.
-fn wrapped(world: &World, wrapper: &[&str], agent: &AgentCommand<'_>) -> Command {
+fn wrapped(env: &TestEnv, wrapper: &[&str], agent: &AgentCommand<'_>) -> Command {
     let inner = agent.command();
-    let mut command = world.node.command(wrapper[0]);
+    let mut command = env.node.command(wrapper[0]);
     command.args(&wrapper[1..]).arg(inner.get_program()).args(inner.get_args());
     command
 }
@@ -68,10 +68,10 @@ fn unprivileged_user() {
     let refusal = Refusal::new();
     let inner = refusal.agent().command();
     // The directory is not accessible for other users.
-    let copy = refusal.world.scratch_dir().join("imds-agent");
+    let copy = refusal.env.scratch_dir().join("imds-agent");
     fs::copy(inner.get_program(), &copy).unwrap();
-    fs::set_permissions(refusal.world.scratch_dir(), fs::Permissions::from_mode(0o755)).unwrap();
-    let mut command = refusal.world.node.command("setpriv");
+    fs::set_permissions(refusal.env.scratch_dir(), fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = refusal.env.node.command("setpriv");
     command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(copy).args(inner.get_args());
     refusal.assert(&output(command), 1, &["CAP_BPF", "CAP_NET_ADMIN"]);
 }
@@ -86,29 +86,29 @@ fn root_without_capabilities() {
     ];
     let refusal = Refusal::new();
     for (dropped, name) in cases {
-        refusal.assert(&run_with_capabilities(&refusal.world, dropped), 1, &[name]);
+        refusal.assert(&run_with_capabilities(&refusal.env, dropped), 1, &[name]);
     }
 }
 
 /// Capabilities that are sufficient without exemptions.
 const ENOUGH: &str = "-all,+bpf,+net_admin,+perfmon";
 
-fn run_with_capabilities(world: &World, capabilities: &str) -> Output {
-    output(with_capabilities(world, capabilities))
+fn run_with_capabilities(env: &TestEnv, capabilities: &str) -> Output {
+    output(with_capabilities(env, capabilities))
 }
 
-fn with_capabilities(world: &World, capabilities: &str) -> Command {
+fn with_capabilities(env: &TestEnv, capabilities: &str) -> Command {
     let (bounding, inheritable) =
         (format!("--bounding-set={capabilities}"), format!("--inh-caps={capabilities}"));
-    wrapped(world, &["setpriv", &bounding, &inheritable], &world.agent().args(&["--once"]))
+    wrapped(env, &["setpriv", &bounding, &inheritable], &env.agent().args(&["--once"]))
 }
 
 #[test]
 fn three_capabilities_are_sufficient() {
-    let Refusal { world, pod } = Refusal::new();
-    let result = run_with_capabilities(&world, ENOUGH);
+    let Refusal { env, pod } = Refusal::new();
+    let result = run_with_capabilities(&env, ENOUGH);
     assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
-    world.assert_blocked(&pod);
+    env.assert_blocked(&pod);
 }
 
 /// The unit and the pods have two more capabilities. Exemptions need both.
@@ -117,7 +117,7 @@ fn exemptions_need_two_more_capabilities() {
     if skip_without_netns_cookie() {
         return;
     }
-    let Refusal { world, pod } = Refusal::new();
+    let Refusal { env, pod } = Refusal::new();
     // Requires access to the pod's processes, which belong to another user, and to its network namespace.
     let kubelet = Kubelet::new();
     let mut cgroup = kubelet.add_pod(&new_uid(), Driver::Cgroupfs);
@@ -130,21 +130,21 @@ fn exemptions_need_two_more_capabilities() {
     ] {
         let (bounding, inheritable) =
             (format!("--bounding-set={capabilities}"), format!("--inh-caps={capabilities}"));
-        let agent = world.agent().config(&rule).args(&["--once"]);
-        let result = output(wrapped(&world, &["setpriv", &bounding, &inheritable], &agent));
+        let agent = env.agent().config(&rule).args(&["--once"]);
+        let result = output(wrapped(&env, &["setpriv", &bounding, &inheritable], &agent));
         assert_eq!(
             http_get(&pod.netns, METADATA, SHORT).is_answer(),
             is_exempt,
             "{capabilities}: {result:?}"
         );
-        world.unload();
+        env.unload();
     }
 }
 
 #[test]
 fn locked_memory_limit_on_old_kernel() {
     let refusal = Refusal::new();
-    let mut command = with_capabilities(&refusal.world, ENOUGH);
+    let mut command = with_capabilities(&refusal.env, ENOUGH);
     // SAFETY: between fork and exec the closure makes one system call and allocates nothing.
     unsafe { command.pre_exec(|| Ok(setrlimit(Resource::RLIMIT_MEMLOCK, 1 << 16, 1 << 16)?)) };
     let output = output(command);
@@ -153,34 +153,30 @@ fn locked_memory_limit_on_old_kernel() {
         refusal.assert(&output, 1, &["65536", "LimitMEMLOCK", "CAP_SYS_RESOURCE"]);
     } else {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        refusal.world.assert_blocked(&refusal.pod);
+        refusal.env.assert_blocked(&refusal.pod);
     }
 }
 
 #[test]
 fn pin_directory_outside_bpffs() {
     let refusal = Refusal::new();
-    let path = refusal.world.scratch_dir().join("pins");
+    let path = refusal.env.scratch_dir().join("pins");
     let agent = refusal.agent().pin_dir(&path);
     refusal.assert(&agent.output(), 1, &[path.to_str().unwrap(), "bpffs"]);
     assert!(!path.exists());
 }
 
 /// Runs the agent in a mount namespace in which /sys/fs/bpf is not a bpffs, as on a bare machine.
-fn run_without_bpffs(world: &World, capabilities: &str) -> Output {
+fn run_without_bpffs(env: &TestEnv, capabilities: &str) -> Output {
     let bounding = format!("--bounding-set={capabilities}");
     let script = format!("umount -l /sys/fs/bpf && exec setpriv {bounding} --inh-caps=-all \"$@\"");
-    output(wrapped(
-        world,
-        &["unshare", "--mount", "sh", "-c", &script, "sh"],
-        &world.agent().args(&["--once"]),
-    ))
+    output(wrapped(env, &["unshare", "--mount", "sh", "-c", &script, "sh"], &env.agent().args(&["--once"])))
 }
 
 #[test]
 fn missing_bpffs_is_mounted() {
-    let Refusal { world, pod: _pod } = Refusal::new();
-    let result = run_without_bpffs(&world, "+all");
+    let Refusal { env, pod: _pod } = Refusal::new();
+    let result = run_without_bpffs(&env, "+all");
     let stderr = String::from_utf8_lossy(&result.stderr);
     assert!(result.status.success() && stderr.contains("mounted a bpffs at /sys/fs/bpf"), "{stderr}");
     // The bpffs and its pins are removed together with the mount namespace.
@@ -189,7 +185,7 @@ fn missing_bpffs_is_mounted() {
 #[test]
 fn missing_bpffs_without_mount_right() {
     let refusal = Refusal::new();
-    let result = run_without_bpffs(&refusal.world, "-sys_admin");
+    let result = run_without_bpffs(&refusal.env, "-sys_admin");
     refusal.assert(&result, 1, &["/sys/fs/bpf", "mount -t bpf bpf /sys/fs/bpf"]);
 }
 
@@ -232,27 +228,27 @@ fn second_agent_on_same_pin_dir() {
     assert_line(
         &refusal.agent().output(),
         1,
-        &[&first.pid().to_string(), refusal.world.pin_dir().to_str().unwrap()],
+        &[&first.pid().to_string(), refusal.env.pin_dir().to_str().unwrap()],
     );
     assert_line(&refusal.agent().once(), 1, &[&first.pid().to_string()]);
     first.wait_ready();
-    refusal.world.assert_blocked(&refusal.pod);
+    refusal.env.assert_blocked(&refusal.pod);
 }
 
 #[test]
 fn two_agents_with_separate_pin_dirs() {
     let [one, other] = [Refusal::new(), Refusal::new()];
     let _agents = [one.agent().spawn_ready(), other.agent().spawn_ready()];
-    one.world.assert_blocked(&one.pod);
-    other.world.assert_blocked(&other.pod);
+    one.env.assert_blocked(&one.pod);
+    other.env.assert_blocked(&other.pod);
 }
 
 #[test]
 fn path_that_is_not_a_cgroup() {
     let refusal = Refusal::new();
-    let missing = refusal.world.scratch_dir().join("missing");
+    let missing = refusal.env.scratch_dir().join("missing");
     for path in [Path::new("/tmp"), Path::new("/dev/null"), &missing] {
-        let config = refusal.world.scratch_dir().join("empty.toml");
+        let config = refusal.env.scratch_dir().join("empty.toml");
         fs::write(&config, "").unwrap();
         let agent = refusal.agent().config_file(config.to_str().unwrap());
         let path = path.to_str().unwrap();
@@ -265,45 +261,45 @@ fn failed_start_keeps_earlier_enforcement() {
     let refusal = Refusal::new();
     refusal.agent().spawn_ready().kill9();
     let before = (
-        hook::programs(&refusal.world.node, &refusal.pod.host_ifname),
-        hook::pinned_map(&refusal.world.pin_dir().join("maps/imds_policy")),
+        hook::programs(&refusal.env.node, &refusal.pod.host_ifname),
+        hook::pinned_map(&refusal.env.pin_dir().join("maps/imds_policy")),
     );
-    let config = refusal.world.scratch_dir().join("off.toml");
+    let config = refusal.env.scratch_dir().join("off.toml");
     fs::write(&config, "mode = 'off'").unwrap();
     let agent = refusal.agent().config_file(config.to_str().unwrap());
     assert_line(&agent.args(&["--cgroup", "/tmp"]).output(), 2, &["--cgroup"]);
     let after = (
-        hook::programs(&refusal.world.node, &refusal.pod.host_ifname),
-        hook::pinned_map(&refusal.world.pin_dir().join("maps/imds_policy")),
+        hook::programs(&refusal.env.node, &refusal.pod.host_ifname),
+        hook::pinned_map(&refusal.env.pin_dir().join("maps/imds_policy")),
     );
     assert_eq!(before, after);
-    refusal.world.assert_blocked(&refusal.pod);
+    refusal.env.assert_blocked(&refusal.pod);
 }
 
 /// The other hooks are enforced, and the missing one is reported.
 #[test]
 fn missing_cgroup_v2_degrades_the_agent() {
-    let Refusal { world, pod } = Refusal::new();
-    let config = world.scratch_dir().join("socket.toml");
+    let Refusal { env, pod } = Refusal::new();
+    let config = env.scratch_dir().join("socket.toml");
     let hooks = "node_egress = false\nlocal_service = false\nhost_network = false";
     fs::write(&config, format!("[metrics]\nlisten = []\n[hooks]\n{hooks}")).unwrap();
-    let log = fs::File::create(world.scratch_dir().join("log")).unwrap();
+    let log = fs::File::create(env.scratch_dir().join("log")).unwrap();
     let script = "umount -l /sys/fs/cgroup && exec \"$@\"";
-    let agent = world.agent().config_file(config.to_str().unwrap());
-    let mut command = wrapped(&world, &["unshare", "--mount", "sh", "-c", script, "sh"], &agent);
+    let agent = env.agent().config_file(config.to_str().unwrap());
+    let mut command = wrapped(&env, &["unshare", "--mount", "sh", "-c", script, "sh"], &agent);
     let mut child = command.stderr(log).spawn().unwrap();
-    world.wait_guarded(&pod);
-    world.assert_blocked(&pod);
-    let late = world.add_pod(PodLink::Routed);
-    world.wait_guarded(&late);
-    world.assert_blocked(&late);
-    let status = world.status_when("the agent is ready", |status| status.agent.ready);
+    env.wait_enforced(&pod);
+    env.assert_blocked(&pod);
+    let late = env.add_pod(PodLink::Routed);
+    env.wait_enforced(&late);
+    env.assert_blocked(&late);
+    let status = env.status_when("the agent is ready", |status| status.agent.ready);
     assert_eq!(status.state, "degraded");
     assert!(status.problems.iter().any(|problem| problem.problem.contains("imds_connect4 is not attached")));
-    assert_eq!(world.imds_agent(&["status"]).output().status.code(), Some(3));
+    assert_eq!(env.imds_agent(&["status"]).output().status.code(), Some(3));
     child.kill().unwrap();
     child.wait().unwrap();
-    let log = fs::read_to_string(world.scratch_dir().join("log")).unwrap();
+    let log = fs::read_to_string(env.scratch_dir().join("log")).unwrap();
     assert_eq!(log.matches("no cgroup v2 hierarchy is mounted").count(), 1, "{log}");
     assert!(log.contains("run --cgroup"), "{log}");
 }
@@ -321,12 +317,12 @@ fn wrong_configuration() {
         ("[interfaces]\nexclude = [\"veth[\"]", &[":2:", "veth["]),
         ("[interfaces]\ninclude = \"veth*\"", &[":2:"]),
     ];
-    let world = World::new();
-    let file = world.scratch_dir().join("imds.toml");
-    let program = world.imds_agent(&[]).command().get_program().to_owned();
+    let env = TestEnv::new();
+    let file = env.scratch_dir().join("imds.toml");
+    let program = env.imds_agent(&[]).command().get_program().to_owned();
     for (config, subjects) in cases {
         fs::write(&file, config).unwrap();
-        let mut check = world.node.command(&program);
+        let mut check = env.node.command(&program);
         check.args(["config", "check", file.to_str().unwrap()]);
         let output = output(check);
         let stderr = String::from_utf8_lossy(&output.stderr);
@@ -338,21 +334,21 @@ fn wrong_configuration() {
 
 #[test]
 fn wrong_config_keeps_last_good_one() {
-    let Refusal { world, pod } = Refusal::new();
-    let file = world.scratch_dir().join("imds.toml");
+    let Refusal { env, pod } = Refusal::new();
+    let file = env.scratch_dir().join("imds.toml");
     let agent = || {
-        let cgroup = world.cgroup().to_str().unwrap();
-        world.imds_agent(&["run"]).config_file(file.to_str().unwrap()).args(&["--cgroup", cgroup])
+        let cgroup = env.cgroup().to_str().unwrap();
+        env.imds_agent(&["run"]).config_file(file.to_str().unwrap()).args(&["--cgroup", cgroup])
     };
     fs::write(&file, "[hooks]\nsocket = false\nnode_egress = false\n").unwrap();
     agent().spawn_ready().kill9();
-    let before = world.status();
+    let before = env.status();
     fs::write(&file, "mode = 'of'").unwrap();
     let output = agent().once();
     assert_eq!(output.status.code(), Some(2), "{output:?}");
-    let after = world.status();
+    let after = env.status();
     assert_eq!((after.mode, after.hooks), (before.mode, before.hooks));
-    world.assert_blocked(&pod);
+    env.assert_blocked(&pod);
 }
 
 #[test]
@@ -367,9 +363,9 @@ fn wrong_command_line() {
         &["status", "-o", "xml"],
     ];
     for args in cases {
-        let output = refusal.world.imds_agent(args).output();
+        let output = refusal.env.imds_agent(args).output();
         assert_eq!(output.status.code(), Some(2), "{args:?}: {output:?}");
         assert!(!output.stderr.is_empty() && output.stdout.is_empty(), "{args:?}: {output:?}");
     }
-    assert!(!refusal.world.pin_dir().exists());
+    assert!(!refusal.env.pin_dir().exists());
 }

@@ -10,7 +10,7 @@ use std::{
 
 use aya::programs::TcAttachType::{self, Egress, Ingress};
 use imds_tests::{
-    Agent, AttachMode, METADATA, Pod, PodLink, SERVICE, Status, World,
+    Agent, AttachMode, METADATA, Pod, PodLink, SERVICE, Status, TestEnv,
     flood::Flood,
     hook,
     poll::poll_until,
@@ -27,29 +27,29 @@ const FROM_POD: &str = "[hooks]\nsocket = false\nnode_egress = false\n";
 const NODE_EGRESS: &str = "[hooks]\nsocket = false\nfrom_pod = false\n";
 const BOTH_EDGES: &str = "[hooks]\nsocket = false\n";
 
-fn has_program(world: &World, interface: &str, at: TcAttachType) -> bool {
-    !hook::programs_at(&world.node, interface, at).is_empty()
+fn has_program(env: &TestEnv, interface: &str, at: TcAttachType) -> bool {
+    !hook::programs_at(&env.node, interface, at).is_empty()
 }
 
 /// A configuration file that changes.
 struct ConfigFile<'w> {
-    world: &'w World,
+    env: &'w TestEnv,
     path: PathBuf,
 }
 
 impl<'w> ConfigFile<'w> {
-    fn new(world: &'w World, text: &str) -> Self {
-        let path = world.scratch_dir().join("imds.toml");
+    fn new(env: &'w TestEnv, text: &str) -> Self {
+        let path = env.scratch_dir().join("imds.toml");
         fs::write(&path, text).unwrap();
-        Self { world, path }
+        Self { env, path }
     }
 
     fn start(&self, backend: AttachMode, args: &[&str]) -> Agent<'w> {
-        self.world
+        self.env
             .agent()
             .backend(backend)
             .config_file(self.path.to_str().unwrap())
-            .args(&["--cgroup", self.world.cgroup().to_str().unwrap()])
+            .args(&["--cgroup", self.env.cgroup().to_str().unwrap()])
             .args(args)
             .spawn_ready()
     }
@@ -64,9 +64,9 @@ impl<'w> ConfigFile<'w> {
     /// Replaces the file and waits until the new configuration is effective.
     #[track_caller]
     fn reload(&self, text: &str) -> Status {
-        let before = generation(&self.world.status());
+        let before = generation(&self.env.status());
         self.replace(text);
-        self.world.status_when("the configuration is effective", |status| {
+        self.env.status_when("the configuration is effective", |status| {
             generation(status) > before && status.configuration.as_ref().unwrap().refused.is_none()
         })
     }
@@ -82,8 +82,8 @@ fn hang_up(agent: &Agent<'_>) {
 
 /// Waits until the file is rejected with this error, and asserts that the earlier configuration stays effective.
 #[track_caller]
-fn assert_refused(world: &World, before: &Status, part: &str) -> Status {
-    let status = world.status_when("the file is rejected", |status| {
+fn assert_refused(env: &TestEnv, before: &Status, part: &str) -> Status {
+    let status = env.status_when("the file is rejected", |status| {
         let refused = status.configuration.as_ref().and_then(|configuration| configuration.refused.as_ref());
         refused.is_some_and(|refused| refused.error.contains(part))
     });
@@ -99,11 +99,11 @@ fn flood(pods: &[Pod; 2]) -> [Flood; 2] {
 }
 
 #[track_caller]
-fn assert_flood_arrives(world: &World, pods: &[Pod; 2]) {
-    let before = world.arrivals();
+fn assert_flood_arrives(env: &TestEnv, pods: &[Pod; 2]) {
+    let before = env.received_packets();
     let _floods = flood(pods);
     poll_until(LONG, "packets of each pod to arrive", || {
-        let now = world.arrivals();
+        let now = env.received_packets();
         pods.iter().all(|pod| now.from(pod.address) > before.from(pod.address) + 100).then_some(())
     });
 }
@@ -131,15 +131,15 @@ fn guarding() -> Vec<String> {
 #[test]
 fn flood_is_denied_during_reloads() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let pods = LINKS.map(|link| world.add_pod(link));
-        assert_flood_arrives(&world, &pods);
+        let env = TestEnv::new();
+        let pods = LINKS.map(|link| env.add_pod(link));
+        assert_flood_arrives(&env, &pods);
 
         let configs = guarding();
-        let file = ConfigFile::new(&world, &configs[0]);
+        let file = ConfigFile::new(&env, &configs[0]);
         let agent = file.start(backend, &[]);
-        let first = world.status();
-        let before = world.arrivals();
+        let first = env.status();
+        let before = env.received_packets();
         let floods = flood(&pods);
         let mut denied = 0;
         for config in configs.iter().cycle().skip(1).take(56) {
@@ -148,50 +148,50 @@ fn flood_is_denied_during_reloads() {
             denied = status.denied();
         }
         let sent: u64 = floods.into_iter().map(Flood::stop).sum();
-        assert_eq!(world.arrivals(), before, "of {sent} packets");
+        assert_eq!(env.received_packets(), before, "of {sent} packets");
         assert!(sent > 100_000, "{sent} packets are no flood");
-        let status = world.status();
+        let status = env.status();
         assert!(generation(&status) >= generation(&first) + 56);
         // A packet is counted once: packets that `from_pod` denies never reach `node_egress`.
         assert!(status.denied() <= sent && status.denied() > sent / 2, "{} of {sent}", status.denied());
 
         drop(agent);
-        world.unload();
-        assert_flood_arrives(&world, &pods);
+        env.unload();
+        assert_flood_arrives(&env, &pods);
     });
 }
 
 #[test]
 fn off_and_on_without_restart() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let pod = world.add_pod(PodLink::Routed);
-        world.assert_open(&pod);
-        let file = ConfigFile::new(&world, BOTH_EDGES);
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Routed);
+        env.assert_open(&pod);
+        let file = ConfigFile::new(&env, BOTH_EDGES);
         let agent = file.start(backend, &[]);
-        world.assert_blocked(&pod);
-        let pid = world.status().agent.pid;
+        env.assert_blocked(&pod);
+        let pid = env.status().agent.pid;
 
         for (mode, state) in [("off", "off"), ("audit", "auditing")] {
             let status = file.reload(&format!("mode = '{mode}'\n{BOTH_EDGES}"));
             assert_eq!((status.mode.as_deref(), status.state.as_str()), (Some(mode), state));
-            world.assert_open(&pod);
-            let denied = world.status().denied();
+            env.assert_open(&pod);
+            let denied = env.status().denied();
             let status = file.reload(BOTH_EDGES);
             assert_eq!((status.state.as_str(), status.agent.pid), ("enforcing", pid));
-            world.assert_blocked(&pod);
-            let total = world.status().total;
+            env.assert_blocked(&pod);
+            let total = env.status().total;
             assert!(total.denied.packets > denied && total.allowed.packets > 0, "{total:?}");
         }
-        assert!(world.status().total.audited.packets > 0);
+        assert!(env.status().total.audited.packets > 0);
         // No endpoint at all, and then one again.
         file.reload(&format!("mode = 'off'\nprovider = 'none'\n{BOTH_EDGES}"));
-        world.assert_open(&pod);
+        env.assert_open(&pod);
         file.reload(BOTH_EDGES);
-        world.assert_blocked(&pod);
+        env.assert_blocked(&pod);
         drop(agent);
-        world.unload();
-        world.assert_open(&pod);
+        env.unload();
+        env.assert_open(&pod);
     });
 }
 
@@ -201,16 +201,16 @@ fn reload_changes_hooks() {
         return;
     }
     with_each_backend(|backend| {
-        let world = World::new();
-        let pod = world.add_pod(PodLink::Routed);
-        world.assert_open(&pod);
-        let file = ConfigFile::new(&world, FROM_POD);
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Routed);
+        env.assert_open(&pod);
+        let file = ConfigFile::new(&env, FROM_POD);
         let agent = file.start(backend, &[]);
-        let (veth, uplink) = (pod.host_ifname.as_str(), World::UPLINK);
-        let are_guarded = || [has_program(&world, veth, Ingress), has_program(&world, uplink, Egress)];
+        let (veth, uplink) = (pod.host_ifname.as_str(), TestEnv::UPLINK);
+        let are_guarded = || [has_program(&env, veth, Ingress), has_program(&env, uplink, Egress)];
         // Distinguishes a denied call from one that times out.
         let is_refused =
-            || world.in_cgroup(|| matches!(http_get(&pod.netns, METADATA, SHORT), Outcome::Error(_)));
+            || env.in_cgroup(|| matches!(http_get(&pod.netns, METADATA, SHORT), Outcome::Error(_)));
         assert_eq!(are_guarded(), [true, false]);
         assert!(!is_refused());
 
@@ -219,24 +219,24 @@ fn reload_changes_hooks() {
             assert_eq!(status.hooks, ["node_egress", "socket", "local_service"]);
             assert_eq!(are_guarded(), [false, true]);
             assert!(is_refused() && status.sockets.unwrap().attached);
-            world.assert_blocked(&pod);
+            env.assert_blocked(&pod);
 
             let status = file.reload("[hooks]\nnode_egress = false\nsocket = false\n");
             assert_eq!(status.hooks, ["from_pod", "local_service"]);
             assert!(status.sockets.is_none() && !is_refused());
             assert_eq!(are_guarded(), [true, false]);
-            world.assert_blocked(&pod);
+            env.assert_blocked(&pod);
         }
-        assert_eq!(fs::read_dir(world.pin_dir().join("progs")).unwrap().count(), 3);
+        assert_eq!(fs::read_dir(env.pin_dir().join("progs")).unwrap().count(), 3);
         // The effective hooks also apply to later pods.
         file.reload(BOTH_EDGES);
-        let late = world.add_pod(PodLink::Bridged);
-        world.wait_guarded(&late);
-        world.assert_blocked(&late);
+        let late = env.add_pod(PodLink::Bridged);
+        env.wait_enforced(&late);
+        env.assert_blocked(&late);
         drop(agent);
-        world.unload();
+        env.unload();
         assert_eq!(are_guarded(), [false, false]);
-        world.assert_open(&pod);
+        env.assert_open(&pod);
     });
 }
 
@@ -245,17 +245,17 @@ fn reload_changes_host_network() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let container = world.add_cgroup("kubepods.slice/pod7.slice");
-    let is_open = || container.run(|| http_get(&world.node, METADATA, SHORT).is_answer());
-    assert!(reachable(&world.node, METADATA) && is_open());
-    let file = ConfigFile::new(&world, FROM_POD);
+    let env = TestEnv::new();
+    let container = env.add_cgroup("kubepods.slice/pod7.slice");
+    let is_open = || container.run(|| http_get(&env.node, METADATA, SHORT).is_answer());
+    assert!(reachable(&env.node, METADATA) && is_open());
+    let file = ConfigFile::new(&env, FROM_POD);
     let agent = file.start(AttachMode::Clsact, &[]);
     assert!(is_open());
     for _ in 0..2 {
         let status = file.reload(&format!("{FROM_POD}host_network = true\n"));
         assert!(status.problems.is_empty() && status.hooks.contains(&"host_network".to_owned()));
-        assert!(!is_open() && reachable(&world.node, METADATA));
+        assert!(!is_open() && reachable(&env.node, METADATA));
         let status = file.reload(FROM_POD);
         assert_eq!(status.hooks, ["from_pod", "local_service"]);
         assert!(is_open());
@@ -263,130 +263,129 @@ fn reload_changes_host_network() {
     file.reload(&format!("{FROM_POD}host_network = true\n"));
     assert!(!is_open());
     drop(agent);
-    world.unload();
+    env.unload();
     assert!(is_open());
 }
 
 #[test]
 fn reload_changes_endpoints_and_interfaces() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let [pod, other] = LINKS.map(|link| world.add_pod(link));
-        let dmi = world.scratch_dir().join("dmi");
+        let env = TestEnv::new();
+        let [pod, other] = LINKS.map(|link| env.add_pod(link));
+        let dmi = env.scratch_dir().join("dmi");
         fs::create_dir(&dmi).unwrap();
-        let file = ConfigFile::new(&world, FROM_POD);
+        let file = ConfigFile::new(&env, FROM_POD);
         let agent = file.start(backend, &["--dmi-dir", dmi.to_str().unwrap()]);
-        world.assert_blocked(&pod);
+        env.assert_blocked(&pod);
         assert!(reachable(&pod.netns, SERVICE));
 
         let service = format!("[[endpoint]]\nname = 'service'\naddress = '{SERVICE}'\n");
         file.reload(&format!("provider = 'none'\n{FROM_POD}{service}"));
         assert!(!http_get(&pod.netns, SERVICE, SHORT).is_answer());
-        world.assert_open(&pod);
+        env.assert_open(&pod);
 
         let exclude = format!("{FROM_POD}[interfaces]\nexclude = ['{}']\n", pod.host_ifname);
         let status = file.reload(&exclude);
         assert_eq!(status.interface(&pod.host_ifname).role, "excluded");
-        assert_eq!(hook::programs(&world.node, &pod.host_ifname), []);
-        world.assert_open(&pod);
-        world.assert_blocked(&other);
+        assert_eq!(hook::programs(&env.node, &pod.host_ifname), []);
+        env.assert_open(&pod);
+        env.assert_blocked(&other);
         let status = file.reload(FROM_POD);
         assert_eq!(status.interface(&pod.host_ifname).role, "pod");
-        world.assert_blocked(&pod);
+        env.assert_blocked(&pod);
 
         // The firmware data changes, the file does not.
         assert_eq!(status.provider.unwrap().in_force, "generic");
         fs::write(dmi.join("sys_vendor"), "Amazon EC2\n").unwrap();
         hang_up(&agent);
-        let status = world.status_when("the provider has changed", |status| {
+        let status = env.status_when("the provider has changed", |status| {
             status.provider.as_ref().is_some_and(|provider| provider.in_force == "aws")
         });
         assert_eq!(status.endpoints.len(), 2);
-        world.assert_blocked(&pod);
+        env.assert_blocked(&pod);
         drop(agent);
-        world.unload();
-        world.assert_open(&pod);
+        env.unload();
+        env.assert_open(&pod);
     });
 }
 
 #[test]
 fn new_endpoint_route_makes_an_uplink() {
-    let world = World::new();
-    let file = ConfigFile::new(&world, BOTH_EDGES);
+    let env = TestEnv::new();
+    let file = ConfigFile::new(&env, BOTH_EDGES);
     let agent = file.start(AttachMode::Clsact, &["--resync", "3600"]);
     let vault = Ipv4Addr::new(10, 9, 0, 1);
     // The uplink of a nested node: a veth without a default route.
-    let pod = world.add_pod(PodLink::Routed);
+    let pod = env.add_pod(PodLink::Routed);
     let role = |role: &'static str| {
-        world
-            .status_when(role, |status| status.find(&pod.host_ifname).is_some_and(|found| found.role == role))
+        env.status_when(role, |status| status.find(&pod.host_ifname).is_some_and(|found| found.role == role))
     };
     role("pod");
     file.reload(&format!("{BOTH_EDGES}[[endpoint]]\nname = 'vault'\naddress = '{vault}'\n"));
     role("pod");
-    world.node.ip(&format!("route add {vault}/32 dev {}", pod.host_ifname));
+    env.node.ip(&format!("route add {vault}/32 dev {}", pod.host_ifname));
     role("uplink");
     file.reload(BOTH_EDGES);
     role("pod");
     file.reload(&format!("{BOTH_EDGES}[[endpoint]]\nname = 'vault'\naddress = '{vault}'\n"));
     role("uplink");
-    world.node.ip(&format!("route delete {vault}/32 dev {}", pod.host_ifname));
+    env.node.ip(&format!("route delete {vault}/32 dev {}", pod.host_ifname));
     role("pod");
     drop(agent);
-    world.unload();
+    env.unload();
 }
 
 #[test]
 fn bad_file_keeps_previous_config() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    world.assert_open(&pod);
-    let file = ConfigFile::new(&world, BOTH_EDGES);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    env.assert_open(&pod);
+    let file = ConfigFile::new(&env, BOTH_EDGES);
     let agent = file.start(AttachMode::Clsact, &[]);
-    let good = world.status();
+    let good = env.status();
 
     file.replace(&format!("mode = 'of'\n{BOTH_EDGES}"));
-    let status = assert_refused(&world, &good, "imds.toml:1:8: mode: ");
+    let status = assert_refused(&env, &good, "imds.toml:1:8: mode: ");
     assert_eq!(status.configuration.unwrap().file.unwrap(), file.path);
     agent.wait_for_log("keeping the previous one", LONG);
-    world.assert_blocked(&pod);
+    env.assert_blocked(&pod);
 
     // The endpoint conflicts with the provider's.
     file.replace(&format!("{BOTH_EDGES}[[endpoint]]\nname = 'mine'\naddress = '{METADATA}'\n"));
-    assert_refused(&world, &good, "already protected");
+    assert_refused(&env, &good, "already protected");
 
     let good = file.reload(&format!("on_deny = 'reject'\n{BOTH_EDGES}"));
     assert!(good.problems.is_empty(), "{:?}", good.problems);
 
     fs::remove_file(&file.path).unwrap();
-    assert_refused(&world, &good, "No such file");
-    world.assert_blocked(&pod);
+    assert_refused(&env, &good, "No such file");
+    env.assert_blocked(&pod);
     let good = file.reload(BOTH_EDGES);
 
     // A directory, and a pipe without a writer.
     fs::remove_file(&file.path).unwrap();
     fs::create_dir(&file.path).unwrap();
-    assert_refused(&world, &good, "not a regular file");
+    assert_refused(&env, &good, "not a regular file");
     fs::remove_dir(&file.path).unwrap();
     nix::unistd::mkfifo(&file.path, nix::sys::stat::Mode::S_IRWXU).unwrap();
     hang_up(&agent);
-    assert_refused(&world, &good, "not a regular file");
+    assert_refused(&env, &good, "not a regular file");
     fs::remove_file(&file.path).unwrap();
     fs::write(&file.path, [0xff, 0xfe]).unwrap();
-    assert_refused(&world, &good, "UTF-8");
+    assert_refused(&env, &good, "UTF-8");
     fs::write(&file.path, " ".repeat((1 << 20) + 1)).unwrap();
-    assert_refused(&world, &good, "MiB");
+    assert_refused(&env, &good, "MiB");
 
     // The rejection is recorded without the agent too, until the next agent loads a valid file.
     agent.kill9();
-    assert_refused(&world, &good, "MiB");
+    assert_refused(&env, &good, "MiB");
     file.replace(BOTH_EDGES);
     let agent = file.start(AttachMode::Clsact, &[]);
-    assert!(world.status().configuration.unwrap().refused.is_none());
-    world.assert_blocked(&pod);
+    assert!(env.status().configuration.unwrap().refused.is_none());
+    env.assert_blocked(&pod);
     drop(agent);
-    world.unload();
-    world.assert_open(&pod);
+    env.unload();
+    env.assert_open(&pod);
 }
 
 #[test]
@@ -394,40 +393,40 @@ fn unusable_cgroup_rejects_the_file() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let file = ConfigFile::new(&world, FROM_POD);
-    let cgroup = world.add_cgroup("missing");
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let file = ConfigFile::new(&env, FROM_POD);
+    let cgroup = env.add_cgroup("missing");
     let missing = cgroup.path().to_owned();
-    let agent = world
+    let agent = env
         .agent()
         .config_file(file.path.to_str().unwrap())
         .args(&["--cgroup", missing.to_str().unwrap()])
         .spawn_ready();
-    let good = world.status();
+    let good = env.status();
     drop(cgroup);
     // The file also enables `node_egress`, which must be detached again.
     file.replace("on_deny = 'reject'\n");
-    let status = assert_refused(&world, &good, missing.to_str().unwrap());
-    assert!(!has_program(&world, World::UPLINK, Egress));
+    let status = assert_refused(&env, &good, missing.to_str().unwrap());
+    assert!(!has_program(&env, TestEnv::UPLINK, Egress));
     assert!(status.interface(&pod.host_ifname).is_attached());
-    world.assert_blocked(&pod);
+    env.assert_blocked(&pod);
     file.reload(FROM_POD);
     drop(agent);
-    world.unload();
-    world.assert_open(&pod);
+    env.unload();
+    env.assert_open(&pod);
 }
 
 #[test]
 fn every_file_replacement_is_noticed() {
-    let world = World::new();
-    let file = ConfigFile::new(&world, FROM_POD);
+    let env = TestEnv::new();
+    let file = ConfigFile::new(&env, FROM_POD);
     // No resync runs during the test.
     let agent = file.start(AttachMode::Clsact, &["--resync", "3600"]);
     let modes = |n: usize| ["enforce", "audit", "off"][n % 3];
     let config = |mode: &str| format!("mode = '{mode}'\n{FROM_POD}");
     let assert_in_force = |mode: &str| {
-        world.status_when(mode, |status| status.mode.as_deref() == Some(mode) && status.problems.is_empty());
+        env.status_when(mode, |status| status.mode.as_deref() == Some(mode) && status.problems.is_empty());
     };
 
     fs::write(&file.path, config("audit")).unwrap();
@@ -435,12 +434,12 @@ fn every_file_replacement_is_noticed() {
     file.replace(&config("off"));
     assert_in_force("off");
     fs::remove_file(&file.path).unwrap();
-    assert_refused(&world, &world.status(), "No such file");
+    assert_refused(&env, &env.status(), "No such file");
     fs::write(&file.path, config("enforce")).unwrap();
     assert_in_force("enforce");
 
     // Replaces symlinks as the kubelet does for a ConfigMap.
-    let dir = world.scratch_dir();
+    let dir = env.scratch_dir();
     let version = |n: usize| {
         let name = format!("..2026_11_23_{n}");
         fs::create_dir(dir.join(&name)).unwrap();
@@ -466,7 +465,7 @@ fn every_file_replacement_is_noticed() {
         assert_in_force(modes(n + 1));
     }
     drop(agent);
-    world.unload();
+    env.unload();
 }
 
 fn file_in(dir: &Path, version: &str, text: &str) {
@@ -475,8 +474,8 @@ fn file_in(dir: &Path, version: &str, text: &str) {
 
 #[test]
 fn inotify_overflow_is_handled() {
-    let world = World::new();
-    let file = ConfigFile::new(&world, FROM_POD);
+    let env = TestEnv::new();
+    let file = ConfigFile::new(&env, FROM_POD);
     let agent = file.start(AttachMode::Clsact, &["--resync", "3600"]);
     let pid = Pid::from_raw(agent.pid().try_into().unwrap());
     kill(pid, Signal::SIGSTOP).unwrap();
@@ -484,32 +483,32 @@ fn inotify_overflow_is_handled() {
         fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap().trim().parse().unwrap();
     // Two events per file. Successive events differ, because the kernel would merge equal ones.
     for n in 0..most {
-        let name = world.scratch_dir().join(format!("other-{}", n % 2));
+        let name = env.scratch_dir().join(format!("other-{}", n % 2));
         fs::write(&name, "").unwrap();
         fs::remove_file(&name).unwrap();
     }
     file.replace(&format!("mode = 'audit'\n{FROM_POD}"));
     kill(pid, Signal::SIGCONT).unwrap();
-    world.status_when("the change is noticed", |status| status.mode.as_deref() == Some("audit"));
+    env.status_when("the change is noticed", |status| status.mode.as_deref() == Some("audit"));
     drop(agent);
-    world.unload();
+    env.unload();
 }
 
 #[test]
 fn polling_finds_unreported_changes() {
-    let world = World::new();
-    let file = ConfigFile::new(&world, FROM_POD);
+    let env = TestEnv::new();
+    let file = ConfigFile::new(&env, FROM_POD);
     // A second name of the same file, in a directory that the agent does not watch.
-    let elsewhere = world.scratch_dir().join("elsewhere");
+    let elsewhere = env.scratch_dir().join("elsewhere");
     fs::create_dir(&elsewhere).unwrap();
     fs::hard_link(&file.path, elsewhere.join("imds.toml")).unwrap();
     let agent = file.start(AttachMode::Clsact, &["--resync", "1"]);
     fs::write(elsewhere.join("imds.toml"), format!("mode = 'audit'\n{FROM_POD}")).unwrap();
     poll_until(Duration::from_secs(20), "the change to be noticed", || {
-        (world.status().mode.as_deref() == Some("audit")).then_some(())
+        (env.status().mode.as_deref() == Some("audit")).then_some(())
     });
     drop(agent);
-    world.unload();
+    env.unload();
 }
 
 #[test]
@@ -518,15 +517,15 @@ fn sighup_without_file_is_ignored() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let args = ["--cgroup", world.cgroup().to_str().unwrap()];
-    let mut agent = world.imds_agent(&["run"]).args(&args).spawn_ready();
-    let before = generation(&world.status());
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let args = ["--cgroup", env.cgroup().to_str().unwrap()];
+    let mut agent = env.imds_agent(&["run"]).args(&args).spawn_ready();
+    let before = generation(&env.status());
     hang_up(&agent);
-    world.status_when("the configuration is loaded again", |status| generation(status) == before + 1);
+    env.status_when("the configuration is loaded again", |status| generation(status) == before + 1);
     agent.wait_ready();
-    world.assert_blocked(&pod);
+    env.assert_blocked(&pod);
     assert!(agent.terminate().success());
-    world.unload();
+    env.unload();
 }

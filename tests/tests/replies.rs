@@ -7,8 +7,8 @@ use etherparse::{
 };
 use imds_agent::datapath::object::OBJECT;
 use imds_ebpf_common::{
-    Address, DenyAction, Endpoint, Filter, IMDS_IPV4, Mode, Policy, Service,
-    event::Window,
+    Address, DenyAction, Endpoint, IMDS_IPV4, Mode, Policy, PolicyTable, Service,
+    event::RateLimiter,
     names::{MAP_ENDPOINTS, MAP_POLICY, PROG_FROM_POD, PROG_FROM_POD_L3, SECTION_FILTER},
 };
 use imds_tests::program::{Object, try_run};
@@ -26,14 +26,17 @@ const RST: u8 = 4;
 const ACK: u8 = 16;
 
 fn rejecting() -> Object {
-    let endpoint = |id| Endpoint { name: [0; 16], id, keep: [Service::NONE; 8] };
+    let endpoint = |id| Endpoint { name: [0; 16], id, allowed_ports: [Service::NONE; 8] };
     let endpoints =
         [(Address::from_ipv4(IMDS_IPV4), endpoint(1)), (Address::from_ipv6(IMDS_IPV6), endpoint(2))];
     let mut object = Object::load(OBJECT);
     for (address, endpoint) in endpoints {
         object.insert(MAP_ENDPOINTS, address, endpoint);
     }
-    object.set(SECTION_FILTER, Filter::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint))));
+    object.set(
+        SECTION_FILTER,
+        PolicyTable::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint))),
+    );
     object.set(
         MAP_POLICY,
         Policy { mode: Mode::Enforce as u32, on_deny: DenyAction::Reject as u32, ..Policy::default() },
@@ -43,7 +46,7 @@ fn rejecting() -> Object {
 
 /// Returns a runner with at most as many cases as one CPU answers per second, so that the rate limit does not apply.
 fn runner() -> TestRunner {
-    let cases = Window::MOST_ANSWERS / 2;
+    let cases = RateLimiter::MAX_REPLIES / 2;
     TestRunner::new(ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() })
 }
 

@@ -5,11 +5,11 @@ use std::{collections::BTreeSet, fs};
 use aya::maps::{HashMap, Map, MapData};
 use imds_ebpf_common::{
     Address, Hook, IMDS_IPV4, Verdict,
-    ledger::{DENIALS, DenialKey, DenialRecord},
+    event_log::{DENIALS, DenialKey, DenialRecord},
     names::MAP_DENIALS,
 };
 use imds_tests::{
-    METADATA, Netns, PodLink, World,
+    METADATA, Netns, PodLink, TestEnv,
     api_server::{ApiServer, pod},
     kubelet::{Driver, Kubelet, new_uid},
     poll::poll_until,
@@ -33,19 +33,19 @@ const EMPTY: DenialRecord = DenialRecord {
     cgroup: [0; _],
 };
 
-fn report(world: &World, args: &[&str]) -> String {
-    let output = world.imds_agent(&[&["report"], args].concat()).output();
+fn report(env: &TestEnv, args: &[&str]) -> String {
+    let output = env.imds_agent(&[&["report"], args].concat()).output();
     assert!(output.status.success(), "{output:?}");
     String::from_utf8(output.stdout).unwrap()
 }
 
-fn denials(world: &World) -> Vec<Value> {
-    let report: Value = serde_json::from_str(&report(world, &["-o", "json"])).unwrap();
+fn denials(env: &TestEnv) -> Vec<Value> {
+    let report: Value = serde_json::from_str(&report(env, &["-o", "json"])).unwrap();
     report["denials"].as_array().unwrap().clone()
 }
 
-fn reaches(world: &World, netns: &Netns) -> bool {
-    world.in_cgroup(|| http_get(netns, METADATA, SHORT).is_answer())
+fn reaches(env: &TestEnv, netns: &Netns) -> bool {
+    env.in_cgroup(|| http_get(netns, METADATA, SHORT).is_answer())
 }
 
 fn sum(denials: &[Value]) -> u64 {
@@ -55,31 +55,31 @@ fn sum(denials: &[Value]) -> u64 {
 
 #[test]
 fn oldest_senders_are_evicted() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let agent = world.agent().spawn_ready();
-    let pin = world.pin_dir().join("maps").join(MAP_DENIALS);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let agent = env.agent().spawn_ready();
+    let pin = env.pin_dir().join("maps").join(MAP_DENIALS);
     let map = Map::HashMap(MapData::from_pin(pin).unwrap());
-    let mut ledger: HashMap<MapData, DenialKey, DenialRecord> = map.try_into().unwrap();
+    let mut event_log: HashMap<MapData, DenialKey, DenialRecord> = map.try_into().unwrap();
     let (address, hook, verdict) =
         (Address::from_ipv4(IMDS_IPV4), Hook::FromPod as u32, Verdict::Deny as u32);
     for sender in 0..DENIALS as u64 {
         let mut record = EMPTY;
         (record.count, record.first, record.last) = (1, 1, sender + 1);
         record.comm[..8].copy_from_slice(&sender.to_ne_bytes().map(|byte| b'a' + byte % 26));
-        ledger.insert(DenialKey { address, sender, hook, verdict }, record, 0).unwrap();
+        event_log.insert(DenialKey { address, sender, hook, verdict }, record, 0).unwrap();
     }
     assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer());
     poll_until(LONG, "the pod's denial", || {
-        let denials = denials(&world);
+        let denials = denials(&env);
         let known = denials.iter().find(|denial| denial["interface"] == pod.host_ifname.as_str());
         known.is_some().then_some(())
     });
-    let left = ledger.keys().map(|key| key.unwrap().sender).collect::<BTreeSet<_>>();
+    let left = event_log.keys().map(|key| key.unwrap().sender).collect::<BTreeSet<_>>();
     assert!(left.len() > DENIALS / 2 && left.len() < DENIALS, "{}", left.len());
     assert!(!left.contains(&0) && left.contains(&(DENIALS as u64 - 1)));
     drop(agent);
-    world.unload();
+    env.unload();
 }
 
 /// A process can rename its threads freely. The names must not evict records of other senders.
@@ -88,24 +88,24 @@ fn thread_names_share_a_record() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let agent = world.agent().hooks(&["socket"]).spawn_ready();
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let agent = env.agent().hooks(&["socket"]).spawn_ready();
     for number in 0..8 {
-        world.in_cgroup(|| {
+        env.in_cgroup(|| {
             let name = std::ffi::CString::new(format!("worker-{number}")).unwrap();
             nix::sys::prctl::set_name(&name).unwrap();
             assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer());
         });
     }
     let denials = poll_until(LONG, "all denials", || {
-        let denials = denials(&world);
+        let denials = denials(&env);
         (sum(&denials) >= 8).then_some(denials)
     });
     assert_eq!(denials.len(), 1, "{denials:#?}");
     assert_eq!(denials[0]["comm"], "worker-7", "{denials:#?}");
     drop(agent);
-    world.unload();
+    env.unload();
 }
 
 /// A container can create cgroups below its own freely. The cgroups must not evict records of other senders.
@@ -114,22 +114,22 @@ fn cgroups_of_a_unit_share_a_record() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
     let names = ["", "/init", "/init/worker", "/payload"].map(|below| format!("machine/web.scope{below}"));
-    let cgroups = names.map(|path| world.add_cgroup(&path));
-    let agent = world.agent().hooks(&["socket"]).spawn_ready();
+    let cgroups = names.map(|path| env.add_cgroup(&path));
+    let agent = env.agent().hooks(&["socket"]).spawn_ready();
     for cgroup in &cgroups {
         assert!(!cgroup.run(|| http_get(&pod.netns, METADATA, SHORT).is_answer()));
     }
     let denials = poll_until(LONG, "all denials", || {
-        let denials = denials(&world);
+        let denials = denials(&env);
         (sum(&denials) >= cgroups.len() as u64).then_some(denials)
     });
     let found: BTreeSet<_> = denials.iter().map(|denial| denial["cgroup"].as_str().unwrap()).collect();
     assert!(found.len() == 1 && found.iter().all(|path| path.ends_with("machine/web.scope")), "{found:?}");
     drop(agent);
-    world.unload();
+    env.unload();
 }
 
 #[test]
@@ -137,22 +137,22 @@ fn audit_to_rules_to_enforcement() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let server = ApiServer::start_in(&world.node);
+    let env = TestEnv::new();
+    let server = ApiServer::start_in(&env.node);
     let kubelet = Kubelet::new();
-    let kubeconfig = world.scratch_dir().join("kubeconfig");
+    let kubeconfig = env.scratch_dir().join("kubeconfig");
     server.write_kubeconfig(&kubeconfig);
-    let config = world.scratch_dir().join("imds.toml");
+    let config = env.scratch_dir().join("imds.toml");
     let write = |mode: &str, rules: &str| {
         let kubernetes =
             format!("[kubernetes]\nkubeconfig = '{}'\nnode_name = '{NODE}'\n", kubeconfig.display());
         fs::write(&config, format!("mode = '{mode}'\n{kubernetes}\n{rules}")).unwrap();
     };
     write("audit", "");
-    let cgroup = world.cgroup().to_str().unwrap();
-    let agent = world.agent().config_file(config.to_str().unwrap()).args(&["--cgroup", cgroup]).spawn_ready();
+    let cgroup = env.cgroup().to_str().unwrap();
+    let agent = env.agent().config_file(config.to_str().unwrap()).args(&["--cgroup", cgroup]).spawn_ready();
     let uids = [new_uid(), new_uid()];
-    let pods = [world.add_pod(PodLink::Routed), world.add_pod(PodLink::Bridged)];
+    let pods = [env.add_pod(PodLink::Routed), env.add_pod(PodLink::Bridged)];
     let cgroups: Vec<_> = uids
         .iter()
         .zip(&pods)
@@ -164,14 +164,14 @@ fn audit_to_rules_to_enforcement() {
             cgroup
         })
         .collect();
-    world.status_when("both pods are known", |status| {
+    env.status_when("both pods are known", |status| {
         status.kubernetes.as_ref().is_some_and(|kubernetes| kubernetes.pods == 2 && kubernetes.awaited == 0)
     });
-    assert!(denials(&world).is_empty() && report(&world, &[]).starts_with("no denials"));
-    assert!(reaches(&world, &pods[0].netns));
+    assert!(denials(&env).is_empty() && report(&env, &[]).starts_with("no denials"));
+    assert!(reaches(&env, &pods[0].netns));
 
     let found = poll_until(LONG, "the audited pod in the report", || {
-        let found = denials(&world);
+        let found = denials(&env);
         let hooks = |denial: &Value| denial["counts"].as_object().map(serde_json::Map::len);
         (found.first().and_then(hooks) == Some(3)).then_some(found)
     });
@@ -186,16 +186,16 @@ fn audit_to_rules_to_enforcement() {
     ] {
         assert_eq!(denial[field], expected, "{field}: {denial}");
     }
-    let table = report(&world, &[]);
+    let table = report(&env, &[]);
     assert!(table.contains("tools/agent app=agent") && table.contains("[[exempt]]"), "{table}");
 
     // The proposed rules, used unmodified, exempt exactly the denied senders from the moment of enforcement.
-    write("enforce", &report(&world, &["--rules", "--reset"]));
-    poll_until(LONG, "enforcement", || (!reaches(&world, &pods[1].netns)).then_some(()));
-    world.assert_nothing_arrives(|| assert!(!reaches(&world, &pods[1].netns)));
-    assert!(reaches(&world, &pods[0].netns), "{}", agent.log());
+    write("enforce", &report(&env, &["--rules", "--reset"]));
+    poll_until(LONG, "enforcement", || (!reaches(&env, &pods[1].netns)).then_some(()));
+    env.assert_nothing_arrives(|| assert!(!reaches(&env, &pods[1].netns)));
+    assert!(reaches(&env, &pods[0].netns), "{}", agent.log());
     let denied = || {
-        let denials = denials(&world);
+        let denials = denials(&env);
         denials.into_iter().filter(|denial| denial["verdict"] == "deny").collect::<Vec<_>>()
     };
     let found =
@@ -205,9 +205,9 @@ fn audit_to_rules_to_enforcement() {
     // The report is available without an agent, and includes later denials.
     agent.kill9();
     let before = sum(&found);
-    assert!(!reaches(&world, &pods[1].netns));
+    assert!(!reaches(&env, &pods[1].netns));
     assert!(sum(&denied()) > before, "{before}");
     drop(cgroups);
-    world.unload();
-    assert!(reaches(&world, &pods[1].netns));
+    env.unload();
+    assert!(reaches(&env, &pods[1].netns));
 }

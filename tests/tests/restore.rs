@@ -4,7 +4,7 @@ use std::{fs, path::PathBuf};
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
-    Agent, AttachMode, METADATA, Pod, PodLink, World,
+    Agent, AttachMode, METADATA, Pod, PodLink, TestEnv,
     foreign::detach_link,
     hook::{self, run_tc},
     output,
@@ -15,35 +15,32 @@ use imds_tests::{
 
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
 
-fn start(world: &World, backend: AttachMode) -> Agent<'_> {
-    world.agent().backend(backend).resync(1).spawn_ready()
+fn start(env: &TestEnv, backend: AttachMode) -> Agent<'_> {
+    env.agent().backend(backend).resync(1).spawn_ready()
 }
 
-fn link_pin(world: &World, pod: &Pod) -> PathBuf {
-    world.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex))
+fn link_pin(env: &TestEnv, pod: &Pod) -> PathBuf {
+    env.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex))
 }
 
 /// Detaches the agent's program without a trace in the pin directory.
-fn detach(world: &World, backend: AttachMode, pod: &Pod) {
+fn detach(env: &TestEnv, backend: AttachMode, pod: &Pod) {
     match backend {
-        AttachMode::Tcx => detach_link(&link_pin(world, pod)),
-        AttachMode::Clsact => run_tc(&world.node, &["qdisc", "delete", "dev", &pod.host_ifname, "clsact"]),
+        AttachMode::Tcx => detach_link(&link_pin(env, pod)),
+        AttachMode::Clsact => run_tc(&env.node, &["qdisc", "delete", "dev", &pod.host_ifname, "clsact"]),
     }
 }
 
 /// Waits until the agent's program is first at the hook again, and until the log reports it.
-fn assert_restored(world: &World, agent: &Agent<'_>, pod: &Pod, lines_before: usize) {
+fn assert_restored(env: &TestEnv, agent: &Agent<'_>, pod: &Pod, lines_before: usize) {
     poll_until(LONG, "the program to be attached again", || {
-        hook::programs(&world.node, &pod.host_ifname)
-            .first()
-            .is_some_and(hook::Attached::is_ours)
-            .then_some(())
+        hook::programs(&env.node, &pod.host_ifname).first().is_some_and(hook::Attached::is_ours).then_some(())
     });
-    world.assert_blocked(pod);
+    env.assert_blocked(pod);
     poll_until(LONG, "a line in the log that names the interface", || {
         agent.log().lines().skip(lines_before).any(|line| line.contains(&pod.host_ifname)).then_some(())
     });
-    world.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
+    env.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
 }
 
 #[test]
@@ -51,42 +48,42 @@ fn detached_tcx_link_is_restored() {
     if skip_without_tcx() {
         return;
     }
-    let world = World::new();
-    let pods = LINKS.map(|link| world.add_pod(link));
-    let agent = start(&world, AttachMode::Tcx);
+    let env = TestEnv::new();
+    let pods = LINKS.map(|link| env.add_pod(link));
+    let agent = start(&env, AttachMode::Tcx);
     for pod in &pods {
         let lines = agent.log().lines().count();
-        detach(&world, AttachMode::Tcx, pod);
-        assert_restored(&world, &agent, pod, lines);
-        assert_eq!(hook::tcx(&world.node, &pod.host_ifname).len(), 1);
+        detach(&env, AttachMode::Tcx, pod);
+        assert_restored(&env, &agent, pod, lines);
+        assert_eq!(hook::tcx(&env.node, &pod.host_ifname).len(), 1);
     }
 }
 
 #[test]
 fn removed_clsact_qdisc_is_restored() {
-    let world = World::new();
-    let pods = LINKS.map(|link| world.add_pod(link));
-    let agent = start(&world, AttachMode::Clsact);
+    let env = TestEnv::new();
+    let pods = LINKS.map(|link| env.add_pod(link));
+    let agent = start(&env, AttachMode::Clsact);
     for pod in &pods {
         let lines = agent.log().lines().count();
-        detach(&world, AttachMode::Clsact, pod);
-        assert_restored(&world, &agent, pod, lines);
-        assert_eq!(hook::filters(&world.node, &pod.host_ifname).len(), 1);
+        detach(&env, AttachMode::Clsact, pod);
+        assert_restored(&env, &agent, pod, lines);
+        assert_eq!(hook::filters(&env.node, &pod.host_ifname).len(), 1);
     }
     // A recreated qdisc still belongs to the agent.
     drop(agent);
-    world.unload();
-    assert!(pods.iter().all(|pod| !hook::has_clsact(&world.node, &pod.host_ifname)));
+    env.unload();
+    assert!(pods.iter().all(|pod| !hook::has_clsact(&env.node, &pod.host_ifname)));
 }
 
 #[test]
 fn removed_filter_is_restored() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let agent = start(&world, AttachMode::Clsact);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let agent = start(&env, AttachMode::Clsact);
     let lines = agent.log().lines().count();
-    run_tc(&world.node, &["filter", "delete", "dev", &pod.host_ifname, "ingress"]);
-    assert_restored(&world, &agent, &pod, lines);
+    run_tc(&env.node, &["filter", "delete", "dev", &pod.host_ifname, "ingress"]);
+    assert_restored(&env, &agent, &pod, lines);
 }
 
 #[test]
@@ -94,35 +91,35 @@ fn removed_link_pin_is_restored() {
     if skip_without_tcx() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Bridged);
-    let _agent = start(&world, AttachMode::Tcx);
-    let pin = link_pin(&world, &pod);
-    let before = hook::tcx(&world.node, &pod.host_ifname);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Bridged);
+    let _agent = start(&env, AttachMode::Tcx);
+    let pin = link_pin(&env, &pod);
+    let before = hook::tcx(&env.node, &pod.host_ifname);
 
     fs::remove_file(&pin).unwrap();
-    world.assert_blocked(&pod);
+    env.assert_blocked(&pod);
     poll_until(LONG, "the link to be pinned again", || pin.exists().then_some(()));
-    assert_eq!(hook::tcx(&world.node, &pod.host_ifname), before);
-    world.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
+    assert_eq!(hook::tcx(&env.node, &pod.host_ifname), before);
+    env.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
 }
 
 #[test]
 fn removed_pin_directory_is_restored() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let pod = world.add_pod(PodLink::Routed);
-        let _agent = start(&world, backend);
-        world.assert_blocked(&pod);
-        let denied = world.status().total.denied.packets;
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Routed);
+        let _agent = start(&env, backend);
+        env.assert_blocked(&pod);
+        let denied = env.status().total.denied.packets;
 
-        fs::remove_dir_all(world.pin_dir()).unwrap();
-        world.assert_blocked(&pod);
-        let status = world
-            .status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
+        fs::remove_dir_all(env.pin_dir()).unwrap();
+        env.assert_blocked(&pod);
+        let status =
+            env.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
         assert!(status.total.denied.packets > denied);
         for pin in ["maps/imds_policy", "maps/imds_counters", "maps/imds_interfaces", "progs/imds_from_pod"] {
-            assert!(world.pin_dir().join(pin).exists(), "{pin}");
+            assert!(env.pin_dir().join(pin).exists(), "{pin}");
         }
     });
 }
@@ -130,30 +127,30 @@ fn removed_pin_directory_is_restored() {
 #[test]
 fn detached_without_agent_is_restored() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let pod = world.add_pod(PodLink::Routed);
-        start(&world, backend).kill9();
-        detach(&world, backend, &pod);
-        world.assert_open(&pod);
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Routed);
+        start(&env, backend).kill9();
+        detach(&env, backend, &pod);
+        env.assert_open(&pod);
 
-        let status = world.status();
+        let status = env.status();
         assert_eq!(
             (status.state.as_str(), status.interface(&pod.host_ifname).attach_mode()),
             ("degraded", None)
         );
         assert!(status.problems.iter().any(|problem| problem.interface.as_ref() == Some(&pod.host_ifname)));
-        assert_eq!(world.imds_agent(&["status"]).output().status.code(), Some(3));
+        assert_eq!(env.imds_agent(&["status"]).output().status.code(), Some(3));
 
         // The initial sync is one line at level info.
         let args = ["--log-level", "debug"];
-        let agent = world.agent().backend(backend).resync(1).args(&args).spawn_ready();
-        assert_restored(&world, &agent, &pod, 0);
+        let agent = env.agent().backend(backend).resync(1).args(&args).spawn_ready();
+        assert_restored(&env, &agent, &pod, 0);
     });
 }
 
 /// Reports whether the agent's program is the first one at egress of the uplink.
-fn guards_uplink(world: &World) -> bool {
-    hook::programs_at(&world.node, World::UPLINK, TcAttachType::Egress)
+fn guards_uplink(env: &TestEnv) -> bool {
+    hook::programs_at(&env.node, TestEnv::UPLINK, TcAttachType::Egress)
         .first()
         .is_some_and(hook::Attached::is_ours)
 }
@@ -161,26 +158,26 @@ fn guards_uplink(world: &World) -> bool {
 #[test]
 fn node_egress_is_restored() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let pod = world.add_pod(PodLink::Routed);
-        world.assert_open(&pod);
-        let agent = world.agent().backend(backend).hooks(&["node_egress"]).resync(1).spawn_ready();
-        world.assert_blocked(&pod);
-        let index = world.status().interface(World::UPLINK).ifindex;
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Routed);
+        env.assert_open(&pod);
+        let agent = env.agent().backend(backend).hooks(&["node_egress"]).resync(1).spawn_ready();
+        env.assert_blocked(&pod);
+        let index = env.status().interface(TestEnv::UPLINK).ifindex;
         let lines = agent.log().lines().count();
         match backend {
-            AttachMode::Tcx => detach_link(&world.pin_dir().join(format!("links/node_egress_{index}"))),
-            AttachMode::Clsact => run_tc(&world.node, &["qdisc", "delete", "dev", World::UPLINK, "clsact"]),
+            AttachMode::Tcx => detach_link(&env.pin_dir().join(format!("links/node_egress_{index}"))),
+            AttachMode::Clsact => run_tc(&env.node, &["qdisc", "delete", "dev", TestEnv::UPLINK, "clsact"]),
         }
-        poll_until(LONG, "the program to be attached again", || guards_uplink(&world).then_some(()));
-        world.assert_blocked(&pod);
+        poll_until(LONG, "the program to be attached again", || guards_uplink(&env).then_some(()));
+        env.assert_blocked(&pod);
         poll_until(LONG, "a line in the log that names the interface", || {
-            agent.log().lines().skip(lines).any(|line| line.contains(World::UPLINK)).then_some(())
+            agent.log().lines().skip(lines).any(|line| line.contains(TestEnv::UPLINK)).then_some(())
         });
-        world.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
+        env.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
         drop(agent);
-        world.unload();
-        world.assert_open(&pod);
+        env.unload();
+        env.assert_open(&pod);
     });
 }
 
@@ -191,20 +188,20 @@ fn nft_flush_keeps_enforcement() {
         return;
     }
     for on in hooks {
-        let world = World::new();
-        let pod = world.add_pod(PodLink::Routed);
-        let is_open = || world.in_cgroup(|| http_get(&pod.netns, METADATA, SHORT).is_answer());
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Routed);
+        let is_open = || env.in_cgroup(|| http_get(&pod.netns, METADATA, SHORT).is_answer());
         poll_until(LONG, "the service to be reachable", || is_open().then_some(()));
-        let agent = world.agent().hooks(on).spawn_ready();
-        let before = world.status();
-        let mut flush = world.node.command("nft");
+        let agent = env.agent().hooks(on).spawn_ready();
+        let before = env.status();
+        let mut flush = env.node.command("nft");
         flush.args(["flush", "ruleset"]);
         assert!(output(flush).status.success());
         assert!(!is_open(), "{on:?}");
-        let after = world.status();
+        let after = env.status();
         assert_eq!((&*before.state, before.problems.len()), (&*after.state, after.problems.len()));
         drop(agent);
-        world.unload();
+        env.unload();
         poll_until(LONG, "the service to be reachable again", || is_open().then_some(()));
     }
 }
@@ -215,25 +212,25 @@ fn pins_of_every_hook_are_restored() {
         return;
     }
     for on in ["from_pod", "node_egress", "socket"] {
-        let world = World::new();
-        let pod = world.add_pod(PodLink::Bridged);
-        let is_open = || world.in_cgroup(|| http_get(&pod.netns, METADATA, SHORT).is_answer());
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Bridged);
+        let is_open = || env.in_cgroup(|| http_get(&pod.netns, METADATA, SHORT).is_answer());
         poll_until(LONG, "the service to be reachable", || is_open().then_some(()));
-        let agent = world.agent().hooks(&[on]).resync(1).spawn_ready();
+        let agent = env.agent().hooks(&[on]).resync(1).spawn_ready();
         let links = || {
-            let entries = fs::read_dir(world.pin_dir().join("links")).into_iter().flatten().flatten();
+            let entries = fs::read_dir(env.pin_dir().join("links")).into_iter().flatten().flatten();
             let mut names: Vec<_> = entries.map(|entry| entry.file_name()).collect();
             names.sort();
             names
         };
         let before = links();
-        fs::remove_dir_all(world.pin_dir()).unwrap();
+        fs::remove_dir_all(env.pin_dir()).unwrap();
         assert!(!is_open(), "{on}");
         poll_until(LONG, "the links to be pinned again", || (links() == before).then_some(()));
         assert!(!is_open(), "{on}");
-        world.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
+        env.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
         drop(agent);
-        world.unload();
+        env.unload();
         poll_until(LONG, "the service to be reachable again", || is_open().then_some(()));
     }
 }

@@ -11,7 +11,7 @@ use std::{
 
 use aya::util::KernelVersion;
 use imds_tests::{
-    Cgroup, DNS_PORT, METADATA, METADATA_V6, Netns, Over, PodLink, SERVICE, SERVICE_V6, World, foreign,
+    Cgroup, DNS_PORT, METADATA, METADATA_V6, Netns, Over, PodLink, SERVICE, SERVICE_V6, TestEnv, foreign,
     packets,
     poll::poll_until,
     probe::{
@@ -85,37 +85,37 @@ fn redirect(node: &Netns) {
 
 /// Asserts that every attack vector of a process in this cgroup and in the node's network namespace is denied.
 fn assert_every_way_is_held(path: &str) {
-    let world = World::new().with_ipv6();
-    let container = world.add_cgroup(path);
-    let node = &*world.node;
+    let env = TestEnv::new().with_ipv6();
+    let container = env.add_cgroup(path);
+    let node = &*env.node;
     redirect(node);
-    let mut ways = world
-        .ways(&[STRICT])
+    let mut vectors = env
+        .vectors(&[STRICT])
         .in_cgroup(&container)
         .config(AWS)
-        .way("TCP", || http_get(node, METADATA, SHORT).is_answer())
-        .way("TCP to another port", || http_get_at(node, (METADATA, DNS_PORT).into(), SHORT).is_answer())
-        .way("TCP to a mapped address", || mapped_tcp(node))
-        .way("TCP over IPv6", || http_get(node, METADATA_V6, SHORT).is_answer())
-        .way("UDP", || echoes(node, "0.0.0.0:0", METADATA))
-        .way("UDP to a mapped address", || echoes(node, "[::]:0", METADATA.to_ipv6_mapped()))
-        .way("UDP over IPv6", || echoes(node, "[::]:0", METADATA_V6))
-        .way("UDP, connected", || udp_echo(node, METADATA, SHORT).is_answer())
-        .way("UDP over IPv6, connected", || udp_echo(node, METADATA_V6, SHORT).is_answer())
-        .way("TCP to a Service", || http_get(node, CLUSTER_IP, SHORT).is_answer())
-        .way("UDP to a Service", || udp_echo(node, CLUSTER_IP, SHORT).is_answer())
-        .way("ICMP echo", || icmp_echo(node, METADATA, SHORT).is_answer())
-        .one_way("IP_HDRINCL", || {
-            let packet = packets::udp(world.node_address(), METADATA, b"crafted");
+        .vector("TCP", || http_get(node, METADATA, SHORT).is_answer())
+        .vector("TCP to another port", || http_get_at(node, (METADATA, DNS_PORT).into(), SHORT).is_answer())
+        .vector("TCP to a mapped address", || mapped_tcp(node))
+        .vector("TCP over IPv6", || http_get(node, METADATA_V6, SHORT).is_answer())
+        .vector("UDP", || echoes(node, "0.0.0.0:0", METADATA))
+        .vector("UDP to a mapped address", || echoes(node, "[::]:0", METADATA.to_ipv6_mapped()))
+        .vector("UDP over IPv6", || echoes(node, "[::]:0", METADATA_V6))
+        .vector("UDP, connected", || udp_echo(node, METADATA, SHORT).is_answer())
+        .vector("UDP over IPv6, connected", || udp_echo(node, METADATA_V6, SHORT).is_answer())
+        .vector("TCP to a Service", || http_get(node, CLUSTER_IP, SHORT).is_answer())
+        .vector("UDP to a Service", || udp_echo(node, CLUSTER_IP, SHORT).is_answer())
+        .vector("ICMP echo", || icmp_echo(node, METADATA, SHORT).is_answer())
+        .one_vector("IP_HDRINCL", || {
+            let packet = packets::udp(env.node_address(), METADATA, b"crafted");
             // Ignores the result: the arrivals show whether the packet was denied.
             let _ = send_ipv4(node, METADATA, &[packet]);
         });
     for (name, protocol) in [("TCP", 6), ("UDP", 17), ("SCTP", 132), ("an experiment", 253)] {
-        ways = ways.one_way(format!("{name} from a raw socket"), move || {
+        vectors = vectors.one_vector(format!("{name} from a raw socket"), move || {
             let _ = send_raw(node, METADATA, protocol);
         });
     }
-    ways.assert_held();
+    vectors.assert_blocked_all();
 }
 
 #[test]
@@ -139,13 +139,13 @@ fn earlier_connection_is_cut() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let container = world.add_cgroup(CONTAINER);
+    let env = TestEnv::new();
+    let container = env.add_cgroup(CONTAINER);
     let open = || {
         container.run(|| {
-            let udp = udp_socket(&world.node, "0.0.0.0:0");
+            let udp = udp_socket(&env.node, "0.0.0.0:0");
             udp.connect((METADATA, ECHO_PORT)).unwrap();
-            (world.node.run(|| connect(METADATA, LONG)).unwrap(), udp)
+            (env.node.run(|| connect(METADATA, LONG)).unwrap(), udp)
         })
     };
     let (mut tcp, udp) = open();
@@ -154,13 +154,13 @@ fn earlier_connection_is_cut() {
     let (mut spared, _) = open();
     assert!(http_exchange(&mut spared, LONG).is_ok());
 
-    let agent = world.agent().hooks(&[STRICT]).spawn_ready();
-    world.assert_nothing_arrives(|| {
+    let agent = env.agent().hooks(&[STRICT]).spawn_ready();
+    env.assert_nothing_arrives(|| {
         assert!(is_refused(udp.send(b"echo")));
         assert!(http_exchange(&mut tcp, SHORT).is_err());
     });
     drop(agent);
-    world.unload();
+    env.unload();
     udp.send(b"echo").unwrap();
     assert!(udp.recv(&mut [0; 16]).is_ok());
     let (mut again, _) = open();
@@ -183,9 +183,9 @@ fn node_and_unprotected_addresses_pass() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new().with_ipv6();
-    let container = world.add_cgroup(CONTAINER);
-    let kubelet = world.add_cgroup("system.slice/kubelet.service");
+    let env = TestEnv::new().with_ipv6();
+    let container = env.add_cgroup(CONTAINER);
+    let kubelet = env.add_cgroup("system.slice/kubelet.service");
     let config = "provider = 'none'
         [[endpoint]]
         name = 'four'
@@ -195,28 +195,28 @@ fn node_and_unprotected_addresses_pass() {
         name = 'six'
         address = 'fd00:ec2::254'
         keep = ['udp/53', 'tcp/53']";
-    let agent = world.agent().hooks(&ALL).config(config).spawn_ready();
+    let agent = env.agent().hooks(&ALL).config(config).spawn_ready();
     let services = [SERVICE.into(), SERVICE_V6.into()];
     let endpoints = [METADATA.into(), METADATA_V6.into()];
-    assert_reaches(&world.node, &[&services[..], &endpoints].concat());
-    kubelet.run(|| assert_reaches(&world.node, &[&services[..], &endpoints].concat()));
+    assert_reaches(&env.node, &[&services[..], &endpoints].concat());
+    kubelet.run(|| assert_reaches(&env.node, &[&services[..], &endpoints].concat()));
     container.run(|| {
-        assert_reaches(&world.node, &services);
+        assert_reaches(&env.node, &services);
         for endpoint in endpoints {
             let dns = (endpoint, DNS_PORT).into();
-            assert!(http_get_at(&world.node, dns, LONG).is_answer(), "TCP to {dns}");
-            assert!(udp_echo_at(&world.node, dns, LONG).is_answer(), "UDP to {dns}");
-            assert!(!http_get(&world.node, endpoint, SHORT).is_answer(), "TCP to {endpoint}");
-            assert!(!udp_echo(&world.node, endpoint, SHORT).is_answer(), "UDP to {endpoint}");
+            assert!(http_get_at(&env.node, dns, LONG).is_answer(), "TCP to {dns}");
+            assert!(udp_echo_at(&env.node, dns, LONG).is_answer(), "UDP to {dns}");
+            assert!(!http_get(&env.node, endpoint, SHORT).is_answer(), "TCP to {endpoint}");
+            assert!(!udp_echo(&env.node, endpoint, SHORT).is_answer(), "UDP to {endpoint}");
         }
     });
-    let status = world.status();
+    let status = env.status();
     assert_eq!((status.state.as_str(), &status.hooks[..]), ("enforcing", &ALL.map(str::to_owned)[..]));
     let counts = status.host_network.expect("host_network is on").counts;
     assert!(counts.allowed.packets > 0 && counts.denied.packets == 4, "{counts:?}");
     drop(agent);
-    world.unload();
-    container.run(|| assert_reaches(&world.node, &endpoints));
+    env.unload();
+    container.run(|| assert_reaches(&env.node, &endpoints));
 }
 
 #[test]
@@ -224,13 +224,13 @@ fn pod_with_own_netns_is_counted_once() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let container = world.add_cgroup(CONTAINER);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let container = env.add_cgroup(CONTAINER);
     assert!(container.run(|| reachable(&pod.netns, METADATA)));
-    let agent = world.agent().hooks(&ALL).spawn_ready();
+    let agent = env.agent().hooks(&ALL).spawn_ready();
     let denied = || {
-        let status = world.status();
+        let status = env.status();
         let sockets = status.sockets.as_ref().expect("the hook is on").counts;
         let host = status.host_network.as_ref().expect("host_network is on").counts;
         let edge = status.interface(&pod.host_ifname).counts;
@@ -242,16 +242,16 @@ fn pod_with_own_netns_is_counted_once() {
         skip("packets", "programs of cgroups do not see a socket's network namespace on this kernel");
     } else {
         container.run(|| send_raw(&pod.netns, METADATA, 132)).unwrap();
-        world.status_when("the packet is counted", |status| status.total.denied.packets == 2);
+        env.status_when("the packet is counted", |status| status.total.denied.packets == 2);
         assert_eq!(denied(), [1, 1, 0, 2]);
     }
     // Calls and packets in the node's namespace are denied too.
-    assert!(container.run(|| !http_get(&world.node, METADATA, SHORT).is_answer()));
-    assert!(is_refused(container.run(|| send_raw(&world.node, METADATA, 132))));
+    assert!(container.run(|| !http_get(&env.node, METADATA, SHORT).is_answer()));
+    assert!(is_refused(container.run(|| send_raw(&env.node, METADATA, 132))));
     let [_, _, host, _] = denied();
     assert_eq!(host, 2);
     drop(agent);
-    world.unload();
+    env.unload();
     assert!(container.run(|| reachable(&pod.netns, METADATA)));
 }
 
@@ -260,34 +260,34 @@ fn disabled_host_network_denies_nothing() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let container = world.add_cgroup(CONTAINER);
-    let is_open = || container.run(|| reachable(&world.node, METADATA));
-    let is_held = || container.run(|| !http_get(&world.node, METADATA, SHORT).is_answer());
-    let agent = world.agent().hooks(&ALL[..3]).spawn_ready();
+    let env = TestEnv::new();
+    let container = env.add_cgroup(CONTAINER);
+    let is_open = || container.run(|| reachable(&env.node, METADATA));
+    let is_held = || container.run(|| !http_get(&env.node, METADATA, SHORT).is_answer());
+    let agent = env.agent().hooks(&ALL[..3]).spawn_ready();
     assert!(is_open());
-    assert!(world.status().host_network.is_none());
+    assert!(env.status().host_network.is_none());
     agent.kill9();
-    let agent = world.agent().hooks(&ALL).spawn_ready();
+    let agent = env.agent().hooks(&ALL).spawn_ready();
     assert!(is_held());
     agent.kill9();
     assert!(is_held());
     // The next agent has the hook off and removes its links.
-    let agent = world.agent().hooks(&ALL[..3]).spawn_ready();
+    let agent = env.agent().hooks(&ALL[..3]).spawn_ready();
     assert!(is_open());
-    assert_eq!(host_links(&world), [""; 0]);
+    assert_eq!(host_links(&env), [""; 0]);
     agent.kill9();
     // The mode `off` disables the hook as well.
-    let agent = world.agent().hooks(&[STRICT]).config("mode = 'off'").spawn_ready();
+    let agent = env.agent().hooks(&[STRICT]).config("mode = 'off'").spawn_ready();
     assert!(is_open());
     drop(agent);
-    world.unload();
+    env.unload();
     assert!(is_open());
 }
 
 /// Returns the names of the pinned links for cgroups of Kubernetes pods.
-fn host_links(world: &World) -> Vec<String> {
-    let entries = fs::read_dir(world.pin_dir().join("links")).unwrap();
+fn host_links(env: &TestEnv) -> Vec<String> {
+    let entries = fs::read_dir(env.pin_dir().join("links")).unwrap();
     let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
     names.filter(|name| name.starts_with("host_")).collect()
 }
@@ -297,34 +297,34 @@ fn added_and_removed_cgroups_are_followed() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
+    let env = TestEnv::new();
     // No resync runs during the test, so that only events can report the cgroups.
-    let agent = world.agent().hooks(&[STRICT]).resync(3600).spawn();
+    let agent = env.agent().hooks(&[STRICT]).resync(3600).spawn();
     agent.wait_for_log("hostNetwork pods are not restricted", LONG);
-    let status = world.status_when("the problem is reported", |status| status.agent.ready);
+    let status = env.status_when("the problem is reported", |status| status.agent.ready);
     assert_eq!(status.state, "degraded");
     let [problem] = &status.problems[..] else { panic!("{:#?}", status.problems) };
     assert!(problem.problem.contains("hostNetwork") && problem.remedy.contains("cgroup"), "{problem:?}");
 
     let mut cgroups = Vec::new();
     for (count, path) in (1..).zip(["kubepods", CONTAINER, IN_KIND]) {
-        let cgroup = world.add_cgroup(path);
-        assert_ne!(world.status().state, "unloaded");
-        world.status_when("the programs are attached", |status| {
+        let cgroup = env.add_cgroup(path);
+        assert_ne!(env.status().state, "unloaded");
+        env.status_when("the programs are attached", |status| {
             let host = status.host_network.as_ref().expect("host_network is on");
             host.attached && host.cgroups.len() == count && status.state == "enforcing"
         });
-        assert!(cgroup.run(|| is_refused(world.node.run(|| connect(METADATA, SHORT)))), "{path}");
+        assert!(cgroup.run(|| is_refused(env.node.run(|| connect(METADATA, SHORT)))), "{path}");
         cgroups.push(cgroup);
     }
-    assert!(reachable(&world.node, METADATA));
-    assert_eq!(host_links(&world).len(), 15);
+    assert!(reachable(&env.node, METADATA));
+    assert_eq!(host_links(&env).len(), 15);
     drop(cgroups);
-    poll_until(LONG, "the pins to be removed", || host_links(&world).is_empty().then_some(()));
+    poll_until(LONG, "the pins to be removed", || host_links(&env).is_empty().then_some(()));
     drop(agent);
-    world.unload();
-    let cgroup = world.add_cgroup(CONTAINER);
-    assert!(cgroup.run(|| reachable(&world.node, METADATA)));
+    env.unload();
+    let cgroup = env.add_cgroup(CONTAINER);
+    assert!(cgroup.run(|| reachable(&env.node, METADATA)));
 }
 
 #[test]
@@ -332,16 +332,16 @@ fn once_without_kubepods_cgroup_fails() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let output = world.agent().hooks(&ALL).once();
+    let env = TestEnv::new();
+    let output = env.agent().hooks(&ALL).once();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     assert!(
-        stderr.contains("hostNetwork pods") && stderr.contains(world.cgroup().to_str().unwrap()),
+        stderr.contains("hostNetwork pods") && stderr.contains(env.cgroup().to_str().unwrap()),
         "{stderr}"
     );
-    let _container = world.add_cgroup(CONTAINER);
-    let output = world.agent().hooks(&ALL).once();
+    let _container = env.add_cgroup(CONTAINER);
+    let output = env.agent().hooks(&ALL).once();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
@@ -350,15 +350,15 @@ fn audit_counts_and_passes() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let container = world.add_cgroup(CONTAINER);
-    let _agent = world.agent().hooks(&[STRICT]).config("mode = 'audit'").spawn_ready();
-    let before = world.arrivals();
-    container.run(|| send_raw(&world.node, METADATA, 132)).unwrap();
-    assert_eq!(world.arrivals().total(), before.total() + 1);
-    let counts = || world.status().host_network.expect("host_network is on").counts;
+    let env = TestEnv::new();
+    let container = env.add_cgroup(CONTAINER);
+    let _agent = env.agent().hooks(&[STRICT]).config("mode = 'audit'").spawn_ready();
+    let before = env.received_packets();
+    container.run(|| send_raw(&env.node, METADATA, 132)).unwrap();
+    assert_eq!(env.received_packets().total(), before.total() + 1);
+    let counts = || env.status().host_network.expect("host_network is on").counts;
     assert_eq!((counts().audited.packets, counts().denied.packets), (1, 0));
-    assert!(container.run(|| reachable(&world.node, METADATA)));
+    assert!(container.run(|| reachable(&env.node, METADATA)));
     assert!(counts().audited.packets > 2 && counts().denied.packets == 0, "{:?}", counts());
 }
 
@@ -367,29 +367,29 @@ fn detached_host_network_is_restored() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let container = world.add_cgroup(CONTAINER);
-    let agent = world.agent().hooks(&[STRICT]).resync(1).spawn_ready();
-    let kubepods = world.status().host_network.expect("host_network is on").cgroups[0];
-    let is_held = || is_refused(container.run(|| send_raw(&world.node, METADATA, 132)));
+    let env = TestEnv::new();
+    let container = env.add_cgroup(CONTAINER);
+    let agent = env.agent().hooks(&[STRICT]).resync(1).spawn_ready();
+    let kubepods = env.status().host_network.expect("host_network is on").cgroups[0];
+    let is_held = || is_refused(container.run(|| send_raw(&env.node, METADATA, 132)));
     assert!(is_held());
-    foreign::detach_link(&world.pin_dir().join(format!("links/host_egress_{kubepods}")));
+    foreign::detach_link(&env.pin_dir().join(format!("links/host_egress_{kubepods}")));
     agent.wait_for_log("attached imds_host_out", LONG);
     poll_until(LONG, "packets to be denied again", || is_held().then_some(()));
-    fs::remove_file(world.pin_dir().join(format!("links/host_connect4_{kubepods}"))).unwrap();
+    fs::remove_file(env.pin_dir().join(format!("links/host_connect4_{kubepods}"))).unwrap();
     agent.wait_for_log("pinned the link of imds_host_conn4", LONG);
-    world.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
+    env.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
 }
 
 /// Sends to the metadata service with a sendto call, with a connect call and from a raw socket, until `over` is set.
-fn send_until(world: &World, container: &Cgroup, over: &Over, tried: &AtomicU64) {
+fn send_until(env: &TestEnv, container: &Cgroup, over: &Over, tried: &AtomicU64) {
     container.run(|| {
-        let (named, connected) = (udp_socket(&world.node, "0.0.0.0:0"), udp_socket(&world.node, "0.0.0.0:0"));
+        let (named, connected) = (udp_socket(&env.node, "0.0.0.0:0"), udp_socket(&env.node, "0.0.0.0:0"));
         while !over.is_told() {
             // The call is denied, or its packet is counted on arrival.
             let _ = named.send_to(b"echo", (METADATA, ECHO_PORT));
             let _ = connected.connect((METADATA, ECHO_PORT)).and_then(|()| connected.send(b"echo"));
-            let _ = send_raw(&world.node, METADATA, 132);
+            let _ = send_raw(&env.node, METADATA, 132);
             tried.fetch_add(3, Ordering::Relaxed);
         }
     });
@@ -401,36 +401,36 @@ fn host_network_survives_restart() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let container = world.add_cgroup(CONTAINER);
+    let env = TestEnv::new();
+    let container = env.add_cgroup(CONTAINER);
     let (over, tried) = (Over::default(), AtomicU64::new(0));
-    assert!(world.arrives(|| {
+    assert!(env.arrives(|| {
         for protocol in [17, 132] {
-            container.run(|| send_raw(&world.node, METADATA, protocol)).unwrap();
+            container.run(|| send_raw(&env.node, METADATA, protocol)).unwrap();
         }
     }));
-    let agent = world.agent().hooks(&[STRICT]).spawn_ready();
-    let before = world.arrivals();
+    let agent = env.agent().hooks(&[STRICT]).spawn_ready();
+    let before = env.received_packets();
     let agent = thread::scope(|scope| {
         let mut agent = agent;
         let _tell = over.when_dropped();
-        scope.spawn(|| send_until(&world, &container, &over, &tried));
+        scope.spawn(|| send_until(&env, &container, &over, &tried));
         for _ in 0..RESTARTS {
             agent.kill9();
             let told = tried.load(Ordering::Relaxed);
             poll_until(LONG, "attempts without an agent", || {
                 (tried.load(Ordering::Relaxed) > told + 30).then_some(())
             });
-            agent = world.agent().hooks(&[STRICT]).spawn_ready();
+            agent = env.agent().hooks(&[STRICT]).spawn_ready();
         }
         agent
     });
     let tried = tried.into_inner();
-    assert_eq!(world.arrivals(), before, "of {tried} attempts during {RESTARTS} restarts");
-    let denied = world.status().host_network.expect("host_network is on").counts.denied.packets;
+    assert_eq!(env.received_packets(), before, "of {tried} attempts during {RESTARTS} restarts");
+    let denied = env.status().host_network.expect("host_network is on").counts.denied.packets;
     assert!(denied >= tried, "{denied} of {tried} counted");
     drop(agent);
-    world.status().assert_lacks_only_an_agent();
-    world.unload();
-    assert!(container.run(|| reachable(&world.node, METADATA)));
+    env.status().assert_lacks_only_an_agent();
+    env.unload();
+    assert!(container.run(|| reachable(&env.node, METADATA)));
 }

@@ -2,7 +2,7 @@
 
 use std::{fs, os::unix::net::UnixDatagram, time::Duration};
 
-use imds_tests::{PodLink, World, probe::LONG};
+use imds_tests::{PodLink, TestEnv, probe::LONG};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -36,15 +36,15 @@ impl Manager {
 
 #[test]
 fn readiness_and_watchdog_are_notified() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let (socket, config) = (world.scratch_dir().join("notify"), world.scratch_dir().join("imds.toml"));
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let (socket, config) = (env.scratch_dir().join("notify"), env.scratch_dir().join("imds.toml"));
     fs::write(&config, format!("mode = 'audit'\n{REST}")).unwrap();
     let manager = Manager(UnixDatagram::bind(&socket).unwrap());
     manager.0.set_read_timeout(Some(LONG)).unwrap();
-    world.assert_open(&pod);
+    env.assert_open(&pod);
 
-    let agent = world
+    let agent = env
         .agent()
         .config_file(config.to_str().unwrap())
         .env("NOTIFY_SOCKET", socket.to_str().unwrap())
@@ -62,18 +62,18 @@ fn readiness_and_watchdog_are_notified() {
     kill(Pid::from_raw(agent.pid().try_into().unwrap()), Signal::SIGHUP).unwrap();
     manager.wait_for("RELOADING=1");
     manager.wait_for("READY=1");
-    world.assert_blocked(&pod);
+    env.assert_blocked(&pod);
     let status = manager.wait_for("STATUS=");
     assert!(status.starts_with("mode enforce: 1 pod and "), "{status}");
     // The agent is ready after a rejected configuration as well, with the earlier one effective.
     fs::write(&config, "mode = 'nonsense'").unwrap();
     manager.wait_for("RELOADING=1");
     manager.wait_for("READY=1");
-    world.assert_blocked(&pod);
+    env.assert_blocked(&pod);
 
     assert!(agent.terminate().success());
     manager.wait_for("STOPPING=1");
-    world.assert_blocked(&pod);
-    world.unload();
-    world.assert_open(&pod);
+    env.assert_blocked(&pod);
+    env.unload();
+    env.assert_open(&pod);
 }

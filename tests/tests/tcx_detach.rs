@@ -8,8 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use imds_agent::datapath::bpf::{Direction, link_create_first, link_detach, load_idle};
-use imds_tests::{AttachMode, Netns, World, skip_without_tcx};
+use imds_agent::datapath::bpf::{Direction, link_create_first, link_detach, load_noop_program};
+use imds_tests::{AttachMode, Netns, TestEnv, skip_without_tcx};
 
 const LINKS: u32 = 200;
 /// Kernel setting that sends interrupts instead of waiting for an RCU grace period.
@@ -33,7 +33,7 @@ impl Drop for Expedited {
 }
 
 fn attach(netns: &Netns) -> Vec<OwnedFd> {
-    let program = load_idle().unwrap();
+    let program = load_noop_program().unwrap();
     netns.run(|| {
         let interfaces =
             (0..LINKS).map(|number| nix::net::if_::if_nametoindex(&*format!("d{number}")).unwrap());
@@ -79,17 +79,17 @@ fn time_of_unload() {
     if skip_without_tcx() {
         return;
     }
-    let world = World::new();
+    let env = TestEnv::new();
     let mut batch = String::new();
     for number in 0..LINKS {
         writeln!(batch, "link add d{number} type veth peer name p{number}").unwrap();
     }
-    world.node.ip(&batch);
-    let once = world.agent().backend(AttachMode::Tcx).hooks(&["node_egress"]).once();
+    env.node.ip(&batch);
+    let once = env.agent().backend(AttachMode::Tcx).hooks(&["node_egress"]).once();
     assert!(once.status.success(), "{once:?}");
-    let links = fs::read_dir(world.pin_dir().join("links")).unwrap().count();
+    let links = fs::read_dir(env.pin_dir().join("links")).unwrap().count();
     let start = Instant::now();
-    world.unload();
+    env.unload();
     let time = start.elapsed();
     println!("{links} links: {time:?}");
     assert!(links >= 100 && time < Duration::from_secs(5) * u32::try_from(links).unwrap() / 1000);

@@ -4,8 +4,8 @@
 use etherparse::{EtherType, Ipv4Extensions, Ipv4Header, PacketBuilder, SingleVlanHeader, VlanId, ip_number};
 use imds_agent::datapath::object::{OBJECT, kernel_features};
 use imds_ebpf_common::{
-    Address, AttachMode, Counter, CounterKey, Endpoint, Exemption, Filter, Grant, Hook, IMDS_IPV4,
-    InterfaceRecord, Mode, Policy, Role, Service, Subject, SubjectKind, Verdict,
+    Address, AttachMode, Counter, CounterKey, Endpoint, Exemption, Grant, Hook, IMDS_IPV4, InterfaceRecord,
+    Mode, Policy, PolicyTable, Role, Service, Subject, SubjectKind, Verdict,
     maps::MARK,
     names::{
         MAP_COUNTERS, MAP_ENDPOINTS, MAP_EXEMPT, MAP_EXEMPT_SOURCES, MAP_INTERFACES, MAP_POLICY, MAPS,
@@ -25,13 +25,14 @@ const POD: [u8; 4] = [10, 244, 0, 7];
 const OTHER: [u8; 4] = [198, 51, 100, 10];
 const ETHERNET_LEN: usize = 14;
 
-const IMDS: Endpoint = Endpoint { name: *b"imds\0\0\0\0\0\0\0\0\0\0\0\0", id: 1, keep: [Service::NONE; 8] };
+const IMDS: Endpoint =
+    Endpoint { name: *b"imds\0\0\0\0\0\0\0\0\0\0\0\0", id: 1, allowed_ports: [Service::NONE; 8] };
 
 /// Loads programs for which 169.254.169.254 is an endpoint.
 fn unwritten_object() -> Object {
     let mut object = Object::load(OBJECT);
     object.insert(MAP_ENDPOINTS, Address::from_ipv4(IMDS_IPV4), IMDS);
-    object.set(SECTION_FILTER, Filter::of([(Address::from_ipv4(IMDS_IPV4), &IMDS)]));
+    object.set(SECTION_FILTER, PolicyTable::of([(Address::from_ipv4(IMDS_IPV4), &IMDS)]));
     object
 }
 
@@ -203,7 +204,7 @@ fn object_with(grants: &[(Exemption, Grant)], mode: Mode) -> Object {
     for (exemption, grant) in grants {
         object.insert(MAP_EXEMPT, *exemption, *grant);
     }
-    let mut filter = Filter::of([(Address::from_ipv4(IMDS_IPV4), &IMDS)]);
+    let mut filter = PolicyTable::of([(Address::from_ipv4(IMDS_IPV4), &IMDS)]);
     filter.set_subjects(grants.iter().map(|(exemption, _)| exemption.subject));
     object.set(SECTION_FILTER, filter);
     object
@@ -231,7 +232,7 @@ fn exempt_sender_passes_to_its_endpoints() {
         (grant(neighbour, HERE, Verdict::Exempt), Mode::Enforce, Verdict::Deny),
         (grant(namesake, Address::ANY, Verdict::Exempt), Mode::Enforce, Verdict::Deny),
         // A verdict that no agent writes.
-        (grant(sender, HERE, Verdict::Foreign), Mode::Enforce, Verdict::Deny),
+        (grant(sender, HERE, Verdict::Unrelated), Mode::Enforce, Verdict::Deny),
     ] {
         let object = object_with(&[granted], mode);
         let expected = if verdict == Verdict::Deny { TC_ACT_SHOT } else { TC_ACT_UNSPEC };
@@ -315,14 +316,14 @@ fn missing_or_unknown_policy_denies() {
 #[test]
 fn unwritten_and_full_bloom_filter() {
     let mut object = Object::load(OBJECT);
-    let full = Filter { bits: [0xff; 8192], subjects: [0xff; 2048], ..Filter::EMPTY };
+    let full = PolicyTable { bits: [0xff; 8192], subjects: [0xff; 2048], ..PolicyTable::EMPTY };
     object.set(SECTION_FILTER, full);
     assert_eq!(action(object.program(PROG_FROM_POD), &udp(OTHER)), TC_ACT_UNSPEC);
     // The filter makes endpoints effective. The map of endpoints is for display only.
     object.insert(MAP_ENDPOINTS, Address::from_ipv4(IMDS_IPV4), IMDS);
     assert_eq!(action(object.program(PROG_FROM_POD), &udp(IMDS_IPV4)), TC_ACT_UNSPEC);
-    let with_endpoint = Filter::of([(Address::from_ipv4(IMDS_IPV4), &IMDS)]);
-    object.set(SECTION_FILTER, Filter { bits: full.bits, subjects: full.subjects, ..with_endpoint });
+    let with_endpoint = PolicyTable::of([(Address::from_ipv4(IMDS_IPV4), &IMDS)]);
+    object.set(SECTION_FILTER, PolicyTable { bits: full.bits, subjects: full.subjects, ..with_endpoint });
     assert_eq!(action(object.program(PROG_FROM_POD), &udp(IMDS_IPV4)), TC_ACT_SHOT);
     assert_eq!(action(object.program(PROG_FROM_POD), &udp(OTHER)), TC_ACT_UNSPEC);
 }

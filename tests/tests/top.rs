@@ -9,7 +9,7 @@ use std::{
     thread,
 };
 
-use imds_tests::{METADATA, PacketSocket, Pod, PodLink, World, packets, poll::poll_until, probe::LONG};
+use imds_tests::{METADATA, PacketSocket, Pod, PodLink, TestEnv, packets, poll::poll_until, probe::LONG};
 use nix::{
     pty::{Winsize, openpty},
     sys::signal::{Signal, kill},
@@ -27,11 +27,11 @@ struct Terminal {
 }
 
 impl Terminal {
-    fn start(world: &World, args: &[&str]) -> Self {
+    fn start(env: &TestEnv, args: &[&str]) -> Self {
         let size = Winsize { ws_row: LINES.get(), ws_col: COLUMNS.get(), ws_xpixel: 0, ws_ypixel: 0 };
         let pty = openpty(&size, None).unwrap();
         let end = || Stdio::from(pty.slave.try_clone().unwrap());
-        let mut command = world.imds_agent(&[&["top"], args].concat()).command();
+        let mut command = env.imds_agent(&[&["top"], args].concat()).command();
         command.env("TERM", "xterm").stdin(end()).stdout(end()).stderr(end());
         let child = command.spawn().unwrap();
         // Closes the copies of the terminal's descriptors in this process; otherwise its closing could not be detected.
@@ -97,10 +97,10 @@ fn denied(text: &str, pod: &Pod) -> Option<u64> {
 
 #[test]
 fn denials_of_a_pod_grow() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let agent = world.agent().spawn_ready();
-    let mut terminal = Terminal::start(&world, &["--interval", "0.1"]);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let agent = env.agent().spawn_ready();
+    let mut terminal = Terminal::start(&env, &["--interval", "0.1"]);
     terminal.wait_for("the pod", |text| denied(text, &pod) == Some(0) && text.contains("mode enforce"));
     send(&pod, 3);
     terminal.wait_for("denials", |text| denied(text, &pod) == Some(3));
@@ -117,7 +117,7 @@ fn denials_of_a_pod_grow() {
     terminal.press("p");
     terminal.wait_for("the pause", |text| text.contains("paused"));
     send(&pod, 2);
-    world.status_when("the packets are counted", |status| status.total.denied.packets == 5);
+    env.status_when("the packets are counted", |status| status.total.denied.packets == 5);
     assert_eq!(denied(&terminal.text(), &pod), Some(3));
     terminal.press("p");
     terminal.wait_for("the packets sent while stopped", |text| denied(text, &pod) == Some(5));
@@ -127,21 +127,21 @@ fn denials_of_a_pod_grow() {
     terminal.wait_for("the agent's end", |text| text.contains("agent not running"));
     terminal.press("q");
     assert!(terminal.end().success());
-    world.unload();
+    env.unload();
 }
 
 #[test]
 fn terminal_is_restored_on_every_exit() {
-    let world = World::new();
-    let _agent = world.agent().spawn_ready();
+    let env = TestEnv::new();
+    let _agent = env.agent().spawn_ready();
     for keys in ["\x1b", "\x03"] {
-        let mut terminal = Terminal::start(&world, &[]);
+        let mut terminal = Terminal::start(&env, &[]);
         terminal.wait_for("the mode", |text| text.contains("mode enforce"));
         terminal.press(keys);
         assert!(terminal.end().success(), "{keys:?}");
     }
     for signal in [Signal::SIGTERM, Signal::SIGHUP] {
-        let terminal = Terminal::start(&world, &[]);
+        let terminal = Terminal::start(&env, &[]);
         terminal.wait_for("the mode", |text| text.contains("mode enforce"));
         kill(Pid::from_raw(terminal.child.id().try_into().unwrap()), signal).unwrap();
         assert!(terminal.end().success(), "{signal}");
@@ -150,11 +150,11 @@ fn terminal_is_restored_on_every_exit() {
 
 #[test]
 fn missing_terminal_names_the_alternative() {
-    let world = World::new();
-    let output = world.imds_agent(&["top"]).output();
+    let env = TestEnv::new();
+    let output = env.imds_agent(&["top"]).output();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{stderr}");
     assert!(stderr.contains("imds-agent status") && stderr.contains("imds-agent events"), "{stderr}");
-    let output = world.imds_agent(&["top", "--interval", "0"]).output();
+    let output = env.imds_agent(&["top", "--interval", "0"]).output();
     assert_eq!(output.status.code(), Some(2));
 }

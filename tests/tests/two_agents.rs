@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use imds_tests::{AgentCommand, PodLink, Status, World, hook, probe::LONG, with_each_backend};
+use imds_tests::{AgentCommand, PodLink, Status, TestEnv, hook, probe::LONG, with_each_backend};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -10,19 +10,19 @@ use nix::{
 
 /// A second pin directory, which is unloaded on drop.
 struct Second<'w> {
-    world: &'w World,
+    env: &'w TestEnv,
     path: PathBuf,
 }
 
 impl<'w> Second<'w> {
-    fn new(world: &'w World) -> Self {
-        let mut path = world.pin_dir().as_os_str().to_owned();
+    fn new(env: &'w TestEnv) -> Self {
+        let mut path = env.pin_dir().as_os_str().to_owned();
         path.push("-second");
-        Self { world, path: path.into() }
+        Self { env, path: path.into() }
     }
 
     fn command(&self, args: &[&str]) -> AgentCommand<'w> {
-        self.world.imds_agent(args).pin_dir(&self.path)
+        self.env.imds_agent(args).pin_dir(&self.path)
     }
 }
 
@@ -40,15 +40,15 @@ fn names(status: &Status, pid: u32, path: &str) -> bool {
 #[test]
 fn both_agents_are_reported_and_coexist() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let pod = world.add_pod(PodLink::Routed);
-        let directory = Second::new(&world);
-        let first = world.agent().backend(backend).resync(1).spawn_ready();
-        let second = world.agent().backend(backend).resync(1).pin_dir(&directory.path).spawn();
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Routed);
+        let directory = Second::new(&env);
+        let first = env.agent().backend(backend).resync(1).spawn_ready();
+        let second = env.agent().backend(backend).resync(1).pin_dir(&directory.path).spawn();
         second.wait_for_log(&format!("another imds-agent (pid {}) runs on this node", first.pid()), LONG);
         first.wait_for_log(&format!("another imds-agent (pid {}) runs on this node", second.pid()), LONG * 3);
 
-        let status = world.status();
+        let status = env.status();
         assert_eq!(status.state, "degraded");
         assert!(names(&status, second.pid(), directory.path.to_str().unwrap()), "{:?}", status.problems);
         let output = directory.command(&["status", "-o", "json"]).output();
@@ -63,11 +63,11 @@ fn both_agents_are_reported_and_coexist() {
                 agent.wait_for_log(&format!("loaded configuration {round}:"), LONG);
             }
         }
-        let late = world.add_pod(PodLink::Routed);
-        world.wait_guarded(&late);
+        let late = env.add_pod(PodLink::Routed);
+        env.wait_enforced(&late);
         for pod in [&pod, &late] {
-            assert!(!hook::programs(&world.node, &pod.host_ifname).is_empty());
-            world.assert_blocked(pod);
+            assert!(!hook::programs(&env.node, &pod.host_ifname).is_empty());
+            env.assert_blocked(pod);
         }
         for agent in [&first, &second] {
             let log = agent.log();
@@ -81,8 +81,8 @@ fn both_agents_are_reported_and_coexist() {
         // which the unload clears and the other agent fills again.
         second.kill9();
         drop(directory);
-        world.wait_guarded(&pod);
-        world.assert_blocked(&pod);
-        world.status_when("only one agent runs", Status::is_ready);
+        env.wait_enforced(&pod);
+        env.assert_blocked(&pod);
+        env.status_when("only one agent runs", Status::is_ready);
     });
 }

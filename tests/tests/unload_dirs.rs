@@ -8,7 +8,7 @@ use std::{
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
-    AgentCommand, AttachMode, PodLink, World,
+    AgentCommand, AttachMode, PodLink, TestEnv,
     foreign::{Foreign, TC_ACT_OK, pin_object_over, pin_over},
     hook, skip_without_tcx,
 };
@@ -18,8 +18,8 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 struct Bpffs(PathBuf);
 
 impl Bpffs {
-    fn new(world: &World) -> Self {
-        let path = world.scratch_dir().join("bpffs");
+    fn new(env: &TestEnv) -> Self {
+        let path = env.scratch_dir().join("bpffs");
         fs::create_dir(&path).unwrap();
         mount(Some("bpf"), &path, Some("bpf"), MsFlags::empty(), None::<&str>).unwrap();
         Self(path)
@@ -42,8 +42,8 @@ fn assert_refused(command: AgentCommand<'_>, path: &Path, reason: &str) {
     }
 }
 
-fn unload(world: &World) -> AgentCommand<'_> {
-    world.imds_agent(&["unload"])
+fn unload(env: &TestEnv) -> AgentCommand<'_> {
+    env.imds_agent(&["unload"])
 }
 
 fn pin_foreign_program(path: &Path) {
@@ -53,60 +53,60 @@ fn pin_foreign_program(path: &Path) {
 
 #[test]
 fn directory_of_files_is_left_alone() {
-    let world = World::new();
-    let path = world.scratch_dir().join("files");
+    let env = TestEnv::new();
+    let path = env.scratch_dir().join("files");
     fs::create_dir_all(path.join("maps")).unwrap();
     fs::write(path.join("maps/imds_policy"), "precious").unwrap();
-    assert_refused(unload(&world), &path, "not on a bpffs");
+    assert_refused(unload(&env), &path, "not on a bpffs");
     assert_eq!(fs::read(path.join("maps/imds_policy")).unwrap(), b"precious");
 }
 
 #[test]
 fn bpffs_root_and_foreign_dirs_are_kept() {
-    let world = World::new();
-    let bpffs = Bpffs::new(&world);
+    let env = TestEnv::new();
+    let bpffs = Bpffs::new(&env);
     let other = bpffs.0.join("other");
     fs::create_dir_all(other.join("maps")).unwrap();
     let pins = [bpffs.0.join("program"), other.join("program"), other.join("maps/imds_policy")];
     for pin in &pins {
         pin_foreign_program(pin);
     }
-    let run = || world.agent().args(&["--once"]);
+    let run = || env.agent().args(&["--once"]);
     for (path, reason) in [(&bpffs.0, "root of a bpffs"), (&other, "no map of imds-agent")] {
-        assert_refused(unload(&world), path, reason);
+        assert_refused(unload(&env), path, reason);
         assert_refused(run(), path, reason);
     }
     assert!(pins.iter().all(|pin| pin.exists()) && !bpffs.0.join("links").exists());
     let empty = bpffs.0.join("empty");
     fs::create_dir(&empty).unwrap();
-    let output = unload(&world).pin_dir(&empty).output();
+    let output = unload(&env).pin_dir(&empty).output();
     assert!(String::from_utf8_lossy(&output.stdout).contains("nothing is loaded"), "{output:?}");
     assert!(empty.exists());
 }
 
 #[test]
 fn symlinks_are_not_followed() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    world.start_agent(AttachMode::Clsact).kill9();
-    let link = world.scratch_dir().join("link");
-    symlink(world.pin_dir(), &link).unwrap();
-    assert_refused(unload(&world), &link, "symlink");
-    world.assert_blocked(&pod);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    env.start_agent(AttachMode::Clsact).kill9();
+    let link = env.scratch_dir().join("link");
+    symlink(env.pin_dir(), &link).unwrap();
+    assert_refused(unload(&env), &link, "symlink");
+    env.assert_blocked(&pod);
 
     // Symlinks inside the directory are not followed either.
-    let bpffs = Bpffs::new(&world);
+    let bpffs = Bpffs::new(&env);
     let other = bpffs.0.join("other");
     fs::create_dir(&other).unwrap();
     pin_foreign_program(&other.join("imds_from_pod"));
-    let programs = world.pin_dir().join("progs");
-    fs::rename(&programs, world.pin_dir().join("earlier")).unwrap();
+    let programs = env.pin_dir().join("progs");
+    fs::rename(&programs, env.pin_dir().join("earlier")).unwrap();
     symlink(&other, &programs).unwrap();
-    assert_refused(unload(&world), world.pin_dir(), "symlink");
+    assert_refused(unload(&env), env.pin_dir(), "symlink");
     fs::remove_file(&programs).unwrap();
-    fs::rename(world.pin_dir().join("earlier"), &programs).unwrap();
-    world.unload();
-    assert!(other.join("imds_from_pod").exists() && !world.pin_dir().exists());
+    fs::rename(env.pin_dir().join("earlier"), &programs).unwrap();
+    env.unload();
+    assert!(other.join("imds_from_pod").exists() && !env.pin_dir().exists());
 }
 
 #[test]
@@ -114,29 +114,29 @@ fn foreign_pins_in_the_directory_stay() {
     if skip_without_tcx() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let bpffs = Bpffs::new(&world);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let bpffs = Bpffs::new(&env);
     let foreign = Foreign::returning(TC_ACT_OK);
-    let theirs = foreign.attach_tcx_first(&world.node, pod.host_ifindex, TcAttachType::Ingress);
+    let theirs = foreign.attach_tcx_first(&env.node, pod.host_ifindex, TcAttachType::Ingress);
     let elsewhere = bpffs.0.join("link");
     pin_object_over(&theirs, &elsewhere);
     drop(theirs);
-    world.start_agent(AttachMode::Tcx).kill9();
-    let pin_dir = world.pin_dir();
+    env.start_agent(AttachMode::Tcx).kill9();
+    let pin_dir = env.pin_dir();
     let kept = [pin_dir.join("maps/other"), pin_dir.join("progs/other"), pin_dir.join("other")];
     for pin in &kept {
         pin_foreign_program(pin);
     }
     symlink(&elsewhere, pin_dir.join("links/node_egress_9999")).unwrap();
 
-    let output = unload(&world).output();
+    let output = unload(&env).output();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{stderr}");
     for pin in &kept {
         assert!(pin.exists() && stderr.contains(pin.to_str().unwrap()), "{}: {stderr}", pin.display());
     }
     assert!(!pin_dir.join("links").exists() && !pin_dir.join("maps/imds_policy").exists());
-    assert_eq!(hook::tcx(&world.node, &pod.host_ifname).len(), 1, "the program of the other agent");
-    world.assert_open(&pod);
+    assert_eq!(hook::tcx(&env.node, &pod.host_ifname).len(), 1, "the program of the other agent");
+    env.assert_open(&pod);
 }

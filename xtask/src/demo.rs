@@ -4,7 +4,7 @@ use std::{io::ErrorKind, net::Ipv4Addr, process::ExitCode, thread};
 
 use anyhow::{Context as _, Result, bail};
 use imds_tests::{
-    METADATA, Netns, Pod, PodLink, SERVICE, World,
+    METADATA, Netns, Pod, PodLink, SERVICE, TestEnv,
     probe::{Outcome, SHORT, http_get},
 };
 use nix::{
@@ -37,24 +37,24 @@ impl Demo {
         let interrupt = Interrupt::new()?;
 
         say("creating a node with two pods, and a metadata service beyond its uplink");
-        let world = World::new().with_agent(agent);
-        let pods = [world.add_pod(PodLink::Routed), world.add_pod(PodLink::Bridged)];
-        let probes = probes(&world, &pods);
+        let env = TestEnv::new().with_agent(agent);
+        let pods = [env.add_pod(PodLink::Routed), env.add_pod(PodLink::Bridged)];
+        let probes = probes(&env, &pods);
         // Runs in the cgroup to which the agent attaches its socket programs.
-        let observe = || world.in_cgroup(|| observe(&probes, &interrupt));
+        let observe = || env.in_cgroup(|| observe(&probes, &interrupt));
         let before = observe()?;
 
         say("starting imds-agent on the node");
-        let running = world.agent().hooks(&["from_pod", "node_egress", "socket"]).spawn_ready();
+        let running = env.agent().hooks(&["from_pod", "node_egress", "socket"]).spawn_ready();
         let during = observe()?;
-        let status = world.imds_agent(&["status"]).output();
+        let status = env.imds_agent(&["status"]).output();
 
         say("killing imds-agent with SIGKILL");
         running.kill9();
         let killed = observe()?;
 
         say("unloading");
-        let unload = world.imds_agent(&["unload"]).output();
+        let unload = env.imds_agent(&["unload"]).output();
         if !unload.status.success() {
             bail!("unload failed: {}", String::from_utf8_lossy(&unload.stderr));
         }
@@ -85,13 +85,13 @@ struct Probe<'a> {
     to: Ipv4Addr,
 }
 
-fn probes<'a>(world: &'a World, [routed, bridged]: &'a [Pod; 2]) -> Vec<Probe<'a>> {
+fn probes<'a>(env: &'a TestEnv, [routed, bridged]: &'a [Pod; 2]) -> Vec<Probe<'a>> {
     let probe = |from, netns, in_container, to| Probe { from, netns, in_container, to };
     vec![
         probe("routed pod", &routed.netns, true, METADATA),
         probe("bridged pod", &bridged.netns, true, METADATA),
-        probe("pod with hostNetwork", &world.node, true, METADATA),
-        probe("process of the node", &world.node, false, METADATA),
+        probe("pod with hostNetwork", &env.node, true, METADATA),
+        probe("process of the node", &env.node, false, METADATA),
         probe("routed pod", &routed.netns, true, SERVICE),
         probe("bridged pod", &bridged.netns, true, SERVICE),
     ]

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use tokio::{signal::unix::Signal, time::Interval};
 
-use crate::{metrics::Done, supervisor::Supervisor, telemetry::Telemetry};
+use crate::{metrics::AgentStats, systemd::Systemd, telemetry::Telemetry};
 
 /// Status line for the service manager.
 const STATUS: &str = "unloaded by `imds-agent unload`: nothing is enforced until a restart";
@@ -15,9 +15,9 @@ const STATUS: &str = "unloaded by `imds-agent unload`: nothing is enforced until
 pub(super) struct Unloaded {
     pub(super) pins: PathBuf,
     /// Last counters of the agent. They must not go back to 0.
-    pub(super) done: Done,
+    pub(super) stats: AgentStats,
     pub(super) telemetry: Telemetry,
-    pub(super) supervisor: Supervisor,
+    pub(super) systemd: Systemd,
     pub(super) timer: Interval,
     pub(super) hangup: Signal,
     pub(super) terminate: Signal,
@@ -31,23 +31,23 @@ impl Unloaded {
             "released {} to `imds-agent unload`: nothing is enforced until the agent is restarted",
             self.pins.display()
         );
-        self.supervisor.ready(STATUS);
+        self.systemd.ready(STATUS);
         loop {
-            self.telemetry.report_progress(self.done.clone());
+            self.telemetry.report_progress(self.stats.clone());
             tokio::select! {
                 _ = self.timer.tick() => {}
                 error = self.telemetry.ended() => return Err(error),
-                () = self.supervisor.watch() => {}
+                () = self.systemd.watchdog() => {}
                 _ = self.hangup.recv() => {
                     log::warn!("ignored SIGHUP after `imds-agent unload`: restart the agent to load a configuration");
-                    self.supervisor.reloading();
-                    self.supervisor.ready(STATUS);
+                    self.systemd.reloading();
+                    self.systemd.ready(STATUS);
                 }
                 _ = self.terminate.recv() => break,
                 _ = self.interrupt.recv() => break,
             }
         }
-        self.supervisor.stopping();
+        self.systemd.stopping();
         Ok(())
     }
 }

@@ -84,8 +84,8 @@ fn check(args: &CheckArgs) -> Result<ExitCode, Failure> {
 
 fn resolve(args: &CheckArgs) -> Result<String, ConfigErrors> {
     let config = Config::load(&args.file)?;
-    let (guarded, exempt) = config.resolve(&Dmi::read(&args.dmi_dir))?;
-    Ok(summary(&config, &guarded, &exempt))
+    let (endpoint_set, exempt) = config.resolve(&Dmi::read(&args.dmi_dir))?;
+    Ok(summary(&config, &endpoint_set, &exempt))
 }
 
 fn show(args: &ShowArgs) -> Result<ExitCode, Failure> {

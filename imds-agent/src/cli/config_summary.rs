@@ -5,12 +5,12 @@ use std::fmt::Write as _;
 use imds_ebpf_common::Hook;
 
 use crate::{
-    config::{Access, Config, Exempt, Scope, Sender, Surroundings},
-    endpoints::{Endpoint, Guarded},
+    config::{Access, Config, EndpointSelector, Environment, Exempt, RuleSubject},
+    endpoints::{Endpoint, EndpointSet},
 };
 
 /// Returns the configuration, resolved for this machine, as text that ends with a newline.
-pub(super) fn summary(config: &Config, guarded: &Guarded, exempt: &[Exempt]) -> String {
+pub(super) fn summary(config: &Config, endpoint_set: &EndpointSet, exempt: &[Exempt]) -> String {
     let mut text = String::new();
     let mut add = |title: &str, values: &[String]| {
         let none = ["none".to_owned()];
@@ -24,36 +24,36 @@ pub(super) fn summary(config: &Config, guarded: &Guarded, exempt: &[Exempt]) -> 
     add("mode", &[config.mode.name().to_owned()]);
     add("on_deny", &[config.on_deny.name().to_owned()]);
     add("errno", &[config.on_deny_errno.name().to_owned()]);
-    add("provider", &[provider(guarded)]);
-    add("endpoints", &guarded.endpoints().iter().map(endpoint).collect::<Vec<_>>());
+    add("provider", &[provider(endpoint_set)]);
+    add("endpoints", &endpoint_set.endpoints().iter().map(endpoint).collect::<Vec<_>>());
     let hooks = Hook::ALL.into_iter().filter(|&hook| config.hooks.has(hook)).map(Hook::name);
     add("hooks", &[hooks.collect::<Vec<_>>().join(" ")]);
-    add("exempt", &exempt.iter().map(|rule| exemption(rule, guarded)).collect::<Vec<_>>());
+    add("exempt", &exempt.iter().map(|rule| exemption(rule, endpoint_set)).collect::<Vec<_>>());
     add("metrics", &config.listen.iter().map(ToString::to_string).collect::<Vec<_>>());
     add("kubernetes", &[kubernetes(config)]);
     text
 }
 
-fn provider(guarded: &Guarded) -> String {
-    if guarded.configured() == guarded.provider() {
-        guarded.provider().to_owned()
+fn provider(endpoint_set: &EndpointSet) -> String {
+    if endpoint_set.configured() == endpoint_set.provider() {
+        endpoint_set.provider().to_owned()
     } else {
-        format!("{} ({})", guarded.provider(), guarded.configured())
+        format!("{} ({})", endpoint_set.provider(), endpoint_set.configured())
     }
 }
 
 fn endpoint(endpoint: &Endpoint) -> String {
-    let ports: Vec<_> = endpoint.keep.iter().map(ToString::to_string).collect();
+    let ports: Vec<_> = endpoint.allow_ports.iter().map(ToString::to_string).collect();
     let allowed = if ports.is_empty() { String::new() } else { format!(", allows {}", ports.join(" ")) };
     format!("{} ({}){allowed}", endpoint.address, endpoint.name)
 }
 
-fn exemption(rule: &Exempt, guarded: &Guarded) -> String {
+fn exemption(rule: &Exempt, endpoint_set: &EndpointSet) -> String {
     let subject = match &rule.sender {
-        Sender::Interface(glob) => format!("interface {glob}"),
-        Sender::Netns(path) => format!("netns {}", path.display()),
-        Sender::Cgroup(path) => format!("cgroup {}", path.display()),
-        Sender::Pods(pods) => {
+        RuleSubject::Interface(glob) => format!("interface {glob}"),
+        RuleSubject::Netns(path) => format!("netns {}", path.display()),
+        RuleSubject::Cgroup(path) => format!("cgroup {}", path.display()),
+        RuleSubject::Pods(pods) => {
             let account = pods.service_account.as_ref().map(|name| format!(", service account {name}"));
             let labels = pods.selector.as_ref().map(|_| ", pod selector");
             format!(
@@ -65,9 +65,10 @@ fn exemption(rule: &Exempt, guarded: &Guarded) -> String {
         }
     };
     let endpoints = match &rule.scope {
-        Scope::All => "all endpoints".to_owned(),
-        Scope::Some(addresses) => {
-            let named = guarded.endpoints().iter().filter(|endpoint| addresses.contains(&endpoint.address));
+        EndpointSelector::All => "all endpoints".to_owned(),
+        EndpointSelector::Only(addresses) => {
+            let named =
+                endpoint_set.endpoints().iter().filter(|endpoint| addresses.contains(&endpoint.address));
             named.map(|endpoint| endpoint.name.as_str()).collect::<Vec<_>>().join(" ")
         }
     };
@@ -76,7 +77,7 @@ fn exemption(rule: &Exempt, guarded: &Guarded) -> String {
 }
 
 fn kubernetes(config: &Config) -> String {
-    let surroundings = Surroundings::read();
+    let surroundings = Environment::read();
     let node = config.kubernetes.node_name(&surroundings);
     match config.kubernetes.access(&surroundings) {
         None => "no".to_owned(),

@@ -4,11 +4,11 @@ use std::process::ExitCode;
 
 use super::{Failure, output::OutputArgs};
 use crate::{
-    doctor::{self, Report},
+    doctor::{self, DoctorReport},
     node::netlink::Netlink,
 };
 
 pub(super) async fn doctor(args: OutputArgs) -> Result<ExitCode, Failure> {
     let report = doctor::examine(&args.pins()?, &Netlink::connect()?).await?;
-    args.print(&report, Report::table, report.ready)
+    args.print(&report, DoctorReport::table, report.ready)
 }

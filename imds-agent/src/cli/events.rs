@@ -16,9 +16,9 @@ use crate::{
     datapath::{home, object, pins::PinDir, pods},
     escape::{escape, to_json},
     events::{self, Record, boot_time, wall_time},
-    follower::Follower,
     node::links,
     preflight,
+    subscriber::EventSubscriber,
 };
 
 #[derive(Args, Debug)]
@@ -58,23 +58,23 @@ pub(super) fn events(args: &EventsArgs) -> Result<ExitCode, Failure> {
             anyhow::anyhow!("nothing is loaded at {}: there are no events", pins.root().display()).into()
         );
     }
-    home::ensure_ours(&pins)?;
+    home::ensure_own_netns(&pins)?;
     let names = pods::Names::open(&pins)?;
     let earliest = args.since.map(|since| Timestamp::now().checked_sub(since).unwrap_or(Timestamp::MIN));
-    let mut follower = match earliest {
-        Some(_) => Follower::open_last(pins, u64::MAX)?,
-        None => Follower::open(pins)?,
+    let mut subscriber = match earliest {
+        Some(_) => EventSubscriber::open_last(pins, u64::MAX)?,
+        None => EventSubscriber::open(pins)?,
     };
     loop {
-        let mut events = follower.read()?;
+        let mut events = subscriber.read()?;
         if let Some(earliest) = earliest {
             let booted = boot_time();
             events.retain(|event| wall_time(event, booted) >= earliest);
         }
-        if follower.missed() > 0 {
+        if subscriber.missed() > 0 {
             log::warn!(
                 "missed {} events: they were overwritten before they could be read",
-                follower.missed()
+                subscriber.missed()
             );
         }
         match print(&events, &names, args.output) {
@@ -84,12 +84,12 @@ pub(super) fn events(args: &EventsArgs) -> Result<ExitCode, Failure> {
             Err(error) => return Err(anyhow::Error::from(error).context("failed to print events").into()),
         }
         if args.no_follow {
-            if follower.has_more() {
+            if subscriber.has_more() {
                 continue;
             }
             return Ok(ExitCode::SUCCESS);
         }
-        if !follower.wait(io::stdout().as_fd()).context("failed to wait for events")? {
+        if !subscriber.wait(io::stdout().as_fd()).context("failed to wait for events")? {
             return Ok(ExitCode::SUCCESS);
         }
     }

@@ -147,7 +147,7 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
 
 /// Exit code of a failed check: `status` found a hook that is not enforced, `verify` a check that failed, or `doctor` a
 /// missing feature.
-const NOT_HELD: u8 = 3;
+const EXIT_CHECK_FAILED: u8 = 3;
 
 /// Runs a command and returns its exit code.
 #[must_use]

@@ -8,7 +8,7 @@ use std::{
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
-use super::{Failure, NOT_HELD, PinDirArg};
+use super::{EXIT_CHECK_FAILED, Failure, PinDirArg};
 use crate::{
     datapath::pins::{PinDir, PinError},
     escape::{escape_lines, to_json_pretty},
@@ -37,7 +37,7 @@ impl OutputArgs {
         PinDir::new(&self.pins.pin_dir)
     }
 
-    /// Prints `report` as JSON or, converted by `table`, as text. The exit code is [`NOT_HELD`] unless `is_right`.
+    /// Prints `report` as JSON or, converted by `table`, as text. The exit code is [`EXIT_CHECK_FAILED`] unless `is_right`.
     pub(super) fn print<R: Serialize>(
         &self,
         report: &R,
@@ -48,7 +48,7 @@ impl OutputArgs {
             Output::Table => write_stdout(&escape_lines(&table(report)))?,
             Output::Json => write_stdout(&(to_json_pretty(report)? + "\n"))?,
         }
-        Ok(if is_right { ExitCode::SUCCESS } else { ExitCode::from(NOT_HELD) })
+        Ok(if is_right { ExitCode::SUCCESS } else { ExitCode::from(EXIT_CHECK_FAILED) })
     }
 }
 

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     datapath::{denials::Denials, endpoints, home, object, records},
-    denials::Report,
+    denials::DenialReport,
     endpoints::Endpoint,
     escape::escape_lines,
     preflight,
@@ -37,7 +37,7 @@ pub(super) fn report(args: &ReportArgs) -> Result<ExitCode, Failure> {
         let root = pins.root().display();
         return Err(anyhow::anyhow!("nothing is loaded at {root}: no denials are recorded").into());
     }
-    home::ensure_ours(&pins)?;
+    home::ensure_own_netns(&pins)?;
     // Without a running agent, no process has read these events yet.
     if let Some(mut collector) = Collector::open(&pins)? {
         collector.collect()?;
@@ -48,17 +48,17 @@ pub(super) fn report(args: &ReportArgs) -> Result<ExitCode, Failure> {
     let mut denials = Denials::open(&pins)?;
     let denied = denials.iter().collect::<Result<Vec<_>, _>>()?;
     let maps = object::Maps::open(&pins)?;
-    let guarded: Vec<_> = endpoints::read(&maps)?
+    let endpoint_set: Vec<_> = endpoints::read(&maps)?
         .iter()
         .map(|(address, entry)| Endpoint::from_entry(*address, entry))
         .collect();
     let pods = records::names(&maps, Role::Pod)?;
-    let report = Report::new(pins.root().to_owned(), &denied, &guarded, &pods);
+    let report = DenialReport::new(pins.root().to_owned(), &denied, &endpoint_set, &pods);
     let printed = if args.rules {
         write_stdout(&escape_lines(&report.rules))?;
         Ok(ExitCode::SUCCESS)
     } else {
-        args.output.print(&report, Report::table, true)
+        args.output.print(&report, DenialReport::table, true)
     };
     if args.reset {
         denials.clear()?;

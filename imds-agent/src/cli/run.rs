@@ -12,12 +12,12 @@ use crate::{
     agent::Agent,
     config::Listen,
     config_loader::ConfigLoader,
+    controller::Reconciler,
     datapath::{Datapath, bpf, pins::PinDir},
-    guard::Guard,
-    node::{cgroup, netlink::Netlink, senders::Finder},
+    node::{cgroup, netlink::Netlink, senders::SenderResolver},
     preflight,
     provider::DMI_DIR,
-    settings::Node,
+    resolved_config::RunOptions,
     start_config::StartConfig,
     startup_taint,
     telemetry::Telemetry,
@@ -93,7 +93,7 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     preflight::check_capabilities()?;
     preflight::lift_limits()?;
     preflight::check_kernel()?;
-    let node = Node { backend: args.tc_backend.choose()?, cgroup: args.cgroup, dmi_dir: args.dmi_dir };
+    let node = RunOptions { backend: args.tc_backend.choose()?, cgroup: args.cgroup, dmi_dir: args.dmi_dir };
     let mut loader = ConfigLoader::new(args.config, args.listen, args.state.store());
     let mut start = StartConfig::choose(&mut loader, &node)?;
     if let Some(error) = &start.rejected {
@@ -108,8 +108,8 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
 
     // Subscribe before the first listing, so that no change between the two is missed.
     let events = Netlink::events(node.backend == AttachMode::Clsact)?;
-    let netlink = Netlink::connect()?.with_endpoints(settings.guarded.addresses());
-    let datapath = Datapath::open(claim, &settings.plan, &settings.guarded, netlink.clone())?;
+    let netlink = Netlink::connect()?.with_endpoints(settings.endpoint_set.addresses());
+    let datapath = Datapath::open(claim, &settings.datapath_config, &settings.endpoint_set, netlink.clone())?;
     let mut background = JoinSet::new();
     match datapath.diagnostics() {
         Ok(diagnostics) => drop(background.spawn(async {
@@ -117,9 +117,10 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         })),
         Err(error) => log::warn!("{:#}", anyhow::Error::from(error)),
     }
-    let finder = Finder::new().context("failed to identify this network namespace")?;
+    let resolver = SenderResolver::new().context("failed to identify this network namespace")?;
     let clsact_delay = Duration::from_secs(if args.once { 0 } else { args.clsact_delay });
-    let mut guard = Guard::new(datapath, netlink, settings, finder).with_clsact_delay(clsact_delay);
+    let mut reconciler =
+        Reconciler::new(datapath, netlink, settings, resolver).with_clsact_delay(clsact_delay);
     if !args.once {
         let period = Duration::from_secs(args.resync);
         let telemetry = Telemetry::start(PinDir::new(&args.pins.pin_dir)?, period)?;
@@ -137,12 +138,12 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
                     Failure::Usage(anyhow!(message))
                 })?;
                 let (pins, netlink) = (PinDir::new(&args.pins.pin_dir)?, Netlink::connect()?);
-                Some(startup_taint::take_off(wanted, key, pins, netlink))
+                Some(startup_taint::remove_startup_taint(wanted, key, pins, netlink))
             }
             None => None,
         };
-        let agent =
-            Agent::new(guard, node, loader, settings.clone(), telemetry, period)?.with_background(background);
+        let agent = Agent::new(reconciler, node, loader, settings.clone(), telemetry, period)?
+            .with_background(background);
         let untaint = async {
             if let Some(untaint) = untaint {
                 untaint.await;
@@ -155,11 +156,11 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    guard.start(&start).await?;
-    guard.attach_all().await;
-    let failures: Vec<_> = guard.failures().map(|(name, failure)| format!("{name}: {failure}")).collect();
-    if !failures.is_empty() {
-        return Err(Failure::Failed(anyhow!("failed to attach to all interfaces: {}", failures.join("; "))));
+    reconciler.start(&start).await?;
+    reconciler.attach_all().await;
+    let errors: Vec<_> = reconciler.errors().map(|(name, error)| format!("{name}: {error}")).collect();
+    if !errors.is_empty() {
+        return Err(Failure::Failed(anyhow!("failed to attach to all interfaces: {}", errors.join("; "))));
     }
     if start.rejected.is_some() {
         // Logged above: the node is protected, but not as the operator configured it.

@@ -6,7 +6,7 @@ use super::{Failure, output::OutputArgs};
 use crate::{
     node::netlink::Netlink,
     preflight,
-    status::{self, Report, State},
+    status::{self, State, StatusReport},
 };
 
 pub(super) async fn status(args: OutputArgs) -> Result<ExitCode, Failure> {
@@ -16,5 +16,5 @@ pub(super) async fn status(args: OutputArgs) -> Result<ExitCode, Failure> {
         State::Enforcing | State::Auditing | State::Off => true,
         State::Degraded | State::Unloaded => false,
     };
-    args.print(&report, Report::table, is_enforced)
+    args.print(&report, StatusReport::table, is_enforced)
 }

@@ -21,9 +21,9 @@ use crate::{
     datapath::{home, object, pins::PinDir, pods::Names},
     escape::escape,
     events::{self, Record, boot_time},
-    follower::Follower,
     node::{links, netlink::Netlink},
     preflight, status,
+    subscriber::EventSubscriber,
     top::{Command, Model, draw},
 };
 
@@ -62,11 +62,11 @@ pub(super) async fn top(args: TopArgs) -> Result<ExitCode, Failure> {
             anyhow!("nothing is loaded at {}: there is nothing to show", pins.root().display()).into()
         );
     }
-    home::ensure_ours(&pins)?;
+    home::ensure_own_netns(&pins)?;
     let mut watched = Watched {
         netlink: Netlink::connect()?,
         names: Names::open(&pins)?,
-        follower: Follower::open_last(pins.clone(), EARLIER)?,
+        subscriber: EventSubscriber::open_last(pins.clone(), EARLIER)?,
         pins,
         model: Model::default(),
         last: None,
@@ -82,7 +82,7 @@ struct Watched {
     pins: PinDir,
     netlink: Netlink,
     names: Names,
-    follower: Follower,
+    subscriber: EventSubscriber,
     model: Model,
     last: Option<Instant>,
 }
@@ -104,9 +104,9 @@ impl Watched {
             tokio::select! {
                 _ = ticks.tick() => if !self.model.is_paused { self.look().await? },
                 event = keys.next() => match event {
-                    Some(Ok(Event::Key(key))) if key.kind != KeyEventKind::Release => match wish(key) {
-                        Some(Wish::Quit) => return Ok(()),
-                        Some(Wish::Command(command)) => self.model.obey(command),
+                    Some(Ok(Event::Key(key))) if key.kind != KeyEventKind::Release => match parse_key(key) {
+                        Some(KeyAction::Quit) => return Ok(()),
+                        Some(KeyAction::Command(command)) => self.model.apply(command),
                         None => {}
                     },
                     // After a resize the next iteration draws the new size.
@@ -128,7 +128,7 @@ impl Watched {
         self.model.take(&report, self.last.replace(now).map(|last| now - last));
         let booted = boot_time();
         let names = &self.names;
-        let lines = self.follower.read()?.into_iter().map(|event| {
+        let lines = self.subscriber.read()?.into_iter().map(|event| {
             let pod = events::senders(&event).find_map(|sender| names.get(sender));
             let line = Record::new(&event, booted, links::name_of, pod).to_string();
             let line = escape(&line).into_owned();
@@ -140,16 +140,16 @@ impl Watched {
     }
 }
 
-enum Wish {
+enum KeyAction {
     Quit,
     Command(Command),
 }
 
 /// Returns the command of a key, if it has one.
-fn wish(key: KeyEvent) -> Option<Wish> {
+fn parse_key(key: KeyEvent) -> Option<KeyAction> {
     let command = match key.code {
-        KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => return Some(Wish::Quit),
-        KeyCode::Char('q') | KeyCode::Esc => return Some(Wish::Quit),
+        KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => return Some(KeyAction::Quit),
+        KeyCode::Char('q') | KeyCode::Esc => return Some(KeyAction::Quit),
         KeyCode::Char('s') => Command::Sort,
         KeyCode::Char('p' | ' ') => Command::Pause,
         KeyCode::Char('?' | 'h') => Command::Keys,
@@ -161,5 +161,5 @@ fn wish(key: KeyEvent) -> Option<Wish> {
         KeyCode::End => Command::Last,
         _ => return None,
     };
-    Some(Wish::Command(command))
+    Some(KeyAction::Command(command))
 }

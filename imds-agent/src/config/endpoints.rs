@@ -4,8 +4,8 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use imds_ebpf_common::{
     Service,
-    endpoint::{MAX_ENDPOINTS, MAX_KEPT, NAME_LEN, TCP, UDP},
-    filter::{self, MAX_CHAIN},
+    endpoint::{MAX_ALLOWED_PORTS, MAX_ENDPOINTS, NAME_LEN, TCP, UDP},
+    filter::{self, MAX_BUCKET_LEN},
 };
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
@@ -13,11 +13,11 @@ use toml::Spanned;
 use super::{
     ConfigError, ConfigErrors,
     file::File,
-    source::{Mistakes, Place, Source, check_name},
+    source::{Diagnostics, Location, SourceFile, check_name},
     suggest::did_you_mean,
 };
 use crate::{
-    endpoints::{Endpoint, Guarded, Keep, address},
+    endpoints::{AllowedPort, Endpoint, EndpointSet, address},
     provider::{Dmi, EXTRAS, NO_PROVIDER, PROVIDERS, Provider},
 };
 
@@ -26,8 +26,8 @@ use crate::{
 pub struct Endpoints {
     /// Selected provider. `None` stands for `auto`.
     provider: Option<&'static Provider>,
-    extras: Vec<(&'static Provider, Place)>,
-    own: Vec<(Endpoint, Place)>,
+    extras: Vec<(&'static Provider, Location)>,
+    own: Vec<(Endpoint, Location)>,
     /// Changes to endpoints of the provider's preset and of extras.
     presets: Vec<PresetChange>,
 }
@@ -36,8 +36,8 @@ pub struct Endpoints {
 #[derive(Clone, Debug)]
 struct PresetChange {
     name: String,
-    place: Place,
-    keep: Vec<Keep>,
+    place: Location,
+    allow_ports: Vec<AllowedPort>,
 }
 
 /// `[preset.NAME]`: changes to endpoints of presets, by their names.
@@ -55,7 +55,7 @@ pub(super) struct EndpointTable {
     name: Spanned<String>,
     address: Spanned<String>,
     #[serde(default = "no_services")]
-    keep: Spanned<Vec<Spanned<String>>>,
+    allow_ports: Spanned<Vec<Spanned<String>>>,
 }
 
 fn no_services() -> Spanned<Vec<Spanned<String>>> {
@@ -63,49 +63,55 @@ fn no_services() -> Spanned<Vec<Spanned<String>>> {
 }
 
 impl Endpoints {
-    pub(super) fn parse(file: &File, source: Source<'_>, mistakes: &mut Mistakes) -> Self {
+    pub(super) fn parse(file: &File, source: SourceFile<'_>, diagnostics: &mut Diagnostics) -> Self {
         let File { provider, extras, endpoint, preset, .. } = file;
         Self {
-            provider: mistakes.take(parse_provider(provider, source)).flatten(),
-            extras: extras.iter().filter_map(|name| mistakes.take(parse_extra(name, source))).collect(),
-            own: endpoint.iter().filter_map(|table| mistakes.take(parse_endpoint(table, source))).collect(),
-            presets: preset.iter().filter_map(|change| mistakes.take(parse_preset(change, source))).collect(),
+            provider: diagnostics.take(parse_provider(provider, source)).flatten(),
+            extras: extras.iter().filter_map(|name| diagnostics.take(parse_extra(name, source))).collect(),
+            own: endpoint
+                .iter()
+                .filter_map(|table| diagnostics.take(parse_endpoint(table, source)))
+                .collect(),
+            presets: preset
+                .iter()
+                .filter_map(|change| diagnostics.take(parse_preset(change, source)))
+                .collect(),
         }
     }
 
     /// Reports whether no endpoint is protected, independent of the machine.
-    pub(super) fn are_none(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.provider == Some(&NO_PROVIDER) && self.extras.is_empty() && self.own.is_empty()
     }
 
     /// Returns all protected endpoints on a machine with the SMBIOS fields `dmi`.
-    pub fn resolve(&self, dmi: &Dmi) -> Result<Guarded, ConfigErrors> {
+    pub fn resolve(&self, dmi: &Dmi) -> Result<EndpointSet, ConfigErrors> {
         let provider = self.provider.unwrap_or_else(|| dmi.provider());
         let mut endpoints: Vec<_> = provider.endpoints().collect();
         let extras = self.extras.iter().flat_map(|(extra, place)| extra.endpoints().map(move |e| (e, place)));
         let own = self.own.iter().map(|(endpoint, place)| (endpoint.clone(), place));
-        let mut mistakes = Mistakes::default();
+        let mut diagnostics = Diagnostics::default();
         for (endpoint, place) in extras {
             match check_new(&endpoint, &endpoints) {
                 Ok(()) => endpoints.push(endpoint),
-                Err(message) => mistakes.note(place.error(message)),
+                Err(message) => diagnostics.note(place.error(message)),
             }
         }
         for change in &self.presets {
             if let Err(message) = change.apply(provider, &mut endpoints) {
-                mistakes.note(change.place.error(message));
+                diagnostics.note(change.place.error(message));
             }
         }
         for (endpoint, place) in own {
             match check_new(&endpoint, &endpoints) {
                 Ok(()) => endpoints.push(endpoint),
-                Err(message) => mistakes.note(place.error(message)),
+                Err(message) => diagnostics.note(place.error(message)),
             }
         }
-        if !mistakes.are_none() {
-            return Err(ConfigErrors(mistakes.into_vec()));
+        if !diagnostics.is_empty() {
+            return Err(ConfigErrors(diagnostics.into_vec()));
         }
-        Ok(Guarded::new(self.provider.map_or("auto", |provider| provider.name), provider.name, endpoints))
+        Ok(EndpointSet::new(self.provider.map_or("auto", |provider| provider.name), provider.name, endpoints))
     }
 }
 
@@ -113,7 +119,7 @@ impl PresetChange {
     /// Applies the change. The endpoint must belong to the provider or to an extra.
     fn apply(&self, provider: &Provider, endpoints: &mut [Endpoint]) -> Result<(), String> {
         if let Some(endpoint) = endpoints.iter_mut().find(|endpoint| endpoint.name == self.name) {
-            endpoint.keep.clone_from(&self.keep);
+            endpoint.allow_ports.clone_from(&self.allow_ports);
             return Ok(());
         }
         let names: Vec<_> = endpoints.iter().map(|endpoint| endpoint.name.as_str()).collect();
@@ -128,13 +134,13 @@ fn check_new(endpoint: &Endpoint, others: &[Endpoint]) -> Result<(), String> {
     if others.len() >= MAX_ENDPOINTS {
         return Err(format!("endpoint: more than {MAX_ENDPOINTS} endpoints"));
     }
-    let chain = |endpoint: &Endpoint| filter::chain(address(endpoint.address).slot());
+    let chain = |endpoint: &Endpoint| filter::bucket(address(endpoint.address).slot());
     let same_chain: Vec<_> = others.iter().filter(|other| chain(other) == chain(endpoint)).collect();
-    if same_chain.len() >= MAX_CHAIN {
+    if same_chain.len() >= MAX_BUCKET_LEN {
         let address = endpoint.address;
         let addresses: Vec<_> = same_chain.iter().map(|other| other.address.to_string()).collect();
         return Err(format!(
-            "endpoint.address: hash bucket of {address} is full (at most {MAX_CHAIN} endpoints): remove one of {}",
+            "endpoint.address: hash bucket of {address} is full (at most {MAX_BUCKET_LEN} endpoints): remove one of {}",
             addresses.join(", ")
         ));
     }
@@ -152,7 +158,7 @@ fn check_new(endpoint: &Endpoint, others: &[Endpoint]) -> Result<(), String> {
 
 fn parse_provider(
     name: &Spanned<String>,
-    source: Source<'_>,
+    source: SourceFile<'_>,
 ) -> Result<Option<&'static Provider>, ConfigError> {
     if name.get_ref() == "auto" {
         return Ok(None);
@@ -171,8 +177,8 @@ fn parse_provider(
 
 fn parse_extra(
     name: &Spanned<String>,
-    source: Source<'_>,
-) -> Result<(&'static Provider, Place), ConfigError> {
+    source: SourceFile<'_>,
+) -> Result<(&'static Provider, Location), ConfigError> {
     let extra = Provider::extra(name.get_ref()).ok_or_else(|| {
         let known: Vec<_> = EXTRAS.iter().map(|extra| extra.name).collect();
         source.error(name.span(), format!("extras: {:?} is not one of {}", name.get_ref(), known.join(", ")))
@@ -180,44 +186,50 @@ fn parse_extra(
     Ok((extra, source.place(name.span())))
 }
 
-fn parse_endpoint(table: &EndpointTable, source: Source<'_>) -> Result<(Endpoint, Place), ConfigError> {
+fn parse_endpoint(
+    table: &EndpointTable,
+    source: SourceFile<'_>,
+) -> Result<(Endpoint, Location), ConfigError> {
     check_name(&table.name, "endpoint.name", NAME_LEN - 1, source)?;
     let address = parse_address(table.address.get_ref())
         .map_err(|message| source.error(table.address.span(), message))?;
-    let keep = parse_keeps("endpoint.keep", &table.keep, source)?;
+    let allow_ports = parse_keeps("endpoint.keep", &table.allow_ports, source)?;
     // Conflicts with endpoints of the provider are checked later, when the provider is known.
-    Ok((Endpoint { name: table.name.get_ref().clone(), address, keep }, source.place(table.address.span())))
+    Ok((
+        Endpoint { name: table.name.get_ref().clone(), address, allow_ports },
+        source.place(table.address.span()),
+    ))
 }
 
 fn parse_preset(
     (name, table): (&Spanned<String>, &PresetTable),
-    source: Source<'_>,
+    source: SourceFile<'_>,
 ) -> Result<PresetChange, ConfigError> {
     let key = format!("preset.{}.allow_ports", name.get_ref());
-    let keep = parse_keeps(&key, &table.allow_ports, source)?;
-    Ok(PresetChange { name: name.get_ref().clone(), place: source.place(name.span()), keep })
+    let allow_ports = parse_keeps(&key, &table.allow_ports, source)?;
+    Ok(PresetChange { name: name.get_ref().clone(), place: source.place(name.span()), allow_ports })
 }
 
 fn parse_keeps(
     key: &str,
     texts: &Spanned<Vec<Spanned<String>>>,
-    source: Source<'_>,
-) -> Result<Vec<Keep>, ConfigError> {
+    source: SourceFile<'_>,
+) -> Result<Vec<AllowedPort>, ConfigError> {
     let count = texts.get_ref().len();
-    if count > MAX_KEPT {
-        let message = format!("{key}: {count} ports, but at most {MAX_KEPT} are supported");
+    if count > MAX_ALLOWED_PORTS {
+        let message = format!("{key}: {count} ports, but at most {MAX_ALLOWED_PORTS} are supported");
         return Err(source.error(texts.span(), message));
     }
-    let mut keep: Vec<Keep> = Vec::new();
+    let mut allow_ports: Vec<AllowedPort> = Vec::new();
     for text in texts.get_ref() {
         let service =
             parse_keep(key, text.get_ref()).map_err(|message| source.error(text.span(), message))?;
-        if keep.contains(&service) {
+        if allow_ports.contains(&service) {
             return Err(source.error(text.span(), format!("{key}: {service} is listed twice")));
         }
-        keep.push(service);
+        allow_ports.push(service);
     }
-    Ok(keep)
+    Ok(allow_ports)
 }
 
 /// Parses the address of an endpoint. Rejects addresses that no metadata service can have.
@@ -250,7 +262,7 @@ fn parse_address(text: &str) -> Result<IpAddr, String> {
     Ok(plain)
 }
 
-fn parse_keep(key: &str, text: &str) -> Result<Keep, String> {
+fn parse_keep(key: &str, text: &str) -> Result<AllowedPort, String> {
     let parsed = text.split_once('/').and_then(|(protocol, port)| {
         let protocol = match protocol {
             "tcp" => TCP,
@@ -259,7 +271,7 @@ fn parse_keep(key: &str, text: &str) -> Result<Keep, String> {
         };
         // Only digits: `parse` would also accept a sign.
         let port = port.bytes().all(|byte| byte.is_ascii_digit()).then(|| port.parse().ok())??;
-        (port != 0).then_some(Keep(Service::new(protocol, port)))
+        (port != 0).then_some(AllowedPort(Service::new(protocol, port)))
     });
     parsed
         .ok_or_else(|| format!("{key}: {text:?} is not `tcp/PORT` or `udp/PORT` with a port from 1 to 65535"))

@@ -15,13 +15,13 @@ use toml::Spanned;
 use super::{
     ConfigError, ConfigErrors, names,
     selector::{Selector, SelectorTable},
-    source::{Mistakes, Place, Source, check_name},
+    source::{Diagnostics, Location, SourceFile, check_name},
     suggest::did_you_mean,
 };
-use crate::endpoints::Guarded;
+use crate::endpoints::EndpointSet;
 
 /// Longest name of a rule in characters, like that of a DNS label in Kubernetes.
-const LONGEST_NAME: usize = 63;
+const MAX_NAME: usize = 63;
 
 /// Exemption rules before their endpoint names are resolved, which depends on the machine.
 #[derive(Clone, Debug, Default)]
@@ -32,10 +32,10 @@ pub struct Exemptions {
 #[derive(Clone, Debug)]
 struct Written {
     name: String,
-    sender: Sender,
+    sender: RuleSubject,
     is_audited: bool,
     /// Endpoint names with their locations in the file; `None` for all endpoints.
-    endpoints: Option<Vec<(String, Place)>>,
+    endpoints: Option<Vec<(String, Location)>>,
 }
 
 /// Exemption rule with resolved endpoints.
@@ -44,16 +44,16 @@ pub struct Exempt {
     /// Name of the rule in logs, reports and metrics.
     pub name: String,
     /// Senders that the rule matches.
-    pub sender: Sender,
+    pub sender: RuleSubject,
     /// Endpoints that the rule covers.
-    pub scope: Scope,
+    pub scope: EndpointSelector,
     /// True if requests that the rule allows are counted and reported as in audit mode.
     pub is_audited: bool,
 }
 
 /// Selector of the senders that a rule matches.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Sender {
+pub enum RuleSubject {
     /// Pods whose host-side interface has a matching name.
     Interface(NameGlob),
     /// Processes in the network namespace at this absolute path.
@@ -62,12 +62,12 @@ pub enum Sender {
     /// hierarchy.
     Cgroup(PathBuf),
     /// Pods of this node that match, according to the API server.
-    Pods(Pods),
+    Pods(PodSelector),
 }
 
 /// Selector of Kubernetes pods by namespace, service account and labels.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Pods {
+pub struct PodSelector {
     /// Namespace of the selected pods.
     pub namespace: String,
     /// Service account of the pods; `None` matches any.
@@ -104,11 +104,11 @@ impl Eq for NameGlob {}
 
 /// Subset of the protected endpoints.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Scope {
+pub enum EndpointSelector {
     /// All protected endpoints, including later additions.
     All,
     /// Only the endpoints with these addresses.
-    Some(BTreeSet<IpAddr>),
+    Only(BTreeSet<IpAddr>),
 }
 
 #[derive(Deserialize, Serialize)]
@@ -134,13 +134,17 @@ pub(super) struct ExemptTable {
 }
 
 impl Exemptions {
-    pub(super) fn parse(tables: &[ExemptTable], source: Source<'_>, mistakes: &mut Mistakes) -> Self {
+    pub(super) fn parse(
+        tables: &[ExemptTable],
+        source: SourceFile<'_>,
+        diagnostics: &mut Diagnostics,
+    ) -> Self {
         let mut rules: Vec<Written> = Vec::new();
         for table in tables {
-            let Some(rule) = mistakes.take(parse_rule(table, source)) else { continue };
+            let Some(rule) = diagnostics.take(parse_rule(table, source)) else { continue };
             match check_new(&rule, &rules) {
                 Ok(()) => rules.push(rule),
-                Err(message) => mistakes.note(source.error(table.name.span(), message)),
+                Err(message) => diagnostics.note(source.error(table.name.span(), message)),
             }
         }
         Self { rules }
@@ -148,33 +152,33 @@ impl Exemptions {
 
     /// Returns the name of the first rule for Kubernetes pods, if the file has one.
     pub(super) fn first_of_pods<'t>(&self, tables: &'t [ExemptTable]) -> Option<&'t Spanned<String>> {
-        let of_pods = |written: &&Written| matches!(written.sender, Sender::Pods(_));
+        let of_pods = |written: &&Written| matches!(written.sender, RuleSubject::Pods(_));
         let name = &self.rules.iter().find(of_pods)?.name;
         tables.iter().map(|table| &table.name).find(|written| written.get_ref() == name)
     }
 
     /// Returns the rules with their endpoint names resolved to addresses of `guarded`.
-    pub fn resolve(&self, guarded: &Guarded) -> Result<Vec<Exempt>, ConfigErrors> {
-        let mut mistakes = Mistakes::default();
+    pub fn resolve(&self, guarded: &EndpointSet) -> Result<Vec<Exempt>, ConfigErrors> {
+        let mut diagnostics = Diagnostics::default();
         let rules = self.rules.iter().map(|rule| {
             let Written { name, sender, is_audited, endpoints } = rule.clone();
             let scope = match endpoints {
-                None => Scope::All,
-                Some(names) => Scope::Some(
+                None => EndpointSelector::All,
+                Some(names) => EndpointSelector::Only(
                     names
                         .iter()
-                        .filter_map(|(name, place)| mistakes.take(address(name, place, guarded)))
+                        .filter_map(|(name, place)| diagnostics.take(address(name, place, guarded)))
                         .collect(),
                 ),
             };
             Exempt { name, sender, scope, is_audited }
         });
         let rules = rules.collect();
-        if mistakes.are_none() { Ok(rules) } else { Err(ConfigErrors(mistakes.into_vec())) }
+        if diagnostics.is_empty() { Ok(rules) } else { Err(ConfigErrors(diagnostics.into_vec())) }
     }
 }
 
-fn address(name: &str, place: &Place, guarded: &Guarded) -> Result<IpAddr, ConfigError> {
+fn address(name: &str, place: &Location, guarded: &EndpointSet) -> Result<IpAddr, ConfigError> {
     let endpoints = guarded.endpoints();
     endpoints.iter().find(|endpoint| endpoint.name == name).map(|endpoint| endpoint.address).ok_or_else(
         || {
@@ -212,8 +216,8 @@ impl Written {
     }
 }
 
-fn parse_rule(table: &ExemptTable, source: Source<'_>) -> Result<Written, ConfigError> {
-    check_name(&table.name, "exempt.name", LONGEST_NAME, source)?;
+fn parse_rule(table: &ExemptTable, source: SourceFile<'_>) -> Result<Written, ConfigError> {
+    check_name(&table.name, "exempt.name", MAX_NAME, source)?;
     Ok(Written {
         name: table.name.get_ref().clone(),
         sender: parse_sender(table, source)?,
@@ -222,7 +226,7 @@ fn parse_rule(table: &ExemptTable, source: Source<'_>) -> Result<Written, Config
     })
 }
 
-fn parse_sender(table: &ExemptTable, source: Source<'_>) -> Result<Sender, ConfigError> {
+fn parse_sender(table: &ExemptTable, source: SourceFile<'_>) -> Result<RuleSubject, ConfigError> {
     let ExemptTable { name, interface, netns, cgroup, namespace, .. } = table;
     if namespace.is_none()
         && let Some(beside) = beside_namespace(table)
@@ -232,9 +236,9 @@ fn parse_sender(table: &ExemptTable, source: Source<'_>) -> Result<Sender, Confi
     }
     match (interface, netns, cgroup, namespace) {
         (Some(glob), None, None, None) => parse_interface(glob, source),
-        (None, Some(path), None, None) => parse_path(path, "netns", source).map(Sender::Netns),
-        (None, None, Some(path), None) => parse_path(path, "cgroup", source).map(Sender::Cgroup),
-        (None, None, None, Some(namespace)) => parse_pods(namespace, table, source).map(Sender::Pods),
+        (None, Some(path), None, None) => parse_path(path, "netns", source).map(RuleSubject::Netns),
+        (None, None, Some(path), None) => parse_path(path, "cgroup", source).map(RuleSubject::Cgroup),
+        (None, None, None, Some(namespace)) => parse_pods(namespace, table, source).map(RuleSubject::Pods),
         (None, None, None, None) => {
             let message = "exempt: missing selector: set one of `interface`, `netns`, `cgroup`, `namespace`";
             Err(source.error(name.span(), message.to_owned()))
@@ -257,8 +261,8 @@ fn beside_namespace(table: &ExemptTable) -> Option<Range<usize>> {
 fn parse_pods(
     namespace: &Spanned<String>,
     ExemptTable { service_account, pod_selector, .. }: &ExemptTable,
-    source: Source<'_>,
-) -> Result<Pods, ConfigError> {
+    source: SourceFile<'_>,
+) -> Result<PodSelector, ConfigError> {
     let checked = |name: &Spanned<String>, key: &str, is_name: fn(&str) -> bool| {
         if is_name(name.get_ref()) {
             return Ok(name.get_ref().clone());
@@ -267,24 +271,24 @@ fn parse_pods(
         Err(source.error(name.span(), message))
     };
     let account = |name| checked(name, "service_account", names::is_dns_subdomain);
-    Ok(Pods {
+    Ok(PodSelector {
         namespace: checked(namespace, "namespace", names::is_dns_label)?,
         service_account: service_account.as_ref().map(account).transpose()?,
         selector: pod_selector.as_ref().map(|table| Selector::parse(table, source)).transpose()?,
     })
 }
 
-fn parse_interface(glob: &Spanned<String>, source: Source<'_>) -> Result<Sender, ConfigError> {
+fn parse_interface(glob: &Spanned<String>, source: SourceFile<'_>) -> Result<RuleSubject, ConfigError> {
     let error = |message| source.error(glob.span(), message);
     if glob.get_ref().is_empty() {
         return Err(error("exempt.interface: must not be empty".to_owned()));
     }
     let compiled = Glob::new(glob.get_ref()).map_err(|cause| error(format!("exempt.interface: {cause}")))?;
-    Ok(Sender::Interface(NameGlob(compiled.compile_matcher())))
+    Ok(RuleSubject::Interface(NameGlob(compiled.compile_matcher())))
 }
 
 /// Parses a path. Rejects relative components and paths that match everything.
-fn parse_path(path: &Spanned<PathBuf>, key: &str, source: Source<'_>) -> Result<PathBuf, ConfigError> {
+fn parse_path(path: &Spanned<PathBuf>, key: &str, source: SourceFile<'_>) -> Result<PathBuf, ConfigError> {
     let written: &Path = path.get_ref();
     let is_plain = written.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
     let complaint = if key == "netns" && !written.is_absolute() {
@@ -302,8 +306,8 @@ fn parse_path(path: &Spanned<PathBuf>, key: &str, source: Source<'_>) -> Result<
 
 fn parse_endpoints(
     names: &Spanned<Vec<Spanned<String>>>,
-    source: Source<'_>,
-) -> Result<Vec<(String, Place)>, ConfigError> {
+    source: SourceFile<'_>,
+) -> Result<Vec<(String, Location)>, ConfigError> {
     let mut seen = BTreeSet::new();
     if let Some(twice) = names.get_ref().iter().find(|name| !seen.insert(name.get_ref())) {
         let message = format!("exempt.endpoints: {:?} is listed twice", twice.get_ref());

@@ -16,12 +16,12 @@ use super::{
     interfaces::InterfacesTable,
     kubernetes::KubernetesTable,
     metrics::MetricsTable,
-    source::{Mistakes, Source},
+    source::{Diagnostics, SourceFile},
     suggest::did_you_mean_of,
 };
 
 /// Number of reported errors. A file with more of them is probably not a configuration file.
-const MOST_MISTAKES: usize = 50;
+const MAX_ERRORS: usize = 50;
 
 /// All keys of the file. Tables come last, because TOML requires that.
 #[derive(Deserialize, Serialize)]
@@ -62,16 +62,16 @@ impl Default for File {
 
 impl File {
     /// Reads as much as possible. Invalid keys are recorded as errors, and left out.
-    pub(super) fn read(source: Source<'_>, mistakes: &mut Mistakes) -> Self {
+    pub(super) fn read(source: SourceFile<'_>, diagnostics: &mut Diagnostics) -> Self {
         let (mut document, errors) = DeTable::parse_recoverable(source.text);
         if !errors.is_empty() {
             // The rest of a text with syntax errors is unreliable.
-            for error in errors.iter().take(MOST_MISTAKES) {
-                mistakes.note(source.error(error.span().unwrap_or_default(), message(error, source)));
+            for error in errors.iter().take(MAX_ERRORS) {
+                diagnostics.note(source.error(error.span().unwrap_or_default(), message(error, source)));
             }
             return Self::default();
         }
-        while mistakes.count() < MOST_MISTAKES {
+        while diagnostics.count() < MAX_ERRORS {
             let error = match Self::deserialize(Deserializer::from(document.clone())) {
                 Ok(file) => return file,
                 Err(error) => error,
@@ -79,7 +79,7 @@ impl File {
             let span = error.span().unwrap_or_default();
             let key = remove(document.get_mut(), &span);
             let prefix = key.as_ref().map(|key| format!("{key}: ")).unwrap_or_default();
-            mistakes.note(source.error(span, prefix + &message(&error, source)));
+            diagnostics.note(source.error(span, prefix + &message(&error, source)));
             if key.is_none() {
                 break;
             }
@@ -147,7 +147,7 @@ fn contains(outer: &Range<usize>, inner: &Range<usize>) -> bool {
 }
 
 /// Returns the parser's message on one line, with the text that it refers to.
-fn message(error: &Error, source: Source<'_>) -> String {
+fn message(error: &Error, source: SourceFile<'_>) -> String {
     let span = error.span().unwrap_or_default();
     let there = source.text.get(span).unwrap_or_default();
     let message = error.message().lines().collect::<Vec<_>>().join("; ");

@@ -6,7 +6,7 @@ use imds_ebpf_common::{Hook, maps::MARK};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use toml::Spanned;
 
-use super::source::{Mistakes, Source};
+use super::source::{Diagnostics, SourceFile};
 
 /// Set of hooks, as one bit each.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -132,11 +132,11 @@ impl Default for HooksTable {
 
 impl HooksTable {
     /// Returns the setting of the sendmsg programs, which are part of the `socket` hook.
-    pub(super) fn sendmsg(&self, source: Source<'_>, mistakes: &mut Mistakes) -> Sendmsg {
+    pub(super) fn sendmsg(&self, source: SourceFile<'_>, diagnostics: &mut Diagnostics) -> Sendmsg {
         let sendmsg = *self.sendmsg.get_ref();
         if sendmsg == Sendmsg::On && !self.socket {
             let message = "hooks.sendmsg: true needs hooks.socket = true".to_owned();
-            mistakes.note(source.error(self.sendmsg.span(), message));
+            diagnostics.note(source.error(self.sendmsg.span(), message));
         }
         sendmsg
     }
@@ -147,11 +147,11 @@ impl HooksTable {
     }
 
     /// Returns the packet mark that `from_pod` sets on packets of exempt pods.
-    pub(super) fn mark(&self, source: Source<'_>, mistakes: &mut Mistakes) -> u32 {
+    pub(super) fn mark(&self, source: SourceFile<'_>, diagnostics: &mut Diagnostics) -> u32 {
         let bit = *self.mark_bit.get_ref();
         1_u32.checked_shl(bit.into()).unwrap_or_else(|| {
             let message = format!("hooks.mark_bit: {bit} is out of range, a packet mark has bits 0 to 31");
-            mistakes.note(source.error(self.mark_bit.span(), message));
+            diagnostics.note(source.error(self.mark_bit.span(), message));
             MARK
         })
     }

@@ -4,7 +4,7 @@ use globset::{Glob, GlobSet, GlobSetBuilder};
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
-use super::source::{Mistakes, Source};
+use super::source::{Diagnostics, SourceFile};
 
 /// Globs of interface names for which the operator overrides the classification.
 #[derive(Clone, Debug, Default)]
@@ -33,31 +33,40 @@ impl Interfaces {
         self.exclude.is_match(name)
     }
 
-    pub(super) fn parse(table: &InterfacesTable, source: Source<'_>, mistakes: &mut Mistakes) -> Self {
+    pub(super) fn parse(
+        table: &InterfacesTable,
+        source: SourceFile<'_>,
+        diagnostics: &mut Diagnostics,
+    ) -> Self {
         let InterfacesTable { include, exclude } = table;
         let is_included =
             |glob: &&Spanned<String>| include.iter().any(|other| other.as_ref() == glob.as_ref());
         for glob in exclude.iter().filter(is_included) {
             let message = format!("interfaces.exclude: {:?} is also in interfaces.include", glob.as_ref());
-            mistakes.note(source.error(glob.span(), message));
+            diagnostics.note(source.error(glob.span(), message));
         }
         Self {
-            include: compile(include, "interfaces.include", source, mistakes),
-            exclude: compile(exclude, "interfaces.exclude", source, mistakes),
+            include: compile(include, "interfaces.include", source, diagnostics),
+            exclude: compile(exclude, "interfaces.exclude", source, diagnostics),
         }
     }
 }
 
-fn compile(globs: &[Spanned<String>], key: &str, source: Source<'_>, mistakes: &mut Mistakes) -> GlobSet {
+fn compile(
+    globs: &[Spanned<String>],
+    key: &str,
+    source: SourceFile<'_>,
+    diagnostics: &mut Diagnostics,
+) -> GlobSet {
     let mut set = GlobSetBuilder::new();
     for glob in globs {
         let compiled =
             Glob::new(glob.as_ref()).map_err(|error| source.error(glob.span(), format!("{key}: {error}")));
-        if let Some(glob) = mistakes.take(compiled) {
+        if let Some(glob) = diagnostics.take(compiled) {
             set.add(glob);
         }
     }
     let all = globs.first().map(Spanned::span).unwrap_or_default();
     let built = set.build().map_err(|error| source.error(all, format!("{key}: {error}")));
-    mistakes.take(built).unwrap_or_default()
+    diagnostics.take(built).unwrap_or_default()
 }

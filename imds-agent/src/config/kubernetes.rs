@@ -10,7 +10,7 @@ use toml::Spanned;
 
 use super::{
     ConfigError, names,
-    source::{Mistakes, Source},
+    source::{Diagnostics, SourceFile},
 };
 
 /// File that Kubernetes mounts into a pod for access to the API server.
@@ -80,7 +80,7 @@ pub enum Access {
 
 /// Environment of the process, as far as the pod watch depends on it.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct Surroundings {
+pub struct Environment {
     /// True if the agent runs in a pod.
     pub in_pod: bool,
     /// Value of the environment variable `NODE_NAME`.
@@ -89,7 +89,7 @@ pub struct Surroundings {
     pub hostname: String,
 }
 
-impl Surroundings {
+impl Environment {
     /// Reads the environment of this process.
     #[must_use]
     pub fn read() -> Self {
@@ -106,9 +106,9 @@ impl Surroundings {
 impl Kubernetes {
     /// Returns how to access the API server, or `None` if pods are not watched.
     #[must_use]
-    pub fn access(&self, surroundings: &Surroundings) -> Option<Access> {
+    pub fn access(&self, environment: &Environment) -> Option<Access> {
         let is_wanted = match self.enabled {
-            Enabled::Auto => surroundings.in_pod || self.kubeconfig.is_some(),
+            Enabled::Auto => environment.in_pod || self.kubeconfig.is_some(),
             Enabled::Yes => true,
             Enabled::No => false,
         };
@@ -117,17 +117,21 @@ impl Kubernetes {
 
     /// Returns the name of this node in the cluster.
     #[must_use]
-    pub fn node_name(&self, surroundings: &Surroundings) -> String {
-        let said = self.node_name.as_ref().or(surroundings.node_name.as_ref());
+    pub fn node_name(&self, environment: &Environment) -> String {
+        let configured = self.node_name.as_ref().or(environment.node_name.as_ref());
         // Like the kubelet, which registers the host name in lower case.
-        said.cloned().unwrap_or_else(|| surroundings.hostname.to_lowercase())
+        configured.cloned().unwrap_or_else(|| environment.hostname.to_lowercase())
     }
 
-    pub(super) fn parse(table: &KubernetesTable, source: Source<'_>, mistakes: &mut Mistakes) -> Self {
-        mistakes.take(Self::try_parse(table, source)).unwrap_or_default()
+    pub(super) fn parse(
+        table: &KubernetesTable,
+        source: SourceFile<'_>,
+        diagnostics: &mut Diagnostics,
+    ) -> Self {
+        diagnostics.take(Self::try_parse(table, source)).unwrap_or_default()
     }
 
-    fn try_parse(table: &KubernetesTable, source: Source<'_>) -> Result<Self, ConfigError> {
+    fn try_parse(table: &KubernetesTable, source: SourceFile<'_>) -> Result<Self, ConfigError> {
         let unless_empty = |text: &'_ Spanned<String>| (!text.get_ref().is_empty()).then(|| text.clone());
         let (kubeconfig, node_name) = (unless_empty(&table.kubeconfig), unless_empty(&table.node_name));
         if let Some(path) = &kubeconfig
@@ -177,8 +181,8 @@ mod tests {
 
     #[test]
     fn pod_watch_settings() {
-        let outside = Surroundings::default();
-        let inside = Surroundings { in_pod: true, ..Surroundings::default() };
+        let outside = Environment::default();
+        let inside = Environment { in_pod: true, ..Environment::default() };
         let file = Some(Access::Kubeconfig("/etc/k.yaml".into()));
         for (text, alone, in_pod) in [
             ("", None, Some(Access::InCluster)),
@@ -196,8 +200,8 @@ mod tests {
 
     #[test]
     fn node_name_sources() {
-        let host = Surroundings { hostname: "Node-7.Example".to_owned(), ..Surroundings::default() };
-        let told = Surroundings { node_name: Some("node-8".to_owned()), ..host.clone() };
+        let host = Environment { hostname: "Node-7.Example".to_owned(), ..Environment::default() };
+        let told = Environment { node_name: Some("node-8".to_owned()), ..host.clone() };
         let named = parse("[kubernetes]\nnode_name = 'node-9'").unwrap();
         assert_eq!(Kubernetes::default().node_name(&host), "node-7.example");
         assert_eq!(Kubernetes::default().node_name(&told), "node-8");

@@ -10,13 +10,13 @@ use std::{
 use serde::{Deserialize, Deserializer, Serialize, de};
 use toml::Spanned;
 
-use super::source::{Mistakes, Source};
+use super::source::{Diagnostics, SourceFile};
 
 const DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9254);
 /// Upper bound of the number of addresses.
 const MOST: usize = 8;
 /// Longest path of a Unix socket in bytes (`sun_path` of unix(7), without the byte that ends it).
-const LONGEST_PATH: usize = 107;
+const MAX_PATH_LEN: usize = 107;
 
 /// Address that the metrics server listens on.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -87,7 +87,11 @@ impl Listen {
         vec![Self::Tcp(DEFAULT)]
     }
 
-    pub(super) fn parse(table: &MetricsTable, source: Source<'_>, mistakes: &mut Mistakes) -> Vec<Self> {
+    pub(super) fn parse(
+        table: &MetricsTable,
+        source: SourceFile<'_>,
+        diagnostics: &mut Diagnostics,
+    ) -> Vec<Self> {
         let mut places = Vec::new();
         let Places(texts) = table.listen.get_ref();
         // A single string has the location of its value.
@@ -100,11 +104,11 @@ impl Listen {
             });
             let place =
                 place.map_err(|message| source.error(span(text), format!("metrics.listen: {message}")));
-            places.extend(mistakes.take(place));
+            places.extend(diagnostics.take(place));
         }
         if let Some(beyond) = texts.get(MOST) {
             let message = format!("metrics.listen: at most {MOST} addresses are supported");
-            mistakes.note(source.error(beyond.span(), message));
+            diagnostics.note(source.error(beyond.span(), message));
         }
         places
     }
@@ -115,8 +119,8 @@ impl FromStr for Listen {
 
     fn from_str(text: &str) -> Result<Self, String> {
         if text.starts_with('/') {
-            if text.len() > LONGEST_PATH {
-                return Err(format!("the path of a Unix socket has more than {LONGEST_PATH} bytes"));
+            if text.len() > MAX_PATH_LEN {
+                return Err(format!("the path of a Unix socket has more than {MAX_PATH_LEN} bytes"));
             }
             return Ok(Self::Unix(text.into()));
         }

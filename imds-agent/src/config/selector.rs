@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
-use super::{ConfigError, names, source::Source};
+use super::{ConfigError, names, source::SourceFile};
 
 /// Label selector of pods. All requirements must hold.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -42,7 +42,7 @@ impl Selector {
         })
     }
 
-    pub(super) fn parse(table: &Spanned<SelectorTable>, source: Source<'_>) -> Result<Self, ConfigError> {
+    pub(super) fn parse(table: &Spanned<SelectorTable>, source: SourceFile<'_>) -> Result<Self, ConfigError> {
         let SelectorTable { match_labels, match_expressions } = table.get_ref();
         let mut requirements = BTreeSet::new();
         for (key, value) in match_labels {
@@ -88,7 +88,7 @@ enum Operator {
     DoesNotExist,
 }
 
-fn parse_expression(table: &ExpressionTable, source: Source<'_>) -> Result<Requirement, ConfigError> {
+fn parse_expression(table: &ExpressionTable, source: SourceFile<'_>) -> Result<Requirement, ConfigError> {
     let ExpressionTable { key, operator, values } = table;
     check_key(key, source)?;
     let condition = match (parse_operator(operator, source)?, values) {
@@ -109,7 +109,7 @@ fn parse_expression(table: &ExpressionTable, source: Source<'_>) -> Result<Requi
     Ok(Requirement { key: key.get_ref().clone(), condition })
 }
 
-fn parse_operator(operator: &Spanned<String>, source: Source<'_>) -> Result<Operator, ConfigError> {
+fn parse_operator(operator: &Spanned<String>, source: SourceFile<'_>) -> Result<Operator, ConfigError> {
     Ok(match operator.as_ref().as_str() {
         "In" => Operator::In,
         "NotIn" => Operator::NotIn,
@@ -126,7 +126,7 @@ fn parse_operator(operator: &Spanned<String>, source: Source<'_>) -> Result<Oper
 
 fn parse_values(
     values: &Spanned<Vec<Spanned<String>>>,
-    source: Source<'_>,
+    source: SourceFile<'_>,
 ) -> Result<BTreeSet<String>, ConfigError> {
     if values.get_ref().is_empty() {
         let message = "exempt.pod_selector.match_expressions.values: must not be empty";
@@ -138,7 +138,7 @@ fn parse_values(
     Ok(values.get_ref().iter().map(|value| value.get_ref().clone()).collect())
 }
 
-fn check_key(key: &Spanned<String>, source: Source<'_>) -> Result<(), ConfigError> {
+fn check_key(key: &Spanned<String>, source: SourceFile<'_>) -> Result<(), ConfigError> {
     if names::is_label_key(key.get_ref()) {
         return Ok(());
     }
@@ -146,7 +146,7 @@ fn check_key(key: &Spanned<String>, source: Source<'_>) -> Result<(), ConfigErro
     Err(source.error(key.span(), message))
 }
 
-fn check_value(value: &Spanned<String>, source: Source<'_>) -> Result<(), ConfigError> {
+fn check_value(value: &Spanned<String>, source: SourceFile<'_>) -> Result<(), ConfigError> {
     if names::is_label_value(value.get_ref()) {
         return Ok(());
     }

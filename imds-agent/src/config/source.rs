@@ -11,16 +11,16 @@ use super::ConfigError;
 
 /// Text and path of the file that is being parsed.
 #[derive(Clone, Copy)]
-pub(super) struct Source<'a> {
+pub(super) struct SourceFile<'a> {
     pub(super) text: &'a str,
     pub(super) path: &'a Path,
 }
 
-impl Source<'_> {
-    pub(super) fn place(self, span: Range<usize>) -> Place {
+impl SourceFile<'_> {
+    pub(super) fn place(self, span: Range<usize>) -> Location {
         let before = self.text.get(..span.start).unwrap_or_default();
         let line = before.rsplit('\n').next().unwrap_or_default();
-        Place {
+        Location {
             path: self.path.to_owned(),
             line: before.matches('\n').count() + 1,
             column: line.chars().count() + 1,
@@ -37,7 +37,7 @@ pub(super) fn check_name(
     name: &Spanned<String>,
     key: &str,
     most: usize,
-    source: Source<'_>,
+    source: SourceFile<'_>,
 ) -> Result<(), ConfigError> {
     let text = name.get_ref();
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
@@ -50,13 +50,13 @@ pub(super) fn check_name(
 
 /// Location in a configuration file.
 #[derive(Clone, Debug)]
-pub(super) struct Place {
+pub(super) struct Location {
     path: PathBuf,
     line: usize,
     column: usize,
 }
 
-impl Place {
+impl Location {
     pub(super) fn error(&self, message: String) -> ConfigError {
         let Self { path, line, column } = self.clone();
         ConfigError::Parse { path, line, column, message }
@@ -65,21 +65,21 @@ impl Place {
 
 /// Errors found so far in a file.
 #[derive(Default)]
-pub(super) struct Mistakes {
+pub(super) struct Diagnostics {
     found: Vec<ConfigError>,
 }
 
-impl Mistakes {
-    pub(super) fn note(&mut self, mistake: ConfigError) {
-        self.found.push(mistake);
+impl Diagnostics {
+    pub(super) fn note(&mut self, error: ConfigError) {
+        self.found.push(error);
     }
 
     /// Returns the parsed part of the file, or records its error and returns `None`.
     pub(super) fn take<T>(&mut self, part: Result<T, ConfigError>) -> Option<T> {
-        part.map_err(|mistake| self.note(mistake)).ok()
+        part.map_err(|error| self.note(error)).ok()
     }
 
-    pub(super) fn are_none(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.found.is_empty()
     }
 

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use toml::{Table, Value};
 
 use super::*;
-use crate::{endpoints::Guarded, provider::Dmi};
+use crate::{endpoints::EndpointSet, provider::Dmi};
 
 fn parse(text: &str) -> Result<Config, String> {
     Config::parse(text, Path::new("imds.toml")).map_err(|error| error.to_string())
@@ -106,7 +106,7 @@ fn preset_ports_can_be_overridden() {
     let ports = |text: &str| {
         let guarded = parse(text).unwrap().endpoints.resolve(&Dmi::default()).unwrap();
         let of = |endpoint: &crate::endpoints::Endpoint| {
-            let ports: Vec<_> = endpoint.keep.iter().map(ToString::to_string).collect();
+            let ports: Vec<_> = endpoint.allow_ports.iter().map(ToString::to_string).collect();
             format!("{} {}", endpoint.name, ports.join(" "))
         };
         guarded.endpoints().iter().map(of).collect::<Vec<_>>()
@@ -268,7 +268,7 @@ fn add_keys(table: &Table, found: &mut BTreeSet<String>) {
     found.extend(table.keys().cloned());
 }
 
-fn resolve(text: &str, vendor: &str) -> Result<Guarded, String> {
+fn resolve(text: &str, vendor: &str) -> Result<EndpointSet, String> {
     let dmi = Dmi { sys_vendor: vendor.to_owned(), ..Dmi::default() };
     let config = parse(text)?;
     config.endpoints.resolve(&dmi).map_err(|error| error.to_string())
@@ -288,7 +288,7 @@ fn endpoints_of_provider_and_operator() {
     assert_eq!(names, ["imds", "wireserver", "ecs", "vault"]);
     let vault = &guarded.endpoints()[3];
     assert_eq!(vault.address.to_string(), "10.0.0.9");
-    assert_eq!(vault.keep.iter().map(ToString::to_string).collect::<Vec<_>>(), ["tcp/443", "udp/443"]);
+    assert_eq!(vault.allow_ports.iter().map(ToString::to_string).collect::<Vec<_>>(), ["tcp/443", "udp/443"]);
     assert!(resolve("provider = 'none'\nmode = 'off'", "").unwrap().endpoints().is_empty());
 }
 

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     config::Hooks,
     node::{
-        links::{Kind, Link},
+        links::{Link, LinkKind},
         netlink::Netlink,
     },
     reconcile::{Action, Attachment, Order},
@@ -30,7 +30,7 @@ impl Datapath {
     #[must_use]
     pub fn attach_mode(&self, link: &Link, hook: TcHook) -> AttachMode {
         match (link.kind, hook) {
-            (Kind::Netkit, TcHook::FromPod) if !self.refused_netkit.contains(&link.index) => {
+            (LinkKind::Netkit, TcHook::FromPod) if !self.refused_netkit.contains(&link.index) => {
                 AttachMode::Netkit
             }
             _ => self.backend,
@@ -43,18 +43,18 @@ impl Datapath {
     pub async fn observe(
         &mut self,
         link: &Link,
-        edge: TcHook,
+        hook: TcHook,
         thorough: bool,
     ) -> Result<Vec<Attachment>, DatapathError> {
-        let spot = AttachPoint { ifindex: link.index, edge };
+        let spot = AttachPoint { ifindex: link.index, hook };
         // No program is loaded for a hook that is off. Id 0 then makes every attached program obsolete.
-        let program = self.programs.id(tc_program(edge, link.frame)).unwrap_or_default();
+        let program = self.programs.id(tc_program(hook, link.frame)).unwrap_or_default();
         let mut attachments = self.links.observe(self.claim.dir(), spot, program)?;
         let recorded = records::has_filter(&self.maps, link.index);
         if thorough || recorded || self.backend == AttachMode::Clsact {
             attachments.extend(clsact::attachment(&self.netlink, spot, program).await?);
         }
-        if has_earlier_netkit_program(link, edge) {
+        if has_earlier_netkit_program(link, hook) {
             for attachment in attachments.iter_mut().filter(|it| it.backend != AttachMode::Netkit) {
                 attachment.place = Order::Blocked;
             }
@@ -63,12 +63,12 @@ impl Datapath {
     }
 
     /// Executes one reconcile action at a hook of an interface.
-    pub async fn apply(&mut self, link: &Link, edge: TcHook, action: Action) -> Result<(), DatapathError> {
-        let spot = AttachPoint { ifindex: link.index, edge };
-        let name = tc_program(edge, link.frame);
+    pub async fn apply(&mut self, link: &Link, hook: TcHook, action: Action) -> Result<(), DatapathError> {
+        let spot = AttachPoint { ifindex: link.index, hook };
+        let name = tc_program(hook, link.frame);
         match action {
             Action::Attach(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
-                counters::prepare(&mut self.maps, link.index, edge.hook());
+                counters::prepare(&mut self.maps, link.index, hook.hook());
                 match self.attach_link(spot, mode, name) {
                     Err(error) if mode == AttachMode::Netkit && is_netkit_refusal(&error) => {
                         log::warn!(
@@ -81,7 +81,7 @@ impl Datapath {
                     }
                     attached => attached,
                 }
-                .map_err(|error| with_obstacle(error, link, edge))
+                .map_err(|error| with_obstacle(error, link, hook))
             }
             Action::Replace(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
                 self.links.replace(spot, mode, self.programs.fd(name)?)
@@ -92,29 +92,29 @@ impl Datapath {
             Action::Reorder(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
                 // The kernel rejects a second link with the same program at one hook. This attaches a copy of the program
                 // at the head of the hook, then updates the link to the original.
-                let hooks = Hooks::from_bits(edge.hook().bit());
+                let hooks = Hooks::from_bits(hook.hook().bit());
                 let copy = Programs::load(self.claim.dir(), hooks, &endpoints::filter(&self.maps)?)?;
                 self.links
                     .reorder(self.claim.dir(), spot, mode, copy.fd(name)?)
-                    .map_err(|error| with_obstacle(error, link, edge))?;
+                    .map_err(|error| with_obstacle(error, link, hook))?;
                 self.links.replace(spot, mode, self.programs.fd(name)?)
             }
             Action::Detach(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
                 self.links.detach(self.claim.dir(), spot, mode)
             }
             Action::Attach(AttachMode::Clsact) => {
-                counters::prepare(&mut self.maps, link.index, edge.hook());
+                counters::prepare(&mut self.maps, link.index, hook.hook());
                 if clsact::ensure_qdisc(&self.netlink, link.index).await? {
-                    if let Err(error) = records::set_owns_qdisc(&mut self.maps, link, edge) {
+                    if let Err(error) = records::set_owns_qdisc(&mut self.maps, link, hook) {
                         log::warn!(
                             "{}: failed to record the new clsact qdisc, `unload` will not remove it: {error}",
                             link.name
                         );
                     }
                 } else {
-                    if edge == TcHook::NodeEgress {
+                    if hook == TcHook::NodeEgress {
                         // An `ingress` qdisc would accept the filter and run it at ingress.
-                        self.check_qdisc(link, edge).await?;
+                        self.check_qdisc(link, hook).await?;
                     }
                     if !clsact::has_ours(&self.netlink, link.index).await? {
                         // Another program may have replaced the agent's qdisc by its own.
@@ -160,7 +160,7 @@ impl Datapath {
         match clsact::attach_first(&self.netlink, spot, program, name).await {
             // EOPNOTSUPP: the qdisc uses a shared filter block (`__tcf_block_find`).
             Err(error) if error.errno() == Some(libc::EOPNOTSUPP) => {
-                self.check_qdisc(link, spot.edge).await?;
+                self.check_qdisc(link, spot.hook).await?;
                 Err(error.into())
             }
             attached => Ok(attached?),
@@ -182,9 +182,9 @@ impl Datapath {
 }
 
 /// Reports whether the peer of a netkit pair has programs, which run before TC ingress.
-fn has_earlier_netkit_program(link: &Link, edge: TcHook) -> bool {
+fn has_earlier_netkit_program(link: &Link, hook: TcHook) -> bool {
     let entries = || bpf::entries(link.index, MprogHook::NetkitPeer);
-    (link.kind, edge) == (Kind::Netkit, TcHook::FromPod) && entries().is_ok_and(|list| !list.is_empty())
+    (link.kind, hook) == (LinkKind::Netkit, TcHook::FromPod) && entries().is_ok_and(|list| !list.is_empty())
 }
 
 /// Reports whether attaching a netkit link to the device always fails: the kernel does not support it (EINVAL, EOPNOTSUPP),

@@ -32,7 +32,7 @@ use aya_obj::generated::{
 pub use self::{
     cgroup::{CgroupPrograms, cgroup_programs, effective_programs},
     program::{
-        ProgLoad, btf_load, is_compiled, is_foreign, is_ours, load_idle, load_redirect, object_name,
+        ProgLoad, btf_load, is_compiled, is_foreign, is_ours, load_noop_program, load_redirect, object_name,
         prog_load, program_id, program_name,
     },
     sink::{MAX_SINK_IDS, link_create_after, load_sink},
@@ -141,7 +141,7 @@ impl From<Direction> for MprogHook {
 
 /// One program in the list of a TCX or netkit hook.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Entry {
+pub struct HookEntry {
     /// Id of the attached program.
     pub program: u32,
     /// Id of its link; 0 if the program was attached without a link.
@@ -252,13 +252,13 @@ pub fn link(link: impl AsFd) -> io::Result<Option<Link>> {
 }
 
 /// Lists the programs on a TCX hook of an interface, in the order in which they run.
-pub fn tcx_entries(ifindex: u32, direction: Direction) -> io::Result<Vec<Entry>> {
+pub fn tcx_entries(ifindex: u32, direction: Direction) -> io::Result<Vec<HookEntry>> {
     entries(ifindex, direction.into())
 }
 
 /// Lists the programs on a TCX or netkit hook of an interface, in the order in which they run. Returns an error if the kernel
 /// or the interface does not have the hook.
-pub fn entries(ifindex: u32, hook: MprogHook) -> io::Result<Vec<Entry>> {
+pub fn entries(ifindex: u32, hook: MprogHook) -> io::Result<Vec<HookEntry>> {
     #[repr(C)]
     struct Attr {
         target_ifindex: u32,
@@ -289,7 +289,7 @@ pub fn entries(ifindex: u32, hook: MprogHook) -> io::Result<Vec<Entry>> {
     };
     bpf_mut(BPF_PROG_QUERY, &mut attr)?;
     let entries = programs.into_iter().zip(links).take(attr.count as usize);
-    Ok(entries.map(|(program, link)| Entry { program, link }).collect())
+    Ok(entries.map(|(program, link)| HookEntry { program, link }).collect())
 }
 
 /// Opens the object that is pinned at `path`.

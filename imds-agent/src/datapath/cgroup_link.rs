@@ -137,7 +137,7 @@ impl CgroupLink {
             changes.push(CgroupChange::new(CgroupChangeKind::Replaced, text));
         }
         if !mprog::is_pinned(link.id, &self.pin) {
-            pins::pin_over(link_fd, &self.pin)?;
+            pins::replace_pin(link_fd, &self.pin)?;
             let text = format!("pinned the link of {name} on cgroup {at} again");
             changes.push(CgroupChange::new(CgroupChangeKind::Pinned, text));
         }
@@ -164,7 +164,7 @@ impl CgroupLink {
                 changes.push(CgroupChange::new(CgroupChangeKind::Attached, text));
                 // Stores the descriptor before pinning: if pinning fails, the program stays attached while this process lives.
                 // The pin may exist already, for a detached link or a removed cgroup.
-                Ok(pins::pin_over(self.fd.insert(link), &self.pin)?)
+                Ok(pins::replace_pin(self.fd.insert(link), &self.pin)?)
             }
             Err(error) => {
                 self.attaching.note(now);
@@ -226,7 +226,7 @@ impl CgroupLink {
                 self.failure = None;
                 let earlier = self.fd.replace(link);
                 if let Some(link) = &self.fd {
-                    pins::pin_over(link, &self.pin)?;
+                    pins::replace_pin(link, &self.pin)?;
                 }
                 if let Some(earlier) = earlier {
                     bpf::link_detach(earlier)

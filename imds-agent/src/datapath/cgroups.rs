@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, path::PathBuf};
 use imds_ebpf_common::{CgroupRecord, Hook, cgroup::SENDMSG_OFF, names::MAP_CGROUP};
 
 use super::{
-    Datapath, DatapathError, Plan,
+    Datapath, DatapathConfig, DatapathError,
     cgroup_link::{CgroupChange, CgroupChangeKind},
     hosts::{self, Hosts},
     object::{self, Maps},
@@ -41,33 +41,37 @@ pub(super) struct Cgroups {
 }
 
 impl Cgroups {
-    /// Opens the links that earlier agents pinned for the cgroup of `plan`.
-    pub(super) fn adopt(pins: &PinDir, plan: &Plan) -> Result<Self, DatapathError> {
+    /// Opens the links that earlier agents pinned for the cgroup of `datapath_config`.
+    pub(super) fn adopt(pins: &PinDir, datapath_config: &DatapathConfig) -> Result<Self, DatapathError> {
         let mut cgroups = Self {
             sockets: None,
             hosts: Hosts::default(),
             local_service: None,
             is_local: None,
-            setting: plan.sendmsg,
-            hooks: plan.hooks,
+            setting: datapath_config.sendmsg,
+            hooks: datapath_config.hooks,
             has_tc_cookie: object::tc_has_cookie(),
             is_enforced: true,
             sendmsg: None,
             recorded: None,
         };
         cgroups.sendmsg = cgroups.sendmsg_reason();
-        cgroups.adopt_missing(pins, plan)?;
+        cgroups.adopt_missing(pins, datapath_config)?;
         if cgroups.lacks_cgroup() {
             log::error!("{NO_CGROUP}; {NO_CGROUP_REMEDY}");
         }
         Ok(cgroups)
     }
 
-    fn adopt_missing(&mut self, pins: &PinDir, plan: &Plan) -> Result<(), DatapathError> {
-        if let (None, Some(cgroup)) = (&self.sockets, &plan.cgroup) {
+    fn adopt_missing(
+        &mut self,
+        pins: &PinDir,
+        datapath_config: &DatapathConfig,
+    ) -> Result<(), DatapathError> {
+        if let (None, Some(cgroup)) = (&self.sockets, &datapath_config.cgroup) {
             self.sockets = Some(Sockets::adopt(pins, cgroup, SOCKETS)?);
         }
-        if let (None, Some(cgroup)) = (&self.local_service, &plan.local_service) {
+        if let (None, Some(cgroup)) = (&self.local_service, &datapath_config.local_service) {
             // The agent starts without this hook, because most nodes never need it.
             match Sockets::adopt(pins, cgroup, LOCAL_SERVICE) {
                 Ok(local_service) => self.local_service = Some(local_service),
@@ -82,29 +86,33 @@ impl Cgroups {
         self.sockets.is_none() && self.hooks.has(Hook::Socket)
     }
 
-    /// Adds the programs of `plan` to the desired programs.
-    pub(super) fn prepare(&mut self, pins: &PinDir, plan: &Plan) -> Result<(), DatapathError> {
-        (self.setting, self.hooks) = (plan.sendmsg, plan.hooks);
+    /// Adds the programs of `datapath_config` to the desired programs.
+    pub(super) fn prepare(
+        &mut self,
+        pins: &PinDir,
+        datapath_config: &DatapathConfig,
+    ) -> Result<(), DatapathError> {
+        (self.setting, self.hooks) = (datapath_config.sendmsg, datapath_config.hooks);
         self.sendmsg = self.sendmsg_reason().or(self.sendmsg);
-        self.adopt_missing(pins, plan)
+        self.adopt_missing(pins, datapath_config)
     }
 
-    /// Reports whether the desired programs are exactly those of `plan`.
-    pub(super) fn matches(&self, plan: &Plan) -> bool {
-        self.setting == plan.sendmsg && self.sendmsg == self.sendmsg_reason()
+    /// Reports whether the desired programs are exactly those of `datapath_config`.
+    pub(super) fn matches(&self, datapath_config: &DatapathConfig) -> bool {
+        self.setting == datapath_config.sendmsg && self.sendmsg == self.sendmsg_reason()
     }
 
-    /// Removes the programs that `plan` does not need from the desired programs. The next reconciliation detaches them.
-    pub(super) fn release(&mut self, plan: &Plan) {
-        (self.setting, self.hooks) = (plan.sendmsg, plan.hooks);
+    /// Removes the programs that `datapath_config` does not need from the desired programs. The next reconciliation detaches them.
+    pub(super) fn release(&mut self, datapath_config: &DatapathConfig) {
+        (self.setting, self.hooks) = (datapath_config.sendmsg, datapath_config.hooks);
         self.sendmsg = self.sendmsg_reason();
-        if !plan.hooks.has(Hook::Socket) {
+        if !datapath_config.hooks.has(Hook::Socket) {
             self.sockets = None;
         }
-        if !plan.hooks.has(Hook::HostNetwork) {
+        if !datapath_config.hooks.has(Hook::HostNetwork) {
             self.hosts = Hosts::default();
         }
-        if !plan.hooks.has(Hook::LocalService) {
+        if !datapath_config.hooks.has(Hook::LocalService) {
             self.local_service = None;
         }
     }

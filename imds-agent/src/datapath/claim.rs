@@ -14,24 +14,24 @@ use nix::fcntl::{Flock, FlockArg};
 use super::pins::{PinDir, PinError, io_error};
 
 /// Time limit for taking the lock. `status` holds it for a moment to check whether another process does.
-const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
 const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 impl PinDir {
     /// Creates the directory and its subdirectories if missing, and locks it for this process. Fails if it is not on a bpffs.
-    pub fn claim(&self) -> Result<Claim, PinError> {
+    pub fn claim(&self) -> Result<PinLock, PinError> {
         self.ensure_bpffs()?;
         self.ensure_usable()?;
         let is_new = !self.exists();
         self.make_directories()?;
-        let claim = Claim { dir: self.clone(), lock: self.lock(self.root())?, ready: None, is_new };
+        let claim = PinLock { dir: self.clone(), lock: self.lock(self.root())?, ready: None, is_new };
         // A killed `unload` may have left its request.
         self.withdraw_unload_request()?;
         Ok(claim)
     }
 
     /// Locks the directory for this process, if it exists and no other process holds the lock.
-    pub(super) fn try_claim_existing(&self) -> Result<Option<Claim>, PinError> {
+    pub(super) fn try_lock_existing(&self) -> Result<Option<PinLock>, PinError> {
         let directory = match File::open(self.root()) {
             Ok(directory) => directory,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -40,29 +40,29 @@ impl PinDir {
         let inode = directory.metadata().map_err(io_error("inspect", self.root()))?.ino();
         let lock = Flock::lock(directory, FlockArg::LockExclusiveNonblock).ok();
         let lock = lock.filter(|_| is_at(self.root(), inode));
-        Ok(lock.map(|lock| Claim { dir: self.clone(), lock, ready: None, is_new: false }))
+        Ok(lock.map(|lock| PinLock { dir: self.clone(), lock, ready: None, is_new: false }))
     }
 
     /// Locks the event ring buffer for this process until the result is dropped. Returns `None` if another process holds the
     /// lock. Uses the directory of programs for the lock, which has no other lock.
-    pub fn try_claim_events(&self) -> Result<Option<Flock<File>>, PinError> {
+    pub fn try_lock_events(&self) -> Result<Option<Flock<File>>, PinError> {
         let path = self.programs();
         let directory = File::open(&path).map_err(io_error("open", &path))?;
         Ok(Flock::lock(directory, FlockArg::LockExclusiveNonblock).ok())
     }
 
     /// Returns the process that holds the lock of the directory, or `None` if no process does.
-    pub fn holder(&self) -> Result<Option<Holder>, PinError> {
+    pub fn holder(&self) -> Result<Option<LockOwner>, PinError> {
         if !is_locked(self.root())? {
             return Ok(None);
         }
         let inode = fs::metadata(self.root()).map_err(io_error("inspect", self.root()))?.ino();
-        Ok(Some(Holder { pid: holder_of(inode), is_ready: is_locked(&self.maps())? }))
+        Ok(Some(LockOwner { pid: holder_of(inode), is_ready: is_locked(&self.maps())? }))
     }
 
     /// Locks the directory at `path`. If the directory was removed in the meantime, creates it and locks the new one.
     fn lock(&self, path: &Path) -> Result<Flock<File>, PinError> {
-        let deadline = Instant::now() + LOCK_PATIENCE;
+        let deadline = Instant::now() + LOCK_TIMEOUT;
         loop {
             let directory = File::open(path).map_err(io_error("open", path))?;
             let inode = directory.metadata().map_err(io_error("inspect", path))?.ino();
@@ -78,7 +78,7 @@ impl PinDir {
 
 /// Another process that holds the lock of a pin directory.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Holder {
+pub struct LockOwner {
     /// Pid of the process; `None` if it is not visible in this pid namespace.
     pub pid: Option<i32>,
     /// True after the agent has reconciled every interface once.
@@ -87,7 +87,7 @@ pub struct Holder {
 
 /// Lock of a pin directory, released when dropped.
 #[derive(Debug)]
-pub struct Claim {
+pub struct PinLock {
     dir: PinDir,
     lock: Flock<File>,
     /// Lock of the directory of maps, which marks the agent as ready. The kernel releases it when the process ends.
@@ -95,7 +95,7 @@ pub struct Claim {
     is_new: bool,
 }
 
-impl Claim {
+impl PinLock {
     /// Returns the locked pin directory.
     #[must_use]
     pub fn dir(&self) -> &PinDir {
@@ -109,7 +109,7 @@ impl Claim {
     }
 
     /// Marks the agent as ready: `status` then reports that every interface was reconciled.
-    pub fn announce_ready(&mut self) -> Result<(), PinError> {
+    pub fn set_ready(&mut self) -> Result<(), PinError> {
         if self.ready.is_none() {
             self.ready = Some(self.dir.lock(&self.dir.maps())?);
         }
@@ -130,7 +130,7 @@ impl Claim {
             self.lock = self.dir.lock(self.dir.root())?;
         }
         if self.ready.take().is_some() {
-            self.announce_ready()?;
+            self.set_ready()?;
         }
         Ok(true)
     }

@@ -34,7 +34,7 @@ const FIRST_PRIORITY: u16 = 1;
 
 /// Filter of chain 0, where all classification starts.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Filter {
+pub struct TcFilter {
     pub(crate) priority: u16,
     handle: TcHandle,
     protocol: u16,
@@ -43,7 +43,7 @@ pub struct Filter {
     pub(crate) name: Option<String>,
 }
 
-impl Filter {
+impl TcFilter {
     /// Reports whether the filter belongs to imds-agent.
     pub(crate) fn is_ours(&self) -> bool {
         HANDLES.contains(&self.handle) && self.name.as_ref().is_some_and(|name| name.starts_with(PREFIX))
@@ -51,7 +51,7 @@ impl Filter {
 
     /// Reports whether a BPF filter can have the priority of this filter. All filters of one priority have the same kind and
     /// protocol.
-    pub(crate) fn takes_company(&self) -> bool {
+    pub(crate) fn can_share_priority(&self) -> bool {
         self.kind == TcFilterBpf::KIND && self.protocol == ETH_P_ALL
     }
 
@@ -114,8 +114,8 @@ pub async fn attachment(
 }
 
 /// Returns the order of `ours` among `filters`, which are sorted by the order in which they run.
-fn place(filters: &[Filter], ours: &Filter) -> Order {
-    if filters.first().is_some_and(Filter::is_ours) {
+fn place(filters: &[TcFilter], ours: &TcFilter) -> Order {
+    if filters.first().is_some_and(TcFilter::is_ours) {
         return Order::First;
     }
     let best = best_priority(filters);
@@ -124,24 +124,24 @@ fn place(filters: &[Filter], ours: &Filter) -> Order {
 }
 
 /// Returns the lowest priority that a BPF filter can have.
-fn best_priority(filters: &[Filter]) -> u16 {
+fn best_priority(filters: &[TcFilter]) -> u16 {
     let is_free = |priority: &u16| {
-        foreign(filters).filter(|filter| filter.priority == *priority).all(Filter::takes_company)
+        foreign(filters).filter(|filter| filter.priority == *priority).all(TcFilter::can_share_priority)
     };
     (FIRST_PRIORITY..u16::MAX).find(is_free).unwrap_or(u16::MAX)
 }
 
-fn foreign(filters: &[Filter]) -> impl Iterator<Item = &Filter> {
+fn foreign(filters: &[TcFilter]) -> impl Iterator<Item = &TcFilter> {
     filters.iter().filter(|filter| !filter.is_ours())
 }
 
 /// Lists the filters of a hook in the order in which they run. Returns an empty list if the interface has no clsact or ingress
 /// qdisc.
-pub(crate) async fn filters(netlink: &Netlink, spot: AttachPoint) -> Result<Vec<Filter>, NetlinkError> {
-    let filters = filters_below(netlink, spot.ifindex, parent(spot.edge)).await?;
+pub(crate) async fn filters(netlink: &Netlink, spot: AttachPoint) -> Result<Vec<TcFilter>, NetlinkError> {
+    let filters = filters_below(netlink, spot.ifindex, parent(spot.hook)).await?;
     // An `ingress` qdisc lists its ingress filters for every class (`ingress_tcf_block`), clsact lists none for class 0
     // (`clsact_tcf_block`).
-    if spot.edge == TcHook::NodeEgress
+    if spot.hook == TcHook::NodeEgress
         && !filters.is_empty()
         && !filters_below(netlink, spot.ifindex, CLSACT_HANDLE).await?.is_empty()
     {
@@ -154,9 +154,9 @@ async fn filters_below(
     netlink: &Netlink,
     ifindex: u32,
     parent: TcHandle,
-) -> Result<Vec<Filter>, NetlinkError> {
+) -> Result<Vec<TcFilter>, NetlinkError> {
     let messages = dump_filters(netlink, ifindex, parent).await?;
-    Ok(messages.into_iter().filter_map(Filter::from_message).collect())
+    Ok(messages.into_iter().filter_map(TcFilter::from_message).collect())
 }
 
 /// Lists the filters of all chains. Returns an empty list if the interface has no clsact or ingress qdisc.
@@ -182,8 +182,8 @@ async fn dump_filters(
 
 /// Reports whether the interface has a filter of the agent at any hook.
 pub(super) async fn has_ours(netlink: &Netlink, ifindex: u32) -> Result<bool, NetlinkError> {
-    for edge in TcHook::ALL {
-        if filters(netlink, AttachPoint { ifindex, edge }).await?.iter().any(Filter::is_ours) {
+    for hook in TcHook::ALL {
+        if filters(netlink, AttachPoint { ifindex, hook }).await?.iter().any(TcFilter::is_ours) {
             return Ok(true);
         }
     }
@@ -204,8 +204,8 @@ pub async fn ensure_qdisc(netlink: &Netlink, ifindex: u32) -> Result<bool, Netli
 
 /// Removes the clsact qdisc unless it has a filter in any chain. The kernel rejects the request for a qdisc of another kind.
 pub async fn remove_unused_qdisc(netlink: &Netlink, ifindex: u32) -> Result<(), NetlinkError> {
-    for edge in TcHook::ALL {
-        if !dump_filters(netlink, ifindex, parent(edge)).await?.is_empty() {
+    for hook in TcHook::ALL {
+        if !dump_filters(netlink, ifindex, parent(hook)).await?.is_empty() {
             return Ok(());
         }
     }
@@ -245,7 +245,7 @@ pub async fn replace(
 ) -> Result<(), NetlinkError> {
     let filters = filters(netlink, spot).await?;
     let mut ours = filters.iter().filter(|filter| filter.is_ours());
-    let Some(Filter { priority, handle, .. }) = ours.next() else {
+    let Some(TcFilter { priority, handle, .. }) = ours.next() else {
         return attach_first(netlink, spot, program, name).await;
     };
     write(netlink, spot, *priority, *handle, program, name, NLM_F_CREATE).await?;
@@ -264,7 +264,7 @@ pub async fn detach_all(netlink: &Netlink, spot: AttachPoint) -> Result<bool, Ne
 async fn detach(
     netlink: &Netlink,
     spot: AttachPoint,
-    filters: impl IntoIterator<Item = &Filter>,
+    filters: impl IntoIterator<Item = &TcFilter>,
 ) -> Result<(), NetlinkError> {
     for filter in filters {
         let mut message = filter_message(spot, filter.priority, filter.handle);
@@ -301,8 +301,8 @@ async fn write(
     netlink.acknowledged(call, RouteNetlinkMessage::NewTrafficFilter(message), flags).await
 }
 
-const fn parent(edge: TcHook) -> TcHandle {
-    match edge {
+const fn parent(hook: TcHook) -> TcHandle {
+    match hook {
         TcHook::FromPod => INGRESS,
         TcHook::NodeEgress => EGRESS,
     }
@@ -322,7 +322,7 @@ fn qdisc(ifindex: u32) -> TcMessage {
 }
 
 fn filter_message(spot: AttachPoint, priority: u16, handle: TcHandle) -> TcMessage {
-    let mut message = message(spot.ifindex, parent(spot.edge));
+    let mut message = message(spot.ifindex, parent(spot.hook));
     message.header.handle = handle;
     message.header.info = TcHandle { major: priority, minor: ETH_P_ALL }.into();
     message
@@ -340,8 +340,8 @@ fn ignore_missing(result: Result<(), NetlinkError>) -> Result<(), NetlinkError> 
 mod tests {
     use super::*;
 
-    fn filter(priority: u16, handle: TcHandle, kind: &str, name: &str) -> Filter {
-        Filter {
+    fn filter(priority: u16, handle: TcHandle, kind: &str, name: &str) -> TcFilter {
+        TcFilter {
             priority,
             handle,
             protocol: ETH_P_ALL,
@@ -351,11 +351,11 @@ mod tests {
         }
     }
 
-    fn ours(priority: u16) -> Filter {
+    fn ours(priority: u16) -> TcFilter {
         filter(priority, HANDLES[0], "bpf", "imds_from_pod")
     }
 
-    fn other(priority: u16, kind: &str) -> Filter {
+    fn other(priority: u16, kind: &str) -> TcFilter {
         filter(priority, TcHandle { major: 0, minor: 1 }, kind, "other")
     }
 

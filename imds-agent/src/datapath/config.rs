@@ -23,14 +23,14 @@ pub struct Record {
     /// Time since which the configuration is effective.
     pub loaded_at: Timestamp,
     /// Last configuration that was rejected after this one was loaded.
-    pub refusal: Option<Refusal>,
+    pub refusal: Option<RejectedConfig>,
     /// The configuration as TOML, including all defaults.
     pub text: String,
 }
 
 /// Configuration that was rejected.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Refusal {
+pub struct RejectedConfig {
     /// Time of the rejection.
     pub at: Timestamp,
     /// Error message, truncated to the size of the record.
@@ -51,7 +51,7 @@ impl Record {
         }
         let path = text(&record.path);
         let refusal = (record.failed_at != 0)
-            .then(|| Refusal { at: timestamp(record.failed_at), error: text(&record.error) });
+            .then(|| RejectedConfig { at: timestamp(record.failed_at), error: text(&record.error) });
         Some(Self {
             generation: record.generation,
             path: (!path.is_empty()).then(|| path.into()),
@@ -80,7 +80,7 @@ pub(super) fn put(maps: &mut Maps, path: Option<&Path>, text: &str) -> Result<u6
 }
 
 /// Records that a configuration was rejected. The previous one stays effective.
-pub(super) fn put_refusal(maps: &mut Maps, error: &str) -> Result<(), DatapathError> {
+pub(super) fn put_rejected_config(maps: &mut Maps, error: &str) -> Result<(), DatapathError> {
     let before = read_whole(&maps.config).map_err(failed)?;
     let record = ConfigRecord { failed_at: now(), error: padded(error), ..before };
     maps.config.set(0, record, 0).map_err(failed)

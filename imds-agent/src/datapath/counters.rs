@@ -8,7 +8,7 @@ use aya::{
 };
 use imds_ebpf_common::{
     Counter, CounterKey, Hook, Verdict,
-    event::{SOURCES, Window},
+    event::{MAX_RATE_LIMITERS, RateLimiter},
     names::MAP_COUNTERS,
 };
 use serde::Serialize;
@@ -56,9 +56,9 @@ impl Counts {
             match verdict {
                 Verdict::Deny => Some(&mut self.denied),
                 Verdict::Audit => Some(&mut self.audited),
-                Verdict::Allow | Verdict::Kept => Some(&mut self.allowed),
+                Verdict::Allow | Verdict::Allowed => Some(&mut self.allowed),
                 Verdict::Exempt => Some(&mut self.exempt),
-                Verdict::Foreign => None,
+                Verdict::Unrelated => None,
             }
         })
     }
@@ -83,7 +83,7 @@ impl AddAssign for Counts {
 }
 
 /// Reads all counts by interface index and number of the hook. Counts of deleted interfaces and of cgroup hooks have the index
-/// [`CounterKey::DEPARTED`].
+/// [`CounterKey::DELETED`].
 pub fn read(maps: &Maps) -> Result<BTreeMap<(u32, u8), Counts>, MapError> {
     let mut counts: BTreeMap<(u32, u8), Counts> = BTreeMap::new();
     for entry in object::present(maps.counters.iter()) {
@@ -115,12 +115,12 @@ pub fn untold(maps: &Maps) -> Result<u64, MapError> {
     let mut untold = 0_u64;
     let of_interfaces = object::present(maps.counters.iter());
     for entry in of_interfaces {
-        untold = untold.saturating_add(sum(&entry?.1).window.untold);
+        untold = untold.saturating_add(sum(&entry?.1).limiter.untold);
     }
     // The programs add and evict sources concurrently, and an evicted key restarts the iteration: the limit ends it.
-    for entry in object::present(maps.sources.iter()).take(2 * SOURCES) {
-        for window in entry?.1.iter() {
-            untold = untold.saturating_add(window.untold);
+    for entry in object::present(maps.sources.iter()).take(2 * MAX_RATE_LIMITERS) {
+        for limiter in entry?.1.iter() {
+            untold = untold.saturating_add(limiter.untold);
         }
     }
     Ok(untold)
@@ -133,12 +133,12 @@ pub(super) fn fold(maps: &mut Maps, ifindex: u32) -> Result<(), DatapathError> {
         .into_iter()
         .flat_map(|hook| Verdict::COUNTED.map(|verdict| CounterKey::new(ifindex, hook, verdict)));
     for key in keys {
-        let departed = CounterKey { ifindex: CounterKey::DEPARTED, ..key };
+        let deleted = CounterKey { ifindex: CounterKey::DELETED, ..key };
         let Ok(values) = maps.counters.get(&key, 0) else { continue };
         if values.iter().any(|counter| counter.packets != 0) {
-            let before = maps.counters.get(&departed, 0).map(|values| sum(&values)).unwrap_or_default();
+            let before = maps.counters.get(&deleted, 0).map(|values| sum(&values)).unwrap_or_default();
             if let Some(total) = on_first_cpu(added(before, &sum(&values))) {
-                maps.counters.insert(departed, total, 0).map_err(failed)?;
+                maps.counters.insert(deleted, total, 0).map_err(failed)?;
             }
         }
         match maps.counters.remove(&key) {
@@ -158,7 +158,10 @@ fn added(sum: Counter, other: &Counter) -> Counter {
     Counter {
         packets: sum.packets.saturating_add(other.packets),
         bytes: sum.bytes.saturating_add(other.bytes),
-        window: Window { untold: sum.window.untold.saturating_add(other.window.untold), ..sum.window },
+        limiter: RateLimiter {
+            untold: sum.limiter.untold.saturating_add(other.limiter.untold),
+            ..sum.limiter
+        },
     }
 }
 

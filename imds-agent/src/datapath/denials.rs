@@ -7,7 +7,7 @@ use std::{
 
 use aya::maps::{HashMap, Map, MapData, MapError};
 use imds_ebpf_common::{
-    ledger::{DENIALS, DenialKey, DenialRecord},
+    event_log::{DENIALS, DenialKey, DenialRecord},
     names::MAP_DENIALS,
 };
 

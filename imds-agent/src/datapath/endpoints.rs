@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use aya::maps::MapError;
 use imds_ebpf_common::{
-    Address, Endpoint, Filter, ProviderRecord,
+    Address, Endpoint, PolicyTable, ProviderRecord,
     names::{MAP_ENDPOINTS, MAP_FILTER, MAP_PROVIDER},
 };
 
@@ -13,7 +13,7 @@ use super::{
     object::{self, Maps},
     pins::PinDir,
 };
-use crate::endpoints::{Guarded, padded, unpadded};
+use crate::endpoints::{EndpointSet, padded, unpadded};
 
 /// Reads the protected endpoints by address.
 pub fn read(maps: &Maps) -> Result<BTreeMap<Address, Endpoint>, MapError> {
@@ -27,19 +27,19 @@ pub fn provider(maps: &Maps) -> Result<(String, String), MapError> {
 }
 
 /// Reads the effective filter.
-pub(super) fn filter(maps: &Maps) -> Result<Filter, DatapathError> {
+pub(super) fn filter(maps: &Maps) -> Result<PolicyTable, DatapathError> {
     maps.filter.get(&0, 0).map_err(|source| DatapathError::Map { map: MAP_FILTER, source })
 }
 
 /// Replaces the effective filter.
-pub(super) fn set_filter(maps: &mut Maps, filter: &Filter) -> Result<(), DatapathError> {
+pub(super) fn set_filter(maps: &mut Maps, filter: &PolicyTable) -> Result<(), DatapathError> {
     maps.filter.set(0, *filter, 0).map_err(|source| DatapathError::Map { map: MAP_FILTER, source })
 }
 
 /// Returns the filter to load the programs with: the effective one, with the address bits of the new endpoints added.
-pub(super) fn filter_while_loading(pins: &PinDir, guarded: &Guarded) -> Filter {
-    let entries: BTreeMap<_, _> = guarded.entries().collect();
-    let wanted = Filter::of(by_address(&entries));
+pub(super) fn filter_while_loading(pins: &PinDir, endpoint_set: &EndpointSet) -> PolicyTable {
+    let entries: BTreeMap<_, _> = endpoint_set.entries().collect();
+    let wanted = PolicyTable::of(by_address(&entries));
     // If the maps do not exist or are unreadable, no attached program uses them.
     match Maps::open(pins).ok().and_then(|maps| filter(&maps).ok()) {
         Some(mut in_force) => {
@@ -54,12 +54,12 @@ fn by_address(entries: &BTreeMap<Address, Endpoint>) -> impl Iterator<Item = (Ad
     entries.iter().map(|(address, endpoint)| (*address, endpoint))
 }
 
-/// Replaces the protected endpoints by `guarded`. The programs see the change of all endpoints at once.
-pub fn write(maps: &mut Maps, guarded: &Guarded) -> Result<(), DatapathError> {
-    let wanted: BTreeMap<_, _> = guarded.entries().collect();
+/// Replaces the protected endpoints by `endpoint_set`. The programs see the change of all endpoints at once.
+pub fn write(maps: &mut Maps, endpoint_set: &EndpointSet) -> Result<(), DatapathError> {
+    let wanted: BTreeMap<_, _> = endpoint_set.entries().collect();
     write_filter(maps, &wanted)?;
     write_records(maps, &wanted)?;
-    let (configured, in_force) = (padded(guarded.configured()), padded(guarded.provider()));
+    let (configured, in_force) = (padded(endpoint_set.configured()), padded(endpoint_set.provider()));
     let record = ProviderRecord { configured, in_force };
     maps.provider.set(0, record, 0).map_err(|source| DatapathError::Map { map: MAP_PROVIDER, source })
 }
@@ -72,7 +72,7 @@ fn write_filter(maps: &mut Maps, wanted: &BTreeMap<Address, Endpoint>) -> Result
     if after.table() == before.table() && after.bits == before.bits {
         return Ok(());
     }
-    let mut staged = Filter { current: before.current, ..after };
+    let mut staged = PolicyTable { current: before.current, ..after };
     staged.add_slots_of(&before);
     set_filter(maps, &staged)?;
     staged.current = after.current;

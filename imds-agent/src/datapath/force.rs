@@ -4,12 +4,12 @@ use std::path::Path;
 
 use imds_ebpf_common::{
     Mode, Policy,
-    maps::LAYOUT,
+    maps::MAP_SCHEMA_VERSION,
     names::{MAP_CONFIG, MAP_POLICY},
 };
 
-use super::{Datapath, DatapathError, Plan, config, endpoints, home, object::Maps, pins::PinDir};
-use crate::{config::Hooks, endpoints::Guarded};
+use super::{Datapath, DatapathConfig, DatapathError, config, endpoints, home, object::Maps, pins::PinDir};
+use crate::{config::Hooks, endpoints::EndpointSet};
 
 impl Datapath {
     /// Returns the hooks that should be attached.
@@ -18,36 +18,40 @@ impl Datapath {
         self.hooks
     }
 
-    /// Loads the programs of the hooks of `plan`, and adds them to the desired hooks. Hooks that `plan` does not have stay until
+    /// Loads the programs of the hooks of `datapath_config`, and adds them to the desired hooks. Hooks that `datapath_config` does not have stay until
     /// [`Datapath::release`].
-    pub fn prepare(&mut self, plan: &Plan) -> Result<(), DatapathError> {
-        self.hooks = self.hooks.and(plan.hooks);
+    pub fn prepare(&mut self, datapath_config: &DatapathConfig) -> Result<(), DatapathError> {
+        self.hooks = self.hooks.and(datapath_config.hooks);
         self.programs.add(self.hooks)?;
         self.programs.pin(self.claim.dir())?;
-        self.cgroups.prepare(self.claim.dir(), plan)
+        self.cgroups.prepare(self.claim.dir(), datapath_config)
     }
 
     /// Applies mode, deny action and endpoints. Requests that both the old and the new policy deny stay denied throughout.
-    pub fn enforce(&mut self, plan: &Plan, guarded: &Guarded) -> Result<(), DatapathError> {
-        write(&mut self.maps, plan, guarded)
+    pub fn enforce(
+        &mut self,
+        datapath_config: &DatapathConfig,
+        endpoint_set: &EndpointSet,
+    ) -> Result<(), DatapathError> {
+        write(&mut self.maps, datapath_config, endpoint_set)
     }
 
-    /// Reports whether the desired hooks and cgroup programs are exactly those of `plan`.
+    /// Reports whether the desired hooks and cgroup programs are exactly those of `datapath_config`.
     #[must_use]
-    pub fn matches(&self, plan: &Plan) -> bool {
-        self.hooks == plan.hooks && self.cgroups.matches(plan)
+    pub fn matches(&self, datapath_config: &DatapathConfig) -> bool {
+        self.hooks == datapath_config.hooks && self.cgroups.matches(datapath_config)
     }
 
-    /// Removes the hooks that `plan` does not have from the desired hooks. The next reconciliation detaches them.
-    pub fn release(&mut self, plan: &Plan) -> Result<(), DatapathError> {
-        self.hooks = plan.hooks;
-        self.cgroups.release(plan);
-        self.programs.keep(plan.hooks);
+    /// Removes the hooks that `datapath_config` does not have from the desired hooks. The next reconciliation detaches them.
+    pub fn release(&mut self, datapath_config: &DatapathConfig) -> Result<(), DatapathError> {
+        self.hooks = datapath_config.hooks;
+        self.cgroups.release(datapath_config);
+        self.programs.keep(datapath_config.hooks);
         Ok(self.programs.pin(self.claim.dir())?)
     }
 
     /// Reports whether `text` is the last effective configuration, possibly of an earlier agent.
-    pub fn was_in_force(&self, text: &str) -> Result<bool, DatapathError> {
+    pub fn was_effective(&self, text: &str) -> Result<bool, DatapathError> {
         let record =
             config::read(&self.maps).map_err(|source| DatapathError::Map { map: MAP_CONFIG, source })?;
         Ok(record.is_some_and(|record| record.text == text))
@@ -59,8 +63,8 @@ impl Datapath {
     }
 
     /// Records the error of a rejected configuration.
-    pub fn record_refusal(&mut self, error: &str) -> Result<(), DatapathError> {
-        config::put_refusal(&mut self.maps, error)
+    pub fn record_rejected_config(&mut self, error: &str) -> Result<(), DatapathError> {
+        config::put_rejected_config(&mut self.maps, error)
     }
 }
 
@@ -85,27 +89,31 @@ pub(super) fn switch_off(pins: &PinDir) -> Result<bool, DatapathError> {
 ///
 /// The order follows from the new mode. If it denies, the endpoints come first, so that it never applies to removed
 /// endpoints. Otherwise the mode comes first, so that the old mode never applies to new endpoints.
-pub(super) fn write(maps: &mut Maps, plan: &Plan, guarded: &Guarded) -> Result<(), DatapathError> {
-    if plan.mode == Mode::Enforce {
-        endpoints::write(maps, guarded)?;
-        write_policy(maps, plan)
+pub(super) fn write(
+    maps: &mut Maps,
+    datapath_config: &DatapathConfig,
+    endpoint_set: &EndpointSet,
+) -> Result<(), DatapathError> {
+    if datapath_config.mode == Mode::Enforce {
+        endpoints::write(maps, endpoint_set)?;
+        write_policy(maps, datapath_config)
     } else {
-        write_policy(maps, plan)?;
-        endpoints::write(maps, guarded)
+        write_policy(maps, datapath_config)?;
+        endpoints::write(maps, endpoint_set)
     }
 }
 
-fn write_policy(maps: &mut Maps, plan: &Plan) -> Result<(), DatapathError> {
+fn write_policy(maps: &mut Maps, datapath_config: &DatapathConfig) -> Result<(), DatapathError> {
     let policy = Policy {
-        mode: plan.mode as u32,
-        on_deny: plan.on_deny as u32,
-        on_deny_errno: plan.on_deny_errno as u32,
+        mode: datapath_config.mode as u32,
+        on_deny: datapath_config.on_deny as u32,
+        on_deny_errno: datapath_config.on_deny_errno as u32,
         reserved: 0,
-        layout: LAYOUT,
+        layout: MAP_SCHEMA_VERSION,
         netns: home::this_netns()?,
-        hooks: plan.hooks.bits(),
-        mark: plan.mark,
-        netns_cookie: plan.identity.cookie(),
+        hooks: datapath_config.hooks.bits(),
+        mark: datapath_config.mark,
+        netns_cookie: datapath_config.identity.cookie(),
     };
     maps.policy.set(0, policy, 0).map_err(|source| DatapathError::Map { map: MAP_POLICY, source })
 }

@@ -2,7 +2,7 @@
 //! find pins of an agent in another namespace, such as a container's or the host's.
 
 use crate::node::netns;
-use imds_ebpf_common::{Policy, maps::LAYOUT};
+use imds_ebpf_common::{Policy, maps::MAP_SCHEMA_VERSION};
 
 use super::{
     DatapathError,
@@ -21,17 +21,19 @@ pub(super) fn this_netns() -> Result<u32, DatapathError> {
 /// Returns the network namespace that owns the pinned maps, or `None` if it is this one or the maps are unreadable.
 pub(super) fn other_netns(pins: &PinDir) -> Result<Option<u32>, DatapathError> {
     let Ok(maps) = Maps::open(pins) else { return Ok(None) };
-    let Ok(Policy { layout: LAYOUT, netns, .. }) = maps.policy.get(&0, 0) else { return Ok(None) };
+    let Ok(Policy { layout: MAP_SCHEMA_VERSION, netns, .. }) = maps.policy.get(&0, 0) else {
+        return Ok(None);
+    };
     Ok((netns != this_netns()?).then_some(netns))
 }
 
 /// Fails if an interface of another network namespace uses the pins. Pins of a deleted namespace can be taken over.
-pub(super) fn ensure_free(pins: &PinDir) -> Result<(), DatapathError> {
+pub(super) fn ensure_not_in_use(pins: &PinDir) -> Result<(), DatapathError> {
     let Some(netns) = other_netns(pins)? else { return Ok(()) };
     for (_, path) in pins.pinned_links()? {
         let link = pins::open(&path)?.and_then(|fd| bpf::link(fd).ok().flatten());
         if link.is_some_and(|link| matches!(link.target, Target::Interface { ifindex: 1.., .. })) {
-            return Err(DatapathError::Elsewhere { path: pins.root().to_owned(), netns });
+            return Err(DatapathError::WrongNetns { path: pins.root().to_owned(), netns });
         }
     }
     log::warn!(
@@ -42,9 +44,9 @@ pub(super) fn ensure_free(pins: &PinDir) -> Result<(), DatapathError> {
 }
 
 /// Fails if the pins belong to another network namespace, even if they are not in use.
-pub fn ensure_ours(pins: &PinDir) -> Result<(), DatapathError> {
+pub fn ensure_own_netns(pins: &PinDir) -> Result<(), DatapathError> {
     match other_netns(pins)? {
-        Some(netns) => Err(DatapathError::Elsewhere { path: pins.root().to_owned(), netns }),
+        Some(netns) => Err(DatapathError::WrongNetns { path: pins.root().to_owned(), netns }),
         None => Ok(()),
     }
 }
@@ -55,7 +57,7 @@ pub(super) fn ensure_no_filters_elsewhere(pins: &PinDir) -> Result<(), DatapathE
     let Some(netns) = other_netns(pins)? else { return Ok(()) };
     let maps = Maps::open(pins)?;
     if maps.interfaces.keys().flatten().any(|ifindex| records::has_filter(&maps, ifindex)) {
-        return Err(DatapathError::Elsewhere { path: pins.root().to_owned(), netns });
+        return Err(DatapathError::WrongNetns { path: pins.root().to_owned(), netns });
     }
     Ok(())
 }

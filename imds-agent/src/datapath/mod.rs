@@ -49,7 +49,7 @@ use thiserror::Error;
 pub use self::unload::{Progress, Removed, unload};
 use self::{
     cgroups::Cgroups,
-    claim::Claim,
+    claim::PinLock,
     mprog::Links,
     object::{Maps, ObjectError, Programs},
     obstacles::ObstacleError,
@@ -57,16 +57,16 @@ use self::{
     records::LinkState,
 };
 use crate::{
+    bpf_log::{BpfLog, BpfLogError},
     config::{Hooks, Sendmsg},
-    diagnostics::{Diagnostics, DiagnosticsError},
-    endpoints::Guarded,
+    endpoints::EndpointSet,
     exempt::Grants,
     node::{
         links::Link,
         netlink::{Netlink, NetlinkError},
-        netns::Identity,
+        netns::OwnNetns,
     },
-    pods::{Lookup, Name},
+    pods::{PodContainer, PodWatchStatus},
 };
 
 /// Failure of a kernel operation.
@@ -108,7 +108,7 @@ pub enum DatapathError {
     },
     /// The pins belong to another network namespace.
     #[error("{} belongs to another network namespace ({netns}); use another --pin-dir, or run this command in that namespace with `nsenter --net=`", path.display())]
-    Elsewhere {
+    WrongNetns {
         /// Path of the pin directory.
         path: PathBuf,
         /// Inode number of the namespace, as in `lsns -t net`.
@@ -140,7 +140,7 @@ impl DatapathError {
             | Self::Pin(_)
             | Self::Obstacle(_)
             | Self::Cgroup { .. }
-            | Self::Elsewhere { .. }
+            | Self::WrongNetns { .. }
             | Self::Map { .. } => None,
         }
     }
@@ -157,7 +157,7 @@ impl DatapathError {
 
 /// Programs, maps and links of the pin directory that this process has locked.
 pub struct Datapath {
-    claim: Claim,
+    claim: PinLock,
     programs: Programs,
     maps: Maps,
     links: Links,
@@ -173,7 +173,7 @@ pub struct Datapath {
 
 /// Desired state of the datapath.
 #[derive(Clone, Debug)]
-pub struct Plan {
+pub struct DatapathConfig {
     /// Mode of the policy.
     pub mode: Mode,
     /// Reply that the sender of a denied packet gets.
@@ -191,7 +191,7 @@ pub struct Plan {
     /// Cgroup of the `socket` hook, if that hook is on.
     pub cgroup: Option<PathBuf>,
     /// Network namespace of the node, as the programs identify it.
-    pub identity: Identity,
+    pub identity: OwnNetns,
     /// Bit of the packet mark by which `from_pod` passes exemptions of pods behind a bridge to `node_egress`.
     pub mark: u32,
 }
@@ -202,13 +202,13 @@ impl Datapath {
     ///
     /// On failure, removes the pin directory if this process has created it.
     pub fn open(
-        claim: Claim,
-        plan: &Plan,
-        guarded: &Guarded,
+        claim: PinLock,
+        datapath_config: &DatapathConfig,
+        endpoint_set: &EndpointSet,
         netlink: Netlink,
     ) -> Result<Self, DatapathError> {
-        let Plan { backend, hooks, .. } = *plan;
-        match Self::load(claim.dir(), plan, guarded) {
+        let DatapathConfig { backend, hooks, .. } = *datapath_config;
+        match Self::load(claim.dir(), datapath_config, endpoint_set) {
             Ok((programs, maps, links, cgroups)) => {
                 let datapath = Self {
                     claim,
@@ -236,19 +236,23 @@ impl Datapath {
 
     fn load(
         pins: &PinDir,
-        plan: &Plan,
-        guarded: &Guarded,
+        datapath_config: &DatapathConfig,
+        endpoint_set: &EndpointSet,
     ) -> Result<(Programs, Maps, Links, Cgroups), DatapathError> {
-        home::ensure_free(pins)?;
-        for reason in object::drop_foreign_maps(pins)? {
+        home::ensure_not_in_use(pins)?;
+        for reason in object::unpin_incompatible_maps(pins)? {
             log::warn!("starting with new maps and counters: {reason}");
         }
-        let programs = Programs::load(pins, plan.hooks, &endpoints::filter_while_loading(pins, guarded))?;
+        let programs = Programs::load(
+            pins,
+            datapath_config.hooks,
+            &endpoints::filter_while_loading(pins, endpoint_set),
+        )?;
         let mut maps = Maps::open(pins)?;
-        force::write(&mut maps, plan, guarded)?;
+        force::write(&mut maps, datapath_config, endpoint_set)?;
         programs.pin(pins)?;
         let links = Links::adopt(pins)?;
-        let cgroups = Cgroups::adopt(pins, plan)?;
+        let cgroups = Cgroups::adopt(pins, datapath_config)?;
         Ok((programs, maps, links, cgroups))
     }
 
@@ -259,8 +263,8 @@ impl Datapath {
     }
 
     /// Opens the log of the programs.
-    pub fn diagnostics(&self) -> Result<Diagnostics, DiagnosticsError> {
-        Diagnostics::open(self.programs.ids().next().unwrap_or_default())
+    pub fn diagnostics(&self) -> Result<BpfLog, BpfLogError> {
+        BpfLog::open(self.programs.ids().next().unwrap_or_default())
     }
 
     /// Returns the desired attach mode of a hook, on an interface with the desired `hooks`.
@@ -303,22 +307,22 @@ impl Datapath {
     }
 
     /// Removes the state of a deleted interface whose index `link` has now.
-    pub fn take_over(&mut self, link: &Link) -> Result<(), DatapathError> {
+    pub fn claim_ifindex(&mut self, link: &Link) -> Result<(), DatapathError> {
         let owns_qdisc = records::get(&self.maps, link.index)
             .is_some_and(|record| record.owns_qdisc == 1 && record.name == records::padded(&link.name));
-        self.forget(link.index)?;
+        self.remove_interface(link.index)?;
         // The name has not changed, so it is probably the same interface, and another program has removed the filter. The
         // qdisc still belongs to the agent.
         if owns_qdisc { records::set_owns_qdisc(&mut self.maps, link, TcHook::FromPod) } else { Ok(()) }
     }
 
     /// Removes all state of a deleted interface. Adds its counters to those of deleted interfaces.
-    pub fn forget(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+    pub fn remove_interface(&mut self, ifindex: u32) -> Result<(), DatapathError> {
         // Revokes the exemptions first, because a new interface may already have the index.
         self.revoke(ifindex)?;
         self.refused_netkit.remove(&ifindex);
-        for edge in TcHook::ALL {
-            self.links.forget(self.claim.dir(), AttachPoint { ifindex, edge })?;
+        for hook in TcHook::ALL {
+            self.links.forget(self.claim.dir(), AttachPoint { ifindex, hook })?;
         }
         // A killed `verify` may have left its probe.
         let _no_probe = self.maps.probes.remove(&Subject::new(SubjectKind::Interface, ifindex.into()));
@@ -344,12 +348,15 @@ impl Datapath {
     }
 
     /// Replaces the pod names in the map. Returns the number of map updates.
-    pub fn tell_names(&mut self, names: &BTreeMap<Subject, Name<'_>>) -> Result<usize, DatapathError> {
+    pub fn sync_pod_names(
+        &mut self,
+        names: &BTreeMap<Subject, PodContainer<'_>>,
+    ) -> Result<usize, DatapathError> {
         pods::write(&mut self.maps, &mut self.told, names)
     }
 
     /// Records the status of the pod watch; `None` means that it is off.
-    pub fn record_lookup(&mut self, lookup: Option<&Lookup>) -> Result<(), DatapathError> {
+    pub fn record_watch_status(&mut self, lookup: Option<&PodWatchStatus>) -> Result<(), DatapathError> {
         pods::put(&mut self.maps, lookup)
     }
 
@@ -359,8 +366,8 @@ impl Datapath {
     }
 
     /// Marks the agent as ready: `status` then reports that every interface was reconciled.
-    pub fn announce_ready(&mut self) -> Result<(), DatapathError> {
-        Ok(self.claim.announce_ready()?)
+    pub fn set_ready(&mut self) -> Result<(), DatapathError> {
+        Ok(self.claim.set_ready()?)
     }
 
     /// Restores missing pins. Returns `true` if any was missing.

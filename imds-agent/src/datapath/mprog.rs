@@ -61,7 +61,7 @@ impl Links {
             let found = bpf::link(&fd);
             let description = format!("{found:?}");
             let link = found.ok().flatten().filter(|link| !bpf::is_foreign(link.program));
-            let mode = |hook| MODES.into_iter().find(|&mode| mprog_hook(point.edge, mode) == Some(hook));
+            let mode = |hook| MODES.into_iter().find(|&mode| mprog_hook(point.hook, mode) == Some(hook));
             match link.map(|link| (link.id, link.target)) {
                 Some((id, Target::Interface { ifindex, hook }))
                     if mode(hook).is_some() && is_link_at(point, id, ifindex, hook) =>
@@ -145,7 +145,7 @@ impl Links {
         mode: AttachMode,
     ) -> Result<(), DatapathError> {
         let link = self.get(point, mode)?;
-        Ok(pins::pin_over(&link.fd, &pins.link(point))?)
+        Ok(pins::replace_pin(&link.fd, &pins.link(point))?)
     }
 
     /// Attaches `copy` at the head of the hook with a new link, and detaches the previous link.
@@ -205,7 +205,7 @@ impl Links {
         let id = link.map_or(0, |link| link.id);
         // Stores the descriptor before pinning: if pinning fails, the link stays attached while this process lives.
         let link = self.links.entry((point, mode)).insert_entry(OpenLink { fd, id, pin: None });
-        Ok(pins::pin_over(&link.get().fd, &pins.link(point))?)
+        Ok(pins::replace_pin(&link.get().fd, &pins.link(point))?)
     }
 
     fn get(&self, point: AttachPoint, mode: AttachMode) -> Result<&OpenLink, DatapathError> {
@@ -228,7 +228,7 @@ impl OpenLink {
 
 /// Returns the order of the program at `position`. Programs of another imds-agent may run before it, because they pass packets
 /// to the next program. Otherwise two agents would reorder their programs forever.
-fn order(entries: &[bpf::Entry], position: usize) -> Order {
+fn order(entries: &[bpf::HookEntry], position: usize) -> Order {
     if entries.iter().take(position).all(|entry| bpf::is_ours(entry.program)) {
         Order::First
     } else {
@@ -237,7 +237,7 @@ fn order(entries: &[bpf::Entry], position: usize) -> Order {
 }
 
 /// Lists all programs at the hook that `mode` attaches to, in the order in which they run.
-pub(super) fn programs(point: AttachPoint, mode: AttachMode) -> Result<Vec<bpf::Entry>, DatapathError> {
+pub(super) fn programs(point: AttachPoint, mode: AttachMode) -> Result<Vec<bpf::HookEntry>, DatapathError> {
     let hook = required_hook(point, mode)?;
     bpf::entries(point.ifindex, hook).map_err(failed("list the programs before the", point, mode))
 }
@@ -246,11 +246,11 @@ pub(super) fn programs(point: AttachPoint, mode: AttachMode) -> Result<Vec<bpf::
 /// link whose program runs first.
 pub fn find(pins: &PinDir, point: AttachPoint, program: u32) -> Result<Option<Attachment>, PinError> {
     let pinned = pins::open(&pins.link(point))?.and_then(|fd| bpf::link(fd).ok().flatten());
-    let is_pinned = |entry: &bpf::Entry| pinned.is_some_and(|pinned| pinned.id == entry.link);
-    let is_ours = |entry: &bpf::Entry| is_pinned(entry) || entry.program == program;
+    let is_pinned = |entry: &bpf::HookEntry| pinned.is_some_and(|pinned| pinned.id == entry.link);
+    let is_ours = |entry: &bpf::HookEntry| is_pinned(entry) || entry.program == program;
     let mut is_preceded = false;
     for mode in MODES {
-        let Some(hook) = mprog_hook(point.edge, mode) else { continue };
+        let Some(hook) = mprog_hook(point.hook, mode) else { continue };
         // A kernel or an interface without the hook returns an error, and has no programs.
         let entries = bpf::entries(point.ifindex, hook).unwrap_or_default();
         if let Some((position, entry)) = entries.iter().enumerate().find(|(_, entry)| is_ours(entry)) {
@@ -300,7 +300,7 @@ impl AttachPoint {
     /// Returns the direction of the packets at this point, as seen from the node.
     #[must_use]
     pub fn direction(self) -> Direction {
-        match self.edge {
+        match self.hook {
             TcHook::FromPod => Direction::Ingress,
             TcHook::NodeEgress => Direction::Egress,
         }
@@ -318,7 +318,7 @@ fn create_first(
 
 fn required_hook(point: AttachPoint, mode: AttachMode) -> Result<MprogHook, DatapathError> {
     let unsupported = || failed("attach a", point, mode)(io::ErrorKind::Unsupported.into());
-    mprog_hook(point.edge, mode).ok_or_else(unsupported)
+    mprog_hook(point.hook, mode).ok_or_else(unsupported)
 }
 
 fn failed(

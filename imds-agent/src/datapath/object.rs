@@ -16,14 +16,14 @@ use aya::{
 };
 use aya_obj::{Object, generated::bpf_func_id};
 use imds_ebpf_common::{
-    Address, CgroupRecord, ConfigRecord, Counter, CounterKey, Endpoint, Exemption, Filter, Grant, Hook,
-    InterfaceRecord, KubernetesRecord, PodRecord, Policy, ProbeRecord, ProviderRecord, Subject,
-    event::{Source, Window},
-    maps::LAYOUT,
+    Address, CgroupRecord, ConfigRecord, Counter, CounterKey, Endpoint, Exemption, Grant, Hook,
+    InterfaceRecord, KubernetesRecord, PodRecord, Policy, PolicyTable, ProbeRecord, ProviderRecord, Subject,
+    event::{RateLimitKey, RateLimiter},
+    maps::MAP_SCHEMA_VERSION,
     names::{
         GLOBAL_CGROUP_HAS_COOKIE, GLOBAL_HAS_SET_RETVAL, GLOBAL_TC_HAS_COOKIE, MAP_CGROUP, MAP_CONFIG,
         MAP_COUNTERS, MAP_ENDPOINTS, MAP_EVENTS, MAP_EXEMPT, MAP_EXEMPT_SOURCES, MAP_FILTER, MAP_INTERFACES,
-        MAP_KUBERNETES, MAP_PODS, MAP_POLICY, MAP_PROBES, MAP_PROBING, MAP_PROVIDER, MAP_SOURCES, MAPS,
+        MAP_KUBERNETES, MAP_PODS, MAP_POLICY, MAP_PROBES, MAP_PROBING, MAP_PROVIDER, MAP_RATELIMIT, MAPS,
         SYMBOL_FILTER, in_object, programs, programs_of,
     },
 };
@@ -109,7 +109,7 @@ impl Programs {
     ///
     /// Writes the variables of the object to their map, even if that is pinned and attached programs use it. `filter` must
     /// therefore match all endpoints that are protected now.
-    pub fn load(pins: &PinDir, hooks: Hooks, filter: &Filter) -> Result<Self, ObjectError> {
+    pub fn load(pins: &PinDir, hooks: Hooks, filter: &PolicyTable) -> Result<Self, ObjectError> {
         let features = kernel_features();
         let features = features.iter().map(|(name, value)| (*name, (slice::from_ref(value), true)));
         let globals = features.chain([(SYMBOL_FILTER, (bytes_of(filter), true))]).collect();
@@ -160,7 +160,7 @@ impl Programs {
     pub fn pin(&self, pins: &PinDir) -> Result<(), ObjectError> {
         for name in programs() {
             match self.loaded.get(name) {
-                Some(_) => pins::pin_over(self.fd(name)?, &pins.program(name))?,
+                Some(_) => pins::replace_pin(self.fd(name)?, &pins.program(name))?,
                 // An earlier agent may have pinned it, for a hook that is off now.
                 None => pins::unpin(&pins.program(name))?,
             }
@@ -175,9 +175,9 @@ impl Programs {
     }
 }
 
-fn bytes_of(filter: &Filter) -> &[u8] {
-    // SAFETY: `Filter` is plain data without padding (`aya::Pod`), and the result borrows it.
-    unsafe { slice::from_raw_parts(ptr::from_ref(filter).cast(), size_of::<Filter>()) }
+fn bytes_of(filter: &PolicyTable) -> &[u8] {
+    // SAFETY: `PolicyTable` is plain data without padding (`aya::Pod`), and the result borrows it.
+    unsafe { slice::from_raw_parts(ptr::from_ref(filter).cast(), size_of::<PolicyTable>()) }
 }
 
 /// Returns the names of the programs of these hooks.
@@ -224,7 +224,7 @@ pub struct Maps {
     /// State of each interface, as the agent recorded it.
     pub interfaces: HashMap<MapData, u32, InterfaceRecord>,
     /// Bitmaps of the protected addresses and exempt subjects, and the table of endpoints.
-    pub filter: Array<MapData, Filter>,
+    pub filter: Array<MapData, PolicyTable>,
     /// Records of the protected endpoints, by address.
     pub endpoints: HashMap<MapData, Address, Endpoint>,
     /// Grants by subject and endpoint.
@@ -246,7 +246,7 @@ pub struct Maps {
     /// Pod metadata by interface, network namespace and cgroup.
     pub pods: HashMap<MapData, Subject, PodRecord>,
     /// Rate-limit state of events by source, except at `from_pod`, where it is part of the counters.
-    pub sources: PerCpuHashMap<MapData, Source, Window>,
+    pub sources: PerCpuHashMap<MapData, RateLimitKey, RateLimiter>,
     /// All pinned maps by name, to pin them again.
     held: Vec<(&'static str, MapData)>,
 }
@@ -254,8 +254,10 @@ pub struct Maps {
 impl Maps {
     /// Opens the maps that are pinned in `pins`.
     pub fn open(pins: &PinDir) -> Result<Self, ObjectError> {
-        if let Some(layout) = other_layout(pins) {
-            return Err(ObjectError::OtherVersion(format!("layout {layout}, this version has {LAYOUT}")));
+        if let Some(layout) = schema_mismatch(pins) {
+            return Err(ObjectError::OtherVersion(format!(
+                "layout {layout}, this version has {MAP_SCHEMA_VERSION}"
+            )));
         }
         let open =
             |name| MapData::from_pin(pins.map(name)).map_err(|source| ObjectError::Map { name, source });
@@ -284,7 +286,7 @@ impl Maps {
             cgroup: Map::Array(open(MAP_CGROUP)?).try_into().map_err(typed(MAP_CGROUP))?,
             kubernetes: Map::Array(open(MAP_KUBERNETES)?).try_into().map_err(typed(MAP_KUBERNETES))?,
             pods: Map::HashMap(open(MAP_PODS)?).try_into().map_err(typed(MAP_PODS))?,
-            sources: Map::PerCpuLruHashMap(open(MAP_SOURCES)?).try_into().map_err(typed(MAP_SOURCES))?,
+            sources: Map::PerCpuLruHashMap(open(MAP_RATELIMIT)?).try_into().map_err(typed(MAP_RATELIMIT))?,
             held: MAPS.map(|name| open(name).map(|map| (name, map))).into_iter().collect::<Result<_, _>>()?,
         })
     }
@@ -297,7 +299,7 @@ impl Maps {
             let path = pins.map(name);
             let id = map.info().map_err(failed)?.id();
             if !MapInfo::from_pin(&path).is_ok_and(|pinned| pinned.id() == id) {
-                pins::pin_over(map.fd(), &path)?;
+                pins::replace_pin(map.fd(), &path)?;
                 restored = true;
             }
         }
@@ -307,7 +309,7 @@ impl Maps {
 
 /// Removes the pins of all maps if this version would misread one of them, so that loading creates new maps. Attached programs
 /// use the old maps until they are replaced. Returns a reason for each incompatible map.
-pub fn drop_foreign_maps(pins: &PinDir) -> Result<Vec<String>, ObjectError> {
+pub fn unpin_incompatible_maps(pins: &PinDir) -> Result<Vec<String>, ObjectError> {
     let expected = Object::parse(OBJECT).map_err(|error| ObjectError::Load(error.into()))?.maps;
     let mut reasons = Vec::new();
     for name in MAPS {
@@ -323,9 +325,9 @@ pub fn drop_foreign_maps(pins: &PinDir) -> Result<Vec<String>, ObjectError> {
     }
     if reasons.is_empty()
         && pins.map(MAP_POLICY).exists()
-        && let Some(layout) = other_layout(pins)
+        && let Some(layout) = schema_mismatch(pins)
     {
-        reasons.push(format!("the maps have layout {layout}, this version has {LAYOUT}"));
+        reasons.push(format!("the maps have layout {layout}, this version has {MAP_SCHEMA_VERSION}"));
     }
     if !reasons.is_empty() {
         // Removes all pins or none, because maps of different versions must not be mixed.
@@ -353,11 +355,11 @@ fn mismatch(path: &Path, wanted: [u32; 5]) -> Option<String> {
 
 /// Returns the layout of the pinned maps if it differs from this version's. Maps that were created but never written (layout 0)
 /// count as this version's.
-fn other_layout(pins: &PinDir) -> Option<u32> {
+fn schema_mismatch(pins: &PinDir) -> Option<u32> {
     let map = MapData::from_pin(pins.map(MAP_POLICY)).ok()?;
     let policy: Array<MapData, Policy> = Map::Array(map).try_into().ok()?;
     let layout = policy.get(&0, 0).ok()?.layout;
-    (layout != LAYOUT && layout != 0).then_some(layout)
+    (layout != MAP_SCHEMA_VERSION && layout != 0).then_some(layout)
 }
 
 /// Skips entries that are removed during the iteration over a map.

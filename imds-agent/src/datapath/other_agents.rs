@@ -7,7 +7,7 @@ use std::{
 };
 
 use aya::maps::{Array, Map, MapData};
-use imds_ebpf_common::{Policy, maps::LAYOUT, names::MAP_POLICY};
+use imds_ebpf_common::{Policy, maps::MAP_SCHEMA_VERSION, names::MAP_POLICY};
 
 use super::{home, pins::PinDir};
 use crate::node::mounts::mount_points;
@@ -82,7 +82,7 @@ fn read_netns(pins: &PinDir) -> Option<u32> {
     let map = MapData::from_pin(pins.map(MAP_POLICY)).ok()?;
     let policy: Array<MapData, Policy> = Map::Array(map).try_into().ok()?;
     let Policy { layout, netns, .. } = policy.get(&0, 0).ok()?;
-    (layout == LAYOUT).then_some(netns)
+    (layout == MAP_SCHEMA_VERSION).then_some(netns)
 }
 
 /// Returns the directories with a pinned policy map.

@@ -97,7 +97,7 @@ pub struct AttachPoint {
     /// Index of the interface.
     pub ifindex: u32,
     /// TC hook of the interface.
-    pub edge: TcHook,
+    pub hook: TcHook,
 }
 
 /// Path of a pin directory, and paths of the pins in it.
@@ -134,7 +134,7 @@ impl PinDir {
     /// Returns the path of the pin of the TCX or netkit link at an attach point.
     #[must_use]
     pub fn link(&self, spot: AttachPoint) -> PathBuf {
-        self.links().join(format!("{}{}", link_prefix(spot.edge), spot.ifindex))
+        self.links().join(format!("{}{}", link_prefix(spot.hook), spot.ifindex))
     }
 
     /// Returns the path of the pin of a cgroup link.
@@ -147,9 +147,9 @@ impl PinDir {
     pub fn pinned_links(&self) -> Result<Vec<(AttachPoint, PathBuf)>, PinError> {
         let spot_of = |path: &Path| {
             let name = path.file_name()?.to_str()?;
-            TcHook::ALL.into_iter().find_map(|edge| {
-                let ifindex = name.strip_prefix(link_prefix(edge))?.parse().ok()?;
-                Some(AttachPoint { ifindex, edge })
+            TcHook::ALL.into_iter().find_map(|hook| {
+                let ifindex = name.strip_prefix(link_prefix(hook))?.parse().ok()?;
+                Some(AttachPoint { ifindex, hook })
             })
         };
         Ok(self.all_links()?.into_iter().filter_map(|path| Some((spot_of(&path)?, path))).collect())
@@ -226,7 +226,7 @@ impl PinDir {
 }
 
 /// Pins an object at `path`. Replaces an existing pin atomically.
-pub fn pin_over(object: impl AsFd, path: &Path) -> Result<(), PinError> {
+pub fn replace_pin(object: impl AsFd, path: &Path) -> Result<(), PinError> {
     let mut new = path.as_os_str().to_owned();
     new.push(REPLACEMENT_SUFFIX);
     let new = PathBuf::from(new);
@@ -284,7 +284,7 @@ mod tests {
     #[test]
     fn pin_names() {
         let dir = PinDir::new(Path::new("/sys/fs/bpf/imds")).unwrap();
-        let spot = |edge| AttachPoint { ifindex: 12, edge };
+        let spot = |hook| AttachPoint { ifindex: 12, hook };
         assert_eq!(dir.link(spot(TcHook::FromPod)), Path::new("/sys/fs/bpf/imds/links/from_pod_12"));
         assert_eq!(dir.link(spot(TcHook::NodeEgress)), Path::new("/sys/fs/bpf/imds/links/node_egress_12"));
         assert_eq!(dir.map("m"), Path::new("/sys/fs/bpf/imds/maps/m"));

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     kube::Pod,
-    pods::{Identity, Lookup, Name},
+    pods::{PodContainer, PodRef, PodWatchStatus},
 };
 
 /// Labels that identify the application of a pod, in order of preference.
@@ -29,9 +29,9 @@ const LABELS: [&str; 5] = ["app.kubernetes.io/name", "k8s-app", "app", "componen
 pub(super) struct Told(Option<BTreeMap<Subject, (String, String)>>);
 
 /// Reads the pod metadata of all subjects.
-pub fn read(maps: &Maps) -> Result<BTreeMap<Subject, Identity>, MapError> {
+pub fn read(maps: &Maps) -> Result<BTreeMap<Subject, PodRef>, MapError> {
     let entries = object::present(maps.pods.iter());
-    entries.map(|entry| entry.map(|(subject, record)| (subject, Identity::of(&record)))).collect()
+    entries.map(|entry| entry.map(|(subject, record)| (subject, PodRef::of(&record)))).collect()
 }
 
 /// Map of pod metadata, for lookups of single subjects.
@@ -48,8 +48,8 @@ impl Names {
 
     /// Returns the pod metadata of `subject`, or `None` if it is unknown.
     #[must_use]
-    pub fn get(&self, subject: Subject) -> Option<Identity> {
-        self.0.get(&subject, 0).ok().as_ref().map(Identity::of)
+    pub fn get(&self, subject: Subject) -> Option<PodRef> {
+        self.0.get(&subject, 0).ok().as_ref().map(PodRef::of)
     }
 }
 
@@ -57,14 +57,14 @@ impl Names {
 pub(super) fn write(
     maps: &mut Maps,
     told: &mut Told,
-    names: &BTreeMap<Subject, Name<'_>>,
+    names: &BTreeMap<Subject, PodContainer<'_>>,
 ) -> Result<usize, DatapathError> {
     let failed = |source| DatapathError::Map { map: MAP_PODS, source };
     let told = match &mut told.0 {
         Some(told) => told,
         none => {
             let before = read(maps).map_err(failed)?;
-            let key = |identity: Identity| (identity.uid, identity.container.unwrap_or_default());
+            let key = |identity: PodRef| (identity.uid, identity.container.unwrap_or_default());
             none.insert(before.into_iter().map(|(subject, identity)| (subject, key(identity))).collect())
         }
     };
@@ -78,7 +78,7 @@ pub(super) fn write(
         told.remove(&subject);
         writes += 1;
     }
-    for (subject, Name { pod, container }) in names {
+    for (subject, PodContainer { pod, container }) in names {
         let container = container.unwrap_or_default();
         if !told.get(subject).is_some_and(|(uid, told)| *uid == pod.uid && told == container) {
             maps.pods.insert(subject, record(pod, container), 0).map_err(failed)?;
@@ -101,7 +101,7 @@ fn record(pod: &Pod, container: &str) -> PodRecord {
     }
 }
 
-impl Identity {
+impl PodRef {
     /// Converts the value of the map.
     #[must_use]
     pub fn of(record: &PodRecord) -> Self {
@@ -118,11 +118,11 @@ impl Identity {
 }
 
 /// Reads the status of the pod watch. Returns `None` if it is off.
-pub fn lookup(maps: &Maps) -> Result<Option<Lookup>, MapError> {
-    Ok(Lookup::of(&maps.kubernetes.get(&0, 0)?))
+pub fn lookup(maps: &Maps) -> Result<Option<PodWatchStatus>, MapError> {
+    Ok(PodWatchStatus::of(&maps.kubernetes.get(&0, 0)?))
 }
 
-impl Lookup {
+impl PodWatchStatus {
     /// Converts the value of the map. Returns `None` if the pod watch is off.
     #[must_use]
     pub fn of(record: &KubernetesRecord) -> Option<Self> {
@@ -135,14 +135,14 @@ impl Lookup {
             failed_at: moment(record.failed_at),
             error: moment(record.failed_at).map(|_| text(&record.error)),
             pods: record.pods,
-            awaited: record.awaited,
+            unresolved: record.unresolved,
             disputed: u32::try_from(record.disputed).unwrap_or(u32::MAX),
         })
     }
 }
 
 /// Records the status of the pod watch; `None` means that it is off.
-pub(super) fn put(maps: &mut Maps, lookup: Option<&Lookup>) -> Result<(), DatapathError> {
+pub(super) fn put(maps: &mut Maps, lookup: Option<&PodWatchStatus>) -> Result<(), DatapathError> {
     let moment = |moment: Option<Timestamp>| moment.map_or(0, nanoseconds);
     let record = KubernetesRecord {
         since: moment(lookup.map(|lookup| lookup.since)),
@@ -151,7 +151,7 @@ pub(super) fn put(maps: &mut Maps, lookup: Option<&Lookup>) -> Result<(), Datapa
         is_enabled: lookup.is_some().into(),
         is_connected: lookup.is_some_and(|lookup| lookup.is_connected).into(),
         pods: lookup.map_or(0, |lookup| lookup.pods),
-        awaited: lookup.map_or(0, |lookup| lookup.awaited),
+        unresolved: lookup.map_or(0, |lookup| lookup.unresolved),
         disputed: lookup.map_or(0, |lookup| lookup.disputed.into()),
         node: padded(lookup.map_or("", |lookup| &lookup.node)),
         error: padded(lookup.and_then(|lookup| lookup.error.as_deref()).unwrap_or_default()),

@@ -4,8 +4,8 @@
 use aya::maps::{Array, Map, MapData, MapError};
 use imds_ebpf_common::{
     Event,
-    ledger::{LAST, RECENT, RecentEvent, SHOWN},
-    names::{MAP_RECENT, MAP_RECENT_HEAD},
+    event_log::{READ_POS, RECENT, RecentEvent, WRITE_POS},
+    names::{MAP_RECENT, MAP_RECENT_IDX},
 };
 
 use super::{object::ObjectError, pins::PinDir};
@@ -23,25 +23,25 @@ impl Recent {
         let open = |name| MapData::from_pin(pins.map(name)).map(Map::Array).map_err(failed(name));
         Ok(Self {
             events: open(MAP_RECENT)?.try_into().map_err(failed(MAP_RECENT))?,
-            head: open(MAP_RECENT_HEAD)?.try_into().map_err(failed(MAP_RECENT_HEAD))?,
+            head: open(MAP_RECENT_IDX)?.try_into().map_err(failed(MAP_RECENT_IDX))?,
         })
     }
 
     /// Returns the number of the last event; 0 before the first.
     pub fn last(&self) -> Result<u64, MapError> {
-        self.head.get(&LAST, 0)
+        self.head.get(&WRITE_POS, 0)
     }
 
     /// Returns the number of the last event that a client has printed.
     pub fn shown(&self) -> Result<u64, MapError> {
-        self.head.get(&SHOWN, 0)
+        self.head.get(&READ_POS, 0)
     }
 
     /// Adds an event. Only one process at a time may call this.
     pub fn push(&mut self, event: Event) -> Result<(), MapError> {
         let number = self.last()?.saturating_add(1);
         self.events.set(slot(number), RecentEvent { number, event, number_again: number }, 0)?;
-        self.head.set(LAST, number, 0)
+        self.head.set(WRITE_POS, number, 0)
     }
 
     /// Returns the events after number `after` that are not overwritten yet, and the number of the last event.
@@ -61,7 +61,7 @@ impl Recent {
 
     /// Records that a client has printed all events up to number `shown`.
     pub fn set_shown(&mut self, shown: u64) -> Result<(), MapError> {
-        if shown > self.shown()? { self.head.set(SHOWN, shown, 0) } else { Ok(()) }
+        if shown > self.shown()? { self.head.set(READ_POS, shown, 0) } else { Ok(()) }
     }
 }
 

@@ -25,7 +25,7 @@ use crate::node::cgroup;
 
 /// Description of a cgroup hook: link names, programs and attach types, in the same order.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Kind {
+pub(super) struct CgroupProgramKind {
     links: &'static [&'static str],
     programs: &'static [&'static str],
     attach_types: &'static [bpf_attach_type],
@@ -43,7 +43,7 @@ pub(super) const ATTACH_TYPES: [bpf_attach_type; 5] = [
 ];
 
 /// Description of the `socket` hook.
-pub(super) const SOCKETS: Kind = Kind {
+pub(super) const SOCKETS: CgroupProgramKind = CgroupProgramKind {
     links: &SOCKET_LINKS,
     programs: &SOCKET_PROGRAMS,
     attach_types: &ATTACH_TYPES,
@@ -51,11 +51,15 @@ pub(super) const SOCKETS: Kind = Kind {
 };
 
 /// Description of the `host_network` hook, on one of the cgroups of Kubernetes pods.
-pub(super) const HOSTS: Kind =
-    Kind { links: &HOST_LINKS, programs: &HOST_PROGRAMS, attach_types: &ATTACH_TYPES, is_one_of_many: true };
+pub(super) const HOSTS: CgroupProgramKind = CgroupProgramKind {
+    links: &HOST_LINKS,
+    programs: &HOST_PROGRAMS,
+    attach_types: &ATTACH_TYPES,
+    is_one_of_many: true,
+};
 
 /// Description of the `local_service` hook.
-pub(super) const LOCAL_SERVICE: Kind = Kind {
+pub(super) const LOCAL_SERVICE: CgroupProgramKind = CgroupProgramKind {
     links: &[LOCAL_SERVICE_LINK],
     programs: &[PROG_LOCAL_SERVICE],
     attach_types: &[BPF_CGROUP_INET_INGRESS],
@@ -71,7 +75,7 @@ pub(super) struct Sockets {
 
 impl Sockets {
     /// Opens the cgroup at `path` and the links that earlier agents pinned for it.
-    pub(super) fn adopt(pins: &PinDir, path: &Path, kind: Kind) -> Result<Self, DatapathError> {
+    pub(super) fn adopt(pins: &PinDir, path: &Path, kind: CgroupProgramKind) -> Result<Self, DatapathError> {
         let file = File::open(path).map_err(pins::io_error("open the cgroup", path))?;
         let id = file.metadata().map_err(pins::io_error("inspect the cgroup", path))?.ino();
         let kinds = kind.links.iter().zip(kind.programs).zip(kind.attach_types);
@@ -167,7 +171,7 @@ pub fn inspect_local_service(pins: &PinDir, id: u64) -> Option<ProgramState> {
 }
 
 /// Inspects the programs of a hook on the cgroup with this id.
-pub(super) fn inspect(pins: &PinDir, kind: Kind, id: u64) -> Vec<ProgramState> {
+pub(super) fn inspect(pins: &PinDir, kind: CgroupProgramKind, id: u64) -> Vec<ProgramState> {
     let path = cgroup::path_of(id).ok().flatten();
     let kinds = kind.links.iter().zip(kind.programs).zip(kind.attach_types);
     let states = kinds.map(|((name, &program), &attach_type)| {

@@ -10,7 +10,7 @@ use tokio::{
 
 use super::{
     DatapathError, attach,
-    claim::Claim,
+    claim::PinLock,
     clsact, force, home, hosts, mprog,
     object::Maps,
     pins::{AttachPoint, PinDir, PinError},
@@ -64,7 +64,7 @@ pub async fn unload(
     // Keeps the directory open, so that the kernel does not reuse its inode number.
     let Some(_directory) = pins.open_owned()? else { return Ok(removed) };
     home::ensure_no_filters_elsewhere(pins)?;
-    let (claim, agent) = if let Some(claim) = pins.try_claim_existing()? {
+    let (claim, agent) = if let Some(claim) = pins.try_lock_existing()? {
         (claim, None)
     } else {
         // Switches the policy off before asking the agent, which may hang.
@@ -96,14 +96,14 @@ async fn wait_for_release(
     pins: &PinDir,
     agent: Option<i32>,
     timeout: Duration,
-) -> Result<Option<Claim>, PinError> {
+) -> Result<Option<PinLock>, PinError> {
     let deadline = Instant::now() + timeout;
     loop {
         // Repeats the request, because an agent that starts in the meantime removes it.
         if !pins.request_unload()? {
             return Ok(None);
         }
-        if let Some(claim) = pins.try_claim_existing()? {
+        if let Some(claim) = pins.try_lock_existing()? {
             return Ok(Some(claim));
         }
         if Instant::now() >= deadline {
@@ -142,8 +142,8 @@ async fn detach(
     let mut maps = Maps::open(pins).ok();
     for link in links {
         let mut detached = false;
-        for edge in TcHook::ALL {
-            let point = AttachPoint { ifindex: link.index, edge };
+        for hook in TcHook::ALL {
+            let point = AttachPoint { ifindex: link.index, hook };
             detached |= match &mut maps {
                 Some(maps) => attach::remove_filter(netlink, maps, point).await?,
                 None => clsact::detach_all(netlink, point).await?,

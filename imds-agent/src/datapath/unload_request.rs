@@ -9,7 +9,7 @@ use super::{
     pin_owner::is_directory,
     pins::{PinDir, PinError, io_error},
 };
-use crate::watch::Watch;
+use crate::watch::FileWatcher;
 
 /// Name of the request's directory in the pin directory.
 pub(super) const REQUEST: &str = "unload";
@@ -45,7 +45,7 @@ impl PinDir {
     }
 
     /// Watches for the request. Must be called within a tokio runtime.
-    pub(crate) fn watch_unload_request(&self) -> io::Result<Watch> {
-        Watch::new(&self.unload_request())
+    pub(crate) fn watch_unload_request(&self) -> io::Result<FileWatcher> {
+        FileWatcher::new(&self.unload_request())
     }
 }

@@ -4,7 +4,7 @@ use imds_ebpf_common::Address;
 
 use super::*;
 use crate::{
-    config::{Config, Pods, Sender as Rule},
+    config::{Config, PodSelector, RuleSubject as Rule},
     datapath::config::padded,
     provider::Dmi,
 };
@@ -30,13 +30,13 @@ fn key(hook: Hook, verdict: Verdict) -> DenialKey {
     DenialKey { address, sender: 7, hook: hook as u32, verdict: verdict as u32 }
 }
 
-fn report(records: &[(DenialKey, DenialRecord)]) -> Report {
+fn report(records: &[(DenialKey, DenialRecord)]) -> DenialReport {
     let guarded = Config::default().resolve(&Dmi::default()).unwrap().0;
-    Report::new("/pins".into(), records, guarded.endpoints(), &["veth0".to_owned()].into())
+    DenialReport::new("/pins".into(), records, guarded.endpoints(), &["veth0".to_owned()].into())
 }
 
 /// Parses the rules of the report.
-fn meant(report: &Report) -> Vec<Rule> {
+fn meant(report: &DenialReport) -> Vec<Rule> {
     let config =
         Config::parse(&report.rules, Path::new("imds.toml")).unwrap_or_else(|error| panic!("{error}"));
     let rules = config.resolve(&Dmi::default()).unwrap().1;
@@ -57,7 +57,8 @@ fn hooks_of_one_sender_are_merged() {
         (denial.pod.as_deref(), denial.verdict, denial.endpoint.as_deref()),
         (Some("pod-1"), "audit", Some("imds"))
     );
-    let [Rule::Pods(Pods { namespace, service_account, selector: Some(selector) })] = &meant(&report)[..]
+    let [Rule::Pods(PodSelector { namespace, service_account, selector: Some(selector) })] =
+        &meant(&report)[..]
     else {
         panic!("{}", report.rules)
     };
@@ -97,5 +98,5 @@ fn unprotected_address_gets_no_rule() {
     let gone = DenialKey { address: Address::from_ipv4([10, 0, 0, 9]), ..key(Hook::FromPod, Verdict::Deny) };
     let report = report(&[(gone, record("a", "s", ""))]);
     assert!(report.rules.is_empty() && report.table().contains("10.0.0.9"));
-    assert!(Report::new("/pins".into(), &[], &[], &BTreeSet::new()).table().starts_with("nobody"));
+    assert!(DenialReport::new("/pins".into(), &[], &[], &BTreeSet::new()).table().starts_with("nobody"));
 }

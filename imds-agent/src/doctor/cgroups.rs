@@ -18,8 +18,8 @@ use aya_obj::generated::{
 use imds_ebpf_common::names::SOCKET_LINKS;
 
 use super::{
-    programs::{Entry, foreign, names},
-    report::{Check, Program},
+    programs::{HookProgram, foreign, names},
+    report::{DoctorCheck, Program},
 };
 use crate::{
     datapath::{
@@ -55,10 +55,10 @@ enum Place {
 }
 
 /// Lists the programs of other owners, and names those that keep the agent's programs off a hook.
-pub(super) fn programs(pins: &PinDir) -> Result<Vec<Check>, DatapathError> {
+pub(super) fn programs(pins: &PinDir) -> Result<Vec<DoctorCheck>, DatapathError> {
     let links = SOCKET_LINKS.map(|name| pins::link_at(&pins.named_link(name)));
     let Some((root, path)) = path(links.iter().flatten().find_map(bpf::Link::cgroup)) else {
-        return Ok(vec![Check::ok(NAME, "no cgroup for the agent's programs was found")]);
+        return Ok(vec![DoctorCheck::ok(NAME, "no cgroup for the agent's programs was found")]);
     };
     let directory = File::open(&path).map_err(pins::io_error("open the cgroup", &path))?;
     let cgroup = Cgroup { root, path, directory, ours: ours(pins)? };
@@ -69,12 +69,12 @@ pub(super) fn programs(pins: &PinDir) -> Result<Vec<Check>, DatapathError> {
             Err(error) => {
                 let found = format!("failed to query {hook} of {}: {error}", escape_path(&cgroup.path));
                 let remedy = "run `imds-agent doctor` as root, or with the agent's capabilities";
-                return Ok(vec![Check::degraded(NAME, found, remedy)]);
+                return Ok(vec![DoctorCheck::degraded(NAME, found, remedy)]);
             }
         }
     }
     if checks.is_empty() {
-        checks.push(Check::ok(NAME, format!("no other programs at {}", escape_path(&cgroup.path))));
+        checks.push(DoctorCheck::ok(NAME, format!("no other programs at {}", escape_path(&cgroup.path))));
     }
     Ok(checks)
 }
@@ -89,11 +89,11 @@ struct Cgroup {
 }
 
 impl Cgroup {
-    fn checks(&self, hook: &'static str, attach_type: bpf_attach_type) -> io::Result<Vec<Check>> {
+    fn checks(&self, hook: &'static str, attach_type: bpf_attach_type) -> io::Result<Vec<DoctorCheck>> {
         let own = bpf::cgroup_programs(&self.directory, attach_type)?;
         let effective = bpf::effective_programs(&self.directory, attach_type)?;
         let names = names();
-        let entry = |id| Entry {
+        let entry = |id| HookProgram {
             name: names.get(&id).cloned(),
             id: Some(id),
             kind: "cgroup".to_owned(),
@@ -126,43 +126,43 @@ impl Cgroup {
     }
 }
 
-fn place(program: &Program, entry: &Entry, own: &CgroupPrograms, is_call: bool) -> Place {
+fn place(program: &Program, entry: &HookProgram, own: &CgroupPrograms, is_call: bool) -> Place {
     if !is_call || program.is_first != Some(false) {
         return Place::Harmless;
     }
     if entry.id.is_some_and(|id| own.ids.contains(&id)) { Place::Later } else { Place::Above }
 }
 
-fn check(place: Place, program: Program) -> Check {
+fn check(place: Place, program: Program) -> DoctorCheck {
     let found = program.to_string();
     let hook = program.hook;
     let check = match place {
-        Place::Harmless => Check::ok(NAME, found),
+        Place::Harmless => DoctorCheck::ok(NAME, found),
         Place::Later => {
             let remedy = format!(
                 "runs after imds_{hook}: it may rewrite the destination, and the socket hook does not see the result; a running \
                  agent moves its program to the end"
             );
-            Check::degraded(NAME, found, remedy)
+            DoctorCheck::degraded(NAME, found, remedy)
         }
         Place::Above => {
             let remedy = format!(
                 "runs after imds_{hook}, because its cgroup is above the agent's: it may rewrite the destination, and the socket \
                  hook does not see the result; set `run --cgroup` to the cgroup of that program"
             );
-            Check::degraded(NAME, found, remedy)
+            DoctorCheck::degraded(NAME, found, remedy)
         }
     };
-    Check { program: Some(program), ..check }
+    DoctorCheck { program: Some(program), ..check }
 }
 
-fn alone(program: Program, hook: &str) -> Check {
+fn alone(program: Program, hook: &str) -> DoctorCheck {
     let found = format!("{program}, attached without BPF_F_ALLOW_MULTI");
     let remedy = format!(
         "the kernel rejects the agent's program on {hook}, which is not enforced; the other hooks are not affected: the owner must \
          attach its program with a BPF link or with BPF_F_ALLOW_MULTI ({BPF_F_ALLOW_MULTI:#x})"
     );
-    Check { program: Some(program), ..Check::degraded(NAME, found, remedy) }
+    DoctorCheck { program: Some(program), ..DoctorCheck::degraded(NAME, found, remedy) }
 }
 
 /// Returns the ids of the programs that the agent's pinned links attach to cgroups.
@@ -188,7 +188,7 @@ mod tests {
 
     #[test]
     fn programs_after_ours_may_rewrite() {
-        let entry = |id, is_ours| Entry {
+        let entry = |id, is_ours| HookProgram {
             name: None,
             id: Some(id),
             kind: "cgroup".to_owned(),

@@ -12,7 +12,7 @@ use super::{chains::BaseHook, traffic::Traffic};
 use crate::{
     config::Hooks,
     datapath::{endpoints, exemptions, object::Maps, pins::PinDir},
-    endpoints::{Keep, plain},
+    endpoints::{AllowedPort, plain},
     provider::{DMI_DIR, Dmi, Provider},
     status::exemption_rules,
 };
@@ -24,7 +24,7 @@ pub(super) struct Enforcement {
     pub(super) mode: Option<Mode>,
     pub(super) hooks: Hooks,
     /// Protected addresses with their allowed ports. If nothing is loaded, those that a default configuration protects.
-    pub(super) endpoints: BTreeMap<IpAddr, Vec<Keep>>,
+    pub(super) endpoints: BTreeMap<IpAddr, Vec<AllowedPort>>,
     /// Names of the exemptions that have found a pod, by protected address.
     pub(super) exemptions: BTreeMap<IpAddr, BTreeSet<String>>,
 }
@@ -39,7 +39,7 @@ impl Enforcement {
 
     /// Returns the denials of a configuration that sets only the provider and the mode.
     pub(super) fn of_provider(provider: &Provider, mode: Option<Mode>) -> Self {
-        let endpoints = provider.endpoints().map(|endpoint| (endpoint.address, endpoint.keep));
+        let endpoints = provider.endpoints().map(|endpoint| (endpoint.address, endpoint.allow_ports));
         Self { mode, endpoints: endpoints.collect(), ..Self::default() }
     }
 
@@ -47,7 +47,7 @@ impl Enforcement {
     fn from_maps(maps: &Maps) -> Option<Self> {
         let policy = maps.policy.get(&0, 0).ok()?;
         let entries = endpoints::read(maps).ok()?;
-        let allowed = |entry: &imds_ebpf_common::Endpoint| entry.kept().map(Keep).collect();
+        let allowed = |entry: &imds_ebpf_common::Endpoint| entry.allowed_ports().map(AllowedPort).collect();
         let endpoints: BTreeMap<_, _> =
             entries.iter().map(|(address, entry)| (plain(*address), allowed(entry))).collect();
         let names = exemption_rules(maps).ok()?;
@@ -183,9 +183,9 @@ impl Enforcement {
     }
 
     /// Returns the allowed ports of the address that the traffic includes.
-    fn allowed(&self, address: IpAddr, traffic: &Traffic) -> impl Iterator<Item = &Keep> {
+    fn allowed(&self, address: IpAddr, traffic: &Traffic) -> impl Iterator<Item = &AllowedPort> {
         let allowed = self.endpoints.get(&address).into_iter().flatten();
-        allowed.filter(|Keep(service)| {
+        allowed.filter(|AllowedPort(service)| {
             traffic.protocols.contains(service.protocol.into()) && traffic.ports.contains(service.port.into())
         })
     }

@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 use super::{
     chains::{BaseHook, Chains},
     coverage::Enforcement,
-    report::{Check, Rule},
+    report::{DoctorCheck, Rule},
     rulesets::{ListedRule, Rulesets},
     traffic::{Action, Branch, Traffic},
 };
@@ -42,7 +42,7 @@ struct Finding<'a> {
 }
 
 /// Explains the rules for an address of any provider, or of this configuration.
-pub(super) fn rules(rulesets: &Rulesets, enforcement: &Enforcement) -> Vec<Check> {
+pub(super) fn rules(rulesets: &Rulesets, enforcement: &Enforcement) -> Vec<DoctorCheck> {
     let (chains, known) = (rulesets.chains(), presets());
     let findings = rulesets.rules.iter().filter_map(|rule| Finding::new(rule, &chains, &known, enforcement));
     let checks: Vec<_> = findings.map(|finding| finding.check(enforcement)).collect();
@@ -54,7 +54,7 @@ pub(super) fn rules(rulesets: &Rulesets, enforcement: &Enforcement) -> Vec<Check
     } else {
         format!("none for a metadata service ({})", rulesets.sources.join(", "))
     };
-    vec![Check::ok(NAME, found)]
+    vec![DoctorCheck::ok(NAME, found)]
 }
 
 /// Returns the addresses of all providers.
@@ -192,7 +192,7 @@ impl<'a> Finding<'a> {
         }
     }
 
-    fn check(self, enforcement: &Enforcement) -> Check {
+    fn check(self, enforcement: &Enforcement) -> DoctorCheck {
         let (origin, purpose) = self.origin();
         let remedy = self.remedy(origin, enforcement);
         let conflicts = self.conflicts(enforcement);
@@ -209,7 +209,7 @@ impl<'a> Finding<'a> {
             opens: self.opens,
             remove: remove.clone(),
         };
-        Check { rule: Some(rule), ..Check::degraded(NAME, found, remedy) }
+        DoctorCheck { rule: Some(rule), ..DoctorCheck::degraded(NAME, found, remedy) }
     }
 }
 

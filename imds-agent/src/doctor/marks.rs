@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::{
     devices::{Device, MarkSource},
     mark_rules::{self, Effect},
-    report::{Check, MarkWriter},
+    report::{DoctorCheck, MarkWriter},
     rulesets::Rulesets,
 };
 use crate::datapath::{exemptions, object::Maps, pins::PinDir};
@@ -69,7 +69,7 @@ impl MarkUse {
 }
 
 /// Lists the rules and TC actions that change the mark bit.
-pub(super) fn rules(rulesets: &Rulesets, mark: &MarkUse) -> Vec<Check> {
+pub(super) fn rules(rulesets: &Rulesets, mark: &MarkUse) -> Vec<DoctorCheck> {
     let chains = rulesets.chains();
     let rules = rulesets.rules.iter().filter_map(|rule| {
         let effect = mark_rules::of_rule(&rule.body, mark.bit);
@@ -89,7 +89,7 @@ pub(super) fn rules(rulesets: &Rulesets, mark: &MarkUse) -> Vec<Check> {
         } else {
             format!("none writes bit {} of the packet mark ({})", mark.number(), rulesets.sources.join(", "))
         };
-        checks.push(Check::ok(RULES, found));
+        checks.push(DoctorCheck::ok(RULES, found));
     }
     checks
 }
@@ -105,26 +105,26 @@ fn check(
     effect: Effect,
     is_local: bool,
     mark: &MarkUse,
-) -> Check {
+) -> DoctorCheck {
     let number = mark.number();
     let (table, chain) = table_and_chain.unzip();
     let place = chain.as_ref().map(|chain| format!(" (chain {chain})")).unwrap_or_default();
     let found = format!("{text}{place}: {} bit {number} of the packet mark", effect.verb());
     let writer = MarkWriter { table, chain, text: text.to_owned(), effect: effect.name(), bit: number };
     let check = if is_local {
-        Check::ok(RULES, format!("{found}; no effect: this chain sees only the node's own packets"))
+        DoctorCheck::ok(RULES, format!("{found}; no effect: this chain sees only the node's own packets"))
     } else if mark.bridges.is_empty() {
         let note = "no effect: the mark counts only for exempt pods behind a bridge, and there is none";
-        Check::ok(RULES, format!("{found}; {note}"))
+        DoctorCheck::ok(RULES, format!("{found}; {note}"))
     } else {
         let consequence = consequence(effect, &mark.bridge_names());
         let remedy = format!(
             "{consequence}; set hooks.mark_bit to a bit that no rule writes, or exclude {:#x} in the mask of the rule",
             mark.bit
         );
-        Check::degraded(RULES, found, remedy)
+        DoctorCheck::degraded(RULES, found, remedy)
     };
-    Check { mark: Some(writer), ..check }
+    DoctorCheck { mark: Some(writer), ..check }
 }
 
 /// Describes the effect on packets from these bridges that the rule matches.
@@ -139,16 +139,16 @@ fn consequence(effect: Effect, bridges: &str) -> String {
 }
 
 /// Lists the devices that let a sender choose the mark of its packets.
-pub(super) fn tunnels(devices: &[Device], mark: &MarkUse) -> Vec<Check> {
+pub(super) fn tunnels(devices: &[Device], mark: &MarkUse) -> Vec<DoctorCheck> {
     let sources = devices.iter().filter_map(|device| Some((device, device.mark_source?)));
     let mut checks: Vec<_> = sources.map(|(device, source)| tunnel(device, source, mark)).collect();
     if checks.is_empty() {
-        checks.push(Check::ok(TUNNELS, "no VXLAN device with gbp, no netkit device with scrub none"));
+        checks.push(DoctorCheck::ok(TUNNELS, "no VXLAN device with gbp, no netkit device with scrub none"));
     }
     checks
 }
 
-fn tunnel(device: &Device, source: MarkSource, mark: &MarkUse) -> Check {
+fn tunnel(device: &Device, source: MarkSource, mark: &MarkUse) -> DoctorCheck {
     let (name, number) = (&device.name, mark.number());
     let found = match source {
         MarkSource::Gbp => format!("{name} is a VXLAN device with gbp: a packet's sender chooses its mark"),
@@ -157,11 +157,11 @@ fn tunnel(device: &Device, source: MarkSource, mark: &MarkUse) -> Check {
         }
     };
     if source == MarkSource::Gbp && mark.bit & GBP_BITS == 0 {
-        return Check::ok(TUNNELS, format!("{found}; no effect: gbp can't set bit {number}"));
+        return DoctorCheck::ok(TUNNELS, format!("{found}; no effect: gbp can't set bit {number}"));
     }
     if !mark.has(device.master) {
         let note = "no effect: the device is no port of a bridge with an exempt pod";
-        return Check::ok(TUNNELS, format!("{found}; {note}"));
+        return DoctorCheck::ok(TUNNELS, format!("{found}; {note}"));
     }
     let remedy = match source {
         MarkSource::Gbp => {
@@ -174,7 +174,7 @@ fn tunnel(device: &Device, source: MarkSource, mark: &MarkUse) -> Check {
              exempt pod off the bridge"
         }
     };
-    Check::degraded(TUNNELS, found, remedy)
+    DoctorCheck::degraded(TUNNELS, found, remedy)
 }
 
 #[cfg(test)]

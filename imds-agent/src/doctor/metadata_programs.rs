@@ -7,7 +7,7 @@ use rtnetlink::packet_route::{
     rule::{RuleAttribute, RuleMessage},
 };
 
-use super::report::Check;
+use super::report::DoctorCheck;
 use crate::node::netlink::{Netlink, NetlinkError};
 
 const NAME: &str = "metadata_programs";
@@ -29,7 +29,7 @@ struct Observed {
 }
 
 /// Lists the programs that run here, with the requests that each covers.
-pub(super) async fn checks(netlink: &Netlink) -> Result<Vec<Check>, NetlinkError> {
+pub(super) async fn checks(netlink: &Netlink) -> Result<Vec<DoctorCheck>, NetlinkError> {
     let sockets = fs::read_to_string("/proc/net/unix").unwrap_or_default();
     let observed = Observed {
         has_imdsd_socket: sockets.lines().any(|line| line.ends_with(&format!(" {IMDSD_SOCKET}"))),
@@ -62,19 +62,19 @@ fn process(proc: &Path, name: &str) -> Option<u32> {
 }
 
 impl Observed {
-    fn checks(self) -> Vec<Check> {
+    fn checks(self) -> Vec<DoctorCheck> {
         let mut checks = Vec::new();
         if self.has_imdsd_socket || self.has_imdsd_rule {
             checks.push(self.imdsd());
         }
         checks.extend(self.gpa.map(gpa));
         if checks.is_empty() {
-            checks.push(Check::ok(NAME, "neither systemd-imdsd nor Azure's Guest Proxy Agent"));
+            checks.push(DoctorCheck::ok(NAME, "neither systemd-imdsd nor Azure's Guest Proxy Agent"));
         }
         checks
     }
 
-    fn imdsd(self) -> Check {
+    fn imdsd(self) -> DoctorCheck {
         let socket = if self.has_imdsd_socket {
             format!("systemd-imdsd.socket serves metadata to every process that can open {IMDSD_SOCKET}")
         } else {
@@ -95,11 +95,11 @@ impl Observed {
                  pass, boot with systemd.imds.network=unlocked",
             );
         }
-        Check::degraded(NAME, format!("systemd-imdsd: {socket}; {network}"), remedy)
+        DoctorCheck::degraded(NAME, format!("systemd-imdsd: {socket}; {network}"), remedy)
     }
 }
 
-fn gpa(pid: u32) -> Check {
+fn gpa(pid: u32) -> DoctorCheck {
     let found = format!(
         "Azure's Guest Proxy Agent (azure-proxy-agent.service, pid {pid}): a connect4 program redirects TCP connections to \
          169.254.169.254:80, 168.63.129.16:80 and 168.63.129.16:32526 to a proxy at 127.0.0.1, which authorizes processes of \
@@ -108,7 +108,7 @@ fn gpa(pid: u32) -> Check {
     let remedy = "the proxy covers neither UDP, IPv6, other ports nor crafted packets, so keep imds-agent; in a pod the redirection \
                   leads to the pod's own loopback, so that exempt pods cannot connect either, and imds-agent neither denies nor \
                   counts such a call";
-    Check::degraded(NAME, found, remedy)
+    DoctorCheck::degraded(NAME, found, remedy)
 }
 
 #[cfg(test)]

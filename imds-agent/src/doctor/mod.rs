@@ -22,7 +22,7 @@ mod report;
 mod rulesets;
 mod traffic;
 
-pub use self::report::{Check, MarkWriter, Program, Report, Rule, State};
+pub use self::report::{DoctorCheck, DoctorReport, MarkWriter, Program, Rule, State};
 use self::{coverage::Enforcement, marks::MarkUse, rulesets::Rulesets};
 use imds_ebpf_common::Mode;
 
@@ -39,7 +39,7 @@ const SCHEMA: u32 = 1;
 /// Explains the rules in the output of `iptables-save` or `nft --json`, for a node that protects the endpoints of `provider`
 /// in this mode with the default hooks.
 #[must_use]
-pub fn explain_rules(listing: &str, provider: &Provider, mode: Mode) -> Vec<Check> {
+pub fn explain_rules(listing: &str, provider: &Provider, mode: Mode) -> Vec<DoctorCheck> {
     let rulesets = Rulesets::from_listing(listing);
     let mut checks = firewall::rules(&rulesets, &Enforcement::of_provider(provider, Some(mode)));
     checks.extend(marks::rules(&rulesets, &MarkUse::default()));
@@ -47,7 +47,7 @@ pub fn explain_rules(listing: &str, provider: &Provider, mode: Mode) -> Vec<Chec
 }
 
 /// Runs all checks on this node.
-pub async fn examine(pins: &PinDir, netlink: &Netlink) -> Result<Report, DatapathError> {
+pub async fn examine(pins: &PinDir, netlink: &Netlink) -> Result<DoctorReport, DatapathError> {
     let mut checks = vec![
         kernel::release(),
         kernel::btf(),
@@ -75,7 +75,7 @@ pub async fn examine(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
     checks.extend(firewall::rules(&rulesets, &Enforcement::read(pins)));
     checks.extend(marks::rules(&rulesets, &mark));
     checks.extend(marks::tunnels(&devices, &mark));
-    Ok(Report {
+    Ok(DoctorReport {
         schema: SCHEMA,
         version: VERSION,
         pin_dir: pins.root().to_owned(),

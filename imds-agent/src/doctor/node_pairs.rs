@@ -1,6 +1,6 @@
 //! Veth pairs inside the node through which it routes packets to protected endpoints.
 
-use super::report::Check;
+use super::report::DoctorCheck;
 use crate::{
     datapath::{endpoints, object::Maps, pins::PinDir},
     endpoints::plain,
@@ -12,7 +12,7 @@ const NAME: &str = "node_pairs";
 /// Lists the pairs that packets to an endpoint are routed through. A packet loses its socket there, so that `node_egress` at
 /// the next interface can't tell the node's packets from those of pods. For ports of bridges the packet mark replaces the
 /// socket.
-pub(super) async fn checks(pins: &PinDir, netlink: &Netlink) -> Result<Vec<Check>, NetlinkError> {
+pub(super) async fn checks(pins: &PinDir, netlink: &Netlink) -> Result<Vec<DoctorCheck>, NetlinkError> {
     let protected = Maps::open(pins).ok().and_then(|maps| endpoints::read(&maps).ok()).unwrap_or_default();
     let addresses = protected.keys().map(|&address| plain(address)).collect();
     let routed = netlink.clone().with_endpoints(addresses).uplinks().await?;
@@ -29,11 +29,11 @@ pub(super) async fn checks(pins: &PinDir, netlink: &Netlink) -> Result<Vec<Check
                 "packets of the node and of exempt pods that enter through {peer} are denied at the uplink behind it: route them \
                  through another interface, or exclude that uplink ([interfaces] exclude)"
             );
-            Check::degraded(NAME, found, remedy)
+            DoctorCheck::degraded(NAME, found, remedy)
         })
         .collect();
     if checks.is_empty() {
-        checks.push(Check::ok(NAME, "no route to an endpoint leads through a veth pair of the node"));
+        checks.push(DoctorCheck::ok(NAME, "no route to an endpoint leads through a veth pair of the node"));
     }
     Ok(checks)
 }

@@ -8,7 +8,7 @@ use imds_ebpf_common::{TcHook, TcHookSet, names::TC_PROGRAMS};
 use super::{
     devices::Device,
     marks::MarkUse,
-    report::{Check, Program},
+    report::{DoctorCheck, Program},
 };
 use crate::{
     config::{Hooks, Interfaces},
@@ -21,7 +21,7 @@ use crate::{
         records,
     },
     node::{
-        links::{Kind, Link},
+        links::{Link, LinkKind},
         netlink::Netlink,
     },
     state::{self, Uplinks},
@@ -31,7 +31,7 @@ const OF_INTERFACES: &str = "tc_programs";
 const XDP: &str = "xdp_programs";
 
 /// One program at a hook, of the agent or of another owner.
-pub(super) struct Entry {
+pub(super) struct HookProgram {
     pub(super) name: Option<String>,
     pub(super) id: Option<u32>,
     pub(super) kind: String,
@@ -46,7 +46,7 @@ pub(super) async fn of_interfaces(
     netlink: &Netlink,
     devices: &[Device],
     mark: &MarkUse,
-) -> Result<Vec<Check>, DatapathError> {
+) -> Result<Vec<DoctorCheck>, DatapathError> {
     let maps = Maps::open(pins).ok();
     let policy = maps.as_ref().and_then(|maps| maps.policy.get(&0, 0).ok());
     let hooks = policy.map_or_else(Hooks::default, |policy| Hooks::from_bits(policy.hooks));
@@ -61,15 +61,15 @@ pub(super) async fn of_interfaces(
             || state::assign(&link, &uplinks, &Interfaces::default(), false).hooks,
             |record| TcHookSet::from_bits(record.hooks),
         );
-        for edge in desired.iter().filter(|edge| hooks.has(edge.hook())) {
+        for hook in desired.iter().filter(|hook| hooks.has(hook.hook())) {
             count += 1;
-            let spot = AttachPoint { ifindex: link.index, edge };
-            if edge == TcHook::FromPod {
+            let spot = AttachPoint { ifindex: link.index, hook };
+            if hook == TcHook::FromPod {
                 pods += 1;
                 let device = devices.iter().find(|device| device.index == link.index);
                 of_xdp.extend(device.iter().flat_map(|device| xdp(device, &names, maps.is_some())));
             }
-            if edge == TcHook::FromPod && link.kind == Kind::Netkit {
+            if hook == TcHook::FromPod && link.kind == LinkKind::Netkit {
                 // The kernel rejects the query for a device that is not the primary one of its pair: it has no peer hook.
                 let programs = bpf::entries(link.index, bpf::MprogHook::NetkitPeer).unwrap_or_default();
                 let entries = entries("netkit", programs, pins, spot, &ours, &names);
@@ -83,8 +83,8 @@ pub(super) async fn of_interfaces(
             // one kind.
             filters.dedup_by(|one, other| one.kind != "bpf" && one.priority == other.priority);
             for filter in filters {
-                let is_stuck = !bpf::has_tcx() && filter.priority == 1 && !filter.takes_company();
-                entries.push(Entry {
+                let is_stuck = !bpf::has_tcx() && filter.priority == 1 && !filter.can_share_priority();
+                entries.push(HookProgram {
                     is_ours: filter.is_ours(),
                     is_stuck,
                     name: filter.name,
@@ -100,10 +100,13 @@ pub(super) async fn of_interfaces(
         }
     }
     if checks.is_empty() {
-        checks.push(Check::ok(OF_INTERFACES, format!("no other programs at {count} hooks of interfaces")));
+        checks.push(DoctorCheck::ok(
+            OF_INTERFACES,
+            format!("no other programs at {count} hooks of interfaces"),
+        ));
     }
     if of_xdp.is_empty() {
-        of_xdp.push(Check::ok(XDP, format!("none at {pods} pod interfaces")));
+        of_xdp.push(DoctorCheck::ok(XDP, format!("none at {pods} pod interfaces")));
     }
     checks.extend(of_xdp);
     Ok(checks)
@@ -114,7 +117,7 @@ fn xdp<'a>(
     device: &'a Device,
     names: &'a BTreeMap<u32, String>,
     is_loaded: bool,
-) -> impl Iterator<Item = Check> + 'a {
+) -> impl Iterator<Item = DoctorCheck> + 'a {
     device.xdp.iter().map(move |&id| {
         let program = Program {
             name: names.get(&id).cloned(),
@@ -132,21 +135,21 @@ fn xdp<'a>(
              off`",
             device.name
         );
-        Check { program: Some(program.clone()), ..Check::degraded(XDP, program.to_string(), remedy) }
+        DoctorCheck { program: Some(program.clone()), ..DoctorCheck::degraded(XDP, program.to_string(), remedy) }
     })
 }
 
 /// Describes programs of a hook on which links are ordered, in the order in which they run.
 fn entries(
     kind: &str,
-    programs: Vec<bpf::Entry>,
+    programs: Vec<bpf::HookEntry>,
     pins: &PinDir,
     spot: AttachPoint,
     ours: &BTreeSet<u32>,
     names: &BTreeMap<u32, String>,
-) -> Vec<Entry> {
+) -> Vec<HookProgram> {
     let pinned = pins::link_at(&pins.link(spot));
-    let entry = |entry: bpf::Entry| Entry {
+    let entry = |entry: bpf::HookEntry| HookProgram {
         name: names.get(&entry.program).cloned(),
         id: Some(entry.program),
         kind: kind.to_owned(),
@@ -156,7 +159,7 @@ fn entries(
     programs.into_iter().map(entry).collect()
 }
 
-fn judge(link: &Link, hook: &'static str, entries: &[Entry], mark: &MarkUse) -> Vec<Check> {
+fn judge(link: &Link, hook: &'static str, entries: &[HookProgram], mark: &MarkUse) -> Vec<DoctorCheck> {
     let check = |program: Program, is_stuck| {
         let found = program.to_string();
         let check = match program.is_first {
@@ -170,12 +173,12 @@ fn judge(link: &Link, hook: &'static str, entries: &[Entry], mark: &MarkUse) -> 
                      of the hook if the kernel allows that, otherwise remove the other program ({command})",
                     link.name
                 );
-                Check::degraded(OF_INTERFACES, found, remedy)
+                DoctorCheck::degraded(OF_INTERFACES, found, remedy)
             }
             None if is_stuck => {
                 let remedy = "without TCX (Linux 6.6) the agent cannot place its program before this one: give it another priority \
                               than 1";
-                Check::degraded(OF_INTERFACES, found, remedy)
+                DoctorCheck::degraded(OF_INTERFACES, found, remedy)
             }
             Some(false) if hook != "egress" && mark.has(link.master) => {
                 let remedy = format!(
@@ -183,11 +186,11 @@ fn judge(link: &Link, hook: &'static str, entries: &[Entry], mark: &MarkUse) -> 
                      mark, node_egress denies an exempt pod, or lets another pod pass; choose another bit (hooks.mark_bit)",
                     mark.number()
                 );
-                Check::degraded(OF_INTERFACES, found, remedy)
+                DoctorCheck::degraded(OF_INTERFACES, found, remedy)
             }
-            Some(false) | None => Check::ok(OF_INTERFACES, found),
+            Some(false) | None => DoctorCheck::ok(OF_INTERFACES, found),
         };
-        Check { program: Some(program), ..check }
+        DoctorCheck { program: Some(program), ..check }
     };
     let programs = foreign(entries, &link.name, hook);
     programs.map(|(program, entry)| check(program, entry.is_stuck)).collect()
@@ -195,10 +198,10 @@ fn judge(link: &Link, hook: &'static str, entries: &[Entry], mark: &MarkUse) -> 
 
 /// Returns the programs of other owners at a hook.
 pub(super) fn foreign<'a>(
-    entries: &'a [Entry],
+    entries: &'a [HookProgram],
     at: &str,
     hook: &'static str,
-) -> impl Iterator<Item = (Program, &'a Entry)> {
+) -> impl Iterator<Item = (Program, &'a HookProgram)> {
     let ours = entries.iter().position(|entry| entry.is_ours);
     let (at, of) = (at.to_owned(), entries.len());
     (0..).zip(entries).filter(|(_, entry)| !entry.is_ours).map(move |(index, entry)| {
@@ -223,8 +226,14 @@ pub(super) fn names() -> BTreeMap<u32, String> {
 mod tests {
     use super::*;
 
-    fn entry(name: &str, is_ours: bool) -> Entry {
-        Entry { name: Some(name.to_owned()), id: Some(7), kind: "tcx".to_owned(), is_ours, is_stuck: false }
+    fn entry(name: &str, is_ours: bool) -> HookProgram {
+        HookProgram {
+            name: Some(name.to_owned()),
+            id: Some(7),
+            kind: "tcx".to_owned(),
+            is_ours,
+            is_stuck: false,
+        }
     }
 
     #[test]

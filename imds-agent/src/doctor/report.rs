@@ -13,7 +13,7 @@ use crate::escape::escape;
 
 /// Report of one `imds-agent doctor`.
 #[derive(Debug, Serialize)]
-pub struct Report {
+pub struct DoctorReport {
     /// Schema version. Fields are only added while it stays the same.
     pub schema: u32,
     /// Version of the program that made the report.
@@ -23,12 +23,12 @@ pub struct Report {
     /// True if no check has the state [`State::Missing`].
     pub ready: bool,
     /// Checks in the order in which they ran.
-    pub checks: Vec<Check>,
+    pub checks: Vec<DoctorCheck>,
 }
 
 /// Result of one check, with its consequence and remedy.
 #[derive(Clone, Debug, Serialize)]
-pub struct Check {
+pub struct DoctorCheck {
     /// Name of the check. Several results can have the same name, such as one for each firewall rule.
     pub name: &'static str,
     /// Result of the check in one word.
@@ -51,7 +51,7 @@ pub struct Check {
 pub enum State {
     /// The check found no problem.
     Ok,
-    /// Enforcement works, with the consequence that [`Check::remedy`] describes.
+    /// Enforcement works, with the consequence that [`DoctorCheck::remedy`] describes.
     Degraded,
     /// A feature that enforcement needs is not available.
     Missing,
@@ -132,7 +132,7 @@ impl fmt::Display for Program {
     }
 }
 
-impl Check {
+impl DoctorCheck {
     pub(super) fn ok(name: &'static str, found: impl Into<String>) -> Self {
         Self {
             name,
@@ -154,7 +154,7 @@ impl Check {
     }
 }
 
-impl Report {
+impl DoctorReport {
     /// Returns the report as text that ends with a newline.
     #[must_use]
     pub fn table(&self) -> String {

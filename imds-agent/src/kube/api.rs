@@ -44,15 +44,15 @@ pub(super) enum ApiError {
     #[error("failed to reach the API server")]
     Unreachable { source: Box<kube_client::Error> },
     #[error("the API server did not answer within {after:?}")]
-    Silent { after: Duration },
+    Timeout { after: Duration },
     #[error("the API server closed the connection during an answer")]
-    BrokeOff { source: Option<Box<kube_client::Error>> },
+    ConnectionClosed { source: Option<Box<kube_client::Error>> },
     #[error("the API server no longer has the requested resource version: {message}")]
-    Gone { message: String },
+    Expired { message: String },
     #[error("the API server throttles requests")]
     Throttled { retry_after: Option<Duration> },
     #[error("the API server denied the request ({code}): {message}")]
-    Refused { code: u16, message: String },
+    Forbidden { code: u16, message: String },
     #[error("the API server returned an error ({code}): {message}")]
     Failed { code: u16, message: String },
     #[error("failed to parse the answer of the API server")]
@@ -62,7 +62,7 @@ pub(super) enum ApiError {
     #[error("the answer of the API server is longer than {limit} bytes")]
     TooLong { limit: usize },
     #[error("the pod list of the API server is too long: {pods} pods of this node in {pages} pages")]
-    Endless { pages: usize, pods: usize },
+    ListTooLong { pages: usize, pods: usize },
 }
 
 /// Kinds of errors, as metrics count them.
@@ -78,11 +78,11 @@ pub enum ErrorKind {
     /// The API server closed the connection before the end of an answer.
     Closed,
     /// The API server no longer has the requested resource version (410).
-    Gone,
+    Expired,
     /// The API server asks to retry later (429).
     Throttled,
     /// The API server does not allow the agent to read pods (401, 403).
-    Refused,
+    Forbidden,
     /// The API server returned another error.
     Server,
     /// The API server sent an invalid answer.
@@ -98,9 +98,9 @@ impl ErrorKind {
             Self::Connect => "connect",
             Self::Timeout => "timeout",
             Self::Closed => "closed",
-            Self::Gone => "gone",
+            Self::Expired => "gone",
             Self::Throttled => "throttled",
-            Self::Refused => "refused",
+            Self::Forbidden => "refused",
             Self::Server => "server",
             Self::Malformed => "malformed",
         }
@@ -112,16 +112,16 @@ impl ApiError {
         match self {
             Self::Kubeconfig { .. } | Self::InCluster { .. } | Self::Client { .. } => ErrorKind::Config,
             Self::Unreachable { .. } => ErrorKind::Connect,
-            Self::Silent { .. } => ErrorKind::Timeout,
-            Self::BrokeOff { .. } => ErrorKind::Closed,
-            Self::Gone { .. } => ErrorKind::Gone,
+            Self::Timeout { .. } => ErrorKind::Timeout,
+            Self::ConnectionClosed { .. } => ErrorKind::Closed,
+            Self::Expired { .. } => ErrorKind::Expired,
             Self::Throttled { .. } => ErrorKind::Throttled,
-            Self::Refused { .. } => ErrorKind::Refused,
+            Self::Forbidden { .. } => ErrorKind::Forbidden,
             Self::Failed { .. } => ErrorKind::Server,
             Self::Malformed { .. }
             | Self::Incomplete { .. }
             | Self::TooLong { .. }
-            | Self::Endless { .. } => ErrorKind::Malformed,
+            | Self::ListTooLong { .. } => ErrorKind::Malformed,
         }
     }
 
@@ -151,13 +151,13 @@ pub(super) fn with_causes(error: &dyn Error) -> String {
 
 /// Resource version that a list must have at least (`resourceVersionMatch`).
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub(super) enum Since {
+pub(super) enum ResourceVersionMatch {
     /// Any version that the server has cached, which is the cheapest.
     Any,
     /// This version or a newer one.
     NotOlderThan(String),
     /// The most recent version, which requires a consistent read from etcd.
-    Newest,
+    MostRecent,
 }
 
 /// Page of a pod list.
@@ -194,7 +194,7 @@ impl Page {
 /// Event of a pod watch.
 #[derive(Deserialize)]
 #[serde(tag = "type", content = "object", rename_all = "UPPERCASE")]
-pub(super) enum News {
+pub(super) enum WatchEvent {
     Added(PodObject),
     Modified(PodObject),
     Deleted(PodObject),
@@ -202,7 +202,7 @@ pub(super) enum News {
     Error(Status),
 }
 
-impl News {
+impl WatchEvent {
     pub(super) fn from_json(json: &[u8]) -> Result<Self, ApiError> {
         serde_json::from_slice(json).map_err(|source| ApiError::Malformed { source })
     }
@@ -258,11 +258,11 @@ impl Status {
         let line = message.lines().next().unwrap_or_default();
         let message: String = line.chars().filter(|char| !char.is_control()).take(200).collect();
         match code {
-            410 => ApiError::Gone { message },
+            410 => ApiError::Expired { message },
             // A server whose etcd was restored from a backup no longer has newer versions.
-            _ if message.contains("Too large resource version") => ApiError::Gone { message },
+            _ if message.contains("Too large resource version") => ApiError::Expired { message },
             429 => ApiError::Throttled { retry_after: seconds.map(Duration::from_secs) },
-            401 | 403 => ApiError::Refused { code, message },
+            401 | 403 => ApiError::Forbidden { code, message },
             _ => ApiError::Failed { code, message },
         }
     }
@@ -305,19 +305,24 @@ impl Api {
     }
 
     /// Requests a page of the pods of the node: the first one, or the one that starts at `next`.
-    pub(super) async fn list(&self, since: &Since, limit: u32, next: Option<&str>) -> Result<Page, ApiError> {
+    pub(super) async fn list(
+        &self,
+        since: &ResourceVersionMatch,
+        limit: u32,
+        next: Option<&str>,
+    ) -> Result<Page, ApiError> {
         let limit = limit.to_string();
         let mut query = vec![("limit", limit.as_str())];
         match (next, since) {
             (Some(next), _) => query.push(("continue", next)),
-            (None, Since::Any) => query.push(("resourceVersion", "0")),
-            (None, Since::NotOlderThan(version)) => {
+            (None, ResourceVersionMatch::Any) => query.push(("resourceVersion", "0")),
+            (None, ResourceVersionMatch::NotOlderThan(version)) => {
                 query.extend([
                     ("resourceVersion", version.as_str()),
                     ("resourceVersionMatch", "NotOlderThan"),
                 ]);
             }
-            (None, Since::Newest) => {}
+            (None, ResourceVersionMatch::MostRecent) => {}
         }
         Page::from_json(&read(self.get(&query).await?, MAX_ANSWER).await?)
     }
@@ -346,7 +351,7 @@ impl Api {
         let request = request.header(header::CONTENT_TYPE, "application/json-patch+json");
         let body = patch.map_or_else(Body::empty, |patch| patch.to_string().into_bytes().into());
         let answer = timeout(ANSWER_TIMEOUT, async { read(self.send(request, body).await?, MAX_LINE).await });
-        let answer = answer.await.map_err(|_| ApiError::Silent { after: ANSWER_TIMEOUT })??;
+        let answer = answer.await.map_err(|_| ApiError::Timeout { after: ANSWER_TIMEOUT })??;
         serde_json::from_slice(&answer).map_err(|source| ApiError::Malformed { source })
     }
 
@@ -410,13 +415,13 @@ impl Lines {
     /// Waits for the next event. Returns `None` if the server ended the watch.
     ///
     /// Cancel safe.
-    pub(super) async fn next(&mut self) -> Result<Option<News>, ApiError> {
+    pub(super) async fn next(&mut self) -> Result<Option<WatchEvent>, ApiError> {
         loop {
             if let Some(line) = self.line() {
                 if line.trim_ascii().is_empty() {
                     continue;
                 }
-                return News::from_json(&line).map(Some);
+                return WatchEvent::from_json(&line).map(Some);
             }
             if self.buffer.len() > MAX_LINE {
                 return Err(ApiError::TooLong { limit: MAX_LINE });
@@ -427,9 +432,11 @@ impl Lines {
                         self.buffer.extend_from_slice(&data);
                     }
                 }
-                Some(Err(source)) => return Err(ApiError::BrokeOff { source: Some(Box::new(source)) }),
+                Some(Err(source)) => {
+                    return Err(ApiError::ConnectionClosed { source: Some(Box::new(source)) });
+                }
                 None if self.buffer.is_empty() => return Ok(None),
-                None => return Err(ApiError::BrokeOff { source: None }),
+                None => return Err(ApiError::ConnectionClosed { source: None }),
             }
         }
     }
@@ -449,7 +456,7 @@ impl Lines {
 async fn read(mut body: Body, limit: usize) -> Result<Vec<u8>, ApiError> {
     let mut bytes = Vec::new();
     while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|source| ApiError::BrokeOff { source: Some(Box::new(source)) })?;
+        let frame = frame.map_err(|source| ApiError::ConnectionClosed { source: Some(Box::new(source)) })?;
         if let Ok(data) = frame.into_data() {
             bytes.extend_from_slice(&data);
         }
@@ -473,8 +480,8 @@ mod tests {
         let bookmark = r#"{"type":"BOOKMARK","object":{"kind":"Pod","metadata":{"resourceVersion":"7"}}}"#;
         let pod = r#"{"type":"ADDED","object":{"metadata":{"uid":"u","namespace":"n","name":"p"}}}"#;
         let mut two = lines(&format!("{bookmark}\n\n{pod}\n"));
-        assert!(matches!(two.next().await.unwrap(), Some(News::Bookmark(_))));
-        assert!(matches!(two.next().await.unwrap(), Some(News::Added(_))));
+        assert!(matches!(two.next().await.unwrap(), Some(WatchEvent::Bookmark(_))));
+        assert!(matches!(two.next().await.unwrap(), Some(WatchEvent::Added(_))));
         assert!(two.next().await.unwrap().is_none());
 
         let kind = async |text: &str| lines(text).next().await.err().unwrap().kind();
@@ -503,12 +510,12 @@ mod tests {
     #[test]
     fn status_errors_name_the_remedy() {
         let kind = |json: &str| serde_json::from_str::<Status>(json).unwrap().into_error().kind();
-        assert_eq!(kind(r#"{"code":410,"message":"too old resource version"}"#), ErrorKind::Gone);
+        assert_eq!(kind(r#"{"code":410,"message":"too old resource version"}"#), ErrorKind::Expired);
         assert_eq!(
             kind(r#"{"code":504,"message":"Timeout: Too large resource version: 9"}"#),
-            ErrorKind::Gone
+            ErrorKind::Expired
         );
-        assert_eq!(kind(r#"{"code":403}"#), ErrorKind::Refused);
+        assert_eq!(kind(r#"{"code":403}"#), ErrorKind::Forbidden);
         assert_eq!(kind(r#"{"code":500,"message":"etcd"}"#), ErrorKind::Server);
         let throttled = r#"{"code":429,"details":{"retryAfterSeconds":9999}}"#;
         let error = serde_json::from_str::<Status>(throttled).unwrap().into_error();

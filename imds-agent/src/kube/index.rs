@@ -6,10 +6,10 @@ use std::{
 };
 
 use super::{pod::Pod, watch::PodEvent};
-use crate::config::Pods;
+use crate::config::PodSelector;
 
 /// Upper bound of known pods, far above what a node runs. Further pods are ignored, so no rule matches them.
-pub const MOST_PODS: usize = 16_384;
+pub const MAX_PODS: usize = 16_384;
 
 /// Pods of this node that the API server has reported.
 #[derive(Clone, Debug, Default)]
@@ -76,12 +76,12 @@ impl Index {
 
     /// Returns the pods that may have processes. If several pods claim a cgroup, only its owner is included: see
     /// [`Index::disputes`].
-    pub fn living(&self) -> impl Iterator<Item = &Pod> {
+    pub fn active(&self) -> impl Iterator<Item = &Pod> {
         let owns_cgroup = |pod: &&Pod| {
             !self.contested.contains(&pod.cgroup_uid)
                 || self.owner(&pod.cgroup_uid).is_some_and(|owner| owner.uid == pod.uid)
         };
-        self.pods.values().filter(|pod| !pod.is_over).filter(owns_cgroup)
+        self.pods.values().filter(|pod| !pod.is_terminated).filter(owns_cgroup)
     }
 
     /// Returns the cgroups that several pods claim.
@@ -112,8 +112,8 @@ impl Index {
     }
 
     /// Returns the running pods that a rule matches.
-    pub fn meant<'i>(&'i self, rule: &'i Pods) -> impl Iterator<Item = &'i Pod> {
-        self.living().filter(|pod| is_meant(pod, rule))
+    pub fn matching<'i>(&'i self, rule: &'i PodSelector) -> impl Iterator<Item = &'i Pod> {
+        self.active().filter(|pod| is_selected(pod, rule))
     }
 
     fn apply(&mut self, pod: Pod) -> Option<String> {
@@ -122,7 +122,7 @@ impl Index {
             return None;
         }
         self.delete(&uid);
-        if self.pods.len() >= MOST_PODS {
+        if self.pods.len() >= MAX_PODS {
             return None;
         }
         let claimants = self.claims.entry(pod.cgroup_uid.clone()).or_default();
@@ -158,7 +158,7 @@ impl Index {
     }
 }
 
-fn is_meant(pod: &Pod, Pods { namespace, service_account, selector }: &Pods) -> bool {
+fn is_selected(pod: &Pod, PodSelector { namespace, service_account, selector }: &PodSelector) -> bool {
     pod.namespace == *namespace
         && service_account.as_ref().is_none_or(|account| pod.service_account == *account)
         && selector.as_ref().is_none_or(|selector| selector.matches(&pod.labels))

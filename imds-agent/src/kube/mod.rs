@@ -19,5 +19,5 @@ pub use self::{
     pod::Pod,
     state::{Failure, WatchState},
     taint::{NodeTaints, TaintError},
-    watch::{Options, PodEvent, Watch},
+    watch::{Options, PodEvent, PodWatcher},
 };

@@ -33,7 +33,7 @@ pub struct Pod {
     /// Container names by the container ID of the runtime.
     pub containers: BTreeMap<String, String>,
     /// True if all containers have terminated for good (phase `Succeeded` or `Failed`).
-    pub is_over: bool,
+    pub is_terminated: bool,
 }
 
 /// Pod object of the API. Fields are optional, so that an incomplete object can be parsed.
@@ -104,7 +104,7 @@ impl PodObject {
         let Metadata { uid, namespace, name, creation_timestamp, labels, annotations, .. } = self.metadata;
         let cgroup_uid = annotations.and_then(static_uid).unwrap_or_else(|| uid.clone());
         let status = self.status.unwrap_or_default();
-        let is_over = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
+        let is_terminated = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
         let (service_account, host_network) =
             self.spec.map_or((None, None), |spec| (spec.service_account_name, spec.host_network));
         Pod {
@@ -117,7 +117,7 @@ impl PodObject {
             labels: labels.unwrap_or_default(),
             host_network: host_network.unwrap_or_default(),
             containers: status.containers(),
-            is_over,
+            is_terminated,
         }
     }
 }
@@ -192,7 +192,7 @@ mod tests {
             labels: BTreeMap::from([("app".into(), "x".into())]),
             host_network: true,
             containers: [("c0", "c"), ("c1", "i")].map(|(id, name)| (id.into(), name.into())).into(),
-            is_over: false,
+            is_terminated: false,
         };
         assert_eq!(read.into_pod(), expected);
     }
@@ -202,7 +202,7 @@ mod tests {
         let metadata = json!({ "uid": "u", "namespace": "n", "name": "p" });
         let bare: PodObject = serde_json::from_value(json!({ "metadata": metadata })).unwrap();
         assert!(!bare.is_on("") && !bare.is_on("node-0"));
-        for (phase, is_over) in [
+        for (phase, is_terminated) in [
             ("Pending", false),
             ("Running", false),
             ("Unknown", false),
@@ -210,7 +210,7 @@ mod tests {
             ("Failed", true),
         ] {
             let object = json!({ "metadata": metadata, "status": { "phase": phase } });
-            assert_eq!(pod(object).is_over, is_over, "{phase}");
+            assert_eq!(pod(object).is_terminated, is_terminated, "{phase}");
         }
         for missing in ["uid", "namespace", "name"] {
             let mut metadata = metadata.clone();

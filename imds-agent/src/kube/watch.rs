@@ -12,16 +12,16 @@ use tokio::{
 };
 
 use super::{
-    api::{Api, ApiError, ErrorKind, News, PODS, Page, Since, with_causes},
+    api::{Api, ApiError, ErrorKind, PODS, Page, ResourceVersionMatch, WatchEvent, with_causes},
     backoff::{Attempts, Backoff},
-    index::MOST_PODS,
+    index::MAX_PODS,
     pod::Pod,
     state::WatchState,
 };
 use crate::config::Access;
 
 /// A watch that ends sooner than this without an event counts as a failure.
-const SHORTEST: Duration = Duration::from_secs(1);
+const MIN_LIVENESS: Duration = Duration::from_secs(1);
 
 /// Settings of the pod watch.
 #[derive(Clone, Debug)]
@@ -74,7 +74,7 @@ pub enum PodEvent {
 impl PodEvent {
     /// Parses a line of a watch. Returns `None` if it does not concern a pod of `node`.
     pub fn from_line(json: &[u8], node: &str) -> Result<Option<Self>, ErrorKind> {
-        let event = News::from_json(json).and_then(|news| news.into_event(node));
+        let event = WatchEvent::from_json(json).and_then(|event| event.into_event(node));
         event.map(|(event, _)| event).map_err(|error| error.kind())
     }
 
@@ -87,13 +87,13 @@ impl PodEvent {
 
 /// Pod watch that runs in the background. Dropping it ends the watch.
 #[derive(Debug)]
-pub struct Watch {
+pub struct PodWatcher {
     events: mpsc::Receiver<PodEvent>,
     state: watch::Receiver<WatchState>,
     task: JoinHandle<()>,
 }
 
-impl Watch {
+impl PodWatcher {
     /// Starts the watch. Must be called within a tokio runtime.
     ///
     /// The watch retries forever, even if the kubeconfig file does not exist yet.
@@ -101,16 +101,16 @@ impl Watch {
     pub fn start(access: Access, options: Options) -> Self {
         let (to_events, events) = mpsc::channel(64);
         let (to_state, state) = watch::channel(WatchState::new());
-        let follower = Follower {
+        let follower = Reflector {
             attempts: Attempts::new(options.backoff),
             access,
             options,
             api: None,
-            list_since: Since::Any,
+            list_since: ResourceVersionMatch::Any,
             version: None,
             events: to_events,
             state: to_state,
-            said: None,
+            last_logged: None,
         };
         Self { events, state, task: tokio::spawn(follower.run()) }
     }
@@ -127,63 +127,63 @@ impl Watch {
     }
 }
 
-impl Drop for Watch {
+impl Drop for PodWatcher {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
 /// The receiver of the events was dropped.
-struct Unheard;
+struct ReceiverDropped;
 
 /// Reason why the watch stopped.
-enum Interruption {
+enum StopReason {
     Failed(ApiError),
-    Unheard,
+    ReceiverDropped,
 }
 
-impl From<ApiError> for Interruption {
+impl From<ApiError> for StopReason {
     fn from(error: ApiError) -> Self {
         Self::Failed(error)
     }
 }
 
-impl From<Unheard> for Interruption {
-    fn from(Unheard: Unheard) -> Self {
-        Self::Unheard
+impl From<ReceiverDropped> for StopReason {
+    fn from(ReceiverDropped: ReceiverDropped) -> Self {
+        Self::ReceiverDropped
     }
 }
 
-struct Follower {
+struct Reflector {
     access: Access,
     options: Options,
     api: Option<Api>,
-    list_since: Since,
+    list_since: ResourceVersionMatch,
     /// Resource version after all events so far, or `None` if all pods must be listed again.
     version: Option<String>,
     attempts: Attempts,
     events: mpsc::Sender<PodEvent>,
     state: watch::Sender<WatchState>,
     /// Last logged error, so that an error is logged once and not with every attempt.
-    said: Option<String>,
+    last_logged: Option<String>,
 }
 
-impl Follower {
+impl Reflector {
     async fn run(mut self) {
         loop {
             let error = match self.follow().await {
                 Ok(()) => continue,
-                Err(Interruption::Unheard) => return,
-                Err(Interruption::Failed(error)) => error,
+                Err(StopReason::ReceiverDropped) => return,
+                Err(StopReason::Failed(error)) => error,
             };
             let pause = self.attempts.failed(error.retry_after());
-            self.learn_from(&error, pause);
+            self.on_error(&error, pause);
             sleep(pause).await;
         }
     }
 
     /// Lists all pods if necessary, then watches them until the server ends the watch.
-    async fn follow(&mut self) -> Result<(), Interruption> {
+    async fn follow(&mut self) -> Result<(), StopReason> {
         let api = match self.api.take() {
             Some(api) => api,
             None => Api::new(&self.access, &self.options.node).await?,
@@ -193,7 +193,7 @@ impl Follower {
         followed
     }
 
-    async fn follow_by(&mut self, api: &Api) -> Result<(), Interruption> {
+    async fn follow_by(&mut self, api: &Api) -> Result<(), StopReason> {
         let version = match &self.version {
             Some(version) => version.clone(),
             None => self.relist(api).await?,
@@ -201,34 +201,34 @@ impl Follower {
         let start = Instant::now();
         let answer = self.options.answer;
         let lines = timeout(answer, api.watch(&version, self.options.watch)).await;
-        let mut lines = lines.map_err(|_| ApiError::Silent { after: answer })??;
+        let mut lines = lines.map_err(|_| ApiError::Timeout { after: answer })??;
         self.connected();
         let deadline = start + self.options.watch + answer;
         let mut is_silent = true;
         loop {
-            let Ok(news) = timeout_at(deadline, lines.next()).await else {
-                return Err(ApiError::Silent { after: start.elapsed() }.into());
+            let Ok(event) = timeout_at(deadline, lines.next()).await else {
+                return Err(ApiError::Timeout { after: start.elapsed() }.into());
             };
-            let Some(news) = news? else { break };
-            self.take_in(news).await?;
+            let Some(event) = event? else { break };
+            self.apply_event(event).await?;
             is_silent = false;
             self.attempts.succeeded();
         }
-        if is_silent && start.elapsed() < SHORTEST {
-            return Err(ApiError::BrokeOff { source: None }.into());
+        if is_silent && start.elapsed() < MIN_LIVENESS {
+            return Err(ApiError::ConnectionClosed { source: None }.into());
         }
         self.attempts.succeeded();
         Ok(())
     }
 
-    async fn relist(&mut self, api: &Api) -> Result<String, Interruption> {
+    async fn relist(&mut self, api: &Api) -> Result<String, StopReason> {
         let (mut pods, mut next, mut pages) = (Vec::new(), None::<String>, 0);
         let version = loop {
             let answer = self.options.answer;
             let page = timeout(answer, api.list(&self.list_since, self.options.page, next.as_deref())).await;
-            let page = page.map_err(|_| ApiError::Silent { after: answer })?;
-            if let Err(ApiError::Gone { .. }) = page {
-                self.list_since = Since::Newest;
+            let page = page.map_err(|_| ApiError::Timeout { after: answer })?;
+            if let Err(ApiError::Expired { .. }) = page {
+                self.list_since = ResourceVersionMatch::MostRecent;
             }
             let page = page?;
             pages += 1;
@@ -238,27 +238,27 @@ impl Follower {
             if next.is_none() {
                 break version;
             }
-            if pods.len() > MOST_PODS || pages >= self.options.most_pages {
-                return Err(ApiError::Endless { pages, pods: pods.len() }.into());
+            if pods.len() > MAX_PODS || pages >= self.options.most_pages {
+                return Err(ApiError::ListTooLong { pages, pods: pods.len() }.into());
             }
         };
         log::debug!("{} pods on this node at resource version {version}", pods.len());
-        self.tell(PodEvent::Relist(pods)).await?;
+        self.send(PodEvent::Relist(pods)).await?;
         self.state.send_modify(|state| {
             state.relists += 1;
             state.last_sync = Some(Timestamp::now());
         });
-        self.proceed_to(version.clone());
+        self.set_resource_version(version.clone());
         Ok(version)
     }
 
-    async fn take_in(&mut self, news: News) -> Result<(), Interruption> {
-        let (event, version) = news.into_event(&self.options.node)?;
+    async fn apply_event(&mut self, event: WatchEvent) -> Result<(), StopReason> {
+        let (event, version) = event.into_event(&self.options.node)?;
         let is_of_pod = event.is_some();
         if let Some(event) = event {
-            self.tell(event).await?;
+            self.send(event).await?;
         }
-        self.proceed_to(version);
+        self.set_resource_version(version);
         self.state.send_modify(|state| {
             state.events += u64::from(is_of_pod);
             state.last_sync = Some(Timestamp::now());
@@ -266,43 +266,43 @@ impl Follower {
         Ok(())
     }
 
-    async fn tell(&self, event: PodEvent) -> Result<(), Unheard> {
-        self.events.send(event).await.map_err(|_| Unheard)
+    async fn send(&self, event: PodEvent) -> Result<(), ReceiverDropped> {
+        self.events.send(event).await.map_err(|_| ReceiverDropped)
     }
 
-    fn proceed_to(&mut self, version: String) {
+    fn set_resource_version(&mut self, version: String) {
         // A server that lags behind must not revert events of another one.
-        self.list_since = Since::NotOlderThan(version.clone());
+        self.list_since = ResourceVersionMatch::NotOlderThan(version.clone());
         self.version = Some(version);
     }
 
     fn connected(&mut self) {
-        if self.said.take().is_some() {
+        if self.last_logged.take().is_some() {
             log::info!("pod watch re-established");
         }
         self.state.send_modify(WatchState::connect);
     }
 
-    fn learn_from(&mut self, error: &ApiError, pause: Duration) {
+    fn on_error(&mut self, error: &ApiError, pause: Duration) {
         let described = self.api.as_ref().map(|api| api.describe(PODS, error));
         let text = described.unwrap_or_else(|| with_causes(error));
         match error.kind() {
             // Only a complete list contains the missed events.
-            ErrorKind::Gone | ErrorKind::Malformed => self.version = None,
+            ErrorKind::Expired | ErrorKind::Malformed => self.version = None,
             // Credentials and addresses may have changed: read them again.
-            ErrorKind::Config | ErrorKind::Connect | ErrorKind::Timeout | ErrorKind::Refused => {
+            ErrorKind::Config | ErrorKind::Connect | ErrorKind::Timeout | ErrorKind::Forbidden => {
                 self.api = None;
             }
             ErrorKind::Closed | ErrorKind::Throttled | ErrorKind::Server => {}
         }
         let kind = error.kind();
         self.state.send_modify(|state| state.fail(kind, text.clone(), pause));
-        let is_usual = matches!(kind, ErrorKind::Gone | ErrorKind::Closed);
-        if is_usual || self.said.as_ref() == Some(&text) {
+        let is_usual = matches!(kind, ErrorKind::Expired | ErrorKind::Closed);
+        if is_usual || self.last_logged.as_ref() == Some(&text) {
             log::debug!("{text}");
         } else {
             log::warn!("pod watch failed, keeping existing exemptions: {text}");
-            self.said = Some(text);
+            self.last_logged = Some(text);
         }
     }
 }

@@ -8,13 +8,13 @@ pub(super) struct Family {
     /// Name of the metric, without the suffix `_total` of counters.
     pub(super) name: &'static str,
     pub(super) help: &'static str,
-    pub(super) kind: Kind,
+    pub(super) kind: MetricKind,
     pub(super) samples: Vec<Sample>,
 }
 
 /// Metric type of a family.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Kind {
+pub(super) enum MetricKind {
     Counter,
     Gauge,
 }
@@ -33,7 +33,7 @@ pub(super) enum Number {
     Float(f64),
 }
 
-impl Kind {
+impl MetricKind {
     pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Counter => "counter",
@@ -80,7 +80,7 @@ impl Families {
         help: &'static str,
         samples: impl IntoIterator<Item = ([(&'static str, String); N], V)>,
     ) {
-        self.add(Kind::Counter, name, help, samples);
+        self.add(MetricKind::Counter, name, help, samples);
     }
 
     pub(super) fn gauge<const N: usize, V: Into<Number>>(
@@ -89,13 +89,13 @@ impl Families {
         help: &'static str,
         samples: impl IntoIterator<Item = ([(&'static str, String); N], V)>,
     ) {
-        self.add(Kind::Gauge, name, help, samples);
+        self.add(MetricKind::Gauge, name, help, samples);
     }
 
     /// Adds a family, unless it has no sample.
     fn add<const N: usize, V: Into<Number>>(
         &mut self,
-        kind: Kind,
+        kind: MetricKind,
         name: &'static str,
         help: &'static str,
         samples: impl IntoIterator<Item = ([(&'static str, String); N], V)>,

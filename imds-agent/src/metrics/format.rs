@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::family::{Families, Family, Kind, Sample};
+use super::family::{Families, Family, MetricKind, Sample};
 use crate::escape::escape;
 
 /// Text format of `/metrics`.
@@ -56,7 +56,7 @@ impl Format {
     /// Appends a family to `text`. The results of `writeln!` are ignored, because writing to a string does not fail.
     fn encode_family(self, family: &Family, text: &mut String) {
         let Family { name, help, kind, samples } = family;
-        let suffix = if *kind == Kind::Counter { "_total" } else { "" };
+        let suffix = if *kind == MetricKind::Counter { "_total" } else { "" };
         // OpenMetrics names a family of counters without the suffix of its samples.
         let of_family = if self == Self::OpenMetrics { "" } else { suffix };
         let _ok = writeln!(text, "# HELP {name}{of_family} {}", escaped(help, self == Self::OpenMetrics));

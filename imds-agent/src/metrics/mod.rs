@@ -11,28 +11,28 @@ use std::collections::BTreeMap;
 
 use imds_ebpf_common::{
     Address,
-    ledger::{DenialKey, DenialRecord},
+    event_log::{DenialKey, DenialRecord},
 };
 
 use self::family::Families;
 pub use self::{exemptions::exemptions_hash, format::Format, programs::RunTimeStats, snapshot::Snapshot};
 use crate::{
     agent::Reloads,
+    controller::{DriftCorrections, MapUpdates},
     datapath::{counters::Count, pins::PinDir},
     endpoints::unpadded,
-    guard::{Repairs, Writes},
     kube::WatchState,
 };
 
 /// Counters of a running agent since its start.
 #[derive(Clone, Debug, Default)]
-pub struct Done {
+pub struct AgentStats {
     /// Successful and failed reloads of the configuration.
     pub reloads: Reloads,
     /// Corrections of changes that other programs made.
-    pub repairs: Repairs,
+    pub corrections: DriftCorrections,
     /// Map updates for exemptions and pod names.
-    pub writes: Writes,
+    pub map_updates: MapUpdates,
     /// State of the pod watch, if there is one.
     pub watch: Option<WatchState>,
     /// Log lines that were dropped, because standard error was not read.

@@ -7,11 +7,11 @@ use std::{
 
 use imds_ebpf_common::{AttachMode, Hook, Mode, Verdict};
 
-use super::{Denied, Done, family::Families};
+use super::{AgentStats, Denied, family::Families};
 use crate::{
     datapath::counters::{Count, Counts},
     endpoints::plain,
-    status::Report,
+    status::StatusReport,
     telemetry::Collected,
     version::COMMIT,
 };
@@ -23,11 +23,11 @@ const MAX_NAMESPACES: usize = 100;
 #[derive(Debug)]
 pub struct Snapshot {
     /// Status of the node, read from the kernel.
-    pub report: Report,
+    pub report: StatusReport,
     /// Sums of denials by namespace.
     pub denials: Denied,
     /// Counters of the agent since its start.
-    pub done: Done,
+    pub stats: AgentStats,
     /// Event counters; `None` if another process collects the events.
     pub collected: Option<Collected>,
     /// Hash of the exemptions of the effective configuration; `None` if nothing is loaded.
@@ -215,12 +215,12 @@ impl Snapshot {
         to.gauge(
             "imds_agent_ready",
             "1 if all interfaces, cgroups and hooks are enforced",
-            [([], report.uncovered().is_empty())],
+            [([], report.not_enforced().is_empty())],
         );
     }
 
     fn add_watch(&self, to: &mut Families) {
-        let Some(watch) = &self.done.watch else { return };
+        let Some(watch) = &self.stats.watch else { return };
         to.gauge(
             "imds_agent_kubernetes_connected",
             "1 while the watch of this node's pods is established",
@@ -233,7 +233,7 @@ impl Snapshot {
             synced,
         );
         let pods = self.report.kubernetes.iter().flat_map(|lookup| {
-            [("known", lookup.pods), ("unresolved", lookup.awaited), ("disputed", lookup.disputed)]
+            [("known", lookup.pods), ("unresolved", lookup.unresolved), ("disputed", lookup.disputed)]
                 .map(|(state, count)| ([("state", state.to_owned())], u64::from(count)))
         });
         to.gauge(
@@ -248,7 +248,7 @@ impl Snapshot {
     }
 
     fn add_corrections(&self, to: &mut Families) {
-        let Done { reloads, repairs, writes, .. } = &self.done;
+        let AgentStats { reloads, corrections, map_updates, .. } = &self.stats;
         let results = [("succeeded", reloads.succeeded), ("failed", reloads.failed)];
         to.counter(
             "imds_agent_config_reloads",
@@ -256,11 +256,11 @@ impl Snapshot {
             results.map(|(result, count)| ([("result", result.to_owned())], count)),
         );
         let actions = [
-            ("attached", repairs.attached),
-            ("replaced", repairs.replaced),
-            ("pinned", repairs.pinned),
-            ("reordered", repairs.reordered),
-            ("postponed", repairs.postponed),
+            ("attached", corrections.attached),
+            ("replaced", corrections.replaced),
+            ("pinned", corrections.pinned),
+            ("reordered", corrections.reordered),
+            ("postponed", corrections.postponed),
         ];
         to.counter(
             "imds_agent_drift_corrections",
@@ -270,19 +270,19 @@ impl Snapshot {
         to.counter(
             "imds_agent_map_updates",
             "Map entries that the agent wrote because pods or exemptions changed",
-            [("imds_exempt", writes.exemptions), ("imds_pods", writes.pods)]
+            [("imds_exempt", map_updates.exemptions), ("imds_pods", map_updates.pods)]
                 .map(|(map, count)| ([("map", map.to_owned())], count)),
         );
         to.counter(
             "imds_agent_netlink_overruns",
             "Overruns of the netlink receive buffer, each followed by a full resync",
-            [([], repairs.overruns)],
+            [([], corrections.overruns)],
         );
     }
 
     fn add_events(&self, to: &mut Families) {
-        let Collected { told, suppressed } = self.collected.unwrap_or_default();
-        to.counter("imds_agent_events", "Events of packets and calls", [([], told)]);
+        let Collected { emitted, suppressed } = self.collected.unwrap_or_default();
+        to.counter("imds_agent_events", "Events of packets and calls", [([], emitted)]);
         to.counter(
             "imds_agent_events_suppressed",
             "Packets and calls beyond the rate limit, which an event reports only as a number",
@@ -296,7 +296,7 @@ impl Snapshot {
         to.counter(
             "imds_agent_log_lines_dropped",
             "Log lines that were dropped, because standard error was not read",
-            [([], self.done.log_lines_dropped)],
+            [([], self.stats.log_lines_dropped)],
         );
     }
 }

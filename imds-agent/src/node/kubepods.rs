@@ -22,13 +22,13 @@ const DEPTH: usize = 5;
 #[derive(Debug)]
 pub struct Kubepods {
     root: PathBuf,
-    news: Option<News>,
+    watcher: Option<CgroupWatcher>,
     found: BTreeSet<PathBuf>,
 }
 
 /// Inotify watches of the searched directories.
 #[derive(Debug)]
-struct News {
+struct CgroupWatcher {
     inotify: Inotify,
     /// Duplicate of the inotify descriptor, registered with tokio.
     ready: AsyncFd<OwnedFd>,
@@ -41,10 +41,10 @@ impl Kubepods {
     /// Creates the set for `root`, without searching it.
     #[must_use]
     pub fn new(root: PathBuf) -> Self {
-        let news = News::new().inspect_err(|error| {
+        let watcher = CgroupWatcher::new().inspect_err(|error| {
             log::warn!("failed to watch {}, the resync finds changes: {error}", root.display());
         });
-        Self { root, news: news.ok(), found: BTreeSet::new() }
+        Self { root, watcher: watcher.ok(), found: BTreeSet::new() }
     }
 
     /// Returns the root of the search.
@@ -61,8 +61,8 @@ impl Kubepods {
 
     /// Waits until the cgroups may have changed.
     pub async fn changed(&self) {
-        if let Some(news) = &self.news
-            && let Ok(mut ready) = news.ready.readable().await
+        if let Some(watcher) = &self.watcher
+            && let Ok(mut ready) = watcher.ready.readable().await
         {
             // Clear before reading: an event that arrives during the read then makes it ready again.
             return ready.clear_ready();
@@ -73,7 +73,7 @@ impl Kubepods {
     /// Searches all directories. If that fails, the cgroups found before are kept.
     pub fn search(&mut self) -> io::Result<()> {
         let mut before = mem::take(&mut self.found);
-        let searched = self.look(self.root.clone(), 0);
+        let searched = self.scan(self.root.clone(), 0);
         if searched.is_err() {
             self.found.append(&mut before);
         }
@@ -82,26 +82,26 @@ impl Kubepods {
 
     /// Applies the pending inotify events.
     pub fn follow(&mut self) -> io::Result<()> {
-        while let Some(events) = self.news.as_ref().map(News::read).transpose()?
+        while let Some(events) = self.watcher.as_ref().map(CgroupWatcher::read).transpose()?
             && !events.is_empty()
         {
             for event in events {
-                self.take_in(event)?;
+                self.apply_event(event)?;
             }
         }
         Ok(())
     }
 
-    fn take_in(&mut self, event: InotifyEvent) -> io::Result<()> {
-        let Some(news) = &mut self.news else { return Ok(()) };
+    fn apply_event(&mut self, event: InotifyEvent) -> io::Result<()> {
+        let Some(watcher) = &mut self.watcher else { return Ok(()) };
         if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
             return self.search();
         }
         if event.mask.contains(AddWatchFlags::IN_IGNORED) {
-            news.watched.remove(&event.wd);
+            watcher.watched.remove(&event.wd);
             return Ok(());
         }
-        let (Some(name), Some((parent, depth))) = (event.name, news.watched.get(&event.wd)) else {
+        let (Some(name), Some((parent, depth))) = (event.name, watcher.watched.get(&event.wd)) else {
             return Ok(());
         };
         let (path, depth) = (parent.join(name), depth + 1);
@@ -109,15 +109,15 @@ impl Kubepods {
             self.found.remove(&path);
             return Ok(());
         }
-        self.look(path, depth)
+        self.scan(path, depth)
     }
 
     /// Searches `path` and below. Each directory is watched before it is read, so that no change is missed in between.
-    fn look(&mut self, path: PathBuf, depth: usize) -> io::Result<()> {
-        let Self { news, found, .. } = self;
+    fn scan(&mut self, path: PathBuf, depth: usize) -> io::Result<()> {
+        let Self { watcher, found, .. } = self;
         let mut watch = |path: &Path, depth| {
-            if let Some(news) = news {
-                news.watch(path, depth);
+            if let Some(watcher) = watcher {
+                watcher.watch(path, depth);
             }
         };
         walk(path, depth, &mut watch, &mut |path| {
@@ -126,7 +126,7 @@ impl Kubepods {
     }
 }
 
-impl News {
+impl CgroupWatcher {
     fn new() -> io::Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
         let descriptor = inotify.as_fd().try_clone_to_owned()?;
@@ -159,7 +159,7 @@ impl News {
 
 /// Returns a hint why no cgroup of Kubernetes pods was found, and how to fix it.
 #[must_use]
-pub fn why_none() -> String {
+pub fn missing_kubepods_hint() -> String {
     match in_v1() {
         Some(path) => format!(
             "the kubelet uses cgroup v1 ({}), to which programs cannot be attached: boot with \

@@ -1,6 +1,6 @@
 //! Interfaces of the node, as rtnetlink describes them.
 
-use imds_ebpf_common::Frame;
+use imds_ebpf_common::LinkLayer;
 use nix::net::if_::if_indextoname;
 use rtnetlink::packet_route::{
     AddressFamily,
@@ -20,9 +20,9 @@ pub struct Link {
     /// Interface name, which may change at any time.
     pub name: String,
     /// Kind of the device, as far as its role depends on it.
-    pub kind: Kind,
+    pub kind: LinkKind,
     /// Link-layer header of the interface's packets.
-    pub frame: Frame,
+    pub frame: LinkLayer,
     /// ID of the peer's network namespace, if it differs from this one (`IFLA_LINK_NETNSID`).
     pub peer_netns: Option<i32>,
     /// Index of the bridge, bond, team or VRF to which this interface belongs as a port (`IFLA_MASTER`).
@@ -37,7 +37,7 @@ pub struct Link {
 
 /// Kinds of devices that the agent treats differently.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Kind {
+pub enum LinkKind {
     /// One end of a veth pair.
     Veth,
     /// Primary device of a netkit pair (kernel 6.7): the host side, which takes the programs of both devices.
@@ -84,17 +84,17 @@ impl Link {
     /// Creates an interface whose other properties are unknown.
     #[must_use]
     pub fn unreadable(index: u32, name: String) -> Self {
-        Self { name, kind: Kind::Unreadable, ..Self::with_index(index) }
+        Self { name, kind: LinkKind::Unreadable, ..Self::with_index(index) }
     }
 
-    /// Creates an Ethernet interface of kind [`Kind::Other`] without a name.
+    /// Creates an Ethernet interface of kind [`LinkKind::Other`] without a name.
     #[must_use]
     pub const fn with_index(index: u32) -> Self {
         Self {
             index,
             name: String::new(),
-            kind: Kind::Other,
-            frame: Frame::Ethernet,
+            kind: LinkKind::Other,
+            frame: LinkLayer::Ethernet,
             peer_netns: None,
             master: None,
             lower: None,
@@ -105,7 +105,7 @@ impl Link {
     /// Reports whether the interface is one end of a veth pair with both ends in this network namespace.
     #[must_use]
     pub fn is_internal_pair(&self) -> bool {
-        self.kind == Kind::Veth && self.peer_netns.is_none() && self.lower.is_some()
+        self.kind == LinkKind::Veth && self.peer_netns.is_none() && self.lower.is_some()
     }
 
     /// Reports whether the other end is, or may be, in another network namespace: the link of a pod, or an uplink of a
@@ -113,8 +113,8 @@ impl Link {
     #[must_use]
     pub fn leads_elsewhere(&self) -> bool {
         match self.kind {
-            Kind::Veth | Kind::Netkit | Kind::NetkitPeer => self.peer_netns.is_some(),
-            Kind::Unreadable => true,
+            LinkKind::Veth | LinkKind::Netkit | LinkKind::NetkitPeer => self.peer_netns.is_some(),
+            LinkKind::Unreadable => true,
             _ => false,
         }
     }
@@ -128,8 +128,8 @@ impl Link {
         }
         let layer = message.header.link_layer_type;
         let mut link = Self {
-            kind: if layer == LinkLayerType::Loopback { Kind::Loopback } else { Kind::Other },
-            frame: if has_link_header(layer) { Frame::Ethernet } else { Frame::Ip },
+            kind: if layer == LinkLayerType::Loopback { LinkKind::Loopback } else { LinkKind::Other },
+            frame: if has_link_header(layer) { LinkLayer::Ethernet } else { LinkLayer::None },
             ..Self::with_index(message.header.index)
         };
         for attribute in message.attributes {
@@ -150,24 +150,24 @@ impl Link {
     }
 }
 
-fn kind(info: &[LinkInfo]) -> Option<Kind> {
+fn kind(info: &[LinkInfo]) -> Option<LinkKind> {
     let kind = info.iter().find_map(|info| match info {
         LinkInfo::Kind(kind) => Some(kind),
         _ => None,
     })?;
     Some(match kind {
-        InfoKind::Veth => Kind::Veth,
-        InfoKind::Netkit if is_netkit_peer(info) => Kind::NetkitPeer,
-        InfoKind::Netkit => Kind::Netkit,
-        InfoKind::Bridge => Kind::Bridge,
-        InfoKind::Bond => Kind::Bond,
-        InfoKind::Team => Kind::Team,
-        InfoKind::Vlan => Kind::Vlan,
-        InfoKind::MacVlan | InfoKind::MacVtap => Kind::Macvlan,
-        InfoKind::IpVlan | InfoKind::IpVtap => Kind::Ipvlan,
-        InfoKind::Vrf => Kind::Vrf,
-        InfoKind::Ifb => Kind::Ifb,
-        InfoKind::Other(kind) if kind == "openvswitch" => Kind::Ovs,
+        InfoKind::Veth => LinkKind::Veth,
+        InfoKind::Netkit if is_netkit_peer(info) => LinkKind::NetkitPeer,
+        InfoKind::Netkit => LinkKind::Netkit,
+        InfoKind::Bridge => LinkKind::Bridge,
+        InfoKind::Bond => LinkKind::Bond,
+        InfoKind::Team => LinkKind::Team,
+        InfoKind::Vlan => LinkKind::Vlan,
+        InfoKind::MacVlan | InfoKind::MacVtap => LinkKind::Macvlan,
+        InfoKind::IpVlan | InfoKind::IpVtap => LinkKind::Ipvlan,
+        InfoKind::Vrf => LinkKind::Vrf,
+        InfoKind::Ifb => LinkKind::Ifb,
+        InfoKind::Other(kind) if kind == "openvswitch" => LinkKind::Ovs,
         _ => return None,
     })
 }
@@ -248,13 +248,13 @@ mod tests {
             let info = vec![LinkInfo::Kind(InfoKind::Netkit), LinkInfo::Data(data)];
             parse(vec![LinkAttribute::LinkInfo(info)]).kind
         };
-        assert_eq!(netkit(true), Kind::Netkit);
-        assert_eq!(netkit(false), Kind::NetkitPeer);
+        assert_eq!(netkit(true), LinkKind::Netkit);
+        assert_eq!(netkit(false), LinkKind::NetkitPeer);
     }
 
     #[test]
     fn open_vswitch_by_name() {
         let info = vec![LinkInfo::Kind(InfoKind::Other("openvswitch".to_owned()))];
-        assert_eq!(parse(vec![LinkAttribute::LinkInfo(info)]).kind, Kind::Ovs);
+        assert_eq!(parse(vec![LinkAttribute::LinkInfo(info)]).kind, LinkKind::Ovs);
     }
 }

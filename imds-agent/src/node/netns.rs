@@ -27,14 +27,14 @@ pub(crate) const THREAD: &str = "imds-netns";
 
 /// Property by which the BPF programs recognize the node's network namespace.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Identity {
+pub enum OwnNetns {
     /// Netns cookie of the namespace.
     Cookie(u64),
     /// The namespace is the initial one, whose cookie the programs can query.
     Initial,
 }
 
-impl Identity {
+impl OwnNetns {
     /// Returns the value for [`Policy::netns_cookie`](imds_ebpf_common::Policy::netns_cookie).
     #[must_use]
     pub const fn cookie(self) -> u64 {
@@ -47,14 +47,14 @@ impl Identity {
 
 /// Returns the identity of the calling thread's network namespace. Returns `None` if the kernel is too old to report
 /// the cookie, and the namespace is not recognizable as the initial one.
-pub fn identity() -> io::Result<Option<Identity>> {
+pub fn identity() -> io::Result<Option<OwnNetns>> {
     match cookie() {
-        Ok(cookie) => Ok(Some(Identity::Cookie(cookie))),
+        Ok(cookie) => Ok(Some(OwnNetns::Cookie(cookie))),
         Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => {
             // Process 1 of the machine is in the initial namespace. In a container, process 1 is the container's, whose
             // namespace must not be mistaken for the initial one.
             let is_first = inode("/proc/1/ns/net")? == inode("/proc/thread-self/ns/net")?;
-            Ok((is_first && is_node_pid_namespace()).then_some(Identity::Initial))
+            Ok((is_first && is_node_pid_namespace()).then_some(OwnNetns::Initial))
         }
         Err(error) => Err(error),
     }

@@ -15,7 +15,7 @@ const MIN_UID_LEN: usize = 32;
 
 /// Cgroups of the kubelet (`kubepods`) in all hierarchies.
 #[derive(Clone, Debug, Default)]
-pub struct Tree {
+pub struct KubepodsCgroups {
     /// Cgroups of the kubelet in each hierarchy, v2 first. A hierarchy has several if the kubelet had other settings
     /// before.
     hierarchies: Vec<Hierarchy>,
@@ -29,15 +29,15 @@ struct Hierarchy {
     tops: Vec<PathBuf>,
 }
 
-impl Tree {
+impl KubepodsCgroups {
     /// Searches the kubelet's cgroups again.
-    pub fn search(&mut self) {
+    pub fn rescan(&mut self) {
         let v2 = cgroup::root().ok().flatten();
         // Each process is in a cgroup of every v1 hierarchy, so one of them suffices. The hierarchy that the kubelet
         // uses on a hybrid host depends on its driver.
         let v1 = cgroup::v1_roots().unwrap_or_default();
-        let v1 = v1.iter().filter_map(|root| Hierarchy::search(root)).find(|found| !found.tops.is_empty());
-        self.hierarchies = v2.and_then(|root| Hierarchy::search(&root)).into_iter().chain(v1).collect();
+        let v1 = v1.iter().filter_map(|root| Hierarchy::rescan(root)).find(|found| !found.tops.is_empty());
+        self.hierarchies = v2.and_then(|root| Hierarchy::rescan(&root)).into_iter().chain(v1).collect();
     }
 
     /// Reports whether a new search is due: no cgroup of the kubelet was found, or one was removed since.
@@ -61,7 +61,7 @@ impl Tree {
         self.hierarchies.iter().find_map(|hierarchy| {
             let mut cgroups = hierarchy.of(uid);
             if cgroups.len() > 1 {
-                cgroups.retain(|cgroup| sandbox::is_inhabited(std::slice::from_ref(cgroup)));
+                cgroups.retain(|cgroup| sandbox::is_populated(std::slice::from_ref(cgroup)));
             }
             (cgroups.len() > 1).then_some(cgroups)
         })
@@ -71,7 +71,7 @@ impl Tree {
 impl Hierarchy {
     /// Searches below `root`, and returns only cgroups whose ancestors all belong to the owner of the root. A user with
     /// a delegated cgroup may give any name to the cgroups below it.
-    fn search(root: &Path) -> Option<Self> {
+    fn rescan(root: &Path) -> Option<Self> {
         let owner = fs::metadata(root).ok()?.uid();
         let is_owned = |path: &Path| fs::symlink_metadata(path).is_ok_and(|found| found.uid() == owner);
         let is_kubelets =
@@ -155,13 +155,13 @@ mod tests {
         ] {
             fs::create_dir_all(root.path().join(path)).unwrap();
         }
-        let tree = Tree { hierarchies: vec![Hierarchy::search(root.path()).unwrap()] };
+        let tree = KubepodsCgroups { hierarchies: vec![Hierarchy::rescan(root.path()).unwrap()] };
         assert_eq!(tree.hierarchies[0].tops.len(), 4);
         let counts = [UID, STATIC, "x", "z", ID, "", "x/../podx"].map(|uid| tree.of(uid).len());
         assert_eq!(counts, [2, 2, 1, 0, 0, 0, 0]);
         assert!(!tree.is_stale());
         fs::remove_dir_all(root.path().join("kubepods")).unwrap();
-        assert!(tree.is_stale() && Tree::default().is_stale());
+        assert!(tree.is_stale() && KubepodsCgroups::default().is_stale());
     }
 
     #[test]
@@ -176,7 +176,7 @@ mod tests {
         {
             fs::create_dir_all(root.path().join(path)).unwrap();
         }
-        let count = || Hierarchy::search(root.path()).unwrap().of("x").len();
+        let count = || Hierarchy::rescan(root.path()).unwrap().of("x").len();
         assert_eq!(count(), 3);
         // A cgroup of root below a delegated one is ignored like the delegated one.
         own("user.slice/user@1000.service");

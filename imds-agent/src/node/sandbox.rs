@@ -12,7 +12,7 @@ use super::{
     netlink::Netlink,
     pod_cgroups,
     process::Process,
-    senders::{Finder, Namespace, Senders, below, pids},
+    senders::{IdentitySet, Namespace, SenderResolver, below, pids},
 };
 use crate::kube::Pod;
 
@@ -20,7 +20,7 @@ use crate::kube::Pod;
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Sandbox {
     /// Identities by which the datapath recognizes the pod.
-    pub senders: Senders,
+    pub senders: IdentitySet,
     /// IDs of the pod's cgroups v2, with the ID of the container to which each belongs.
     pub cgroups: BTreeMap<u64, Option<String>>,
     /// ID of the pod's network namespace, if a link leads there.
@@ -42,10 +42,10 @@ impl Sandbox {
     }
 }
 
-impl Finder {
+impl SenderResolver {
     /// Resolves the sandbox of the Kubernetes pod that owns `cgroups`, one per hierarchy. Returns `None` if it has no
     /// sandbox yet.
-    pub async fn pod(
+    pub async fn from_pod(
         &self,
         netlink: &Netlink,
         links: &[&Link],
@@ -128,6 +128,6 @@ pub fn cgroup_ids(cgroups: &[PathBuf]) -> BTreeSet<u64> {
 
 /// Reports whether one of these cgroups, or one below, has a visible process.
 #[must_use]
-pub fn is_inhabited(cgroups: &[PathBuf]) -> bool {
+pub fn is_populated(cgroups: &[PathBuf]) -> bool {
     cgroups.iter().flat_map(|cgroup| below(cgroup)).any(|path| !pids(&path.join("cgroup.procs")).is_empty())
 }

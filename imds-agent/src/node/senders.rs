@@ -27,7 +27,7 @@ const MAX_ADDRESSES: usize = 1024;
 
 /// Identities by which the datapath recognizes a set of pods.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct Senders {
+pub struct IdentitySet {
     /// Indices of the host-side interfaces.
     pub interfaces: BTreeSet<u32>,
     /// Netns cookies of the pods.
@@ -37,7 +37,7 @@ pub struct Senders {
     /// Addresses of the pods, by the index of the host-side interface.
     pub addresses: BTreeMap<u32, BTreeSet<IpAddr>>,
     /// Reasons why the identities are incomplete.
-    pub failures: BTreeSet<String>,
+    pub errors: BTreeSet<String>,
     /// One of the network namespaces whose cookie the kernel does not report (before Linux 5.14). Only the socket hook
     /// needs the cookie.
     pub without_cookie: Option<String>,
@@ -45,7 +45,7 @@ pub struct Senders {
 
 /// Fingerprint of a path, which is cheap to compute and changes when the senders behind the path may have changed.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Trace {
+pub struct Fingerprint {
     inodes: BTreeSet<u64>,
     pids: BTreeSet<u32>,
 }
@@ -60,23 +60,23 @@ pub(super) struct Namespace {
 /// Resolves pods on this node. Requires the node's pid namespace, `CAP_SYS_PTRACE` to open the namespaces of other
 /// users' processes, and `CAP_SYS_ADMIN` to enter them.
 #[derive(Debug)]
-pub struct Finder {
+pub struct SenderResolver {
     /// Inode number of the node's network namespace.
     pub(super) node: u64,
     /// Identities of the namespaces behind links, by ifindex and namespace ID. The cookie behind a link never changes.
-    /// The addresses are read again after [`Finder::refresh`].
+    /// The addresses are read again after [`SenderResolver::refresh`].
     behind: BTreeMap<(u32, i32), NetnsIdentity>,
 }
 
-impl Finder {
+impl SenderResolver {
     /// Creates a finder for the node whose network namespace is that of the calling thread.
     pub fn new() -> io::Result<Self> {
         Ok(Self { node: netns::this_inode()?.into(), behind: BTreeMap::new() })
     }
 
     /// Resolves the pods behind these links.
-    pub async fn behind(&mut self, netlink: &Netlink, links: &[&Link]) -> Senders {
-        let mut senders = Senders::default();
+    pub async fn from_links(&mut self, netlink: &Netlink, links: &[&Link]) -> IdentitySet {
+        let mut senders = IdentitySet::default();
         let mut unknown = BTreeMap::new();
         for link in links {
             senders.interfaces.insert(link.index);
@@ -137,14 +137,14 @@ impl Finder {
     }
 
     /// Drops the cached identities of all links except these.
-    pub fn keep(&mut self, links: &BTreeMap<u32, Link>) {
+    pub fn retain(&mut self, links: &BTreeMap<u32, Link>) {
         self.behind
             .retain(|(index, id), _| links.get(index).is_some_and(|link| link.peer_netns == Some(*id)));
     }
 
     /// Resolves the network namespace at `path`. Empty if it does not exist, or is the node's own.
-    pub async fn in_netns(&self, netlink: &Netlink, pods: &[&Link], path: &Path) -> Senders {
-        let mut senders = Senders::default();
+    pub async fn from_netns(&self, netlink: &Netlink, pods: &[&Link], path: &Path) -> IdentitySet {
+        let mut senders = IdentitySet::default();
         match Namespace::open(path) {
             Ok(namespace) if namespace.inode == self.node => {
                 senders.fail(format!("{} is the node's own network namespace", path.display()));
@@ -157,8 +157,8 @@ impl Finder {
     }
 
     /// Resolves the cgroup at `path` and those below: their IDs, and the network namespaces of their processes.
-    pub async fn in_cgroup(&self, netlink: &Netlink, pods: &[&Link], path: &Path) -> Senders {
-        let mut senders = Senders::default();
+    pub async fn from_cgroup(&self, netlink: &Netlink, pods: &[&Link], path: &Path) -> IdentitySet {
+        let mut senders = IdentitySet::default();
         let mut seen = BTreeSet::from([self.node]);
         for directory in directories(path) {
             // Programs can only query the IDs of v2 cgroups.
@@ -183,13 +183,13 @@ impl Finder {
         senders
     }
 
-    /// Returns the fingerprint of `path`, which changes when [`Finder::in_netns`] or [`Finder::in_cgroup`] may find
+    /// Returns the fingerprint of `path`, which changes when [`SenderResolver::in_netns`] or [`SenderResolver::in_cgroup`] may find
     /// other senders.
     #[must_use]
-    pub fn trace(path: &Path) -> Trace {
+    pub fn fingerprint(path: &Path) -> Fingerprint {
         let directories = directories(path);
         let inode = |path: &PathBuf| fs::metadata(path).ok().map(|metadata| metadata.ino());
-        Trace {
+        Fingerprint {
             inodes: directories.iter().chain([&path.to_owned()]).filter_map(inode).collect(),
             pids: directories.iter().flat_map(|directory| pids(&directory.join("cgroup.procs"))).collect(),
         }
@@ -232,7 +232,7 @@ impl Namespace {
     }
 }
 
-impl Senders {
+impl IdentitySet {
     /// Adds the identities of `others`.
     pub fn extend(&mut self, others: &Self) {
         self.interfaces.extend(&others.interfaces);
@@ -241,7 +241,7 @@ impl Senders {
         for (index, addresses) in &others.addresses {
             self.addresses.entry(*index).or_default().extend(addresses);
         }
-        self.failures.extend(others.failures.iter().cloned());
+        self.errors.extend(others.errors.iter().cloned());
         if self.without_cookie.is_none() {
             self.without_cookie.clone_from(&others.without_cookie);
         }
@@ -293,7 +293,7 @@ impl Senders {
     }
 
     pub(crate) fn fail(&mut self, failure: impl Into<String>) {
-        self.failures.insert(failure.into());
+        self.errors.insert(failure.into());
     }
 }
 

@@ -21,13 +21,13 @@ const QUIET: Duration = Duration::from_mins(10);
 /// Decides when a hook of an interface may be repaired: attached again, reordered, or given another program.
 #[derive(Debug, Default)]
 pub struct RepairBackoff {
-    points: BTreeMap<AttachPoint, Repairs>,
+    points: BTreeMap<AttachPoint, DriftCorrections>,
     suppressed: u64,
 }
 
 /// Repairs of one hook of one interface.
 #[derive(Debug)]
-struct Repairs {
+struct DriftCorrections {
     /// Repairs in a row, without a long interval between them.
     count: u32,
     /// Time from which the next repair may run.
@@ -41,7 +41,8 @@ impl RepairBackoff {
     ///
     /// `is_missing`: the hook has no program of the agent, so the repair must not wait long.
     pub fn allow(&mut self, point: AttachPoint, is_missing: bool, now: Instant) -> bool {
-        let repairs = self.points.entry(point).or_insert(Repairs { count: 0, next: now, is_waiting: false });
+        let repairs =
+            self.points.entry(point).or_insert(DriftCorrections { count: 0, next: now, is_waiting: false });
         if now >= repairs.next + QUIET {
             repairs.count = 0;
         }
@@ -78,7 +79,7 @@ impl RepairBackoff {
     }
 
     /// Removes the state of a deleted interface.
-    pub fn forget(&mut self, ifindex: u32) {
+    pub fn remove_link(&mut self, ifindex: u32) {
         self.points.retain(|point, _| point.ifindex != ifindex);
     }
 
@@ -106,8 +107,8 @@ mod tests {
 
     use super::*;
 
-    const POINT: AttachPoint = AttachPoint { ifindex: 7, edge: TcHook::FromPod };
-    const OTHER: AttachPoint = AttachPoint { ifindex: 7, edge: TcHook::NodeEgress };
+    const POINT: AttachPoint = AttachPoint { ifindex: 7, hook: TcHook::FromPod };
+    const OTHER: AttachPoint = AttachPoint { ifindex: 7, hook: TcHook::NodeEgress };
 
     /// Returns the number of repairs that run within `period` if another program undoes each one immediately.
     async fn fight(backoff: &mut RepairBackoff, period: Duration) -> u32 {
@@ -166,7 +167,7 @@ mod tests {
         backoff.clear(POINT);
         assert_eq!(backoff.first_retry(), None);
         assert!(!backoff.allow(POINT, false, Instant::now()));
-        backoff.forget(7);
+        backoff.remove_link(7);
         assert!(backoff.allow(POINT, false, Instant::now()));
     }
 }

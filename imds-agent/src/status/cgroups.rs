@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, os::unix::fs::MetadataExt as _};
 
 use imds_ebpf_common::{CounterKey, Hook, cgroup::SENDMSG_OFF, names::PROG_LOCAL_SERVICE};
 
-use super::{HostReport, LocalServiceReport, Report, SendmsgReport, SocketReport, unreadable};
+use super::{HostReport, LocalServiceReport, SendmsgReport, SocketReport, StatusReport, unreadable};
 use crate::{
     config::Hooks,
     datapath::{
@@ -20,7 +20,7 @@ use crate::{
     node::{cgroup, kubepods},
 };
 
-impl Report {
+impl StatusReport {
     /// Adds the enabled cgroup hooks, and removes their counts from `counts`.
     pub(super) fn add_cgroups(
         &mut self,
@@ -29,7 +29,7 @@ impl Report {
         hooks: Hooks,
         counts: &mut BTreeMap<(u32, u8), Counts>,
     ) -> Result<(), DatapathError> {
-        let mut take = |hook: Hook| counts.remove(&(CounterKey::DEPARTED, hook as u8)).unwrap_or_default();
+        let mut take = |hook: Hook| counts.remove(&(CounterKey::DELETED, hook as u8)).unwrap_or_default();
         if hooks.has(Hook::Socket) {
             self.add_sockets(pins, maps, take(Hook::Socket))?;
         }
@@ -104,7 +104,7 @@ impl Report {
         if cgroups.is_empty() {
             let problem =
                 "hostNetwork pods are not restricted: no cgroup of Kubernetes pods (kubepods) was found";
-            self.problem(None, problem, kubepods::why_none());
+            self.problem(None, problem, kubepods::missing_kubepods_hint());
         }
         let attached = !cgroups.is_empty() && cgroups.values().flatten().all(|program| program.is_attached);
         let cgroups = cgroups.into_keys().collect();

@@ -5,19 +5,19 @@ use std::collections::BTreeMap;
 use imds_ebpf_common::{Address, Exemption, Grant, Subject, SubjectKind, Verdict};
 use toml::{Table, Value};
 
-use super::{ExemptSender, Report, unreadable};
+use super::{ExemptSender, StatusReport, unreadable};
 use crate::{
     datapath::{DatapathError, config, exemptions, object::Maps},
     endpoints::plain,
-    pods::Identity,
+    pods::PodRef,
 };
 
-impl Report {
+impl StatusReport {
     /// Adds the exempt senders. Needs the report's endpoints and interfaces for their names.
     pub(super) fn add_exemptions(
         &mut self,
         maps: &Maps,
-        names: &BTreeMap<Subject, Identity>,
+        names: &BTreeMap<Subject, PodRef>,
     ) -> Result<(), DatapathError> {
         let granted = exemptions::read(maps).map_err(unreadable)?;
         let is_of_pod = |exemption: &Exemption| exemption.subject.kind != SubjectKind::Bridge as u64;
@@ -40,7 +40,7 @@ impl Report {
         exemption: Exemption,
         grant: Grant,
         rules: &[String],
-        names: &BTreeMap<Subject, Identity>,
+        names: &BTreeMap<Subject, PodRef>,
     ) -> ExemptSender {
         let Exemption { address, subject } = exemption;
         let number = grant.rule as usize;

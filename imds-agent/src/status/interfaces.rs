@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use imds_ebpf_common::{Hook, Role, Subject, SubjectKind, TcHook, TcHookSet, names::tc_program};
 
-use super::{HookAttachment, Interface, Node, Report};
+use super::{HookAttachment, Interface, Node, StatusReport};
 use crate::{
     config::Interfaces,
     datapath::{DatapathError, clsact, counters::Counts, mprog, object, pins::AttachPoint, records},
@@ -14,7 +14,7 @@ use crate::{
     state,
 };
 
-impl Report {
+impl StatusReport {
     /// Adds an interface with its attachments and counters.
     pub(super) async fn add(
         &mut self,
@@ -127,7 +127,7 @@ fn order(link: &Link, hook: TcHook, attachment: Attachment) -> Order {
 
 /// Returns the agent's program at a hook. If both a link and a filter are attached, returns the link, which runs first.
 async fn attachment(link: &Link, hook: TcHook, node: &Node<'_>) -> Result<Option<Attachment>, DatapathError> {
-    let point = AttachPoint { ifindex: link.index, edge: hook };
+    let point = AttachPoint { ifindex: link.index, hook: hook };
     let program = object::pinned_program(node.pins, tc_program(hook, link.frame))?;
     if let Some(attachment) = mprog::find(node.pins, point, program)? {
         return Ok(Some(attachment));

@@ -13,7 +13,7 @@ use imds_ebpf_common::{DenyAction, Hook, Mode, Policy, Subject};
 pub(crate) use self::exemptions::exemption_rules;
 pub use self::report::{
     Agent, Configuration, Endpoint, ExemptSender, HookAttachment, HostReport, Interface, LocalServiceReport,
-    Problem, Provider, Refused, Report, SendmsgReport, SocketReport, State,
+    Problem, Provider, RejectedConfigReport, SendmsgReport, SocketReport, State, StatusReport,
 };
 use crate::{
     config::Hooks,
@@ -26,10 +26,10 @@ use crate::{
         pins::PinDir,
         pods,
     },
-    endpoints::{Endpoint as Guarded, Keep},
+    endpoints::{AllowedPort, Endpoint as EndpointSet},
     escape::escape,
     node::netlink::Netlink,
-    pods::Identity,
+    pods::PodRef,
     state::Uplinks,
     version::VERSION,
 };
@@ -40,7 +40,7 @@ const SCHEMA: u32 = 1;
 const ATTEMPTS: usize = 5;
 
 /// Reads the status from the kernel.
-pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<Report, DatapathError> {
+pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, DatapathError> {
     for _ in 0..ATTEMPTS {
         let before = policy(pins);
         let report = gather_once(pins, netlink).await;
@@ -56,9 +56,9 @@ fn policy(pins: &PinDir) -> Option<Policy> {
     Maps::open(pins).ok()?.policy.get(&0, 0).ok()
 }
 
-async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, DatapathError> {
+async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, DatapathError> {
     let holder = pins.holder()?;
-    let mut report = Report {
+    let mut report = StatusReport {
         schema: SCHEMA,
         version: VERSION,
         pin_dir: pins.root().to_owned(),
@@ -80,7 +80,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
         sockets: None,
         host_network: None,
         local_service: None,
-        departed: Counts::default(),
+        deleted: Counts::default(),
         total: Counts::default(),
         by_hook: BTreeMap::new(),
         untold: 0,
@@ -89,7 +89,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
     if !object::is_loaded(pins) {
         return Ok(report);
     }
-    home::ensure_ours(pins)?;
+    home::ensure_own_netns(pins)?;
     let maps = match Maps::open(pins) {
         // A starting agent pins the maps one after the other.
         Err(_) if report.agent.running && !report.agent.ready => {
@@ -144,9 +144,9 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
     report.add_exemptions(&maps, &names)?;
     // Also of interfaces that were deleted and whose counters the agent has not yet added to those of deleted ones.
     for gone in counts.into_values() {
-        report.departed += gone;
+        report.deleted += gone;
     }
-    report.total += report.departed;
+    report.total += report.deleted;
     report.state = match mode {
         _ if !report.problems.is_empty() => State::Degraded,
         Mode::Enforce => State::Enforcing,
@@ -156,7 +156,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<Report, Datapat
     Ok(report)
 }
 
-impl Report {
+impl StatusReport {
     fn problem(&mut self, interface: Option<&str>, problem: impl Into<String>, remedy: impl Into<String>) {
         let interface = interface.map(str::to_owned);
         let [problem, remedy] =
@@ -167,7 +167,7 @@ impl Report {
     fn add_configuration(&mut self, maps: &Maps) -> Result<(), DatapathError> {
         let record = config::read(maps).map_err(unreadable)?;
         if let Some(record) = &record
-            && let Some(config::Refusal { at, error }) = &record.refusal
+            && let Some(config::RejectedConfig { at, error }) = &record.refusal
         {
             let from = record.path.as_ref().map_or_else(
                 || "the built-in defaults".to_owned(),
@@ -178,7 +178,8 @@ impl Report {
             self.problem(None, format!("configuration rejected, using {from}: {error} ({at:.0})"), remedy);
         }
         self.configuration = record.map(|config::Record { generation, path, loaded_at, refusal, .. }| {
-            let refused = refusal.map(|config::Refusal { at, error }| Refused { at, error });
+            let refused =
+                refusal.map(|config::RejectedConfig { at, error }| RejectedConfigReport { at, error });
             Configuration { generation, file: path, loaded_at, refused }
         });
         Ok(())
@@ -201,18 +202,16 @@ impl Report {
         self.provider = Some(Provider { configured, in_force });
         let mut entries: Vec<_> = endpoints::read(maps).map_err(unreadable)?.into_iter().collect();
         entries.sort_by_key(|(_, entry)| entry.id);
-        let guarded: Vec<_> =
-            entries.iter().map(|(address, entry)| Guarded::from_entry(*address, entry)).collect();
-        let to_strings = |keep: &[Keep]| keep.iter().map(ToString::to_string).collect();
-        self.endpoints.extend(guarded.iter().map(|Guarded { name, address, keep }| Endpoint {
-            name: name.clone(),
-            address: *address,
-            keep: to_strings(keep),
+        let endpoint_set: Vec<_> =
+            entries.iter().map(|(address, entry)| EndpointSet::from_entry(*address, entry)).collect();
+        let to_strings = |allow_ports: &[AllowedPort]| allow_ports.iter().map(ToString::to_string).collect();
+        self.endpoints.extend(endpoint_set.iter().map(|EndpointSet { name, address, allow_ports }| {
+            Endpoint { name: name.clone(), address: *address, allow_ports: to_strings(allow_ports) }
         }));
         if self.endpoints.is_empty() && self.mode != Some(Mode::Off.name()) {
             self.problem(None, "no endpoint is protected", "start `imds-agent run`");
         }
-        Ok(netlink.clone().with_endpoints(guarded.iter().map(|endpoint| endpoint.address).collect()))
+        Ok(netlink.clone().with_endpoints(endpoint_set.iter().map(|endpoint| endpoint.address).collect()))
     }
 }
 
@@ -223,7 +222,7 @@ struct Node<'a> {
     netlink: &'a Netlink,
     uplinks: Uplinks,
     hooks: Hooks,
-    names: &'a BTreeMap<Subject, Identity>,
+    names: &'a BTreeMap<Subject, PodRef>,
 }
 
 fn unreadable(source: aya::maps::MapError) -> DatapathError {

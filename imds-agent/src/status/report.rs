@@ -8,13 +8,13 @@ use serde::Serialize;
 
 use crate::{
     datapath::counters::Counts,
-    pods::{Identity, Lookup},
+    pods::{PodRef, PodWatchStatus},
     reconcile::Order,
 };
 
 /// Status of the node on one pin directory.
 #[derive(Debug, Serialize)]
-pub struct Report {
+pub struct StatusReport {
     /// Schema version. Fields are only added while it stays the same.
     pub schema: u32,
     /// Version of the program that made the report.
@@ -38,7 +38,7 @@ pub struct Report {
     /// Exempt senders, sorted by rule.
     pub exemptions: Vec<ExemptSender>,
     /// Status of the pod watch; `None` if no pods are watched.
-    pub kubernetes: Option<Lookup>,
+    pub kubernetes: Option<PodWatchStatus>,
     /// All interfaces of the node.
     pub interfaces: Vec<Interface>,
     /// Names of the enabled hooks.
@@ -50,7 +50,7 @@ pub struct Report {
     /// The `local_service` hook, for a metadata service on the node; `None` if the hook is off.
     pub local_service: Option<LocalServiceReport>,
     /// Counts of interfaces that were deleted.
-    pub departed: Counts,
+    pub deleted: Counts,
     /// Counts of all interfaces and hooks, deleted interfaces included.
     pub total: Counts,
     /// Counts by hook, over all interfaces. Hooks without counts are left out.
@@ -61,36 +61,36 @@ pub struct Report {
     pub problems: Vec<Problem>,
 }
 
-impl Report {
+impl StatusReport {
     /// Describes each interface and hook that is not enforced, one line each. Empty if all enabled hooks are enforced.
     #[must_use]
-    pub fn uncovered(&self) -> Vec<String> {
+    pub fn not_enforced(&self) -> Vec<String> {
         if self.state == State::Unloaded {
             return vec!["nothing is loaded".to_owned()];
         }
-        let mut uncovered = Vec::new();
+        let mut not_enforced = Vec::new();
         if !self.agent.ready {
-            uncovered.push("the agent has not reconciled all interfaces yet".to_owned());
+            not_enforced.push("the agent has not reconciled all interfaces yet".to_owned());
         }
         let is_node_wide =
             self.hooks.iter().any(|&hook| hook == Hook::NodeEgress.name() || hook == Hook::Socket.name());
         for Interface { name, attachments, .. } in &self.interfaces {
             let missing = attachments.iter().filter(|attachment| !attachment.is_attached());
             let missing = missing.filter(|attachment| !attachment.pending || !is_node_wide);
-            uncovered.extend(
+            not_enforced.extend(
                 missing.map(|attachment| format!("interface {name}: {} is not enforced", attachment.hook)),
             );
         }
         if self.sockets.as_ref().is_some_and(|sockets| !sockets.attached) {
-            uncovered.push("socket is not attached".to_owned());
+            not_enforced.push("socket is not attached".to_owned());
         }
         if self.local_service.as_ref().is_some_and(|local| local.desired && !local.attached) {
-            uncovered.push("local_service is not attached".to_owned());
+            not_enforced.push("local_service is not attached".to_owned());
         }
         if self.host_network.as_ref().is_some_and(|hosts| !hosts.attached) {
-            uncovered.push("hostNetwork pods are not restricted".to_owned());
+            not_enforced.push("hostNetwork pods are not restricted".to_owned());
         }
-        uncovered
+        not_enforced
     }
 }
 
@@ -131,12 +131,12 @@ pub struct Configuration {
     /// Time at which the configuration became effective.
     pub loaded_at: Timestamp,
     /// Last rejected configuration, if it is newer than this one.
-    pub refused: Option<Refused>,
+    pub refused: Option<RejectedConfigReport>,
 }
 
 /// A configuration that the agent rejected.
 #[derive(Clone, Debug, Serialize)]
-pub struct Refused {
+pub struct RejectedConfigReport {
     /// Time of the rejection.
     pub at: Timestamp,
     /// Reason of the rejection.
@@ -160,7 +160,7 @@ pub struct Endpoint {
     /// Protected IPv4 or IPv6 address.
     pub address: IpAddr,
     /// Ports that every pod may reach, such as `udp/53`.
-    pub keep: Vec<String>,
+    pub allow_ports: Vec<String>,
 }
 
 /// An exempt sender, identified by one of interface, network namespace and cgroup.
@@ -175,7 +175,7 @@ pub struct ExemptSender {
     /// Id of the cgroup v2.
     pub cgroup: Option<u64>,
     /// Pod of the sender, if it is known.
-    pub pod: Option<Identity>,
+    pub pod: Option<PodRef>,
     /// Name of the endpoint, or its address if it is not protected; `None` for all endpoints.
     pub endpoint: Option<String>,
     /// Verdict on the sender's requests: `exempt`, or `audit` for a rule with `audit = true`.
@@ -190,7 +190,7 @@ pub struct Interface {
     /// Name of the interface, escaped.
     pub name: String,
     /// Pod of the interface, if it is known.
-    pub pod: Option<Identity>,
+    pub pod: Option<PodRef>,
     /// Role of the interface on the node.
     pub role: &'static str,
     /// Attachments that the interface should have, for the enabled hooks.

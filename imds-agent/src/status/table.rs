@@ -4,13 +4,13 @@ use std::fmt::Write as _;
 
 use comfy_table::{Cell, CellAlignment, Table, presets::NOTHING};
 
-use super::{Configuration, Endpoint, HookAttachment, Provider, Report, SendmsgReport, State};
+use super::{Configuration, Endpoint, HookAttachment, Provider, SendmsgReport, State, StatusReport};
 use crate::{
     datapath::counters::{Count, Counts},
-    pods::Lookup,
+    pods::PodWatchStatus,
 };
 
-impl Report {
+impl StatusReport {
     /// Returns the report as text that ends with a newline.
     #[must_use]
     pub fn table(&self) -> String {
@@ -79,9 +79,13 @@ impl Report {
         if self.endpoints.is_empty() {
             writeln!(text, "endpoints  none")?;
         }
-        for (index, Endpoint { name, address, keep }) in self.endpoints.iter().enumerate() {
+        for (index, Endpoint { name, address, allow_ports }) in self.endpoints.iter().enumerate() {
             let title = if index == 0 { "endpoints" } else { "" };
-            let kept = if keep.is_empty() { String::new() } else { format!(", allows {}", keep.join(" ")) };
+            let kept = if allow_ports.is_empty() {
+                String::new()
+            } else {
+                format!(", allows {}", allow_ports.join(" "))
+            };
             writeln!(text, "{title:<10} {address} ({name}){kept}")?;
         }
         Ok(())
@@ -105,13 +109,15 @@ impl Report {
     }
 
     fn write_kubernetes(&self, text: &mut String) -> std::fmt::Result {
-        let Some(Lookup { node, is_connected, since, error, pods, awaited, .. }) = &self.kubernetes else {
+        let Some(PodWatchStatus { node, is_connected, since, error, pods, unresolved, .. }) =
+            &self.kubernetes
+        else {
             return Ok(());
         };
         let plural = if *pods == 1 { "" } else { "s" };
         write!(text, "kubernetes node {node}, {pods} pod{plural} known")?;
-        if *awaited > 0 {
-            write!(text, ", {awaited} of them unresolved (no sandbox found)")?;
+        if *unresolved > 0 {
+            write!(text, ", {unresolved} of them unresolved (no sandbox found)")?;
         }
         match (is_connected, error) {
             (true, _) => writeln!(text),
@@ -165,7 +171,7 @@ impl Report {
         }
         let sum =
             |name, counts| [Cell::new(name), blank(), blank(), blank()].into_iter().chain(cells(counts));
-        table.add_row(sum("(deleted)", &self.departed));
+        table.add_row(sum("(deleted)", &self.deleted));
         table.add_row(sum("total", &self.total));
         table
     }

@@ -15,7 +15,7 @@ use std::{
 use aya::maps::{MapData, MapError, RingBuf};
 use imds_ebpf_common::{
     Address, Event, Verdict,
-    ledger::{DenialKey, DenialRecord},
+    event_log::{DenialKey, DenialRecord},
 };
 use jiff::Timestamp;
 use nix::fcntl::Flock;
@@ -36,7 +36,7 @@ use crate::{
     events::{self, boot_time, wall_time},
     metrics::{self, Denied},
     node::links,
-    pods::Identity,
+    pods::PodRef,
     verify,
 };
 
@@ -61,7 +61,7 @@ const MAX_EVENTS: u32 = 256;
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Collected {
     /// Events of the BPF programs.
-    pub told: u64,
+    pub emitted: u64,
     /// Packets and calls beyond the rate limit, which an event reports only as a number.
     pub suppressed: u64,
 }
@@ -83,7 +83,7 @@ impl Collector {
     /// Claims the events of the programs that are pinned in `pins` for this process. Returns `None` if another process
     /// collects them.
     pub fn open(pins: &PinDir) -> Result<Option<Self>, CollectorError> {
-        let Some(claim) = pins.try_claim_events()? else { return Ok(None) };
+        let Some(claim) = pins.try_lock_events()? else { return Ok(None) };
         Ok(Some(Self {
             ring: object::open_events(pins)?,
             recent: Recent::open(pins)?,
@@ -129,7 +129,7 @@ impl Collector {
         let mut left = MAX_EVENTS;
         while let Some(event) = self.ring.next().map(|bytes| events::decode(&bytes)) {
             let Some(event) = event else { continue };
-            self.collected.told = self.collected.told.saturating_add(1);
+            self.collected.emitted = self.collected.emitted.saturating_add(1);
             self.collected.suppressed = self.collected.suppressed.saturating_add(event.suppressed);
             self.recent.push(event)?;
             if [Verdict::Deny, Verdict::Audit].into_iter().any(|verdict| event.verdict == verdict as u8) {
@@ -213,7 +213,7 @@ fn interface_name(index: u32) -> String {
 ///
 /// The number depends on nothing that a sender chooses freely, like names of threads or of cgroups below its own. Otherwise
 /// one process could fill the table with records and evict those of other senders.
-fn sender_id(pod: Option<&Identity>, interface: &str, unit: &[u8]) -> u64 {
+fn sender_id(pod: Option<&PodRef>, interface: &str, unit: &[u8]) -> u64 {
     // `DefaultHasher::new` has fixed keys: all processes of one version compute the same number.
     let mut hasher = DefaultHasher::new();
     match pod {

@@ -35,7 +35,7 @@ use self::{
     server::Server,
     totals::Totals,
 };
-use crate::{config::Listen, datapath::pins::PinDir, metrics::Done, node::netlink::Netlink};
+use crate::{config::Listen, datapath::pins::PinDir, metrics::AgentStats, node::netlink::Netlink};
 
 /// Pause between two reads of events, so that a flood does not wake the thread for each event.
 const DEBOUNCE: Duration = Duration::from_millis(50);
@@ -57,7 +57,7 @@ enum Request {
 
 /// Progress of the reconciler, as the HTTP server reports it.
 struct Progress {
-    done: Done,
+    stats: AgentStats,
     /// Time of the last report.
     reported: Instant,
 }
@@ -66,7 +66,8 @@ impl Telemetry {
     /// Starts the thread for the agent of the pin directory `pins`, which reports its progress at least once in `period`.
     pub fn start(pins: PinDir, period: Duration) -> anyhow::Result<Self> {
         let (requests, inbox) = unbounded_channel();
-        let progress = Arc::new(Mutex::new(Progress { done: Done::default(), reported: Instant::now() }));
+        let progress =
+            Arc::new(Mutex::new(Progress { stats: AgentStats::default(), reported: Instant::now() }));
         let (of_thread, (started, result)) = (Arc::clone(&progress), sync_channel(1));
         let run = move || match runtime() {
             Ok(runtime) => runtime.block_on(async {
@@ -94,9 +95,9 @@ impl Telemetry {
     }
 
     /// Records that the reconciler is alive, with its counters.
-    pub fn report_progress(&self, done: Done) {
+    pub fn report_progress(&self, stats: AgentStats) {
         let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
-        *progress = Progress { done, reported: Instant::now() };
+        *progress = Progress { stats, reported: Instant::now() };
     }
 
     /// Closes the BPF maps and stops collecting events. Metrics and health are still served.
@@ -187,7 +188,7 @@ impl Worker {
                     None => return,
                 },
                 () = self.events.collect() => {}
-                never = self.server.work() => match never {},
+                never = self.server.run_until_idle() => match never {},
                 _ = retry.tick() => {
                     self.server.retry();
                     self.events.open();

@@ -39,21 +39,21 @@ use crate::{
     escape::escape_lines,
     metrics::{self, Denied, Format, Snapshot},
     node::netlink::Netlink,
-    status::{self, Report},
+    status::{self, StatusReport},
 };
 
 /// Maximum number of concurrent connections. Beyond it, a new connection replaces an old one.
-const MOST_CONNECTIONS: usize = 16;
+const MAX_CONNECTIONS: usize = 16;
 /// Time for which a connection without a complete request header can't be replaced.
-const SILENT: Duration = Duration::from_millis(20);
+const HEADER_TIMEOUT: Duration = Duration::from_millis(20);
 /// Time for which a connection with a request can't be replaced.
-const UNDISTURBED: Duration = Duration::from_secs(1);
+const MIN_CONNECTION_TIME: Duration = Duration::from_secs(1);
 /// Limit for the arrival of the request header.
-const REQUEST_PATIENCE: Duration = Duration::from_secs(5);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// Limit for a whole connection, request and response.
-const CONNECTION_PATIENCE: Duration = Duration::from_secs(15);
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(15);
 /// Maximum size of a request header in bytes, the minimum that hyper accepts.
-const MOST_BYTES: usize = 8192;
+const MAX_REQUEST_LEN: usize = 8192;
 /// Pause after accept(2) failed, as it does without free descriptors.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -73,11 +73,11 @@ pub(super) struct Server {
     failed: Vec<Listen>,
     connections: Vec<Connection>,
     paused_until: Option<Instant>,
-    subject: Rc<Subject>,
+    state: Rc<AppState>,
 }
 
 /// State that the handlers of all requests share.
-struct Subject {
+struct AppState {
     pins: PinDir,
     netlink: Netlink,
     progress: Arc<Mutex<Progress>>,
@@ -103,7 +103,7 @@ impl Server {
             failed: Vec::new(),
             connections: Vec::new(),
             paused_until: None,
-            subject: Rc::new(Subject { pins, netlink, progress, events, patience }),
+            state: Rc::new(AppState { pins, netlink, progress, events, patience }),
         }
     }
 
@@ -139,47 +139,46 @@ impl Server {
     }
 
     /// Serves connections. Cancel safe: dropping the future loses no connection.
-    pub(super) async fn work(&mut self) -> Infallible {
+    pub(super) async fn run_until_idle(&mut self) -> Infallible {
         loop {
-            let closed_until = self.closed_until();
+            let accept_paused_until = self.accept_paused_until();
             tokio::select! {
                 // Served first, so that a new connection does not replace one whose request has arrived.
                 biased;
                 () = serve_all(&mut self.connections) => {}
-                stream = accept(&self.listening), if closed_until.is_none() => match stream {
-                    Ok(stream) => self.let_in(stream),
+                stream = accept(&self.listening), if accept_paused_until.is_none() => match stream {
+                    Ok(stream) => self.accept_connection(stream),
                     Err(error) => {
                         log::debug!("failed to accept a connection: {error}");
                         self.paused_until = Some(Instant::now() + PAUSE);
                     }
                 },
-                () = pause(closed_until) => {}
+                () = pause(accept_paused_until) => {}
             }
         }
     }
 
     /// Returns the time until which no connection is accepted; `None` if one can be accepted now.
-    fn closed_until(&self) -> Option<Instant> {
-        let is_full = self.connections.len() >= MOST_CONNECTIONS;
-        let first_to_go =
-            self.connections.iter().map(Connection::undisturbed_until).min().filter(|_| is_full);
+    fn accept_paused_until(&self) -> Option<Instant> {
+        let is_full = self.connections.len() >= MAX_CONNECTIONS;
+        let first_to_go = self.connections.iter().map(Connection::evictable_at).min().filter(|_| is_full);
         [first_to_go, self.paused_until].into_iter().flatten().max().filter(|&until| until > Instant::now())
     }
 
-    fn let_in(&mut self, stream: Stream) {
-        let by_time = |(_, connection): &(usize, &Connection)| connection.undisturbed_until();
-        if self.connections.len() >= MOST_CONNECTIONS
+    fn accept_connection(&mut self, stream: Stream) {
+        let by_time = |(_, connection): &(usize, &Connection)| connection.evictable_at();
+        if self.connections.len() >= MAX_CONNECTIONS
             && let Some((first_to_go, _)) = self.connections.iter().enumerate().min_by_key(by_time)
         {
             drop(self.connections.swap_remove(first_to_go));
         }
-        self.connections.push(stream.serve(Rc::clone(&self.subject)));
+        self.connections.push(stream.serve(Rc::clone(&self.state)));
     }
 }
 
 impl Connection {
-    fn undisturbed_until(&self) -> Instant {
-        self.since + if self.has_asked.get() { UNDISTURBED } else { SILENT }
+    fn evictable_at(&self) -> Instant {
+        self.since + if self.has_asked.get() { MIN_CONNECTION_TIME } else { HEADER_TIMEOUT }
     }
 }
 
@@ -277,52 +276,52 @@ fn is_abandoned(path: &Path) -> bool {
 }
 
 impl Stream {
-    fn serve(self, subject: Rc<Subject>) -> Connection {
+    fn serve(self, state: Rc<AppState>) -> Connection {
         let (since, has_asked) = (Instant::now(), Rc::default());
         let of_work = Rc::clone(&has_asked);
         let work: Pin<Box<dyn Future<Output = ()>>> = match self {
-            Self::Tcp(stream) => Box::pin(serve(stream, subject, of_work)),
-            Self::Unix(stream) => Box::pin(serve(stream, subject, of_work)),
+            Self::Tcp(stream) => Box::pin(serve(stream, state, of_work)),
+            Self::Unix(stream) => Box::pin(serve(stream, state, of_work)),
         };
         Connection { work, since, has_asked }
     }
 }
 
 /// Serves one request, and sets `has_asked` once its header has arrived.
-async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, subject: Rc<Subject>, has_asked: Rc<Cell<bool>>) {
+async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, state: Rc<AppState>, has_asked: Rc<Cell<bool>>) {
     let answer = service_fn(|request| {
         has_asked.set(true);
-        let subject = Rc::clone(&subject);
-        async move { Ok::<_, Infallible>(answer(&request, &subject).await) }
+        let state = Rc::clone(&state);
+        async move { Ok::<_, Infallible>(answer(&request, &state).await) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(REQUEST_PATIENCE)
-        .max_buf_size(MOST_BYTES)
+        .header_read_timeout(REQUEST_TIMEOUT)
+        .max_buf_size(MAX_REQUEST_LEN)
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), answer);
-    match timeout(CONNECTION_PATIENCE, connection).await {
+    match timeout(CONNECTION_TIMEOUT, connection).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => log::debug!("failed to serve a request for metrics or health: {error}"),
-        Err(_) => log::debug!("closed a connection for metrics or health after {CONNECTION_PATIENCE:?}"),
+        Err(_) => log::debug!("closed a connection for metrics or health after {CONNECTION_TIMEOUT:?}"),
     }
 }
 
-async fn answer(request: &Request<Incoming>, subject: &Subject) -> Response<Full<Bytes>> {
+async fn answer(request: &Request<Incoming>, state: &AppState) -> Response<Full<Bytes>> {
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
         let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "GET or HEAD");
         response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
         return response;
     }
     match request.uri().path() {
-        "/healthz" => subject.health(),
-        "/readyz" => subject.readiness().await,
-        "/metrics" => subject.metrics(format(request.headers())).await,
+        "/healthz" => state.health(),
+        "/readyz" => state.readiness().await,
+        "/metrics" => state.metrics(format(request.headers())).await,
         _ => text(StatusCode::NOT_FOUND, "not found: see /metrics, /healthz and /readyz"),
     }
 }
 
-impl Subject {
+impl AppState {
     /// Answers `/healthz`: 200 while the reconciler makes progress.
     fn health(&self) -> Response<Full<Bytes>> {
         let idle = self.progress().reported.elapsed();
@@ -335,9 +334,9 @@ impl Subject {
     /// Answers `/readyz`: 200 if every interface, cgroup and hook is enforced.
     async fn readiness(&self) -> Response<Full<Bytes>> {
         match self.report().await {
-            Ok(report) => match &report.uncovered()[..] {
+            Ok(report) => match &report.not_enforced()[..] {
                 [] => text(StatusCode::OK, "ok"),
-                uncovered => text(StatusCode::SERVICE_UNAVAILABLE, &uncovered.join("\n")),
+                not_enforced => text(StatusCode::SERVICE_UNAVAILABLE, &not_enforced.join("\n")),
             },
             Err(response) => response,
         }
@@ -352,10 +351,10 @@ impl Subject {
             Ok(denials) => denials,
             Err(error) => return text(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error:#}")),
         };
-        let done = self.progress().done.clone();
+        let stats = self.progress().stats.clone();
         let collected = self.events.collected.get();
         let exemptions_hash = metrics::exemptions_hash(&self.pins);
-        let snapshot = Snapshot { report, denials, done, collected, exemptions_hash };
+        let snapshot = Snapshot { report, denials, stats, collected, exemptions_hash };
         let metrics = metrics::encode(&snapshot, &self.pins, format);
         let mut response = respond(StatusCode::OK, format.content_type(), metrics);
         response.headers_mut().insert(VARY, HeaderValue::from_static("accept"));
@@ -375,7 +374,7 @@ impl Subject {
         Ok(totals.denied().clone())
     }
 
-    async fn report(&self) -> Result<Report, Response<Full<Bytes>>> {
+    async fn report(&self) -> Result<StatusReport, Response<Full<Bytes>>> {
         status::gather(&self.pins, &self.netlink).await.map_err(|error| {
             text(StatusCode::INTERNAL_SERVER_ERROR, &format!("{:#}", anyhow::Error::from(error)))
         })

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use imds_ebpf_common::ledger::DenialKey;
+use imds_ebpf_common::event_log::DenialKey;
 
 use crate::{
     datapath::counters::Count,

@@ -9,7 +9,7 @@ use std::{
 use crate::{
     datapath::counters::Counts,
     escape::escape,
-    status::{self, Report},
+    status::{self, StatusReport},
 };
 
 /// Maximum number of events that the model keeps.
@@ -110,7 +110,7 @@ impl Sort {
 
 impl Model {
     /// Updates the model with a status. `elapsed` is the time since the previous one; `None` for the first, which has no rates.
-    pub fn take(&mut self, report: &Report, elapsed: Option<Duration>) {
+    pub fn take(&mut self, report: &StatusReport, elapsed: Option<Duration>) {
         self.header = header(report);
         self.problem = report.problems.split_first().map(|(first, others)| {
             let of = first.interface.as_ref().map(|name| format!("{name}: ")).unwrap_or_default();
@@ -143,7 +143,7 @@ impl Model {
     }
 
     /// Applies the command of a key.
-    pub fn obey(&mut self, command: Command) {
+    pub fn apply(&mut self, command: Command) {
         match command {
             Command::Sort => {
                 self.sort = self.sort.next();
@@ -202,7 +202,7 @@ fn row(interface: &status::Interface) -> Row {
     }
 }
 
-fn header(report: &Report) -> Vec<String> {
+fn header(report: &StatusReport) -> Vec<String> {
     let guarded = report
         .interfaces
         .iter()
@@ -276,11 +276,11 @@ mod tests {
         let mut model = Model { rows, ..Model::default() };
         model.order();
         assert_eq!(names(&model), ["b", "c", "a", "(sockets)"]);
-        model.obey(Command::Sort);
+        model.apply(Command::Sort);
         assert_eq!(names(&model), ["a", "(sockets)", "b", "c"]);
-        model.obey(Command::Sort);
+        model.apply(Command::Sort);
         assert_eq!(names(&model), ["a", "b", "c", "(sockets)"]);
-        model.obey(Command::Sort);
+        model.apply(Command::Sort);
         assert_eq!(model.sort, Sort::Rate);
     }
 
@@ -294,13 +294,13 @@ mod tests {
             (Command::First, 0),
             (Command::Last, 4),
         ] {
-            model.obey(command);
+            model.apply(command);
             assert_eq!(model.offset, offset, "{command:?}");
         }
         model.rows.clear();
         model.order();
         assert_eq!(model.offset, 0);
-        model.obey(Command::Last);
+        model.apply(Command::Last);
         assert_eq!(model.offset, 0);
     }
 

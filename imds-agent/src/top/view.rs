@@ -173,7 +173,7 @@ mod tests {
         let mut model = model();
         model.shows_keys = true;
         model.is_paused = true;
-        model.obey(super::super::Command::Last);
+        model.apply(super::super::Command::Last);
         for (width, height) in [(0, 0), (1, 1), (3, 2), (10, 3), (20, 5), (40, 8), (300, 100)] {
             let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
             terminal.draw(|frame| draw(frame, &model)).unwrap();

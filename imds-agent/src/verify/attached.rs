@@ -11,12 +11,12 @@ use tokio::time::sleep;
 use super::{
     POLL_INTERVAL,
     fixture::{LinkName, PREFIX},
-    outcome::{Check, Outcome, Skip},
+    outcome::{Outcome, Skip, VerifyCheck},
 };
 use crate::{
     datapath::{object::Maps, records},
     endpoints::unpadded,
-    status::{Interface, Report},
+    status::{Interface, StatusReport},
 };
 
 /// Limit for the agent to attach to a new interface.
@@ -62,7 +62,7 @@ pub(super) async fn wait_attached(
 }
 
 /// Checks that the programs of a TC hook are attached, and first in order, at all interfaces that should have them.
-pub(super) fn check(hook: TcHook, status: &Report) -> Check {
+pub(super) fn check(hook: TcHook, status: &StatusReport) -> VerifyCheck {
     const EXPECTED: &str = "first at every interface";
     let hook = hook.hook().name();
     let attachments: Vec<_> = status
@@ -76,7 +76,7 @@ pub(super) fn check(hook: TcHook, status: &Report) -> Check {
             "from_pod" => "at 0 of 0: this node has no interface of a pod",
             _ => "at 0 of 0: no interface of this node has the hook",
         };
-        return Check::new(hook, EXPECTED, observed, Outcome::Fail);
+        return VerifyCheck::new(hook, EXPECTED, observed, Outcome::Fail);
     }
     let names = |state, text: &str| {
         let found = attachments.iter().filter(|(_, found)| *found == state).map(|&(name, _)| name);
@@ -92,9 +92,9 @@ pub(super) fn check(hook: TcHook, status: &Report) -> Check {
     .flatten()
     .collect();
     if wrong.is_empty() {
-        return Check::new(hook, EXPECTED, format!("at {} of {0}", attachments.len()), Outcome::Pass);
+        return VerifyCheck::new(hook, EXPECTED, format!("at {} of {0}", attachments.len()), Outcome::Pass);
     }
-    Check::new(hook, EXPECTED, wrong.join("; "), Outcome::Fail)
+    VerifyCheck::new(hook, EXPECTED, wrong.join("; "), Outcome::Fail)
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -223,7 +223,7 @@ async fn send_back(netlink: &Netlink, ifindex: u32) -> Result<Option<OwnedFd>, V
         return Ok(Some(link.map_err(VerifyError::io("attach", "a program"))?));
     }
     clsact::ensure_qdisc(netlink, ifindex).await?;
-    let spot = AttachPoint { ifindex, edge: TcHook::FromPod };
+    let spot = AttachPoint { ifindex, hook: TcHook::FromPod };
     clsact::attach_first(netlink, spot, program.as_fd(), "verify").await?;
     Ok(None)
 }

@@ -13,7 +13,7 @@ use super::{
     fixture::{LinkName, TestDevice as _, TestPod},
     frames::Frames,
     last_hook::LastHook,
-    outcome::{Check, Outcome, Skip},
+    outcome::{Outcome, Skip, VerifyCheck},
     probes::{Probe, Treatment},
     routes,
     tc::{RESEND_INTERVAL, closed},
@@ -91,7 +91,7 @@ impl Path<'_> {
         &self,
         last_hook: &mut LastHook,
         endpoints: &[(&Endpoint, Option<Skip>)],
-    ) -> Result<Vec<Check>, VerifyError> {
+    ) -> Result<Vec<VerifyCheck>, VerifyError> {
         const EXPECTED: &str = "denied before the last hook";
         let mut checks = Vec::new();
         for (endpoint, skip) in endpoints {
@@ -104,7 +104,7 @@ impl Path<'_> {
                     None => (LOST.to_owned(), Outcome::Skipped),
                 },
             };
-            let check = Check::new(PATH, EXPECTED, observed, outcome);
+            let check = VerifyCheck::new(PATH, EXPECTED, observed, outcome);
             checks.push(check.with_sender(format!("pod{}", self.place)).at(endpoint));
         }
         Ok(checks)
@@ -118,7 +118,7 @@ impl Path<'_> {
         endpoints: &[(&Endpoint, Option<Skip>)],
         treatment: Treatment,
         fails_if_lost: bool,
-    ) -> Result<Vec<Check>, VerifyError> {
+    ) -> Result<Vec<VerifyCheck>, VerifyError> {
         self.reset(treatment)?;
         let open = endpoints.iter().filter(|(_, skip)| skip.is_none());
         let targets: Vec<_> = open.map(|(endpoint, _)| target(endpoint)).collect();
@@ -205,8 +205,8 @@ impl Path<'_> {
         frames.iter().map(|&(id, _)| arrival(id)).collect()
     }
 
-    fn of_exempt(&self, endpoint: &Endpoint, observed: impl Into<String>, outcome: Outcome) -> Check {
-        let check = Check::new(PATH, "reaches the last hook", observed, outcome);
+    fn of_exempt(&self, endpoint: &Endpoint, observed: impl Into<String>, outcome: Outcome) -> VerifyCheck {
+        let check = VerifyCheck::new(PATH, "reaches the last hook", observed, outcome);
         check.with_sender(format!("exempt pod{}", self.place)).at(endpoint)
     }
 }
@@ -222,7 +222,7 @@ impl Outcome {
 }
 
 fn target(endpoint: &Endpoint) -> (IpAddr, Service) {
-    (endpoint.address, closed(&endpoint.keep, TCP))
+    (endpoint.address, closed(&endpoint.allow_ports, TCP))
 }
 
 /// Describes the sysctl that keeps the node from forwarding packets from this interface; `None` if it forwards them.

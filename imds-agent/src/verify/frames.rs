@@ -172,10 +172,10 @@ impl PacketSocket {
 
 #[cfg(test)]
 mod tests {
-    use imds_ebpf_common::{Filter, Frame, Listed, Mode, Verdict, endpoint::TCP, judge};
+    use imds_ebpf_common::{InMemoryPolicy, LinkLayer, Mode, PolicyTable, Verdict, classify, endpoint::TCP};
 
     use super::*;
-    use crate::endpoints::{self, Endpoint, Guarded, Keep};
+    use crate::endpoints::{self, AllowedPort, Endpoint, EndpointSet};
 
     const FRAMES: Frames = Frames { to: [2; 6], from: [6; 6], marker: [0xa1, 0xb2, 0xc3, 0xd4] };
 
@@ -197,13 +197,16 @@ mod tests {
         let kept = Service::new(UDP, 53);
         for address in ["169.254.169.254", "fd00:ec2::254"] {
             let address = address.parse().unwrap();
-            let endpoint = Endpoint { name: "imds".to_owned(), address, keep: vec![Keep(kept)] };
-            let guarded = Guarded::new("none", "none", vec![endpoint]);
-            let endpoints: Vec<_> = guarded.entries().collect();
-            let filter = Filter::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
-            let tables = Listed { filter: &filter, endpoints: &endpoints, grants: &[], mode: Mode::Enforce };
-            let verdict = |service| judge(&*FRAMES.frame(address, service, 1), Frame::Ethernet, &tables);
-            assert_eq!(verdict(kept), Verdict::Kept);
+            let endpoint =
+                Endpoint { name: "imds".to_owned(), address, allow_ports: vec![AllowedPort(kept)] };
+            let endpoint_set = EndpointSet::new("none", "none", vec![endpoint]);
+            let endpoints: Vec<_> = endpoint_set.entries().collect();
+            let filter = PolicyTable::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
+            let tables =
+                InMemoryPolicy { filter: &filter, endpoints: &endpoints, grants: &[], mode: Mode::Enforce };
+            let verdict =
+                |service| classify(&*FRAMES.frame(address, service, 1), LinkLayer::Ethernet, &tables);
+            assert_eq!(verdict(kept), Verdict::Allowed);
             assert_eq!(verdict(Service::new(TCP, 53)), Verdict::Deny);
             assert_eq!(verdict(Service::new(UDP, 54)), Verdict::Deny);
             assert_eq!(endpoints::address(address), endpoints[0].0);

@@ -16,7 +16,7 @@ use imds_ebpf_common::{Hook, Service, Subject, SubjectKind, endpoint::TCP};
 use super::{
     Enforced, VerifyError,
     fixture::PREFIX,
-    outcome::{Check, Outcome, Skip},
+    outcome::{Outcome, Skip, VerifyCheck},
     probes::Treatment,
     syscalls::{attempt, is_refused, phrase},
     tc::closed,
@@ -24,11 +24,11 @@ use super::{
 use crate::{endpoints::Endpoint, node::cgroup};
 
 /// Checks that calls from the cgroups of Kubernetes pods are refused.
-pub(super) fn check(enforced: &Enforced) -> Result<Vec<Check>, VerifyError> {
+pub(super) fn check(enforced: &Enforced) -> Result<Vec<VerifyCheck>, VerifyError> {
     let hook = Hook::HostNetwork.name();
     let report = enforced.status.host_network.as_ref();
     let is_attached = report.is_some_and(|report| report.attached);
-    let mut checks = vec![Check::attached(Hook::HostNetwork, is_attached)];
+    let mut checks = vec![VerifyCheck::attached(Hook::HostNetwork, is_attached)];
     for &id in report.map(|report| &report.cgroups).into_iter().flatten() {
         let process = PodProcess::new(id);
         let probe = process.as_ref().ok().map(|process| {
@@ -39,9 +39,9 @@ pub(super) fn check(enforced: &Enforced) -> Result<Vec<Check>, VerifyError> {
             let check = match &process {
                 Ok(process) => {
                     let (observed, outcome) = process.check(endpoint);
-                    Check::new(hook, "denied", observed, outcome)
+                    VerifyCheck::new(hook, "denied", observed, outcome)
                 }
-                Err(skip) => Check::skipped(hook, "denied", skip),
+                Err(skip) => VerifyCheck::skipped(hook, "denied", skip),
             };
             checks.push(check.with_sender("hostNetwork pod").at(endpoint));
         }
@@ -92,7 +92,7 @@ impl PodProcess {
     }
 
     fn check(&self, endpoint: &Endpoint) -> (String, Outcome) {
-        let (address, service) = (endpoint.address, closed(&endpoint.keep, TCP));
+        let (address, service) = (endpoint.address, closed(&endpoint.allow_ports, TCP));
         let result = Err(self.run(move || connect(address, service)));
         (phrase(&result), Outcome::from_success(is_refused(&result)))
     }

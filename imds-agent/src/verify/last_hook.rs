@@ -129,7 +129,7 @@ impl LastHook {
 }
 
 /// Returns the agent's TCX entry at egress of an interface, if it is attached there.
-fn agents_link(pins: &PinDir, ifindex: u32) -> Option<bpf::Entry> {
+fn agents_link(pins: &PinDir, ifindex: u32) -> Option<bpf::HookEntry> {
     let pin = pins.named_link(&format!("{}{ifindex}", link_prefix(TcHook::NodeEgress)));
     let pinned = pins::link_at(&pin)?;
     let entries = bpf::tcx_entries(ifindex, bpf::Direction::Egress).ok()?;

@@ -32,7 +32,7 @@ use tokio::{
 };
 
 pub(crate) use self::fixture::PREFIX;
-pub use self::outcome::{Check, Outcome, VerifyReport};
+pub use self::outcome::{Outcome, VerifyCheck, VerifyReport};
 use self::{
     fixture::{LoopbackTap, TestDevice, TestPod},
     outcome::{Skip, is_passed},
@@ -137,7 +137,7 @@ struct Enforced {
     mode: Mode,
     hooks: Hooks,
     endpoints: Vec<Endpoint>,
-    status: status::Report,
+    status: status::StatusReport,
 }
 
 /// Runs all checks. All test devices, routes and map entries are removed when this returns.
@@ -248,10 +248,14 @@ impl Fixture {
         removed
     }
 
-    async fn check(&mut self, enforced: &Enforced, netlink: &Netlink) -> Result<Vec<Check>, VerifyError> {
+    async fn check(
+        &mut self,
+        enforced: &Enforced,
+        netlink: &Netlink,
+    ) -> Result<Vec<VerifyCheck>, VerifyError> {
         let mut checks = Vec::new();
         if enforced.endpoints.is_empty() {
-            checks.push(Check::new("-", "an endpoint is protected", "no endpoint is", Outcome::Fail));
+            checks.push(VerifyCheck::new("-", "an endpoint is protected", "no endpoint is", Outcome::Fail));
         }
         for hook in TcHook::ALL.into_iter().filter(|hook| enforced.hooks.has(hook.hook())) {
             checks.push(attached::check(hook, &enforced.status));
@@ -274,7 +278,7 @@ impl Enforced {
         hook: TcHook,
         pod: &Result<TestPod, Skip>,
         netlink: &Netlink,
-    ) -> Result<Vec<Check>, VerifyError> {
+    ) -> Result<Vec<VerifyCheck>, VerifyError> {
         let tap = match hook {
             TcHook::FromPod => None,
             TcHook::NodeEgress => Some(LoopbackTap::new(netlink).await),
@@ -293,7 +297,7 @@ impl Enforced {
 }
 
 /// Returns the limit for a running agent to reconcile new interfaces.
-fn settle_timeout(status: &status::Report) -> Duration {
+fn settle_timeout(status: &status::StatusReport) -> Duration {
     match status.interfaces.iter().all(status::Interface::is_attached) {
         _ if !status.agent.ready => START_TIMEOUT,
         true => Duration::ZERO,

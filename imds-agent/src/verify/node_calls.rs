@@ -16,7 +16,7 @@ use tokio::{net::TcpSocket, time::timeout};
 use super::{
     ARRIVAL_TIMEOUT, PATH, POLL_INTERVAL, VerifyError,
     last_hook::LastHook,
-    outcome::{Check, Outcome, Skip},
+    outcome::{Outcome, Skip, VerifyCheck},
     syscalls::{is_refused, phrase},
     tc::closed,
 };
@@ -31,11 +31,12 @@ pub(super) async fn check(
     last_hook: &mut Result<LastHook, Skip>,
     endpoints: &[Endpoint],
     local: &BTreeSet<IpAddr>,
-) -> Vec<Check> {
+) -> Vec<VerifyCheck> {
     let last_hook = match last_hook {
         Ok(last_hook) => last_hook,
         Err(skip) => {
-            let skipped = |endpoint| Check::skipped(PATH, EXPECTED, skip).with_sender("node").at(endpoint);
+            let skipped =
+                |endpoint| VerifyCheck::skipped(PATH, EXPECTED, skip).with_sender("node").at(endpoint);
             return endpoints.iter().map(skipped).collect();
         }
     };
@@ -46,7 +47,7 @@ pub(super) async fn check(
             Ok(call) => call.run(last_hook, local.contains(&endpoint.address)).await,
             Err(error) => (error.in_full(), Outcome::Skipped),
         };
-        Check::new(PATH, EXPECTED, observed, outcome).with_sender("node").at(endpoint)
+        VerifyCheck::new(PATH, EXPECTED, observed, outcome).with_sender("node").at(endpoint)
     });
     join_all(results).await
 }
@@ -66,7 +67,7 @@ impl Call {
             socket_cookie(socket.as_raw_fd()).map_err(VerifyError::io("read", "a socket's cookie"))?;
         let id = last_hook.new_id();
         last_hook.expect_socket(cookie, id)?;
-        let to = SocketAddr::new(endpoint.address, closed(&endpoint.keep, TCP).port);
+        let to = SocketAddr::new(endpoint.address, closed(&endpoint.allow_ports, TCP).port);
         Ok(Self { socket, to, id })
     }
 

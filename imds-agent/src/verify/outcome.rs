@@ -7,7 +7,7 @@ use imds_ebpf_common::{Hook, Verdict};
 use serde::Serialize;
 
 use crate::{
-    endpoints::{Endpoint, Keep},
+    endpoints::{AllowedPort, Endpoint},
     escape::escape,
 };
 
@@ -25,12 +25,12 @@ pub struct VerifyReport {
     /// True if no check failed and at least one passed.
     pub passed: bool,
     /// Checks in the order in which they ran.
-    pub checks: Vec<Check>,
+    pub checks: Vec<VerifyCheck>,
 }
 
 /// Result of one check, with its expectation.
 #[derive(Clone, Debug, Serialize)]
-pub struct Check {
+pub struct VerifyCheck {
     /// Hook, or `path` for the path through the node.
     pub hook: &'static str,
     /// Sender of the test packets; `None` for a check without traffic.
@@ -96,7 +96,7 @@ impl Outcome {
     }
 }
 
-impl Check {
+impl VerifyCheck {
     pub(super) fn new(
         hook: &'static str,
         expected: &'static str,
@@ -137,13 +137,13 @@ impl Check {
     }
 
     /// Adds the allowed service that the check is about.
-    pub(super) fn with_service(self, service: Option<Keep>) -> Self {
+    pub(super) fn with_service(self, service: Option<AllowedPort>) -> Self {
         Self { service: service.map(|service| service.to_string()), ..self }
     }
 }
 
 /// Reports whether at least one check passed and none failed.
-pub(super) fn is_passed(checks: &[Check]) -> bool {
+pub(super) fn is_passed(checks: &[VerifyCheck]) -> bool {
     let has = |outcome| checks.iter().any(|check| check.outcome == outcome);
     has(Outcome::Pass) && !has(Outcome::Fail)
 }
@@ -182,11 +182,11 @@ impl VerifyReport {
 /// Describes a verdict; `None` if no packet or call was counted.
 pub(super) const fn phrase(verdict: Option<Verdict>) -> &'static str {
     match verdict {
-        None | Some(Verdict::Foreign) => "no verdict",
+        None | Some(Verdict::Unrelated) => "no verdict",
         Some(Verdict::Deny) => "denied",
         Some(Verdict::Audit) => "not denied, counted as audited",
         Some(Verdict::Allow) => "not denied, counted as allowed",
-        Some(Verdict::Kept) => "not denied, an allowed port",
+        Some(Verdict::Allowed) => "not denied, an allowed port",
         Some(Verdict::Exempt) => "not denied, counted as exempt",
     }
 }
@@ -198,7 +198,7 @@ mod tests {
     #[test]
     fn skipped_checks_prove_nothing() {
         let checks = |outcomes: &[Outcome]| -> Vec<_> {
-            outcomes.iter().map(|&outcome| Check::new("path", "", "", outcome)).collect()
+            outcomes.iter().map(|&outcome| VerifyCheck::new("path", "", "", outcome)).collect()
         };
         assert!(is_passed(&checks(&[Outcome::Pass, Outcome::Skipped])));
         assert!(!is_passed(&checks(&[Outcome::Skipped])));

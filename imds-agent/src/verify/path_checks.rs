@@ -16,7 +16,7 @@ use super::{
     frames::{Frames, Mac},
     last_hook::LastHook,
     node_calls,
-    outcome::{Check, Outcome, Skip},
+    outcome::{Outcome, Skip, VerifyCheck},
     probes::{Probe, Treatment},
     routes,
 };
@@ -70,7 +70,7 @@ impl Paths {
         enforced: &Enforced,
         netlink: &Netlink,
         pod: &Result<TestPod, Skip>,
-    ) -> Result<Vec<Check>, VerifyError> {
+    ) -> Result<Vec<VerifyCheck>, VerifyError> {
         let node = node_calls::check(&mut self.last_hook, &enforced.endpoints, &self.local).await;
         let mut open = Vec::new();
         for (endpoint, check) in enforced.endpoints.iter().zip(&node) {
@@ -83,7 +83,7 @@ impl Paths {
 
     /// Returns the reason why test packets of a pod can't reach the last hook of an endpoint. `node` is the result of the
     /// node's own packets.
-    fn skip_of(&self, endpoint: &Endpoint, node: &Check) -> Option<Skip> {
+    fn skip_of(&self, endpoint: &Endpoint, node: &VerifyCheck) -> Option<Skip> {
         if self.local.contains(&endpoint.address) {
             return Some(Skip::new("an address of this node"));
         }
@@ -96,7 +96,7 @@ impl Paths {
         netlink: &Netlink,
         pod: &Result<TestPod, Skip>,
         endpoints: &[(&Endpoint, Option<Skip>)],
-    ) -> Result<Vec<Check>, VerifyError> {
+    ) -> Result<Vec<VerifyCheck>, VerifyError> {
         let ready = match (pod, &mut self.last_hook) {
             (Err(skip), _) => Err(skip.clone()),
             (_, Err(skip)) => Err(skip.clone()),
@@ -107,7 +107,7 @@ impl Paths {
             Err(skip) => {
                 let skip = Skip::new(skip.reason);
                 let skipped = |(endpoint, _): &(&Endpoint, _)| {
-                    Check::skipped(PATH, "reaches the last hook", &skip)
+                    VerifyCheck::skipped(PATH, "reaches the last hook", &skip)
                         .with_sender("exempt pod")
                         .at(endpoint)
                 };
@@ -184,7 +184,7 @@ impl Bridged<'_> {
         pod: &TestPod,
         endpoints: &[(&Endpoint, Option<Skip>)],
         families: [bool; 2],
-    ) -> Result<Vec<Check>, VerifyError> {
+    ) -> Result<Vec<VerifyCheck>, VerifyError> {
         let bridge = LinkName { name: self.device.name.clone(), ifindex: self.device.index };
         let to: Mac = self.device.address.as_slice().try_into().unwrap_or_default();
         let path = Path {

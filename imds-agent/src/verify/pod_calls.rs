@@ -11,7 +11,7 @@ use imds_ebpf_common::{
 use super::{
     Enforced, VerifyError,
     fixture::TestPod,
-    outcome::{Check, Outcome, Skip, phrase as verdict_phrase},
+    outcome::{Outcome, Skip, VerifyCheck, phrase as verdict_phrase},
     probes::{Probe, Treatment},
     syscalls::{attempt, is_refused, phrase},
     tc::{closed, expectation, targets},
@@ -22,14 +22,18 @@ use crate::{datapath::pins, endpoints::Endpoint, node::cgroup};
 const SENDMSG_LINK: &str = "sendmsg4";
 
 /// Checks that calls from the namespace of the test pod are refused.
-pub(super) fn check(enforced: &Enforced, pod: &Result<TestPod, Skip>) -> Result<Vec<Check>, VerifyError> {
+pub(super) fn check(
+    enforced: &Enforced,
+    pod: &Result<TestPod, Skip>,
+) -> Result<Vec<VerifyCheck>, VerifyError> {
     let name = Hook::Socket.name();
     let is_attached = enforced.status.sockets.as_ref().is_some_and(|sockets| sockets.attached);
-    let mut checks = vec![Check::attached(Hook::Socket, is_attached)];
+    let mut checks = vec![VerifyCheck::attached(Hook::Socket, is_attached)];
     let pod = match pod {
         Ok(pod) => pod,
         Err(skip) => {
-            let skipped = |endpoint| Check::skipped(name, "denied", skip).with_sender("pod").at(endpoint);
+            let skipped =
+                |endpoint| VerifyCheck::skipped(name, "denied", skip).with_sender("pod").at(endpoint);
             checks.extend(enforced.endpoints.iter().map(skipped));
             return Ok(checks);
         }
@@ -47,7 +51,8 @@ pub(super) fn check(enforced: &Enforced, pod: &Result<TestPod, Skip>) -> Result<
                 let result = pod.run(|| attempt(endpoint.address, service))?;
                 (phrase(&result), !is_refused(&result))
             };
-            let check = Check::new(name, expectation(expected), observed, Outcome::from_success(is_right));
+            let check =
+                VerifyCheck::new(name, expectation(expected), observed, Outcome::from_success(is_right));
             checks.push(check.with_sender("pod").at(endpoint).with_service(allowed));
         }
     }
@@ -70,7 +75,7 @@ fn refused(
         if let Some(probe) = probe {
             probe.reset(Treatment::Denied)?;
         }
-        let result = pod.run(|| attempt(endpoint.address, closed(&endpoint.keep, protocol)))?;
+        let result = pod.run(|| attempt(endpoint.address, closed(&endpoint.allow_ports, protocol)))?;
         let verdict = probe.map(|probe| probe.verdict(Hook::Socket));
         match (is_refused(&result), verdict) {
             (true, None | Some(Some(Verdict::Deny))) => done.push(call),

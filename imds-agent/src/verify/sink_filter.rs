@@ -13,7 +13,7 @@ use rtnetlink::{
 };
 
 use crate::{
-    datapath::clsact::Filter,
+    datapath::clsact::TcFilter,
     node::netlink::{Netlink, NetlinkError},
 };
 
@@ -32,7 +32,7 @@ pub(super) struct SinkFilter {
 }
 
 /// Lists the filters at egress of an interface in the order in which they run. Returns none without a clsact qdisc.
-pub(super) async fn filters(netlink: &Netlink, ifindex: u32) -> Result<Vec<Filter>, NetlinkError> {
+pub(super) async fn filters(netlink: &Netlink, ifindex: u32) -> Result<Vec<TcFilter>, NetlinkError> {
     let request = RouteNetlinkMessage::GetTrafficFilter(message(ifindex));
     let call = format!("failed to list filters of interface {ifindex}");
     let answers = match netlink.dump(call, request).await {
@@ -40,7 +40,7 @@ pub(super) async fn filters(netlink: &Netlink, ifindex: u32) -> Result<Vec<Filte
         answers => answers?,
     };
     let filters = answers.into_iter().filter_map(|answer| match answer {
-        RouteNetlinkMessage::NewTrafficFilter(message) => Filter::from_message(message),
+        RouteNetlinkMessage::NewTrafficFilter(message) => TcFilter::from_message(message),
         _ => None,
     });
     Ok(filters.collect())
@@ -51,13 +51,13 @@ impl SinkFilter {
     pub(super) async fn add_after_agent(
         netlink: &Netlink,
         ifindex: u32,
-        filters: &[Filter],
+        filters: &[TcFilter],
         program: BorrowedFd<'_>,
     ) -> Result<Option<Self>, NetlinkError> {
         let Some(agent) = filters.iter().find(|filter| filter.is_ours()) else { return Ok(None) };
         // All filters of a priority have the same kind and protocol, and a new BPF filter comes first.
         let is_free = |priority: &u16| {
-            filters.iter().filter(|filter| filter.priority == *priority).all(Filter::takes_company)
+            filters.iter().filter(|filter| filter.priority == *priority).all(TcFilter::can_share_priority)
         };
         let Some(priority) = (agent.priority.saturating_add(1)..u16::MAX).find(is_free) else {
             return Ok(None);
@@ -104,7 +104,7 @@ impl SinkFilter {
 pub(super) async fn remove_leftover(
     netlink: &Netlink,
     ifindex: u32,
-    filters: &[Filter],
+    filters: &[TcFilter],
 ) -> Result<(), NetlinkError> {
     for filter in filters.iter().filter(|filter| filter.name.as_deref() == Some(NAME)) {
         SinkFilter { ifindex, priority: filter.priority }.remove(netlink).await?;

@@ -10,12 +10,12 @@ use super::{
     attached::wait_attached,
     fixture::{TestDevice, TestPod},
     frames::{Frames, Mac},
-    outcome::{Check, Outcome, Skip, phrase},
+    outcome::{Outcome, Skip, VerifyCheck, phrase},
     probes::{Probe, Probes, Treatment},
 };
 use crate::{
     datapath::object::Maps,
-    endpoints::{Endpoint, Keep},
+    endpoints::{AllowedPort, Endpoint},
 };
 
 /// Interval at which a frame is sent again. A frame that is sent while an interface comes up can be lost.
@@ -33,7 +33,7 @@ pub(super) async fn check(
     maps: &Maps,
     probes: &Probes,
     is_followed: bool,
-) -> Result<Vec<Check>, VerifyError> {
+) -> Result<Vec<VerifyCheck>, VerifyError> {
     let hook = tc_hook.hook();
     let device = match device {
         Ok(device) => wait_attached(tc_hook, device.interface(), maps, is_followed).await.map(|()| device),
@@ -44,14 +44,14 @@ pub(super) async fn check(
         for (service, expected, allowed) in targets(endpoint) {
             let wanted = expectation(expected);
             let check = match &device {
-                Err(skip) => Check::skipped(hook.name(), wanted, skip),
+                Err(skip) => VerifyCheck::skipped(hook.name(), wanted, skip),
                 Ok(device) => {
                     let subject = Subject::new(SubjectKind::Interface, device.interface().ifindex.into());
                     let probe = probes.add(subject, Treatment::Denied)?;
                     let frames = Frames { to: NO_HOST, from: TestPod::POD_MAC, marker: [0; 4] };
                     let frame = frames.frame(endpoint.address, service, 0);
                     let found = verdict_on(*device, &probe, hook, expected, &frame).await;
-                    Check::new(
+                    VerifyCheck::new(
                         hook.name(),
                         wanted,
                         phrase(found),
@@ -66,25 +66,27 @@ pub(super) async fn check(
 }
 
 /// Returns the services of an endpoint to test: all allowed ones, and one that is not allowed.
-pub(super) fn targets(endpoint: &Endpoint) -> impl Iterator<Item = (Service, Verdict, Option<Keep>)> {
-    let keep = &endpoint.keep;
-    let allowed = keep.iter().map(|&allowed| (allowed.0, Verdict::Kept, Some(allowed)));
-    [(closed(keep, TCP), Verdict::Deny, None)].into_iter().chain(allowed)
+pub(super) fn targets(endpoint: &Endpoint) -> impl Iterator<Item = (Service, Verdict, Option<AllowedPort>)> {
+    let allow_ports = &endpoint.allow_ports;
+    let allowed = allow_ports.iter().map(|&allowed| (allowed.0, Verdict::Allowed, Some(allowed)));
+    [(closed(allow_ports, TCP), Verdict::Deny, None)].into_iter().chain(allowed)
 }
 
 /// Returns a service of this protocol that is not allowed.
-pub(super) fn closed(keep: &[Keep], protocol: u8) -> Service {
+pub(super) fn closed(allow_ports: &[AllowedPort], protocol: u8) -> Service {
     let services = (80..=u16::MAX).map(|port| Service::new(protocol, port));
     services
         .into_iter()
-        .find(|service| keep.iter().all(|allowed| allowed.0 != *service))
+        .find(|service| allow_ports.iter().all(|allowed| allowed.0 != *service))
         .unwrap_or(Service::new(protocol, 80))
 }
 
 pub(super) const fn expectation(verdict: Verdict) -> &'static str {
     match verdict {
         Verdict::Deny => "denied",
-        Verdict::Foreign | Verdict::Audit | Verdict::Allow | Verdict::Kept | Verdict::Exempt => "not denied",
+        Verdict::Unrelated | Verdict::Audit | Verdict::Allow | Verdict::Allowed | Verdict::Exempt => {
+            "not denied"
+        }
     }
 }
 
@@ -137,9 +139,9 @@ mod tests {
 
     #[test]
     fn closed_services() {
-        let keep = [Keep(Service::new(TCP, 80)), Keep(Service::new(UDP, 81))];
+        let allow_ports = [AllowedPort(Service::new(TCP, 80)), AllowedPort(Service::new(UDP, 81))];
         assert_eq!(closed(&[], TCP), Service::new(TCP, 80));
-        assert_eq!(closed(&keep, TCP), Service::new(TCP, 81));
-        assert_eq!(closed(&keep, UDP), Service::new(UDP, 80));
+        assert_eq!(closed(&allow_ports, TCP), Service::new(TCP, 81));
+        assert_eq!(closed(&allow_ports, UDP), Service::new(UDP, 80));
     }
 }

@@ -6,7 +6,7 @@ mod links;
 use std::time::Duration;
 
 use imds_tests::{
-    Netns, World,
+    Netns, TestEnv,
     measure::{machine, table},
 };
 use latency::latencies;
@@ -20,17 +20,17 @@ const CALM: Duration = Duration::from_millis(100);
 const BURST: Duration = Duration::from_millis(20);
 
 fn main() {
-    let world = World::new();
+    let env = TestEnv::new();
     let namespaces: Vec<_> = (0..NAMESPACES).map(|_| Netns::new("churn")).collect();
-    let make = |interval| Churn::new(&world.node, &namespaces).run(LINKS, interval);
+    let make = |interval| Churn::new(&env.node, &namespaces).run(LINKS, interval);
     let mut rows = Vec::new();
     for (name, interval) in [("10 pods/s", CALM), ("50 pods/s", BURST)] {
         let without = make(interval);
-        let agent = world.agent().hooks(HOOKS).spawn_ready();
+        let agent = env.agent().hooks(HOOKS).spawn_ready();
         let with = make(interval);
         let latencies = latencies(&agent, &with);
         drop(agent);
-        world.unload();
+        env.unload();
         let again = make(interval);
         let baseline = f64::midpoint(mean(&without), mean(&again));
         rows.push(vec![

@@ -17,7 +17,7 @@ use std::{
 };
 
 use imds_tests::{
-    Agent, METADATA, Netns, Pod, PodLink, World,
+    Agent, METADATA, Netns, Pod, PodLink, TestEnv,
     api_server::{ApiServer, pod},
     flood::Flood,
     kubelet::{Driver, Kubelet, PodCgroup, new_uid},
@@ -100,7 +100,7 @@ impl Row {
 
 /// A node with pods that an API server lists.
 struct Node {
-    world: World,
+    env: TestEnv,
     server: ApiServer,
     kubelet: Kubelet,
     config: String,
@@ -109,9 +109,9 @@ struct Node {
 
 impl Node {
     fn new() -> Self {
-        let world = World::new();
-        let server = ApiServer::start_in(&world.node);
-        let kubeconfig = world.scratch_dir().join("kubeconfig");
+        let env = TestEnv::new();
+        let server = ApiServer::start_in(&env.node);
+        let kubeconfig = env.scratch_dir().join("kubeconfig");
         server.write_kubeconfig(&kubeconfig);
         let config = format!(
             "[[exempt]]\nname = 'agents'\nnamespace = 'kube-system'\npod_selector = {{ match_labels = {{ app = 'agent' }} }}\n\
@@ -119,11 +119,11 @@ impl Node {
             kubeconfig.display()
         );
         let visitors = (0..churn::NAMESPACES).map(|_| Netns::new("visitor")).collect();
-        Self { world, server, kubelet: Kubelet::new(), config, visitors }
+        Self { env, server, kubelet: Kubelet::new(), config, visitors }
     }
 
     fn add_pod(&self, number: usize) -> (Pod, PodCgroup) {
-        let link = self.world.add_pod(PodLink::Routed);
+        let link = self.env.add_pod(PodLink::Routed);
         let uid = new_uid();
         let mut cgroup = self.kubelet.add_pod(&uid, Driver::Systemd);
         cgroup.start_in(&link.netns);
@@ -143,7 +143,7 @@ impl Node {
             let (agent, took) = self.start();
             self.wait_all_enforced(&agent);
             drop(agent);
-            self.world.unload();
+            self.env.unload();
             took
         }));
         let (agent, _) = self.start();
@@ -153,13 +153,13 @@ impl Node {
         let memory = process.memory("VmRSS");
         drop(agent);
         let restart = Samples::new((0..STARTS).map(|_| self.start().1));
-        let restart_in_flood = self.world.assert_nothing_arrives(|| {
+        let restart_in_flood = self.env.assert_nothing_arrives(|| {
             let _floods = [Flood::udp(&pods[1].0, METADATA), Flood::syn(&pods[2].0, METADATA)];
             Samples::new((0..STARTS).map(|_| self.start().1))
         });
         let (agent, _) = self.start();
         self.wait_all_enforced(&agent);
-        let churn = Churn::new(&self.world.node, &self.visitors);
+        let churn = Churn::new(&self.env.node, &self.visitors);
         let mut made = Vec::new();
         let cpu_of_churn = Process::new(agent.pid()).cpu_while(|| made = churn.run(LINKS, INTERVAL));
         if let Some(slowest) = made.iter().max_by(|one, other| one.took.total_cmp(&other.took)) {
@@ -170,7 +170,7 @@ impl Node {
             );
         }
         drop(agent);
-        self.world.unload();
+        self.env.unload();
         Row {
             pods: pods.len().try_into().expect("a few pods"),
             start: start.median(),
@@ -185,9 +185,9 @@ impl Node {
     /// Starts an agent. Returns the milliseconds until it notifies the service manager that it is ready: the node-wide
     /// hooks then cover all pods.
     fn start(&self) -> (Agent<'_>, f64) {
-        let path = self.world.scratch_dir().join("notify");
+        let path = self.env.scratch_dir().join("notify");
         let notified = listen(&path);
-        let command = self.world.agent().config(&self.config).hooks(HOOKS);
+        let command = self.env.agent().config(&self.config).hooks(HOOKS);
         let start = Instant::now();
         let agent = command.env("NOTIFY_SOCKET", path.to_str().expect("a UTF-8 path")).spawn();
         wait_for_ready(&notified).unwrap_or_else(|error| panic!("{error}: {}", agent.log()));
@@ -197,7 +197,7 @@ impl Node {
     /// Waits until each pod also has its own program. Attachments run one after another.
     fn wait_all_enforced(&self, agent: &Agent<'_>) {
         poll_until(PATIENCE * 4, "every pod to have its program", || {
-            let status = self.world.status();
+            let status = self.env.status();
             (status.is_ready() && status.agent.pid == Some(agent.pid())).then_some(())
         });
     }
@@ -206,9 +206,9 @@ impl Node {
     /// another, which takes long.
     fn wait_settled(&self, pods: usize) {
         poll_until(PATIENCE * 4, "the sandbox and TCX link of every pod", || {
-            let status = self.world.status();
+            let status = self.env.status();
             let of_pods = status.interfaces.iter().filter(|interface| interface.role == "pod");
-            let is_settled = status.has_located(pods) && status.all_pods_have_tcx();
+            let is_settled = status.has_resolved(pods) && status.all_pods_have_tcx();
             (is_settled && of_pods.count() == pods).then_some(())
         });
     }

@@ -16,7 +16,7 @@ use std::{
 };
 
 use imds_tests::{
-    Arrivals, METADATA, Pod, PodLink, World,
+    METADATA, Pod, PodLink, ReceivedPackets, TestEnv,
     api_server::{ApiServer, pod},
     flood::Flood,
     http::{DEFAULT, try_get},
@@ -37,7 +37,7 @@ const BETWEEN_COMPACTIONS: u32 = 100;
 
 /// The cluster of the node.
 pub(crate) struct Cluster<'w> {
-    world: &'w World,
+    env: &'w TestEnv,
     // Dropped first, because its thread is woken through the node's namespace.
     server: ApiServer,
     kubelet: Kubelet,
@@ -50,12 +50,12 @@ pub(crate) struct Cluster<'w> {
 }
 
 impl<'w> Cluster<'w> {
-    pub(crate) fn new(world: &'w World) -> Self {
-        let server = ApiServer::start_in(&world.node);
-        server.write_kubeconfig(&world.scratch_dir().join("kubeconfig"));
-        let config = world.scratch_dir().join("imds.toml");
+    pub(crate) fn new(env: &'w TestEnv) -> Self {
+        let server = ApiServer::start_in(&env.node);
+        server.write_kubeconfig(&env.scratch_dir().join("kubeconfig"));
+        let config = env.scratch_dir().join("imds.toml");
         let (exempt, made, sent) = (Mutex::default(), AtomicU64::new(0), AtomicU64::new(0));
-        let cluster = Self { world, server, kubelet: Kubelet::new(), config, exempt, made, sent };
+        let cluster = Self { env, server, kubelet: Kubelet::new(), config, exempt, made, sent };
         cluster.configure(&cluster.configuration(0));
         cluster
     }
@@ -66,7 +66,7 @@ impl<'w> Cluster<'w> {
         let socket = number % 5 != 4;
         let endpoints = (0..number * 37 % 200)
             .map(|number| format!("[[endpoint]]\nname = 'e{number}'\naddress = '203.0.113.{number}'\n"));
-        let kubeconfig = self.world.scratch_dir().join("kubeconfig");
+        let kubeconfig = self.env.scratch_dir().join("kubeconfig");
         format!(
             "on_deny = '{answer}'\n[hooks]\nsocket = {socket}\n\
              [kubernetes]\nkubeconfig = '{}'\nnode_name = '{NODE}'\n\
@@ -89,7 +89,7 @@ impl<'w> Cluster<'w> {
             [(PodLink::Routed, Driver::Systemd), (PodLink::Bridged, Driver::Cgroupfs)][number as usize % 2];
         let uid = new_uid();
         let mut cgroup = self.kubelet.add_pod(&uid, driver);
-        let pod = self.world.add_pod(link);
+        let pod = self.env.add_pod(link);
         if number.is_multiple_of(4) {
             self.exempt.lock().expect("no thread panicked").insert(pod.address);
         }
@@ -165,9 +165,9 @@ impl<'c> Load<'c> {
     }
 
     /// Returns the number of arrivals from pods that have been exempt at any time.
-    pub(crate) fn arrivals_of_exempt(&self, arrivals: &Arrivals) -> u64 {
+    pub(crate) fn arrivals_of_exempt(&self, received_packets: &ReceivedPackets) -> u64 {
         let exempt = self.cluster.exempt.lock().expect("no thread panicked");
-        exempt.iter().map(|&address| arrivals.from(address)).sum()
+        exempt.iter().map(|&address| received_packets.from(address)).sum()
     }
 
     fn goes_on(&self) -> bool {
@@ -179,7 +179,7 @@ impl<'c> Load<'c> {
         for number in (0..).take_while(|_| self.goes_on()) {
             let tenant = cluster.add_pod(number);
             // One request with a socket in the cgroup of the socket hook, one with a socket outside.
-            cluster.world.in_cgroup(|| http_get(&tenant.pod.netns, METADATA, SHORT));
+            cluster.env.in_cgroup(|| http_get(&tenant.pod.netns, METADATA, SHORT));
             udp_echo(&tenant.pod.netns, METADATA, Duration::from_millis(20));
             if number % 8 == 4 {
                 cluster.tell(&tenant, false);
@@ -232,7 +232,7 @@ impl<'c> Load<'c> {
     fn scrape(&self) {
         while self.goes_on() {
             let is_served =
-                |path| try_get(self.cluster.world, DEFAULT, path).is_ok_and(|(status, _)| status == 200);
+                |path| try_get(self.cluster.env, DEFAULT, path).is_ok_and(|(status, _)| status == 200);
             if !is_served("/metrics") || !is_served("/healthz") {
                 self.failed_scrapes.fetch_add(1, Ordering::Relaxed);
             }
@@ -249,8 +249,8 @@ pub(crate) struct Follower {
 }
 
 impl Follower {
-    pub(crate) fn start(world: &World) -> Self {
-        let mut command = world.imds_agent(&["events", "-o", "json"]).command();
+    pub(crate) fn start(env: &TestEnv) -> Self {
+        let mut command = env.imds_agent(&["events", "-o", "json"]).command();
         let mut process = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("follow events");
         let (told, suppressed) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
         let lines = BufReader::new(process.stdout.take().expect("a pipe")).lines();

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use imds_tests::{Agent, PodLink, Status, World, hook};
+use imds_tests::{Agent, PodLink, Status, TestEnv, hook};
 
 use load::{Cluster, Follower, Load};
 use sample::{Row, Sampler};
@@ -30,18 +30,18 @@ const AGENTS: u32 = 2;
 
 fn main() -> ExitCode {
     let minutes = env::var(MINUTES).map_or(60, |minutes| minutes.parse().expect("a number of minutes"));
-    let world = World::new();
-    let cluster = Cluster::new(&world);
-    let flooders = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
+    let env = TestEnv::new();
+    let cluster = Cluster::new(&env);
+    let flooders = [PodLink::Routed, PodLink::Bridged].map(|link| env.add_pod(link));
     let mut outcome = Outcome::default();
     println!("{}", Row::TITLES);
     let start = Instant::now();
     for number in 1..=AGENTS {
-        let agent = start_agent(&world, &cluster.config);
-        outcome.held_at_rest.push(sample::held(&world));
-        let follower = Follower::start(&world);
+        let agent = start_agent(&env, &cluster.config);
+        outcome.held_at_rest.push(sample::held(&env));
+        let follower = Follower::start(&env);
         let load = Load::new(&cluster, &flooders);
-        let mut sampler = Sampler::new(&world, &agent, start);
+        let mut sampler = Sampler::new(&env, &agent, start);
         let rows = thread::scope(|scope| {
             load.start(scope);
             let end = Instant::now() + Duration::from_mins(minutes) / AGENTS;
@@ -60,26 +60,26 @@ fn main() -> ExitCode {
         println!("{last}");
         println!("agent {number} is {}", if number < AGENTS { "killed" } else { "terminated" });
         outcome.add(&rows, &last, follower.stop(), sampler.objects());
-        outcome.held_at_rest.push(sample::held(&world));
+        outcome.held_at_rest.push(sample::held(&env));
         if number < AGENTS {
             agent.kill9();
         } else {
             assert!(agent.terminate().success(), "the agent must exit with success");
         }
     }
-    world.unload();
-    outcome.left = sample::left(&world, &outcome.objects);
+    env.unload();
+    outcome.left = sample::left(&env, &outcome.objects);
     println!("\n{outcome}");
     if outcome.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn start_agent<'w>(world: &'w World, config: &Path) -> Agent<'w> {
-    let cgroup = world.cgroup().to_str().expect("a path of ours");
+fn start_agent<'w>(env: &'w TestEnv, config: &Path) -> Agent<'w> {
+    let cgroup = env.cgroup().to_str().expect("a path of ours");
     let config = config.to_str().expect("a path of ours");
-    let agent = world.imds_agent(&["run"]).config_file(config).args(&["--cgroup", cgroup]).spawn_ready();
+    let agent = env.imds_agent(&["run"]).config_file(config).args(&["--cgroup", cgroup]).spawn_ready();
     if hook::has_tcx() {
         // A clsact filter denies the pod until the TCX link is attached.
-        world.status_when("every pod has its TCX link", Status::all_pods_have_tcx);
+        env.status_when("every pod has its TCX link", Status::all_pods_have_tcx);
     }
     agent
 }

@@ -10,7 +10,7 @@ use std::{
 
 use aya::{maps::loaded_maps, programs::loaded_programs};
 use imds_tests::{
-    Agent, World,
+    Agent, TestEnv,
     http::{DEFAULT, try_get},
     measure::Process,
     poll::try_poll,
@@ -85,7 +85,7 @@ impl fmt::Display for Row {
 
 /// Takes samples of one agent.
 pub(crate) struct Sampler<'w> {
-    world: &'w World,
+    env: &'w TestEnv,
     process: String,
     start: Instant,
     usage: Process,
@@ -103,18 +103,18 @@ pub(crate) enum Object {
 
 impl<'w> Sampler<'w> {
     /// Creates a sampler for an agent. `start` is the start of the first agent.
-    pub(crate) fn new(world: &'w World, agent: &Agent<'_>, start: Instant) -> Self {
+    pub(crate) fn new(env: &'w TestEnv, agent: &Agent<'_>, start: Instant) -> Self {
         let process = format!("/proc/{}", agent.pid());
         let usage = Process::new(agent.pid());
         let before = (usage.cpu(), Instant::now());
-        Self { world, process, start, usage, before, objects: BTreeSet::new() }
+        Self { env, process, start, usage, before, objects: BTreeSet::new() }
     }
 
     pub(crate) fn row(&mut self, load: &Load<'_>, follower: &Follower) -> Row {
         self.objects.extend(objects(&self.process));
         let (cpu, now) = (self.usage.cpu(), Instant::now());
         let (cpu_before, then) = std::mem::replace(&mut self.before, (cpu, now));
-        let (metrics, arrivals) = (Metrics::read(self.world), self.world.arrivals());
+        let (metrics, received_packets) = (Metrics::read(self.env), self.env.received_packets());
         Row {
             elapsed: self.start.elapsed(),
             rss: memory(&self.process, "VmRSS"),
@@ -133,7 +133,7 @@ impl<'w> Sampler<'w> {
             suppressed: metrics.get("imds_agent_events_suppressed_total"),
             untold: metrics.get("imds_agent_events_pending"),
             heard: follower.heard().0,
-            strangers: arrivals.total() - load.arrivals_of_exempt(&arrivals),
+            strangers: received_packets.total() - load.arrivals_of_exempt(&received_packets),
             failed_scrapes: load.failed_scrapes(),
         }
     }
@@ -145,9 +145,9 @@ impl<'w> Sampler<'w> {
 }
 
 /// Counts kernel objects for interfaces and pods: pinned links and map entries.
-pub(crate) fn held(world: &World) -> BTreeMap<String, usize> {
-    let links = fs::read_dir(world.pin_dir().join("links")).map_or(0, Iterator::count);
-    let entries = MAPS.map(|name| (name.to_owned(), entries(&world.pin_dir().join("maps").join(name))));
+pub(crate) fn held(env: &TestEnv) -> BTreeMap<String, usize> {
+    let links = fs::read_dir(env.pin_dir().join("links")).map_or(0, Iterator::count);
+    let entries = MAPS.map(|name| (name.to_owned(), entries(&env.pin_dir().join("maps").join(name))));
     entries.into_iter().chain([("links".to_owned(), links)]).collect()
 }
 
@@ -162,16 +162,16 @@ fn entries(pin: &Path) -> usize {
 
 /// Returns the given objects that still exist after a while, and the pin directory if it exists. The kernel frees
 /// unused objects asynchronously.
-pub(crate) fn left(world: &World, objects: &BTreeSet<Object>) -> Vec<String> {
-    let gone = try_poll(LONG, || left_now(world, objects).is_empty().then_some(()));
-    if gone.is_some() { Vec::new() } else { left_now(world, objects) }
+pub(crate) fn left(env: &TestEnv, objects: &BTreeSet<Object>) -> Vec<String> {
+    let gone = try_poll(LONG, || left_now(env, objects).is_empty().then_some(()));
+    if gone.is_some() { Vec::new() } else { left_now(env, objects) }
 }
 
-fn left_now(world: &World, objects: &BTreeSet<Object>) -> Vec<String> {
+fn left_now(env: &TestEnv, objects: &BTreeSet<Object>) -> Vec<String> {
     let programs = loaded_programs().filter_map(|info| Some(Object::Program(info.ok()?.id())));
     let maps = loaded_maps().filter_map(|info| Some(Object::Map(info.ok()?.id())));
     let left = programs.chain(maps).filter(|object| objects.contains(object));
-    let pins = world.pin_dir();
+    let pins = env.pin_dir();
     let directory = pins.exists().then(|| pins.display().to_string());
     left.map(|object| format!("{object:?}")).chain(directory).collect()
 }
@@ -194,8 +194,8 @@ fn objects(process: &str) -> BTreeSet<Object> {
 struct Metrics(BTreeMap<String, u64>);
 
 impl Metrics {
-    fn read(world: &World) -> Self {
-        let text = try_get(world, DEFAULT, "/metrics").map(|(_, text)| text).unwrap_or_default();
+    fn read(env: &TestEnv) -> Self {
+        let text = try_get(env, DEFAULT, "/metrics").map(|(_, text)| text).unwrap_or_default();
         let series = text.lines().filter(|line| !line.starts_with('#'));
         let values = series.filter_map(|line| {
             let (name, value) = line.rsplit_once(' ')?;

@@ -5,7 +5,7 @@ use std::{
     fmt,
 };
 
-use imds_tests::steady::{growth, median};
+use imds_tests::stability::{growth, median};
 
 use crate::sample::{Object, Row};
 

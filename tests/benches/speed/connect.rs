@@ -7,7 +7,7 @@ use std::{
 };
 
 use imds_tests::{
-    METADATA, Pod, World,
+    METADATA, Pod, TestEnv,
     measure::{Samples, run_on, table},
 };
 
@@ -21,13 +21,13 @@ const PATIENCE: Duration = Duration::from_secs(3);
 const CPU: usize = 1;
 
 /// Measures calls to unprotected addresses, with and without the hooks.
-pub(crate) fn latency(world: &World, pod: &Pod) -> String {
+pub(crate) fn latency(env: &TestEnv, pod: &Pod) -> String {
     let guards = [Guard::Nothing, Guard::EmptySocket, Guard::Socket, Guard::AllHooks];
     let mut costs = [const { Vec::new() }; 4];
     for _ in 0..ROUNDS {
         for (guard, costs) in guards.into_iter().zip(&mut costs) {
-            let _on = guard.turn_on(world, pod);
-            costs.push(world.in_cgroup(|| pod.netns.run(calls)));
+            let _on = guard.turn_on(env, pod);
+            costs.push(env.in_cgroup(|| pod.netns.run(calls)));
         }
     }
     let rows: Vec<_> = guards
@@ -88,15 +88,15 @@ fn per_call(call: impl Fn(), calls: u32) -> f64 {
 }
 
 /// Measures the time until a client learns that it is denied.
-pub(crate) fn waiting(world: &World, pod: &Pod) -> String {
-    let reject = || On::agent(world, &["from_pod"], "on_deny = 'reject'");
-    let by_guard = |guard: Guard| move || guard.turn_on(world, pod);
+pub(crate) fn waiting(env: &TestEnv, pod: &Pod) -> String {
+    let reject = || On::agent(env, &["from_pod"], "on_deny = 'reject'");
+    let by_guard = |guard: Guard| move || guard.turn_on(env, pod);
     let rows: Vec<_> = [
-        ("imds-agent, socket", time(world, pod, by_guard(Guard::Socket))),
-        ("imds-agent, from_pod, on_deny = \"reject\"", time(world, pod, reject)),
-        ("imds-agent, from_pod, on_deny = \"drop\"", time(world, pod, by_guard(Guard::FromPod))),
-        ("AKS' rule", time(world, pod, by_guard(Guard::AksTcp))),
-        ("AWS' rule with REJECT", time(world, pod, by_guard(Guard::AwsReject))),
+        ("imds-agent, socket", time(env, pod, by_guard(Guard::Socket))),
+        ("imds-agent, from_pod, on_deny = \"reject\"", time(env, pod, reject)),
+        ("imds-agent, from_pod, on_deny = \"drop\"", time(env, pod, by_guard(Guard::FromPod))),
+        ("AKS' rule", time(env, pod, by_guard(Guard::AksTcp))),
+        ("AWS' rule with REJECT", time(env, pod, by_guard(Guard::AwsReject))),
     ]
     .into_iter()
     .map(|(name, (took, error))| vec![name.to_owned(), took, error])
@@ -105,9 +105,9 @@ pub(crate) fn waiting(world: &World, pod: &Pod) -> String {
     format!("### How long a client that is denied waits\n\n{}", table(&head, &rows))
 }
 
-fn time<'w>(world: &World, pod: &Pod, turn_on: impl FnOnce() -> On<'w>) -> (String, String) {
+fn time<'w>(env: &TestEnv, pod: &Pod, turn_on: impl FnOnce() -> On<'w>) -> (String, String) {
     let _on = turn_on();
-    let tries = world.in_cgroup(|| {
+    let tries = env.in_cgroup(|| {
         pod.netns.run(|| {
             [(); 5].map(|()| {
                 let start = Instant::now();

@@ -8,7 +8,7 @@ use aya_obj::generated::bpf_attach_type::{
     BPF_CGROUP_UDP6_SENDMSG,
 };
 use imds_agent::datapath::bpf::link_create_cgroup;
-use imds_tests::{Netns, Pod, World, foreign::Foreign};
+use imds_tests::{Netns, Pod, TestEnv, foreign::Foreign};
 use nix::net::if_::if_nametoindex;
 
 const TC_ACT_UNSPEC: i32 = -1;
@@ -47,7 +47,7 @@ pub(crate) enum Guard {
 
 /// An active mechanism. Dropping it turns the mechanism off.
 pub(crate) struct On<'w> {
-    world: &'w World,
+    env: &'w TestEnv,
     is_agent: bool,
     has_rules: bool,
     /// Dropping the descriptor removes the link.
@@ -119,24 +119,24 @@ impl Guard {
         }
     }
 
-    pub(crate) fn turn_on<'w>(self, world: &'w World, pod: &Pod) -> On<'w> {
-        let node = &world.node;
-        let mut on = On { world, is_agent: false, has_rules: false, foreign: Vec::new() };
+    pub(crate) fn turn_on<'w>(self, env: &'w TestEnv, pod: &Pod) -> On<'w> {
+        let node = &env.node;
+        let mut on = On { env, is_agent: false, has_rules: false, foreign: Vec::new() };
         match self {
             Self::Nothing => {}
             Self::EmptyProgram => on.foreign = vec![at_from_pod(TC_ACT_UNSPEC, node, pod)],
-            Self::EmptySocket => on.foreign = at_calls(world).into(),
+            Self::EmptySocket => on.foreign = at_calls(env).into(),
             Self::EmptyAll => {
                 let at_edges = [at_from_pod(TC_ACT_UNSPEC, node, pod), at_node_egress(TC_ACT_UNSPEC, node)];
-                on.foreign = at_calls(world).into_iter().chain(at_edges).collect();
+                on.foreign = at_calls(env).into_iter().chain(at_edges).collect();
             }
             Self::DropAll => on.foreign = vec![at_from_pod(TC_ACT_SHOT, node, pod)],
             Self::FromPod | Self::NodeEgress | Self::Socket | Self::AllHooks => {
-                return On::agent(world, self.hooks(), CONFIG);
+                return On::agent(env, self.hooks(), CONFIG);
             }
             Self::Conntrack | Self::AksFilter | Self::AksMangle | Self::AksTcp | Self::AwsReject => {
                 on.has_rules = true;
-                self.add_rules(world);
+                self.add_rules(env);
             }
             Self::Nftables => {
                 on.has_rules = true;
@@ -147,11 +147,11 @@ impl Guard {
     }
 
     /// Adds the rules for IPv6 too, although neither AKS nor AWS has such rules.
-    fn add_rules(self, world: &World) {
-        let node = &world.node;
+    fn add_rules(self, env: &TestEnv) {
+        let node = &env.node;
         for (iptables, guarded, address) in [
-            ("iptables", "169.254.169.254/32", world.node_address().to_string()),
-            ("ip6tables", "fd00:ec2::254/128", world.node_address_v6().to_string()),
+            ("iptables", "169.254.169.254/32", env.node_address().to_string()),
+            ("ip6tables", "fd00:ec2::254/128", env.node_address_v6().to_string()),
         ] {
             // A rule of kube-proxy that makes the kernel track connections.
             run(node, iptables, "-A FORWARD -m conntrack --ctstate INVALID -j DROP");
@@ -165,20 +165,20 @@ impl Guard {
 
 impl<'w> On<'w> {
     /// Starts the agent's programs with these hooks.
-    pub(crate) fn agent(world: &'w World, hooks: &'static [&'static str], config: &str) -> Self {
-        let started = world.agent().hooks(hooks).config(config).once();
+    pub(crate) fn agent(env: &'w TestEnv, hooks: &'static [&'static str], config: &str) -> Self {
+        let started = env.agent().hooks(hooks).config(config).once();
         assert!(started.status.success(), "{started:?}");
-        Self { world, is_agent: true, has_rules: false, foreign: Vec::new() }
+        Self { env, is_agent: true, has_rules: false, foreign: Vec::new() }
     }
 }
 
 impl Drop for On<'_> {
     fn drop(&mut self) {
         if self.is_agent {
-            self.world.unload();
+            self.env.unload();
         }
         if self.has_rules {
-            nft(&self.world.node, "flush ruleset");
+            nft(&self.env.node, "flush ruleset");
         }
     }
 }
@@ -193,16 +193,16 @@ fn at_from_pod(action: i32, node: &Netns, pod: &Pod) -> (Foreign, OwnedFd) {
 /// Attaches a foreign program to TC egress of the uplink.
 fn at_node_egress(action: i32, node: &Netns) -> (Foreign, OwnedFd) {
     let foreign = Foreign::returning(action);
-    let ifindex = node.run(|| if_nametoindex(World::UPLINK)).expect("the uplink");
+    let ifindex = node.run(|| if_nametoindex(TestEnv::UPLINK)).expect("the uplink");
     let link = foreign.attach_tcx_first(node, ifindex, TcAttachType::Egress);
     (foreign, link)
 }
 
 /// Attaches a foreign program to each socket hook that the agent uses.
-fn at_calls(world: &World) -> [(Foreign, OwnedFd); CALLS.len()] {
+fn at_calls(env: &TestEnv) -> [(Foreign, OwnedFd); CALLS.len()] {
     CALLS.map(|call| {
         let foreign = Foreign::allowing_calls(call as u32);
-        let cgroup = File::open(world.cgroup()).expect("the world's cgroup");
+        let cgroup = File::open(env.cgroup()).expect("the world's cgroup");
         let link = link_create_cgroup(foreign.program(), &cgroup, call).expect("attach to a cgroup");
         (foreign, link)
     })

@@ -12,7 +12,7 @@ mod plot;
 mod traffic;
 
 use imds_tests::{
-    PodLink, World, effort,
+    PodLink, TestEnv, effort,
     measure::{Samples, machine, table},
 };
 
@@ -23,10 +23,10 @@ use traffic::{Pair, Traffic};
 const ROUNDS: u32 = 25;
 
 fn main() {
-    let world = World::new().with_ipv6().without_counting();
-    let pod = world.add_pod(PodLink::Routed);
-    world.add_pod_ipv6(&pod);
-    let pair = Pair::new(&world, &pod);
+    let env = TestEnv::new().with_ipv6().without_counting();
+    let pod = env.add_pod(PodLink::Routed);
+    env.add_pod_ipv6(&pod);
+    let pair = Pair::new(&env, &pod);
 
     let mut costs = Costs::default();
     let rounds = effort(ROUNDS);
@@ -39,7 +39,7 @@ fn main() {
             turns.reverse();
         }
         for guard in turns {
-            let _on = guard.turn_on(&world, &pod);
+            let _on = guard.turn_on(&env, &pod);
             let possible = Traffic::ALL.into_iter().filter(|traffic| traffic.is_possible(guard));
             possible.for_each(|traffic| costs.add(guard, traffic, pair.cost(traffic)));
         }
@@ -55,8 +55,8 @@ fn main() {
         "Nanoseconds of a packet to the metadata service, its sending included",
         &bars,
     );
-    println!("{}", connect::latency(&world, &pod));
-    println!("{}", connect::waiting(&world, &pod));
+    println!("{}", connect::latency(&env, &pod));
+    println!("{}", connect::waiting(&env, &pod));
 }
 
 /// Nanoseconds of a unit, by alternative and traffic, one value for each round.

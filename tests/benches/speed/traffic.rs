@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use imds_tests::{METADATA, METADATA_V6, Pod, SERVICE, SERVICE_V6, World, measure::run_on};
+use imds_tests::{METADATA, METADATA_V6, Pod, SERVICE, SERVICE_V6, TestEnv, measure::run_on};
 use nix::sys::socket::{setsockopt, sockopt::RcvBuf};
 
 use crate::guard::Guard;
@@ -119,24 +119,24 @@ impl Traffic {
 
 /// Sockets of the sender and the receiver.
 pub(crate) struct Pair<'w> {
-    world: &'w World,
+    env: &'w TestEnv,
     pod: &'w Pod,
     /// The receive queue is full, so that packets are processed up to the socket and dropped there.
     _sink: UdpSocket,
 }
 
 impl<'w> Pair<'w> {
-    pub(crate) fn new(world: &'w World, pod: &'w Pod) -> Self {
-        let sink = world.fabric.run(|| UdpSocket::bind((Ipv6Addr::UNSPECIFIED, PORT))).expect("a UDP socket");
+    pub(crate) fn new(env: &'w TestEnv, pod: &'w Pod) -> Self {
+        let sink = env.fabric.run(|| UdpSocket::bind((Ipv6Addr::UNSPECIFIED, PORT))).expect("a UDP socket");
         setsockopt(&sink, RcvBuf, &1).expect("set a buffer's size");
-        serve(world, ECHO_PORT, echo);
-        serve(world, DISCARD_PORT, discard);
-        Self { world, pod, _sink: sink }
+        serve(env, ECHO_PORT, echo);
+        serve(env, DISCARD_PORT, discard);
+        Self { env, pod, _sink: sink }
     }
 
     /// Returns the nanoseconds per unit, including all work that it causes, in the best batch of a turn.
     pub(crate) fn cost(&self, traffic: Traffic) -> f64 {
-        self.world.in_cgroup(|| self.pod.netns.run(|| in_pod(traffic)))
+        self.env.in_cgroup(|| self.pod.netns.run(|| in_pod(traffic)))
     }
 }
 
@@ -211,8 +211,8 @@ fn best_of_batches<S>(count: u32, set_up: impl Fn() -> S, batch: impl Fn(&mut S)
 }
 
 /// Starts a thread that serves one connection after another until the process ends.
-fn serve(world: &World, port: u16, serve_one: fn(TcpStream) -> io::Result<()>) {
-    let listener = world.fabric.run(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))).expect("a listener");
+fn serve(env: &TestEnv, port: u16, serve_one: fn(TcpStream) -> io::Result<()>) {
+    let listener = env.fabric.run(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))).expect("a listener");
     thread::spawn(move || {
         // The server runs on the CPU of the client, so that the time of both is measured.
         run_on(CPU);

@@ -8,7 +8,7 @@ use std::{
 };
 
 use imds_tests::{
-    DNS_PORT, METADATA, Netns, Pod, PodLink, Ways, World,
+    AttackVectors, DNS_PORT, METADATA, Netns, Pod, PodLink, TestEnv,
     probe::{SHORT, http_exchange, http_get, http_get_at, udp_echo_at},
     skip,
 };
@@ -215,71 +215,72 @@ fn send_by_ring(netns: &Netns, to: Ipv4Addr) -> bool {
 }
 
 /// Adds the calls of ordinary programs.
-pub(crate) fn plain<'w>(ways: Ways<'w>, pod: &'w Pod) -> Ways<'w> {
+pub(crate) fn plain<'w>(vectors: AttackVectors<'w>, pod: &'w Pod) -> AttackVectors<'w> {
     let at = |port| SocketAddr::from((METADATA, port));
     let mapped = |port| SocketAddr::from((METADATA.to_ipv6_mapped(), port));
-    ways.way("TCP to port 80", || http_get(&pod.netns, METADATA, SHORT).is_answer())
-        .way("TCP to another port", move || http_get_at(&pod.netns, at(DNS_PORT), SHORT).is_answer())
-        .way("TCP to a mapped address", move || {
+    vectors
+        .vector("TCP to port 80", || http_get(&pod.netns, METADATA, SHORT).is_answer())
+        .vector("TCP to another port", move || http_get_at(&pod.netns, at(DNS_PORT), SHORT).is_answer())
+        .vector("TCP to a mapped address", move || {
             let stream = pod.netns.run(|| TcpStream::connect_timeout(&mapped(HTTP_PORT), SHORT));
             stream.and_then(|mut stream| http_exchange(&mut stream, SHORT)).is_ok()
         })
-        .way("UDP, connected", move || udp_echo_at(&pod.netns, at(ECHO_PORT), SHORT).is_answer())
-        .way("UDP by sendto", move || {
+        .vector("UDP, connected", move || udp_echo_at(&pod.netns, at(ECHO_PORT), SHORT).is_answer())
+        .vector("UDP by sendto", move || {
             let socket = udp(&pod.netns, "0.0.0.0:0");
             echoes(&socket, socket.send_to(b"echo", at(ECHO_PORT)))
         })
-        .way("UDP by sendto with AF_UNSPEC", || send_to_family(&pod.netns, libc::AF_UNSPEC, METADATA))
-        .way("UDP by sendmsg with IP_PKTINFO", || send_with_packet_info(pod, METADATA))
-        .way("UDP to a mapped address", move || {
+        .vector("UDP by sendto with AF_UNSPEC", || send_to_family(&pod.netns, libc::AF_UNSPEC, METADATA))
+        .vector("UDP by sendmsg with IP_PKTINFO", || send_with_packet_info(pod, METADATA))
+        .vector("UDP to a mapped address", move || {
             let socket = udp(&pod.netns, "[::]:0");
             echoes(&socket, socket.send_to(b"echo", mapped(ECHO_PORT)))
         })
-        .way("UDP to a mapped address, connected", move || {
+        .vector("UDP to a mapped address, connected", move || {
             let socket = udp(&pod.netns, "[::]:0");
             let connected = socket.connect(mapped(ECHO_PORT));
             echoes(&socket, connected.and_then(|()| socket.send(b"echo")))
         })
-        .way("UDP of an IPv6 socket to an IPv4 address", || {
+        .vector("UDP of an IPv6 socket to an IPv4 address", || {
             ipv4_address_at_ipv6_socket(&pod.netns, METADATA, false)
         })
-        .way("UDP of an IPv6 socket to an IPv4 address, connected", || {
+        .vector("UDP of an IPv6 socket to an IPv4 address, connected", || {
             ipv4_address_at_ipv6_socket(&pod.netns, METADATA, true)
         })
 }
 
 /// Adds uncommon calls that this kernel supports.
-pub(crate) fn uncommon<'w>(ways: Ways<'w>, pod: &'w Pod) -> Ways<'w> {
-    let mut ways = ways
-        .way("MSG_FASTOPEN", || fast_open(&pod.netns, METADATA).is_ok())
-        .way("TCP_FASTOPEN_CONNECT", || fast_open_connect(&pod.netns, METADATA).is_ok());
+pub(crate) fn uncommon<'w>(vectors: AttackVectors<'w>, pod: &'w Pod) -> AttackVectors<'w> {
+    let mut vectors = vectors
+        .vector("MSG_FASTOPEN", || fast_open(&pod.netns, METADATA).is_ok())
+        .vector("TCP_FASTOPEN_CONNECT", || fast_open_connect(&pod.netns, METADATA).is_ok());
     match socket(&pod.netns, libc::SOCK_STREAM, libc::IPPROTO_MPTCP) {
-        Ok(_) => ways = ways.way("MPTCP", || mptcp(&pod.netns, METADATA).is_ok()),
+        Ok(_) => vectors = vectors.vector("MPTCP", || mptcp(&pod.netns, METADATA).is_ok()),
         Err(error) => skip("MPTCP", &error.to_string()),
     }
     match IoUring::new(1) {
         Ok(_) => {
-            ways = ways
-                .way("connect with io_uring", || connect_by_ring(&pod.netns, METADATA).is_ok())
-                .way("sendmsg with io_uring", || send_by_ring(&pod.netns, METADATA));
+            vectors = vectors
+                .vector("connect with io_uring", || connect_by_ring(&pod.netns, METADATA).is_ok())
+                .vector("sendmsg with io_uring", || send_by_ring(&pod.netns, METADATA));
         }
         Err(error) => skip("io_uring", &error.to_string()),
     }
-    ways
+    vectors
 }
 
 #[test]
 fn tcp_and_udp_every_call() {
     for link in [PodLink::Routed, PodLink::Bridged] {
-        let world = World::new();
-        let pod = world.add_pod(link);
-        plain(world.ways(&ALL), &pod).assert_held();
+        let env = TestEnv::new();
+        let pod = env.add_pod(link);
+        plain(env.vectors(&ALL), &pod).assert_blocked_all();
     }
 }
 
 #[test]
 fn tcp_fast_open_mptcp_and_io_uring() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Bridged);
-    uncommon(world.ways(&ALL), &pod).assert_held();
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Bridged);
+    uncommon(env.vectors(&ALL), &pod).assert_blocked_all();
 }

@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 
 use imds_tests::{
-    Agent, METADATA, PacketSocket, Pod, PodLink, SERVICE, World, packets,
+    Agent, METADATA, PacketSocket, Pod, PodLink, SERVICE, TestEnv, packets,
     probe::{LONG, SHORT},
     with_each_backend,
 };
@@ -15,17 +15,17 @@ const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
 const STRANGER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 77);
 
 /// Runs a test with each hook that sees packets alone, in each attach mode.
-fn with_each_edge(test: impl Fn(&dyn Fn(&World) -> Agent<'_>)) {
+fn with_each_edge(test: impl Fn(&dyn Fn(&TestEnv) -> Agent<'_>)) {
     for hook in EDGES {
         with_each_backend(|backend| {
             eprintln!("hook: {hook}");
-            test(&|world| world.agent().backend(backend).hooks(&[hook]).spawn_ready());
+            test(&|env| env.agent().backend(backend).hooks(&[hook]).spawn_ready());
         });
     }
 }
 
-fn denied(world: &World) -> u64 {
-    world.status().total.denied.packets
+fn denied(env: &TestEnv) -> u64 {
+    env.status().total.denied.packets
 }
 
 /// Returns packets that Linux forwards, with their names.
@@ -58,33 +58,33 @@ fn forwarded_packets(source: Ipv4Addr, destination: Ipv4Addr) -> Vec<(String, Ve
 #[test]
 fn every_ip_packet_form_is_denied() {
     with_each_edge(|start| {
-        let world = World::new();
-        let pods = LINKS.map(|link| world.add_pod(link));
+        let env = TestEnv::new();
+        let pods = LINKS.map(|link| env.add_pod(link));
         let send = |pod: &Pod, packet: &Vec<u8>| {
             PacketSocket::frames(&pod.netns, Pod::IFNAME).send(&packets::frame(pod, packet)).unwrap();
         };
         let assert_open = || {
             for pod in &pods {
                 for (name, packet) in forwarded_packets(pod.address, METADATA) {
-                    assert!(world.arrives(|| send(pod, &packet)), "{name} does not arrive without the agent");
+                    assert!(env.arrives(|| send(pod, &packet)), "{name} does not arrive without the agent");
                 }
             }
         };
         assert_open();
 
-        let agent = start(&world);
-        let before = world.arrivals();
+        let agent = start(&env);
+        let before = env.received_packets();
         for pod in &pods {
-            let denied_before = denied(&world);
+            let denied_before = denied(&env);
             let packets = forwarded_packets(pod.address, METADATA);
             for (name, packet) in &packets {
                 send(pod, packet);
-                assert_eq!(world.arrivals(), before, "{name}");
+                assert_eq!(env.received_packets(), before, "{name}");
             }
-            assert_eq!(denied(&world) - denied_before, u64::try_from(packets.len()).unwrap());
+            assert_eq!(denied(&env) - denied_before, u64::try_from(packets.len()).unwrap());
         }
         drop(agent);
-        world.unload();
+        env.unload();
         assert_open();
     });
 }
@@ -92,9 +92,9 @@ fn every_ip_packet_form_is_denied() {
 #[test]
 fn spoofed_source_is_denied() {
     with_each_edge(|start| {
-        let world = World::new();
-        let [pod, neighbour] = LINKS.map(|link| world.add_pod(link));
-        let forged = [world.node_address(), neighbour.address, STRANGER];
+        let env = TestEnv::new();
+        let [pod, neighbour] = LINKS.map(|link| env.add_pod(link));
+        let forged = [env.node_address(), neighbour.address, STRANGER];
         let send_all = || {
             let socket = PacketSocket::frames(&pod.netns, Pod::IFNAME);
             for source in forged {
@@ -108,18 +108,18 @@ fn spoofed_source_is_denied() {
         // Linux drops packets that arrive with one of its own addresses as the source. That one packet would never
         // arrive.
         send_all();
-        let arrivals = world.arrivals();
-        assert_eq!((arrivals.from(neighbour.address), arrivals.from(STRANGER)), (2, 2));
+        let received_packets = env.received_packets();
+        assert_eq!((received_packets.from(neighbour.address), received_packets.from(STRANGER)), (2, 2));
 
-        let agent = start(&world);
-        world.assert_nothing_arrives(send_all);
+        let agent = start(&env);
+        env.assert_nothing_arrives(send_all);
         // Linux drops the packet with the node's own address before `node_egress`.
-        assert!([4, 6].contains(&denied(&world)));
+        assert!([4, 6].contains(&denied(&env)));
         drop(agent);
-        world.unload();
+        env.unload();
         send_all();
-        let arrivals = world.arrivals();
-        assert_eq!((arrivals.from(neighbour.address), arrivals.from(STRANGER)), (4, 4));
+        let received_packets = env.received_packets();
+        assert_eq!((received_packets.from(neighbour.address), received_packets.from(STRANGER)), (4, 4));
     });
 }
 
@@ -130,8 +130,8 @@ const PRIORITY_TAG_AD: (u16, u16) = (0x88a8, 0x2000);
 #[test]
 fn priority_tags_are_denied() {
     with_each_edge(|start| {
-        let world = World::new();
-        let pods = LINKS.map(|link| world.add_pod(link));
+        let env = TestEnv::new();
+        let pods = LINKS.map(|link| env.add_pod(link));
         let tags: [&[_]; 4] =
             [&[PRIORITY_TAG], &[PRIORITY_TAG_AD], &[PRIORITY_TAG_AD, PRIORITY_TAG], &[PRIORITY_TAG; 2]];
         let send = |pod: &Pod, tags: &[(u16, u16)]| {
@@ -142,23 +142,27 @@ fn priority_tags_are_denied() {
         let assert_open = || {
             for pod in &pods {
                 for tags in tags {
-                    let before = world.arrivals().from(pod.address);
+                    let before = env.received_packets().from(pod.address);
                     send(pod, tags);
-                    assert_eq!(world.arrivals().from(pod.address), before + 1, "{tags:x?} without the agent");
+                    assert_eq!(
+                        env.received_packets().from(pod.address),
+                        before + 1,
+                        "{tags:x?} without the agent"
+                    );
                 }
             }
         };
         assert_open();
-        let agent = start(&world);
+        let agent = start(&env);
         for pod in &pods {
             for tags in tags {
-                let before = denied(&world);
-                world.assert_nothing_arrives(|| send(pod, tags));
-                assert_eq!(denied(&world), before + 1, "{tags:x?}");
+                let before = denied(&env);
+                env.assert_nothing_arrives(|| send(pod, tags));
+                assert_eq!(denied(&env), before + 1, "{tags:x?}");
             }
         }
         drop(agent);
-        world.unload();
+        env.unload();
         assert_open();
     });
 }
@@ -166,8 +170,8 @@ fn priority_tags_are_denied() {
 #[test]
 fn vlan_through_bridge_is_denied() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let [pod, port] = [PodLink::Bridged, PodLink::Bridged].map(|link| world.add_pod(link));
+        let env = TestEnv::new();
+        let [pod, port] = [PodLink::Bridged, PodLink::Bridged].map(|link| env.add_pod(link));
         let watcher = PacketSocket::frames(&port.netns, Pod::IFNAME);
         let socket = PacketSocket::frames(&pod.netns, Pod::IFNAME);
         let tags: [&[_]; 2] = [&[(0x8100, 5)], &[(0x88a8, 6), (0x8100, 7)]];
@@ -181,14 +185,14 @@ fn vlan_through_bridge_is_denied() {
         send(b"without agent", METADATA);
         assert!(sees_both(b"without agent"));
 
-        let agent = world.start_agent(backend);
+        let agent = env.start_agent(backend);
         send(b"with agent", METADATA);
         // Sent afterwards, so that the earlier packet would have arrived by now.
         send(b"elsewhere", SERVICE);
         assert!(watcher.sees(b"elsewhere", LONG) && !watcher.sees(b"with agent", SHORT));
-        assert_eq!(denied(&world), 2);
+        assert_eq!(denied(&env), 2);
         drop(agent);
-        world.unload();
+        env.unload();
         send(b"after unload", METADATA);
         assert!(sees_both(b"after unload"));
     });
@@ -197,23 +201,23 @@ fn vlan_through_bridge_is_denied() {
 #[test]
 fn fragmented_jumbo_frame_is_denied() {
     with_each_edge(|start| {
-        let world = World::new();
-        let pod = world.add_pod(PodLink::Routed);
-        world.fabric.ip("link set node0 mtu 9000");
-        world.node.ip(&format!("link set {} mtu 9000\nlink set {} mtu 9000", World::UPLINK, pod.host_ifname));
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Routed);
+        env.fabric.ip("link set node0 mtu 9000");
+        env.node.ip(&format!("link set {} mtu 9000\nlink set {} mtu 9000", TestEnv::UPLINK, pod.host_ifname));
         pod.netns.ip("link set eth0 mtu 9000");
         let frame = packets::frame(&pod, &packets::udp(pod.address, METADATA, &[0; 8000]));
         let socket = PacketSocket::frames(&pod.netns, Pod::IFNAME);
         // Two cuts: after the Ethernet header, and inside the destination address.
         let send = || [14, 32].into_iter().for_each(|linear| socket.send_scattered(&frame, linear).unwrap());
         send();
-        assert_eq!(world.arrivals().from(pod.address), 2);
+        assert_eq!(env.received_packets().from(pod.address), 2);
 
-        let agent = start(&world);
-        world.assert_nothing_arrives(send);
-        assert_eq!(denied(&world), 2);
+        let agent = start(&env);
+        env.assert_nothing_arrives(send);
+        assert_eq!(denied(&env), 2);
         drop(agent);
-        world.unload();
-        assert!(world.arrives(send));
+        env.unload();
+        assert!(env.arrives(send));
     });
 }

@@ -1,6 +1,6 @@
 //! Fragments and allowed ports: fragments whose port is unknown, and fragments that overwrite the port, are denied.
 
-use imds_tests::{METADATA, PacketSocket, Pod, PodLink, World, packets};
+use imds_tests::{METADATA, PacketSocket, Pod, PodLink, TestEnv, packets};
 
 use crate::EDGES;
 
@@ -60,16 +60,16 @@ fn sets() -> Vec<(&'static str, Vec<Fragment>, usize)> {
 
 #[test]
 fn fragments_reach_allowed_ports_only() {
-    let world = World::new();
-    let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
+    let env = TestEnv::new();
+    let pods = [PodLink::Routed, PodLink::Bridged].map(|link| env.add_pod(link));
     let arrivals_of = |pod: &Pod, fragments: &[Fragment]| {
         let socket = PacketSocket::frames(&pod.netns, Pod::IFNAME);
-        let before = world.arrivals().from(pod.address);
+        let before = env.received_packets().from(pod.address);
         for (protocol, offset, more, content) in fragments {
             let packet = packets::fragment_with(pod.address, METADATA, *protocol, *offset, *more, content);
             socket.send(&packets::frame(pod, &packet)).unwrap();
         }
-        world.arrivals().from(pod.address) - before
+        env.received_packets().from(pod.address) - before
     };
     let assert_open = || {
         for (pod, (name, fragments, _)) in
@@ -81,7 +81,7 @@ fn fragments_reach_allowed_ports_only() {
     };
     assert_open();
     for hooks in [&EDGES[..1], &EDGES[1..], &EDGES] {
-        let agent = world.agent().hooks(hooks).config(KEEP_DNS).spawn_ready();
+        let agent = env.agent().hooks(hooks).config(KEEP_DNS).spawn_ready();
         for pod in &pods {
             for (name, fragments, allowed) in sets() {
                 let allowed = u64::try_from(allowed).unwrap();
@@ -89,7 +89,7 @@ fn fragments_reach_allowed_ports_only() {
             }
         }
         drop(agent);
-        world.unload();
+        env.unload();
         assert_open();
     }
 }

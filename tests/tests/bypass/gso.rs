@@ -3,7 +3,7 @@
 use std::{io::Write as _, net::UdpSocket, os::fd::AsRawFd as _};
 
 use imds_tests::{
-    METADATA, Pod, PodLink, World,
+    METADATA, Pod, PodLink, TestEnv,
     probe::{LONG, connect, http_exchange, reachable},
 };
 
@@ -13,7 +13,7 @@ const SEGMENT: u16 = 1200;
 const SEGMENTS: u16 = 10;
 
 /// Sends ten datagrams in one call.
-fn send_segments(world: &World, pod: &Pod) {
+fn send_segments(env: &TestEnv, pod: &Pod) {
     let socket = pod.netns.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap();
     let size = libc::c_int::from(SEGMENT);
     let length = libc::socklen_t::try_from(size_of_val(&size)).unwrap();
@@ -29,25 +29,23 @@ fn send_segments(world: &World, pod: &Pod) {
     };
     assert_eq!(result, 0, "UDP_SEGMENT: {}", std::io::Error::last_os_error());
     // The socket hook denies the call if it is on.
-    let _ = world.in_cgroup(|| socket.send_to(&[0; (SEGMENT * SEGMENTS) as usize], (METADATA, 9999)));
+    let _ = env.in_cgroup(|| socket.send_to(&[0; (SEGMENT * SEGMENTS) as usize], (METADATA, 9999)));
 }
 
 #[test]
 fn segmented_udp() {
     for link in [PodLink::Routed, PodLink::Bridged] {
-        let world = World::new();
-        let pod = world.add_pod(link);
-        world.ways(&ALL).one_way("UDP_SEGMENT", || send_segments(&world, &pod)).assert_held();
+        let env = TestEnv::new();
+        let pod = env.add_pod(link);
+        env.vectors(&ALL).one_vector("UDP_SEGMENT", || send_segments(&env, &pod)).assert_blocked_all();
         // The hook counts one packet larger than the link's MTU. If the kernel segments before a veth, as Linux 5.10
         // does, it counts one packet per segment.
         for hook in EDGES {
-            let _agent = world.agent().hooks(&[hook]).spawn_ready();
-            let before = world.status().total.denied;
-            send_segments(&world, &pod);
-            let after = world
-                .status_when("the packet is counted", |status| status.total.denied != before)
-                .total
-                .denied;
+            let _agent = env.agent().hooks(&[hook]).spawn_ready();
+            let before = env.status().total.denied;
+            send_segments(&env, &pod);
+            let after =
+                env.status_when("the packet is counted", |status| status.total.denied != before).total.denied;
             let packets = after.packets - before.packets;
             assert!(
                 after.bytes - before.bytes > u64::from(SEGMENT * SEGMENTS),
@@ -55,7 +53,7 @@ fn segmented_udp() {
             );
             assert!([1, u64::from(SEGMENTS)].contains(&packets), "{hook}: {packets}");
         }
-        world.unload();
+        env.unload();
     }
 }
 
@@ -63,22 +61,22 @@ fn segmented_udp() {
 #[test]
 fn segmented_tcp() {
     for hook in EDGES {
-        let world = World::new();
-        let pod = world.add_pod(PodLink::Routed);
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Routed);
         assert!(reachable(&pod.netns, METADATA));
         let mut stream = pod.netns.run(|| connect(METADATA, LONG)).unwrap();
         let mut after = pod.netns.run(|| connect(METADATA, LONG)).unwrap();
         stream.set_nonblocking(true).unwrap();
-        let agent = world.agent().hooks(&[hook]).spawn_ready();
-        let before = world.arrivals();
+        let agent = env.agent().hooks(&[hook]).spawn_ready();
+        let before = env.received_packets();
         assert!(stream.write(&vec![b'x'; 64 << 10]).unwrap() > 10_000);
-        let status = world.status_when("super-packets are counted", |status| {
+        let status = env.status_when("super-packets are counted", |status| {
             let denied = status.total.denied;
             denied.bytes > denied.packets * 1514
         });
-        assert_eq!(world.arrivals(), before, "{status:?}");
+        assert_eq!(env.received_packets(), before, "{status:?}");
         drop(agent);
-        world.unload();
+        env.unload();
         // Another connection from before the agent still works.
         http_exchange(&mut after, LONG).unwrap();
     }

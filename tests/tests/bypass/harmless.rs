@@ -3,7 +3,7 @@
 use std::net::Ipv6Addr;
 
 use imds_tests::{
-    METADATA, METADATA_V6, Netns, Pod, PodLink, SERVICE, SERVICE_V6, World, known_here,
+    METADATA, METADATA_V6, Netns, Pod, PodLink, SERVICE, SERVICE_V6, TestEnv, known_here,
     probe::{LONG, SHORT, connect, http_exchange, http_get, icmp_echo, reachable, udp_echo},
 };
 
@@ -18,12 +18,12 @@ fn assert_v6_reaches(netns: &Netns, address: Ipv6Addr, who: &str) {
 
 /// Asserts that the node's own access, other destinations, and traffic between pods and node work.
 #[track_caller]
-fn assert_nothing_is_harmed(world: &World, [routed, bridged]: &[Pod; 2]) {
+fn assert_nothing_is_harmed(env: &TestEnv, [routed, bridged]: &[Pod; 2]) {
     for pod in [routed, bridged] {
-        world.assert_harmless(pod);
+        env.assert_harmless(pod);
     }
-    assert_v6_reaches(&world.node, METADATA_V6, "the node");
-    assert_v6_reaches(&world.node, SERVICE_V6, "the node");
+    assert_v6_reaches(&env.node, METADATA_V6, "the node");
+    assert_v6_reaches(&env.node, SERVICE_V6, "the node");
     assert_v6_reaches(&routed.netns, SERVICE_V6, "a pod");
     for (from, to) in [(routed, bridged), (bridged, routed)] {
         assert!(icmp_echo(&from.netns, to.address, LONG).is_answer(), "{} to {}", from.address, to.address);
@@ -32,28 +32,28 @@ fn assert_nothing_is_harmed(world: &World, [routed, bridged]: &[Pod; 2]) {
 
 #[test]
 fn other_traffic_passes_each_hook() {
-    let world = World::new().with_ipv6();
-    let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
-    world.add_pod_ipv6(&pods[0]);
-    assert_nothing_is_harmed(&world, &pods);
+    let env = TestEnv::new().with_ipv6();
+    let pods = [PodLink::Routed, PodLink::Bridged].map(|link| env.add_pod(link));
+    env.add_pod_ipv6(&pods[0]);
+    assert_nothing_is_harmed(&env, &pods);
     assert!(reachable(&pods[0].netns, METADATA) && reachable(&pods[0].netns, METADATA_V6));
     let all = known_here(&ALL);
     for hooks in all.chunks(1).chain([&all[..]]) {
         eprintln!("hooks: {hooks:?}");
         let mut open_before = pods[0].netns.run(|| connect(SERVICE, LONG)).unwrap();
-        let agent = world.agent().hooks(hooks).config(AWS).spawn_ready();
+        let agent = env.agent().hooks(hooks).config(AWS).spawn_ready();
         // Flushes neighbour entries, so that ARP and neighbour discovery run again from both sides.
-        for netns in [&*world.node, &pods[0].netns, &pods[1].netns, &world.fabric] {
+        for netns in [&*env.node, &pods[0].netns, &pods[1].netns, &env.fabric] {
             netns.ip("neigh flush all");
         }
-        world.in_cgroup(|| {
+        env.in_cgroup(|| {
             assert!(!http_get(&pods[0].netns, METADATA, SHORT).is_answer());
             assert!(!http_get(&pods[0].netns, METADATA_V6, SHORT).is_answer());
-            assert_nothing_is_harmed(&world, &pods);
+            assert_nothing_is_harmed(&env, &pods);
         });
         http_exchange(&mut open_before, LONG).unwrap();
         drop(agent);
-        world.unload();
+        env.unload();
         assert!(reachable(&pods[0].netns, METADATA) && reachable(&pods[0].netns, METADATA_V6));
     }
 }
@@ -61,13 +61,12 @@ fn other_traffic_passes_each_hook() {
 /// Pods respond to other pods, to the node and to hosts outside.
 #[test]
 fn pods_are_reachable_with_both_tc_hooks() {
-    let world = World::new();
-    let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
+    let env = TestEnv::new();
+    let pods = [PodLink::Routed, PodLink::Bridged].map(|link| env.add_pod(link));
     let _services = pods.each_ref().map(|pod| imds_tests::Services::start(&pod.netns, &[pod.address.into()]));
-    let _agent = world.agent().hooks(&crate::EDGES).spawn_ready();
+    let _agent = env.agent().hooks(&crate::EDGES).spawn_ready();
     for pod in &pods {
-        for (netns, who) in
-            [(&*world.node, "the node"), (&world.fabric, "the fabric"), (&pods[0].netns, "a pod")]
+        for (netns, who) in [(&*env.node, "the node"), (&env.fabric, "the fabric"), (&pods[0].netns, "a pod")]
         {
             assert!(reachable(netns, pod.address), "{who} does not reach {}", pod.address);
         }

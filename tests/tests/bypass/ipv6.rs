@@ -3,7 +3,7 @@
 use std::net::{Ipv6Addr, SocketAddr, UdpSocket};
 
 use imds_tests::{
-    METADATA_V6, PacketSocket, Pod, PodLink, Ways, World, packets,
+    AttackVectors, METADATA_V6, PacketSocket, Pod, PodLink, TestEnv, packets,
     probe::{SHORT, http_get, udp_echo},
 };
 
@@ -64,52 +64,55 @@ fn headers() -> Vec<(&'static str, u8, Vec<u8>)> {
 }
 
 /// Adds socket calls, and packets with every extension header.
-pub(crate) fn packets_to_endpoint<'w>(mut ways: Ways<'w>, pod: &'w Pod, address: Ipv6Addr) -> Ways<'w> {
+pub(crate) fn packets_to_endpoint<'w>(
+    mut vectors: AttackVectors<'w>,
+    pod: &'w Pod,
+    address: Ipv6Addr,
+) -> AttackVectors<'w> {
     for (name, first, content) in headers() {
         let packet = packets::ipv6(address, METADATA_V6, first, &[content, vec![0; 24]].concat());
-        ways = ways.one_way(format!("IPv6 with {name}"), move || send(pod, &packet));
+        vectors = vectors.one_vector(format!("IPv6 with {name}"), move || send(pod, &packet));
     }
-    ways
+    vectors
 }
 
 #[test]
 fn sockets_to_an_ipv6_endpoint() {
-    let world = World::new().with_ipv6();
-    let pod = world.add_pod(PodLink::Routed);
-    world.add_pod_ipv6(&pod);
-    world
-        .ways(&ALL)
+    let env = TestEnv::new().with_ipv6();
+    let pod = env.add_pod(PodLink::Routed);
+    env.add_pod_ipv6(&pod);
+    env.vectors(&ALL)
         .config(AWS)
-        .way("TCP", || http_get(&pod.netns, METADATA_V6, SHORT).is_answer())
-        .way("UDP, connected", || udp_echo(&pod.netns, METADATA_V6, SHORT).is_answer())
-        .way("UDP by sendto", || {
+        .vector("TCP", || http_get(&pod.netns, METADATA_V6, SHORT).is_answer())
+        .vector("UDP, connected", || udp_echo(&pod.netns, METADATA_V6, SHORT).is_answer())
+        .vector("UDP by sendto", || {
             let socket = pod.netns.run(|| UdpSocket::bind("[::]:0")).unwrap();
             socket.set_read_timeout(Some(SHORT)).unwrap();
             let sent = socket.send_to(b"echo", SocketAddr::from((METADATA_V6, 7)));
             sent.and_then(|_| socket.recv(&mut [0; 16])).is_ok()
         })
-        .assert_held();
+        .assert_blocked_all();
 }
 
 #[test]
 fn ipv6_extension_headers() {
-    let world = World::new().with_ipv6();
-    let pod = world.add_pod(PodLink::Routed);
-    let address = world.add_pod_ipv6(&pod);
-    packets_to_endpoint(world.ways(&EDGES).config(AWS), &pod, address).assert_held();
+    let env = TestEnv::new().with_ipv6();
+    let pod = env.add_pod(PodLink::Routed);
+    let address = env.add_pod_ipv6(&pod);
+    packets_to_endpoint(env.vectors(&EDGES).config(AWS), &pod, address).assert_blocked_all();
 }
 
 #[test]
 fn addresses_that_embed_the_endpoint() {
-    let world = World::new().with_ipv6();
-    let pod = world.add_pod(PodLink::Routed);
-    let address = world.add_pod_ipv6(&pod);
-    let mut ways = world.ways(&EDGES);
+    let env = TestEnv::new().with_ipv6();
+    let pod = env.add_pod(PodLink::Routed);
+    let address = env.add_pod_ipv6(&pod);
+    let mut vectors = env.vectors(&EDGES);
     for form in ["64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1", "2002:a9fe:a9fe:7::9"] {
         let destination: Ipv6Addr = form.parse().unwrap();
         let packet = packets::udp_v6(address, destination, b"embedded");
         let pod = &pod;
-        ways = ways.one_way(form, move || send(pod, &packet)).one_way(
+        vectors = vectors.one_vector(form, move || send(pod, &packet)).one_vector(
             format!("{form} from a socket"),
             move || {
                 let socket = pod.netns.run(|| UdpSocket::bind("[::]:0")).unwrap();
@@ -117,5 +120,5 @@ fn addresses_that_embed_the_endpoint() {
             },
         );
     }
-    ways.assert_held();
+    vectors.assert_blocked_all();
 }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use imds_tests::{
-    METADATA_V6, Pod, PodLink, World, packets,
+    METADATA_V6, Pod, PodLink, TestEnv, packets,
     probe::{LONG, SHORT},
 };
 
@@ -17,17 +17,17 @@ use crate::{
 };
 
 /// Creates a world whose node tracks connections, as with any Service, and a pod with an IPv6 address.
-fn world_that_tracks() -> (World, Pod, Ipv6Addr) {
-    let world = World::new().with_ipv6();
-    let pod = world.add_pod(PodLink::Routed);
-    let address = world.add_pod_ipv6(&pod);
+fn world_that_tracks() -> (TestEnv, Pod, Ipv6Addr) {
+    let env = TestEnv::new().with_ipv6();
+    let pod = env.add_pod(PodLink::Routed);
+    let address = env.add_pod_ipv6(&pod);
     nft(
-        &world.node,
+        &env.node,
         "table ip6 tracking {
             chain forward { type filter hook forward priority 0; ct state invalid counter accept; }
         }",
     );
-    (world, pod, address)
+    (env, pod, address)
 }
 
 /// Sends a UDP datagram in fragments of these sizes. All but the last must be multiples of 8.
@@ -52,33 +52,32 @@ fn send_fragments(pod: &Pod, source: Ipv6Addr, sizes: &[usize]) {
 
 #[test]
 fn fragments_reassembled_by_the_node() {
-    let (world, pod, address) = world_that_tracks();
+    let (env, pod, address) = world_that_tracks();
     let send = |sizes| send_fragments(&pod, address, sizes);
-    world
-        .ways(&EDGES)
+    env.vectors(&EDGES)
         .config(AWS)
-        .one_way("two fragments", || send(&[1232, 100]))
-        .one_way("fragments with the smallest one first", || send(&[104, 1232, 64]))
-        .one_way("many small fragments", || send(&[64; 40]))
-        .assert_held();
+        .one_vector("two fragments", || send(&[1232, 100]))
+        .one_vector("fragments with the smallest one first", || send(&[104, 1232, 64]))
+        .one_vector("many small fragments", || send(&[64; 40]))
+        .assert_blocked_all();
 }
 
 /// Tests fragments that lose their ingress interface. If the uplink needs more headroom than the fragments have, as
 /// with `hv_netvsc` and tunnels, IPv6 output copies them to new packets without the ingress interface
 /// (`ip6_copy_metadata`).
 fn assert_fragments_made_anew_are_held(hooks: &[&'static str], destination: Ipv6Addr) {
-    let (world, pod, _) = world_that_tracks();
-    redirect(&world.node, CLUSTER_IP_V6, METADATA_V6);
+    let (env, pod, _) = world_that_tracks();
+    redirect(&env.node, CLUSTER_IP_V6, METADATA_V6);
     // The headroom that a bridge port needs also applies to the peer of a veth.
-    world.fabric.ip("link add br0 type bridge
+    env.fabric.ip("link add br0 type bridge
          link add vx0 type vxlan id 9 dstport 4790
          link set vx0 master br0
          link set node0 master br0
          link set br0 up");
     // The bridge took over the interface of the address, on which neighbour discovery gets no reply any more.
     let neighbour = "neigh replace fd10::1 lladdr 02:00:00:00:00:01 nud permanent dev";
-    world.node.ip(&format!("{neighbour} {}", World::UPLINK));
-    let fabric = world.fabric_frames();
+    env.node.ip(&format!("{neighbour} {}", TestEnv::UPLINK));
+    let fabric = env.fabric_frames();
     let arrives = |marker: &str, patience| {
         let mut datagram = marker.as_bytes().to_vec();
         datagram.resize(1600, 0);
@@ -87,10 +86,10 @@ fn assert_fragments_made_anew_are_held(hooks: &[&'static str], destination: Ipv6
         fabric.sees(marker.as_bytes(), patience)
     };
     assert!(arrives("without an agent", LONG));
-    let agent = world.agent().hooks(hooks).config(AWS).spawn_ready();
+    let agent = env.agent().hooks(hooks).config(AWS).spawn_ready();
     assert!(!arrives("with the agent", SHORT));
     drop(agent);
-    world.unload();
+    env.unload();
     assert!(arrives("after unload", LONG));
 }
 

@@ -3,7 +3,7 @@
 use std::net::UdpSocket;
 
 use imds_tests::{
-    METADATA, Netns, Pod, PodLink, WHOLE_TEST, Ways, World,
+    AttackVectors, METADATA, Netns, Pod, PodLink, TestEnv, WHOLE_TEST,
     hook::run_tc,
     lacks_device, lacks_tc_netns_cookie, output,
     poll::poll_until,
@@ -18,19 +18,20 @@ fn hooks_without_link() -> Vec<&'static str> {
     if without { vec!["socket"] } else { vec!["socket", "node_egress"] }
 }
 
-fn tcp_and_udp<'w>(ways: Ways<'w>, netns: &'w Netns) -> Ways<'w> {
-    ways.way("TCP", || http_get(netns, METADATA, SHORT).is_answer())
-        .way("UDP", || udp_echo(netns, METADATA, SHORT).is_answer())
+fn tcp_and_udp<'w>(vectors: AttackVectors<'w>, netns: &'w Netns) -> AttackVectors<'w> {
+    vectors
+        .vector("TCP", || http_get(netns, METADATA, SHORT).is_answer())
+        .vector("UDP", || udp_echo(netns, METADATA, SHORT).is_answer())
 }
 
 /// Adds a pod whose interface is a child of the node's uplink. The node has no interface for such a pod.
-fn add_pod_on_uplink(world: &World, options: &str) -> Netns {
+fn add_pod_on_uplink(env: &TestEnv, options: &str) -> Netns {
     let pod = Netns::new("upper");
-    world.node.ip(&format!("link add upper0 link {} netns {} {options}", World::UPLINK, pod.name()));
+    env.node.ip(&format!("link add upper0 link {} netns {} {options}", TestEnv::UPLINK, pod.name()));
     pod.ip("link set lo up\naddr add 10.0.0.77/24 dev upper0\nlink set upper0 up\nroute add default via 10.0.0.1");
     if options.contains("mode l3") {
         // The fabric gets no ARP reply for the pod's address.
-        world.fabric.ip(&format!("route add 10.0.0.77/32 via {}", world.node_address()));
+        env.fabric.ip(&format!("route add 10.0.0.77/32 via {}", env.node_address()));
     }
     pod
 }
@@ -39,9 +40,9 @@ fn assert_pod_on_uplink_is_held(kind: &str, options: &str) {
     if lacks_device(WHOLE_TEST, kind, &format!("link lower0 {options}")) {
         return;
     }
-    let world = World::new();
-    let pod = add_pod_on_uplink(&world, options);
-    tcp_and_udp(world.ways(&hooks_without_link()), &pod).assert_held();
+    let env = TestEnv::new();
+    let pod = add_pod_on_uplink(&env, options);
+    tcp_and_udp(env.vectors(&hooks_without_link()), &pod).assert_blocked_all();
 }
 
 #[test]
@@ -76,8 +77,8 @@ fn ifb_in_the_pod() {
     if lacks_device(WHOLE_TEST, "ifb", "type ifb") {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
     pod.netns.ip("link add ifb0 type ifb\nlink set ifb0 up");
     run_tc(&pod.netns, &words("qdisc add dev ifb0 root tbf rate 256kbit burst 1600 limit 100000"));
     let is_empty = || {
@@ -101,7 +102,7 @@ fn ifb_in_the_pod() {
         run_tc(&pod.netns, &words("qdisc del dev eth0 clsact"));
         poll_until(LONG, "the ifb to send its queue", || is_empty().then_some(()));
     };
-    world.ways(&["node_egress"]).one_way("UDP through an ifb", send).assert_held();
+    env.vectors(&["node_egress"]).one_vector("UDP through an ifb", send).assert_blocked_all();
 }
 
 fn words(text: &str) -> Vec<&str> {
@@ -114,10 +115,10 @@ fn assert_netkit_is_held(options: &str) {
     if lacks_device(WHOLE_TEST, "netkit", options) {
         return;
     }
-    let world = World::new();
+    let env = TestEnv::new();
     let pod = Netns::new("netkit");
     // The kernel names the other end nk0.
-    world.node.ip(&format!(
+    env.node.ip(&format!(
         "link add host0 {options}
          link set nk0 netns {} name eth0
          link set host0 up
@@ -127,8 +128,8 @@ fn assert_netkit_is_held(options: &str) {
     pod.ip(
         "link set lo up\naddr add 172.28.0.2/24 dev eth0\nlink set eth0 up\nroute add default via 172.28.0.1",
     );
-    world.fabric.ip(&format!("route add 172.28.0.0/24 via {}", world.node_address()));
-    tcp_and_udp(world.ways(&ALL), &pod).assert_held();
+    env.fabric.ip(&format!("route add 172.28.0.0/24 via {}", env.node_address()));
+    tcp_and_udp(env.vectors(&ALL), &pod).assert_blocked_all();
 }
 
 #[test]
@@ -166,10 +167,10 @@ fn add_nested(pod: &Netns, interface: &str) -> Netns {
 #[test]
 fn netns_within_a_pod() {
     for link in [PodLink::Routed, PodLink::Bridged] {
-        let world = World::new();
-        let pod = world.add_pod(link);
+        let env = TestEnv::new();
+        let pod = env.add_pod(link);
         let nested = add_nested(&pod.netns, Pod::IFNAME);
-        tcp_and_udp(world.ways(&ALL), &nested).assert_held();
+        tcp_and_udp(env.vectors(&ALL), &nested).assert_blocked_all();
     }
 }
 
@@ -181,10 +182,10 @@ fn assert_namespace_within_pod_on_uplink_is_held(hooks: &[&'static str], kind: &
     if lacks_device(WHOLE_TEST, kind, &format!("link lower0 {options}")) {
         return;
     }
-    let world = World::new();
-    let pod = add_pod_on_uplink(&world, options);
+    let env = TestEnv::new();
+    let pod = add_pod_on_uplink(&env, options);
     let nested = add_nested(&pod, "upper0");
-    tcp_and_udp(world.ways(hooks), &nested).assert_held();
+    tcp_and_udp(env.vectors(hooks), &nested).assert_blocked_all();
 }
 
 #[test]
@@ -215,8 +216,8 @@ fn macvlan_within_a_pod() {
     if lacks_device(WHOLE_TEST, "macvlan", "link lower0 type macvlan mode bridge") {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Bridged);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Bridged);
     let nested = Netns::new("nested");
     pod.netns.ip(&format!(
         "link add mv0 link {} netns {} type macvlan mode bridge",
@@ -226,5 +227,5 @@ fn macvlan_within_a_pod() {
     nested.ip(
         "link set lo up\naddr add 10.244.2.200/24 dev mv0\nlink set mv0 up\nroute add default via 10.244.2.1",
     );
-    tcp_and_udp(world.ways(&ALL), &nested).assert_held();
+    tcp_and_udp(env.vectors(&ALL), &nested).assert_blocked_all();
 }

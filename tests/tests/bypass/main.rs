@@ -1,5 +1,5 @@
 //! Every known attack vector. Each one is open without the agent, denied by each listed hook alone, denied by all hooks
-//! together, and open again after `unload` (`Ways::assert_held`). Vectors that are known to be open are ignored tests
+//! together, and open again after `unload` (`AttackVectors::assert_blocked_all`). Vectors that are known to be open are ignored tests
 //! with the reason: `cargo test --test bypass -- --ignored` lists them. Tests of device types that a kernel lacks are
 //! skipped with a notice.
 //!

@@ -6,7 +6,7 @@ use std::{
 };
 
 use imds_tests::{
-    METADATA, Netns, PacketSocket, Pod, PodLink, Ways, World, packets,
+    AttackVectors, METADATA, Netns, PacketSocket, Pod, PodLink, TestEnv, packets,
     probe::{SHORT, icmp_echo, send_ipv4},
 };
 use nix::sys::socket::{MsgFlags, SockaddrIn, sendto};
@@ -21,7 +21,7 @@ fn send_protocol(netns: &Netns, to: Ipv4Addr, protocol: libc::c_int) {
 }
 
 /// Adds the packets that a raw socket can send.
-pub(crate) fn ways<'w>(mut ways: Ways<'w>, pod: &'w Pod) -> Ways<'w> {
+pub(crate) fn vectors<'w>(mut vectors: AttackVectors<'w>, pod: &'w Pod) -> AttackVectors<'w> {
     let protocols = [
         ("TCP", libc::IPPROTO_TCP),
         ("UDP", libc::IPPROTO_UDP),
@@ -35,17 +35,17 @@ pub(crate) fn ways<'w>(mut ways: Ways<'w>, pod: &'w Pod) -> Ways<'w> {
         ("an experiment", 253),
     ];
     for (name, protocol) in protocols {
-        ways = ways
-            .one_way(format!("{name} from a raw socket"), move || {
+        vectors = vectors
+            .one_vector(format!("{name} from a raw socket"), move || {
                 send_protocol(&pod.netns, METADATA, protocol);
             })
-            .one_way(format!("{name} with IP_HDRINCL"), move || {
+            .one_vector(format!("{name} with IP_HDRINCL"), move || {
                 let protocol = protocol.try_into().expect("eight bits");
                 let packet = packets::protocol(pod.address, METADATA, protocol);
                 send_ipv4(&pod.netns, METADATA, &[packet]).expect("send a packet");
             });
     }
-    ways.way("ICMP echo", || icmp_echo(&pod.netns, METADATA, SHORT).is_answer()).one_way(
+    vectors.vector("ICMP echo", || icmp_echo(&pod.netns, METADATA, SHORT).is_answer()).one_vector(
         "a packet socket that bypasses the queue",
         || {
             let socket = PacketSocket::frames(&pod.netns, Pod::IFNAME);
@@ -59,8 +59,8 @@ pub(crate) fn ways<'w>(mut ways: Ways<'w>, pod: &'w Pod) -> Ways<'w> {
 #[test]
 fn any_protocol_from_raw_socket() {
     for link in [PodLink::Routed, PodLink::Bridged] {
-        let world = World::new();
-        let pod = world.add_pod(link);
-        ways(world.ways(&EDGES), &pod).assert_held();
+        let env = TestEnv::new();
+        let pod = env.add_pod(link);
+        vectors(env.vectors(&EDGES), &pod).assert_blocked_all();
     }
 }

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use imds_tests::{
-    METADATA, METADATA_V6, Netns, PodLink, World,
+    METADATA, METADATA_V6, Netns, PodLink, TestEnv,
     probe::{SHORT, http_get, reachable, udp_echo},
 };
 
@@ -34,29 +34,30 @@ pub(crate) fn nft(netns: &Netns, rules: &str) {
 
 #[test]
 fn service_with_endpoint_as_backend() {
-    let world = World::new().with_ipv6();
-    let [routed, bridged] = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
-    world.add_pod_ipv6(&routed);
-    redirect(&world.node, CLUSTER_IP, METADATA);
-    redirect(&world.node, CLUSTER_IP_V6, METADATA_V6);
-    let mut ways = world.ways(&["node_egress"]).config(AWS);
+    let env = TestEnv::new().with_ipv6();
+    let [routed, bridged] = [PodLink::Routed, PodLink::Bridged].map(|link| env.add_pod(link));
+    env.add_pod_ipv6(&routed);
+    redirect(&env.node, CLUSTER_IP, METADATA);
+    redirect(&env.node, CLUSTER_IP_V6, METADATA_V6);
+    let mut vectors = env.vectors(&["node_egress"]).config(AWS);
     for pod in [&routed, &bridged] {
-        ways = ways
-            .way("TCP to a Service", || http_get(&pod.netns, CLUSTER_IP, SHORT).is_answer())
-            .way("UDP to a Service", || udp_echo(&pod.netns, CLUSTER_IP, SHORT).is_answer());
+        vectors = vectors
+            .vector("TCP to a Service", || http_get(&pod.netns, CLUSTER_IP, SHORT).is_answer())
+            .vector("UDP to a Service", || udp_echo(&pod.netns, CLUSTER_IP, SHORT).is_answer());
     }
-    ways.way("TCP to a Service over IPv6", || http_get(&routed.netns, CLUSTER_IP_V6, SHORT).is_answer())
-        .way("UDP to a Service over IPv6", || udp_echo(&routed.netns, CLUSTER_IP_V6, SHORT).is_answer())
-        .assert_held();
+    vectors
+        .vector("TCP to a Service over IPv6", || http_get(&routed.netns, CLUSTER_IP_V6, SHORT).is_answer())
+        .vector("UDP to a Service over IPv6", || udp_echo(&routed.netns, CLUSTER_IP_V6, SHORT).is_answer())
+        .assert_blocked_all();
 }
 
 #[test]
 fn node_may_use_service_to_endpoint() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    redirect(&world.node, CLUSTER_IP, METADATA);
-    let _agent = world.agent().hooks(&crate::EDGES).spawn_ready();
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    redirect(&env.node, CLUSTER_IP, METADATA);
+    let _agent = env.agent().hooks(&crate::EDGES).spawn_ready();
     assert!(!http_get(&pod.netns, CLUSTER_IP, SHORT).is_answer());
-    assert!(reachable(&world.node, CLUSTER_IP));
-    world.assert_harmless(&pod);
+    assert!(reachable(&env.node, CLUSTER_IP));
+    env.assert_harmless(&pod);
 }

@@ -3,7 +3,7 @@
 
 use std::{net::Ipv4Addr, os::fd::AsRawFd as _};
 
-use imds_tests::{METADATA, METADATA_V6, PacketSocket, Pod, PodLink, World, packets, probe::SHORT};
+use imds_tests::{METADATA, METADATA_V6, PacketSocket, Pod, PodLink, TestEnv, packets, probe::SHORT};
 
 use crate::AWS;
 
@@ -18,39 +18,39 @@ pub(crate) fn source_route(kind: u8, last: Ipv4Addr) -> Vec<u8> {
 
 #[test]
 fn source_routes_followed_by_the_node() {
-    let world = World::new();
-    let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
-    for key in ["all", "default", World::BRIDGE, &pods[0].host_ifname] {
-        world.node.sysctl(&format!("ipv4/conf/{key}/accept_source_route"), "1");
+    let env = TestEnv::new();
+    let pods = [PodLink::Routed, PodLink::Bridged].map(|link| env.add_pod(link));
+    for key in ["all", "default", TestEnv::BRIDGE, &pods[0].host_ifname] {
+        env.node.sysctl(&format!("ipv4/conf/{key}/accept_source_route"), "1");
     }
     // The next hop of a strict route must be a neighbour.
-    world.node.ip(&format!("route add {METADATA} dev {}", World::UPLINK));
-    let mut ways = world.ways(&["node_egress"]);
+    env.node.ip(&format!("route add {METADATA} dev {}", TestEnv::UPLINK));
+    let mut vectors = env.vectors(&["node_egress"]);
     for (pod, link) in pods.iter().zip(["routed", "bridged"]) {
         for (kind, name) in [(LOOSE, "loose"), (STRICT, "strict")] {
-            let (world, options) = (&world, source_route(kind, METADATA));
-            ways = ways.one_way(format!("a {name} source route, {link}"), move || {
-                let packet = packets::with_options(pod.address, world.node_address(), &options);
+            let (env, options) = (&env, source_route(kind, METADATA));
+            vectors = vectors.one_vector(format!("a {name} source route, {link}"), move || {
+                let packet = packets::with_options(pod.address, env.node_address(), &options);
                 let frame = packets::frame(pod, &packet);
                 PacketSocket::frames(&pod.netns, Pod::IFNAME).send(&frame).unwrap();
             });
         }
     }
-    ways.assert_held();
+    vectors.assert_blocked_all();
 }
 
 /// Needs no privilege: the packets go to the first hop, while the call names the last one.
 #[test]
 fn socket_with_source_route_via_node() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
     for key in ["all", "default", &pod.host_ifname] {
-        world.node.sysctl(&format!("ipv4/conf/{key}/accept_source_route"), "1");
+        env.node.sysctl(&format!("ipv4/conf/{key}/accept_source_route"), "1");
     }
     let send = || {
         let socket = pod.netns.run(|| std::net::UdpSocket::bind("0.0.0.0:0")).unwrap();
         socket.set_write_timeout(Some(SHORT)).unwrap();
-        let route = source_route(LOOSE, world.node_address());
+        let route = source_route(LOOSE, env.node_address());
         let length = libc::socklen_t::try_from(route.len()).unwrap();
         // SAFETY: the length is the size of the option, which outlives the call.
         let result = unsafe {
@@ -66,7 +66,9 @@ fn socket_with_source_route_via_node() {
         // The socket hook denies the call if it is on.
         let _ = socket.send_to(b"routed", (METADATA, 9999));
     };
-    world.ways(&["socket", "node_egress"]).one_way("a loose source route of a socket", send).assert_held();
+    env.vectors(&["socket", "node_egress"])
+        .one_vector("a loose source route of a socket", send)
+        .assert_blocked_all();
 }
 
 #[test]
@@ -74,26 +76,25 @@ fn srv6_segments_followed_by_the_node() {
     const ROUTING: u8 = 43;
     const SEGMENT_ROUTING: u8 = 4;
     const NO_NEXT: u8 = 59;
-    let world = World::new().with_ipv6();
-    let pod = world.add_pod(PodLink::Routed);
-    let address = world.add_pod_ipv6(&pod);
-    let node = world.node_address_v6();
+    let env = TestEnv::new().with_ipv6();
+    let pod = env.add_pod(PodLink::Routed);
+    let address = env.add_pod_ipv6(&pod);
+    let node = env.node_address_v6();
     for key in ["all", "default", &pod.host_ifname] {
-        if !world.node.has_sysctl(&format!("ipv6/conf/{key}/seg6_enabled")) {
+        if !env.node.has_sysctl(&format!("ipv6/conf/{key}/seg6_enabled")) {
             imds_tests::skip(imds_tests::WHOLE_TEST, "no segment routing on this kernel");
             return;
         }
-        world.node.sysctl(&format!("ipv6/conf/{key}/seg6_enabled"), "1");
+        env.node.sysctl(&format!("ipv6/conf/{key}/seg6_enabled"), "1");
     }
     // Two segments in reverse order: the node is first, the endpoint last.
     let header =
         [&[NO_NEXT, 4, SEGMENT_ROUTING, 1, 1, 0, 0, 0][..], &METADATA_V6.octets(), &node.octets()].concat();
     let packet = packets::ipv6(address, node, ROUTING, &header);
-    world
-        .ways(&["node_egress"])
+    env.vectors(&["node_egress"])
         .config(AWS)
-        .one_way("segments", || {
+        .one_vector("segments", || {
             PacketSocket::frames(&pod.netns, Pod::IFNAME).send(&packets::frame(&pod, &packet)).unwrap();
         })
-        .assert_held();
+        .assert_blocked_all();
 }

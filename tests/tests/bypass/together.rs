@@ -1,21 +1,21 @@
 //! All hooks on, as without a configuration: all attack vectors of one pod, one after another.
 
-use imds_tests::{PodLink, World, known_here};
+use imds_tests::{PodLink, TestEnv, known_here};
 
 use crate::{ALL, AWS, calls, ipv6, raw};
 
 #[test]
 fn all_vectors_are_denied_with_all_hooks() {
-    let world = World::new().with_ipv6();
-    let pod = world.add_pod(PodLink::Routed);
-    let address = world.add_pod_ipv6(&pod);
-    let ways = world.ways(&[]).config(AWS);
-    let ways = calls::plain(ways, &pod);
-    let ways = calls::uncommon(ways, &pod);
-    let ways = raw::ways(ways, &pod);
-    let ways = ipv6::packets_to_endpoint(ways, &pod, address);
-    let before = world.arrivals();
-    assert_eq!(ways.open_with(&known_here(&ALL)), Vec::<&str>::new());
-    assert_eq!(world.arrivals(), before);
-    ways.assert_held();
+    let env = TestEnv::new().with_ipv6();
+    let pod = env.add_pod(PodLink::Routed);
+    let address = env.add_pod_ipv6(&pod);
+    let vectors = env.vectors(&[]).config(AWS);
+    let vectors = calls::plain(vectors, &pod);
+    let vectors = calls::uncommon(vectors, &pod);
+    let vectors = raw::vectors(vectors, &pod);
+    let vectors = ipv6::packets_to_endpoint(vectors, &pod, address);
+    let before = env.received_packets();
+    assert_eq!(vectors.open_with(&known_here(&ALL)), Vec::<&str>::new());
+    assert_eq!(env.received_packets(), before);
+    vectors.assert_blocked_all();
 }

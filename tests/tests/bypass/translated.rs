@@ -8,7 +8,7 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-use imds_tests::{METADATA, Netns, PodLink, TunMode, World, open_tun, packets};
+use imds_tests::{METADATA, Netns, PodLink, TestEnv, TunMode, open_tun, packets};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::EDGES;
@@ -67,20 +67,20 @@ fn translate(packet: &[u8]) -> Option<Vec<u8>> {
 
 #[test]
 fn nat64_on_the_node() {
-    let world = World::new().with_ipv6();
-    let pod = world.add_pod(PodLink::Routed);
-    world.add_pod_ipv6(&pod);
-    let _translator = Translator::start(&world.node);
+    let env = TestEnv::new().with_ipv6();
+    let pod = env.add_pod(PodLink::Routed);
+    env.add_pod_ipv6(&pod);
+    let _translator = Translator::start(&env.node);
     let [high, low] = [0xa9fe; 2];
     assert_eq!(METADATA, Ipv4Addr::new(169, 254, 169, 254));
     let well_known = Ipv6Addr::new(0x64, 0xff9b, 0, 0, 0, 0, high, low);
     // An operator-defined prefix. Only `node_egress`, after the translator, sees the endpoint's address.
     let own = Ipv6Addr::new(0x2001, 0xdb8, 0x64, 0, 0, 0, high, low);
-    world.node.ip("route add 64:ff9b::/96 dev nat64\nroute add 2001:db8:64::/96 dev nat64");
+    env.node.ip("route add 64:ff9b::/96 dev nat64\nroute add 2001:db8:64::/96 dev nat64");
     let send = |destination: Ipv6Addr| {
         let socket = pod.netns.run(|| UdpSocket::bind("[::]:0")).unwrap();
         let _ = socket.send_to(b"translated", (destination, 9999));
     };
-    world.ways(&EDGES).one_way("the well-known prefix", || send(well_known)).assert_held();
-    world.ways(&["node_egress"]).one_way("a prefix of the operator's", || send(own)).assert_held();
+    env.vectors(&EDGES).one_vector("the well-known prefix", || send(well_known)).assert_blocked_all();
+    env.vectors(&["node_egress"]).one_vector("a prefix of the operator's", || send(own)).assert_blocked_all();
 }

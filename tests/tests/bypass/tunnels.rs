@@ -2,7 +2,7 @@
 //! which no pod interface saw before.
 
 use imds_tests::{
-    METADATA, METADATA_V6, Netns, Pod, PodLink, WHOLE_TEST, World, lacks_device,
+    METADATA, METADATA_V6, Netns, Pod, PodLink, TestEnv, WHOLE_TEST, lacks_device,
     probe::{SHORT, http_get, udp_echo},
 };
 
@@ -14,18 +14,18 @@ const HOOKS: [&str; 2] = ["node_egress", "socket"];
 pub(crate) const VXLAN: &str = "type vxlan id 42 local LOCAL remote REMOTE dstport 4789";
 
 /// Adds a tunnel device at both ends, and the route through it.
-pub(crate) fn tunnel(world: &World, pod: &Pod, options: &str) {
+pub(crate) fn tunnel(env: &TestEnv, pod: &Pod, options: &str) {
     let end = |netns: &Netns, local, remote, address| {
         let options = options.replace("LOCAL", local).replace("REMOTE", remote);
         netns.ip(&format!(
             "link add tunnel0 {options}\naddr add {address}/24 dev tunnel0\nlink set tunnel0 up"
         ));
     };
-    let (node, inside) = (world.node_address().to_string(), pod.address.to_string());
-    end(&world.node, &node, &inside, "172.30.0.1");
+    let (node, inside) = (env.node_address().to_string(), pod.address.to_string());
+    end(&env.node, &node, &inside, "172.30.0.1");
     end(&pod.netns, &inside, &node, "172.30.0.2");
     pod.netns.ip(&format!("route add {METADATA} via 172.30.0.1 dev tunnel0"));
-    world.fabric.ip(&format!("route add 172.30.0.0/24 via {node}"));
+    env.fabric.ip(&format!("route add 172.30.0.0/24 via {node}"));
 }
 
 /// Asserts that tunneled packets of the pod are denied.
@@ -35,19 +35,18 @@ fn assert_tunnel_is_held(kind: &str, options: &str) {
         return;
     }
     for link in [PodLink::Routed, PodLink::Bridged] {
-        let world = World::new();
-        let pod = world.add_pod(link);
+        let env = TestEnv::new();
+        let pod = env.add_pod(link);
         if link == PodLink::Bridged {
             // Otherwise the node sends from the bridge's address, which is not the pod's configured remote address.
-            let (pod, node) = (pod.address, world.node_address());
-            world.node.ip(&format!("route add {pod}/32 dev {} src {node}", World::BRIDGE));
+            let (pod, node) = (pod.address, env.node_address());
+            env.node.ip(&format!("route add {pod}/32 dev {} src {node}", TestEnv::BRIDGE));
         }
-        tunnel(&world, &pod, options);
-        world
-            .ways(&HOOKS)
-            .way(format!("TCP in {kind}"), || http_get(&pod.netns, METADATA, SHORT).is_answer())
-            .way(format!("UDP in {kind}"), || udp_echo(&pod.netns, METADATA, SHORT).is_answer())
-            .assert_held();
+        tunnel(&env, &pod, options);
+        env.vectors(&HOOKS)
+            .vector(format!("TCP in {kind}"), || http_get(&pod.netns, METADATA, SHORT).is_answer())
+            .vector(format!("UDP in {kind}"), || udp_echo(&pod.netns, METADATA, SHORT).is_answer())
+            .assert_blocked_all();
     }
 }
 
@@ -88,21 +87,20 @@ fn assert_ipv6_in_tunnel_is_held(kind: &str, options: &str) {
     if lacks_device(WHOLE_TEST, kind, &example) {
         return;
     }
-    let world = World::new().with_ipv6();
-    let pod = world.add_pod(PodLink::Routed);
-    world.add_pod_ipv6(&pod);
-    tunnel(&world, &pod, options);
-    world.node.ip("addr add fd30::1/64 dev tunnel0 nodad");
+    let env = TestEnv::new().with_ipv6();
+    let pod = env.add_pod(PodLink::Routed);
+    env.add_pod_ipv6(&pod);
+    tunnel(&env, &pod, options);
+    env.node.ip("addr add fd30::1/64 dev tunnel0 nodad");
     pod.netns.ip(&format!(
         "addr add fd30::2/64 dev tunnel0 nodad\nroute add {METADATA_V6} via fd30::1 dev tunnel0 src fd30::2"
     ));
-    world.fabric.ip(&format!("route add fd30::/64 via {}", world.node_address_v6()));
-    world
-        .ways(&HOOKS)
+    env.fabric.ip(&format!("route add fd30::/64 via {}", env.node_address_v6()));
+    env.vectors(&HOOKS)
         .config(AWS)
-        .way(format!("TCP over IPv6 in {kind}"), || http_get(&pod.netns, METADATA_V6, SHORT).is_answer())
-        .way(format!("UDP over IPv6 in {kind}"), || udp_echo(&pod.netns, METADATA_V6, SHORT).is_answer())
-        .assert_held();
+        .vector(format!("TCP over IPv6 in {kind}"), || http_get(&pod.netns, METADATA_V6, SHORT).is_answer())
+        .vector(format!("UDP over IPv6 in {kind}"), || udp_echo(&pod.netns, METADATA_V6, SHORT).is_answer())
+        .assert_blocked_all();
 }
 
 #[test]

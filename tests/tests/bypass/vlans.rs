@@ -1,7 +1,7 @@
 //! VLAN devices and VLAN-aware bridges on the node, which interpret the tags of pods' frames.
 
 use imds_tests::{
-    METADATA, PacketSocket, Pod, PodLink, WHOLE_TEST, World, lacks_device, packets,
+    METADATA, PacketSocket, Pod, PodLink, TestEnv, WHOLE_TEST, lacks_device, packets,
     probe::{SHORT, http_get, udp_echo},
     skip,
 };
@@ -9,34 +9,33 @@ use imds_tests::{
 use crate::{ALL, EDGES};
 
 /// Stacks VLAN devices at both ends of the pod's link, and routes the pod's traffic through the uppermost ones.
-fn stack(world: &World, pod: &Pod, devices: &[&str]) {
+fn stack(env: &TestEnv, pod: &Pod, devices: &[&str]) {
     let (mut node, mut inside) = (pod.host_ifname.clone(), Pod::IFNAME.to_owned());
     for (level, options) in devices.iter().enumerate() {
         let add =
             |below| format!("link add link {below} name tagged{level} {options}\nlink set tagged{level} up");
-        world.node.ip(&add(node));
+        env.node.ip(&add(node));
         pod.netns.ip(&add(inside));
         (node, inside) = (format!("tagged{level}"), format!("tagged{level}"));
     }
-    world.node.ip(&format!("addr add 172.29.0.1/24 dev {node}"));
+    env.node.ip(&format!("addr add 172.29.0.1/24 dev {node}"));
     pod.netns.ip(&format!(
         "addr add 172.29.0.2/24 dev {inside}\nroute add {METADATA} via 172.29.0.1 dev {inside}"
     ));
-    world.fabric.ip(&format!("route add 172.29.0.0/24 via {}", world.node_address()));
+    env.fabric.ip(&format!("route add 172.29.0.0/24 via {}", env.node_address()));
 }
 
 fn assert_stack_is_held(name: &str, devices: &[&str]) {
     if lacks_device(WHOLE_TEST, "VLAN", &format!("link lower0 {}", devices[0])) {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    stack(&world, &pod, devices);
-    world
-        .ways(&ALL)
-        .way(format!("TCP with {name}"), || http_get(&pod.netns, METADATA, SHORT).is_answer())
-        .way(format!("UDP with {name}"), || udp_echo(&pod.netns, METADATA, SHORT).is_answer())
-        .assert_held();
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    stack(&env, &pod, devices);
+    env.vectors(&ALL)
+        .vector(format!("TCP with {name}"), || http_get(&pod.netns, METADATA, SHORT).is_answer())
+        .vector(format!("UDP with {name}"), || udp_echo(&pod.netns, METADATA, SHORT).is_answer())
+        .assert_blocked_all();
 }
 
 #[test]
@@ -52,10 +51,10 @@ fn stacked_vlan_devices() {
 /// The bridge removes a port's tag when the frame reaches the bridge's own interface.
 #[test]
 fn vlan_aware_bridge() {
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Bridged);
-    let mut command = world.node.command("ip");
-    command.args(["link", "set", World::BRIDGE, "type", "bridge", "vlan_filtering", "1"]);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Bridged);
+    let mut command = env.node.command("ip");
+    command.args(["link", "set", TestEnv::BRIDGE, "type", "bridge", "vlan_filtering", "1"]);
     if !imds_tests::output(command).status.success() {
         skip(WHOLE_TEST, "no VLAN-aware bridges on this kernel");
         return;
@@ -63,10 +62,9 @@ fn vlan_aware_bridge() {
     // Ports are members of VLAN 1 by default.
     let packet = packets::udp(pod.address, METADATA, b"tagged");
     let frame = packets::tagged_frame(&pod, pod.gateway_mac, &[(0x8100, 1)], &packet);
-    world
-        .ways(&EDGES)
-        .one_way("a tag of the bridge's VLAN", || {
+    env.vectors(&EDGES)
+        .one_vector("a tag of the bridge's VLAN", || {
             PacketSocket::frames(&pod.netns, Pod::IFNAME).send(&frame).unwrap();
         })
-        .assert_held();
+        .assert_blocked_all();
 }

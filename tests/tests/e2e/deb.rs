@@ -6,7 +6,7 @@ use std::{
 };
 
 use imds_tests::{
-    METADATA, Machine, Pod, PodLink, World,
+    METADATA, Machine, Pod, PodLink, TestEnv,
     flood::Flood,
     poll::poll_until,
     probe::{LONG, SHORT, http_get},
@@ -22,18 +22,18 @@ struct Case {
     // Dropped before its network.
     machine: Machine,
     pod: Pod,
-    world: World,
+    env: TestEnv,
 }
 
 impl Case {
     fn new() -> Self {
-        let world = World::new();
-        let pod = world.add_pod(PodLink::Routed);
-        let machine = Machine::boot(&world.node);
-        world.assert_open(&pod);
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Routed);
+        let machine = Machine::boot(&env.node);
+        env.assert_open(&pod);
         let deb = env::var("IMDS_DEB").expect("IMDS_DEB: run `cargo xtask e2e`");
         fs::copy(deb, machine.shared().join("imds-agent.deb")).unwrap();
-        Self { machine, pod, world }
+        Self { machine, pod, env }
     }
 
     #[track_caller]
@@ -72,7 +72,7 @@ impl Case {
     #[track_caller]
     fn replace(&self, install: impl FnOnce()) {
         let pid = self.pid();
-        self.world.assert_nothing_arrives(|| {
+        self.env.assert_nothing_arrives(|| {
             let flood = Flood::udp(&self.pod, METADATA);
             install();
             self.wait_active();
@@ -119,7 +119,7 @@ fn install_enforces_and_removal_ends_it() {
     case.install(DEB);
     // The service manager was notified that everything is enforced, so the pod must be denied immediately.
     case.wait_active();
-    case.world.assert_blocked(&case.pod);
+    case.env.assert_blocked(&case.pod);
     let status = case.machine.property(SERVICE, "StatusText");
     assert!(status.starts_with("mode enforce: 1 pod and "), "{status}");
     let verify = case.machine.checked(&["imds-agent", "verify"]);
@@ -142,10 +142,10 @@ fn install_enforces_and_removal_ends_it() {
 
     // A stopped service keeps enforcement, a removed package ends it, and a purge leaves nothing.
     case.machine.checked(&["systemctl", "stop", SERVICE]);
-    case.world.assert_blocked(&case.pod);
+    case.env.assert_blocked(&case.pod);
     case.machine.checked(&["systemctl", "start", SERVICE]);
     case.machine.checked(&["apt-get", "remove", "--yes", "imds-agent"]);
-    case.world.assert_open(&case.pod);
+    case.env.assert_open(&case.pod);
     assert!(case.has(CONFIG) && !case.has("/sys/fs/bpf/imds"));
     case.machine.checked(&["apt-get", "purge", "--yes", "imds-agent"]);
     assert_eq!(case.traces(), before);
@@ -170,7 +170,7 @@ fn upgrade_keeps_enforcement_and_counters() {
         case.machine.checked(&["apt-get", "install", "--yes", "--allow-downgrades", older]);
     });
     case.machine.checked(&["apt-get", "purge", "--yes", "imds-agent"]);
-    case.world.assert_open(&case.pod);
+    case.env.assert_open(&case.pod);
 }
 
 #[test]
@@ -188,7 +188,7 @@ fn service_restart_never_blocks_runtime() {
     case.machine.checked(&["kill", "-STOP", &pid]);
     case.wait_for_another(&pid, "the watchdog");
     case.wait_active();
-    case.world.assert_blocked(&case.pod);
+    case.env.assert_blocked(&case.pod);
     let pid = case.pid();
     case.machine.checked(&["kill", "-KILL", &pid]);
     case.wait_for_another(&pid, "a restart");
@@ -203,9 +203,9 @@ fn service_restart_never_blocks_runtime() {
         (case.machine.property("containerd.service", "ActiveState") == "active").then_some(())
     });
     assert_ne!(case.machine.property(SERVICE, "ActiveState"), "active");
-    case.world.assert_blocked(&case.pod);
+    case.env.assert_blocked(&case.pod);
     case.machine.checked(&["apt-get", "purge", "--yes", "imds-agent"]);
-    case.world.assert_open(&case.pod);
+    case.env.assert_open(&case.pod);
 }
 
 #[test]

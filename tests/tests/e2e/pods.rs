@@ -2,7 +2,7 @@
 
 use std::{fs, process::Output, thread};
 
-use imds_tests::{PodLink, World, poll::poll_until, probe::LONG};
+use imds_tests::{PodLink, TestEnv, poll::poll_until, probe::LONG};
 use serde_json::json;
 
 use crate::runtime::{Containerd, Podman, stdout, wait_ready};
@@ -36,8 +36,8 @@ fn pods_cgroup() -> String {
 #[test]
 #[ignore = "needs container runtimes and the static binary: cargo xtask e2e"]
 fn aks_steps_with_image_on_podman_pods() {
-    let world = World::new();
-    let podman = Podman::new(&world);
+    let env = TestEnv::new();
+    let podman = Podman::new(&env);
     podman.build_agent();
     podman.play("non-host-nw", false);
     podman.play("host-nw", true);
@@ -60,16 +60,16 @@ fn aks_steps_with_image_on_podman_pods() {
     assert_eq!(check("pods")["state"], "ok");
 
     // Enabling needs no restart of pods.
-    let config = world.scratch_dir().join("imds.toml");
+    let config = env.scratch_dir().join("imds.toml");
     fs::write(&config, "provider = 'azure'").unwrap();
     let cgroup = pods_cgroup();
     let run = ["run", "--config", config.to_str().unwrap(), "--cgroup", &cgroup];
     let started = imds_tests::output(podman.agent(&["--detach", "--name", "agent"], &run));
     assert!(started.status.success(), "{started:?}");
-    wait_ready(&world);
-    world.assert_nothing_arrives(|| assert_nothing(&podman.exec("non-host-nw", &NON_HOST)));
+    wait_ready(&env);
+    env.assert_nothing_arrives(|| assert_nothing(&podman.exec("non-host-nw", &NON_HOST)));
     assert_document(&podman.exec("host-nw", &HOST));
-    let verify = world.status();
+    let verify = env.status();
     assert!(verify.total.denied.packets > 0, "{verify:?}");
 
     // The mode is switched off and on again by changing the configuration only.
@@ -82,7 +82,7 @@ fn aks_steps_with_image_on_podman_pods() {
     // Enforcement continues without the agent, also for a pod that starts then.
     podman.run(&["kill", "--signal", "KILL", "agent"]);
     podman.play("later", false);
-    world.assert_nothing_arrives(|| {
+    env.assert_nothing_arrives(|| {
         assert_nothing(&podman.exec("non-host-nw", &NON_HOST));
         assert_nothing(&podman.exec("later", &NON_HOST));
     });
@@ -96,12 +96,12 @@ fn aks_steps_with_image_on_podman_pods() {
 #[test]
 #[ignore = "needs container runtimes: cargo xtask e2e"]
 fn hundred_churning_pods_are_denied() {
-    let world = World::new();
-    let podman = Podman::new(&world);
+    let env = TestEnv::new();
+    let podman = Podman::new(&env);
     podman.play("lasting", false);
     assert_document(&podman.exec("lasting", &HOST));
-    let agent = world.agent().hooks(&["from_pod", "node_egress"]).spawn_ready();
-    world.assert_nothing_arrives(|| {
+    let agent = env.agent().hooks(&["from_pod", "node_egress"]).spawn_ready();
+    env.assert_nothing_arrives(|| {
         thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
@@ -114,32 +114,32 @@ fn hundred_churning_pods_are_denied() {
         assert_nothing(&podman.exec("lasting", &HASTY));
     });
     drop(agent);
-    world.unload();
+    env.unload();
     assert_document(&podman.run_once(&HASTY));
 }
 
 #[test]
 #[ignore = "needs container runtimes: cargo xtask e2e"]
 fn single_pod_is_exempt_by_cgroup() {
-    let world = World::new();
-    let podman = Podman::new(&world);
+    let env = TestEnv::new();
+    let podman = Podman::new(&env);
     for name in ["trusted", "other"] {
         podman.play(name, false);
         assert_document(&podman.exec(name, &HOST));
     }
     let cgroup = podman.run(&["pod", "inspect", "--format", "{{.CgroupPath}}", "trusted"]);
     let rule = format!("[[exempt]]\nname = 'trusted'\ncgroup = '{}'", cgroup.trim().trim_start_matches('/'));
-    let config = world.scratch_dir().join("imds.toml");
+    let config = env.scratch_dir().join("imds.toml");
     fs::write(&config, rule).unwrap();
     let agent =
-        world.agent().config_file(config.to_str().unwrap()).args(&["--cgroup", &pods_cgroup()]).spawn_ready();
+        env.agent().config_file(config.to_str().unwrap()).args(&["--cgroup", &pods_cgroup()]).spawn_ready();
     poll_until(LONG, "the exemption", || podman.exec("trusted", &HASTY).status.success().then_some(()));
-    world.assert_nothing_arrives(|| assert_nothing(&podman.exec("other", &HASTY)));
+    env.assert_nothing_arrives(|| assert_nothing(&podman.exec("other", &HASTY)));
     podman.run(&["pod", "rm", "--force", "--time", "0", "trusted"]);
     podman.play("successor", false);
-    world.assert_nothing_arrives(|| assert_nothing(&podman.exec("successor", &HASTY)));
+    env.assert_nothing_arrives(|| assert_nothing(&podman.exec("successor", &HASTY)));
     drop(agent);
-    world.unload();
+    env.unload();
     // Only the pod with hostNetwork has access: podman removed the NAT rules together with the first pod.
     assert_document(&podman.exec("successor", &HOST));
 }
@@ -147,15 +147,15 @@ fn single_pod_is_exempt_by_cgroup() {
 #[test]
 #[ignore = "needs container runtimes: cargo xtask e2e"]
 fn containerd_with_reference_cni_plugins() {
-    let world = World::new();
+    let env = TestEnv::new();
     // Routes to the harness's own pods must not interfere.
-    let _neighbour = world.add_pod(PodLink::Routed);
-    let mut containerd = Containerd::new(&world);
+    let _neighbour = env.add_pod(PodLink::Routed);
+    let mut containerd = Containerd::new(&env);
     for (network, subnet) in [
         (json!({ "type": "bridge", "bridge": "cni9", "isGateway": true, "ipMasq": true }), "10.89.1.0/24"),
         (json!({ "type": "ptp", "ipMasq": true }), "10.89.2.0/24"),
         // Pods of this network are neighbours of the node.
-        (json!({ "type": "macvlan", "master": World::UPLINK }), "10.0.0.64/26"),
+        (json!({ "type": "macvlan", "master": TestEnv::UPLINK }), "10.0.0.64/26"),
     ] {
         let kind = network["type"].as_str().unwrap().to_owned();
         let sandbox = containerd.sandbox(network.clone(), subnet);
@@ -168,21 +168,21 @@ fn containerd_with_reference_cni_plugins() {
             assert_document(&sandbox.run(&HOST));
         }
         let rule = format!("[[exempt]]\nname = 'trusted'\nnetns = '{}'", exempt.netns.path().display());
-        let agent = world.agent().config(&rule).hooks(&["from_pod", "node_egress"]).spawn_ready();
+        let agent = env.agent().config(&rule).hooks(&["from_pod", "node_egress"]).spawn_ready();
         if kind == "macvlan" && imds_tests::lacks_tc_netns_cookie("macvlan") {
             drop(agent);
-            world.unload();
+            env.unload();
             continue;
         }
         assert_document(&exempt.run(&HOST));
-        world.assert_nothing_arrives(|| assert_nothing(&sandbox.run(&HASTY)));
+        env.assert_nothing_arrives(|| assert_nothing(&sandbox.run(&HASTY)));
         drop([sandbox, exempt]);
         containerd.restart();
         let sandbox = containerd.sandbox(network, subnet);
-        world.assert_nothing_arrives(|| assert_nothing(&sandbox.run(&HASTY)));
+        env.assert_nothing_arrives(|| assert_nothing(&sandbox.run(&HASTY)));
         drop(agent);
-        world.assert_nothing_arrives(|| assert_nothing(&sandbox.run(&HASTY)));
-        world.unload();
+        env.assert_nothing_arrives(|| assert_nothing(&sandbox.run(&HASTY)));
+        env.unload();
         if kind != "macvlan" {
             assert_document(&sandbox.run(&HOST));
         }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use imds_tests::{
-    Netns, World, output,
+    Netns, TestEnv, output,
     poll::{poll_until, try_poll},
     probe::LONG,
 };
@@ -65,7 +65,7 @@ fn tools(dir: &Path) -> PathBuf {
 
 /// podman with its own images and containers on a world's node. Dropping it removes all of them.
 pub(crate) struct Podman<'w> {
-    world: &'w World,
+    env: &'w TestEnv,
     dir: TempDir,
 }
 
@@ -73,10 +73,10 @@ impl<'w> Podman<'w> {
     /// Name of the cgroup in which podman creates pods.
     pub(crate) const CGROUP: &'static str = "libpod_parent";
 
-    pub(crate) fn new(world: &'w World) -> Self {
+    pub(crate) fn new(env: &'w TestEnv) -> Self {
         let dir = TempDir::with_prefix("imds-podman-").unwrap();
         fs::write(dir.path().join("containers.conf"), CONTAINERS_CONF).unwrap();
-        let podman = Self { world, dir };
+        let podman = Self { env, dir };
         podman.run(&[
             "import",
             "--change",
@@ -88,7 +88,7 @@ impl<'w> Podman<'w> {
     }
 
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = self.world.node.command("podman");
+        let mut command = self.env.node.command("podman");
         let dir = self.dir.path();
         command.env("CONTAINERS_CONF", dir.join("containers.conf"));
         for (option, name) in
@@ -145,7 +145,7 @@ impl<'w> Podman<'w> {
 
     /// Returns a command of the agent in a container with exactly the privileges of the `DaemonSet`.
     pub(crate) fn agent(&self, options: &[&str], arguments: &[&str]) -> Command {
-        let scratch = format!("{0}:{0}:ro", self.world.scratch_dir().display());
+        let scratch = format!("{0}:{0}:ro", self.env.scratch_dir().display());
         let mut command =
             self.command(&["run", "--pull", "never", "--network", "host", "--pid", "host", "--read-only"]);
         command.args(["--cap-drop", "all", "--cap-add", "BPF,PERFMON,NET_ADMIN,SYS_ADMIN,SYS_PTRACE"]);
@@ -157,7 +157,7 @@ impl<'w> Podman<'w> {
             "/sys/fs/cgroup:/sys/fs/cgroup:ro,rbind",
         ]);
         command.args(["--volume", &scratch]).args(options).arg("localhost/imds-agent").args(arguments);
-        command.arg("--pin-dir").arg(self.world.pin_dir());
+        command.arg("--pin-dir").arg(self.env.pin_dir());
         command
     }
 }
@@ -176,7 +176,7 @@ impl Drop for Podman<'_> {
 
 /// containerd with its own root directory. Pods are network namespaces that a CNI plugin connects.
 pub(crate) struct Containerd<'w> {
-    world: &'w World,
+    env: &'w TestEnv,
     dir: TempDir,
     daemon: Child,
 }
@@ -189,12 +189,12 @@ pub(crate) struct Sandbox<'c, 'w> {
 }
 
 impl<'w> Containerd<'w> {
-    pub(crate) fn new(world: &'w World) -> Self {
+    pub(crate) fn new(env: &'w TestEnv) -> Self {
         let dir = TempDir::with_prefix("imds-containerd-").unwrap();
-        let daemon = Self::start(world, dir.path());
-        let containerd = Self { world, dir, daemon };
+        let daemon = Self::start(env, dir.path());
+        let containerd = Self { env, dir, daemon };
         // containerd needs an image instead of a bare file system, which podman builds.
-        let podman = Podman::new(world);
+        let podman = Podman::new(env);
         let image = containerd.dir.path().join("image.tar");
         podman.run(&[
             "save",
@@ -211,7 +211,7 @@ impl<'w> Containerd<'w> {
         containerd
     }
 
-    fn start(world: &World, dir: &Path) -> Child {
+    fn start(env: &TestEnv, dir: &Path) -> Child {
         let config = format!(
             "version = 2\nroot = '{0}/root'\nstate = '{0}/state'\n[grpc]\naddress = '{0}/sock'\n\
              disabled_plugins = ['io.containerd.grpc.v1.cri', 'io.containerd.internal.v1.opt']\n",
@@ -219,7 +219,7 @@ impl<'w> Containerd<'w> {
         );
         let path = dir.join("config.toml");
         fs::write(&path, config).unwrap();
-        let mut command = world.node.command("containerd");
+        let mut command = env.node.command("containerd");
         command.arg("--config").arg(path).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         command.spawn().expect("start containerd")
     }
@@ -232,12 +232,12 @@ impl<'w> Containerd<'w> {
     pub(crate) fn restart(&mut self) {
         self.daemon.kill().unwrap();
         self.daemon.wait().unwrap();
-        self.daemon = Self::start(self.world, self.dir.path());
+        self.daemon = Self::start(self.env, self.dir.path());
         self.wait();
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = self.world.node.command("ctr");
+        let mut command = self.env.node.command("ctr");
         command.arg("--address").arg(self.dir.path().join("sock")).args(arguments);
         command
     }
@@ -284,7 +284,7 @@ impl Drop for Containerd<'_> {
 impl Sandbox<'_, '_> {
     fn cni(&self, verb: &str) {
         let plugin = format!("/usr/lib/cni/{}", self.network["type"].as_str().unwrap());
-        let mut command = self.containerd.world.node.command("sh");
+        let mut command = self.containerd.env.node.command("sh");
         command
             .args(["-ec", "printf '%s' \"$network\" | \"$plugin\""])
             .env("plugin", plugin)
@@ -312,7 +312,7 @@ impl Drop for Sandbox<'_, '_> {
 }
 
 /// Waits until the agent that is pinned for this world has completed its sync and reports no problem.
-pub(crate) fn wait_ready(world: &World) {
-    let ready = try_poll(LONG, || world.try_status().ok().filter(imds_tests::Status::is_ready));
-    assert!(ready.is_some(), "the agent is not ready: {:?}", world.try_status());
+pub(crate) fn wait_ready(env: &TestEnv) {
+    let ready = try_poll(LONG, || env.try_status().ok().filter(imds_tests::Status::is_ready));
+    assert!(ready.is_some(), "the agent is not ready: {:?}", env.try_status());
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use aya::maps::{HashMap, Map, MapData};
 use imds_ebpf_common::{
     Address,
-    ledger::{DenialKey, DenialRecord},
+    event_log::{DenialKey, DenialRecord},
 };
 use imds_tests::{
     Agent, AttachMode, PodLink,
@@ -28,13 +28,13 @@ const YEAR: Duration = Duration::from_hours(365 * 24);
 /// reporting.
 #[track_caller]
 fn assert_works(case: &Case) {
-    let late = case.world.add_pod(PodLink::Routed);
-    case.world.wait_guarded(&late);
-    let before = case.world.status().total.denied.packets;
+    let late = case.env.add_pod(PodLink::Routed);
+    case.env.wait_enforced(&late);
+    let before = case.env.status().total.denied.packets;
     let told = case.metric("imds_agent_events_total ");
-    case.world.status_when("the counters to go on", |status| status.total.denied.packets > before);
+    case.env.status_when("the counters to go on", |status| status.total.denied.packets > before);
     poll_until(LONG, "events to go on", || (case.metric("imds_agent_events_total ") > told).then_some(()));
-    let health = try_get(&case.world, DEFAULT, "/healthz").unwrap();
+    let health = try_get(&case.env, DEFAULT, "/healthz").unwrap();
     assert_eq!(health.0, 200, "{health:?}");
     assert_reports(case);
 }
@@ -42,9 +42,9 @@ fn assert_works(case: &Case) {
 /// Asserts that the report lists denials with ordered timestamps.
 #[track_caller]
 fn assert_reports(case: &Case) {
-    let table = case.world.imds_agent(&["report"]).output();
+    let table = case.env.imds_agent(&["report"]).output();
     assert!(table.status.success(), "{table:?}");
-    let report = case.world.imds_agent(&["report", "-o", "json"]).output();
+    let report = case.env.imds_agent(&["report", "-o", "json"]).output();
     let report: Value = serde_json::from_slice(&report.stdout).unwrap();
     let denials = report["denials"].as_array().unwrap();
     assert!(!denials.is_empty());
@@ -66,7 +66,7 @@ fn assert_calm(agent: &Agent<'_>) {
 #[ignore = "takes minutes: cargo xtask faults"]
 fn clocks_a_year_ahead_of_the_pins() {
     let case = Case::new(AttachMode::Clsact);
-    let log = case.world.scratch_dir().join("log");
+    let log = case.env.scratch_dir().join("log");
     case.under_flood(|| {
         let agent = case.agent().resync(1).spawn_ready();
         assert_works(&case);
@@ -78,7 +78,7 @@ fn clocks_a_year_ahead_of_the_pins() {
         let mut agent = Process::start(wrapped(&case, &unshare, &case.agent().resync(1)), &log);
         poll_until(LONG * 3, "an agent that is ahead", || {
             assert!(!agent.has_ended(), "{}", std::fs::read_to_string(&log).unwrap());
-            case.world.try_status().is_ok_and(|status| status.is_ready()).then_some(())
+            case.env.try_status().is_ok_and(|status| status.is_ready()).then_some(())
         });
         assert_works(&case);
         drop(agent);
@@ -97,7 +97,7 @@ fn denial_records_with_impossible_times() {
     let agent = case.agent().resync(1).spawn_ready();
     case.under_flood(|| assert_works(&case));
     agent.kill9();
-    let pin = case.world.pin_dir().join("maps/imds_denials");
+    let pin = case.env.pin_dir().join("maps/imds_denials");
     let mut denials: HashMap<MapData, DenialKey, DenialRecord> =
         Map::HashMap(MapData::from_pin(pin).unwrap()).try_into().unwrap();
     let (_, record) = denials.iter().next().unwrap().unwrap();

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use imds_tests::{AttachMode, METADATA, Over, Pod, World, effort, hook, packets, probe, skip_without_tcx};
+use imds_tests::{AttachMode, METADATA, Over, Pod, TestEnv, effort, hook, packets, probe, skip_without_tcx};
 
 use super::{Case, LINKS, Random};
 
@@ -29,7 +29,7 @@ fn configuration(random: &mut Random) -> String {
 
 fn killed_at_any_moment(backend: AttachMode) {
     let case = Case::new(backend);
-    let path = case.world.scratch_dir().join("imds.toml");
+    let path = case.env.scratch_dir().join("imds.toml");
     let mut random = Random::new();
     let replace = |text: &str| {
         let new = path.with_extension("new");
@@ -71,11 +71,11 @@ fn killed_during_start_and_reload_clsact() {
 
 /// Creates pods that send a few packets and then are deleted or stay, until `over` is set. Returns the pods that stay
 /// and the number of all pods.
-fn come_and_go(world: &World, mut random: Random, over: &Over) -> (Vec<Pod>, u32) {
+fn come_and_go(env: &TestEnv, mut random: Random, over: &Over) -> (Vec<Pod>, u32) {
     let (mut pods, mut came) = (Vec::new(), 0);
     while came < MOST && !over.is_told() {
         if pods.is_empty() || (pods.len() < CROWD && random.below(3) > 0) {
-            let pod = world.add_pod(*random.of(&LINKS));
+            let pod = env.add_pod(*random.of(&LINKS));
             let syns: Vec<_> = (1..100_u16)
                 .map(|number| packets::syn(pod.address, METADATA, number, number.into()))
                 .collect();
@@ -100,7 +100,7 @@ fn killed_while_pods_come_and_go(backend: AttachMode) {
     let (staying, count) = case.under_flood(|| {
         thread::scope(|scope| {
             let tell = over.when_dropped();
-            let pods = scope.spawn(|| come_and_go(&case.world, Random::new(), &over));
+            let pods = scope.spawn(|| come_and_go(&case.env, Random::new(), &over));
             for _ in 0..kills {
                 let agent = case.agent().resync(1).spawn();
                 sleep(Duration::from_millis(random.below(400)));
@@ -113,9 +113,9 @@ fn killed_while_pods_come_and_go(backend: AttachMode) {
     println!("{kills} kills while {count} pods came and {} stayed", staying.len());
     let agent = case.agent().spawn_ready();
     for pod in &staying {
-        let programs = hook::programs(&case.world.node, &pod.host_ifname);
+        let programs = hook::programs(&case.env.node, &pod.host_ifname);
         assert_eq!(programs.iter().filter(|program| program.is_ours()).count(), 1, "{programs:?}");
-        case.world.assert_blocked(pod);
+        case.env.assert_blocked(pod);
     }
     drop(agent);
     case.assert_well();

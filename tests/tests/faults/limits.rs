@@ -21,8 +21,8 @@ use super::{Case, Process, wrapped};
 #[ignore = "takes minutes: cargo xtask faults"]
 fn out_of_descriptors() {
     let case = Case::new(AttachMode::Clsact);
-    let log = case.world.scratch_dir().join("log");
-    let more: Vec<_> = (0..effort(60)).map(|_| case.world.add_pod(PodLink::Routed)).collect();
+    let log = case.env.scratch_dir().join("log");
+    let more: Vec<_> = (0..effort(60)).map(|_| case.env.add_pod(PodLink::Routed)).collect();
     case.under_flood(|| {
         for limit in [10, 16, 24, 32, 48, 64] {
             let mut command = case.agent().command();
@@ -31,11 +31,11 @@ fn out_of_descriptors() {
             let mut agent = Process::start(command, &log);
             // The agent must end with an error, or work as far as possible and report the rest.
             poll_until(LONG, "an end or a status", || {
-                let is_known = case.world.try_status().is_ok_and(|status| status.agent.ready);
+                let is_known = case.env.try_status().is_ok_and(|status| status.agent.ready);
                 (agent.has_ended() || is_known).then_some(())
             });
             let text = fs::read_to_string(&log).unwrap();
-            let is_whole = case.world.try_status().is_ok_and(|status| status.is_ready());
+            let is_whole = case.env.try_status().is_ok_and(|status| status.is_ready());
             assert!(is_whole || text.contains("os error 24"), "limit {limit}: {text}");
             fs::write(&log, "").unwrap();
         }
@@ -48,19 +48,19 @@ fn out_of_descriptors() {
 #[ignore = "takes minutes: cargo xtask faults"]
 fn full_disk_under_the_log() {
     let case = Case::new(AttachMode::Clsact);
-    let path = case.world.scratch_dir().join("imds.toml");
+    let path = case.env.scratch_dir().join("imds.toml");
     fs::write(&path, "[hooks]\nsocket = false").unwrap();
     let command = case.agent().config_file(path.to_str().unwrap()).command();
     let mut agent = Process::start(command, Path::new("/dev/full"));
     case.under_flood(|| {
-        case.world.status_when("an agent", |status| status.agent.ready);
+        case.env.status_when("an agent", |status| status.agent.ready);
         // The agent must log the rejected file.
         fs::write(&path, "nonsense = 1").unwrap();
-        case.world.status_when("the refusal", |status| {
+        case.env.status_when("the refusal", |status| {
             status.configuration.as_ref().is_some_and(|configuration| configuration.refused.is_some())
         });
-        let late = case.world.add_pod(PodLink::Routed);
-        case.world.wait_guarded(&late);
+        let late = case.env.add_pod(PodLink::Routed);
+        case.env.wait_enforced(&late);
     });
     assert!(!agent.has_ended());
     drop(agent);
@@ -99,7 +99,7 @@ fn out_of_memory() {
         return skip(WHOLE_TEST, "no cgroup with a memory controller on this machine");
     };
     let case = Case::new(AttachMode::Clsact);
-    let log = case.world.scratch_dir().join("log");
+    let log = case.env.scratch_dir().join("log");
     let enter = format!("echo $$ > {} && exec \"$@\"", memory.procs().display());
     let (mut killed, mut failed, mut stuck, mut ready) = (0, 0, 0, 0);
     case.under_flood(|| {
@@ -110,7 +110,7 @@ fn out_of_memory() {
             // An older kernel may try to reclaim memory until the agent is killed from outside.
             let ended = try_poll(LONG * 4, || {
                 let ended = agent.0.try_wait().unwrap();
-                let is_ready = case.world.try_status().is_ok_and(|status| status.is_ready());
+                let is_ready = case.env.try_status().is_ok_and(|status| status.is_ready());
                 (ended.is_some() || is_ready).then_some(ended)
             });
             let text = fs::read_to_string(&log).unwrap();

@@ -3,7 +3,7 @@
 use std::{fs, path::PathBuf, process::Command, thread::sleep, time::Duration};
 
 use imds_tests::{
-    AttachMode, PodLink, World, effort, foreign::detach_link, hook::run_tc, output, skip_without_tcx,
+    AttachMode, PodLink, TestEnv, effort, foreign::detach_link, hook::run_tc, output, skip_without_tcx,
 };
 use nix::sys::signal::Signal;
 
@@ -19,17 +19,17 @@ fn link_event_burst_overruns_the_queue() {
     let late = case.under_flood(|| {
         // The stopped agent does not read events, so that the kernel must drop some, including that of a new pod.
         signal(agent.pid(), Signal::SIGSTOP);
-        case.world.node.ip("link add burst0 type veth peer name burst1");
+        case.env.node.ip("link add burst0 type veth peer name burst1");
         let flips = "link set burst0 up\nlink set burst0 down\n".repeat(2000);
-        case.world.node.ip(&flips);
-        let late = case.world.add_pod(PodLink::Routed);
+        case.env.node.ip(&flips);
+        let late = case.env.add_pod(PodLink::Routed);
         signal(agent.pid(), Signal::SIGCONT);
-        case.world.wait_guarded(&late);
+        case.env.wait_enforced(&late);
         late
     });
     println!("4000 events, {} overruns", overruns());
     assert!(overruns() > 0, "{}", agent.log());
-    case.world.assert_blocked(&late);
+    case.env.assert_blocked(&late);
     drop(agent);
     case.assert_well();
 }
@@ -38,28 +38,28 @@ fn link_event_burst_overruns_the_queue() {
 #[ignore = "takes minutes: cargo xtask faults"]
 fn interfaces_change_during_attachment() {
     let case = Case::new(AttachMode::Clsact);
-    let world = &case.world;
+    let env = &case.env;
     let agent = case.agent().resync(1).spawn_ready();
     let mut random = Random::new();
     let changes = effort(120);
     case.under_flood(|| {
         for round in 0..changes {
-            let pod = world.add_pod(LINKS[usize::from(round % 2 == 0)]);
+            let pod = env.add_pod(LINKS[usize::from(round % 2 == 0)]);
             sleep(Duration::from_millis(random.below(10)));
             let name = &pod.host_ifname;
             match random.below(3) {
-                0 => world.node.ip(&format!(
+                0 => env.node.ip(&format!(
                     "link set {name} down\nlink set {name} name r{round}\nlink set r{round} up"
                 )),
-                1 => world.node.ip(&format!("link set {name} master {}", World::BRIDGE)),
-                _ => world.node.ip(&format!("link del {name}")),
+                1 => env.node.ip(&format!("link set {name} master {}", TestEnv::BRIDGE)),
+                _ => env.node.ip(&format!("link del {name}")),
             }
         }
     });
     println!("{changes} interfaces");
-    let last = world.add_pod(PodLink::Routed);
-    world.wait_guarded(&last);
-    world.assert_blocked(&last);
+    let last = env.add_pod(PodLink::Routed);
+    env.wait_enforced(&last);
+    env.assert_blocked(&last);
     drop(agent);
     case.assert_well();
 }
@@ -82,7 +82,7 @@ impl Point {
             Self::NodeEgress => &["node_egress_"],
             Self::Socket => &["connect", "sendmsg"],
         };
-        let pins = fs::read_dir(case.world.pin_dir().join("links")).unwrap().map(|pin| pin.unwrap().path());
+        let pins = fs::read_dir(case.env.pin_dir().join("links")).unwrap().map(|pin| pin.unwrap().path());
         let is_of_it = |pin: &PathBuf| {
             begins.iter().any(|begin| pin.file_name().unwrap().to_str().unwrap().starts_with(begin))
         };
@@ -93,7 +93,7 @@ impl Point {
     fn interfaces(self, case: &Case) -> (Vec<&str>, &'static str) {
         match self {
             Self::FromPod => (case.pods.iter().map(|pod| &*pod.host_ifname).collect(), "ingress"),
-            Self::NodeEgress => (vec![World::UPLINK, World::BRIDGE], "egress"),
+            Self::NodeEgress => (vec![TestEnv::UPLINK, TestEnv::BRIDGE], "egress"),
             Self::Socket => (Vec::new(), ""),
         }
     }
@@ -134,7 +134,7 @@ fn detach(link: &PathBuf, random: &mut Random) {
 }
 
 fn remove_filter(case: &Case, interface: &str, direction: &str, random: &mut Random) {
-    let node = &case.world.node;
+    let node = &case.env.node;
     if random.is_true() {
         run_tc(node, &["qdisc", "delete", "dev", interface, "clsact"]);
     } else {
@@ -155,7 +155,7 @@ fn stripped_at_random(backend: AttachMode) {
             if case.has_sockets() && random.is_true() {
                 stripped += Point::Socket.strip(&case, &mut random);
             }
-            case.world.status_when("everything is enforced again", |status| {
+            case.env.status_when("everything is enforced again", |status| {
                 status.is_ready() && status.state == "enforcing"
             });
         }

@@ -17,7 +17,7 @@ use std::{
 };
 
 use imds_tests::{
-    AgentCommand, AttachMode, METADATA, Pod, PodLink, World,
+    AgentCommand, AttachMode, METADATA, Pod, PodLink, TestEnv,
     flood::Flood,
     http::{DEFAULT, try_get},
     lacks_netns_cookie, skip,
@@ -34,7 +34,7 @@ const ALL: &[&str] = &["from_pod", "node_egress", "socket"];
 /// A world whose pods had access, and were then denied by an agent that has been killed.
 struct Case {
     pods: [Pod; 2],
-    world: World,
+    env: TestEnv,
     backend: AttachMode,
     hooks: &'static [&'static str],
 }
@@ -55,13 +55,13 @@ impl Case {
     }
 
     fn with(backend: AttachMode, hooks: &'static [&'static str]) -> Self {
-        let world = World::new();
-        let pods = LINKS.map(|link| world.add_pod(link));
+        let env = TestEnv::new();
+        let pods = LINKS.map(|link| env.add_pod(link));
         for pod in &pods {
-            world.assert_open(pod);
+            env.assert_open(pod);
         }
-        world.agent().backend(backend).hooks(hooks).spawn_ready().kill9();
-        Self { pods, world, backend, hooks }
+        env.agent().backend(backend).hooks(hooks).spawn_ready().kill9();
+        Self { pods, env, backend, hooks }
     }
 
     fn has_sockets(&self) -> bool {
@@ -70,16 +70,16 @@ impl Case {
 
     /// Returns a command that starts an agent like the earlier one.
     fn agent(&self) -> AgentCommand<'_> {
-        self.world.agent().backend(self.backend).hooks(self.hooks)
+        self.env.agent().backend(self.backend).hooks(self.hooks)
     }
 
     /// Runs `work` while the pods send, and asserts that no packet arrives.
     #[track_caller]
     fn under_flood<T>(&self, work: impl FnOnce() -> T) -> T {
-        let Self { pods, world, .. } = self;
-        let (result, sent) = world.assert_nothing_arrives(|| {
+        let Self { pods, env, .. } = self;
+        let (result, sent) = env.assert_nothing_arrives(|| {
             // The socket hook denies these calls if it is on, otherwise the TC hooks deny the packets.
-            let calls = self.has_sockets().then(|| world.in_cgroup(|| Flood::udp(&pods[0], METADATA)));
+            let calls = self.has_sockets().then(|| env.in_cgroup(|| Flood::udp(&pods[0], METADATA)));
             let floods = [Flood::udp(&pods[0], METADATA), Flood::syn(&pods[1], METADATA)];
             let result = work();
             drop(calls);
@@ -95,19 +95,19 @@ impl Case {
     fn assert_well(self) {
         let agent = self.agent().spawn_ready();
         for pod in &self.pods {
-            self.world.assert_blocked(pod);
+            self.env.assert_blocked(pod);
         }
         drop(agent);
-        self.world.unload();
+        self.env.unload();
         for pod in &self.pods {
-            self.world.assert_open(pod);
+            self.env.assert_open(pod);
         }
     }
 
     /// Returns the sum of the agent's metrics whose series begins with `name`.
     #[track_caller]
     fn metric(&self, name: &str) -> u64 {
-        let (_, metrics) = try_get(&self.world, DEFAULT, "/metrics").unwrap();
+        let (_, metrics) = try_get(&self.env, DEFAULT, "/metrics").unwrap();
         let lines = metrics.lines().filter(|line| line.starts_with(name));
         lines.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
     }
@@ -168,7 +168,7 @@ impl Drop for Process {
 /// Runs `command` through `wrapper`, which must execute it, in the same network namespace.
 fn wrapped(case: &Case, wrapper: &[&str], command: &AgentCommand<'_>) -> Command {
     let inner = command.command();
-    let mut command = case.world.node.command(wrapper[0]);
+    let mut command = case.env.node.command(wrapper[0]);
     command.args(&wrapper[1..]).arg(inner.get_program()).args(inner.get_args());
     command
 }

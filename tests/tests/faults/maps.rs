@@ -41,19 +41,19 @@ fn full_counter_maps() {
     let agent = case.agent().spawn();
     let late = case.under_flood(|| guarded_late(&case));
     drop(agent);
-    case.world.unload();
-    case.world.assert_open(&late);
+    case.env.unload();
+    case.env.assert_open(&late);
 }
 
 fn open(case: &Case, name: &str) -> MapData {
-    MapData::from_pin(case.world.pin_dir().join("maps").join(name)).unwrap()
+    MapData::from_pin(case.env.pin_dir().join("maps").join(name)).unwrap()
 }
 
 /// Adds a pod and asserts that it is enforced.
 fn guarded_late(case: &Case) -> Pod {
-    let late = case.world.add_pod(PodLink::Routed);
-    case.world.wait_guarded(&late);
-    case.world.assert_blocked(&late);
+    let late = case.env.add_pod(PodLink::Routed);
+    case.env.wait_enforced(&late);
+    case.env.assert_blocked(&late);
     late
 }
 
@@ -106,7 +106,7 @@ fn full_user_space_maps() {
             assert_eq!(is_said, name == "imds_interfaces", "{name}: {}", agent.log());
             agent.kill9();
             let agent = case.agent().spawn_ready();
-            case.world.assert_blocked(&late);
+            case.env.assert_blocked(&late);
             agent.kill9();
         });
         case.assert_well();
@@ -120,7 +120,7 @@ fn more_exemptions_than_fit() {
     const PODS: u32 = 66;
     const ENDPOINTS: u32 = 250;
     let case = Case::new(AttachMode::Clsact);
-    let crowd: Vec<_> = (0..PODS).map(|_| case.world.add_pod(PodLink::Routed)).collect();
+    let crowd: Vec<_> = (0..PODS).map(|_| case.env.add_pod(PodLink::Routed)).collect();
     let names = (0..ENDPOINTS).map(|number| format!("'e{number}'")).collect::<Vec<_>>().join(", ");
     let endpoints = (0..ENDPOINTS)
         .map(|number| format!("[[endpoint]]\nname = 'e{number}'\naddress = '203.0.113.{number}'\n"));
@@ -130,20 +130,20 @@ fn more_exemptions_than_fit() {
         for _ in 0..effort(2) {
             let agent = case.agent().config(&config).spawn_ready();
             agent.wait_for_log("failed to read or write map imds_exempt", LONG);
-            println!("{} of {} exemptions", case.world.status().exemptions.len(), PODS * ENDPOINTS);
-            let late = case.world.add_pod(PodLink::Routed);
+            println!("{} of {} exemptions", case.env.status().exemptions.len(), PODS * ENDPOINTS);
+            let late = case.env.add_pod(PodLink::Routed);
             // The status takes long with this number of exemptions.
             poll_until(LONG * 6, "a new pod to be enforced", || {
-                let programs = hook::programs(&case.world.node, &late.host_ifname);
+                let programs = hook::programs(&case.env.node, &late.host_ifname);
                 programs.first().is_some_and(hook::Attached::is_ours).then_some(())
             });
-            case.world.assert_blocked(&late);
+            case.env.assert_blocked(&late);
             agent.kill9();
         }
     });
     // A pod that no rule selects any more is denied again.
     case.agent().spawn_ready().kill9();
-    case.world.assert_blocked(&crowd[0]);
+    case.env.assert_blocked(&crowd[0]);
     drop(crowd);
     case.assert_well();
 }
@@ -181,16 +181,16 @@ impl Ring {
 #[ignore = "takes minutes: cargo xtask faults"]
 fn unread_events() {
     let case = Case::with_sockets(AttachMode::Clsact);
-    let crowd: Vec<_> = (0..effort(60).max(20)).map(|_| case.world.add_pod(PodLink::Routed)).collect();
+    let crowd: Vec<_> = (0..effort(60).max(20)).map(|_| case.env.add_pod(PodLink::Routed)).collect();
     let agent = case.agent().resync(1).spawn_ready();
     case.under_flood(|| {
         signal(agent.pid(), Signal::SIGSTOP);
         let ring = Ring::of(&case);
         let flood = Flood::udp_of_all(&crowd, METADATA);
         poll_until(LONG * 12, "a full ring buffer", || ring.is_full().then_some(()));
-        let denied = case.world.status().total.denied.packets;
+        let denied = case.env.status().total.denied.packets;
         let sent = flood.sent();
-        case.world.status_when("packets to be counted with a full ring buffer", |status| {
+        case.env.status_when("packets to be counted with a full ring buffer", |status| {
             status.total.denied.packets > denied && flood.sent() > sent
         });
         signal(agent.pid(), Signal::SIGCONT);

@@ -11,7 +11,7 @@ use std::{
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
-    AttachMode, Pod, PodLink, World, effort,
+    AttachMode, Pod, PodLink, TestEnv, effort,
     foreign::{Foreign, TC_ACT_OK, pin_object_over, pin_over},
     hook,
     http::{DEFAULT, try_get},
@@ -34,13 +34,13 @@ fn checked(command: Command) {
 
 fn wait_until_all_is_back(case: &Case) {
     poll_until(LONG * 2, "everything to be repaired", || {
-        let status = case.world.try_status().ok()?;
+        let status = case.env.try_status().ok()?;
         (status.is_ready() && status.state == "enforcing").then_some(())
     });
 }
 
 fn pins(case: &Case) -> Vec<PathBuf> {
-    let list = |directory| fs::read_dir(case.world.pin_dir().join(directory)).into_iter().flatten().flatten();
+    let list = |directory| fs::read_dir(case.env.pin_dir().join(directory)).into_iter().flatten().flatten();
     DIRECTORIES.into_iter().flat_map(list).map(|pin| pin.path()).collect()
 }
 
@@ -51,7 +51,7 @@ fn pins_that_are_removed(backend: AttachMode) {
     let removals = effort(40);
     case.under_flood(|| {
         for _ in 0..removals {
-            let root = case.world.pin_dir();
+            let root = case.env.pin_dir();
             // Ignores errors: the agent may create or remove a pin concurrently.
             let _gone = match random.below(3) {
                 0 => fs::remove_dir_all(root),
@@ -89,21 +89,21 @@ fn removed_pins_are_restored_clsact() {
 #[ignore = "takes minutes: cargo xtask faults"]
 fn pins_removed_without_agent() {
     let case = Case::with_sockets(AttachMode::Clsact);
-    let empty = || fs::remove_dir_all(case.world.pin_dir()).unwrap();
+    let empty = || fs::remove_dir_all(case.env.pin_dir()).unwrap();
     case.under_flood(|| {
         for _ in 0..effort(5) {
             empty();
-            assert_eq!(case.world.status().state, "unloaded");
+            assert_eq!(case.env.status().state, "unloaded");
             case.agent().spawn_ready().kill9();
         }
     });
     if hook::has_tcx() {
-        case.world.agent().backend(AttachMode::Tcx).hooks(case.hooks).spawn_ready().kill9();
+        case.env.agent().backend(AttachMode::Tcx).hooks(case.hooks).spawn_ready().kill9();
         empty();
         for pod in &case.pods {
-            case.world.assert_open(pod);
+            case.env.assert_open(pod);
         }
-        assert_eq!(case.world.status().state, "unloaded");
+        assert_eq!(case.env.status().state, "unloaded");
     }
     case.assert_well();
 }
@@ -123,14 +123,14 @@ fn start_apart(case: &Case, may_mount: bool, log: &Path) -> Process {
 
 /// Runs a command in the namespaces of that agent.
 fn beside(case: &Case, agent: &Process, command: &[&str]) -> Command {
-    let mut beside = case.world.node.command("nsenter");
+    let mut beside = case.env.node.command("nsenter");
     beside.arg(format!("--mount=/proc/{}/ns/mnt", agent.0.id())).args(command);
     beside
 }
 
 /// Waits until the agent in the other mount namespace reports no problem.
 fn wait_until_well_apart(case: &Case, agent: &Process) {
-    let status = case.world.imds_agent(&["status"]).command();
+    let status = case.env.imds_agent(&["status"]).command();
     let mut words = vec![status.get_program().to_str().unwrap()];
     words.extend(status.get_args().map(|word| word.to_str().unwrap()));
     poll_until(LONG * 3, "a status without problems", || {
@@ -142,7 +142,7 @@ fn wait_until_well_apart(case: &Case, agent: &Process) {
 }
 
 fn guards(case: &Case, pod: &Pod) -> bool {
-    hook::programs(&case.world.node, &pod.host_ifname).first().is_some_and(hook::Attached::is_ours)
+    hook::programs(&case.env.node, &pod.host_ifname).first().is_some_and(hook::Attached::is_ours)
 }
 
 /// Returns the ids of the links on the world's cgroup.
@@ -150,7 +150,7 @@ fn links_of_sockets(case: &Case) -> Vec<String> {
     let mut bpftool = Command::new("bpftool");
     bpftool.args(["-j", "link", "list"]);
     let links: Vec<Value> = serde_json::from_slice(&output(bpftool).stdout).unwrap();
-    let cgroup = fs::metadata(case.world.cgroup()).unwrap().ino();
+    let cgroup = fs::metadata(case.env.cgroup()).unwrap().ino();
     let of_it = links.iter().filter(|link| link["cgroup_id"] == cgroup);
     of_it.map(|link| link["id"].to_string()).collect()
 }
@@ -171,8 +171,8 @@ fn detach_sockets(case: &Case) {
 fn bpffs_that_is_unmounted(backend: AttachMode, may_mount: bool) {
     let case = Case::with_sockets(backend);
     // Removes the pins in the machine's bpffs, which the agent does not use.
-    case.world.unload();
-    let log = case.world.scratch_dir().join("log");
+    case.env.unload();
+    let log = case.env.scratch_dir().join("log");
     let agent = start_apart(&case, may_mount, &log);
     wait_until_well_apart(&case, &agent);
     let said = |pattern: &str| fs::read_to_string(&log).unwrap().contains(pattern);
@@ -182,14 +182,14 @@ fn bpffs_that_is_unmounted(backend: AttachMode, may_mount: bool) {
             poll_until(LONG, "a log message about the mount", || {
                 said("mount -t bpf bpf /sys/fs/bpf").then_some(())
             });
-            let readiness = try_get(&case.world, DEFAULT, "/readyz").unwrap();
+            let readiness = try_get(&case.env, DEFAULT, "/readyz").unwrap();
             assert_eq!(readiness.0, 503, "{readiness:?}");
             detach_sockets(&case);
         }
         // Enforcement continues with or without pins.
-        let late = case.world.add_pod(PodLink::Routed);
+        let late = case.env.add_pod(PodLink::Routed);
         poll_until(LONG, "a new pod to be enforced", || guards(&case, &late).then_some(()));
-        case.world.assert_blocked(&late);
+        case.env.assert_blocked(&late);
         if !may_mount {
             checked(beside(&case, &agent, &["mount", "-t", "bpf", "bpf", "/sys/fs/bpf"]));
         }
@@ -225,17 +225,17 @@ fn unmounted_bpffs_without_mount_right() {
 /// Objects of another node's agent that resemble this agent's, and some that do not.
 struct Others {
     paths: Vec<PathBuf>,
-    world: World,
+    env: TestEnv,
     _pod: Pod,
 }
 
 impl Others {
     fn new(case: &Case) -> Self {
-        let world = World::new();
-        let pod = world.add_pod(PodLink::Routed);
-        let agent = world.agent().backend(case.backend).hooks(case.hooks).config("mode = 'off'");
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Routed);
+        let agent = env.agent().backend(case.backend).hooks(case.hooks).config("mode = 'off'");
         assert!(agent.once().status.success());
-        let root = world.pin_dir();
+        let root = env.pin_dir();
         let entries = DIRECTORIES.into_iter().flat_map(|name| fs::read_dir(root.join(name)).unwrap());
         let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
         let map = root.join("maps/other");
@@ -244,7 +244,7 @@ impl Others {
         create.args(["type", "hash", "key", "4", "value", "8", "entries", "7", "name", "other"]);
         checked(create);
         paths.push(map);
-        Self { paths, world, _pod: pod }
+        Self { paths, env, _pod: pod }
     }
 
     /// Drops the maps that cannot be distinguished from this agent's.
@@ -288,7 +288,7 @@ fn pins_that_are_replaced_while_the_agent_runs(backend: AttachMode) {
     println!("{replaced} pins replaced");
     drop(agent);
     case.assert_well();
-    drop(others.world);
+    drop(others.env);
 }
 
 #[test]
@@ -333,7 +333,7 @@ fn pins_that_are_replaced_between_agents(backend: AttachMode) {
     });
     println!("{replaced} pins replaced, new maps {new_maps} times");
     case.assert_well();
-    drop(others.world);
+    drop(others.env);
 }
 
 #[test]
@@ -359,17 +359,17 @@ fn foreign_link_at_pin_path_is_kept() {
     let case = Case::new(AttachMode::Tcx);
     let pod = &case.pods[0];
     let theirs = Foreign::returning(TC_ACT_OK).attach_tcx_first(
-        &case.world.node,
+        &case.env.node,
         pod.host_ifindex,
         TcAttachType::Ingress,
     );
-    let program = hook::tcx(&case.world.node, &pod.host_ifname)[0].id;
+    let program = hook::tcx(&case.env.node, &pod.host_ifname)[0].id;
     case.under_flood(|| {
-        let pin = case.world.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex));
+        let pin = case.env.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex));
         pin_object_over(&theirs, &pin);
         case.agent().spawn_ready().kill9();
     });
-    let programs = hook::tcx(&case.world.node, &pod.host_ifname);
+    let programs = hook::tcx(&case.env.node, &pod.host_ifname);
     assert!(programs[0].is_ours() && programs[1].id == program, "{programs:?}");
     drop(theirs);
     case.assert_well();

@@ -27,7 +27,7 @@ fn others(case: &Case) -> Vec<PathBuf> {
 /// Returns a copy of the agent with a different map layout: its map of counters has a smaller capacity.
 fn made_up(case: &Case) -> PathBuf {
     let mut binary = fs::read(case.agent().command().get_program()).unwrap();
-    let room = MapInfo::from_pin(case.world.pin_dir().join("maps/imds_counters")).unwrap().max_entries();
+    let room = MapInfo::from_pin(case.env.pin_dir().join("maps/imds_counters")).unwrap().max_entries();
     let object = embedded_object(&binary);
     let (room, less) = (room.to_le_bytes(), (room - 1).to_le_bytes());
     let places: Vec<_> = object.clone().filter(|&at| binary[at..].starts_with(&room)).collect();
@@ -35,7 +35,7 @@ fn made_up(case: &Case) -> PathBuf {
     for at in places {
         binary[at..at + room.len()].copy_from_slice(&less);
     }
-    let path = case.world.scratch_dir().join("imds-agent");
+    let path = case.env.scratch_dir().join("imds-agent");
     fs::write(&path, binary).unwrap();
     fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
     path
@@ -57,7 +57,7 @@ fn embedded_object(binary: &[u8]) -> Range<usize> {
 #[track_caller]
 fn assert_taken_over(case: &Case) {
     for pod in &case.pods {
-        let programs = hook::programs(&case.world.node, &pod.host_ifname);
+        let programs = hook::programs(&case.env.node, &pod.host_ifname);
         assert!(programs.len() == 1 && programs[0].is_ours(), "{programs:?}");
     }
 }
@@ -118,7 +118,7 @@ fn maps_of_same_size_and_other_schema() {
     let case = Case::with_sockets(AttachMode::Clsact);
     case.under_flood(|| {
         for _ in 0..effort(5) {
-            let pin = case.world.pin_dir().join("maps/imds_policy");
+            let pin = case.env.pin_dir().join("maps/imds_policy");
             let mut policies: Array<MapData, Policy> =
                 Map::Array(MapData::from_pin(pin).unwrap()).try_into().unwrap();
             let policy = policies.get(&0, 0).unwrap();

@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 
 use imds_tests::{
-    Layout, METADATA, Nic, Pod, PodLink, World, output,
+    Layout, METADATA, Nic, Pod, PodLink, TestEnv, output,
     probe::{Outcome, SHORT, http_get, udp_echo},
 };
 
@@ -13,7 +13,7 @@ pub(crate) const BRIDGE: &str = "br-ex";
 
 pub(crate) fn bridge(nic: Nic) -> Layout {
     let setup =
-        format!("link add {BRIDGE} type bridge\nlink set {uplink} master {BRIDGE}", uplink = World::UPLINK);
+        format!("link add {BRIDGE} type bridge\nlink set {uplink} master {BRIDGE}", uplink = TestEnv::UPLINK);
     Layout::new(nic).above(&setup, BRIDGE)
 }
 
@@ -37,7 +37,7 @@ fn veth_pair(nic: Nic) -> Layout {
          link add inner0 type veth peer name inner1
          link set inner1 master {BRIDGE}
          link set inner1 up",
-        uplink = World::UPLINK
+        uplink = TestEnv::UPLINK
     );
     Layout::new(nic).above(&setup, "inner0")
 }
@@ -53,18 +53,18 @@ fn veth_pair_to_bridge_of_veth_nic() {
 }
 
 /// Moves the pod to a port of the NIC's bridge, with an address of the node's subnet.
-fn join_bridge(world: &World, pod: &mut Pod) {
+fn join_bridge(env: &TestEnv, pod: &mut Pod) {
     let [.., host] = pod.address.octets();
     let veth = &pod.host_ifname;
     let offset = match pod.link {
         PodLink::Routed | PodLink::Netkit(_) => {
-            world.node.ip(&format!("route delete {}/32 dev {veth}", pod.address));
+            env.node.ip(&format!("route delete {}/32 dev {veth}", pod.address));
             50
         }
         PodLink::Bridged => 100,
     };
     pod.address = [10, 0, 0, offset + host].into();
-    world.node.ip(&format!("link set {veth} master {BRIDGE}"));
+    env.node.ip(&format!("link set {veth} master {BRIDGE}"));
     pod.netns.ip(&format!(
         "addr flush dev {eth0}\naddr add {}/24 dev {eth0}\nroute add default via 10.0.0.1",
         pod.address,
@@ -86,8 +86,8 @@ fn pods_in_bridge_of_veth_nic() {
 const CLUSTER_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 80);
 
 /// Translates the Service's address for pods and for the node.
-fn add_service(world: &World) {
-    let mut nft = world.node.command("nft");
+fn add_service(env: &TestEnv) {
+    let mut nft = env.node.command("nft");
     nft.arg(format!(
         "table ip service {{
             chain prerouting {{ type nat hook prerouting priority -100; ip daddr {CLUSTER_IP} dnat to {METADATA}; }}
@@ -99,21 +99,21 @@ fn add_service(world: &World) {
 }
 
 /// Prevents the node's bridges from passing packets to netfilter, which `br_netfilter` does by default.
-pub(crate) fn disable_bridge_netfilter(world: &World) {
+pub(crate) fn disable_bridge_netfilter(env: &TestEnv) {
     const KEY: &str = "bridge/bridge-nf-call-iptables";
-    if world.node.has_sysctl(KEY) {
-        world.node.sysctl(KEY, "0");
+    if env.node.has_sysctl(KEY) {
+        env.node.sysctl(KEY, "0");
     }
 }
 
 /// Moves the gateway of bridged pods from their bridge to a veth pair with both ends in the node's namespace. The other
 /// end is a port of the bridge.
-fn move_gateway_behind_pair(world: &World, pod: &Pod) {
-    let bridge = World::BRIDGE;
+fn move_gateway_behind_pair(env: &TestEnv, pod: &Pod) {
+    let bridge = TestEnv::BRIDGE;
     // Prevents the bridge from answering ARP requests for the address of `gateway0`.
-    world.node.sysctl(&format!("ipv4/conf/{bridge}/arp_ignore"), "1");
+    env.node.sysctl(&format!("ipv4/conf/{bridge}/arp_ignore"), "1");
     let [a, b, c, _] = pod.address.octets();
-    world.node.ip(&format!(
+    env.node.ip(&format!(
         "addr flush dev {bridge}
          link add gateway0 type veth peer name gateway1
          link set gateway1 master {bridge}
@@ -127,13 +127,13 @@ fn move_gateway_behind_pair(world: &World, pod: &Pod) {
 /// ingress interface, `gateway0`, which is not a port of the bridge.
 #[test]
 fn service_behind_veth_pair() {
-    let world = World::new();
+    let env = TestEnv::new();
     // A bridge that translates the address would route packets past the pair.
-    disable_bridge_netfilter(&world);
-    let pod = world.add_pod(PodLink::Bridged);
-    move_gateway_behind_pair(&world, &pod);
-    add_service(&world);
-    assert_denied_at_egress(&world, pod.address, CLUSTER_IP, || {
+    disable_bridge_netfilter(&env);
+    let pod = env.add_pod(PodLink::Bridged);
+    move_gateway_behind_pair(&env, &pod);
+    add_service(&env);
+    assert_denied_at_egress(&env, pod.address, CLUSTER_IP, || {
         let answers = [http_get(&pod.netns, CLUSTER_IP, SHORT), udp_echo(&pod.netns, CLUSTER_IP, SHORT)];
         answers.iter().all(Outcome::is_answer)
     });

@@ -6,7 +6,7 @@ use std::{
 };
 
 use imds_tests::{
-    AttachMode, Layout, METADATA, Netns, Pod, PodLink, Source, World, effort, hook, known_here,
+    AttachMode, Layout, METADATA, Netns, Pod, PodLink, Source, TestEnv, effort, hook, known_here,
     poll::{poll_until, try_poll},
     probe::{LONG, Outcome, SHORT, http_get, reachable, udp_echo},
     with_each_backend,
@@ -48,7 +48,7 @@ const RUNS: [(&[&str], Option<AttachMode>, Key); 5] = [
 
 /// A layout with two pods on each kind of link, of which the first is exempt.
 pub(crate) struct Case {
-    pub(crate) world: World,
+    pub(crate) env: TestEnv,
     pub(crate) source: Source,
     pub(crate) config: &'static str,
     target: IpAddr,
@@ -60,10 +60,10 @@ pub(crate) struct Case {
 impl Case {
     /// Creates a routed and a bridged pair of pods on a node with this layout.
     pub(crate) fn new(layout: Layout) -> Self {
-        let world = World::with_layout(layout);
-        let pods = [PodLink::Routed, PodLink::Bridged].map(|link| [world.add_pod(link), world.add_pod(link)]);
+        let env = TestEnv::with_layout(layout);
+        let pods = [PodLink::Routed, PodLink::Bridged].map(|link| [env.add_pod(link), env.add_pod(link)]);
         Self {
-            world,
+            env,
             source: Source::default(),
             config: "",
             target: METADATA.into(),
@@ -75,15 +75,15 @@ impl Case {
     /// Adds IPv6 addresses to all pods, and uses `target` as the endpoint.
     pub(crate) fn with_ipv6_target(self, target: impl Into<IpAddr>) -> Self {
         for pod in self.pods.iter().flatten() {
-            self.world.add_pod_ipv6(pod);
+            self.env.add_pod_ipv6(pod);
         }
         Self { target: target.into(), config: "provider = 'aws'\n", ..self }
     }
 
     /// Modifies each pod after it was connected.
-    pub(crate) fn place(mut self, mut place: impl FnMut(&World, &mut Pod)) -> Self {
+    pub(crate) fn place(mut self, mut place: impl FnMut(&TestEnv, &mut Pod)) -> Self {
         for pod in self.pods.iter_mut().flatten() {
-            place(&self.world, pod);
+            place(&self.env, pod);
         }
         self
     }
@@ -123,7 +123,7 @@ impl Case {
             .collect();
         let rules: String = exempt.iter().map(|pod| key.rule(pod)).collect();
         let mut command =
-            self.world.agent().hooks(&known_here(hooks)).config(&format!("{}{rules}", self.config));
+            self.env.agent().hooks(&known_here(hooks)).config(&format!("{}{rules}", self.config));
         if let Some(mode) = mode {
             command = command.backend(mode);
         }
@@ -132,7 +132,7 @@ impl Case {
         let mut broken = self.unreachable(&case, &exempt);
         broken.extend(self.reachable(&case, &denied));
         drop(agent);
-        self.world.unload();
+        self.env.unload();
         broken.extend(self.unreachable(&format!("after {case}"), &self.all_pods()));
         broken
     }
@@ -143,12 +143,12 @@ impl Case {
 
     /// Returns probes of the node and of `pods` that get no response.
     fn unreachable(&self, case: &str, pods: &[&Pod]) -> Vec<String> {
-        let node = Sender { name: "node".to_owned(), netns: &self.world.node, source: Some(self.source) };
+        let node = Sender { name: "node".to_owned(), netns: &self.env.node, source: Some(self.source) };
         let senders = pods.iter().map(|pod| Sender::from_pod(pod)).chain([node]);
         let fails = |probe: &Probe<'_>| {
             let mut last = None;
             let found = try_poll(LONG, || {
-                let outcome = self.world.in_cgroup(|| probe.send(self.target));
+                let outcome = self.env.in_cgroup(|| probe.send(self.target));
                 let is_answer = outcome.is_answer();
                 last = Some(outcome);
                 is_answer.then_some(())
@@ -160,13 +160,13 @@ impl Case {
 
     /// Returns probes of `pods` that get a response, and pods whose packets arrive.
     fn reachable(&self, case: &str, pods: &[&Pod]) -> Vec<String> {
-        let before = self.world.arrivals();
+        let before = self.env.received_packets();
         let succeeds = |probe: &Probe<'_>| {
-            let outcome = self.world.in_cgroup(|| probe.send(self.target));
+            let outcome = self.env.in_cgroup(|| probe.send(self.target));
             outcome.is_answer().then(|| format!("{case}: response to {}", probe.name()))
         };
         let mut broken = at_once(pods.iter().map(|pod| Sender::from_pod(pod)), &succeeds);
-        let after = self.world.arrivals();
+        let after = self.env.received_packets();
         for pod in pods {
             let address = match self.target {
                 IpAddr::V4(_) => pod.address.into(),
@@ -241,26 +241,26 @@ fn probes_of<'a>(senders: &'a [Sender<'a>]) -> impl Iterator<Item = Probe<'a>> {
 /// Without the agent and after each unload, `reaches` must return true.
 #[track_caller]
 pub(crate) fn assert_denied_at_egress(
-    world: &World,
+    env: &TestEnv,
     source: Ipv4Addr,
     service: Ipv4Addr,
     reaches: impl Fn() -> bool + Sync,
 ) {
     let wait_open = |when: &str| {
         poll_until(LONG, &format!("{source} to reach {service} {when}"), || {
-            world.in_cgroup(&reaches).then_some(())
+            env.in_cgroup(&reaches).then_some(())
         });
     };
     wait_open("without the agent");
     for hooks in [ALL, NODE_EGRESS] {
         with_each_backend(|mode| {
-            let agent = world.agent().hooks(&known_here(hooks)).backend(mode).spawn_ready();
-            assert!(reachable(&world.node, service), "node with {hooks:?}: {}", agent.log());
-            let before = world.arrivals().from(source);
-            assert!(!world.in_cgroup(&reaches), "{source} reached {service} with {hooks:?}");
-            assert_eq!(world.arrivals().from(source), before, "{hooks:?}: {}", agent.log());
+            let agent = env.agent().hooks(&known_here(hooks)).backend(mode).spawn_ready();
+            assert!(reachable(&env.node, service), "node with {hooks:?}: {}", agent.log());
+            let before = env.received_packets().from(source);
+            assert!(!env.in_cgroup(&reaches), "{source} reached {service} with {hooks:?}");
+            assert_eq!(env.received_packets().from(source), before, "{hooks:?}: {}", agent.log());
             drop(agent);
-            world.unload();
+            env.unload();
             wait_open(&format!("after {hooks:?}"));
         });
     }

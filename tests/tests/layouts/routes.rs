@@ -1,7 +1,7 @@
 //! Default routes that are added and removed while pods send.
 
 use imds_tests::{
-    Layout, METADATA, Nic, Pod, PodLink, World, effort,
+    Layout, METADATA, Nic, Pod, PodLink, TestEnv, effort,
     flood::Flood,
     poll::poll_until,
     probe::{LONG, reachable},
@@ -23,42 +23,42 @@ fn add_gateway_neighbour(pod: &Pod) {
     pod.netns.ip(&format!("neigh replace {gateway} lladdr {mac} dev {} nud permanent", Pod::IFNAME));
 }
 
-fn change_default(world: &World, verb: &str) {
-    world.node.ip(&format!("route {verb} default via 10.0.0.1 dev {}", World::UPLINK));
+fn change_default(env: &TestEnv, verb: &str) {
+    env.node.ip(&format!("route {verb} default via 10.0.0.1 dev {}", TestEnv::UPLINK));
 }
 
 /// Asserts that no packet of a pod arrives while the route changes. `arguments` are those of `imds-agent run`.
 fn assert_never_open(nic: Nic, arguments: &[&str]) {
     // The node always reaches the other service, whose neighbour entry is known.
     let layout = Layout::new(nic).routes("route add 198.51.100.10/32 via 10.0.0.1");
-    let world = World::with_layout(layout);
-    let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
+    let env = TestEnv::with_layout(layout);
+    let pods = [PodLink::Routed, PodLink::Bridged].map(|link| env.add_pod(link));
     pods.iter().for_each(add_gateway_neighbour);
-    assert!(pods.iter().all(|pod| world.arrivals().from(pod.address) == 0));
-    change_default(&world, "add");
+    assert!(pods.iter().all(|pod| env.received_packets().from(pod.address) == 0));
+    change_default(&env, "add");
     assert!(pods.iter().all(|pod| reachable(&pod.netns, METADATA)), "without the agent");
-    change_default(&world, "delete");
+    change_default(&env, "delete");
 
-    let agent = world.agent().hooks(NODE_EGRESS).args(arguments).spawn_ready();
-    let before = world.arrivals();
+    let agent = env.agent().hooks(NODE_EGRESS).args(arguments).spawn_ready();
+    let before = env.received_packets();
     let floods = pods.each_ref().map(|pod| Flood::udp(pod, METADATA));
     for _ in 0..effort(ROUNDS) {
-        change_default(&world, "add");
+        change_default(&env, "add");
         for flood in &floods {
             let start = flood.sent();
             poll_until(LONG, "packets of a flood", || (flood.sent() > start + PACKETS).then_some(()));
         }
-        change_default(&world, "delete");
+        change_default(&env, "delete");
     }
-    change_default(&world, "add");
+    change_default(&env, "add");
     drop(floods);
     for pod in &pods {
-        let (link, after) = (pod.link, world.arrivals());
+        let (link, after) = (pod.link, env.received_packets());
         assert_eq!(after.from(pod.address), before.from(pod.address), "{link:?} pod: {}", agent.log());
     }
-    assert!(reachable(&world.node, METADATA), "the node");
+    assert!(reachable(&env.node, METADATA), "the node");
     drop(agent);
-    world.unload();
+    env.unload();
     assert!(pods.iter().all(|pod| reachable(&pod.netns, METADATA)), "after unload");
 }
 

@@ -1,18 +1,18 @@
 //! Interfaces that the configuration selects.
 
 use imds_tests::{
-    Layout, METADATA, Nic, PodLink, World, output,
+    Layout, METADATA, Nic, PodLink, TestEnv, output,
     probe::{SHORT, http_get, reachable},
 };
 
 use crate::fixture::{NODE_EGRESS, TC};
 
 /// Returns the entry of the NIC in the status.
-fn uplink_status(world: &World) -> serde_json::Value {
-    let output = output(world.imds_agent(&["status", "-o", "json"]).command());
+fn uplink_status(env: &TestEnv) -> serde_json::Value {
+    let output = output(env.imds_agent(&["status", "-o", "json"]).command());
     let status: serde_json::Value = serde_json::from_slice(&output.stdout).expect("a status in JSON");
     let interfaces = status["interfaces"].as_array().expect("interfaces").clone();
-    let mut found = interfaces.into_iter().filter(|interface| interface["name"] == World::UPLINK);
+    let mut found = interfaces.into_iter().filter(|interface| interface["name"] == TestEnv::UPLINK);
     found.next().expect("the NIC in the status")
 }
 
@@ -28,19 +28,19 @@ fn attached_hooks(uplink: &serde_json::Value) -> Vec<&str> {
 #[test]
 fn excluded_nic() {
     for nic in [Nic::Veth, Nic::Macvlan] {
-        let world = World::with_layout(Layout::new(nic));
-        let pod = world.add_pod(PodLink::Routed);
+        let env = TestEnv::with_layout(Layout::new(nic));
+        let pod = env.add_pod(PodLink::Routed);
         assert!(reachable(&pod.netns, METADATA));
-        let exclude = format!("[interfaces]\nexclude = ['{}']\n", World::UPLINK);
+        let exclude = format!("[interfaces]\nexclude = ['{}']\n", TestEnv::UPLINK);
         for (hooks, is_open) in [(NODE_EGRESS, true), (TC, false)] {
-            let agent = world.agent().hooks(hooks).config(&exclude).spawn_ready();
-            let uplink = uplink_status(&world);
+            let agent = env.agent().hooks(hooks).config(&exclude).spawn_ready();
+            let uplink = uplink_status(&env);
             assert_eq!(uplink["role"], "excluded", "{uplink:#}");
             assert!(attached_hooks(&uplink).is_empty(), "{uplink:#}");
             assert_eq!(http_get(&pod.netns, METADATA, SHORT).is_answer(), is_open, "{}", agent.log());
-            assert!(reachable(&world.node, METADATA), "the node");
+            assert!(reachable(&env.node, METADATA), "the node");
             drop(agent);
-            world.unload();
+            env.unload();
             assert!(reachable(&pod.netns, METADATA), "after unload");
         }
     }
@@ -50,17 +50,17 @@ fn excluded_nic() {
 #[test]
 fn included_nic() {
     for nic in [Nic::Veth, Nic::Macvlan] {
-        let world = World::with_layout(Layout::new(nic));
-        let pod = world.add_pod(PodLink::Routed);
+        let env = TestEnv::with_layout(Layout::new(nic));
+        let pod = env.add_pod(PodLink::Routed);
         assert!(reachable(&pod.netns, METADATA));
-        let include = format!("[interfaces]\ninclude = ['{}']\n", World::UPLINK);
-        let agent = world.agent().hooks(TC).config(&include).spawn_ready();
-        let uplink = uplink_status(&world);
+        let include = format!("[interfaces]\ninclude = ['{}']\n", TestEnv::UPLINK);
+        let agent = env.agent().hooks(TC).config(&include).spawn_ready();
+        let uplink = uplink_status(&env);
         assert!(attached_hooks(&uplink).contains(&"from_pod"), "{uplink:#}");
-        world.assert_blocked(&pod);
-        assert!(reachable(&world.node, METADATA), "the node");
+        env.assert_blocked(&pod);
+        assert!(reachable(&env.node, METADATA), "the node");
         drop(agent);
-        world.unload();
+        env.unload();
         assert!(reachable(&pod.netns, METADATA), "after unload");
     }
 }

@@ -1,11 +1,11 @@
 //! Egress of the NIC that is redirected to an ifb and returns to the NIC.
 
-use imds_tests::{Layout, Netns, Nic, WHOLE_TEST, World, lacks_device, output, skip};
+use imds_tests::{Layout, Netns, Nic, TestEnv, WHOLE_TEST, lacks_device, output, skip};
 
 use crate::fixture::Case;
 
 fn layout(nic: Nic) -> Layout {
-    Layout::new(nic).above("link add ifb0 type ifb\nlink set ifb0 up", World::UPLINK)
+    Layout::new(nic).above("link add ifb0 type ifb\nlink set ifb0 up", TestEnv::UPLINK)
 }
 
 fn tc(netns: &Netns, arguments: &str) -> bool {
@@ -19,8 +19,8 @@ fn assert_redirected(nic: Nic, qdisc: &str, parent: &str) {
     if lacks_device(WHOLE_TEST, "ifb", "type ifb") {
         return;
     }
-    let (case, uplink) = (Case::new(layout(nic)), World::UPLINK);
-    let node = &case.world.node;
+    let (case, uplink) = (Case::new(layout(nic)), TestEnv::UPLINK);
+    let node = &case.env.node;
     let redirect = format!(
         "filter add dev {uplink} {parent} protocol all prio 10 u32 match u32 0 0 action mirred egress redirect dev ifb0"
     );

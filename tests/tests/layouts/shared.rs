@@ -1,7 +1,7 @@
 //! Pods with an interface above the NIC. The node has no interface of its own for these pods.
 
 use imds_tests::{
-    METADATA, Netns, WHOLE_TEST, World, known_here, lacks_device, lacks_tc_netns_cookie,
+    METADATA, Netns, TestEnv, WHOLE_TEST, known_here, lacks_device, lacks_tc_netns_cookie,
     poll::{poll_until, try_poll},
     probe::{LONG, SHORT, http_get, udp_echo},
 };
@@ -10,10 +10,10 @@ use crate::fixture::NODE_EGRESS;
 
 const SOCKET: &[&str] = &["socket"];
 
-fn add_pod(world: &World, options: &str, host: u8) -> Netns {
+fn add_pod(env: &TestEnv, options: &str, host: u8) -> Netns {
     let pod = Netns::new("upper");
     let name = format!("upper{host}");
-    world.node.ip(&format!("link add {name} link {} netns {} {options}", World::UPLINK, pod.name()));
+    env.node.ip(&format!("link add {name} link {} netns {} {options}", TestEnv::UPLINK, pod.name()));
     pod.ip(&format!(
         "link set lo up
          addr add 10.0.0.{host}/24 dev {name}
@@ -22,31 +22,31 @@ fn add_pod(world: &World, options: &str, host: u8) -> Netns {
     ));
     if options.contains("mode l3") {
         // The device answers no ARP requests.
-        world.fabric.ip(&format!("route add 10.0.0.{host}/32 via {}", world.node_address()));
+        env.fabric.ip(&format!("route add 10.0.0.{host}/32 via {}", env.node_address()));
     }
     pod
 }
 
-fn reaches(world: &World, netns: &Netns) -> bool {
-    world.in_cgroup(|| {
+fn reaches(env: &TestEnv, netns: &Netns) -> bool {
+    env.in_cgroup(|| {
         http_get(netns, METADATA, SHORT).is_answer() && udp_echo(netns, METADATA, SHORT).is_answer()
     })
 }
 
-fn gets_any_answer(world: &World, netns: &Netns) -> bool {
-    world.in_cgroup(|| {
+fn gets_any_answer(env: &TestEnv, netns: &Netns) -> bool {
+    env.in_cgroup(|| {
         http_get(netns, METADATA, SHORT).is_answer() || udp_echo(netns, METADATA, SHORT).is_answer()
     })
 }
 
 fn assert_enforced(options: &str) {
-    let world = World::new();
-    let [exempt, denied] = [77, 78].map(|host| add_pod(&world, options, host));
-    let all = [&exempt, &denied, &*world.node];
+    let env = TestEnv::new();
+    let [exempt, denied] = [77, 78].map(|host| add_pod(&env, options, host));
+    let all = [&exempt, &denied, &*env.node];
     let assert_open = |when: &str| {
         for netns in all {
             poll_until(LONG, &format!("responses to {} {when}", netns.name()), || {
-                reaches(&world, netns).then_some(())
+                reaches(&env, netns).then_some(())
             });
         }
     };
@@ -57,16 +57,16 @@ fn assert_enforced(options: &str) {
     }
     for hooks in runs.iter().filter(|hooks| !hooks.is_empty()) {
         let rule = format!("[[exempt]]\nname = 'upper'\nnetns = '{}'\n", exempt.path().display());
-        let agent = world.agent().hooks(hooks).config(&rule).spawn_ready();
-        for (name, netns) in [("node", &*world.node), ("exempt pod", &exempt)] {
-            let found = try_poll(LONG, || reaches(&world, netns).then_some(()));
+        let agent = env.agent().hooks(hooks).config(&rule).spawn_ready();
+        for (name, netns) in [("node", &*env.node), ("exempt pod", &exempt)] {
+            let found = try_poll(LONG, || reaches(&env, netns).then_some(()));
             assert!(found.is_some(), "{name} with {hooks:?}: {}", agent.log());
         }
-        let before = world.arrivals().from([10, 0, 0, 78]);
-        assert!(!gets_any_answer(&world, &denied), "{hooks:?}: {}", agent.log());
-        assert_eq!(world.arrivals().from([10, 0, 0, 78]), before, "{hooks:?}");
+        let before = env.received_packets().from([10, 0, 0, 78]);
+        assert!(!gets_any_answer(&env, &denied), "{hooks:?}: {}", agent.log());
+        assert_eq!(env.received_packets().from([10, 0, 0, 78]), before, "{hooks:?}");
         drop(agent);
-        world.unload();
+        env.unload();
         assert_open(&format!("after {hooks:?}"));
     }
 }

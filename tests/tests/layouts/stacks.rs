@@ -1,13 +1,13 @@
 //! Bonds and VLAN devices above the NIC.
 
-use imds_tests::{Layout, Nic, WHOLE_TEST, World, lacks_device};
+use imds_tests::{Layout, Nic, TestEnv, WHOLE_TEST, lacks_device};
 
 use crate::{bridges::BRIDGE, fixture::Case};
 
 fn bond(nic: Nic) -> Layout {
     let setup = format!(
         "link add bond0 type bond mode active-backup miimon 100\nlink set {} master bond0",
-        World::UPLINK
+        TestEnv::UPLINK
     );
     Layout::new(nic).above(&setup, "bond0")
 }
@@ -43,14 +43,14 @@ fn lacks_vlan() -> bool {
 #[test]
 fn vlan_on_nic() {
     if !lacks_vlan() {
-        Case::new(vlan(Layout::new(Nic::Macvlan), "", World::UPLINK)).assert_enforced();
+        Case::new(vlan(Layout::new(Nic::Macvlan), "", TestEnv::UPLINK)).assert_enforced();
     }
 }
 
 #[test]
 fn vlan_on_veth_nic() {
     if !lacks_vlan() {
-        Case::new(vlan(Layout::new(Nic::Veth), "", World::UPLINK)).assert_enforced();
+        Case::new(vlan(Layout::new(Nic::Veth), "", TestEnv::UPLINK)).assert_enforced();
     }
 }
 
@@ -68,7 +68,7 @@ fn vlan_on_bond_in_bridge() {
          link set vlan5 up
          link add {BRIDGE} type bridge
          link set vlan5 master {BRIDGE}",
-        World::UPLINK
+        TestEnv::UPLINK
     );
     let layout = Layout::new(Nic::Veth)
         .above(&setup, BRIDGE)

@@ -2,7 +2,7 @@
 
 use std::{fs::File, io::Write as _, net::Ipv4Addr};
 
-use imds_tests::{METADATA, Nic, TunMode, World, open_tun, packets};
+use imds_tests::{METADATA, Nic, TestEnv, TunMode, open_tun, packets};
 
 use crate::{
     bridges::{BRIDGE, bridge, disable_bridge_netfilter},
@@ -28,16 +28,16 @@ fn send_from_vm(mut tap: &File) {
 /// in the node's network namespace.
 #[track_caller]
 fn assert_tap_denied(nic: Nic) {
-    let world = World::with_layout(bridge(nic));
+    let env = TestEnv::with_layout(bridge(nic));
     // `br_netfilter` would remove the socket from the frames, which the test needs.
-    disable_bridge_netfilter(&world);
-    world.fabric.ip(&format!("link set node0 address {}", FABRIC_MAC.1));
-    let tap = open_tun(&world.node, TAP, TunMode::Tap);
-    world.node.ip(&format!("link set {TAP} master {BRIDGE}\nlink set {TAP} up"));
-    assert_denied_at_egress(&world, VM_ADDRESS, METADATA, || {
-        let before = world.arrivals().from(VM_ADDRESS);
+    disable_bridge_netfilter(&env);
+    env.fabric.ip(&format!("link set node0 address {}", FABRIC_MAC.1));
+    let tap = open_tun(&env.node, TAP, TunMode::Tap);
+    env.node.ip(&format!("link set {TAP} master {BRIDGE}\nlink set {TAP} up"));
+    assert_denied_at_egress(&env, VM_ADDRESS, METADATA, || {
+        let before = env.received_packets().from(VM_ADDRESS);
         send_from_vm(&tap);
-        world.arrivals().from(VM_ADDRESS) > before
+        env.received_packets().from(VM_ADDRESS) > before
     });
 }
 

@@ -1,7 +1,7 @@
 //! Uplinks that are veths with a peer in another namespace, like pod interfaces, and that are not in the main IPv4
 //! table.
 
-use imds_tests::{Layout, METADATA_V6, Nic, Pod, PodLink, Source, WHOLE_TEST, World, lacks_device};
+use imds_tests::{Layout, METADATA_V6, Nic, Pod, PodLink, Source, TestEnv, WHOLE_TEST, lacks_device};
 
 use crate::fixture::Case;
 
@@ -21,26 +21,24 @@ fn policy_routing() {
              rule add from 10.0.0.4 lookup 7
              route add default via 10.0.0.1 dev {uplink} table 7
              route add 198.51.100.10/32 via 10.0.0.1",
-            uplink = World::UPLINK
+            uplink = TestEnv::UPLINK
         ));
         let mut case = Case::new(layout);
-        case.source = Source { address: Some(case.world.node_address()), device: None };
+        case.source = Source { address: Some(case.env.node_address()), device: None };
         case.assert_enforced();
     }
 }
 
 const VRF: &str = "vrf0";
 
-fn join_vrf(world: &World, pod: &mut Pod) {
+fn join_vrf(env: &TestEnv, pod: &mut Pod) {
     let (veth, address) = (&pod.host_ifname, pod.address);
     match pod.link {
         // Moving the interface into the VRF deletes its route.
         PodLink::Routed | PodLink::Netkit(_) => {
-            world
-                .node
-                .ip(&format!("link set {veth} master {VRF}\nroute add {address}/32 dev {veth} table 10"));
+            env.node.ip(&format!("link set {veth} master {VRF}\nroute add {address}/32 dev {veth} table 10"));
         }
-        PodLink::Bridged => world.node.ip(&format!("link set {} master {VRF}", World::BRIDGE)),
+        PodLink::Bridged => env.node.ip(&format!("link set {} master {VRF}", TestEnv::BRIDGE)),
     }
 }
 
@@ -50,7 +48,7 @@ fn vrf() {
         return;
     }
     for nic in [Nic::Veth, Nic::Macvlan] {
-        let uplink = World::UPLINK;
+        let uplink = TestEnv::UPLINK;
         let setup =
             format!("link add {VRF} type vrf table 10\nlink set {VRF} up\nlink set {uplink} master {VRF}");
         let routes = format!(

@@ -7,7 +7,7 @@ use std::{
 };
 
 use imds_tests::{
-    Agent, AgentCommand, AttachMode, CniNetwork, CniPod, METADATA, Netns, Over, SERVICE, WHOLE_TEST, World,
+    Agent, AgentCommand, AttachMode, CniNetwork, CniPod, METADATA, Netns, Over, SERVICE, TestEnv, WHOLE_TEST,
     cni::plugin,
     hook::{self, qdisc_kinds},
     known_here, lacks_program,
@@ -50,10 +50,10 @@ type Mode = Option<AttachMode>;
 /// uplink, for which an `ingress` qdisc has no place.
 const PODS: &str = "[interfaces]\ninclude = ['veth*']\n";
 
-fn agent<'w>(world: &'w World, mode: Mode, config: &str, delay: &str) -> AgentCommand<'w> {
+fn agent<'w>(env: &'w TestEnv, mode: Mode, config: &str, delay: &str) -> AgentCommand<'w> {
     let known = if mode == Some(AttachMode::Clsact) { PODS } else { "" };
     let config = format!("{known}{config}");
-    let agent = world.agent().hooks(&known_here(ALL)).config(&config).args(&["--clsact-delay", delay]);
+    let agent = env.agent().hooks(&known_here(ALL)).config(&config).args(&["--clsact-delay", delay]);
     match mode {
         // `AgentCommand::backend` also sets the delay.
         Some(mode) => agent.args(&["--tc-backend", mode.name()]),
@@ -61,17 +61,17 @@ fn agent<'w>(world: &'w World, mode: Mode, config: &str, delay: &str) -> AgentCo
     }
 }
 
-fn start<'w>(world: &'w World, mode: Mode, config: &str) -> Agent<'w> {
-    let agent = agent(world, mode, config, CLSACT_DELAY);
-    if mode == Some(AttachMode::Clsact) { spawn(world, agent) } else { agent.spawn_ready() }
+fn start<'w>(env: &'w TestEnv, mode: Mode, config: &str) -> Agent<'w> {
+    let agent = agent(env, mode, config, CLSACT_DELAY);
+    if mode == Some(AttachMode::Clsact) { spawn(env, agent) } else { agent.spawn_ready() }
 }
 
 /// Starts an agent and waits until the hooks that deny every pod of the node are attached.
-fn spawn<'w>(world: &World, agent: AgentCommand<'w>) -> Agent<'w> {
+fn spawn<'w>(env: &TestEnv, agent: AgentCommand<'w>) -> Agent<'w> {
     let agent = agent.spawn();
     poll_until(ATTACHED, "the hooks of the node", || {
-        let status = world.try_status().ok()?;
-        let is_attached = status.has_attached(World::UPLINK, "node_egress");
+        let status = env.try_status().ok()?;
+        let is_attached = status.has_attached(TestEnv::UPLINK, "node_egress");
         (is_attached && status.sockets.is_none_or(|sockets| sockets.attached)).then_some(())
     });
     agent
@@ -80,10 +80,10 @@ fn spawn<'w>(world: &World, agent: AgentCommand<'w>) -> Agent<'w> {
 /// Asserts that `from_pod` is attached to the pod interfaces, and that its order is reported. The plugin's own filter
 /// has the first priority of an `ingress` qdisc, so that a filter of the agent comes second.
 #[track_caller]
-fn assert_attached(world: &World, mode: Mode, pods: &[&CniPod<'_>]) {
+fn assert_attached(env: &TestEnv, mode: Mode, pods: &[&CniPod<'_>]) {
     let is_clsact = mode == Some(AttachMode::Clsact);
     poll_until(ATTACHED, "from_pod on every pod's link", || {
-        let status = world.status();
+        let status = env.status();
         let is_reported = |pod: &CniPod<'_>| {
             status.problems.iter().any(|problem| problem.interface.as_deref() == Some(pod.veth()))
         };
@@ -108,27 +108,27 @@ fn connect<'n>(network: &'n CniNetwork<'_>) -> Result<CniPod<'n>, String> {
 }
 
 #[track_caller]
-fn assert_qdiscs_of_plugin(world: &World, pod: &CniPod<'_>) {
-    assert_eq!(qdisc_kinds(&world.node, pod.veth()), ["ingress", "tbf"], "{}", pod.veth());
+fn assert_qdiscs_of_plugin(env: &TestEnv, pod: &CniPod<'_>) {
+    assert_eq!(qdisc_kinds(&env.node, pod.veth()), ["ingress", "tbf"], "{}", pod.veth());
 }
 
 /// Starts this number of pods while the agent runs, asserts that none fails and no packet arrives, and unloads the
 /// agent.
-fn assert_pods_start(make: for<'w> fn(&'w World, &[Value]) -> CniNetwork<'w>, mode: Mode, count: u32) {
+fn assert_pods_start(make: for<'w> fn(&'w TestEnv, &[Value]) -> CniNetwork<'w>, mode: Mode, count: u32) {
     if lacks_program(WHOLE_TEST, &[&plugin("bandwidth"), "iptables"])
         || (mode == Some(AttachMode::Tcx) && skip_without_tcx())
     {
         return;
     }
-    let world = World::new();
-    let network = make(&world, &[bandwidth()]);
+    let env = TestEnv::new();
+    let network = make(&env, &[bandwidth()]);
     let before = network.add_pod();
-    assert!(reaches(&world, &before.netns));
-    assert_qdiscs_of_plugin(&world, &before);
+    assert!(reaches(&env, &before.netns));
+    assert_qdiscs_of_plugin(&env, &before);
 
-    let agent = start(&world, mode, "");
+    let agent = start(&env, mode, "");
     let (pods, failures) = (Mutex::new(Vec::new()), Mutex::new(Vec::new()));
-    world.assert_nothing_arrives(|| {
+    env.assert_nothing_arrives(|| {
         thread::scope(|scope| {
             for worker in 0..WORKERS {
                 let (network, pods, failures) = (&network, &pods, &failures);
@@ -146,16 +146,16 @@ fn assert_pods_start(make: for<'w> fn(&'w World, &[Value]) -> CniNetwork<'w>, mo
     let (pods, failures) = (pods.into_inner().expect("no panic"), failures.into_inner().expect("no panic"));
     assert!(failures.is_empty(), "{} of {count} pods failed: {failures:#?}", failures.len());
 
-    assert_attached(&world, mode, &pods.iter().chain([&before]).collect::<Vec<_>>());
+    assert_attached(&env, mode, &pods.iter().chain([&before]).collect::<Vec<_>>());
     for pod in pods.iter().chain([&before]) {
-        assert_qdiscs_of_plugin(&world, pod);
-        world.assert_nothing_arrives(|| {
+        assert_qdiscs_of_plugin(&env, pod);
+        env.assert_nothing_arrives(|| {
             // The process is outside of the socket hook's cgroup, so that packets are sent.
             assert!(!http_get(&pod.netns, METADATA, Duration::from_millis(50)).is_answer());
         });
     }
     if mode != Some(AttachMode::Clsact) {
-        let status = world.status();
+        let status = env.status();
         for pod in &pods {
             assert!(status.interface(pod.veth()).counts.denied.packets > 0, "{}", pod.veth());
         }
@@ -165,10 +165,10 @@ fn assert_pods_start(make: for<'w> fn(&'w World, &[Value]) -> CniNetwork<'w>, mo
     let mut pods = pods;
     pods.drain(..pods.len() / 2).for_each(CniPod::delete);
     drop(agent);
-    world.unload();
+    env.unload();
     for pod in pods.iter().chain([&before]) {
-        assert_qdiscs_of_plugin(&world, pod);
-        assert!(!hook::programs(&world.node, pod.veth()).iter().any(hook::Attached::is_ours));
+        assert_qdiscs_of_plugin(&env, pod);
+        assert!(!hook::programs(&env.node, pod.veth()).iter().any(hook::Attached::is_ours));
         assert!(http_get(&pod.netns, METADATA, SHORT * 4).is_answer(), "{}", pod.veth());
     }
     pods.into_iter().chain([before]).for_each(CniPod::delete);
@@ -224,27 +224,27 @@ fn clsact_waits_for_a_process() {
     if lacks_program(WHOLE_TEST, &[&plugin("ptp"), "iptables"]) {
         return;
     }
-    let world = World::new();
-    let network = ptp(&world, &[]);
+    let env = TestEnv::new();
+    let network = ptp(&env, &[]);
     let before = network.add_pod();
-    assert!(reaches(&world, &before.netns));
+    assert!(reaches(&env, &before.netns));
     before.delete();
-    let agent = spawn(&world, agent(&world, Some(AttachMode::Clsact), "", LONG_CLSACT_DELAY));
-    let pod = world.assert_nothing_arrives(|| connect(&network)).unwrap_or_else(|error| panic!("{error}"));
-    assert_eq!(qdisc_kinds(&world.node, pod.veth()), ["noqueue"]);
+    let agent = spawn(&env, agent(&env, Some(AttachMode::Clsact), "", LONG_CLSACT_DELAY));
+    let pod = env.assert_nothing_arrives(|| connect(&network)).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(qdisc_kinds(&env.node, pod.veth()), ["noqueue"]);
 
     let mut process = pod.netns.command("unshare");
     // Like a container's process and unlike a plugin's, it has its own mount namespace.
     let mut process = process.args(["--mount", "sleep", "1000"]).spawn().expect("start a process");
     poll_until(ATTACHED, "from_pod on the new link", || {
-        world.status().has_attached(pod.veth(), "from_pod").then_some(())
+        env.status().has_attached(pod.veth(), "from_pod").then_some(())
     });
-    assert_eq!(qdisc_kinds(&world.node, pod.veth()), ["clsact", "noqueue"]);
-    world.assert_nothing_arrives(|| assert!(!reaches_somehow(&world, &pod.netns)));
+    assert_eq!(qdisc_kinds(&env.node, pod.veth()), ["clsact", "noqueue"]);
+    env.assert_nothing_arrives(|| assert!(!reaches_somehow(&env, &pod.netns)));
     drop(agent);
-    world.unload();
-    assert_eq!(qdisc_kinds(&world.node, pod.veth()), ["noqueue"]);
-    assert!(reaches(&world, &pod.netns));
+    env.unload();
+    assert_eq!(qdisc_kinds(&env.node, pod.veth()), ["noqueue"]);
+    assert!(reaches(&env, &pod.netns));
     process.kill().and_then(|()| process.wait()).expect("end a process");
 }
 
@@ -254,23 +254,23 @@ fn tcx_adds_no_qdisc() {
     if lacks_program(WHOLE_TEST, &[&plugin("ptp"), "iptables"]) || skip_without_tcx() {
         return;
     }
-    let world = World::new();
-    let network = ptp(&world, &[]);
-    let qdiscs = |pod: &CniPod<'_>| qdisc_kinds(&world.node, pod.veth());
+    let env = TestEnv::new();
+    let network = ptp(&env, &[]);
+    let qdiscs = |pod: &CniPod<'_>| qdisc_kinds(&env.node, pod.veth());
     let before = network.add_pod();
-    let agent = start(&world, Some(AttachMode::Tcx), "");
+    let agent = start(&env, Some(AttachMode::Tcx), "");
     let later = network.add_pod();
     poll_until(ATTACHED, "from_pod on the new link", || {
         assert_eq!([qdiscs(&before), qdiscs(&later)], [["noqueue"], ["noqueue"]]);
-        world.status().has_attached(later.veth(), "from_pod").then_some(())
+        env.status().has_attached(later.veth(), "from_pod").then_some(())
     });
     assert_eq!(qdiscs(&later), ["noqueue"]);
     for pod in [&before, &later] {
-        world.assert_nothing_arrives(|| assert!(!reaches_somehow(&world, &pod.netns)));
+        env.assert_nothing_arrives(|| assert!(!reaches_somehow(&env, &pod.netns)));
     }
     drop(agent);
-    world.unload();
-    assert!(reaches(&world, &later.netns));
+    env.unload();
+    assert!(reaches(&env, &later.netns));
 }
 
 /// A bandwidth limit of an exempt pod does not affect its exemption.
@@ -280,20 +280,20 @@ fn exempt_pod_with_limited_bandwidth() {
         return;
     }
     for mode in [None, Some(AttachMode::Clsact)] {
-        let world = World::new();
-        let network = ptp(&world, &[bandwidth()]);
+        let env = TestEnv::new();
+        let network = ptp(&env, &[bandwidth()]);
         let [exempt, other] = [network.add_pod(), network.add_pod()];
-        assert!(reaches(&world, &exempt.netns) && reaches(&world, &other.netns));
-        let agent = start(&world, mode, &exemption(&format!("interface = '{}'", exempt.veth())));
-        assert_attached(&world, mode, &[&exempt, &other]);
-        assert!(reaches(&world, &world.node));
-        assert!(reaches(&world, &exempt.netns), "the exempt pod is denied with {mode:?}");
-        world.assert_nothing_arrives(|| assert!(!reaches_somehow(&world, &other.netns)));
+        assert!(reaches(&env, &exempt.netns) && reaches(&env, &other.netns));
+        let agent = start(&env, mode, &exemption(&format!("interface = '{}'", exempt.veth())));
+        assert_attached(&env, mode, &[&exempt, &other]);
+        assert!(reaches(&env, &env.node));
+        assert!(reaches(&env, &exempt.netns), "the exempt pod is denied with {mode:?}");
+        env.assert_nothing_arrives(|| assert!(!reaches_somehow(&env, &other.netns)));
         drop(agent);
-        world.unload();
-        assert!(reaches(&world, &other.netns));
+        env.unload();
+        assert!(reaches(&env, &other.netns));
         for pod in [exempt, other] {
-            assert_qdiscs_of_plugin(&world, &pod);
+            assert_qdiscs_of_plugin(&env, &pod);
             pod.delete();
         }
     }

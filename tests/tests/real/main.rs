@@ -12,7 +12,7 @@ mod rules;
 use std::thread;
 
 use imds_tests::{
-    AttachMode, METADATA, Netns, World, known_here,
+    AttachMode, METADATA, Netns, TestEnv, known_here,
     netns::unique,
     poll::try_poll,
     probe::{LONG, SHORT, http_get, udp_echo},
@@ -24,7 +24,7 @@ const PACKETS: &[&str] = &["from_pod", "node_egress"];
 
 /// Reports whether any request to the endpoint gets a response: over TCP and UDP, from a process in a container and
 /// from one whose sockets no cgroup hook sees.
-fn reaches_somehow(world: &World, netns: &Netns) -> bool {
+fn reaches_somehow(env: &TestEnv, netns: &Netns) -> bool {
     let tcp = || http_get(netns, METADATA, SHORT).is_answer();
     let udp = || udp_echo(netns, METADATA, SHORT).is_answer();
     thread::scope(|scope| {
@@ -32,21 +32,21 @@ fn reaches_somehow(world: &World, netns: &Netns) -> bool {
         let probes = [
             scope.spawn(tcp),
             scope.spawn(udp),
-            scope.spawn(|| world.in_cgroup(tcp)),
-            scope.spawn(|| world.in_cgroup(udp)),
+            scope.spawn(|| env.in_cgroup(tcp)),
+            scope.spawn(|| env.in_cgroup(udp)),
         ];
         probes.map(|probe| probe.join().expect("probes do not panic")).contains(&true)
     })
 }
 
 /// Reports whether each of the requests of [`reaches_somehow`] gets a response in time.
-fn reaches(world: &World, netns: &Netns) -> bool {
+fn reaches(env: &TestEnv, netns: &Netns) -> bool {
     let is_reached = |get: &(dyn Fn() -> bool + Sync)| try_poll(LONG, || get().then_some(())).is_some();
     let probes = || {
         is_reached(&|| http_get(netns, METADATA, SHORT).is_answer())
             && is_reached(&|| udp_echo(netns, METADATA, SHORT).is_answer())
     };
-    world.in_cgroup(probes) && probes()
+    env.in_cgroup(probes) && probes()
 }
 
 /// Returns an exemption with one selector, such as `interface = 'veth1'`.
@@ -58,22 +58,22 @@ fn exemption(selector: &str) -> String {
 /// all hooks and with those that see packets, and after the agent was killed. Without the agent each pod reaches the
 /// endpoint.
 #[track_caller]
-fn assert_exempt(world: &World, config: &str, exempt: Option<&Netns>, others: &[&Netns]) {
-    assert_exempt_with(world, config, exempt, others, &[AttachMode::Tcx]);
+fn assert_exempt(env: &TestEnv, config: &str, exempt: Option<&Netns>, others: &[&Netns]) {
+    assert_exempt_with(env, config, exempt, others, &[AttachMode::Tcx]);
 }
 
 /// Asserts an exemption like [`assert_exempt`], in each of these attach modes that the kernel has.
 #[track_caller]
 fn assert_exempt_with(
-    world: &World,
+    env: &TestEnv,
     config: &str,
     exempt: Option<&Netns>,
     others: &[&Netns],
     modes: &[AttachMode],
 ) {
     let assert_all_reach = |when: &str| {
-        for netns in exempt.iter().chain(others).chain([&&*world.node]) {
-            assert!(reaches(world, netns), "{} does not reach the endpoint {when}", netns.name());
+        for netns in exempt.iter().chain(others).chain([&&*env.node]) {
+            assert!(reaches(env, netns), "{} does not reach the endpoint {when}", netns.name());
         }
     };
     assert_all_reach("without the agent");
@@ -82,21 +82,21 @@ fn assert_exempt_with(
     {
         let mode = if imds_tests::hook::has_tcx() { mode } else { AttachMode::Clsact };
         let case = format!("{hooks:?} with {}", mode.name());
-        let agent = world.agent().config(config).hooks(&known_here(hooks)).backend(mode).spawn_ready();
+        let agent = env.agent().config(config).hooks(&known_here(hooks)).backend(mode).spawn_ready();
         let assert_case = |when: &str| {
-            for netns in exempt.into_iter().chain([&*world.node]) {
-                assert!(reaches(world, netns), "{case}, {when}: {} is denied", netns.name());
+            for netns in exempt.into_iter().chain([&*env.node]) {
+                assert!(reaches(env, netns), "{case}, {when}: {} is denied", netns.name());
             }
             for netns in others {
-                world.assert_nothing_arrives(|| {
-                    assert!(!reaches_somehow(world, netns), "{case}, {when}: {} is not denied", netns.name());
+                env.assert_nothing_arrives(|| {
+                    assert!(!reaches_somehow(env, netns), "{case}, {when}: {} is not denied", netns.name());
                 });
             }
         };
         assert_case("the agent runs");
         agent.kill9();
         assert_case("the agent was killed");
-        world.unload();
+        env.unload();
         assert_all_reach(&format!("after {case}"));
     }
 }

@@ -1,6 +1,6 @@
 //! Exempt pods and the node's own traffic on nodes whose packets leave through more than one interface.
 
-use imds_tests::{AttachMode, Pod, PodLink, WHOLE_TEST, World, lacks_device};
+use imds_tests::{AttachMode, Pod, PodLink, TestEnv, WHOLE_TEST, lacks_device};
 
 use crate::{assert_exempt_with, exemption, run};
 
@@ -12,7 +12,7 @@ const MODES: &[AttachMode] = &[AttachMode::Tcx, AttachMode::Clsact];
 /// Kind of the node's NIC.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Nic {
-    /// The veth uplink of a [`World`].
+    /// The veth uplink of a [`TestEnv`].
     Veth,
     /// A device without a peer in another namespace, which the agent cannot mistake for a pod interface.
     Macvlan,
@@ -20,21 +20,21 @@ pub(crate) enum Nic {
 
 impl Nic {
     /// Replaces the node's uplink by this NIC without an address. Returns its name.
-    pub(crate) fn install(self, world: &World) -> &'static str {
+    pub(crate) fn install(self, env: &TestEnv) -> &'static str {
         match self {
             Self::Veth => {
-                let uplink = World::UPLINK;
-                world.node.ip(&format!("addr flush dev {uplink}"));
+                let uplink = TestEnv::UPLINK;
+                env.node.ip(&format!("addr flush dev {uplink}"));
                 uplink
             }
             Self::Macvlan => {
-                let (uplink, fabric, node) = (World::UPLINK, world.fabric.name(), world.node.name());
-                world.node.ip(&format!("link set {uplink} netns {fabric}"));
-                world.fabric.ip(&format!(
+                let (uplink, fabric, node) = (TestEnv::UPLINK, env.fabric.name(), env.node.name());
+                env.node.ip(&format!("link set {uplink} netns {fabric}"));
+                env.fabric.ip(&format!(
                     "link set {uplink} up
                      link add {NIC} link {uplink} netns {node} type macvlan mode passthru"
                 ));
-                world.node.ip(&format!("link set {NIC} up"));
+                env.node.ip(&format!("link set {NIC} up"));
                 NIC
             }
         }
@@ -42,12 +42,12 @@ impl Nic {
 }
 
 /// Moves the node's address and its default route to an interface.
-pub(crate) fn set_address(world: &World, interface: &str) {
-    world.node.ip(&format!(
+pub(crate) fn set_address(env: &TestEnv, interface: &str) {
+    env.node.ip(&format!(
         "link set {interface} up
          addr add {}/24 dev {interface}
          route add default via 10.0.0.1",
-        world.node_address()
+        env.node_address()
     ));
 }
 
@@ -56,20 +56,20 @@ pub(crate) fn lacks_macvlan() -> bool {
 }
 
 /// Asserts access of an exempt pod and denial of another one, for each kind of link.
-pub(crate) fn assert_exempt_pods(world: &World) {
+pub(crate) fn assert_exempt_pods(env: &TestEnv) {
     for link in [PodLink::Routed, PodLink::Bridged] {
-        let [exempt, other]: [Pod; 2] = [world.add_pod(link), world.add_pod(link)];
+        let [exempt, other]: [Pod; 2] = [env.add_pod(link), env.add_pod(link)];
         let config = exemption(&format!("interface = '{}'", exempt.host_ifname));
-        assert_exempt_with(world, &config, Some(&exempt.netns), &[&other.netns], MODES);
+        assert_exempt_with(env, &config, Some(&exempt.netns), &[&other.netns], MODES);
     }
 }
 
 fn assert_outer_bridge(nic: Nic) {
-    let world = World::new();
-    let nic = nic.install(&world);
-    world.node.ip(&format!("link add {OUTER_BRIDGE} type bridge\nlink set {nic} master {OUTER_BRIDGE}"));
-    set_address(&world, OUTER_BRIDGE);
-    assert_exempt_pods(&world);
+    let env = TestEnv::new();
+    let nic = nic.install(&env);
+    env.node.ip(&format!("link add {OUTER_BRIDGE} type bridge\nlink set {nic} master {OUTER_BRIDGE}"));
+    set_address(&env, OUTER_BRIDGE);
+    assert_exempt_pods(&env);
 }
 
 #[test]
@@ -85,18 +85,18 @@ fn bridge_in_front_of_veth() {
 }
 
 fn assert_ifb(nic: Nic) {
-    let world = World::new();
-    let nic = nic.install(&world);
-    set_address(&world, nic);
-    world.node.ip("link add ifb0 type ifb\nlink set ifb0 up");
+    let env = TestEnv::new();
+    let nic = nic.install(&env);
+    set_address(&env, nic);
+    env.node.ip("link add ifb0 type ifb\nlink set ifb0 up");
     for line in [
         &format!("tc qdisc add dev {nic} clsact"),
         &format!("tc filter add dev {nic} egress u32 match u32 0 0 action mirred egress redirect dev ifb0"),
         "tc qdisc add dev ifb0 root tbf rate 80mbit burst 1mb latency 100ms",
     ] {
-        run(&world.node, line);
+        run(&env.node, line);
     }
-    assert_exempt_pods(&world);
+    assert_exempt_pods(&env);
 }
 
 fn lacks_ifb() -> bool {

@@ -5,7 +5,7 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use imds_tests::{WHOLE_TEST, World, lacks_program, poll::poll_until, probe::LONG};
+use imds_tests::{TestEnv, WHOLE_TEST, lacks_program, poll::poll_until, probe::LONG};
 use tempfile::TempDir;
 
 use crate::nics::{Nic, assert_exempt_pods, lacks_macvlan, set_address};
@@ -16,15 +16,15 @@ const PROGRAMS: [&str; 4] = ["ovs-vsctl", "ovs-vswitchd", "ovsdb-server", "ovsdb
 
 /// Open vSwitch on a node with its own database. Dropping it ends its daemons.
 struct OpenVSwitch<'w> {
-    world: &'w World,
+    env: &'w TestEnv,
     dir: TempDir,
     daemons: Vec<Child>,
 }
 
 impl<'w> OpenVSwitch<'w> {
-    fn start(world: &'w World) -> Self {
+    fn start(env: &'w TestEnv) -> Self {
         let mut ovs =
-            Self { world, dir: TempDir::with_prefix("imds-ovs-").expect("a directory"), daemons: Vec::new() };
+            Self { env, dir: TempDir::with_prefix("imds-ovs-").expect("a directory"), daemons: Vec::new() };
         let database = ovs.path("conf.db");
         Self::run(ovs.command("ovsdb-tool").args(["create", &database, SCHEMA]));
         let remote = format!("--remote=p{}", ovs.socket());
@@ -54,7 +54,7 @@ impl<'w> OpenVSwitch<'w> {
     }
 
     fn command(&self, program: &str) -> Command {
-        let mut command = self.world.node.command(program);
+        let mut command = self.env.node.command(program);
         for variable in ["OVS_RUNDIR", "OVS_LOGDIR", "OVS_DBDIR"] {
             command.env(variable, self.dir.path());
         }
@@ -94,10 +94,10 @@ fn ovs_in_front_of_macvlan() {
     if lacks_program(WHOLE_TEST, &PROGRAMS) || lacks_macvlan() {
         return;
     }
-    let world = World::new();
-    let nic = Nic::Macvlan.install(&world);
-    let ovs = OpenVSwitch::start(&world);
+    let env = TestEnv::new();
+    let nic = Nic::Macvlan.install(&env);
+    let ovs = OpenVSwitch::start(&env);
     ovs.add_bridge(BRIDGE, nic);
-    set_address(&world, BRIDGE);
-    assert_exempt_pods(&world);
+    set_address(&env, BRIDGE);
+    assert_exempt_pods(&env);
 }

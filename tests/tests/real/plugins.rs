@@ -3,7 +3,7 @@
 use std::{net::Ipv4Addr, sync::Arc, thread, time::Duration};
 
 use imds_tests::{
-    CniNetwork, CniPod, METADATA, Netns, Over, SERVICE, Services, WHOLE_TEST, World,
+    CniNetwork, CniPod, METADATA, Netns, Over, SERVICE, Services, TestEnv, WHOLE_TEST,
     cni::plugin,
     known_here, lacks_device, lacks_program, lacks_tc_netns_cookie,
     probe::{LONG, Outcome, SHORT, http_get, http_get_at, reachable, udp_echo},
@@ -15,21 +15,21 @@ use crate::{ALL, PACKETS, assert_exempt, exemption, reaches};
 const PTP: &str = "10.244.200.0/24";
 const BRIDGE: &str = "10.244.201.0/24";
 
-pub(crate) fn ptp<'w>(world: &'w World, chained: &[Value]) -> CniNetwork<'w> {
+pub(crate) fn ptp<'w>(env: &'w TestEnv, chained: &[Value]) -> CniNetwork<'w> {
     let plugins = [&[json!({ "type": "ptp", "ipMasq": true })], chained].concat();
-    world.cni_network(&json!({ "subnet": PTP }), &plugins)
+    env.cni_network(&json!({ "subnet": PTP }), &plugins)
 }
 
-pub(crate) fn bridge<'w>(world: &'w World, chained: &[Value]) -> CniNetwork<'w> {
+pub(crate) fn bridge<'w>(env: &'w TestEnv, chained: &[Value]) -> CniNetwork<'w> {
     let bridge = json!({ "type": "bridge", "bridge": "cni9", "isGateway": true, "ipMasq": true });
-    world.cni_network(&json!({ "subnet": BRIDGE }), &[&[bridge], chained].concat())
+    env.cni_network(&json!({ "subnet": BRIDGE }), &[&[bridge], chained].concat())
 }
 
 /// Returns a network of macvlan pods, which are neighbours of the node. The fabric is their gateway, and the node has
 /// no interface of their own.
-fn macvlan(world: &World) -> CniNetwork<'_> {
+fn macvlan(env: &TestEnv) -> CniNetwork<'_> {
     let addresses = json!({ "subnet": "10.0.0.0/24", "rangeStart": "10.0.0.64", "gateway": "10.0.0.1" });
-    world.cni_network(&addresses, &[json!({ "type": "macvlan", "master": World::UPLINK })])
+    env.cni_network(&addresses, &[json!({ "type": "macvlan", "master": TestEnv::UPLINK })])
 }
 
 /// Sends to the endpoint every millisecond until `over` is set, also before the namespace has an interface.
@@ -45,9 +45,9 @@ pub(crate) fn send_until(netns: &Netns, over: &Over) {
 
 /// Connects a pod that sends to the endpoint continuously, and asserts that no packet arrives.
 #[track_caller]
-fn assert_denied_from_the_start<'n>(world: &World, network: &'n CniNetwork<'_>) -> CniPod<'n> {
+fn assert_denied_from_the_start<'n>(env: &TestEnv, network: &'n CniNetwork<'_>) -> CniPod<'n> {
     let (netns, over) = (Arc::new(Netns::new("cni")), Over::default());
-    world.assert_nothing_arrives(|| {
+    env.assert_nothing_arrives(|| {
         thread::scope(|scope| {
             let _over = over.when_dropped();
             scope.spawn(|| send_until(&netns, &over));
@@ -62,30 +62,29 @@ fn assert_denied_from_the_start<'n>(world: &World, network: &'n CniNetwork<'_>) 
 /// Asserts that each of `hooks` alone denies pods of a network: pods from before the agent and later ones, denied and
 /// exempt ones.
 #[track_caller]
-fn assert_plugin(world: &World, network: &CniNetwork<'_>, hooks: &[&'static str]) {
+fn assert_plugin(env: &TestEnv, network: &CniNetwork<'_>, hooks: &[&'static str]) {
     let [pod, exempt] = [network.add_pod(), network.add_pod()];
-    world
-        .ways(hooks)
-        .way("TCP", || http_get(&pod.netns, METADATA, SHORT).is_answer())
-        .way("UDP", || udp_echo(&pod.netns, METADATA, SHORT).is_answer())
-        .assert_held();
+    env.vectors(hooks)
+        .vector("TCP", || http_get(&pod.netns, METADATA, SHORT).is_answer())
+        .vector("UDP", || udp_echo(&pod.netns, METADATA, SHORT).is_answer())
+        .assert_blocked_all();
 
     let selector = format!("netns = '{}'", exempt.netns.path().display());
-    assert_exempt(world, &exemption(&selector), Some(&exempt.netns), &[&pod.netns]);
+    assert_exempt(env, &exemption(&selector), Some(&exempt.netns), &[&pod.netns]);
     if let Some(veth) = &exempt.host_ifname {
         let selector = format!("interface = '{veth}'");
-        assert_exempt(world, &exemption(&selector), Some(&exempt.netns), &[&pod.netns]);
+        assert_exempt(env, &exemption(&selector), Some(&exempt.netns), &[&pod.netns]);
     }
 
     for hooks in [ALL, PACKETS] {
-        let agent = world.agent().hooks(&known_here(hooks)).spawn_ready();
-        let later = assert_denied_from_the_start(world, network);
+        let agent = env.agent().hooks(&known_here(hooks)).spawn_ready();
+        let later = assert_denied_from_the_start(env, network);
         later.delete();
         drop(agent);
-        world.unload();
+        env.unload();
     }
     for pod in [pod, exempt] {
-        assert!(reaches(world, &pod.netns));
+        assert!(reaches(env, &pod.netns));
         pod.delete();
     }
 }
@@ -95,8 +94,8 @@ fn ptp_pods() {
     if lacks_program(WHOLE_TEST, &[&plugin("ptp"), "iptables"]) {
         return;
     }
-    let world = World::new();
-    assert_plugin(&world, &ptp(&world, &[]), ALL);
+    let env = TestEnv::new();
+    assert_plugin(&env, &ptp(&env, &[]), ALL);
 }
 
 #[test]
@@ -104,8 +103,8 @@ fn bridge_pods() {
     if lacks_program(WHOLE_TEST, &[&plugin("bridge"), "iptables"]) {
         return;
     }
-    let world = World::new();
-    assert_plugin(&world, &bridge(&world, &[]), ALL);
+    let env = TestEnv::new();
+    assert_plugin(&env, &bridge(&env, &[]), ALL);
 }
 
 #[test]
@@ -116,8 +115,8 @@ fn macvlan_pods() {
     {
         return;
     }
-    let world = World::new();
-    assert_plugin(&world, &macvlan(&world), &["node_egress", "socket"]);
+    let env = TestEnv::new();
+    assert_plugin(&env, &macvlan(&env), &["node_egress", "socket"]);
 }
 
 #[test]
@@ -138,22 +137,22 @@ fn portmap_and_tuning() {
         json!({ "type": "tuning", "sysctl": { "net.core.somaxconn": "500" }, "mac": "02:42:0a:f4:c8:99" }),
     ];
     for make in [ptp, bridge] {
-        let world = World::new();
-        let network = make(&world, &chained);
-        let agent = world.agent().hooks(&known_here(ALL)).spawn_ready();
-        let pod = assert_denied_from_the_start(&world, &network);
-        assert_host_port(&world, &pod, HOST_PORT);
+        let env = TestEnv::new();
+        let network = make(&env, &chained);
+        let agent = env.agent().hooks(&known_here(ALL)).spawn_ready();
+        let pod = assert_denied_from_the_start(&env, &network);
+        assert_host_port(&env, &pod, HOST_PORT);
         agent.kill9();
-        world.unload();
-        assert!(reaches(&world, &pod.netns));
-        assert_host_port(&world, &pod, HOST_PORT);
+        env.unload();
+        assert!(reaches(&env, &pod.netns));
+        assert_host_port(&env, &pod, HOST_PORT);
         pod.delete();
     }
 }
 
 /// Asserts that the fabric reaches a server in the pod through a port of the node.
 #[track_caller]
-fn assert_host_port(world: &World, pod: &CniPod<'_>, port: u16) {
+fn assert_host_port(env: &TestEnv, pod: &CniPod<'_>, port: u16) {
     let _server = Services::start(&pod.netns, &[Ipv4Addr::UNSPECIFIED.into()]);
-    assert!(http_get_at(&world.fabric, (world.node_address(), port).into(), LONG).is_answer());
+    assert!(http_get_at(&env.fabric, (env.node_address(), port).into(), LONG).is_answer());
 }

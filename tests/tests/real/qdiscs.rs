@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
-    AttachMode, METADATA, Pod, PodLink, World,
+    AttachMode, METADATA, Pod, PodLink, TestEnv,
     hook::{self, qdisc_kinds},
     poll::{poll_until, try_poll},
     probe::{LONG, SHORT, http_get, udp_echo},
@@ -24,12 +24,12 @@ fn is_open(pod: &Pod) -> bool {
     http_get(&pod.netns, METADATA, SHORT).is_answer() || udp_echo(&pod.netns, METADATA, SHORT).is_answer()
 }
 
-fn has_ours(world: &World, interface: &str, at: TcAttachType) -> bool {
-    hook::programs_at(&world.node, interface, at).iter().any(hook::Attached::is_ours)
+fn has_ours(env: &TestEnv, interface: &str, at: TcAttachType) -> bool {
+    hook::programs_at(&env.node, interface, at).iter().any(hook::Attached::is_ours)
 }
 
-fn has_u32_filter(world: &World, interface: &str) -> bool {
-    let filters = run(&world.node, &format!("tc filter show dev {interface} parent ffff:"));
+fn has_u32_filter(env: &TestEnv, interface: &str) -> bool {
+    let filters = run(&env.node, &format!("tc filter show dev {interface} parent ffff:"));
     filters.contains("u32")
 }
 
@@ -37,39 +37,39 @@ fn has_u32_filter(world: &World, interface: &str) -> bool {
 #[test]
 fn ingress_qdisc_on_the_uplink() {
     with_each_backend(|mode| {
-        let world = World::new();
-        let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
-        run(&world.node, &format!("tc qdisc add dev {} ingress", World::UPLINK));
+        let env = TestEnv::new();
+        let pods = [PodLink::Routed, PodLink::Bridged].map(|link| env.add_pod(link));
+        run(&env.node, &format!("tc qdisc add dev {} ingress", TestEnv::UPLINK));
         assert!(pods.iter().all(is_open));
-        let agent = world.agent().backend(mode).hooks(&["node_egress"]).resync(1).spawn();
+        let agent = env.agent().backend(mode).hooks(&["node_egress"]).resync(1).spawn();
         poll_until(LONG, "the agent to have synced", || {
-            world.try_status().ok().filter(|status| status.agent.ready).map(drop)
+            env.try_status().ok().filter(|status| status.agent.ready).map(drop)
         });
         let flood = try_poll(WATCHED, || {
-            assert!(!has_ours(&world, World::UPLINK, TcAttachType::Ingress), "attached to the wrong hook");
+            assert!(!has_ours(&env, TestEnv::UPLINK, TcAttachType::Ingress), "attached to the wrong hook");
             (agent.log().lines().count() > MAX_LINES).then(|| agent.log())
         });
         assert!(flood.is_none(), "more than {MAX_LINES} lines within {WATCHED:?}: {flood:?}");
 
-        let status = world.status();
-        let code = world.imds_agent(&["status"]).output().status.code();
+        let status = env.status();
+        let code = env.imds_agent(&["status"]).output().status.code();
         if status.problems.is_empty() {
             assert_eq!(code, Some(0), "{status:#?}");
-            world.assert_nothing_arrives(|| assert!(!pods.iter().any(is_open), "enforced, but open"));
+            env.assert_nothing_arrives(|| assert!(!pods.iter().any(is_open), "enforced, but open"));
         } else {
             assert_eq!(mode, AttachMode::Clsact, "TCX takes no qdisc: {:#?}", status.problems);
             assert_eq!(code, Some(NOT_ENFORCED), "{status:#?}");
-            let is_named = |name: &Option<String>| name.as_deref() == Some(World::UPLINK);
+            let is_named = |name: &Option<String>| name.as_deref() == Some(TestEnv::UPLINK);
             assert!(
                 status.problems.iter().any(|problem| is_named(&problem.interface)),
                 "{:#?}",
                 status.problems
             );
         }
-        assert_eq!(qdisc_kinds(&world.node, World::UPLINK), ["ingress", "noqueue"]);
+        assert_eq!(qdisc_kinds(&env.node, TestEnv::UPLINK), ["ingress", "noqueue"]);
         drop(agent);
-        world.unload();
-        assert_eq!(qdisc_kinds(&world.node, World::UPLINK), ["ingress", "noqueue"]);
+        env.unload();
+        assert_eq!(qdisc_kinds(&env.node, TestEnv::UPLINK), ["ingress", "noqueue"]);
         assert!(pods.iter().all(is_open));
     });
 }
@@ -78,31 +78,31 @@ fn ingress_qdisc_on_the_uplink() {
 #[test]
 fn ingress_qdisc_on_pod_link() {
     with_each_backend(|mode| {
-        let world = World::new();
-        let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
+        let env = TestEnv::new();
+        let pods = [PodLink::Routed, PodLink::Bridged].map(|link| env.add_pod(link));
         for pod in &pods {
             let veth = &pod.host_ifname;
-            run(&world.node, &format!("tc qdisc add dev {veth} ingress"));
+            run(&env.node, &format!("tc qdisc add dev {veth} ingress"));
             run(
-                &world.node,
+                &env.node,
                 &format!("tc filter add dev {veth} parent ffff: prio 7 u32 match u32 0 0 classid 1:1"),
             );
         }
         assert!(pods.iter().all(is_open));
-        let agent = world.agent().backend(mode).resync(1).spawn_ready();
+        let agent = env.agent().backend(mode).resync(1).spawn_ready();
         for pod in &pods {
-            world.assert_blocked(pod);
-            world.assert_harmless(pod);
-            assert_eq!(qdisc_kinds(&world.node, &pod.host_ifname), ["ingress", "noqueue"]);
+            env.assert_blocked(pod);
+            env.assert_harmless(pod);
+            assert_eq!(qdisc_kinds(&env.node, &pod.host_ifname), ["ingress", "noqueue"]);
         }
-        assert_eq!(world.imds_agent(&["status"]).output().status.code(), Some(0));
+        assert_eq!(env.imds_agent(&["status"]).output().status.code(), Some(0));
         drop(agent);
-        world.unload();
+        env.unload();
         for pod in &pods {
             let veth = &pod.host_ifname;
-            assert_eq!(qdisc_kinds(&world.node, veth), ["ingress", "noqueue"]);
-            assert!(!has_ours(&world, veth, TcAttachType::Ingress));
-            assert!(has_u32_filter(&world, veth));
+            assert_eq!(qdisc_kinds(&env.node, veth), ["ingress", "noqueue"]);
+            assert!(!has_ours(&env, veth, TcAttachType::Ingress));
+            assert!(has_u32_filter(&env, veth));
             assert!(is_open(pod));
         }
     });

@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 
 use imds_tests::{
-    METADATA, PacketSocket, Pod, PodLink, WHOLE_TEST, World, known_here, lacks_program, packets,
+    METADATA, PacketSocket, Pod, PodLink, TestEnv, WHOLE_TEST, known_here, lacks_program, packets,
     probe::{SHORT, http_get, udp_echo},
 };
 
@@ -14,11 +14,11 @@ const CLUSTER_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 80);
 const MARK: &str = "0x1000";
 
 /// Creates a node with an exempt pod and another one, both routed.
-fn routed() -> (World, [Pod; 2], String) {
-    let world = World::new();
-    let pods = [world.add_pod(PodLink::Routed), world.add_pod(PodLink::Routed)];
+fn routed() -> (TestEnv, [Pod; 2], String) {
+    let env = TestEnv::new();
+    let pods = [env.add_pod(PodLink::Routed), env.add_pod(PodLink::Routed)];
     let config = exemption(&format!("interface = '{}'", pods[0].host_ifname));
-    (world, pods, config)
+    (env, pods, config)
 }
 
 #[test]
@@ -26,15 +26,15 @@ fn rule_clears_the_mark() {
     if lacks_program(WHOLE_TEST, &["nft"]) {
         return;
     }
-    let (world, [exempt, other], config) = routed();
+    let (env, [exempt, other], config) = routed();
     nft(
-        &world.node,
+        &env.node,
         "table inet later {
             chain forward { type filter hook forward priority 300; meta mark set 0; }
             chain postrouting { type filter hook postrouting priority 300; meta mark set 0; }
         }",
     );
-    assert_exempt(&world, &config, Some(&exempt.netns), &[&other.netns]);
+    assert_exempt(&env, &config, Some(&exempt.netns), &[&other.netns]);
 }
 
 #[test]
@@ -42,16 +42,16 @@ fn rule_replaces_the_mark() {
     if lacks_program(WHOLE_TEST, &["iptables"]) {
         return;
     }
-    let (world, [exempt, other], config) = routed();
-    run(&world.node, "iptables -t mangle -A FORWARD -j MARK --set-xmark 0xe0000/0xffffffff");
-    assert_exempt(&world, &config, Some(&exempt.netns), &[&other.netns]);
+    let (env, [exempt, other], config) = routed();
+    run(&env.node, "iptables -t mangle -A FORWARD -j MARK --set-xmark 0xe0000/0xffffffff");
+    assert_exempt(&env, &config, Some(&exempt.netns), &[&other.netns]);
 }
 
 /// Redirects a Service to the endpoint, and asserts that pods without an exemption do not reach it.
 #[track_caller]
-fn assert_service_is_denied(world: &World, config: &str, pods: &[&Pod]) {
+fn assert_service_is_denied(env: &TestEnv, config: &str, pods: &[&Pod]) {
     nft(
-        &world.node,
+        &env.node,
         &format!(
             "table ip service {{
                 chain prerouting {{
@@ -61,14 +61,14 @@ fn assert_service_is_denied(world: &World, config: &str, pods: &[&Pod]) {
             }}"
         ),
     );
-    let mut ways = world.ways(&["node_egress"]).config(config);
+    let mut vectors = env.vectors(&["node_egress"]).config(config);
     for pod in pods {
-        ways = ways
-            .way("TCP to the Service", || http_get(&pod.netns, CLUSTER_IP, SHORT).is_answer())
-            .way("UDP to the Service", || udp_echo(&pod.netns, CLUSTER_IP, SHORT).is_answer())
-            .way("TCP", || http_get(&pod.netns, METADATA, SHORT).is_answer());
+        vectors = vectors
+            .vector("TCP to the Service", || http_get(&pod.netns, CLUSTER_IP, SHORT).is_answer())
+            .vector("UDP to the Service", || udp_echo(&pod.netns, CLUSTER_IP, SHORT).is_answer())
+            .vector("TCP", || http_get(&pod.netns, METADATA, SHORT).is_answer());
     }
-    ways.assert_held();
+    vectors.assert_blocked_all();
 }
 
 /// Azure NPM v1 marks the packets that its policies accept with this bit.
@@ -78,10 +78,10 @@ fn rule_sets_the_mark_nft() {
         return;
     }
     for config in [String::new(), exemption("interface = 'elsewhere0'")] {
-        let world = World::new();
-        let pods = [PodLink::Routed, PodLink::Bridged].map(|link| world.add_pod(link));
+        let env = TestEnv::new();
+        let pods = [PodLink::Routed, PodLink::Bridged].map(|link| env.add_pod(link));
         nft(
-            &world.node,
+            &env.node,
             &format!(
                 "table inet npm {{
                     chain forward {{
@@ -91,7 +91,7 @@ fn rule_sets_the_mark_nft() {
                 }}"
             ),
         );
-        assert_service_is_denied(&world, &config, &pods.each_ref());
+        assert_service_is_denied(&env, &config, &pods.each_ref());
     }
 }
 
@@ -100,10 +100,10 @@ fn rule_sets_the_mark_iptables() {
     if lacks_program(WHOLE_TEST, &["iptables", "nft"]) {
         return;
     }
-    let (world, [_exempt, other], config) = routed();
-    run(&world.node, &format!("iptables -t mangle -A FORWARD -j MARK --set-mark {MARK}/{MARK}"));
+    let (env, [_exempt, other], config) = routed();
+    run(&env.node, &format!("iptables -t mangle -A FORWARD -j MARK --set-mark {MARK}/{MARK}"));
     // One pod is exempt, the other one is not.
-    assert_service_is_denied(&world, &config, &[&other]);
+    assert_service_is_denied(&env, &config, &[&other]);
 }
 
 #[test]
@@ -112,12 +112,12 @@ fn masquerade_on_the_uplink() {
         return;
     }
     for link in [PodLink::Routed, PodLink::Bridged] {
-        let world = World::new();
-        let [exempt, other] = [world.add_pod(link), world.add_pod(link)];
-        let uplink = World::UPLINK;
-        run(&world.node, &format!("iptables -t nat -A POSTROUTING -o {uplink} -j MASQUERADE"));
+        let env = TestEnv::new();
+        let [exempt, other] = [env.add_pod(link), env.add_pod(link)];
+        let uplink = TestEnv::UPLINK;
+        run(&env.node, &format!("iptables -t nat -A POSTROUTING -o {uplink} -j MASQUERADE"));
         let config = exemption(&format!("interface = '{}'", exempt.host_ifname));
-        assert_exempt(&world, &config, Some(&exempt.netns), &[&other.netns]);
+        assert_exempt(&env, &config, Some(&exempt.netns), &[&other.netns]);
     }
 }
 
@@ -126,32 +126,32 @@ fn masquerade_on_the_uplink() {
 fn exempt_pod_forwards_for_another() {
     const COUNT: usize = 10;
     for hooks in [ALL, PACKETS] {
-        let world = World::new();
-        let exempt = world.add_pod(PodLink::Bridged);
+        let env = TestEnv::new();
+        let exempt = env.add_pod(PodLink::Bridged);
         exempt.netns.sysctl("ipv4/ip_forward", "1");
         let send_from = |pod: &Pod| {
             let packet = packets::udp(pod.address, METADATA, b"forwarded");
             let frame = packets::tagged_frame(pod, exempt.mac, &[], &packet);
             let socket = PacketSocket::frames(&pod.netns, Pod::IFNAME);
-            let before = world.arrivals().from(pod.address);
+            let before = env.received_packets().from(pod.address);
             for _ in 0..COUNT {
                 socket.send(&frame).expect("send a frame");
             }
-            world.arrivals().from(pod.address) - before
+            env.received_packets().from(pod.address) - before
         };
-        assert!(reaches(&world, &exempt.netns));
-        assert!(send_from(&world.add_pod(PodLink::Bridged)) > 0);
+        assert!(reaches(&env, &exempt.netns));
+        assert!(send_from(&env.add_pod(PodLink::Bridged)) > 0);
 
         let config = exemption(&format!("interface = '{}'", exempt.host_ifname));
-        let agent = world.agent().config(&config).hooks(&known_here(hooks)).spawn_ready();
-        let other = world.add_pod(PodLink::Bridged);
+        let agent = env.agent().config(&config).hooks(&known_here(hooks)).spawn_ready();
+        let other = env.add_pod(PodLink::Bridged);
         assert_eq!(send_from(&other), 0, "{hooks:?}, the agent runs");
         agent.kill9();
         // A pod that no agent has seen.
-        let unseen = world.add_pod(PodLink::Bridged);
+        let unseen = env.add_pod(PodLink::Bridged);
         assert_eq!(send_from(&unseen), 0, "{hooks:?}, no agent runs");
-        assert!(reaches(&world, &exempt.netns), "{hooks:?}");
-        world.unload();
+        assert!(reaches(&env, &exempt.netns), "{hooks:?}");
+        env.unload();
         assert!(send_from(&unseen) > 0);
     }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 
 use imds_tests::{
-    AttachMode, PodLink, World,
+    AttachMode, PodLink, TestEnv,
     foreign::{Foreign, TC_ACT_OK, detach_link},
     hook::run_tc,
     probe::LONG,
@@ -24,12 +24,12 @@ fn all_hooks_and_paths_pass() {
         return;
     }
     with_each_backend(|backend| {
-        let world = World::new().with_ipv6();
-        let (_routed, bridged) = add_pods(&world);
-        let before = interfaces(&world.node);
+        let env = TestEnv::new().with_ipv6();
+        let (_routed, bridged) = add_pods(&env);
+        let before = interfaces(&env.node);
         let config = format!("{AWS}\n{}", exempt(&bridged));
-        let _agent = world.agent().config(&config).backend(backend).hooks(&ALL).spawn_ready();
-        let verified = world.assert_nothing_arrives(|| verify(&world));
+        let _agent = env.agent().config(&config).backend(backend).hooks(&ALL).spawn_ready();
+        let verified = env.assert_nothing_arrives(|| verify(&env));
         assert_all_passed(&verified);
         for hook in ALL {
             // One check of the hook as a whole, and one for each address.
@@ -38,17 +38,17 @@ fn all_hooks_and_paths_pass() {
         for sender in ["pod", "exempt pod", "exempt pod on cni0", "node"] {
             assert_eq!(path_of(&verified.1, sender).len(), 2, "{sender}: {:#}", verified.1);
         }
-        assert_eq!(interfaces(&world.node), before);
-        world.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
+        assert_eq!(interfaces(&env.node), before);
+        env.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
     });
 }
 
 #[test]
 fn allowed_ports_pass() {
-    let world = World::new();
-    let _pod = world.add_pod(PodLink::Routed);
-    let _agent = world.agent().config(ALLOWED).hooks(&["from_pod", "node_egress"]).spawn_ready();
-    let verified = world.assert_nothing_arrives(|| verify(&world));
+    let env = TestEnv::new();
+    let _pod = env.add_pod(PodLink::Routed);
+    let _agent = env.agent().config(ALLOWED).hooks(&["from_pod", "node_egress"]).spawn_ready();
+    let verified = env.assert_nothing_arrives(|| verify(&env));
     assert_passed(&verified);
     for hook in ["from_pod", "node_egress"] {
         let found: Vec<_> = checks(&verified.1, hook)
@@ -63,10 +63,10 @@ fn allowed_ports_pass() {
 
 #[test]
 fn table() {
-    let world = World::new();
-    let _pod = world.add_pod(PodLink::Routed);
-    let _agent = world.agent().hooks(&["from_pod"]).spawn_ready();
-    let output = world.imds_agent(&["verify"]).output();
+    let env = TestEnv::new();
+    let _pod = env.add_pod(PodLink::Routed);
+    let _agent = env.agent().hooks(&["from_pod"]).spawn_ready();
+    let output = env.imds_agent(&["verify"]).output();
     let text = String::from_utf8(output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(0), "{text}");
     assert!(text.contains("169.254.169.254") && text.contains("5 checks: 5 passed, 0 failed"), "{text}");
@@ -77,10 +77,10 @@ fn audit_fails() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let _pod = world.add_pod(PodLink::Routed);
-    let _agent = world.agent().config("mode = 'audit'").hooks(&ALL).spawn_ready();
-    let verified = world.assert_nothing_arrives(|| verify(&world));
+    let env = TestEnv::new();
+    let _pod = env.add_pod(PodLink::Routed);
+    let _agent = env.agent().config("mode = 'audit'").hooks(&ALL).spawn_ready();
+    let verified = env.assert_nothing_arrives(|| verify(&env));
     assert_fails(&verified, &["from_pod", "node_egress", "socket", "path"]);
     for hook in ALL {
         let observed = checks(&verified.1, hook)[1]["observed"].as_str().unwrap();
@@ -92,20 +92,20 @@ fn audit_fails() {
 #[test]
 fn interface_without_program_fails() {
     with_each_backend(|backend| {
-        let world = World::new();
-        let pod = world.add_pod(PodLink::Routed);
-        let agent = world.agent().backend(backend).resync(3600).hooks(&["from_pod"]).spawn_ready();
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Routed);
+        let agent = env.agent().backend(backend).resync(3600).hooks(&["from_pod"]).spawn_ready();
         match backend {
             AttachMode::Tcx => {
-                detach_link(&world.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex)));
+                detach_link(&env.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex)));
             }
             // A running agent repairs a removed filter immediately.
             AttachMode::Clsact => {
                 agent.kill9();
-                run_tc(&world.node, &["qdisc", "delete", "dev", &pod.host_ifname, "clsact"]);
+                run_tc(&env.node, &["qdisc", "delete", "dev", &pod.host_ifname, "clsact"]);
             }
         }
-        let verified = verify(&world);
+        let verified = verify(&env);
         assert_fails(&verified, &["from_pod"]);
         let observed = checks(&verified.1, "from_pod")[0]["observed"].to_string();
         assert!(observed.contains(&pod.host_ifname), "{observed}");
@@ -115,24 +115,24 @@ fn interface_without_program_fails() {
 #[test]
 fn no_interfaces_fail() {
     // The uplink is a veth, which the agent cannot distinguish from a pod interface.
-    let config = format!("[interfaces]\nexclude = ['{}']", World::UPLINK);
-    let world = World::new();
-    let _agent = world.agent().config(&config).hooks(&["from_pod"]).spawn_ready();
-    let verified = verify(&world);
+    let config = format!("[interfaces]\nexclude = ['{}']", TestEnv::UPLINK);
+    let env = TestEnv::new();
+    let _agent = env.agent().config(&config).hooks(&["from_pod"]).spawn_ready();
+    let verified = verify(&env);
     assert_fails(&verified, &["from_pod"]);
     let observed = checks(&verified.1, "from_pod")[0]["observed"].to_string();
     assert!(observed.contains("at 0 of 0"), "{observed}");
     // A pod adds an interface to check.
-    let _pod = world.add_pod(PodLink::Routed);
-    assert_passed(&verify(&world));
+    let _pod = env.add_pod(PodLink::Routed);
+    assert_passed(&verify(&env));
 }
 
 #[test]
 fn no_agent_fails() {
-    let world = World::new();
-    let _pod = world.add_pod(PodLink::Routed);
-    world.agent().hooks(&["from_pod", "node_egress"]).spawn_ready().kill9();
-    let verified = verify(&world);
+    let env = TestEnv::new();
+    let _pod = env.add_pod(PodLink::Routed);
+    env.agent().hooks(&["from_pod", "node_egress"]).spawn_ready().kill9();
+    let verified = verify(&env);
     assert_fails(&verified, &["from_pod"]);
     let observed = checks(&verified.1, "from_pod")[1]["observed"].to_string();
     assert!(observed.contains("imds-agent run"), "{observed}");
@@ -143,12 +143,12 @@ fn program_in_front_fails() {
     if skip_without_tcx() {
         return;
     }
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    let _agent = world.agent().resync(3600).hooks(&["from_pod"]).spawn_ready();
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let _agent = env.agent().resync(3600).hooks(&["from_pod"]).spawn_ready();
     let hook = aya::programs::tc::TcAttachType::Ingress;
-    let _link = Foreign::returning(TC_ACT_OK).attach_tcx_first(&world.node, pod.host_ifindex, hook);
-    assert_fails(&verify(&world), &["from_pod"]);
+    let _link = Foreign::returning(TC_ACT_OK).attach_tcx_first(&env.node, pod.host_ifindex, hook);
+    assert_fails(&verify(&env), &["from_pod"]);
 }
 
 #[test]
@@ -156,16 +156,16 @@ fn detached_socket_hook_fails() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let _agent = world.agent().resync(3600).hooks(&["socket"]).spawn_ready();
-    assert_passed(&verify(&world));
-    let elsewhere = verify_here(&world);
+    let env = TestEnv::new();
+    let _agent = env.agent().resync(3600).hooks(&["socket"]).spawn_ready();
+    assert_passed(&verify(&env));
+    let elsewhere = verify_here(&env);
     assert_fails(&elsewhere, &["socket"]);
     let observed = checks(&elsewhere.1, "socket")[1]["observed"].to_string();
     assert!(observed.contains("outside of the cgroup"), "{observed}");
 
-    detach_link(&world.pin_dir().join("links/connect4"));
-    let verified = verify(&world);
+    detach_link(&env.pin_dir().join("links/connect4"));
+    let verified = verify(&env);
     assert_fails(&verified, &["socket"]);
     let observed = checks(&verified.1, "socket")[1]["observed"].to_string();
     assert!(observed.contains("connect not refused"), "{observed}");
@@ -177,24 +177,24 @@ fn host_network_hook() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new().with_ipv6();
-    let agent = world.agent().config(AWS).resync(3600).hooks(&[HOOK]).spawn();
+    let env = TestEnv::new().with_ipv6();
+    let agent = env.agent().config(AWS).resync(3600).hooks(&[HOOK]).spawn();
     agent.wait_for_log("hostNetwork pods are not restricted", LONG);
-    let without_cgroup = verify(&world);
+    let without_cgroup = verify(&env);
     assert_fails(&without_cgroup, &[HOOK]);
 
-    let pods = world.add_cgroup("kubepods.slice");
-    world.status_when("the programs are attached", |status| {
+    let pods = env.add_cgroup("kubepods.slice");
+    env.status_when("the programs are attached", |status| {
         status.host_network.as_ref().is_some_and(|hosts| hosts.attached)
     });
-    let verified = verify(&world);
+    let verified = verify(&env);
     assert_passed(&verified);
     let observed: Vec<_> =
         checks(&verified.1, HOOK).iter().map(|check| check["observed"].to_string()).collect();
     assert!(observed.len() == 3 && observed[1..].iter().all(|text| text.contains("refused")), "{observed:?}");
 
-    detach_link(&world.pin_dir().join(format!("links/host_connect4_{}", pods.id())));
-    let verified = verify(&world);
+    detach_link(&env.pin_dir().join(format!("links/host_connect4_{}", pods.id())));
+    let verified = verify(&env);
     assert_fails(&verified, &[HOOK]);
     let observed = checks(&verified.1, HOOK)[1]["observed"].to_string();
     assert!(observed.contains("not refused"), "{observed}");
@@ -205,9 +205,9 @@ fn host_network_hook() {
 
 #[test]
 fn unloaded_fails() {
-    let world = World::new();
-    let (output, _) = verify(&world);
+    let env = TestEnv::new();
+    let (output, _) = verify(&env);
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{stderr}");
-    assert!(stderr.contains("imds-agent run") && !world.pin_dir().exists(), "{stderr}");
+    assert!(stderr.contains("imds-agent run") && !env.pin_dir().exists(), "{stderr}");
 }

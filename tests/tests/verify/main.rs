@@ -7,7 +7,7 @@ mod traces;
 
 use std::process::Output;
 
-use imds_tests::{Netns, Pod, PodLink, World};
+use imds_tests::{Netns, Pod, PodLink, TestEnv};
 use serde_json::Value;
 
 const ALL: [&str; 3] = ["from_pod", "node_egress", "socket"];
@@ -15,14 +15,14 @@ const ALL: [&str; 3] = ["from_pod", "node_egress", "socket"];
 const AWS: &str = "provider = 'aws'";
 
 /// Runs `verify` in the cgroup of the socket hook.
-fn verify(world: &World) -> (Output, Value) {
-    world.in_cgroup(|| verify_here(world))
+fn verify(env: &TestEnv) -> (Output, Value) {
+    env.in_cgroup(|| verify_here(env))
 }
 
-fn verify_here(world: &World) -> (Output, Value) {
-    let output = world.imds_agent(&["verify", "-o", "json"]).output();
+fn verify_here(env: &TestEnv) -> (Output, Value) {
+    let output = env.imds_agent(&["verify", "-o", "json"]).output();
     let report = serde_json::from_slice(&output.stdout).unwrap_or(Value::Null);
-    assert_nothing_left(world);
+    assert_nothing_left(env);
     (output, report)
 }
 
@@ -34,8 +34,8 @@ fn interfaces(netns: &Netns) -> Vec<String> {
 }
 
 #[track_caller]
-fn assert_nothing_left(world: &World) {
-    let left = interfaces(&world.node).into_iter().find(|name| name.starts_with("imdsv"));
+fn assert_nothing_left(env: &TestEnv) {
+    let left = interfaces(&env.node).into_iter().find(|name| name.starts_with("imdsv"));
     assert_eq!(left, None);
 }
 
@@ -88,6 +88,6 @@ fn exempt(pod: &Pod) -> String {
 }
 
 /// Adds a pod of each kind. The bridged one is for an exemption.
-fn add_pods(world: &World) -> (Pod, Pod) {
-    (world.add_pod(PodLink::Routed), world.add_pod(PodLink::Bridged))
+fn add_pods(env: &TestEnv) -> (Pod, Pod) {
+    (env.add_pod(PodLink::Routed), env.add_pod(PodLink::Bridged))
 }

@@ -2,7 +2,7 @@
 
 use std::{io::Write as _, process::Stdio};
 
-use imds_tests::{METADATA, PodLink, World, skip_without_netns_cookie};
+use imds_tests::{METADATA, PodLink, TestEnv, skip_without_netns_cookie};
 
 use crate::{
     ALL, add_pods, assert_all_passed, assert_fails, assert_passed, exempt, hooks_with, path_of, verify,
@@ -11,22 +11,22 @@ use crate::{
 const EDGES: [&str; 2] = ["from_pod", "node_egress"];
 
 /// Adds a chain with this rule at this netfilter hook.
-fn nft(world: &World, hook: &str, rule: &str) {
+fn nft(env: &TestEnv, hook: &str, rule: &str) {
     let script =
         format!("table ip test {{ chain {hook} {{ type filter hook {hook} priority 0; {rule}; }}\n}}\n");
-    let mut nft = world.node.command("nft").args(["-f", "-"]).stdin(Stdio::piped()).spawn().unwrap();
+    let mut nft = env.node.command("nft").args(["-f", "-"]).stdin(Stdio::piped()).spawn().unwrap();
     nft.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
     assert!(nft.wait().unwrap().success(), "{script}");
 }
 
 #[test]
 fn overwritten_mark_fails() {
-    let world = World::new();
-    let (_routed, bridged) = add_pods(&world);
-    let _agent = world.agent().config(&exempt(&bridged)).hooks(&EDGES).spawn_ready();
-    assert_all_passed(&verify(&world));
-    nft(&world, "forward", "meta mark set 0");
-    let verified = verify(&world);
+    let env = TestEnv::new();
+    let (_routed, bridged) = add_pods(&env);
+    let _agent = env.agent().config(&exempt(&bridged)).hooks(&EDGES).spawn_ready();
+    assert_all_passed(&verify(&env));
+    nft(&env, "forward", "meta mark set 0");
+    let verified = verify(&env);
     assert_fails(&verified, &["path"]);
     let [(outcome, observed)] = &path_of(&verified.1, "exempt pod on cni0")[..] else {
         panic!("{:#}", verified.1)
@@ -39,17 +39,17 @@ fn overwritten_mark_fails() {
 #[test]
 fn dropped_exempt_pod_fails() {
     let rule = format!("ip daddr {METADATA} tcp dport 80 drop");
-    let world = World::new();
-    let pod = world.add_pod(PodLink::Routed);
-    nft(&world, "forward", &rule);
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    nft(&env, "forward", &rule);
     {
-        let _agent = world.agent().hooks(&EDGES).spawn_ready();
-        let verified = verify(&world);
+        let _agent = env.agent().hooks(&EDGES).spawn_ready();
+        let verified = verify(&env);
         assert_passed(&verified);
         assert_eq!(path_of(&verified.1, "exempt pod")[0].0, "skipped");
     }
-    let _agent = world.agent().config(&exempt(&pod)).hooks(&EDGES).spawn_ready();
-    assert_fails(&verify(&world), &["path"]);
+    let _agent = env.agent().config(&exempt(&pod)).hooks(&EDGES).spawn_ready();
+    assert_fails(&verify(&env), &["path"]);
 }
 
 #[test]
@@ -57,22 +57,22 @@ fn dropped_node_packets_fail() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let _pod = world.add_pod(PodLink::Routed);
-    let _agent = world.agent().hooks(&ALL).spawn_ready();
-    nft(&world, "output", &format!("ip daddr {METADATA} drop"));
-    let verified = verify(&world);
+    let env = TestEnv::new();
+    let _pod = env.add_pod(PodLink::Routed);
+    let _agent = env.agent().hooks(&ALL).spawn_ready();
+    nft(&env, "output", &format!("ip daddr {METADATA} drop"));
+    let verified = verify(&env);
     assert_fails(&verified, &["path"]);
     assert_eq!(path_of(&verified.1, "node")[0].0, "failed");
 }
 
 #[test]
 fn node_without_forwarding_is_skipped() {
-    let world = World::new();
-    let _pod = world.add_pod(PodLink::Routed);
-    world.node.sysctl("ipv4/ip_forward", "0");
-    let _agent = world.agent().hooks(&EDGES).spawn_ready();
-    let verified = verify(&world);
+    let env = TestEnv::new();
+    let _pod = env.add_pod(PodLink::Routed);
+    env.node.sysctl("ipv4/ip_forward", "0");
+    let _agent = env.agent().hooks(&EDGES).spawn_ready();
+    let verified = verify(&env);
     assert_passed(&verified);
     let (outcome, observed) = &path_of(&verified.1, "exempt pod")[0];
     assert!(outcome == "skipped" && observed.contains("does not forward test packets"), "{observed}");
@@ -81,11 +81,11 @@ fn node_without_forwarding_is_skipped() {
 
 #[test]
 fn unreachable_endpoint_is_skipped() {
-    let world = World::new();
-    let _pod = world.add_pod(PodLink::Routed);
-    world.node.ip(&format!("route add unreachable {METADATA}/32"));
-    let _agent = world.agent().hooks(&EDGES).spawn_ready();
-    let verified = verify(&world);
+    let env = TestEnv::new();
+    let _pod = env.add_pod(PodLink::Routed);
+    env.node.ip(&format!("route add unreachable {METADATA}/32"));
+    let _agent = env.agent().hooks(&EDGES).spawn_ready();
+    let verified = verify(&env);
     assert_passed(&verified);
     assert_eq!(path_of(&verified.1, "node")[0].0, "skipped", "{:#}", verified.1);
 }

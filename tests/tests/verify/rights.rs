@@ -1,6 +1,6 @@
 //! `verify` with the capabilities of the shipped `DaemonSet`.
 
-use imds_tests::{PodLink, World, output, skip_without_netns_cookie};
+use imds_tests::{PodLink, TestEnv, output, skip_without_netns_cookie};
 use serde_json::Value;
 
 use crate::{ALL, assert_nothing_left, hooks_with, path_of};
@@ -13,14 +13,14 @@ fn daemonset_capabilities() {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let _pod = world.add_pod(PodLink::Routed);
-    let _agent = world.agent().hooks(&ALL).spawn_ready();
-    let command = world.imds_agent(&["verify", "-o", "json"]).command();
-    let mut limited = world.node.command("setpriv");
+    let env = TestEnv::new();
+    let _pod = env.add_pod(PodLink::Routed);
+    let _agent = env.agent().hooks(&ALL).spawn_ready();
+    let command = env.imds_agent(&["verify", "-o", "json"]).command();
+    let mut limited = env.node.command("setpriv");
     limited.arg(format!("--bounding-set={CAPABILITIES}")).arg(command.get_program()).args(command.get_args());
-    let output = world.in_cgroup(|| output(limited));
-    assert_nothing_left(&world);
+    let output = env.in_cgroup(|| output(limited));
+    assert_nothing_left(&env);
     let report: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
     assert_eq!(output.status.code(), Some(0), "{report:#}");
     assert_eq!(hooks_with(&report, "failed"), [""; 0]);

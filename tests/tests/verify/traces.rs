@@ -9,7 +9,7 @@ use std::{
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
-    World, effort, hook::programs_at, poll::poll_until, probe::LONG, skip_without_netns_cookie,
+    TestEnv, effort, hook::programs_at, poll::poll_until, probe::LONG, skip_without_netns_cookie,
     with_each_backend,
 };
 use nix::{
@@ -21,10 +21,10 @@ use crate::{ALL, add_pods, assert_all_passed, assert_nothing_left, exempt, inter
 
 /// Returns the routes of the node and the number of programs at its uplink. Link-local IPv6 routes appear some time
 /// after their links.
-fn state_of(world: &World) -> (String, usize) {
+fn state_of(env: &TestEnv) -> (String, usize) {
     let routes =
-        world.node.command("ip").args(["-4", "route", "show", "table", "all"]).output().unwrap().stdout;
-    let programs = programs_at(&world.node, World::UPLINK, TcAttachType::Egress).len();
+        env.node.command("ip").args(["-4", "route", "show", "table", "all"]).output().unwrap().stdout;
+    let programs = programs_at(&env.node, TestEnv::UPLINK, TcAttachType::Egress).len();
     (String::from_utf8(routes).unwrap(), programs)
 }
 
@@ -34,21 +34,21 @@ fn no_traces() {
         return;
     }
     with_each_backend(|backend| {
-        let world = World::new();
-        let (_routed, bridged) = add_pods(&world);
-        let _agent = world.agent().config(&exempt(&bridged)).backend(backend).hooks(&ALL).spawn_ready();
-        let (status, state) = (world.status(), state_of(&world));
-        assert_all_passed(&verify(&world));
-        assert_eq!(state_of(&world), state);
-        let after = world.status_when("the test link is forgotten", |after| {
+        let env = TestEnv::new();
+        let (_routed, bridged) = add_pods(&env);
+        let _agent = env.agent().config(&exempt(&bridged)).backend(backend).hooks(&ALL).spawn_ready();
+        let (status, state) = (env.status(), state_of(&env));
+        assert_all_passed(&verify(&env));
+        assert_eq!(state_of(&env), state);
+        let after = env.status_when("the test link is forgotten", |after| {
             after.interfaces.len() == status.interfaces.len()
         });
-        assert_eq!((after.total, after.departed), (status.total, status.departed));
+        assert_eq!((after.total, after.deleted), (status.total, status.deleted));
         for command in [&["report", "-o", "json"][..], &["report", "--rules"]] {
-            let output = String::from_utf8(world.imds_agent(command).output().stdout).unwrap();
+            let output = String::from_utf8(env.imds_agent(command).output().stdout).unwrap();
             assert!(!output.contains("imdsv") && !output.contains("imds-netns"), "{output}");
         }
-        let denials = world.imds_agent(&["report", "-o", "json"]).output().stdout;
+        let denials = env.imds_agent(&["report", "-o", "json"]).output().stdout;
         let denials: serde_json::Value = serde_json::from_slice(&denials).unwrap();
         assert_eq!(denials["denials"].as_array().map(Vec::len), Some(0), "{denials:#}");
     });
@@ -58,29 +58,29 @@ fn no_traces() {
 #[test]
 fn signals_leave_nothing() {
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGKILL] {
-        let world = World::new();
-        let (_routed, _bridged) = add_pods(&world);
-        let agent = world.agent().hooks(&["from_pod", "node_egress"]).spawn_ready();
-        let before = state_of(&world);
+        let env = TestEnv::new();
+        let (_routed, _bridged) = add_pods(&env);
+        let agent = env.agent().hooks(&["from_pod", "node_egress"]).spawn_ready();
+        let before = state_of(&env);
         // `verify` waits while the agent is stopped.
         let agent_pid = Pid::from_raw(agent.pid().try_into().unwrap());
         kill(agent_pid, Signal::SIGSTOP).unwrap();
-        let mut command = world.imds_agent(&["verify"]).command();
+        let mut command = env.imds_agent(&["verify"]).command();
         let mut child = command.stderr(Stdio::null()).spawn().unwrap();
         let name = format!("imdsv{}", child.id());
-        poll_until(LONG, "the link", || interfaces(&world.node).contains(&name).then_some(()));
+        poll_until(LONG, "the link", || interfaces(&env.node).contains(&name).then_some(()));
         kill(Pid::from_raw(child.id().try_into().unwrap()), signal).unwrap();
         let status = child.wait().unwrap();
         if signal == Signal::SIGKILL {
             // The kernel destroys the contents of a namespace asynchronously.
             poll_until(LONG, "the end of the link", || {
-                (!interfaces(&world.node).contains(&name)).then_some(())
+                (!interfaces(&env.node).contains(&name)).then_some(())
             });
         } else {
             assert_eq!(status.code(), Some(1), "{signal}");
         }
-        assert_nothing_left(&world);
-        assert_eq!(state_of(&world), before);
+        assert_nothing_left(&env);
+        assert_eq!(state_of(&env), before);
         kill(agent_pid, Signal::SIGCONT).unwrap();
         drop(agent);
     }
@@ -103,9 +103,9 @@ fn run_beside_load(runs: u32) {
     if skip_without_netns_cookie() {
         return;
     }
-    let world = World::new();
-    let (_routed, bridged) = add_pods(&world);
-    let _agent = world.agent().config(&exempt(&bridged)).hooks(&ALL).spawn_ready();
+    let env = TestEnv::new();
+    let (_routed, bridged) = add_pods(&env);
+    let _agent = env.agent().config(&exempt(&bridged)).hooks(&ALL).spawn_ready();
     let is_over = AtomicBool::new(false);
     let threads = thread::available_parallelism().unwrap().get() * 2;
     thread::scope(|scope| {
@@ -117,7 +117,7 @@ fn run_beside_load(runs: u32) {
             });
         }
         for run in 1..=runs {
-            let verified = verify(&world);
+            let verified = verify(&env);
             let is_right = verified.0.status.success();
             if !is_right {
                 is_over.store(true, Ordering::Relaxed);

@@ -14,16 +14,16 @@ fn one(lines: &str) -> Exempt {
 #[test]
 fn every_selector_is_accepted() {
     assert!(resolve("").unwrap().is_empty());
-    let Sender::Interface(glob) = one("interface = 'veth[0-3]'").sender else {
+    let RuleSubject::Interface(glob) = one("interface = 'veth[0-3]'").sender else {
         panic!("expected a selector by interface")
     };
     assert!(glob.matches("veth3") && !glob.matches("veth4"));
-    assert_eq!(one("netns = '/run/netns/x'").sender, Sender::Netns("/run/netns/x".into()));
-    assert_eq!(one("cgroup = 'system.slice/x'").sender, Sender::Cgroup("system.slice/x".into()));
+    assert_eq!(one("netns = '/run/netns/x'").sender, RuleSubject::Netns("/run/netns/x".into()));
+    assert_eq!(one("cgroup = 'system.slice/x'").sender, RuleSubject::Cgroup("system.slice/x".into()));
     let rule = one("netns = '/n'");
-    assert_eq!((rule.scope, rule.is_audited), (Scope::All, false));
+    assert_eq!((rule.scope, rule.is_audited), (EndpointSelector::All, false));
     let rule = one("netns = '/n'\nendpoints = ['imds']\naudit = true");
-    let imds = Scope::Some(["169.254.169.254".parse().unwrap()].into());
+    let imds = EndpointSelector::Only(["169.254.169.254".parse().unwrap()].into());
     assert_eq!((rule.scope, rule.is_audited), (imds, true));
 }
 
@@ -72,7 +72,7 @@ fn rules_for_one_sender_may_differ() {
 #[test]
 fn kubernetes_selectors_match_pods() {
     let of = |lines: &str| match one(lines).sender {
-        Sender::Pods(pods) => pods,
+        RuleSubject::Pods(pods) => pods,
         other => panic!("{other:?}"),
     };
     let pods = of("namespace = 'kube-system'");
@@ -145,5 +145,5 @@ fn aks_profile_covers_incompatible_add_ons() {
     ] {
         assert!(rules.iter().any(|rule| rule.name == name), "{name}");
     }
-    assert!(rules.iter().all(|rule| matches!(rule.sender, Sender::Pods(_)) && !rule.is_audited));
+    assert!(rules.iter().all(|rule| matches!(rule.sender, RuleSubject::Pods(_)) && !rule.is_audited));
 }

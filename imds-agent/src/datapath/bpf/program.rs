@@ -22,7 +22,7 @@ pub(super) const EXIT: u64 = 0x95;
 const LOG_LEVEL: u32 = 1 | 4;
 
 /// Loads a TC program that passes every packet to the next program.
-pub fn load_idle() -> io::Result<OwnedFd> {
+pub fn load_noop_program() -> io::Result<OwnedFd> {
     let unspecified = u64::from((-1_i32).cast_unsigned());
     load(&[set(0, unspecified), EXIT])
 }

@@ -13,7 +13,7 @@ use aya_obj::generated::{
 };
 
 use super::{
-    Entry, bpf_fd,
+    HookEntry, bpf_fd,
     program::{EXIT, load, set},
 };
 
@@ -37,7 +37,7 @@ pub fn load_sink(marker: [u8; 4], counts: BorrowedFd<'_>, cookies: BorrowedFd<'_
 /// Attaches a program to TCX egress of an interface: directly after the program of `agent`, or after all others if `None`.
 ///
 /// Directly after the agent's program, no other program can accept or redirect test packets so that they leave the node.
-pub fn link_create_after(program: impl AsFd, ifindex: u32, agent: Option<Entry>) -> io::Result<OwnedFd> {
+pub fn link_create_after(program: impl AsFd, ifindex: u32, agent: Option<HookEntry>) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct Attr {
         prog_fd: i32,
@@ -50,8 +50,8 @@ pub fn link_create_after(program: impl AsFd, ifindex: u32, agent: Option<Entry>)
     }
     let (flags, relative_id) = match agent {
         None => (0, 0),
-        Some(Entry { program, link: 0 }) => (BPF_F_AFTER | BPF_F_ID, program),
-        Some(Entry { link, .. }) => (BPF_F_AFTER | BPF_F_ID | BPF_F_LINK, link),
+        Some(HookEntry { program, link: 0 }) => (BPF_F_AFTER | BPF_F_ID, program),
+        Some(HookEntry { link, .. }) => (BPF_F_AFTER | BPF_F_ID | BPF_F_LINK, link),
     };
     let attr = Attr {
         prog_fd: program.as_fd().as_raw_fd(),
@@ -73,10 +73,10 @@ enum Step {
     /// Forward jump to the label with this name.
     Jump(u64, &'static str),
     /// Label of the following instruction.
-    Name(&'static str),
+    PodContainer(&'static str),
 }
 
-use Step::{Jump, Name, Run};
+use Step::{Jump, PodContainer, Run};
 
 fn instructions(marker: [u8; 4], counts: BorrowedFd<'_>, cookies: BorrowedFd<'_>) -> Vec<u64> {
     let mut steps = vec![Run(copy(6, 1))];
@@ -91,13 +91,13 @@ fn instructions(marker: [u8; 4], counts: BorrowedFd<'_>, cookies: BorrowedFd<'_>
         Jump(differs(2, 6), "next"),
         Run(set(7, 40)),
         Jump(0x05, "tcp"),
-        Name("ipv4"),
+        PodContainer("ipv4"),
         Run(load_byte(2, IP + 9)),
         Jump(differs(2, 6), "next"),
         Run(load_byte(7, IP)),
         Run(0x57 | 7 << 8 | 0xf << 32),
         Run(0x67 | 7 << 8 | 2 << 32),
-        Name("tcp"),
+        PodContainer("tcp"),
     ]);
     steps.extend(load_bytes(Run(copy(2, 7)), TCP, 20));
     steps.extend([
@@ -112,7 +112,7 @@ fn instructions(marker: [u8; 4], counts: BorrowedFd<'_>, cookies: BorrowedFd<'_>
         // Converts 16 bits from network byte order.
         Run(0xdc | 8 << 8 | 16 << 32),
         Jump(0x05, "count"),
-        Name("cookie"),
+        PodContainer("cookie"),
         Run(copy(1, 6)),
         Run(call(BPF_FUNC_get_socket_cookie as u64)),
         Jump(equal(0, 0), "next"),
@@ -122,7 +122,7 @@ fn instructions(marker: [u8; 4], counts: BorrowedFd<'_>, cookies: BorrowedFd<'_>
     steps.extend([
         Jump(equal(0, 0), "next"),
         Run(0x61 | 8 << 8),
-        Name("count"),
+        PodContainer("count"),
         Run(0x63 | 10 << 8 | 8 << 12 | offset(KEY)),
     ]);
     steps.extend(look_up(counts, KEY));
@@ -131,10 +131,10 @@ fn instructions(marker: [u8; 4], counts: BorrowedFd<'_>, cookies: BorrowedFd<'_>
         Run(set(1, 1)),
         // Atomic 64-bit addition of register 1.
         Run(0xdb | 1 << 12),
-        Name("drop"),
+        PodContainer("drop"),
         Run(set(0, 2)),
         Run(EXIT),
-        Name("next"),
+        PodContainer("next"),
         Run(set(0, u64::from(u32::MAX))),
         Run(EXIT),
     ]);
@@ -143,16 +143,16 @@ fn instructions(marker: [u8; 4], counts: BorrowedFd<'_>, cookies: BorrowedFd<'_>
 
 /// Returns the instructions, with the offsets of jumps resolved.
 fn assemble(steps: &[Step]) -> Vec<u64> {
-    let is_instruction = |step: &&Step| !matches!(step, Name(_));
+    let is_instruction = |step: &&Step| !matches!(step, PodContainer(_));
     let position = |name: &str| {
-        let before = steps.iter().take_while(|step| !matches!(step, Name(found) if *found == name));
+        let before = steps.iter().take_while(|step| !matches!(step, PodContainer(found) if *found == name));
         before.filter(is_instruction).count()
     };
     let instructions = steps.iter().filter(is_instruction).enumerate();
     let assembled = instructions.map(|(index, step)| match step {
         Run(instruction) => *instruction,
         Jump(instruction, name) => instruction | offset((position(name) - index - 1).try_into().unwrap_or(0)),
-        Name(_) => 0,
+        PodContainer(_) => 0,
     });
     assembled.collect()
 }

@@ -4,7 +4,7 @@ use imds_ebpf_common::{Hook, Mode};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::{config::Hooks, doctor::report::Check};
+use crate::{config::Hooks, doctor::report::DoctorCheck};
 
 const AKS: &str = "FORWARD ! -s 10.224.0.4/32 -d 169.254.169.254/32 -p tcp -m tcp --dport 80 -j DROP";
 
@@ -16,13 +16,13 @@ fn enforced() -> Enforcement {
     azure(Some(Mode::Enforce))
 }
 
-fn explain(listing: &str, enforcement: &Enforcement) -> Vec<Check> {
+fn explain(listing: &str, enforcement: &Enforcement) -> Vec<DoctorCheck> {
     let checks = rules(&Rulesets::from_listing(listing), enforcement);
     checks.into_iter().filter(|check| check.rule.is_some()).collect()
 }
 
 /// Explains the last of these rules of iptables.
-fn iptables(rules: &[&str], enforcement: &Enforcement) -> Option<Check> {
+fn iptables(rules: &[&str], enforcement: &Enforcement) -> Option<DoctorCheck> {
     let base = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
     let base = base.map(|chain| format!(":{chain} ACCEPT [0:0]\n")).concat();
     let rules: Vec<_> = rules.iter().map(|rule| format!("-A {rule}\n")).collect();
@@ -31,7 +31,7 @@ fn iptables(rules: &[&str], enforcement: &Enforcement) -> Option<Check> {
 }
 
 #[track_caller]
-fn opens(check: Option<Check>) -> String {
+fn opens(check: Option<DoctorCheck>) -> String {
     let check = check.expect("a check");
     let rule = check.rule.expect("a rule");
     let remedy = check.remedy.expect("advice");
@@ -45,7 +45,7 @@ fn opens(check: Option<Check>) -> String {
 }
 
 /// Explains rules of a chain of nftables at a hook, with the objects of the table.
-fn nft(hook: &str, objects: &[Value], expressions: &Value) -> Option<Check> {
+fn nft(hook: &str, objects: &[Value], expressions: &Value) -> Option<DoctorCheck> {
     let of_table = |kind: &str, mut object: Value| {
         object["family"] = "inet".into();
         object["table"] = "guard".into();

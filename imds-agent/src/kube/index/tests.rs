@@ -4,14 +4,14 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    config::{Config, Sender},
+    config::{Config, RuleSubject},
     provider::Dmi,
 };
 
-fn rule(lines: &str) -> Pods {
+fn rule(lines: &str) -> PodSelector {
     let config = Config::parse(&format!("[[exempt]]\nname = 'a'\n{lines}"), Path::new("imds.toml")).unwrap();
     match config.resolve(&Dmi::default()).unwrap().1.remove(0).sender {
-        Sender::Pods(pods) => pods,
+        RuleSubject::Pods(pods) => pods,
         other => panic!("{other:?}"),
     }
 }
@@ -34,16 +34,16 @@ fn index(pods: impl IntoIterator<Item = Pod>) -> Index {
     index
 }
 
-fn meant(index: &Index, rule: &Pods) -> Vec<String> {
-    index.meant(rule).map(|pod| pod.uid.clone()).collect()
+fn matching(index: &Index, rule: &PodSelector) -> Vec<String> {
+    index.matching(rule).map(|pod| pod.uid.clone()).collect()
 }
 
 #[test]
 fn pod_limit_makes_the_index_unknown() {
-    let mut index = index((0..MOST_PODS).map(|number| pod(&number.to_string(), "a", "s", "x")));
+    let mut index = index((0..MAX_PODS).map(|number| pod(&number.to_string(), "a", "s", "x")));
     let rule = rule("namespace = 'a'");
     assert_eq!(index.handle(PodEvent::Apply(pod("new", "a", "s", "x"))), BTreeSet::new());
-    assert!(index.get("new").is_none() && index.meant(&rule).count() == MOST_PODS);
+    assert!(index.get("new").is_none() && index.matching(&rule).count() == MAX_PODS);
     assert_eq!(index.handle(PodEvent::Apply(pod("0", "a", "s", "y"))).len(), 1);
     index.handle(PodEvent::Delete { uid: "1".to_owned() });
     assert_eq!(index.handle(PodEvent::Apply(pod("new", "a", "s", "x"))).len(), 1);
@@ -77,7 +77,7 @@ fn rule_matches_its_namespace_only() {
         ),
         ("namespace = 'c'", &[]),
     ] {
-        assert_eq!(meant(&index, &rule(lines)), expected, "{lines}");
+        assert_eq!(matching(&index, &rule(lines)), expected, "{lines}");
     }
 }
 
@@ -97,9 +97,9 @@ fn label_removal_and_end_revoke_exemption() {
     let rule = rule("namespace = 'a'\npod_selector.match_labels = { app = 'x' }");
     let mut index = index([pod("0", "a", "s", "x"), pod("1", "a", "s", "x")]);
     index.handle(PodEvent::Apply(pod("0", "a", "s", "")));
-    assert_eq!(meant(&index, &rule), ["1"]);
-    index.handle(PodEvent::Apply(Pod { is_over: true, ..pod("1", "a", "s", "x") }));
-    assert!(meant(&index, &rule).is_empty() && index.get("1").is_some());
+    assert_eq!(matching(&index, &rule), ["1"]);
+    index.handle(PodEvent::Apply(Pod { is_terminated: true, ..pod("1", "a", "s", "x") }));
+    assert!(matching(&index, &rule).is_empty() && index.get("1").is_some());
 }
 
 #[test]
@@ -108,14 +108,14 @@ fn undated_cgroup_claims_have_no_owner() {
     let first = Pod { cgroup_uid: "hash".to_owned(), ..pod("0", "a", "s", "") };
     let second = Pod { cgroup_uid: "hash".to_owned(), ..pod("1", "c", "s", "") };
     let mut index = index([first]);
-    assert_eq!(meant(&index, &rule), ["0"]);
+    assert_eq!(matching(&index, &rule), ["0"]);
     index.handle(PodEvent::Apply(second.clone()));
-    assert!(meant(&index, &rule).is_empty());
+    assert!(matching(&index, &rule).is_empty());
     index.handle(PodEvent::Apply(Pod { cgroup_uid: "other".to_owned(), ..second.clone() }));
-    assert_eq!(meant(&index, &rule), ["0"]);
+    assert_eq!(matching(&index, &rule), ["0"]);
     index.handle(PodEvent::Apply(second));
     index.handle(PodEvent::Delete { uid: "1".to_owned() });
-    assert_eq!(meant(&index, &rule), ["0"]);
+    assert_eq!(matching(&index, &rule), ["0"]);
 }
 
 #[test]
@@ -145,11 +145,11 @@ fn oldest_pod_owns_disputed_cgroup() {
     ] {
         let uid = look_alike.uid.clone();
         index.handle(PodEvent::Apply(look_alike));
-        assert_eq!(meant(&index, &rule), exempt, "{text}");
+        assert_eq!(matching(&index, &rule), exempt, "{text}");
         let disputes: Vec<_> = index.disputes().map(|dispute| dispute.to_string()).collect();
         assert!(matches!(&disputes[..], [dispute] if dispute.starts_with(text)), "{disputes:?}");
         index.handle(PodEvent::Delete { uid });
-        assert_eq!((meant(&index, &rule), index.disputes().count()), (vec!["1".to_owned()], 0));
+        assert_eq!((matching(&index, &rule), index.disputes().count()), (vec!["1".to_owned()], 0));
     }
 }
 
@@ -163,9 +163,9 @@ enum Step {
 /// Small alphabets, so that pods collide often.
 fn any_pod() -> impl Strategy<Value = Pod> {
     ("[0-5]", "[abc]", "[st]", "[xy]", "[0-5]", any::<bool>()).prop_map(
-        |(uid, namespace, account, app, cgroup_uid, is_over)| Pod {
+        |(uid, namespace, account, app, cgroup_uid, is_terminated)| Pod {
             cgroup_uid,
-            is_over,
+            is_terminated,
             created: format!("2026-11-23T15:04:0{uid}Z").parse().ok().filter(|_| namespace != "b"),
             ..pod(&uid, &namespace, &account, &app)
         },
@@ -211,7 +211,7 @@ proptest! {
         prop_assert_eq!(&index.claims, &rebuilt.claims);
         prop_assert_eq!(&index.contested, &rebuilt.contested);
         for rule in [rule("namespace = 'a'"), rule("namespace = 'b'\nservice_account = 't'")] {
-            prop_assert_eq!(meant(&index, &rule), meant(&rebuilt, &rule));
+            prop_assert_eq!(matching(&index, &rule), matching(&rebuilt, &rule));
         }
     }
 }

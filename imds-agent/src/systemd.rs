@@ -10,13 +10,13 @@ use crate::escape::escape;
 
 /// Connection to the service manager. Does nothing if there is none.
 #[derive(Debug)]
-pub struct Supervisor {
+pub struct Systemd {
     is_ready: bool,
     status: String,
     watchdog: Option<Interval>,
 }
 
-impl Supervisor {
+impl Systemd {
     /// Connects to the service manager that `NOTIFY_SOCKET` and `WATCHDOG_USEC` name.
     #[must_use]
     pub fn from_env() -> Self {
@@ -35,39 +35,39 @@ impl Supervisor {
         let status = escape(status).into_owned();
         if !self.is_ready {
             self.is_ready = true;
-            tell(&[NotifyState::Ready]);
+            notify(&[NotifyState::Ready]);
         }
         if self.status != status {
-            tell(&[NotifyState::Status(&status)]);
+            notify(&[NotifyState::Status(&status)]);
             self.status = status;
         }
     }
 
-    /// Reports a reload of the configuration, which lasts until [`Supervisor::ready`].
+    /// Reports a reload of the configuration, which lasts until [`Systemd::ready`].
     pub fn reloading(&mut self) {
         self.is_ready = false;
         // Units of Type=notify-reload (systemd 253) require the time.
         match NotifyState::monotonic_usec_now() {
-            Ok(now) => tell(&[NotifyState::Reloading, now]),
-            Err(_) => tell(&[NotifyState::Reloading]),
+            Ok(now) => notify(&[NotifyState::Reloading, now]),
+            Err(_) => notify(&[NotifyState::Reloading]),
         }
     }
 
     /// Reports that the agent stops.
     pub fn stopping(&self) {
-        tell(&[NotifyState::Stopping]);
+        notify(&[NotifyState::Stopping]);
     }
 
     /// Sends a watchdog notification when the next one is due. Cancel safe.
-    pub async fn watch(&mut self) {
+    pub async fn watchdog(&mut self) {
         let Some(watchdog) = &mut self.watchdog else { return future::pending().await };
         watchdog.tick().await;
-        tell(&[NotifyState::Watchdog]);
+        notify(&[NotifyState::Watchdog]);
     }
 }
 
 /// Sends a notification. A failure is only logged: the service manager has its own timeouts.
-fn tell(states: &[NotifyState<'_>]) {
+fn notify(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
         log::warn!("failed to notify the service manager: {error}");
     }

@@ -11,12 +11,12 @@ const DEBOUNCE_MAX: Duration = Duration::from_millis(500);
 
 /// Time at which a changed file is read.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Due {
+pub(super) struct Debounce {
     at: Instant,
     latest: Instant,
 }
 
-impl Due {
+impl Debounce {
     pub(super) fn now() -> Self {
         let now = Instant::now();
         Self { at: now, latest: now }
@@ -31,7 +31,7 @@ impl Due {
 }
 
 /// Waits until `due`, or forever if it is `None`.
-pub(super) async fn wait_for(due: Option<Due>) {
+pub(super) async fn wait_for(due: Option<Debounce>) {
     match due {
         Some(due) => sleep_until(due.at).await,
         None => future::pending().await,

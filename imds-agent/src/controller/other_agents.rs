@@ -2,7 +2,7 @@
 
 use imds_ebpf_common::AttachMode;
 
-use super::Guard;
+use super::Reconciler;
 use crate::{
     datapath::other_agents::{self, OtherAgent},
     reconcile::Action,
@@ -16,7 +16,7 @@ pub(super) struct OtherAgents {
     earlier: Vec<OtherAgent>,
 }
 
-impl Guard {
+impl Reconciler {
     /// Looks for other agents on this node, and logs each one once.
     pub(super) fn find_other_agents(&mut self) {
         let found = other_agents::find(self.datapath.pins());

@@ -2,102 +2,102 @@
 
 use std::collections::BTreeSet;
 
-use super::{Guard, change_log::Pass, links, unless};
+use super::{Reconciler, change_log::Pass, links, log_if_preexisting};
 use crate::{datapath::DatapathError, node::links::Link, state::Uplinks};
 
 /// Links to reconcile before events are handled again: about 1 ms of work.
-const LINKS_AT_ONCE: usize = 8;
+const LINK_BATCH: usize = 8;
 
-impl Guard {
-    /// Starts a resync of attachments and pins. [`Guard::go_on`] then reconciles a few links at a time, so that events
+impl Reconciler {
+    /// Starts a resync of attachments and pins. [`Reconciler::resync_step`] then reconciles a few links at a time, so that events
     /// need not wait for all of them. A full resync also lists interfaces and routes, although the kernel reports
     /// their changes.
-    pub async fn begin(&mut self, anew: bool) -> Result<(), DatapathError> {
-        if self.is_looking() {
+    pub async fn start_resync(&mut self, full: bool) -> Result<(), DatapathError> {
+        if self.resync_in_progress() {
             return Ok(());
         }
         self.changes.begin(Pass::Resync);
-        let begun = self.start_round(anew).await;
-        if !self.is_looking() {
+        let begun = self.begin_resync(full).await;
+        if !self.resync_in_progress() {
             self.changes.end(Pass::Resync);
         }
         begun
     }
 
-    async fn start_round(&mut self, anew: bool) -> Result<(), DatapathError> {
-        let begun = self.look_around();
-        if anew {
+    async fn begin_resync(&mut self, full: bool) -> Result<(), DatapathError> {
+        let begun = self.reconcile_node();
+        if full {
             self.find_other_agents();
-            self.finder.refresh();
+            self.resolver.refresh();
             for link in self.read_links().await? {
                 if self.links.get(&link.index) != Some(&link) {
-                    self.see(link).await;
+                    self.reconcile_link(link).await;
                 }
             }
             self.update_uplinks().await;
             self.follow_local_service().await?;
         }
-        self.round = self.links.keys().copied().collect();
+        self.resync_queue = self.links.keys().copied().collect();
         begun
     }
 
     /// Reports whether a resync is in progress.
     #[must_use]
-    pub fn is_looking(&self) -> bool {
-        !self.round.is_empty()
+    pub fn resync_in_progress(&self) -> bool {
+        !self.resync_queue.is_empty()
     }
 
     /// Reconciles the next links of the resync.
-    pub async fn go_on(&mut self) -> Result<(), DatapathError> {
-        for _ in 0..LINKS_AT_ONCE {
-            let Some(index) = self.round.pop_front() else { break };
+    pub async fn resync_step(&mut self) -> Result<(), DatapathError> {
+        for _ in 0..LINK_BATCH {
+            let Some(index) = self.resync_queue.pop_front() else { break };
             if let Some(link) = self.links.get(&index).cloned() {
-                self.see(link).await;
+                self.reconcile_link(link).await;
             }
         }
-        if self.is_looking() {
+        if self.resync_in_progress() {
             return Ok(());
         }
         self.changes.end(Pass::Resync);
         self.follow_enforcement()?;
         self.restore_exemptions().await?;
         // Mark the agent as ready again, in case another program removed the pin directory.
-        if self.is_ready { self.datapath.announce_ready() } else { Ok(()) }
+        if self.is_ready { self.datapath.set_ready() } else { Ok(()) }
     }
 
-    /// Does a full resync. An error on one interface is recorded in [`Guard::failures`], and does not keep the others
+    /// Does a full resync. An error on one interface is recorded in [`Reconciler::errors`], and does not keep the others
     /// from being reconciled.
     pub(super) async fn resync(&mut self) -> Result<(), DatapathError> {
         self.changes.begin(Pass::Resync);
         self.find_other_agents();
         // Enforcement continues without pins: the error is logged at the end.
-        let around = self.look_around().and(self.follow_local_service().await);
+        let around = self.reconcile_node().and(self.follow_local_service().await);
         // Node-wide hooks come first: they cover all pods at once, and their attachments do not wait.
         let mut links = self.read_links().await?;
         self.uplinks = Uplinks::new(self.routed.clone(), links.iter());
         links.sort_by_key(|link| (link.leads_elsewhere(), !self.uplinks.contain(link.index)));
         for link in links {
-            self.see(link).await;
+            self.reconcile_link(link).await;
         }
-        self.locate(usize::MAX).await;
+        self.resolve_sandboxes(usize::MAX).await;
         // A failure to exempt some pods must not keep the agent from denying the others.
-        unless(true, self.restore_exemptions().await)?;
+        log_if_preexisting(true, self.restore_exemptions().await)?;
         if !std::mem::replace(&mut self.initial_sync_done, true) {
             self.initial = links::initial(&self.queue);
-            self.announce_ready();
+            self.set_ready();
         }
         self.changes.end(Pass::Resync);
         // An agent that runs with the remaining hooks is better than none. The next resync tries again.
-        unless(true, around.and(self.follow_enforcement()))
+        log_if_preexisting(true, around.and(self.follow_enforcement()))
     }
 
     /// Resyncs everything except links: pins, socket hook and cgroups.
-    fn look_around(&mut self) -> Result<(), DatapathError> {
+    fn reconcile_node(&mut self) -> Result<(), DatapathError> {
         let restored = self.datapath.restore_pins();
         if let Ok(true) = restored
             && self.initial_sync_done
         {
-            self.repairs.pinned += 1;
+            self.corrections.pinned += 1;
             log::warn!("restored missing entries of {}", self.datapath.pins().root().display());
         }
         let sockets = self.restore_sockets();
@@ -116,7 +116,7 @@ impl Guard {
         let present: BTreeSet<u32> = links.iter().map(|link| link.index).collect();
         let known = self.links.keys().copied().chain(self.datapath.known());
         for gone in known.filter(|index| !present.contains(index)).collect::<BTreeSet<_>>() {
-            self.forget(gone);
+            self.on_link_deleted(gone);
         }
         Ok(links)
     }

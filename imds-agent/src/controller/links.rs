@@ -7,13 +7,13 @@ use log::Level;
 use tokio::time::{Instant, sleep_until};
 
 use super::{
-    Guard,
+    Reconciler,
     attach_queue::AttachQueue,
     change_log::{Change, Pass},
 };
 use crate::{
     datapath::{DatapathError, pins::AttachPoint, records::LinkState},
-    node::links::{Kind, Link},
+    node::links::{Link, LinkKind},
     reconcile::{Action, Attachment, Order, plan},
     state::{self, Assignment, Uplinks},
 };
@@ -22,10 +22,10 @@ use crate::{
 /// `node_egress`.
 const SPARE_DELAY: Duration = Duration::from_secs(10);
 
-impl Guard {
+impl Reconciler {
     /// Returns the role and the desired hooks of an interface.
     pub(super) fn assign(&self, link: &Link) -> Assignment {
-        state::assign(link, &self.uplinks, &self.interfaces, self.pods.have_link(link.index))
+        state::assign(link, &self.uplinks, &self.interfaces, self.pods.has_link(link.index))
     }
 
     /// Reads the routes again, and reconciles the interfaces whose role changed.
@@ -48,13 +48,13 @@ impl Guard {
         };
         let changed: Vec<_> = self.links.values().filter(is_changed).cloned().collect();
         for link in changed {
-            self.see(link).await;
+            self.reconcile_link(link).await;
         }
     }
 
     /// Attaches the sendmsg programs while an interface lacks a desired program, and detaches them otherwise.
     pub(super) fn follow_enforcement(&mut self) -> Result<(), DatapathError> {
-        let changes = self.datapath.set_enforced(self.failures.is_empty())?;
+        let changes = self.datapath.set_enforced(self.errors.is_empty())?;
         self.report_cgroups(changes);
         Ok(())
     }
@@ -78,14 +78,14 @@ impl Guard {
         self.backoff.clear(point);
         if let Some(link) = self.links.get(&point.ifindex).cloned() {
             self.turn = Some(point).filter(|_| is_queued);
-            self.see(link).await;
+            self.reconcile_link(link).await;
             self.turn = None;
             // If no node-wide hook is on, no hook denies the packets of waiting pods: do not pause.
             if self.datapath.has_node_wide_hook() {
                 self.queue.on_attached();
             }
         }
-        self.announce_ready();
+        self.set_ready();
     }
 
     /// Makes all attachments of the queue without waiting.
@@ -96,7 +96,7 @@ impl Guard {
     }
 
     /// Lets `status` know that the initial sync is done, once each pod that was there at the start has its program.
-    pub(super) fn announce_ready(&mut self) {
+    pub(super) fn set_ready(&mut self) {
         if !self.initial_sync_done {
             return;
         }
@@ -105,7 +105,7 @@ impl Guard {
             return;
         }
         self.changes.end(Pass::InitialSync);
-        if let Err(error) = self.datapath.announce_ready() {
+        if let Err(error) = self.datapath.set_ready() {
             self.is_ready = false;
             log::error!("failed to mark the agent as ready: {:#}", anyhow::Error::from(error));
         }
@@ -118,7 +118,7 @@ impl Guard {
         if delayed.is_empty() {
             return;
         }
-        let ids = self.finder.inhabited(&self.netlink).await;
+        let ids = self.resolver.inhabited(&self.netlink).await;
         let links = &self.links;
         let is_started = |ifindex: u32| {
             let id = links.get(&ifindex).and_then(|link| link.peer_netns);
@@ -132,24 +132,24 @@ impl Guard {
         self.queue.delayed().next().is_some()
     }
 
-    pub(super) async fn see(&mut self, link: Link) {
+    pub(super) async fn reconcile_link(&mut self, link: Link) {
         let is_new = self.links.insert(link.index, link.clone()).is_none();
         if is_new {
-            self.pods.link_came(&link);
+            self.pods.on_link_added(&link);
         }
         match self.reconcile(&link, is_new).await {
             Ok(Reconciled::AsDesired) => {
-                if self.failures.remove(&link.index).is_some() {
+                if self.errors.remove(&link.index).is_some() {
                     let text = format!("{} (ifindex {}): enforced again", link.name, link.index);
                     self.changes.note(Level::Info, Change::EnforcedAgain, text);
                 }
             }
             Ok(Reconciled::Postponed) => {
-                let failure = "another program undoes repairs again and again: the next repair waits";
-                self.fail(&link, failure.to_owned());
+                let error = "another program undoes repairs again and again: the next repair waits";
+                self.fail(&link, error.to_owned());
             }
             Ok(Reconciled::Yielded) => {
-                self.failures.insert(link.index, "another imds-agent has its filter there".to_owned());
+                self.errors.insert(link.index, "another imds-agent has its filter there".to_owned());
             }
             // RTM_DELLINK follows.
             Err(error) if error.is_interface_gone() => {
@@ -159,11 +159,11 @@ impl Guard {
         }
     }
 
-    fn fail(&mut self, link: &Link, failure: String) {
-        if self.failures.get(&link.index) != Some(&failure) {
-            let text = format!("{} (ifindex {}): not enforced: {failure}", link.name, link.index);
+    fn fail(&mut self, link: &Link, error: String) {
+        if self.errors.get(&link.index) != Some(&error) {
+            let text = format!("{} (ifindex {}): not enforced: {error}", link.name, link.index);
             self.changes.note(Level::Error, Change::NotEnforced, text);
-            self.failures.insert(link.index, failure);
+            self.errors.insert(link.index, error);
         }
     }
 
@@ -175,10 +175,10 @@ impl Guard {
         // A record that cannot be written, for example because a map is full, must not prevent the attachment.
         let mut recorded = Ok(());
         // The exemptions under this index belong to this link if an earlier agent ended before the link had its turn.
-        let was_queued = self.keeps_grants && self.datapath.was_pending(link);
+        let was_queued = self.retain_previous_grants && self.datapath.was_pending(link);
         if is_new && !was_queued && observed.iter().all(|(_, attachments)| attachments.is_empty()) {
             // Otherwise records and counters under this index belong to a deleted interface.
-            recorded = self.datapath.take_over(link);
+            recorded = self.datapath.claim_ifindex(link);
         }
         let mut assignment = self.assign(link);
         let has_node_egress =
@@ -192,7 +192,7 @@ impl Guard {
         let mut state = LinkState { assignment, attach_modes: [AttachMode::None; 2], is_pending: false };
         let (mut failed, mut reconciled) = (None, Reconciled::AsDesired);
         for (hook, attachments) in observed {
-            let point = AttachPoint { ifindex: link.index, edge: hook };
+            let point = AttachPoint { ifindex: link.index, hook: hook };
             let desired = self.datapath.desired_mode(link, assignment.hooks, hook);
             let is_lost = attachments.is_empty() && desired != AttachMode::None && self.turn != Some(point);
             if hook == TcHook::FromPod && is_lost && !was_queued && !self.queue.contains(point) {
@@ -242,7 +242,7 @@ impl Guard {
         attachments: &[Attachment],
         is_new: bool,
     ) -> Result<Reconciled, DatapathError> {
-        let point = AttachPoint { ifindex: link.index, edge: hook };
+        let point = AttachPoint { ifindex: link.index, hook: hook };
         let mut actions = plan(desired, attachments);
         if actions.is_empty() {
             self.backoff.clear(point);
@@ -286,13 +286,13 @@ impl Guard {
         attachments: &[Attachment],
     ) -> Result<bool, DatapathError> {
         let is_attached = attachments.iter().any(|attachment| attachment.backend == desired);
-        let is_uplink = point.edge == TcHook::NodeEgress && self.uplinks.contain(link.index);
+        let is_uplink = point.hook == TcHook::NodeEgress && self.uplinks.contain(link.index);
         // The kernel announces a pair that a CNI plugin creates before its peer is known.
-        let is_pair = link.leads_elsewhere() || matches!(link.kind, Kind::Veth | Kind::Netkit);
+        let is_pair = link.leads_elsewhere() || matches!(link.kind, LinkKind::Veth | LinkKind::Netkit);
         // An attachment that failed in its turn is retried with each event and resync.
         let has_failed = self.failed.contains(&point);
         // A program that another program removed is attached again immediately. [`RepairBackoff`] limits repetitions.
-        let was_attached = self.initial_sync_done && self.datapath.was_attached(link, point.edge);
+        let was_attached = self.initial_sync_done && self.datapath.was_attached(link, point.hook);
         let is_turn = self.turn == Some(point) || has_failed || was_attached;
         if desired == AttachMode::None || is_attached || is_uplink || !is_pair || is_turn {
             return Ok(false);
@@ -302,7 +302,7 @@ impl Guard {
         let now = Instant::now();
         if waits_for_plugin {
             self.queue.push(point, now + self.clsact_delay);
-        } else if self.is_spare(link, point) && self.pods.are_looked_up() {
+        } else if self.is_spare(link, point) && self.pods.is_enabled() {
             self.queue.push_spare(point, now + SPARE_DELAY);
         } else {
             self.queue.push(point, now);
@@ -315,12 +315,12 @@ impl Guard {
 
     /// Reports whether `node_egress` on this link is only a precaution: no route to an endpoint uses the link yet.
     fn is_spare(&self, link: &Link, point: AttachPoint) -> bool {
-        point.edge == TcHook::NodeEgress && link.leads_elsewhere() && !self.uplinks.contain(link.index)
+        point.hook == TcHook::NodeEgress && link.leads_elsewhere() && !self.uplinks.contain(link.index)
     }
 
     /// Returns the log level of a change: `info` during a reload and the initial sync, otherwise `warn`, because
     /// another program caused the change.
-    pub(super) fn level_of_change(&self) -> Level {
+    pub(super) fn change_log_level(&self) -> Level {
         if self.in_reload || !self.initial_sync_done { Level::Info } else { Level::Warn }
     }
 
@@ -337,17 +337,17 @@ impl Guard {
         Ok(())
     }
 
-    pub(super) fn forget(&mut self, index: u32) {
-        self.pods.link_went(index);
+    pub(super) fn on_link_deleted(&mut self, index: u32) {
+        self.pods.on_link_deleted(index);
         self.queue.remove_link(index);
-        self.backoff.forget(index);
+        self.backoff.remove_link(index);
         self.failed.retain(|point| point.ifindex != index);
         if let Some(link) = self.links.remove(&index) {
             let text = format!("{} (ifindex {index}) was deleted", link.name);
             self.changes.note(Level::Info, Change::Deleted, text);
         }
-        self.failures.remove(&index);
-        if let Err(error) = self.datapath.forget(index) {
+        self.errors.remove(&index);
+        if let Err(error) = self.datapath.remove_interface(index) {
             let error = anyhow::Error::from(error);
             log::error!("failed to clean up state of deleted interface {index}: {error:#}");
         }

@@ -8,7 +8,7 @@ mod hosts;
 mod links;
 mod local_service;
 mod other_agents;
-mod rounds;
+mod resyncs;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -37,18 +37,18 @@ use crate::{
         kubepods::Kubepods,
         links::Link,
         netlink::{Event, Netlink},
-        senders::Finder,
+        senders::SenderResolver,
     },
-    pods::Pods,
+    pods::PodTracker,
     reconcile::repair_backoff::RepairBackoff,
-    settings::Settings,
+    resolved_config::ResolvedConfig,
     start_config::StartConfig,
     state::Uplinks,
 };
 
 /// Numbers of drift corrections since the agent started: changes of other programs that the agent reverted.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct Repairs {
+pub struct DriftCorrections {
     /// Programs that were attached again.
     pub attached: u64,
     /// Programs of others that this agent's program replaced.
@@ -65,7 +65,7 @@ pub struct Repairs {
 
 /// Numbers of map updates since the agent started.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct Writes {
+pub struct MapUpdates {
     /// Updates of the exemption maps.
     pub exemptions: u64,
     /// Updates of the pod name map.
@@ -74,7 +74,7 @@ pub struct Writes {
 
 /// Observed and desired state of all interfaces, and the datapath that reconciles them.
 #[expect(clippy::struct_excessive_bools, reason = "each flag is independent")]
-pub struct Guard {
+pub struct Reconciler {
     datapath: Datapath,
     netlink: Netlink,
     interfaces: Interfaces,
@@ -83,25 +83,25 @@ pub struct Guard {
     /// Exemption rules of the configuration.
     rules: Rules,
     /// Resolves a rule to the identities of the senders that it exempts.
-    finder: Finder,
-    pods: Pods,
+    resolver: SenderResolver,
+    pods: PodTracker,
     /// Name of the node in the cluster and state of its pod watch, if Kubernetes is used.
     watched: Option<(String, WatchState)>,
     /// Time of the last poll for changes that the kernel does not report.
     last_search: Instant,
     /// True until the first pod sync if the previous agent ran with this configuration: its exemptions for pods are
     /// then kept.
-    keeps_grants: bool,
+    retain_previous_grants: bool,
     links: BTreeMap<u32, Link>,
     /// Interfaces that routes to protected endpoints name.
     routed: BTreeSet<u32>,
     uplinks: Uplinks,
     /// Last error of each interface, so that an error is logged once and not with every resync.
-    failures: BTreeMap<u32, String>,
+    errors: BTreeMap<u32, String>,
     /// Reason why no hostNetwork pod is restricted, if that is so.
     no_kubepods: Option<String>,
     /// Interfaces that the current resync still has to reconcile.
-    round: VecDeque<u32>,
+    resync_queue: VecDeque<u32>,
     /// True once every interface was reconciled: until then, filters of an earlier agent may be anywhere.
     initial_sync_done: bool,
     /// True while a reload of the configuration causes the changes.
@@ -124,18 +124,18 @@ pub struct Guard {
     /// Time that a new link of a pod waits for its CNI plugins before it gets a qdisc.
     clsact_delay: Duration,
     changes: ChangeLog,
-    repairs: Repairs,
-    writes: Writes,
+    corrections: DriftCorrections,
+    map_updates: MapUpdates,
 }
 
-impl Guard {
+impl Reconciler {
     /// Returns a guard that knows no interface yet.
     #[must_use]
     pub fn new(
         datapath: Datapath,
         netlink: Netlink,
-        Settings { interfaces, exempt, kubepods, cluster, .. }: &Settings,
-        finder: Finder,
+        ResolvedConfig { interfaces, exempt, kubepods, cluster, .. }: &ResolvedConfig,
+        resolver: SenderResolver,
     ) -> Self {
         Self {
             datapath,
@@ -143,17 +143,17 @@ impl Guard {
             interfaces: interfaces.clone(),
             kubepods: kubepods.clone().map(Kubepods::new),
             rules: Rules::new(exempt.clone()),
-            finder,
-            pods: Pods::new(cluster.is_some()),
+            resolver,
+            pods: PodTracker::new(cluster.is_some()),
             watched: None,
             last_search: Instant::now(),
-            keeps_grants: false,
+            retain_previous_grants: false,
             links: BTreeMap::new(),
             routed: BTreeSet::new(),
             uplinks: Uplinks::default(),
-            failures: BTreeMap::new(),
+            errors: BTreeMap::new(),
             no_kubepods: None,
-            round: VecDeque::new(),
+            resync_queue: VecDeque::new(),
             initial_sync_done: false,
             in_reload: false,
             exemptions_dirty: false,
@@ -166,8 +166,8 @@ impl Guard {
             is_ready: false,
             clsact_delay: Duration::ZERO,
             changes: ChangeLog::new(),
-            repairs: Repairs::default(),
-            writes: Writes::default(),
+            corrections: DriftCorrections::default(),
+            map_updates: MapUpdates::default(),
         }
     }
 
@@ -180,8 +180,8 @@ impl Guard {
 
     /// Returns the numbers of map updates since the agent started.
     #[must_use]
-    pub fn writes(&self) -> Writes {
-        self.writes
+    pub fn map_updates(&self) -> MapUpdates {
+        self.map_updates
     }
 
     /// Returns the directory in which programs, maps and links are pinned.
@@ -192,18 +192,18 @@ impl Guard {
 
     /// Returns the numbers of drift corrections since the agent started.
     #[must_use]
-    pub fn repairs(&self) -> Repairs {
-        Repairs { postponed: self.backoff.suppressed(), ..self.repairs }
+    pub fn corrections(&self) -> DriftCorrections {
+        DriftCorrections { postponed: self.backoff.suppressed(), ..self.corrections }
     }
 
     /// Records the configuration, and does the first full resync.
     pub async fn start(&mut self, start: &StartConfig) -> Result<(), DatapathError> {
         let StartConfig { config, settings, path, rejected } = start;
-        self.keeps_grants = self.datapath.was_in_force(config.to_toml())?;
+        self.retain_previous_grants = self.datapath.was_effective(config.to_toml())?;
         self.record_config(path.as_deref(), config)?;
         // Before the agent is ready, so that `status` never shows the fallback without its reason.
         if let Some(error) = rejected {
-            self.record_refusal(error)?;
+            self.record_rejected_config(error)?;
         }
         self.changes.begin(Pass::InitialSync);
         self.resync().await?;
@@ -215,7 +215,7 @@ impl Guard {
     /// throughout.
     ///
     /// After an error the settings may be applied in part: call this again with the previous ones.
-    pub async fn reconfigure(&mut self, settings: &Settings) -> Result<(), DatapathError> {
+    pub async fn reconfigure(&mut self, settings: &ResolvedConfig) -> Result<(), DatapathError> {
         self.in_reload = true;
         self.changes.begin(Pass::Reload);
         let result = self.change_to(settings).await;
@@ -224,35 +224,35 @@ impl Guard {
         result
     }
 
-    async fn change_to(&mut self, settings: &Settings) -> Result<(), DatapathError> {
-        let Settings { plan, guarded, interfaces, exempt, kubepods, .. } = settings;
+    async fn change_to(&mut self, settings: &ResolvedConfig) -> Result<(), DatapathError> {
+        let ResolvedConfig { datapath_config, endpoint_set, interfaces, exempt, kubepods, .. } = settings;
         // The datapath refers to rules by number, and other rules may change the numbers.
-        self.keeps_grants &= self.rules.are(exempt);
+        self.retain_previous_grants &= self.rules.are(exempt);
         // New programs are attached before the maps refer to their hooks, and old ones are detached after that.
         let before = self.datapath.hooks();
-        self.datapath.prepare(plan)?;
+        self.datapath.prepare(datapath_config)?;
         // A hook that already failed before the reload must not make the new settings fail.
-        unless(before.has(Hook::Socket), self.restore_sockets())?;
+        log_if_preexisting(before.has(Hook::Socket), self.restore_sockets())?;
         if let (None, Some(root)) = (&self.kubepods, kubepods) {
             self.kubepods = Some(Kubepods::new(root.clone()));
         }
-        unless(before.has(Hook::HostNetwork), self.search_kubepods())?;
+        log_if_preexisting(before.has(Hook::HostNetwork), self.search_kubepods())?;
         self.interfaces = interfaces.clone();
-        self.netlink = self.netlink.clone().with_endpoints(guarded.addresses());
+        self.netlink = self.netlink.clone().with_endpoints(endpoint_set.addresses());
         self.routed = self.netlink.uplinks().await?;
         self.uplinks = Uplinks::new(self.routed.clone(), self.links.values());
-        self.see_again().await;
-        self.locate(usize::MAX).await;
+        self.reconcile_all_links().await;
+        self.resolve_sandboxes(usize::MAX).await;
         self.change_rules(exempt.clone()).await?;
-        self.datapath.enforce(plan, guarded)?;
-        if !self.datapath.matches(plan) {
-            self.datapath.release(plan)?;
+        self.datapath.enforce(datapath_config, endpoint_set)?;
+        if !self.datapath.matches(datapath_config) {
+            self.datapath.release(datapath_config)?;
             self.restore_sockets()?;
             if kubepods.is_none() {
                 self.kubepods = None;
             }
             self.restore_hosts(true)?;
-            self.see_again().await;
+            self.reconcile_all_links().await;
         }
         self.restore_exemptions().await
     }
@@ -263,41 +263,41 @@ impl Guard {
     }
 
     /// Records the reason why a configuration was rejected.
-    pub fn record_refusal(&mut self, error: &str) -> Result<(), DatapathError> {
-        self.datapath.record_refusal(error)
+    pub fn record_rejected_config(&mut self, error: &str) -> Result<(), DatapathError> {
+        self.datapath.record_rejected_config(error)
     }
 
     /// Returns one line that sums up mode, attachments and endpoints.
     #[must_use]
-    pub fn summary(&self, Settings { plan, guarded, .. }: &Settings) -> String {
+    pub fn summary(&self, ResolvedConfig { datapath_config, endpoint_set, .. }: &ResolvedConfig) -> String {
         let [pods, nodes] = self.count_interfaces();
         format!(
             "mode {}: {} pod and {} node interfaces, attach mode {}, socket hook {}, provider {}, {} endpoint{}, pins in {}",
-            plan.mode.name(),
+            datapath_config.mode.name(),
             pods,
             nodes,
-            plan.backend.name(),
-            if plan.cgroup.is_some() { "on" } else { "off" },
-            guarded.provider(),
-            guarded.endpoints().len(),
-            if guarded.endpoints().len() == 1 { "" } else { "s" },
+            datapath_config.backend.name(),
+            if datapath_config.cgroup.is_some() { "on" } else { "off" },
+            endpoint_set.provider(),
+            endpoint_set.endpoints().len(),
+            if endpoint_set.endpoints().len() == 1 { "" } else { "s" },
             self.datapath.pins().root().display(),
         )
     }
 
     /// Returns a line for `systemctl status`: mode, number of interfaces, and the first of the current errors.
     #[must_use]
-    pub fn state(&self, Settings { plan, .. }: &Settings) -> String {
+    pub fn state(&self, ResolvedConfig { datapath_config, .. }: &ResolvedConfig) -> String {
         let [pods, nodes] = self.count_interfaces();
-        let sockets = if plan.cgroup.is_some() { "on" } else { "off" };
-        let mode = plan.mode.name();
+        let sockets = if datapath_config.cgroup.is_some() { "on" } else { "off" };
+        let mode = datapath_config.mode.name();
         let state = format!("mode {mode}: {pods} pod and {nodes} node interfaces, socket hook {sockets}");
         let others = self.other_agents().map(|agent| ("node".to_owned(), agent.to_string()));
-        let failures = self.failures().map(|(name, failure)| (name.to_owned(), failure.to_owned()));
-        let mut failures = others.chain(failures);
-        match failures.next() {
-            Some((name, failure)) => {
-                format!("{state}; {} problems, first: {name}: {failure}", 1 + failures.count())
+        let errors = self.errors().map(|(name, error)| (name.to_owned(), error.to_owned()));
+        let mut errors = others.chain(errors);
+        match errors.next() {
+            Some((name, error)) => {
+                format!("{state}; {} problems, first: {name}: {error}", 1 + errors.count())
             }
             None => state,
         }
@@ -318,17 +318,17 @@ impl Guard {
     }
 
     /// Returns what is not enforced and why: by interface, cgroup and rule.
-    pub fn failures(&self) -> impl Iterator<Item = (&str, &str)> {
-        let of_interfaces = self.failures.iter().map(|(index, failure)| {
-            (self.links.get(index).map_or("deleted interface", |link| link.name.as_str()), failure.as_str())
+    pub fn errors(&self) -> impl Iterator<Item = (&str, &str)> {
+        let of_interfaces = self.errors.iter().map(|(index, error)| {
+            (self.links.get(index).map_or("deleted interface", |link| link.name.as_str()), error.as_str())
         });
-        let of_rules = self.rules.failures().iter().map(|(name, failure)| (name.as_str(), failure.as_str()));
-        let of_hosts = self.no_kubepods.iter().map(|failure| ("hostNetwork pods", failure.as_str()));
-        let of_cgroups = self.datapath.cgroup_failures().map(|failure| ("cgroup", failure));
+        let of_rules = self.rules.errors().iter().map(|(name, error)| (name.as_str(), error.as_str()));
+        let of_hosts = self.no_kubepods.iter().map(|error| ("hostNetwork pods", error.as_str()));
+        let of_cgroups = self.datapath.cgroup_failures().map(|error| ("cgroup", error));
         of_interfaces.chain(of_cgroups).chain(of_hosts).chain(of_rules)
     }
 
-    /// Handles a netlink event. Exemptions are recomputed by [`Guard::settle`] later, but those of deleted interfaces
+    /// Handles a netlink event. Exemptions are recomputed by [`Reconciler::flush_pending_sync`] later, but those of deleted interfaces
     /// and of reused interface indexes are removed immediately.
     pub async fn handle(&mut self, event: Event) -> Result<(), DatapathError> {
         if let Event::Link(_) | Event::LinkGone(_) = &event {
@@ -338,24 +338,24 @@ impl Guard {
             Event::Link(link) => {
                 let is_changed = self.links.get(&link.index) != Some(&link);
                 self.exemptions_dirty |= is_changed;
-                self.see(link).await;
+                self.reconcile_link(link).await;
                 if is_changed {
                     self.update_uplinks().await;
                 }
             }
             Event::LinkGone(index) => {
                 self.exemptions_dirty |= self.links.contains_key(&index);
-                self.forget(index);
+                self.on_link_deleted(index);
             }
             Event::Filter(index) => {
                 if let Some(link) = self.links.get(&index).cloned() {
-                    self.see(link).await;
+                    self.reconcile_link(link).await;
                 }
             }
             Event::Route(destination) if !self.netlink.may_be_way_out(destination) => {}
             Event::Route(_) | Event::Rule => self.reclassify().await?,
             Event::Overrun => {
-                self.repairs.overruns += 1;
+                self.corrections.overruns += 1;
                 self.pods.forget_sandboxes();
                 log::warn!("netlink receive buffer overrun (ENOBUFS): starting a full resync");
                 self.resync().await?;
@@ -366,7 +366,7 @@ impl Guard {
 
     /// Recomputes exemptions if links changed since the last call. Runs once per batch of events, because the cost
     /// grows with the number of pods.
-    pub async fn settle(&mut self) -> Result<(), DatapathError> {
+    pub async fn flush_pending_sync(&mut self) -> Result<(), DatapathError> {
         let followed = self.follow_enforcement();
         if std::mem::take(&mut self.exemptions_dirty) {
             self.restore_exemptions().await?;
@@ -374,9 +374,9 @@ impl Guard {
         followed
     }
 
-    async fn see_again(&mut self) {
+    async fn reconcile_all_links(&mut self) {
         for link in self.links.values().cloned().collect::<Vec<_>>() {
-            self.see(link).await;
+            self.reconcile_link(link).await;
         }
     }
 
@@ -388,7 +388,7 @@ impl Guard {
 }
 
 /// Returns `result`, but only logs its error if `is_old`: the error existed before, or must not stop the caller.
-fn unless(is_old: bool, result: Result<(), DatapathError>) -> Result<(), DatapathError> {
+fn log_if_preexisting(is_old: bool, result: Result<(), DatapathError>) -> Result<(), DatapathError> {
     match result {
         Err(error) if is_old => {
             log::error!("{:#}", anyhow::Error::from(error));

@@ -9,7 +9,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 /// Failure to read the log of the BPF programs. Enforcement does not depend on that log.
 #[derive(Debug, Error)]
-pub enum DiagnosticsError {
+pub enum BpfLogError {
     /// The program does not exist, or has no log.
     #[error("failed to open the log of the BPF program {program}")]
     Open {
@@ -24,15 +24,15 @@ pub enum DiagnosticsError {
 }
 
 /// Log of the BPF programs, which share one ring buffer.
-pub struct Diagnostics {
+pub struct BpfLog {
     logger: AsyncFd<EbpfLogger<&'static dyn Log>>,
 }
 
-impl Diagnostics {
+impl BpfLog {
     /// Opens the log of a program. Each message reaches only one reader.
-    pub fn open(program: u32) -> Result<Self, DiagnosticsError> {
+    pub fn open(program: u32) -> Result<Self, BpfLogError> {
         let logger =
-            EbpfLogger::init_from_id(program).map_err(|source| DiagnosticsError::Open { program, source })?;
+            EbpfLogger::init_from_id(program).map_err(|source| BpfLogError::Open { program, source })?;
         // SAFETY: the descriptor is the ring buffer's, which the logger owns and never replaces.
         let logger = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) };
         let logger = logger.map_err(io::Error::from)?;

@@ -1,7 +1,7 @@
 //! Attack vectors to the metadata service, and the hooks that deny them.
 
 use crate::{
-    Agent, Cgroup, World,
+    Agent, Cgroup, TestEnv,
     poll::try_poll,
     probe::LONG,
     skip::{WHOLE_TEST, lacks_netns_cookie, skip},
@@ -14,8 +14,8 @@ const STRICT: &str = "host_network";
 
 /// Attack vectors of pods to the metadata service. Each of the hooks alone must deny all of them.
 #[must_use]
-pub struct Ways<'w> {
-    world: &'w World,
+pub struct AttackVectors<'w> {
+    env: &'w TestEnv,
     hooks: Vec<&'static str>,
     also: Vec<&'static str>,
     config: String,
@@ -23,11 +23,11 @@ pub struct Ways<'w> {
     all: Vec<(String, Box<dyn Fn() -> bool + Sync + 'w>)>,
 }
 
-impl World {
+impl TestEnv {
     /// Returns an empty set of vectors that these hooks must deny.
-    pub fn ways(&self, hooks: &[&'static str]) -> Ways<'_> {
-        Ways {
-            world: self,
+    pub fn vectors(&self, hooks: &[&'static str]) -> AttackVectors<'_> {
+        AttackVectors {
+            env: self,
             hooks: hooks.to_vec(),
             also: Vec::new(),
             config: String::new(),
@@ -38,13 +38,13 @@ impl World {
 
     /// Reports whether any packet that `send` sends arrives at the metadata service.
     pub fn arrives(&self, send: impl FnOnce()) -> bool {
-        let before = self.arrivals();
+        let before = self.received_packets();
         send();
-        self.arrivals() != before
+        self.received_packets() != before
     }
 }
 
-impl<'w> Ways<'w> {
+impl<'w> AttackVectors<'w> {
     /// Sets the agent's configuration in TOML.
     pub fn config(mut self, toml: &str) -> Self {
         toml.clone_into(&mut self.config);
@@ -65,21 +65,21 @@ impl<'w> Ways<'w> {
 
     /// Adds a vector. `is_open` returns whether it reaches the service. It runs in the world's cgroup unless another
     /// one is set.
-    pub fn way(mut self, name: impl Into<String>, is_open: impl Fn() -> bool + Sync + 'w) -> Self {
+    pub fn vector(mut self, name: impl Into<String>, is_open: impl Fn() -> bool + Sync + 'w) -> Self {
         self.all.push((name.into(), Box::new(is_open)));
         self
     }
 
     /// Adds a vector without a response, which is open if packets arrive.
-    pub fn one_way(self, name: impl Into<String>, send: impl Fn() + Sync + 'w) -> Self {
-        let world = self.world;
-        self.way(name, move || world.arrives(&send))
+    pub fn one_vector(self, name: impl Into<String>, send: impl Fn() + Sync + 'w) -> Self {
+        let env = self.env;
+        self.vector(name, move || env.arrives(&send))
     }
 
     /// Asserts that each vector is open without the agent, denied by each hook alone and by all hooks together, and
     /// open again afterwards.
     #[track_caller]
-    pub fn assert_held(self) {
+    pub fn assert_blocked_all(self) {
         self.assert_open("without the agent");
         let mut is_held = false;
         for hook in &self.hooks {
@@ -109,12 +109,12 @@ impl<'w> Ways<'w> {
     pub fn open_with(&self, hooks: &[&'static str]) -> Vec<&str> {
         let agent = self.start(hooks);
         let open = self.all.iter().filter(|(_, is_open)| {
-            let before = self.world.arrivals();
-            self.is_open(is_open) || self.world.arrivals() != before
+            let before = self.env.received_packets();
+            self.is_open(is_open) || self.env.received_packets() != before
         });
         let open = open.map(|(name, _)| name.as_str()).collect();
         drop(agent);
-        self.world.unload();
+        self.env.unload();
         open
     }
 
@@ -136,12 +136,12 @@ impl<'w> Ways<'w> {
     fn is_open(&self, is_open: impl FnOnce() -> bool + Send) -> bool {
         match self.cgroup {
             Some(cgroup) => cgroup.run(is_open),
-            None => self.world.in_cgroup(is_open),
+            None => self.env.in_cgroup(is_open),
         }
     }
 
     #[track_caller]
     fn start(&self, hooks: &[&'static str]) -> Agent<'w> {
-        self.world.agent().hooks(hooks).config(&self.config).spawn_ready()
+        self.env.agent().hooks(hooks).config(&self.config).spawn_ready()
     }
 }

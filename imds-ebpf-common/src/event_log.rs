@@ -25,11 +25,11 @@ pub struct RecentEvent {
     pub number_again: u64,
 }
 
-/// Index of the number of the last event in [`MAP_RECENT_HEAD`](crate::names::MAP_RECENT_HEAD). The number is 0 before the
+/// Index of the number of the last event in [`MAP_RECENT_IDX`](crate::names::MAP_RECENT_HEAD). The number is 0 before the
 /// first event.
-pub const LAST: u32 = 0;
+pub const WRITE_POS: u32 = 0;
 /// Index of the number of the last event that a client has printed.
-pub const SHOWN: u32 = 1;
+pub const READ_POS: u32 = 1;
 
 /// Key of the map of denials. Pods of one namespace with equal service account and equal identifying label are one sender.
 #[repr(C)]

@@ -9,7 +9,7 @@ use imds_ebpf_common::TcHook;
 use log::Level;
 use tokio::time::{Duration, Instant};
 
-use super::Guard;
+use super::Reconciler;
 use crate::{datapath::pins::AttachPoint, node::links::Link, reconcile::Action};
 
 /// Warnings and errors of a pass that get a line of their own.
@@ -181,18 +181,18 @@ impl Tally {
     }
 }
 
-impl Guard {
+impl Reconciler {
     /// Logs an action, and counts it if it corrects drift.
     pub(super) fn report(&mut self, link: &Link, hook: TcHook, action: Action, is_new: bool) {
         let Link { name, index, .. } = link;
-        let is_turn = self.turn == Some(AttachPoint { ifindex: *index, edge: hook });
-        let (hook, level) = (hook.hook().name(), self.level_of_change());
+        let is_turn = self.turn == Some(AttachPoint { ifindex: *index, hook: hook });
+        let (hook, level) = (hook.hook().name(), self.change_log_level());
         if level == Level::Warn && !is_turn {
             match action {
-                Action::Attach(_) if !is_new => self.repairs.attached += 1,
-                Action::Replace(_) => self.repairs.replaced += 1,
-                Action::Pin(_) => self.repairs.pinned += 1,
-                Action::Reorder(_) => self.repairs.reordered += 1,
+                Action::Attach(_) if !is_new => self.corrections.attached += 1,
+                Action::Replace(_) => self.corrections.replaced += 1,
+                Action::Pin(_) => self.corrections.pinned += 1,
+                Action::Reorder(_) => self.corrections.reordered += 1,
                 Action::Attach(_) | Action::Detach(_) => {}
             }
         }

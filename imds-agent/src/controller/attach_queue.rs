@@ -97,7 +97,7 @@ impl AttachQueue {
 
     /// Returns the queued attachments of `from_pod`.
     fn pods(&self) -> impl Iterator<Item = AttachPoint> {
-        self.waiting.keys().copied().filter(|point| point.edge == TcHook::FromPod)
+        self.waiting.keys().copied().filter(|point| point.hook == TcHook::FromPod)
     }
 
     /// Returns the queued attachments that are part of the initial sync: all but the spare ones.
@@ -115,8 +115,8 @@ impl AttachQueue {
 
     /// Records that an attachment was made.
     pub(super) fn on_attached(&mut self) {
-        let pause = if self.pods().count() < BURST { PAUSE } else { BURST_PAUSE };
-        self.next_turn = Instant::now() + pause;
+        let retry_delay = if self.pods().count() < BURST { PAUSE } else { BURST_PAUSE };
+        self.next_turn = Instant::now() + retry_delay;
     }
 
     /// Returns the next attachment and its time. `from_pod` comes first: on an interface that has it, `node_egress` matters
@@ -125,13 +125,13 @@ impl AttachQueue {
         let calm = self.last_link_event + CALM;
         let due = |(&point, waiting): (&AttachPoint, &Waiting)| {
             let turn = self.next_turn.min(calm);
-            let earliest = match point.edge {
+            let earliest = match point.hook {
                 TcHook::FromPod => turn,
                 TcHook::NodeEgress => turn.max(calm.min(waiting.since + MAX_DELAY)),
             };
             (point, waiting.since, waiting.not_before.max(earliest))
         };
-        let next = self.waiting.iter().map(due).min_by_key(|&(point, since, due)| (due, point.edge, since));
+        let next = self.waiting.iter().map(due).min_by_key(|&(point, since, due)| (due, point.hook, since));
         next.map(|(point, _, due)| (point, due))
     }
 }
@@ -140,8 +140,8 @@ impl AttachQueue {
 mod tests {
     use super::*;
 
-    fn point(ifindex: u32, edge: TcHook) -> AttachPoint {
-        AttachPoint { ifindex, edge }
+    fn point(ifindex: u32, hook: TcHook) -> AttachPoint {
+        AttachPoint { ifindex, hook }
     }
 
     #[tokio::test(start_paused = true)]

@@ -17,7 +17,7 @@ use crate::{
 const PERIOD: u8 = 100;
 
 /// Reader of recorded events. Returns unread events first.
-pub struct Follower {
+pub struct EventSubscriber {
     pins: PinDir,
     recent: Recent,
     /// Collector of this process; `None` while another process collects the events.
@@ -30,7 +30,7 @@ pub struct Follower {
     marks: bool,
 }
 
-impl Follower {
+impl EventSubscriber {
     /// Opens a reader that starts with the first unread event of the pin directory.
     pub fn open(pins: PinDir) -> Result<Self, CollectorError> {
         let recent = Recent::open(&pins)?;
@@ -41,9 +41,9 @@ impl Follower {
 
     /// Opens a reader that starts `earlier` events before the last one. Its events stay unread for other readers.
     pub fn open_last(pins: PinDir, earlier: u64) -> Result<Self, CollectorError> {
-        let follower = Self::open(pins)?;
-        let position = follower.recent.last()?.saturating_sub(earlier);
-        Ok(Self { position, marks: false, ..follower })
+        let subscriber = Self::open(pins)?;
+        let position = subscriber.recent.last()?.saturating_sub(earlier);
+        Ok(Self { position, marks: false, ..subscriber })
     }
 
     /// Returns the events since the last read.
@@ -66,13 +66,13 @@ impl Follower {
         Ok(events)
     }
 
-    /// Returns the number of events that were overwritten before the last [`Follower::read`] could return them.
+    /// Returns the number of events that were overwritten before the last [`EventSubscriber::read`] could return them.
     #[must_use]
     pub fn missed(&self) -> u64 {
         self.missed.unwrap_or_default()
     }
 
-    /// Reports whether the last [`Follower::read`] left events in the ring buffer.
+    /// Reports whether the last [`EventSubscriber::read`] left events in the ring buffer.
     #[must_use]
     pub fn has_more(&self) -> bool {
         self.collector.as_ref().is_some_and(Collector::has_more)

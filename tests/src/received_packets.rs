@@ -31,13 +31,13 @@ const BUFFER: libc::c_int = 32 << 20;
 /// Packets that arrived for the metadata service, of any protocol, malformed ones and retransmissions included. Counts
 /// destinations that are its IPv4 address, its IPv6 address, or an IPv6 address that embeds the former.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct Arrivals {
+pub struct ReceivedPackets {
     by_source: BTreeMap<IpAddr, u64>,
     /// Packets that arrived faster than the counter read them, from any source to any destination.
     unread: u64,
 }
 
-impl Arrivals {
+impl ReceivedPackets {
     /// Returns the number of packets with this source address, spoofed or not.
     #[must_use]
     pub fn from(&self, source: impl Into<IpAddr>) -> u64 {
@@ -70,7 +70,7 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct State {
-    arrivals: Arrivals,
+    received_packets: ReceivedPackets,
     barriers: HashSet<u64>,
 }
 
@@ -108,7 +108,7 @@ impl Counter {
     ///
     /// Packets wait in per-CPU queues. The function therefore sends a mark from every CPU of the node to an unprotected
     /// address and waits until all marks have arrived.
-    pub(crate) fn read(&self, node: &Netns) -> Arrivals {
+    pub(crate) fn read(&self, node: &Netns) -> ReceivedPackets {
         let cpus = thread::available_parallelism().expect("number of CPUs").get();
         node.run(|| {
             let any: IpAddr = match self.barrier {
@@ -123,7 +123,7 @@ impl Counter {
                 }
             }
         });
-        self.shared.state.lock().expect("the reader has not panicked").arrivals.clone()
+        self.shared.state.lock().expect("the reader has not panicked").received_packets.clone()
     }
 
     fn pass_barrier(&self, socket: &UdpSocket) {
@@ -159,7 +159,7 @@ impl Shared {
             while let Ok(packet) = socket.receive(&mut buffer) {
                 see(&mut state, packet);
             }
-            state.arrivals.unread += socket.take_dropped();
+            state.received_packets.unread += socket.take_dropped();
         }
         self.barrier_passed.notify_all();
     }
@@ -195,7 +195,7 @@ impl State {
     }
 
     fn count(&mut self, source: impl Into<IpAddr>) {
-        *self.arrivals.by_source.entry(source.into()).or_default() += 1;
+        *self.received_packets.by_source.entry(source.into()).or_default() += 1;
     }
 }
 

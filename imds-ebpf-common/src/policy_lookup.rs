@@ -2,19 +2,19 @@
 
 use crate::{
     address::Address,
-    endpoint::{Endpoint, Keep},
+    endpoint::{AllowedPorts, Endpoint},
     exemption::{Exemption, Grant},
-    filter::Filter,
+    filter::PolicyTable,
     verdict::Mode,
 };
 
 /// Lookup of endpoints, exemptions and the mode for a verdict.
-pub trait Tables {
+pub trait PolicyLookup {
     /// Reports whether an address with this slot may be protected. Called for every packet.
     fn may_guard(&self, slot: u16) -> bool;
 
     /// Returns the allowed ports of the endpoint at `address`, whose slot is `slot`, or `None` if it is not protected.
-    fn keep(&self, slot: u16, address: &Address) -> Option<&Keep>;
+    fn allowed_ports(&self, slot: u16, address: &Address) -> Option<&AllowedPorts>;
 
     /// Returns the effective mode. Called only for requests to an endpoint.
     fn mode(&self) -> Mode;
@@ -22,30 +22,33 @@ pub trait Tables {
     /// Reports whether a subject with this slot may be exempt. Called only for requests that would be denied.
     fn may_be_exempt(&self, slot: u16) -> bool;
 
-    /// Returns the grant of an exemption. Called only if [`Tables::may_be_exempt`] returns `true`.
+    /// Returns the grant of an exemption. Called only if [`PolicyLookup::may_be_exempt`] returns `true`.
     fn grant(&self, exemption: &Exemption) -> Option<Grant>;
 }
 
-/// [`Tables`] without a kernel, for tests and tools on the host.
+/// [`PolicyLookup`] without a kernel, for tests and tools on the host.
 #[derive(Clone, Copy, Debug)]
-pub struct Listed<'a> {
+pub struct InMemoryPolicy<'a> {
     /// Filter with all of `endpoints` and the subjects of `grants`.
-    pub filter: &'a Filter,
+    pub filter: &'a PolicyTable,
     /// Protected endpoints with their addresses.
     pub endpoints: &'a [(Address, Endpoint)],
     /// Exemptions. `filter` must contain their subjects.
     pub grants: &'a [(Exemption, Grant)],
-    /// Effective mode, returned by [`Tables::mode`].
+    /// Effective mode, returned by [`PolicyLookup::mode`].
     pub mode: Mode,
 }
 
-impl Tables for Listed<'_> {
+impl PolicyLookup for InMemoryPolicy<'_> {
     fn may_guard(&self, slot: u16) -> bool {
         self.filter.has(slot)
     }
 
-    fn keep(&self, _slot: u16, address: &Address) -> Option<&Keep> {
-        self.endpoints.iter().find(|(guarded, _)| guarded == address).map(|(_, endpoint)| &endpoint.keep)
+    fn allowed_ports(&self, _slot: u16, address: &Address) -> Option<&AllowedPorts> {
+        self.endpoints
+            .iter()
+            .find(|(guarded, _)| guarded == address)
+            .map(|(_, endpoint)| &endpoint.allowed_ports)
     }
 
     fn mode(&self) -> Mode {

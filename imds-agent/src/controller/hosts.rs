@@ -4,13 +4,13 @@ use std::{collections::BTreeSet, io};
 
 use imds_ebpf_common::Hook;
 
-use super::Guard;
+use super::Reconciler;
 use crate::{
     datapath::DatapathError,
     node::kubepods::{self, Kubepods},
 };
 
-impl Guard {
+impl Reconciler {
     /// Waits until the cgroups of Kubernetes pods may have changed.
     pub async fn kubepods_changed(&self) {
         match &self.kubepods {
@@ -38,7 +38,7 @@ impl Guard {
         let cgroups = self.kubepods.as_ref().map_or(&none, Kubepods::found);
         let changes = self.datapath.restore_hosts(cgroups, all)?;
         self.report_cgroups(changes);
-        let failure = match &self.kubepods {
+        let error = match &self.kubepods {
             Some(kubepods) if kubepods.found().is_empty() => {
                 let root = kubepods.root().display();
                 Some(format!("no cgroup of Kubernetes pods (kubepods) below {root}"))
@@ -48,10 +48,13 @@ impl Guard {
             }
             Some(_) | None => None,
         };
-        match (failure, &self.no_kubepods) {
-            (Some(failure), None) => {
-                log::warn!("hostNetwork pods are not restricted: {failure}; {}", kubepods::why_none());
-                self.no_kubepods = Some(failure);
+        match (error, &self.no_kubepods) {
+            (Some(error), None) => {
+                log::warn!(
+                    "hostNetwork pods are not restricted: {error}; {}",
+                    kubepods::missing_kubepods_hint()
+                );
+                self.no_kubepods = Some(error);
             }
             (None, Some(_)) => self.no_kubepods = None,
             (Some(_), Some(_)) | (None, None) => {}

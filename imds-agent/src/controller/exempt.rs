@@ -5,28 +5,28 @@ use std::{collections::BTreeMap, future::pending, time::Duration};
 use imds_ebpf_common::{Hook, TcHook};
 use tokio::time::{Instant, sleep_until};
 
-use super::Guard;
+use super::Reconciler;
 use crate::{
     config::{Exempt, Interfaces},
     datapath::DatapathError,
     exempt::Grants,
     kube::{PodEvent, WatchState},
     node::{links::Link, netns},
-    pods::Pods,
+    pods::PodTracker,
     state::{Uplinks, assign},
 };
 
 /// Poll interval for changes that the kernel does not report: names of network namespaces, and members of cgroups.
 const PERIOD: Duration = Duration::from_millis(250);
 /// Sandboxes to resolve before events are handled again: about 1 ms of work.
-const SANDBOXES_AT_ONCE: usize = 2;
+const SANDBOX_BATCH: usize = 2;
 
-impl Guard {
+impl Reconciler {
     /// Waits until the next poll for changes that the kernel does not report.
     pub async fn search_due(&self) {
         let of_rules = (self.rules.are_to_be_asked() || self.waits_for_plugins()).then_some(PERIOD);
-        match of_rules.into_iter().chain(self.pods.pause()).min() {
-            Some(pause) => sleep_until(self.last_search + pause).await,
+        match of_rules.into_iter().chain(self.pods.retry_delay()).min() {
+            Some(retry_delay) => sleep_until(self.last_search + retry_delay).await,
             None => pending().await,
         }
     }
@@ -35,85 +35,85 @@ impl Guard {
     pub async fn search_exempt(&mut self) -> Result<(), DatapathError> {
         self.last_search = Instant::now();
         self.release_started_pods().await;
-        // Only queues the pods: `locate_next` resolves their sandboxes.
-        self.pods.seek_moved();
+        // Only queues the pods: `resolve_next` resolves their sandboxes.
+        self.pods.enqueue_changed();
         if self.rules.may_have_changed() { self.restore_exemptions().await } else { Ok(()) }
     }
 
     /// Reports whether pods are queued whose sandboxes have to be resolved.
     #[must_use]
-    pub fn is_locating(&self) -> bool {
-        self.pods.are_sought()
+    pub fn is_resolving(&self) -> bool {
+        self.pods.has_pending()
     }
 
     /// Resolves the next sandboxes. Recomputes the exemptions after the last one.
-    pub async fn locate_next(&mut self) -> Result<(), DatapathError> {
-        self.locate(SANDBOXES_AT_ONCE).await;
-        if self.is_locating() {
+    pub async fn resolve_next(&mut self) -> Result<(), DatapathError> {
+        self.resolve_sandboxes(SANDBOX_BATCH).await;
+        if self.is_resolving() {
             return Ok(());
         }
         let restored = self.restore_exemptions().await;
-        self.record_lookup().and(restored)
+        self.record_watch_status().and(restored)
     }
 
     /// Resolves the sandboxes of the next `count` queued pods.
-    pub(super) async fn locate(&mut self, count: usize) {
+    pub(super) async fn resolve_sandboxes(&mut self, count: usize) {
         let pods = of_pods(&self.links, &self.uplinks, &self.interfaces);
-        self.pods.locate(&self.finder, &self.netlink, &pods, count).await;
+        self.pods.resolve_sandboxes(&self.resolver, &self.netlink, &pods, count).await;
     }
 
     /// Computes the exemptions of the pods on this node, and updates the maps to match.
     pub async fn restore_exemptions(&mut self) -> Result<(), DatapathError> {
         let wanted = self.find_exempt().await?;
-        let writes = self.datapath.grant(&wanted)?;
-        self.writes.exemptions += writes as u64;
-        if writes > 0 {
+        let map_updates = self.datapath.grant(&wanted)?;
+        self.map_updates.exemptions += map_updates as u64;
+        if map_updates > 0 {
             log::info!("updated exemptions: {} active", wanted.entries.len());
         }
-        if self.pods.are_to_be_told() {
-            self.writes.pods += self.datapath.tell_names(&self.pods.names())? as u64;
-            self.pods.were_told();
+        if self.pods.needs_name_sync() {
+            self.map_updates.pods += self.datapath.sync_pod_names(&self.pods.names())? as u64;
+            self.pods.names_synced();
         }
         Ok(())
     }
 
-    /// Handles an event of the pod watch. [`Guard::locate_next`] resolves the sandboxes of new pods.
-    pub async fn hear_of_pods(&mut self, event: PodEvent) -> Result<(), DatapathError> {
+    /// Handles an event of the pod watch. [`Reconciler::resolve_next`] resolves the sandboxes of new pods.
+    pub async fn on_pod_event(&mut self, event: PodEvent) -> Result<(), DatapathError> {
         let disputed = self.pods.disputed();
         if !self.pods.handle(event) {
             return Ok(());
         }
         if self.watched.is_some() && self.pods.disputed() != disputed {
-            self.record_lookup()?;
+            self.record_watch_status()?;
         }
         self.restore_exemptions().await
     }
 
     /// Handles a state change of the watch of the pods of `node`.
-    pub async fn hear_of_watch(&mut self, node: &str, state: &WatchState) -> Result<(), DatapathError> {
-        if self.pods.take_in(state) {
+    pub async fn on_watch_status(&mut self, node: &str, state: &WatchState) -> Result<(), DatapathError> {
+        if self.pods.on_watch_status(state) {
             self.restore_exemptions().await?;
         }
         self.watched = Some((node.to_owned(), state.clone()));
-        self.record_lookup()
+        self.record_watch_status()
     }
 
-    fn record_lookup(&mut self) -> Result<(), DatapathError> {
+    fn record_watch_status(&mut self) -> Result<(), DatapathError> {
         let lookup = self.watched.as_ref().map(|(node, state)| self.pods.lookup(node, state));
-        self.datapath.record_lookup(lookup.as_ref())
+        self.datapath.record_watch_status(lookup.as_ref())
     }
 
     /// Drops all pods and their exemptions, after the pod watch was disabled.
     pub async fn forget_cluster(&mut self) -> Result<(), DatapathError> {
-        self.pods = Pods::new(false);
+        self.pods = PodTracker::new(false);
         self.watched = None;
-        self.keeps_grants = false;
-        self.datapath.tell_names(&self.pods.names())?;
-        self.record_lookup()?;
+        self.retain_previous_grants = false;
+        self.datapath.sync_pod_names(&self.pods.names())?;
+        self.record_watch_status()?;
         self.restore_exemptions().await
     }
 
-    /// Applies other rules. Exemptions of the old rules are removed only by [`Guard::restore_exemptions`], so that an
+    /// Applies other rules. Exemptions of the old rules are removed only by [`Reconciler::restore_exemptions`], so that an
     /// exemption that both old and new rules contain is never interrupted.
     pub(super) async fn change_rules(&mut self, rules: Vec<Exempt>) -> Result<(), DatapathError> {
         self.rules.set(rules);
@@ -128,24 +128,24 @@ impl Guard {
 
     async fn find_exempt(&mut self) -> Result<Grants, DatapathError> {
         let pods = of_pods(&self.links, &self.uplinks, &self.interfaces);
-        self.finder.keep(&self.links);
+        self.resolver.retain(&self.links);
         let is_strict = self.kubepods.is_some();
-        self.pods.follow_hosts(self.rules.of_pods().filter(|_| is_strict));
+        self.pods.track_host_network_pods(self.rules.of_pods().filter(|_| is_strict));
         let judges_sockets = self.datapath.hooks().has(Hook::Socket);
-        let found = self.rules.find(&mut self.finder, &self.netlink, &pods, &self.pods, judges_sockets);
+        let found = self.rules.find(&mut self.resolver, &self.netlink, &pods, &self.pods, judges_sockets);
         let mut wanted = found.await;
         wanted.add_bridges(&self.links);
         if !self.datapath.hooks().has(Hook::FromPod) && !wanted.entries.is_empty() {
             wanted.add_node(netns::addresses().unwrap_or_default());
         }
         // Once all pods are synced and resolved, the recomputed exemptions replace those of the previous agent.
-        self.keeps_grants &= self.is_locating() || !self.pods.is_synced();
-        if self.keeps_grants {
+        self.retain_previous_grants &= self.is_resolving() || !self.pods.is_synced();
+        if self.retain_previous_grants {
             // Until then, the exemptions of the previous agent stay. The kernel never reuses a netns cookie or cgroup
             // id, and an interface that reuses the index of a deleted one has lost its exemptions already.
             let granted = self.datapath.granted()?;
             for (exemption, grant) in granted.entries {
-                if self.rules.mean_pods(grant.rule) {
+                if self.rules.selects_pods(grant.rule) {
                     wanted.entries.entry(exemption).or_insert(grant);
                 }
             }

@@ -6,20 +6,20 @@ use anyhow::{Context as _, anyhow};
 use imds_ebpf_common::{AttachMode, DenyErrno, Hook};
 
 use crate::{
-    cluster::Wanted,
-    config::{Config, ConfigErrors, Exempt, Hooks, Interfaces, Surroundings},
-    datapath::{Plan, object::can_choose_errno},
-    endpoints::Guarded,
+    cluster::ApiConfig,
+    config::{Config, ConfigErrors, Environment, Exempt, Hooks, Interfaces},
+    datapath::{DatapathConfig, object::can_choose_errno},
+    endpoints::EndpointSet,
     node::{
         cgroup,
-        netns::{self, Identity},
+        netns::{self, OwnNetns},
     },
     provider::Dmi,
 };
 
 /// Command line options that concern the node. A reload of the configuration does not change them.
 #[derive(Clone, Debug)]
-pub struct Node {
+pub struct RunOptions {
     /// Attach mode for the TC hooks.
     pub backend: AttachMode,
     /// cgroup to which the socket hook is attached. `None`: the root of the cgroup v2 hierarchy.
@@ -30,11 +30,11 @@ pub struct Node {
 
 /// Resolved configuration of this node.
 #[derive(Clone, Debug)]
-pub struct Settings {
+pub struct ResolvedConfig {
     /// Mode, hooks and attach points of the datapath.
-    pub plan: Plan,
+    pub datapath_config: DatapathConfig,
     /// Protected endpoints and their provider.
-    pub guarded: Guarded,
+    pub endpoint_set: EndpointSet,
     /// Interfaces that the operator includes or excludes.
     pub interfaces: Interfaces,
     /// Exemption rules, with the endpoints resolved.
@@ -42,21 +42,21 @@ pub struct Settings {
     /// cgroup below which Kubernetes pods are searched, if `host_network` is on.
     pub kubepods: Option<PathBuf>,
     /// Configuration of the pod watch, if it is enabled.
-    pub cluster: Option<Wanted>,
+    pub cluster: Option<ApiConfig>,
 }
 
-impl Node {
+impl RunOptions {
     /// Resolves the protected endpoints and exemptions of `config` on this node.
-    pub fn resolve(&self, config: &Config) -> Result<(Guarded, Vec<Exempt>), ConfigErrors> {
+    pub fn resolve(&self, config: &Config) -> Result<(EndpointSet, Vec<Exempt>), ConfigErrors> {
         config.resolve(&Dmi::read(&self.dmi_dir))
     }
 
-    /// Resolves the remaining settings of `config`. The tuple is the result of [`Node::resolve`].
+    /// Resolves the remaining settings of `config`. The tuple is the result of [`RunOptions::resolve`].
     pub fn settings(
         &self,
         config: &Config,
-        (guarded, exempt): (Guarded, Vec<Exempt>),
-    ) -> anyhow::Result<Settings> {
+        (endpoint_set, exempt): (EndpointSet, Vec<Exempt>),
+    ) -> anyhow::Result<ResolvedConfig> {
         let cgroup = self.cgroup(config.hooks)?;
         if config.on_deny_errno != DenyErrno::Eperm && !can_choose_errno() {
             log::warn!(
@@ -65,7 +65,7 @@ impl Node {
                 config.on_deny_errno.name()
             );
         }
-        let plan = Plan {
+        let datapath_config = DatapathConfig {
             mode: config.mode,
             on_deny: config.on_deny,
             on_deny_errno: config.on_deny_errno,
@@ -78,12 +78,19 @@ impl Node {
             mark: config.mark,
         };
         let kubepods = cgroup.filter(|_| config.hooks.has(Hook::HostNetwork));
-        let surroundings = Surroundings::read();
+        let surroundings = Environment::read();
         let cluster = config
             .kubernetes
             .access(&surroundings)
-            .map(|access| Wanted { access, node: config.kubernetes.node_name(&surroundings) });
-        Ok(Settings { plan, guarded, interfaces: config.interfaces.clone(), exempt, kubepods, cluster })
+            .map(|access| ApiConfig { access, node: config.kubernetes.node_name(&surroundings) });
+        Ok(ResolvedConfig {
+            datapath_config,
+            endpoint_set,
+            interfaces: config.interfaces.clone(),
+            exempt,
+            kubepods,
+            cluster,
+        })
     }
 
     /// Returns the cgroup for the hooks that need one, or `None` if they are off or no cgroup v2 hierarchy is mounted.
@@ -98,10 +105,10 @@ impl Node {
 }
 
 /// Returns how the programs recognize the node's sockets, which the cgroup hooks must do.
-fn identity(hooks: Hooks) -> anyhow::Result<Identity> {
+fn identity(hooks: Hooks) -> anyhow::Result<OwnNetns> {
     match netns::identity().context("failed to get the cookie of this network namespace")? {
         Some(identity) => Ok(identity),
-        None if !judges_by_cgroup(hooks) => Ok(Identity::Initial),
+        None if !judges_by_cgroup(hooks) => Ok(OwnNetns::Initial),
         None => Err(anyhow!(
             "this kernel (before Linux 5.14) has no cookie for a network namespace that is not the initial one: set {}",
             switch_off(hooks)

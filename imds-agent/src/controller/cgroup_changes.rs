@@ -2,30 +2,30 @@
 
 use log::Level;
 
-use super::Guard;
+use super::Reconciler;
 use crate::datapath::cgroup_link::{CgroupChange, CgroupChangeKind};
 
-impl Guard {
+impl Reconciler {
     /// Logs changes on cgroups, and counts those that repair what another program changed.
     pub(super) fn report_cgroups(&mut self, changes: Vec<CgroupChange>) {
         for CgroupChange { kind, is_new, text } in changes {
-            let level = if is_new { Level::Info } else { self.level_of_change() };
+            let level = if is_new { Level::Info } else { self.change_log_level() };
             let count = u64::from(level == Level::Warn);
             let level = match kind {
                 CgroupChangeKind::Attached => {
-                    self.repairs.attached += count;
+                    self.corrections.attached += count;
                     level
                 }
                 CgroupChangeKind::Replaced => {
-                    self.repairs.replaced += count;
+                    self.corrections.replaced += count;
                     level
                 }
                 CgroupChangeKind::Pinned => {
-                    self.repairs.pinned += count;
+                    self.corrections.pinned += count;
                     level
                 }
                 CgroupChangeKind::Reordered => {
-                    self.repairs.reordered += count;
+                    self.corrections.reordered += count;
                     level
                 }
                 CgroupChangeKind::Detached | CgroupChangeKind::Recovered => Level::Info,

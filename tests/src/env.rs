@@ -12,12 +12,12 @@ use std::{
 use tempfile::TempDir;
 
 use crate::{
-    Arrivals, Layout, Netns, PacketSocket, Pod, PodLink,
-    arrivals::Counter,
+    Layout, Netns, PacketSocket, Pod, PodLink, ReceivedPackets,
     cgroup::Cgroup,
     layout::Routes,
     pins::PinDir,
     pod::{BRIDGED_GATEWAY, BRIDGED_GATEWAY_MAC, BRIDGED_PREFIX, PODS, mac_text},
+    received_packets::Counter,
     services::Services,
 };
 
@@ -49,7 +49,7 @@ pub(crate) const FABRIC_IFNAME: &str = "node0";
 ///
 /// Processes in `node` stand for hostNetwork pods or the kubelet of a real node.
 #[derive(Debug)]
-pub struct World {
+pub struct TestEnv {
     /// Network namespace of the node.
     pub node: Arc<Netns>,
     /// Network namespace beyond the node's uplink.
@@ -61,14 +61,14 @@ pub struct World {
     pub(crate) agent: Option<PathBuf>,
     /// Cgroup to which the agent attaches its socket programs.
     cgroup: Cgroup,
-    arrivals: Option<Counter>,
+    received_packets: Option<Counter>,
     layout: Layout,
     pods: AtomicU32,
     _services: Services,
     services_v6: Option<Services>,
 }
 
-impl World {
+impl TestEnv {
     /// Name of the node's interface to the fabric. Its peer is in another namespace, like that of a pod.
     pub const UPLINK: &str = "uplink0";
     /// Name of the bridge of bridged pods.
@@ -133,23 +133,23 @@ impl World {
             Routes::Ipv6Only => {}
         }
         let barrier = if layout.is_ipv6_only() { SERVICE_V6.into() } else { SERVICE.into() };
-        let arrivals = Counter::start(&fabric, layout.fabric_device, barrier);
+        let received_packets = Counter::start(&fabric, layout.fabric_device, barrier);
         let services = Services::start(&fabric, &[METADATA.into(), SERVICE.into()]);
         let is_ipv6_only = layout.is_ipv6_only();
-        let world = Self {
+        let env = Self {
             node: Arc::new(node),
             fabric,
             pins: PinDir::new(),
             scratch: TempDir::with_prefix("imds-test-").expect("a temporary directory"),
             agent: None,
             cgroup: Cgroup::new(),
-            arrivals: Some(arrivals),
+            received_packets: Some(received_packets),
             layout,
             pods: AtomicU32::new(0),
             _services: services,
             services_v6: None,
         };
-        if is_ipv6_only { world.with_ipv6() } else { world }
+        if is_ipv6_only { env.with_ipv6() } else { env }
     }
 
     /// Adds IPv6 to the node. The services are then also at [`METADATA_V6`] and [`SERVICE_V6`].
@@ -178,7 +178,7 @@ impl World {
     /// Turns off the counting of arrivals, which takes time for each packet.
     #[must_use]
     pub fn without_counting(mut self) -> Self {
-        self.arrivals = None;
+        self.received_packets = None;
         self
     }
 
@@ -226,7 +226,7 @@ impl World {
         NODE_ADDRESS
     }
 
-    /// Returns the IPv6 address of the node on its uplink, which exists after [`World::with_ipv6`].
+    /// Returns the IPv6 address of the node on its uplink, which exists after [`TestEnv::with_ipv6`].
     #[must_use]
     pub fn node_address_v6(&self) -> Ipv6Addr {
         NODE_ADDRESS_V6
@@ -235,8 +235,8 @@ impl World {
     /// Returns the packets for the metadata service that arrived at the fabric, including all that were sent before the
     /// call.
     #[must_use]
-    pub fn arrivals(&self) -> Arrivals {
-        let counter = self.arrivals.as_ref().expect("a world in which arrivals are counted");
+    pub fn received_packets(&self) -> ReceivedPackets {
+        let counter = self.received_packets.as_ref().expect("a world in which arrivals are counted");
         counter.read(&self.node)
     }
 
@@ -284,7 +284,7 @@ fn enable_ipv6(netns: &Netns) {
     netns.sysctl("ipv6/conf/all/disable_ipv6", "0");
 }
 
-impl Drop for World {
+impl Drop for TestEnv {
     fn drop(&mut self) {
         // Kills a running agent, which would restore the pins that are removed next.
         self.node.kill_processes();
