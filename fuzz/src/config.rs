@@ -3,10 +3,9 @@
 
 use std::{net::IpAddr, path::Path};
 
-use imds_agent::{
-    config::{Config, ConfigError, ConfigErrors, Enabled, EndpointSelector, Exempt, RuleSubject},
-    endpoints::EndpointSet,
-    provider::Dmi,
+use imds_agent::config::{
+    Config, ConfigError, ConfigErrors, Enabled, EndpointSelector, Exempt, RuleSubject,
+    endpoint_set::EndpointSet, provider::Dmi,
 };
 use imds_ebpf_common::{DenyAction, Hook, Mode};
 use toml::{Table, Value};

@@ -3,9 +3,8 @@
 use std::{path::Path, sync::LazyLock};
 
 use imds_agent::{
-    config::{Config, Exempt, PodSelector, RuleSubject},
+    config::{Config, Exempt, PodSelector, RuleSubject, provider::Dmi},
     kube::{Index, Pod, PodEvent},
-    provider::Dmi,
 };
 
 const NODE: &str = "node-0";

@@ -2,8 +2,8 @@
 
 use bytes::BytesMut;
 use imds_agent::{
-    datapath::{clsact::TcFilter, qdisc::Qdisc},
-    node::{links::Link, netlink::Event},
+    datapath::attach::{clsact::TcFilter, qdisc::Qdisc},
+    node::{link::Link, netlink::Event},
 };
 use rtnetlink::{
     packet_core::{NetlinkMessage, NetlinkPayload},

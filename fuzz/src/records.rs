@@ -4,12 +4,13 @@
 use std::{collections::BTreeSet, path::Path};
 
 use imds_agent::{
-    config::Config,
-    datapath::config::Record as ConfigInForce,
-    denials::DenialReport,
-    endpoints::Endpoint as Guarded,
-    events::{self, Record},
-    pods::{PodRef, PodWatchStatus},
+    config::{Config, endpoint_set::Endpoint as Guarded},
+    controller::pod_tracker::{PodRef, PodWatchStatus},
+    datapath::maps::config_record::Record as ConfigInForce,
+    telemetry::{
+        denial_report::DenialReport,
+        event_record::{self, Record},
+    },
 };
 use imds_ebpf_common::{
     Address, ConfigRecord, Endpoint, Event, KubernetesRecord, PodRecord,
@@ -23,7 +24,7 @@ const PODS: [&str; 2] = ["veth0", "veth1"];
 pub(crate) fn run(bytes: &[u8]) {
     let pod = PodRef::of(&filled(bytes));
     assert!(is_one_line(&pod.to_string()), "{pod:?}");
-    if let Some(event) = events::decode(bytes) {
+    if let Some(event) = event_record::decode(bytes) {
         show(&event, pod);
     }
     let _configuration = ConfigInForce::of(&filled::<ConfigRecord>(bytes));
@@ -40,7 +41,7 @@ fn show(event: &Event, pod: PodRef) {
         let json = serde_json::to_string(&record).expect("JSON");
         assert!(is_one_line(&json), "{json}");
     }
-    assert!(events::senders(event).count() <= 3);
+    assert!(event_record::senders(event).count() <= 3);
 }
 
 fn report(bytes: &[u8], endpoint: &Guarded) {

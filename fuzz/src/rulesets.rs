@@ -1,8 +1,8 @@
 //! Firewall listings: any listing is explained, and a rule is called removable only if its removal opens nothing.
 
 use imds_agent::{
-    doctor::{DoctorCheck, explain_rules},
-    provider::Provider,
+    config::provider::Provider,
+    diagnose::doctor::{DoctorCheck, explain_rules},
 };
 use imds_ebpf_common::Mode;
 

@@ -22,39 +22,14 @@
     )
 )]
 
-pub mod agent;
-pub mod bpf_log;
 mod checksum;
 pub mod cli;
-pub mod cluster;
 pub mod config;
-pub mod config_loader;
 pub mod controller;
 pub mod datapath;
-pub mod denials;
-pub mod doctor;
-pub mod endpoints;
+pub mod diagnose;
 pub mod escape;
-pub mod events;
-pub mod exempt;
 pub mod kube;
-pub mod last_good;
-pub mod logging;
-pub mod metrics;
 pub mod node;
-pub mod pods;
-pub mod preflight;
-pub mod provider;
-pub mod reconcile;
-pub mod resolved_config;
-pub mod start_config;
-pub mod startup_taint;
-pub mod state;
-pub mod status;
-pub mod subscriber;
-pub mod systemd;
 pub mod telemetry;
-pub mod top;
-pub mod verify;
 pub mod version;
-pub mod watch;

@@ -3,7 +3,7 @@
 
 use std::{fs, io::ErrorKind, net::Ipv4Addr, path::Path};
 
-use imds_agent::datapath::pins::link_at;
+use imds_agent::datapath::pin::dir::link_at;
 use imds_tests::{
     METADATA, Netns, PodLink, SERVICE, Services, Status, TestEnv,
     foreign::{self, Foreign},

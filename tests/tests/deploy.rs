@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use imds_agent::provider::{EXTRAS, PROVIDERS};
+use imds_agent::config::provider::{EXTRAS, PROVIDERS};
 
 /// Includes a file of deploy at compile time, because the test machines of other kernels have no files.
 macro_rules! deploy {

@@ -3,9 +3,8 @@
 use std::{path::Path, time::Duration};
 
 use imds_agent::{
-    config::{Access, Config, PodSelector, RuleSubject},
+    config::{Access, Config, PodSelector, RuleSubject, provider::Dmi},
     kube::{Backoff, ErrorKind, Index, Options, PodEvent, PodWatcher, WatchState},
-    provider::Dmi,
 };
 use imds_tests::api_server::{ApiServer, Fault, pod, write_kubeconfig};
 use tempfile::TempDir;

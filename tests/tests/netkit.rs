@@ -1,7 +1,7 @@
 //! Pods behind netkit pairs. Programs on the peer run before TC ingress of the host side and can redirect packets past
 //! it.
 
-use imds_agent::datapath::bpf::{self, MprogHook};
+use imds_agent::datapath::sys::bpf::{self, MprogHook};
 use imds_tests::{
     AttachMode, METADATA, NetkitMode, PacketSocket, Pod, PodLink, SERVICE, Status, TestEnv, add_pair,
     foreign::Foreign,

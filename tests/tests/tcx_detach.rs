@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use imds_agent::datapath::bpf::{Direction, link_create_first, link_detach, load_noop_program};
+use imds_agent::datapath::sys::bpf::{Direction, link_create_first, link_detach, load_noop_program};
 use imds_tests::{AttachMode, Netns, TestEnv, skip_without_tcx};
 
 const LINKS: u32 = 200;

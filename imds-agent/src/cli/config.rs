@@ -9,15 +9,18 @@ use toml::{Table, Value};
 
 use super::{Failure, PinDirArg, config_summary::summary, output::write_stdout};
 use crate::{
-    config::{Config, ConfigErrors, Hooks},
-    datapath::{
-        config,
-        object::{self, Maps},
-        pins::PinDir,
+    config::{
+        Config, ConfigErrors, Hooks,
+        provider::{DMI_DIR, Dmi},
     },
+    datapath::{
+        maps::config_record,
+        object::{self, Maps},
+        pin::dir::PinDir,
+    },
+    diagnose::preflight,
     escape::{escape, escape_lines},
-    logging, preflight,
-    provider::{DMI_DIR, Dmi},
+    telemetry::logging,
 };
 
 #[derive(Args, Debug)]
@@ -97,7 +100,7 @@ fn show(args: &ShowArgs) -> Result<ExitCode, Failure> {
         );
     }
     let maps = Maps::open(&pins)?;
-    let record = config::read(&maps).context("failed to read the effective configuration")?;
+    let record = config_record::read(&maps).context("failed to read the effective configuration")?;
     let record = record.ok_or_else(|| anyhow!("the agent has recorded no configuration yet"))?;
     let policy = maps.policy.get(&0, 0).context("failed to read the map imds_policy")?;
     let hooks = Hooks::from_bits(policy.hooks);

@@ -4,9 +4,9 @@ use std::fmt::Write as _;
 
 use imds_ebpf_common::Hook;
 
-use crate::{
-    config::{Access, Config, EndpointSelector, Environment, Exempt, RuleSubject},
-    endpoints::{Endpoint, EndpointSet},
+use crate::config::{
+    Access, Config, EndpointSelector, Environment, Exempt, RuleSubject,
+    endpoint_set::{Endpoint, EndpointSet},
 };
 
 /// Returns the configuration, resolved for this machine, as text that ends with a newline.

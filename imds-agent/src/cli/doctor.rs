@@ -1,10 +1,10 @@
-//! `imds-agent doctor`: prints the report of [`crate::doctor`].
+//! `imds-agent doctor`: prints the report of [`crate::diagnose::doctor`].
 
 use std::process::ExitCode;
 
 use super::{Failure, output::OutputArgs};
 use crate::{
-    doctor::{self, DoctorReport},
+    diagnose::doctor::{self, DoctorReport},
     node::netlink::Netlink,
 };
 

@@ -13,12 +13,18 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::{Failure, PinDirArg};
 use crate::{
-    datapath::{home, object, pins::PinDir, pods},
+    datapath::{
+        maps::pod_names,
+        object,
+        pin::{dir::PinDir, netns_owner},
+    },
+    diagnose::preflight,
     escape::{escape, to_json},
-    events::{self, Record, boot_time, wall_time},
-    node::links,
-    preflight,
-    subscriber::EventSubscriber,
+    node::link,
+    telemetry::{
+        event_record::{self, Record, boot_time, wall_time},
+        subscriber::EventSubscriber,
+    },
 };
 
 #[derive(Args, Debug)]
@@ -58,8 +64,8 @@ pub(super) fn events(args: &EventsArgs) -> Result<ExitCode, Failure> {
             anyhow::anyhow!("nothing is loaded at {}: there are no events", pins.root().display()).into()
         );
     }
-    home::ensure_own_netns(&pins)?;
-    let names = pods::Names::open(&pins)?;
+    netns_owner::ensure_own_netns(&pins)?;
+    let names = pod_names::Names::open(&pins)?;
     let earliest = args.since.map(|since| Timestamp::now().checked_sub(since).unwrap_or(Timestamp::MIN));
     let mut subscriber = match earliest {
         Some(_) => EventSubscriber::open_last(pins, u64::MAX)?,
@@ -95,12 +101,12 @@ pub(super) fn events(args: &EventsArgs) -> Result<ExitCode, Failure> {
     }
 }
 
-fn print(events: &[Event], names: &pods::Names, output: Output) -> io::Result<()> {
+fn print(events: &[Event], names: &pod_names::Names, output: Output) -> io::Result<()> {
     let mut out = io::stdout().lock();
     let booted = boot_time();
     for event in events {
-        let pod = events::senders(event).find_map(|sender| names.get(sender));
-        let record = Record::new(event, booted, links::name_of, pod);
+        let pod = event_record::senders(event).find_map(|sender| names.get(sender));
+        let record = Record::new(event, booted, link::name_of, pod);
         match output {
             Output::Text => writeln!(out, "{}", escape(&record.to_string()))?,
             Output::Json => writeln!(out, "{}", to_json(&record)?)?,

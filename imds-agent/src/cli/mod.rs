@@ -20,8 +20,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use log::LevelFilter;
 
 use crate::{
-    last_good::LastGoodStore,
-    logging::{self, LogFormat, LogOptions},
+    config::last_good::LastGoodStore,
+    telemetry::logging::{self, LogFormat, LogOptions},
     version,
 };
 

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::{EXIT_CHECK_FAILED, Failure, PinDirArg};
 use crate::{
-    datapath::pins::{PinDir, PinError},
+    datapath::pin::dir::{PinDir, PinError},
     escape::{escape_lines, to_json_pretty},
 };
 

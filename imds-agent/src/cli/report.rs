@@ -10,12 +10,15 @@ use super::{
     output::{OutputArgs, write_stdout},
 };
 use crate::{
-    datapath::{denials::Denials, endpoints, home, object, records},
-    denials::DenialReport,
-    endpoints::Endpoint,
+    config::endpoint_set::Endpoint,
+    datapath::{
+        maps::{denial_records::Denials, endpoint_maps, interface_records},
+        object,
+        pin::netns_owner,
+    },
+    diagnose::preflight,
     escape::escape_lines,
-    preflight,
-    telemetry::Collector,
+    telemetry::{Collector, denial_report::DenialReport},
 };
 
 #[derive(Args, Debug)]
@@ -37,7 +40,7 @@ pub(super) fn report(args: &ReportArgs) -> Result<ExitCode, Failure> {
         let root = pins.root().display();
         return Err(anyhow::anyhow!("nothing is loaded at {root}: no denials are recorded").into());
     }
-    home::ensure_own_netns(&pins)?;
+    netns_owner::ensure_own_netns(&pins)?;
     // Without a running agent, no process has read these events yet.
     if let Some(mut collector) = Collector::open(&pins)? {
         collector.collect()?;
@@ -48,11 +51,11 @@ pub(super) fn report(args: &ReportArgs) -> Result<ExitCode, Failure> {
     let mut denials = Denials::open(&pins)?;
     let denied = denials.iter().collect::<Result<Vec<_>, _>>()?;
     let maps = object::Maps::open(&pins)?;
-    let endpoint_set: Vec<_> = endpoints::read(&maps)?
+    let endpoint_set: Vec<_> = endpoint_maps::read(&maps)?
         .iter()
         .map(|(address, entry)| Endpoint::from_entry(*address, entry))
         .collect();
-    let pods = records::names(&maps, Role::Pod)?;
+    let pods = interface_records::names(&maps, Role::Pod)?;
     let report = DenialReport::new(pins.root().to_owned(), &denied, &endpoint_set, &pods);
     let printed = if args.rules {
         write_stdout(&escape_lines(&report.rules))?;

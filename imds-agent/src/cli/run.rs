@@ -9,17 +9,13 @@ use tokio::task::JoinSet;
 
 use super::{Failure, PinDirArg, StateDirArg};
 use crate::{
-    agent::Agent,
-    config::Listen,
-    config_loader::ConfigLoader,
-    controller::Reconciler,
-    datapath::{Datapath, bpf, pins::PinDir},
-    node::{cgroup, netlink::Netlink, senders::SenderResolver},
-    preflight,
-    provider::DMI_DIR,
-    resolved_config::RunOptions,
-    start_config::StartConfig,
-    startup_taint,
+    config::{Listen, loader::ConfigLoader, provider::DMI_DIR},
+    controller::{
+        Reconciler, event_loop::Agent, resolved_config::RunOptions, start_config::StartConfig, startup_taint,
+    },
+    datapath::{Datapath, pin::dir::PinDir, sys::bpf},
+    diagnose::preflight,
+    node::{cgroup, netlink::Netlink, sender_resolver::SenderResolver},
     telemetry::Telemetry,
 };
 

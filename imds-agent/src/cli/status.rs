@@ -1,12 +1,12 @@
-//! `imds-agent status`: prints the report of [`crate::status`].
+//! `imds-agent status`: prints the report of [`crate::telemetry::status`].
 
 use std::process::ExitCode;
 
 use super::{Failure, output::OutputArgs};
 use crate::{
+    diagnose::preflight,
     node::netlink::Netlink,
-    preflight,
-    status::{self, State, StatusReport},
+    telemetry::status::{self, State, StatusReport},
 };
 
 pub(super) async fn status(args: OutputArgs) -> Result<ExitCode, Failure> {

@@ -18,13 +18,20 @@ use tokio::{
 
 use super::{Failure, PinDirArg};
 use crate::{
-    datapath::{home, object, pins::PinDir, pods::Names},
+    datapath::{
+        maps::pod_names::Names,
+        object,
+        pin::{dir::PinDir, netns_owner},
+    },
+    diagnose::preflight,
     escape::escape,
-    events::{self, Record, boot_time},
-    node::{links, netlink::Netlink},
-    preflight, status,
-    subscriber::EventSubscriber,
-    top::{Command, Model, draw},
+    node::{link, netlink::Netlink},
+    telemetry::{
+        event_record::{self, Record, boot_time},
+        status,
+        subscriber::EventSubscriber,
+        top::{Command, Model, draw},
+    },
 };
 
 /// Rows that PgUp and PgDn scroll.
@@ -62,7 +69,7 @@ pub(super) async fn top(args: TopArgs) -> Result<ExitCode, Failure> {
             anyhow!("nothing is loaded at {}: there is nothing to show", pins.root().display()).into()
         );
     }
-    home::ensure_own_netns(&pins)?;
+    netns_owner::ensure_own_netns(&pins)?;
     let mut watched = Watched {
         netlink: Netlink::connect()?,
         names: Names::open(&pins)?,
@@ -129,8 +136,8 @@ impl Watched {
         let booted = boot_time();
         let names = &self.names;
         let lines = self.subscriber.read()?.into_iter().map(|event| {
-            let pod = events::senders(&event).find_map(|sender| names.get(sender));
-            let line = Record::new(&event, booted, links::name_of, pod).to_string();
+            let pod = event_record::senders(&event).find_map(|sender| names.get(sender));
+            let line = Record::new(&event, booted, link::name_of, pod).to_string();
             let line = escape(&line).into_owned();
             // The view omits the date.
             line.split_once('T').map_or(line.clone(), |(_, line)| line.to_owned())

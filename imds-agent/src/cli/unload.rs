@@ -14,10 +14,10 @@ use super::{DEFAULT_PIN_DIR, Failure, PinDirArg, StateDirArg, stop_command::stop
 use crate::{
     datapath::{
         self, DatapathError, Progress, Removed,
-        pins::{PinDir, PinError},
+        pin::dir::{PinDir, PinError},
     },
+    diagnose::preflight,
     node::netlink::Netlink,
-    preflight,
 };
 
 /// Interval of the lines that report progress.

@@ -1,12 +1,14 @@
-//! `imds-agent verify`: prints the report of [`crate::verify`].
+//! `imds-agent verify`: prints the report of [`crate::diagnose::verify`].
 
 use std::process::ExitCode;
 
 use super::{Failure, output::OutputArgs};
 use crate::{
+    diagnose::{
+        preflight,
+        verify::{self, VerifyReport},
+    },
     node::netlink::Netlink,
-    preflight,
-    verify::{self, VerifyReport},
 };
 
 pub(super) async fn verify(args: OutputArgs) -> Result<ExitCode, Failure> {

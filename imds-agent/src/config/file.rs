@@ -10,12 +10,12 @@ use toml::{
 };
 
 use super::{
-    endpoints::{EndpointTable, Presets},
-    exempt::ExemptTable,
+    endpoint::{EndpointTable, Presets},
+    exemption::ExemptTable,
     hooks::HooksTable,
     interfaces::InterfacesTable,
     kubernetes::KubernetesTable,
-    metrics::MetricsTable,
+    listen::MetricsTable,
     source::{Diagnostics, SourceFile},
     suggest::did_you_mean_of,
 };

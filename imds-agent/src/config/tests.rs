@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use toml::{Table, Value};
 
 use super::*;
-use crate::{endpoints::EndpointSet, provider::Dmi};
+use crate::config::{endpoint_set::EndpointSet, provider::Dmi};
 
 fn parse(text: &str) -> Result<Config, String> {
     Config::parse(text, Path::new("imds.toml")).map_err(|error| error.to_string())
@@ -105,7 +105,7 @@ fn errors_have_suggestions() {
 fn preset_ports_can_be_overridden() {
     let ports = |text: &str| {
         let guarded = parse(text).unwrap().endpoints.resolve(&Dmi::default()).unwrap();
-        let of = |endpoint: &crate::endpoints::Endpoint| {
+        let of = |endpoint: &crate::config::endpoint_set::Endpoint| {
             let ports: Vec<_> = endpoint.allow_ports.iter().map(ToString::to_string).collect();
             format!("{} {}", endpoint.name, ports.join(" "))
         };

@@ -11,7 +11,7 @@ use std::{collections::BTreeMap, time::Duration};
 use imds_ebpf_common::TcHook;
 use tokio::time::Instant;
 
-use crate::datapath::pins::AttachPoint;
+use crate::datapath::pin::dir::AttachPoint;
 
 /// Time without link events after which the queue is drained without pauses.
 const CALM: Duration = Duration::from_millis(250);

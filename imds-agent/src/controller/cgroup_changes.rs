@@ -3,7 +3,7 @@
 use log::Level;
 
 use super::Reconciler;
-use crate::datapath::cgroup_link::{CgroupChange, CgroupChangeKind};
+use crate::datapath::attach::cgroup_link::{CgroupChange, CgroupChangeKind};
 
 impl Reconciler {
     /// Logs changes on cgroups, and counts those that repair what another program changed.

@@ -12,10 +12,12 @@ use super::{
     change_log::{Change, Pass},
 };
 use crate::{
-    datapath::{DatapathError, pins::AttachPoint, records::LinkState},
-    node::links::{Link, LinkKind},
-    reconcile::{Action, Attachment, Order, plan},
-    state::{self, Assignment, Uplinks},
+    controller::plan::{Action, Attachment, Order, plan},
+    datapath::{DatapathError, maps::interface_records::LinkState, pin::dir::AttachPoint},
+    node::{
+        interface_role::{self, Assignment, Uplinks},
+        link::{Link, LinkKind},
+    },
 };
 
 /// Time that Kubernetes has to name the pod behind a link. After that, a link of unknown use also gets the hook
@@ -25,7 +27,7 @@ const SPARE_DELAY: Duration = Duration::from_secs(10);
 impl Reconciler {
     /// Returns the role and the desired hooks of an interface.
     pub(super) fn assign(&self, link: &Link) -> Assignment {
-        state::assign(link, &self.uplinks, &self.interfaces, self.pods.has_link(link.index))
+        interface_role::assign(link, &self.uplinks, &self.interfaces, self.pods.has_link(link.index))
     }
 
     /// Reads the routes again, and reconciles the interfaces whose role changed.
@@ -185,7 +187,7 @@ impl Reconciler {
             observed.iter().any(|(hook, attachments)| *hook == TcHook::NodeEgress && !attachments.is_empty());
         if link.leads_elsewhere() && has_node_egress {
             // Detaching the hook from a link that turns out to be a pod's would take RTNL without need.
-            assignment.hooks = state::assign(link, &self.uplinks, &self.interfaces, false).hooks;
+            assignment.hooks = interface_role::assign(link, &self.uplinks, &self.interfaces, false).hooks;
         }
         // Desired programs are attached before others are detached.
         observed.sort_by_key(|(hook, _)| !assignment.hooks.has(*hook));

@@ -4,8 +4,8 @@ use imds_ebpf_common::AttachMode;
 
 use super::Reconciler;
 use crate::{
-    datapath::other_agents::{self, OtherAgent},
-    reconcile::Action,
+    controller::plan::Action,
+    datapath::pin::agents::{self, OtherAgent},
 };
 
 /// Other agents that run on this node.
@@ -19,7 +19,7 @@ pub(super) struct OtherAgents {
 impl Reconciler {
     /// Looks for other agents on this node, and logs each one once.
     pub(super) fn find_other_agents(&mut self) {
-        let found = other_agents::find(self.datapath.pins());
+        let found = agents::find(self.datapath.pins());
         let others = &mut self.other_agents;
         for agent in found.iter().filter(|agent| !others.running.contains(agent)) {
             log::error!("{agent}: {}", agent.remedy());

@@ -20,7 +20,7 @@ use aya_obj::{
 };
 use thiserror::Error;
 
-use super::bpf;
+use super::sys::bpf;
 
 /// Sizes in bytes of the buffer for the verifier's log, tried in this order until the log fits.
 const LOG_SIZES: [usize; 3] = [1 << 20, 1 << 23, 1 << 26];

@@ -1,38 +1,12 @@
 //! Management of BPF objects: loads, pins, attaches, replaces and removes programs, maps and links.
 
-mod attach;
-pub mod bpf;
-pub mod cgroup_link;
-pub mod cgroup_order;
-pub mod cgroups;
-pub mod claim;
-pub mod clsact;
-pub mod config;
-pub mod counters;
-pub mod denials;
-pub mod endpoints;
-pub mod exemptions;
-mod force;
-pub mod home;
-pub mod hosts;
+pub mod attach;
+pub mod bpf_log;
 mod loader;
-pub mod mprog;
+pub mod maps;
 pub mod object;
-pub mod obstacles;
-pub mod other_agents;
-mod pin_owner;
-mod pin_removal;
-pub mod pins;
-pub mod pods;
-pub mod qdisc;
-mod rcu;
-pub mod recent;
-pub mod records;
-mod repair_backoff;
-pub mod sendmsg;
-pub mod sockets;
-mod unload;
-mod unload_request;
+pub mod pin;
+pub mod sys;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -46,27 +20,28 @@ use imds_ebpf_common::{
 };
 use thiserror::Error;
 
-pub use self::unload::{Progress, Removed, unload};
+pub use self::pin::unload::{Progress, Removed, unload};
 use self::{
-    cgroups::Cgroups,
-    claim::PinLock,
-    mprog::Links,
+    attach::{cgroup_hooks::Cgroups, mprog::Links, obstacle::ObstacleError},
+    maps::interface_records::LinkState,
     object::{Maps, ObjectError, Programs},
-    obstacles::ObstacleError,
-    pins::{AttachPoint, PinDir, PinError},
-    records::LinkState,
+    pin::{
+        dir::{AttachPoint, PinDir, PinError},
+        lock::PinLock,
+    },
 };
 use crate::{
-    bpf_log::{BpfLog, BpfLogError},
-    config::{Hooks, Sendmsg},
-    endpoints::EndpointSet,
-    exempt::Grants,
+    config::{Hooks, Sendmsg, endpoint_set::EndpointSet},
+    controller::{
+        exemption_rules::Grants,
+        pod_tracker::{PodContainer, PodWatchStatus},
+    },
+    datapath::bpf_log::{BpfLog, BpfLogError},
     node::{
-        links::Link,
+        link::Link,
         netlink::{Netlink, NetlinkError},
         netns::OwnNetns,
     },
-    pods::{PodContainer, PodWatchStatus},
 };
 
 /// Failure of a kernel operation.
@@ -162,8 +137,8 @@ pub struct Datapath {
     maps: Maps,
     links: Links,
     cgroups: Cgroups,
-    told: pods::Told,
-    granted: exemptions::Known,
+    told: maps::pod_names::Told,
+    granted: maps::exemption_maps::Known,
     netlink: Netlink,
     backend: AttachMode,
     /// Indices of interfaces on which the kernel rejected a netkit link.
@@ -216,8 +191,8 @@ impl Datapath {
                     maps,
                     links,
                     cgroups,
-                    told: pods::Told::default(),
-                    granted: exemptions::Known::default(),
+                    told: maps::pod_names::Told::default(),
+                    granted: maps::exemption_maps::Known::default(),
                     netlink,
                     backend,
                     refused_netkit: BTreeSet::new(),
@@ -239,17 +214,17 @@ impl Datapath {
         datapath_config: &DatapathConfig,
         endpoint_set: &EndpointSet,
     ) -> Result<(Programs, Maps, Links, Cgroups), DatapathError> {
-        home::ensure_not_in_use(pins)?;
+        pin::netns_owner::ensure_not_in_use(pins)?;
         for reason in object::unpin_incompatible_maps(pins)? {
             log::warn!("starting with new maps and counters: {reason}");
         }
         let programs = Programs::load(
             pins,
             datapath_config.hooks,
-            &endpoints::filter_while_loading(pins, endpoint_set),
+            &maps::endpoint_maps::filter_while_loading(pins, endpoint_set),
         )?;
         let mut maps = Maps::open(pins)?;
-        force::write(&mut maps, datapath_config, endpoint_set)?;
+        maps::policy::write(&mut maps, datapath_config, endpoint_set)?;
         programs.pin(pins)?;
         let links = Links::adopt(pins)?;
         let cgroups = Cgroups::adopt(pins, datapath_config)?;
@@ -285,35 +260,41 @@ impl Datapath {
 
     /// Records the state of an interface, for `status` and for the agent after a restart.
     pub fn record(&mut self, link: &Link, state: LinkState) -> Result<(), DatapathError> {
-        records::put(&mut self.maps, link, state)
+        maps::interface_records::put(&mut self.maps, link, state)
     }
 
     /// Updates the record of an interface after its veth peer was reconciled.
     pub fn update_own_packets(&mut self, link: &Link) -> Result<(), DatapathError> {
-        records::update_own_packets(&mut self.maps, link)
+        maps::interface_records::update_own_packets(&mut self.maps, link)
     }
 
     /// Reports whether the record of the interface has a program at this hook.
     #[must_use]
     pub fn was_attached(&self, link: &Link, hook: TcHook) -> bool {
-        records::get(&self.maps, link.index).is_some_and(|record| record.is_attached(hook))
+        maps::interface_records::get(&self.maps, link.index).is_some_and(|record| record.is_attached(hook))
     }
 
     /// Reports whether the record of the interface has a pending attachment.
     #[must_use]
     pub fn was_pending(&self, link: &Link) -> bool {
-        records::get(&self.maps, link.index)
-            .is_some_and(|record| record.pending == 1 && record.name == records::padded(&link.name))
+        maps::interface_records::get(&self.maps, link.index).is_some_and(|record| {
+            record.pending == 1 && record.name == maps::interface_records::padded(&link.name)
+        })
     }
 
     /// Removes the state of a deleted interface whose index `link` has now.
     pub fn claim_ifindex(&mut self, link: &Link) -> Result<(), DatapathError> {
-        let owns_qdisc = records::get(&self.maps, link.index)
-            .is_some_and(|record| record.owns_qdisc == 1 && record.name == records::padded(&link.name));
+        let owns_qdisc = maps::interface_records::get(&self.maps, link.index).is_some_and(|record| {
+            record.owns_qdisc == 1 && record.name == maps::interface_records::padded(&link.name)
+        });
         self.remove_interface(link.index)?;
         // The name has not changed, so it is probably the same interface, and another program has removed the filter. The
         // qdisc still belongs to the agent.
-        if owns_qdisc { records::set_owns_qdisc(&mut self.maps, link, TcHook::FromPod) } else { Ok(()) }
+        if owns_qdisc {
+            maps::interface_records::set_owns_qdisc(&mut self.maps, link, TcHook::FromPod)
+        } else {
+            Ok(())
+        }
     }
 
     /// Removes all state of a deleted interface. Adds its counters to those of deleted interfaces.
@@ -326,14 +307,14 @@ impl Datapath {
         }
         // A killed `verify` may have left its probe.
         let _no_probe = self.maps.probes.remove(&Subject::new(SubjectKind::Interface, ifindex.into()));
-        counters::fold(&mut self.maps, ifindex)?;
-        records::remove(&mut self.maps, ifindex);
+        maps::counters::fold(&mut self.maps, ifindex)?;
+        maps::interface_records::remove(&mut self.maps, ifindex);
         Ok(())
     }
 
     /// Replaces all exemptions. Returns the number of map updates.
     pub fn grant(&mut self, wanted: &Grants) -> Result<usize, DatapathError> {
-        exemptions::write(&mut self.maps, &mut self.granted, wanted)
+        maps::exemption_maps::write(&mut self.maps, &mut self.granted, wanted)
     }
 
     /// Drops the cached exemptions, so that the next [`Datapath::grant`] reads the map and corrects changes of other programs.
@@ -344,7 +325,7 @@ impl Datapath {
     /// Removes the exemptions of an interface.
     pub fn revoke(&mut self, ifindex: u32) -> Result<(), DatapathError> {
         let subject = Subject::new(SubjectKind::Interface, ifindex.into());
-        exemptions::revoke(&mut self.maps, &mut self.granted, subject)
+        maps::exemption_maps::revoke(&mut self.maps, &mut self.granted, subject)
     }
 
     /// Replaces the pod names in the map. Returns the number of map updates.
@@ -352,17 +333,18 @@ impl Datapath {
         &mut self,
         names: &BTreeMap<Subject, PodContainer<'_>>,
     ) -> Result<usize, DatapathError> {
-        pods::write(&mut self.maps, &mut self.told, names)
+        maps::pod_names::write(&mut self.maps, &mut self.told, names)
     }
 
     /// Records the status of the pod watch; `None` means that it is off.
     pub fn record_watch_status(&mut self, lookup: Option<&PodWatchStatus>) -> Result<(), DatapathError> {
-        pods::put(&mut self.maps, lookup)
+        maps::pod_names::put(&mut self.maps, lookup)
     }
 
     /// Reads all exemptions from the map.
     pub fn granted(&self) -> Result<Grants, DatapathError> {
-        exemptions::read(&self.maps).map_err(|source| DatapathError::Map { map: MAP_EXEMPT, source })
+        maps::exemption_maps::read(&self.maps)
+            .map_err(|source| DatapathError::Map { map: MAP_EXEMPT, source })
     }
 
     /// Marks the agent as ready: `status` then reports that every interface was reconciled.

@@ -30,9 +30,9 @@ use imds_ebpf_common::{
 use thiserror::Error;
 
 use super::{
-    bpf,
     loader::{LoadedObject, RejectedProgram},
-    pins::{self, PinDir, PinError},
+    pin::dir::{self, PinDir, PinError},
+    sys::bpf,
 };
 use crate::config::Hooks;
 
@@ -160,9 +160,9 @@ impl Programs {
     pub fn pin(&self, pins: &PinDir) -> Result<(), ObjectError> {
         for name in programs() {
             match self.loaded.get(name) {
-                Some(_) => pins::replace_pin(self.fd(name)?, &pins.program(name))?,
+                Some(_) => dir::replace_pin(self.fd(name)?, &pins.program(name))?,
                 // An earlier agent may have pinned it, for a hook that is off now.
-                None => pins::unpin(&pins.program(name))?,
+                None => dir::unpin(&pins.program(name))?,
             }
         }
         Ok(())
@@ -299,7 +299,7 @@ impl Maps {
             let path = pins.map(name);
             let id = map.info().map_err(failed)?.id();
             if !MapInfo::from_pin(&path).is_ok_and(|pinned| pinned.id() == id) {
-                pins::replace_pin(map.fd(), &path)?;
+                dir::replace_pin(map.fd(), &path)?;
                 restored = true;
             }
         }
@@ -332,7 +332,7 @@ pub fn unpin_incompatible_maps(pins: &PinDir) -> Result<Vec<String>, ObjectError
     if !reasons.is_empty() {
         // Removes all pins or none, because maps of different versions must not be mixed.
         for name in MAPS {
-            pins::unpin(&pins.map(name))?;
+            dir::unpin(&pins.map(name))?;
         }
     }
     Ok(reasons)

@@ -17,7 +17,7 @@ use tokio::time::timeout;
 
 use super::{
     pod::{Pod, PodObject},
-    watch::PodEvent,
+    reflector::PodEvent,
 };
 use crate::config::Access;
 

@@ -3,21 +3,21 @@
 //! [`watch`] lists and watches them until it is dropped. The [`index`] holds the result, and matches pods with the
 //! operator's rules without any I/O. A pod that is not in the index is not exempt.
 
-pub mod index;
-pub mod pod;
-pub mod watch;
-
 mod api;
 mod backoff;
-mod state;
+pub mod cluster;
+pub mod pod;
+pub mod reflector;
+pub mod store;
 mod taint;
+mod watch_state;
 
 pub use self::{
     api::ErrorKind,
     backoff::{Attempts, Backoff},
-    index::Index,
     pod::Pod,
-    state::{Failure, WatchState},
+    reflector::{Options, PodEvent, PodWatcher},
+    store::Index,
     taint::{NodeTaints, TaintError},
-    watch::{Options, PodEvent, PodWatcher},
+    watch_state::{Failure, WatchState},
 };

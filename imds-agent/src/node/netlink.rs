@@ -22,7 +22,7 @@ use rtnetlink::{
 };
 use thiserror::Error;
 
-use super::links::Link;
+use super::link::Link;
 use crate::escape::escape_bytes;
 
 /// Error of a request to rtnetlink.

@@ -8,11 +8,11 @@ use std::{
 };
 
 use super::{
-    links::Link,
+    link::Link,
     netlink::Netlink,
     pod_cgroups,
     process::Process,
-    senders::{IdentitySet, Namespace, SenderResolver, below, pids},
+    sender_resolver::{IdentitySet, Namespace, SenderResolver, below, pids},
 };
 use crate::kube::Pod;
 

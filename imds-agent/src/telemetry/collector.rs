@@ -23,21 +23,25 @@ use thiserror::Error;
 
 use super::{cgroup_units::CgroupUnits, totals::Totals};
 use crate::{
+    config::endpoint_set::unpadded,
+    controller::pod_tracker::PodRef,
     datapath::{
-        config::{nanoseconds, padded, padded_bytes},
-        counters::Count,
-        denials::Denials,
+        maps::{
+            config_record::{nanoseconds, padded, padded_bytes},
+            counters::Count,
+            denial_records::Denials,
+            pod_names::Names,
+            recent_events::Recent,
+        },
         object::{self, ObjectError},
-        pins::{PinDir, PinError},
-        pods::Names,
-        recent::Recent,
+        pin::dir::{PinDir, PinError},
     },
-    endpoints::unpadded,
-    events::{self, boot_time, wall_time},
-    metrics::{self, Denied},
-    node::links,
-    pods::PodRef,
-    verify,
+    diagnose::verify,
+    node::link,
+    telemetry::{
+        event_record::{self, boot_time, wall_time},
+        metrics::{self, Denied},
+    },
 };
 
 /// Failure to open or update the maps of events.
@@ -127,13 +131,13 @@ impl Collector {
         let mut interfaces = HashMap::new();
         self.has_more = false;
         let mut left = MAX_EVENTS;
-        while let Some(event) = self.ring.next().map(|bytes| events::decode(&bytes)) {
+        while let Some(event) = self.ring.next().map(|bytes| event_record::decode(&bytes)) {
             let Some(event) = event else { continue };
             self.collected.emitted = self.collected.emitted.saturating_add(1);
             self.collected.suppressed = self.collected.suppressed.saturating_add(event.suppressed);
             self.recent.push(event)?;
             if [Verdict::Deny, Verdict::Audit].into_iter().any(|verdict| event.verdict == verdict as u8) {
-                let index = events::ingress(&event);
+                let index = event_record::ingress(&event);
                 let interface = interfaces.entry(index).or_insert_with(|| interface_name(index));
                 self.record(&event, interface, booted)?;
             }
@@ -152,7 +156,7 @@ impl Collector {
         if interface.starts_with(verify::PREFIX) {
             return Ok(());
         }
-        let pod = events::senders(event).find_map(|sender| self.names.get(sender));
+        let pod = event_record::senders(event).find_map(|sender| self.names.get(sender));
         let pod = pod.as_ref();
         let unit = if pod.is_none() { self.units.unit(event.cgroup) } else { Rc::default() };
         let key = DenialKey {
@@ -206,7 +210,7 @@ impl AsRawFd for Collector {
 /// Returns the name of the interface through which a packet entered the node. Empty for calls, and for deleted interfaces,
 /// because each of their indices would be another sender.
 fn interface_name(index: u32) -> String {
-    if index == 0 { String::new() } else { links::name_of(index).unwrap_or_default() }
+    if index == 0 { String::new() } else { link::name_of(index).unwrap_or_default() }
 }
 
 /// Returns the number under which the denials of a sender are counted together.

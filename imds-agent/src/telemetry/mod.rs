@@ -6,7 +6,15 @@
 mod budget;
 mod cgroup_units;
 mod collector;
-mod server;
+pub mod denial_report;
+pub mod event_record;
+mod http_server;
+pub mod logging;
+pub mod metrics;
+pub mod status;
+pub mod subscriber;
+pub mod systemd;
+pub mod top;
 mod totals;
 
 use std::{
@@ -32,10 +40,12 @@ use tokio::{
 pub use self::collector::{Collected, Collector, CollectorError};
 use self::{
     budget::{CpuBudget, thread_cpu_time},
-    server::Server,
+    http_server::Server,
     totals::Totals,
 };
-use crate::{config::Listen, datapath::pins::PinDir, metrics::AgentStats, node::netlink::Netlink};
+use crate::{
+    config::Listen, datapath::pin::dir::PinDir, node::netlink::Netlink, telemetry::metrics::AgentStats,
+};
 
 /// Pause between two reads of events, so that a flood does not wake the thread for each event.
 const DEBOUNCE: Duration = Duration::from_millis(50);

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use imds_ebpf_common::event_log::DenialKey;
 
 use crate::{
-    datapath::counters::Count,
-    metrics::{DenialTo, Denied},
+    datapath::maps::counters::Count,
+    telemetry::metrics::{DenialTo, Denied},
 };
 
 /// Maximum number of namespaces with sums of their own. Further ones share the empty name.

@@ -7,7 +7,7 @@ use aya_obj::generated::bpf_attach_type::{
     self, BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG,
     BPF_CGROUP_UDP6_SENDMSG,
 };
-use imds_agent::datapath::bpf::link_create_cgroup;
+use imds_agent::datapath::sys::bpf::link_create_cgroup;
 use imds_tests::{Netns, Pod, TestEnv, foreign::Foreign};
 use nix::net::if_::if_nametoindex;
 

@@ -1,0 +1,278 @@
+//! Endpoints in the configuration: a provider, extras, and the operator's own endpoints.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use imds_ebpf_common::{
+    Service,
+    endpoint::{MAX_ALLOWED_PORTS, MAX_ENDPOINTS, NAME_LEN, TCP, UDP},
+    filter::{self, MAX_BUCKET_LEN},
+};
+use serde::{Deserialize, Serialize};
+use toml::Spanned;
+
+use super::{
+    ConfigError, ConfigErrors,
+    file::File,
+    source::{Diagnostics, Location, SourceFile, check_name},
+    suggest::did_you_mean,
+};
+use crate::config::{
+    endpoint_set::{AllowedPort, Endpoint, EndpointSet, address},
+    provider::{Dmi, EXTRAS, NO_PROVIDER, PROVIDERS, Provider},
+};
+
+/// Selection of the protected endpoints. The default is the preset of the provider that DMI identifies.
+#[derive(Clone, Debug, Default)]
+pub struct Endpoints {
+    /// Selected provider. `None` stands for `auto`.
+    provider: Option<&'static Provider>,
+    extras: Vec<(&'static Provider, Location)>,
+    own: Vec<(Endpoint, Location)>,
+    /// Changes to endpoints of the provider's preset and of extras.
+    presets: Vec<PresetChange>,
+}
+
+/// A change to an endpoint of a preset.
+#[derive(Clone, Debug)]
+struct PresetChange {
+    name: String,
+    place: Location,
+    allow_ports: Vec<AllowedPort>,
+}
+
+/// `[preset.NAME]`: changes to endpoints of presets, by their names.
+pub(super) type Presets = BTreeMap<Spanned<String>, PresetTable>;
+
+#[derive(Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct PresetTable {
+    allow_ports: Spanned<Vec<Spanned<String>>>,
+}
+
+#[derive(Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct EndpointTable {
+    name: Spanned<String>,
+    address: Spanned<String>,
+    #[serde(default = "no_services")]
+    allow_ports: Spanned<Vec<Spanned<String>>>,
+}
+
+fn no_services() -> Spanned<Vec<Spanned<String>>> {
+    Spanned::new(0..0, Vec::new())
+}
+
+impl Endpoints {
+    pub(super) fn parse(file: &File, source: SourceFile<'_>, diagnostics: &mut Diagnostics) -> Self {
+        let File { provider, extras, endpoint, preset, .. } = file;
+        Self {
+            provider: diagnostics.take(parse_provider(provider, source)).flatten(),
+            extras: extras.iter().filter_map(|name| diagnostics.take(parse_extra(name, source))).collect(),
+            own: endpoint
+                .iter()
+                .filter_map(|table| diagnostics.take(parse_endpoint(table, source)))
+                .collect(),
+            presets: preset
+                .iter()
+                .filter_map(|change| diagnostics.take(parse_preset(change, source)))
+                .collect(),
+        }
+    }
+
+    /// Reports whether no endpoint is protected, independent of the machine.
+    pub(super) fn is_empty(&self) -> bool {
+        self.provider == Some(&NO_PROVIDER) && self.extras.is_empty() && self.own.is_empty()
+    }
+
+    /// Returns all protected endpoints on a machine with the SMBIOS fields `dmi`.
+    pub fn resolve(&self, dmi: &Dmi) -> Result<EndpointSet, ConfigErrors> {
+        let provider = self.provider.unwrap_or_else(|| dmi.provider());
+        let mut endpoints: Vec<_> = provider.endpoints().collect();
+        let extras = self.extras.iter().flat_map(|(extra, place)| extra.endpoints().map(move |e| (e, place)));
+        let own = self.own.iter().map(|(endpoint, place)| (endpoint.clone(), place));
+        let mut diagnostics = Diagnostics::default();
+        for (endpoint, place) in extras {
+            match check_new(&endpoint, &endpoints) {
+                Ok(()) => endpoints.push(endpoint),
+                Err(message) => diagnostics.note(place.error(message)),
+            }
+        }
+        for change in &self.presets {
+            if let Err(message) = change.apply(provider, &mut endpoints) {
+                diagnostics.note(change.place.error(message));
+            }
+        }
+        for (endpoint, place) in own {
+            match check_new(&endpoint, &endpoints) {
+                Ok(()) => endpoints.push(endpoint),
+                Err(message) => diagnostics.note(place.error(message)),
+            }
+        }
+        if !diagnostics.is_empty() {
+            return Err(ConfigErrors(diagnostics.into_vec()));
+        }
+        Ok(EndpointSet::new(self.provider.map_or("auto", |provider| provider.name), provider.name, endpoints))
+    }
+}
+
+impl PresetChange {
+    /// Applies the change. The endpoint must belong to the provider or to an extra.
+    fn apply(&self, provider: &Provider, endpoints: &mut [Endpoint]) -> Result<(), String> {
+        if let Some(endpoint) = endpoints.iter_mut().find(|endpoint| endpoint.name == self.name) {
+            endpoint.allow_ports.clone_from(&self.allow_ports);
+            return Ok(());
+        }
+        let names: Vec<_> = endpoints.iter().map(|endpoint| endpoint.name.as_str()).collect();
+        let suggestion = did_you_mean(&self.name, names.iter().copied());
+        let (name, provider) = (&self.name, provider.name);
+        let known = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+        Err(format!("preset.{name}: provider {provider} has no endpoint {name:?}, only {known}{suggestion}"))
+    }
+}
+
+fn check_new(endpoint: &Endpoint, others: &[Endpoint]) -> Result<(), String> {
+    if others.len() >= MAX_ENDPOINTS {
+        return Err(format!("endpoint: more than {MAX_ENDPOINTS} endpoints"));
+    }
+    let chain = |endpoint: &Endpoint| filter::bucket(address(endpoint.address).slot());
+    let same_chain: Vec<_> = others.iter().filter(|other| chain(other) == chain(endpoint)).collect();
+    if same_chain.len() >= MAX_BUCKET_LEN {
+        let address = endpoint.address;
+        let addresses: Vec<_> = same_chain.iter().map(|other| other.address.to_string()).collect();
+        return Err(format!(
+            "endpoint.address: hash bucket of {address} is full (at most {MAX_BUCKET_LEN} endpoints): remove one of {}",
+            addresses.join(", ")
+        ));
+    }
+    if let Some(other) = others.iter().find(|other| other.name == endpoint.name) {
+        return Err(format!("endpoint.name: {:?} is already the name of {}", endpoint.name, other.address));
+    }
+    if let Some(other) = others.iter().find(|other| address(other.address) == address(endpoint.address)) {
+        return Err(format!(
+            "endpoint.address: {} is already protected as {:?}",
+            endpoint.address, other.name
+        ));
+    }
+    Ok(())
+}
+
+fn parse_provider(
+    name: &Spanned<String>,
+    source: SourceFile<'_>,
+) -> Result<Option<&'static Provider>, ConfigError> {
+    if name.get_ref() == "auto" {
+        return Ok(None);
+    }
+    Provider::named(name.get_ref()).map(Some).ok_or_else(|| {
+        let known: Vec<_> = PROVIDERS.iter().map(|provider| provider.name).collect();
+        let names = ["auto", "none", "generic"].into_iter().chain(known.iter().copied());
+        let suggestion = did_you_mean(name.get_ref(), names);
+        let known = known.join(", ");
+        source.error(
+            name.span(),
+            format!("provider: {:?} is not one of auto, none, generic, {known}{suggestion}", name.get_ref()),
+        )
+    })
+}
+
+fn parse_extra(
+    name: &Spanned<String>,
+    source: SourceFile<'_>,
+) -> Result<(&'static Provider, Location), ConfigError> {
+    let extra = Provider::extra(name.get_ref()).ok_or_else(|| {
+        let known: Vec<_> = EXTRAS.iter().map(|extra| extra.name).collect();
+        source.error(name.span(), format!("extras: {:?} is not one of {}", name.get_ref(), known.join(", ")))
+    })?;
+    Ok((extra, source.place(name.span())))
+}
+
+fn parse_endpoint(
+    table: &EndpointTable,
+    source: SourceFile<'_>,
+) -> Result<(Endpoint, Location), ConfigError> {
+    check_name(&table.name, "endpoint.name", NAME_LEN - 1, source)?;
+    let address = parse_address(table.address.get_ref())
+        .map_err(|message| source.error(table.address.span(), message))?;
+    let allow_ports = parse_keeps("endpoint.keep", &table.allow_ports, source)?;
+    // Conflicts with endpoints of the provider are checked later, when the provider is known.
+    Ok((
+        Endpoint { name: table.name.get_ref().clone(), address, allow_ports },
+        source.place(table.address.span()),
+    ))
+}
+
+fn parse_preset(
+    (name, table): (&Spanned<String>, &PresetTable),
+    source: SourceFile<'_>,
+) -> Result<PresetChange, ConfigError> {
+    let key = format!("preset.{}.allow_ports", name.get_ref());
+    let allow_ports = parse_keeps(&key, &table.allow_ports, source)?;
+    Ok(PresetChange { name: name.get_ref().clone(), place: source.place(name.span()), allow_ports })
+}
+
+fn parse_keeps(
+    key: &str,
+    texts: &Spanned<Vec<Spanned<String>>>,
+    source: SourceFile<'_>,
+) -> Result<Vec<AllowedPort>, ConfigError> {
+    let count = texts.get_ref().len();
+    if count > MAX_ALLOWED_PORTS {
+        let message = format!("{key}: {count} ports, but at most {MAX_ALLOWED_PORTS} are supported");
+        return Err(source.error(texts.span(), message));
+    }
+    let mut allow_ports: Vec<AllowedPort> = Vec::new();
+    for text in texts.get_ref() {
+        let service =
+            parse_keep(key, text.get_ref()).map_err(|message| source.error(text.span(), message))?;
+        if allow_ports.contains(&service) {
+            return Err(source.error(text.span(), format!("{key}: {service} is listed twice")));
+        }
+        allow_ports.push(service);
+    }
+    Ok(allow_ports)
+}
+
+/// Parses the address of an endpoint. Rejects addresses that no metadata service can have.
+fn parse_address(text: &str) -> Result<IpAddr, String> {
+    let written: IpAddr = text.parse().map_err(|_| {
+        let address = text.split_once('/').map(|(address, _)| address.parse::<IpAddr>());
+        let hint =
+            if matches!(address, Some(Ok(_))) { ": ranges are not supported: list the address" } else { "" };
+        format!("endpoint.address: {text:?} is not an IPv4 or IPv6 address{hint}")
+    })?;
+    // Packets are compared in this form: an IPv6 address that embeds an IPv4 address becomes the latter.
+    let plain = address(written).ipv4().map_or(written, IpAddr::from);
+    for address in [written, plain] {
+        let is_broadcast = matches!(address, IpAddr::V4(address) if address.is_broadcast());
+        let kind = if address.is_unspecified() {
+            "the unspecified"
+        } else if address.is_loopback() {
+            "a loopback"
+        } else if address.is_multicast() {
+            "a multicast"
+        } else if is_broadcast {
+            "the broadcast"
+        } else {
+            continue;
+        };
+        return Err(format!(
+            "endpoint.address: {text} is {kind} address, which no metadata service can have"
+        ));
+    }
+    Ok(plain)
+}
+
+fn parse_keep(key: &str, text: &str) -> Result<AllowedPort, String> {
+    let parsed = text.split_once('/').and_then(|(protocol, port)| {
+        let protocol = match protocol {
+            "tcp" => TCP,
+            "udp" => UDP,
+            _ => return None,
+        };
+        // Only digits: `parse` would also accept a sign.
+        let port = port.bytes().all(|byte| byte.is_ascii_digit()).then(|| port.parse().ok())??;
+        (port != 0).then_some(AllowedPort(Service::new(protocol, port)))
+    });
+    parsed
+        .ok_or_else(|| format!("{key}: {text:?} is not `tcp/PORT` or `udp/PORT` with a port from 1 to 65535"))
+}

@@ -1,0 +1,324 @@
+//! `[[exempt]]`: rules that exempt senders from enforcement. Nothing else exempts a sender.
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::BTreeSet,
+    fmt,
+    net::IpAddr,
+    ops::Range,
+    path::{Component, Path, PathBuf},
+};
+
+use globset::{Glob, GlobMatcher};
+use serde::{Deserialize, Serialize};
+use toml::Spanned;
+
+use super::{
+    ConfigError, ConfigErrors, names,
+    selector::{Selector, SelectorTable},
+    source::{Diagnostics, Location, SourceFile, check_name},
+    suggest::did_you_mean,
+};
+use crate::config::endpoint_set::EndpointSet;
+
+/// Longest name of a rule in characters, like that of a DNS label in Kubernetes.
+const MAX_NAME: usize = 63;
+
+/// Exemption rules before their endpoint names are resolved, which depends on the machine.
+#[derive(Clone, Debug, Default)]
+pub struct Exemptions {
+    rules: Vec<Written>,
+}
+
+#[derive(Clone, Debug)]
+struct Written {
+    name: String,
+    sender: RuleSubject,
+    is_audited: bool,
+    /// Endpoint names with their locations in the file; `None` for all endpoints.
+    endpoints: Option<Vec<(String, Location)>>,
+}
+
+/// Exemption rule with resolved endpoints.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Exempt {
+    /// Name of the rule in logs, reports and metrics.
+    pub name: String,
+    /// Senders that the rule matches.
+    pub sender: RuleSubject,
+    /// Endpoints that the rule covers.
+    pub scope: EndpointSelector,
+    /// True if requests that the rule allows are counted and reported as in audit mode.
+    pub is_audited: bool,
+}
+
+/// Selector of the senders that a rule matches.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum RuleSubject {
+    /// Pods whose host-side interface has a matching name.
+    Interface(NameGlob),
+    /// Processes in the network namespace at this absolute path.
+    Netns(PathBuf),
+    /// Pods with processes in this cgroup or below. The path is absolute, or relative to the mount point of a
+    /// hierarchy.
+    Cgroup(PathBuf),
+    /// Pods of this node that match, according to the API server.
+    Pods(PodSelector),
+}
+
+/// Selector of Kubernetes pods by namespace, service account and labels.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct PodSelector {
+    /// Namespace of the selected pods.
+    pub namespace: String,
+    /// Service account of the pods; `None` matches any.
+    pub service_account: Option<String>,
+    /// Labels of the pods; `None` matches any.
+    pub selector: Option<Selector>,
+}
+
+/// Glob that matches interface names.
+#[derive(Clone, Debug)]
+pub struct NameGlob(GlobMatcher);
+
+impl NameGlob {
+    /// Reports whether the glob matches an interface name.
+    #[must_use]
+    pub fn matches(&self, name: &str) -> bool {
+        self.0.is_match(name)
+    }
+}
+
+impl fmt::Display for NameGlob {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0.glob().glob())
+    }
+}
+
+impl PartialEq for NameGlob {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.glob() == other.0.glob()
+    }
+}
+
+impl Eq for NameGlob {}
+
+/// Subset of the protected endpoints.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum EndpointSelector {
+    /// All protected endpoints, including later additions.
+    All,
+    /// Only the endpoints with these addresses.
+    Only(BTreeSet<IpAddr>),
+}
+
+#[derive(Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ExemptTable {
+    name: Spanned<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    interface: Option<Spanned<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    netns: Option<Spanned<PathBuf>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cgroup: Option<Spanned<PathBuf>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    namespace: Option<Spanned<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    service_account: Option<Spanned<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    endpoints: Option<Spanned<Vec<Spanned<String>>>>,
+    #[serde(default)]
+    audit: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pod_selector: Option<Spanned<SelectorTable>>,
+}
+
+impl Exemptions {
+    pub(super) fn parse(
+        tables: &[ExemptTable],
+        source: SourceFile<'_>,
+        diagnostics: &mut Diagnostics,
+    ) -> Self {
+        let mut rules: Vec<Written> = Vec::new();
+        for table in tables {
+            let Some(rule) = diagnostics.take(parse_rule(table, source)) else { continue };
+            match check_new(&rule, &rules) {
+                Ok(()) => rules.push(rule),
+                Err(message) => diagnostics.note(source.error(table.name.span(), message)),
+            }
+        }
+        Self { rules }
+    }
+
+    /// Returns the name of the first rule for Kubernetes pods, if the file has one.
+    pub(super) fn first_of_pods<'t>(&self, tables: &'t [ExemptTable]) -> Option<&'t Spanned<String>> {
+        let of_pods = |written: &&Written| matches!(written.sender, RuleSubject::Pods(_));
+        let name = &self.rules.iter().find(of_pods)?.name;
+        tables.iter().map(|table| &table.name).find(|written| written.get_ref() == name)
+    }
+
+    /// Returns the rules with their endpoint names resolved to addresses of `guarded`.
+    pub fn resolve(&self, guarded: &EndpointSet) -> Result<Vec<Exempt>, ConfigErrors> {
+        let mut diagnostics = Diagnostics::default();
+        let rules = self.rules.iter().map(|rule| {
+            let Written { name, sender, is_audited, endpoints } = rule.clone();
+            let scope = match endpoints {
+                None => EndpointSelector::All,
+                Some(names) => EndpointSelector::Only(
+                    names
+                        .iter()
+                        .filter_map(|(name, place)| diagnostics.take(address(name, place, guarded)))
+                        .collect(),
+                ),
+            };
+            Exempt { name, sender, scope, is_audited }
+        });
+        let rules = rules.collect();
+        if diagnostics.is_empty() { Ok(rules) } else { Err(ConfigErrors(diagnostics.into_vec())) }
+    }
+}
+
+fn address(name: &str, place: &Location, guarded: &EndpointSet) -> Result<IpAddr, ConfigError> {
+    let endpoints = guarded.endpoints();
+    endpoints.iter().find(|endpoint| endpoint.name == name).map(|endpoint| endpoint.address).ok_or_else(
+        || {
+            let known: Vec<_> = endpoints.iter().map(|endpoint| endpoint.name.as_str()).collect();
+            let suggestion = did_you_mean(name, known.iter().copied());
+            let known = known.join(", ");
+            place.error(format!("exempt.endpoints: no endpoint is named {name:?}, only {known}{suggestion}"))
+        },
+    )
+}
+
+fn check_new(rule: &Written, others: &[Written]) -> Result<(), String> {
+    if others.iter().any(|other| other.name == rule.name) {
+        return Err(format!("exempt.name: {:?} is already the name of another rule", rule.name));
+    }
+    if let Some(other) = others.iter().find(|other| other.sender == rule.sender && other.overlaps(rule)) {
+        let reason = if other.is_audited == rule.is_audited {
+            "are duplicates: both match the same sender"
+        } else {
+            "contradict each other: one audits and the other exempts the same sender"
+        };
+        return Err(format!("exempt: {:?} and {:?} {reason}", other.name, rule.name));
+    }
+    Ok(())
+}
+
+impl Written {
+    fn overlaps(&self, other: &Self) -> bool {
+        match (&self.endpoints, &other.endpoints) {
+            (Some(own), Some(others)) => {
+                own.iter().any(|(name, _)| others.iter().any(|(other, _)| name == other))
+            }
+            (None, _) | (_, None) => true,
+        }
+    }
+}
+
+fn parse_rule(table: &ExemptTable, source: SourceFile<'_>) -> Result<Written, ConfigError> {
+    check_name(&table.name, "exempt.name", MAX_NAME, source)?;
+    Ok(Written {
+        name: table.name.get_ref().clone(),
+        sender: parse_sender(table, source)?,
+        is_audited: table.audit,
+        endpoints: table.endpoints.as_ref().map(|names| parse_endpoints(names, source)).transpose()?,
+    })
+}
+
+fn parse_sender(table: &ExemptTable, source: SourceFile<'_>) -> Result<RuleSubject, ConfigError> {
+    let ExemptTable { name, interface, netns, cgroup, namespace, .. } = table;
+    if namespace.is_none()
+        && let Some(beside) = beside_namespace(table)
+    {
+        let message = "exempt: service_account and pod_selector need a namespace";
+        return Err(source.error(beside, message.to_owned()));
+    }
+    match (interface, netns, cgroup, namespace) {
+        (Some(glob), None, None, None) => parse_interface(glob, source),
+        (None, Some(path), None, None) => parse_path(path, "netns", source).map(RuleSubject::Netns),
+        (None, None, Some(path), None) => parse_path(path, "cgroup", source).map(RuleSubject::Cgroup),
+        (None, None, None, Some(namespace)) => parse_pods(namespace, table, source).map(RuleSubject::Pods),
+        (None, None, None, None) => {
+            let message = "exempt: missing selector: set one of `interface`, `netns`, `cgroup`, `namespace`";
+            Err(source.error(name.span(), message.to_owned()))
+        }
+        (_, _, _, _) => {
+            let message = "exempt: set only one of `interface`, `netns`, `cgroup`, `namespace`";
+            Err(source.error(name.span(), message.to_owned()))
+        }
+    }
+}
+
+/// Returns the location of a key that is only allowed together with `namespace`.
+fn beside_namespace(table: &ExemptTable) -> Option<Range<usize>> {
+    let service_account = table.service_account.as_ref().map(Spanned::span);
+    service_account.or_else(|| table.pod_selector.as_ref().map(Spanned::span))
+}
+
+/// Parses the selector of Kubernetes pods. The namespace is required, because the author of a pod can choose labels
+/// freely.
+fn parse_pods(
+    namespace: &Spanned<String>,
+    ExemptTable { service_account, pod_selector, .. }: &ExemptTable,
+    source: SourceFile<'_>,
+) -> Result<PodSelector, ConfigError> {
+    let checked = |name: &Spanned<String>, key: &str, is_name: fn(&str) -> bool| {
+        if is_name(name.get_ref()) {
+            return Ok(name.get_ref().clone());
+        }
+        let message = format!("exempt.{key}: {:?} is not a valid name", name.get_ref());
+        Err(source.error(name.span(), message))
+    };
+    let account = |name| checked(name, "service_account", names::is_dns_subdomain);
+    Ok(PodSelector {
+        namespace: checked(namespace, "namespace", names::is_dns_label)?,
+        service_account: service_account.as_ref().map(account).transpose()?,
+        selector: pod_selector.as_ref().map(|table| Selector::parse(table, source)).transpose()?,
+    })
+}
+
+fn parse_interface(glob: &Spanned<String>, source: SourceFile<'_>) -> Result<RuleSubject, ConfigError> {
+    let error = |message| source.error(glob.span(), message);
+    if glob.get_ref().is_empty() {
+        return Err(error("exempt.interface: must not be empty".to_owned()));
+    }
+    let compiled = Glob::new(glob.get_ref()).map_err(|cause| error(format!("exempt.interface: {cause}")))?;
+    Ok(RuleSubject::Interface(NameGlob(compiled.compile_matcher())))
+}
+
+/// Parses a path. Rejects relative components and paths that match everything.
+fn parse_path(path: &Spanned<PathBuf>, key: &str, source: SourceFile<'_>) -> Result<PathBuf, ConfigError> {
+    let written: &Path = path.get_ref();
+    let is_plain = written.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+    let complaint = if key == "netns" && !written.is_absolute() {
+        "is not an absolute path"
+    } else if !is_plain {
+        "must not contain `.` or `..`"
+    } else if written.file_name().is_none() {
+        "has no last component"
+    } else {
+        return Ok(written.to_owned());
+    };
+    let message = format!("exempt.{key}: \"{}\" {complaint}", written.display());
+    Err(source.error(path.span(), message))
+}
+
+fn parse_endpoints(
+    names: &Spanned<Vec<Spanned<String>>>,
+    source: SourceFile<'_>,
+) -> Result<Vec<(String, Location)>, ConfigError> {
+    let mut seen = BTreeSet::new();
+    if let Some(twice) = names.get_ref().iter().find(|name| !seen.insert(name.get_ref())) {
+        let message = format!("exempt.endpoints: {:?} is listed twice", twice.get_ref());
+        return Err(source.error(twice.span(), message));
+    }
+    if seen.is_empty() {
+        let message = "exempt.endpoints: is empty; remove the key to cover all endpoints";
+        return Err(source.error(names.span(), message.to_owned()));
+    }
+    Ok(names.get_ref().iter().map(|name| (name.get_ref().clone(), source.place(name.span()))).collect())
+}

@@ -1,0 +1,100 @@
+//! Loads the configuration at the start and when its file changes.
+
+use std::path::{Path, PathBuf};
+
+use crate::config::{
+    self, Config, ConfigErrors, Listen,
+    last_good::{LastGoodError, LastGoodStore},
+};
+
+/// Loads the configuration from a file, or the defaults if no file is named.
+#[derive(Clone, Debug)]
+pub struct ConfigLoader {
+    path: Option<PathBuf>,
+    /// Addresses of the metrics server that replace those of the file, unless empty.
+    listen: Vec<Listen>,
+    store: LastGoodStore,
+    /// Content of the file at the last read.
+    seen: Content,
+}
+
+/// Content of the file. `None` if it cannot be read or no file is named.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub(crate) struct Content(Option<String>);
+
+impl ConfigLoader {
+    /// Creates a loader of the file at `path`. `listen` replaces the addresses of the metrics server unless it is
+    /// empty.
+    #[must_use]
+    pub fn new(path: Option<PathBuf>, listen: Vec<Listen>, store: LastGoodStore) -> Self {
+        Self { path, listen, store, seen: Content::default() }
+    }
+
+    /// Reads and validates the file.
+    pub fn load(&mut self) -> Result<Config, ConfigErrors> {
+        let config = match &self.path {
+            Some(path) => {
+                let read = config::read(path);
+                self.seen = Content(read.as_ref().ok().cloned());
+                Config::parse(&read?, path)?
+            }
+            None => Config::default(),
+        };
+        Ok(self.with_listen(config))
+    }
+
+    /// Returns the path of the configuration file, if one is named.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+
+    /// Returns the current content of the file if it differs from the last read.
+    pub(crate) fn change(&self) -> Option<Content> {
+        let now = Content(config::read(self.path.as_ref()?).ok());
+        (now != self.seen).then_some(now)
+    }
+
+    /// Stores the content of the last read as the last good configuration.
+    pub(crate) fn store_last_good(&self) {
+        let (Some(path), Content(Some(text))) = (&self.path, &self.seen) else { return };
+        if let Err(error) = absolute(path).and_then(|path| self.store.write(&path, text)) {
+            log::warn!(
+                "failed to store the last good configuration, a start with a broken file would use the built-in \
+                 defaults (set --state-dir to a writable directory): {error}"
+            );
+        }
+    }
+
+    /// Returns the path of the last good configuration.
+    pub(crate) fn last_good_path(&self) -> PathBuf {
+        self.store.path()
+    }
+
+    /// Reads and validates the stored last good configuration of the file, if one exists.
+    pub(crate) fn load_last_good(&self) -> anyhow::Result<Option<Config>> {
+        let Some(path) = &self.path else { return Ok(None) };
+        let Some(text) = self.store.read(&absolute(path)?)? else { return Ok(None) };
+        Ok(Some(self.with_listen(Config::parse(&text, &self.store.path())?)))
+    }
+
+    /// Returns the built-in defaults, plus those keys of the broken file that cannot weaken them: see
+    /// [`Config::fallback`].
+    pub(crate) fn fallback(&self) -> Config {
+        let path = self.path.as_deref().unwrap_or(Path::new(""));
+        let Content(text) = &self.seen;
+        self.with_listen(Config::fallback(text.as_deref().unwrap_or_default(), path))
+    }
+
+    fn with_listen(&self, mut config: Config) -> Config {
+        if !self.listen.is_empty() {
+            config.listen.clone_from(&self.listen);
+        }
+        config
+    }
+}
+
+fn absolute(path: &Path) -> Result<PathBuf, LastGoodError> {
+    let failed = |source| LastGoodError::Io { verb: "resolve", path: path.to_owned(), source };
+    std::path::absolute(path).map_err(failed)
+}

@@ -1,0 +1,285 @@
+//! Configuration file: parses TOML into a validated [`Config`].
+
+mod endpoint;
+pub mod endpoint_set;
+mod exemption;
+mod file;
+mod hooks;
+mod interfaces;
+mod kubernetes;
+pub mod last_good;
+mod listen;
+pub mod loader;
+mod names;
+pub mod provider;
+mod selector;
+mod source;
+mod suggest;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    fmt, fs,
+    io::{self, Read as _},
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+};
+
+use imds_ebpf_common::{
+    DenyAction, DenyErrno, Mode,
+    maps::{CONFIG_TEXT_LEN, MARK},
+};
+use thiserror::Error;
+
+pub use self::{
+    endpoint::Endpoints,
+    exemption::{EndpointSelector, Exempt, Exemptions, NameGlob, PodSelector, RuleSubject},
+    hooks::{Hooks, Sendmsg},
+    interfaces::Interfaces,
+    kubernetes::{Access, Enabled, Environment, Kubernetes},
+    listen::Listen,
+};
+use self::{
+    file::File,
+    source::{Diagnostics, SourceFile},
+};
+
+use crate::config::{endpoint_set::EndpointSet, provider::Dmi};
+
+/// Validated configuration. The default is used without a file: mode `enforce`, the endpoints of the provider that DMI
+/// identifies, and no exemptions.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Treatment of a packet from a pod to a protected endpoint.
+    pub mode: Mode,
+    /// Response to the sender of a denied packet.
+    pub on_deny: DenyAction,
+    /// Error of a call that the socket hook denies.
+    pub on_deny_errno: DenyErrno,
+    /// Hooks that the configuration enables.
+    pub hooks: Hooks,
+    /// Setting of the sendmsg programs.
+    pub sendmsg: Sendmsg,
+    /// Bit of the packet mark that `from_pod` sets for `node_egress` on packets of exempt pods behind a bridge.
+    pub mark: u32,
+    /// Selection of the protected endpoints.
+    pub endpoints: Endpoints,
+    /// Interfaces whose classification the operator overrides.
+    pub interfaces: Interfaces,
+    /// Exemption rules, in the order of the file.
+    pub exempt: Exemptions,
+    /// Addresses of the server for metrics and health.
+    pub listen: Vec<Listen>,
+    /// True if the kernel should collect run times of BPF programs.
+    pub program_run_time: bool,
+    /// Settings of the pod watch.
+    pub kubernetes: Kubernetes,
+    text: String,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            mode: Mode::default(),
+            on_deny: DenyAction::default(),
+            on_deny_errno: DenyErrno::default(),
+            hooks: Hooks::default(),
+            sendmsg: Sendmsg::default(),
+            mark: MARK,
+            endpoints: Endpoints::default(),
+            interfaces: Interfaces::default(),
+            exempt: Exemptions::default(),
+            listen: Listen::by_default(),
+            program_run_time: false,
+            kubernetes: Kubernetes::default(),
+            text: File::default().to_toml(),
+        }
+    }
+}
+
+/// Single error in a configuration.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("failed to read the configuration {}: {reason}", path.display())]
+    Read {
+        /// Path of the configuration file.
+        path: PathBuf,
+        /// Error of the system call.
+        reason: io::Error,
+    },
+    /// The file is not TOML, or has an unknown key or an invalid value.
+    #[error("{}:{line}:{column}: {message}", path.display())]
+    Parse {
+        /// Path of the configuration file.
+        path: PathBuf,
+        /// Line of the error, counted from 1.
+        line: usize,
+        /// Column of the error in characters, counted from 1.
+        column: usize,
+        /// Description of the error on one line.
+        message: String,
+    },
+}
+
+impl ConfigError {
+    fn position(&self) -> (usize, usize) {
+        match self {
+            Self::Read { .. } => (0, 0),
+            Self::Parse { line, column, .. } => (*line, *column),
+        }
+    }
+}
+
+/// All errors of an unusable configuration, at least one. The agent applies no part of such a configuration.
+#[derive(Debug, Error)]
+pub struct ConfigErrors(Vec<ConfigError>);
+
+impl ConfigErrors {
+    /// Returns the errors, ordered by line.
+    pub fn iter(&self) -> impl Iterator<Item = &ConfigError> {
+        self.0.iter()
+    }
+}
+
+impl From<ConfigError> for ConfigErrors {
+    fn from(error: ConfigError) -> Self {
+        Self(vec![error])
+    }
+}
+
+impl fmt::Display for ConfigErrors {
+    /// Formats the first error and the number of the others.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0[..] {
+            [] => f.write_str("invalid configuration"),
+            [only] => only.fmt(f),
+            [first, more @ ..] => {
+                write!(f, "{first} (and {} more, see `imds-agent config check`)", more.len())
+            }
+        }
+    }
+}
+
+impl Config {
+    /// Reads and validates the configuration file at `path`.
+    pub fn load(path: &Path) -> Result<Self, ConfigErrors> {
+        Self::parse(&read(path)?, path)
+    }
+
+    /// Validates `text`, which was read from `path`.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigErrors> {
+        let (source, mut diagnostics) = (SourceFile { text, path }, Diagnostics::default());
+        let file = File::read(source, &mut diagnostics);
+        let interfaces = Interfaces::parse(&file.interfaces, source, &mut diagnostics);
+        let endpoints = Endpoints::parse(&file, source, &mut diagnostics);
+        let exempt = Exemptions::parse(&file.exempt, source, &mut diagnostics);
+        let listen = Listen::parse(&file.metrics, source, &mut diagnostics);
+        let kubernetes = Kubernetes::parse(&file.kubernetes, source, &mut diagnostics);
+        if kubernetes.enabled == Enabled::No
+            && let Some(name) = exempt.first_of_pods(&file.exempt)
+        {
+            let message = "exempt.namespace: needs the pod watch, but kubernetes.enabled = \"no\"";
+            diagnostics.note(source.error(name.span(), message.to_owned()));
+        }
+        let mode = file.mode.into();
+        let hooks = Hooks::from(file.hooks.get_ref());
+        let sendmsg = file.hooks.get_ref().sendmsg(source, &mut diagnostics);
+        let mark = file.hooks.get_ref().mark(source, &mut diagnostics);
+        let text = file.to_toml();
+        // Later checks could report wrong errors if only a part of the file was read.
+        if diagnostics.is_empty() {
+            if endpoints.is_empty() && mode != Mode::Off {
+                let message =
+                    "provider: \"none\" without an [[endpoint]] protects nothing; set mode = \"off\" instead";
+                diagnostics.note(source.error(file.provider.span(), message.to_owned()));
+            }
+            if !hooks.deny_remote() {
+                let message = "hooks: all hooks are off, so nothing is enforced; set mode = \"off\" instead";
+                diagnostics.note(source.error(file.hooks.span(), message.to_owned()));
+            }
+            if text.len() > CONFIG_TEXT_LEN {
+                let message = format!("the configuration with all defaults exceeds {CONFIG_TEXT_LEN} bytes");
+                diagnostics.note(source.error(0..0, message));
+            }
+        }
+        if !diagnostics.is_empty() {
+            return Err(ConfigErrors(diagnostics.into_vec()));
+        }
+        Ok(Self {
+            mode,
+            on_deny: file.on_deny.into(),
+            on_deny_errno: file.on_deny_errno.into(),
+            hooks,
+            sendmsg,
+            mark,
+            endpoints,
+            interfaces,
+            exempt,
+            listen,
+            program_run_time: file.metrics.program_run_time,
+            kubernetes,
+            text,
+        })
+    }
+
+    /// Returns the built-in defaults for an unusable file, with its `mode` and `metrics` if these are valid.
+    ///
+    /// Other keys are ignored, because a key that depends on an invalid one could weaken enforcement. The metrics
+    /// address is used because the probes of a cluster restart an agent that does not answer there.
+    #[must_use]
+    pub fn fallback(text: &str, path: &Path) -> Self {
+        let (source, mut diagnostics) = (SourceFile { text, path }, Diagnostics::default());
+        let File { mode, metrics, .. } = File::read(source, &mut diagnostics);
+        let mut of_metrics = Diagnostics::default();
+        let listen = Listen::parse(&metrics, source, &mut of_metrics);
+        let file = File { mode, ..File::default() };
+        let config = Self { mode: mode.into(), text: file.to_toml(), ..Self::default() };
+        if !of_metrics.is_empty() {
+            return config;
+        }
+        Self { listen, text: File { metrics, ..file }.to_toml(), ..config }
+    }
+
+    /// Returns the configuration with the `socket` hook off.
+    #[must_use]
+    pub fn without_socket(self) -> Self {
+        let (source, mut diagnostics) =
+            (SourceFile { text: &self.text, path: Path::new("") }, Diagnostics::default());
+        let file = File::read(source, &mut diagnostics).without_socket();
+        let hooks = Hooks::from(file.hooks.get_ref());
+        Self { hooks, text: file.to_toml(), ..self }
+    }
+
+    /// Resolves the protected endpoints and the exemptions on a machine with the SMBIOS fields `dmi`.
+    pub fn resolve(&self, dmi: &Dmi) -> Result<(EndpointSet, Vec<Exempt>), ConfigErrors> {
+        let guarded = self.endpoints.resolve(dmi)?;
+        let exempt = self.exempt.resolve(&guarded)?;
+        Ok((guarded, exempt))
+    }
+
+    /// Returns the configuration as TOML, including every default.
+    #[must_use]
+    pub fn to_toml(&self) -> &str {
+        &self.text
+    }
+}
+
+/// Reads a configuration file of at most 1 MiB.
+pub fn read(path: &Path) -> Result<String, ConfigError> {
+    read_file(path).map_err(|reason| ConfigError::Read { path: path.to_owned(), reason })
+}
+
+fn read_file(path: &Path) -> io::Result<String> {
+    const MOST: u64 = 1 << 20;
+    // Open without blocking: a FIFO without a writer would block the agent.
+    let file = fs::File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("not a regular file"));
+    }
+    let mut text = String::new();
+    if file.take(MOST + 1).read_to_string(&mut text)? as u64 > MOST {
+        return Err(io::Error::other("the file is larger than 1 MiB"));
+    }
+    Ok(text)
+}

@@ -1,0 +1,343 @@
+//! Event loop of the running agent: follows the node and its configuration until a signal stops it.
+
+mod debounce;
+mod unloaded;
+
+use std::{future, time::Duration};
+
+use anyhow::Context as _;
+use futures_util::{FutureExt as _, Stream, StreamExt as _};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    task::JoinSet,
+    time::{Instant, Interval, MissedTickBehavior, interval_at},
+};
+
+use self::{
+    debounce::{Debounce, wait_for},
+    unloaded::Unloaded,
+};
+use crate::{
+    config::loader::ConfigLoader,
+    controller::{
+        Reconciler,
+        resolved_config::{ResolvedConfig, RunOptions},
+        start_config::StartConfig,
+    },
+    kube::{
+        PodEvent,
+        cluster::{Cluster, ClusterEvent},
+    },
+    node::{file_watch::FileWatcher, netlink::Event},
+    telemetry::{
+        Telemetry, logging,
+        metrics::{AgentStats, RunTimeStats},
+        systemd::Systemd,
+    },
+};
+
+/// Netlink events to handle before other event sources have their turn.
+const EVENT_BATCH: usize = 256;
+
+/// Every so many resyncs, interfaces and routes are listed again, too. The kernel reports their changes, and reports
+/// lost events.
+const FULL_RESYNC_EVERY: u32 = 6;
+
+/// Numbers of configuration reloads since the agent started.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Reloads {
+    /// Reloads whose configuration became effective.
+    pub succeeded: u64,
+    /// Reloads whose configuration was rejected.
+    pub failed: u64,
+}
+
+/// The agent with its state and event sources.
+pub struct Agent {
+    reconciler: Reconciler,
+    node: RunOptions,
+    loader: ConfigLoader,
+    /// Settings that the datapath enforces now.
+    settings: ResolvedConfig,
+    reloads: Reloads,
+    run_time_stats: RunTimeStats,
+    telemetry: Telemetry,
+    systemd: Systemd,
+    cluster: Cluster,
+    /// Tasks that are aborted when the agent ends.
+    background: JoinSet<()>,
+    timer: Interval,
+    hangup: Signal,
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Agent {
+    /// Creates an agent that manages the attachments of `reconciler`. `settings` are the effective ones. The agent resyncs
+    /// every `period`, and uses `loader` to load changed configurations.
+    pub fn new(
+        reconciler: Reconciler,
+        node: RunOptions,
+        loader: ConfigLoader,
+        settings: ResolvedConfig,
+        telemetry: Telemetry,
+        period: Duration,
+    ) -> anyhow::Result<Self> {
+        let mut timer = interval_at(Instant::now() + period, period);
+        timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Ok(Self {
+            reconciler,
+            node,
+            loader,
+            settings,
+            reloads: Reloads::default(),
+            run_time_stats: RunTimeStats::default(),
+            telemetry,
+            systemd: Systemd::from_env(),
+            cluster: Cluster::default(),
+            background: JoinSet::new(),
+            timer,
+            hangup: signal(SignalKind::hangup()).context("failed to listen for SIGHUP")?,
+            terminate: signal(SignalKind::terminate()).context("failed to listen for SIGTERM")?,
+            interrupt: signal(SignalKind::interrupt()).context("failed to listen for SIGINT")?,
+        })
+    }
+
+    /// Adds tasks that are aborted when the agent ends.
+    #[must_use]
+    pub fn with_background(mut self, background: JoinSet<()>) -> Self {
+        self.background = background;
+        self
+    }
+
+    /// Returns the numbers of configuration reloads.
+    #[must_use]
+    pub fn reloads(&self) -> Reloads {
+        self.reloads
+    }
+
+    /// Does the initial full resync with the configuration `start`, and runs until a signal stops the agent. Attached
+    /// programs stay attached after that.
+    pub async fn run(
+        mut self,
+        start: &StartConfig,
+        mut events: impl Stream<Item = Event> + Unpin,
+    ) -> anyhow::Result<()> {
+        self.reconciler.start(start).await?;
+        if start.rejected.is_none() {
+            self.loader.store_last_good();
+        }
+        trim_heap();
+        let mut watch = self.watch();
+        let mut unload_request = self.watch_unload_request();
+        // The file may have changed after it was read and before the watch started.
+        let mut due = self.loader.change().map(|_| Debounce::now());
+        let mut half_seen = None;
+        let mut resyncs = 0_u32;
+        self.telemetry.listen(&start.config.listen);
+        self.run_time_stats.set(start.config.program_run_time);
+        self.follow_cluster().await;
+        self.systemd.ready(&self.reconciler.state(&self.settings));
+        loop {
+            self.telemetry.report_progress(self.stats());
+            tokio::select! {
+                event = events.next() => self.on_link_events(event, &mut events).await?,
+                event = self.cluster.next() => self.on_cluster_event(event).await,
+                () = future::ready(()), if self.reconciler.resync_in_progress() => log_error(self.reconciler.resync_step().await),
+                point = self.reconciler.attachment_due() => self.reconciler.attach(point).await,
+                () = future::ready(()), if self.reconciler.is_resolving() => log_error(self.reconciler.resolve_next().await),
+                () = self.reconciler.search_due() => log_error(self.reconciler.search_exempt().await),
+                () = self.reconciler.kubepods_changed() => log_error(self.reconciler.follow_kubepods()),
+                _ = self.timer.tick() => {
+                    resyncs = resyncs.wrapping_add(1);
+                    let is_full = resyncs.is_multiple_of(FULL_RESYNC_EVERY);
+                    log_error(self.reconciler.start_resync(is_full).await);
+                    if is_full {
+                        trim_heap();
+                    }
+                    self.systemd.ready(&self.reconciler.state(&self.settings));
+                    if self.reconciler.pins().is_unload_requested() {
+                        return self.unload().run().await;
+                    }
+                    // Covers changes without inotify events, as on some network file systems. A change must be seen
+                    // twice: at first the file may be half written.
+                    let change = self.loader.change();
+                    if change.is_some() && change == half_seen {
+                        self.reload().await;
+                    }
+                    half_seen = change;
+                }
+                changed = changed(&mut watch) => match changed {
+                    Ok(()) => due = Some(Debounce::after(due)),
+                    Err(error) => {
+                        log::error!("stopped watching the configuration file, the resync checks it: {error}");
+                        watch = None;
+                    }
+                },
+                requested = changed(&mut unload_request) => match requested {
+                    Ok(()) if self.reconciler.pins().is_unload_requested() => return self.unload().run().await,
+                    Ok(()) => {}
+                    Err(error) => {
+                        log::error!("failed to watch for `imds-agent unload`, the resync checks for it: {error}");
+                        unload_request = None;
+                    }
+                },
+                () = wait_for(due) => {
+                    due = None;
+                    self.reload().await;
+                }
+                error = self.telemetry.ended() => return Err(error),
+                () = self.systemd.watchdog() => {}
+                _ = self.hangup.recv() => {
+                    due = None;
+                    self.reload().await;
+                }
+                _ = self.terminate.recv() => break,
+                _ = self.interrupt.recv() => break,
+            }
+        }
+        self.systemd.stopping();
+        log::info!("stopping; attached programs keep enforcing until `imds-agent unload`");
+        Ok(())
+    }
+
+    /// Closes all kernel objects, so that `imds-agent unload` can remove them.
+    fn unload(self) -> Unloaded {
+        let stats = self.stats();
+        let Self { reconciler, background, telemetry, systemd, timer, hangup, terminate, interrupt, .. } =
+            self;
+        // Drops the map descriptors of the background tasks, too.
+        drop(background);
+        telemetry.close_maps();
+        let pins = reconciler.pins().root().to_owned();
+        // Dropping the guard releases the lock of the pin directory.
+        drop(reconciler);
+        Unloaded { pins, stats, telemetry, systemd, timer, hangup, terminate, interrupt }
+    }
+
+    /// Handles one netlink event, and those that have arrived in the meantime.
+    async fn on_link_events(
+        &mut self,
+        mut event: Option<Event>,
+        events: &mut (impl Stream<Item = Event> + Unpin),
+    ) -> anyhow::Result<()> {
+        for left in (0..EVENT_BATCH).rev() {
+            let link_event = event.context("lost the connection to rtnetlink: cannot follow interfaces")?;
+            log_error(self.reconciler.handle(link_event).await);
+            // An event that is read here must be handled, or it is lost.
+            match (left > 0).then(|| events.next().now_or_never()).flatten() {
+                Some(next) => event = next,
+                None => break,
+            }
+        }
+        log_error(self.reconciler.flush_pending_sync().await);
+        Ok(())
+    }
+
+    async fn follow_cluster(&mut self) {
+        self.cluster.follow(self.settings.cluster.as_ref());
+        if self.cluster.node().is_none() {
+            log_error(self.reconciler.forget_cluster().await);
+        }
+    }
+
+    async fn on_cluster_event(&mut self, event: ClusterEvent) {
+        match event {
+            ClusterEvent::Pods(event) => {
+                let is_relist = matches!(event, PodEvent::Relist(_));
+                log_error(self.reconciler.on_pod_event(event).await);
+                if is_relist {
+                    trim_heap();
+                }
+            }
+            ClusterEvent::State(state) => {
+                let node = self.cluster.node().unwrap_or_default();
+                log_error(self.reconciler.on_watch_status(node, &state).await);
+            }
+        }
+    }
+
+    fn stats(&self) -> AgentStats {
+        AgentStats {
+            reloads: self.reloads,
+            corrections: self.reconciler.corrections(),
+            map_updates: self.reconciler.map_updates(),
+            watch: self.cluster.state(),
+            log_lines_dropped: logging::dropped(),
+        }
+    }
+
+    fn watch(&self) -> Option<FileWatcher> {
+        let path = self.loader.path()?;
+        let failed = |error| {
+            log::warn!("failed to watch {}: {error}; the resync checks it", path.display());
+        };
+        FileWatcher::new(path).map_err(failed).ok()
+    }
+
+    fn watch_unload_request(&self) -> Option<FileWatcher> {
+        let failed = |error| {
+            log::warn!("failed to watch for `imds-agent unload`, the resync checks for it: {error}");
+        };
+        self.reconciler.pins().watch_unload_request().map_err(failed).ok()
+    }
+
+    /// Reloads the configuration. If that fails, the previous one stays effective.
+    async fn reload(&mut self) {
+        self.systemd.reloading();
+        match self.try_reload().await {
+            Ok(generation) => {
+                self.reloads.succeeded += 1;
+                log::info!("loaded configuration {generation}: {}", self.reconciler.summary(&self.settings));
+            }
+            Err(error) => {
+                self.reloads.failed += 1;
+                let error = format!("{error:#}");
+                log::error!("failed to reload configuration, keeping the previous one: {error}");
+                log_error(self.reconciler.record_rejected_config(&error));
+            }
+        }
+        self.systemd.ready(&self.reconciler.state(&self.settings));
+    }
+
+    async fn try_reload(&mut self) -> anyhow::Result<u64> {
+        let config = self.loader.load()?;
+        let resolved = self.node.resolve(&config)?;
+        let settings = self.node.settings(&config, resolved)?;
+        if let Err(error) = self.reconciler.reconfigure(&settings).await {
+            log_error(self.reconciler.reconfigure(&self.settings).await);
+            return Err(error.into());
+        }
+        self.settings = settings;
+        self.telemetry.listen(&config.listen);
+        self.run_time_stats.set(config.program_run_time);
+        self.follow_cluster().await;
+        let generation = self.reconciler.record_config(self.loader.path(), &config)?;
+        self.loader.store_last_good();
+        Ok(generation)
+    }
+}
+
+async fn changed(watch: &mut Option<FileWatcher>) -> std::io::Result<()> {
+    match watch {
+        Some(watch) => watch.changed().await,
+        None => future::pending().await,
+    }
+}
+
+/// Returns free heap memory to the kernel. Loading the programs and listing all pods take several times what the agent
+/// needs later.
+fn trim_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: `malloc_trim` takes no pointers and may be called at any time.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
+/// Logs an error. The next resync retries the operation at the latest.
+fn log_error<T>(result: Result<T, impl Into<anyhow::Error>>) {
+    if let Err(error) = result {
+        log::error!("{:#}", error.into());
+    }
+}

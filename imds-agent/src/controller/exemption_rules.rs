@@ -1,0 +1,302 @@
+//! Exemptions: the operator's rules, and the identities of the senders on this node that they match.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    path::Path,
+};
+
+use imds_ebpf_common::{Address, Exemption, Grant, Subject, SubjectKind, Verdict};
+
+use crate::{
+    config::{self, EndpointSelector, Exempt, RuleSubject, endpoint_set::address},
+    controller::pod_tracker::PodTracker,
+    node::{
+        interface_role,
+        link::Link,
+        netlink::Netlink,
+        sender_resolver::{Fingerprint, IdentitySet, SenderResolver},
+    },
+};
+
+/// Exemptions that the datapath should have.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Grants {
+    /// Verdicts, by subject and endpoint.
+    pub entries: BTreeMap<Exemption, Grant>,
+    /// Source addresses of the subjects.
+    pub sources: BTreeSet<Exemption>,
+}
+
+impl Grants {
+    /// Adds the grants and sources of `others`.
+    pub fn extend(&mut self, others: Self) {
+        self.entries.extend(others.entries);
+        self.sources.extend(others.sources);
+    }
+
+    /// Marks the grants of pods behind a bridge, whose packets name the bridge as their ingress interface at `node_egress`,
+    /// and adds grants for marked packets of these bridges.
+    ///
+    /// A bridge with a netkit port gets none: such a pod may set the mark itself (`scrub none`).
+    pub fn add_bridges(&mut self, links: &BTreeMap<u32, Link>) {
+        let mut of_bridges = BTreeMap::new();
+        for (exemption, grant) in &mut self.entries {
+            let Some(link) = interface_of(exemption.subject).and_then(|index| links.get(&index)) else {
+                continue;
+            };
+            for bridge in interface_role::ingress_devices(link, links) {
+                grant.flags = Grant::MARK;
+                let subject = Subject::new(SubjectKind::Bridge, bridge.into());
+                let of_bridge = of_bridges.entry(Exemption { subject, ..*exemption }).or_insert(*grant);
+                if grant.verdict == Verdict::Exempt as u32 {
+                    *of_bridge = *grant;
+                }
+            }
+        }
+        self.entries.extend(of_bridges);
+    }
+
+    /// Adds the node's own addresses: if `from_pod` is off, masqueraded packets are recognized by them.
+    pub fn add_node(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
+        let subject = Subject::new(SubjectKind::Interface, 0);
+        let sources = addresses.into_iter().map(|source| Exemption { address: address(source), subject });
+        self.sources.extend(sources);
+    }
+}
+
+/// Returns the ifindex of a subject that is an interface.
+fn interface_of(subject: Subject) -> Option<u32> {
+    let is_interface = SubjectKind::from_u64(subject.kind) == Some(SubjectKind::Interface);
+    u32::try_from(subject.id).ok().filter(|_| is_interface)
+}
+
+/// Exemption rules of the effective configuration.
+#[derive(Debug, Default)]
+pub struct Rules {
+    exempt: Vec<Exempt>,
+    traces: Vec<Fingerprint>,
+    /// Reason why a rule cannot be applied completely, by name of the rule.
+    errors: BTreeMap<String, String>,
+}
+
+impl Rules {
+    /// Creates the set of effective rules from those of the configuration.
+    #[must_use]
+    pub fn new(exempt: Vec<Exempt>) -> Self {
+        Self { exempt, ..Self::default() }
+    }
+
+    /// Reports whether `rules` are the effective ones.
+    #[must_use]
+    pub fn are(&self, rules: &[Exempt]) -> bool {
+        self.exempt == rules
+    }
+
+    /// Returns the selectors of the rules for Kubernetes pods.
+    pub fn of_pods(&self) -> impl Iterator<Item = &config::PodSelector> {
+        self.exempt.iter().filter_map(|rule| match &rule.sender {
+            RuleSubject::Pods(pods) => Some(pods),
+            RuleSubject::Interface(_) | RuleSubject::Netns(_) | RuleSubject::Cgroup(_) => None,
+        })
+    }
+
+    /// Reports whether the rule with this number, counted from 1, is for Kubernetes pods.
+    #[must_use]
+    pub fn selects_pods(&self, rule: u32) -> bool {
+        let rule = usize::try_from(rule).ok().and_then(|rule| self.exempt.get(rule.checked_sub(1)?));
+        rule.is_some_and(|rule| matches!(rule.sender, RuleSubject::Pods(_)))
+    }
+
+    /// Replaces all rules, and clears their errors.
+    pub fn set(&mut self, rules: Vec<Exempt>) {
+        self.exempt = rules;
+        self.errors.clear();
+    }
+
+    /// Returns the reasons why rules cannot be applied completely, by name of the rule.
+    #[must_use]
+    pub fn errors(&self) -> &BTreeMap<String, String> {
+        &self.errors
+    }
+
+    /// Reports whether a rule depends on paths whose changes the kernel does not report.
+    #[must_use]
+    pub fn are_to_be_asked(&self) -> bool {
+        self.exempt.iter().any(|rule| rule.sender.path().is_some())
+    }
+
+    /// Reports whether rules with a path may match other senders than at the last [`Rules::find`].
+    #[must_use]
+    pub fn may_have_changed(&self) -> bool {
+        self.traces() != self.traces
+    }
+
+    fn traces(&self) -> Vec<Fingerprint> {
+        self.exempt.iter().filter_map(|rule| rule.sender.path()).map(SenderResolver::fingerprint).collect()
+    }
+
+    /// Computes the exemptions on a node with these `links` of `pods`. `judges_sockets`: the socket hook is on.
+    pub async fn find(
+        &mut self,
+        resolver: &mut SenderResolver,
+        netlink: &Netlink,
+        links: &[&Link],
+        pods: &PodTracker,
+        judges_sockets: bool,
+    ) -> Grants {
+        self.traces = self.traces();
+        let mut found = Vec::new();
+        let mut errors = BTreeMap::new();
+        for rule in &self.exempt {
+            let senders = match &rule.sender {
+                RuleSubject::Interface(glob) => {
+                    let of_rule: Vec<_> =
+                        links.iter().copied().filter(|link| glob.matches(&link.name)).collect();
+                    resolver.from_links(netlink, &of_rule).await
+                }
+                RuleSubject::Netns(path) => resolver.from_netns(netlink, links, path).await,
+                RuleSubject::Cgroup(path) => resolver.from_cgroup(netlink, links, path).await,
+                RuleSubject::Pods(rule) => pods.senders(rule),
+            };
+            if let Some(failure) = failure(&senders, judges_sockets) {
+                errors.insert(rule.name.clone(), failure);
+            }
+            found.push(senders);
+        }
+        for (name, failure) in &errors {
+            if self.errors.get(name) != Some(failure) {
+                log::warn!("exemption {name:?} cannot be applied completely: {failure}");
+            }
+        }
+        self.errors = errors;
+        Grants { entries: grants(&self.exempt, &found), sources: sources(&found) }
+    }
+}
+
+impl RuleSubject {
+    fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Netns(path) | Self::Cgroup(path) => Some(path),
+            Self::Interface(_) | Self::Pods(_) => None,
+        }
+    }
+}
+
+/// Returns the reason why a rule cannot be applied to all senders that it matches.
+fn failure(senders: &IdentitySet, judges_sockets: bool) -> Option<String> {
+    let without_cookie = || {
+        let pod = senders.without_cookie.as_ref().filter(|_| judges_sockets)?;
+        Some(format!(
+            "this kernel (before Linux 5.14) has no cookie for the network namespace of {pod}: the socket hook does not exempt its \
+             calls, set hooks.socket = false"
+        ))
+    };
+    senders.errors.first().cloned().or_else(without_cookie)
+}
+
+/// Returns the exemptions that these rules give to the senders found for each. An exempting rule takes precedence over
+/// an auditing one.
+fn grants(rules: &[Exempt], found: &[IdentitySet]) -> BTreeMap<Exemption, Grant> {
+    let mut grants = BTreeMap::new();
+    for ((rule, senders), number) in rules.iter().zip(found).zip(1..) {
+        let verdict = if rule.is_audited { Verdict::Audit } else { Verdict::Exempt };
+        let grant = Grant::new(verdict, number);
+        for subject in subjects(senders) {
+            for address in addresses(&rule.scope) {
+                let granted: &mut Grant = grants.entry(Exemption { address, subject }).or_insert(grant);
+                if granted.verdict == Verdict::Audit as u32 && verdict == Verdict::Exempt {
+                    *granted = grant;
+                }
+            }
+        }
+    }
+    // The programs look up the entry of an endpoint first, which must not hide an exemption for all endpoints.
+    let is_of_all = |exemption: &Exemption| exemption.address == Address::ANY;
+    let exempt_from_all: BTreeSet<_> = grants
+        .iter()
+        .filter(|(exemption, grant)| is_of_all(exemption) && grant.verdict == Verdict::Exempt as u32)
+        .map(|(exemption, _)| exemption.subject)
+        .collect();
+    grants.retain(|exemption, _| is_of_all(exemption) || !exempt_from_all.contains(&exemption.subject));
+    grants
+}
+
+/// Returns the source addresses of the pods that were found.
+fn sources(found: &[IdentitySet]) -> BTreeSet<Exemption> {
+    let of_links = found.iter().flat_map(|senders| &senders.addresses);
+    let exemptions = of_links.flat_map(|(&index, addresses)| {
+        let subject = Subject::new(SubjectKind::Interface, index.into());
+        addresses.iter().map(move |&source| Exemption { address: address(source), subject })
+    });
+    exemptions.collect()
+}
+
+fn subjects(IdentitySet { interfaces, cookies, cgroups, .. }: &IdentitySet) -> impl Iterator<Item = Subject> {
+    let interfaces = interfaces.iter().map(|&index| Subject::new(SubjectKind::Interface, index.into()));
+    let cookies = cookies.iter().map(|&cookie| Subject::new(SubjectKind::Netns, cookie));
+    let cgroups = cgroups.iter().map(|&id| Subject::new(SubjectKind::Cgroup, id));
+    interfaces.chain(cookies).chain(cgroups)
+}
+
+fn addresses(scope: &EndpointSelector) -> Vec<Address> {
+    match scope {
+        EndpointSelector::All => vec![Address::ANY],
+        EndpointSelector::Only(addresses) => addresses.iter().copied().map(address).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ONE: [u8; 4] = [10, 0, 0, 1];
+
+    fn rule(addresses: Option<[u8; 4]>, is_audited: bool) -> Exempt {
+        let scope = addresses
+            .map_or(EndpointSelector::All, |address| EndpointSelector::Only([IpAddr::from(address)].into()));
+        Exempt { name: "a".to_owned(), sender: RuleSubject::Netns("/n".into()), scope, is_audited }
+    }
+
+    fn found(interface: u32) -> IdentitySet {
+        IdentitySet { interfaces: [interface].into(), ..IdentitySet::default() }
+    }
+
+    fn of(rules: &[(Exempt, IdentitySet)]) -> Vec<(Address, u64, u32, u32)> {
+        let (rules, found): (Vec<_>, Vec<_>) = rules.iter().cloned().unzip();
+        let plain = |(exemption, grant): (Exemption, Grant)| {
+            (exemption.address, exemption.subject.id, grant.verdict, grant.rule)
+        };
+        grants(&rules, &found).into_iter().map(plain).collect()
+    }
+
+    #[test]
+    fn missing_cookie_is_reported_for_socket() {
+        let senders = IdentitySet { without_cookie: Some("/n".to_owned()), ..found(7) };
+        assert!(failure(&senders, true).unwrap().contains("/n: its calls"));
+        assert_eq!(failure(&senders, false), None);
+        let unknown = IdentitySet { errors: ["gone".to_owned()].into(), ..senders };
+        assert_eq!(failure(&unknown, false).unwrap(), "gone");
+    }
+
+    #[test]
+    fn senders_get_their_rules() {
+        let (exempt, audit) = (Verdict::Exempt as u32, Verdict::Audit as u32);
+        let (all, one) = (Address::ANY, Address::from_ipv4(ONE));
+        assert_eq!(of(&[]), []);
+        assert_eq!(of(&[(rule(None, false), IdentitySet::default())]), []);
+        assert_eq!(of(&[(rule(None, false), found(7))]), [(all, 7, exempt, 1)]);
+        assert_eq!(of(&[(rule(Some(ONE), true), found(7))]), [(one, 7, audit, 1)]);
+        let both = [(rule(Some(ONE), true), found(7)), (rule(Some(ONE), false), found(7))];
+        assert_eq!(of(&both), [(one, 7, exempt, 2)]);
+        let both = [(rule(Some(ONE), true), found(7)), (rule(None, false), found(7))];
+        assert_eq!(of(&both), [(all, 7, exempt, 2)]);
+        let both = [(rule(Some(ONE), false), found(7)), (rule(None, true), found(7))];
+        assert_eq!(of(&both), [(all, 7, audit, 2), (one, 7, exempt, 1)]);
+        let others = [(rule(Some(ONE), true), found(7)), (rule(None, false), found(8))];
+        assert_eq!(of(&others), [(all, 8, exempt, 2), (one, 7, audit, 1)]);
+        let everything = IdentitySet { cookies: [9].into(), cgroups: [10].into(), ..found(7) };
+        let kinds: Vec<_> = subjects(&everything).map(|subject| (subject.kind, subject.id)).collect();
+        assert_eq!(kinds, [(1, 7), (2, 9), (3, 10)]);
+    }
+}

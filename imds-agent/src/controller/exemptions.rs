@@ -1,0 +1,165 @@
+//! Keeps the exemptions current while pods and links come and go.
+
+use std::{collections::BTreeMap, future::pending, time::Duration};
+
+use imds_ebpf_common::{Hook, TcHook};
+use tokio::time::{Instant, sleep_until};
+
+use super::Reconciler;
+use crate::{
+    config::{Exempt, Interfaces},
+    controller::{exemption_rules::Grants, pod_tracker::PodTracker},
+    datapath::DatapathError,
+    kube::{PodEvent, WatchState},
+    node::{
+        interface_role::{Uplinks, assign},
+        link::Link,
+        netns,
+    },
+};
+
+/// Poll interval for changes that the kernel does not report: names of network namespaces, and members of cgroups.
+const PERIOD: Duration = Duration::from_millis(250);
+/// Sandboxes to resolve before events are handled again: about 1 ms of work.
+const SANDBOX_BATCH: usize = 2;
+
+impl Reconciler {
+    /// Waits until the next poll for changes that the kernel does not report.
+    pub async fn search_due(&self) {
+        let of_rules = (self.rules.are_to_be_asked() || self.waits_for_plugins()).then_some(PERIOD);
+        match of_rules.into_iter().chain(self.pods.retry_delay()).min() {
+            Some(retry_delay) => sleep_until(self.last_search + retry_delay).await,
+            None => pending().await,
+        }
+    }
+
+    /// Polls for changes of network namespaces, cgroups and sandboxes, and updates the exemptions.
+    pub async fn search_exempt(&mut self) -> Result<(), DatapathError> {
+        self.last_search = Instant::now();
+        self.release_started_pods().await;
+        // Only queues the pods: `resolve_next` resolves their sandboxes.
+        self.pods.enqueue_changed();
+        if self.rules.may_have_changed() { self.restore_exemptions().await } else { Ok(()) }
+    }
+
+    /// Reports whether pods are queued whose sandboxes have to be resolved.
+    #[must_use]
+    pub fn is_resolving(&self) -> bool {
+        self.pods.has_pending()
+    }
+
+    /// Resolves the next sandboxes. Recomputes the exemptions after the last one.
+    pub async fn resolve_next(&mut self) -> Result<(), DatapathError> {
+        self.resolve_sandboxes(SANDBOX_BATCH).await;
+        if self.is_resolving() {
+            return Ok(());
+        }
+        let restored = self.restore_exemptions().await;
+        self.record_watch_status().and(restored)
+    }
+
+    /// Resolves the sandboxes of the next `count` queued pods.
+    pub(super) async fn resolve_sandboxes(&mut self, count: usize) {
+        let pods = of_pods(&self.links, &self.uplinks, &self.interfaces);
+        self.pods.resolve_sandboxes(&self.resolver, &self.netlink, &pods, count).await;
+    }
+
+    /// Computes the exemptions of the pods on this node, and updates the maps to match.
+    pub async fn restore_exemptions(&mut self) -> Result<(), DatapathError> {
+        let wanted = self.find_exempt().await?;
+        let map_updates = self.datapath.grant(&wanted)?;
+        self.map_updates.exemptions += map_updates as u64;
+        if map_updates > 0 {
+            log::info!("updated exemptions: {} active", wanted.entries.len());
+        }
+        if self.pods.needs_name_sync() {
+            self.map_updates.pods += self.datapath.sync_pod_names(&self.pods.names())? as u64;
+            self.pods.names_synced();
+        }
+        Ok(())
+    }
+
+    /// Handles an event of the pod watch. [`Reconciler::resolve_next`] resolves the sandboxes of new pods.
+    pub async fn on_pod_event(&mut self, event: PodEvent) -> Result<(), DatapathError> {
+        let disputed = self.pods.disputed();
+        if !self.pods.handle(event) {
+            return Ok(());
+        }
+        if self.watched.is_some() && self.pods.disputed() != disputed {
+            self.record_watch_status()?;
+        }
+        self.restore_exemptions().await
+    }
+
+    /// Handles a state change of the watch of the pods of `node`.
+    pub async fn on_watch_status(&mut self, node: &str, state: &WatchState) -> Result<(), DatapathError> {
+        if self.pods.on_watch_status(state) {
+            self.restore_exemptions().await?;
+        }
+        self.watched = Some((node.to_owned(), state.clone()));
+        self.record_watch_status()
+    }
+
+    fn record_watch_status(&mut self) -> Result<(), DatapathError> {
+        let lookup = self.watched.as_ref().map(|(node, state)| self.pods.lookup(node, state));
+        self.datapath.record_watch_status(lookup.as_ref())
+    }
+
+    /// Drops all pods and their exemptions, after the pod watch was disabled.
+    pub async fn forget_cluster(&mut self) -> Result<(), DatapathError> {
+        self.pods = PodTracker::new(false);
+        self.watched = None;
+        self.retain_previous_grants = false;
+        self.datapath.sync_pod_names(&self.pods.names())?;
+        self.record_watch_status()?;
+        self.restore_exemptions().await
+    }
+
+    /// Applies other rules. Exemptions of the old rules are removed only by [`Reconciler::restore_exemptions`], so that an
+    /// exemption that both old and new rules contain is never interrupted.
+    pub(super) async fn change_rules(&mut self, rules: Vec<Exempt>) -> Result<(), DatapathError> {
+        self.rules.set(rules);
+        let mut either = self.datapath.granted()?;
+        either.extend(self.find_exempt().await?);
+        // If the map has no room for both, the new rules must still revoke the exemptions of the old ones.
+        if let Err(error) = self.datapath.grant(&either) {
+            log::warn!("failed to keep all exemptions during the reload: {:#}", anyhow::Error::from(error));
+        }
+        Ok(())
+    }
+
+    async fn find_exempt(&mut self) -> Result<Grants, DatapathError> {
+        let pods = of_pods(&self.links, &self.uplinks, &self.interfaces);
+        self.resolver.retain(&self.links);
+        let is_strict = self.kubepods.is_some();
+        self.pods.track_host_network_pods(self.rules.of_pods().filter(|_| is_strict));
+        let judges_sockets = self.datapath.hooks().has(Hook::Socket);
+        let found = self.rules.find(&mut self.resolver, &self.netlink, &pods, &self.pods, judges_sockets);
+        let mut wanted = found.await;
+        wanted.add_bridges(&self.links);
+        if !self.datapath.hooks().has(Hook::FromPod) && !wanted.entries.is_empty() {
+            wanted.add_node(netns::addresses().unwrap_or_default());
+        }
+        // Once all pods are synced and resolved, the recomputed exemptions replace those of the previous agent.
+        self.retain_previous_grants &= self.is_resolving() || !self.pods.is_synced();
+        if self.retain_previous_grants {
+            // Until then, the exemptions of the previous agent stay. The kernel never reuses a netns cookie or cgroup
+            // id, and an interface that reuses the index of a deleted one has lost its exemptions already.
+            let granted = self.datapath.granted()?;
+            for (exemption, grant) in granted.entries {
+                if self.rules.selects_pods(grant.rule) {
+                    wanted.entries.entry(exemption).or_insert(grant);
+                }
+            }
+            wanted.sources.extend(granted.sources);
+        }
+        Ok(wanted)
+    }
+}
+
+/// Returns the interfaces from which pods can send: those with `from_pod`. A route through a pod, for example to an
+/// egress gateway, makes the pod's interface an uplink, but it remains a pod interface.
+fn of_pods<'l>(links: &'l BTreeMap<u32, Link>, uplinks: &Uplinks, interfaces: &Interfaces) -> Vec<&'l Link> {
+    let has_from_pod = |link: &&Link| assign(link, uplinks, interfaces, false).hooks.has(TcHook::FromPod);
+    links.values().filter(has_from_pod).collect()
+}

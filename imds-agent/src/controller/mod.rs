@@ -1,0 +1,406 @@
+//! Reconciles the node: follows its interfaces, and brings the attachments of each to the desired state.
+
+mod attach_queue;
+mod cgroup_changes;
+mod change_log;
+pub mod event_loop;
+pub mod exemption_rules;
+mod exemptions;
+mod host_network;
+mod links;
+mod local_service;
+mod other_agents;
+pub mod plan;
+pub mod pod_tracker;
+pub mod repair_backoff;
+pub mod resolved_config;
+mod resync;
+pub mod start_config;
+pub mod startup_taint;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    path::Path,
+    time::Duration,
+};
+
+use imds_ebpf_common::{AttachMode, Hook, Role, TcHook};
+use tokio::time::Instant;
+
+use self::{
+    attach_queue::AttachQueue,
+    change_log::{ChangeLog, Pass},
+    other_agents::OtherAgents,
+};
+
+use crate::{
+    config::{Config, Interfaces},
+    controller::{
+        exemption_rules::Rules, pod_tracker::PodTracker, repair_backoff::RepairBackoff,
+        resolved_config::ResolvedConfig, start_config::StartConfig,
+    },
+    datapath::{
+        Datapath, DatapathError,
+        pin::dir::{AttachPoint, PinDir},
+    },
+    kube::WatchState,
+    node::{
+        interface_role::Uplinks,
+        kubepods::Kubepods,
+        link::Link,
+        netlink::{Event, Netlink},
+        sender_resolver::SenderResolver,
+    },
+};
+
+/// Numbers of drift corrections since the agent started: changes of other programs that the agent reverted.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct DriftCorrections {
+    /// Programs that were attached again.
+    pub attached: u64,
+    /// Programs of others that this agent's program replaced.
+    pub replaced: u64,
+    /// Links pinned again, and entries of the pin directory restored.
+    pub pinned: u64,
+    /// Programs moved to the head of their hook, because another program had been attached before them.
+    pub reordered: u64,
+    /// Repairs that were postponed because another program undid them repeatedly.
+    pub postponed: u64,
+    /// Overruns of the netlink receive buffer (ENOBUFS).
+    pub overruns: u64,
+}
+
+/// Numbers of map updates since the agent started.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct MapUpdates {
+    /// Updates of the exemption maps.
+    pub exemptions: u64,
+    /// Updates of the pod name map.
+    pub pods: u64,
+}
+
+/// Observed and desired state of all interfaces, and the datapath that reconciles them.
+#[expect(clippy::struct_excessive_bools, reason = "each flag is independent")]
+pub struct Reconciler {
+    datapath: Datapath,
+    netlink: Netlink,
+    interfaces: Interfaces,
+    /// Cgroups of Kubernetes pods, if hostNetwork pods are restricted.
+    kubepods: Option<Kubepods>,
+    /// Exemption rules of the configuration.
+    rules: Rules,
+    /// Resolves a rule to the identities of the senders that it exempts.
+    resolver: SenderResolver,
+    pods: PodTracker,
+    /// Name of the node in the cluster and state of its pod watch, if Kubernetes is used.
+    watched: Option<(String, WatchState)>,
+    /// Time of the last poll for changes that the kernel does not report.
+    last_search: Instant,
+    /// True until the first pod sync if the previous agent ran with this configuration: its exemptions for pods are
+    /// then kept.
+    retain_previous_grants: bool,
+    links: BTreeMap<u32, Link>,
+    /// Interfaces that routes to protected endpoints name.
+    routed: BTreeSet<u32>,
+    uplinks: Uplinks,
+    /// Last error of each interface, so that an error is logged once and not with every resync.
+    errors: BTreeMap<u32, String>,
+    /// Reason why no hostNetwork pod is restricted, if that is so.
+    no_kubepods: Option<String>,
+    /// Interfaces that the current resync still has to reconcile.
+    resync_queue: VecDeque<u32>,
+    /// True once every interface was reconciled: until then, filters of an earlier agent may be anywhere.
+    initial_sync_done: bool,
+    /// True while a reload of the configuration causes the changes.
+    in_reload: bool,
+    /// Links have changed since exemptions were computed.
+    exemptions_dirty: bool,
+    /// Attachments that wait for their turn.
+    queue: AttachQueue,
+    /// Hooks that could not be reconciled the last time.
+    failed: BTreeSet<AttachPoint>,
+    /// Backoff of repairs that another program undoes repeatedly.
+    backoff: RepairBackoff,
+    other_agents: OtherAgents,
+    /// Attachment whose turn it is.
+    turn: Option<AttachPoint>,
+    /// Attachments of the initial sync that wait for their turn.
+    initial: BTreeSet<AttachPoint>,
+    /// `status` knows that the initial sync is done.
+    is_ready: bool,
+    /// Time that a new link of a pod waits for its CNI plugins before it gets a qdisc.
+    clsact_delay: Duration,
+    changes: ChangeLog,
+    corrections: DriftCorrections,
+    map_updates: MapUpdates,
+}
+
+impl Reconciler {
+    /// Returns a guard that knows no interface yet.
+    #[must_use]
+    pub fn new(
+        datapath: Datapath,
+        netlink: Netlink,
+        ResolvedConfig { interfaces, exempt, kubepods, cluster, .. }: &ResolvedConfig,
+        resolver: SenderResolver,
+    ) -> Self {
+        Self {
+            datapath,
+            netlink,
+            interfaces: interfaces.clone(),
+            kubepods: kubepods.clone().map(Kubepods::new),
+            rules: Rules::new(exempt.clone()),
+            resolver,
+            pods: PodTracker::new(cluster.is_some()),
+            watched: None,
+            last_search: Instant::now(),
+            retain_previous_grants: false,
+            links: BTreeMap::new(),
+            routed: BTreeSet::new(),
+            uplinks: Uplinks::default(),
+            errors: BTreeMap::new(),
+            no_kubepods: None,
+            resync_queue: VecDeque::new(),
+            initial_sync_done: false,
+            in_reload: false,
+            exemptions_dirty: false,
+            queue: AttachQueue::new(),
+            failed: BTreeSet::new(),
+            backoff: RepairBackoff::default(),
+            other_agents: OtherAgents::default(),
+            turn: None,
+            initial: BTreeSet::new(),
+            is_ready: false,
+            clsact_delay: Duration::ZERO,
+            changes: ChangeLog::new(),
+            corrections: DriftCorrections::default(),
+            map_updates: MapUpdates::default(),
+        }
+    }
+
+    /// Sets the time that a new link of a pod waits for its CNI plugins before it gets a clsact qdisc.
+    #[must_use]
+    pub fn with_clsact_delay(mut self, delay: Duration) -> Self {
+        self.clsact_delay = delay;
+        self
+    }
+
+    /// Returns the numbers of map updates since the agent started.
+    #[must_use]
+    pub fn map_updates(&self) -> MapUpdates {
+        self.map_updates
+    }
+
+    /// Returns the directory in which programs, maps and links are pinned.
+    #[must_use]
+    pub fn pins(&self) -> &PinDir {
+        self.datapath.pins()
+    }
+
+    /// Returns the numbers of drift corrections since the agent started.
+    #[must_use]
+    pub fn corrections(&self) -> DriftCorrections {
+        DriftCorrections { postponed: self.backoff.suppressed(), ..self.corrections }
+    }
+
+    /// Records the configuration, and does the first full resync.
+    pub async fn start(&mut self, start: &StartConfig) -> Result<(), DatapathError> {
+        let StartConfig { config, settings, path, rejected } = start;
+        self.retain_previous_grants = self.datapath.was_effective(config.to_toml())?;
+        self.record_config(path.as_deref(), config)?;
+        // Before the agent is ready, so that `status` never shows the fallback without its reason.
+        if let Some(error) = rejected {
+            self.record_rejected_config(error)?;
+        }
+        self.changes.begin(Pass::InitialSync);
+        self.resync().await?;
+        log::info!("{}", self.summary(settings));
+        Ok(())
+    }
+
+    /// Applies other settings. A protected endpoint that both the old and the new settings contain stays protected
+    /// throughout.
+    ///
+    /// After an error the settings may be applied in part: call this again with the previous ones.
+    pub async fn reconfigure(&mut self, settings: &ResolvedConfig) -> Result<(), DatapathError> {
+        self.in_reload = true;
+        self.changes.begin(Pass::Reload);
+        let result = self.change_to(settings).await;
+        self.changes.end(Pass::Reload);
+        self.in_reload = false;
+        result
+    }
+
+    async fn change_to(&mut self, settings: &ResolvedConfig) -> Result<(), DatapathError> {
+        let ResolvedConfig { datapath_config, endpoint_set, interfaces, exempt, kubepods, .. } = settings;
+        // The datapath refers to rules by number, and other rules may change the numbers.
+        self.retain_previous_grants &= self.rules.are(exempt);
+        // New programs are attached before the maps refer to their hooks, and old ones are detached after that.
+        let before = self.datapath.hooks();
+        self.datapath.prepare(datapath_config)?;
+        // A hook that already failed before the reload must not make the new settings fail.
+        log_if_preexisting(before.has(Hook::Socket), self.restore_sockets())?;
+        if let (None, Some(root)) = (&self.kubepods, kubepods) {
+            self.kubepods = Some(Kubepods::new(root.clone()));
+        }
+        log_if_preexisting(before.has(Hook::HostNetwork), self.search_kubepods())?;
+        self.interfaces = interfaces.clone();
+        self.netlink = self.netlink.clone().with_endpoints(endpoint_set.addresses());
+        self.routed = self.netlink.uplinks().await?;
+        self.uplinks = Uplinks::new(self.routed.clone(), self.links.values());
+        self.reconcile_all_links().await;
+        self.resolve_sandboxes(usize::MAX).await;
+        self.change_rules(exempt.clone()).await?;
+        self.datapath.enforce(datapath_config, endpoint_set)?;
+        if !self.datapath.matches(datapath_config) {
+            self.datapath.release(datapath_config)?;
+            self.restore_sockets()?;
+            if kubepods.is_none() {
+                self.kubepods = None;
+            }
+            self.restore_hosts(true)?;
+            self.reconcile_all_links().await;
+        }
+        self.restore_exemptions().await
+    }
+
+    /// Records the configuration that is effective from now on, for `status` and `config show`. Returns its generation.
+    pub fn record_config(&mut self, path: Option<&Path>, config: &Config) -> Result<u64, DatapathError> {
+        self.datapath.record_config(path, config.to_toml())
+    }
+
+    /// Records the reason why a configuration was rejected.
+    pub fn record_rejected_config(&mut self, error: &str) -> Result<(), DatapathError> {
+        self.datapath.record_rejected_config(error)
+    }
+
+    /// Returns one line that sums up mode, attachments and endpoints.
+    #[must_use]
+    pub fn summary(&self, ResolvedConfig { datapath_config, endpoint_set, .. }: &ResolvedConfig) -> String {
+        let [pods, nodes] = self.count_interfaces();
+        format!(
+            "mode {}: {} pod and {} node interfaces, attach mode {}, socket hook {}, provider {}, {} endpoint{}, pins in {}",
+            datapath_config.mode.name(),
+            pods,
+            nodes,
+            datapath_config.backend.name(),
+            if datapath_config.cgroup.is_some() { "on" } else { "off" },
+            endpoint_set.provider(),
+            endpoint_set.endpoints().len(),
+            if endpoint_set.endpoints().len() == 1 { "" } else { "s" },
+            self.datapath.pins().root().display(),
+        )
+    }
+
+    /// Returns a line for `systemctl status`: mode, number of interfaces, and the first of the current errors.
+    #[must_use]
+    pub fn state(&self, ResolvedConfig { datapath_config, .. }: &ResolvedConfig) -> String {
+        let [pods, nodes] = self.count_interfaces();
+        let sockets = if datapath_config.cgroup.is_some() { "on" } else { "off" };
+        let mode = datapath_config.mode.name();
+        let state = format!("mode {mode}: {pods} pod and {nodes} node interfaces, socket hook {sockets}");
+        let others = self.other_agents().map(|agent| ("node".to_owned(), agent.to_string()));
+        let errors = self.errors().map(|(name, error)| (name.to_owned(), error.to_owned()));
+        let mut errors = others.chain(errors);
+        match errors.next() {
+            Some((name, error)) => {
+                format!("{state}; {} problems, first: {name}: {error}", 1 + errors.count())
+            }
+            None => state,
+        }
+    }
+
+    /// Returns the numbers of pod and node interfaces that should have a program.
+    fn count_interfaces(&self) -> [usize; 2] {
+        let [mut pods, mut nodes] = [0; 2];
+        for link in self.links.values() {
+            let assignment = self.assign(link);
+            let is_desired =
+                |hook| self.datapath.desired_mode(link, assignment.hooks, hook) != AttachMode::None;
+            if TcHook::ALL.into_iter().any(is_desired) {
+                *if assignment.role == Role::Pod { &mut pods } else { &mut nodes } += 1;
+            }
+        }
+        [pods, nodes]
+    }
+
+    /// Returns what is not enforced and why: by interface, cgroup and rule.
+    pub fn errors(&self) -> impl Iterator<Item = (&str, &str)> {
+        let of_interfaces = self.errors.iter().map(|(index, error)| {
+            (self.links.get(index).map_or("deleted interface", |link| link.name.as_str()), error.as_str())
+        });
+        let of_rules = self.rules.errors().iter().map(|(name, error)| (name.as_str(), error.as_str()));
+        let of_hosts = self.no_kubepods.iter().map(|error| ("hostNetwork pods", error.as_str()));
+        let of_cgroups = self.datapath.cgroup_failures().map(|error| ("cgroup", error));
+        of_interfaces.chain(of_cgroups).chain(of_hosts).chain(of_rules)
+    }
+
+    /// Handles a netlink event. Exemptions are recomputed by [`Reconciler::flush_pending_sync`] later, but those of deleted interfaces
+    /// and of reused interface indexes are removed immediately.
+    pub async fn handle(&mut self, event: Event) -> Result<(), DatapathError> {
+        if let Event::Link(_) | Event::LinkGone(_) = &event {
+            self.queue.on_link_event();
+        }
+        match event {
+            Event::Link(link) => {
+                let is_changed = self.links.get(&link.index) != Some(&link);
+                self.exemptions_dirty |= is_changed;
+                self.reconcile_link(link).await;
+                if is_changed {
+                    self.update_uplinks().await;
+                }
+            }
+            Event::LinkGone(index) => {
+                self.exemptions_dirty |= self.links.contains_key(&index);
+                self.on_link_deleted(index);
+            }
+            Event::Filter(index) => {
+                if let Some(link) = self.links.get(&index).cloned() {
+                    self.reconcile_link(link).await;
+                }
+            }
+            Event::Route(destination) if !self.netlink.may_be_way_out(destination) => {}
+            Event::Route(_) | Event::Rule => self.reclassify().await?,
+            Event::Overrun => {
+                self.corrections.overruns += 1;
+                self.pods.forget_sandboxes();
+                log::warn!("netlink receive buffer overrun (ENOBUFS): starting a full resync");
+                self.resync().await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Recomputes exemptions if links changed since the last call. Runs once per batch of events, because the cost
+    /// grows with the number of pods.
+    pub async fn flush_pending_sync(&mut self) -> Result<(), DatapathError> {
+        let followed = self.follow_enforcement();
+        if std::mem::take(&mut self.exemptions_dirty) {
+            self.restore_exemptions().await?;
+        }
+        followed
+    }
+
+    async fn reconcile_all_links(&mut self) {
+        for link in self.links.values().cloned().collect::<Vec<_>>() {
+            self.reconcile_link(link).await;
+        }
+    }
+
+    fn restore_sockets(&mut self) -> Result<(), DatapathError> {
+        let changes = self.datapath.restore_sockets()?;
+        self.report_cgroups(changes);
+        Ok(())
+    }
+}
+
+/// Returns `result`, but only logs its error if `is_old`: the error existed before, or must not stop the caller.
+fn log_if_preexisting(is_old: bool, result: Result<(), DatapathError>) -> Result<(), DatapathError> {
+    match result {
+        Err(error) if is_old => {
+            log::error!("{:#}", anyhow::Error::from(error));
+            Ok(())
+        }
+        other => other,
+    }
+}

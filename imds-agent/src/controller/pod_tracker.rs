@@ -1,0 +1,387 @@
+//! Pods of this node: their metadata from the API server, and the identities by which the kernel knows them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    time::Duration,
+};
+
+use imds_ebpf_common::{Subject, SubjectKind};
+use jiff::Timestamp;
+use serde::Serialize;
+use tokio::time::Instant;
+
+use crate::{
+    config,
+    kube::{Index, Pod, PodEvent, WatchState},
+    node::{
+        link::Link,
+        netlink::Netlink,
+        pod_cgroups::KubepodsCgroups,
+        sandbox::{self, Sandbox},
+        sender_resolver::{IdentitySet, SenderResolver},
+    },
+};
+
+/// Shortest and longest interval of the poll for sandboxes that do not exist yet.
+const RETRY_DELAYS: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(500));
+
+/// State of the pods of this node.
+#[derive(Debug)]
+pub struct PodTracker {
+    index: Index,
+    /// Reason why the set of pods may be incomplete.
+    sync: Option<SyncState>,
+    /// True once the API server has listed all pods.
+    is_synced: bool,
+    cgroup_tree: KubepodsCgroups,
+    /// Resolved sandboxes, by pod UID.
+    sandboxes: BTreeMap<String, Sandbox>,
+    /// UIDs of the pods whose sandbox has to be resolved, for the first time or again. Until then the previous sandbox
+    /// counts.
+    pending: BTreeSet<String>,
+    /// True if the pod names changed since they were written to the maps.
+    names_dirty: bool,
+    /// Time of the last event about a pod without a sandbox.
+    last_change: Instant,
+    /// UIDs of the exempt hostNetwork pods. The datapath knows them by their containers' cgroups only, which come and
+    /// go.
+    host_network_pods: BTreeSet<String>,
+    /// Cgroups that several pods claim, as text that was logged.
+    disputes: BTreeSet<String>,
+    /// Number of pods that claim the cgroup of another pod.
+    disputed: u32,
+}
+
+/// Reason why the set of pods may be incomplete.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum SyncState {
+    /// The pod watch is disabled.
+    Disabled,
+    /// The API server has not listed the pods yet.
+    NotSynced,
+}
+
+/// Pod and container that a subject of the datapath stands for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct PodContainer<'p> {
+    /// Pod to which the subject belongs.
+    pub pod: &'p Pod,
+    /// Name of the container, if the subject is the cgroup of one.
+    pub container: Option<&'p str>,
+}
+
+/// Metadata of a pod for output. The agent records it so that other processes can name the pod. The JSON form only ever
+/// gains fields.
+#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd, Serialize)]
+pub struct PodRef {
+    /// Namespace in which the pod was created.
+    pub namespace: String,
+    /// Name of the pod, without the namespace.
+    pub pod: String,
+    /// Name of the pod's service account.
+    pub service_account: String,
+    /// Name of the container, if it is known.
+    pub container: Option<String>,
+    /// Label that names the application, as `key=value`.
+    pub label: Option<String>,
+    /// UID of the pod, which is never reused.
+    pub uid: String,
+}
+
+impl fmt::Display for PodRef {
+    /// Formats as `namespace/pod`, or `namespace/pod[container]` if the container is known.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.pod)?;
+        self.container.iter().try_for_each(|container| write!(f, "[{container}]"))
+    }
+}
+
+/// Status of the pod watch. The JSON form only ever gains fields.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+pub struct PodWatchStatus {
+    /// Name of the node in the cluster.
+    pub node: String,
+    /// True while the API server answers the watch.
+    pub is_connected: bool,
+    /// Time of the last change of `is_connected`.
+    pub since: Timestamp,
+    /// Time of the last moment at which the set of pods was known to be complete.
+    pub synced_at: Option<Timestamp>,
+    /// Time of the last error of the watch.
+    pub failed_at: Option<Timestamp>,
+    /// Last error of the watch.
+    pub error: Option<String>,
+    /// Number of pods that the API server listed.
+    pub pods: u32,
+    /// Number of known pods whose sandbox was not found.
+    pub unresolved: u32,
+    /// Number of pods that claim the cgroup of another pod.
+    pub disputed: u32,
+}
+
+impl PodTracker {
+    /// Returns an empty set of pods. `is_enabled`: a pod watch will fill it.
+    #[must_use]
+    pub fn new(is_enabled: bool) -> Self {
+        Self {
+            index: Index::default(),
+            sync: (!is_enabled).then_some(SyncState::Disabled),
+            is_synced: false,
+            cgroup_tree: KubepodsCgroups::default(),
+            sandboxes: BTreeMap::new(),
+            pending: BTreeSet::new(),
+            names_dirty: true,
+            last_change: Instant::now(),
+            host_network_pods: BTreeSet::new(),
+            disputes: BTreeSet::new(),
+            disputed: 0,
+        }
+    }
+
+    /// Applies an event of the pod watch. Returns whether it changed anything.
+    pub fn handle(&mut self, event: PodEvent) -> bool {
+        let is_first = matches!(event, PodEvent::Relist(_)) && !std::mem::replace(&mut self.is_synced, true);
+        let changed = self.index.handle(event);
+        let is_news = is_first || !changed.is_empty();
+        self.names_dirty |= is_news;
+        self.log_disputes();
+        for uid in changed {
+            self.last_change = Instant::now();
+            if self.index.get(&uid).is_some() {
+                // The pod may have a new container or sandbox.
+                self.pending.insert(uid);
+            } else {
+                self.sandboxes.remove(&uid);
+            }
+        }
+        is_news
+    }
+
+    /// Returns the number of pods that claim the cgroup of another pod.
+    #[must_use]
+    pub fn disputed(&self) -> u32 {
+        self.disputed
+    }
+
+    fn log_disputes(&mut self) {
+        let disputes: BTreeSet<_> = self.index.disputes().map(|dispute| dispute.to_string()).collect();
+        for dispute in disputes.difference(&self.disputes) {
+            log::warn!("{dispute}: exemptions go by the oldest pod only, delete the others");
+        }
+        self.disputes = disputes;
+        let pods: usize = self.index.disputes().map(|dispute| dispute.others.len()).sum();
+        self.disputed = u32::try_from(pods).unwrap_or(u32::MAX);
+    }
+
+    /// Applies the state of the pod watch. Returns whether [`PodTracker::senders`] changes.
+    pub fn on_watch_status(&mut self, state: &WatchState) -> bool {
+        let has_failed = !state.connected && state.last_error.is_some();
+        let sync = (has_failed && !self.is_synced).then_some(SyncState::NotSynced);
+        std::mem::replace(&mut self.sync, sync) != sync
+    }
+
+    /// Returns the status of the pod watch. `state` is the state of the watch of this node.
+    #[must_use]
+    pub fn lookup(&self, node: &str, state: &WatchState) -> PodWatchStatus {
+        let (failed_at, error) =
+            state.last_error.as_ref().map(|failure| (failure.time, failure.message.clone())).unzip();
+        let number = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        PodWatchStatus {
+            node: node.to_owned(),
+            is_connected: state.connected,
+            since: state.since,
+            synced_at: state.last_sync,
+            failed_at,
+            error,
+            pods: number(self.index.pods().count()),
+            unresolved: number(self.unresolved().count()),
+            disputed: self.disputed,
+        }
+    }
+
+    /// Reports whether the API server has listed all pods. Until then the exempt pods are not known completely.
+    #[must_use]
+    pub fn is_synced(&self) -> bool {
+        self.is_synced
+    }
+
+    /// Tracks the containers of the hostNetwork pods that `rules` match.
+    pub fn track_host_network_pods<'r>(&mut self, rules: impl Iterator<Item = &'r config::PodSelector>) {
+        let matching = rules.flat_map(|rule| self.index.matching(rule));
+        self.host_network_pods = matching.filter(|pod| pod.host_network).map(|pod| pod.uid.clone()).collect();
+    }
+
+    /// Reports whether the pod watch is enabled.
+    #[must_use]
+    pub fn is_enabled(&self) -> bool {
+        self.sync != Some(SyncState::Disabled)
+    }
+
+    /// Reports whether the link leads to a known pod.
+    #[must_use]
+    pub fn has_link(&self, index: u32) -> bool {
+        self.sandboxes.values().any(|sandbox| sandbox.senders.interfaces.contains(&index))
+    }
+
+    /// Handles a new link: the sandboxes behind it have to be resolved again.
+    pub fn on_link_added(&mut self, link: &Link) {
+        if link.peer_netns.is_some() {
+            self.enqueue(|sandbox| sandbox.netns_id == link.peer_netns);
+        }
+    }
+
+    /// Handles the deletion of a link. The sandbox behind it may still exist.
+    pub fn on_link_deleted(&mut self, index: u32) {
+        let led_to = |sandbox: &Sandbox| sandbox.senders.interfaces.contains(&index);
+        self.enqueue(led_to);
+        // The link of another pod may get this index next.
+        let count = self.sandboxes.len();
+        self.sandboxes.retain(|_, sandbox| !led_to(sandbox));
+        self.names_dirty |= self.sandboxes.len() < count;
+    }
+
+    /// Drops all sandboxes, after events were lost.
+    pub fn forget_sandboxes(&mut self) {
+        self.sandboxes.clear();
+        self.names_dirty = true;
+        self.enqueue_unresolved();
+    }
+
+    /// Queues the pods that could not be resolved completely. The next [`PodTracker::resolve_sandboxes`] retries them.
+    pub fn retry(&mut self) {
+        self.enqueue(|sandbox| !sandbox.senders.errors.is_empty());
+        if self.unresolved().next().is_some() {
+            // The kubelet may have moved to other cgroups, and left the old ones behind.
+            self.cgroup_tree.rescan();
+            self.enqueue_unresolved();
+        }
+    }
+
+    /// Queues the pods that have a sandbox now but had none before, and the exempt hostNetwork pods whose cgroups
+    /// changed. The next [`PodTracker::resolve_sandboxes`] resolves them.
+    pub fn enqueue_changed(&mut self) {
+        if self.cgroup_tree.is_stale() {
+            self.cgroup_tree.rescan();
+        }
+        let cgroups = |pod: &Pod| self.cgroup_tree.of(&pod.cgroup_uid);
+        let idle = self.unresolved().filter(|pod| !self.pending.contains(&pod.uid));
+        let come = idle.filter(|pod| sandbox::is_populated(&cgroups(pod)));
+        let host_network_pods = self.resolved().filter(|(pod, _)| self.host_network_pods.contains(&pod.uid));
+        let moved = host_network_pods
+            .filter(|(pod, sandbox)| !sandbox.cgroups.keys().eq(&sandbox::cgroup_ids(&cgroups(pod))));
+        let found: Vec<_> = come.chain(moved.map(|(pod, _)| pod)).map(|pod| pod.uid.clone()).collect();
+        self.pending.extend(found);
+    }
+
+    /// Reports whether pods are queued whose sandboxes have to be resolved.
+    #[must_use]
+    pub fn has_pending(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
+    /// Resolves the sandboxes of the next `count` queued pods. `links` are the links of pods.
+    pub async fn resolve_sandboxes(
+        &mut self,
+        resolver: &SenderResolver,
+        netlink: &Netlink,
+        links: &[&Link],
+        count: usize,
+    ) {
+        if self.cgroup_tree.is_stale() {
+            self.cgroup_tree.rescan();
+        }
+        for _ in 0..count {
+            let Some(uid) = self.pending.pop_first() else { break };
+            let Some(pod) = self.index.get(&uid) else { continue };
+            if let Some(cgroups) = self.cgroup_tree.ambiguous(&pod.cgroup_uid) {
+                let sandbox = Sandbox::ambiguous(pod, &cgroups);
+                self.names_dirty |= self.sandboxes.insert(uid, sandbox.clone()) != Some(sandbox);
+                continue;
+            }
+            let cgroups = self.cgroup_tree.of(&pod.cgroup_uid);
+            let found = resolver.from_pod(netlink, links, &cgroups, pod.host_network).await;
+            log::debug!("pod {uid}: {found:?}");
+            let before = match found.clone() {
+                Some(sandbox) => self.sandboxes.insert(uid, sandbox),
+                None => self.sandboxes.remove(&uid),
+            };
+            self.names_dirty |= before != found;
+        }
+    }
+
+    /// Returns the time after which the next [`PodTracker::enqueue_changed`] is due, or `None` if no pod waits for its sandbox.
+    /// The interval grows with the time since the last event.
+    #[must_use]
+    pub fn retry_delay(&self) -> Option<Duration> {
+        let (shortest, longest) = RETRY_DELAYS;
+        let is_worth_it = self.unresolved().next().is_some() || !self.host_network_pods.is_empty();
+        is_worth_it.then(|| (self.last_change.elapsed() / 10).clamp(shortest, longest))
+    }
+
+    /// Returns the identities of the pods that a rule matches.
+    #[must_use]
+    pub fn senders(&self, rule: &config::PodSelector) -> IdentitySet {
+        let mut senders = IdentitySet::default();
+        match self.sync {
+            Some(SyncState::Disabled) => senders.fail(
+                "the pod watch is disabled: run in the cluster, or set kubernetes.enabled and kubernetes.kubeconfig",
+            ),
+            Some(SyncState::NotSynced) => senders.fail("the API server has not sent this node's pods yet"),
+            None => {}
+        }
+        for pod in self.index.matching(rule) {
+            if let Some(sandbox) = self.sandboxes.get(&pod.uid) {
+                senders.extend(&sandbox.senders);
+            }
+        }
+        senders
+    }
+
+    /// Reports whether [`PodTracker::names`] has to be written to the maps: it changed, and all pods are resolved.
+    #[must_use]
+    pub fn needs_name_sync(&self) -> bool {
+        self.names_dirty && self.is_synced && !self.has_pending()
+    }
+
+    /// Records that the names were written to the maps.
+    pub fn names_synced(&mut self) {
+        self.names_dirty = false;
+    }
+
+    /// Returns the pod and container behind each subject that the datapath knows.
+    #[must_use]
+    pub fn names(&self) -> BTreeMap<Subject, PodContainer<'_>> {
+        let mut names = BTreeMap::new();
+        for (pod, sandbox) in self.resolved() {
+            let of_pod = PodContainer { pod, container: None };
+            let IdentitySet { interfaces, cookies, .. } = &sandbox.senders;
+            let interfaces = interfaces.iter().map(|&index| (SubjectKind::Interface, index.into()));
+            let cookies = cookies.iter().map(|&cookie| (SubjectKind::Netns, cookie));
+            names.extend(interfaces.chain(cookies).map(|(kind, id)| (Subject::new(kind, id), of_pod)));
+            for (&id, container) in &sandbox.cgroups {
+                let container = container.as_ref().and_then(|id| pod.containers.get(id)).map(String::as_str);
+                names.insert(Subject::new(SubjectKind::Cgroup, id), PodContainer { pod, container });
+            }
+        }
+        names
+    }
+
+    fn resolved(&self) -> impl Iterator<Item = (&Pod, &Sandbox)> {
+        self.index.active().filter_map(|pod| Some((pod, self.sandboxes.get(&pod.uid)?)))
+    }
+
+    fn unresolved(&self) -> impl Iterator<Item = &Pod> {
+        self.index.active().filter(|pod| !self.sandboxes.contains_key(&pod.uid))
+    }
+
+    fn enqueue(&mut self, is_selected: impl Fn(&Sandbox) -> bool) {
+        let matching = self.sandboxes.iter().filter(|(_, sandbox)| is_selected(sandbox));
+        self.pending.extend(matching.map(|(uid, _)| uid.clone()));
+    }
+
+    fn enqueue_unresolved(&mut self) {
+        let unresolved: Vec<_> = self.unresolved().map(|pod| pod.uid.clone()).collect();
+        self.pending.extend(unresolved);
+    }
+}

@@ -1,0 +1,128 @@
+//! Settings of the agent on this node: the configuration, resolved with the command line and the node's features.
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, anyhow};
+use imds_ebpf_common::{AttachMode, DenyErrno, Hook};
+
+use crate::{
+    config::{
+        Config, ConfigErrors, Environment, Exempt, Hooks, Interfaces, endpoint_set::EndpointSet,
+        provider::Dmi,
+    },
+    datapath::{DatapathConfig, object::can_choose_errno},
+    kube::cluster::ApiConfig,
+    node::{
+        cgroup,
+        netns::{self, OwnNetns},
+    },
+};
+
+/// Command line options that concern the node. A reload of the configuration does not change them.
+#[derive(Clone, Debug)]
+pub struct RunOptions {
+    /// Attach mode for the TC hooks.
+    pub backend: AttachMode,
+    /// cgroup to which the socket hook is attached. `None`: the root of the cgroup v2 hierarchy.
+    pub cgroup: Option<PathBuf>,
+    /// Directory with the SMBIOS fields, see [`Dmi::read`].
+    pub dmi_dir: PathBuf,
+}
+
+/// Resolved configuration of this node.
+#[derive(Clone, Debug)]
+pub struct ResolvedConfig {
+    /// Mode, hooks and attach points of the datapath.
+    pub datapath_config: DatapathConfig,
+    /// Protected endpoints and their provider.
+    pub endpoint_set: EndpointSet,
+    /// Interfaces that the operator includes or excludes.
+    pub interfaces: Interfaces,
+    /// Exemption rules, with the endpoints resolved.
+    pub exempt: Vec<Exempt>,
+    /// cgroup below which Kubernetes pods are searched, if `host_network` is on.
+    pub kubepods: Option<PathBuf>,
+    /// Configuration of the pod watch, if it is enabled.
+    pub cluster: Option<ApiConfig>,
+}
+
+impl RunOptions {
+    /// Resolves the protected endpoints and exemptions of `config` on this node.
+    pub fn resolve(&self, config: &Config) -> Result<(EndpointSet, Vec<Exempt>), ConfigErrors> {
+        config.resolve(&Dmi::read(&self.dmi_dir))
+    }
+
+    /// Resolves the remaining settings of `config`. The tuple is the result of [`RunOptions::resolve`].
+    pub fn settings(
+        &self,
+        config: &Config,
+        (endpoint_set, exempt): (EndpointSet, Vec<Exempt>),
+    ) -> anyhow::Result<ResolvedConfig> {
+        let cgroup = self.cgroup(config.hooks)?;
+        if config.on_deny_errno != DenyErrno::Eperm && !can_choose_errno() {
+            log::warn!(
+                "on_deny_errno = \"{}\" has no effect: this kernel lacks bpf_set_retval for sockets (Linux 6.1), denied calls \
+                 fail with EPERM",
+                config.on_deny_errno.name()
+            );
+        }
+        let datapath_config = DatapathConfig {
+            mode: config.mode,
+            on_deny: config.on_deny,
+            on_deny_errno: config.on_deny_errno,
+            hooks: config.hooks,
+            local_service: cgroup.clone().filter(|_| config.hooks.has(Hook::LocalService)),
+            sendmsg: config.sendmsg,
+            backend: self.backend,
+            cgroup: cgroup.clone().filter(|_| config.hooks.has(Hook::Socket)),
+            identity: identity(config.hooks)?,
+            mark: config.mark,
+        };
+        let kubepods = cgroup.filter(|_| config.hooks.has(Hook::HostNetwork));
+        let surroundings = Environment::read();
+        let cluster = config
+            .kubernetes
+            .access(&surroundings)
+            .map(|access| ApiConfig { access, node: config.kubernetes.node_name(&surroundings) });
+        Ok(ResolvedConfig {
+            datapath_config,
+            endpoint_set,
+            interfaces: config.interfaces.clone(),
+            exempt,
+            kubepods,
+            cluster,
+        })
+    }
+
+    /// Returns the cgroup for the hooks that need one, or `None` if they are off or no cgroup v2 hierarchy is mounted.
+    fn cgroup(&self, hooks: Hooks) -> anyhow::Result<Option<PathBuf>> {
+        if !judges_by_cgroup(hooks) && !hooks.has(Hook::LocalService) {
+            return Ok(None);
+        }
+        // The other hooks do not need a hierarchy.
+        let root = || cgroup::root().context("failed to read the mounts").transpose();
+        self.cgroup.clone().map(Ok).or_else(root).transpose()
+    }
+}
+
+/// Returns how the programs recognize the node's sockets, which the cgroup hooks must do.
+fn identity(hooks: Hooks) -> anyhow::Result<OwnNetns> {
+    match netns::identity().context("failed to get the cookie of this network namespace")? {
+        Some(identity) => Ok(identity),
+        None if !judges_by_cgroup(hooks) => Ok(OwnNetns::Initial),
+        None => Err(anyhow!(
+            "this kernel (before Linux 5.14) has no cookie for a network namespace that is not the initial one: set {}",
+            switch_off(hooks)
+        )),
+    }
+}
+
+fn judges_by_cgroup(hooks: Hooks) -> bool {
+    hooks.has(Hook::Socket) || hooks.has(Hook::HostNetwork)
+}
+
+/// Returns the configuration keys that turn off the cgroup hooks.
+fn switch_off(hooks: Hooks) -> String {
+    let on = [Hook::Socket, Hook::HostNetwork].into_iter().filter(|&hook| hooks.has(hook));
+    on.map(|hook| format!("hooks.{} = false", hook.name())).collect::<Vec<_>>().join(" and ")
+}

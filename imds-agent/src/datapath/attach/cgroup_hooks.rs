@@ -1,0 +1,245 @@
+//! Reconciles the programs of the cgroup hooks: `socket`, `host_network` and `local_service`.
+
+use std::{collections::BTreeSet, path::PathBuf};
+
+use imds_ebpf_common::{CgroupRecord, Hook, cgroup::SENDMSG_OFF, names::MAP_CGROUP};
+
+use super::{
+    cgroup_link::{CgroupChange, CgroupChangeKind},
+    cgroup_programs::{self, LOCAL_SERVICE, SOCKETS, Sockets},
+    host_cgroups::{self, Hosts},
+    sendmsg::{SendmsgInputs, SendmsgReason, sendmsg_reason},
+};
+use crate::datapath::{
+    Datapath, DatapathConfig, DatapathError,
+    object::{self, Maps},
+    pin::dir::PinDir,
+};
+use crate::{
+    config::{Hooks, Sendmsg},
+    node::cgroup,
+};
+
+/// Failure of the `socket` hook on a node without cgroup v2.
+pub const NO_CGROUP: &str = "socket is not attached: no cgroup v2 hierarchy is mounted";
+/// Remedy for [`NO_CGROUP`], shown after it.
+pub const NO_CGROUP_REMEDY: &str = "mount cgroup2 (`mount -t cgroup2 cgroup2 /sys/fs/cgroup`), set `run --cgroup`, or set hooks.socket = false";
+
+/// Programs on cgroups, and the inputs that decide which of them are attached.
+#[derive(Debug)]
+pub(crate) struct Cgroups {
+    sockets: Option<Sockets>,
+    hosts: Hosts,
+    local_service: Option<Sockets>,
+    /// True if a protected address is local to the node; `None` until the routes are read.
+    is_local: Option<bool>,
+    setting: Sendmsg,
+    hooks: Hooks,
+    has_tc_cookie: bool,
+    is_enforced: bool,
+    sendmsg: Option<SendmsgReason>,
+    /// Record that was written last.
+    recorded: Option<CgroupRecord>,
+}
+
+impl Cgroups {
+    /// Opens the links that earlier agents pinned for the cgroup of `datapath_config`.
+    pub(crate) fn adopt(pins: &PinDir, datapath_config: &DatapathConfig) -> Result<Self, DatapathError> {
+        let mut cgroups = Self {
+            sockets: None,
+            hosts: Hosts::default(),
+            local_service: None,
+            is_local: None,
+            setting: datapath_config.sendmsg,
+            hooks: datapath_config.hooks,
+            has_tc_cookie: object::tc_has_cookie(),
+            is_enforced: true,
+            sendmsg: None,
+            recorded: None,
+        };
+        cgroups.sendmsg = cgroups.sendmsg_reason();
+        cgroups.adopt_missing(pins, datapath_config)?;
+        if cgroups.lacks_cgroup() {
+            log::error!("{NO_CGROUP}; {NO_CGROUP_REMEDY}");
+        }
+        Ok(cgroups)
+    }
+
+    fn adopt_missing(
+        &mut self,
+        pins: &PinDir,
+        datapath_config: &DatapathConfig,
+    ) -> Result<(), DatapathError> {
+        if let (None, Some(cgroup)) = (&self.sockets, &datapath_config.cgroup) {
+            self.sockets = Some(Sockets::adopt(pins, cgroup, SOCKETS)?);
+        }
+        if let (None, Some(cgroup)) = (&self.local_service, &datapath_config.local_service) {
+            // The agent starts without this hook, because most nodes never need it.
+            match Sockets::adopt(pins, cgroup, LOCAL_SERVICE) {
+                Ok(local_service) => self.local_service = Some(local_service),
+                Err(error) => log::warn!("local_service is not attached: {:#}", anyhow::Error::from(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reports whether the `socket` hook is on but has no cgroup.
+    fn lacks_cgroup(&self) -> bool {
+        self.sockets.is_none() && self.hooks.has(Hook::Socket)
+    }
+
+    /// Adds the programs of `datapath_config` to the desired programs.
+    pub(crate) fn prepare(
+        &mut self,
+        pins: &PinDir,
+        datapath_config: &DatapathConfig,
+    ) -> Result<(), DatapathError> {
+        (self.setting, self.hooks) = (datapath_config.sendmsg, datapath_config.hooks);
+        self.sendmsg = self.sendmsg_reason().or(self.sendmsg);
+        self.adopt_missing(pins, datapath_config)
+    }
+
+    /// Reports whether the desired programs are exactly those of `datapath_config`.
+    pub(crate) fn matches(&self, datapath_config: &DatapathConfig) -> bool {
+        self.setting == datapath_config.sendmsg && self.sendmsg == self.sendmsg_reason()
+    }
+
+    /// Removes the programs that `datapath_config` does not need from the desired programs. The next reconciliation detaches them.
+    pub(crate) fn release(&mut self, datapath_config: &DatapathConfig) {
+        (self.setting, self.hooks) = (datapath_config.sendmsg, datapath_config.hooks);
+        self.sendmsg = self.sendmsg_reason();
+        if !datapath_config.hooks.has(Hook::Socket) {
+            self.sockets = None;
+        }
+        if !datapath_config.hooks.has(Hook::HostNetwork) {
+            self.hosts = Hosts::default();
+        }
+        if !datapath_config.hooks.has(Hook::LocalService) {
+            self.local_service = None;
+        }
+    }
+
+    fn sendmsg_reason(&self) -> Option<SendmsgReason> {
+        let Self { setting, hooks, has_tc_cookie, is_enforced, .. } = *self;
+        sendmsg_reason(SendmsgInputs { setting, hooks, has_tc_cookie, is_enforced })
+    }
+
+    /// Writes the desired state for `status`, if it has changed.
+    fn record(&mut self, maps: &mut Maps) -> Result<(), DatapathError> {
+        let record = CgroupRecord {
+            cgroup: self.sockets.as_ref().or(self.local_service.as_ref()).map_or(0, Sockets::id),
+            sendmsg: match (self.sendmsg, self.setting) {
+                (Some(reason), _) => reason as u32,
+                (None, Sendmsg::Off) => SENDMSG_OFF,
+                (None, Sendmsg::Auto | Sendmsg::On) => 0,
+            },
+            local_service: u32::from(self.is_local == Some(true)),
+        };
+        if self.recorded == Some(record) {
+            return Ok(());
+        }
+        maps.cgroup.set(0, record, 0).map_err(|source| DatapathError::Map { map: MAP_CGROUP, source })?;
+        self.recorded = Some(record);
+        Ok(())
+    }
+}
+
+impl Datapath {
+    /// Describes the programs that are not attached to their cgroup, or not last there.
+    pub fn cgroup_failures(&self) -> impl Iterator<Item = &str> {
+        let Cgroups { sockets, hosts, local_service, .. } = &self.cgroups;
+        let attached = sockets.iter().chain(local_service).flat_map(Sockets::failures);
+        attached.chain(hosts.failures()).chain(self.cgroups.lacks_cgroup().then_some(NO_CGROUP))
+    }
+
+    /// Reconciles the programs of the `socket` and `local_service` hooks. A program that cannot be attached is reported once, as
+    /// a change of kind [`CgroupChangeKind::Failed`]. The next call tries again.
+    pub fn restore_sockets(&mut self) -> Result<Vec<CgroupChange>, DatapathError> {
+        // Continues after a failure: attaches programs even if writing the record fails, and each hook even if another fails.
+        let recorded = self.cgroups.record(&mut self.maps);
+        let sockets = self.restore_socket_hook();
+        let local_service = self.restore_local_service_hook();
+        let mut changes = sockets?;
+        changes.extend(local_service?);
+        recorded.map(|()| changes)
+    }
+
+    /// Reports whether a hook of the whole node denies requests of a new pod until `from_pod` is attached to its interface.
+    #[must_use]
+    pub fn has_node_wide_hook(&self) -> bool {
+        let has_sockets =
+            self.cgroups.sockets.as_ref().is_some_and(|sockets| sockets.failures().next().is_none());
+        self.hooks.has(Hook::NodeEgress) || (self.hooks.has(Hook::Socket) && has_sockets)
+    }
+
+    fn restore_socket_hook(&mut self) -> Result<Vec<CgroupChange>, DatapathError> {
+        if self.cgroups.lacks_cgroup() {
+            // Links of an earlier agent stay until a cgroup v2 hierarchy is mounted.
+            let Some(root) = cgroup::root().ok().flatten() else { return Ok(Vec::new()) };
+            self.cgroups.sockets = Some(Sockets::adopt(self.claim.dir(), &root, SOCKETS)?);
+            log::info!("found a cgroup v2 hierarchy at {}", root.display());
+        }
+        let needs_sendmsg = self.cgroups.sendmsg.is_some();
+        if let Some(sockets) = &mut self.cgroups.sockets {
+            let is_desired = |attach_type| needs_sendmsg || !cgroup_programs::is_sendmsg(attach_type);
+            return sockets.restore(&self.programs, is_desired);
+        }
+        let detached = cgroup_programs::detach_all(self.claim.dir())?;
+        Ok(detached_hook(detached, Hook::Socket))
+    }
+
+    fn restore_local_service_hook(&mut self) -> Result<Vec<CgroupChange>, DatapathError> {
+        match (&mut self.cgroups.local_service, self.cgroups.is_local) {
+            // The program of an earlier agent stays until the routes are read.
+            (Some(_), None) => Ok(Vec::new()),
+            (Some(local_service), Some(is_local)) => local_service.restore(&self.programs, |_| is_local),
+            (None, _) => {
+                let detached = cgroup_programs::detach_local_service(self.claim.dir())?;
+                Ok(detached_hook(detached, Hook::LocalService))
+            }
+        }
+    }
+
+    /// Reconciles the program of the `local_service` hook, which is attached only while a protected address is local to the
+    /// node.
+    pub fn restore_local_service(&mut self, is_local: bool) -> Result<Vec<CgroupChange>, DatapathError> {
+        self.cgroups.is_local = Some(is_local);
+        let recorded = self.cgroups.record(&mut self.maps);
+        let changes = self.restore_local_service_hook()?;
+        recorded.map(|()| changes)
+    }
+
+    /// Attaches or detaches the sendmsg programs as needed. `is_enforced` is true if all interfaces are enforced.
+    pub fn set_enforced(&mut self, is_enforced: bool) -> Result<Vec<CgroupChange>, DatapathError> {
+        self.cgroups.is_enforced = is_enforced;
+        let reason = self.cgroups.sendmsg_reason();
+        if self.cgroups.sendmsg == reason {
+            return Ok(Vec::new());
+        }
+        self.cgroups.sendmsg = reason;
+        self.restore_sockets()
+    }
+
+    /// Reconciles the programs of the `host_network` hook on these cgroups of Kubernetes pods. Removes links on other cgroups
+    /// if `all` is set: then the list is complete.
+    pub fn restore_hosts(
+        &mut self,
+        cgroups: &BTreeSet<PathBuf>,
+        all: bool,
+    ) -> Result<Vec<CgroupChange>, DatapathError> {
+        let pins = self.claim.dir();
+        if !self.hooks.has(Hook::HostNetwork) {
+            return Ok(detached_hook(host_cgroups::detach_all(pins)?, Hook::HostNetwork));
+        }
+        let mut changes = self.cgroups.hosts.restore(pins, &self.programs, cgroups)?;
+        if all {
+            changes.extend(self.cgroups.hosts.forget_others(pins)?);
+        }
+        Ok(changes)
+    }
+}
+
+fn detached_hook(was_attached: bool, hook: Hook) -> Vec<CgroupChange> {
+    let text = format!("detached the programs of the {} hook", hook.name());
+    was_attached.then(|| CgroupChange::new(CgroupChangeKind::Detached, text)).into_iter().collect()
+}

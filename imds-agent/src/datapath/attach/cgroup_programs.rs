@@ -1,0 +1,200 @@
+//! Programs of one hook on a cgroup: a set of links that are attached, pinned and repaired together.
+
+use std::{
+    fs::{self, File},
+    os::unix::fs::MetadataExt as _,
+    path::Path,
+};
+
+use aya_obj::generated::bpf_attach_type::{
+    self, BPF_CGROUP_INET_EGRESS, BPF_CGROUP_INET_INGRESS, BPF_CGROUP_INET4_CONNECT,
+    BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG,
+};
+use imds_ebpf_common::names::{
+    HOST_LINKS, HOST_PROGRAMS, LOCAL_SERVICE_LINK, PROG_LOCAL_SERVICE, SOCKET_LINKS, SOCKET_PROGRAMS,
+};
+
+use super::{
+    cgroup_link::{self, CgroupChange, CgroupLink, OpenCgroup},
+    cgroup_order::{self, Occupant, OtherProgram},
+};
+use crate::datapath::{
+    DatapathError,
+    object::Programs,
+    pin::dir::{self, PinDir},
+};
+use crate::node::cgroup;
+
+/// Description of a cgroup hook: link names, programs and attach types, in the same order.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CgroupProgramKind {
+    links: &'static [&'static str],
+    programs: &'static [&'static str],
+    attach_types: &'static [bpf_attach_type],
+    /// True if several cgroups can have these programs. The names of the pins then end with the cgroup id.
+    is_one_of_many: bool,
+}
+
+/// Attach types of [`HOST_PROGRAMS`]. [`SOCKET_PROGRAMS`] have the same ones without the last.
+pub(crate) const ATTACH_TYPES: [bpf_attach_type; 5] = [
+    BPF_CGROUP_INET4_CONNECT,
+    BPF_CGROUP_INET6_CONNECT,
+    BPF_CGROUP_UDP4_SENDMSG,
+    BPF_CGROUP_UDP6_SENDMSG,
+    BPF_CGROUP_INET_EGRESS,
+];
+
+/// Description of the `socket` hook.
+pub(crate) const SOCKETS: CgroupProgramKind = CgroupProgramKind {
+    links: &SOCKET_LINKS,
+    programs: &SOCKET_PROGRAMS,
+    attach_types: &ATTACH_TYPES,
+    is_one_of_many: false,
+};
+
+/// Description of the `host_network` hook, on one of the cgroups of Kubernetes pods.
+pub(crate) const HOSTS: CgroupProgramKind = CgroupProgramKind {
+    links: &HOST_LINKS,
+    programs: &HOST_PROGRAMS,
+    attach_types: &ATTACH_TYPES,
+    is_one_of_many: true,
+};
+
+/// Description of the `local_service` hook.
+pub(crate) const LOCAL_SERVICE: CgroupProgramKind = CgroupProgramKind {
+    links: &[LOCAL_SERVICE_LINK],
+    programs: &[PROG_LOCAL_SERVICE],
+    attach_types: &[BPF_CGROUP_INET_INGRESS],
+    is_one_of_many: false,
+};
+
+/// Cgroup with the links of one hook.
+#[derive(Debug)]
+pub(crate) struct Sockets {
+    cgroup: OpenCgroup,
+    links: Vec<CgroupLink>,
+}
+
+impl Sockets {
+    /// Opens the cgroup at `path` and the links that earlier agents pinned for it.
+    pub(crate) fn adopt(pins: &PinDir, path: &Path, kind: CgroupProgramKind) -> Result<Self, DatapathError> {
+        let file = File::open(path).map_err(dir::io_error("open the cgroup", path))?;
+        let id = file.metadata().map_err(dir::io_error("inspect the cgroup", path))?.ino();
+        let kinds = kind.links.iter().zip(kind.programs).zip(kind.attach_types);
+        let links = kinds.map(|((&name, &program), &attach_type)| {
+            let pin = if kind.is_one_of_many { format!("{name}_{id}") } else { name.to_owned() };
+            CgroupLink::adopt(program, attach_type, pins.named_link(&pin), id)
+        });
+        let links = links.collect::<Result<_, _>>()?;
+        Ok(Self { cgroup: OpenCgroup { path: path.to_owned(), file, id }, links })
+    }
+
+    /// Returns the id of the cgroup.
+    pub(crate) fn id(&self) -> u64 {
+        self.cgroup.id
+    }
+
+    /// Reports whether the cgroup still exists at its path.
+    pub(crate) fn is_there(&self) -> bool {
+        fs::metadata(&self.cgroup.path).is_ok_and(|metadata| metadata.ino() == self.cgroup.id)
+    }
+
+    /// Describes the programs that are not attached, or not last.
+    pub(crate) fn failures(&self) -> impl Iterator<Item = &str> {
+        self.links.iter().filter_map(CgroupLink::failure)
+    }
+
+    /// Reconciles the links of the desired attach types and detaches the others. Continues after a failure.
+    pub(crate) fn restore(
+        &mut self,
+        programs: &Programs,
+        is_desired: impl Fn(bpf_attach_type) -> bool,
+    ) -> Result<Vec<CgroupChange>, DatapathError> {
+        let Self { cgroup, links } = self;
+        let mut changes = Vec::new();
+        let mut failed = None;
+        for link in links {
+            let restored = if is_desired(link.attach_type()) {
+                link.restore(programs, cgroup, &mut changes)
+            } else {
+                link.detach(cgroup, &mut changes)
+            };
+            failed = failed.or(restored.err());
+        }
+        for change in changes.iter().filter(|_| failed.is_some()) {
+            log::warn!("{}", change.text);
+        }
+        failed.map_or(Ok(changes), Err)
+    }
+}
+
+/// Reports whether this is an attach type of the sendmsg programs.
+pub(crate) fn is_sendmsg(attach_type: bpf_attach_type) -> bool {
+    matches!(attach_type, BPF_CGROUP_UDP4_SENDMSG | BPF_CGROUP_UDP6_SENDMSG)
+}
+
+/// Detaches and unpins the links of the `socket` hook on any cgroup. Returns `true` if one was attached.
+pub(crate) fn detach_all(pins: &PinDir) -> Result<bool, DatapathError> {
+    let mut was_attached = false;
+    for name in SOCKET_LINKS {
+        was_attached |= cgroup_link::detach_pinned(&pins.named_link(name))?;
+    }
+    Ok(was_attached)
+}
+
+/// Detaches and unpins the link of the `local_service` hook on any cgroup. Returns `true` if it was attached.
+pub(crate) fn detach_local_service(pins: &PinDir) -> Result<bool, DatapathError> {
+    cgroup_link::detach_pinned(&pins.named_link(LOCAL_SERVICE_LINK))
+}
+
+/// State of one program of a cgroup, read from the kernel.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct ProgramState {
+    /// Name of the BPF program.
+    pub program: &'static str,
+    /// True for the sendmsg programs, which are not always needed.
+    pub is_sendmsg: bool,
+    /// True if the program is attached to the cgroup.
+    pub is_attached: bool,
+    /// Description of the problem if the program is not attached, or not last.
+    pub problem: Option<String>,
+}
+
+/// Inspects the programs of the `socket` hook on the cgroup with this id.
+#[must_use]
+pub fn inspect_sockets(pins: &PinDir, id: u64) -> Vec<ProgramState> {
+    inspect(pins, SOCKETS, id)
+}
+
+/// Inspects the program of the `local_service` hook on the cgroup with this id.
+#[must_use]
+pub fn inspect_local_service(pins: &PinDir, id: u64) -> Option<ProgramState> {
+    inspect(pins, LOCAL_SERVICE, id).pop()
+}
+
+/// Inspects the programs of a hook on the cgroup with this id.
+pub(crate) fn inspect(pins: &PinDir, kind: CgroupProgramKind, id: u64) -> Vec<ProgramState> {
+    let path = cgroup::path_of(id).ok().flatten();
+    let kinds = kind.links.iter().zip(kind.programs).zip(kind.attach_types);
+    let states = kinds.map(|((name, &program), &attach_type)| {
+        let pin = if kind.is_one_of_many { format!("{name}_{id}") } else { (*name).to_owned() };
+        let link = dir::link_at(&pins.named_link(&pin)).filter(|link| link.cgroup() == Some(id));
+        let problem = match (link, &path) {
+            (Some(_), None) => None,
+            (Some(link), Some(path)) => behind(path, attach_type, link.program)
+                .map(|behind| cgroup_link::not_last(program, path, &behind)),
+            (None, path) => Some(cgroup_link::not_attached(
+                program,
+                path.as_deref(),
+                path.as_ref().and_then(|path| Occupant::find(path, attach_type)).as_ref(),
+            )),
+        };
+        ProgramState { program, is_sendmsg: is_sendmsg(attach_type), is_attached: link.is_some(), problem }
+    });
+    states.collect()
+}
+
+fn behind(path: &Path, attach_type: bpf_attach_type, program: u32) -> Option<OtherProgram> {
+    let behind = cgroup_order::program_behind(File::open(path).ok()?, attach_type, program).ok()?;
+    behind.map(|behind| behind.program().clone())
+}

@@ -1,0 +1,74 @@
+//! Obstacles to an attachment that no retry removes, each with its remedy.
+
+use imds_ebpf_common::TcHook;
+use thiserror::Error;
+
+use crate::datapath::sys::bpf::MAX_PROGRAMS;
+
+/// Error of an attachment that fails until the operator or another program changes the interface.
+#[derive(Clone, Debug, Eq, Error, PartialEq)]
+#[error("failed to attach {} to {interface}: {obstacle}", hook.hook().name())]
+pub struct ObstacleError {
+    /// Hook that is not attached.
+    pub hook: TcHook,
+    /// Name of the interface.
+    pub interface: String,
+    /// Cause of the failure, with a remedy.
+    pub obstacle: Obstacle,
+}
+
+/// Cause of an [`ObstacleError`].
+#[derive(Clone, Debug, Eq, Error, PartialEq)]
+pub enum Obstacle {
+    /// The interface has an `ingress` qdisc, which has no egress hook and occupies the slot of clsact. A filter for egress would
+    /// run at ingress.
+    #[error("its ingress qdisc occupies the clsact slot; delete it or {}", tcx_remedy(*has_tcx))]
+    IngressQdisc {
+        /// True if the kernel has TCX, so that `--tc-backend tcx` avoids the qdisc.
+        has_tcx: bool,
+    },
+    /// The hook of the qdisc uses a filter block that several interfaces share. The kernel rejects filters of a single interface.
+    #[error(
+        "its {kind} qdisc uses the shared filter block {block}, which takes no filter of a single interface; delete the qdisc or {}",
+        tcx_remedy(*has_tcx)
+    )]
+    SharedBlock {
+        /// Kind of the qdisc: `clsact` or `ingress`.
+        kind: String,
+        /// Index of the block, as `tc filter show block` takes it.
+        block: u32,
+        /// True if the kernel has TCX, so that `--tc-backend tcx` avoids the qdisc.
+        has_tcx: bool,
+    },
+    /// The list of programs of the hook is full.
+    #[error(
+        "the kernel runs at most {MAX_PROGRAMS} programs at a hook, and that many are attached; detach one of them"
+    )]
+    TooManyPrograms,
+}
+
+fn tcx_remedy(has_tcx: bool) -> &'static str {
+    if has_tcx { "run imds-agent with --tc-backend tcx" } else { "use a kernel with TCX (6.6)" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(obstacle: Obstacle) -> String {
+        ObstacleError { hook: TcHook::NodeEgress, interface: "up0".to_owned(), obstacle }.to_string()
+    }
+
+    #[test]
+    fn messages_name_the_remedy() {
+        assert_eq!(
+            message(Obstacle::IngressQdisc { has_tcx: false }),
+            "failed to attach node_egress to up0: its ingress qdisc occupies the clsact slot; delete it or use a kernel \
+             with TCX (6.6)"
+        );
+        let shared = Obstacle::SharedBlock { kind: "clsact".to_owned(), block: 22, has_tcx: true };
+        assert!(message(shared.clone()).contains("shared filter block 22"));
+        assert!(message(shared).ends_with("run imds-agent with --tc-backend tcx"));
+        assert!(message(Obstacle::TooManyPrograms).contains("at most 63 programs"));
+    }
+}

@@ -1,0 +1,148 @@
+//! Record of the effective configuration and of the last rejected one. The record is in a pinned map, so that commands can
+//! read it while no agent runs.
+
+use std::path::{Path, PathBuf};
+
+use aya::maps::{Array, MapData, MapError};
+use imds_ebpf_common::{ConfigRecord, names::MAP_CONFIG};
+use jiff::Timestamp;
+
+use crate::config::endpoint_set;
+use crate::datapath::{DatapathError, object::Maps};
+
+/// Largest number of reads until two consecutive ones are equal. A read during an update returns a mix of both values.
+const READINGS: usize = 20;
+
+/// Effective configuration, as recorded in the map.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Record {
+    /// Generation of the configuration: increases by one with each change.
+    pub generation: u64,
+    /// Path of the configuration file; `None` if there is no file.
+    pub path: Option<PathBuf>,
+    /// Time since which the configuration is effective.
+    pub loaded_at: Timestamp,
+    /// Last configuration that was rejected after this one was loaded.
+    pub refusal: Option<RejectedConfig>,
+    /// The configuration as TOML, including all defaults.
+    pub text: String,
+}
+
+/// Configuration that was rejected.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct RejectedConfig {
+    /// Time of the rejection.
+    pub at: Timestamp,
+    /// Error message, truncated to the size of the record.
+    pub error: String,
+}
+
+/// Reads the record. Returns `None` before the first configuration was recorded.
+pub fn read(maps: &Maps) -> Result<Option<Record>, MapError> {
+    Ok(Record::of(&read_whole(&maps.config)?))
+}
+
+impl Record {
+    /// Converts the value of the map. Returns `None` for a value that was never written.
+    #[must_use]
+    pub fn of(record: &ConfigRecord) -> Option<Self> {
+        if record.generation == 0 {
+            return None;
+        }
+        let path = text(&record.path);
+        let refusal = (record.failed_at != 0)
+            .then(|| RejectedConfig { at: timestamp(record.failed_at), error: text(&record.error) });
+        Some(Self {
+            generation: record.generation,
+            path: (!path.is_empty()).then(|| path.into()),
+            loaded_at: timestamp(record.loaded_at),
+            refusal,
+            text: endpoint_set::raw(&record.text).unwrap_or_default().to_owned(),
+        })
+    }
+}
+
+/// Records a new effective configuration. Returns its generation.
+pub(crate) fn put(maps: &mut Maps, path: Option<&Path>, text: &str) -> Result<u64, DatapathError> {
+    let before = read_whole(&maps.config).map_err(failed)?;
+    let generation = before.generation.saturating_add(1);
+    let path = path.map(|path| path.to_string_lossy()).unwrap_or_default();
+    let record = ConfigRecord {
+        generation,
+        loaded_at: now(),
+        failed_at: 0,
+        path: padded(&path),
+        error: padded(""),
+        text: padded(text),
+    };
+    maps.config.set(0, record, 0).map_err(failed)?;
+    Ok(generation)
+}
+
+/// Records that a configuration was rejected. The previous one stays effective.
+pub(crate) fn put_rejected_config(maps: &mut Maps, error: &str) -> Result<(), DatapathError> {
+    let before = read_whole(&maps.config).map_err(failed)?;
+    let record = ConfigRecord { failed_at: now(), error: padded(error), ..before };
+    maps.config.set(0, record, 0).map_err(failed)
+}
+
+fn read_whole(map: &Array<MapData, ConfigRecord>) -> Result<ConfigRecord, MapError> {
+    let mut last = map.get(&0, 0)?;
+    for _ in 0..READINGS {
+        let record = map.get(&0, 0)?;
+        if record == last {
+            break;
+        }
+        last = record;
+    }
+    Ok(last)
+}
+
+fn failed(source: MapError) -> DatapathError {
+    DatapathError::Map { map: MAP_CONFIG, source }
+}
+
+fn now() -> u64 {
+    nanoseconds(Timestamp::now())
+}
+
+/// Returns the nanoseconds since the epoch.
+pub(crate) fn nanoseconds(time: Timestamp) -> u64 {
+    time.as_nanosecond().try_into().unwrap_or_default()
+}
+
+pub(crate) fn timestamp(nanoseconds: u64) -> Timestamp {
+    Timestamp::from_nanosecond(nanoseconds.into()).unwrap_or_default()
+}
+
+/// Returns `text` padded with zeros, or truncated at a character boundary.
+pub(crate) fn padded<const LEN: usize>(text: &str) -> [u8; LEN] {
+    let (whole, _) = text.split_at(text.floor_char_boundary(LEN));
+    padded_bytes(whole.as_bytes())
+}
+
+/// Returns `bytes` padded with zeros, or truncated.
+pub(crate) fn padded_bytes<const LEN: usize>(bytes: &[u8]) -> [u8; LEN] {
+    let mut padded = [0; LEN];
+    for (to, from) in padded.iter_mut().zip(bytes) {
+        *to = *from;
+    }
+    padded
+}
+
+pub(crate) fn text(padded: &[u8]) -> String {
+    endpoint_set::unpadded(padded)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_text_is_cut_at_a_character() {
+        assert_eq!(padded::<4>("a"), *b"a\0\0\0");
+        assert_eq!(padded::<4>("abcde"), *b"abcd");
+        assert_eq!(padded::<4>("abc\u{e4}"), *b"abc\0");
+        assert_eq!(text(&padded::<6>("abc\u{e4}")), "abc\u{e4}");
+    }
+}

@@ -1,0 +1,173 @@
+//! Counters of packets and bytes by interface, hook and verdict, summed over the CPUs.
+
+use std::{collections::BTreeMap, ops::AddAssign};
+
+use aya::{
+    maps::{MapError, PerCpuValues},
+    util::nr_cpus,
+};
+use imds_ebpf_common::{
+    Counter, CounterKey, Hook, Verdict,
+    event::{MAX_RATE_LIMITERS, RateLimiter},
+    names::MAP_COUNTERS,
+};
+use serde::Serialize;
+
+use crate::datapath::{
+    DatapathError,
+    object::{self, Maps},
+};
+
+/// Flag `BPF_NOEXIST`: creates an entry, and fails if it exists.
+const NOEXIST: u64 = 1;
+
+/// Number of packets and bytes with one verdict.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize)]
+pub struct Count {
+    /// Number of packets or calls; a GSO packet counts once.
+    pub packets: u64,
+    /// Number of bytes, including the link-layer header.
+    pub bytes: u64,
+}
+
+impl AddAssign for Count {
+    fn add_assign(&mut self, other: Self) {
+        self.packets = self.packets.saturating_add(other.packets);
+        self.bytes = self.bytes.saturating_add(other.bytes);
+    }
+}
+
+/// Counts of one interface and hook by verdict.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize)]
+pub struct Counts {
+    /// Denied because the mode is enforce.
+    pub denied: Count,
+    /// Passed because the mode is audit.
+    pub audited: Count,
+    /// Passed because the mode is off or the port is allowed.
+    pub allowed: Count,
+    /// Passed because the sender is exempt.
+    pub exempt: Count,
+}
+
+impl Counts {
+    fn of(&mut self, verdict: u8) -> Option<&mut Count> {
+        Verdict::COUNTED.into_iter().find(|&counted| counted as u8 == verdict).and_then(|verdict| {
+            match verdict {
+                Verdict::Deny => Some(&mut self.denied),
+                Verdict::Audit => Some(&mut self.audited),
+                Verdict::Allow | Verdict::Allowed => Some(&mut self.allowed),
+                Verdict::Exempt => Some(&mut self.exempt),
+                Verdict::Unrelated => None,
+            }
+        })
+    }
+}
+
+impl Counts {
+    /// Returns each count with the name of its verdict.
+    #[must_use]
+    pub fn named(self) -> [(&'static str, Count); 4] {
+        let Self { denied, audited, allowed, exempt } = self;
+        [("denied", denied), ("audited", audited), ("allowed", allowed), ("exempt", exempt)]
+    }
+}
+
+impl AddAssign for Counts {
+    fn add_assign(&mut self, other: Self) {
+        self.denied += other.denied;
+        self.audited += other.audited;
+        self.allowed += other.allowed;
+        self.exempt += other.exempt;
+    }
+}
+
+/// Reads all counts by interface index and number of the hook. Counts of deleted interfaces and of cgroup hooks have the index
+/// [`CounterKey::DELETED`].
+pub fn read(maps: &Maps) -> Result<BTreeMap<(u32, u8), Counts>, MapError> {
+    let mut counts: BTreeMap<(u32, u8), Counts> = BTreeMap::new();
+    for entry in object::present(maps.counters.iter()) {
+        let (key, values) = entry?;
+        if let Some(count) = counts.entry((key.ifindex, key.hook)).or_default().of(key.verdict) {
+            let Counter { packets, bytes, .. } = sum(&values);
+            *count += Count { packets, bytes };
+        }
+    }
+    Ok(counts)
+}
+
+/// Creates the counters of an interface. If that fails, the programs create them for the first packet.
+pub(crate) fn prepare(maps: &mut Maps, ifindex: u32, hook: Hook) {
+    for verdict in Verdict::COUNTED {
+        let zero = on_first_cpu(Counter::default());
+        let key = CounterKey::new(ifindex, hook, verdict);
+        if let Some(zero) = zero
+            && let Err(error) = maps.counters.insert(key, zero, NOEXIST)
+        {
+            log::debug!("failed to create a counter of interface {ifindex}: {error}");
+        }
+    }
+}
+
+/// Returns the number of rate-limited events that no emitted event accounts for yet. The next event of the same source
+/// includes them.
+pub fn untold(maps: &Maps) -> Result<u64, MapError> {
+    let mut untold = 0_u64;
+    let of_interfaces = object::present(maps.counters.iter());
+    for entry in of_interfaces {
+        untold = untold.saturating_add(sum(&entry?.1).limiter.untold);
+    }
+    // The programs add and evict sources concurrently, and an evicted key restarts the iteration: the limit ends it.
+    for entry in object::present(maps.sources.iter()).take(2 * MAX_RATE_LIMITERS) {
+        for limiter in entry?.1.iter() {
+            untold = untold.saturating_add(limiter.untold);
+        }
+    }
+    Ok(untold)
+}
+
+/// Adds the counts of an interface to those of deleted interfaces, and removes its counters.
+pub(crate) fn fold(maps: &mut Maps, ifindex: u32) -> Result<(), DatapathError> {
+    let failed = |source| DatapathError::Map { map: MAP_COUNTERS, source };
+    let keys = [Hook::FromPod, Hook::NodeEgress]
+        .into_iter()
+        .flat_map(|hook| Verdict::COUNTED.map(|verdict| CounterKey::new(ifindex, hook, verdict)));
+    for key in keys {
+        let deleted = CounterKey { ifindex: CounterKey::DELETED, ..key };
+        let Ok(values) = maps.counters.get(&key, 0) else { continue };
+        if values.iter().any(|counter| counter.packets != 0) {
+            let before = maps.counters.get(&deleted, 0).map(|values| sum(&values)).unwrap_or_default();
+            if let Some(total) = on_first_cpu(added(before, &sum(&values))) {
+                maps.counters.insert(deleted, total, 0).map_err(failed)?;
+            }
+        }
+        match maps.counters.remove(&key) {
+            Ok(()) | Err(MapError::KeyNotFound) => {}
+            Err(error) => return Err(failed(error)),
+        }
+    }
+    Ok(())
+}
+
+/// Returns the sum over all CPUs, including the number of pending events.
+fn sum(values: &PerCpuValues<Counter>) -> Counter {
+    values.iter().fold(Counter::default(), added)
+}
+
+fn added(sum: Counter, other: &Counter) -> Counter {
+    Counter {
+        packets: sum.packets.saturating_add(other.packets),
+        bytes: sum.bytes.saturating_add(other.bytes),
+        limiter: RateLimiter {
+            untold: sum.limiter.untold.saturating_add(other.limiter.untold),
+            ..sum.limiter
+        },
+    }
+}
+
+/// Returns a per-CPU value with `counter` on the first CPU and zeros on the others.
+fn on_first_cpu(counter: Counter) -> Option<PerCpuValues<Counter>> {
+    let mut values = vec![Counter::default(); nr_cpus().ok()?];
+    *values.first_mut()? = counter;
+    PerCpuValues::try_from(values).ok()
+}

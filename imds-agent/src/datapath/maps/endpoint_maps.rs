@@ -1,0 +1,99 @@
+//! Reads and writes the protected endpoints in the maps. Updates are ordered so that no request to them passes in between.
+
+use std::collections::BTreeMap;
+
+use aya::maps::MapError;
+use imds_ebpf_common::{
+    Address, Endpoint, PolicyTable, ProviderRecord,
+    names::{MAP_ENDPOINTS, MAP_FILTER, MAP_PROVIDER},
+};
+
+use crate::config::endpoint_set::{EndpointSet, padded, unpadded};
+use crate::datapath::{
+    DatapathError,
+    object::{self, Maps},
+    pin::dir::PinDir,
+    sys::bpf,
+};
+
+/// Reads the protected endpoints by address.
+pub fn read(maps: &Maps) -> Result<BTreeMap<Address, Endpoint>, MapError> {
+    object::present(maps.endpoints.iter()).collect()
+}
+
+/// Reads the configured provider, and the provider of the effective preset.
+pub fn provider(maps: &Maps) -> Result<(String, String), MapError> {
+    let ProviderRecord { configured, in_force } = maps.provider.get(&0, 0)?;
+    Ok((unpadded(&configured), unpadded(&in_force)))
+}
+
+/// Reads the effective filter.
+pub(crate) fn filter(maps: &Maps) -> Result<PolicyTable, DatapathError> {
+    maps.filter.get(&0, 0).map_err(|source| DatapathError::Map { map: MAP_FILTER, source })
+}
+
+/// Replaces the effective filter.
+pub(crate) fn set_filter(maps: &mut Maps, filter: &PolicyTable) -> Result<(), DatapathError> {
+    maps.filter.set(0, *filter, 0).map_err(|source| DatapathError::Map { map: MAP_FILTER, source })
+}
+
+/// Returns the filter to load the programs with: the effective one, with the address bits of the new endpoints added.
+pub(crate) fn filter_while_loading(pins: &PinDir, endpoint_set: &EndpointSet) -> PolicyTable {
+    let entries: BTreeMap<_, _> = endpoint_set.entries().collect();
+    let wanted = PolicyTable::of(by_address(&entries));
+    // If the maps do not exist or are unreadable, no attached program uses them.
+    match Maps::open(pins).ok().and_then(|maps| filter(&maps).ok()) {
+        Some(mut in_force) => {
+            in_force.add_slots_of(&wanted);
+            in_force
+        }
+        None => wanted,
+    }
+}
+
+fn by_address(entries: &BTreeMap<Address, Endpoint>) -> impl Iterator<Item = (Address, &Endpoint)> + Clone {
+    entries.iter().map(|(address, endpoint)| (*address, endpoint))
+}
+
+/// Replaces the protected endpoints by `endpoint_set`. The programs see the change of all endpoints at once.
+pub fn write(maps: &mut Maps, endpoint_set: &EndpointSet) -> Result<(), DatapathError> {
+    let wanted: BTreeMap<_, _> = endpoint_set.entries().collect();
+    write_filter(maps, &wanted)?;
+    write_records(maps, &wanted)?;
+    let (configured, in_force) = (padded(endpoint_set.configured()), padded(endpoint_set.provider()));
+    let record = ProviderRecord { configured, in_force };
+    maps.provider.set(0, record, 0).map_err(|source| DatapathError::Map { map: MAP_PROVIDER, source })
+}
+
+/// Writes the unused table of the filter, then makes it the effective one.
+fn write_filter(maps: &mut Maps, wanted: &BTreeMap<Address, Endpoint>) -> Result<(), DatapathError> {
+    let before = filter(maps)?;
+    let mut after = before;
+    after.set_endpoints(by_address(wanted));
+    if after.table() == before.table() && after.bits == before.bits {
+        return Ok(());
+    }
+    let mut staged = PolicyTable { current: before.current, ..after };
+    staged.add_slots_of(&before);
+    set_filter(maps, &staged)?;
+    staged.current = after.current;
+    set_filter(maps, &staged)?;
+    // The next change overwrites the previous table, which running programs may still read.
+    bpf::wait_for_programs();
+    set_filter(maps, &after)
+}
+
+/// Writes the map of endpoint records, which `status` and `bpftool` read.
+fn write_records(maps: &mut Maps, wanted: &BTreeMap<Address, Endpoint>) -> Result<(), DatapathError> {
+    let failed = |source| DatapathError::Map { map: MAP_ENDPOINTS, source };
+    let before = read(maps).map_err(failed)?;
+    for address in before.keys().filter(|address| !wanted.contains_key(address)) {
+        maps.endpoints.remove(address).map_err(failed)?;
+    }
+    for (address, endpoint) in wanted {
+        if before.get(address) != Some(endpoint) {
+            maps.endpoints.insert(address, endpoint, 0).map_err(failed)?;
+        }
+    }
+    Ok(())
+}

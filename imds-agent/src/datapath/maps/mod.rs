@@ -1,0 +1,11 @@
+//! Typed access to the pinned maps.
+
+pub mod config_record;
+pub mod counters;
+pub mod denial_records;
+pub mod endpoint_maps;
+pub mod exemption_maps;
+pub mod interface_records;
+pub mod pod_names;
+pub(crate) mod policy;
+pub mod recent_events;

@@ -1,0 +1,160 @@
+//! Pod metadata of interfaces, network namespaces and cgroups, in a pinned map. Processes that read events and counters use it
+//! to name the pods. The programs do not read it.
+
+use std::collections::BTreeMap;
+
+use aya::maps::{HashMap, Map, MapData, MapError};
+use imds_ebpf_common::{
+    KubernetesRecord, PodRecord, Subject,
+    names::{MAP_KUBERNETES, MAP_PODS},
+};
+use jiff::Timestamp;
+
+use super::config_record::{nanoseconds, padded, text, timestamp};
+use crate::datapath::{
+    DatapathError,
+    object::{self, Maps, ObjectError},
+    pin::dir::PinDir,
+};
+use crate::{
+    controller::pod_tracker::{PodContainer, PodRef, PodWatchStatus},
+    kube::Pod,
+};
+
+/// Labels that identify the application of a pod, in order of preference.
+const LABELS: [&str; 5] = ["app.kubernetes.io/name", "k8s-app", "app", "component", "name"];
+
+/// Cache of the keys of the map, each with pod uid and container name, which determine the rest of the entry.
+#[derive(Debug, Default)]
+pub(crate) struct Told(Option<BTreeMap<Subject, (String, String)>>);
+
+/// Reads the pod metadata of all subjects.
+pub fn read(maps: &Maps) -> Result<BTreeMap<Subject, PodRef>, MapError> {
+    let entries = object::present(maps.pods.iter());
+    entries.map(|entry| entry.map(|(subject, record)| (subject, PodRef::of(&record)))).collect()
+}
+
+/// Map of pod metadata, for lookups of single subjects.
+#[derive(Debug)]
+pub struct Names(HashMap<MapData, Subject, PodRecord>);
+
+impl Names {
+    /// Opens the pinned map of pod metadata.
+    pub fn open(pins: &PinDir) -> Result<Self, ObjectError> {
+        let failed = |source| ObjectError::Map { name: MAP_PODS, source };
+        let map = MapData::from_pin(pins.map(MAP_PODS)).map_err(failed)?;
+        Map::HashMap(map).try_into().map(Self).map_err(failed)
+    }
+
+    /// Returns the pod metadata of `subject`, or `None` if it is unknown.
+    #[must_use]
+    pub fn get(&self, subject: Subject) -> Option<PodRef> {
+        self.0.get(&subject, 0).ok().as_ref().map(PodRef::of)
+    }
+}
+
+/// Replaces the content of the map by `names`. Returns the number of map updates.
+pub(crate) fn write(
+    maps: &mut Maps,
+    told: &mut Told,
+    names: &BTreeMap<Subject, PodContainer<'_>>,
+) -> Result<usize, DatapathError> {
+    let failed = |source| DatapathError::Map { map: MAP_PODS, source };
+    let told = match &mut told.0 {
+        Some(told) => told,
+        none => {
+            let before = read(maps).map_err(failed)?;
+            let key = |identity: PodRef| (identity.uid, identity.container.unwrap_or_default());
+            none.insert(before.into_iter().map(|(subject, identity)| (subject, key(identity))).collect())
+        }
+    };
+    let mut writes = 0;
+    let gone: Vec<_> = told.keys().filter(|subject| !names.contains_key(subject)).copied().collect();
+    for subject in gone {
+        match maps.pods.remove(&subject) {
+            Ok(()) | Err(MapError::KeyNotFound) => {}
+            Err(error) => return Err(failed(error)),
+        }
+        told.remove(&subject);
+        writes += 1;
+    }
+    for (subject, PodContainer { pod, container }) in names {
+        let container = container.unwrap_or_default();
+        if !told.get(subject).is_some_and(|(uid, told)| *uid == pod.uid && told == container) {
+            maps.pods.insert(subject, record(pod, container), 0).map_err(failed)?;
+            told.insert(*subject, (pod.uid.clone(), container.to_owned()));
+            writes += 1;
+        }
+    }
+    Ok(writes)
+}
+
+fn record(pod: &Pod, container: &str) -> PodRecord {
+    let label = LABELS.iter().find_map(|&key| Some(format!("{key}={}", pod.labels.get(key)?)));
+    PodRecord {
+        namespace: padded(&pod.namespace),
+        name: padded(&pod.name),
+        service_account: padded(&pod.service_account),
+        container: padded(container),
+        label: padded(&label.unwrap_or_default()),
+        uid: padded(&pod.uid),
+    }
+}
+
+impl PodRef {
+    /// Converts the value of the map.
+    #[must_use]
+    pub fn of(record: &PodRecord) -> Self {
+        let unless_empty = |padded: &[u8]| Some(text(padded)).filter(|text| !text.is_empty());
+        Self {
+            namespace: text(&record.namespace),
+            pod: text(&record.name),
+            service_account: text(&record.service_account),
+            container: unless_empty(&record.container),
+            label: unless_empty(&record.label),
+            uid: text(&record.uid),
+        }
+    }
+}
+
+/// Reads the status of the pod watch. Returns `None` if it is off.
+pub fn lookup(maps: &Maps) -> Result<Option<PodWatchStatus>, MapError> {
+    Ok(PodWatchStatus::of(&maps.kubernetes.get(&0, 0)?))
+}
+
+impl PodWatchStatus {
+    /// Converts the value of the map. Returns `None` if the pod watch is off.
+    #[must_use]
+    pub fn of(record: &KubernetesRecord) -> Option<Self> {
+        let moment = |nanoseconds| (nanoseconds != 0).then(|| timestamp(nanoseconds));
+        (record.is_enabled == 1).then(|| Self {
+            node: text(&record.node),
+            is_connected: record.is_connected == 1,
+            since: timestamp(record.since),
+            synced_at: moment(record.synced_at),
+            failed_at: moment(record.failed_at),
+            error: moment(record.failed_at).map(|_| text(&record.error)),
+            pods: record.pods,
+            unresolved: record.unresolved,
+            disputed: u32::try_from(record.disputed).unwrap_or(u32::MAX),
+        })
+    }
+}
+
+/// Records the status of the pod watch; `None` means that it is off.
+pub(crate) fn put(maps: &mut Maps, lookup: Option<&PodWatchStatus>) -> Result<(), DatapathError> {
+    let moment = |moment: Option<Timestamp>| moment.map_or(0, nanoseconds);
+    let record = KubernetesRecord {
+        since: moment(lookup.map(|lookup| lookup.since)),
+        synced_at: moment(lookup.and_then(|lookup| lookup.synced_at)),
+        failed_at: moment(lookup.and_then(|lookup| lookup.failed_at)),
+        is_enabled: lookup.is_some().into(),
+        is_connected: lookup.is_some_and(|lookup| lookup.is_connected).into(),
+        pods: lookup.map_or(0, |lookup| lookup.pods),
+        unresolved: lookup.map_or(0, |lookup| lookup.unresolved),
+        disputed: lookup.map_or(0, |lookup| lookup.disputed.into()),
+        node: padded(lookup.map_or("", |lookup| &lookup.node)),
+        error: padded(lookup.and_then(|lookup| lookup.error.as_deref()).unwrap_or_default()),
+    };
+    maps.kubernetes.set(0, record, 0).map_err(|source| DatapathError::Map { map: MAP_KUBERNETES, source })
+}

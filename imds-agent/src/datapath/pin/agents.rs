@@ -1,0 +1,134 @@
+//! Search for other agents in the same network namespace, each with its own pin directory.
+
+use std::{
+    fmt, fs,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
+
+use aya::maps::{Array, Map, MapData};
+use imds_ebpf_common::{Policy, maps::MAP_SCHEMA_VERSION, names::MAP_POLICY};
+
+use super::{dir::PinDir, netns_owner};
+use crate::node::mounts::mount_points;
+
+/// File system type of a bpffs.
+const BPFFS: &str = "bpf";
+/// Largest depth of pin directories below the root of a bpffs that the search finds: `imds`, or `imds/blue`.
+const MAX_DEPTH: usize = 2;
+/// Largest number of directories that the search reads. Other programs may have thousands.
+const MAX_DIRECTORIES: usize = 1024;
+
+/// Another agent that runs in this network namespace.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct OtherAgent {
+    /// Pid of the agent; `None` if it is not visible in this pid namespace.
+    pub pid: Option<i32>,
+    /// Pin directory of the agent.
+    pub pin_dir: PathBuf,
+}
+
+impl fmt::Display for OtherAgent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "another imds-agent ")?;
+        if let Some(pid) = self.pid {
+            write!(f, "(pid {pid}) ")?;
+        }
+        write!(f, "runs on this node with pins in {}", self.pin_dir.display())
+    }
+}
+
+impl OtherAgent {
+    /// Returns the consequence, and the commands that stop the other agent.
+    #[must_use]
+    pub fn remedy(&self) -> String {
+        let stop = self.pid.map(|pid| format!("`kill {pid}`, ")).unwrap_or_default();
+        format!(
+            "each agent enforces its own configuration; to run only one, stop the other: {stop}then `imds-agent unload \
+             --pin-dir {}`",
+            self.pin_dir.display()
+        )
+    }
+}
+
+/// Finds the other agents that run in this network namespace, on every mounted bpffs.
+#[must_use]
+pub fn find(own: &PinDir) -> Vec<OtherAgent> {
+    let Ok(netns) = netns_owner::this_netns() else { return Vec::new() };
+    let inode = |path: &Path| fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino())).ok();
+    let own = inode(own.root());
+    let mut seen = vec![own];
+    let mut found = Vec::new();
+    for root in pin_dirs() {
+        let key = inode(&root);
+        if seen.contains(&key) {
+            continue;
+        }
+        seen.push(key);
+        let Ok(pins) = PinDir::new(&root) else { continue };
+        // Checks the lock last, because the check takes the lock for a moment.
+        if read_netns(&pins) == Some(netns)
+            && let Ok(Some(holder)) = pins.holder()
+        {
+            found.push(OtherAgent { pid: holder.pid, pin_dir: root });
+        }
+    }
+    found.sort_by(|one, other| one.pin_dir.cmp(&other.pin_dir));
+    found
+}
+
+/// Returns the network namespace of the agent that wrote the pinned policy, or `None` for another layout.
+fn read_netns(pins: &PinDir) -> Option<u32> {
+    let map = MapData::from_pin(pins.map(MAP_POLICY)).ok()?;
+    let policy: Array<MapData, Policy> = Map::Array(map).try_into().ok()?;
+    let Policy { layout, netns, .. } = policy.get(&0, 0).ok()?;
+    (layout == MAP_SCHEMA_VERSION).then_some(netns)
+}
+
+/// Returns the directories with a pinned policy map.
+fn pin_dirs() -> Vec<PathBuf> {
+    let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mut pin_dirs = Vec::new();
+    let mut unread: Vec<_> = mount_points(&mountinfo, BPFFS).into_iter().map(|path| (path, 0)).collect();
+    let mut read = 0;
+    while let Some((directory, depth)) = unread.pop() {
+        if directory.join("maps").join(MAP_POLICY).exists() {
+            pin_dirs.push(directory);
+            continue;
+        }
+        read += 1;
+        if depth >= MAX_DEPTH || read > MAX_DIRECTORIES {
+            continue;
+        }
+        let entries = fs::read_dir(&directory).into_iter().flatten().flatten();
+        let below = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        unread.extend(below.map(|entry| (entry.path(), depth + 1)));
+    }
+    pin_dirs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_bpffs_mounts_are_found() {
+        let mountinfo = "30 23 0:26 / /sys/fs/bpf rw,nosuid shared:4 - bpf bpf rw,mode=700\n\
+                         31 23 0:27 / /sys rw - sysfs sysfs rw\n\
+                         32 23 0:28 / /run/cilium/bpffs rw - bpf none rw\n";
+        assert_eq!(
+            mount_points(mountinfo, BPFFS),
+            [Path::new("/sys/fs/bpf"), Path::new("/run/cilium/bpffs")]
+        );
+    }
+
+    #[test]
+    fn agents_in_words() {
+        let agent = OtherAgent { pid: Some(7), pin_dir: "/sys/fs/bpf/two".into() };
+        assert_eq!(
+            agent.to_string(),
+            "another imds-agent (pid 7) runs on this node with pins in /sys/fs/bpf/two"
+        );
+        assert!(agent.remedy().contains("`kill 7`") && agent.remedy().contains("--pin-dir /sys/fs/bpf/two"));
+    }
+}

@@ -1,0 +1,173 @@
+//! Lock of a pin directory: flock(2) on the directory, held by the agent that uses it.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::MetadataExt as _,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::fcntl::{Flock, FlockArg};
+
+use super::dir::{PinDir, PinError, io_error};
+
+/// Time limit for taking the lock. `status` holds it for a moment to check whether another process does.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
+const LOCK_RETRY: Duration = Duration::from_millis(20);
+
+impl PinDir {
+    /// Creates the directory and its subdirectories if missing, and locks it for this process. Fails if it is not on a bpffs.
+    pub fn claim(&self) -> Result<PinLock, PinError> {
+        self.ensure_bpffs()?;
+        self.ensure_usable()?;
+        let is_new = !self.exists();
+        self.make_directories()?;
+        let claim = PinLock { dir: self.clone(), lock: self.lock(self.root())?, ready: None, is_new };
+        // A killed `unload` may have left its request.
+        self.withdraw_unload_request()?;
+        Ok(claim)
+    }
+
+    /// Locks the directory for this process, if it exists and no other process holds the lock.
+    pub(crate) fn try_lock_existing(&self) -> Result<Option<PinLock>, PinError> {
+        let directory = match File::open(self.root()) {
+            Ok(directory) => directory,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(io_error("open", self.root())(error)),
+        };
+        let inode = directory.metadata().map_err(io_error("inspect", self.root()))?.ino();
+        let lock = Flock::lock(directory, FlockArg::LockExclusiveNonblock).ok();
+        let lock = lock.filter(|_| is_at(self.root(), inode));
+        Ok(lock.map(|lock| PinLock { dir: self.clone(), lock, ready: None, is_new: false }))
+    }
+
+    /// Locks the event ring buffer for this process until the result is dropped. Returns `None` if another process holds the
+    /// lock. Uses the directory of programs for the lock, which has no other lock.
+    pub fn try_lock_events(&self) -> Result<Option<Flock<File>>, PinError> {
+        let path = self.programs();
+        let directory = File::open(&path).map_err(io_error("open", &path))?;
+        Ok(Flock::lock(directory, FlockArg::LockExclusiveNonblock).ok())
+    }
+
+    /// Returns the process that holds the lock of the directory, or `None` if no process does.
+    pub fn holder(&self) -> Result<Option<LockOwner>, PinError> {
+        if !is_locked(self.root())? {
+            return Ok(None);
+        }
+        let inode = fs::metadata(self.root()).map_err(io_error("inspect", self.root()))?.ino();
+        Ok(Some(LockOwner { pid: holder_of(inode), is_ready: is_locked(&self.maps())? }))
+    }
+
+    /// Locks the directory at `path`. If the directory was removed in the meantime, creates it and locks the new one.
+    fn lock(&self, path: &Path) -> Result<Flock<File>, PinError> {
+        let deadline = Instant::now() + LOCK_TIMEOUT;
+        loop {
+            let directory = File::open(path).map_err(io_error("open", path))?;
+            let inode = directory.metadata().map_err(io_error("inspect", path))?.ino();
+            match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) if is_at(path, inode) => return Ok(lock),
+                Ok(_) => self.make_directories()?,
+                Err(_) if Instant::now() < deadline => thread::sleep(LOCK_RETRY),
+                Err(_) => return Err(PinError::Held { path: path.to_owned(), pid: holder_of(inode) }),
+            }
+        }
+    }
+}
+
+/// Another process that holds the lock of a pin directory.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct LockOwner {
+    /// Pid of the process; `None` if it is not visible in this pid namespace.
+    pub pid: Option<i32>,
+    /// True after the agent has reconciled every interface once.
+    pub is_ready: bool,
+}
+
+/// Lock of a pin directory, released when dropped.
+#[derive(Debug)]
+pub struct PinLock {
+    dir: PinDir,
+    lock: Flock<File>,
+    /// Lock of the directory of maps, which marks the agent as ready. The kernel releases it when the process ends.
+    ready: Option<Flock<File>>,
+    is_new: bool,
+}
+
+impl PinLock {
+    /// Returns the locked pin directory.
+    #[must_use]
+    pub fn dir(&self) -> &PinDir {
+        &self.dir
+    }
+
+    /// Reports whether this process has created the directory.
+    #[must_use]
+    pub fn is_new(&self) -> bool {
+        self.is_new
+    }
+
+    /// Marks the agent as ready: `status` then reports that every interface was reconciled.
+    pub fn set_ready(&mut self) -> Result<(), PinError> {
+        if self.ready.is_none() {
+            self.ready = Some(self.dir.lock(&self.dir.maps())?);
+        }
+        Ok(())
+    }
+
+    /// Creates removed directories again, and locks them. Returns `true` if any was missing.
+    pub fn restore(&mut self) -> Result<bool, PinError> {
+        let whole = holds(&self.lock, self.dir.root())
+            && self.ready.as_ref().is_none_or(|ready| holds(ready, &self.dir.maps()))
+            && [self.dir.maps(), self.dir.programs(), self.dir.links()].iter().all(|path| path.is_dir());
+        if whole {
+            return Ok(false);
+        }
+        self.dir.ensure_bpffs()?;
+        self.dir.make_directories()?;
+        if !holds(&self.lock, self.dir.root()) {
+            self.lock = self.dir.lock(self.dir.root())?;
+        }
+        if self.ready.take().is_some() {
+            self.set_ready()?;
+        }
+        Ok(true)
+    }
+
+    /// Removes the agent's pins, and the directory if no other entries are left.
+    pub fn remove(self) -> Result<(), PinError> {
+        self.dir.remove_own().map(drop)
+    }
+}
+
+/// Reports whether the lock belongs to the directory that is now at `path`.
+fn holds(lock: &Flock<File>, path: &Path) -> bool {
+    lock.metadata().is_ok_and(|metadata| is_at(path, metadata.ino()))
+}
+
+fn is_at(path: &Path, inode: u64) -> bool {
+    fs::metadata(path).is_ok_and(|metadata| metadata.ino() == inode)
+}
+
+/// Reports whether a process holds the lock of the directory at `path`. Returns `false` if the directory does not exist.
+fn is_locked(path: &Path) -> Result<bool, PinError> {
+    let directory = match File::open(path) {
+        Ok(directory) => directory,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(io_error("open", path)(error)),
+    };
+    Ok(Flock::lock(directory, FlockArg::LockSharedNonblock).is_err())
+}
+
+/// Returns the pid of the process that holds a flock(2) on an inode, from /proc/locks. The format of a line is
+/// `1: FLOCK ADVISORY WRITE PID MAJ:MIN:INODE 0 EOF`.
+fn holder_of(inode: u64) -> Option<i32> {
+    let locks = fs::read_to_string("/proc/locks").ok()?;
+    locks.lines().find_map(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        let [_, "FLOCK", _, "WRITE", pid, file, ..] = fields[..] else { return None };
+        let same = file.rsplit(':').next()?.parse() == Ok(inode);
+        pid.parse().ok().filter(|&pid| same && pid > 0)
+    })
+}

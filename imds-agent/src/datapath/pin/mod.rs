@@ -1,0 +1,10 @@
+//! The pin directory: owner, lock, contents and removal.
+
+pub mod agents;
+pub(crate) mod contents;
+pub mod dir;
+pub mod lock;
+pub mod netns_owner;
+pub(crate) mod removal;
+pub(crate) mod unload;
+pub(crate) mod unload_request;

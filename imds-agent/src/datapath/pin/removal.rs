@@ -1,0 +1,59 @@
+//! Removal of a pin directory. Removes only names that agents create, one entry at a time, and does not follow symlinks.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use super::{
+    contents::{PinKind, entries, is_directory},
+    dir::{PinDir, PinError, io_error},
+    unload_request::REQUEST,
+};
+
+impl PinDir {
+    /// Removes the entries that agents create, and the directory if it is then empty. Returns the paths of the remaining entries,
+    /// which belong to other programs.
+    pub(crate) fn remove_own(&self) -> Result<Vec<PathBuf>, PinError> {
+        let mut left = Vec::new();
+        for kind in PinKind::ALL {
+            let directory = self.root().join(kind.directory());
+            if !is_directory(&directory) {
+                continue;
+            }
+            for path in entries(&directory)? {
+                if !kind.is_pin(&path) || !remove_entry(&path)? {
+                    left.push(path);
+                }
+            }
+            remove_empty(&directory)?;
+        }
+        remove_empty(&self.root().join(REQUEST))?;
+        let subdirectories = PinKind::ALL.map(|kind| self.root().join(kind.directory()));
+        left.extend(entries(self.root())?.into_iter().filter(|path| !subdirectories.contains(path)));
+        remove_empty(self.root())?;
+        Ok(left)
+    }
+}
+
+/// Removes a pin, a symlink, or an empty directory with the name of a pin. Returns `false` for a directory with entries, which
+/// agents do not create.
+fn remove_entry(path: &Path) -> Result<bool, PinError> {
+    if is_directory(path) {
+        return remove_empty(path);
+    }
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("unpin", path)(error)),
+        _ => Ok(true),
+    }
+}
+
+/// Removes a directory if it is empty. Returns `true` if it does not exist afterwards.
+fn remove_empty(path: &Path) -> Result<bool, PinError> {
+    match fs::remove_dir(path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(false),
+        Err(error) => Err(io_error("remove", path)(error)),
+    }
+}

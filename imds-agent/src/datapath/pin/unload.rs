@@ -1,0 +1,158 @@
+//! Implementation of `imds-agent unload`: ends enforcement, and removes all attachments and pins of agents.
+
+use std::path::PathBuf;
+
+use imds_ebpf_common::TcHook;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::{Duration, Instant, sleep},
+};
+
+use super::{
+    dir::{AttachPoint, PinDir, PinError},
+    lock::PinLock,
+    netns_owner,
+};
+use crate::datapath::{
+    DatapathError,
+    attach::{self, cgroup_programs, clsact, host_cgroups, mprog},
+    maps::policy,
+    object::Maps,
+    sys::rcu::{Expedited, MANY_LINKS},
+};
+use crate::node::{link::Link, netlink::Netlink};
+
+/// Interval at which `unload` tries to lock the directory.
+const RELEASE_RETRY: Duration = Duration::from_millis(20);
+
+/// Result of [`unload`].
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Removed {
+    /// Number of interfaces that had a program of the agent.
+    pub interfaces: usize,
+    /// True if cgroups had programs of the agent.
+    pub sockets: bool,
+    /// Path of the removed pin directory; `None` if it did not exist.
+    pub pin_dir: Option<PathBuf>,
+    /// Entries of the pin directory that agents do not create. They are not removed.
+    pub left: Vec<PathBuf>,
+    /// Pid of the agent that has released the directory, and keeps running without enforcing anything.
+    pub agent: Option<i32>,
+}
+
+/// Step of [`unload`], for progress messages.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Progress {
+    /// The policy is off: all hooks let all packets pass.
+    PolicyOff,
+    /// The running agent was asked to release the directory. Contains its pid, if visible.
+    AskedAgent(Option<i32>),
+    /// Number of detached links, and number of all pinned links.
+    Detached(usize, usize),
+}
+
+/// Removes links, filters and pins of agents, and qdiscs that an agent added. Without pins and attachments, the kernel frees the
+/// programs and maps.
+///
+/// Asks a running agent to release the directory, and waits at most `timeout` for it. Switches the policy off first, so that all
+/// hooks let all packets pass at once, because detaching takes long: the kernel waits for a grace period for each TCX link.
+pub async fn unload(
+    pins: &PinDir,
+    netlink: &Netlink,
+    links: &[Link],
+    timeout: Duration,
+    mut progress: impl FnMut(Progress),
+) -> Result<Removed, DatapathError> {
+    let mut removed = Removed::default();
+    // Keeps the directory open, so that the kernel does not reuse its inode number.
+    let Some(_directory) = pins.open_owned()? else { return Ok(removed) };
+    netns_owner::ensure_no_filters_elsewhere(pins)?;
+    let (claim, agent) = if let Some(claim) = pins.try_lock_existing()? {
+        (claim, None)
+    } else {
+        // Switches the policy off before asking the agent, which may hang.
+        if policy::switch_off(pins)? {
+            progress(Progress::PolicyOff);
+        }
+        let holder = pins.holder()?;
+        let agent = holder.and_then(|holder| holder.pid);
+        if holder.is_some() {
+            progress(Progress::AskedAgent(agent));
+        }
+        let Some(claim) = wait_for_release(pins, agent, timeout).await? else { return Ok(removed) };
+        (claim, agent)
+    };
+    // Repeats this, because the agent may have applied its configuration in the meantime.
+    if policy::switch_off(pins)? {
+        progress(Progress::PolicyOff);
+    }
+    removed.agent = agent;
+    detach(pins, netlink, links, &mut removed, progress).await?;
+    removed.left = pins.remove_own()?;
+    removed.pin_dir = Some(pins.root().to_owned());
+    drop(claim);
+    Ok(removed)
+}
+
+/// Asks the running agent to release the directory, and waits for it. Returns `None` if the directory was removed.
+async fn wait_for_release(
+    pins: &PinDir,
+    agent: Option<i32>,
+    timeout: Duration,
+) -> Result<Option<PinLock>, PinError> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        // Repeats the request, because an agent that starts in the meantime removes it.
+        if !pins.request_unload()? {
+            return Ok(None);
+        }
+        if let Some(claim) = pins.try_lock_existing()? {
+            return Ok(Some(claim));
+        }
+        if Instant::now() >= deadline {
+            // Leaves the request in place, so that a hanging agent releases the directory when it resumes.
+            let pid = pins.holder()?.map_or(agent, |holder| holder.pid);
+            return Err(PinError::NotReleased { path: pins.root().to_owned(), pid, timeout });
+        }
+        sleep(RELEASE_RETRY).await;
+    }
+}
+
+/// Expedites grace periods. Handles SIGINT and SIGTERM first, so that they do not end the process before it restores the
+/// setting.
+fn expedite() -> Option<Expedited> {
+    let handlers = [SignalKind::interrupt(), SignalKind::terminate()].map(signal);
+    if handlers.iter().all(Result::is_ok) { Expedited::set() } else { None }
+}
+
+async fn detach(
+    pins: &PinDir,
+    netlink: &Netlink,
+    links: &[Link],
+    removed: &mut Removed,
+    mut progress: impl FnMut(Progress),
+) -> Result<(), DatapathError> {
+    removed.sockets = cgroup_programs::detach_all(pins)? | host_cgroups::detach_all(pins)?;
+    removed.sockets |= cgroup_programs::detach_local_service(pins)?;
+    let pinned = pins.pinned_links()?;
+    let expedited = if pinned.len() >= MANY_LINKS { expedite() } else { None };
+    for (done, (_, path)) in (1..).zip(&pinned) {
+        removed.interfaces += usize::from(mprog::detach_pinned(path)?);
+        progress(Progress::Detached(done, pinned.len()));
+    }
+    drop(expedited);
+    // Qdiscs stay if the maps are unreadable, because then the owner of a qdisc is unknown.
+    let mut maps = Maps::open(pins).ok();
+    for link in links {
+        let mut detached = false;
+        for hook in TcHook::ALL {
+            let point = AttachPoint { ifindex: link.index, hook };
+            detached |= match &mut maps {
+                Some(maps) => attach::remove_filter(netlink, maps, point).await?,
+                None => clsact::detach_all(netlink, point).await?,
+            };
+        }
+        removed.interfaces += usize::from(detached);
+    }
+    Ok(())
+}

@@ -1,0 +1,4 @@
+//! System calls and kernel settings.
+
+pub mod bpf;
+pub(crate) mod rcu;

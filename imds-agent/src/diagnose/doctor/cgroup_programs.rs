@@ -1,0 +1,210 @@
+//! Programs of other owners on the cgroup of the socket hook.
+
+use std::{
+    collections::BTreeSet,
+    fs::File,
+    io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
+
+use aya_obj::generated::{
+    BPF_F_ALLOW_MULTI,
+    bpf_attach_type::{
+        self, BPF_CGROUP_INET_EGRESS, BPF_CGROUP_INET_INGRESS, BPF_CGROUP_INET4_CONNECT,
+        BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG,
+    },
+};
+use imds_ebpf_common::names::SOCKET_LINKS;
+
+use super::{
+    doctor_report::{DoctorCheck, Program},
+    tc_programs::{HookProgram, foreign, names},
+};
+use crate::{
+    datapath::{
+        DatapathError,
+        pin::dir::{self, PinDir},
+        sys::bpf::{self, CgroupPrograms},
+    },
+    escape::escape_path,
+    node::cgroup,
+};
+
+const NAME: &str = "cgroup_programs";
+/// Hooks that can refuse a call or change its destination.
+const CALLS: [(&str, bpf_attach_type); 4] = [
+    ("connect4", BPF_CGROUP_INET4_CONNECT),
+    ("connect6", BPF_CGROUP_INET6_CONNECT),
+    ("sendmsg4", BPF_CGROUP_UDP4_SENDMSG),
+    ("sendmsg6", BPF_CGROUP_UDP6_SENDMSG),
+];
+/// Hooks that can only drop a packet: it passes if every program agrees (`bpf_prog_run_array_cg`, kernel/bpf/cgroup.c).
+const PACKETS: [(&str, bpf_attach_type); 2] =
+    [("ingress", BPF_CGROUP_INET_INGRESS), ("egress", BPF_CGROUP_INET_EGRESS)];
+
+/// Position of another program relative to the agent's.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Place {
+    /// The order does not matter, or the agent's program runs later.
+    Harmless,
+    /// On the same cgroup, after the agent's program.
+    Later,
+    /// On a cgroup above, whose programs run later.
+    Above,
+}
+
+/// Lists the programs of other owners, and names those that keep the agent's programs off a hook.
+pub(crate) fn programs(pins: &PinDir) -> Result<Vec<DoctorCheck>, DatapathError> {
+    let links = SOCKET_LINKS.map(|name| dir::link_at(&pins.named_link(name)));
+    let Some((root, path)) = path(links.iter().flatten().find_map(bpf::Link::cgroup)) else {
+        return Ok(vec![DoctorCheck::ok(NAME, "no cgroup for the agent's programs was found")]);
+    };
+    let directory = File::open(&path).map_err(dir::io_error("open the cgroup", &path))?;
+    let cgroup = Cgroup { root, path, directory, ours: ours(pins)? };
+    let mut checks = Vec::new();
+    for (hook, attach_type) in CALLS.into_iter().chain(PACKETS) {
+        match cgroup.checks(hook, attach_type) {
+            Ok(found) => checks.extend(found),
+            Err(error) => {
+                let found = format!("failed to query {hook} of {}: {error}", escape_path(&cgroup.path));
+                let remedy = "run `imds-agent doctor` as root, or with the agent's capabilities";
+                return Ok(vec![DoctorCheck::degraded(NAME, found, remedy)]);
+            }
+        }
+    }
+    if checks.is_empty() {
+        checks.push(DoctorCheck::ok(NAME, format!("no other programs at {}", escape_path(&cgroup.path))));
+    }
+    Ok(checks)
+}
+
+struct Cgroup {
+    /// Root of the cgroup v2 hierarchy.
+    root: PathBuf,
+    path: PathBuf,
+    directory: File,
+    /// Ids of the agent's programs.
+    ours: BTreeSet<u32>,
+}
+
+impl Cgroup {
+    fn checks(&self, hook: &'static str, attach_type: bpf_attach_type) -> io::Result<Vec<DoctorCheck>> {
+        let own = bpf::cgroup_programs(&self.directory, attach_type)?;
+        let effective = bpf::effective_programs(&self.directory, attach_type)?;
+        let names = names();
+        let entry = |id| HookProgram {
+            name: names.get(&id).cloned(),
+            id: Some(id),
+            kind: "cgroup".to_owned(),
+            is_ours: self.ours.contains(&id),
+            is_stuck: false,
+        };
+        let entries: Vec<_> = effective.into_iter().map(entry).collect();
+        let exclusive = self.exclusive(&own, attach_type);
+        let is_call = CALLS.iter().any(|(_, of_call)| *of_call == attach_type);
+        let at = escape_path(&self.path);
+        let checks = foreign(&entries, &at, hook).map(|(program, entry)| {
+            if entry.id.is_some() && entry.id == exclusive {
+                return alone(program, hook);
+            }
+            check(place(&program, entry, &own, is_call), program)
+        });
+        Ok(checks.collect())
+    }
+
+    /// Returns the program, attached without `BPF_F_ALLOW_MULTI`, that keeps the agent's program off the hook. Searches this
+    /// cgroup, and if it has no programs the nearest ancestor that has some (`hierarchy_allows_attach`, kernel/bpf/cgroup.c).
+    fn exclusive(&self, own: &CgroupPrograms, attach_type: bpf_attach_type) -> Option<u32> {
+        if !own.ids.is_empty() {
+            return own.exclusive();
+        }
+        let above = self.path.ancestors().skip(1).take_while(|path| path.starts_with(&self.root));
+        let programs = |path: &Path| bpf::cgroup_programs(File::open(path).ok()?, attach_type).ok();
+        let nearest = above.filter_map(programs).find(|programs| !programs.ids.is_empty())?;
+        nearest.exclusive().filter(|_| !nearest.allows_override())
+    }
+}
+
+fn place(program: &Program, entry: &HookProgram, own: &CgroupPrograms, is_call: bool) -> Place {
+    if !is_call || program.is_first != Some(false) {
+        return Place::Harmless;
+    }
+    if entry.id.is_some_and(|id| own.ids.contains(&id)) { Place::Later } else { Place::Above }
+}
+
+fn check(place: Place, program: Program) -> DoctorCheck {
+    let found = program.to_string();
+    let hook = program.hook;
+    let check = match place {
+        Place::Harmless => DoctorCheck::ok(NAME, found),
+        Place::Later => {
+            let remedy = format!(
+                "runs after imds_{hook}: it may rewrite the destination, and the socket hook does not see the result; a running \
+                 agent moves its program to the end"
+            );
+            DoctorCheck::degraded(NAME, found, remedy)
+        }
+        Place::Above => {
+            let remedy = format!(
+                "runs after imds_{hook}, because its cgroup is above the agent's: it may rewrite the destination, and the socket \
+                 hook does not see the result; set `run --cgroup` to the cgroup of that program"
+            );
+            DoctorCheck::degraded(NAME, found, remedy)
+        }
+    };
+    DoctorCheck { program: Some(program), ..check }
+}
+
+fn alone(program: Program, hook: &str) -> DoctorCheck {
+    let found = format!("{program}, attached without BPF_F_ALLOW_MULTI");
+    let remedy = format!(
+        "the kernel rejects the agent's program on {hook}, which is not enforced; the other hooks are not affected: the owner must \
+         attach its program with a BPF link or with BPF_F_ALLOW_MULTI ({BPF_F_ALLOW_MULTI:#x})"
+    );
+    DoctorCheck { program: Some(program), ..DoctorCheck::degraded(NAME, found, remedy) }
+}
+
+/// Returns the ids of the programs that the agent's pinned links attach to cgroups.
+fn ours(pins: &PinDir) -> Result<BTreeSet<u32>, DatapathError> {
+    let links = pins.all_links()?.into_iter().filter_map(|path| dir::link_at(&path));
+    Ok(links.filter(|link| link.cgroup().is_some()).map(|link| link.program).collect())
+}
+
+/// Returns the root of the hierarchy, and the cgroup with this id; without an id, the root for both.
+fn path(protected: Option<u64>) -> Option<(PathBuf, PathBuf)> {
+    let root = cgroup::root().ok()??;
+    match protected {
+        Some(id) if root.metadata().is_ok_and(|metadata| metadata.ino() != id) => {
+            Some((root, cgroup::path_of(id).ok()??))
+        }
+        Some(_) | None => Some((root.clone(), root)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_after_ours_may_rewrite() {
+        let entry = |id, is_ours| HookProgram {
+            name: None,
+            id: Some(id),
+            kind: "cgroup".to_owned(),
+            is_ours,
+            is_stuck: false,
+        };
+        let entries = [entry(1, false), entry(2, true), entry(3, false), entry(4, false)];
+        let own = CgroupPrograms { ids: vec![1, 2, 3], flags: BPF_F_ALLOW_MULTI };
+        let places = |is_call| -> Vec<_> {
+            let programs = foreign(&entries, "/sys/fs/cgroup", "connect4");
+            programs.map(|(program, entry)| place(&program, entry, &own, is_call)).collect()
+        };
+        assert_eq!(places(true), [Place::Harmless, Place::Later, Place::Above]);
+        assert_eq!(places(false), [Place::Harmless; 3]);
+        let alone = [entry(1, false)];
+        let (program, of) = foreign(&alone, "/sys/fs/cgroup", "connect4").next().unwrap();
+        assert_eq!(place(&program, of, &own, true), Place::Harmless);
+    }
+}

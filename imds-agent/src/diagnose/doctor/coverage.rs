@@ -1,0 +1,198 @@
+//! Compares the denials of the loaded configuration with those of a firewall rule. The difference opens if the rule is
+//! removed.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use imds_ebpf_common::{Address, Hook, Mode, SubjectKind};
+
+use super::{chains::BaseHook, traffic::Traffic};
+use crate::{
+    config::{
+        Hooks,
+        endpoint_set::{AllowedPort, plain},
+        provider::{DMI_DIR, Dmi, Provider},
+    },
+    datapath::{
+        maps::{endpoint_maps, exemption_maps},
+        object::Maps,
+        pin::dir::PinDir,
+    },
+    telemetry::status::exemption_rules,
+};
+
+/// Mode, hooks, endpoints and exemptions of the loaded configuration.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Enforcement {
+    /// `None` if nothing is loaded.
+    pub(crate) mode: Option<Mode>,
+    pub(crate) hooks: Hooks,
+    /// Protected addresses with their allowed ports. If nothing is loaded, those that a default configuration protects.
+    pub(crate) endpoints: BTreeMap<IpAddr, Vec<AllowedPort>>,
+    /// Names of the exemptions that have found a pod, by protected address.
+    pub(crate) exemptions: BTreeMap<IpAddr, BTreeSet<String>>,
+}
+
+impl Enforcement {
+    pub(crate) fn read(pins: &PinDir) -> Self {
+        Maps::open(pins)
+            .ok()
+            .and_then(|maps| Self::from_maps(&maps))
+            .unwrap_or_else(|| Self::of_provider(Dmi::read(DMI_DIR.as_ref()).provider(), None))
+    }
+
+    /// Returns the denials of a configuration that sets only the provider and the mode.
+    pub(crate) fn of_provider(provider: &Provider, mode: Option<Mode>) -> Self {
+        let endpoints = provider.endpoints().map(|endpoint| (endpoint.address, endpoint.allow_ports));
+        Self { mode, endpoints: endpoints.collect(), ..Self::default() }
+    }
+
+    /// Reads the pinned maps. Returns `None` if one can't be read.
+    fn from_maps(maps: &Maps) -> Option<Self> {
+        let policy = maps.policy.get(&0, 0).ok()?;
+        let entries = endpoint_maps::read(maps).ok()?;
+        let allowed = |entry: &imds_ebpf_common::Endpoint| entry.allowed_ports().map(AllowedPort).collect();
+        let endpoints: BTreeMap<_, _> =
+            entries.iter().map(|(address, entry)| (plain(*address), allowed(entry))).collect();
+        let names = exemption_rules(maps).ok()?;
+        let mut exemptions: BTreeMap<IpAddr, BTreeSet<String>> = BTreeMap::new();
+        for (exemption, grant) in exemption_maps::read(maps).ok()?.entries {
+            // A bridge stands for the pods behind it, which have entries of their own.
+            if exemption.subject.kind == SubjectKind::Bridge as u64 {
+                continue;
+            }
+            let number = grant.rule as usize;
+            let name = number.checked_sub(1).and_then(|index| names.get(index));
+            let name = name.cloned().unwrap_or_else(|| number.to_string());
+            let covers = |address: &&IpAddr| {
+                exemption.address == Address::ANY || plain(exemption.address) == **address
+            };
+            for address in endpoints.keys().filter(covers) {
+                exemptions.entry(*address).or_default().insert(name.clone());
+            }
+        }
+        let mode = Some(Mode::from_u32(policy.mode));
+        Some(Self { mode, hooks: Hooks::from_bits(policy.hooks), endpoints, exemptions })
+    }
+
+    pub(crate) fn denies(&self) -> bool {
+        self.mode == Some(Mode::Enforce)
+    }
+
+    /// Describes the state in which nothing is denied; `None` in enforce mode.
+    pub(crate) fn why_nothing_is_denied(&self) -> Option<String> {
+        match self.mode {
+            Some(Mode::Enforce) => None,
+            Some(mode) => Some(format!("imds-agent denies nothing in the mode {}", mode.name())),
+            None => Some("imds-agent is not loaded and denies nothing".to_owned()),
+        }
+    }
+
+    /// Reports whether pods are denied all of this traffic to the address.
+    pub(crate) fn denies_all_to(&self, address: IpAddr, traffic: &Traffic) -> bool {
+        self.denies()
+            && self.endpoints.contains_key(&address)
+            && self.allowed(address, traffic).next().is_none()
+    }
+
+    /// Describes the traffic that the rule denies and the loaded configuration does not. `hooks` are those from which
+    /// packets reach the rule.
+    pub(crate) fn openings(&self, traffic: &Traffic, hooks: &BTreeSet<BaseHook>, chain: &str) -> Vec<String> {
+        if let Some(reason) = self.why_nothing_is_denied() {
+            return vec![format!("everything that the rule denies: {reason}")];
+        }
+        let mut openings = self.openings_of_senders(traffic, hooks, chain);
+        openings.extend(self.other_addresses(traffic));
+        if hooks.iter().any(|hook| hook.sees_pods()) {
+            openings.extend(self.openings_of_pods(traffic));
+        }
+        openings
+    }
+
+    /// Compares the senders: `imds-agent` denies pods, and lets the node's own processes pass.
+    fn openings_of_senders(&self, traffic: &Traffic, hooks: &BTreeSet<BaseHook>, chain: &str) -> Vec<String> {
+        let mut openings = Vec::new();
+        if hooks.is_empty() {
+            openings
+                .push(format!("unknown traffic: no base chain in the listing leads to the chain {chain}"));
+        }
+        if hooks.iter().any(|hook| hook.sees_node()) {
+            let owners = if traffic.owners.is_empty() {
+                String::new()
+            } else {
+                format!(" ({})", traffic.owners.join(", "))
+            };
+            let pods = if self.hooks.has(Hook::HostNetwork) { "" } else { " and pods with hostNetwork" };
+            openings.push(format!(
+                "requests of the node's own processes{owners}{pods}, which imds-agent lets pass"
+            ));
+        }
+        if hooks.contains(&BaseHook::Input) {
+            openings.push(
+                "requests to a service on the node itself, from its own processes and from other machines"
+                    .to_owned(),
+            );
+        }
+        let arrives = hooks.contains(&BaseHook::Prerouting) || hooks.contains(&BaseHook::Ingress);
+        if arrives && !self.hooks.has(Hook::FromPod) {
+            openings
+                .push("requests of pods to a service on the node itself: hooks.from_pod is off".to_owned());
+        }
+        let is_forwarded = hooks.iter().any(|hook| hook.sees_pods());
+        if is_forwarded && !self.hooks.has(Hook::NodeEgress) {
+            let senders =
+                if self.hooks.has(Hook::FromPod) { "other machines" } else { "pods and other machines" };
+            openings.push(format!("requests that the node forwards for {senders}: hooks.node_egress is off"));
+        }
+        openings
+    }
+
+    fn other_addresses(&self, traffic: &Traffic) -> Option<String> {
+        let protected: BTreeSet<_> = self.endpoints.keys().copied().collect();
+        let Some(ranges) = &traffic.destinations else {
+            return Some("all addresses except the protected ones".to_owned());
+        };
+        let open = ranges.iter().filter(|range| !range.without(&protected).is_empty()).map(|range| {
+            let except: Vec<_> = protected
+                .iter()
+                .filter(|&&address| range.contains(address))
+                .map(ToString::to_string)
+                .collect();
+            if except.is_empty() {
+                range.to_string()
+            } else {
+                format!("{range} except {}", except.join(" and "))
+            }
+        });
+        let open: Vec<_> = open.collect();
+        let services = traffic.services();
+        let services = if services.is_empty() { services } else { format!("{services} of ") };
+        (!open.is_empty()).then(|| format!("{services}{}, not protected by imds-agent", open.join(", ")))
+    }
+
+    /// Compares the ports and the exempt pods.
+    fn openings_of_pods(&self, traffic: &Traffic) -> Vec<String> {
+        let mut openings = Vec::new();
+        for &address in self.endpoints.keys().filter(|&&address| traffic.reaches(address)) {
+            let allowed: Vec<_> = self.allowed(address, traffic).map(ToString::to_string).collect();
+            if !allowed.is_empty() {
+                openings
+                    .push(format!("{} of {address} for every pod (allowed ports)", allowed.join(" and ")));
+            }
+            for name in self.exemptions.get(&address).into_iter().flatten() {
+                openings.push(format!("{address} for the pods of the exemption {name:?}"));
+            }
+        }
+        openings
+    }
+
+    /// Returns the allowed ports of the address that the traffic includes.
+    fn allowed(&self, address: IpAddr, traffic: &Traffic) -> impl Iterator<Item = &AllowedPort> {
+        let allowed = self.endpoints.get(&address).into_iter().flatten();
+        allowed.filter(|AllowedPort(service)| {
+            traffic.protocols.contains(service.protocol.into()) && traffic.ports.contains(service.port.into())
+        })
+    }
+}

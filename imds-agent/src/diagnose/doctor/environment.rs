@@ -1,0 +1,148 @@
+//! Checks of the environment: capabilities, limits, mounts, pod lookup and the running agent.
+
+use caps::{CapSet, Capability};
+
+use super::doctor_report::DoctorCheck;
+use crate::{
+    controller::pod_tracker::PodWatchStatus,
+    datapath::{
+        maps::pod_names,
+        object::{self, Maps},
+        pin::{
+            dir::{BPFFS, PinDir},
+            netns_owner,
+        },
+    },
+    diagnose::preflight::{self, PreflightError},
+    node::{cgroup, netns},
+};
+
+/// Capabilities that the agent uses. Some are optional, or needed only on some kernels.
+const CAPABILITIES: [(Capability, &str); 6] = [
+    (Capability::CAP_BPF, "CAP_BPF"),
+    (Capability::CAP_PERFMON, "CAP_PERFMON"),
+    (Capability::CAP_NET_ADMIN, "CAP_NET_ADMIN"),
+    (Capability::CAP_SYS_ADMIN, "CAP_SYS_ADMIN"),
+    (Capability::CAP_SYS_PTRACE, "CAP_SYS_PTRACE"),
+    (Capability::CAP_SYS_RESOURCE, "CAP_SYS_RESOURCE"),
+];
+
+fn has(capability: Capability) -> bool {
+    caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false)
+}
+
+pub(crate) fn capabilities() -> DoctorCheck {
+    const NAME: &str = "capabilities";
+    let names = CAPABILITIES.into_iter().filter(|&(capability, _)| has(capability)).map(|(_, name)| name);
+    let names = names.collect::<Vec<_>>().join(" ");
+    let found = if names.is_empty() { "none that the agent uses".to_owned() } else { names };
+    match preflight::check_capabilities() {
+        Ok(()) => DoctorCheck::ok(NAME, found),
+        Err(error) => DoctorCheck::missing(NAME, found, error.to_string()),
+    }
+}
+
+pub(crate) fn locked_memory() -> DoctorCheck {
+    const NAME: &str = "locked_memory";
+    match preflight::lift_limits() {
+        Ok(()) if preflight::counts_locked_memory() => {
+            DoctorCheck::ok(NAME, "unlimited, as BPF maps need before Linux 5.11")
+        }
+        Ok(()) => DoctorCheck::ok(NAME, "not needed: the kernel charges BPF maps to the memory cgroup"),
+        Err(error @ PreflightError::LockedMemory(limit)) => {
+            DoctorCheck::missing(NAME, format!("{limit} bytes"), error.to_string())
+        }
+        Err(error) => DoctorCheck::missing(NAME, "unknown", error.to_string()),
+    }
+}
+
+pub(crate) fn bpffs(pins: &PinDir) -> DoctorCheck {
+    const NAME: &str = "bpffs";
+    let root = pins.root();
+    let found = format!("{} is not on a bpffs", root.display());
+    let is_usual = root.starts_with(BPFFS);
+    match pins.is_on_bpffs() {
+        Ok(true) => DoctorCheck::ok(NAME, format!("{} is on a bpffs", root.display())),
+        Ok(false) if is_usual && has(Capability::CAP_SYS_ADMIN) => {
+            DoctorCheck::degraded(NAME, found, format!("the agent mounts a bpffs at {BPFFS} when it starts"))
+        }
+        Ok(false) => {
+            let at = if is_usual { BPFFS.as_ref() } else { root.parent().unwrap_or(root) };
+            let remedy = format!("run `mount -t bpf bpf {}`, or set another --pin-dir", at.display());
+            DoctorCheck::missing(NAME, found, remedy)
+        }
+        Err(error) => DoctorCheck::missing(NAME, error.to_string(), "set another --pin-dir"),
+    }
+}
+
+pub(crate) fn cgroup2() -> DoctorCheck {
+    const NAME: &str = "cgroup2";
+    match cgroup::root() {
+        Ok(Some(path)) => DoctorCheck::ok(NAME, path.display().to_string()),
+        Ok(None) => {
+            let remedy = "run `mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified`, in a container mount the node's /sys/fs/cgroup; or \
+                          set `run --cgroup`, or hooks.socket = false";
+            DoctorCheck::missing(NAME, "the root of the cgroup v2 hierarchy is not mounted", remedy)
+        }
+        Err(error) => DoctorCheck::missing(NAME, error.to_string(), "mount /proc"),
+    }
+}
+
+/// Checks that the agent can find pods through their processes, and the state of the pod watch if there is one.
+pub(crate) fn pods(pins: &PinDir) -> DoctorCheck {
+    const NAME: &str = "pods";
+    if !netns::is_node_pid_namespace() {
+        let remedy = "exemptions by cgroup and for Kubernetes pods have no effect, and reports name no pods: run the agent in the \
+                      node's pid namespace (hostPID)";
+        return DoctorCheck::degraded(NAME, "this is not the node's pid namespace", remedy);
+    }
+    if !has(Capability::CAP_SYS_PTRACE) {
+        let remedy = "exemptions by cgroup and for Kubernetes pods have no effect, and reports name no pods: run the agent with \
+                      CAP_SYS_PTRACE";
+        return DoctorCheck::degraded(
+            NAME,
+            "no CAP_SYS_PTRACE to open the namespaces of the pods' processes",
+            remedy,
+        );
+    }
+    let lookup = Maps::open(pins).ok().and_then(|maps| pod_names::lookup(&maps).ok().flatten());
+    match lookup {
+        None => DoctorCheck::ok(NAME, "processes of pods are visible; no pod watch"),
+        Some(PodWatchStatus { node, is_connected: true, pods, .. }) => {
+            DoctorCheck::ok(NAME, format!("pod watch of node {node} connected, {pods} pods"))
+        }
+        Some(PodWatchStatus { node, error, .. }) => {
+            let error = error.unwrap_or_else(|| "not connected yet".to_owned());
+            let remedy = "exempt pods stay exempt, new pods are not: check [kubernetes] in the configuration, and that its user may \
+                          get, list and watch pods";
+            DoctorCheck::degraded(NAME, format!("pod watch of node {node}: {error}"), remedy)
+        }
+    }
+}
+
+/// Checks that an agent runs and is ready, and reports if programs are loaded.
+pub(crate) fn agent(pins: &PinDir) -> DoctorCheck {
+    const NAME: &str = "agent";
+    let root = pins.root().display();
+    if let Err(error) = netns_owner::ensure_own_netns(pins) {
+        return DoctorCheck::degraded(NAME, format!("programs are loaded at {root}"), error.to_string());
+    }
+    let pid = |pid: Option<i32>| pid.map(|pid| format!(", pid {pid}")).unwrap_or_default();
+    match pins.holder() {
+        Ok(Some(holder)) if holder.is_ready => DoctorCheck::ok(NAME, format!("running{}", pid(holder.pid))),
+        Ok(Some(holder)) => {
+            let remedy = "not all interfaces are enforced yet: wait, or see the agent's log";
+            DoctorCheck::degraded(NAME, format!("starting{}", pid(holder.pid)), remedy)
+        }
+        Ok(None) if object::is_loaded(pins) => {
+            let remedy =
+                "attached programs stay enforced, but none is attached to new pods: start `imds-agent run`";
+            DoctorCheck::degraded(NAME, format!("not running; programs are loaded at {root}"), remedy)
+        }
+        Ok(None) => {
+            let remedy = "no pod is denied: start `imds-agent run`";
+            DoctorCheck::degraded(NAME, format!("not running; nothing is loaded at {root}"), remedy)
+        }
+        Err(error) => DoctorCheck::degraded(NAME, error.to_string(), "run `imds-agent doctor` as root"),
+    }
+}

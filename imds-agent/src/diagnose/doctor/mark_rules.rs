@@ -1,0 +1,299 @@
+//! The effect of a rule or TC action on one bit of the packet mark.
+
+use serde_json::Value;
+
+use super::rulesets::Body;
+
+/// The state of the bit after a rule, as far as the rule alone tells.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Effect {
+    /// The bit stays as it was.
+    Kept,
+    Set,
+    Cleared,
+    /// The bit depends on something else than its own state before.
+    Changed,
+}
+
+impl Effect {
+    /// Name of the effect in JSON.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Kept => "kept",
+            Self::Set => "set",
+            Self::Cleared => "cleared",
+            Self::Changed => "changed",
+        }
+    }
+
+    /// Verb for sentences about a rule.
+    pub(crate) const fn verb(self) -> &'static str {
+        match self {
+            Self::Kept => "keeps",
+            Self::Set => "sets",
+            Self::Cleared => "clears",
+            Self::Changed => "can change",
+        }
+    }
+
+    /// Returns the effect of writing a constant.
+    const fn of_value(value: u32, bit: u32) -> Self {
+        if value & bit == 0 { Self::Cleared } else { Self::Set }
+    }
+
+    const fn and(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Cleared, _) | (_, Self::Cleared) => Self::Cleared,
+            (Self::Set, same) | (same, Self::Set) => same,
+            (Self::Kept, Self::Kept) => Self::Kept,
+            _ => Self::Changed,
+        }
+    }
+
+    const fn or(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Set, _) | (_, Self::Set) => Self::Set,
+            (Self::Cleared, same) | (same, Self::Cleared) => same,
+            (Self::Kept, Self::Kept) => Self::Kept,
+            _ => Self::Changed,
+        }
+    }
+
+    const fn xor(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Cleared, same) | (same, Self::Cleared) => same,
+            (Self::Set, Self::Set) | (Self::Kept, Self::Kept) => Self::Cleared,
+            _ => Self::Changed,
+        }
+    }
+
+    /// Returns the effect of this and then `next`.
+    const fn then(self, next: Self) -> Self {
+        match next {
+            Self::Kept => self,
+            next => next,
+        }
+    }
+}
+
+/// Returns the effect of a rule on packets that it matches.
+pub(crate) fn of_rule(body: &Body, bit: u32) -> Effect {
+    match body {
+        Body::Iptables(words) => of_iptables(words, bit),
+        Body::Nft(expressions) => {
+            let effects = expressions.iter().map(|expression| of_expression(expression, bit));
+            effects.fold(Effect::Kept, Effect::then)
+        }
+    }
+}
+
+/// Reads the target of a rule of `iptables-save`: MARK, CONNMARK, TPROXY and SET can write the mark.
+fn of_iptables(words: &[String], bit: u32) -> Effect {
+    let value = |name: &str| {
+        let position = words.iter().position(|word| word == name)?;
+        words.get(position + 1).map(String::as_str)
+    };
+    let has = |name: &str| words.iter().any(|word| word == name);
+    let change = |text: &str, or: bool| {
+        let Some((value, mask)) = value_and_mask(text) else { return Effect::Changed };
+        let mask = if or { value | mask } else { mask };
+        masked(value, mask, bit)
+    };
+    let number = |text: &str| parse(text);
+    match value("-j").unwrap_or_default() {
+        "MARK" => {
+            if let Some(text) = value("--set-xmark") {
+                change(text, false)
+            } else if let Some(text) = value("--set-mark") {
+                change(text, true)
+            } else if let Some(bits) = value("--or-mark") {
+                number(bits).map_or(Effect::Changed, |bits| masked(bits, bits, bit))
+            } else if let Some(bits) = value("--and-mark") {
+                number(bits).map_or(Effect::Changed, |bits| masked(0, !bits, bit))
+            } else if let Some(bits) = value("--xor-mark") {
+                number(bits).map_or(Effect::Changed, |bits| masked(bits, 0, bit))
+            } else {
+                Effect::Changed
+            }
+        }
+        "CONNMARK" if has("--restore-mark") => {
+            if has("--left-shift") || has("--right-shift") {
+                return Effect::Changed;
+            }
+            let mask = |name| value(name).or(value("--mask")).map_or(Some(u32::MAX), parse);
+            let (Some(of_packet), Some(of_connection)) = (mask("--nfmask"), mask("--ctmask")) else {
+                return Effect::Changed;
+            };
+            // mark = (mark & ~nfmask) ^ (connection's mark & ctmask): xt_connmark.c.
+            let kept = Effect::Kept.and(Effect::of_value(!of_packet, bit));
+            kept.xor(Effect::Changed.and(Effect::of_value(of_connection, bit)))
+        }
+        "TPROXY" => value("--tproxy-mark").map_or(Effect::Kept, |text| change(text, false)),
+        "SET" if has("--map-mark") => Effect::Changed,
+        _ => Effect::Kept,
+    }
+}
+
+/// Returns the effect of `mark = (mark & ~mask) ^ value`.
+fn masked(value: u32, mask: u32, bit: u32) -> Effect {
+    Effect::Kept.and(Effect::of_value(!mask, bit)).xor(Effect::of_value(value, bit))
+}
+
+fn value_and_mask(text: &str) -> Option<(u32, u32)> {
+    match text.split_once('/') {
+        Some((value, mask)) => Some((parse(value)?, parse(mask)?)),
+        None => Some((parse(text)?, u32::MAX)),
+    }
+}
+
+fn parse(number: &str) -> Option<u32> {
+    match number.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16).ok(),
+        None => number.parse().ok(),
+    }
+}
+
+/// Reads an expression of nftables: a statement that writes the mark, or a target of iptables that nft can't describe.
+fn of_expression(expression: &Value, bit: u32) -> Effect {
+    if let Some(statement) = expression.get("mangle")
+        && is_packet_mark(&statement["key"])
+    {
+        return of_operand(&statement["value"], bit);
+    }
+    let target = &expression["xt"];
+    let is_mark_target =
+        target["type"] == "target" && (target["name"] == "MARK" || target["name"] == "CONNMARK");
+    if is_mark_target { Effect::Changed } else { Effect::Kept }
+}
+
+fn is_packet_mark(expression: &Value) -> bool {
+    expression.pointer("/meta/key").and_then(Value::as_str) == Some("mark")
+}
+
+/// Returns the bit of a value in nftables. Only constants, the mark and their combinations are known.
+fn of_operand(operand: &Value, bit: u32) -> Effect {
+    if is_packet_mark(operand) {
+        return Effect::Kept;
+    }
+    if let Some(value) = operand.as_u64() {
+        return u32::try_from(value).map_or(Effect::Changed, |value| Effect::of_value(value, bit));
+    }
+    let operands = |operator: &str| {
+        let operands = operand.get(operator)?.as_array()?;
+        Some(operands.iter().map(|operand| of_operand(operand, bit)).collect::<Vec<_>>().into_iter())
+    };
+    let combined = if let Some(effects) = operands("&") {
+        effects.reduce(Effect::and)
+    } else if let Some(effects) = operands("|") {
+        effects.reduce(Effect::or)
+    } else {
+        operands("^").and_then(|effects| effects.reduce(Effect::xor))
+    };
+    combined.unwrap_or(Effect::Changed)
+}
+
+/// Returns the effect of a TC action: `skbedit` writes a value under a mask, `connmark` the connection's mark.
+pub(crate) fn of_action(action: &Value, bit: u32) -> Effect {
+    let number = |value: &Value| {
+        value.as_u64().and_then(|value| u32::try_from(value).ok()).or_else(|| parse(value.as_str()?))
+    };
+    match action["kind"].as_str() {
+        Some("skbedit") => {
+            let Some(written) = action.get("mark") else { return Effect::Kept };
+            let pair = written.as_str().and_then(value_and_mask);
+            let value = number(written).or(pair.map(|pair| pair.0));
+            let mask = action.get("mask").map(number);
+            let mask = mask.unwrap_or(Some(pair.map_or(u32::MAX, |pair| pair.1)));
+            match (value, mask) {
+                (Some(value), Some(mask)) => masked(value & mask, mask, bit),
+                _ => Effect::Changed,
+            }
+        }
+        Some("connmark") => Effect::Changed,
+        _ => Effect::Kept,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    const BIT: u32 = 1 << 12;
+
+    #[test]
+    fn targets_of_iptables() {
+        for (target, expected) in [
+            ("MARK --set-xmark 0x1000/0x1000", Effect::Set),
+            ("MARK --set-xmark 0x4000/0x4000", Effect::Kept),
+            ("MARK --set-xmark 0x4000/0x0", Effect::Kept),
+            ("MARK --set-xmark 0x1000/0x0", Effect::Changed),
+            ("MARK --set-xmark 0x0/0xffffefff", Effect::Kept),
+            ("MARK --set-xmark 0x3/0xffffffff", Effect::Cleared),
+            ("MARK --set-mark 0x1000/0x1", Effect::Set),
+            ("MARK --set-mark 7", Effect::Cleared),
+            ("MARK --or-mark 0x1000", Effect::Set),
+            ("MARK --and-mark 0xffff", Effect::Kept),
+            ("MARK --and-mark 0xfff", Effect::Cleared),
+            ("MARK --xor-mark 0x1000", Effect::Changed),
+            ("CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff", Effect::Changed),
+            ("CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0x80", Effect::Cleared),
+            ("CONNMARK --restore-mark --mask 0x80", Effect::Kept),
+            ("CONNMARK --restore-mark", Effect::Changed),
+            ("CONNMARK --save-mark --nfmask 0xffffffff --ctmask 0xffffffff", Effect::Kept),
+            ("CONNMARK --set-xmark 0x1000/0x1000", Effect::Kept),
+            ("TPROXY --on-port 80 --on-ip 0.0.0.0 --tproxy-mark 0x1/0x1", Effect::Kept),
+            ("TPROXY --on-port 80 --tproxy-mark 0x200/0xffffffff", Effect::Cleared),
+            ("SET --map-set x src --map-mark", Effect::Changed),
+            ("ACCEPT", Effect::Kept),
+        ] {
+            let words = format!("PREROUTING -i cali+ -j {target}").split(' ').map(str::to_owned).collect();
+            assert_eq!(of_rule(&Body::Iptables(words), BIT), expected, "{target}");
+        }
+    }
+
+    #[test]
+    fn statements_of_nftables() {
+        let mark = json!({"meta": {"key": "mark"}});
+        for (value, expected) in [
+            (json!(4096), Effect::Set),
+            (json!(16), Effect::Cleared),
+            (json!({"|": [mark, 4096]}), Effect::Set),
+            (json!({"|": [mark, 16]}), Effect::Kept),
+            (json!({"^": [{"&": [mark, 4_294_963_199_u32]}, 8192]}), Effect::Cleared),
+            (json!({"^": [{"&": [mark, 4_294_959_103_u32]}, 8192]}), Effect::Kept),
+            (json!({"^": [mark, 4096]}), Effect::Changed),
+            (json!({"ct": {"key": "mark"}}), Effect::Changed),
+            (json!({"|": [{"&": [{"ct": {"key": "mark"}}, 129]}, 1]}), Effect::Cleared),
+            (json!({"map": {"key": {"payload": {}}, "data": "@m"}}), Effect::Changed),
+        ] {
+            let statement = json!({"mangle": {"key": mark, "value": value}});
+            assert_eq!(of_rule(&Body::Nft(vec![statement]), BIT), expected, "{value}");
+        }
+        for other in [
+            json!({"mangle": {"key": {"ct": {"key": "mark"}}, "value": 4096}}),
+            json!({"match": {"op": "==", "left": mark, "right": 4096}}),
+            json!({"xt": {"type": "target", "name": "MASQUERADE"}}),
+        ] {
+            assert_eq!(of_rule(&Body::Nft(vec![other]), BIT), Effect::Kept);
+        }
+        let target = json!({"xt": {"type": "target", "name": "MARK"}});
+        assert_eq!(of_rule(&Body::Nft(vec![target]), BIT), Effect::Changed);
+    }
+
+    #[test]
+    fn actions_of_tc() {
+        for (action, expected) in [
+            (json!({"kind": "skbedit", "mark": 4096}), Effect::Set),
+            (json!({"kind": "skbedit", "mark": 0, "mask": "0xf000"}), Effect::Cleared),
+            (json!({"kind": "skbedit", "mark": 1, "mask": 15}), Effect::Kept),
+            (json!({"kind": "skbedit", "mark": "4096/0xf000"}), Effect::Set),
+            (json!({"kind": "skbedit", "priority": ":1"}), Effect::Kept),
+            (json!({"kind": "connmark", "zone": 0}), Effect::Changed),
+            (json!({"kind": "gact"}), Effect::Kept),
+        ] {
+            assert_eq!(of_action(&action, BIT), expected, "{action}");
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! `imds-agent doctor`: checks kernel features by trying them, and reports other programs and firewall rules, with remedies.
+//!
+//! Attaches no program to the interfaces and cgroups of the node, and changes no rule.
+
+mod address_range;
+mod cgroup_programs;
+mod chains;
+mod coverage;
+mod devices;
+mod doctor_report;
+mod environment;
+mod firewall;
+mod iptables_rule;
+mod kernel_features;
+mod mark_rules;
+mod marks;
+mod metadata_programs;
+mod nft_rule;
+mod node_pairs;
+mod number_set;
+mod rulesets;
+mod tc_programs;
+mod traffic;
+
+pub use self::doctor_report::{DoctorCheck, DoctorReport, MarkWriter, Program, Rule, State};
+use self::{coverage::Enforcement, marks::MarkUse, rulesets::Rulesets};
+use imds_ebpf_common::Mode;
+
+use crate::{
+    config::provider::Provider,
+    datapath::{DatapathError, pin::dir::PinDir},
+    node::netlink::Netlink,
+    version::VERSION,
+};
+
+/// Schema version of the JSON output. Fields are only added while it stays the same.
+const SCHEMA: u32 = 1;
+
+/// Explains the rules in the output of `iptables-save` or `nft --json`, for a node that protects the endpoints of `provider`
+/// in this mode with the default hooks.
+#[must_use]
+pub fn explain_rules(listing: &str, provider: &Provider, mode: Mode) -> Vec<DoctorCheck> {
+    let rulesets = Rulesets::from_listing(listing);
+    let mut checks = firewall::rules(&rulesets, &Enforcement::of_provider(provider, Some(mode)));
+    checks.extend(marks::rules(&rulesets, &MarkUse::default()));
+    checks
+}
+
+/// Runs all checks on this node.
+pub async fn examine(pins: &PinDir, netlink: &Netlink) -> Result<DoctorReport, DatapathError> {
+    let mut checks = vec![
+        kernel_features::release(),
+        kernel_features::btf(),
+        environment::bpffs(pins),
+        environment::cgroup2(),
+        environment::capabilities(),
+        environment::locked_memory(),
+        kernel_features::jit(),
+        kernel_features::attaching(),
+        kernel_features::netns_cookie(),
+        kernel_features::netns_cookie_tc(),
+        kernel_features::netns_cookie_cgroup_skb(),
+        kernel_features::ring_buffer(),
+        kernel_features::ipv6(),
+        environment::pods(pins),
+        environment::agent(pins),
+    ];
+    let devices = devices::list(netlink).await?;
+    let mark = MarkUse::read(pins, &devices);
+    checks.extend(tc_programs::of_interfaces(pins, netlink, &devices, &mark).await?);
+    checks.extend(node_pairs::checks(pins, netlink).await?);
+    checks.extend(cgroup_programs::programs(pins)?);
+    checks.extend(metadata_programs::checks(netlink).await?);
+    let rulesets = Rulesets::list();
+    checks.extend(firewall::rules(&rulesets, &Enforcement::read(pins)));
+    checks.extend(marks::rules(&rulesets, &mark));
+    checks.extend(marks::tunnels(&devices, &mark));
+    Ok(DoctorReport {
+        schema: SCHEMA,
+        version: VERSION,
+        pin_dir: pins.root().to_owned(),
+        ready: checks.iter().all(|check| check.state != State::Missing),
+        checks,
+    })
+}

@@ -1,0 +1,5 @@
+//! Commands that examine a node: requirements, foreign programs and rules, and a proof that enforcement works.
+
+pub mod doctor;
+pub mod preflight;
+pub mod verify;

@@ -1,0 +1,127 @@
+//! Checks the attachments of the node's interfaces, and waits for those of a test interface.
+
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
+
+use imds_ebpf_common::{AttachMode, InterfaceRecord, Role, TcHook, TcHookSet};
+use tokio::time::sleep;
+
+use super::{
+    POLL_INTERVAL,
+    fixture::{LinkName, PREFIX},
+    verify_report::{Outcome, Skip, VerifyCheck},
+};
+use crate::{
+    config::endpoint_set::unpadded,
+    datapath::{maps::interface_records, object::Maps},
+    telemetry::status::{Interface, StatusReport},
+};
+
+/// Limit for the agent to attach to a new interface.
+const ATTACH_TIMEOUT: Duration = Duration::from_secs(30);
+/// Time after which a hook counts as not desired if the agent's record of the interface does not list it.
+const DESIRED_DELAY: Duration = Duration::from_secs(3);
+
+/// Waits until the agent has attached its program to a new interface.
+pub(crate) async fn wait_attached(
+    hook: TcHook,
+    interface: &LinkName,
+    maps: &Maps,
+    is_followed: bool,
+) -> Result<(), Skip> {
+    let LinkName { name, ifindex } = interface;
+    if !is_followed {
+        let reason = "no agent is running to attach to a new interface: start `imds-agent run`";
+        return Err(match hook {
+            TcHook::FromPod => Skip::failed(reason),
+            TcHook::NodeEgress => Skip::new(reason),
+        });
+    }
+    let start = Instant::now();
+    let mut undesired_since = None;
+    while start.elapsed() < ATTACH_TIMEOUT {
+        let record = interface_records::get(maps, *ifindex).filter(|record| unpadded(&record.name) == *name);
+        match record {
+            Some(record) if is_attached(&record, hook) => return Ok(()),
+            Some(record) if !is_desired(&record, hook) => {
+                let since: &mut Instant = undesired_since.get_or_insert_with(Instant::now);
+                if since.elapsed() >= DESIRED_DELAY {
+                    let role = Role::from_u8(record.role).unwrap_or_default().name();
+                    let reason = format!("the configuration makes {name} an interface of role {role}");
+                    return Err(Skip::new(reason));
+                }
+            }
+            Some(_) | None => undesired_since = None,
+        }
+        sleep(POLL_INTERVAL).await;
+    }
+    let seconds = ATTACH_TIMEOUT.as_secs();
+    Err(Skip::failed(format!("{name} is not enforced after {seconds} s: see the agent's log")))
+}
+
+/// Checks that the programs of a TC hook are attached, and first in order, at all interfaces that should have them.
+pub(crate) fn check(hook: TcHook, status: &StatusReport) -> VerifyCheck {
+    const EXPECTED: &str = "first at every interface";
+    let hook = hook.hook().name();
+    let attachments: Vec<_> = status
+        .interfaces
+        .iter()
+        .filter(|interface| !interface.name.starts_with(PREFIX))
+        .filter_map(|interface| attachment(interface, hook))
+        .collect();
+    if attachments.is_empty() {
+        let observed = match hook {
+            "from_pod" => "at 0 of 0: this node has no interface of a pod",
+            _ => "at 0 of 0: no interface of this node has the hook",
+        };
+        return VerifyCheck::new(hook, EXPECTED, observed, Outcome::Fail);
+    }
+    let names = |state, text: &str| {
+        let found = attachments.iter().filter(|(_, found)| *found == state).map(|&(name, _)| name);
+        let found: BTreeSet<_> = found.collect();
+        let names: Vec<_> = found.into_iter().collect();
+        (!names.is_empty()).then(|| format!("{} {text}", names.join(", ")))
+    };
+    let wrong: Vec<_> = [
+        names(AttachmentState::Missing, "not enforced"),
+        names(AttachmentState::NotFirst, "behind other programs"),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    if wrong.is_empty() {
+        return VerifyCheck::new(hook, EXPECTED, format!("at {} of {0}", attachments.len()), Outcome::Pass);
+    }
+    VerifyCheck::new(hook, EXPECTED, wrong.join("; "), Outcome::Fail)
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum AttachmentState {
+    First,
+    NotFirst,
+    Missing,
+}
+
+/// Returns the state of a hook of an interface; `None` if the interface should not have the hook.
+fn attachment<'s>(interface: &'s Interface, hook: &str) -> Option<(&'s str, AttachmentState)> {
+    let attachment = interface.attachment(hook)?;
+    let state = match attachment {
+        _ if attachment.is_enforced() => AttachmentState::First,
+        _ if attachment.is_attached() => AttachmentState::NotFirst,
+        _ => AttachmentState::Missing,
+    };
+    Some((&interface.name, state))
+}
+
+/// Reports whether the interface should have the hook.
+fn is_desired(record: &InterfaceRecord, hook: TcHook) -> bool {
+    TcHookSet::from_bits(record.hooks).has(hook)
+}
+
+/// Reports whether the agent has attached the hook.
+fn is_attached(record: &InterfaceRecord, hook: TcHook) -> bool {
+    let mode = record.attach_modes.get(hook as usize);
+    is_desired(record, hook) && mode.is_some_and(|&mode| mode != AttachMode::None as u8)
+}

@@ -1,0 +1,212 @@
+//! Checks of whole paths through the node, for a denied pod, exempt pods and the node itself.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use imds_ebpf_common::{Hook, Role, Subject, SubjectKind, TcHook, names::MAP_EXEMPT};
+
+use super::{
+    Enforced, PATH, VerifyError,
+    attached::wait_attached,
+    exits::{NetDevice, devices, route_to},
+    fixture::{LinkName, TestDevice as _, TestPod},
+    forwarding::{CONTROLS, Path},
+    frames::{Frames, Mac},
+    last_hook::LastHook,
+    node_calls,
+    probes::{Probe, Treatment},
+    routes,
+    verify_report::{Outcome, Skip, VerifyCheck},
+};
+use crate::{config::endpoint_set::Endpoint, datapath::object, node::netlink::Netlink};
+
+/// State of the path checks, with the last hook attached.
+pub(crate) struct Paths {
+    last_hook: Result<LastHook, Skip>,
+    devices: BTreeMap<u32, NetDevice>,
+    /// Endpoint addresses that are local to the node.
+    local: BTreeSet<IpAddr>,
+}
+
+impl Paths {
+    /// Attaches the last hook to the exits of the node.
+    pub(crate) async fn new(enforced: &Enforced, netlink: &Netlink) -> Result<Self, VerifyError> {
+        routes::remove(netlink).await?;
+        let of_role = |role: Role| {
+            let interfaces = enforced.status.interfaces.iter();
+            interfaces
+                .filter(move |interface| interface.role == role.name())
+                .map(|interface| interface.ifindex)
+        };
+        let pods: BTreeSet<_> = of_role(Role::Pod).collect();
+        let mut uplinks: BTreeSet<_> = of_role(Role::Uplink).collect();
+        let mut local = BTreeSet::new();
+        for destination in enforced.endpoints.iter().map(|endpoint| endpoint.address).chain(CONTROLS) {
+            let route = route_to(netlink, destination).await?;
+            uplinks.extend(route.interfaces);
+            if route.is_local {
+                local.insert(destination);
+            }
+        }
+        let devices = devices(netlink).await?;
+        let last_hook = LastHook::attach(&enforced.pins, netlink, &devices, uplinks, &pods).await;
+        let last_hook = last_hook.map_err(|error| Skip::new(error.in_full()));
+        Ok(Self { last_hook, devices, local })
+    }
+
+    /// Removes the last hook, and the routes through the node's bridges.
+    pub(crate) async fn remove(&mut self, netlink: &Netlink) -> Result<(), VerifyError> {
+        if let Ok(last_hook) = &mut self.last_hook {
+            last_hook.detach(netlink).await;
+        }
+        Ok(routes::remove(netlink).await?)
+    }
+
+    /// Runs the checks of all paths.
+    pub(crate) async fn check(
+        &mut self,
+        enforced: &Enforced,
+        netlink: &Netlink,
+        pod: &Result<TestPod, Skip>,
+    ) -> Result<Vec<VerifyCheck>, VerifyError> {
+        let node = node_calls::check(&mut self.last_hook, &enforced.endpoints, &self.local).await;
+        let mut open = Vec::new();
+        for (endpoint, check) in enforced.endpoints.iter().zip(&node) {
+            open.push((endpoint, self.skip_of(endpoint, check)));
+        }
+        let mut checks = self.check_pod(enforced, netlink, pod, &open).await?;
+        checks.extend(node);
+        Ok(checks)
+    }
+
+    /// Returns the reason why test packets of a pod can't reach the last hook of an endpoint. `node` is the result of the
+    /// node's own packets.
+    fn skip_of(&self, endpoint: &Endpoint, node: &VerifyCheck) -> Option<Skip> {
+        if self.local.contains(&endpoint.address) {
+            return Some(Skip::new("an address of this node"));
+        }
+        (node.outcome != Outcome::Pass).then(|| Skip::new("the node itself does not reach it"))
+    }
+
+    async fn check_pod(
+        &mut self,
+        enforced: &Enforced,
+        netlink: &Netlink,
+        pod: &Result<TestPod, Skip>,
+        endpoints: &[(&Endpoint, Option<Skip>)],
+    ) -> Result<Vec<VerifyCheck>, VerifyError> {
+        let ready = match (pod, &mut self.last_hook) {
+            (Err(skip), _) => Err(skip.clone()),
+            (_, Err(skip)) => Err(skip.clone()),
+            (Ok(pod), Ok(last_hook)) => wait_ready(enforced, pod).await.map(|()| (pod, last_hook)),
+        };
+        let (pod, last_hook) = match ready {
+            Ok(ready) => ready,
+            Err(skip) => {
+                let skip = Skip::new(skip.reason);
+                let skipped = |(endpoint, _): &(&Endpoint, _)| {
+                    VerifyCheck::skipped(PATH, "reaches the last hook", &skip)
+                        .with_sender("exempt pod")
+                        .at(endpoint)
+                };
+                return Ok(endpoints.iter().map(skipped).collect());
+            }
+        };
+        let exempt = object::present(enforced.maps.exempt.keys()).collect::<Result<Vec<_>, _>>();
+        let exempt = exempt.map_err(|source| VerifyError::Map { map: MAP_EXEMPT, source })?;
+        let ifindex = pod.interface().ifindex;
+        let probe =
+            enforced.probes.add(Subject::new(SubjectKind::Interface, ifindex.into()), Treatment::Denied)?;
+        let frames = Frames { to: TestPod::HOST_MAC, from: TestPod::POD_MAC, marker: last_hook.marker() };
+        let families = [true, false].map(|is_ipv4| {
+            endpoints.iter().any(|(endpoint, skip)| endpoint.address.is_ipv4() == is_ipv4 && skip.is_none())
+        });
+
+        let routed = Path { pod, probe: &probe, bridge: None, frames, place: String::new() };
+        let skips = routed.controls(netlink, last_hook, families, pod.interface()).await?;
+        let open = with_skips(endpoints, &skips);
+        let mut checks = Vec::new();
+        if enforced.hooks.has(Hook::FromPod) || enforced.hooks.has(Hook::NodeEgress) {
+            checks.extend(routed.check_denied(last_hook, &open).await?);
+        }
+        // Without exemptions, a firewall rule of the node that drops packets of pods is not a failure.
+        checks.extend(routed.check_exempt(last_hook, &open, Treatment::Exempt, !exempt.is_empty()).await?);
+
+        let bridges: BTreeSet<u64> = exempt
+            .iter()
+            .filter(|exemption| exemption.subject.kind == SubjectKind::Bridge as u64)
+            .map(|exemption| exemption.subject.id)
+            .collect();
+        for (bridge, device) in bridges.iter().filter_map(|bridge| {
+            let device = self.devices.get(&u32::try_from(*bridge).ok()?)?;
+            Some((*bridge, device))
+        }) {
+            let at_bridge =
+                enforced.probes.add(Subject::new(SubjectKind::Bridge, bridge), Treatment::Exempt)?;
+            let on_bridge = Bridged { device, probe: &probe, at_bridge: &at_bridge, frames };
+            pod.join_bridge(netlink, device.index, device.mtu).await?;
+            let result = on_bridge.check(netlink, last_hook, pod, endpoints, families).await;
+            pod.leave_bridge(netlink).await?;
+            routes::remove(netlink).await?;
+            checks.extend(result?);
+        }
+        Ok(checks)
+    }
+}
+
+/// Waits until the programs are attached to the test pod's link.
+async fn wait_ready(enforced: &Enforced, pod: &TestPod) -> Result<(), Skip> {
+    if let Some(skip) = pod.obstacle() {
+        return Err(skip);
+    }
+    if enforced.hooks.has(Hook::FromPod) {
+        let is_followed = enforced.status.agent.running;
+        wait_attached(TcHook::FromPod, pod.interface(), &enforced.maps, is_followed).await?;
+    }
+    Ok(())
+}
+
+/// Test pod whose link is a port of a bridge.
+struct Bridged<'p> {
+    device: &'p NetDevice,
+    probe: &'p Probe<'p>,
+    at_bridge: &'p Probe<'p>,
+    frames: Frames,
+}
+
+impl Bridged<'_> {
+    async fn check(
+        &self,
+        netlink: &Netlink,
+        last_hook: &mut LastHook,
+        pod: &TestPod,
+        endpoints: &[(&Endpoint, Option<Skip>)],
+        families: [bool; 2],
+    ) -> Result<Vec<VerifyCheck>, VerifyError> {
+        let bridge = LinkName { name: self.device.name.clone(), ifindex: self.device.index };
+        let to: Mac = self.device.address.as_slice().try_into().unwrap_or_default();
+        let path = Path {
+            pod,
+            probe: self.probe,
+            bridge: Some(self.at_bridge),
+            frames: Frames { to, ..self.frames },
+            place: format!(" on {}", self.device.name),
+        };
+        let skips = path.controls(netlink, last_hook, families, &bridge).await?;
+        path.check_exempt(last_hook, &with_skips(endpoints, &skips), Treatment::ExemptMarked, true).await
+    }
+}
+
+/// Combines the skip reasons of endpoints with those of their address families.
+fn with_skips<'e>(
+    endpoints: &[(&'e Endpoint, Option<Skip>)],
+    families: &[Option<Skip>; 2],
+) -> Vec<(&'e Endpoint, Option<Skip>)> {
+    let with_skip = |(endpoint, skip): &(&'e Endpoint, Option<Skip>)| {
+        let of_family = families.get(usize::from(endpoint.address.is_ipv6()));
+        (*endpoint, skip.clone().or_else(|| of_family.cloned().flatten()))
+    };
+    endpoints.iter().map(with_skip).collect()
+}

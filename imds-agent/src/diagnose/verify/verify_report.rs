@@ -1,0 +1,208 @@
+//! Results of the checks, and the report.
+
+use std::{fmt::Write as _, net::IpAddr, path::PathBuf};
+
+use comfy_table::{Table, presets::NOTHING};
+use imds_ebpf_common::{Hook, Verdict};
+use serde::Serialize;
+
+use crate::{
+    config::endpoint_set::{AllowedPort, Endpoint},
+    escape::escape,
+};
+
+/// Report of one `imds-agent verify`.
+#[derive(Debug, Serialize)]
+pub struct VerifyReport {
+    /// Schema version. Fields are only added while it stays the same.
+    pub schema: u32,
+    /// Version of the program that made the report.
+    pub version: &'static str,
+    /// Directory of the pinned maps, programs and links.
+    pub pin_dir: PathBuf,
+    /// Effective mode: `enforce`, `audit` or `off`.
+    pub mode: &'static str,
+    /// True if no check failed and at least one passed.
+    pub passed: bool,
+    /// Checks in the order in which they ran.
+    pub checks: Vec<VerifyCheck>,
+}
+
+/// Result of one check, with its expectation.
+#[derive(Clone, Debug, Serialize)]
+pub struct VerifyCheck {
+    /// Hook, or `path` for the path through the node.
+    pub hook: &'static str,
+    /// Sender of the test packets; `None` for a check without traffic.
+    pub sender: Option<String>,
+    /// Name of the endpoint; `None` for a check of the hook as a whole.
+    pub endpoint: Option<String>,
+    /// Address of the endpoint.
+    pub address: Option<IpAddr>,
+    /// Allowed service that the check is about, such as `udp/53`.
+    pub service: Option<String>,
+    /// Result that an enforced node shows.
+    pub expected: &'static str,
+    /// Observed result, or the reason why the check was skipped.
+    pub observed: String,
+    /// Outcome of the check.
+    pub outcome: Outcome,
+}
+
+/// Outcome of a check.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+pub enum Outcome {
+    /// The observed result is the expected one.
+    #[serde(rename = "passed")]
+    Pass,
+    /// The observed result differs from the expected one.
+    #[serde(rename = "failed")]
+    Fail,
+    /// The check could not run here.
+    #[serde(rename = "skipped")]
+    Skipped,
+}
+
+/// Reason why a check can't run, with the outcome of that check.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) struct Skip {
+    pub(crate) reason: String,
+    pub(crate) outcome: Outcome,
+}
+
+impl Skip {
+    /// Creates the reason of a skipped check, which does not concern enforcement.
+    pub(crate) fn new(reason: impl Into<String>) -> Self {
+        Self { reason: reason.into(), outcome: Outcome::Skipped }
+    }
+
+    /// Creates the reason of a failed check: a hook is not enforced.
+    pub(crate) fn failed(reason: impl Into<String>) -> Self {
+        Self { reason: reason.into(), outcome: Outcome::Fail }
+    }
+}
+
+impl Outcome {
+    pub(crate) const fn from_success(is_right: bool) -> Self {
+        if is_right { Self::Pass } else { Self::Fail }
+    }
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Pass => "passed",
+            Self::Fail => "failed",
+            Self::Skipped => "skipped",
+        }
+    }
+}
+
+impl VerifyCheck {
+    pub(crate) fn new(
+        hook: &'static str,
+        expected: &'static str,
+        observed: impl Into<String>,
+        outcome: Outcome,
+    ) -> Self {
+        Self {
+            hook,
+            sender: None,
+            endpoint: None,
+            address: None,
+            service: None,
+            expected,
+            observed: observed.into(),
+            outcome,
+        }
+    }
+
+    /// Creates the result of a check that could not run.
+    pub(crate) fn skipped(hook: &'static str, expected: &'static str, skip: &Skip) -> Self {
+        Self::new(hook, expected, &*skip.reason, skip.outcome)
+    }
+
+    /// Creates the check that all programs of a cgroup hook are attached.
+    pub(crate) fn attached(hook: Hook, is_attached: bool) -> Self {
+        let observed = if is_attached { "attached" } else { "not all attached: see `imds-agent status`" };
+        Self::new(hook.name(), "all programs attached", observed, Outcome::from_success(is_attached))
+    }
+
+    /// Adds the sender of the test traffic.
+    pub(crate) fn with_sender(self, sender: impl Into<String>) -> Self {
+        Self { sender: Some(sender.into()), ..self }
+    }
+
+    /// Adds the endpoint that the check is about.
+    pub(crate) fn at(self, endpoint: &Endpoint) -> Self {
+        Self { endpoint: Some(endpoint.name.clone()), address: Some(endpoint.address), ..self }
+    }
+
+    /// Adds the allowed service that the check is about.
+    pub(crate) fn with_service(self, service: Option<AllowedPort>) -> Self {
+        Self { service: service.map(|service| service.to_string()), ..self }
+    }
+}
+
+/// Reports whether at least one check passed and none failed.
+pub(crate) fn is_passed(checks: &[VerifyCheck]) -> bool {
+    let has = |outcome| checks.iter().any(|check| check.outcome == outcome);
+    has(Outcome::Pass) && !has(Outcome::Fail)
+}
+
+impl VerifyReport {
+    /// Returns the report as text that ends with a newline.
+    #[must_use]
+    pub fn table(&self) -> String {
+        let mut table = Table::new();
+        table.load_style(NOTHING);
+        table.set_header(["HOOK", "SENDER", "ENDPOINT", "ADDRESS", "EXPECTED", "OBSERVED", "RESULT"]);
+        for check in &self.checks {
+            let address = check.address.map_or_else(|| "-".to_owned(), |address| address.to_string());
+            let service = check.service.as_ref().map(|service| format!(" {service}")).unwrap_or_default();
+            table.add_row([
+                check.hook,
+                &escape(check.sender.as_deref().unwrap_or("-")),
+                check.endpoint.as_deref().unwrap_or("-"),
+                &format!("{address}{service}"),
+                check.expected,
+                &escape(&check.observed),
+                check.outcome.name(),
+            ]);
+        }
+        let mut text = String::new();
+        let count = |outcome| self.checks.iter().filter(|check| check.outcome == outcome).count();
+        let [passed, failed, skipped] = [Outcome::Pass, Outcome::Fail, Outcome::Skipped].map(count);
+        let sum =
+            format!("{} checks: {passed} passed, {failed} failed, {skipped} skipped", self.checks.len());
+        // Writing to a string does not fail.
+        let _ok = writeln!(text, "mode {}\n\n{}\n\n{sum}", self.mode, table.trim_fmt());
+        text
+    }
+}
+
+/// Describes a verdict; `None` if no packet or call was counted.
+pub(crate) const fn phrase(verdict: Option<Verdict>) -> &'static str {
+    match verdict {
+        None | Some(Verdict::Unrelated) => "no verdict",
+        Some(Verdict::Deny) => "denied",
+        Some(Verdict::Audit) => "not denied, counted as audited",
+        Some(Verdict::Allow) => "not denied, counted as allowed",
+        Some(Verdict::Allowed) => "not denied, an allowed port",
+        Some(Verdict::Exempt) => "not denied, counted as exempt",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn skipped_checks_prove_nothing() {
+        let checks = |outcomes: &[Outcome]| -> Vec<_> {
+            outcomes.iter().map(|&outcome| VerifyCheck::new("path", "", "", outcome)).collect()
+        };
+        assert!(is_passed(&checks(&[Outcome::Pass, Outcome::Skipped])));
+        assert!(!is_passed(&checks(&[Outcome::Skipped])));
+        assert!(!is_passed(&checks(&[Outcome::Pass, Outcome::Fail])));
+        assert!(!is_passed(&[]));
+    }
+}

@@ -1,0 +1,308 @@
+//! List and watch of the pods of one node, with retries until it is dropped.
+//!
+//! While the server is unreachable, the last known pods stay. Pods that the server has not reported are unknown.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinHandle,
+    time::{Instant, sleep, timeout, timeout_at},
+};
+
+use super::{
+    api::{Api, ApiError, ErrorKind, PODS, Page, ResourceVersionMatch, WatchEvent, with_causes},
+    backoff::{Attempts, Backoff},
+    pod::Pod,
+    store::MAX_PODS,
+    watch_state::WatchState,
+};
+use crate::config::Access;
+
+/// A watch that ends sooner than this without an event counts as a failure.
+const MIN_LIVENESS: Duration = Duration::from_secs(1);
+
+/// Settings of the pod watch.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Name of the node whose pods are watched.
+    pub node: String,
+    /// Number of pods per page of a list.
+    pub page: u32,
+    /// Upper bound of the pages of a list. Must suffice for all pods of the largest clusters, because a server may
+    /// ignore field selectors.
+    pub most_pages: usize,
+    /// Duration of a watch, after which the next one continues. Bounds the time for which a silently broken connection
+    /// stays unnoticed.
+    pub watch: Duration,
+    /// Timeout for an answer of the server.
+    pub answer: Duration,
+    /// Backoff between attempts after an error.
+    pub backoff: Backoff,
+}
+
+impl Options {
+    /// Returns settings that suit clusters of any size.
+    #[must_use]
+    pub fn new(node: String) -> Self {
+        Self {
+            node,
+            page: 50,
+            most_pages: 10_000,
+            watch: Duration::from_mins(2),
+            answer: Duration::from_secs(30),
+            backoff: Backoff::default(),
+        }
+    }
+}
+
+/// Change of the node's pods.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum PodEvent {
+    /// Complete list of the pods.
+    Relist(Vec<Pod>),
+    /// A pod was created or changed.
+    Apply(Pod),
+    /// A pod was deleted, or left the node.
+    Delete {
+        /// UID of the deleted pod.
+        uid: String,
+    },
+}
+
+impl PodEvent {
+    /// Parses a line of a watch. Returns `None` if it does not concern a pod of `node`.
+    pub fn from_line(json: &[u8], node: &str) -> Result<Option<Self>, ErrorKind> {
+        let event = WatchEvent::from_json(json).and_then(|event| event.into_event(node));
+        event.map(|(event, _)| event).map_err(|error| error.kind())
+    }
+
+    /// Parses a list of one page, and keeps the pods of `node`.
+    pub fn from_list(json: &[u8], node: &str) -> Result<Self, ErrorKind> {
+        let page = Page::from_json(json).map_err(|error| error.kind())?;
+        Ok(Self::Relist(page.pods_of(node).collect()))
+    }
+}
+
+/// Pod watch that runs in the background. Dropping it ends the watch.
+#[derive(Debug)]
+pub struct PodWatcher {
+    events: mpsc::Receiver<PodEvent>,
+    state: watch::Receiver<WatchState>,
+    task: JoinHandle<()>,
+}
+
+impl PodWatcher {
+    /// Starts the watch. Must be called within a tokio runtime.
+    ///
+    /// The watch retries forever, even if the kubeconfig file does not exist yet.
+    #[must_use]
+    pub fn start(access: Access, options: Options) -> Self {
+        let (to_events, events) = mpsc::channel(64);
+        let (to_state, state) = watch::channel(WatchState::new());
+        let follower = Reflector {
+            attempts: Attempts::new(options.backoff),
+            access,
+            options,
+            api: None,
+            list_since: ResourceVersionMatch::Any,
+            version: None,
+            events: to_events,
+            state: to_state,
+            last_logged: None,
+        };
+        Self { events, state, task: tokio::spawn(follower.run()) }
+    }
+
+    /// Waits for the next event. Cancel safe.
+    pub async fn next(&mut self) -> Option<PodEvent> {
+        self.events.recv().await
+    }
+
+    /// Returns a receiver of the state of the watch.
+    #[must_use]
+    pub fn state(&self) -> watch::Receiver<WatchState> {
+        self.state.clone()
+    }
+}
+
+impl Drop for PodWatcher {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// The receiver of the events was dropped.
+struct ReceiverDropped;
+
+/// Reason why the watch stopped.
+enum StopReason {
+    Failed(ApiError),
+    ReceiverDropped,
+}
+
+impl From<ApiError> for StopReason {
+    fn from(error: ApiError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<ReceiverDropped> for StopReason {
+    fn from(ReceiverDropped: ReceiverDropped) -> Self {
+        Self::ReceiverDropped
+    }
+}
+
+struct Reflector {
+    access: Access,
+    options: Options,
+    api: Option<Api>,
+    list_since: ResourceVersionMatch,
+    /// Resource version after all events so far, or `None` if all pods must be listed again.
+    version: Option<String>,
+    attempts: Attempts,
+    events: mpsc::Sender<PodEvent>,
+    state: watch::Sender<WatchState>,
+    /// Last logged error, so that an error is logged once and not with every attempt.
+    last_logged: Option<String>,
+}
+
+impl Reflector {
+    async fn run(mut self) {
+        loop {
+            let error = match self.follow().await {
+                Ok(()) => continue,
+                Err(StopReason::ReceiverDropped) => return,
+                Err(StopReason::Failed(error)) => error,
+            };
+            let pause = self.attempts.failed(error.retry_after());
+            self.on_error(&error, pause);
+            sleep(pause).await;
+        }
+    }
+
+    /// Lists all pods if necessary, then watches them until the server ends the watch.
+    async fn follow(&mut self) -> Result<(), StopReason> {
+        let api = match self.api.take() {
+            Some(api) => api,
+            None => Api::new(&self.access, &self.options.node).await?,
+        };
+        let followed = self.follow_by(&api).await;
+        self.api = Some(api);
+        followed
+    }
+
+    async fn follow_by(&mut self, api: &Api) -> Result<(), StopReason> {
+        let version = match &self.version {
+            Some(version) => version.clone(),
+            None => self.relist(api).await?,
+        };
+        let start = Instant::now();
+        let answer = self.options.answer;
+        let lines = timeout(answer, api.watch(&version, self.options.watch)).await;
+        let mut lines = lines.map_err(|_| ApiError::Timeout { after: answer })??;
+        self.connected();
+        let deadline = start + self.options.watch + answer;
+        let mut is_silent = true;
+        loop {
+            let Ok(event) = timeout_at(deadline, lines.next()).await else {
+                return Err(ApiError::Timeout { after: start.elapsed() }.into());
+            };
+            let Some(event) = event? else { break };
+            self.apply_event(event).await?;
+            is_silent = false;
+            self.attempts.succeeded();
+        }
+        if is_silent && start.elapsed() < MIN_LIVENESS {
+            return Err(ApiError::ConnectionClosed { source: None }.into());
+        }
+        self.attempts.succeeded();
+        Ok(())
+    }
+
+    async fn relist(&mut self, api: &Api) -> Result<String, StopReason> {
+        let (mut pods, mut next, mut pages) = (Vec::new(), None::<String>, 0);
+        let version = loop {
+            let answer = self.options.answer;
+            let page = timeout(answer, api.list(&self.list_since, self.options.page, next.as_deref())).await;
+            let page = page.map_err(|_| ApiError::Timeout { after: answer })?;
+            if let Err(ApiError::Expired { .. }) = page {
+                self.list_since = ResourceVersionMatch::MostRecent;
+            }
+            let page = page?;
+            pages += 1;
+            next.clone_from(&page.next);
+            let version = page.resource_version.clone();
+            pods.extend(page.pods_of(&self.options.node));
+            if next.is_none() {
+                break version;
+            }
+            if pods.len() > MAX_PODS || pages >= self.options.most_pages {
+                return Err(ApiError::ListTooLong { pages, pods: pods.len() }.into());
+            }
+        };
+        log::debug!("{} pods on this node at resource version {version}", pods.len());
+        self.send(PodEvent::Relist(pods)).await?;
+        self.state.send_modify(|state| {
+            state.relists += 1;
+            state.last_sync = Some(Timestamp::now());
+        });
+        self.set_resource_version(version.clone());
+        Ok(version)
+    }
+
+    async fn apply_event(&mut self, event: WatchEvent) -> Result<(), StopReason> {
+        let (event, version) = event.into_event(&self.options.node)?;
+        let is_of_pod = event.is_some();
+        if let Some(event) = event {
+            self.send(event).await?;
+        }
+        self.set_resource_version(version);
+        self.state.send_modify(|state| {
+            state.events += u64::from(is_of_pod);
+            state.last_sync = Some(Timestamp::now());
+        });
+        Ok(())
+    }
+
+    async fn send(&self, event: PodEvent) -> Result<(), ReceiverDropped> {
+        self.events.send(event).await.map_err(|_| ReceiverDropped)
+    }
+
+    fn set_resource_version(&mut self, version: String) {
+        // A server that lags behind must not revert events of another one.
+        self.list_since = ResourceVersionMatch::NotOlderThan(version.clone());
+        self.version = Some(version);
+    }
+
+    fn connected(&mut self) {
+        if self.last_logged.take().is_some() {
+            log::info!("pod watch re-established");
+        }
+        self.state.send_modify(WatchState::connect);
+    }
+
+    fn on_error(&mut self, error: &ApiError, pause: Duration) {
+        let described = self.api.as_ref().map(|api| api.describe(PODS, error));
+        let text = described.unwrap_or_else(|| with_causes(error));
+        match error.kind() {
+            // Only a complete list contains the missed events.
+            ErrorKind::Expired | ErrorKind::Malformed => self.version = None,
+            // Credentials and addresses may have changed: read them again.
+            ErrorKind::Config | ErrorKind::Connect | ErrorKind::Timeout | ErrorKind::Forbidden => {
+                self.api = None;
+            }
+            ErrorKind::Closed | ErrorKind::Throttled | ErrorKind::Server => {}
+        }
+        let kind = error.kind();
+        self.state.send_modify(|state| state.fail(kind, text.clone(), pause));
+        let is_usual = matches!(kind, ErrorKind::Expired | ErrorKind::Closed);
+        if is_usual || self.last_logged.as_ref() == Some(&text) {
+            log::debug!("{text}");
+        } else {
+            log::warn!("pod watch failed, keeping existing exemptions: {text}");
+            self.last_logged = Some(text);
+        }
+    }
+}

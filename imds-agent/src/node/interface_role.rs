@@ -1,0 +1,237 @@
+//! Role and hooks of an interface: pure functions of kernel state and configuration.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use imds_ebpf_common::{Role, TcHookSet};
+
+use crate::{
+    config::Interfaces,
+    node::link::{Link, LinkKind},
+};
+
+/// Role of an interface, and the TC hooks that it should have if these are enabled.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Assignment {
+    /// Role of the interface, as `status` prints it.
+    pub role: Role,
+    /// TC hooks that the interface should have.
+    pub hooks: TcHookSet,
+}
+
+/// Interfaces through which the node sends to protected endpoints.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Uplinks {
+    /// Interfaces that a route names.
+    routed: BTreeSet<u32>,
+    /// Interfaces below or beside those of the routes: ports of a bridge, slaves of a bond, the NIC of a VLAN.
+    related: BTreeSet<u32>,
+}
+
+impl Uplinks {
+    /// Computes the uplinks of a node with these `links`, whose routes to protected endpoints leave through the
+    /// interfaces `routed`.
+    ///
+    /// Ports of one bridge, bond or VRF belong together, and a stacked device belongs to the one below it. All ports of
+    /// Open vSwitch belong together, too, because the agent does not read its flows.
+    #[must_use]
+    pub fn new<'l>(
+        routed: BTreeSet<u32>,
+        links: impl IntoIterator<Item = &'l Link, IntoIter: Clone>,
+    ) -> Self {
+        let links = links.into_iter();
+        let mut related = routed.clone();
+        loop {
+            let before = related.len();
+            for link in links.clone() {
+                if related.contains(&link.index)
+                    || link.master.is_some_and(|master| related.contains(&master))
+                {
+                    related.insert(link.index);
+                    related.extend(link.master);
+                    related.extend(link.lower);
+                }
+            }
+            let ovs = links.clone().filter(|link| link.kind == LinkKind::Ovs).map(|link| link.index);
+            if ovs.clone().any(|index| related.contains(&index)) {
+                related.extend(ovs);
+            }
+            if related.len() == before {
+                return Self { routed, related };
+            }
+        }
+    }
+
+    /// Reports whether a route to a protected endpoint names the interface.
+    #[must_use]
+    pub fn are_routed(&self, index: u32) -> bool {
+        self.routed.contains(&index)
+    }
+
+    /// Reports whether packets of the node to a protected endpoint can leave through the interface.
+    #[must_use]
+    pub fn contain(&self, index: u32) -> bool {
+        self.related.contains(&index)
+    }
+}
+
+/// Returns the devices that can be the ingress interface of a packet from a port after the port's bridge has passed it
+/// up: the bridge, the devices on top of it, and a VRF. For Open vSwitch these are all internal ports. Empty if a port
+/// of the bridge is a netkit device, whose pod may set the mark.
+#[must_use]
+pub fn ingress_devices(port: &Link, links: &BTreeMap<u32, Link>) -> BTreeSet<u32> {
+    let mut devices = BTreeSet::new();
+    let master = |link: &Link| link.master.and_then(|index| links.get(&index));
+    let Some(first) =
+        master(port).filter(|link| matches!(link.kind, LinkKind::Bridge | LinkKind::Ovs | LinkKind::Vrf))
+    else {
+        return devices;
+    };
+    let is_port = |link: &&Link| link.master == Some(first.index);
+    if links.values().filter(is_port).any(|link| matches!(link.kind, LinkKind::Netkit | LinkKind::NetkitPeer))
+    {
+        return devices;
+    }
+    devices.insert(first.index);
+    if first.kind == LinkKind::Ovs {
+        devices.extend(links.values().filter(|link| link.kind == LinkKind::Ovs).map(|link| link.index));
+    }
+    loop {
+        let before = devices.len();
+        for link in links.values() {
+            let is_above =
+                link.lower.is_some_and(|lower| devices.contains(&lower)) && !link.leads_elsewhere();
+            if is_above {
+                devices.insert(link.index);
+            }
+            let vrf =
+                master(link).filter(|master| master.kind == LinkKind::Vrf && devices.contains(&link.index));
+            devices.extend(vrf.map(|vrf| vrf.index));
+        }
+        if devices.len() == before {
+            return devices;
+        }
+    }
+}
+
+/// Assigns role and hooks to `link`. `is_known_pod`: Kubernetes has a pod behind the link.
+///
+/// The operator's configuration takes precedence, except on loopback: hooks on loopback would cut off the node itself.
+///
+/// A veth or netkit device whose peer is in another network namespace is either a pod's link or an uplink of the node
+/// (in kind, LXD or Incus), and routes can change. Such a device gets both hooks unless it is known to be a pod's. A
+/// wrong guess or a change of the role then leaves no moment without the hook.
+#[must_use]
+pub fn assign(link: &Link, uplinks: &Uplinks, interfaces: &Interfaces, is_known_pod: bool) -> Assignment {
+    let assignment = |role, hooks| Assignment { role, hooks };
+    if link.kind == LinkKind::Loopback {
+        return assignment(Role::Loopback, TcHookSet::NONE);
+    }
+    if interfaces.excludes(&link.name) {
+        return assignment(Role::Excluded, TcHookSet::NONE);
+    }
+    let is_uplink = uplinks.contain(link.index);
+    if interfaces.includes(&link.name) {
+        return assignment(Role::Pod, if is_uplink { TcHookSet::BOTH } else { TcHookSet::FROM_POD });
+    }
+    if link.leads_elsewhere() {
+        let role = if uplinks.are_routed(link.index) { Role::Uplink } else { Role::Pod };
+        let is_sure = is_known_pod && !is_uplink;
+        return assignment(role, if is_sure { TcHookSet::FROM_POD } else { TcHookSet::BOTH });
+    }
+    let role = match link.kind {
+        LinkKind::Ifb => return assignment(Role::Ifb, TcHookSet::NONE),
+        _ if is_uplink => Role::Uplink,
+        LinkKind::Bridge => Role::Bridge,
+        _ => Role::Other,
+    };
+    assignment(role, TcHookSet::NODE_EGRESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::config::Config;
+
+    fn link(name: &str, kind: LinkKind, peer_netns: Option<i32>) -> Link {
+        Link { name: name.to_owned(), kind, peer_netns, ..Link::with_index(7) }
+    }
+
+    fn assigned(link: &Link, routed: &[u32], config: &str) -> (Role, TcHookSet) {
+        let config = Config::parse(config, Path::new("test")).unwrap();
+        let uplinks = Uplinks::new(routed.iter().copied().collect(), std::iter::once(link));
+        let Assignment { role, hooks } = assign(link, &uplinks, &config.interfaces, false);
+        (role, hooks)
+    }
+
+    #[test]
+    fn veth_with_remote_peer_gets_both_hooks() {
+        for kind in [LinkKind::Veth, LinkKind::Netkit] {
+            assert_eq!(assigned(&link("v", kind, Some(0)), &[], ""), (Role::Pod, TcHookSet::BOTH));
+            assert_eq!(assigned(&link("v", kind, Some(0)), &[7], ""), (Role::Uplink, TcHookSet::BOTH));
+            assert_eq!(assigned(&link("v", kind, None), &[], ""), (Role::Other, TcHookSet::NODE_EGRESS));
+        }
+    }
+
+    #[test]
+    fn known_pod_gets_from_pod_only() {
+        let pod = link("v", LinkKind::Veth, Some(0));
+        let hooks = |routed: &[u32]| {
+            let uplinks = Uplinks::new(routed.iter().copied().collect(), std::iter::once(&pod));
+            assign(&pod, &uplinks, &Interfaces::default(), true).hooks
+        };
+        assert_eq!(hooks(&[]), TcHookSet::FROM_POD);
+        assert_eq!(hooks(&[7]), TcHookSet::BOTH);
+    }
+
+    #[test]
+    fn other_kinds() {
+        let egress = TcHookSet::NODE_EGRESS;
+        assert_eq!(assigned(&link("eth0", LinkKind::Other, None), &[7], ""), (Role::Uplink, egress));
+        assert_eq!(assigned(&link("br0", LinkKind::Bridge, None), &[7], ""), (Role::Uplink, egress));
+        assert_eq!(
+            assigned(&link("lo", LinkKind::Loopback, None), &[], ""),
+            (Role::Loopback, TcHookSet::NONE)
+        );
+        assert_eq!(assigned(&link("cni0", LinkKind::Bridge, None), &[], ""), (Role::Bridge, egress));
+        assert_eq!(assigned(&link("tun0", LinkKind::Other, None), &[], ""), (Role::Other, egress));
+        assert_eq!(assigned(&link("ifb0", LinkKind::Ifb, None), &[], ""), (Role::Ifb, TcHookSet::NONE));
+        assert_eq!(assigned(&link("x", LinkKind::Unreadable, None), &[], ""), (Role::Pod, TcHookSet::BOTH));
+    }
+
+    #[test]
+    fn operator_decides_first() {
+        let include = "[interfaces]\ninclude = ['tun*', 'lo']";
+        let tun = link("tun0", LinkKind::Other, None);
+        assert_eq!(assigned(&tun, &[], include), (Role::Pod, TcHookSet::FROM_POD));
+        assert_eq!(assigned(&tun, &[7], include), (Role::Pod, TcHookSet::BOTH));
+        assert_eq!(assigned(&link("lo", LinkKind::Loopback, None), &[], include).0, Role::Loopback);
+
+        let exclude = "[interfaces]\nexclude = ['v*', 'eth0']";
+        for excluded in [
+            link("v0", LinkKind::Veth, Some(3)),
+            link("v0", LinkKind::Veth, None),
+            link("eth0", LinkKind::Other, None),
+        ] {
+            assert_eq!(assigned(&excluded, &[7], exclude), (Role::Excluded, TcHookSet::NONE));
+        }
+        let both = "[interfaces]\ninclude = ['*']\nexclude = ['v0']";
+        assert_eq!(assigned(&link("v0", LinkKind::Veth, Some(3)), &[], both).0, Role::Excluded);
+    }
+
+    #[test]
+    fn ports_of_an_uplink_are_uplinks() {
+        let port = |index, master| Link { master: Some(master), ..Link::with_index(index) };
+        let bridge = Link { kind: LinkKind::Bridge, ..Link::with_index(1) };
+        let nic = port(2, 1);
+        let vlan = Link { lower: Some(2), ..Link::with_index(3) };
+        let other_port = port(4, 9);
+        let links = [bridge, nic, vlan, other_port];
+        let uplinks = |routed| Uplinks::new(BTreeSet::from([routed]), links.iter());
+        assert!([1, 2].into_iter().all(|index| uplinks(1).contain(index)));
+        assert!(!uplinks(1).contain(4) && !uplinks(1).contain(3));
+        assert!([1, 2, 3].into_iter().all(|index| uplinks(3).contain(index)));
+        assert!(uplinks(3).are_routed(3) && !uplinks(3).are_routed(2));
+    }
+}

@@ -1,0 +1,274 @@
+//! Report of denied senders, and of senders that audit mode would deny, with the rules that would exempt them.
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
+    net::IpAddr,
+    path::PathBuf,
+};
+
+use comfy_table::{Table, presets::NOTHING};
+use imds_ebpf_common::{
+    Hook, Verdict,
+    event_log::{DenialKey, DenialRecord},
+};
+use jiff::Timestamp;
+use serde::Serialize;
+
+use crate::{
+    config::endpoint_set::{Endpoint, plain, raw},
+    datapath::maps::config_record::{text, timestamp},
+    node::netns,
+};
+
+/// Schema version of the JSON output. Fields are only added while it stays the same.
+const SCHEMA: u32 = 1;
+/// Maximum length of a rule's name in characters.
+const MAX_NAME: usize = 63;
+
+/// Report that `imds-agent report` prints.
+#[derive(Clone, Debug, Serialize)]
+pub struct DenialReport {
+    /// Schema version. Fields are only added while it stays the same.
+    pub schema: u32,
+    /// Directory of the pinned maps, programs and links.
+    pub pin_dir: PathBuf,
+    /// Denials by sender, endpoint and verdict, the latest first.
+    pub denials: Vec<Denial>,
+    /// Rules that would exempt all these senders, in the syntax of the configuration file.
+    pub rules: String,
+}
+
+/// Denials of one sender at one endpoint.
+#[derive(Clone, Debug, Serialize)]
+pub struct Denial {
+    /// Sender of the packets and calls.
+    #[serde(flatten)]
+    pub sender: DenialSubject,
+    /// Name of the pod that was denied last, among the pods of this sender.
+    pub pod: Option<String>,
+    /// Name of the endpoint; `None` if it is no longer protected.
+    pub endpoint: Option<String>,
+    /// Address of the endpoint.
+    pub address: IpAddr,
+    /// `deny`, or `audit` for requests that mode `enforce` would deny.
+    pub verdict: &'static str,
+    /// Number of packets or calls by hook. A call that passes sends packets, which other hooks count again.
+    pub counts: BTreeMap<&'static str, u64>,
+    /// Bytes of these packets, link-layer headers included. Calls have no bytes.
+    pub bytes: u64,
+    /// Time of the first packet or call.
+    pub first: Timestamp,
+    /// Time of the last packet or call.
+    pub last: Timestamp,
+}
+
+/// Pods with the same namespace, service account and label, or a sender without a known pod.
+#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd, Serialize)]
+pub struct DenialSubject {
+    /// Namespace of the pods.
+    pub namespace: Option<String>,
+    /// Service account of the pods.
+    pub service_account: Option<String>,
+    /// Label that names the application, as `key=value`.
+    pub label: Option<String>,
+    /// Interface through which packets entered the node.
+    pub interface: Option<String>,
+    /// Name of the thread that called last.
+    pub comm: Option<String>,
+    /// cgroup of the caller, below the root of the hierarchy.
+    pub cgroup: Option<String>,
+    /// True if a name is escaped, so that no rule can match it.
+    #[serde(skip)]
+    pub is_escaped: bool,
+}
+
+impl DenialReport {
+    /// Builds the report from the records in `pin_dir`. `guarded` are the protected endpoints, `pods` the names of pod
+    /// interfaces.
+    #[must_use]
+    pub fn new(
+        pin_dir: PathBuf,
+        records: &[(DenialKey, DenialRecord)],
+        guarded: &[Endpoint],
+        pods: &BTreeSet<String>,
+    ) -> Self {
+        let mut merged: BTreeMap<(DenialSubject, IpAddr, u32), Denial> = BTreeMap::new();
+        for (key, record) in records {
+            let (sender, address) = (DenialSubject::of(record), plain(key.address));
+            let (first, last) = (timestamp(record.first), timestamp(record.last));
+            let named = guarded.iter().find(|endpoint| endpoint.address == address);
+            let verdict = if key.verdict == Verdict::Audit as u32 { Verdict::Audit } else { Verdict::Deny };
+            let of_hook = Hook::ALL.into_iter().find(|&hook| hook as u32 == key.hook);
+            let denial = merged.entry((sender.clone(), address, key.verdict)).or_insert_with(|| Denial {
+                sender,
+                pod: None,
+                endpoint: named.map(|endpoint| endpoint.name.clone()),
+                address,
+                verdict: verdict.name(),
+                counts: BTreeMap::new(),
+                bytes: 0,
+                first,
+                last,
+            });
+            let count = denial.counts.entry(of_hook.map_or("unknown", Hook::name)).or_default();
+            *count = count.saturating_add(record.count);
+            denial.bytes = denial.bytes.saturating_add(record.bytes);
+            denial.first = denial.first.min(first);
+            if last >= denial.last {
+                denial.last = last;
+                denial.pod = unless_empty(&record.pod);
+            }
+        }
+        let mut denials: Vec<_> = merged.into_values().collect();
+        denials.sort_by_key(|denial| std::cmp::Reverse(denial.last));
+        let rules = rules(&denials, pods);
+        Self { schema: SCHEMA, pin_dir, denials, rules }
+    }
+
+    /// Returns the report as text that ends with a newline.
+    #[must_use]
+    pub fn table(&self) -> String {
+        if self.denials.is_empty() {
+            return "no denials are recorded\n".to_owned();
+        }
+        let hooks: BTreeSet<_> =
+            self.denials.iter().flat_map(|denial| denial.counts.keys().copied()).collect();
+        let mut table = Table::new();
+        table.load_style(NOTHING);
+        let titles = hooks.iter().map(|hook| hook.to_uppercase());
+        let header = ["SENDER", "ENDPOINT", "VERDICT"].map(str::to_owned).into_iter();
+        table.set_header(header.chain(titles).chain(["BYTES", "FIRST", "LAST"].map(str::to_owned)));
+        for denial in &self.denials {
+            let endpoint = denial.endpoint.clone().unwrap_or_else(|| denial.address.to_string());
+            let known = [denial.sender.to_string(), endpoint, denial.verdict.to_owned()].into_iter();
+            let counts =
+                hooks.iter().map(|hook| denial.counts.get(hook).copied().unwrap_or_default().to_string());
+            let times = [denial.first, denial.last].map(|time| format!("{time:.0}"));
+            table.add_row(known.chain(counts).chain([denial.bytes.to_string()]).chain(times));
+        }
+        let mut text = format!("{}\n", table.trim_fmt());
+        if !self.rules.is_empty() {
+            text += "\nrules that would exempt these senders:\n\n";
+            text += &self.rules;
+        }
+        text
+    }
+}
+
+impl DenialSubject {
+    fn of(record: &DenialRecord) -> Self {
+        let names: [&[u8]; 5] =
+            [&record.namespace, &record.service_account, &record.label, &record.interface, &record.cgroup];
+        Self {
+            is_escaped: names.iter().any(|name| raw(name) != Some(&text(name))),
+            namespace: unless_empty(&record.namespace),
+            service_account: unless_empty(&record.service_account),
+            label: unless_empty(&record.label),
+            interface: unless_empty(&record.interface).filter(|_| record.namespace[0] == 0),
+            comm: unless_empty(&record.comm).filter(|_| record.namespace[0] == 0),
+            cgroup: unless_empty(&record.cgroup),
+        }
+    }
+
+    /// Returns the selector of a rule for this sender, and a caution if the rule also covers other senders. Returns `None` if
+    /// no rule can match the sender.
+    fn rule(&self, pods: &BTreeSet<String>) -> Option<(String, Option<&'static str>)> {
+        if self.is_escaped {
+            return None;
+        }
+        let line = |key: &str, text: &str| format!("{key} = {}\n", toml::Value::from(text));
+        if let Some(namespace) = &self.namespace {
+            let account = self.service_account.as_ref().map(|account| line("service_account", account));
+            let selector =
+                self.label.as_deref().and_then(|label| label.split_once('=')).map(|(key, value)| {
+                    let [key, value] = [key, value].map(toml::Value::from);
+                    format!("pod_selector = {{ match_labels = {{ {key} = {value} }} }}\n")
+                });
+            let has_own_account = self.service_account.as_deref().is_some_and(|account| account != "default");
+            let caution = (selector.is_none() && !has_own_account)
+                .then_some("every pod of the namespace with the default service account");
+            let lines = [Some(line("namespace", namespace)), account, selector];
+            return Some((lines.into_iter().flatten().collect(), caution));
+        }
+        // A test call of `imds-agent verify`.
+        if self.comm.as_deref() == Some(netns::THREAD) {
+            return None;
+        }
+        if let Some(cgroup) = &self.cgroup {
+            return Some((line("cgroup", cgroup), None));
+        }
+        // Packets of many pods enter through a bridge. A rule for one would exempt all of them.
+        let interface = self.interface.as_ref().filter(|name| pods.contains(*name))?;
+        let caution = "every later pod whose interface has this name";
+        Some((line("interface", &globset::escape(interface)), Some(caution)))
+    }
+
+    fn name(&self) -> String {
+        let application = self.label.as_deref().and_then(|label| Some(label.split_once('=')?.1));
+        let parts: Vec<&str> = match &self.namespace {
+            Some(namespace) => {
+                vec![namespace, application.or(self.service_account.as_deref()).unwrap_or("all")]
+            }
+            None => vec![self.comm.as_deref().or(self.interface.as_deref()).unwrap_or("sender")],
+        };
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        let plain = |c: char| if is_plain(c) { c } else { '-' };
+        // Leaves room for a number after the name.
+        parts.join("-").chars().map(plain).take(MAX_NAME - 5).collect()
+    }
+}
+
+impl std::fmt::Display for DenialSubject {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self { namespace: Some(namespace), service_account, label, .. } => {
+                write!(f, "{namespace}/{}", service_account.as_deref().unwrap_or("?"))?;
+                label.iter().try_for_each(|label| write!(f, " {label}"))
+            }
+            Self { interface: Some(interface), .. } => write!(f, "interface {interface}"),
+            Self { comm, cgroup, .. } => {
+                write!(f, "{}", comm.as_deref().unwrap_or("unknown"))?;
+                cgroup.iter().try_for_each(|cgroup| write!(f, " in {cgroup}"))
+            }
+        }
+    }
+}
+
+/// Returns one rule per sender, for all endpoints at which it was denied.
+fn rules(denials: &[Denial], pods: &BTreeSet<String>) -> String {
+    let mut endpoints: BTreeMap<&DenialSubject, BTreeSet<&str>> = BTreeMap::new();
+    for denial in denials {
+        if let Some(endpoint) = &denial.endpoint {
+            endpoints.entry(&denial.sender).or_default().insert(endpoint);
+        }
+    }
+    let (mut text, mut names, mut seen) = (String::new(), BTreeSet::new(), BTreeSet::new());
+    for (sender, endpoints) in endpoints {
+        let Some((lines, caution)) = sender.rule(pods) else { continue };
+        // One rule by cgroup covers all threads in it.
+        if !seen.insert(lines.clone()) {
+            continue;
+        }
+        let name = sender.name();
+        let numbered = (2..).map(|number| format!("{name}-{number}"));
+        let name = std::iter::once(name.clone()).chain(numbered).find(|name| names.insert(name.clone()));
+        let endpoints: Vec<_> = endpoints.into_iter().map(toml::Value::from).collect();
+        let endpoints = toml::Value::from(endpoints);
+        // Writing to a string does not fail.
+        let _ok = caution.iter().try_for_each(|caution| writeln!(text, "# This rule exempts {caution}."));
+        let _ok = writeln!(
+            text,
+            "[[exempt]]\nname = \"{}\"\n{lines}endpoints = {endpoints}\n",
+            name.unwrap_or_default()
+        );
+    }
+    text
+}
+
+fn unless_empty(padded: &[u8]) -> Option<String> {
+    Some(text(padded)).filter(|text| !text.is_empty())
+}

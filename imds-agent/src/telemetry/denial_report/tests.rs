@@ -1,0 +1,101 @@
+use std::path::Path;
+
+use imds_ebpf_common::Address;
+
+use super::*;
+use crate::{
+    config::{Config, PodSelector, RuleSubject as Rule, provider::Dmi},
+    datapath::maps::config_record::padded,
+};
+
+fn record(namespace: &str, account: &str, label: &str) -> DenialRecord {
+    DenialRecord {
+        count: 2,
+        bytes: 148,
+        first: 1_000_000_000,
+        last: 2_000_000_000,
+        namespace: padded(namespace),
+        service_account: padded(account),
+        label: padded(label),
+        pod: padded(if namespace.is_empty() { "" } else { "pod-0" }),
+        interface: padded("veth0"),
+        comm: padded(""),
+        cgroup: padded(""),
+    }
+}
+
+fn key(hook: Hook, verdict: Verdict) -> DenialKey {
+    let address = Address::from_ipv4([169, 254, 169, 254]);
+    DenialKey { address, sender: 7, hook: hook as u32, verdict: verdict as u32 }
+}
+
+fn report(records: &[(DenialKey, DenialRecord)]) -> DenialReport {
+    let guarded = Config::default().resolve(&Dmi::default()).unwrap().0;
+    DenialReport::new("/pins".into(), records, guarded.endpoints(), &["veth0".to_owned()].into())
+}
+
+/// Parses the rules of the report.
+fn meant(report: &DenialReport) -> Vec<Rule> {
+    let config =
+        Config::parse(&report.rules, Path::new("imds.toml")).unwrap_or_else(|error| panic!("{error}"));
+    let rules = config.resolve(&Dmi::default()).unwrap().1;
+    rules.into_iter().map(|rule| rule.sender).collect()
+}
+
+#[test]
+fn hooks_of_one_sender_are_merged() {
+    let later = DenialRecord { last: 3_000_000_000, pod: padded("pod-1"), ..record("a", "s", "app=x") };
+    let report = report(&[
+        (key(Hook::Socket, Verdict::Audit), record("a", "s", "app=x")),
+        (key(Hook::FromPod, Verdict::Audit), later),
+    ]);
+    let [denial] = &report.denials[..] else { panic!("{report:?}") };
+    assert_eq!(denial.counts, [("from_pod", 2), ("socket", 2)].into());
+    assert_eq!(denial.bytes, 2 * 148);
+    assert_eq!(
+        (denial.pod.as_deref(), denial.verdict, denial.endpoint.as_deref()),
+        (Some("pod-1"), "audit", Some("imds"))
+    );
+    let [Rule::Pods(PodSelector { namespace, service_account, selector: Some(selector) })] =
+        &meant(&report)[..]
+    else {
+        panic!("{}", report.rules)
+    };
+    assert_eq!((namespace.as_str(), service_account.as_deref()), ("a", Some("s")));
+    assert!(selector.matches(&[("app".to_owned(), "x".to_owned())].into()));
+    let table = report.table();
+    assert!(
+        table.contains("a/s app=x") && table.contains("FROM_POD") && table.contains("1970-01-01T00:00:03Z"),
+        "{table}"
+    );
+}
+
+#[test]
+fn senders_get_distinct_rules() {
+    let call = DenialRecord { comm: padded("cu\"rl"), interface: padded(""), ..record("", "", "") };
+    let report = report(&[
+        (key(Hook::FromPod, Verdict::Deny), record("a", "default", "")),
+        (key(Hook::FromPod, Verdict::Deny), record("a", "default", "app.kubernetes.io/name=x")),
+        (key(Hook::FromPod, Verdict::Deny), record("", "", "")),
+        (key(Hook::FromPod, Verdict::Deny), DenialRecord { interface: padded("#9"), ..record("", "", "") }),
+        (key(Hook::Socket, Verdict::Deny), call),
+        (key(Hook::Socket, Verdict::Deny), DenialRecord { cgroup: padded("a/b\"c"), ..call }),
+        (
+            key(Hook::Socket, Verdict::Deny),
+            DenialRecord { comm: padded("wget"), cgroup: padded("a/b\"c"), ..call },
+        ),
+    ]);
+    assert_eq!(report.denials.len(), 7);
+    let meant = meant(&report);
+    assert_eq!(meant.len(), 4, "{}", report.rules);
+    assert!(meant.contains(&Rule::Cgroup("a/b\"c".into())), "{meant:?}");
+    assert_eq!(report.rules.matches("# This rule exempts").count(), 2);
+}
+
+#[test]
+fn unprotected_address_gets_no_rule() {
+    let gone = DenialKey { address: Address::from_ipv4([10, 0, 0, 9]), ..key(Hook::FromPod, Verdict::Deny) };
+    let report = report(&[(gone, record("a", "s", ""))]);
+    assert!(report.rules.is_empty() && report.table().contains("10.0.0.9"));
+    assert!(DenialReport::new("/pins".into(), &[], &[], &BTreeSet::new()).table().starts_with("nobody"));
+}

@@ -1,0 +1,257 @@
+//! Converts events of the BPF programs to text and JSON.
+
+use std::{fmt, net::Ipv6Addr};
+
+use imds_ebpf_common::{Event, Hook, Subject, SubjectKind, Verdict};
+use jiff::{SignedDuration, Timestamp};
+use serde::Serialize;
+
+use crate::{controller::pod_tracker::PodRef, escape::escape};
+
+/// An event, resolved for users. Later versions only add fields to the JSON form.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+pub struct Record {
+    /// Wall-clock time of the event.
+    pub time: Timestamp,
+    /// Hook that gave the verdict.
+    pub hook: &'static str,
+    /// Verdict: `deny`, `audit`, `allow` or `exempt`.
+    pub verdict: &'static str,
+    /// Index of the interface whose hook saw the packet; `None` for a call.
+    pub ifindex: Option<u32>,
+    /// Name of that interface, if it still exists.
+    pub interface: Option<String>,
+    /// Index of the interface through which the packet entered the node.
+    pub ingress_ifindex: Option<u32>,
+    /// Name of the ingress interface, if it still exists.
+    pub ingress_interface: Option<String>,
+    /// Process id of the caller, in the initial pid namespace; `None` for a packet.
+    pub pid: Option<u32>,
+    /// Name of the calling thread; `None` for a packet.
+    pub comm: Option<String>,
+    /// Id of the caller's cgroup v2.
+    pub cgroup: Option<u64>,
+    /// Cookie of the network namespace of the socket.
+    pub netns_cookie: Option<u64>,
+    /// Pod of the sender, if it is known.
+    pub pod: Option<PodRef>,
+    /// IPv4 or IPv6 source address; `None` if the call or packet has none yet.
+    pub source: Option<String>,
+    /// Source port; `None` for protocols without ports.
+    pub source_port: Option<u16>,
+    /// IPv4 or IPv6 destination address.
+    pub destination: String,
+    /// Destination port; `None` for protocols without ports.
+    pub destination_port: Option<u16>,
+    /// Name or number of the IP protocol.
+    pub protocol: Option<String>,
+    /// Number of packets or calls of the same source that were suppressed since its previous event.
+    pub suppressed: u64,
+    /// Bytes of this packet and of the suppressed ones; 0 for calls.
+    pub bytes: u64,
+}
+
+impl Record {
+    /// Converts an event. `booted` is the wall-clock time of boot, `interface` returns the name of an interface, and `pod` is
+    /// the pod of the sender.
+    #[must_use]
+    pub fn new(
+        event: &Event,
+        booted: Timestamp,
+        interface: impl Fn(u32) -> Option<String>,
+        pod: Option<PodRef>,
+    ) -> Self {
+        let ifindex = (event.ifindex != 0).then_some(event.ifindex);
+        let ingress = (event.ingress_ifindex != 0).then_some(event.ingress_ifindex);
+        let comm = comm(event);
+        let name = |index| Some(escape(&interface(index)?).into_owned());
+        let source = Ipv6Addr::from(event.source);
+        Self {
+            time: wall_time(event, booted),
+            hook: Hook::ALL.into_iter().find(|&hook| hook as u8 == event.hook).map_or("unknown", Hook::name),
+            verdict: verdict(event.verdict),
+            ifindex,
+            interface: ifindex.and_then(&name),
+            ingress_ifindex: ingress,
+            ingress_interface: ingress.and_then(name),
+            pid: (event.pid != 0).then_some(event.pid),
+            comm: (!comm.is_empty()).then_some(comm),
+            cgroup: (event.cgroup != 0).then_some(event.cgroup),
+            netns_cookie: (event.netns_cookie != 0).then_some(event.netns_cookie),
+            pod,
+            source: (!source.is_unspecified()).then(|| source.to_canonical().to_string()),
+            source_port: (event.source_port != 0).then_some(event.source_port),
+            destination: Ipv6Addr::from(event.destination).to_canonical().to_string(),
+            destination_port: (event.destination_port != 0).then_some(event.destination_port),
+            protocol: protocol(event.protocol),
+            suppressed: event.suppressed,
+            bytes: event.bytes,
+        }
+    }
+}
+
+/// Decodes an event. Returns `None` if the bytes are too few, as from programs of another version.
+#[must_use]
+pub fn decode(bytes: &[u8]) -> Option<Event> {
+    let bytes = bytes.first_chunk::<{ size_of::<Event>() }>()?;
+    // SAFETY: an event is integers without padding, so that any bytes are one; the read needs no alignment.
+    Some(unsafe { bytes.as_ptr().cast::<Event>().read_unaligned() })
+}
+
+/// Returns the wall-clock time of an event. `booted` is the wall-clock time of boot.
+#[must_use]
+pub fn wall_time(event: &Event, booted: Timestamp) -> Timestamp {
+    let since_boot = SignedDuration::from_nanos(event.time.try_into().unwrap_or(i64::MAX));
+    booted.checked_add(since_boot).unwrap_or(Timestamp::MAX)
+}
+
+/// Returns the name of the calling thread; empty for packets.
+#[must_use]
+pub fn comm(event: &Event) -> String {
+    crate::config::endpoint_set::unpadded(&event.comm)
+}
+
+/// Returns the index of the interface through which a packet entered the node; 0 if it entered through none.
+#[must_use]
+pub fn ingress(event: &Event) -> u32 {
+    // At `node_egress` the interface of the event is the one through which the packet leaves the node.
+    match event.hook {
+        hook if hook == Hook::FromPod as u8 => event.ifindex,
+        _ => event.ingress_ifindex,
+    }
+}
+
+/// Returns the identities of an event's sender, most specific first: a cgroup identifies a container, a network namespace or
+/// an interface only the pod.
+pub fn senders(event: &Event) -> impl Iterator<Item = Subject> {
+    [
+        (SubjectKind::Cgroup, event.cgroup),
+        (SubjectKind::Netns, event.netns_cookie),
+        (SubjectKind::Interface, ingress(event).into()),
+    ]
+    .into_iter()
+    .filter(|(_, id)| *id != 0)
+    .map(|(kind, id)| Subject::new(kind, id))
+}
+
+impl fmt::Display for Record {
+    /// Formats one line: `2026-11-23T15:04:05.123Z deny from_pod veth1 (4): 10.244.0.7:40312 -> 169.254.169.254:80 tcp`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.3} {:5} {:9} ", self.time, self.verdict, self.hook)?;
+        if let Some(index) = self.ifindex {
+            write!(f, "{}", interface(self.interface.as_deref(), index))?;
+        } else {
+            let comm = self.comm.as_deref().unwrap_or("?");
+            write!(f, "{comm} (pid {})", self.pid.unwrap_or_default())?;
+        }
+        if let Some(ingress) = self.ingress_ifindex
+            && Some(ingress) != self.ifindex
+        {
+            write!(f, " from {}", interface(self.ingress_interface.as_deref(), ingress))?;
+        }
+        if let Some(pod) = &self.pod {
+            write!(f, " of {pod}")?;
+        }
+        if let Some(source) = &self.source {
+            write!(f, ": {}", endpoint(source, self.source_port))?;
+        }
+        write!(f, " -> {}", endpoint(&self.destination, self.destination_port))?;
+        if let Some(protocol) = &self.protocol {
+            write!(f, " {protocol}")?;
+        }
+        match self.suppressed {
+            0 => Ok(()),
+            suppressed => write!(f, ", {suppressed} more suppressed"),
+        }
+    }
+}
+
+fn interface(name: Option<&str>, index: u32) -> String {
+    name.map_or_else(|| format!("interface {index}"), |name| format!("{name} ({index})"))
+}
+
+fn endpoint(address: &str, port: Option<u16>) -> String {
+    match port {
+        Some(port) if address.contains(':') => format!("[{address}]:{port}"),
+        Some(port) => format!("{address}:{port}"),
+        None => address.to_owned(),
+    }
+}
+
+fn verdict(number: u8) -> &'static str {
+    let counted = Verdict::COUNTED.into_iter().find(|&verdict| verdict as u8 == number);
+    counted.map_or("unknown", Verdict::name)
+}
+
+/// Returns the name of a common IP protocol (IANA), otherwise its number.
+fn protocol(number: u8) -> Option<String> {
+    Some(match number {
+        1 => "icmp".to_owned(),
+        6 => "tcp".to_owned(),
+        17 => "udp".to_owned(),
+        58 => "icmpv6".to_owned(),
+        132 => "sctp".to_owned(),
+        // Reserved by IANA. The programs use it if they can't find the protocol.
+        255 => return None,
+        other => format!("protocol {other}"),
+    })
+}
+
+/// Returns the wall-clock time of boot. Setting the clock moves it.
+#[must_use]
+pub fn boot_time() -> Timestamp {
+    let now = Timestamp::now();
+    let since_boot = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
+        .map(|time| SignedDuration::new(time.tv_sec(), time.tv_nsec().try_into().unwrap_or_default()));
+    since_boot.map_or(now, |since_boot| now.checked_sub(since_boot).unwrap_or(now))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packet_as_line_and_json() {
+        let event = Event {
+            time: 1_500_000_000,
+            suppressed: 41,
+            source: std::net::Ipv4Addr::new(10, 244, 0, 7).to_ipv6_mapped().octets(),
+            destination: std::net::Ipv4Addr::new(169, 254, 169, 254).to_ipv6_mapped().octets(),
+            ifindex: 4,
+            ingress_ifindex: 4,
+            source_port: 40_312,
+            destination_port: 80,
+            hook: Hook::FromPod as u8,
+            verdict: Verdict::Deny as u8,
+            protocol: 6,
+            ..Event::default()
+        };
+        let record = Record::new(&event, Timestamp::UNIX_EPOCH, |index| Some(format!("veth{index}")), None);
+        assert_eq!(
+            record.to_string(),
+            "1970-01-01T00:00:01.500Z deny  from_pod  veth4 (4): 10.244.0.7:40312 -> 169.254.169.254:80 tcp, 41 more \
+             suppressed"
+        );
+        let json = serde_json::to_value(&record).unwrap();
+        assert_eq!((&json["interface"], &json["pid"]), (&"veth4".into(), &serde_json::Value::Null));
+    }
+
+    #[test]
+    fn call_as_line() {
+        let mut event = Event {
+            destination: [0xfd, 0, 0xe, 0xc2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0x54],
+            destination_port: 80,
+            pid: 1234,
+            hook: Hook::Socket as u8,
+            verdict: Verdict::Audit as u8,
+            protocol: 17,
+            ..Event::default()
+        };
+        event.comm[..4].copy_from_slice(b"curl");
+        let record = Record::new(&event, Timestamp::UNIX_EPOCH, |_| None, None);
+        assert_eq!(
+            record.to_string(),
+            "1970-01-01T00:00:00.000Z audit socket    curl (pid 1234) -> [fd00:ec2::254]:80 udp"
+        );
+    }
+}

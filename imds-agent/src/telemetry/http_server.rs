@@ -1,0 +1,401 @@
+//! HTTP server for `/metrics`, `/healthz` and `/readyz`.
+//!
+//! The size, duration and number of requests are limited.
+
+use std::{
+    cell::Cell,
+    convert::Infallible,
+    fs,
+    future::{self, poll_fn},
+    io,
+    os::unix::fs::{FileTypeExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+    pin::Pin,
+    rc::Rc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use http_body_util::Full;
+use hyper::{
+    Method, Request, Response, StatusCode,
+    body::{Bytes, Incoming},
+    header::{ACCEPT, ALLOW, CONTENT_TYPE, HeaderMap, HeaderValue, VARY},
+    server::conn::http1,
+    service::service_fn,
+};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream, UnixListener, UnixStream},
+    time::{Instant, sleep_until, timeout},
+};
+
+use super::{EventStats, Progress};
+use crate::{
+    config::Listen,
+    datapath::{maps::denial_records::Denials, object, pin::dir::PinDir},
+    escape::escape_lines,
+    node::netlink::Netlink,
+    telemetry::{
+        metrics::{self, Denied, Format, Snapshot},
+        status::{self, StatusReport},
+    },
+};
+
+/// Maximum number of concurrent connections. Beyond it, a new connection replaces an old one.
+const MAX_CONNECTIONS: usize = 16;
+/// Time for which a connection without a complete request header can't be replaced.
+const HEADER_TIMEOUT: Duration = Duration::from_millis(20);
+/// Time for which a connection with a request can't be replaced.
+const MIN_CONNECTION_TIME: Duration = Duration::from_secs(1);
+/// Limit for the arrival of the request header.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// Limit for a whole connection, request and response.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(15);
+/// Maximum size of a request header in bytes, the minimum that hyper accepts.
+const MAX_REQUEST_LEN: usize = 8192;
+/// Pause after accept(2) failed, as it does without free descriptors.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// A connection, with the future that serves it.
+struct Connection {
+    work: Pin<Box<dyn Future<Output = ()>>>,
+    since: Instant,
+    /// True once the request header has arrived.
+    has_asked: Rc<Cell<bool>>,
+}
+
+/// Server of metrics and health on any number of addresses.
+pub(super) struct Server {
+    wanted: Vec<Listen>,
+    listening: Vec<Socket>,
+    /// Addresses whose last failure is already logged.
+    failed: Vec<Listen>,
+    connections: Vec<Connection>,
+    paused_until: Option<Instant>,
+    state: Rc<AppState>,
+}
+
+/// State that the handlers of all requests share.
+struct AppState {
+    pins: PinDir,
+    netlink: Netlink,
+    progress: Arc<Mutex<Progress>>,
+    events: Rc<EventStats>,
+    /// Time without progress after which the agent is not healthy.
+    patience: Duration,
+}
+
+impl Server {
+    /// Creates a server that does not listen yet, for the agent of `pins`, which reports `progress` at least once per `period`.
+    #[must_use]
+    pub(super) fn new(
+        pins: PinDir,
+        netlink: Netlink,
+        progress: Arc<Mutex<Progress>>,
+        events: Rc<EventStats>,
+        period: Duration,
+    ) -> Self {
+        let patience = period * 3 + Duration::from_secs(10);
+        Self {
+            wanted: Vec::new(),
+            listening: Vec::new(),
+            failed: Vec::new(),
+            connections: Vec::new(),
+            paused_until: None,
+            state: Rc::new(AppState { pins, netlink, progress, events, patience }),
+        }
+    }
+
+    /// Replaces the addresses on which the server listens.
+    pub(super) fn listen(&mut self, places: &[Listen]) {
+        places.clone_into(&mut self.wanted);
+        self.listening.retain(|socket| places.contains(&socket.place));
+        self.failed.retain(|place| places.contains(place));
+        self.retry();
+    }
+
+    /// Retries the addresses that could not be bound.
+    pub(super) fn retry(&mut self) {
+        for place in &self.wanted {
+            if self.listening.iter().any(|socket| socket.place == *place) {
+                continue;
+            }
+            match Socket::bind(place) {
+                Ok(socket) => {
+                    log::info!("serving metrics and health at {place}");
+                    self.listening.push(socket);
+                    self.failed.retain(|failed| failed != place);
+                }
+                Err(error) if !self.failed.contains(place) => {
+                    log::error!(
+                        "failed to serve metrics and health at {place} (metrics.listen), retrying at each resync: {error}"
+                    );
+                    self.failed.push(place.clone());
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// Serves connections. Cancel safe: dropping the future loses no connection.
+    pub(super) async fn run_until_idle(&mut self) -> Infallible {
+        loop {
+            let accept_paused_until = self.accept_paused_until();
+            tokio::select! {
+                // Served first, so that a new connection does not replace one whose request has arrived.
+                biased;
+                () = serve_all(&mut self.connections) => {}
+                stream = accept(&self.listening), if accept_paused_until.is_none() => match stream {
+                    Ok(stream) => self.accept_connection(stream),
+                    Err(error) => {
+                        log::debug!("failed to accept a connection: {error}");
+                        self.paused_until = Some(Instant::now() + PAUSE);
+                    }
+                },
+                () = pause(accept_paused_until) => {}
+            }
+        }
+    }
+
+    /// Returns the time until which no connection is accepted; `None` if one can be accepted now.
+    fn accept_paused_until(&self) -> Option<Instant> {
+        let is_full = self.connections.len() >= MAX_CONNECTIONS;
+        let first_to_go = self.connections.iter().map(Connection::evictable_at).min().filter(|_| is_full);
+        [first_to_go, self.paused_until].into_iter().flatten().max().filter(|&until| until > Instant::now())
+    }
+
+    fn accept_connection(&mut self, stream: Stream) {
+        let by_time = |(_, connection): &(usize, &Connection)| connection.evictable_at();
+        if self.connections.len() >= MAX_CONNECTIONS
+            && let Some((first_to_go, _)) = self.connections.iter().enumerate().min_by_key(by_time)
+        {
+            drop(self.connections.swap_remove(first_to_go));
+        }
+        self.connections.push(stream.serve(Rc::clone(&self.state)));
+    }
+}
+
+impl Connection {
+    fn evictable_at(&self) -> Instant {
+        self.since + if self.has_asked.get() { MIN_CONNECTION_TIME } else { HEADER_TIMEOUT }
+    }
+}
+
+/// Serves all connections until at least one has ended.
+async fn serve_all(connections: &mut Vec<Connection>) {
+    poll_fn(|context| {
+        let before = connections.len();
+        connections.retain_mut(|connection| connection.work.as_mut().poll(context).is_pending());
+        if connections.len() < before { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
+}
+
+async fn pause(until: Option<Instant>) {
+    match until {
+        Some(until) => sleep_until(until).await,
+        None => future::pending().await,
+    }
+}
+
+/// Waits for a connection on any of the sockets.
+async fn accept(sockets: &[Socket]) -> io::Result<Stream> {
+    poll_fn(|context| {
+        let ready = sockets.iter().map(|socket| socket.poll_accept(context)).find(Poll::is_ready);
+        ready.unwrap_or(Poll::Pending)
+    })
+    .await
+}
+
+/// Listening socket with its address.
+struct Socket {
+    place: Listen,
+    listener: Listener,
+}
+
+enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Socket {
+    fn bind(place: &Listen) -> io::Result<Self> {
+        let listener = match place {
+            Listen::Tcp(address) => {
+                let listener = std::net::TcpListener::bind(address)?;
+                listener.set_nonblocking(true)?;
+                Listener::Tcp(TcpListener::from_std(listener)?)
+            }
+            Listen::Unix(path) => Listener::Unix(bind_unix(path)?),
+        };
+        Ok(Self { place: place.clone(), listener })
+    }
+
+    fn poll_accept(&self, context: &mut Context<'_>) -> Poll<io::Result<Stream>> {
+        match &self.listener {
+            Listener::Tcp(listener) => {
+                listener.poll_accept(context).map_ok(|(stream, _)| Stream::Tcp(stream))
+            }
+            Listener::Unix(listener) => {
+                listener.poll_accept(context).map_ok(|(stream, _)| Stream::Unix(stream))
+            }
+        }
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        if let Listen::Unix(path) = &self.place
+            && let Err(error) = fs::remove_file(path)
+        {
+            log::debug!("failed to remove {}: {error}", path.display());
+        }
+    }
+}
+
+/// Binds a Unix socket. Replaces a socket file without a listener, as a killed agent leaves it.
+fn bind_unix(path: &PathBuf) -> io::Result<UnixListener> {
+    if is_abandoned(path) {
+        fs::remove_file(path)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o660))?;
+    Ok(listener)
+}
+
+fn is_abandoned(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket())
+        && std::os::unix::net::UnixStream::connect(path)
+            .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+}
+
+impl Stream {
+    fn serve(self, state: Rc<AppState>) -> Connection {
+        let (since, has_asked) = (Instant::now(), Rc::default());
+        let of_work = Rc::clone(&has_asked);
+        let work: Pin<Box<dyn Future<Output = ()>>> = match self {
+            Self::Tcp(stream) => Box::pin(serve(stream, state, of_work)),
+            Self::Unix(stream) => Box::pin(serve(stream, state, of_work)),
+        };
+        Connection { work, since, has_asked }
+    }
+}
+
+/// Serves one request, and sets `has_asked` once its header has arrived.
+async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, state: Rc<AppState>, has_asked: Rc<Cell<bool>>) {
+    let answer = service_fn(|request| {
+        has_asked.set(true);
+        let state = Rc::clone(&state);
+        async move { Ok::<_, Infallible>(answer(&request, &state).await) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(REQUEST_TIMEOUT)
+        .max_buf_size(MAX_REQUEST_LEN)
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), answer);
+    match timeout(CONNECTION_TIMEOUT, connection).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => log::debug!("failed to serve a request for metrics or health: {error}"),
+        Err(_) => log::debug!("closed a connection for metrics or health after {CONNECTION_TIMEOUT:?}"),
+    }
+}
+
+async fn answer(request: &Request<Incoming>, state: &AppState) -> Response<Full<Bytes>> {
+    if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "GET or HEAD");
+        response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+        return response;
+    }
+    match request.uri().path() {
+        "/healthz" => state.health(),
+        "/readyz" => state.readiness().await,
+        "/metrics" => state.metrics(format(request.headers())).await,
+        _ => text(StatusCode::NOT_FOUND, "not found: see /metrics, /healthz and /readyz"),
+    }
+}
+
+impl AppState {
+    /// Answers `/healthz`: 200 while the reconciler makes progress.
+    fn health(&self) -> Response<Full<Bytes>> {
+        let idle = self.progress().reported.elapsed();
+        if idle <= self.patience {
+            return text(StatusCode::OK, "ok");
+        }
+        text(StatusCode::SERVICE_UNAVAILABLE, &format!("no progress for {} s", idle.as_secs()))
+    }
+
+    /// Answers `/readyz`: 200 if every interface, cgroup and hook is enforced.
+    async fn readiness(&self) -> Response<Full<Bytes>> {
+        match self.report().await {
+            Ok(report) => match &report.not_enforced()[..] {
+                [] => text(StatusCode::OK, "ok"),
+                not_enforced => text(StatusCode::SERVICE_UNAVAILABLE, &not_enforced.join("\n")),
+            },
+            Err(response) => response,
+        }
+    }
+
+    async fn metrics(&self, format: Format) -> Response<Full<Bytes>> {
+        let report = match self.report().await {
+            Ok(report) => report,
+            Err(response) => return response,
+        };
+        let denials = match self.denials() {
+            Ok(denials) => denials,
+            Err(error) => return text(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error:#}")),
+        };
+        let stats = self.progress().stats.clone();
+        let collected = self.events.collected.get();
+        let exemptions_hash = metrics::exemptions_hash(&self.pins);
+        let snapshot = Snapshot { report, denials, stats, collected, exemptions_hash };
+        let metrics = metrics::encode(&snapshot, &self.pins, format);
+        let mut response = respond(StatusCode::OK, format.content_type(), metrics);
+        response.headers_mut().insert(VARY, HeaderValue::from_static("accept"));
+        response
+    }
+
+    fn progress(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn denials(&self) -> anyhow::Result<Denied> {
+        let mut totals = self.events.totals.borrow_mut();
+        // Another process adds to the records while it collects.
+        if self.events.collected.get().is_none() && object::is_loaded(&self.pins) {
+            totals.raise_to(&metrics::sum(Denials::open(&self.pins)?.iter())?);
+        }
+        Ok(totals.denied().clone())
+    }
+
+    async fn report(&self) -> Result<StatusReport, Response<Full<Bytes>>> {
+        status::gather(&self.pins, &self.netlink).await.map_err(|error| {
+            text(StatusCode::INTERNAL_SERVER_ERROR, &format!("{:#}", anyhow::Error::from(error)))
+        })
+    }
+}
+
+/// Returns the format that the client prefers. A header can be given in several lines.
+fn format(headers: &HeaderMap) -> Format {
+    let lines = headers.get_all(ACCEPT).iter().filter_map(|line| line.to_str().ok());
+    Format::from_accept(&lines.collect::<Vec<_>>().join(","))
+}
+
+fn text(status: StatusCode, line: &str) -> Response<Full<Bytes>> {
+    respond(status, "text/plain; charset=utf-8", format!("{}\n", escape_lines(line)))
+}
+
+fn respond(status: StatusCode, content_type: &'static str, body: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}

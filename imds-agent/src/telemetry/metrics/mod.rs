@@ -1,0 +1,79 @@
+//! Metrics of the node and the agent, in the text formats of Prometheus.
+
+mod exemptions_hash;
+mod family;
+mod format;
+mod process_metrics;
+mod program_runs;
+mod snapshot;
+
+use std::collections::BTreeMap;
+
+use imds_ebpf_common::{
+    Address,
+    event_log::{DenialKey, DenialRecord},
+};
+
+use self::family::Families;
+pub use self::{
+    exemptions_hash::exemptions_hash, format::Format, program_runs::RunTimeStats, snapshot::Snapshot,
+};
+use crate::{
+    config::endpoint_set::unpadded,
+    controller::{DriftCorrections, MapUpdates, event_loop::Reloads},
+    datapath::{maps::counters::Count, pin::dir::PinDir},
+    kube::WatchState,
+};
+
+/// Counters of a running agent since its start.
+#[derive(Clone, Debug, Default)]
+pub struct AgentStats {
+    /// Successful and failed reloads of the configuration.
+    pub reloads: Reloads,
+    /// Corrections of changes that other programs made.
+    pub corrections: DriftCorrections,
+    /// Map updates for exemptions and pod names.
+    pub map_updates: MapUpdates,
+    /// State of the pod watch, if there is one.
+    pub watch: Option<WatchState>,
+    /// Log lines that were dropped, because standard error was not read.
+    pub log_lines_dropped: u64,
+}
+
+/// Sums of denied and audited packets by namespace, endpoint, hook and verdict.
+pub type Denied = BTreeMap<(String, DenialTo), Count>;
+
+/// Endpoint, hook and verdict of denials.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub struct DenialTo {
+    address: Address,
+    hook: u32,
+    verdict: u32,
+}
+
+impl From<&DenialKey> for DenialTo {
+    fn from(&DenialKey { address, hook, verdict, .. }: &DenialKey) -> Self {
+        Self { address, hook, verdict }
+    }
+}
+
+/// Sums the denial records by namespace, endpoint, hook and verdict.
+pub fn sum<E>(denials: impl Iterator<Item = Result<(DenialKey, DenialRecord), E>>) -> Result<Denied, E> {
+    let mut denied = Denied::new();
+    for denial in denials {
+        let (key, record) = denial?;
+        let key = (unpadded(&record.namespace), DenialTo::from(&key));
+        *denied.entry(key).or_default() += Count { packets: record.count, bytes: record.bytes };
+    }
+    Ok(denied)
+}
+
+/// Encodes all metrics of one scrape.
+#[must_use]
+pub fn encode(snapshot: &Snapshot, pins: &PinDir, format: Format) -> String {
+    let mut families = Families::default();
+    snapshot.add(&mut families);
+    program_runs::add(&program_runs::read(pins), &mut families);
+    process_metrics::add(&mut families);
+    format.encode(&families)
+}

@@ -1,0 +1,105 @@
+//! Adds the exempt senders to the status report, with the names of rules, interfaces, pods and endpoints.
+
+use std::collections::BTreeMap;
+
+use imds_ebpf_common::{Address, Exemption, Grant, Subject, SubjectKind, Verdict};
+use toml::{Table, Value};
+
+use super::{ExemptSender, StatusReport, unreadable};
+use crate::{
+    config::endpoint_set::plain,
+    controller::pod_tracker::PodRef,
+    datapath::{
+        DatapathError,
+        maps::{config_record, exemption_maps},
+        object::Maps,
+    },
+};
+
+impl StatusReport {
+    /// Adds the exempt senders. Needs the report's endpoints and interfaces for their names.
+    pub(crate) fn add_exemptions(
+        &mut self,
+        maps: &Maps,
+        names: &BTreeMap<Subject, PodRef>,
+    ) -> Result<(), DatapathError> {
+        let granted = exemption_maps::read(maps).map_err(unreadable)?;
+        let is_of_pod = |exemption: &Exemption| exemption.subject.kind != SubjectKind::Bridge as u64;
+        let entries: Vec<_> =
+            granted.entries.into_iter().filter(|(exemption, _)| is_of_pod(exemption)).collect();
+        let rules = if entries.is_empty() { Vec::new() } else { exemption_rules(maps)? };
+        let sender = |(exemption, grant)| self.sender(exemption, grant, &rules, names);
+        let mut senders: Vec<_> = entries.into_iter().map(sender).collect();
+        let key = |sender: &ExemptSender| {
+            let ExemptSender { rule, interface, netns_cookie, cgroup, endpoint, .. } = sender.clone();
+            (rule, interface.is_none(), interface, netns_cookie, cgroup, endpoint)
+        };
+        senders.sort_by_key(key);
+        self.exemptions = senders;
+        Ok(())
+    }
+
+    fn sender(
+        &self,
+        exemption: Exemption,
+        grant: Grant,
+        rules: &[String],
+        names: &BTreeMap<Subject, PodRef>,
+    ) -> ExemptSender {
+        let Exemption { address, subject } = exemption;
+        let number = grant.rule as usize;
+        let mut sender = ExemptSender {
+            rule: number
+                .checked_sub(1)
+                .and_then(|index| rules.get(index))
+                .cloned()
+                .unwrap_or(number.to_string()),
+            interface: None,
+            netns_cookie: None,
+            cgroup: None,
+            pod: names.get(&subject).cloned(),
+            endpoint: (address != Address::ANY).then(|| self.endpoint_name(address)),
+            verdict: if grant.verdict == Verdict::Audit as u32 { Verdict::Audit } else { Verdict::Exempt }
+                .name(),
+        };
+        match SubjectKind::from_u64(subject.kind) {
+            Some(SubjectKind::Interface) => {
+                let mut interfaces = self.interfaces.iter();
+                let known = interfaces.find(|interface| u64::from(interface.ifindex) == subject.id);
+                let name = known.map_or_else(|| subject.id.to_string(), |interface| interface.name.clone());
+                sender.interface = Some(name);
+            }
+            Some(SubjectKind::Netns) => sender.netns_cookie = Some(subject.id),
+            Some(SubjectKind::Cgroup) => sender.cgroup = Some(subject.id),
+            // A bridge entry covers exempt pods behind it, which have entries of their own.
+            Some(SubjectKind::Bridge) | None => {}
+        }
+        sender
+    }
+
+    fn endpoint_name(&self, address: Address) -> String {
+        let address = plain(address);
+        let mut endpoints = self.endpoints.iter();
+        let known = endpoints.find(|endpoint| endpoint.address == address);
+        known.map_or_else(|| address.to_string(), |endpoint| endpoint.name.clone())
+    }
+
+    /// Returns the number of exempt senders by the name of their rule.
+    #[must_use]
+    pub fn senders_by_rule(&self) -> BTreeMap<&str, usize> {
+        let mut senders = BTreeMap::new();
+        for sender in &self.exemptions {
+            *senders.entry(sender.rule.as_str()).or_default() += 1;
+        }
+        senders
+    }
+}
+
+/// Returns the names of the exemptions of the effective configuration, in their order.
+pub(crate) fn exemption_rules(maps: &Maps) -> Result<Vec<String>, DatapathError> {
+    let text = config_record::read(maps).map_err(unreadable)?.map(|record| record.text).unwrap_or_default();
+    let table: Table = text.parse().unwrap_or_default();
+    let rules = table.get("exempt").and_then(Value::as_array).cloned().unwrap_or_default();
+    let name = |rule: &Value| rule.get("name").and_then(Value::as_str).unwrap_or_default().to_owned();
+    Ok(rules.iter().map(name).collect())
+}

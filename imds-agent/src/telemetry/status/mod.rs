@@ -1,0 +1,233 @@
+//! Status of this node, read from the kernel. Works with and without a running agent.
+
+mod cgroup_status;
+mod exemption_status;
+mod interface_status;
+mod status_report;
+mod status_table;
+
+use std::collections::BTreeMap;
+
+use imds_ebpf_common::{DenyAction, Hook, Mode, Policy, Subject};
+
+pub(crate) use self::exemption_status::exemption_rules;
+pub use self::status_report::{
+    Agent, Configuration, Endpoint, ExemptSender, HookAttachment, HostReport, Interface, LocalServiceReport,
+    Problem, Provider, RejectedConfigReport, SendmsgReport, SocketReport, State, StatusReport,
+};
+use crate::{
+    config::{
+        Hooks,
+        endpoint_set::{AllowedPort, Endpoint as EndpointSet},
+    },
+    controller::pod_tracker::PodRef,
+    datapath::{
+        DatapathError,
+        maps::{
+            config_record,
+            counters::{self, Counts},
+            endpoint_maps, pod_names,
+        },
+        object::{self, Maps, ObjectError},
+        pin::{agents, dir::PinDir, netns_owner},
+    },
+    escape::escape,
+    node::{interface_role::Uplinks, netlink::Netlink},
+    version::VERSION,
+};
+
+/// Schema version of the JSON output. Fields are only added while it stays the same.
+const SCHEMA: u32 = 1;
+/// Maximum number of attempts to read a status during which the policy does not change.
+const ATTEMPTS: usize = 5;
+
+/// Reads the status from the kernel.
+pub async fn gather(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, DatapathError> {
+    for _ in 0..ATTEMPTS {
+        let before = policy(pins);
+        let report = gather_once(pins, netlink).await;
+        if policy(pins) == before {
+            return report;
+        }
+    }
+    gather_once(pins, netlink).await
+}
+
+/// Returns the effective policy; `None` if it can't be read.
+fn policy(pins: &PinDir) -> Option<Policy> {
+    Maps::open(pins).ok()?.policy.get(&0, 0).ok()
+}
+
+async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, DatapathError> {
+    let holder = pins.holder()?;
+    let mut report = StatusReport {
+        schema: SCHEMA,
+        version: VERSION,
+        pin_dir: pins.root().to_owned(),
+        state: State::Unloaded,
+        agent: Agent {
+            running: holder.is_some(),
+            ready: holder.is_some_and(|holder| holder.is_ready),
+            pid: holder.and_then(|holder| holder.pid),
+        },
+        configuration: None,
+        mode: None,
+        on_deny: None,
+        provider: None,
+        endpoints: Vec::new(),
+        exemptions: Vec::new(),
+        kubernetes: None,
+        interfaces: Vec::new(),
+        hooks: Vec::new(),
+        sockets: None,
+        host_network: None,
+        local_service: None,
+        deleted: Counts::default(),
+        total: Counts::default(),
+        by_hook: BTreeMap::new(),
+        untold: 0,
+        problems: Vec::new(),
+    };
+    if !object::is_loaded(pins) {
+        return Ok(report);
+    }
+    netns_owner::ensure_own_netns(pins)?;
+    let maps = match Maps::open(pins) {
+        // A starting agent pins the maps one after the other.
+        Err(_) if report.agent.running && !report.agent.ready => {
+            report.state = State::Degraded;
+            report.problem(None, "the agent has not loaded its programs yet", "wait, or see the agent's log");
+            return Ok(report);
+        }
+        maps => maps?,
+    };
+    let policy = maps.policy.get(&0, 0).map_err(unreadable)?;
+    let mode = Mode::from_u32(policy.mode);
+    report.mode = Some(mode.name());
+    report.on_deny = Some(DenyAction::from_u32(policy.on_deny).name());
+    report.add_configuration(&maps)?;
+    let netlink = report.add_endpoints(&maps, netlink)?;
+    let hooks = Hooks::from_bits(policy.hooks);
+    report.hooks = Hook::ALL.into_iter().filter(|&hook| hooks.has(hook)).map(Hook::name).collect();
+    for agent in agents::find(pins) {
+        report.problem(None, agent.to_string(), agent.remedy());
+    }
+    if !report.agent.running {
+        report.problem(
+            None,
+            "no agent is running: no program is attached to new pods, and detached programs are not restored",
+            "start `imds-agent run`",
+        );
+    } else if report.agent.running && !report.agent.ready {
+        report.problem(
+            None,
+            "the agent has not reconciled all interfaces yet",
+            "wait, or see the agent's log",
+        );
+    }
+
+    report.untold = counters::untold(&maps).map_err(unreadable)?;
+    let mut counts = counters::read(&maps).map_err(unreadable)?;
+    for ((_, number), of_one) in &counts {
+        if let Some(hook) = Hook::ALL.into_iter().find(|&hook| hook as u8 == *number) {
+            *report.by_hook.entry(hook.name()).or_default() += *of_one;
+        }
+    }
+    report.add_cgroups(pins, &maps, hooks, &mut counts)?;
+    let links = netlink.links().await?;
+    let uplinks = Uplinks::new(netlink.uplinks().await?, links.iter());
+    report.kubernetes = pod_names::lookup(&maps).map_err(unreadable)?;
+    report.add_disputes();
+    let names = pod_names::read(&maps).map_err(unreadable)?;
+    let node = Node { pins, maps: &maps, netlink: &netlink, uplinks, hooks, names: &names };
+    for link in links {
+        report.add(&link, &node, &mut counts).await?;
+    }
+    report.add_exemptions(&maps, &names)?;
+    // Also of interfaces that were deleted and whose counters the agent has not yet added to those of deleted ones.
+    for gone in counts.into_values() {
+        report.deleted += gone;
+    }
+    report.total += report.deleted;
+    report.state = match mode {
+        _ if !report.problems.is_empty() => State::Degraded,
+        Mode::Enforce => State::Enforcing,
+        Mode::Audit => State::Auditing,
+        Mode::Off => State::Off,
+    };
+    Ok(report)
+}
+
+impl StatusReport {
+    fn problem(&mut self, interface: Option<&str>, problem: impl Into<String>, remedy: impl Into<String>) {
+        let interface = interface.map(str::to_owned);
+        let [problem, remedy] =
+            [problem.into(), remedy.into()].map(|text: String| escape(&text).into_owned());
+        self.problems.push(Problem { interface, problem, remedy });
+    }
+
+    fn add_configuration(&mut self, maps: &Maps) -> Result<(), DatapathError> {
+        let record = config_record::read(maps).map_err(unreadable)?;
+        if let Some(record) = &record
+            && let Some(config_record::RejectedConfig { at, error }) = &record.refusal
+        {
+            let from = record.path.as_ref().map_or_else(
+                || "the built-in defaults".to_owned(),
+                |path| format!("the configuration loaded from {}", path.display()),
+            );
+            let remedy = "correct the file (`imds-agent config check FILE` lists all errors); the agent loads it when it changes, \
+                          or on SIGHUP";
+            self.problem(None, format!("configuration rejected, using {from}: {error} ({at:.0})"), remedy);
+        }
+        self.configuration =
+            record.map(|config_record::Record { generation, path, loaded_at, refusal, .. }| {
+                let refused = refusal
+                    .map(|config_record::RejectedConfig { at, error }| RejectedConfigReport { at, error });
+                Configuration { generation, file: path, loaded_at, refused }
+            });
+        Ok(())
+    }
+
+    fn add_disputes(&mut self) {
+        let disputed = self.kubernetes.as_ref().map_or(0, |lookup| lookup.disputed);
+        if disputed > 0 {
+            self.problem(
+                None,
+                format!("{disputed} pods claim the cgroup of another pod by the annotation kubernetes.io/config.hash"),
+                "delete the copies: the agent's log names them",
+            );
+        }
+    }
+
+    /// Adds the protected endpoints, and returns a connection that treats routes to them as uplinks.
+    fn add_endpoints(&mut self, maps: &Maps, netlink: &Netlink) -> Result<Netlink, DatapathError> {
+        let (configured, in_force) = endpoint_maps::provider(maps).map_err(unreadable)?;
+        self.provider = Some(Provider { configured, in_force });
+        let mut entries: Vec<_> = endpoint_maps::read(maps).map_err(unreadable)?.into_iter().collect();
+        entries.sort_by_key(|(_, entry)| entry.id);
+        let endpoint_set: Vec<_> =
+            entries.iter().map(|(address, entry)| EndpointSet::from_entry(*address, entry)).collect();
+        let to_strings = |allow_ports: &[AllowedPort]| allow_ports.iter().map(ToString::to_string).collect();
+        self.endpoints.extend(endpoint_set.iter().map(|EndpointSet { name, address, allow_ports }| {
+            Endpoint { name: name.clone(), address: *address, allow_ports: to_strings(allow_ports) }
+        }));
+        if self.endpoints.is_empty() && self.mode != Some(Mode::Off.name()) {
+            self.problem(None, "no endpoint is protected", "start `imds-agent run`");
+        }
+        Ok(netlink.clone().with_endpoints(endpoint_set.iter().map(|endpoint| endpoint.address).collect()))
+    }
+}
+
+/// State of the node that the reports of all interfaces share.
+struct Node<'a> {
+    pins: &'a PinDir,
+    maps: &'a Maps,
+    netlink: &'a Netlink,
+    uplinks: Uplinks,
+    hooks: Hooks,
+    names: &'a BTreeMap<Subject, PodRef>,
+}
+
+fn unreadable(source: aya::maps::MapError) -> DatapathError {
+    DatapathError::Object(ObjectError::Map { name: "of the pin directory", source })
+}

@@ -1,0 +1,300 @@
+//! Status report, serialized as JSON for `-o json`.
+
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
+
+use imds_ebpf_common::Hook;
+use jiff::Timestamp;
+use serde::Serialize;
+
+use crate::{
+    controller::{
+        plan::Order,
+        pod_tracker::{PodRef, PodWatchStatus},
+    },
+    datapath::maps::counters::Counts,
+};
+
+/// Status of the node on one pin directory.
+#[derive(Debug, Serialize)]
+pub struct StatusReport {
+    /// Schema version. Fields are only added while it stays the same.
+    pub schema: u32,
+    /// Version of the program that made the report.
+    pub version: &'static str,
+    /// Directory of the pinned maps, programs and links.
+    pub pin_dir: PathBuf,
+    /// State of the node in one word.
+    pub state: State,
+    /// Agent that uses this pin directory.
+    pub agent: Agent,
+    /// Effective configuration; `None` if nothing is loaded.
+    pub configuration: Option<Configuration>,
+    /// Effective mode; `None` if nothing is loaded.
+    pub mode: Option<&'static str>,
+    /// Reply to denied packets, `drop` or `reject`; `None` if nothing is loaded.
+    pub on_deny: Option<&'static str>,
+    /// Provider of the endpoints; `None` if nothing is loaded.
+    pub provider: Option<Provider>,
+    /// Protected endpoints, in the order of the configuration.
+    pub endpoints: Vec<Endpoint>,
+    /// Exempt senders, sorted by rule.
+    pub exemptions: Vec<ExemptSender>,
+    /// Status of the pod watch; `None` if no pods are watched.
+    pub kubernetes: Option<PodWatchStatus>,
+    /// All interfaces of the node.
+    pub interfaces: Vec<Interface>,
+    /// Names of the enabled hooks.
+    pub hooks: Vec<&'static str>,
+    /// The `socket` hook; `None` if the hook is off.
+    pub sockets: Option<SocketReport>,
+    /// The `host_network` hook, which restricts pods in the node's network namespace; `None` if the hook is off.
+    pub host_network: Option<HostReport>,
+    /// The `local_service` hook, for a metadata service on the node; `None` if the hook is off.
+    pub local_service: Option<LocalServiceReport>,
+    /// Counts of interfaces that were deleted.
+    pub deleted: Counts,
+    /// Counts of all interfaces and hooks, deleted interfaces included.
+    pub total: Counts,
+    /// Counts by hook, over all interfaces. Hooks without counts are left out.
+    pub by_hook: BTreeMap<&'static str, Counts>,
+    /// Number of rate-limited packets and calls that no event accounts for yet.
+    pub untold: u64,
+    /// Problems of this node. If there are any, the state is [`State::Degraded`].
+    pub problems: Vec<Problem>,
+}
+
+impl StatusReport {
+    /// Describes each interface and hook that is not enforced, one line each. Empty if all enabled hooks are enforced.
+    #[must_use]
+    pub fn not_enforced(&self) -> Vec<String> {
+        if self.state == State::Unloaded {
+            return vec!["nothing is loaded".to_owned()];
+        }
+        let mut not_enforced = Vec::new();
+        if !self.agent.ready {
+            not_enforced.push("the agent has not reconciled all interfaces yet".to_owned());
+        }
+        let is_node_wide =
+            self.hooks.iter().any(|&hook| hook == Hook::NodeEgress.name() || hook == Hook::Socket.name());
+        for Interface { name, attachments, .. } in &self.interfaces {
+            let missing = attachments.iter().filter(|attachment| !attachment.is_attached());
+            let missing = missing.filter(|attachment| !attachment.pending || !is_node_wide);
+            not_enforced.extend(
+                missing.map(|attachment| format!("interface {name}: {} is not enforced", attachment.hook)),
+            );
+        }
+        if self.sockets.as_ref().is_some_and(|sockets| !sockets.attached) {
+            not_enforced.push("socket is not attached".to_owned());
+        }
+        if self.local_service.as_ref().is_some_and(|local| local.desired && !local.attached) {
+            not_enforced.push("local_service is not attached".to_owned());
+        }
+        if self.host_network.as_ref().is_some_and(|hosts| !hosts.attached) {
+            not_enforced.push("hostNetwork pods are not restricted".to_owned());
+        }
+        not_enforced
+    }
+}
+
+/// State of the node in one word.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Mode `enforce` without problems: requests of pods are denied.
+    Enforcing,
+    /// Mode `audit` without problems: requests of pods are counted and pass.
+    Auditing,
+    /// Mode `off` without problems: requests of pods pass.
+    Off,
+    /// The report lists at least one problem.
+    Degraded,
+    /// The pin directory has no programs and maps.
+    Unloaded,
+}
+
+/// Agent that uses the pin directory.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Agent {
+    /// True if an agent runs.
+    pub running: bool,
+    /// True if the agent has reconciled every interface since it started.
+    pub ready: bool,
+    /// Pid of the agent, if it is visible in this pid namespace.
+    pub pid: Option<i32>,
+}
+
+/// Configuration that the kernel enforces now.
+#[derive(Clone, Debug, Serialize)]
+pub struct Configuration {
+    /// Generation, which each load of a configuration increases by 1, also across restarts of the agent.
+    pub generation: u64,
+    /// Configuration file; `None` if all keys have their defaults.
+    pub file: Option<PathBuf>,
+    /// Time at which the configuration became effective.
+    pub loaded_at: Timestamp,
+    /// Last rejected configuration, if it is newer than this one.
+    pub refused: Option<RejectedConfigReport>,
+}
+
+/// A configuration that the agent rejected.
+#[derive(Clone, Debug, Serialize)]
+pub struct RejectedConfigReport {
+    /// Time of the rejection.
+    pub at: Timestamp,
+    /// Reason of the rejection.
+    pub error: String,
+}
+
+/// Cloud provider whose endpoints are protected.
+#[derive(Clone, Debug, Serialize)]
+pub struct Provider {
+    /// Provider in the configuration: `auto`, `none` or a name.
+    pub configured: String,
+    /// Provider whose endpoints are protected.
+    pub in_force: String,
+}
+
+/// A protected address with its allowed ports.
+#[derive(Clone, Debug, Serialize)]
+pub struct Endpoint {
+    /// Name of the endpoint, as in the configuration.
+    pub name: String,
+    /// Protected IPv4 or IPv6 address.
+    pub address: IpAddr,
+    /// Ports that every pod may reach, such as `udp/53`.
+    pub allow_ports: Vec<String>,
+}
+
+/// An exempt sender, identified by one of interface, network namespace and cgroup.
+#[derive(Clone, Debug, Serialize)]
+pub struct ExemptSender {
+    /// Name of the rule; its number if the rule is no longer in the configuration.
+    pub rule: String,
+    /// Name of the interface; its index if it was deleted.
+    pub interface: Option<String>,
+    /// Cookie of the network namespace.
+    pub netns_cookie: Option<u64>,
+    /// Id of the cgroup v2.
+    pub cgroup: Option<u64>,
+    /// Pod of the sender, if it is known.
+    pub pod: Option<PodRef>,
+    /// Name of the endpoint, or its address if it is not protected; `None` for all endpoints.
+    pub endpoint: Option<String>,
+    /// Verdict on the sender's requests: `exempt`, or `audit` for a rule with `audit = true`.
+    pub verdict: &'static str,
+}
+
+/// One interface of the node.
+#[derive(Debug, Serialize)]
+pub struct Interface {
+    /// Index of the interface (ifindex).
+    pub ifindex: u32,
+    /// Name of the interface, escaped.
+    pub name: String,
+    /// Pod of the interface, if it is known.
+    pub pod: Option<PodRef>,
+    /// Role of the interface on the node.
+    pub role: &'static str,
+    /// Attachments that the interface should have, for the enabled hooks.
+    pub attachments: Vec<HookAttachment>,
+    /// Packets and bytes by verdict.
+    #[serde(flatten)]
+    pub counts: Counts,
+}
+
+/// A TC hook that an interface should have, and the program there.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct HookAttachment {
+    /// Name of the hook, `from_pod` or `node_egress`.
+    pub hook: &'static str,
+    /// Attach mode of the agent's program: `tcx`, `clsact` or `netkit`; `None` if there is none.
+    pub attach_mode: Option<&'static str>,
+    /// Order among the programs of the hook: `first`, `not_first` or `blocked`; `None` if there is no program.
+    pub order: Option<&'static str>,
+    /// True while the attachment waits in the agent's attach queue.
+    pub pending: bool,
+}
+
+impl HookAttachment {
+    /// Reports whether the agent's program is attached.
+    #[must_use]
+    pub fn is_attached(&self) -> bool {
+        self.attach_mode.is_some()
+    }
+
+    /// Reports whether the agent's program is attached and runs before all others.
+    #[must_use]
+    pub fn is_enforced(&self) -> bool {
+        self.order == Some(Order::First.name())
+    }
+}
+
+impl Interface {
+    /// Reports whether each desired program is attached.
+    #[must_use]
+    pub fn is_attached(&self) -> bool {
+        self.attachments.iter().all(HookAttachment::is_attached)
+    }
+
+    /// Returns the attachment at the hook with this name, if the interface should have one.
+    #[must_use]
+    pub fn attachment(&self, hook: &str) -> Option<&HookAttachment> {
+        self.attachments.iter().find(|attachment| attachment.hook == hook)
+    }
+}
+
+/// State of the `socket` hook.
+#[derive(Debug, Serialize)]
+pub struct SocketReport {
+    /// True if all needed programs are attached.
+    pub attached: bool,
+    /// State of the programs for unconnected UDP sockets.
+    pub sendmsg: SendmsgReport,
+    /// Number of calls by verdict; bytes are not counted.
+    #[serde(flatten)]
+    pub counts: Counts,
+}
+
+/// State of the sendmsg programs of the `socket` hook.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct SendmsgReport {
+    /// True if both programs are attached.
+    pub attached: bool,
+    /// Reason why they are needed, or why not.
+    pub reason: Option<&'static str>,
+}
+
+/// State of the `local_service` hook, for a metadata service on the node.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct LocalServiceReport {
+    /// True if the program is attached.
+    pub attached: bool,
+    /// True if a protected address is local to the node, so that the program is needed.
+    pub desired: bool,
+    /// Packets for sockets of the node, by verdict.
+    #[serde(flatten)]
+    pub counts: Counts,
+}
+
+/// State of the `host_network` hook.
+#[derive(Debug, Serialize)]
+pub struct HostReport {
+    /// True if a cgroup of Kubernetes pods exists, and all programs are attached to each.
+    pub attached: bool,
+    /// Ids of these cgroups: their inode numbers.
+    pub cgroups: Vec<u64>,
+    /// Calls and packets by verdict. Bytes of calls are not counted.
+    #[serde(flatten)]
+    pub counts: Counts,
+}
+
+/// A problem of this node, with its remedy.
+#[derive(Debug, Serialize)]
+pub struct Problem {
+    /// Name of the affected interface; `None` if the problem affects the whole node.
+    pub interface: Option<String>,
+    /// Description of the problem in one sentence.
+    pub problem: String,
+    /// Action that fixes it, or command that shows more.
+    pub remedy: String,
+}

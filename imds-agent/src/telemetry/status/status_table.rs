@@ -1,0 +1,225 @@
+//! Text form of the status report.
+
+use std::fmt::Write as _;
+
+use comfy_table::{Cell, CellAlignment, Table, presets::NOTHING};
+
+use super::{Configuration, Endpoint, HookAttachment, Provider, SendmsgReport, State, StatusReport};
+use crate::{
+    controller::pod_tracker::PodWatchStatus,
+    datapath::maps::counters::{Count, Counts},
+};
+
+impl StatusReport {
+    /// Returns the report as text that ends with a newline.
+    #[must_use]
+    pub fn table(&self) -> String {
+        let mut text = String::new();
+        // Writing to a string does not fail.
+        let _ok = self.write(&mut text);
+        text
+    }
+
+    fn write(&self, text: &mut String) -> std::fmt::Result {
+        if self.state == State::Unloaded {
+            return writeln!(text, "nothing is loaded at {}", self.pin_dir.display());
+        }
+        let word = if self.agent.ready { "running" } else { "starting" };
+        let agent = match (self.agent.running, self.agent.pid) {
+            (true, Some(pid)) => format!("{word}, pid {pid}"),
+            (true, None) => word.to_owned(),
+            (false, _) => "not running".to_owned(),
+        };
+        writeln!(text, "state      {}", self.state.name())?;
+        self.write_configuration(text)?;
+        writeln!(text, "mode       {}", self.mode.unwrap_or("unknown"))?;
+        writeln!(text, "on deny    {}", self.on_deny.unwrap_or("unknown"))?;
+        self.write_endpoints(text)?;
+        self.write_exemptions(text)?;
+        self.write_kubernetes(text)?;
+        writeln!(text, "hooks      {}", self.hooks.join(" "))?;
+        if let Some(SendmsgReport { attached, reason }) = self.sockets.as_ref().map(|sockets| sockets.sendmsg)
+        {
+            let state = if attached { "attached" } else { "not attached" };
+            let reason = reason.map(|reason| format!(" ({reason})")).unwrap_or_default();
+            writeln!(text, "sendmsg    {state}{reason}")?;
+        }
+        writeln!(text, "agent      {agent}")?;
+        writeln!(text, "pins       {}", self.pin_dir.display())?;
+        writeln!(text)?;
+        writeln!(text, "{}", self.interfaces_table().trim_fmt())?;
+        if !self.problems.is_empty() {
+            writeln!(text, "\nproblems:")?;
+        }
+        for problem in &self.problems {
+            let subject = problem.interface.as_ref().map(|name| format!("{name}: ")).unwrap_or_default();
+            writeln!(text, "  {subject}{} ({})", problem.problem, problem.remedy)?;
+        }
+        Ok(())
+    }
+
+    fn write_configuration(&self, text: &mut String) -> std::fmt::Result {
+        let Some(Configuration { generation, file, loaded_at, .. }) = &self.configuration else {
+            return Ok(());
+        };
+        let file = file.as_ref().map_or("all defaults".into(), |file| file.to_string_lossy());
+        writeln!(text, "config     {file}, generation {generation}, active since {loaded_at:.0}")
+    }
+
+    fn write_endpoints(&self, text: &mut String) -> std::fmt::Result {
+        match &self.provider {
+            Some(Provider { configured, in_force }) if configured == in_force => {
+                writeln!(text, "provider   {in_force}")?;
+            }
+            Some(Provider { configured, in_force }) => {
+                writeln!(text, "provider   {in_force} ({configured})")?;
+            }
+            None => {}
+        }
+        if self.endpoints.is_empty() {
+            writeln!(text, "endpoints  none")?;
+        }
+        for (index, Endpoint { name, address, allow_ports }) in self.endpoints.iter().enumerate() {
+            let title = if index == 0 { "endpoints" } else { "" };
+            let kept = if allow_ports.is_empty() {
+                String::new()
+            } else {
+                format!(", allows {}", allow_ports.join(" "))
+            };
+            writeln!(text, "{title:<10} {address} ({name}){kept}")?;
+        }
+        Ok(())
+    }
+
+    fn write_exemptions(&self, text: &mut String) -> std::fmt::Result {
+        for (index, sender) in self.exemptions.iter().enumerate() {
+            let title = if index == 0 { "exempt" } else { "" };
+            let who = match (&sender.interface, sender.netns_cookie, sender.cgroup) {
+                (Some(interface), _, _) => format!("interface {interface}"),
+                (None, Some(cookie), _) => format!("network namespace with cookie {cookie}"),
+                (None, None, Some(id)) => format!("cgroup {id}"),
+                (None, None, None) => "unknown".to_owned(),
+            };
+            let pod = sender.pod.as_ref().map(|pod| format!(", pod {pod},")).unwrap_or_default();
+            let from = sender.endpoint.as_deref().unwrap_or("all endpoints");
+            let audited = if sender.verdict == "audit" { ", audited" } else { "" };
+            writeln!(text, "{title:<10} {who}{pod} to {from} (rule {}){audited}", sender.rule)?;
+        }
+        Ok(())
+    }
+
+    fn write_kubernetes(&self, text: &mut String) -> std::fmt::Result {
+        let Some(PodWatchStatus { node, is_connected, since, error, pods, unresolved, .. }) =
+            &self.kubernetes
+        else {
+            return Ok(());
+        };
+        let plural = if *pods == 1 { "" } else { "s" };
+        write!(text, "kubernetes node {node}, {pods} pod{plural} known")?;
+        if *unresolved > 0 {
+            write!(text, ", {unresolved} of them unresolved (no sandbox found)")?;
+        }
+        match (is_connected, error) {
+            (true, _) => writeln!(text),
+            (false, None) => writeln!(text, ", not connected yet"),
+            (false, Some(error)) => {
+                writeln!(text, ", not connected since {since:.0}: {error}")?;
+                writeln!(text, "{:<10} exempt pods stay exempt, new pods are not exempt", "")
+            }
+        }
+    }
+
+    fn interfaces_table(&self) -> Table {
+        let mut table = Table::new();
+        table.load_style(NOTHING);
+        let has_pods = self.interfaces.iter().any(|interface| interface.pod.is_some());
+        let mut header =
+            vec!["INTERFACE", "INDEX", "ROLE", "ATTACHED", "DENIED", "AUDITED", "ALLOWED", "EXEMPT"];
+        header.extend(has_pods.then_some("POD"));
+        table.set_header(header);
+        for interface in &self.interfaces {
+            let attachments: Vec<_> = interface.attachments.iter().map(phrase_attachment).collect();
+            let attachments = if attachments.is_empty() { "-".to_owned() } else { attachments.join("; ") };
+            let known = [
+                interface.name.clone(),
+                interface.ifindex.to_string(),
+                interface.role.to_owned(),
+                attachments,
+            ];
+            let pod = interface.pod.as_ref().map(Cell::new);
+            table.add_row(known.map(Cell::new).into_iter().chain(cells(&interface.counts)).chain(pod));
+        }
+        let blank = || Cell::new("");
+        if let Some(sockets) = &self.sockets {
+            let guard = Cell::new(if sockets.attached { "cgroup" } else { "-" });
+            let row = [Cell::new("(sockets)"), blank(), blank(), guard].into_iter();
+            table.add_row(row.chain(calls(&sockets.counts)));
+        }
+        if let Some(local) = self.local_service.filter(|local| local.desired || local.attached) {
+            let guard = Cell::new(if local.attached { "cgroup" } else { "-" });
+            let row = [Cell::new("(local service)"), blank(), blank(), guard].into_iter();
+            table.add_row(row.chain(cells(&local.counts)));
+        }
+        if let Some(hosts) = &self.host_network {
+            let guard = match hosts.cgroups.len() {
+                _ if !hosts.attached => "-".to_owned(),
+                1 => "cgroup".to_owned(),
+                cgroups => format!("{cgroups} cgroups"),
+            };
+            let row = [Cell::new("(hostNetwork)"), blank(), blank(), Cell::new(guard)].into_iter();
+            table.add_row(row.chain(calls(&hosts.counts)));
+        }
+        let sum =
+            |name, counts| [Cell::new(name), blank(), blank(), blank()].into_iter().chain(cells(counts));
+        table.add_row(sum("(deleted)", &self.deleted));
+        table.add_row(sum("total", &self.total));
+        table
+    }
+}
+
+impl State {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Enforcing => "enforcing",
+            Self::Auditing => "auditing",
+            Self::Off => "off",
+            Self::Degraded => "degraded",
+            Self::Unloaded => "unloaded",
+        }
+    }
+}
+
+/// Formats an attachment as `from_pod tcx`, with `not first` if other programs run before it.
+fn phrase_attachment(attachment: &HookAttachment) -> String {
+    let HookAttachment { hook, attach_mode, order, pending } = attachment;
+    match (attach_mode, order) {
+        (Some(mode), Some("first")) => format!("{hook} {mode}"),
+        (Some(mode), _) => format!("{hook} {mode}, not first"),
+        (None, _) if *pending => format!("{hook} pending"),
+        (None, _) => format!("{hook} not enforced"),
+    }
+}
+
+fn cells(counts: &Counts) -> [Cell; 4] {
+    counts.named().map(|(_, count)| Cell::new(phrase(count)).set_alignment(CellAlignment::Left))
+}
+
+fn calls(counts: &Counts) -> [Cell; 4] {
+    counts.named().map(|(_, Count { packets, bytes })| {
+        Cell::new(match (packets, bytes) {
+            (0, _) => "0".to_owned(),
+            (1, 0) => "1 call".to_owned(),
+            (calls, 0) => format!("{calls} calls"),
+            // host_network counts calls and packets in one counter.
+            (both, bytes) => format!("{both} calls and packets, {bytes} bytes"),
+        })
+    })
+}
+
+fn phrase(Count { packets, bytes }: Count) -> String {
+    match packets {
+        0 => "0".to_owned(),
+        1 => format!("1 packet, {bytes} bytes"),
+        _ => format!("{packets} packets, {bytes} bytes"),
+    }
+}
