@@ -5,8 +5,8 @@ use std::{collections::BTreeSet, path::Path};
 
 use imds_agent::{
     config::{Config, endpoint_set::Endpoint as Guarded},
-    controller::pod_tracker::{PodRef, PodWatchStatus},
     datapath::maps::config_record::Record as ConfigInForce,
+    kube::pod_ref::{PodRef, PodWatchStatus},
     telemetry::{
         denial_report::DenialReport,
         event_record::{self, Record},

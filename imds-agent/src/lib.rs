@@ -1,13 +1,15 @@
 //! imds-agent: blocks access of pods and containers to the cloud instance metadata service.
 //!
-//! [`cli`] is the command line. [`agent`] is the event loop: it loads the configuration with [`config_loader`],
-//! resolves it for this node with [`settings`], and passes the node's events to [`reconciler`], which reconciles the
-//! interfaces. [`start_config`] chooses the configuration at the start, from [`last_good`] if the file is broken.
-//! [`state`] assigns roles to interfaces and [`reconcile`] plans the actions, both without I/O. [`exempt`] computes the
-//! exemptions, and [`datapath`] writes to the kernel. [`node`] reads the node's links, cgroups and processes, [`kube`]
-//! watches the pods of this node. [`doctor`] checks the features of this node, and [`verify`] tests enforcement.
-//! [`telemetry`] serves health and metrics, the latter from [`metrics`]. [`systemd`] notifies the service manager.
-//! [`logging`] writes the log, and [`escape`] makes untrusted text safe for every output.
+//! Modules import only modules above them in this list:
+//!
+//! - [`config`] parses and resolves the configuration file.
+//! - [`kube`] watches the pods of this node.
+//! - [`node`] reads links, routes, cgroups and processes from the kernel, without decisions.
+//! - [`datapath`] loads the BPF programs, and reads and writes attachments, maps and pins.
+//! - [`telemetry`] reports: status, metrics, events, denials and logs.
+//! - [`diagnose`] examines the node (`doctor`) and tests enforcement (`verify`).
+//! - [`controller`] compares desired with observed state, and reconciles. It does not import [`diagnose`].
+//! - [`cli`] has one module for each subcommand.
 #![cfg_attr(
     not(test),
     deny(

@@ -105,7 +105,7 @@ fn errors_have_suggestions() {
 fn preset_ports_can_be_overridden() {
     let ports = |text: &str| {
         let guarded = parse(text).unwrap().endpoints.resolve(&Dmi::default()).unwrap();
-        let of = |endpoint: &crate::config::endpoint_set::Endpoint| {
+        let of = |endpoint: &endpoint_set::Endpoint| {
             let ports: Vec<_> = endpoint.allow_ports.iter().map(ToString::to_string).collect();
             format!("{} {}", endpoint.name, ports.join(" "))
         };

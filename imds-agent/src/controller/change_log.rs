@@ -10,7 +10,10 @@ use log::Level;
 use tokio::time::{Duration, Instant};
 
 use super::Reconciler;
-use crate::{controller::plan::Action, datapath::pin::dir::AttachPoint, node::link::Link};
+use crate::{
+    datapath::{attach::attachment::Action, pin::dir::AttachPoint},
+    node::link::Link,
+};
 
 /// Warnings and errors of a pass that get a line of their own.
 const MAX_WARNINGS: u32 = 5;

@@ -30,8 +30,10 @@ use crate::{
     },
     node::{file_watch::FileWatcher, netlink::Event},
     telemetry::{
-        Telemetry, logging,
-        metrics::{AgentStats, RunTimeStats},
+        Telemetry,
+        agent_stats::{AgentStats, Reloads},
+        logging,
+        metrics::RunTimeStats,
         systemd::Systemd,
     },
 };
@@ -42,15 +44,6 @@ const EVENT_BATCH: usize = 256;
 /// Every so many resyncs, interfaces and routes are listed again, too. The kernel reports their changes, and reports
 /// lost events.
 const FULL_RESYNC_EVERY: u32 = 6;
-
-/// Numbers of configuration reloads since the agent started.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct Reloads {
-    /// Reloads whose configuration became effective.
-    pub succeeded: u64,
-    /// Reloads whose configuration was rejected.
-    pub failed: u64,
-}
 
 /// The agent with its state and event sources.
 pub struct Agent {

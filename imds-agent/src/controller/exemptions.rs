@@ -8,8 +8,8 @@ use tokio::time::{Instant, sleep_until};
 use super::Reconciler;
 use crate::{
     config::{Exempt, Interfaces},
-    controller::{exemption_rules::Grants, pod_tracker::PodTracker},
-    datapath::DatapathError,
+    controller::pod_tracker::PodTracker,
+    datapath::{DatapathError, grants::Grants},
     kube::{PodEvent, WatchState},
     node::{
         interface_role::{Uplinks, assign},

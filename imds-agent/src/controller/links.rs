@@ -12,8 +12,13 @@ use super::{
     change_log::{Change, Pass},
 };
 use crate::{
-    controller::plan::{Action, Attachment, Order, plan},
-    datapath::{DatapathError, maps::interface_records::LinkState, pin::dir::AttachPoint},
+    controller::plan::plan,
+    datapath::{
+        DatapathError,
+        attach::attachment::{Action, Attachment, Order},
+        maps::interface_records::LinkState,
+        pin::dir::AttachPoint,
+    },
     node::{
         interface_role::{self, Assignment, Uplinks},
         link::{Link, LinkKind},

@@ -51,33 +51,8 @@ use crate::{
         netlink::{Event, Netlink},
         sender_resolver::SenderResolver,
     },
+    telemetry::agent_stats::{DriftCorrections, MapUpdates},
 };
-
-/// Numbers of drift corrections since the agent started: changes of other programs that the agent reverted.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct DriftCorrections {
-    /// Programs that were attached again.
-    pub attached: u64,
-    /// Programs of others that this agent's program replaced.
-    pub replaced: u64,
-    /// Links pinned again, and entries of the pin directory restored.
-    pub pinned: u64,
-    /// Programs moved to the head of their hook, because another program had been attached before them.
-    pub reordered: u64,
-    /// Repairs that were postponed because another program undid them repeatedly.
-    pub postponed: u64,
-    /// Overruns of the netlink receive buffer (ENOBUFS).
-    pub overruns: u64,
-}
-
-/// Numbers of map updates since the agent started.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct MapUpdates {
-    /// Updates of the exemption maps.
-    pub exemptions: u64,
-    /// Updates of the pod name map.
-    pub pods: u64,
-}
 
 /// Observed and desired state of all interfaces, and the datapath that reconciles them.
 #[expect(clippy::struct_excessive_bools, reason = "each flag is independent")]

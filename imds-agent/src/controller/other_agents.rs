@@ -3,9 +3,9 @@
 use imds_ebpf_common::AttachMode;
 
 use super::Reconciler;
-use crate::{
-    controller::plan::Action,
-    datapath::pin::agents::{self, OtherAgent},
+use crate::datapath::{
+    attach::attachment::Action,
+    pin::agents::{self, OtherAgent},
 };
 
 /// Other agents that run on this node.

@@ -3,92 +3,30 @@
 
 use imds_ebpf_common::AttachMode;
 
-/// A program of this agent at a hook of an interface.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Attachment {
-    /// Attach mode; never [`AttachMode::None`].
-    pub backend: AttachMode,
-    /// True for the program that this agent loaded, false for one of an earlier agent or of another program.
-    pub current: bool,
-    /// True if the link is pinned in the pin directory, so that it outlives the agent. Filters need no pin: always
-    /// true.
-    pub pinned: bool,
-    /// Position among the programs of the hook.
-    pub place: Order,
-}
+use crate::datapath::attach::attachment::{Action, Attachment, Order};
 
-/// Position of a program among the programs of its hook.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Order {
-    /// No other program runs before it.
-    First,
-    /// Other programs run before it, and it can be moved before them.
-    NotFirst,
-    /// Other programs run before it, and the attach mode offers no position before them.
-    Blocked,
-}
-
-impl Order {
-    /// Returns the name that `status` prints.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::First => "first",
-            Self::NotFirst => "not_first",
-            Self::Blocked => "blocked",
-        }
-    }
-}
-
-/// A change to one hook of an interface.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Action {
-    /// Attach the program, first in order.
-    Attach(AttachMode),
-    /// Replace the program that is attached with this agent's, atomically.
-    Replace(AttachMode),
-    /// Pin the link in the pin directory again.
-    Pin(AttachMode),
-    /// Move the program before all others, without detaching it.
-    Reorder(AttachMode),
-    /// Detach the program from the hook.
-    Detach(AttachMode),
-}
-
-impl Action {
-    /// Reports whether the action repairs a hook that this agent had attached to and that another program changed.
-    /// Repeated repairs should back off.
-    #[must_use]
-    pub fn is_repair(self) -> bool {
-        match self {
-            Self::Attach(_) | Self::Replace(_) | Self::Reorder(_) => true,
-            Self::Pin(_) | Self::Detach(_) => false,
-        }
-    }
-}
-
-/// Plans the actions that bring a hook from `actual` to `wanted`, in order. A new attachment precedes the detachment of
+/// Plans the actions that bring a hook from `observed` to `desired`, in order. A new attachment precedes the detachment of
 /// one with another mode, so that no packet passes between the two.
 #[must_use]
-pub fn plan(wanted: AttachMode, actual: &[Attachment]) -> Vec<Action> {
+pub fn plan(desired: AttachMode, observed: &[Attachment]) -> Vec<Action> {
     let mut actions = Vec::new();
-    if wanted != AttachMode::None {
-        match actual.iter().find(|attachment| attachment.backend == wanted) {
-            None => actions.push(Action::Attach(wanted)),
+    if desired != AttachMode::None {
+        match observed.iter().find(|attachment| attachment.backend == desired) {
+            None => actions.push(Action::Attach(desired)),
             Some(Attachment { current, pinned, place, .. }) => {
                 if !current {
-                    actions.push(Action::Replace(wanted));
+                    actions.push(Action::Replace(desired));
                 }
                 if !pinned {
-                    actions.push(Action::Pin(wanted));
+                    actions.push(Action::Pin(desired));
                 }
                 if *place == Order::NotFirst {
-                    actions.push(Action::Reorder(wanted));
+                    actions.push(Action::Reorder(desired));
                 }
             }
         }
     }
-    let others = actual.iter().map(|attachment| attachment.backend).filter(|&backend| backend != wanted);
+    let others = observed.iter().map(|attachment| attachment.backend).filter(|&backend| backend != desired);
     actions.extend(others.map(Action::Detach));
     actions
 }
@@ -151,9 +89,9 @@ mod tests {
         #[test]
         fn desired_mode_is_never_detached(current: bool, pinned: bool, count in 0..=3_usize) {
             let there = [Attachment { current, pinned, ..GOOD }, FILTER, NETKIT];
-            for wanted in [Tcx, Clsact, Netkit] {
-                let actions = plan(wanted, &there[..count]);
-                prop_assert!(!actions.contains(&Detach(wanted)));
+            for desired in [Tcx, Clsact, Netkit] {
+                let actions = plan(desired, &there[..count]);
+                prop_assert!(!actions.contains(&Detach(desired)));
                 let first_detach = actions.iter().position(|action| matches!(action, Detach(_)));
                 let attach = actions.iter().position(|action| matches!(action, Attach(_)));
                 prop_assert!(attach.is_none() || first_detach.is_none() || attach < first_detach);

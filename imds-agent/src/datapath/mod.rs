@@ -2,6 +2,7 @@
 
 pub mod attach;
 pub mod bpf_log;
+pub mod grants;
 mod loader;
 pub mod maps;
 pub mod object;
@@ -32,11 +33,11 @@ use self::{
 };
 use crate::{
     config::{Hooks, Sendmsg, endpoint_set::EndpointSet},
-    controller::{
-        exemption_rules::Grants,
-        pod_tracker::{PodContainer, PodWatchStatus},
+    datapath::{
+        bpf_log::{BpfLog, BpfLogError},
+        grants::Grants,
     },
-    datapath::bpf_log::{BpfLog, BpfLogError},
+    kube::pod_ref::{PodContainer, PodWatchStatus},
     node::{
         link::Link,
         netlink::{Netlink, NetlinkError},

@@ -7,6 +7,7 @@ mod api;
 mod backoff;
 pub mod cluster;
 pub mod pod;
+pub mod pod_ref;
 pub mod reflector;
 pub mod store;
 mod taint;

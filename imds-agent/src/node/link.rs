@@ -12,6 +12,9 @@ use rtnetlink::packet_route::{
 
 use crate::escape::escape_bytes;
 
+/// Prefix of the names of interfaces and cgroups that `imds-agent verify` creates. Their traffic is no denial to report.
+pub(crate) const VERIFY_PREFIX: &str = "imdsv";
+
 /// Interface in the node's network namespace.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Link {

@@ -24,7 +24,6 @@ use thiserror::Error;
 use super::{cgroup_units::CgroupUnits, totals::Totals};
 use crate::{
     config::endpoint_set::unpadded,
-    controller::pod_tracker::PodRef,
     datapath::{
         maps::{
             config_record::{nanoseconds, padded, padded_bytes},
@@ -36,8 +35,8 @@ use crate::{
         object::{self, ObjectError},
         pin::dir::{PinDir, PinError},
     },
-    diagnose::verify,
-    node::link,
+    kube::pod_ref::PodRef,
+    node::link::{self, VERIFY_PREFIX},
     telemetry::{
         event_record::{self, boot_time, wall_time},
         metrics::{self, Denied},
@@ -153,7 +152,7 @@ impl Collector {
     /// Adds the packets or calls of an event to the record of their sender.
     fn record(&mut self, event: &Event, interface: &str, booted: Timestamp) -> Result<(), MapError> {
         // `verify` sends these packets to test enforcement.
-        if interface.starts_with(verify::PREFIX) {
+        if interface.starts_with(VERIFY_PREFIX) {
             return Ok(());
         }
         let pod = event_record::senders(event).find_map(|sender| self.names.get(sender));

@@ -6,7 +6,7 @@ use imds_ebpf_common::{Event, Hook, Subject, SubjectKind, Verdict};
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
-use crate::{controller::pod_tracker::PodRef, escape::escape};
+use crate::{escape::escape, kube::pod_ref::PodRef};
 
 /// An event, resolved for users. Later versions only add fields to the JSON form.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]

@@ -3,6 +3,7 @@
 //! Pods control the number of events, and clients the number of requests. A separate thread keeps this work from delaying the
 //! reconciler, which attaches the programs to new pods.
 
+pub mod agent_stats;
 mod budget;
 mod cgroup_units;
 mod collector;
@@ -44,7 +45,7 @@ use self::{
     totals::Totals,
 };
 use crate::{
-    config::Listen, datapath::pin::dir::PinDir, node::netlink::Netlink, telemetry::metrics::AgentStats,
+    config::Listen, datapath::pin::dir::PinDir, node::netlink::Netlink, telemetry::agent_stats::AgentStats,
 };
 
 /// Pause between two reads of events, so that a flood does not wake the thread for each event.

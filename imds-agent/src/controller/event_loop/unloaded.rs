@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use tokio::{signal::unix::Signal, time::Interval};
 
-use crate::telemetry::{Telemetry, metrics::AgentStats, systemd::Systemd};
+use crate::telemetry::{Telemetry, agent_stats::AgentStats, systemd::Systemd};
 
 /// Status line for the service manager.
 const STATUS: &str = "unloaded by `imds-agent unload`: nothing is enforced until a restart";

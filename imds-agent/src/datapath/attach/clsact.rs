@@ -14,9 +14,12 @@ use rtnetlink::{
     },
 };
 
-use crate::datapath::{pin::dir::AttachPoint, sys::bpf};
 use crate::{
-    controller::plan::{Attachment, Order},
+    datapath::{
+        attach::attachment::{Attachment, Order},
+        pin::dir::AttachPoint,
+        sys::bpf,
+    },
     node::netlink::{Netlink, NetlinkError},
 };
 

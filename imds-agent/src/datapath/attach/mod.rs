@@ -1,5 +1,6 @@
 //! Attaches the programs to the TC hooks of interfaces, in each attach mode.
 
+pub mod attachment;
 pub(crate) mod cgroup_backoff;
 pub mod cgroup_hooks;
 pub mod cgroup_link;
@@ -26,7 +27,7 @@ use super::{
 };
 use crate::{
     config::Hooks,
-    controller::plan::{Action, Attachment, Order},
+    datapath::attach::attachment::{Action, Attachment, Order},
     node::{
         link::{Link, LinkKind},
         netlink::Netlink,

@@ -12,9 +12,9 @@ use std::{
 
 use imds_ebpf_common::{AttachMode, TcHook};
 
-use crate::controller::plan::{Attachment, Order};
 use crate::datapath::{
     DatapathError,
+    attach::attachment::{Attachment, Order},
     pin::dir::{self, AttachPoint, PinDir, PinError},
     sys::bpf::{self, Direction, MprogHook, Target},
 };

@@ -9,9 +9,9 @@ use imds_ebpf_common::{
 };
 
 use super::endpoint_maps;
-use crate::controller::exemption_rules::Grants;
 use crate::datapath::{
     DatapathError,
+    grants::Grants,
     object::{self, Maps},
 };
 

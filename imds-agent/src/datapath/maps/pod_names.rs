@@ -11,14 +11,16 @@ use imds_ebpf_common::{
 use jiff::Timestamp;
 
 use super::config_record::{nanoseconds, padded, text, timestamp};
-use crate::datapath::{
-    DatapathError,
-    object::{self, Maps, ObjectError},
-    pin::dir::PinDir,
-};
 use crate::{
-    controller::pod_tracker::{PodContainer, PodRef, PodWatchStatus},
-    kube::Pod,
+    datapath::{
+        DatapathError,
+        object::{self, Maps, ObjectError},
+        pin::dir::PinDir,
+    },
+    kube::{
+        Pod,
+        pod_ref::{PodContainer, PodRef, PodWatchStatus},
+    },
 };
 
 /// Labels that identify the application of a pod, in order of preference.

@@ -4,7 +4,6 @@ use caps::{CapSet, Capability};
 
 use super::doctor_report::DoctorCheck;
 use crate::{
-    controller::pod_tracker::PodWatchStatus,
     datapath::{
         maps::pod_names,
         object::{self, Maps},
@@ -14,6 +13,7 @@ use crate::{
         },
     },
     diagnose::preflight::{self, PreflightError},
+    kube::pod_ref::PodWatchStatus,
     node::{cgroup, netns},
 };
 

@@ -10,12 +10,13 @@ use tokio::time::sleep;
 
 use super::{
     POLL_INTERVAL,
-    fixture::{LinkName, PREFIX},
+    fixture::LinkName,
     verify_report::{Outcome, Skip, VerifyCheck},
 };
 use crate::{
     config::endpoint_set::unpadded,
     datapath::{maps::interface_records, object::Maps},
+    node::link::VERIFY_PREFIX,
     telemetry::status::{Interface, StatusReport},
 };
 
@@ -68,7 +69,7 @@ pub(crate) fn check(hook: TcHook, status: &StatusReport) -> VerifyCheck {
     let attachments: Vec<_> = status
         .interfaces
         .iter()
-        .filter(|interface| !interface.name.starts_with(PREFIX))
+        .filter(|interface| !interface.name.starts_with(VERIFY_PREFIX))
         .filter_map(|interface| attachment(interface, hook))
         .collect();
     if attachments.is_empty() {

@@ -15,7 +15,7 @@ use rtnetlink::{
     },
 };
 
-use super::fixture::PREFIX;
+use crate::node::link::VERIFY_PREFIX;
 use crate::node::netlink::{Netlink, NetlinkError};
 
 /// A network device of the node, with its position in a stack of devices.
@@ -121,7 +121,7 @@ impl NetDevice {
 
     /// Reports whether `imds-agent verify` created the device.
     fn is_own(&self) -> bool {
-        self.name.starts_with(PREFIX)
+        self.name.starts_with(VERIFY_PREFIX)
     }
 }
 

@@ -29,13 +29,12 @@ use super::{
 use crate::{
     datapath::{attach::clsact, pin::dir::AttachPoint, sys::bpf},
     node::{
+        link::VERIFY_PREFIX,
         netlink::{Netlink, NetlinkError},
         netns::Namespace,
     },
 };
 
-/// Prefix of the names of all devices and cgroups that a run creates; the process id follows.
-pub(crate) const PREFIX: &str = "imdsv";
 /// Name of the pod's end of the pair, in the namespace.
 const POD_END: &str = "eth0";
 
@@ -72,7 +71,7 @@ impl TestPod {
 
     pub(crate) async fn new(netlink: &Netlink) -> Result<Self, VerifyError> {
         let namespace = Namespace::new().map_err(VerifyError::Namespace)?;
-        let name = format!("{PREFIX}{}", process::id());
+        let name = format!("{VERIFY_PREFIX}{}", process::id());
         let peer = LinkMessageBuilder::<LinkUnspec>::new()
             .name(POD_END)
             .address(Self::POD_MAC.to_vec())
@@ -189,7 +188,7 @@ pub(crate) struct LoopbackTap {
 
 impl LoopbackTap {
     pub(crate) async fn new(netlink: &Netlink) -> Result<Self, Skip> {
-        let name = format!("{PREFIX}{}t", process::id());
+        let name = format!("{VERIFY_PREFIX}{}t", process::id());
         let device = make_tap(&name);
         let device = device.map_err(|error| {
             Skip::new(format!("failed to create a TAP device with /dev/net/tun: {error}"))

@@ -15,13 +15,15 @@ use imds_ebpf_common::{Hook, Service, Subject, SubjectKind, endpoint::TCP};
 
 use super::{
     Enforced, VerifyError,
-    fixture::PREFIX,
     probes::Treatment,
     syscalls::{attempt, is_refused, phrase},
     tc::closed,
     verify_report::{Outcome, Skip, VerifyCheck},
 };
-use crate::{config::endpoint_set::Endpoint, node::cgroup};
+use crate::{
+    config::endpoint_set::Endpoint,
+    node::{cgroup, link::VERIFY_PREFIX},
+};
 
 /// Checks that calls from the cgroups of Kubernetes pods are refused.
 pub(crate) fn check(enforced: &Enforced) -> Result<Vec<VerifyCheck>, VerifyError> {
@@ -67,7 +69,7 @@ impl PodProcess {
 
     fn make(pods: &Path) -> io::Result<Self> {
         remove_leftovers(pods);
-        let path = pods.join(format!("{PREFIX}{}", process::id()));
+        let path = pods.join(format!("{VERIFY_PREFIX}{}", process::id()));
         fs::create_dir(&path)?;
         let made = Self::open(&path);
         if made.is_err() {
@@ -137,7 +139,7 @@ impl Drop for PodProcess {
 fn remove_leftovers(pods: &Path) {
     for entry in fs::read_dir(pods).into_iter().flatten().flatten() {
         let name = entry.file_name();
-        let pid = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.parse::<u32>().ok());
+        let pid = name.to_str().and_then(|name| name.strip_prefix(VERIFY_PREFIX)?.parse::<u32>().ok());
         if pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists())
             && let Err(error) = fs::remove_dir(entry.path())
         {

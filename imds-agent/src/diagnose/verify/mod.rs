@@ -31,7 +31,6 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-pub(crate) use self::fixture::PREFIX;
 pub use self::verify_report::{Outcome, VerifyCheck, VerifyReport};
 use self::{
     fixture::{LoopbackTap, TestDevice, TestPod},

@@ -20,25 +20,8 @@ pub use self::{
 };
 use crate::{
     config::endpoint_set::unpadded,
-    controller::{DriftCorrections, MapUpdates, event_loop::Reloads},
     datapath::{maps::counters::Count, pin::dir::PinDir},
-    kube::WatchState,
 };
-
-/// Counters of a running agent since its start.
-#[derive(Clone, Debug, Default)]
-pub struct AgentStats {
-    /// Successful and failed reloads of the configuration.
-    pub reloads: Reloads,
-    /// Corrections of changes that other programs made.
-    pub corrections: DriftCorrections,
-    /// Map updates for exemptions and pod names.
-    pub map_updates: MapUpdates,
-    /// State of the pod watch, if there is one.
-    pub watch: Option<WatchState>,
-    /// Log lines that were dropped, because standard error was not read.
-    pub log_lines_dropped: u64,
-}
 
 /// Sums of denied and audited packets by namespace, endpoint, hook and verdict.
 pub type Denied = BTreeMap<(String, DenialTo), Count>;

@@ -7,11 +7,11 @@ use std::{
 
 use imds_ebpf_common::{AttachMode, Hook, Mode, Verdict};
 
-use super::{AgentStats, Denied, family::Families};
+use super::{Denied, family::Families};
 use crate::{
     config::endpoint_set::plain,
     datapath::maps::counters::{Count, Counts},
-    telemetry::{Collected, status::StatusReport},
+    telemetry::{Collected, agent_stats::AgentStats, status::StatusReport},
     version::COMMIT,
 };
 

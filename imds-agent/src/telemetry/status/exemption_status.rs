@@ -8,12 +8,12 @@ use toml::{Table, Value};
 use super::{ExemptSender, StatusReport, unreadable};
 use crate::{
     config::endpoint_set::plain,
-    controller::pod_tracker::PodRef,
     datapath::{
         DatapathError,
         maps::{config_record, exemption_maps},
         object::Maps,
     },
+    kube::pod_ref::PodRef,
 };
 
 impl StatusReport {

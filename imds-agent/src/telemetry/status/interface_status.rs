@@ -7,10 +7,12 @@ use imds_ebpf_common::{Hook, Role, Subject, SubjectKind, TcHook, TcHookSet, name
 use super::{HookAttachment, Interface, Node, StatusReport};
 use crate::{
     config::Interfaces,
-    controller::plan::{Attachment, Order},
     datapath::{
         DatapathError,
-        attach::{clsact, mprog},
+        attach::{
+            attachment::{Attachment, Order},
+            clsact, mprog,
+        },
         maps::{counters::Counts, interface_records},
         object,
         pin::dir::AttachPoint,

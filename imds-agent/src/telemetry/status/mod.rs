@@ -20,7 +20,6 @@ use crate::{
         Hooks,
         endpoint_set::{AllowedPort, Endpoint as EndpointSet},
     },
-    controller::pod_tracker::PodRef,
     datapath::{
         DatapathError,
         maps::{
@@ -32,6 +31,7 @@ use crate::{
         pin::{agents, dir::PinDir, netns_owner},
     },
     escape::escape,
+    kube::pod_ref::PodRef,
     node::{interface_role::Uplinks, netlink::Netlink},
     version::VERSION,
 };
@@ -219,7 +219,7 @@ impl StatusReport {
 }
 
 /// State of the node that the reports of all interfaces share.
-struct Node<'a> {
+pub(crate) struct Node<'a> {
     pins: &'a PinDir,
     maps: &'a Maps,
     netlink: &'a Netlink,

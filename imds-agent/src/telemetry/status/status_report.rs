@@ -7,11 +7,8 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::{
-    controller::{
-        plan::Order,
-        pod_tracker::{PodRef, PodWatchStatus},
-    },
-    datapath::maps::counters::Counts,
+    datapath::{attach::attachment::Order, maps::counters::Counts},
+    kube::pod_ref::{PodRef, PodWatchStatus},
 };
 
 /// Status of the node on one pin directory.

@@ -6,8 +6,8 @@ use comfy_table::{Cell, CellAlignment, Table, presets::NOTHING};
 
 use super::{Configuration, Endpoint, HookAttachment, Provider, SendmsgReport, State, StatusReport};
 use crate::{
-    controller::pod_tracker::PodWatchStatus,
     datapath::maps::counters::{Count, Counts},
+    kube::pod_ref::PodWatchStatus,
 };
 
 impl StatusReport {
