@@ -195,6 +195,8 @@ fn addresses(scope: &EndpointSelector) -> Vec<Address> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use super::*;
 
     const ONE: [u8; 4] = [10, 0, 0, 1];
