@@ -222,7 +222,11 @@ mod tests {
     #[test]
     fn missing_cookie_is_reported_for_socket() {
         let senders = IdentitySet { without_cookie: Some("/n".to_owned()), ..found(7) };
-        assert!(failure(&senders, true).unwrap().contains("/n: its calls"));
+        assert!(
+            failure(&senders, true)
+                .unwrap()
+                .contains("network namespace of /n: the socket hook does not exempt its")
+        );
         assert_eq!(failure(&senders, false), None);
         let unknown = IdentitySet { errors: ["gone".to_owned()].into(), ..senders };
         assert_eq!(failure(&unknown, false).unwrap(), "gone");

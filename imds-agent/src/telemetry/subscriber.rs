@@ -39,7 +39,7 @@ impl EventSubscriber {
         Ok(Self { pins, recent, collector, position, missed: None, marks: true })
     }
 
-    /// Opens a reader that starts `earlier` events before the last one. Its events stay unread for other readers.
+    /// Opens a reader that starts `earlier` events before the last one. The returned events stay unread for other readers.
     pub fn open_last(pins: PinDir, earlier: u64) -> Result<Self, CollectorError> {
         let subscriber = Self::open(pins)?;
         let position = subscriber.recent.last()?.saturating_sub(earlier);

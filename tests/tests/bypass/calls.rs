@@ -176,7 +176,7 @@ fn send_with_packet_info(pod: &Pod, to: Ipv4Addr) -> bool {
     echoes(&socket, sent.map_err(io::Error::from))
 }
 
-/// Submits one operation to an io_uring and returns its result.
+/// Submits one operation to an `io_uring` and returns its result.
 fn by_ring(entry: &squeue::Entry) -> io::Result<u32> {
     let mut ring = IoUring::new(1)?;
     // SAFETY: memory that the entry points to outlives this function, which waits until the kernel has completed it.

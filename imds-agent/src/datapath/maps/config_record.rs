@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use crate::config::endpoint_set;
 use crate::datapath::{DatapathError, object::Maps};
 
-/// Largest number of reads until two consecutive ones are equal. A read during an update returns a mix of both values.
+/// Largest number of reads until two consecutive ones are equal. A read during an update can return a mix of both values.
 const READINGS: usize = 20;
 
 /// Effective configuration, as recorded in the map.

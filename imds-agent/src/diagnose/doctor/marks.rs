@@ -34,7 +34,7 @@ impl Default for MarkUse {
 }
 
 impl MarkUse {
-    /// Reads the bit and the exemptions of what is loaded; without anything loaded, the default bit and no exemption.
+    /// Reads the bit and the exemptions from the pinned maps. If nothing is loaded, returns the default bit and no exemption.
     pub(crate) fn read(pins: &PinDir, devices: &[Device]) -> Self {
         let maps = Maps::open(pins).ok();
         let policy = maps.as_ref().and_then(|maps| maps.policy.get(&0, 0).ok());
