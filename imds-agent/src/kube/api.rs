@@ -1,6 +1,6 @@
-//! Requests to the API server, their answers, and their errors.
+//! Requests to the API server.
 
-use std::{error::Error, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 use bytes::BytesMut;
 use http::{Method, Request, StatusCode, header, request::Builder};
@@ -8,16 +8,14 @@ use http_body_util::BodyExt as _;
 use kube_client::{
     Client, Config as ClientConfig,
     client::Body,
-    config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError},
+    config::{KubeConfigOptions, Kubeconfig},
 };
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use thiserror::Error;
 use tokio::time::timeout;
 
 use super::{
-    pod::{Pod, PodObject},
-    reflector::PodEvent,
+    api_error::{ApiError, with_causes},
+    pod_list::{Page, ResourceVersionMatch, Status, WatchEvent},
 };
 use crate::config::Access;
 
@@ -25,248 +23,10 @@ use crate::config::Access;
 const MAX_ANSWER: usize = 64 << 20;
 /// Longest line of a watch in bytes.
 const MAX_LINE: usize = 8 << 20;
-/// Upper bound of the `Retry-After` time that the agent respects.
-const MAX_RETRY_AFTER: Duration = Duration::from_mins(5);
 /// URL path of all pods.
 pub(super) const PODS: &str = "/api/v1/pods";
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// Error of a request to the API server.
-#[derive(Debug, Error)]
-pub(super) enum ApiError {
-    #[error("failed to read the kubeconfig {}", path.display())]
-    Kubeconfig { path: PathBuf, source: Box<KubeconfigError> },
-    #[error("failed to find the API server from within the cluster")]
-    InCluster { source: InClusterError },
-    #[error("failed to create a client of the API server")]
-    Client { source: Box<kube_client::Error> },
-    #[error("failed to reach the API server")]
-    Unreachable { source: Box<kube_client::Error> },
-    #[error("the API server did not answer within {after:?}")]
-    Timeout { after: Duration },
-    #[error("the API server closed the connection during an answer")]
-    ConnectionClosed { source: Option<Box<kube_client::Error>> },
-    #[error("the API server no longer has the requested resource version: {message}")]
-    Expired { message: String },
-    #[error("the API server throttles requests")]
-    Throttled { retry_after: Option<Duration> },
-    #[error("the API server denied the request ({code}): {message}")]
-    Forbidden { code: u16, message: String },
-    #[error("the API server returned an error ({code}): {message}")]
-    Failed { code: u16, message: String },
-    #[error("failed to parse the answer of the API server")]
-    Malformed { source: serde_json::Error },
-    #[error("the answer of the API server has no {what}")]
-    Incomplete { what: &'static str },
-    #[error("the answer of the API server is longer than {limit} bytes")]
-    TooLong { limit: usize },
-    #[error("the pod list of the API server is too long: {pods} pods of this node in {pages} pages")]
-    ListTooLong { pages: usize, pods: usize },
-}
-
-/// Kinds of errors, as metrics count them.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ErrorKind {
-    /// The configuration of the API client is missing or invalid.
-    Config,
-    /// The API server cannot be reached.
-    Connect,
-    /// The API server does not answer in time.
-    Timeout,
-    /// The API server closed the connection before the end of an answer.
-    Closed,
-    /// The API server no longer has the requested resource version (410).
-    Expired,
-    /// The API server asks to retry later (429).
-    Throttled,
-    /// The API server does not allow the agent to read pods (401, 403).
-    Forbidden,
-    /// The API server returned another error.
-    Server,
-    /// The API server sent an invalid answer.
-    Malformed,
-}
-
-impl ErrorKind {
-    /// Returns the name in metrics and JSON.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Config => "config",
-            Self::Connect => "connect",
-            Self::Timeout => "timeout",
-            Self::Closed => "closed",
-            Self::Expired => "gone",
-            Self::Throttled => "throttled",
-            Self::Forbidden => "refused",
-            Self::Server => "server",
-            Self::Malformed => "malformed",
-        }
-    }
-}
-
-impl ApiError {
-    pub(super) fn kind(&self) -> ErrorKind {
-        match self {
-            Self::Kubeconfig { .. } | Self::InCluster { .. } | Self::Client { .. } => ErrorKind::Config,
-            Self::Unreachable { .. } => ErrorKind::Connect,
-            Self::Timeout { .. } => ErrorKind::Timeout,
-            Self::ConnectionClosed { .. } => ErrorKind::Closed,
-            Self::Expired { .. } => ErrorKind::Expired,
-            Self::Throttled { .. } => ErrorKind::Throttled,
-            Self::Forbidden { .. } => ErrorKind::Forbidden,
-            Self::Failed { .. } => ErrorKind::Server,
-            Self::Malformed { .. }
-            | Self::Incomplete { .. }
-            | Self::TooLong { .. }
-            | Self::ListTooLong { .. } => ErrorKind::Malformed,
-        }
-    }
-
-    /// Returns the pause that the server requests before the next attempt.
-    pub(super) fn retry_after(&self) -> Option<Duration> {
-        match self {
-            Self::Throttled { retry_after } => retry_after.map(|pause| pause.min(MAX_RETRY_AFTER)),
-            _ => None,
-        }
-    }
-}
-
-/// Returns the text of an error and of its causes. Skips a cause whose text is already included, because libraries
-/// repeat their causes.
-pub(super) fn with_causes(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        next = cause.source();
-    }
-    text
-}
-
-/// Resource version that a list must have at least (`resourceVersionMatch`).
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub(super) enum ResourceVersionMatch {
-    /// Any version that the server has cached, which is the cheapest.
-    Any,
-    /// This version or a newer one.
-    NotOlderThan(String),
-    /// The most recent version, which requires a consistent read from etcd.
-    MostRecent,
-}
-
-/// Page of a pod list.
-pub(super) struct Page {
-    pods: Vec<PodObject>,
-    pub(super) resource_version: String,
-    /// Continue token of the next page, or `None` for the last page.
-    pub(super) next: Option<String>,
-}
-
-impl Page {
-    pub(super) fn from_json(json: &[u8]) -> Result<Self, ApiError> {
-        #[derive(Deserialize)]
-        struct List {
-            metadata: ListMetadata,
-            // Go writes null for an empty list.
-            items: Option<Vec<PodObject>>,
-        }
-        let list: List = serde_json::from_slice(json).map_err(|source| ApiError::Malformed { source })?;
-        let resource_version = list.metadata.resource_version.filter(|version| !version.is_empty());
-        Ok(Self {
-            pods: list.items.unwrap_or_default(),
-            resource_version: resource_version.ok_or(ApiError::Incomplete { what: "resourceVersion" })?,
-            next: list.metadata.r#continue.filter(|next| !next.is_empty()),
-        })
-    }
-
-    /// Returns the pods of the page that run on `node`.
-    pub(super) fn pods_of(self, node: &str) -> impl Iterator<Item = Pod> {
-        self.pods.into_iter().filter(move |pod| pod.is_on(node)).map(PodObject::into_pod)
-    }
-}
-
-/// Event of a pod watch.
-#[derive(Deserialize)]
-#[serde(tag = "type", content = "object", rename_all = "UPPERCASE")]
-pub(super) enum WatchEvent {
-    Added(PodObject),
-    Modified(PodObject),
-    Deleted(PodObject),
-    Bookmark(Bookmark),
-    Error(Status),
-}
-
-impl WatchEvent {
-    pub(super) fn from_json(json: &[u8]) -> Result<Self, ApiError> {
-        serde_json::from_slice(json).map_err(|source| ApiError::Malformed { source })
-    }
-
-    /// Converts to an event about a pod of `node`, if it is one, and the new resource version.
-    pub(super) fn into_event(self, node: &str) -> Result<(Option<PodEvent>, String), ApiError> {
-        let (event, version) = match self {
-            Self::Added(pod) | Self::Modified(pod) if pod.is_on(node) => {
-                let version = pod.resource_version().map(str::to_owned);
-                (Some(PodEvent::Apply(pod.into_pod())), version)
-            }
-            Self::Added(pod) | Self::Modified(pod) | Self::Deleted(pod) => {
-                let version = pod.resource_version().map(str::to_owned);
-                (Some(PodEvent::Delete { uid: pod.into_pod().uid }), version)
-            }
-            Self::Bookmark(bookmark) => (None, bookmark.metadata.resource_version),
-            Self::Error(status) => return Err(status.into_error()),
-        };
-        Ok((event, version.ok_or(ApiError::Incomplete { what: "resourceVersion" })?))
-    }
-}
-
-#[derive(Deserialize)]
-pub(super) struct Bookmark {
-    metadata: ListMetadata,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct ListMetadata {
-    resource_version: Option<String>,
-    r#continue: Option<String>,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(default)]
-pub(super) struct Status {
-    code: u16,
-    message: String,
-    details: Option<StatusDetails>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct StatusDetails {
-    retry_after_seconds: Option<u64>,
-}
-
-impl Status {
-    pub(super) fn into_error(self) -> ApiError {
-        let seconds = self.details.and_then(|details| details.retry_after_seconds);
-        let Self { code, message, .. } = self;
-        let line = message.lines().next().unwrap_or_default();
-        let message: String = line.chars().filter(|char| !char.is_control()).take(200).collect();
-        match code {
-            410 => ApiError::Expired { message },
-            // A server whose etcd was restored from a backup no longer has newer versions.
-            _ if message.contains("Too large resource version") => ApiError::Expired { message },
-            429 => ApiError::Throttled { retry_after: seconds.map(Duration::from_secs) },
-            401 | 403 => ApiError::Forbidden { code, message },
-            _ => ApiError::Failed { code, message },
-        }
-    }
-}
 
 /// Client of the API server for the pods of one node.
 pub(super) struct Api {
@@ -373,14 +133,11 @@ impl Api {
         let header =
             answer.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
         let body = read(answer.into_body(), MAX_LINE).await.unwrap_or_default();
-        // A proxy may answer in place of the API server, without a `Status` object.
-        let mut status: Status = serde_json::from_slice(&body).unwrap_or_else(|_| Status {
-            message: String::from_utf8_lossy(&body).into_owned(),
-            ..Status::default()
-        });
+        let mut status: Status = serde_json::from_slice(&body)
+            .unwrap_or_else(|_| Status::from_text(String::from_utf8_lossy(&body).into_owned()));
         status.code = code;
         if let Some(seconds) = header {
-            status.details = Some(StatusDetails { retry_after_seconds: Some(seconds) });
+            status.set_retry_after(seconds);
         }
         Err(status.into_error())
     }
@@ -469,7 +226,7 @@ async fn read(mut body: Body, limit: usize) -> Result<Vec<u8>, ApiError> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::api_error::ErrorKind, *};
 
     fn lines(text: &str) -> Lines {
         Lines { body: Body::from(text.as_bytes().to_vec()), buffer: BytesMut::new(), searched: 0 }
@@ -490,35 +247,5 @@ mod tests {
         assert_eq!(kind("{\"type\":\"MOVED\",\"object\":{}}\n").await, ErrorKind::Malformed);
         let endless = "x".repeat(MAX_LINE + 1);
         assert!(matches!(lines(&endless).next().await, Err(ApiError::TooLong { .. })));
-    }
-
-    #[test]
-    fn error_causes_are_not_repeated() {
-        #[derive(Debug, Error)]
-        #[error("{text}")]
-        struct Link {
-            text: &'static str,
-            source: Option<Box<Self>>,
-        }
-        let refused = Link { text: "connection refused", source: None };
-        let connect = Link { text: "client error (Connect)", source: Some(Box::new(refused)) };
-        let again = Link { text: "client error (Connect)", source: Some(Box::new(connect)) };
-        let service = Link { text: "ServiceError: client error (Connect)", source: Some(Box::new(again)) };
-        assert_eq!(with_causes(&service), "ServiceError: client error (Connect): connection refused");
-    }
-
-    #[test]
-    fn status_errors_name_the_remedy() {
-        let kind = |json: &str| serde_json::from_str::<Status>(json).unwrap().into_error().kind();
-        assert_eq!(kind(r#"{"code":410,"message":"too old resource version"}"#), ErrorKind::Expired);
-        assert_eq!(
-            kind(r#"{"code":504,"message":"Timeout: Too large resource version: 9"}"#),
-            ErrorKind::Expired
-        );
-        assert_eq!(kind(r#"{"code":403}"#), ErrorKind::Forbidden);
-        assert_eq!(kind(r#"{"code":500,"message":"etcd"}"#), ErrorKind::Server);
-        let throttled = r#"{"code":429,"details":{"retryAfterSeconds":9999}}"#;
-        let error = serde_json::from_str::<Status>(throttled).unwrap().into_error();
-        assert_eq!(error.retry_after(), Some(MAX_RETRY_AFTER));
     }
 }

@@ -1,12 +1,14 @@
 //! Pods of this node, from the API server.
 //!
-//! [`watch`] lists and watches them until it is dropped. The [`index`] holds the result, and matches pods with the
+//! [`reflector`] lists and watches them until it is dropped. The [`store`] holds the result, and matches pods with the
 //! operator's rules without any I/O. A pod that is not in the index is not exempt.
 
 mod api;
+mod api_error;
 mod backoff;
 pub mod cluster;
 pub mod pod;
+mod pod_list;
 pub mod pod_ref;
 pub mod reflector;
 pub mod store;
@@ -14,7 +16,7 @@ mod taint;
 mod watch_state;
 
 pub use self::{
-    api::ErrorKind,
+    api_error::ErrorKind,
     backoff::{Attempts, Backoff},
     pod::Pod,
     reflector::{Options, PodEvent, PodWatcher},

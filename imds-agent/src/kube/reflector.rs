@@ -12,9 +12,11 @@ use tokio::{
 };
 
 use super::{
-    api::{Api, ApiError, ErrorKind, PODS, Page, ResourceVersionMatch, WatchEvent, with_causes},
+    api::{Api, PODS},
+    api_error::{ApiError, ErrorKind, with_causes},
     backoff::{Attempts, Backoff},
     pod::Pod,
+    pod_list::{Page, ResourceVersionMatch, WatchEvent},
     store::MAX_PODS,
     watch_state::WatchState,
 };

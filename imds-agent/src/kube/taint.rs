@@ -5,7 +5,7 @@ use std::time::Duration;
 use http::Method;
 use serde_json::{Value, json};
 
-use super::api::{Api, with_causes};
+use super::{api::Api, api_error::with_causes};
 use crate::config::Access;
 
 /// Reason why a taint could not be removed.

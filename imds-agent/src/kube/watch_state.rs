@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::api::ErrorKind;
+use super::api_error::ErrorKind;
 
 /// State of the pod watch. The JSON form only ever gains fields.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]

@@ -1,0 +1,147 @@
+//! Errors of requests to the API server.
+
+use std::{error::Error, path::PathBuf, time::Duration};
+
+use kube_client::config::{InClusterError, KubeconfigError};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// Upper bound of the `Retry-After` time that the agent respects.
+pub(super) const MAX_RETRY_AFTER: Duration = Duration::from_mins(5);
+
+/// Error of a request to the API server.
+#[derive(Debug, Error)]
+pub(super) enum ApiError {
+    #[error("failed to read the kubeconfig {}", path.display())]
+    Kubeconfig { path: PathBuf, source: Box<KubeconfigError> },
+    #[error("failed to find the API server from within the cluster")]
+    InCluster { source: InClusterError },
+    #[error("failed to create a client of the API server")]
+    Client { source: Box<kube_client::Error> },
+    #[error("failed to reach the API server")]
+    Unreachable { source: Box<kube_client::Error> },
+    #[error("the API server did not answer within {after:?}")]
+    Timeout { after: Duration },
+    #[error("the API server closed the connection during an answer")]
+    ConnectionClosed { source: Option<Box<kube_client::Error>> },
+    #[error("the API server no longer has the requested resource version: {message}")]
+    Expired { message: String },
+    #[error("the API server throttles requests")]
+    Throttled { retry_after: Option<Duration> },
+    #[error("the API server denied the request ({code}): {message}")]
+    Forbidden { code: u16, message: String },
+    #[error("the API server returned an error ({code}): {message}")]
+    Failed { code: u16, message: String },
+    #[error("failed to parse the answer of the API server")]
+    Malformed { source: serde_json::Error },
+    #[error("the answer of the API server has no {what}")]
+    Incomplete { what: &'static str },
+    #[error("the answer of the API server is longer than {limit} bytes")]
+    TooLong { limit: usize },
+    #[error("the pod list of the API server is too long: {pods} pods of this node in {pages} pages")]
+    ListTooLong { pages: usize, pods: usize },
+}
+
+/// Kinds of errors, as metrics count them.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorKind {
+    /// The configuration of the API client is missing or invalid.
+    Config,
+    /// The API server cannot be reached.
+    Connect,
+    /// The API server does not answer in time.
+    Timeout,
+    /// The API server closed the connection before the end of an answer.
+    Closed,
+    /// The API server no longer has the requested resource version (410).
+    Expired,
+    /// The API server asks to retry later (429).
+    Throttled,
+    /// The API server does not allow the agent to read pods (401, 403).
+    Forbidden,
+    /// The API server returned another error.
+    Server,
+    /// The API server sent an invalid answer.
+    Malformed,
+}
+
+impl ErrorKind {
+    /// Returns the name in metrics and JSON.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Config => "config",
+            Self::Connect => "connect",
+            Self::Timeout => "timeout",
+            Self::Closed => "closed",
+            Self::Expired => "gone",
+            Self::Throttled => "throttled",
+            Self::Forbidden => "refused",
+            Self::Server => "server",
+            Self::Malformed => "malformed",
+        }
+    }
+}
+
+impl ApiError {
+    pub(super) fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Kubeconfig { .. } | Self::InCluster { .. } | Self::Client { .. } => ErrorKind::Config,
+            Self::Unreachable { .. } => ErrorKind::Connect,
+            Self::Timeout { .. } => ErrorKind::Timeout,
+            Self::ConnectionClosed { .. } => ErrorKind::Closed,
+            Self::Expired { .. } => ErrorKind::Expired,
+            Self::Throttled { .. } => ErrorKind::Throttled,
+            Self::Forbidden { .. } => ErrorKind::Forbidden,
+            Self::Failed { .. } => ErrorKind::Server,
+            Self::Malformed { .. }
+            | Self::Incomplete { .. }
+            | Self::TooLong { .. }
+            | Self::ListTooLong { .. } => ErrorKind::Malformed,
+        }
+    }
+
+    /// Returns the pause that the server requests before the next attempt.
+    pub(super) fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Throttled { retry_after } => retry_after.map(|pause| pause.min(MAX_RETRY_AFTER)),
+            _ => None,
+        }
+    }
+}
+
+/// Returns the text of an error and of its causes. Skips a cause whose text is already included, because libraries
+/// repeat their causes.
+pub(super) fn with_causes(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        next = cause.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn error_causes_are_not_repeated() {
+        #[derive(Debug, Error)]
+        #[error("{text}")]
+        struct Link {
+            text: &'static str,
+            source: Option<Box<Self>>,
+        }
+        let refused = Link { text: "connection refused", source: None };
+        let connect = Link { text: "client error (Connect)", source: Some(Box::new(refused)) };
+        let again = Link { text: "client error (Connect)", source: Some(Box::new(connect)) };
+        let service = Link { text: "ServiceError: client error (Connect)", source: Some(Box::new(again)) };
+        assert_eq!(with_causes(&service), "ServiceError: client error (Connect): connection refused");
+    }
+}
