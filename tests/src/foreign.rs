@@ -79,6 +79,19 @@ impl Foreign {
         Self::calling(REDIRECT, &[ifindex, 0]).expect("load a program that calls bpf_redirect")
     }
 
+    /// Loads a program that assigns the mark of every packet and leaves the packet to the next program.
+    #[must_use]
+    pub fn setting_mark(mark: u32) -> Self {
+        // r2 = mark; ((struct __sk_buff *)r1)->mark = r2; r0 = TC_ACT_UNSPEC; exit
+        let instructions = [
+            0xb7 | 2 << 8 | u64::from(mark) << 32,
+            0x63 | 0x21 << 8 | 8 << 16,
+            0xb7 | u64::from(u32::MAX) << 32,
+            0x95,
+        ];
+        Self::load(&instructions, TC).expect("load a program of four instructions")
+    }
+
     /// Loads a TC program that returns the result of a kernel helper. Without arguments, the helper receives the
     /// context.
     pub fn calling(helper: u32, arguments: &[u32]) -> io::Result<Self> {

@@ -1,6 +1,6 @@
 //! Layouts of the interfaces through which packets leave a node.
 
-use crate::{Netns, TestEnv, env::FABRIC_IFNAME};
+use crate::{Netns, TestEnv, env::FABRIC_IFNAME, team};
 
 /// Kind of the node's NIC, which is always called [`TestEnv::UPLINK`].
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -28,6 +28,7 @@ pub(crate) enum Routes {
 #[derive(Clone, Debug)]
 pub struct Layout {
     nic: Nic,
+    has_team: bool,
     setup: String,
     pub(crate) device: &'static str,
     fabric_setup: String,
@@ -42,11 +43,15 @@ impl Default for Layout {
 }
 
 impl Layout {
+    /// Name of the team device of [`Self::in_team`].
+    pub const TEAM: &str = "team0";
+
     /// Returns the layout of a NIC that has the node's address itself.
     #[must_use]
     pub fn new(nic: Nic) -> Self {
         Self {
             nic,
+            has_team: false,
             setup: String::new(),
             device: TestEnv::UPLINK,
             fabric_setup: String::new(),
@@ -59,6 +64,14 @@ impl Layout {
     #[must_use]
     pub fn above(self, setup: &str, device: &'static str) -> Self {
         Self { setup: setup.to_owned(), device, ..self }
+    }
+
+    /// Makes the NIC a port of the team [`Self::TEAM`], which has the node's address: see
+    /// [`skip_without_team`](crate::skip_without_team).
+    #[must_use]
+    pub fn in_team(self) -> Self {
+        let setup = format!("link set {} master {}", TestEnv::UPLINK, Self::TEAM);
+        Self { has_team: true, ..self.above(&setup, Self::TEAM) }
     }
 
     /// Runs these commands of `ip` in the fabric, and assigns its address to `device`.
@@ -101,6 +114,10 @@ impl Layout {
             "link set {FABRIC_IFNAME} up\n{}\nlink set {} up",
             self.fabric_setup, self.fabric_device
         ));
+        if self.has_team {
+            // The kernel rejects a change of the mode while the team has ports.
+            team::add(node, Self::TEAM).expect("add a team");
+        }
         node.ip(&format!("{}\nlink set {nic} up\nlink set {uplink} up", self.setup));
     }
 }

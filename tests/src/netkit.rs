@@ -1,17 +1,12 @@
 //! Creates netkit pairs (Linux 6.7) without `ip`, whose older versions do not know them (before iproute2 6.7).
 
-use std::{
-    fs::File,
-    io,
-    os::fd::{AsRawFd as _, OwnedFd},
-};
+use std::{fs::File, io, os::fd::AsRawFd as _};
 
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, socket, sockopt,
-};
+use nix::sys::socket::SockProtocol;
 
 use crate::{
     Netns,
+    netlink_request::{attribute, c_string, request},
     skip::{WHOLE_TEST, skip},
 };
 
@@ -26,8 +21,6 @@ const IFLA_NETKIT_MODE: u16 = 5;
 
 /// `struct ifinfomsg` with every field zero.
 const IFINFOMSG: [u8; 16] = [0; 16];
-/// Length of `struct nlmsghdr` in bytes.
-const HEADER_LEN: usize = 16;
 
 /// Mode of a netkit pair.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -62,7 +55,8 @@ pub fn add_pair(
         attribute(IFLA_IFNAME, &c_string(primary)),
         attribute(IFLA_LINKINFO, &info.concat()),
     ];
-    netns.run(|| request(libc::RTM_NEWLINK, libc::NLM_F_CREATE | libc::NLM_F_EXCL, &body.concat()))
+    let flags = libc::NLM_F_CREATE | libc::NLM_F_EXCL | libc::NLM_F_ACK;
+    netns.run(|| request(SockProtocol::NetlinkRoute, libc::RTM_NEWLINK, flags, &body.concat())).map(drop)
 }
 
 /// Reports whether the kernel lacks netkit devices, and prints a skip notice then.
@@ -77,45 +71,4 @@ pub fn skip_without_netkit() -> bool {
         }
         Err(error) => panic!("add a netkit pair: {error}"),
     }
-}
-
-/// Sends a request to rtnetlink and waits for its acknowledgement.
-fn request(kind: u16, flags: libc::c_int, body: &[u8]) -> io::Result<()> {
-    let socket = open()?;
-    let length = u32::try_from(HEADER_LEN + body.len()).expect("a short message");
-    let flags = u16::try_from(flags | libc::NLM_F_REQUEST | libc::NLM_F_ACK).expect("flags of 16 bits");
-    let mut message = length.to_ne_bytes().to_vec();
-    message.extend(kind.to_ne_bytes());
-    message.extend(flags.to_ne_bytes());
-    message.extend([0; 8]);
-    message.extend(body);
-    send(socket.as_raw_fd(), &message, MsgFlags::empty())?;
-    let mut answer = [0; 4096];
-    let received = recv(socket.as_raw_fd(), &mut answer, MsgFlags::empty())?;
-    // A message of type NLMSG_ERROR has the negative error number after its header.
-    let errno = answer.get(HEADER_LEN..HEADER_LEN + 4).filter(|_| received >= HEADER_LEN + 4);
-    match i32::from_ne_bytes(errno.expect("an acknowledgement").try_into().expect("4 bytes")) {
-        0 => Ok(()),
-        errno => Err(io::Error::from_raw_os_error(-errno)),
-    }
-}
-
-fn open() -> io::Result<OwnedFd> {
-    let socket =
-        socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)?;
-    setsockopt(&socket, sockopt::ReceiveTimeout, &nix::sys::time::TimeVal::new(5, 0))?;
-    Ok(socket)
-}
-
-/// Encodes a netlink attribute, padded to 4 bytes.
-fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
-    let length = u16::try_from(4 + value.len()).expect("a short attribute");
-    let mut attribute = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
-    attribute.extend(value);
-    attribute.resize(attribute.len().next_multiple_of(4), 0);
-    attribute
-}
-
-fn c_string(text: &str) -> Vec<u8> {
-    [text.as_bytes(), &[0]].concat()
 }

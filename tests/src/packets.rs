@@ -15,7 +15,13 @@ const ETHERTYPE_IPV6: [u8; 2] = [0x86, 0xdd];
 /// Builds a UDP datagram to a closed port.
 #[must_use]
 pub fn udp(source: Ipv4Addr, destination: Ipv4Addr, payload: &[u8]) -> Vec<u8> {
-    let builder = PacketBuilder::ipv4(source.octets(), destination.octets(), TTL).udp(40_000, UDP_PORT);
+    udp_to_port(source, destination, UDP_PORT, payload)
+}
+
+/// Builds a UDP datagram to this port.
+#[must_use]
+pub fn udp_to_port(source: Ipv4Addr, destination: Ipv4Addr, port: u16, payload: &[u8]) -> Vec<u8> {
+    let builder = PacketBuilder::ipv4(source.octets(), destination.octets(), TTL).udp(40_000, port);
     let mut packet = Vec::with_capacity(builder.size(payload.len()));
     builder.write(&mut packet, payload).expect("write to a Vec");
     packet

@@ -1,7 +1,12 @@
 //! Programs on cgroups: order among programs of other software, occupied cgroups, and when the `sendmsg` and
 //! `local_service` programs are attached.
 
-use std::{fs, io::ErrorKind, net::Ipv4Addr, path::Path};
+use std::{
+    fs,
+    io::ErrorKind,
+    net::{Ipv4Addr, UdpSocket},
+    path::Path,
+};
 
 use imds_agent::datapath::pin::dir::link_at;
 use imds_tests::{
@@ -14,6 +19,7 @@ use imds_tests::{
 
 // Constants of include/uapi/linux/bpf.h.
 const BPF_CGROUP_INET4_CONNECT: u32 = 10;
+const BPF_CGROUP_UDP4_SENDMSG: u32 = 14;
 
 /// Hooks that are on without a configuration, except `local_service`.
 const ALL: [&str; 3] = ["from_pod", "node_egress", "socket"];
@@ -66,6 +72,43 @@ fn load_balancer_attached_later_runs_first() {
     assert!(is_refused(&env, &pod.netns, SERVICE));
     env.unload();
     assert!(is_open());
+}
+
+#[test]
+fn load_balancer_of_datagrams_attached_later_runs_first() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let balancer = Foreign::redirecting_calls(BPF_CGROUP_UDP4_SENDMSG, METADATA);
+    let send = || {
+        let call = || UdpSocket::bind("0.0.0.0:0")?.send_to(b"datagram", (SERVICE, 9));
+        env.in_cgroup(|| pod.netns.run(call))
+    };
+    let is_refused = || send().is_err_and(|error| error.kind() == ErrorKind::PermissionDenied);
+    let arrives = || {
+        env.arrives(|| {
+            send().expect("send a datagram");
+        })
+    };
+
+    let link = balancer.attach_cgroup(env.cgroup(), BPF_CGROUP_UDP4_SENDMSG);
+    assert!(arrives());
+    drop(link);
+    assert!(!arrives());
+
+    let agent = env.agent().hooks(&["socket"]).resync(1).spawn_ready();
+    assert!(!is_refused());
+    let _link = balancer.attach_cgroup(env.cgroup(), BPF_CGROUP_UDP4_SENDMSG);
+    agent.wait_for_log("to the end of the programs", LONG);
+    env.assert_nothing_arrives(|| assert!(is_refused()));
+    let status = env.status_when("the agent is ready", Status::is_ready);
+    assert!(status.sockets.is_some_and(|sockets| sockets.attached));
+    agent.kill9();
+    assert!(is_refused());
+    env.unload();
+    assert!(arrives());
 }
 
 #[test]

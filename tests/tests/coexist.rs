@@ -1,14 +1,16 @@
 //! Programs of other software on the same hook, such as a CNI's, which may accept packets and thereby end their
 //! processing at the hook.
 
+use std::net::Ipv4Addr;
+
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
-    AttachMode, METADATA, PacketSocket, Pod, PodLink, SERVICE, TestEnv,
+    AttachMode, METADATA, PacketSocket, Pod, PodLink, SERVICE, TestEnv, WHOLE_TEST,
     foreign::{Foreign, TC_ACT_OK},
     hook::{self, Attached, run_tc},
-    packets,
+    lacks_program, output, packets,
     poll::poll_until,
-    probe::{LONG, reachable},
+    probe::{LONG, SHORT, http_get, reachable},
     skip_without_tcx, with_each_backend,
 };
 
@@ -151,7 +153,7 @@ fn foreign_dropper_still_sees_traffic() {
         Foreign::returning(TC_ACT_SHOT).attach_tcx_first(&env.node, pod.host_ifindex, TcAttachType::Ingress);
     let _agent = env.start_agent(AttachMode::Tcx);
     // The agent's program, which is now first, leaves allowed packets to the other programs.
-    assert!(!imds_tests::probe::udp_echo(&pod.netns, SERVICE, imds_tests::probe::SHORT).is_answer());
+    assert!(!imds_tests::probe::udp_echo(&pod.netns, SERVICE, SHORT).is_answer());
     drop(link);
     env.assert_harmless(&pod);
 }
@@ -266,4 +268,49 @@ fn redirect_past_from_pod_meets_node_egress() {
         assert!(arrives(&env, &pod));
         drop(attached);
     });
+}
+
+/// Cilium's `set_identity_mark` and Calico's `skb_set_mark` assign all bits of the mark, after `from_pod`.
+#[test]
+fn programs_that_assign_the_mark() {
+    const SERVICE_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 80);
+    if lacks_program(WHOLE_TEST, &["nft"]) {
+        return;
+    }
+    for mark in [0, u32::MAX] {
+        let env = TestEnv::new();
+        let [exempt, other] = [(); 2].map(|()| env.add_pod(PodLink::Routed));
+        // Only `node_egress` sees that the Service leads to the endpoint.
+        let mut nft = env.node.command("nft");
+        nft.arg(format!(
+            "table ip service {{
+                chain prerouting {{
+                    type nat hook prerouting priority -100; ip daddr {SERVICE_ADDRESS} dnat to {METADATA};
+                }}
+            }}"
+        ));
+        assert!(output(nft).status.success());
+        let program = Foreign::setting_mark(mark);
+        for pod in [&exempt, &other] {
+            run_tc(&env.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
+            program.attach_filter(&env.node, &pod.host_ifname, TcAttachType::Ingress, 7);
+        }
+        assert!(reachable(&exempt.netns, METADATA) && reachable(&other.netns, SERVICE_ADDRESS));
+        let rule = format!("[[exempt]]\nname = 'reader'\ninterface = '{}'", exempt.host_ifname);
+        with_each_backend(|backend| {
+            for hooks in [&["from_pod", "node_egress"][..], &["node_egress"]] {
+                let agent = env.agent().backend(backend).hooks(hooks).config(&rule).spawn_ready();
+                assert!(reachable(&exempt.netns, METADATA), "{mark:#x}, {hooks:?}: {}", agent.log());
+                env.assert_nothing_arrives(|| {
+                    for address in [METADATA, SERVICE_ADDRESS] {
+                        let outcome = http_get(&other.netns, address, SHORT);
+                        assert!(!outcome.is_answer(), "{address}, {mark:#x}, {hooks:?}");
+                    }
+                });
+                drop(agent);
+                env.unload();
+            }
+        });
+        assert!(reachable(&other.netns, METADATA));
+    }
 }

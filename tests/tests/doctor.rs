@@ -12,7 +12,7 @@ use imds_tests::{
 };
 use serde_json::Value;
 
-const NAMES: [&str; 23] = [
+const NAMES: [&str; 24] = [
     "kernel",
     "btf",
     "bpffs",
@@ -30,6 +30,7 @@ const NAMES: [&str; 23] = [
     "agent",
     "tc_programs",
     "xdp_programs",
+    "tc_qdiscs",
     "node_pairs",
     "cgroup_programs",
     "metadata_programs",

@@ -4,10 +4,11 @@
 use imds_agent::datapath::sys::bpf::{self, MprogHook};
 use imds_tests::{
     AttachMode, METADATA, NetkitMode, PacketSocket, Pod, PodLink, SERVICE, Status, TestEnv, add_pair,
+    doctor::{all, examine},
     foreign::Foreign,
-    packets,
+    known_here, packets,
     poll::poll_until,
-    probe::{LONG, reachable},
+    probe::{LONG, SHORT, reachable},
     skip_without_netkit,
 };
 
@@ -45,6 +46,19 @@ fn redirecting_to_uplink(env: &TestEnv) -> Foreign {
     Foreign::calling(REDIRECT_NEIGH, &[uplink, 0, 0, 0]).unwrap()
 }
 
+/// Adds permanent neighbour entries for a pair in layer 2, because a program that redirects all frames forwards neither
+/// ARP requests nor replies to the node.
+fn add_neighbours(env: &TestEnv, pod: &Pod) {
+    if pod.link == PodLink::Netkit(NetkitMode::L2) {
+        let text = |mac: [u8; 6]| mac.map(|byte| format!("{byte:02x}")).join(":");
+        let add = |address: &str, mac, device: &str| {
+            format!("neigh replace {address} lladdr {} dev {device} nud permanent", text(mac))
+        };
+        pod.netns.ip(&add("169.254.1.1", pod.gateway_mac, Pod::IFNAME));
+        env.node.ip(&add(&pod.address.to_string(), pod.mac, &pod.host_ifname));
+    }
+}
+
 #[test]
 fn netkit_pods_are_denied() {
     if skip_without_netkit() {
@@ -77,15 +91,7 @@ fn netkit_redirects_come_second() {
         for is_later in [false, true] {
             let env = TestEnv::new();
             let pod = env.add_pod(PodLink::Netkit(mode));
-            if mode == NetkitMode::L2 {
-                // The program forwards neither ARP requests nor replies to the node.
-                let text = |mac: [u8; 6]| mac.map(|byte| format!("{byte:02x}")).join(":");
-                let add = |address: &str, mac, device: &str| {
-                    format!("neigh replace {address} lladdr {} dev {device} nud permanent", text(mac))
-                };
-                pod.netns.ip(&add("169.254.1.1", pod.gateway_mac, Pod::IFNAME));
-                env.node.ip(&add(&pod.address.to_string(), pod.mac, &pod.host_ifname));
-            }
+            add_neighbours(&env, &pod);
             let program = redirecting_to_uplink(&env);
             let attach = || program.attach_netkit_peer_first(&env.node, pod.host_ifindex);
             let start = || env.agent().backend(AttachMode::Tcx).resync(1).spawn_ready();
@@ -127,6 +133,37 @@ fn netkit_raw_frames_are_denied() {
     assert!(env.arrives(send));
 }
 
+/// Packets of a connection that is open before the agent starts need no call that the `socket` hook sees. Before Linux
+/// 6.13 they count as the node's at `node_egress`.
+#[test]
+fn netkit_earlier_connections_are_cut() {
+    if skip_without_netkit() {
+        return;
+    }
+    for mode in MODES {
+        for hooks in [&["from_pod"][..], &["from_pod", "node_egress", "socket"]] {
+            let env = TestEnv::new();
+            let pod = env.add_pod(PodLink::Netkit(mode));
+            add_neighbours(&env, &pod);
+            let _link = redirecting_to_uplink(&env).attach_netkit_peer_first(&env.node, pod.host_ifindex);
+            let mut connection = env.open_connection(&pod.netns);
+            assert!(connection.request(b"first request", LONG) && connection.respond(b"first response"));
+            let agent = env.agent().backend(AttachMode::Tcx).hooks(&known_here(hooks)).spawn_ready();
+            env.assert_nothing_arrives(|| {
+                assert!(!connection.request(b"second request", SHORT), "{mode:?}, {hooks:?}");
+            });
+            // The link survives the agent.
+            agent.kill9();
+            env.assert_nothing_arrives(|| {
+                assert!(!connection.has_arrived(b"second request", SHORT), "{mode:?}, {hooks:?}");
+            });
+            env.unload();
+            // The pod retransmits the request.
+            assert!(connection.has_arrived(b"second request", LONG), "{mode:?}, {hooks:?}");
+        }
+    }
+}
+
 #[test]
 fn netkit_links_are_adopted() {
     if skip_without_netkit() {
@@ -161,6 +198,31 @@ fn netkit_detached_links_are_restored() {
         (peer_programs(&env, &pod).len() == 1).then_some(())
     });
     assert_enforced(&env, &pod);
+}
+
+#[test]
+fn netkit_programs_are_listed() {
+    /// Return code `NETKIT_NEXT`, which leaves the packet to the next program.
+    const NEXT: i32 = -1;
+    if skip_without_netkit() {
+        return;
+    }
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Netkit(NetkitMode::L3));
+    let _link = Foreign::returning(NEXT).attach_netkit_peer_first(&env.node, pod.host_ifindex);
+    let listed = || {
+        let report = examine(&env);
+        let programs = all(&report, "tc_programs").into_iter().map(|check| &check["program"]);
+        let mut of_kind = programs.filter(|program| program["kind"] == "netkit");
+        let program = of_kind.next().unwrap_or_else(|| panic!("{report:#}"));
+        assert_eq!((&program["at"], &program["hook"]), (&(&*pod.host_ifname).into(), &"peer".into()));
+        let number = |key: &str| program[key].as_u64().expect("a number");
+        (number("place"), number("of"), program["is_first"].as_bool())
+    };
+    assert_eq!(listed(), (1, 1, None));
+    let _agent = env.start_agent(AttachMode::Tcx);
+    assert_enforced(&env, &pod);
+    assert_eq!(listed(), (2, 2, Some(false)));
 }
 
 /// The peer device supports no link, and both devices belong to the node.

@@ -83,6 +83,8 @@ pub struct Destination {
 #[derive(Clone, Debug)]
 pub struct Netlink {
     handle: Handle,
+    /// Connection on which the kernel filters dumps by the fields of the request (`NETLINK_GET_STRICT_CHK`, Linux 4.20).
+    strict: Handle,
     endpoints: Vec<IpAddr>,
 }
 
@@ -92,7 +94,16 @@ impl Netlink {
         let (connection, handle, _) =
             rtnetlink::new_connection().map_err(|source| NetlinkError::new("connecting", source))?;
         tokio::spawn(connection);
-        Ok(Self { handle, endpoints: Vec::new() })
+        let strict = match rtnetlink::new_connection_with_strict_check() {
+            Ok((connection, strict, _)) => {
+                tokio::spawn(connection);
+                strict
+            }
+            // An older kernel dumps all routes, and the callers filter them.
+            Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => handle.clone(),
+            Err(source) => return Err(NetlinkError::new("connecting with strict checks", source)),
+        };
+        Ok(Self { handle, strict, endpoints: Vec::new() })
     }
 
     /// Sets the protected addresses. The interfaces of routes to them are uplinks.
@@ -155,7 +166,7 @@ impl Netlink {
     /// A router advertisement of a pod can make the pod's link an uplink. This is harmless, because an uplink gets an
     /// additional hook and loses none.
     pub async fn uplinks(&self) -> Result<BTreeSet<u32>, NetlinkError> {
-        let leaving = self.routes(|route| self.leads_to_endpoint(route)).await?;
+        let leaving = self.routes(None, |route| self.leads_to_endpoint(route)).await?;
         let mut uplinks: BTreeSet<_> = leaving.iter().flat_map(outgoing).collect();
         for &endpoint in &self.endpoints {
             uplinks.extend(self.way_to(endpoint).await?);
@@ -185,20 +196,26 @@ impl Netlink {
             route.header.kind == RouteType::Local
                 && self.endpoints.iter().any(|&endpoint| destination.has(endpoint))
         };
-        Ok(!self.routes(is_local).await?.is_empty())
+        Ok(!self.routes(Some(RouteType::Local), is_local).await?.is_empty())
     }
 
     /// Lists the routes of all tables that match `is_wanted`. Filters during the dump, because a node can have a
     /// million routes.
+    ///
+    /// With `kind`, the kernel sends only routes of that type, if it can filter dumps.
     async fn routes(
         &self,
+        kind: Option<RouteType>,
         is_wanted: impl Fn(&RouteMessage) -> bool,
     ) -> Result<Vec<RouteMessage>, NetlinkError> {
         let mut routes = Vec::new();
-        let requests =
-            [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()];
-        for request in requests {
-            let found = self.handle.route().get(request).execute();
+        let handle = if kind.is_some() { &self.strict } else { &self.handle };
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            // The kernel rejects a strict dump with a scope, and uses the table and the protocol as further filters.
+            let mut request = RouteMessage::default();
+            request.header.address_family = family;
+            request.header.kind = kind.unwrap_or_default();
+            let found = handle.route().get(request).execute();
             match found.try_filter(|route| ready(is_wanted(route))).try_collect::<Vec<_>>().await {
                 Ok(found) => routes.extend(found),
                 Err(error) => {
@@ -395,6 +412,16 @@ mod tests {
             .destination_prefix(destination, length)
             .output_interface(3)
             .build()
+    }
+
+    #[tokio::test]
+    async fn kernel_filters_routes_by_type() {
+        let netlink = Netlink::connect().unwrap();
+        let all = netlink.routes(None, |_| true).await.unwrap();
+        let local = netlink.routes(Some(RouteType::Local), |_| true).await.unwrap();
+        assert!(local.iter().all(|route| route.header.kind == RouteType::Local), "{local:#?}");
+        let expected = all.iter().filter(|route| route.header.kind == RouteType::Local).count();
+        assert_eq!(local.len(), expected);
     }
 
     #[tokio::test]

@@ -70,39 +70,53 @@ fn ipvlan_in_layer_3_with_netfilter() {
     assert_pod_on_uplink_is_held("ipvlan", "type ipvlan mode l3s");
 }
 
+pub(crate) fn lacks_ifb() -> bool {
+    lacks_device(WHOLE_TEST, "ifb", "type ifb")
+}
+
+pub(crate) fn add_ifb(pod: &Netns) {
+    pod.ip("link add ifb0 type ifb\nlink set ifb0 up");
+    run_tc(pod, &words("qdisc add dev ifb0 root tbf rate 256kbit burst 1600 limit 100000"));
+}
+
+/// Sends datagrams to the echo port of the endpoint through the pod's ifb, and returns the socket.
+///
 /// Packets that leave an ifb device skip the next TC ingress hook, `from_pod` (`skb->tc_skip_classify`), unless a
 /// `mirred` action clears the flag first. The pod delays them with `tbf`, and deletes its filter before they leave.
-#[test]
-fn ifb_in_the_pod() {
-    if lacks_device(WHOLE_TEST, "ifb", "type ifb") {
-        return;
+pub(crate) fn send_by_ifb(pod: &Netns) -> UdpSocket {
+    run_tc(pod, &words("qdisc add dev eth0 clsact"));
+    let redirect = format!(
+        "filter add dev eth0 egress protocol ip u32 match ip dst {METADATA} action mirred egress redirect dev ifb0"
+    );
+    run_tc(pod, &words(&redirect));
+    let socket = pod.run(|| UdpSocket::bind("0.0.0.0:0")).expect("a UDP socket");
+    for _ in 0..20 {
+        // The socket hook denies the call if it is on.
+        let _refused = socket.send_to(&[0; 200], (METADATA, 7));
     }
-    let env = TestEnv::new();
-    let pod = env.add_pod(PodLink::Routed);
-    pod.netns.ip("link add ifb0 type ifb\nlink set ifb0 up");
-    run_tc(&pod.netns, &words("qdisc add dev ifb0 root tbf rate 256kbit burst 1600 limit 100000"));
+    run_tc(pod, &words("qdisc del dev eth0 clsact"));
     let is_empty = || {
-        let mut command = pod.netns.command("tc");
+        let mut command = pod.command("tc");
         command.args(words("-s -json qdisc show dev ifb0"));
         let output = output(command);
         let qdiscs: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON of tc");
         qdiscs[0]["backlog"] == 0
     };
-    let send = || {
-        run_tc(&pod.netns, &words("qdisc add dev eth0 clsact"));
-        let redirect = format!(
-            "filter add dev eth0 egress protocol ip u32 match ip dst {METADATA} action mirred egress redirect dev ifb0"
-        );
-        run_tc(&pod.netns, &words(&redirect));
-        let socket = pod.netns.run(|| UdpSocket::bind("0.0.0.0:0")).expect("a UDP socket");
-        for _ in 0..20 {
-            // The socket hook denies the call if it is on.
-            let _refused = socket.send_to(&[0; 200], (METADATA, 7));
-        }
-        run_tc(&pod.netns, &words("qdisc del dev eth0 clsact"));
-        poll_until(LONG, "the ifb to send its queue", || is_empty().then_some(()));
-    };
-    env.vectors(&["node_egress"]).one_vector("UDP through an ifb", send).assert_blocked_all();
+    poll_until(LONG, "the ifb to send its queue", || is_empty().then_some(()));
+    socket
+}
+
+#[test]
+fn ifb_in_the_pod() {
+    if lacks_ifb() {
+        return;
+    }
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    add_ifb(&pod.netns);
+    env.vectors(&["node_egress"])
+        .one_vector("UDP through an ifb", || drop(send_by_ifb(&pod.netns)))
+        .assert_blocked_all();
 }
 
 fn words(text: &str) -> Vec<&str> {

@@ -27,7 +27,10 @@
 //! | 20 | programs of other software | `coexist.rs` |
 //! | 21 | a metadata service on the node | `on_node` |
 //! | 22 | super-packets, jumbo frames | `gso`, `crafted::fragmented_jumbo_frame_is_denied` |
-//! | 23 | an ifb in the pod | `links::ifb_in_the_pod` |
+//! | 23 | an ifb in the pod | `links::ifb_in_the_pod`, `on_node::a_metadata_service_on_the_node_by_an_ifb` |
+//! | 28 | connections that are open before the agent starts | `limits::response_to_an_earlier_request`, `limits::earlier_connection_…` |
+//! | 29 | ARP and MAC spoofing | `limits::spoofing_…` |
+//! | 30 | reflected requests | `limits::reflected_requests_return_no_response` |
 //! | | all vectors of one pod, all hooks on | `together` |
 //! | | traffic that must keep working | `harmless` |
 
@@ -38,6 +41,7 @@ mod gso;
 mod harmless;
 mod ipv6;
 mod ipv6_fragments;
+mod limits;
 mod links;
 mod on_node;
 mod raw;

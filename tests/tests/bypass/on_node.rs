@@ -7,6 +7,7 @@ use imds_tests::{
 
 use crate::{
     ALL, AWS,
+    links::{add_ifb, lacks_ifb, send_by_ifb},
     services::{CLUSTER_IP, redirect},
     source_route::{LOOSE, source_route},
     tunnels::{VXLAN, tunnel},
@@ -91,4 +92,27 @@ fn local_service_by_source_route() {
             socket.sees(&answer, SHORT)
         })
         .assert_blocked_all();
+}
+
+/// Packets from an ifb skip `from_pod`: see [`send_by_ifb`].
+#[test]
+fn a_metadata_service_on_the_node_by_an_ifb() {
+    if lacks_ifb() {
+        return;
+    }
+    let (env, pod, _services) = world_with_service();
+    add_ifb(&pod.netns);
+    let is_open = || {
+        let socket = send_by_ifb(&pod.netns);
+        socket.set_read_timeout(Some(SHORT)).expect("a timeout");
+        socket.recv(&mut [0; 256]).is_ok()
+    };
+    assert!(is_open());
+    for (hooks, expected) in [(&["from_pod"][..], true), (&["from_pod", LOCAL_SERVICE], false)] {
+        let agent = env.agent().hooks(hooks).spawn_ready();
+        assert_eq!(is_open(), expected, "{hooks:?}: {}", agent.log());
+        drop(agent);
+        env.unload();
+        assert!(is_open(), "after {hooks:?}");
+    }
 }

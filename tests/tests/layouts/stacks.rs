@@ -1,6 +1,6 @@
 //! Bonds and VLAN devices above the NIC.
 
-use imds_tests::{Layout, Nic, TestEnv, WHOLE_TEST, lacks_device};
+use imds_tests::{Layout, Nic, TestEnv, WHOLE_TEST, lacks_device, skip_without_team};
 
 use crate::{bridges::BRIDGE, fixture::Case};
 
@@ -27,6 +27,20 @@ fn bond_of_nic() {
 fn bond_of_veth_nic() {
     if !lacks_bond() {
         Case::new(bond(Nic::Veth)).assert_enforced();
+    }
+}
+
+#[test]
+fn team_of_nic() {
+    if !skip_without_team() {
+        Case::new(Layout::new(Nic::Macvlan).in_team()).assert_enforced();
+    }
+}
+
+#[test]
+fn team_of_veth_nic() {
+    if !skip_without_team() {
+        Case::new(Layout::new(Nic::Veth).in_team()).assert_enforced();
     }
 }
 

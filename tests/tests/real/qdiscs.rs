@@ -5,6 +5,7 @@ use std::time::Duration;
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
     AttachMode, METADATA, Pod, PodLink, TestEnv,
+    doctor::{assert_has, examine, one},
     hook::{self, qdisc_kinds},
     poll::{poll_until, try_poll},
     probe::{LONG, SHORT, http_get, udp_echo},
@@ -72,6 +73,55 @@ fn ingress_qdisc_on_the_uplink() {
         assert_eq!(qdisc_kinds(&env.node, TestEnv::UPLINK), ["ingress", "noqueue"]);
         assert!(pods.iter().all(is_open));
     });
+}
+
+/// `doctor` names an `ingress` qdisc that keeps `node_egress` from the uplink, and the command that deletes the qdisc.
+#[test]
+fn doctor_names_the_ingress_qdisc_of_the_uplink() {
+    let env = TestEnv::new();
+    let (pod, uplink) = (env.add_pod(PodLink::Routed), TestEnv::UPLINK);
+    // `from_pod` shares the ingress qdisc of the pod's interface.
+    for interface in [uplink, &pod.host_ifname] {
+        run(&env.node, &format!("tc qdisc add dev {interface} ingress"));
+    }
+    let check = || one(&examine(&env), "tc_qdiscs").clone();
+    assert_eq!(check()["state"], if hook::has_tcx() { "ok" } else { "degraded" }, "before the agent");
+    let agent = env.agent().backend(AttachMode::Clsact).hooks(&["from_pod", "node_egress"]).resync(1).spawn();
+    env.status_when("node_egress is not enforced", |status| {
+        status.agent.ready && !status.problems.is_empty()
+    });
+    let named = check();
+    assert_eq!(named["state"], "degraded", "{named:#}");
+    for part in [uplink, "ingress qdisc", "node_egress"] {
+        assert_has(&named, "found", part);
+    }
+    let remedy = format!("tc qdisc delete dev {uplink} ingress");
+    assert_has(&named, "remedy", &remedy);
+    run(&env.node, &remedy);
+    env.status_when("node_egress is enforced", |status| status.problems.is_empty());
+    assert_eq!(check()["state"], "ok");
+    drop(agent);
+    env.unload();
+}
+
+/// A filter block that several interfaces share accepts no filter of a single interface.
+#[test]
+fn doctor_names_a_shared_filter_block() {
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    run(&env.node, &format!("tc qdisc add dev {} ingress_block 22 clsact", pod.host_ifname));
+    let agent = env.agent().backend(AttachMode::Clsact).hooks(&["from_pod"]).resync(1).spawn();
+    env.status_when("from_pod is not enforced", |status| status.agent.ready && !status.problems.is_empty());
+    let named = one(&examine(&env), "tc_qdiscs").clone();
+    assert_eq!(named["state"], "degraded", "{named:#}");
+    assert_has(&named, "found", "shared filter block 22");
+    let remedy = format!("tc qdisc delete dev {} clsact", pod.host_ifname);
+    assert_has(&named, "remedy", &remedy);
+    run(&env.node, &remedy);
+    env.wait_enforced(&pod);
+    env.assert_blocked(&pod);
+    drop(agent);
+    env.unload();
 }
 
 /// `from_pod` shares an `ingress` qdisc of a pod interface. The agent keeps the qdisc and foreign filters.

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 /// Modules that the tests may need. A kernel has no file for a module that is built in or missing.
-const WANTED: [&str; 54] = [
+const WANTED: [&str; 55] = [
     "act_gact",
     "act_mirred",
     "act_police",
@@ -54,6 +54,7 @@ const WANTED: [&str; 54] = [
     "sit",
     "team",
     "team_mode_activebackup",
+    "team_mode_roundrobin",
     "tun",
     "veth",
     "vrf",

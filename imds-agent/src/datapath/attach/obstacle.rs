@@ -47,7 +47,8 @@ pub enum Obstacle {
     TooManyPrograms,
 }
 
-fn tcx_remedy(has_tcx: bool) -> &'static str {
+/// Returns the remedy that attaches without a qdisc, depending on TCX in the kernel.
+pub(crate) fn tcx_remedy(has_tcx: bool) -> &'static str {
     if has_tcx { "run imds-agent with --tc-backend tcx" } else { "use a kernel with TCX (6.6)" }
 }
 

@@ -1,5 +1,7 @@
 //! Reads the qdisc in the `ffff:` slot of an interface, which contains either `clsact` or `ingress`.
 
+use std::collections::BTreeMap;
+
 use imds_ebpf_common::TcHook;
 use rtnetlink::{
     packet_core::Nla as _,
@@ -73,14 +75,21 @@ impl Qdisc {
 /// a request for a single qdisc, the kernel also notifies all listeners of `RTNLGRP_TC` (`qdisc_notify`), as if the qdisc had
 /// changed.
 pub(crate) async fn read(netlink: &Netlink, ifindex: u32) -> Result<Option<Qdisc>, NetlinkError> {
-    let request = RouteNetlinkMessage::GetQueueDiscipline(TcMessage::with_index(ifindex.cast_signed()));
-    let answers = netlink.dump(format!("listing qdiscs of interface {ifindex}"), request).await?;
-    Ok(answers.into_iter().find_map(|answer| match answer {
-        RouteNetlinkMessage::NewQueueDiscipline(message) if message.header.index == ifindex.cast_signed() => {
-            Qdisc::from_message(message)
+    Ok(list(netlink).await?.remove(&ifindex))
+}
+
+/// Reads the qdiscs of all interfaces whose `ffff:` slot is in use, by interface index.
+pub(crate) async fn list(netlink: &Netlink) -> Result<BTreeMap<u32, Qdisc>, NetlinkError> {
+    let request = RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default());
+    let answers = netlink.dump("listing qdiscs", request).await?;
+    let qdiscs = answers.into_iter().filter_map(|answer| match answer {
+        RouteNetlinkMessage::NewQueueDiscipline(message) => {
+            let ifindex = message.header.index.cast_unsigned();
+            Qdisc::from_message(message).map(|qdisc| (ifindex, qdisc))
         }
         _ => None,
-    }))
+    });
+    Ok(qdiscs.collect())
 }
 
 /// Reads the qdisc of an interface and returns the obstacle to a filter at `hook`.

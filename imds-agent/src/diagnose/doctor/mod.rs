@@ -18,6 +18,7 @@ mod metadata_programs;
 mod nft_rule;
 mod node_pairs;
 mod number_set;
+mod qdiscs;
 mod rulesets;
 mod tc_programs;
 mod traffic;
@@ -68,6 +69,7 @@ pub async fn examine(pins: &PinDir, netlink: &Netlink) -> Result<DoctorReport, D
     let devices = devices::list(netlink).await?;
     let mark = MarkUse::read(pins, &devices);
     checks.extend(tc_programs::of_interfaces(pins, netlink, &devices, &mark).await?);
+    checks.extend(qdiscs::checks(pins, netlink).await?);
     checks.extend(node_pairs::checks(pins, netlink).await?);
     checks.extend(cgroup_programs::programs(pins)?);
     checks.extend(metadata_programs::checks(netlink).await?);

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use aya::programs::loaded_programs;
-use imds_ebpf_common::{TcHook, TcHookSet, names::TC_PROGRAMS};
+use imds_ebpf_common::{InterfaceRecord, TcHook, TcHookSet, names::TC_PROGRAMS};
 
 use super::{
     devices::Device,
@@ -57,11 +57,7 @@ pub(crate) async fn of_interfaces(
     let (mut count, mut pods) = (0_usize, 0_usize);
     for link in links {
         let record = maps.as_ref().and_then(|maps| interface_records::get(maps, link.index));
-        let desired = record.map_or_else(
-            || interface_role::assign(&link, &uplinks, &Interfaces::default(), false).hooks,
-            |record| TcHookSet::from_bits(record.hooks),
-        );
-        for hook in desired.iter().filter(|hook| hooks.has(hook.hook())) {
+        for hook in desired_hooks(&link, record, &uplinks).iter().filter(|hook| hooks.has(hook.hook())) {
             count += 1;
             let spot = AttachPoint { ifindex: link.index, hook };
             if hook == TcHook::FromPod {
@@ -110,6 +106,14 @@ pub(crate) async fn of_interfaces(
     }
     checks.extend(of_xdp);
     Ok(checks)
+}
+
+/// Returns the hooks that the interface should have: as recorded, or as a default configuration assigns them.
+pub(crate) fn desired_hooks(link: &Link, record: Option<InterfaceRecord>, uplinks: &Uplinks) -> TcHookSet {
+    record.map_or_else(
+        || interface_role::assign(link, uplinks, &Interfaces::default(), false).hooks,
+        |record| TcHookSet::from_bits(record.hooks),
+    )
 }
 
 /// Checks of the XDP programs of a pod's host-side interface, which see the pod's frames before every TC program.

@@ -1,0 +1,106 @@
+//! Qdiscs that accept no filter of the agent, on interfaces that need one.
+
+use std::collections::BTreeMap;
+
+use imds_ebpf_common::{AttachMode, InterfaceRecord, TcHook};
+
+use super::{doctor_report::DoctorCheck, tc_programs::desired_hooks};
+use crate::{
+    config::Hooks,
+    datapath::{
+        DatapathError,
+        attach::{
+            obstacle::{Obstacle, tcx_remedy},
+            qdisc::{self, Qdisc},
+        },
+        maps::interface_records,
+        object::Maps,
+        pin::dir::PinDir,
+        sys::bpf,
+    },
+    node::{interface_role::Uplinks, link::Link, netlink::Netlink},
+};
+
+const NAME: &str = "tc_qdiscs";
+
+/// Lists the hooks to which no filter can be attached because of a qdisc that another program has added.
+pub(crate) async fn checks(pins: &PinDir, netlink: &Netlink) -> Result<Vec<DoctorCheck>, DatapathError> {
+    let maps = Maps::open(pins).ok();
+    let policy = maps.as_ref().and_then(|maps| maps.policy.get(&0, 0).ok());
+    let hooks = policy.map_or_else(Hooks::default, |policy| Hooks::from_bits(policy.hooks));
+    let links = netlink.links().await?;
+    let uplinks = Uplinks::new(netlink.uplinks().await?, links.iter());
+    let (qdiscs, has_tcx) = (qdisc::list(netlink).await?, bpf::has_tcx());
+    let mut checks = Vec::new();
+    for link in &links {
+        let record = maps.as_ref().and_then(|maps| interface_records::get(maps, link.index));
+        let desired = desired_hooks(link, record, &uplinks);
+        // Links to other namespaces get `node_egress` only because a route may make them uplinks.
+        let is_spare =
+            |hook| hook == TcHook::NodeEgress && link.leads_elsewhere() && !uplinks.contain(link.index);
+        let needed = desired.iter().filter(|&hook| {
+            hooks.has(hook.hook()) && needs_filter(record.as_ref(), hook, has_tcx) && !is_spare(hook)
+        });
+        checks.extend(needed.filter_map(|hook| blocked(link, hook, &qdiscs, has_tcx)));
+    }
+    if checks.is_empty() {
+        checks.push(DoctorCheck::ok(NAME, "none keeps the agent from an interface"));
+    }
+    Ok(checks)
+}
+
+/// Reports whether the hook needs a filter: without TCX, or if the agent has attached a filter or failed to attach its program.
+fn needs_filter(record: Option<&InterfaceRecord>, hook: TcHook, has_tcx: bool) -> bool {
+    match record {
+        Some(record) => {
+            let mode = record.attach_mode(hook);
+            mode != AttachMode::Tcx as u8 && mode != AttachMode::Netkit as u8
+        }
+        None => !has_tcx,
+    }
+}
+
+fn blocked(link: &Link, hook: TcHook, qdiscs: &BTreeMap<u32, Qdisc>, has_tcx: bool) -> Option<DoctorCheck> {
+    let (name, hook) = (&link.name, hook.hook().name());
+    let (found, kind) = match qdiscs.get(&link.index)?.obstacle(hook, has_tcx)? {
+        Obstacle::IngressQdisc { .. } => (
+            format!("the ingress qdisc of {name} occupies the clsact slot: {hook} can't be attached there"),
+            "ingress".to_owned(),
+        ),
+        Obstacle::SharedBlock { kind, block, .. } => (
+            format!(
+                "the {kind} qdisc of {name} uses the shared filter block {block}: {hook} can't be attached there"
+            ),
+            kind,
+        ),
+        Obstacle::TooManyPrograms => return None,
+    };
+    let remedy = format!(
+        "pods that only {hook} covers are not denied; delete the qdisc with its filters (`tc qdisc delete dev {name} {kind}`), \
+         or {}",
+        tcx_remedy(has_tcx)
+    );
+    Some(DoctorCheck::degraded(NAME, found, remedy))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filters_are_needed_without_links() {
+        let needs = |record: Option<InterfaceRecord>, has_tcx| {
+            needs_filter(record.as_ref(), TcHook::NodeEgress, has_tcx)
+        };
+        assert!(needs(None, false) && !needs(None, true));
+        for (mode, expected) in [
+            (AttachMode::None, true),
+            (AttachMode::Clsact, true),
+            (AttachMode::Tcx, false),
+            (AttachMode::Netkit, false),
+        ] {
+            let record = InterfaceRecord { attach_modes: [0, mode as u8], ..InterfaceRecord::default() };
+            assert_eq!(needs(Some(record), true), expected, "{mode:?}");
+        }
+    }
+}
