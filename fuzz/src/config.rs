@@ -107,7 +107,7 @@ fn assert_guards(guarded: &EndpointSet, said: &Table) {
         let name = table["name"].as_str().expect("a name");
         let endpoint =
             guarded.endpoints().iter().find(|endpoint| endpoint.name == name).expect("a protected endpoint");
-        let allowed_ports = table.get("keep").and_then(Value::as_array);
+        let allowed_ports = table.get("allow_ports").and_then(Value::as_array);
         let said: Vec<_> = allowed_ports.into_iter().flatten().filter_map(Value::as_str).collect();
         assert_eq!(endpoint.allow_ports.len(), said.len());
         for port in &endpoint.allow_ports {

@@ -9,7 +9,7 @@ use imds_ebpf_common::{
 pub(crate) fn run(packet: &[u8]) {
     let mut dns = [Service::NONE; 8];
     dns[0] = Service::new(17, 53);
-    let endpoint = |allowed_ports| Endpoint { name: [0; 16], id: 1, allowed_ports };
+    let endpoint = |allowed_ports| Endpoint { name: [0; 16], id: 1, allow_ports: allowed_ports };
     let endpoints = [
         (Address::from_ipv4(IMDS_IPV4), endpoint([Service::NONE; 8])),
         (Address::from_ipv4([168, 63, 129, 16]), endpoint(dns)),

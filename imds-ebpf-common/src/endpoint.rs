@@ -73,13 +73,13 @@ pub struct Endpoint {
     /// Number of the endpoint in the configuration, from 1.
     pub id: u32,
     /// Allowed ports; all other ports are denied.
-    pub allowed_ports: AllowedPorts,
+    pub allow_ports: AllowedPorts,
 }
 
 impl Endpoint {
     /// Iterates over the allowed ports, without the unused entries.
     pub fn allowed_ports(&self) -> impl Iterator<Item = Service> + '_ {
-        self.allowed_ports.iter().copied().take_while(|service| service.protocol != 0)
+        self.allow_ports.iter().copied().take_while(|service| service.protocol != 0)
     }
 }
 

@@ -71,7 +71,7 @@ impl EndpointTable {
         *self = Self::EMPTY;
         for ((entry, number), (address, endpoint)) in self.entries.iter_mut().zip(1..).zip(endpoints) {
             let Some(head) = self.heads.get_mut(bucket(address.slot())) else { continue };
-            *entry = EndpointEntry { address, allowed_ports: endpoint.allowed_ports, next: u64::from(*head) };
+            *entry = EndpointEntry { address, allowed_ports: endpoint.allow_ports, next: u64::from(*head) };
             *head = number;
         }
     }

@@ -61,6 +61,10 @@ pub const MAP_CONFIG: &str = "imds_config";
 /// Array with one entry: the [`CgroupRecord`](crate::CgroupRecord).
 pub const MAP_CGROUP: &str = "imds_cgroup";
 
+/// Array with [`PROGRAM_COUNT`] error numbers: the one with which the kernel rejected each program, in the order of
+/// [`programs`], or 0.
+pub const MAP_REJECTED: &str = "imds_rejected";
+
 /// Array with one entry: the [`KubernetesRecord`](crate::KubernetesRecord).
 pub const MAP_KUBERNETES: &str = "imds_kubernetes";
 /// Hash of [`Subject`](crate::Subject) to [`PodRecord`](crate::PodRecord).
@@ -119,13 +123,23 @@ pub const fn programs_of(hook: Hook) -> &'static [&'static str] {
     }
 }
 
+/// Number of the programs of all hooks.
+pub const PROGRAM_COUNT: usize = {
+    let (mut count, mut index) = (0, 0);
+    while index < Hook::ALL.len() {
+        count += programs_of(Hook::ALL[index]).len();
+        index += 1;
+    }
+    count
+};
+
 /// Returns the programs of all hooks.
 pub fn programs() -> impl Iterator<Item = &'static str> {
     Hook::ALL.into_iter().flat_map(programs_of).copied()
 }
 
 /// All maps of the object, except the section of its constants.
-pub const MAPS: [&str; 20] = [
+pub const MAPS: [&str; 21] = [
     MAP_POLICY,
     MAP_COUNTERS,
     MAP_INTERFACES,
@@ -138,6 +152,7 @@ pub const MAPS: [&str; 20] = [
     MAP_PROVIDER,
     MAP_CONFIG,
     MAP_CGROUP,
+    MAP_REJECTED,
     MAP_KUBERNETES,
     MAP_PODS,
     MAP_RECENT,

@@ -48,7 +48,7 @@ impl PolicyLookup for InMemoryPolicy<'_> {
         self.endpoints
             .iter()
             .find(|(guarded, _)| guarded == address)
-            .map(|(_, endpoint)| &endpoint.allowed_ports)
+            .map(|(_, endpoint)| &endpoint.allow_ports)
     }
 
     fn mode(&self) -> Mode {

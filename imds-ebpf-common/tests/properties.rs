@@ -25,7 +25,7 @@ const RESOLVER_IPV6: [u8; 16] = [0xfd, 0x20, 0, 0xce, 0, 0, 0, 0, 0, 0, 0, 0, 0,
 fn endpoints() -> [(Address, Endpoint); 4] {
     let mut dns = [Service::NONE; MAX_ALLOWED_PORTS];
     (dns[0], dns[1]) = (Service::new(UDP, 53), Service::new(TCP, 53));
-    let endpoint = |allowed_ports| Endpoint { name: [0; 16], id: 1, allowed_ports };
+    let endpoint = |allowed_ports| Endpoint { name: [0; 16], id: 1, allow_ports: allowed_ports };
     [
         (Address::from_ipv4(IMDS_IPV4), endpoint([Service::NONE; MAX_ALLOWED_PORTS])),
         (Address::from_ipv6(IMDS_IPV6), endpoint([Service::NONE; MAX_ALLOWED_PORTS])),
@@ -315,8 +315,8 @@ proptest! {
         for (to, (protocol, port)) in allowed_ports.iter_mut().zip(&listed) {
             *to = Service::new(*protocol, *port);
         }
-        let endpoint = Endpoint { name: [0; 16], id: 1, allowed_ports };
-        prop_assert_eq!(allows(&endpoint.allowed_ports, Service::new(asked.0, asked.1)), listed.contains(&asked));
+        let endpoint = Endpoint { name: [0; 16], id: 1, allow_ports: allowed_ports };
+        prop_assert_eq!(allows(&endpoint.allow_ports, Service::new(asked.0, asked.1)), listed.contains(&asked));
     }
 
     #[test]
@@ -369,13 +369,13 @@ fn bloom_filter_has_few_false_positives() {
         assert_eq!(buckets.len(), 256, "neighbours share chains");
     }
     let addresses: Vec<_> = (0..=255).map(in_a_row[0]).collect();
-    let endpoint = Endpoint { name: [0; 16], id: 1, allowed_ports: [Service::NONE; MAX_ALLOWED_PORTS] };
+    let endpoint = Endpoint { name: [0; 16], id: 1, allow_ports: [Service::NONE; MAX_ALLOWED_PORTS] };
     let filter = PolicyTable::of(addresses.iter().map(|address| (*address, &endpoint)));
     assert!(addresses.iter().all(|address| filter.has(address.slot())));
     let bits: u32 = filter.bits.iter().map(|byte| byte.count_ones()).sum();
     assert_eq!(bits, 256, "neighbours share slots");
     for address in &addresses {
-        assert_eq!(filter.table().find(*address), Some(&endpoint.allowed_ports));
+        assert_eq!(filter.table().find(*address), Some(&endpoint.allow_ports));
     }
     assert_eq!(filter.table().find(Address::from_ipv4(IMDS_IPV4)), None);
 
@@ -394,7 +394,7 @@ fn longest_chain_is_searched_to_its_end() {
     let addresses: Vec<_> = (0..4).map(|n| Address::from_ipv4([10, n, 10, n])).collect();
     assert!(addresses.len() == MAX_BUCKET_LEN);
     assert!(addresses.iter().all(|address| address.slot() == addresses[0].slot()));
-    let endpoint = Endpoint { name: [0; 16], id: 1, allowed_ports: [Service::NONE; MAX_ALLOWED_PORTS] };
+    let endpoint = Endpoint { name: [0; 16], id: 1, allow_ports: [Service::NONE; MAX_ALLOWED_PORTS] };
     let filter = PolicyTable::of(addresses.iter().map(|address| (*address, &endpoint)));
     assert!(addresses.iter().all(|address| filter.table().find(*address).is_some()));
 }

@@ -16,6 +16,7 @@ use imds_ebpf_common::{
     event_log::{DENIALS, DenialKey, DenialRecord, RECENT, RecentEvent},
     exemption::MAX_EXEMPTIONS,
     filter::{BUCKETS, MAX_BUCKET_LEN, bucket},
+    names::PROGRAM_COUNT,
     opaque::{opaque, opaque_pointer},
 };
 
@@ -47,6 +48,10 @@ static CONFIG: Array<ConfigRecord, 1> = Array::new();
 /// For user space only. The object defines the map so that it has BTF and a pin.
 #[btf_map(name = "imds_cgroup")]
 static CGROUP: Array<CgroupRecord, 1> = Array::new();
+
+/// For user space only. The object defines the map so that it has BTF and a pin.
+#[btf_map(name = "imds_rejected")]
+static REJECTED: Array<u32, PROGRAM_COUNT> = Array::new();
 
 /// For user space only: the programs read endpoints from [`IMDS_FILTER`]. Has room for the old and the new endpoints.
 #[btf_map(name = "imds_endpoints")]

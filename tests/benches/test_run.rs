@@ -83,7 +83,7 @@ fn instructions(object: &Object) -> String {
 
 /// Returns the largest possible set of endpoints.
 fn endpoints() -> Vec<(Address, Endpoint)> {
-    let endpoint = |id, allowed_ports| Endpoint { name: [0; 16], id, allowed_ports };
+    let endpoint = |id, allowed_ports| Endpoint { name: [0; 16], id, allow_ports: allowed_ports };
     let nothing = [Service::NONE; 8];
     let mut dns = nothing;
     dns[0] = Service::new(UDP, 53);

@@ -20,6 +20,7 @@ use crate::{
     effort::patience,
     netns::unique,
     poll::{poll_until, try_poll},
+    program_policy::ProgramPolicy,
 };
 
 /// Time limit of any command of the agent.
@@ -98,6 +99,7 @@ impl TestEnv {
             binary: self.agent.clone(),
             run: None,
             sendmsg: None,
+            policy: None,
         }
     }
 }
@@ -137,6 +139,7 @@ pub struct AgentCommand<'w> {
     run: Option<(String, Vec<&'static str>)>,
     /// Value of `hooks.sendmsg`, for `run`.
     sendmsg: Option<&'static str>,
+    policy: Option<ProgramPolicy>,
 }
 
 impl<'w> AgentCommand<'w> {
@@ -195,6 +198,11 @@ impl<'w> AgentCommand<'w> {
         Self { pin_dir: path.to_owned(), ..self }
     }
 
+    /// Runs the agent under a policy that rejects BPF programs, from [`AgentCommand::spawn`] on.
+    pub fn policy(self, policy: &ProgramPolicy) -> Self {
+        Self { policy: Some(policy.clone()), ..self }
+    }
+
     /// Runs another binary than the world's.
     pub fn binary(self, path: &Path) -> Self {
         Self { binary: Some(path.to_owned()), ..self }
@@ -239,7 +247,13 @@ impl<'w> AgentCommand<'w> {
     pub fn spawn(self) -> Agent<'w> {
         let mut command = self.command();
         command.env("RUST_LOG", "info").stdin(Stdio::null()).stderr(Stdio::piped());
+        if self.policy.is_some() {
+            ProgramPolicy::apply(&mut command);
+        }
         let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        if let Some(policy) = &self.policy {
+            policy.supervise(child.id());
+        }
         let stderr = child.stderr.take().expect("a pipe");
         let log = Arc::new(Mutex::new(Vec::new()));
         let lines = Arc::clone(&log);
@@ -315,6 +329,12 @@ impl Agent<'_> {
             self.log_lines().into_iter().map(|(_, line)| line).find(|line| line.contains(pattern))
         });
         found.unwrap_or_else(|| panic!("no {pattern:?} in the log within {deadline:?}:\n{}", self.log()))
+    }
+
+    /// Waits until the agent ends by itself.
+    #[track_caller]
+    pub fn wait_end(mut self) -> ExitStatus {
+        poll_until(READY_TIMEOUT, "the agent to end", || self.child.try_wait().expect("wait for the agent"))
     }
 
     /// Kills the agent with SIGKILL.

@@ -23,6 +23,7 @@ pub mod packets;
 pub mod poll;
 pub mod probe;
 pub mod program;
+pub mod program_policy;
 pub mod promql;
 pub mod stability;
 pub mod status;

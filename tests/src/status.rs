@@ -113,7 +113,7 @@ pub struct Provider {
 pub struct Endpoint {
     pub name: String,
     pub address: String,
-    pub keep: Vec<String>,
+    pub allow_ports: Vec<String>,
 }
 
 /// A network interface of the node.

@@ -251,3 +251,46 @@ fn unwritable_state_dir_is_not_fatal() {
     drop(agent);
     node.env.unload();
 }
+
+/// Without a stored configuration, as with a state directory that does not outlive the container.
+#[test]
+fn a_warm_start_keeps_the_effective_configuration() {
+    let node = Node::new();
+    let other = node.env.add_pod(PodLink::Routed);
+    node.write(&format!("{HOOKS}{}", node.exempt()));
+    let good = node.command().spawn_ready();
+    node.env.status_when("the pod is exempt", |status| !status.exemptions.is_empty());
+    good.kill9();
+    let mut generation = node.env.status().configuration.unwrap().generation;
+    node.write(&format!("unknown = 1\n{HOOKS}"));
+    // The second start meets a configuration that the first one kept.
+    for _ in 0..2 {
+        let _absent = fs::remove_dir_all(node.env.state_dir());
+        let (agent, status) = node.start_degraded("keeping the effective configuration");
+        let configuration = status.configuration.unwrap();
+        assert_eq!(configuration.file.as_ref(), Some(&node.file));
+        assert!(configuration.generation > generation);
+        generation = configuration.generation;
+        assert_eq!(status.hooks, ["from_pod", "node_egress", "local_service"]);
+        node.env.assert_open(&node.pod);
+        node.env.assert_blocked(&other);
+        assert!(!node.stored().exists());
+        drop(agent);
+    }
+
+    // The configuration of another file is not taken.
+    let another = node.env.scratch_dir().join("another.toml");
+    fs::write(&another, "unknown = 1\n").unwrap();
+    let cgroup = node.env.cgroup().to_str().unwrap();
+    let command = node.env.imds_agent(&["run"]).config_file(another.to_str().unwrap());
+    assert_eq!(command.args(&["--cgroup", cgroup]).once().status.code(), Some(2));
+    node.env.assert_blocked(&node.pod);
+
+    // Nor are the defaults that replaced a broken file.
+    node.write("mode = 'audit'\nunknown = 1\n");
+    let (agent, status) = node.start_degraded("enforcing the built-in defaults");
+    assert_eq!(status.mode.as_deref(), Some("audit"));
+    drop(agent);
+    node.env.unload();
+    node.env.assert_open(&node.pod);
+}

@@ -100,7 +100,7 @@ fn show_prints_effective_config() {
         "metrics": { "listen": ["127.0.0.1:9254"], "program_run_time": false },
         "preset": {},
         "kubernetes": { "enabled": "auto", "kubeconfig": "", "node_name": "" },
-        "endpoint": [{ "name": "vault", "address": "10.0.0.9", "keep": [] }],
+        "endpoint": [{ "name": "vault", "address": "10.0.0.9", "allow_ports": [] }],
         "exempt": [],
     });
     assert_eq!(shown, expected);

@@ -43,7 +43,7 @@ const RESOLVER_IPV6: [u8; 16] = [0xfd, 0x20, 0, 0xce, 0, 0, 0, 0, 0, 0, 0, 0, 0,
 fn endpoints() -> Vec<(Address, Endpoint)> {
     let mut dns = [Service::NONE; 8];
     (dns[0], dns[7]) = (Service::new(UDP, 53), Service::new(TCP, 53));
-    let endpoint = |id, allowed_ports| Endpoint { name: [0; 16], id, allowed_ports };
+    let endpoint = |id, allowed_ports| Endpoint { name: [0; 16], id, allow_ports: allowed_ports };
     vec![
         (Address::from_ipv4(IMDS_IPV4), endpoint(1, [Service::NONE; 8])),
         (Address::from_ipv6(IMDS_IPV6), endpoint(2, [Service::NONE; 8])),

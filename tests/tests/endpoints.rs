@@ -71,11 +71,11 @@ fn only_allowed_ports_are_reachable() {
         [[endpoint]]
         name = 'four'
         address = '169.254.169.254'
-        keep = ['udp/53', 'tcp/53']
+        allow_ports = ['udp/53', 'tcp/53']
         [[endpoint]]
         name = 'six'
         address = 'fd00:ec2::254'
-        keep = ['udp/53', 'tcp/53']";
+        allow_ports = ['udp/53', 'tcp/53']";
     let agent = env.agent().config(config).spawn_ready();
     assert!(dns.into_iter().all(is_dns_open));
     assert_v6_blocked(&pod);
@@ -83,7 +83,8 @@ fn only_allowed_ports_are_reachable() {
     let status = env.status();
     let counts = status.interface(&pod.host_ifname).counts;
     assert!(counts.allowed.packets > 0 && counts.denied.packets > 0, "{counts:?}");
-    let shown: Vec<_> = status.endpoints.iter().map(|e| (&*e.name, &*e.address, e.keep.join(" "))).collect();
+    let shown: Vec<_> =
+        status.endpoints.iter().map(|e| (&*e.name, &*e.address, e.allow_ports.join(" "))).collect();
     let kept = || "udp/53 tcp/53".to_owned();
     assert_eq!(shown, [("four", "169.254.169.254", kept()), ("six", "fd00:ec2::254", kept())]);
     assert_eq!(status.provider.unwrap().in_force, "none");
@@ -113,7 +114,7 @@ fn preset_allows_configured_ports() {
     });
     let status = env.status();
     let imds = status.endpoints.iter().find(|endpoint| endpoint.name == "imds").unwrap();
-    assert_eq!(imds.keep, ["tcp/80"]);
+    assert_eq!(imds.allow_ports, ["tcp/80"]);
     write("");
     poll_until(LONG, "the port to be denied again", || {
         (!http_get(&pod.netns, METADATA, SHORT).is_answer()).then_some(())

@@ -114,8 +114,9 @@ fn guarding() -> Vec<String> {
         let other = |n| format!("[[endpoint]]\nname = 'e{n}'\naddress = '10.9.0.{n}'\n");
         (1..=count).map(other).collect::<Vec<_>>().concat()
     };
-    let own =
-        |keep: &str| format!("[[endpoint]]\nname = 'own'\naddress = '169.254.169.254'\nkeep = [{keep}]\n");
+    let own = |ports: &str| {
+        format!("[[endpoint]]\nname = 'own'\naddress = '169.254.169.254'\nallow_ports = [{ports}]\n")
+    };
     vec![
         FROM_POD.to_owned(),
         format!("provider = 'aws'\n{FROM_POD}{}", others(3)),

@@ -26,7 +26,7 @@ const RST: u8 = 4;
 const ACK: u8 = 16;
 
 fn rejecting() -> Object {
-    let endpoint = |id| Endpoint { name: [0; 16], id, allowed_ports: [Service::NONE; 8] };
+    let endpoint = |id| Endpoint { name: [0; 16], id, allow_ports: [Service::NONE; 8] };
     let endpoints =
         [(Address::from_ipv4(IMDS_IPV4), endpoint(1)), (Address::from_ipv6(IMDS_IPV6), endpoint(2))];
     let mut object = Object::load(OBJECT);

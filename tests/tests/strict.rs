@@ -190,11 +190,11 @@ fn node_and_unprotected_addresses_pass() {
         [[endpoint]]
         name = 'four'
         address = '169.254.169.254'
-        keep = ['udp/53', 'tcp/53']
+        allow_ports = ['udp/53', 'tcp/53']
         [[endpoint]]
         name = 'six'
         address = 'fd00:ec2::254'
-        keep = ['udp/53', 'tcp/53']";
+        allow_ports = ['udp/53', 'tcp/53']";
     let agent = env.agent().hooks(&ALL).config(config).spawn_ready();
     let services = [SERVICE.into(), SERVICE_V6.into()];
     let endpoints = [METADATA.into(), METADATA_V6.into()];

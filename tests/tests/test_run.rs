@@ -26,7 +26,7 @@ const OTHER: [u8; 4] = [198, 51, 100, 10];
 const ETHERNET_LEN: usize = 14;
 
 const IMDS: Endpoint =
-    Endpoint { name: *b"imds\0\0\0\0\0\0\0\0\0\0\0\0", id: 1, allowed_ports: [Service::NONE; 8] };
+    Endpoint { name: *b"imds\0\0\0\0\0\0\0\0\0\0\0\0", id: 1, allow_ports: [Service::NONE; 8] };
 
 /// Loads programs for which 169.254.169.254 is an endpoint.
 fn unwritten_object() -> Object {

@@ -1,10 +1,10 @@
 //! `unload` removes everything of the agent, and nothing of other software.
 
-use std::fs;
+use std::{fmt::Write as _, fs};
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
-    Pod, PodLink, TestEnv,
+    AttachMode, Pod, PodLink, TestEnv,
     foreign::{Foreign, TC_ACT_OK},
     hook::{self, run_tc},
     poll::poll_until,
@@ -91,7 +91,7 @@ fn earlier_clsact_qdisc_stays() {
 fn foreign_filter_on_own_qdisc_stays() {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
-    env.start_agent(imds_tests::AttachMode::Clsact).kill9();
+    env.start_agent(AttachMode::Clsact).kill9();
     Foreign::returning(TC_ACT_OK).attach_filter(&env.node, &pod.host_ifname, TcAttachType::Ingress, 7);
     env.unload();
     let left = hook::filters(&env.node, &pod.host_ifname);
@@ -108,7 +108,7 @@ fn foreign_tcx_program_stays() {
     let _link =
         Foreign::returning(TC_ACT_OK).attach_tcx_first(&env.node, pod.host_ifindex, TcAttachType::Ingress);
     let theirs = hook::tcx(&env.node, &pod.host_ifname);
-    env.start_agent(imds_tests::AttachMode::Tcx).kill9();
+    env.start_agent(AttachMode::Tcx).kill9();
     env.unload();
     assert_eq!(hook::tcx(&env.node, &pod.host_ifname), theirs);
 }
@@ -206,4 +206,61 @@ fn unload_waits_if_requested() {
     kill(Pid::from_raw(unload.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
     let ended = poll_until(LONG, "the command to end", || unload.try_wait().unwrap());
     assert!(ended.success(), "{ended}");
+}
+
+/// Setting of the machine that `unload` changes while it detaches many links.
+const EXPEDITED: &str = "/sys/kernel/rcu_expedited";
+
+/// Restores the setting even if the test fails.
+struct Restore;
+
+impl Drop for Restore {
+    fn drop(&mut self) {
+        if is_expedited() {
+            fs::write(EXPEDITED, "0").unwrap();
+        }
+    }
+}
+
+fn is_expedited() -> bool {
+    fs::read_to_string(EXPEDITED).unwrap().trim() == "1"
+}
+
+/// Starts `unload` of many links, and kills it while grace periods are expedited.
+#[track_caller]
+fn kill_unload(env: &TestEnv) {
+    let once = env.agent().backend(AttachMode::Tcx).hooks(&["node_egress"]).once();
+    assert!(once.status.success(), "{once:?}");
+    let mut unload = env.imds_agent(&["unload"]).command().spawn().unwrap();
+    poll_until(LONG, "expedited grace periods", || {
+        assert!(unload.try_wait().unwrap().is_none(), "unload has ended");
+        is_expedited().then_some(())
+    });
+    unload.kill().unwrap();
+    unload.wait().unwrap();
+    assert!(is_expedited());
+}
+
+#[test]
+fn killed_unload_leaves_no_expedited_grace_periods() {
+    if skip_without_tcx() {
+        return;
+    }
+    let env = TestEnv::new();
+    let mut batch = String::new();
+    for number in 0..100 {
+        writeln!(batch, "link add d{number} type veth peer name p{number}").unwrap();
+    }
+    env.node.ip(&batch);
+    let _restore = Restore;
+    kill_unload(&env);
+    let agent = env.agent().hooks(&["node_egress"]).spawn();
+    agent.wait_for_log("restored /sys/kernel/rcu_expedited", LONG);
+    assert!(!is_expedited());
+    agent.kill9();
+
+    kill_unload(&env);
+    env.unload();
+    assert!(!is_expedited());
+    assert!(!env.pin_dir().exists());
 }

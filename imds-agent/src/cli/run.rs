@@ -90,8 +90,9 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     preflight::lift_limits()?;
     preflight::check_kernel()?;
     let node = RunOptions { backend: args.tc_backend.choose()?, cgroup: args.cgroup, dmi_dir: args.dmi_dir };
+    let pins = PinDir::new(&args.pins.pin_dir)?;
     let mut loader = ConfigLoader::new(args.config, args.listen, args.state.store());
-    let mut start = StartConfig::choose(&mut loader, &node)?;
+    let mut start = StartConfig::choose(&mut loader, &node, &pins)?;
     if let Some(error) = &start.rejected {
         log::error!("failed to load the configuration: {error}");
     }
@@ -100,7 +101,8 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         start.settings.cluster = None;
     }
     let settings = &start.settings;
-    let claim = PinDir::new(&args.pins.pin_dir)?.claim()?;
+    let resolver = SenderResolver::new().context("can't tell this network namespace")?;
+    let claim = pins.claim()?;
 
     // Subscribe before the first listing, so that no change between the two is missed.
     let events = Netlink::events(node.backend == AttachMode::Clsact)?;
@@ -113,13 +115,12 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         })),
         Err(error) => log::warn!("{:#}", anyhow::Error::from(error)),
     }
-    let resolver = SenderResolver::new().context("failed to identify this network namespace")?;
     let clsact_delay = Duration::from_secs(if args.once { 0 } else { args.clsact_delay });
     let mut reconciler =
         Reconciler::new(datapath, netlink, settings, resolver).with_clsact_delay(clsact_delay);
     if !args.once {
         let period = Duration::from_secs(args.resync);
-        let telemetry = Telemetry::start(PinDir::new(&args.pins.pin_dir)?, period)?;
+        let telemetry = Telemetry::start(pins.clone(), period)?;
         let untaint = match args.startup_taint {
             Some(key) if settings.cluster.is_none() && start.rejected.is_some() => {
                 log::warn!(
@@ -133,8 +134,7 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
                         "--startup-taint needs access to an API server: see [kubernetes] in the configuration";
                     Failure::Usage(anyhow!(message))
                 })?;
-                let (pins, netlink) = (PinDir::new(&args.pins.pin_dir)?, Netlink::connect()?);
-                Some(startup_taint::remove_startup_taint(wanted, key, pins, netlink))
+                Some(startup_taint::remove_startup_taint(wanted, key, pins.clone(), Netlink::connect()?))
             }
             None => None,
         };

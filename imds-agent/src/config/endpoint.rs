@@ -193,7 +193,7 @@ fn parse_endpoint(
     check_name(&table.name, "endpoint.name", NAME_LEN - 1, source)?;
     let address = parse_address(table.address.get_ref())
         .map_err(|message| source.error(table.address.span(), message))?;
-    let allow_ports = parse_keeps("endpoint.keep", &table.allow_ports, source)?;
+    let allow_ports = parse_allow_ports("endpoint.allow_ports", &table.allow_ports, source)?;
     // Conflicts with endpoints of the provider are checked later, when the provider is known.
     Ok((
         Endpoint { name: table.name.get_ref().clone(), address, allow_ports },
@@ -206,11 +206,11 @@ fn parse_preset(
     source: SourceFile<'_>,
 ) -> Result<PresetChange, ConfigError> {
     let key = format!("preset.{}.allow_ports", name.get_ref());
-    let allow_ports = parse_keeps(&key, &table.allow_ports, source)?;
+    let allow_ports = parse_allow_ports(&key, &table.allow_ports, source)?;
     Ok(PresetChange { name: name.get_ref().clone(), place: source.place(name.span()), allow_ports })
 }
 
-fn parse_keeps(
+fn parse_allow_ports(
     key: &str,
     texts: &Spanned<Vec<Spanned<String>>>,
     source: SourceFile<'_>,
@@ -220,16 +220,16 @@ fn parse_keeps(
         let message = format!("{key}: {count} ports, but at most {MAX_ALLOWED_PORTS} are supported");
         return Err(source.error(texts.span(), message));
     }
-    let mut allow_ports: Vec<AllowedPort> = Vec::new();
+    let mut ports: Vec<AllowedPort> = Vec::new();
     for text in texts.get_ref() {
         let service =
-            parse_keep(key, text.get_ref()).map_err(|message| source.error(text.span(), message))?;
-        if allow_ports.contains(&service) {
+            parse_port(key, text.get_ref()).map_err(|message| source.error(text.span(), message))?;
+        if ports.contains(&service) {
             return Err(source.error(text.span(), format!("{key}: {service} is listed twice")));
         }
-        allow_ports.push(service);
+        ports.push(service);
     }
-    Ok(allow_ports)
+    Ok(ports)
 }
 
 /// Parses the address of an endpoint. Rejects addresses that no metadata service can have.
@@ -262,7 +262,7 @@ fn parse_address(text: &str) -> Result<IpAddr, String> {
     Ok(plain)
 }
 
-fn parse_keep(key: &str, text: &str) -> Result<AllowedPort, String> {
+fn parse_port(key: &str, text: &str) -> Result<AllowedPort, String> {
     let parsed = text.split_once('/').and_then(|(protocol, port)| {
         let protocol = match protocol {
             "tcp" => TCP,

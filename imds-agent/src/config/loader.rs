@@ -2,9 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::config::{
-    self, Config, ConfigErrors, Listen,
-    last_good::{LastGoodError, LastGoodStore},
+use crate::{
+    config::{
+        self, Config, ConfigErrors, Listen,
+        last_good::{LastGoodError, LastGoodStore},
+    },
+    datapath::maps::config_record::Record,
 };
 
 /// Loads the configuration from a file, or the defaults if no file is named.
@@ -76,6 +79,16 @@ impl ConfigLoader {
         let Some(path) = &self.path else { return Ok(None) };
         let Some(text) = self.store.read(&absolute(path)?)? else { return Ok(None) };
         Ok(Some(self.with_listen(Config::parse(&text, &self.store.path())?)))
+    }
+
+    /// Validates the configuration that the pinned maps record, if it is from the file or from its last good configuration. The
+    /// built-in defaults that replaced a broken file are from no file.
+    pub(crate) fn load_pinned(&self, record: &Record, map: &Path) -> Option<Result<Config, ConfigErrors>> {
+        let from = record.path.as_deref()?;
+        if self.path.as_deref() != Some(from) && self.store.path() != from {
+            return None;
+        }
+        Some(Config::parse(&record.text, map).map(|config| self.with_listen(config)))
     }
 
     /// Returns the built-in defaults, plus those keys of the broken file that cannot weaken them: see

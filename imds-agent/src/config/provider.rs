@@ -100,10 +100,10 @@ impl Provider {
 
     /// Returns the endpoints of the preset.
     pub fn endpoints(&self) -> impl Iterator<Item = Endpoint> + use<> {
-        self.endpoints.iter().filter_map(|&(name, address, allow_ports)| {
+        self.endpoints.iter().filter_map(|&(name, address, ports)| {
             // A test checks that all addresses parse.
             let address: IpAddr = address.parse().ok()?;
-            let allow_ports = allow_ports.iter().copied().map(AllowedPort).collect();
+            let allow_ports = ports.iter().copied().map(AllowedPort).collect();
             Some(Endpoint { name: name.to_owned(), address, allow_ports })
         })
     }

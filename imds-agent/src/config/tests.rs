@@ -158,7 +158,7 @@ fn all_errors(text: &str) -> Vec<String> {
 fn all_errors_are_reported_together() {
     let text = "mode = 'of'\nmodus = 'off'\nprovider = 'gpc'\nextras = ['ecs', 'eks']\n[hooks]\nsocket = 0\n\
                 [interfaces]\ninclude = ['[', 'a', 3]\nexclude = ['a']\n\
-                [[endpoint]]\nname = 'a'\naddress = '10.0.0'\nkeep = ['sctp/1']\n\
+                [[endpoint]]\nname = 'a'\naddress = '10.0.0'\nallow_ports = ['sctp/1']\n\
                 [[endpoint]]\nname = 'b b'\naddress = '10.0.0.1'\n[[endpoint]]\nname = 'c'";
     let errors = all_errors(text);
     let lines: Vec<_> = errors.iter().map(|error| error.split(':').nth(1).unwrap()).collect();
@@ -181,7 +181,7 @@ fn shown_config_parses_to_itself() {
         "",
         "mode = 'audit'\non_deny = 'reject'\nprovider = 'aws'\nextras = ['ecs']\n[hooks]\nsocket = false\n\
          [interfaces]\nexclude = ['a*', 'b']\n[[endpoint]]\nname = 'a'\naddress = '10.0.0.1'\n\
-         [[endpoint]]\nname = 'b'\naddress = '::ffff:10.0.0.2'\nkeep = ['tcp/1', 'udp/2']",
+         [[endpoint]]\nname = 'b'\naddress = '::ffff:10.0.0.2'\nallow_ports = ['tcp/1', 'udp/2']",
     ];
     for text in texts {
         let config = parse(text).unwrap();
@@ -281,7 +281,7 @@ fn endpoints_of_provider_and_operator() {
     let guarded = resolve("", "Amazon EC2").unwrap();
     assert_eq!((guarded.configured(), guarded.provider(), guarded.endpoints().len()), ("auto", "aws", 2));
     let text = "provider = 'azure'\nextras = ['ecs']\n[[endpoint]]\nname = 'vault'\naddress = '::ffff:10.0.0.9'\n\
-                keep = ['tcp/443', 'udp/443']";
+                allow_ports = ['tcp/443', 'udp/443']";
     let guarded = resolve(text, "Amazon EC2").unwrap();
     assert_eq!((guarded.configured(), guarded.provider()), ("azure", "azure"));
     let names: Vec<_> = guarded.endpoints().iter().map(|endpoint| endpoint.name.as_str()).collect();
@@ -298,7 +298,8 @@ fn invalid_endpoints_are_reported() {
         |address: &str, rest: &str| format!("\n[[endpoint]]\nname = 'a'\naddress = '{address}'\n{rest}");
     let own = |n| format!("[[endpoint]]\nname = 'n{n}'\naddress = '10.1.0.{n}'\n");
     let many = (0..256).map(own).collect::<Vec<_>>().concat();
-    let nine = "keep = ['tcp/1', 'tcp/2', 'tcp/3', 'tcp/4', 'tcp/5', 'tcp/6', 'tcp/7', 'tcp/8', 'tcp/9']";
+    let nine =
+        "allow_ports = ['tcp/1', 'tcp/2', 'tcp/3', 'tcp/4', 'tcp/5', 'tcp/6', 'tcp/7', 'tcp/8', 'tcp/9']";
     for (text, place, part) in [
         ("provider = 'gpc'".to_owned(), "1:12", "gcp"),
         ("mode = 'audit'\nprovider = 'none'".to_owned(), "2:12", "protects nothing"),
@@ -316,12 +317,13 @@ fn invalid_endpoints_are_reported() {
         (one("0.0.0.0", ""), "4:11", "unspecified"),
         (one("::", ""), "4:11", "unspecified"),
         (one("255.255.255.255", ""), "4:11", "broadcast"),
-        (one("10.0.0.1", nine), "5:8", "at most 8"),
-        (one("10.0.0.1", "keep = ['udp/53', 'sctp/1']"), "5:19", "sctp/1"),
-        (one("10.0.0.1", "keep = ['udp/0']"), "5:9", "udp/0"),
-        (one("10.0.0.1", "keep = ['udp/+53']"), "5:9", "udp/+53"),
-        (one("10.0.0.1", "keep = ['udp/65536']"), "5:9", "udp/65536"),
-        (one("10.0.0.1", "keep = ['udp/53', 'udp/53']"), "5:19", "twice"),
+        (one("10.0.0.1", nine), "5:15", "at most 8"),
+        (one("10.0.0.1", "allow_ports = ['udp/53', 'sctp/1']"), "5:26", "sctp/1"),
+        (one("10.0.0.1", "keep = ['udp/53']"), "5:1", "did you mean \"allow_ports\"?"),
+        (one("10.0.0.1", "allow_ports = ['udp/0']"), "5:16", "udp/0"),
+        (one("10.0.0.1", "allow_ports = ['udp/+53']"), "5:16", "udp/+53"),
+        (one("10.0.0.1", "allow_ports = ['udp/65536']"), "5:16", "udp/65536"),
+        (one("10.0.0.1", "allow_ports = ['udp/53', 'udp/53']"), "5:26", "twice"),
         ("[[endpoint]]\nname = 'a-name-too-long-'\naddress = '10.0.0.1'".to_owned(), "2:8", "endpoint.name"),
         ("[[endpoint]]\nname = 'a b'\naddress = '10.0.0.1'".to_owned(), "2:8", "endpoint.name"),
         ("[[endpoint]]\nname = 'a'".to_owned(), "1:1", "address"),

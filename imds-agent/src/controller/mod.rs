@@ -307,7 +307,8 @@ impl Reconciler {
         let of_rules = self.rules.errors().iter().map(|(name, error)| (name.as_str(), error.as_str()));
         let of_hosts = self.no_kubepods.iter().map(|error| ("hostNetwork pods", error.as_str()));
         let of_cgroups = self.datapath.cgroup_failures().map(|error| ("cgroup", error));
-        of_interfaces.chain(of_cgroups).chain(of_hosts).chain(of_rules)
+        let of_programs = self.datapath.rejections().map(|error| ("node", error));
+        of_programs.chain(of_interfaces).chain(of_cgroups).chain(of_hosts).chain(of_rules)
     }
 
     /// Handles a netlink event. Exemptions are recomputed by [`Reconciler::flush_pending_sync`] later, but those of deleted interfaces

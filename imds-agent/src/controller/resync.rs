@@ -28,6 +28,9 @@ impl Reconciler {
     }
 
     async fn begin_resync(&mut self, full: bool) -> Result<(), DatapathError> {
+        if full {
+            log_if_preexisting(true, self.datapath.retry_rejected())?;
+        }
         let begun = self.reconcile_node();
         if full {
             self.find_other_agents();

@@ -3,10 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::anyhow;
+use imds_ebpf_common::names::MAP_CONFIG;
 
 use crate::{
     config::{Config, ConfigErrors, loader::ConfigLoader},
     controller::resolved_config::{ResolvedConfig, RunOptions},
+    datapath::{self, maps::config_record::Record, pin::dir::PinDir},
 };
 
 /// Configuration that the agent starts with, and its source.
@@ -23,12 +25,12 @@ pub struct StartConfig {
 }
 
 impl StartConfig {
-    /// Loads the configured file. If it is unusable, falls back to the last good configuration, or to the built-in
-    /// defaults if none is stored.
+    /// Loads the configured file. If it is unusable, falls back to the first of these that is stored and usable: the last good
+    /// configuration, the effective configuration that the maps in `pins` record, the built-in defaults.
     ///
     /// Returns an error only if this node can't enforce the configuration: a broken file must not leave the node
     /// unprotected.
-    pub fn choose(loader: &mut ConfigLoader, node: &RunOptions) -> anyhow::Result<Self> {
+    pub fn choose(loader: &mut ConfigLoader, node: &RunOptions, pins: &PinDir) -> anyhow::Result<Self> {
         let result = loader.load().and_then(|config| {
             let resolved = node.resolve(&config)?;
             Ok((config, resolved))
@@ -39,11 +41,16 @@ impl StartConfig {
                 let path = loader.path().map(Path::to_owned);
                 Ok(Self { config, settings, path, rejected: None })
             }
-            Err(errors) => Self::fall_back(loader, node, &errors),
+            Err(errors) => Self::fall_back(loader, node, pins, &errors),
         }
     }
 
-    fn fall_back(loader: &ConfigLoader, node: &RunOptions, errors: &ConfigErrors) -> anyhow::Result<Self> {
+    fn fall_back(
+        loader: &ConfigLoader,
+        node: &RunOptions,
+        pins: &PinDir,
+        errors: &ConfigErrors,
+    ) -> anyhow::Result<Self> {
         let path = loader.last_good_path();
         let no_last_good =
             match loader.load_last_good().map(|config| config.map(|config| usable(config, node))) {
@@ -57,13 +64,34 @@ impl StartConfig {
                 }
                 Ok(None) => format!("no last good configuration is stored at {}", path.display()),
             };
+        let no_pinned = match pinned(loader, node, pins) {
+            Some((record, Ok((config, settings)))) => {
+                let generation = record.generation;
+                let rejected =
+                    format!("{errors}; {no_last_good}; keeping the effective configuration {generation}");
+                return Ok(Self { config, settings, path: record.path, rejected: Some(rejected) });
+            }
+            Some((_, Err(error))) => format!("; ignoring the effective configuration: {error:#}"),
+            None => String::new(),
+        };
         let (config, settings) = built_in(loader, node)?;
         let mode = config.mode.name();
         let rejected = format!(
-            "{errors}; {no_last_good}; enforcing the built-in defaults without exemptions in mode {mode}"
+            "{errors}; {no_last_good}{no_pinned}; enforcing the built-in defaults without exemptions in mode {mode}"
         );
         Ok(Self { config, settings, path: None, rejected: Some(rejected) })
     }
+}
+
+/// Returns the configuration that the pinned maps record, if it is from this file.
+fn pinned(
+    loader: &ConfigLoader,
+    node: &RunOptions,
+    pins: &PinDir,
+) -> Option<(Record, anyhow::Result<(Config, ResolvedConfig)>)> {
+    let record = datapath::config::pinned(pins)?;
+    let config = loader.load_pinned(&record, &pins.map(MAP_CONFIG))?;
+    Some((record, config.map_err(Into::into).and_then(|config| usable(config, node))))
 }
 
 /// Returns the built-in defaults. The socket hook is on by default, but off on a node that does not support it.

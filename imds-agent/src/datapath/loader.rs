@@ -24,6 +24,8 @@ use super::sys::bpf;
 
 /// Sizes in bytes of the buffer for the verifier's log, tried in this order until the log fits.
 const LOG_SIZES: [usize; 3] = [1 << 20, 1 << 23, 1 << 26];
+/// Number of lines at the end of the verifier's log that the agent's log shows.
+const LOG_LINES: usize = 20;
 /// Maximum length of the name of a program (`BPF_OBJ_NAME_LEN` without the zero byte at the end).
 const NAME_LEN: usize = 15;
 
@@ -35,18 +37,37 @@ pub struct RejectedProgram {
     log: String,
 }
 
+impl RejectedProgram {
+    /// Returns the error of bpf(2) without the verifier's log.
+    pub(super) fn source(&self) -> &io::Error {
+        &self.source
+    }
+
+    /// Reports whether the process or the system has no descriptor left, which is no objection to the program.
+    pub(super) fn is_out_of_descriptors(&self) -> bool {
+        matches!(self.source.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
+    }
+
+    /// Returns the last lines of the verifier's log, which have the reason.
+    pub(super) fn end_of_log(&self) -> Option<String> {
+        let lines: Vec<_> = self.log.trim_end().lines().collect();
+        let (_, end) = lines.split_at(lines.len().saturating_sub(LOG_LINES));
+        (!end.is_empty()).then(|| end.join("\n"))
+    }
+}
+
 /// BPF object with created maps and relocated programs.
 #[derive(Debug)]
 pub(super) struct LoadedObject {
     programs: BTreeMap<String, (Program, Function)>,
     btf: Option<OwnedFd>,
-    /// Keeps the file descriptors open that the programs refer to.
-    _maps: Vec<MapData>,
+    /// Maps by name. Keeps the file descriptors open that the programs refer to.
+    maps: BTreeMap<String, MapData>,
 }
 
 impl LoadedObject {
-    /// Parses the object `data`, sets these global variables, and creates the maps. A map with a path in `pins` is opened there,
-    /// or created and pinned there. Overwrites the variables in a pinned map.
+    /// Parses the object `data`, sets these global variables, and creates the maps. A map that is pinned at its path in `pins` is
+    /// opened there instead. Pins nothing. Overwrites the variables in a pinned map.
     pub(super) fn new(
         data: &[u8],
         globals: HashMap<&str, (&[u8], bool)>,
@@ -57,8 +78,8 @@ impl LoadedObject {
         let btf = load_btf(&mut object)?;
         let mut maps = Vec::new();
         for (name, definition) in object.maps.drain() {
-            let map = match pins(&name) {
-                Some(path) => open_or_create(&name, &definition, btf.as_ref(), path)?,
+            let map = match pins(&name).filter(|path| path.exists()) {
+                Some(path) => MapData::from_pin(path)?,
                 None => create(&name, &definition, btf.as_ref())?,
             };
             initialize(&map, &definition)?;
@@ -78,7 +99,12 @@ impl LoadedObject {
             Some((name, (program, function)))
         };
         let programs = programs.into_iter().filter_map(with_function).collect();
-        Ok(Self { programs, btf, _maps: maps.into_iter().map(|(.., map)| map).collect() })
+        Ok(Self { programs, btf, maps: maps.into_iter().map(|(name, _, map)| (name, map)).collect() })
+    }
+
+    /// Returns the map with this name in the object.
+    pub(super) fn map(&self, name: &str) -> Option<&MapData> {
+        self.maps.get(name)
     }
 
     /// Loads a program. Returns `None` if the object has no program with this name, or its type is not supported.
@@ -154,20 +180,6 @@ fn load_btf(object: &mut Object) -> Result<Option<OwnedFd>, EbpfError> {
 
 fn create(name: &str, definition: &aya_obj::Map, btf: Option<&OwnedFd>) -> Result<MapData, MapError> {
     MapData::create(definition.clone(), name, btf.map(|btf| btf.as_fd()))
-}
-
-fn open_or_create(
-    name: &str,
-    definition: &aya_obj::Map,
-    btf: Option<&OwnedFd>,
-    path: PathBuf,
-) -> Result<MapData, MapError> {
-    if path.exists() {
-        return MapData::from_pin(path);
-    }
-    let map = create(name, definition, btf)?;
-    map.pin(path).map_err(|error| MapError::PinError { name: Some(name.to_owned()), error })?;
-    Ok(map)
 }
 
 /// Writes the variables of a section to its map, and freezes the map of constants.

@@ -5,8 +5,10 @@ pub mod bpf_log;
 pub mod grants;
 mod loader;
 pub mod maps;
+pub mod mount_namespace;
 pub mod object;
 pub mod pin;
+mod rollback;
 pub mod sys;
 
 use std::{
@@ -30,6 +32,7 @@ use self::{
         dir::{AttachPoint, PinDir, PinError},
         lock::PinLock,
     },
+    rollback::Rollback,
 };
 use crate::{
     config::{Hooks, Sendmsg, endpoint_set::EndpointSet},
@@ -176,7 +179,8 @@ impl Datapath {
     /// Opens the pinned maps, or creates new ones if none are pinned or their layout differs, loads the programs, and adopts
     /// pinned links. Attached programs of an earlier agent run until [`Datapath::apply`] replaces them.
     ///
-    /// On failure, removes the pin directory if this process has created it.
+    /// On failure, restores pins, endpoints and policy as they were before. A rejected program is no failure as long as
+    /// another one is loaded.
     pub fn open(
         claim: PinLock,
         datapath_config: &DatapathConfig,
@@ -216,19 +220,46 @@ impl Datapath {
         endpoint_set: &EndpointSet,
     ) -> Result<(Programs, Maps, Links, Cgroups), DatapathError> {
         pin::netns_owner::ensure_not_in_use(pins)?;
-        for reason in object::unpin_incompatible_maps(pins)? {
-            log::warn!("starting with new maps and counters: {reason}");
+        let reasons = object::incompatible_maps(pins)?;
+        let rollback = Rollback::new(pins, reasons.is_empty())?;
+        match Self::load_all(pins, datapath_config, endpoint_set, &rollback, reasons.is_empty()) {
+            Ok(loaded) => {
+                for reason in reasons {
+                    log::warn!("starting with new maps and counters: {reason}");
+                }
+                Ok(loaded)
+            }
+            Err(error) => {
+                if let Err(error) = rollback.restore() {
+                    log::error!(
+                        "failed to restore the state before the failed start: {:#}",
+                        anyhow::Error::from(error)
+                    );
+                }
+                Err(error)
+            }
         }
-        let programs = Programs::load(
-            pins,
-            datapath_config.hooks,
-            &maps::endpoint_maps::filter_while_loading(pins, endpoint_set),
-        )?;
-        let mut maps = Maps::open(pins)?;
-        maps::policy::write(&mut maps, datapath_config, endpoint_set)?;
-        programs.pin(pins)?;
+    }
+
+    /// Creates or opens everything first, then replaces the pins. Writes the policy last, because attached programs of an earlier
+    /// agent use it immediately.
+    fn load_all(
+        pins: &PinDir,
+        datapath_config: &DatapathConfig,
+        endpoint_set: &EndpointSet,
+        rollback: &Rollback,
+        is_compatible: bool,
+    ) -> Result<(Programs, Maps, Links, Cgroups), DatapathError> {
+        let filter = maps::endpoint_maps::filter_while_loading(rollback.filter(), endpoint_set);
+        let object = object::load_maps(Some(pins).filter(|_| is_compatible), &filter)?;
+        let programs = Programs::load(object, pins, datapath_config.hooks)?;
+        let mut maps = programs.maps()?;
         let links = Links::adopt(pins)?;
         let cgroups = Cgroups::adopt(pins, datapath_config)?;
+        maps.restore_pins(pins)?;
+        programs.pin(pins)?;
+        programs.record_rejected(&mut maps)?;
+        maps::policy::write(&mut maps, datapath_config, endpoint_set)?;
         Ok((programs, maps, links, cgroups))
     }
 
@@ -236,6 +267,21 @@ impl Datapath {
     #[must_use]
     pub fn pins(&self) -> &PinDir {
         self.claim.dir()
+    }
+
+    /// Returns an error text for each rejected program.
+    pub fn rejections(&self) -> impl Iterator<Item = &str> {
+        self.programs.rejections()
+    }
+
+    /// Tries to load the programs that the kernel rejected again.
+    pub fn retry_rejected(&mut self) -> Result<(), DatapathError> {
+        let pins = self.claim.dir();
+        if self.programs.retry_rejected(pins)? {
+            self.programs.pin(pins)?;
+            self.programs.record_rejected(&mut self.maps)?;
+        }
+        Ok(())
     }
 
     /// Opens the log of the programs.

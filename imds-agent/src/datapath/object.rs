@@ -23,8 +23,8 @@ use imds_ebpf_common::{
     names::{
         GLOBAL_CGROUP_HAS_COOKIE, GLOBAL_HAS_SET_RETVAL, GLOBAL_TC_HAS_COOKIE, MAP_CGROUP, MAP_CONFIG,
         MAP_COUNTERS, MAP_ENDPOINTS, MAP_EVENTS, MAP_EXEMPT, MAP_EXEMPT_SOURCES, MAP_FILTER, MAP_INTERFACES,
-        MAP_KUBERNETES, MAP_PODS, MAP_POLICY, MAP_PROBES, MAP_PROBING, MAP_PROVIDER, MAP_RATELIMIT, MAPS,
-        SYMBOL_FILTER, in_object, programs, programs_of,
+        MAP_KUBERNETES, MAP_PODS, MAP_POLICY, MAP_PROBES, MAP_PROBING, MAP_PROVIDER, MAP_RATELIMIT,
+        MAP_REJECTED, MAPS, SYMBOL_FILTER, in_object, programs, programs_of,
     },
 };
 use thiserror::Error;
@@ -45,13 +45,22 @@ pub enum ObjectError {
     /// Parsing the object or creating a map failed.
     #[error("failed to load the BPF object")]
     Load(#[from] EbpfError),
-    /// The kernel has rejected a program. The source contains the verifier's log.
+    /// The kernel has rejected all programs, or one of them for another reason than the program itself. The source contains
+    /// the verifier's log.
     #[error("failed to load BPF program {name}")]
     Rejected {
         /// Name of the program.
         name: &'static str,
         /// Error of the kernel.
         source: RejectedProgram,
+    },
+    /// A program is not loaded, because the kernel rejected it.
+    #[error("failed to load BPF program {name}")]
+    NotLoaded {
+        /// Name of the program that is missing.
+        name: &'static str,
+        /// Error of bpf(2) when the program was loaded.
+        source: io::Error,
     },
     /// Inspecting a loaded program failed.
     #[error("failed to inspect BPF program {name}")]
@@ -96,6 +105,14 @@ pub enum ObjectError {
 pub struct Programs {
     object: LoadedObject,
     loaded: BTreeMap<&'static str, LoadedProgram>,
+    /// Programs that the kernel rejected.
+    rejected: BTreeMap<&'static str, Rejection>,
+}
+
+#[derive(Debug)]
+struct Rejection {
+    errno: i32,
+    text: String,
 }
 
 #[derive(Debug)]
@@ -105,38 +122,95 @@ struct LoadedProgram {
 }
 
 impl Programs {
-    /// Loads the programs of these hooks with the maps that are pinned in `pins`. Creates and pins missing maps.
+    /// Loads the programs of these hooks. If the kernel rejects a program, adopts the one that an earlier agent pinned in `pins`
+    /// for the same maps.
     ///
-    /// Writes the variables of the object to their map, even if that is pinned and attached programs use it. `filter` must
-    /// therefore match all endpoints that are protected now.
-    pub fn load(pins: &PinDir, hooks: Hooks, filter: &PolicyTable) -> Result<Self, ObjectError> {
-        let features = kernel_features();
-        let features = features.iter().map(|(name, value)| (*name, (slice::from_ref(value), true)));
-        let globals = features.chain([(SYMBOL_FILTER, (bytes_of(filter), true))]).collect();
-        let pin = |name: &str| MAPS.into_iter().find(|&map| in_object(map) == name).map(|map| pins.map(map));
-        let object = LoadedObject::new(OBJECT, globals, pin)?;
-        let mut programs = Self { object, loaded: BTreeMap::new() };
-        programs.add(hooks)?;
-        Ok(programs)
+    /// Returns an error if the kernel rejects all programs.
+    pub(super) fn load(object: LoadedObject, pins: &PinDir, hooks: Hooks) -> Result<Self, ObjectError> {
+        let mut programs = Self { object, loaded: BTreeMap::new(), rejected: BTreeMap::new() };
+        let mut first = None;
+        for name in names(hooks) {
+            let rejection = programs.load_program(pins, name)?;
+            first = first.or(rejection.map(|source| (name, source)));
+        }
+        match first {
+            Some((name, source)) if programs.loaded.is_empty() => Err(ObjectError::Rejected { name, source }),
+            Some(_) | None => Ok(programs),
+        }
     }
 
-    /// Loads the programs of these hooks that are not loaded yet.
-    pub fn add(&mut self, hooks: Hooks) -> Result<(), ObjectError> {
+    /// Loads the programs of these hooks that are neither loaded nor rejected.
+    pub fn add(&mut self, pins: &PinDir, hooks: Hooks) -> Result<(), ObjectError> {
         for name in names(hooks) {
-            if !self.loaded.contains_key(name) {
-                let fd = self.object.load(name).ok_or(ObjectError::Missing(name))?;
-                let fd = fd.map_err(|source| ObjectError::Rejected { name, source })?;
-                let id = bpf::program_id(&fd).map_err(|source| ObjectError::Inspect { name, source })?;
-                self.loaded.insert(name, LoadedProgram { id, fd });
+            if !self.loaded.contains_key(name) && !self.rejected.contains_key(name) {
+                self.load_program(pins, name)?;
             }
         }
         Ok(())
+    }
+
+    /// Tries to load the rejected programs again, as a security policy may allow them now. Returns whether one was loaded.
+    pub fn retry_rejected(&mut self, pins: &PinDir) -> Result<bool, ObjectError> {
+        let before = self.rejected.len();
+        for name in self.rejected.keys().copied().collect::<Vec<_>>() {
+            self.load_program(pins, name)?;
+        }
+        Ok(self.rejected.len() < before)
+    }
+
+    /// Loads a program, or adopts the one of an earlier agent. Returns the error if the kernel rejects the program.
+    fn load_program(
+        &mut self,
+        pins: &PinDir,
+        name: &'static str,
+    ) -> Result<Option<RejectedProgram>, ObjectError> {
+        let source = match self.object.load(name).ok_or(ObjectError::Missing(name))? {
+            Ok(fd) => {
+                let id = bpf::program_id(&fd).map_err(|source| ObjectError::Inspect { name, source })?;
+                self.loaded.insert(name, LoadedProgram { id, fd });
+                if self.rejected.remove(name).is_some() {
+                    log::info!("loaded the BPF program {name}, which the kernel rejected before");
+                }
+                return Ok(None);
+            }
+            Err(source) if source.is_out_of_descriptors() => {
+                return Err(ObjectError::Rejected { name, source });
+            }
+            Err(source) => source,
+        };
+        let errno = source.source().raw_os_error().unwrap_or(libc::EINVAL);
+        let text = format!("failed to load BPF program {name}: {}", source.source());
+        let before = self.rejected.insert(name, Rejection { errno, text: text.clone() });
+        if before.is_none_or(|before| before.errno != errno) {
+            let log =
+                source.end_of_log().map(|log| format!("; the verifier says:\n{log}")).unwrap_or_default();
+            log::error!("{text}{log}");
+        }
+        if !self.loaded.contains_key(name)
+            && let Some(earlier) = self.earlier(pins, name)
+        {
+            log::warn!("{name} of an earlier agent (program {}) runs on", earlier.id);
+            self.loaded.insert(name, earlier);
+        }
+        Ok(Some(source))
+    }
+
+    /// Opens the program that an earlier agent pinned under this name, if it uses the maps of this object.
+    fn earlier(&self, pins: &PinDir, name: &'static str) -> Option<LoadedProgram> {
+        let path = pins.program(name);
+        let info = ProgramInfo::from_pin(&path).ok()?;
+        let policy = self.object.map(MAP_POLICY)?.info().ok()?.id();
+        if !info.map_ids().ok()??.contains(&policy) {
+            return None;
+        }
+        Some(LoadedProgram { id: info.id(), fd: dir::open(&path).ok()?? })
     }
 
     /// Releases the programs of other hooks. Attached programs stay attached.
     pub fn keep(&mut self, hooks: Hooks) {
         let kept: Vec<_> = names(hooks).collect();
         self.loaded.retain(|name, _| kept.contains(name));
+        self.rejected.retain(|name, _| kept.contains(name));
     }
 
     /// Returns the ids of all loaded programs.
@@ -152,16 +226,45 @@ impl Programs {
 
     /// Returns the file descriptor of a loaded program.
     pub fn fd(&self, name: &'static str) -> Result<BorrowedFd<'_>, ObjectError> {
-        let program = self.loaded.get(name).ok_or(ObjectError::Missing(name))?;
-        Ok(program.fd.as_fd())
+        match (self.loaded.get(name), self.rejected.get(name)) {
+            (Some(program), _) => Ok(program.fd.as_fd()),
+            (None, Some(&Rejection { errno, .. })) => {
+                Err(ObjectError::NotLoaded { name, source: io::Error::from_raw_os_error(errno) })
+            }
+            (None, None) => Err(ObjectError::Missing(name)),
+        }
+    }
+
+    /// Returns an error text for each rejected program.
+    pub(super) fn rejections(&self) -> impl Iterator<Item = &str> {
+        self.rejected.values().map(|rejection| rejection.text.as_str())
+    }
+
+    /// Reports whether all programs of a hook are loaded.
+    #[must_use]
+    pub fn has_all_of(&self, hook: Hook) -> bool {
+        programs_of(hook).iter().all(|name| self.loaded.contains_key(name))
+    }
+
+    /// Records for `status` which programs the kernel rejected.
+    pub(super) fn record_rejected(&self, maps: &mut Maps) -> Result<(), ObjectError> {
+        for (index, name) in (0..).zip(programs()) {
+            let errno = self.rejected.get(name).map_or(0, |rejection| rejection.errno.unsigned_abs());
+            let failed = |source| ObjectError::Map { name: MAP_REJECTED, source };
+            if maps.rejected.get(&index, 0).map_err(failed)? != errno {
+                maps.rejected.set(index, errno, 0).map_err(failed)?;
+            }
+        }
+        Ok(())
     }
 
     /// Pins the loaded programs, and removes the pins of all others.
     pub fn pin(&self, pins: &PinDir) -> Result<(), ObjectError> {
         for name in programs() {
             match self.loaded.get(name) {
+                Some(program) if pinned_program(pins, name).ok() == Some(program.id) => {}
                 Some(_) => dir::replace_pin(self.fd(name)?, &pins.program(name))?,
-                // An earlier agent may have pinned it, for a hook that is off now.
+                // An earlier agent may have pinned it, for a hook that is off now or for other maps.
                 None => dir::unpin(&pins.program(name))?,
             }
         }
@@ -173,6 +276,45 @@ impl Programs {
     pub fn is_unpinned(&self, pins: &PinDir) -> bool {
         self.loaded.iter().any(|(name, program)| pinned_program(pins, name).ok() != Some(program.id))
     }
+
+    /// Opens the maps of the programs.
+    pub(super) fn maps(&self) -> Result<Maps, ObjectError> {
+        Maps::new(|name| {
+            let map = self.object.map(in_object(name)).ok_or(ObjectError::Missing(name))?;
+            let failed = |source: MapError| ObjectError::Map { name, source };
+            let fd = map.fd().as_fd().try_clone_to_owned().map_err(|error| failed(error.into()))?;
+            MapData::from_fd(fd).map_err(failed)
+        })
+    }
+}
+
+/// Creates the maps of the object, or opens those that are pinned in `pins`.
+///
+/// Writes the variables of the object to their map, even if that is pinned and attached programs use it. `filter` must
+/// therefore match all endpoints that are protected now.
+pub(super) fn load_maps(pins: Option<&PinDir>, filter: &PolicyTable) -> Result<LoadedObject, ObjectError> {
+    let features = kernel_features();
+    let features = features.iter().map(|(name, value)| (*name, (slice::from_ref(value), true)));
+    let globals = features.chain([(SYMBOL_FILTER, (bytes_of(filter), true))]).collect();
+    let pin = |name: &str| {
+        let map = MAPS.into_iter().find(|&map| in_object(map) == name)?;
+        Some(pins?.map(map))
+    };
+    Ok(LoadedObject::new(OBJECT, globals, pin)?)
+}
+
+/// Returns the rejected programs with the errors of the kernel.
+pub fn rejected_programs(maps: &Maps) -> Result<Vec<(Hook, &'static str, io::Error)>, MapError> {
+    let mut rejected = Vec::new();
+    let of_hooks =
+        Hook::ALL.into_iter().flat_map(|hook| programs_of(hook).iter().map(move |&name| (hook, name)));
+    for (index, (hook, name)) in (0..).zip(of_hooks) {
+        let errno = maps.rejected.get(&index, 0)?;
+        if errno != 0 {
+            rejected.push((hook, name, io::Error::from_raw_os_error(errno.cast_signed())));
+        }
+    }
+    Ok(rejected)
 }
 
 fn bytes_of(filter: &PolicyTable) -> &[u8] {
@@ -241,6 +383,8 @@ pub struct Maps {
     pub config: Array<MapData, ConfigRecord>,
     /// Desired state of the cgroup hooks.
     pub cgroup: Array<MapData, CgroupRecord>,
+    /// Error numbers of rejected programs, in the order of [`programs`]; 0 for the others.
+    pub rejected: Array<MapData, u32>,
     /// Status of the pod watch, written by the agent.
     pub kubernetes: Array<MapData, KubernetesRecord>,
     /// Pod metadata by interface, network namespace and cgroup.
@@ -259,8 +403,12 @@ impl Maps {
                 "layout {layout}, this version has {MAP_SCHEMA_VERSION}"
             )));
         }
-        let open =
-            |name| MapData::from_pin(pins.map(name)).map_err(|source| ObjectError::Map { name, source });
+        Self::new(|name| {
+            MapData::from_pin(pins.map(name)).map_err(|source| ObjectError::Map { name, source })
+        })
+    }
+
+    fn new(open: impl Fn(&'static str) -> Result<MapData, ObjectError>) -> Result<Self, ObjectError> {
         let typed = |name| {
             move |source| match source {
                 MapError::InvalidKeySize { .. } | MapError::InvalidValueSize { .. } => {
@@ -284,6 +432,7 @@ impl Maps {
             provider: Map::Array(open(MAP_PROVIDER)?).try_into().map_err(typed(MAP_PROVIDER))?,
             config: Map::Array(open(MAP_CONFIG)?).try_into().map_err(typed(MAP_CONFIG))?,
             cgroup: Map::Array(open(MAP_CGROUP)?).try_into().map_err(typed(MAP_CGROUP))?,
+            rejected: Map::Array(open(MAP_REJECTED)?).try_into().map_err(typed(MAP_REJECTED))?,
             kubernetes: Map::Array(open(MAP_KUBERNETES)?).try_into().map_err(typed(MAP_KUBERNETES))?,
             pods: Map::HashMap(open(MAP_PODS)?).try_into().map_err(typed(MAP_PODS))?,
             sources: Map::PerCpuLruHashMap(open(MAP_RATELIMIT)?).try_into().map_err(typed(MAP_RATELIMIT))?,
@@ -307,9 +456,8 @@ impl Maps {
     }
 }
 
-/// Removes the pins of all maps if this version would misread one of them, so that loading creates new maps. Attached programs
-/// use the old maps until they are replaced. Returns a reason for each incompatible map.
-pub fn unpin_incompatible_maps(pins: &PinDir) -> Result<Vec<String>, ObjectError> {
+/// Returns a reason for each pinned map that this version would misread. Returns no reason if all pinned maps are usable.
+pub(super) fn incompatible_maps(pins: &PinDir) -> Result<Vec<String>, ObjectError> {
     let expected = Object::parse(OBJECT).map_err(|error| ObjectError::Load(error.into()))?.maps;
     let mut reasons = Vec::new();
     for name in MAPS {
@@ -328,12 +476,6 @@ pub fn unpin_incompatible_maps(pins: &PinDir) -> Result<Vec<String>, ObjectError
         && let Some(layout) = schema_mismatch(pins)
     {
         reasons.push(format!("the maps have layout {layout}, this version has {MAP_SCHEMA_VERSION}"));
-    }
-    if !reasons.is_empty() {
-        // Removes all pins or none, because maps of different versions must not be mixed.
-        for name in MAPS {
-            dir::unpin(&pins.map(name))?;
-        }
     }
     Ok(reasons)
 }

@@ -62,9 +62,12 @@ pub fn check_capabilities() -> Result<(), PreflightError> {
 
 /// Checks that the kernel has the features that the datapath requires, by probing each one.
 pub fn check_kernel() -> Result<(), PreflightError> {
-    // Program and map types of the datapath.
-    let programs = is_program_supported(ProgramType::SchedClassifier).map_err(errno_of);
-    demand("BPF programs for TC", programs)?;
+    // One program type is enough: hooks of a type that is missing are reported as not enforced.
+    let cgroup_types = [ProgramType::CgroupSockAddr, ProgramType::CgroupSkb];
+    if !cgroup_types.into_iter().any(|program_type| is_program_supported(program_type).unwrap_or(false)) {
+        let programs = is_program_supported(ProgramType::SchedClassifier).map_err(errno_of);
+        demand("BPF programs for TC", programs)?;
+    }
     for (feature, map_type) in [
         ("BPF array maps", MapType::Array),
         ("BPF hash maps", MapType::Hash),

@@ -10,7 +10,7 @@ const KEEP_DNS: &str = "provider = 'none'
     [[endpoint]]
     name = 'imds'
     address = '169.254.169.254'
-    keep = ['udp/53', 'tcp/53']";
+    allow_ports = ['udp/53', 'tcp/53']";
 
 /// Builds the header of a UDP datagram of 24 bytes from port 40000 to `port`. The wrong checksum avoids a reply, which
 /// would make the pod send more packets.

@@ -11,7 +11,7 @@ use std::{
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
-    AttachMode, Pod, PodLink, TestEnv, effort,
+    AttachMode, Pod, PodLink, Status, TestEnv, effort,
     foreign::{Foreign, TC_ACT_OK, pin_object_over, pin_over},
     hook,
     http::{DEFAULT, try_get},
@@ -19,6 +19,7 @@ use imds_tests::{
     poll::poll_until,
     probe::LONG,
     skip_without_tcx,
+    status::Problem,
 };
 use serde_json::Value;
 
@@ -128,16 +129,18 @@ fn beside(case: &Case, agent: &Process, command: &[&str]) -> Command {
     beside
 }
 
-/// Waits until the agent in the other mount namespace reports no problem.
+/// Waits until the agent in the other mount namespace reports no problem except that namespace.
 fn wait_until_well_apart(case: &Case, agent: &Process) {
-    let status = case.env.imds_agent(&["status"]).command();
+    let status = case.env.imds_agent(&["status", "-o", "json"]).command();
     let mut words = vec![status.get_program().to_str().unwrap()];
     words.extend(status.get_args().map(|word| word.to_str().unwrap()));
     poll_until(LONG * 3, "a status without problems", || {
         let status = output(beside(case, agent, &words));
-        let is_well =
-            status.status.success() && String::from_utf8_lossy(&status.stdout).contains("enforcing");
-        is_well.then_some(())
+        let status: Status = serde_json::from_slice(&status.stdout).ok()?;
+        let is_private = |problem: &Problem| problem.problem.contains("only in the mount namespace");
+        let is_known = status.problems.len() == 1 && status.problems.iter().all(is_private);
+        let is_well = status.agent.ready && status.mode.as_deref() == Some("enforce");
+        (is_known && is_well && status.all_pods_enforced()).then_some(())
     });
 }
 

@@ -169,7 +169,8 @@ impl Datapath {
     pub fn has_node_wide_hook(&self) -> bool {
         let has_sockets =
             self.cgroups.sockets.as_ref().is_some_and(|sockets| sockets.failures().next().is_none());
-        self.hooks.has(Hook::NodeEgress) || (self.hooks.has(Hook::Socket) && has_sockets)
+        let has_egress = self.hooks.has(Hook::NodeEgress) && self.programs.has_all_of(Hook::NodeEgress);
+        has_egress || (self.hooks.has(Hook::Socket) && has_sockets)
     }
 
     fn restore_socket_hook(&mut self) -> Result<Vec<CgroupChange>, DatapathError> {

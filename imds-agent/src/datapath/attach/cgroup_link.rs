@@ -17,7 +17,7 @@ use super::{
 };
 use crate::datapath::{
     DatapathError,
-    object::Programs,
+    object::{ObjectError, Programs},
     pin::dir,
     sys::bpf::{self, Target},
 };
@@ -127,7 +127,15 @@ impl CgroupLink {
         changes: &mut Vec<CgroupChange>,
     ) -> Result<(), DatapathError> {
         let name = self.program;
-        let fd = programs.fd(name)?;
+        let fd = match programs.fd(name) {
+            Ok(fd) => fd,
+            Err(error) => {
+                // The program of an earlier agent stays attached.
+                let text = not_loaded(error, &cgroup.path);
+                self.report_failure(text, changes);
+                return Ok(());
+            }
+        };
         let attached = self.fd.as_ref().and_then(|fd| self.attached(cgroup.id, fd));
         let (Some(link), Some(link_fd)) = (attached, &self.fd) else {
             return self.attach(programs, cgroup, changes);
@@ -135,6 +143,7 @@ impl CgroupLink {
         let at = cgroup.path.display();
         if Some(link.program) != programs.id(name) {
             bpf::link_update(link_fd, fd).map_err(failed("replace the program on", &cgroup.path))?;
+            (self.failure, self.reported) = (None, None);
             let text = format!("replaced {name} of an earlier agent on cgroup {at}");
             changes.push(CgroupChange::new(CgroupChangeKind::Replaced, text));
         }
@@ -312,6 +321,11 @@ pub(crate) fn attach_error(
         _ => error.to_string(),
     };
     format!("failed to attach {program} to cgroup {}: {cause}", cgroup.display())
+}
+
+/// Describes a program that cannot be attached because it is not loaded.
+fn not_loaded(error: ObjectError, cgroup: &Path) -> String {
+    format!("failed to attach to cgroup {}: {:#}", cgroup.display(), anyhow::Error::from(error))
 }
 
 /// Describes a program that is not attached, including the program that prevents it.

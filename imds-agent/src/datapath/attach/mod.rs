@@ -21,7 +21,7 @@ use super::{
     Datapath, DatapathError,
     attach::obstacle::{Obstacle, ObstacleError},
     maps::{counters, endpoint_maps, interface_records},
-    object::{Maps, Programs},
+    object::{self, Maps, Programs},
     pin::dir::AttachPoint,
     sys::bpf::{self, MprogHook},
 };
@@ -105,7 +105,9 @@ impl Datapath {
                 // The kernel rejects a second link with the same program at one hook. This attaches a copy of the program
                 // at the head of the hook, then updates the link to the original.
                 let hooks = Hooks::from_bits(hook.hook().bit());
-                let copy = Programs::load(self.claim.dir(), hooks, &endpoint_maps::filter(&self.maps)?)?;
+                let pins = self.claim.dir();
+                let object = object::load_maps(Some(pins), &endpoint_maps::filter(&self.maps)?)?;
+                let copy = Programs::load(object, pins, hooks)?;
                 self.links
                     .reorder(self.claim.dir(), spot, mode, copy.fd(name)?)
                     .map_err(|error| with_obstacle(error, link, hook))?;

@@ -8,7 +8,11 @@ use imds_ebpf_common::{ConfigRecord, names::MAP_CONFIG};
 use jiff::Timestamp;
 
 use crate::config::endpoint_set;
-use crate::datapath::{DatapathError, object::Maps};
+use crate::datapath::{
+    DatapathError,
+    object::Maps,
+    pin::{dir::PinDir, netns_owner},
+};
 
 /// Largest number of reads until two consecutive ones are equal. A read during an update can return a mix of both values.
 const READINGS: usize = 20;
@@ -40,6 +44,16 @@ pub struct RejectedConfig {
 /// Reads the record. Returns `None` before the first configuration was recorded.
 pub fn read(maps: &Maps) -> Result<Option<Record>, MapError> {
     Ok(Record::of(&read_whole(&maps.config)?))
+}
+
+/// Reads the record of the pinned maps; `None` if there is no record, or if the maps belong to another version or to another
+/// network namespace.
+#[must_use]
+pub fn pinned(pins: &PinDir) -> Option<Record> {
+    if netns_owner::other_netns(pins).ok()?.is_some() {
+        return None;
+    }
+    read(&Maps::open(pins).ok()?).ok()?
 }
 
 impl Record {

@@ -12,7 +12,6 @@ use crate::config::endpoint_set::{EndpointSet, padded, unpadded};
 use crate::datapath::{
     DatapathError,
     object::{self, Maps},
-    pin::dir::PinDir,
     sys::bpf,
 };
 
@@ -38,16 +37,18 @@ pub(crate) fn set_filter(maps: &mut Maps, filter: &PolicyTable) -> Result<(), Da
 }
 
 /// Returns the filter to load the programs with: the effective one, with the address bits of the new endpoints added.
-pub(crate) fn filter_while_loading(pins: &PinDir, endpoint_set: &EndpointSet) -> PolicyTable {
+pub(crate) fn filter_while_loading(
+    effective: Option<PolicyTable>,
+    endpoint_set: &EndpointSet,
+) -> PolicyTable {
     let entries: BTreeMap<_, _> = endpoint_set.entries().collect();
-    let wanted = PolicyTable::of(by_address(&entries));
-    // If the maps do not exist or are unreadable, no attached program uses them.
-    match Maps::open(pins).ok().and_then(|maps| filter(&maps).ok()) {
-        Some(mut in_force) => {
-            in_force.add_slots_of(&wanted);
-            in_force
+    let desired = PolicyTable::of(by_address(&entries));
+    match effective {
+        Some(mut filter) => {
+            filter.add_slots_of(&desired);
+            filter
         }
-        None => wanted,
+        None => desired,
     }
 }
 

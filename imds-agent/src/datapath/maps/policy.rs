@@ -27,8 +27,9 @@ impl Datapath {
     /// [`Datapath::release`].
     pub fn prepare(&mut self, datapath_config: &DatapathConfig) -> Result<(), DatapathError> {
         self.hooks = self.hooks.and(datapath_config.hooks);
-        self.programs.add(self.hooks)?;
+        self.programs.add(self.claim.dir(), self.hooks)?;
         self.programs.pin(self.claim.dir())?;
+        self.programs.record_rejected(&mut self.maps)?;
         self.cgroups.prepare(self.claim.dir(), datapath_config)
     }
 
@@ -52,6 +53,7 @@ impl Datapath {
         self.hooks = datapath_config.hooks;
         self.cgroups.release(datapath_config);
         self.programs.keep(datapath_config.hooks);
+        self.programs.record_rejected(&mut self.maps)?;
         Ok(self.programs.pin(self.claim.dir())?)
     }
 

@@ -21,7 +21,7 @@ use super::{
     dir::{BPFFS_MAGIC, PinDir, PinError, REPLACEMENT_SUFFIX, io_error},
     unload_request::REQUEST,
 };
-use crate::datapath::sys::bpf;
+use crate::datapath::sys::{bpf, rcu::RECORD};
 
 /// Kind of the pins in one subdirectory of a pin directory.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -139,7 +139,7 @@ impl PinDir {
     fn unknown_entries(&self) -> Result<Vec<PathBuf>, PinError> {
         let is_known = |path: &PathBuf| {
             let name = path.file_name().unwrap_or_default();
-            name == REQUEST || PinKind::ALL.into_iter().any(|kind| name == kind.directory())
+            name == REQUEST || name == RECORD || PinKind::ALL.into_iter().any(|kind| name == kind.directory())
         };
         Ok(entries(self.root())?.into_iter().filter(|path| !is_known(path)).collect())
     }

@@ -18,7 +18,10 @@ use nix::{
 };
 use thiserror::Error;
 
-use crate::datapath::sys::bpf;
+use crate::datapath::{
+    mount_namespace::{PRIVATE_BPFFS, PRIVATE_BPFFS_REMEDY},
+    sys::bpf,
+};
 
 /// Conventional mount point of a bpffs, and the only one where the agent mounts a bpffs itself.
 pub(crate) const BPFFS: &str = "/sys/fs/bpf";
@@ -59,7 +62,7 @@ pub enum PinError {
     },
     /// No bpffs is mounted at the conventional mount point, and mounting one failed.
     #[error(
-        "there is no bpffs at {BPFFS} and mounting one failed; run `mount -t bpf bpf {BPFFS}` on the host"
+        "there is no bpffs at {BPFFS} and mounting one failed; run `mount -t bpf bpf {BPFFS}` on the node, or grant CAP_SYS_ADMIN"
     )]
     Mount(#[source] io::Error),
     /// Another process holds the lock of the directory.
@@ -214,7 +217,15 @@ impl PinDir {
         )
         .map_err(|errno| PinError::Mount(errno.into()))?;
         log::info!("mounted a bpffs at {BPFFS}");
+        if self.parent().is_private() {
+            log::warn!("{PRIVATE_BPFFS}; {PRIVATE_BPFFS_REMEDY}");
+        }
         Ok(())
+    }
+
+    /// Returns the parent directory, which exists before the pin directory does.
+    fn parent(&self) -> Self {
+        Self { root: self.root.parent().unwrap_or(&self.root).to_owned() }
     }
 
     /// Reports whether the directory is on a bpffs. If it does not exist, checks its nearest existing ancestor.

@@ -12,6 +12,7 @@ use std::{
 use nix::fcntl::{Flock, FlockArg};
 
 use super::dir::{PinDir, PinError, io_error};
+use crate::datapath::sys::rcu;
 
 /// Time limit for taking the lock. `status` holds it for a moment to check whether another process does.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
@@ -25,7 +26,8 @@ impl PinDir {
         let is_new = !self.exists();
         self.make_directories()?;
         let claim = PinLock { dir: self.clone(), lock: self.lock(self.root())?, ready: None, is_new };
-        // A killed `unload` may have left its request.
+        // A killed `unload` may have left the setting changed, and its request in place.
+        rcu::restore_if_recorded(self);
         self.withdraw_unload_request()?;
         Ok(claim)
     }

@@ -10,6 +10,7 @@ use super::{
     dir::{PinDir, PinError, io_error},
     unload_request::REQUEST,
 };
+use crate::datapath::sys::rcu::RECORD;
 
 impl PinDir {
     /// Removes the entries that agents create, and the directory if it is then empty. Returns the paths of the remaining entries,
@@ -29,6 +30,7 @@ impl PinDir {
             remove_empty(&directory)?;
         }
         remove_empty(&self.root().join(REQUEST))?;
+        remove_empty(&self.root().join(RECORD))?;
         let subdirectories = PinKind::ALL.map(|kind| self.root().join(kind.directory()));
         left.extend(entries(self.root())?.into_iter().filter(|path| !subdirectories.contains(path)));
         remove_empty(self.root())?;

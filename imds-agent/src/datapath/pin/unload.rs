@@ -18,7 +18,7 @@ use crate::datapath::{
     attach::{self, cgroup_programs, clsact, host_cgroups, mprog},
     maps::policy,
     object::Maps,
-    sys::rcu::{Expedited, MANY_LINKS},
+    sys::rcu::{self, Expedited, MANY_LINKS},
 };
 use crate::node::{link::Link, netlink::Netlink};
 
@@ -82,6 +82,7 @@ pub async fn unload(
         let Some(claim) = wait_for_release(pins, agent, timeout).await? else { return Ok(removed) };
         (claim, agent)
     };
+    rcu::restore_if_recorded(pins);
     // Repeats this, because the agent may have applied its configuration in the meantime.
     if policy::switch_off(pins)? {
         progress(Progress::PolicyOff);
@@ -120,9 +121,9 @@ async fn wait_for_release(
 
 /// Expedites grace periods. Handles SIGINT and SIGTERM first, so that they do not end the process before it restores the
 /// setting.
-fn expedite() -> Option<Expedited> {
+fn expedite(pins: &PinDir) -> Option<Expedited> {
     let handlers = [SignalKind::interrupt(), SignalKind::terminate()].map(signal);
-    if handlers.iter().all(Result::is_ok) { Expedited::set() } else { None }
+    if handlers.iter().all(Result::is_ok) { Expedited::set(pins) } else { None }
 }
 
 async fn detach(
@@ -135,7 +136,7 @@ async fn detach(
     removed.sockets = cgroup_programs::detach_all(pins)? | host_cgroups::detach_all(pins)?;
     removed.sockets |= cgroup_programs::detach_local_service(pins)?;
     let pinned = pins.pinned_links()?;
-    let expedited = if pinned.len() >= MANY_LINKS { expedite() } else { None };
+    let expedited = if pinned.len() >= MANY_LINKS { expedite(pins) } else { None };
     for (done, (_, path)) in (1..).zip(&pinned) {
         removed.interfaces += usize::from(mprog::detach_pinned(path)?);
         progress(Progress::Detached(done, pinned.len()));

@@ -6,6 +6,7 @@ use super::doctor_report::DoctorCheck;
 use crate::{
     datapath::{
         maps::pod_names,
+        mount_namespace::{PRIVATE_BPFFS, PRIVATE_BPFFS_REMEDY},
         object::{self, Maps},
         pin::{
             dir::{BPFFS, PinDir},
@@ -62,6 +63,7 @@ pub(crate) fn bpffs(pins: &PinDir) -> DoctorCheck {
     let found = format!("{} is not on a bpffs", root.display());
     let is_usual = root.starts_with(BPFFS);
     match pins.is_on_bpffs() {
+        Ok(true) if pins.is_private() => DoctorCheck::degraded(NAME, PRIVATE_BPFFS, PRIVATE_BPFFS_REMEDY),
         Ok(true) => DoctorCheck::ok(NAME, format!("{} is on a bpffs", root.display())),
         Ok(false) if is_usual && has(Capability::CAP_SYS_ADMIN) => {
             DoctorCheck::degraded(NAME, found, format!("the agent mounts a bpffs at {BPFFS} when it starts"))

@@ -13,7 +13,8 @@ use imds_ebpf_common::{DenyAction, Hook, Mode, Policy, Subject};
 pub(crate) use self::exemption_status::exemption_rules;
 pub use self::status_report::{
     Agent, Configuration, Endpoint, ExemptSender, HookAttachment, HostReport, Interface, LocalServiceReport,
-    Problem, Provider, RejectedConfigReport, SendmsgReport, SocketReport, State, StatusReport,
+    Problem, Provider, RejectedConfigReport, RejectedProgram, SendmsgReport, SocketReport, State,
+    StatusReport,
 };
 use crate::{
     config::{
@@ -27,6 +28,7 @@ use crate::{
             counters::{self, Counts},
             endpoint_maps, pod_names,
         },
+        mount_namespace::{PRIVATE_BPFFS, PRIVATE_BPFFS_REMEDY},
         object::{self, Maps, ObjectError},
         pin::{agents, dir::PinDir, netns_owner},
     },
@@ -79,6 +81,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, D
         kubernetes: None,
         interfaces: Vec::new(),
         hooks: Vec::new(),
+        rejected_programs: Vec::new(),
         sockets: None,
         host_network: None,
         local_service: None,
@@ -109,6 +112,10 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, D
     let netlink = report.add_endpoints(&maps, netlink)?;
     let hooks = Hooks::from_bits(policy.hooks);
     report.hooks = Hook::ALL.into_iter().filter(|&hook| hooks.has(hook)).map(Hook::name).collect();
+    report.add_rejected_programs(pins, &maps)?;
+    if pins.is_private() {
+        report.problem(None, PRIVATE_BPFFS, PRIVATE_BPFFS_REMEDY);
+    }
     for agent in agents::find(pins) {
         report.problem(None, agent.to_string(), agent.remedy());
     }
@@ -188,6 +195,30 @@ impl StatusReport {
         Ok(())
     }
 
+    /// Adds the programs that the kernel rejected, each a problem of its hook.
+    fn add_rejected_programs(&mut self, pins: &PinDir, maps: &Maps) -> Result<(), DatapathError> {
+        for (hook, program, error) in object::rejected_programs(maps).map_err(unreadable)? {
+            let hook = hook.name();
+            let has_earlier = object::pinned_program(pins, program).is_ok();
+            let problem = if has_earlier {
+                format!("{hook} runs {program} of an earlier agent: failed to load the new program: {error}")
+            } else {
+                format!("{hook} is not enforced: failed to load BPF program {program}: {error}")
+            };
+            let remedy = format!(
+                "see the agent's log for the verifier's message; allow the agent to load BPF programs, or set hooks.{hook} = false"
+            );
+            self.problem(None, problem, remedy);
+            self.rejected_programs.push(RejectedProgram {
+                program,
+                hook,
+                error: error.to_string(),
+                has_earlier,
+            });
+        }
+        Ok(())
+    }
+
     fn add_disputes(&mut self) {
         let disputed = self.kubernetes.as_ref().map_or(0, |lookup| lookup.disputed);
         if disputed > 0 {
@@ -207,7 +238,7 @@ impl StatusReport {
         entries.sort_by_key(|(_, entry)| entry.id);
         let endpoint_set: Vec<_> =
             entries.iter().map(|(address, entry)| EndpointSet::from_entry(*address, entry)).collect();
-        let to_strings = |allow_ports: &[AllowedPort]| allow_ports.iter().map(ToString::to_string).collect();
+        let to_strings = |ports: &[AllowedPort]| ports.iter().map(ToString::to_string).collect();
         self.endpoints.extend(endpoint_set.iter().map(|EndpointSet { name, address, allow_ports }| {
             Endpoint { name: name.clone(), address: *address, allow_ports: to_strings(allow_ports) }
         }));

@@ -42,6 +42,8 @@ pub struct StatusReport {
     pub interfaces: Vec<Interface>,
     /// Names of the enabled hooks.
     pub hooks: Vec<&'static str>,
+    /// Programs of these hooks that the kernel rejected.
+    pub rejected_programs: Vec<RejectedProgram>,
     /// The `socket` hook; `None` if the hook is off.
     pub sockets: Option<SocketReport>,
     /// The `host_network` hook, which restricts pods in the node's network namespace; `None` if the hook is off.
@@ -71,6 +73,10 @@ impl StatusReport {
         if !self.agent.ready {
             not_enforced.push("the agent has not reconciled all interfaces yet".to_owned());
         }
+        let rejected = self.rejected_programs.iter().filter(|rejected| !rejected.has_earlier);
+        not_enforced.extend(rejected.map(|rejected| {
+            format!("{} is not enforced: {} is not loaded", rejected.hook, rejected.program)
+        }));
         let is_node_wide =
             self.hooks.iter().any(|&hook| hook == Hook::NodeEgress.name() || hook == Hook::Socket.name());
         for Interface { name, attachments, .. } in &self.interfaces {
@@ -91,6 +97,19 @@ impl StatusReport {
         }
         not_enforced
     }
+}
+
+/// A program that the kernel rejected when the agent loaded it.
+#[derive(Clone, Debug, Serialize)]
+pub struct RejectedProgram {
+    /// Name of the program, as `bpftool` shows it.
+    pub program: &'static str,
+    /// Name of the hook that lacks it.
+    pub hook: &'static str,
+    /// Error of bpf(2) as text, without the verifier's log.
+    pub error: String,
+    /// The program of an earlier agent runs in its place.
+    pub has_earlier: bool,
 }
 
 /// State of the node in one word.

@@ -1,0 +1,240 @@
+//! Starts for which the kernel rejects programs, and starts that fail while they load. The agent enforces the hooks that it can,
+//! reports the others, and a failed start changes nothing.
+
+use std::{
+    fs,
+    os::unix::process::CommandExt as _,
+    path::{Path, PathBuf},
+};
+
+use aya::maps::{Array, Map, MapData};
+use imds_ebpf_common::{Filter, Policy};
+use imds_tests::{
+    AttachMode, Pod, PodLink, Status, TestEnv, hook,
+    http::{DEFAULT, try_get},
+    output,
+    probe::LONG,
+    program_policy::{CGROUP_SOCK_ADDR, ProgramPolicy, SCHED_CLS},
+    skip_without_netns_cookie, with_each_backend,
+};
+use nix::sys::resource::{Resource, setrlimit};
+
+fn has_problem(status: &Status, text: &str) -> bool {
+    status.problems.iter().any(|problem| problem.problem.contains(text))
+}
+
+fn ready_metric(env: &TestEnv) -> String {
+    let (_, metrics) = try_get(env, DEFAULT, "/metrics").unwrap();
+    metrics.lines().find(|line| line.starts_with("imds_agent_ready ")).unwrap_or_default().to_owned()
+}
+
+#[track_caller]
+fn assert_degraded(env: &TestEnv, problem: &str) -> Status {
+    let status = env.status_when("the agent is ready", |status| status.agent.ready);
+    assert_eq!(status.state, "degraded");
+    assert!(has_problem(&status, problem), "{:?}", status.problems);
+    assert_eq!(env.imds_agent(&["status"]).output().status.code(), Some(3));
+    status
+}
+
+#[test]
+fn rejected_socket_programs_degrade_the_agent() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let policy = ProgramPolicy::new(|request| request.prog_type == CGROUP_SOCK_ADDR);
+    let agent = env.agent().hooks(&["from_pod", "socket"]).resync(1).policy(&policy).spawn();
+    env.wait_enforced(&pod);
+    env.assert_blocked(&pod);
+    let late = env.add_pod(PodLink::Routed);
+    env.wait_enforced(&late);
+    env.assert_blocked(&late);
+
+    let cause = "socket is not enforced: failed to load BPF program imds_connect4: Permission denied";
+    let status = assert_degraded(&env, cause);
+    assert_eq!(status.hooks, ["from_pod", "socket"]);
+    assert!(status.sockets.is_some_and(|sockets| !sockets.attached));
+    assert_eq!(ready_metric(&env), "imds_agent_ready 0");
+    assert_eq!(agent.log().matches("failed to load BPF program imds_connect4").count(), 2, "{}", agent.log());
+
+    policy.lift();
+    agent.wait_for_log("attached imds_connect4 to cgroup", LONG * 3);
+    env.status_when("no problem is left", Status::is_ready);
+    assert_eq!(ready_metric(&env), "imds_agent_ready 1");
+    drop(agent);
+    env.unload();
+    env.assert_open(&pod);
+}
+
+#[test]
+fn one_rejected_program_degrades_the_agent() {
+    with_each_backend(|backend| {
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Routed);
+        let policy = ProgramPolicy::new(|request| request.name == "imds_from_pod");
+        let hooks = ["from_pod", "node_egress"];
+        let agent = env.agent().backend(backend).hooks(&hooks).resync(1).policy(&policy).spawn();
+        let cause = "from_pod is not enforced: failed to load BPF program imds_from_pod: Permission denied";
+        let status = assert_degraded(&env, cause);
+        assert!(!status.has_attached(&pod.host_ifname, "from_pod"));
+        env.assert_blocked(&pod);
+        let late = env.add_pod(PodLink::Bridged);
+        env.status_when("the pod is known", |status| status.find(&late.host_ifname).is_some());
+        env.assert_blocked(&late);
+
+        policy.lift();
+        env.status_when("no problem is left", Status::is_ready);
+        for pod in [&pod, &late] {
+            assert!(env.status().has_attached(&pod.host_ifname, "from_pod"));
+            env.assert_blocked(pod);
+        }
+        drop(agent);
+        env.unload();
+        env.assert_open(&pod);
+    });
+}
+
+#[test]
+fn once_names_a_rejected_program() {
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let policy = ProgramPolicy::new(|request| request.name == "imds_from_podl3");
+    let agent = env.agent().policy(&policy).args(&["--once"]).spawn();
+    agent.wait_for_log("failed to load BPF program imds_from_podl3", LONG);
+    assert_eq!(agent.wait_end().code(), Some(1));
+    env.assert_blocked(&pod);
+}
+
+/// An update whose programs the kernel rejects: those of the earlier agent also protect new pods.
+#[test]
+fn programs_of_an_earlier_agent_run_on() {
+    with_each_backend(|backend| {
+        let env = TestEnv::new();
+        let pod = env.add_pod(PodLink::Routed);
+        env.start_agent(backend).kill9();
+        let program = || hook::pinned_program(&env.pin_dir().join("progs/imds_from_pod"));
+        let before = program();
+        let policy =
+            ProgramPolicy::new(|request| request.prog_type == SCHED_CLS && request.name != "imds_probe");
+        let agent = env.agent().backend(backend).resync(1).policy(&policy).spawn();
+        let status = assert_degraded(&env, "from_pod runs imds_from_pod of an earlier agent");
+        assert!(status.all_pods_enforced());
+        env.assert_blocked(&pod);
+        let late = env.add_pod(PodLink::Routed);
+        env.wait_enforced(&late);
+        env.assert_blocked(&late);
+        assert_eq!(program(), before);
+
+        policy.lift();
+        env.status_when("no problem is left", Status::is_ready);
+        assert_ne!(program(), before);
+        drop(agent);
+        env.unload();
+        env.assert_open(&late);
+    });
+}
+
+/// Numbers of the pinned maps and programs, names of the pinned links, and content of the maps that decide.
+#[derive(Debug, PartialEq)]
+struct Pinned {
+    objects: Vec<(PathBuf, u32)>,
+    links: Vec<PathBuf>,
+    policy: Option<Policy>,
+    filter: Option<Box<[u8]>>,
+    endpoints: Vec<String>,
+}
+
+impl Pinned {
+    fn read(env: &TestEnv) -> Self {
+        let entries = |directory: &str| {
+            let entries = fs::read_dir(env.pin_dir().join(directory)).unwrap();
+            let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+            paths.sort();
+            paths
+        };
+        let maps = entries("maps").into_iter().map(|path| (path.clone(), hook::pinned_map(&path)));
+        let programs = entries("progs").into_iter().map(|path| (path.clone(), hook::pinned_program(&path)));
+        let filter: Filter = value(&env.pin_dir().join("maps/imds_filter"));
+        // SAFETY: `Filter` is plain data without padding (`aya::Pod`), and borrowed for as long as the bytes.
+        let filter =
+            unsafe { std::slice::from_raw_parts((&raw const filter).cast::<u8>(), size_of::<Filter>()) };
+        let status = env.try_status();
+        let endpoints =
+            status.map(|status| status.endpoints.into_iter().map(|endpoint| endpoint.address).collect());
+        Self {
+            objects: maps.chain(programs).collect(),
+            links: entries("links"),
+            policy: Some(value(&env.pin_dir().join("maps/imds_policy"))),
+            filter: Some(filter.into()),
+            endpoints: endpoints.unwrap_or_default(),
+        }
+    }
+}
+
+fn value<V: aya::Pod>(pin: &Path) -> V {
+    let array: Array<MapData, V> = Map::Array(MapData::from_pin(pin).unwrap()).try_into().unwrap();
+    array.get(&0, 0).unwrap()
+}
+
+fn guarded_world() -> (TestEnv, Pod) {
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    env.start_agent(AttachMode::Clsact).kill9();
+    env.assert_blocked(&pod);
+    (env, pod)
+}
+
+/// A configuration under which the pod would reach the service.
+const OPEN: &str = "mode = 'off'\nprovider = 'none'\n[[endpoint]]\nname = 'other'\naddress = '10.9.9.9'\n";
+
+#[test]
+fn a_start_without_any_program_fails_and_changes_nothing() {
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let policy =
+        ProgramPolicy::new(|request| request.name.starts_with("imds_") && request.name != "imds_probe");
+    let agent = env.agent().policy(&policy).spawn();
+    agent.wait_for_log("imds-agent: failed to load BPF program imds_from_pod: Permission denied", LONG);
+    assert_eq!(agent.wait_end().code(), Some(1));
+    assert!(!env.pin_dir().exists());
+    env.assert_open(&pod);
+
+    // The maps of another version would be replaced.
+    env.start_agent(AttachMode::Clsact).kill9();
+    let pin = env.pin_dir().join("maps/imds_policy");
+    let mut policies: Array<MapData, Policy> =
+        Map::Array(MapData::from_pin(&pin).unwrap()).try_into().unwrap();
+    policies.set(0, Policy { layout: 99, ..value(&pin) }, 0).unwrap();
+    let before = Pinned::read(&env);
+    let agent = env.agent().backend(AttachMode::Clsact).config(OPEN).policy(&policy).spawn();
+    assert_eq!(agent.wait_end().code(), Some(1));
+    assert_eq!(Pinned::read(&env), before);
+    env.assert_blocked(&pod);
+}
+
+/// Each limit makes another call of the start fail.
+#[test]
+fn a_start_that_runs_out_of_descriptors_changes_nothing() {
+    let (env, pod) = guarded_world();
+    let before = Pinned::read(&env);
+    let agent = env.agent().backend(AttachMode::Clsact).config(OPEN).args(&["--once"]);
+    let mut failed = 0;
+    for limit in 8.. {
+        let mut command = agent.command();
+        // SAFETY: between fork and exec it makes one system call, and allocates nothing.
+        unsafe { command.pre_exec(move || Ok(setrlimit(Resource::RLIMIT_NOFILE, limit, limit)?)) };
+        let output = output(command);
+        let now = Pinned::read(&env);
+        if now != before {
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            assert!(!stderr.contains("failed to load"), "{limit}: {stderr}");
+            assert_eq!(now.policy.unwrap().mode, imds_ebpf_common::Mode::Off as u32, "{limit}: {stderr}");
+            break;
+        }
+        failed += 1;
+    }
+    assert!(failed > 40, "{failed}");
+    drop(pod);
+}
