@@ -44,7 +44,7 @@ impl Endpoint {
         for (to, from) in allow_ports.iter_mut().zip(&self.allow_ports) {
             *to = from.0;
         }
-        Entry { name: padded(&self.name), id, allowed_ports: allow_ports }
+        Entry { name: padded(&self.name), id, allow_ports }
     }
 
     /// Returns the endpoint that a map entry describes.

@@ -89,7 +89,7 @@ fn pinned(
     node: &RunOptions,
     pins: &PinDir,
 ) -> Option<(Record, anyhow::Result<(Config, ResolvedConfig)>)> {
-    let record = datapath::config::pinned(pins)?;
+    let record = datapath::maps::config_record::pinned(pins)?;
     let config = loader.load_pinned(&record, &pins.map(MAP_CONFIG))?;
     Some((record, config.map_err(Into::into).and_then(|config| usable(config, node))))
 }

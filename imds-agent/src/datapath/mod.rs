@@ -5,10 +5,8 @@ pub mod bpf_log;
 pub mod grants;
 mod loader;
 pub mod maps;
-pub mod mount_namespace;
 pub mod object;
 pub mod pin;
-mod rollback;
 pub mod sys;
 
 use std::{
@@ -32,13 +30,13 @@ use self::{
         dir::{AttachPoint, PinDir, PinError},
         lock::PinLock,
     },
-    rollback::Rollback,
 };
 use crate::{
     config::{Hooks, Sendmsg, endpoint_set::EndpointSet},
     datapath::{
         bpf_log::{BpfLog, BpfLogError},
         grants::Grants,
+        pin::rollback::Rollback,
     },
     kube::pod_ref::{PodContainer, PodWatchStatus},
     node::{

@@ -38,13 +38,13 @@ pub(crate) fn set_filter(maps: &mut Maps, filter: &PolicyTable) -> Result<(), Da
 
 /// Returns the filter to load the programs with: the effective one, with the address bits of the new endpoints added.
 pub(crate) fn filter_while_loading(
-    effective: Option<PolicyTable>,
+    effective: Option<&PolicyTable>,
     endpoint_set: &EndpointSet,
 ) -> PolicyTable {
     let entries: BTreeMap<_, _> = endpoint_set.entries().collect();
     let desired = PolicyTable::of(by_address(&entries));
     match effective {
-        Some(mut filter) => {
+        Some(&(mut filter)) => {
             filter.add_slots_of(&desired);
             filter
         }

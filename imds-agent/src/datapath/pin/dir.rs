@@ -19,7 +19,7 @@ use nix::{
 use thiserror::Error;
 
 use crate::datapath::{
-    mount_namespace::{PRIVATE_BPFFS, PRIVATE_BPFFS_REMEDY},
+    pin::mount_namespace::{PRIVATE_BPFFS, PRIVATE_BPFFS_REMEDY},
     sys::bpf,
 };
 

@@ -6,10 +6,10 @@ use super::doctor_report::DoctorCheck;
 use crate::{
     datapath::{
         maps::pod_names,
-        mount_namespace::{PRIVATE_BPFFS, PRIVATE_BPFFS_REMEDY},
         object::{self, Maps},
         pin::{
             dir::{BPFFS, PinDir},
+            mount_namespace::{PRIVATE_BPFFS, PRIVATE_BPFFS_REMEDY},
             netns_owner,
         },
     },

@@ -60,9 +60,14 @@ fn needs_filter(record: Option<&InterfaceRecord>, hook: TcHook, has_tcx: bool) -
     }
 }
 
-fn blocked(link: &Link, hook: TcHook, qdiscs: &BTreeMap<u32, Qdisc>, has_tcx: bool) -> Option<DoctorCheck> {
-    let (name, hook) = (&link.name, hook.hook().name());
-    let (found, kind) = match qdiscs.get(&link.index)?.obstacle(hook, has_tcx)? {
+fn blocked(
+    link: &Link,
+    tc_hook: TcHook,
+    qdiscs: &BTreeMap<u32, Qdisc>,
+    has_tcx: bool,
+) -> Option<DoctorCheck> {
+    let (name, hook) = (&link.name, tc_hook.hook().name());
+    let (found, kind) = match qdiscs.get(&link.index)?.obstacle(tc_hook, has_tcx)? {
         Obstacle::IngressQdisc { .. } => (
             format!("the ingress qdisc of {name} occupies the clsact slot: {hook} can't be attached there"),
             "ingress".to_owned(),

@@ -7,7 +7,7 @@ use std::{fs, os::unix::fs::MetadataExt as _};
 
 use nix::sys::stat::{major, minor};
 
-use super::pin::dir::PinDir;
+use super::dir::PinDir;
 
 /// Problem of a bpffs that is not the node's.
 pub const PRIVATE_BPFFS: &str = "the bpffs is mounted only in the mount namespace of the agent: enforcement ends with the container or service";

@@ -1,39 +1,49 @@
 //! Saves the state of the pin directory before a start, and restores it if the start fails.
 
-use std::{collections::BTreeMap, io, os::fd::OwnedFd, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use imds_ebpf_common::{
-    Address, Endpoint, Filter, Policy, ProviderRecord,
+    Address, Endpoint, Policy, PolicyTable, ProviderRecord,
     names::{MAP_ENDPOINTS, MAP_FILTER, MAP_POLICY, MAP_PROVIDER, MAPS, programs},
 };
 
-use super::{
+use crate::datapath::{
     DatapathError,
     object::{self, ObjectError},
     pin::dir::{self, PinDir, PinError, io_error},
     sys::bpf,
 };
 
+/// Array of one element, and the element.
+type ArrayContent<V> = (Array<MapData, V>, V);
+/// The map of the endpoints, and its entries.
+type EndpointContent = (HashMap<MapData, Address, Endpoint>, BTreeMap<Address, Endpoint>);
+
 /// Pins of maps and programs, and the content of the maps that a start writes before it attaches programs.
-pub(super) struct Rollback {
+pub(crate) struct Rollback {
     /// Object at each path; `None` if nothing was pinned there.
     pins: Vec<(PathBuf, Option<OwnedFd>)>,
-    policy: Option<(Array<MapData, Policy>, Policy)>,
-    filter: Option<(Array<MapData, Filter>, Filter)>,
-    provider: Option<(Array<MapData, ProviderRecord>, ProviderRecord)>,
-    endpoints: Option<(HashMap<MapData, Address, Endpoint>, BTreeMap<Address, Endpoint>)>,
+    policy: Option<ArrayContent<Policy>>,
+    filter: Option<ArrayContent<PolicyTable>>,
+    provider: Option<ArrayContent<ProviderRecord>>,
+    endpoints: Option<EndpointContent>,
 }
 
 impl Rollback {
     /// Opens all pins. Reads the content of maps only if `is_compatible`, because the start writes to no other maps.
-    pub(super) fn new(pins: &PinDir, is_compatible: bool) -> Result<Self, DatapathError> {
+    pub(crate) fn new(pins: &PinDir, is_compatible: bool) -> Result<Self, DatapathError> {
         let maps = MAPS.into_iter().map(|name| pins.map(name));
         let programs = programs().map(|name| pins.program(name));
         let mut rollback = Self {
             pins: maps
                 .chain(programs)
-                .map(|path| Ok((path.clone(), open(path)?)))
+                .map(|path| Ok((path.clone(), open(&path)?)))
                 .collect::<Result<_, PinError>>()?,
             policy: None,
             filter: None,
@@ -50,12 +60,12 @@ impl Rollback {
     }
 
     /// Returns the filter that was effective before the start.
-    pub(super) fn filter(&self) -> Option<Filter> {
-        self.filter.as_ref().map(|&(_, filter)| filter)
+    pub(crate) fn filter(&self) -> Option<&PolicyTable> {
+        self.filter.as_ref().map(|(_, filter)| filter)
     }
 
     /// Restores pins and content. Continues after a failure, and returns the first one.
-    pub(super) fn restore(self) -> Result<(), DatapathError> {
+    pub(crate) fn restore(self) -> Result<(), DatapathError> {
         let Self { pins, policy, filter, provider, endpoints } = self;
         let restored = [
             endpoints.map_or(Ok(()), restore_endpoints),
@@ -72,10 +82,10 @@ impl Rollback {
 }
 
 /// Opens the object that is pinned at a path; `None` if there is no such object.
-fn open(path: PathBuf) -> Result<Option<OwnedFd>, PinError> {
-    match bpf::get(&path) {
+fn open(path: &Path) -> Result<Option<OwnedFd>, PinError> {
+    match bpf::get(path) {
         Ok(object) => Ok(Some(object)),
-        Err(error) if is_out_of_resources(&error) => Err(io_error("open", &path)(error)),
+        Err(error) if is_out_of_resources(&error) => Err(io_error("open", path)(error)),
         Err(_) => Ok(None),
     }
 }
@@ -95,7 +105,7 @@ fn open_map(pins: &PinDir, name: &'static str) -> Result<Option<MapData>, Object
 fn read_array<V: aya::Pod>(
     pins: &PinDir,
     name: &'static str,
-) -> Result<Option<(Array<MapData, V>, V)>, ObjectError> {
+) -> Result<Option<ArrayContent<V>>, ObjectError> {
     let failed = |source| ObjectError::Map { name, source };
     let Some(map) = open_map(pins, name)? else { return Ok(None) };
     let array: Array<MapData, V> = Map::Array(map).try_into().map_err(failed)?;
@@ -103,10 +113,7 @@ fn read_array<V: aya::Pod>(
     Ok(Some((array, value)))
 }
 
-#[expect(clippy::type_complexity, reason = "a map and its content")]
-fn read_endpoints(
-    pins: &PinDir,
-) -> Result<Option<(HashMap<MapData, Address, Endpoint>, BTreeMap<Address, Endpoint>)>, ObjectError> {
+fn read_endpoints(pins: &PinDir) -> Result<Option<EndpointContent>, ObjectError> {
     let failed = |source| ObjectError::Map { name: MAP_ENDPOINTS, source };
     let Some(map) = open_map(pins, MAP_ENDPOINTS)? else { return Ok(None) };
     let map: HashMap<MapData, Address, Endpoint> = Map::HashMap(map).try_into().map_err(failed)?;
@@ -116,15 +123,13 @@ fn read_endpoints(
 
 fn restore_array<V: aya::Pod>(
     name: &'static str,
-    before: Option<(Array<MapData, V>, V)>,
+    before: Option<ArrayContent<V>>,
 ) -> Result<(), DatapathError> {
     let Some((mut array, value)) = before else { return Ok(()) };
     array.set(0, value, 0).map_err(|source| DatapathError::Map { map: name, source })
 }
 
-fn restore_endpoints(
-    (mut map, before): (HashMap<MapData, Address, Endpoint>, BTreeMap<Address, Endpoint>),
-) -> Result<(), DatapathError> {
+fn restore_endpoints((mut map, before): EndpointContent) -> Result<(), DatapathError> {
     let failed = |source: MapError| DatapathError::Map { map: MAP_ENDPOINTS, source };
     let now: Vec<_> = object::present(map.keys()).collect::<Result<_, _>>().map_err(failed)?;
     for address in now.iter().filter(|address| !before.contains_key(address)) {
