@@ -73,7 +73,7 @@ pub struct RateLimiter {
     /// Timer tick (jiffies) at which the clock was last read.
     pub tick: u64,
     /// Number of events since the last emitted one.
-    pub untold: u64,
+    pub pending: u64,
     /// Bytes of the events since the last emitted one; 0 for calls.
     pub bytes: u64,
     /// Number of events emitted in this window.
@@ -98,7 +98,7 @@ impl RateLimiter {
     #[expect(clippy::cast_possible_truncation, reason = "zero")]
     pub fn new() -> Self {
         let zero = opaque(0);
-        Self { start: zero, tick: zero, untold: zero, bytes: zero, told: zero as u32, answered: zero as u32 }
+        Self { start: zero, tick: zero, pending: zero, bytes: zero, told: zero as u32, answered: zero as u32 }
     }
 
     /// Counts an event of `bytes` bytes at timer tick `tick`. Returns `true` if the caller should emit the event; the
@@ -109,7 +109,7 @@ impl RateLimiter {
     #[inline(always)]
     #[must_use]
     pub fn allow(&mut self, bytes: u32, tick: u64, clock: impl FnOnce() -> u64) -> bool {
-        self.untold += 1;
+        self.pending += 1;
         self.bytes += u64::from(bytes);
         if self.told >= Self::MAX_EVENTS && self.tick == tick {
             return false;
@@ -126,7 +126,7 @@ impl RateLimiter {
     #[inline(always)]
     pub fn clear(&mut self) {
         // Hidden from the compiler, which would write two zeros in a row with a call to memset.
-        self.untold = opaque(0);
+        self.pending = opaque(0);
         self.bytes = opaque(0);
     }
 
@@ -175,8 +175,8 @@ mod tests {
     /// suppressed.
     fn allow(limiter: &mut RateLimiter, time: u64) -> Option<u64> {
         limiter.allow(BYTES, time / (RateLimiter::WINDOW / HZ), || time).then(|| {
-            assert_eq!(limiter.bytes, limiter.untold * u64::from(BYTES));
-            let told = limiter.untold;
+            assert_eq!(limiter.bytes, limiter.pending * u64::from(BYTES));
+            let told = limiter.pending;
             limiter.clear();
             told
         })
@@ -186,7 +186,7 @@ mod tests {
     fn window_limit_loses_no_event_from_the_sum() {
         let mut limiter = RateLimiter::default();
         let told: u64 = (0..25).filter_map(|time| allow(&mut limiter, RateLimiter::WINDOW + time)).sum();
-        assert_eq!((told, limiter.untold), (u64::from(RateLimiter::MAX_EVENTS), 15));
+        assert_eq!((told, limiter.pending), (u64::from(RateLimiter::MAX_EVENTS), 15));
         assert_eq!(allow(&mut limiter, 2 * RateLimiter::WINDOW + 1), Some(16));
         assert_eq!(allow(&mut limiter, 2 * RateLimiter::WINDOW + 2), Some(1));
     }
@@ -211,9 +211,9 @@ mod tests {
                 limiter.clear();
             }
         }
-        assert_eq!((reads, limiter.untold), (RateLimiter::MAX_EVENTS, 990));
+        assert_eq!((reads, limiter.pending), (RateLimiter::MAX_EVENTS, 990));
         assert!(!limiter.allow(BYTES, 8, || RateLimiter::WINDOW + 1));
-        assert_eq!(limiter.untold, 991);
+        assert_eq!(limiter.pending, 991);
     }
 
     #[test]

@@ -82,7 +82,7 @@ pub struct Exemption {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Grant {
-    /// [`Verdict::Exempt`] or [`Verdict::Audit`], which replaces [`Verdict::Deny`]. Other values grant nothing.
+    /// [`Verdict::Exempt`] or [`Verdict::Audited`], which replaces [`Verdict::Denied`]. Other values grant nothing.
     pub verdict: u32,
     /// Number of the exemption rule in the configuration, from 1.
     pub rule: u32,
@@ -122,10 +122,10 @@ impl Grant {
     #[must_use]
     pub const fn apply_exemption(self, verdict: Verdict) -> Verdict {
         const EXEMPT: u32 = Verdict::Exempt as u32;
-        const AUDIT: u32 = Verdict::Audit as u32;
+        const AUDIT: u32 = Verdict::Audited as u32;
         match self.verdict {
             EXEMPT => Verdict::Exempt,
-            AUDIT => Verdict::Audit,
+            AUDIT => Verdict::Audited,
             _ => verdict,
         }
     }
@@ -136,8 +136,8 @@ impl Grant {
 #[must_use]
 pub const fn can_be_exempted(verdict: Verdict) -> bool {
     match verdict {
-        Verdict::Deny | Verdict::Audit => true,
-        Verdict::Unrelated | Verdict::Allow | Verdict::Allowed | Verdict::Exempt => false,
+        Verdict::Denied | Verdict::Audited => true,
+        Verdict::Unrelated | Verdict::Off | Verdict::Allowed | Verdict::Exempt => false,
     }
 }
 
@@ -209,28 +209,32 @@ mod tests {
 
     #[test]
     fn exemption_affects_denials_only() {
-        use Verdict::{Allow, Allowed, Audit, Deny, Exempt, Unrelated};
+        use Verdict::{Allowed, Audited, Denied, Exempt, Off, Unrelated};
         let grant = |verdict| Grant::new(verdict, 1);
         let at = |address, verdict| (Exemption { address, subject: POD }, grant(verdict));
         for (grants, denied) in [
-            (&[][..], [Deny, Deny]),
-            (&[at(ONE, Exempt)], [Exempt, Deny]),
-            (&[at(ONE, Audit)], [Audit, Deny]),
+            (&[][..], [Denied, Denied]),
+            (&[at(ONE, Exempt)], [Exempt, Denied]),
+            (&[at(ONE, Audited)], [Audited, Denied]),
             (&[at(Address::ANY, Exempt)], [Exempt, Exempt]),
-            (&[at(Address::ANY, Audit), at(OTHER, Exempt)], [Audit, Exempt]),
+            (&[at(Address::ANY, Audited), at(OTHER, Exempt)], [Audited, Exempt]),
             // Verdicts that the agent never writes grant nothing.
-            (&[at(ONE, Unrelated), at(OTHER, Allow)], [Deny, Deny]),
+            (&[at(ONE, Unrelated), at(OTHER, Off)], [Denied, Denied]),
         ] {
-            assert_eq!(of(grants, Deny, POD), denied, "{grants:?}");
-            let audited = denied.map(|verdict| if verdict == Deny { Audit } else { verdict });
-            assert_eq!(of(grants, Audit, POD), audited, "{grants:?}");
-            for verdict in [Unrelated, Allow, Allowed] {
+            assert_eq!(of(grants, Denied, POD), denied, "{grants:?}");
+            let audited = denied.map(|verdict| if verdict == Denied { Audited } else { verdict });
+            assert_eq!(of(grants, Audited, POD), audited, "{grants:?}");
+            for verdict in [Unrelated, Off, Allowed] {
                 assert_eq!(of(grants, verdict, POD), [verdict; 2], "{grants:?}");
             }
             for kind in [SubjectKind::Netns, SubjectKind::Cgroup] {
-                assert_eq!(of(grants, Deny, Subject::new(kind, 7)), [Deny; 2], "{grants:?}");
+                assert_eq!(of(grants, Denied, Subject::new(kind, 7)), [Denied; 2], "{grants:?}");
             }
-            assert_eq!(of(grants, Deny, Subject::new(SubjectKind::Interface, 8)), [Deny; 2], "{grants:?}");
+            assert_eq!(
+                of(grants, Denied, Subject::new(SubjectKind::Interface, 8)),
+                [Denied; 2],
+                "{grants:?}"
+            );
         }
     }
 

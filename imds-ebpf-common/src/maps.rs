@@ -80,7 +80,7 @@ pub struct ProviderRecord {
     /// Value in the configuration, such as `auto`.
     pub configured: [u8; 16],
     /// Provider of the effective preset, such as `aws`.
-    pub in_force: [u8; 16],
+    pub effective: [u8; 16],
 }
 
 /// Largest size of a configuration as TOML, in bytes.
@@ -147,9 +147,9 @@ pub struct KubernetesRecord {
     /// Time of the last failed request to the API server.
     pub failed_at: u64,
     /// 1 if the agent watches pods, else 0.
-    pub is_enabled: u32,
+    pub enabled: u32,
     /// 1 while the watch is established, else 0.
-    pub is_connected: u32,
+    pub connected: u32,
     /// Number of pods on the node, as far as known.
     pub pods: u32,
     /// Number of pods whose sandbox was not found yet.

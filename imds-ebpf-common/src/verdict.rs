@@ -234,11 +234,11 @@ pub enum Verdict {
     /// Passed because the destination is not a protected endpoint. Never counted.
     Unrelated = 0,
     /// Denied because the mode is [`Mode::Enforce`].
-    Deny = 1,
+    Denied = 1,
     /// Passed because the mode is [`Mode::Audit`].
-    Audit = 2,
+    Audited = 2,
     /// Passed because the mode is [`Mode::Off`].
-    Allow = 3,
+    Off = 3,
     /// Passed because the port is allowed. Counted as allowed.
     Allowed = 4,
     /// Passed because the sender is exempt.
@@ -250,11 +250,11 @@ impl Verdict {
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
-            Self::Unrelated => "foreign",
-            Self::Deny => "deny",
-            Self::Audit => "audit",
-            Self::Allow => "allow",
-            Self::Allowed => "kept",
+            Self::Unrelated => "unrelated",
+            Self::Denied => "denied",
+            Self::Audited => "audited",
+            Self::Off => "allowed",
+            Self::Allowed => "allowed",
             Self::Exempt => "exempt",
         }
     }
@@ -265,9 +265,9 @@ impl Verdict {
     pub const fn from_u32(verdict: u32) -> Self {
         match verdict {
             0 => Self::Unrelated,
-            1 => Self::Deny,
-            2 => Self::Audit,
-            3 => Self::Allow,
+            1 => Self::Denied,
+            2 => Self::Audited,
+            3 => Self::Off,
             4 => Self::Allowed,
             _ => Self::Exempt,
         }
@@ -296,7 +296,7 @@ impl Verdict {
     }
 
     /// All verdicts that have counters.
-    pub const COUNTED: [Self; 5] = [Self::Deny, Self::Audit, Self::Allow, Self::Allowed, Self::Exempt];
+    pub const COUNTED: [Self; 5] = [Self::Denied, Self::Audited, Self::Off, Self::Allowed, Self::Exempt];
 }
 
 /// Returns the verdict on a packet without exemptions: the fast path first, then the slow path.
@@ -400,8 +400,8 @@ fn classify_service<T: PolicyLookup + ?Sized>(
 #[inline(always)]
 fn by_mode<T: PolicyLookup + ?Sized>(policy: &T) -> Verdict {
     match policy.mode() {
-        Mode::Enforce => Verdict::Deny,
-        Mode::Audit => Verdict::Audit,
-        Mode::Off => Verdict::Allow,
+        Mode::Enforce => Verdict::Denied,
+        Mode::Audit => Verdict::Audited,
+        Mode::Off => Verdict::Off,
     }
 }

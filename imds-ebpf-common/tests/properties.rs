@@ -177,7 +177,7 @@ proptest! {
     fn only_protected_destinations_are_denied(
         macs: [u8; 12], tags in tags(0..=MAX_VLAN_TAGS), (destination, packet) in ipv4(),
     ) {
-        let expected = if destination == IMDS_IPV4 { Verdict::Deny } else { Verdict::Unrelated };
+        let expected = if destination == IMDS_IPV4 { Verdict::Denied } else { Verdict::Unrelated };
         let frame = tagged(macs, &tags, 0x0800, &packet);
         prop_assert_eq!(verdict(&frame, LinkLayer::Ethernet, Mode::Enforce), expected);
         prop_assert_eq!(verdict(&packet, LinkLayer::None, Mode::Enforce), expected);
@@ -191,7 +191,7 @@ proptest! {
         let frame = tagged(macs, &tags, 0x0800, &packet);
         let cut = cut.index(frame.len() + 1);
         let is_whole = cut >= ETHERNET_LEN + VLAN_LEN * tags.len() + DESTINATION_END;
-        let expected = if is_whole { Verdict::Deny } else { Verdict::Unrelated };
+        let expected = if is_whole { Verdict::Denied } else { Verdict::Unrelated };
         prop_assert_eq!(verdict(&frame[..cut], LinkLayer::Ethernet, Mode::Enforce), expected);
     }
 
@@ -216,7 +216,7 @@ proptest! {
     fn mode_affects_protected_packets_only(macs: [u8; 12], (destination, packet) in ipv4()) {
         let frame = tagged(macs, &[], 0x0800, &packet);
         for (mode, expected) in
-            [(Mode::Enforce, Verdict::Deny), (Mode::Audit, Verdict::Audit), (Mode::Off, Verdict::Allow)]
+            [(Mode::Enforce, Verdict::Denied), (Mode::Audit, Verdict::Audited), (Mode::Off, Verdict::Off)]
         {
             let is_guarded = destination == IMDS_IPV4;
             let verdict = verdict(&frame, LinkLayer::Ethernet, mode);
@@ -233,7 +233,7 @@ proptest! {
         let expected = match endpoint {
             None => Verdict::Unrelated,
             Some(true) if shows_dns(&extensions, transport) => Verdict::Allowed,
-            Some(_) => Verdict::Deny,
+            Some(_) => Verdict::Denied,
         };
         let frame = tagged(macs, &tags, 0x86dd, &packet);
         prop_assert_eq!(verdict(&frame, LinkLayer::Ethernet, Mode::Enforce), expected);
@@ -253,7 +253,7 @@ proptest! {
         } else if shows_port {
             Verdict::Allowed
         } else {
-            Verdict::Deny
+            Verdict::Denied
         };
         prop_assert_eq!(verdict(&whole[..cut], LinkLayer::Ethernet, Mode::Enforce), expected);
     }
@@ -276,7 +276,7 @@ proptest! {
         let cut = 20 + cut.index(81);
         let is_dns = (0x45..=0x4f).contains(&version_ihl) && fragment << 3 == 0 && ports + 4 <= cut
             && [UDP, TCP].contains(&transport.0) && transport.1 == 53;
-        let expected = if is_dns { Verdict::Allowed } else { Verdict::Deny };
+        let expected = if is_dns { Verdict::Allowed } else { Verdict::Denied };
         let frame = tagged([2; 12], &[], 0x0800, &packet[..cut]);
         prop_assert_eq!(verdict(&frame, LinkLayer::Ethernet, Mode::Enforce), expected);
         for mode in [Mode::Audit, Mode::Off] {
@@ -344,7 +344,7 @@ fn reference_parser_agrees() {
         .syn()
         .write(&mut tcp, &[])
         .unwrap();
-    assert_eq!(verdict(&tcp, LinkLayer::Ethernet, Mode::Enforce), Verdict::Deny);
+    assert_eq!(verdict(&tcp, LinkLayer::Ethernet, Mode::Enforce), Verdict::Denied);
 
     let mut v6 = Vec::new();
     let mapped = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 169, 254, 169, 254];
@@ -353,7 +353,7 @@ fn reference_parser_agrees() {
         .udp(1, 2)
         .write(&mut v6, &[1])
         .unwrap();
-    assert_eq!(verdict(&v6, LinkLayer::Ethernet, Mode::Enforce), Verdict::Deny);
+    assert_eq!(verdict(&v6, LinkLayer::Ethernet, Mode::Enforce), Verdict::Denied);
 }
 
 #[test]

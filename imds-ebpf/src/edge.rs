@@ -68,8 +68,8 @@ pub(crate) struct Classified {
 #[inline(always)]
 pub(crate) const fn finish_probe(verdict: Verdict) -> i32 {
     match verdict {
-        Verdict::Deny => TC_ACT_SHOT,
-        Verdict::Unrelated | Verdict::Audit | Verdict::Allow | Verdict::Allowed | Verdict::Exempt => {
+        Verdict::Denied => TC_ACT_SHOT,
+        Verdict::Unrelated | Verdict::Audited | Verdict::Off | Verdict::Allowed | Verdict::Exempt => {
             TC_ACT_UNSPEC
         }
     }
@@ -93,8 +93,8 @@ pub(crate) fn finish(
         None => diagnostics::warn_map_full(hook as u32),
     }
     match verdict {
-        Verdict::Deny => {}
-        Verdict::Unrelated | Verdict::Audit | Verdict::Allow | Verdict::Allowed | Verdict::Exempt => {
+        Verdict::Denied => {}
+        Verdict::Unrelated | Verdict::Audited | Verdict::Off | Verdict::Allowed | Verdict::Exempt => {
             return TC_ACT_UNSPEC;
         }
     }

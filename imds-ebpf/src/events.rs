@@ -152,7 +152,7 @@ fn event(flow: Flow) -> Event {
 /// Emits the event with the counts since the previous one. If the ring buffer is full, the next event includes them.
 #[inline(always)]
 fn emit(event: Event, limiter: &mut RateLimiter) {
-    let event = Event { suppressed: limiter.untold.wrapping_sub(1), bytes: limiter.bytes, ..event };
+    let event = Event { suppressed: limiter.pending.wrapping_sub(1), bytes: limiter.bytes, ..event };
     if EVENTS.output_untyped::<Event>(&event, 0).is_ok() {
         limiter.clear();
     }

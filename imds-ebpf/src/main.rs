@@ -137,8 +137,8 @@ fn imds_local_in(ctx: SkBuffContext) -> i32 {
 #[inline(always)]
 const fn permission(verdict: Verdict) -> i32 {
     match verdict {
-        Verdict::Deny => 0,
-        Verdict::Unrelated | Verdict::Audit | Verdict::Allow | Verdict::Allowed | Verdict::Exempt => 1,
+        Verdict::Denied => 0,
+        Verdict::Unrelated | Verdict::Audited | Verdict::Off | Verdict::Allowed | Verdict::Exempt => 1,
     }
 }
 

@@ -40,8 +40,8 @@ pub(crate) fn count(probe: *mut ProbeRecord, hook: Hook, verdict: Verdict) -> Pr
 fn count_number(probe: *mut ProbeRecord, hook: u32, verdict: u32) -> u32 {
     // SAFETY: the map owns the value, and frees it only after an RCU grace period.
     let ProbeRecord { exempt, verdicts, .. } = unsafe { &mut *probe };
-    let denied = Verdict::Deny as u32;
-    let is_exempt = *exempt & EXEMPT != 0 && (verdict == denied || verdict == Verdict::Audit as u32);
+    let denied = Verdict::Denied as u32;
+    let is_exempt = *exempt & EXEMPT != 0 && (verdict == denied || verdict == Verdict::Audited as u32);
     let verdict = if is_exempt { Verdict::Exempt as u32 } else { verdict };
     // Opaque, because the compiler knows the range of both numbers and would remove the bounds checks that the verifier needs.
     let (row, column) = (opaque(hook.into()) as usize, opaque(verdict.into()) as usize);

@@ -45,7 +45,7 @@ fn classify(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict 
     let verdict = classify_address(destination, Some(service), &maps::Maps);
     match verdict {
         Verdict::Unrelated => return verdict,
-        Verdict::Deny | Verdict::Audit | Verdict::Allow | Verdict::Allowed | Verdict::Exempt => {}
+        Verdict::Denied | Verdict::Audited | Verdict::Off | Verdict::Allowed | Verdict::Exempt => {}
     }
     // SAFETY: the helper takes the context of a socket address program.
     let cookie = unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) };
@@ -67,7 +67,7 @@ fn classify(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict 
     let verdict = exempt::apply(verdict, Subject::new(kind, id), &destination);
     let verdict = hide_bounds(verdict, cookie);
     let _uncounted = maps::count(CounterKey::DELETED, hook, verdict, 0);
-    if matches!(verdict, Verdict::Deny) {
+    if matches!(verdict, Verdict::Denied) {
         choose_errno();
     }
     let Some(limiter) = events::limiter(&RateLimitKey { id, hook: hook as u64 }) else {

@@ -35,7 +35,7 @@ pub struct Status {
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct Kubernetes {
     pub node: String,
-    pub is_connected: bool,
+    pub connected: bool,
     pub since: String,
     pub synced_at: Option<String>,
     pub failed_at: Option<String>,
@@ -88,7 +88,7 @@ pub struct Configuration {
     pub generation: u64,
     pub file: Option<PathBuf>,
     pub loaded_at: String,
-    pub refused: Option<Refused>,
+    pub rejected: Option<Refused>,
 }
 
 /// A configuration file that the agent rejected.
@@ -104,7 +104,7 @@ pub struct Refused {
 #[expect(missing_docs, reason = "documented with the command")]
 pub struct Provider {
     pub configured: String,
-    pub in_force: String,
+    pub effective: String,
 }
 
 /// A protected endpoint with its allowed ports.

@@ -66,7 +66,7 @@ impl Node {
             status.agent.ready && status.agent.pid == Some(pid) && status.all_pods_enforced()
         });
         assert_eq!(status.state, "degraded", "{}", agent.log());
-        let refused = status.configuration.as_ref().unwrap().refused.as_ref().expect("a rejected file");
+        let refused = status.configuration.as_ref().unwrap().rejected.as_ref().expect("a rejected file");
         assert!(refused.error.contains(part), "{}", refused.error);
         assert!(
             status.problems.iter().any(|problem| problem.problem.contains(part)),
@@ -85,7 +85,7 @@ impl Node {
     fn wait_recovered(&self) -> Status {
         self.env.status_when("the configuration is valid", |status| {
             let configuration = status.configuration.as_ref().unwrap();
-            configuration.refused.is_none() && status.problems.is_empty()
+            configuration.rejected.is_none() && status.problems.is_empty()
         })
     }
 

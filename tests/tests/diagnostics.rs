@@ -29,7 +29,7 @@ fn fill(env: &TestEnv) -> impl FnMut() {
     let mut counters: PerCpuHashMap<MapData, CounterKey, Counter> =
         Map::PerCpuHashMap(map).try_into().expect("the counters");
     let cpus = aya::util::nr_cpus().expect("the number of CPUs");
-    let key = |index: u32| CounterKey::new(u32::MAX - index, Hook::FromPod, Verdict::Deny);
+    let key = |index: u32| CounterKey::new(u32::MAX - index, Hook::FromPod, Verdict::Denied);
     let mut count = 0;
     loop {
         let zero = PerCpuValues::try_from(vec![Counter::default(); cpus]).expect("as many as there are CPUs");

@@ -174,7 +174,7 @@ fn grants() -> [(Exemption, Grant); 2] {
     let grant = |address, verdict| (Exemption { address, subject: SENDER }, Grant::new(verdict, 1));
     [
         grant(Address::from_ipv6(IMDS_IPV6), Verdict::Exempt),
-        grant(Address::from_ipv4(RESOLVER_IPV4), Verdict::Audit),
+        grant(Address::from_ipv4(RESOLVER_IPV4), Verdict::Audited),
     ]
 }
 
@@ -231,7 +231,7 @@ fn kernel_and_host_agree_on_any_packet() {
                 .map_or(Verdict::Unrelated, |examined| {
                     apply_exemption(examined.verdict, SENDER, &examined.destination, &tables)
                 });
-            let expected = if verdict == Verdict::Deny { TC_ACT_SHOT } else { TC_ACT_UNSPEC };
+            let expected = if verdict == Verdict::Denied { TC_ACT_SHOT } else { TC_ACT_UNSPEC };
             if let Some(action) = try_action(object.program(name), &packet) {
                 prop_assert_eq!(action, expected, "{}: {:?}", name, verdict);
                 compared.set(compared.get() + 1);

@@ -70,8 +70,8 @@ fn tcx_check_matches_the_kernel() {
     let (found, has_tcx) = (examine(&env), hook::has_tcx());
     let attaching = one(&found, "attaching");
     assert_eq!(attaching["state"], if has_tcx { "ok" } else { "degraded" });
-    assert_has(attaching, "found", "clsact filters");
-    assert_eq!(attaching["found"].as_str().unwrap().starts_with("TCX"), has_tcx);
+    assert_has(attaching, "observed", "clsact filters");
+    assert_eq!(attaching["observed"].as_str().unwrap().starts_with("TCX"), has_tcx);
 }
 
 #[test]
@@ -110,15 +110,15 @@ fn unprivileged_user_is_reported() {
 fn running_agent_is_reported() {
     let env = TestEnv::new();
     let agent_of = |found: &Value| one(found, "agent").clone();
-    assert_has(&agent_of(&examine(&env)), "found", "nothing is loaded");
+    assert_has(&agent_of(&examine(&env)), "observed", "nothing is loaded");
     let agent = env.start_agent(if hook::has_tcx() { AttachMode::Tcx } else { AttachMode::Clsact });
     let running = agent_of(&examine(&env));
     assert_eq!(running["state"], "ok");
-    assert_has(&running, "found", &agent.pid().to_string());
+    assert_has(&running, "observed", &agent.pid().to_string());
     agent.kill9();
     let killed = agent_of(&examine(&env));
     assert_eq!(killed["state"], "degraded");
-    assert_has(&killed, "found", "programs are loaded");
+    assert_has(&killed, "observed", "programs are loaded");
 }
 
 #[test]
@@ -136,7 +136,7 @@ fn foreign_tcx_programs_are_reported() {
     let id = hook::tcx(&env.node, &pod.host_ifname)[0].id;
     let expected = serde_json::json!({
         "name": "foreign", "id": id, "kind": "tcx", "at": pod.host_ifname, "hook": "ingress",
-        "place": 1, "of": 1, "is_first": null,
+        "position": 1, "count": 1, "first": null,
     });
     let found = examine(&env);
     assert_eq!(one(&found, "tc_programs")["program"], expected);
@@ -145,14 +145,14 @@ fn foreign_tcx_programs_are_reported() {
     let _agent = env.agent().resync(3600).spawn_ready();
     let found = examine(&env);
     let second = one(&found, "tc_programs");
-    assert_eq!((&second["program"]["place"], &second["program"]["is_first"]), (&2.into(), &false.into()));
+    assert_eq!((&second["program"]["position"], &second["program"]["first"]), (&2.into(), &false.into()));
     assert_eq!(second["state"], "ok");
 
     let _first = attach();
     let found = examine(&env);
     let states: Vec<_> = all(&found, "tc_programs")
         .iter()
-        .map(|check| (&check["program"]["place"], &check["state"]))
+        .map(|check| (&check["program"]["position"], &check["state"]))
         .map(|(place, state)| (place.as_u64().unwrap(), state.as_str().unwrap()))
         .collect();
     assert_eq!(states, [(1, "degraded"), (3, "ok")]);
@@ -172,7 +172,7 @@ fn foreign_filters_are_reported() {
             let programs = all(found, "tc_programs").into_iter().map(|check| &check["program"]);
             let place = |program: &Value| {
                 let kind = program["kind"].as_str().unwrap().to_owned();
-                (kind, program["place"].as_u64().unwrap(), program["is_first"].as_bool())
+                (kind, program["position"].as_u64().unwrap(), program["first"].as_bool())
             };
             programs.map(place).collect()
         };
@@ -222,7 +222,7 @@ fn foreign_cgroup_programs_are_reported() {
     assert_eq!(hooks, ["connect4", "connect6", "sendmsg4", "sendmsg6"]);
     assert_eq!(programs[0]["name"], "imds_connect4");
     assert_eq!(programs[0]["id"], hook::pinned_program(&other.join("progs/imds_connect4")));
-    assert_eq!((&programs[0]["place"], &programs[0]["of"]), (&1.into(), &2.into()));
+    assert_eq!((&programs[0]["position"], &programs[0]["count"]), (&1.into(), &2.into()));
     assert_eq!(programs[0]["at"], env.cgroup().to_str().unwrap());
     let unloaded = env.imds_agent(&["unload"]).pin_dir(&other).output();
     assert!(unloaded.status.success() && !fs::exists(&other).unwrap(), "{unloaded:?}");

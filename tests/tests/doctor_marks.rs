@@ -81,7 +81,7 @@ fn load_with_exempt(env: &TestEnv, interface: &str) {
 fn nft_rules_writing_the_mark() {
     let env = TestEnv::new();
     let routed = env.add_pod(PodLink::Routed);
-    assert_has(&one(&env, "mark_rules"), "found", "none writes bit 12");
+    assert_has(&one(&env, "mark_rules"), "observed", "none writes bit 12");
     nft(
         &env.node,
         &["add table inet other
@@ -95,7 +95,7 @@ fn nft_rules_writing_the_mark() {
     let effects: Vec<_> = found.iter().map(|check| check["mark"]["effect"].as_str().unwrap()).collect();
     assert_eq!(effects, ["set", "cleared"]);
     assert!(found.iter().all(|check| check["state"] == "ok"), "{found:#?}");
-    assert_has(&found[0], "found", "there is none");
+    assert_has(&found[0], "observed", "there is none");
     assert_eq!((&found[0]["mark"]["chain"], &found[0]["mark"]["bit"]), (&"pre".into(), &12.into()));
 
     // An exempt pod without a bridge is identified by its interface.
@@ -106,9 +106,9 @@ fn nft_rules_writing_the_mark() {
     load_with_exempt(&env, &bridged.host_ifname);
     let [sets, clears] = &checks(&env, "mark_rules")[..] else { panic!("two rules") };
     assert_eq!((&sets["state"], &clears["state"]), (&"degraded".into(), &"ok".into()));
-    assert_has(sets, "found", "nft rule inet other pre handle");
+    assert_has(sets, "observed", "nft rule inet other pre handle");
     assert_has(sets, "remedy", "a pod behind cni0 that is not exempt can pass node_egress");
-    assert_has(clears, "found", "the node's own packets");
+    assert_has(clears, "observed", "the node's own packets");
     nft(&env.node, &["delete", "table", "inet", "other"]);
     assert_eq!(one(&env, "mark_rules")["state"], "ok");
 }
@@ -122,7 +122,7 @@ fn iptables_rules_writing_the_mark() {
         return;
     }
     load_with_exempt(&env, &bridged.host_ifname);
-    assert_has(&one(&env, "mark_rules"), "found", "none writes bit 12");
+    assert_has(&one(&env, "mark_rules"), "observed", "none writes bit 12");
     for (target, effect) in [
         ("MARK --set-mark 0x1000/0x1000", "set"),
         ("MARK --set-mark 0x10", "cleared"),
@@ -144,12 +144,12 @@ fn gbp_tunnels_on_exempt_pod_bridge() {
     }
     let env = TestEnv::new();
     let bridged = env.add_pod(PodLink::Bridged);
-    assert_has(&one(&env, "mark_tunnels"), "found", "no VXLAN device with gbp");
+    assert_has(&one(&env, "mark_tunnels"), "observed", "no VXLAN device with gbp");
     env.node.ip(&format!("link add gbp0 {VXLAN}\nlink add plain0 type vxlan id 6 dstport 4790"));
     load_with_exempt(&env, &bridged.host_ifname);
     let alone = one(&env, "mark_tunnels");
     assert_eq!(alone["state"], "ok");
-    assert_has(&alone, "found", "gbp0 is a VXLAN device with gbp");
+    assert_has(&alone, "observed", "gbp0 is a VXLAN device with gbp");
     env.node.ip(&format!("link set gbp0 master {}", TestEnv::BRIDGE));
     let port = one(&env, "mark_tunnels");
     assert_eq!(port["state"], "degraded");
@@ -170,7 +170,7 @@ fn programs_after_from_pod_of_exempt_pod() {
     Foreign::returning(TC_ACT_UNSPEC).attach_filter(&env.node, &pod.host_ifname, TcAttachType::Ingress, 1);
     let check = one(&env, "tc_programs");
     assert_eq!(check["state"], "degraded", "{check:#}");
-    assert_has(&check, "found", "after the agent's");
+    assert_has(&check, "observed", "after the agent's");
     assert_has(&check, "remedy", "hooks.mark_bit");
     env.unload();
 }
@@ -186,7 +186,7 @@ fn routes_through_node_veth_pair() {
     env.node.ip("route add default via 10.9.9.2 dev pair0 table 100");
     let check = one(&env, "node_pairs");
     assert_eq!(check["state"], "degraded", "{check:#}");
-    assert_has(&check, "found", "through pair0 to pair1");
+    assert_has(&check, "observed", "through pair0 to pair1");
 }
 
 #[test]
@@ -200,7 +200,7 @@ fn xdp_programs_on_pod_links() {
     let found = one(&env, "xdp_programs");
     assert_eq!(found["state"], "degraded");
     assert_eq!((&found["program"]["kind"], &found["program"]["name"]), (&"xdp".into(), &"foreign".into()));
-    assert_has(&found, "found", &pod.host_ifname);
+    assert_has(&found, "observed", &pod.host_ifname);
     assert_has(&found, "remedy", "XDP_REDIRECT");
     env.node.ip(&format!("link set dev {} xdpgeneric off", pod.host_ifname));
     assert_eq!(one(&env, "xdp_programs")["state"], "ok");
@@ -222,13 +222,13 @@ fn cgroup_programs_after_the_agents() {
     let loaded = env.agent().hooks(&["socket"]).once();
     assert!(loaded.status.success(), "{loaded:?}");
     let found = one(&env, "cgroup_programs");
-    assert_eq!((&found["state"], &found["program"]["is_first"]), (&"ok".into(), &true.into()));
+    assert_eq!((&found["state"], &found["program"]["first"]), (&"ok".into(), &true.into()));
 
     let after = Foreign::allowing_calls(BPF_CGROUP_INET4_CONNECT);
     attach(&after, "connect4");
     let [first, last] = &checks(&env, "cgroup_programs")[..] else { panic!("two programs") };
     assert_eq!((&first["state"], &last["state"]), (&"ok".into(), &"degraded".into()));
-    assert_eq!((&last["program"]["place"], &last["program"]["of"]), (&3.into(), &3.into()));
+    assert_eq!((&last["program"]["position"], &last["program"]["count"]), (&3.into(), &3.into()));
     assert_has(last, "remedy", "runs after imds_connect4: it may rewrite the destination");
 }
 
@@ -252,5 +252,5 @@ fn cgroup_programs_without_allow_multi() {
     change("attach", &[]);
     let found = one(&env, "cgroup_programs");
     assert_eq!((&found["state"], &found["program"]["hook"]), (&"degraded".into(), &"ingress".into()));
-    assert_has(&found, "found", "without BPF_F_ALLOW_MULTI");
+    assert_has(&found, "observed", "without BPF_F_ALLOW_MULTI");
 }

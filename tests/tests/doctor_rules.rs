@@ -197,13 +197,13 @@ fn metadata_programs_are_reported() {
     let _agent = Background(Command::new(&sleep).arg("1000").stdin(Stdio::null()).spawn().unwrap());
     let found = examine(&env);
     let [imdsd, gpa] = all(&found, "metadata_programs")[..] else { panic!("{found:#}") };
-    assert_has(imdsd, "found", "systemd-imdsd.socket serves metadata");
-    assert_has(imdsd, "found", "network locked");
+    assert_has(imdsd, "observed", "systemd-imdsd.socket serves metadata");
+    assert_has(imdsd, "observed", "network locked");
     assert_has(imdsd, "remedy", "exempt pods");
-    assert_has(gpa, "found", "azure-proxy-agent.service");
-    assert_has(gpa, "found", "168.63.129.16:32526");
+    assert_has(gpa, "observed", "azure-proxy-agent.service");
+    assert_has(gpa, "observed", "168.63.129.16:32526");
     env.node.ip("rule del fwmark 0x7fff0815");
-    assert_has(all(&examine(&env), "metadata_programs")[0], "found", "network unlocked");
+    assert_has(all(&examine(&env), "metadata_programs")[0], "observed", "network unlocked");
 }
 
 /// Binds a Unix socket to an absolute path below another root directory, on a separate thread.

@@ -87,7 +87,7 @@ fn only_allowed_ports_are_reachable() {
         status.endpoints.iter().map(|e| (&*e.name, &*e.address, e.allow_ports.join(" "))).collect();
     let kept = || "udp/53 tcp/53".to_owned();
     assert_eq!(shown, [("four", "169.254.169.254", kept()), ("six", "fd00:ec2::254", kept())]);
-    assert_eq!(status.provider.unwrap().in_force, "none");
+    assert_eq!(status.provider.unwrap().effective, "none");
 
     drop(agent);
     env.unload();
@@ -199,7 +199,7 @@ fn provider_follows_the_firmware() {
         let agent = env.agent().args(&["--dmi-dir", dir.to_str().unwrap()]).spawn_ready();
         let provider = env.status().provider.unwrap();
         assert_eq!(provider.configured, "auto");
-        (agent, provider.in_force)
+        (agent, provider.effective)
     };
     let (agent, provider) = start("Amazon EC2");
     assert_eq!(provider, "aws");

@@ -71,7 +71,7 @@ fn packet_event_names_sender_and_place() {
         let event = follower.next();
         let is = |field: &str, value: Value| assert_eq!(event[field], value, "{field} of {event}");
         is("hook", hook.into());
-        is("verdict", "deny".into());
+        is("verdict", "denied".into());
         is("interface", interface.into());
         is("source", pod.address.to_string().into());
         is("source_port", 40_000.into());
@@ -101,7 +101,7 @@ fn call_event_names_the_process() {
     let event = follower.next();
     assert_eq!(
         (event["hook"].as_str(), event["verdict"].as_str()),
-        (Some("socket"), Some("deny")),
+        (Some("socket"), Some("denied")),
         "{event}"
     );
     assert_eq!(event["pid"], std::process::id(), "{event}");
@@ -124,7 +124,7 @@ fn host_network_event_names_the_cgroup() {
     let told = |protocol: &str| {
         let event = follower.next();
         let found = ["hook", "verdict", "protocol"].map(|field| event[field].as_str().unwrap());
-        assert_eq!(found, ["host_network", "deny", protocol], "{event}");
+        assert_eq!(found, ["host_network", "denied", protocol], "{event}");
         assert_eq!(event["cgroup"], container.id(), "{event}");
         event
     };

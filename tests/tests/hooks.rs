@@ -161,7 +161,7 @@ fn next_agent_changes_the_hooks() {
     with_each_backend(|backend| {
         let env = TestEnv::new();
         let pod = env.add_pod(PodLink::Routed);
-        let in_force = || {
+        let effective = || {
             let status = env.status();
             let ours = |name: &str| hook::programs(&env.node, name).iter().any(hook::Attached::is_ours);
             let uplink = status.interface(TestEnv::UPLINK);
@@ -176,7 +176,7 @@ fn next_agent_changes_the_hooks() {
             (&["from_pod"], [true, false, false]),
         ] {
             let agent = env.agent().backend(backend).hooks(on).spawn_ready();
-            assert_eq!(in_force(), expected, "{on:?}");
+            assert_eq!(effective(), expected, "{on:?}");
             assert!(env.in_cgroup(|| !http_get(&pod.netns, METADATA, SHORT).is_answer()), "{on:?}");
             agent.kill9();
         }

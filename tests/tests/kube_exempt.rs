@@ -176,7 +176,7 @@ fn api_outage_keeps_known_exemptions_only() {
     cluster.server.disconnect();
     let status = cluster.env.status_when("the failure is reported", |status| {
         status.kubernetes.as_ref().is_some_and(|kubernetes| {
-            !kubernetes.is_connected
+            !kubernetes.connected
                 && kubernetes.error.as_ref().is_some_and(|error| error.contains("no leader"))
         })
     });

@@ -217,7 +217,7 @@ fn netkit_programs_are_listed() {
         let program = of_kind.next().unwrap_or_else(|| panic!("{report:#}"));
         assert_eq!((&program["at"], &program["hook"]), (&(&*pod.host_ifname).into(), &"peer".into()));
         let number = |key: &str| program[key].as_u64().expect("a number");
-        (number("place"), number("of"), program["is_first"].as_bool())
+        (number("position"), number("of"), program["first"].as_bool())
     };
     assert_eq!(listed(), (1, 1, None));
     let _agent = env.start_agent(AttachMode::Tcx);

@@ -67,7 +67,7 @@ impl<'w> ConfigFile<'w> {
         let before = generation(&self.env.status());
         self.replace(text);
         self.env.status_when("the configuration is effective", |status| {
-            generation(status) > before && status.configuration.as_ref().unwrap().refused.is_none()
+            generation(status) > before && status.configuration.as_ref().unwrap().rejected.is_none()
         })
     }
 }
@@ -84,7 +84,7 @@ fn hang_up(agent: &Agent<'_>) {
 #[track_caller]
 fn assert_refused(env: &TestEnv, before: &Status, part: &str) -> Status {
     let status = env.status_when("the file is rejected", |status| {
-        let refused = status.configuration.as_ref().and_then(|configuration| configuration.refused.as_ref());
+        let refused = status.configuration.as_ref().and_then(|configuration| configuration.rejected.as_ref());
         refused.is_some_and(|refused| refused.error.contains(part))
     });
     assert_eq!(status.state, "degraded");
@@ -296,11 +296,11 @@ fn reload_changes_endpoints_and_interfaces() {
         env.assert_blocked(&pod);
 
         // The firmware data changes, the file does not.
-        assert_eq!(status.provider.unwrap().in_force, "generic");
+        assert_eq!(status.provider.unwrap().effective, "generic");
         fs::write(dmi.join("sys_vendor"), "Amazon EC2\n").unwrap();
         hang_up(&agent);
         let status = env.status_when("the provider has changed", |status| {
-            status.provider.as_ref().is_some_and(|provider| provider.in_force == "aws")
+            status.provider.as_ref().is_some_and(|provider| provider.effective == "aws")
         });
         assert_eq!(status.endpoints.len(), 2);
         env.assert_blocked(&pod);
@@ -382,7 +382,7 @@ fn bad_file_keeps_previous_config() {
     assert_refused(&env, &good, "MiB");
     file.replace(BOTH_EDGES);
     let agent = file.start(AttachMode::Clsact, &[]);
-    assert!(env.status().configuration.unwrap().refused.is_none());
+    assert!(env.status().configuration.unwrap().rejected.is_none());
     env.assert_blocked(&pod);
     drop(agent);
     env.unload();

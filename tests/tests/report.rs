@@ -62,7 +62,7 @@ fn oldest_senders_are_evicted() {
     let map = Map::HashMap(MapData::from_pin(pin).unwrap());
     let mut event_log: HashMap<MapData, DenialKey, DenialRecord> = map.try_into().unwrap();
     let (address, hook, verdict) =
-        (Address::from_ipv4(IMDS_IPV4), Hook::FromPod as u32, Verdict::Deny as u32);
+        (Address::from_ipv4(IMDS_IPV4), Hook::FromPod as u32, Verdict::Denied as u32);
     for sender in 0..DENIALS as u64 {
         let mut record = EMPTY;
         (record.count, record.first, record.last) = (1, 1, sender + 1);
@@ -182,7 +182,7 @@ fn audit_to_rules_to_enforcement() {
         ("label", "app=agent"),
         ("pod", &format!("pod-{}", uids[0])),
         ("endpoint", "imds"),
-        ("verdict", "audit"),
+        ("verdict", "audited"),
     ] {
         assert_eq!(denial[field], expected, "{field}: {denial}");
     }
@@ -196,7 +196,7 @@ fn audit_to_rules_to_enforcement() {
     assert!(reaches(&env, &pods[0].netns), "{}", agent.log());
     let denied = || {
         let denials = denials(&env);
-        denials.into_iter().filter(|denial| denial["verdict"] == "deny").collect::<Vec<_>>()
+        denials.into_iter().filter(|denial| denial["verdict"] == "denied").collect::<Vec<_>>()
     };
     let found =
         poll_until(LONG, "the denied pod in the report", || Some(denied()).filter(|found| !found.is_empty()));

@@ -175,9 +175,9 @@ fn layer_3_packets_by_the_layer_3_program() {
 #[test]
 fn mode_decides_and_verdicts_are_counted() {
     for (mode, verdict, expected) in [
-        (Mode::Enforce, Verdict::Deny, TC_ACT_SHOT),
-        (Mode::Audit, Verdict::Audit, TC_ACT_UNSPEC),
-        (Mode::Off, Verdict::Allow, TC_ACT_UNSPEC),
+        (Mode::Enforce, Verdict::Denied, TC_ACT_SHOT),
+        (Mode::Audit, Verdict::Audited, TC_ACT_UNSPEC),
+        (Mode::Off, Verdict::Off, TC_ACT_UNSPEC),
     ] {
         let object = object(mode);
         let program = object.program(PROG_FROM_POD);
@@ -225,17 +225,17 @@ fn exempt_sender_passes_to_its_endpoints() {
     for (granted, mode, verdict) in [
         (grant(sender, HERE, Verdict::Exempt), Mode::Enforce, Verdict::Exempt),
         (grant(sender, Address::ANY, Verdict::Exempt), Mode::Enforce, Verdict::Exempt),
-        (grant(sender, HERE, Verdict::Audit), Mode::Enforce, Verdict::Audit),
+        (grant(sender, HERE, Verdict::Audited), Mode::Enforce, Verdict::Audited),
         (grant(sender, HERE, Verdict::Exempt), Mode::Audit, Verdict::Exempt),
-        (grant(sender, HERE, Verdict::Exempt), Mode::Off, Verdict::Allow),
-        (grant(sender, ELSEWHERE, Verdict::Exempt), Mode::Enforce, Verdict::Deny),
-        (grant(neighbour, HERE, Verdict::Exempt), Mode::Enforce, Verdict::Deny),
-        (grant(namesake, Address::ANY, Verdict::Exempt), Mode::Enforce, Verdict::Deny),
+        (grant(sender, HERE, Verdict::Exempt), Mode::Off, Verdict::Off),
+        (grant(sender, ELSEWHERE, Verdict::Exempt), Mode::Enforce, Verdict::Denied),
+        (grant(neighbour, HERE, Verdict::Exempt), Mode::Enforce, Verdict::Denied),
+        (grant(namesake, Address::ANY, Verdict::Exempt), Mode::Enforce, Verdict::Denied),
         // A verdict that no agent writes.
-        (grant(sender, HERE, Verdict::Unrelated), Mode::Enforce, Verdict::Deny),
+        (grant(sender, HERE, Verdict::Unrelated), Mode::Enforce, Verdict::Denied),
     ] {
         let object = object_with(&[granted], mode);
-        let expected = if verdict == Verdict::Deny { TC_ACT_SHOT } else { TC_ACT_UNSPEC };
+        let expected = if verdict == Verdict::Denied { TC_ACT_SHOT } else { TC_ACT_UNSPEC };
         for mark in [MARK, 1] {
             let run = marked(object.program(PROG_FROM_POD), &udp(IMDS_IPV4), mark, 0);
             assert_eq!(run, Some((expected, mark & !MARK)), "{granted:?} in {mode:?}");

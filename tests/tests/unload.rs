@@ -199,7 +199,7 @@ fn unload_waits_if_requested() {
     env.assert_open(&pod);
     assert!(env.agent().once().status.success());
     env.assert_blocked(&pod);
-    let mut unload = env.imds_agent(&["unload", "--hold"]).command().spawn().unwrap();
+    let mut unload = env.imds_agent(&["unload", "--wait"]).command().spawn().unwrap();
     poll_until(LONG, "the pin directory to be removed", || (!env.pin_dir().exists()).then_some(()));
     env.assert_open(&pod);
     assert!(unload.try_wait().unwrap().is_none());

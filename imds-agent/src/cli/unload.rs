@@ -27,7 +27,7 @@ const PROGRESS: Duration = Duration::from_secs(1);
 pub(super) struct UnloadArgs {
     /// Wait for SIGTERM after the unload, so that a service manager or the kubelet does not start the process again
     #[arg(long)]
-    hold: bool,
+    wait: bool,
     /// Limit in seconds for a running agent to release the pin directory
     #[arg(long, value_name = "SECONDS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(0..=3600))]
     timeout: u64,
@@ -39,7 +39,7 @@ pub(super) struct UnloadArgs {
 
 pub(super) async fn unload(args: UnloadArgs) -> Result<ExitCode, Failure> {
     preflight::check_capabilities()?;
-    let terminate = args.hold.then(|| signal(SignalKind::terminate()));
+    let terminate = args.wait.then(|| signal(SignalKind::terminate()));
     let mut terminate = terminate.transpose().context("failed to listen for SIGTERM")?;
     let pins = PinDir::new(&args.pins.pin_dir)?;
     let netlink = Netlink::connect()?;

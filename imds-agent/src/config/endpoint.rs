@@ -26,7 +26,7 @@ use crate::config::{
 pub struct Endpoints {
     /// Selected provider. `None` stands for `auto`.
     provider: Option<&'static Provider>,
-    extras: Vec<(&'static Provider, Location)>,
+    extra_endpoints: Vec<(&'static Provider, Location)>,
     own: Vec<(Endpoint, Location)>,
     /// Changes to endpoints of the provider's preset and of extras.
     presets: Vec<PresetChange>,
@@ -64,10 +64,13 @@ fn no_services() -> Spanned<Vec<Spanned<String>>> {
 
 impl Endpoints {
     pub(super) fn parse(file: &File, source: SourceFile<'_>, diagnostics: &mut Diagnostics) -> Self {
-        let File { provider, extras, endpoint, preset, .. } = file;
+        let File { provider, extra_endpoints, endpoint, preset, .. } = file;
         Self {
             provider: diagnostics.take(parse_provider(provider, source)).flatten(),
-            extras: extras.iter().filter_map(|name| diagnostics.take(parse_extra(name, source))).collect(),
+            extra_endpoints: extra_endpoints
+                .iter()
+                .filter_map(|name| diagnostics.take(parse_extra(name, source)))
+                .collect(),
             own: endpoint
                 .iter()
                 .filter_map(|table| diagnostics.take(parse_endpoint(table, source)))
@@ -81,17 +84,18 @@ impl Endpoints {
 
     /// Reports whether no endpoint is protected, independent of the machine.
     pub(super) fn is_empty(&self) -> bool {
-        self.provider == Some(&NO_PROVIDER) && self.extras.is_empty() && self.own.is_empty()
+        self.provider == Some(&NO_PROVIDER) && self.extra_endpoints.is_empty() && self.own.is_empty()
     }
 
     /// Returns all protected endpoints on a machine with the SMBIOS fields `dmi`.
     pub fn resolve(&self, dmi: &Dmi) -> Result<EndpointSet, ConfigErrors> {
         let provider = self.provider.unwrap_or_else(|| dmi.provider());
         let mut endpoints: Vec<_> = provider.endpoints().collect();
-        let extras = self.extras.iter().flat_map(|(extra, place)| extra.endpoints().map(move |e| (e, place)));
+        let extra_endpoints =
+            self.extra_endpoints.iter().flat_map(|(extra, place)| extra.endpoints().map(move |e| (e, place)));
         let own = self.own.iter().map(|(endpoint, place)| (endpoint.clone(), place));
         let mut diagnostics = Diagnostics::default();
-        for (endpoint, place) in extras {
+        for (endpoint, place) in extra_endpoints {
             match check_new(&endpoint, &endpoints) {
                 Ok(()) => endpoints.push(endpoint),
                 Err(message) => diagnostics.note(place.error(message)),

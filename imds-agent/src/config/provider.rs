@@ -80,7 +80,7 @@ pub static PROVIDERS: &[Provider] = &[
     Provider { name: "equinix", endpoints: &[("imds", "192.80.8.124", NONE)] },
 ];
 
-/// Endpoints that are protected only if the configuration names them in `extras`.
+/// Endpoints that are protected only if the configuration names them in `extra_endpoints`.
 ///
 /// `ecs`: credentials of ECS tasks. The tasks themselves need them, if the node runs any.
 pub static EXTRAS: &[Provider] = &[Provider { name: "ecs", endpoints: &[("ecs", "169.254.170.2", NONE)] }];

@@ -219,22 +219,22 @@ fn example() -> (&'static str, String) {
 
 #[test]
 fn example_equals_defaults() {
-    let (example, in_force) = example();
+    let (example, effective) = example();
     assert_eq!(parse(example).unwrap().to_toml(), Config::default().to_toml());
-    let mut in_force: Table = parse(&in_force).unwrap().to_toml().parse().unwrap();
+    let mut effective: Table = parse(&effective).unwrap().to_toml().parse().unwrap();
     let mut default: Table = Config::default().to_toml().parse().unwrap();
-    for lists in [&mut in_force, &mut default] {
+    for lists in [&mut effective, &mut default] {
         // Tables in lists have no default.
         lists.retain(|_, value| !matches!(value, Value::Array(list) if list.iter().all(Value::is_table)));
         lists.remove("preset");
     }
-    assert_eq!(in_force, default);
+    assert_eq!(effective, default);
 }
 
 #[test]
 fn example_has_every_key() {
-    let (_, in_force) = example();
-    let keys: Table = in_force.parse().unwrap();
+    let (_, effective) = example();
+    let keys: Table = effective.parse().unwrap();
     let mut tables = vec![(String::new(), BTreeSet::new())];
     add_keys(&keys, &mut tables[0].1);
     for (name, value) in &keys {

@@ -147,12 +147,12 @@ fn failure(senders: &IdentitySet, judges_sockets: bool) -> Option<String> {
 fn grants(rules: &[Exempt], found: &[IdentitySet]) -> BTreeMap<Exemption, Grant> {
     let mut grants = BTreeMap::new();
     for ((rule, senders), number) in rules.iter().zip(found).zip(1..) {
-        let verdict = if rule.is_audited { Verdict::Audit } else { Verdict::Exempt };
+        let verdict = if rule.is_audited { Verdict::Audited } else { Verdict::Exempt };
         let grant = Grant::new(verdict, number);
         for subject in subjects(senders) {
             for address in addresses(&rule.scope) {
                 let granted: &mut Grant = grants.entry(Exemption { address, subject }).or_insert(grant);
-                if granted.verdict == Verdict::Audit as u32 && verdict == Verdict::Exempt {
+                if granted.verdict == Verdict::Audited as u32 && verdict == Verdict::Exempt {
                     *granted = grant;
                 }
             }
@@ -234,7 +234,7 @@ mod tests {
 
     #[test]
     fn senders_get_their_rules() {
-        let (exempt, audit) = (Verdict::Exempt as u32, Verdict::Audit as u32);
+        let (exempt, audit) = (Verdict::Exempt as u32, Verdict::Audited as u32);
         let (all, one) = (Address::ANY, Address::from_ipv4(ONE));
         assert_eq!(of(&[]), []);
         assert_eq!(of(&[(rule(None, false), IdentitySet::default())]), []);

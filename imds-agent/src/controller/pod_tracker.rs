@@ -131,7 +131,7 @@ impl PodTracker {
         let number = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
         PodWatchStatus {
             node: node.to_owned(),
-            is_connected: state.connected,
+            connected: state.connected,
             since: state.since,
             synced_at: state.last_sync,
             failed_at,

@@ -48,8 +48,8 @@ pub struct PodWatchStatus {
     /// Name of the node in the cluster.
     pub node: String,
     /// True while the API server answers the watch.
-    pub is_connected: bool,
-    /// Time of the last change of `is_connected`.
+    pub connected: bool,
+    /// Time of the last change of `connected`.
     pub since: Timestamp,
     /// Time of the last moment at which the set of pods was known to be complete.
     pub synced_at: Option<Timestamp>,

@@ -135,7 +135,7 @@ impl Collector {
             self.collected.emitted = self.collected.emitted.saturating_add(1);
             self.collected.suppressed = self.collected.suppressed.saturating_add(event.suppressed);
             self.recent.push(event)?;
-            if [Verdict::Deny, Verdict::Audit].into_iter().any(|verdict| event.verdict == verdict as u8) {
+            if [Verdict::Denied, Verdict::Audited].into_iter().any(|verdict| event.verdict == verdict as u8) {
                 let index = event_record::ingress(&event);
                 let interface = interfaces.entry(index).or_insert_with(|| interface_name(index));
                 self.record(&event, interface, booted)?;

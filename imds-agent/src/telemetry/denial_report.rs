@@ -101,7 +101,8 @@ impl DenialReport {
             let (sender, address) = (DenialSubject::of(record), plain(key.address));
             let (first, last) = (timestamp(record.first), timestamp(record.last));
             let named = guarded.iter().find(|endpoint| endpoint.address == address);
-            let verdict = if key.verdict == Verdict::Audit as u32 { Verdict::Audit } else { Verdict::Deny };
+            let verdict =
+                if key.verdict == Verdict::Audited as u32 { Verdict::Audited } else { Verdict::Denied };
             let of_hook = Hook::ALL.into_iter().find(|&hook| hook as u32 == key.hook);
             let denial = merged.entry((sender.clone(), address, key.verdict)).or_insert_with(|| Denial {
                 sender,

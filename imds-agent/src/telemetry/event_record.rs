@@ -222,7 +222,7 @@ mod tests {
             source_port: 40_312,
             destination_port: 80,
             hook: Hook::FromPod as u8,
-            verdict: Verdict::Deny as u8,
+            verdict: Verdict::Denied as u8,
             protocol: 6,
             ..Event::default()
         };
@@ -243,7 +243,7 @@ mod tests {
             destination_port: 80,
             pid: 1234,
             hook: Hook::Socket as u8,
-            verdict: Verdict::Audit as u8,
+            verdict: Verdict::Audited as u8,
             protocol: 17,
             ..Event::default()
         };

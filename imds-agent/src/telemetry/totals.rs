@@ -58,7 +58,7 @@ mod tests {
         address: Address::from_ipv4(IMDS_IPV4),
         sender: 0,
         hook: Hook::FromPod as u32,
-        verdict: Verdict::Deny as u32,
+        verdict: Verdict::Denied as u32,
     };
 
     fn count(packets: u64) -> Count {

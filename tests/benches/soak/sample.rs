@@ -45,7 +45,7 @@ pub(crate) struct Row {
     pub(crate) told: u64,
     /// Number of suppressed events since the start of this agent.
     pub(crate) suppressed: u64,
-    pub(crate) untold: u64,
+    pub(crate) pending: u64,
     /// Number of events that this agent's subscriber received.
     heard: u64,
     /// Packets to the metadata service from pods that were never exempt.
@@ -76,7 +76,7 @@ impl fmt::Display for Row {
             self.denied,
             self.told,
             self.suppressed,
-            self.untold,
+            self.pending,
             self.heard,
             self.strangers,
         )
@@ -131,7 +131,7 @@ impl<'w> Sampler<'w> {
             counted: metrics.sum(|series| series.starts_with("imds_agent_packets_total")),
             told: metrics.get("imds_agent_events_total"),
             suppressed: metrics.get("imds_agent_events_suppressed_total"),
-            untold: metrics.get("imds_agent_events_pending"),
+            pending: metrics.get("imds_agent_events_pending"),
             heard: follower.heard().0,
             strangers: received_packets.total() - load.arrivals_of_exempt(&received_packets),
             failed_scrapes: load.failed_scrapes(),

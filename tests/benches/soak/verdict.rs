@@ -27,7 +27,7 @@ pub(crate) struct Outcome {
     suppressed: u64,
     /// Number of events and suppressed events that the subscribers received.
     heard: (u64, u64),
-    untold: u64,
+    pending: u64,
     counted: u64,
     denied: u64,
     pub(crate) objects: BTreeSet<Object>,
@@ -84,7 +84,7 @@ impl Outcome {
         self.told += last.told;
         self.suppressed += last.suppressed;
         self.heard = (self.heard.0 + heard.0, self.heard.1 + heard.1);
-        (self.untold, self.counted, self.denied) = (last.untold, last.counted, last.denied);
+        (self.pending, self.counted, self.denied) = (last.pending, last.counted, last.denied);
         self.strangers = last.strangers;
         self.objects.extend(objects);
     }
@@ -115,12 +115,12 @@ impl Outcome {
                 ),
             ]);
         }
-        let explained = self.told + self.suppressed + self.untold;
+        let explained = self.told + self.suppressed + self.pending;
         checks.push((
             explained == self.counted,
             format!(
                 "{} packets and calls counted = {} events + {} suppressed + {} pending",
-                self.counted, self.told, self.suppressed, self.untold
+                self.counted, self.told, self.suppressed, self.pending
             ),
         ));
         checks.push((

@@ -163,14 +163,14 @@ fn by_udp(traffic: Traffic) -> f64 {
     let destination = traffic.destination();
     let any: IpAddr = if destination.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
     let socket = UdpSocket::bind((any, 0)).expect("a UDP socket");
-    let is_connected = matches!(traffic, Traffic::ConnectedV4 | Traffic::ConnectedV6);
-    if is_connected {
+    let connected = matches!(traffic, Traffic::ConnectedV4 | Traffic::ConnectedV6);
+    if connected {
         socket.connect(destination).expect("connect a UDP socket");
     }
     let send = || {
         for _ in 0..PACKETS {
             // The call fails if the socket hook denies it.
-            let _ = if is_connected { socket.send(&PAYLOAD) } else { socket.send_to(&PAYLOAD, destination) };
+            let _ = if connected { socket.send(&PAYLOAD) } else { socket.send_to(&PAYLOAD, destination) };
         }
     };
     // The first batch is a warm-up.

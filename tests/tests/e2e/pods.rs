@@ -56,7 +56,7 @@ fn aks_steps_with_image_on_podman_pods() {
             .clone()
     };
     let root = imds_agent::node::cgroup::root().unwrap().unwrap();
-    assert_eq!(check("cgroup2")["found"], root.to_str().unwrap());
+    assert_eq!(check("cgroup2")["observed"], root.to_str().unwrap());
     assert_eq!(check("pods")["state"], "ok");
 
     // Enabling needs no restart of pods.

@@ -57,7 +57,7 @@ fn full_disk_under_the_log() {
         // The agent must log the rejected file.
         fs::write(&path, "nonsense = 1").unwrap();
         case.env.status_when("the refusal", |status| {
-            status.configuration.as_ref().is_some_and(|configuration| configuration.refused.is_some())
+            status.configuration.as_ref().is_some_and(|configuration| configuration.rejected.is_some())
         });
         let late = case.env.add_pod(PodLink::Routed);
         case.env.wait_enforced(&late);

@@ -30,7 +30,7 @@ fn full_counter_maps() {
     let value = || PerCpuValues::try_from(vec![Counter::default(); cpus]).unwrap();
     let mut added = 0_u32;
     while counters
-        .insert(CounterKey::new(1_000_000 + added, Hook::FromPod, Verdict::Deny), value(), 0)
+        .insert(CounterKey::new(1_000_000 + added, Hook::FromPod, Verdict::Denied), value(), 0)
         .is_ok()
     {
         added += 1;

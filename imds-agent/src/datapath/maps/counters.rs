@@ -54,9 +54,9 @@ impl Counts {
     fn of(&mut self, verdict: u8) -> Option<&mut Count> {
         Verdict::COUNTED.into_iter().find(|&counted| counted as u8 == verdict).and_then(|verdict| {
             match verdict {
-                Verdict::Deny => Some(&mut self.denied),
-                Verdict::Audit => Some(&mut self.audited),
-                Verdict::Allow | Verdict::Allowed => Some(&mut self.allowed),
+                Verdict::Denied => Some(&mut self.denied),
+                Verdict::Audited => Some(&mut self.audited),
+                Verdict::Off | Verdict::Allowed => Some(&mut self.allowed),
                 Verdict::Exempt => Some(&mut self.exempt),
                 Verdict::Unrelated => None,
             }
@@ -111,19 +111,19 @@ pub(crate) fn prepare(maps: &mut Maps, ifindex: u32, hook: Hook) {
 
 /// Returns the number of rate-limited events that no emitted event accounts for yet. The next event of the same source
 /// includes them.
-pub fn untold(maps: &Maps) -> Result<u64, MapError> {
-    let mut untold = 0_u64;
+pub fn pending_events(maps: &Maps) -> Result<u64, MapError> {
+    let mut pending = 0_u64;
     let of_interfaces = object::present(maps.counters.iter());
     for entry in of_interfaces {
-        untold = untold.saturating_add(sum(&entry?.1).limiter.untold);
+        pending = pending.saturating_add(sum(&entry?.1).limiter.pending);
     }
     // The programs add and evict sources concurrently, and an evicted key restarts the iteration: the limit ends it.
     for entry in object::present(maps.sources.iter()).take(2 * MAX_RATE_LIMITERS) {
         for limiter in entry?.1.iter() {
-            untold = untold.saturating_add(limiter.untold);
+            pending = pending.saturating_add(limiter.pending);
         }
     }
-    Ok(untold)
+    Ok(pending)
 }
 
 /// Adds the counts of an interface to those of deleted interfaces, and removes its counters.
@@ -159,7 +159,7 @@ fn added(sum: Counter, other: &Counter) -> Counter {
         packets: sum.packets.saturating_add(other.packets),
         bytes: sum.bytes.saturating_add(other.bytes),
         limiter: RateLimiter {
-            untold: sum.limiter.untold.saturating_add(other.limiter.untold),
+            pending: sum.limiter.pending.saturating_add(other.limiter.pending),
             ..sum.limiter
         },
     }

@@ -22,8 +22,8 @@ pub fn read(maps: &Maps) -> Result<BTreeMap<Address, Endpoint>, MapError> {
 
 /// Reads the configured provider, and the provider of the effective preset.
 pub fn provider(maps: &Maps) -> Result<(String, String), MapError> {
-    let ProviderRecord { configured, in_force } = maps.provider.get(&0, 0)?;
-    Ok((unpadded(&configured), unpadded(&in_force)))
+    let ProviderRecord { configured, effective } = maps.provider.get(&0, 0)?;
+    Ok((unpadded(&configured), unpadded(&effective)))
 }
 
 /// Reads the effective filter.
@@ -61,8 +61,8 @@ pub fn write(maps: &mut Maps, endpoint_set: &EndpointSet) -> Result<(), Datapath
     let wanted: BTreeMap<_, _> = endpoint_set.entries().collect();
     write_filter(maps, &wanted)?;
     write_records(maps, &wanted)?;
-    let (configured, in_force) = (padded(endpoint_set.configured()), padded(endpoint_set.provider()));
-    let record = ProviderRecord { configured, in_force };
+    let (configured, effective) = (padded(endpoint_set.configured()), padded(endpoint_set.provider()));
+    let record = ProviderRecord { configured, effective };
     maps.provider.set(0, record, 0).map_err(|source| DatapathError::Map { map: MAP_PROVIDER, source })
 }
 

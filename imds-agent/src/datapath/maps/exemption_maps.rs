@@ -68,10 +68,10 @@ pub(crate) fn write(maps: &mut Maps, known: &mut Known, desired: &Grants) -> Res
         }
     }
     // One write replaces the bitmap, so that subjects that stay exempt are always in it.
-    let in_force = endpoint_maps::filter(maps)?;
-    let mut filter = in_force;
+    let effective = endpoint_maps::filter(maps)?;
+    let mut filter = effective;
     filter.set_subjects(desired.entries.keys().map(|exemption| exemption.subject));
-    if filter.subjects != in_force.subjects {
+    if filter.subjects != effective.subjects {
         endpoint_maps::set_filter(maps, &filter)?;
         writes += 1;
     }

@@ -129,9 +129,9 @@ impl PodWatchStatus {
     #[must_use]
     pub fn of(record: &KubernetesRecord) -> Option<Self> {
         let moment = |nanoseconds| (nanoseconds != 0).then(|| timestamp(nanoseconds));
-        (record.is_enabled == 1).then(|| Self {
+        (record.enabled == 1).then(|| Self {
             node: text(&record.node),
-            is_connected: record.is_connected == 1,
+            connected: record.connected == 1,
             since: timestamp(record.since),
             synced_at: moment(record.synced_at),
             failed_at: moment(record.failed_at),
@@ -150,8 +150,8 @@ pub(crate) fn put(maps: &mut Maps, lookup: Option<&PodWatchStatus>) -> Result<()
         since: moment(lookup.map(|lookup| lookup.since)),
         synced_at: moment(lookup.and_then(|lookup| lookup.synced_at)),
         failed_at: moment(lookup.and_then(|lookup| lookup.failed_at)),
-        is_enabled: lookup.is_some().into(),
-        is_connected: lookup.is_some_and(|lookup| lookup.is_connected).into(),
+        enabled: lookup.is_some().into(),
+        connected: lookup.is_some_and(|lookup| lookup.connected).into(),
         pods: lookup.map_or(0, |lookup| lookup.pods),
         unresolved: lookup.map_or(0, |lookup| lookup.unresolved),
         disputed: lookup.map_or(0, |lookup| lookup.disputed.into()),

@@ -65,11 +65,11 @@ pub(crate) fn programs(pins: &PinDir) -> Result<Vec<DoctorCheck>, DatapathError>
     let mut checks = Vec::new();
     for (hook, attach_type) in CALLS.into_iter().chain(PACKETS) {
         match cgroup.checks(hook, attach_type) {
-            Ok(found) => checks.extend(found),
+            Ok(observed) => checks.extend(observed),
             Err(error) => {
-                let found = format!("failed to query {hook} of {}: {error}", escape_path(&cgroup.path));
+                let observed = format!("failed to query {hook} of {}: {error}", escape_path(&cgroup.path));
                 let remedy = "run `imds-agent doctor` as root, or with the agent's capabilities";
-                return Ok(vec![DoctorCheck::degraded(NAME, found, remedy)]);
+                return Ok(vec![DoctorCheck::degraded(NAME, observed, remedy)]);
             }
         }
     }
@@ -108,7 +108,7 @@ impl Cgroup {
             if entry.id.is_some() && entry.id == exclusive {
                 return alone(program, hook);
             }
-            check(place(&program, entry, &own, is_call), program)
+            check(position(&program, entry, &own, is_call), program)
         });
         Ok(checks.collect())
     }
@@ -126,43 +126,43 @@ impl Cgroup {
     }
 }
 
-fn place(program: &Program, entry: &HookProgram, own: &CgroupPrograms, is_call: bool) -> Place {
-    if !is_call || program.is_first != Some(false) {
+fn position(program: &Program, entry: &HookProgram, own: &CgroupPrograms, is_call: bool) -> Place {
+    if !is_call || program.first != Some(false) {
         return Place::Harmless;
     }
     if entry.id.is_some_and(|id| own.ids.contains(&id)) { Place::Later } else { Place::Above }
 }
 
-fn check(place: Place, program: Program) -> DoctorCheck {
-    let found = program.to_string();
+fn check(position: Place, program: Program) -> DoctorCheck {
+    let observed = program.to_string();
     let hook = program.hook;
-    let check = match place {
-        Place::Harmless => DoctorCheck::ok(NAME, found),
+    let check = match position {
+        Place::Harmless => DoctorCheck::ok(NAME, observed),
         Place::Later => {
             let remedy = format!(
                 "runs after imds_{hook}: it may rewrite the destination, and the socket hook does not see the result; a running \
                  agent moves its program to the end"
             );
-            DoctorCheck::degraded(NAME, found, remedy)
+            DoctorCheck::degraded(NAME, observed, remedy)
         }
         Place::Above => {
             let remedy = format!(
                 "runs after imds_{hook}, because its cgroup is above the agent's: it may rewrite the destination, and the socket \
                  hook does not see the result; set `run --cgroup` to the cgroup of that program"
             );
-            DoctorCheck::degraded(NAME, found, remedy)
+            DoctorCheck::degraded(NAME, observed, remedy)
         }
     };
     DoctorCheck { program: Some(program), ..check }
 }
 
 fn alone(program: Program, hook: &str) -> DoctorCheck {
-    let found = format!("{program}, attached without BPF_F_ALLOW_MULTI");
+    let observed = format!("{program}, attached without BPF_F_ALLOW_MULTI");
     let remedy = format!(
         "the kernel rejects the agent's program on {hook}, which is not enforced; the other hooks are not affected: the owner must \
          attach its program with a BPF link or with BPF_F_ALLOW_MULTI ({BPF_F_ALLOW_MULTI:#x})"
     );
-    DoctorCheck { program: Some(program), ..DoctorCheck::degraded(NAME, found, remedy) }
+    DoctorCheck { program: Some(program), ..DoctorCheck::degraded(NAME, observed, remedy) }
 }
 
 /// Returns the ids of the programs that the agent's pinned links attach to cgroups.
@@ -199,12 +199,12 @@ mod tests {
         let own = CgroupPrograms { ids: vec![1, 2, 3], flags: BPF_F_ALLOW_MULTI };
         let places = |is_call| -> Vec<_> {
             let programs = foreign(&entries, "/sys/fs/cgroup", "connect4");
-            programs.map(|(program, entry)| place(&program, entry, &own, is_call)).collect()
+            programs.map(|(program, entry)| position(&program, entry, &own, is_call)).collect()
         };
         assert_eq!(places(true), [Place::Harmless, Place::Later, Place::Above]);
         assert_eq!(places(false), [Place::Harmless; 3]);
         let alone = [entry(1, false)];
         let (program, of) = foreign(&alone, "/sys/fs/cgroup", "connect4").next().unwrap();
-        assert_eq!(place(&program, of, &own, true), Place::Harmless);
+        assert_eq!(position(&program, of, &own, true), Place::Harmless);
     }
 }

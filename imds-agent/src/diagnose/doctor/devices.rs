@@ -122,7 +122,7 @@ mod tests {
 
     #[test]
     fn ports_and_xdp_programs() {
-        let found = device(vec![
+        let observed = device(vec![
             LinkAttribute::IfName("veth0".to_owned()),
             LinkAttribute::Controller(3),
             LinkAttribute::Xdp(vec![LinkXdp::ProgId(9), LinkXdp::SkbProgId(9)]),
@@ -134,6 +134,6 @@ mod tests {
             xdp: BTreeSet::from([9]),
             ..Device::default()
         };
-        assert_eq!(found, expected);
+        assert_eq!(observed, expected);
     }
 }

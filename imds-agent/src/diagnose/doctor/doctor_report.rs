@@ -34,7 +34,7 @@ pub struct DoctorCheck {
     /// Result of the check in one word.
     pub state: State,
     /// Observed feature, program or rule.
-    pub found: String,
+    pub observed: String,
     /// Consequence, and how to fix it; `None` if the state is [`State::Ok`].
     pub remedy: Option<String>,
     /// Program of another owner, if the check is about one.
@@ -71,11 +71,11 @@ pub struct Program {
     /// Hook of the interface or cgroup, such as `ingress` or `connect4`.
     pub hook: &'static str,
     /// Position among the programs of the hook, from 1.
-    pub place: usize,
+    pub position: usize,
     /// Number of programs of the hook, those of the agent included.
-    pub of: usize,
+    pub count: usize,
     /// True if the program runs before the agent's; `None` if the agent has no program at the hook.
-    pub is_first: Option<bool>,
+    pub first: Option<bool>,
 }
 
 /// Firewall rule of another owner for a metadata service.
@@ -118,13 +118,13 @@ pub struct MarkWriter {
 
 impl fmt::Display for Program {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, id, kind, at, hook, place, of, is_first } = self;
+        let Self { name, id, kind, at, hook, position, count, first } = self;
         write!(formatter, "{kind} {}", name.as_deref().unwrap_or("(no name)"))?;
         if let Some(id) = id {
             write!(formatter, " (id {id})")?;
         }
-        write!(formatter, " at {hook} of {at}, position {place} of {of}")?;
-        match is_first {
+        write!(formatter, " at {hook} of {at}, position {position} of {count}")?;
+        match first {
             Some(true) => formatter.write_str(", before the agent's program"),
             Some(false) => formatter.write_str(", after the agent's program"),
             None => Ok(()),
@@ -133,11 +133,11 @@ impl fmt::Display for Program {
 }
 
 impl DoctorCheck {
-    pub(crate) fn ok(name: &'static str, found: impl Into<String>) -> Self {
+    pub(crate) fn ok(name: &'static str, observed: impl Into<String>) -> Self {
         Self {
             name,
             state: State::Ok,
-            found: found.into(),
+            observed: observed.into(),
             remedy: None,
             program: None,
             rule: None,
@@ -145,12 +145,20 @@ impl DoctorCheck {
         }
     }
 
-    pub(crate) fn degraded(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { state: State::Degraded, remedy: Some(remedy.into()), ..Self::ok(name, found) }
+    pub(crate) fn degraded(
+        name: &'static str,
+        observed: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Self { state: State::Degraded, remedy: Some(remedy.into()), ..Self::ok(name, observed) }
     }
 
-    pub(crate) fn missing(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { state: State::Missing, ..Self::degraded(name, found, remedy) }
+    pub(crate) fn missing(
+        name: &'static str,
+        observed: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Self { state: State::Missing, ..Self::degraded(name, observed, remedy) }
     }
 }
 
@@ -162,7 +170,7 @@ impl DoctorReport {
         table.load_style(NOTHING);
         table.set_header(["CHECK", "STATE", "OBSERVED"]);
         for check in &self.checks {
-            table.add_row([check.name, check.state.name(), &escape(&check.found)]);
+            table.add_row([check.name, check.state.name(), &escape(&check.observed)]);
         }
         let mut text = format!("{}\n", table.trim_fmt());
         let remedies: Vec<_> =

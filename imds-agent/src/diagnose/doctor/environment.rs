@@ -36,10 +36,10 @@ pub(crate) fn capabilities() -> DoctorCheck {
     const NAME: &str = "capabilities";
     let names = CAPABILITIES.into_iter().filter(|&(capability, _)| has(capability)).map(|(_, name)| name);
     let names = names.collect::<Vec<_>>().join(" ");
-    let found = if names.is_empty() { "none that the agent uses".to_owned() } else { names };
+    let observed = if names.is_empty() { "none that the agent uses".to_owned() } else { names };
     match preflight::check_capabilities() {
-        Ok(()) => DoctorCheck::ok(NAME, found),
-        Err(error) => DoctorCheck::missing(NAME, found, error.to_string()),
+        Ok(()) => DoctorCheck::ok(NAME, observed),
+        Err(error) => DoctorCheck::missing(NAME, observed, error.to_string()),
     }
 }
 
@@ -60,18 +60,20 @@ pub(crate) fn locked_memory() -> DoctorCheck {
 pub(crate) fn bpffs(pins: &PinDir) -> DoctorCheck {
     const NAME: &str = "bpffs";
     let root = pins.root();
-    let found = format!("{} is not on a bpffs", root.display());
+    let observed = format!("{} is not on a bpffs", root.display());
     let is_usual = root.starts_with(BPFFS);
     match pins.is_on_bpffs() {
         Ok(true) if pins.is_private() => DoctorCheck::degraded(NAME, PRIVATE_BPFFS, PRIVATE_BPFFS_REMEDY),
         Ok(true) => DoctorCheck::ok(NAME, format!("{} is on a bpffs", root.display())),
-        Ok(false) if is_usual && has(Capability::CAP_SYS_ADMIN) => {
-            DoctorCheck::degraded(NAME, found, format!("the agent mounts a bpffs at {BPFFS} when it starts"))
-        }
+        Ok(false) if is_usual && has(Capability::CAP_SYS_ADMIN) => DoctorCheck::degraded(
+            NAME,
+            observed,
+            format!("the agent mounts a bpffs at {BPFFS} when it starts"),
+        ),
         Ok(false) => {
             let at = if is_usual { BPFFS.as_ref() } else { root.parent().unwrap_or(root) };
             let remedy = format!("run `mount -t bpf bpf {}`, or set another --pin-dir", at.display());
-            DoctorCheck::missing(NAME, found, remedy)
+            DoctorCheck::missing(NAME, observed, remedy)
         }
         Err(error) => DoctorCheck::missing(NAME, error.to_string(), "set another --pin-dir"),
     }
@@ -110,7 +112,7 @@ pub(crate) fn pods(pins: &PinDir) -> DoctorCheck {
     let lookup = Maps::open(pins).ok().and_then(|maps| pod_names::lookup(&maps).ok().flatten());
     match lookup {
         None => DoctorCheck::ok(NAME, "processes of pods are visible; no pod watch"),
-        Some(PodWatchStatus { node, is_connected: true, pods, .. }) => {
+        Some(PodWatchStatus { node, connected: true, pods, .. }) => {
             DoctorCheck::ok(NAME, format!("pod watch of node {node} connected, {pods} pods"))
         }
         Some(PodWatchStatus { node, error, .. }) => {

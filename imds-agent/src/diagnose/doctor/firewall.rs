@@ -52,12 +52,12 @@ pub(crate) fn rules(rulesets: &Rulesets, enforcement: &Enforcement) -> Vec<Docto
     if !checks.is_empty() {
         return checks;
     }
-    let found = if rulesets.sources.is_empty() {
+    let observed = if rulesets.sources.is_empty() {
         "unknown: neither iptables-save nor nft can be run here".to_owned()
     } else {
         format!("none for a metadata service ({})", rulesets.sources.join(", "))
     };
-    vec![DoctorCheck::ok(NAME, found)]
+    vec![DoctorCheck::ok(NAME, observed)]
 }
 
 /// Returns the addresses of all providers.
@@ -200,7 +200,7 @@ impl<'a> Finding<'a> {
         let remedy = self.remedy(origin, enforcement);
         let conflicts = self.conflicts(enforcement);
         let ListedRule { chain, text, remove, .. } = self.rule;
-        let found = format!("{text}: {purpose}");
+        let observed = format!("{text}: {purpose}");
         let rule = Rule {
             table: chain.table.clone(),
             chain: chain.name.clone(),
@@ -212,6 +212,6 @@ impl<'a> Finding<'a> {
             opens: self.opens,
             remove: remove.clone(),
         };
-        DoctorCheck { rule: Some(rule), ..DoctorCheck::degraded(NAME, found, remedy) }
+        DoctorCheck { rule: Some(rule), ..DoctorCheck::degraded(NAME, observed, remedy) }
     }
 }

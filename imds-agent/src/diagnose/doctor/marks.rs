@@ -84,12 +84,12 @@ pub(crate) fn rules(rulesets: &Rulesets, mark: &MarkUse) -> Vec<DoctorCheck> {
     });
     let mut checks: Vec<_> = rules.chain(actions).collect();
     if checks.is_empty() {
-        let found = if rulesets.sources.is_empty() {
+        let observed = if rulesets.sources.is_empty() {
             "unknown: neither iptables-save nor nft can be run here".to_owned()
         } else {
             format!("none writes bit {} of the packet mark ({})", mark.number(), rulesets.sources.join(", "))
         };
-        checks.push(DoctorCheck::ok(RULES, found));
+        checks.push(DoctorCheck::ok(RULES, observed));
     }
     checks
 }
@@ -108,21 +108,21 @@ fn check(
 ) -> DoctorCheck {
     let number = mark.number();
     let (table, chain) = table_and_chain.unzip();
-    let place = chain.as_ref().map(|chain| format!(" (chain {chain})")).unwrap_or_default();
-    let found = format!("{text}{place}: {} bit {number} of the packet mark", effect.verb());
+    let position = chain.as_ref().map(|chain| format!(" (chain {chain})")).unwrap_or_default();
+    let observed = format!("{text}{position}: {} bit {number} of the packet mark", effect.verb());
     let writer = MarkWriter { table, chain, text: text.to_owned(), effect: effect.name(), bit: number };
     let check = if is_local {
-        DoctorCheck::ok(RULES, format!("{found}; no effect: this chain sees only the node's own packets"))
+        DoctorCheck::ok(RULES, format!("{observed}; no effect: this chain sees only the node's own packets"))
     } else if mark.bridges.is_empty() {
         let note = "no effect: the mark counts only for exempt pods behind a bridge, and there is none";
-        DoctorCheck::ok(RULES, format!("{found}; {note}"))
+        DoctorCheck::ok(RULES, format!("{observed}; {note}"))
     } else {
         let consequence = consequence(effect, &mark.bridge_names());
         let remedy = format!(
             "{consequence}; set hooks.mark_bit to a bit that no rule writes, or exclude {:#x} in the mask of the rule",
             mark.bit
         );
-        DoctorCheck::degraded(RULES, found, remedy)
+        DoctorCheck::degraded(RULES, observed, remedy)
     };
     DoctorCheck { mark: Some(writer), ..check }
 }
@@ -150,18 +150,18 @@ pub(crate) fn tunnels(devices: &[Device], mark: &MarkUse) -> Vec<DoctorCheck> {
 
 fn tunnel(device: &Device, source: MarkSource, mark: &MarkUse) -> DoctorCheck {
     let (name, number) = (&device.name, mark.number());
-    let found = match source {
+    let observed = match source {
         MarkSource::Gbp => format!("{name} is a VXLAN device with gbp: a packet's sender chooses its mark"),
         MarkSource::NetkitScrubNone => {
             format!("{name} is a netkit device with scrub none: its pod chooses the mark of its packets")
         }
     };
     if source == MarkSource::Gbp && mark.bit & GBP_BITS == 0 {
-        return DoctorCheck::ok(TUNNELS, format!("{found}; no effect: gbp can't set bit {number}"));
+        return DoctorCheck::ok(TUNNELS, format!("{observed}; no effect: gbp can't set bit {number}"));
     }
     if !mark.has(device.master) {
         let note = "no effect: the device is no port of a bridge with an exempt pod";
-        return DoctorCheck::ok(TUNNELS, format!("{found}; {note}"));
+        return DoctorCheck::ok(TUNNELS, format!("{observed}; {note}"));
     }
     let remedy = match source {
         MarkSource::Gbp => {
@@ -174,7 +174,7 @@ fn tunnel(device: &Device, source: MarkSource, mark: &MarkUse) -> DoctorCheck {
              exempt pod off the bridge"
         }
     };
-    DoctorCheck::degraded(TUNNELS, found, remedy)
+    DoctorCheck::degraded(TUNNELS, observed, remedy)
 }
 
 #[cfg(test)]
@@ -192,7 +192,7 @@ mod tests {
             "*mangle\n:{chain} ACCEPT [0:0]\n:USER - [0:0]\n-A {chain} -j USER\n-A USER -j MARK --set-xmark 0x1000/0x1000\n"
         );
         let [check] = &rules(&Rulesets::from_listing(&listing), mark)[..] else { panic!("one check") };
-        (check.state, check.remedy.clone().unwrap_or_else(|| check.found.clone()))
+        (check.state, check.remedy.clone().unwrap_or_else(|| check.observed.clone()))
     }
 
     #[test]
@@ -215,7 +215,7 @@ mod tests {
         };
         let state = |device: Device, mark: &MarkUse| {
             let [check] = &tunnels(&[device], mark)[..] else { panic!("one check") };
-            assert!(check.found.starts_with("vx0 is a "), "{check:?}");
+            assert!(check.observed.starts_with("vx0 is a "), "{check:?}");
             check.state
         };
         let used = on(&[(3, "cni0")]);

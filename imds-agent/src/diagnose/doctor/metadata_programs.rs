@@ -100,7 +100,7 @@ impl Observed {
 }
 
 fn gpa(pid: u32) -> DoctorCheck {
-    let found = format!(
+    let observed = format!(
         "Azure's Guest Proxy Agent (azure-proxy-agent.service, pid {pid}): a connect4 program redirects TCP connections to \
          169.254.169.254:80, 168.63.129.16:80 and 168.63.129.16:32526 to a proxy at 127.0.0.1, which authorizes processes of \
          the node"
@@ -108,7 +108,7 @@ fn gpa(pid: u32) -> DoctorCheck {
     let remedy = "the proxy covers neither UDP, IPv6, other ports nor crafted packets, so keep imds-agent; in a pod the redirection \
                   leads to the pod's own loopback, so that exempt pods cannot connect either, and imds-agent neither denies nor \
                   counts such a call";
-    DoctorCheck::degraded(NAME, found, remedy)
+    DoctorCheck::degraded(NAME, observed, remedy)
 }
 
 #[cfg(test)]
@@ -122,11 +122,14 @@ mod tests {
         assert!(none.len() == 1 && none.iter().all(|check| check.state == State::Ok), "{none:?}");
         let both = Observed { has_imdsd_socket: true, has_imdsd_rule: true, gpa: Some(7) }.checks();
         let [imdsd, gpa] = &both[..] else { panic!("{both:?}") };
-        assert!(imdsd.found.contains(IMDSD_SOCKET) && imdsd.found.contains("network locked"), "{imdsd:?}");
+        assert!(
+            imdsd.observed.contains(IMDSD_SOCKET) && imdsd.observed.contains("network locked"),
+            "{imdsd:?}"
+        );
         assert!(imdsd.remedy.as_ref().unwrap().contains("stops exempt pods too"), "{imdsd:?}");
-        assert!(gpa.found.contains("pid 7") && gpa.found.contains("168.63.129.16:32526"), "{gpa:?}");
+        assert!(gpa.observed.contains("pid 7") && gpa.observed.contains("168.63.129.16:32526"), "{gpa:?}");
         let unlocked = Observed { has_imdsd_socket: true, ..Observed::default() }.checks();
-        assert!(unlocked[0].found.contains("network unlocked"), "{unlocked:?}");
+        assert!(unlocked[0].observed.contains("network unlocked"), "{unlocked:?}");
     }
 
     #[test]

@@ -25,12 +25,12 @@ pub(crate) async fn checks(pins: &PinDir, netlink: &Netlink) -> Result<Vec<Docto
     });
     let mut checks: Vec<_> = pairs
         .map(|(name, peer)| {
-            let found = format!("packets to an endpoint are routed through {name} to {peer}, both of the node");
+            let observed = format!("packets to an endpoint are routed through {name} to {peer}, both of the node");
             let remedy = format!(
                 "packets of the node and of exempt pods that enter through {peer} are denied at the uplink behind it: route them \
                  through another interface, or exclude that uplink ([interfaces] exclude)"
             );
-            DoctorCheck::degraded(NAME, found, remedy)
+            DoctorCheck::degraded(NAME, observed, remedy)
         })
         .collect();
     if checks.is_empty() {

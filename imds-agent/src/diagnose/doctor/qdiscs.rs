@@ -67,7 +67,7 @@ fn blocked(
     has_tcx: bool,
 ) -> Option<DoctorCheck> {
     let (name, hook) = (&link.name, tc_hook.hook().name());
-    let (found, kind) = match qdiscs.get(&link.index)?.obstacle(tc_hook, has_tcx)? {
+    let (observed, kind) = match qdiscs.get(&link.index)?.obstacle(tc_hook, has_tcx)? {
         Obstacle::IngressQdisc { .. } => (
             format!("the ingress qdisc of {name} occupies the clsact slot: {hook} can't be attached there"),
             "ingress".to_owned(),
@@ -85,7 +85,7 @@ fn blocked(
          or {}",
         tcx_remedy(has_tcx)
     );
-    Some(DoctorCheck::degraded(NAME, found, remedy))
+    Some(DoctorCheck::degraded(NAME, observed, remedy))
 }
 
 #[cfg(test)]

@@ -129,9 +129,9 @@ fn xdp<'a>(
             kind: "xdp".to_owned(),
             at: device.name.clone(),
             hook: "xdp",
-            place: 1,
-            of: 1,
-            is_first: is_loaded.then_some(true),
+            position: 1,
+            count: 1,
+            first: is_loaded.then_some(true),
         };
         let remedy = format!(
             "the program sees the pod's frames before from_pod: frames that it sends on with XDP_TX or XDP_REDIRECT pass neither \
@@ -165,8 +165,8 @@ fn entries(
 
 fn judge(link: &Link, hook: &'static str, entries: &[HookProgram], mark: &MarkUse) -> Vec<DoctorCheck> {
     let check = |program: Program, is_stuck| {
-        let found = program.to_string();
-        let check = match program.is_first {
+        let observed = program.to_string();
+        let check = match program.first {
             Some(true) => {
                 let command = match &*program.kind {
                     "tcx" | "netkit" => "`bpftool link detach`".to_owned(),
@@ -177,12 +177,12 @@ fn judge(link: &Link, hook: &'static str, entries: &[HookProgram], mark: &MarkUs
                      of the hook if the kernel allows that, otherwise remove the other program ({command})",
                     link.name
                 );
-                DoctorCheck::degraded(OF_INTERFACES, found, remedy)
+                DoctorCheck::degraded(OF_INTERFACES, observed, remedy)
             }
             None if is_stuck => {
                 let remedy = "without TCX (Linux 6.6) the agent cannot place its program before this one: give it another priority \
                               than 1";
-                DoctorCheck::degraded(OF_INTERFACES, found, remedy)
+                DoctorCheck::degraded(OF_INTERFACES, observed, remedy)
             }
             Some(false) if hook != "egress" && mark.has(link.master) => {
                 let remedy = format!(
@@ -190,9 +190,9 @@ fn judge(link: &Link, hook: &'static str, entries: &[HookProgram], mark: &MarkUs
                      mark, node_egress denies an exempt pod, or lets another pod pass; choose another bit (hooks.mark_bit)",
                     mark.number()
                 );
-                DoctorCheck::degraded(OF_INTERFACES, found, remedy)
+                DoctorCheck::degraded(OF_INTERFACES, observed, remedy)
             }
-            Some(false) | None => DoctorCheck::ok(OF_INTERFACES, found),
+            Some(false) | None => DoctorCheck::ok(OF_INTERFACES, observed),
         };
         DoctorCheck { program: Some(program), ..check }
     };
@@ -210,8 +210,11 @@ pub(crate) fn foreign<'a>(
     let (at, of) = (at.to_owned(), entries.len());
     (0..).zip(entries).filter(|(_, entry)| !entry.is_ours).map(move |(index, entry)| {
         let (name, kind) = (entry.name.clone(), entry.kind.clone());
-        let is_first = ours.map(|ours| index < ours);
-        (Program { name, id: entry.id, kind, at: at.clone(), hook, place: index + 1, of, is_first }, entry)
+        let first = ours.map(|ours| index < ours);
+        (
+            Program { name, id: entry.id, kind, at: at.clone(), hook, position: index + 1, count: of, first },
+            entry,
+        )
     })
 }
 
@@ -243,15 +246,15 @@ mod tests {
     #[test]
     fn positions_of_foreign_programs() {
         let entries = [entry("a", false), entry("imds_from_pod", true), entry("b", false)];
-        let found: Vec<_> =
+        let observed: Vec<_> =
             foreign(&entries, "veth0", "ingress").map(|(program, _)| program.to_string()).collect();
         let expected = [
             "tcx a (id 7) at ingress of veth0, position 1 of 3, before the agent's program",
             "tcx b (id 7) at ingress of veth0, position 3 of 3, after the agent's program",
         ];
-        assert_eq!(found, expected);
+        assert_eq!(observed, expected);
         let alone = [entry("a", false)];
         let (program, _) = foreign(&alone, "veth0", "ingress").next().unwrap();
-        assert_eq!((program.place, program.of, program.is_first), (1, 1, None));
+        assert_eq!((program.position, program.count, program.first), (1, 1, None));
     }
 }

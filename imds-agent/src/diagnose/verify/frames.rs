@@ -207,8 +207,8 @@ mod tests {
             let verdict =
                 |service| classify(&*FRAMES.frame(address, service, 1), LinkLayer::Ethernet, &tables);
             assert_eq!(verdict(kept), Verdict::Allowed);
-            assert_eq!(verdict(Service::new(TCP, 53)), Verdict::Deny);
-            assert_eq!(verdict(Service::new(UDP, 54)), Verdict::Deny);
+            assert_eq!(verdict(Service::new(TCP, 53)), Verdict::Denied);
+            assert_eq!(verdict(Service::new(UDP, 54)), Verdict::Denied);
             assert_eq!(endpoint_set::address(address), endpoints[0].0);
         }
     }

@@ -45,7 +45,7 @@ pub(crate) fn check(
     let probe = probe.transpose()?;
     for endpoint in &enforced.endpoints {
         for (service, expected, allowed) in targets(endpoint) {
-            let (observed, is_right) = if expected == Verdict::Deny {
+            let (observed, is_right) = if expected == Verdict::Denied {
                 refused(enforced, pod, probe.as_ref(), endpoint)?
             } else {
                 let result = pod.run(|| attempt(endpoint.address, service))?;
@@ -78,7 +78,7 @@ fn refused(
         let result = pod.run(|| attempt(endpoint.address, closed(&endpoint.allow_ports, protocol)))?;
         let verdict = probe.map(|probe| probe.verdict(Hook::Socket));
         match (is_refused(&result), verdict) {
-            (true, None | Some(Some(Verdict::Deny))) => done.push(call),
+            (true, None | Some(Some(Verdict::Denied))) => done.push(call),
             (_, Some(Some(verdict))) => wrong.push(format!("{call} {}", verdict_phrase(Some(verdict)))),
             (true, Some(None)) => wrong.push(format!("{call} refused by another program")),
             (false, _) => wrong.push(format!("{call} {}", phrase(&result))),

@@ -100,7 +100,7 @@ impl Probe<'_> {
 
     /// Returns a hook that denied the probe since the last reset.
     pub(crate) fn denied_at(&self) -> Option<Hook> {
-        Hook::ALL.into_iter().find(|&hook| self.count(hook, Verdict::Deny) > 0)
+        Hook::ALL.into_iter().find(|&hook| self.count(hook, Verdict::Denied) > 0)
     }
 }
 

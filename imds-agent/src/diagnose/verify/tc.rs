@@ -69,7 +69,7 @@ pub(crate) async fn check(
 pub(crate) fn targets(endpoint: &Endpoint) -> impl Iterator<Item = (Service, Verdict, Option<AllowedPort>)> {
     let allow_ports = &endpoint.allow_ports;
     let allowed = allow_ports.iter().map(|&allowed| (allowed.0, Verdict::Allowed, Some(allowed)));
-    [(closed(allow_ports, TCP), Verdict::Deny, None)].into_iter().chain(allowed)
+    [(closed(allow_ports, TCP), Verdict::Denied, None)].into_iter().chain(allowed)
 }
 
 /// Returns a service of this protocol that is not allowed.
@@ -83,8 +83,8 @@ pub(crate) fn closed(allow_ports: &[AllowedPort], protocol: u8) -> Service {
 
 pub(crate) const fn expectation(verdict: Verdict) -> &'static str {
     match verdict {
-        Verdict::Deny => "denied",
-        Verdict::Unrelated | Verdict::Audit | Verdict::Allow | Verdict::Allowed | Verdict::Exempt => {
+        Verdict::Denied => "denied",
+        Verdict::Unrelated | Verdict::Audited | Verdict::Off | Verdict::Allowed | Verdict::Exempt => {
             "not denied"
         }
     }

@@ -183,9 +183,9 @@ impl VerifyReport {
 pub(crate) const fn phrase(verdict: Option<Verdict>) -> &'static str {
     match verdict {
         None | Some(Verdict::Unrelated) => "no verdict",
-        Some(Verdict::Deny) => "denied",
-        Some(Verdict::Audit) => "not denied, counted as audited",
-        Some(Verdict::Allow) => "not denied, counted as allowed",
+        Some(Verdict::Denied) => "denied",
+        Some(Verdict::Audited) => "not denied, counted as audited",
+        Some(Verdict::Off) => "not denied, counted as allowed",
         Some(Verdict::Allowed) => "not denied, an allowed port",
         Some(Verdict::Exempt) => "not denied, counted as exempt",
     }

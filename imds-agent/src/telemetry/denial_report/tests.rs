@@ -46,15 +46,15 @@ fn meant(report: &DenialReport) -> Vec<Rule> {
 fn hooks_of_one_sender_are_merged() {
     let later = DenialRecord { last: 3_000_000_000, pod: padded("pod-1"), ..record("a", "s", "app=x") };
     let report = report(&[
-        (key(Hook::Socket, Verdict::Audit), record("a", "s", "app=x")),
-        (key(Hook::FromPod, Verdict::Audit), later),
+        (key(Hook::Socket, Verdict::Audited), record("a", "s", "app=x")),
+        (key(Hook::FromPod, Verdict::Audited), later),
     ]);
     let [denial] = &report.denials[..] else { panic!("{report:?}") };
     assert_eq!(denial.counts, [("from_pod", 2), ("socket", 2)].into());
     assert_eq!(denial.bytes, 2 * 148);
     assert_eq!(
         (denial.pod.as_deref(), denial.verdict, denial.endpoint.as_deref()),
-        (Some("pod-1"), "audit", Some("imds"))
+        (Some("pod-1"), "audited", Some("imds"))
     );
     let [Rule::Pods(PodSelector { namespace, service_account, selector: Some(selector) })] =
         &meant(&report)[..]
@@ -74,14 +74,14 @@ fn hooks_of_one_sender_are_merged() {
 fn senders_get_distinct_rules() {
     let call = DenialRecord { comm: padded("cu\"rl"), interface: padded(""), ..record("", "", "") };
     let report = report(&[
-        (key(Hook::FromPod, Verdict::Deny), record("a", "default", "")),
-        (key(Hook::FromPod, Verdict::Deny), record("a", "default", "app.kubernetes.io/name=x")),
-        (key(Hook::FromPod, Verdict::Deny), record("", "", "")),
-        (key(Hook::FromPod, Verdict::Deny), DenialRecord { interface: padded("#9"), ..record("", "", "") }),
-        (key(Hook::Socket, Verdict::Deny), call),
-        (key(Hook::Socket, Verdict::Deny), DenialRecord { cgroup: padded("a/b\"c"), ..call }),
+        (key(Hook::FromPod, Verdict::Denied), record("a", "default", "")),
+        (key(Hook::FromPod, Verdict::Denied), record("a", "default", "app.kubernetes.io/name=x")),
+        (key(Hook::FromPod, Verdict::Denied), record("", "", "")),
+        (key(Hook::FromPod, Verdict::Denied), DenialRecord { interface: padded("#9"), ..record("", "", "") }),
+        (key(Hook::Socket, Verdict::Denied), call),
+        (key(Hook::Socket, Verdict::Denied), DenialRecord { cgroup: padded("a/b\"c"), ..call }),
         (
-            key(Hook::Socket, Verdict::Deny),
+            key(Hook::Socket, Verdict::Denied),
             DenialRecord { comm: padded("wget"), cgroup: padded("a/b\"c"), ..call },
         ),
     ]);
@@ -94,7 +94,8 @@ fn senders_get_distinct_rules() {
 
 #[test]
 fn unprotected_address_gets_no_rule() {
-    let gone = DenialKey { address: Address::from_ipv4([10, 0, 0, 9]), ..key(Hook::FromPod, Verdict::Deny) };
+    let gone =
+        DenialKey { address: Address::from_ipv4([10, 0, 0, 9]), ..key(Hook::FromPod, Verdict::Denied) };
     let report = report(&[(gone, record("a", "s", ""))]);
     assert!(report.rules.is_empty() && report.table().contains("10.0.0.9"));
     assert!(DenialReport::new("/pins".into(), &[], &[], &BTreeSet::new()).table().starts_with("no denials"));

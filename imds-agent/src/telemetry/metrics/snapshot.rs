@@ -76,7 +76,7 @@ impl Snapshot {
         to.gauge(
             "imds_agent_config_last_reload_successful",
             "0 while the configuration file is rejected, at a reload or at the start, otherwise 1",
-            [([], configuration.refused.is_none())],
+            [([], configuration.rejected.is_none())],
         );
     }
 
@@ -123,7 +123,7 @@ impl Snapshot {
             let named_endpoint = self.report.endpoints.iter().find(|endpoint| endpoint.address == address);
             let hook =
                 Hook::ALL.into_iter().find(|&hook| hook as u32 == key.hook).map_or("unknown", Hook::name);
-            let verdict = if key.verdict == Verdict::Audit as u32 { "audited" } else { "denied" };
+            let verdict = if key.verdict == Verdict::Audited as u32 { "audited" } else { "denied" };
             let namespace = Some(namespace).filter(|namespace| named.contains(namespace.as_str()));
             let endpoint =
                 named_endpoint.map_or_else(|| "unprotected".to_owned(), |endpoint| endpoint.name.clone());
@@ -290,7 +290,7 @@ impl Snapshot {
         to.gauge(
             "imds_agent_events_pending",
             "Rate-limited packets and calls that no event accounts for yet",
-            [([], self.report.untold)],
+            [([], self.report.pending_events)],
         );
         to.counter(
             "imds_agent_log_lines_dropped",

@@ -59,8 +59,12 @@ impl StatusReport {
             cgroup: None,
             pod: names.get(&subject).cloned(),
             endpoint: (address != Address::ANY).then(|| self.endpoint_name(address)),
-            verdict: if grant.verdict == Verdict::Audit as u32 { Verdict::Audit } else { Verdict::Exempt }
-                .name(),
+            verdict: if grant.verdict == Verdict::Audited as u32 {
+                Verdict::Audited
+            } else {
+                Verdict::Exempt
+            }
+            .name(),
         };
         match SubjectKind::from_u64(subject.kind) {
             Some(SubjectKind::Interface) => {

@@ -92,7 +92,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, D
         deleted: Counts::default(),
         total: Counts::default(),
         by_hook: BTreeMap::new(),
-        untold: 0,
+        pending_events: 0,
         problems: Vec::new(),
     };
     if !object::is_loaded(pins) {
@@ -137,7 +137,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, D
         );
     }
 
-    report.untold = counters::untold(&maps).map_err(unreadable)?;
+    report.pending_events = counters::pending_events(&maps).map_err(unreadable)?;
     let mut counts = counters::read(&maps).map_err(unreadable)?;
     for ((_, number), of_one) in &counts {
         if let Some(hook) = Hook::ALL.into_iter().find(|&hook| hook as u8 == *number) {
@@ -192,9 +192,9 @@ impl StatusReport {
         }
         self.configuration =
             record.map(|config_record::Record { generation, path, loaded_at, refusal, .. }| {
-                let refused = refusal
+                let rejected = refusal
                     .map(|config_record::RejectedConfig { at, error }| RejectedConfigReport { at, error });
-                Configuration { generation, file: path, loaded_at, refused }
+                Configuration { generation, file: path, loaded_at, rejected }
             });
         Ok(())
     }
@@ -236,8 +236,8 @@ impl StatusReport {
 
     /// Adds the protected endpoints, and returns a connection that treats routes to them as uplinks.
     fn add_endpoints(&mut self, maps: &Maps, netlink: &Netlink) -> Result<Netlink, DatapathError> {
-        let (configured, in_force) = endpoint_maps::provider(maps).map_err(unreadable)?;
-        self.provider = Some(Provider { configured, in_force });
+        let (configured, effective) = endpoint_maps::provider(maps).map_err(unreadable)?;
+        self.provider = Some(Provider { configured, effective });
         let mut entries: Vec<_> = endpoint_maps::read(maps).map_err(unreadable)?.into_iter().collect();
         entries.sort_by_key(|(_, entry)| entry.id);
         let endpoint_set: Vec<_> =

@@ -57,7 +57,7 @@ pub struct StatusReport {
     /// Counts by hook, over all interfaces. Hooks without counts are left out.
     pub by_hook: BTreeMap<&'static str, Counts>,
     /// Number of rate-limited packets and calls that no event accounts for yet.
-    pub untold: u64,
+    pub pending_events: u64,
     /// Problems of this node. If there are any, the state is [`State::Degraded`].
     pub problems: Vec<Problem>,
 }
@@ -149,7 +149,7 @@ pub struct Configuration {
     /// Time at which the configuration became effective.
     pub loaded_at: Timestamp,
     /// Last rejected configuration, if it is newer than this one.
-    pub refused: Option<RejectedConfigReport>,
+    pub rejected: Option<RejectedConfigReport>,
 }
 
 /// A configuration that the agent rejected.
@@ -167,7 +167,7 @@ pub struct Provider {
     /// Provider in the configuration: `auto`, `none` or a name.
     pub configured: String,
     /// Provider whose endpoints are protected.
-    pub in_force: String,
+    pub effective: String,
 }
 
 /// A protected address with its allowed ports.

@@ -68,11 +68,11 @@ impl StatusReport {
 
     fn write_endpoints(&self, text: &mut String) -> std::fmt::Result {
         match &self.provider {
-            Some(Provider { configured, in_force }) if configured == in_force => {
-                writeln!(text, "provider   {in_force}")?;
+            Some(Provider { configured, effective }) if configured == effective => {
+                writeln!(text, "provider   {effective}")?;
             }
-            Some(Provider { configured, in_force }) => {
-                writeln!(text, "provider   {in_force} ({configured})")?;
+            Some(Provider { configured, effective }) => {
+                writeln!(text, "provider   {effective} ({configured})")?;
             }
             None => {}
         }
@@ -102,15 +102,14 @@ impl StatusReport {
             };
             let pod = sender.pod.as_ref().map(|pod| format!(", pod {pod},")).unwrap_or_default();
             let from = sender.endpoint.as_deref().unwrap_or("all endpoints");
-            let audited = if sender.verdict == "audit" { ", audited" } else { "" };
+            let audited = if sender.verdict == "audited" { ", audited" } else { "" };
             writeln!(text, "{title:<10} {who}{pod} to {from} (rule {}){audited}", sender.rule)?;
         }
         Ok(())
     }
 
     fn write_kubernetes(&self, text: &mut String) -> std::fmt::Result {
-        let Some(PodWatchStatus { node, is_connected, since, error, pods, unresolved, .. }) =
-            &self.kubernetes
+        let Some(PodWatchStatus { node, connected, since, error, pods, unresolved, .. }) = &self.kubernetes
         else {
             return Ok(());
         };
@@ -119,7 +118,7 @@ impl StatusReport {
         if *unresolved > 0 {
             write!(text, ", {unresolved} of them unresolved (no sandbox found)")?;
         }
-        match (is_connected, error) {
+        match (connected, error) {
             (true, _) => writeln!(text),
             (false, None) => writeln!(text, ", not connected yet"),
             (false, Some(error)) => {

@@ -214,10 +214,10 @@ fn header(report: &StatusReport) -> Vec<String> {
         (true, None) => "running".to_owned(),
         (false, _) => "not running".to_owned(),
     };
-    let provider = report.provider.as_ref().map_or("unknown", |provider| &provider.in_force);
+    let provider = report.provider.as_ref().map_or("unknown", |provider| &provider.effective);
     let endpoints = report.endpoints.len();
     let lookup = report.kubernetes.as_ref().map(|lookup| {
-        let word = if lookup.is_connected { "connected" } else { "not connected" };
+        let word = if lookup.connected { "connected" } else { "not connected" };
         format!("   node {}, {word}, {} pods", lookup.node, lookup.pods)
     });
     vec![

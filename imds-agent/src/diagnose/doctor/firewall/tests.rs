@@ -100,9 +100,9 @@ fn rules_of_known_owners() {
         ("FORWARD -d 169.254.0.0/16 -j REJECT --reject-with icmp-port-unreachable", ("other", false)),
         ("OUTPUT -d 169.254.169.254/32 -j ACCEPT", ("other", false)),
     ] {
-        let found = iptables(&[rule], &enforced()).and_then(|check| check.rule).expect(rule);
-        assert_eq!((found.origin, found.conflicts), expected, "{rule}");
-        assert_eq!(found.remove, format!("iptables -t mangle -D {rule}"));
+        let observed = iptables(&[rule], &enforced()).and_then(|check| check.rule).expect(rule);
+        assert_eq!((observed.origin, observed.conflicts), expected, "{rule}");
+        assert_eq!(observed.remove, format!("iptables -t mangle -D {rule}"));
     }
 }
 
