@@ -29,6 +29,7 @@ pub mod stability;
 pub mod status;
 
 mod agent;
+mod documents;
 mod effort;
 mod env;
 mod expect;

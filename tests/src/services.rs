@@ -9,15 +9,13 @@ use std::{
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::Netns;
+use crate::{Netns, documents};
 
 pub(crate) const HTTP_PORT: u16 = 80;
 pub(crate) const ECHO_PORT: u16 = 7;
 /// Port of a resolver. HTTP and echo servers listen there, because only reachability is tested.
 pub const DNS_PORT: u16 = 53;
 
-/// Document of the metadata service, in the form of Azure's.
-const DOCUMENT: &str = r#"{"compute":{"azEnvironment":"AzurePublicCloud","location":"westeurope","name":"node-0","osType":"Linux","vmId":"02aab8a4-74ef-476e-8182-f6d2ba4166a6"}}"#;
 const MAX_REQUEST: usize = 8192;
 
 /// Servers that run in the background until they are dropped.
@@ -112,11 +110,7 @@ impl Connection {
                 Ok(0) | Err(_) => return false,
             }
             if self.request.ends_with(b"\r\n\r\n") {
-                let status =
-                    if self.request.starts_with(b"GET ") { "200 OK" } else { "405 Method Not Allowed" };
-                let head =
-                    format!("HTTP/1.1 {status}\r\nContent-Type: application/json\r\nConnection: close\r\n");
-                let answer = format!("{head}Content-Length: {}\r\n\r\n{DOCUMENT}", DOCUMENT.len());
+                let answer = documents::respond(&self.request);
                 // Ignores errors: the client may have closed the connection, and a waiting client has enough buffer
                 // space.
                 let _ = self.stream.write_all(answer.as_bytes());

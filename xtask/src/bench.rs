@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, bail};
 use nix::unistd::Uid;
 
 use crate::{
+    clients,
     setup::{self, Purpose},
     workspace::{cargo, describe, execute, root, say},
 };
@@ -20,22 +21,36 @@ use crate::{
 pub(crate) struct Bench {
     /// Name of one benchmark: `test_run` for the programs alone, `speed` for packets beside other mechanisms, `churn`
     /// for new pods, `flood` for new pods beside a flood of denied packets, `scale` for up to 1,000 pods, `footprint`
-    /// for an idle agent
+    /// for an idle agent. `clients`, which runs only by name, for the time until denied clients of clouds give up
     name: Option<String>,
-    /// Write the results to docs/benchmarks.md, with plots
+    /// Write the results to docs/benchmarks.md, with plots, and those of `clients` to docs/client-behaviour.md
     #[arg(long)]
     document: bool,
+    /// Only download the clients of `clients`
+    #[arg(long, conflicts_with = "document")]
+    fetch: bool,
 }
 
 const ALL: [&str; 6] = ["test_run", "speed", "churn", "flood", "scale", "footprint"];
+/// Benchmark that runs only by name, because its clients must be downloaded first.
+const CLIENTS: &str = "clients";
+/// Environment variable with the directory of the libraries of [`CLIENTS`].
+const CLIENTS_DIR: &str = "IMDS_CLIENTS";
 /// Environment variable with the directory of the plots.
 const PLOTS: &str = "IMDS_BENCH_PLOTS";
 
 impl Bench {
     pub(crate) fn run(self) -> Result<ExitCode> {
+        if self.fetch {
+            if self.name.as_deref() != Some(CLIENTS) {
+                bail!("--fetch is for `cargo xtask bench {CLIENTS}`");
+            }
+            clients::fetch()?;
+            return Ok(ExitCode::SUCCESS);
+        }
         let names = match &self.name {
-            Some(name) if !ALL.contains(&name.as_str()) => {
-                bail!("unknown benchmark {name}, expected one of {}", ALL.join(", "))
+            Some(name) if name != CLIENTS && !ALL.contains(&name.as_str()) => {
+                bail!("unknown benchmark {name}, expected one of {}, {CLIENTS}", ALL.join(", "))
             }
             Some(name) => vec![name.as_str()],
             None => ALL.to_vec(),
@@ -64,6 +79,9 @@ impl Bench {
         if self.document {
             bench.env(PLOTS, root().join("docs"));
         }
+        if name == CLIENTS {
+            bench.env(CLIENTS_DIR, clients::dir()?);
+        }
         let what = describe(&bench);
         say(&what);
         let output = bench.output().with_context(|| format!("failed to start {what}"))?;
@@ -76,7 +94,8 @@ impl Bench {
 
 /// Replaces the results of a benchmark in the document.
 fn write_down(name: &str, results: &str) -> Result<()> {
-    let path = root().join("docs/benchmarks.md");
+    let page = if name == CLIENTS { "docs/client-behaviour.md" } else { "docs/benchmarks.md" };
+    let path = root().join(page);
     let text = fs::read_to_string(&path).with_context(|| format!("failed to read {}", path.display()))?;
     let text = with_results(&text, name, results)
         .with_context(|| format!("{} has no section for {name}", path.display()))?;

@@ -6,6 +6,7 @@ mod apt;
 mod bench;
 mod build;
 mod cache;
+mod clients;
 mod demo;
 mod deny;
 mod dist;
