@@ -10,8 +10,8 @@ pub struct Event {
     pub time: u64,
     /// Cookie of the network namespace of the socket; 0 if unknown.
     pub netns_cookie: u64,
-    /// Id of the cgroup v2 of the caller, or of the packet's socket at [`Hook::HostNetwork`](crate::Hook::HostNetwork); 0 for
-    /// other packets.
+    /// Id of the cgroup v2 of the caller, or of the packet's socket at [`Hook::HostNetwork`](crate::Hook::HostNetwork) and
+    /// [`Hook::NodeAllow`](crate::Hook::NodeAllow); 0 for other packets.
     pub cgroup: u64,
     /// Number of events of this source on this CPU that were suppressed since the previous emitted one.
     pub suppressed: u64,
@@ -54,7 +54,7 @@ const _: () = assert!(size_of::<Event>() == 112);
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct RateLimitKey {
     /// Ingress interface index for packets; cookie of the network namespace for calls; cgroup id for both at
-    /// [`Hook::HostNetwork`](crate::Hook::HostNetwork).
+    /// [`Hook::HostNetwork`](crate::Hook::HostNetwork) and [`Hook::NodeAllow`](crate::Hook::NodeAllow).
     pub id: u64,
     /// Number of the [`Hook`](crate::Hook) that saw the packets or calls.
     pub hook: u64,

@@ -103,7 +103,7 @@ pub struct ProbeRecord {
     /// Explicit padding, always written as 0.
     pub reserved: u32,
     /// Number of packets and calls at each hook by verdict: `verdicts[hook][verdict]`.
-    pub verdicts: [[u64; 6]; 6],
+    pub verdicts: [[u64; 6]; 7],
 }
 
 impl Grant {
@@ -188,7 +188,7 @@ pub fn find_grant<T: PolicyLookup + ?Sized>(
 const _: () = assert!(size_of::<Subject>() == 16);
 const _: () = assert!(size_of::<Exemption>() == 32);
 const _: () = assert!(size_of::<Grant>() == 16);
-const _: () = assert!(size_of::<ProbeRecord>() == 8 + 6 * 6 * 8);
+const _: () = assert!(size_of::<ProbeRecord>() == 8 + 7 * 6 * 8);
 
 #[cfg(test)]
 mod tests {

@@ -20,6 +20,7 @@
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
 pub mod address;
+pub mod allow_list;
 pub mod cgroup;
 pub mod endpoint;
 pub mod event;
@@ -36,6 +37,7 @@ pub mod reply;
 pub mod verdict;
 
 pub use address::Address;
+pub use allow_list::{AllowedKind, AllowedProcess};
 pub use cgroup::CgroupRecord;
 pub use endpoint::{Endpoint, IMDS_IPV4, Service};
 pub use event::Event;

@@ -33,6 +33,16 @@ pub const PROG_HOST_SENDMSG6: &str = "imds_host_send6";
 pub const PROG_HOST_EGRESS: &str = "imds_host_out";
 /// `cgroup_skb/ingress` program for packets that sockets of the node receive.
 pub const PROG_LOCAL_SERVICE: &str = "imds_local_in";
+/// cgroup program for connect(2) on IPv4 sockets of the node's processes.
+pub const PROG_NODE_CONNECT4: &str = "imds_node_conn4";
+/// IPv6 variant of [`PROG_NODE_CONNECT4`].
+pub const PROG_NODE_CONNECT6: &str = "imds_node_conn6";
+/// cgroup program for sendmsg(2) and its like on unconnected IPv4 UDP sockets of the node's processes.
+pub const PROG_NODE_SENDMSG4: &str = "imds_node_send4";
+/// IPv6 variant of [`PROG_NODE_SENDMSG4`].
+pub const PROG_NODE_SENDMSG6: &str = "imds_node_send6";
+/// `cgroup_skb/egress` program for packets of the node's processes.
+pub const PROG_NODE_SKB_EGRESS: &str = "imds_node_out";
 
 /// Array with one entry: the [`Policy`](crate::Policy).
 pub const MAP_POLICY: &str = "imds_policy";
@@ -53,6 +63,8 @@ pub const MAP_EXEMPT_SOURCES: &str = "imds_exempt_src";
 pub const MAP_PROBES: &str = "imds_probes";
 /// Array of one `u32`: number of entries in [`MAP_PROBES`]. The programs look up probes only if it is not 0.
 pub const MAP_PROBING: &str = "imds_probing";
+/// Hash of [`AllowedProcess`](crate::AllowedProcess) to `u32`: the allow list of the node.
+pub const MAP_NODE_ALLOW: &str = "imds_node_allow";
 /// Array with one entry: the [`ProviderRecord`](crate::ProviderRecord).
 pub const MAP_PROVIDER: &str = "imds_provider";
 /// Array with one entry: the [`ConfigRecord`](crate::ConfigRecord).
@@ -108,6 +120,12 @@ pub const HOST_PROGRAMS: [&str; 5] =
 /// Prefixes of the names of the pinned links of [`HOST_PROGRAMS`], in this order. `_` and the decimal cgroup id follow.
 pub const HOST_LINKS: [&str; 5] =
     ["host_connect4", "host_connect6", "host_sendmsg4", "host_sendmsg6", "host_egress"];
+/// The programs on the root of the hierarchy that judge the node's own processes.
+pub const NODE_PROGRAMS: [&str; 5] =
+    [PROG_NODE_CONNECT4, PROG_NODE_CONNECT6, PROG_NODE_SENDMSG4, PROG_NODE_SENDMSG6, PROG_NODE_SKB_EGRESS];
+/// Names of the pinned links of [`NODE_PROGRAMS`], in the same order.
+pub const NODE_LINKS: [&str; 5] =
+    ["node_connect4", "node_connect6", "node_sendmsg4", "node_sendmsg6", "node_skb_egress"];
 /// Name of the pinned link of [`PROG_LOCAL_SERVICE`].
 pub const LOCAL_SERVICE_LINK: &str = "local_service";
 
@@ -120,6 +138,7 @@ pub const fn programs_of(hook: Hook) -> &'static [&'static str] {
         Hook::Socket => &SOCKET_PROGRAMS,
         Hook::HostNetwork => &HOST_PROGRAMS,
         Hook::LocalService => &[PROG_LOCAL_SERVICE],
+        Hook::NodeAllow => &NODE_PROGRAMS,
     }
 }
 
@@ -149,6 +168,7 @@ pub const MAPS: [&str; 21] = [
     MAP_EXEMPT_SOURCES,
     MAP_PROBES,
     MAP_PROBING,
+    MAP_NODE_ALLOW,
     MAP_PROVIDER,
     MAP_CONFIG,
     MAP_CGROUP,

@@ -132,12 +132,20 @@ pub enum Hook {
     HostNetwork = 4,
     /// Packets that sockets of the node receive. Attached while a protected address is local to the node.
     LocalService = 5,
+    /// Calls and packets of processes in the node's network namespace, while the configuration has an allow list of the node.
+    NodeAllow = 6,
 }
 
 impl Hook {
     /// All hooks, in the order of their numbers.
-    pub const ALL: [Self; 5] =
-        [Self::FromPod, Self::NodeEgress, Self::Socket, Self::HostNetwork, Self::LocalService];
+    pub const ALL: [Self; 6] = [
+        Self::FromPod,
+        Self::NodeEgress,
+        Self::Socket,
+        Self::HostNetwork,
+        Self::LocalService,
+        Self::NodeAllow,
+    ];
 
     /// Returns the bit of this hook in [`Policy::hooks`](crate::Policy::hooks).
     #[must_use]
@@ -145,7 +153,7 @@ impl Hook {
         1 << self as u32
     }
 
-    /// Returns the name in the configuration.
+    /// Returns the name in the configuration. [`Hook::NodeAllow`] has no key of that name: `node.allow` enables the hook.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -154,6 +162,7 @@ impl Hook {
             Self::Socket => "socket",
             Self::HostNetwork => "host_network",
             Self::LocalService => "local_service",
+            Self::NodeAllow => "node_allow",
         }
     }
 }

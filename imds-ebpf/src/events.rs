@@ -52,7 +52,7 @@ pub(crate) fn packet(
     let classified = hook as u32 | (verdict as u32) << 8;
     match hook {
         Hook::FromPod | Hook::NodeEgress | Hook::Socket => emit_packet(skb, ip, classified, limiter),
-        Hook::HostNetwork => emit_packet_in_cgroup(skb, ip, classified, limiter),
+        Hook::HostNetwork | Hook::NodeAllow => emit_packet_in_cgroup(skb, ip, classified, limiter),
         Hook::LocalService => emit_received_packet(skb, ip, classified, limiter),
     }
 }
@@ -75,7 +75,7 @@ fn emit_received_packet(skb: *mut __sk_buff, ip: IpOffset, classified: u32, limi
     }
 }
 
-/// Emits the event of a packet at the `cgroup_skb` program of `host_network`, which can read the cgroup of the socket.
+/// Emits the event of a packet at the `cgroup_skb` programs of `host_network` and `node_allow`, which can read the cgroup of the socket.
 #[inline(never)]
 fn emit_packet_in_cgroup(skb: *mut __sk_buff, ip: IpOffset, classified: u32, limiter: &mut RateLimiter) {
     if let Some(event) = of_packet(skb, ip, classified, netns::of_socket_in_cgroup(skb)) {

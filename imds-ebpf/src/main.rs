@@ -20,6 +20,7 @@ mod local_service;
 mod maps;
 mod netns;
 mod node_egress;
+mod node_process;
 mod packet;
 mod probe;
 mod reject;
@@ -130,6 +131,41 @@ fn imds_host_out(ctx: SkBuffContext) -> i32 {
 #[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_local_in(ctx: SkBuffContext) -> i32 {
     permission(local_service::classify(&ctx))
+}
+
+/// `node_allow`: connect(2) on an IPv4 socket of a process of the node.
+#[cgroup_sock_addr(connect4)]
+#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
+fn imds_node_conn4(ctx: SockAddrContext) -> i32 {
+    permission(socket::classify_v4(&ctx, Hook::NodeAllow))
+}
+
+/// `node_allow`: connect(2) on an IPv6 socket of a process of the node.
+#[cgroup_sock_addr(connect6)]
+#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
+fn imds_node_conn6(ctx: SockAddrContext) -> i32 {
+    permission(socket::classify_v6(&ctx, Hook::NodeAllow))
+}
+
+/// `node_allow`: sendmsg(2), sendto(2) and sendmmsg(2) on an unconnected IPv4 UDP socket of a process of the node.
+#[cgroup_sock_addr(sendmsg4)]
+#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
+fn imds_node_send4(ctx: SockAddrContext) -> i32 {
+    permission(socket::classify_v4(&ctx, Hook::NodeAllow))
+}
+
+/// `node_allow`: sendmsg(2), sendto(2) and sendmmsg(2) on an unconnected IPv6 UDP socket of a process of the node.
+#[cgroup_sock_addr(sendmsg6)]
+#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
+fn imds_node_send6(ctx: SockAddrContext) -> i32 {
+    permission(socket::classify_v6(&ctx, Hook::NodeAllow))
+}
+
+/// `node_allow`: IP packets that sockets of the node's processes send.
+#[cgroup_skb(egress)]
+#[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
+fn imds_node_out(ctx: SkBuffContext) -> i32 {
+    permission(node_process::classify(&ctx))
 }
 
 /// Returns the result of a cgroup program: 1 lets the call or packet pass, 0 denies it with `EPERM` or the error that the

@@ -8,9 +8,10 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use imds_ebpf_common::{
-    Address, CgroupRecord, ConfigRecord, Counter, CounterKey, DenyAction, Endpoint, Exemption, Grant, Hook,
-    InterfaceRecord, KubernetesRecord, Mode, PodRecord, Policy, PolicyLookup, PolicyTable, ProbeRecord,
-    ProviderRecord, Subject, Verdict,
+    Address, AllowedProcess, CgroupRecord, ConfigRecord, Counter, CounterKey, DenyAction, Endpoint,
+    Exemption, Grant, Hook, InterfaceRecord, KubernetesRecord, Mode, PodRecord, Policy, PolicyLookup,
+    PolicyTable, ProbeRecord, ProviderRecord, Subject, Verdict,
+    allow_list::MAX_ALLOWED,
     endpoint::{AllowedPorts, MAX_ENDPOINTS},
     event::RateLimiter,
     event_log::{DENIALS, DenialKey, DenialRecord, RECENT, RecentEvent},
@@ -102,6 +103,11 @@ static PROBES: HashMap<Subject, ProbeRecord, MAX_PROBES, { BPF_F_NO_PREALLOC as 
 #[btf_map(name = "imds_probing")]
 static PROBING: Array<u32, 1> = Array::new();
 
+/// Allow list of the node. Has room for the old and the new entries, because both are valid during a reload.
+#[btf_map(name = "imds_node_allow")]
+static NODE_ALLOW: HashMap<AllowedProcess, u32, { MAX_ALLOWED * 2 }, { BPF_F_NO_PREALLOC as usize }> =
+    HashMap::new();
+
 /// Policy lookup in the maps of this object.
 pub(crate) struct Maps;
 
@@ -191,6 +197,12 @@ pub(crate) fn is_granted(exemption: &Exemption) -> bool {
 pub(crate) fn is_exempt_source(exemption: &Exemption) -> bool {
     // SAFETY: the value is not read, only its presence.
     unsafe { EXEMPT_SOURCES.get(exemption) }.is_some()
+}
+
+/// Reports whether the allow list of the node contains `process`.
+#[inline(always)]
+pub(crate) fn is_allowed(process: &AllowedProcess) -> bool {
+    NODE_ALLOW.get_ptr(process).is_some()
 }
 
 /// Reports whether any test sender is registered.

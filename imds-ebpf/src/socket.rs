@@ -1,6 +1,7 @@
 //! Programs on connect(2) and sendmsg(2): give a verdict on calls before a packet exists. They never rewrite addresses.
 //!
-//! [`Hook::Socket`] covers pods with their own network namespace, [`Hook::HostNetwork`] covers pods in the node's.
+//! [`Hook::Socket`] covers pods with their own network namespace, [`Hook::HostNetwork`] covers pods in the node's, and
+//! [`Hook::NodeAllow`] covers all processes in the node's.
 
 use aya_ebpf::{
     Global,
@@ -13,7 +14,7 @@ use imds_ebpf_common::{
     event::RateLimitKey, opaque::opaque_xor,
 };
 
-use crate::{diagnostics, events, exempt, maps, netns, probe};
+use crate::{diagnostics, events, exempt, maps, netns, node_process, probe};
 
 /// 1 if `connect` and `sendmsg` programs may call `bpf_set_retval` (Linux 6.1). The loader sets it before loading. The
 /// verifier treats it as a constant, and ignores the call as dead code if it is 0.
@@ -49,7 +50,7 @@ fn classify(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict 
     }
     // SAFETY: the helper takes the context of a socket address program.
     let cookie = unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) };
-    let is_host = matches!(hook, Hook::HostNetwork);
+    let is_host = matches!(hook, Hook::HostNetwork | Hook::NodeAllow);
     if netns::is_node(cookie) != is_host {
         return Verdict::Unrelated;
     }
@@ -65,6 +66,10 @@ fn classify(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict 
         return probed.verdict;
     }
     let verdict = exempt::apply(verdict, Subject::new(kind, id), &destination);
+    let verdict = match hook {
+        Hook::NodeAllow => node_process::apply_to_caller(hide_bounds(verdict, cookie)),
+        Hook::FromPod | Hook::NodeEgress | Hook::Socket | Hook::HostNetwork | Hook::LocalService => verdict,
+    };
     let verdict = hide_bounds(verdict, cookie);
     let _uncounted = maps::count(CounterKey::DELETED, hook, verdict, 0);
     if matches!(verdict, Verdict::Denied) {

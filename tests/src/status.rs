@@ -25,6 +25,9 @@ pub struct Status {
     pub sockets: Option<Sockets>,
     pub host_network: Option<HostNetwork>,
     pub local_service: Option<LocalService>,
+    /// Agents of earlier versions have none.
+    #[serde(default)]
+    pub node_allow: Option<NodeAllow>,
     pub deleted: Counts,
     pub total: Counts,
     pub problems: Vec<Problem>,
@@ -213,6 +216,34 @@ pub struct HostNetwork {
     pub cgroups: Vec<u64>,
     #[serde(flatten)]
     pub counts: Counts,
+}
+
+/// Allow list of the node, and state of its hook.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct NodeAllow {
+    pub attached: bool,
+    pub packets: Packets,
+    pub cgroup: Option<u64>,
+    pub allow: Vec<NodeAllowEntry>,
+    #[serde(flatten)]
+    pub counts: Counts,
+}
+
+/// State of the packet program of the allow list of the node.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct Packets {
+    pub attached: bool,
+    pub reason: Option<String>,
+}
+
+/// Entry of the allow list of the node.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq)]
+#[expect(missing_docs, reason = "documented with the command")]
+pub struct NodeAllowEntry {
+    pub process: String,
+    pub active: bool,
 }
 
 /// Number of packets and bytes.

@@ -110,7 +110,8 @@ fn show(args: &ShowArgs) -> Result<ExitCode, Failure> {
     table.insert("on_deny".to_owned(), DenyAction::from_u32(policy.on_deny).name().into());
     table.insert("on_deny_errno".to_owned(), DenyErrno::from_u32(policy.on_deny_errno).name().into());
     if let Some(Value::Table(switches)) = table.get_mut("hooks") {
-        for hook in Hook::ALL {
+        // The allow list is a key of its own.
+        for hook in Hook::ALL.into_iter().filter(|&hook| hook != Hook::NodeAllow) {
             switches.insert(hook.name().to_owned(), hooks.has(hook).into());
         }
     }

@@ -28,6 +28,9 @@ pub(super) fn summary(config: &Config, endpoint_set: &EndpointSet, exempt: &[Exe
     add("endpoints", &endpoint_set.endpoints().iter().map(endpoint).collect::<Vec<_>>());
     let hooks = Hook::ALL.into_iter().filter(|&hook| config.hooks.has(hook)).map(Hook::name);
     add("hooks", &[hooks.collect::<Vec<_>>().join(" ")]);
+    if let Some(processes) = &config.node_allow {
+        add("node allow", &processes.iter().map(ToString::to_string).collect::<Vec<_>>());
+    }
     add("exempt", &exempt.iter().map(|rule| exemption(rule, endpoint_set)).collect::<Vec<_>>());
     add("metrics", &config.listen.iter().map(ToString::to_string).collect::<Vec<_>>());
     add("kubernetes", &[kubernetes(config)]);

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use imds_ebpf_common::{DenyAction, DenyErrno, Mode};
+use imds_ebpf_common::{DenyAction, DenyErrno, Hook, Mode};
 use serde::{Deserialize, Serialize};
 use toml::{
     Spanned,
@@ -12,10 +12,11 @@ use toml::{
 use super::{
     endpoint::{EndpointTable, Presets},
     exemption::ExemptTable,
-    hooks::HooksTable,
+    hooks::{Hooks, HooksTable},
     interfaces::InterfacesTable,
     kubernetes::KubernetesTable,
     listen::MetricsTable,
+    node_table::NodeTable,
     source::{Diagnostics, SourceFile},
     suggest::did_you_mean_of,
 };
@@ -33,6 +34,8 @@ pub(super) struct File {
     pub(super) provider: Spanned<String>,
     pub(super) extra_endpoints: Vec<Spanned<String>>,
     pub(super) hooks: Spanned<HooksTable>,
+    #[serde(skip_serializing_if = "NodeTable::is_empty")]
+    pub(super) node: NodeTable,
     pub(super) interfaces: InterfacesTable,
     pub(super) metrics: MetricsTable,
     pub(super) kubernetes: KubernetesTable,
@@ -50,6 +53,7 @@ impl Default for File {
             provider: Spanned::new(0..0, "auto".to_owned()),
             extra_endpoints: Vec::new(),
             hooks: Spanned::new(0..0, HooksTable::default()),
+            node: NodeTable::default(),
             interfaces: InterfacesTable::default(),
             metrics: MetricsTable::default(),
             kubernetes: KubernetesTable::default(),
@@ -85,6 +89,12 @@ impl File {
             }
         }
         Self::default()
+    }
+
+    /// Returns the enabled hooks. The allow list of the node is the switch of its hook.
+    pub(super) fn hooks(&self) -> Hooks {
+        let node_allow = if self.node.is_empty() { 0 } else { Hook::NodeAllow.bit() };
+        Hooks::from(self.hooks.get_ref()).and(Hooks::from_bits(node_allow))
     }
 
     /// Returns the file with the `socket` hook off.

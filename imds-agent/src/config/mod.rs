@@ -11,6 +11,7 @@ pub mod last_good;
 mod listen;
 pub mod loader;
 mod names;
+mod node_table;
 pub mod provider;
 mod selector;
 mod source;
@@ -38,9 +39,11 @@ pub use self::{
     interfaces::Interfaces,
     kubernetes::{Access, Enabled, Environment, Kubernetes},
     listen::Listen,
+    node_table::NodeProcess,
 };
 use self::{
     file::File,
+    node_table::NodeTable,
     source::{Diagnostics, SourceFile},
 };
 
@@ -62,6 +65,8 @@ pub struct Config {
     pub sendmsg: Sendmsg,
     /// Bit of the packet mark that `from_pod` sets for `node_egress` on packets of exempt pods behind a bridge.
     pub mark: u32,
+    /// Processes of the node that may reach protected endpoints; `None` if all of them may.
+    pub node_allow: Option<Vec<NodeProcess>>,
     /// Selection of the protected endpoints.
     pub endpoints: Endpoints,
     /// Interfaces whose classification the operator overrides.
@@ -86,6 +91,7 @@ impl Default for Config {
             hooks: Hooks::default(),
             sendmsg: Sendmsg::default(),
             mark: MARK,
+            node_allow: None,
             endpoints: Endpoints::default(),
             interfaces: Interfaces::default(),
             exempt: Exemptions::default(),
@@ -183,7 +189,8 @@ impl Config {
             diagnostics.note(source.error(name.span(), message.to_owned()));
         }
         let mode = file.mode.into();
-        let hooks = Hooks::from(file.hooks.get_ref());
+        let node_allow = file.node.parse(source, &mut diagnostics);
+        let hooks = file.hooks();
         let sendmsg = file.hooks.get_ref().sendmsg(source, &mut diagnostics);
         let mark = file.hooks.get_ref().mark(source, &mut diagnostics);
         let text = file.to_toml();
@@ -213,6 +220,7 @@ impl Config {
             hooks,
             sendmsg,
             mark,
+            node_allow,
             endpoints,
             interfaces,
             exempt,
@@ -223,18 +231,28 @@ impl Config {
         })
     }
 
-    /// Returns the built-in defaults for an unusable file, with its `mode` and `metrics` if these are valid.
+    /// Returns the built-in defaults for an unusable file, with its `mode`, `node` and `metrics` if these are valid.
     ///
-    /// Other keys are ignored, because a key that depends on an invalid one could weaken enforcement. The metrics
+    /// Other keys are ignored, because a key that depends on an invalid one could weaken enforcement. The allow list of
+    /// the node only restricts, and depends on no other key. The metrics
     /// address is used because the probes of a cluster restart an agent that does not answer there.
     #[must_use]
     pub fn fallback(text: &str, path: &Path) -> Self {
         let (source, mut diagnostics) = (SourceFile { text, path }, Diagnostics::default());
-        let File { mode, metrics, .. } = File::read(source, &mut diagnostics);
-        let mut of_metrics = Diagnostics::default();
+        let File { mode, metrics, node, .. } = File::read(source, &mut diagnostics);
+        let (mut of_metrics, mut of_node) = (Diagnostics::default(), Diagnostics::default());
         let listen = Listen::parse(&metrics, source, &mut of_metrics);
-        let file = File { mode, ..File::default() };
-        let config = Self { mode: mode.into(), text: file.to_toml(), ..Self::default() };
+        let node_allow = node.parse(source, &mut of_node);
+        let node = if of_node.is_empty() { node } else { NodeTable::default() };
+        let node_allow = node_allow.filter(|_| of_node.is_empty());
+        let file = File { mode, node, ..File::default() };
+        let config = Self {
+            mode: mode.into(),
+            hooks: file.hooks(),
+            node_allow,
+            text: file.to_toml(),
+            ..Self::default()
+        };
         if !of_metrics.is_empty() {
             return config;
         }
@@ -247,7 +265,7 @@ impl Config {
         let (source, mut diagnostics) =
             (SourceFile { text: &self.text, path: Path::new("") }, Diagnostics::default());
         let file = File::read(source, &mut diagnostics).without_socket();
-        let hooks = Hooks::from(file.hooks.get_ref());
+        let hooks = file.hooks();
         Self { hooks, text: file.to_toml(), ..self }
     }
 

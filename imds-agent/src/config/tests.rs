@@ -54,6 +54,44 @@ fn hook_defaults() {
 }
 
 #[test]
+fn an_allow_list_of_the_node_switches_its_hook_on() {
+    let listed = |text: &str| {
+        let config = parse(text).unwrap();
+        assert_eq!(config.hooks.has(Hook::NodeAllow), config.node_allow.is_some(), "{text}");
+        config.node_allow.map(|processes| processes.iter().map(ToString::to_string).collect::<Vec<_>>())
+    };
+    assert_eq!((listed(""), listed("[node]")), (None, None));
+    assert_eq!(listed("[node]\nallow = []"), Some(vec![]));
+    let entries = vec!["uid:0".to_owned(), "cgroup:/system.slice/kubelet.service".to_owned()];
+    let text = "[node]\nallow = ['uid:0', 'cgroup:/system.slice/kubelet.service']";
+    assert_eq!(listed(text), Some(entries.clone()));
+    assert_eq!(listed(parse(text).unwrap().to_toml()), Some(entries));
+    assert!(!parse("").unwrap().to_toml().contains("node]"));
+    assert!(parse(text).unwrap().without_socket().hooks.has(Hook::NodeAllow));
+    let most = |count: usize| {
+        let entries: Vec<_> = (0..count).map(|uid| format!("'uid:{uid}'")).collect();
+        parse(&format!("[node]\nallow = [{}]", entries.join(", ")))
+    };
+    assert!(most(64).is_ok());
+    let errors = most(65).unwrap_err();
+    assert!(errors.starts_with("imds.toml:2:9: node.allow: 65 entries; at most 64"), "{errors}");
+}
+
+#[test]
+fn an_allow_list_of_the_node_survives_errors_elsewhere() {
+    let fallback = |text: &str| Config::fallback(text, Path::new("imds.toml"));
+    let broken = "mode = 'of'\n[hooks]\nsocket = 0\n";
+    let config = fallback(&format!("{broken}[node]\nallow = ['uid:0']"));
+    assert!(config.hooks.has(Hook::NodeAllow) && config.hooks.has(Hook::Socket));
+    assert_eq!(config.node_allow, Some(vec![NodeProcess::Uid(0)]));
+    assert_eq!(parse(config.to_toml()).unwrap().node_allow, config.node_allow);
+    for node in ["", "[node]\nallow = ['uid:0', 'root']", "[node]\nallow = 0"] {
+        let config = fallback(&format!("{broken}{node}"));
+        assert!(config.node_allow.is_none() && !config.hooks.has(Hook::NodeAllow), "{node}");
+    }
+}
+
+#[test]
 fn errors_name_file_line_and_key() {
     for (text, expected) in [
         (
@@ -67,6 +105,11 @@ fn errors_name_file_line_and_key() {
         ("[interfaces]\ninclude = ['a', 7]", "2:17: interfaces.include: "),
         ("\n[hooks]\nfrom_pod = 'yes'", "3:12: hooks.from_pod: "),
         ("hooks = 3", "1:9: hooks: "),
+        ("[node]\nallow = 'uid:0'", "2:9: node.allow: "),
+        ("[node]\nallow = ['uid:0', 7]", "2:19: node.allow: "),
+        ("[node]\nallow = ['uid:0', 'uid:root']", "2:19: node.allow: \"uid:root\": a user is a number"),
+        ("[node]\nallow = ['uid:0', 'uid:0']", "2:19: node.allow: \"uid:0\" is there twice"),
+        ("[node]\nallow = ['cgroup:/']", "2:10: node.allow: \"cgroup:/\": the root covers every process"),
         ("\n[hooks]\nsendmsg = 'yes'", "3:11: hooks.sendmsg: "),
         ("\n[hooks]\nsendmsg = 1", "3:11: hooks.sendmsg: "),
         ("\n[hooks]\nsocket = false\nsendmsg = true", "4:11: hooks.sendmsg: true needs hooks.socket"),
@@ -85,6 +128,9 @@ fn errors_name_file_line_and_key() {
 fn errors_have_suggestions() {
     for (text, expected) in [
         ("modee = 'off'", "; did you mean \"mode\"?"),
+        ("[node]\nalow = ['uid:0']", "; did you mean \"allow\"?"),
+        ("[node]\nallow = ['0']", "; did you mean \"uid:0\"?"),
+        ("[node]\nallow = ['cgoup:/system.slice']", "; did you mean \"cgroup\"?"),
         ("[hooks]\nhostnetwork = true", "; did you mean \"host_network\"?"),
         ("[[endpoint]]\nname = 'a'\nadress = '10.0.0.1'", "; did you mean \"address\"?"),
         ("provider = 'azur'", "; did you mean \"azure\"?"),
@@ -227,6 +273,7 @@ fn example_equals_defaults() {
         // Tables in lists have no default.
         lists.retain(|_, value| !matches!(value, Value::Array(list) if list.iter().all(Value::is_table)));
         lists.remove("preset");
+        lists.remove("node");
     }
     assert_eq!(effective, default);
 }

@@ -26,7 +26,9 @@ const SANDBOX_BATCH: usize = 2;
 impl Reconciler {
     /// Waits until the next poll for changes that the kernel does not report.
     pub async fn search_due(&self) {
-        let of_rules = (self.rules.are_to_be_asked() || self.waits_for_plugins()).then_some(PERIOD);
+        let polls =
+            self.rules.are_to_be_asked() || self.node_processes.has_cgroups() || self.waits_for_plugins();
+        let of_rules = polls.then_some(PERIOD);
         match of_rules.into_iter().chain(self.pods.retry_delay()).min() {
             Some(retry_delay) => sleep_until(self.last_search + retry_delay).await,
             None => pending().await,
@@ -39,7 +41,11 @@ impl Reconciler {
         self.release_started_pods().await;
         // Only queues the pods: `resolve_next` resolves their sandboxes.
         self.pods.enqueue_changed();
-        if self.rules.may_have_changed() { self.restore_exemptions().await } else { Ok(()) }
+        let followed = self.follow_node_allow();
+        if self.rules.may_have_changed() {
+            self.restore_exemptions().await?;
+        }
+        followed
     }
 
     /// Reports whether pods are queued whose sandboxes have to be resolved.
@@ -131,8 +137,8 @@ impl Reconciler {
     async fn find_exempt(&mut self) -> Result<Grants, DatapathError> {
         let pods = of_pods(&self.links, &self.uplinks, &self.interfaces);
         self.resolver.retain(&self.links);
-        let is_strict = self.kubepods.is_some();
-        self.pods.track_host_network_pods(self.rules.of_pods().filter(|_| is_strict));
+        let judges_hosts = self.kubepods.is_some() || self.datapath.hooks().has(Hook::NodeAllow);
+        self.pods.track_host_network_pods(self.rules.of_pods().filter(|_| judges_hosts));
         let judges_sockets = self.datapath.hooks().has(Hook::Socket);
         let found = self.rules.find(&mut self.resolver, &self.netlink, &pods, &self.pods, judges_sockets);
         let mut wanted = found.await;

@@ -9,6 +9,7 @@ mod exemptions;
 mod host_network;
 mod links;
 mod local_service;
+mod node_allow_sync;
 mod other_agents;
 pub mod plan;
 pub mod pod_tracker;
@@ -49,6 +50,7 @@ use crate::{
         kubepods::Kubepods,
         link::Link,
         netlink::{Event, Netlink},
+        node_processes::NodeProcesses,
         sender_resolver::SenderResolver,
     },
     telemetry::agent_stats::{DriftCorrections, MapUpdates},
@@ -62,6 +64,8 @@ pub struct Reconciler {
     interfaces: Interfaces,
     /// Cgroups of Kubernetes pods, if hostNetwork pods are restricted.
     kubepods: Option<Kubepods>,
+    /// Processes of the node that may reach protected endpoints.
+    node_processes: NodeProcesses,
     /// Exemption rules of the configuration.
     rules: Rules,
     /// Resolves a rule to the identities of the senders that it exempts.
@@ -116,7 +120,7 @@ impl Reconciler {
     pub fn new(
         datapath: Datapath,
         netlink: Netlink,
-        ResolvedConfig { interfaces, exempt, kubepods, cluster, .. }: &ResolvedConfig,
+        ResolvedConfig { interfaces, exempt, node_allow, kubepods, cluster, .. }: &ResolvedConfig,
         resolver: SenderResolver,
     ) -> Self {
         Self {
@@ -124,6 +128,7 @@ impl Reconciler {
             netlink,
             interfaces: interfaces.clone(),
             kubepods: kubepods.clone().map(Kubepods::new),
+            node_processes: NodeProcesses::new(node_allow.clone()),
             rules: Rules::new(exempt.clone()),
             resolver,
             pods: PodTracker::new(cluster.is_some()),
@@ -207,12 +212,16 @@ impl Reconciler {
     }
 
     async fn change_to(&mut self, settings: &ResolvedConfig) -> Result<(), DatapathError> {
-        let ResolvedConfig { datapath_config, endpoint_set, interfaces, exempt, kubepods, .. } = settings;
+        let ResolvedConfig {
+            datapath_config, endpoint_set, interfaces, exempt, node_allow, kubepods, ..
+        } = settings;
         // The datapath refers to rules by number, and other rules may change the numbers.
         self.retain_previous_grants &= self.rules.are(exempt);
         // New programs are attached before the maps refer to their hooks, and old ones are detached after that.
         let before = self.datapath.hooks();
         self.datapath.prepare(datapath_config)?;
+        // Programs that are attached below read this map.
+        self.change_node_allow(node_allow)?;
         // A hook that already failed before the reload must not make the new settings fail.
         log_if_preexisting(before.has(Hook::Socket), self.restore_sockets())?;
         if let (None, Some(root)) = (&self.kubepods, kubepods) {
@@ -236,6 +245,8 @@ impl Reconciler {
             self.restore_hosts(true)?;
             self.reconcile_all_links().await;
         }
+        // After the programs are detached that read it.
+        self.restore_node_allow()?;
         self.restore_exemptions().await
     }
 

@@ -7,7 +7,7 @@ use imds_ebpf_common::{AttachMode, DenyErrno, Hook};
 
 use crate::{
     config::{
-        Config, ConfigErrors, Environment, Exempt, Hooks, Interfaces, endpoint_set::EndpointSet,
+        Config, ConfigErrors, Environment, Exempt, Hooks, Interfaces, NodeProcess, endpoint_set::EndpointSet,
         provider::Dmi,
     },
     datapath::{DatapathConfig, object::can_choose_errno},
@@ -40,6 +40,8 @@ pub struct ResolvedConfig {
     pub interfaces: Interfaces,
     /// Exemption rules, with the endpoints resolved.
     pub exempt: Vec<Exempt>,
+    /// Processes of the node that may reach protected endpoints. Used only with the `node_allow` hook.
+    pub node_allow: Vec<NodeProcess>,
     /// cgroup below which Kubernetes pods are searched, if `host_network` is on.
     pub kubepods: Option<PathBuf>,
     /// Configuration of the pod watch, if it is enabled.
@@ -75,6 +77,7 @@ impl RunOptions {
             sendmsg: config.sendmsg,
             backend: self.backend,
             cgroup: cgroup.clone().filter(|_| config.hooks.has(Hook::Socket)),
+            node_allow: cgroup.clone().filter(|_| config.hooks.has(Hook::NodeAllow)),
             identity: identity(config.hooks)?,
             mark: config.mark,
         };
@@ -89,6 +92,7 @@ impl RunOptions {
             endpoint_set,
             interfaces: config.interfaces.clone(),
             exempt,
+            node_allow: config.node_allow.clone().unwrap_or_default(),
             kubepods,
             cluster,
         })
@@ -118,11 +122,17 @@ fn identity(hooks: Hooks) -> anyhow::Result<OwnNetns> {
 }
 
 fn judges_by_cgroup(hooks: Hooks) -> bool {
-    hooks.has(Hook::Socket) || hooks.has(Hook::HostNetwork)
+    hooks.has(Hook::Socket) || hooks.has(Hook::HostNetwork) || hooks.has(Hook::NodeAllow)
 }
 
 /// Returns the configuration keys that turn off the cgroup hooks.
 fn switch_off(hooks: Hooks) -> String {
     let on = [Hook::Socket, Hook::HostNetwork].into_iter().filter(|&hook| hooks.has(hook));
-    on.map(|hook| format!("hooks.{} = false", hook.name())).collect::<Vec<_>>().join(" and ")
+    let switches = on.map(|hook| format!("hooks.{} = false", hook.name()));
+    let switches = switches.collect::<Vec<_>>().join(" and ");
+    match (switches.is_empty(), hooks.has(Hook::NodeAllow)) {
+        (_, false) => switches,
+        (true, true) => "no node.allow".to_owned(),
+        (false, true) => switches + " and no node.allow",
+    }
 }

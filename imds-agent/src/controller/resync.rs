@@ -106,11 +106,14 @@ impl Reconciler {
             self.corrections.pinned += 1;
             log::warn!("restored missing entries of {}", self.datapath.pins().root().display());
         }
+        // Before the programs are attached that read it.
+        let node_allow = self.restore_node_allow();
         let sockets = self.restore_sockets();
         self.datapath.forget_granted();
         self.pods.retry();
         let hosts = self.search_kubepods();
         restored?;
+        node_allow?;
         sockets?;
         hosts
     }

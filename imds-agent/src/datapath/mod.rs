@@ -5,6 +5,7 @@ pub mod bpf_log;
 pub mod grants;
 mod loader;
 pub mod maps;
+pub mod node_allow_map;
 pub mod object;
 pub mod pin;
 pub mod sys;
@@ -167,6 +168,8 @@ pub struct DatapathConfig {
     pub backend: AttachMode,
     /// Cgroup of the `socket` hook, if that hook is on.
     pub cgroup: Option<PathBuf>,
+    /// Cgroup of the `node_allow` hook, if that hook is on.
+    pub node_allow: Option<PathBuf>,
     /// Network namespace of the node, as the programs identify it.
     pub identity: OwnNetns,
     /// Bit of the packet mark by which `from_pod` passes exemptions of pods behind a bridge to `node_egress`.

@@ -16,15 +16,16 @@ use aya::{
 };
 use aya_obj::{Object, generated::bpf_func_id};
 use imds_ebpf_common::{
-    Address, CgroupRecord, ConfigRecord, Counter, CounterKey, Endpoint, Exemption, Grant, Hook,
-    InterfaceRecord, KubernetesRecord, PodRecord, Policy, PolicyTable, ProbeRecord, ProviderRecord, Subject,
+    Address, AllowedProcess, CgroupRecord, ConfigRecord, Counter, CounterKey, Endpoint, Exemption, Grant,
+    Hook, InterfaceRecord, KubernetesRecord, PodRecord, Policy, PolicyTable, ProbeRecord, ProviderRecord,
+    Subject,
     event::{RateLimitKey, RateLimiter},
     maps::MAP_SCHEMA_VERSION,
     names::{
         GLOBAL_CGROUP_HAS_COOKIE, GLOBAL_HAS_SET_RETVAL, GLOBAL_TC_HAS_COOKIE, MAP_CGROUP, MAP_CONFIG,
         MAP_COUNTERS, MAP_ENDPOINTS, MAP_EVENTS, MAP_EXEMPT, MAP_EXEMPT_SOURCES, MAP_FILTER, MAP_INTERFACES,
-        MAP_KUBERNETES, MAP_PODS, MAP_POLICY, MAP_PROBES, MAP_PROBING, MAP_PROVIDER, MAP_RATELIMIT,
-        MAP_REJECTED, MAPS, SYMBOL_FILTER, in_object, programs, programs_of,
+        MAP_KUBERNETES, MAP_NODE_ALLOW, MAP_PODS, MAP_POLICY, MAP_PROBES, MAP_PROBING, MAP_PROVIDER,
+        MAP_RATELIMIT, MAP_REJECTED, MAPS, SYMBOL_FILTER, in_object, programs, programs_of,
     },
 };
 use thiserror::Error;
@@ -337,7 +338,7 @@ pub(super) fn tc_has_cookie() -> bool {
 pub fn kernel_features() -> [(&'static str, u8); 3] {
     [
         (GLOBAL_TC_HAS_COOKIE, has_cookie(ProgramType::SchedClassifier).into()),
-        (GLOBAL_CGROUP_HAS_COOKIE, has_cookie(ProgramType::CgroupSkb).into()),
+        (GLOBAL_CGROUP_HAS_COOKIE, cgroup_has_cookie().into()),
         (GLOBAL_HAS_SET_RETVAL, can_choose_errno().into()),
     ]
 }
@@ -345,10 +346,17 @@ pub fn kernel_features() -> [(&'static str, u8); 3] {
 /// Reports whether programs of this type can read the network namespace cookie of a packet's socket (Linux 6.13 for TC,
 /// 6.15 for cgroups).
 ///
-/// Without the cookie, `node_egress` can't distinguish packets of macvlan and ipvlan pods from the node's own, and
-/// `host_network` gives verdicts on the packets of all pods.
+/// Without the cookie, `node_egress` can't distinguish packets of macvlan and ipvlan pods from the node's own,
+/// `host_network` gives verdicts on the packets of all pods, and `node_allow` gives none on packets.
 fn has_cookie(program_type: ProgramType) -> bool {
     is_helper_supported(program_type, bpf_func_id::BPF_FUNC_get_netns_cookie).unwrap_or(false)
+}
+
+/// Reports whether `cgroup_skb` programs can read the network namespace cookie of a packet's socket
+/// (Linux 6.15).
+#[must_use]
+pub fn cgroup_has_cookie() -> bool {
+    has_cookie(ProgramType::CgroupSkb)
 }
 
 /// Reports whether connect and sendmsg programs can set the error of a denied call (`bpf_set_retval`, Linux 6.1).
@@ -377,6 +385,8 @@ pub struct Maps {
     pub probes: HashMap<MapData, Subject, ProbeRecord>,
     /// Number of entries in `probes`.
     pub probing: Array<MapData, u32>,
+    /// Allow list of the node, with the numbers of its entries.
+    pub node_allow: HashMap<MapData, AllowedProcess, u32>,
     /// Configured and effective provider of the endpoints.
     pub provider: Array<MapData, ProviderRecord>,
     /// Effective configuration, as text.
@@ -429,6 +439,7 @@ impl Maps {
                 .map_err(typed(MAP_EXEMPT_SOURCES))?,
             probes: Map::HashMap(open(MAP_PROBES)?).try_into().map_err(typed(MAP_PROBES))?,
             probing: Map::Array(open(MAP_PROBING)?).try_into().map_err(typed(MAP_PROBING))?,
+            node_allow: Map::HashMap(open(MAP_NODE_ALLOW)?).try_into().map_err(typed(MAP_NODE_ALLOW))?,
             provider: Map::Array(open(MAP_PROVIDER)?).try_into().map_err(typed(MAP_PROVIDER))?,
             config: Map::Array(open(MAP_CONFIG)?).try_into().map_err(typed(MAP_CONFIG))?,
             cgroup: Map::Array(open(MAP_CGROUP)?).try_into().map_err(typed(MAP_CGROUP))?,

@@ -8,6 +8,7 @@ pub mod link;
 pub(crate) mod mounts;
 pub mod netlink;
 pub mod netns;
+pub mod node_processes;
 pub mod pod_cgroups;
 mod process;
 pub mod sandbox;

@@ -1,4 +1,4 @@
-//! Reconciles the programs of the cgroup hooks: `socket`, `host_network` and `local_service`.
+//! Reconciles the programs of the cgroup hooks: `socket`, `host_network`, `local_service` and `node_allow`.
 
 use std::{collections::BTreeSet, path::PathBuf};
 
@@ -6,7 +6,7 @@ use imds_ebpf_common::{CgroupRecord, Hook, cgroup::SENDMSG_OFF, names::MAP_CGROU
 
 use super::{
     cgroup_link::{CgroupChange, CgroupChangeKind},
-    cgroup_programs::{self, LOCAL_SERVICE, SOCKETS, Sockets},
+    cgroup_programs::{self, LOCAL_SERVICE, NODE_ALLOW, SOCKETS, Sockets},
     host_cgroups::{self, Hosts},
     sendmsg::{SendmsgInputs, SendmsgReason, sendmsg_reason},
 };
@@ -22,7 +22,9 @@ use crate::{
 
 /// Failure of the `socket` hook on a node without cgroup v2.
 pub const NO_CGROUP: &str = "socket is not attached: no cgroup v2 hierarchy is mounted";
-/// Remedy for [`NO_CGROUP`], shown after it.
+/// Failure of the `node_allow` hook on a node without cgroup v2.
+pub const NO_CGROUP_FOR_NODE: &str = "node_allow is not attached: no cgroup v2 hierarchy is mounted";
+/// Remedy for [`NO_CGROUP`] and [`NO_CGROUP_FOR_NODE`], shown after them.
 pub const NO_CGROUP_REMEDY: &str = "mount cgroup2 (`mount -t cgroup2 cgroup2 /sys/fs/cgroup`), set `run --cgroup`, or set hooks.socket = false";
 
 /// Programs on cgroups, and the inputs that decide which of them are attached.
@@ -31,6 +33,9 @@ pub(crate) struct Cgroups {
     sockets: Option<Sockets>,
     hosts: Hosts,
     local_service: Option<Sockets>,
+    node_allow: Option<Sockets>,
+    /// True if the kernel reports the network namespace of packets at cgroups, which the packet program of `node_allow` needs.
+    has_cgroup_cookie: bool,
     /// True if a protected address is local to the node; `None` until the routes are read.
     is_local: Option<bool>,
     setting: Sendmsg,
@@ -49,6 +54,8 @@ impl Cgroups {
             sockets: None,
             hosts: Hosts::default(),
             local_service: None,
+            node_allow: None,
+            has_cgroup_cookie: object::cgroup_has_cookie(),
             is_local: None,
             setting: datapath_config.sendmsg,
             hooks: datapath_config.hooks,
@@ -62,6 +69,9 @@ impl Cgroups {
         if cgroups.lacks_cgroup() {
             log::error!("{NO_CGROUP}; {NO_CGROUP_REMEDY}");
         }
+        if cgroups.lacks_node_cgroup() {
+            log::error!("{NO_CGROUP_FOR_NODE}; {NO_CGROUP_REMEDY}");
+        }
         Ok(cgroups)
     }
 
@@ -72,6 +82,9 @@ impl Cgroups {
     ) -> Result<(), DatapathError> {
         if let (None, Some(cgroup)) = (&self.sockets, &datapath_config.cgroup) {
             self.sockets = Some(Sockets::adopt(pins, cgroup, SOCKETS)?);
+        }
+        if let (None, Some(cgroup)) = (&self.node_allow, &datapath_config.node_allow) {
+            self.node_allow = Some(Sockets::adopt(pins, cgroup, NODE_ALLOW)?);
         }
         if let (None, Some(cgroup)) = (&self.local_service, &datapath_config.local_service) {
             // The agent starts without this hook, because most nodes never need it.
@@ -86,6 +99,11 @@ impl Cgroups {
     /// Reports whether the `socket` hook is on but has no cgroup.
     fn lacks_cgroup(&self) -> bool {
         self.sockets.is_none() && self.hooks.has(Hook::Socket)
+    }
+
+    /// Reports whether the `node_allow` hook is on and has no cgroup.
+    fn lacks_node_cgroup(&self) -> bool {
+        self.node_allow.is_none() && self.hooks.has(Hook::NodeAllow)
     }
 
     /// Adds the programs of `datapath_config` to the desired programs.
@@ -117,6 +135,9 @@ impl Cgroups {
         if !datapath_config.hooks.has(Hook::LocalService) {
             self.local_service = None;
         }
+        if !datapath_config.hooks.has(Hook::NodeAllow) {
+            self.node_allow = None;
+        }
     }
 
     fn sendmsg_reason(&self) -> Option<SendmsgReason> {
@@ -127,7 +148,10 @@ impl Cgroups {
     /// Writes the desired state for `status`, if it has changed.
     fn record(&mut self, maps: &mut Maps) -> Result<(), DatapathError> {
         let record = CgroupRecord {
-            cgroup: self.sockets.as_ref().or(self.local_service.as_ref()).map_or(0, Sockets::id),
+            cgroup: [&self.sockets, &self.local_service, &self.node_allow]
+                .into_iter()
+                .find_map(|cgroup| cgroup.as_ref().map(Sockets::id))
+                .unwrap_or_default(),
             sendmsg: match (self.sendmsg, self.setting) {
                 (Some(reason), _) => reason as u32,
                 (None, Sendmsg::Off) => SENDMSG_OFF,
@@ -147,20 +171,27 @@ impl Cgroups {
 impl Datapath {
     /// Describes the programs that are not attached to their cgroup, or not last there.
     pub fn cgroup_failures(&self) -> impl Iterator<Item = &str> {
-        let Cgroups { sockets, hosts, local_service, .. } = &self.cgroups;
-        let attached = sockets.iter().chain(local_service).flat_map(Sockets::failures);
-        attached.chain(hosts.failures()).chain(self.cgroups.lacks_cgroup().then_some(NO_CGROUP))
+        let Cgroups { sockets, hosts, local_service, node_allow, .. } = &self.cgroups;
+        let attached = sockets.iter().chain(local_service).chain(node_allow).flat_map(Sockets::failures);
+        let missing = [
+            (NO_CGROUP, self.cgroups.lacks_cgroup()),
+            (NO_CGROUP_FOR_NODE, self.cgroups.lacks_node_cgroup()),
+        ];
+        let missing = missing.into_iter().filter_map(|(failure, is_missing)| is_missing.then_some(failure));
+        attached.chain(hosts.failures()).chain(missing)
     }
 
-    /// Reconciles the programs of the `socket` and `local_service` hooks. A program that cannot be attached is reported once, as
+    /// Reconciles the programs of the `socket`, `local_service` and `node_allow` hooks. A program that cannot be attached is reported once, as
     /// a change of kind [`CgroupChangeKind::Failed`]. The next call tries again.
     pub fn restore_sockets(&mut self) -> Result<Vec<CgroupChange>, DatapathError> {
         // Continues after a failure: attaches programs even if writing the record fails, and each hook even if another fails.
         let recorded = self.cgroups.record(&mut self.maps);
         let sockets = self.restore_socket_hook();
         let local_service = self.restore_local_service_hook();
+        let node_allow = self.restore_node_allow_hook();
         let mut changes = sockets?;
         changes.extend(local_service?);
+        changes.extend(node_allow?);
         recorded.map(|()| changes)
     }
 
@@ -199,6 +230,21 @@ impl Datapath {
                 Ok(detached_hook(detached, Hook::LocalService))
             }
         }
+    }
+
+    fn restore_node_allow_hook(&mut self) -> Result<Vec<CgroupChange>, DatapathError> {
+        if self.cgroups.lacks_node_cgroup() {
+            // Links of an earlier agent stay until there is a cgroup again.
+            let Some(root) = cgroup::root().ok().flatten() else { return Ok(Vec::new()) };
+            self.cgroups.node_allow = Some(Sockets::adopt(self.claim.dir(), &root, NODE_ALLOW)?);
+        }
+        let has_packets = self.cgroups.has_cgroup_cookie;
+        if let Some(node_allow) = &mut self.cgroups.node_allow {
+            let is_desired = |attach_type| has_packets || !cgroup_programs::is_packet(attach_type);
+            return node_allow.restore(&self.programs, is_desired);
+        }
+        let detached = cgroup_programs::detach_node_allow(self.claim.dir())?;
+        Ok(detached_hook(detached, Hook::NodeAllow))
     }
 
     /// Reconciles the program of the `local_service` hook, which is attached only while a protected address is local to the

@@ -11,7 +11,8 @@ use aya_obj::generated::bpf_attach_type::{
     BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG,
 };
 use imds_ebpf_common::names::{
-    HOST_LINKS, HOST_PROGRAMS, LOCAL_SERVICE_LINK, PROG_LOCAL_SERVICE, SOCKET_LINKS, SOCKET_PROGRAMS,
+    HOST_LINKS, HOST_PROGRAMS, LOCAL_SERVICE_LINK, NODE_LINKS, NODE_PROGRAMS, PROG_LOCAL_SERVICE,
+    SOCKET_LINKS, SOCKET_PROGRAMS,
 };
 
 use super::{
@@ -35,7 +36,7 @@ pub(crate) struct CgroupProgramKind {
     is_one_of_many: bool,
 }
 
-/// Attach types of [`HOST_PROGRAMS`]. [`SOCKET_PROGRAMS`] have the same ones without the last.
+/// Attach types of [`HOST_PROGRAMS`] and [`NODE_PROGRAMS`]. [`SOCKET_PROGRAMS`] have the same ones without the last.
 pub(crate) const ATTACH_TYPES: [bpf_attach_type; 5] = [
     BPF_CGROUP_INET4_CONNECT,
     BPF_CGROUP_INET6_CONNECT,
@@ -65,6 +66,14 @@ pub(crate) const LOCAL_SERVICE: CgroupProgramKind = CgroupProgramKind {
     links: &[LOCAL_SERVICE_LINK],
     programs: &[PROG_LOCAL_SERVICE],
     attach_types: &[BPF_CGROUP_INET_INGRESS],
+    is_one_of_many: false,
+};
+
+/// Description of the `node_allow` hook.
+pub(crate) const NODE_ALLOW: CgroupProgramKind = CgroupProgramKind {
+    links: &NODE_LINKS,
+    programs: &NODE_PROGRAMS,
+    attach_types: &ATTACH_TYPES,
     is_one_of_many: false,
 };
 
@@ -133,10 +142,24 @@ pub(crate) fn is_sendmsg(attach_type: bpf_attach_type) -> bool {
     matches!(attach_type, BPF_CGROUP_UDP4_SENDMSG | BPF_CGROUP_UDP6_SENDMSG)
 }
 
+/// Reports whether `attach_type` is one of programs on packets, not on calls.
+pub(crate) fn is_packet(attach_type: bpf_attach_type) -> bool {
+    matches!(attach_type, BPF_CGROUP_INET_EGRESS | BPF_CGROUP_INET_INGRESS)
+}
+
+/// Detaches and unpins the links of the `node_allow` hook on any cgroup. Returns `true` if one was attached.
+pub(crate) fn detach_node_allow(pins: &PinDir) -> Result<bool, DatapathError> {
+    detach_links(pins, &NODE_LINKS)
+}
+
 /// Detaches and unpins the links of the `socket` hook on any cgroup. Returns `true` if one was attached.
 pub(crate) fn detach_all(pins: &PinDir) -> Result<bool, DatapathError> {
+    detach_links(pins, &SOCKET_LINKS)
+}
+
+fn detach_links(pins: &PinDir, names: &[&str]) -> Result<bool, DatapathError> {
     let mut was_attached = false;
-    for name in SOCKET_LINKS {
+    for name in names {
         was_attached |= cgroup_link::detach_pinned(&pins.named_link(name))?;
     }
     Ok(was_attached)
@@ -156,6 +179,8 @@ pub struct ProgramState {
     pub is_sendmsg: bool,
     /// True if the program is attached to the cgroup.
     pub is_attached: bool,
+    /// True if the program gives verdicts on packets, not on calls.
+    pub is_packet_program: bool,
     /// Description of the problem if the program is not attached, or not last.
     pub problem: Option<String>,
 }
@@ -170,6 +195,12 @@ pub fn inspect_sockets(pins: &PinDir, id: u64) -> Vec<ProgramState> {
 #[must_use]
 pub fn inspect_local_service(pins: &PinDir, id: u64) -> Option<ProgramState> {
     inspect(pins, LOCAL_SERVICE, id).pop()
+}
+
+/// Inspects the programs of the `node_allow` hook on the cgroup with this id.
+#[must_use]
+pub fn inspect_node_allow(pins: &PinDir, id: u64) -> Vec<ProgramState> {
+    inspect(pins, NODE_ALLOW, id)
 }
 
 /// Inspects the programs of a hook on the cgroup with this id.
@@ -189,7 +220,13 @@ pub(crate) fn inspect(pins: &PinDir, kind: CgroupProgramKind, id: u64) -> Vec<Pr
                 path.as_ref().and_then(|path| Occupant::find(path, attach_type)).as_ref(),
             )),
         };
-        ProgramState { program, is_sendmsg: is_sendmsg(attach_type), is_attached: link.is_some(), problem }
+        ProgramState {
+            program,
+            is_sendmsg: is_sendmsg(attach_type),
+            is_attached: link.is_some(),
+            is_packet_program: is_packet(attach_type),
+            problem,
+        }
     });
     states.collect()
 }

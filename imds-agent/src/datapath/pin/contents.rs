@@ -13,7 +13,7 @@ use std::{
 
 use imds_ebpf_common::TcHook;
 use imds_ebpf_common::names::{
-    HOST_LINKS, LOCAL_SERVICE_LINK, MAPS, PREFIX, SOCKET_LINKS, link_prefix, programs,
+    HOST_LINKS, LOCAL_SERVICE_LINK, MAPS, NODE_LINKS, PREFIX, SOCKET_LINKS, link_prefix, programs,
 };
 use nix::sys::statfs::fstatfs;
 
@@ -61,6 +61,7 @@ impl PinKind {
                 };
                 name == LOCAL_SERVICE_LINK
                     || SOCKET_LINKS.contains(&name)
+                    || NODE_LINKS.contains(&name)
                     || TcHook::ALL.into_iter().any(|hook| has_number(link_prefix(hook)))
                     || HOST_LINKS.into_iter().any(|link| has_number(&format!("{link}_")))
             }

@@ -124,9 +124,12 @@ impl Enforcement {
             } else {
                 format!(" ({})", traffic.owners.join(", "))
             };
-            let pods = if self.hooks.has(Hook::HostNetwork) { "" } else { " and pods with hostNetwork" };
+            let is_restricted = self.hooks.has(Hook::HostNetwork) || self.hooks.has(Hook::NodeAllow);
+            let pods = if is_restricted { "" } else { " and pods with hostNetwork" };
+            let processes =
+                if self.hooks.has(Hook::NodeAllow) { "processes in node.allow" } else { "own processes" };
             openings.push(format!(
-                "requests of the node's own processes{owners}{pods}, which imds-agent lets pass"
+                "requests of the node's {processes}{owners}{pods}, which imds-agent lets pass"
             ));
         }
         if hooks.contains(&BaseHook::Input) {

@@ -139,8 +139,8 @@ pub(crate) fn netns_cookie_tc() -> DoctorCheck {
 /// Checks `bpf_get_netns_cookie` in `cgroup_skb` programs (Linux 6.15).
 pub(crate) fn netns_cookie_cgroup_skb() -> DoctorCheck {
     const NAME: &str = "netns_cookie_cgroup_skb";
-    let consequence =
-        "before Linux 6.15, host_network also denies packets of other pods, before from_pod counts them";
+    let consequence = "before Linux 6.15, host_network also denies packets of other pods, before from_pod counts them, and \
+                        node.allow restricts calls but not packets";
     cookie_in(NAME, ProgramType::CgroupSkb, consequence)
 }
 

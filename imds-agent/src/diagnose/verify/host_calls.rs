@@ -52,8 +52,9 @@ pub(crate) fn check(enforced: &Enforced) -> Result<Vec<VerifyCheck>, VerifyError
     Ok(checks)
 }
 
-/// A cgroup below that of pods, for processes like those of a hostNetwork pod. Dropping this removes the cgroup.
-struct PodProcess {
+/// A cgroup below another one, such as that of pods, for processes like those of a hostNetwork pod. Dropping this removes the
+/// cgroup.
+pub(crate) struct PodProcess {
     path: PathBuf,
     /// Id of the cgroup: its inode number.
     id: u64,
@@ -61,7 +62,8 @@ struct PodProcess {
 }
 
 impl PodProcess {
-    fn new(pods: u64) -> Result<Self, Skip> {
+    /// Makes a cgroup below the one with this id.
+    pub(crate) fn new(pods: u64) -> Result<Self, Skip> {
         let path = cgroup::path_of(pods).ok().flatten();
         let path = path.ok_or_else(|| Skip::new(format!("cgroup {pods} is not visible from here")))?;
         Self::make(&path).map_err(|error| Skip::new(format!("failed to enter {}: {error}", path.display())))
@@ -93,7 +95,13 @@ impl PodProcess {
         Ok(Self { path: path.to_owned(), id, processes })
     }
 
-    fn check(&self, endpoint: &Endpoint) -> (String, Outcome) {
+    /// Id of the cgroup.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Checks that a call to the endpoint from the cgroup is refused.
+    pub(crate) fn check(&self, endpoint: &Endpoint) -> (String, Outcome) {
         let (address, service) = (endpoint.address, closed(&endpoint.allow_ports, TCP));
         let result = Err(self.run(move || connect(address, service)));
         (phrase(&result), Outcome::from_success(is_refused(&result)))

@@ -10,6 +10,7 @@ mod forwarding;
 mod frames;
 mod host_calls;
 mod last_hook;
+mod node_allow_calls;
 mod node_calls;
 mod path_checks;
 mod pod_calls;
@@ -265,6 +266,9 @@ impl Fixture {
         }
         if enforced.hooks.has(Hook::HostNetwork) {
             checks.extend(host_calls::check(enforced)?);
+        }
+        if enforced.hooks.has(Hook::NodeAllow) {
+            checks.extend(node_allow_calls::check(enforced)?);
         }
         checks.extend(self.paths.check(enforced, netlink, &self.pod).await?);
         Ok(checks)

@@ -34,11 +34,7 @@ pub(crate) async fn check(
 ) -> Vec<VerifyCheck> {
     let last_hook = match last_hook {
         Ok(last_hook) => last_hook,
-        Err(skip) => {
-            let skipped =
-                |endpoint| VerifyCheck::skipped(PATH, EXPECTED, skip).with_sender("node").at(endpoint);
-            return endpoints.iter().map(skipped).collect();
-        }
+        Err(skip) => return self::skip(endpoints, skip),
     };
     let calls: Vec<_> = endpoints.iter().map(|endpoint| (endpoint, Call::new(endpoint, last_hook))).collect();
     let last_hook = &*last_hook;
@@ -50,6 +46,12 @@ pub(crate) async fn check(
         VerifyCheck::new(PATH, EXPECTED, observed, outcome).with_sender("node").at(endpoint)
     });
     join_all(results).await
+}
+
+/// Skips the check of each endpoint.
+pub(crate) fn skip(endpoints: &[Endpoint], skip: &Skip) -> Vec<VerifyCheck> {
+    let skipped = |endpoint| VerifyCheck::skipped(PATH, EXPECTED, skip).with_sender("node").at(endpoint);
+    endpoints.iter().map(skipped).collect()
 }
 
 /// A socket that is not connected yet.

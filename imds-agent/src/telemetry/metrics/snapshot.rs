@@ -176,6 +176,7 @@ impl Snapshot {
             ("socket", report.sockets.as_ref().map(|sockets| sockets.attached)),
             ("local_service", report.local_service.filter(|local| local.desired).map(|local| local.attached)),
             ("host_network", report.host_network.as_ref().map(|hosts| hosts.attached)),
+            ("node_allow", report.node_allow.as_ref().map(|node| node.attached)),
         ];
         let samples = by_cgroup
             .into_iter()

@@ -1,22 +1,30 @@
 //! Adds the cgroup hooks to the status report.
 
-use std::{collections::BTreeMap, os::unix::fs::MetadataExt as _};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    os::unix::fs::MetadataExt as _,
+};
 
 use imds_ebpf_common::{CounterKey, Hook, cgroup::SENDMSG_OFF, names::PROG_LOCAL_SERVICE};
+use toml::{Table, Value};
 
-use super::{HostReport, LocalServiceReport, SendmsgReport, SocketReport, StatusReport, unreadable};
+use super::{
+    HostReport, LocalServiceReport, NodeAllowEntry, NodeAllowReport, PacketsReport, SendmsgReport,
+    SocketReport, StatusReport, unreadable,
+};
 use crate::{
     config::Hooks,
     datapath::{
         DatapathError,
         attach::{
-            cgroup_hooks::{NO_CGROUP, NO_CGROUP_REMEDY},
+            cgroup_hooks::{NO_CGROUP, NO_CGROUP_FOR_NODE, NO_CGROUP_REMEDY},
             cgroup_programs::{self, ProgramState},
             host_cgroups,
             sendmsg::SendmsgReason,
         },
-        maps::counters::Counts,
-        object::Maps,
+        maps::{config_record, counters::Counts},
+        node_allow_map,
+        object::{self, Maps},
         pin::dir::PinDir,
     },
     node::{cgroup, kubepods},
@@ -40,6 +48,9 @@ impl StatusReport {
         }
         if hooks.has(Hook::HostNetwork) {
             self.add_hosts(host_cgroups::inspect(pins)?, take(Hook::HostNetwork));
+        }
+        if hooks.has(Hook::NodeAllow) {
+            self.add_node_allow(pins, maps, take(Hook::NodeAllow))?;
         }
         Ok(())
     }
@@ -114,6 +125,41 @@ impl StatusReport {
         self.host_network = Some(HostReport { attached, cgroups, counts });
     }
 
+    /// Adds the `node_allow` hook: its programs on the cgroup that the agent recorded, and the allow list.
+    fn add_node_allow(&mut self, pins: &PinDir, maps: &Maps, counts: Counts) -> Result<(), DatapathError> {
+        self.total += counts;
+        let record = maps.cgroup.get(&0, 0).map_err(unreadable)?;
+        let cgroup = if record.cgroup == 0 { root_id() } else { Some(record.cgroup) };
+        let programs = cgroup.map(|id| cgroup_programs::inspect_node_allow(pins, id)).unwrap_or_default();
+        if programs.is_empty() {
+            self.problem(None, NO_CGROUP_FOR_NODE, NO_CGROUP_REMEDY);
+        }
+        let has_packets = object::cgroup_has_cookie();
+        let desired: Vec<_> =
+            programs.iter().filter(|program| has_packets || !program.is_packet_program).collect();
+        for program in &desired {
+            self.add_program(program);
+        }
+        let mut packets = programs.iter().filter(|program| program.is_packet_program);
+        let reason =
+            "this kernel does not report the network namespace of packets at cgroups (Linux 6.15 does)";
+        let active: BTreeSet<u32> = node_allow_map::read(maps).map_err(unreadable)?.into_values().collect();
+        let entries = node_allow_entries(maps)?.into_iter().zip(1..);
+        let allow =
+            entries.map(|(process, number)| NodeAllowEntry { process, active: active.contains(&number) });
+        self.node_allow = Some(NodeAllowReport {
+            attached: !desired.is_empty() && desired.iter().all(|program| program.is_attached),
+            packets: PacketsReport {
+                attached: !programs.is_empty() && packets.all(|program| program.is_attached),
+                reason: (!has_packets).then_some(reason),
+            },
+            cgroup,
+            allow: allow.collect(),
+            counts,
+        });
+        Ok(())
+    }
+
     fn add_program(&mut self, program: &ProgramState) {
         let Some(problem) = &program.problem else { return };
         let remedy = match (self.agent.running, program.is_attached) {
@@ -125,6 +171,14 @@ impl StatusReport {
         };
         self.problem(None, problem, remedy);
     }
+}
+
+/// Returns the allow list of the effective configuration, in the order of the file.
+fn node_allow_entries(maps: &Maps) -> Result<Vec<String>, DatapathError> {
+    let text = config_record::read(maps).map_err(unreadable)?.map(|record| record.text).unwrap_or_default();
+    let table: Table = text.parse().unwrap_or_default();
+    let allow = table.get("node").and_then(|node| node.get("allow")).and_then(Value::as_array);
+    Ok(allow.into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect())
 }
 
 /// Returns the id of the root of the cgroup v2 hierarchy.

@@ -13,8 +13,8 @@ use imds_ebpf_common::{DenyAction, Hook, Mode, Policy, Subject};
 pub(crate) use self::exemption_status::exemption_rules;
 pub use self::status_report::{
     Agent, Configuration, Endpoint, ExemptSender, HookAttachment, HostReport, Interface, LocalServiceReport,
-    Problem, Provider, RejectedConfigReport, RejectedProgram, SendmsgReport, SocketReport, State,
-    StatusReport,
+    NodeAllowEntry, NodeAllowReport, PacketsReport, Problem, Provider, RejectedConfigReport, RejectedProgram,
+    SendmsgReport, SocketReport, State, StatusReport,
 };
 use crate::{
     config::{
@@ -89,6 +89,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, D
         sockets: None,
         host_network: None,
         local_service: None,
+        node_allow: None,
         deleted: Counts::default(),
         total: Counts::default(),
         by_hook: BTreeMap::new(),

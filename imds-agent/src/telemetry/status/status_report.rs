@@ -50,6 +50,8 @@ pub struct StatusReport {
     pub host_network: Option<HostReport>,
     /// The `local_service` hook, for a metadata service on the node; `None` if the hook is off.
     pub local_service: Option<LocalServiceReport>,
+    /// Allow list of the node; `None` if the configuration has none.
+    pub node_allow: Option<NodeAllowReport>,
     /// Counts of interfaces that were deleted.
     pub deleted: Counts,
     /// Counts of all interfaces and hooks, deleted interfaces included.
@@ -94,6 +96,9 @@ impl StatusReport {
         }
         if self.host_network.as_ref().is_some_and(|hosts| !hosts.attached) {
             not_enforced.push("hostNetwork pods are not restricted".to_owned());
+        }
+        if self.node_allow.as_ref().is_some_and(|node| !node.attached) {
+            not_enforced.push("node_allow is not attached".to_owned());
         }
         not_enforced
     }
@@ -290,6 +295,40 @@ pub struct LocalServiceReport {
     /// Packets for sockets of the node, by verdict.
     #[serde(flatten)]
     pub counts: Counts,
+}
+
+/// Allow list of the node, and state of the hook that enforces it.
+#[derive(Debug, Serialize)]
+pub struct NodeAllowReport {
+    /// True if all programs that the kernel supports are attached.
+    pub attached: bool,
+    /// State of the program for packets.
+    pub packets: PacketsReport,
+    /// Id of the cgroup to which the programs are attached; `None` if no cgroup v2 hierarchy is mounted.
+    pub cgroup: Option<u64>,
+    /// Entries of the allow list.
+    pub allow: Vec<NodeAllowEntry>,
+    /// Counters of the hook: calls, which have no bytes, and packets.
+    #[serde(flatten)]
+    pub counts: Counts,
+}
+
+/// State of the program for packets of the node's processes.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct PacketsReport {
+    /// True if the program is attached.
+    pub attached: bool,
+    /// Reason why the kernel does not support the program.
+    pub reason: Option<&'static str>,
+}
+
+/// Entry of the allow list of the node.
+#[derive(Clone, Debug, Serialize)]
+pub struct NodeAllowEntry {
+    /// Entry in the spelling of the configuration, such as `uid:0`.
+    pub process: String,
+    /// True if the programs use the entry; false for a cgroup that does not exist.
+    pub active: bool,
 }
 
 /// State of the `host_network` hook.

@@ -4,9 +4,12 @@ use std::fmt::Write as _;
 
 use comfy_table::{Cell, CellAlignment, Table, presets::NOTHING};
 
-use super::{Configuration, Endpoint, HookAttachment, Provider, SendmsgReport, State, StatusReport};
+use super::{
+    Configuration, Endpoint, HookAttachment, NodeAllowReport, Provider, SendmsgReport, State, StatusReport,
+};
 use crate::{
     datapath::maps::counters::{Count, Counts},
+    escape::escape,
     kube::pod_ref::PodWatchStatus,
 };
 
@@ -44,6 +47,7 @@ impl StatusReport {
             let reason = reason.map(|reason| format!(" ({reason})")).unwrap_or_default();
             writeln!(text, "sendmsg    {state}{reason}")?;
         }
+        self.write_node_allow(text)?;
         writeln!(text, "agent      {agent}")?;
         writeln!(text, "pins       {}", self.pin_dir.display())?;
         writeln!(text)?;
@@ -128,6 +132,18 @@ impl StatusReport {
         }
     }
 
+    fn write_node_allow(&self, text: &mut String) -> std::fmt::Result {
+        let Some(NodeAllowReport { packets, allow, .. }) = &self.node_allow else { return Ok(()) };
+        let entries = allow.iter().map(|entry| {
+            let found = if entry.active { "" } else { " (not found)" };
+            format!("{}{found}", escape(&entry.process))
+        });
+        let entries = entries.collect::<Vec<_>>().join(" ");
+        let entries = if entries.is_empty() { "no process" } else { &entries };
+        writeln!(text, "node allow {entries}")?;
+        packets.reason.map_or(Ok(()), |reason| writeln!(text, "{:<10} calls only: {reason}", ""))
+    }
+
     fn interfaces_table(&self) -> Table {
         let mut table = Table::new();
         table.load_style(NOTHING);
@@ -167,6 +183,11 @@ impl StatusReport {
             };
             let row = [Cell::new("(hostNetwork)"), blank(), blank(), Cell::new(guard)].into_iter();
             table.add_row(row.chain(calls(&hosts.counts)));
+        }
+        if let Some(node) = &self.node_allow {
+            let attached = Cell::new(if node.attached { "cgroup" } else { "-" });
+            let row = [Cell::new("(node)"), blank(), blank(), attached].into_iter();
+            table.add_row(row.chain(calls(&node.counts)));
         }
         let sum =
             |name, counts| [Cell::new(name), blank(), blank(), blank()].into_iter().chain(cells(counts));

@@ -121,6 +121,7 @@ impl Model {
         let hook = |name: &str, counts: Counts| Row { name: name.to_owned(), counts, ..Row::default() };
         rows.extend(report.sockets.as_ref().map(|sockets| hook("(sockets)", sockets.counts)));
         rows.extend(report.host_network.as_ref().map(|hosts| hook("(hostNetwork)", hosts.counts)));
+        rows.extend(report.node_allow.as_ref().map(|node| hook("(node)", node.counts)));
         let before = std::mem::take(&mut self.before);
         for row in &mut rows {
             let key = (row.index, row.name.clone());

@@ -1,0 +1,55 @@
+//! The `node_allow` hook: calls of a process of the node that is not in the allow list.
+
+use imds_ebpf_common::{AllowedKind, AllowedProcess, Hook, Subject, SubjectKind};
+use nix::unistd::getuid;
+
+use super::{
+    Enforced, VerifyError,
+    host_calls::PodProcess,
+    probes::Treatment,
+    verify_report::{Skip, VerifyCheck},
+};
+use crate::{datapath::node_allow_map, node::cgroup};
+
+const EXPECTED: &str = "denied";
+
+/// Checks that calls of a process without an entry are refused. The process is in a cgroup of its own, which the programs know
+/// as a probe, so that its user does not matter.
+pub(crate) fn check(enforced: &Enforced) -> Result<Vec<VerifyCheck>, VerifyError> {
+    let report = enforced.status.node_allow.as_ref();
+    let mut checks =
+        vec![VerifyCheck::attached(Hook::NodeAllow, report.is_some_and(|report| report.attached))];
+    let Some(cgroup) = report.and_then(|report| report.cgroup) else { return Ok(checks) };
+    let process = PodProcess::new(cgroup);
+    let probe = process.as_ref().ok().map(|process| {
+        enforced.probes.add(Subject::new(SubjectKind::Cgroup, process.id()), Treatment::Denied)
+    });
+    let probe = probe.transpose()?;
+    for endpoint in &enforced.endpoints {
+        let check = match &process {
+            Ok(process) => {
+                let (observed, outcome) = process.check(endpoint);
+                VerifyCheck::new(Hook::NodeAllow.name(), EXPECTED, observed, outcome)
+            }
+            Err(skip) => VerifyCheck::skipped(Hook::NodeAllow.name(), EXPECTED, skip),
+        };
+        checks.push(check.with_sender("unlisted process").at(endpoint));
+    }
+    drop(probe);
+    Ok(checks)
+}
+
+/// Returns why this process itself may not reach the endpoints, if the allow list restricts it.
+pub(crate) fn restriction(enforced: &Enforced) -> Result<Option<Skip>, VerifyError> {
+    if !enforced.hooks.has(Hook::NodeAllow) {
+        return Ok(None);
+    }
+    let allowed = node_allow_map::read(&enforced.maps)
+        .map_err(|source| VerifyError::Map { map: imds_ebpf_common::names::MAP_NODE_ALLOW, source })?;
+    let cgroups = cgroup::ids_of_this_process().unwrap_or_default();
+    let own = cgroups.into_iter().map(|id| AllowedProcess::new(AllowedKind::Cgroup, id));
+    let uid = AllowedProcess::new(AllowedKind::Uid, getuid().as_raw().into());
+    let is_listed = own.chain([uid]).any(|process| allowed.contains_key(&process));
+    Ok((!is_listed)
+        .then(|| Skip::new("node.allow does not list this process, neither its user nor its cgroup")))
+}

@@ -1,0 +1,105 @@
+//! Processes of the node that may reach protected endpoints: from the entries of the configuration to the keys of the map.
+
+use std::{
+    fs,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
+
+use imds_ebpf_common::{AllowedKind, AllowedProcess};
+
+use super::cgroup;
+use crate::{config::NodeProcess, datapath::node_allow_map::AllowedProcesses};
+
+/// The allow list of the node. A cgroup that does not exist yet is found later.
+#[derive(Debug, Default)]
+pub struct NodeProcesses {
+    entries: Vec<NodeProcess>,
+    /// Mount point of the hierarchy; `None` until one is found.
+    root: Option<PathBuf>,
+    /// Last result of [`NodeProcesses::resolve`].
+    resolved: AllowedProcesses,
+}
+
+impl NodeProcesses {
+    /// The allow list with these entries.
+    #[must_use]
+    pub fn new(entries: Vec<NodeProcess>) -> Self {
+        Self { entries, ..Self::default() }
+    }
+
+    /// Reports whether there are cgroups, which come and go without an event of the kernel.
+    #[must_use]
+    pub fn has_cgroups(&self) -> bool {
+        self.entries.iter().any(|entry| matches!(entry, NodeProcess::Cgroup(_)))
+    }
+
+    /// Returns the keys of the entries that exist, with the number of each entry, from 1.
+    pub fn resolve(&mut self) -> &AllowedProcesses {
+        self.resolved = self.find();
+        &self.resolved
+    }
+
+    /// Last result of [`NodeProcesses::resolve`].
+    #[must_use]
+    pub fn resolved(&self) -> &AllowedProcesses {
+        &self.resolved
+    }
+
+    /// Reports whether a cgroup was created, removed or replaced since the last [`NodeProcesses::resolve`].
+    pub fn have_changed(&mut self) -> bool {
+        self.find() != self.resolved
+    }
+
+    fn find(&mut self) -> AllowedProcesses {
+        if self.root.is_none() && self.has_cgroups() {
+            self.root = cgroup::root().ok().flatten();
+        }
+        let key = |(entry, number): (&NodeProcess, u32)| {
+            let key = match entry {
+                NodeProcess::Uid(uid) => Some(AllowedProcess::new(AllowedKind::Uid, (*uid).into())),
+                NodeProcess::Cgroup(path) => {
+                    let id = cgroup_id(self.root.as_deref()?, path);
+                    id.map(|id| AllowedProcess::new(AllowedKind::Cgroup, id))
+                }
+            };
+            Some((key?, number))
+        };
+        self.entries.iter().zip(1..).filter_map(key).collect()
+    }
+}
+
+/// Id of the cgroup at a path that begins at the root of the hierarchy: its inode number (kernfs).
+fn cgroup_id(root: &Path, path: &str) -> Option<u64> {
+    let metadata = fs::metadata(root.join(path.trim_start_matches('/'))).ok()?;
+    // The files of a cgroup are not cgroups.
+    metadata.is_dir().then(|| metadata.ino())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cgroups_that_come_and_go() {
+        let root = tempfile::tempdir().unwrap();
+        let entries = ["/a/b", "/file"].map(|path| NodeProcess::Cgroup(path.to_owned()));
+        let mut processes = NodeProcesses::new([NodeProcess::Uid(7)].into_iter().chain(entries).collect());
+        processes.root = Some(root.path().to_owned());
+        fs::write(root.path().join("file"), "").unwrap();
+        let uid = (AllowedProcess::new(AllowedKind::Uid, 7), 1);
+        assert!(processes.has_cgroups());
+        assert_eq!(processes.resolve(), &[uid].into());
+        assert!(!processes.have_changed());
+
+        let cgroup = root.path().join("a/b");
+        fs::create_dir_all(&cgroup).unwrap();
+        assert!(processes.have_changed());
+        let id = fs::metadata(&cgroup).unwrap().ino();
+        let key = (AllowedProcess::new(AllowedKind::Cgroup, id), 2);
+        assert_eq!(processes.resolve(), &[uid, key].into());
+        assert!(!processes.have_changed());
+        fs::remove_dir(&cgroup).unwrap();
+        assert!(processes.have_changed());
+    }
+}

@@ -1,0 +1,134 @@
+//! The `node_allow` hook: processes in the node's network namespace, of which only those in the allow list may reach protected
+//! endpoints.
+//!
+//! Calls that name a destination are judged in [`socket`](crate::socket). The packet program here covers raw sockets, protocols
+//! without a cgroup hook, and sockets that were connected before.
+
+use aya_ebpf::{
+    bindings::__sk_buff,
+    helpers::generated::{
+        bpf_get_current_ancestor_cgroup_id, bpf_get_current_uid_gid, bpf_get_socket_uid,
+        bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id,
+    },
+    programs::SkBuffContext,
+};
+use imds_ebpf_common::{
+    AllowedKind, AllowedProcess, CounterKey, EndpointMatch, Hook, LinkLayer, Packet as _, Subject,
+    SubjectKind, Verdict, allow_list::MAX_CGROUP_LEVEL, event::RateLimitKey, exemption::can_be_exempted,
+    find_header, is_unrelated_fast, lookup_endpoint,
+};
+
+use crate::{
+    diagnostics, events, exempt, maps,
+    netns::{self, SocketNetns},
+    packet::Skb,
+};
+
+/// Returns the verdict on a call of the current task, given the `verdict` on processes that are not in the allow list.
+#[inline(always)]
+pub(crate) fn apply_to_caller(verdict: Verdict) -> Verdict {
+    if can_be_exempted(verdict) && is_caller_allowed() != 0 { Verdict::Exempt } else { verdict }
+}
+
+/// Returns 1 if the allow list has the user or a cgroup of the current task, else 0. A separate function, so that the verifier
+/// follows the lookups once.
+#[inline(never)]
+#[expect(clippy::cast_possible_truncation, reason = "the user ID is the lower half")]
+fn is_caller_allowed() -> u32 {
+    // SAFETY: the helper takes no arguments. It returns the real user ID in the initial user namespace.
+    let uid = unsafe { bpf_get_current_uid_gid() } as u32;
+    if maps::is_allowed(&AllowedProcess::new(AllowedKind::Uid, uid.into())) {
+        return 1;
+    }
+    for level in 1..=MAX_CGROUP_LEVEL {
+        // SAFETY: the helper takes a number. It returns 0 below the cgroup of the task.
+        let id = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
+        if id == 0 {
+            return 0;
+        }
+        if maps::is_allowed(&AllowedProcess::new(AllowedKind::Cgroup, id)) {
+            return 1;
+        }
+    }
+    0
+}
+
+/// Judges a packet in two functions, for the same reason as [`edge::classify`](crate::edge::judge).
+#[inline(always)]
+pub(crate) fn classify(ctx: &SkBuffContext) -> Verdict {
+    let skb = ctx.skb.skb;
+    if is_unrelated_fast(&Skb::new(skb), LinkLayer::None, &maps::Maps) {
+        return Verdict::Unrelated;
+    }
+    Verdict::from_u32(classify_slow(skb))
+}
+
+#[inline(never)]
+#[expect(clippy::cast_possible_truncation, reason = "the number comes back unchanged")]
+fn classify_slow(skb: *mut __sk_buff) -> u32 {
+    let (packet, hook) = (Skb::new(skb), Hook::NodeAllow);
+    let Some(ip) = find_header(&packet, LinkLayer::None) else { return Verdict::Unrelated as u32 };
+    let ip = ip.hide_bounds(&packet);
+    let Some(EndpointMatch { verdict, destination }) = lookup_endpoint(&packet, ip, &maps::Maps) else {
+        return Verdict::Unrelated as u32;
+    };
+    match netns::of_socket_in_cgroup(skb) {
+        SocketNetns::Cookie(cookie) if netns::is_node(cookie) => {}
+        // The packets of pods pass here too. The agent does not attach the program if the kernel does not report the namespace.
+        SocketNetns::Cookie(_) | SocketNetns::NoSocket | SocketNetns::Unknown => {
+            return Verdict::Unrelated as u32;
+        }
+    }
+    // SAFETY: the helper takes the context of a program on packets.
+    let id = unsafe { bpf_skb_cgroup_id(skb) };
+    let verdict = exempt::apply(verdict, Subject::new(SubjectKind::Cgroup, id), &destination);
+    let mut verdict = verdict.hide_bounds(&packet);
+    if can_be_exempted(verdict) {
+        // Hidden from the verifier, which otherwise follows the rest for each result.
+        match packet.verifier_opaque(find_sender(skb) as usize) as u32 {
+            KERNEL => return Verdict::Unrelated as u32,
+            ALLOWED => verdict = Verdict::Exempt,
+            _ => {}
+        }
+    }
+    let verdict = verdict.hide_bounds(&packet);
+    let _uncounted = maps::count(CounterKey::DELETED, hook, verdict, packet.len());
+    match events::limiter(&RateLimitKey { id, hook: hook as u64 }) {
+        // SAFETY: the value is this CPU's own, and its map keeps it as long as a program runs that found it.
+        Some(limiter) => events::packet(skb, ip, hook, verdict, unsafe { &mut *limiter }),
+        None => diagnostics::warn_map_full(hook as u32),
+    }
+    verdict as u32
+}
+
+/// The allow list has no entry for the sender.
+const UNLISTED: u32 = 0;
+/// The allow list has the user or a cgroup of the sender.
+const ALLOWED: u32 = 1;
+/// The kernel itself sent the packet, on a socket of its own.
+const KERNEL: u32 = 2;
+
+/// Looks up the socket of a packet in the allow list. A separate function, so that the verifier follows the lookups once.
+///
+/// The kernel answers segments for closed connections on sockets that it made at boot: they belong to root and to the root
+/// cgroup, whichever process had the connection (`inet_ctl_sock_create`, net/ipv4/af_inet.c).
+#[inline(never)]
+fn find_sender(skb: *mut __sk_buff) -> u32 {
+    // SAFETY: the helper takes the context of a program on packets.
+    let uid = unsafe { bpf_get_socket_uid(skb) };
+    if maps::is_allowed(&AllowedProcess::new(AllowedKind::Uid, uid.into())) {
+        return ALLOWED;
+    }
+    for level in 1..=MAX_CGROUP_LEVEL {
+        // SAFETY: the helper takes the context of a program on packets, and a number. It returns 0 below the cgroup of the
+        // socket.
+        let id = unsafe { bpf_skb_ancestor_cgroup_id(skb, level) };
+        if id == 0 {
+            return if level == 1 && uid == 0 { KERNEL } else { UNLISTED };
+        }
+        if maps::is_allowed(&AllowedProcess::new(AllowedKind::Cgroup, id)) {
+            return ALLOWED;
+        }
+    }
+    UNLISTED
+}
