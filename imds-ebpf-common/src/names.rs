@@ -158,7 +158,7 @@ pub fn programs() -> impl Iterator<Item = &'static str> {
 }
 
 /// All maps of the object, except the section of its constants.
-pub const MAPS: [&str; 21] = [
+pub const MAPS: [&str; 22] = [
     MAP_POLICY,
     MAP_COUNTERS,
     MAP_INTERFACES,

@@ -2,7 +2,6 @@
 
 use std::{
     fs, io,
-    io::ErrorKind,
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
     path::{Path, PathBuf},
     thread,
