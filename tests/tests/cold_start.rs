@@ -278,7 +278,7 @@ fn a_warm_start_keeps_the_effective_configuration() {
         drop(agent);
     }
 
-    // The configuration of another file is not taken.
+    // Ignores the configuration of another file.
     let another = node.env.scratch_dir().join("another.toml");
     fs::write(&another, "unknown = 1\n").unwrap();
     let cgroup = node.env.cgroup().to_str().unwrap();
@@ -286,7 +286,7 @@ fn a_warm_start_keeps_the_effective_configuration() {
     assert_eq!(command.args(&["--cgroup", cgroup]).once().status.code(), Some(2));
     node.env.assert_blocked(&node.pod);
 
-    // Nor are the defaults that replaced a broken file.
+    // Ignores the defaults that replaced a broken file.
     node.write("mode = 'audit'\nunknown = 1\n");
     let (agent, status) = node.start_degraded("enforcing the built-in defaults");
     assert_eq!(status.mode.as_deref(), Some("audit"));

@@ -125,7 +125,7 @@ fn guarding() -> Vec<String> {
         format!("provider = 'none'\n{BOTH_EDGES}{}{}", others(200), own("")),
         format!("{FROM_POD}[interfaces]\ninclude = ['nothing*']\n{}", others(1)),
         format!("provider = 'gcp'\non_deny = 'reject'\n{NODE_EGRESS}"),
-        format!("extras = ['ecs']\n{BOTH_EDGES}{}", others(9)),
+        format!("extra_endpoints = ['ecs']\n{BOTH_EDGES}{}", others(9)),
     ]
 }
 

@@ -1,4 +1,4 @@
-//! Endpoints in the configuration: a provider, extras, and the operator's own endpoints.
+//! Endpoints in the configuration: a provider, additional presets, and the operator's own endpoints.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -28,7 +28,7 @@ pub struct Endpoints {
     provider: Option<&'static Provider>,
     extra_endpoints: Vec<(&'static Provider, Location)>,
     own: Vec<(Endpoint, Location)>,
-    /// Changes to endpoints of the provider's preset and of extras.
+    /// Changes to endpoints of the provider's preset and of additional presets.
     presets: Vec<PresetChange>,
 }
 
@@ -185,7 +185,10 @@ fn parse_extra(
 ) -> Result<(&'static Provider, Location), ConfigError> {
     let extra = Provider::extra(name.get_ref()).ok_or_else(|| {
         let known: Vec<_> = EXTRAS.iter().map(|extra| extra.name).collect();
-        source.error(name.span(), format!("extras: {:?} is not one of {}", name.get_ref(), known.join(", ")))
+        source.error(
+            name.span(),
+            format!("extra_endpoints: {:?} is not one of {}", name.get_ref(), known.join(", ")),
+        )
     })?;
     Ok((extra, source.place(name.span())))
 }

@@ -350,7 +350,7 @@ fn invalid_endpoints_are_reported() {
     for (text, place, part) in [
         ("provider = 'gpc'".to_owned(), "1:12", "gcp"),
         ("mode = 'audit'\nprovider = 'none'".to_owned(), "2:12", "protects nothing"),
-        ("extras = ['eks']".to_owned(), "1:11", "ecs"),
+        ("extra_endpoints = ['eks']".to_owned(), "1:20", "ecs"),
         (one("169.254.169.254", ""), "4:11", "already protected as \"imds\""),
         (one("64:ff9b::169.254.169.254", ""), "4:11", "already protected"),
         (one("10.0.0.1", "[[endpoint]]\nname = 'a'\naddress = '10.0.0.2'"), "7:11", "endpoint.name"),

@@ -135,9 +135,9 @@ pub fn senders(event: &Event) -> impl Iterator<Item = Subject> {
 }
 
 impl fmt::Display for Record {
-    /// Formats one line: `2026-11-23T15:04:05.123Z deny from_pod veth1 (4): 10.244.0.7:40312 -> 169.254.169.254:80 tcp`.
+    /// Formats one line: `2026-11-23T15:04:05.123Z denied from_pod veth1 (4): 10.244.0.7:40312 -> 169.254.169.254:80 tcp`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:.3} {:5} {:9} ", self.time, self.verdict, self.hook)?;
+        write!(f, "{:.3} {:7} {:11} ", self.time, self.verdict, self.hook)?;
         if let Some(index) = self.ifindex {
             write!(f, "{}", interface(self.interface.as_deref(), index))?;
         } else {
@@ -229,7 +229,7 @@ mod tests {
         let record = Record::new(&event, Timestamp::UNIX_EPOCH, |index| Some(format!("veth{index}")), None);
         assert_eq!(
             record.to_string(),
-            "1970-01-01T00:00:01.500Z deny  from_pod  veth4 (4): 10.244.0.7:40312 -> 169.254.169.254:80 tcp, 41 more \
+            "1970-01-01T00:00:01.500Z denied  from_pod    veth4 (4): 10.244.0.7:40312 -> 169.254.169.254:80 tcp, 41 more \
              suppressed"
         );
         let json = serde_json::to_value(&record).unwrap();
@@ -251,7 +251,7 @@ mod tests {
         let record = Record::new(&event, Timestamp::UNIX_EPOCH, |_| None, None);
         assert_eq!(
             record.to_string(),
-            "1970-01-01T00:00:00.000Z audit socket    curl (pid 1234) -> [fd00:ec2::254]:80 udp"
+            "1970-01-01T00:00:00.000Z audited socket      curl (pid 1234) -> [fd00:ec2::254]:80 udp"
         );
     }
 }
