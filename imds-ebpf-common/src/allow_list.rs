@@ -28,7 +28,7 @@ pub enum AllowedKind {
 }
 
 impl AllowedProcess {
-    /// The key of this kind with this number.
+    /// Creates the key of this kind with this number.
     #[inline(always)]
     #[must_use]
     pub const fn new(kind: AllowedKind, id: u64) -> Self {

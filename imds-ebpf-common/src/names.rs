@@ -120,7 +120,7 @@ pub const HOST_PROGRAMS: [&str; 5] =
 /// Prefixes of the names of the pinned links of [`HOST_PROGRAMS`], in this order. `_` and the decimal cgroup id follow.
 pub const HOST_LINKS: [&str; 5] =
     ["host_connect4", "host_connect6", "host_sendmsg4", "host_sendmsg6", "host_egress"];
-/// The programs on the root of the hierarchy that judge the node's own processes.
+/// Programs of the `node_allow` hook, on the root of the cgroup hierarchy.
 pub const NODE_PROGRAMS: [&str; 5] =
     [PROG_NODE_CONNECT4, PROG_NODE_CONNECT6, PROG_NODE_SENDMSG4, PROG_NODE_SENDMSG6, PROG_NODE_SKB_EGRESS];
 /// Names of the pinned links of [`NODE_PROGRAMS`], in the same order.

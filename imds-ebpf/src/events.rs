@@ -75,7 +75,8 @@ fn emit_received_packet(skb: *mut __sk_buff, ip: IpOffset, classified: u32, limi
     }
 }
 
-/// Emits the event of a packet at the `cgroup_skb` programs of `host_network` and `node_allow`, which can read the cgroup of the socket.
+/// Emits the event of a packet at the `cgroup_skb` programs of `host_network` and `node_allow`, which can read the cgroup of
+/// the socket.
 #[inline(never)]
 fn emit_packet_in_cgroup(skb: *mut __sk_buff, ip: IpOffset, classified: u32, limiter: &mut RateLimiter) {
     if let Some(event) = of_packet(skb, ip, classified, netns::of_socket_in_cgroup(skb)) {

@@ -1,8 +1,7 @@
-//! The `node_allow` hook: processes in the node's network namespace, of which only those in the allow list may reach protected
-//! endpoints.
+//! `node_allow` hook: only processes in the allow list may reach protected endpoints from the node's network namespace.
 //!
-//! Calls that name a destination are judged in [`socket`](crate::socket). The packet program here covers raw sockets, protocols
-//! without a cgroup hook, and sockets that were connected before.
+//! [`socket`](crate::socket) covers calls that name a destination. The packet program here covers other senders: raw sockets,
+//! protocols without a cgroup hook, and sockets that were connected before the programs were attached.
 
 use aya_ebpf::{
     bindings::__sk_buff,
@@ -53,7 +52,7 @@ fn is_caller_allowed() -> u32 {
     0
 }
 
-/// Judges a packet in two functions, for the same reason as [`edge::classify`](crate::edge::judge).
+/// Returns the verdict on a packet. The slow path is a separate function, see [`edge::classify`](crate::edge::judge).
 #[inline(always)]
 pub(crate) fn classify(ctx: &SkBuffContext) -> Verdict {
     let skb = ctx.skb.skb;
@@ -79,7 +78,7 @@ fn classify_slow(skb: *mut __sk_buff) -> u32 {
             return Verdict::Unrelated as u32;
         }
     }
-    // SAFETY: the helper takes the context of a program on packets.
+    // SAFETY: the helper takes the context of a `cgroup_skb` program.
     let id = unsafe { bpf_skb_cgroup_id(skb) };
     let verdict = exempt::apply(verdict, Subject::new(SubjectKind::Cgroup, id), &destination);
     let mut verdict = verdict.hide_bounds(&packet);
@@ -94,7 +93,7 @@ fn classify_slow(skb: *mut __sk_buff) -> u32 {
     let verdict = verdict.hide_bounds(&packet);
     let _uncounted = maps::count(CounterKey::DELETED, hook, verdict, packet.len());
     match events::limiter(&RateLimitKey { id, hook: hook as u64 }) {
-        // SAFETY: the value is this CPU's own, and its map keeps it as long as a program runs that found it.
+        // SAFETY: the window belongs to this CPU, and the map does not free it while the program that looked it up runs.
         Some(limiter) => events::packet(skb, ip, hook, verdict, unsafe { &mut *limiter }),
         None => diagnostics::warn_map_full(hook as u32),
     }
@@ -114,13 +113,13 @@ const KERNEL: u32 = 2;
 /// cgroup, whichever process had the connection (`inet_ctl_sock_create`, net/ipv4/af_inet.c).
 #[inline(never)]
 fn find_sender(skb: *mut __sk_buff) -> u32 {
-    // SAFETY: the helper takes the context of a program on packets.
+    // SAFETY: the helper takes the context of a `cgroup_skb` program.
     let uid = unsafe { bpf_get_socket_uid(skb) };
     if maps::is_allowed(&AllowedProcess::new(AllowedKind::Uid, uid.into())) {
         return ALLOWED;
     }
     for level in 1..=MAX_CGROUP_LEVEL {
-        // SAFETY: the helper takes the context of a program on packets, and a number. It returns 0 below the cgroup of the
+        // SAFETY: the helper takes the context of a `cgroup_skb` program, and a number. It returns 0 below the cgroup of the
         // socket.
         let id = unsafe { bpf_skb_ancestor_cgroup_id(skb, level) };
         if id == 0 {

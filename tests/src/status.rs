@@ -44,7 +44,7 @@ pub struct Kubernetes {
     pub failed_at: Option<String>,
     pub error: Option<String>,
     pub pods: u32,
-    pub awaited: u32,
+    pub unresolved: u32,
     /// Missing in the output of earlier versions.
     #[serde(default)]
     pub disputed: u32,
@@ -322,7 +322,7 @@ impl Status {
     #[must_use]
     pub fn has_resolved(&self, pods: usize) -> bool {
         let known = self.kubernetes.as_ref();
-        known.is_some_and(|known| known.pods as usize == pods && known.awaited == 0)
+        known.is_some_and(|known| known.pods as usize == pods && known.unresolved == 0)
     }
 
     /// Reports whether every pod interface has all of its programs.

@@ -68,10 +68,10 @@ fn check_reports_every_error() {
         "endpoints  169.254.169.254 (imds)",
         "           168.63.129.16 (wireserver), allows tcp/80",
         "hooks      from_pod node_egress local_service",
-        "exempt     cgroup machine.slice/a.scope from wireserver (backup)",
+        "exempt     cgroup machine.slice/a.scope to wireserver (rule backup)",
         "           namespace tools, service account web to all endpoints (rule web), audited",
         "metrics    127.0.0.1:9300",
-        "kubernetes as a pod of the cluster, node node-7",
+        "kubernetes service account of the pod, node node-7",
     ] {
         assert!(text.lines().any(|found| found == line), "{line:?} is not in:\n{text}");
     }

@@ -1,4 +1,4 @@
-//! The allow list of the node: of the processes in the node's network namespace, only those in the list reach the endpoints.
+//! Allow list of the node: only listed processes in the node's network namespace reach the endpoints.
 
 use std::{
     fs, io,

@@ -234,8 +234,8 @@ impl Config {
     /// Returns the built-in defaults for an unusable file, with its `mode`, `node` and `metrics` if these are valid.
     ///
     /// Other keys are ignored, because a key that depends on an invalid one could weaken enforcement. The allow list of
-    /// the node only restricts, and depends on no other key. The metrics
-    /// address is used because the probes of a cluster restart an agent that does not answer there.
+    /// the node only restricts, and depends on no other key. The metrics address is used because the probes of a cluster
+    /// restart an agent that does not answer there.
     #[must_use]
     pub fn fallback(text: &str, path: &Path) -> Self {
         let (source, mut diagnostics) = (SourceFile { text, path }, Diagnostics::default());

@@ -21,7 +21,7 @@ const MAX_CGROUP_LENGTH: usize = 1024;
 /// Mount point of the hierarchy by convention.
 const MOUNT: &str = "/sys/fs/cgroup";
 
-/// An entry of the allow list of the node.
+/// Entry of the allow list of the node.
 #[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum NodeProcess {
     /// Processes with this real user ID in the initial user namespace.
@@ -79,7 +79,7 @@ fn parse_new(
 ) -> Result<NodeProcess, ConfigError> {
     let process = parse(text.get_ref()).and_then(|process| {
         let is_new = !others.contains(&process);
-        is_new.then_some(process).ok_or_else(|| format!("{:?} is there twice", text.get_ref()))
+        is_new.then_some(process).ok_or_else(|| format!("{:?} is listed twice", text.get_ref()))
     });
     process.map_err(|message| source.error(text.span(), format!("node.allow: {message}")))
 }

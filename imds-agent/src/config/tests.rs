@@ -108,7 +108,7 @@ fn errors_name_file_line_and_key() {
         ("[node]\nallow = 'uid:0'", "2:9: node.allow: "),
         ("[node]\nallow = ['uid:0', 7]", "2:19: node.allow: "),
         ("[node]\nallow = ['uid:0', 'uid:root']", "2:19: node.allow: \"uid:root\": a user is a number"),
-        ("[node]\nallow = ['uid:0', 'uid:0']", "2:19: node.allow: \"uid:0\" is there twice"),
+        ("[node]\nallow = ['uid:0', 'uid:0']", "2:19: node.allow: \"uid:0\" is listed twice"),
         ("[node]\nallow = ['cgroup:/']", "2:10: node.allow: \"cgroup:/\": the root covers every process"),
         ("\n[hooks]\nsendmsg = 'yes'", "3:11: hooks.sendmsg: "),
         ("\n[hooks]\nsendmsg = 1", "3:11: hooks.sendmsg: "),

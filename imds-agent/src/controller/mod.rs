@@ -245,7 +245,7 @@ impl Reconciler {
             self.restore_hosts(true)?;
             self.reconcile_all_links().await;
         }
-        // After the programs are detached that read it.
+        // The programs that read this map are detached above if the hook is off.
         self.restore_node_allow()?;
         self.restore_exemptions().await
     }

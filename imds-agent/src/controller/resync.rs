@@ -106,7 +106,7 @@ impl Reconciler {
             self.corrections.pinned += 1;
             log::warn!("restored missing entries of {}", self.datapath.pins().root().display());
         }
-        // Before the programs are attached that read it.
+        // Programs that are attached below read this map.
         let node_allow = self.restore_node_allow();
         let sockets = self.restore_sockets();
         self.datapath.forget_granted();

@@ -1,4 +1,4 @@
-//! The allow list of the node in its map.
+//! Map of the allow list of the node.
 
 use std::collections::BTreeMap;
 

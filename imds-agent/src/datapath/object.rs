@@ -352,8 +352,7 @@ fn has_cookie(program_type: ProgramType) -> bool {
     is_helper_supported(program_type, bpf_func_id::BPF_FUNC_get_netns_cookie).unwrap_or(false)
 }
 
-/// Reports whether `cgroup_skb` programs can read the network namespace cookie of a packet's socket
-/// (Linux 6.15).
+/// Reports whether `cgroup_skb` programs can read the network namespace cookie of a packet's socket (Linux 6.15).
 #[must_use]
 pub fn cgroup_has_cookie() -> bool {
     has_cookie(ProgramType::CgroupSkb)

@@ -22,7 +22,7 @@ pub struct NodeProcesses {
 }
 
 impl NodeProcesses {
-    /// The allow list with these entries.
+    /// Creates the allow list with these entries.
     #[must_use]
     pub fn new(entries: Vec<NodeProcess>) -> Self {
         Self { entries, ..Self::default() }
@@ -40,7 +40,7 @@ impl NodeProcesses {
         &self.resolved
     }
 
-    /// Last result of [`NodeProcesses::resolve`].
+    /// Returns the last result of [`NodeProcesses::resolve`].
     #[must_use]
     pub fn resolved(&self) -> &AllowedProcesses {
         &self.resolved

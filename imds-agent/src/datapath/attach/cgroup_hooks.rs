@@ -181,8 +181,8 @@ impl Datapath {
         attached.chain(hosts.failures()).chain(missing)
     }
 
-    /// Reconciles the programs of the `socket`, `local_service` and `node_allow` hooks. A program that cannot be attached is reported once, as
-    /// a change of kind [`CgroupChangeKind::Failed`]. The next call tries again.
+    /// Reconciles the programs of the `socket`, `local_service` and `node_allow` hooks. A program that cannot be attached is
+    /// reported once, as a change of kind [`CgroupChangeKind::Failed`]. The next call tries again.
     pub fn restore_sockets(&mut self) -> Result<Vec<CgroupChange>, DatapathError> {
         // Continues after a failure: attaches programs even if writing the record fails, and each hook even if another fails.
         let recorded = self.cgroups.record(&mut self.maps);
@@ -234,7 +234,7 @@ impl Datapath {
 
     fn restore_node_allow_hook(&mut self) -> Result<Vec<CgroupChange>, DatapathError> {
         if self.cgroups.lacks_node_cgroup() {
-            // Links of an earlier agent stay until there is a cgroup again.
+            // Links of an earlier agent stay until a cgroup v2 hierarchy is mounted.
             let Some(root) = cgroup::root().ok().flatten() else { return Ok(Vec::new()) };
             self.cgroups.node_allow = Some(Sockets::adopt(self.claim.dir(), &root, NODE_ALLOW)?);
         }

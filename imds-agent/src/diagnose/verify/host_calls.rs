@@ -95,7 +95,7 @@ impl PodProcess {
         Ok(Self { path: path.to_owned(), id, processes })
     }
 
-    /// Id of the cgroup.
+    /// Returns the id of the cgroup.
     pub(crate) fn id(&self) -> u64 {
         self.id
     }

@@ -142,7 +142,7 @@ impl StatusReport {
         }
         let mut packets = programs.iter().filter(|program| program.is_packet_program);
         let reason =
-            "this kernel does not report the network namespace of packets at cgroups (Linux 6.15 does)";
+            "this kernel does not report the network namespace of packets at cgroups (needs Linux 6.15)";
         let active: BTreeSet<u32> = node_allow_map::read(maps).map_err(unreadable)?.into_values().collect();
         let entries = node_allow_entries(maps)?.into_iter().zip(1..);
         let allow =
