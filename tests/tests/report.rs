@@ -165,7 +165,10 @@ fn audit_to_rules_to_enforcement() {
         })
         .collect();
     env.status_when("both pods are known", |status| {
-        status.kubernetes.as_ref().is_some_and(|kubernetes| kubernetes.pods == 2 && kubernetes.unresolved == 0)
+        status
+            .kubernetes
+            .as_ref()
+            .is_some_and(|kubernetes| kubernetes.pods == 2 && kubernetes.unresolved == 0)
     });
     assert!(denials(&env).is_empty() && report(&env, &[]).starts_with("no denials"));
     assert!(reaches(&env, &pods[0].netns));

@@ -188,7 +188,7 @@ impl Reconciler {
     /// Logs an action, and counts it if it corrects drift.
     pub(super) fn report(&mut self, link: &Link, hook: TcHook, action: Action, is_new: bool) {
         let Link { name, index, .. } = link;
-        let is_turn = self.turn == Some(AttachPoint { ifindex: *index, hook: hook });
+        let is_turn = self.attaching.turn == Some(AttachPoint { ifindex: *index, hook: hook });
         let (hook, level) = (hook.hook().name(), self.change_log_level());
         if level == Level::Warn && !is_turn {
             match action {
@@ -203,11 +203,11 @@ impl Reconciler {
         let (level, change, text) = match action {
             Action::Attach(mode) => {
                 let is_expected = is_new || is_turn;
-                let again = if is_expected || self.in_reload { "" } else { " again" };
+                let again = if is_expected || self.progress.in_reload { "" } else { " again" };
                 let level = if is_expected { Level::Info } else { level };
                 (level, Change::Attached, format!("attached {hook} to {at}{again} with {}", mode.name()))
             }
-            Action::Replace(mode) if self.initial_sync_done => {
+            Action::Replace(mode) if self.progress.initial_sync_done => {
                 let text = format!("replaced another program at {hook} of {at} with {}", mode.name());
                 (Level::Warn, Change::Replaced, text)
             }

@@ -8,13 +8,14 @@ use tokio::time::{Instant, sleep_until};
 use super::Reconciler;
 use crate::{
     config::{Exempt, Interfaces},
-    controller::pod_tracker::PodTracker,
+    controller::{exemption_rules::Rules, pod_tracker::PodTracker},
     datapath::{DatapathError, grants::Grants},
     kube::{PodEvent, WatchState},
     node::{
         interface_role::{Uplinks, assign},
         link::Link,
         netns,
+        sender_resolver::SenderResolver,
     },
 };
 
@@ -23,26 +24,60 @@ const PERIOD: Duration = Duration::from_millis(250);
 /// Sandboxes to resolve before events are handled again: about 1 ms of work.
 const SANDBOX_BATCH: usize = 2;
 
+/// Exemption rules, and the pods and identities that they match.
+pub(super) struct ExemptionState {
+    /// Exemption rules of the configuration.
+    pub(super) rules: Rules,
+    /// Resolves a rule to the identities of the senders that it exempts.
+    pub(super) resolver: SenderResolver,
+    pub(super) pods: PodTracker,
+    /// Name of the node in the cluster and state of its pod watch, if Kubernetes is used.
+    pub(super) watched: Option<(String, WatchState)>,
+    /// Time of the last poll for changes that the kernel does not report.
+    pub(super) last_search: Instant,
+    /// True until the first pod sync if the previous agent ran with this configuration: its exemptions for pods are
+    /// then kept.
+    pub(super) retain_previous_grants: bool,
+    /// Links have changed since exemptions were computed.
+    pub(super) dirty: bool,
+}
+
+impl ExemptionState {
+    /// Returns the state before any pod is known. `has_pod_watch`: a pod watch will report pods.
+    pub(super) fn new(exempt: Vec<Exempt>, resolver: SenderResolver, has_pod_watch: bool) -> Self {
+        Self {
+            rules: Rules::new(exempt),
+            resolver,
+            pods: PodTracker::new(has_pod_watch),
+            watched: None,
+            last_search: Instant::now(),
+            retain_previous_grants: false,
+            dirty: false,
+        }
+    }
+}
+
 impl Reconciler {
     /// Waits until the next poll for changes that the kernel does not report.
     pub async fn search_due(&self) {
-        let polls =
-            self.rules.are_to_be_asked() || self.node_processes.has_cgroups() || self.waits_for_plugins();
+        let polls = self.exemptions.rules.are_to_be_asked()
+            || self.node_processes.has_cgroups()
+            || self.waits_for_plugins();
         let of_rules = polls.then_some(PERIOD);
-        match of_rules.into_iter().chain(self.pods.retry_delay()).min() {
-            Some(retry_delay) => sleep_until(self.last_search + retry_delay).await,
+        match of_rules.into_iter().chain(self.exemptions.pods.retry_delay()).min() {
+            Some(retry_delay) => sleep_until(self.exemptions.last_search + retry_delay).await,
             None => pending().await,
         }
     }
 
     /// Polls for changes of network namespaces, cgroups and sandboxes, and updates the exemptions.
     pub async fn search_exempt(&mut self) -> Result<(), DatapathError> {
-        self.last_search = Instant::now();
+        self.exemptions.last_search = Instant::now();
         self.release_started_pods().await;
         // Only queues the pods: `resolve_next` resolves their sandboxes.
-        self.pods.enqueue_changed();
+        self.exemptions.pods.enqueue_changed();
         let followed = self.follow_node_allow();
-        if self.rules.may_have_changed() {
+        if self.exemptions.rules.may_have_changed() {
             self.restore_exemptions().await?;
         }
         followed
@@ -51,7 +86,7 @@ impl Reconciler {
     /// Reports whether pods are queued whose sandboxes have to be resolved.
     #[must_use]
     pub fn is_resolving(&self) -> bool {
-        self.pods.has_pending()
+        self.exemptions.pods.has_pending()
     }
 
     /// Resolves the next sandboxes. Recomputes the exemptions after the last one.
@@ -66,8 +101,8 @@ impl Reconciler {
 
     /// Resolves the sandboxes of the next `count` queued pods.
     pub(super) async fn resolve_sandboxes(&mut self, count: usize) {
-        let pods = of_pods(&self.links, &self.uplinks, &self.interfaces);
-        self.pods.resolve_sandboxes(&self.resolver, &self.netlink, &pods, count).await;
+        let pods = of_pods(&self.node.links, &self.node.uplinks, &self.interfaces);
+        self.exemptions.pods.resolve_sandboxes(&self.exemptions.resolver, &self.netlink, &pods, count).await;
     }
 
     /// Computes the exemptions of the pods on this node, and updates the maps to match.
@@ -78,20 +113,20 @@ impl Reconciler {
         if map_updates > 0 {
             log::info!("updated exemptions: {} active", wanted.entries.len());
         }
-        if self.pods.needs_name_sync() {
-            self.map_updates.pods += self.datapath.sync_pod_names(&self.pods.names())? as u64;
-            self.pods.names_synced();
+        if self.exemptions.pods.needs_name_sync() {
+            self.map_updates.pods += self.datapath.sync_pod_names(&self.exemptions.pods.names())? as u64;
+            self.exemptions.pods.names_synced();
         }
         Ok(())
     }
 
     /// Handles an event of the pod watch. [`Reconciler::resolve_next`] resolves the sandboxes of new pods.
     pub async fn on_pod_event(&mut self, event: PodEvent) -> Result<(), DatapathError> {
-        let disputed = self.pods.disputed();
-        if !self.pods.handle(event) {
+        let disputed = self.exemptions.pods.disputed();
+        if !self.exemptions.pods.handle(event) {
             return Ok(());
         }
-        if self.watched.is_some() && self.pods.disputed() != disputed {
+        if self.exemptions.watched.is_some() && self.exemptions.pods.disputed() != disputed {
             self.record_watch_status()?;
         }
         self.restore_exemptions().await
@@ -99,24 +134,25 @@ impl Reconciler {
 
     /// Handles a state change of the watch of the pods of `node`.
     pub async fn on_watch_status(&mut self, node: &str, state: &WatchState) -> Result<(), DatapathError> {
-        if self.pods.on_watch_status(state) {
+        if self.exemptions.pods.on_watch_status(state) {
             self.restore_exemptions().await?;
         }
-        self.watched = Some((node.to_owned(), state.clone()));
+        self.exemptions.watched = Some((node.to_owned(), state.clone()));
         self.record_watch_status()
     }
 
     fn record_watch_status(&mut self) -> Result<(), DatapathError> {
-        let lookup = self.watched.as_ref().map(|(node, state)| self.pods.lookup(node, state));
+        let lookup =
+            self.exemptions.watched.as_ref().map(|(node, state)| self.exemptions.pods.lookup(node, state));
         self.datapath.record_watch_status(lookup.as_ref())
     }
 
     /// Drops all pods and their exemptions, after the pod watch was disabled.
     pub async fn forget_cluster(&mut self) -> Result<(), DatapathError> {
-        self.pods = PodTracker::new(false);
-        self.watched = None;
-        self.retain_previous_grants = false;
-        self.datapath.sync_pod_names(&self.pods.names())?;
+        self.exemptions.pods = PodTracker::new(false);
+        self.exemptions.watched = None;
+        self.exemptions.retain_previous_grants = false;
+        self.datapath.sync_pod_names(&self.exemptions.pods.names())?;
         self.record_watch_status()?;
         self.restore_exemptions().await
     }
@@ -124,7 +160,7 @@ impl Reconciler {
     /// Applies other rules. Exemptions of the old rules are removed only by [`Reconciler::restore_exemptions`], so that an
     /// exemption that both old and new rules contain is never interrupted.
     pub(super) async fn change_rules(&mut self, rules: Vec<Exempt>) -> Result<(), DatapathError> {
-        self.rules.set(rules);
+        self.exemptions.rules.set(rules);
         let mut either = self.datapath.granted()?;
         either.extend(self.find_exempt().await?);
         // If the map has no room for both, the new rules must still revoke the exemptions of the old ones.
@@ -135,25 +171,33 @@ impl Reconciler {
     }
 
     async fn find_exempt(&mut self) -> Result<Grants, DatapathError> {
-        let pods = of_pods(&self.links, &self.uplinks, &self.interfaces);
-        self.resolver.retain(&self.links);
+        let pods = of_pods(&self.node.links, &self.node.uplinks, &self.interfaces);
+        self.exemptions.resolver.retain(&self.node.links);
         let judges_hosts = self.kubepods.is_some() || self.datapath.hooks().has(Hook::NodeAllow);
-        self.pods.track_host_network_pods(self.rules.of_pods().filter(|_| judges_hosts));
+        self.exemptions
+            .pods
+            .track_host_network_pods(self.exemptions.rules.of_pods().filter(|_| judges_hosts));
         let judges_sockets = self.datapath.hooks().has(Hook::Socket);
-        let found = self.rules.find(&mut self.resolver, &self.netlink, &pods, &self.pods, judges_sockets);
+        let found = self.exemptions.rules.find(
+            &mut self.exemptions.resolver,
+            &self.netlink,
+            &pods,
+            &self.exemptions.pods,
+            judges_sockets,
+        );
         let mut wanted = found.await;
-        wanted.add_bridges(&self.links);
+        wanted.add_bridges(&self.node.links);
         if !self.datapath.hooks().has(Hook::FromPod) && !wanted.entries.is_empty() {
             wanted.add_node(netns::addresses().unwrap_or_default());
         }
         // Once all pods are synced and resolved, the recomputed exemptions replace those of the previous agent.
-        self.retain_previous_grants &= self.is_resolving() || !self.pods.is_synced();
-        if self.retain_previous_grants {
+        self.exemptions.retain_previous_grants &= self.is_resolving() || !self.exemptions.pods.is_synced();
+        if self.exemptions.retain_previous_grants {
             // Until then, the exemptions of the previous agent stay. The kernel never reuses a netns cookie or cgroup
             // id, and an interface that reuses the index of a deleted one has lost its exemptions already.
             let granted = self.datapath.granted()?;
             for (exemption, grant) in granted.entries {
-                if self.rules.selects_pods(grant.rule) {
+                if self.exemptions.rules.selects_pods(grant.rule) {
                     wanted.entries.entry(exemption).or_insert(grant);
                 }
             }

@@ -1,6 +1,7 @@
 //! Reconciles the node: follows its interfaces, and brings the attachments of each to the desired state.
 
 mod attach_queue;
+mod attach_turns;
 mod cgroup_changes;
 mod change_log;
 pub mod event_loop;
@@ -10,6 +11,7 @@ mod host_network;
 mod links;
 mod local_service;
 mod node_allow_sync;
+mod observed_node;
 mod other_agents;
 pub mod plan;
 pub mod pod_tracker;
@@ -19,36 +21,26 @@ mod resync;
 pub mod start_config;
 pub mod startup_taint;
 
-use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
-    path::Path,
-    time::Duration,
-};
+use std::{path::Path, time::Duration};
 
 use imds_ebpf_common::{AttachMode, Hook, Role, TcHook};
-use tokio::time::Instant;
 
 use self::{
-    attach_queue::AttachQueue,
+    attach_turns::AttachState,
     change_log::{ChangeLog, Pass},
+    exemptions::ExemptionState,
+    observed_node::ObservedNode,
     other_agents::OtherAgents,
+    resync::SyncProgress,
 };
 
 use crate::{
     config::{Config, Interfaces},
-    controller::{
-        exemption_rules::Rules, pod_tracker::PodTracker, repair_backoff::RepairBackoff,
-        resolved_config::ResolvedConfig, start_config::StartConfig,
-    },
-    datapath::{
-        Datapath, DatapathError,
-        pin::dir::{AttachPoint, PinDir},
-    },
-    kube::WatchState,
+    controller::{resolved_config::ResolvedConfig, start_config::StartConfig},
+    datapath::{Datapath, DatapathError, pin::dir::PinDir},
     node::{
         interface_role::Uplinks,
         kubepods::Kubepods,
-        link::Link,
         netlink::{Event, Netlink},
         node_processes::NodeProcesses,
         sender_resolver::SenderResolver,
@@ -56,66 +48,29 @@ use crate::{
     telemetry::agent_stats::{DriftCorrections, MapUpdates},
 };
 
-/// Observed and desired state of all interfaces, and the datapath that reconciles them.
-#[expect(clippy::struct_excessive_bools, reason = "each flag is independent")]
+/// Compares the desired with the observed state of all interfaces, and reconciles them.
 pub struct Reconciler {
     datapath: Datapath,
     netlink: Netlink,
     interfaces: Interfaces,
     /// Cgroups of Kubernetes pods, if hostNetwork pods are restricted.
     kubepods: Option<Kubepods>,
-    /// Processes of the node that may reach protected endpoints.
-    node_processes: NodeProcesses,
-    /// Exemption rules of the configuration.
-    rules: Rules,
-    /// Resolves a rule to the identities of the senders that it exempts.
-    resolver: SenderResolver,
-    pods: PodTracker,
-    /// Name of the node in the cluster and state of its pod watch, if Kubernetes is used.
-    watched: Option<(String, WatchState)>,
-    /// Time of the last poll for changes that the kernel does not report.
-    last_search: Instant,
-    /// True until the first pod sync if the previous agent ran with this configuration: its exemptions for pods are
-    /// then kept.
-    retain_previous_grants: bool,
-    links: BTreeMap<u32, Link>,
-    /// Interfaces that routes to protected endpoints name.
-    routed: BTreeSet<u32>,
-    uplinks: Uplinks,
-    /// Last error of each interface, so that an error is logged once and not with every resync.
-    errors: BTreeMap<u32, String>,
     /// Reason why no hostNetwork pod is restricted, if that is so.
     no_kubepods: Option<String>,
-    /// Interfaces that the current resync still has to reconcile.
-    resync_queue: VecDeque<u32>,
-    /// True once every interface was reconciled: until then, filters of an earlier agent may be anywhere.
-    initial_sync_done: bool,
-    /// True while a reload of the configuration causes the changes.
-    in_reload: bool,
-    /// Links have changed since exemptions were computed.
-    exemptions_dirty: bool,
-    /// Attachments that wait for their turn.
-    queue: AttachQueue,
-    /// Hooks that could not be reconciled the last time.
-    failed: BTreeSet<AttachPoint>,
-    /// Backoff of repairs that another program undoes repeatedly.
-    backoff: RepairBackoff,
+    /// Processes of the node that may reach protected endpoints.
+    node_processes: NodeProcesses,
+    node: ObservedNode,
+    exemptions: ExemptionState,
+    attaching: AttachState,
+    progress: SyncProgress,
     other_agents: OtherAgents,
-    /// Attachment whose turn it is.
-    turn: Option<AttachPoint>,
-    /// Attachments of the initial sync that wait for their turn.
-    initial: BTreeSet<AttachPoint>,
-    /// `status` knows that the initial sync is done.
-    is_ready: bool,
-    /// Time that a new link of a pod waits for its CNI plugins before it gets a qdisc.
-    clsact_delay: Duration,
     changes: ChangeLog,
     corrections: DriftCorrections,
     map_updates: MapUpdates,
 }
 
 impl Reconciler {
-    /// Returns a guard that knows no interface yet.
+    /// Returns a reconciler that knows no interface yet.
     #[must_use]
     pub fn new(
         datapath: Datapath,
@@ -128,30 +83,13 @@ impl Reconciler {
             netlink,
             interfaces: interfaces.clone(),
             kubepods: kubepods.clone().map(Kubepods::new),
-            node_processes: NodeProcesses::new(node_allow.clone()),
-            rules: Rules::new(exempt.clone()),
-            resolver,
-            pods: PodTracker::new(cluster.is_some()),
-            watched: None,
-            last_search: Instant::now(),
-            retain_previous_grants: false,
-            links: BTreeMap::new(),
-            routed: BTreeSet::new(),
-            uplinks: Uplinks::default(),
-            errors: BTreeMap::new(),
             no_kubepods: None,
-            resync_queue: VecDeque::new(),
-            initial_sync_done: false,
-            in_reload: false,
-            exemptions_dirty: false,
-            queue: AttachQueue::new(),
-            failed: BTreeSet::new(),
-            backoff: RepairBackoff::default(),
+            node_processes: NodeProcesses::new(node_allow.clone()),
+            node: ObservedNode::default(),
+            exemptions: ExemptionState::new(exempt.clone(), resolver, cluster.is_some()),
+            attaching: AttachState::new(),
+            progress: SyncProgress::default(),
             other_agents: OtherAgents::default(),
-            turn: None,
-            initial: BTreeSet::new(),
-            is_ready: false,
-            clsact_delay: Duration::ZERO,
             changes: ChangeLog::new(),
             corrections: DriftCorrections::default(),
             map_updates: MapUpdates::default(),
@@ -161,7 +99,7 @@ impl Reconciler {
     /// Sets the time that a new link of a pod waits for its CNI plugins before it gets a clsact qdisc.
     #[must_use]
     pub fn with_clsact_delay(mut self, delay: Duration) -> Self {
-        self.clsact_delay = delay;
+        self.attaching.clsact_delay = delay;
         self
     }
 
@@ -180,13 +118,13 @@ impl Reconciler {
     /// Returns the numbers of drift corrections since the agent started.
     #[must_use]
     pub fn corrections(&self) -> DriftCorrections {
-        DriftCorrections { postponed: self.backoff.suppressed(), ..self.corrections }
+        DriftCorrections { postponed: self.attaching.backoff.suppressed(), ..self.corrections }
     }
 
     /// Records the configuration, and does the first full resync.
     pub async fn start(&mut self, start: &StartConfig) -> Result<(), DatapathError> {
         let StartConfig { config, settings, path, rejected } = start;
-        self.retain_previous_grants = self.datapath.was_effective(config.to_toml())?;
+        self.exemptions.retain_previous_grants = self.datapath.was_effective(config.to_toml())?;
         self.record_config(path.as_deref(), config)?;
         // Before the agent is ready, so that `status` never shows the fallback without its reason.
         if let Some(error) = rejected {
@@ -203,11 +141,11 @@ impl Reconciler {
     ///
     /// After an error the settings may be applied in part: call this again with the previous ones.
     pub async fn reconfigure(&mut self, settings: &ResolvedConfig) -> Result<(), DatapathError> {
-        self.in_reload = true;
+        self.progress.in_reload = true;
         self.changes.begin(Pass::Reload);
         let result = self.change_to(settings).await;
         self.changes.end(Pass::Reload);
-        self.in_reload = false;
+        self.progress.in_reload = false;
         result
     }
 
@@ -216,7 +154,7 @@ impl Reconciler {
             datapath_config, endpoint_set, interfaces, exempt, node_allow, kubepods, ..
         } = settings;
         // The datapath refers to rules by number, and other rules may change the numbers.
-        self.retain_previous_grants &= self.rules.are(exempt);
+        self.exemptions.retain_previous_grants &= self.exemptions.rules.are(exempt);
         // New programs are attached before the maps refer to their hooks, and old ones are detached after that.
         let before = self.datapath.hooks();
         self.datapath.prepare(datapath_config)?;
@@ -230,8 +168,8 @@ impl Reconciler {
         log_if_preexisting(before.has(Hook::HostNetwork), self.search_kubepods())?;
         self.interfaces = interfaces.clone();
         self.netlink = self.netlink.clone().with_endpoints(endpoint_set.addresses());
-        self.routed = self.netlink.uplinks().await?;
-        self.uplinks = Uplinks::new(self.routed.clone(), self.links.values());
+        self.node.routed = self.netlink.uplinks().await?;
+        self.node.uplinks = Uplinks::new(self.node.routed.clone(), self.node.links.values());
         self.reconcile_all_links().await;
         self.resolve_sandboxes(usize::MAX).await;
         self.change_rules(exempt.clone()).await?;
@@ -299,7 +237,7 @@ impl Reconciler {
     /// Returns the numbers of pod and node interfaces that should have a program.
     fn count_interfaces(&self) -> [usize; 2] {
         let [mut pods, mut nodes] = [0; 2];
-        for link in self.links.values() {
+        for link in self.node.links.values() {
             let assignment = self.assign(link);
             let is_desired =
                 |hook| self.datapath.desired_mode(link, assignment.hooks, hook) != AttachMode::None;
@@ -312,10 +250,14 @@ impl Reconciler {
 
     /// Returns what is not enforced and why: by interface, cgroup and rule.
     pub fn errors(&self) -> impl Iterator<Item = (&str, &str)> {
-        let of_interfaces = self.errors.iter().map(|(index, error)| {
-            (self.links.get(index).map_or("deleted interface", |link| link.name.as_str()), error.as_str())
+        let of_interfaces = self.node.errors.iter().map(|(index, error)| {
+            (
+                self.node.links.get(index).map_or("deleted interface", |link| link.name.as_str()),
+                error.as_str(),
+            )
         });
-        let of_rules = self.rules.errors().iter().map(|(name, error)| (name.as_str(), error.as_str()));
+        let of_rules =
+            self.exemptions.rules.errors().iter().map(|(name, error)| (name.as_str(), error.as_str()));
         let of_hosts = self.no_kubepods.iter().map(|error| ("hostNetwork pods", error.as_str()));
         let of_cgroups = self.datapath.cgroup_failures().map(|error| ("cgroup", error));
         let of_programs = self.datapath.rejections().map(|error| ("node", error));
@@ -326,23 +268,23 @@ impl Reconciler {
     /// and of reused interface indexes are removed immediately.
     pub async fn handle(&mut self, event: Event) -> Result<(), DatapathError> {
         if let Event::Link(_) | Event::LinkGone(_) = &event {
-            self.queue.on_link_event();
+            self.attaching.queue.on_link_event();
         }
         match event {
             Event::Link(link) => {
-                let is_changed = self.links.get(&link.index) != Some(&link);
-                self.exemptions_dirty |= is_changed;
+                let is_changed = self.node.links.get(&link.index) != Some(&link);
+                self.exemptions.dirty |= is_changed;
                 self.reconcile_link(link).await;
                 if is_changed {
                     self.update_uplinks().await;
                 }
             }
             Event::LinkGone(index) => {
-                self.exemptions_dirty |= self.links.contains_key(&index);
+                self.exemptions.dirty |= self.node.links.contains_key(&index);
                 self.on_link_deleted(index);
             }
             Event::Filter(index) => {
-                if let Some(link) = self.links.get(&index).cloned() {
+                if let Some(link) = self.node.links.get(&index).cloned() {
                     self.reconcile_link(link).await;
                 }
             }
@@ -350,7 +292,7 @@ impl Reconciler {
             Event::Route(_) | Event::Rule => self.reclassify().await?,
             Event::Overrun => {
                 self.corrections.overruns += 1;
-                self.pods.forget_sandboxes();
+                self.exemptions.pods.forget_sandboxes();
                 log::warn!("netlink receive buffer overrun (ENOBUFS): starting a full resync");
                 self.resync().await?;
             }
@@ -362,14 +304,14 @@ impl Reconciler {
     /// grows with the number of pods.
     pub async fn flush_pending_sync(&mut self) -> Result<(), DatapathError> {
         let followed = self.follow_enforcement();
-        if std::mem::take(&mut self.exemptions_dirty) {
+        if std::mem::take(&mut self.exemptions.dirty) {
             self.restore_exemptions().await?;
         }
         followed
     }
 
     async fn reconcile_all_links(&mut self) {
-        for link in self.links.values().cloned().collect::<Vec<_>>() {
+        for link in self.node.links.values().cloned().collect::<Vec<_>>() {
             self.reconcile_link(link).await;
         }
     }

@@ -27,7 +27,7 @@ impl Reconciler {
         for agent in others.running.iter().filter(|agent| !found.contains(agent)) {
             log::info!("the other agent with pins in {} has stopped", agent.pin_dir.display());
         }
-        if !self.initial_sync_done {
+        if !self.progress.initial_sync_done {
             others.earlier.clone_from(&found);
         }
         others.earlier.retain(|agent| found.contains(agent));

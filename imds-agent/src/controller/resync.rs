@@ -1,8 +1,8 @@
 //! Resync: repairs changes that no event reported.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 
-use super::{Reconciler, change_log::Pass, links, log_if_preexisting};
+use super::{Reconciler, change_log::Pass, log_if_preexisting};
 use crate::{
     datapath::DatapathError,
     node::{interface_role::Uplinks, link::Link},
@@ -10,6 +10,19 @@ use crate::{
 
 /// Links to reconcile before events are handled again: about 1 ms of work.
 const LINK_BATCH: usize = 8;
+
+/// Progress of the initial sync, of a resync and of a reload.
+#[derive(Debug, Default)]
+pub(super) struct SyncProgress {
+    /// True once every interface was reconciled: until then, filters of an earlier agent may be anywhere.
+    pub(super) initial_sync_done: bool,
+    /// `status` knows that the initial sync is done.
+    pub(super) is_ready: bool,
+    /// True while a reload of the configuration causes the changes.
+    pub(super) in_reload: bool,
+    /// Interfaces that the current resync still has to reconcile.
+    pub(super) resync_queue: VecDeque<u32>,
+}
 
 impl Reconciler {
     /// Starts a resync of attachments and pins. [`Reconciler::resync_step`] then reconciles a few links at a time, so that events
@@ -34,30 +47,30 @@ impl Reconciler {
         let begun = self.reconcile_node();
         if full {
             self.find_other_agents();
-            self.resolver.refresh();
+            self.exemptions.resolver.refresh();
             for link in self.read_links().await? {
-                if self.links.get(&link.index) != Some(&link) {
+                if self.node.links.get(&link.index) != Some(&link) {
                     self.reconcile_link(link).await;
                 }
             }
             self.update_uplinks().await;
             self.follow_local_service().await?;
         }
-        self.resync_queue = self.links.keys().copied().collect();
+        self.progress.resync_queue = self.node.links.keys().copied().collect();
         begun
     }
 
     /// Reports whether a resync is in progress.
     #[must_use]
     pub fn resync_in_progress(&self) -> bool {
-        !self.resync_queue.is_empty()
+        !self.progress.resync_queue.is_empty()
     }
 
     /// Reconciles the next links of the resync.
     pub async fn resync_step(&mut self) -> Result<(), DatapathError> {
         for _ in 0..LINK_BATCH {
-            let Some(index) = self.resync_queue.pop_front() else { break };
-            if let Some(link) = self.links.get(&index).cloned() {
+            let Some(index) = self.progress.resync_queue.pop_front() else { break };
+            if let Some(link) = self.node.links.get(&index).cloned() {
                 self.reconcile_link(link).await;
             }
         }
@@ -68,7 +81,7 @@ impl Reconciler {
         self.follow_enforcement()?;
         self.restore_exemptions().await?;
         // Mark the agent as ready again, in case another program removed the pin directory.
-        if self.is_ready { self.datapath.set_ready() } else { Ok(()) }
+        if self.progress.is_ready { self.datapath.set_ready() } else { Ok(()) }
     }
 
     /// Does a full resync. An error on one interface is recorded in [`Reconciler::errors`], and does not keep the others
@@ -80,16 +93,16 @@ impl Reconciler {
         let around = self.reconcile_node().and(self.follow_local_service().await);
         // Node-wide hooks come first: they cover all pods at once, and their attachments do not wait.
         let mut links = self.read_links().await?;
-        self.uplinks = Uplinks::new(self.routed.clone(), links.iter());
-        links.sort_by_key(|link| (link.leads_elsewhere(), !self.uplinks.contain(link.index)));
+        self.node.uplinks = Uplinks::new(self.node.routed.clone(), links.iter());
+        links.sort_by_key(|link| (link.leads_elsewhere(), !self.node.uplinks.contain(link.index)));
         for link in links {
             self.reconcile_link(link).await;
         }
         self.resolve_sandboxes(usize::MAX).await;
         // A failure to exempt some pods must not keep the agent from denying the others.
         log_if_preexisting(true, self.restore_exemptions().await)?;
-        if !std::mem::replace(&mut self.initial_sync_done, true) {
-            self.initial = links::initial(&self.queue);
+        if !std::mem::replace(&mut self.progress.initial_sync_done, true) {
+            self.attaching.start_initial();
             self.set_ready();
         }
         self.changes.end(Pass::Resync);
@@ -101,7 +114,7 @@ impl Reconciler {
     fn reconcile_node(&mut self) -> Result<(), DatapathError> {
         let restored = self.datapath.restore_pins();
         if let Ok(true) = restored
-            && self.initial_sync_done
+            && self.progress.initial_sync_done
         {
             self.corrections.pinned += 1;
             log::warn!("restored missing entries of {}", self.datapath.pins().root().display());
@@ -110,7 +123,7 @@ impl Reconciler {
         let node_allow = self.restore_node_allow();
         let sockets = self.restore_sockets();
         self.datapath.forget_granted();
-        self.pods.retry();
+        self.exemptions.pods.retry();
         let hosts = self.search_kubepods();
         restored?;
         node_allow?;
@@ -120,10 +133,10 @@ impl Reconciler {
 
     /// Lists the links of the node, and removes the state of deleted ones.
     async fn read_links(&mut self) -> Result<Vec<Link>, DatapathError> {
-        self.routed = self.netlink.uplinks().await?;
+        self.node.routed = self.netlink.uplinks().await?;
         let links = self.netlink.links().await?;
         let present: BTreeSet<u32> = links.iter().map(|link| link.index).collect();
-        let known = self.links.keys().copied().chain(self.datapath.known());
+        let known = self.node.links.keys().copied().chain(self.datapath.known());
         for gone in known.filter(|index| !present.contains(index)).collect::<BTreeSet<_>>() {
             self.on_link_deleted(gone);
         }

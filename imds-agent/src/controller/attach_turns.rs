@@ -1,0 +1,173 @@
+//! Turns of the attachments in the queue.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use imds_ebpf_common::{AttachMode, TcHook};
+use tokio::time::{Instant, sleep_until};
+
+use super::{Reconciler, attach_queue::AttachQueue, change_log::Pass, repair_backoff::RepairBackoff};
+use crate::{
+    datapath::{DatapathError, attach::attachment::Attachment, pin::dir::AttachPoint},
+    node::link::{Link, LinkKind},
+};
+
+/// Time that Kubernetes has to name the pod behind a link. After that, a link of unknown use also gets the hook
+/// `node_egress`.
+const SPARE_DELAY: Duration = Duration::from_secs(10);
+
+/// Attachments that wait, and those that failed.
+pub(super) struct AttachState {
+    /// Attachments that wait for their turn.
+    pub(super) queue: AttachQueue,
+    /// Attachment whose turn it is.
+    pub(super) turn: Option<AttachPoint>,
+    /// Attachments of the initial sync that wait for their turn.
+    pub(super) initial: BTreeSet<AttachPoint>,
+    /// Hooks that could not be reconciled the last time.
+    pub(super) failed: BTreeSet<AttachPoint>,
+    /// Backoff of repairs that another program undoes repeatedly.
+    pub(super) backoff: RepairBackoff,
+    /// Time that a new link of a pod waits for its CNI plugins before it gets a qdisc.
+    pub(super) clsact_delay: Duration,
+}
+
+impl AttachState {
+    /// Returns the state before any link is known.
+    pub(super) fn new() -> Self {
+        Self {
+            queue: AttachQueue::new(),
+            turn: None,
+            initial: BTreeSet::new(),
+            failed: BTreeSet::new(),
+            backoff: RepairBackoff::default(),
+            clsact_delay: Duration::ZERO,
+        }
+    }
+
+    /// Records the attachments that the initial sync waits for.
+    pub(super) fn start_initial(&mut self) {
+        self.initial = self.queue.initial().collect();
+    }
+}
+
+impl Reconciler {
+    /// Waits for the turn of the next attachment in the queue.
+    pub async fn attachment_due(&self) -> AttachPoint {
+        match self
+            .attaching
+            .queue
+            .next()
+            .into_iter()
+            .chain(self.attaching.backoff.first_retry())
+            .min_by_key(|&(_, due)| due)
+        {
+            Some((point, due)) => {
+                sleep_until(due).await;
+                point
+            }
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Makes an attachment whose turn has come.
+    pub async fn attach(&mut self, point: AttachPoint) {
+        let is_queued = self.attaching.queue.contains(point);
+        self.attaching.queue.remove(point);
+        // A repair that is still too early is postponed again.
+        self.attaching.backoff.clear(point);
+        if let Some(link) = self.node.links.get(&point.ifindex).cloned() {
+            self.attaching.turn = Some(point).filter(|_| is_queued);
+            self.reconcile_link(link).await;
+            self.attaching.turn = None;
+            // If no node-wide hook is on, no hook denies the packets of waiting pods: do not pause.
+            if self.datapath.has_node_wide_hook() {
+                self.attaching.queue.on_attached();
+            }
+        }
+        self.set_ready();
+    }
+
+    /// Makes all attachments of the queue without waiting.
+    pub async fn attach_all(&mut self) {
+        while let Some((point, _)) = self.attaching.queue.next() {
+            self.attach(point).await;
+        }
+    }
+
+    /// Lets `status` know that the initial sync is done, once each pod that was there at the start has its program.
+    pub(super) fn set_ready(&mut self) {
+        if !self.progress.initial_sync_done {
+            return;
+        }
+        self.attaching.initial.retain(|point| self.attaching.queue.contains(*point));
+        if !self.attaching.initial.is_empty() || std::mem::replace(&mut self.progress.is_ready, true) {
+            return;
+        }
+        self.changes.end(Pass::InitialSync);
+        if let Err(error) = self.datapath.set_ready() {
+            self.progress.is_ready = false;
+            log::error!("failed to mark the agent as ready: {:#}", anyhow::Error::from(error));
+        }
+    }
+
+    /// Releases attachments that wait for a CNI plugin once a process runs in the pod's network namespace: the
+    /// container runtime starts the first process after all plugins have finished.
+    pub(super) async fn release_started_pods(&mut self) {
+        let delayed: BTreeSet<u32> = self.attaching.queue.delayed().collect();
+        if delayed.is_empty() {
+            return;
+        }
+        let ids = self.exemptions.resolver.inhabited(&self.netlink).await;
+        let links = &self.node.links;
+        let is_started = |ifindex: u32| {
+            let id = links.get(&ifindex).and_then(|link| link.peer_netns);
+            id.is_some_and(|id| ids.contains(&id))
+        };
+        self.attaching.queue.release(is_started);
+    }
+
+    /// Reports whether attachments wait for a CNI plugin.
+    pub(super) fn waits_for_plugins(&self) -> bool {
+        self.attaching.queue.delayed().next().is_some()
+    }
+
+    /// Reports whether an attachment has to wait for its turn, and queues it.
+    ///
+    /// Attachments to uplinks and to interfaces other than veth and netkit never wait. In clsact mode the first filter
+    /// needs a qdisc, and a CNI plugin (`bandwidth`) may want to add its own: the link waits until its plugins have
+    /// finished.
+    pub(super) async fn must_wait(
+        &mut self,
+        link: &Link,
+        point: AttachPoint,
+        desired: AttachMode,
+        attachments: &[Attachment],
+    ) -> Result<bool, DatapathError> {
+        let is_attached = attachments.iter().any(|attachment| attachment.backend == desired);
+        let is_uplink = point.hook == TcHook::NodeEgress && self.node.uplinks.contain(link.index);
+        // The kernel announces a pair that a CNI plugin creates before its peer is known.
+        let is_pair = link.leads_elsewhere() || matches!(link.kind, LinkKind::Veth | LinkKind::Netkit);
+        // An attachment that failed in its turn is retried with each event and resync.
+        let has_failed = self.attaching.failed.contains(&point);
+        // A program that another program removed is attached again immediately. [`RepairBackoff`] limits repetitions.
+        let was_attached = self.progress.initial_sync_done && self.datapath.was_attached(link, point.hook);
+        let is_turn = self.attaching.turn == Some(point) || has_failed || was_attached;
+        if desired == AttachMode::None || is_attached || is_uplink || !is_pair || is_turn {
+            return Ok(false);
+        }
+        let is_clsact = desired == AttachMode::Clsact && !self.attaching.clsact_delay.is_zero();
+        let waits_for_plugin = is_clsact && !self.datapath.has_qdisc(link).await?;
+        let now = Instant::now();
+        if waits_for_plugin {
+            self.attaching.queue.push(point, now + self.attaching.clsact_delay);
+        } else if self.node.is_spare(link, point.hook) && self.exemptions.pods.is_enabled() {
+            self.attaching.queue.push_spare(point, now + SPARE_DELAY);
+        } else {
+            self.attaching.queue.push(point, now);
+        }
+        if is_clsact && !waits_for_plugin {
+            self.attaching.queue.release(|ifindex| ifindex == link.index);
+        }
+        Ok(true)
+    }
+}
