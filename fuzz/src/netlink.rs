@@ -3,7 +3,7 @@
 use bytes::BytesMut;
 use imds_agent::{
     datapath::attach::{clsact::TcFilter, qdisc::Qdisc},
-    node::{link::Link, netlink::Event},
+    node::{link::Link, link_event::Event},
 };
 use rtnetlink::{
     packet_core::{NetlinkMessage, NetlinkPayload},

@@ -1,6 +1,6 @@
 //! Exemptions: identities of senders that may reach protected endpoints.
 
-use crate::{address::Address, opaque::opaque, policy_lookup::PolicyLookup, verdict::Verdict};
+use crate::{address::Address, opaque::opaque, policy::Verdict, policy_lookup::PolicyLookup};
 
 /// Number of bits in [`PolicyTable::subjects`](crate::Filter::subjects).
 pub const SUBJECT_SLOTS: usize = 1 << 14;

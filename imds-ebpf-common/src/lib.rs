@@ -32,6 +32,7 @@ pub mod maps;
 pub mod names;
 pub mod opaque;
 pub mod packet;
+pub mod policy;
 pub mod policy_lookup;
 pub mod reply;
 pub mod verdict;
@@ -49,8 +50,8 @@ pub use maps::{
     Policy, ProviderRecord, Role,
 };
 pub use packet::{IpOffset, LinkLayer, Packet, find_header, flow, service};
+pub use policy::{DenyAction, DenyErrno, Hook, Mode, TcHook, TcHookSet, Verdict};
 pub use policy_lookup::{InMemoryPolicy, PolicyLookup};
 pub use verdict::{
-    DenyAction, DenyErrno, EndpointMatch, Hook, Mode, TcHook, TcHookSet, Verdict, classify, classify_address,
-    classify_slow, is_unrelated_fast, lookup_endpoint,
+    EndpointMatch, classify, classify_address, classify_slow, is_unrelated_fast, lookup_endpoint,
 };

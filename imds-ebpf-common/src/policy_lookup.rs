@@ -5,7 +5,7 @@ use crate::{
     endpoint::{AllowedPorts, Endpoint},
     exemption::{Exemption, Grant},
     filter::PolicyTable,
-    verdict::Mode,
+    policy::Mode,
 };
 
 /// Lookup of endpoints, exemptions and the mode for a verdict.

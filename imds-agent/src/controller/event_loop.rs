@@ -28,7 +28,7 @@ use crate::{
         PodEvent,
         cluster::{Cluster, ClusterEvent},
     },
-    node::{file_watch::FileWatcher, netlink::Event},
+    node::{file_watch::FileWatcher, link_event::Event},
     telemetry::{
         Telemetry,
         agent_stats::{AgentStats, Reloads},

@@ -39,11 +39,8 @@ use crate::{
     controller::{resolved_config::ResolvedConfig, start_config::StartConfig},
     datapath::{Datapath, DatapathError, pin::dir::PinDir},
     node::{
-        interface_role::Uplinks,
-        kubepods::Kubepods,
-        netlink::{Event, Netlink},
-        node_processes::NodeProcesses,
-        sender_resolver::SenderResolver,
+        interface_role::Uplinks, kubepods::Kubepods, link_event::Event, netlink::Netlink,
+        node_processes::NodeProcesses, sender_resolver::SenderResolver,
     },
     telemetry::agent_stats::{DriftCorrections, MapUpdates},
 };
