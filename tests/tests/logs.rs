@@ -156,7 +156,7 @@ fn json_has_one_object_a_line() {
     let objects: Vec<HashMap<String, String>> =
         lines.iter().map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}"))).collect();
     let line = objects.iter().find(|line| line["message"].starts_with("mode enforce")).expect("the summary");
-    assert_eq!((&*line["level"], &*line["target"]), ("info", "imds_agent::guard"), "{line:?}");
+    assert_eq!((&*line["level"], &*line["target"]), ("info", "imds_agent::controller"), "{line:?}");
     assert!(line["timestamp"].ends_with('Z') && line["timestamp"].contains('T'), "{line:?}");
     assert_eq!(line.len(), 4, "{line:?}");
     env.unload();

@@ -93,7 +93,7 @@ fn doctor_names_the_ingress_qdisc_of_the_uplink() {
     let named = check();
     assert_eq!(named["state"], "degraded", "{named:#}");
     for part in [uplink, "ingress qdisc", "node_egress"] {
-        assert_has(&named, "found", part);
+        assert_has(&named, "observed", part);
     }
     let remedy = format!("tc qdisc delete dev {uplink} ingress");
     assert_has(&named, "remedy", &remedy);
@@ -114,7 +114,7 @@ fn doctor_names_a_shared_filter_block() {
     env.status_when("from_pod is not enforced", |status| status.agent.ready && !status.problems.is_empty());
     let named = one(&examine(&env), "tc_qdiscs").clone();
     assert_eq!(named["state"], "degraded", "{named:#}");
-    assert_has(&named, "found", "shared filter block 22");
+    assert_has(&named, "observed", "shared filter block 22");
     let remedy = format!("tc qdisc delete dev {} clsact", pod.host_ifname);
     assert_has(&named, "remedy", &remedy);
     run(&env.node, &remedy);
