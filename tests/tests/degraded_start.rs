@@ -13,6 +13,7 @@ use imds_tests::{
     AttachMode, Pod, PodLink, Status, TestEnv, hook,
     http::{DEFAULT, try_get},
     output,
+    poll::poll_until,
     probe::LONG,
     program_policy::{CGROUP_SOCK_ADDR, ProgramPolicy, SCHED_CLS},
     skip_without_netns_cookie, with_each_backend,
@@ -26,6 +27,12 @@ fn has_problem(status: &Status, text: &str) -> bool {
 fn ready_metric(env: &TestEnv) -> String {
     let (_, metrics) = try_get(env, DEFAULT, "/metrics").unwrap();
     metrics.lines().find(|line| line.starts_with("imds_agent_ready ")).unwrap_or_default().to_owned()
+}
+
+/// Waits until the agent has loaded the rejected programs, which it tries with every sixth resync.
+#[track_caller]
+fn wait_recovered(env: &TestEnv) {
+    poll_until(LONG * 3, "no problem is left", || env.status().is_ready().then_some(()));
 }
 
 #[track_caller]
@@ -61,7 +68,7 @@ fn rejected_socket_programs_degrade_the_agent() {
 
     policy.lift();
     agent.wait_for_log("attached imds_connect4 to cgroup", LONG * 3);
-    env.status_when("no problem is left", Status::is_ready);
+    wait_recovered(&env);
     assert_eq!(ready_metric(&env), "imds_agent_ready 1");
     drop(agent);
     env.unload();
@@ -85,7 +92,7 @@ fn one_rejected_program_degrades_the_agent() {
         env.assert_blocked(&late);
 
         policy.lift();
-        env.status_when("no problem is left", Status::is_ready);
+        wait_recovered(&env);
         for pod in [&pod, &late] {
             assert!(env.status().has_attached(&pod.host_ifname, "from_pod"));
             env.assert_blocked(pod);
@@ -128,7 +135,7 @@ fn programs_of_an_earlier_agent_run_on() {
         assert_eq!(program(), before);
 
         policy.lift();
-        env.status_when("no problem is left", Status::is_ready);
+        wait_recovered(&env);
         assert_ne!(program(), before);
         drop(agent);
         env.unload();

@@ -108,7 +108,8 @@ fn aks_rule_is_recognized() {
 #[test]
 fn broader_rules_are_kept() {
     let env = TestEnv::new();
-    let allowed = format!("[[endpoint]]\nname = 'wire'\naddress = '{WIRESERVER}'\nkeep = ['udp/53']\n");
+    let allowed =
+        format!("[[endpoint]]\nname = 'wire'\naddress = '{WIRESERVER}'\nallow_ports = ['udp/53']\n");
     let rules = format!(
         "add table inet guard
         add set inet guard imds {{ type ipv4_addr; flags interval; elements = {{ 169.254.169.254, 10.9.0.0/24 }}; }}

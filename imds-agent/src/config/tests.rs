@@ -157,7 +157,7 @@ fn preset_ports_can_be_overridden() {
         };
         guarded.endpoints().iter().map(of).collect::<Vec<_>>()
     };
-    let azure = "provider = 'azure'\nextras = ['ecs']\n";
+    let azure = "provider = 'azure'\nextra_endpoints = ['ecs']\n";
     assert_eq!(ports(azure), ["imds ", "wireserver udp/53 tcp/53 udp/67", "ecs "]);
     let changed = format!(
         "{azure}[preset.wireserver]\nallow_ports = []\n[preset.ecs]\nallow_ports = ['tcp/80', 'udp/1']"
@@ -202,7 +202,7 @@ fn all_errors(text: &str) -> Vec<String> {
 
 #[test]
 fn all_errors_are_reported_together() {
-    let text = "mode = 'of'\nmodus = 'off'\nprovider = 'gpc'\nextras = ['ecs', 'eks']\n[hooks]\nsocket = 0\n\
+    let text = "mode = 'of'\nmodus = 'off'\nprovider = 'gpc'\nextra_endpoints = ['ecs', 'eks']\n[hooks]\nsocket = 0\n\
                 [interfaces]\ninclude = ['[', 'a', 3]\nexclude = ['a']\n\
                 [[endpoint]]\nname = 'a'\naddress = '10.0.0'\nallow_ports = ['sctp/1']\n\
                 [[endpoint]]\nname = 'b b'\naddress = '10.0.0.1'\n[[endpoint]]\nname = 'c'";
@@ -225,7 +225,7 @@ fn all_errors_are_reported_together() {
 fn shown_config_parses_to_itself() {
     let texts = [
         "",
-        "mode = 'audit'\non_deny = 'reject'\nprovider = 'aws'\nextras = ['ecs']\n[hooks]\nsocket = false\n\
+        "mode = 'audit'\non_deny = 'reject'\nprovider = 'aws'\nextra_endpoints = ['ecs']\n[hooks]\nsocket = false\n\
          [interfaces]\nexclude = ['a*', 'b']\n[[endpoint]]\nname = 'a'\naddress = '10.0.0.1'\n\
          [[endpoint]]\nname = 'b'\naddress = '::ffff:10.0.0.2'\nallow_ports = ['tcp/1', 'udp/2']",
     ];
@@ -327,7 +327,7 @@ fn endpoints_of_provider_and_operator() {
     assert_eq!((guarded.configured(), guarded.provider(), guarded.endpoints().len()), ("auto", "generic", 1));
     let guarded = resolve("", "Amazon EC2").unwrap();
     assert_eq!((guarded.configured(), guarded.provider(), guarded.endpoints().len()), ("auto", "aws", 2));
-    let text = "provider = 'azure'\nextras = ['ecs']\n[[endpoint]]\nname = 'vault'\naddress = '::ffff:10.0.0.9'\n\
+    let text = "provider = 'azure'\nextra_endpoints = ['ecs']\n[[endpoint]]\nname = 'vault'\naddress = '::ffff:10.0.0.9'\n\
                 allow_ports = ['tcp/443', 'udp/443']";
     let guarded = resolve(text, "Amazon EC2").unwrap();
     assert_eq!((guarded.configured(), guarded.provider()), ("azure", "azure"));

@@ -16,7 +16,7 @@ use crate::{
 };
 
 const ALLOWED: &str = "on_deny = 'reject'\nprovider = 'none'\n\
-    [[endpoint]]\nname = 'dns'\naddress = '169.254.169.254'\nkeep = ['udp/53', 'tcp/80']";
+    [[endpoint]]\nname = 'dns'\naddress = '169.254.169.254'\nallow_ports = ['udp/53', 'tcp/80']";
 
 #[test]
 fn all_hooks_and_paths_pass() {
