@@ -143,14 +143,11 @@ pub const fn programs_of(hook: Hook) -> &'static [&'static str] {
 }
 
 /// Number of the programs of all hooks.
-pub const PROGRAM_COUNT: usize = {
-    let (mut count, mut index) = (0, 0);
-    while index < Hook::ALL.len() {
-        count += programs_of(Hook::ALL[index]).len();
-        index += 1;
-    }
-    count
-};
+pub const PROGRAM_COUNT: usize = TC_PROGRAMS.len()
+    + SOCKET_PROGRAMS.len()
+    + HOST_PROGRAMS.len()
+    + NODE_PROGRAMS.len()
+    + programs_of(Hook::LocalService).len();
 
 /// Returns the programs of all hooks.
 pub fn programs() -> impl Iterator<Item = &'static str> {

@@ -257,8 +257,7 @@ impl Verdict {
             Self::Unrelated => "unrelated",
             Self::Denied => "denied",
             Self::Audited => "audited",
-            Self::Off => "allowed",
-            Self::Allowed => "allowed",
+            Self::Off | Self::Allowed => "allowed",
             Self::Exempt => "exempt",
         }
     }

@@ -110,7 +110,7 @@ const KERNEL: u32 = 2;
 /// Looks up the socket of a packet in the allow list. A separate function, so that the verifier follows the lookups once.
 ///
 /// The kernel answers segments for closed connections on sockets that it made at boot: they belong to root and to the root
-/// cgroup, whichever process had the connection (`inet_ctl_sock_create`, net/ipv4/af_inet.c).
+/// cgroup, whichever process had the connection (`inet_ctl_sock_create` in `net/ipv4/af_inet.c`).
 #[inline(never)]
 fn find_sender(skb: *mut __sk_buff) -> u32 {
     // SAFETY: the helper takes the context of a `cgroup_skb` program.

@@ -53,7 +53,7 @@ impl OpenConnection {
         const LENGTH: usize = 1 << 20;
         self.service.set_write_timeout(Some(SHORT)).expect("a timeout");
         // The send buffer can be smaller than the response.
-        let _timed_out = self.service.write_all(&[0; LENGTH]);
+        let _timed_out = self.service.write_all(&vec![0; LENGTH]);
         self.pod.set_read_timeout(Some(SHORT)).expect("a timeout");
         let (mut received, mut buffer) = (0, [0; 4096]);
         while let Ok(length @ 1..) = self.pod.read(&mut buffer) {

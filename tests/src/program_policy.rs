@@ -27,6 +27,8 @@ const LISTENER: RawFd = 200;
 // ioctl(2) requests of include/uapi/linux/seccomp.h.
 const NOTIF_RECV: libc::Ioctl = 0xc050_2100_u32 as libc::Ioctl;
 const NOTIF_SEND: libc::Ioctl = 0xc018_2101_u32 as libc::Ioctl;
+/// Lets the system call continue: `SECCOMP_USER_NOTIF_FLAG_CONTINUE` (include/uapi/linux/seccomp.h).
+const FLAG_CONTINUE: u32 = 1;
 
 /// A program that a process wants to load.
 #[derive(Clone, Debug)]
@@ -90,7 +92,7 @@ impl ProgramPolicy {
             id: notification.id,
             val: 0,
             error: if is_rejected { -libc::EACCES } else { 0 },
-            flags: if is_rejected { 0 } else { libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32 },
+            flags: if is_rejected { 0 } else { FLAG_CONTINUE },
         };
         // SAFETY: the kernel reads one such structure, which outlives the call.
         let _killed = unsafe { libc::ioctl(listener.as_raw_fd(), NOTIF_SEND, &raw const response) };

@@ -34,7 +34,7 @@ use crate::{
     },
 };
 
-/// Rows that PgUp and PgDn scroll.
+/// Rows that the keys `PgUp` and `PgDn` scroll.
 const PAGE: isize = 10;
 /// Number of recorded events that are shown at the start.
 const EARLIER: u64 = 50;

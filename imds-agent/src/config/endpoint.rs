@@ -26,7 +26,7 @@ use crate::config::{
 pub struct Endpoints {
     /// Selected provider. `None` stands for `auto`.
     provider: Option<&'static Provider>,
-    extra_endpoints: Vec<(&'static Provider, Location)>,
+    extra: Vec<(&'static Provider, Location)>,
     own: Vec<(Endpoint, Location)>,
     /// Changes to endpoints of the provider's preset and of additional presets.
     presets: Vec<PresetChange>,
@@ -67,7 +67,7 @@ impl Endpoints {
         let File { provider, extra_endpoints, endpoint, preset, .. } = file;
         Self {
             provider: diagnostics.take(parse_provider(provider, source)).flatten(),
-            extra_endpoints: extra_endpoints
+            extra: extra_endpoints
                 .iter()
                 .filter_map(|name| diagnostics.take(parse_extra(name, source)))
                 .collect(),
@@ -84,18 +84,17 @@ impl Endpoints {
 
     /// Reports whether no endpoint is protected, independent of the machine.
     pub(super) fn is_empty(&self) -> bool {
-        self.provider == Some(&NO_PROVIDER) && self.extra_endpoints.is_empty() && self.own.is_empty()
+        self.provider == Some(&NO_PROVIDER) && self.extra.is_empty() && self.own.is_empty()
     }
 
     /// Returns all protected endpoints on a machine with the SMBIOS fields `dmi`.
     pub fn resolve(&self, dmi: &Dmi) -> Result<EndpointSet, ConfigErrors> {
         let provider = self.provider.unwrap_or_else(|| dmi.provider());
         let mut endpoints: Vec<_> = provider.endpoints().collect();
-        let extra_endpoints =
-            self.extra_endpoints.iter().flat_map(|(extra, place)| extra.endpoints().map(move |e| (e, place)));
+        let extra = self.extra.iter().flat_map(|(extra, place)| extra.endpoints().map(move |e| (e, place)));
         let own = self.own.iter().map(|(endpoint, place)| (endpoint.clone(), place));
         let mut diagnostics = Diagnostics::default();
-        for (endpoint, place) in extra_endpoints {
+        for (endpoint, place) in extra {
             match check_new(&endpoint, &endpoints) {
                 Ok(()) => endpoints.push(endpoint),
                 Err(message) => diagnostics.note(place.error(message)),

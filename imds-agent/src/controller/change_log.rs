@@ -188,7 +188,7 @@ impl Reconciler {
     /// Logs an action, and counts it if it corrects drift.
     pub(super) fn report(&mut self, link: &Link, hook: TcHook, action: Action, is_new: bool) {
         let Link { name, index, .. } = link;
-        let is_turn = self.attaching.turn == Some(AttachPoint { ifindex: *index, hook: hook });
+        let is_turn = self.attaching.turn == Some(AttachPoint { ifindex: *index, hook });
         let (hook, level) = (hook.hook().name(), self.change_log_level());
         if level == Level::Warn && !is_turn {
             match action {

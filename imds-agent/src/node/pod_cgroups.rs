@@ -8,7 +8,7 @@ use std::{
 
 use super::{cgroup, kubepods, sandbox};
 
-/// Names of the kubelet's cgroups for the QoS classes other than Guaranteed.
+/// Names of the kubelet's cgroups for the classes of quality of service other than Guaranteed.
 const QOS: [&str; 2] = ["burstable", "besteffort"];
 /// Length of the UID of a static pod, which is a hash in hexadecimal digits. Other UIDs also have hyphens.
 const MIN_UID_LEN: usize = 32;

@@ -134,7 +134,7 @@ fn order(link: &Link, hook: TcHook, attachment: Attachment) -> Order {
 
 /// Returns the agent's program at a hook. If both a link and a filter are attached, returns the link, which runs first.
 async fn attachment(link: &Link, hook: TcHook, node: &Node<'_>) -> Result<Option<Attachment>, DatapathError> {
-    let point = AttachPoint { ifindex: link.index, hook: hook };
+    let point = AttachPoint { ifindex: link.index, hook };
     // A program that the kernel rejected is not pinned.
     let program = object::pinned_program(node.pins, tc_program(hook, link.frame)).unwrap_or_default();
     if let Some(attachment) = mprog::find(node.pins, point, program)? {

@@ -32,6 +32,7 @@ use crate::{
         pin::{
             agents,
             dir::PinDir,
+            lock::LockOwner,
             mount_namespace::{PRIVATE_BPFFS, PRIVATE_BPFFS_REMEDY},
             netns_owner,
         },
@@ -66,36 +67,7 @@ fn policy(pins: &PinDir) -> Option<Policy> {
 
 async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, DatapathError> {
     let holder = pins.holder()?;
-    let mut report = StatusReport {
-        schema: SCHEMA,
-        version: VERSION,
-        pin_dir: pins.root().to_owned(),
-        state: State::Unloaded,
-        agent: Agent {
-            running: holder.is_some(),
-            ready: holder.is_some_and(|holder| holder.is_ready),
-            pid: holder.and_then(|holder| holder.pid),
-        },
-        configuration: None,
-        mode: None,
-        on_deny: None,
-        provider: None,
-        endpoints: Vec::new(),
-        exemptions: Vec::new(),
-        kubernetes: None,
-        interfaces: Vec::new(),
-        hooks: Vec::new(),
-        rejected_programs: Vec::new(),
-        sockets: None,
-        host_network: None,
-        local_service: None,
-        node_allow: None,
-        deleted: Counts::default(),
-        total: Counts::default(),
-        by_hook: BTreeMap::new(),
-        pending_events: 0,
-        problems: Vec::new(),
-    };
+    let mut report = StatusReport::unloaded(pins, holder.as_ref());
     if !object::is_loaded(pins) {
         return Ok(report);
     }
@@ -130,7 +102,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, D
             "no agent is running: no program is attached to new pods, and detached programs are not restored",
             "start `imds-agent run`",
         );
-    } else if report.agent.running && !report.agent.ready {
+    } else if !report.agent.ready {
         report.problem(
             None,
             "the agent has not reconciled all interfaces yet",
@@ -171,6 +143,40 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, D
 }
 
 impl StatusReport {
+    /// Returns the report of a node on which nothing is loaded.
+    fn unloaded(pins: &PinDir, holder: Option<&LockOwner>) -> Self {
+        Self {
+            schema: SCHEMA,
+            version: VERSION,
+            pin_dir: pins.root().to_owned(),
+            state: State::Unloaded,
+            agent: Agent {
+                running: holder.is_some(),
+                ready: holder.is_some_and(|holder| holder.is_ready),
+                pid: holder.and_then(|holder| holder.pid),
+            },
+            configuration: None,
+            mode: None,
+            on_deny: None,
+            provider: None,
+            endpoints: Vec::new(),
+            exemptions: Vec::new(),
+            kubernetes: None,
+            interfaces: Vec::new(),
+            hooks: Vec::new(),
+            rejected_programs: Vec::new(),
+            sockets: None,
+            host_network: None,
+            local_service: None,
+            node_allow: None,
+            deleted: Counts::default(),
+            total: Counts::default(),
+            by_hook: BTreeMap::new(),
+            pending_events: 0,
+            problems: Vec::new(),
+        }
+    }
+
     fn problem(&mut self, interface: Option<&str>, problem: impl Into<String>, remedy: impl Into<String>) {
         let interface = interface.map(str::to_owned);
         let [problem, remedy] =
