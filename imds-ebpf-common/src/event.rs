@@ -56,8 +56,18 @@ pub struct RateLimitKey {
     /// Ingress interface index for packets; cookie of the network namespace for calls; cgroup id for both at
     /// [`Hook::HostNetwork`](crate::Hook::HostNetwork) and [`Hook::NodeAllow`](crate::Hook::NodeAllow).
     pub id: u64,
-    /// Number of the [`Hook`](crate::Hook) that saw the packets or calls.
-    pub hook: u64,
+    /// Number of the [`Hook`](crate::Hook) that saw the packets or calls, and in the second byte that of their
+    /// [`Verdict`](crate::Verdict): suppressed events are added to an event with the same verdict.
+    pub class: u64,
+}
+
+impl RateLimitKey {
+    /// Returns the key of the source with this id.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(id: u64, hook: crate::Hook, verdict: crate::Verdict) -> Self {
+        Self { id, class: hook as u64 | (verdict as u64) << 8 }
+    }
 }
 
 /// Number of entries of the LRU map of sources. Sources at `from_pod` need no entry: the [`Counter`](crate::Counter) of the
@@ -180,6 +190,14 @@ mod tests {
             limiter.clear();
             told
         })
+    }
+
+    #[test]
+    fn verdicts_have_separate_limiters() {
+        use crate::{Hook, Verdict};
+        let key = |hook, verdict| RateLimitKey::new(7, hook, verdict);
+        assert_ne!(key(Hook::NodeAllow, Verdict::Denied), key(Hook::NodeAllow, Verdict::Exempt));
+        assert_ne!(key(Hook::NodeAllow, Verdict::Denied), key(Hook::Socket, Verdict::Denied));
     }
 
     #[test]

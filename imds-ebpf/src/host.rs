@@ -41,7 +41,7 @@ fn classify_slow(skb: *mut __sk_buff) -> u32 {
     let verdict = exempt::apply(verdict, Subject::new(SubjectKind::Cgroup, id), &destination);
     let verdict = verdict.hide_bounds(&packet);
     let _uncounted = maps::count(CounterKey::DELETED, hook, verdict, packet.len());
-    match events::limiter(&RateLimitKey { id, hook: hook as u64 }) {
+    match events::limiter(&RateLimitKey::new(id, hook, verdict)) {
         // SAFETY: the window belongs to this CPU, and the map does not free it while the program that looked it up runs.
         Some(limiter) => events::packet(skb, ip, hook, verdict, unsafe { &mut *limiter }),
         None => diagnostics::warn_map_full(hook as u32),

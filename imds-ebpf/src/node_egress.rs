@@ -32,8 +32,7 @@ impl TcProgram for NodeEgress {
         let verdict = exempt::at_node_egress(skb, ip, sender, verdict, &destination);
         exempt::set_mark(skb, 1);
         let _uncounted = maps::count(packet.ifindex(), hook, verdict, packet.len());
-        let limiter =
-            events::limiter(&RateLimitKey { id: u64::from(packet.ingress_ifindex()), hook: hook as u64 });
+        let limiter = events::limiter(&RateLimitKey::new(packet.ingress_ifindex().into(), hook, verdict));
         finish(&Classified { skb, ip, hook, verdict }, limiter, ReplyDirection::Ingress)
     }
 }

@@ -75,7 +75,7 @@ fn classify(ctx: &SockAddrContext, hook: Hook, destination: Address) -> Verdict 
     if matches!(verdict, Verdict::Denied) {
         choose_errno();
     }
-    let Some(limiter) = events::limiter(&RateLimitKey { id, hook: hook as u64 }) else {
+    let Some(limiter) = events::limiter(&RateLimitKey::new(id, hook, verdict)) else {
         diagnostics::warn_map_full(hook as u32);
         return verdict;
     };

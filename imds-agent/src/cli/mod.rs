@@ -87,7 +87,7 @@ enum Command {
     Run(run::RunArgs),
     /// Show the state of this node: mode, endpoints, exemptions, attached interfaces and problems
     Status(output::OutputArgs),
-    /// Stream denied requests. Prints unread recent events first
+    /// Stream requests to protected endpoints with their verdicts. Prints unread recent events first
     Events(events::EventsArgs),
     /// Show pods, verdicts per second and the latest events in a terminal
     Top(top::TopArgs),

@@ -15,7 +15,7 @@ use imds_ebpf_common::{AttachMode, TcHook};
 use crate::datapath::{
     DatapathError,
     attach::attachment::{Attachment, Order},
-    pin::dir::{self, AttachPoint, PinDir, PinError},
+    pin::dir::{self, AttachPoint, PinDir, PinError, io_error},
     sys::bpf::{self, Direction, MprogHook, Target},
 };
 
@@ -58,9 +58,10 @@ impl Links {
         let mut links = BTreeMap::new();
         for (point, path) in pins.pinned_links()? {
             let Some(fd) = dir::open(&path)? else { continue };
-            let found = bpf::link(&fd);
+            // An error does not say whose link it is: removing the pin would detach the program of an earlier agent.
+            let found = bpf::link(&fd).map_err(io_error("read the link at", &path))?;
             let description = format!("{found:?}");
-            let link = found.ok().flatten().filter(|link| !bpf::is_foreign(link.program));
+            let link = found.filter(|link| !bpf::is_foreign(link.program));
             let mode = |hook| MODES.into_iter().find(|&mode| mprog_hook(point.hook, mode) == Some(hook));
             match link.map(|link| (link.id, link.target)) {
                 Some((id, Target::Interface { ifindex, hook }))

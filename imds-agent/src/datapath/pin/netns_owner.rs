@@ -4,7 +4,7 @@
 use crate::node::netns;
 use imds_ebpf_common::{Policy, maps::MAP_SCHEMA_VERSION};
 
-use super::dir::{self, PinDir};
+use super::dir::{self, PinDir, io_error};
 use crate::datapath::{
     DatapathError,
     maps::interface_records,
@@ -15,7 +15,7 @@ use crate::datapath::{
 /// Returns the inode number of the network namespace of this process.
 pub(crate) fn this_netns() -> Result<u32, DatapathError> {
     let path = "/proc/thread-self/ns/net".as_ref();
-    Ok(netns::this_inode().map_err(dir::io_error("inspect", path))?)
+    Ok(netns::this_inode().map_err(io_error("inspect", path))?)
 }
 
 /// Returns the network namespace that owns the pinned maps, or `None` if it is this one or the maps are unreadable.
@@ -31,7 +31,8 @@ pub(crate) fn other_netns(pins: &PinDir) -> Result<Option<u32>, DatapathError> {
 pub(crate) fn ensure_not_in_use(pins: &PinDir) -> Result<(), DatapathError> {
     let Some(netns) = other_netns(pins)? else { return Ok(()) };
     for (_, path) in pins.pinned_links()? {
-        let link = dir::open(&path)?.and_then(|fd| bpf::link(fd).ok().flatten());
+        let Some(fd) = dir::open(&path)? else { continue };
+        let link = bpf::link(fd).map_err(io_error("read the link at", &path))?;
         if link.is_some_and(|link| matches!(link.target, Target::Interface { ifindex: 1.., .. })) {
             return Err(DatapathError::WrongNetns { path: pins.root().to_owned(), netns });
         }

@@ -209,20 +209,24 @@ impl StatusReport {
     /// Adds the programs that the kernel rejected, each a problem of its hook.
     fn add_rejected_programs(&mut self, pins: &PinDir, maps: &Maps) -> Result<(), DatapathError> {
         for (hook, program, error) in object::rejected_programs(maps).map_err(unreadable)? {
-            let hook = hook.name();
+            let name = hook.name();
             let has_earlier = object::pinned_program(pins, program).is_ok();
             let problem = if has_earlier {
-                format!("{hook} runs {program} of an earlier agent: failed to load the new program: {error}")
+                format!("{name} runs {program} of an earlier agent: failed to load the new program: {error}")
             } else {
-                format!("{hook} is not enforced: failed to load BPF program {program}: {error}")
+                format!("{name} is not enforced: failed to load BPF program {program}: {error}")
+            };
+            let switch_off = match hook {
+                Hook::NodeAllow => "remove node.allow".to_owned(),
+                other => format!("set hooks.{} = false", other.name()),
             };
             let remedy = format!(
-                "see the agent's log for the verifier's message; allow the agent to load BPF programs, or set hooks.{hook} = false"
+                "see the agent's log for the verifier's message; allow the agent to load BPF programs, or {switch_off}"
             );
             self.problem(None, problem, remedy);
             self.rejected_programs.push(RejectedProgram {
                 program,
-                hook,
+                hook: name,
                 error: error.to_string(),
                 has_earlier,
             });
