@@ -19,9 +19,10 @@ use std::{
 };
 
 use imds_tests::{
-    Cgroup, METADATA, Netns, Pod, PodLink, SERVICE, Status, TestEnv, effort,
+    Cgroup, METADATA, Netns, Pod, PodLink, SERVICE, Status, TestEnv,
     http::{DEFAULT, try_get},
     measure::{Process, Samples, machine, table},
+    scaled,
 };
 use latency::latencies;
 use links::{Churn, NAMESPACES};
@@ -66,13 +67,13 @@ fn main() {
     let env = TestEnv::new();
     let mounts = env.scratch_dir().join("mounts");
     fs::create_dir(&mounts).expect("make a directory");
-    for _ in 0..effort(MOUNTS) {
+    for _ in 0..scaled(MOUNTS) {
         mount(Some("none"), &mounts, Some("tmpfs"), MsFlags::empty(), None::<&str>).expect("mount a tmpfs");
     }
     let node = Node {
         env: &env,
-        pods: (0..effort(PODS)).map(|_| env.add_pod(PodLink::Routed)).collect(),
-        cgroups: (0..effort(CGROUPS)).map(|number| env.add_cgroup(&format!("flood-{number}"))).collect(),
+        pods: (0..scaled(PODS)).map(|_| env.add_pod(PodLink::Routed)).collect(),
+        cgroups: (0..scaled(CGROUPS)).map(|number| env.add_cgroup(&format!("flood-{number}"))).collect(),
         churn: (0..NAMESPACES).map(|_| Netns::new("churn")).collect(),
     };
     let rows = [
@@ -87,11 +88,11 @@ fn main() {
         INTERVAL.as_millis(),
         node.pods.len(),
         node.cgroups.len(),
-        effort(MOUNTS)
+        scaled(MOUNTS)
     );
     print!("{}", table(&HEAD, &rows));
     drop(node);
-    for _ in 0..effort(MOUNTS) {
+    for _ in 0..scaled(MOUNTS) {
         umount(&mounts).expect("unmount a tmpfs");
     }
 }

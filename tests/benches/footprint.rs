@@ -13,7 +13,7 @@ use imds_tests::{
 const PODS: usize = 250;
 const NODE: &str = "node-0";
 /// Time limit for links to receive TCX in place of their filters.
-const PATIENCE: Duration = Duration::from_mins(2);
+const TIMEOUT: Duration = Duration::from_mins(2);
 /// Duration of the idle period.
 const IDLE: Duration = Duration::from_mins(1);
 
@@ -43,7 +43,7 @@ fn main() {
     let agent = env.agent().config(&config).hooks(&["from_pod", "node_egress", "socket"]).spawn_ready();
     env.status_when("the sandbox of every pod is found", |status| status.has_resolved(PODS));
     // Links are upgraded one after another, which also takes CPU time.
-    poll_until(PATIENCE, "every pod to have its TCX link", || env.status().all_pods_have_tcx().then_some(()));
+    poll_until(TIMEOUT, "every pod to have its TCX link", || env.status().all_pods_have_tcx().then_some(()));
     let process = Process::new(agent.pid());
     eprintln!("measuring the idle agent for {IDLE:?}");
     let used = process.cpu_at_rest(IDLE);

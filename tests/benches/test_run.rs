@@ -13,7 +13,7 @@ use imds_ebpf_common::{
     names::{MAP_ENDPOINTS, MAP_POLICY, PROG_FROM_POD, SECTION_FILTER},
 };
 use imds_tests::{
-    foreign::Foreign,
+    foreign_bpf::ForeignProgram,
     measure::{Samples, machine, table},
     program::{self, Object},
 };
@@ -25,7 +25,7 @@ const ROUNDS: usize = 31;
 const REPEAT: u32 = 500_000;
 
 fn main() {
-    let empty = Foreign::returning(TC_ACT_UNSPEC);
+    let empty = ForeignProgram::returning(TC_ACT_UNSPEC);
     let empty = program::pinned(empty.pin());
     let mut enforcing = Object::load(OBJECT);
     enforcing.set(MAP_POLICY, Policy { mode: Mode::Enforce as u32, ..Policy::default() });

@@ -1,4 +1,4 @@
-//! Runs imds-agent on a world's node.
+//! Runs imds-agent on an environment's node.
 
 use std::{
     env, fs,
@@ -17,10 +17,10 @@ use nix::{
 
 use crate::{
     Status, TestEnv,
-    effort::patience,
     netns::unique,
     poll::{poll_until, try_poll},
     program_policy::ProgramPolicy,
+    scale::scaled_timeout,
 };
 
 /// Time limit of any command of the agent.
@@ -55,8 +55,8 @@ impl AttachMode {
 }
 
 impl TestEnv {
-    /// Returns `imds-agent run` on this world's node. Unless the test says otherwise, only `from_pod` is on, and the
-    /// cgroup hooks are attached to this world's cgroup.
+    /// Returns `imds-agent run` on this environment's node. Unless the test says otherwise, only `from_pod` is on, and
+    /// the cgroup hooks are attached to this environment's cgroup.
     pub fn agent(&self) -> AgentCommand<'_> {
         AgentCommand { run: Some((String::new(), vec!["from_pod"])), ..self.imds_agent(&["run"]) }
     }
@@ -88,7 +88,7 @@ impl TestEnv {
         assert!(output.status.success(), "unload must succeed: {output:?}");
     }
 
-    /// Returns any command of imds-agent on this world's node, with the world's pin directory.
+    /// Returns any command of imds-agent on this environment's node, with the environment's pin directory.
     pub fn imds_agent(&self, args: &[&str]) -> AgentCommand<'_> {
         let (args, pin_dir) = (args.iter().map(ToString::to_string).collect(), self.pin_dir().to_owned());
         AgentCommand {
@@ -193,7 +193,7 @@ impl<'w> AgentCommand<'w> {
         self
     }
 
-    /// Replaces the world's pin directory with another one.
+    /// Replaces the environment's pin directory with another one.
     pub fn pin_dir(self, path: &Path) -> Self {
         Self { pin_dir: path.to_owned(), ..self }
     }
@@ -203,7 +203,7 @@ impl<'w> AgentCommand<'w> {
         Self { policy: Some(policy.clone()), ..self }
     }
 
-    /// Runs another binary than the world's.
+    /// Runs another binary than the environment's.
     pub fn binary(self, path: &Path) -> Self {
         Self { binary: Some(path.to_owned()), ..self }
     }
@@ -299,7 +299,7 @@ impl Agent<'_> {
     pub fn wait_ready(&mut self) -> Status {
         let pid = self.pid();
         let mut last = None;
-        let ready = try_poll(patience(READY_TIMEOUT), || {
+        let ready = try_poll(scaled_timeout(READY_TIMEOUT), || {
             let ended = self.child.try_wait().expect("wait for the agent");
             assert!(ended.is_none(), "the agent ended ({ended:?}):\n{}", self.log());
             let status = try_status(&self.status);

@@ -76,7 +76,7 @@ impl TestEnv {
 
     /// Creates a node without pods.
     #[must_use]
-    #[expect(clippy::new_without_default, reason = "making a world is work that its name should show")]
+    #[expect(clippy::new_without_default, reason = "making an environment is work that its name should show")]
     pub fn new() -> Self {
         Self::with_layout(Layout::default())
     }
@@ -236,28 +236,28 @@ impl TestEnv {
     /// call.
     #[must_use]
     pub fn received_packets(&self) -> ReceivedPackets {
-        let counter = self.received_packets.as_ref().expect("a world in which arrivals are counted");
+        let counter = self.received_packets.as_ref().expect("an environment in which arrivals are counted");
         counter.read(&self.node)
     }
 
-    /// Returns the pin directory of this world's agent, which creates it.
+    /// Returns the pin directory of this environment's agent, which creates it.
     #[must_use]
     pub fn pin_dir(&self) -> &Path {
         self.pins.path()
     }
 
-    /// Returns the cgroup of this world. The socket hook applies to sockets that are created in it.
+    /// Returns the cgroup of this environment. The socket hook applies to sockets that are created in it.
     #[must_use]
     pub fn cgroup(&self) -> &Path {
         self.cgroup.path()
     }
 
-    /// Runs `work` in this world's cgroup, as the processes of a container run in the container's.
+    /// Runs `work` in this environment's cgroup, as the processes of a container run in the container's.
     pub fn in_cgroup<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         self.cgroup.run(work)
     }
 
-    /// Creates a cgroup at this path below the world's, for processes of a pod in the node's network namespace.
+    /// Creates a cgroup at this path below the environment's, for processes of a pod in the node's network namespace.
     /// Dropping it removes the cgroup.
     #[must_use]
     pub fn add_cgroup(&self, path: &str) -> Cgroup {
@@ -270,7 +270,7 @@ impl TestEnv {
         self.scratch.path().join("state")
     }
 
-    /// Returns a directory for files, which is removed with the world.
+    /// Returns a directory for files, which is removed with the environment.
     #[must_use]
     pub fn scratch_dir(&self) -> &Path {
         self.scratch.path()

@@ -1,8 +1,9 @@
 //! A node, its pods and a metadata service, built from network namespaces.
 //!
-//! [`TestEnv`] is the topology, [`Agent`] is imds-agent on its node, [`probe`] and [`flood`] are actions of pods. Worlds
-//! share no state: they run in parallel in one process and in several, and touch no interface of the machine itself.
-//! Dropping a world removes it, also during a panic. A new process removes the remains of killed ones.
+//! [`TestEnv`] is the topology, [`Agent`] is imds-agent on its node, [`probe`] and [`flood`] are actions of pods.
+//! Environments share no state: they run in parallel in one process and in several, and touch no interface of the
+//! machine itself. Dropping an environment removes it, also during a panic. A new process removes the remains of killed
+//! ones.
 //!
 //! The functions of this test harness panic on failure.
 #![expect(clippy::missing_panics_doc, reason = "every function here panics where a test would")]
@@ -13,7 +14,7 @@ pub mod cgroup;
 pub mod cni;
 pub mod doctor;
 pub mod flood;
-pub mod foreign;
+pub mod foreign_bpf;
 pub mod hook;
 pub mod http;
 pub mod kubelet;
@@ -29,42 +30,41 @@ pub mod stability;
 pub mod status;
 
 mod agent;
+mod asserts;
 mod documents;
-mod effort;
 mod env;
-mod expect;
 mod layout;
 mod machine;
 mod netkit;
 mod netlink_request;
 mod open_connection;
-mod over;
 mod packet_socket;
 mod pins;
 mod pod;
 mod received_packets;
+mod scale;
 mod services;
 mod skip;
 mod source;
+mod stop_flag;
 mod team;
 mod tun;
 mod vectors;
 
 pub use agent::{Agent, AgentCommand, AttachMode, output};
+pub use asserts::with_each_backend;
 pub use cgroup::{Cgroup, MemoryLimit};
 pub use cni::{CniNetwork, CniPod};
-pub use effort::{EFFORT, effort};
 pub use env::{METADATA, METADATA_V6, SERVICE, SERVICE_V6, TestEnv};
-pub use expect::with_each_backend;
 pub use layout::{Layout, Nic};
 pub use machine::{DEBIAN_ROOT, Machine};
 pub use netkit::{NetkitMode, add_pair, skip_without_netkit};
 pub use netns::Netns;
 pub use open_connection::OpenConnection;
-pub use over::Over;
 pub use packet_socket::PacketSocket;
 pub use pod::{Pod, PodLink};
 pub use received_packets::ReceivedPackets;
+pub use scale::{SCALE, scaled};
 pub use services::{DNS_PORT, Services};
 pub use skip::{
     SKIPPED, WHOLE_TEST, known_here, lacks_device, lacks_netns_cookie, lacks_program, lacks_tc_netns_cookie,
@@ -72,6 +72,7 @@ pub use skip::{
 };
 pub use source::Source;
 pub use status::Status;
+pub use stop_flag::StopFlag;
 pub use team::skip_without_team;
 pub use tun::{TunMode, open_tun};
 pub use vectors::AttackVectors;

@@ -1,4 +1,4 @@
-//! A machine with systemd: a Debian root file system in its own namespaces, on a world's node.
+//! A machine with systemd: a Debian root file system in its own namespaces, on an environment's node.
 
 use std::{
     env, fs,

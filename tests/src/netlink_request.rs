@@ -12,8 +12,8 @@ use nix::sys::socket::{
 /// Length of `struct nlmsghdr` in bytes.
 const HEADER_LEN: usize = 16;
 
-/// Sends a request in the calling thread's network namespace. Returns the first message of the reply without its header,
-/// or an empty vector for an acknowledgement.
+/// Sends a request in the calling thread's network namespace. Returns the first message of the reply without its
+/// header, or an empty vector for an acknowledgement.
 pub(crate) fn request(
     protocol: SockProtocol,
     kind: u16,

@@ -19,7 +19,7 @@ pub struct OpenConnection {
 }
 
 impl TestEnv {
-    /// Opens a connection from `netns` to the metadata service, by a call in the world's cgroup.
+    /// Opens a connection from `netns` to the metadata service, by a call in the environment's cgroup.
     #[track_caller]
     pub fn open_connection(&self, netns: &Netns) -> OpenConnection {
         let listener = self.fabric.run(|| TcpListener::bind((METADATA, 0))).expect("bind a service");
@@ -31,7 +31,8 @@ impl TestEnv {
 }
 
 impl OpenConnection {
-    /// Sends a request of the pod. Reports whether it arrives at the service within `deadline`, retransmissions included.
+    /// Sends a request of the pod. Reports whether it arrives at the service within `deadline`, retransmissions
+    /// included.
     pub fn request(&mut self, request: &[u8], deadline: Duration) -> bool {
         self.pod.write_all(request).expect("write to a connection");
         self.has_arrived(request, deadline)

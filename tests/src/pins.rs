@@ -1,4 +1,4 @@
-//! Pin directories on a bpffs, one for each world.
+//! Pin directories on a bpffs, one for each environment.
 
 use std::{
     fs, io,

@@ -29,7 +29,7 @@ const ROUTED_GATEWAY_MAC: [u8; 6] = [0xee; 6];
 pub enum PodLink {
     /// Own veth with a host route, as with Calico, Azure CNI and the CNI plugin ptp.
     Routed,
-    /// Veth that is a port of the bridge [`TestEnv::BRIDGE`](crate::World::BRIDGE), as with kubenet and flannel.
+    /// Veth that is a port of the bridge [`TestEnv::BRIDGE`](crate::TestEnv::BRIDGE), as with kubenet and flannel.
     Bridged,
     /// Netkit pair with a host route, as with Cilium: see [`skip_without_netkit`](crate::skip_without_netkit).
     Netkit(NetkitMode),

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::effort::patience;
+use crate::scale::scaled_timeout;
 
 /// First and further pauses between probes. Probes can be processes, which take CPU time from the awaited event.
 const INTERVALS: [Duration; 2] = [Duration::from_millis(5), Duration::from_millis(100)];
@@ -13,7 +13,7 @@ const INTERVALS: [Duration; 2] = [Duration::from_millis(5), Duration::from_milli
 /// Calls `probe` until it returns a value. Panics with `what` after `deadline`, which is longer on emulated machines.
 #[track_caller]
 pub fn poll_until<T>(deadline: Duration, what: &str, probe: impl FnMut() -> Option<T>) -> T {
-    let deadline = patience(deadline);
+    let deadline = scaled_timeout(deadline);
     match try_poll(deadline, probe) {
         Some(found) => found,
         None => panic!("timed out after {deadline:?} waiting for {what}"),

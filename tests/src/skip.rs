@@ -2,7 +2,7 @@
 
 use std::{env, net::UdpSocket, os::fd::AsRawFd as _, process::Stdio};
 
-use crate::{Netns, foreign::Foreign, hook};
+use crate::{Netns, foreign_bpf::ForeignProgram, hook};
 
 /// Prefix of a line that reports a skipped test or part of one, with the reason. `cargo xtask vm` reads these lines.
 pub const SKIPPED: &str = "skipped: ";
@@ -29,7 +29,7 @@ pub fn skip_without_tcx() -> bool {
 }
 
 /// Reports whether the socket hook cannot recognize the node's sockets, and prints a skip notice then. Before Linux
-/// 5.14 the agent cannot read the netns cookie of a world's namespace.
+/// 5.14 the agent cannot read the netns cookie of an environment's namespace.
 #[must_use]
 pub fn skip_without_netns_cookie() -> bool {
     let lacks = lacks_netns_cookie();
@@ -39,8 +39,8 @@ pub fn skip_without_netns_cookie() -> bool {
     lacks
 }
 
-/// Returns the hooks that can deny a world's pods. Omits the socket hook with a skip notice if it cannot recognize the
-/// node's sockets.
+/// Returns the hooks that can deny an environment's pods. Omits the socket hook with a skip notice if it cannot
+/// recognize the node's sockets.
 #[must_use]
 pub fn known_here(hooks: &[&'static str]) -> Vec<&'static str> {
     let mut known = hooks.to_vec();
@@ -85,7 +85,7 @@ pub(crate) fn lacks_tcx(left_out: &str) -> bool {
 pub fn lacks_tc_netns_cookie(left_out: &str) -> bool {
     // bpf_get_netns_cookie of include/uapi/linux/bpf.h.
     const GET_NETNS_COOKIE: u32 = 122;
-    let lacks = Foreign::calling(GET_NETNS_COOKIE, &[]).is_err();
+    let lacks = ForeignProgram::calling(GET_NETNS_COOKIE, &[]).is_err();
     if lacks {
         skip(left_out, "TC programs do not see a socket's network namespace on this kernel");
     }

@@ -91,13 +91,13 @@ pub struct Configuration {
     pub generation: u64,
     pub file: Option<PathBuf>,
     pub loaded_at: String,
-    pub rejected: Option<Refused>,
+    pub rejected: Option<RejectedConfig>,
 }
 
 /// A configuration file that the agent rejected.
 #[derive(Clone, Debug, Deserialize)]
 #[expect(missing_docs, reason = "documented with the command")]
-pub struct Refused {
+pub struct RejectedConfig {
     pub at: String,
     pub error: String,
 }

@@ -13,8 +13,8 @@ pub enum TunMode {
     Tap,
 }
 
-/// Creates a device in `netns`. Each read and write of the file is one packet or frame. The kernel deletes the device when
-/// the file is closed.
+/// Creates a device in `netns`. Each read and write of the file is one packet or frame. The kernel deletes the device
+/// when the file is closed.
 #[must_use]
 pub fn open_tun(netns: &Netns, name: &str, mode: TunMode) -> File {
     // The kernel takes the network namespace of the thread that opens the file.

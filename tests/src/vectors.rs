@@ -8,9 +8,9 @@ use crate::{
 };
 
 /// TC hooks, which see packets.
-const EDGES: [&str; 2] = ["from_pod", "node_egress"];
+const TC_HOOKS: [&str; 2] = ["from_pod", "node_egress"];
 const SOCKET: &str = "socket";
-const STRICT: &str = "host_network";
+const HOST_NETWORK: &str = "host_network";
 
 /// Attack vectors of pods to the metadata service. Each of the hooks alone must deny all of them.
 #[must_use]
@@ -63,8 +63,8 @@ impl<'w> AttackVectors<'w> {
         self
     }
 
-    /// Adds a vector. `is_open` returns whether it reaches the service. It runs in the world's cgroup unless another
-    /// one is set.
+    /// Adds a vector. `is_open` returns whether it reaches the service. It runs in the environment's cgroup unless
+    /// another one is set.
     pub fn vector(mut self, name: impl Into<String>, is_open: impl Fn() -> bool + Sync + 'w) -> Self {
         self.all.push((name.into(), Box::new(is_open)));
         self
@@ -81,27 +81,27 @@ impl<'w> AttackVectors<'w> {
     #[track_caller]
     pub fn assert_blocked_all(self) {
         self.assert_open("without the agent");
-        let mut is_held = false;
+        let mut is_tested = false;
         for hook in &self.hooks {
             if *hook == SOCKET && lacks_netns_cookie() {
                 skip("the socket hook", "no SO_NETNS_COOKIE on this kernel");
                 continue;
             }
-            self.assert_closed(&[hook]);
-            is_held = true;
+            self.assert_blocked_by(&[hook]);
+            is_tested = true;
         }
-        if !is_held && !self.hooks.is_empty() {
+        if !is_tested && !self.hooks.is_empty() {
             return skip(WHOLE_TEST, "no hook can deny it on this kernel");
         }
-        let mut all = EDGES.to_vec();
+        let mut all = TC_HOOKS.to_vec();
         if !lacks_netns_cookie() {
             all.push(SOCKET);
         }
-        if self.hooks.contains(&STRICT) {
-            all.push(STRICT);
+        if self.hooks.contains(&HOST_NETWORK) {
+            all.push(HOST_NETWORK);
         }
         all.extend(&self.also);
-        self.assert_closed(&all);
+        self.assert_blocked_by(&all);
     }
 
     /// Returns the vectors that are open with these hooks. The list is empty if all are denied.
@@ -119,7 +119,7 @@ impl<'w> AttackVectors<'w> {
     }
 
     #[track_caller]
-    fn assert_closed(&self, hooks: &[&'static str]) {
+    fn assert_blocked_by(&self, hooks: &[&'static str]) {
         let open = self.open_with(hooks);
         assert!(open.is_empty(), "open with {hooks:?}: {open:#?}");
         self.assert_open(&format!("after {hooks:?}"));

@@ -13,7 +13,7 @@ use imds_tests::{
 
 const REJECT: &str = "provider = 'aws'\non_deny = 'reject'";
 const DROP: &str = "provider = 'aws'\non_deny = 'drop'";
-const EDGES: [&str; 2] = ["from_pod", "node_egress"];
+const TC_HOOKS: [&str; 2] = ["from_pod", "node_egress"];
 
 /// Reports whether the connection is refused. The timeout is longer than any reply takes.
 fn refused(netns: &Netns, address: impl Into<IpAddr>) -> bool {
@@ -39,16 +39,16 @@ fn reject_replies_at_each_hook() {
             env.assert_open(pod);
         }
         assert!(reachable(&pods[0].netns, METADATA_V6));
-        for edge in EDGES {
-            let agent = env.agent().backend(backend).hooks(&[edge]).config(REJECT).spawn_ready();
+        for hook in TC_HOOKS {
+            let agent = env.agent().backend(backend).hooks(&[hook]).config(REJECT).spawn_ready();
             assert_eq!(env.status().on_deny.as_deref(), Some("reject"));
             env.assert_nothing_arrives(|| {
                 for pod in &pods {
-                    assert!(refused(&pod.netns, METADATA), "TCP at {edge}: {:?}", pod.host_ifname);
-                    assert!(prohibited(&pod.netns, METADATA), "UDP at {edge}");
+                    assert!(refused(&pod.netns, METADATA), "TCP at {hook}: {:?}", pod.host_ifname);
+                    assert!(prohibited(&pod.netns, METADATA), "UDP at {hook}");
                 }
-                assert!(refused(&pods[0].netns, METADATA_V6), "TCP over IPv6 at {edge}");
-                assert!(prohibited(&pods[0].netns, METADATA_V6), "UDP over IPv6 at {edge}");
+                assert!(refused(&pods[0].netns, METADATA_V6), "TCP over IPv6 at {hook}");
+                assert!(prohibited(&pods[0].netns, METADATA_V6), "UDP over IPv6 at {hook}");
             });
             for pod in &pods {
                 env.assert_harmless(pod);
@@ -57,7 +57,7 @@ fn reject_replies_at_each_hook() {
             drop(agent);
 
             // An agent with `on_deny = "drop"` sends no reply.
-            let agent = env.agent().backend(backend).hooks(&[edge]).config(DROP).spawn_ready();
+            let agent = env.agent().backend(backend).hooks(&[hook]).config(DROP).spawn_ready();
             assert!(matches!(http_get(&pods[0].netns, METADATA, SHORT), Outcome::Timeout));
             drop(agent);
             env.unload();
@@ -98,14 +98,14 @@ fn reply_at_node_egress_passes_nat() {
 
 #[test]
 fn earlier_connection_is_reset() {
-    for edge in EDGES {
+    for hook in TC_HOOKS {
         let env = TestEnv::new();
         let pod = env.add_pod(PodLink::Routed);
         let mut stream =
             pod.netns.run(|| TcpStream::connect_timeout(&(METADATA, 80).into(), LONG)).expect("open");
-        let _agent = env.agent().hooks(&[edge]).config(REJECT).spawn_ready();
+        let _agent = env.agent().hooks(&[hook]).config(REJECT).spawn_ready();
         let error = http_exchange(&mut stream, LONG).expect_err("denied");
-        assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{edge}: {error}");
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{hook}: {error}");
     }
 }
 
@@ -113,7 +113,7 @@ fn earlier_connection_is_reset() {
 fn audit_sends_no_reply() {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
-    let _agent = env.agent().hooks(&EDGES).config("mode = 'audit'\non_deny = 'reject'").spawn_ready();
+    let _agent = env.agent().hooks(&TC_HOOKS).config("mode = 'audit'\non_deny = 'reject'").spawn_ready();
     env.assert_open(&pod);
     assert!(env.status().total.audited.packets > 0);
 }

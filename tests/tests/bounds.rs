@@ -11,10 +11,11 @@ use std::{
 };
 
 use imds_tests::{
-    Agent, Over, PodLink, TestEnv, effort,
+    Agent, PodLink, StopFlag, TestEnv,
     http::{DEFAULT, try_get},
     poll::poll_until,
     probe::LONG,
+    scaled,
 };
 use nix::sys::{
     resource::{Resource, getrlimit, setrlimit},
@@ -22,7 +23,7 @@ use nix::sys::{
 };
 
 /// Time limit of a whole connection, with a reserve for a busy machine.
-const PATIENCE: Duration = Duration::from_secs(15 + 10);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(15 + 10);
 /// Maximum number of descriptors above those of an idle agent: concurrent connections and pods.
 const MOST_DESCRIPTORS: usize = 16 + 16;
 
@@ -34,8 +35,8 @@ fn served(env: &TestEnv) -> Agent<'_> {
 
 fn connect(env: &TestEnv) -> TcpStream {
     let stream = env.node.run(|| TcpStream::connect(DEFAULT)).expect("connect");
-    stream.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
-    stream.set_write_timeout(Some(PATIENCE)).expect("set a timeout");
+    stream.set_read_timeout(Some(CLOSE_TIMEOUT)).expect("set a timeout");
+    stream.set_write_timeout(Some(CLOSE_TIMEOUT)).expect("set a timeout");
     stream
 }
 
@@ -51,7 +52,7 @@ fn assert_unharmed(env: &TestEnv) {
         let served = try_get(env, DEFAULT, path);
         assert!(served.as_ref().is_ok_and(|(status, _)| *status == 200), "{path}: {served:?}");
     }
-    assert!(start.elapsed() < PATIENCE, "{:?}", start.elapsed());
+    assert!(start.elapsed() < CLOSE_TIMEOUT, "{:?}", start.elapsed());
     let pod = env.add_pod(PodLink::Routed);
     env.wait_enforced(&pod);
     env.assert_blocked(&pod);
@@ -82,7 +83,7 @@ fn thousand_idle_connections() {
     let env = TestEnv::new();
     let agent = served(&env);
     let before = descriptors(&agent);
-    let silent: Vec<_> = (0..effort(1000)).map(|_| connect(&env)).collect();
+    let silent: Vec<_> = (0..scaled(1000)).map(|_| connect(&env)).collect();
     assert_unharmed(&env);
     assert!(descriptors(&agent) < before + MOST_DESCRIPTORS, "{} after {before}", descriptors(&agent));
     for stream in silent {
@@ -111,7 +112,7 @@ fn requests_byte_by_byte() {
         let drips: Vec<_> = streams.into_iter().map(|stream| scope.spawn(move || drip(stream))).collect();
         assert_unharmed(&env);
         for drip in drips {
-            assert!(drip.join().unwrap() < PATIENCE);
+            assert!(drip.join().unwrap() < CLOSE_TIMEOUT);
         }
     });
     finish(&env, agent);
@@ -125,11 +126,11 @@ fn requests_without_end() {
         let mut stream = connect(&env);
         let (start, mut poured) = (Instant::now(), 0);
         let mut result = stream.write_all(head);
-        while result.is_ok() && start.elapsed() < PATIENCE {
+        while result.is_ok() && start.elapsed() < CLOSE_TIMEOUT {
             result = stream.write_all(more);
             poured += more.len();
         }
-        assert!(result.is_err(), "the agent read {poured} bytes within {PATIENCE:?}");
+        assert!(result.is_err(), "the agent read {poured} bytes within {CLOSE_TIMEOUT:?}");
         poured
     };
     thread::scope(|scope| {
@@ -169,7 +170,7 @@ fn unread_responses() {
     let streams: Vec<_> = (0..100).filter_map(|_| deaf().ok()).collect();
     assert!(streams.len() > 50, "{}", streams.len());
     assert_unharmed(&env);
-    poll_until(PATIENCE, "all connections to be closed", || {
+    poll_until(CLOSE_TIMEOUT, "all connections to be closed", || {
         (descriptors(&agent) < before + MOST_DESCRIPTORS).then_some(())
     });
     drop(streams);
@@ -180,12 +181,12 @@ fn unread_responses() {
 fn continuous_requests() {
     let env = TestEnv::new();
     let agent = served(&env);
-    let (over, answers) = (Over::default(), AtomicU32::new(0));
+    let (stop, answers) = (StopFlag::default(), AtomicU32::new(0));
     thread::scope(|scope| {
-        let tell = over.when_dropped();
-        for _ in 0..effort(20) {
+        let stop_on_drop = stop.set_on_drop();
+        for _ in 0..scaled(20) {
             scope.spawn(|| {
-                while !over.is_told() {
+                while !stop.is_set() {
                     let is_served = try_get(&env, DEFAULT, "/metrics").is_ok_and(|(status, _)| status == 200);
                     answers.fetch_add(is_served.into(), Ordering::Relaxed);
                 }
@@ -198,8 +199,8 @@ fn continuous_requests() {
             start.elapsed()
         });
         let longest = longest.max();
-        drop(tell);
-        assert!(longest < Some(PATIENCE), "{longest:?}");
+        drop(stop_on_drop);
+        assert!(longest < Some(CLOSE_TIMEOUT), "{longest:?}");
     });
     assert!(answers.into_inner() > 0);
     assert_unharmed(&env);

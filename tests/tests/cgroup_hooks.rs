@@ -11,7 +11,7 @@ use std::{
 use imds_agent::datapath::pin::dir::link_at;
 use imds_tests::{
     METADATA, Netns, PodLink, SERVICE, Services, Status, TestEnv,
-    foreign::{self, Foreign},
+    foreign_bpf::{self, ForeignProgram},
     poll::poll_until,
     probe::{LONG, Outcome, SHORT, http_get, udp_echo},
     skip_without_netns_cookie,
@@ -28,7 +28,7 @@ fn is_answered(env: &TestEnv, netns: &Netns, address: Ipv4Addr) -> bool {
     env.in_cgroup(|| http_get(netns, address, SHORT).is_answer())
 }
 
-fn is_refused(env: &TestEnv, netns: &Netns, address: Ipv4Addr) -> bool {
+fn is_denied(env: &TestEnv, netns: &Netns, address: Ipv4Addr) -> bool {
     let outcome = env.in_cgroup(|| http_get(netns, address, SHORT));
     matches!(outcome, Outcome::Error(error) if error.kind() == ErrorKind::PermissionDenied)
 }
@@ -48,7 +48,7 @@ fn load_balancer_attached_later_runs_first() {
     }
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
-    let balancer = Foreign::redirecting_calls(BPF_CGROUP_INET4_CONNECT, METADATA);
+    let balancer = ForeignProgram::redirecting_calls(BPF_CGROUP_INET4_CONNECT, METADATA);
     let attach = || balancer.attach_cgroup(env.cgroup(), BPF_CGROUP_INET4_CONNECT);
     let is_open = || {
         let before = env.received_packets();
@@ -62,14 +62,14 @@ fn load_balancer_attached_later_runs_first() {
     let agent = env.agent().hooks(&["socket"]).resync(1).spawn_ready();
     let _link = attach();
     agent.wait_for_log("to the end of the programs", LONG);
-    assert!(is_refused(&env, &pod.netns, SERVICE));
+    assert!(is_denied(&env, &pod.netns, SERVICE));
     assert!(!is_open());
     let status = env.status_when("the agent is ready", Status::is_ready);
     assert!(status.sockets.is_some_and(|sockets| sockets.attached));
 
     // The link at the last position is pinned.
     agent.kill9();
-    assert!(is_refused(&env, &pod.netns, SERVICE));
+    assert!(is_denied(&env, &pod.netns, SERVICE));
     env.unload();
     assert!(is_open());
 }
@@ -81,12 +81,12 @@ fn load_balancer_of_datagrams_attached_later_runs_first() {
     }
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
-    let balancer = Foreign::redirecting_calls(BPF_CGROUP_UDP4_SENDMSG, METADATA);
+    let balancer = ForeignProgram::redirecting_calls(BPF_CGROUP_UDP4_SENDMSG, METADATA);
     let send = || {
         let call = || UdpSocket::bind("0.0.0.0:0")?.send_to(b"datagram", (SERVICE, 9));
         env.in_cgroup(|| pod.netns.run(call))
     };
-    let is_refused = || send().is_err_and(|error| error.kind() == ErrorKind::PermissionDenied);
+    let is_denied = || send().is_err_and(|error| error.kind() == ErrorKind::PermissionDenied);
     let arrives = || {
         env.arrives(|| {
             send().expect("send a datagram");
@@ -99,14 +99,14 @@ fn load_balancer_of_datagrams_attached_later_runs_first() {
     assert!(!arrives());
 
     let agent = env.agent().hooks(&["socket"]).resync(1).spawn_ready();
-    assert!(!is_refused());
+    assert!(!is_denied());
     let _link = balancer.attach_cgroup(env.cgroup(), BPF_CGROUP_UDP4_SENDMSG);
     agent.wait_for_log("to the end of the programs", LONG);
-    env.assert_nothing_arrives(|| assert!(is_refused()));
+    env.assert_nothing_arrives(|| assert!(is_denied()));
     let status = env.status_when("the agent is ready", Status::is_ready);
     assert!(status.sockets.is_some_and(|sockets| sockets.attached));
     agent.kill9();
-    assert!(is_refused());
+    assert!(is_denied());
     env.unload();
     assert!(arrives());
 }
@@ -118,12 +118,12 @@ fn repeated_detaching_is_reported() {
     }
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
-    let balancer = Foreign::redirecting_calls(BPF_CGROUP_INET4_CONNECT, METADATA);
+    let balancer = ForeignProgram::redirecting_calls(BPF_CGROUP_INET4_CONNECT, METADATA);
     let attach = || balancer.attach_cgroup(env.cgroup(), BPF_CGROUP_INET4_CONNECT);
     let agent = env.agent().hooks(&["socket"]).resync(1).spawn_ready();
     let mut link = attach();
     poll_until(LONG, "the agent to back off", || {
-        if is_refused(&env, &pod.netns, SERVICE) {
+        if is_denied(&env, &pod.netns, SERVICE) {
             link = attach();
         }
         agent.log().contains("is not last").then_some(())
@@ -134,7 +134,7 @@ fn repeated_detaching_is_reported() {
     );
     assert_eq!(env.imds_agent(&["status"]).output().status.code(), Some(3));
     // The agent still moves its program to the last position, but later.
-    poll_until(LONG, "imds_connect4 to be last", || is_refused(&env, &pod.netns, SERVICE).then_some(()));
+    poll_until(LONG, "imds_connect4 to be last", || is_denied(&env, &pod.netns, SERVICE).then_some(()));
     assert_eq!(agent.log().matches("is not last").count(), 1, "{}", agent.log());
     drop(link);
 }
@@ -146,7 +146,7 @@ fn occupied_cgroup_degrades_the_agent() {
     }
     let env = TestEnv::new().with_ipv6();
     let pod = env.add_pod(PodLink::Routed);
-    let foreign = Foreign::allowing_calls(BPF_CGROUP_INET4_CONNECT);
+    let foreign = ForeignProgram::allowing_calls(BPF_CGROUP_INET4_CONNECT);
     let occupant = foreign.attach_cgroup_alone(env.cgroup(), BPF_CGROUP_INET4_CONNECT);
     env.assert_open(&pod);
 
@@ -179,7 +179,7 @@ fn occupied_cgroup_degrades_the_agent() {
     drop(occupant);
     agent.wait_for_log("attached imds_connect4 to cgroup", LONG);
     env.status_when("the agent is ready", Status::is_ready);
-    assert!(is_refused(&env, &pod.netns, METADATA));
+    assert!(is_denied(&env, &pod.netns, METADATA));
     assert_eq!(agent.log().matches("failed to attach imds_connect4").count(), 1, "{}", agent.log());
     drop(agent);
     env.unload();
@@ -202,7 +202,7 @@ fn sendmsg_is_attached_if_needed() {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
     let covers = !imds_tests::lacks_tc_netns_cookie("coverage without sendmsg programs");
-    let is_held = || {
+    let assert_udp_blocked = || {
         env.assert_nothing_arrives(|| {
             assert!(!env.in_cgroup(|| udp_echo(&pod.netns, METADATA, SHORT).is_answer()));
         });
@@ -225,7 +225,7 @@ fn sendmsg_is_attached_if_needed() {
             assert_eq!(sendmsg(&env), expected, "{hooks:?} {setting:?}");
         }
         assert!(env.status().sockets.is_some_and(|sockets| sockets.attached));
-        is_held();
+        assert_udp_blocked();
         // Links survive the agent, and the next agent adopts them.
         agent.kill9();
     }
@@ -272,7 +272,7 @@ fn local_service_follows_the_address() {
     assert!(before.is_some() && link() == before);
     assert!(!is_open(&pod.netns) && is_open(&env.node));
 
-    foreign::detach_link(&env.pin_dir().join("links/local_service"));
+    foreign_bpf::detach_link(&env.pin_dir().join("links/local_service"));
     env.node.ip(&format!("addr del {address}"));
     env.status_when("local_service is detached", |status| state(status) == (false, false));
     env.node.ip(&format!("addr add {address}"));
@@ -308,7 +308,7 @@ fn program_of_ancestor_is_reported() {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
     let below = env.add_cgroup("below");
-    let balancer = Foreign::redirecting_calls(BPF_CGROUP_INET4_CONNECT, METADATA);
+    let balancer = ForeignProgram::redirecting_calls(BPF_CGROUP_INET4_CONNECT, METADATA);
     let config = env.scratch_dir().join("socket.toml");
     fs::write(&config, "[hooks]\nfrom_pod = false\nnode_egress = false\nsocket = true").unwrap();
     let [config, cgroup] = [&config, below.path()].map(|path| path.to_str().unwrap());
@@ -345,5 +345,5 @@ fn restart_keeps_links() {
     let before = link_ids(env.pin_dir());
     let _agent = env.agent().hooks(&["socket"]).spawn_ready();
     assert_eq!(link_ids(env.pin_dir()), before);
-    assert!(is_refused(&env, &pod.netns, METADATA));
+    assert!(is_denied(&env, &pod.netns, METADATA));
 }

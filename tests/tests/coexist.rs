@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
     AttachMode, METADATA, PacketSocket, Pod, PodLink, SERVICE, TestEnv, WHOLE_TEST,
-    foreign::{Foreign, TC_ACT_OK},
+    foreign_bpf::{ForeignProgram, TC_ACT_OK},
     hook::{self, Attached, run_tc},
     lacks_program, output, packets,
     poll::poll_until,
@@ -41,8 +41,11 @@ fn earlier_tcx_program_comes_second() {
     }
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
-    let _link =
-        Foreign::returning(TC_ACT_OK).attach_tcx_first(&env.node, pod.host_ifindex, TcAttachType::Ingress);
+    let _link = ForeignProgram::returning(TC_ACT_OK).attach_tcx_first(
+        &env.node,
+        pod.host_ifindex,
+        TcAttachType::Ingress,
+    );
     env.assert_open(&pod);
     let _agent = env.start_agent(AttachMode::Tcx);
     assert_first(&env, &pod);
@@ -56,13 +59,19 @@ fn later_tcx_program_does_not_stay_first() {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
     let agent = env.agent().backend(AttachMode::Tcx).resync(1).spawn_ready();
-    let _link =
-        Foreign::returning(TC_ACT_OK).attach_tcx_first(&env.node, pod.host_ifindex, TcAttachType::Ingress);
+    let _link = ForeignProgram::returning(TC_ACT_OK).attach_tcx_first(
+        &env.node,
+        pod.host_ifindex,
+        TcAttachType::Ingress,
+    );
     assert_first(&env, &pod);
 
     agent.kill9();
-    let _another =
-        Foreign::returning(TC_ACT_OK).attach_tcx_first(&env.node, pod.host_ifindex, TcAttachType::Ingress);
+    let _another = ForeignProgram::returning(TC_ACT_OK).attach_tcx_first(
+        &env.node,
+        pod.host_ifindex,
+        TcAttachType::Ingress,
+    );
     assert_eq!(env.status().interface(&pod.host_ifname).is_first(), Some(false));
     let _agent = env.start_agent(AttachMode::Tcx);
     poll_until(LONG, "from_pod to be first", || {
@@ -77,7 +86,7 @@ fn earlier_bpf_filter_comes_second() {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Bridged);
     run_tc(&env.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
-    Foreign::returning(TC_ACT_OK).attach_filter(&env.node, &pod.host_ifname, TcAttachType::Ingress, 1);
+    ForeignProgram::returning(TC_ACT_OK).attach_filter(&env.node, &pod.host_ifname, TcAttachType::Ingress, 1);
     env.assert_open(&pod);
     let _agent = env.start_agent(AttachMode::Clsact);
     assert_first(&env, &pod);
@@ -88,7 +97,7 @@ fn later_bpf_filter_does_not_stay_first() {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Bridged);
     let _agent = env.agent().backend(AttachMode::Clsact).resync(1).spawn_ready();
-    Foreign::returning(TC_ACT_OK).attach_filter(&env.node, &pod.host_ifname, TcAttachType::Ingress, 1);
+    ForeignProgram::returning(TC_ACT_OK).attach_filter(&env.node, &pod.host_ifname, TcAttachType::Ingress, 1);
     assert_first(&env, &pod);
 }
 
@@ -149,8 +158,11 @@ fn foreign_dropper_still_sees_traffic() {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
     assert!(reachable(&pod.netns, SERVICE));
-    let link =
-        Foreign::returning(TC_ACT_SHOT).attach_tcx_first(&env.node, pod.host_ifindex, TcAttachType::Ingress);
+    let link = ForeignProgram::returning(TC_ACT_SHOT).attach_tcx_first(
+        &env.node,
+        pod.host_ifindex,
+        TcAttachType::Ingress,
+    );
     let _agent = env.start_agent(AttachMode::Tcx);
     // The agent's program, which is now first, leaves allowed packets to the other programs.
     assert!(!imds_tests::probe::udp_echo(&pod.netns, SERVICE, SHORT).is_answer());
@@ -167,7 +179,7 @@ enum Attachment {
 fn attach_first(
     env: &TestEnv,
     backend: AttachMode,
-    program: &Foreign,
+    program: &ForeignProgram,
     interface: &str,
     at: TcAttachType,
 ) -> Attachment {
@@ -212,9 +224,9 @@ fn assert_foreign_is_no_way(hook: &'static str, at: TcAttachType, kinds: &[&str]
                 let uplink = env.node.run(|| nix::net::if_::if_nametoindex(TestEnv::UPLINK)).unwrap();
                 let interface = if hook == "from_pod" { &*pod.host_ifname } else { TestEnv::UPLINK };
                 let program = match kind {
-                    "accepts" => Foreign::returning(TC_ACT_OK),
-                    "leaves" => Foreign::returning(TC_ACT_UNSPEC),
-                    _ => Foreign::redirecting(uplink),
+                    "accepts" => ForeignProgram::returning(TC_ACT_OK),
+                    "leaves" => ForeignProgram::returning(TC_ACT_UNSPEC),
+                    _ => ForeignProgram::redirecting(uplink),
                 };
                 let attach = || attach_first(&env, backend, &program, interface, at);
                 let start = || env.agent().backend(backend).hooks(&[hook]).resync(1).spawn_ready();
@@ -257,7 +269,7 @@ fn redirect_past_from_pod_meets_node_egress() {
         let env = TestEnv::new();
         let pod = env.add_pod(PodLink::Routed);
         let uplink = env.node.run(|| nix::net::if_::if_nametoindex(TestEnv::UPLINK)).unwrap();
-        let program = Foreign::redirecting(uplink);
+        let program = ForeignProgram::redirecting(uplink);
         let attached = attach_first(&env, backend, &program, &pod.host_ifname, TcAttachType::Ingress);
         assert!(arrives(&env, &pod));
         let agent = env.agent().backend(backend).hooks(&["node_egress"]).spawn_ready();
@@ -290,7 +302,7 @@ fn programs_that_assign_the_mark() {
             }}"
         ));
         assert!(output(nft).status.success());
-        let program = Foreign::setting_mark(mark);
+        let program = ForeignProgram::setting_mark(mark);
         for pod in [&exempt, &other] {
             run_tc(&env.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
             program.attach_filter(&env.node, &pod.host_ifname, TcAttachType::Ingress, 7);

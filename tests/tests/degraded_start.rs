@@ -1,5 +1,5 @@
-//! Starts for which the kernel rejects programs, and starts that fail while they load. The agent enforces the hooks that it can,
-//! reports the others, and a failed start changes nothing.
+//! Starts for which the kernel rejects programs, and starts that fail while they load. The agent enforces the hooks
+//! that it can, reports the others, and a failed start changes nothing.
 
 use std::{
     fs,
@@ -185,7 +185,7 @@ fn value<V: aya::Pod>(pin: &Path) -> V {
     array.get(&0, 0).unwrap()
 }
 
-fn guarded_world() -> (TestEnv, Pod) {
+fn enforced_env() -> (TestEnv, Pod) {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
     env.start_agent(AttachMode::Clsact).kill9();
@@ -224,7 +224,7 @@ fn a_start_without_any_program_fails_and_changes_nothing() {
 /// Each limit makes another call of the start fail.
 #[test]
 fn a_start_that_runs_out_of_descriptors_changes_nothing() {
-    let (env, pod) = guarded_world();
+    let (env, pod) = enforced_env();
     let before = Pinned::read(&env);
     let agent = env.agent().backend(AttachMode::Clsact).config(OPEN).args(&["--once"]);
     let mut failed = 0;

@@ -31,10 +31,10 @@ fn policy_rejects_services_to_presets() {
         ("helm", deploy!("helm/imds-agent/templates/admission.yaml")),
     ] {
         let quoted = policy.split(['\'', '"', '\\']);
-        let guarded: Vec<IpAddr> = quoted.filter_map(|text| text.parse().ok()).collect();
+        let protected: Vec<IpAddr> = quoted.filter_map(|text| text.parse().ok()).collect();
         for provider in PROVIDERS.iter().chain(EXTRAS) {
             for endpoint in provider.endpoints() {
-                assert!(guarded.contains(&endpoint.address), "{whose}: {}", endpoint.address);
+                assert!(protected.contains(&endpoint.address), "{whose}: {}", endpoint.address);
             }
         }
     }

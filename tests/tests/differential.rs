@@ -21,8 +21,8 @@ use imds_ebpf_common::{
     packet::MAX_VLAN_TAGS,
 };
 use imds_tests::{
-    effort,
     program::{Object, try_action},
+    scaled,
 };
 use proptest::{
     collection::vec,
@@ -198,7 +198,7 @@ fn seed() -> u64 {
 fn runner(seed: u64) -> TestRunner {
     let mut bytes = [0; 32];
     bytes[..8].copy_from_slice(&seed.to_le_bytes());
-    let config = Config { cases: effort(PACKETS), failure_persistence: None, ..Config::default() };
+    let config = Config { cases: scaled(PACKETS), failure_persistence: None, ..Config::default() };
     TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes))
 }
 
@@ -252,8 +252,8 @@ fn kernel_and_host_agree_on_any_packet() {
         "{} comparisons: {denied} denied, {audited} audited, {kept} allowed, {exempt} exempt",
         compared.get()
     );
-    assert!(compared.get() > effort(PACKETS) && allowed == 0, "{compared:?} {expected_counts:?}");
+    assert!(compared.get() > scaled(PACKETS) && allowed == 0, "{compared:?} {expected_counts:?}");
     for (count, enough) in [(denied, 8_000), (audited, 5_000), (kept, 5_000), (exempt, 2_000)] {
-        assert!(count > effort(enough).into(), "{expected_counts:?}");
+        assert!(count > scaled(enough).into(), "{expected_counts:?}");
     }
 }

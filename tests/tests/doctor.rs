@@ -6,7 +6,7 @@ use aya::programs::tc::TcAttachType;
 use imds_tests::{
     AttachMode, PodLink, TestEnv,
     doctor::{all, assert_has, command, examine, one, report},
-    foreign::{Foreign, TC_ACT_OK},
+    foreign_bpf::{ForeignProgram, TC_ACT_OK},
     hook::{self, run_tc},
     output, skip_without_netns_cookie, skip_without_tcx, with_each_backend,
 };
@@ -130,7 +130,7 @@ fn foreign_tcx_programs_are_reported() {
     let pod = env.add_pod(PodLink::Routed);
     let attach = || {
         let hook = TcAttachType::Ingress;
-        Foreign::returning(TC_ACT_OK).attach_tcx_first(&env.node, pod.host_ifindex, hook)
+        ForeignProgram::returning(TC_ACT_OK).attach_tcx_first(&env.node, pod.host_ifindex, hook)
     };
     let _second = attach();
     let id = hook::tcx(&env.node, &pod.host_ifname)[0].id;
@@ -165,7 +165,12 @@ fn foreign_filters_are_reported() {
         let env = TestEnv::new();
         let pod = env.add_pod(PodLink::Routed);
         run_tc(&env.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
-        Foreign::returning(TC_ACT_OK).attach_filter(&env.node, &pod.host_ifname, TcAttachType::Ingress, 7);
+        ForeignProgram::returning(TC_ACT_OK).attach_filter(
+            &env.node,
+            &pod.host_ifname,
+            TcAttachType::Ingress,
+            7,
+        );
         let filter = ["filter", "add", "dev", &pod.host_ifname, "ingress", "prio", "1", "protocol", "all"];
         run_tc(&env.node, &[&filter[..], &["u32", "match", "u32", "0", "0", "classid", "1:1"]].concat());
         let places = |found: &Value| -> Vec<_> {

@@ -4,8 +4,8 @@ use std::{io, process::Output};
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
-    Netns, PodLink, TestEnv, WHOLE_TEST, foreign::Foreign, hook::run_tc, lacks_device, output, skip,
-    skip_without_netns_cookie, skip_without_tcx,
+    Netns, PodLink, TestEnv, WHOLE_TEST, foreign_bpf::ForeignProgram, hook::run_tc, lacks_device, output,
+    skip, skip_without_netns_cookie, skip_without_tcx,
 };
 use serde_json::Value;
 
@@ -167,7 +167,12 @@ fn programs_after_from_pod_of_exempt_pod() {
     load_with_exempt(&env, &pod.host_ifname);
     assert_eq!(one(&env, "tc_programs")["state"], "ok");
     run_tc(&env.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
-    Foreign::returning(TC_ACT_UNSPEC).attach_filter(&env.node, &pod.host_ifname, TcAttachType::Ingress, 1);
+    ForeignProgram::returning(TC_ACT_UNSPEC).attach_filter(
+        &env.node,
+        &pod.host_ifname,
+        TcAttachType::Ingress,
+        1,
+    );
     let check = one(&env, "tc_programs");
     assert_eq!(check["state"], "degraded", "{check:#}");
     assert_has(&check, "observed", "after the agent's");
@@ -194,7 +199,7 @@ fn xdp_programs_on_pod_links() {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
     assert_eq!(one(&env, "xdp_programs")["state"], "ok");
-    let program = Foreign::passing_frames();
+    let program = ForeignProgram::passing_frames();
     let pin = program.pin().to_str().unwrap();
     bpftool(&env.node, &["net", "attach", "xdpgeneric", "pinned", pin, "dev", &pod.host_ifname]);
     let found = one(&env, "xdp_programs");
@@ -213,18 +218,18 @@ fn cgroup_programs_after_the_agents() {
     }
     let env = TestEnv::new();
     let cgroup = env.cgroup().to_str().unwrap();
-    let attach = |program: &Foreign, hook: &str| {
+    let attach = |program: &ForeignProgram, hook: &str| {
         let pin = program.pin().to_str().unwrap();
         bpftool(&env.node, &["cgroup", "attach", cgroup, hook, "pinned", pin, "multi"]);
     };
-    let before = Foreign::allowing_calls(BPF_CGROUP_INET4_CONNECT);
+    let before = ForeignProgram::allowing_calls(BPF_CGROUP_INET4_CONNECT);
     attach(&before, "connect4");
     let loaded = env.agent().hooks(&["socket"]).once();
     assert!(loaded.status.success(), "{loaded:?}");
     let found = one(&env, "cgroup_programs");
     assert_eq!((&found["state"], &found["program"]["first"]), (&"ok".into(), &true.into()));
 
-    let after = Foreign::allowing_calls(BPF_CGROUP_INET4_CONNECT);
+    let after = ForeignProgram::allowing_calls(BPF_CGROUP_INET4_CONNECT);
     attach(&after, "connect4");
     let [first, last] = &checks(&env, "cgroup_programs")[..] else { panic!("two programs") };
     assert_eq!((&first["state"], &last["state"]), (&"ok".into(), &"degraded".into()));
@@ -241,7 +246,7 @@ fn cgroup_programs_without_allow_multi() {
     let cgroup = env.cgroup().to_str().unwrap();
     let loaded = env.agent().hooks(&["socket"]).once();
     assert!(loaded.status.success(), "{loaded:?}");
-    let others = Foreign::passing_packets();
+    let others = ForeignProgram::passing_packets();
     let pin = others.pin().to_str().unwrap();
     let change = |action: &str, flags: &[&str]| {
         bpftool(&env.node, &[&["cgroup", action, cgroup, "ingress", "pinned", pin], flags].concat());

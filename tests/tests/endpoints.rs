@@ -138,10 +138,10 @@ fn addresses_embedding_endpoint_are_denied() {
         let fabric = env.fabric_frames();
         let socket = PacketSocket::frames(&pod.netns, Pod::IFNAME);
         // Frames are addressed to the gateway directly, so that neighbour entries of the pod do not matter.
-        let arrives = |destination: Ipv6Addr, marker: &str, patience| {
+        let arrives = |destination: Ipv6Addr, marker: &str, timeout| {
             let packet = packets::udp_v6(address, destination, marker.as_bytes());
             socket.send(&packets::frame(&pod, &packet)).unwrap();
-            fabric.sees(marker.as_bytes(), patience)
+            fabric.sees(marker.as_bytes(), timeout)
         };
         for form in forms.into_iter().chain(others) {
             assert!(arrives(form, &format!("before {form}"), LONG), "{form} without the agent");

@@ -121,7 +121,7 @@ fn host_network_event_names_the_cgroup() {
     let container = env.add_cgroup("kubepods.slice/pod7.slice");
     let agent = env.agent().hooks(&["host_network"]).spawn_ready();
     let follower = Follower::start(&env);
-    let told = |protocol: &str| {
+    let next_event = |protocol: &str| {
         let event = follower.next();
         let found = ["hook", "verdict", "protocol"].map(|field| event[field].as_str().unwrap());
         assert_eq!(found, ["host_network", "denied", protocol], "{event}");
@@ -129,11 +129,11 @@ fn host_network_event_names_the_cgroup() {
         event
     };
     assert!(container.run(|| !http_get(&env.node, METADATA, SHORT).is_answer()));
-    let event = told("tcp");
+    let event = next_event("tcp");
     assert_eq!((&event["pid"], &event["interface"]), (&std::process::id().into(), &Value::Null), "{event}");
     assert!(event["comm"].is_string(), "{event}");
     assert!(container.run(|| !icmp_echo(&env.node, METADATA, SHORT).is_answer()));
-    let event = told("icmp");
+    let event = next_event("icmp");
     let found = ["source", "interface"].map(|field| event[field].as_str().unwrap());
     assert_eq!(found, [env.node_address().to_string().as_str(), TestEnv::UPLINK], "{event}");
     drop((follower, agent));
@@ -175,7 +175,7 @@ fn every_subscriber_gets_all_events() {
     let pod = env.add_pod(PodLink::Routed);
     let agent = env.agent().spawn_ready();
     let [first, second] = [Follower::start(&env), Follower::start(&env)];
-    let all_are_told = |followers: &[&Follower]| {
+    let assert_all_receive = |followers: &[&Follower]| {
         for follower in followers {
             // A new subscriber does not receive events that others have received before.
             let event = poll_until(LONG, "an event", || {
@@ -185,18 +185,18 @@ fn every_subscriber_gets_all_events() {
             assert_eq!(event["interface"], pod.host_ifname);
         }
     };
-    all_are_told(&[&first, &second]);
+    assert_all_receive(&[&first, &second]);
     agent.kill9();
-    all_are_told(&[&first, &second]);
+    assert_all_receive(&[&first, &second]);
     // The remaining subscriber takes over reading the ring buffer, whichever one did before.
     drop(first);
-    all_are_told(&[&second]);
+    assert_all_receive(&[&second]);
     let third = Follower::start(&env);
-    all_are_told(&[&second, &third]);
+    assert_all_receive(&[&second, &third]);
     drop(second);
-    all_are_told(&[&third]);
+    assert_all_receive(&[&third]);
     let agent = env.agent().spawn_ready();
-    all_are_told(&[&third]);
+    assert_all_receive(&[&third]);
     drop((third, agent));
     env.unload();
 }

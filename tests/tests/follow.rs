@@ -162,14 +162,14 @@ fn only_pod_interfaces_are_enforced() {
 fn excluded_interface_is_not_attached() {
     with_each_backend(|backend| {
         let env = TestEnv::new();
-        let [excluded, guarded] = LINKS.map(|link| env.add_pod(link));
+        let [excluded, included] = LINKS.map(|link| env.add_pod(link));
         let glob = format!("{}*", &excluded.host_ifname[..8]);
-        assert!(!guarded.host_ifname.starts_with(&glob[..8]));
+        assert!(!included.host_ifname.starts_with(&glob[..8]));
         let config = format!("[interfaces]\nexclude = [\"{glob}\"]");
         let _agent = env.agent().backend(backend).config(&config).spawn_ready();
 
         env.assert_open(&excluded);
-        env.assert_blocked(&guarded);
+        env.assert_blocked(&included);
         let status = env.status();
         let interface = status.interface(&excluded.host_ifname);
         assert_eq!((interface.role.as_str(), interface.attach_mode()), ("excluded", None));
@@ -182,7 +182,7 @@ fn excluded_interface_is_not_attached() {
 fn newly_excluded_interface_is_detached() {
     with_each_backend(|backend| {
         let env = TestEnv::new();
-        let [excluded, guarded] = LINKS.map(|link| env.add_pod(link));
+        let [excluded, included] = LINKS.map(|link| env.add_pod(link));
         let agent = env.start_agent(backend);
         env.assert_blocked(&excluded);
         assert!(agent.terminate().success());
@@ -190,7 +190,7 @@ fn newly_excluded_interface_is_detached() {
         let config = format!("[interfaces]\nexclude = [\"{}\"]", excluded.host_ifname);
         let _agent = env.agent().backend(backend).config(&config).spawn_ready();
         env.assert_open(&excluded);
-        env.assert_blocked(&guarded);
+        env.assert_blocked(&included);
         assert_eq!(hook::programs(&env.node, &excluded.host_ifname), []);
         assert!(!link_pin(&env, &excluded).exists());
     });

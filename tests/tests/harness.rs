@@ -133,7 +133,7 @@ fn traces(env: &TestEnv) -> [PathBuf; 4] {
 }
 
 #[test]
-fn dropped_world_leaves_nothing() {
+fn dropped_env_leaves_nothing() {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Bridged);
     std::fs::create_dir_all(env.pin_dir().join("links")).unwrap();

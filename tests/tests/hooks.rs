@@ -198,7 +198,7 @@ fn detached_socket_hook_is_restored() {
         matches!(outcome, Outcome::Error(error) if error.kind() == ErrorKind::PermissionDenied)
     };
     assert!(denied());
-    imds_tests::foreign::detach_link(&env.pin_dir().join("links/connect4"));
+    imds_tests::foreign_bpf::detach_link(&env.pin_dir().join("links/connect4"));
     agent.wait_for_log("attached imds_connect4", LONG);
     imds_tests::poll::poll_until(LONG, "connect4 to be attached again", || denied().then_some(()));
     env.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");

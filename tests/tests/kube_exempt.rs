@@ -3,16 +3,15 @@
 use std::{fs, thread};
 
 use imds_tests::{
-    Agent, METADATA, Netns, Over, Pod, PodLink, TestEnv,
+    Agent, METADATA, Netns, Pod, PodLink, StopFlag, TestEnv,
     api_server::{ApiServer, Fault, pod},
-    effort,
     http::{DEFAULT, try_get},
     known_here,
     kubelet::{CONTAINER, Driver, Kubelet, PodCgroup, new_uid},
     lacks_netns_cookie,
     poll::poll_until,
     probe::{LONG, SHORT, http_get},
-    skip_without_netns_cookie,
+    scaled, skip_without_netns_cookie,
 };
 use serde_json::Value;
 
@@ -274,7 +273,7 @@ fn pod_names_are_shown_everywhere() {
 fn only_changes_of_1000_pods_are_written() {
     let cluster = Cluster::new();
     let agent = cluster.start();
-    let pods = effort(1000);
+    let pods = scaled(1000);
     for number in 0..pods {
         let labels: &[_] = if number % 2 == 0 { TRUSTED } else { &[] };
         cluster.server.apply(pod(&format!("{}-{number}", new_uid()), NODE, "kube-system", "agent", labels));
@@ -329,19 +328,19 @@ fn restart_keeps_many_pods_exempt() {
     }
     agent.kill9();
     // Compares counters of maps that survive restarts. A late response would prove nothing; only denials count.
-    let (env, over) = (&cluster.env, Over::default());
+    let (env, stop) = (&cluster.env, StopFlag::default());
     let before = env.status().total;
     thread::scope(|scope| {
         for number in [0, 20, 39] {
-            let (pod, over) = (&pods[number].pod, &over);
+            let (pod, stop) = (&pods[number].pod, &stop);
             scope.spawn(move || {
-                while !over.is_told() {
+                while !stop.is_set() {
                     env.in_cgroup(|| http_get(&pod.netns, METADATA, SHORT));
                 }
             });
         }
-        let _tell = over.when_dropped();
-        for _ in 0..effort(10) {
+        let _stop_on_drop = stop.set_on_drop();
+        for _ in 0..scaled(10) {
             let agent = cluster.start();
             env.status_when("the sandbox of every pod is found", |status| status.has_resolved(40));
             agent.kill9();
@@ -368,11 +367,11 @@ fn late_sandbox_is_found_during_link_churn() {
     let mut trusted = cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED);
     cluster.wait_known(1);
     cluster.wait_denied(&trusted.pod);
-    let (node, over) = (&cluster.env.node, Over::default());
+    let (node, stop) = (&cluster.env.node, StopFlag::default());
     thread::scope(|scope| {
-        let _tell = over.when_dropped();
+        let _stop_on_drop = stop.set_on_drop();
         scope.spawn(|| {
-            while !over.is_told() {
+            while !stop.is_set() {
                 node.ip("link add churn type veth peer name churn1\nlink del churn");
             }
         });

@@ -275,7 +275,7 @@ async fn retry_after_is_respected() {
     let server = ApiServer::start();
     server.fail(Fault::Answer(429, "Retry-After: 200\r\n", ""));
     let mut follower = Follower::new(&server);
-    follower.until_state("the refusal", |state| state.last_error.is_some()).await;
+    follower.until_state("the error", |state| state.last_error.is_some()).await;
     let state = follower.watch.state().borrow().clone();
     let pause = state.next_attempt.unwrap().duration_since(state.last_error.unwrap().time);
     assert!((200..=201).contains(&pause.as_secs()), "{pause}");

@@ -10,7 +10,7 @@ use std::{
 use imds_tests::{
     Agent, AttachMode, METADATA, PodLink, TestEnv,
     flood::Flood,
-    foreign::detach_link,
+    foreign_bpf::detach_link,
     http::{DEFAULT, exchange, try_get},
     known_here,
     poll::poll_until,
@@ -107,9 +107,9 @@ fn every_packet_has_an_event_or_is_counted() {
     };
     let is_accounted_for = || {
         let metrics = get(&env, "/metrics").1;
-        let told =
+        let names =
             ["imds_agent_events_total", "imds_agent_events_suppressed_total", "imds_agent_events_pending"];
-        let sum: f64 = told.iter().map(|name| value(&metrics, name)).sum();
+        let sum: f64 = names.iter().map(|name| value(&metrics, name)).sum();
         let counted = series(&metrics, "imds_agent_packets_total");
         assert!(value(&metrics, "imds_agent_events_pending") > 0.0, "{metrics}");
         ((sum - counted).abs() < 0.5 && counted > 200.0).then_some(())

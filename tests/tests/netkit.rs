@@ -5,7 +5,7 @@ use imds_agent::datapath::sys::bpf::{self, MprogHook};
 use imds_tests::{
     AttachMode, METADATA, NetkitMode, PacketSocket, Pod, PodLink, SERVICE, Status, TestEnv, add_pair,
     doctor::{all, examine},
-    foreign::Foreign,
+    foreign_bpf::ForeignProgram,
     known_here, packets,
     poll::poll_until,
     probe::{LONG, SHORT, reachable},
@@ -41,9 +41,9 @@ fn peer_programs(env: &TestEnv, pod: &Pod) -> Vec<u32> {
 }
 
 /// Returns a program that redirects packets of a pod to the uplink, past TC ingress of the host side.
-fn redirecting_to_uplink(env: &TestEnv) -> Foreign {
+fn redirecting_to_uplink(env: &TestEnv) -> ForeignProgram {
     let uplink = env.node.run(|| nix::net::if_::if_nametoindex(TestEnv::UPLINK)).unwrap();
-    Foreign::calling(REDIRECT_NEIGH, &[uplink, 0, 0, 0]).unwrap()
+    ForeignProgram::calling(REDIRECT_NEIGH, &[uplink, 0, 0, 0]).unwrap()
 }
 
 /// Adds permanent neighbour entries for a pair in layer 2, because a program that redirects all frames forwards neither
@@ -193,7 +193,7 @@ fn netkit_detached_links_are_restored() {
     let pod = env.add_pod(PodLink::Netkit(NetkitMode::L3));
     let _agent = env.agent().backend(AttachMode::Tcx).resync(1).spawn_ready();
     let pin = env.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex));
-    imds_tests::foreign::detach_link(&pin);
+    imds_tests::foreign_bpf::detach_link(&pin);
     poll_until(LONG, "the link to be attached again", || {
         (peer_programs(&env, &pod).len() == 1).then_some(())
     });
@@ -209,7 +209,7 @@ fn netkit_programs_are_listed() {
     }
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Netkit(NetkitMode::L3));
-    let _link = Foreign::returning(NEXT).attach_netkit_peer_first(&env.node, pod.host_ifindex);
+    let _link = ForeignProgram::returning(NEXT).attach_netkit_peer_first(&env.node, pod.host_ifindex);
     let listed = || {
         let report = examine(&env);
         let programs = all(&report, "tc_programs").into_iter().map(|check| &check["program"]);

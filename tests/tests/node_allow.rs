@@ -13,7 +13,7 @@ use aya::{
 };
 use imds_ebpf_common::{AllowedKind, AllowedProcess, names::MAP_NODE_ALLOW};
 use imds_tests::{
-    Agent, Cgroup, METADATA, METADATA_V6, PodLink, SERVICE, TestEnv, foreign, output,
+    Agent, Cgroup, METADATA, METADATA_V6, PodLink, SERVICE, TestEnv, foreign_bpf, output,
     poll::poll_until,
     probe::{LONG, SHORT, connect, http_exchange, http_get, icmp_echo, reachable, udp_echo},
     skip, skip_without_netns_cookie,
@@ -106,7 +106,7 @@ fn assert_reaches(env: &TestEnv, cgroup: &Cgroup, user: u32) {
 }
 
 #[track_caller]
-fn assert_refused(env: &TestEnv, cgroup: &Cgroup, user: u32) {
+fn assert_denied(env: &TestEnv, cgroup: &Cgroup, user: u32) {
     env.assert_nothing_arrives(|| {
         for (name, call) in CALLS {
             let error = run_as(env, cgroup, user, call).expect_err(name);
@@ -115,13 +115,13 @@ fn assert_refused(env: &TestEnv, cgroup: &Cgroup, user: u32) {
     });
 }
 
-/// Reports whether the user's call reaches the endpoint. Panics unless the call is refused otherwise.
+/// Reports whether the user's call reaches the endpoint. Panics if the call fails with another error than EPERM.
 #[track_caller]
 fn reaches(env: &TestEnv, cgroup: &Cgroup, user: u32) -> bool {
     match run_as(env, cgroup, user, || http(METADATA)) {
         Ok(()) => true,
         Err(error) if error.raw_os_error() == Some(libc::EPERM) => false,
-        Err(error) => panic!("neither reached nor refused: {error}"),
+        Err(error) => panic!("neither reached nor denied: {error}"),
     }
 }
 
@@ -154,7 +154,7 @@ fn only_listed_users_reach_the_endpoints() {
     for user in [0, USER] {
         assert_reaches(&env, &cgroup, user);
     }
-    assert_refused(&env, &cgroup, OTHER_USER);
+    assert_denied(&env, &cgroup, OTHER_USER);
     // Other services are not restricted.
     poll_until(LONG, "another service", || {
         run_as(&env, &cgroup, OTHER_USER, || http(SERVICE).and_then(|()| echo("0.0.0.0:0", SERVICE))).ok()
@@ -167,7 +167,7 @@ fn only_listed_users_reach_the_endpoints() {
     assert_eq!(counts.denied.packets, CALLS.len() as u64, "{counts:?}");
     assert!(counts.exempt.packets >= 2 * CALLS.len() as u64, "{counts:?}");
     drop(agent);
-    assert_refused(&env, &cgroup, OTHER_USER);
+    assert_denied(&env, &cgroup, OTHER_USER);
     env.status().assert_lacks_only_an_agent();
     env.unload();
     for user in [USER, OTHER_USER] {
@@ -192,8 +192,8 @@ fn a_listed_cgroup_covers_its_descendants() {
         assert_reaches(&env, cgroup, 0);
     }
     for cgroup in [&beside, &above] {
-        assert_refused(&env, cgroup, USER);
-        assert_refused(&env, cgroup, 0);
+        assert_denied(&env, cgroup, USER);
+        assert_denied(&env, cgroup, 0);
     }
     drop(agent);
     env.unload();
@@ -339,7 +339,7 @@ fn entries_come_and_go_with_the_configuration() {
     assert_eq!(is_open(), [false, true, false]);
     // A broken file changes nothing.
     file.write(&allow(&["uid:root"]));
-    env.status_when("the file is refused", |status| {
+    env.status_when("the file is rejected", |status| {
         status.problems.iter().any(|problem| problem.problem.contains("node.allow: \"uid:root\""))
     });
     assert_eq!(is_open(), [false, true, false]);
@@ -382,12 +382,12 @@ fn a_listed_process_is_never_denied_while_the_list_changes() {
     let texts = [allow(&["uid:0", &uid(USER)]), allow(&[&uid(USER), &entry(cgroup.path())])];
     let file = ConfigFile::new(&env, &texts[0]);
     let _agent = file.start();
-    let over = imds_tests::Over::default();
+    let stop = imds_tests::StopFlag::default();
     thread::scope(|scope| {
-        let tell = over.when_dropped();
+        let stop_on_drop = stop.set_on_drop();
         let calls = scope.spawn(|| {
             let mut calls = 0;
-            while !over.is_told() {
+            while !stop.is_set() {
                 let socket = run_as(&env, &cgroup, USER, || udp("0.0.0.0:0"));
                 let sent = run_as(&env, &cgroup, USER, || socket.send_to(b"echo", (METADATA, ECHO_PORT)));
                 sent.expect("a listed process is not refused");
@@ -398,7 +398,7 @@ fn a_listed_process_is_never_denied_while_the_list_changes() {
         for reload in 1..=RELOADS {
             file.reload(&texts[reload % 2]);
         }
-        drop(tell);
+        drop(stop_on_drop);
         assert!(calls.join().unwrap() > 0);
     });
 }
@@ -478,8 +478,8 @@ fn detached_programs_and_removed_entries_are_restored() {
     let cgroup = env.add_cgroup("session.scope");
     let agent = env.agent().hooks(&["from_pod"]).config(&allow(&["uid:0"])).resync(1).spawn_ready();
     assert!(!reaches(&env, &cgroup, USER) && reaches(&env, &cgroup, 0));
-    foreign::detach_link(&env.pin_dir().join("links/node_connect4"));
-    poll_until(LONG, "calls to be refused again", || {
+    foreign_bpf::detach_link(&env.pin_dir().join("links/node_connect4"));
+    poll_until(LONG, "calls to be denied again", || {
         let error = run_as(&env, &cgroup, USER, || http(METADATA)).expect_err("an unlisted process");
         (error.raw_os_error() == Some(libc::EPERM)).then_some(())
     });
@@ -527,13 +527,13 @@ fn verify_proves_it_and_root_keeps_its_access() {
     assert!(result == "skipped" && observed.contains("node.allow"), "{result} {observed}");
 }
 
-/// Runs pasta as a user that may open /dev/net/tun, as on machines with udev. Arguments: the user, and a shell command for the
-/// container.
+/// Runs pasta as a user that may open /dev/net/tun, as on machines with udev. Arguments: the user, and a shell command
+/// for the container.
 const PASTA: &str = "mount -t tmpfs tmpfs /dev/net && mknod -m 666 /dev/net/tun c 10 200 && \
      exec timeout 20 setpriv --reuid $0 --regid $0 --clear-groups pasta --config-net --quiet -- bash -c \"$1\"";
 
-/// Reports whether a rootless container of the user with pasta(1) gets a response. The container has a network namespace of
-/// its own; pasta sends the requests on sockets of the node.
+/// Reports whether a rootless container of the user with pasta(1) gets a response. The container has a network
+/// namespace of its own; pasta sends the requests on sockets of the node.
 fn pasta_reaches(env: &TestEnv, cgroup: &Cgroup, user: u32, to: Ipv4Addr) -> Result<bool, String> {
     let request = format!(
         "timeout 3 bash -c 'exec 3<>/dev/tcp/{to}/80; \

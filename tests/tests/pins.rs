@@ -6,7 +6,7 @@ use aya::maps::{Array, Map, MapData};
 use imds_ebpf_common::{Mode, Policy};
 use imds_tests::{
     AttachMode, Netns, Pod, PodLink, TestEnv,
-    foreign::{Foreign, TC_ACT_OK},
+    foreign_bpf::{ForeignProgram, TC_ACT_OK},
     hook, output, skip_without_tcx, with_each_backend,
 };
 
@@ -17,7 +17,7 @@ fn bpftool(args: &[&str]) {
     assert!(output.status.success(), "bpftool {args:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-fn guarded_world(backend: AttachMode) -> (TestEnv, Pod) {
+fn enforced_env(backend: AttachMode) -> (TestEnv, Pod) {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
     env.assert_open(&pod);
@@ -28,7 +28,7 @@ fn guarded_world(backend: AttachMode) -> (TestEnv, Pod) {
 
 /// Asserts that the next agent starts with new maps, logs the reason, and enforces the pod.
 #[track_caller]
-fn assert_starts_anew(env: &TestEnv, pod: &Pod, backend: AttachMode, reason: &str) {
+fn assert_starts_with_new_maps(env: &TestEnv, pod: &Pod, backend: AttachMode, reason: &str) {
     env.assert_blocked(pod);
     let agent = env.start_agent(backend);
     let log = agent.log();
@@ -49,14 +49,14 @@ fn assert_starts_anew(env: &TestEnv, pod: &Pod, backend: AttachMode, reason: &st
 #[test]
 fn map_of_other_layout_is_replaced() {
     with_each_backend(|backend| {
-        let (env, pod) = guarded_world(backend);
+        let (env, pod) = enforced_env(backend);
         let pin = env.pin_dir().join("maps/imds_counters");
         fs::remove_file(&pin).unwrap();
         let pin = pin.to_str().unwrap();
         bpftool(&[
             "map", "create", pin, "type", "hash", "key", "4", "value", "8", "entries", "7", "name", "other",
         ]);
-        assert_starts_anew(&env, &pod, backend, "imds_counters");
+        assert_starts_with_new_maps(&env, &pod, backend, "imds_counters");
     });
 }
 
@@ -65,7 +65,7 @@ fn maps_of_other_version_are_replaced() {
     if skip_without_tcx() {
         return;
     }
-    let (env, pod) = guarded_world(AttachMode::Tcx);
+    let (env, pod) = enforced_env(AttachMode::Tcx);
     let pin = env.pin_dir().join("maps/imds_policy");
     let mut policies: Array<MapData, Policy> =
         Map::Array(MapData::from_pin(pin).unwrap()).try_into().unwrap();
@@ -89,8 +89,8 @@ fn program_at_map_or_link_pin_is_replaced() {
     if skip_without_tcx() {
         return;
     }
-    let (env, pod) = guarded_world(AttachMode::Tcx);
-    let foreign = Foreign::returning(TC_ACT_OK);
+    let (env, pod) = enforced_env(AttachMode::Tcx);
+    let foreign = ForeignProgram::returning(TC_ACT_OK);
     let (map, link) = (
         env.pin_dir().join("maps/imds_policy"),
         env.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex)),
@@ -109,7 +109,7 @@ fn program_at_map_or_link_pin_is_replaced() {
     assert_eq!(hook::tcx(&env.node, &pod.host_ifname).len(), 1);
 }
 
-/// Runs `imds-agent` with this world's pin directory in another network namespace.
+/// Runs `imds-agent` with this environment's pin directory in another network namespace.
 fn elsewhere(env: &TestEnv, netns: &Netns, args: &[&str]) -> std::process::Output {
     let here = env.imds_agent(args).command();
     let mut there = netns.command(here.get_program());
@@ -120,7 +120,7 @@ fn elsewhere(env: &TestEnv, netns: &Netns, args: &[&str]) -> std::process::Outpu
 #[test]
 fn pins_of_another_netns_are_left_alone() {
     with_each_backend(|backend| {
-        let (env, pod) = guarded_world(backend);
+        let (env, pod) = enforced_env(backend);
         let refused = |args: &[&str]| {
             let output = elsewhere(&env, &env.fabric, args);
             let stderr = String::from_utf8_lossy(&output.stderr).into_owned();

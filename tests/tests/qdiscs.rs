@@ -4,7 +4,7 @@
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
     Agent, AttachMode, METADATA, Pod, PodLink, Status, TestEnv,
-    foreign::Foreign,
+    foreign_bpf::ForeignProgram,
     hook::{self, Attached, run_tc},
     probe::{LONG, reachable},
     skip_without_tcx,
@@ -77,7 +77,7 @@ fn from_pod_shares_an_ingress_qdisc() {
     let pod = env.add_pod(PodLink::Routed);
     let veth = &*pod.host_ifname;
     qdisc(&env, veth, "add ingress");
-    Foreign::returning(TC_ACT_UNSPEC).attach_filter(&env.node, veth, TcAttachType::Ingress, 1);
+    ForeignProgram::returning(TC_ACT_UNSPEC).attach_filter(&env.node, veth, TcAttachType::Ingress, 1);
     env.assert_open(&pod);
 
     let agent = env.start_agent(AttachMode::Clsact);
@@ -170,7 +170,11 @@ fn full_list_of_programs_is_not_enforced() {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
     let attach = || {
-        Foreign::returning(TC_ACT_UNSPEC).attach_tcx_first(&env.node, pod.host_ifindex, TcAttachType::Ingress)
+        ForeignProgram::returning(TC_ACT_UNSPEC).attach_tcx_first(
+            &env.node,
+            pod.host_ifindex,
+            TcAttachType::Ingress,
+        )
     };
     let mut links: Vec<_> = (0..MAX_PROGRAMS).map(|_| attach()).collect();
     env.assert_open(&pod);

@@ -17,13 +17,13 @@ use imds_tests::{
 };
 use nix::sys::resource::{Resource, setrlimit};
 
-/// A world with a pod in which an agent fails.
-struct Refusal {
+/// An environment with a pod in which an agent fails.
+struct FailedStart {
     env: TestEnv,
     pod: imds_tests::Pod,
 }
 
-impl Refusal {
+impl FailedStart {
     fn new() -> Self {
         let env = TestEnv::new();
         let pod = env.add_pod(PodLink::Routed);
@@ -65,15 +65,15 @@ fn wrapped(env: &TestEnv, wrapper: &[&str], agent: &AgentCommand<'_>) -> Command
 
 #[test]
 fn unprivileged_user() {
-    let refusal = Refusal::new();
-    let inner = refusal.agent().command();
+    let start = FailedStart::new();
+    let inner = start.agent().command();
     // The directory is not accessible for other users.
-    let copy = refusal.env.scratch_dir().join("imds-agent");
+    let copy = start.env.scratch_dir().join("imds-agent");
     fs::copy(inner.get_program(), &copy).unwrap();
-    fs::set_permissions(refusal.env.scratch_dir(), fs::Permissions::from_mode(0o755)).unwrap();
-    let mut command = refusal.env.node.command("setpriv");
+    fs::set_permissions(start.env.scratch_dir(), fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = start.env.node.command("setpriv");
     command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(copy).args(inner.get_args());
-    refusal.assert(&output(command), 1, &["CAP_BPF", "CAP_NET_ADMIN"]);
+    start.assert(&output(command), 1, &["CAP_BPF", "CAP_NET_ADMIN"]);
 }
 
 #[test]
@@ -84,9 +84,9 @@ fn root_without_capabilities() {
         ("-bpf,-sys_admin", "CAP_BPF"),
         ("-perfmon,-sys_admin", "CAP_PERFMON"),
     ];
-    let refusal = Refusal::new();
+    let start = FailedStart::new();
     for (dropped, name) in cases {
-        refusal.assert(&run_with_capabilities(&refusal.env, dropped), 1, &[name]);
+        start.assert(&run_with_capabilities(&start.env, dropped), 1, &[name]);
     }
 }
 
@@ -105,7 +105,7 @@ fn with_capabilities(env: &TestEnv, capabilities: &str) -> Command {
 
 #[test]
 fn three_capabilities_are_sufficient() {
-    let Refusal { env, pod } = Refusal::new();
+    let FailedStart { env, pod } = FailedStart::new();
     let result = run_with_capabilities(&env, ENOUGH);
     assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
     env.assert_blocked(&pod);
@@ -117,7 +117,7 @@ fn exemptions_need_two_more_capabilities() {
     if skip_without_netns_cookie() {
         return;
     }
-    let Refusal { env, pod } = Refusal::new();
+    let FailedStart { env, pod } = FailedStart::new();
     // Requires access to the pod's processes, which belong to another user, and to its network namespace.
     let kubelet = Kubelet::new();
     let mut cgroup = kubelet.add_pod(&new_uid(), Driver::Cgroupfs);
@@ -143,26 +143,26 @@ fn exemptions_need_two_more_capabilities() {
 
 #[test]
 fn locked_memory_limit_on_old_kernel() {
-    let refusal = Refusal::new();
-    let mut command = with_capabilities(&refusal.env, ENOUGH);
+    let start = FailedStart::new();
+    let mut command = with_capabilities(&start.env, ENOUGH);
     // SAFETY: between fork and exec the closure makes one system call and allocates nothing.
     unsafe { command.pre_exec(|| Ok(setrlimit(Resource::RLIMIT_MEMLOCK, 1 << 16, 1 << 16)?)) };
     let output = output(command);
     // Since Linux 5.11 maps count as memory of the cgroup.
     if KernelVersion::current().unwrap() < KernelVersion::new(5, 11, 0) {
-        refusal.assert(&output, 1, &["65536", "LimitMEMLOCK", "CAP_SYS_RESOURCE"]);
+        start.assert(&output, 1, &["65536", "LimitMEMLOCK", "CAP_SYS_RESOURCE"]);
     } else {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        refusal.env.assert_blocked(&refusal.pod);
+        start.env.assert_blocked(&start.pod);
     }
 }
 
 #[test]
 fn pin_directory_outside_bpffs() {
-    let refusal = Refusal::new();
-    let path = refusal.env.scratch_dir().join("pins");
-    let agent = refusal.agent().pin_dir(&path);
-    refusal.assert(&agent.output(), 1, &[path.to_str().unwrap(), "bpffs"]);
+    let start = FailedStart::new();
+    let path = start.env.scratch_dir().join("pins");
+    let agent = start.agent().pin_dir(&path);
+    start.assert(&agent.output(), 1, &[path.to_str().unwrap(), "bpffs"]);
     assert!(!path.exists());
 }
 
@@ -175,7 +175,7 @@ fn run_without_bpffs(env: &TestEnv, capabilities: &str) -> Output {
 
 #[test]
 fn missing_bpffs_is_mounted() {
-    let Refusal { env, pod: _pod } = Refusal::new();
+    let FailedStart { env, pod: _pod } = FailedStart::new();
     let result = run_without_bpffs(&env, "+all");
     let stderr = String::from_utf8_lossy(&result.stderr);
     assert!(result.status.success() && stderr.contains("mounted a bpffs at /sys/fs/bpf"), "{stderr}");
@@ -187,7 +187,7 @@ fn missing_bpffs_is_mounted() {
 /// A container without the node's bpffs mounts one of its own.
 #[test]
 fn a_bpffs_of_a_container_is_a_problem() {
-    let Refusal { env, pod } = Refusal::new();
+    let FailedStart { env, pod } = FailedStart::new();
     let run = env.agent().args(&["--once"]).command();
     let status = env.imds_agent(&["status", "-o", "json"]).command();
     let words = |command: &Command| {
@@ -208,13 +208,13 @@ fn a_bpffs_of_a_container_is_a_problem() {
 
 #[test]
 fn missing_bpffs_without_mount_right() {
-    let refusal = Refusal::new();
-    let result = run_without_bpffs(&refusal.env, "-sys_admin");
-    refusal.assert(&result, 1, &["`mount -t bpf bpf /sys/fs/bpf` on the node", "CAP_SYS_ADMIN"]);
+    let start = FailedStart::new();
+    let result = run_without_bpffs(&start.env, "-sys_admin");
+    start.assert(&result, 1, &["`mount -t bpf bpf /sys/fs/bpf` on the node", "CAP_SYS_ADMIN"]);
 }
 
 /// Makes bpf(2) fail with `errno` in a process before its exec.
-fn refuse_bpf(errno: i32) -> io::Result<()> {
+fn reject_bpf(errno: i32) -> io::Result<()> {
     const fn statement(code: u32, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
         #[expect(clippy::cast_possible_truncation, reason = "codes are 16 bits, the constants are not")]
         let code = code as u16;
@@ -236,32 +236,32 @@ fn refuse_bpf(errno: i32) -> io::Result<()> {
 
 #[test]
 fn kernel_without_bpf() {
-    let refusal = Refusal::new();
+    let start = FailedStart::new();
     for errno in [libc::ENOSYS, libc::EPERM] {
-        let mut command = refusal.agent().command();
+        let mut command = start.agent().command();
         // SAFETY: between fork and exec the closure makes one system call and allocates nothing.
-        unsafe { command.pre_exec(move || refuse_bpf(errno)) };
-        refusal.assert(&output(command), 1, &["kernel"]);
+        unsafe { command.pre_exec(move || reject_bpf(errno)) };
+        start.assert(&output(command), 1, &["kernel"]);
     }
 }
 
 #[test]
 fn second_agent_on_same_pin_dir() {
-    let refusal = Refusal::new();
-    let mut first = refusal.agent().spawn_ready();
+    let start = FailedStart::new();
+    let mut first = start.agent().spawn_ready();
     assert_line(
-        &refusal.agent().output(),
+        &start.agent().output(),
         1,
-        &[&first.pid().to_string(), refusal.env.pin_dir().to_str().unwrap()],
+        &[&first.pid().to_string(), start.env.pin_dir().to_str().unwrap()],
     );
-    assert_line(&refusal.agent().once(), 1, &[&first.pid().to_string()]);
+    assert_line(&start.agent().once(), 1, &[&first.pid().to_string()]);
     first.wait_ready();
-    refusal.env.assert_blocked(&refusal.pod);
+    start.env.assert_blocked(&start.pod);
 }
 
 #[test]
 fn two_agents_with_separate_pin_dirs() {
-    let [one, other] = [Refusal::new(), Refusal::new()];
+    let [one, other] = [FailedStart::new(), FailedStart::new()];
     let _agents = [one.agent().spawn_ready(), other.agent().spawn_ready()];
     one.env.assert_blocked(&one.pod);
     other.env.assert_blocked(&other.pod);
@@ -269,41 +269,41 @@ fn two_agents_with_separate_pin_dirs() {
 
 #[test]
 fn path_that_is_not_a_cgroup() {
-    let refusal = Refusal::new();
-    let missing = refusal.env.scratch_dir().join("missing");
+    let start = FailedStart::new();
+    let missing = start.env.scratch_dir().join("missing");
     for path in [Path::new("/tmp"), Path::new("/dev/null"), &missing] {
-        let config = refusal.env.scratch_dir().join("empty.toml");
+        let config = start.env.scratch_dir().join("empty.toml");
         fs::write(&config, "").unwrap();
-        let agent = refusal.agent().config_file(config.to_str().unwrap());
+        let agent = start.agent().config_file(config.to_str().unwrap());
         let path = path.to_str().unwrap();
-        refusal.assert(&agent.args(&["--cgroup", path]).output(), 2, &["--cgroup", path]);
+        start.assert(&agent.args(&["--cgroup", path]).output(), 2, &["--cgroup", path]);
     }
 }
 
 #[test]
 fn failed_start_keeps_earlier_enforcement() {
-    let refusal = Refusal::new();
-    refusal.agent().spawn_ready().kill9();
+    let start = FailedStart::new();
+    start.agent().spawn_ready().kill9();
     let before = (
-        hook::programs(&refusal.env.node, &refusal.pod.host_ifname),
-        hook::pinned_map(&refusal.env.pin_dir().join("maps/imds_policy")),
+        hook::programs(&start.env.node, &start.pod.host_ifname),
+        hook::pinned_map(&start.env.pin_dir().join("maps/imds_policy")),
     );
-    let config = refusal.env.scratch_dir().join("off.toml");
+    let config = start.env.scratch_dir().join("off.toml");
     fs::write(&config, "mode = 'off'").unwrap();
-    let agent = refusal.agent().config_file(config.to_str().unwrap());
+    let agent = start.agent().config_file(config.to_str().unwrap());
     assert_line(&agent.args(&["--cgroup", "/tmp"]).output(), 2, &["--cgroup"]);
     let after = (
-        hook::programs(&refusal.env.node, &refusal.pod.host_ifname),
-        hook::pinned_map(&refusal.env.pin_dir().join("maps/imds_policy")),
+        hook::programs(&start.env.node, &start.pod.host_ifname),
+        hook::pinned_map(&start.env.pin_dir().join("maps/imds_policy")),
     );
     assert_eq!(before, after);
-    refusal.env.assert_blocked(&refusal.pod);
+    start.env.assert_blocked(&start.pod);
 }
 
 /// The other hooks are enforced, and the missing one is reported.
 #[test]
 fn missing_cgroup_v2_degrades_the_agent() {
-    let Refusal { env, pod } = Refusal::new();
+    let FailedStart { env, pod } = FailedStart::new();
     let config = env.scratch_dir().join("socket.toml");
     let hooks = "node_egress = false\nlocal_service = false\nhost_network = false";
     fs::write(&config, format!("[metrics]\nlisten = []\n[hooks]\n{hooks}")).unwrap();
@@ -358,7 +358,7 @@ fn wrong_configuration() {
 
 #[test]
 fn wrong_config_keeps_last_good_one() {
-    let Refusal { env, pod } = Refusal::new();
+    let FailedStart { env, pod } = FailedStart::new();
     let file = env.scratch_dir().join("imds.toml");
     let agent = || {
         let cgroup = env.cgroup().to_str().unwrap();
@@ -377,7 +377,7 @@ fn wrong_config_keeps_last_good_one() {
 
 #[test]
 fn wrong_command_line() {
-    let refusal = Refusal::new();
+    let start = FailedStart::new();
     let cases: [&[&str]; 6] = [
         &[],
         &["start"],
@@ -387,9 +387,9 @@ fn wrong_command_line() {
         &["status", "-o", "xml"],
     ];
     for args in cases {
-        let output = refusal.env.imds_agent(args).output();
+        let output = start.env.imds_agent(args).output();
         assert_eq!(output.status.code(), Some(2), "{args:?}: {output:?}");
         assert!(!output.stderr.is_empty() && output.stdout.is_empty(), "{args:?}: {output:?}");
     }
-    assert!(!refusal.env.pin_dir().exists());
+    assert!(!start.env.pin_dir().exists());
 }

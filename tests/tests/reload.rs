@@ -25,7 +25,7 @@ use nix::{
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
 const FROM_POD: &str = "[hooks]\nsocket = false\nnode_egress = false\n";
 const NODE_EGRESS: &str = "[hooks]\nsocket = false\nfrom_pod = false\n";
-const BOTH_EDGES: &str = "[hooks]\nsocket = false\n";
+const TC_HOOKS: &str = "[hooks]\nsocket = false\n";
 
 fn has_program(env: &TestEnv, interface: &str, at: TcAttachType) -> bool {
     !hook::programs_at(&env.node, interface, at).is_empty()
@@ -82,10 +82,11 @@ fn hang_up(agent: &Agent<'_>) {
 
 /// Waits until the file is rejected with this error, and asserts that the earlier configuration stays effective.
 #[track_caller]
-fn assert_refused(env: &TestEnv, before: &Status, part: &str) -> Status {
+fn assert_rejected(env: &TestEnv, before: &Status, part: &str) -> Status {
     let status = env.status_when("the file is rejected", |status| {
-        let refused = status.configuration.as_ref().and_then(|configuration| configuration.rejected.as_ref());
-        refused.is_some_and(|refused| refused.error.contains(part))
+        let rejected =
+            status.configuration.as_ref().and_then(|configuration| configuration.rejected.as_ref());
+        rejected.is_some_and(|rejected| rejected.error.contains(part))
     });
     assert_eq!(status.state, "degraded");
     assert!(status.problems.iter().any(|problem| problem.problem.contains(part)), "{:?}", status.problems);
@@ -109,7 +110,7 @@ fn assert_flood_arrives(env: &TestEnv, pods: &[Pod; 2]) {
 }
 
 /// Returns configurations that all protect [`METADATA`], each with another change.
-fn guarding() -> Vec<String> {
+fn protecting_configs() -> Vec<String> {
     let others = |count: u8| {
         let other = |n| format!("[[endpoint]]\nname = 'e{n}'\naddress = '10.9.0.{n}'\n");
         (1..=count).map(other).collect::<Vec<_>>().concat()
@@ -120,12 +121,12 @@ fn guarding() -> Vec<String> {
     vec![
         FROM_POD.to_owned(),
         format!("provider = 'aws'\n{FROM_POD}{}", others(3)),
-        format!("on_deny = 'reject'\n{BOTH_EDGES}"),
+        format!("on_deny = 'reject'\n{TC_HOOKS}"),
         format!("provider = 'none'\n{NODE_EGRESS}{}", own("'udp/5300', 'tcp/5300'")),
-        format!("provider = 'none'\n{BOTH_EDGES}{}{}", others(200), own("")),
+        format!("provider = 'none'\n{TC_HOOKS}{}{}", others(200), own("")),
         format!("{FROM_POD}[interfaces]\ninclude = ['nothing*']\n{}", others(1)),
         format!("provider = 'gcp'\non_deny = 'reject'\n{NODE_EGRESS}"),
-        format!("extra_endpoints = ['ecs']\n{BOTH_EDGES}{}", others(9)),
+        format!("extra_endpoints = ['ecs']\n{TC_HOOKS}{}", others(9)),
     ]
 }
 
@@ -136,7 +137,7 @@ fn flood_is_denied_during_reloads() {
         let pods = LINKS.map(|link| env.add_pod(link));
         assert_flood_arrives(&env, &pods);
 
-        let configs = guarding();
+        let configs = protecting_configs();
         let file = ConfigFile::new(&env, &configs[0]);
         let agent = file.start(backend, &[]);
         let first = env.status();
@@ -168,17 +169,17 @@ fn off_and_on_without_restart() {
         let env = TestEnv::new();
         let pod = env.add_pod(PodLink::Routed);
         env.assert_open(&pod);
-        let file = ConfigFile::new(&env, BOTH_EDGES);
+        let file = ConfigFile::new(&env, TC_HOOKS);
         let agent = file.start(backend, &[]);
         env.assert_blocked(&pod);
         let pid = env.status().agent.pid;
 
         for (mode, state) in [("off", "off"), ("audit", "auditing")] {
-            let status = file.reload(&format!("mode = '{mode}'\n{BOTH_EDGES}"));
+            let status = file.reload(&format!("mode = '{mode}'\n{TC_HOOKS}"));
             assert_eq!((status.mode.as_deref(), status.state.as_str()), (Some(mode), state));
             env.assert_open(&pod);
             let denied = env.status().denied();
-            let status = file.reload(BOTH_EDGES);
+            let status = file.reload(TC_HOOKS);
             assert_eq!((status.state.as_str(), status.agent.pid), ("enforcing", pid));
             env.assert_blocked(&pod);
             let total = env.status().total;
@@ -186,9 +187,9 @@ fn off_and_on_without_restart() {
         }
         assert!(env.status().total.audited.packets > 0);
         // No endpoint at all, and then one again.
-        file.reload(&format!("mode = 'off'\nprovider = 'none'\n{BOTH_EDGES}"));
+        file.reload(&format!("mode = 'off'\nprovider = 'none'\n{TC_HOOKS}"));
         env.assert_open(&pod);
-        file.reload(BOTH_EDGES);
+        file.reload(TC_HOOKS);
         env.assert_blocked(&pod);
         drop(agent);
         env.unload();
@@ -208,35 +209,35 @@ fn reload_changes_hooks() {
         let file = ConfigFile::new(&env, FROM_POD);
         let agent = file.start(backend, &[]);
         let (veth, uplink) = (pod.host_ifname.as_str(), TestEnv::UPLINK);
-        let are_guarded = || [has_program(&env, veth, Ingress), has_program(&env, uplink, Egress)];
+        let attached = || [has_program(&env, veth, Ingress), has_program(&env, uplink, Egress)];
         // Distinguishes a denied call from one that times out.
-        let is_refused =
+        let is_call_denied =
             || env.in_cgroup(|| matches!(http_get(&pod.netns, METADATA, SHORT), Outcome::Error(_)));
-        assert_eq!(are_guarded(), [true, false]);
-        assert!(!is_refused());
+        assert_eq!(attached(), [true, false]);
+        assert!(!is_call_denied());
 
         for _ in 0..2 {
             let status = file.reload("[hooks]\nfrom_pod = false\n");
             assert_eq!(status.hooks, ["node_egress", "socket", "local_service"]);
-            assert_eq!(are_guarded(), [false, true]);
-            assert!(is_refused() && status.sockets.unwrap().attached);
+            assert_eq!(attached(), [false, true]);
+            assert!(is_call_denied() && status.sockets.unwrap().attached);
             env.assert_blocked(&pod);
 
             let status = file.reload("[hooks]\nnode_egress = false\nsocket = false\n");
             assert_eq!(status.hooks, ["from_pod", "local_service"]);
-            assert!(status.sockets.is_none() && !is_refused());
-            assert_eq!(are_guarded(), [true, false]);
+            assert!(status.sockets.is_none() && !is_call_denied());
+            assert_eq!(attached(), [true, false]);
             env.assert_blocked(&pod);
         }
         assert_eq!(fs::read_dir(env.pin_dir().join("progs")).unwrap().count(), 3);
         // The effective hooks also apply to later pods.
-        file.reload(BOTH_EDGES);
+        file.reload(TC_HOOKS);
         let late = env.add_pod(PodLink::Bridged);
         env.wait_enforced(&late);
         env.assert_blocked(&late);
         drop(agent);
         env.unload();
-        assert_eq!(are_guarded(), [false, false]);
+        assert_eq!(attached(), [false, false]);
         env.assert_open(&pod);
     });
 }
@@ -313,7 +314,7 @@ fn reload_changes_endpoints_and_interfaces() {
 #[test]
 fn new_endpoint_route_makes_an_uplink() {
     let env = TestEnv::new();
-    let file = ConfigFile::new(&env, BOTH_EDGES);
+    let file = ConfigFile::new(&env, TC_HOOKS);
     let agent = file.start(AttachMode::Clsact, &["--resync", "3600"]);
     let vault = Ipv4Addr::new(10, 9, 0, 1);
     // The uplink of a nested node: a veth without a default route.
@@ -322,13 +323,13 @@ fn new_endpoint_route_makes_an_uplink() {
         env.status_when(role, |status| status.find(&pod.host_ifname).is_some_and(|found| found.role == role))
     };
     role("pod");
-    file.reload(&format!("{BOTH_EDGES}[[endpoint]]\nname = 'vault'\naddress = '{vault}'\n"));
+    file.reload(&format!("{TC_HOOKS}[[endpoint]]\nname = 'vault'\naddress = '{vault}'\n"));
     role("pod");
     env.node.ip(&format!("route add {vault}/32 dev {}", pod.host_ifname));
     role("uplink");
-    file.reload(BOTH_EDGES);
+    file.reload(TC_HOOKS);
     role("pod");
-    file.reload(&format!("{BOTH_EDGES}[[endpoint]]\nname = 'vault'\naddress = '{vault}'\n"));
+    file.reload(&format!("{TC_HOOKS}[[endpoint]]\nname = 'vault'\naddress = '{vault}'\n"));
     role("uplink");
     env.node.ip(&format!("route delete {vault}/32 dev {}", pod.host_ifname));
     role("pod");
@@ -341,46 +342,46 @@ fn bad_file_keeps_previous_config() {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
     env.assert_open(&pod);
-    let file = ConfigFile::new(&env, BOTH_EDGES);
+    let file = ConfigFile::new(&env, TC_HOOKS);
     let agent = file.start(AttachMode::Clsact, &[]);
     let good = env.status();
 
-    file.replace(&format!("mode = 'of'\n{BOTH_EDGES}"));
-    let status = assert_refused(&env, &good, "imds.toml:1:8: mode: ");
+    file.replace(&format!("mode = 'of'\n{TC_HOOKS}"));
+    let status = assert_rejected(&env, &good, "imds.toml:1:8: mode: ");
     assert_eq!(status.configuration.unwrap().file.unwrap(), file.path);
     agent.wait_for_log("keeping the previous one", LONG);
     env.assert_blocked(&pod);
 
     // The endpoint conflicts with the provider's.
-    file.replace(&format!("{BOTH_EDGES}[[endpoint]]\nname = 'mine'\naddress = '{METADATA}'\n"));
-    assert_refused(&env, &good, "already protected");
+    file.replace(&format!("{TC_HOOKS}[[endpoint]]\nname = 'mine'\naddress = '{METADATA}'\n"));
+    assert_rejected(&env, &good, "already protected");
 
-    let good = file.reload(&format!("on_deny = 'reject'\n{BOTH_EDGES}"));
+    let good = file.reload(&format!("on_deny = 'reject'\n{TC_HOOKS}"));
     assert!(good.problems.is_empty(), "{:?}", good.problems);
 
     fs::remove_file(&file.path).unwrap();
-    assert_refused(&env, &good, "No such file");
+    assert_rejected(&env, &good, "No such file");
     env.assert_blocked(&pod);
-    let good = file.reload(BOTH_EDGES);
+    let good = file.reload(TC_HOOKS);
 
     // A directory, and a pipe without a writer.
     fs::remove_file(&file.path).unwrap();
     fs::create_dir(&file.path).unwrap();
-    assert_refused(&env, &good, "not a regular file");
+    assert_rejected(&env, &good, "not a regular file");
     fs::remove_dir(&file.path).unwrap();
     nix::unistd::mkfifo(&file.path, nix::sys::stat::Mode::S_IRWXU).unwrap();
     hang_up(&agent);
-    assert_refused(&env, &good, "not a regular file");
+    assert_rejected(&env, &good, "not a regular file");
     fs::remove_file(&file.path).unwrap();
     fs::write(&file.path, [0xff, 0xfe]).unwrap();
-    assert_refused(&env, &good, "UTF-8");
+    assert_rejected(&env, &good, "UTF-8");
     fs::write(&file.path, " ".repeat((1 << 20) + 1)).unwrap();
-    assert_refused(&env, &good, "MiB");
+    assert_rejected(&env, &good, "MiB");
 
     // The rejection is recorded without the agent too, until the next agent loads a valid file.
     agent.kill9();
-    assert_refused(&env, &good, "MiB");
-    file.replace(BOTH_EDGES);
+    assert_rejected(&env, &good, "MiB");
+    file.replace(TC_HOOKS);
     let agent = file.start(AttachMode::Clsact, &[]);
     assert!(env.status().configuration.unwrap().rejected.is_none());
     env.assert_blocked(&pod);
@@ -408,7 +409,7 @@ fn unusable_cgroup_rejects_the_file() {
     drop(cgroup);
     // The file also enables `node_egress`, which must be detached again.
     file.replace("on_deny = 'reject'\n");
-    let status = assert_refused(&env, &good, missing.to_str().unwrap());
+    let status = assert_rejected(&env, &good, missing.to_str().unwrap());
     assert!(!has_program(&env, TestEnv::UPLINK, Egress));
     assert!(status.interface(&pod.host_ifname).is_attached());
     env.assert_blocked(&pod);
@@ -435,7 +436,7 @@ fn every_file_replacement_is_noticed() {
     file.replace(&config("off"));
     assert_in_force("off");
     fs::remove_file(&file.path).unwrap();
-    assert_refused(&env, &env.status(), "No such file");
+    assert_rejected(&env, &env.status(), "No such file");
     fs::write(&file.path, config("enforce")).unwrap();
     assert_in_force("enforce");
 

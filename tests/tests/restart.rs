@@ -6,12 +6,12 @@ use std::{
 };
 
 use imds_tests::{
-    AttachMode, METADATA, Pod, PodLink, TestEnv, effort,
+    AttachMode, METADATA, Pod, PodLink, TestEnv,
     flood::Flood,
     hook::{self, Attached},
     poll::poll_until,
     probe::LONG,
-    skip_without_tcx, with_each_backend,
+    scaled, skip_without_tcx, with_each_backend,
 };
 
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
@@ -126,7 +126,7 @@ fn assert_flood_arrives(env: &TestEnv, pods: &[Pod; 2]) {
 }
 
 fn flood_while_agents_are_killed_and_started(backend: AttachMode, hook: &'static str) {
-    let (restarts_wanted, duration) = (effort(20), Duration::from_millis(effort(10_000).into()));
+    let (restarts_wanted, duration) = (scaled(20), Duration::from_millis(scaled(10_000).into()));
     let env = TestEnv::new();
     let agent_of = || env.agent().backend(backend).hooks(&[hook]);
     let pods = LINKS.map(|link| env.add_pod(link));
@@ -152,7 +152,7 @@ fn flood_while_agents_are_killed_and_started(backend: AttachMode, hook: &'static
     }
     let sent: u64 = floods.into_iter().map(Flood::stop).sum();
     assert_eq!(env.received_packets(), before, "of {sent} packets during {restarts} restarts");
-    assert!(sent > effort(100_000).into(), "{sent} packets are no flood");
+    assert!(sent > scaled(100_000).into(), "{sent} packets are no flood");
     // Each packet was counted at most once. The kernel may drop some before the hook.
     let denied = env.status().total.denied.packets;
     assert!(denied <= sent && denied > sent / 2, "{denied} of {sent} counted");

@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf};
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
     Agent, AttachMode, METADATA, Pod, PodLink, TestEnv,
-    foreign::detach_link,
+    foreign_bpf::detach_link,
     hook::{self, run_tc},
     output,
     poll::poll_until,
@@ -149,7 +149,7 @@ fn detached_without_agent_is_restored() {
 }
 
 /// Reports whether the agent's program is the first one at egress of the uplink.
-fn guards_uplink(env: &TestEnv) -> bool {
+fn is_uplink_enforced(env: &TestEnv) -> bool {
     hook::programs_at(&env.node, TestEnv::UPLINK, TcAttachType::Egress)
         .first()
         .is_some_and(hook::Attached::is_ours)
@@ -169,7 +169,7 @@ fn node_egress_is_restored() {
             AttachMode::Tcx => detach_link(&env.pin_dir().join(format!("links/node_egress_{index}"))),
             AttachMode::Clsact => run_tc(&env.node, &["qdisc", "delete", "dev", TestEnv::UPLINK, "clsact"]),
         }
-        poll_until(LONG, "the program to be attached again", || guards_uplink(&env).then_some(()));
+        poll_until(LONG, "the program to be attached again", || is_uplink_enforced(&env).then_some(()));
         env.assert_blocked(&pod);
         poll_until(LONG, "a line in the log that names the interface", || {
             agent.log().lines().skip(lines).any(|line| line.contains(TestEnv::UPLINK)).then_some(())

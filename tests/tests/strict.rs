@@ -11,8 +11,8 @@ use std::{
 
 use aya::util::KernelVersion;
 use imds_tests::{
-    Cgroup, DNS_PORT, METADATA, METADATA_V6, Netns, Over, PodLink, SERVICE, SERVICE_V6, TestEnv, foreign,
-    packets,
+    Cgroup, DNS_PORT, METADATA, METADATA_V6, Netns, PodLink, SERVICE, SERVICE_V6, StopFlag, TestEnv,
+    foreign_bpf, packets,
     poll::poll_until,
     probe::{
         LONG, SHORT, connect, http_exchange, http_get, http_get_at, icmp_echo, reachable, send_ipv4,
@@ -22,8 +22,8 @@ use imds_tests::{
 };
 use nix::sys::socket::{MsgFlags, SockaddrIn, sendto};
 
-const STRICT: &str = "host_network";
-const ALL: [&str; 4] = ["from_pod", "node_egress", "socket", STRICT];
+const HOST_NETWORK: &str = "host_network";
+const ALL: [&str; 4] = ["from_pod", "node_egress", "socket", HOST_NETWORK];
 /// Configuration with endpoints of both address families.
 const AWS: &str = "provider = 'aws'";
 /// Cgroup of a container with systemd's cgroup driver, with shorter names than the kubelet's.
@@ -66,7 +66,7 @@ fn mapped_tcp(netns: &Netns) -> bool {
     stream.and_then(|mut stream| http_exchange(&mut stream, SHORT)).is_ok()
 }
 
-fn is_refused<T>(result: io::Result<T>) -> bool {
+fn is_denied<T>(result: io::Result<T>) -> bool {
     result.is_err_and(|error| error.kind() == ErrorKind::PermissionDenied)
 }
 
@@ -84,13 +84,13 @@ fn redirect(node: &Netns) {
 }
 
 /// Asserts that every attack vector of a process in this cgroup and in the node's network namespace is denied.
-fn assert_every_way_is_held(path: &str) {
+fn assert_every_vector_blocked(path: &str) {
     let env = TestEnv::new().with_ipv6();
     let container = env.add_cgroup(path);
     let node = &*env.node;
     redirect(node);
     let mut vectors = env
-        .vectors(&[STRICT])
+        .vectors(&[HOST_NETWORK])
         .in_cgroup(&container)
         .config(AWS)
         .vector("TCP", || http_get(node, METADATA, SHORT).is_answer())
@@ -123,7 +123,7 @@ fn host_network_pod_every_vector() {
     if skip_without_netns_cookie() {
         return;
     }
-    assert_every_way_is_held(CONTAINER);
+    assert_every_vector_blocked(CONTAINER);
 }
 
 #[test]
@@ -131,7 +131,7 @@ fn host_network_pod_every_vector_kind() {
     if skip_without_netns_cookie() {
         return;
     }
-    assert_every_way_is_held(IN_KIND);
+    assert_every_vector_blocked(IN_KIND);
 }
 
 #[test]
@@ -154,9 +154,9 @@ fn earlier_connection_is_cut() {
     let (mut spared, _) = open();
     assert!(http_exchange(&mut spared, LONG).is_ok());
 
-    let agent = env.agent().hooks(&[STRICT]).spawn_ready();
+    let agent = env.agent().hooks(&[HOST_NETWORK]).spawn_ready();
     env.assert_nothing_arrives(|| {
-        assert!(is_refused(udp.send(b"echo")));
+        assert!(is_denied(udp.send(b"echo")));
         assert!(http_exchange(&mut tcp, SHORT).is_err());
     });
     drop(agent);
@@ -233,8 +233,8 @@ fn pod_with_own_netns_is_counted_once() {
         let status = env.status();
         let sockets = status.sockets.as_ref().expect("the hook is on").counts;
         let host = status.host_network.as_ref().expect("host_network is on").counts;
-        let edge = status.interface(&pod.host_ifname).counts;
-        [edge, sockets, host, status.total].map(|counts| counts.denied.packets)
+        let from_pod = status.interface(&pod.host_ifname).counts;
+        [from_pod, sockets, host, status.total].map(|counts| counts.denied.packets)
     };
     assert!(container.run(|| !http_get(&pod.netns, METADATA, SHORT).is_answer()));
     assert_eq!(denied(), [0, 1, 0, 1]);
@@ -247,7 +247,7 @@ fn pod_with_own_netns_is_counted_once() {
     }
     // Calls and packets in the node's namespace are denied too.
     assert!(container.run(|| !http_get(&env.node, METADATA, SHORT).is_answer()));
-    assert!(is_refused(container.run(|| send_raw(&env.node, METADATA, 132))));
+    assert!(is_denied(container.run(|| send_raw(&env.node, METADATA, 132))));
     let [_, _, host, _] = denied();
     assert_eq!(host, 2);
     drop(agent);
@@ -263,22 +263,22 @@ fn disabled_host_network_denies_nothing() {
     let env = TestEnv::new();
     let container = env.add_cgroup(CONTAINER);
     let is_open = || container.run(|| reachable(&env.node, METADATA));
-    let is_held = || container.run(|| !http_get(&env.node, METADATA, SHORT).is_answer());
+    let is_blocked = || container.run(|| !http_get(&env.node, METADATA, SHORT).is_answer());
     let agent = env.agent().hooks(&ALL[..3]).spawn_ready();
     assert!(is_open());
     assert!(env.status().host_network.is_none());
     agent.kill9();
     let agent = env.agent().hooks(&ALL).spawn_ready();
-    assert!(is_held());
+    assert!(is_blocked());
     agent.kill9();
-    assert!(is_held());
+    assert!(is_blocked());
     // The next agent has the hook off and removes its links.
     let agent = env.agent().hooks(&ALL[..3]).spawn_ready();
     assert!(is_open());
     assert_eq!(host_links(&env), [""; 0]);
     agent.kill9();
     // The mode `off` disables the hook as well.
-    let agent = env.agent().hooks(&[STRICT]).config("mode = 'off'").spawn_ready();
+    let agent = env.agent().hooks(&[HOST_NETWORK]).config("mode = 'off'").spawn_ready();
     assert!(is_open());
     drop(agent);
     env.unload();
@@ -299,7 +299,7 @@ fn added_and_removed_cgroups_are_followed() {
     }
     let env = TestEnv::new();
     // No resync runs during the test, so that only events can report the cgroups.
-    let agent = env.agent().hooks(&[STRICT]).resync(3600).spawn();
+    let agent = env.agent().hooks(&[HOST_NETWORK]).resync(3600).spawn();
     agent.wait_for_log("hostNetwork pods are not restricted", LONG);
     let status = env.status_when("the problem is reported", |status| status.agent.ready);
     assert_eq!(status.state, "degraded");
@@ -314,7 +314,7 @@ fn added_and_removed_cgroups_are_followed() {
             let host = status.host_network.as_ref().expect("host_network is on");
             host.attached && host.cgroups.len() == count && status.state == "enforcing"
         });
-        assert!(cgroup.run(|| is_refused(env.node.run(|| connect(METADATA, SHORT)))), "{path}");
+        assert!(cgroup.run(|| is_denied(env.node.run(|| connect(METADATA, SHORT)))), "{path}");
         cgroups.push(cgroup);
     }
     assert!(reachable(&env.node, METADATA));
@@ -352,7 +352,7 @@ fn audit_counts_and_passes() {
     }
     let env = TestEnv::new();
     let container = env.add_cgroup(CONTAINER);
-    let _agent = env.agent().hooks(&[STRICT]).config("mode = 'audit'").spawn_ready();
+    let _agent = env.agent().hooks(&[HOST_NETWORK]).config("mode = 'audit'").spawn_ready();
     let before = env.received_packets();
     container.run(|| send_raw(&env.node, METADATA, 132)).unwrap();
     assert_eq!(env.received_packets().total(), before.total() + 1);
@@ -369,23 +369,23 @@ fn detached_host_network_is_restored() {
     }
     let env = TestEnv::new();
     let container = env.add_cgroup(CONTAINER);
-    let agent = env.agent().hooks(&[STRICT]).resync(1).spawn_ready();
+    let agent = env.agent().hooks(&[HOST_NETWORK]).resync(1).spawn_ready();
     let kubepods = env.status().host_network.expect("host_network is on").cgroups[0];
-    let is_held = || is_refused(container.run(|| send_raw(&env.node, METADATA, 132)));
-    assert!(is_held());
-    foreign::detach_link(&env.pin_dir().join(format!("links/host_egress_{kubepods}")));
+    let is_blocked = || is_denied(container.run(|| send_raw(&env.node, METADATA, 132)));
+    assert!(is_blocked());
+    foreign_bpf::detach_link(&env.pin_dir().join(format!("links/host_egress_{kubepods}")));
     agent.wait_for_log("attached imds_host_out", LONG);
-    poll_until(LONG, "packets to be denied again", || is_held().then_some(()));
+    poll_until(LONG, "packets to be denied again", || is_blocked().then_some(()));
     fs::remove_file(env.pin_dir().join(format!("links/host_connect4_{kubepods}"))).unwrap();
     agent.wait_for_log("pinned the link of imds_host_conn4", LONG);
     env.status_when("the agent is ready", |status| status.is_ready() && status.state == "enforcing");
 }
 
-/// Sends to the metadata service with a sendto call, with a connect call and from a raw socket, until `over` is set.
-fn send_until(env: &TestEnv, container: &Cgroup, over: &Over, tried: &AtomicU64) {
+/// Sends to the metadata service with a sendto call, with a connect call and from a raw socket, until `stop` is set.
+fn send_until(env: &TestEnv, container: &Cgroup, stop: &StopFlag, tried: &AtomicU64) {
     container.run(|| {
         let (named, connected) = (udp_socket(&env.node, "0.0.0.0:0"), udp_socket(&env.node, "0.0.0.0:0"));
-        while !over.is_told() {
+        while !stop.is_set() {
             // The call is denied, or its packet is counted on arrival.
             let _ = named.send_to(b"echo", (METADATA, ECHO_PORT));
             let _ = connected.connect((METADATA, ECHO_PORT)).and_then(|()| connected.send(b"echo"));
@@ -403,25 +403,25 @@ fn host_network_survives_restart() {
     }
     let env = TestEnv::new();
     let container = env.add_cgroup(CONTAINER);
-    let (over, tried) = (Over::default(), AtomicU64::new(0));
+    let (stop, tried) = (StopFlag::default(), AtomicU64::new(0));
     assert!(env.arrives(|| {
         for protocol in [17, 132] {
             container.run(|| send_raw(&env.node, METADATA, protocol)).unwrap();
         }
     }));
-    let agent = env.agent().hooks(&[STRICT]).spawn_ready();
+    let agent = env.agent().hooks(&[HOST_NETWORK]).spawn_ready();
     let before = env.received_packets();
     let agent = thread::scope(|scope| {
         let mut agent = agent;
-        let _tell = over.when_dropped();
-        scope.spawn(|| send_until(&env, &container, &over, &tried));
+        let _stop_on_drop = stop.set_on_drop();
+        scope.spawn(|| send_until(&env, &container, &stop, &tried));
         for _ in 0..RESTARTS {
             agent.kill9();
-            let told = tried.load(Ordering::Relaxed);
+            let before = tried.load(Ordering::Relaxed);
             poll_until(LONG, "attempts without an agent", || {
-                (tried.load(Ordering::Relaxed) > told + 30).then_some(())
+                (tried.load(Ordering::Relaxed) > before + 30).then_some(())
             });
-            agent = env.agent().hooks(&[STRICT]).spawn_ready();
+            agent = env.agent().hooks(&[HOST_NETWORK]).spawn_ready();
         }
         agent
     });

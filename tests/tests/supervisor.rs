@@ -18,18 +18,18 @@ impl Manager {
     /// Waits for a line with this prefix, and returns the rest of the line.
     #[track_caller]
     fn wait_for(&self, start: &str) -> String {
-        let mut heard = Vec::new();
+        let mut received = Vec::new();
         let mut message = [0; 4096];
         loop {
             let length = self
                 .0
                 .recv(&mut message)
-                .unwrap_or_else(|error| panic!("no {start} after {heard:?}: {error}"));
+                .unwrap_or_else(|error| panic!("no {start} after {received:?}: {error}"));
             let text = String::from_utf8(message[..length].to_vec()).unwrap();
             if let Some(rest) = text.lines().find_map(|line| line.strip_prefix(start)) {
                 return rest.to_owned();
             }
-            heard.push(text);
+            received.push(text);
         }
     }
 }

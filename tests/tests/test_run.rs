@@ -123,8 +123,8 @@ fn packets_to(destination: [u8; 4]) -> Vec<(&'static str, Vec<u8>)> {
 fn every_packet_to_endpoint_is_denied() {
     let object = object(Mode::Enforce);
     let program = object.program(PROG_FROM_POD);
-    for ((name, guarded), (_, other)) in packets_to(IMDS_IPV4).into_iter().zip(packets_to(OTHER)) {
-        assert_eq!(action(program, &guarded), TC_ACT_SHOT, "{name}");
+    for ((name, protected), (_, other)) in packets_to(IMDS_IPV4).into_iter().zip(packets_to(OTHER)) {
+        assert_eq!(action(program, &protected), TC_ACT_SHOT, "{name}");
         assert_eq!(action(program, &other), TC_ACT_UNSPEC, "{name} to another address");
     }
 }
@@ -166,8 +166,8 @@ fn lookalikes_of_the_endpoint_pass() {
 fn layer_3_packets_by_the_layer_3_program() {
     let object = object(Mode::Enforce);
     let program = object.program(PROG_FROM_POD_L3);
-    for ((name, guarded), (_, other)) in packets_to(IMDS_IPV4).into_iter().zip(packets_to(OTHER)).take(8) {
-        assert_eq!(action(program, &guarded[ETHERNET_LEN..]), TC_ACT_SHOT, "{name}");
+    for ((name, protected), (_, other)) in packets_to(IMDS_IPV4).into_iter().zip(packets_to(OTHER)).take(8) {
+        assert_eq!(action(program, &protected[ETHERNET_LEN..]), TC_ACT_SHOT, "{name}");
         assert_eq!(action(program, &other[ETHERNET_LEN..]), TC_ACT_UNSPEC, "{name} to another address");
     }
 }

@@ -5,7 +5,7 @@ use std::{fmt::Write as _, fs};
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
     AttachMode, Pod, PodLink, TestEnv,
-    foreign::{Foreign, TC_ACT_OK},
+    foreign_bpf::{ForeignProgram, TC_ACT_OK},
     hook::{self, run_tc},
     poll::poll_until,
     probe::LONG,
@@ -75,7 +75,7 @@ fn earlier_clsact_qdisc_stays() {
             run_tc(&env.node, &["qdisc", "add", "dev", &pod.host_ifname, "clsact"]);
         }
         let with_filter = &pods[0].host_ifname;
-        Foreign::returning(TC_ACT_OK).attach_filter(&env.node, with_filter, TcAttachType::Ingress, 7);
+        ForeignProgram::returning(TC_ACT_OK).attach_filter(&env.node, with_filter, TcAttachType::Ingress, 7);
         let theirs = hook::filters(&env.node, with_filter);
         env.start_agent(backend).kill9();
         env.assert_blocked(&pods[0]);
@@ -92,7 +92,7 @@ fn foreign_filter_on_own_qdisc_stays() {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
     env.start_agent(AttachMode::Clsact).kill9();
-    Foreign::returning(TC_ACT_OK).attach_filter(&env.node, &pod.host_ifname, TcAttachType::Ingress, 7);
+    ForeignProgram::returning(TC_ACT_OK).attach_filter(&env.node, &pod.host_ifname, TcAttachType::Ingress, 7);
     env.unload();
     let left = hook::filters(&env.node, &pod.host_ifname);
     assert_eq!(left.iter().map(hook::Attached::is_ours).collect::<Vec<_>>(), [false]);
@@ -105,8 +105,11 @@ fn foreign_tcx_program_stays() {
     }
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Bridged);
-    let _link =
-        Foreign::returning(TC_ACT_OK).attach_tcx_first(&env.node, pod.host_ifindex, TcAttachType::Ingress);
+    let _link = ForeignProgram::returning(TC_ACT_OK).attach_tcx_first(
+        &env.node,
+        pod.host_ifindex,
+        TcAttachType::Ingress,
+    );
     let theirs = hook::tcx(&env.node, &pod.host_ifname);
     env.start_agent(AttachMode::Tcx).kill9();
     env.unload();

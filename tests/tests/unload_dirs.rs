@@ -9,7 +9,7 @@ use std::{
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
     AgentCommand, AttachMode, PodLink, TestEnv,
-    foreign::{Foreign, TC_ACT_OK, pin_object_over, pin_over},
+    foreign_bpf::{ForeignProgram, TC_ACT_OK, pin_object_over, pin_over},
     hook, skip_without_tcx,
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -33,7 +33,7 @@ impl Drop for Bpffs {
 }
 
 #[track_caller]
-fn assert_refused(command: AgentCommand<'_>, path: &Path, reason: &str) {
+fn assert_rejected(command: AgentCommand<'_>, path: &Path, reason: &str) {
     let output = command.pin_dir(path).output();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{}: {stderr}", path.display());
@@ -47,7 +47,7 @@ fn unload(env: &TestEnv) -> AgentCommand<'_> {
 }
 
 fn pin_foreign_program(path: &Path) {
-    let foreign = Foreign::returning(TC_ACT_OK);
+    let foreign = ForeignProgram::returning(TC_ACT_OK);
     pin_over(foreign.pin(), path);
 }
 
@@ -57,7 +57,7 @@ fn directory_of_files_is_left_alone() {
     let path = env.scratch_dir().join("files");
     fs::create_dir_all(path.join("maps")).unwrap();
     fs::write(path.join("maps/imds_policy"), "precious").unwrap();
-    assert_refused(unload(&env), &path, "not on a bpffs");
+    assert_rejected(unload(&env), &path, "not on a bpffs");
     assert_eq!(fs::read(path.join("maps/imds_policy")).unwrap(), b"precious");
 }
 
@@ -73,8 +73,8 @@ fn bpffs_root_and_foreign_dirs_are_kept() {
     }
     let run = || env.agent().args(&["--once"]);
     for (path, reason) in [(&bpffs.0, "root of a bpffs"), (&other, "no map of imds-agent")] {
-        assert_refused(unload(&env), path, reason);
-        assert_refused(run(), path, reason);
+        assert_rejected(unload(&env), path, reason);
+        assert_rejected(run(), path, reason);
     }
     assert!(pins.iter().all(|pin| pin.exists()) && !bpffs.0.join("links").exists());
     let empty = bpffs.0.join("empty");
@@ -91,7 +91,7 @@ fn symlinks_are_not_followed() {
     env.start_agent(AttachMode::Clsact).kill9();
     let link = env.scratch_dir().join("link");
     symlink(env.pin_dir(), &link).unwrap();
-    assert_refused(unload(&env), &link, "symlink");
+    assert_rejected(unload(&env), &link, "symlink");
     env.assert_blocked(&pod);
 
     // Symlinks inside the directory are not followed either.
@@ -102,7 +102,7 @@ fn symlinks_are_not_followed() {
     let programs = env.pin_dir().join("progs");
     fs::rename(&programs, env.pin_dir().join("earlier")).unwrap();
     symlink(&other, &programs).unwrap();
-    assert_refused(unload(&env), env.pin_dir(), "symlink");
+    assert_rejected(unload(&env), env.pin_dir(), "symlink");
     fs::remove_file(&programs).unwrap();
     fs::rename(env.pin_dir().join("earlier"), &programs).unwrap();
     env.unload();
@@ -117,7 +117,7 @@ fn foreign_pins_in_the_directory_stay() {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
     let bpffs = Bpffs::new(&env);
-    let foreign = Foreign::returning(TC_ACT_OK);
+    let foreign = ForeignProgram::returning(TC_ACT_OK);
     let theirs = foreign.attach_tcx_first(&env.node, pod.host_ifindex, TcAttachType::Ingress);
     let elsewhere = bpffs.0.join("link");
     pin_object_over(&theirs, &elsewhere);

@@ -45,7 +45,7 @@ const FLAGS: [&str; 6] = [
 /// Maximum length of an input in bytes.
 const LONGEST: u32 = 8192;
 /// Time limit of one input in seconds. The next constant is the memory limit in MiB.
-const PATIENCE: u32 = 10;
+const INPUT_TIMEOUT_SECS: u32 = 10;
 const MEMORY: u32 = 2048;
 
 impl Fuzz {
@@ -117,7 +117,7 @@ fn run(fuzzer: &Path, directory: &Path, target: &str, seconds: u32) -> Result<()
     let mut fuzz = Command::new(fuzzer);
     fuzz.arg(format!("-max_total_time={seconds}"))
         .arg(format!("-max_len={LONGEST}"))
-        .arg(format!("-timeout={PATIENCE}"))
+        .arg(format!("-timeout={INPUT_TIMEOUT_SECS}"))
         .arg(format!("-rss_limit_mb={MEMORY}"))
         .arg(format!("-artifact_prefix={}/", failures.display()))
         .args(["-print_final_stats=1", "-use_value_profile=1"]);

@@ -9,8 +9,8 @@ use crate::links::MadeLink;
 /// Log line of an attachment, up to the interface name.
 const ATTACHED: &str = "attached from_pod to ";
 
-/// Milliseconds from the first event of each link to the log line of its attachment. Links that were deleted before their
-/// turn in the attach queue have none.
+/// Milliseconds from the first event of each link to the log line of its attachment. Links that were deleted before
+/// their turn in the attach queue have none.
 pub(crate) fn latencies(agent: &Agent<'_>, made: &[MadeLink]) -> Samples {
     let by_name: BTreeMap<&str, &MadeLink> = made.iter().map(|link| (link.name.as_str(), link)).collect();
     poll_until(Duration::from_secs(5), "the agent to log the last deletion", || {

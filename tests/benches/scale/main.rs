@@ -38,7 +38,7 @@ const STARTS: usize = 5;
 /// Duration of the idle period in which CPU time is measured.
 const REST: Duration = Duration::from_secs(20);
 /// Time limit for an agent to report that everything is enforced.
-const PATIENCE: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 fn main() {
     let node = Node::new();
@@ -196,7 +196,7 @@ impl Node {
 
     /// Waits until each pod also has its own program. Attachments run one after another.
     fn wait_all_enforced(&self, agent: &Agent<'_>) {
-        poll_until(PATIENCE * 4, "every pod to have its program", || {
+        poll_until(TIMEOUT * 4, "every pod to have its program", || {
             let status = self.env.status();
             (status.is_ready() && status.agent.pid == Some(agent.pid())).then_some(())
         });
@@ -205,7 +205,7 @@ impl Node {
     /// Waits until the sandbox of every pod is found and every pod has its TCX link. Links are upgraded one after
     /// another, which takes long.
     fn wait_settled(&self, pods: usize) {
-        poll_until(PATIENCE * 4, "the sandbox and TCX link of every pod", || {
+        poll_until(TIMEOUT * 4, "the sandbox and TCX link of every pod", || {
             let status = self.env.status();
             let of_pods = status.interfaces.iter().filter(|interface| interface.role == "pod");
             let is_settled = status.has_resolved(pods) && status.all_pods_have_tcx();
@@ -218,7 +218,7 @@ fn listen(path: &Path) -> UnixDatagram {
     // Removes the socket of the previous start.
     let _ = std::fs::remove_file(path);
     let socket = UnixDatagram::bind(path).expect("bind a socket");
-    socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+    socket.set_read_timeout(Some(TIMEOUT)).expect("set a timeout");
     socket
 }
 

@@ -204,12 +204,12 @@ impl<'c> Load<'c> {
 
     /// Replaces the configuration repeatedly. The agent must reject every fourth one.
     fn reconfigure(&self) {
-        let refused =
+        let rejected =
             ["nonsense = 1\n", "mode = 'enforce\n", "provider = 'unknown'\n", "[[exempt]]\nname = 'x'\n"];
         let cluster = self.cluster;
         for number in (1..).take_while(|_| self.goes_on()) {
             match number % 4 {
-                3 => cluster.configure(refused[number as usize / 4 % refused.len()]),
+                3 => cluster.configure(rejected[number as usize / 4 % rejected.len()]),
                 _ => cluster.configure(&cluster.configuration(number)),
             }
             sleep(BETWEEN_CONFIGURATIONS);
@@ -244,7 +244,7 @@ impl<'c> Load<'c> {
 /// The process `imds-agent events` and the number of events that it printed.
 pub(crate) struct Follower {
     process: Child,
-    told: Arc<AtomicU64>,
+    emitted: Arc<AtomicU64>,
     suppressed: Arc<AtomicU64>,
 }
 
@@ -252,9 +252,9 @@ impl Follower {
     pub(crate) fn start(env: &TestEnv) -> Self {
         let mut command = env.imds_agent(&["events", "-o", "json"]).command();
         let mut process = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("follow events");
-        let (told, suppressed) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+        let (emitted, suppressed) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
         let lines = BufReader::new(process.stdout.take().expect("a pipe")).lines();
-        let (count, sum) = (Arc::clone(&told), Arc::clone(&suppressed));
+        let (count, sum) = (Arc::clone(&emitted), Arc::clone(&suppressed));
         // The thread ends with the process.
         thread::spawn(move || {
             for line in lines.map_while(Result::ok) {
@@ -263,17 +263,17 @@ impl Follower {
                 count.fetch_add(1, Ordering::Relaxed);
             }
         });
-        Self { process, told, suppressed }
+        Self { process, emitted, suppressed }
     }
 
     /// Returns the number of events, and of suppressed events that they report.
-    pub(crate) fn heard(&self) -> (u64, u64) {
-        (self.told.load(Ordering::Relaxed), self.suppressed.load(Ordering::Relaxed))
+    pub(crate) fn received(&self) -> (u64, u64) {
+        (self.emitted.load(Ordering::Relaxed), self.suppressed.load(Ordering::Relaxed))
     }
 
     pub(crate) fn stop(mut self) -> (u64, u64) {
         self.process.kill().expect("stop the follower");
         self.process.wait().expect("wait for the follower");
-        self.heard()
+        self.received()
     }
 }

@@ -38,7 +38,7 @@ fn main() -> ExitCode {
     let start = Instant::now();
     for number in 1..=AGENTS {
         let agent = start_agent(&env, &cluster.config);
-        outcome.held_at_rest.push(sample::held(&env));
+        outcome.objects_at_rest.push(sample::kernel_objects(&env));
         let follower = Follower::start(&env);
         let load = Load::new(&cluster, &flooders);
         let mut sampler = Sampler::new(&env, &agent, start);
@@ -60,7 +60,7 @@ fn main() -> ExitCode {
         println!("{last}");
         println!("agent {number} is {}", if number < AGENTS { "killed" } else { "terminated" });
         outcome.add(&rows, &last, follower.stop(), sampler.objects());
-        outcome.held_at_rest.push(sample::held(&env));
+        outcome.objects_at_rest.push(sample::kernel_objects(&env));
         if number < AGENTS {
             agent.kill9();
         } else {

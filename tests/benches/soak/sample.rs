@@ -36,18 +36,18 @@ pub(crate) struct Row {
     /// Number of reloads since the start of this agent.
     pub(crate) reloads: u64,
     /// Number of rejected configurations since the start of this agent.
-    pub(crate) refused: u64,
+    pub(crate) rejected: u64,
     sent: u64,
     pub(crate) denied: u64,
     /// Packets and calls of any verdict.
     pub(crate) counted: u64,
     /// Number of events since the start of this agent.
-    pub(crate) told: u64,
+    pub(crate) emitted: u64,
     /// Number of suppressed events since the start of this agent.
     pub(crate) suppressed: u64,
     pub(crate) pending: u64,
     /// Number of events that this agent's subscriber received.
-    heard: u64,
+    received: u64,
     /// Packets to the metadata service from pods that were never exempt.
     pub(crate) strangers: u64,
     pub(crate) failed_scrapes: u64,
@@ -71,13 +71,13 @@ impl fmt::Display for Row {
             self.cpu_percent,
             self.pods,
             self.reloads,
-            self.refused,
+            self.rejected,
             self.sent,
             self.denied,
-            self.told,
+            self.emitted,
             self.suppressed,
             self.pending,
-            self.heard,
+            self.received,
             self.strangers,
         )
     }
@@ -123,16 +123,16 @@ impl<'w> Sampler<'w> {
             cpu_percent: 100.0 * (cpu - cpu_before) / (now - then).as_secs_f64(),
             pods: load.pods(),
             reloads: metrics.get("imds_agent_config_reloads_total{result=\"succeeded\"}"),
-            refused: metrics.get("imds_agent_config_reloads_total{result=\"failed\"}"),
+            rejected: metrics.get("imds_agent_config_reloads_total{result=\"failed\"}"),
             sent: load.sent(),
             denied: metrics.sum(|series| {
                 series.starts_with("imds_agent_packets_total") && series.contains("\"denied\"")
             }),
             counted: metrics.sum(|series| series.starts_with("imds_agent_packets_total")),
-            told: metrics.get("imds_agent_events_total"),
+            emitted: metrics.get("imds_agent_events_total"),
             suppressed: metrics.get("imds_agent_events_suppressed_total"),
             pending: metrics.get("imds_agent_events_pending"),
-            heard: follower.heard().0,
+            received: follower.received().0,
             strangers: received_packets.total() - load.arrivals_of_exempt(&received_packets),
             failed_scrapes: load.failed_scrapes(),
         }
@@ -145,7 +145,7 @@ impl<'w> Sampler<'w> {
 }
 
 /// Counts kernel objects for interfaces and pods: pinned links and map entries.
-pub(crate) fn held(env: &TestEnv) -> BTreeMap<String, usize> {
+pub(crate) fn kernel_objects(env: &TestEnv) -> BTreeMap<String, usize> {
     let links = fs::read_dir(env.pin_dir().join("links")).map_or(0, Iterator::count);
     let entries = MAPS.map(|name| (name.to_owned(), entries(&env.pin_dir().join("maps").join(name))));
     entries.into_iter().chain([("links".to_owned(), links)]).collect()

@@ -19,14 +19,14 @@ const DESCRIPTORS: i64 = 2;
 pub(crate) struct Outcome {
     agents: Vec<Usage>,
     /// Number of kernel objects before and after each agent's pods.
-    pub(crate) held_at_rest: Vec<BTreeMap<String, usize>>,
+    pub(crate) objects_at_rest: Vec<BTreeMap<String, usize>>,
     /// Packets to the metadata service from pods that were never exempt.
     strangers: u64,
     /// Number of events of all agents. The next fields count suppressed and pending ones.
-    told: u64,
+    emitted: u64,
     suppressed: u64,
     /// Number of events and suppressed events that the subscribers received.
-    heard: (u64, u64),
+    received: (u64, u64),
     pending: u64,
     counted: u64,
     denied: u64,
@@ -41,7 +41,7 @@ struct Usage {
     memory: Measured,
     descriptors: Measured,
     reloads: u64,
-    refused: u64,
+    rejected: u64,
     failed_scrapes: u64,
 }
 
@@ -72,18 +72,18 @@ impl fmt::Display for Measured {
 
 impl Outcome {
     /// Adds the samples of one agent. `last` is the sample after the load ended.
-    pub(crate) fn add(&mut self, rows: &[Row], last: &Row, heard: (u64, u64), objects: BTreeSet<Object>) {
+    pub(crate) fn add(&mut self, rows: &[Row], last: &Row, received: (u64, u64), objects: BTreeSet<Object>) {
         let all = |get: fn(&Row) -> u64| rows.iter().map(get).collect::<Vec<_>>();
         self.agents.push(Usage {
             memory: Measured::of(&all(|row| row.anonymous)),
             descriptors: Measured::of(&all(|row| row.descriptors)),
             reloads: last.reloads,
-            refused: last.refused,
+            rejected: last.rejected,
             failed_scrapes: last.failed_scrapes,
         });
-        self.told += last.told;
+        self.emitted += last.emitted;
         self.suppressed += last.suppressed;
-        self.heard = (self.heard.0 + heard.0, self.heard.1 + heard.1);
+        self.received = (self.received.0 + received.0, self.received.1 + received.1);
         (self.pending, self.counted, self.denied) = (last.pending, last.counted, last.denied);
         self.strangers = last.strangers;
         self.objects.extend(objects);
@@ -102,33 +102,33 @@ impl Outcome {
             ),
         )];
         for (number, agent) in (1..).zip(&self.agents) {
-            let Usage { memory, descriptors, reloads, refused, failed_scrapes } = agent;
+            let Usage { memory, descriptors, reloads, rejected, failed_scrapes } = agent;
             checks.extend([
                 (memory.is_steady(MEMORY), format!("agent {number}: {memory} KiB of anonymous memory")),
                 (descriptors.is_steady(DESCRIPTORS), format!("agent {number}: {descriptors} descriptors")),
                 (
-                    *reloads > 0 && *refused > 0 && *failed_scrapes == 0,
+                    *reloads > 0 && *rejected > 0 && *failed_scrapes == 0,
                     format!(
-                        "agent {number}: {reloads} configurations loaded, {refused} rejected, {failed_scrapes} reads of \
+                        "agent {number}: {reloads} configurations loaded, {rejected} rejected, {failed_scrapes} reads of \
                          metrics failed"
                     ),
                 ),
             ]);
         }
-        let explained = self.told + self.suppressed + self.pending;
+        let explained = self.emitted + self.suppressed + self.pending;
         checks.push((
             explained == self.counted,
             format!(
                 "{} packets and calls counted = {} events + {} suppressed + {} pending",
-                self.counted, self.told, self.suppressed, self.pending
+                self.counted, self.emitted, self.suppressed, self.pending
             ),
         ));
         checks.push((
-            self.heard == (self.told, self.suppressed),
-            format!("subscribers received {} events and {} suppressed", self.heard.0, self.heard.1),
+            self.received == (self.emitted, self.suppressed),
+            format!("subscribers received {} events and {} suppressed", self.received.0, self.received.1),
         ));
-        let is_held_steady = self.held_at_rest.windows(2).all(|pair| pair[0] == pair[1]);
-        checks.push((is_held_steady, format!("kernel objects at rest: {:?}", self.held_at_rest)));
+        let are_objects_stable = self.objects_at_rest.windows(2).all(|pair| pair[0] == pair[1]);
+        checks.push((are_objects_stable, format!("kernel objects at rest: {:?}", self.objects_at_rest)));
         checks.push((
             self.left.is_empty(),
             format!("after unload, of {} programs and maps: {:?} left", self.objects.len(), self.left),

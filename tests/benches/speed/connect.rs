@@ -11,33 +11,34 @@ use imds_tests::{
     measure::{Samples, run_on, table},
 };
 
-use crate::guard::{Guard, On};
+use crate::restriction::{On, Restriction};
 
 const ROUNDS: usize = 25;
 const CALLS: u32 = 5_000;
 const PORT: u16 = 80;
 /// Timeout of a client. SDKs use one second to several minutes.
-const PATIENCE: Duration = Duration::from_secs(3);
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(3);
 const CPU: usize = 1;
 
 /// Measures calls to unprotected addresses, with and without the hooks.
 pub(crate) fn latency(env: &TestEnv, pod: &Pod) -> String {
-    let guards = [Guard::Nothing, Guard::EmptySocket, Guard::Socket, Guard::AllHooks];
+    let restrictions =
+        [Restriction::Nothing, Restriction::EmptySocket, Restriction::Socket, Restriction::AllHooks];
     let mut costs = [const { Vec::new() }; 4];
     for _ in 0..ROUNDS {
-        for (guard, costs) in guards.into_iter().zip(&mut costs) {
-            let _on = guard.turn_on(env, pod);
+        for (restriction, costs) in restrictions.into_iter().zip(&mut costs) {
+            let _on = restriction.turn_on(env, pod);
             costs.push(env.in_cgroup(|| pod.netns.run(calls)));
         }
     }
-    let rows: Vec<_> = guards
+    let rows: Vec<_> = restrictions
         .iter()
         .zip(&costs)
-        .map(|(guard, of_guard)| {
-            let mut row = vec![guard.name().to_owned()];
+        .map(|(restriction, its_costs)| {
+            let mut row = vec![restriction.name().to_owned()];
             for kind in 0..3 {
-                let cost = Samples::new(of_guard.iter().map(|costs| costs[kind])).median();
-                let pairs = of_guard.iter().zip(&costs[0]);
+                let cost = Samples::new(its_costs.iter().map(|costs| costs[kind])).median();
+                let pairs = its_costs.iter().zip(&costs[0]);
                 let ratio =
                     Samples::new(pairs.map(|(costs, of_nothing)| costs[kind] / of_nothing[kind])).median();
                 row.extend([format!("{cost:.0} ns"), format!("{ratio:.3}")]);
@@ -46,7 +47,7 @@ pub(crate) fn latency(env: &TestEnv, pod: &Pod) -> String {
         })
         .collect();
     let head = [
-        "guard",
+        "restriction",
         "UDP connect",
         "times nothing",
         "TCP connect and close",
@@ -90,18 +91,18 @@ fn per_call(call: impl Fn(), calls: u32) -> f64 {
 /// Measures the time until a client learns that it is denied.
 pub(crate) fn waiting(env: &TestEnv, pod: &Pod) -> String {
     let reject = || On::agent(env, &["from_pod"], "on_deny = 'reject'");
-    let by_guard = |guard: Guard| move || guard.turn_on(env, pod);
+    let with = |restriction: Restriction| move || restriction.turn_on(env, pod);
     let rows: Vec<_> = [
-        ("imds-agent, socket", time(env, pod, by_guard(Guard::Socket))),
+        ("imds-agent, socket", time(env, pod, with(Restriction::Socket))),
         ("imds-agent, from_pod, on_deny = \"reject\"", time(env, pod, reject)),
-        ("imds-agent, from_pod, on_deny = \"drop\"", time(env, pod, by_guard(Guard::FromPod))),
-        ("AKS' rule", time(env, pod, by_guard(Guard::AksTcp))),
-        ("AWS' rule with REJECT", time(env, pod, by_guard(Guard::AwsReject))),
+        ("imds-agent, from_pod, on_deny = \"drop\"", time(env, pod, with(Restriction::FromPod))),
+        ("AKS' rule", time(env, pod, with(Restriction::AksTcp))),
+        ("AWS' rule with REJECT", time(env, pod, with(Restriction::AwsReject))),
     ]
     .into_iter()
     .map(|(name, (took, error))| vec![name.to_owned(), took, error])
     .collect();
-    let head = ["guard", "until connect(2) returns", "with"];
+    let head = ["restriction", "until connect(2) returns", "with"];
     format!("### How long a client that is denied waits\n\n{}", table(&head, &rows))
 }
 
@@ -111,7 +112,7 @@ fn time<'w>(env: &TestEnv, pod: &Pod, turn_on: impl FnOnce() -> On<'w>) -> (Stri
         pod.netns.run(|| {
             [(); 5].map(|()| {
                 let start = Instant::now();
-                let error = TcpStream::connect_timeout(&SocketAddr::from((METADATA, PORT)), PATIENCE)
+                let error = TcpStream::connect_timeout(&SocketAddr::from((METADATA, PORT)), CLIENT_TIMEOUT)
                     .expect_err("a connection to the metadata service");
                 (start.elapsed().as_secs_f64() * 1e3, error)
             })
@@ -120,9 +121,10 @@ fn time<'w>(env: &TestEnv, pod: &Pod, turn_on: impl FnOnce() -> On<'w>) -> (Stri
     let took = Samples::new(tries.iter().map(|(took, _)| *took)).median();
     let [(_, error), ..] = &tries;
     match error.kind() {
-        ErrorKind::TimedOut => {
-            (format!("> {} s", PATIENCE.as_secs()), "nothing: the client's own patience ends".to_owned())
-        }
+        ErrorKind::TimedOut => (
+            format!("> {} s", CLIENT_TIMEOUT.as_secs()),
+            "nothing: the client's own timeout expires".to_owned(),
+        ),
         _ => (format!("{took:.2} ms"), error.to_string()),
     }
 }

@@ -6,17 +6,18 @@
 //! covers all of it. The alternatives take short turns, so that other load of the machine affects all of them alike.
 
 mod connect;
-mod guard;
 #[path = "../plot.rs"]
 mod plot;
+mod restriction;
 mod traffic;
 
 use imds_tests::{
-    PodLink, TestEnv, effort,
+    PodLink, TestEnv,
     measure::{Samples, machine, table},
+    scaled,
 };
 
-use guard::Guard;
+use restriction::Restriction;
 use traffic::{Pair, Traffic};
 
 /// Number of turns of each alternative.
@@ -29,27 +30,28 @@ fn main() {
     let pair = Pair::new(&env, &pod);
 
     let mut costs = Costs::default();
-    let rounds = effort(ROUNDS);
+    let rounds = scaled(ROUNDS);
     for round in 1..=rounds {
         eprintln!("round {round} of {rounds}");
         // Each round has another order. Every second round also reverses which alternative runs before which.
-        let mut turns: Vec<_> = Guard::ALL.to_vec();
-        turns.rotate_left(round as usize % Guard::ALL.len());
+        let mut turns: Vec<_> = Restriction::ALL.to_vec();
+        turns.rotate_left(round as usize % Restriction::ALL.len());
         if round % 2 == 0 {
             turns.reverse();
         }
-        for guard in turns {
-            let _on = guard.turn_on(&env, &pod);
-            let possible = Traffic::ALL.into_iter().filter(|traffic| traffic.is_possible(guard));
-            possible.for_each(|traffic| costs.add(guard, traffic, pair.cost(traffic)));
+        for restriction in turns {
+            let _on = restriction.turn_on(&env, &pod);
+            let possible = Traffic::ALL.into_iter().filter(|traffic| traffic.is_possible(restriction));
+            possible.for_each(|traffic| costs.add(restriction, traffic, pair.cost(traffic)));
         }
     }
     println!("{}; medians of {rounds} rounds.\n", machine());
     for traffic in Traffic::ALL {
         println!("{}\n\n{}", traffic.title(), costs.table(traffic));
     }
-    let bars =
-        Guard::ALL.map(|guard| (guard.name(), costs.median(guard, Traffic::DeniedV4), guard.is_ours()));
+    let bars = Restriction::ALL.map(|restriction| {
+        (restriction.name(), costs.median(restriction, Traffic::DeniedV4), restriction.is_ours())
+    });
     plot::bars(
         "benchmarks-denied",
         "Nanoseconds of a packet to the metadata service, its sending included",
@@ -61,41 +63,44 @@ fn main() {
 
 /// Nanoseconds of a unit, by alternative and traffic, one value for each round.
 #[derive(Debug, Default)]
-struct Costs(Vec<(Guard, Traffic, f64)>);
+struct Costs(Vec<(Restriction, Traffic, f64)>);
 
 impl Costs {
-    fn add(&mut self, guard: Guard, traffic: Traffic, cost: f64) {
-        self.0.push((guard, traffic, cost));
+    fn add(&mut self, restriction: Restriction, traffic: Traffic, cost: f64) {
+        self.0.push((restriction, traffic, cost));
     }
 
-    fn of(&self, guard: Guard, traffic: Traffic) -> impl Iterator<Item = f64> {
-        let is_wanted = move |(of, with, _): &&(Guard, Traffic, f64)| (*of, *with) == (guard, traffic);
+    fn of(&self, restriction: Restriction, traffic: Traffic) -> impl Iterator<Item = f64> {
+        let is_wanted =
+            move |(of, with, _): &&(Restriction, Traffic, f64)| (*of, *with) == (restriction, traffic);
         self.0.iter().filter(is_wanted).map(|(.., cost)| *cost)
     }
 
-    fn median(&self, guard: Guard, traffic: Traffic) -> f64 {
-        Samples::new(self.of(guard, traffic)).median()
+    fn median(&self, restriction: Restriction, traffic: Traffic) -> f64 {
+        Samples::new(self.of(restriction, traffic)).median()
     }
 
     /// Returns the cost as a multiple of another alternative's cost, for each round.
-    fn ratio(&self, guard: Guard, to: Guard, traffic: Traffic) -> Samples {
-        Samples::new(self.of(guard, traffic).zip(self.of(to, traffic)).map(|(cost, other)| cost / other))
+    fn ratio(&self, restriction: Restriction, to: Restriction, traffic: Traffic) -> Samples {
+        Samples::new(
+            self.of(restriction, traffic).zip(self.of(to, traffic)).map(|(cost, other)| cost / other),
+        )
     }
 
     fn table(&self, traffic: Traffic) -> String {
         let baselines = traffic.baselines();
-        let mut head = vec!["guard".to_owned(), traffic.unit().to_owned(), "25 to 75 %".to_owned()];
+        let mut head = vec!["restriction".to_owned(), traffic.unit().to_owned(), "25 to 75 %".to_owned()];
         head.extend(baselines.iter().map(|baseline| format!("times {}", baseline.name())));
         let head: Vec<_> = head.iter().map(String::as_str).collect();
-        let rows: Vec<_> = Guard::ALL
+        let rows: Vec<_> = Restriction::ALL
             .into_iter()
-            .filter(|&guard| traffic.is_possible(guard))
-            .map(|guard| {
-                let cost = Samples::new(self.of(guard, traffic));
+            .filter(|&restriction| traffic.is_possible(restriction))
+            .map(|restriction| {
+                let cost = Samples::new(self.of(restriction, traffic));
                 let spread = format!("{:.0} to {:.0}", cost.quantile(25), cost.quantile(75));
-                let mut row = vec![guard.name().to_owned(), format!("{:.0} ns", cost.median()), spread];
+                let mut row = vec![restriction.name().to_owned(), format!("{:.0} ns", cost.median()), spread];
                 row.extend(baselines.iter().map(|&baseline| {
-                    let ratio = self.ratio(guard, baseline, traffic);
+                    let ratio = self.ratio(restriction, baseline, traffic);
                     format!("{:.3} ({:.3} to {:.3})", ratio.median(), ratio.quantile(25), ratio.quantile(75))
                 }));
                 row

@@ -11,7 +11,7 @@ use std::{
 use imds_tests::{METADATA, METADATA_V6, Pod, SERVICE, SERVICE_V6, TestEnv, measure::run_on};
 use nix::sys::socket::{setsockopt, sockopt::RcvBuf};
 
-use crate::guard::Guard;
+use crate::restriction::Restriction;
 
 /// Number of packets in one batch. A turn has several batches, so that other load of the machine disturbs few of them.
 pub(crate) const PACKETS: u32 = 2_000;
@@ -84,17 +84,17 @@ impl Traffic {
     }
 
     /// Returns the alternatives with which others are compared.
-    pub(crate) const fn baselines(self) -> &'static [Guard] {
+    pub(crate) const fn baselines(self) -> &'static [Restriction] {
         if self.is_denied() {
-            &[Guard::DropAll, Guard::AksFilter, Guard::AksMangle]
+            &[Restriction::DropAll, Restriction::AksFilter, Restriction::AksMangle]
         } else {
-            &[Guard::Nothing, Guard::EmptyAll, Guard::Conntrack]
+            &[Restriction::Nothing, Restriction::EmptyAll, Restriction::Conntrack]
         }
     }
 
     /// Reports whether the traffic works with this alternative. TCP connections need responses.
-    pub(crate) fn is_possible(self, guard: Guard) -> bool {
-        guard != Guard::DropAll || !matches!(self, Self::Exchange | Self::Stream)
+    pub(crate) fn is_possible(self, restriction: Restriction) -> bool {
+        restriction != Restriction::DropAll || !matches!(self, Self::Exchange | Self::Stream)
     }
 
     const fn is_denied(self) -> bool {

@@ -8,15 +8,15 @@ use imds_tests::{
     with_each_backend,
 };
 
-use crate::EDGES;
+use crate::TC_HOOKS;
 
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
 /// Address that no host in the topology has.
 const STRANGER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 77);
 
 /// Runs a test with each hook that sees packets alone, in each attach mode.
-fn with_each_edge(test: impl Fn(&dyn Fn(&TestEnv) -> Agent<'_>)) {
-    for hook in EDGES {
+fn with_each_tc_hook(test: impl Fn(&dyn Fn(&TestEnv) -> Agent<'_>)) {
+    for hook in TC_HOOKS {
         with_each_backend(|backend| {
             eprintln!("hook: {hook}");
             test(&|env| env.agent().backend(backend).hooks(&[hook]).spawn_ready());
@@ -57,7 +57,7 @@ fn forwarded_packets(source: Ipv4Addr, destination: Ipv4Addr) -> Vec<(String, Ve
 
 #[test]
 fn every_ip_packet_form_is_denied() {
-    with_each_edge(|start| {
+    with_each_tc_hook(|start| {
         let env = TestEnv::new();
         let pods = LINKS.map(|link| env.add_pod(link));
         let send = |pod: &Pod, packet: &Vec<u8>| {
@@ -91,7 +91,7 @@ fn every_ip_packet_form_is_denied() {
 
 #[test]
 fn spoofed_source_is_denied() {
-    with_each_edge(|start| {
+    with_each_tc_hook(|start| {
         let env = TestEnv::new();
         let [pod, neighbour] = LINKS.map(|link| env.add_pod(link));
         let forged = [env.node_address(), neighbour.address, STRANGER];
@@ -129,7 +129,7 @@ const PRIORITY_TAG_AD: (u16, u16) = (0x88a8, 0x2000);
 
 #[test]
 fn priority_tags_are_denied() {
-    with_each_edge(|start| {
+    with_each_tc_hook(|start| {
         let env = TestEnv::new();
         let pods = LINKS.map(|link| env.add_pod(link));
         let tags: [&[_]; 4] =
@@ -200,7 +200,7 @@ fn vlan_through_bridge_is_denied() {
 
 #[test]
 fn fragmented_jumbo_frame_is_denied() {
-    with_each_edge(|start| {
+    with_each_tc_hook(|start| {
         let env = TestEnv::new();
         let pod = env.add_pod(PodLink::Routed);
         env.fabric.ip("link set node0 mtu 9000");

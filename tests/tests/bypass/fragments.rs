@@ -2,7 +2,7 @@
 
 use imds_tests::{METADATA, PacketSocket, Pod, PodLink, TestEnv, packets};
 
-use crate::EDGES;
+use crate::TC_HOOKS;
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;
@@ -80,7 +80,7 @@ fn fragments_reach_allowed_ports_only() {
         }
     };
     assert_open();
-    for hooks in [&EDGES[..1], &EDGES[1..], &EDGES] {
+    for hooks in [&TC_HOOKS[..1], &TC_HOOKS[1..], &TC_HOOKS] {
         let agent = env.agent().hooks(hooks).config(KEEP_DNS).spawn_ready();
         for pod in &pods {
             for (name, fragments, allowed) in sets() {

@@ -7,7 +7,7 @@ use imds_tests::{
     probe::{LONG, connect, http_exchange, reachable},
 };
 
-use crate::{ALL, EDGES};
+use crate::{ALL, TC_HOOKS};
 
 const SEGMENT: u16 = 1200;
 const SEGMENTS: u16 = 10;
@@ -40,7 +40,7 @@ fn segmented_udp() {
         env.vectors(&ALL).one_vector("UDP_SEGMENT", || send_segments(&env, &pod)).assert_blocked_all();
         // The hook counts one packet larger than the link's MTU. If the kernel segments before a veth, as Linux 5.10
         // does, it counts one packet per segment.
-        for hook in EDGES {
+        for hook in TC_HOOKS {
             let _agent = env.agent().hooks(&[hook]).spawn_ready();
             let before = env.status().total.denied;
             send_segments(&env, &pod);
@@ -60,7 +60,7 @@ fn segmented_udp() {
 /// Writes as much as possible on a connection from before the agent. All of it is retransmitted and denied.
 #[test]
 fn segmented_tcp() {
-    for hook in EDGES {
+    for hook in TC_HOOKS {
         let env = TestEnv::new();
         let pod = env.add_pod(PodLink::Routed);
         assert!(reachable(&pod.netns, METADATA));

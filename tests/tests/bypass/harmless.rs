@@ -64,7 +64,7 @@ fn pods_are_reachable_with_both_tc_hooks() {
     let env = TestEnv::new();
     let pods = [PodLink::Routed, PodLink::Bridged].map(|link| env.add_pod(link));
     let _services = pods.each_ref().map(|pod| imds_tests::Services::start(&pod.netns, &[pod.address.into()]));
-    let _agent = env.agent().hooks(&crate::EDGES).spawn_ready();
+    let _agent = env.agent().hooks(&crate::TC_HOOKS).spawn_ready();
     for pod in &pods {
         for (netns, who) in [(&*env.node, "the node"), (&env.fabric, "the fabric"), (&pods[0].netns, "a pod")]
         {

@@ -7,7 +7,7 @@ use imds_tests::{
     probe::{SHORT, http_get, udp_echo},
 };
 
-use crate::{ALL, AWS, EDGES};
+use crate::{ALL, AWS, TC_HOOKS};
 
 const HOP_BY_HOP: u8 = 0;
 const TCP: u8 = 6;
@@ -99,7 +99,7 @@ fn ipv6_extension_headers() {
     let env = TestEnv::new().with_ipv6();
     let pod = env.add_pod(PodLink::Routed);
     let address = env.add_pod_ipv6(&pod);
-    packets_to_endpoint(env.vectors(&EDGES).config(AWS), &pod, address).assert_blocked_all();
+    packets_to_endpoint(env.vectors(&TC_HOOKS).config(AWS), &pod, address).assert_blocked_all();
 }
 
 #[test]
@@ -107,7 +107,7 @@ fn addresses_that_embed_the_endpoint() {
     let env = TestEnv::new().with_ipv6();
     let pod = env.add_pod(PodLink::Routed);
     let address = env.add_pod_ipv6(&pod);
-    let mut vectors = env.vectors(&EDGES);
+    let mut vectors = env.vectors(&TC_HOOKS);
     for form in ["64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1", "2002:a9fe:a9fe:7::9"] {
         let destination: Ipv6Addr = form.parse().unwrap();
         let packet = packets::udp_v6(address, destination, b"embedded");

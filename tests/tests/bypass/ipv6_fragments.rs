@@ -11,13 +11,13 @@ use imds_tests::{
 };
 
 use crate::{
-    AWS, EDGES,
+    AWS, TC_HOOKS,
     ipv6::{FRAGMENT, UDP, send},
     services::{CLUSTER_IP_V6, nft, redirect},
 };
 
-/// Creates a world whose node tracks connections, as with any Service, and a pod with an IPv6 address.
-fn world_that_tracks() -> (TestEnv, Pod, Ipv6Addr) {
+/// Creates an environment whose node tracks connections, as with any Service, and a pod with an IPv6 address.
+fn env_with_conntrack() -> (TestEnv, Pod, Ipv6Addr) {
     let env = TestEnv::new().with_ipv6();
     let pod = env.add_pod(PodLink::Routed);
     let address = env.add_pod_ipv6(&pod);
@@ -52,9 +52,9 @@ fn send_fragments(pod: &Pod, source: Ipv6Addr, sizes: &[usize]) {
 
 #[test]
 fn fragments_reassembled_by_the_node() {
-    let (env, pod, address) = world_that_tracks();
+    let (env, pod, address) = env_with_conntrack();
     let send = |sizes| send_fragments(&pod, address, sizes);
-    env.vectors(&EDGES)
+    env.vectors(&TC_HOOKS)
         .config(AWS)
         .one_vector("two fragments", || send(&[1232, 100]))
         .one_vector("fragments with the smallest one first", || send(&[104, 1232, 64]))
@@ -65,8 +65,8 @@ fn fragments_reassembled_by_the_node() {
 /// Tests fragments that lose their ingress interface. If the uplink needs more headroom than the fragments have, as
 /// with `hv_netvsc` and tunnels, IPv6 output copies them to new packets without the ingress interface
 /// (`ip6_copy_metadata`).
-fn assert_fragments_made_anew_are_held(hooks: &[&'static str], destination: Ipv6Addr) {
-    let (env, pod, _) = world_that_tracks();
+fn assert_refragmented_blocked(hooks: &[&'static str], destination: Ipv6Addr) {
+    let (env, pod, _) = env_with_conntrack();
     redirect(&env.node, CLUSTER_IP_V6, METADATA_V6);
     // The headroom that a bridge port needs also applies to the peer of a veth.
     env.fabric.ip("link add br0 type bridge
@@ -78,12 +78,12 @@ fn assert_fragments_made_anew_are_held(hooks: &[&'static str], destination: Ipv6
     let neighbour = "neigh replace fd10::1 lladdr 02:00:00:00:00:01 nud permanent dev";
     env.node.ip(&format!("{neighbour} {}", TestEnv::UPLINK));
     let fabric = env.fabric_frames();
-    let arrives = |marker: &str, patience| {
+    let arrives = |marker: &str, timeout| {
         let mut datagram = marker.as_bytes().to_vec();
         datagram.resize(1600, 0);
         let socket = pod.netns.run(|| UdpSocket::bind("[::]:0")).unwrap();
         socket.send_to(&datagram, (destination, 9999)).unwrap();
-        fabric.sees(marker.as_bytes(), patience)
+        fabric.sees(marker.as_bytes(), timeout)
     };
     assert!(arrives("without an agent", LONG));
     let agent = env.agent().hooks(hooks).config(AWS).spawn_ready();
@@ -95,15 +95,15 @@ fn assert_fragments_made_anew_are_held(hooks: &[&'static str], destination: Ipv6
 
 #[test]
 fn refragmented_denied_at_from_pod() {
-    assert_fragments_made_anew_are_held(&["from_pod"], METADATA_V6);
+    assert_refragmented_blocked(&["from_pod"], METADATA_V6);
 }
 
 #[test]
 fn refragmented_denied_at_node_egress() {
-    assert_fragments_made_anew_are_held(&["node_egress"], METADATA_V6);
+    assert_refragmented_blocked(&["node_egress"], METADATA_V6);
 }
 
 #[test]
 fn refragmented_to_service_is_denied() {
-    assert_fragments_made_anew_are_held(&EDGES, CLUSTER_IP_V6);
+    assert_refragmented_blocked(&TC_HOOKS, CLUSTER_IP_V6);
 }

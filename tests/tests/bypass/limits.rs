@@ -10,19 +10,19 @@ use imds_tests::{
     skip, skip_without_netns_cookie,
 };
 
-use crate::EDGES;
+use crate::TC_HOOKS;
 
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
 
 // Connections that are open before enforcement starts.
 
-/// Maximum number of bytes that the service sends without an acknowledgement: 10 segments (RFC 6928) of up to 64 KiB each
-/// with segmentation offload.
+/// Maximum number of bytes that the service sends without an acknowledgement: 10 segments (RFC 6928) of up to 64 KiB
+/// each with segmentation offload.
 const MAX_UNACKNOWLEDGED: usize = 10 << 16;
 
 #[test]
 fn response_to_an_earlier_request() {
-    for (link, hook) in LINKS.into_iter().flat_map(|link| EDGES.map(|hook| (link, hook))) {
+    for (link, hook) in LINKS.into_iter().flat_map(|link| TC_HOOKS.map(|hook| (link, hook))) {
         let env = TestEnv::new();
         let pod = env.add_pod(link);
         let mut connection = env.open_connection(&pod.netns);
@@ -63,7 +63,7 @@ fn earlier_connection_is_closed_with_ss() {
     let pod = env.add_pod(PodLink::Routed);
     let mut connection = env.open_connection(&pod.netns);
     assert!(connection.request(b"long poll", LONG));
-    let _agent = env.agent().hooks(&EDGES).spawn_ready();
+    let _agent = env.agent().hooks(&TC_HOOKS).spawn_ready();
     let mut command = pod.netns.command("ss");
     command.args(["-K", "dst", &METADATA.to_string()]);
     let killed = String::from_utf8(output(command).stdout).expect("output of ss");
@@ -138,7 +138,7 @@ impl Neighbours {
     #[track_caller]
     fn start(&self) -> Agent<'_> {
         let rule = format!("[[exempt]]\nname = 'reader'\ninterface = '{}'", self.exempt.host_ifname);
-        let agent = self.env.agent().hooks(&EDGES).config(&rule).spawn_ready();
+        let agent = self.env.agent().hooks(&TC_HOOKS).config(&rule).spawn_ready();
         assert!(reachable(&self.exempt.netns, METADATA), "{}", agent.log());
         agent
     }
@@ -269,7 +269,7 @@ fn reflected_requests_return_no_response() {
         );
 
         let rule = format!("[[exempt]]\nname = 'reader'\ninterface = '{}'", exempt.host_ifname);
-        let agent = env.agent().hooks(&EDGES).config(&rule).spawn_ready();
+        let agent = env.agent().hooks(&TC_HOOKS).config(&rule).spawn_ready();
         assert_eq!(by_node(node), BOTH, "{link:?}");
         assert_eq!(by_node(exempt.address), BOTH, "{link:?}");
         assert_eq!(by_node(other.address), NONE, "{link:?}");

@@ -36,7 +36,7 @@ fn add_pod_on_uplink(env: &TestEnv, options: &str) -> Netns {
     pod
 }
 
-fn assert_pod_on_uplink_is_held(kind: &str, options: &str) {
+fn assert_pod_on_uplink_blocked(kind: &str, options: &str) {
     if lacks_device(WHOLE_TEST, kind, &format!("link lower0 {options}")) {
         return;
     }
@@ -47,27 +47,27 @@ fn assert_pod_on_uplink_is_held(kind: &str, options: &str) {
 
 #[test]
 fn macvlan() {
-    assert_pod_on_uplink_is_held("macvlan", "type macvlan mode bridge");
+    assert_pod_on_uplink_blocked("macvlan", "type macvlan mode bridge");
 }
 
 #[test]
 fn macvlan_in_private_mode() {
-    assert_pod_on_uplink_is_held("macvlan", "type macvlan mode private");
+    assert_pod_on_uplink_blocked("macvlan", "type macvlan mode private");
 }
 
 #[test]
 fn ipvlan_in_layer_2() {
-    assert_pod_on_uplink_is_held("ipvlan", "type ipvlan mode l2");
+    assert_pod_on_uplink_blocked("ipvlan", "type ipvlan mode l2");
 }
 
 #[test]
 fn ipvlan_in_layer_3() {
-    assert_pod_on_uplink_is_held("ipvlan", "type ipvlan mode l3");
+    assert_pod_on_uplink_blocked("ipvlan", "type ipvlan mode l3");
 }
 
 #[test]
 fn ipvlan_in_layer_3_with_netfilter() {
-    assert_pod_on_uplink_is_held("ipvlan", "type ipvlan mode l3s");
+    assert_pod_on_uplink_blocked("ipvlan", "type ipvlan mode l3s");
 }
 
 pub(crate) fn lacks_ifb() -> bool {
@@ -125,7 +125,7 @@ fn words(text: &str) -> Vec<&str> {
 
 /// Tests a pod with one end of a netkit pair. Without a mode the pair is in layer 3; older versions of `ip` do not
 /// support modes.
-fn assert_netkit_is_held(options: &str) {
+fn assert_netkit_blocked(options: &str) {
     if lacks_device(WHOLE_TEST, "netkit", options) {
         return;
     }
@@ -148,12 +148,12 @@ fn assert_netkit_is_held(options: &str) {
 
 #[test]
 fn netkit_in_layer_2() {
-    assert_netkit_is_held("type netkit mode l2");
+    assert_netkit_blocked("type netkit mode l2");
 }
 
 #[test]
 fn netkit_in_layer_3() {
-    assert_netkit_is_held("type netkit");
+    assert_netkit_blocked("type netkit");
 }
 
 /// Adds a network namespace inside a pod. The pod forwards its traffic with source NAT.
@@ -192,7 +192,7 @@ fn netns_within_a_pod() {
 /// packets, not the node.
 const WITHOUT_LINK: [&str; 2] = ["socket", "node_egress"];
 
-fn assert_namespace_within_pod_on_uplink_is_held(hooks: &[&'static str], kind: &str, options: &str) {
+fn assert_nested_netns_on_uplink_blocked(hooks: &[&'static str], kind: &str, options: &str) {
     if lacks_device(WHOLE_TEST, kind, &format!("link lower0 {options}")) {
         return;
     }
@@ -204,24 +204,24 @@ fn assert_namespace_within_pod_on_uplink_is_held(hooks: &[&'static str], kind: &
 
 #[test]
 fn netns_within_a_macvlan_pod() {
-    assert_namespace_within_pod_on_uplink_is_held(&WITHOUT_LINK, "macvlan", "type macvlan mode bridge");
+    assert_nested_netns_on_uplink_blocked(&WITHOUT_LINK, "macvlan", "type macvlan mode bridge");
 }
 
 #[test]
 fn netns_within_an_ipvlan_l2_pod() {
-    assert_namespace_within_pod_on_uplink_is_held(&WITHOUT_LINK, "ipvlan", "type ipvlan mode l2");
+    assert_nested_netns_on_uplink_blocked(&WITHOUT_LINK, "ipvlan", "type ipvlan mode l2");
 }
 
 #[test]
 fn netns_within_an_ipvlan_l3_pod() {
-    assert_namespace_within_pod_on_uplink_is_held(&["socket"], "ipvlan", "type ipvlan mode l3");
+    assert_nested_netns_on_uplink_blocked(&["socket"], "ipvlan", "type ipvlan mode l3");
 }
 
 /// An ipvlan device in layer 3 mode moves packets out of the namespace and clears the fields that show that they were
 /// forwarded.
 #[test]
 fn netns_within_ipvlan_l3_pod_node_egress() {
-    assert_namespace_within_pod_on_uplink_is_held(&["node_egress"], "ipvlan", "type ipvlan mode l3");
+    assert_nested_netns_on_uplink_blocked(&["node_egress"], "ipvlan", "type ipvlan mode l3");
 }
 
 /// A second MAC address on the pod's own link.

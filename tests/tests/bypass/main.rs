@@ -1,7 +1,7 @@
 //! Every known attack vector. Each one is open without the agent, denied by each listed hook alone, denied by all hooks
-//! together, and open again after `unload` (`AttackVectors::assert_blocked_all`). Vectors that are known to be open are ignored tests
-//! with the reason: `cargo test --test bypass -- --ignored` lists them. Tests of device types that a kernel lacks are
-//! skipped with a notice.
+//! together, and open again after `unload` (`AttackVectors::assert_blocked_all`). Vectors that are known to be open are
+//! ignored tests with the reason: `cargo test --test bypass -- --ignored` lists them. Tests of device types that a
+//! kernel lacks are skipped with a notice.
 //!
 //! | | vector | tests, here or in the named file |
 //! | --- | --- | --- |
@@ -56,6 +56,6 @@ mod vlans;
 /// Hooks that see every call of a pod's socket.
 const ALL: [&str; 3] = ["from_pod", "node_egress", "socket"];
 /// TC hooks, which see packets.
-const EDGES: [&str; 2] = ["from_pod", "node_egress"];
+const TC_HOOKS: [&str; 2] = ["from_pod", "node_egress"];
 /// Configuration with endpoints of both address families.
 const AWS: &str = "provider = 'aws'";

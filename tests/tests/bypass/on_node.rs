@@ -36,7 +36,7 @@ fn local_service_direct() {
 }
 
 /// Creates a node that has the metadata address itself, with a pod and the service.
-fn world_with_service() -> (TestEnv, Pod, Services) {
+fn env_with_service() -> (TestEnv, Pod, Services) {
     let env = TestEnv::new();
     let pod = env.add_pod(PodLink::Routed);
     env.node.ip(&format!("addr add {METADATA}/32 dev lo"));
@@ -49,7 +49,7 @@ fn world_with_service() -> (TestEnv, Pod, Services) {
 
 #[test]
 fn local_service_behind_kube_service() {
-    let (env, pod, _services) = world_with_service();
+    let (env, pod, _services) = env_with_service();
     redirect(&env.node, CLUSTER_IP, METADATA);
     env.vectors(&[])
         .also(LOCAL_SERVICE)
@@ -59,7 +59,7 @@ fn local_service_behind_kube_service() {
 
 #[test]
 fn local_service_through_tunnel() {
-    let (env, pod, _services) = world_with_service();
+    let (env, pod, _services) = env_with_service();
     tunnel(&env, &pod, VXLAN);
     // Probed outside of the agent's cgroup, as with a packet socket, because the socket hook denies connect calls.
     let is_open = || http_get(&pod.netns, METADATA, SHORT).is_answer();
@@ -73,7 +73,7 @@ fn local_service_through_tunnel() {
 
 #[test]
 fn local_service_by_source_route() {
-    let (env, pod, _services) = world_with_service();
+    let (env, pod, _services) = env_with_service();
     for key in ["all", "default", &pod.host_ifname] {
         env.node.sysctl(&format!("ipv4/conf/{key}/accept_source_route"), "1");
     }
@@ -100,7 +100,7 @@ fn a_metadata_service_on_the_node_by_an_ifb() {
     if lacks_ifb() {
         return;
     }
-    let (env, pod, _services) = world_with_service();
+    let (env, pod, _services) = env_with_service();
     add_ifb(&pod.netns);
     let is_open = || {
         let socket = send_by_ifb(&pod.netns);

@@ -11,7 +11,7 @@ use imds_tests::{
 };
 use nix::sys::socket::{MsgFlags, SockaddrIn, sendto};
 
-use crate::{EDGES, calls::socket};
+use crate::{TC_HOOKS, calls::socket};
 
 /// Sends a packet from a raw socket. The kernel adds the IP header.
 fn send_protocol(netns: &Netns, to: Ipv4Addr, protocol: libc::c_int) {
@@ -61,6 +61,6 @@ fn any_protocol_from_raw_socket() {
     for link in [PodLink::Routed, PodLink::Bridged] {
         let env = TestEnv::new();
         let pod = env.add_pod(link);
-        vectors(env.vectors(&EDGES), &pod).assert_blocked_all();
+        vectors(env.vectors(&TC_HOOKS), &pod).assert_blocked_all();
     }
 }

@@ -11,7 +11,7 @@ use std::{
 use imds_tests::{METADATA, Netns, PodLink, TestEnv, TunMode, open_tun, packets};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::EDGES;
+use crate::TC_HOOKS;
 
 const SOURCE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 64);
 const IPV6_HEADER: usize = 40;
@@ -81,6 +81,6 @@ fn nat64_on_the_node() {
         let socket = pod.netns.run(|| UdpSocket::bind("[::]:0")).unwrap();
         let _ = socket.send_to(b"translated", (destination, 9999));
     };
-    env.vectors(&EDGES).one_vector("the well-known prefix", || send(well_known)).assert_blocked_all();
+    env.vectors(&TC_HOOKS).one_vector("the well-known prefix", || send(well_known)).assert_blocked_all();
     env.vectors(&["node_egress"]).one_vector("a prefix of the operator's", || send(own)).assert_blocked_all();
 }

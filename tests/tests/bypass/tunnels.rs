@@ -29,7 +29,7 @@ pub(crate) fn tunnel(env: &TestEnv, pod: &Pod, options: &str) {
 }
 
 /// Asserts that tunneled packets of the pod are denied.
-fn assert_tunnel_is_held(kind: &str, options: &str) {
+fn assert_tunnel_blocked(kind: &str, options: &str) {
     let example = options.replace("LOCAL", "10.0.0.4").replace("REMOTE", "10.0.0.5");
     if lacks_device(WHOLE_TEST, kind, &example) {
         return;
@@ -52,37 +52,37 @@ fn assert_tunnel_is_held(kind: &str, options: &str) {
 
 #[test]
 fn vxlan() {
-    assert_tunnel_is_held("VXLAN", VXLAN);
+    assert_tunnel_blocked("VXLAN", VXLAN);
 }
 
 #[test]
 fn geneve() {
-    assert_tunnel_is_held("Geneve", "type geneve id 42 remote REMOTE");
+    assert_tunnel_blocked("Geneve", "type geneve id 42 remote REMOTE");
 }
 
 #[test]
 fn ipip() {
-    assert_tunnel_is_held("IPIP", "type ipip local LOCAL remote REMOTE");
+    assert_tunnel_blocked("IPIP", "type ipip local LOCAL remote REMOTE");
 }
 
 #[test]
 fn gre() {
-    assert_tunnel_is_held("GRE", "type gre local LOCAL remote REMOTE");
+    assert_tunnel_blocked("GRE", "type gre local LOCAL remote REMOTE");
 }
 
 #[test]
 fn gre_with_ethernet() {
-    assert_tunnel_is_held("GRE TAP", "type gretap local LOCAL remote REMOTE");
+    assert_tunnel_blocked("GRE TAP", "type gretap local LOCAL remote REMOTE");
 }
 
 /// A `sit` device carries IPv4 too.
 #[test]
 fn sit_with_ipv4() {
-    assert_tunnel_is_held("SIT", "type sit mode any local LOCAL remote REMOTE");
+    assert_tunnel_blocked("SIT", "type sit mode any local LOCAL remote REMOTE");
 }
 
 /// Asserts that IPv6 packets in a tunnel over IPv4 are denied.
-fn assert_ipv6_in_tunnel_is_held(kind: &str, options: &str) {
+fn assert_ipv6_in_tunnel_blocked(kind: &str, options: &str) {
     let example = options.replace("LOCAL", "10.0.0.4").replace("REMOTE", "10.0.0.5");
     if lacks_device(WHOLE_TEST, kind, &example) {
         return;
@@ -105,10 +105,10 @@ fn assert_ipv6_in_tunnel_is_held(kind: &str, options: &str) {
 
 #[test]
 fn vxlan_with_ipv6() {
-    assert_ipv6_in_tunnel_is_held("VXLAN", VXLAN);
+    assert_ipv6_in_tunnel_blocked("VXLAN", VXLAN);
 }
 
 #[test]
 fn sit_with_ipv6() {
-    assert_ipv6_in_tunnel_is_held("SIT", "type sit mode any local LOCAL remote REMOTE");
+    assert_ipv6_in_tunnel_blocked("SIT", "type sit mode any local LOCAL remote REMOTE");
 }

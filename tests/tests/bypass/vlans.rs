@@ -6,7 +6,7 @@ use imds_tests::{
     skip,
 };
 
-use crate::{ALL, EDGES};
+use crate::{ALL, TC_HOOKS};
 
 /// Stacks VLAN devices at both ends of the pod's link, and routes the pod's traffic through the uppermost ones.
 fn stack(env: &TestEnv, pod: &Pod, devices: &[&str]) {
@@ -25,7 +25,7 @@ fn stack(env: &TestEnv, pod: &Pod, devices: &[&str]) {
     env.fabric.ip(&format!("route add 172.29.0.0/24 via {}", env.node_address()));
 }
 
-fn assert_stack_is_held(name: &str, devices: &[&str]) {
+fn assert_stack_blocked(name: &str, devices: &[&str]) {
     if lacks_device(WHOLE_TEST, "VLAN", &format!("link lower0 {}", devices[0])) {
         return;
     }
@@ -40,12 +40,12 @@ fn assert_stack_is_held(name: &str, devices: &[&str]) {
 
 #[test]
 fn vlan_device_on_pod_link() {
-    assert_stack_is_held("one tag", &["type vlan id 5"]);
+    assert_stack_blocked("one tag", &["type vlan id 5"]);
 }
 
 #[test]
 fn stacked_vlan_devices() {
-    assert_stack_is_held("QinQ", &["type vlan proto 802.1ad id 5", "type vlan id 6"]);
+    assert_stack_blocked("QinQ", &["type vlan proto 802.1ad id 5", "type vlan id 6"]);
 }
 
 /// The bridge removes a port's tag when the frame reaches the bridge's own interface.
@@ -62,7 +62,7 @@ fn vlan_aware_bridge() {
     // Ports are members of VLAN 1 by default.
     let packet = packets::udp(pod.address, METADATA, b"tagged");
     let frame = packets::tagged_frame(&pod, pod.gateway_mac, &[(0x8100, 1)], &packet);
-    env.vectors(&EDGES)
+    env.vectors(&TC_HOOKS)
         .one_vector("a tag of the bridge's VLAN", || {
             PacketSocket::frames(&pod.netns, Pod::IFNAME).send(&frame).unwrap();
         })

@@ -1,5 +1,5 @@
-//! Container runtimes on a world's node: podman with pods from Kubernetes YAML, and containerd with the reference CNI
-//! plugins.
+//! Container runtimes on an environment's node: podman with pods from Kubernetes YAML, and containerd with the
+//! reference CNI plugins.
 
 use std::{
     env, fs,
@@ -63,7 +63,7 @@ fn tools(dir: &Path) -> PathBuf {
     tar
 }
 
-/// podman with its own images and containers on a world's node. Dropping it removes all of them.
+/// podman with its own images and containers on an environment's node. Dropping it removes all of them.
 pub(crate) struct Podman<'w> {
     env: &'w TestEnv,
     dir: TempDir,
@@ -311,7 +311,7 @@ impl Drop for Sandbox<'_, '_> {
     }
 }
 
-/// Waits until the agent that is pinned for this world has completed its sync and reports no problem.
+/// Waits until the agent that is pinned for this environment has completed its sync and reports no problem.
 pub(crate) fn wait_ready(env: &TestEnv) {
     let ready = try_poll(LONG, || env.try_status().ok().filter(imds_tests::Status::is_ready));
     assert!(ready.is_some(), "the agent is not ready: {:?}", env.try_status());

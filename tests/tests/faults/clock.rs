@@ -31,9 +31,9 @@ fn assert_works(case: &Case) {
     let late = case.env.add_pod(PodLink::Routed);
     case.env.wait_enforced(&late);
     let before = case.env.status().total.denied.packets;
-    let told = case.metric("imds_agent_events_total ");
+    let events = case.metric("imds_agent_events_total ");
     case.env.status_when("the counters to go on", |status| status.total.denied.packets > before);
-    poll_until(LONG, "events to go on", || (case.metric("imds_agent_events_total ") > told).then_some(()));
+    poll_until(LONG, "events to go on", || (case.metric("imds_agent_events_total ") > events).then_some(()));
     let health = try_get(&case.env, DEFAULT, "/healthz").unwrap();
     assert_eq!(health.0, 200, "{health:?}");
     assert_reports(case);

@@ -6,13 +6,15 @@ use std::{
     time::Duration,
 };
 
-use imds_tests::{AttachMode, METADATA, Over, Pod, TestEnv, effort, hook, packets, probe, skip_without_tcx};
+use imds_tests::{
+    AttachMode, METADATA, Pod, StopFlag, TestEnv, hook, packets, probe, scaled, skip_without_tcx,
+};
 
 use super::{Case, LINKS, Random};
 
 /// Maximum number of pods at a time besides those that stay.
 const CROWD: usize = 8;
-/// Number of addresses that a world has for pods.
+/// Number of addresses that an environment has for pods.
 const MOST: u32 = 240;
 
 /// Returns a configuration that denies the same traffic, with random settings and up to 200 additional endpoints.
@@ -36,7 +38,7 @@ fn killed_at_any_moment(backend: AttachMode) {
         fs::write(&new, text).unwrap();
         fs::rename(new, &path).unwrap();
     };
-    let kills = effort(150);
+    let kills = scaled(150);
     case.under_flood(|| {
         for round in 0..kills {
             replace(&configuration(&mut random));
@@ -69,11 +71,11 @@ fn killed_during_start_and_reload_clsact() {
     killed_at_any_moment(AttachMode::Clsact);
 }
 
-/// Creates pods that send a few packets and then are deleted or stay, until `over` is set. Returns the pods that stay
+/// Creates pods that send a few packets and then are deleted or stay, until `stop` is set. Returns the pods that stay
 /// and the number of all pods.
-fn come_and_go(env: &TestEnv, mut random: Random, over: &Over) -> (Vec<Pod>, u32) {
+fn come_and_go(env: &TestEnv, mut random: Random, stop: &StopFlag) -> (Vec<Pod>, u32) {
     let (mut pods, mut came) = (Vec::new(), 0);
-    while came < MOST && !over.is_told() {
+    while came < MOST && !stop.is_set() {
         if pods.is_empty() || (pods.len() < CROWD && random.below(3) > 0) {
             let pod = env.add_pod(*random.of(&LINKS));
             let syns: Vec<_> = (1..100_u16)
@@ -95,18 +97,18 @@ fn come_and_go(env: &TestEnv, mut random: Random, over: &Over) -> (Vec<Pod>, u32
 fn killed_while_pods_come_and_go(backend: AttachMode) {
     let case = Case::new(backend);
     let mut random = Random::new();
-    let kills = effort(100);
-    let over = Over::default();
+    let kills = scaled(100);
+    let stop = StopFlag::default();
     let (staying, count) = case.under_flood(|| {
         thread::scope(|scope| {
-            let tell = over.when_dropped();
-            let pods = scope.spawn(|| come_and_go(&case.env, Random::new(), &over));
+            let stop_on_drop = stop.set_on_drop();
+            let pods = scope.spawn(|| come_and_go(&case.env, Random::new(), &stop));
             for _ in 0..kills {
                 let agent = case.agent().resync(1).spawn();
                 sleep(Duration::from_millis(random.below(400)));
                 agent.kill9();
             }
-            drop(tell);
+            drop(stop_on_drop);
             pods.join().unwrap()
         })
     });

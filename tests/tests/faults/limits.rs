@@ -8,10 +8,10 @@ use std::{
 
 use aya::util::KernelVersion;
 use imds_tests::{
-    AttachMode, MemoryLimit, PodLink, WHOLE_TEST, effort, output,
+    AttachMode, MemoryLimit, PodLink, WHOLE_TEST, output,
     poll::{poll_until, try_poll},
     probe::LONG,
-    skip,
+    scaled, skip,
 };
 use nix::sys::resource::{Resource, setrlimit};
 
@@ -22,7 +22,7 @@ use super::{Case, Process, wrapped};
 fn out_of_descriptors() {
     let case = Case::new(AttachMode::Clsact);
     let log = case.env.scratch_dir().join("log");
-    let more: Vec<_> = (0..effort(60)).map(|_| case.env.add_pod(PodLink::Routed)).collect();
+    let more: Vec<_> = (0..scaled(60)).map(|_| case.env.add_pod(PodLink::Routed)).collect();
     case.under_flood(|| {
         for limit in [10, 16, 24, 32, 48, 64] {
             let mut command = case.agent().command();
@@ -56,7 +56,7 @@ fn full_disk_under_the_log() {
         case.env.status_when("an agent", |status| status.agent.ready);
         // The agent must log the rejected file.
         fs::write(&path, "nonsense = 1").unwrap();
-        case.env.status_when("the refusal", |status| {
+        case.env.status_when("the rejection", |status| {
             status.configuration.as_ref().is_some_and(|configuration| configuration.rejected.is_some())
         });
         let late = case.env.add_pod(PodLink::Routed);

@@ -3,7 +3,7 @@
 use std::{fs, path::PathBuf, process::Command, thread::sleep, time::Duration};
 
 use imds_tests::{
-    AttachMode, PodLink, TestEnv, effort, foreign::detach_link, hook::run_tc, output, skip_without_tcx,
+    AttachMode, PodLink, TestEnv, foreign_bpf::detach_link, hook::run_tc, output, scaled, skip_without_tcx,
 };
 use nix::sys::signal::Signal;
 
@@ -41,7 +41,7 @@ fn interfaces_change_during_attachment() {
     let env = &case.env;
     let agent = case.agent().resync(1).spawn_ready();
     let mut random = Random::new();
-    let changes = effort(120);
+    let changes = scaled(120);
     case.under_flood(|| {
         for round in 0..changes {
             let pod = env.add_pod(LINKS[usize::from(round % 2 == 0)]);
@@ -73,7 +73,7 @@ enum Point {
 }
 
 impl Point {
-    const EDGES: [Self; 2] = [Self::FromPod, Self::NodeEgress];
+    const TC_HOOKS: [Self; 2] = [Self::FromPod, Self::NodeEgress];
 
     /// Returns the pins of the links at this place.
     fn links(self, case: &Case) -> Vec<PathBuf> {
@@ -148,10 +148,10 @@ fn stripped_at_random(backend: AttachMode) {
     let case = Case::with_sockets(backend);
     let agent = case.agent().resync(1).spawn_ready();
     let mut random = Random::new();
-    let (mut stripped, wanted) = (0, u64::from(effort(100)));
+    let (mut stripped, wanted) = (0, u64::from(scaled(100)));
     case.under_flood(|| {
         while stripped < wanted {
-            stripped += random.of(&Point::EDGES).strip(&case, &mut random);
+            stripped += random.of(&Point::TC_HOOKS).strip(&case, &mut random);
             if case.has_sockets() && random.is_true() {
                 stripped += Point::Socket.strip(&case, &mut random);
             }

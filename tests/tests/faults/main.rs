@@ -28,10 +28,10 @@ use nix::{
 };
 
 const LINKS: [PodLink; 2] = [PodLink::Routed, PodLink::Bridged];
-const EDGES: &[&str] = &["from_pod", "node_egress"];
+const TC_HOOKS: &[&str] = &["from_pod", "node_egress"];
 const ALL: &[&str] = &["from_pod", "node_egress", "socket"];
 
-/// A world whose pods had access, and were then denied by an agent that has been killed.
+/// An environment whose pods had access, and were then denied by an agent that has been killed.
 struct Case {
     pods: [Pod; 2],
     env: TestEnv,
@@ -42,7 +42,7 @@ struct Case {
 impl Case {
     /// Creates a case in which both TC hooks deny the pods.
     fn new(backend: AttachMode) -> Self {
-        Self::with(backend, EDGES)
+        Self::with(backend, TC_HOOKS)
     }
 
     /// Creates a case in which the socket hook denies the pods too, if it works on this kernel.

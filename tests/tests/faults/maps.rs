@@ -11,7 +11,7 @@ use aya::{
 };
 use imds_ebpf_common::{Counter, CounterKey, Event, Hook, Verdict};
 use imds_tests::{
-    AttachMode, METADATA, Pod, PodLink, effort, flood::Flood, hook, poll::poll_until, probe::LONG,
+    AttachMode, METADATA, Pod, PodLink, flood::Flood, hook, poll::poll_until, probe::LONG, scaled,
 };
 use nix::{
     sys::signal::Signal,
@@ -39,7 +39,7 @@ fn full_counter_maps() {
     assert!(added > 100, "{added}");
     // A pod without a counter is denied as well, from its first packet.
     let agent = case.agent().spawn();
-    let late = case.under_flood(|| guarded_late(&case));
+    let late = case.under_flood(|| add_enforced_pod(&case));
     drop(agent);
     case.env.unload();
     case.env.assert_open(&late);
@@ -50,7 +50,7 @@ fn open(case: &Case, name: &str) -> MapData {
 }
 
 /// Adds a pod and asserts that it is enforced.
-fn guarded_late(case: &Case) -> Pod {
+fn add_enforced_pod(case: &Case) -> Pod {
     let late = case.env.add_pod(PodLink::Routed);
     case.env.wait_enforced(&late);
     case.env.assert_blocked(&late);
@@ -100,7 +100,7 @@ fn full_user_space_maps() {
         case.under_flood(|| {
             let agent = case.agent().resync(3600).spawn_ready();
             fill(&case, name);
-            let late = guarded_late(&case);
+            let late = add_enforced_pod(&case);
             // Only the map of interfaces gets a new entry.
             let is_said = agent.log().contains("failed to read or write map");
             assert_eq!(is_said, name == "imds_interfaces", "{name}: {}", agent.log());
@@ -127,7 +127,7 @@ fn more_exemptions_than_fit() {
     let rule = format!("[[exempt]]\nname = 'all'\ninterface = 'veth*'\nendpoints = [{names}]\n");
     let config = endpoints.chain([rule]).collect::<String>();
     case.under_flood(|| {
-        for _ in 0..effort(2) {
+        for _ in 0..scaled(2) {
             let agent = case.agent().config(&config).spawn_ready();
             agent.wait_for_log("failed to read or write map imds_exempt", LONG);
             println!("{} of {} exemptions", case.env.status().exemptions.len(), PODS * ENDPOINTS);
@@ -181,7 +181,7 @@ impl Ring {
 #[ignore = "takes minutes: cargo xtask faults"]
 fn unread_events() {
     let case = Case::with_sockets(AttachMode::Clsact);
-    let crowd: Vec<_> = (0..effort(60).max(20)).map(|_| case.env.add_pod(PodLink::Routed)).collect();
+    let crowd: Vec<_> = (0..scaled(60).max(20)).map(|_| case.env.add_pod(PodLink::Routed)).collect();
     let agent = case.agent().resync(1).spawn_ready();
     case.under_flood(|| {
         signal(agent.pid(), Signal::SIGSTOP);
@@ -195,7 +195,7 @@ fn unread_events() {
         });
         signal(agent.pid(), Signal::SIGCONT);
         poll_until(LONG, "an agent that reads", || (!ring.is_full()).then_some(()));
-        guarded_late(&case);
+        add_enforced_pod(&case);
     });
     println!("{} events emitted afterwards", case.metric("imds_agent_events_total "));
     drop(agent);

@@ -11,14 +11,14 @@ use std::{
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
-    AttachMode, Pod, PodLink, Status, TestEnv, effort,
-    foreign::{Foreign, TC_ACT_OK, pin_object_over, pin_over},
+    AttachMode, Pod, PodLink, Status, TestEnv,
+    foreign_bpf::{ForeignProgram, TC_ACT_OK, pin_object_over, pin_over},
     hook,
     http::{DEFAULT, try_get},
     output,
     poll::poll_until,
     probe::LONG,
-    skip_without_tcx,
+    scaled, skip_without_tcx,
     status::Problem,
 };
 use serde_json::Value;
@@ -49,7 +49,7 @@ fn pins_that_are_removed(backend: AttachMode) {
     let case = Case::with_sockets(backend);
     let agent = case.agent().resync(1).spawn_ready();
     let mut random = Random::new();
-    let removals = effort(40);
+    let removals = scaled(40);
     case.under_flood(|| {
         for _ in 0..removals {
             let root = case.env.pin_dir();
@@ -92,7 +92,7 @@ fn pins_removed_without_agent() {
     let case = Case::with_sockets(AttachMode::Clsact);
     let empty = || fs::remove_dir_all(case.env.pin_dir()).unwrap();
     case.under_flood(|| {
-        for _ in 0..effort(5) {
+        for _ in 0..scaled(5) {
             empty();
             assert_eq!(case.env.status().state, "unloaded");
             case.agent().spawn_ready().kill9();
@@ -144,11 +144,11 @@ fn wait_until_well_apart(case: &Case, agent: &Process) {
     });
 }
 
-fn guards(case: &Case, pod: &Pod) -> bool {
+fn is_enforced(case: &Case, pod: &Pod) -> bool {
     hook::programs(&case.env.node, &pod.host_ifname).first().is_some_and(hook::Attached::is_ours)
 }
 
-/// Returns the ids of the links on the world's cgroup.
+/// Returns the ids of the links on the environment's cgroup.
 fn links_of_sockets(case: &Case) -> Vec<String> {
     let mut bpftool = Command::new("bpftool");
     bpftool.args(["-j", "link", "list"]);
@@ -191,13 +191,13 @@ fn bpffs_that_is_unmounted(backend: AttachMode, may_mount: bool) {
         }
         // Enforcement continues with or without pins.
         let late = case.env.add_pod(PodLink::Routed);
-        poll_until(LONG, "a new pod to be enforced", || guards(&case, &late).then_some(()));
+        poll_until(LONG, "a new pod to be enforced", || is_enforced(&case, &late).then_some(()));
         case.env.assert_blocked(&late);
         if !may_mount {
             checked(beside(&case, &agent, &["mount", "-t", "bpf", "bpf", "/sys/fs/bpf"]));
         }
         wait_until_well_apart(&case, &agent);
-        assert!(case.pods.iter().all(|pod| guards(&case, pod)));
+        assert!(case.pods.iter().all(|pod| is_enforced(&case, pod)));
         late
     });
     assert_eq!(said("mounted a bpffs"), may_mount);
@@ -280,7 +280,7 @@ fn pins_that_are_replaced_while_the_agent_runs(backend: AttachMode) {
     let mut random = Random::new();
     let mut replaced = 0;
     case.under_flood(|| {
-        for _ in 0..effort(5) {
+        for _ in 0..scaled(5) {
             for pin in pins(&case) {
                 others.replace(&pin, &mut random);
                 replaced += 1;
@@ -309,8 +309,8 @@ fn replaced_pins_are_restored_clsact() {
 }
 
 /// Reports whether the pin is a link of this TC hook. Without a pin, a link ends when no agent holds it.
-fn is_of(edge: &str, pin: &Path) -> bool {
-    pin.file_name().unwrap().to_str().unwrap().starts_with(edge)
+fn is_of(hook: &str, pin: &Path) -> bool {
+    pin.file_name().unwrap().to_str().unwrap().starts_with(hook)
 }
 
 fn pins_that_are_replaced_between_agents(backend: AttachMode) {
@@ -319,7 +319,7 @@ fn pins_that_are_replaced_between_agents(backend: AttachMode) {
     let mut random = Random::new();
     let (mut replaced, mut new_maps) = (0, 0);
     case.under_flood(|| {
-        for round in 0..effort(8) {
+        for round in 0..scaled(8) {
             // The other TC hook keeps denying traffic.
             let spared = ["from_pod_", "node_egress_"][usize::from(round % 2 == 0)];
             for pin in pins(&case) {
@@ -361,7 +361,7 @@ fn foreign_link_at_pin_path_is_kept() {
     }
     let case = Case::new(AttachMode::Tcx);
     let pod = &case.pods[0];
-    let theirs = Foreign::returning(TC_ACT_OK).attach_tcx_first(
+    let theirs = ForeignProgram::returning(TC_ACT_OK).attach_tcx_first(
         &case.env.node,
         pod.host_ifindex,
         TcAttachType::Ingress,

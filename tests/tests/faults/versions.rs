@@ -12,7 +12,7 @@ use std::{
 
 use aya::maps::{Array, Map, MapData, MapInfo};
 use imds_ebpf_common::Policy;
-use imds_tests::{AttachMode, effort, hook, skip_without_tcx};
+use imds_tests::{AttachMode, hook, scaled, skip_without_tcx};
 
 use super::{Case, Random};
 
@@ -68,7 +68,7 @@ fn upgraded_and_back(backend: AttachMode) {
     let (mut kills, mut changes) = (0, 0);
     for other in others(&case) {
         case.under_flood(|| {
-            for round in 0..effort(6) {
+            for round in 0..scaled(6) {
                 // Upgrades to the other version and back.
                 for agent in [case.agent().binary(&other), case.agent()] {
                     let agent = agent.spawn_ready();
@@ -83,7 +83,7 @@ fn upgraded_and_back(backend: AttachMode) {
                     }
                 }
             }
-            for _ in 0..effort(40) {
+            for _ in 0..scaled(40) {
                 let agent = if random.is_true() { case.agent() } else { case.agent().binary(&other) };
                 let agent = agent.spawn();
                 sleep(Duration::from_millis(random.below(250)));
@@ -117,7 +117,7 @@ fn other_map_layout_and_back_clsact() {
 fn maps_of_same_size_and_other_schema() {
     let case = Case::with_sockets(AttachMode::Clsact);
     case.under_flood(|| {
-        for _ in 0..effort(5) {
+        for _ in 0..scaled(5) {
             let pin = case.env.pin_dir().join("maps/imds_policy");
             let mut policies: Array<MapData, Policy> =
                 Map::Array(MapData::from_pin(pin).unwrap()).try_into().unwrap();

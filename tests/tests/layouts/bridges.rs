@@ -123,8 +123,8 @@ fn move_gateway_behind_pair(env: &TestEnv, pod: &Pod) {
     ));
 }
 
-/// `node_egress` of `gateway1` sees the Service's address. `node_egress` of the NIC sees the endpoint's address and, as the
-/// ingress interface, `gateway0`, which is not a port of the bridge.
+/// `node_egress` of `gateway1` sees the Service's address. `node_egress` of the NIC sees the endpoint's address and, as
+/// the ingress interface, `gateway0`, which is not a port of the bridge.
 #[test]
 fn service_behind_veth_pair() {
     let env = TestEnv::new();

@@ -6,10 +6,10 @@ use std::{
 };
 
 use imds_tests::{
-    AttachMode, Layout, METADATA, Netns, Pod, PodLink, Source, TestEnv, effort, hook, known_here,
+    AttachMode, Layout, METADATA, Netns, Pod, PodLink, Source, TestEnv, hook, known_here,
     poll::{poll_until, try_poll},
     probe::{LONG, Outcome, SHORT, http_get, reachable, udp_echo},
-    with_each_backend,
+    scaled, with_each_backend,
 };
 
 /// Hooks that see calls and packets of a pod.
@@ -104,7 +104,7 @@ impl Case {
     pub(crate) fn assert_enforced(self) {
         let mut broken = self.unreachable("without the agent", &self.all_pods());
         assert!(broken.is_empty(), "{broken:#?}");
-        let count = if effort(2) < 2 { 3 } else { RUNS.len() };
+        let count = if scaled(2) < 2 { 3 } else { RUNS.len() };
         for (hooks, mode, key) in RUNS.into_iter().take(count) {
             if mode.is_none() || hook::has_tcx() {
                 broken.extend(self.broken_with(hooks, mode, key));

@@ -1,10 +1,11 @@
 //! Default routes that are added and removed while pods send.
 
 use imds_tests::{
-    Layout, METADATA, Nic, Pod, PodLink, TestEnv, effort,
+    Layout, METADATA, Nic, Pod, PodLink, TestEnv,
     flood::Flood,
     poll::poll_until,
     probe::{LONG, reachable},
+    scaled,
 };
 
 use crate::fixture::NODE_EGRESS;
@@ -42,7 +43,7 @@ fn assert_never_open(nic: Nic, arguments: &[&str]) {
     let agent = env.agent().hooks(NODE_EGRESS).args(arguments).spawn_ready();
     let before = env.received_packets();
     let floods = pods.each_ref().map(|pod| Flood::udp(pod, METADATA));
-    for _ in 0..effort(ROUNDS) {
+    for _ in 0..scaled(ROUNDS) {
         change_default(&env, "add");
         for flood in &floods {
             let start = flood.sent();

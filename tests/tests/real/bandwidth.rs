@@ -7,7 +7,8 @@ use std::{
 };
 
 use imds_tests::{
-    Agent, AgentCommand, AttachMode, CniNetwork, CniPod, METADATA, Netns, Over, SERVICE, TestEnv, WHOLE_TEST,
+    Agent, AgentCommand, AttachMode, CniNetwork, CniPod, METADATA, Netns, SERVICE, StopFlag, TestEnv,
+    WHOLE_TEST,
     cni::plugin,
     hook::{self, qdisc_kinds},
     known_here, lacks_program,
@@ -95,10 +96,10 @@ fn assert_attached(env: &TestEnv, mode: Mode, pods: &[&CniPod<'_>]) {
 
 /// Connects a pod that sends to the endpoint continuously.
 fn connect<'n>(network: &'n CniNetwork<'_>) -> Result<CniPod<'n>, String> {
-    let (netns, over) = (Arc::new(Netns::new("cni")), Over::default());
+    let (netns, stop) = (Arc::new(Netns::new("cni")), StopFlag::default());
     thread::scope(|scope| {
-        let _over = over.when_dropped();
-        scope.spawn(|| send_until(&netns, &over));
+        let _stop_on_drop = stop.set_on_drop();
+        scope.spawn(|| send_until(&netns, &stop));
         let pod = network.connect(Arc::clone(&netns))?;
         if !reachable(&pod.netns, SERVICE) {
             return Err(format!("{} does not reach other services", pod.address));
@@ -213,7 +214,7 @@ fn clsact_with_bridge_pods() {
 fn fifty_pods_in_each_mode() {
     for mode in [None, Some(AttachMode::Clsact)] {
         for make in [ptp, bridge] {
-            assert_pods_start(make, mode, imds_tests::effort(MANY));
+            assert_pods_start(make, mode, imds_tests::scaled(MANY));
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::{net::Ipv4Addr, sync::Arc, thread, time::Duration};
 
 use imds_tests::{
-    CniNetwork, CniPod, METADATA, Netns, Over, SERVICE, Services, TestEnv, WHOLE_TEST,
+    CniNetwork, CniPod, METADATA, Netns, SERVICE, Services, StopFlag, TestEnv, WHOLE_TEST,
     cni::plugin,
     known_here, lacks_device, lacks_program, lacks_tc_netns_cookie,
     probe::{LONG, Outcome, SHORT, http_get, http_get_at, reachable, udp_echo},
@@ -32,10 +32,10 @@ fn macvlan(env: &TestEnv) -> CniNetwork<'_> {
     env.cni_network(&addresses, &[json!({ "type": "macvlan", "master": TestEnv::UPLINK })])
 }
 
-/// Sends to the endpoint every millisecond until `over` is set, also before the namespace has an interface.
-pub(crate) fn send_until(netns: &Netns, over: &Over) {
+/// Sends to the endpoint every millisecond until `stop` is set, also before the namespace has an interface.
+pub(crate) fn send_until(netns: &Netns, stop: &StopFlag) {
     const INTERVAL: Duration = Duration::from_millis(1);
-    while !over.is_told() {
+    while !stop.is_set() {
         if !matches!(udp_echo(netns, METADATA, INTERVAL), Outcome::Timeout) {
             // The network is unreachable, and the probe returned at once.
             thread::sleep(INTERVAL);
@@ -46,11 +46,11 @@ pub(crate) fn send_until(netns: &Netns, over: &Over) {
 /// Connects a pod that sends to the endpoint continuously, and asserts that no packet arrives.
 #[track_caller]
 fn assert_denied_from_the_start<'n>(env: &TestEnv, network: &'n CniNetwork<'_>) -> CniPod<'n> {
-    let (netns, over) = (Arc::new(Netns::new("cni")), Over::default());
+    let (netns, stop) = (Arc::new(Netns::new("cni")), StopFlag::default());
     env.assert_nothing_arrives(|| {
         thread::scope(|scope| {
-            let _over = over.when_dropped();
-            scope.spawn(|| send_until(&netns, &over));
+            let _stop_on_drop = stop.set_on_drop();
+            scope.spawn(|| send_until(&netns, &stop));
             let pod = network.connect(Arc::clone(&netns)).unwrap_or_else(|error| panic!("{error}"));
             assert!(reachable(&pod.netns, SERVICE));
             assert!(!http_get(&pod.netns, METADATA, SHORT).is_answer());

@@ -4,7 +4,7 @@ use std::fs;
 
 use imds_tests::{
     AttachMode, PodLink, TestEnv,
-    foreign::{Foreign, TC_ACT_OK, detach_link},
+    foreign_bpf::{ForeignProgram, TC_ACT_OK, detach_link},
     hook::run_tc,
     probe::LONG,
     skip_without_netns_cookie, skip_without_tcx, with_each_backend,
@@ -147,7 +147,7 @@ fn program_in_front_fails() {
     let pod = env.add_pod(PodLink::Routed);
     let _agent = env.agent().resync(3600).hooks(&["from_pod"]).spawn_ready();
     let hook = aya::programs::tc::TcAttachType::Ingress;
-    let _link = Foreign::returning(TC_ACT_OK).attach_tcx_first(&env.node, pod.host_ifindex, hook);
+    let _link = ForeignProgram::returning(TC_ACT_OK).attach_tcx_first(&env.node, pod.host_ifindex, hook);
     assert_fails(&verify(&env), &["from_pod"]);
 }
 

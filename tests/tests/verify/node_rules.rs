@@ -8,7 +8,7 @@ use crate::{
     ALL, add_pods, assert_all_passed, assert_fails, assert_passed, exempt, hooks_with, path_of, verify,
 };
 
-const EDGES: [&str; 2] = ["from_pod", "node_egress"];
+const TC_HOOKS: [&str; 2] = ["from_pod", "node_egress"];
 
 /// Adds a chain with this rule at this netfilter hook.
 fn nft(env: &TestEnv, hook: &str, rule: &str) {
@@ -23,7 +23,7 @@ fn nft(env: &TestEnv, hook: &str, rule: &str) {
 fn overwritten_mark_fails() {
     let env = TestEnv::new();
     let (_routed, bridged) = add_pods(&env);
-    let _agent = env.agent().config(&exempt(&bridged)).hooks(&EDGES).spawn_ready();
+    let _agent = env.agent().config(&exempt(&bridged)).hooks(&TC_HOOKS).spawn_ready();
     assert_all_passed(&verify(&env));
     nft(&env, "forward", "meta mark set 0");
     let verified = verify(&env);
@@ -43,12 +43,12 @@ fn dropped_exempt_pod_fails() {
     let pod = env.add_pod(PodLink::Routed);
     nft(&env, "forward", &rule);
     {
-        let _agent = env.agent().hooks(&EDGES).spawn_ready();
+        let _agent = env.agent().hooks(&TC_HOOKS).spawn_ready();
         let verified = verify(&env);
         assert_passed(&verified);
         assert_eq!(path_of(&verified.1, "exempt pod")[0].0, "skipped");
     }
-    let _agent = env.agent().config(&exempt(&pod)).hooks(&EDGES).spawn_ready();
+    let _agent = env.agent().config(&exempt(&pod)).hooks(&TC_HOOKS).spawn_ready();
     assert_fails(&verify(&env), &["path"]);
 }
 
@@ -71,7 +71,7 @@ fn node_without_forwarding_is_skipped() {
     let env = TestEnv::new();
     let _pod = env.add_pod(PodLink::Routed);
     env.node.sysctl("ipv4/ip_forward", "0");
-    let _agent = env.agent().hooks(&EDGES).spawn_ready();
+    let _agent = env.agent().hooks(&TC_HOOKS).spawn_ready();
     let verified = verify(&env);
     assert_passed(&verified);
     let (outcome, observed) = &path_of(&verified.1, "exempt pod")[0];
@@ -84,7 +84,7 @@ fn unreachable_endpoint_is_skipped() {
     let env = TestEnv::new();
     let _pod = env.add_pod(PodLink::Routed);
     env.node.ip(&format!("route add unreachable {METADATA}/32"));
-    let _agent = env.agent().hooks(&EDGES).spawn_ready();
+    let _agent = env.agent().hooks(&TC_HOOKS).spawn_ready();
     let verified = verify(&env);
     assert_passed(&verified);
     assert_eq!(path_of(&verified.1, "node")[0].0, "skipped", "{:#}", verified.1);

@@ -9,7 +9,7 @@ use std::{
 
 use aya::programs::tc::TcAttachType;
 use imds_tests::{
-    TestEnv, effort, hook::programs_at, poll::poll_until, probe::LONG, skip_without_netns_cookie,
+    TestEnv, hook::programs_at, poll::poll_until, probe::LONG, scaled, skip_without_netns_cookie,
     with_each_backend,
 };
 use nix::{
@@ -88,7 +88,7 @@ fn signals_leave_nothing() {
 
 #[test]
 fn busy_machine() {
-    run_beside_load(effort(20));
+    run_beside_load(scaled(20));
 }
 
 /// Runs for an hour: `cargo test -p imds-tests --test verify -- --ignored soak`

@@ -121,11 +121,11 @@ mod tests {
     fn only_complete_lines_are_reported() {
         let log = tempfile::NamedTempFile::new().unwrap();
         let mut console = Console::open(log.path()).unwrap();
-        let mut told = Vec::new();
+        let mut lines = Vec::new();
         for text in ["one\r\ntw", "one\r\ntwo\r\n", "one\r\ntwo\r\nthree"] {
             fs::write(log.path(), text).unwrap();
-            console.read(|line| told.push(line.to_owned())).unwrap();
+            console.read(|line| lines.push(line.to_owned())).unwrap();
         }
-        assert_eq!(told, ["one", "two"]);
+        assert_eq!(lines, ["one", "two"]);
     }
 }

@@ -58,9 +58,9 @@ pub(crate) struct Vm {
     /// Look for newer versions of the downloaded kernels
     #[arg(long)]
     refresh: bool,
-    /// Divisor of the repetitions in the longest tests [default: 4, or 20 with --quick]
-    #[arg(long, value_name = "TIMES")]
-    divisor: Option<NonZero<u32>>,
+    /// Percentage of the repetitions in the longest tests [default: 25, or 5 with --quick]
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(1..=100))]
+    scale: Option<u32>,
     /// Time limit of a machine in minutes
     #[arg(long, value_name = "MINUTES", default_value_t = 60)]
     timeout: u64,
@@ -106,7 +106,7 @@ impl Vm {
             kernels.into_iter().collect::<Result<Vec<_>>>()?;
             return Ok(ExitCode::SUCCESS);
         }
-        let plan = Plan::new(Payload::build(&self.filter)?, &self.filter, self.quick, self.divisor)?;
+        let plan = Plan::new(Payload::build(&self.filter)?, &self.filter, self.quick, self.scale)?;
         let rows = self.run_all(kernels, &plan, &tools)?;
         match self.output {
             Output::Table => print!("{}", report::table(&rows)),

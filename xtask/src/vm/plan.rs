@@ -1,20 +1,19 @@
 //! Selection of tests, and number of their repetitions.
 
 use std::{
-    num::NonZero,
     path::{Path, PathBuf},
     process::Command,
 };
 
 use anyhow::{Context as _, Result, bail};
-use imds_tests::EFFORT;
+use imds_tests::SCALE;
 
 use super::build::Payload;
 
-/// Divisor of repetitions in an emulated machine.
-const DIVISOR: u32 = 4;
-/// Divisor of repetitions with `--quick`.
-const QUICK_DIVISOR: u32 = 20;
+/// Percentage of repetitions in an emulated machine.
+const SCALE_PERCENT: u32 = 25;
+/// Percentage of repetitions with `--quick`.
+const QUICK_SCALE_PERCENT: u32 = 5;
 /// Tests of `--quick`, by executable and parts of their names. They cover each hook alone and all hooks, the verifier
 /// on every program, replies, IPv6, and devices that only some kernels have. Other behaviour differs less between
 /// kernels.
@@ -58,7 +57,7 @@ impl Plan {
         payload: Payload,
         filter: &[String],
         is_quick: bool,
-        divisor: Option<NonZero<u32>>,
+        scale: Option<u32>,
     ) -> Result<Self> {
         let is_there = |name: &str| payload.tests.iter().any(|(there, _)| there == name);
         let missing = QUICK.iter().find(|(name, _)| !is_there(name));
@@ -83,9 +82,8 @@ impl Plan {
         if tests.is_empty() {
             bail!("no test executable and no test matches {0}", filter.join(" or "));
         }
-        let usual = if is_quick { QUICK_DIVISOR } else { DIVISOR };
-        let divisor = divisor.map_or(usual, NonZero::get);
-        let environment = vec![format!("{EFFORT}={divisor}")];
+        let usual = if is_quick { QUICK_SCALE_PERCENT } else { SCALE_PERCENT };
+        let environment = vec![format!("{SCALE}={}", scale.unwrap_or(usual))];
         let is_brief = !filter.is_empty();
         Ok(Self { agent: payload.agent, tests, environment, is_brief })
     }

@@ -4,21 +4,21 @@ use std::{net::Ipv4Addr, thread};
 
 use crate::{
     AttachMode, METADATA, Netns, Pod, SERVICE, Status, TestEnv,
-    effort::{effort, patience},
     poll::{poll_until, try_poll},
     probe::{LONG, Outcome, SHORT, http_get, icmp_echo, reachable, udp_echo},
+    scale::{scaled, scaled_timeout},
     skip::lacks_tcx,
 };
 
-/// Runs a test once for each attach mode of the kernel. With a reduced [`effort`], runs only the agent's preferred
-/// mode.
+/// Runs a test once for each attach mode of the kernel. With a reduced [`SCALE`](crate::SCALE), runs only the agent's
+/// preferred mode.
 pub fn with_each_backend(test: impl Fn(AttachMode)) {
     let backends: &[_] = if lacks_tcx("the part with TCX") {
         &[AttachMode::Clsact]
     } else {
         &[AttachMode::Tcx, AttachMode::Clsact]
     };
-    let count = effort(2) as usize;
+    let count = scaled(2) as usize;
     for &backend in backends.iter().take(count) {
         // Printed if the test fails.
         eprintln!("backend: {}", backend.name());
@@ -71,7 +71,7 @@ impl TestEnv {
     #[track_caller]
     pub fn status_when(&self, what: &str, wanted: impl Fn(&Status) -> bool) -> Status {
         let mut last = None;
-        let found = try_poll(patience(LONG), || {
+        let found = try_poll(scaled_timeout(LONG), || {
             let status = self.status();
             let is_wanted = wanted(&status);
             last = Some(status.clone());

@@ -8,7 +8,7 @@ use aya_obj::generated::bpf_attach_type::{
     BPF_CGROUP_UDP6_SENDMSG,
 };
 use imds_agent::datapath::sys::bpf::link_create_cgroup;
-use imds_tests::{Netns, Pod, TestEnv, foreign::Foreign};
+use imds_tests::{Netns, Pod, TestEnv, foreign_bpf::ForeignProgram};
 use nix::net::if_::if_nametoindex;
 
 const TC_ACT_UNSPEC: i32 = -1;
@@ -18,15 +18,15 @@ const CALLS: [bpf_attach_type; 4] =
 /// Protects both addresses of the metadata service.
 const CONFIG: &str = "provider = 'aws'";
 /// The same restriction as AKS' rule, with connection tracking.
-const NFTABLES: &str = "add table inet guard
-add chain inet guard forward { type filter hook forward priority filter; }
-add rule inet guard forward ip daddr 169.254.169.254 ip saddr != 10.0.0.4 udp dport 80 drop
-add rule inet guard forward ip6 daddr fd00:ec2::254 ip6 saddr != fd10::4 udp dport 80 drop
-add rule inet guard forward ct state invalid drop";
+const NFTABLES: &str = "add table inet imds
+add chain inet imds forward { type filter hook forward priority filter; }
+add rule inet imds forward ip daddr 169.254.169.254 ip saddr != 10.0.0.4 udp dport 80 drop
+add rule inet imds forward ip6 daddr fd00:ec2::254 ip6 saddr != fd10::4 udp dport 80 drop
+add rule inet imds forward ct state invalid drop";
 
 /// Mechanism that blocks the pod's access to the metadata service, or a baseline.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) enum Guard {
+pub(crate) enum Restriction {
     Nothing,
     Conntrack,
     EmptyProgram,
@@ -51,10 +51,10 @@ pub(crate) struct On<'w> {
     is_agent: bool,
     has_rules: bool,
     /// Dropping the descriptor removes the link.
-    foreign: Vec<(Foreign, OwnedFd)>,
+    foreign: Vec<(ForeignProgram, OwnedFd)>,
 }
 
-impl Guard {
+impl Restriction {
     pub(crate) const ALL: [Self; 14] = [
         Self::Nothing,
         Self::Conntrack,
@@ -127,8 +127,9 @@ impl Guard {
             Self::EmptyProgram => on.foreign = vec![at_from_pod(TC_ACT_UNSPEC, node, pod)],
             Self::EmptySocket => on.foreign = at_calls(env).into(),
             Self::EmptyAll => {
-                let at_edges = [at_from_pod(TC_ACT_UNSPEC, node, pod), at_node_egress(TC_ACT_UNSPEC, node)];
-                on.foreign = at_calls(env).into_iter().chain(at_edges).collect();
+                let tc_programs =
+                    [at_from_pod(TC_ACT_UNSPEC, node, pod), at_node_egress(TC_ACT_UNSPEC, node)];
+                on.foreign = at_calls(env).into_iter().chain(tc_programs).collect();
             }
             Self::DropAll => on.foreign = vec![at_from_pod(TC_ACT_SHOT, node, pod)],
             Self::FromPod | Self::NodeEgress | Self::Socket | Self::AllHooks => {
@@ -149,7 +150,7 @@ impl Guard {
     /// Adds the rules for IPv6 too, although neither AKS nor AWS has such rules.
     fn add_rules(self, env: &TestEnv) {
         let node = &env.node;
-        for (iptables, guarded, address) in [
+        for (iptables, endpoint, address) in [
             ("iptables", "169.254.169.254/32", env.node_address().to_string()),
             ("ip6tables", "fd00:ec2::254/128", env.node_address_v6().to_string()),
         ] {
@@ -157,7 +158,7 @@ impl Guard {
             run(node, iptables, "-A FORWARD -m conntrack --ctstate INVALID -j DROP");
             if let Some((table, rule)) = self.rule() {
                 let rule = rule.replace("NODE", &address);
-                run(node, iptables, &format!("-t {table} -I FORWARD 1 -d {guarded} {rule}"));
+                run(node, iptables, &format!("-t {table} -I FORWARD 1 -d {endpoint} {rule}"));
             }
         }
     }
@@ -184,25 +185,25 @@ impl Drop for On<'_> {
 }
 
 /// Attaches a foreign program to TC ingress of the pod's host-side veth.
-fn at_from_pod(action: i32, node: &Netns, pod: &Pod) -> (Foreign, OwnedFd) {
-    let foreign = Foreign::returning(action);
+fn at_from_pod(action: i32, node: &Netns, pod: &Pod) -> (ForeignProgram, OwnedFd) {
+    let foreign = ForeignProgram::returning(action);
     let link = foreign.attach_tcx_first(node, pod.host_ifindex, TcAttachType::Ingress);
     (foreign, link)
 }
 
 /// Attaches a foreign program to TC egress of the uplink.
-fn at_node_egress(action: i32, node: &Netns) -> (Foreign, OwnedFd) {
-    let foreign = Foreign::returning(action);
+fn at_node_egress(action: i32, node: &Netns) -> (ForeignProgram, OwnedFd) {
+    let foreign = ForeignProgram::returning(action);
     let ifindex = node.run(|| if_nametoindex(TestEnv::UPLINK)).expect("the uplink");
     let link = foreign.attach_tcx_first(node, ifindex, TcAttachType::Egress);
     (foreign, link)
 }
 
 /// Attaches a foreign program to each socket hook that the agent uses.
-fn at_calls(env: &TestEnv) -> [(Foreign, OwnedFd); CALLS.len()] {
+fn at_calls(env: &TestEnv) -> [(ForeignProgram, OwnedFd); CALLS.len()] {
     CALLS.map(|call| {
-        let foreign = Foreign::allowing_calls(call as u32);
-        let cgroup = File::open(env.cgroup()).expect("the world's cgroup");
+        let foreign = ForeignProgram::allowing_calls(call as u32);
+        let cgroup = File::open(env.cgroup()).expect("the environment's cgroup");
         let link = link_create_cgroup(foreign.program(), &cgroup, call).expect("attach to a cgroup");
         (foreign, link)
     })

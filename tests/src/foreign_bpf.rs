@@ -42,13 +42,13 @@ const REDIRECT: u32 = 23;
 
 /// A program that treats every packet or call alike. The kernel frees it with its last link or filter.
 #[derive(Debug)]
-pub struct Foreign {
+pub struct ForeignProgram {
     program: OwnedFd,
     pin: PathBuf,
     _pins: PinDir,
 }
 
-impl Foreign {
+impl ForeignProgram {
     /// Loads a program that returns `action`.
     #[must_use]
     pub fn returning(action: i32) -> Self {
@@ -187,8 +187,8 @@ impl Foreign {
         self.attach_first(netns, ifindex, attach_type)
     }
 
-    /// Attaches the program before all others at the peer of the netkit pair whose primary device has this index. Closing
-    /// the link detaches it.
+    /// Attaches the program before all others at the peer of the netkit pair whose primary device has this index.
+    /// Closing the link detaches it.
     #[must_use]
     pub fn attach_netkit_peer_first(&self, netns: &Netns, ifindex: u32) -> OwnedFd {
         self.attach_first(netns, ifindex, BPF_NETKIT_PEER)
