@@ -264,6 +264,16 @@ pub struct Problem {
 }
 
 impl Status {
+    /// Returns the generation of the effective configuration.
+    ///
+    /// # Panics
+    ///
+    /// Panics if no configuration is loaded.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.configuration.as_ref().expect("a configuration").generation
+    }
+
     /// Returns the interface with this name, if the agent knows it.
     #[must_use]
     pub fn find(&self, name: &str) -> Option<&Interface> {

@@ -3,11 +3,10 @@
 use std::{fs, thread};
 
 use imds_tests::{
-    Agent, METADATA, Netns, Pod, PodLink, StopFlag, TestEnv,
-    api_server::{ApiServer, Fault, pod},
-    http::{DEFAULT, try_get},
+    Agent, METADATA, Pod, PodLink, StopFlag, TestCluster,
+    api_server::{Fault, pod},
     known_here,
-    kubelet::{CONTAINER, Driver, Kubelet, PodCgroup, new_uid},
+    kubelet::{CONTAINER, Driver, PodCgroup, new_uid},
     lacks_netns_cookie,
     poll::poll_until,
     probe::{LONG, SHORT, http_get},
@@ -16,7 +15,6 @@ use imds_tests::{
 use serde_json::Value;
 
 const ALL: &[&str] = &["from_pod", "node_egress", "socket"];
-const NODE: &str = "node-0";
 const TRUSTED: &[(&str, &str)] = &[("app", "agent")];
 const RULE: &str = "
     [[exempt]]
@@ -25,14 +23,6 @@ const RULE: &str = "
     service_account = 'agent'
     pod_selector = { match_labels = { app = 'agent' } }";
 
-/// A node of a cluster with its API server and kubelet.
-struct Cluster {
-    // Dropped first, because its thread is woken through the node's namespace.
-    server: ApiServer,
-    kubelet: Kubelet,
-    env: TestEnv,
-}
-
 /// A scheduled pod: it has a link and cgroups, and a process once it is started.
 struct Scheduled {
     uid: String,
@@ -40,57 +30,29 @@ struct Scheduled {
     pod: Pod,
 }
 
-impl Cluster {
-    fn new() -> Self {
-        let env = TestEnv::new();
-        Self { server: ApiServer::start_in(&env.node), kubelet: Kubelet::new(), env }
-    }
+/// Starts an agent with [`RULE`].
+fn start(cluster: &TestCluster) -> Agent<'_> {
+    cluster.env.agent().config(&cluster.config(RULE)).hooks(&known_here(ALL)).spawn_ready()
+}
 
-    fn config(&self) -> String {
-        let kubeconfig = self.env.scratch_dir().join("kubeconfig");
-        self.server.write_kubeconfig(&kubeconfig);
-        let kubernetes = format!("kubeconfig = '{}'\nnode_name = '{NODE}'\n", kubeconfig.display());
-        format!("{RULE}\n[kubernetes]\n{kubernetes}")
-    }
+fn schedule(cluster: &TestCluster, link: PodLink, driver: Driver, labels: &[(&str, &str)]) -> Scheduled {
+    let uid = new_uid();
+    let cgroup = cluster.kubelet.add_pod(&uid, driver);
+    let scheduled = Scheduled { uid, cgroup, pod: cluster.env.add_pod(link) };
+    cluster.server.apply(scheduled.object(labels));
+    scheduled
+}
 
-    fn start(&self) -> Agent<'_> {
-        self.env.agent().config(&self.config()).hooks(&known_here(ALL)).spawn_ready()
-    }
-
-    fn schedule(&self, link: PodLink, driver: Driver, labels: &[(&str, &str)]) -> Scheduled {
-        let uid = new_uid();
-        let cgroup = self.kubelet.add_pod(&uid, driver);
-        let scheduled = Scheduled { uid, cgroup, pod: self.env.add_pod(link) };
-        self.server.apply(scheduled.object(labels));
-        scheduled
-    }
-
-    fn reaches(&self, netns: &Netns) -> bool {
-        self.env.in_cgroup(|| http_get(netns, METADATA, SHORT).is_answer())
-    }
-
-    #[track_caller]
-    fn wait_exempt(&self, pod: &Pod) {
-        poll_until(LONG, "the pod to be exempt", || self.reaches(&pod.netns).then_some(()));
-    }
-
-    #[track_caller]
-    fn wait_denied(&self, pod: &Pod) {
-        poll_until(LONG, "the pod to be denied", || (!self.reaches(&pod.netns)).then_some(()));
-        self.env.assert_nothing_arrives(|| assert!(!self.reaches(&pod.netns)));
-    }
-
-    /// Waits until the agent knows this number of pods from the API server.
-    fn wait_known(&self, pods: u32) {
-        self.env.status_when("the pods are known", |status| {
-            status.kubernetes.as_ref().is_some_and(|kubernetes| kubernetes.pods == pods)
-        });
-    }
+/// Waits until the agent knows this number of pods from the API server.
+fn wait_known(cluster: &TestCluster, pods: u32) {
+    cluster.env.status_when("the pods are known", |status| {
+        status.kubernetes.as_ref().is_some_and(|kubernetes| kubernetes.pods == pods)
+    });
 }
 
 impl Scheduled {
     fn object(&self, labels: &[(&str, &str)]) -> Value {
-        pod(&self.uid, NODE, "kube-system", "agent", labels)
+        pod(&self.uid, TestCluster::NODE, "kube-system", "agent", labels)
     }
 
     /// Starts the pod's sandbox with one process.
@@ -103,12 +65,12 @@ impl Scheduled {
 #[test]
 fn exemption_follows_sandbox_label_and_pod() {
     for (link, driver) in [(PodLink::Routed, Driver::Cgroupfs), (PodLink::Bridged, Driver::Systemd)] {
-        let cluster = Cluster::new();
-        let agent = cluster.start();
-        let mut trusted = cluster.schedule(link, driver, TRUSTED);
-        let mut other = cluster.schedule(link, driver, &[("app", "web")]);
+        let cluster = TestCluster::new();
+        let agent = start(&cluster);
+        let mut trusted = schedule(&cluster, link, driver, TRUSTED);
+        let mut other = schedule(&cluster, link, driver, &[("app", "web")]);
         other.start();
-        cluster.wait_known(2);
+        wait_known(&cluster, 2);
         cluster.wait_denied(&trusted.pod);
         trusted.start();
         cluster.wait_exempt(&trusted.pod);
@@ -135,9 +97,9 @@ fn exemption_follows_sandbox_label_and_pod() {
 
 #[test]
 fn recreated_sandbox_is_found_again() {
-    let cluster = Cluster::new();
-    let agent = cluster.start();
-    let mut trusted = cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED);
+    let cluster = TestCluster::new();
+    let agent = start(&cluster);
+    let mut trusted = schedule(&cluster, PodLink::Routed, Driver::Systemd, TRUSTED);
     trusted.start();
     cluster.wait_exempt(&trusted.pod);
     // The runtime creates another sandbox for the same pod, without an event of the API server.
@@ -145,11 +107,11 @@ fn recreated_sandbox_is_found_again() {
     let (index, address) = (trusted.pod.host_ifindex, trusted.pod.address);
     trusted.pod.delete();
     let successor = cluster.env.add_successor("guest1", index, address);
-    cluster.env.assert_nothing_arrives(|| assert!(!cluster.reaches(&successor)));
+    cluster.assert_denied(&successor);
     let again = cluster.env.add_pod(PodLink::Routed);
     trusted.cgroup.start_in(&again.netns);
     cluster.wait_exempt(&again);
-    cluster.env.assert_nothing_arrives(|| assert!(!cluster.reaches(&successor)));
+    cluster.assert_denied(&successor);
     drop(agent);
     cluster.env.unload();
     assert!(cluster.reaches(&successor));
@@ -157,15 +119,15 @@ fn recreated_sandbox_is_found_again() {
 
 #[test]
 fn api_outage_keeps_known_exemptions_only() {
-    let cluster = Cluster::new();
+    let cluster = TestCluster::new();
     let config = cluster.env.scratch_dir().join("imds.toml");
     let hooks = if lacks_netns_cookie() { "[hooks]\nsocket = false" } else { "" };
-    let rules = format!("{}\n{hooks}", cluster.config());
+    let rules = format!("{}\n{hooks}", cluster.config(RULE));
     fs::write(&config, &rules).unwrap();
     let (config, cgroup) = (config.to_str().unwrap(), cluster.env.cgroup().to_str().unwrap());
     let spawn = || cluster.env.agent().config_file(config).args(&["--cgroup", cgroup]).spawn_ready();
     let agent = spawn();
-    let mut trusted = cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED);
+    let mut trusted = schedule(&cluster, PodLink::Routed, Driver::Systemd, TRUSTED);
     trusted.start();
     cluster.wait_exempt(&trusted.pod);
     // Enough failures to outlast the test.
@@ -180,7 +142,7 @@ fn api_outage_keeps_known_exemptions_only() {
         })
     });
     assert!(status.problems.is_empty() && status.kubernetes.is_some_and(|kubernetes| kubernetes.pods == 1));
-    let mut unknown = cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED);
+    let mut unknown = schedule(&cluster, PodLink::Routed, Driver::Systemd, TRUSTED);
     unknown.start();
     cluster.wait_denied(&unknown.pod);
     assert!(cluster.reaches(&trusted.pod.netns));
@@ -189,13 +151,13 @@ fn api_outage_keeps_known_exemptions_only() {
     agent.kill9();
     let agent = spawn();
     assert!(cluster.reaches(&trusted.pod.netns), "{}", agent.log());
-    cluster.env.assert_nothing_arrives(|| assert!(!cluster.reaches(&unknown.pod.netns)));
+    cluster.assert_denied(&unknown.pod.netns);
     agent.kill9();
 
     // Rules that differ from the earlier agent's keep none of its exemptions.
     fs::write(config, rules.replace("'trusted'", "'others'")).unwrap();
     let agent = spawn();
-    cluster.env.assert_nothing_arrives(|| assert!(!cluster.reaches(&trusted.pod.netns)));
+    cluster.assert_denied(&trusted.pod.netns);
     drop(agent);
     cluster.env.unload();
     assert!(cluster.reaches(&unknown.pod.netns));
@@ -206,11 +168,11 @@ fn host_network_pod_is_exempt_by_cgroups() {
     if skip_without_netns_cookie() {
         return;
     }
-    let cluster = Cluster::new();
-    let mut trusted = cluster.schedule(PodLink::Routed, Driver::Systemd, &[]);
+    let cluster = TestCluster::new();
+    let mut trusted = schedule(&cluster, PodLink::Routed, Driver::Systemd, &[]);
     let config = cluster.env.scratch_dir().join("imds.toml");
     let hooks = "[hooks]\nfrom_pod = false\nnode_egress = false\nsocket = false\nhost_network = true";
-    fs::write(&config, format!("{}\n{hooks}", cluster.config())).unwrap();
+    fs::write(&config, format!("{}\n{hooks}", cluster.config(RULE))).unwrap();
     let (config, cgroup) = (config.to_str().unwrap(), cluster.kubelet.root().to_str().unwrap());
     let agent = cluster.env.agent().config_file(config).args(&["--cgroup", cgroup]).spawn_ready();
     let mut object = trusted.object(TRUSTED);
@@ -241,9 +203,9 @@ fn host_network_pod_is_exempt_by_cgroups() {
 
 #[test]
 fn pod_names_are_shown_everywhere() {
-    let cluster = Cluster::new();
-    let agent = cluster.start();
-    let mut scheduled = cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED);
+    let cluster = TestCluster::new();
+    let agent = start(&cluster);
+    let mut scheduled = schedule(&cluster, PodLink::Routed, Driver::Systemd, TRUSTED);
     scheduled.start();
     let mut object = scheduled.object(TRUSTED);
     let container = format!("containerd://{CONTAINER}");
@@ -259,7 +221,10 @@ fn pod_names_are_shown_everywhere() {
     );
     let table = cluster.env.imds_agent(&["status"]).output();
     let table = String::from_utf8(table.stdout).unwrap();
-    assert!(table.contains(&format!("kube-system/pod-{}", scheduled.uid)) && table.contains(NODE), "{table}");
+    assert!(
+        table.contains(&format!("kube-system/pod-{}", scheduled.uid)) && table.contains(TestCluster::NODE),
+        "{table}"
+    );
 
     cluster.server.delete(&scheduled.uid);
     cluster.env.status_when("the pod is forgotten", |status| {
@@ -271,35 +236,36 @@ fn pod_names_are_shown_everywhere() {
 
 #[test]
 fn only_changes_of_1000_pods_are_written() {
-    let cluster = Cluster::new();
-    let agent = cluster.start();
+    let cluster = TestCluster::new();
+    let agent = start(&cluster);
     let pods = scaled(1000);
     for number in 0..pods {
         let labels: &[_] = if number % 2 == 0 { TRUSTED } else { &[] };
-        cluster.server.apply(pod(&format!("{}-{number}", new_uid()), NODE, "kube-system", "agent", labels));
+        cluster.server.apply(pod(
+            &format!("{}-{number}", new_uid()),
+            TestCluster::NODE,
+            "kube-system",
+            "agent",
+            labels,
+        ));
     }
-    let mut trusted = [(); 3].map(|()| cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED));
+    let mut trusted = [(); 3].map(|()| schedule(&cluster, PodLink::Routed, Driver::Systemd, TRUSTED));
     for pod in &mut trusted {
         pod.start();
     }
-    cluster.wait_known(pods + 3);
+    wait_known(&cluster, pods + 3);
     for pod in &trusted {
         cluster.wait_exempt(&pod.pod);
     }
-    let metric = |name: &str| -> u64 {
-        let (_, metrics) = try_get(&cluster.env, DEFAULT, "/metrics").unwrap();
-        let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
-        value.unwrap_or_else(|| panic!("no {name} in:\n{metrics}"))
-    };
     let writes = || {
         ["imds_exempt", "imds_pods"]
-            .map(|map| metric(&format!("imds_agent_map_updates_total{{map=\"{map}\"}}")))
+            .map(|map| cluster.metric(&format!("imds_agent_map_updates_total{{map=\"{map}\"}}")))
     };
     let before = writes();
     cluster.server.compact();
     cluster.server.disconnect();
     poll_until(LONG, "all pods to be listed again", || {
-        (metric("imds_agent_kubernetes_relists_total") == 2).then_some(())
+        (cluster.metric("imds_agent_kubernetes_relists_total") == 2).then_some(())
     });
     assert_eq!(writes(), before);
 
@@ -316,10 +282,10 @@ fn only_changes_of_1000_pods_are_written() {
 
 #[test]
 fn restart_keeps_many_pods_exempt() {
-    let cluster = Cluster::new();
-    let agent = cluster.start();
+    let cluster = TestCluster::new();
+    let agent = start(&cluster);
     let pods = [(); 40].map(|()| {
-        let mut pod = cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED);
+        let mut pod = schedule(&cluster, PodLink::Routed, Driver::Systemd, TRUSTED);
         pod.start();
         pod
     });
@@ -341,7 +307,7 @@ fn restart_keeps_many_pods_exempt() {
         }
         let _stop_on_drop = stop.set_on_drop();
         for _ in 0..scaled(10) {
-            let agent = cluster.start();
+            let agent = start(&cluster);
             env.status_when("the sandbox of every pod is found", |status| status.has_resolved(40));
             agent.kill9();
         }
@@ -349,7 +315,7 @@ fn restart_keeps_many_pods_exempt() {
     let after = env.status().total;
     assert!(after.exempt.packets > before.exempt.packets, "{after:?}");
     assert_eq!(after.denied.packets, before.denied.packets);
-    let agent = cluster.start();
+    let agent = start(&cluster);
     cluster.server.delete(&pods[20].uid);
     cluster.wait_denied(&pods[20].pod);
     assert!(cluster.reaches(&pods[39].pod.netns));
@@ -360,12 +326,12 @@ fn restart_keeps_many_pods_exempt() {
 
 #[test]
 fn late_sandbox_is_found_during_link_churn() {
-    let cluster = Cluster::new();
+    let cluster = TestCluster::new();
     // A full resync would find the sandbox as well, so the interval is long.
     let agent =
-        cluster.env.agent().config(&cluster.config()).hooks(&known_here(ALL)).resync(3600).spawn_ready();
-    let mut trusted = cluster.schedule(PodLink::Routed, Driver::Systemd, TRUSTED);
-    cluster.wait_known(1);
+        cluster.env.agent().config(&cluster.config(RULE)).hooks(&known_here(ALL)).resync(3600).spawn_ready();
+    let mut trusted = schedule(&cluster, PodLink::Routed, Driver::Systemd, TRUSTED);
+    wait_known(&cluster, 1);
     cluster.wait_denied(&trusted.pod);
     let (node, stop) = (&cluster.env.node, StopFlag::default());
     thread::scope(|scope| {
@@ -384,21 +350,20 @@ fn late_sandbox_is_found_during_link_churn() {
 
 #[test]
 fn startup_taint_is_removed_once_enforced() {
-    let env = TestEnv::new();
-    let server = ApiServer::start_in(&env.node);
+    let cluster = TestCluster::new();
+    let TestCluster { server, env, .. } = &cluster;
     let pod = env.add_pod(PodLink::Routed);
     env.assert_open(&pod);
     let taint = |key: &str| serde_json::json!({ "key": key, "effect": "NoSchedule" });
-    server.set_taints(NODE, serde_json::json!([taint("other"), taint("imds-agent/not-ready")]));
-    let kubeconfig = env.scratch_dir().join("kubeconfig");
-    server.write_kubeconfig(&kubeconfig);
-    let config = format!("[kubernetes]\nkubeconfig = '{}'\nnode_name = '{NODE}'", kubeconfig.display());
+    let [other, startup] = ["other", "imds-agent/not-ready"].map(taint);
+    server.set_taints(TestCluster::NODE, serde_json::json!([other, startup]));
     // The agent must retry after this failure.
     server.fail(Fault::Status(500, "etcd"));
     server.fail(Fault::Status(500, "etcd"));
-    let agent = env.agent().config(&config).args(&["--startup-taint", "imds-agent/not-ready"]).spawn();
-    poll_until(LONG, "the taint to go", || {
-        (server.taints(NODE) == serde_json::json!([taint("other")])).then_some(())
+    let command = env.agent().config(&cluster.config(""));
+    let agent = command.args(&["--startup-taint", "imds-agent/not-ready"]).spawn();
+    poll_until(LONG, "the taint to be removed", || {
+        (server.taints(TestCluster::NODE) == serde_json::json!([other])).then_some(())
     });
     env.assert_blocked(&pod);
     agent.wait_for_log("removed the taint", LONG);

@@ -7,66 +7,31 @@ use std::{
 };
 
 use imds_tests::{
-    Agent, METADATA, Pod, PodLink, TestEnv,
-    api_server::{ApiServer, pod},
-    http::{DEFAULT, try_get},
+    Agent, Pod, PodLink, TestCluster,
+    api_server::pod,
     known_here,
     kubelet::{Driver, Kubelet, PodCgroup, new_uid},
-    poll::poll_until,
-    probe::{LONG, SHORT, http_get},
+    probe::LONG,
 };
 use serde_json::{Value, json};
 
-const NODE: &str = "node-0";
 const RULE: &str = "[[exempt]]\nname = 'trusted'\nnamespace = 'kube-system'\nservice_account = 'agent'\n";
 
-struct Cluster {
-    // Dropped before its network.
-    server: ApiServer,
-    kubelet: Kubelet,
-    env: TestEnv,
+fn start(cluster: &TestCluster) -> Agent<'_> {
+    let hooks = known_here(&["from_pod", "node_egress"]);
+    cluster.env.agent().config(&cluster.config(RULE)).hooks(&hooks).spawn_ready()
 }
 
-impl Cluster {
-    fn new() -> Self {
-        let env = TestEnv::new();
-        Self { server: ApiServer::start_in(&env.node), kubelet: Kubelet::new(), env }
-    }
-
-    fn start(&self) -> Agent<'_> {
-        let kubeconfig = self.env.scratch_dir().join("kubeconfig");
-        self.server.write_kubeconfig(&kubeconfig);
-        let kubernetes = format!("kubeconfig = '{}'\nnode_name = '{NODE}'\n", kubeconfig.display());
-        let config = format!("{RULE}[kubernetes]\n{kubernetes}");
-        self.env.agent().config(&config).hooks(&known_here(&["from_pod", "node_egress"])).spawn_ready()
-    }
-
-    /// Starts a sandbox for the pod with this id of the kubelet.
-    fn run(&self, kubelet: &Kubelet, uid: &str) -> (Pod, PodCgroup) {
-        let pod = self.env.add_pod(PodLink::Routed);
-        let mut cgroup = kubelet.add_pod(uid, Driver::Cgroupfs);
-        cgroup.start_in(&pod.netns);
-        (pod, cgroup)
-    }
-
-    fn reaches(&self, pod: &Pod) -> bool {
-        self.env.in_cgroup(|| http_get(&pod.netns, METADATA, SHORT).is_answer())
-    }
-
-    #[track_caller]
-    fn wait_exempt(&self, pod: &Pod) {
-        poll_until(LONG, "the pod to be exempt", || self.reaches(pod).then_some(()));
-    }
-
-    fn metric(&self, state: &str) -> String {
-        let (_, metrics) = try_get(&self.env, DEFAULT, "/metrics").unwrap();
-        let series = format!("imds_agent_kubernetes_pods{{state=\"{state}\"}} ");
-        metrics.lines().find_map(|line| line.strip_prefix(&series)).unwrap_or_default().to_owned()
-    }
+/// Starts a sandbox for the pod with this id of the kubelet.
+fn run(cluster: &TestCluster, kubelet: &Kubelet, uid: &str) -> (Pod, PodCgroup) {
+    let pod = cluster.env.add_pod(PodLink::Routed);
+    let mut cgroup = kubelet.add_pod(uid, Driver::Cgroupfs);
+    cgroup.start_in(&pod.netns);
+    (pod, cgroup)
 }
 
 fn trusted(uid: &str) -> Value {
-    pod(uid, NODE, "kube-system", "agent", &[])
+    pod(uid, TestCluster::NODE, "kube-system", "agent", &[])
 }
 
 /// Gives a cgroup and its descendants to a user, as systemd does with `Delegate=yes`.
@@ -80,52 +45,52 @@ fn delegate(path: &Path) {
 
 #[test]
 fn user_cgroup_with_pod_id_is_ignored() {
-    let cluster = Cluster::new();
+    let cluster = TestCluster::new();
     let (uid, other) = (new_uid(), new_uid());
     let of_user = Kubelet::new();
-    let (attacker, _processes) = cluster.run(&of_user, &uid);
+    let (attacker, _processes) = run(&cluster, &of_user, &uid);
     delegate(of_user.root());
     cluster.server.apply(trusted(&uid));
     cluster.server.apply(trusted(&other));
-    let agent = cluster.start();
+    let agent = start(&cluster);
     // Once a later pod of the kubelet is exempt, the agent has examined all cgroups.
-    let (pod, _processes_of_pod) = cluster.run(&cluster.kubelet, &other);
+    let (pod, _processes_of_pod) = run(&cluster, &cluster.kubelet, &other);
     cluster.wait_exempt(&pod);
-    cluster.env.assert_nothing_arrives(|| assert!(!cluster.reaches(&attacker)));
+    cluster.assert_denied(&attacker.netns);
 
     // The kubelet starts the pod: it gets its exemption, and the user still has none.
-    let (exempt, _processes_of_exempt) = cluster.run(&cluster.kubelet, &uid);
+    let (exempt, _processes_of_exempt) = run(&cluster, &cluster.kubelet, &uid);
     cluster.wait_exempt(&exempt);
-    cluster.env.assert_nothing_arrives(|| assert!(!cluster.reaches(&attacker)));
+    cluster.assert_denied(&attacker.netns);
     drop(agent);
     cluster.env.unload();
-    assert!(cluster.reaches(&attacker));
+    assert!(cluster.reaches(&attacker.netns));
 }
 
 #[test]
 fn duplicate_root_cgroups_exempt_no_pod() {
-    let cluster = Cluster::new();
+    let cluster = TestCluster::new();
     let uid = new_uid();
     let of_container = Kubelet::new();
-    let (attacker, processes) = cluster.run(&of_container, &uid);
-    let (pod, _processes_of_pod) = cluster.run(&cluster.kubelet, &uid);
+    let (attacker, processes) = run(&cluster, &of_container, &uid);
+    let (pod, _processes_of_pod) = run(&cluster, &cluster.kubelet, &uid);
     cluster.server.apply(trusted(&uid));
-    let agent = cluster.start();
+    let agent = start(&cluster);
     let line = agent.wait_for_log("several cgroups have its UID", LONG);
     assert!(line.contains(&format!("kube-system/pod-{uid}")), "{line}");
     for pod in [&attacker, &pod] {
-        cluster.env.assert_nothing_arrives(|| assert!(!cluster.reaches(pod)));
+        cluster.assert_denied(&pod.netns);
     }
     drop(processes);
     cluster.wait_exempt(&pod);
-    cluster.env.assert_nothing_arrives(|| assert!(!cluster.reaches(&attacker)));
+    cluster.assert_denied(&attacker.netns);
     drop(agent);
     cluster.env.unload();
 }
 
 #[test]
 fn copied_mirror_annotation_is_reported() {
-    let cluster = Cluster::new();
+    let cluster = TestCluster::new();
     let (uid, copy) = (new_uid(), new_uid());
     let hash = format!("{:0>32}", uid.replace('-', ""));
     let mirror = |mut object: Value, created: &str| {
@@ -134,12 +99,12 @@ fn copied_mirror_annotation_is_reported() {
             json!({ "kubernetes.io/config.mirror": hash, "kubernetes.io/config.hash": hash });
         object
     };
-    let (pod, _processes) = cluster.run(&cluster.kubelet, &hash);
+    let (pod, _processes) = run(&cluster, &cluster.kubelet, &hash);
     cluster.server.apply(mirror(trusted(&uid), "2026-11-23T15:04:05Z"));
-    let agent = cluster.start();
+    let agent = start(&cluster);
     cluster.wait_exempt(&pod);
 
-    let object = imds_tests::api_server::pod(&copy, NODE, "tenant", "default", &[]);
+    let object = imds_tests::api_server::pod(&copy, TestCluster::NODE, "tenant", "default", &[]);
     cluster.server.apply(mirror(object, "2026-11-23T15:04:06Z"));
     let status = cluster.env.status_when("the copy is reported", |status| {
         status.kubernetes.as_ref().is_some_and(|kubernetes| kubernetes.disputed == 1)
@@ -150,8 +115,9 @@ fn copied_mirror_annotation_is_reported() {
     for name in [format!("tenant/pod-{copy}"), format!("kube-system/pod-{uid}")] {
         assert!(line.contains(&name), "{line}");
     }
-    assert_eq!((cluster.metric("known"), cluster.metric("disputed")), ("2".to_owned(), "1".to_owned()));
-    assert!(cluster.reaches(&pod));
+    let pods = |state: &str| cluster.metric(&format!("imds_agent_kubernetes_pods{{state=\"{state}\"}}"));
+    assert_eq!((pods("known"), pods("disputed")), (2, 1));
+    assert!(cluster.reaches(&pod.netns));
     let names: Vec<_> = status.exemptions.iter().filter_map(|sender| sender.pod.as_ref()).collect();
     assert!(!names.is_empty() && names.iter().all(|pod| pod.uid == uid), "{names:?}");
 
@@ -159,7 +125,7 @@ fn copied_mirror_annotation_is_reported() {
     cluster.env.status_when("the copy is deleted", |status| {
         status.state == "enforcing" && status.exemptions.iter().any(|sender| sender.pod.is_some())
     });
-    assert!(cluster.reaches(&pod));
+    assert!(cluster.reaches(&pod.netns));
     drop(agent);
     cluster.env.unload();
 }
