@@ -225,7 +225,7 @@ fn denials_name_process_and_cgroup() {
         (!report["denials"].as_array().unwrap().is_empty()).then_some(report)
     });
     let denial = &report["denials"][0];
-    assert_eq!((&denial["counts"][HOOK], &denial["verdict"]), (&1.into(), &"deny".into()), "{report}");
+    assert_eq!((&denial["counts"][HOOK], &denial["verdict"]), (&1.into(), &"denied".into()), "{report}");
     assert_eq!(denial["cgroup"], entry(cgroup.path())["cgroup:/".len()..], "{report}");
     assert!(denial["comm"].is_string() && denial["namespace"].is_null(), "{report}");
     assert_eq!(node_allow(&env).counts.denied.packets, 1);
