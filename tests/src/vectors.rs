@@ -63,8 +63,8 @@ impl<'w> AttackVectors<'w> {
         self
     }
 
-    /// Adds a vector. `is_open` returns whether it reaches the service. It runs in the environment's cgroup unless
-    /// another one is set.
+    /// Adds a vector. `is_open` returns whether it reaches the service. The vector runs in the environment's cgroup
+    /// unless another one is set.
     pub fn vector(mut self, name: impl Into<String>, is_open: impl Fn() -> bool + Sync + 'w) -> Self {
         self.all.push((name.into(), Box::new(is_open)));
         self
