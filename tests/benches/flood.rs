@@ -6,9 +6,9 @@
 
 #[path = "churn/latency.rs"]
 mod latency;
-#[path = "churn/links.rs"]
+#[path = "churn/link_churn.rs"]
 #[expect(dead_code, reason = "the churn benchmark reads all fields")]
-mod links;
+mod link_churn;
 
 use std::{
     fs,
@@ -25,7 +25,7 @@ use imds_tests::{
     scaled,
 };
 use latency::latencies;
-use links::{Churn, NAMESPACES};
+use link_churn::{Churn, NAMESPACES};
 use nix::{
     mount::{MsFlags, mount, umount},
     sched::{CloneFlags, unshare},

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use imds_tests::{Agent, measure::Samples, poll::poll_until};
 
-use crate::links::MadeLink;
+use crate::link_churn::MadeLink;
 
 /// Log line of an attachment, up to the interface name.
 const ATTACHED: &str = "attached from_pod to ";

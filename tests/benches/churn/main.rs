@@ -1,7 +1,7 @@
 //! New pods while the agent runs: the time until `from_pod` is attached, and the time to create their links.
 
 mod latency;
-mod links;
+mod link_churn;
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use imds_tests::{
     measure::{machine, table},
 };
 use latency::latencies;
-use links::{Churn, MadeLink, NAMESPACES};
+use link_churn::{Churn, MadeLink, NAMESPACES};
 
 const HOOKS: &[&str] = &["from_pod", "node_egress", "socket"];
 /// Number of links in each run.

@@ -4,8 +4,8 @@
 //! Each pod has a namespace, a routed link, a cgroup with a process, and an object in the API server. A rule exempts
 //! every fifth pod. Short-lived pods during a measurement are links into other namespaces.
 
-#[path = "../churn/links.rs"]
-mod churn;
+#[path = "../churn/link_churn.rs"]
+mod link_churn;
 #[path = "../plot.rs"]
 mod plot;
 
@@ -25,7 +25,7 @@ use imds_tests::{
     poll::poll_until,
 };
 
-use churn::{Churn, MadeLink};
+use link_churn::{Churn, MadeLink};
 
 const SIZES: [usize; 5] = [10, 30, 100, 300, 1000];
 const NODE: &str = "node-0";
@@ -118,7 +118,7 @@ impl Node {
              [kubernetes]\nkubeconfig = '{}'\nnode_name = '{NODE}'",
             kubeconfig.display()
         );
-        let visitors = (0..churn::NAMESPACES).map(|_| Netns::new("visitor")).collect();
+        let visitors = (0..link_churn::NAMESPACES).map(|_| Netns::new("visitor")).collect();
         Self { env, server, kubelet: Kubelet::new(), config, visitors }
     }
 

@@ -3,10 +3,10 @@
 
 mod clock;
 mod kills;
-mod limits;
-mod links;
+mod link_faults;
 mod maps;
-mod pins;
+mod pin_faults;
+mod resource_limits;
 mod versions;
 
 use std::{

@@ -5,8 +5,8 @@
 mod bandwidth;
 mod nics;
 mod ovs;
+mod plugin_qdiscs;
 mod plugins;
-mod qdiscs;
 mod rules;
 
 use std::thread;

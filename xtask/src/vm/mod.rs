@@ -2,16 +2,16 @@
 //! their programs.
 
 mod archive;
-mod build;
 mod console;
 mod host;
 mod initramfs;
 mod kernels;
-mod machine;
 mod modules;
+mod payload;
 mod plan;
-mod report;
+mod qemu_machine;
 mod tools;
+mod vm_report;
 
 use std::{
     env, fs,
@@ -30,13 +30,13 @@ use crate::{
     setup::{self, Purpose},
     workspace::{artifacts, say},
 };
-use build::Payload;
 use console::Guest;
 use kernels::{Kernel, Line};
-use machine::{End, Machine};
+use payload::Payload;
 use plan::Plan;
-use report::Row;
+use qemu_machine::{End, Machine};
 use tools::Tools;
+use vm_report::Row;
 
 /// Run the tests on other kernels: Debian's, in virtual machines
 ///
@@ -109,8 +109,8 @@ impl Vm {
         let plan = Plan::new(Payload::build(&self.filter)?, &self.filter, self.quick, self.scale)?;
         let rows = self.run_all(kernels, &plan, &tools)?;
         match self.output {
-            Output::Table => print!("{}", report::table(&rows)),
-            Output::Json => println!("{:#}", report::json(&rows)),
+            Output::Table => print!("{}", vm_report::table(&rows)),
+            Output::Json => println!("{:#}", vm_report::json(&rows)),
         }
         let is_good = rows.iter().all(|row| row.complaints.is_empty());
         Ok(if is_good { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use imds_tests::SCALE;
 
-use super::build::Payload;
+use super::payload::Payload;
 
 /// Percentage of repetitions in an emulated machine.
 const SCALE_PERCENT: u32 = 25;

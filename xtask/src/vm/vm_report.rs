@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::{
     console::{Executable, Guest},
     kernels::Line,
-    machine::End,
+    qemu_machine::End,
 };
 
 /// Number of lines that are shown of a failed test's output, and of a console that ends unexpectedly.
