@@ -4,8 +4,10 @@
 //! Two compilers provide `core`: rustup's nightly with rust-src builds it, and Debian's packages contain it precompiled.
 //! [`Survey`] lists the installed parts of both, [`Toolchain`] is a complete one, and build scripts call [`build`].
 
+mod btf;
 mod host;
 mod llvm;
+mod map_fields;
 mod object;
 mod survey;
 mod toolchain;

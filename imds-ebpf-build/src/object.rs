@@ -13,7 +13,7 @@ use object::{
 use sha2::{Digest as _, Sha256};
 
 use crate::{
-    Toolchain, llvm,
+    Toolchain, llvm, map_fields,
     toolchain::{OBJECT, TARGET},
 };
 
@@ -64,18 +64,22 @@ pub fn build() -> Result<Object> {
     // The next build, possibly for another architecture, overwrites the object in the shared directory.
     let (built, object) = (target_dir.join(TARGET).join("release").join(OBJECT), out_dir.join(OBJECT));
     let bytes = fs::read(&built).with_context(|| format!("failed to read {}", built.display()))?;
-    let bytes =
-        without_dwarf(&bytes).with_context(|| format!("failed to strip DWARF from {}", built.display()))?;
+    let bytes = rewrite(&bytes).with_context(|| format!("failed to rewrite {}", built.display()))?;
     fs::write(&object, &bytes).with_context(|| format!("failed to write {}", object.display()))?;
     Ok(Object { path: object, sha256: format!("{:x}", Sha256::digest(&bytes)) })
 }
 
-/// Removes the DWARF sections, two thirds of the object. The kernel reads only BTF, which the linker has generated from DWARF.
-fn without_dwarf(object: &[u8]) -> object::build::Result<Vec<u8>> {
+/// Removes the DWARF sections, two thirds of the object: the kernel reads only BTF, which the linker has generated from DWARF.
+/// Gives the fields of the maps their types in BTF.
+fn rewrite(object: &[u8]) -> Result<Vec<u8>> {
     let mut object = Builder::read(object)?;
     for section in &mut object.sections {
         let name = section.name.strip_prefix(b".rel".as_slice()).unwrap_or(&section.name);
         section.delete = name.starts_with(b".debug_");
+        if section.name.as_slice() == b".BTF" {
+            let SectionData::Data(btf) = &section.data else { bail!("section .BTF has no data") };
+            section.data = SectionData::Data(map_fields::retype(btf).context("section .BTF")?.into());
+        }
     }
     // LLVM writes one string table for the names of sections and symbols. `object` can read that, but writes two tables.
     let names = object.sections.add();
