@@ -108,7 +108,7 @@ const FIELDS: [(&str, &[(&str, Meaning)]); 17] = [
         ],
     ),
     ("ProviderRecord", &[("configured", Text), ("effective", Text)]),
-    ("RateLimitKey", &[("hook", Number(Enum::Hook))]),
+    ("RateLimitKey", &[("hook", Number(Enum::Hook)), ("verdict", Number(Enum::Verdict))]),
     ("Service", &[("protocol", Number(Protocol))]),
     ("Subject", &[("kind", Number(Enum::SubjectKind))]),
 ];

@@ -56,9 +56,10 @@ pub struct RateLimitKey {
     /// Ingress interface index for packets; cookie of the network namespace for calls; cgroup id for both at
     /// [`Hook::HostNetwork`](crate::Hook::HostNetwork) and [`Hook::NodeAllow`](crate::Hook::NodeAllow).
     pub id: u64,
-    /// Number of the [`Hook`](crate::Hook) that saw the packets or calls, and in the second byte that of their
-    /// [`Verdict`](crate::Verdict): suppressed events are added to an event with the same verdict.
-    pub class: u64,
+    /// Number of the [`Hook`](crate::Hook) that saw the packets or calls.
+    pub hook: u32,
+    /// Number of their [`Verdict`](crate::Verdict): suppressed events are added to an event with the same verdict.
+    pub verdict: u32,
 }
 
 impl RateLimitKey {
@@ -66,7 +67,7 @@ impl RateLimitKey {
     #[inline(always)]
     #[must_use]
     pub const fn new(id: u64, hook: crate::Hook, verdict: crate::Verdict) -> Self {
-        Self { id, class: hook as u64 | (verdict as u64) << 8 }
+        Self { id, hook: hook as u32, verdict: verdict as u32 }
     }
 }
 

@@ -162,15 +162,15 @@ fn emit(event: Event, limiter: &mut RateLimiter) {
 /// Returns the window of this source on this CPU, or `None` if the map has no room for it.
 #[inline(always)]
 pub(crate) fn limiter(source: &RateLimitKey) -> Option<*mut RateLimiter> {
-    let limiter = find_limiter(source.id, source.class);
+    let limiter = find_limiter(source.id, source.hook, source.verdict);
     (!limiter.is_null()).then_some(limiter)
 }
 
 /// Returns a null pointer if the map has no room. A separate function, so that the verifier checks its callers once for new
 /// and existing windows.
 #[inline(never)]
-fn find_limiter(id: u64, class: u64) -> *mut RateLimiter {
-    let source = RateLimitKey { id, class };
+fn find_limiter(id: u64, hook: u32, verdict: u32) -> *mut RateLimiter {
+    let source = RateLimitKey { id, hook, verdict };
     if let Some(limiter) = RATE_LIMITERS.get_ptr_mut(source) {
         return limiter;
     }
