@@ -85,14 +85,14 @@ pub const MAP_PODS: &str = "imds_pods";
 /// Array of the last [`RecentEvent`](crate::ledger::RecentEvent)s, used as a ring: the index is the number modulo the size.
 pub const MAP_RECENT: &str = "imds_recent";
 /// Array of two event numbers, at the indices [`LAST`](crate::ledger::LAST) and [`SHOWN`](crate::ledger::SHOWN).
-pub const MAP_RECENT_IDX: &str = "imds_recent_at";
+pub const MAP_RECENT_IDX: &str = "imds_recent_idx";
 /// Hash of [`DenialKey`](crate::ledger::DenialKey) to [`DenialRecord`](crate::ledger::DenialRecord).
 pub const MAP_DENIALS: &str = "imds_denials";
 
 /// Ring buffer of [`Event`](crate::Event)s, written by the programs.
 pub const MAP_EVENTS: &str = "imds_events";
 /// Per-CPU LRU hash of [`RateLimitKey`](crate::event::Source) to [`RateLimiter`](crate::event::Window).
-pub const MAP_RATELIMIT: &str = "imds_sources";
+pub const MAP_RATELIMIT: &str = "imds_ratelimit";
 
 /// Ring buffer of log records of the programs. aya-log requires this name.
 pub const MAP_LOGS: &str = "AYA_LOGS";

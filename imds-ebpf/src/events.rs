@@ -33,7 +33,7 @@ const COMM_LEN: u32 = 16;
 static EVENTS: RingBuf<(), RING_BYTES> = RingBuf::new();
 
 /// Rate limiters of sources. Per CPU, so that no two CPUs write the same value.
-#[btf_map(name = "imds_sources")]
+#[btf_map(name = "imds_ratelimit")]
 static RATE_LIMITERS: LruPerCpuHashMap<RateLimitKey, RateLimiter, MAX_RATE_LIMITERS> =
     LruPerCpuHashMap::new();
 

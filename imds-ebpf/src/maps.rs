@@ -72,7 +72,7 @@ static PODS: HashMap<Subject, PodRecord, MAX_EXEMPTIONS, { BPF_F_NO_PREALLOC as 
 static RECENT_EVENTS: Array<RecentEvent, RECENT> = Array::new();
 
 /// For user space only. The object defines the map so that it has BTF and a pin.
-#[btf_map(name = "imds_recent_at")]
+#[btf_map(name = "imds_recent_idx")]
 static RECENT_IDX: Array<u64, 2> = Array::new();
 
 /// For user space only. The object defines the map so that it has BTF and a pin.

@@ -22,7 +22,6 @@ impl<'e> ConfigFile<'e> {
     }
 
     /// Returns the command of an agent that reads the file and attaches its programs to the environment's cgroup.
-    #[must_use]
     pub fn agent(&self) -> AgentCommand<'e> {
         let cgroup = self.env.cgroup().to_str().expect("a UTF-8 path");
         let path = self.path.to_str().expect("a UTF-8 path");
