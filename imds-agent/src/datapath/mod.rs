@@ -2,35 +2,38 @@
 
 pub mod attach;
 pub mod bpf_log;
+mod datapath_error;
 pub mod grants;
 mod loader;
 pub mod maps;
 pub mod node_allow_map;
 pub mod object;
 pub mod pin;
+mod program_features;
+mod programs;
 pub mod sys;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io,
     path::PathBuf,
 };
 
-use aya::maps::MapError;
 use imds_ebpf_common::{
     AttachMode, DenyAction, DenyErrno, Mode, Subject, SubjectKind, TcHook, TcHookSet, names::MAP_EXEMPT,
 };
-use thiserror::Error;
 
-pub use self::pin::unload::{Progress, Removed, unload};
 use self::{
-    attach::{cgroup_hooks::Cgroups, mprog::Links, obstacle::ObstacleError},
+    attach::{cgroup_hooks::Cgroups, mprog::Links},
     maps::interface_records::LinkState,
-    object::{Maps, ObjectError, Programs},
+    object::{Maps, Programs},
     pin::{
-        dir::{AttachPoint, PinDir, PinError},
+        dir::{AttachPoint, PinDir},
         lock::PinLock,
     },
+};
+pub use self::{
+    datapath_error::DatapathError,
+    pin::unload::{Progress, Removed, unload},
 };
 use crate::{
     config::{Hooks, Sendmsg, endpoint_set::EndpointSet},
@@ -40,98 +43,8 @@ use crate::{
         pin::rollback::Rollback,
     },
     kube::pod_ref::{PodContainer, PodWatchStatus},
-    node::{
-        link::Link,
-        netlink::{Netlink, NetlinkError},
-        netns::OwnNetns,
-    },
+    node::{link::Link, netlink::Netlink, netns::OwnNetns},
 };
-
-/// Failure of a kernel operation.
-#[derive(Debug, Error)]
-pub enum DatapathError {
-    /// The BPF object, a program or a map failed.
-    #[error(transparent)]
-    Object(#[from] ObjectError),
-    /// An operation on the pin directory failed.
-    #[error(transparent)]
-    Pin(#[from] PinError),
-    /// A request to rtnetlink failed.
-    #[error(transparent)]
-    Netlink(#[from] NetlinkError),
-    /// A call on a TCX or netkit link failed.
-    #[error("failed to {operation} {mode} link of interface {ifindex}")]
-    Link {
-        /// Operation, for the message: a verb and an article.
-        operation: &'static str,
-        /// Name of the attach mode.
-        mode: &'static str,
-        /// Index of the interface.
-        ifindex: u32,
-        /// Error of the kernel.
-        source: io::Error,
-    },
-    /// An obstacle that no retry removes.
-    #[error(transparent)]
-    Obstacle(#[from] ObstacleError),
-    /// A call on the link of a cgroup failed.
-    #[error("failed to {operation} {}", path.display())]
-    Cgroup {
-        /// Operation, for the message: a phrase that ends before the path.
-        operation: &'static str,
-        /// Path of the cgroup, or of the pinned link.
-        path: PathBuf,
-        /// Error of the kernel.
-        source: io::Error,
-    },
-    /// The pins belong to another network namespace.
-    #[error("{} belongs to another network namespace ({netns}); use another --pin-dir, or run this command in that namespace with `nsenter --net=`", path.display())]
-    WrongNetns {
-        /// Path of the pin directory.
-        path: PathBuf,
-        /// Inode number of the namespace, as in `lsns -t net`.
-        netns: u32,
-    },
-    /// Reading or writing a map failed.
-    #[error("failed to read or write map {map}")]
-    Map {
-        /// Name of the map.
-        map: &'static str,
-        /// Error of the kernel.
-        source: MapError,
-    },
-}
-
-impl DatapathError {
-    /// Reports whether the interface was deleted concurrently, which is not a failure.
-    #[must_use]
-    pub fn is_interface_gone(&self) -> bool {
-        self.errno() == Some(libc::ENODEV)
-    }
-
-    /// Returns the kernel's error number of a call on an interface.
-    fn errno(&self) -> Option<i32> {
-        match self {
-            Self::Netlink(error) => error.errno(),
-            Self::Link { source, .. } => source.raw_os_error(),
-            Self::Object(_)
-            | Self::Pin(_)
-            | Self::Obstacle(_)
-            | Self::Cgroup { .. }
-            | Self::WrongNetns { .. }
-            | Self::Map { .. } => None,
-        }
-    }
-
-    /// Returns the obstacle, if that is the error. Retries fail until the operator or another program removes it.
-    #[must_use]
-    pub fn obstacle(&self) -> Option<&ObstacleError> {
-        match self {
-            Self::Obstacle(error) => Some(error),
-            _ => None,
-        }
-    }
-}
 
 /// Programs, maps and links of the pin directory that this process has locked.
 pub struct Datapath {

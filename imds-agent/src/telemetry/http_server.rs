@@ -21,7 +21,7 @@ use http_body_util::Full;
 use hyper::{
     Method, Request, Response, StatusCode,
     body::{Bytes, Incoming},
-    header::{ACCEPT, ALLOW, CONTENT_TYPE, HeaderMap, HeaderValue, VARY},
+    header::{ALLOW, HeaderValue, VARY},
     server::conn::http1,
     service::service_fn,
 };
@@ -32,11 +32,13 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-use super::{EventStats, Progress};
+use super::{
+    EventStats, Progress,
+    http_response::{format, respond, text},
+};
 use crate::{
     config::Listen,
     datapath::{maps::denial_records::Denials, object, pin::dir::PinDir},
-    escape::escape_lines,
     node::netlink::Netlink,
     telemetry::{
         metrics::{self, Denied, Format, Snapshot},
@@ -381,21 +383,4 @@ impl AppState {
             text(StatusCode::INTERNAL_SERVER_ERROR, &format!("{:#}", anyhow::Error::from(error)))
         })
     }
-}
-
-/// Returns the format that the client prefers. A header can be given in several lines.
-fn format(headers: &HeaderMap) -> Format {
-    let lines = headers.get_all(ACCEPT).iter().filter_map(|line| line.to_str().ok());
-    Format::from_accept(&lines.collect::<Vec<_>>().join(","))
-}
-
-fn text(status: StatusCode, line: &str) -> Response<Full<Bytes>> {
-    respond(status, "text/plain; charset=utf-8", format!("{}\n", escape_lines(line)))
-}
-
-fn respond(status: StatusCode, content_type: &'static str, body: String) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(Bytes::from(body)));
-    *response.status_mut() = status;
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
-    response
 }
