@@ -150,12 +150,12 @@ fn errors_have_suggestions() {
 #[test]
 fn preset_ports_can_be_overridden() {
     let ports = |text: &str| {
-        let guarded = parse(text).unwrap().endpoints.resolve(&Dmi::default()).unwrap();
+        let protected = parse(text).unwrap().endpoints.resolve(&Dmi::default()).unwrap();
         let of = |endpoint: &endpoint_set::Endpoint| {
             let ports: Vec<_> = endpoint.allow_ports.iter().map(ToString::to_string).collect();
             format!("{} {}", endpoint.name, ports.join(" "))
         };
-        guarded.endpoints().iter().map(of).collect::<Vec<_>>()
+        protected.endpoints().iter().map(of).collect::<Vec<_>>()
     };
     let azure = "provider = 'azure'\nextra_endpoints = ['ecs']\n";
     assert_eq!(ports(azure), ["imds ", "wireserver udp/53 tcp/53 udp/67", "ecs "]);
@@ -234,8 +234,8 @@ fn shown_config_parses_to_itself() {
         let again = parse(config.to_toml()).unwrap();
         assert_eq!(config.to_toml(), again.to_toml());
         assert_eq!((config.mode, config.on_deny, config.hooks), (again.mode, again.on_deny, again.hooks));
-        let guarded = |config: &Config| config.endpoints.resolve(&Dmi::default()).unwrap();
-        assert_eq!(guarded(&config), guarded(&again));
+        let protected = |config: &Config| config.endpoints.resolve(&Dmi::default()).unwrap();
+        assert_eq!(protected(&config), protected(&again));
         assert_eq!(config.interfaces.excludes("ab"), again.interfaces.excludes("ab"));
         // Like `config show`, which parses the text and prints it again.
         let table: Table = config.to_toml().parse().unwrap();
@@ -323,17 +323,17 @@ fn resolve(text: &str, vendor: &str) -> Result<EndpointSet, String> {
 
 #[test]
 fn endpoints_of_provider_and_operator() {
-    let guarded = resolve("", "").unwrap();
-    assert_eq!((guarded.configured(), guarded.provider(), guarded.endpoints().len()), ("auto", "generic", 1));
-    let guarded = resolve("", "Amazon EC2").unwrap();
-    assert_eq!((guarded.configured(), guarded.provider(), guarded.endpoints().len()), ("auto", "aws", 2));
+    let protected = resolve("", "").unwrap();
+    assert_eq!((protected.configured(), protected.provider(), protected.endpoints().len()), ("auto", "generic", 1));
+    let protected = resolve("", "Amazon EC2").unwrap();
+    assert_eq!((protected.configured(), protected.provider(), protected.endpoints().len()), ("auto", "aws", 2));
     let text = "provider = 'azure'\nextra_endpoints = ['ecs']\n[[endpoint]]\nname = 'vault'\naddress = '::ffff:10.0.0.9'\n\
                 allow_ports = ['tcp/443', 'udp/443']";
-    let guarded = resolve(text, "Amazon EC2").unwrap();
-    assert_eq!((guarded.configured(), guarded.provider()), ("azure", "azure"));
-    let names: Vec<_> = guarded.endpoints().iter().map(|endpoint| endpoint.name.as_str()).collect();
+    let protected = resolve(text, "Amazon EC2").unwrap();
+    assert_eq!((protected.configured(), protected.provider()), ("azure", "azure"));
+    let names: Vec<_> = protected.endpoints().iter().map(|endpoint| endpoint.name.as_str()).collect();
     assert_eq!(names, ["imds", "wireserver", "ecs", "vault"]);
-    let vault = &guarded.endpoints()[3];
+    let vault = &protected.endpoints()[3];
     assert_eq!(vault.address.to_string(), "10.0.0.9");
     assert_eq!(vault.allow_ports.iter().map(ToString::to_string).collect::<Vec<_>>(), ["tcp/443", "udp/443"]);
     assert!(resolve("provider = 'none'\nmode = 'off'", "").unwrap().endpoints().is_empty());

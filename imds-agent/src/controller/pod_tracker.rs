@@ -26,6 +26,11 @@ use crate::{
 /// Shortest and longest interval of the poll for sandboxes that do not exist yet.
 const RETRY_DELAYS: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(500));
 
+/// Interval of the search for another kubelet cgroup, while a new pod has no cgroup below the known ones.
+const RESCAN_INTERVAL: Duration = Duration::from_millis(500);
+/// Time after a pod event during which that search runs. A pod that never gets a sandbox must not cause work for ever.
+const RESCAN_WINDOW: Duration = Duration::from_secs(10);
+
 /// State of the pods of this node.
 #[derive(Debug)]
 pub struct PodTracker {
@@ -44,6 +49,8 @@ pub struct PodTracker {
     names_dirty: bool,
     /// Time of the last event about a pod without a sandbox.
     last_change: Instant,
+    /// Time of the last search for kubelet cgroups.
+    last_rescan: Instant,
     /// UIDs of the exempt hostNetwork pods. The datapath knows them by their containers' cgroups only, which come and
     /// go.
     host_network_pods: BTreeSet<String>,
@@ -75,6 +82,7 @@ impl PodTracker {
             pending: BTreeSet::new(),
             names_dirty: true,
             last_change: Instant::now(),
+            last_rescan: Instant::now(),
             host_network_pods: BTreeSet::new(),
             disputes: BTreeSet::new(),
             disputed: 0,
@@ -203,8 +211,9 @@ impl PodTracker {
     /// Queues the pods that have a sandbox now but had none before, and the exempt hostNetwork pods whose cgroups
     /// changed. The next [`PodTracker::resolve_sandboxes`] resolves them.
     pub fn enqueue_changed(&mut self) {
-        if self.cgroup_tree.is_stale() {
+        if self.cgroup_tree.is_stale() || self.needs_rescan() {
             self.cgroup_tree.rescan();
+            self.last_rescan = Instant::now();
         }
         let cgroups = |pod: &Pod| self.cgroup_tree.of(&pod.cgroup_uid);
         let idle = self.unresolved().filter(|pod| !self.pending.contains(&pod.uid));
@@ -214,6 +223,13 @@ impl PodTracker {
             .filter(|(pod, sandbox)| !sandbox.cgroups.keys().eq(&sandbox::cgroup_ids(&cgroups(pod))));
         let found: Vec<_> = come.chain(moved.map(|(pod, _)| pod)).map(|pod| pod.uid.clone()).collect();
         self.pending.extend(found);
+    }
+
+    /// Reports whether a new pod may be below a kubelet cgroup that appeared after the last search.
+    fn needs_rescan(&self) -> bool {
+        self.last_rescan.elapsed() >= RESCAN_INTERVAL
+            && self.last_change.elapsed() < RESCAN_WINDOW
+            && self.unresolved().any(|pod| self.cgroup_tree.of(&pod.cgroup_uid).is_empty())
     }
 
     /// Reports whether pods are queued whose sandboxes have to be resolved.

@@ -54,7 +54,7 @@ pub struct Denial {
     pub endpoint: Option<String>,
     /// Address of the endpoint.
     pub address: IpAddr,
-    /// `deny`, or `audit` for requests that mode `enforce` would deny.
+    /// `denied`, or `audited` for requests that mode `enforce` would deny.
     pub verdict: &'static str,
     /// Number of packets or calls by hook. A call that passes sends packets, which other hooks count again.
     pub counts: BTreeMap<&'static str, u64>,
@@ -87,20 +87,20 @@ pub struct DenialSubject {
 }
 
 impl DenialReport {
-    /// Builds the report from the records in `pin_dir`. `guarded` are the protected endpoints, `pods` the names of pod
+    /// Builds the report from the records in `pin_dir`. `protected` are the protected endpoints, `pods` the names of pod
     /// interfaces.
     #[must_use]
     pub fn new(
         pin_dir: PathBuf,
         records: &[(DenialKey, DenialRecord)],
-        guarded: &[Endpoint],
+        protected: &[Endpoint],
         pods: &BTreeSet<String>,
     ) -> Self {
         let mut merged: BTreeMap<(DenialSubject, IpAddr, u32), Denial> = BTreeMap::new();
         for (key, record) in records {
             let (sender, address) = (DenialSubject::of(record), plain(key.address));
             let (first, last) = (timestamp(record.first), timestamp(record.last));
-            let named = guarded.iter().find(|endpoint| endpoint.address == address);
+            let named = protected.iter().find(|endpoint| endpoint.address == address);
             let verdict =
                 if key.verdict == Verdict::Audited as u32 { Verdict::Audited } else { Verdict::Denied };
             let of_hook = Hook::ALL.into_iter().find(|&hook| hook as u32 == key.hook);

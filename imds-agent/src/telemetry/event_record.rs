@@ -15,7 +15,7 @@ pub struct Record {
     pub time: Timestamp,
     /// Hook that gave the verdict.
     pub hook: &'static str,
-    /// Verdict: `deny`, `audit`, `allow` or `exempt`.
+    /// Verdict: `denied`, `audited`, `allowed` or `exempt`.
     pub verdict: &'static str,
     /// Index of the interface whose hook saw the packet; `None` for a call.
     pub ifindex: Option<u32>,

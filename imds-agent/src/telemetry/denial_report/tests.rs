@@ -30,8 +30,8 @@ fn key(hook: Hook, verdict: Verdict) -> DenialKey {
 }
 
 fn report(records: &[(DenialKey, DenialRecord)]) -> DenialReport {
-    let guarded = Config::default().resolve(&Dmi::default()).unwrap().0;
-    DenialReport::new("/pins".into(), records, guarded.endpoints(), &["veth0".to_owned()].into())
+    let protected = Config::default().resolve(&Dmi::default()).unwrap().0;
+    DenialReport::new("/pins".into(), records, protected.endpoints(), &["veth0".to_owned()].into())
 }
 
 /// Parses the rules of the report.

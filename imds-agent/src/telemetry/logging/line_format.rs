@@ -120,7 +120,7 @@ mod tests {
 
     fn line(format: LogFormat, is_journal: bool, message: &str) -> String {
         let format = LineFormat { format, is_journal };
-        let line = format.line_at(Timestamp::UNIX_EPOCH, Level::Error, "imds_agent::guard", message);
+        let line = format.line_at(Timestamp::UNIX_EPOCH, Level::Error, "imds_agent::controller", message);
         String::from_utf8(line).unwrap()
     }
 
@@ -137,7 +137,7 @@ mod tests {
         let expected = serde_json::json!({
             "timestamp": "1970-01-01T00:00:00.000000Z",
             "level": "error",
-            "target": "imds_agent::guard",
+            "target": "imds_agent::controller",
             "message": r#"veth\u{1b}1: "x"\nforged"#,
         });
         assert_eq!(serde_json::from_str::<serde_json::Value>(&json).unwrap(), expected);

@@ -155,7 +155,7 @@ mod tests {
 
     #[test]
     fn option_overrides_environment() {
-        let own = "imds_agent::guard";
+        let own = "imds_agent::controller";
         assert!(logs(None, None, own, Level::Info) && !logs(None, None, own, Level::Debug));
         assert!(logs(None, Some("debug"), own, Level::Debug));
         assert!(logs(None, Some("imds_agent=debug"), own, Level::Debug));

@@ -201,7 +201,7 @@ pub struct ExemptSender {
     pub pod: Option<PodRef>,
     /// Name of the endpoint, or its address if it is not protected; `None` for all endpoints.
     pub endpoint: Option<String>,
-    /// Verdict on the sender's requests: `exempt`, or `audit` for a rule with `audit = true`.
+    /// Verdict on the sender's requests: `exempt`, or `audited` for a rule with `audit = true`.
     pub verdict: &'static str,
 }
 

@@ -166,22 +166,22 @@ impl StatusReport {
         }
         let blank = || Cell::new("");
         if let Some(sockets) = &self.sockets {
-            let guard = Cell::new(if sockets.attached { "cgroup" } else { "-" });
-            let row = [Cell::new("(sockets)"), blank(), blank(), guard].into_iter();
+            let attach = Cell::new(if sockets.attached { "cgroup" } else { "-" });
+            let row = [Cell::new("(sockets)"), blank(), blank(), attach].into_iter();
             table.add_row(row.chain(calls(&sockets.counts)));
         }
         if let Some(local) = self.local_service.filter(|local| local.desired || local.attached) {
-            let guard = Cell::new(if local.attached { "cgroup" } else { "-" });
-            let row = [Cell::new("(local service)"), blank(), blank(), guard].into_iter();
+            let attach = Cell::new(if local.attached { "cgroup" } else { "-" });
+            let row = [Cell::new("(local service)"), blank(), blank(), attach].into_iter();
             table.add_row(row.chain(cells(&local.counts)));
         }
         if let Some(hosts) = &self.host_network {
-            let guard = match hosts.cgroups.len() {
+            let attach = match hosts.cgroups.len() {
                 _ if !hosts.attached => "-".to_owned(),
                 1 => "cgroup".to_owned(),
                 cgroups => format!("{cgroups} cgroups"),
             };
-            let row = [Cell::new("(hostNetwork)"), blank(), blank(), Cell::new(guard)].into_iter();
+            let row = [Cell::new("(hostNetwork)"), blank(), blank(), Cell::new(attach)].into_iter();
             table.add_row(row.chain(calls(&hosts.counts)));
         }
         if let Some(node) = &self.node_allow {

@@ -204,7 +204,7 @@ fn row(interface: &status::Interface) -> Row {
 }
 
 fn header(report: &StatusReport) -> Vec<String> {
-    let guarded = report
+    let attached = report
         .interfaces
         .iter()
         .filter(|interface| !interface.attachments.is_empty() && interface.is_attached())
@@ -229,7 +229,7 @@ fn header(report: &StatusReport) -> Vec<String> {
             if endpoints == 1 { "" } else { "s" },
             report.hooks.join(" ")
         ),
-        format!("agent {agent}   interfaces {guarded} of {wanted} attached{}", lookup.unwrap_or_default()),
+        format!("agent {agent}   interfaces {attached} of {wanted} attached{}", lookup.unwrap_or_default()),
     ]
 }
 
