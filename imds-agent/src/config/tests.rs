@@ -324,9 +324,15 @@ fn resolve(text: &str, vendor: &str) -> Result<EndpointSet, String> {
 #[test]
 fn endpoints_of_provider_and_operator() {
     let protected = resolve("", "").unwrap();
-    assert_eq!((protected.configured(), protected.provider(), protected.endpoints().len()), ("auto", "generic", 1));
+    assert_eq!(
+        (protected.configured(), protected.provider(), protected.endpoints().len()),
+        ("auto", "generic", 1)
+    );
     let protected = resolve("", "Amazon EC2").unwrap();
-    assert_eq!((protected.configured(), protected.provider(), protected.endpoints().len()), ("auto", "aws", 2));
+    assert_eq!(
+        (protected.configured(), protected.provider(), protected.endpoints().len()),
+        ("auto", "aws", 2)
+    );
     let text = "provider = 'azure'\nextra_endpoints = ['ecs']\n[[endpoint]]\nname = 'vault'\naddress = '::ffff:10.0.0.9'\n\
                 allow_ports = ['tcp/443', 'udp/443']";
     let protected = resolve(text, "Amazon EC2").unwrap();

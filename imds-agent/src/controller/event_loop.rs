@@ -48,7 +48,7 @@ const FULL_RESYNC_EVERY: u32 = 6;
 /// The agent with its state and event sources.
 pub struct Agent {
     reconciler: Reconciler,
-    node: RunOptions,
+    options: RunOptions,
     loader: ConfigLoader,
     /// Settings that the datapath enforces now.
     settings: ResolvedConfig,
@@ -70,7 +70,7 @@ impl Agent {
     /// every `period`, and uses `loader` to load changed configurations.
     pub fn new(
         reconciler: Reconciler,
-        node: RunOptions,
+        options: RunOptions,
         loader: ConfigLoader,
         settings: ResolvedConfig,
         telemetry: Telemetry,
@@ -80,7 +80,7 @@ impl Agent {
         timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Ok(Self {
             reconciler,
-            node,
+            options,
             loader,
             settings,
             reloads: Reloads::default(),
@@ -203,7 +203,7 @@ impl Agent {
         drop(background);
         telemetry.close_maps();
         let pins = reconciler.pins().root().to_owned();
-        // Dropping the guard releases the lock of the pin directory.
+        // Dropping the reconciler releases the lock of the pin directory.
         drop(reconciler);
         Unloaded { pins, stats, telemetry, systemd, timer, hangup, terminate, interrupt }
     }
@@ -295,8 +295,8 @@ impl Agent {
 
     async fn try_reload(&mut self) -> anyhow::Result<u64> {
         let config = self.loader.load()?;
-        let resolved = self.node.resolve(&config)?;
-        let settings = self.node.settings(&config, resolved)?;
+        let resolved = self.options.resolve(&config)?;
+        let settings = self.options.settings(&config, resolved)?;
         if let Err(error) = self.reconciler.reconfigure(&settings).await {
             log_error(self.reconciler.reconfigure(&self.settings).await);
             return Err(error.into());

@@ -30,30 +30,30 @@ impl StartConfig {
     ///
     /// Returns an error only if this node can't enforce the configuration: a broken file must not leave the node
     /// unprotected.
-    pub fn choose(loader: &mut ConfigLoader, node: &RunOptions, pins: &PinDir) -> anyhow::Result<Self> {
+    pub fn choose(loader: &mut ConfigLoader, options: &RunOptions, pins: &PinDir) -> anyhow::Result<Self> {
         let result = loader.load().and_then(|config| {
-            let resolved = node.resolve(&config)?;
+            let resolved = options.resolve(&config)?;
             Ok((config, resolved))
         });
         match result {
             Ok((config, resolved)) => {
-                let settings = node.settings(&config, resolved)?;
+                let settings = options.settings(&config, resolved)?;
                 let path = loader.path().map(Path::to_owned);
                 Ok(Self { config, settings, path, rejected: None })
             }
-            Err(errors) => Self::fall_back(loader, node, pins, &errors),
+            Err(errors) => Self::fall_back(loader, options, pins, &errors),
         }
     }
 
     fn fall_back(
         loader: &ConfigLoader,
-        node: &RunOptions,
+        options: &RunOptions,
         pins: &PinDir,
         errors: &ConfigErrors,
     ) -> anyhow::Result<Self> {
         let path = loader.last_good_path();
         let no_last_good =
-            match loader.load_last_good().map(|config| config.map(|config| usable(config, node))) {
+            match loader.load_last_good().map(|config| config.map(|config| usable(config, options))) {
                 Ok(Some(Ok((config, settings)))) => {
                     let rejected =
                         format!("{errors}; enforcing the last good configuration, {}", path.display());
@@ -64,7 +64,7 @@ impl StartConfig {
                 }
                 Ok(None) => format!("no last good configuration is stored at {}", path.display()),
             };
-        let no_pinned = match pinned(loader, node, pins) {
+        let no_pinned = match pinned(loader, options, pins) {
             Some((record, Ok((config, settings)))) => {
                 let generation = record.generation;
                 let rejected =
@@ -74,7 +74,7 @@ impl StartConfig {
             Some((_, Err(error))) => format!("; ignoring the effective configuration: {error:#}"),
             None => String::new(),
         };
-        let (config, settings) = built_in(loader, node)?;
+        let (config, settings) = built_in(loader, options)?;
         let mode = config.mode.name();
         let rejected = format!(
             "{errors}; {no_last_good}{no_pinned}; enforcing the built-in defaults without exemptions in mode {mode}"
@@ -86,25 +86,26 @@ impl StartConfig {
 /// Returns the configuration that the pinned maps record, if it is from this file.
 fn pinned(
     loader: &ConfigLoader,
-    node: &RunOptions,
+    options: &RunOptions,
     pins: &PinDir,
 ) -> Option<(Record, anyhow::Result<(Config, ResolvedConfig)>)> {
     let record = datapath::maps::config_record::pinned(pins)?;
     let config = loader.load_pinned(&record, &pins.map(MAP_CONFIG))?;
-    Some((record, config.map_err(Into::into).and_then(|config| usable(config, node))))
+    Some((record, config.map_err(Into::into).and_then(|config| usable(config, options))))
 }
 
 /// Returns the built-in defaults. The socket hook is on by default, but off on a node that does not support it.
-fn built_in(loader: &ConfigLoader, node: &RunOptions) -> anyhow::Result<(Config, ResolvedConfig)> {
+fn built_in(loader: &ConfigLoader, options: &RunOptions) -> anyhow::Result<(Config, ResolvedConfig)> {
     let config = loader.fallback();
     let without_socket = config.clone().without_socket();
-    usable(config, node).or_else(|error| {
-        usable(without_socket, node).map_err(|also| anyhow!("{error:#}; without the socket hook: {also:#}"))
+    usable(config, options).or_else(|error| {
+        usable(without_socket, options)
+            .map_err(|also| anyhow!("{error:#}; without the socket hook: {also:#}"))
     })
 }
 
-fn usable(config: Config, node: &RunOptions) -> anyhow::Result<(Config, ResolvedConfig)> {
-    let resolved = node.resolve(&config)?;
-    let settings = node.settings(&config, resolved)?;
+fn usable(config: Config, options: &RunOptions) -> anyhow::Result<(Config, ResolvedConfig)> {
+    let resolved = options.resolve(&config)?;
+    let settings = options.settings(&config, resolved)?;
     Ok((config, settings))
 }
