@@ -4,7 +4,7 @@
 use std::{net::IpAddr, path::Path};
 
 use imds_agent::config::{
-    Config, ConfigError, ConfigErrors, Enabled, EndpointSelector, Exempt, RuleSubject,
+    Config, ConfigError, ConfigErrors, Enabled, EndpointSelector, Exempt, Hooks, RuleSubject,
     endpoint_set::EndpointSet, provider::Dmi,
 };
 use imds_ebpf_common::{DenyAction, Hook, Mode};
@@ -53,7 +53,7 @@ fn assert_told(errors: &ConfigErrors, text: &str) {
     }
 }
 
-/// Asserts that the fallback is valid and differs from the built-in defaults only in mode and metrics.
+/// Asserts that the fallback is valid and differs from the built-in defaults only in mode, metrics and the allow list of the node.
 fn assert_fallback(text: &str) {
     let fallback = Config::fallback(text, Path::new(PATH));
     let written = Config::parse(fallback.to_toml(), Path::new(PATH)).expect("a valid fallback");
@@ -61,6 +61,10 @@ fn assert_fallback(text: &str) {
     let mut default = Config::default();
     default.mode = fallback.mode;
     default.listen.clone_from(&fallback.listen);
+    default.node_allow.clone_from(&fallback.node_allow);
+    if fallback.node_allow.is_some() {
+        default.hooks = default.hooks.and(Hooks::from_bits(Hook::NodeAllow.bit()));
+    }
     assert_same(&default, &fallback);
     let resolved = fallback.resolve(&Dmi::default()).expect("a fallback that can be resolved");
     assert_eq!(resolved, default.resolve(&Dmi::default()).expect("defaults that can be resolved"));

