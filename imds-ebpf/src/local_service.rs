@@ -3,13 +3,10 @@
 //! sees.
 
 use aya_ebpf::{bindings::__sk_buff, programs::SkBuffContext};
-use imds_ebpf_common::{
-    CounterKey, EndpointMatch, Hook, LinkLayer, Subject, SubjectKind, Verdict, event::RateLimitKey,
-    find_header, is_unrelated_fast, lookup_endpoint,
-};
+use imds_ebpf_common::{EndpointMatch, Hook, Subject, SubjectKind, Verdict};
 
 use crate::{
-    diagnostics, events, exempt, maps,
+    cgroup_packet, exempt,
     netns::{self, SocketNetns},
     packet::Skb,
     probe,
@@ -19,23 +16,18 @@ use crate::{
 /// requests, which pass.
 const LOOPBACK: u32 = 1;
 
-/// Returns the verdict on a packet. The slow path is a separate function, see [`edge::classify`](crate::edge::judge).
+/// Returns the verdict on a packet.
 #[inline(always)]
 pub(crate) fn classify(ctx: &SkBuffContext) -> Verdict {
-    let skb = ctx.skb.skb;
-    let packet = Skb::new(skb);
-    if is_unrelated_fast(&packet, LinkLayer::None, &maps::Maps) || packet.ifindex() == LOOPBACK {
-        return Verdict::Unrelated;
-    }
-    Verdict::from_u32(classify_slow(skb))
+    cgroup_packet::classify(ctx, |skb| {
+        if Skb::new(skb).ifindex() == LOOPBACK { Verdict::Unrelated as u32 } else { classify_slow(skb) }
+    })
 }
 
 #[inline(never)]
 fn classify_slow(skb: *mut __sk_buff) -> u32 {
     let (packet, hook) = (Skb::new(skb), Hook::LocalService);
-    let Some(ip) = find_header(&packet, LinkLayer::None) else { return Verdict::Unrelated as u32 };
-    let ip = ip.hide_bounds(&packet);
-    let Some(EndpointMatch { verdict, destination }) = lookup_endpoint(&packet, ip, &maps::Maps) else {
+    let Some((ip, EndpointMatch { verdict, destination })) = cgroup_packet::find_endpoint(&packet) else {
         return Verdict::Unrelated as u32;
     };
     match netns::of_socket_in_cgroup(skb) {
@@ -49,11 +41,5 @@ fn classify_slow(skb: *mut __sk_buff) -> u32 {
         return probed.verdict as u32;
     }
     let verdict = exempt::by_interface(skb, ip, ifindex, verdict, &destination).hide_bounds(&packet);
-    let _uncounted = maps::count(CounterKey::DELETED, hook, verdict, packet.len());
-    match events::limiter(&RateLimitKey::new(ifindex.into(), hook, verdict)) {
-        // SAFETY: the window belongs to this CPU, and the map does not free it while the program that looked it up runs.
-        Some(limiter) => events::packet(skb, ip, hook, verdict, unsafe { &mut *limiter }),
-        None => diagnostics::warn_map_full(hook as u32),
-    }
-    verdict as u32
+    cgroup_packet::report(skb, ip, ifindex.into(), hook, verdict)
 }

@@ -10,6 +10,7 @@
 #![no_std]
 #![no_main]
 
+mod cgroup_packet;
 mod diagnostics;
 mod edge;
 mod events;

@@ -12,13 +12,12 @@ use aya_ebpf::{
     programs::SkBuffContext,
 };
 use imds_ebpf_common::{
-    AllowedKind, AllowedProcess, CounterKey, EndpointMatch, Hook, LinkLayer, Packet as _, Subject,
-    SubjectKind, Verdict, allow_list::MAX_CGROUP_LEVEL, event::RateLimitKey, exemption::can_be_exempted,
-    find_header, is_unrelated_fast, lookup_endpoint,
+    AllowedKind, AllowedProcess, EndpointMatch, Hook, Packet as _, Subject, SubjectKind, Verdict,
+    allow_list::MAX_CGROUP_LEVEL, exemption::can_be_exempted,
 };
 
 use crate::{
-    diagnostics, events, exempt, maps,
+    cgroup_packet, exempt, maps,
     netns::{self, SocketNetns},
     packet::Skb,
 };
@@ -52,23 +51,17 @@ fn is_caller_allowed() -> u32 {
     0
 }
 
-/// Returns the verdict on a packet. The slow path is a separate function, see [`edge::classify`](crate::edge::judge).
+/// Returns the verdict on a packet.
 #[inline(always)]
 pub(crate) fn classify(ctx: &SkBuffContext) -> Verdict {
-    let skb = ctx.skb.skb;
-    if is_unrelated_fast(&Skb::new(skb), LinkLayer::None, &maps::Maps) {
-        return Verdict::Unrelated;
-    }
-    Verdict::from_u32(classify_slow(skb))
+    cgroup_packet::classify(ctx, classify_slow)
 }
 
 #[inline(never)]
 #[expect(clippy::cast_possible_truncation, reason = "the number comes back unchanged")]
 fn classify_slow(skb: *mut __sk_buff) -> u32 {
     let (packet, hook) = (Skb::new(skb), Hook::NodeAllow);
-    let Some(ip) = find_header(&packet, LinkLayer::None) else { return Verdict::Unrelated as u32 };
-    let ip = ip.hide_bounds(&packet);
-    let Some(EndpointMatch { verdict, destination }) = lookup_endpoint(&packet, ip, &maps::Maps) else {
+    let Some((ip, EndpointMatch { verdict, destination })) = cgroup_packet::find_endpoint(&packet) else {
         return Verdict::Unrelated as u32;
     };
     match netns::of_socket_in_cgroup(skb) {
@@ -91,13 +84,7 @@ fn classify_slow(skb: *mut __sk_buff) -> u32 {
         }
     }
     let verdict = verdict.hide_bounds(&packet);
-    let _uncounted = maps::count(CounterKey::DELETED, hook, verdict, packet.len());
-    match events::limiter(&RateLimitKey::new(id, hook, verdict)) {
-        // SAFETY: the window belongs to this CPU, and the map does not free it while the program that looked it up runs.
-        Some(limiter) => events::packet(skb, ip, hook, verdict, unsafe { &mut *limiter }),
-        None => diagnostics::warn_map_full(hook as u32),
-    }
-    verdict as u32
+    cgroup_packet::report(skb, ip, id, hook, verdict)
 }
 
 /// The allow list has no entry for the sender.
