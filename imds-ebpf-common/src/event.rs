@@ -58,8 +58,7 @@ pub struct RateLimitKey {
     pub id: u64,
     /// Number of the [`Hook`](crate::Hook) that saw the packets or calls.
     pub hook: u32,
-    /// Number of their [`Verdict`](crate::Verdict): suppressed events are added to an event with the same verdict. 0 at
-    /// [`Hook::NodeEgress`](crate::Hook::NodeEgress).
+    /// Number of their [`Verdict`](crate::Verdict): suppressed events are added to an event with the same verdict.
     pub verdict: u32,
 }
 
@@ -69,14 +68,6 @@ impl RateLimitKey {
     #[must_use]
     pub const fn new(id: u64, hook: crate::Hook, verdict: crate::Verdict) -> Self {
         Self { id, hook: hook as u32, verdict: verdict as u32 }
-    }
-
-    /// Returns the key of a source whose verdicts share a limiter. `node_egress` has no instructions left for more:
-    /// Linux 6.1 follows 4,104 with a limiter for each verdict.
-    #[inline(always)]
-    #[must_use]
-    pub const fn for_all_verdicts(id: u64, hook: crate::Hook) -> Self {
-        Self { id, hook: hook as u32, verdict: 0 }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Emits events of packets and calls to protected endpoints. Limits the rate per source, and counts the suppressed events.
 
-use core::{mem, ptr};
+use core::ptr;
 
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_ANY},
@@ -162,17 +162,15 @@ fn emit(event: Event, limiter: &mut RateLimiter) {
 /// Returns the window of this source on this CPU, or `None` if the map has no room for it.
 #[inline(always)]
 pub(crate) fn limiter(source: &RateLimitKey) -> Option<*mut RateLimiter> {
-    let limiter = find_limiter(source.id, u64::from(source.hook) | u64::from(source.verdict) << 32);
+    let limiter = find_limiter(source.id, source.hook, source.verdict);
     (!limiter.is_null()).then_some(limiter)
 }
 
 /// Returns a null pointer if the map has no room. A separate function, so that the verifier checks its callers once for new
 /// and existing windows.
 #[inline(never)]
-fn find_limiter(id: u64, class: u64) -> *mut RateLimiter {
-    // SAFETY: both types have two 64-bit words without padding. BPF programs are little-endian here: the low half of `class` is the
-    // hook. Two stores instead of three keep the verifier's work low, because it follows this function in each state of its callers.
-    let source = unsafe { mem::transmute::<[u64; 2], RateLimitKey>([id, class]) };
+fn find_limiter(id: u64, hook: u32, verdict: u32) -> *mut RateLimiter {
+    let source = RateLimitKey { id, hook, verdict };
     if let Some(limiter) = RATE_LIMITERS.get_ptr_mut(source) {
         return limiter;
     }

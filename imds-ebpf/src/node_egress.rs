@@ -32,7 +32,7 @@ impl TcProgram for NodeEgress {
         let verdict = exempt::at_node_egress(skb, ip, sender, verdict, &destination);
         exempt::set_mark(skb, 1);
         let _uncounted = maps::count(packet.ifindex(), hook, verdict, packet.len());
-        let limiter = events::limiter(&RateLimitKey::for_all_verdicts(packet.ingress_ifindex().into(), hook));
+        let limiter = events::limiter(&RateLimitKey::new(packet.ingress_ifindex().into(), hook, verdict));
         finish(&Classified { skb, ip, hook, verdict }, limiter, ReplyDirection::Ingress)
     }
 }
