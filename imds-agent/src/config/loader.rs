@@ -2,12 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::{
-    config::{
-        self, Config, ConfigErrors, Listen,
-        last_good::{LastGoodError, LastGoodStore},
-    },
-    datapath::maps::config_record::Record,
+use crate::config::{
+    self, Config, ConfigErrors, Listen,
+    last_good::{LastGoodError, LastGoodStore},
 };
 
 /// Loads the configuration from a file, or the defaults if no file is named.
@@ -81,14 +78,19 @@ impl ConfigLoader {
         Ok(Some(self.with_listen(Config::parse(&text, &self.store.path())?)))
     }
 
-    /// Validates the configuration that the pinned maps record, if it is from the file or from its last good configuration. The
+    /// Validates the text that the pinned map at `map` records, if `from` is the file or its last good configuration. The
     /// built-in defaults that replaced a broken file are from no file.
-    pub(crate) fn load_pinned(&self, record: &Record, map: &Path) -> Option<Result<Config, ConfigErrors>> {
-        let from = record.path.as_deref()?;
+    pub(crate) fn load_pinned(
+        &self,
+        from: Option<&Path>,
+        text: &str,
+        map: &Path,
+    ) -> Option<Result<Config, ConfigErrors>> {
+        let from = from?;
         if self.path.as_deref() != Some(from) && self.store.path() != from {
             return None;
         }
-        Some(Config::parse(&record.text, map).map(|config| self.with_listen(config)))
+        Some(Config::parse(text, map).map(|config| self.with_listen(config)))
     }
 
     /// Returns the built-in defaults, plus those keys of the broken file that cannot weaken them: see

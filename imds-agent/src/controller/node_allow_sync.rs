@@ -3,8 +3,8 @@
 use super::Reconciler;
 use crate::{
     config::NodeProcess,
-    datapath::{DatapathError, node_allow_map::AllowedProcesses},
-    node::node_processes::NodeProcesses,
+    datapath::DatapathError,
+    node::node_processes::{AllowedProcesses, NodeProcesses},
 };
 
 impl Reconciler {

@@ -21,13 +21,13 @@ const QUIET: Duration = Duration::from_mins(10);
 /// Decides when a hook of an interface may be repaired: attached again, reordered, or given another program.
 #[derive(Debug, Default)]
 pub struct RepairBackoff {
-    points: BTreeMap<AttachPoint, DriftCorrections>,
+    points: BTreeMap<AttachPoint, HookRepairs>,
     suppressed: u64,
 }
 
 /// Repairs of one hook of one interface.
 #[derive(Debug)]
-struct DriftCorrections {
+struct HookRepairs {
     /// Repairs in a row, without a long interval between them.
     count: u32,
     /// Time from which the next repair may run.
@@ -42,7 +42,7 @@ impl RepairBackoff {
     /// `is_missing`: the hook has no program of the agent, so the repair must not wait long.
     pub fn allow(&mut self, point: AttachPoint, is_missing: bool, now: Instant) -> bool {
         let repairs =
-            self.points.entry(point).or_insert(DriftCorrections { count: 0, next: now, is_waiting: false });
+            self.points.entry(point).or_insert(HookRepairs { count: 0, next: now, is_waiting: false });
         if now >= repairs.next + QUIET {
             repairs.count = 0;
         }

@@ -90,7 +90,7 @@ fn pinned(
     pins: &PinDir,
 ) -> Option<(Record, anyhow::Result<(Config, ResolvedConfig)>)> {
     let record = datapath::maps::config_record::pinned(pins)?;
-    let config = loader.load_pinned(&record, &pins.map(MAP_CONFIG))?;
+    let config = loader.load_pinned(record.path.as_deref(), &record.text, &pins.map(MAP_CONFIG))?;
     Some((record, config.map_err(Into::into).and_then(|config| usable(config, options))))
 }
 

@@ -6,7 +6,6 @@ mod datapath_error;
 pub mod grants;
 mod loader;
 pub mod maps;
-pub mod node_allow_map;
 pub mod object;
 pub mod pin;
 mod program_features;

@@ -1,6 +1,7 @@
 //! Processes of the node that may reach protected endpoints: from the entries of the configuration to the keys of the map.
 
 use std::{
+    collections::BTreeMap,
     fs,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
@@ -9,7 +10,10 @@ use std::{
 use imds_ebpf_common::{AllowedKind, AllowedProcess};
 
 use super::cgroup;
-use crate::{config::NodeProcess, datapath::node_allow_map::AllowedProcesses};
+use crate::config::NodeProcess;
+
+/// Processes of the node that may reach protected endpoints, with the number of the entry in the configuration, from 1.
+pub type AllowedProcesses = BTreeMap<AllowedProcess, u32>;
 
 /// The allow list of the node. A cgroup that does not exist yet is found later.
 #[derive(Debug, Default)]

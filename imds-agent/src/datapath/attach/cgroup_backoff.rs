@@ -11,11 +11,11 @@ const RESET_AFTER: Duration = Duration::from_mins(10);
 
 /// Exponential backoff. The first repair is due at once, and each repair doubles the delay before the next one.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct RepairBackoff {
+pub(crate) struct CgroupBackoff {
     last: Option<(Instant, Duration)>,
 }
 
-impl RepairBackoff {
+impl CgroupBackoff {
     /// Reports whether a repair may be made now.
     pub(crate) fn is_due(&self, now: Instant) -> bool {
         self.last.is_none_or(|(at, delay)| now.duration_since(at) >= delay)
@@ -40,7 +40,7 @@ mod tests {
 
     #[test]
     fn delays_double_up_to_minutes() {
-        let mut backoff = RepairBackoff::default();
+        let mut backoff = CgroupBackoff::default();
         let mut now = Instant::now();
         let mut delays = Vec::new();
         for _ in 0..12 {

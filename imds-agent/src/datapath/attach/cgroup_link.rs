@@ -11,7 +11,7 @@ use std::{
 use aya_obj::generated::bpf_attach_type;
 
 use super::{
-    cgroup_backoff::RepairBackoff,
+    cgroup_backoff::CgroupBackoff,
     cgroup_order::{self, Behind, Occupant, OtherProgram},
     mprog,
 };
@@ -78,8 +78,8 @@ pub(crate) struct CgroupLink {
     failure: Option<String>,
     /// Failure that was logged last.
     reported: Option<String>,
-    attaching: RepairBackoff,
-    reordering: RepairBackoff,
+    attaching: CgroupBackoff,
+    reordering: CgroupBackoff,
 }
 
 impl CgroupLink {
@@ -170,7 +170,7 @@ impl CgroupLink {
         match bpf::link_create_cgroup(programs.fd(self.program)?, &cgroup.file, self.attach_type) {
             Ok(link) => {
                 (self.failure, self.reported) = (None, None);
-                self.attaching = RepairBackoff::default();
+                self.attaching = CgroupBackoff::default();
                 let text = format!("attached {} to cgroup {}", self.program, cgroup.path.display());
                 changes.push(CgroupChange::new(CgroupChangeKind::Attached, text));
                 // Stores the descriptor before pinning: if pinning fails, the program stays attached while this process lives.

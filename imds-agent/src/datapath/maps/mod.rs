@@ -6,6 +6,7 @@ pub mod denial_records;
 pub mod endpoint_maps;
 pub mod exemption_maps;
 pub mod interface_records;
+pub mod node_allow_map;
 pub mod pinned_maps;
 pub mod pod_names;
 pub(crate) mod policy;

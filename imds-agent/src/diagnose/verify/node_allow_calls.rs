@@ -9,7 +9,7 @@ use super::{
     probes::Treatment,
     verify_report::{Skip, VerifyCheck},
 };
-use crate::{datapath::node_allow_map, node::cgroup};
+use crate::{datapath::maps::node_allow_map, node::cgroup};
 
 const EXPECTED: &str = "denied";
 

@@ -1,17 +1,15 @@
 //! Map of the allow list of the node.
 
-use std::collections::BTreeMap;
-
 use aya::maps::MapError;
-use imds_ebpf_common::{AllowedProcess, names::MAP_NODE_ALLOW};
+use imds_ebpf_common::names::MAP_NODE_ALLOW;
 
-use super::{
-    Datapath, DatapathError,
-    object::{self, Maps},
+use crate::{
+    datapath::{
+        Datapath, DatapathError,
+        object::{self, Maps},
+    },
+    node::node_processes::AllowedProcesses,
 };
-
-/// Processes of the node that may reach protected endpoints, with the number of the entry in the configuration, from 1.
-pub type AllowedProcesses = BTreeMap<AllowedProcess, u32>;
 
 /// Reads the allow list that the programs use.
 pub fn read(maps: &Maps) -> Result<AllowedProcesses, MapError> {
