@@ -35,7 +35,10 @@ pub use self::{
     pin::unload::{Progress, Removed, unload},
 };
 use crate::{
-    config::{Hooks, Sendmsg, endpoint_set::EndpointSet},
+    config::{
+        Hooks, Sendmsg,
+        endpoint_set::{EndpointSet, padded},
+    },
     datapath::{
         bpf_log::{BpfLog, BpfLogError},
         grants::Grants,
@@ -237,16 +240,14 @@ impl Datapath {
     /// Reports whether the record of the interface has a pending attachment.
     #[must_use]
     pub fn was_pending(&self, link: &Link) -> bool {
-        maps::interface_records::get(&self.maps, link.index).is_some_and(|record| {
-            record.pending == 1 && record.name == maps::interface_records::padded(&link.name)
-        })
+        maps::interface_records::get(&self.maps, link.index)
+            .is_some_and(|record| record.pending == 1 && record.name == padded(&link.name))
     }
 
     /// Removes the state of a deleted interface whose index `link` has now.
     pub fn claim_ifindex(&mut self, link: &Link) -> Result<(), DatapathError> {
-        let owns_qdisc = maps::interface_records::get(&self.maps, link.index).is_some_and(|record| {
-            record.owns_qdisc == 1 && record.name == maps::interface_records::padded(&link.name)
-        });
+        let owns_qdisc = maps::interface_records::get(&self.maps, link.index)
+            .is_some_and(|record| record.owns_qdisc == 1 && record.name == padded(&link.name));
         self.remove_interface(link.index)?;
         // The name has not changed, so it is probably the same interface, and another program has removed the filter. The
         // qdisc still belongs to the agent.

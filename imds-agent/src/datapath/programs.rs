@@ -17,12 +17,11 @@ use imds_ebpf_common::{
 
 use super::{
     loader::{LoadedObject, RejectedProgram},
+    object::{Maps, ObjectError},
     pin::dir::{self, PinDir},
     sys::bpf,
 };
 use crate::config::Hooks;
-
-use super::object::{Maps, ObjectError};
 
 /// Loaded programs. They stay in the kernel while this value lives, or while they are pinned or attached.
 #[derive(Debug)]

@@ -10,13 +10,13 @@ use super::{
     host_cgroups::{self, Hosts},
     sendmsg::{SendmsgInputs, SendmsgReason, sendmsg_reason},
 };
-use crate::datapath::{
-    Datapath, DatapathConfig, DatapathError,
-    object::{self, Maps},
-    pin::dir::PinDir,
-};
 use crate::{
     config::{Hooks, Sendmsg},
+    datapath::{
+        Datapath, DatapathConfig, DatapathError,
+        object::{self, Maps},
+        pin::dir::PinDir,
+    },
     node::cgroup,
 };
 

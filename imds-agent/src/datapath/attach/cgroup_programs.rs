@@ -19,12 +19,14 @@ use super::{
     cgroup_link::{self, CgroupChange, CgroupLink, OpenCgroup},
     cgroup_order::{self, Occupant, OtherProgram},
 };
-use crate::datapath::{
-    DatapathError,
-    object::Programs,
-    pin::dir::{self, PinDir},
+use crate::{
+    datapath::{
+        DatapathError,
+        object::Programs,
+        pin::dir::{self, PinDir},
+    },
+    node::cgroup,
 };
-use crate::node::cgroup;
 
 /// Description of a cgroup hook: link names, programs and attach types, in the same order.
 #[derive(Clone, Copy, Debug)]

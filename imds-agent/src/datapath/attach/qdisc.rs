@@ -12,8 +12,10 @@ use rtnetlink::{
 };
 
 use super::obstacle::Obstacle;
-use crate::datapath::sys::bpf;
-use crate::node::netlink::{Netlink, NetlinkError};
+use crate::{
+    datapath::sys::bpf,
+    node::netlink::{Netlink, NetlinkError},
+};
 
 /// Attribute of the ingress block (`include/uapi/linux/rtnetlink.h`), which the netlink library does not define.
 const TCA_INGRESS_BLOCK: u16 = 13;

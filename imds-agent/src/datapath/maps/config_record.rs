@@ -7,11 +7,13 @@ use aya::maps::{Array, MapData, MapError};
 use imds_ebpf_common::{ConfigRecord, names::MAP_CONFIG};
 use jiff::Timestamp;
 
-use crate::config::endpoint_set;
-use crate::datapath::{
-    DatapathError,
-    object::Maps,
-    pin::{dir::PinDir, netns_owner},
+use crate::{
+    config::endpoint_set,
+    datapath::{
+        DatapathError,
+        object::Maps,
+        pin::{dir::PinDir, netns_owner},
+    },
 };
 
 /// Largest number of reads until two consecutive ones are equal. A read during an update can return a mix of both values.

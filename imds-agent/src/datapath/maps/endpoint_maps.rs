@@ -8,11 +8,13 @@ use imds_ebpf_common::{
     names::{MAP_ENDPOINTS, MAP_FILTER, MAP_PROVIDER},
 };
 
-use crate::config::endpoint_set::{EndpointSet, padded, unpadded};
-use crate::datapath::{
-    DatapathError,
-    object::{self, Maps},
-    sys::bpf,
+use crate::{
+    config::endpoint_set::{EndpointSet, padded, unpadded},
+    datapath::{
+        DatapathError,
+        object::{self, Maps},
+        sys::bpf,
+    },
 };
 
 /// Reads the protected endpoints by address.

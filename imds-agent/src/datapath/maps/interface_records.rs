@@ -5,12 +5,12 @@ use std::collections::BTreeSet;
 use aya::maps::MapError;
 use imds_ebpf_common::{AttachMode, InterfaceRecord, OwnPackets, Role, TcHook, names::MAP_INTERFACES};
 
-use crate::datapath::{
-    DatapathError,
-    object::{self, Maps},
-};
 use crate::{
-    config::endpoint_set::unpadded,
+    config::endpoint_set::{padded, unpadded},
+    datapath::{
+        DatapathError,
+        object::{self, Maps},
+    },
     node::{interface_role::Assignment, link::Link},
 };
 
@@ -132,13 +132,4 @@ pub(crate) fn remove(maps: &mut Maps, ifindex: u32) {
 fn write(maps: &mut Maps, ifindex: u32, record: InterfaceRecord) -> Result<(), DatapathError> {
     let failed = |source| DatapathError::Map { map: MAP_INTERFACES, source };
     maps.interfaces.insert(ifindex, record, 0).map_err(failed)
-}
-
-/// Returns an interface name in the form of the kernel: at most 15 bytes, padded with zeros.
-pub(crate) fn padded(name: &str) -> [u8; 16] {
-    let mut padded = [0; 16];
-    for (to, from) in padded.iter_mut().zip(name.bytes().take(15)) {
-        *to = from;
-    }
-    padded
 }

@@ -17,9 +17,10 @@ use imds_ebpf_common::{
     },
 };
 
-use crate::datapath::pin::dir::{self, PinDir};
-
-use crate::datapath::object::{OBJECT, ObjectError};
+use crate::datapath::{
+    object::{OBJECT, ObjectError},
+    pin::dir::{self, PinDir},
+};
 
 /// Typed handles of the pinned maps.
 pub struct Maps {

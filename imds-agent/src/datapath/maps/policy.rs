@@ -9,11 +9,13 @@ use imds_ebpf_common::{
 };
 
 use super::{config_record, endpoint_maps};
-use crate::config::{Hooks, endpoint_set::EndpointSet};
-use crate::datapath::{
-    Datapath, DatapathConfig, DatapathError,
-    object::Maps,
-    pin::{dir::PinDir, netns_owner},
+use crate::{
+    config::{Hooks, endpoint_set::EndpointSet},
+    datapath::{
+        Datapath, DatapathConfig, DatapathError,
+        object::Maps,
+        pin::{dir::PinDir, netns_owner},
+    },
 };
 
 impl Datapath {

@@ -1,15 +1,17 @@
 //! Network namespace that owns the pins. Several network namespaces can share a bpffs, so the agent, `status` or `unload` may
 //! find pins of an agent in another namespace, such as a container's or the host's.
 
-use crate::node::netns;
 use imds_ebpf_common::{Policy, maps::MAP_SCHEMA_VERSION};
 
 use super::dir::{self, PinDir, io_error};
-use crate::datapath::{
-    DatapathError,
-    maps::interface_records,
-    object::Maps,
-    sys::bpf::{self, Target},
+use crate::{
+    datapath::{
+        DatapathError,
+        maps::interface_records,
+        object::Maps,
+        sys::bpf::{self, Target},
+    },
+    node::netns,
 };
 
 /// Returns the inode number of the network namespace of this process.

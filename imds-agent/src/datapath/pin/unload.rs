@@ -13,14 +13,16 @@ use super::{
     lock::PinLock,
     netns_owner,
 };
-use crate::datapath::{
-    DatapathError,
-    attach::{self, cgroup_programs, clsact, host_cgroups, mprog},
-    maps::policy,
-    object::Maps,
-    sys::rcu::{self, Expedited, MANY_LINKS},
+use crate::{
+    datapath::{
+        DatapathError,
+        attach::{self, cgroup_programs, clsact, host_cgroups, mprog},
+        maps::policy,
+        object::Maps,
+        sys::rcu::{self, Expedited, MANY_LINKS},
+    },
+    node::{link::Link, netlink::Netlink},
 };
-use crate::node::{link::Link, netlink::Netlink};
 
 /// Interval at which `unload` tries to lock the directory.
 const RELEASE_RETRY: Duration = Duration::from_millis(20);

@@ -15,8 +15,10 @@ use rtnetlink::{
     },
 };
 
-use crate::node::link::VERIFY_PREFIX;
-use crate::node::netlink::{Netlink, NetlinkError};
+use crate::node::{
+    link::VERIFY_PREFIX,
+    netlink::{Netlink, NetlinkError},
+};
 
 /// A network device of the node, with its position in a stack of devices.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
