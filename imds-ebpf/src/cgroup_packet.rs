@@ -8,7 +8,7 @@ use imds_ebpf_common::{
 
 use crate::{diagnostics, events, maps, packet::Skb};
 
-/// Returns the verdict on a packet. `classify_slow` returns the number of the verdict. It calls a separate function, see
+/// Returns the verdict on a packet. `classify_slow` returns its number, from a separate function as at
 /// [`edge::classify`](crate::edge::classify).
 #[inline(always)]
 pub(crate) fn classify(ctx: &SkBuffContext, classify_slow: impl FnOnce(*mut __sk_buff) -> u32) -> Verdict {

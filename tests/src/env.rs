@@ -28,6 +28,16 @@ pub const SERVICE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 10);
 
 /// IPv6 address of the metadata service (AWS).
 pub const METADATA_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
+/// Configuration that protects [`METADATA`] and [`METADATA_V6`], and allows DNS there.
+pub const DNS_ALLOWED: &str = "provider = 'none'
+    [[endpoint]]
+    name = 'four'
+    address = '169.254.169.254'
+    allow_ports = ['udp/53', 'tcp/53']
+    [[endpoint]]
+    name = 'six'
+    address = 'fd00:ec2::254'
+    allow_ports = ['udp/53', 'tcp/53']";
 /// An unprotected IPv6 service (documentation prefix, RFC 3849).
 pub const SERVICE_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x10);
 

@@ -58,7 +58,7 @@ pub use asserts::with_each_backend;
 pub use cgroup::{Cgroup, MemoryLimit};
 pub use cni::{CniNetwork, CniPod};
 pub use config_file::ConfigFile;
-pub use env::{METADATA, METADATA_V6, SERVICE, SERVICE_V6, TestEnv};
+pub use env::{DNS_ALLOWED, METADATA, METADATA_V6, SERVICE, SERVICE_V6, TestEnv};
 pub use layout::{Layout, Nic};
 pub use machine::{DEBIAN_ROOT, Machine};
 pub use netkit::{NetkitMode, add_pair, skip_without_netkit};

@@ -7,7 +7,7 @@ use std::{
 };
 
 use imds_tests::{
-    DNS_PORT, METADATA, METADATA_V6, PacketSocket, Pod, PodLink, SERVICE_V6, TestEnv, packets,
+    DNS_ALLOWED, DNS_PORT, METADATA, METADATA_V6, PacketSocket, Pod, PodLink, SERVICE_V6, TestEnv, packets,
     poll::poll_until,
     probe::{LONG, SHORT, http_get, http_get_at, reachable, udp_echo, udp_echo_at},
     with_each_backend,
@@ -67,16 +67,7 @@ fn only_allowed_ports_are_reachable() {
     env.assert_open(&pod);
     assert_v6_open(&pod);
 
-    let config = "provider = 'none'
-        [[endpoint]]
-        name = 'four'
-        address = '169.254.169.254'
-        allow_ports = ['udp/53', 'tcp/53']
-        [[endpoint]]
-        name = 'six'
-        address = 'fd00:ec2::254'
-        allow_ports = ['udp/53', 'tcp/53']";
-    let agent = env.agent().config(config).spawn_ready();
+    let agent = env.agent().config(DNS_ALLOWED).spawn_ready();
     assert!(dns.into_iter().all(is_dns_open));
     assert_v6_blocked(&pod);
     env.assert_blocked(&pod);

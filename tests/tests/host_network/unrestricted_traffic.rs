@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use aya::util::KernelVersion;
 use imds_tests::{
-    DNS_PORT, METADATA, METADATA_V6, Netns, PodLink, SERVICE, SERVICE_V6, TestEnv,
+    DNS_ALLOWED, DNS_PORT, METADATA, METADATA_V6, Netns, PodLink, SERVICE, SERVICE_V6, TestEnv,
     probe::{LONG, SHORT, http_get, http_get_at, icmp_echo, reachable, udp_echo, udp_echo_at},
     skip, skip_without_netns_cookie,
 };
@@ -30,16 +30,7 @@ fn node_and_unprotected_addresses_pass() {
     let env = TestEnv::new().with_ipv6();
     let container = env.add_cgroup(CONTAINER);
     let kubelet = env.add_cgroup("system.slice/kubelet.service");
-    let config = "provider = 'none'
-        [[endpoint]]
-        name = 'four'
-        address = '169.254.169.254'
-        allow_ports = ['udp/53', 'tcp/53']
-        [[endpoint]]
-        name = 'six'
-        address = 'fd00:ec2::254'
-        allow_ports = ['udp/53', 'tcp/53']";
-    let agent = env.agent().hooks(&ALL).config(config).spawn_ready();
+    let agent = env.agent().hooks(&ALL).config(DNS_ALLOWED).spawn_ready();
     let services = [SERVICE.into(), SERVICE_V6.into()];
     let endpoints = [METADATA.into(), METADATA_V6.into()];
     assert_reaches(&env.node, &[&services[..], &endpoints].concat());
