@@ -134,21 +134,24 @@ fn not_ready_while_a_pod_is_not_enforced() {
     let agent = env.agent().backend(AttachMode::Tcx).resync(3600).spawn_ready();
     poll_until(LONG, "metrics to be served", || try_get(&env, DEFAULT, "/healthz").ok());
     assert_eq!(get(&env, "/readyz").0, 200);
-    detach_link(&env.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex)));
-    let (status, why) = get(&env, "/readyz");
-    assert!(status == 503 && why.contains(&pod.host_ifname), "{status}: {why}");
-    let metrics = get(&env, "/metrics").1;
+    // An event of the pod's link, or its queued attachment, lets the agent attach the program again at once.
+    let metrics = poll_until(LONG, "the pod to be reported as not enforced", || {
+        detach_link(&env.pin_dir().join(format!("links/from_pod_{}", pod.host_ifindex)));
+        let (status, why) = get(&env, "/readyz");
+        let metrics = get(&env, "/metrics").1;
+        let unenforced = value(&metrics, r#"imds_agent_interfaces{hook="from_pod",state="unenforced"}"#);
+        (status == 503 && why.contains(&pod.host_ifname) && unenforced > 0.0).then_some(metrics)
+    });
     assert!(value(&metrics, "imds_agent_ready").abs() < f64::EPSILON, "{metrics}");
-    assert!(
-        value(&metrics, r#"imds_agent_interfaces{hook="from_pod",state="unenforced"}"#) > 0.0,
-        "{metrics}"
-    );
     // The agent is still healthy.
     assert_eq!(get(&env, "/healthz").0, 200);
     hang_up(&agent);
     poll_until(LONG, "the agent to be ready again", || (get(&env, "/readyz").0 == 200).then_some(()));
-    let metrics = get(&env, "/metrics").1;
-    assert!(value(&metrics, r#"imds_agent_config_reloads_total{result="succeeded"}"#) > 0.0, "{metrics}");
+    // The agent publishes the number after the reload, the kernel's state is read at each request.
+    poll_until(LONG, "the reload to be counted", || {
+        let metrics = get(&env, "/metrics").1;
+        (value(&metrics, r#"imds_agent_config_reloads_total{result="succeeded"}"#) > 0.0).then_some(())
+    });
     env.assert_blocked(&pod);
     drop(agent);
     env.unload();
