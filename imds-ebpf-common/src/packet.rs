@@ -222,17 +222,23 @@ pub fn find_header<P: Packet + ?Sized>(packet: &P, frame: LinkLayer) -> Option<I
 
 #[inline(always)]
 fn find_header_in_ethernet<P: Packet + ?Sized>(packet: &P) -> Option<IpOffset> {
-    const ETHER_TYPES: usize = MAX_VLAN_TAGS + 1;
+    let ether_type = |offset| Some(u16::from_ne_bytes(packet.fetch(offset - size_of::<u16>())?));
     let mut offset = EthHdr::LEN;
-    for _ in 0..ETHER_TYPES {
-        match u16::from_ne_bytes(packet.fetch(offset - size_of::<u16>())?) {
-            ETH_P_IP => return Some(IpOffset::v4(offset)),
-            ETH_P_IPV6 => return Some(IpOffset::v6(offset)),
-            ether_type if !is_vlan(ether_type) => return None,
-            _ => offset += VLAN_TAG_LEN,
+    let mut protocol = ether_type(offset)?;
+    for _ in 0..MAX_VLAN_TAGS {
+        if !is_vlan(protocol) {
+            break;
         }
+        offset += VLAN_TAG_LEN;
+        protocol = ether_type(offset)?;
     }
-    None
+    // Hidden from the verifier, which otherwise follows the rest for each number of tags.
+    let offset = packet.verifier_opaque(offset);
+    match protocol {
+        ETH_P_IP => Some(IpOffset::v4(offset)),
+        ETH_P_IPV6 => Some(IpOffset::v6(offset)),
+        _ => None,
+    }
 }
 
 /// Reads the destination of a packet with an IP header at `ip`. Returns `None` if the packet is cut off before its end.

@@ -22,9 +22,14 @@ const CPU: usize = 1;
 
 /// Measures calls to unprotected addresses, with and without the hooks.
 pub(crate) fn latency(env: &TestEnv, pod: &Pod) -> String {
-    let restrictions =
-        [Restriction::Nothing, Restriction::EmptySocket, Restriction::Socket, Restriction::AllHooks];
-    let mut costs = [const { Vec::new() }; 4];
+    let restrictions = [
+        Restriction::Nothing,
+        Restriction::EmptySocket,
+        Restriction::EmptyAll,
+        Restriction::Socket,
+        Restriction::AllHooks,
+    ];
+    let mut costs = restrictions.map(|_| Vec::new());
     for _ in 0..ROUNDS {
         for (restriction, costs) in restrictions.into_iter().zip(&mut costs) {
             let _on = restriction.turn_on(env, pod);

@@ -9,10 +9,10 @@ use aya_obj::generated::bpf_attach_type::{
 };
 use imds_agent::datapath::sys::bpf::link_create_cgroup;
 use imds_tests::{Netns, Pod, TestEnv, foreign_bpf::ForeignProgram};
-use nix::net::if_::if_nametoindex;
 
 const TC_ACT_UNSPEC: i32 = -1;
 const TC_ACT_SHOT: i32 = 2;
+/// Socket hooks that the agent uses: connect(2) first.
 const CALLS: [bpf_attach_type; 4] =
     [BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG];
 /// Protects both addresses of the metadata service.
@@ -50,9 +50,11 @@ pub(crate) struct On<'w> {
     env: &'w TestEnv,
     is_agent: bool,
     has_rules: bool,
-    /// Dropping the descriptor removes the link.
-    foreign: Vec<(ForeignProgram, OwnedFd)>,
+    foreign: Vec<Foreign>,
 }
+
+/// A foreign program and its link. Closing the descriptor removes the link.
+type Foreign = (ForeignProgram, OwnedFd);
 
 impl Restriction {
     pub(crate) const ALL: [Self; 14] = [
@@ -78,7 +80,7 @@ impl Restriction {
             Self::Conntrack => "nothing, conntrack on",
             Self::EmptyProgram => "an empty TCX program",
             Self::EmptySocket => "empty programs at the calls",
-            Self::EmptyAll => "empty programs at all three",
+            Self::EmptyAll => "empty programs at the agent's hooks",
             Self::DropAll => "a TCX program that drops everything",
             Self::FromPod => "imds-agent, from_pod",
             Self::NodeEgress => "imds-agent, node_egress",
@@ -124,14 +126,10 @@ impl Restriction {
         let mut on = On { env, is_agent: false, has_rules: false, foreign: Vec::new() };
         match self {
             Self::Nothing => {}
-            Self::EmptyProgram => on.foreign = vec![at_from_pod(TC_ACT_UNSPEC, node, pod)],
-            Self::EmptySocket => on.foreign = at_calls(env).into(),
-            Self::EmptyAll => {
-                let tc_programs =
-                    [at_from_pod(TC_ACT_UNSPEC, node, pod), at_node_egress(TC_ACT_UNSPEC, node)];
-                on.foreign = at_calls(env).into_iter().chain(tc_programs).collect();
-            }
-            Self::DropAll => on.foreign = vec![at_from_pod(TC_ACT_SHOT, node, pod)],
+            Self::EmptyProgram => on.foreign = vec![at_ingress(TC_ACT_UNSPEC, node, pod.host_ifindex)],
+            Self::EmptySocket => on.foreign = at_calls(env, &CALLS),
+            Self::EmptyAll => on.foreign = at_hooks_of_agent(env),
+            Self::DropAll => on.foreign = vec![at_ingress(TC_ACT_SHOT, node, pod.host_ifindex)],
             Self::FromPod | Self::NodeEgress | Self::Socket | Self::AllHooks => {
                 return On::agent(env, self.hooks(), CONFIG);
             }
@@ -184,29 +182,48 @@ impl Drop for On<'_> {
     }
 }
 
-/// Attaches a foreign program to TC ingress of the pod's host-side veth.
-fn at_from_pod(action: i32, node: &Netns, pod: &Pod) -> (ForeignProgram, OwnedFd) {
+/// Attaches empty programs wherever the agent with all hooks attaches its own: also to both directions of links whose role
+/// is not certain.
+fn at_hooks_of_agent(env: &TestEnv) -> Vec<Foreign> {
+    let status = {
+        let _on = On::agent(env, Restriction::AllHooks.hooks(), CONFIG);
+        env.status()
+    };
+    let (connect, _) = CALLS.split_at(2);
+    let has_sendmsg = status.sockets.is_some_and(|sockets| sockets.sendmsg.attached);
+    let mut programs = at_calls(env, if has_sendmsg { &CALLS } else { connect });
+    for interface in &status.interfaces {
+        for attachment in interface.attachments.iter().filter(|attachment| attachment.attach_mode.is_some()) {
+            programs.push(match attachment.hook.as_str() {
+                "from_pod" => at_ingress(TC_ACT_UNSPEC, &env.node, interface.ifindex),
+                _ => at_egress(TC_ACT_UNSPEC, &env.node, interface.ifindex),
+            });
+        }
+    }
+    programs
+}
+
+fn at_ingress(action: i32, node: &Netns, ifindex: u32) -> Foreign {
     let foreign = ForeignProgram::returning(action);
-    let link = foreign.attach_tcx_first(node, pod.host_ifindex, TcAttachType::Ingress);
+    let link = foreign.attach_tcx_first(node, ifindex, TcAttachType::Ingress);
     (foreign, link)
 }
 
-/// Attaches a foreign program to TC egress of the uplink.
-fn at_node_egress(action: i32, node: &Netns) -> (ForeignProgram, OwnedFd) {
+fn at_egress(action: i32, node: &Netns, ifindex: u32) -> Foreign {
     let foreign = ForeignProgram::returning(action);
-    let ifindex = node.run(|| if_nametoindex(TestEnv::UPLINK)).expect("the uplink");
     let link = foreign.attach_tcx_first(node, ifindex, TcAttachType::Egress);
     (foreign, link)
 }
 
-/// Attaches a foreign program to each socket hook that the agent uses.
-fn at_calls(env: &TestEnv) -> [(ForeignProgram, OwnedFd); CALLS.len()] {
-    CALLS.map(|call| {
+/// Attaches a foreign program to each of these socket hooks.
+fn at_calls(env: &TestEnv, calls: &[bpf_attach_type]) -> Vec<Foreign> {
+    let attach = |&call| {
         let foreign = ForeignProgram::allowing_calls(call as u32);
         let cgroup = File::open(env.cgroup()).expect("the environment's cgroup");
         let link = link_create_cgroup(foreign.program(), &cgroup, call).expect("attach to a cgroup");
         (foreign, link)
-    })
+    };
+    calls.iter().map(attach).collect()
 }
 
 fn run(node: &Netns, iptables: &str, arguments: &str) {
