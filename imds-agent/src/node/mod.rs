@@ -5,6 +5,7 @@ pub mod file_watch;
 pub mod interface_role;
 pub mod kubepods;
 pub mod link;
+mod link_dump;
 pub mod link_event;
 pub(crate) mod mounts;
 pub mod netlink;

@@ -10,7 +10,6 @@ use std::{
 };
 
 use futures_util::{Stream, StreamExt as _, TryStreamExt as _, stream};
-use nix::net::if_::if_nameindex;
 use rtnetlink::{
     Handle, MulticastGroup, RouteMessageBuilder,
     packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
@@ -22,11 +21,8 @@ use rtnetlink::{
 };
 use thiserror::Error;
 
-use super::link::Link;
-use crate::{
-    escape::escape_bytes,
-    node::link_event::{Destination, Event},
-};
+use super::{link::Link, link_dump};
+use crate::node::link_event::{Destination, Event};
 
 /// Error of a request to rtnetlink.
 #[derive(Debug, Error)]
@@ -119,24 +115,7 @@ impl Netlink {
 
     /// Lists all interfaces of the namespace.
     pub async fn links(&self) -> Result<Vec<Link>, NetlinkError> {
-        // The dump omits a description that the library cannot decode. List the names first: an interface that is
-        // missing from the dump was either deleted in the meantime, or could not be decoded.
-        let names =
-            if_nameindex().map_err(|errno| NetlinkError::new("listing interface names", errno.into()))?;
-        let links = self.handle.link().get().execute();
-        let mut links: Vec<Link> = links
-            .try_filter_map(|message| ready(Ok(Link::from_message(message))))
-            .try_collect()
-            .await
-            .map_err(|error| NetlinkError::from_rtnetlink("dumping interfaces", error))?;
-        let known: BTreeSet<u32> = links.iter().map(|link| link.index).collect();
-        let unreadable = names.iter().filter(|interface| !known.contains(&interface.index()));
-        links.extend(
-            unreadable.map(|interface| {
-                Link::unreadable(interface.index(), escape_bytes(interface.name().to_bytes()))
-            }),
-        );
-        Ok(links)
+        link_dump::links().await.map_err(|source| NetlinkError::new("dumping interfaces", source))
     }
 
     /// Returns the indices of the interfaces through which packets can leave the node for a protected endpoint: those

@@ -1,0 +1,152 @@
+//! Dump of the node's interfaces in bounded memory.
+//!
+//! The connection of the library queues a whole dump in decoded form, about 14 KiB for each interface. This one decodes
+//! a datagram of the kernel (up to 32 KiB) and keeps only the [`Link`]s before it receives the next datagram.
+
+use std::io;
+
+use rtnetlink::{
+    packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkBuffer, NetlinkMessage, NetlinkPayload},
+    packet_route::{
+        RouteNetlinkMessage,
+        link::{LinkAttribute, LinkExtentMask, LinkMessage},
+    },
+    sys::{AsyncSocket as _, AsyncSocketExt as _, SocketAddr, TokioSocket, protocols::NETLINK_ROUTE},
+};
+
+use super::link::{self, Link};
+
+/// Alignment of netlink messages in bytes (`NLMSG_ALIGNTO`, include/uapi/linux/netlink.h).
+const ALIGNMENT: usize = 4;
+/// Type of the messages that describe an interface (`RTM_NEWLINK`, include/uapi/linux/rtnetlink.h).
+const NEW_LINK: u16 = 16;
+
+/// Lists all interfaces of the calling thread's network namespace.
+pub(super) async fn links() -> io::Result<Vec<Link>> {
+    let socket = TokioSocket::new(NETLINK_ROUTE)?;
+    socket.socket_ref().connect(&SocketAddr::new(0, 0))?;
+    socket.send(&request()).await?;
+    let mut links = Vec::new();
+    loop {
+        let (datagram, _) = socket.recv_from_full().await?;
+        if read_datagram(&datagram, &mut links)? {
+            return Ok(links);
+        }
+    }
+}
+
+/// Returns the request for a dump of all interfaces without their statistics, which the kernel sums over all CPUs.
+fn request() -> Vec<u8> {
+    let mut message = LinkMessage::default();
+    message.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
+    let mut request = NetlinkMessage::from(RouteNetlinkMessage::GetLink(message));
+    request.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+    request.finalize();
+    let mut bytes = vec![0; request.buffer_len()];
+    request.serialize(&mut bytes);
+    bytes
+}
+
+/// Adds the interfaces of a datagram to `links`. Returns true if the dump is complete.
+fn read_datagram(mut datagram: &[u8], links: &mut Vec<Link>) -> io::Result<bool> {
+    while !datagram.is_empty() {
+        let message = NetlinkBuffer::new_checked(datagram).map_err(io::Error::other)?;
+        let length = usize::try_from(message.length()).map_err(io::Error::other)?;
+        match NetlinkMessage::<RouteNetlinkMessage>::deserialize(datagram) {
+            Ok(message) => match message.payload {
+                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) => {
+                    links.extend(Link::from_message(link));
+                }
+                NetlinkPayload::Done(done) if done.code < 0 => {
+                    return Err(io::Error::from_raw_os_error(done.code.saturating_neg()));
+                }
+                NetlinkPayload::Done(_) => return Ok(true),
+                NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
+                _ => {}
+            },
+            Err(_) if message.message_type() == NEW_LINK => links.extend(unreadable(message.payload())),
+            Err(error) => return Err(io::Error::other(error)),
+        }
+        let padded = length.next_multiple_of(ALIGNMENT);
+        datagram = datagram.get(padded..).unwrap_or_default();
+    }
+    Ok(false)
+}
+
+/// Returns the interface of a message that the library cannot decode, or `None` if the interface is deleted by now.
+fn unreadable(message: &[u8]) -> Option<Link> {
+    // The field `ifi_index` of `struct ifinfomsg` (include/uapi/linux/rtnetlink.h).
+    let index = message.get(4..8)?.try_into().ok().map(u32::from_ne_bytes)?;
+    Some(Link::unreadable(index, link::name_of(index)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::net::if_::{Interface, if_nameindex};
+
+    use super::*;
+
+    fn message(kind: u16, payload: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(16 + payload.len()).unwrap();
+        let mut bytes = length.to_ne_bytes().to_vec();
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend([0; 10]);
+        bytes.extend(payload);
+        bytes.resize(bytes.len().next_multiple_of(ALIGNMENT), 0);
+        bytes
+    }
+
+    /// Returns a description of the loopback interface that ends with `attribute`.
+    fn loopback(attribute: &[u8]) -> Vec<u8> {
+        let mut payload = vec![0; 16];
+        payload[4..8].copy_from_slice(&1_u32.to_ne_bytes());
+        payload.extend(attribute);
+        message(NEW_LINK, &payload)
+    }
+
+    fn done(code: i32) -> Vec<u8> {
+        message(3, &code.to_ne_bytes())
+    }
+
+    #[tokio::test]
+    async fn dump_has_all_interfaces() {
+        let links = links().await.unwrap();
+        let mut found: Vec<_> = links.iter().map(|link| link.index).collect();
+        found.sort_unstable();
+        let mut names: Vec<_> = if_nameindex().unwrap().iter().map(Interface::index).collect();
+        names.sort_unstable();
+        assert_eq!(found, names);
+        assert!(links.iter().any(|link| link.index == 1 && link.name == "lo"), "{links:#?}");
+    }
+
+    #[test]
+    fn undecodable_interface_is_kept() {
+        // A name that ends in the middle of a character.
+        let name = [8, 0, 3, 0, b'a', 0xc3, 0, 0];
+        let datagram = [loopback(&name), done(0)].concat();
+        let mut links = Vec::new();
+        assert!(read_datagram(&datagram, &mut links).unwrap());
+        assert_eq!(links, [Link::unreadable(1, "lo".to_owned())]);
+    }
+
+    #[test]
+    fn errors_end_the_dump() {
+        let mut links = Vec::new();
+        let error = read_datagram(&done(-libc::EBUSY), &mut links).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EBUSY));
+        let error =
+            read_datagram(&message(2, &[&(-libc::EPERM).to_ne_bytes()[..], &[0; 16]].concat()), &mut links);
+        assert_eq!(error.unwrap_err().raw_os_error(), Some(libc::EPERM));
+        assert!(read_datagram(&[1, 2, 3], &mut links).is_err());
+        assert!(!read_datagram(&[], &mut links).unwrap());
+    }
+
+    #[test]
+    fn short_lengths_do_not_repeat_a_message() {
+        for length in 0..16_u32 {
+            let mut datagram = loopback(&[]);
+            datagram[..4].copy_from_slice(&length.to_ne_bytes());
+            assert!(read_datagram(&datagram, &mut Vec::new()).is_err(), "{length}");
+        }
+    }
+}
