@@ -32,6 +32,7 @@ pub mod datapath;
 pub mod diagnose;
 pub mod escape;
 pub mod kube;
+mod memory;
 pub mod node;
 pub mod telemetry;
 pub mod version;

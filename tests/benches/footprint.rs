@@ -1,4 +1,4 @@
-//! Resources of the agent on an idle node with 250 pods from an API server: memory and CPU time.
+//! Resources of the agent on an idle node with 1,000 pods from an API server: memory and CPU time.
 
 use std::time::Duration;
 
@@ -10,9 +10,9 @@ use imds_tests::{
     poll::poll_until,
 };
 
-const PODS: usize = 250;
+const PODS: usize = 1000;
 const NODE: &str = "node-0";
-/// Time limit for links to receive TCX in place of their filters.
+/// Time limit until all pods are enforced.
 const TIMEOUT: Duration = Duration::from_mins(2);
 /// Duration of the idle period.
 const IDLE: Duration = Duration::from_mins(1);
@@ -40,10 +40,12 @@ fn main() {
          [kubernetes]\nkubeconfig = '{}'\nnode_name = '{NODE}'",
         kubeconfig.display()
     );
-    let agent = env.agent().config(&config).hooks(&["from_pod", "node_egress", "socket"]).spawn_ready();
-    env.status_when("the sandbox of every pod is found", |status| status.has_resolved(PODS));
-    // Links are upgraded one after another, which also takes CPU time.
-    poll_until(TIMEOUT, "every pod to have its TCX link", || env.status().all_pods_have_tcx().then_some(()));
+    let agent = env.agent().config(&config).hooks(&["from_pod", "node_egress", "socket"]).spawn();
+    // The agent attaches to one link after another.
+    poll_until(TIMEOUT, "the sandbox of every pod to be found and its link to be enforced", || {
+        let status = env.status();
+        (status.is_ready() && status.has_resolved(PODS) && status.all_pods_have_tcx()).then_some(())
+    });
     let process = Process::new(agent.pid());
     eprintln!("measuring the idle agent for {IDLE:?}");
     let used = process.cpu_at_rest(IDLE);

@@ -28,11 +28,12 @@ enum Condition {
 }
 
 impl Selector {
-    /// Reports whether `labels` satisfy all requirements. `NotIn` also holds if the label is missing.
+    /// Reports whether labels satisfy all requirements. `label` returns the value of a label. `NotIn` also holds if the label is
+    /// missing.
     #[must_use]
-    pub fn matches(&self, labels: &BTreeMap<String, String>) -> bool {
+    pub fn matches<'l>(&self, label: impl Fn(&str) -> Option<&'l str>) -> bool {
         self.requirements.iter().all(|Requirement { key, condition }| {
-            let value = labels.get(key);
+            let value = label(key);
             match condition {
                 Condition::In(values) => value.is_some_and(|value| values.contains(value)),
                 Condition::NotIn(values) => value.is_none_or(|value| !values.contains(value)),

@@ -28,6 +28,7 @@ use crate::{
         PodEvent,
         cluster::{Cluster, ClusterEvent},
     },
+    memory,
     node::{file_watch::FileWatcher, link_event::Event},
     telemetry::{
         Telemetry,
@@ -120,7 +121,7 @@ impl Agent {
         if start.rejected.is_none() {
             self.loader.store_last_good();
         }
-        trim_heap();
+        memory::trim();
         let mut watch = self.watch();
         let mut unload_request = self.watch_unload_request();
         // The file may have changed after it was read and before the watch started.
@@ -146,7 +147,7 @@ impl Agent {
                     let is_full = resyncs.is_multiple_of(FULL_RESYNC_EVERY);
                     log_error(self.reconciler.start_resync(is_full).await);
                     if is_full {
-                        trim_heap();
+                        memory::trim();
                     }
                     self.systemd.ready(&self.reconciler.state(&self.settings));
                     if self.reconciler.pins().is_unload_requested() {
@@ -240,7 +241,7 @@ impl Agent {
                 let is_relist = matches!(event, PodEvent::Relist(_));
                 log_error(self.reconciler.on_pod_event(event).await);
                 if is_relist {
-                    trim_heap();
+                    memory::trim();
                 }
             }
             ClusterEvent::State(state) => {
@@ -315,16 +316,6 @@ async fn changed(watch: &mut Option<FileWatcher>) -> std::io::Result<()> {
     match watch {
         Some(watch) => watch.changed().await,
         None => future::pending().await,
-    }
-}
-
-/// Returns free heap memory to the kernel. Loading the programs and listing all pods take several times what the agent
-/// needs later.
-fn trim_heap() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: `malloc_trim` takes no pointers and may be called at any time.
-    unsafe {
-        libc::malloc_trim(0);
     }
 }
 

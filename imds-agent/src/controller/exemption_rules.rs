@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
     path::Path,
 };
 
@@ -172,11 +173,11 @@ fn grants(rules: &[Exempt], found: &[IdentitySet]) -> BTreeMap<Exemption, Grant>
 /// Returns the source addresses of the pods that were found.
 fn sources(found: &[IdentitySet]) -> BTreeSet<Exemption> {
     let of_links = found.iter().flat_map(|senders| &senders.addresses);
-    let exemptions = of_links.flat_map(|(&index, addresses)| {
+    let exemption = |&(index, source): &(u32, IpAddr)| {
         let subject = Subject::new(SubjectKind::Interface, index.into());
-        addresses.iter().map(move |&source| Exemption { address: address(source), subject })
-    });
-    exemptions.collect()
+        Exemption { address: address(source), subject }
+    };
+    of_links.map(exemption).collect()
 }
 
 fn subjects(IdentitySet { interfaces, cookies, cgroups, .. }: &IdentitySet) -> impl Iterator<Item = Subject> {

@@ -220,7 +220,7 @@ impl PodTracker {
         let come = idle.filter(|pod| sandbox::is_populated(&cgroups(pod)));
         let host_network_pods = self.resolved().filter(|(pod, _)| self.host_network_pods.contains(&pod.uid));
         let moved = host_network_pods
-            .filter(|(pod, sandbox)| !sandbox.cgroups.keys().eq(&sandbox::cgroup_ids(&cgroups(pod))));
+            .filter(|(pod, sandbox)| !sandbox.cgroup_ids().eq(sandbox::cgroup_ids(&cgroups(pod))));
         let found: Vec<_> = come.chain(moved.map(|(pod, _)| pod)).map(|pod| pod.uid.clone()).collect();
         self.pending.extend(found);
     }
@@ -317,8 +317,8 @@ impl PodTracker {
             let interfaces = interfaces.iter().map(|&index| (SubjectKind::Interface, index.into()));
             let cookies = cookies.iter().map(|&cookie| (SubjectKind::Netns, cookie));
             names.extend(interfaces.chain(cookies).map(|(kind, id)| (Subject::new(kind, id), of_pod)));
-            for (&id, container) in &sandbox.cgroups {
-                let container = container.as_ref().and_then(|id| pod.containers.get(id)).map(String::as_str);
+            for &(id, ref container) in &sandbox.cgroups {
+                let container = container.as_ref().and_then(|id| pod.containers.get(id));
                 names.insert(Subject::new(SubjectKind::Cgroup, id), PodContainer { pod, container });
             }
         }

@@ -45,6 +45,7 @@ use crate::{
         pin::rollback::Rollback,
     },
     kube::pod_ref::{PodContainer, PodWatchStatus},
+    memory,
     node::{link::Link, netlink::Netlink, netns::OwnNetns},
 };
 
@@ -176,6 +177,7 @@ impl Datapath {
         programs.pin(pins)?;
         programs.record_rejected(&mut maps)?;
         maps::policy::write(&mut maps, datapath_config, endpoint_set)?;
+        memory::drop_constant(object::OBJECT);
         Ok((programs, maps, links, cgroups))
     }
 

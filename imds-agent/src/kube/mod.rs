@@ -12,6 +12,7 @@ mod pod_list;
 pub mod pod_ref;
 pub mod reflector;
 pub mod store;
+mod string_map;
 mod taint;
 mod watch_state;
 
@@ -21,6 +22,7 @@ pub use self::{
     pod::Pod,
     reflector::{Options, PodEvent, PodWatcher},
     store::Index,
+    string_map::StringMap,
     taint::{NodeTaints, TaintError},
     watch_state::{Failure, WatchState},
 };

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde::Deserialize;
 
+use super::StringMap;
+
 /// Annotation of a mirror pod, which the kubelet creates in the API server for a static pod. The value is the UID of
 /// the static pod on the node.
 const MIRROR: &str = "kubernetes.io/config.mirror";
@@ -27,11 +29,11 @@ pub struct Pod {
     /// Name of the pod's service account.
     pub service_account: String,
     /// All labels of the pod, because the rules may change.
-    pub labels: BTreeMap<String, String>,
+    pub labels: StringMap,
     /// True for a hostNetwork pod.
     pub host_network: bool,
     /// Container names by the container ID of the runtime.
-    pub containers: BTreeMap<String, String>,
+    pub containers: StringMap,
     /// True if all containers have terminated for good (phase `Succeeded` or `Failed`).
     pub is_terminated: bool,
 }
@@ -114,7 +116,7 @@ impl PodObject {
             namespace,
             name,
             service_account: service_account.unwrap_or_default(),
-            labels: labels.unwrap_or_default(),
+            labels: labels.unwrap_or_default().into_iter().collect(),
             host_network: host_network.unwrap_or_default(),
             containers: status.containers(),
             is_terminated,
@@ -123,7 +125,7 @@ impl PodObject {
 }
 
 impl Status {
-    fn containers(self) -> BTreeMap<String, String> {
+    fn containers(self) -> StringMap {
         [self.container_statuses, self.init_container_statuses, self.ephemeral_container_statuses]
             .into_iter()
             .flatten()
@@ -189,9 +191,12 @@ mod tests {
             namespace: "n".into(),
             name: "p".into(),
             service_account: "s".into(),
-            labels: BTreeMap::from([("app".into(), "x".into())]),
+            labels: [("app".into(), "x".into())].into_iter().collect(),
             host_network: true,
-            containers: [("c0", "c"), ("c1", "i")].map(|(id, name)| (id.into(), name.into())).into(),
+            containers: [("c0", "c"), ("c1", "i")]
+                .map(|(id, name)| (id.into(), name.into()))
+                .into_iter()
+                .collect(),
             is_terminated: false,
         };
         assert_eq!(read.into_pod(), expected);

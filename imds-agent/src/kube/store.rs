@@ -164,5 +164,5 @@ impl Index {
 fn is_selected(pod: &Pod, PodSelector { namespace, service_account, selector }: &PodSelector) -> bool {
     pod.namespace == *namespace
         && service_account.as_ref().is_none_or(|account| pod.service_account == *account)
-        && selector.as_ref().is_none_or(|selector| selector.matches(&pod.labels))
+        && selector.as_ref().is_none_or(|selector| selector.matches(|key| pod.labels.get(key)))
 }

@@ -21,8 +21,8 @@ use crate::kube::Pod;
 pub struct Sandbox {
     /// Identities by which the datapath recognizes the pod.
     pub senders: IdentitySet,
-    /// IDs of the pod's cgroups v2, with the ID of the container to which each belongs.
-    pub cgroups: BTreeMap<u64, Option<String>>,
+    /// IDs of the pod's cgroups v2 in ascending order, with the ID of the container to which each belongs.
+    pub cgroups: Box<[(u64, Option<String>)]>,
     /// ID of the pod's network namespace, if a link leads there.
     pub netns_id: Option<i32>,
 }
@@ -40,6 +40,11 @@ impl Sandbox {
         ));
         sandbox
     }
+
+    /// Returns the IDs of the pod's cgroups v2 in ascending order.
+    pub fn cgroup_ids(&self) -> impl Iterator<Item = u64> {
+        self.cgroups.iter().map(|(id, _)| *id)
+    }
 }
 
 impl SenderResolver {
@@ -52,7 +57,8 @@ impl SenderResolver {
         cgroups: &[PathBuf],
         host_network: bool,
     ) -> Option<Sandbox> {
-        let mut sandbox = Sandbox { cgroups: containers(cgroups), ..Sandbox::default() };
+        let containers = containers(cgroups).into_iter().collect();
+        let mut sandbox = Sandbox { cgroups: containers, ..Sandbox::default() };
         let found = match self.first_process(cgroups, host_network) {
             Ok(found) => found?,
             Err(failure) => {
@@ -61,7 +67,7 @@ impl SenderResolver {
             }
         };
         if host_network {
-            sandbox.senders.cgroups = sandbox.cgroups.keys().copied().collect();
+            sandbox.senders.cgroups = sandbox.cgroup_ids().collect();
         } else {
             sandbox.netns_id = sandbox.senders.add(&found, "a pod", netlink, links).await;
         }

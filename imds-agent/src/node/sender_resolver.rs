@@ -34,8 +34,8 @@ pub struct IdentitySet {
     pub cookies: BTreeSet<u64>,
     /// IDs of the pods' cgroups v2.
     pub cgroups: BTreeSet<u64>,
-    /// Addresses of the pods, by the index of the host-side interface.
-    pub addresses: BTreeMap<u32, BTreeSet<IpAddr>>,
+    /// Addresses of the pods, with the index of the host-side interface.
+    pub addresses: BTreeSet<(u32, IpAddr)>,
     /// Reasons why the identities are incomplete.
     pub errors: BTreeSet<String>,
     /// One of the network namespaces whose cookie the kernel does not report (before Linux 5.14). Only the socket hook
@@ -238,9 +238,7 @@ impl IdentitySet {
         self.interfaces.extend(&others.interfaces);
         self.cookies.extend(&others.cookies);
         self.cgroups.extend(&others.cgroups);
-        for (index, addresses) in &others.addresses {
-            self.addresses.entry(*index).or_default().extend(addresses);
-        }
+        self.addresses.extend(&others.addresses);
         self.errors.extend(others.errors.iter().cloned());
         if self.without_cookie.is_none() {
             self.without_cookie.clone_from(&others.without_cookie);
@@ -284,7 +282,7 @@ impl IdentitySet {
         }
         for index in links {
             let addresses = identity.addresses.iter().take(MAX_ADDRESSES);
-            self.addresses.entry(index).or_default().extend(addresses);
+            self.addresses.extend(addresses.map(|&address| (index, address)));
         }
         match identity.cookie {
             Some(cookie) => drop(self.cookies.insert(cookie)),

@@ -20,7 +20,7 @@ fn pod(uid: &str, namespace: &str, service_account: &str, app: &str) -> Pod {
         namespace: namespace.to_owned(),
         name: format!("pod-{uid}"),
         service_account: service_account.to_owned(),
-        labels: [("app".to_owned(), app.to_owned())].into(),
+        labels: [("app".to_owned(), app.to_owned())].into_iter().collect(),
         ..Pod::default()
     }
 }

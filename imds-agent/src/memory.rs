@@ -1,0 +1,82 @@
+//! Memory that the process needs for its start only.
+//!
+//! The kernel maps the pages around each page of the binary that is used (`fault_around_bytes`, mm/memory.c). After loading the
+//! programs and listing the pods, most of these pages count as resident memory, but are not used again.
+
+use std::{fs, io, ops::Range};
+
+/// Returns free heap memory to the kernel, and drops the mapped pages of code. The pages that are still used come back from
+/// the page cache when they are needed.
+pub(crate) fn trim() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: `malloc_trim` takes no pointers and may be called at any time.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+    match fs::read_to_string("/proc/self/maps") {
+        Ok(maps) => maps.lines().filter_map(code).for_each(drop_pages),
+        Err(error) => log::debug!("failed to read /proc/self/maps: {error}"),
+    }
+}
+
+/// Drops the pages of `data`, which must be a constant of the binary. Reading it later loads them again.
+pub(crate) fn drop_constant(data: &'static [u8]) {
+    let Range { start, end } = data.as_ptr_range();
+    drop_pages(start.addr()..end.addr());
+}
+
+/// Returns the address range of a line of `/proc/self/maps`, if it is code of a file.
+fn code(line: &str) -> Option<Range<usize>> {
+    let mut fields = line.split_ascii_whitespace();
+    let (range, flags, file) = (fields.next()?, fields.next()?, fields.nth(3)?);
+    let (start, end) = range.split_once('-')?;
+    let address = |text| usize::from_str_radix(text, 16).ok();
+    (flags == "r-xp" && file.starts_with('/')).then_some(address(start)?..address(end)?)
+}
+
+/// Drops the whole pages in `range`, which must be constant data or code of a file.
+fn drop_pages(range: Range<usize>) {
+    // SAFETY: `sysconf` takes no pointers.
+    let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(1 << 16);
+    let start = range.start.next_multiple_of(page);
+    let length = (range.end / page * page).saturating_sub(start);
+    if length == 0 {
+        return;
+    }
+    // SAFETY: the process has never written to these private pages of a file, so that the kernel restores them from the file.
+    let failed =
+        unsafe { libc::madvise(std::ptr::with_exposed_provenance_mut(start), length, libc::MADV_DONTNEED) };
+    if failed != 0 {
+        log::debug!("failed to drop pages of the binary: {}", io::Error::last_os_error());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_code_of_files_is_dropped() {
+        let line =
+            "55e6481cd000-55e648845000 r-xp 00254000 fe:00 5390354                    /usr/bin/imds-agent";
+        assert_eq!(code(line), Some(0x55e6_481c_d000..0x55e6_4884_5000));
+        for other in [
+            "55e648845000-55e648890000 r--p 008cb000 fe:00 5390354 /usr/bin/imds-agent",
+            "55e648845000-55e648890000 rw-p 008cb000 fe:00 5390354 /usr/bin/imds-agent",
+            "7ffed3099000-7ffed314b000 rw-p 00000000 00:00 0 [stack]",
+            "7ffed31c8000-7ffed31ca000 r-xp 00000000 00:00 0 [vdso]",
+            "7f61539b4000-7f6153a0d000 r-xp 00000000 00:00 0 ",
+            "",
+        ] {
+            assert_eq!(code(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn trimmed_process_goes_on() {
+        static DATA: [u8; 1 << 16] = [7; 1 << 16];
+        trim();
+        drop_constant(&DATA);
+        assert!(DATA.iter().all(|&byte| byte == 7));
+    }
+}
