@@ -3,8 +3,8 @@
 //!
 //! `cargo xtask fuzz` generates inputs. `cargo test` runs the inputs in `seeds`.
 
+mod classify;
 mod config;
-mod judge;
 mod kubernetes;
 mod netlink;
 mod records;
@@ -17,7 +17,7 @@ pub const TARGET: &str = "IMDS_FUZZ_TARGET";
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Target {
     /// A network packet with or without an Ethernet header.
-    Judge,
+    Classify,
     /// Text of a configuration file.
     Config,
     /// Datagrams with messages of rtnetlink.
@@ -33,13 +33,13 @@ pub enum Target {
 impl Target {
     /// Every target, in the order of the command line.
     pub const ALL: [Self; 6] =
-        [Self::Judge, Self::Config, Self::Netlink, Self::Records, Self::Kubernetes, Self::Rulesets];
+        [Self::Classify, Self::Config, Self::Netlink, Self::Records, Self::Kubernetes, Self::Rulesets];
 
     /// Returns the name on the command line, which is also the directory of the seeds.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
-            Self::Judge => "judge",
+            Self::Classify => "classify",
             Self::Config => "config",
             Self::Netlink => "netlink",
             Self::Records => "records",
@@ -61,7 +61,7 @@ impl Target {
     /// Panics if the result violates an invariant.
     pub fn run(self, bytes: &[u8]) {
         match self {
-            Self::Judge => judge::run(bytes),
+            Self::Classify => classify::run(bytes),
             Self::Config => config::run(bytes),
             Self::Netlink => netlink::run(bytes),
             Self::Records => records::run(bytes),

@@ -88,7 +88,7 @@ pub struct RateLimiter {
     /// Bytes of the events since the last emitted one; 0 for calls.
     pub bytes: u64,
     /// Number of events emitted in this window.
-    pub told: u32,
+    pub emitted: u32,
     /// Number of replies sent in this window.
     pub answered: u32,
 }
@@ -109,7 +109,14 @@ impl RateLimiter {
     #[expect(clippy::cast_possible_truncation, reason = "zero")]
     pub fn new() -> Self {
         let zero = opaque(0);
-        Self { start: zero, tick: zero, pending: zero, bytes: zero, told: zero as u32, answered: zero as u32 }
+        Self {
+            start: zero,
+            tick: zero,
+            pending: zero,
+            bytes: zero,
+            emitted: zero as u32,
+            answered: zero as u32,
+        }
     }
 
     /// Counts an event of `bytes` bytes at timer tick `tick`. Returns `true` if the caller should emit the event; the
@@ -122,14 +129,14 @@ impl RateLimiter {
     pub fn allow(&mut self, bytes: u32, tick: u64, clock: impl FnOnce() -> u64) -> bool {
         self.pending += 1;
         self.bytes += u64::from(bytes);
-        if self.told >= Self::MAX_EVENTS && self.tick == tick {
+        if self.emitted >= Self::MAX_EVENTS && self.tick == tick {
             return false;
         }
         self.roll_window(tick, clock());
-        if self.told >= Self::MAX_EVENTS {
+        if self.emitted >= Self::MAX_EVENTS {
             return false;
         }
-        self.told += 1;
+        self.emitted += 1;
         true
     }
 
@@ -155,7 +162,7 @@ impl RateLimiter {
         self.tick = tick;
         if time.wrapping_sub(self.start) >= Self::WINDOW {
             self.start = time;
-            self.told = 0;
+            self.emitted = 0;
             self.answered = 0;
         }
     }
@@ -187,9 +194,9 @@ mod tests {
     fn allow(limiter: &mut RateLimiter, time: u64) -> Option<u64> {
         limiter.allow(BYTES, time / (RateLimiter::WINDOW / HZ), || time).then(|| {
             assert_eq!(limiter.bytes, limiter.pending * u64::from(BYTES));
-            let told = limiter.pending;
+            let emitted = limiter.pending;
             limiter.clear();
-            told
+            emitted
         })
     }
 
@@ -204,8 +211,8 @@ mod tests {
     #[test]
     fn window_limit_loses_no_event_from_the_sum() {
         let mut limiter = RateLimiter::default();
-        let told: u64 = (0..25).filter_map(|time| allow(&mut limiter, RateLimiter::WINDOW + time)).sum();
-        assert_eq!((told, limiter.pending), (u64::from(RateLimiter::MAX_EVENTS), 15));
+        let emitted: u64 = (0..25).filter_map(|time| allow(&mut limiter, RateLimiter::WINDOW + time)).sum();
+        assert_eq!((emitted, limiter.pending), (u64::from(RateLimiter::MAX_EVENTS), 15));
         assert_eq!(allow(&mut limiter, 2 * RateLimiter::WINDOW + 1), Some(16));
         assert_eq!(allow(&mut limiter, 2 * RateLimiter::WINDOW + 2), Some(1));
     }
@@ -240,7 +247,7 @@ mod tests {
         let mut limiter = RateLimiter {
             start: 5 * RateLimiter::WINDOW,
             tick: 1,
-            told: RateLimiter::MAX_EVENTS,
+            emitted: RateLimiter::MAX_EVENTS,
             ..RateLimiter::default()
         };
         assert_eq!(allow(&mut limiter, 0), Some(1));

@@ -67,13 +67,13 @@ impl TestEnv {
         result
     }
 
-    /// Polls the status until `wanted` accepts it.
+    /// Polls the status until `desired` accepts it.
     #[track_caller]
-    pub fn status_when(&self, what: &str, wanted: impl Fn(&Status) -> bool) -> Status {
+    pub fn status_when(&self, what: &str, desired: impl Fn(&Status) -> bool) -> Status {
         let mut last = None;
         let found = try_poll(scaled_timeout(LONG), || {
             let status = self.status();
-            let is_wanted = wanted(&status);
+            let is_wanted = desired(&status);
             last = Some(status.clone());
             is_wanted.then_some(status)
         });

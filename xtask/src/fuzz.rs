@@ -20,7 +20,7 @@ use crate::{
 /// listings
 #[derive(clap::Args)]
 pub(crate) struct Fuzz {
-    /// Name of one target: judge, config, netlink, records, kubernetes or rulesets
+    /// Name of one target: classify, config, netlink, records, kubernetes or rulesets
     target: Option<String>,
     /// Duration for each target in seconds
     #[arg(long, default_value_t = 60)]
@@ -30,7 +30,7 @@ pub(crate) struct Fuzz {
     input: Option<PathBuf>,
 }
 
-const TARGETS: [&str; 6] = ["judge", "config", "netlink", "records", "kubernetes", "rulesets"];
+const TARGETS: [&str; 6] = ["classify", "config", "netlink", "records", "kubernetes", "rulesets"];
 /// Environment variable with the name of the target.
 const TARGET: &str = "IMDS_FUZZ_TARGET";
 /// Compiler flags that libFuzzer needs. A memory sanitizer would also need unstable flags.
@@ -43,7 +43,7 @@ const FLAGS: [&str; 6] = [
     "--cfg=fuzzing",
 ];
 /// Maximum length of an input in bytes.
-const LONGEST: u32 = 8192;
+const MAX_INPUT_LEN: u32 = 8192;
 /// Time limit of one input in seconds. The next constant is the memory limit in MiB.
 const INPUT_TIMEOUT_SECS: u32 = 10;
 const MEMORY: u32 = 2048;
@@ -116,7 +116,7 @@ fn run(fuzzer: &Path, directory: &Path, target: &str, seconds: u32) -> Result<()
     let log = File::create(&path).with_context(|| format!("failed to create {}", path.display()))?;
     let mut fuzz = Command::new(fuzzer);
     fuzz.arg(format!("-max_total_time={seconds}"))
-        .arg(format!("-max_len={LONGEST}"))
+        .arg(format!("-max_len={MAX_INPUT_LEN}"))
         .arg(format!("-timeout={INPUT_TIMEOUT_SECS}"))
         .arg(format!("-rss_limit_mb={MEMORY}"))
         .arg(format!("-artifact_prefix={}/", failures.display()))

@@ -129,12 +129,12 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
                 None
             }
             Some(key) => {
-                let wanted = settings.cluster.clone().ok_or_else(|| {
+                let api = settings.cluster.clone().ok_or_else(|| {
                     let message =
                         "--startup-taint needs access to an API server: see [kubernetes] in the configuration";
                     Failure::Usage(anyhow!(message))
                 })?;
-                Some(startup_taint::remove_startup_taint(wanted, key, pins.clone(), Netlink::connect()?))
+                Some(startup_taint::remove_startup_taint(api, key, pins.clone(), Netlink::connect()?))
             }
             None => None,
         };

@@ -84,14 +84,14 @@ impl Rules {
         self.exempt.iter().filter_map(|rule| rule.sender.path()).map(SenderResolver::fingerprint).collect()
     }
 
-    /// Computes the exemptions on a node with these `links` of `pods`. `judges_sockets`: the socket hook is on.
+    /// Computes the exemptions on a node with these `links` of `pods`. `socket_hook_on`: the socket hook is on.
     pub async fn find(
         &mut self,
         resolver: &mut SenderResolver,
         netlink: &Netlink,
         links: &[&Link],
         pods: &PodTracker,
-        judges_sockets: bool,
+        socket_hook_on: bool,
     ) -> Grants {
         self.traces = self.traces();
         let mut found = Vec::new();
@@ -107,7 +107,7 @@ impl Rules {
                 RuleSubject::Cgroup(path) => resolver.from_cgroup(netlink, links, path).await,
                 RuleSubject::Pods(rule) => pods.senders(rule),
             };
-            if let Some(failure) = failure(&senders, judges_sockets) {
+            if let Some(failure) = failure(&senders, socket_hook_on) {
                 errors.insert(rule.name.clone(), failure);
             }
             found.push(senders);
@@ -132,9 +132,9 @@ impl RuleSubject {
 }
 
 /// Returns the reason why a rule cannot be applied to all senders that it matches.
-fn failure(senders: &IdentitySet, judges_sockets: bool) -> Option<String> {
+fn failure(senders: &IdentitySet, socket_hook_on: bool) -> Option<String> {
     let without_cookie = || {
-        let pod = senders.without_cookie.as_ref().filter(|_| judges_sockets)?;
+        let pod = senders.without_cookie.as_ref().filter(|_| socket_hook_on)?;
         Some(format!(
             "this kernel (before Linux 5.14) has no cookie for the network namespace of {pod}: the socket hook does not exempt its \
              calls, set hooks.socket = false"

@@ -107,11 +107,11 @@ impl Reconciler {
 
     /// Computes the exemptions of the pods on this node, and updates the maps to match.
     pub async fn restore_exemptions(&mut self) -> Result<(), DatapathError> {
-        let wanted = self.find_exempt().await?;
-        let map_updates = self.datapath.grant(&wanted)?;
+        let desired = self.find_exempt().await?;
+        let map_updates = self.datapath.grant(&desired)?;
         self.map_updates.exemptions += map_updates as u64;
         if map_updates > 0 {
-            log::info!("updated exemptions: {} active", wanted.entries.len());
+            log::info!("updated exemptions: {} active", desired.entries.len());
         }
         if self.exemptions.pods.needs_name_sync() {
             self.map_updates.pods += self.datapath.sync_pod_names(&self.exemptions.pods.names())? as u64;
@@ -173,22 +173,22 @@ impl Reconciler {
     async fn find_exempt(&mut self) -> Result<Grants, DatapathError> {
         let pods = of_pods(&self.node.links, &self.node.uplinks, &self.interfaces);
         self.exemptions.resolver.retain(&self.node.links);
-        let judges_hosts = self.kubepods.is_some() || self.datapath.hooks().has(Hook::NodeAllow);
+        let tracks_host_network = self.kubepods.is_some() || self.datapath.hooks().has(Hook::NodeAllow);
         self.exemptions
             .pods
-            .track_host_network_pods(self.exemptions.rules.of_pods().filter(|_| judges_hosts));
-        let judges_sockets = self.datapath.hooks().has(Hook::Socket);
+            .track_host_network_pods(self.exemptions.rules.of_pods().filter(|_| tracks_host_network));
+        let socket_hook_on = self.datapath.hooks().has(Hook::Socket);
         let found = self.exemptions.rules.find(
             &mut self.exemptions.resolver,
             &self.netlink,
             &pods,
             &self.exemptions.pods,
-            judges_sockets,
+            socket_hook_on,
         );
-        let mut wanted = found.await;
-        wanted.add_bridges(&self.node.links);
-        if !self.datapath.hooks().has(Hook::FromPod) && !wanted.entries.is_empty() {
-            wanted.add_node(netns::addresses().unwrap_or_default());
+        let mut desired = found.await;
+        desired.add_bridges(&self.node.links);
+        if !self.datapath.hooks().has(Hook::FromPod) && !desired.entries.is_empty() {
+            desired.add_node(netns::addresses().unwrap_or_default());
         }
         // Once all pods are synced and resolved, the recomputed exemptions replace those of the previous agent.
         self.exemptions.retain_previous_grants &= self.is_resolving() || !self.exemptions.pods.is_synced();
@@ -198,12 +198,12 @@ impl Reconciler {
             let granted = self.datapath.granted()?;
             for (exemption, grant) in granted.entries {
                 if self.exemptions.rules.selects_pods(grant.rule) {
-                    wanted.entries.entry(exemption).or_insert(grant);
+                    desired.entries.entry(exemption).or_insert(grant);
                 }
             }
-            wanted.sources.extend(granted.sources);
+            desired.sources.extend(granted.sources);
         }
-        Ok(wanted)
+        Ok(desired)
     }
 }
 

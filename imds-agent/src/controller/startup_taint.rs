@@ -17,21 +17,21 @@ const PERIOD: Duration = Duration::from_secs(1);
 
 /// Waits until the node is ready, as `/readyz` defines it, and removes the taint with this key from the node. Retries
 /// until the taint is removed: until then, no pod is scheduled on the node.
-pub async fn remove_startup_taint(wanted: ApiConfig, key: String, pins: PinDir, netlink: Netlink) {
+pub async fn remove_startup_taint(api: ApiConfig, key: String, pins: PinDir, netlink: Netlink) {
     while !is_ready(&pins, &netlink).await {
         sleep(PERIOD).await;
     }
     let mut attempts = Attempts::new(Backoff::default());
     loop {
-        let error = match try_remove_startup_taint(&wanted, &key).await {
-            Ok(true) => return log::info!("removed the taint {key} from node {}", wanted.node),
-            Ok(false) => return log::info!("node {} has no taint {key}", wanted.node),
+        let error = match try_remove_startup_taint(&api, &key).await {
+            Ok(true) => return log::info!("removed the taint {key} from node {}", api.node),
+            Ok(false) => return log::info!("node {} has no taint {key}", api.node),
             Err(error) => error,
         };
         let pause = attempts.failed(error.retry_after());
         log::error!(
             "failed to remove the taint {key} from node {}, no pods are scheduled there until then: {:#}",
-            wanted.node,
+            api.node,
             anyhow::Error::from(error)
         );
         sleep(pause).await;
@@ -43,7 +43,7 @@ async fn is_ready(pins: &PinDir, netlink: &Netlink) -> bool {
 }
 
 /// Removes the taint. Returns whether the node had it.
-async fn try_remove_startup_taint(wanted: &ApiConfig, key: &str) -> Result<bool, TaintError> {
-    let node = NodeTaints::new(&wanted.access, &wanted.node).await?;
+async fn try_remove_startup_taint(api: &ApiConfig, key: &str) -> Result<bool, TaintError> {
+    let node = NodeTaints::new(&api.access, &api.node).await?;
     node.remove(key).await
 }

@@ -56,7 +56,7 @@ pub struct Datapath {
     maps: Maps,
     links: Links,
     cgroups: Cgroups,
-    told: maps::pod_names::Told,
+    written_names: maps::pod_names::WrittenNames,
     granted: maps::exemption_maps::Known,
     netlink: Netlink,
     backend: AttachMode,
@@ -113,7 +113,7 @@ impl Datapath {
                     maps,
                     links,
                     cgroups,
-                    told: maps::pod_names::Told::default(),
+                    written_names: maps::pod_names::WrittenNames::default(),
                     granted: maps::exemption_maps::Known::default(),
                     netlink,
                     backend,
@@ -276,8 +276,8 @@ impl Datapath {
     }
 
     /// Replaces all exemptions. Returns the number of map updates.
-    pub fn grant(&mut self, wanted: &Grants) -> Result<usize, DatapathError> {
-        maps::exemption_maps::write(&mut self.maps, &mut self.granted, wanted)
+    pub fn grant(&mut self, desired: &Grants) -> Result<usize, DatapathError> {
+        maps::exemption_maps::write(&mut self.maps, &mut self.granted, desired)
     }
 
     /// Drops the cached exemptions, so that the next [`Datapath::grant`] reads the map and corrects changes of other programs.
@@ -296,7 +296,7 @@ impl Datapath {
         &mut self,
         names: &BTreeMap<Subject, PodContainer<'_>>,
     ) -> Result<usize, DatapathError> {
-        maps::pod_names::write(&mut self.maps, &mut self.told, names)
+        maps::pod_names::write(&mut self.maps, &mut self.written_names, names)
     }
 
     /// Records the status of the pod watch; `None` means that it is off.

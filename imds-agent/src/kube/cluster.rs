@@ -34,24 +34,24 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Starts, replaces or stops the watch according to `wanted`. Must be called within a tokio runtime.
-    pub fn follow(&mut self, wanted: Option<&ApiConfig>) {
-        if self.watched.as_ref().map(|(wanted, ..)| wanted) == wanted {
+    /// Starts, replaces or stops the watch according to `desired`. Must be called within a tokio runtime.
+    pub fn follow(&mut self, desired: Option<&ApiConfig>) {
+        if self.watched.as_ref().map(|(desired, ..)| desired) == desired {
             return;
         }
-        self.watched = wanted.map(|wanted| {
-            let watch = PodWatcher::start(wanted.access.clone(), Options::new(wanted.node.clone()));
+        self.watched = desired.map(|desired| {
+            let watch = PodWatcher::start(desired.access.clone(), Options::new(desired.node.clone()));
             let mut state = watch.state();
             state.mark_changed();
-            log::info!("watching the pods of node {}", wanted.node);
-            (wanted.clone(), watch, state)
+            log::info!("watching the pods of node {}", desired.node);
+            (desired.clone(), watch, state)
         });
     }
 
     /// Returns the node's name in the cluster, or `None` if there is no watch.
     #[must_use]
     pub fn node(&self) -> Option<&str> {
-        self.watched.as_ref().map(|(wanted, ..)| wanted.node.as_str())
+        self.watched.as_ref().map(|(desired, ..)| desired.node.as_str())
     }
 
     /// Returns the state of the watch, or `None` if there is no watch.

@@ -24,7 +24,7 @@ use crate::{
 pub(crate) use image::Image;
 
 /// Maximum size of the binary in bytes.
-const LARGEST: u64 = 10 << 20;
+const MAX_BINARY_LEN: u64 = 10 << 20;
 
 /// Build the release artifacts in target/dist: the static binary, its .deb, SBOM, manual pages, completions and
 /// checksums
@@ -75,7 +75,7 @@ fn build_binary() -> Result<PathBuf> {
     let built = compile(root(), &artifacts("")?)?;
     let binary = dir.join("imds-agent");
     fs::copy(&built, &binary).with_context(|| format!("failed to copy {}", built.display()))?;
-    judge(&binary)?;
+    check_binary(&binary)?;
     let sbom = sbom::of_agent(&triple()?, &sha256(&binary)?)?;
     let path = dir.join("imds-agent.cdx.json");
     fs::write(&path, sbom).with_context(|| format!("failed to write {}", path.display()))?;
@@ -107,14 +107,14 @@ fn compile(source: &Path, target_dir: &Path) -> Result<PathBuf> {
 }
 
 /// Fails unless the binary is static and not too large.
-fn judge(binary: &Path) -> Result<()> {
+fn check_binary(binary: &Path) -> Result<()> {
     let bytes = fs::read(binary).with_context(|| format!("failed to read {}", binary.display()))?;
     let elf = Builder::read(&*bytes).with_context(|| format!("{} is not an ELF file", binary.display()))?;
     let needed = elf.dynamic_data().unwrap_or_default().iter().any(|entry| entry.tag() == DT_NEEDED);
     ensure!(elf.interp_section().is_none() && !needed, "{} needs shared libraries", binary.display());
     ensure!(
-        bytes.len() as u64 <= LARGEST,
-        "{} has {} bytes, at most {LARGEST} are allowed",
+        bytes.len() as u64 <= MAX_BINARY_LEN,
+        "{} has {} bytes, at most {MAX_BINARY_LEN} are allowed",
         binary.display(),
         bytes.len()
     );

@@ -41,10 +41,10 @@ impl Row {
         if guest.result == Some(false) && guest.executables.is_empty() {
             return Self { line, guest, duration, complaints };
         }
-        for (what, wanted) in line.takes() {
+        for (what, desired) in line.takes() {
             let took = guest.took.get(what).map_or("nothing", String::as_str);
-            if took != wanted && !guest.is_brief {
-                complaints.push(format!("{what}: the agent uses {took}, expected {wanted}"));
+            if took != desired && !guest.is_brief {
+                complaints.push(format!("{what}: the agent uses {took}, expected {desired}"));
             }
         }
         for name in expected {

@@ -30,13 +30,13 @@ impl Hosts {
         &mut self,
         pins: &PinDir,
         programs: &Programs,
-        wanted: &BTreeSet<PathBuf>,
+        desired: &BTreeSet<PathBuf>,
     ) -> Result<Vec<CgroupChange>, DatapathError> {
         // Drops cgroups that were removed, also if another cgroup was created at the path.
-        self.cgroups.retain(|path, cgroup| wanted.contains(path) && cgroup.is_there());
+        self.cgroups.retain(|path, cgroup| desired.contains(path) && cgroup.is_there());
         let mut done = Vec::new();
         let mut failed = None;
-        for path in wanted {
+        for path in desired {
             let is_new = !self.cgroups.contains_key(path);
             let restored = self.restore_one(pins, programs, path);
             match restored {

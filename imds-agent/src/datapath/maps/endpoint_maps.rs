@@ -60,19 +60,19 @@ fn by_address(entries: &BTreeMap<Address, Endpoint>) -> impl Iterator<Item = (Ad
 
 /// Replaces the protected endpoints by `endpoint_set`. The programs see the change of all endpoints at once.
 pub fn write(maps: &mut Maps, endpoint_set: &EndpointSet) -> Result<(), DatapathError> {
-    let wanted: BTreeMap<_, _> = endpoint_set.entries().collect();
-    write_filter(maps, &wanted)?;
-    write_records(maps, &wanted)?;
+    let desired: BTreeMap<_, _> = endpoint_set.entries().collect();
+    write_filter(maps, &desired)?;
+    write_records(maps, &desired)?;
     let (configured, effective) = (padded(endpoint_set.configured()), padded(endpoint_set.provider()));
     let record = ProviderRecord { configured, effective };
     maps.provider.set(0, record, 0).map_err(|source| DatapathError::Map { map: MAP_PROVIDER, source })
 }
 
 /// Writes the unused table of the filter, then makes it the effective one.
-fn write_filter(maps: &mut Maps, wanted: &BTreeMap<Address, Endpoint>) -> Result<(), DatapathError> {
+fn write_filter(maps: &mut Maps, desired: &BTreeMap<Address, Endpoint>) -> Result<(), DatapathError> {
     let before = filter(maps)?;
     let mut after = before;
-    after.set_endpoints(by_address(wanted));
+    after.set_endpoints(by_address(desired));
     if after.table() == before.table() && after.bits == before.bits {
         return Ok(());
     }
@@ -87,13 +87,13 @@ fn write_filter(maps: &mut Maps, wanted: &BTreeMap<Address, Endpoint>) -> Result
 }
 
 /// Writes the map of endpoint records, which `status` and `bpftool` read.
-fn write_records(maps: &mut Maps, wanted: &BTreeMap<Address, Endpoint>) -> Result<(), DatapathError> {
+fn write_records(maps: &mut Maps, desired: &BTreeMap<Address, Endpoint>) -> Result<(), DatapathError> {
     let failed = |source| DatapathError::Map { map: MAP_ENDPOINTS, source };
     let before = read(maps).map_err(failed)?;
-    for address in before.keys().filter(|address| !wanted.contains_key(address)) {
+    for address in before.keys().filter(|address| !desired.contains_key(address)) {
         maps.endpoints.remove(address).map_err(failed)?;
     }
-    for (address, endpoint) in wanted {
+    for (address, endpoint) in desired {
         if before.get(address) != Some(endpoint) {
             maps.endpoints.insert(address, endpoint, 0).map_err(failed)?;
         }

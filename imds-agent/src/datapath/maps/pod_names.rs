@@ -28,7 +28,7 @@ const LABELS: [&str; 5] = ["app.kubernetes.io/name", "k8s-app", "app", "componen
 
 /// Cache of the keys of the map, each with pod uid and container name, which determine the rest of the entry.
 #[derive(Debug, Default)]
-pub(crate) struct Told(Option<BTreeMap<Subject, (String, String)>>);
+pub(crate) struct WrittenNames(Option<BTreeMap<Subject, (String, String)>>);
 
 /// Reads the pod metadata of all subjects.
 pub fn read(maps: &Maps) -> Result<BTreeMap<Subject, PodRef>, MapError> {
@@ -58,12 +58,12 @@ impl Names {
 /// Replaces the content of the map by `names`. Returns the number of map updates.
 pub(crate) fn write(
     maps: &mut Maps,
-    told: &mut Told,
+    written: &mut WrittenNames,
     names: &BTreeMap<Subject, PodContainer<'_>>,
 ) -> Result<usize, DatapathError> {
     let failed = |source| DatapathError::Map { map: MAP_PODS, source };
-    let told = match &mut told.0 {
-        Some(told) => told,
+    let written = match &mut written.0 {
+        Some(written) => written,
         none => {
             let before = read(maps).map_err(failed)?;
             let key = |identity: PodRef| (identity.uid, identity.container.unwrap_or_default());
@@ -71,20 +71,20 @@ pub(crate) fn write(
         }
     };
     let mut writes = 0;
-    let gone: Vec<_> = told.keys().filter(|subject| !names.contains_key(subject)).copied().collect();
+    let gone: Vec<_> = written.keys().filter(|subject| !names.contains_key(subject)).copied().collect();
     for subject in gone {
         match maps.pods.remove(&subject) {
             Ok(()) | Err(MapError::KeyNotFound) => {}
             Err(error) => return Err(failed(error)),
         }
-        told.remove(&subject);
+        written.remove(&subject);
         writes += 1;
     }
     for (subject, PodContainer { pod, container }) in names {
         let container = container.unwrap_or_default();
-        if !told.get(subject).is_some_and(|(uid, told)| *uid == pod.uid && told == container) {
+        if !written.get(subject).is_some_and(|(uid, written)| *uid == pod.uid && written == container) {
             maps.pods.insert(subject, record(pod, container), 0).map_err(failed)?;
-            told.insert(*subject, (pod.uid.clone(), container.to_owned()));
+            written.insert(*subject, (pod.uid.clone(), container.to_owned()));
             writes += 1;
         }
     }

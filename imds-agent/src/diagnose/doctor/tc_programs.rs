@@ -69,7 +69,7 @@ pub(crate) async fn of_interfaces(
                 // The kernel rejects the query for a device that is not the primary one of its pair: it has no peer hook.
                 let programs = bpf::entries(link.index, bpf::MprogHook::NetkitPeer).unwrap_or_default();
                 let entries = entries("netkit", programs, pins, spot, &ours, &names);
-                checks.extend(judge(&link, "peer", &entries, mark));
+                checks.extend(check_programs(&link, "peer", &entries, mark));
             }
             // A kernel without TCX returns an error, and has no TCX programs.
             let programs = bpf::entries(link.index, spot.direction().into()).unwrap_or_default();
@@ -92,7 +92,7 @@ pub(crate) async fn of_interfaces(
                 Direction::Ingress => "ingress",
                 Direction::Egress => "egress",
             };
-            checks.extend(judge(&link, hook, &entries, mark));
+            checks.extend(check_programs(&link, hook, &entries, mark));
         }
     }
     if checks.is_empty() {
@@ -163,7 +163,12 @@ fn entries(
     programs.into_iter().map(entry).collect()
 }
 
-fn judge(link: &Link, hook: &'static str, entries: &[HookProgram], mark: &MarkUse) -> Vec<DoctorCheck> {
+fn check_programs(
+    link: &Link,
+    hook: &'static str,
+    entries: &[HookProgram],
+    mark: &MarkUse,
+) -> Vec<DoctorCheck> {
     let check = |program: Program, is_stuck| {
         let observed = program.to_string();
         let check = match program.first {

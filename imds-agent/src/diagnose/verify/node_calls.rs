@@ -83,7 +83,7 @@ impl Call {
                 return ("reached it".to_owned(), Outcome::Pass);
             }
             if let Ok(result) = result {
-                return judge(&result.map(drop), is_local);
+                return call_outcome(&result.map(drop), is_local);
             }
         }
         let observed = "dropped on this node: by imds-agent, or by another program or firewall rule";
@@ -92,7 +92,7 @@ impl Call {
 }
 
 /// Returns the result of a connection that ended before its segment arrived at the last hook.
-fn judge(result: &io::Result<()>, is_local: bool) -> (String, Outcome) {
+fn call_outcome(result: &io::Result<()>, is_local: bool) -> (String, Outcome) {
     match result.as_ref().map_err(io::Error::raw_os_error) {
         Ok(()) => ("answered on this node".to_owned(), Outcome::Pass),
         Err(_) if is_refused(result) => (phrase(result), Outcome::Fail),
@@ -122,12 +122,12 @@ mod tests {
 
     #[test]
     fn outcomes_of_calls() {
-        let outcome = |errno, is_local| judge(&Err(io::Error::from_raw_os_error(errno)), is_local).1;
+        let outcome = |errno, is_local| call_outcome(&Err(io::Error::from_raw_os_error(errno)), is_local).1;
         assert_eq!(outcome(libc::EPERM, true), Outcome::Fail);
         assert_eq!(outcome(libc::ENETUNREACH, false), Outcome::Skipped);
         assert_eq!(outcome(libc::EHOSTUNREACH, false), Outcome::Skipped);
         assert_eq!(outcome(libc::ECONNREFUSED, false), Outcome::Fail);
         assert_eq!(outcome(libc::ECONNREFUSED, true), Outcome::Skipped);
-        assert_eq!(judge(&Ok(()), false).1, Outcome::Pass);
+        assert_eq!(call_outcome(&Ok(()), false).1, Outcome::Pass);
     }
 }

@@ -42,9 +42,9 @@ pub(crate) async fn check(
     let mut checks = Vec::new();
     for endpoint in endpoints {
         for (service, expected, allowed) in targets(endpoint) {
-            let wanted = expectation(expected);
+            let expected_text = expectation(expected);
             let check = match &device {
-                Err(skip) => VerifyCheck::skipped(hook.name(), wanted, skip),
+                Err(skip) => VerifyCheck::skipped(hook.name(), expected_text, skip),
                 Ok(device) => {
                     let subject = Subject::new(SubjectKind::Interface, device.interface().ifindex.into());
                     let probe = probes.add(subject, Treatment::Denied)?;
@@ -53,7 +53,7 @@ pub(crate) async fn check(
                     let found = verdict_on(*device, &probe, hook, expected, &frame).await;
                     VerifyCheck::new(
                         hook.name(),
-                        wanted,
+                        expected_text,
                         phrase(found),
                         Outcome::from_success(found == Some(expected)),
                     )

@@ -54,7 +54,7 @@ impl StatusReport {
             let may_wait = self.agent.running && (hook == TcHook::FromPod || is_spare);
             let is_prepared_later = is_spare && record.is_none();
             let pending = attachment.is_none() && (is_prepared_later || (may_wait && is_queued));
-            self.judge(link, hook, attachment, pending, node);
+            self.check_attachment(link, hook, attachment, pending, node);
             attachments.push(HookAttachment {
                 hook: hook.hook().name(),
                 attach_mode: attachment.map(|attachment| attachment.backend.name()),
@@ -74,7 +74,7 @@ impl StatusReport {
     }
 
     /// Adds the problems of a desired attachment.
-    fn judge(
+    fn check_attachment(
         &mut self,
         link: &Link,
         hook: TcHook,

@@ -209,7 +209,7 @@ fn header(report: &StatusReport) -> Vec<String> {
         .iter()
         .filter(|interface| !interface.attachments.is_empty() && interface.is_attached())
         .count();
-    let wanted = report.interfaces.iter().filter(|interface| !interface.attachments.is_empty()).count();
+    let desired = report.interfaces.iter().filter(|interface| !interface.attachments.is_empty()).count();
     let agent = match (report.agent.running, report.agent.pid) {
         (true, Some(pid)) => format!("running, pid {pid}"),
         (true, None) => "running".to_owned(),
@@ -229,7 +229,7 @@ fn header(report: &StatusReport) -> Vec<String> {
             if endpoints == 1 { "" } else { "s" },
             report.hooks.join(" ")
         ),
-        format!("agent {agent}   interfaces {attached} of {wanted} attached{}", lookup.unwrap_or_default()),
+        format!("agent {agent}   interfaces {attached} of {desired} attached{}", lookup.unwrap_or_default()),
     ]
 }
 
