@@ -208,9 +208,9 @@ fn all_errors_are_reported_together() {
                 [[endpoint]]\nname = 'b b'\naddress = '10.0.0.1'\n[[endpoint]]\nname = 'c'";
     let errors = all_errors(text);
     let lines: Vec<_> = errors.iter().map(|error| error.split(':').nth(1).unwrap()).collect();
-    assert_eq!(lines, ["1", "2", "3", "4", "6", "8", "8", "9", "12", "15", "17"], "{errors:#?}");
+    assert_eq!(lines, ["1", "2", "3", "4", "6", "8", "8", "9", "12", "13", "15", "17"], "{errors:#?}");
     let shown = Config::parse(text, Path::new("f")).unwrap_err().to_string();
-    assert!(shown.starts_with("f:1:") && shown.contains("10 more"), "{shown}");
+    assert!(shown.starts_with("f:1:") && shown.contains("11 more"), "{shown}");
 
     let errors = all_errors("mode = \non_deny = ]\n[hooks");
     assert!(errors.len() >= 3, "{errors:#?}");
@@ -219,6 +219,64 @@ fn all_errors_are_reported_together() {
     assert!(all_errors(&"x = [".repeat(1000)).len() <= 50);
     let many = (0..1000).map(|n| format!("key{n} = {n}\n")).collect::<Vec<_>>().concat();
     assert_eq!(all_errors(&many).len(), 50);
+}
+
+#[test]
+fn every_bad_item_of_a_list_is_reported() {
+    let places = |text: &str| {
+        let errors = all_errors(text);
+        let place = |error: &String| error.splitn(4, ':').skip(1).take(2).collect::<Vec<_>>().join(":");
+        (errors.iter().map(place).collect::<Vec<_>>().join(" "), errors.join("\n"))
+    };
+    let rule = |lines: &str| format!("[[exempt]]\nname = 'a'\n{lines}");
+    for (text, expected, parts) in [
+        (
+            "[[endpoint]]\nname = 'a b'\naddress = '10.0.0'\nallow_ports = ['53', 'udp/53', 'tcp/0', 'udp/53']".to_owned(),
+            "2:8 3:11 4:16 4:32 4:41",
+            &["endpoint.allow_ports: \"53\"", "\"tcp/0\"", "udp/53 is listed twice"][..],
+        ),
+        (
+            "[preset.imds]\nallow_ports = ['x', 'y']".to_owned(),
+            "2:16 2:21",
+            &["preset.imds.allow_ports: \"x\"", "preset.imds.allow_ports: \"y\""],
+        ),
+        ("[node]\nallow = ['x', 'uid:0', 'y']".to_owned(), "2:10 2:24", &["node.allow: \"x\""]),
+        ("extra_endpoints = ['x', 'y']".to_owned(), "1:20 1:25", &["extra_endpoints: \"y\""]),
+        ("[metrics]\nlisten = ['x', 'y']".to_owned(), "2:11 2:16", &["metrics.listen: \"y\""]),
+        ("[interfaces]\nexclude = ['[', '{']".to_owned(), "2:12 2:17", &["interfaces.exclude: "]),
+        (
+            "[kubernetes]\nkubeconfig = 'k'\nnode_name = 'A b'".to_owned(),
+            "2:14 3:13",
+            &["kubernetes.kubeconfig", "kubernetes.node_name"],
+        ),
+        (
+            rule("netns = 'n'\nendpoints = ['a', 'a', 'b', 'b']"),
+            "3:9 4:19 4:29",
+            &["exempt.netns", "exempt.endpoints: \"b\" is listed twice"],
+        ),
+        (
+            rule("namespace = 'A'\nservice_account = 'B'\npod_selector.match_labels = { 'a b' = 'c d' }"),
+            "3:13 4:19 5:31 5:39",
+            &["exempt.namespace: \"A\"", "exempt.service_account: \"B\"", "label value"],
+        ),
+        (
+            rule(
+                "namespace = 'a'\npod_selector.match_expressions = [\n{ key = 'a b', operator = 'In', values = ['c d', '/'] },\n\
+                 { key = 'k', operator = 'in' }]",
+            ),
+            "5:9 5:43 5:50 6:25",
+            &["label key", "\"/\" is not a valid label value", "\"in\" is not one of In"],
+        ),
+    ] {
+        let (found, errors) = places(&text);
+        assert_eq!(found, expected, "{text}: {errors}");
+        for part in parts {
+            assert!(errors.contains(part), "{part:?} is not in: {errors}");
+        }
+    }
+    // One error covers the ports beyond the maximum.
+    let ports = (0..1000).map(|_| "'x', ").collect::<String>();
+    assert_eq!(all_errors(&format!("[preset.imds]\nallow_ports = [{ports}]")).len(), 9);
 }
 
 #[test]
