@@ -280,6 +280,31 @@ fn every_bad_item_of_a_list_is_reported() {
 }
 
 #[test]
+fn empty_lists_that_match_nothing_are_errors() {
+    let rule = |lines: &str| format!("[[exempt]]\nname = 'a'\nnamespace = 'a'\n{lines}");
+    for (text, expected) in [
+        (rule("endpoints = []"), "exempts the pods from nothing; remove the key to cover all endpoints"),
+        (rule("pod_selector = { match_labels = {} }"), "remove the key to match every pod"),
+        (
+            rule("pod_selector.match_expressions = [{ key = 'k', operator = 'NotIn', values = [] }]"),
+            "or use the operator Exists or DoesNotExist without values",
+        ),
+        ("[interfaces]\ninclude = ['']".to_owned(), "interfaces.include: \"\" matches no interface"),
+        ("[node]\nallow = 'uid:0'".to_owned(), "expected a list"),
+    ] {
+        let errors = all_errors(&text);
+        assert!(errors.len() == 1 && errors[0].contains(expected), "{text}: {errors:?}");
+    }
+    for allowed in [
+        "extra_endpoints = []",
+        "[interfaces]\ninclude = []\nexclude = []",
+        "[preset.imds]\nallow_ports = []",
+    ] {
+        assert!(parse(allowed).is_ok(), "{allowed}");
+    }
+}
+
+#[test]
 fn shown_config_parses_to_itself() {
     let texts = [
         "",
