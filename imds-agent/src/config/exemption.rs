@@ -304,6 +304,9 @@ fn parse_interface(glob: &Spanned<String>, source: SourceFile<'_>) -> Result<Rul
 
 /// Parses a path. Rejects relative components and paths that match everything.
 fn parse_path(path: &Spanned<PathBuf>, key: &str, source: SourceFile<'_>) -> Result<PathBuf, ConfigError> {
+    if let Err(message) = source.check_systemd_escapes(path.span()) {
+        return Err(source.error(path.span(), format!("exempt.{key}: {message}")));
+    }
     let written: &Path = path.get_ref();
     let is_plain = written.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
     let complaint = if key == "netns" && !written.is_absolute() {

@@ -77,7 +77,8 @@ fn parse_new(
     others: &[NodeProcess],
     source: SourceFile<'_>,
 ) -> Result<NodeProcess, ConfigError> {
-    let process = parse(text.get_ref()).and_then(|process| {
+    let process = source.check_systemd_escapes(text.span()).and_then(|()| parse(text.get_ref()));
+    let process = process.and_then(|process| {
         let is_new = !others.contains(&process);
         is_new.then_some(process).ok_or_else(|| format!("{:?} is listed twice", text.get_ref()))
     });
@@ -158,6 +159,11 @@ mod tests {
             ("cgroup:/system.slice", cgroup("/system.slice")),
             ("cgroup:/system.slice/kubelet.service", cgroup("/system.slice/kubelet.service")),
             ("cgroup:/a:b", cgroup("/a:b")),
+            (r"cgroup:/system.slice/foo\x2dbar.service", cgroup(r"/system.slice/foo\x2dbar.service")),
+            (
+                r"cgroup:/system.slice/system-getty\x2da@b.slice",
+                cgroup(r"/system.slice/system-getty\x2da@b.slice"),
+            ),
             (&format!("cgroup:{deep}"), cgroup(&deep)),
         ] {
             assert_eq!(parse(text), expected);

@@ -78,6 +78,27 @@ fn an_allow_list_of_the_node_switches_its_hook_on() {
 }
 
 #[test]
+fn systemd_escapes_are_literal_names() {
+    const PATH: &str = r"/system.slice/foo\x2dbar.service";
+    let list = vec![NodeProcess::Cgroup(PATH.to_owned())];
+    for text in [format!("'cgroup:{PATH}'"), format!("\"cgroup:{}\"", PATH.replace('\\', r"\\"))] {
+        let config = parse(&format!("[node]\nallow = [{text}]")).unwrap();
+        assert_eq!(config.node_allow, Some(list.clone()), "{text}");
+        assert_eq!(parse(config.to_toml()).unwrap().node_allow, config.node_allow, "{text}");
+    }
+    // TOML 1.1 decodes the escape in double quotes, so that the entry would name another cgroup.
+    for (text, place) in [
+        (format!("[node]\nallow = [\"cgroup:{PATH}\"]"), "2:10: node.allow"),
+        (format!("[[exempt]]\nname = 'a'\ncgroup = \"{PATH}\""), "3:10: exempt.cgroup"),
+    ] {
+        let error = parse(&text).unwrap_err();
+        let expected = format!(r"imds.toml:{place}: TOML reads \x2d in double quotes as another character");
+        assert!(error.starts_with(&expected) && error.contains(&format!("{PATH}'")), "{error}");
+    }
+    assert!(parse(&format!("[[exempt]]\nname = 'a'\ncgroup = '{PATH}'")).is_ok());
+}
+
+#[test]
 fn an_allow_list_of_the_node_survives_errors_elsewhere() {
     let fallback = |text: &str| Config::fallback(text, Path::new("imds.toml"));
     let broken = "mode = 'of'\n[hooks]\nsocket = 0\n";
