@@ -30,6 +30,14 @@ pub enum NodeProcess {
     Cgroup(String),
 }
 
+impl NodeProcess {
+    /// Returns the entry for the cgroup at this path, or the reason why the path can't be in the list.
+    pub fn from_cgroup(path: String) -> Result<Self, String> {
+        check_path(&path)?;
+        Ok(Self::Cgroup(path))
+    }
+}
+
 impl fmt::Display for NodeProcess {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -91,8 +99,7 @@ fn parse(text: &str) -> Result<NodeProcess, String> {
             format!("{text:?}: a user is a number from 0 to {}, as `id -u NAME` prints it", u32::MAX - 1)
         }),
         Some(("cgroup", path)) => {
-            check_path(path).map_err(|message| format!("{text:?}: {message}"))?;
-            Ok(NodeProcess::Cgroup(path.to_owned()))
+            NodeProcess::from_cgroup(path.to_owned()).map_err(|message| format!("{text:?}: {message}"))
         }
         Some((kind, _)) => {
             let suggestion = did_you_mean(kind, ["uid", "cgroup"]);
