@@ -1,6 +1,6 @@
 //! The `[node]` table: processes of the node that may reach protected endpoints.
 
-use std::fmt;
+use std::{fmt, str::FromStr};
 
 use imds_ebpf_common::allow_list::MAX_ALLOWED;
 use serde::{Deserialize, Serialize};
@@ -35,6 +35,14 @@ impl NodeProcess {
     pub fn from_cgroup(path: String) -> Result<Self, String> {
         check_path(&path)?;
         Ok(Self::Cgroup(path))
+    }
+}
+
+impl FromStr for NodeProcess {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        parse(text)
     }
 }
 

@@ -173,7 +173,7 @@ impl StatusReport {
 }
 
 /// Returns the allow list of the effective configuration, in the order of the file.
-fn node_allow_entries(maps: &Maps) -> Result<Vec<String>, DatapathError> {
+pub(crate) fn node_allow_entries(maps: &Maps) -> Result<Vec<String>, DatapathError> {
     let text = config_record::read(maps).map_err(unreadable)?.map(|record| record.text).unwrap_or_default();
     let table: Table = text.parse().unwrap_or_default();
     let allow = table.get("node").and_then(|node| node.get("allow")).and_then(Value::as_array);
