@@ -17,7 +17,7 @@ use crate::{
     datapath::{
         DatapathError,
         attach::{
-            cgroup_hooks::{NO_CGROUP, NO_CGROUP_FOR_NODE, NO_CGROUP_REMEDY},
+            cgroup_hooks::{NO_CGROUP, NO_CGROUP_FOR_NODE, NO_CGROUP_REMEDY, no_cookie, no_cookie_remedy},
             cgroup_programs::{self, ProgramState},
             host_cgroups,
             sendmsg::SendmsgReason,
@@ -26,7 +26,7 @@ use crate::{
         object::{self, Maps},
         pin::dir::PinDir,
     },
-    node::{cgroup, kubepods},
+    node::{cgroup, kubepods, netns},
 };
 
 impl StatusReport {
@@ -61,14 +61,12 @@ impl StatusReport {
         let reason = SendmsgReason::from_u32(record.sendmsg);
         let cgroup = if record.cgroup == 0 { root_id() } else { Some(record.cgroup) };
         let programs = cgroup.map(|id| cgroup_programs::inspect_sockets(pins, id)).unwrap_or_default();
-        if programs.is_empty() {
+        if programs.is_empty() && !lacks_cookie() {
             self.problem(None, NO_CGROUP, NO_CGROUP_REMEDY);
         }
         let is_desired = |program: &&ProgramState| reason.is_some() || !program.is_sendmsg;
         let desired: Vec<_> = programs.iter().filter(is_desired).collect();
-        for program in &desired {
-            self.add_program(program);
-        }
+        self.add_programs(Hook::Socket, &desired);
         let mut sendmsg = programs.iter().filter(|program| program.is_sendmsg);
         let text = match (reason, record.sendmsg) {
             (Some(reason), _) => Some(reason.text()),
@@ -111,10 +109,8 @@ impl StatusReport {
     /// Adds the `host_network` hook: its programs on the cgroups of Kubernetes pods.
     fn add_hosts(&mut self, cgroups: BTreeMap<u64, Vec<ProgramState>>, counts: Counts) {
         self.total += counts;
-        for program in cgroups.values().flatten() {
-            self.add_program(program);
-        }
-        if cgroups.is_empty() {
+        self.add_programs(Hook::HostNetwork, &cgroups.values().flatten().collect::<Vec<_>>());
+        if cgroups.is_empty() && !lacks_cookie() {
             let problem =
                 "hostNetwork pods are not restricted: no cgroup of Kubernetes pods (kubepods) was found";
             self.problem(None, problem, kubepods::missing_kubepods_hint());
@@ -130,15 +126,13 @@ impl StatusReport {
         let record = maps.cgroup.get(&0, 0).map_err(unreadable)?;
         let cgroup = if record.cgroup == 0 { root_id() } else { Some(record.cgroup) };
         let programs = cgroup.map(|id| cgroup_programs::inspect_node_allow(pins, id)).unwrap_or_default();
-        if programs.is_empty() {
+        if programs.is_empty() && !lacks_cookie() {
             self.problem(None, NO_CGROUP_FOR_NODE, NO_CGROUP_REMEDY);
         }
         let has_packets = object::cgroup_has_cookie();
         let desired: Vec<_> =
             programs.iter().filter(|program| has_packets || !program.is_packet_program).collect();
-        for program in &desired {
-            self.add_program(program);
-        }
+        self.add_programs(Hook::NodeAllow, &desired);
         let mut packets = programs.iter().filter(|program| program.is_packet_program);
         let reason =
             "this kernel does not report the network namespace of packets at cgroups (needs Linux 6.15)";
@@ -159,6 +153,19 @@ impl StatusReport {
         Ok(())
     }
 
+    /// Adds the problems of the programs of a hook whose programs compare network namespaces.
+    fn add_programs(&mut self, hook: Hook, programs: &[&ProgramState]) {
+        let is_missing = programs.is_empty() || programs.iter().any(|program| !program.is_attached);
+        if is_missing && lacks_cookie() {
+            let (problem, remedy) = (no_cookie(hook), no_cookie_remedy(hook));
+            self.problem(None, problem, remedy);
+            return;
+        }
+        for program in programs {
+            self.add_program(program);
+        }
+    }
+
     fn add_program(&mut self, program: &ProgramState) {
         let Some(problem) = &program.problem else { return };
         let remedy = match (self.agent.running, program.is_attached) {
@@ -170,6 +177,11 @@ impl StatusReport {
         };
         self.problem(None, problem, remedy);
     }
+}
+
+/// Reports whether the kernel does not report the cookie of this network namespace, which is not the initial one.
+fn lacks_cookie() -> bool {
+    matches!(netns::identity(), Ok(None))
 }
 
 /// Returns the allow list of the effective configuration, in the order of the file.
