@@ -9,8 +9,8 @@ use imds_ebpf_common::{CounterKey, Hook, cgroup::SENDMSG_OFF, names::PROG_LOCAL_
 use toml::{Table, Value};
 
 use super::{
-    HostReport, LocalServiceReport, NodeAllowEntry, NodeAllowReport, PacketsReport, SendmsgReport,
-    SocketReport, StatusReport, unreadable,
+    CgroupProgram, HostReport, LocalServiceReport, NodeAllowEntry, NodeAllowReport, PacketsReport,
+    SendmsgReport, SocketReport, StatusReport, unreadable,
 };
 use crate::{
     config::Hooks,
@@ -76,6 +76,7 @@ impl StatusReport {
         };
         self.sockets = Some(SocketReport {
             attached: !desired.is_empty() && desired.iter().all(|program| program.is_attached),
+            programs: cgroup.map(|id| cgroup_programs_of(id, desired)).unwrap_or_default(),
             sendmsg: SendmsgReport {
                 attached: !programs.is_empty() && sendmsg.all(|program| program.is_attached),
                 reason: text,
@@ -116,8 +117,9 @@ impl StatusReport {
             self.problem(None, problem, kubepods::missing_kubepods_hint());
         }
         let attached = !cgroups.is_empty() && cgroups.values().flatten().all(|program| program.is_attached);
+        let programs = cgroups.iter().flat_map(|(id, programs)| cgroup_programs_of(*id, programs)).collect();
         let cgroups = cgroups.into_keys().collect();
-        self.host_network = Some(HostReport { attached, cgroups, counts });
+        self.host_network = Some(HostReport { attached, cgroups, programs, counts });
     }
 
     /// Adds the `node_allow` hook: its programs on the cgroup that the agent recorded, and the allow list.
@@ -142,6 +144,7 @@ impl StatusReport {
             entries.map(|(process, number)| NodeAllowEntry { process, active: active.contains(&number) });
         self.node_allow = Some(NodeAllowReport {
             attached: !desired.is_empty() && desired.iter().all(|program| program.is_attached),
+            programs: cgroup.map(|id| cgroup_programs_of(id, desired)).unwrap_or_default(),
             packets: PacketsReport {
                 attached: !programs.is_empty() && packets.all(|program| program.is_attached),
                 reason: (!has_packets).then_some(reason),
@@ -182,6 +185,21 @@ impl StatusReport {
 /// Reports whether the kernel does not report the cookie of this network namespace, which is not the initial one.
 fn lacks_cookie() -> bool {
     matches!(netns::identity(), Ok(None))
+}
+
+/// Returns the programs that the cgroup with this id should have.
+fn cgroup_programs_of<'p>(
+    cgroup: u64,
+    programs: impl IntoIterator<Item = &'p ProgramState>,
+) -> Vec<CgroupProgram> {
+    let programs = programs.into_iter();
+    programs
+        .map(|&ProgramState { program, is_attached, .. }| CgroupProgram {
+            program,
+            cgroup,
+            attached: is_attached,
+        })
+        .collect()
 }
 
 /// Returns the allow list of the effective configuration, in the order of the file.
