@@ -65,6 +65,7 @@ impl RunOptions {
                 config.on_deny_errno.name()
             );
         }
+        let identity = netns::identity().context("failed to get the cookie of this network namespace")?;
         let datapath_config = DatapathConfig {
             mode: config.mode,
             on_deny: config.on_deny,
@@ -73,9 +74,9 @@ impl RunOptions {
             local_service: cgroup.clone().filter(|_| config.hooks.has(Hook::LocalService)),
             sendmsg: config.sendmsg,
             backend: self.backend,
-            cgroup: cgroup.clone().filter(|_| config.hooks.has(Hook::Socket)),
+            cgroup: cgroup.clone().filter(|_| config.hooks.has(Hook::Socket) && identity.is_some()),
             node_allow: cgroup.clone().filter(|_| config.hooks.has(Hook::NodeAllow)),
-            identity: netns::identity().context("failed to get the cookie of this network namespace")?,
+            identity,
             mark: config.mark,
         };
         let kubepods = cgroup.filter(|_| config.hooks.has(Hook::HostNetwork));
