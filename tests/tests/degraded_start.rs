@@ -2,9 +2,10 @@
 //! that it can, reports the others, and a failed start changes nothing.
 
 use std::{
-    fs,
+    fs, io,
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
+    process::{Command, Stdio},
 };
 
 use aya::maps::{Array, Map, MapData};
@@ -141,6 +142,83 @@ fn programs_of_an_earlier_agent_run_on() {
         env.unload();
         env.assert_open(&late);
     });
+}
+
+/// Makes `SO_NETNS_COOKIE` fail in a process before its exec, as on Linux before 5.14.
+fn reject_netns_cookie() -> io::Result<()> {
+    const SO_NETNS_COOKIE: u32 = 71;
+    const fn statement(code: u32, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
+        #[expect(clippy::cast_possible_truncation, reason = "codes are 16 bits, the constants are not")]
+        let code = code as u16;
+        libc::sock_filter { code, jt, jf, k }
+    }
+    let getsockopt = u32::try_from(libc::SYS_getsockopt).map_err(io::Error::other)?;
+    // Offsets of struct seccomp_data: the number of the system call is at 0, the third argument at 32.
+    let option = if cfg!(target_endian = "little") { 32 } else { 36 };
+    let mut filter = [
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, getsockopt, 0, 3),
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, option, 0, 0),
+        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, SO_NETNS_COOKIE, 0, 1),
+        statement(
+            libc::BPF_RET | libc::BPF_K,
+            libc::SECCOMP_RET_ERRNO | libc::ENOPROTOOPT.cast_unsigned(),
+            0,
+            0,
+        ),
+        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0, 0),
+    ];
+    let program = libc::sock_fprog { len: 6, filter: filter.as_mut_ptr() };
+    // SAFETY: the program and its filter outlive the call, which copies them.
+    let result = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn without_netns_cookie(mut command: Command) -> Command {
+    // SAFETY: between fork and exec the closure makes one system call and allocates nothing.
+    unsafe { command.pre_exec(reject_netns_cookie) };
+    command
+}
+
+/// Before Linux 5.14, programs on cgroups can't identify a network namespace that is not the machine's initial one. The other
+/// hooks are enforced, and each missing one is reported.
+#[test]
+fn missing_netns_cookie_degrades_the_agent() {
+    let env = TestEnv::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let agent = env.agent().hooks(&["from_pod", "socket", "host_network"]);
+    let agent = agent.config("[node]\nallow = ['uid:0']\n").resync(1);
+    let log = fs::File::create(env.scratch_dir().join("log")).unwrap();
+    let mut command = without_netns_cookie(agent.command());
+    let mut child = command.stdin(Stdio::null()).stderr(log).spawn().unwrap();
+    env.wait_enforced(&pod);
+    env.assert_blocked(&pod);
+    let late = env.add_pod(PodLink::Routed);
+    env.wait_enforced(&late);
+    env.assert_blocked(&late);
+    env.status_when("the agent is ready", |status| status.agent.ready);
+    let output = output(without_netns_cookie(env.imds_agent(&["status", "-o", "json"]).command()));
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    let status: Status = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((status.state.as_str(), child.try_wait().unwrap()), ("degraded", None));
+    assert_eq!(status.hooks, ["from_pod", "socket", "host_network", "node_allow"]);
+    let problems: Vec<_> = status.problems.iter().map(|problem| problem.problem.as_str()).collect();
+    let expected = ["socket", "host_network", "node_allow"].map(|hook| {
+        format!("{hook} is not attached: before Linux 5.14 the kernel does not report the cookie of a network namespace")
+    });
+    assert_eq!(problems.len(), expected.len(), "{problems:?}");
+    for (problem, expected) in problems.iter().zip(&expected) {
+        assert!(problem.starts_with(expected), "{problem}");
+    }
+    assert_eq!(ready_metric(&env), "imds_agent_ready 0");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let log = fs::read_to_string(env.scratch_dir().join("log")).unwrap();
+    for line in &expected {
+        assert_eq!(log.matches(line.as_str()).count(), 1, "{log}");
+    }
+    env.unload();
+    env.assert_open(&pod);
 }
 
 /// Numbers of the pinned maps and programs, names of the pinned links, and content of the maps that decide.

@@ -9,6 +9,12 @@ use crate::config::{
     endpoint_set::{Endpoint, EndpointSet},
 };
 
+/// Meaning of an empty `node.allow`.
+const NO_PROCESS: &str =
+    "no process of the node (node.allow is empty; without the key all of them may reach the endpoints)";
+/// Meaning of an empty `metrics.listen`.
+const NO_METRICS: &str = "no address: neither metrics nor health checks (metrics.listen is empty)";
+
 /// Returns the configuration, resolved for this machine, as text that ends with a newline.
 pub(super) fn summary(config: &Config, endpoint_set: &EndpointSet, exempt: &[Exempt]) -> String {
     let mut text = String::new();
@@ -29,12 +35,18 @@ pub(super) fn summary(config: &Config, endpoint_set: &EndpointSet, exempt: &[Exe
     let hooks = Hook::ALL.into_iter().filter(|&hook| config.hooks.has(hook)).map(Hook::name);
     add("hooks", &[hooks.collect::<Vec<_>>().join(" ")]);
     if let Some(processes) = &config.node_allow {
-        add("node allow", &processes.iter().map(ToString::to_string).collect::<Vec<_>>());
+        let processes = processes.iter().map(ToString::to_string).collect::<Vec<_>>();
+        add("node allow", &or_text(processes, NO_PROCESS));
     }
     add("exempt", &exempt.iter().map(|rule| exemption(rule, endpoint_set)).collect::<Vec<_>>());
-    add("metrics", &config.listen.iter().map(ToString::to_string).collect::<Vec<_>>());
+    let listen = config.listen.iter().map(ToString::to_string).collect();
+    add("metrics", &or_text(listen, NO_METRICS));
     add("kubernetes", &[kubernetes(config)]);
     text
+}
+
+fn or_text(values: Vec<String>, if_empty: &str) -> Vec<String> {
+    if values.is_empty() { vec![if_empty.to_owned()] } else { values }
 }
 
 fn provider(endpoint_set: &EndpointSet) -> String {
@@ -86,5 +98,32 @@ fn kubernetes(config: &Config) -> String {
         None => "no".to_owned(),
         Some(Access::InCluster) => format!("service account of the pod, node {node}"),
         Some(Access::Kubeconfig(path)) => format!("kubeconfig {}, node {node}", path.display()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::config::provider::Dmi;
+
+    fn of(text: &str) -> String {
+        let config = Config::parse(text, Path::new("f")).unwrap();
+        let (endpoint_set, exempt) = config.resolve(&Dmi::default()).unwrap();
+        summary(&config, &endpoint_set, &exempt)
+    }
+
+    #[test]
+    fn empty_lists_say_their_meaning() {
+        let text = of("[node]\nallow = []\n[metrics]\nlisten = []");
+        assert!(text.contains("\nnode allow no process of the node (node.allow is empty"), "{text}");
+        assert!(text.contains("\nmetrics    no address: neither metrics nor health checks"), "{text}");
+        let text = of("[node]\nallow = ['uid:0']");
+        assert!(
+            text.contains("\nnode allow uid:0\n") && text.contains("\nmetrics    127.0.0.1:9254\n"),
+            "{text}"
+        );
+        assert!(!of("").contains("node allow"));
     }
 }

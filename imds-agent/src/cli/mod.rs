@@ -14,10 +14,13 @@ mod top;
 mod unload;
 mod verify;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{fs::File, io, path::PathBuf, process::ExitCode};
 
+use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use log::LevelFilter;
+use nix::sys::resource::{Resource, getrlimit};
+use tokio::runtime::{Builder, Runtime};
 
 use crate::{
     config::last_good::LastGoodStore,
@@ -164,9 +167,9 @@ pub fn main(cli: Cli) -> ExitCode {
 }
 
 fn run(command: Command) -> ExitCode {
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    let runtime = match runtime().context("failed to start the runtime") {
         Ok(runtime) => runtime,
-        Err(error) => return report(1, &error.into()),
+        Err(error) => return report(1, &error),
     };
     let outcome = runtime.block_on(async {
         match command {
@@ -190,8 +193,51 @@ fn run(command: Command) -> ExitCode {
     }
 }
 
+/// Builds the runtime of all commands.
+///
+/// tokio panics if it can't open the socket pair for signals (`signal/unix.rs`). Descriptors that are opened and closed first
+/// turn a limit of open files that is too low into an error.
+fn runtime() -> io::Result<Runtime> {
+    // One each for epoll and eventfd, two for the socket pair, and one for its copy in the runtime.
+    const DESCRIPTORS: usize = 5;
+    let spare = (0..DESCRIPTORS).map(|_| File::open("/")).collect::<io::Result<Vec<_>>>()?;
+    drop(spare);
+    Builder::new_current_thread().enable_all().build()
+}
+
+/// Returns the advice for an error that the limit of open files has caused.
+fn advice(error: &str, limit: Option<u64>) -> String {
+    // The texts of EMFILE, in contrast to those of ENFILE, by std and by nix.
+    if !error.contains("Too many open files (os error") && !error.contains("EMFILE: Too many open files") {
+        return String::new();
+    }
+    let limit = limit.map(|limit| format!(", which is {limit},")).unwrap_or_default();
+    format!("; raise the limit of open files{limit} with `ulimit -n`, or LimitNOFILE= in a systemd unit")
+}
+
 /// Writes the error on one line. The log of the BPF verifier, if the error quotes it, follows unchanged.
 fn report(code: u8, error: &anyhow::Error) -> ExitCode {
-    logging::write_last_words(&format!("imds-agent: {error:#}"));
+    let error = format!("{error:#}");
+    let limit = getrlimit(Resource::RLIMIT_NOFILE).ok().map(|(soft, _)| soft);
+    // The advice belongs to the first line, because the log of the verifier has further ones.
+    let (first, rest) =
+        error.split_once('\n').map_or((&*error, String::new()), |(first, rest)| (first, format!("\n{rest}")));
+    logging::write_last_words(&format!("imds-agent: {first}{}{rest}", advice(first, limit)));
     ExitCode::from(code)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn advice_for_the_limit_of_open_files() {
+        let text = |errno| format!("failed to open x: {}", io::Error::from_raw_os_error(errno));
+        let expected = "; raise the limit of open files, which is 7, with `ulimit -n`, or LimitNOFILE= in a systemd unit";
+        assert_eq!(advice(&text(libc::EMFILE), Some(7)), expected);
+        assert_eq!(advice(&nix::Error::EMFILE.to_string(), Some(7)), expected);
+        assert_eq!(advice(&text(libc::ENFILE), Some(7)), "");
+        assert_eq!(advice(&nix::Error::ENFILE.to_string(), Some(7)), "");
+        assert_eq!(advice(&text(libc::ENOENT), Some(7)), "");
+    }
 }

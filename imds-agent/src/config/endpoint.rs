@@ -71,14 +71,8 @@ impl Endpoints {
                 .iter()
                 .filter_map(|name| diagnostics.take(parse_extra(name, source)))
                 .collect(),
-            own: endpoint
-                .iter()
-                .filter_map(|table| diagnostics.take(parse_endpoint(table, source)))
-                .collect(),
-            presets: preset
-                .iter()
-                .filter_map(|change| diagnostics.take(parse_preset(change, source)))
-                .collect(),
+            own: endpoint.iter().filter_map(|table| parse_endpoint(table, source, diagnostics)).collect(),
+            presets: preset.iter().map(|change| parse_preset(change, source, diagnostics)).collect(),
         }
     }
 
@@ -192,17 +186,20 @@ fn parse_extra(
     Ok((extra, source.place(name.span())))
 }
 
+/// Parses an endpoint. Records the errors of all its keys.
 fn parse_endpoint(
     table: &EndpointTable,
     source: SourceFile<'_>,
-) -> Result<(Endpoint, Location), ConfigError> {
-    check_name(&table.name, "endpoint.name", NAME_LEN - 1, source)?;
-    let address = parse_address(table.address.get_ref())
-        .map_err(|message| source.error(table.address.span(), message))?;
-    let allow_ports = parse_allow_ports("endpoint.allow_ports", &table.allow_ports, source)?;
+    diagnostics: &mut Diagnostics,
+) -> Option<(Endpoint, Location)> {
+    let name = diagnostics.take(check_name(&table.name, "endpoint.name", NAME_LEN - 1, source));
+    let address = parse_address(table.address.get_ref());
+    let address = diagnostics.take(address.map_err(|message| source.error(table.address.span(), message)));
+    let allow_ports = parse_allow_ports("endpoint.allow_ports", &table.allow_ports, source, diagnostics);
+    name?;
     // Conflicts with endpoints of the provider are checked later, when the provider is known.
-    Ok((
-        Endpoint { name: table.name.get_ref().clone(), address, allow_ports },
+    Some((
+        Endpoint { name: table.name.get_ref().clone(), address: address?, allow_ports },
         source.place(table.address.span()),
     ))
 }
@@ -210,32 +207,35 @@ fn parse_endpoint(
 fn parse_preset(
     (name, table): (&Spanned<String>, &PresetTable),
     source: SourceFile<'_>,
-) -> Result<PresetChange, ConfigError> {
+    diagnostics: &mut Diagnostics,
+) -> PresetChange {
     let key = format!("preset.{}.allow_ports", name.get_ref());
-    let allow_ports = parse_allow_ports(&key, &table.allow_ports, source)?;
-    Ok(PresetChange { name: name.get_ref().clone(), place: source.place(name.span()), allow_ports })
+    let allow_ports = parse_allow_ports(&key, &table.allow_ports, source, diagnostics);
+    PresetChange { name: name.get_ref().clone(), place: source.place(name.span()), allow_ports }
 }
 
+/// Parses a list of ports. Records an error for each invalid one.
 fn parse_allow_ports(
     key: &str,
     texts: &Spanned<Vec<Spanned<String>>>,
     source: SourceFile<'_>,
-) -> Result<Vec<AllowedPort>, ConfigError> {
+    diagnostics: &mut Diagnostics,
+) -> Vec<AllowedPort> {
     let count = texts.get_ref().len();
     if count > MAX_ALLOWED_PORTS {
         let message = format!("{key}: {count} ports, but at most {MAX_ALLOWED_PORTS} are supported");
-        return Err(source.error(texts.span(), message));
+        diagnostics.note(source.error(texts.span(), message));
     }
     let mut ports: Vec<AllowedPort> = Vec::new();
-    for text in texts.get_ref() {
-        let service =
-            parse_port(key, text.get_ref()).map_err(|message| source.error(text.span(), message))?;
-        if ports.contains(&service) {
-            return Err(source.error(text.span(), format!("{key}: {service} is listed twice")));
-        }
-        ports.push(service);
+    // One error covers all ports beyond the maximum.
+    for text in texts.get_ref().iter().take(MAX_ALLOWED_PORTS) {
+        let port = parse_port(key, text.get_ref()).and_then(|port| {
+            let is_new = !ports.contains(&port);
+            is_new.then_some(port).ok_or_else(|| format!("{key}: {port} is listed twice"))
+        });
+        ports.extend(diagnostics.take(port.map_err(|message| source.error(text.span(), message))));
     }
-    Ok(ports)
+    ports
 }
 
 /// Parses the address of an endpoint. Rejects addresses that no metadata service can have.

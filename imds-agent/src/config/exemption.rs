@@ -144,7 +144,7 @@ impl Exemptions {
     ) -> Self {
         let mut rules: Vec<Written> = Vec::new();
         for table in tables {
-            let Some(rule) = diagnostics.take(parse_rule(table, source)) else { continue };
+            let Some(rule) = parse_rule(table, source, diagnostics) else { continue };
             match check_new(&rule, &rules) {
                 Ok(()) => rules.push(rule),
                 Err(message) => diagnostics.note(source.error(table.name.span(), message)),
@@ -219,29 +219,35 @@ impl Written {
     }
 }
 
-fn parse_rule(table: &ExemptTable, source: SourceFile<'_>) -> Result<Written, ConfigError> {
-    check_name(&table.name, "exempt.name", MAX_NAME, source)?;
-    Ok(Written {
-        name: table.name.get_ref().clone(),
-        sender: parse_sender(table, source)?,
-        is_audited: table.audit,
-        endpoints: table.endpoints.as_ref().map(|names| parse_endpoints(names, source)).transpose()?,
-    })
+/// Parses a rule. Records the errors of all its keys.
+fn parse_rule(table: &ExemptTable, source: SourceFile<'_>, diagnostics: &mut Diagnostics) -> Option<Written> {
+    let name = diagnostics.take(check_name(&table.name, "exempt.name", MAX_NAME, source));
+    let sender = parse_sender(table, source, diagnostics);
+    let endpoints = table.endpoints.as_ref().map(|names| parse_endpoints(names, source, diagnostics));
+    name?;
+    Some(Written { name: table.name.get_ref().clone(), sender: sender?, is_audited: table.audit, endpoints })
 }
 
-fn parse_sender(table: &ExemptTable, source: SourceFile<'_>) -> Result<RuleSubject, ConfigError> {
+fn parse_sender(
+    table: &ExemptTable,
+    source: SourceFile<'_>,
+    diagnostics: &mut Diagnostics,
+) -> Option<RuleSubject> {
     let ExemptTable { name, interface, netns, cgroup, namespace, .. } = table;
     if namespace.is_none()
         && let Some(beside) = beside_namespace(table)
     {
         let message = "exempt: service_account and pod_selector need a namespace";
-        return Err(source.error(beside, message.to_owned()));
+        diagnostics.note(source.error(beside, message.to_owned()));
+        return None;
     }
-    match (interface, netns, cgroup, namespace) {
+    let sender = match (interface, netns, cgroup, namespace) {
         (Some(glob), None, None, None) => parse_interface(glob, source),
         (None, Some(path), None, None) => parse_path(path, "netns", source).map(RuleSubject::Netns),
         (None, None, Some(path), None) => parse_path(path, "cgroup", source).map(RuleSubject::Cgroup),
-        (None, None, None, Some(namespace)) => parse_pods(namespace, table, source).map(RuleSubject::Pods),
+        (None, None, None, Some(namespace)) => {
+            return parse_pods(namespace, table, source, diagnostics).map(RuleSubject::Pods);
+        }
         (None, None, None, None) => {
             let message = "exempt: missing selector: set one of `interface`, `netns`, `cgroup`, `namespace`";
             Err(source.error(name.span(), message.to_owned()))
@@ -250,7 +256,8 @@ fn parse_sender(table: &ExemptTable, source: SourceFile<'_>) -> Result<RuleSubje
             let message = "exempt: set only one of `interface`, `netns`, `cgroup`, `namespace`";
             Err(source.error(name.span(), message.to_owned()))
         }
-    }
+    };
+    diagnostics.take(sender)
 }
 
 /// Returns the location of a key that is only allowed together with `namespace`.
@@ -259,32 +266,37 @@ fn beside_namespace(table: &ExemptTable) -> Option<Range<usize>> {
     service_account.or_else(|| table.pod_selector.as_ref().map(Spanned::span))
 }
 
-/// Parses the selector of Kubernetes pods. The namespace is required, because the author of a pod can choose labels
-/// freely.
+/// Parses the selector of Kubernetes pods, and records the errors of all its keys. The namespace is required, because the
+/// author of a pod can choose labels freely.
 fn parse_pods(
     namespace: &Spanned<String>,
     ExemptTable { service_account, pod_selector, .. }: &ExemptTable,
     source: SourceFile<'_>,
-) -> Result<PodSelector, ConfigError> {
-    let checked = |name: &Spanned<String>, key: &str, is_name: fn(&str) -> bool| {
+    diagnostics: &mut Diagnostics,
+) -> Option<PodSelector> {
+    let mut checked = |name: &Spanned<String>, key: &str, is_name: fn(&str) -> bool| {
         if is_name(name.get_ref()) {
-            return Ok(name.get_ref().clone());
+            return Some(name.get_ref().clone());
         }
         let message = format!("exempt.{key}: {:?} is not a valid name", name.get_ref());
-        Err(source.error(name.span(), message))
+        diagnostics.note(source.error(name.span(), message));
+        None
     };
-    let account = |name| checked(name, "service_account", names::is_dns_subdomain);
-    Ok(PodSelector {
-        namespace: checked(namespace, "namespace", names::is_dns_label)?,
-        service_account: service_account.as_ref().map(account).transpose()?,
-        selector: pod_selector.as_ref().map(|table| Selector::parse(table, source)).transpose()?,
-    })
+    let namespace = checked(namespace, "namespace", names::is_dns_label);
+    let account =
+        service_account.as_ref().map(|name| checked(name, "service_account", names::is_dns_subdomain));
+    let selector = pod_selector.as_ref().map(|table| Selector::parse(table, source, diagnostics));
+    // `None` stands for a key that is not set, `Some(None)` for an invalid one.
+    let service_account = account.map_or(Some(None), |account| account.map(Some));
+    let selector = selector.map_or(Some(None), |selector| selector.map(Some));
+    Some(PodSelector { namespace: namespace?, service_account: service_account?, selector: selector? })
 }
 
 fn parse_interface(glob: &Spanned<String>, source: SourceFile<'_>) -> Result<RuleSubject, ConfigError> {
     let error = |message| source.error(glob.span(), message);
     if glob.get_ref().is_empty() {
-        return Err(error("exempt.interface: must not be empty".to_owned()));
+        let message = "exempt.interface: \"\" matches no interface; \"*\" matches the interface of every pod";
+        return Err(error(message.to_owned()));
     }
     let compiled = Glob::new(glob.get_ref()).map_err(|cause| error(format!("exempt.interface: {cause}")))?;
     Ok(RuleSubject::Interface(NameGlob(compiled.compile_matcher())))
@@ -292,6 +304,9 @@ fn parse_interface(glob: &Spanned<String>, source: SourceFile<'_>) -> Result<Rul
 
 /// Parses a path. Rejects relative components and paths that match everything.
 fn parse_path(path: &Spanned<PathBuf>, key: &str, source: SourceFile<'_>) -> Result<PathBuf, ConfigError> {
+    if let Err(message) = source.check_systemd_escapes(path.span()) {
+        return Err(source.error(path.span(), format!("exempt.{key}: {message}")));
+    }
     let written: &Path = path.get_ref();
     let is_plain = written.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
     let complaint = if key == "netns" && !written.is_absolute() {
@@ -307,18 +322,20 @@ fn parse_path(path: &Spanned<PathBuf>, key: &str, source: SourceFile<'_>) -> Res
     Err(source.error(path.span(), message))
 }
 
+/// Parses the names of endpoints. Records an error for an empty list and for each duplicate.
 fn parse_endpoints(
     names: &Spanned<Vec<Spanned<String>>>,
     source: SourceFile<'_>,
-) -> Result<Vec<(String, Location)>, ConfigError> {
+    diagnostics: &mut Diagnostics,
+) -> Vec<(String, Location)> {
+    if names.get_ref().is_empty() {
+        let message = "exempt.endpoints: an empty list exempts the pods from nothing; remove the key to cover all endpoints";
+        diagnostics.note(source.error(names.span(), message.to_owned()));
+    }
     let mut seen = BTreeSet::new();
-    if let Some(twice) = names.get_ref().iter().find(|name| !seen.insert(name.get_ref())) {
+    for twice in names.get_ref().iter().filter(|name| !seen.insert(name.get_ref())) {
         let message = format!("exempt.endpoints: {:?} is listed twice", twice.get_ref());
-        return Err(source.error(twice.span(), message));
+        diagnostics.note(source.error(twice.span(), message));
     }
-    if seen.is_empty() {
-        let message = "exempt.endpoints: is empty; remove the key to cover all endpoints";
-        return Err(source.error(names.span(), message.to_owned()));
-    }
-    Ok(names.get_ref().iter().map(|name| (name.get_ref().clone(), source.place(name.span()))).collect())
+    names.get_ref().iter().map(|name| (name.get_ref().clone(), source.place(name.span()))).collect()
 }

@@ -161,6 +161,8 @@ fn message(error: &Error, source: SourceFile<'_>) -> String {
     let span = error.span().unwrap_or_default();
     let there = source.text.get(span).unwrap_or_default();
     let message = error.message().lines().collect::<Vec<_>>().join("; ");
+    // serde's word for a list.
+    let message = message.replace("expected a sequence", "expected a list");
     let suggestion = did_you_mean_of(&message);
     if there.is_empty() || there.contains('\n') || message.contains(there) {
         message + &suggestion

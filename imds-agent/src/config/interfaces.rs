@@ -60,8 +60,11 @@ fn compile(
 ) -> GlobSet {
     let mut set = GlobSetBuilder::new();
     for glob in globs {
-        let compiled =
-            Glob::new(glob.as_ref()).map_err(|error| source.error(glob.span(), format!("{key}: {error}")));
+        let compiled = match glob.as_ref().as_str() {
+            "" => Err("\"\" matches no interface; remove it".to_owned()),
+            text => Glob::new(text).map_err(|error| error.to_string()),
+        };
+        let compiled = compiled.map_err(|message| source.error(glob.span(), format!("{key}: {message}")));
         if let Some(glob) = diagnostics.take(compiled) {
             set.add(glob);
         }

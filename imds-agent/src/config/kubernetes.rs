@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize, de};
 use toml::Spanned;
 
 use super::{
-    ConfigError, names,
+    names,
     source::{Diagnostics, SourceFile},
 };
 
@@ -128,29 +128,25 @@ impl Kubernetes {
         source: SourceFile<'_>,
         diagnostics: &mut Diagnostics,
     ) -> Self {
-        diagnostics.take(Self::try_parse(table, source)).unwrap_or_default()
-    }
-
-    fn try_parse(table: &KubernetesTable, source: SourceFile<'_>) -> Result<Self, ConfigError> {
         let unless_empty = |text: &'_ Spanned<String>| (!text.get_ref().is_empty()).then(|| text.clone());
         let (kubeconfig, node_name) = (unless_empty(&table.kubeconfig), unless_empty(&table.node_name));
         if let Some(path) = &kubeconfig
             && !Path::new(path.get_ref()).is_absolute()
         {
             let message = format!("kubernetes.kubeconfig: {:?} is not an absolute path", path.get_ref());
-            return Err(source.error(path.span(), message));
+            diagnostics.note(source.error(path.span(), message));
         }
         if let Some(name) = &node_name
             && !names::is_dns_subdomain(name.get_ref())
         {
             let message = format!("kubernetes.node_name: {:?} is not a valid node name", name.get_ref());
-            return Err(source.error(name.span(), message));
+            diagnostics.note(source.error(name.span(), message));
         }
-        Ok(Self {
+        Self {
             enabled: table.enabled,
             kubeconfig: kubeconfig.map(|path| path.into_inner().into()),
             node_name: node_name.map(Spanned::into_inner),
-        })
+        }
     }
 }
 

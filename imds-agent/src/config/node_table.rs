@@ -1,6 +1,6 @@
 //! The `[node]` table: processes of the node that may reach protected endpoints.
 
-use std::fmt;
+use std::{fmt, str::FromStr};
 
 use imds_ebpf_common::allow_list::MAX_ALLOWED;
 use serde::{Deserialize, Serialize};
@@ -28,6 +28,22 @@ pub enum NodeProcess {
     Uid(u32),
     /// Processes in the cgroup v2 with this path and below, as `/proc/PID/cgroup` shows it.
     Cgroup(String),
+}
+
+impl NodeProcess {
+    /// Returns the entry for the cgroup at this path, or the reason why the path can't be in the list.
+    pub fn from_cgroup(path: String) -> Result<Self, String> {
+        check_path(&path)?;
+        Ok(Self::Cgroup(path))
+    }
+}
+
+impl FromStr for NodeProcess {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        parse(text)
+    }
 }
 
 impl fmt::Display for NodeProcess {
@@ -77,7 +93,8 @@ fn parse_new(
     others: &[NodeProcess],
     source: SourceFile<'_>,
 ) -> Result<NodeProcess, ConfigError> {
-    let process = parse(text.get_ref()).and_then(|process| {
+    let process = source.check_systemd_escapes(text.span()).and_then(|()| parse(text.get_ref()));
+    let process = process.and_then(|process| {
         let is_new = !others.contains(&process);
         is_new.then_some(process).ok_or_else(|| format!("{:?} is listed twice", text.get_ref()))
     });
@@ -90,8 +107,7 @@ fn parse(text: &str) -> Result<NodeProcess, String> {
             format!("{text:?}: a user is a number from 0 to {}, as `id -u NAME` prints it", u32::MAX - 1)
         }),
         Some(("cgroup", path)) => {
-            check_path(path).map_err(|message| format!("{text:?}: {message}"))?;
-            Ok(NodeProcess::Cgroup(path.to_owned()))
+            NodeProcess::from_cgroup(path.to_owned()).map_err(|message| format!("{text:?}: {message}"))
         }
         Some((kind, _)) => {
             let suggestion = did_you_mean(kind, ["uid", "cgroup"]);
@@ -158,6 +174,11 @@ mod tests {
             ("cgroup:/system.slice", cgroup("/system.slice")),
             ("cgroup:/system.slice/kubelet.service", cgroup("/system.slice/kubelet.service")),
             ("cgroup:/a:b", cgroup("/a:b")),
+            (r"cgroup:/system.slice/foo\x2dbar.service", cgroup(r"/system.slice/foo\x2dbar.service")),
+            (
+                r"cgroup:/system.slice/system-getty\x2da@b.slice",
+                cgroup(r"/system.slice/system-getty\x2da@b.slice"),
+            ),
             (&format!("cgroup:{deep}"), cgroup(&deep)),
         ] {
             assert_eq!(parse(text), expected);

@@ -5,7 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
-use super::{ConfigError, names, source::SourceFile};
+use super::{
+    ConfigError, names,
+    source::{Diagnostics, SourceFile},
+};
 
 /// Label selector of pods. All requirements must hold.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -43,24 +46,31 @@ impl Selector {
         })
     }
 
-    pub(super) fn parse(table: &Spanned<SelectorTable>, source: SourceFile<'_>) -> Result<Self, ConfigError> {
+    /// Parses a selector. Records the error of each requirement.
+    pub(super) fn parse(
+        table: &Spanned<SelectorTable>,
+        source: SourceFile<'_>,
+        diagnostics: &mut Diagnostics,
+    ) -> Option<Self> {
         let SelectorTable { match_labels, match_expressions } = table.get_ref();
+        let before = diagnostics.count();
+        if match_labels.is_empty() && match_expressions.is_empty() {
+            let message = "exempt.pod_selector: is empty; remove the key to match every pod";
+            diagnostics.note(source.error(table.span(), message.to_owned()));
+        }
         let mut requirements = BTreeSet::new();
         for (key, value) in match_labels {
-            check_key(key, source)?;
-            check_value(value, source)?;
+            for checked in [check_key(key, source), check_value(value, source)] {
+                diagnostics.take(checked);
+            }
             // Kubernetes treats `match_labels` as `In`, too. Equal selectors then compare as equal.
             let condition = Condition::In([value.get_ref().clone()].into());
             requirements.insert(Requirement { key: key.get_ref().clone(), condition });
         }
         for expression in match_expressions {
-            requirements.insert(parse_expression(expression, source)?);
+            requirements.extend(parse_expression(expression, source, diagnostics));
         }
-        if requirements.is_empty() {
-            let message = "exempt.pod_selector: is empty; remove the key to match every pod";
-            return Err(source.error(table.span(), message.to_owned()));
-        }
-        Ok(Self { requirements })
+        (diagnostics.count() == before).then_some(Self { requirements })
     }
 }
 
@@ -89,25 +99,31 @@ enum Operator {
     DoesNotExist,
 }
 
-fn parse_expression(table: &ExpressionTable, source: SourceFile<'_>) -> Result<Requirement, ConfigError> {
+fn parse_expression(
+    table: &ExpressionTable,
+    source: SourceFile<'_>,
+    diagnostics: &mut Diagnostics,
+) -> Option<Requirement> {
     let ExpressionTable { key, operator, values } = table;
-    check_key(key, source)?;
-    let condition = match (parse_operator(operator, source)?, values) {
-        (Operator::In, Some(values)) => Condition::In(parse_values(values, source)?),
-        (Operator::NotIn, Some(values)) => Condition::NotIn(parse_values(values, source)?),
+    diagnostics.take(check_key(key, source));
+    let condition = match (diagnostics.take(parse_operator(operator, source))?, values) {
+        (Operator::In, Some(values)) => Condition::In(parse_values(values, source, diagnostics)),
+        (Operator::NotIn, Some(values)) => Condition::NotIn(parse_values(values, source, diagnostics)),
         (Operator::Exists, None) => Condition::Exists,
         (Operator::DoesNotExist, None) => Condition::DoesNotExist,
         (Operator::In | Operator::NotIn, None) => {
             let message = "exempt.pod_selector.match_expressions.values: In and NotIn require values";
-            return Err(source.error(operator.span(), message.to_owned()));
+            diagnostics.note(source.error(operator.span(), message.to_owned()));
+            return None;
         }
         (Operator::Exists | Operator::DoesNotExist, Some(values)) => {
             let message =
                 "exempt.pod_selector.match_expressions.values: Exists and DoesNotExist take no values";
-            return Err(source.error(values.span(), message.to_owned()));
+            diagnostics.note(source.error(values.span(), message.to_owned()));
+            return None;
         }
     };
-    Ok(Requirement { key: key.get_ref().clone(), condition })
+    Some(Requirement { key: key.get_ref().clone(), condition })
 }
 
 fn parse_operator(operator: &Spanned<String>, source: SourceFile<'_>) -> Result<Operator, ConfigError> {
@@ -125,18 +141,21 @@ fn parse_operator(operator: &Spanned<String>, source: SourceFile<'_>) -> Result<
     })
 }
 
+/// Parses the values of an expression. Records an error for an empty list and for each invalid value.
 fn parse_values(
     values: &Spanned<Vec<Spanned<String>>>,
     source: SourceFile<'_>,
-) -> Result<BTreeSet<String>, ConfigError> {
+    diagnostics: &mut Diagnostics,
+) -> BTreeSet<String> {
     if values.get_ref().is_empty() {
-        let message = "exempt.pod_selector.match_expressions.values: must not be empty";
-        return Err(source.error(values.span(), message.to_owned()));
+        let message = "exempt.pod_selector.match_expressions.values: an empty list has no value to compare with; list at least \
+                       one value, or use the operator Exists or DoesNotExist without values";
+        diagnostics.note(source.error(values.span(), message.to_owned()));
     }
     for value in values.get_ref() {
-        check_value(value, source)?;
+        diagnostics.take(check_value(value, source));
     }
-    Ok(values.get_ref().iter().map(|value| value.get_ref().clone()).collect())
+    values.get_ref().iter().map(|value| value.get_ref().clone()).collect()
 }
 
 fn check_key(key: &Spanned<String>, source: SourceFile<'_>) -> Result<(), ConfigError> {

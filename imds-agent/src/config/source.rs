@@ -30,6 +30,22 @@ impl SourceFile<'_> {
     pub(super) fn error(self, span: Range<usize>, message: String) -> ConfigError {
         self.place(span).error(message)
     }
+
+    /// Returns an error message if the string at `span` is in double quotes and has an escape such as `\x2d`, which TOML
+    /// decodes. The names of systemd's cgroups contain such escapes literally.
+    pub(super) fn check_systemd_escapes(self, span: Range<usize>) -> Result<(), String> {
+        let Some(inner) = self.text.get(span).and_then(|text| text.strip_prefix('"')?.strip_suffix('"'))
+        else {
+            return Ok(());
+        };
+        // An escaped backslash is one character of the name.
+        let mut escapes = inner.split(r"\\").filter_map(|part| part.split_once(r"\x"));
+        let Some((_, after)) = escapes.next() else { return Ok(()) };
+        let escape: String = after.chars().take(2).collect();
+        Err(format!(
+            r"TOML reads \x{escape} in double quotes as another character; in single quotes it is part of the name: '{inner}'"
+        ))
+    }
 }
 
 /// Checks that a name under `key` has only letters, digits, `-`, `_` and `.`, and at most `most` of them.

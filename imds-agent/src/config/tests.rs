@@ -78,6 +78,27 @@ fn an_allow_list_of_the_node_switches_its_hook_on() {
 }
 
 #[test]
+fn systemd_escapes_are_literal_names() {
+    const PATH: &str = r"/system.slice/foo\x2dbar.service";
+    let list = vec![NodeProcess::Cgroup(PATH.to_owned())];
+    for text in [format!("'cgroup:{PATH}'"), format!("\"cgroup:{}\"", PATH.replace('\\', r"\\"))] {
+        let config = parse(&format!("[node]\nallow = [{text}]")).unwrap();
+        assert_eq!(config.node_allow, Some(list.clone()), "{text}");
+        assert_eq!(parse(config.to_toml()).unwrap().node_allow, config.node_allow, "{text}");
+    }
+    // TOML 1.1 decodes the escape in double quotes, so that the entry would name another cgroup.
+    for (text, place) in [
+        (format!("[node]\nallow = [\"cgroup:{PATH}\"]"), "2:10: node.allow"),
+        (format!("[[exempt]]\nname = 'a'\ncgroup = \"{PATH}\""), "3:10: exempt.cgroup"),
+    ] {
+        let error = parse(&text).unwrap_err();
+        let expected = format!(r"imds.toml:{place}: TOML reads \x2d in double quotes as another character");
+        assert!(error.starts_with(&expected) && error.contains(&format!("{PATH}'")), "{error}");
+    }
+    assert!(parse(&format!("[[exempt]]\nname = 'a'\ncgroup = '{PATH}'")).is_ok());
+}
+
+#[test]
 fn an_allow_list_of_the_node_survives_errors_elsewhere() {
     let fallback = |text: &str| Config::fallback(text, Path::new("imds.toml"));
     let broken = "mode = 'of'\n[hooks]\nsocket = 0\n";
@@ -208,9 +229,9 @@ fn all_errors_are_reported_together() {
                 [[endpoint]]\nname = 'b b'\naddress = '10.0.0.1'\n[[endpoint]]\nname = 'c'";
     let errors = all_errors(text);
     let lines: Vec<_> = errors.iter().map(|error| error.split(':').nth(1).unwrap()).collect();
-    assert_eq!(lines, ["1", "2", "3", "4", "6", "8", "8", "9", "12", "15", "17"], "{errors:#?}");
+    assert_eq!(lines, ["1", "2", "3", "4", "6", "8", "8", "9", "12", "13", "15", "17"], "{errors:#?}");
     let shown = Config::parse(text, Path::new("f")).unwrap_err().to_string();
-    assert!(shown.starts_with("f:1:") && shown.contains("10 more"), "{shown}");
+    assert!(shown.starts_with("f:1:") && shown.contains("11 more"), "{shown}");
 
     let errors = all_errors("mode = \non_deny = ]\n[hooks");
     assert!(errors.len() >= 3, "{errors:#?}");
@@ -219,6 +240,89 @@ fn all_errors_are_reported_together() {
     assert!(all_errors(&"x = [".repeat(1000)).len() <= 50);
     let many = (0..1000).map(|n| format!("key{n} = {n}\n")).collect::<Vec<_>>().concat();
     assert_eq!(all_errors(&many).len(), 50);
+}
+
+#[test]
+fn every_bad_item_of_a_list_is_reported() {
+    let places = |text: &str| {
+        let errors = all_errors(text);
+        let place = |error: &String| error.splitn(4, ':').skip(1).take(2).collect::<Vec<_>>().join(":");
+        (errors.iter().map(place).collect::<Vec<_>>().join(" "), errors.join("\n"))
+    };
+    let rule = |lines: &str| format!("[[exempt]]\nname = 'a'\n{lines}");
+    for (text, expected, parts) in [
+        (
+            "[[endpoint]]\nname = 'a b'\naddress = '10.0.0'\nallow_ports = ['53', 'udp/53', 'tcp/0', 'udp/53']".to_owned(),
+            "2:8 3:11 4:16 4:32 4:41",
+            &["endpoint.allow_ports: \"53\"", "\"tcp/0\"", "udp/53 is listed twice"][..],
+        ),
+        (
+            "[preset.imds]\nallow_ports = ['x', 'y']".to_owned(),
+            "2:16 2:21",
+            &["preset.imds.allow_ports: \"x\"", "preset.imds.allow_ports: \"y\""],
+        ),
+        ("[node]\nallow = ['x', 'uid:0', 'y']".to_owned(), "2:10 2:24", &["node.allow: \"x\""]),
+        ("extra_endpoints = ['x', 'y']".to_owned(), "1:20 1:25", &["extra_endpoints: \"y\""]),
+        ("[metrics]\nlisten = ['x', 'y']".to_owned(), "2:11 2:16", &["metrics.listen: \"y\""]),
+        ("[interfaces]\nexclude = ['[', '{']".to_owned(), "2:12 2:17", &["interfaces.exclude: "]),
+        (
+            "[kubernetes]\nkubeconfig = 'k'\nnode_name = 'A b'".to_owned(),
+            "2:14 3:13",
+            &["kubernetes.kubeconfig", "kubernetes.node_name"],
+        ),
+        (
+            rule("netns = 'n'\nendpoints = ['a', 'a', 'b', 'b']"),
+            "3:9 4:19 4:29",
+            &["exempt.netns", "exempt.endpoints: \"b\" is listed twice"],
+        ),
+        (
+            rule("namespace = 'A'\nservice_account = 'B'\npod_selector.match_labels = { 'a b' = 'c d' }"),
+            "3:13 4:19 5:31 5:39",
+            &["exempt.namespace: \"A\"", "exempt.service_account: \"B\"", "label value"],
+        ),
+        (
+            rule(
+                "namespace = 'a'\npod_selector.match_expressions = [\n{ key = 'a b', operator = 'In', values = ['c d', '/'] },\n\
+                 { key = 'k', operator = 'in' }]",
+            ),
+            "5:9 5:43 5:50 6:25",
+            &["label key", "\"/\" is not a valid label value", "\"in\" is not one of In"],
+        ),
+    ] {
+        let (found, errors) = places(&text);
+        assert_eq!(found, expected, "{text}: {errors}");
+        for part in parts {
+            assert!(errors.contains(part), "{part:?} is not in: {errors}");
+        }
+    }
+    // One error covers the ports beyond the maximum.
+    let ports = (0..1000).map(|_| "'x', ").collect::<String>();
+    assert_eq!(all_errors(&format!("[preset.imds]\nallow_ports = [{ports}]")).len(), 9);
+}
+
+#[test]
+fn empty_lists_that_match_nothing_are_errors() {
+    let rule = |lines: &str| format!("[[exempt]]\nname = 'a'\nnamespace = 'a'\n{lines}");
+    for (text, expected) in [
+        (rule("endpoints = []"), "exempts the pods from nothing; remove the key to cover all endpoints"),
+        (rule("pod_selector = { match_labels = {} }"), "remove the key to match every pod"),
+        (
+            rule("pod_selector.match_expressions = [{ key = 'k', operator = 'NotIn', values = [] }]"),
+            "or use the operator Exists or DoesNotExist without values",
+        ),
+        ("[interfaces]\ninclude = ['']".to_owned(), "interfaces.include: \"\" matches no interface"),
+        ("[node]\nallow = 'uid:0'".to_owned(), "expected a list"),
+    ] {
+        let errors = all_errors(&text);
+        assert!(errors.len() == 1 && errors[0].contains(expected), "{text}: {errors:?}");
+    }
+    for allowed in [
+        "extra_endpoints = []",
+        "[interfaces]\ninclude = []\nexclude = []",
+        "[preset.imds]\nallow_ports = []",
+    ] {
+        assert!(parse(allowed).is_ok(), "{allowed}");
+    }
 }
 
 #[test]

@@ -39,6 +39,8 @@ impl Reconciler {
         let changes = self.datapath.restore_hosts(cgroups, all)?;
         self.report_cgroups(changes);
         let error = match &self.kubepods {
+            // The datapath reports the cause.
+            _ if self.datapath.lacks_identity(Hook::HostNetwork) => None,
             Some(kubepods) if kubepods.found().is_empty() => {
                 let root = kubepods.root().display();
                 Some(format!("no cgroup of Kubernetes pods (kubepods) below {root}"))

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context as _, anyhow};
+use anyhow::Context as _;
 use imds_ebpf_common::{AttachMode, DenyErrno, Hook};
 
 use crate::{
@@ -12,10 +12,7 @@ use crate::{
     },
     datapath::{DatapathConfig, object::can_choose_errno},
     kube::cluster::ApiConfig,
-    node::{
-        cgroup,
-        netns::{self, OwnNetns},
-    },
+    node::{cgroup, netns},
 };
 
 /// Command line options that concern the node. A reload of the configuration does not change them.
@@ -68,6 +65,7 @@ impl RunOptions {
                 config.on_deny_errno.name()
             );
         }
+        let identity = netns::identity().context("failed to get the cookie of this network namespace")?;
         let datapath_config = DatapathConfig {
             mode: config.mode,
             on_deny: config.on_deny,
@@ -76,9 +74,9 @@ impl RunOptions {
             local_service: cgroup.clone().filter(|_| config.hooks.has(Hook::LocalService)),
             sendmsg: config.sendmsg,
             backend: self.backend,
-            cgroup: cgroup.clone().filter(|_| config.hooks.has(Hook::Socket)),
+            cgroup: cgroup.clone().filter(|_| config.hooks.has(Hook::Socket) && identity.is_some()),
             node_allow: cgroup.clone().filter(|_| config.hooks.has(Hook::NodeAllow)),
-            identity: identity(config.hooks)?,
+            identity,
             mark: config.mark,
         };
         let kubepods = cgroup.filter(|_| config.hooks.has(Hook::HostNetwork));
@@ -109,30 +107,6 @@ impl RunOptions {
     }
 }
 
-/// Returns how the programs recognize the node's sockets, which the cgroup hooks must do.
-fn identity(hooks: Hooks) -> anyhow::Result<OwnNetns> {
-    match netns::identity().context("failed to get the cookie of this network namespace")? {
-        Some(identity) => Ok(identity),
-        None if !judges_by_cgroup(hooks) => Ok(OwnNetns::Initial),
-        None => Err(anyhow!(
-            "this kernel (before Linux 5.14) has no cookie for a network namespace that is not the initial one: set {}",
-            switch_off(hooks)
-        )),
-    }
-}
-
 fn judges_by_cgroup(hooks: Hooks) -> bool {
     hooks.has(Hook::Socket) || hooks.has(Hook::HostNetwork) || hooks.has(Hook::NodeAllow)
-}
-
-/// Returns the configuration keys that turn off the cgroup hooks.
-fn switch_off(hooks: Hooks) -> String {
-    let on = [Hook::Socket, Hook::HostNetwork].into_iter().filter(|&hook| hooks.has(hook));
-    let switches = on.map(|hook| format!("hooks.{} = false", hook.name()));
-    let switches = switches.collect::<Vec<_>>().join(" and ");
-    match (switches.is_empty(), hooks.has(Hook::NodeAllow)) {
-        (_, false) => switches,
-        (true, true) => "no node.allow".to_owned(),
-        (false, true) => switches + " and no node.allow",
-    }
 }

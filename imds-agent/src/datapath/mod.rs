@@ -86,8 +86,9 @@ pub struct DatapathConfig {
     pub cgroup: Option<PathBuf>,
     /// Cgroup of the `node_allow` hook, if that hook is on.
     pub node_allow: Option<PathBuf>,
-    /// Network namespace of the node, as the programs identify it.
-    pub identity: OwnNetns,
+    /// Network namespace of the node, as the programs identify it. `None` if they can't: the hooks that compare it are then
+    /// not attached.
+    pub identity: Option<OwnNetns>,
     /// Bit of the packet mark by which `from_pod` passes exemptions of pods behind a bridge to `node_egress`.
     pub mark: u32,
 }

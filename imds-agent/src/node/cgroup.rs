@@ -43,6 +43,12 @@ fn own(cgroups: &str) -> Option<&str> {
     cgroups.lines().find_map(|line| line.strip_prefix("0::/"))
 }
 
+/// Returns the path of the cgroup v2 of this thread as `/proc/PID/cgroup` shows it; `None` without cgroup v2.
+pub fn path_of_this_process() -> io::Result<Option<String>> {
+    let cgroups = fs::read_to_string("/proc/thread-self/cgroup")?;
+    Ok(own(&cgroups).map(|path| format!("/{path}")))
+}
+
 /// Returns the IDs of the cgroup v2 of this process and of its ancestors, as far as they are visible.
 pub fn ids_of_this_process() -> io::Result<Vec<u64>> {
     let Some(root) = root()? else { return Ok(Vec::new()) };

@@ -48,13 +48,23 @@ impl OwnNetns {
 /// Returns the identity of the calling thread's network namespace. Returns `None` if the kernel is too old to report
 /// the cookie, and the namespace is not recognizable as the initial one.
 pub fn identity() -> io::Result<Option<OwnNetns>> {
-    match cookie() {
+    // Process 1 of the machine is in the initial namespace. In a container, process 1 is the container's, whose
+    // namespace must not be mistaken for the initial one.
+    let is_initial = || {
+        // Without CAP_SYS_PTRACE, the namespace of process 1 is unknown.
+        let is_first =
+            inode("/proc/1/ns/net").is_ok_and(|first| inode("/proc/thread-self/ns/net").ok() == Some(first));
+        is_first && is_node_pid_namespace()
+    };
+    identify(cookie(), is_initial)
+}
+
+/// Returns the identity of a network namespace with this cookie.
+fn identify(cookie: io::Result<u64>, is_initial: impl FnOnce() -> bool) -> io::Result<Option<OwnNetns>> {
+    match cookie {
         Ok(cookie) => Ok(Some(OwnNetns::Cookie(cookie))),
         Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => {
-            // Process 1 of the machine is in the initial namespace. In a container, process 1 is the container's, whose
-            // namespace must not be mistaken for the initial one.
-            let is_first = inode("/proc/1/ns/net")? == inode("/proc/thread-self/ns/net")?;
-            Ok((is_first && is_node_pid_namespace()).then_some(OwnNetns::Initial))
+            Ok(is_initial().then_some(OwnNetns::Initial))
         }
         Err(error) => Err(error),
     }
@@ -169,4 +179,23 @@ fn on_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result
         let thread = thread::Builder::new().name(THREAD.to_owned()).spawn_scoped(scope, work)?;
         thread.join().unwrap_or_else(|panic| resume_unwind(panic))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_without_cookie_identify_only_the_initial_namespace() {
+        let of = |errno: Option<i32>, is_initial| {
+            let cookie = errno.map_or(Ok(7), |errno| Err(io::Error::from_raw_os_error(errno)));
+            identify(cookie, || is_initial)
+        };
+        for is_initial in [true, false] {
+            assert_eq!(of(None, is_initial).unwrap(), Some(OwnNetns::Cookie(7)));
+            let initial = is_initial.then_some(OwnNetns::Initial);
+            assert_eq!(of(Some(libc::ENOPROTOOPT), is_initial).unwrap(), initial);
+            assert!(of(Some(libc::EMFILE), is_initial).is_err());
+        }
+    }
 }

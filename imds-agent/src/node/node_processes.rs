@@ -85,6 +85,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn systemd_escapes_are_part_of_the_name() {
+        let root = tempfile::tempdir().unwrap();
+        let path = r"/system.slice/foo\x2dbar.service";
+        let escaped = root.path().join(&path[1..]);
+        fs::create_dir_all(&escaped).unwrap();
+        fs::create_dir_all(root.path().join("system.slice/foo-bar.service")).unwrap();
+        assert_eq!(cgroup_id(root.path(), path), Some(fs::metadata(&escaped).unwrap().ino()));
+    }
+
+    #[test]
     fn cgroups_that_come_and_go() {
         let root = tempfile::tempdir().unwrap();
         let entries = ["/a/b", "/file"].map(|path| NodeProcess::Cgroup(path.to_owned()));

@@ -151,3 +151,22 @@ fn programs_and_entries_are_restored() {
     agent.wait_for_log("updated the allow list of the node", LONG);
     env.status_when("all is well", |status| status.is_ready() && status.state == "enforcing");
 }
+
+#[test]
+fn status_names_missing_programs() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let env = TestEnv::new();
+    let row = || {
+        let status = String::from_utf8(env.imds_agent(&["status"]).output().stdout).unwrap();
+        let row = status.lines().find(|line| line.starts_with("(node)")).expect("a row of the hook");
+        row.split("  ").map(str::trim).filter(|cell| !cell.is_empty()).nth(1).unwrap().to_owned()
+    };
+    env.agent().hooks(&["from_pod"]).config(&allow(&["uid:0"])).spawn_ready().kill9();
+    assert_eq!(row(), "cgroup");
+    foreign_bpf::detach_link(&env.pin_dir().join("links/node_connect4"));
+    assert_eq!(row(), "cgroup, without imds_node_conn4");
+    assert!(!node_allow(&env).attached);
+    env.unload();
+}

@@ -125,6 +125,26 @@ fn listed_cgroup_covers_descendants() {
     assert_reaches(&env, &beside, USER);
 }
 
+/// systemd escapes characters of unit names, and the names of cgroups contain the escapes.
+#[test]
+fn unit_names_contain_escapes() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let env = TestEnv::new();
+    let listed = env.add_cgroup(r"foo\x2dbar.service");
+    let other = env.add_cgroup("foo-bar.service");
+    let list = allow(&[&entry(listed.path())]);
+    // In double quotes, TOML would decode the escape.
+    let agent = env.agent().hooks(&["from_pod"]).config(&list.replace('"', "'")).spawn_ready();
+    assert!(reaches(&env, &listed, USER) && !reaches(&env, &other, USER));
+    assert_eq!(node_allow(&env).allow, [NodeAllowEntry { process: entry(listed.path()), active: true }]);
+    let status = String::from_utf8(env.imds_agent(&["status"]).output().stdout).unwrap();
+    assert!(status.contains(&format!("node allow {}\n", entry(listed.path()))), "{status}");
+    drop(agent);
+    env.unload();
+}
+
 #[test]
 fn empty_list_denies_every_process() {
     if skip_without_netns_cookie() {

@@ -8,7 +8,7 @@ use imds_tests::{
 };
 use serde_json::Value;
 
-use crate::{HOOK, USER, allow, uid};
+use crate::{HOOK, USER, allow, entry, uid};
 
 #[test]
 fn verify_checks_an_unlisted_process() {
@@ -37,10 +37,19 @@ fn verify_checks_an_unlisted_process() {
     drop(agent);
 
     let _agent = env.agent().hooks(&["from_pod"]).config(&allow(&[&uid(USER)])).spawn_ready();
-    let (_, _, of) = verify();
+    let (code, _, of) = verify();
+    assert_eq!(code, Some(0));
     assert_eq!(of(HOOK, "unlisted process").expect("a check of the hook").0, "passed");
     let (result, observed) = of("path", "node").expect("a check of the node");
-    assert!(result == "skipped" && observed.contains("node.allow"), "{result} {observed}");
+    assert!(
+        result == "skipped"
+            && observed.contains("node.allow does not contain the process of this command; add")
+            && observed.contains("uid:0")
+            && observed.contains(&entry(env.cgroup())),
+        "{result} {observed}"
+    );
+    let (result, observed) = of("path", "exempt pod").expect("a check of exempt pods");
+    assert!(result == "skipped" && observed.contains("see the sender node"), "{result} {observed}");
 }
 
 /// Runs pasta as a user that may open /dev/net/tun, as on machines with udev. Arguments: the user, and a shell command

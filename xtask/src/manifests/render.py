@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import tomllib
 
 import helm_python
 import kubernetes_validate
@@ -49,6 +50,17 @@ def check_config(what, text):
         checked = subprocess.run([AGENT, "config", "check", file.name], capture_output=True, text=True)
     if checked.returncode != 0:
         failures.append(f"{what}: {checked.stderr.strip()}")
+
+
+def check_values(what, values, documents):
+    """Checks that values of the chart reach the configuration."""
+    config = tomllib.loads(one(documents, "ConfigMap")["data"]["imds.toml"])
+    measures = values.get("metrics", {}).get("programRunTime", False)
+    if config["metrics"]["program_run_time"] != measures:
+        failures.append(f"{what}: metrics.program_run_time is not {measures}")
+    allow = values.get("config", {}).get("nodeAllow")
+    if config.get("node", {}).get("allow") != allow:
+        failures.append(f"{what}: node.allow is not {allow}")
 
 
 def kustomize(path):
@@ -176,10 +188,16 @@ with helm_python.Chart.load(str(CHART)) as chart:
         manifests = [text for name, text in sorted(rendered.items()) if name.endswith(".yaml")]
         documents = check(f"chart with {path.name if path else 'its defaults'}", "\n---\n".join(manifests), CHART_KINDS)
         default = default or documents
+        check_values(f"chart with {path.name if path else 'its defaults'}", values, documents)
         if any(document["kind"] == "ValidatingAdmissionPolicy" for document in documents):
             check_policy(f"chart with {path.name}", one(documents, "ValidatingAdmissionPolicy"))
     # The schema of the values must reject each of these.
-    for wrong in [{"config": {"mode": "audti"}}, {"confg": {}}, {"podMonitor": {"enabled": True}}]:
+    for wrong in [
+        {"config": {"mode": "audti"}},
+        {"confg": {}},
+        {"podMonitor": {"enabled": True}},
+        {"metrics": {"programRunTime": "yes"}},
+    ]:
         try:
             chart.render(wrong, name="imds-agent", namespace="imds-agent")
             failures.append(f"chart: {wrong} is not rejected")

@@ -17,7 +17,7 @@ use crate::{
         object::{self, Maps},
         pin::dir::PinDir,
     },
-    node::cgroup,
+    node::{cgroup, netns::OwnNetns},
 };
 
 /// Failure of the `socket` hook on a node without cgroup v2.
@@ -26,6 +26,36 @@ pub const NO_CGROUP: &str = "socket is not attached: no cgroup v2 hierarchy is m
 pub const NO_CGROUP_FOR_NODE: &str = "node_allow is not attached: no cgroup v2 hierarchy is mounted";
 /// Remedy for [`NO_CGROUP`] and [`NO_CGROUP_FOR_NODE`], shown after them.
 pub const NO_CGROUP_REMEDY: &str = "mount cgroup2 (`mount -t cgroup2 cgroup2 /sys/fs/cgroup`), set `run --cgroup`, or set hooks.socket = false";
+
+/// Returns those of these hooks that can't be attached with this identity of the node's network namespace. Their programs have
+/// to tell the node's sockets from those of pods. The other hooks work without.
+#[must_use]
+pub fn hooks_without_identity(hooks: Hooks, identity: Option<OwnNetns>) -> Vec<Hook> {
+    let compare = [Hook::Socket, Hook::HostNetwork, Hook::NodeAllow];
+    compare.into_iter().filter(|&hook| identity.is_none() && hooks.has(hook)).collect()
+}
+
+/// Describes a hook of [`hooks_without_identity`].
+#[must_use]
+pub fn no_cookie(hook: Hook) -> String {
+    format!(
+        "{} is not attached: before Linux 5.14 the kernel does not report the cookie of a network namespace that is not the \
+         machine's initial one",
+        hook.name()
+    )
+}
+
+/// Returns the remedy for [`no_cookie`].
+#[must_use]
+pub fn no_cookie_remedy(hook: Hook) -> String {
+    let switch = match hook {
+        Hook::NodeAllow => "remove node.allow".to_owned(),
+        other => format!("set hooks.{} = false", other.name()),
+    };
+    format!(
+        "run the agent in the machine's initial network namespace and pid namespace with CAP_SYS_PTRACE, use Linux 5.14 or newer, or {switch}"
+    )
+}
 
 /// Programs on cgroups, and the inputs that decide which of them are attached.
 #[derive(Debug)]
@@ -36,6 +66,10 @@ pub(crate) struct Cgroups {
     node_allow: Option<Sockets>,
     /// True if the kernel reports the network namespace of packets at cgroups, which the packet program of `node_allow` needs.
     has_cgroup_cookie: bool,
+    /// Network namespace of the node, if the programs can identify it.
+    identity: Option<OwnNetns>,
+    /// Descriptions of the hooks that are on, and can't be attached without that identity.
+    unidentified: Vec<String>,
     /// True if a protected address is local to the node; `None` until the routes are read.
     is_local: Option<bool>,
     setting: Sendmsg,
@@ -56,6 +90,8 @@ impl Cgroups {
             local_service: None,
             node_allow: None,
             has_cgroup_cookie: object::cgroup_has_cookie(),
+            identity: datapath_config.identity,
+            unidentified: Vec::new(),
             is_local: None,
             setting: datapath_config.sendmsg,
             hooks: datapath_config.hooks,
@@ -65,6 +101,7 @@ impl Cgroups {
             recorded: None,
         };
         cgroups.sendmsg = cgroups.sendmsg_reason();
+        cgroups.check_identity();
         cgroups.adopt_missing(pins, datapath_config)?;
         if cgroups.lacks_cgroup() {
             log::error!("{NO_CGROUP}; {NO_CGROUP_REMEDY}");
@@ -80,10 +117,11 @@ impl Cgroups {
         pins: &PinDir,
         datapath_config: &DatapathConfig,
     ) -> Result<(), DatapathError> {
-        if let (None, Some(cgroup)) = (&self.sockets, &datapath_config.cgroup) {
+        let has_identity = self.identity.is_some();
+        if let (None, Some(cgroup), true) = (&self.sockets, &datapath_config.cgroup, has_identity) {
             self.sockets = Some(Sockets::adopt(pins, cgroup, SOCKETS)?);
         }
-        if let (None, Some(cgroup)) = (&self.node_allow, &datapath_config.node_allow) {
+        if let (None, Some(cgroup), true) = (&self.node_allow, &datapath_config.node_allow, has_identity) {
             self.node_allow = Some(Sockets::adopt(pins, cgroup, NODE_ALLOW)?);
         }
         if let (None, Some(cgroup)) = (&self.local_service, &datapath_config.local_service) {
@@ -96,14 +134,33 @@ impl Cgroups {
         Ok(())
     }
 
+    /// Reports whether the hook is on but can't be attached, because its programs can't identify the node's network namespace.
+    /// Links of an earlier agent stay.
+    fn is_unidentified(&self, hook: Hook) -> bool {
+        hooks_without_identity(self.hooks, self.identity).contains(&hook)
+    }
+
     /// Reports whether the `socket` hook is on but has no cgroup.
     fn lacks_cgroup(&self) -> bool {
-        self.sockets.is_none() && self.hooks.has(Hook::Socket)
+        self.sockets.is_none() && self.hooks.has(Hook::Socket) && self.identity.is_some()
     }
 
     /// Reports whether the `node_allow` hook is on and has no cgroup.
     fn lacks_node_cgroup(&self) -> bool {
-        self.node_allow.is_none() && self.hooks.has(Hook::NodeAllow)
+        self.node_allow.is_none() && self.hooks.has(Hook::NodeAllow) && self.identity.is_some()
+    }
+
+    /// Finds the hooks that can't be attached because the programs can't identify the node's network namespace. Logs those that
+    /// were not found before.
+    fn check_identity(&mut self) {
+        let hooks = hooks_without_identity(self.hooks, self.identity);
+        let found: Vec<_> = hooks.iter().map(|&hook| no_cookie(hook)).collect();
+        for (&hook, problem) in hooks.iter().zip(&found) {
+            if !self.unidentified.contains(problem) {
+                log::error!("{problem}; {}", no_cookie_remedy(hook));
+            }
+        }
+        self.unidentified = found;
     }
 
     /// Adds the programs of `datapath_config` to the desired programs.
@@ -114,6 +171,8 @@ impl Cgroups {
     ) -> Result<(), DatapathError> {
         (self.setting, self.hooks) = (datapath_config.sendmsg, datapath_config.hooks);
         self.sendmsg = self.sendmsg_reason().or(self.sendmsg);
+        self.identity = datapath_config.identity;
+        self.check_identity();
         self.adopt_missing(pins, datapath_config)
     }
 
@@ -126,6 +185,7 @@ impl Cgroups {
     pub(crate) fn release(&mut self, datapath_config: &DatapathConfig) {
         (self.setting, self.hooks) = (datapath_config.sendmsg, datapath_config.hooks);
         self.sendmsg = self.sendmsg_reason();
+        self.check_identity();
         if !datapath_config.hooks.has(Hook::Socket) {
             self.sockets = None;
         }
@@ -169,16 +229,22 @@ impl Cgroups {
 }
 
 impl Datapath {
+    /// Reports whether the hook is on but can't be attached, because its programs can't identify the node's network namespace.
+    #[must_use]
+    pub fn lacks_identity(&self, hook: Hook) -> bool {
+        self.cgroups.is_unidentified(hook)
+    }
+
     /// Describes the programs that are not attached to their cgroup, or not last there.
     pub fn cgroup_failures(&self) -> impl Iterator<Item = &str> {
-        let Cgroups { sockets, hosts, local_service, node_allow, .. } = &self.cgroups;
+        let Cgroups { sockets, hosts, local_service, node_allow, unidentified, .. } = &self.cgroups;
         let attached = sockets.iter().chain(local_service).chain(node_allow).flat_map(Sockets::failures);
         let missing = [
             (NO_CGROUP, self.cgroups.lacks_cgroup()),
             (NO_CGROUP_FOR_NODE, self.cgroups.lacks_node_cgroup()),
         ];
         let missing = missing.into_iter().filter_map(|(failure, is_missing)| is_missing.then_some(failure));
-        attached.chain(hosts.failures()).chain(missing)
+        attached.chain(hosts.failures()).chain(missing).chain(unidentified.iter().map(String::as_str))
     }
 
     /// Reconciles the programs of the `socket`, `local_service` and `node_allow` hooks. A program that cannot be attached is
@@ -211,6 +277,9 @@ impl Datapath {
             self.cgroups.sockets = Some(Sockets::adopt(self.claim.dir(), &root, SOCKETS)?);
             log::info!("found a cgroup v2 hierarchy at {}", root.display());
         }
+        if self.cgroups.is_unidentified(Hook::Socket) {
+            return Ok(Vec::new());
+        }
         let needs_sendmsg = self.cgroups.sendmsg.is_some();
         if let Some(sockets) = &mut self.cgroups.sockets {
             let is_desired = |attach_type| needs_sendmsg || !cgroup_programs::is_sendmsg(attach_type);
@@ -237,6 +306,9 @@ impl Datapath {
             // Links of an earlier agent stay until a cgroup v2 hierarchy is mounted.
             let Some(root) = cgroup::root().ok().flatten() else { return Ok(Vec::new()) };
             self.cgroups.node_allow = Some(Sockets::adopt(self.claim.dir(), &root, NODE_ALLOW)?);
+        }
+        if self.cgroups.is_unidentified(Hook::NodeAllow) {
+            return Ok(Vec::new());
         }
         let has_packets = self.cgroups.has_cgroup_cookie;
         if let Some(node_allow) = &mut self.cgroups.node_allow {
@@ -278,6 +350,9 @@ impl Datapath {
         if !self.hooks.has(Hook::HostNetwork) {
             return Ok(detached_hook(host_cgroups::detach_all(pins)?, Hook::HostNetwork));
         }
+        if self.cgroups.is_unidentified(Hook::HostNetwork) {
+            return Ok(Vec::new());
+        }
         let mut changes = self.cgroups.hosts.restore(pins, &self.programs, cgroups)?;
         if all {
             changes.extend(self.cgroups.hosts.forget_others(pins)?);
@@ -289,4 +364,25 @@ impl Datapath {
 fn detached_hook(was_attached: bool, hook: Hook) -> Vec<CgroupChange> {
     let text = format!("detached the programs of the {} hook", hook.name());
     was_attached.then(|| CgroupChange::new(CgroupChangeKind::Detached, text)).into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_hooks_that_compare_netns_need_its_identity() {
+        let all = Hooks::from_bits(Hook::ALL.into_iter().map(Hook::bit).sum());
+        let without = |hooks, identity| hooks_without_identity(hooks, identity);
+        assert_eq!(without(all, None), [Hook::Socket, Hook::HostNetwork, Hook::NodeAllow]);
+        assert_eq!(without(Hooks::default(), None), [Hook::Socket]);
+        let packets = [Hook::FromPod, Hook::NodeEgress, Hook::LocalService];
+        assert_eq!(without(Hooks::from_bits(packets.map(Hook::bit).iter().sum()), None), []);
+        for identity in [OwnNetns::Initial, OwnNetns::Cookie(7)] {
+            assert_eq!(without(all, Some(identity)), []);
+        }
+        assert!(no_cookie(Hook::NodeAllow).starts_with("node_allow is not attached: before Linux 5.14"));
+        assert!(no_cookie_remedy(Hook::NodeAllow).ends_with("or remove node.allow"));
+        assert!(no_cookie_remedy(Hook::HostNetwork).ends_with("or set hooks.host_network = false"));
+    }
 }

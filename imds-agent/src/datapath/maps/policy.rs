@@ -16,6 +16,7 @@ use crate::{
         object::Maps,
         pin::{dir::PinDir, netns_owner},
     },
+    node::netns::OwnNetns,
 };
 
 impl Datapath {
@@ -122,7 +123,7 @@ fn write_policy(maps: &mut Maps, datapath_config: &DatapathConfig) -> Result<(),
         netns: netns_owner::this_netns()?,
         hooks: datapath_config.hooks.bits(),
         mark: datapath_config.mark,
-        netns_cookie: datapath_config.identity.cookie(),
+        netns_cookie: datapath_config.identity.map_or(0, OwnNetns::cookie),
     };
     maps.policy.set(0, policy, 0).map_err(|source| DatapathError::Map { map: MAP_POLICY, source })
 }

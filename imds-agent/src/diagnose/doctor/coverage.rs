@@ -8,19 +8,19 @@ use std::{
 
 use imds_ebpf_common::{Address, Hook, Mode, SubjectKind};
 
-use super::{chains::BaseHook, traffic::Traffic};
+use super::{chains::BaseHook, number_set::NumberSet, traffic::Traffic};
 use crate::{
     config::{
-        Hooks,
+        Hooks, NodeProcess,
         endpoint_set::{AllowedPort, plain},
         provider::{DMI_DIR, Dmi, Provider},
     },
     datapath::{
         maps::{endpoint_maps, exemption_maps},
-        object::Maps,
+        object::{self, Maps},
         pin::dir::PinDir,
     },
-    telemetry::status::exemption_rules,
+    telemetry::status::{exemption_rules, node_allow_entries},
 };
 
 /// Mode, hooks, endpoints and exemptions of the loaded configuration.
@@ -33,6 +33,58 @@ pub(crate) struct Enforcement {
     pub(crate) endpoints: BTreeMap<IpAddr, Vec<AllowedPort>>,
     /// Names of the exemptions that have found a pod, by protected address.
     pub(crate) exemptions: BTreeMap<IpAddr, BTreeSet<String>>,
+    /// Subset of `exemptions` that identifies pods by cgroup, which also applies to pods with hostNetwork.
+    pub(crate) cgroup_exemptions: BTreeMap<IpAddr, BTreeSet<String>>,
+    /// Processes of the node that are not denied; `None` if none is.
+    pub(crate) node_allow: Option<AllowList>,
+}
+
+/// Allow list of the node.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct AllowList {
+    pub(crate) entries: Vec<NodeProcess>,
+    /// True if the programs also check packets, and not only calls (Linux 6.15).
+    pub(crate) checks_packets: bool,
+}
+
+impl AllowList {
+    /// Describes the traffic of the node's processes that the rule denies and the list allows.
+    fn openings(&self, traffic: &Traffic) -> Vec<String> {
+        let mut openings = Vec::new();
+        let entries = self.entries_of(&traffic.uids).join(" and ");
+        if !entries.is_empty() {
+            let owners = owners(traffic, " that the rule matches");
+            openings.push(format!(
+                "requests of the node's processes in node.allow{owners}, which imds-agent lets pass: {entries}"
+            ));
+        }
+        if !self.checks_packets {
+            openings.push(
+                "packets of the node's processes from raw and ping sockets, and of connections from before node.allow was set: \
+                 before Linux 6.15 it restricts only connect, sendto and sendmsg"
+                    .to_owned(),
+            );
+        }
+        openings
+    }
+
+    /// Returns the entries that can contain processes of these users. A cgroup can contain processes of every user.
+    fn entries_of(&self, uids: &NumberSet) -> Vec<String> {
+        let can_contain = |entry: &&NodeProcess| match entry {
+            NodeProcess::Uid(uid) => uids.contains(*uid),
+            NodeProcess::Cgroup(_) => true,
+        };
+        self.entries.iter().filter(can_contain).map(ToString::to_string).collect()
+    }
+
+    /// Reports whether the list has an entry for each of these users.
+    fn contains_all(&self, uids: &NumberSet) -> bool {
+        let users = self.entries.iter().filter_map(|entry| match entry {
+            NodeProcess::Uid(uid) => Some((*uid, *uid)),
+            NodeProcess::Cgroup(_) => None,
+        });
+        uids.intersection(&NumberSet::new(users.collect()).complement()) == NumberSet::new(Vec::new())
+    }
 }
 
 impl Enforcement {
@@ -58,6 +110,7 @@ impl Enforcement {
             entries.iter().map(|(address, entry)| (plain(*address), allowed(entry))).collect();
         let names = exemption_rules(maps).ok()?;
         let mut exemptions: BTreeMap<IpAddr, BTreeSet<String>> = BTreeMap::new();
+        let mut cgroup_exemptions = exemptions.clone();
         for (exemption, grant) in exemption_maps::read(maps).ok()?.entries {
             // A bridge stands for the pods behind it, which have entries of their own.
             if exemption.subject.kind == SubjectKind::Bridge as u64 {
@@ -71,10 +124,20 @@ impl Enforcement {
             };
             for address in endpoints.keys().filter(covers) {
                 exemptions.entry(*address).or_default().insert(name.clone());
+                if exemption.subject.kind == SubjectKind::Cgroup as u64 {
+                    cgroup_exemptions.entry(*address).or_default().insert(name.clone());
+                }
             }
         }
-        let mode = Some(Mode::from_u32(policy.mode));
-        Some(Self { mode, hooks: Hooks::from_bits(policy.hooks), endpoints, exemptions })
+        let (mode, hooks) = (Some(Mode::from_u32(policy.mode)), Hooks::from_bits(policy.hooks));
+        let node_allow = if hooks.has(Hook::NodeAllow) {
+            let entries = node_allow_entries(maps).ok()?.into_iter();
+            let entries = entries.map(|entry| entry.parse()).collect::<Result<_, _>>().ok()?;
+            Some(AllowList { entries, checks_packets: object::cgroup_has_cookie() })
+        } else {
+            None
+        };
+        Some(Self { mode, hooks, endpoints, exemptions, cgroup_exemptions, node_allow })
     }
 
     pub(crate) fn denies(&self) -> bool {
@@ -106,12 +169,43 @@ impl Enforcement {
         let mut openings = self.openings_of_senders(traffic, hooks, chain);
         openings.extend(self.other_addresses(traffic));
         if hooks.iter().any(|hook| hook.sees_pods()) {
-            openings.extend(self.openings_of_pods(traffic));
+            openings.extend(self.openings_of(traffic, "every pod", "the pods", &self.exemptions));
+        }
+        if self.node_allow.is_some() && hooks.iter().any(|hook| hook.sees_node()) {
+            let exempt = &self.cgroup_exemptions;
+            openings.extend(self.openings_of(
+                traffic,
+                "every process of the node",
+                "the pods with hostNetwork",
+                exempt,
+            ));
         }
         openings
     }
 
-    /// Compares the senders: `imds-agent` denies pods, and lets the node's own processes pass.
+    /// Describes the node's own processes that a rule matches, if the programs deny some of them because of an allow list.
+    pub(crate) fn restriction_of_node(
+        &self,
+        address: IpAddr,
+        traffic: &Traffic,
+        hooks: &BTreeSet<BaseHook>,
+    ) -> Option<String> {
+        let list = self.node_allow.as_ref()?;
+        let is_restricted = self.denies_all_to(address, traffic) && !list.contains_all(&traffic.uids);
+        if !is_restricted || !hooks.iter().any(|hook| hook.sees_node()) {
+            return None;
+        }
+        let owners = owners(traffic, "");
+        let entries = list.entries_of(&traffic.uids);
+        let except = if entries.is_empty() {
+            "node.allow contains none of them".to_owned()
+        } else {
+            format!("except those in node.allow: {}", entries.join(" and "))
+        };
+        Some(format!("the node's processes{owners} that the rule matches ({except})"))
+    }
+
+    /// Compares the senders: `imds-agent` denies pods, and lets the node's own processes pass, or those in the allow list.
     fn openings_of_senders(&self, traffic: &Traffic, hooks: &BTreeSet<BaseHook>, chain: &str) -> Vec<String> {
         let mut openings = Vec::new();
         if hooks.is_empty() {
@@ -119,18 +213,17 @@ impl Enforcement {
                 .push(format!("unknown traffic: no base chain in the listing leads to the chain {chain}"));
         }
         if hooks.iter().any(|hook| hook.sees_node()) {
-            let owners = if traffic.owners.is_empty() {
-                String::new()
-            } else {
-                format!(" ({})", traffic.owners.join(", "))
-            };
-            let is_restricted = self.hooks.has(Hook::HostNetwork) || self.hooks.has(Hook::NodeAllow);
-            let pods = if is_restricted { "" } else { " and pods with hostNetwork" };
-            let processes =
-                if self.hooks.has(Hook::NodeAllow) { "processes in node.allow" } else { "own processes" };
-            openings.push(format!(
-                "requests of the node's {processes}{owners}{pods}, which imds-agent lets pass"
-            ));
+            openings.extend(match &self.node_allow {
+                Some(list) => list.openings(traffic),
+                None => {
+                    let pods =
+                        if self.hooks.has(Hook::HostNetwork) { "" } else { " and pods with hostNetwork" };
+                    let owners = owners(traffic, "");
+                    vec![format!(
+                        "requests of the node's own processes{owners}{pods}, which imds-agent lets pass"
+                    )]
+                }
+            });
         }
         if hooks.contains(&BaseHook::Input) {
             openings.push(
@@ -175,17 +268,23 @@ impl Enforcement {
         (!open.is_empty()).then(|| format!("{services}{}, not protected by imds-agent", open.join(", ")))
     }
 
-    /// Compares the ports and the exempt pods.
-    fn openings_of_pods(&self, traffic: &Traffic) -> Vec<String> {
+    /// Compares the ports and the exempt pods. `everyone` can use the allowed ports, and `pods` are those of `exemptions`.
+    fn openings_of(
+        &self,
+        traffic: &Traffic,
+        everyone: &str,
+        pods: &str,
+        exemptions: &BTreeMap<IpAddr, BTreeSet<String>>,
+    ) -> Vec<String> {
         let mut openings = Vec::new();
         for &address in self.endpoints.keys().filter(|&&address| traffic.reaches(address)) {
             let allowed: Vec<_> = self.allowed(address, traffic).map(ToString::to_string).collect();
             if !allowed.is_empty() {
-                openings
-                    .push(format!("{} of {address} for every pod (allowed ports)", allowed.join(" and ")));
+                let allowed = allowed.join(" and ");
+                openings.push(format!("{allowed} of {address} for {everyone} (allowed ports)"));
             }
-            for name in self.exemptions.get(&address).into_iter().flatten() {
-                openings.push(format!("{address} for the pods of the exemption {name:?}"));
+            for name in exemptions.get(&address).into_iter().flatten() {
+                openings.push(format!("{address} for {pods} of the exemption {name:?}"));
             }
         }
         openings
@@ -197,5 +296,14 @@ impl Enforcement {
         allowed.filter(|AllowedPort(service)| {
             traffic.protocols.contains(service.protocol.into()) && traffic.ports.contains(service.port.into())
         })
+    }
+}
+
+/// Formats the owners of a rule in parentheses after `before`; empty for a rule for all processes.
+fn owners(traffic: &Traffic, before: &str) -> String {
+    if traffic.owners.is_empty() {
+        String::new()
+    } else {
+        format!("{before} ({})", traffic.owners.join(", "))
     }
 }

@@ -147,13 +147,24 @@ impl<'a> Finding<'a> {
     /// Reports whether imds-agent denies packets that the rule would redirect.
     fn conflicts(&self, enforcement: &Enforcement) -> bool {
         self.effect == Effect::Redirect
-            && self.hooks.iter().any(|hook| hook.sees_pods())
+            && (self.is_after_from_pod(enforcement) || self.restriction_of_node(enforcement).is_some())
+    }
+
+    /// Reports whether the rule matches packets of pods that imds-agent denies.
+    fn is_after_from_pod(&self, enforcement: &Enforcement) -> bool {
+        self.hooks.iter().any(|hook| hook.sees_pods())
             && enforcement.denies_all_to(self.address, &self.branch.traffic)
+    }
+
+    /// Describes the node's own processes that the rule matches and imds-agent denies, if an allow list restricts them.
+    fn restriction_of_node(&self, enforcement: &Enforcement) -> Option<String> {
+        enforcement.restriction_of_node(self.address, &self.branch.traffic, &self.hooks)
     }
 
     fn remedy(&self, origin: &str, enforcement: &Enforcement) -> String {
         let (remove, address) = (&self.rule.remove, self.address);
         let opens = self.opens.join("; ");
+        let node = self.restriction_of_node(enforcement);
         match self.effect {
             Effect::Deny if !self.opens.is_empty() => {
                 format!(
@@ -166,16 +177,25 @@ impl<'a> Finding<'a> {
                  removed with `az aks update --disable-imds-restriction` and a node image upgrade; until then the kubelet \
                  restores it after: {remove}"
             ),
-            Effect::Deny => format!(
-                "no conflict: imds-agent denies everything that the rule denies. Once `imds-agent verify` passes, it can be \
-                 removed: {remove}"
-            ),
+            Effect::Deny => {
+                let node = node.map(|node| format!(", also {node}")).unwrap_or_default();
+                format!(
+                    "no conflict: imds-agent denies everything that the rule denies{node}. Once `imds-agent verify` passes, it \
+                     can be removed: {remove}"
+                )
+            }
             Effect::Redirect if self.conflicts(enforcement) => {
                 let opens = if opens.is_empty() { opens } else { format!(", which opens: {opens}") };
-                format!(
-                    "conflict: imds-agent denies pods before this rule redirects them. Exempt the pods that need the \
-                     redirection, leave {address} unprotected, or remove the rule: {remove}{opens}"
-                )
+                match node.filter(|_| !self.is_after_from_pod(enforcement)) {
+                    Some(node) => format!(
+                        "conflict: imds-agent denies {node} before this rule redirects them. Add the processes that need the redirection to \
+                         node.allow, leave {address} unprotected, or remove the rule: {remove}{opens}"
+                    ),
+                    None => format!(
+                        "conflict: imds-agent denies pods before this rule redirects them. Exempt the pods that need the \
+                         redirection, leave {address} unprotected, or remove the rule: {remove}{opens}"
+                    ),
+                }
             }
             Effect::Redirect => {
                 let opens = if opens.is_empty() { "nothing".to_owned() } else { opens };
@@ -183,12 +203,16 @@ impl<'a> Finding<'a> {
                     "no conflict. If the rule is removed ({remove}), this traffic passes without redirection: {opens}"
                 )
             }
-            Effect::Accept | Effect::Other => match enforcement.why_nothing_is_denied() {
-                Some(reason) => format!("{reason}. Command that removes the rule: {remove}"),
-                None if enforcement.endpoints.contains_key(&address) => format!(
-                    "no conflict: imds-agent denies pods independently of this rule. Command that removes the rule: {remove}"
+            Effect::Accept | Effect::Other => match (enforcement.why_nothing_is_denied(), node) {
+                (Some(reason), _) => format!("{reason}. Command that removes the rule: {remove}"),
+                (None, Some(node)) if self.effect == Effect::Accept => format!(
+                    "imds-agent denies {node}, although this rule accepts their packets: add those that need {address} to node.allow. Command \
+                     that removes the rule: {remove}"
                 ),
-                None => {
+                (None, _) if enforcement.endpoints.contains_key(&address) => format!(
+                    "no conflict: imds-agent decides independently of this rule. Command that removes the rule: {remove}"
+                ),
+                (None, _) => {
                     format!("imds-agent does not protect {address}. Command that removes the rule: {remove}")
                 }
             },

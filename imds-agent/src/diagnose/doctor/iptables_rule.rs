@@ -35,7 +35,13 @@ pub(crate) fn branch(words: &[String]) -> Branch {
                     traffic.limit_ports(&ports, is_negated);
                 }
             }
-            "--uid-owner" => traffic.limit_owners("uid", value(), is_negated),
+            "--uid-owner" => {
+                let users = value();
+                traffic.limit_owners("uid", users, is_negated);
+                if let Some(users) = uids(users) {
+                    traffic.limit_uids(&users, is_negated);
+                }
+            }
             "--gid-owner" => traffic.limit_owners("gid", value(), is_negated),
             "-j" | "-g" => value().clone_into(&mut target),
             "--to-destination" | "--to-ports" | "--on-port" => to = format!(":{}", value()),
@@ -52,6 +58,12 @@ pub(crate) fn branch(words: &[String]) -> Branch {
         chain => Action::Jump(chain.to_owned()),
     };
     Branch { traffic, action }
+}
+
+/// Reads a user ID, or a range such as `1000-1999`.
+fn uids(text: &str) -> Option<NumberSet> {
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    Some(NumberSet::new(vec![(first.parse().ok()?, last.parse().ok()?)]))
 }
 
 /// Reads ports and ranges such as `80,1000:2000`.

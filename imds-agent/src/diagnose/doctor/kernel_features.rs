@@ -112,8 +112,8 @@ pub(crate) fn netns_cookie() -> DoctorCheck {
             DoctorCheck::degraded(NAME, "SO_NETNS_COOKIE not supported (needs Linux 5.14)", consequence)
         }
         Ok(None) => {
-            let remedy =
-                "run the agent in the machine's initial network namespace, or set hooks.socket = false";
+            let remedy = "the hooks socket, host_network and node_allow are not enforced here, from_pod and node_egress are; run \
+                          the agent in the machine's initial network namespace and pid namespace, or set hooks.socket = false";
             DoctorCheck::missing(
                 NAME,
                 "SO_NETNS_COOKIE not supported (needs Linux 5.14), and this is not the initial network namespace",

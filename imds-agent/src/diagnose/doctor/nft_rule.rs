@@ -75,7 +75,9 @@ pub(crate) fn branches(expressions: &[Value], sets: TableSets<'_>) -> Vec<Branch
     let mut branches = Vec::new();
     for expression in expressions {
         if let Some(condition) = expression.get("match") {
-            if let Some(values) = sets.elements(&condition["right"]) {
+            // A comparison is left out, so that the traffic is more than that of the rule.
+            let is_comparison = condition["op"].as_str().is_some_and(|op| op.starts_with(['<', '>']));
+            if let Some(values) = sets.elements(&condition["right"]).filter(|_| !is_comparison) {
                 traffic = limit(traffic, &condition["left"], condition["op"] == "!=", &values);
             }
         } else if let Some(map) = expression.get("vmap") {
@@ -191,7 +193,12 @@ fn limit_field(traffic: &mut Traffic, field: &Value, is_negated: bool, values: &
                 traffic.limit_protocols(&protocols, is_negated);
             }
         }
-        (_, _, "skuid") => traffic.limit_owners("uid", &listed(values), is_negated),
+        (_, _, "skuid") => {
+            traffic.limit_owners("uid", &listed(values), is_negated);
+            if let Some(users) = uids(values) {
+                traffic.limit_uids(&users, is_negated);
+            }
+        }
         (_, _, "skgid") => traffic.limit_owners("gid", &listed(values), is_negated),
         (_, _, "iifname" | "iif") if !is_negated => traffic.interface = listed(values),
         _ => {}
@@ -213,10 +220,18 @@ fn address_range(value: &Value) -> Option<AddressRange> {
 
 /// Reads numbers, names of protocols and ranges; `None` if one can't be read.
 fn numbers(values: &[&Value]) -> Option<NumberSet> {
-    let number = |value: &Value| match value {
+    number_set(values, |value| match value {
         Value::String(name) => protocol(name),
         value => u32::try_from(value.as_u64()?).ok(),
-    };
+    })
+}
+
+/// Reads user IDs and ranges; `None` if one can't be read, such as the name of a user.
+fn uids(values: &[&Value]) -> Option<NumberSet> {
+    number_set(values, |value| u32::try_from(value.as_u64()?).ok())
+}
+
+fn number_set(values: &[&Value], number: impl Fn(&Value) -> Option<u32>) -> Option<NumberSet> {
     let range = |value: &&Value| match bounds(value) {
         Some((first, last)) => Some((number(first)?, number(last)?)),
         None => number(value).map(|number| (number, number)),

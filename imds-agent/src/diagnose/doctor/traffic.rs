@@ -14,6 +14,8 @@ pub(crate) struct Traffic {
     pub(crate) ports: NumberSet,
     /// Users and groups of the sending process, such as `uid 1000`.
     pub(crate) owners: Vec<String>,
+    /// Users of the sending process.
+    pub(crate) uids: NumberSet,
     /// Input interface; empty for all.
     pub(crate) interface: String,
     pub(crate) has_negated_source: bool,
@@ -46,6 +48,7 @@ impl Default for Traffic {
             protocols: NumberSet::all(),
             ports: NumberSet::all(),
             owners: Vec::new(),
+            uids: NumberSet::all(),
             interface: String::new(),
             has_negated_source: false,
         }
@@ -75,7 +78,12 @@ impl Traffic {
         self.ports = limited(&self.ports, ports, is_negated);
     }
 
-    /// Keeps only packets of sockets of these users or groups.
+    /// Keeps only packets of sockets of these users, or of all others.
+    pub(crate) fn limit_uids(&mut self, uids: &NumberSet, is_negated: bool) {
+        self.uids = limited(&self.uids, uids, is_negated);
+    }
+
+    /// Adds a condition on users or groups to the description of the owners.
     pub(crate) fn limit_owners(&mut self, kind: &str, owners: &str, is_negated: bool) {
         let not = if is_negated { "not " } else { "" };
         self.owners.push(format!("{kind} {not}{owners}"));

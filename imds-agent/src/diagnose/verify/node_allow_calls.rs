@@ -9,7 +9,7 @@ use super::{
     probes::Treatment,
     verify_report::{Skip, VerifyCheck},
 };
-use crate::{datapath::maps::node_allow_map, node::cgroup};
+use crate::{config::NodeProcess, datapath::maps::node_allow_map, node::cgroup};
 
 const EXPECTED: &str = "denied";
 
@@ -39,7 +39,7 @@ pub(crate) fn check(enforced: &Enforced) -> Result<Vec<VerifyCheck>, VerifyError
     Ok(checks)
 }
 
-/// Returns why this process itself may not reach the endpoints, if the allow list restricts it.
+/// Returns why the path of the node can't be tested, if the allow list does not contain this process.
 pub(crate) fn restriction(enforced: &Enforced) -> Result<Option<Skip>, VerifyError> {
     if !enforced.hooks.has(Hook::NodeAllow) {
         return Ok(None);
@@ -50,6 +50,33 @@ pub(crate) fn restriction(enforced: &Enforced) -> Result<Option<Skip>, VerifyErr
     let own = cgroups.into_iter().map(|id| AllowedProcess::new(AllowedKind::Cgroup, id));
     let uid = AllowedProcess::new(AllowedKind::Uid, getuid().as_raw().into());
     let is_listed = own.chain([uid]).any(|process| allowed.contains_key(&process));
-    Ok((!is_listed)
-        .then(|| Skip::new("node.allow does not list this process, neither its user nor its cgroup")))
+    let path = cgroup::path_of_this_process().ok().flatten();
+    Ok((!is_listed).then(|| Skip::new(unlisted(getuid().as_raw(), path))))
+}
+
+/// Describes that the allow list contains neither the user nor the cgroup of this process, with the entries to add.
+fn unlisted(uid: u32, cgroup: Option<String>) -> String {
+    // A path that the configuration rejects, such as the root of the hierarchy, is no advice.
+    let cgroup = cgroup.and_then(|path| NodeProcess::from_cgroup(path).ok());
+    let entries = [Some(NodeProcess::Uid(uid)), cgroup].into_iter().flatten();
+    let entries: Vec<_> = entries.map(|entry| format!("{:?}", entry.to_string())).collect();
+    format!(
+        "not tested: node.allow does not contain the process of this command; add {} to test it",
+        entries.join(" or ")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unlisted_process_is_named_with_its_entries() {
+        let of = |cgroup: &str| unlisted(7, Some(cgroup.to_owned()));
+        let text = "not tested: node.allow does not contain the process of this command; add ";
+        assert_eq!(of("/user.slice/a"), format!("{text}\"uid:7\" or \"cgroup:/user.slice/a\" to test it"));
+        assert_eq!(of("/"), format!("{text}\"uid:7\" to test it"));
+        assert_eq!(of("/../a"), of("/"));
+        assert_eq!(unlisted(7, None), of("/"));
+    }
 }

@@ -71,26 +71,19 @@ impl Paths {
         netlink: &Netlink,
         pod: &Result<TestPod, Skip>,
     ) -> Result<Vec<VerifyCheck>, VerifyError> {
-        let node = match node_allow_calls::restriction(enforced)? {
-            Some(skip) => node_calls::skip(&enforced.endpoints, &skip),
+        let restriction = node_allow_calls::restriction(enforced)?;
+        let node = match &restriction {
+            Some(skip) => node_calls::skip(&enforced.endpoints, skip),
             None => node_calls::check(&mut self.last_hook, &enforced.endpoints, &self.local).await,
         };
         let mut open = Vec::new();
         for (endpoint, check) in enforced.endpoints.iter().zip(&node) {
-            open.push((endpoint, self.skip_of(endpoint, check)));
+            let is_local = self.local.contains(&endpoint.address);
+            open.push((endpoint, skip_of_pods(check.outcome, is_local, restriction.is_some())));
         }
         let mut checks = self.check_pod(enforced, netlink, pod, &open).await?;
         checks.extend(node);
         Ok(checks)
-    }
-
-    /// Returns the reason why test packets of a pod can't reach the last hook of an endpoint. `node` is the result of the
-    /// node's own packets.
-    fn skip_of(&self, endpoint: &Endpoint, node: &VerifyCheck) -> Option<Skip> {
-        if self.local.contains(&endpoint.address) {
-            return Some(Skip::new("an address of this node"));
-        }
-        (node.outcome != Outcome::Pass).then(|| Skip::new("the node itself does not reach it"))
     }
 
     async fn check_pod(
@@ -159,6 +152,18 @@ impl Paths {
     }
 }
 
+/// Returns the reason why test packets of a pod can't reach the last hook of an endpoint. `node` is the result of the
+/// node's own packets, which `is_restricted` says were not sent, because the allow list does not contain this process.
+fn skip_of_pods(node: Outcome, is_local: bool, is_restricted: bool) -> Option<Skip> {
+    let reason = match node {
+        _ if is_local => "an address of this node",
+        Outcome::Pass => return None,
+        _ if is_restricted => "not tested: needs the test of the path of the node, see the sender node",
+        Outcome::Fail | Outcome::Skipped => "the node itself does not reach it",
+    };
+    Some(Skip::new(reason))
+}
+
 /// Waits until the programs are attached to the test pod's link.
 async fn wait_ready(enforced: &Enforced, pod: &TestPod) -> Result<(), Skip> {
     if let Some(skip) = pod.obstacle() {
@@ -212,4 +217,24 @@ fn with_skips<'e>(
         (*endpoint, skip.clone().or_else(|| of_family.cloned().flatten()))
     };
     endpoints.iter().map(with_skip).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn skips_of_pods_name_the_cause() {
+        let reason = |node, is_local, is_restricted| {
+            skip_of_pods(node, is_local, is_restricted).map(|skip| skip.reason)
+        };
+        let has = |reason: Option<String>, text: &str| reason.is_some_and(|reason| reason.contains(text));
+        assert_eq!(reason(Outcome::Pass, false, false), None);
+        assert!(has(reason(Outcome::Pass, true, false), "an address of this node"));
+        assert!(has(reason(Outcome::Skipped, false, false), "does not reach it"));
+        assert!(has(reason(Outcome::Fail, false, false), "does not reach it"));
+        // A process that is not in the allow list tells nothing about the node's routes.
+        assert!(has(reason(Outcome::Skipped, false, true), "see the sender node"));
+        assert!(has(reason(Outcome::Skipped, true, true), "an address of this node"));
+    }
 }

@@ -9,15 +9,15 @@ use imds_ebpf_common::{CounterKey, Hook, cgroup::SENDMSG_OFF, names::PROG_LOCAL_
 use toml::{Table, Value};
 
 use super::{
-    HostReport, LocalServiceReport, NodeAllowEntry, NodeAllowReport, PacketsReport, SendmsgReport,
-    SocketReport, StatusReport, unreadable,
+    CgroupProgram, HostReport, LocalServiceReport, NodeAllowEntry, NodeAllowReport, PacketsReport,
+    SendmsgReport, SocketReport, StatusReport, unreadable,
 };
 use crate::{
     config::Hooks,
     datapath::{
         DatapathError,
         attach::{
-            cgroup_hooks::{NO_CGROUP, NO_CGROUP_FOR_NODE, NO_CGROUP_REMEDY},
+            cgroup_hooks::{NO_CGROUP, NO_CGROUP_FOR_NODE, NO_CGROUP_REMEDY, no_cookie, no_cookie_remedy},
             cgroup_programs::{self, ProgramState},
             host_cgroups,
             sendmsg::SendmsgReason,
@@ -26,7 +26,7 @@ use crate::{
         object::{self, Maps},
         pin::dir::PinDir,
     },
-    node::{cgroup, kubepods},
+    node::{cgroup, kubepods, netns},
 };
 
 impl StatusReport {
@@ -61,14 +61,12 @@ impl StatusReport {
         let reason = SendmsgReason::from_u32(record.sendmsg);
         let cgroup = if record.cgroup == 0 { root_id() } else { Some(record.cgroup) };
         let programs = cgroup.map(|id| cgroup_programs::inspect_sockets(pins, id)).unwrap_or_default();
-        if programs.is_empty() {
+        if programs.is_empty() && !lacks_cookie() {
             self.problem(None, NO_CGROUP, NO_CGROUP_REMEDY);
         }
         let is_desired = |program: &&ProgramState| reason.is_some() || !program.is_sendmsg;
         let desired: Vec<_> = programs.iter().filter(is_desired).collect();
-        for program in &desired {
-            self.add_program(program);
-        }
+        self.add_programs(Hook::Socket, &desired);
         let mut sendmsg = programs.iter().filter(|program| program.is_sendmsg);
         let text = match (reason, record.sendmsg) {
             (Some(reason), _) => Some(reason.text()),
@@ -78,6 +76,7 @@ impl StatusReport {
         };
         self.sockets = Some(SocketReport {
             attached: !desired.is_empty() && desired.iter().all(|program| program.is_attached),
+            programs: cgroup.map(|id| cgroup_programs_of(id, desired)).unwrap_or_default(),
             sendmsg: SendmsgReport {
                 attached: !programs.is_empty() && sendmsg.all(|program| program.is_attached),
                 reason: text,
@@ -111,17 +110,16 @@ impl StatusReport {
     /// Adds the `host_network` hook: its programs on the cgroups of Kubernetes pods.
     fn add_hosts(&mut self, cgroups: BTreeMap<u64, Vec<ProgramState>>, counts: Counts) {
         self.total += counts;
-        for program in cgroups.values().flatten() {
-            self.add_program(program);
-        }
-        if cgroups.is_empty() {
+        self.add_programs(Hook::HostNetwork, &cgroups.values().flatten().collect::<Vec<_>>());
+        if cgroups.is_empty() && !lacks_cookie() {
             let problem =
                 "hostNetwork pods are not restricted: no cgroup of Kubernetes pods (kubepods) was found";
             self.problem(None, problem, kubepods::missing_kubepods_hint());
         }
         let attached = !cgroups.is_empty() && cgroups.values().flatten().all(|program| program.is_attached);
+        let programs = cgroups.iter().flat_map(|(id, programs)| cgroup_programs_of(*id, programs)).collect();
         let cgroups = cgroups.into_keys().collect();
-        self.host_network = Some(HostReport { attached, cgroups, counts });
+        self.host_network = Some(HostReport { attached, cgroups, programs, counts });
     }
 
     /// Adds the `node_allow` hook: its programs on the cgroup that the agent recorded, and the allow list.
@@ -130,15 +128,13 @@ impl StatusReport {
         let record = maps.cgroup.get(&0, 0).map_err(unreadable)?;
         let cgroup = if record.cgroup == 0 { root_id() } else { Some(record.cgroup) };
         let programs = cgroup.map(|id| cgroup_programs::inspect_node_allow(pins, id)).unwrap_or_default();
-        if programs.is_empty() {
+        if programs.is_empty() && !lacks_cookie() {
             self.problem(None, NO_CGROUP_FOR_NODE, NO_CGROUP_REMEDY);
         }
         let has_packets = object::cgroup_has_cookie();
         let desired: Vec<_> =
             programs.iter().filter(|program| has_packets || !program.is_packet_program).collect();
-        for program in &desired {
-            self.add_program(program);
-        }
+        self.add_programs(Hook::NodeAllow, &desired);
         let mut packets = programs.iter().filter(|program| program.is_packet_program);
         let reason =
             "this kernel does not report the network namespace of packets at cgroups (needs Linux 6.15)";
@@ -148,6 +144,7 @@ impl StatusReport {
             entries.map(|(process, number)| NodeAllowEntry { process, active: active.contains(&number) });
         self.node_allow = Some(NodeAllowReport {
             attached: !desired.is_empty() && desired.iter().all(|program| program.is_attached),
+            programs: cgroup.map(|id| cgroup_programs_of(id, desired)).unwrap_or_default(),
             packets: PacketsReport {
                 attached: !programs.is_empty() && packets.all(|program| program.is_attached),
                 reason: (!has_packets).then_some(reason),
@@ -157,6 +154,19 @@ impl StatusReport {
             counts,
         });
         Ok(())
+    }
+
+    /// Adds the problems of the programs of a hook whose programs compare network namespaces.
+    fn add_programs(&mut self, hook: Hook, programs: &[&ProgramState]) {
+        let is_missing = programs.is_empty() || programs.iter().any(|program| !program.is_attached);
+        if is_missing && lacks_cookie() {
+            let (problem, remedy) = (no_cookie(hook), no_cookie_remedy(hook));
+            self.problem(None, problem, remedy);
+            return;
+        }
+        for program in programs {
+            self.add_program(program);
+        }
     }
 
     fn add_program(&mut self, program: &ProgramState) {
@@ -172,8 +182,28 @@ impl StatusReport {
     }
 }
 
+/// Reports whether the kernel does not report the cookie of this network namespace, which is not the initial one.
+fn lacks_cookie() -> bool {
+    matches!(netns::identity(), Ok(None))
+}
+
+/// Returns the programs that the cgroup with this id should have.
+fn cgroup_programs_of<'p>(
+    cgroup: u64,
+    programs: impl IntoIterator<Item = &'p ProgramState>,
+) -> Vec<CgroupProgram> {
+    let programs = programs.into_iter();
+    programs
+        .map(|&ProgramState { program, is_attached, .. }| CgroupProgram {
+            program,
+            cgroup,
+            attached: is_attached,
+        })
+        .collect()
+}
+
 /// Returns the allow list of the effective configuration, in the order of the file.
-fn node_allow_entries(maps: &Maps) -> Result<Vec<String>, DatapathError> {
+pub(crate) fn node_allow_entries(maps: &Maps) -> Result<Vec<String>, DatapathError> {
     let text = config_record::read(maps).map_err(unreadable)?.map(|record| record.text).unwrap_or_default();
     let table: Table = text.parse().unwrap_or_default();
     let allow = table.get("node").and_then(|node| node.get("allow")).and_then(Value::as_array);

@@ -10,12 +10,12 @@ use std::collections::BTreeMap;
 
 use imds_ebpf_common::{DenyAction, Hook, Mode, Policy, Subject};
 
-pub(crate) use self::exemption_status::exemption_rules;
 pub use self::status_report::{
-    Agent, Configuration, Endpoint, ExemptSender, HookAttachment, HostReport, Interface, LocalServiceReport,
-    NodeAllowEntry, NodeAllowReport, PacketsReport, Problem, Provider, RejectedConfigReport, RejectedProgram,
-    SendmsgReport, SocketReport, State, StatusReport,
+    Agent, CgroupProgram, Configuration, Endpoint, ExemptSender, HookAttachment, HostReport, Interface,
+    LocalServiceReport, NodeAllowEntry, NodeAllowReport, PacketsReport, Problem, Provider,
+    RejectedConfigReport, RejectedProgram, SendmsgReport, SocketReport, State, StatusReport,
 };
+pub(crate) use self::{cgroup_status::node_allow_entries, exemption_status::exemption_rules};
 use crate::{
     config::{
         Hooks,

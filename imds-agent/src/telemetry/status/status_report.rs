@@ -264,11 +264,24 @@ impl Interface {
     }
 }
 
+/// A program that a cgroup should have.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+pub struct CgroupProgram {
+    /// Name of the BPF program.
+    pub program: &'static str,
+    /// Id of the cgroup: its inode number.
+    pub cgroup: u64,
+    /// True if the program is attached to the cgroup.
+    pub attached: bool,
+}
+
 /// State of the `socket` hook.
 #[derive(Debug, Serialize)]
 pub struct SocketReport {
     /// True if all needed programs are attached.
     pub attached: bool,
+    /// Needed programs.
+    pub programs: Vec<CgroupProgram>,
     /// State of the programs for unconnected UDP sockets.
     pub sendmsg: SendmsgReport,
     /// Number of calls by verdict; bytes are not counted.
@@ -302,6 +315,8 @@ pub struct LocalServiceReport {
 pub struct NodeAllowReport {
     /// True if all programs that the kernel supports are attached.
     pub attached: bool,
+    /// Programs that the kernel supports.
+    pub programs: Vec<CgroupProgram>,
     /// State of the program for packets.
     pub packets: PacketsReport,
     /// Id of the cgroup to which the programs are attached; `None` if no cgroup v2 hierarchy is mounted.
@@ -338,6 +353,8 @@ pub struct HostReport {
     pub attached: bool,
     /// Ids of these cgroups: their inode numbers.
     pub cgroups: Vec<u64>,
+    /// Programs of each of these cgroups.
+    pub programs: Vec<CgroupProgram>,
     /// Calls and packets by verdict. Bytes of calls are not counted.
     #[serde(flatten)]
     pub counts: Counts,

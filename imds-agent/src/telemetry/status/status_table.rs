@@ -1,11 +1,12 @@
 //! Text form of the status report.
 
-use std::fmt::Write as _;
+use std::{collections::BTreeMap, fmt::Write as _};
 
 use comfy_table::{Cell, CellAlignment, Table, presets::NOTHING};
 
 use super::{
-    Configuration, Endpoint, HookAttachment, NodeAllowReport, Provider, SendmsgReport, State, StatusReport,
+    CgroupProgram, Configuration, Endpoint, HookAttachment, NodeAllowReport, Provider, SendmsgReport, State,
+    StatusReport,
 };
 use crate::{
     datapath::maps::counters::{Count, Counts},
@@ -166,7 +167,7 @@ impl StatusReport {
         }
         let blank = || Cell::new("");
         if let Some(sockets) = &self.sockets {
-            let attach = Cell::new(if sockets.attached { "cgroup" } else { "-" });
+            let attach = Cell::new(phrase_programs(&sockets.programs));
             let row = [Cell::new("(sockets)"), blank(), blank(), attach].into_iter();
             table.add_row(row.chain(calls(&sockets.counts)));
         }
@@ -176,16 +177,12 @@ impl StatusReport {
             table.add_row(row.chain(cells(&local.counts)));
         }
         if let Some(hosts) = &self.host_network {
-            let attach = match hosts.cgroups.len() {
-                _ if !hosts.attached => "-".to_owned(),
-                1 => "cgroup".to_owned(),
-                cgroups => format!("{cgroups} cgroups"),
-            };
+            let attach = phrase_programs(&hosts.programs);
             let row = [Cell::new("(hostNetwork)"), blank(), blank(), Cell::new(attach)].into_iter();
             table.add_row(row.chain(calls(&hosts.counts)));
         }
         if let Some(node) = &self.node_allow {
-            let attached = Cell::new(if node.attached { "cgroup" } else { "-" });
+            let attached = Cell::new(phrase_programs(&node.programs));
             let row = [Cell::new("(node)"), blank(), blank(), attached].into_iter();
             table.add_row(row.chain(calls(&node.counts)));
         }
@@ -220,6 +217,25 @@ fn phrase_attachment(attachment: &HookAttachment) -> String {
     }
 }
 
+/// Formats the programs of a cgroup hook: `cgroup` if all are attached, `-` if none is. Names the missing ones otherwise.
+fn phrase_programs(programs: &[CgroupProgram]) -> String {
+    let mut cgroups: BTreeMap<u64, Vec<&str>> = BTreeMap::new();
+    for program in programs {
+        let missing = cgroups.entry(program.cgroup).or_default();
+        missing.extend((!program.attached).then_some(program.program));
+    }
+    if programs.iter().all(|program| !program.attached) {
+        return "-".to_owned();
+    }
+    let all = if cgroups.len() == 1 { "cgroup".to_owned() } else { format!("{} cgroups", cgroups.len()) };
+    let without = |(id, missing): (&u64, &Vec<&str>)| {
+        let at = if cgroups.len() == 1 { String::new() } else { format!("cgroup {id} ") };
+        format!("{at}without {}", missing.join(" "))
+    };
+    let incomplete = cgroups.iter().filter(|(_, missing)| !missing.is_empty()).map(without);
+    std::iter::once(all).chain(incomplete).collect::<Vec<_>>().join(", ")
+}
+
 fn cells(counts: &Counts) -> [Cell; 4] {
     counts.named().map(|(_, count)| Cell::new(phrase(count)).set_alignment(CellAlignment::Left))
 }
@@ -241,5 +257,34 @@ fn phrase(Count { packets, bytes }: Count) -> String {
         0 => "0".to_owned(),
         1 => format!("1 packet, {bytes} bytes"),
         _ => format!("{packets} packets, {bytes} bytes"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn partly_attached_hooks_name_the_missing_programs() {
+        let programs = |states: &[(&'static str, u64, bool)]| {
+            let program = |&(program, cgroup, attached)| CgroupProgram { program, cgroup, attached };
+            phrase_programs(&states.iter().map(program).collect::<Vec<_>>())
+        };
+        assert_eq!(programs(&[]), "-");
+        assert_eq!(programs(&[("a", 1, false), ("b", 1, false)]), "-");
+        assert_eq!(programs(&[("a", 1, true), ("b", 1, true)]), "cgroup");
+        assert_eq!(programs(&[("a", 1, true), ("b", 1, false)]), "cgroup, without b");
+        assert_eq!(programs(&[("a", 1, true), ("a", 2, true)]), "2 cgroups");
+        assert_eq!(
+            programs(&[
+                ("a", 1, true),
+                ("b", 1, false),
+                ("a", 2, true),
+                ("b", 2, true),
+                ("a", 3, false),
+                ("b", 3, false)
+            ]),
+            "3 cgroups, cgroup 1 without b, cgroup 3 without a b"
+        );
     }
 }
