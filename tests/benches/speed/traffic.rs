@@ -63,12 +63,8 @@ impl Traffic {
             Self::DeniedV6 => "### UDP to the metadata service, IPv6",
             Self::ConnectedV4 => "### UDP to another address, IPv4",
             Self::ConnectedV6 => "### UDP to another address, IPv6",
-            Self::UnconnectedV4 => {
-                "### UDP to another address with sendto(2) on an unconnected socket, IPv4"
-            }
-            Self::UnconnectedV6 => {
-                "### UDP to another address with sendto(2) on an unconnected socket, IPv6"
-            }
+            Self::UnconnectedV4 => "### UDP to another address with sendto(2) on an unconnected socket, IPv4",
+            Self::UnconnectedV6 => "### UDP to another address with sendto(2) on an unconnected socket, IPv6",
             Self::Exchange => "### TCP request and response with another address",
             Self::Stream => "### TCP stream to another address",
         }
@@ -146,7 +142,10 @@ fn in_pod(traffic: Traffic) -> f64 {
         Traffic::Exchange => by_tcp(traffic, EXCHANGES, |stream| {
             for _ in 0..EXCHANGES {
                 let mut response = PAYLOAD;
-                stream.write_all(&PAYLOAD).and_then(|()| stream.read_exact(&mut response)).expect("a response");
+                stream
+                    .write_all(&PAYLOAD)
+                    .and_then(|()| stream.read_exact(&mut response))
+                    .expect("a response");
             }
         }),
         Traffic::Stream => by_tcp(traffic, PIECES, |stream| {
