@@ -1,6 +1,9 @@
 //! Links between the documents, and the table of contents of the site.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use crate::{
     lacks_repository,
@@ -56,6 +59,33 @@ fn links_and_anchors_resolve() {
     }
     assert!(count > 150, "{count} links");
     assert!(broken.is_empty(), "{broken:#?}");
+}
+
+/// `cargo xtask book` copies only some files, and the site has no page for a directory.
+#[test]
+fn links_lead_to_files_of_the_site() {
+    if lacks_repository() {
+        return;
+    }
+    let source = fs::read_to_string(repository().join("xtask/src/book.rs")).unwrap();
+    let list = source.split("const CONTENT").nth(1).and_then(|rest| rest.split(';').nth(1)).unwrap();
+    let content: Vec<_> = list.split('"').skip(1).step_by(2).collect();
+    assert!(content.contains(&"docs") && content.contains(&"README.md"), "{content:?}");
+    let is_copied =
+        |path: &Path| path.iter().next().is_some_and(|first| content.iter().any(|name| *name == first));
+    let mut outside = Vec::new();
+    for page in documents().iter().filter(|page| is_copied(&page.path)) {
+        let links =
+            page.links.iter().filter(|link| !link.text.contains("://") && !link.text.starts_with('#'));
+        for link in links {
+            let path = link.text.split('#').next().unwrap_or_default();
+            let target = normalize(&page.path.parent().unwrap_or(Path::new("")).join(path));
+            if !is_copied(&target) || repository().join(&target).is_dir() {
+                outside.push(format!("{}: {}", link.at, link.text));
+            }
+        }
+    }
+    assert!(outside.is_empty(), "{outside:#?}");
 }
 
 #[test]
