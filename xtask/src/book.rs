@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::workspace::{execute, root, say};
 
-/// Build the documentation site in target/book with mdBook, which must be installed
+/// Build the documentation site in target/book with `mdbook`, which must be installed
 #[derive(clap::Args)]
 pub(crate) struct Book {}
 

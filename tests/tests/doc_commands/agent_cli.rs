@@ -21,9 +21,10 @@ pub(crate) enum Parsed {
 /// Parses a command line whose first word is the program. Placeholders stand for values.
 pub(crate) fn parse(words: &[String]) -> Result<Parsed, String> {
     let commands = Cli::command();
-    let names: Vec<_> = match words.iter().any(|word| word == "COMMAND") {
-        true => commands.get_subcommands().map(Command::get_name).collect(),
-        false => vec![""],
+    let names: Vec<_> = if words.iter().any(|word| word == "COMMAND") {
+        commands.get_subcommands().map(Command::get_name).collect()
+    } else {
+        vec![""]
     };
     let is_cut = words.iter().any(|word| word == "…");
     let mut parsed = Parsed::Complete;

@@ -52,7 +52,7 @@ pub(crate) fn read_directory(directory: &str, is_deep: bool) -> Vec<Document> {
         let path = Path::new(directory).join(&name);
         if is_deep && entry.file_type().unwrap().is_dir() {
             documents.extend(read_directory(path.to_str().unwrap(), true));
-        } else if name.ends_with(".md") {
+        } else if path.extension().is_some_and(|extension| extension == "md") {
             documents.push(Document::read(&path));
         }
     }
@@ -193,7 +193,7 @@ fn links(text: &str) -> impl Iterator<Item = String> {
     text.split("](").skip(1).filter_map(|after| Some(after.split_once(')')?.0.to_owned()))
 }
 
-/// Returns the anchor of a heading, as GitHub and mdBook derive it.
+/// Returns the anchor of a heading, as GitHub and `mdbook` derive it.
 fn anchor(heading: &str) -> String {
     let kept = heading.chars().filter(|&char| char.is_alphanumeric() || "-_ ".contains(char));
     kept.collect::<String>().to_lowercase().replace(' ', "-")

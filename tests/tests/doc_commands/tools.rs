@@ -67,7 +67,7 @@ fn apt(arguments: &[String]) -> Result<(), String> {
     ensure(known.contains(&arguments[0].as_str()), || "unknown subcommand".to_owned())?;
     let package = format!("./imds-agent_{}-1_amd64.deb", env!("CARGO_PKG_VERSION"));
     let package = |name: &String| *name == package || name == "./imds-agent_VERSION.deb";
-    let wrong = arguments.iter().find(|name| name.ends_with(".deb") && !package(name));
+    let wrong = arguments.iter().find(|name| name.starts_with("./") && !package(name));
     ensure(wrong.is_none(), || format!("{wrong:?} is not a package of this version"))
 }
 
@@ -173,7 +173,7 @@ fn kustomize(arguments: &[String]) -> Result<(), String> {
     let [edit, set, image, images @ ..] = arguments else { return Err("unknown subcommand".to_owned()) };
     ensure([edit, set, image] == ["edit", "set", "image"], || "unknown subcommand".to_owned())?;
     let names = images.iter().map(|image| image.split('=').next().unwrap_or_default());
-    names.map(|name| has_name("deploy/kubernetes/base/kustomization.yaml", &format!("{name}"))).collect()
+    names.map(|name| has_name("deploy/kubernetes/base/kustomization.yaml", name)).collect()
 }
 
 fn helm(arguments: &[String]) -> Result<(), String> {
@@ -193,7 +193,7 @@ fn helm(arguments: &[String]) -> Result<(), String> {
             "--show-only" => exists(&Path::new(CHART).join(words.next().unwrap_or_default()))?,
             "--set" => {
                 let key = words.next().and_then(|value| value.split('=').next()).unwrap_or_default();
-                let pointer = key.split('.').map(|part| format!("/properties/{part}")).collect::<String>();
+                let pointer = format!("/properties/{}", key.replace('.', "/properties/"));
                 ensure(schema.pointer(&pointer).is_some(), || format!("the chart has no value {key}"))?;
             }
             _ => return Err(format!("unknown argument {word}")),
