@@ -16,19 +16,19 @@ const OTHERS: RGBColor = RGBColor(165, 165, 165);
 const COLORS: [RGBColor; 4] =
     [RGBColor(31, 97, 141), RGBColor(202, 111, 30), RGBColor(30, 132, 73), RGBColor(118, 68, 138)];
 
-/// Draws one bar per name. Bars of the agent have a different color.
+/// Draws one bar per name. `axis` names the value and its unit. Bars of the agent have a different color.
 #[allow(dead_code, reason = "each benchmark has one kind of plot")]
-pub(crate) fn bars(name: &str, title: &str, bars: &[(&str, f64, bool)]) {
+pub(crate) fn bars(name: &str, title: &str, axis: &str, bars: &[(&str, f64, bool)]) {
     let draw = |path: PathBuf| -> Result<(), Box<dyn Error>> {
         let count = bars.len();
-        let height = 90 + 28 * u32::try_from(count)?;
+        let height = 110 + 28 * u32::try_from(count)?;
         let root = SVGBackend::new(&path, (WIDTH, height)).into_drawing_area();
         root.fill(&WHITE)?;
         let most = bars.iter().map(|bar| bar.1).fold(0.0, f64::max);
         let mut chart = ChartBuilder::on(&root)
             .caption(title, TITLE)
             .margin(8)
-            .x_label_area_size(28)
+            .x_label_area_size(48)
             .y_label_area_size(290)
             .build_cartesian_2d(0.0..most * 1.1, (0..count).into_segmented())?;
         // The first bar is at the top.
@@ -38,7 +38,8 @@ pub(crate) fn bars(name: &str, title: &str, bars: &[(&str, f64, bool)]) {
             _ => String::new(),
         };
         let mut mesh = chart.configure_mesh();
-        mesh.disable_y_mesh().y_labels(count).y_label_formatter(&label).label_style(FONT).draw()?;
+        mesh.disable_y_mesh().y_labels(count).y_label_formatter(&label).x_desc(axis);
+        mesh.label_style(FONT).axis_desc_style(FONT).draw()?;
         chart.draw_series(bars.iter().enumerate().map(|(row, &(_, value, is_ours))| {
             let color = if is_ours { COLORS[0] } else { OTHERS };
             let corners = [(0.0, SegmentValue::Exact(at(row))), (value, SegmentValue::Exact(at(row) + 1))];
@@ -54,9 +55,10 @@ pub(crate) fn bars(name: &str, title: &str, bars: &[(&str, f64, bool)]) {
     to_file(name, draw);
 }
 
-/// Draws lines through points on logarithmic axes.
-#[allow(dead_code, reason = "as above")]
-pub(crate) fn lines(name: &str, title: &str, lines: &[(&str, Vec<(f64, f64)>)]) {
+/// Draws lines through points on logarithmic axes. `axes` names the values of the horizontal and of the vertical axis, with
+/// their units.
+#[allow(dead_code, reason = "each benchmark has one kind of plot")]
+pub(crate) fn lines(name: &str, title: &str, axes: [&str; 2], lines: &[(&str, Vec<(f64, f64)>)]) {
     let draw = |path: PathBuf| -> Result<(), Box<dyn Error>> {
         let root = SVGBackend::new(&path, (WIDTH, 420)).into_drawing_area();
         root.fill(&WHITE)?;
@@ -68,10 +70,11 @@ pub(crate) fn lines(name: &str, title: &str, lines: &[(&str, Vec<(f64, f64)>)]) 
         let mut chart = ChartBuilder::on(&root)
             .caption(title, TITLE)
             .margin(8)
-            .x_label_area_size(30)
-            .y_label_area_size(60)
+            .x_label_area_size(48)
+            .y_label_area_size(75)
             .build_cartesian_2d(range(|point| point.0).log_scale(), range(|point| point.1).log_scale())?;
-        chart.configure_mesh().label_style(FONT).draw()?;
+        let mut mesh = chart.configure_mesh();
+        mesh.x_desc(axes[0]).y_desc(axes[1]).label_style(FONT).axis_desc_style(FONT).draw()?;
         for ((label, points), color) in lines.iter().zip(COLORS) {
             chart
                 .draw_series(LineSeries::new(points.iter().copied(), color.stroke_width(2)))?

@@ -4,6 +4,7 @@
 
 mod apt;
 mod bench;
+mod book;
 mod build;
 mod cache;
 mod clients;
@@ -41,6 +42,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Setup(setup::Setup),
+    Book(book::Book),
     Build(build::Build),
     Run(run::Run),
     Test(test::Test),
@@ -62,6 +64,7 @@ impl Command {
     fn run(self) -> Result<ExitCode> {
         match self {
             Self::Setup(setup) => setup.run(),
+            Self::Book(book) => book.run(),
             Self::Build(build) => build.run(),
             Self::Run(run) => run.run(),
             Self::Test(test) => test.run(),

@@ -55,8 +55,9 @@ fn main() {
         |of: fn(&Row) -> f64| rows.iter().map(|row| (f64::from(row.pods), of(row))).collect::<Vec<_>>();
     plot::lines(
         "benchmarks-scale",
-        "Milliseconds, by pods",
-        &[("node-wide hooks from start", line(|row| row.start)), ("restarted", line(|row| row.restart))],
+        "Time from the start of the agent until the node-wide hooks enforce",
+        ["pods on the node", "milliseconds (lower is better)"],
+        &[("first start", line(|row| row.start)), ("restart", line(|row| row.restart))],
     );
     print!("{}", table(&HEAD, &rows.each_ref().map(Row::cells)));
 }

@@ -54,7 +54,8 @@ fn main() {
     });
     plot::bars(
         "benchmarks-denied",
-        "Nanoseconds of a packet to the metadata service, its sending included",
+        "Cost of a UDP packet to the metadata service, from sendto(2) to the server or the drop",
+        "nanoseconds per packet (lower is better)",
         &bars,
     );
     println!("{}", connect::latency(&env, &pod));
@@ -90,7 +91,7 @@ impl Costs {
     fn table(&self, traffic: Traffic) -> String {
         let baselines = traffic.baselines();
         let mut head = vec!["restriction".to_owned(), traffic.unit().to_owned(), "25 to 75 %".to_owned()];
-        head.extend(baselines.iter().map(|baseline| format!("times {}", baseline.name())));
+        head.extend(baselines.iter().map(|baseline| format!("ratio to {}", baseline.name())));
         let head: Vec<_> = head.iter().map(String::as_str).collect();
         let rows: Vec<_> = Restriction::ALL
             .into_iter()

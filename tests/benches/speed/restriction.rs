@@ -76,21 +76,21 @@ impl Restriction {
 
     pub(crate) const fn name(self) -> &'static str {
         match self {
-            Self::Nothing => "nothing",
-            Self::Conntrack => "nothing, conntrack on",
-            Self::EmptyProgram => "an empty TCX program",
-            Self::EmptySocket => "empty programs at the calls",
-            Self::EmptyAll => "empty programs at the agent's hooks",
-            Self::DropAll => "a TCX program that drops everything",
+            Self::Nothing => "no restriction",
+            Self::Conntrack => "no restriction, with conntrack",
+            Self::EmptyProgram => "empty TCX program",
+            Self::EmptySocket => "empty cgroup programs",
+            Self::EmptyAll => "empty programs at the same hooks",
+            Self::DropAll => "TCX program that drops every packet",
             Self::FromPod => "imds-agent, from_pod",
             Self::NodeEgress => "imds-agent, node_egress",
             Self::Socket => "imds-agent, socket",
-            Self::AllHooks => "imds-agent, all three",
-            Self::AksFilter => "AKS' rule in filter",
-            Self::AksMangle => "AKS' rule in mangle",
-            Self::Nftables => "nftables",
-            Self::AwsReject => "AWS' rule with REJECT",
-            Self::AksTcp => "AKS' rule",
+            Self::AllHooks => "imds-agent, all three hooks",
+            Self::AksFilter => "AKS rule in filter",
+            Self::AksMangle => "AKS rule in mangle",
+            Self::Nftables => "nftables rule",
+            Self::AwsReject => "AWS rule with REJECT",
+            Self::AksTcp => "AKS rule",
         }
     }
 

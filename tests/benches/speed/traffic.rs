@@ -59,27 +59,23 @@ impl Traffic {
 
     pub(crate) const fn title(self) -> &'static str {
         match self {
-            Self::DeniedV4 => "### To the metadata service, IPv4",
-            Self::DeniedV6 => "### To the metadata service, IPv6",
-            Self::ConnectedV4 => "### To anywhere else, IPv4",
-            Self::ConnectedV6 => "### To anywhere else, IPv6",
-            Self::UnconnectedV4 => {
-                "### To anywhere else, IPv4, by sendto(2) on a socket that is not connected"
-            }
-            Self::UnconnectedV6 => {
-                "### To anywhere else, IPv6, by sendto(2) on a socket that is not connected"
-            }
-            Self::Exchange => "### With anywhere else, a question and its answer by TCP",
-            Self::Stream => "### To anywhere else, as much as there is by TCP",
+            Self::DeniedV4 => "### UDP to the metadata service, IPv4",
+            Self::DeniedV6 => "### UDP to the metadata service, IPv6",
+            Self::ConnectedV4 => "### UDP to another address, IPv4",
+            Self::ConnectedV6 => "### UDP to another address, IPv6",
+            Self::UnconnectedV4 => "### UDP to another address with sendto(2) on an unconnected socket, IPv4",
+            Self::UnconnectedV6 => "### UDP to another address with sendto(2) on an unconnected socket, IPv6",
+            Self::Exchange => "### TCP request and response with another address",
+            Self::Stream => "### TCP stream to another address",
         }
     }
 
     /// Returns the name of the measured unit.
     pub(crate) const fn unit(self) -> &'static str {
         match self {
-            Self::Exchange => "an exchange",
-            Self::Stream => "64 KiB",
-            _ => "a packet",
+            Self::Exchange => "time per exchange",
+            Self::Stream => "time per 64 KiB",
+            _ => "time per packet",
         }
     }
 
@@ -145,8 +141,11 @@ fn in_pod(traffic: Traffic) -> f64 {
     match traffic {
         Traffic::Exchange => by_tcp(traffic, EXCHANGES, |stream| {
             for _ in 0..EXCHANGES {
-                let mut answer = PAYLOAD;
-                stream.write_all(&PAYLOAD).and_then(|()| stream.read_exact(&mut answer)).expect("an answer");
+                let mut response = PAYLOAD;
+                stream
+                    .write_all(&PAYLOAD)
+                    .and_then(|()| stream.read_exact(&mut response))
+                    .expect("a response");
             }
         }),
         Traffic::Stream => by_tcp(traffic, PIECES, |stream| {

@@ -26,7 +26,8 @@ impl StatusReport {
 
     fn write(&self, text: &mut String) -> std::fmt::Result {
         if self.state == State::Unloaded {
-            return writeln!(text, "nothing is loaded at {}", self.pin_dir.display());
+            let (state, pins) = (self.state.name(), self.pin_dir.display());
+            return writeln!(text, "state      {state}\npins       nothing is loaded at {pins}");
         }
         let word = if self.agent.ready { "running" } else { "starting" };
         let agent = match (self.agent.running, self.agent.pid) {

@@ -1,0 +1,86 @@
+//! The command `cargo xtask book`.
+
+use std::{
+    env, fs,
+    path::Path,
+    process::{Command, ExitCode},
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::workspace::{execute, root, say};
+
+/// Build the documentation site in target/book with `mdbook`, which must be installed
+#[derive(clap::Args)]
+pub(crate) struct Book {}
+
+/// Files and directories of the site. They keep their relative paths, so that links from pages in `docs` to other files
+/// of the repository resolve.
+const CONTENT: [&str; 6] = ["CHANGELOG.md", "CONTRIBUTING.md", "README.md", "SECURITY.md", "deploy", "docs"];
+/// Pages outside of `docs`, which follow those of docs/SUMMARY.md in the table of contents.
+const PROJECT: &str = "
+# Project
+
+- [Contributing](CONTRIBUTING.md)
+- [Security policy](SECURITY.md)
+- [Changes](CHANGELOG.md)
+";
+
+impl Book {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        let Self {} = self;
+        let is_installed = env::var_os("PATH")
+            .is_some_and(|path| env::split_paths(&path).any(|dir| dir.join("mdbook").is_file()));
+        if !is_installed {
+            bail!("mdbook is not installed: run `cargo install mdbook --locked`");
+        }
+        let source = root().join("target/book-source");
+        if source.exists() {
+            fs::remove_dir_all(&source).context("failed to remove the previous sources")?;
+        }
+        for name in CONTENT {
+            copy(&root().join(name), &source.join(name)).with_context(|| format!("failed to copy {name}"))?;
+        }
+        let summary = source.join("docs/SUMMARY.md");
+        let pages = fs::read_to_string(&summary).context("failed to read docs/SUMMARY.md")?;
+        fs::remove_file(&summary).context("failed to move docs/SUMMARY.md")?;
+        fs::write(source.join("SUMMARY.md"), table_of_contents(&pages))
+            .context("failed to write SUMMARY.md")?;
+        execute(Command::new("mdbook").arg("build").arg(root()).env("MDBOOK_BOOK__SRC", &source))?;
+        say("the site is in target/book");
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Returns the table of contents of the site, whose root is the repository's.
+fn table_of_contents(pages: &str) -> String {
+    let pages =
+        pages.replace("](", "](docs/").replacen("# Summary\n", "# Summary\n\n[imds-agent](README.md)\n", 1);
+    pages + PROJECT
+}
+
+/// Copies a file, or a directory with its content.
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    if from.is_dir() {
+        for entry in fs::read_dir(from)? {
+            let entry = entry?;
+            copy(&entry.path(), &to.join(entry.file_name()))?;
+        }
+        return Ok(());
+    }
+    if let Some(parent) = to.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    fs::copy(from, to)?;
+    Ok(())
+}
+
+#[test]
+fn pages_of_docs_keep_their_directory() {
+    let contents = table_of_contents("# Summary\n\n[Introduction](introduction.md)\n\n- [Pins](maps.md)\n");
+    assert!(
+        contents
+            .starts_with("# Summary\n\n[imds-agent](README.md)\n\n[Introduction](docs/introduction.md)\n")
+    );
+    assert!(contents.contains("\n- [Pins](docs/maps.md)\n") && contents.ends_with("(CHANGELOG.md)\n"));
+}
