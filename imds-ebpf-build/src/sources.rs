@@ -32,7 +32,7 @@ pub(crate) fn paths(workspace: &Path) -> impl Iterator<Item = PathBuf> {
     SOURCES.iter().chain(&[MANIFEST, LOCK]).map(|path| workspace.join(path))
 }
 
-/// Returns the hash of the sources in hexadecimal. It depends on the paths of the files relative to the workspace only.
+/// Returns the hash of the sources in hexadecimal. File names count relative to the workspace, so that every checkout gives the same hash.
 pub(crate) fn sha256(workspace: &Path) -> Result<String> {
     let mut hash = Sha256::new();
     let mut add = |name: &str, content: &[u8]| {
