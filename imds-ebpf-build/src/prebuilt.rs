@@ -46,7 +46,9 @@ pub fn build() -> Result<Built> {
     let object = match Object::stored(workspace)? {
         Some(object) if env::var_os(FROM_SOURCE).is_none() => object,
         _ => Object::compile(workspace, &shared_target_dir(&out_dir)).with_context(|| {
-            format!("{PREBUILT} does not match the sources or {FROM_SOURCE} is set, but the build from source failed")
+            format!(
+                "failed to build the BPF object from source, because {PREBUILT} does not match the sources or {FROM_SOURCE} is set"
+            )
         })?,
     };
     let path = out_dir.join(OBJECT);
