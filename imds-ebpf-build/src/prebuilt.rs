@@ -47,7 +47,8 @@ pub fn build() -> Result<Built> {
         Some(object) if env::var_os(FROM_SOURCE).is_none() => object,
         _ => Object::compile(workspace, &shared_target_dir(&out_dir)).with_context(|| {
             format!(
-                "failed to build the BPF object from source, because {PREBUILT} does not match the sources or {FROM_SOURCE} is set"
+                "failed to build the BPF object from source, because {PREBUILT} does not match the \
+                 sources or {FROM_SOURCE} is set"
             )
         })?,
     };

@@ -32,7 +32,8 @@ pub(crate) fn paths(workspace: &Path) -> impl Iterator<Item = PathBuf> {
     SOURCES.iter().chain(&[MANIFEST, LOCK]).map(|path| workspace.join(path))
 }
 
-/// Returns the hash of the sources in hexadecimal. File names count relative to the workspace, so that every checkout gives the same hash.
+/// Returns the hash of the sources in hexadecimal. File names count relative to the workspace, so that every checkout gives
+/// the same hash.
 pub(crate) fn sha256(workspace: &Path) -> Result<String> {
     let mut hash = Sha256::new();
     let mut add = |name: &str, content: &[u8]| {
