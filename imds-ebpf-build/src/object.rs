@@ -1,52 +1,21 @@
-//! Build of the BPF object, for build scripts.
+//! Build of the BPF object from source.
 
-use std::{
-    env, fs,
-    path::{Path, PathBuf},
-};
+use std::{fs, path::Path};
 
 use anyhow::{Context as _, Result, bail};
 use object::{
     build::elf::{Builder, SectionData},
     elf::SHT_STRTAB,
 };
-use sha2::{Digest as _, Sha256};
 
 use crate::{
     Toolchain, llvm, map_fields,
     toolchain::{OBJECT, TARGET},
 };
 
-/// Inputs of the object, relative to the workspace. Cargo runs the build script again if one of them changes.
-const SOURCES: [&str; 5] =
-    ["Cargo.lock", "Cargo.toml", "imds-ebpf", "imds-ebpf-common/Cargo.toml", "imds-ebpf-common/src"];
-
-/// BPF object that [`build`] has written.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Object {
-    /// Path of the file, in `OUT_DIR`.
-    pub path: PathBuf,
-    /// SHA-256 of the file, in hexadecimal.
-    pub sha256: String,
-}
-
-/// Builds the BPF object. Call it from a build script: it prints `cargo::rerun-if-changed` for all inputs.
-pub fn build() -> Result<Object> {
-    let variable = |name| env::var_os(name).with_context(|| format!("{name} is not set: build scripts only"));
-    let manifest_dir = PathBuf::from(variable("CARGO_MANIFEST_DIR")?);
-    let workspace = manifest_dir.parent().context("the crate has no parent directory")?;
-    let out_dir = PathBuf::from(variable("OUT_DIR")?);
-    let target_arch = env::var("CARGO_CFG_TARGET_ARCH").context("failed to read CARGO_CFG_TARGET_ARCH")?;
-
-    let toolchain = Toolchain::detect()?;
-    for path in
-        SOURCES.map(|source| workspace.join(source)).iter().map(PathBuf::as_path).chain([toolchain.linker()])
-    {
-        println!("cargo::rerun-if-changed={}", path.display());
-    }
-
-    let target_dir = shared_target_dir(&out_dir);
-    let mut cargo = toolchain.build(workspace, &target_dir, &target_arch);
+/// Builds the object of the workspace and returns its content. `target_dir` is cargo's target directory for it.
+pub(crate) fn compile(toolchain: &Toolchain, workspace: &Path, target_dir: &Path) -> Result<Vec<u8>> {
+    let mut cargo = toolchain.build(workspace, target_dir);
     let output =
         cargo.output().with_context(|| format!("failed to start {}", cargo.get_program().display()))?;
     if !output.status.success() {
@@ -60,13 +29,9 @@ pub fn build() -> Result<Object> {
         }
         bail!("failed to build {OBJECT} with {compiler} ({}):\n{stderr}", output.status);
     }
-
-    // The next build, possibly for another architecture, overwrites the object in the shared directory.
-    let (built, object) = (target_dir.join(TARGET).join("release").join(OBJECT), out_dir.join(OBJECT));
+    let built = target_dir.join(TARGET).join("release").join(OBJECT);
     let bytes = fs::read(&built).with_context(|| format!("failed to read {}", built.display()))?;
-    let bytes = rewrite(&bytes).with_context(|| format!("failed to rewrite {}", built.display()))?;
-    fs::write(&object, &bytes).with_context(|| format!("failed to write {}", object.display()))?;
-    Ok(Object { path: object, sha256: format!("{:x}", Sha256::digest(&bytes)) })
+    rewrite(&bytes).with_context(|| format!("failed to rewrite {}", built.display()))
 }
 
 /// Removes the DWARF sections, two thirds of the object: the kernel reads only BTF, which the linker has generated from DWARF.
@@ -88,11 +53,4 @@ fn rewrite(object: &[u8]) -> Result<Vec<u8>> {
     let mut stripped = Vec::new();
     object.write(&mut stripped)?;
     Ok(stripped)
-}
-
-/// Returns one target directory for all profiles of the outer cargo, so that the object is built once. The target directory
-/// of the outer cargo itself is locked while a build script runs.
-fn shared_target_dir(out_dir: &Path) -> PathBuf {
-    let outer = out_dir.ancestors().find(|dir| dir.join("CACHEDIR.TAG").is_file());
-    outer.unwrap_or(out_dir).join("ebpf")
 }

@@ -7,6 +7,8 @@ use std::{
     process::Command,
 };
 
+use anyhow::{Context as _, Result, ensure};
+
 use crate::{Compiler, Host, NoToolchain, Survey};
 
 /// Absolute path of Debian's compiler, because rustup's usually comes first on the PATH.
@@ -20,6 +22,11 @@ const UNSTABLE: &str = "aya_ebpf,imds_ebpf_common";
 pub(crate) const TARGET: &str = "bpfel-unknown-none";
 /// Name of the package, of its binary and of the built file.
 pub(crate) const OBJECT: &str = "imds-ebpf";
+/// Settings of cargo's profile, relative to the workspace.
+const PROFILE: &str = "imds-ebpf/profile.toml";
+/// Compiler flags. aya-ebpf needs the architecture for the registers of traced functions, which these programs do not read:
+/// one object serves all architectures.
+const FLAGS: [&str; 2] = ["-Clink-arg=--btf", "--cfg=bpf_target_arch=\"x86_64\""];
 
 /// A compiler and a linker for the BPF object.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -51,38 +58,43 @@ impl Toolchain {
     }
 
     /// Returns the `cargo build` command for the BPF object of the workspace at `workspace`, with `target_dir` as target
-    /// directory. Sets the cfg `bpf_target_arch` of the programs to `target_arch`.
+    /// directory.
     #[must_use]
-    pub fn build(&self, workspace: &Path, target_dir: &Path, target_arch: &str) -> Command {
+    pub fn build(&self, workspace: &Path, target_dir: &Path) -> Command {
         let program = match self.compiler {
             Compiler::Nightly => "cargo",
             Compiler::Debian => DEBIAN_CARGO,
         };
-        self.cargo(program, "build", workspace, target_dir, target_arch)
+        self.cargo(program, "build", workspace, target_dir)
     }
 
     /// Returns the `cargo clippy` command for the BPF object, with warnings as errors. The arguments are those of
     /// [`Toolchain::build`].
     #[must_use]
-    pub fn clippy(&self, workspace: &Path, target_dir: &Path, target_arch: &str) -> Command {
+    pub fn clippy(&self, workspace: &Path, target_dir: &Path) -> Command {
         // Runs cargo-clippy directly, because `cargo clippy` prefers the cargo-clippy in cargo's home, which is rustup's.
         let program = match self.compiler {
             Compiler::Nightly => "cargo-clippy",
             Compiler::Debian => DEBIAN_CLIPPY,
         };
-        let mut clippy = self.cargo(program, "clippy", workspace, target_dir, target_arch);
+        let mut clippy = self.cargo(program, "clippy", workspace, target_dir);
         clippy.args(["--", "--deny", "warnings"]);
         clippy
     }
 
-    fn cargo(
-        &self,
-        program: &str,
-        subcommand: &str,
-        workspace: &Path,
-        target_dir: &Path,
-        target_arch: &str,
-    ) -> Command {
+    /// Returns the versions of the compiler, of its LLVM and of the linker, one line each.
+    pub fn versions(&self) -> Result<String> {
+        let mut rustc = match self.compiler {
+            Compiler::Nightly => nightly(&Host::current(), "rustc"),
+            Compiler::Debian => Command::new(DEBIAN_RUSTC),
+        };
+        let rustc = stdout(rustc.arg("-vV"))?;
+        let compiler = rustc.lines().filter(|line| line.starts_with("rustc ") || line.starts_with("LLVM "));
+        let linker = stdout(Command::new(&self.linker).arg("--version"))?;
+        Ok(compiler.chain(linker.lines()).flat_map(|line| [line, "\n"]).collect())
+    }
+
+    fn cargo(&self, program: &str, subcommand: &str, workspace: &Path, target_dir: &Path) -> Command {
         let host = Host::current();
         let mut cargo = match self.compiler {
             Compiler::Nightly => nightly(&host, program),
@@ -96,13 +108,12 @@ impl Toolchain {
                 cargo.env("CARGO", DEBIAN_CARGO).env("RUSTC", DEBIAN_RUSTC).env("RUSTC_BOOTSTRAP", UNSTABLE)
             }
         };
-        cargo.args(["--locked", "--release", "--package", OBJECT, "--target", TARGET]);
+        cargo.args(["--locked", "--release", "--config", PROFILE, "--package", OBJECT, "--target", TARGET]);
         cargo.arg("--target-dir").arg(target_dir).current_dir(workspace);
-        let arch = format!("--cfg=bpf_target_arch=\"{target_arch}\"");
+        let mut flags = FLAGS.map(str::to_owned).to_vec();
         // BTF contains source paths. Remapping makes the object independent of the build directory. `.` also lets the linker
         // find the source lines that it copies into BTF.
-        let workspace = remap(workspace, ".");
-        let mut flags = vec!["-Cdebuginfo=2".to_owned(), "-Clink-arg=--btf".to_owned(), arch, workspace];
+        flags.push(remap(workspace, "."));
         flags.extend(cargo_home().map(|home| remap(&home, "cargo")));
         cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
         if let Some(dir) = self.linker.parent() {
@@ -145,6 +156,14 @@ fn nightly(host: &Host, program: &str) -> Command {
     leave_outer_cargo(&mut rustup);
     rustup.args(["run", "nightly", program]);
     rustup
+}
+
+/// Returns the standard output of a command.
+fn stdout(command: &mut Command) -> Result<String> {
+    let program = command.get_program().display().to_string();
+    let output = command.output().with_context(|| format!("failed to start {program}"))?;
+    ensure!(output.status.success(), "{program} failed ({})", output.status);
+    String::from_utf8(output.stdout).with_context(|| format!("the output of {program} is not UTF-8"))
 }
 
 /// Returns the command that builds and installs a bpf-linker with Debian's LLVM of this major version. Replaces an
@@ -193,7 +212,7 @@ mod tests {
     #[test]
     fn debian_compiler_has_full_path() {
         let toolchain = Toolchain::new(Compiler::Debian, PathBuf::from("/opt/a dir/bpf-linker"));
-        let clippy = toolchain.clippy(Path::new("/w s"), Path::new("/t d"), "x86_64");
+        let clippy = toolchain.clippy(Path::new("/w s"), Path::new("/t d"));
         assert_eq!(clippy.get_program(), DEBIAN_CLIPPY);
         assert_eq!(clippy.get_current_dir(), Some(Path::new("/w s")));
         let variable =
@@ -205,7 +224,7 @@ mod tests {
     #[test]
     fn nightly_builds_core_itself() {
         let toolchain = Toolchain::new(Compiler::Nightly, PathBuf::from("/bin/bpf-linker"));
-        let build = toolchain.build(Path::new("/w"), Path::new("/t"), "aarch64");
+        let build = toolchain.build(Path::new("/w"), Path::new("/t"));
         let arguments: Vec<_> = build.get_args().collect();
         assert_eq!(arguments[..5], ["run", "nightly", "cargo", "build", "-Zbuild-std=core"]);
         assert!(build.get_envs().all(|(name, _)| name != "RUSTC_BOOTSTRAP"));

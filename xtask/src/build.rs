@@ -32,6 +32,15 @@ pub(crate) fn release() -> Result<PathBuf> {
     Ok(agent)
 }
 
+/// Builds the agent for a trial and returns its path: without optimizations, with the dependencies that xtask and the tests use
+/// too, which takes a fraction of the time.
+pub(crate) fn debug() -> Result<PathBuf> {
+    let agent = artifacts("debug")?.join("imds-agent");
+    setup::ensure(Purpose::Build)?;
+    execute(cargo("build").args(["--package", "imds-agent", "--locked"]))?;
+    Ok(agent)
+}
+
 /// Returns the current commit, with the suffix `-dirty` if files were changed since, or `unknown` without git.
 pub(crate) fn commit() -> String {
     let git = |arguments: &[&str]| {

@@ -32,8 +32,8 @@ impl Demo {
         if !Uid::effective().is_root() {
             bail!("the demo creates network namespaces: run it as root");
         }
-        setup::ensure(Purpose::Test)?;
-        let agent = build::release()?;
+        setup::ensure(Purpose::Demo)?;
+        let agent = build::debug()?;
         let interrupt = Interrupt::new()?;
 
         say("creating a node with two pods, and a metadata service beyond its uplink");

@@ -1,6 +1,6 @@
 //! The command `cargo xtask lint`.
 
-use std::{env, process::ExitCode};
+use std::process::ExitCode;
 
 use anyhow::Result;
 use imds_ebpf_build::Toolchain;
@@ -27,7 +27,7 @@ impl Lint {
         )?;
 
         let target_dir = artifacts("ebpf-lint")?;
-        execute(&mut Toolchain::detect()?.clippy(root(), &target_dir, env::consts::ARCH))?;
+        execute(&mut Toolchain::detect()?.clippy(root(), &target_dir))?;
         Ok(ExitCode::SUCCESS)
     }
 }

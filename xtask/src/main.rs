@@ -12,6 +12,7 @@ mod demo;
 mod deny;
 mod dist;
 mod e2e;
+mod ebpf;
 mod faults;
 mod fuzz;
 mod lint;
@@ -52,6 +53,7 @@ enum Command {
     Dist(dist::Dist),
     Image(dist::Image),
     E2e(e2e::EndToEnd),
+    Ebpf(ebpf::Ebpf),
     Faults(faults::Faults),
     Fuzz(fuzz::Fuzz),
     Manifests(manifests::Manifests),
@@ -74,6 +76,7 @@ impl Command {
             Self::Dist(dist) => dist.run(),
             Self::Image(image) => image.run(),
             Self::E2e(e2e) => e2e.run(),
+            Self::Ebpf(ebpf) => ebpf.run(),
             Self::Faults(faults) => faults.run(),
             Self::Fuzz(fuzz) => fuzz.run(),
             Self::Manifests(manifests) => manifests.run(),

@@ -38,7 +38,7 @@ impl Run {
                 "the agent loads BPF programs: run it as root, e.g. `sudo -E env \"PATH=$PATH\" cargo xtask run`"
             );
         }
-        let agent = build::release()?;
+        let agent = build::debug()?;
         let pin_dir = directory(&self.agent_args, "--pin-dir", DEFAULT_PIN_DIR);
         let state_dir = directory(&self.agent_args, "--state-dir", DEFAULT_STATE_DIR);
         let was_loaded = pin_dir.exists();

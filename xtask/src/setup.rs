@@ -3,12 +3,12 @@
 use std::{fmt, process::ExitCode};
 
 use anyhow::{Context as _, Result, bail};
-use imds_ebpf_build::{Compiler, DEBIAN_PACKAGES, Host, Survey, linker_install};
+use imds_ebpf_build::{Compiler, DEBIAN_PACKAGES, Host, Object, Survey, linker_install};
 use nix::unistd::Uid;
 
 use crate::{
     apt,
-    workspace::{cargo, execute, say},
+    workspace::{cargo, execute, root, say},
 };
 
 /// Install missing requirements for building, testing and linting: Debian packages and bpf-linker
@@ -23,6 +23,8 @@ pub(crate) struct Setup {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Purpose {
     Build,
+    Ebpf,
+    Demo,
     Bench,
     Test,
     Lint,
@@ -51,6 +53,7 @@ const TEST_TOOLS: [Tool; 7] = [
     Tool { program: "bpftool", package: "bpftool" },
     Tool { program: "nsenter", package: "util-linux" },
 ];
+const DEMO_TOOLS: [Tool; 1] = [Tool { program: "ip", package: "iproute2" }];
 /// Additional tools of the benchmarks.
 const BENCH_TOOLS: [Tool; 1] = [Tool { program: "ip6tables", package: "iptables" }];
 /// Additional tools for virtual machines. `vm` itself downloads QEMU and other programs.
@@ -101,7 +104,8 @@ const CLIPPY_PACKAGE: &str = "rust-web-clippy";
 
 impl Setup {
     pub(crate) fn run(self) -> Result<ExitCode> {
-        let (host, purposes) = (Host::current(), [Purpose::Build, Purpose::Test, Purpose::Lint]);
+        let (host, purposes) =
+            (Host::current(), [Purpose::Build, Purpose::Ebpf, Purpose::Test, Purpose::Lint]);
         let missing = Missing::on(&host, &purposes);
         if !self.check {
             missing.install(&host, &purposes)?;
@@ -121,7 +125,12 @@ impl Setup {
 /// Installs missing requirements of `purpose`. Prints nothing if none is missing.
 pub(crate) fn ensure(purpose: Purpose) -> Result<()> {
     let host = Host::current();
-    Missing::on(&host, &[purpose]).install(&host, &[purpose])
+    let mut purposes = vec![purpose];
+    if Object::stored(root())?.is_none() {
+        // Every build of the agent compiles the changed BPF programs.
+        purposes.push(Purpose::Ebpf);
+    }
+    Missing::on(&host, &purposes).install(&host, &purposes)
 }
 
 /// Returns a list of the missing requirements of `purpose`, if any.
@@ -143,17 +152,22 @@ struct Missing {
 impl Missing {
     fn on(host: &Host, purposes: &[Purpose]) -> Self {
         let mut missing = Self::default();
-        let survey = Survey::of(host);
-        let toolchain = survey.toolchain();
-        if let Err(error) = &toolchain {
-            missing.things.push(error.to_string());
-            if survey.debian.is_err() {
-                missing.packages.extend(DEBIAN_PACKAGES);
+        if needs_toolchain(purposes) {
+            let survey = Survey::of(host);
+            let toolchain = survey.toolchain();
+            if let Err(error) = &toolchain {
+                missing.things.push(error.to_string());
+                if survey.debian.is_err() {
+                    missing.packages.extend(DEBIAN_PACKAGES);
+                }
+            }
+            if purposes.contains(&Purpose::Lint) {
+                let compiler = toolchain.map_or(Compiler::Debian, |toolchain| toolchain.compiler());
+                missing.look_for_clippy(host, compiler);
             }
         }
-        if purposes.contains(&Purpose::Lint) {
-            let compiler = toolchain.map_or(Compiler::Debian, |toolchain| toolchain.compiler());
-            missing.look_for_clippy(host, compiler);
+        if purposes.contains(&Purpose::Demo) {
+            missing.look_for_tools(host, "the demo's", &DEMO_TOOLS);
         }
         if purposes.iter().any(|purpose| {
             matches!(purpose, Purpose::Bench | Purpose::Test | Purpose::Vm | Purpose::EndToEnd)
@@ -237,9 +251,11 @@ impl Missing {
             let packages: Vec<_> = self.packages.iter().copied().map(str::to_owned).collect();
             install_packages(host, &packages).with_context(|| format!("missing: {self}"))?;
         }
-        let survey = Survey::of(host);
-        if survey.toolchain().is_err() {
-            install_linker(host, &survey)?;
+        if needs_toolchain(purposes) {
+            let survey = Survey::of(host);
+            if survey.toolchain().is_err() {
+                install_linker(host, &survey)?;
+            }
         }
         for CargoTool { program, version, arguments } in &self.cargo_tools {
             say(format_args!("building {program}: this takes some minutes"));
@@ -259,6 +275,11 @@ impl fmt::Display for Missing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.things.join(". Also "))
     }
+}
+
+/// Reports whether one of the purposes compiles or lints the BPF programs.
+fn needs_toolchain(purposes: &[Purpose]) -> bool {
+    purposes.iter().any(|purpose| matches!(purpose, Purpose::Ebpf | Purpose::Lint))
 }
 
 /// Builds bpf-linker with the LLVM version of Debian's compiler, which changes within a Debian release.
@@ -292,7 +313,7 @@ mod tests {
 
     const FOR_TESTS: [&str; 6] =
         ["containernetworking-plugins", "iproute2", "iptables", "nftables", "bpftool", "util-linux"];
-    const ALL: [Purpose; 3] = [Purpose::Build, Purpose::Test, Purpose::Lint];
+    const ALL: [Purpose; 4] = [Purpose::Build, Purpose::Ebpf, Purpose::Test, Purpose::Lint];
 
     /// Creates a machine on which programs at these paths exist and do nothing.
     fn host(root: &Path, programs: &[&str]) -> Host {
@@ -320,7 +341,7 @@ mod tests {
         let core = root.path().join("usr/lib/rustlib/bpfel-unknown-none/lib");
         fs::create_dir_all(core).unwrap();
         let host = host(root.path(), &["usr/bin/rustc", "usr/bin/cargo", "bin/bpf-linker"]);
-        assert!(Missing::on(&host, &[Purpose::Build]).is_empty());
+        assert!(Missing::on(&host, &[Purpose::Build, Purpose::Ebpf]).is_empty());
         assert_eq!(Missing::on(&host, &[Purpose::Lint]).packages, [CLIPPY_PACKAGE]);
         assert_eq!(Missing::on(&host, &[Purpose::Test]).packages, FOR_TESTS);
         let for_machines = Missing::on(&host, &[Purpose::Vm]).packages;
@@ -328,11 +349,20 @@ mod tests {
     }
 
     #[test]
+    fn agent_and_demo_need_no_bpf_toolchain() {
+        let root = tempfile::tempdir().unwrap();
+        let host = host(root.path(), &[]);
+        assert!(Missing::on(&host, &[Purpose::Build]).is_empty());
+        assert_eq!(Missing::on(&host, &[Purpose::Demo]).packages, ["iproute2"]);
+        assert_eq!(Missing::on(&host, &[Purpose::Test]).packages, FOR_TESTS);
+    }
+
+    #[test]
     fn missing_linker_needs_no_compiler() {
         let root = tempfile::tempdir().unwrap();
         fs::create_dir_all(root.path().join("usr/lib/rustlib/bpfel-unknown-none/lib")).unwrap();
         let host = host(root.path(), &["usr/bin/rustc", "usr/bin/cargo"]);
-        let missing = Missing::on(&host, &[Purpose::Build]);
+        let missing = Missing::on(&host, &[Purpose::Ebpf]);
         assert!(missing.packages.is_empty(), "{missing:?}");
         assert!(missing.to_string().contains("bpf-linker is neither"), "{missing}");
     }

@@ -41,7 +41,7 @@ pub(crate) fn prepare() -> Result<PathBuf> {
     }
     let agent = artifacts("debug")?.join("imds-agent");
     setup::ensure(Purpose::Test)?;
-    // Builds all targets, so that cargo selects the same features and compiles nothing twice.
-    execute(cargo("build").args(HOST_CRATES).arg("--all-targets"))?;
+    // Builds the tests too, so that cargo selects the same features and compiles nothing twice.
+    execute(cargo("build").args(HOST_CRATES).args(["--bins", "--tests"]))?;
     Ok(agent)
 }

@@ -106,7 +106,9 @@ impl Vm {
             kernels.into_iter().collect::<Result<Vec<_>>>()?;
             return Ok(ExitCode::SUCCESS);
         }
-        let plan = Plan::new(Payload::build(&self.filter)?, &self.filter, self.quick, self.scale)?;
+        let quick = plan::quick_executables();
+        let executables = if self.quick && self.filter.is_empty() { &quick } else { &self.filter };
+        let plan = Plan::new(Payload::build(executables)?, &self.filter, self.quick, self.scale)?;
         let rows = self.run_all(kernels, &plan, &tools)?;
         match self.output {
             Output::Table => print!("{}", vm_report::table(&rows)),

@@ -27,6 +27,11 @@ const QUICK: [(&str, &[&str]); 7] = [
     ("test_run", &["every_packet_to_endpoint", "verifier_instructions"]),
 ];
 
+/// Returns the test executables of `--quick`.
+pub(super) fn quick_executables() -> Vec<String> {
+    QUICK.iter().map(|&(name, _)| name.to_owned()).collect()
+}
+
 /// The executable of `cargo xtask faults` and its options: its tests are ignored otherwise, and each needs the machine
 /// for itself.
 const FAULTS: (&str, &[&str]) = ("faults", &["--include-ignored", "--test-threads=1"]);

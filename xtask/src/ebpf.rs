@@ -1,0 +1,51 @@
+//! The command `cargo xtask ebpf`.
+
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result, ensure};
+use imds_ebpf_build::Object;
+
+use crate::{
+    setup::{self, Purpose},
+    workspace::{artifacts, root, say},
+};
+
+/// Build the BPF object from source and store it in imds-ebpf/prebuilt, from where the build of the agent takes it
+///
+/// Run this after changes of the BPF programs, and commit the result.
+#[derive(clap::Args)]
+pub(crate) struct Ebpf {
+    /// Compare the built object with the stored one, byte by byte, and change nothing
+    #[arg(long)]
+    check: bool,
+}
+
+impl Ebpf {
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        setup::ensure(Purpose::Ebpf)?;
+        let workspace = root().canonicalize().context("failed to find the workspace")?;
+        let built = Object::compile(&workspace, &artifacts("ebpf")?)?;
+        if self.check {
+            check(&built, Object::stored(&workspace)?.as_ref())?;
+            say("the stored BPF object is the one that the sources give");
+        } else {
+            say(format_args!("wrote {}", built.store(&workspace)?.display()));
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Fails unless the stored object is current and equals the built one.
+fn check(built: &Object, stored: Option<&Object>) -> Result<()> {
+    let stored = stored.context(
+        "the stored BPF object does not match the sources: run `cargo xtask ebpf` and commit the result",
+    )?;
+    ensure!(
+        built.bytes() == stored.bytes(),
+        "the stored BPF object differs from the built one. If the versions differ too, run `cargo xtask ebpf` and commit the \
+         result.\nstored:\n{}built:\n{}",
+        stored.record(),
+        built.record()
+    );
+    Ok(())
+}
