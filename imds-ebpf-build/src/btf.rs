@@ -9,6 +9,8 @@ const VERSION: u8 = 1;
 const HEADER_LEN: usize = 24;
 /// Number of words of `struct btf_type`.
 const TYPE_WORDS: usize = 3;
+/// Number of words of `struct btf_member`.
+const MEMBER_WORDS: usize = 3;
 
 pub(crate) const INT: u32 = 1;
 pub(crate) const PTR: u32 = 2;
@@ -131,7 +133,7 @@ impl Btf {
             _ => return Vec::new(),
         };
         let member = |index: usize| {
-            let at = index * 3;
+            let at = index * MEMBER_WORDS;
             Some(Member {
                 name: self.extra(id, at + name_at),
                 type_id: self.extra(id, at + type_at),
@@ -145,6 +147,22 @@ impl Btf {
     pub(crate) fn set_type(&mut self, member: Member, type_id: u32) {
         if let Some(word) = self.words.get_mut(member.type_word) {
             *word = type_id;
+        }
+    }
+
+    /// Removes the member with this index from a struct. The offsets of the others and the size of the struct stay.
+    pub(crate) fn remove_member(&mut self, id: u32, index: usize) {
+        let (Some(start), true) = (self.start(id), self.kind(id) == STRUCT && index < self.len(id)) else {
+            return;
+        };
+        let at = start + TYPE_WORDS + index * MEMBER_WORDS;
+        self.words.drain(at..at + MEMBER_WORDS);
+        // The lower 16 bits of this word are the number of members.
+        if let Some(info) = self.words.get_mut(start + 1) {
+            *info -= 1;
+        }
+        for later in self.starts.iter_mut().filter(|later| **later > start) {
+            *later -= MEMBER_WORDS;
         }
     }
 
@@ -237,6 +255,21 @@ mod tests {
         let [member] = *btf.members(3) else { panic!("one member") };
         btf.set_type(member, 1);
         assert_eq!(btf.members(3)[0].type_id, 1);
+    }
+
+    #[test]
+    fn removed_member_leaves_others_in_place() {
+        let mut btf = example();
+        let names = ["Pair", "first", "second"].map(|name| btf.add_string(name).unwrap());
+        let pair = btf.add_type(names[0], STRUCT, 2, 16, &[names[1], 1, 0, names[2], 1, 64]).unwrap();
+        let later = btf.add_type(names[1], INT, 0, 1, &[8]).unwrap();
+        btf.remove_member(pair, 0);
+        btf.remove_member(pair, 1);
+        btf.remove_member(later, 0);
+        let btf = Btf::parse(&btf.to_bytes().unwrap()).unwrap();
+        let [member] = *btf.members(pair) else { panic!("one member") };
+        assert_eq!((btf.string(member.name), btf.extra(pair, 2), btf.size_or_type(pair)), ("second", 64, 16));
+        assert_eq!((btf.name(later), btf.extra(later, 0)), ("first", 8));
     }
 
     #[test]

@@ -113,6 +113,11 @@ const FIELDS: [(&str, &[(&str, Meaning)]); 17] = [
     ("Subject", &[("kind", Number(Enum::SubjectKind))]),
 ];
 
+/// Names of fields that fill gaps.
+const PADDING: [&str; 2] = ["padding", "reserved"];
+/// Struct and field of the rate limiter that the programs keep in each counter.
+const LIMITER: (&str, &str) = ("Counter", "limiter");
+
 impl Enum {
     /// Returns the name of the type, and name and number of each variant.
     fn variants(self) -> (&'static str, Vec<(&'static str, u32)>) {
@@ -170,12 +175,14 @@ impl Enum {
     }
 }
 
-/// Gives the [`FIELDS`] of the maps in `btf`, the content of the section `.BTF`, the types of their meanings.
+/// Gives the [`FIELDS`] of the maps in `btf`, the content of the section `.BTF`, the types of their meanings, and removes fields
+/// without a meaning for users.
 pub(crate) fn retype(btf: &[u8]) -> Result<Vec<u8>> {
     let mut types = Types::new(Btf::parse(btf)?)?;
     let mut missing: BTreeSet<_> =
         FIELDS.iter().flat_map(|(of, fields)| fields.iter().map(move |&(field, _)| (*of, field))).collect();
     for id in types.of_maps()? {
+        types.remove_hidden(id);
         for member in types.btf.members(id) {
             let (of, field) = (types.btf.name(id), types.btf.string(member.name));
             let fields = FIELDS.iter().find(|(name, _)| *name == of).map(|(_, fields)| *fields);
@@ -237,6 +244,16 @@ impl Types {
         }
         seen.retain(|&id| matches!(self.btf.kind(id), STRUCT | UNION));
         Ok(seen)
+    }
+
+    fn remove_hidden(&mut self, id: u32) {
+        let members: Vec<_> = self.btf.members(id).into_iter().enumerate().collect();
+        for (index, member) in members.into_iter().rev() {
+            let field = self.btf.string(member.name);
+            if PADDING.contains(&field) || (self.btf.name(id), field) == LIMITER {
+                self.btf.remove_member(id, index);
+            }
+        }
     }
 
     /// Reports whether a type is an integer without sign, and returns its size.

@@ -88,10 +88,10 @@ impl Object {
         &self.bytes
     }
 
-    /// Returns the record of the inputs.
+    /// Returns the versions of compiler, LLVM and linker, one per line.
     #[must_use]
-    pub fn record(&self) -> &str {
-        &self.record
+    pub fn toolchain(&self) -> &str {
+        self.record.splitn(3, '\n').nth(2).unwrap_or_default()
     }
 }
 

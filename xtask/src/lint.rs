@@ -1,6 +1,6 @@
 //! The command `cargo xtask lint`.
 
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use anyhow::Result;
 use imds_ebpf_build::Toolchain;
@@ -10,7 +10,7 @@ use crate::{
     workspace::{artifacts, cargo, execute, root},
 };
 
-/// Check the formatting and run clippy, for the BPF crate on its own target too; warnings are errors
+/// Check formatting and prose, and run clippy, for the BPF crate on its own target too; warnings are errors
 #[derive(clap::Args)]
 pub(crate) struct Lint {}
 
@@ -20,6 +20,7 @@ impl Lint {
         execute(cargo("fmt").args(["--all", "--check"]))?;
 
         setup::ensure(Purpose::Lint)?;
+        execute(Command::new("python3").arg("xtask/prose.py").current_dir(root()))?;
         execute(
             cargo("clippy")
                 .args(["--workspace", "--exclude", "imds-ebpf", "--all-targets", "--locked"])

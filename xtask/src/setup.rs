@@ -77,6 +77,8 @@ const RUNTIME_TOOLS: [Tool; 9] = [
     Tool { program: "runc", package: "runc" },
     Tool { program: "unshare", package: "util-linux" },
 ];
+/// Interpreter of `prose.py`.
+const LINT_TOOLS: [Tool; 1] = [Tool { program: "python3", package: "python3" }];
 /// Additional tools of the end-to-end tests.
 const END_TO_END_TOOLS: [Tool; 1] = [Tool { program: "debootstrap", package: "debootstrap" }];
 const MANIFEST_TOOLS: [Tool; 3] = [
@@ -162,6 +164,7 @@ impl Missing {
                 }
             }
             if purposes.contains(&Purpose::Lint) {
+                missing.look_for_tools(host, "the prose check's", &LINT_TOOLS);
                 let compiler = toolchain.map_or(Compiler::Debian, |toolchain| toolchain.compiler());
                 missing.look_for_clippy(host, compiler);
             }

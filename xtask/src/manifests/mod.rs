@@ -17,7 +17,7 @@ use crate::{
 /// Helm's engine, the schemas of Kubernetes and CEL, from `PyPI`. Another version gets its own directory.
 const LIBRARIES: [&str; 3] =
     ["cel-expr-python==0.1.3", "helm-python-sdk==0.2.2", "kubernetes-validate==1.37.0"];
-const RENDER: &str = include_str!("render.py");
+const RENDER: &str = include_str!("../../render.py");
 
 /// Render the chart and the kustomizations in deploy, and validate them against the schemas of Kubernetes
 #[derive(clap::Args)]
