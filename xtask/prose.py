@@ -4,7 +4,7 @@
     python3 xtask/prose.py
 
 Fails if more than 5 % of the sentences of an area open with a relative or back-referring word, or if it has more than 0.3 words per 1,000
-that CONTRIBUTING.md asks to avoid. Prints the places."""
+of the list `AVOIDED`. Prints the places."""
 
 import re
 import subprocess

@@ -17,6 +17,6 @@ mod survey;
 mod toolchain;
 
 pub use host::Host;
-pub use prebuilt::{Built, Object, build};
+pub use prebuilt::{Built, Object, build, compiles_programs};
 pub use survey::{Compiler, DEBIAN_PACKAGES, Lack, Linker, NoToolchain, Survey};
 pub use toolchain::{Toolchain, cargo_home, linker_install, remap};

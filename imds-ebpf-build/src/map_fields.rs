@@ -113,9 +113,9 @@ const FIELDS: [(&str, &[(&str, Meaning)]); 17] = [
     ("Subject", &[("kind", Number(Enum::SubjectKind))]),
 ];
 
-/// Names of fields that fill gaps.
+/// Names of fields that fill gaps. `bpftool` would print them as zeros.
 const PADDING: [&str; 2] = ["padding", "reserved"];
-/// Struct and field of the rate limiter that the programs keep in each counter.
+/// Struct and field of the rate limiter in each counter. It is state of the programs, not a count.
 const LIMITER: (&str, &str) = ("Counter", "limiter");
 
 impl Enum {

@@ -43,9 +43,9 @@ pub fn build() -> Result<Built> {
         println!("cargo::rerun-if-changed={}", path.display());
     }
 
-    let object = match Object::stored(workspace)? {
-        Some(object) if env::var_os(FROM_SOURCE).is_none() => object,
-        _ => Object::compile(workspace, &shared_target_dir(&out_dir)).with_context(|| {
+    let object = match current(workspace)? {
+        Some(object) => object,
+        None => Object::compile(workspace, &shared_target_dir(&out_dir)).with_context(|| {
             format!(
                 "failed to build the BPF object from source, because {PREBUILT} does not match the \
                  sources or {FROM_SOURCE} is set"
@@ -55,6 +55,16 @@ pub fn build() -> Result<Built> {
     let path = out_dir.join(OBJECT);
     fs::write(&path, &object.bytes).with_context(|| format!("failed to write {}", path.display()))?;
     Ok(Built { path, sha256: sha256(&object.bytes) })
+}
+
+/// Reports whether [`build`] compiles the programs, which needs the toolchain.
+pub fn compiles_programs(workspace: &Path) -> Result<bool> {
+    Ok(current(workspace)?.is_none())
+}
+
+/// Returns the stored object, unless it does not match the sources or the user wants a build from source.
+fn current(workspace: &Path) -> Result<Option<Object>> {
+    Ok(Object::stored(workspace)?.filter(|_| env::var_os(FROM_SOURCE).is_none()))
 }
 
 impl Object {

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use sha2::{Digest as _, Sha256};
 
-/// Files and directories, relative to the workspace.
+/// Files and directories that are hashed as a whole, relative to the workspace.
 const SOURCES: [&str; 9] = [
     "imds-ebpf/Cargo.toml",
     "imds-ebpf/profile.toml",

@@ -39,19 +39,16 @@ fn check(built: &Object, stored: Option<&Object>) -> Result<()> {
     let stored = stored.context(
         "the stored BPF object does not match the sources: run `cargo xtask ebpf` and commit the result",
     )?;
-    if built.toolchain() != stored.toolchain() {
-        say(format_args!(
-            "NOT compared: the stored BPF object has another toolchain\nstored: {}\nhere: {}",
-            stored.toolchain(),
-            built.toolchain()
-        ));
-        return Ok(());
-    }
+    ensure!(
+        built.toolchain() == stored.toolchain(),
+        "the stored BPF object was built with another toolchain: run `cargo xtask ebpf` and commit the result\nstored:\n{}here:\n{}",
+        stored.toolchain(),
+        built.toolchain()
+    );
     ensure!(
         built.bytes() == stored.bytes(),
-        "the stored BPF object is not the one that its sources and this toolchain give: run `cargo xtask ebpf` and commit the \
-         result"
+        "the stored BPF object differs from the build: run `cargo xtask ebpf` and commit the result"
     );
-    say("the stored BPF object is the one that the sources give");
+    say("the stored BPF object matches the build");
     Ok(())
 }

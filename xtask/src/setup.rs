@@ -3,7 +3,7 @@
 use std::{fmt, process::ExitCode};
 
 use anyhow::{Context as _, Result, bail};
-use imds_ebpf_build::{Compiler, DEBIAN_PACKAGES, Host, Object, Survey, linker_install};
+use imds_ebpf_build::{Compiler, DEBIAN_PACKAGES, Host, Survey, compiles_programs, linker_install};
 use nix::unistd::Uid;
 
 use crate::{
@@ -128,8 +128,8 @@ impl Setup {
 pub(crate) fn ensure(purpose: Purpose) -> Result<()> {
     let host = Host::current();
     let mut purposes = vec![purpose];
-    if Object::stored(root())?.is_none() {
-        // Every build of the agent compiles the changed BPF programs.
+    if compiles_programs(root())? {
+        // Every build of the agent compiles the BPF programs.
         purposes.push(Purpose::Ebpf);
     }
     Missing::on(&host, &purposes).install(&host, &purposes)
@@ -332,7 +332,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let missing = Missing::on(&host(root.path(), &[]), &ALL);
         let mut expected = DEBIAN_PACKAGES.to_vec();
-        expected.push(CLIPPY_PACKAGE);
+        expected.extend(["python3", CLIPPY_PACKAGE]);
         expected.extend(FOR_TESTS);
         assert_eq!(missing.packages, expected);
         assert!(!missing.to_string().contains('\n'), "{missing}");
@@ -345,7 +345,7 @@ mod tests {
         fs::create_dir_all(core).unwrap();
         let host = host(root.path(), &["usr/bin/rustc", "usr/bin/cargo", "bin/bpf-linker"]);
         assert!(Missing::on(&host, &[Purpose::Build, Purpose::Ebpf]).is_empty());
-        assert_eq!(Missing::on(&host, &[Purpose::Lint]).packages, [CLIPPY_PACKAGE]);
+        assert_eq!(Missing::on(&host, &[Purpose::Lint]).packages, ["python3", CLIPPY_PACKAGE]);
         assert_eq!(Missing::on(&host, &[Purpose::Test]).packages, FOR_TESTS);
         let for_machines = Missing::on(&host, &[Purpose::Vm]).packages;
         assert!(for_machines.contains(&"bpftool") && for_machines.contains(&"xz-utils"));

@@ -14,7 +14,7 @@ mod top;
 mod unload;
 mod verify;
 
-use std::{fs::File, io, path::PathBuf, process::ExitCode};
+use std::{io, os::unix::net::UnixStream, path::PathBuf, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -199,8 +199,8 @@ fn run(command: Command) -> ExitCode {
 /// turn a limit of open files that is too low into an error.
 fn runtime() -> io::Result<Runtime> {
     // One each for epoll and eventfd, two for the socket pair, and one for its copy in the runtime.
-    const DESCRIPTORS: usize = 5;
-    let spare = (0..DESCRIPTORS).map(|_| File::open("/")).collect::<io::Result<Vec<_>>>()?;
+    const PAIRS: usize = 3;
+    let spare = (0..PAIRS).map(|_| UnixStream::pair()).collect::<io::Result<Vec<_>>>()?;
     drop(spare);
     Builder::new_current_thread().enable_all().build()
 }

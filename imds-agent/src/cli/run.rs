@@ -101,7 +101,7 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         start.settings.cluster = None;
     }
     let settings = &start.settings;
-    let resolver = SenderResolver::new().context("can't tell this network namespace")?;
+    let resolver = SenderResolver::new().context("failed to identify this network namespace")?;
     let claim = pins.claim()?;
 
     // Subscribe before the first listing, so that no change between the two is missed.

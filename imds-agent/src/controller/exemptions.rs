@@ -177,7 +177,8 @@ impl Reconciler {
         self.exemptions
             .pods
             .track_host_network_pods(self.exemptions.rules.of_pods().filter(|_| tracks_host_network));
-        let socket_hook_on = self.datapath.hooks().has(Hook::Socket);
+        let socket_hook_on =
+            self.datapath.hooks().has(Hook::Socket) && !self.datapath.lacks_identity(Hook::Socket);
         let found = self.exemptions.rules.find(
             &mut self.exemptions.resolver,
             &self.netlink,

@@ -98,7 +98,7 @@ impl RunOptions {
 
     /// Returns the cgroup for the hooks that need one, or `None` if they are off or no cgroup v2 hierarchy is mounted.
     fn cgroup(&self, hooks: Hooks) -> anyhow::Result<Option<PathBuf>> {
-        if !judges_by_cgroup(hooks) && !hooks.has(Hook::LocalService) {
+        if !has_process_hooks(hooks) && !hooks.has(Hook::LocalService) {
             return Ok(None);
         }
         // The other hooks do not need a hierarchy.
@@ -107,6 +107,6 @@ impl RunOptions {
     }
 }
 
-fn judges_by_cgroup(hooks: Hooks) -> bool {
+fn has_process_hooks(hooks: Hooks) -> bool {
     hooks.has(Hook::Socket) || hooks.has(Hook::HostNetwork) || hooks.has(Hook::NodeAllow)
 }

@@ -5,7 +5,10 @@ use std::collections::{BTreeSet, VecDeque};
 use super::{Reconciler, change_log::Pass, log_if_preexisting};
 use crate::{
     datapath::DatapathError,
-    node::{interface_role::Uplinks, link::Link},
+    node::{
+        interface_role::Uplinks,
+        link::{self, Link},
+    },
 };
 
 /// Links to reconcile before events are handled again: about 1 ms of work.
@@ -137,7 +140,9 @@ impl Reconciler {
         let links = self.netlink.links().await?;
         let present: BTreeSet<u32> = links.iter().map(|link| link.index).collect();
         let known = self.node.links.keys().copied().chain(self.datapath.known());
-        for gone in known.filter(|index| !present.contains(index)).collect::<BTreeSet<_>>() {
+        let missing: BTreeSet<_> = known.filter(|index| !present.contains(index)).collect();
+        // A dump may leave out an interface if others are deleted at that moment.
+        for gone in missing.into_iter().filter(|&index| link::is_deleted(index)) {
             self.on_link_deleted(gone);
         }
         Ok(links)

@@ -17,7 +17,7 @@ impl StringMap {
 }
 
 impl FromIterator<(String, String)> for StringMap {
-    /// Of several values of a key, the last one counts.
+    /// Keeps the last value of a duplicate key.
     fn from_iter<I: IntoIterator<Item = (String, String)>>(pairs: I) -> Self {
         let sorted: BTreeMap<_, _> = pairs.into_iter().collect();
         Self(sorted.into_iter().collect())

@@ -1,7 +1,7 @@
 //! Interfaces of the node, as rtnetlink describes them.
 
 use imds_ebpf_common::LinkLayer;
-use nix::net::if_::if_indextoname;
+use nix::{errno::Errno, net::if_::if_indextoname};
 use rtnetlink::packet_route::{
     AddressFamily,
     link::{
@@ -81,6 +81,12 @@ pub fn name_of(index: u32) -> Option<String> {
     // Invalid UTF-8 is escaped like in the name of [`Link::unreadable`].
     let name = if_indextoname(index).ok()?;
     Some(name.into_string().unwrap_or_else(|error| escape_bytes(error.into_cstring().as_bytes())))
+}
+
+/// Reports whether the calling thread's network namespace has no interface with this index.
+#[must_use]
+pub fn is_deleted(index: u32) -> bool {
+    matches!(if_indextoname(index), Err(Errno::ENXIO | Errno::ENODEV))
 }
 
 impl Link {

@@ -1,12 +1,14 @@
 //! Dump of the node's interfaces in bounded memory.
 //!
 //! The connection of the library queues a whole dump in decoded form, about 14 KiB for each interface. This one decodes
-//! a datagram of the kernel (up to 32 KiB) and keeps only the [`Link`]s before it receives the next datagram.
+//! a datagram of the kernel and keeps only the [`Link`]s before it receives the next datagram.
 
-use std::io;
+use std::{collections::BTreeMap, io};
 
 use rtnetlink::{
-    packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkBuffer, NetlinkMessage, NetlinkPayload},
+    packet_core::{
+        NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkBuffer, NetlinkMessage, NetlinkPayload,
+    },
     packet_route::{
         RouteNetlinkMessage,
         link::{LinkAttribute, LinkExtentMask, LinkMessage},
@@ -21,18 +23,43 @@ const ALIGNMENT: usize = 4;
 /// Type of the messages that describe an interface (`RTM_NEWLINK`, include/uapi/linux/rtnetlink.h).
 const NEW_LINK: u16 = 16;
 
-/// Lists all interfaces of the calling thread's network namespace.
+/// Maximum number of dumps, if interfaces come and go during each of them.
+const MAX_ATTEMPTS: usize = 5;
+
+/// Interfaces of a dump.
+#[derive(Debug, Default)]
+struct Dump {
+    links: Vec<Link>,
+    /// The list of interfaces changed between two datagrams, so that the kernel may have left out others.
+    is_interrupted: bool,
+    is_complete: bool,
+}
+
+/// Lists all interfaces of the calling thread's network namespace. If interfaces are deleted during the dump, the list may
+/// still have them.
 pub(super) async fn links() -> io::Result<Vec<Link>> {
+    let mut found = BTreeMap::new();
+    for _ in 0..MAX_ATTEMPTS {
+        let dump = dump().await?;
+        if !dump.is_interrupted {
+            return Ok(dump.links);
+        }
+        // An interface that one dump leaves out is in another one.
+        found.extend(dump.links.into_iter().map(|link| (link.index, link)));
+    }
+    Ok(found.into_values().collect())
+}
+
+async fn dump() -> io::Result<Dump> {
     let socket = TokioSocket::new(NETLINK_ROUTE)?;
     socket.socket_ref().connect(&SocketAddr::new(0, 0))?;
     socket.send(&request()).await?;
-    let mut links = Vec::new();
-    loop {
+    let mut dump = Dump::default();
+    while !dump.is_complete {
         let (datagram, _) = socket.recv_from_full().await?;
-        if read_datagram(&datagram, &mut links)? {
-            return Ok(links);
-        }
+        dump.read(&datagram)?;
     }
+    Ok(dump)
 }
 
 /// Returns the request for a dump of all interfaces without their statistics, which the kernel sums over all CPUs.
@@ -47,37 +74,44 @@ fn request() -> Vec<u8> {
     bytes
 }
 
-/// Adds the interfaces of a datagram to `links`. Returns true if the dump is complete.
-fn read_datagram(mut datagram: &[u8], links: &mut Vec<Link>) -> io::Result<bool> {
-    while !datagram.is_empty() {
-        let message = NetlinkBuffer::new_checked(datagram).map_err(io::Error::other)?;
-        let length = usize::try_from(message.length()).map_err(io::Error::other)?;
-        match NetlinkMessage::<RouteNetlinkMessage>::deserialize(datagram) {
-            Ok(message) => match message.payload {
-                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) => {
-                    links.extend(Link::from_message(link));
+impl Dump {
+    /// Adds the interfaces of a datagram.
+    fn read(&mut self, mut datagram: &[u8]) -> io::Result<()> {
+        while !datagram.is_empty() {
+            let message = NetlinkBuffer::new_checked(datagram).map_err(io::Error::other)?;
+            let length = usize::try_from(message.length()).map_err(io::Error::other)?;
+            self.is_interrupted |= message.flags() & NLM_F_DUMP_INTR != 0;
+            match NetlinkMessage::<RouteNetlinkMessage>::deserialize(datagram) {
+                Ok(message) => match message.payload {
+                    NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) => {
+                        self.links.extend(Link::from_message(link));
+                    }
+                    NetlinkPayload::Done(done) if done.code < 0 => {
+                        return Err(io::Error::from_raw_os_error(done.code.saturating_neg()));
+                    }
+                    NetlinkPayload::Done(_) => self.is_complete = true,
+                    NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
+                    _ => {}
+                },
+                Err(_) if message.message_type() == NEW_LINK => {
+                    self.links.extend(unreadable(message.payload()));
                 }
-                NetlinkPayload::Done(done) if done.code < 0 => {
-                    return Err(io::Error::from_raw_os_error(done.code.saturating_neg()));
-                }
-                NetlinkPayload::Done(_) => return Ok(true),
-                NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
-                _ => {}
-            },
-            Err(_) if message.message_type() == NEW_LINK => links.extend(unreadable(message.payload())),
-            Err(error) => return Err(io::Error::other(error)),
+                Err(error) => return Err(io::Error::other(error)),
+            }
+            let padded = length.next_multiple_of(ALIGNMENT);
+            datagram = datagram.get(padded..).unwrap_or_default();
         }
-        let padded = length.next_multiple_of(ALIGNMENT);
-        datagram = datagram.get(padded..).unwrap_or_default();
+        Ok(())
     }
-    Ok(false)
 }
 
 /// Returns the interface of a message that the library cannot decode, or `None` if the interface is deleted by now.
 fn unreadable(message: &[u8]) -> Option<Link> {
     // The field `ifi_index` of `struct ifinfomsg` (include/uapi/linux/rtnetlink.h).
     let index = message.get(4..8)?.try_into().ok().map(u32::from_ne_bytes)?;
-    Some(Link::unreadable(index, link::name_of(index)?))
+    let name =
+        link::name_of(index).or_else(|| (!link::is_deleted(index)).then(|| format!("ifindex {index}")));
+    Some(Link::unreadable(index, name?))
 }
 
 #[cfg(test)]
@@ -85,6 +119,11 @@ mod tests {
     use nix::net::if_::{Interface, if_nameindex};
 
     use super::*;
+
+    fn read(datagram: &[u8]) -> io::Result<Dump> {
+        let mut dump = Dump::default();
+        dump.read(datagram).map(|()| dump)
+    }
 
     fn message(kind: u16, payload: &[u8]) -> Vec<u8> {
         let length = u32::try_from(16 + payload.len()).unwrap();
@@ -124,21 +163,26 @@ mod tests {
         // A name that ends in the middle of a character.
         let name = [8, 0, 3, 0, b'a', 0xc3, 0, 0];
         let datagram = [loopback(&name), done(0)].concat();
-        let mut links = Vec::new();
-        assert!(read_datagram(&datagram, &mut links).unwrap());
-        assert_eq!(links, [Link::unreadable(1, "lo".to_owned())]);
+        let dump = read(&datagram).unwrap();
+        assert_eq!(dump.links, [Link::unreadable(1, "lo".to_owned())]);
+        assert!(dump.is_complete && !dump.is_interrupted);
+    }
+
+    #[test]
+    fn interrupted_dump_is_marked() {
+        let mut datagram = [done(0), loopback(&[])].concat();
+        datagram[6..8].copy_from_slice(&NLM_F_DUMP_INTR.to_ne_bytes());
+        let dump = read(&datagram).unwrap();
+        assert!(dump.is_complete && dump.is_interrupted);
     }
 
     #[test]
     fn errors_end_the_dump() {
-        let mut links = Vec::new();
-        let error = read_datagram(&done(-libc::EBUSY), &mut links).unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::EBUSY));
-        let error =
-            read_datagram(&message(2, &[&(-libc::EPERM).to_ne_bytes()[..], &[0; 16]].concat()), &mut links);
-        assert_eq!(error.unwrap_err().raw_os_error(), Some(libc::EPERM));
-        assert!(read_datagram(&[1, 2, 3], &mut links).is_err());
-        assert!(!read_datagram(&[], &mut links).unwrap());
+        assert_eq!(read(&done(-libc::EBUSY)).unwrap_err().raw_os_error(), Some(libc::EBUSY));
+        let denied = message(2, &[&(-libc::EPERM).to_ne_bytes()[..], &[0; 16]].concat());
+        assert_eq!(read(&denied).unwrap_err().raw_os_error(), Some(libc::EPERM));
+        assert!(read(&[1, 2, 3]).is_err());
+        assert!(!read(&[]).unwrap().is_complete);
     }
 
     #[test]
@@ -146,7 +190,7 @@ mod tests {
         for length in 0..16_u32 {
             let mut datagram = loopback(&[]);
             datagram[..4].copy_from_slice(&length.to_ne_bytes());
-            assert!(read_datagram(&datagram, &mut Vec::new()).is_err(), "{length}");
+            assert!(read(&datagram).is_err(), "{length}");
         }
     }
 }

@@ -173,7 +173,7 @@ fn check_config(env: &TestEnv, text: &str) -> Result<(), String> {
     if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned()) }
 }
 
-/// Compares the table of the demo with the texts in its source. The demo builds a release, which takes too long here.
+/// Compares the table of the demo with the texts in its source. Does not run the demo, because it builds the agent.
 fn check_demo(block: &Block) -> Result<(), String> {
     let source =
         fs::read_to_string(repository().join("xtask/src/demo.rs")).map_err(|error| error.to_string())?;

@@ -172,8 +172,8 @@ fn kubectl(arguments: &[String]) -> Result<(), String> {
 fn kustomize(arguments: &[String]) -> Result<(), String> {
     let [edit, set, image, images @ ..] = arguments else { return Err("unknown subcommand".to_owned()) };
     ensure([edit, set, image] == ["edit", "set", "image"], || "unknown subcommand".to_owned())?;
-    let names = images.iter().map(|image| image.split('=').next().unwrap_or_default());
-    names.map(|name| has_name("deploy/kubernetes/base/kustomization.yaml", name)).collect()
+    let mut names = images.iter().map(|image| image.split('=').next().unwrap_or_default());
+    names.try_for_each(|name| has_name("deploy/kubernetes/base/kustomization.yaml", name))
 }
 
 fn helm(arguments: &[String]) -> Result<(), String> {

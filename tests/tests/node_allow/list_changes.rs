@@ -160,7 +160,8 @@ fn status_names_missing_programs() {
     let env = TestEnv::new();
     let row = || {
         let status = String::from_utf8(env.imds_agent(&["status"]).output().stdout).unwrap();
-        let row = status.lines().find(|line| line.starts_with("(node)")).expect("a row of the hook");
+        let row = status.lines().map(str::trim_start).find(|line| line.starts_with("(node)"));
+        let row = row.unwrap_or_else(|| panic!("no row of the hook in:\n{status}"));
         row.split("  ").map(str::trim).filter(|cell| !cell.is_empty()).nth(1).unwrap().to_owned()
     };
     env.agent().hooks(&["from_pod"]).config(&allow(&["uid:0"])).spawn_ready().kill9();

@@ -24,11 +24,14 @@ use crate::{
 pub const NO_CGROUP: &str = "socket is not attached: no cgroup v2 hierarchy is mounted";
 /// Failure of the `node_allow` hook on a node without cgroup v2.
 pub const NO_CGROUP_FOR_NODE: &str = "node_allow is not attached: no cgroup v2 hierarchy is mounted";
-/// Remedy for [`NO_CGROUP`] and [`NO_CGROUP_FOR_NODE`], shown after them.
+/// Remedy for [`NO_CGROUP_FOR_NODE`].
+pub const NO_CGROUP_FOR_NODE_REMEDY: &str =
+    "mount cgroup2 (`mount -t cgroup2 cgroup2 /sys/fs/cgroup`), set `run --cgroup`, or remove node.allow";
+/// Remedy for [`NO_CGROUP`].
 pub const NO_CGROUP_REMEDY: &str = "mount cgroup2 (`mount -t cgroup2 cgroup2 /sys/fs/cgroup`), set `run --cgroup`, or set hooks.socket = false";
 
-/// Returns those of these hooks that can't be attached with this identity of the node's network namespace. Their programs have
-/// to tell the node's sockets from those of pods. The other hooks work without.
+/// Returns those of these hooks that can't be attached with this identity of the node's network namespace. Their programs
+/// must distinguish the node's sockets from those of pods. The other hooks work without.
 #[must_use]
 pub fn hooks_without_identity(hooks: Hooks, identity: Option<OwnNetns>) -> Vec<Hook> {
     let compare = [Hook::Socket, Hook::HostNetwork, Hook::NodeAllow];
@@ -69,7 +72,7 @@ pub(crate) struct Cgroups {
     /// Network namespace of the node, if the programs can identify it.
     identity: Option<OwnNetns>,
     /// Descriptions of the hooks that are on, and can't be attached without that identity.
-    unidentified: Vec<String>,
+    identity_problems: Vec<String>,
     /// True if a protected address is local to the node; `None` until the routes are read.
     is_local: Option<bool>,
     setting: Sendmsg,
@@ -91,7 +94,7 @@ impl Cgroups {
             node_allow: None,
             has_cgroup_cookie: object::cgroup_has_cookie(),
             identity: datapath_config.identity,
-            unidentified: Vec::new(),
+            identity_problems: Vec::new(),
             is_local: None,
             setting: datapath_config.sendmsg,
             hooks: datapath_config.hooks,
@@ -107,7 +110,7 @@ impl Cgroups {
             log::error!("{NO_CGROUP}; {NO_CGROUP_REMEDY}");
         }
         if cgroups.lacks_node_cgroup() {
-            log::error!("{NO_CGROUP_FOR_NODE}; {NO_CGROUP_REMEDY}");
+            log::error!("{NO_CGROUP_FOR_NODE}; {NO_CGROUP_FOR_NODE_REMEDY}");
         }
         Ok(cgroups)
     }
@@ -136,7 +139,7 @@ impl Cgroups {
 
     /// Reports whether the hook is on but can't be attached, because its programs can't identify the node's network namespace.
     /// Links of an earlier agent stay.
-    fn is_unidentified(&self, hook: Hook) -> bool {
+    fn lacks_identity(&self, hook: Hook) -> bool {
         hooks_without_identity(self.hooks, self.identity).contains(&hook)
     }
 
@@ -156,11 +159,11 @@ impl Cgroups {
         let hooks = hooks_without_identity(self.hooks, self.identity);
         let found: Vec<_> = hooks.iter().map(|&hook| no_cookie(hook)).collect();
         for (&hook, problem) in hooks.iter().zip(&found) {
-            if !self.unidentified.contains(problem) {
+            if !self.identity_problems.contains(problem) {
                 log::error!("{problem}; {}", no_cookie_remedy(hook));
             }
         }
-        self.unidentified = found;
+        self.identity_problems = found;
     }
 
     /// Adds the programs of `datapath_config` to the desired programs.
@@ -232,19 +235,19 @@ impl Datapath {
     /// Reports whether the hook is on but can't be attached, because its programs can't identify the node's network namespace.
     #[must_use]
     pub fn lacks_identity(&self, hook: Hook) -> bool {
-        self.cgroups.is_unidentified(hook)
+        self.cgroups.lacks_identity(hook)
     }
 
     /// Describes the programs that are not attached to their cgroup, or not last there.
     pub fn cgroup_failures(&self) -> impl Iterator<Item = &str> {
-        let Cgroups { sockets, hosts, local_service, node_allow, unidentified, .. } = &self.cgroups;
+        let Cgroups { sockets, hosts, local_service, node_allow, identity_problems, .. } = &self.cgroups;
         let attached = sockets.iter().chain(local_service).chain(node_allow).flat_map(Sockets::failures);
         let missing = [
             (NO_CGROUP, self.cgroups.lacks_cgroup()),
             (NO_CGROUP_FOR_NODE, self.cgroups.lacks_node_cgroup()),
         ];
         let missing = missing.into_iter().filter_map(|(failure, is_missing)| is_missing.then_some(failure));
-        attached.chain(hosts.failures()).chain(missing).chain(unidentified.iter().map(String::as_str))
+        attached.chain(hosts.failures()).chain(missing).chain(identity_problems.iter().map(String::as_str))
     }
 
     /// Reconciles the programs of the `socket`, `local_service` and `node_allow` hooks. A program that cannot be attached is
@@ -277,7 +280,7 @@ impl Datapath {
             self.cgroups.sockets = Some(Sockets::adopt(self.claim.dir(), &root, SOCKETS)?);
             log::info!("found a cgroup v2 hierarchy at {}", root.display());
         }
-        if self.cgroups.is_unidentified(Hook::Socket) {
+        if self.cgroups.lacks_identity(Hook::Socket) {
             return Ok(Vec::new());
         }
         let needs_sendmsg = self.cgroups.sendmsg.is_some();
@@ -307,7 +310,7 @@ impl Datapath {
             let Some(root) = cgroup::root().ok().flatten() else { return Ok(Vec::new()) };
             self.cgroups.node_allow = Some(Sockets::adopt(self.claim.dir(), &root, NODE_ALLOW)?);
         }
-        if self.cgroups.is_unidentified(Hook::NodeAllow) {
+        if self.cgroups.lacks_identity(Hook::NodeAllow) {
             return Ok(Vec::new());
         }
         let has_packets = self.cgroups.has_cgroup_cookie;
@@ -350,7 +353,7 @@ impl Datapath {
         if !self.hooks.has(Hook::HostNetwork) {
             return Ok(detached_hook(host_cgroups::detach_all(pins)?, Hook::HostNetwork));
         }
-        if self.cgroups.is_unidentified(Hook::HostNetwork) {
+        if self.cgroups.lacks_identity(Hook::HostNetwork) {
             return Ok(Vec::new());
         }
         let mut changes = self.cgroups.hosts.restore(pins, &self.programs, cgroups)?;

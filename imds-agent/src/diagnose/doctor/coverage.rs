@@ -213,17 +213,15 @@ impl Enforcement {
                 .push(format!("unknown traffic: no base chain in the listing leads to the chain {chain}"));
         }
         if hooks.iter().any(|hook| hook.sees_node()) {
-            openings.extend(match &self.node_allow {
-                Some(list) => list.openings(traffic),
-                None => {
-                    let pods =
-                        if self.hooks.has(Hook::HostNetwork) { "" } else { " and pods with hostNetwork" };
-                    let owners = owners(traffic, "");
-                    vec![format!(
-                        "requests of the node's own processes{owners}{pods}, which imds-agent lets pass"
-                    )]
-                }
-            });
+            if let Some(list) = &self.node_allow {
+                openings.extend(list.openings(traffic));
+            } else {
+                let pods = if self.hooks.has(Hook::HostNetwork) { "" } else { " and pods with hostNetwork" };
+                let owners = owners(traffic, "");
+                openings.push(format!(
+                    "requests of the node's own processes{owners}{pods}, which imds-agent lets pass"
+                ));
+            }
         }
         if hooks.contains(&BaseHook::Input) {
             openings.push(
@@ -268,7 +266,8 @@ impl Enforcement {
         (!open.is_empty()).then(|| format!("{services}{}, not protected by imds-agent", open.join(", ")))
     }
 
-    /// Compares the ports and the exempt pods. `everyone` can use the allowed ports, and `pods` are those of `exemptions`.
+    /// Compares the ports and the exempt pods. `everyone` names the senders that can use allowed
+    /// ports, and `pods` those of `exemptions`.
     fn openings_of(
         &self,
         traffic: &Traffic,

@@ -147,11 +147,11 @@ impl<'a> Finding<'a> {
     /// Reports whether imds-agent denies packets that the rule would redirect.
     fn conflicts(&self, enforcement: &Enforcement) -> bool {
         self.effect == Effect::Redirect
-            && (self.is_after_from_pod(enforcement) || self.restriction_of_node(enforcement).is_some())
+            && (self.matches_denied_pods(enforcement) || self.restriction_of_node(enforcement).is_some())
     }
 
     /// Reports whether the rule matches packets of pods that imds-agent denies.
-    fn is_after_from_pod(&self, enforcement: &Enforcement) -> bool {
+    fn matches_denied_pods(&self, enforcement: &Enforcement) -> bool {
         self.hooks.iter().any(|hook| hook.sees_pods())
             && enforcement.denies_all_to(self.address, &self.branch.traffic)
     }
@@ -186,7 +186,7 @@ impl<'a> Finding<'a> {
             }
             Effect::Redirect if self.conflicts(enforcement) => {
                 let opens = if opens.is_empty() { opens } else { format!(", which opens: {opens}") };
-                match node.filter(|_| !self.is_after_from_pod(enforcement)) {
+                match node.filter(|_| !self.matches_denied_pods(enforcement)) {
                     Some(node) => format!(
                         "conflict: imds-agent denies {node} before this rule redirects them. Add the processes that need the redirection to \
                          node.allow, leave {address} unprotected, or remove the rule: {remove}{opens}"

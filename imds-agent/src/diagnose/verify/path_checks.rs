@@ -153,7 +153,7 @@ impl Paths {
 }
 
 /// Returns the reason why test packets of a pod can't reach the last hook of an endpoint. `node` is the result of the
-/// node's own packets, which `is_restricted` says were not sent, because the allow list does not contain this process.
+/// node's own packets. `is_restricted`: `verify` sent none, because the allow list does not contain this process.
 fn skip_of_pods(node: Outcome, is_local: bool, is_restricted: bool) -> Option<Skip> {
     let reason = match node {
         _ if is_local => "an address of this node",

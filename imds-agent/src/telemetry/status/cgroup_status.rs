@@ -17,7 +17,10 @@ use crate::{
     datapath::{
         DatapathError,
         attach::{
-            cgroup_hooks::{NO_CGROUP, NO_CGROUP_FOR_NODE, NO_CGROUP_REMEDY, no_cookie, no_cookie_remedy},
+            cgroup_hooks::{
+                NO_CGROUP, NO_CGROUP_FOR_NODE, NO_CGROUP_FOR_NODE_REMEDY, NO_CGROUP_REMEDY, no_cookie,
+                no_cookie_remedy,
+            },
             cgroup_programs::{self, ProgramState},
             host_cgroups,
             sendmsg::SendmsgReason,
@@ -129,7 +132,7 @@ impl StatusReport {
         let cgroup = if record.cgroup == 0 { root_id() } else { Some(record.cgroup) };
         let programs = cgroup.map(|id| cgroup_programs::inspect_node_allow(pins, id)).unwrap_or_default();
         if programs.is_empty() && !lacks_cookie() {
-            self.problem(None, NO_CGROUP_FOR_NODE, NO_CGROUP_REMEDY);
+            self.problem(None, NO_CGROUP_FOR_NODE, NO_CGROUP_FOR_NODE_REMEDY);
         }
         let has_packets = object::cgroup_has_cookie();
         let desired: Vec<_> =
