@@ -66,7 +66,11 @@ fn apt(arguments: &[String]) -> Result<(), String> {
     let known = ["install", "purge", "remove"];
     ensure(known.contains(&arguments[0].as_str()), || "unknown subcommand".to_owned())?;
     let package = format!("./imds-agent_{}-1_amd64.deb", env!("CARGO_PKG_VERSION"));
-    let package = |name: &String| *name == package || name == "./imds-agent_VERSION.deb";
+    // `cargo xtask dist` leaves the package in target/dist.
+    let package = |name: &String| {
+        let name = name.replace("target/dist/", "");
+        name == package || name == "./imds-agent_VERSION.deb"
+    };
     let wrong = arguments.iter().find(|name| name.starts_with("./") && !package(name));
     ensure(wrong.is_none(), || format!("{wrong:?} is not a package of this version"))
 }
