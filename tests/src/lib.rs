@@ -26,6 +26,7 @@ pub mod probe;
 pub mod program;
 pub mod program_policy;
 pub mod promql;
+pub mod seccomp;
 pub mod stability;
 pub mod status;
 

@@ -15,6 +15,8 @@ use std::{
     thread,
 };
 
+use crate::seccomp;
+
 /// `BPF_PROG_TYPE_SCHED_CLS`.
 pub const SCHED_CLS: u32 = 3;
 /// `BPF_PROG_TYPE_CGROUP_SOCK_ADDR`.
@@ -109,32 +111,12 @@ fn request(pid: u32, address: u64) -> io::Result<LoadRequest> {
 }
 
 fn install() -> io::Result<()> {
-    const fn statement(code: u32, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
-        #[expect(clippy::cast_possible_truncation, reason = "codes are 16 bits, the constants are not")]
-        let code = code as u16;
-        libc::sock_filter { code, jt, jf, k }
-    }
-    let bpf = u32::try_from(libc::SYS_bpf).map_err(io::Error::other)?;
-    // Offsets of struct seccomp_data: the number of the system call is at 0, the first argument at 16.
-    let argument = if cfg!(target_endian = "little") { 16 } else { 20 };
-    let mut filter = [
-        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
-        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, bpf, 0, 3),
-        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, argument, 0, 0),
-        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, PROG_LOAD, 0, 1),
-        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_USER_NOTIF, 0, 0),
-        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0, 0),
-    ];
-    let program = libc::sock_fprog { len: 6, filter: filter.as_mut_ptr() };
-    // SAFETY: the program and its filter outlive the call, which copies them.
-    let listener = check(unsafe {
-        libc::syscall(
-            libc::SYS_seccomp,
-            libc::SECCOMP_SET_MODE_FILTER,
-            libc::SECCOMP_FILTER_FLAG_NEW_LISTENER,
-            &raw const program,
-        )
-    })?;
+    let listener = seccomp::filter(
+        libc::SYS_bpf,
+        (0, PROG_LOAD),
+        libc::SECCOMP_RET_USER_NOTIF,
+        libc::SECCOMP_FILTER_FLAG_NEW_LISTENER,
+    )?;
     // The copy stays open in the executed program, until the test has taken it over.
     // SAFETY: it takes no pointers.
     check(unsafe { libc::dup2(RawFd::try_from(listener).map_err(io::Error::other)?, LISTENER) })?;

@@ -17,7 +17,7 @@ use imds_tests::{
     poll::poll_until,
     probe::LONG,
     program_policy::{CGROUP_SOCK_ADDR, ProgramPolicy, SCHED_CLS},
-    skip_without_netns_cookie, with_each_backend,
+    seccomp, skip_without_netns_cookie, with_each_backend,
 };
 use nix::sys::resource::{Resource, setrlimit};
 
@@ -147,31 +147,8 @@ fn programs_of_an_earlier_agent_run_on() {
 /// Makes `SO_NETNS_COOKIE` fail in a process before its exec, as on Linux before 5.14.
 fn reject_netns_cookie() -> io::Result<()> {
     const SO_NETNS_COOKIE: u32 = 71;
-    const fn statement(code: u32, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
-        #[expect(clippy::cast_possible_truncation, reason = "codes are 16 bits, the constants are not")]
-        let code = code as u16;
-        libc::sock_filter { code, jt, jf, k }
-    }
-    let getsockopt = u32::try_from(libc::SYS_getsockopt).map_err(io::Error::other)?;
-    // Offsets of struct seccomp_data: the number of the system call is at 0, the third argument at 32.
-    let option = if cfg!(target_endian = "little") { 32 } else { 36 };
-    let mut filter = [
-        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
-        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, getsockopt, 0, 3),
-        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, option, 0, 0),
-        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, SO_NETNS_COOKIE, 0, 1),
-        statement(
-            libc::BPF_RET | libc::BPF_K,
-            libc::SECCOMP_RET_ERRNO | libc::ENOPROTOOPT.cast_unsigned(),
-            0,
-            0,
-        ),
-        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0, 0),
-    ];
-    let program = libc::sock_fprog { len: 6, filter: filter.as_mut_ptr() };
-    // SAFETY: the program and its filter outlive the call, which copies them.
-    let result = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    let action = libc::SECCOMP_RET_ERRNO | libc::ENOPROTOOPT.cast_unsigned();
+    seccomp::filter(libc::SYS_getsockopt, (2, SO_NETNS_COOKIE), action, 0).map(drop)
 }
 
 fn without_netns_cookie(mut command: Command) -> Command {
