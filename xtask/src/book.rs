@@ -1,12 +1,13 @@
 //! The command `cargo xtask book`.
 
 use std::{
-    env, fs,
+    fs,
     path::Path,
     process::{Command, ExitCode},
 };
 
 use anyhow::{Context as _, Result, bail};
+use imds_ebpf_build::Host;
 
 use crate::workspace::{execute, root, say};
 
@@ -29,9 +30,7 @@ const PROJECT: &str = "
 impl Book {
     pub(crate) fn run(self) -> Result<ExitCode> {
         let Self {} = self;
-        let is_installed = env::var_os("PATH")
-            .is_some_and(|path| env::split_paths(&path).any(|dir| dir.join("mdbook").is_file()));
-        if !is_installed {
+        if Host::current().find("mdbook").is_none() {
             bail!("mdbook is not installed: run `cargo install mdbook --locked`");
         }
         let source = root().join("target/book-source");
