@@ -56,8 +56,8 @@ fn unknown(expression: &str, served: &Served) -> Vec<String> {
 fn alerts() -> Vec<(String, BTreeSet<String>)> {
     let alerts = RULES.split("- alert: ").skip(1).map(|alert| {
         let key = |key: &str| alert.lines().find_map(|line| line.trim().strip_prefix(key));
-        for desired in ["severity: ", "summary: ", "description: "] {
-            assert!(key(desired).is_some(), "{desired} is missing in {alert}");
+        for required in ["severity: ", "summary: ", "description: "] {
+            assert!(key(required).is_some(), "{required} is missing in {alert}");
         }
         let shown = alert.split("$labels.").skip(1);
         let label = |text: &str| {

@@ -148,9 +148,9 @@ fn stripped_at_random(backend: AttachMode) {
     let case = Case::with_sockets(backend);
     let agent = case.agent().resync(1).spawn_ready();
     let mut random = Random::new();
-    let (mut stripped, desired) = (0, u64::from(scaled(100)));
+    let (mut stripped, goal) = (0, u64::from(scaled(100)));
     case.under_flood(|| {
-        while stripped < desired {
+        while stripped < goal {
             stripped += random.of(&Point::TC_HOOKS).strip(&case, &mut random);
             if case.has_sockets() && random.is_true() {
                 stripped += Point::Socket.strip(&case, &mut random);
