@@ -150,8 +150,17 @@ impl Btf {
         }
     }
 
-    /// Removes the member with this index from a struct. The offsets of the others and the size of the struct stay.
-    pub(crate) fn remove_member(&mut self, id: u32, index: usize) {
+    /// Removes the members of a struct that `is_kept`, which takes the names of struct and member, does not keep. The offsets of
+    /// the others and the size of the struct stay.
+    pub(crate) fn retain_members(&mut self, id: u32, is_kept: impl Fn(&str, &str) -> bool) {
+        for (index, member) in self.members(id).into_iter().enumerate().rev() {
+            if !is_kept(self.name(id), self.string(member.name)) {
+                self.remove_member(id, index);
+            }
+        }
+    }
+
+    fn remove_member(&mut self, id: u32, index: usize) {
         let (Some(start), true) = (self.start(id), self.kind(id) == STRUCT && index < self.len(id)) else {
             return;
         };

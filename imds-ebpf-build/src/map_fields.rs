@@ -182,7 +182,7 @@ pub(crate) fn retype(btf: &[u8]) -> Result<Vec<u8>> {
     let mut missing: BTreeSet<_> =
         FIELDS.iter().flat_map(|(of, fields)| fields.iter().map(move |&(field, _)| (*of, field))).collect();
     for id in types.of_maps()? {
-        types.remove_hidden(id);
+        types.btf.retain_members(id, |of, field| !PADDING.contains(&field) && (of, field) != LIMITER);
         for member in types.btf.members(id) {
             let (of, field) = (types.btf.name(id), types.btf.string(member.name));
             let fields = FIELDS.iter().find(|(name, _)| *name == of).map(|(_, fields)| *fields);
@@ -244,16 +244,6 @@ impl Types {
         }
         seen.retain(|&id| matches!(self.btf.kind(id), STRUCT | UNION));
         Ok(seen)
-    }
-
-    fn remove_hidden(&mut self, id: u32) {
-        let members: Vec<_> = self.btf.members(id).into_iter().enumerate().collect();
-        for (index, member) in members.into_iter().rev() {
-            let field = self.btf.string(member.name);
-            if PADDING.contains(&field) || (self.btf.name(id), field) == LIMITER {
-                self.btf.remove_member(id, index);
-            }
-        }
     }
 
     /// Reports whether a type is an integer without sign, and returns its size.

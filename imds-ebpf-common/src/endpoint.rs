@@ -103,11 +103,11 @@ pub fn allows(allowed_ports: &AllowedPorts, service: Service) -> bool {
     // halves that had the bit before. The borrow of a zero lower half can also set the bit of the upper half, but then the
     // lower half matches already. The XOR is opaque, because LLVM would turn it back into branches.
     const ONES: u64 = 0x0000_0001_0000_0001;
-    let desired = u64::from(service.number()) * ONES;
+    let pattern = u64::from(service.number()) * ONES;
     let mut found = 0;
     for pair in allowed_ports.as_chunks::<2>().0 {
         let [first, second] = pair;
-        let difference = opaque_xor(u64::from(second.number()) << 32 | u64::from(first.number()), desired);
+        let difference = opaque_xor(u64::from(second.number()) << 32 | u64::from(first.number()), pattern);
         found |= difference.wrapping_sub(ONES) & !difference;
     }
     service.protocol != 0 && found & (ONES << 31) != 0

@@ -67,15 +67,15 @@ impl TestEnv {
         result
     }
 
-    /// Polls the status until `desired` accepts it.
+    /// Polls the status until `is_expected` accepts it.
     #[track_caller]
-    pub fn status_when(&self, what: &str, desired: impl Fn(&Status) -> bool) -> Status {
+    pub fn status_when(&self, what: &str, is_expected: impl Fn(&Status) -> bool) -> Status {
         let mut last = None;
         let found = try_poll(scaled_timeout(LONG), || {
             let status = self.status();
-            let is_wanted = desired(&status);
+            let is_accepted = is_expected(&status);
             last = Some(status.clone());
-            is_wanted.then_some(status)
+            is_accepted.then_some(status)
         });
         found.unwrap_or_else(|| panic!("timed out waiting until {what}: {last:#?}"))
     }

@@ -139,9 +139,7 @@ mod tests {
     fn quantiles_are_samples() {
         let samples = Samples::new((1..=100).rev().map(f64::from));
         let found = [1, 50, 99, 100].map(|percent| samples.quantile(percent));
-        assert!(
-            found.iter().zip([1.0, 50.0, 99.0, 100.0]).all(|(found, desired)| (found - desired).abs() < 0.1)
-        );
+        assert!(found.iter().zip([1.0, 50.0, 99.0, 100.0]).all(|(found, exact)| (found - exact).abs() < 0.1));
         assert!((Samples::new([7.0]).median() - 7.0).abs() < 0.1);
     }
 

@@ -59,11 +59,11 @@ pub(crate) fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
 }
 
 /// Returns the value of the first attribute of this kind.
-pub(crate) fn find_attribute(mut attributes: &[u8], desired: u16) -> Option<&[u8]> {
+pub(crate) fn find_attribute(mut attributes: &[u8], kind: u16) -> Option<&[u8]> {
     while let [a, b, c, d, ..] = *attributes {
         let length = usize::from(u16::from_ne_bytes([a, b]));
         let value = attributes.get(4..length)?;
-        if u16::from_ne_bytes([c, d]) == desired {
+        if u16::from_ne_bytes([c, d]) == kind {
             return Some(value);
         }
         attributes = attributes.get(length.next_multiple_of(4)..)?;

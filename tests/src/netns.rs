@@ -202,13 +202,13 @@ fn kill_processes(namespace: &File) {
 /// Returns the processes whose main thread is in `namespace`. Never includes the caller's process, of which only other
 /// threads enter the namespace.
 fn processes_in(namespace: &File) -> Vec<Pid> {
-    let desired = namespace.metadata().expect("stat of an open file");
+    let own = namespace.metadata().expect("stat of an open file");
     let processes = fs::read_dir("/proc").expect("/proc").flatten();
     processes
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
         .filter(|pid| {
             let found = fs::metadata(format!("/proc/{pid}/ns/net"));
-            found.is_ok_and(|found| (found.st_dev(), found.st_ino()) == (desired.st_dev(), desired.st_ino()))
+            found.is_ok_and(|found| (found.st_dev(), found.st_ino()) == (own.st_dev(), own.st_ino()))
         })
         .map(Pid::from_raw)
         .collect()

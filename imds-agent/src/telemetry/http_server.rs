@@ -71,7 +71,7 @@ struct Connection {
 
 /// Server of metrics and health on any number of addresses.
 pub(super) struct Server {
-    desired: Vec<Listen>,
+    configured: Vec<Listen>,
     listening: Vec<Socket>,
     /// Addresses whose last failure is already logged.
     failed: Vec<Listen>,
@@ -102,7 +102,7 @@ impl Server {
     ) -> Self {
         let patience = period * 3 + Duration::from_secs(10);
         Self {
-            desired: Vec::new(),
+            configured: Vec::new(),
             listening: Vec::new(),
             failed: Vec::new(),
             connections: Vec::new(),
@@ -113,7 +113,7 @@ impl Server {
 
     /// Replaces the addresses on which the server listens.
     pub(super) fn listen(&mut self, places: &[Listen]) {
-        places.clone_into(&mut self.desired);
+        places.clone_into(&mut self.configured);
         self.listening.retain(|socket| places.contains(&socket.place));
         self.failed.retain(|place| places.contains(place));
         self.retry();
@@ -121,7 +121,7 @@ impl Server {
 
     /// Retries the addresses that could not be bound.
     pub(super) fn retry(&mut self) {
-        for place in &self.desired {
+        for place in &self.configured {
             if self.listening.iter().any(|socket| socket.place == *place) {
                 continue;
             }

@@ -134,9 +134,9 @@ impl Mirrors {
 
     /// Parses lines with a label and a URI.
     fn parse(targets: &str) -> Option<Self> {
-        let labeled = |desired: &str| {
+        let labeled = |name: &str| {
             let mut targets = targets.lines().filter_map(|line| line.split_once(' '));
-            targets.find(|(label, _)| *label == desired).map(|(_, uri)| uri.trim().to_owned())
+            targets.find(|(label, _)| *label == name).map(|(_, uri)| uri.trim().to_owned())
         };
         Some(Self { main: labeled("Debian")?, security: labeled("Debian-Security") })
     }

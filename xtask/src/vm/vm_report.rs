@@ -41,10 +41,10 @@ impl Row {
         if guest.result == Some(false) && guest.executables.is_empty() {
             return Self { line, guest, duration, complaints };
         }
-        for (what, desired) in line.takes() {
+        for (what, expected_mode) in line.takes() {
             let took = guest.took.get(what).map_or("nothing", String::as_str);
-            if took != desired && !guest.is_brief {
-                complaints.push(format!("{what}: the agent uses {took}, expected {desired}"));
+            if took != expected_mode && !guest.is_brief {
+                complaints.push(format!("{what}: the agent uses {took}, expected {expected_mode}"));
             }
         }
         for name in expected {

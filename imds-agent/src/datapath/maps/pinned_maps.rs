@@ -136,8 +136,8 @@ pub(in crate::datapath) fn incompatible_maps(pins: &PinDir) -> Result<Vec<String
             continue;
         }
         let map = expected.get(in_object(name)).ok_or(ObjectError::Missing(name))?;
-        let desired = [map.map_type(), map.key_size(), map.value_size(), map.max_entries(), map.map_flags()];
-        if let Some(reason) = mismatch(&path, desired) {
+        let compiled = [map.map_type(), map.key_size(), map.value_size(), map.max_entries(), map.map_flags()];
+        if let Some(reason) = mismatch(&path, compiled) {
             reasons.push(format!("{}: {reason}", path.display()));
         }
     }
@@ -150,17 +150,17 @@ pub(in crate::datapath) fn incompatible_maps(pins: &PinDir) -> Result<Vec<String
     Ok(reasons)
 }
 
-/// Describes the difference between the map that is pinned at `path` and the `desired` one. Returns `None` if they match.
-fn mismatch(path: &Path, desired: [u32; 5]) -> Option<String> {
+/// Describes the difference between the map that is pinned at `path` and the `compiled` one. Returns `None` if they match.
+fn mismatch(path: &Path, compiled: [u32; 5]) -> Option<String> {
     let info = match MapInfo::from_pin(path) {
         Ok(info) => info,
         Err(error) => return Some(format!("failed to open the map: {error}")),
     };
     let map_type = info.map_type().map_or(u32::MAX, |map_type| map_type as u32);
     let found = [map_type, info.key_size(), info.value_size(), info.max_entries(), info.map_flags()];
-    (found != desired).then(|| {
+    (found != compiled).then(|| {
         format!(
-            "its type, key size, value size, entries and flags are {found:?}, this version has {desired:?}"
+            "its type, key size, value size, entries and flags are {found:?}, this version has {compiled:?}"
         )
     })
 }

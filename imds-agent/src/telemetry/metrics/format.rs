@@ -115,9 +115,9 @@ impl Range {
         match (&*self.main, &*self.sub, self.version.as_deref()) {
             ("*", "*", _) => Some(0),
             (of_range, "*", _) if of_range == main => Some(1),
-            (of_range, of_sub, desired) if of_range == main && of_sub == sub => match desired {
+            (of_range, of_sub, requested) if of_range == main && of_sub == sub => match requested {
                 None => Some(2),
-                Some(desired) if desired == version => Some(3),
+                Some(requested) if requested == version => Some(3),
                 Some(_) => None,
             },
             _ => None,

@@ -185,7 +185,7 @@ impl StatusReport {
     }
 }
 
-/// Reports whether the kernel does not report the cookie of this network namespace, which is not the initial one.
+/// Reports whether the programs cannot identify this network namespace: before Linux 5.14, outside the initial one.
 fn lacks_cookie() -> bool {
     matches!(netns::identity(), Ok(None))
 }

@@ -103,8 +103,8 @@ fn draw_events(frame: &mut Frame<'_>, model: &Model, area: Rect) {
 }
 
 fn draw_keys(frame: &mut Frame<'_>, area: Rect) {
-    let desired = Rect { x: 2, y: 1, width: 54, height: 8 };
-    let area = desired.intersection(area);
+    let preferred = Rect { x: 2, y: 1, width: 54, height: 8 };
+    let area = preferred.intersection(area);
     frame.render_widget(Clear, area);
     let lines = KEYS.map(Line::raw).to_vec();
     frame.render_widget(Paragraph::new(lines).block(Block::bordered().title(" keys ")), area);
