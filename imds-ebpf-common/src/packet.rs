@@ -11,7 +11,6 @@ use crate::{
     address::{Address, Destination, may_embed_ipv4},
     endpoint::{Service, TCP, UDP},
     flow::Flow,
-    opaque::opaque,
     policy_lookup::PolicyLookup,
 };
 
@@ -161,7 +160,8 @@ impl IpOffset {
 
 /// Fast path: reports whether the bytes at the usual offset of the destination exclude a protected endpoint.
 ///
-/// `false` decides nothing. Nearly every packet runs only this code, so it makes no call and needs few registers.
+/// `false` decides nothing. Nearly every packet runs only this code, so it makes no call and needs few registers: a program
+/// that uses one of R6 to R9 saves it on the stack for each packet.
 #[inline(always)]
 pub(crate) fn is_unrelated_fast<P, T>(packet: &P, frame: LinkLayer, policy: &T) -> bool
 where
@@ -186,17 +186,28 @@ where
             !may_embed_ipv4(first) && !policy.may_guard(Destination::V6(first, second).slot())
         });
     }
-    // Hidden from the compiler, which would merge all comparisons into one switch that tests the tags first.
-    #[expect(clippy::cast_possible_truncation, reason = "the value has 16 bits")]
-    let ether_type = opaque(u64::from(word)) as u16;
-    if frame == LinkLayer::None || !is_vlan(ether_type) {
-        return true;
-    }
-    // Most tagged frames have one tag in the data, because the kernel moves the outer one to the skb metadata.
+    frame == LinkLayer::None
+}
+
+/// Reports whether an Ethernet frame without an IP header, or with an IPv4 header behind one VLAN tag, excludes a protected
+/// endpoint. Most tagged frames have one tag in the data, because the kernel moves the outer one to the skb metadata.
+///
+/// `false` decides nothing.
+#[inline(always)]
+pub fn is_unrelated_frame<P, T>(packet: &P, policy: &T) -> bool
+where
+    P: Packet + ?Sized,
+    T: PolicyLookup + ?Sized,
+{
     let tagged = EthHdr::LEN + VLAN_TAG_LEN;
-    match packet.peek_words(tagged - size_of::<u16>(), tagged + DESTINATION_OFFSET) {
-        Some((ETH_P_IP, v4)) => !policy.may_guard(Destination::V4(v4).slot()),
-        Some(_) | None => false,
+    let type_offset = EthHdr::LEN - size_of::<u16>();
+    match packet.peek_words(type_offset, tagged + DESTINATION_OFFSET) {
+        Some((ETH_P_IP | ETH_P_IPV6, _)) | None => false,
+        Some((ether_type, _)) if !is_vlan(ether_type) => true,
+        Some((_, v4)) => match packet.peek_words(type_offset + VLAN_TAG_LEN, tagged + DESTINATION_OFFSET) {
+            Some((ETH_P_IP, _)) => !policy.may_guard(Destination::V4(v4).slot()),
+            Some(_) | None => false,
+        },
     }
 }
 

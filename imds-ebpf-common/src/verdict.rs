@@ -18,6 +18,9 @@ where
     if is_unrelated_fast(packet, frame, policy) {
         return Verdict::Unrelated;
     }
+    if frame == LinkLayer::Ethernet && packet::is_unrelated_frame(packet, policy) {
+        return Verdict::Unrelated;
+    }
     classify_slow(packet, frame, policy)
 }
 

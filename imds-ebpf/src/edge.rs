@@ -6,6 +6,7 @@ use aya_ebpf::{
 };
 use imds_ebpf_common::{
     DenyAction, Hook, IpOffset, LinkLayer, Verdict, event::RateLimiter, find_header, is_unrelated_fast,
+    is_unrelated_frame,
 };
 
 use crate::{
@@ -39,6 +40,9 @@ pub(crate) fn classify<E: TcProgram>(ctx: &TcContext, frame: LinkLayer) -> i32 {
 
 #[inline(never)]
 fn classify_ethernet<E: TcProgram>(skb: *mut __sk_buff) -> i32 {
+    if is_unrelated_frame(&Skb::new(skb), &maps::Maps) {
+        return TC_ACT_UNSPEC;
+    }
     classify_frame::<E>(skb, LinkLayer::Ethernet)
 }
 
