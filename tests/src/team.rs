@@ -60,7 +60,11 @@ fn set_mode(team: &str, mode: &str) -> io::Result<()> {
     let attributes =
         [attribute(TEAM_ATTR_TEAM_IFINDEX, &ifindex.to_ne_bytes()), attribute(TEAM_ATTR_LIST_OPTION, &item)];
     let body = [header(TEAM_CMD_OPTIONS_SET), attributes.concat()].concat();
-    request(SockProtocol::NetlinkGeneric, family("team")?, libc::NLM_F_ACK, &body).map(drop)
+    match request(SockProtocol::NetlinkGeneric, family("team")?, libc::NLM_F_ACK, &body) {
+        // The mode is set, but no process receives the event (`nlmsg_multicast`, include/net/netlink.h).
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+        result => result.map(drop),
+    }
 }
 
 /// Returns the id of a generic netlink family.

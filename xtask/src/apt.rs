@@ -32,6 +32,17 @@ pub(crate) fn download(packages: &[String], dir: &Path) -> Result<()> {
         .context("failed to download packages: is this machine online? If so, run `apt-get update` first")
 }
 
+/// Unpacks all packages of `dir` below `root`.
+pub(crate) fn unpack(dir: &Path, root: &Path) -> Result<()> {
+    for entry in fs::read_dir(dir).context("failed to list the packages")? {
+        let path = entry.context("failed to list the packages")?.path();
+        if path.extension().is_some_and(|extension| extension == "deb") {
+            execute(Command::new("dpkg-deb").arg("--extract").arg(&path).arg(root))?;
+        }
+    }
+    Ok(())
+}
+
 fn ensure_known(packages: &[String]) -> Result<()> {
     let mut unknown = without_candidate(packages)?;
     if !unknown.is_empty() {

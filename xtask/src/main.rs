@@ -17,6 +17,7 @@ mod faults;
 mod fuzz;
 mod lint;
 mod manifests;
+mod promtool;
 mod run;
 mod setup;
 mod soak;

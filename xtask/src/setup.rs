@@ -44,7 +44,7 @@ struct Tool {
     package: &'static str,
 }
 
-const TEST_TOOLS: [Tool; 7] = [
+const TEST_TOOLS: [Tool; 8] = [
     Tool { program: "/usr/lib/cni/bandwidth", package: "containernetworking-plugins" },
     Tool { program: "ip", package: "iproute2" },
     Tool { program: "iptables", package: "iptables" },
@@ -52,6 +52,7 @@ const TEST_TOOLS: [Tool; 7] = [
     Tool { program: "nft", package: "nftables" },
     Tool { program: "bpftool", package: "bpftool" },
     Tool { program: "nsenter", package: "util-linux" },
+    Tool { program: "pasta", package: "passt" },
 ];
 const DEMO_TOOLS: [Tool; 1] = [Tool { program: "ip", package: "iproute2" }];
 /// Additional tools of the benchmarks.
@@ -314,8 +315,8 @@ mod tests {
 
     use super::*;
 
-    const FOR_TESTS: [&str; 6] =
-        ["containernetworking-plugins", "iproute2", "iptables", "nftables", "bpftool", "util-linux"];
+    const FOR_TESTS: [&str; 7] =
+        ["containernetworking-plugins", "iproute2", "iptables", "nftables", "bpftool", "util-linux", "passt"];
     const ALL: [Purpose; 4] = [Purpose::Build, Purpose::Ebpf, Purpose::Test, Purpose::Lint];
 
     /// Creates a machine on which programs at these paths exist and do nothing.

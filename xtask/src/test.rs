@@ -6,8 +6,9 @@ use anyhow::{Result, bail};
 use nix::unistd::Uid;
 
 use crate::{
+    promtool,
     setup::{self, Purpose},
-    workspace::{artifacts, cargo, execute},
+    workspace::{artifacts, cargo, execute, say},
 };
 
 /// Run the tests of all crates; needs root, changes nothing outside of its own namespaces
@@ -26,6 +27,10 @@ impl Test {
         let agent = prepare()?;
         let mut test = cargo("test");
         test.args(HOST_CRATES).arg("--no-fail-fast").arg("--").args(self.filter).env("IMDS_AGENT", agent);
+        match promtool::path() {
+            Ok(path) => drop(test.env("PROMTOOL", path)),
+            Err(error) => say(format_args!("NOT running promtool on metrics and alerts: {error:#}")),
+        }
         execute(&mut test)?;
         Ok(ExitCode::SUCCESS)
     }

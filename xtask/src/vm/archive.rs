@@ -9,6 +9,8 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::apt;
+
 /// Package that depends on the newest kernel for virtual machines.
 const META_PACKAGE: &str = "linux-image-cloud-amd64";
 const KERNEL_PACKAGES: [&str; 3] = ["linux-image-", "linux-binary-", "linux-modules-"];
@@ -74,7 +76,7 @@ impl Archive {
     pub(super) fn unpack(&self, packages: &[String], root: &Path) -> Result<()> {
         let dir = self.dir.join("packages");
         run(self.apt("apt-get").arg("download").args(packages).current_dir(&dir))?;
-        unpack(&dir, root)
+        apt::unpack(&dir, root)
     }
 
     fn apt(&self, program: &str) -> Command {
@@ -82,17 +84,6 @@ impl Archive {
         command.env("APT_CONFIG", &self.config).env("LC_ALL", "C");
         command
     }
-}
-
-/// Unpacks all packages of `dir` below `root`.
-pub(super) fn unpack(dir: &Path, root: &Path) -> Result<()> {
-    for entry in fs::read_dir(dir).context("failed to list the packages")? {
-        let path = entry.context("failed to list the packages")?.path();
-        if path.extension().is_some_and(|extension| extension == "deb") {
-            run(Command::new("dpkg-deb").arg("--extract").args([&path, root]))?;
-        }
-    }
-    Ok(())
 }
 
 /// Returns the configuration of a separate apt below `dir`. Copies only download settings from the machine's

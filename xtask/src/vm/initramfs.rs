@@ -24,20 +24,16 @@ pub(super) fn archive(programs: &Tools, kernel: &Kernel, plan: &Plan) -> Result<
     let mut cpio = Cpio::default();
     cpio.add("init", INIT);
     for tool in TOOLS {
-        let path = programs.find(tool)?;
-        cpio.copy(&format!("tools/{tool}"), &path)?;
-        for library in libraries(&path)? {
-            cpio.copy(&library.to_string_lossy(), &library)?;
-        }
+        cpio.copy_program(&format!("tools/{tool}"), &programs.find(tool)?)?;
     }
     let modules = modules::load_order(&kernel.modules)?;
     for module in &modules {
         cpio.add(&format!("modules/{}.ko", module.name), &module.content);
     }
     cpio.add("modules/order", lines(modules.iter().map(|module| module.name.as_str())).as_bytes());
-    cpio.copy("imds-agent", &plan.agent)?;
+    cpio.copy_program("imds-agent", &plan.agent)?;
     for planned in &plan.tests {
-        cpio.copy(&format!("tests/{}", planned.name), &planned.path)?;
+        cpio.copy_program(&format!("tests/{}", planned.name), &planned.path)?;
         let arguments = lines(planned.arguments());
         cpio.add(&format!("arguments/{}", planned.name), arguments.as_bytes());
     }
@@ -88,6 +84,15 @@ impl Cpio {
     fn copy(&mut self, path: &str, from: &Path) -> Result<()> {
         let content = fs::read(from).with_context(|| format!("failed to read {}", from.display()))?;
         self.add(path, &content);
+        Ok(())
+    }
+
+    /// Adds a program with its libraries.
+    fn copy_program(&mut self, path: &str, from: &Path) -> Result<()> {
+        self.copy(path, from)?;
+        for library in libraries(from)? {
+            self.copy(&library.to_string_lossy(), &library)?;
+        }
         Ok(())
     }
 

@@ -106,9 +106,12 @@ impl Vm {
             kernels.into_iter().collect::<Result<Vec<_>>>()?;
             return Ok(ExitCode::SUCCESS);
         }
-        let quick = plan::quick_executables();
-        let executables = if self.quick && self.filter.is_empty() { &quick } else { &self.filter };
-        let plan = Plan::new(Payload::build(executables)?, &self.filter, self.quick, self.scale)?;
+        let payload = if self.quick && self.filter.is_empty() {
+            Payload::of_debug_build(&plan::quick_executables())?
+        } else {
+            Payload::build(&self.filter)?
+        };
+        let plan = Plan::new(payload, &self.filter, self.quick, self.scale)?;
         let rows = self.run_all(kernels, &plan, &tools)?;
         match self.output {
             Output::Table => print!("{}", vm_report::table(&rows)),

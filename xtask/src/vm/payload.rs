@@ -1,11 +1,18 @@
-//! Builds of the agent and the tests. They are linked statically, because the virtual machines have no libraries.
+//! Builds of the agent and the tests for the virtual machines.
 
-use std::{path::PathBuf, process::Stdio};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
 
 use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
 
-use crate::workspace::{artifacts, cargo, describe, root, say};
+use crate::{
+    test::HOST_CRATES,
+    workspace::{artifacts, cargo, describe, execute, root, say},
+};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
@@ -18,52 +25,70 @@ pub(super) struct Payload {
 }
 
 impl Payload {
-    /// Compiles the agent and the test executables that `filter` names. Compiles all of them if the filter contains
-    /// parts of test names.
+    /// Compiles the agent and the test executables that `filter` names, optimized: emulated machines are slow. Compiles all
+    /// of them if the filter contains parts of test names.
     pub(super) fn build(filter: &[String]) -> Result<Self> {
         let mut build = cargo("build");
         let are_all_executables = !filter.is_empty() && filter.iter().all(|name| is_executable(name));
         let tests = if are_all_executables { filter } else { &["*".to_owned()] };
         build
-            .args([
-                "--locked",
-                "--profile",
-                "vm",
-                "--target",
-                TARGET,
-                "--message-format",
-                "json-render-diagnostics",
-            ])
+            .args(["--locked", "--profile", "vm", "--target", TARGET])
             .args(["--package", "imds-agent", "--bin", "imds-agent", "--package", "imds-tests"])
             .args(tests.iter().flat_map(|test| ["--test", test]))
             .arg("--target-dir")
             .arg(artifacts("vm")?)
             .env("RUSTFLAGS", "-Ctarget-feature=+crt-static")
-            .env_remove("CARGO_ENCODED_RUSTFLAGS")
-            .stderr(Stdio::inherit());
-        let what = describe(&build);
-        say(&what);
-        let output = build.output().with_context(|| format!("failed to start {what}"))?;
+            .env_remove("CARGO_ENCODED_RUSTFLAGS");
+        Self::from_build(&mut build)
+    }
+
+    /// Returns the agent and the named test executables of `cargo xtask test`, without debug information. If that command
+    /// ran before, nothing is compiled.
+    pub(super) fn of_debug_build(names: &[String]) -> Result<Self> {
+        let mut payload = Self::from_build(cargo("build").args(HOST_CRATES).args(["--bins", "--tests"]))?;
+        payload.tests.retain(|(name, _)| names.contains(name));
+        let dir = artifacts("vm")?.join("debug");
+        fs::create_dir_all(&dir).with_context(|| format!("failed to create {}", dir.display()))?;
+        payload.agent = stripped(&payload.agent, dir.join("imds-agent"))?;
+        for (name, path) in &mut payload.tests {
+            *path = stripped(path, dir.join(name))?;
+        }
+        Ok(payload)
+    }
+
+    /// Runs a `cargo build` and returns the executables that it reports.
+    fn from_build(build: &mut Command) -> Result<Self> {
+        build.args(["--message-format", "json-render-diagnostics"]).stderr(Stdio::inherit());
+        let command = describe(build);
+        say(&command);
+        let output = build.output().with_context(|| format!("failed to start {command}"))?;
         if !output.status.success() {
-            bail!("{what} failed ({})", output.status);
+            bail!("{command} failed ({})", output.status);
         }
         Self::from_messages(&String::from_utf8_lossy(&output.stdout))
-            .with_context(|| format!("{what} built no agent"))
+            .with_context(|| format!("{command} built no agent"))
     }
 
     fn from_messages(messages: &str) -> Option<Self> {
         let (mut agent, mut tests) = (None, Vec::new());
         for message in messages.lines().filter_map(|line| serde_json::from_str::<Message>(line).ok()) {
-            let Message { target, executable: Some(executable) } = message else { continue };
+            let Message { target, executable: Some(executable), profile } = message else { continue };
             if target.kind == ["test"] {
                 tests.push((target.name, executable));
-            } else {
+            } else if target.name == "imds-agent" && !profile.test {
                 agent = Some(executable);
             }
         }
         tests.sort();
         Some(Self { agent: agent?, tests })
     }
+}
+
+/// Writes a copy of an executable without debug information to `to`, and returns that path. The debug information of all
+/// executables would not fit into the memory of a virtual machine.
+fn stripped(executable: &Path, to: PathBuf) -> Result<PathBuf> {
+    execute(Command::new("strip").arg("--strip-debug").arg("-o").arg(&to).arg(executable))?;
+    Ok(to)
 }
 
 /// Reports whether a test executable of that name is compiled from a file or a directory of the package.
@@ -78,6 +103,13 @@ fn is_executable(name: &str) -> bool {
 struct Message {
     target: Target,
     executable: Option<PathBuf>,
+    profile: Profile,
+}
+
+#[derive(Deserialize)]
+struct Profile {
+    /// The executable runs the tests of the target.
+    test: bool,
 }
 
 #[derive(Deserialize)]
@@ -98,11 +130,21 @@ mod tests {
 
     #[test]
     fn executables_are_classified_by_kind() {
-        let messages = r#"{"reason":"compiler-artifact","target":{"kind":["lib"],"name":"imds_agent"},"executable":null}
-{"reason":"compiler-artifact","target":{"kind":["test"],"name":"unload"},"executable":"/t/unload-1"}
-{"reason":"compiler-artifact","target":{"kind":["bin"],"name":"imds-agent"},"executable":"/t/imds-agent"}
-{"reason":"compiler-artifact","target":{"kind":["test"],"name":"follow"},"executable":"/t/follow-1"}
-{"reason":"build-finished","success":true}"#;
+        let artifact = |kind, name, test, executable| {
+            let target = format!(r#""target":{{"kind":["{kind}"],"name":"{name}"}}"#);
+            format!(r#"{{{target},"profile":{{"test":{test}}},"executable":{executable}}}"#)
+        };
+        let messages = [
+            artifact("lib", "imds_agent", false, "null"),
+            artifact("lib", "imds_agent", true, r#""/t/imds_agent-1""#),
+            artifact("test", "unload", true, r#""/t/unload-1""#),
+            artifact("bin", "imds-agent", false, r#""/t/imds-agent""#),
+            artifact("bin", "imds-agent", true, r#""/t/imds-agent-1""#),
+            artifact("bin", "xtask", false, r#""/t/xtask""#),
+            artifact("test", "follow", true, r#""/t/follow-1""#),
+            r#"{"reason":"build-finished","success":true}"#.to_owned(),
+        ];
+        let messages = &messages.join("\n");
         let payload = Payload::from_messages(messages).unwrap();
         let names: Vec<_> = payload.tests.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["follow", "unload"]);

@@ -17,13 +17,14 @@ const QUICK_SCALE_PERCENT: u32 = 5;
 /// Tests of `--quick`, by executable and parts of their names. They cover each hook alone and all hooks, the verifier
 /// on every program, replies, IPv6, and devices that only some kernels have. Other behaviour differs less between
 /// kernels.
-const QUICK: [(&str, &[&str]); 7] = [
+const QUICK: [(&str, &[&str]); 8] = [
     ("answers", &["earlier_connection_is_reset", "reply_at_node_egress"]),
     ("bypass", &["calls::tcp_and_udp", "links::ipvlan_in_layer_2", "services::service_with_endpoint"]),
     ("endpoints", &["ipv6_endpoint_is_protected"]),
     ("hooks", &["default_config_has_all_hooks", "socket_hook_denies"]),
     ("from_pod", &["only_pods_are_denied"]),
     ("layouts", &["stacks::vlan_on_bond", "veths::vrf"]),
+    ("netkit", &["netkit_raw_frames", "netkit_redirects_come_second"]),
     ("test_run", &["every_packet_to_endpoint", "verifier_instructions"]),
 ];
 

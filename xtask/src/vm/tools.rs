@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use imds_ebpf_build::Host;
 
-use super::archive::{Archive, unpack};
+use super::archive::Archive;
 use crate::{apt, cache, workspace::say};
 
 const QEMU: &str = "qemu-system-x86_64";
@@ -47,7 +47,7 @@ impl Tools {
             cache::make(&tools.unpacked, |root, staging| {
                 let packages = staging.join("packages");
                 apt::download(&lacking, &packages)?;
-                unpack(&packages, root)
+                apt::unpack(&packages, root)
             })
             .with_context(|| format!("failed to get {names}"))?;
         }
