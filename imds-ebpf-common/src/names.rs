@@ -59,6 +59,9 @@ pub const MAP_ENDPOINTS: &str = "imds_endpoints";
 pub const MAP_EXEMPT: &str = "imds_exempt";
 /// Hash of [`Exemption`](crate::Exemption) to `u32`: source addresses that belong to an exempt subject.
 pub const MAP_EXEMPT_SOURCES: &str = "imds_exempt_src";
+/// LRU hash of interface index to `u64`: time of the last packet that `from_pod` let pass by an exemption, in nanoseconds of
+/// the boot clock.
+pub const MAP_EXEMPT_USE: &str = "imds_exempt_use";
 /// Hash of [`Subject`](crate::Subject) to [`ProbeRecord`](crate::ProbeRecord): test senders of `imds-agent verify`.
 pub const MAP_PROBES: &str = "imds_probes";
 /// Array of one `u32`: number of entries in [`MAP_PROBES`]. The programs look up probes only if it is not 0.
@@ -155,7 +158,7 @@ pub fn programs() -> impl Iterator<Item = &'static str> {
 }
 
 /// All maps of the object, except the section of its constants.
-pub const MAPS: [&str; 22] = [
+pub const MAPS: [&str; 23] = [
     MAP_POLICY,
     MAP_COUNTERS,
     MAP_INTERFACES,
@@ -163,6 +166,7 @@ pub const MAPS: [&str; 22] = [
     MAP_ENDPOINTS,
     MAP_EXEMPT,
     MAP_EXEMPT_SOURCES,
+    MAP_EXEMPT_USE,
     MAP_PROBES,
     MAP_PROBING,
     MAP_NODE_ALLOW,

@@ -188,7 +188,7 @@ fn may_emit(limiter: &mut RateLimiter, bytes: u32) -> bool {
 
 /// Returns the time in nanoseconds since boot (`CLOCK_BOOTTIME`).
 #[inline(always)]
-fn now() -> u64 {
+pub(crate) fn now() -> u64 {
     // SAFETY: the helper takes no arguments.
     unsafe { bpf_ktime_get_boot_ns() }
 }

@@ -51,6 +51,7 @@ fn find_at_from_pod(skb: *mut __sk_buff, ip: IpOffset, address: &Address, verdic
         let (granted, flags) = unpack(grant_for(subject.id, subject.kind, address, verdict as u32));
         if granted as u32 != verdict as u32 && is_own_packet(skb, ip, ifindex, address) {
             (exempted, is_marked) = (granted, flags & Grant::MARK != 0);
+            maps::record_exempt_use(ifindex);
         }
     }
     set_mark(skb, u32::from(is_marked));
@@ -114,9 +115,14 @@ pub(crate) fn by_interface(
     }
     let exempted = apply(verdict, Subject::new(SubjectKind::Interface, ifindex.into()), address);
     if exempted as u32 != verdict as u32 {
-        // If `from_pod` is attached, that hook has compared the source with the pod's addresses, before any source NAT.
+        // If `from_pod` is attached, that hook has compared the source with the pod's addresses, before any source NAT. Its
+        // last use shows that it still runs: while no agent runs, another pod's interface may get the same index.
         // Otherwise compares them here, and accepts addresses of the node, which source NAT may have set.
-        let is_checked = has_from_pod(ifindex) || has_source(skb, ip, ifindex, NODE);
+        let is_checked = if has_from_pod(ifindex) {
+            maps::is_exempt_use_recent(ifindex)
+        } else {
+            has_source(skb, ip, ifindex, NODE)
+        };
         return if is_checked { exempted } else { verdict };
     }
     if Skb::new(skb).mark() & maps::mark() == 0 {

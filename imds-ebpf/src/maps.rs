@@ -4,7 +4,7 @@ use core::{mem::offset_of, ptr};
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_F_NO_PREALLOC},
-    btf_maps::{Array, HashMap, PerCpuHashMap},
+    btf_maps::{Array, HashMap, LruHashMap, PerCpuHashMap},
     macros::btf_map,
 };
 use imds_ebpf_common::{
@@ -20,6 +20,8 @@ use imds_ebpf_common::{
     names::PROGRAM_COUNT,
     opaque::{opaque, opaque_pointer},
 };
+
+use crate::events::now;
 
 /// Largest number of interfaces of a node. Large nodes run 1,000 pods.
 const INTERFACES: usize = 16_384;
@@ -92,6 +94,14 @@ static mut IMDS_FILTER: PolicyTable = PolicyTable::EMPTY;
 #[btf_map(name = "imds_exempt_src")]
 static EXEMPT_SOURCES: HashMap<Exemption, u32, { MAX_EXEMPTIONS * 4 }, { BPF_F_NO_PREALLOC as usize }> =
     HashMap::new();
+
+/// Number of interfaces in [`EXEMPT_USE`], whose entries the kernel allocates in advance.
+const EXEMPT_INTERFACES: usize = 4096;
+
+/// Time of the last packet that `from_pod` let pass by an exemption, by interface. An LRU map, so that the program can add an
+/// interface, and no process has to remove it.
+#[btf_map(name = "imds_exempt_use")]
+static EXEMPT_USE: LruHashMap<u32, u64, EXEMPT_INTERFACES> = LruHashMap::new();
 
 /// Largest number of test senders: `imds-agent verify` uses a few.
 const MAX_PROBES: usize = 64;
@@ -197,6 +207,22 @@ pub(crate) fn is_granted(exemption: &Exemption) -> bool {
 pub(crate) fn is_exempt_source(exemption: &Exemption) -> bool {
     // SAFETY: the value is not read, only its presence.
     unsafe { EXEMPT_SOURCES.get(exemption) }.is_some()
+}
+
+/// Records that `from_pod` lets a packet pass by the exemption of this interface.
+#[inline(always)]
+pub(crate) fn record_exempt_use(ifindex: u32) {
+    let _full = EXEMPT_USE.insert(ifindex, now(), u64::from(BPF_ANY));
+}
+
+/// Maximum time between `from_pod` and `node_egress` for one packet, in nanoseconds: shaping delays packets by seconds.
+const MAX_TRANSIT_NS: u64 = 3_000_000_000;
+
+/// Reports whether `from_pod` has let a packet of this interface pass by an exemption within [`MAX_TRANSIT_NS`].
+#[inline(always)]
+pub(crate) fn is_exempt_use_recent(ifindex: u32) -> bool {
+    // SAFETY: the value is an integer of eight aligned bytes, which programs replace at once.
+    unsafe { EXEMPT_USE.get(ifindex) }.is_some_and(|&used| now().wrapping_sub(used) < MAX_TRANSIT_NS)
 }
 
 /// Reports whether the allow list of the node contains `process`.

@@ -270,6 +270,25 @@ fn later_pod_is_exempt_successor_is_not() {
     assert!(reaches(&env, &successor));
 }
 
+/// Without an agent, the exemption of a deleted pod stays in the maps, and `node_egress` alone checks its successor.
+#[test]
+fn exemption_ends_without_an_agent() {
+    let env = TestEnv::new();
+    let first = env.add_pod(PodLink::Routed);
+    let agent =
+        start(&env, &["from_pod", "node_egress"], &rule(&format!("interface = '{}'", first.host_ifname), ""));
+    wait_exempt(&env, &first);
+    agent.kill9();
+    wait_exempt(&env, &first);
+    let (name, index, address) = (first.host_ifname.clone(), first.host_ifindex, first.address);
+    first.delete();
+    let successor = env.add_successor(&name, index, address);
+    poll_until(LONG, "the successor to be denied", || (!reachable(&successor, METADATA)).then_some(()));
+    env.assert_nothing_arrives(|| assert!(!reachable(&successor, METADATA)));
+    env.unload();
+    assert!(reachable(&successor, METADATA));
+}
+
 #[test]
 fn unresolved_rules_are_reported() {
     let env = TestEnv::new();

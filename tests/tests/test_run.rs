@@ -1,6 +1,8 @@
 //! The BPF programs on crafted packets: the kernel's verifier, JIT and helpers give the same result as the host's code
 //! for each packet.
 
+use std::time::Duration;
+
 use etherparse::{EtherType, Ipv4Extensions, Ipv4Header, PacketBuilder, SingleVlanHeader, VlanId, ip_number};
 use imds_agent::datapath::object::{OBJECT, kernel_features};
 use imds_ebpf_common::{
@@ -8,8 +10,9 @@ use imds_ebpf_common::{
     Mode, Policy, PolicyTable, Role, Service, Subject, SubjectKind, Verdict,
     maps::MARK,
     names::{
-        MAP_COUNTERS, MAP_ENDPOINTS, MAP_EXEMPT, MAP_EXEMPT_SOURCES, MAP_INTERFACES, MAP_POLICY, MAPS,
-        PROG_FROM_POD, PROG_FROM_POD_L3, PROG_NODE_EGRESS, SECTION_FILTER, in_object, programs,
+        MAP_COUNTERS, MAP_ENDPOINTS, MAP_EXEMPT, MAP_EXEMPT_SOURCES, MAP_EXEMPT_USE, MAP_INTERFACES,
+        MAP_POLICY, MAPS, PROG_FROM_POD, PROG_FROM_POD_L3, PROG_NODE_EGRESS, SECTION_FILTER, in_object,
+        programs,
     },
     packet::MAX_VLAN_TAGS,
 };
@@ -18,6 +21,7 @@ use imds_tests::{
     program::{Object, action, marked},
     skip,
 };
+use nix::time::{ClockId, clock_gettime};
 
 const TC_ACT_UNSPEC: i32 = -1;
 const TC_ACT_SHOT: i32 = 2;
@@ -283,6 +287,12 @@ fn node_egress_by_interface_and_mark() {
         assert_eq!(marked(program, &udp(OTHER), mark, ingress), Some((TC_ACT_UNSPEC, mark)), "{case}");
         true
     };
+    // The record alone does not show that `from_pod` still runs on the interface.
+    if !check(&mut object, with_from_pod, 1, 7, TC_ACT_SHOT) {
+        return;
+    }
+    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).unwrap();
+    object.insert(MAP_EXEMPT_USE, 7_u32, u64::try_from(Duration::from(now).as_nanos()).unwrap());
     for (hooks, mark, ingress, expected) in [
         (with_from_pod, 1, 7, TC_ACT_UNSPEC),
         (with_from_pod, MARK, 8, TC_ACT_SHOT),
