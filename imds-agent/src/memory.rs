@@ -1,9 +1,37 @@
-//! Memory that the process needs for its start only.
+//! Memory that the process needs for large changes only, such as its start.
 //!
 //! The kernel maps the pages around each page of the binary that is used (`fault_around_bytes`, mm/memory.c). After loading the
 //! programs and listing the pods, most of these pages count as resident memory, but are not used again.
 
-use std::{fs, io, ops::Range};
+use std::{fs, io, mem, ops::Range};
+
+/// Decides when the running agent trims its memory: once after each large change, such as its start, a new list of all pods, or
+/// lost link events.
+///
+/// Dropped pages cost page faults when they are used next, and reads from disk if the page cache has lost them: under memory
+/// pressure the kernel keeps code longer while it is mapped (`folio_check_references`, mm/vmscan.c). An agent at rest keeps its
+/// pages, so that attaching to a new pod does not wait for them.
+#[derive(Debug)]
+pub(crate) struct TrimSchedule {
+    is_due: bool,
+}
+
+impl TrimSchedule {
+    /// Returns the schedule of an agent that starts.
+    pub(crate) fn new() -> Self {
+        Self { is_due: true }
+    }
+
+    /// Records a large change.
+    pub(crate) fn on_large_change(&mut self) {
+        self.is_due = true;
+    }
+
+    /// Reports whether to trim after a full resync. `is_settled` is false while attachments of the start wait.
+    pub(crate) fn take(&mut self, is_settled: bool) -> bool {
+        is_settled && mem::take(&mut self.is_due)
+    }
+}
 
 /// Returns free heap memory to the kernel, and drops the mapped pages of code. The pages that are still used come back from
 /// the page cache when they are needed.
@@ -70,6 +98,18 @@ mod tests {
         ] {
             assert_eq!(code(other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn an_agent_at_rest_does_not_trim() {
+        let mut schedule = TrimSchedule::new();
+        assert_eq!(
+            [false, true, true, true].map(|is_settled| schedule.take(is_settled)),
+            [false, true, false, false]
+        );
+        schedule.on_large_change();
+        schedule.on_large_change();
+        assert_eq!([true, true].map(|is_settled| schedule.take(is_settled)), [true, false]);
     }
 
     #[test]

@@ -5,13 +5,17 @@ use std::{
     fs, io,
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
+    thread::sleep,
+    time::Duration,
 };
 
 use aya::maps::{Array, Map, MapData};
 use imds_ebpf_common::{Policy, PolicyTable};
 use imds_tests::{
-    AttachMode, Pod, PodLink, Status, TestEnv, hook,
+    AgentCommand, AttachMode, Pod, PodLink, Status, TestEnv,
+    foreign_bpf::detach_link,
+    hook,
     http::{DEFAULT, try_get},
     output,
     poll::poll_until,
@@ -157,6 +161,33 @@ fn without_netns_cookie(mut command: Command) -> Command {
     command
 }
 
+/// Starts an agent to which the kernel does not report the cookie, and waits until it is ready.
+fn start_without_netns_cookie(env: &TestEnv, agent: &AgentCommand<'_>) -> Child {
+    let log = fs::File::create(env.scratch_dir().join("log")).unwrap();
+    let mut command = without_netns_cookie(agent.command());
+    let child = command.stdin(Stdio::null()).stderr(log).spawn().unwrap();
+    env.status_when("the agent is ready", |status| status.agent.ready);
+    child
+}
+
+/// Returns the problems of a degraded node on a kernel that does not report the cookie.
+#[track_caller]
+fn problems_without_netns_cookie(env: &TestEnv) -> Vec<String> {
+    let output = output(without_netns_cookie(env.imds_agent(&["status", "-o", "json"]).command()));
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    let status: Status = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(status.state, "degraded");
+    status.problems.into_iter().map(|problem| problem.problem).collect()
+}
+
+#[track_caller]
+fn assert_start_with(texts: &[String], expected: &[String]) {
+    let is_expected = |(text, expected): (&String, &String)| text.starts_with(expected);
+    assert!(texts.len() == expected.len() && texts.iter().zip(expected).all(is_expected), "{texts:#?}");
+}
+
+const NO_COOKIE: &str = "before Linux 5.14 the kernel does not report the cookie of a network namespace";
+
 /// Before Linux 5.14, programs on cgroups can't identify a network namespace that is not the machine's initial one. The other
 /// hooks are enforced, and each missing one is reported.
 #[test]
@@ -165,29 +196,18 @@ fn missing_netns_cookie_degrades_the_agent() {
     let pod = env.add_pod(PodLink::Routed);
     let agent = env.agent().hooks(&["from_pod", "socket", "host_network"]);
     let agent = agent.config("[node]\nallow = ['uid:0']\n").resync(1);
-    let log = fs::File::create(env.scratch_dir().join("log")).unwrap();
-    let mut command = without_netns_cookie(agent.command());
-    let mut child = command.stdin(Stdio::null()).stderr(log).spawn().unwrap();
+    let mut child = start_without_netns_cookie(&env, &agent);
     env.wait_enforced(&pod);
     env.assert_blocked(&pod);
     let late = env.add_pod(PodLink::Routed);
     env.wait_enforced(&late);
     env.assert_blocked(&late);
-    env.status_when("the agent is ready", |status| status.agent.ready);
-    let output = output(without_netns_cookie(env.imds_agent(&["status", "-o", "json"]).command()));
-    assert_eq!(output.status.code(), Some(3), "{output:?}");
-    let status: Status = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!((status.state.as_str(), child.try_wait().unwrap()), ("degraded", None));
-    assert_eq!(status.hooks, ["from_pod", "socket", "host_network", "node_allow"]);
-    let problems: Vec<_> = status.problems.iter().map(|problem| problem.problem.as_str()).collect();
-    let expected = ["socket", "host_network", "node_allow"].map(|hook| {
-        format!("{hook} is not attached: before Linux 5.14 the kernel does not report the cookie of a network namespace")
-    });
-    assert_eq!(problems.len(), expected.len(), "{problems:?}");
-    for (problem, expected) in problems.iter().zip(&expected) {
-        assert!(problem.starts_with(expected), "{problem}");
-    }
+    let expected = ["socket", "host_network", "node_allow"];
+    assert_eq!(env.status().hooks, ["from_pod", expected[0], expected[1], expected[2]]);
+    let expected = expected.map(|hook| format!("{hook} is not attached: {NO_COOKIE}"));
+    assert_start_with(&problems_without_netns_cookie(&env), &expected);
     assert_eq!(ready_metric(&env), "imds_agent_ready 0");
+    assert_eq!(child.try_wait().unwrap(), None);
     child.kill().unwrap();
     child.wait().unwrap();
     let log = fs::read_to_string(env.scratch_dir().join("log")).unwrap();
@@ -196,6 +216,36 @@ fn missing_netns_cookie_degrades_the_agent() {
     }
     env.unload();
     env.assert_open(&pod);
+}
+
+/// Links of an agent that could identify the namespace stay attached, but the next agent does not restore them.
+#[test]
+fn links_of_an_earlier_agent_are_reported_without_netns_cookie() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let env = TestEnv::new();
+    let agent = || {
+        let agent = env.agent().hooks(&["from_pod", "socket", "local_service"]);
+        agent.config("[node]\nallow = ['uid:0']\n").resync(1)
+    };
+    agent().spawn_ready().kill9();
+    let mut child = start_without_netns_cookie(&env, &agent());
+    let earlier = ["socket", "node_allow"].map(|hook| {
+        format!("{hook} runs programs of an earlier agent, which are not restored if they are detached: {NO_COOKIE}")
+    });
+    assert_start_with(&problems_without_netns_cookie(&env), &earlier);
+    assert_eq!(ready_metric(&env), "imds_agent_ready 1");
+    detach_link(&env.pin_dir().join("links/connect4"));
+    sleep(Duration::from_secs(3));
+    let detached = [format!("socket is not attached: {NO_COOKIE}"), earlier[1].clone()];
+    assert_start_with(&problems_without_netns_cookie(&env), &detached);
+    assert_eq!(ready_metric(&env), "imds_agent_ready 0");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let log = fs::read_to_string(env.scratch_dir().join("log")).unwrap();
+    assert!(earlier.iter().all(|line| log.contains(line)), "{log}");
+    env.unload();
 }
 
 /// Numbers of the pinned maps and programs, names of the pinned links, and content of the maps that decide.

@@ -10,9 +10,10 @@ use std::{
 use imds_tests::{
     PodLink, TestEnv, WHOLE_TEST,
     doctor::{all, assert_has, examine, one},
+    foreign_bpf::detach_link,
     output,
     probe::{SHORT, http_get},
-    skip,
+    skip, skip_without_netns_cookie,
 };
 use serde_json::Value;
 
@@ -150,6 +151,32 @@ fn broader_rules_are_kept() {
         }
         drop(agent);
     }
+    env.unload();
+}
+
+/// The tests attach the programs to a cgroup below the root, so that they restrict only the processes in that cgroup.
+#[test]
+fn allow_list_covers_the_cgroup_of_its_programs() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let env = TestEnv::new();
+    let rules = "add table inet guard
+        add chain inet guard output { type filter hook output priority 0; }
+        add rule inet guard output ip daddr 169.254.169.254 meta skuid 1000 drop";
+    nft(&env, &[rules]);
+    let agent = env.agent().hooks(&HOOKS).config("[node]\nallow = []\n").spawn_ready();
+    let opened = || opens(one(&examine(&env), "firewall_rules"));
+    let cgroup = env.cgroup().file_name().unwrap().to_str().unwrap().to_owned();
+    let outside = format!("{cgroup}, to which node_allow is attached");
+    assert!(
+        opened().contains("(uid 1000) outside of the cgroup /") && opened().contains(&outside),
+        "{}",
+        opened()
+    );
+    drop(agent);
+    detach_link(&env.pin_dir().join("links/node_connect4"));
+    assert!(opened().ends_with("lets pass: imds_node_conn4 of node_allow is not attached"), "{}", opened());
     env.unload();
 }
 

@@ -231,7 +231,8 @@ impl Config {
         })
     }
 
-    /// Returns the built-in defaults for an unusable file, with its `mode`, `node` and `metrics` if these are valid.
+    /// Returns the built-in defaults for an unusable file, with its `mode` and `metrics` if these are valid, and the valid
+    /// entries of `node.allow`.
     ///
     /// Other keys are ignored, because a key that depends on an invalid one could weaken enforcement. The allow list of
     /// the node only restricts, and depends on no other key. The metrics address is used because the probes of a cluster
@@ -239,13 +240,11 @@ impl Config {
     #[must_use]
     pub fn fallback(text: &str, path: &Path) -> Self {
         let (source, mut diagnostics) = (SourceFile { text, path }, Diagnostics::default());
-        let File { mode, metrics, node, .. } = File::read(source, &mut diagnostics);
-        let (mut of_metrics, mut of_node) = (Diagnostics::default(), Diagnostics::default());
+        let File { mode, metrics, .. } = File::read(source, &mut diagnostics);
+        let mut of_metrics = Diagnostics::default();
         let listen = Listen::parse(&metrics, source, &mut of_metrics);
-        let node_allow = node.parse(source, &mut of_node);
-        let node = if of_node.is_empty() { node } else { NodeTable::default() };
-        let node_allow = node_allow.filter(|_| of_node.is_empty());
-        let file = File { mode, node, ..File::default() };
+        let node_allow = NodeTable::salvage(source);
+        let file = File { mode, node: NodeTable::new(node_allow.as_deref()), ..File::default() };
         let config = Self {
             mode: mode.into(),
             hooks: file.hooks(),

@@ -4,7 +4,10 @@ use std::{fmt, str::FromStr};
 
 use imds_ebpf_common::allow_list::MAX_ALLOWED;
 use serde::{Deserialize, Serialize};
-use toml::Spanned;
+use toml::{
+    Spanned,
+    de::{DeTable, DeValue},
+};
 
 use super::{
     ConfigError,
@@ -66,6 +69,37 @@ impl NodeTable {
     /// Reports whether the table has no key.
     pub(super) fn is_empty(&self) -> bool {
         self.allow.is_none()
+    }
+
+    /// Returns the valid entries of a broken file, as far as they can be read; `None` if the file has no `[node]` table with a key.
+    ///
+    /// An invalid entry allows nothing. The list stays even if it has no other entry: without a list, every process of the node
+    /// could reach the endpoints.
+    pub(super) fn salvage(source: SourceFile<'_>) -> Option<Vec<NodeProcess>> {
+        let (document, _) = DeTable::parse_recoverable(source.text);
+        let node = document.get_ref().get("node")?.get_ref();
+        let allow = match node {
+            DeValue::Table(table) if table.is_empty() => return None,
+            DeValue::Table(table) => table.get("allow").and_then(|allow| allow.get_ref().as_array()),
+            _ => None,
+        };
+        let mut processes = Vec::new();
+        for entry in allow.into_iter().flatten() {
+            let Some(text) = entry.get_ref().as_str() else { continue };
+            let text = Spanned::new(entry.span(), text.to_owned());
+            processes.extend(parse_new(&text, &processes, source));
+            if processes.len() == MAX_ALLOWED {
+                break;
+            }
+        }
+        Some(processes)
+    }
+
+    /// Returns the table with these entries.
+    pub(super) fn new(allow: Option<&[NodeProcess]>) -> Self {
+        let unplaced = |process: &NodeProcess| Spanned::new(0..0, process.to_string());
+        let allow = allow.map(|allow| Spanned::new(0..0, allow.iter().map(unplaced).collect()));
+        Self { allow }
     }
 
     /// Returns the allow list; `None` if every process of the node may reach protected endpoints.

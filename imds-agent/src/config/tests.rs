@@ -114,9 +114,37 @@ fn an_allow_list_of_the_node_survives_errors_elsewhere() {
     assert!(config.hooks.has(Hook::NodeAllow) && config.hooks.has(Hook::Socket));
     assert_eq!(config.node_allow, Some(vec![NodeProcess::Uid(0)]));
     assert_eq!(parse(config.to_toml()).unwrap().node_allow, config.node_allow);
-    for node in ["", "[node]\nallow = ['uid:0', 'root']", "[node]\nallow = 0"] {
+    for node in ["", "[node]"] {
         let config = fallback(&format!("{broken}{node}"));
         assert!(config.node_allow.is_none() && !config.hooks.has(Hook::NodeAllow), "{node}");
+    }
+}
+
+#[test]
+fn a_broken_allow_list_of_the_node_opens_nothing() {
+    let many: Vec<_> = (0..100).map(|uid| format!("uid:{uid}")).collect();
+    let many: Vec<_> = many.iter().map(String::as_str).collect();
+    for (text, expected) in [
+        ("[node]\nallow = ['uid:0', 'root', 3, 'uid:0', 'cgroup:/a']", &["uid:0", "cgroup:/a"][..]),
+        (r#"node.allow = ["cgroup:/a\x2db.slice", "uid:7"]"#, &["uid:7"]),
+        (&format!("[node]\nallow = {many:?}"), &many[..64]),
+        ("[node]\nallow = ['uid:0']\nother = 1", &["uid:0"]),
+        ("[node]\nallow = ['root']", &[]),
+        ("[node]\nallow = 'uid:0'", &[]),
+        ("[node]\nalow = ['uid:0']", &[]),
+        ("node = ['uid:0']", &[]),
+        ("[[node]]\nallow = ['uid:0']", &[]),
+        // Syntax errors.
+        ("mode = \n[node]\nallow = ['uid:0']", &["uid:0"]),
+        ("[node]\nallow = ['uid:0', 'cgroup:/a'\n[metrics]\nlisten = []", &["uid:0", "cgroup:/a"]),
+        ("[node]\nallow = ", &[]),
+    ] {
+        assert!(parse(text).is_err(), "{text}");
+        let config = Config::fallback(text, Path::new("imds.toml"));
+        let allow: Vec<_> = config.node_allow.iter().flatten().map(ToString::to_string).collect();
+        assert_eq!(allow, expected, "{text}");
+        assert!(config.node_allow.is_some() && config.hooks.has(Hook::NodeAllow), "{text}");
+        assert_eq!(parse(config.to_toml()).unwrap().node_allow, config.node_allow, "{text}");
     }
 }
 

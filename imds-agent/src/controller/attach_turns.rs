@@ -110,6 +110,12 @@ impl Reconciler {
         }
     }
 
+    /// Reports whether each pod that was there at the start has its program.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.progress.is_ready
+    }
+
     /// Releases attachments that wait for a CNI plugin once a process runs in the pod's network namespace: the
     /// container runtime starts the first process after all plugins have finished.
     pub(super) async fn release_started_pods(&mut self) {

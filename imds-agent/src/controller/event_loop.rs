@@ -28,7 +28,7 @@ use crate::{
         PodEvent,
         cluster::{Cluster, ClusterEvent},
     },
-    memory,
+    memory::{self, TrimSchedule},
     node::{file_watch::FileWatcher, link_event::Event},
     telemetry::{
         Telemetry,
@@ -55,6 +55,7 @@ pub struct Agent {
     settings: ResolvedConfig,
     reloads: Reloads,
     run_time_stats: RunTimeStats,
+    trim_schedule: TrimSchedule,
     telemetry: Telemetry,
     systemd: Systemd,
     cluster: Cluster,
@@ -86,6 +87,7 @@ impl Agent {
             settings,
             reloads: Reloads::default(),
             run_time_stats: RunTimeStats::default(),
+            trim_schedule: TrimSchedule::new(),
             telemetry,
             systemd: Systemd::from_env(),
             cluster: Cluster::default(),
@@ -146,7 +148,7 @@ impl Agent {
                     resyncs = resyncs.wrapping_add(1);
                     let is_full = resyncs.is_multiple_of(FULL_RESYNC_EVERY);
                     log_error(self.reconciler.start_resync(is_full).await);
-                    if is_full {
+                    if is_full && self.trim_schedule.take(self.reconciler.is_ready()) {
                         memory::trim();
                     }
                     self.systemd.ready(&self.reconciler.state(&self.settings));
@@ -217,6 +219,9 @@ impl Agent {
     ) -> anyhow::Result<()> {
         for left in (0..EVENT_BATCH).rev() {
             let link_event = event.context("lost the connection to rtnetlink: cannot follow interfaces")?;
+            if matches!(link_event, Event::Overrun) {
+                self.trim_schedule.on_large_change();
+            }
             log_error(self.reconciler.handle(link_event).await);
             // An event that is read here must be handled, or it is lost.
             match (left > 0).then(|| events.next().now_or_never()).flatten() {
@@ -242,6 +247,8 @@ impl Agent {
                 log_error(self.reconciler.on_pod_event(event).await);
                 if is_relist {
                     memory::trim();
+                    // The sandboxes of the pods are resolved after this.
+                    self.trim_schedule.on_large_change();
                 }
             }
             ClusterEvent::State(state) => {

@@ -6,7 +6,7 @@ use anyhow::anyhow;
 use imds_ebpf_common::names::MAP_CONFIG;
 
 use crate::{
-    config::{Config, ConfigErrors, loader::ConfigLoader},
+    config::{Config, ConfigErrors, NodeProcess, loader::ConfigLoader},
     controller::resolved_config::{ResolvedConfig, RunOptions},
     datapath::{self, maps::config_record::Record, pin::dir::PinDir},
 };
@@ -76,11 +76,23 @@ impl StartConfig {
         };
         let (config, settings) = built_in(loader, options)?;
         let mode = config.mode.name();
+        let node = config.node_allow.as_deref().map(describe_node_allow).unwrap_or_default();
         let rejected = format!(
-            "{errors}; {no_last_good}{no_pinned}; enforcing the built-in defaults without exemptions in mode {mode}"
+            "{errors}; {no_last_good}{no_pinned}; enforcing the built-in defaults without exemptions in mode {mode}{node}"
         );
         Ok(Self { config, settings, path: None, rejected: Some(rejected) })
     }
+}
+
+/// Names the processes that the allow list of the built-in defaults leaves. One that an invalid entry meant to name, such as the
+/// kubelet, is denied.
+fn describe_node_allow(allow: &[NodeProcess]) -> String {
+    let entries: Vec<_> = allow.iter().map(ToString::to_string).collect();
+    if entries.is_empty() {
+        return "; node.allow has no valid entry: no process of the node may reach the endpoints, not even the kubelet".to_owned();
+    }
+    let entries = entries.join(", ");
+    format!("; only the valid entries of node.allow may reach the endpoints from the node: {entries}")
 }
 
 /// Returns the configuration that the pinned maps record, if it is from this file.

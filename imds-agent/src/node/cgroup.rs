@@ -29,6 +29,13 @@ pub fn root() -> io::Result<Option<PathBuf>> {
     Ok((!is_container).then_some(path))
 }
 
+/// Returns the ID of the root of the hierarchy; `None` if it is not visible.
+#[must_use]
+pub fn root_id() -> Option<u64> {
+    // The inode number of a cgroup is its ID (kernfs).
+    fs::metadata(root().ok()??).ok().map(|metadata| metadata.ino())
+}
+
 /// Returns an error if the path is not a directory of a cgroup v2 hierarchy.
 pub fn ensure_v2(path: &Path) -> io::Result<()> {
     let is_v2 = statfs(path)?.filesystem_type() == CGROUP2_SUPER_MAGIC;
@@ -55,7 +62,6 @@ pub fn ids_of_this_process() -> io::Result<Vec<u64>> {
     let cgroups = fs::read_to_string("/proc/thread-self/cgroup")?;
     let path = root.join(own(&cgroups).unwrap_or_default());
     let above = path.ancestors().take_while(|path| path.starts_with(&root));
-    // The inode number of a cgroup is its ID (kernfs).
     above.map(|path| Ok(fs::metadata(path)?.ino())).collect()
 }
 

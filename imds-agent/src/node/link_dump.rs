@@ -6,9 +6,7 @@
 use std::{collections::BTreeMap, io};
 
 use rtnetlink::{
-    packet_core::{
-        NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkBuffer, NetlinkMessage, NetlinkPayload,
-    },
+    packet_core::{NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
     packet_route::{
         RouteNetlinkMessage,
         link::{LinkAttribute, LinkExtentMask, LinkMessage},
@@ -16,12 +14,10 @@ use rtnetlink::{
     sys::{AsyncSocket as _, AsyncSocketExt as _, SocketAddr, TokioSocket, protocols::NETLINK_ROUTE},
 };
 
-use super::link::{self, Link};
-
-/// Alignment of netlink messages in bytes (`NLMSG_ALIGNTO`, include/uapi/linux/netlink.h).
-const ALIGNMENT: usize = 4;
-/// Type of the messages that describe an interface (`RTM_NEWLINK`, include/uapi/linux/rtnetlink.h).
-const NEW_LINK: u16 = 16;
+use super::{
+    datagram::{Content, Message, messages},
+    link::Link,
+};
 
 /// Maximum number of dumps, if interfaces come and go during each of them.
 const MAX_ATTEMPTS: usize = 5;
@@ -76,42 +72,27 @@ fn request() -> Vec<u8> {
 
 impl Dump {
     /// Adds the interfaces of a datagram.
-    fn read(&mut self, mut datagram: &[u8]) -> io::Result<()> {
-        while !datagram.is_empty() {
-            let message = NetlinkBuffer::new_checked(datagram).map_err(io::Error::other)?;
-            let length = usize::try_from(message.length()).map_err(io::Error::other)?;
-            self.is_interrupted |= message.flags() & NLM_F_DUMP_INTR != 0;
-            match NetlinkMessage::<RouteNetlinkMessage>::deserialize(datagram) {
-                Ok(message) => match message.payload {
-                    NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) => {
-                        self.links.extend(Link::from_message(link));
-                    }
-                    NetlinkPayload::Done(done) if done.code < 0 => {
-                        return Err(io::Error::from_raw_os_error(done.code.saturating_neg()));
-                    }
-                    NetlinkPayload::Done(_) => self.is_complete = true,
-                    NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
-                    _ => {}
-                },
-                Err(_) if message.message_type() == NEW_LINK => {
-                    self.links.extend(unreadable(message.payload()));
+    fn read(&mut self, datagram: &[u8]) -> io::Result<()> {
+        for message in messages(datagram) {
+            let Message { flags, content } = message?;
+            self.is_interrupted |= flags & NLM_F_DUMP_INTR != 0;
+            match content {
+                Content::Payload(NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link))) => {
+                    self.links.extend(Link::from_message(link));
                 }
-                Err(error) => return Err(io::Error::other(error)),
+                Content::Payload(NetlinkPayload::Done(done)) if done.code < 0 => {
+                    return Err(io::Error::from_raw_os_error(done.code.saturating_neg()));
+                }
+                Content::Payload(NetlinkPayload::Done(_)) => self.is_complete = true,
+                Content::Payload(NetlinkPayload::Error(error)) if error.code.is_some() => {
+                    return Err(error.to_io());
+                }
+                Content::Payload(_) => {}
+                Content::UnreadableLink(link) => self.links.extend(link),
             }
-            let padded = length.next_multiple_of(ALIGNMENT);
-            datagram = datagram.get(padded..).unwrap_or_default();
         }
         Ok(())
     }
-}
-
-/// Returns the interface of a message that the library cannot decode, or `None` if the interface is deleted by now.
-fn unreadable(message: &[u8]) -> Option<Link> {
-    // The field `ifi_index` of `struct ifinfomsg` (include/uapi/linux/rtnetlink.h).
-    let index = message.get(4..8)?.try_into().ok().map(u32::from_ne_bytes)?;
-    let name =
-        link::name_of(index).or_else(|| (!link::is_deleted(index)).then(|| format!("ifindex {index}")));
-    Some(Link::unreadable(index, name?))
 }
 
 #[cfg(test)]
@@ -119,6 +100,7 @@ mod tests {
     use nix::net::if_::{Interface, if_nameindex};
 
     use super::*;
+    use crate::node::datagram::{ALIGNMENT, NEW_LINK};
 
     fn read(datagram: &[u8]) -> io::Result<Dump> {
         let mut dump = Dump::default();

@@ -1,6 +1,8 @@
 //! State of the node, read from the kernel: interfaces, routes, network namespaces, cgroups and processes.
 
 pub mod cgroup;
+mod datagram;
+mod event_stream;
 pub mod file_watch;
 pub mod interface_role;
 pub mod kubepods;

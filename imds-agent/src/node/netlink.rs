@@ -21,7 +21,7 @@ use rtnetlink::{
 };
 use thiserror::Error;
 
-use super::{link::Link, link_dump};
+use super::{event_stream, link::Link, link_dump};
 use crate::node::link_event::{Destination, Event};
 
 /// Error of a request to rtnetlink.
@@ -94,8 +94,8 @@ impl Netlink {
         destination.prefix_length == 0 || self.endpoints.iter().any(|&endpoint| destination.has(endpoint))
     }
 
-    /// Subscribes to events; to those of filters only if `filters` is true. The stream ends only if the connection is
-    /// lost.
+    /// Subscribes to events; to those of filters only if `filters` is true. Events wait in the receive buffer of the socket, and an
+    /// overrun of the buffer is an event. The stream ends only if the connection is lost.
     pub fn events(filters: bool) -> Result<impl Stream<Item = Event> + Unpin, NetlinkError> {
         let mut groups = vec![
             MulticastGroup::Link,
@@ -107,10 +107,7 @@ impl Netlink {
         if filters {
             groups.push(MulticastGroup::Tc);
         }
-        let (connection, _, messages) = rtnetlink::new_multicast_connection(&groups)
-            .map_err(|source| NetlinkError::new("subscribing to events", source))?;
-        tokio::spawn(connection);
-        Ok(messages.filter_map(|(message, _)| ready(Event::from_payload(message.payload))))
+        event_stream::subscribe(&groups).map_err(|source| NetlinkError::new("subscribing to events", source))
     }
 
     /// Lists all interfaces of the namespace.

@@ -165,6 +165,39 @@ fn empty_list_denies_every_process() {
 }
 
 #[test]
+fn broken_list_stays_closed_at_the_first_start() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let env = TestEnv::new();
+    let cgroup = env.add_cgroup("user.slice");
+    let listed = uid(USER);
+    for (entries, is_listed, left) in [
+        (
+            &[&*listed, "kubelet"][..],
+            true,
+            format!("only the valid entries of node.allow may reach the endpoints from the node: {listed}"),
+        ),
+        (
+            &["kubelet"],
+            false,
+            "no process of the node may reach the endpoints, not even the kubelet".to_owned(),
+        ),
+    ] {
+        let agent = env.agent().config(&allow(entries)).spawn();
+        let status = env.status_when("the agent is ready", |status| status.agent.ready);
+        assert_eq!(reaches(&env, &cgroup, USER), is_listed);
+        assert!(!reaches(&env, &cgroup, OTHER_USER));
+        let problem =
+            status.problems.iter().find(|problem| problem.problem.contains("node.allow: \"kubelet\""));
+        assert!(problem.is_some_and(|problem| problem.problem.contains(&left)), "{:?}", status.problems);
+        assert!(agent.log().contains(&left), "{}", agent.log());
+        drop(agent);
+        env.unload();
+    }
+}
+
+#[test]
 fn packets_of_unlisted_sockets_are_denied() {
     if skip_without_netns_cookie() || lacks_packets("the whole test") {
         return;

@@ -8,6 +8,7 @@ use super::{
     cgroup_link::{CgroupChange, CgroupChangeKind},
     cgroup_programs::{self, LOCAL_SERVICE, NODE_ALLOW, SOCKETS, Sockets},
     host_cgroups::{self, Hosts},
+    netns_identity::{hooks_without_identity, no_cookie, no_cookie_remedy, runs_earlier_programs},
     sendmsg::{SendmsgInputs, SendmsgReason, sendmsg_reason},
 };
 use crate::{
@@ -29,36 +30,6 @@ pub const NO_CGROUP_FOR_NODE_REMEDY: &str =
     "mount cgroup2 (`mount -t cgroup2 cgroup2 /sys/fs/cgroup`), set `run --cgroup`, or remove node.allow";
 /// Remedy for [`NO_CGROUP`].
 pub const NO_CGROUP_REMEDY: &str = "mount cgroup2 (`mount -t cgroup2 cgroup2 /sys/fs/cgroup`), set `run --cgroup`, or set hooks.socket = false";
-
-/// Returns those of these hooks that can't be attached with this identity of the node's network namespace. Their programs
-/// must distinguish the node's sockets from those of pods. The other hooks work without.
-#[must_use]
-pub fn hooks_without_identity(hooks: Hooks, identity: Option<OwnNetns>) -> Vec<Hook> {
-    let compare = [Hook::Socket, Hook::HostNetwork, Hook::NodeAllow];
-    compare.into_iter().filter(|&hook| identity.is_none() && hooks.has(hook)).collect()
-}
-
-/// Describes a hook of [`hooks_without_identity`].
-#[must_use]
-pub fn no_cookie(hook: Hook) -> String {
-    format!(
-        "{} is not attached: before Linux 5.14 the kernel does not report the cookie of a network namespace that is not the \
-         machine's initial one",
-        hook.name()
-    )
-}
-
-/// Returns the remedy for [`no_cookie`].
-#[must_use]
-pub fn no_cookie_remedy(hook: Hook) -> String {
-    let switch = match hook {
-        Hook::NodeAllow => "remove node.allow".to_owned(),
-        other => format!("set hooks.{} = false", other.name()),
-    };
-    format!(
-        "run the agent in the machine's initial network namespace and pid namespace with CAP_SYS_PTRACE, use Linux 5.14 or newer, or {switch}"
-    )
-}
 
 /// Programs on cgroups, and the inputs that decide which of them are attached.
 #[derive(Debug)]
@@ -104,7 +75,7 @@ impl Cgroups {
             recorded: None,
         };
         cgroups.sendmsg = cgroups.sendmsg_reason();
-        cgroups.check_identity();
+        cgroups.check_identity(pins)?;
         cgroups.adopt_missing(pins, datapath_config)?;
         if cgroups.lacks_cgroup() {
             log::error!("{NO_CGROUP}; {NO_CGROUP_REMEDY}");
@@ -155,15 +126,17 @@ impl Cgroups {
 
     /// Finds the hooks that can't be attached because the programs can't identify the node's network namespace. Logs those that
     /// were not found before.
-    fn check_identity(&mut self) {
+    fn check_identity(&mut self, pins: &PinDir) -> Result<(), DatapathError> {
         let hooks = hooks_without_identity(self.hooks, self.identity);
-        let found: Vec<_> = hooks.iter().map(|&hook| no_cookie(hook)).collect();
+        let problem = |&hook| Ok(no_cookie(hook, runs_earlier_programs(pins, hook)?));
+        let found = hooks.iter().map(problem).collect::<Result<Vec<_>, DatapathError>>()?;
         for (&hook, problem) in hooks.iter().zip(&found) {
             if !self.identity_problems.contains(problem) {
                 log::error!("{problem}; {}", no_cookie_remedy(hook));
             }
         }
         self.identity_problems = found;
+        Ok(())
     }
 
     /// Adds the programs of `datapath_config` to the desired programs.
@@ -175,7 +148,7 @@ impl Cgroups {
         (self.setting, self.hooks) = (datapath_config.sendmsg, datapath_config.hooks);
         self.sendmsg = self.sendmsg_reason().or(self.sendmsg);
         self.identity = datapath_config.identity;
-        self.check_identity();
+        self.check_identity(pins)?;
         self.adopt_missing(pins, datapath_config)
     }
 
@@ -185,10 +158,13 @@ impl Cgroups {
     }
 
     /// Removes the programs that `datapath_config` does not need from the desired programs. The next reconciliation detaches them.
-    pub(crate) fn release(&mut self, datapath_config: &DatapathConfig) {
+    pub(crate) fn release(
+        &mut self,
+        pins: &PinDir,
+        datapath_config: &DatapathConfig,
+    ) -> Result<(), DatapathError> {
         (self.setting, self.hooks) = (datapath_config.sendmsg, datapath_config.hooks);
         self.sendmsg = self.sendmsg_reason();
-        self.check_identity();
         if !datapath_config.hooks.has(Hook::Socket) {
             self.sockets = None;
         }
@@ -201,6 +177,7 @@ impl Cgroups {
         if !datapath_config.hooks.has(Hook::NodeAllow) {
             self.node_allow = None;
         }
+        self.check_identity(pins)
     }
 
     fn sendmsg_reason(&self) -> Option<SendmsgReason> {
@@ -367,25 +344,4 @@ impl Datapath {
 fn detached_hook(was_attached: bool, hook: Hook) -> Vec<CgroupChange> {
     let text = format!("detached the programs of the {} hook", hook.name());
     was_attached.then(|| CgroupChange::new(CgroupChangeKind::Detached, text)).into_iter().collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_hooks_that_compare_netns_need_its_identity() {
-        let all = Hooks::from_bits(Hook::ALL.into_iter().map(Hook::bit).sum());
-        let without = |hooks, identity| hooks_without_identity(hooks, identity);
-        assert_eq!(without(all, None), [Hook::Socket, Hook::HostNetwork, Hook::NodeAllow]);
-        assert_eq!(without(Hooks::default(), None), [Hook::Socket]);
-        let packets = [Hook::FromPod, Hook::NodeEgress, Hook::LocalService];
-        assert_eq!(without(Hooks::from_bits(packets.map(Hook::bit).iter().sum()), None), []);
-        for identity in [OwnNetns::Initial, OwnNetns::Cookie(7)] {
-            assert_eq!(without(all, Some(identity)), []);
-        }
-        assert!(no_cookie(Hook::NodeAllow).starts_with("node_allow is not attached: before Linux 5.14"));
-        assert!(no_cookie_remedy(Hook::NodeAllow).ends_with("or remove node.allow"));
-        assert!(no_cookie_remedy(Hook::HostNetwork).ends_with("or set hooks.host_network = false"));
-    }
 }

@@ -38,6 +38,13 @@ pub(crate) struct CgroupProgramKind {
     is_one_of_many: bool,
 }
 
+impl CgroupProgramKind {
+    /// Reports whether a link of this hook is pinned, if one cgroup has its programs.
+    pub(super) fn is_pinned(self, pins: &PinDir) -> bool {
+        self.links.iter().any(|name| pins.named_link(name).exists())
+    }
+}
+
 /// Attach types of [`HOST_PROGRAMS`] and [`NODE_PROGRAMS`]. [`SOCKET_PROGRAMS`] have the same ones without the last.
 pub(crate) const ATTACH_TYPES: [bpf_attach_type; 5] = [
     BPF_CGROUP_INET4_CONNECT,

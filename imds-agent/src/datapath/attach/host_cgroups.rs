@@ -95,6 +95,11 @@ pub(crate) fn detach_all(pins: &PinDir) -> Result<bool, DatapathError> {
     Ok(was_attached)
 }
 
+/// Reports whether a link of the `host_network` hook is pinned.
+pub(super) fn is_pinned(pins: &PinDir) -> Result<bool, PinError> {
+    pinned(pins).map(|links| !links.is_empty())
+}
+
 /// Inspects the programs of each cgroup with pinned links. Returns their states by cgroup id.
 pub fn inspect(pins: &PinDir) -> Result<BTreeMap<u64, Vec<ProgramState>>, PinError> {
     let ids: BTreeSet<u64> = pinned(pins)?.into_iter().map(|(id, _)| id).collect();

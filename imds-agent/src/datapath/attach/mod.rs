@@ -9,6 +9,7 @@ pub mod cgroup_programs;
 pub mod clsact;
 pub mod host_cgroups;
 pub mod mprog;
+pub mod netns_identity;
 pub mod obstacle;
 pub mod qdisc;
 pub mod sendmsg;

@@ -54,7 +54,7 @@ impl Datapath {
     /// Removes the hooks that `datapath_config` does not have from the desired hooks. The next reconciliation detaches them.
     pub fn release(&mut self, datapath_config: &DatapathConfig) -> Result<(), DatapathError> {
         self.hooks = datapath_config.hooks;
-        self.cgroups.release(datapath_config);
+        self.cgroups.release(self.claim.dir(), datapath_config)?;
         self.programs.keep(datapath_config.hooks);
         self.programs.record_rejected(&mut self.maps)?;
         Ok(self.programs.pin(self.claim.dir())?)

@@ -8,19 +8,19 @@ use std::{
 
 use imds_ebpf_common::{Address, Hook, Mode, SubjectKind};
 
-use super::{chains::BaseHook, number_set::NumberSet, traffic::Traffic};
+use super::{chains::BaseHook, node_allow_coverage::AllowList, traffic::Traffic};
 use crate::{
     config::{
-        Hooks, NodeProcess,
+        Hooks,
         endpoint_set::{AllowedPort, plain},
         provider::{DMI_DIR, Dmi, Provider},
     },
     datapath::{
         maps::{endpoint_maps, exemption_maps},
-        object::{self, Maps},
+        object::Maps,
         pin::dir::PinDir,
     },
-    telemetry::status::{exemption_rules, node_allow_entries},
+    telemetry::status::exemption_rules,
 };
 
 /// Mode, hooks, endpoints and exemptions of the loaded configuration.
@@ -37,61 +37,15 @@ pub(crate) struct Enforcement {
     pub(crate) cgroup_exemptions: BTreeMap<IpAddr, BTreeSet<String>>,
     /// Processes of the node that are not denied; `None` if none is.
     pub(crate) node_allow: Option<AllowList>,
-}
-
-/// Allow list of the node.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct AllowList {
-    pub(crate) entries: Vec<NodeProcess>,
-    /// True if the programs also check packets, and not only calls (Linux 6.15).
-    pub(crate) checks_packets: bool,
-}
-
-impl AllowList {
-    /// Describes the traffic of the node's processes that the rule denies and the list allows.
-    fn openings(&self, traffic: &Traffic) -> Vec<String> {
-        let mut openings = Vec::new();
-        let entries = self.entries_of(&traffic.uids).join(" and ");
-        if !entries.is_empty() {
-            let owners = owners(traffic, " that the rule matches");
-            openings.push(format!(
-                "requests of the node's processes in node.allow{owners}, which imds-agent lets pass: {entries}"
-            ));
-        }
-        if !self.checks_packets {
-            openings.push(
-                "packets of the node's processes from raw and ping sockets, and of connections from before node.allow was set: \
-                 before Linux 6.15 it restricts only connect, sendto and sendmsg"
-                    .to_owned(),
-            );
-        }
-        openings
-    }
-
-    /// Returns the entries that can contain processes of these users. A cgroup can contain processes of every user.
-    fn entries_of(&self, uids: &NumberSet) -> Vec<String> {
-        let can_contain = |entry: &&NodeProcess| match entry {
-            NodeProcess::Uid(uid) => uids.contains(*uid),
-            NodeProcess::Cgroup(_) => true,
-        };
-        self.entries.iter().filter(can_contain).map(ToString::to_string).collect()
-    }
-
-    /// Reports whether the list has an entry for each of these users.
-    fn contains_all(&self, uids: &NumberSet) -> bool {
-        let users = self.entries.iter().filter_map(|entry| match entry {
-            NodeProcess::Uid(uid) => Some((*uid, *uid)),
-            NodeProcess::Cgroup(_) => None,
-        });
-        uids.intersection(&NumberSet::new(users.collect()).complement()) == NumberSet::new(Vec::new())
-    }
+    /// Program of the allow list that is not attached, so that no process of the node is denied.
+    pub(crate) missing_node_program: Option<&'static str>,
 }
 
 impl Enforcement {
     pub(crate) fn read(pins: &PinDir) -> Self {
         Maps::open(pins)
             .ok()
-            .and_then(|maps| Self::from_maps(&maps))
+            .and_then(|maps| Self::from_maps(pins, &maps))
             .unwrap_or_else(|| Self::of_provider(Dmi::read(DMI_DIR.as_ref()).provider(), None))
     }
 
@@ -102,7 +56,7 @@ impl Enforcement {
     }
 
     /// Reads the pinned maps. Returns `None` if one can't be read.
-    fn from_maps(maps: &Maps) -> Option<Self> {
+    fn from_maps(pins: &PinDir, maps: &Maps) -> Option<Self> {
         let policy = maps.policy.get(&0, 0).ok()?;
         let entries = endpoint_maps::read(maps).ok()?;
         let allowed = |entry: &imds_ebpf_common::Endpoint| entry.allowed_ports().map(AllowedPort).collect();
@@ -130,14 +84,14 @@ impl Enforcement {
             }
         }
         let (mode, hooks) = (Some(Mode::from_u32(policy.mode)), Hooks::from_bits(policy.hooks));
-        let node_allow = if hooks.has(Hook::NodeAllow) {
-            let entries = node_allow_entries(maps).ok()?.into_iter();
-            let entries = entries.map(|entry| entry.parse()).collect::<Result<_, _>>().ok()?;
-            Some(AllowList { entries, checks_packets: object::cgroup_has_cookie() })
-        } else {
-            None
-        };
-        Some(Self { mode, hooks, endpoints, exemptions, cgroup_exemptions, node_allow })
+        let enforcement = Self { mode, hooks, endpoints, exemptions, cgroup_exemptions, ..Self::default() };
+        if !hooks.has(Hook::NodeAllow) {
+            return Some(enforcement);
+        }
+        Some(match AllowList::read(pins, maps)? {
+            Ok(list) => Self { node_allow: Some(list), ..enforcement },
+            Err(program) => Self { missing_node_program: Some(program), ..enforcement },
+        })
     }
 
     pub(crate) fn denies(&self) -> bool {
@@ -195,14 +149,15 @@ impl Enforcement {
         if !is_restricted || !hooks.iter().any(|hook| hook.sees_node()) {
             return None;
         }
-        let owners = owners(traffic, "");
+        let owners = traffic.owners_after("");
+        let place = list.cgroup.as_ref().map(|path| format!(" in the cgroup {path}")).unwrap_or_default();
         let entries = list.entries_of(&traffic.uids);
         let except = if entries.is_empty() {
             "node.allow contains none of them".to_owned()
         } else {
             format!("except those in node.allow: {}", entries.join(" and "))
         };
-        Some(format!("the node's processes{owners} that the rule matches ({except})"))
+        Some(format!("the node's processes{place}{owners} that the rule matches ({except})"))
     }
 
     /// Compares the senders: `imds-agent` denies pods, and lets the node's own processes pass, or those in the allow list.
@@ -217,9 +172,13 @@ impl Enforcement {
                 openings.extend(list.openings(traffic));
             } else {
                 let pods = if self.hooks.has(Hook::HostNetwork) { "" } else { " and pods with hostNetwork" };
-                let owners = owners(traffic, "");
+                let owners = traffic.owners_after("");
+                let reason = self
+                    .missing_node_program
+                    .map(|program| format!(": {program} of node_allow is not attached"));
                 openings.push(format!(
-                    "requests of the node's own processes{owners}{pods}, which imds-agent lets pass"
+                    "requests of the node's own processes{owners}{pods}, which imds-agent lets pass{}",
+                    reason.unwrap_or_default()
                 ));
             }
         }
@@ -295,14 +254,5 @@ impl Enforcement {
         allowed.filter(|AllowedPort(service)| {
             traffic.protocols.contains(service.protocol.into()) && traffic.ports.contains(service.port.into())
         })
-    }
-}
-
-/// Formats the owners of a rule in parentheses after `before`; empty for a rule for all processes.
-fn owners(traffic: &Traffic, before: &str) -> String {
-    if traffic.owners.is_empty() {
-        String::new()
-    } else {
-        format!("{before} ({})", traffic.owners.join(", "))
     }
 }

@@ -16,6 +16,7 @@ mod mark_rules;
 mod marks;
 mod metadata_programs;
 mod nft_rule;
+mod node_allow_coverage;
 mod node_pairs;
 mod number_set;
 mod qdiscs;

@@ -89,6 +89,14 @@ impl Traffic {
         self.owners.push(format!("{kind} {not}{owners}"));
     }
 
+    /// Formats the owners in parentheses after `before`; empty for traffic of all processes.
+    pub(crate) fn owners_after(&self, before: &str) -> String {
+        if self.owners.is_empty() {
+            return String::new();
+        }
+        format!("{before} ({})", self.owners.join(", "))
+    }
+
     /// Reports whether packets to the address are among the traffic.
     pub(crate) fn reaches(&self, address: IpAddr) -> bool {
         self.destinations.as_ref().is_none_or(|ranges| ranges.iter().any(|range| range.contains(address)))

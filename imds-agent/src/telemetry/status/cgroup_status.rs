@@ -1,9 +1,6 @@
 //! Adds the cgroup hooks to the status report.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    os::unix::fs::MetadataExt as _,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use imds_ebpf_common::{CounterKey, Hook, cgroup::SENDMSG_OFF, names::PROG_LOCAL_SERVICE};
 use toml::{Table, Value};
@@ -17,12 +14,10 @@ use crate::{
     datapath::{
         DatapathError,
         attach::{
-            cgroup_hooks::{
-                NO_CGROUP, NO_CGROUP_FOR_NODE, NO_CGROUP_FOR_NODE_REMEDY, NO_CGROUP_REMEDY, no_cookie,
-                no_cookie_remedy,
-            },
+            cgroup_hooks::{NO_CGROUP, NO_CGROUP_FOR_NODE, NO_CGROUP_FOR_NODE_REMEDY, NO_CGROUP_REMEDY},
             cgroup_programs::{self, ProgramState},
             host_cgroups,
+            netns_identity::{no_cookie, no_cookie_remedy},
             sendmsg::SendmsgReason,
         },
         maps::{config_record, counters::Counts, node_allow_map},
@@ -62,7 +57,7 @@ impl StatusReport {
         self.total += counts;
         let record = maps.cgroup.get(&0, 0).map_err(unreadable)?;
         let reason = SendmsgReason::from_u32(record.sendmsg);
-        let cgroup = if record.cgroup == 0 { root_id() } else { Some(record.cgroup) };
+        let cgroup = if record.cgroup == 0 { cgroup::root_id() } else { Some(record.cgroup) };
         let programs = cgroup.map(|id| cgroup_programs::inspect_sockets(pins, id)).unwrap_or_default();
         if programs.is_empty() && !lacks_cookie() {
             self.problem(None, NO_CGROUP, NO_CGROUP_REMEDY);
@@ -129,7 +124,7 @@ impl StatusReport {
     fn add_node_allow(&mut self, pins: &PinDir, maps: &Maps, counts: Counts) -> Result<(), DatapathError> {
         self.total += counts;
         let record = maps.cgroup.get(&0, 0).map_err(unreadable)?;
-        let cgroup = if record.cgroup == 0 { root_id() } else { Some(record.cgroup) };
+        let cgroup = if record.cgroup == 0 { cgroup::root_id() } else { Some(record.cgroup) };
         let programs = cgroup.map(|id| cgroup_programs::inspect_node_allow(pins, id)).unwrap_or_default();
         if programs.is_empty() && !lacks_cookie() {
             self.problem(None, NO_CGROUP_FOR_NODE, NO_CGROUP_FOR_NODE_REMEDY);
@@ -162,9 +157,8 @@ impl StatusReport {
     /// Adds the problems of the programs of a hook whose programs compare network namespaces.
     fn add_programs(&mut self, hook: Hook, programs: &[&ProgramState]) {
         let is_missing = programs.is_empty() || programs.iter().any(|program| !program.is_attached);
-        if is_missing && lacks_cookie() {
-            let (problem, remedy) = (no_cookie(hook), no_cookie_remedy(hook));
-            self.problem(None, problem, remedy);
+        if lacks_cookie() {
+            self.problem(None, no_cookie(hook, !is_missing), no_cookie_remedy(hook));
             return;
         }
         for program in programs {
@@ -211,9 +205,4 @@ pub(crate) fn node_allow_entries(maps: &Maps) -> Result<Vec<String>, DatapathErr
     let table: Table = text.parse().unwrap_or_default();
     let allow = table.get("node").and_then(|node| node.get("allow")).and_then(Value::as_array);
     Ok(allow.into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect())
-}
-
-/// Returns the id of the root of the cgroup v2 hierarchy.
-fn root_id() -> Option<u64> {
-    cgroup::root().ok()??.metadata().ok().map(|metadata| metadata.ino())
 }

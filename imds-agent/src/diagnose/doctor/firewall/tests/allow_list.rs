@@ -1,13 +1,14 @@
 //! Rules for processes of the node, compared with `[node] allow`.
 
 use super::*;
-use crate::diagnose::doctor::coverage::AllowList;
+use crate::diagnose::doctor::node_allow_coverage::AllowList;
 
 /// The denials of an allow list of the node with these entries.
 fn with_list(entries: &[&str], checks_packets: bool) -> Enforcement {
     let entries = entries.iter().map(|entry| entry.parse().unwrap()).collect();
     let hooks = Hooks::from_bits(Hooks::default().bits() | Hook::NodeAllow.bit());
-    Enforcement { hooks, node_allow: Some(AllowList { entries, checks_packets }), ..enforced() }
+    let node_allow = Some(AllowList { entries, checks_packets, cgroup: None });
+    Enforcement { hooks, node_allow, ..enforced() }
 }
 
 #[test]
@@ -42,8 +43,11 @@ fn rules_for_users_are_compared_with_the_allow_list() {
     ] {
         assert_eq!(opens(iptables(&[rule], &with_list(entries, true))), expected, "{rule} {entries:?}");
     }
-    // Before Linux 6.15 the list restricts calls only.
-    assert!(opens(iptables(&[user], &with_list(&["uid:0"], false))).contains("from raw and ping sockets"));
+    // Before Linux 6.15 the list restricts calls only, by the real user of the caller. Rules match the creator of the socket.
+    let of_calls = opens(iptables(&[user], &with_list(&["uid:0", "cgroup:/a"], false)));
+    let expected =
+        format!("{requests} that the rule matches (uid 1000), {passes}: uid:0 and cgroup:/a; packets");
+    assert!(of_calls.starts_with(&expected) && of_calls.contains("from raw and ping sockets"), "{of_calls}");
     // Allowed ports and exemptions are not restricted by the list.
     let wireserver = "OUTPUT -d 168.63.129.16/32 -p udp -m udp --dport 53 -m owner --uid-owner 1000 -j DROP";
     assert_eq!(
@@ -110,4 +114,34 @@ fn users_of_nftables_are_compared_with_the_allow_list() {
     // Names of users and comparisons are not resolved: each entry may match.
     assert!(opens_of(owner("==", json!("postgres"))).ends_with(": uid:0 and uid:40"));
     assert!(opens_of(owner(">", json!(1000))).ends_with(": uid:0 and uid:40"));
+}
+
+/// The advice never relies on programs that are not attached, or that restrict a part of the node.
+#[test]
+fn rules_for_processes_that_the_list_does_not_restrict() {
+    let rule = "OUTPUT -d 169.254.169.254/32 -m owner --uid-owner 1000 -j DROP";
+    let redirect = "OUTPUT -d 169.254.169.254/32 -p tcp -m owner --uid-owner 1000 -j DNAT --to-destination 10.0.0.4:8181";
+    let complete = with_list(&["uid:0"], true);
+    assert_eq!(opens(iptables(&[rule], &complete)), "");
+
+    let mut partial = complete.clone();
+    partial.node_allow.as_mut().unwrap().cgroup = Some("/sys/fs/cgroup/a".to_owned());
+    assert_eq!(
+        opens(iptables(&[rule], &partial)),
+        "requests of the node's processes (uid 1000) outside of the cgroup /sys/fs/cgroup/a, to which node_allow is attached"
+    );
+    let remedy = iptables(&[redirect], &partial).unwrap().remedy.unwrap();
+    assert!(
+        remedy.contains("denies the node's processes in the cgroup /sys/fs/cgroup/a (uid 1000)"),
+        "{remedy}"
+    );
+
+    let detached =
+        Enforcement { node_allow: None, missing_node_program: Some("imds_node_conn4"), ..complete };
+    assert_eq!(
+        opens(iptables(&[rule], &detached)),
+        "requests of the node's own processes (uid 1000) and pods with hostNetwork, which imds-agent lets pass: imds_node_conn4 of \
+         node_allow is not attached"
+    );
+    assert!(!iptables(&[redirect], &detached).unwrap().rule.unwrap().conflicts);
 }
