@@ -49,7 +49,7 @@ pub use maps::{
     AttachMode, ConfigRecord, Counter, CounterKey, InterfaceRecord, KubernetesRecord, OwnPackets, PodRecord,
     Policy, ProviderRecord, Role,
 };
-pub use packet::{IpOffset, LinkLayer, Packet, find_header, flow, is_unrelated_frame, service};
+pub use packet::{IpOffset, LinkLayer, Packet, find_header, flow, is_unrelated_frame, is_vlan, service};
 pub use policy::{DenyAction, DenyErrno, Hook, Mode, TcHook, TcHookSet, Verdict};
 pub use policy_lookup::{InMemoryPolicy, PolicyLookup};
 pub use verdict::{

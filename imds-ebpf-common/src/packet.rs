@@ -34,6 +34,7 @@ const ETH_P_QINQ1: u16 = 0x9100_u16.to_be();
 const ETH_P_QINQ2: u16 = 0x9200_u16.to_be();
 const ETH_P_QINQ3: u16 = 0x9300_u16.to_be();
 
+const ETHER_TYPE_OFFSET: usize = EthHdr::LEN - size_of::<u16>();
 const VLAN_TAG_LEN: usize = 4;
 const DESTINATION_OFFSET: usize = offset_of!(Ipv4Hdr, dst_addr);
 const DESTINATION_OFFSET_V6: usize = offset_of!(Ipv6Hdr, dst_addr);
@@ -50,6 +51,27 @@ const DESTINATION_PORT_OFFSET: usize = 2;
 pub trait Packet {
     /// Reads `N` bytes at `offset` from the start of the packet, or returns `None` if the packet is shorter.
     fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]>;
+
+    /// Returns the EtherType of the first header after the link-layer header, in memory order: 0 if the packet has no
+    /// link-layer header and is not IP. Returns `None` if the packet is shorter.
+    #[inline(always)]
+    fn ether_type(&self, frame: LinkLayer) -> Option<u16> {
+        Some(match frame {
+            LinkLayer::Ethernet => u16::from_ne_bytes(self.fetch(ETHER_TYPE_OFFSET)?),
+            LinkLayer::None => ether_type_of_ip(u16::from_ne_bytes(self.fetch(0)?)),
+        })
+    }
+
+    /// Returns [`Packet::ether_type`] and the 32-bit word at `offset`, in memory order. May fail for packets of any length.
+    #[inline(always)]
+    fn peek_ether_type(&self, frame: LinkLayer, offset: usize) -> Option<(u16, u32)> {
+        match frame {
+            LinkLayer::Ethernet => self.peek_words(ETHER_TYPE_OFFSET, offset),
+            LinkLayer::None => {
+                self.peek_words(0, offset).map(|(first, word)| (ether_type_of_ip(first), word))
+            }
+        }
+    }
 
     /// Variant of [`Packet::read_words`] that may fail for packets of any length, such as non-linear ones. `None` implies
     /// nothing about the length.
@@ -115,6 +137,28 @@ pub enum LinkLayer {
     None,
 }
 
+impl LinkLayer {
+    /// Returns the length of the link-layer header in bytes.
+    #[inline(always)]
+    const fn header_len(self) -> usize {
+        match self {
+            Self::Ethernet => EthHdr::LEN,
+            Self::None => 0,
+        }
+    }
+}
+
+/// Returns the EtherType of an IP header by its version, which is in the first of two bytes; 0 for another version.
+#[inline(always)]
+const fn ether_type_of_ip(first: u16) -> u16 {
+    let [version_ihl, _] = first.to_ne_bytes();
+    match version_ihl >> 4 {
+        4 => ETH_P_IP,
+        6 => ETH_P_IPV6,
+        _ => 0,
+    }
+}
+
 /// Position and version of an IP header in one number, which fits in one register of a BPF function.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct IpOffset(u32);
@@ -168,25 +212,15 @@ where
     P: Packet + ?Sized,
     T: PolicyLookup + ?Sized,
 {
-    let (offset, type_offset) = match frame {
-        LinkLayer::Ethernet => (EthHdr::LEN, EthHdr::LEN - size_of::<u16>()),
-        LinkLayer::None => (0, 0),
-    };
-    let Some((word, v4)) = packet.peek_words(type_offset, offset + DESTINATION_OFFSET) else { return false };
-    let [version_ihl, _] = word.to_ne_bytes();
-    let (is_v4, is_v6) = match frame {
-        LinkLayer::Ethernet => (word == ETH_P_IP, word == ETH_P_IPV6),
-        LinkLayer::None => (version_ihl >> 4 == 4, version_ihl >> 4 == 6),
-    };
-    if is_v4 {
+    let ip = frame.header_len();
+    let Some((ether_type, v4)) = packet.peek_ether_type(frame, ip + DESTINATION_OFFSET) else { return false };
+    if ether_type == ETH_P_IP {
         return !policy.may_guard(Destination::V4(v4).slot());
     }
-    if is_v6 {
-        return packet.peek_pair(offset + DESTINATION_OFFSET_V6).is_some_and(|(first, second)| {
+    ether_type == ETH_P_IPV6
+        && packet.peek_pair(ip + DESTINATION_OFFSET_V6).is_some_and(|(first, second)| {
             !may_embed_ipv4(first) && !policy.may_guard(Destination::V6(first, second).slot())
-        });
-    }
-    frame == LinkLayer::None
+        })
 }
 
 /// Reports whether an Ethernet frame without an IP header, or with an IPv4 header behind one VLAN tag, excludes a protected
@@ -200,14 +234,15 @@ where
     T: PolicyLookup + ?Sized,
 {
     let tagged = EthHdr::LEN + VLAN_TAG_LEN;
-    let type_offset = EthHdr::LEN - size_of::<u16>();
-    match packet.peek_words(type_offset, tagged + DESTINATION_OFFSET) {
+    match packet.peek_ether_type(LinkLayer::Ethernet, tagged + DESTINATION_OFFSET) {
         Some((ETH_P_IP | ETH_P_IPV6, _)) | None => false,
         Some((ether_type, _)) if !is_vlan(ether_type) => true,
-        Some((_, v4)) => match packet.peek_words(type_offset + VLAN_TAG_LEN, tagged + DESTINATION_OFFSET) {
-            Some((ETH_P_IP, _)) => !policy.may_guard(Destination::V4(v4).slot()),
-            Some(_) | None => false,
-        },
+        Some((_, v4)) => {
+            match packet.peek_words(ETHER_TYPE_OFFSET + VLAN_TAG_LEN, tagged + DESTINATION_OFFSET) {
+                Some((ETH_P_IP, _)) => !policy.may_guard(Destination::V4(v4).slot()),
+                Some(_) | None => false,
+            }
+        }
     }
 }
 
@@ -215,37 +250,21 @@ where
 /// cut off before it.
 ///
 /// Ignores the other fields of the header. The destination has a fixed offset, so a packet with an EtherType of IP gets a
-/// verdict even if its header is malformed. A packet of [`LinkLayer::None`] has no EtherType, so its IP version decides.
+/// verdict even if its header is malformed.
 #[inline(always)]
 pub fn find_header<P: Packet + ?Sized>(packet: &P, frame: LinkLayer) -> Option<IpOffset> {
-    match frame {
-        LinkLayer::Ethernet => find_header_in_ethernet(packet),
-        LinkLayer::None => {
-            let [version_ihl] = packet.fetch(0)?;
-            match version_ihl >> 4 {
-                4 => Some(IpOffset::v4(0)),
-                6 => Some(IpOffset::v6(0)),
-                _ => None,
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn find_header_in_ethernet<P: Packet + ?Sized>(packet: &P) -> Option<IpOffset> {
-    let ether_type = |offset| Some(u16::from_ne_bytes(packet.fetch(offset - size_of::<u16>())?));
-    let mut offset = EthHdr::LEN;
-    let mut protocol = ether_type(offset)?;
+    let mut offset = frame.header_len();
+    let mut ether_type = packet.ether_type(frame)?;
     for _ in 0..MAX_VLAN_TAGS {
-        if !is_vlan(protocol) {
+        if !is_vlan(ether_type) {
             break;
         }
         offset += VLAN_TAG_LEN;
-        protocol = ether_type(offset)?;
+        ether_type = u16::from_ne_bytes(packet.fetch(offset - size_of::<u16>())?);
     }
     // Hidden from the verifier, which otherwise follows the rest for each number of tags.
     let offset = packet.verifier_opaque(offset);
-    match protocol {
+    match ether_type {
         ETH_P_IP => Some(IpOffset::v4(offset)),
         ETH_P_IPV6 => Some(IpOffset::v6(offset)),
         _ => None,
@@ -385,7 +404,9 @@ const fn has_ports(protocol: u8) -> bool {
     matches!(protocol, TCP | UDP)
 }
 
+/// Reports whether a VLAN tag follows this EtherType, in memory order.
 #[inline(always)]
-const fn is_vlan(ether_type: u16) -> bool {
+#[must_use]
+pub const fn is_vlan(ether_type: u16) -> bool {
     matches!(ether_type, ETH_P_8021Q | ETH_P_8021AD | ETH_P_QINQ1 | ETH_P_QINQ2 | ETH_P_QINQ3)
 }

@@ -5,18 +5,23 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use imds_ebpf_common::{
-    DenyAction, Hook, IpOffset, LinkLayer, Verdict, event::RateLimiter, find_header, is_unrelated_fast,
-    is_unrelated_frame,
+    DenyAction, Hook, IpOffset, LinkLayer, Packet, Verdict, event::RateLimiter, find_header,
+    is_unrelated_fast, is_unrelated_frame,
 };
 
 use crate::{
     diagnostics, events, maps,
-    packet::Skb,
     reject::{self, ReplyDirection},
 };
 
 /// TC hook that gives a verdict on packets.
 pub(crate) trait TcProgram {
+    /// Socket buffer of the hook.
+    type Packet: Packet;
+
+    /// Creates the socket buffer from the context of the running program.
+    fn packet(skb: *mut __sk_buff) -> Self::Packet;
+
     /// Gives a verdict on a packet with an IP header at `ip` that may go to a protected endpoint. Returns the TC action.
     ///
     /// Implementations are separate functions, so that the verifier checks them once for all positions of the header.
@@ -29,7 +34,7 @@ pub(crate) trait TcProgram {
 #[inline(always)]
 pub(crate) fn classify<E: TcProgram>(ctx: &TcContext, frame: LinkLayer) -> i32 {
     let skb = ctx.skb.skb;
-    if is_unrelated_fast(&Skb::new(skb), frame, &maps::Maps) {
+    if is_unrelated_fast(&E::packet(skb), frame, &maps::Maps) {
         return TC_ACT_UNSPEC;
     }
     match frame {
@@ -40,7 +45,7 @@ pub(crate) fn classify<E: TcProgram>(ctx: &TcContext, frame: LinkLayer) -> i32 {
 
 #[inline(never)]
 fn classify_ethernet<E: TcProgram>(skb: *mut __sk_buff) -> i32 {
-    if is_unrelated_frame(&Skb::new(skb), &maps::Maps) {
+    if is_unrelated_frame(&E::packet(skb), &maps::Maps) {
         return TC_ACT_UNSPEC;
     }
     classify_frame::<E>(skb, LinkLayer::Ethernet)
@@ -53,7 +58,7 @@ fn classify_without_link_layer<E: TcProgram>(skb: *mut __sk_buff) -> i32 {
 
 #[inline(always)]
 fn classify_frame<E: TcProgram>(skb: *mut __sk_buff, frame: LinkLayer) -> i32 {
-    let packet = Skb::new(skb);
+    let packet = E::packet(skb);
     match find_header(&packet, frame) {
         Some(ip) => E::classify_header(skb, ip.hide_bounds(&packet)),
         None => TC_ACT_UNSPEC,

@@ -6,7 +6,7 @@ use imds_ebpf_common::{EndpointMatch, Hook, IpOffset, Subject, SubjectKind, look
 use crate::{
     edge::{Classified, TcProgram, finish, finish_probe},
     exempt, maps,
-    packet::Skb,
+    packet::{ReceivedSkb, Skb},
     probe,
     reject::ReplyDirection,
 };
@@ -15,6 +15,13 @@ use crate::{
 pub(crate) struct FromPod;
 
 impl TcProgram for FromPod {
+    type Packet = ReceivedSkb;
+
+    #[inline(always)]
+    fn packet(skb: *mut __sk_buff) -> ReceivedSkb {
+        ReceivedSkb::new(skb)
+    }
+
     #[inline(never)]
     fn classify_header(skb: *mut __sk_buff, ip: IpOffset) -> i32 {
         let (packet, hook) = (Skb::new(skb), Hook::FromPod);

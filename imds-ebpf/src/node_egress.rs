@@ -18,6 +18,13 @@ use crate::{
 pub(crate) struct NodeEgress;
 
 impl TcProgram for NodeEgress {
+    type Packet = Skb;
+
+    #[inline(always)]
+    fn packet(skb: *mut __sk_buff) -> Skb {
+        Skb::new(skb)
+    }
+
     #[inline(never)]
     fn classify_header(skb: *mut __sk_buff, ip: IpOffset) -> i32 {
         let (packet, hook) = (Skb::new(skb), Hook::NodeEgress);

@@ -3,7 +3,7 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::{bindings::__sk_buff, helpers::bpf_skb_load_bytes};
-use imds_ebpf_common::{IpOffset, Packet, Service, opaque::opaque_xor, service};
+use imds_ebpf_common::{IpOffset, LinkLayer, Packet, Service, is_vlan, opaque::opaque_xor, service};
 
 /// A socket buffer at a TC or `cgroup_skb` hook.
 pub(crate) struct Skb {
@@ -40,6 +40,15 @@ impl Skb {
     pub(crate) fn ingress_ifindex(&self) -> u32 {
         // SAFETY: the kernel passes a valid context, and the verifier checks the access.
         unsafe { (*self.skb).ingress_ifindex }
+    }
+
+    /// Returns the EtherType by which the kernel chooses the protocol that handles the packet (`skb->protocol`), in memory
+    /// order.
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "the kernel's field has 16 bits")]
+    fn protocol(&self) -> u16 {
+        // SAFETY: the kernel passes a valid context, and the verifier checks the access.
+        unsafe { (*self.skb).protocol as u16 }
     }
 
     /// Returns the packet mark (`skb->mark`).
@@ -171,6 +180,68 @@ impl Packet for Skb {
     #[inline(always)]
     fn fetch<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
         self.fetch_to(offset, &mut MaybeUninit::uninit()).copied()
+    }
+}
+
+/// A socket buffer at a TC hook on the receiving side of an interface.
+///
+/// Its EtherType is `skb->protocol`, by which the node chooses the protocol that handles the packet. A veth device sets it from
+/// the frame. A netkit device keeps the value that the sender has given to its packet socket (`netkit_xmit`,
+/// drivers/net/netkit.c), and the node ignores the EtherType of the frame then.
+pub(crate) struct ReceivedSkb(Skb);
+
+impl ReceivedSkb {
+    /// Creates the socket buffer from the context of the running program.
+    #[inline(always)]
+    pub(crate) const fn new(skb: *mut __sk_buff) -> Self {
+        Self(Skb::new(skb))
+    }
+}
+
+impl Packet for ReceivedSkb {
+    #[inline(always)]
+    fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        self.0.read(offset)
+    }
+
+    #[inline(always)]
+    fn ether_type(&self, frame: LinkLayer) -> Option<u16> {
+        let protocol = self.0.protocol();
+        // Without a link-layer header, the IP version decides, as the handlers of IPv4 and IPv6 check it. Tags precede it.
+        match frame {
+            LinkLayer::None if !is_vlan(protocol) => self.0.ether_type(frame),
+            LinkLayer::Ethernet | LinkLayer::None => Some(protocol),
+        }
+    }
+
+    #[inline(always)]
+    fn peek_ether_type(&self, frame: LinkLayer, offset: usize) -> Option<(u16, u32)> {
+        let protocol = self.0.protocol();
+        let (first, word) = self.0.peek_ether_type(frame, offset)?;
+        match frame {
+            LinkLayer::None if !is_vlan(protocol) => Some((first, word)),
+            LinkLayer::Ethernet | LinkLayer::None => Some((protocol, word)),
+        }
+    }
+
+    #[inline(always)]
+    fn peek_words(&self, first: usize, second: usize) -> Option<(u16, u32)> {
+        self.0.peek_words(first, second)
+    }
+
+    #[inline(always)]
+    fn peek_pair(&self, offset: usize) -> Option<(u64, u64)> {
+        self.0.peek_pair(offset)
+    }
+
+    #[inline(always)]
+    fn verifier_opaque(&self, offset: usize) -> usize {
+        self.0.verifier_opaque(offset)
+    }
+
+    #[inline(always)]
+    fn fetch<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        self.0.fetch(offset)
     }
 }
 

@@ -19,6 +19,13 @@ impl PacketSocket {
         Self::open(netns, interface, libc::SOCK_RAW, libc::ETH_P_ALL)
     }
 
+    /// Opens a socket that sends whole frames on `interface` of `netns`, for which the kernel takes `protocol` as EtherType
+    /// whatever they contain.
+    #[must_use]
+    pub fn frames_as(netns: &Netns, interface: &str, protocol: libc::c_int) -> Self {
+        Self::open(netns, interface, libc::SOCK_RAW, protocol)
+    }
+
     /// Opens a socket that receives packets of `protocol`, an `EtherType`, from `interface` of `netns`. Packets begin
     /// with the IP header and are received before the IP stack validates them.
     #[must_use]

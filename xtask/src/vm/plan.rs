@@ -24,7 +24,7 @@ const QUICK: [(&str, &[&str]); 8] = [
     ("hooks", &["default_config_has_all_hooks", "socket_hook_denies"]),
     ("from_pod", &["only_pods_are_denied"]),
     ("layouts", &["stacks::vlan_on_bond", "veths::vrf"]),
-    ("netkit", &["netkit_raw_frames", "netkit_redirects_come_second"]),
+    ("netkit", &["netkit_raw_frames", "netkit_protocol_of_the_socket", "netkit_redirects_come_second"]),
     ("test_run", &["every_packet_to_endpoint", "verifier_instructions"]),
 ];
 
