@@ -180,8 +180,9 @@ pub struct InterfaceRecord {
     pub pending: u8,
     /// Number of the [`OwnPackets`] of the interface.
     pub own_packets: u8,
-    /// Explicit padding, always written as 0.
-    pub reserved: u8,
+    /// 1 if the interface is a port of a bridge, bond or team with a `node_egress` hook, else 0. Copies of one packet for
+    /// several ports have no socket, but keep the mark of that hook.
+    pub sends_copies: u8,
 }
 
 /// Packets received on an interface that `node_egress` treats as the node's own.

@@ -115,15 +115,7 @@ pub(crate) fn by_interface(
     }
     let exempted = apply(verdict, Subject::new(SubjectKind::Interface, ifindex.into()), address);
     if exempted as u32 != verdict as u32 {
-        // If `from_pod` is attached, that hook has compared the source with the pod's addresses, before any source NAT. Its
-        // last use shows that it still runs: while no agent runs, another pod's interface may get the same index.
-        // Otherwise compares them here, and accepts addresses of the node, which source NAT may have set.
-        let is_checked = if has_from_pod(ifindex) {
-            maps::is_exempt_use_recent(ifindex)
-        } else {
-            has_source(skb, ip, ifindex, NODE)
-        };
-        return if is_checked { exempted } else { verdict };
+        return if is_source_checked(skb, ip, ifindex) { exempted } else { verdict };
     }
     if Skb::new(skb).mark() & maps::mark() == 0 {
         return verdict;
@@ -153,6 +145,20 @@ fn has_grant(cookie: u64, address: &Address) -> bool {
     let any = Address::from_ipv4((opaque(0) as u32).to_be_bytes());
     maps::is_granted(&Exemption { address: any, subject })
         || maps::is_granted(&Exemption { address: *address, subject })
+}
+
+/// Reports whether the source of a packet from an exempt pod's interface is the pod. A separate function, so that the verifier
+/// checks it once.
+///
+/// If `from_pod` is attached, that hook has compared the source with the pod's addresses, before any source NAT. Its last use
+/// shows that it still runs: while no agent runs, another pod's interface may get the same index. Otherwise compares the source
+/// here, and accepts addresses of the node, which source NAT may have set.
+#[inline(never)]
+fn is_source_checked(skb: *mut __sk_buff, ip: IpOffset, ifindex: u32) -> bool {
+    if has_from_pod(ifindex) {
+        return maps::is_exempt_use_recent(ifindex);
+    }
+    has_source(skb, ip, ifindex, NODE)
 }
 
 /// Reports whether `from_pod` is on and attached to the interface.

@@ -1,7 +1,7 @@
 //! Senders of packets at `node_egress`: tells the node's own packets from packets of pods.
 
 use aya_ebpf::bindings::__sk_buff;
-use imds_ebpf_common::{OwnPackets, Packet as _};
+use imds_ebpf_common::{InterfaceRecord, OwnPackets, Packet as _};
 
 use crate::{
     maps,
@@ -54,20 +54,32 @@ fn cookie(skb: *mut __sk_buff) -> u64 {
 /// be deleted, or moved into a pod, before the agent handles the event. A pod can't set the mark, because the kernel clears
 /// it when a packet leaves a network namespace (`skb_scrub_packet`).
 ///
+/// A bridge that floods a packet, and a bond or team that broadcasts it, send copies without a socket (`skb_clone`), which have
+/// passed the hook of that device before.
+///
 /// Some packets of pods have neither ingress interface nor socket: IPv6 packets that the node fragments again lose the
 /// interface (`ip6_copy_metadata`, `net/ipv6/ip6_output.c`), and ipvlan in L3 mode clears it. The few packets that the node
 /// sends without a socket, such as IPv6 resets, are therefore denied too. Before Linux 6.13, a packet with a socket can
 /// belong to a macvlan or ipvlan pod. The socket hook covers these pods.
 #[inline(always)]
 fn is_nodes(packet: &Skb, socket: SocketNetns) -> bool {
-    let has_socket = !matches!(socket, SocketNetns::NoSocket);
+    // Hidden from the verifier, which otherwise follows the rest for each kind of socket.
+    let has_socket = packet.verifier_opaque(usize::from(!matches!(socket, SocketNetns::NoSocket))) != 0;
     let ingress_ifindex = packet.ingress_ifindex();
     if ingress_ifindex == 0 {
-        return has_socket;
+        return has_socket || is_marked_copy(packet.ifindex(), packet.mark()) != 0;
     }
     let Some(record) = maps::interface(ingress_ifindex) else { return false };
     if record.own_packets == OwnPackets::Marked as u8 {
         return packet.mark() & maps::mark() != 0;
     }
     has_socket && record.own_packets == OwnPackets::WithSocket as u8
+}
+
+/// Returns 1 for a packet with the mark that leaves by a port to which a bridge, bond or team sends copies, else 0. A separate
+/// function, so that the verifier checks it once.
+#[inline(never)]
+fn is_marked_copy(ifindex: u32, mark: u32) -> u32 {
+    let sends_copies = |record: &InterfaceRecord| record.sends_copies != 0;
+    u32::from(mark & maps::mark() != 0 && maps::interface(ifindex).is_some_and(sends_copies))
 }

@@ -5,8 +5,8 @@ use nix::{errno::Errno, net::if_::if_indextoname};
 use rtnetlink::packet_route::{
     AddressFamily,
     link::{
-        InfoData, InfoKind, InfoNetkit, LinkAttribute, LinkInfo, LinkLayerType, LinkMessage, LinkXdp,
-        XdpAttached,
+        InfoData, InfoKind, InfoNetkit, InfoPortKind, LinkAttribute, LinkInfo, LinkLayerType, LinkMessage,
+        LinkXdp, XdpAttached,
     },
 };
 
@@ -30,6 +30,8 @@ pub struct Link {
     pub peer_netns: Option<i32>,
     /// Index of the bridge, bond, team or VRF to which this interface belongs as a port (`IFLA_MASTER`).
     pub master: Option<u32>,
+    /// True for a port of a bridge, bond or team, which may send copies of one packet to several ports.
+    pub is_copying_port: bool,
     /// Index of the interface below this one (`IFLA_LINK`), if both are in one network namespace. Devices of a pair
     /// (veth, netkit) name their peer.
     pub lower: Option<u32>,
@@ -106,6 +108,7 @@ impl Link {
             frame: LinkLayer::Ethernet,
             peer_netns: None,
             master: None,
+            is_copying_port: false,
             lower: None,
             xdp: None,
         }
@@ -148,7 +151,10 @@ impl Link {
                 LinkAttribute::Controller(master) => link.master = Some(master).filter(|&master| master != 0),
                 LinkAttribute::Link(lower) => link.lower = Some(lower),
                 LinkAttribute::Xdp(xdp) => link.xdp = xdp_program(&xdp),
-                LinkAttribute::LinkInfo(info) => link.kind = kind(&info).unwrap_or(link.kind),
+                LinkAttribute::LinkInfo(info) => {
+                    link.is_copying_port = info.iter().any(is_copying_port);
+                    link.kind = kind(&info).unwrap_or(link.kind);
+                }
                 _ => {}
             }
         }
@@ -157,6 +163,11 @@ impl Link {
         link.lower = link.lower.filter(|&lower| is_here && lower != 0 && lower != link.index);
         Some(link)
     }
+}
+
+/// Reports whether this attribute says that the interface is a port of a device that may copy packets to several ports.
+fn is_copying_port(info: &LinkInfo) -> bool {
+    matches!(info, LinkInfo::PortKind(InfoPortKind::Bond | InfoPortKind::Bridge | InfoPortKind::Team))
 }
 
 fn kind(info: &[LinkInfo]) -> Option<LinkKind> {

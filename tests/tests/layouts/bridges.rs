@@ -27,6 +27,21 @@ fn veth_nic_in_bridge() {
     Case::new(bridge(Nic::Veth)).assert_enforced();
 }
 
+/// A bridge that learns no addresses sends a copy of each packet to all ports but the oldest one, which gets the packet.
+#[test]
+fn bridge_floods_nic() {
+    let setup = format!(
+        "link add {BRIDGE} type bridge ageing_time 0
+         link add other0 type veth peer name other1
+         link set other0 master {BRIDGE}
+         link set other0 up
+         link set other1 up
+         link set {uplink} master {BRIDGE}",
+        uplink = TestEnv::UPLINK
+    );
+    Case::new(Layout::new(Nic::Macvlan).above(&setup, BRIDGE)).assert_enforced();
+}
+
 /// Adds a veth pair with both ends in the node's namespace: one has the node's address, the other is a port of the
 /// bridge.
 fn veth_pair(nic: Nic) -> Layout {

@@ -67,7 +67,7 @@ pub(crate) fn put(maps: &mut Maps, link: &Link, state: LinkState) -> Result<(), 
         owns_qdisc: if has_filter { old.owns_qdisc } else { 0 },
         pending: u8::from(is_pending),
         own_packets: own_packets(maps, link, assignment.role) as u8,
-        reserved: 0,
+        sends_copies: u8::from(sends_copies(maps, link)),
     };
     if new == old { Ok(()) } else { write(maps, link.index, new) }
 }
@@ -86,6 +86,12 @@ fn own_packets(maps: &Maps, link: &Link, role: Role) -> OwnPackets {
             OwnPackets::None
         }
     }
+}
+
+/// Reports whether copies of packets leave by the interface that have passed `node_egress` at its master.
+fn sends_copies(maps: &Maps, link: &Link) -> bool {
+    let master = link.master.filter(|_| link.is_copying_port);
+    master.and_then(|master| get(maps, master)).is_some_and(|record| record.is_attached(TcHook::NodeEgress))
 }
 
 /// Reports whether packets received on the interface have passed `node_egress` at its veth peer. Only packets to a bridge port
