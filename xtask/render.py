@@ -5,6 +5,7 @@ Arguments: the workspace, the agent's binary. `cargo xtask manifests` runs the s
 
 import ipaddress
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -61,6 +62,23 @@ def check_values(what, values, documents):
     allow = values.get("config", {}).get("nodeAllow")
     if config.get("node", {}).get("allow") != allow:
         failures.append(f"{what}: node.allow is not {allow}")
+
+
+def check_image_edit():
+    """Checks that `kustomize edit set image`, as documented, has an effect in each overlay."""
+    name, tag = "registry.example.com/imds-agent", "9"
+    with tempfile.TemporaryDirectory() as directory:
+        copy = shutil.copytree(KUBERNETES, pathlib.Path(directory) / "kubernetes")
+        for overlay in sorted((copy / "overlays").iterdir()):
+            path = overlay / "kustomization.yaml"
+            edited = yaml.safe_load(path.read_text())
+            edited["images"] = [{"name": "imds-agent", "newName": name, "newTag": tag}]
+            path.write_text(yaml.safe_dump(edited))
+            documents = [document for document in yaml.safe_load_all(kustomize(overlay)) if document]
+            image = one(documents, "DaemonSet")["spec"]["template"]["spec"]["containers"][0]["image"]
+            if image != f"{name}:{tag}":
+                failures.append(f"overlay {overlay.name}: the image stays {image}")
+    print("the image of each overlay can be set")
 
 
 def kustomize(path):
@@ -179,6 +197,8 @@ with tempfile.TemporaryDirectory(dir=KUBERNETES) as directory:
     everything = check(f"components {', '.join(components)}", kustomize(directory), kinds)
     check_policy("kustomize", one(everything, "ValidatingAdmissionPolicy"))
 
+check_image_edit()
+
 CHART_KINDS = {"ServiceAccount", "ConfigMap", "DaemonSet"}
 with helm_python.Chart.load(str(CHART)) as chart:
     default = None
@@ -206,6 +226,11 @@ with helm_python.Chart.load(str(CHART)) as chart:
 
 # The chart and the base must create the same pods.
 pods = [one(documents, "DaemonSet")["spec"]["template"]["spec"] for documents in (base, default)]
+# An overlay sets the image, and a value of the chart does.
+containers = [pod["containers"][0] for pod in pods]
+images = [container.pop("image") for container in containers]
+if images[1] != f"localhost/{images[0]}":
+    failures.append(f"the images differ: {images}")
 if pods[0] != pods[1]:
     failures.append(f"the chart's pods differ from those of the base:\n{yaml.safe_dump(pods[0])}\n{yaml.safe_dump(pods[1])}")
 if one(base, "ClusterRole")["rules"] != one(default, "ClusterRole")["rules"]:

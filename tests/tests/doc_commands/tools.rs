@@ -7,6 +7,8 @@ use serde_json::Value;
 
 use crate::{agent_cli, markdown::repository, xtask_cli};
 
+const DAEMON_SET: &str = "deploy/kubernetes/base/daemonset.yaml";
+
 /// Programs whose commands are not checked further, with the reason.
 const EXCEPTIONS: [(&str, &str); 8] = [
     ("az", "needs an Azure subscription"),
@@ -128,7 +130,6 @@ fn in_container(words: &[String]) -> Result<(), String> {
 
 fn kubectl(arguments: &[String]) -> Result<(), String> {
     const NAMESPACE: &str = "deploy/kubernetes/base/namespace.yaml";
-    const DAEMON_SET: &str = "deploy/kubernetes/base/daemonset.yaml";
     let own = arguments.iter().position(|word| word == "--").unwrap_or(arguments.len());
     if let Some(inner) = arguments.get(own + 1..) {
         in_container(inner)?;
@@ -177,7 +178,12 @@ fn kustomize(arguments: &[String]) -> Result<(), String> {
     let [edit, set, image, images @ ..] = arguments else { return Err("unknown subcommand".to_owned()) };
     ensure([edit, set, image] == ["edit", "set", "image"], || "unknown subcommand".to_owned())?;
     let mut names = images.iter().map(|image| image.split('=').next().unwrap_or_default());
-    names.try_for_each(|name| has_name("deploy/kubernetes/base/kustomization.yaml", name))
+    names.try_for_each(|name| {
+        let is_used = read(DAEMON_SET).lines().any(|line| line.trim() == format!("image: {name}"));
+        // An overlay does not find an image that the base has renamed.
+        let is_kept = !read("deploy/kubernetes/base/kustomization.yaml").contains("newName:");
+        ensure(is_used && is_kept, || format!("the edit of {name} in an overlay has no effect"))
+    })
 }
 
 fn helm(arguments: &[String]) -> Result<(), String> {
@@ -249,6 +255,8 @@ fn wrong_names_are_found() {
         "cargo test -p imds-tests --test verified",
         "frobnicate imds-agent",
     ] {
+        "kustomize edit set image localhost/imds-agent=x",
+        "kubectl run config-check --image x -- config test -",
         assert!(check(&wrong.split(' ').map(str::to_owned).collect::<Vec<_>>()).is_err(), "{wrong}");
     }
 }
