@@ -64,6 +64,27 @@ def check_values(what, values, documents):
         failures.append(f"{what}: node.allow is not {allow}")
 
 
+def check_nodes(what, pod):
+    """Checks the nodes on which the agent runs, by their labels."""
+    required = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    (term,) = required["nodeSelectorTerms"]
+
+    def holds(expression, labels):
+        if expression["operator"] == "NotIn":
+            return labels.get(expression["key"]) not in expression["values"]
+        return expression["operator"] == "DoesNotExist" and expression["key"] not in labels
+
+    for expected, labels in [
+        (True, {"kubernetes.io/os": "linux"}),
+        (True, {"type": "worker", "eks.amazonaws.com/compute-type": "ec2"}),
+        (False, {"type": "virtual-kubelet"}),
+        (False, {"virtual-kubelet.io/provider": "azure"}),
+        (False, {"eks.amazonaws.com/compute-type": "fargate"}),
+    ]:
+        if all(holds(expression, labels) for expression in term["matchExpressions"]) != expected:
+            failures.append(f"{what}: the agent {'does not run' if expected else 'runs'} on a node with {labels}")
+
+
 def check_image_edit():
     """Checks that `kustomize edit set image`, as documented, has an effect in each overlay."""
     name, tag = "registry.example.com/imds-agent", "9"
@@ -226,6 +247,7 @@ with helm_python.Chart.load(str(CHART)) as chart:
 
 # The chart and the base must create the same pods.
 pods = [one(documents, "DaemonSet")["spec"]["template"]["spec"] for documents in (base, default)]
+check_nodes("base", pods[0])
 # An overlay sets the image, and a value of the chart does.
 containers = [pod["containers"][0] for pod in pods]
 images = [container.pop("image") for container in containers]
