@@ -159,8 +159,18 @@ def check_policy(what, policy):
     def of_endpoints(state, *addresses):
         return {"kind": "Endpoints", "subsets": [{state: [{"ip": address} for address in addresses]}]}
 
+    def with_status(*ingress):
+        return service(type="LoadBalancer") | {"status": {"loadBalancer": {"ingress": list(ingress)}}}
+
+    matched = {name for rule in policy["spec"]["matchConstraints"]["resourceRules"] for name in rule["resources"]}
+    if missing := {"services", "services/status", "endpoints", "endpointslices"} - matched:
+        failures.append(f"{what}: the policy does not see {missing}")
     cases = [
         (True, service()),
+        (True, service() | {"status": {"loadBalancer": {}}}),
+        (True, with_status({"ip": "192.0.2.3", "ipMode": "VIP"}, {"hostname": "lb.example.com"})),
+        (False, with_status({"hostname": "lb.example.com"}, {"ip": "168.63.129.16"})),
+        (False, with_status({"ip": "169.254.169.254"})),
         (True, service(externalIPs=["192.0.2.1"], loadBalancerIP="192.0.2.2")),
         (True, service(type="ExternalName", externalName="example.com")),
         (True, of_slice("IPv4", "10.244.0.7", "10.244.0.8")),
