@@ -118,7 +118,7 @@ pub(crate) fn pods(pins: &PinDir) -> DoctorCheck {
         Some(PodWatchStatus { node, error, .. }) => {
             let error = error.unwrap_or_else(|| "not connected yet".to_owned());
             let remedy = "exempt pods stay exempt, new pods are not: check [kubernetes] in the configuration, and that its user may \
-                          get, list and watch pods";
+                          list and watch pods";
             DoctorCheck::degraded(NAME, format!("pod watch of node {node}: {error}"), remedy)
         }
     }
