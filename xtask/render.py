@@ -44,13 +44,17 @@ def check(what, text, kinds):
     return documents
 
 
-def check_config(what, text):
+def config_errors(text):
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
         file.write(text)
         file.flush()
         checked = subprocess.run([AGENT, "config", "check", file.name], capture_output=True, text=True)
-    if checked.returncode != 0:
-        failures.append(f"{what}: {checked.stderr.strip()}")
+    return checked.stderr.strip() if checked.returncode != 0 else None
+
+
+def check_config(what, text):
+    if errors := config_errors(text):
+        failures.append(f"{what}: {errors}")
 
 
 def check_values(what, values, documents):
@@ -62,6 +66,31 @@ def check_values(what, values, documents):
     allow = values.get("config", {}).get("nodeAllow")
     if config.get("node", {}).get("allow") != allow:
         failures.append(f"{what}: node.allow is not {allow}")
+
+
+def check_job(what, values, documents):
+    """Checks that the hook checks the configuration of the release, unless the values turn it off."""
+    jobs = [document for document in documents if document["kind"] == "Job"]
+    if len(jobs) != (values.get("configCheck", {}).get("enabled", True) and not values.get("unload", False)):
+        failures.append(f"{what}: {len(jobs)} Jobs")
+    configs = {document["metadata"]["name"]: document for document in documents if document["kind"] == "ConfigMap"}
+    agents = one(documents, "DaemonSet")["spec"]["template"]["spec"]
+
+    def config(pod):
+        volume = next(volume["configMap"] for volume in pod["volumes"] if volume["name"] == "config")
+        return configs[volume["name"]]
+
+    for job in jobs:
+        pod = job["spec"]["template"]["spec"]
+        container, copy = pod["containers"][0], config(pod)
+        if container["args"][:2] != ["config", "check"] or container["image"] != agents["containers"][0]["image"]:
+            failures.append(f"{what}: the Job does not run `config check` of the agent")
+        if copy["data"] != config(agents)["data"]:
+            failures.append(f"{what}: the Job checks another configuration")
+        for document in (job, copy):
+            hooks = document["metadata"]["annotations"]["helm.sh/hook"].split(",")
+            if not {"pre-install", "pre-upgrade"} <= set(hooks):
+                failures.append(f"{what}: {document['kind']} {document['metadata']['name']} is created at {hooks}")
 
 
 def check_nodes(what, pod):
@@ -232,16 +261,24 @@ check_image_edit()
 
 CHART_KINDS = {"ServiceAccount", "ConfigMap", "DaemonSet"}
 with helm_python.Chart.load(str(CHART)) as chart:
-    default = None
-    for path in [None, *sorted((CHART / "ci").glob("*-values.yaml"))]:
-        values = yaml.safe_load(path.read_text()) if path else {}
+
+    def render(values):
         rendered = chart.render(values, name="imds-agent", namespace="imds-agent")
-        manifests = [text for name, text in sorted(rendered.items()) if name.endswith(".yaml")]
-        documents = check(f"chart with {path.name if path else 'its defaults'}", "\n---\n".join(manifests), CHART_KINDS)
+        return "\n---\n".join(text for name, text in sorted(rendered.items()) if name.endswith(".yaml"))
+
+    examples = {path.name: yaml.safe_load(path.read_text()) for path in sorted((CHART / "ci").glob("*-values.yaml"))}
+    default = None
+    for name, values in {"its defaults": {}, **examples, "no check": {"configCheck": {"enabled": False}}}.items():
+        what = f"chart with {name}"
+        documents = check(what, render(values), CHART_KINDS)
         default = default or documents
-        check_values(f"chart with {path.name if path else 'its defaults'}", values, documents)
+        check_values(what, values, documents)
+        check_job(what, values, documents)
         if any(document["kind"] == "ValidatingAdmissionPolicy" for document in documents):
-            check_policy(f"chart with {path.name}", one(documents, "ValidatingAdmissionPolicy"))
+            check_policy(what, one(documents, "ValidatingAdmissionPolicy"))
+    broken = [document for document in yaml.safe_load_all(render({"config": {"rules": "typo = true"}})) if document]
+    if not config_errors(one(broken, "ConfigMap")["data"]["imds.toml"]):
+        failures.append("chart: the hook accepts an unknown key")
     # The schema of the values must reject each of these.
     for wrong in [
         {"config": {"mode": "audti"}},
