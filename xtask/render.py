@@ -5,6 +5,7 @@ Arguments: the workspace, the agent's binary. `cargo xtask manifests` runs the s
 
 import ipaddress
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,13 +44,17 @@ def check(what, text, kinds):
     return documents
 
 
-def check_config(what, text):
+def config_errors(text):
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
         file.write(text)
         file.flush()
         checked = subprocess.run([AGENT, "config", "check", file.name], capture_output=True, text=True)
-    if checked.returncode != 0:
-        failures.append(f"{what}: {checked.stderr.strip()}")
+    return checked.stderr.strip() if checked.returncode != 0 else None
+
+
+def check_config(what, text):
+    if errors := config_errors(text):
+        failures.append(f"{what}: {errors}")
 
 
 def check_values(what, values, documents):
@@ -61,6 +66,69 @@ def check_values(what, values, documents):
     allow = values.get("config", {}).get("nodeAllow")
     if config.get("node", {}).get("allow") != allow:
         failures.append(f"{what}: node.allow is not {allow}")
+
+
+def check_job(what, values, documents):
+    """Checks that the hook checks the configuration of the release, unless the values turn it off."""
+    jobs = [document for document in documents if document["kind"] == "Job"]
+    if len(jobs) != (values.get("configCheck", {}).get("enabled", True) and not values.get("unload", False)):
+        failures.append(f"{what}: {len(jobs)} Jobs")
+    configs = {document["metadata"]["name"]: document for document in documents if document["kind"] == "ConfigMap"}
+    agents = one(documents, "DaemonSet")["spec"]["template"]["spec"]
+
+    def config(pod):
+        volume = next(volume["configMap"] for volume in pod["volumes"] if volume["name"] == "config")
+        return configs[volume["name"]]
+
+    for job in jobs:
+        pod = job["spec"]["template"]["spec"]
+        container, copy = pod["containers"][0], config(pod)
+        if container["args"][:2] != ["config", "check"] or container["image"] != agents["containers"][0]["image"]:
+            failures.append(f"{what}: the Job does not run `config check` of the agent")
+        if copy["data"] != config(agents)["data"]:
+            failures.append(f"{what}: the Job checks another configuration")
+        for document in (job, copy):
+            hooks = document["metadata"]["annotations"]["helm.sh/hook"].split(",")
+            if not {"pre-install", "pre-upgrade"} <= set(hooks):
+                failures.append(f"{what}: {document['kind']} {document['metadata']['name']} is created at {hooks}")
+
+
+def check_nodes(what, pod):
+    """Checks the nodes on which the agent runs, by their labels."""
+    required = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    (term,) = required["nodeSelectorTerms"]
+
+    def holds(expression, labels):
+        if expression["operator"] == "NotIn":
+            return labels.get(expression["key"]) not in expression["values"]
+        return expression["operator"] == "DoesNotExist" and expression["key"] not in labels
+
+    for expected, labels in [
+        (True, {"kubernetes.io/os": "linux"}),
+        (True, {"type": "worker", "eks.amazonaws.com/compute-type": "ec2"}),
+        (False, {"type": "virtual-kubelet"}),
+        (False, {"virtual-kubelet.io/provider": "azure"}),
+        (False, {"eks.amazonaws.com/compute-type": "fargate"}),
+    ]:
+        if all(holds(expression, labels) for expression in term["matchExpressions"]) != expected:
+            failures.append(f"{what}: the agent {'does not run' if expected else 'runs'} on a node with {labels}")
+
+
+def check_image_edit():
+    """Checks that `kustomize edit set image`, as documented, has an effect in each overlay."""
+    name, tag = "registry.example.com/imds-agent", "9"
+    with tempfile.TemporaryDirectory() as directory:
+        copy = shutil.copytree(KUBERNETES, pathlib.Path(directory) / "kubernetes")
+        for overlay in sorted((copy / "overlays").iterdir()):
+            path = overlay / "kustomization.yaml"
+            edited = yaml.safe_load(path.read_text())
+            edited["images"] = [{"name": "imds-agent", "newName": name, "newTag": tag}]
+            path.write_text(yaml.safe_dump(edited))
+            documents = [document for document in yaml.safe_load_all(kustomize(overlay)) if document]
+            image = one(documents, "DaemonSet")["spec"]["template"]["spec"]["containers"][0]["image"]
+            if image != f"{name}:{tag}":
+                failures.append(f"overlay {overlay.name}: the image stays {image}")
+    print("the image of each overlay can be set")
 
 
 def kustomize(path):
@@ -120,8 +188,18 @@ def check_policy(what, policy):
     def of_endpoints(state, *addresses):
         return {"kind": "Endpoints", "subsets": [{state: [{"ip": address} for address in addresses]}]}
 
+    def with_status(*ingress):
+        return service(type="LoadBalancer") | {"status": {"loadBalancer": {"ingress": list(ingress)}}}
+
+    matched = {name for rule in policy["spec"]["matchConstraints"]["resourceRules"] for name in rule["resources"]}
+    if missing := {"services", "services/status", "endpoints", "endpointslices"} - matched:
+        failures.append(f"{what}: the policy does not see {missing}")
     cases = [
         (True, service()),
+        (True, service() | {"status": {"loadBalancer": {}}}),
+        (True, with_status({"ip": "192.0.2.3", "ipMode": "VIP"}, {"hostname": "lb.example.com"})),
+        (False, with_status({"hostname": "lb.example.com"}, {"ip": "168.63.129.16"})),
+        (False, with_status({"ip": "169.254.169.254"})),
         (True, service(externalIPs=["192.0.2.1"], loadBalancerIP="192.0.2.2")),
         (True, service(type="ExternalName", externalName="example.com")),
         (True, of_slice("IPv4", "10.244.0.7", "10.244.0.8")),
@@ -179,18 +257,28 @@ with tempfile.TemporaryDirectory(dir=KUBERNETES) as directory:
     everything = check(f"components {', '.join(components)}", kustomize(directory), kinds)
     check_policy("kustomize", one(everything, "ValidatingAdmissionPolicy"))
 
+check_image_edit()
+
 CHART_KINDS = {"ServiceAccount", "ConfigMap", "DaemonSet"}
 with helm_python.Chart.load(str(CHART)) as chart:
-    default = None
-    for path in [None, *sorted((CHART / "ci").glob("*-values.yaml"))]:
-        values = yaml.safe_load(path.read_text()) if path else {}
+
+    def render(values):
         rendered = chart.render(values, name="imds-agent", namespace="imds-agent")
-        manifests = [text for name, text in sorted(rendered.items()) if name.endswith(".yaml")]
-        documents = check(f"chart with {path.name if path else 'its defaults'}", "\n---\n".join(manifests), CHART_KINDS)
+        return "\n---\n".join(text for name, text in sorted(rendered.items()) if name.endswith(".yaml"))
+
+    examples = {path.name: yaml.safe_load(path.read_text()) for path in sorted((CHART / "ci").glob("*-values.yaml"))}
+    default = None
+    for name, values in {"its defaults": {}, **examples, "no check": {"configCheck": {"enabled": False}}}.items():
+        what = f"chart with {name}"
+        documents = check(what, render(values), CHART_KINDS)
         default = default or documents
-        check_values(f"chart with {path.name if path else 'its defaults'}", values, documents)
+        check_values(what, values, documents)
+        check_job(what, values, documents)
         if any(document["kind"] == "ValidatingAdmissionPolicy" for document in documents):
-            check_policy(f"chart with {path.name}", one(documents, "ValidatingAdmissionPolicy"))
+            check_policy(what, one(documents, "ValidatingAdmissionPolicy"))
+    broken = [document for document in yaml.safe_load_all(render({"config": {"rules": "typo = true"}})) if document]
+    if not config_errors(one(broken, "ConfigMap")["data"]["imds.toml"]):
+        failures.append("chart: the hook accepts an unknown key")
     # The schema of the values must reject each of these.
     for wrong in [
         {"config": {"mode": "audti"}},
@@ -206,10 +294,18 @@ with helm_python.Chart.load(str(CHART)) as chart:
 
 # The chart and the base must create the same pods.
 pods = [one(documents, "DaemonSet")["spec"]["template"]["spec"] for documents in (base, default)]
+check_nodes("base", pods[0])
+# An overlay sets the image, and a value of the chart does.
+containers = [pod["containers"][0] for pod in pods]
+images = [container.pop("image") for container in containers]
+if images[1] != f"localhost/{images[0]}":
+    failures.append(f"the images differ: {images}")
 if pods[0] != pods[1]:
     failures.append(f"the chart's pods differ from those of the base:\n{yaml.safe_dump(pods[0])}\n{yaml.safe_dump(pods[1])}")
-if one(base, "ClusterRole")["rules"] != one(default, "ClusterRole")["rules"]:
-    failures.append("the chart's role differs from that of the base")
+for what, documents in [("base", base), ("chart", default)]:
+    rules = one(documents, "ClusterRole")["rules"]
+    if rules != [{"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch"]}]:
+        failures.append(f"{what}: the role has other rights than the agent uses: {rules}")
 
 check_checks(one(check("base", kustomize(KUBERNETES / "base"), BASE), "DaemonSet"))
 print(*failures, sep="\n", file=sys.stderr)

@@ -12,6 +12,7 @@
 pub mod api_server;
 pub mod cgroup;
 pub mod cni;
+pub mod daemon_set;
 pub mod doctor;
 pub mod flood;
 pub mod foreign_bpf;

@@ -1,6 +1,10 @@
 //! Commands for the configuration and the command line, which need no running agent.
 
-use std::{fs, process::Output};
+use std::{
+    fs,
+    io::Write as _,
+    process::{Output, Stdio},
+};
 
 use imds_tests::{TestEnv, output};
 
@@ -33,6 +37,23 @@ namespace = 'tools'
 service_account = 'web'
 audit = true
 ";
+
+#[test]
+fn check_reads_standard_input() {
+    let env = TestEnv::new();
+    let check = |text: &str| {
+        let mut command = env.node.command(env.imds_agent(&[]).command().get_program());
+        command.args(["config", "check", "-"]);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+        child.wait_with_output().unwrap()
+    };
+    assert!(stdout(&check("mode = 'audit'\n")).contains("mode       audit\n"));
+    let refused = check("mode = 'of'\n");
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(refused.stderr.starts_with(b"-:1:8: mode: "), "{refused:?}");
+}
 
 #[test]
 fn check_reports_every_error() {

@@ -8,7 +8,8 @@ use imds_tests::{
     doctor::{all, assert_has, command, examine, one, report},
     foreign_bpf::{ForeignProgram, TC_ACT_OK},
     hook::{self, run_tc},
-    output, skip_without_netns_cookie, skip_without_tcx, with_each_backend,
+    kubelet::{Driver, Kubelet, new_uid},
+    lacks_program, output, skip_without_netns_cookie, skip_without_tcx, with_each_backend,
 };
 use serde_json::Value;
 
@@ -104,6 +105,33 @@ fn unprivileged_user_is_reported() {
     assert_eq!(output.status.code(), Some(3), "{found:#}");
     assert_eq!(one(&found, "capabilities")["state"], "missing");
     assert_has(one(&found, "capabilities"), "remedy", "CAP_NET_ADMIN");
+}
+
+/// A node that is itself a container, as in kind.
+#[test]
+fn nested_pid_namespace_needs_visible_pods() {
+    if lacks_program("pid namespaces", &["unshare"]) {
+        return;
+    }
+    let env = TestEnv::new();
+    let kubelet = Kubelet::new();
+    let pod = env.add_pod(PodLink::Routed);
+    let mut cgroup = kubelet.add_pod(&new_uid(), Driver::Systemd);
+    let (doctor, container) = (command(&env).command(), cgroup.container.clone());
+    let examine = |script: &str| {
+        let mut nested = env.node.command("unshare");
+        nested.args(["--pid", "--fork", "--mount-proc", "sh", "-c", script, "sh"]).arg(&container);
+        nested.arg(doctor.get_program()).args(doctor.get_args());
+        let found = report(&output(nested));
+        one(&found, "pods").clone()
+    };
+    let visible = examine("sleep 100 & echo $! > \"$1/cgroup.procs\"; shift; \"$@\"");
+    assert_eq!(visible["state"], "ok", "{visible:#}");
+    // The process of another pid namespace is listed as 0.
+    cgroup.start_in(&pod.netns);
+    let hidden = examine("shift; \"$@\"");
+    assert_eq!(hidden["state"], "degraded", "{hidden:#}");
+    assert_has(&hidden, "observed", "no process of a pod is visible");
 }
 
 #[test]

@@ -126,6 +126,14 @@ async fn pods_are_added_changed_and_deleted() {
 }
 
 #[tokio::test(flavor = "current_thread")]
+async fn requests_name_the_agent() {
+    let (server, _follower) = followed().await;
+    let expected = format!("imds-agent/{}", env!("CARGO_PKG_VERSION"));
+    let found = server.user_agents();
+    assert!(found.len() >= 2 && found.iter().all(|name| *name == expected), "{found:?}");
+}
+
+#[tokio::test(flavor = "current_thread")]
 async fn list_is_paged() {
     let server = ApiServer::start();
     for number in 0..25 {

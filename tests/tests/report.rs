@@ -1,6 +1,10 @@
 //! `imds-agent report`: denied senders, and proposed rules that exempt exactly these senders.
 
-use std::{collections::BTreeSet, fs};
+use std::{
+    collections::BTreeSet,
+    fs,
+    time::{Duration, Instant},
+};
 
 use aya::maps::{HashMap, Map, MapData};
 use imds_ebpf_common::{
@@ -9,8 +13,9 @@ use imds_ebpf_common::{
     names::MAP_DENIALS,
 };
 use imds_tests::{
-    METADATA, Netns, PodLink, TestEnv,
+    METADATA, Netns, PodLink, TestCluster, TestEnv,
     api_server::{ApiServer, pod},
+    http::{DEFAULT, try_get},
     kubelet::{Driver, Kubelet, new_uid},
     poll::poll_until,
     probe::{LONG, SHORT, http_get},
@@ -129,6 +134,71 @@ fn cgroups_of_a_unit_share_a_record() {
     let found: BTreeSet<_> = denials.iter().map(|denial| denial["cgroup"].as_str().unwrap()).collect();
     assert!(found.len() == 1 && found.iter().all(|path| path.ends_with("machine/web.scope")), "{found:?}");
     drop(agent);
+    env.unload();
+}
+
+/// An agent starts beside running pods, and sees their requests before the API server has listed the pods.
+#[test]
+fn senders_denied_before_their_pods_are_known() {
+    if skip_without_netns_cookie() {
+        return;
+    }
+    let cluster = TestCluster::new();
+    let (env, uid) = (&cluster.env, new_uid());
+    let link = env.add_pod(PodLink::Routed);
+    let mut cgroup = cluster.kubelet.add_pod(&uid, Driver::Systemd);
+    cgroup.start_in(&link.netns);
+    // Threads can't enter the cgroup of the pod itself, because that is not a threaded one.
+    let of_thread = env.add_cgroup(&format!("kubepods/pod{}", new_uid()));
+    let agent = env
+        .agent()
+        .config(&cluster.config("mode = 'audit'"))
+        .hooks(&["from_pod", "node_egress", "socket"])
+        .spawn_ready();
+    assert!(of_thread.run(|| http_get(&link.netns, METADATA, SHORT).is_answer()));
+    let mut last = (0, Instant::now());
+    let before = poll_until(LONG, "the records of all hooks", || {
+        let found = denials(env);
+        let hooks: BTreeSet<_> =
+            found.iter().flat_map(|denial| denial["counts"].as_object().unwrap().keys().cloned()).collect();
+        if last.0 != sum(&found) {
+            last = (sum(&found), Instant::now());
+        }
+        // The connection's last packets follow its response.
+        (hooks.len() == 3 && last.1.elapsed() > Duration::from_millis(300)).then_some(found)
+    });
+    assert!(before.iter().all(|denial| denial["namespace"].is_null()), "{before:#?}");
+    assert!(before.iter().any(|denial| denial["interface"] == link.host_ifname.as_str()), "{before:#?}");
+    let is_kubepods =
+        |denial: &Value| denial["cgroup"].as_str().is_some_and(|path| path.contains("kubepods"));
+    assert!(before.iter().any(is_kubepods), "{before:#?}");
+    assert_eq!(report(env, &["--rules"]), "");
+
+    cluster.server.apply(pod(&uid, TestCluster::NODE, "tools", "agent", &[("app", "agent")]));
+    let after = poll_until(LONG, "the record of the pod", || {
+        let found = denials(env);
+        (found.len() == 1 && sum(&found) >= sum(&before)).then_some(found)
+    });
+    let denial = &after[0];
+    assert_eq!((&denial["namespace"], &denial["pod"]), (&"tools".into(), &format!("pod-{uid}").into()));
+    assert!(denial["cgroup"].is_null() && denial["interface"].is_null(), "{denial:#}");
+    assert!(before.iter().any(|earlier| earlier["first"] == denial["first"]), "{before:#?} {denial:#}");
+    assert_eq!(denial["counts"].as_object().map(serde_json::Map::len), Some(3), "{denial:#}");
+    assert_eq!(sum(&after), sum(&before), "{before:#?} {denial:#}");
+    let rules = report(env, &["--rules"]);
+    assert!(rules.matches("[[exempt]]").count() == 1 && rules.contains("namespace = \"tools\""), "{rules}");
+
+    // A request of the known pod adds to the merged record. The sums of the metrics count each request once.
+    assert!(of_thread.run(|| http_get(&link.netns, METADATA, SHORT).is_answer()));
+    poll_until(LONG, "the second request", || {
+        let (_, metrics) = try_get(env, DEFAULT, "/metrics").unwrap();
+        let values = metrics.lines().filter(|line| line.starts_with("imds_agent_denials_total{"));
+        let counted: u64 = values.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum();
+        let found = denials(env);
+        (sum(&found) > sum(&after) && found.len() == 1 && counted == sum(&found)).then_some(())
+    });
+    drop(agent);
+    drop(cgroup);
     env.unload();
 }
 

@@ -10,7 +10,7 @@ use toml::{Table, Value};
 use super::{Failure, PinDirArg, config_summary::summary, output::write_stdout};
 use crate::{
     config::{
-        Config, ConfigErrors, Hooks,
+        self, Config, ConfigErrors, Hooks,
         provider::{DMI_DIR, Dmi},
     },
     datapath::{
@@ -40,7 +40,7 @@ enum ConfigCommand {
 
 #[derive(Args, Debug)]
 struct CheckArgs {
-    /// Configuration file (TOML)
+    /// Configuration file (TOML), or `-` for standard input
     #[arg(value_name = "FILE")]
     file: PathBuf,
     /// Directory of the firmware files (DMI) from which `provider = "auto"` detects the provider
@@ -86,7 +86,11 @@ fn check(args: &CheckArgs) -> Result<ExitCode, Failure> {
 }
 
 fn resolve(args: &CheckArgs) -> Result<String, ConfigErrors> {
-    let config = Config::load(&args.file)?;
+    let config = if args.file.as_os_str() == "-" {
+        Config::parse(&config::read_stdin()?, &args.file)?
+    } else {
+        Config::load(&args.file)?
+    };
     let (endpoint_set, exempt) = config.resolve(&Dmi::read(&args.dmi_dir))?;
     Ok(summary(&config, &endpoint_set, &exempt))
 }

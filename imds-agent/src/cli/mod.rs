@@ -178,7 +178,7 @@ fn run(command: Command) -> ExitCode {
             Command::Doctor(args) => doctor::doctor(args).await,
             Command::Verify(args) => verify::verify(args).await,
             Command::Top(args) => top::top(args).await,
-            Command::Report(args) => report::report(&args),
+            Command::Report(args) => report::report(&args).await,
             Command::Events(args) => events::events(&args),
             Command::Config(args) => config::config(&args),
             Command::Completions(args) => manual::completions(&args),

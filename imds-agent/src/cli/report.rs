@@ -18,6 +18,7 @@ use crate::{
     },
     diagnose::preflight,
     escape::escape_lines,
+    node::netlink::Netlink,
     telemetry::{Collector, denial_report::DenialReport},
 };
 
@@ -33,7 +34,7 @@ pub(super) struct ReportArgs {
     output: OutputArgs,
 }
 
-pub(super) fn report(args: &ReportArgs) -> Result<ExitCode, Failure> {
+pub(super) async fn report(args: &ReportArgs) -> Result<ExitCode, Failure> {
     preflight::check_capabilities()?;
     let pins = args.output.pins()?;
     if !object::is_loaded(&pins) {
@@ -55,7 +56,11 @@ pub(super) fn report(args: &ReportArgs) -> Result<ExitCode, Failure> {
         .iter()
         .map(|(address, entry)| Endpoint::from_entry(*address, entry))
         .collect();
-    let pods = interface_records::names(&maps, Role::Pod)?;
+    let mut pods = interface_records::names(&maps, Role::Pod)?;
+    // A veth ends with its pod. The name of a tap device belongs to one virtual machine.
+    for pair in Netlink::connect()?.links().await?.iter().filter(|link| link.is_pair()) {
+        pods.remove(&pair.name);
+    }
     let report = DenialReport::new(pins.root().to_owned(), &denied, &endpoint_set, &pods);
     let printed = if args.rules {
         write_stdout(&escape_lines(&report.rules))?;

@@ -287,13 +287,22 @@ pub fn read(path: &Path) -> Result<String, ConfigError> {
     read_file(path).map_err(|reason| ConfigError::Read { path: path.to_owned(), reason })
 }
 
+/// Reads the configuration from standard input.
+pub fn read_stdin() -> Result<String, ConfigError> {
+    read_limited(io::stdin().lock()).map_err(|reason| ConfigError::Read { path: "-".into(), reason })
+}
+
 fn read_file(path: &Path) -> io::Result<String> {
-    const MOST: u64 = 1 << 20;
     // Open without blocking: a FIFO without a writer would block the agent.
     let file = fs::File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     if !file.metadata()?.is_file() {
         return Err(io::Error::other("not a regular file"));
     }
+    read_limited(file)
+}
+
+fn read_limited(file: impl io::Read) -> io::Result<String> {
+    const MOST: u64 = 1 << 20;
     let mut text = String::new();
     if file.take(MOST + 1).read_to_string(&mut text)? as u64 > MOST {
         return Err(io::Error::other("the file is larger than 1 MiB"));

@@ -25,6 +25,8 @@ const MAX_ANSWER: usize = 64 << 20;
 const MAX_LINE: usize = 8 << 20;
 /// URL path of all pods.
 pub(super) const PODS: &str = "/api/v1/pods";
+/// Name of the agent in the audit log of the API server.
+const USER_AGENT: &str = concat!("imds-agent/", env!("CARGO_PKG_VERSION"));
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -122,6 +124,7 @@ impl Api {
     async fn send(&self, request: Builder, body: Body) -> Result<Body, ApiError> {
         let request = request
             .header(header::ACCEPT, "application/json")
+            .header(header::USER_AGENT, USER_AGENT)
             .body(body)
             .map_err(|source| ApiError::Client { source: Box::new(kube_client::Error::HttpError(source)) })?;
         let answer = self.client.send(request).await;

@@ -186,6 +186,12 @@ pub fn below(root: &Path) -> io::Result<BTreeSet<PathBuf>> {
     Ok(found)
 }
 
+/// Reports whether the path of a cgroup is that of a Kubernetes pod or container.
+#[must_use]
+pub fn contains(path: &Path) -> bool {
+    path.iter().any(|name| name.to_string_lossy().contains(NAME))
+}
+
 /// Walks the directories from `path` down, which is `depth` levels below the root. Calls `read` before reading a
 /// directory, and `found` for each cgroup of Kubernetes pods.
 fn walk(

@@ -120,6 +120,12 @@ impl Link {
         self.kind == LinkKind::Veth && self.peer_netns.is_none() && self.lower.is_some()
     }
 
+    /// Reports whether the interface is one end of a pair: a veth or a netkit.
+    #[must_use]
+    pub fn is_pair(&self) -> bool {
+        matches!(self.kind, LinkKind::Veth | LinkKind::Netkit | LinkKind::NetkitPeer)
+    }
+
     /// Reports whether the other end is, or may be, in another network namespace: the link of a pod, or an uplink of a
     /// node that is itself a container.
     #[must_use]

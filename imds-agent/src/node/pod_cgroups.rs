@@ -107,6 +107,14 @@ fn child(parent: &Path, name: &str, owner: u32) -> Option<PathBuf> {
     fs::metadata(&path).is_ok_and(|found| found.is_dir() && found.uid() == owner).then_some(path)
 }
 
+/// Reports whether a process of any pod is visible in the pid namespace of the caller.
+#[must_use]
+pub fn are_processes_visible() -> bool {
+    let mut cgroups = KubepodsCgroups::default();
+    cgroups.rescan();
+    cgroups.hierarchies.iter().any(|hierarchy| sandbox::is_populated(&hierarchy.tops))
+}
+
 /// Reports whether the name is that of a pod's cgroup: `pod<uid>`, or `kubepods-burstable-pod<uid>.slice`.
 #[must_use]
 pub fn is_pod(name: &str) -> bool {

@@ -6,9 +6,14 @@
 use std::{
     cell::RefCell,
     collections::HashMap,
+    ffi::OsStr,
     fs::File,
     hash::{DefaultHasher, Hash as _, Hasher as _},
-    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
     rc::Rc,
 };
 
@@ -21,7 +26,7 @@ use jiff::Timestamp;
 use nix::fcntl::Flock;
 use thiserror::Error;
 
-use super::{cgroup_units::CgroupUnits, totals::Totals};
+use super::{cgroup_units::CgroupUnits, totals::Totals, unresolved::Unresolved};
 use crate::{
     config::endpoint_set::unpadded,
     datapath::{
@@ -36,7 +41,10 @@ use crate::{
         pin::dir::{PinDir, PinError},
     },
     kube::pod_ref::PodRef,
-    node::link::{self, VERIFY_PREFIX},
+    node::{
+        link::{self, VERIFY_PREFIX},
+        pod_cgroups,
+    },
     telemetry::{
         event_record::{self, boot_time, wall_time},
         metrics::{self, Denied},
@@ -77,6 +85,7 @@ pub struct Collector {
     names: Names,
     units: CgroupUnits,
     totals: Rc<RefCell<Totals>>,
+    unresolved: Unresolved,
     collected: Collected,
     has_more: bool,
     _claim: Flock<File>,
@@ -94,6 +103,7 @@ impl Collector {
             names: Names::open(pins)?,
             units: CgroupUnits::new(),
             totals: Rc::default(),
+            unresolved: Unresolved::default(),
             collected: Collected::default(),
             has_more: false,
             _claim: claim,
@@ -188,8 +198,53 @@ impl Collector {
         }
         record.pod = padded(pod.map_or("", |pod| &pod.pod));
         self.denials.put(&key, &record)?;
+        if pod.is_none() {
+            self.note_unresolved(key, event, &unit);
+        }
         let namespace = unpadded(&record.namespace);
         self.totals.borrow_mut().add(&namespace, &key, Count { packets, bytes: event.bytes });
+        Ok(())
+    }
+
+    fn note_unresolved(&mut self, key: DenialKey, event: &Event, unit: &[u8]) {
+        if self.unresolved.is_full() {
+            // The map of records has the same limit: some of these records were evicted or cleared.
+            self.unresolved.retain(|key| self.denials.get(key).is_ok_and(|record| record.is_some()));
+        }
+        let name = Path::new(OsStr::from_bytes(unit)).file_name().and_then(OsStr::to_str);
+        let is_one_pod = name.is_some_and(pod_cgroups::is_pod);
+        self.unresolved.note(key, event_record::senders(event).collect(), is_one_pod);
+    }
+
+    /// Merges each record whose pod became known after the event into the record of the pod. The sums of [`Totals`] do not
+    /// change, because they must not decrease.
+    pub fn merge_resolved(&mut self) -> Result<(), CollectorError> {
+        for (key, pod) in self.unresolved.take_resolved(|subject| self.names.get(subject)) {
+            let Some(earlier) = self.denials.get(&key)? else { continue };
+            let of_pod = DenialKey { sender: sender_id(Some(&pod), "", &[]), ..key };
+            let mut record = self.denials.get(&of_pod)?.unwrap_or(DenialRecord {
+                count: 0,
+                bytes: 0,
+                last: 0,
+                namespace: padded(&pod.namespace),
+                service_account: padded(&pod.service_account),
+                label: padded(pod.label.as_deref().unwrap_or_default()),
+                cgroup: padded(""),
+                ..earlier
+            });
+            record.count = record.count.saturating_add(earlier.count);
+            record.bytes = record.bytes.saturating_add(earlier.bytes);
+            record.first = record.first.min(earlier.first);
+            if earlier.last >= record.last {
+                record.last = earlier.last;
+                record.pod = padded(&pod.pod);
+            }
+            // Removed first, because the insertion into a full map evicts other records.
+            self.denials.remove(&key)?;
+            self.denials.put(&of_pod, &record)?;
+            let count = Count { packets: earlier.count, bytes: earlier.bytes };
+            self.totals.borrow_mut().record_merge(&pod.namespace, &key, count);
+        }
         Ok(())
     }
 }

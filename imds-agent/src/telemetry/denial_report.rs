@@ -21,7 +21,7 @@ use serde::Serialize;
 use crate::{
     config::endpoint_set::{Endpoint, plain, raw},
     datapath::maps::config_record::{text, timestamp},
-    node::netns,
+    node::{kubepods, netns},
 };
 
 /// Schema version of the JSON output. Fields are only added while it stays the same.
@@ -88,7 +88,7 @@ pub struct DenialSubject {
 
 impl DenialReport {
     /// Builds the report from the records in `pin_dir`. `protected` are the protected endpoints, `pods` the names of pod
-    /// interfaces.
+    /// interfaces that a rule can name.
     #[must_use]
     pub fn new(
         pin_dir: PathBuf,
@@ -200,7 +200,8 @@ impl DenialSubject {
             return None;
         }
         if let Some(cgroup) = &self.cgroup {
-            return Some((line("cgroup", cgroup), None));
+            // The kubelet removes the cgroup together with the pod.
+            return (!kubepods::contains(cgroup.as_ref())).then(|| (line("cgroup", cgroup), None));
         }
         // Packets of many pods enter through a bridge. A rule for one would exempt all of them.
         let interface = self.interface.as_ref().filter(|name| pods.contains(*name))?;

@@ -18,6 +18,7 @@ pub mod subscriber;
 pub mod systemd;
 pub mod top;
 mod totals;
+mod unresolved;
 
 use std::{
     cell::{Cell, RefCell},
@@ -63,6 +64,8 @@ pub struct Telemetry {
 enum Request {
     /// Replaces the addresses of the HTTP server.
     Listen(Vec<Listen>),
+    /// Merges the records of senders whose pods the map of pod names has now.
+    MergeResolved,
     /// Closes all BPF maps for `imds-agent unload`, and acknowledges it.
     CloseMaps(SyncSender<()>),
 }
@@ -109,7 +112,12 @@ impl Telemetry {
     /// Records that the reconciler is alive, with its counters.
     pub fn report_progress(&self, stats: AgentStats) {
         let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        let has_new_names = progress.stats.map_updates.pods != stats.map_updates.pods;
         *progress = Progress { stats, reported: Instant::now() };
+        drop(progress);
+        if has_new_names {
+            self.send(Request::MergeResolved);
+        }
     }
 
     /// Closes the BPF maps and stops collecting events. Metrics and health are still served.
@@ -192,6 +200,7 @@ impl Worker {
             tokio::select! {
                 request = requests.recv() => match request {
                     Some(Request::Listen(addresses)) => self.server.listen(&addresses),
+                    Some(Request::MergeResolved) => self.events.merge_resolved(),
                     Some(Request::CloseMaps(closed)) => {
                         self.events.close();
                         // The agent waits for this message.
@@ -259,6 +268,17 @@ impl EventReader {
         self.stats.collected.set(Some(collector.get_ref().collected()));
         self.next = Instant::now() + DEBOUNCE;
         Ok(())
+    }
+
+    /// Merges the records of senders whose pods became known. Counts against the CPU budget of later reads.
+    fn merge_resolved(&mut self) {
+        let Some(collector) = &mut self.collector else { return };
+        let spent = thread_cpu_time();
+        let merged = collector.get_mut().merge_resolved();
+        self.budget.spend(thread_cpu_time().saturating_sub(spent), Instant::now());
+        if let Err(error) = merged {
+            self.fail(&error.into());
+        }
     }
 
     fn fail(&mut self, error: &anyhow::Error) {

@@ -16,6 +16,8 @@ const MAX_NAMESPACES: usize = 1000;
 #[derive(Debug, Default)]
 pub struct Totals {
     denied: Denied,
+    /// Denials that were counted without a namespace, before their records became those of a pod.
+    merged: Denied,
     namespaces: BTreeSet<String>,
 }
 
@@ -26,13 +28,21 @@ impl Totals {
         *self.denied.entry((namespace, DenialTo::from(key))).or_default() += count;
     }
 
+    /// Records that `count` denials without a known pod became denials of a pod in `namespace`. They stay in the sum that
+    /// counted them, because sums must not decrease.
+    pub(super) fn record_merge(&mut self, namespace: &str, key: &DenialKey, count: Count) {
+        let namespace = self.name(namespace);
+        *self.merged.entry((namespace, DenialTo::from(key))).or_default() += count;
+    }
+
     /// Raises each sum to that of the records, to which another process may have added.
     pub(super) fn raise_to(&mut self, recorded: &Denied) {
         for ((namespace, to), &count) in recorded {
             let namespace = self.name(namespace);
+            let merged = self.merged.get(&(namespace.clone(), *to)).copied().unwrap_or_default();
             let total = self.denied.entry((namespace, *to)).or_default();
-            total.packets = total.packets.max(count.packets);
-            total.bytes = total.bytes.max(count.bytes);
+            total.packets = total.packets.max(count.packets.saturating_sub(merged.packets));
+            total.bytes = total.bytes.max(count.bytes.saturating_sub(merged.bytes));
         }
     }
 
@@ -74,6 +84,20 @@ mod tests {
         assert_eq!(sum(&totals), 5);
         totals.raise_to(&[(("shop".to_owned(), DenialTo::from(&KEY)), count(7))].into());
         assert_eq!(sum(&totals), 7);
+    }
+
+    #[test]
+    fn merged_records_are_counted_once() {
+        let mut totals = Totals::default();
+        totals.add("", &KEY, count(5));
+        totals.add("shop", &KEY, count(1));
+        totals.record_merge("shop", &KEY, count(5));
+        let recorded = |packets| Denied::from([(("shop".to_owned(), DenialTo::from(&KEY)), count(packets))]);
+        let sum = |totals: &Totals| totals.denied().values().map(|count| count.packets).sum::<u64>();
+        totals.raise_to(&recorded(6));
+        assert_eq!(sum(&totals), 6);
+        totals.raise_to(&recorded(8));
+        assert_eq!(sum(&totals), 8);
     }
 
     #[test]

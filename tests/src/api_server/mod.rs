@@ -39,6 +39,8 @@ struct Store {
     history: Vec<(u64, &'static str, Value)>,
     faults: VecDeque<Fault>,
     requests: Vec<String>,
+    /// Header `User-Agent` of each request; empty if it has none.
+    user_agents: Vec<String>,
     connections: Vec<TcpStream>,
     is_stopped: bool,
 }
@@ -193,6 +195,12 @@ impl ApiServer {
     #[must_use]
     pub fn requests(&self) -> Vec<String> {
         self.shared.lock().requests.clone()
+    }
+
+    /// Returns the header `User-Agent` of each request so far; an empty string if it has none.
+    #[must_use]
+    pub fn user_agents(&self) -> Vec<String> {
+        self.shared.lock().user_agents.clone()
     }
 }
 

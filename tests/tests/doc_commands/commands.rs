@@ -142,7 +142,7 @@ pub(crate) fn simple_commands(text: &str) -> Vec<Vec<String>> {
         let command = commands.last_mut().expect("one is there from the start");
         match word.as_str() {
             "|" | "&&" => commands.push(Vec::new()),
-            ">" | ">>" => is_target = true,
+            ">" | ">>" | "<" => is_target = true,
             _ if is_target => is_target = false,
             _ if command.is_empty() && is_assignment(&word) => {}
             _ => command.push(word),
@@ -181,6 +181,6 @@ fn shell_words(text: &str) -> Vec<String> {
 
 #[test]
 fn command_lines_are_split() {
-    let text = "A=1 b 'c d' \\\n  --e=\"f g\" | h > i && j";
+    let text = "A=1 b 'c d' \\\n  --e=\"f g\" | h > i && j < k";
     assert_eq!(simple_commands(text), [vec!["b", "c d", "--e=f g"], vec!["h"], vec!["j"]]);
 }

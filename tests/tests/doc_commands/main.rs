@@ -95,6 +95,32 @@ fn every_command_is_checked() {
     assert!(unused.is_empty(), "no document has these listed commands: {unused:?}");
 }
 
+/// A namespace may enforce another level, so that the label must replace that one before pods are created.
+#[test]
+fn namespace_is_labelled_before_the_installation() {
+    if lacks_repository() {
+        return;
+    }
+    let mut installations = 0;
+    for document in documents() {
+        let commands = document.blocks.iter().flat_map(|block| match content(block) {
+            Ok(Content::Commands(commands)) => commands,
+            _ => Vec::new(),
+        });
+        let commands: Vec<_> = commands.collect();
+        let Some(install) = commands.iter().position(|command| command.text.starts_with("helm install "))
+        else {
+            continue;
+        };
+        installations += 1;
+        let is_label = |command: &Documented| {
+            command.text.starts_with("kubectl label namespace ") && command.text.contains(" --overwrite")
+        };
+        assert!(commands[..install].iter().any(is_label), "{}", commands[install].at);
+    }
+    assert!(installations >= 2);
+}
+
 #[test]
 fn every_option_in_text_exists() {
     if lacks_repository() {

@@ -7,6 +7,8 @@ use serde_json::Value;
 
 use crate::{agent_cli, markdown::repository, xtask_cli};
 
+const DAEMON_SET: &str = "deploy/kubernetes/base/daemonset.yaml";
+
 /// Programs whose commands are not checked further, with the reason.
 const EXCEPTIONS: [(&str, &str); 8] = [
     ("az", "needs an Azure subscription"),
@@ -127,18 +129,20 @@ fn in_container(words: &[String]) -> Result<(), String> {
 }
 
 fn kubectl(arguments: &[String]) -> Result<(), String> {
+    const CONFIG_CHECK: &str = "deploy/helm/imds-agent/templates/config-check.yaml";
     const NAMESPACE: &str = "deploy/kubernetes/base/namespace.yaml";
-    const DAEMON_SET: &str = "deploy/kubernetes/base/daemonset.yaml";
     let own = arguments.iter().position(|word| word == "--").unwrap_or(arguments.len());
     if let Some(inner) = arguments.get(own + 1..) {
-        in_container(inner)?;
+        // `kubectl run` starts the entry point of the image.
+        let entry = arguments.first().filter(|verb| *verb == "run").map(|_| "/imds-agent".to_owned());
+        in_container(&entry.iter().chain(inner).cloned().collect::<Vec<_>>())?;
     }
     let mut words = arguments[..own].iter().map(String::as_str);
     let mut verb = vec![words.next().unwrap_or_default()];
     if verb == ["rollout"] {
         verb.extend(words.next());
     }
-    let known = ["apply", "create", "delete", "describe", "exec", "label", "logs", "rollout"];
+    let known = ["apply", "create", "delete", "describe", "exec", "label", "logs", "rollout", "run"];
     ensure(known.contains(&verb[0]), || format!("unknown verb {verb:?}"))?;
     let mut options = Vec::new();
     while let Some(word) = words.next() {
@@ -148,7 +152,11 @@ fn kubectl(arguments: &[String]) -> Result<(), String> {
                 .or_else(|error| {
                     if arguments.last().is_some_and(|last| last == ".") { Ok(()) } else { Err(error) }
                 })?,
-            "POD" | "pod" => {}
+            "POD" | "pod" | "config-check" | "--overwrite" | "--quiet" | "--rm" | "--stdin" => {}
+            "--image" | "--restart" => drop(words.next()),
+            "job/imds-agent-config-check" => {
+                ensure(read(CONFIG_CHECK).contains("kind: Job\n"), || format!("{CONFIG_CHECK} has no Job"))?;
+            }
             _ if word.starts_with("pod-security.kubernetes.io/") => {
                 let label = word.replace('=', ": ");
                 ensure(read(NAMESPACE).contains(&label), || format!("{NAMESPACE} has no label {label}"))?;
@@ -177,7 +185,12 @@ fn kustomize(arguments: &[String]) -> Result<(), String> {
     let [edit, set, image, images @ ..] = arguments else { return Err("unknown subcommand".to_owned()) };
     ensure([edit, set, image] == ["edit", "set", "image"], || "unknown subcommand".to_owned())?;
     let mut names = images.iter().map(|image| image.split('=').next().unwrap_or_default());
-    names.try_for_each(|name| has_name("deploy/kubernetes/base/kustomization.yaml", name))
+    names.try_for_each(|name| {
+        let is_used = read(DAEMON_SET).lines().any(|line| line.trim() == format!("image: {name}"));
+        // An overlay does not find an image that the base has renamed.
+        let is_kept = !read("deploy/kubernetes/base/kustomization.yaml").contains("newName:");
+        ensure(is_used && is_kept, || format!("the edit of {name} in an overlay has no effect"))
+    })
 }
 
 fn helm(arguments: &[String]) -> Result<(), String> {
@@ -227,6 +240,8 @@ fn wrong_names_are_found() {
     for right in [
         "helm upgrade imds-agent deploy/helm/imds-agent --set config.mode=off",
         "systemctl reload imds-agent",
+        "kustomize edit set image imds-agent=x",
+        "kubectl run config-check --image x --rm --stdin -- config check -",
     ] {
         assert_eq!(check(&right.split(' ').map(str::to_owned).collect::<Vec<_>>()), Ok(()), "{right}");
     }
@@ -239,6 +254,8 @@ fn wrong_names_are_found() {
         "kubectl exec --namespace imds-agent POD -- imds-agent unload",
         "kubectl apply --kustomize deploy/kubernetes/overlays/none",
         "kustomize edit set image imds=x",
+        "kustomize edit set image localhost/imds-agent=x",
+        "kubectl run config-check --image x -- config test -",
         "podman exec imds-agent /imds-agent stop",
         "install -m 644 deploy/imds.conf /etc/imds-agent/imds.toml",
         "rm /usr/bin/imds",

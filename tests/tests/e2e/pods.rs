@@ -67,10 +67,11 @@ fn aks_steps_with_image_on_podman_pods() {
     let started = imds_tests::output(podman.agent(&["--detach", "--name", "agent"], &run));
     assert!(started.status.success(), "{started:?}");
     wait_ready(&env);
+    podman.run(&["exec", "agent", "/imds-agent", "verify", "--pin-dir", env.pin_dir().to_str().unwrap()]);
     env.assert_nothing_arrives(|| assert_nothing(&podman.exec("non-host-nw", &NON_HOST)));
     assert_document(&podman.exec("host-nw", &HOST));
-    let verify = env.status();
-    assert!(verify.total.denied.packets > 0, "{verify:?}");
+    let status = env.status();
+    assert!(status.total.denied.packets > 0, "{status:?}");
 
     // The mode is switched off and on again by changing the configuration only.
     for (mode, is_denied) in [("off", false), ("enforce", true)] {

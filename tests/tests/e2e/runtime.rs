@@ -8,7 +8,7 @@ use std::{
 };
 
 use imds_tests::{
-    Netns, TestEnv, output,
+    Netns, TestEnv, daemon_set, output,
     poll::{poll_until, try_poll},
     probe::LONG,
 };
@@ -148,7 +148,7 @@ impl<'w> Podman<'w> {
         let scratch = format!("{0}:{0}:ro", self.env.scratch_dir().display());
         let mut command =
             self.command(&["run", "--pull", "never", "--network", "host", "--pid", "host", "--read-only"]);
-        command.args(["--cap-drop", "all", "--cap-add", "BPF,PERFMON,NET_ADMIN,SYS_ADMIN,SYS_PTRACE"]);
+        command.args(["--cap-drop", "all", "--cap-add", &daemon_set::capabilities().join(",")]);
         command.args(["--security-opt", "no-new-privileges", "--cgroupns", "private"]);
         command.args([
             "--volume",

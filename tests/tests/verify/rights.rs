@@ -1,12 +1,9 @@
 //! `verify` with the capabilities of the shipped `DaemonSet`.
 
-use imds_tests::{PodLink, TestEnv, output, skip_without_netns_cookie};
+use imds_tests::{PodLink, TestEnv, daemon_set, output, skip_without_netns_cookie};
 use serde_json::Value;
 
 use crate::{ALL, assert_nothing_left, hooks_with, path_of};
-
-/// Capabilities that `deploy/kubernetes/base/daemonset.yaml` grants.
-const CAPABILITIES: &str = "-all,+bpf,+perfmon,+net_admin,+sys_admin,+sys_ptrace";
 
 #[test]
 fn daemonset_capabilities() {
@@ -17,8 +14,12 @@ fn daemonset_capabilities() {
     let _pod = env.add_pod(PodLink::Routed);
     let _agent = env.agent().hooks(&ALL).spawn_ready();
     let command = env.imds_agent(&["verify", "-o", "json"]).command();
+    let granted = daemon_set::capabilities().join(",+").to_lowercase();
     let mut limited = env.node.command("setpriv");
-    limited.arg(format!("--bounding-set={CAPABILITIES}")).arg(command.get_program()).args(command.get_args());
+    limited
+        .arg(format!("--bounding-set=-all,+{granted}"))
+        .arg(command.get_program())
+        .args(command.get_args());
     let output = env.in_cgroup(|| output(limited));
     assert_nothing_left(&env);
     let report: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));

@@ -29,3 +29,40 @@ httpGet:
   host: {{ if has .Values.metrics.address (list "0.0.0.0" "::") }}127.0.0.1{{ else }}{{ .Values.metrics.address }}{{ end }}
   port: {{ .Values.metrics.port }}
 {{- end }}
+
+{{/* Image of the agent. */}}
+{{- define "imds-agent.image" -}}
+{{- with .Values.image }}
+{{- if .digest }}{{ printf "%s@%s" .repository .digest }}{{ else }}{{ printf "%s:%s" .repository (.tag | default $.Chart.AppVersion) }}{{ end }}
+{{- end }}
+{{- end }}
+
+{{/* Configuration file. */}}
+{{- define "imds-agent.config" -}}
+mode = {{ .Values.config.mode | quote }}
+on_deny = {{ .Values.config.onDeny | quote }}
+on_deny_errno = {{ .Values.config.onDenyErrno | quote }}
+provider = {{ .Values.config.provider | quote }}
+
+[hooks]
+{{- range $hook, $on := .Values.config.hooks }}
+{{ $hook }} = {{ toJson $on }}
+{{- end }}
+
+{{- if kindIs "slice" .Values.config.nodeAllow }}
+
+[node]
+allow = {{ toJson .Values.config.nodeAllow }}
+{{- end }}
+
+[metrics]
+listen = [{{ include "imds-agent.listen" . | quote }}]
+program_run_time = {{ .Values.metrics.programRunTime | default false }}
+
+[kubernetes]
+enabled = {{ ternary "yes" "no" .Values.kubernetes.enabled | quote }}
+{{- with .Values.config.rules }}
+
+{{ . }}
+{{- end }}
+{{- end }}

@@ -68,7 +68,8 @@ impl Denials {
         keys.iter().try_for_each(|key| self.remove(key))
     }
 
-    fn remove(&mut self, key: &DenialKey) -> Result<(), MapError> {
+    /// Removes a record, if it exists.
+    pub fn remove(&mut self, key: &DenialKey) -> Result<(), MapError> {
         match self.0.remove(key) {
             Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
             Err(error) => Err(error),

@@ -15,7 +15,7 @@ use crate::{
     },
     diagnose::preflight::{self, PreflightError},
     kube::pod_ref::PodWatchStatus,
-    node::{cgroup, netns},
+    node::{cgroup, netns, pod_cgroups},
 };
 
 /// Capabilities that the agent uses. Some are optional, or needed only on some kernels.
@@ -95,10 +95,11 @@ pub(crate) fn cgroup2() -> DoctorCheck {
 /// Checks that the agent can find pods through their processes, and the state of the pod watch if there is one.
 pub(crate) fn pods(pins: &PinDir) -> DoctorCheck {
     const NAME: &str = "pods";
-    if !netns::is_node_pid_namespace() {
+    // A node that is itself a container, as in kind, has a pid namespace of its own with the processes of its pods.
+    if !netns::is_node_pid_namespace() && !pod_cgroups::are_processes_visible() {
         let remedy = "exemptions by cgroup and for Kubernetes pods have no effect, and reports name no pods: run the agent in the \
                       node's pid namespace (hostPID)";
-        return DoctorCheck::degraded(NAME, "this is not the node's pid namespace", remedy);
+        return DoctorCheck::degraded(NAME, "no process of a pod is visible in this pid namespace", remedy);
     }
     if !has(Capability::CAP_SYS_PTRACE) {
         let remedy = "exemptions by cgroup and for Kubernetes pods have no effect, and reports name no pods: run the agent with \
@@ -118,7 +119,7 @@ pub(crate) fn pods(pins: &PinDir) -> DoctorCheck {
         Some(PodWatchStatus { node, error, .. }) => {
             let error = error.unwrap_or_else(|| "not connected yet".to_owned());
             let remedy = "exempt pods stay exempt, new pods are not: check [kubernetes] in the configuration, and that its user may \
-                          get, list and watch pods";
+                          list and watch pods";
             DoctorCheck::degraded(NAME, format!("pod watch of node {node}: {error}"), remedy)
         }
     }

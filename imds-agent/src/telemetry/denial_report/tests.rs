@@ -18,7 +18,7 @@ fn record(namespace: &str, account: &str, label: &str) -> DenialRecord {
         service_account: padded(account),
         label: padded(label),
         pod: padded(if namespace.is_empty() { "" } else { "pod-0" }),
-        interface: padded("veth0"),
+        interface: padded("tap0"),
         comm: padded(""),
         cgroup: padded(""),
     }
@@ -31,7 +31,7 @@ fn key(hook: Hook, verdict: Verdict) -> DenialKey {
 
 fn report(records: &[(DenialKey, DenialRecord)]) -> DenialReport {
     let protected = Config::default().resolve(&Dmi::default()).unwrap().0;
-    DenialReport::new("/pins".into(), records, protected.endpoints(), &["veth0".to_owned()].into())
+    DenialReport::new("/pins".into(), records, protected.endpoints(), &["tap0".to_owned()].into())
 }
 
 /// Parses the rules of the report.
@@ -82,10 +82,14 @@ fn senders_get_distinct_rules() {
         (key(Hook::Socket, Verdict::Denied), DenialRecord { cgroup: padded("a/b\"c"), ..call }),
         (
             key(Hook::Socket, Verdict::Denied),
+            DenialRecord { cgroup: padded("kubelet.slice/kubelet-kubepods.slice/pod7"), ..call },
+        ),
+        (
+            key(Hook::Socket, Verdict::Denied),
             DenialRecord { comm: padded("wget"), cgroup: padded("a/b\"c"), ..call },
         ),
     ]);
-    assert_eq!(report.denials.len(), 7);
+    assert_eq!(report.denials.len(), 8);
     let meant = meant(&report);
     assert_eq!(meant.len(), 4, "{}", report.rules);
     assert!(meant.contains(&Rule::Cgroup("a/b\"c".into())), "{meant:?}");
