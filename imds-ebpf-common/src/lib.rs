@@ -42,8 +42,8 @@ pub use allow_list::{AllowedKind, AllowedProcess};
 pub use cgroup::CgroupRecord;
 pub use endpoint::{Endpoint, IMDS_IPV4, Service};
 pub use event::Event;
-pub use exemption::{Exemption, Grant, ProbeRecord, Subject, SubjectKind, apply_exemption};
-pub use filter::PolicyTable;
+pub use exemption::{ExemptionKey, ExemptionRecord, ProbeRecord, Subject, SubjectKind, apply_exemption};
+pub use filter::PolicyFilter;
 pub use flow::Flow;
 pub use maps::{
     AttachMode, ConfigRecord, Counter, CounterKey, InterfaceRecord, KubernetesRecord, OwnPackets, PodRecord,

@@ -122,14 +122,14 @@ pub struct IpOffset(u32);
 impl IpOffset {
     const IS_V6: u32 = 1 << 31;
 
-    /// Creates the place of an IPv4 header that starts `offset` bytes after the start of the packet.
+    /// Creates the offset of an IPv4 header that starts `offset` bytes after the start of the packet.
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "the header starts after a few tags at most")]
     const fn v4(offset: usize) -> Self {
         Self(offset as u32)
     }
 
-    /// Creates the place of an IPv6 header that starts `offset` bytes after the start of the packet.
+    /// Creates the offset of an IPv6 header that starts `offset` bytes after the start of the packet.
     #[inline(always)]
     const fn v6(offset: usize) -> Self {
         Self(Self::v4(offset).0 | Self::IS_V6)
@@ -149,7 +149,7 @@ impl IpOffset {
         self.0 & Self::IS_V6 != 0
     }
 
-    /// Returns the place with bounds that the verifier does not know, see [`Packet::verifier_opaque`].
+    /// Returns the offset with bounds that the verifier does not know, see [`Packet::verifier_opaque`].
     #[inline(always)]
     #[expect(clippy::cast_possible_truncation, reason = "the value has 32 bits")]
     #[must_use]
@@ -163,30 +163,30 @@ impl IpOffset {
 /// `false` decides nothing. Nearly every packet runs only this code, so it makes no call and needs few registers: a program
 /// that uses one of R6 to R9 saves it on the stack for each packet.
 #[inline(always)]
-pub(crate) fn is_unrelated_fast<P, T>(packet: &P, frame: LinkLayer, policy: &T) -> bool
+pub(crate) fn is_unrelated_fast<P, T>(packet: &P, link_layer: LinkLayer, policy: &T) -> bool
 where
     P: Packet + ?Sized,
     T: PolicyLookup + ?Sized,
 {
-    let (offset, type_offset) = match frame {
+    let (offset, type_offset) = match link_layer {
         LinkLayer::Ethernet => (EthHdr::LEN, EthHdr::LEN - size_of::<u16>()),
         LinkLayer::None => (0, 0),
     };
     let Some((word, v4)) = packet.peek_words(type_offset, offset + DESTINATION_OFFSET) else { return false };
     let [version_ihl, _] = word.to_ne_bytes();
-    let (is_v4, is_v6) = match frame {
+    let (is_v4, is_v6) = match link_layer {
         LinkLayer::Ethernet => (word == ETH_P_IP, word == ETH_P_IPV6),
         LinkLayer::None => (version_ihl >> 4 == 4, version_ihl >> 4 == 6),
     };
     if is_v4 {
-        return !policy.may_guard(Destination::V4(v4).slot());
+        return !policy.may_be_protected(Destination::V4(v4).slot());
     }
     if is_v6 {
         return packet.peek_pair(offset + DESTINATION_OFFSET_V6).is_some_and(|(first, second)| {
-            !may_embed_ipv4(first) && !policy.may_guard(Destination::V6(first, second).slot())
+            !may_embed_ipv4(first) && !policy.may_be_protected(Destination::V6(first, second).slot())
         });
     }
-    frame == LinkLayer::None
+    link_layer == LinkLayer::None
 }
 
 /// Reports whether an Ethernet frame without an IP header, or with an IPv4 header behind one VLAN tag, excludes a protected
@@ -205,7 +205,7 @@ where
         Some((ETH_P_IP | ETH_P_IPV6, _)) | None => false,
         Some((ether_type, _)) if !is_vlan(ether_type) => true,
         Some((_, v4)) => match packet.peek_words(type_offset + VLAN_TAG_LEN, tagged + DESTINATION_OFFSET) {
-            Some((ETH_P_IP, _)) => !policy.may_guard(Destination::V4(v4).slot()),
+            Some((ETH_P_IP, _)) => !policy.may_be_protected(Destination::V4(v4).slot()),
             Some(_) | None => false,
         },
     }
@@ -217,8 +217,8 @@ where
 /// Ignores the other fields of the header. The destination has a fixed offset, so a packet with an EtherType of IP gets a
 /// verdict even if its header is malformed. A packet of [`LinkLayer::None`] has no EtherType, so its IP version decides.
 #[inline(always)]
-pub fn find_header<P: Packet + ?Sized>(packet: &P, frame: LinkLayer) -> Option<IpOffset> {
-    match frame {
+pub fn find_header<P: Packet + ?Sized>(packet: &P, link_layer: LinkLayer) -> Option<IpOffset> {
+    match link_layer {
         LinkLayer::Ethernet => find_header_in_ethernet(packet),
         LinkLayer::None => {
             let [version_ihl] = packet.fetch(0)?;

@@ -1,4 +1,4 @@
-//! Terms of the policy: mode, answers to denied requests, hooks and verdicts.
+//! Terms of the policy: mode, replies to denied requests, hooks and verdicts.
 
 use core::mem;
 
@@ -57,8 +57,8 @@ impl DenyAction {
     /// Returns the action with this number; for an unknown number, [`DenyAction::Drop`].
     #[inline(always)]
     #[must_use]
-    pub const fn from_u32(answer: u32) -> Self {
-        match answer {
+    pub const fn from_u32(action: u32) -> Self {
+        match action {
             1 => Self::Reject,
             _ => Self::Drop,
         }

@@ -24,7 +24,7 @@ fn classify_slow(skb: *mut __sk_buff) -> u32 {
     let Some((ip, EndpointMatch { verdict, destination })) = cgroup_packet::find_endpoint(&packet) else {
         return Verdict::Unrelated as u32;
     };
-    if !is_of_node(skb) {
+    if !is_in_node_netns(skb) {
         return Verdict::Unrelated as u32;
     }
     // SAFETY: the helper takes the context of a `cgroup_skb` program.
@@ -36,8 +36,8 @@ fn classify_slow(skb: *mut __sk_buff) -> u32 {
 
 /// Reports whether the socket belongs to the node's network namespace, or may belong to it.
 #[inline(always)]
-fn is_of_node(skb: *mut __sk_buff) -> bool {
-    match netns::of_socket_in_cgroup(skb) {
+fn is_in_node_netns(skb: *mut __sk_buff) -> bool {
+    match netns::from_socket_in_cgroup(skb) {
         SocketNetns::Cookie(cookie) => netns::is_node(cookie),
         // Before Linux 6.15 the kernel does not report the namespace, so packets of pods with their own network namespace also
         // get a verdict here. For them, only exemptions with cgroup ids apply (`cgroup` and Kubernetes rules).

@@ -12,7 +12,6 @@
 
 mod cgroup_packet;
 mod diagnostics;
-mod edge;
 mod events;
 mod exempt;
 mod from_pod;
@@ -27,6 +26,7 @@ mod probe;
 mod reject;
 mod sender;
 mod socket;
+mod tc_hook;
 
 use aya_ebpf::{
     macros::{cgroup_skb, cgroup_sock_addr, classifier},
@@ -40,28 +40,28 @@ use crate::{from_pod::FromPod, node_egress::NodeEgress};
 #[classifier]
 #[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_from_pod(ctx: TcContext) -> i32 {
-    edge::classify::<FromPod>(&ctx, LinkLayer::Ethernet)
+    tc_hook::classify::<FromPod>(&ctx, LinkLayer::Ethernet)
 }
 
 /// Variant of [`imds_from_pod`] for interfaces without a link layer. The kernel truncates names to 15 characters.
 #[classifier]
 #[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_from_podl3(ctx: TcContext) -> i32 {
-    edge::classify::<FromPod>(&ctx, LinkLayer::None)
+    tc_hook::classify::<FromPod>(&ctx, LinkLayer::None)
 }
 
 /// `node_egress`: TC egress of an interface of the node.
 #[classifier]
 #[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_egress(ctx: TcContext) -> i32 {
-    edge::classify::<NodeEgress>(&ctx, LinkLayer::Ethernet)
+    tc_hook::classify::<NodeEgress>(&ctx, LinkLayer::Ethernet)
 }
 
 /// Variant of [`imds_egress`] for interfaces without a link layer.
 #[classifier]
 #[expect(clippy::needless_pass_by_value, reason = "the macro passes the context by value")]
 fn imds_egress_l3(ctx: TcContext) -> i32 {
-    edge::classify::<NodeEgress>(&ctx, LinkLayer::None)
+    tc_hook::classify::<NodeEgress>(&ctx, LinkLayer::None)
 }
 
 /// `socket`: connect(2) on an IPv4 socket.

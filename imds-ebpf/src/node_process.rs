@@ -64,7 +64,7 @@ fn classify_slow(skb: *mut __sk_buff) -> u32 {
     let Some((ip, EndpointMatch { verdict, destination })) = cgroup_packet::find_endpoint(&packet) else {
         return Verdict::Unrelated as u32;
     };
-    match netns::of_socket_in_cgroup(skb) {
+    match netns::from_socket_in_cgroup(skb) {
         SocketNetns::Cookie(cookie) if netns::is_node(cookie) => {}
         // The packets of pods pass here too. The agent does not attach the program if the kernel does not report the namespace.
         SocketNetns::Cookie(_) | SocketNetns::NoSocket | SocketNetns::Unknown => {

@@ -1,4 +1,4 @@
-//! Senders of packets at `node_egress`: tells the node's own packets from packets of pods.
+//! Senders of packets at `node_egress`: separates the node's own packets from packets of pods.
 
 use aya_ebpf::bindings::__sk_buff;
 use imds_ebpf_common::{OwnPackets, Packet as _};
@@ -18,28 +18,28 @@ pub(crate) struct SocketOwner {
 
 /// Returns the sender of a packet that leaves the node, or `None` for the node itself.
 ///
-/// A packet can pass several interfaces of the node (bridge and NIC, bond and slave, VLAN and NIC). The result depends
-/// only on the packet's socket and ingress interface, so that each hook on its path gives the same verdict. [`is_nodes`] uses
+/// A packet can pass several interfaces of the node (bridge and NIC, bond and slave, VLAN and NIC). The result depends only
+/// on the packet's socket and ingress interface, so that each hook on its path gives the same verdict. [`is_from_node`] uses
 /// the mark for devices that change them.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits on BPF")]
-pub(crate) fn of(skb: *mut __sk_buff) -> Option<SocketOwner> {
-    let cookie = cookie(skb);
+pub(crate) fn identify(skb: *mut __sk_buff) -> Option<SocketOwner> {
+    let cookie = find_cookie(skb);
     if cookie == NODE {
         return None;
     }
     Some(SocketOwner { cookie: Skb::new(skb).verifier_opaque(cookie as usize) as u64 })
 }
 
-/// Result of [`cookie`] for packets of the node. No namespace has this cookie, because the kernel numbers cookies from 1.
+/// Result of [`find_cookie`] for packets of the node. No namespace has this cookie, because the kernel numbers cookies from 1.
 const NODE: u64 = u64::MAX;
 
 /// Returns [`SocketOwner::cookie`], or [`NODE`]. A separate function, so that the verifier checks it once for all verdicts.
 #[inline(never)]
-fn cookie(skb: *mut __sk_buff) -> u64 {
-    match netns::of_socket(skb) {
+fn find_cookie(skb: *mut __sk_buff) -> u64 {
+    match netns::from_socket(skb) {
         SocketNetns::Cookie(cookie) if !netns::is_node(cookie) => cookie,
-        socket if is_nodes(&Skb::new(skb), socket) => NODE,
+        socket if is_from_node(&Skb::new(skb), socket) => NODE,
         SocketNetns::Cookie(_) | SocketNetns::NoSocket | SocketNetns::Unknown => 0,
     }
 }
@@ -59,7 +59,7 @@ fn cookie(skb: *mut __sk_buff) -> u64 {
 /// sends without a socket, such as IPv6 resets, are therefore denied too. Before Linux 6.13, a packet with a socket can
 /// belong to a macvlan or ipvlan pod. The socket hook covers these pods.
 #[inline(always)]
-fn is_nodes(packet: &Skb, socket: SocketNetns) -> bool {
+fn is_from_node(packet: &Skb, socket: SocketNetns) -> bool {
     let has_socket = !matches!(socket, SocketNetns::NoSocket);
     let ingress_ifindex = packet.ingress_ifindex();
     if ingress_ifindex == 0 {
@@ -67,7 +67,7 @@ fn is_nodes(packet: &Skb, socket: SocketNetns) -> bool {
     }
     let Some(record) = maps::interface(ingress_ifindex) else { return false };
     if record.own_packets == OwnPackets::Marked as u8 {
-        return packet.mark() & maps::mark() != 0;
+        return packet.mark() & maps::mark_bit() != 0;
     }
     has_socket && record.own_packets == OwnPackets::WithSocket as u8
 }

@@ -140,7 +140,7 @@ impl Agent {
                 () = future::ready(()), if self.reconciler.resync_in_progress() => log_error(self.reconciler.resync_step().await),
                 point = self.reconciler.attachment_due() => self.reconciler.attach(point).await,
                 () = future::ready(()), if self.reconciler.is_resolving() => log_error(self.reconciler.resolve_next().await),
-                () = self.reconciler.search_due() => log_error(self.reconciler.search_exempt().await),
+                () = self.reconciler.search_due() => log_error(self.reconciler.poll_exemptions().await),
                 () = self.reconciler.kubepods_changed() => log_error(self.reconciler.follow_kubepods()),
                 _ = self.timer.tick() => {
                     resyncs = resyncs.wrapping_add(1);
@@ -231,7 +231,7 @@ impl Agent {
     async fn follow_cluster(&mut self) {
         self.cluster.follow(self.settings.cluster.as_ref());
         if self.cluster.node().is_none() {
-            log_error(self.reconciler.forget_cluster().await);
+            log_error(self.reconciler.clear_pods().await);
         }
     }
 

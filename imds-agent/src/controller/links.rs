@@ -94,7 +94,7 @@ impl Reconciler {
         // A record that cannot be written, for example because a map is full, must not prevent the attachment.
         let mut recorded = Ok(());
         // The exemptions under this index belong to this link if an earlier agent ended before the link had its turn.
-        let was_queued = self.exemptions.retain_previous_grants && self.datapath.was_pending(link);
+        let was_queued = self.exemptions.retain_previous_exemptions && self.datapath.was_pending(link);
         if is_new && !was_queued && observed.iter().all(|(_, attachments)| attachments.is_empty()) {
             // Otherwise records and counters under this index belong to a deleted interface.
             recorded = self.datapath.claim_ifindex(link);
@@ -118,7 +118,7 @@ impl Reconciler {
                 attachments.is_empty() && desired != AttachMode::None && self.attaching.turn != Some(point);
             if hook == TcHook::FromPod && is_lost && !was_queued && !self.attaching.queue.contains(point) {
                 // No program of the agent is there: the exemptions of this index may belong to a deleted interface.
-                recorded = recorded.and(self.datapath.revoke(link.index));
+                recorded = recorded.and(self.datapath.remove_exemptions(link.index));
                 self.exemptions.dirty = true;
             }
             if self.must_wait(link, point, desired, &attachments).await? {

@@ -121,7 +121,7 @@ impl Reconciler {
     /// Records the configuration, and does the first full resync.
     pub async fn start(&mut self, start: &StartConfig) -> Result<(), DatapathError> {
         let StartConfig { config, settings, path, rejected } = start;
-        self.exemptions.retain_previous_grants = self.datapath.was_effective(config.to_toml())?;
+        self.exemptions.retain_previous_exemptions = self.datapath.was_effective(config.to_toml())?;
         self.record_config(path.as_deref(), config)?;
         // Before the agent is ready, so that `status` never shows the fallback without its reason.
         if let Some(error) = rejected {
@@ -151,7 +151,7 @@ impl Reconciler {
             datapath_config, endpoint_set, interfaces, exempt, node_allow, kubepods, ..
         } = settings;
         // The datapath refers to rules by number, and other rules may change the numbers.
-        self.exemptions.retain_previous_grants &= self.exemptions.rules.are(exempt);
+        self.exemptions.retain_previous_exemptions &= self.exemptions.rules.as_slice() == exempt;
         // New programs are attached before the maps refer to their hooks, and old ones are detached after that.
         let before = self.datapath.hooks();
         self.datapath.prepare(datapath_config)?;
@@ -182,7 +182,7 @@ impl Reconciler {
         }
         // The programs that read this map are detached above if the hook is off.
         self.restore_node_allow()?;
-        self.restore_exemptions().await
+        self.reconcile_exemptions().await
     }
 
     /// Records the configuration that is effective from now on, for `status` and `config show`. Returns its generation.
@@ -261,8 +261,8 @@ impl Reconciler {
         of_programs.chain(of_interfaces).chain(of_cgroups).chain(of_hosts).chain(of_rules)
     }
 
-    /// Handles a netlink event. Exemptions are recomputed by [`Reconciler::flush_pending_sync`] later, but those of deleted interfaces
-    /// and of reused interface indexes are removed immediately.
+    /// Handles a netlink event. Exemptions are recomputed by [`Reconciler::flush_pending_sync`] later, but those of deleted
+    /// interfaces and of reused interface indexes are removed immediately.
     pub async fn handle(&mut self, event: Event) -> Result<(), DatapathError> {
         if let Event::Link(_) | Event::LinkGone(_) = &event {
             self.attaching.queue.on_link_event();
@@ -302,7 +302,7 @@ impl Reconciler {
     pub async fn flush_pending_sync(&mut self) -> Result<(), DatapathError> {
         let followed = self.follow_enforcement();
         if std::mem::take(&mut self.exemptions.dirty) {
-            self.restore_exemptions().await?;
+            self.reconcile_exemptions().await?;
         }
         followed
     }

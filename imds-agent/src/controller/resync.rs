@@ -28,8 +28,8 @@ pub(super) struct SyncProgress {
 }
 
 impl Reconciler {
-    /// Starts a resync of attachments and pins. [`Reconciler::resync_step`] then reconciles a few links at a time, so that events
-    /// need not wait for all of them. A full resync also lists interfaces and routes, although the kernel reports
+    /// Starts a resync of attachments and pins. [`Reconciler::resync_step`] then reconciles a few links at a time, so that
+    /// events need not wait for all of them. A full resync also lists interfaces and routes, although the kernel reports
     /// their changes.
     pub async fn start_resync(&mut self, full: bool) -> Result<(), DatapathError> {
         if self.resync_in_progress() {
@@ -82,7 +82,7 @@ impl Reconciler {
         }
         self.changes.end(Pass::Resync);
         self.follow_enforcement()?;
-        self.restore_exemptions().await?;
+        self.reconcile_exemptions().await?;
         // Mark the agent as ready again, in case another program removed the pin directory.
         if self.progress.is_ready { self.datapath.set_ready() } else { Ok(()) }
     }
@@ -103,7 +103,7 @@ impl Reconciler {
         }
         self.resolve_sandboxes(usize::MAX).await;
         // A failure to exempt some pods must not keep the agent from denying the others.
-        log_if_preexisting(true, self.restore_exemptions().await)?;
+        log_if_preexisting(true, self.reconcile_exemptions().await)?;
         if !std::mem::replace(&mut self.progress.initial_sync_done, true) {
             self.attaching.start_initial();
             self.set_ready();
@@ -125,7 +125,7 @@ impl Reconciler {
         // Programs that are attached below read this map.
         let node_allow = self.restore_node_allow();
         let sockets = self.restore_sockets();
-        self.datapath.forget_granted();
+        self.datapath.invalidate_exemptions();
         self.exemptions.pods.retry();
         let hosts = self.search_kubepods();
         restored?;

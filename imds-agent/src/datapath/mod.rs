@@ -3,7 +3,7 @@
 pub mod attach;
 pub mod bpf_log;
 mod datapath_error;
-pub mod grants;
+pub mod exemption_set;
 mod loader;
 pub mod maps;
 pub mod object;
@@ -41,7 +41,7 @@ use crate::{
     },
     datapath::{
         bpf_log::{BpfLog, BpfLogError},
-        grants::Grants,
+        exemption_set::ExemptionSet,
         pin::rollback::Rollback,
     },
     kube::pod_ref::{PodContainer, PodWatchStatus},
@@ -57,7 +57,7 @@ pub struct Datapath {
     links: Links,
     cgroups: Cgroups,
     written_names: maps::pod_names::WrittenNames,
-    granted: maps::exemption_maps::Known,
+    exemption_cache: maps::exemption_maps::ExemptionCache,
     netlink: Netlink,
     backend: AttachMode,
     /// Indices of interfaces on which the kernel rejected a netkit link.
@@ -115,7 +115,7 @@ impl Datapath {
                     links,
                     cgroups,
                     written_names: maps::pod_names::WrittenNames::default(),
-                    granted: maps::exemption_maps::Known::default(),
+                    exemption_cache: maps::exemption_maps::ExemptionCache::default(),
                     netlink,
                     backend,
                     refused_netkit: BTreeSet::new(),
@@ -159,8 +159,8 @@ impl Datapath {
         }
     }
 
-    /// Creates or opens everything first, then replaces the pins. Writes the policy last, because attached programs of an earlier
-    /// agent use it immediately.
+    /// Creates or opens everything first, then replaces the pins. Writes the policy last, because attached programs of an
+    /// earlier agent use it immediately.
     fn load_all(
         pins: &PinDir,
         datapath_config: &DatapathConfig,
@@ -263,8 +263,8 @@ impl Datapath {
 
     /// Removes all state of a deleted interface. Adds its counters to those of deleted interfaces.
     pub fn remove_interface(&mut self, ifindex: u32) -> Result<(), DatapathError> {
-        // Revokes the exemptions first, because a new interface may already have the index.
-        self.revoke(ifindex)?;
+        // Removes the exemptions first, because a new interface may already have the index.
+        self.remove_exemptions(ifindex)?;
         self.refused_netkit.remove(&ifindex);
         for hook in TcHook::ALL {
             self.links.forget(self.claim.dir(), AttachPoint { ifindex, hook })?;
@@ -277,19 +277,20 @@ impl Datapath {
     }
 
     /// Replaces all exemptions. Returns the number of map updates.
-    pub fn grant(&mut self, desired: &Grants) -> Result<usize, DatapathError> {
-        maps::exemption_maps::write(&mut self.maps, &mut self.granted, desired)
+    pub fn sync_exemptions(&mut self, desired: &ExemptionSet) -> Result<usize, DatapathError> {
+        maps::exemption_maps::write(&mut self.maps, &mut self.exemption_cache, desired)
     }
 
-    /// Drops the cached exemptions, so that the next [`Datapath::grant`] reads the map and corrects changes of other programs.
-    pub fn forget_granted(&mut self) {
-        self.granted.forget();
+    /// Drops the cached exemptions, so that the next [`Datapath::sync_exemptions`] reads the map and corrects changes of
+    /// other programs.
+    pub fn invalidate_exemptions(&mut self) {
+        self.exemption_cache.clear();
     }
 
     /// Removes the exemptions of an interface.
-    pub fn revoke(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+    pub fn remove_exemptions(&mut self, ifindex: u32) -> Result<(), DatapathError> {
         let subject = Subject::new(SubjectKind::Interface, ifindex.into());
-        maps::exemption_maps::revoke(&mut self.maps, &mut self.granted, subject)
+        maps::exemption_maps::remove_subject(&mut self.maps, &mut self.exemption_cache, subject)
     }
 
     /// Replaces the pod names in the map. Returns the number of map updates.
@@ -306,7 +307,7 @@ impl Datapath {
     }
 
     /// Reads all exemptions from the map.
-    pub fn granted(&self) -> Result<Grants, DatapathError> {
+    pub fn exemptions(&self) -> Result<ExemptionSet, DatapathError> {
         maps::exemption_maps::read(&self.maps)
             .map_err(|source| DatapathError::Map { map: MAP_EXEMPT, source })
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use aya::maps::MapError;
 use imds_ebpf_common::{
-    Address, Endpoint, PolicyTable, ProviderRecord,
+    Address, Endpoint, PolicyFilter, ProviderRecord,
     names::{MAP_ENDPOINTS, MAP_FILTER, MAP_PROVIDER},
 };
 
@@ -29,25 +29,25 @@ pub fn provider(maps: &Maps) -> Result<(String, String), MapError> {
 }
 
 /// Reads the effective filter.
-pub(crate) fn filter(maps: &Maps) -> Result<PolicyTable, DatapathError> {
+pub(crate) fn filter(maps: &Maps) -> Result<PolicyFilter, DatapathError> {
     maps.filter.get(&0, 0).map_err(|source| DatapathError::Map { map: MAP_FILTER, source })
 }
 
 /// Replaces the effective filter.
-pub(crate) fn set_filter(maps: &mut Maps, filter: &PolicyTable) -> Result<(), DatapathError> {
+pub(crate) fn set_filter(maps: &mut Maps, filter: &PolicyFilter) -> Result<(), DatapathError> {
     maps.filter.set(0, *filter, 0).map_err(|source| DatapathError::Map { map: MAP_FILTER, source })
 }
 
 /// Returns the filter to load the programs with: the effective one, with the address bits of the new endpoints added.
 pub(crate) fn filter_while_loading(
-    effective: Option<&PolicyTable>,
+    effective: Option<&PolicyFilter>,
     endpoint_set: &EndpointSet,
-) -> PolicyTable {
+) -> PolicyFilter {
     let entries: BTreeMap<_, _> = endpoint_set.entries().collect();
-    let desired = PolicyTable::of(by_address(&entries));
+    let desired = PolicyFilter::new(by_address(&entries));
     match effective {
         Some(&(mut filter)) => {
-            filter.add_slots_of(&desired);
+            filter.add_addresses(&desired);
             filter
         }
         None => desired,
@@ -73,11 +73,11 @@ fn write_filter(maps: &mut Maps, desired: &BTreeMap<Address, Endpoint>) -> Resul
     let before = filter(maps)?;
     let mut after = before;
     after.set_endpoints(by_address(desired));
-    if after.table() == before.table() && after.bits == before.bits {
+    if after.table() == before.table() && after.addresses == before.addresses {
         return Ok(());
     }
-    let mut staged = PolicyTable { current: before.current, ..after };
-    staged.add_slots_of(&before);
+    let mut staged = PolicyFilter { current: before.current, ..after };
+    staged.add_addresses(&before);
     set_filter(maps, &staged)?;
     staged.current = after.current;
     set_filter(maps, &staged)?;

@@ -5,9 +5,9 @@ use std::{fs, io, path::Path};
 use aya::maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuHashMap, RingBuf};
 use aya_obj::Object;
 use imds_ebpf_common::{
-    Address, AllowedProcess, CgroupRecord, ConfigRecord, Counter, CounterKey, Endpoint, Exemption, Grant,
-    Hook, InterfaceRecord, KubernetesRecord, PodRecord, Policy, PolicyTable, ProbeRecord, ProviderRecord,
-    Subject,
+    Address, AllowedProcess, CgroupRecord, ConfigRecord, Counter, CounterKey, Endpoint, ExemptionKey,
+    ExemptionRecord, Hook, InterfaceRecord, KubernetesRecord, PodRecord, Policy, PolicyFilter, ProbeRecord,
+    ProviderRecord, Subject,
     event::{RateLimitKey, RateLimiter},
     maps::MAP_SCHEMA_VERSION,
     names::{
@@ -31,13 +31,13 @@ pub struct Maps {
     /// State of each interface, as the agent recorded it.
     pub interfaces: HashMap<MapData, u32, InterfaceRecord>,
     /// Bitmaps of the protected addresses and exempt subjects, and the table of endpoints.
-    pub filter: Array<MapData, PolicyTable>,
+    pub filter: Array<MapData, PolicyFilter>,
     /// Records of the protected endpoints, by address.
     pub endpoints: HashMap<MapData, Address, Endpoint>,
-    /// Grants by subject and endpoint.
-    pub exempt: HashMap<MapData, Exemption, Grant>,
+    /// ExemptionSet by subject and endpoint.
+    pub exempt: HashMap<MapData, ExemptionKey, ExemptionRecord>,
     /// Source addresses of exempt subjects.
-    pub exempt_sources: HashMap<MapData, Exemption, u32>,
+    pub exempt_sources: HashMap<MapData, ExemptionKey, u32>,
     /// Test senders of `imds-agent verify`.
     pub probes: HashMap<MapData, Subject, ProbeRecord>,
     /// Number of entries in `probes`.

@@ -111,12 +111,12 @@ impl Enforcement {
         let names = exemption_rules(maps).ok()?;
         let mut exemptions: BTreeMap<IpAddr, BTreeSet<String>> = BTreeMap::new();
         let mut cgroup_exemptions = exemptions.clone();
-        for (exemption, grant) in exemption_maps::read(maps).ok()?.entries {
+        for (exemption, record) in exemption_maps::read(maps).ok()?.entries {
             // A bridge stands for the pods behind it, which have entries of their own.
             if exemption.subject.kind == SubjectKind::Bridge as u64 {
                 continue;
             }
-            let number = grant.rule as usize;
+            let number = record.rule as usize;
             let name = number.checked_sub(1).and_then(|index| names.get(index));
             let name = name.cloned().unwrap_or_else(|| number.to_string());
             let covers = |address: &&IpAddr| {

@@ -39,9 +39,9 @@ impl MarkUse {
         let maps = Maps::open(pins).ok();
         let policy = maps.as_ref().and_then(|maps| maps.policy.get(&0, 0).ok());
         let bit = policy.map(|policy| policy.mark).filter(|&mark| mark != 0).unwrap_or(MARK);
-        let grants = maps.as_ref().and_then(|maps| exemption_maps::read(maps).ok()).unwrap_or_default();
+        let exemptions = maps.as_ref().and_then(|maps| exemption_maps::read(maps).ok()).unwrap_or_default();
         let is_exempt = |device: &Device| {
-            let subjects = grants.entries.keys().map(|exemption| exemption.subject);
+            let subjects = exemptions.entries.keys().map(|exemption| exemption.subject);
             let mut links = subjects.filter(|subject| subject.kind == SubjectKind::Interface as u64);
             links.any(|subject| subject.id == u64::from(device.index))
         };

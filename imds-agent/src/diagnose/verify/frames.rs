@@ -172,7 +172,7 @@ impl PacketSocket {
 
 #[cfg(test)]
 mod tests {
-    use imds_ebpf_common::{InMemoryPolicy, LinkLayer, Mode, PolicyTable, Verdict, classify, endpoint::TCP};
+    use imds_ebpf_common::{InMemoryPolicy, LinkLayer, Mode, PolicyFilter, Verdict, classify, endpoint::TCP};
 
     use super::*;
     use crate::config::endpoint_set::{self, AllowedPort, Endpoint, EndpointSet};
@@ -201,9 +201,13 @@ mod tests {
                 Endpoint { name: "imds".to_owned(), address, allow_ports: vec![AllowedPort(kept)] };
             let endpoint_set = EndpointSet::new("none", "none", vec![endpoint]);
             let endpoints: Vec<_> = endpoint_set.entries().collect();
-            let filter = PolicyTable::of(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
-            let tables =
-                InMemoryPolicy { filter: &filter, endpoints: &endpoints, grants: &[], mode: Mode::Enforce };
+            let filter = PolicyFilter::new(endpoints.iter().map(|(address, endpoint)| (*address, endpoint)));
+            let tables = InMemoryPolicy {
+                filter: &filter,
+                endpoints: &endpoints,
+                exemptions: &[],
+                mode: Mode::Enforce,
+            };
             let verdict =
                 |service| classify(&*FRAMES.frame(address, service, 1), LinkLayer::Ethernet, &tables);
             assert_eq!(verdict(kept), Verdict::Allowed);
