@@ -79,7 +79,7 @@ fn check(args: &CheckArgs) -> Result<ExitCode, Failure> {
             Ok(ExitCode::SUCCESS)
         }
         Err(errors) => {
-            errors.iter().for_each(|error| logging::write_last_words(&escape(&error.to_string())));
+            errors.iter().for_each(|error| logging::write_final_error(&escape(&error.to_string())));
             Ok(ExitCode::from(2))
         }
     }

@@ -222,7 +222,7 @@ fn report(code: u8, error: &anyhow::Error) -> ExitCode {
     // The advice belongs to the first line, because the log of the verifier has further ones.
     let (first, rest) =
         error.split_once('\n').map_or((&*error, String::new()), |(first, rest)| (first, format!("\n{rest}")));
-    logging::write_last_words(&format!("imds-agent: {first}{}{rest}", advice(first, limit)));
+    logging::write_final_error(&format!("imds-agent: {first}{}{rest}", advice(first, limit)));
     ExitCode::from(code)
 }
 

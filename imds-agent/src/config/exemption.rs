@@ -147,7 +147,7 @@ impl Exemptions {
             let Some(rule) = parse_rule(table, source, diagnostics) else { continue };
             match check_new(&rule, &rules) {
                 Ok(()) => rules.push(rule),
-                Err(message) => diagnostics.note(source.error(table.name.span(), message)),
+                Err(message) => diagnostics.push(source.error(table.name.span(), message)),
             }
         }
         Self { rules }
@@ -160,8 +160,8 @@ impl Exemptions {
         tables.iter().map(|table| &table.name).find(|written| written.get_ref() == name)
     }
 
-    /// Returns the rules with their endpoint names resolved to addresses of `guarded`.
-    pub fn resolve(&self, guarded: &EndpointSet) -> Result<Vec<Exempt>, ConfigErrors> {
+    /// Returns the rules with their endpoint names resolved to addresses of `endpoints`.
+    pub fn resolve(&self, endpoints: &EndpointSet) -> Result<Vec<Exempt>, ConfigErrors> {
         let mut diagnostics = Diagnostics::default();
         let rules = self.rules.iter().map(|rule| {
             let Written { name, sender, is_audited, endpoints } = rule.clone();
@@ -170,7 +170,7 @@ impl Exemptions {
                 Some(names) => EndpointSelector::Only(
                     names
                         .iter()
-                        .filter_map(|(name, place)| diagnostics.take(address(name, place, guarded)))
+                        .filter_map(|(name, location)| diagnostics.ok(address(name, location, endpoints)))
                         .collect(),
                 ),
             };
@@ -181,14 +181,15 @@ impl Exemptions {
     }
 }
 
-fn address(name: &str, place: &Location, guarded: &EndpointSet) -> Result<IpAddr, ConfigError> {
-    let endpoints = guarded.endpoints();
+fn address(name: &str, location: &Location, endpoints: &EndpointSet) -> Result<IpAddr, ConfigError> {
+    let endpoints = endpoints.endpoints();
     endpoints.iter().find(|endpoint| endpoint.name == name).map(|endpoint| endpoint.address).ok_or_else(
         || {
-            let known: Vec<_> = endpoints.iter().map(|endpoint| endpoint.name.as_str()).collect();
-            let suggestion = did_you_mean(name, known.iter().copied());
-            let known = known.join(", ");
-            place.error(format!("exempt.endpoints: no endpoint is named {name:?}, only {known}{suggestion}"))
+            let valid: Vec<_> = endpoints.iter().map(|endpoint| endpoint.name.as_str()).collect();
+            let suggestion = did_you_mean(name, valid.iter().copied());
+            let valid = valid.join(", ");
+            location
+                .error(format!("exempt.endpoints: no endpoint is named {name:?}, only {valid}{suggestion}"))
         },
     )
 }
@@ -221,7 +222,7 @@ impl Written {
 
 /// Parses a rule. Records the errors of all its keys.
 fn parse_rule(table: &ExemptTable, source: SourceFile<'_>, diagnostics: &mut Diagnostics) -> Option<Written> {
-    let name = diagnostics.take(check_name(&table.name, "exempt.name", MAX_NAME, source));
+    let name = diagnostics.ok(check_name(&table.name, "exempt.name", MAX_NAME, source));
     let sender = parse_sender(table, source, diagnostics);
     let endpoints = table.endpoints.as_ref().map(|names| parse_endpoints(names, source, diagnostics));
     name?;
@@ -238,7 +239,7 @@ fn parse_sender(
         && let Some(beside) = beside_namespace(table)
     {
         let message = "exempt: service_account and pod_selector need a namespace";
-        diagnostics.note(source.error(beside, message.to_owned()));
+        diagnostics.push(source.error(beside, message.to_owned()));
         return None;
     }
     let sender = match (interface, netns, cgroup, namespace) {
@@ -257,7 +258,7 @@ fn parse_sender(
             Err(source.error(name.span(), message.to_owned()))
         }
     };
-    diagnostics.take(sender)
+    diagnostics.ok(sender)
 }
 
 /// Returns the location of a key that is only allowed together with `namespace`.
@@ -279,7 +280,7 @@ fn parse_pods(
             return Some(name.get_ref().clone());
         }
         let message = format!("exempt.{key}: {:?} is not a valid name", name.get_ref());
-        diagnostics.note(source.error(name.span(), message));
+        diagnostics.push(source.error(name.span(), message));
         None
     };
     let namespace = checked(namespace, "namespace", names::is_dns_label);
@@ -330,12 +331,12 @@ fn parse_endpoints(
 ) -> Vec<(String, Location)> {
     if names.get_ref().is_empty() {
         let message = "exempt.endpoints: an empty list exempts the pods from nothing; remove the key to cover all endpoints";
-        diagnostics.note(source.error(names.span(), message.to_owned()));
+        diagnostics.push(source.error(names.span(), message.to_owned()));
     }
     let mut seen = BTreeSet::new();
     for twice in names.get_ref().iter().filter(|name| !seen.insert(name.get_ref())) {
         let message = format!("exempt.endpoints: {:?} is listed twice", twice.get_ref());
-        diagnostics.note(source.error(twice.span(), message));
+        diagnostics.push(source.error(twice.span(), message));
     }
-    names.get_ref().iter().map(|name| (name.get_ref().clone(), source.place(name.span()))).collect()
+    names.get_ref().iter().map(|name| (name.get_ref().clone(), source.location(name.span()))).collect()
 }

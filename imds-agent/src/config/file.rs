@@ -71,7 +71,7 @@ impl File {
         if !errors.is_empty() {
             // The rest of a text with syntax errors is unreliable.
             for error in errors.iter().take(MAX_ERRORS) {
-                diagnostics.note(source.error(error.span().unwrap_or_default(), message(error, source)));
+                diagnostics.push(source.error(error.span().unwrap_or_default(), message(error, source)));
             }
             return Self::default();
         }
@@ -83,7 +83,7 @@ impl File {
             let span = error.span().unwrap_or_default();
             let key = remove(document.get_mut(), &span);
             let prefix = key.as_ref().map(|key| format!("{key}: ")).unwrap_or_default();
-            diagnostics.note(source.error(span, prefix + &message(&error, source)));
+            diagnostics.push(source.error(span, prefix + &message(&error, source)));
             if key.is_none() {
                 break;
             }
@@ -110,15 +110,15 @@ impl File {
     }
 }
 
-/// Removes the smallest key or list element that contains `place`, and returns its key.
-fn remove(table: &mut DeTable<'_>, place: &Range<usize>) -> Option<String> {
+/// Removes the smallest key or list element that contains `span`, and returns its key.
+fn remove(table: &mut DeTable<'_>, span: &Range<usize>) -> Option<String> {
     let mut removed = None;
     for (key, value) in table.iter_mut() {
         let name = key.get_ref();
-        if let Some(below) = remove_below(value.get_mut(), place) {
+        if let Some(below) = remove_below(value.get_mut(), span) {
             return Some(if below.is_empty() { name.to_string() } else { format!("{name}.{below}") });
         }
-        if contains(&key.span(), place) || contains(&value.span(), place) {
+        if contains(&key.span(), span) || contains(&value.span(), span) {
             removed = Some(key.clone());
             break;
         }
@@ -130,18 +130,18 @@ fn remove(table: &mut DeTable<'_>, place: &Range<usize>) -> Option<String> {
 }
 
 /// Variant of [`remove`] for a value. Returns an empty key for an element of a list.
-fn remove_below(value: &mut DeValue<'_>, place: &Range<usize>) -> Option<String> {
+fn remove_below(value: &mut DeValue<'_>, span: &Range<usize>) -> Option<String> {
     match value {
-        DeValue::Table(table) => remove(table, place),
+        DeValue::Table(table) => remove(table, span),
         DeValue::Array(array) => {
-            if let Some(below) = array.iter_mut().find_map(|element| remove_below(element.get_mut(), place)) {
+            if let Some(below) = array.iter_mut().find_map(|element| remove_below(element.get_mut(), span)) {
                 return Some(below);
             }
-            let (before, mut kept) = (array.len(), DeArray::new());
-            for element in array.iter().filter(|element| !contains(&element.span(), place)) {
-                kept.push(element.clone());
+            let (before, mut remaining) = (array.len(), DeArray::new());
+            for element in array.iter().filter(|element| !contains(&element.span(), span)) {
+                remaining.push(element.clone());
             }
-            *array = kept;
+            *array = remaining;
             (array.len() < before).then(String::new)
         }
         DeValue::String(_)

@@ -186,7 +186,7 @@ impl Config {
             && let Some(name) = exempt.first_of_pods(&file.exempt)
         {
             let message = "exempt.namespace: needs the pod watch, but kubernetes.enabled = \"no\"";
-            diagnostics.note(source.error(name.span(), message.to_owned()));
+            diagnostics.push(source.error(name.span(), message.to_owned()));
         }
         let mode = file.mode.into();
         let node_allow = file.node.parse(source, &mut diagnostics);
@@ -199,15 +199,15 @@ impl Config {
             if endpoints.is_empty() && mode != Mode::Off {
                 let message =
                     "provider: \"none\" without an [[endpoint]] protects nothing; set mode = \"off\" instead";
-                diagnostics.note(source.error(file.provider.span(), message.to_owned()));
+                diagnostics.push(source.error(file.provider.span(), message.to_owned()));
             }
             if !hooks.deny_remote() {
                 let message = "hooks: all hooks are off, so nothing is enforced; set mode = \"off\" instead";
-                diagnostics.note(source.error(file.hooks.span(), message.to_owned()));
+                diagnostics.push(source.error(file.hooks.span(), message.to_owned()));
             }
             if text.len() > CONFIG_TEXT_LEN {
                 let message = format!("the configuration with all defaults exceeds {CONFIG_TEXT_LEN} bytes");
-                diagnostics.note(source.error(0..0, message));
+                diagnostics.push(source.error(0..0, message));
             }
         }
         if !diagnostics.is_empty() {
@@ -271,9 +271,9 @@ impl Config {
 
     /// Resolves the protected endpoints and the exemptions on a machine with the SMBIOS fields `dmi`.
     pub fn resolve(&self, dmi: &Dmi) -> Result<(EndpointSet, Vec<Exempt>), ConfigErrors> {
-        let guarded = self.endpoints.resolve(dmi)?;
-        let exempt = self.exempt.resolve(&guarded)?;
-        Ok((guarded, exempt))
+        let endpoints = self.endpoints.resolve(dmi)?;
+        let exempt = self.exempt.resolve(&endpoints)?;
+        Ok((endpoints, exempt))
     }
 
     /// Returns the configuration as TOML, including every default.

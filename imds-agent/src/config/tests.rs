@@ -95,12 +95,13 @@ fn systemd_escapes_are_literal_names() {
         assert_eq!(parse(config.to_toml()).unwrap().node_allow, config.node_allow, "{text}");
     }
     // TOML 1.1 decodes the escape in double quotes, so that the entry would name another cgroup.
-    for (text, place) in [
+    for (text, position) in [
         (format!("[node]\nallow = [\"cgroup:{PATH}\"]"), "2:10: node.allow"),
         (format!("[[exempt]]\nname = 'a'\ncgroup = \"{PATH}\""), "3:10: exempt.cgroup"),
     ] {
         let error = parse(&text).unwrap_err();
-        let expected = format!(r"imds.toml:{place}: TOML reads \x2d in double quotes as another character");
+        let expected =
+            format!(r"imds.toml:{position}: TOML reads \x2d in double quotes as another character");
         assert!(error.starts_with(&expected) && error.contains(&format!("{PATH}'")), "{error}");
     }
     assert!(parse(&format!("[[exempt]]\nname = 'a'\ncgroup = '{PATH}'")).is_ok());
@@ -156,9 +157,12 @@ fn preset_ports_can_be_overridden() {
 #[test]
 fn metrics_listen_one_or_several() {
     let listen = |text: &str| parse(&format!("[metrics]\nlisten = {text}")).map(|config| config.listen);
-    let place = |text: &str| text.parse::<Listen>().unwrap();
-    assert_eq!(listen("'127.0.0.1:1'"), Ok(vec![place("127.0.0.1:1")]));
-    assert_eq!(listen("['127.0.0.1:1', '/run/a']"), Ok(vec![place("127.0.0.1:1"), place("/run/a")]));
+    let listen_address = |text: &str| text.parse::<Listen>().unwrap();
+    assert_eq!(listen("'127.0.0.1:1'"), Ok(vec![listen_address("127.0.0.1:1")]));
+    assert_eq!(
+        listen("['127.0.0.1:1', '/run/a']"),
+        Ok(vec![listen_address("127.0.0.1:1"), listen_address("/run/a")])
+    );
     assert_eq!(listen("[]"), Ok(Vec::new()));
     for wrong in ["'nowhere'", "3", "[3]", "['nowhere']"] {
         let column = if wrong.starts_with('[') { 11 } else { 10 };
@@ -299,7 +303,7 @@ fn invalid_endpoints_are_reported() {
     let many = (0..256).map(own).collect::<Vec<_>>().concat();
     let nine =
         "allow_ports = ['tcp/1', 'tcp/2', 'tcp/3', 'tcp/4', 'tcp/5', 'tcp/6', 'tcp/7', 'tcp/8', 'tcp/9']";
-    for (text, place, part) in [
+    for (text, position, part) in [
         ("provider = 'gpc'".to_owned(), "1:12", "gcp"),
         ("mode = 'audit'\nprovider = 'none'".to_owned(), "2:12", "protects nothing"),
         ("extra_endpoints = ['eks']".to_owned(), "1:20", "ecs"),
@@ -330,7 +334,7 @@ fn invalid_endpoints_are_reported() {
     ] {
         let error = resolve(&text, "").unwrap_err();
         assert!(
-            error.starts_with(&format!("imds.toml:{place}: ")) && error.contains(part),
+            error.starts_with(&format!("imds.toml:{position}: ")) && error.contains(part),
             "{text}: {error}"
         );
     }

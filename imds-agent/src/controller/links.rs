@@ -208,7 +208,7 @@ impl Reconciler {
 
     async fn warn_if_blocked(&mut self, link: &Link, hook: TcHook) -> Result<(), DatapathError> {
         let attachments = self.datapath.observe(link, hook, false).await?;
-        if attachments.iter().any(|attachment| attachment.place == Order::Blocked) {
+        if attachments.iter().any(|attachment| attachment.order == Order::Blocked) {
             let Link { name, index, .. } = link;
             log::warn!(
                 "{name} (ifindex {index}): another filter runs before {}: see `tc filter show dev {name} ingress` or \

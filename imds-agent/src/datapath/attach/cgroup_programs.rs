@@ -106,7 +106,7 @@ impl Sockets {
     }
 
     /// Reports whether the cgroup still exists at its path.
-    pub(crate) fn is_there(&self) -> bool {
+    pub(crate) fn exists(&self) -> bool {
         fs::metadata(&self.cgroup.path).is_ok_and(|metadata| metadata.ino() == self.cgroup.id)
     }
 

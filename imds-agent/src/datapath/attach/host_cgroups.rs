@@ -33,7 +33,7 @@ impl Hosts {
         desired: &BTreeSet<PathBuf>,
     ) -> Result<Vec<CgroupChange>, DatapathError> {
         // Drops cgroups that were removed, also if another cgroup was created at the path.
-        self.cgroups.retain(|path, cgroup| desired.contains(path) && cgroup.is_there());
+        self.cgroups.retain(|path, cgroup| desired.contains(path) && cgroup.exists());
         let mut done = Vec::new();
         let mut failed = None;
         for path in desired {

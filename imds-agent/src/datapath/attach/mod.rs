@@ -58,17 +58,17 @@ impl Datapath {
         hook: TcHook,
         thorough: bool,
     ) -> Result<Vec<Attachment>, DatapathError> {
-        let spot = AttachPoint { ifindex: link.index, hook };
+        let point = AttachPoint { ifindex: link.index, hook };
         // No program is loaded for a hook that is off. Id 0 then makes every attached program obsolete.
         let program = self.programs.id(tc_program(hook, link.frame)).unwrap_or_default();
-        let mut attachments = self.links.observe(self.claim.dir(), spot, program)?;
+        let mut attachments = self.links.observe(self.claim.dir(), point, program)?;
         let recorded = interface_records::has_filter(&self.maps, link.index);
         if thorough || recorded || self.backend == AttachMode::Clsact {
-            attachments.extend(clsact::attachment(&self.netlink, spot, program).await?);
+            attachments.extend(clsact::attachment(&self.netlink, point, program).await?);
         }
         if has_earlier_netkit_program(link, hook) {
             for attachment in attachments.iter_mut().filter(|it| it.backend != AttachMode::Netkit) {
-                attachment.place = Order::Blocked;
+                attachment.order = Order::Blocked;
             }
         }
         Ok(attachments)
@@ -76,12 +76,12 @@ impl Datapath {
 
     /// Executes one reconcile action at a hook of an interface.
     pub async fn apply(&mut self, link: &Link, hook: TcHook, action: Action) -> Result<(), DatapathError> {
-        let spot = AttachPoint { ifindex: link.index, hook };
+        let point = AttachPoint { ifindex: link.index, hook };
         let name = tc_program(hook, link.frame);
         match action {
             Action::Attach(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
                 counters::prepare(&mut self.maps, link.index, hook.hook());
-                match self.attach_link(spot, mode, name) {
+                match self.attach_link(point, mode, name) {
                     Err(error) if mode == AttachMode::Netkit && is_netkit_refusal(&error) => {
                         log::warn!(
                             "{}: netkit link rejected, attaching via TCX: {:#}",
@@ -89,17 +89,17 @@ impl Datapath {
                             anyhow::Error::from(error)
                         );
                         self.refused_netkit.insert(link.index);
-                        self.attach_link(spot, AttachMode::Tcx, name)
+                        self.attach_link(point, AttachMode::Tcx, name)
                     }
                     attached => attached,
                 }
                 .map_err(|error| with_obstacle(error, link, hook))
             }
             Action::Replace(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
-                self.links.replace(spot, mode, self.programs.fd(name)?)
+                self.links.replace(point, mode, self.programs.fd(name)?)
             }
             Action::Pin(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
-                self.links.pin(self.claim.dir(), spot, mode)
+                self.links.pin(self.claim.dir(), point, mode)
             }
             Action::Reorder(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
                 // The kernel rejects a second link with the same program at one hook. This attaches a copy of the program
@@ -109,12 +109,12 @@ impl Datapath {
                 let object = object::load_maps(Some(pins), &endpoint_maps::filter(&self.maps)?)?;
                 let copy = Programs::load(object, pins, hooks)?;
                 self.links
-                    .reorder(self.claim.dir(), spot, mode, copy.fd(name)?)
+                    .reorder(self.claim.dir(), point, mode, copy.fd(name)?)
                     .map_err(|error| with_obstacle(error, link, hook))?;
-                self.links.replace(spot, mode, self.programs.fd(name)?)
+                self.links.replace(point, mode, self.programs.fd(name)?)
             }
             Action::Detach(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
-                self.links.detach(self.claim.dir(), spot, mode)
+                self.links.detach(self.claim.dir(), point, mode)
             }
             Action::Attach(AttachMode::Clsact) => {
                 counters::prepare(&mut self.maps, link.index, hook.hook());
@@ -135,16 +135,16 @@ impl Datapath {
                         interface_records::disown_qdisc(&mut self.maps, link)?;
                     }
                 }
-                self.attach_filter(link, spot, self.programs.fd(name)?, name).await
+                self.attach_filter(link, point, self.programs.fd(name)?, name).await
             }
             Action::Reorder(AttachMode::Clsact) => {
-                self.attach_filter(link, spot, self.programs.fd(name)?, name).await
+                self.attach_filter(link, point, self.programs.fd(name)?, name).await
             }
             Action::Replace(AttachMode::Clsact) => {
-                Ok(clsact::replace(&self.netlink, spot, self.programs.fd(name)?, name).await?)
+                Ok(clsact::replace(&self.netlink, point, self.programs.fd(name)?, name).await?)
             }
             Action::Detach(AttachMode::Clsact) => {
-                remove_filter(&self.netlink, &mut self.maps, spot).await.map(drop)
+                remove_filter(&self.netlink, &mut self.maps, point).await.map(drop)
             }
             // Filters are not pinned, and mode `none` attaches nothing.
             Action::Pin(AttachMode::Clsact | AttachMode::None)
@@ -157,24 +157,24 @@ impl Datapath {
 
     fn attach_link(
         &mut self,
-        spot: AttachPoint,
+        point: AttachPoint,
         mode: AttachMode,
         name: &'static str,
     ) -> Result<(), DatapathError> {
-        self.links.attach(self.claim.dir(), spot, mode, self.programs.fd(name)?)
+        self.links.attach(self.claim.dir(), point, mode, self.programs.fd(name)?)
     }
 
     async fn attach_filter(
         &self,
         link: &Link,
-        spot: AttachPoint,
+        point: AttachPoint,
         program: BorrowedFd<'_>,
         name: &str,
     ) -> Result<(), DatapathError> {
-        match clsact::attach_first(&self.netlink, spot, program, name).await {
+        match clsact::attach_first(&self.netlink, point, program, name).await {
             // EOPNOTSUPP: the qdisc uses a shared filter block (`__tcf_block_find`).
             Err(error) if error.errno() == Some(libc::EOPNOTSUPP) => {
-                self.check_qdisc(link, spot.hook).await?;
+                self.check_qdisc(link, point.hook).await?;
                 Err(error.into())
             }
             attached => Ok(attached?),
@@ -221,11 +221,11 @@ fn with_obstacle(error: DatapathError, link: &Link, hook: TcHook) -> DatapathErr
 pub(super) async fn remove_filter(
     netlink: &Netlink,
     maps: &mut Maps,
-    spot: AttachPoint,
+    point: AttachPoint,
 ) -> Result<bool, DatapathError> {
-    let detached = clsact::detach_all(netlink, spot).await?;
-    if interface_records::get(maps, spot.ifindex).is_some_and(|record| record.owns_qdisc == 1) {
-        clsact::remove_unused_qdisc(netlink, spot.ifindex).await?;
+    let detached = clsact::detach_all(netlink, point).await?;
+    if interface_records::get(maps, point.ifindex).is_some_and(|record| record.owns_qdisc == 1) {
+        clsact::remove_unused_qdisc(netlink, point.ifindex).await?;
     }
     Ok(detached)
 }

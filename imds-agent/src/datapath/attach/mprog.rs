@@ -109,7 +109,7 @@ impl Links {
                 backend: mode,
                 current: entry.program == program,
                 pinned: link.is_pinned(&pins.link(point)),
-                place: order(&entries, position),
+                order: order(&entries, position),
             });
         }
         Ok(attachments)
@@ -255,9 +255,9 @@ pub fn find(pins: &PinDir, point: AttachPoint, program: u32) -> Result<Option<At
         // A kernel or an interface without the hook returns an error, and has no programs.
         let entries = bpf::entries(point.ifindex, hook).unwrap_or_default();
         if let Some((position, entry)) = entries.iter().enumerate().find(|(_, entry)| is_ours(entry)) {
-            let place = if is_preceded { Order::Blocked } else { order(&entries, position) };
+            let order = if is_preceded { Order::Blocked } else { order(&entries, position) };
             let (current, pinned) = (entry.program == program, is_pinned(entry));
-            return Ok(Some(Attachment { backend: mode, current, pinned, place }));
+            return Ok(Some(Attachment { backend: mode, current, pinned, order }));
         }
         is_preceded |= !entries.is_empty();
     }

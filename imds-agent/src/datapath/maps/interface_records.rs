@@ -76,7 +76,7 @@ pub(crate) fn put(maps: &mut Maps, link: &Link, state: LinkState) -> Result<(), 
 fn own_packets(maps: &Maps, link: &Link, role: Role) -> OwnPackets {
     match role {
         Role::Ifb => OwnPackets::Marked,
-        _ if is_judged_by_peer(maps, link) => OwnPackets::Marked,
+        _ if is_checked_at_peer(maps, link) => OwnPackets::Marked,
         // Excludes bridge ports: frames that a bridge forwards keep their socket, and the socket of frames from a tap device
         // belongs to the node.
         Role::Other | Role::Uplink | Role::Loopback | Role::Excluded if link.master.is_none() => {
@@ -90,7 +90,7 @@ fn own_packets(maps: &Maps, link: &Link, role: Role) -> OwnPackets {
 
 /// Reports whether packets received on the interface have passed `node_egress` at its veth peer. Only packets to a bridge port
 /// are already routed and translated by DNAT then.
-fn is_judged_by_peer(maps: &Maps, link: &Link) -> bool {
+fn is_checked_at_peer(maps: &Maps, link: &Link) -> bool {
     let peer = link.lower.filter(|_| link.is_internal_pair() && link.master.is_some());
     peer.and_then(|peer| get(maps, peer)).is_some_and(|record| record.is_attached(TcHook::NodeEgress))
 }

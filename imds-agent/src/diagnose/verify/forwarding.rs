@@ -35,7 +35,7 @@ pub(crate) struct Path<'p> {
     pub(crate) bridge: Option<&'p Probe<'p>>,
     pub(crate) frames: Frames,
     /// Text after the sender in the report, such as ` on cni0`.
-    pub(crate) place: String,
+    pub(crate) device_suffix: String,
 }
 
 /// Result of the test packets for one destination.
@@ -105,7 +105,7 @@ impl Path<'_> {
                 },
             };
             let check = VerifyCheck::new(PATH, EXPECTED, observed, outcome);
-            checks.push(check.with_sender(format!("pod{}", self.place)).at(endpoint));
+            checks.push(check.with_sender(format!("pod{}", self.device_suffix)).at(endpoint));
         }
         Ok(checks)
     }
@@ -207,7 +207,7 @@ impl Path<'_> {
 
     fn of_exempt(&self, endpoint: &Endpoint, observed: impl Into<String>, outcome: Outcome) -> VerifyCheck {
         let check = VerifyCheck::new(PATH, "reaches the last hook", observed, outcome);
-        check.with_sender(format!("exempt pod{}", self.place)).at(endpoint)
+        check.with_sender(format!("exempt pod{}", self.device_suffix)).at(endpoint)
     }
 }
 

@@ -120,7 +120,7 @@ impl Paths {
             endpoints.iter().any(|(endpoint, skip)| endpoint.address.is_ipv4() == is_ipv4 && skip.is_none())
         });
 
-        let routed = Path { pod, probe: &probe, bridge: None, frames, place: String::new() };
+        let routed = Path { pod, probe: &probe, bridge: None, frames, device_suffix: String::new() };
         let skips = routed.controls(netlink, last_hook, families, pod.interface()).await?;
         let open = with_skips(endpoints, &skips);
         let mut checks = Vec::new();
@@ -200,7 +200,7 @@ impl Bridged<'_> {
             probe: self.probe,
             bridge: Some(self.at_bridge),
             frames: Frames { to, ..self.frames },
-            place: format!(" on {}", self.device.name),
+            device_suffix: format!(" on {}", self.device.name),
         };
         let skips = path.controls(netlink, last_hook, families, &bridge).await?;
         path.check_exempt(last_hook, &with_skips(endpoints, &skips), Treatment::ExemptMarked, true).await

@@ -107,7 +107,7 @@ impl StatusReport {
                 format!("XDP program {program} runs before {hook_name} and can redirect packets past it");
             self.problem(Some(name), problem, format!("see `ip link show dev {name}`"));
         }
-        if attachment.place != Order::First {
+        if attachment.order != Order::First {
             let remedy =
                 format!("see `bpftool net show` and `tc filter show dev {name} ingress` (or egress)");
             let problem = format!("{hook_name} is not first: other programs run before it");
@@ -128,7 +128,7 @@ impl StatusReport {
 fn order(link: &Link, hook: TcHook, attachment: Attachment) -> Order {
     match (hook, link.xdp) {
         (TcHook::FromPod, Some(_)) => Order::Blocked,
-        _ => attachment.place,
+        _ => attachment.order,
     }
 }
 
