@@ -181,7 +181,7 @@ pub(crate) fn retype(btf: &[u8]) -> Result<Vec<u8>> {
     let mut types = Types::new(Btf::parse(btf)?)?;
     let mut missing: BTreeSet<_> =
         FIELDS.iter().flat_map(|(of, fields)| fields.iter().map(move |&(field, _)| (*of, field))).collect();
-    for id in types.of_maps()? {
+    for id in types.map_value_types()? {
         types.btf.retain_members(id, |of, field| !PADDING.contains(&field) && (of, field) != LIMITER);
         for member in types.btf.members(id) {
             let (of, field) = (types.btf.name(id), types.btf.string(member.name));
@@ -226,7 +226,7 @@ impl Types {
     }
 
     /// Returns the structs and unions in keys and values of the maps.
-    fn of_maps(&self) -> Result<BTreeSet<u32>> {
+    fn map_value_types(&self) -> Result<BTreeSet<u32>> {
         let is_maps = |&id: &u32| self.btf.kind(id) == DATASEC && self.btf.name(id) == MAPS;
         let mut queue = vec![self.btf.ids().find(is_maps).context("no section .maps")?];
         let mut seen = BTreeSet::new();

@@ -83,7 +83,7 @@ pub struct NoToolchain {
 impl Survey {
     /// Searches `host` for all parts.
     #[must_use]
-    pub fn of(host: &Host) -> Self {
+    pub fn new(host: &Host) -> Self {
         Self { linker: linker(host), nightly: nightly(host), debian: debian(host) }
     }
 
@@ -116,7 +116,7 @@ fn linker(host: &Host) -> Result<Linker, Lack> {
     let mut broken = None;
     for path in host.find_all("bpf-linker") {
         if output(&path, &["--version"]).is_some() {
-            let llvm = llvm::of_executable(&path).ok().flatten();
+            let llvm = llvm::linked_version(&path).ok().flatten();
             return Ok(Linker { path, llvm });
         }
         broken.get_or_insert(path);
@@ -131,7 +131,7 @@ fn nightly(host: &Host) -> Result<Option<u32>, Lack> {
     if !sysroot.join("lib/rustlib/src/rust/library/core").is_dir() {
         return Err(Lack::RustSrc);
     }
-    Ok(output(&sysroot.join("bin/rustc"), &["-vV"]).as_deref().and_then(llvm::of_rustc))
+    Ok(output(&sysroot.join("bin/rustc"), &["-vV"]).as_deref().and_then(llvm::rustc_version))
 }
 
 fn debian(host: &Host) -> Result<Option<u32>, Lack> {
@@ -142,7 +142,7 @@ fn debian(host: &Host) -> Result<Option<u32>, Lack> {
     if !host.file("/usr/lib/rustlib").join(TARGET).join("lib").is_dir() {
         return Err(Lack::DebianCore);
     }
-    Ok(output(&rustc, &["-vV"]).as_deref().and_then(llvm::of_rustc))
+    Ok(output(&rustc, &["-vV"]).as_deref().and_then(llvm::rustc_version))
 }
 
 /// Returns the standard output of a program, or `None` if it does not start or fails.
@@ -259,7 +259,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let root = &dir.path().join("a root with spaces");
         let host = &Host::below(root);
-        let survey = Survey::of(host);
+        let survey = Survey::new(host);
         assert_eq!(survey.linker, Err(Lack::Linker));
         assert_eq!(survey.nightly, Err(Lack::Rustup));
         assert_eq!(survey.debian, Err(Lack::DebianCompiler));
@@ -268,7 +268,7 @@ mod tests {
         script(&root.join("bin/rustup"), "exit 1");
         script(&host.file(DEBIAN_CARGO), "");
         script(&host.file(DEBIAN_RUSTC), "echo LLVM version: 22.1.8");
-        let survey = Survey::of(host);
+        let survey = Survey::new(host);
         assert_eq!(survey.linker, Err(Lack::BrokenLinker(root.join("bin/bpf-linker"))));
         assert_eq!(survey.nightly, Err(Lack::Nightly));
         assert_eq!(survey.debian, Err(Lack::DebianCore));
@@ -278,14 +278,14 @@ mod tests {
         script(&root.join("usr/sbin/bpf-linker"), "# libLLVM.so.22.1");
         script(&root.join("bin/rustup"), &format!("echo '{}'", nightly.display()));
         fs::create_dir_all(host.file("/usr/lib/rustlib").join(TARGET).join("lib")).unwrap();
-        let survey = Survey::of(host);
+        let survey = Survey::new(host);
         assert_eq!(survey.linker, Ok(Linker { path: root.join("usr/sbin/bpf-linker"), llvm: Some(22) }));
         assert_eq!(survey.nightly, Err(Lack::RustSrc));
         assert_eq!(survey.debian, Ok(Some(22)));
 
         script(&nightly.join("bin/rustc"), "echo LLVM version: 23.1.0");
         fs::create_dir_all(nightly.join("lib/rustlib/src/rust/library/core")).unwrap();
-        assert_eq!(Survey::of(host).nightly, Ok(Some(23)));
+        assert_eq!(Survey::new(host).nightly, Ok(Some(23)));
     }
 
     fn script(path: &Path, body: &str) {

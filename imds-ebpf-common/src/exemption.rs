@@ -200,7 +200,7 @@ mod tests {
 
     const POD: Subject = Subject::new(SubjectKind::Interface, 7);
 
-    fn of(
+    fn verdicts(
         exemptions: &[(ExemptionKey, ExemptionRecord)],
         verdict: Verdict,
         subject: Subject,

@@ -114,7 +114,7 @@ impl Setup {
         } else if !missing.is_empty() {
             bail!("missing: {missing}");
         }
-        let toolchain = Survey::of(&host).toolchain()?;
+        let toolchain = Survey::new(&host).toolchain()?;
         say(format_args!(
             "no requirement is missing; the BPF object is built with {} and {}",
             toolchain.compiler(),
@@ -155,7 +155,7 @@ impl Missing {
     fn on(host: &Host, purposes: &[Purpose]) -> Self {
         let mut missing = Self::default();
         if needs_toolchain(purposes) {
-            let survey = Survey::of(host);
+            let survey = Survey::new(host);
             let toolchain = survey.toolchain();
             if let Err(error) = &toolchain {
                 missing.things.push(error.to_string());
@@ -255,7 +255,7 @@ impl Missing {
             install_packages(host, &packages).with_context(|| format!("missing: {self}"))?;
         }
         if needs_toolchain(purposes) {
-            let survey = Survey::of(host);
+            let survey = Survey::new(host);
             if survey.toolchain().is_err() {
                 install_linker(host, &survey)?;
             }

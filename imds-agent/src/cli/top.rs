@@ -27,7 +27,7 @@ use crate::{
     escape::escape,
     node::{link, netlink::Netlink},
     telemetry::{
-        event_record::{self, Record, boot_time},
+        event_record::{self, EventRecord, boot_time},
         status,
         subscriber::EventSubscriber,
         top::{Command, Model, draw},
@@ -137,7 +137,7 @@ impl Watched {
         let names = &self.names;
         let lines = self.subscriber.read()?.into_iter().map(|event| {
             let pod = event_record::senders(&event).find_map(|sender| names.get(sender));
-            let line = Record::new(&event, booted, link::name_of, pod).to_string();
+            let line = EventRecord::new(&event, booted, link::name_of, pod).to_string();
             let line = escape(&line).into_owned();
             // The view omits the date.
             line.split_once('T').map_or(line.clone(), |(_, line)| line.to_owned())

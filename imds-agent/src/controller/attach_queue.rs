@@ -14,16 +14,16 @@ use tokio::time::Instant;
 use crate::datapath::pin::dir::AttachPoint;
 
 /// Time without link events after which the queue is drained without pauses.
-const CALM: Duration = Duration::from_millis(250);
+const QUIET_INTERVAL: Duration = Duration::from_millis(250);
 /// Queue length from which on the longer pause applies: pods are created faster than links can be attached without delaying CNI
 /// plugins.
 const BURST: usize = 3;
-/// Pause after an attachment outside of a burst. Pods that are created more than 55 ms apart (pause and attachment) are attached
-/// without a delay.
+/// Pause after an attachment outside of a burst. Pods that are created more than 55 ms apart (pause and attachment) are
+/// attached without a delay.
 const PAUSE: Duration = Duration::from_millis(40);
 /// Pause between two attachments in a burst.
 const BURST_PAUSE: Duration = Duration::from_millis(250);
-/// Longest time that an attachment of low priority waits for calm.
+/// Longest time that an attachment of low priority waits for a quiet period.
 const MAX_DELAY: Duration = Duration::from_secs(10);
 
 /// Attachments that wait, and the time of the next turn.
@@ -122,12 +122,12 @@ impl AttachQueue {
     /// Returns the next attachment and its time. `from_pod` comes first: on an interface that has it, `node_egress` matters
     /// only if the interface turns out to be an uplink.
     pub(super) fn next(&self) -> Option<(AttachPoint, Instant)> {
-        let calm = self.last_link_event + CALM;
+        let quiet_from = self.last_link_event + QUIET_INTERVAL;
         let due = |(&point, waiting): (&AttachPoint, &Waiting)| {
-            let turn = self.next_turn.min(calm);
+            let turn = self.next_turn.min(quiet_from);
             let earliest = match point.hook {
                 TcHook::FromPod => turn,
-                TcHook::NodeEgress => turn.max(calm.min(waiting.since + MAX_DELAY)),
+                TcHook::NodeEgress => turn.max(quiet_from.min(waiting.since + MAX_DELAY)),
             };
             (point, waiting.since, waiting.not_before.max(earliest))
         };
@@ -171,7 +171,7 @@ mod tests {
         queue.on_link_event();
         queue.on_attached();
         assert_eq!(queue.next(), Some((point(8, TcHook::FromPod), Instant::now() + BURST_PAUSE)));
-        tokio::time::advance(CALM).await;
+        tokio::time::advance(QUIET_INTERVAL).await;
         queue.on_attached();
         let (_, due) = queue.next().unwrap();
         assert!(due <= Instant::now());
@@ -182,7 +182,7 @@ mod tests {
         let mut queue = AttachQueue::new();
         queue.push(point(7, TcHook::NodeEgress), Instant::now());
         queue.on_link_event();
-        assert_eq!(queue.next(), Some((point(7, TcHook::NodeEgress), Instant::now() + CALM)));
+        assert_eq!(queue.next(), Some((point(7, TcHook::NodeEgress), Instant::now() + QUIET_INTERVAL)));
         queue.push(point(8, TcHook::FromPod), Instant::now());
         assert_eq!(queue.next().unwrap().0, point(8, TcHook::FromPod));
         queue.remove(point(8, TcHook::FromPod));

@@ -213,7 +213,7 @@ mod tests {
         IdentitySet { interfaces: [interface].into(), ..IdentitySet::default() }
     }
 
-    fn of(rules: &[(Exempt, IdentitySet)]) -> Vec<(Address, u64, u32, u32)> {
+    fn entries(rules: &[(Exempt, IdentitySet)]) -> Vec<(Address, u64, u32, u32)> {
         let (rules, found): (Vec<_>, Vec<_>) = rules.iter().cloned().unzip();
         let plain = |(exemption, record): (ExemptionKey, ExemptionRecord)| {
             (exemption.address, exemption.subject.id, record.verdict, record.rule)
@@ -238,18 +238,18 @@ mod tests {
     fn senders_get_their_rules() {
         let (exempt, audit) = (Verdict::Exempt as u32, Verdict::Audited as u32);
         let (all, one) = (Address::ANY, Address::from_ipv4(ONE));
-        assert_eq!(of(&[]), []);
-        assert_eq!(of(&[(rule(None, false), IdentitySet::default())]), []);
-        assert_eq!(of(&[(rule(None, false), found(7))]), [(all, 7, exempt, 1)]);
-        assert_eq!(of(&[(rule(Some(ONE), true), found(7))]), [(one, 7, audit, 1)]);
+        assert_eq!(entries(&[]), []);
+        assert_eq!(entries(&[(rule(None, false), IdentitySet::default())]), []);
+        assert_eq!(entries(&[(rule(None, false), found(7))]), [(all, 7, exempt, 1)]);
+        assert_eq!(entries(&[(rule(Some(ONE), true), found(7))]), [(one, 7, audit, 1)]);
         let both = [(rule(Some(ONE), true), found(7)), (rule(Some(ONE), false), found(7))];
-        assert_eq!(of(&both), [(one, 7, exempt, 2)]);
+        assert_eq!(entries(&both), [(one, 7, exempt, 2)]);
         let both = [(rule(Some(ONE), true), found(7)), (rule(None, false), found(7))];
-        assert_eq!(of(&both), [(all, 7, exempt, 2)]);
+        assert_eq!(entries(&both), [(all, 7, exempt, 2)]);
         let both = [(rule(Some(ONE), false), found(7)), (rule(None, true), found(7))];
-        assert_eq!(of(&both), [(all, 7, audit, 2), (one, 7, exempt, 1)]);
+        assert_eq!(entries(&both), [(all, 7, audit, 2), (one, 7, exempt, 1)]);
         let others = [(rule(Some(ONE), true), found(7)), (rule(None, false), found(8))];
-        assert_eq!(of(&others), [(all, 8, exempt, 2), (one, 7, audit, 1)]);
+        assert_eq!(entries(&others), [(all, 8, exempt, 2), (one, 7, audit, 1)]);
         let everything = IdentitySet { cookies: [9].into(), cgroups: [10].into(), ..found(7) };
         let kinds: Vec<_> = subjects(&everything).map(|subject| (subject.kind, subject.id)).collect();
         assert_eq!(kinds, [(1, 7), (2, 9), (3, 10)]);

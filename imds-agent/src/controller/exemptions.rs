@@ -76,7 +76,7 @@ impl Reconciler {
         self.release_started_pods().await;
         // Only queues the pods: `resolve_next` resolves their sandboxes.
         self.exemptions.pods.enqueue_changed();
-        let followed = self.follow_node_allow();
+        let followed = self.update_node_allow();
         if self.exemptions.rules.may_have_changed() {
             self.reconcile_exemptions().await?;
         }
@@ -123,7 +123,7 @@ impl Reconciler {
     /// Handles an event of the pod watch. [`Reconciler::resolve_next`] resolves the sandboxes of new pods.
     pub async fn on_pod_event(&mut self, event: PodEvent) -> Result<(), DatapathError> {
         let disputed = self.exemptions.pods.disputed();
-        if !self.exemptions.pods.handle(event) {
+        if !self.exemptions.pods.on_pod_event(event) {
             return Ok(());
         }
         if self.exemptions.watched.is_some() && self.exemptions.pods.disputed() != disputed {
@@ -142,8 +142,11 @@ impl Reconciler {
     }
 
     fn record_watch_status(&mut self) -> Result<(), DatapathError> {
-        let lookup =
-            self.exemptions.watched.as_ref().map(|(node, state)| self.exemptions.pods.lookup(node, state));
+        let lookup = self
+            .exemptions
+            .watched
+            .as_ref()
+            .map(|(node, state)| self.exemptions.pods.watch_status(node, state));
         self.datapath.record_watch_status(lookup.as_ref())
     }
 

@@ -34,7 +34,7 @@ impl Reconciler {
     pub(super) async fn reclassify(&mut self) -> Result<(), DatapathError> {
         self.node.routed = self.netlink.uplinks().await?;
         self.update_uplinks().await;
-        self.follow_local_service().await
+        self.reconcile_local_service().await
     }
 
     /// Recomputes the uplinks among the known interfaces, and reconciles the interfaces whose role or hooks changed.
@@ -45,7 +45,7 @@ impl Reconciler {
     }
 
     /// Attaches the sendmsg programs while an interface lacks a desired program, and detaches them otherwise.
-    pub(super) fn follow_enforcement(&mut self) -> Result<(), DatapathError> {
+    pub(super) fn reconcile_sendmsg(&mut self) -> Result<(), DatapathError> {
         let changes = self.datapath.set_enforced(self.node.errors.is_empty())?;
         self.report_cgroups(changes);
         Ok(())
@@ -60,7 +60,7 @@ impl Reconciler {
             Ok(Reconciled::AsDesired) => {
                 if self.node.errors.remove(&link.index).is_some() {
                     let text = format!("{} (ifindex {}): enforced again", link.name, link.index);
-                    self.changes.note(Level::Info, Change::EnforcedAgain, text);
+                    self.changes.log_change(Level::Info, Change::EnforcedAgain, text);
                 }
             }
             Ok(Reconciled::Postponed) => {
@@ -81,7 +81,7 @@ impl Reconciler {
     fn fail(&mut self, link: &Link, error: String) {
         if self.node.errors.get(&link.index) != Some(&error) {
             let text = format!("{} (ifindex {}): not enforced: {error}", link.name, link.index);
-            self.changes.note(Level::Error, Change::NotEnforced, text);
+            self.changes.log_change(Level::Error, Change::NotEnforced, text);
             self.node.errors.insert(link.index, error);
         }
     }
@@ -226,7 +226,7 @@ impl Reconciler {
         self.attaching.failed.retain(|point| point.ifindex != index);
         if let Some(link) = self.node.links.remove(&index) {
             let text = format!("{} (ifindex {index}) was deleted", link.name);
-            self.changes.note(Level::Info, Change::Deleted, text);
+            self.changes.log_change(Level::Info, Change::Deleted, text);
         }
         self.node.errors.remove(&index);
         if let Err(error) = self.datapath.remove_interface(index) {

@@ -51,8 +51,8 @@ impl RunOptions {
         config.resolve(&Dmi::read(&self.dmi_dir))
     }
 
-    /// Resolves the remaining settings of `config`. The tuple is the result of [`RunOptions::resolve`].
-    pub fn settings(
+    /// Resolves `config` on this node. The tuple is the result of [`RunOptions::resolve`].
+    pub fn resolve_on_node(
         &self,
         config: &Config,
         (endpoint_set, exempt): (EndpointSet, Vec<Exempt>),
@@ -80,11 +80,11 @@ impl RunOptions {
             mark: config.mark,
         };
         let kubepods = cgroup.filter(|_| config.hooks.has(Hook::HostNetwork));
-        let surroundings = Environment::read();
+        let environment = Environment::read();
         let cluster = config
             .kubernetes
-            .access(&surroundings)
-            .map(|access| ApiConfig { access, node: config.kubernetes.node_name(&surroundings) });
+            .access(&environment)
+            .map(|access| ApiConfig { access, node: config.kubernetes.node_name(&environment) });
         Ok(ResolvedConfig {
             datapath_config,
             endpoint_set,

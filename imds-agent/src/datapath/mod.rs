@@ -51,7 +51,7 @@ use crate::{
 
 /// Programs, maps and links of the pin directory that this process has locked.
 pub struct Datapath {
-    claim: PinLock,
+    pin_lock: PinLock,
     programs: Programs,
     maps: Maps,
     links: Links,
@@ -100,16 +100,16 @@ impl Datapath {
     /// On failure, restores pins, endpoints and policy as they were before. A rejected program is no failure as long as
     /// another one is loaded.
     pub fn open(
-        claim: PinLock,
+        pin_lock: PinLock,
         datapath_config: &DatapathConfig,
         endpoint_set: &EndpointSet,
         netlink: Netlink,
     ) -> Result<Self, DatapathError> {
         let DatapathConfig { backend, hooks, .. } = *datapath_config;
-        match Self::load(claim.dir(), datapath_config, endpoint_set) {
+        match Self::load(pin_lock.dir(), datapath_config, endpoint_set) {
             Ok((programs, maps, links, cgroups)) => {
                 let datapath = Self {
-                    claim,
+                    pin_lock,
                     programs,
                     maps,
                     links,
@@ -124,8 +124,8 @@ impl Datapath {
                 Ok(datapath)
             }
             Err(error) => {
-                if claim.is_new() {
-                    claim.remove()?;
+                if pin_lock.is_new() {
+                    pin_lock.remove()?;
                 }
                 Err(error)
             }
@@ -185,7 +185,7 @@ impl Datapath {
     /// Returns the pin directory of this agent.
     #[must_use]
     pub fn pins(&self) -> &PinDir {
-        self.claim.dir()
+        self.pin_lock.dir()
     }
 
     /// Returns an error text for each rejected program.
@@ -195,7 +195,7 @@ impl Datapath {
 
     /// Tries to load the programs that the kernel rejected again.
     pub fn retry_rejected(&mut self) -> Result<(), DatapathError> {
-        let pins = self.claim.dir();
+        let pins = self.pin_lock.dir();
         if self.programs.retry_rejected(pins)? {
             self.programs.pin(pins)?;
             self.programs.record_rejected(&mut self.maps)?;
@@ -217,16 +217,17 @@ impl Datapath {
 
     /// Returns the indices of interfaces with a pinned link or a record.
     #[must_use]
-    pub fn known(&self) -> Vec<u32> {
-        let mut known: Vec<u32> = self.links.indices().chain(self.maps.interfaces.keys().flatten()).collect();
-        known.sort_unstable();
-        known.dedup();
-        known
+    pub fn recorded_ifindexes(&self) -> Vec<u32> {
+        let mut ifindexes: Vec<u32> =
+            self.links.ifindexes().chain(self.maps.interfaces.keys().flatten()).collect();
+        ifindexes.sort_unstable();
+        ifindexes.dedup();
+        ifindexes
     }
 
     /// Records the state of an interface, for `status` and for the agent after a restart.
     pub fn record(&mut self, link: &Link, state: LinkState) -> Result<(), DatapathError> {
-        maps::interface_records::put(&mut self.maps, link, state)
+        maps::interface_records::update(&mut self.maps, link, state)
     }
 
     /// Updates the record of an interface after its veth peer was reconciled.
@@ -267,11 +268,11 @@ impl Datapath {
         self.remove_exemptions(ifindex)?;
         self.refused_netkit.remove(&ifindex);
         for hook in TcHook::ALL {
-            self.links.forget(self.claim.dir(), AttachPoint { ifindex, hook })?;
+            self.links.remove_point(self.pin_lock.dir(), AttachPoint { ifindex, hook })?;
         }
         // A killed `verify` may have left its probe.
         let _no_probe = self.maps.probes.remove(&Subject::new(SubjectKind::Interface, ifindex.into()));
-        maps::counters::fold(&mut self.maps, ifindex)?;
+        maps::counters::retire(&mut self.maps, ifindex)?;
         maps::interface_records::remove(&mut self.maps, ifindex);
         Ok(())
     }
@@ -303,7 +304,7 @@ impl Datapath {
 
     /// Records the status of the pod watch; `None` means that it is off.
     pub fn record_watch_status(&mut self, lookup: Option<&PodWatchStatus>) -> Result<(), DatapathError> {
-        maps::pod_names::put(&mut self.maps, lookup)
+        maps::pod_names::write_watch_status(&mut self.maps, lookup)
     }
 
     /// Reads all exemptions from the map.
@@ -314,13 +315,13 @@ impl Datapath {
 
     /// Marks the agent as ready: `status` then reports that every interface was reconciled.
     pub fn set_ready(&mut self) -> Result<(), DatapathError> {
-        Ok(self.claim.set_ready()?)
+        Ok(self.pin_lock.set_ready()?)
     }
 
     /// Restores missing pins. Returns `true` if any was missing.
     pub fn restore_pins(&mut self) -> Result<bool, DatapathError> {
-        let mut missing = self.claim.restore()?;
-        let pins = self.claim.dir();
+        let mut missing = self.pin_lock.restore()?;
+        let pins = self.pin_lock.dir();
         if self.programs.is_unpinned(pins) {
             self.programs.pin(pins)?;
             missing = true;

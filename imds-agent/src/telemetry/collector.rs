@@ -187,7 +187,7 @@ impl Collector {
             record.comm = event.comm;
         }
         record.pod = padded(pod.map_or("", |pod| &pod.pod));
-        self.denials.put(&key, &record)?;
+        self.denials.insert(&key, &record)?;
         let namespace = unpadded(&record.namespace);
         self.totals.borrow_mut().add(&namespace, &key, Count { packets, bytes: event.bytes });
         Ok(())

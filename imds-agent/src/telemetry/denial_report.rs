@@ -98,7 +98,7 @@ impl DenialReport {
     ) -> Self {
         let mut merged: BTreeMap<(DenialSubject, IpAddr, u32), Denial> = BTreeMap::new();
         for (key, record) in records {
-            let (sender, address) = (DenialSubject::of(record), plain(key.address));
+            let (sender, address) = (DenialSubject::from_record(record), plain(key.address));
             let (first, last) = (timestamp(record.first), timestamp(record.last));
             let named = protected.iter().find(|endpoint| endpoint.address == address);
             let verdict =
@@ -161,7 +161,7 @@ impl DenialReport {
 }
 
 impl DenialSubject {
-    fn of(record: &DenialRecord) -> Self {
+    fn from_record(record: &DenialRecord) -> Self {
         let names: [&[u8]; 5] =
             [&record.namespace, &record.service_account, &record.label, &record.interface, &record.cgroup];
         Self {

@@ -76,7 +76,7 @@ fn build_binary() -> Result<PathBuf> {
     let binary = dir.join("imds-agent");
     fs::copy(&built, &binary).with_context(|| format!("failed to copy {}", built.display()))?;
     check_binary(&binary)?;
-    let sbom = sbom::of_agent(&triple()?, &sha256(&binary)?)?;
+    let sbom = sbom::agent_sbom(&triple()?, &sha256(&binary)?)?;
     let path = dir.join("imds-agent.cdx.json");
     fs::write(&path, sbom).with_context(|| format!("failed to write {}", path.display()))?;
     Ok(dir)

@@ -184,7 +184,8 @@ impl Cgroups {
         self.setting == datapath_config.sendmsg && self.sendmsg == self.sendmsg_reason()
     }
 
-    /// Removes the programs that `datapath_config` does not need from the desired programs. The next reconciliation detaches them.
+    /// Removes the programs that `datapath_config` does not need from the desired programs. The next reconciliation detaches
+    /// them.
     pub(crate) fn release(&mut self, datapath_config: &DatapathConfig) {
         (self.setting, self.hooks) = (datapath_config.sendmsg, datapath_config.hooks);
         self.sendmsg = self.sendmsg_reason();
@@ -269,7 +270,7 @@ impl Datapath {
     pub fn has_node_wide_hook(&self) -> bool {
         let has_sockets =
             self.cgroups.sockets.as_ref().is_some_and(|sockets| sockets.failures().next().is_none());
-        let has_egress = self.hooks.has(Hook::NodeEgress) && self.programs.has_all_of(Hook::NodeEgress);
+        let has_egress = self.hooks.has(Hook::NodeEgress) && self.programs.has_programs_of(Hook::NodeEgress);
         has_egress || (self.hooks.has(Hook::Socket) && has_sockets)
     }
 
@@ -277,7 +278,7 @@ impl Datapath {
         if self.cgroups.lacks_cgroup() {
             // Links of an earlier agent stay until a cgroup v2 hierarchy is mounted.
             let Some(root) = cgroup::root().ok().flatten() else { return Ok(Vec::new()) };
-            self.cgroups.sockets = Some(Sockets::adopt(self.claim.dir(), &root, SOCKETS)?);
+            self.cgroups.sockets = Some(Sockets::adopt(self.pin_lock.dir(), &root, SOCKETS)?);
             log::info!("found a cgroup v2 hierarchy at {}", root.display());
         }
         if self.cgroups.lacks_identity(Hook::Socket) {
@@ -288,7 +289,7 @@ impl Datapath {
             let is_desired = |attach_type| needs_sendmsg || !cgroup_programs::is_sendmsg(attach_type);
             return sockets.restore(&self.programs, is_desired);
         }
-        let detached = cgroup_programs::detach_all(self.claim.dir())?;
+        let detached = cgroup_programs::detach_all(self.pin_lock.dir())?;
         Ok(detached_hook(detached, Hook::Socket))
     }
 
@@ -298,7 +299,7 @@ impl Datapath {
             (Some(_), None) => Ok(Vec::new()),
             (Some(local_service), Some(is_local)) => local_service.restore(&self.programs, |_| is_local),
             (None, _) => {
-                let detached = cgroup_programs::detach_local_service(self.claim.dir())?;
+                let detached = cgroup_programs::detach_local_service(self.pin_lock.dir())?;
                 Ok(detached_hook(detached, Hook::LocalService))
             }
         }
@@ -308,7 +309,7 @@ impl Datapath {
         if self.cgroups.lacks_node_cgroup() {
             // Links of an earlier agent stay until a cgroup v2 hierarchy is mounted.
             let Some(root) = cgroup::root().ok().flatten() else { return Ok(Vec::new()) };
-            self.cgroups.node_allow = Some(Sockets::adopt(self.claim.dir(), &root, NODE_ALLOW)?);
+            self.cgroups.node_allow = Some(Sockets::adopt(self.pin_lock.dir(), &root, NODE_ALLOW)?);
         }
         if self.cgroups.lacks_identity(Hook::NodeAllow) {
             return Ok(Vec::new());
@@ -318,7 +319,7 @@ impl Datapath {
             let is_desired = |attach_type| has_packets || !cgroup_programs::is_packet(attach_type);
             return node_allow.restore(&self.programs, is_desired);
         }
-        let detached = cgroup_programs::detach_node_allow(self.claim.dir())?;
+        let detached = cgroup_programs::detach_node_allow(self.pin_lock.dir())?;
         Ok(detached_hook(detached, Hook::NodeAllow))
     }
 
@@ -349,7 +350,7 @@ impl Datapath {
         cgroups: &BTreeSet<PathBuf>,
         all: bool,
     ) -> Result<Vec<CgroupChange>, DatapathError> {
-        let pins = self.claim.dir();
+        let pins = self.pin_lock.dir();
         if !self.hooks.has(Hook::HostNetwork) {
             return Ok(detached_hook(host_cgroups::detach_all(pins)?, Hook::HostNetwork));
         }
@@ -358,7 +359,7 @@ impl Datapath {
         }
         let mut changes = self.cgroups.hosts.restore(pins, &self.programs, cgroups)?;
         if all {
-            changes.extend(self.cgroups.hosts.forget_others(pins)?);
+            changes.extend(self.cgroups.hosts.detach_others(pins)?);
         }
         Ok(changes)
     }

@@ -118,8 +118,8 @@ impl CgroupLink {
         self.failure.as_deref()
     }
 
-    /// Reconciles the link: attaches the program, replaces the program of an earlier agent, pins the link, and moves it after the
-    /// programs of other software. A program that cannot be attached is reported as a change, not as an error.
+    /// Reconciles the link: attaches the program, replaces the program of an earlier agent, pins the link, and moves it
+    /// after the programs of other software. A program that cannot be attached is reported as a change, not as an error.
     pub(crate) fn restore(
         &mut self,
         programs: &Programs,
@@ -152,7 +152,7 @@ impl CgroupLink {
             let text = format!("pinned the link of {name} on cgroup {at} again");
             changes.push(CgroupChange::new(CgroupChangeKind::Pinned, text));
         }
-        self.keep_last(programs, cgroup, changes)
+        self.move_to_end(programs, cgroup, changes)
     }
 
     /// Attaches the program, at the end of the cgroup's list.
@@ -178,7 +178,7 @@ impl CgroupLink {
                 Ok(dir::replace_pin(self.fd.insert(link), &self.pin)?)
             }
             Err(error) => {
-                self.attaching.note(now);
+                self.attaching.record_attempt(now);
                 self.fd = None;
                 let text = attach_error(self.program, &cgroup.path, &error, occupant.as_ref());
                 self.report_failure(text, changes);
@@ -189,14 +189,14 @@ impl CgroupLink {
 
     /// Moves the program after those of other software on the same cgroup. A later program could change the destination after
     /// the verdict.
-    fn keep_last(
+    fn move_to_end(
         &mut self,
         programs: &Programs,
         cgroup: &OpenCgroup,
         changes: &mut Vec<CgroupChange>,
     ) -> Result<(), DatapathError> {
         let now = Instant::now();
-        let has_calmed = self.reordering.has_calmed(now);
+        let is_idle = self.reordering.reset_if_idle(now);
         let program = programs.id(self.program).unwrap_or_default();
         // If the kernel does not list the programs, for example because an LSM denies it, the order is unknown.
         let behind =
@@ -214,7 +214,7 @@ impl CgroupLink {
             }
             None => {
                 self.failure = None;
-                if has_calmed && self.reported.take().is_some() {
+                if is_idle && self.reported.take().is_some() {
                     let text = format!("{} on cgroup {at} is last again", self.program);
                     changes.push(CgroupChange::new(CgroupChangeKind::Recovered, text));
                 }
@@ -230,7 +230,7 @@ impl CgroupLink {
             self.report_failure(text, changes);
             return Ok(());
         }
-        self.reordering.note(now);
+        self.reordering.record_attempt(now);
         // The kernel appends the new link to the list. Several links may have the same program.
         match bpf::link_create_cgroup(programs.fd(self.program)?, &cgroup.file, self.attach_type) {
             Ok(link) => {

@@ -70,7 +70,7 @@ impl Hosts {
     }
 
     /// Detaches and unpins the links of all other cgroups, most of which were removed. Returns the changes.
-    pub(crate) fn forget_others(&self, pins: &PinDir) -> Result<Vec<CgroupChange>, DatapathError> {
+    pub(crate) fn detach_others(&self, pins: &PinDir) -> Result<Vec<CgroupChange>, DatapathError> {
         let held: BTreeSet<u64> = self.cgroups.values().map(Sockets::id).collect();
         let mut done = Vec::new();
         for (id, path) in pinned(pins)? {

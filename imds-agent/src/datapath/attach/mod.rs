@@ -61,7 +61,7 @@ impl Datapath {
         let point = AttachPoint { ifindex: link.index, hook };
         // No program is loaded for a hook that is off. Id 0 then makes every attached program obsolete.
         let program = self.programs.id(tc_program(hook, link.frame)).unwrap_or_default();
-        let mut attachments = self.links.observe(self.claim.dir(), point, program)?;
+        let mut attachments = self.links.observe(self.pin_lock.dir(), point, program)?;
         let recorded = interface_records::has_filter(&self.maps, link.index);
         if thorough || recorded || self.backend == AttachMode::Clsact {
             attachments.extend(clsact::attachment(&self.netlink, point, program).await?);
@@ -80,7 +80,7 @@ impl Datapath {
         let name = tc_program(hook, link.frame);
         match action {
             Action::Attach(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
-                counters::prepare(&mut self.maps, link.index, hook.hook());
+                counters::create(&mut self.maps, link.index, hook.hook());
                 match self.attach_link(point, mode, name) {
                     Err(error) if mode == AttachMode::Netkit && is_netkit_refusal(&error) => {
                         log::warn!(
@@ -99,25 +99,25 @@ impl Datapath {
                 self.links.replace(point, mode, self.programs.fd(name)?)
             }
             Action::Pin(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
-                self.links.pin(self.claim.dir(), point, mode)
+                self.links.pin(self.pin_lock.dir(), point, mode)
             }
             Action::Reorder(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
                 // The kernel rejects a second link with the same program at one hook. This attaches a copy of the program
                 // at the head of the hook, then updates the link to the original.
                 let hooks = Hooks::from_bits(hook.hook().bit());
-                let pins = self.claim.dir();
+                let pins = self.pin_lock.dir();
                 let object = object::load_maps(Some(pins), &endpoint_maps::filter(&self.maps)?)?;
                 let copy = Programs::load(object, pins, hooks)?;
                 self.links
-                    .reorder(self.claim.dir(), point, mode, copy.fd(name)?)
+                    .reorder(self.pin_lock.dir(), point, mode, copy.fd(name)?)
                     .map_err(|error| with_obstacle(error, link, hook))?;
                 self.links.replace(point, mode, self.programs.fd(name)?)
             }
             Action::Detach(mode @ (AttachMode::Tcx | AttachMode::Netkit)) => {
-                self.links.detach(self.claim.dir(), point, mode)
+                self.links.detach(self.pin_lock.dir(), point, mode)
             }
             Action::Attach(AttachMode::Clsact) => {
-                counters::prepare(&mut self.maps, link.index, hook.hook());
+                counters::create(&mut self.maps, link.index, hook.hook());
                 if clsact::ensure_qdisc(&self.netlink, link.index).await? {
                     if let Err(error) = interface_records::set_owns_qdisc(&mut self.maps, link, hook) {
                         log::warn!(
@@ -161,7 +161,7 @@ impl Datapath {
         mode: AttachMode,
         name: &'static str,
     ) -> Result<(), DatapathError> {
-        self.links.attach(self.claim.dir(), point, mode, self.programs.fd(name)?)
+        self.links.attach(self.pin_lock.dir(), point, mode, self.programs.fd(name)?)
     }
 
     async fn attach_filter(

@@ -84,7 +84,7 @@ impl Links {
         Ok(Self { links })
     }
 
-    pub(crate) fn indices(&self) -> impl Iterator<Item = u32> {
+    pub(crate) fn ifindexes(&self) -> impl Iterator<Item = u32> {
         self.links.keys().map(|(point, _)| point.ifindex)
     }
 
@@ -102,7 +102,7 @@ impl Links {
             let entries = programs(point, mode)?;
             let found = entries.iter().enumerate().find(|(_, entry)| entry.link == link.id);
             let Some((position, entry)) = found else {
-                self.forget_mode(pins, point, mode)?;
+                self.remove_mode(pins, point, mode)?;
                 continue;
             };
             attachments.push(Attachment {
@@ -175,11 +175,11 @@ impl Links {
     ) -> Result<(), DatapathError> {
         let link = self.get(point, mode)?;
         bpf::link_detach(&link.fd).map_err(failed("detach the", point, mode))?;
-        Ok(self.forget_mode(pins, point, mode)?)
+        Ok(self.remove_mode(pins, point, mode)?)
     }
 
     /// Closes and unpins the links of a deleted interface.
-    pub(crate) fn forget(&mut self, pins: &PinDir, point: AttachPoint) -> Result<(), PinError> {
+    pub(crate) fn remove_point(&mut self, pins: &PinDir, point: AttachPoint) -> Result<(), PinError> {
         for mode in MODES {
             self.links.remove(&(point, mode));
         }
@@ -187,7 +187,7 @@ impl Links {
     }
 
     /// Closes a detached link. Removes the pin unless it belongs to the link of another mode that replaced this one.
-    fn forget_mode(&mut self, pins: &PinDir, point: AttachPoint, mode: AttachMode) -> Result<(), PinError> {
+    fn remove_mode(&mut self, pins: &PinDir, point: AttachPoint, mode: AttachMode) -> Result<(), PinError> {
         self.links.remove(&(point, mode));
         let path = pins.link(point);
         let is_pin = |link: &OpenLink| is_pinned(link.id, &path);
@@ -216,8 +216,8 @@ impl Links {
 }
 
 impl OpenLink {
-    /// Reports whether the link is pinned at `path`. Each resync calls this for every link, so it opens the pin only if the inode
-    /// number has changed.
+    /// Reports whether the link is pinned at `path`. Each resync calls this for every link, so it opens the pin only if the
+    /// inode number has changed.
     fn is_pinned(&mut self, path: &Path) -> bool {
         let inode = fs::metadata(path).ok().map(|metadata| metadata.ino());
         if inode.is_none() || inode != self.pin {

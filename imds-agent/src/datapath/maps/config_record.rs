@@ -21,7 +21,7 @@ const READINGS: usize = 20;
 
 /// Effective configuration, as recorded in the map.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct Record {
+pub struct EffectiveConfig {
     /// Generation of the configuration: increases by one with each change.
     pub generation: u64,
     /// Path of the configuration file; `None` if there is no file.
@@ -29,7 +29,7 @@ pub struct Record {
     /// Time since which the configuration is effective.
     pub loaded_at: Timestamp,
     /// Last configuration that was rejected after this one was loaded.
-    pub refusal: Option<RejectedConfig>,
+    pub rejected: Option<RejectedConfig>,
     /// The configuration as TOML, including all defaults.
     pub text: String,
 }
@@ -44,43 +44,43 @@ pub struct RejectedConfig {
 }
 
 /// Reads the record. Returns `None` before the first configuration was recorded.
-pub fn read(maps: &Maps) -> Result<Option<Record>, MapError> {
-    Ok(Record::of(&read_whole(&maps.config)?))
+pub fn read(maps: &Maps) -> Result<Option<EffectiveConfig>, MapError> {
+    Ok(EffectiveConfig::from_record(&read_consistent(&maps.config)?))
 }
 
 /// Reads the record of the pinned maps; `None` if there is no record, or if the maps belong to another version or to another
 /// network namespace.
 #[must_use]
-pub fn pinned(pins: &PinDir) -> Option<Record> {
+pub fn pinned(pins: &PinDir) -> Option<EffectiveConfig> {
     if netns_owner::other_netns(pins).ok()?.is_some() {
         return None;
     }
     read(&Maps::open(pins).ok()?).ok()?
 }
 
-impl Record {
+impl EffectiveConfig {
     /// Converts the value of the map. Returns `None` for a value that was never written.
     #[must_use]
-    pub fn of(record: &ConfigRecord) -> Option<Self> {
+    pub fn from_record(record: &ConfigRecord) -> Option<Self> {
         if record.generation == 0 {
             return None;
         }
         let path = text(&record.path);
-        let refusal = (record.failed_at != 0)
+        let rejected = (record.failed_at != 0)
             .then(|| RejectedConfig { at: timestamp(record.failed_at), error: text(&record.error) });
         Some(Self {
             generation: record.generation,
             path: (!path.is_empty()).then(|| path.into()),
             loaded_at: timestamp(record.loaded_at),
-            refusal,
+            rejected,
             text: endpoint_set::raw(&record.text).unwrap_or_default().to_owned(),
         })
     }
 }
 
 /// Records a new effective configuration. Returns its generation.
-pub(crate) fn put(maps: &mut Maps, path: Option<&Path>, text: &str) -> Result<u64, DatapathError> {
-    let before = read_whole(&maps.config).map_err(failed)?;
+pub(crate) fn write(maps: &mut Maps, path: Option<&Path>, text: &str) -> Result<u64, DatapathError> {
+    let before = read_consistent(&maps.config).map_err(failed)?;
     let generation = before.generation.saturating_add(1);
     let path = path.map(|path| path.to_string_lossy()).unwrap_or_default();
     let record = ConfigRecord {
@@ -96,13 +96,13 @@ pub(crate) fn put(maps: &mut Maps, path: Option<&Path>, text: &str) -> Result<u6
 }
 
 /// Records that a configuration was rejected. The previous one stays effective.
-pub(crate) fn put_rejected_config(maps: &mut Maps, error: &str) -> Result<(), DatapathError> {
-    let before = read_whole(&maps.config).map_err(failed)?;
+pub(crate) fn write_rejected_config(maps: &mut Maps, error: &str) -> Result<(), DatapathError> {
+    let before = read_consistent(&maps.config).map_err(failed)?;
     let record = ConfigRecord { failed_at: now(), error: padded(error), ..before };
     maps.config.set(0, record, 0).map_err(failed)
 }
 
-fn read_whole(map: &Array<MapData, ConfigRecord>) -> Result<ConfigRecord, MapError> {
+fn read_consistent(map: &Array<MapData, ConfigRecord>) -> Result<ConfigRecord, MapError> {
     let mut last = map.get(&0, 0)?;
     for _ in 0..READINGS {
         let record = map.get(&0, 0)?;

@@ -55,7 +55,7 @@ impl LinkState {
 }
 
 /// Writes the state of an interface. Keeps `owns_qdisc` until the interface has no filter of the agent.
-pub(crate) fn put(maps: &mut Maps, link: &Link, state: LinkState) -> Result<(), DatapathError> {
+pub(crate) fn update(maps: &mut Maps, link: &Link, state: LinkState) -> Result<(), DatapathError> {
     let old = get(maps, link.index).unwrap_or_default();
     let LinkState { assignment, attach_modes, is_pending } = state;
     let has_filter = attach_modes.contains(&AttachMode::Clsact);

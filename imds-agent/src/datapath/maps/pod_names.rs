@@ -33,7 +33,7 @@ pub(crate) struct WrittenNames(Option<BTreeMap<Subject, (String, String)>>);
 /// Reads the pod metadata of all subjects.
 pub fn read(maps: &Maps) -> Result<BTreeMap<Subject, PodRef>, MapError> {
     let entries = object::present(maps.pods.iter());
-    entries.map(|entry| entry.map(|(subject, record)| (subject, PodRef::of(&record)))).collect()
+    entries.map(|entry| entry.map(|(subject, record)| (subject, PodRef::from_record(&record)))).collect()
 }
 
 /// Map of pod metadata, for lookups of single subjects.
@@ -106,7 +106,7 @@ fn record(pod: &Pod, container: &str) -> PodRecord {
 impl PodRef {
     /// Converts the value of the map.
     #[must_use]
-    pub fn of(record: &PodRecord) -> Self {
+    pub fn from_record(record: &PodRecord) -> Self {
         let unless_empty = |padded: &[u8]| Some(text(padded)).filter(|text| !text.is_empty());
         Self {
             namespace: text(&record.namespace),
@@ -120,14 +120,14 @@ impl PodRef {
 }
 
 /// Reads the status of the pod watch. Returns `None` if it is off.
-pub fn lookup(maps: &Maps) -> Result<Option<PodWatchStatus>, MapError> {
-    Ok(PodWatchStatus::of(&maps.kubernetes.get(&0, 0)?))
+pub fn read_watch_status(maps: &Maps) -> Result<Option<PodWatchStatus>, MapError> {
+    Ok(PodWatchStatus::from_record(&maps.kubernetes.get(&0, 0)?))
 }
 
 impl PodWatchStatus {
     /// Converts the value of the map. Returns `None` if the pod watch is off.
     #[must_use]
-    pub fn of(record: &KubernetesRecord) -> Option<Self> {
+    pub fn from_record(record: &KubernetesRecord) -> Option<Self> {
         let moment = |nanoseconds| (nanoseconds != 0).then(|| timestamp(nanoseconds));
         (record.enabled == 1).then(|| Self {
             node: text(&record.node),
@@ -144,7 +144,10 @@ impl PodWatchStatus {
 }
 
 /// Records the status of the pod watch; `None` means that it is off.
-pub(crate) fn put(maps: &mut Maps, lookup: Option<&PodWatchStatus>) -> Result<(), DatapathError> {
+pub(crate) fn write_watch_status(
+    maps: &mut Maps,
+    lookup: Option<&PodWatchStatus>,
+) -> Result<(), DatapathError> {
     let moment = |moment: Option<Timestamp>| moment.map_or(0, nanoseconds);
     let record = KubernetesRecord {
         since: moment(lookup.map(|lookup| lookup.since)),

@@ -67,7 +67,7 @@ pub enum PinError {
     Mount(#[source] io::Error),
     /// Another process holds the lock of the directory.
     #[error("another process{} holds the lock of {}: each --pin-dir allows one `run` and one `events`", pid_phrase(*pid), path.display())]
-    Held {
+    Locked {
         /// Path of the locked directory.
         path: PathBuf,
         /// Pid of the other process; `None` if it is not visible in this pid namespace.
@@ -306,7 +306,7 @@ mod tests {
     fn non_bpffs_dir_is_rejected_with_remedy() {
         let elsewhere = tempfile::tempdir().unwrap();
         let dir = PinDir::new(&elsewhere.path().join("pins")).unwrap();
-        let error = dir.claim().unwrap_err();
+        let error = dir.lock().unwrap_err();
         assert!(matches!(error, PinError::NotBpffs { .. }), "{error}");
         assert!(error.to_string().contains("mount -t bpf bpf"), "{error}");
         assert!(!dir.exists());

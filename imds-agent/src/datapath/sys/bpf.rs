@@ -136,7 +136,7 @@ pub fn link(link: impl AsFd) -> io::Result<Option<Link>> {
     }
     let info: Info = info(link)?;
     let [first, second, third, _] = info.target;
-    let target = match (info.kind, MprogHook::of_link(info.kind, second)) {
+    let target = match (info.kind, MprogHook::from_link(info.kind, second)) {
         (_, Some(hook)) => Target::Interface { ifindex: first, hook },
         (kind, _) if kind == BPF_LINK_TYPE_CGROUP as u32 => {
             // The two words in memory order are the 64-bit id.

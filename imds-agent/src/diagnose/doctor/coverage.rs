@@ -92,11 +92,11 @@ impl Enforcement {
         Maps::open(pins)
             .ok()
             .and_then(|maps| Self::from_maps(&maps))
-            .unwrap_or_else(|| Self::of_provider(Dmi::read(DMI_DIR.as_ref()).provider(), None))
+            .unwrap_or_else(|| Self::from_provider(Dmi::read(DMI_DIR.as_ref()).provider(), None))
     }
 
     /// Returns the denials of a configuration that sets only the provider and the mode.
-    pub(crate) fn of_provider(provider: &Provider, mode: Option<Mode>) -> Self {
+    pub(crate) fn from_provider(provider: &Provider, mode: Option<Mode>) -> Self {
         let endpoints = provider.endpoints().map(|endpoint| (endpoint.address, endpoint.allow_ports));
         Self { mode, endpoints: endpoints.collect(), ..Self::default() }
     }

@@ -37,7 +37,7 @@ impl Effect {
     }
 
     /// Returns the effect of writing a constant.
-    const fn of_value(value: u32, bit: u32) -> Self {
+    const fn from_bit(value: u32, bit: u32) -> Self {
         if value & bit == 0 { Self::Cleared } else { Self::Set }
     }
 
@@ -77,18 +77,18 @@ impl Effect {
 }
 
 /// Returns the effect of a rule on packets that it matches.
-pub(crate) fn of_rule(body: &Body, bit: u32) -> Effect {
+pub(crate) fn rule_effect(body: &Body, bit: u32) -> Effect {
     match body {
-        Body::Iptables(words) => of_iptables(words, bit),
+        Body::Iptables(words) => iptables_effect(words, bit),
         Body::Nft(expressions) => {
-            let effects = expressions.iter().map(|expression| of_expression(expression, bit));
+            let effects = expressions.iter().map(|expression| expression_effect(expression, bit));
             effects.fold(Effect::Kept, Effect::then)
         }
     }
 }
 
 /// Reads the target of a rule of `iptables-save`: MARK, CONNMARK, TPROXY and SET can write the mark.
-fn of_iptables(words: &[String], bit: u32) -> Effect {
+fn iptables_effect(words: &[String], bit: u32) -> Effect {
     let value = |name: &str| {
         let position = words.iter().position(|word| word == name)?;
         words.get(position + 1).map(String::as_str)
@@ -125,8 +125,8 @@ fn of_iptables(words: &[String], bit: u32) -> Effect {
                 return Effect::Changed;
             };
             // mark = (mark & ~nfmask) ^ (connection's mark & ctmask): xt_connmark.c.
-            let kept = Effect::Kept.and(Effect::of_value(!of_packet, bit));
-            kept.xor(Effect::Changed.and(Effect::of_value(of_connection, bit)))
+            let kept = Effect::Kept.and(Effect::from_bit(!of_packet, bit));
+            kept.xor(Effect::Changed.and(Effect::from_bit(of_connection, bit)))
         }
         "TPROXY" => value("--tproxy-mark").map_or(Effect::Kept, |text| change(text, false)),
         "SET" if has("--map-mark") => Effect::Changed,
@@ -136,7 +136,7 @@ fn of_iptables(words: &[String], bit: u32) -> Effect {
 
 /// Returns the effect of `mark = (mark & ~mask) ^ value`.
 fn masked(value: u32, mask: u32, bit: u32) -> Effect {
-    Effect::Kept.and(Effect::of_value(!mask, bit)).xor(Effect::of_value(value, bit))
+    Effect::Kept.and(Effect::from_bit(!mask, bit)).xor(Effect::from_bit(value, bit))
 }
 
 fn value_and_mask(text: &str) -> Option<(u32, u32)> {
@@ -154,11 +154,11 @@ fn parse(number: &str) -> Option<u32> {
 }
 
 /// Reads an expression of nftables: a statement that writes the mark, or a target of iptables that nft can't describe.
-fn of_expression(expression: &Value, bit: u32) -> Effect {
+fn expression_effect(expression: &Value, bit: u32) -> Effect {
     if let Some(statement) = expression.get("mangle")
         && is_packet_mark(&statement["key"])
     {
-        return of_operand(&statement["value"], bit);
+        return operand_effect(&statement["value"], bit);
     }
     let target = &expression["xt"];
     let is_mark_target =
@@ -171,16 +171,16 @@ fn is_packet_mark(expression: &Value) -> bool {
 }
 
 /// Returns the bit of a value in nftables. Only constants, the mark and their combinations are known.
-fn of_operand(operand: &Value, bit: u32) -> Effect {
+fn operand_effect(operand: &Value, bit: u32) -> Effect {
     if is_packet_mark(operand) {
         return Effect::Kept;
     }
     if let Some(value) = operand.as_u64() {
-        return u32::try_from(value).map_or(Effect::Changed, |value| Effect::of_value(value, bit));
+        return u32::try_from(value).map_or(Effect::Changed, |value| Effect::from_bit(value, bit));
     }
     let operands = |operator: &str| {
         let operands = operand.get(operator)?.as_array()?;
-        Some(operands.iter().map(|operand| of_operand(operand, bit)).collect::<Vec<_>>().into_iter())
+        Some(operands.iter().map(|operand| operand_effect(operand, bit)).collect::<Vec<_>>().into_iter())
     };
     let combined = if let Some(effects) = operands("&") {
         effects.reduce(Effect::and)
@@ -193,7 +193,7 @@ fn of_operand(operand: &Value, bit: u32) -> Effect {
 }
 
 /// Returns the effect of a TC action: `skbedit` writes a value under a mask, `connmark` the connection's mark.
-pub(crate) fn of_action(action: &Value, bit: u32) -> Effect {
+pub(crate) fn action_effect(action: &Value, bit: u32) -> Effect {
     let number = |value: &Value| {
         value.as_u64().and_then(|value| u32::try_from(value).ok()).or_else(|| parse(value.as_str()?))
     };
@@ -249,7 +249,7 @@ mod tests {
             ("ACCEPT", Effect::Kept),
         ] {
             let words = format!("PREROUTING -i cali+ -j {target}").split(' ').map(str::to_owned).collect();
-            assert_eq!(of_rule(&Body::Iptables(words), BIT), expected, "{target}");
+            assert_eq!(rule_effect(&Body::Iptables(words), BIT), expected, "{target}");
         }
     }
 
@@ -269,17 +269,17 @@ mod tests {
             (json!({"map": {"key": {"payload": {}}, "data": "@m"}}), Effect::Changed),
         ] {
             let statement = json!({"mangle": {"key": mark, "value": value}});
-            assert_eq!(of_rule(&Body::Nft(vec![statement]), BIT), expected, "{value}");
+            assert_eq!(rule_effect(&Body::Nft(vec![statement]), BIT), expected, "{value}");
         }
         for other in [
             json!({"mangle": {"key": {"ct": {"key": "mark"}}, "value": 4096}}),
             json!({"match": {"op": "==", "left": mark, "right": 4096}}),
             json!({"xt": {"type": "target", "name": "MASQUERADE"}}),
         ] {
-            assert_eq!(of_rule(&Body::Nft(vec![other]), BIT), Effect::Kept);
+            assert_eq!(rule_effect(&Body::Nft(vec![other]), BIT), Effect::Kept);
         }
         let target = json!({"xt": {"type": "target", "name": "MARK"}});
-        assert_eq!(of_rule(&Body::Nft(vec![target]), BIT), Effect::Changed);
+        assert_eq!(rule_effect(&Body::Nft(vec![target]), BIT), Effect::Changed);
     }
 
     #[test]
@@ -293,7 +293,7 @@ mod tests {
             (json!({"kind": "connmark", "zone": 0}), Effect::Changed),
             (json!({"kind": "gact"}), Effect::Kept),
         ] {
-            assert_eq!(of_action(&action, BIT), expected, "{action}");
+            assert_eq!(action_effect(&action, BIT), expected, "{action}");
         }
     }
 }

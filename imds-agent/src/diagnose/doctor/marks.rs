@@ -72,14 +72,14 @@ impl MarkUse {
 pub(crate) fn rules(rulesets: &Rulesets, mark: &MarkUse) -> Vec<DoctorCheck> {
     let chains = rulesets.chains();
     let rules = rulesets.rules.iter().filter_map(|rule| {
-        let effect = mark_rules::of_rule(&rule.body, mark.bit);
+        let effect = mark_rules::rule_effect(&rule.body, mark.bit);
         let table_and_chain = Some((rule.chain.table.clone(), rule.chain.name.clone()));
         let hooks = chains.hooks(&rule.chain);
         let is_local = !hooks.is_empty() && hooks.iter().all(|hook| hook.is_local());
         (effect != Effect::Kept).then(|| check(&rule.text, table_and_chain, effect, is_local, mark))
     });
     let actions = rulesets.actions.iter().filter_map(|action| {
-        let effect = mark_rules::of_action(action, mark.bit);
+        let effect = mark_rules::action_effect(action, mark.bit);
         (effect != Effect::Kept).then(|| check(&action_text(action), None, effect, false, mark))
     });
     let mut checks: Vec<_> = rules.chain(actions).collect();

@@ -42,7 +42,7 @@ const SCHEMA: u32 = 1;
 #[must_use]
 pub fn explain_rules(listing: &str, provider: &Provider, mode: Mode) -> Vec<DoctorCheck> {
     let rulesets = Rulesets::from_listing(listing);
-    let mut checks = firewall::rules(&rulesets, &Enforcement::of_provider(provider, Some(mode)));
+    let mut checks = firewall::rules(&rulesets, &Enforcement::from_provider(provider, Some(mode)));
     checks.extend(marks::rules(&rulesets, &MarkUse::default()));
     checks
 }
@@ -68,7 +68,7 @@ pub async fn examine(pins: &PinDir, netlink: &Netlink) -> Result<DoctorReport, D
     ];
     let devices = devices::list(netlink).await?;
     let mark = MarkUse::read(pins, &devices);
-    checks.extend(tc_programs::of_interfaces(pins, netlink, &devices, &mark).await?);
+    checks.extend(tc_programs::check_interfaces(pins, netlink, &devices, &mark).await?);
     checks.extend(qdiscs::checks(pins, netlink).await?);
     checks.extend(node_pairs::checks(pins, netlink).await?);
     checks.extend(cgroup_programs::programs(pins)?);

@@ -41,7 +41,7 @@ pub(crate) struct HookProgram {
 }
 
 /// Checks the hooks of all interfaces that have or need programs of the agent.
-pub(crate) async fn of_interfaces(
+pub(crate) async fn check_interfaces(
     pins: &PinDir,
     netlink: &Netlink,
     devices: &[Device],

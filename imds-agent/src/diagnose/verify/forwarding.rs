@@ -126,7 +126,7 @@ impl Path<'_> {
         let mut checks = Vec::new();
         for (endpoint, skip) in endpoints {
             if let Some(skip) = skip {
-                checks.push(self.of_exempt(endpoint, &*skip.reason, skip.outcome));
+                checks.push(self.exempt_check(endpoint, &*skip.reason, skip.outcome));
                 continue;
             }
             let mut arrival = arrivals.next().unwrap_or(Arrival::Lost);
@@ -141,7 +141,7 @@ impl Path<'_> {
                 Arrival::Lost if self.has_lost_mark() => (MARK_LOST.to_owned(), Outcome::Fail),
                 Arrival::Lost => (LOST.to_owned(), Outcome::from_loss(fails_if_lost)),
             };
-            checks.push(self.of_exempt(endpoint, observed, outcome));
+            checks.push(self.exempt_check(endpoint, observed, outcome));
         }
         Ok(checks)
     }
@@ -205,7 +205,12 @@ impl Path<'_> {
         frames.iter().map(|&(id, _)| arrival(id)).collect()
     }
 
-    fn of_exempt(&self, endpoint: &Endpoint, observed: impl Into<String>, outcome: Outcome) -> VerifyCheck {
+    fn exempt_check(
+        &self,
+        endpoint: &Endpoint,
+        observed: impl Into<String>,
+        outcome: Outcome,
+    ) -> VerifyCheck {
         let check = VerifyCheck::new(PATH, "reaches the last hook", observed, outcome);
         check.with_sender(format!("exempt pod{}", self.device_suffix)).at(endpoint)
     }

@@ -66,7 +66,7 @@ fn policy(pins: &PinDir) -> Option<Policy> {
 }
 
 async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, DatapathError> {
-    let holder = pins.holder()?;
+    let holder = pins.lock_owner()?;
     let mut report = StatusReport::unloaded(pins, holder.as_ref());
     if !object::is_loaded(pins) {
         return Ok(report);
@@ -120,7 +120,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, D
     report.add_cgroups(pins, &maps, hooks, &mut counts)?;
     let links = netlink.links().await?;
     let uplinks = Uplinks::new(netlink.uplinks().await?, links.iter());
-    report.kubernetes = pod_names::lookup(&maps).map_err(unreadable)?;
+    report.kubernetes = pod_names::read_watch_status(&maps).map_err(unreadable)?;
     report.add_disputes();
     let names = pod_names::read(&maps).map_err(unreadable)?;
     let node = Node { pins, maps: &maps, netlink: &netlink, uplinks, hooks, names: &names };
@@ -187,7 +187,7 @@ impl StatusReport {
     fn add_configuration(&mut self, maps: &Maps) -> Result<(), DatapathError> {
         let record = config_record::read(maps).map_err(unreadable)?;
         if let Some(record) = &record
-            && let Some(config_record::RejectedConfig { at, error }) = &record.refusal
+            && let Some(config_record::RejectedConfig { at, error }) = &record.rejected
         {
             let from = record.path.as_ref().map_or_else(
                 || "the built-in defaults".to_owned(),
@@ -198,8 +198,8 @@ impl StatusReport {
             self.problem(None, format!("configuration rejected, using {from}: {error} ({at:.0})"), remedy);
         }
         self.configuration =
-            record.map(|config_record::Record { generation, path, loaded_at, refusal, .. }| {
-                let rejected = refusal
+            record.map(|config_record::EffectiveConfig { generation, path, loaded_at, rejected, .. }| {
+                let rejected = rejected
                     .map(|config_record::RejectedConfig { at, error }| RejectedConfigReport { at, error });
                 Configuration { generation, file: path, loaded_at, rejected }
             });
