@@ -92,7 +92,7 @@ fn assert_no_weaker(config: &Config, table: &Table) {
         [(Hook::FromPod, true), (Hook::NodeEgress, true), (Hook::Socket, true), (Hook::HostNetwork, false)]
     {
         let is_on = hooks.and_then(|hooks| hooks.get(hook.name())?.as_bool()).unwrap_or(by_default);
-        assert_eq!(config.hooks.has(hook), is_on, "{}", hook.name());
+        assert_eq!(config.hooks.contains(hook), is_on, "{}", hook.name());
     }
     assert!(config.mark.is_power_of_two());
     let names_pods = tables(table, "exempt").any(|rule| rule.contains_key("namespace"));

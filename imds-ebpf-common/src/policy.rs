@@ -221,13 +221,13 @@ impl TcHookSet {
 
     /// Reports whether the set contains `hook`.
     #[must_use]
-    pub const fn has(self, hook: TcHook) -> bool {
+    pub const fn contains(self, hook: TcHook) -> bool {
         self.bits & hook.bit() != 0
     }
 
     /// Iterates over the hooks of the set, in the order of [`TcHook::ALL`].
     pub fn iter(self) -> impl Iterator<Item = TcHook> {
-        TcHook::ALL.into_iter().filter(move |&hook| self.has(hook))
+        TcHook::ALL.into_iter().filter(move |&hook| self.contains(hook))
     }
 }
 

@@ -112,7 +112,7 @@ fn show(args: &ShowArgs) -> Result<ExitCode, Failure> {
     if let Some(Value::Table(switches)) = table.get_mut("hooks") {
         // The allow list is a key of its own.
         for hook in Hook::ALL.into_iter().filter(|&hook| hook != Hook::NodeAllow) {
-            switches.insert(hook.name().to_owned(), hooks.has(hook).into());
+            switches.insert(hook.name().to_owned(), hooks.contains(hook).into());
         }
     }
     match args.output {

@@ -32,7 +32,7 @@ pub(super) fn summary(config: &Config, endpoint_set: &EndpointSet, exempt: &[Exe
     add("errno", &[config.on_deny_errno.name().to_owned()]);
     add("provider", &[provider(endpoint_set)]);
     add("endpoints", &endpoint_set.endpoints().iter().map(endpoint).collect::<Vec<_>>());
-    let hooks = Hook::ALL.into_iter().filter(|&hook| config.hooks.has(hook)).map(Hook::name);
+    let hooks = Hook::ALL.into_iter().filter(|&hook| config.hooks.contains(hook)).map(Hook::name);
     add("hooks", &[hooks.collect::<Vec<_>>().join(" ")]);
     if let Some(processes) = &config.node_allow {
         let processes = processes.iter().map(ToString::to_string).collect::<Vec<_>>();
@@ -124,6 +124,6 @@ mod tests {
             text.contains("\nnode allow uid:0\n") && text.contains("\nmetrics    127.0.0.1:9254\n"),
             "{text}"
         );
-        assert!(!of("").contains("node allow"));
+        assert!(!summary_of("").contains("node allow"));
     }
 }

@@ -29,7 +29,7 @@ impl Hooks {
 
     /// Reports whether a hook is enabled.
     #[must_use]
-    pub const fn has(self, hook: Hook) -> bool {
+    pub const fn contains(self, hook: Hook) -> bool {
         self.bits & hook.bit() != 0
     }
 

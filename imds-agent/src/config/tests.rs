@@ -40,12 +40,12 @@ fn mode_and_globs() {
 #[test]
 fn hook_defaults() {
     let hooks = [Hook::FromPod, Hook::NodeEgress, Hook::Socket, Hook::HostNetwork];
-    let on = |text: &str| hooks.map(|hook| parse(text).unwrap().hooks.has(hook));
+    let on = |text: &str| hooks.map(|hook| parse(text).unwrap().hooks.contains(hook));
     assert_eq!(on(""), [true, true, true, false]);
     assert_eq!(on("[hooks]\nnode_egress = false"), [true, false, true, false]);
     assert_eq!(on("[hooks]\nfrom_pod = false\nsocket = false"), [false, true, false, false]);
     assert_eq!(on("[hooks]\nhost_network = true"), [true; 4]);
-    let local_service = |text: &str| parse(text).unwrap().hooks.has(Hook::LocalService);
+    let local_service = |text: &str| parse(text).unwrap().hooks.contains(Hook::LocalService);
     assert!(local_service("") && !local_service("[hooks]\nlocal_service = false"));
     let sendmsg = |text: &str| parse(text).unwrap().sendmsg;
     assert_eq!((sendmsg(""), sendmsg("[hooks]\nsendmsg = 'auto'")), (Sendmsg::Auto, Sendmsg::Auto));
@@ -65,7 +65,7 @@ fn hook_defaults() {
 fn an_allow_list_of_the_node_switches_its_hook_on() {
     let listed = |text: &str| {
         let config = parse(text).unwrap();
-        assert_eq!(config.hooks.has(Hook::NodeAllow), config.node_allow.is_some(), "{text}");
+        assert_eq!(config.hooks.contains(Hook::NodeAllow), config.node_allow.is_some(), "{text}");
         config.node_allow.map(|processes| processes.iter().map(ToString::to_string).collect::<Vec<_>>())
     };
     assert_eq!((listed(""), listed("[node]")), (None, None));
@@ -75,7 +75,7 @@ fn an_allow_list_of_the_node_switches_its_hook_on() {
     assert_eq!(listed(text), Some(entries.clone()));
     assert_eq!(listed(parse(text).unwrap().to_toml()), Some(entries));
     assert!(!parse("").unwrap().to_toml().contains("node]"));
-    assert!(parse(text).unwrap().without_socket().hooks.has(Hook::NodeAllow));
+    assert!(parse(text).unwrap().without_socket().hooks.contains(Hook::NodeAllow));
     let most = |count: usize| {
         let entries: Vec<_> = (0..count).map(|uid| format!("'uid:{uid}'")).collect();
         parse(&format!("[node]\nallow = [{}]", entries.join(", ")))
@@ -112,12 +112,12 @@ fn an_allow_list_of_the_node_survives_errors_elsewhere() {
     let fallback = |text: &str| Config::fallback(text, Path::new("imds.toml"));
     let broken = "mode = 'of'\n[hooks]\nsocket = 0\n";
     let config = fallback(&format!("{broken}[node]\nallow = ['uid:0']"));
-    assert!(config.hooks.has(Hook::NodeAllow) && config.hooks.has(Hook::Socket));
+    assert!(config.hooks.contains(Hook::NodeAllow) && config.hooks.contains(Hook::Socket));
     assert_eq!(config.node_allow, Some(vec![NodeProcess::Uid(0)]));
     assert_eq!(parse(config.to_toml()).unwrap().node_allow, config.node_allow);
     for node in ["", "[node]\nallow = ['uid:0', 'root']", "[node]\nallow = 0"] {
         let config = fallback(&format!("{broken}{node}"));
-        assert!(config.node_allow.is_none() && !config.hooks.has(Hook::NodeAllow), "{node}");
+        assert!(config.node_allow.is_none() && !config.hooks.contains(Hook::NodeAllow), "{node}");
     }
 }
 

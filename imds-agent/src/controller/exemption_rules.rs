@@ -225,13 +225,13 @@ mod tests {
     fn missing_cookie_is_reported_for_socket() {
         let senders = IdentitySet { without_cookie: Some("/n".to_owned()), ..found(7) };
         assert!(
-            failure(&senders, true)
+            incomplete_reason(&senders, true)
                 .unwrap()
                 .contains("network namespace of /n: the socket hook does not exempt its")
         );
-        assert_eq!(failure(&senders, false), None);
+        assert_eq!(incomplete_reason(&senders, false), None);
         let unknown = IdentitySet { errors: ["gone".to_owned()].into(), ..senders };
-        assert_eq!(failure(&unknown, false).unwrap(), "gone");
+        assert_eq!(incomplete_reason(&unknown, false).unwrap(), "gone");
     }
 
     #[test]

@@ -176,12 +176,12 @@ impl Reconciler {
     async fn resolve_exemptions(&mut self) -> Result<ExemptionSet, DatapathError> {
         let pods = pod_links(&self.node.links, &self.node.uplinks, &self.interfaces);
         self.exemptions.resolver.retain(&self.node.links);
-        let tracks_host_network = self.kubepods.is_some() || self.datapath.hooks().has(Hook::NodeAllow);
+        let tracks_host_network = self.kubepods.is_some() || self.datapath.hooks().contains(Hook::NodeAllow);
         self.exemptions
             .pods
             .track_host_network_pods(self.exemptions.rules.pod_selectors().filter(|_| tracks_host_network));
         let socket_hook_on =
-            self.datapath.hooks().has(Hook::Socket) && !self.datapath.lacks_identity(Hook::Socket);
+            self.datapath.hooks().contains(Hook::Socket) && !self.datapath.lacks_identity(Hook::Socket);
         let found = self.exemptions.rules.resolve(
             &mut self.exemptions.resolver,
             &self.netlink,
@@ -191,7 +191,7 @@ impl Reconciler {
         );
         let mut desired = found.await;
         desired.add_bridges(&self.node.links);
-        if !self.datapath.hooks().has(Hook::FromPod) && !desired.entries.is_empty() {
+        if !self.datapath.hooks().contains(Hook::FromPod) && !desired.entries.is_empty() {
             desired.add_node_addresses(netns::addresses().unwrap_or_default());
         }
         // Once all pods are synced and resolved, the recomputed exemptions replace those of the previous agent.
@@ -219,6 +219,7 @@ fn pod_links<'l>(
     uplinks: &Uplinks,
     interfaces: &Interfaces,
 ) -> Vec<&'l Link> {
-    let has_from_pod = |link: &&Link| assign(link, uplinks, interfaces, false).hooks.has(TcHook::FromPod);
+    let has_from_pod =
+        |link: &&Link| assign(link, uplinks, interfaces, false).hooks.contains(TcHook::FromPod);
     links.values().filter(has_from_pod).collect()
 }

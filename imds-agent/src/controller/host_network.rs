@@ -45,7 +45,7 @@ impl Reconciler {
                 let root = kubepods.root().display();
                 Some(format!("no cgroup of Kubernetes pods (kubepods) below {root}"))
             }
-            None if self.datapath.hooks().has(Hook::HostNetwork) => {
+            None if self.datapath.hooks().contains(Hook::HostNetwork) => {
                 Some("no cgroup v2 hierarchy is mounted".to_owned())
             }
             Some(_) | None => None,

@@ -108,7 +108,7 @@ impl Reconciler {
                 interface_role::assign(link, &self.node.uplinks, &self.interfaces, false).hooks;
         }
         // Desired programs are attached before others are detached.
-        observed.sort_by_key(|(hook, _)| !assignment.hooks.has(*hook));
+        observed.sort_by_key(|(hook, _)| !assignment.hooks.contains(*hook));
         let mut state = LinkState { assignment, attach_modes: [AttachMode::None; 2], is_pending: false };
         let (mut failed, mut reconciled) = (None, Reconciled::AsDesired);
         for (hook, attachments) in observed {

@@ -158,11 +158,11 @@ impl Reconciler {
         // Programs that are attached below read this map.
         self.change_node_allow(node_allow)?;
         // A hook that already failed before the reload must not make the new configuration fail.
-        log_if_preexisting(before.has(Hook::Socket), self.reconcile_sockets())?;
+        log_if_preexisting(before.contains(Hook::Socket), self.reconcile_sockets())?;
         if let (None, Some(root)) = (&self.kubepods, kubepods) {
             self.kubepods = Some(Kubepods::new(root.clone()));
         }
-        log_if_preexisting(before.has(Hook::HostNetwork), self.rescan_kubepods())?;
+        log_if_preexisting(before.contains(Hook::HostNetwork), self.rescan_kubepods())?;
         self.interfaces = interfaces.clone();
         self.netlink = self.netlink.clone().with_endpoints(endpoint_set.addresses());
         self.node.routed = self.netlink.uplinks().await?;

@@ -211,7 +211,7 @@ impl Datapath {
     /// Returns the desired attach mode of a hook, on an interface with the desired `hooks`.
     #[must_use]
     pub fn desired_mode(&self, link: &Link, hooks: TcHookSet, hook: TcHook) -> AttachMode {
-        let is_desired = self.hooks.has(hook.hook()) && hooks.has(hook);
+        let is_desired = self.hooks.contains(hook.hook()) && hooks.contains(hook);
         if is_desired { self.attach_mode(link, hook) } else { AttachMode::None }
     }
 

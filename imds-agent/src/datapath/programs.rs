@@ -213,7 +213,7 @@ impl Programs {
 
 /// Returns the names of the programs of these hooks.
 fn names(hooks: Hooks) -> impl Iterator<Item = &'static str> {
-    Hook::ALL.into_iter().filter(move |&hook| hooks.has(hook)).flat_map(programs_of).copied()
+    Hook::ALL.into_iter().filter(move |&hook| hooks.contains(hook)).flat_map(programs_of).copied()
 }
 
 /// Returns the id of the program that is pinned under this name.

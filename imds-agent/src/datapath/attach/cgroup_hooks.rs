@@ -35,7 +35,7 @@ pub const NO_CGROUP_REMEDY: &str = "mount cgroup2 (`mount -t cgroup2 cgroup2 /sy
 #[must_use]
 pub fn hooks_without_identity(hooks: Hooks, identity: Option<OwnNetns>) -> Vec<Hook> {
     let compare = [Hook::Socket, Hook::HostNetwork, Hook::NodeAllow];
-    compare.into_iter().filter(|&hook| identity.is_none() && hooks.has(hook)).collect()
+    compare.into_iter().filter(|&hook| identity.is_none() && hooks.contains(hook)).collect()
 }
 
 /// Describes a hook of [`hooks_without_identity`].
@@ -145,12 +145,12 @@ impl Cgroups {
 
     /// Reports whether the `socket` hook is on but has no cgroup.
     fn lacks_cgroup(&self) -> bool {
-        self.sockets.is_none() && self.hooks.has(Hook::Socket) && self.identity.is_some()
+        self.sockets.is_none() && self.hooks.contains(Hook::Socket) && self.identity.is_some()
     }
 
     /// Reports whether the `node_allow` hook is on and has no cgroup.
     fn lacks_node_cgroup(&self) -> bool {
-        self.node_allow.is_none() && self.hooks.has(Hook::NodeAllow) && self.identity.is_some()
+        self.node_allow.is_none() && self.hooks.contains(Hook::NodeAllow) && self.identity.is_some()
     }
 
     /// Finds the hooks that can't be attached because the programs can't identify the node's network namespace. Logs those that
@@ -190,16 +190,16 @@ impl Cgroups {
         (self.setting, self.hooks) = (datapath_config.sendmsg, datapath_config.hooks);
         self.sendmsg = self.sendmsg_reason();
         self.check_identity();
-        if !datapath_config.hooks.has(Hook::Socket) {
+        if !datapath_config.hooks.contains(Hook::Socket) {
             self.sockets = None;
         }
-        if !datapath_config.hooks.has(Hook::HostNetwork) {
+        if !datapath_config.hooks.contains(Hook::HostNetwork) {
             self.hosts = Hosts::default();
         }
-        if !datapath_config.hooks.has(Hook::LocalService) {
+        if !datapath_config.hooks.contains(Hook::LocalService) {
             self.local_service = None;
         }
-        if !datapath_config.hooks.has(Hook::NodeAllow) {
+        if !datapath_config.hooks.contains(Hook::NodeAllow) {
             self.node_allow = None;
         }
     }
@@ -270,8 +270,9 @@ impl Datapath {
     pub fn has_node_wide_hook(&self) -> bool {
         let has_sockets =
             self.cgroups.sockets.as_ref().is_some_and(|sockets| sockets.failures().next().is_none());
-        let has_egress = self.hooks.has(Hook::NodeEgress) && self.programs.has_programs_of(Hook::NodeEgress);
-        has_egress || (self.hooks.has(Hook::Socket) && has_sockets)
+        let has_egress =
+            self.hooks.contains(Hook::NodeEgress) && self.programs.has_programs_of(Hook::NodeEgress);
+        has_egress || (self.hooks.contains(Hook::Socket) && has_sockets)
     }
 
     fn restore_socket_hook(&mut self) -> Result<Vec<CgroupChange>, DatapathError> {
@@ -351,7 +352,7 @@ impl Datapath {
         all: bool,
     ) -> Result<Vec<CgroupChange>, DatapathError> {
         let pins = self.pin_lock.dir();
-        if !self.hooks.has(Hook::HostNetwork) {
+        if !self.hooks.contains(Hook::HostNetwork) {
             return Ok(detached_hook(host_cgroups::detach_all(pins)?, Hook::HostNetwork));
         }
         if self.cgroups.lacks_identity(Hook::HostNetwork) {

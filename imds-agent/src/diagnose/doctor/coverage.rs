@@ -130,7 +130,7 @@ impl Enforcement {
             }
         }
         let (mode, hooks) = (Some(Mode::from_u32(policy.mode)), Hooks::from_bits(policy.hooks));
-        let node_allow = if hooks.has(Hook::NodeAllow) {
+        let node_allow = if hooks.contains(Hook::NodeAllow) {
             let entries = node_allow_entries(maps).ok()?.into_iter();
             let entries = entries.map(|entry| entry.parse()).collect::<Result<_, _>>().ok()?;
             Some(AllowList { entries, checks_packets: object::cgroup_has_cookie() })
@@ -216,7 +216,8 @@ impl Enforcement {
             if let Some(list) = &self.node_allow {
                 openings.extend(list.openings(traffic));
             } else {
-                let pods = if self.hooks.has(Hook::HostNetwork) { "" } else { " and pods with hostNetwork" };
+                let pods =
+                    if self.hooks.contains(Hook::HostNetwork) { "" } else { " and pods with hostNetwork" };
                 let owners = owners(traffic, "");
                 openings.push(format!(
                     "requests of the node's own processes{owners}{pods}, which imds-agent lets pass"
@@ -230,14 +231,14 @@ impl Enforcement {
             );
         }
         let arrives = hooks.contains(&BaseHook::Prerouting) || hooks.contains(&BaseHook::Ingress);
-        if arrives && !self.hooks.has(Hook::FromPod) {
+        if arrives && !self.hooks.contains(Hook::FromPod) {
             openings
                 .push("requests of pods to a service on the node itself: hooks.from_pod is off".to_owned());
         }
         let is_forwarded = hooks.iter().any(|hook| hook.sees_pods());
-        if is_forwarded && !self.hooks.has(Hook::NodeEgress) {
+        if is_forwarded && !self.hooks.contains(Hook::NodeEgress) {
             let senders =
-                if self.hooks.has(Hook::FromPod) { "other machines" } else { "pods and other machines" };
+                if self.hooks.contains(Hook::FromPod) { "other machines" } else { "pods and other machines" };
             openings.push(format!("requests that the node forwards for {senders}: hooks.node_egress is off"));
         }
         openings

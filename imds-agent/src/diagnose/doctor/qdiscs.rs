@@ -39,7 +39,7 @@ pub(crate) async fn checks(pins: &PinDir, netlink: &Netlink) -> Result<Vec<Docto
         let is_spare =
             |hook| hook == TcHook::NodeEgress && link.leads_elsewhere() && !uplinks.contain(link.index);
         let needed = desired.iter().filter(|&hook| {
-            hooks.has(hook.hook()) && needs_filter(record.as_ref(), hook, has_tcx) && !is_spare(hook)
+            hooks.contains(hook.hook()) && needs_filter(record.as_ref(), hook, has_tcx) && !is_spare(hook)
         });
         checks.extend(needed.filter_map(|hook| blocked(link, hook, &qdiscs, has_tcx)));
     }

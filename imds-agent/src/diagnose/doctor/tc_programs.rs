@@ -57,7 +57,7 @@ pub(crate) async fn check_interfaces(
     let (mut count, mut pods) = (0_usize, 0_usize);
     for link in links {
         let record = maps.as_ref().and_then(|maps| interface_records::get(maps, link.index));
-        for hook in desired_hooks(&link, record, &uplinks).iter().filter(|hook| hooks.has(hook.hook())) {
+        for hook in desired_hooks(&link, record, &uplinks).iter().filter(|hook| hooks.contains(hook.hook())) {
             count += 1;
             let point = AttachPoint { ifindex: link.index, hook };
             if hook == TcHook::FromPod {
@@ -189,7 +189,7 @@ fn check_programs(
                               than 1";
                 DoctorCheck::degraded(OF_INTERFACES, observed, remedy)
             }
-            Some(false) if hook != "egress" && mark.has(link.master) => {
+            Some(false) if hook != "egress" && mark.is_on_bridge(link.master) => {
                 let remedy = format!(
                     "the program runs after from_pod, at a port of a bridge with an exempt pod: if it writes bit {} of the packet \
                      mark, node_egress denies an exempt pod, or lets another pod pass; choose another bit (hooks.mark_bit)",

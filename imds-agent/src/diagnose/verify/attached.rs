@@ -118,7 +118,7 @@ fn attachment<'s>(interface: &'s Interface, hook: &str) -> Option<(&'s str, Atta
 
 /// Reports whether the interface should have the hook.
 fn is_desired(record: &InterfaceRecord, hook: TcHook) -> bool {
-    TcHookSet::from_bits(record.hooks).has(hook)
+    TcHookSet::from_bits(record.hooks).contains(hook)
 }
 
 /// Reports whether the agent has attached the hook.

@@ -41,7 +41,7 @@ pub(crate) fn check(enforced: &Enforced) -> Result<Vec<VerifyCheck>, VerifyError
 
 /// Returns why the path of the node can't be tested, if the allow list does not contain this process.
 pub(crate) fn restriction(enforced: &Enforced) -> Result<Option<Skip>, VerifyError> {
-    if !enforced.hooks.has(Hook::NodeAllow) {
+    if !enforced.hooks.contains(Hook::NodeAllow) {
         return Ok(None);
     }
     let allowed = node_allow_map::read(&enforced.maps)

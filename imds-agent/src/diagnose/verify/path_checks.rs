@@ -124,7 +124,7 @@ impl Paths {
         let skips = routed.controls(netlink, last_hook, families, pod.interface()).await?;
         let open = with_skips(endpoints, &skips);
         let mut checks = Vec::new();
-        if enforced.hooks.has(Hook::FromPod) || enforced.hooks.has(Hook::NodeEgress) {
+        if enforced.hooks.contains(Hook::FromPod) || enforced.hooks.contains(Hook::NodeEgress) {
             checks.extend(routed.check_denied(last_hook, &open).await?);
         }
         // Without exemptions, a firewall rule of the node that drops packets of pods is not a failure.
@@ -169,7 +169,7 @@ async fn wait_ready(enforced: &Enforced, pod: &TestPod) -> Result<(), Skip> {
     if let Some(skip) = pod.obstacle() {
         return Err(skip);
     }
-    if enforced.hooks.has(Hook::FromPod) {
+    if enforced.hooks.contains(Hook::FromPod) {
         let is_followed = enforced.status.agent.running;
         wait_attached(TcHook::FromPod, pod.interface(), &enforced.maps, is_followed).await?;
     }

@@ -42,16 +42,16 @@ impl StatusReport {
         counts: &mut BTreeMap<(u32, u8), Counts>,
     ) -> Result<(), DatapathError> {
         let mut take = |hook: Hook| counts.remove(&(CounterKey::DELETED, hook as u8)).unwrap_or_default();
-        if hooks.has(Hook::Socket) {
+        if hooks.contains(Hook::Socket) {
             self.add_sockets(pins, maps, take(Hook::Socket))?;
         }
-        if hooks.has(Hook::LocalService) {
+        if hooks.contains(Hook::LocalService) {
             self.add_local_service(pins, maps, take(Hook::LocalService))?;
         }
-        if hooks.has(Hook::HostNetwork) {
+        if hooks.contains(Hook::HostNetwork) {
             self.add_hosts(host_cgroups::inspect(pins)?, take(Hook::HostNetwork));
         }
-        if hooks.has(Hook::NodeAllow) {
+        if hooks.contains(Hook::NodeAllow) {
             self.add_node_allow(pins, maps, take(Hook::NodeAllow))?;
         }
         Ok(())

@@ -45,7 +45,7 @@ impl StatusReport {
         };
         let is_queued = record.is_some_and(|record| record.pending == 1);
         let mut attachments = Vec::new();
-        for hook in desired.iter().filter(|hook| node.hooks.has(hook.hook())) {
+        for hook in desired.iter().filter(|hook| node.hooks.contains(hook.hook())) {
             let attachment = attachment(link, hook, node).await?;
             // Such a link needs the egress hook only once a route to an endpoint leads through it.
             let is_spare =
@@ -93,7 +93,7 @@ impl StatusReport {
                 return self.problem(Some(name), format!("{hook_name} is not enforced"), remedy);
             }
             // Until it is attached, the node-wide hooks deny the pod's packets, if one of them is on.
-            if !node.hooks.has(Hook::NodeEgress) && !node.hooks.has(Hook::Socket) {
+            if !node.hooks.contains(Hook::NodeEgress) && !node.hooks.contains(Hook::Socket) {
                 self.problem(
                     Some(name),
                     format!("{hook_name} is not enforced yet"),

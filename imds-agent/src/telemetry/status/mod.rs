@@ -88,7 +88,7 @@ async fn gather_once(pins: &PinDir, netlink: &Netlink) -> Result<StatusReport, D
     report.add_configuration(&maps)?;
     let netlink = report.add_endpoints(&maps, netlink)?;
     let hooks = Hooks::from_bits(policy.hooks);
-    report.hooks = Hook::ALL.into_iter().filter(|&hook| hooks.has(hook)).map(Hook::name).collect();
+    report.hooks = Hook::ALL.into_iter().filter(|&hook| hooks.contains(hook)).map(Hook::name).collect();
     report.add_rejected_programs(pins, &maps)?;
     if pins.is_private() {
         report.problem(None, PRIVATE_BPFFS, PRIVATE_BPFFS_REMEDY);
