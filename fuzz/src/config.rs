@@ -63,7 +63,7 @@ fn assert_fallback(text: &str) {
     default.listen.clone_from(&fallback.listen);
     default.node_allow.clone_from(&fallback.node_allow);
     if fallback.node_allow.is_some() {
-        default.hooks = default.hooks.and(Hooks::from_bits(Hook::NodeAllow.bit()));
+        default.hooks = default.hooks.union(Hooks::from_bits(Hook::NodeAllow.bit()));
     }
     assert_same(&default, &fallback);
     let resolved = fallback.resolve(&Dmi::default()).expect("a fallback that can be resolved");

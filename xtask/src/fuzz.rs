@@ -51,7 +51,7 @@ const MEMORY: u32 = 2048;
 impl Fuzz {
     pub(crate) fn run(self) -> Result<ExitCode> {
         let targets = match self.target.as_deref() {
-            Some(name) => vec![known(name)?],
+            Some(name) => vec![find_target(name)?],
             None => TARGETS.to_vec(),
         };
         setup::ensure(Purpose::Build)?;
@@ -87,7 +87,7 @@ fn next<T>(left: &Mutex<impl Iterator<Item = T>>) -> Option<T> {
     left.lock().ok()?.next()
 }
 
-fn known(name: &str) -> Result<&'static str> {
+fn find_target(name: &str) -> Result<&'static str> {
     TARGETS
         .into_iter()
         .find(|target| *target == name)
@@ -137,9 +137,9 @@ fn run(fuzzer: &Path, directory: &Path, target: &str, seconds: u32) -> Result<()
 
 /// Returns the command that repeats a failure.
 fn reproduction(target: &str, log: &str) -> String {
-    let kept = log.lines().find_map(|line| line.split_once("Test unit written to "));
-    let try_it = |(_, input)| format!("; to repeat it: cargo xtask fuzz {target} --input {input}");
-    kept.map(try_it).unwrap_or_default()
+    let reproducer = log.lines().find_map(|line| line.split_once("Test unit written to "));
+    let reproduce = |(_, input)| format!("; to repeat it: cargo xtask fuzz {target} --input {input}");
+    reproducer.map(reproduce).unwrap_or_default()
 }
 
 /// Returns a summary of libFuzzer's final statistics.
@@ -194,6 +194,6 @@ stat::peak_rss_mb:              61
         for target in TARGETS {
             assert!(root().join("fuzz/seeds").join(target).is_dir(), "{target}");
         }
-        assert!(known("nothing").is_err());
+        assert!(find_target("nothing").is_err());
     }
 }

@@ -108,7 +108,7 @@ impl Setup {
     pub(crate) fn run(self) -> Result<ExitCode> {
         let (host, purposes) =
             (Host::current(), [Purpose::Build, Purpose::Ebpf, Purpose::Test, Purpose::Lint]);
-        let missing = Missing::on(&host, &purposes);
+        let missing = Missing::find(&host, &purposes);
         if !self.check {
             missing.install(&host, &purposes)?;
         } else if !missing.is_empty() {
@@ -132,12 +132,12 @@ pub(crate) fn ensure(purpose: Purpose) -> Result<()> {
         // Every build of the agent compiles the BPF programs.
         purposes.push(Purpose::Ebpf);
     }
-    Missing::on(&host, &purposes).install(&host, &purposes)
+    Missing::find(&host, &purposes).install(&host, &purposes)
 }
 
 /// Returns a list of the missing requirements of `purpose`, if any.
 pub(crate) fn missing(purpose: Purpose) -> Option<String> {
-    let missing = Missing::on(&Host::current(), &[purpose]);
+    let missing = Missing::find(&Host::current(), &[purpose]);
     (!missing.is_empty()).then(|| format!("missing: {missing}"))
 }
 
@@ -145,82 +145,83 @@ pub(crate) fn missing(purpose: Purpose) -> Option<String> {
 #[derive(Debug, Default)]
 struct Missing {
     /// Descriptions of the missing requirements with their remedies.
-    things: Vec<String>,
+    descriptions: Vec<String>,
     /// Missing Debian packages. bpf-linker is installed after them, see [`install_linker`].
     packages: Vec<&'static str>,
     cargo_tools: Vec<CargoTool>,
 }
 
 impl Missing {
-    fn on(host: &Host, purposes: &[Purpose]) -> Self {
+    fn find(host: &Host, purposes: &[Purpose]) -> Self {
         let mut missing = Self::default();
         if needs_toolchain(purposes) {
             let survey = Survey::new(host);
             let toolchain = survey.toolchain();
             if let Err(error) = &toolchain {
-                missing.things.push(error.to_string());
+                missing.descriptions.push(error.to_string());
                 if survey.debian.is_err() {
                     missing.packages.extend(DEBIAN_PACKAGES);
                 }
             }
             if purposes.contains(&Purpose::Lint) {
-                missing.look_for_tools(host, "the prose check's", &LINT_TOOLS);
+                missing.check_tools(host, "the prose check's", &LINT_TOOLS);
                 let compiler = toolchain.map_or(Compiler::Debian, |toolchain| toolchain.compiler());
-                missing.look_for_clippy(host, compiler);
+                missing.check_clippy(host, compiler);
             }
         }
         if purposes.contains(&Purpose::Demo) {
-            missing.look_for_tools(host, "the demo's", &DEMO_TOOLS);
+            missing.check_tools(host, "the demo's", &DEMO_TOOLS);
         }
         if purposes.iter().any(|purpose| {
             matches!(purpose, Purpose::Bench | Purpose::Test | Purpose::Vm | Purpose::EndToEnd)
         }) {
-            missing.look_for_tools(host, "the tests'", &TEST_TOOLS);
+            missing.check_tools(host, "the tests'", &TEST_TOOLS);
         }
         if purposes.contains(&Purpose::Fuzz) {
-            missing.look_for_tools(host, "the fuzzer's", &FUZZ_TOOLS);
+            missing.check_tools(host, "the fuzzer's", &FUZZ_TOOLS);
         }
         if purposes.contains(&Purpose::Vm) {
-            missing.look_for_tools(host, "the virtual machines'", &VM_TOOLS);
+            missing.check_tools(host, "the virtual machines'", &VM_TOOLS);
         }
         if purposes.contains(&Purpose::Bench) {
-            missing.look_for_tools(host, "the benchmarks'", &BENCH_TOOLS);
+            missing.check_tools(host, "the benchmarks'", &BENCH_TOOLS);
         }
         if purposes.contains(&Purpose::Image) {
-            missing.look_for_tools(host, "the image's", &IMAGE_TOOLS);
+            missing.check_tools(host, "the image's", &IMAGE_TOOLS);
         }
         if purposes.iter().any(|purpose| matches!(purpose, Purpose::Runtimes | Purpose::EndToEnd)) {
-            missing.look_for_tools(host, "the container runtimes'", &RUNTIME_TOOLS);
+            missing.check_tools(host, "the container runtimes'", &RUNTIME_TOOLS);
         }
         if purposes.contains(&Purpose::EndToEnd) {
-            missing.look_for_tools(host, "the end-to-end tests'", &END_TO_END_TOOLS);
+            missing.check_tools(host, "the end-to-end tests'", &END_TO_END_TOOLS);
         }
         if purposes.contains(&Purpose::Manifests) {
-            missing.look_for_tools(host, "the manifests'", &MANIFEST_TOOLS);
+            missing.check_tools(host, "the manifests'", &MANIFEST_TOOLS);
         }
         if purposes.iter().any(|purpose| matches!(purpose, Purpose::Dist | Purpose::EndToEnd)) {
-            missing.look_for_cargo_tool(host, CARGO_DEB);
+            missing.check_cargo_tool(host, CARGO_DEB);
         }
         if purposes.contains(&Purpose::Deny) {
-            missing.look_for_cargo_tool(host, CARGO_DENY);
+            missing.check_cargo_tool(host, CARGO_DENY);
         }
         missing
     }
 
-    fn look_for_tools(&mut self, host: &Host, whose: &str, tools: &[Tool]) {
+    fn check_tools(&mut self, host: &Host, purpose_name: &str, tools: &[Tool]) {
         for tool in tools.iter().filter(|tool| host.find(tool.program).is_none()) {
-            self.add(format!("{whose} {} (package {})", tool.program, tool.package), tool.package);
+            self.add(format!("{purpose_name} {} (package {})", tool.program, tool.package), tool.package);
         }
     }
 
-    fn look_for_cargo_tool(&mut self, host: &Host, tool: CargoTool) {
+    fn check_cargo_tool(&mut self, host: &Host, tool: CargoTool) {
         if host.find(tool.program).is_none() {
             self.cargo_tools.push(tool);
-            self.things.push(format!("{0} (cargo install {0} --version {1})", tool.program, tool.version));
+            self.descriptions
+                .push(format!("{0} (cargo install {0} --version {1})", tool.program, tool.version));
         }
     }
 
-    fn look_for_clippy(&mut self, host: &Host, compiler: Compiler) {
+    fn check_clippy(&mut self, host: &Host, compiler: Compiler) {
         if compiler.has_clippy(host) {
             return;
         }
@@ -229,21 +230,21 @@ impl Missing {
                 self.add(format!("clippy for the BPF crate (package {CLIPPY_PACKAGE})"), CLIPPY_PACKAGE);
             }
             // rustup's toolchains belong to the user.
-            Compiler::Nightly => self.things.push(
+            Compiler::Nightly => self.descriptions.push(
                 "clippy for the BPF crate (rustup component add clippy --toolchain nightly)".to_owned(),
             ),
         }
     }
 
     fn add(&mut self, thing: String, package: &'static str) {
-        self.things.push(thing);
+        self.descriptions.push(thing);
         if !self.packages.contains(&package) {
             self.packages.push(package);
         }
     }
 
     const fn is_empty(&self) -> bool {
-        self.things.is_empty()
+        self.descriptions.is_empty()
     }
 
     fn install(&self, host: &Host, purposes: &[Purpose]) -> Result<()> {
@@ -276,7 +277,7 @@ impl Missing {
 
 impl fmt::Display for Missing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.things.join(". Also "))
+        f.write_str(&self.descriptions.join(". Also "))
     }
 }
 
@@ -330,7 +331,7 @@ mod tests {
     #[test]
     fn empty_machine_lacks_all_packages() {
         let root = tempfile::tempdir().unwrap();
-        let missing = Missing::on(&host(root.path(), &[]), &ALL);
+        let missing = Missing::find(&host(root.path(), &[]), &ALL);
         let mut expected = DEBIAN_PACKAGES.to_vec();
         expected.extend(["python3", CLIPPY_PACKAGE]);
         expected.extend(FOR_TESTS);
@@ -344,10 +345,10 @@ mod tests {
         let core = root.path().join("usr/lib/rustlib/bpfel-unknown-none/lib");
         fs::create_dir_all(core).unwrap();
         let host = host(root.path(), &["usr/bin/rustc", "usr/bin/cargo", "bin/bpf-linker"]);
-        assert!(Missing::on(&host, &[Purpose::Build, Purpose::Ebpf]).is_empty());
-        assert_eq!(Missing::on(&host, &[Purpose::Lint]).packages, ["python3", CLIPPY_PACKAGE]);
-        assert_eq!(Missing::on(&host, &[Purpose::Test]).packages, FOR_TESTS);
-        let for_machines = Missing::on(&host, &[Purpose::Vm]).packages;
+        assert!(Missing::find(&host, &[Purpose::Build, Purpose::Ebpf]).is_empty());
+        assert_eq!(Missing::find(&host, &[Purpose::Lint]).packages, ["python3", CLIPPY_PACKAGE]);
+        assert_eq!(Missing::find(&host, &[Purpose::Test]).packages, FOR_TESTS);
+        let for_machines = Missing::find(&host, &[Purpose::Vm]).packages;
         assert!(for_machines.contains(&"bpftool") && for_machines.contains(&"xz-utils"));
     }
 
@@ -355,9 +356,9 @@ mod tests {
     fn agent_and_demo_need_no_bpf_toolchain() {
         let root = tempfile::tempdir().unwrap();
         let host = host(root.path(), &[]);
-        assert!(Missing::on(&host, &[Purpose::Build]).is_empty());
-        assert_eq!(Missing::on(&host, &[Purpose::Demo]).packages, ["iproute2"]);
-        assert_eq!(Missing::on(&host, &[Purpose::Test]).packages, FOR_TESTS);
+        assert!(Missing::find(&host, &[Purpose::Build]).is_empty());
+        assert_eq!(Missing::find(&host, &[Purpose::Demo]).packages, ["iproute2"]);
+        assert_eq!(Missing::find(&host, &[Purpose::Test]).packages, FOR_TESTS);
     }
 
     #[test]
@@ -365,7 +366,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         fs::create_dir_all(root.path().join("usr/lib/rustlib/bpfel-unknown-none/lib")).unwrap();
         let host = host(root.path(), &["usr/bin/rustc", "usr/bin/cargo"]);
-        let missing = Missing::on(&host, &[Purpose::Ebpf]);
+        let missing = Missing::find(&host, &[Purpose::Ebpf]);
         assert!(missing.packages.is_empty(), "{missing:?}");
         assert!(missing.to_string().contains("bpf-linker is neither"), "{missing}");
     }

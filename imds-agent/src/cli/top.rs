@@ -78,7 +78,7 @@ pub(super) async fn top(args: TopArgs) -> Result<ExitCode, Failure> {
         model: Model::default(),
         last: None,
     };
-    watched.look().await?;
+    watched.refresh().await?;
     let mut terminal = ratatui::try_init().context("failed to initialize the terminal")?;
     let outcome = watched.run(&mut terminal, args.interval).await;
     ratatui::restore();
@@ -109,7 +109,7 @@ impl Watched {
         loop {
             terminal.draw(|frame| draw(frame, &self.model)).context("failed to draw")?;
             tokio::select! {
-                _ = ticks.tick() => if !self.model.is_paused { self.look().await? },
+                _ = ticks.tick() => if !self.model.is_paused { self.refresh().await? },
                 event = keys.next() => match event {
                     Some(Ok(Event::Key(key))) if key.kind != KeyEventKind::Release => match parse_key(key) {
                         Some(KeyAction::Quit) => return Ok(()),
@@ -129,7 +129,7 @@ impl Watched {
     }
 
     /// Updates the model with the current status and new events.
-    async fn look(&mut self) -> anyhow::Result<()> {
+    async fn refresh(&mut self) -> anyhow::Result<()> {
         let report = status::gather(&self.pins, &self.netlink).await?;
         let now = Instant::now();
         self.model.take(&report, self.last.replace(now).map(|last| now - last));

@@ -29,11 +29,11 @@ const MAX_NAME: usize = 63;
 /// Exemption rules before their endpoint names are resolved, which depends on the machine.
 #[derive(Clone, Debug, Default)]
 pub struct Exemptions {
-    rules: Vec<Written>,
+    rules: Vec<UnresolvedRule>,
 }
 
 #[derive(Clone, Debug)]
-struct Written {
+struct UnresolvedRule {
     name: String,
     sender: RuleSubject,
     is_audited: bool,
@@ -142,7 +142,7 @@ impl Exemptions {
         source: SourceFile<'_>,
         diagnostics: &mut Diagnostics,
     ) -> Self {
-        let mut rules: Vec<Written> = Vec::new();
+        let mut rules: Vec<UnresolvedRule> = Vec::new();
         for table in tables {
             let Some(rule) = parse_rule(table, source, diagnostics) else { continue };
             match check_new(&rule, &rules) {
@@ -155,16 +155,16 @@ impl Exemptions {
 
     /// Returns the name of the first rule for Kubernetes pods, if the file has one.
     pub(super) fn first_of_pods<'t>(&self, tables: &'t [ExemptTable]) -> Option<&'t Spanned<String>> {
-        let of_pods = |written: &&Written| matches!(written.sender, RuleSubject::Pods(_));
+        let of_pods = |rule: &&UnresolvedRule| matches!(rule.sender, RuleSubject::Pods(_));
         let name = &self.rules.iter().find(of_pods)?.name;
-        tables.iter().map(|table| &table.name).find(|written| written.get_ref() == name)
+        tables.iter().map(|table| &table.name).find(|other| other.get_ref() == name)
     }
 
     /// Returns the rules with their endpoint names resolved to addresses of `endpoints`.
     pub fn resolve(&self, endpoints: &EndpointSet) -> Result<Vec<Exempt>, ConfigErrors> {
         let mut diagnostics = Diagnostics::default();
         let rules = self.rules.iter().map(|rule| {
-            let Written { name, sender, is_audited, endpoints } = rule.clone();
+            let UnresolvedRule { name, sender, is_audited, endpoints } = rule.clone();
             let scope = match endpoints {
                 None => EndpointSelector::All,
                 Some(names) => EndpointSelector::Only(
@@ -194,7 +194,7 @@ fn address(name: &str, location: &Location, endpoints: &EndpointSet) -> Result<I
     )
 }
 
-fn check_new(rule: &Written, others: &[Written]) -> Result<(), String> {
+fn check_new(rule: &UnresolvedRule, others: &[UnresolvedRule]) -> Result<(), String> {
     if others.iter().any(|other| other.name == rule.name) {
         return Err(format!("exempt.name: {:?} is already the name of another rule", rule.name));
     }
@@ -209,7 +209,7 @@ fn check_new(rule: &Written, others: &[Written]) -> Result<(), String> {
     Ok(())
 }
 
-impl Written {
+impl UnresolvedRule {
     fn overlaps(&self, other: &Self) -> bool {
         match (&self.endpoints, &other.endpoints) {
             (Some(own), Some(others)) => {
@@ -221,12 +221,21 @@ impl Written {
 }
 
 /// Parses a rule. Records the errors of all its keys.
-fn parse_rule(table: &ExemptTable, source: SourceFile<'_>, diagnostics: &mut Diagnostics) -> Option<Written> {
+fn parse_rule(
+    table: &ExemptTable,
+    source: SourceFile<'_>,
+    diagnostics: &mut Diagnostics,
+) -> Option<UnresolvedRule> {
     let name = diagnostics.ok(check_name(&table.name, "exempt.name", MAX_NAME, source));
     let sender = parse_sender(table, source, diagnostics);
     let endpoints = table.endpoints.as_ref().map(|names| parse_endpoints(names, source, diagnostics));
     name?;
-    Some(Written { name: table.name.get_ref().clone(), sender: sender?, is_audited: table.audit, endpoints })
+    Some(UnresolvedRule {
+        name: table.name.get_ref().clone(),
+        sender: sender?,
+        is_audited: table.audit,
+        endpoints,
+    })
 }
 
 fn parse_sender(
@@ -308,18 +317,18 @@ fn parse_path(path: &Spanned<PathBuf>, key: &str, source: SourceFile<'_>) -> Res
     if let Err(message) = source.check_systemd_escapes(path.span()) {
         return Err(source.error(path.span(), format!("exempt.{key}: {message}")));
     }
-    let written: &Path = path.get_ref();
-    let is_plain = written.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
-    let complaint = if key == "netns" && !written.is_absolute() {
+    let value: &Path = path.get_ref();
+    let is_plain = value.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+    let complaint = if key == "netns" && !value.is_absolute() {
         "is not an absolute path"
     } else if !is_plain {
         "must not contain `.` or `..`"
-    } else if written.file_name().is_none() {
+    } else if value.file_name().is_none() {
         "has no last component"
     } else {
-        return Ok(written.to_owned());
+        return Ok(value.to_owned());
     };
-    let message = format!("exempt.{key}: \"{}\" {complaint}", written.display());
+    let message = format!("exempt.{key}: \"{}\" {complaint}", value.display());
     Err(source.error(path.span(), message))
 }
 

@@ -41,7 +41,7 @@ impl Hooks {
 
     /// Returns the union of both sets.
     #[must_use]
-    pub const fn and(self, others: Self) -> Self {
+    pub const fn union(self, others: Self) -> Self {
         Self { bits: self.bits | others.bits }
     }
 }

@@ -282,10 +282,10 @@ fn is_abandoned(path: &Path) -> bool {
 impl Stream {
     fn serve(self, state: Rc<AppState>) -> Connection {
         let (since, has_asked) = (Instant::now(), Rc::default());
-        let of_work = Rc::clone(&has_asked);
+        let asked_in_task = Rc::clone(&has_asked);
         let work: Pin<Box<dyn Future<Output = ()>>> = match self {
-            Self::Tcp(stream) => Box::pin(serve(stream, state, of_work)),
-            Self::Unix(stream) => Box::pin(serve(stream, state, of_work)),
+            Self::Tcp(stream) => Box::pin(serve(stream, state, asked_in_task)),
+            Self::Unix(stream) => Box::pin(serve(stream, state, asked_in_task)),
         };
         Connection { work, since, has_asked }
     }

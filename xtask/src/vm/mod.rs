@@ -34,7 +34,7 @@ use console::Guest;
 use kernels::{Kernel, Line};
 use payload::Payload;
 use plan::Plan;
-use qemu_machine::{End, Machine};
+use qemu_machine::{Machine, MachineEnd};
 use tools::Tools;
 use vm_report::Row;
 
@@ -165,7 +165,7 @@ impl Vm {
         } else {
             say(format_args!("this machine's kernel starts; its console is {}", log.display()));
             host::run(plan, &log, ended)?;
-            End::ByItself
+            MachineEnd::ByItself
         };
         let console = fs::read(&log).with_context(|| format!("failed to read {}", log.display()))?;
         let guest = Guest::from_console(&String::from_utf8_lossy(&console));
@@ -182,7 +182,7 @@ impl Vm {
         log: &Path,
         initramfs: &Path,
         mut ended: impl FnMut(&str),
-    ) -> Result<End> {
+    ) -> Result<MachineEnd> {
         let line = kernel.line;
         let archive = initramfs::archive(tools, kernel, plan)?;
         fs::write(initramfs, archive).with_context(|| format!("failed to write {}", initramfs.display()))?;

@@ -6,8 +6,8 @@ use imds_ebpf_common::{CgroupRecord, Hook, cgroup::SENDMSG_OFF, names::MAP_CGROU
 
 use super::{
     cgroup_link::{CgroupChange, CgroupChangeKind},
-    cgroup_programs::{self, LOCAL_SERVICE, NODE_ALLOW, SOCKETS, Sockets},
-    host_cgroups::{self, Hosts},
+    cgroup_programs::{self, CgroupHookLinks, LOCAL_SERVICE, NODE_ALLOW, SOCKETS},
+    host_cgroups::{self, HostNetworkLinks},
     sendmsg::{SendmsgInputs, SendmsgReason, sendmsg_reason},
 };
 use crate::{
@@ -63,10 +63,10 @@ pub fn no_cookie_remedy(hook: Hook) -> String {
 /// Programs on cgroups, and the inputs that decide which of them are attached.
 #[derive(Debug)]
 pub(crate) struct Cgroups {
-    sockets: Option<Sockets>,
-    hosts: Hosts,
-    local_service: Option<Sockets>,
-    node_allow: Option<Sockets>,
+    sockets: Option<CgroupHookLinks>,
+    hosts: HostNetworkLinks,
+    local_service: Option<CgroupHookLinks>,
+    node_allow: Option<CgroupHookLinks>,
     /// True if the kernel reports the network namespace of packets at cgroups, which the packet program of `node_allow` needs.
     has_cgroup_cookie: bool,
     /// Network namespace of the node, if the programs can identify it.
@@ -89,7 +89,7 @@ impl Cgroups {
     pub(crate) fn adopt(pins: &PinDir, datapath_config: &DatapathConfig) -> Result<Self, DatapathError> {
         let mut cgroups = Self {
             sockets: None,
-            hosts: Hosts::default(),
+            hosts: HostNetworkLinks::default(),
             local_service: None,
             node_allow: None,
             has_cgroup_cookie: object::cgroup_has_cookie(),
@@ -122,14 +122,14 @@ impl Cgroups {
     ) -> Result<(), DatapathError> {
         let has_identity = self.identity.is_some();
         if let (None, Some(cgroup), true) = (&self.sockets, &datapath_config.cgroup, has_identity) {
-            self.sockets = Some(Sockets::adopt(pins, cgroup, SOCKETS)?);
+            self.sockets = Some(CgroupHookLinks::adopt(pins, cgroup, SOCKETS)?);
         }
         if let (None, Some(cgroup), true) = (&self.node_allow, &datapath_config.node_allow, has_identity) {
-            self.node_allow = Some(Sockets::adopt(pins, cgroup, NODE_ALLOW)?);
+            self.node_allow = Some(CgroupHookLinks::adopt(pins, cgroup, NODE_ALLOW)?);
         }
         if let (None, Some(cgroup)) = (&self.local_service, &datapath_config.local_service) {
             // The agent starts without this hook, because most nodes never need it.
-            match Sockets::adopt(pins, cgroup, LOCAL_SERVICE) {
+            match CgroupHookLinks::adopt(pins, cgroup, LOCAL_SERVICE) {
                 Ok(local_service) => self.local_service = Some(local_service),
                 Err(error) => log::warn!("local_service is not attached: {:#}", anyhow::Error::from(error)),
             }
@@ -194,7 +194,7 @@ impl Cgroups {
             self.sockets = None;
         }
         if !datapath_config.hooks.contains(Hook::HostNetwork) {
-            self.hosts = Hosts::default();
+            self.hosts = HostNetworkLinks::default();
         }
         if !datapath_config.hooks.contains(Hook::LocalService) {
             self.local_service = None;
@@ -214,7 +214,7 @@ impl Cgroups {
         let record = CgroupRecord {
             cgroup: [&self.sockets, &self.local_service, &self.node_allow]
                 .into_iter()
-                .find_map(|cgroup| cgroup.as_ref().map(Sockets::id))
+                .find_map(|cgroup| cgroup.as_ref().map(CgroupHookLinks::id))
                 .unwrap_or_default(),
             sendmsg: match (self.sendmsg, self.setting) {
                 (Some(reason), _) => reason as u32,
@@ -242,7 +242,8 @@ impl Datapath {
     /// Describes the programs that are not attached to their cgroup, or not last there.
     pub fn cgroup_failures(&self) -> impl Iterator<Item = &str> {
         let Cgroups { sockets, hosts, local_service, node_allow, identity_problems, .. } = &self.cgroups;
-        let attached = sockets.iter().chain(local_service).chain(node_allow).flat_map(Sockets::failures);
+        let attached =
+            sockets.iter().chain(local_service).chain(node_allow).flat_map(CgroupHookLinks::errors);
         let missing = [
             (NO_CGROUP, self.cgroups.lacks_cgroup()),
             (NO_CGROUP_FOR_NODE, self.cgroups.lacks_node_cgroup()),
@@ -279,7 +280,7 @@ impl Datapath {
         if self.cgroups.lacks_cgroup() {
             // Links of an earlier agent stay until a cgroup v2 hierarchy is mounted.
             let Some(root) = cgroup::root().ok().flatten() else { return Ok(Vec::new()) };
-            self.cgroups.sockets = Some(Sockets::adopt(self.pin_lock.dir(), &root, SOCKETS)?);
+            self.cgroups.sockets = Some(CgroupHookLinks::adopt(self.pin_lock.dir(), &root, SOCKETS)?);
             log::info!("found a cgroup v2 hierarchy at {}", root.display());
         }
         if self.cgroups.lacks_identity(Hook::Socket) {
@@ -310,7 +311,7 @@ impl Datapath {
         if self.cgroups.lacks_node_cgroup() {
             // Links of an earlier agent stay until a cgroup v2 hierarchy is mounted.
             let Some(root) = cgroup::root().ok().flatten() else { return Ok(Vec::new()) };
-            self.cgroups.node_allow = Some(Sockets::adopt(self.pin_lock.dir(), &root, NODE_ALLOW)?);
+            self.cgroups.node_allow = Some(CgroupHookLinks::adopt(self.pin_lock.dir(), &root, NODE_ALLOW)?);
         }
         if self.cgroups.lacks_identity(Hook::NodeAllow) {
             return Ok(Vec::new());

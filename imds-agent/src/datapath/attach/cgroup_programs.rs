@@ -17,7 +17,7 @@ use imds_ebpf_common::names::{
 
 use super::{
     cgroup_link::{self, CgroupChange, CgroupLink, OpenCgroup},
-    cgroup_order::{self, Occupant, OtherProgram},
+    cgroup_order::{self, ExclusiveProgram, OtherProgram},
 };
 use crate::{
     datapath::{
@@ -81,12 +81,12 @@ pub(crate) const NODE_ALLOW: CgroupProgramKind = CgroupProgramKind {
 
 /// Cgroup with the links of one hook.
 #[derive(Debug)]
-pub(crate) struct Sockets {
+pub(crate) struct CgroupHookLinks {
     cgroup: OpenCgroup,
     links: Vec<CgroupLink>,
 }
 
-impl Sockets {
+impl CgroupHookLinks {
     /// Opens the cgroup at `path` and the links that earlier agents pinned for it.
     pub(crate) fn adopt(pins: &PinDir, path: &Path, kind: CgroupProgramKind) -> Result<Self, DatapathError> {
         let file = File::open(path).map_err(dir::io_error("open the cgroup", path))?;
@@ -214,12 +214,12 @@ pub(crate) fn inspect(pins: &PinDir, kind: CgroupProgramKind, id: u64) -> Vec<Pr
         let link = dir::link_at(&pins.named_link(&pin)).filter(|link| link.cgroup() == Some(id));
         let problem = match (link, &path) {
             (Some(_), None) => None,
-            (Some(link), Some(path)) => behind(path, attach_type, link.program)
-                .map(|behind| cgroup_link::not_last(program, path, &behind)),
+            (Some(link), Some(path)) => find_later(path, attach_type, link.program)
+                .map(|later| cgroup_link::not_last(program, path, &later)),
             (None, path) => Some(cgroup_link::not_attached(
                 program,
                 path.as_deref(),
-                path.as_ref().and_then(|path| Occupant::find(path, attach_type)).as_ref(),
+                path.as_ref().and_then(|path| ExclusiveProgram::find(path, attach_type)).as_ref(),
             )),
         };
         ProgramState {
@@ -233,7 +233,7 @@ pub(crate) fn inspect(pins: &PinDir, kind: CgroupProgramKind, id: u64) -> Vec<Pr
     states.collect()
 }
 
-fn behind(path: &Path, attach_type: bpf_attach_type, program: u32) -> Option<OtherProgram> {
-    let behind = cgroup_order::program_behind(File::open(path).ok()?, attach_type, program).ok()?;
-    behind.map(|behind| behind.program().clone())
+fn find_later(path: &Path, attach_type: bpf_attach_type, program: u32) -> Option<OtherProgram> {
+    let later = cgroup_order::find_later_program(File::open(path).ok()?, attach_type, program).ok()?;
+    later.map(|later| later.program().clone())
 }

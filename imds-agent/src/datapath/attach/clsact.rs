@@ -184,7 +184,7 @@ async fn dump_filters(
 }
 
 /// Reports whether the interface has a filter of the agent at any hook.
-pub(crate) async fn has_ours(netlink: &Netlink, ifindex: u32) -> Result<bool, NetlinkError> {
+pub(crate) async fn has_agent_filter(netlink: &Netlink, ifindex: u32) -> Result<bool, NetlinkError> {
     for hook in TcHook::ALL {
         if filters(netlink, AttachPoint { ifindex, hook }).await?.iter().any(TcFilter::is_ours) {
             return Ok(true);

@@ -130,7 +130,7 @@ impl Datapath {
                         // An `ingress` qdisc would accept the filter and run it at ingress.
                         self.check_qdisc(link, hook).await?;
                     }
-                    if !clsact::has_ours(&self.netlink, link.index).await? {
+                    if !clsact::has_agent_filter(&self.netlink, link.index).await? {
                         // Another program may have replaced the agent's qdisc by its own.
                         interface_records::disown_qdisc(&mut self.maps, link)?;
                     }

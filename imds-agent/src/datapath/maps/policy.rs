@@ -29,7 +29,7 @@ impl Datapath {
     /// Loads the programs of the hooks of `datapath_config`, and adds them to the desired hooks. Hooks that
     /// `datapath_config` does not have stay until [`Datapath::release`].
     pub fn prepare(&mut self, datapath_config: &DatapathConfig) -> Result<(), DatapathError> {
-        self.hooks = self.hooks.and(datapath_config.hooks);
+        self.hooks = self.hooks.union(datapath_config.hooks);
         self.programs.add(self.pin_lock.dir(), self.hooks)?;
         self.programs.pin(self.pin_lock.dir())?;
         self.programs.record_rejected(&mut self.maps)?;

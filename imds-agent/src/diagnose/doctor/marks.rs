@@ -59,7 +59,7 @@ impl MarkUse {
     }
 
     /// Reports whether the mark counts for packets from this bridge.
-    pub(crate) fn is_on_bridge(&self, bridge: Option<u32>) -> bool {
+    pub(crate) fn exempts_on_bridge(&self, bridge: Option<u32>) -> bool {
         self.bridges.iter().any(|(index, _)| Some(*index) == bridge)
     }
 
@@ -159,7 +159,7 @@ fn tunnel(device: &Device, source: MarkSource, mark: &MarkUse) -> DoctorCheck {
     if source == MarkSource::Gbp && mark.bit & GBP_BITS == 0 {
         return DoctorCheck::ok(TUNNELS, format!("{observed}; no effect: gbp can't set bit {number}"));
     }
-    if !mark.is_on_bridge(device.master) {
+    if !mark.exempts_on_bridge(device.master) {
         let note = "no effect: the device is no port of a bridge with an exempt pod";
         return DoctorCheck::ok(TUNNELS, format!("{observed}; {note}"));
     }

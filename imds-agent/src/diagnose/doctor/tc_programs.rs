@@ -189,7 +189,7 @@ fn check_programs(
                               than 1";
                 DoctorCheck::degraded(OF_INTERFACES, observed, remedy)
             }
-            Some(false) if hook != "egress" && mark.is_on_bridge(link.master) => {
+            Some(false) if hook != "egress" && mark.exempts_on_bridge(link.master) => {
                 let remedy = format!(
                     "the program runs after from_pod, at a port of a bridge with an exempt pod: if it writes bit {} of the packet \
                      mark, node_egress denies an exempt pod, or lets another pod pass; choose another bit (hooks.mark_bit)",

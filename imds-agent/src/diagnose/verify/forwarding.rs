@@ -105,7 +105,7 @@ impl Path<'_> {
                 },
             };
             let check = VerifyCheck::new(PATH, EXPECTED, observed, outcome);
-            checks.push(check.with_sender(format!("pod{}", self.device_suffix)).at(endpoint));
+            checks.push(check.with_sender(format!("pod{}", self.device_suffix)).with_endpoint(endpoint));
         }
         Ok(checks)
     }
@@ -176,7 +176,7 @@ impl Path<'_> {
         let start = Instant::now();
         let (mut sent_at, mut denied_at) = (None, None);
         while start.elapsed() < ARRIVAL_TIMEOUT {
-            let missing: Vec<_> = frames.iter().filter(|(id, _)| !last_hook.has_seen(*id)).collect();
+            let missing: Vec<_> = frames.iter().filter(|(id, _)| !last_hook.has_received(*id)).collect();
             if missing.is_empty() {
                 break;
             }
@@ -198,7 +198,7 @@ impl Path<'_> {
         }
         let denied_at = self.denied_at();
         let arrival = |id| match denied_at {
-            _ if last_hook.has_seen(id) => Arrival::Arrived,
+            _ if last_hook.has_received(id) => Arrival::Arrived,
             Some(hook) => Arrival::Denied(hook),
             None => Arrival::Lost,
         };
@@ -212,7 +212,7 @@ impl Path<'_> {
         outcome: Outcome,
     ) -> VerifyCheck {
         let check = VerifyCheck::new(PATH, "reaches the last hook", observed, outcome);
-        check.with_sender(format!("exempt pod{}", self.device_suffix)).at(endpoint)
+        check.with_sender(format!("exempt pod{}", self.device_suffix)).with_endpoint(endpoint)
     }
 }
 

@@ -45,7 +45,7 @@ pub(crate) fn check(enforced: &Enforced) -> Result<Vec<VerifyCheck>, VerifyError
                 }
                 Err(skip) => VerifyCheck::skipped(hook, "denied", skip),
             };
-            checks.push(check.with_sender("hostNetwork pod").at(endpoint));
+            checks.push(check.with_sender("hostNetwork pod").with_endpoint(endpoint));
         }
         drop(probe);
     }

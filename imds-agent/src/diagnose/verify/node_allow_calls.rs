@@ -33,7 +33,7 @@ pub(crate) fn check(enforced: &Enforced) -> Result<Vec<VerifyCheck>, VerifyError
             }
             Err(skip) => VerifyCheck::skipped(Hook::NodeAllow.name(), EXPECTED, skip),
         };
-        checks.push(check.with_sender("unlisted process").at(endpoint));
+        checks.push(check.with_sender("unlisted process").with_endpoint(endpoint));
     }
     drop(probe);
     Ok(checks)

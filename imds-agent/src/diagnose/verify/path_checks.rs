@@ -105,7 +105,7 @@ impl Paths {
                 let skipped = |(endpoint, _): &(&Endpoint, _)| {
                     VerifyCheck::skipped(PATH, "reaches the last hook", &skip)
                         .with_sender("exempt pod")
-                        .at(endpoint)
+                        .with_endpoint(endpoint)
                 };
                 return Ok(endpoints.iter().map(skipped).collect());
             }

@@ -59,7 +59,7 @@ pub(crate) async fn check(
                     )
                 }
             };
-            checks.push(check.with_sender("pod").at(endpoint).with_service(allowed));
+            checks.push(check.with_sender("pod").with_endpoint(endpoint).with_service(allowed));
         }
     }
     Ok(checks)

@@ -132,7 +132,7 @@ impl VerifyCheck {
     }
 
     /// Adds the endpoint that the check is about.
-    pub(crate) fn at(self, endpoint: &Endpoint) -> Self {
+    pub(crate) fn with_endpoint(self, endpoint: &Endpoint) -> Self {
         Self { endpoint: Some(endpoint.name.clone()), address: Some(endpoint.address), ..self }
     }
 
