@@ -4,7 +4,7 @@
 use std::{collections::BTreeSet, path::Path};
 
 use imds_agent::{
-    config::{Config, endpoint_set::Endpoint as Guarded},
+    config::{Config, endpoint_set::Endpoint as ProtectedEndpoint},
     datapath::maps::config_record::EffectiveConfig,
     kube::pod_ref::{PodRef, PodWatchStatus},
     telemetry::{
@@ -29,7 +29,8 @@ pub(crate) fn run(bytes: &[u8]) {
     }
     let _configuration = EffectiveConfig::from_record(&filled::<ConfigRecord>(bytes));
     let _lookup = PodWatchStatus::from_record(&filled::<KubernetesRecord>(bytes));
-    let endpoint = Guarded::from_entry(Address::from_ipv6(filled(bytes)), &filled::<Endpoint>(bytes));
+    let endpoint =
+        ProtectedEndpoint::from_entry(Address::from_ipv6(filled(bytes)), &filled::<Endpoint>(bytes));
     report(bytes, &endpoint);
 }
 
@@ -44,7 +45,7 @@ fn show(event: &Event, pod: PodRef) {
     assert!(event_record::senders(event).count() <= 3);
 }
 
-fn report(bytes: &[u8], endpoint: &Guarded) {
+fn report(bytes: &[u8], endpoint: &ProtectedEndpoint) {
     let mut denials: Vec<(DenialKey, DenialRecord)> = bytes
         .chunks(size_of::<DenialKey>() + size_of::<DenialRecord>())
         .map(|bytes| (filled(bytes), filled(bytes.get(size_of::<DenialKey>()..).unwrap_or_default())))

@@ -45,7 +45,7 @@ where
 {
     find_header(packet, link_layer)
         .and_then(|ip| lookup_endpoint(packet, ip, policy))
-        .map_or(Verdict::Unrelated, |examined| examined.verdict)
+        .map_or(Verdict::Unrelated, |endpoint_match| endpoint_match.verdict)
 }
 
 /// A packet to a protected endpoint.

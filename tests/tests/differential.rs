@@ -232,9 +232,9 @@ fn kernel_and_host_agree_on_any_packet() {
     let result = runner(seed()).run(&packet, |packet| {
         for (name, frame) in [(PROG_FROM_POD, LinkLayer::Ethernet), (PROG_FROM_POD_L3, LinkLayer::None)] {
             let verdict = find_header(&packet[..], frame)
-                .and_then(|place| lookup_endpoint(&packet[..], place, &tables))
-                .map_or(Verdict::Unrelated, |examined| {
-                    apply_exemption(examined.verdict, SENDER, &examined.destination, &tables)
+                .and_then(|ip| lookup_endpoint(&packet[..], ip, &tables))
+                .map_or(Verdict::Unrelated, |endpoint_match| {
+                    apply_exemption(endpoint_match.verdict, SENDER, &endpoint_match.destination, &tables)
                 });
             let expected = if verdict == Verdict::Denied { TC_ACT_SHOT } else { TC_ACT_UNSPEC };
             if let Some(action) = try_action(object.program(name), &packet) {

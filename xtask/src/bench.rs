@@ -11,7 +11,7 @@ use nix::unistd::Uid;
 use crate::{
     clients,
     setup::{self, Purpose},
-    workspace::{cargo, describe, execute, root, say},
+    workspace::{cargo, describe, execute, print_status, root},
 };
 
 /// Run the benchmarks of the agent and its programs; needs root, takes half an hour on an otherwise idle machine
@@ -83,7 +83,7 @@ impl Bench {
             bench.env(CLIENTS_DIR, clients::dir()?);
         }
         let what = describe(&bench);
-        say(&what);
+        print_status(&what);
         let output = bench.output().with_context(|| format!("failed to start {what}"))?;
         if !output.status.success() {
             bail!("{what} failed ({})", output.status);
@@ -100,7 +100,7 @@ fn write_down(name: &str, results: &str) -> Result<()> {
     let text = with_results(&text, name, results)
         .with_context(|| format!("{} has no section for {name}", path.display()))?;
     fs::write(&path, text).with_context(|| format!("failed to write {}", path.display()))?;
-    say(format_args!("wrote the results to {}", path.display()));
+    print_status(format_args!("wrote the results to {}", path.display()));
     Ok(())
 }
 

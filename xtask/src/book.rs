@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use imds_ebpf_build::Host;
 
-use crate::workspace::{execute, root, say};
+use crate::workspace::{execute, print_status, root};
 
 /// Build the documentation site in target/book with `mdbook`, which must be installed
 #[derive(clap::Args)]
@@ -46,7 +46,7 @@ impl Book {
         fs::write(source.join("SUMMARY.md"), table_of_contents(&pages))
             .context("failed to write SUMMARY.md")?;
         execute(Command::new("mdbook").arg("build").arg(root()).env("MDBOOK_BOOK__SRC", &source))?;
-        say("the site is in target/book");
+        print_status("the site is in target/book");
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -9,7 +9,7 @@ use anyhow::Result;
 
 use crate::{
     setup::{self, Purpose},
-    workspace::{artifacts, cargo, execute, root, say},
+    workspace::{artifacts, cargo, execute, print_status, root},
 };
 
 /// Build the agent in target/release, one binary that contains the BPF programs
@@ -19,7 +19,7 @@ pub(crate) struct Build {}
 impl Build {
     pub(crate) fn run(self) -> Result<ExitCode> {
         let Self {} = self;
-        say(format_args!("built {}", release()?.display()));
+        print_status(format_args!("built {}", release()?.display()));
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -19,7 +19,7 @@ use nix::{
 use crate::{
     build,
     setup::{self, Purpose},
-    workspace::say,
+    workspace::print_status,
 };
 
 /// Demonstrate the agent on a node, two pods and a metadata service in temporary network namespaces
@@ -36,7 +36,7 @@ impl Demo {
         let agent = build::debug()?;
         let interrupt = Interrupt::new()?;
 
-        say("creating a node with two pods, and a metadata service beyond its uplink");
+        print_status("creating a node with two pods, and a metadata service beyond its uplink");
         let env = TestEnv::new().with_agent(agent);
         let pods = [env.add_pod(PodLink::Routed), env.add_pod(PodLink::Bridged)];
         let probes = probes(&env, &pods);
@@ -44,16 +44,16 @@ impl Demo {
         let observe = || env.in_cgroup(|| observe(&probes, &interrupt));
         let before = observe()?;
 
-        say("starting imds-agent on the node");
+        print_status("starting imds-agent on the node");
         let running = env.agent().hooks(&["from_pod", "node_egress", "socket"]).spawn_ready();
         let during = observe()?;
         let status = env.imds_agent(&["status"]).output();
 
-        say("killing imds-agent with SIGKILL");
+        print_status("killing imds-agent with SIGKILL");
         running.kill9();
         let killed = observe()?;
 
-        say("unloading");
+        print_status("unloading");
         let unload = env.imds_agent(&["unload"]).output();
         if !unload.status.success() {
             bail!("unload failed: {}", String::from_utf8_lossy(&unload.stderr));

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 
 use crate::{
     setup::{self, Purpose},
-    workspace::{cargo, execute, root, say},
+    workspace::{cargo, execute, print_status, root},
 };
 
 /// Check licences, sources and versions of all dependencies, and known vulnerabilities if the database is available;
@@ -28,7 +28,7 @@ impl Deny {
             Err(error) if self.advisories => {
                 return Err(error).context("failed to fetch the RustSec database");
             }
-            Err(_) => say("advisories were NOT checked: failed to fetch the RustSec database"),
+            Err(_) => print_status("advisories were NOT checked: failed to fetch the RustSec database"),
         }
         Ok(ExitCode::SUCCESS)
     }

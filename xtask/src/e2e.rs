@@ -14,7 +14,7 @@ use crate::{
     cache, dist,
     setup::{self, Purpose},
     test,
-    workspace::{cargo, execute, say},
+    workspace::{cargo, execute, print_status},
 };
 
 /// Packages of the test machine in addition to Debian's base.
@@ -73,7 +73,7 @@ fn real(filter: &[String]) -> Result<ExitCode> {
     };
     execute(test("real").args(filter))?;
     if let Some(missing) = setup::missing(Purpose::Runtimes) {
-        say(format_args!("pods of podman and containerd were NOT tested, {missing}"));
+        print_status(format_args!("pods of podman and containerd were NOT tested, {missing}"));
     } else if filter.is_empty() {
         execute(test("e2e").args(POD_TESTS))?;
     }
@@ -81,7 +81,7 @@ fn real(filter: &[String]) -> Result<ExitCode> {
 }
 
 fn debootstrap(root: &Path) -> Result<()> {
-    say("creating a Debian root: this takes a minute");
+    print_status("creating a Debian root: this takes a minute");
     let mut debootstrap = Command::new("debootstrap");
     debootstrap.args(["--variant=minbase", "--include", PACKAGES, "bookworm"]).arg(root);
     debootstrap.stdout(Stdio::null());

@@ -7,7 +7,7 @@ use imds_ebpf_build::Object;
 
 use crate::{
     setup::{self, Purpose},
-    workspace::{artifacts, root, say},
+    workspace::{artifacts, print_status, root},
 };
 
 /// Build the BPF object from source and store it in imds-ebpf/prebuilt, from where the build of the agent takes it
@@ -28,7 +28,7 @@ impl Ebpf {
         if self.check {
             check(&built, Object::stored(&workspace)?.as_ref())?;
         } else {
-            say(format_args!("wrote {}", built.store(&workspace)?.display()));
+            print_status(format_args!("wrote {}", built.store(&workspace)?.display()));
         }
         Ok(ExitCode::SUCCESS)
     }
@@ -49,6 +49,6 @@ fn check(built: &Object, stored: Option<&Object>) -> Result<()> {
         built.bytes() == stored.bytes(),
         "the stored BPF object differs from the build: run `cargo xtask ebpf` and commit the result"
     );
-    say("the stored BPF object matches the build");
+    print_status("the stored BPF object matches the build");
     Ok(())
 }

@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::{
     setup::{self, Purpose},
-    workspace::{artifacts, cargo, describe, execute, root, say},
+    workspace::{artifacts, cargo, describe, execute, print_status, root},
 };
 
 /// Fuzz the packet parser and the decoders of configurations, netlink messages, records, API responses and firewall
@@ -129,7 +129,7 @@ fn run(fuzzer: &Path, directory: &Path, target: &str, seconds: u32) -> Result<()
     let status = fuzz.status().with_context(|| format!("failed to start {}", describe(&fuzz)))?;
     let log = fs::read_to_string(&path).with_context(|| format!("failed to read {}", path.display()))?;
     if status.success() {
-        say(format_args!("{target}: {}", summary(&log)));
+        print_status(format_args!("{target}: {}", summary(&log)));
         return Ok(());
     }
     bail!("{target} failed ({status}), see {}{}", path.display(), reproduction(target, &log))

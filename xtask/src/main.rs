@@ -30,7 +30,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use workspace::say;
+use workspace::print_status;
 
 /// Sets up, builds, runs and tests imds-agent.
 #[derive(Parser)]
@@ -89,7 +89,7 @@ impl Command {
 
 fn main() -> ExitCode {
     Cli::parse().command.run().unwrap_or_else(|error| {
-        say(format_args!("error: {error:#}"));
+        print_status(format_args!("error: {error:#}"));
         ExitCode::FAILURE
     })
 }

@@ -13,7 +13,7 @@ use nix::unistd::Uid;
 use crate::{
     build,
     supervise::{Supervisor, exit_code},
-    workspace::{execute, say},
+    workspace::{execute, print_status},
 };
 
 /// Default pin directory of the agent.
@@ -50,7 +50,7 @@ impl Run {
             AfterRun::Nothing => {}
             // Discards the output, because writing to a closed terminal would end the command.
             AfterRun::Unload => execute(unload(&agent, &pin_dir, &state_dir).stdout(Stdio::null()))?,
-            AfterRun::Leave(why) => say(format_args!(
+            AfterRun::Leave(why) => print_status(format_args!(
                 "{why}: enforcement continues until `{} unload --pin-dir {}`",
                 agent.display(),
                 pin_dir.display()

@@ -8,7 +8,7 @@ use nix::unistd::Uid;
 
 use crate::{
     apt,
-    workspace::{cargo, execute, root, say},
+    workspace::{cargo, execute, print_status, root},
 };
 
 /// Install missing requirements for building, testing and linting: Debian packages and bpf-linker
@@ -115,7 +115,7 @@ impl Setup {
             bail!("missing: {missing}");
         }
         let toolchain = Survey::new(&host).toolchain()?;
-        say(format_args!(
+        print_status(format_args!(
             "no requirement is missing; the BPF object is built with {} and {}",
             toolchain.compiler(),
             toolchain.linker().display()
@@ -262,7 +262,7 @@ impl Missing {
             }
         }
         for CargoTool { program, version, arguments } in &self.cargo_tools {
-            say(format_args!("building {program}: this takes some minutes"));
+            print_status(format_args!("building {program}: this takes some minutes"));
             let mut install = cargo("install");
             install.args([program, "--version", version, "--locked", "--quiet"]).args(*arguments);
             execute(&mut install).with_context(|| format!("failed to build {program}"))?;
@@ -295,7 +295,7 @@ fn install_linker(host: &Host, survey: &Survey) -> Result<()> {
     if !host.file(&format!("/usr/lib/llvm-{llvm}/lib/libLLVM.so")).exists() {
         install_packages(host, &[format!("llvm-{llvm}-dev")])?;
     }
-    say("building bpf-linker: this takes a minute");
+    print_status("building bpf-linker: this takes a minute");
     execute(&mut linker_install(llvm)).context("failed to build bpf-linker")
 }
 

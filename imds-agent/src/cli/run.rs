@@ -122,7 +122,7 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     if !args.once {
         let period = Duration::from_secs(args.resync);
         let telemetry = Telemetry::start(pins.clone(), period)?;
-        let untaint = match args.startup_taint {
+        let taint_removal = match args.startup_taint {
             Some(key) if resolved.cluster.is_none() && start.rejected.is_some() => {
                 log::warn!(
                     "taint {key} stays on the node: restart the agent once its configuration is valid"
@@ -141,15 +141,15 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         };
         let agent = Agent::new(reconciler, node, loader, resolved.clone(), telemetry, period)?
             .with_background(background);
-        let untaint = async {
-            if let Some(untaint) = untaint {
-                untaint.await;
+        let taint_removal = async {
+            if let Some(taint_removal) = taint_removal {
+                taint_removal.await;
             }
             future::pending::<Infallible>().await
         };
         tokio::select! {
             ended = agent.run(&start, events) => ended?,
-            never = untaint => match never {},
+            never = taint_removal => match never {},
         }
         return Ok(ExitCode::SUCCESS);
     }

@@ -289,14 +289,14 @@ pub fn read(path: &Path) -> Result<String, ConfigError> {
 }
 
 fn read_file(path: &Path) -> io::Result<String> {
-    const MOST: u64 = 1 << 20;
+    const MAX_FILE_SIZE: u64 = 1 << 20;
     // Open without blocking: a FIFO without a writer would block the agent.
     let file = fs::File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     if !file.metadata()?.is_file() {
         return Err(io::Error::other("not a regular file"));
     }
     let mut text = String::new();
-    if file.take(MOST + 1).read_to_string(&mut text)? as u64 > MOST {
+    if file.take(MAX_FILE_SIZE + 1).read_to_string(&mut text)? as u64 > MAX_FILE_SIZE {
         return Err(io::Error::other("the file is larger than 1 MiB"));
     }
     Ok(text)

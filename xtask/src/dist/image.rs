@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use super::build_binary;
 use crate::{
     setup::{self, Purpose},
-    workspace::{execute, root, say},
+    workspace::{execute, print_status, root},
 };
 
 /// Build the container image from the static binary, with podman
@@ -26,7 +26,7 @@ impl Image {
         podman.args(["build", "--network", "none", "--timestamp", "0", "--tag", &self.tag, "--file"]);
         podman.arg(root().join("deploy/image/Containerfile")).arg(&dir);
         execute(&mut podman).context("failed to build the image")?;
-        say(format_args!("built the image {}", self.tag));
+        print_status(format_args!("built the image {}", self.tag));
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -18,7 +18,7 @@ use sha2::{Digest as _, Sha256};
 use crate::{
     build,
     setup::{self, Purpose},
-    workspace::{artifacts, cargo, execute, root, say},
+    workspace::{artifacts, cargo, execute, print_status, root},
 };
 
 pub(crate) use image::Image;
@@ -45,8 +45,8 @@ impl Dist {
         if self.check {
             check(&dir)?;
         }
-        let sums = sum_up(&dir)?;
-        say(format_args!("artifacts in {}:", dir.display()));
+        let sums = write_checksums(&dir)?;
+        print_status(format_args!("artifacts in {}:", dir.display()));
         eprint!("{sums}");
         Ok(ExitCode::SUCCESS)
     }
@@ -135,7 +135,7 @@ fn check(dir: &Path) -> Result<()> {
     let second = compile(&again.join("elsewhere"), &again.join("built"))?;
     let (first, second) = (sha256(&dir.join("imds-agent"))?, sha256(&second)?);
     ensure!(first == second, "two builds differ: {first} and {second}");
-    say(format_args!("two builds in different directories are identical: {first}"));
+    print_status(format_args!("two builds in different directories are identical: {first}"));
     let _ = fs::remove_dir_all(&again);
     Ok(())
 }
@@ -155,7 +155,7 @@ fn manual(dir: &Path) -> Result<()> {
 }
 
 /// Writes the checksums of every file of `dir` in the format of sha256sum(1), and returns them.
-fn sum_up(dir: &Path) -> Result<String> {
+fn write_checksums(dir: &Path) -> Result<String> {
     let mut names = Vec::new();
     for entry in fs::read_dir(dir)? {
         let entry = entry?;

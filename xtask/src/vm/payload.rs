@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::Stdio};
 use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
 
-use crate::workspace::{artifacts, cargo, describe, root, say};
+use crate::workspace::{artifacts, cargo, describe, print_status, root};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
@@ -42,7 +42,7 @@ impl Payload {
             .env_remove("CARGO_ENCODED_RUSTFLAGS")
             .stderr(Stdio::inherit());
         let what = describe(&build);
-        say(&what);
+        print_status(&what);
         let output = build.output().with_context(|| format!("failed to start {what}"))?;
         if !output.status.success() {
             bail!("{what} failed ({})", output.status);

@@ -51,19 +51,19 @@ impl Datapath {
 
     /// Returns the attachments of the agent at a hook of an interface.
     ///
-    /// Searches for filters only in clsact mode, if the record of the interface has a filter, or if `thorough` is set.
+    /// Searches for filters only in clsact mode, if the record of the interface has a filter, or if `full` is set.
     pub async fn observe(
         &mut self,
         link: &Link,
         hook: TcHook,
-        thorough: bool,
+        full: bool,
     ) -> Result<Vec<Attachment>, DatapathError> {
         let point = AttachPoint { ifindex: link.index, hook };
         // No program is loaded for a hook that is off. Id 0 then makes every attached program obsolete.
         let program = self.programs.id(tc_program(hook, link.frame)).unwrap_or_default();
         let mut attachments = self.links.observe(self.pin_lock.dir(), point, program)?;
         let recorded = interface_records::has_filter(&self.maps, link.index);
-        if thorough || recorded || self.backend == AttachMode::Clsact {
+        if full || recorded || self.backend == AttachMode::Clsact {
             attachments.extend(clsact::attachment(&self.netlink, point, program).await?);
         }
         if has_earlier_netkit_program(link, hook) {

@@ -8,7 +8,7 @@ use super::rulesets::Body;
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Effect {
     /// The bit stays as it was.
-    Kept,
+    Unchanged,
     Set,
     Cleared,
     /// The bit depends on something else than its own state before.
@@ -19,7 +19,7 @@ impl Effect {
     /// Name of the effect in JSON.
     pub(crate) const fn name(self) -> &'static str {
         match self {
-            Self::Kept => "kept",
+            Self::Unchanged => "unchanged",
             Self::Set => "set",
             Self::Cleared => "cleared",
             Self::Changed => "changed",
@@ -29,7 +29,7 @@ impl Effect {
     /// Verb for sentences about a rule.
     pub(crate) const fn verb(self) -> &'static str {
         match self {
-            Self::Kept => "keeps",
+            Self::Unchanged => "keeps",
             Self::Set => "sets",
             Self::Cleared => "clears",
             Self::Changed => "can change",
@@ -45,7 +45,7 @@ impl Effect {
         match (self, other) {
             (Self::Cleared, _) | (_, Self::Cleared) => Self::Cleared,
             (Self::Set, same) | (same, Self::Set) => same,
-            (Self::Kept, Self::Kept) => Self::Kept,
+            (Self::Unchanged, Self::Unchanged) => Self::Unchanged,
             _ => Self::Changed,
         }
     }
@@ -54,7 +54,7 @@ impl Effect {
         match (self, other) {
             (Self::Set, _) | (_, Self::Set) => Self::Set,
             (Self::Cleared, same) | (same, Self::Cleared) => same,
-            (Self::Kept, Self::Kept) => Self::Kept,
+            (Self::Unchanged, Self::Unchanged) => Self::Unchanged,
             _ => Self::Changed,
         }
     }
@@ -62,7 +62,7 @@ impl Effect {
     const fn xor(self, other: Self) -> Self {
         match (self, other) {
             (Self::Cleared, same) | (same, Self::Cleared) => same,
-            (Self::Set, Self::Set) | (Self::Kept, Self::Kept) => Self::Cleared,
+            (Self::Set, Self::Set) | (Self::Unchanged, Self::Unchanged) => Self::Cleared,
             _ => Self::Changed,
         }
     }
@@ -70,7 +70,7 @@ impl Effect {
     /// Returns the effect of this and then `next`.
     const fn then(self, next: Self) -> Self {
         match next {
-            Self::Kept => self,
+            Self::Unchanged => self,
             next => next,
         }
     }
@@ -82,7 +82,7 @@ pub(crate) fn rule_effect(body: &Body, bit: u32) -> Effect {
         Body::Iptables(words) => iptables_effect(words, bit),
         Body::Nft(expressions) => {
             let effects = expressions.iter().map(|expression| expression_effect(expression, bit));
-            effects.fold(Effect::Kept, Effect::then)
+            effects.fold(Effect::Unchanged, Effect::then)
         }
     }
 }
@@ -125,18 +125,18 @@ fn iptables_effect(words: &[String], bit: u32) -> Effect {
                 return Effect::Changed;
             };
             // mark = (mark & ~nfmask) ^ (connection's mark & ctmask): xt_connmark.c.
-            let kept = Effect::Kept.and(Effect::from_bit(!of_packet, bit));
-            kept.xor(Effect::Changed.and(Effect::from_bit(of_connection, bit)))
+            let unchanged_bit = Effect::Unchanged.and(Effect::from_bit(!of_packet, bit));
+            unchanged_bit.xor(Effect::Changed.and(Effect::from_bit(of_connection, bit)))
         }
-        "TPROXY" => value("--tproxy-mark").map_or(Effect::Kept, |text| change(text, false)),
+        "TPROXY" => value("--tproxy-mark").map_or(Effect::Unchanged, |text| change(text, false)),
         "SET" if has("--map-mark") => Effect::Changed,
-        _ => Effect::Kept,
+        _ => Effect::Unchanged,
     }
 }
 
 /// Returns the effect of `mark = (mark & ~mask) ^ value`.
 fn masked(value: u32, mask: u32, bit: u32) -> Effect {
-    Effect::Kept.and(Effect::from_bit(!mask, bit)).xor(Effect::from_bit(value, bit))
+    Effect::Unchanged.and(Effect::from_bit(!mask, bit)).xor(Effect::from_bit(value, bit))
 }
 
 fn value_and_mask(text: &str) -> Option<(u32, u32)> {
@@ -163,7 +163,7 @@ fn expression_effect(expression: &Value, bit: u32) -> Effect {
     let target = &expression["xt"];
     let is_mark_target =
         target["type"] == "target" && (target["name"] == "MARK" || target["name"] == "CONNMARK");
-    if is_mark_target { Effect::Changed } else { Effect::Kept }
+    if is_mark_target { Effect::Changed } else { Effect::Unchanged }
 }
 
 fn is_packet_mark(expression: &Value) -> bool {
@@ -173,7 +173,7 @@ fn is_packet_mark(expression: &Value) -> bool {
 /// Returns the bit of a value in nftables. Only constants, the mark and their combinations are known.
 fn operand_effect(operand: &Value, bit: u32) -> Effect {
     if is_packet_mark(operand) {
-        return Effect::Kept;
+        return Effect::Unchanged;
     }
     if let Some(value) = operand.as_u64() {
         return u32::try_from(value).map_or(Effect::Changed, |value| Effect::from_bit(value, bit));
@@ -199,7 +199,7 @@ pub(crate) fn action_effect(action: &Value, bit: u32) -> Effect {
     };
     match action["kind"].as_str() {
         Some("skbedit") => {
-            let Some(written) = action.get("mark") else { return Effect::Kept };
+            let Some(written) = action.get("mark") else { return Effect::Unchanged };
             let pair = written.as_str().and_then(value_and_mask);
             let value = number(written).or(pair.map(|pair| pair.0));
             let mask = action.get("mask").map(number);
@@ -210,7 +210,7 @@ pub(crate) fn action_effect(action: &Value, bit: u32) -> Effect {
             }
         }
         Some("connmark") => Effect::Changed,
-        _ => Effect::Kept,
+        _ => Effect::Unchanged,
     }
 }
 
@@ -226,27 +226,27 @@ mod tests {
     fn targets_of_iptables() {
         for (target, expected) in [
             ("MARK --set-xmark 0x1000/0x1000", Effect::Set),
-            ("MARK --set-xmark 0x4000/0x4000", Effect::Kept),
-            ("MARK --set-xmark 0x4000/0x0", Effect::Kept),
+            ("MARK --set-xmark 0x4000/0x4000", Effect::Unchanged),
+            ("MARK --set-xmark 0x4000/0x0", Effect::Unchanged),
             ("MARK --set-xmark 0x1000/0x0", Effect::Changed),
-            ("MARK --set-xmark 0x0/0xffffefff", Effect::Kept),
+            ("MARK --set-xmark 0x0/0xffffefff", Effect::Unchanged),
             ("MARK --set-xmark 0x3/0xffffffff", Effect::Cleared),
             ("MARK --set-mark 0x1000/0x1", Effect::Set),
             ("MARK --set-mark 7", Effect::Cleared),
             ("MARK --or-mark 0x1000", Effect::Set),
-            ("MARK --and-mark 0xffff", Effect::Kept),
+            ("MARK --and-mark 0xffff", Effect::Unchanged),
             ("MARK --and-mark 0xfff", Effect::Cleared),
             ("MARK --xor-mark 0x1000", Effect::Changed),
             ("CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff", Effect::Changed),
             ("CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0x80", Effect::Cleared),
-            ("CONNMARK --restore-mark --mask 0x80", Effect::Kept),
+            ("CONNMARK --restore-mark --mask 0x80", Effect::Unchanged),
             ("CONNMARK --restore-mark", Effect::Changed),
-            ("CONNMARK --save-mark --nfmask 0xffffffff --ctmask 0xffffffff", Effect::Kept),
-            ("CONNMARK --set-xmark 0x1000/0x1000", Effect::Kept),
-            ("TPROXY --on-port 80 --on-ip 0.0.0.0 --tproxy-mark 0x1/0x1", Effect::Kept),
+            ("CONNMARK --save-mark --nfmask 0xffffffff --ctmask 0xffffffff", Effect::Unchanged),
+            ("CONNMARK --set-xmark 0x1000/0x1000", Effect::Unchanged),
+            ("TPROXY --on-port 80 --on-ip 0.0.0.0 --tproxy-mark 0x1/0x1", Effect::Unchanged),
             ("TPROXY --on-port 80 --tproxy-mark 0x200/0xffffffff", Effect::Cleared),
             ("SET --map-set x src --map-mark", Effect::Changed),
-            ("ACCEPT", Effect::Kept),
+            ("ACCEPT", Effect::Unchanged),
         ] {
             let words = format!("PREROUTING -i cali+ -j {target}").split(' ').map(str::to_owned).collect();
             assert_eq!(rule_effect(&Body::Iptables(words), BIT), expected, "{target}");
@@ -260,9 +260,9 @@ mod tests {
             (json!(4096), Effect::Set),
             (json!(16), Effect::Cleared),
             (json!({"|": [mark, 4096]}), Effect::Set),
-            (json!({"|": [mark, 16]}), Effect::Kept),
+            (json!({"|": [mark, 16]}), Effect::Unchanged),
             (json!({"^": [{"&": [mark, 4_294_963_199_u32]}, 8192]}), Effect::Cleared),
-            (json!({"^": [{"&": [mark, 4_294_959_103_u32]}, 8192]}), Effect::Kept),
+            (json!({"^": [{"&": [mark, 4_294_959_103_u32]}, 8192]}), Effect::Unchanged),
             (json!({"^": [mark, 4096]}), Effect::Changed),
             (json!({"ct": {"key": "mark"}}), Effect::Changed),
             (json!({"|": [{"&": [{"ct": {"key": "mark"}}, 129]}, 1]}), Effect::Cleared),
@@ -276,7 +276,7 @@ mod tests {
             json!({"match": {"op": "==", "left": mark, "right": 4096}}),
             json!({"xt": {"type": "target", "name": "MASQUERADE"}}),
         ] {
-            assert_eq!(rule_effect(&Body::Nft(vec![other]), BIT), Effect::Kept);
+            assert_eq!(rule_effect(&Body::Nft(vec![other]), BIT), Effect::Unchanged);
         }
         let target = json!({"xt": {"type": "target", "name": "MARK"}});
         assert_eq!(rule_effect(&Body::Nft(vec![target]), BIT), Effect::Changed);
@@ -287,11 +287,11 @@ mod tests {
         for (action, expected) in [
             (json!({"kind": "skbedit", "mark": 4096}), Effect::Set),
             (json!({"kind": "skbedit", "mark": 0, "mask": "0xf000"}), Effect::Cleared),
-            (json!({"kind": "skbedit", "mark": 1, "mask": 15}), Effect::Kept),
+            (json!({"kind": "skbedit", "mark": 1, "mask": 15}), Effect::Unchanged),
             (json!({"kind": "skbedit", "mark": "4096/0xf000"}), Effect::Set),
-            (json!({"kind": "skbedit", "priority": ":1"}), Effect::Kept),
+            (json!({"kind": "skbedit", "priority": ":1"}), Effect::Unchanged),
             (json!({"kind": "connmark", "zone": 0}), Effect::Changed),
-            (json!({"kind": "gact"}), Effect::Kept),
+            (json!({"kind": "gact"}), Effect::Unchanged),
         ] {
             assert_eq!(action_effect(&action, BIT), expected, "{action}");
         }

@@ -76,11 +76,11 @@ pub(crate) fn rules(rulesets: &Rulesets, mark: &MarkUse) -> Vec<DoctorCheck> {
         let table_and_chain = Some((rule.chain.table.clone(), rule.chain.name.clone()));
         let hooks = chains.hooks(&rule.chain);
         let is_local = !hooks.is_empty() && hooks.iter().all(|hook| hook.is_local());
-        (effect != Effect::Kept).then(|| check(&rule.text, table_and_chain, effect, is_local, mark))
+        (effect != Effect::Unchanged).then(|| check(&rule.text, table_and_chain, effect, is_local, mark))
     });
     let actions = rulesets.actions.iter().filter_map(|action| {
         let effect = mark_rules::action_effect(action, mark.bit);
-        (effect != Effect::Kept).then(|| check(&action_text(action), None, effect, false, mark))
+        (effect != Effect::Unchanged).then(|| check(&action_text(action), None, effect, false, mark))
     });
     let mut checks: Vec<_> = rules.chain(actions).collect();
     if checks.is_empty() {
@@ -134,7 +134,7 @@ fn consequence(effect: Effect, bridges: &str) -> String {
     match effect {
         Effect::Set => opens,
         Effect::Cleared => closes,
-        Effect::Changed | Effect::Kept => format!("{opens}, and {closes}"),
+        Effect::Changed | Effect::Unchanged => format!("{opens}, and {closes}"),
     }
 }
 

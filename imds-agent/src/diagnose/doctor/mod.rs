@@ -48,7 +48,7 @@ pub fn explain_rules(listing: &str, provider: &Provider, mode: Mode) -> Vec<Doct
 }
 
 /// Runs all checks on this node.
-pub async fn examine(pins: &PinDir, netlink: &Netlink) -> Result<DoctorReport, DatapathError> {
+pub async fn run_checks(pins: &PinDir, netlink: &Netlink) -> Result<DoctorReport, DatapathError> {
     let mut checks = vec![
         kernel_features::release(),
         kernel_features::btf(),

@@ -35,7 +35,7 @@ fn report(records: &[(DenialKey, DenialRecord)]) -> DenialReport {
 }
 
 /// Parses the rules of the report.
-fn meant(report: &DenialReport) -> Vec<Rule> {
+fn proposed_rules(report: &DenialReport) -> Vec<Rule> {
     let config =
         Config::parse(&report.rules, Path::new("imds.toml")).unwrap_or_else(|error| panic!("{error}"));
     let rules = config.resolve(&Dmi::default()).unwrap().1;
@@ -57,7 +57,7 @@ fn hooks_of_one_sender_are_merged() {
         (Some("pod-1"), "audited", Some("imds"))
     );
     let [Rule::Pods(PodSelector { namespace, service_account, selector: Some(selector) })] =
-        &meant(&report)[..]
+        &proposed_rules(&report)[..]
     else {
         panic!("{}", report.rules)
     };
@@ -86,9 +86,9 @@ fn senders_get_distinct_rules() {
         ),
     ]);
     assert_eq!(report.denials.len(), 7);
-    let meant = meant(&report);
-    assert_eq!(meant.len(), 4, "{}", report.rules);
-    assert!(meant.contains(&Rule::Cgroup("a/b\"c".into())), "{meant:?}");
+    let proposed_rules = proposed_rules(&report);
+    assert_eq!(proposed_rules.len(), 4, "{}", report.rules);
+    assert!(proposed_rules.contains(&Rule::Cgroup("a/b\"c".into())), "{proposed_rules:?}");
     assert_eq!(report.rules.matches("# This rule exempts").count(), 2);
 }
 
