@@ -16,9 +16,12 @@ use super::{
     source::{Diagnostics, Location, SourceFile, check_name},
     suggest::did_you_mean,
 };
-use crate::config::{
-    endpoint_set::{AllowedPort, Endpoint, EndpointSet, address},
-    provider::{Dmi, EXTRAS, NO_PROVIDER, PROVIDERS, Provider},
+use crate::{
+    config::{
+        endpoint_set::{AllowedPort, Endpoint, EndpointSet},
+        provider::{Dmi, EXTRAS, NO_PROVIDER, PROVIDERS, Provider},
+    },
+    encode::address_key,
 };
 
 /// Selection of the protected endpoints. The default is the preset of the provider that DMI identifies.
@@ -132,7 +135,7 @@ fn check_new(endpoint: &Endpoint, others: &[Endpoint]) -> Result<(), String> {
     if others.len() >= MAX_ENDPOINTS {
         return Err(format!("endpoint: more than {MAX_ENDPOINTS} endpoints"));
     }
-    let chain = |endpoint: &Endpoint| filter::bucket(address(endpoint.address).slot());
+    let chain = |endpoint: &Endpoint| filter::bucket(address_key(endpoint.address).slot());
     let same_chain: Vec<_> = others.iter().filter(|other| chain(other) == chain(endpoint)).collect();
     if same_chain.len() >= MAX_BUCKET_LEN {
         let address = endpoint.address;
@@ -145,7 +148,9 @@ fn check_new(endpoint: &Endpoint, others: &[Endpoint]) -> Result<(), String> {
     if let Some(other) = others.iter().find(|other| other.name == endpoint.name) {
         return Err(format!("endpoint.name: {:?} is already the name of {}", endpoint.name, other.address));
     }
-    if let Some(other) = others.iter().find(|other| address(other.address) == address(endpoint.address)) {
+    if let Some(other) =
+        others.iter().find(|other| address_key(other.address) == address_key(endpoint.address))
+    {
         return Err(format!(
             "endpoint.address: {} is already protected as {:?}",
             endpoint.address, other.name
@@ -248,8 +253,8 @@ fn parse_address(text: &str) -> Result<IpAddr, String> {
         format!("endpoint.address: {text:?} is not an IPv4 or IPv6 address{hint}")
     })?;
     // Packets are compared in this form: an IPv6 address that embeds an IPv4 address becomes the latter.
-    let plain = address(written).ipv4().map_or(written, IpAddr::from);
-    for address in [written, plain] {
+    let canonical = address_key(written).ipv4().map_or(written, IpAddr::from);
+    for address in [written, canonical] {
         let is_broadcast = matches!(address, IpAddr::V4(address) if address.is_broadcast());
         let kind = if address.is_unspecified() {
             "the unspecified"
@@ -266,7 +271,7 @@ fn parse_address(text: &str) -> Result<IpAddr, String> {
             "endpoint.address: {text} is {kind} address, which no metadata service can have"
         ));
     }
-    Ok(plain)
+    Ok(canonical)
 }
 
 fn parse_port(key: &str, text: &str) -> Result<AllowedPort, String> {

@@ -9,9 +9,10 @@ use std::{
 use imds_ebpf_common::{Address, ExemptionKey, ExemptionRecord, Subject, SubjectKind, Verdict};
 
 use crate::{
-    config::{self, EndpointSelector, Exempt, RuleSubject, endpoint_set::address},
+    config::{self, EndpointSelector, Exempt, RuleSubject},
     controller::pod_tracker::PodTracker,
     datapath::exemption_set::ExemptionSet,
+    encode::address_key,
     node::{
         link::Link,
         netlink::Netlink,
@@ -176,7 +177,7 @@ fn source_entries(found: &[IdentitySet]) -> BTreeSet<ExemptionKey> {
     let of_links = found.iter().flat_map(|senders| &senders.addresses);
     let exemption = |&(index, source): &(u32, IpAddr)| {
         let subject = Subject::new(SubjectKind::Interface, index.into());
-        ExemptionKey { address: address(source), subject }
+        ExemptionKey { address: address_key(source), subject }
     };
     of_links.map(exemption).collect()
 }
@@ -191,7 +192,7 @@ fn subjects(IdentitySet { interfaces, cookies, cgroups, .. }: &IdentitySet) -> i
 fn addresses(scope: &EndpointSelector) -> Vec<Address> {
     match scope {
         EndpointSelector::All => vec![Address::ANY],
-        EndpointSelector::Only(addresses) => addresses.iter().copied().map(address).collect(),
+        EndpointSelector::Only(addresses) => addresses.iter().copied().map(address_key).collect(),
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
 use imds_ebpf_common::{ExemptionKey, ExemptionRecord, Subject, SubjectKind, Verdict};
 
 use crate::{
-    config::endpoint_set::address,
+    encode::address_key,
     node::{interface_role, link::Link},
 };
 
@@ -54,7 +54,8 @@ impl ExemptionSet {
     /// Adds the node's own addresses: if `from_pod` is off, masqueraded packets are recognized by them.
     pub fn add_node_addresses(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
         let subject = Subject::new(SubjectKind::Interface, 0);
-        let sources = addresses.into_iter().map(|source| ExemptionKey { address: address(source), subject });
+        let sources =
+            addresses.into_iter().map(|source| ExemptionKey { address: address_key(source), subject });
         self.sources.extend(sources);
     }
 }

@@ -35,15 +35,13 @@ pub use self::{
     pin::unload::{Progress, Removed, unload},
 };
 use crate::{
-    config::{
-        Hooks, Sendmsg,
-        endpoint_set::{EndpointSet, padded},
-    },
+    config::{Hooks, Sendmsg, endpoint_set::EndpointSet},
     datapath::{
         bpf_log::{BpfLog, BpfLogError},
         exemption_set::ExemptionSet,
         pin::rollback::Rollback,
     },
+    encode::name_field,
     kube::pod_ref::{PodContainer, PodWatchStatus},
     memory,
     node::{link::Link, netlink::Netlink, netns::OwnNetns},
@@ -245,13 +243,13 @@ impl Datapath {
     #[must_use]
     pub fn was_pending(&self, link: &Link) -> bool {
         maps::interface_records::get(&self.maps, link.index)
-            .is_some_and(|record| record.pending == 1 && record.name == padded(&link.name))
+            .is_some_and(|record| record.pending == 1 && record.name == name_field(&link.name))
     }
 
     /// Removes the state of a deleted interface whose index `link` has now.
     pub fn claim_ifindex(&mut self, link: &Link) -> Result<(), DatapathError> {
         let owns_qdisc = maps::interface_records::get(&self.maps, link.index)
-            .is_some_and(|record| record.owns_qdisc == 1 && record.name == padded(&link.name));
+            .is_some_and(|record| record.owns_qdisc == 1 && record.name == name_field(&link.name));
         self.remove_interface(link.index)?;
         // The name has not changed, so it is probably the same interface, and another program has removed the filter. The
         // qdisc still belongs to the agent.

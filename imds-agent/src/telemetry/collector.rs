@@ -23,18 +23,12 @@ use thiserror::Error;
 
 use super::{cgroup_units::CgroupUnits, totals::Totals};
 use crate::{
-    config::endpoint_set::unpadded,
     datapath::{
-        maps::{
-            config_record::{nanoseconds, padded, padded_bytes},
-            counters::Count,
-            denial_records::Denials,
-            pod_names::Names,
-            recent_events::Recent,
-        },
+        maps::{counters::Count, denial_records::Denials, pod_names::Names, recent_events::Recent},
         object::{self, ObjectError},
         pin::dir::{PinDir, PinError},
     },
+    encode::{bytes_field, field_text, nanoseconds, text_field},
     kube::pod_ref::PodRef,
     node::link::{self, VERIFY_PREFIX},
     telemetry::{
@@ -170,13 +164,13 @@ impl Collector {
             bytes: 0,
             first: now,
             last: now,
-            namespace: padded(pod.map_or("", |pod| &pod.namespace)),
-            service_account: padded(pod.map_or("", |pod| &pod.service_account)),
-            label: padded(pod.and_then(|pod| pod.label.as_deref()).unwrap_or_default()),
-            pod: padded(""),
-            interface: padded(interface),
-            comm: padded(""),
-            cgroup: padded_bytes(&unit),
+            namespace: text_field(pod.map_or("", |pod| &pod.namespace)),
+            service_account: text_field(pod.map_or("", |pod| &pod.service_account)),
+            label: text_field(pod.and_then(|pod| pod.label.as_deref()).unwrap_or_default()),
+            pod: text_field(""),
+            interface: text_field(interface),
+            comm: text_field(""),
+            cgroup: bytes_field(&unit),
         });
         let packets = event.suppressed.saturating_add(1);
         record.count = record.count.saturating_add(packets);
@@ -186,9 +180,9 @@ impl Collector {
         if event.comm != [0; _] {
             record.comm = event.comm;
         }
-        record.pod = padded(pod.map_or("", |pod| &pod.pod));
+        record.pod = text_field(pod.map_or("", |pod| &pod.pod));
         self.denials.insert(&key, &record)?;
-        let namespace = unpadded(&record.namespace);
+        let namespace = field_text(&record.namespace);
         self.totals.borrow_mut().add(&namespace, &key, Count { packets, bytes: event.bytes });
         Ok(())
     }

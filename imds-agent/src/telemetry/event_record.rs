@@ -108,7 +108,7 @@ pub fn wall_time(event: &Event, booted: Timestamp) -> Timestamp {
 /// Returns the name of the calling thread; empty for packets.
 #[must_use]
 pub fn comm(event: &Event) -> String {
-    crate::config::endpoint_set::unpadded(&event.comm)
+    crate::encode::field_text(&event.comm)
 }
 
 /// Returns the index of the interface through which a packet entered the node; 0 if it entered through none.

@@ -28,7 +28,7 @@ impl CgroupBackoff {
     }
 
     /// Resets the state if the last repair is long ago. Returns `true` if no state is left.
-    pub(crate) fn is_reset(&mut self, now: Instant) -> bool {
+    pub(crate) fn reset_if_idle(&mut self, now: Instant) -> bool {
         self.last = self.last.filter(|(at, _)| now.duration_since(*at) < RESET_AFTER);
         self.last.is_none()
     }

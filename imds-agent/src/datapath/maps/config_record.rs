@@ -8,12 +8,12 @@ use imds_ebpf_common::{ConfigRecord, names::MAP_CONFIG};
 use jiff::Timestamp;
 
 use crate::{
-    config::endpoint_set,
     datapath::{
         DatapathError,
         object::Maps,
         pin::{dir::PinDir, netns_owner},
     },
+    encode::{field_text, nanoseconds, raw_field_text, text_field, timestamp},
 };
 
 /// Largest number of reads until two consecutive ones are equal. A read during an update can return a mix of both values.
@@ -65,15 +65,15 @@ impl EffectiveConfig {
         if record.generation == 0 {
             return None;
         }
-        let path = text(&record.path);
+        let path = field_text(&record.path);
         let rejected = (record.failed_at != 0)
-            .then(|| RejectedConfig { at: timestamp(record.failed_at), error: text(&record.error) });
+            .then(|| RejectedConfig { at: timestamp(record.failed_at), error: field_text(&record.error) });
         Some(Self {
             generation: record.generation,
             path: (!path.is_empty()).then(|| path.into()),
             loaded_at: timestamp(record.loaded_at),
             rejected,
-            text: endpoint_set::raw(&record.text).unwrap_or_default().to_owned(),
+            text: raw_field_text(&record.text).unwrap_or_default().to_owned(),
         })
     }
 }
@@ -87,9 +87,9 @@ pub(crate) fn write(maps: &mut Maps, path: Option<&Path>, text: &str) -> Result<
         generation,
         loaded_at: now(),
         failed_at: 0,
-        path: padded(&path),
-        error: padded(""),
-        text: padded(text),
+        path: text_field(&path),
+        error: text_field(""),
+        text: text_field(text),
     };
     maps.config.set(0, record, 0).map_err(failed)?;
     Ok(generation)
@@ -98,7 +98,7 @@ pub(crate) fn write(maps: &mut Maps, path: Option<&Path>, text: &str) -> Result<
 /// Records that a configuration was rejected. The previous one stays effective.
 pub(crate) fn write_rejected_config(maps: &mut Maps, error: &str) -> Result<(), DatapathError> {
     let before = read_consistent(&maps.config).map_err(failed)?;
-    let record = ConfigRecord { failed_at: now(), error: padded(error), ..before };
+    let record = ConfigRecord { failed_at: now(), error: text_field(error), ..before };
     maps.config.set(0, record, 0).map_err(failed)
 }
 
@@ -120,45 +120,4 @@ fn failed(source: MapError) -> DatapathError {
 
 fn now() -> u64 {
     nanoseconds(Timestamp::now())
-}
-
-/// Returns the nanoseconds since the epoch.
-pub(crate) fn nanoseconds(time: Timestamp) -> u64 {
-    time.as_nanosecond().try_into().unwrap_or_default()
-}
-
-pub(crate) fn timestamp(nanoseconds: u64) -> Timestamp {
-    Timestamp::from_nanosecond(nanoseconds.into()).unwrap_or_default()
-}
-
-/// Returns `text` padded with zeros, or truncated at a character boundary.
-pub(crate) fn padded<const LEN: usize>(text: &str) -> [u8; LEN] {
-    let (whole, _) = text.split_at(text.floor_char_boundary(LEN));
-    padded_bytes(whole.as_bytes())
-}
-
-/// Returns `bytes` padded with zeros, or truncated.
-pub(crate) fn padded_bytes<const LEN: usize>(bytes: &[u8]) -> [u8; LEN] {
-    let mut padded = [0; LEN];
-    for (to, from) in padded.iter_mut().zip(bytes) {
-        *to = *from;
-    }
-    padded
-}
-
-pub(crate) fn text(padded: &[u8]) -> String {
-    endpoint_set::unpadded(padded)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn long_text_is_cut_at_a_character() {
-        assert_eq!(padded::<4>("a"), *b"a\0\0\0");
-        assert_eq!(padded::<4>("abcde"), *b"abcd");
-        assert_eq!(padded::<4>("abc\u{e4}"), *b"abc\0");
-        assert_eq!(text(&padded::<6>("abc\u{e4}")), "abc\u{e4}");
-    }
 }

@@ -9,12 +9,13 @@ use imds_ebpf_common::{
 };
 
 use crate::{
-    config::endpoint_set::{EndpointSet, padded, unpadded},
+    config::endpoint_set::EndpointSet,
     datapath::{
         DatapathError,
         object::{self, Maps},
         sys::bpf,
     },
+    encode::{field_text, name_field},
 };
 
 /// Reads the protected endpoints by address.
@@ -25,7 +26,7 @@ pub fn read(maps: &Maps) -> Result<BTreeMap<Address, Endpoint>, MapError> {
 /// Reads the configured provider, and the provider of the effective preset.
 pub fn provider(maps: &Maps) -> Result<(String, String), MapError> {
     let ProviderRecord { configured, effective } = maps.provider.get(&0, 0)?;
-    Ok((unpadded(&configured), unpadded(&effective)))
+    Ok((field_text(&configured), field_text(&effective)))
 }
 
 /// Reads the effective filter.
@@ -63,7 +64,8 @@ pub fn write(maps: &mut Maps, endpoint_set: &EndpointSet) -> Result<(), Datapath
     let desired: BTreeMap<_, _> = endpoint_set.entries().collect();
     write_filter(maps, &desired)?;
     write_records(maps, &desired)?;
-    let (configured, effective) = (padded(endpoint_set.configured()), padded(endpoint_set.provider()));
+    let (configured, effective) =
+        (name_field(endpoint_set.configured()), name_field(endpoint_set.provider()));
     let record = ProviderRecord { configured, effective };
     maps.provider.set(0, record, 0).map_err(|source| DatapathError::Map { map: MAP_PROVIDER, source })
 }

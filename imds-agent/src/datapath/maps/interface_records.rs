@@ -6,11 +6,11 @@ use aya::maps::MapError;
 use imds_ebpf_common::{AttachMode, InterfaceRecord, OwnPackets, Role, TcHook, names::MAP_INTERFACES};
 
 use crate::{
-    config::endpoint_set::{padded, unpadded},
     datapath::{
         DatapathError,
         object::{self, Maps},
     },
+    encode::{field_text, name_field},
     node::{interface_role::Assignment, link::Link},
 };
 
@@ -24,7 +24,7 @@ pub fn get(maps: &Maps, ifindex: u32) -> Option<InterfaceRecord> {
 pub fn names(maps: &Maps, role: Role) -> Result<BTreeSet<String>, MapError> {
     let records = object::present(maps.interfaces.iter()).collect::<Result<Vec<_>, _>>()?;
     let of_role = records.into_iter().filter(|(_, record)| record.role == role as u8);
-    Ok(of_role.map(|(_, record)| unpadded(&record.name)).collect())
+    Ok(of_role.map(|(_, record)| field_text(&record.name)).collect())
 }
 
 /// Reports whether the record of an interface has a filter.
@@ -60,7 +60,7 @@ pub(crate) fn update(maps: &mut Maps, link: &Link, state: LinkState) -> Result<(
     let LinkState { assignment, attach_modes, is_pending } = state;
     let has_filter = attach_modes.contains(&AttachMode::Clsact);
     let new = InterfaceRecord {
-        name: padded(&link.name),
+        name: name_field(&link.name),
         role: assignment.role as u8,
         hooks: assignment.hooks.bits(),
         attach_modes: attach_modes.map(|mode| mode as u8),
@@ -106,7 +106,7 @@ pub(crate) fn update_own_packets(maps: &mut Maps, link: &Link) -> Result<(), Dat
 /// Records that the agent has added the qdisc of the interface, for a filter at `hook`.
 pub(crate) fn set_owns_qdisc(maps: &mut Maps, link: &Link, hook: TcHook) -> Result<(), DatapathError> {
     let mut record = get(maps, link.index).unwrap_or_default();
-    record.name = padded(&link.name);
+    record.name = name_field(&link.name);
     if let Some(mode) = record.attach_modes.get_mut(hook as usize) {
         *mode = AttachMode::Clsact as u8;
     }

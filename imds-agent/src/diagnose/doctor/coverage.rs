@@ -12,7 +12,7 @@ use super::{chains::BaseHook, number_set::NumberSet, traffic::Traffic};
 use crate::{
     config::{
         Hooks, NodeProcess,
-        endpoint_set::{AllowedPort, plain},
+        endpoint_set::AllowedPort,
         provider::{DMI_DIR, Dmi, Provider},
     },
     datapath::{
@@ -20,6 +20,7 @@ use crate::{
         object::{self, Maps},
         pin::dir::PinDir,
     },
+    encode::ip_address,
     telemetry::status::{exemption_rules, node_allow_entries},
 };
 
@@ -107,7 +108,7 @@ impl Enforcement {
         let entries = endpoint_maps::read(maps).ok()?;
         let allowed = |entry: &imds_ebpf_common::Endpoint| entry.allowed_ports().map(AllowedPort).collect();
         let endpoints: BTreeMap<_, _> =
-            entries.iter().map(|(address, entry)| (plain(*address), allowed(entry))).collect();
+            entries.iter().map(|(address, entry)| (ip_address(*address), allowed(entry))).collect();
         let names = exemption_rules(maps).ok()?;
         let mut exemptions: BTreeMap<IpAddr, BTreeSet<String>> = BTreeMap::new();
         let mut cgroup_exemptions = exemptions.clone();
@@ -120,7 +121,7 @@ impl Enforcement {
             let name = number.checked_sub(1).and_then(|index| names.get(index));
             let name = name.cloned().unwrap_or_else(|| number.to_string());
             let covers = |address: &&IpAddr| {
-                exemption.address == Address::ANY || plain(exemption.address) == **address
+                exemption.address == Address::ANY || ip_address(exemption.address) == **address
             };
             for address in endpoints.keys().filter(covers) {
                 exemptions.entry(*address).or_default().insert(name.clone());

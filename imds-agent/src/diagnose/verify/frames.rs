@@ -175,7 +175,10 @@ mod tests {
     use imds_ebpf_common::{InMemoryPolicy, LinkLayer, Mode, PolicyFilter, Verdict, classify, endpoint::TCP};
 
     use super::*;
-    use crate::config::endpoint_set::{self, AllowedPort, Endpoint, EndpointSet};
+    use crate::{
+        config::endpoint_set::{AllowedPort, Endpoint, EndpointSet},
+        encode::address_key,
+    };
 
     const FRAMES: Frames = Frames { to: [2; 6], from: [6; 6], marker: [0xa1, 0xb2, 0xc3, 0xd4] };
 
@@ -213,7 +216,7 @@ mod tests {
             assert_eq!(verdict(kept), Verdict::Allowed);
             assert_eq!(verdict(Service::new(TCP, 53)), Verdict::Denied);
             assert_eq!(verdict(Service::new(UDP, 54)), Verdict::Denied);
-            assert_eq!(endpoint_set::address(address), endpoints[0].0);
+            assert_eq!(address_key(address), endpoints[0].0);
         }
     }
 }

@@ -7,12 +7,12 @@ use toml::{Table, Value};
 
 use super::{ExemptSender, StatusReport, unreadable};
 use crate::{
-    config::endpoint_set::plain,
     datapath::{
         DatapathError,
         maps::{config_record, exemption_maps},
         object::Maps,
     },
+    encode::ip_address,
     kube::pod_ref::PodRef,
 };
 
@@ -82,7 +82,7 @@ impl StatusReport {
     }
 
     fn endpoint_name(&self, address: Address) -> String {
-        let address = plain(address);
+        let address = ip_address(address);
         let mut endpoints = self.endpoints.iter();
         let known = endpoints.find(|endpoint| endpoint.address == address);
         known.map_or_else(|| address.to_string(), |endpoint| endpoint.name.clone())
