@@ -152,17 +152,6 @@ pub fn apply_exemption<T: PolicyLookup + ?Sized>(
     if !policy.may_be_exempt(subject.slot()) {
         return verdict;
     }
-    apply_exemption_slow(verdict, subject, address, policy)
-}
-
-/// Applies the exemption of `subject` without reading the bitmap of exempt subjects.
-#[inline(always)]
-pub fn apply_exemption_slow<T: PolicyLookup + ?Sized>(
-    verdict: Verdict,
-    subject: Subject,
-    address: &Address,
-    policy: &T,
-) -> Verdict {
     find_exemption(verdict, subject, address, policy).map_or(verdict, |exemption| exemption.apply(verdict))
 }
 

@@ -158,12 +158,13 @@ impl IpOffset {
     }
 }
 
-/// Fast path: reports whether the bytes at the usual offset of the destination exclude a protected endpoint.
+/// Fast path: reports whether the bytes at the usual offset of the destination exclude a protected endpoint. If so, the packet
+/// certainly is not for one.
 ///
 /// `false` decides nothing. Nearly every packet runs only this code, so it makes no call and needs few registers: a program
 /// that uses one of R6 to R9 saves it on the stack for each packet.
 #[inline(always)]
-pub(crate) fn is_unrelated_fast<P, T>(packet: &P, link_layer: LinkLayer, policy: &T) -> bool
+pub fn is_unrelated_fast<P, T>(packet: &P, link_layer: LinkLayer, policy: &T) -> bool
 where
     P: Packet + ?Sized,
     T: PolicyLookup + ?Sized,

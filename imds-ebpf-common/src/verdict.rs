@@ -3,7 +3,7 @@
 use crate::{
     address::{Address, Destination},
     endpoint::{AllowedPorts, Service, allows, allows_any},
-    packet::{self, IpOffset, LinkLayer, Packet, find_header},
+    packet::{self, IpOffset, LinkLayer, Packet, find_header, is_unrelated_fast},
     policy::{Mode, Verdict},
     policy_lookup::PolicyLookup,
 };
@@ -22,16 +22,6 @@ where
         return Verdict::Unrelated;
     }
     classify_slow(packet, link_layer, policy)
-}
-
-/// Fast path. Returns `true` if the packet certainly is not for a protected endpoint. `false` decides nothing.
-#[inline(always)]
-pub fn is_unrelated_fast<P, T>(packet: &P, link_layer: LinkLayer, policy: &T) -> bool
-where
-    P: Packet + ?Sized,
-    T: PolicyLookup + ?Sized,
-{
-    packet::is_unrelated_fast(packet, link_layer, policy)
 }
 
 /// Slow path. Returns the verdict on a packet without exemptions.

@@ -12,16 +12,9 @@ use crate::{
     workspace::{artifacts, cargo, execute, print_status, root},
 };
 
-/// Build the agent in target/release, one binary that contains the BPF programs
-#[derive(clap::Args)]
-pub(crate) struct Build {}
-
-impl Build {
-    pub(crate) fn run(self) -> Result<ExitCode> {
-        let Self {} = self;
-        print_status(format_args!("built {}", release()?.display()));
-        Ok(ExitCode::SUCCESS)
-    }
+pub(crate) fn run() -> Result<ExitCode> {
+    print_status(format_args!("built {}", release()?.display()));
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Builds the agent in release mode and returns its path.

@@ -43,13 +43,17 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Setup(setup::Setup),
-    Book(book::Book),
-    Build(build::Build),
+    /// Build the documentation site in target/book with `mdbook`, which must be installed
+    Book,
+    /// Build the agent in target/release, one binary that contains the BPF programs
+    Build,
     Run(run::Run),
     Test(test::Test),
-    Lint(lint::Lint),
+    /// Check formatting and prose, and run clippy, for the BPF crate on its own target too; warnings are errors
+    Lint,
     Deny(deny::Deny),
-    Demo(demo::Demo),
+    /// Demonstrate the agent on a node, two pods and a metadata service in temporary network namespaces
+    Demo,
     Dist(dist::Dist),
     Image(dist::Image),
     E2e(e2e::EndToEnd),
@@ -66,13 +70,13 @@ impl Command {
     fn run(self) -> Result<ExitCode> {
         match self {
             Self::Setup(setup) => setup.run(),
-            Self::Book(book) => book.run(),
-            Self::Build(build) => build.run(),
+            Self::Book => book::run(),
+            Self::Build => build::run(),
             Self::Run(run) => run.run(),
             Self::Test(test) => test.run(),
-            Self::Lint(lint) => lint.run(),
+            Self::Lint => lint::run(),
             Self::Deny(deny) => deny.run(),
-            Self::Demo(demo) => demo.run(),
+            Self::Demo => demo::run(),
             Self::Dist(dist) => dist.run(),
             Self::Image(image) => image.run(),
             Self::E2e(e2e) => e2e.run(),

@@ -243,7 +243,7 @@ impl Datapath {
     pub fn cgroup_failures(&self) -> impl Iterator<Item = &str> {
         let Cgroups { sockets, hosts, local_service, node_allow, identity_problems, .. } = &self.cgroups;
         let attached =
-            sockets.iter().chain(local_service).chain(node_allow).flat_map(CgroupHookLinks::errors);
+            sockets.iter().chain(local_service).chain(node_allow).flat_map(CgroupHookLinks::failures);
         let missing = [
             (NO_CGROUP, self.cgroups.lacks_cgroup()),
             (NO_CGROUP_FOR_NODE, self.cgroups.lacks_node_cgroup()),
@@ -291,7 +291,7 @@ impl Datapath {
             let is_desired = |attach_type| needs_sendmsg || !cgroup_programs::is_sendmsg(attach_type);
             return sockets.restore(&self.programs, is_desired);
         }
-        let detached = cgroup_programs::detach_all(self.pin_lock.dir())?;
+        let detached = cgroup_programs::detach(self.pin_lock.dir(), SOCKETS)?;
         Ok(detached_hook(detached, Hook::Socket))
     }
 
@@ -301,7 +301,7 @@ impl Datapath {
             (Some(_), None) => Ok(Vec::new()),
             (Some(local_service), Some(is_local)) => local_service.restore(&self.programs, |_| is_local),
             (None, _) => {
-                let detached = cgroup_programs::detach_local_service(self.pin_lock.dir())?;
+                let detached = cgroup_programs::detach(self.pin_lock.dir(), LOCAL_SERVICE)?;
                 Ok(detached_hook(detached, Hook::LocalService))
             }
         }
@@ -321,7 +321,7 @@ impl Datapath {
             let is_desired = |attach_type| has_packets || !cgroup_programs::is_packet(attach_type);
             return node_allow.restore(&self.programs, is_desired);
         }
-        let detached = cgroup_programs::detach_node_allow(self.pin_lock.dir())?;
+        let detached = cgroup_programs::detach(self.pin_lock.dir(), NODE_ALLOW)?;
         Ok(detached_hook(detached, Hook::NodeAllow))
     }
 

@@ -149,27 +149,13 @@ pub(crate) fn is_packet(attach_type: bpf_attach_type) -> bool {
     matches!(attach_type, BPF_CGROUP_INET_EGRESS | BPF_CGROUP_INET_INGRESS)
 }
 
-/// Detaches and unpins the links of the `node_allow` hook on any cgroup. Returns `true` if one was attached.
-pub(crate) fn detach_node_allow(pins: &PinDir) -> Result<bool, DatapathError> {
-    detach_links(pins, &NODE_LINKS)
-}
-
-/// Detaches and unpins the links of the `socket` hook on any cgroup. Returns `true` if one was attached.
-pub(crate) fn detach_all(pins: &PinDir) -> Result<bool, DatapathError> {
-    detach_links(pins, &SOCKET_LINKS)
-}
-
-fn detach_links(pins: &PinDir, names: &[&str]) -> Result<bool, DatapathError> {
+/// Detaches and unpins the links of a hook that one cgroup has, on any cgroup. Returns `true` if one was attached.
+pub(crate) fn detach(pins: &PinDir, kind: CgroupProgramKind) -> Result<bool, DatapathError> {
     let mut was_attached = false;
-    for name in names {
+    for name in kind.links {
         was_attached |= cgroup_link::detach_pinned(&pins.named_link(name))?;
     }
     Ok(was_attached)
-}
-
-/// Detaches and unpins the link of the `local_service` hook on any cgroup. Returns `true` if it was attached.
-pub(crate) fn detach_local_service(pins: &PinDir) -> Result<bool, DatapathError> {
-    cgroup_link::detach_pinned(&pins.named_link(LOCAL_SERVICE_LINK))
 }
 
 /// State of one program of a cgroup, read from the kernel.
@@ -185,24 +171,6 @@ pub struct ProgramState {
     pub is_packet_program: bool,
     /// Description of the problem if the program is not attached, or not last.
     pub problem: Option<String>,
-}
-
-/// Inspects the programs of the `socket` hook on the cgroup with this id.
-#[must_use]
-pub fn inspect_sockets(pins: &PinDir, id: u64) -> Vec<ProgramState> {
-    inspect(pins, SOCKETS, id)
-}
-
-/// Inspects the program of the `local_service` hook on the cgroup with this id.
-#[must_use]
-pub fn inspect_local_service(pins: &PinDir, id: u64) -> Option<ProgramState> {
-    inspect(pins, LOCAL_SERVICE, id).pop()
-}
-
-/// Inspects the programs of the `node_allow` hook on the cgroup with this id.
-#[must_use]
-pub fn inspect_node_allow(pins: &PinDir, id: u64) -> Vec<ProgramState> {
-    inspect(pins, NODE_ALLOW, id)
 }
 
 /// Inspects the programs of a hook on the cgroup with this id.

@@ -136,8 +136,9 @@ async fn detach(
     removed: &mut Removed,
     mut progress: impl FnMut(Progress),
 ) -> Result<(), DatapathError> {
-    removed.sockets = cgroup_programs::detach_all(pins)? | host_cgroups::detach_all(pins)?;
-    removed.sockets |= cgroup_programs::detach_local_service(pins)?;
+    removed.sockets =
+        cgroup_programs::detach(pins, cgroup_programs::SOCKETS)? | host_cgroups::detach_all(pins)?;
+    removed.sockets |= cgroup_programs::detach(pins, cgroup_programs::LOCAL_SERVICE)?;
     let pinned = pins.pinned_links()?;
     let expedited = if pinned.len() >= MANY_LINKS { expedite(pins) } else { None };
     for (done, (_, path)) in (1..).zip(&pinned) {

@@ -21,7 +21,7 @@ use crate::{
                 NO_CGROUP, NO_CGROUP_FOR_NODE, NO_CGROUP_FOR_NODE_REMEDY, NO_CGROUP_REMEDY, no_cookie,
                 no_cookie_remedy,
             },
-            cgroup_programs::{self, ProgramState},
+            cgroup_programs::{self, LOCAL_SERVICE, NODE_ALLOW, ProgramState, SOCKETS},
             host_cgroups,
             sendmsg::SendmsgReason,
         },
@@ -63,7 +63,7 @@ impl StatusReport {
         let record = maps.cgroup.get(&0, 0).map_err(unreadable)?;
         let reason = SendmsgReason::from_u32(record.sendmsg);
         let cgroup = if record.cgroup == 0 { root_id() } else { Some(record.cgroup) };
-        let programs = cgroup.map(|id| cgroup_programs::inspect_sockets(pins, id)).unwrap_or_default();
+        let programs = cgroup.map(|id| cgroup_programs::inspect(pins, SOCKETS, id)).unwrap_or_default();
         if programs.is_empty() && !lacks_cookie() {
             self.problem(None, NO_CGROUP, NO_CGROUP_REMEDY);
         }
@@ -96,7 +96,7 @@ impl StatusReport {
         let desired = record.local_service == 1;
         let has_cgroup = record.cgroup != 0;
         let program =
-            has_cgroup.then(|| cgroup_programs::inspect_local_service(pins, record.cgroup)).flatten();
+            has_cgroup.then(|| cgroup_programs::inspect(pins, LOCAL_SERVICE, record.cgroup).pop()).flatten();
         let attached = program.as_ref().is_some_and(|program| program.is_attached);
         match &program {
             Some(program) if desired => self.add_program(program),
@@ -130,7 +130,7 @@ impl StatusReport {
         self.total += counts;
         let record = maps.cgroup.get(&0, 0).map_err(unreadable)?;
         let cgroup = if record.cgroup == 0 { root_id() } else { Some(record.cgroup) };
-        let programs = cgroup.map(|id| cgroup_programs::inspect_node_allow(pins, id)).unwrap_or_default();
+        let programs = cgroup.map(|id| cgroup_programs::inspect(pins, NODE_ALLOW, id)).unwrap_or_default();
         if programs.is_empty() && !lacks_cookie() {
             self.problem(None, NO_CGROUP_FOR_NODE, NO_CGROUP_FOR_NODE_REMEDY);
         }
