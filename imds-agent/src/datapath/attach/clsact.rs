@@ -196,7 +196,7 @@ pub(crate) async fn has_agent_filter(netlink: &Netlink, ifindex: u32) -> Result<
 /// Adds the clsact qdisc if the interface has neither a clsact nor an ingress qdisc, which share one slot. Returns `true` if it
 /// was added.
 pub async fn ensure_qdisc(netlink: &Netlink, ifindex: u32) -> Result<bool, NetlinkError> {
-    let call = format!("adding a clsact qdisc to interface {ifindex}");
+    let call = format!("failed to add a clsact qdisc to interface {ifindex}");
     let request = RouteNetlinkMessage::NewQueueDiscipline(qdisc(ifindex));
     match netlink.acknowledged(call, request, NLM_F_CREATE | NLM_F_EXCL).await {
         Ok(()) => Ok(true),
@@ -212,7 +212,7 @@ pub async fn remove_unused_qdisc(netlink: &Netlink, ifindex: u32) -> Result<(), 
             return Ok(());
         }
     }
-    let call = format!("removing the clsact qdisc of interface {ifindex}");
+    let call = format!("failed to remove the clsact qdisc of interface {ifindex}");
     ignore_missing(
         netlink.acknowledged(call, RouteNetlinkMessage::DelQueueDiscipline(qdisc(ifindex)), 0).await,
     )
@@ -272,7 +272,7 @@ async fn detach(
     for filter in filters {
         let mut message = filter_message(point, filter.priority, filter.handle);
         message.attributes.push(TcAttribute::Kind(TcFilterBpf::KIND.to_owned()));
-        let call = format!("removing a filter of interface {}", point.ifindex);
+        let call = format!("failed to remove a filter of interface {}", point.ifindex);
         ignore_missing(netlink.acknowledged(call, RouteNetlinkMessage::DelTrafficFilter(message), 0).await)?;
     }
     Ok(())
@@ -300,7 +300,7 @@ async fn write(
         .map(TcOption::Bpf)
         .into(),
     ));
-    let call = format!("attaching a filter to interface {} at priority {priority}", point.ifindex);
+    let call = format!("failed to attach a filter to interface {} at priority {priority}", point.ifindex);
     netlink.acknowledged(call, RouteNetlinkMessage::NewTrafficFilter(message), flags).await
 }
 
