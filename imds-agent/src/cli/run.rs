@@ -101,7 +101,7 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         start.resolved.cluster = None;
     }
     let resolved = &start.resolved;
-    let resolver = SenderResolver::new().context("failed to identify this network namespace")?;
+    let senders = SenderResolver::new().context("failed to identify this network namespace")?;
     let pin_lock = pins.lock()?;
 
     // Subscribe before the first listing, so that no change between the two is missed.
@@ -118,7 +118,7 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     }
     let clsact_delay = Duration::from_secs(if args.once { 0 } else { args.clsact_delay });
     let mut reconciler =
-        Reconciler::new(datapath, netlink, resolved, resolver).with_clsact_delay(clsact_delay);
+        Reconciler::new(datapath, netlink, resolved, senders).with_clsact_delay(clsact_delay);
     if !args.once {
         let period = Duration::from_secs(args.resync);
         let telemetry = Telemetry::start(pins.clone(), period)?;
@@ -139,8 +139,7 @@ pub(super) async fn run(args: RunArgs) -> Result<ExitCode, Failure> {
             }
             None => None,
         };
-        let agent = Agent::new(reconciler, node, loader, resolved.clone(), telemetry, period)?
-            .with_background(background);
+        let agent = Agent::new(reconciler, node, loader, resolved.clone(), telemetry, period, background)?;
         let taint_removal = async {
             if let Some(taint_removal) = taint_removal {
                 taint_removal.await;

@@ -76,6 +76,7 @@ impl Agent {
         resolved: ResolvedConfig,
         telemetry: Telemetry,
         period: Duration,
+        background: JoinSet<()>,
     ) -> anyhow::Result<Self> {
         let mut timer = interval_at(Instant::now() + period, period);
         timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -89,19 +90,12 @@ impl Agent {
             telemetry,
             systemd: Systemd::from_env(),
             cluster: Cluster::default(),
-            background: JoinSet::new(),
+            background,
             timer,
             hangup: signal(SignalKind::hangup()).context("failed to listen for SIGHUP")?,
             terminate: signal(SignalKind::terminate()).context("failed to listen for SIGTERM")?,
             interrupt: signal(SignalKind::interrupt()).context("failed to listen for SIGINT")?,
         })
-    }
-
-    /// Adds tasks that are aborted when the agent ends.
-    #[must_use]
-    pub fn with_background(mut self, background: JoinSet<()>) -> Self {
-        self.background = background;
-        self
     }
 
     /// Returns the numbers of configuration reloads.

@@ -34,7 +34,7 @@ pub struct Maps {
     pub filter: Array<MapData, PolicyFilter>,
     /// Records of the protected endpoints, by address.
     pub endpoints: HashMap<MapData, Address, Endpoint>,
-    /// ExemptionSet by subject and endpoint.
+    /// Exemptions by subject and endpoint.
     pub exempt: HashMap<MapData, ExemptionKey, ExemptionRecord>,
     /// Source addresses of exempt subjects.
     pub exempt_sources: HashMap<MapData, ExemptionKey, u32>,
@@ -59,7 +59,7 @@ pub struct Maps {
     /// Rate-limit state of events by source, except at `from_pod`, where it is part of the counters.
     pub sources: PerCpuHashMap<MapData, RateLimitKey, RateLimiter>,
     /// All pinned maps by name, to pin them again.
-    held: Vec<(&'static str, MapData)>,
+    all: Vec<(&'static str, MapData)>,
 }
 
 impl Maps {
@@ -106,14 +106,14 @@ impl Maps {
             kubernetes: Map::Array(open(MAP_KUBERNETES)?).try_into().map_err(typed(MAP_KUBERNETES))?,
             pods: Map::HashMap(open(MAP_PODS)?).try_into().map_err(typed(MAP_PODS))?,
             sources: Map::PerCpuLruHashMap(open(MAP_RATELIMIT)?).try_into().map_err(typed(MAP_RATELIMIT))?,
-            held: MAPS.map(|name| open(name).map(|map| (name, map))).into_iter().collect::<Result<_, _>>()?,
+            all: MAPS.map(|name| open(name).map(|map| (name, map))).into_iter().collect::<Result<_, _>>()?,
         })
     }
 
     /// Pins maps again whose pins were removed or replaced. Returns `true` if there were any.
     pub fn restore_pins(&self, pins: &PinDir) -> Result<bool, ObjectError> {
         let mut restored = false;
-        for &(name, ref map) in &self.held {
+        for &(name, ref map) in &self.all {
             let failed = |source| ObjectError::Map { name, source };
             let path = pins.map(name);
             let id = map.info().map_err(failed)?.id();

@@ -23,11 +23,7 @@ use crate::{
     },
     datapath::{
         DatapathError,
-        maps::{
-            config_record,
-            counters::{self, Counts},
-            endpoint_maps, pod_names,
-        },
+        maps::{config_record, counters, endpoint_maps, pod_names},
         object::{self, Maps, ObjectError},
         pin::{
             agents,
@@ -149,31 +145,12 @@ impl StatusReport {
             schema: SCHEMA,
             version: VERSION,
             pin_dir: pins.root().to_owned(),
-            state: State::Unloaded,
             agent: Agent {
                 running: holder.is_some(),
                 ready: holder.is_some_and(|holder| holder.is_ready),
                 pid: holder.and_then(|holder| holder.pid),
             },
-            configuration: None,
-            mode: None,
-            on_deny: None,
-            provider: None,
-            endpoints: Vec::new(),
-            exemptions: Vec::new(),
-            kubernetes: None,
-            interfaces: Vec::new(),
-            hooks: Vec::new(),
-            rejected_programs: Vec::new(),
-            sockets: None,
-            host_network: None,
-            local_service: None,
-            node_allow: None,
-            deleted: Counts::default(),
-            total: Counts::default(),
-            by_hook: BTreeMap::new(),
-            pending_events: 0,
-            problems: Vec::new(),
+            ..Self::default()
         }
     }
 
