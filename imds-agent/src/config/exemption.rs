@@ -154,14 +154,14 @@ impl Exemptions {
     }
 
     /// Returns the name of the first rule for Kubernetes pods, if the file has one.
-    pub(super) fn first_of_pods<'t>(&self, tables: &'t [ExemptTable]) -> Option<&'t Spanned<String>> {
+    pub(super) fn first_pod_rule<'t>(&self, tables: &'t [ExemptTable]) -> Option<&'t Spanned<String>> {
         let of_pods = |rule: &&UnresolvedRule| matches!(rule.sender, RuleSubject::Pods(_));
         let name = &self.rules.iter().find(of_pods)?.name;
         tables.iter().map(|table| &table.name).find(|other| other.get_ref() == name)
     }
 
-    /// Returns the rules with their endpoint names resolved to addresses of `endpoints`.
-    pub fn resolve(&self, endpoints: &EndpointSet) -> Result<Vec<Exempt>, ConfigErrors> {
+    /// Returns the rules with their endpoint names resolved to addresses of `endpoint_set`.
+    pub fn resolve(&self, endpoint_set: &EndpointSet) -> Result<Vec<Exempt>, ConfigErrors> {
         let mut diagnostics = Diagnostics::default();
         let rules = self.rules.iter().map(|rule| {
             let UnresolvedRule { name, sender, is_audited, endpoints } = rule.clone();
@@ -170,7 +170,7 @@ impl Exemptions {
                 Some(names) => EndpointSelector::Only(
                     names
                         .iter()
-                        .filter_map(|(name, location)| diagnostics.ok(address(name, location, endpoints)))
+                        .filter_map(|(name, location)| diagnostics.ok(address(name, location, endpoint_set)))
                         .collect(),
                 ),
             };
@@ -181,8 +181,8 @@ impl Exemptions {
     }
 }
 
-fn address(name: &str, location: &Location, endpoints: &EndpointSet) -> Result<IpAddr, ConfigError> {
-    let endpoints = endpoints.endpoints();
+fn address(name: &str, location: &Location, endpoint_set: &EndpointSet) -> Result<IpAddr, ConfigError> {
+    let endpoints = endpoint_set.endpoints();
     endpoints.iter().find(|endpoint| endpoint.name == name).map(|endpoint| endpoint.address).ok_or_else(
         || {
             let valid: Vec<_> = endpoints.iter().map(|endpoint| endpoint.name.as_str()).collect();
@@ -245,7 +245,7 @@ fn parse_sender(
 ) -> Option<RuleSubject> {
     let ExemptTable { name, interface, netns, cgroup, namespace, .. } = table;
     if namespace.is_none()
-        && let Some(beside) = beside_namespace(table)
+        && let Some(beside) = first_pod_key(table)
     {
         let message = "exempt: service_account and pod_selector need a namespace";
         diagnostics.push(source.error(beside, message.to_owned()));
@@ -271,7 +271,7 @@ fn parse_sender(
 }
 
 /// Returns the location of a key that is only allowed together with `namespace`.
-fn beside_namespace(table: &ExemptTable) -> Option<Range<usize>> {
+fn first_pod_key(table: &ExemptTable) -> Option<Range<usize>> {
     let service_account = table.service_account.as_ref().map(Spanned::span);
     service_account.or_else(|| table.pod_selector.as_ref().map(Spanned::span))
 }

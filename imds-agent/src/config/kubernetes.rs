@@ -107,12 +107,12 @@ impl Kubernetes {
     /// Returns how to access the API server, or `None` if pods are not watched.
     #[must_use]
     pub fn access(&self, environment: &Environment) -> Option<Access> {
-        let is_wanted = match self.enabled {
+        let is_enabled = match self.enabled {
             Enabled::Auto => environment.in_pod || self.kubeconfig.is_some(),
             Enabled::Yes => true,
             Enabled::No => false,
         };
-        is_wanted.then(|| self.kubeconfig.clone().map_or(Access::InCluster, Access::Kubeconfig))
+        is_enabled.then(|| self.kubeconfig.clone().map_or(Access::InCluster, Access::Kubeconfig))
     }
 
     /// Returns the name of this node in the cluster.

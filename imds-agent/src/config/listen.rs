@@ -83,7 +83,7 @@ impl Default for MetricsTable {
 
 impl Listen {
     /// Returns the default: the loopback address only.
-    pub(super) fn by_default() -> Vec<Self> {
+    pub(super) fn default_addresses() -> Vec<Self> {
         vec![Self::Tcp(DEFAULT)]
     }
 

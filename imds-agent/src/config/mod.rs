@@ -95,7 +95,7 @@ impl Default for Config {
             endpoints: Endpoints::default(),
             interfaces: Interfaces::default(),
             exempt: Exemptions::default(),
-            listen: Listen::by_default(),
+            listen: Listen::default_addresses(),
             program_run_time: false,
             kubernetes: Kubernetes::default(),
             text: File::default().to_toml(),
@@ -183,7 +183,7 @@ impl Config {
         let listen = Listen::parse(&file.metrics, source, &mut diagnostics);
         let kubernetes = Kubernetes::parse(&file.kubernetes, source, &mut diagnostics);
         if kubernetes.enabled == Enabled::No
-            && let Some(name) = exempt.first_of_pods(&file.exempt)
+            && let Some(name) = exempt.first_pod_rule(&file.exempt)
         {
             let message = "exempt.namespace: needs the pod watch, but kubernetes.enabled = \"no\"";
             diagnostics.push(source.error(name.span(), message.to_owned()));
@@ -240,11 +240,12 @@ impl Config {
     pub fn fallback(text: &str, path: &Path) -> Self {
         let (source, mut diagnostics) = (SourceFile { text, path }, Diagnostics::default());
         let File { mode, metrics, node, .. } = File::read(source, &mut diagnostics);
-        let (mut of_metrics, mut of_node) = (Diagnostics::default(), Diagnostics::default());
-        let listen = Listen::parse(&metrics, source, &mut of_metrics);
-        let node_allow = node.parse(source, &mut of_node);
-        let node = if of_node.is_empty() { node } else { NodeTable::default() };
-        let node_allow = node_allow.filter(|_| of_node.is_empty());
+        let (mut metrics_diagnostics, mut node_diagnostics) =
+            (Diagnostics::default(), Diagnostics::default());
+        let listen = Listen::parse(&metrics, source, &mut metrics_diagnostics);
+        let node_allow = node.parse(source, &mut node_diagnostics);
+        let node = if node_diagnostics.is_empty() { node } else { NodeTable::default() };
+        let node_allow = node_allow.filter(|_| node_diagnostics.is_empty());
         let file = File { mode, node, ..File::default() };
         let config = Self {
             mode: mode.into(),
@@ -253,7 +254,7 @@ impl Config {
             text: file.to_toml(),
             ..Self::default()
         };
-        if !of_metrics.is_empty() {
+        if !metrics_diagnostics.is_empty() {
             return config;
         }
         Self { listen, text: File { metrics, ..file }.to_toml(), ..config }

@@ -39,7 +39,7 @@ struct Waiting {
     since: Instant,
     not_before: Instant,
     /// True for `node_egress` of a link of unknown role, which is not needed if Kubernetes names a pod behind the link.
-    is_spare: bool,
+    is_optional: bool,
 }
 
 impl AttachQueue {
@@ -56,12 +56,16 @@ impl AttachQueue {
 
     /// Adds an attachment that the link does not need once Kubernetes names the pod behind it, unless it is queued
     /// already.
-    pub(super) fn push_spare(&mut self, point: AttachPoint, not_before: Instant) {
+    pub(super) fn push_optional(&mut self, point: AttachPoint, not_before: Instant) {
         self.insert(point, not_before, true);
     }
 
-    fn insert(&mut self, point: AttachPoint, not_before: Instant, is_spare: bool) {
-        self.waiting.entry(point).or_insert_with(|| Waiting { since: Instant::now(), not_before, is_spare });
+    fn insert(&mut self, point: AttachPoint, not_before: Instant, is_optional: bool) {
+        self.waiting.entry(point).or_insert_with(|| Waiting {
+            since: Instant::now(),
+            not_before,
+            is_optional,
+        });
     }
 
     /// Removes an attachment that has been made or is no longer desired.
@@ -100,12 +104,12 @@ impl AttachQueue {
         self.waiting.keys().copied().filter(|point| point.hook == TcHook::FromPod)
     }
 
-    /// Returns the queued attachments that are part of the initial sync: all but the spare ones.
+    /// Returns the queued attachments that are part of the initial sync: all but the optional ones.
     ///
     /// A link without `node_egress` is not enforced from the moment at which a route makes it an uplink, until the
     /// attachment.
     pub(super) fn initial(&self) -> impl Iterator<Item = AttachPoint> {
-        self.waiting.iter().filter(|(_, waiting)| !waiting.is_spare).map(|(point, _)| *point)
+        self.waiting.iter().filter(|(_, waiting)| !waiting.is_optional).map(|(point, _)| *point)
     }
 
     /// Records a link event that another program caused.
@@ -209,7 +213,7 @@ mod tests {
         let mut queue = AttachQueue::new();
         let later = Instant::now() + Duration::from_secs(5);
         queue.push(point(7, TcHook::NodeEgress), later);
-        queue.push_spare(point(8, TcHook::NodeEgress), later);
+        queue.push_optional(point(8, TcHook::NodeEgress), later);
         assert_eq!(queue.initial().collect::<Vec<_>>(), [point(7, TcHook::NodeEgress)]);
     }
 }

@@ -71,7 +71,7 @@ impl Reconciler {
                 self.node.errors.insert(link.index, "another imds-agent has its filter there".to_owned());
             }
             // RTM_DELLINK follows.
-            Err(error) if error.is_interface_gone() => {
+            Err(error) if error.is_interface_deleted() => {
                 log::debug!("{} (ifindex {}): deleted during reconciliation", link.name, link.index);
             }
             Err(error) => self.fail(&link, format!("{:#}", anyhow::Error::from(error))),
@@ -140,7 +140,7 @@ impl Reconciler {
                     reconciled = postponed;
                 }
                 // The hook only prepares this link for a route to an endpoint, so an obstacle is not an error.
-                Err(error) if self.node.is_spare(link, hook) && error.obstacle().is_some() => {
+                Err(error) if self.node.is_optional(link, hook) && error.obstacle().is_some() => {
                     log::debug!("{} (ifindex {}): {:#}", link.name, link.index, anyhow::Error::from(error));
                     state.assignment.hooks = TcHookSet::FROM_POD;
                 }

@@ -265,7 +265,7 @@ impl Drop for Socket {
 
 /// Binds a Unix socket. Replaces a socket file without a listener, as a killed agent leaves it.
 fn bind_unix(path: &PathBuf) -> io::Result<UnixListener> {
-    if is_abandoned(path) {
+    if is_stale_socket(path) {
         fs::remove_file(path)?;
     }
     let listener = UnixListener::bind(path)?;
@@ -273,7 +273,7 @@ fn bind_unix(path: &PathBuf) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-fn is_abandoned(path: &Path) -> bool {
+fn is_stale_socket(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket())
         && std::os::unix::net::UnixStream::connect(path)
             .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)

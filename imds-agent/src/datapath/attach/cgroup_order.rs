@@ -122,7 +122,8 @@ pub fn find_later_program(
     }
     let local = bpf::cgroup_programs(cgroup.as_fd(), attach_type)?.ids;
     let effective = bpf::effective_programs(cgroup, attach_type)?;
-    let last = |ids: Vec<u32>| ids.into_iter().rev().find(|&id| !bpf::is_ours(id)).map(OtherProgram::new);
+    let last =
+        |ids: Vec<u32>| ids.into_iter().rev().find(|&id| !bpf::is_agent_program(id)).map(OtherProgram::new);
     let same_cgroup = last(later_in_cgroup(&local, &effective, program)).map(LaterProgram::SameCgroup);
     Ok(same_cgroup
         .or_else(|| last(later_in_ancestors(&local, &effective, program)).map(LaterProgram::Ancestor)))

@@ -48,7 +48,7 @@ pub struct TcFilter {
 
 impl TcFilter {
     /// Reports whether the filter belongs to imds-agent.
-    pub(crate) fn is_ours(&self) -> bool {
+    pub(crate) fn is_agent_filter(&self) -> bool {
         HANDLES.contains(&self.handle) && self.name.as_ref().is_some_and(|name| name.starts_with(PREFIX))
     }
 
@@ -103,7 +103,7 @@ pub async fn attachment(
     program: u32,
 ) -> Result<Option<Attachment>, NetlinkError> {
     let filters = filters(netlink, point).await?;
-    let ours = filters.iter().find(|filter| filter.is_ours());
+    let ours = filters.iter().find(|filter| filter.is_agent_filter());
     Ok(ours.map(|ours| Attachment {
         backend: AttachMode::Clsact,
         current: ours.program == Some(program),
@@ -118,7 +118,7 @@ pub async fn attachment(
 
 /// Returns the order of `ours` among `filters`, which are sorted by the order in which they run.
 fn order(filters: &[TcFilter], ours: &TcFilter) -> Order {
-    if filters.first().is_some_and(TcFilter::is_ours) {
+    if filters.first().is_some_and(TcFilter::is_agent_filter) {
         return Order::First;
     }
     let best = best_priority(filters);
@@ -135,7 +135,7 @@ fn best_priority(filters: &[TcFilter]) -> u16 {
 }
 
 fn foreign(filters: &[TcFilter]) -> impl Iterator<Item = &TcFilter> {
-    filters.iter().filter(|filter| !filter.is_ours())
+    filters.iter().filter(|filter| !filter.is_agent_filter())
 }
 
 /// Lists the filters of a hook in the order in which they run. Returns an empty list if the interface has no clsact or ingress
@@ -186,7 +186,7 @@ async fn dump_filters(
 /// Reports whether the interface has a filter of the agent at any hook.
 pub(crate) async fn has_agent_filter(netlink: &Netlink, ifindex: u32) -> Result<bool, NetlinkError> {
     for hook in TcHook::ALL {
-        if filters(netlink, AttachPoint { ifindex, hook }).await?.iter().any(TcFilter::is_ours) {
+        if filters(netlink, AttachPoint { ifindex, hook }).await?.iter().any(TcFilter::is_agent_filter) {
             return Ok(true);
         }
     }
@@ -228,7 +228,7 @@ pub async fn attach_first(
 ) -> Result<(), NetlinkError> {
     let filters = filters(netlink, point).await?;
     let priority = best_priority(&filters);
-    let used: Vec<_> = filters.iter().filter(|filter| filter.is_ours()).collect();
+    let used: Vec<_> = filters.iter().filter(|filter| filter.is_agent_filter()).collect();
     let is_free = |handle: &TcHandle| used.iter().all(|filter| filter.handle != *handle);
     let Some(handle) = HANDLES.into_iter().find(is_free) else {
         // An agent was killed between the two steps below and left both. The next reconciliation finds a free handle.
@@ -247,7 +247,7 @@ pub async fn replace(
     name: &str,
 ) -> Result<(), NetlinkError> {
     let filters = filters(netlink, point).await?;
-    let mut ours = filters.iter().filter(|filter| filter.is_ours());
+    let mut ours = filters.iter().filter(|filter| filter.is_agent_filter());
     let Some(TcFilter { priority, handle, .. }) = ours.next() else {
         return attach_first(netlink, point, program, name).await;
     };
@@ -258,7 +258,7 @@ pub async fn replace(
 /// Removes all filters of the agent from a hook. Returns `true` if the hook had any.
 pub async fn detach_all(netlink: &Netlink, point: AttachPoint) -> Result<bool, NetlinkError> {
     let filters = filters(netlink, point).await?;
-    let ours: Vec<_> = filters.iter().filter(|filter| filter.is_ours()).collect();
+    let ours: Vec<_> = filters.iter().filter(|filter| filter.is_agent_filter()).collect();
     let any = !ours.is_empty();
     detach(netlink, point, ours).await?;
     Ok(any)

@@ -230,7 +230,7 @@ impl OpenLink {
 /// Returns the order of the program at `position`. Programs of another imds-agent may run before it, because they pass packets
 /// to the next program. Otherwise two agents would reorder their programs forever.
 fn order(entries: &[bpf::HookEntry], position: usize) -> Order {
-    if entries.iter().take(position).all(|entry| bpf::is_ours(entry.program)) {
+    if entries.iter().take(position).all(|entry| bpf::is_agent_program(entry.program)) {
         Order::First
     } else {
         Order::NotFirst

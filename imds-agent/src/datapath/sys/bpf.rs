@@ -34,8 +34,8 @@ pub use self::{
     cgroup::{CgroupPrograms, cgroup_programs, effective_programs},
     link_target::{Direction, HookEntry, Link, MprogHook, Target},
     program::{
-        ProgLoad, btf_load, is_compiled, is_foreign, is_ours, load_noop_program, load_redirect, object_name,
-        prog_load, program_id, program_name,
+        ProgLoad, btf_load, is_agent_program, is_compiled, is_foreign, load_noop_program, load_redirect,
+        object_name, prog_load, program_id, program_name,
     },
     sink::{MAX_SINK_IDS, link_create_after, load_sink},
 };

@@ -61,7 +61,7 @@ pub(crate) fn programs(pins: &PinDir) -> Result<Vec<DoctorCheck>, DatapathError>
         return Ok(vec![DoctorCheck::ok(NAME, "no cgroup for the agent's programs was found")]);
     };
     let directory = File::open(&path).map_err(dir::io_error("open the cgroup", &path))?;
-    let cgroup = Cgroup { root, path, directory, ours: ours(pins)? };
+    let cgroup = Cgroup { root, path, directory, ours: agent_programs(pins)? };
     let mut checks = Vec::new();
     for (hook, attach_type) in CALLS.into_iter().chain(PACKETS) {
         match cgroup.checks(hook, attach_type) {
@@ -166,7 +166,7 @@ fn alone(program: Program, hook: &str) -> DoctorCheck {
 }
 
 /// Returns the ids of the programs that the agent's pinned links attach to cgroups.
-fn ours(pins: &PinDir) -> Result<BTreeSet<u32>, DatapathError> {
+fn agent_programs(pins: &PinDir) -> Result<BTreeSet<u32>, DatapathError> {
     let links = pins.all_links()?.into_iter().filter_map(|path| dir::link_at(&path));
     Ok(links.filter(|link| link.cgroup().is_some()).map(|link| link.program).collect())
 }

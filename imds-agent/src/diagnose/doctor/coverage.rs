@@ -146,7 +146,7 @@ impl Enforcement {
     }
 
     /// Describes the state in which nothing is denied; `None` in enforce mode.
-    pub(crate) fn why_nothing_is_denied(&self) -> Option<String> {
+    pub(crate) fn not_enforcing_reason(&self) -> Option<String> {
         match self.mode {
             Some(Mode::Enforce) => None,
             Some(mode) => Some(format!("imds-agent denies nothing in the mode {}", mode.name())),
@@ -164,7 +164,7 @@ impl Enforcement {
     /// Describes the traffic that the rule denies and the loaded configuration does not. `hooks` are those from which
     /// packets reach the rule.
     pub(crate) fn openings(&self, traffic: &Traffic, hooks: &BTreeSet<BaseHook>, chain: &str) -> Vec<String> {
-        if let Some(reason) = self.why_nothing_is_denied() {
+        if let Some(reason) = self.not_enforcing_reason() {
             return vec![format!("everything that the rule denies: {reason}")];
         }
         let mut openings = self.openings_of_senders(traffic, hooks, chain);

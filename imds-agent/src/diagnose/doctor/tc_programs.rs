@@ -81,7 +81,7 @@ pub(crate) async fn check_interfaces(
             for filter in filters {
                 let is_stuck = !bpf::has_tcx() && filter.priority == 1 && !filter.can_share_priority();
                 entries.push(HookProgram {
-                    is_ours: filter.is_ours(),
+                    is_ours: filter.is_agent_filter(),
                     is_stuck,
                     name: filter.name,
                     id: filter.program,

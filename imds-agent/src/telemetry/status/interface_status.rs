@@ -48,11 +48,11 @@ impl StatusReport {
         for hook in desired.iter().filter(|hook| node.hooks.contains(hook.hook())) {
             let attachment = attachment(link, hook, node).await?;
             // Such a link needs the egress hook only once a route to an endpoint leads through it.
-            let is_spare =
+            let is_optional =
                 hook == TcHook::NodeEgress && link.leads_elsewhere() && !node.uplinks.contain(link.index);
             // Hooks of uplinks are never queued, and without an agent no hook is attached later.
-            let may_wait = self.agent.running && (hook == TcHook::FromPod || is_spare);
-            let is_prepared_later = is_spare && record.is_none();
+            let may_wait = self.agent.running && (hook == TcHook::FromPod || is_optional);
+            let is_prepared_later = is_optional && record.is_none();
             let pending = attachment.is_none() && (is_prepared_later || (may_wait && is_queued));
             self.check_attachment(link, hook, attachment, pending, node);
             attachments.push(HookAttachment {
