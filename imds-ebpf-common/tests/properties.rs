@@ -377,16 +377,13 @@ fn bloom_filter_has_few_false_positives() {
     for address in &addresses {
         assert_eq!(filter.table().find(*address), Some(&endpoint.allow_ports));
     }
-    assert_eq!(filter.table().find(Address::from_ipv4(IMDS_IPV4)), None);
-
+    let imds = Address::from_ipv4(IMDS_IPV4);
+    assert_eq!(filter.table().find(imds), None);
     // A change does not touch the previous table, which programs may still be reading.
     let mut later = filter;
-    later.set_endpoints([(Address::from_ipv4(IMDS_IPV4), &endpoint)]);
+    later.set_endpoints([(imds, &endpoint)]);
     assert!(later.current != filter.current && later.tables.contains(filter.table()));
-    assert!(
-        later.table().find(Address::from_ipv4(IMDS_IPV4)).is_some()
-            && !later.has_address(addresses[0].slot())
-    );
+    assert!(later.table().find(imds).is_some() && !later.has_address(addresses[0].slot()));
     later.add_addresses(&filter);
     assert!(later.has_address(addresses[0].slot()) && later.table().find(addresses[0]).is_none());
 }
@@ -395,8 +392,8 @@ fn bloom_filter_has_few_false_positives() {
 fn longest_bucket_is_searched_to_its_end() {
     // All addresses have the same slot.
     let addresses: Vec<_> = (0..4).map(|n| Address::from_ipv4([10, n, 10, n])).collect();
-    assert!(addresses.len() == MAX_BUCKET_LEN);
-    assert!(addresses.iter().all(|address| address.slot() == addresses[0].slot()));
+    let all_equal = addresses.iter().all(|address| address.slot() == addresses[0].slot());
+    assert!(addresses.len() == MAX_BUCKET_LEN && all_equal);
     let endpoint = Endpoint { name: [0; 16], id: 1, allow_ports: [Service::NONE; MAX_ALLOWED_PORTS] };
     let filter = PolicyFilter::new(addresses.iter().map(|address| (*address, &endpoint)));
     assert!(addresses.iter().all(|address| filter.table().find(*address).is_some()));

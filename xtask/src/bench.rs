@@ -1,9 +1,6 @@
 //! The command `cargo xtask bench`.
 
-use std::{
-    fs,
-    process::{ExitCode, Stdio},
-};
+use std::{fs, process::Stdio};
 
 use anyhow::{Context as _, Result, bail};
 use nix::unistd::Uid;
@@ -40,13 +37,13 @@ const CLIENTS_DIR: &str = "IMDS_CLIENTS";
 const PLOTS: &str = "IMDS_BENCH_PLOTS";
 
 impl Bench {
-    pub(crate) fn run(self) -> Result<ExitCode> {
+    pub(crate) fn run(self) -> Result<()> {
         if self.fetch {
             if self.name.as_deref() != Some(CLIENTS) {
                 bail!("--fetch is for `cargo xtask bench {CLIENTS}`");
             }
             clients::fetch()?;
-            return Ok(ExitCode::SUCCESS);
+            return Ok(());
         }
         let names = match &self.name {
             Some(name) if name != CLIENTS && !ALL.contains(&name.as_str()) => {
@@ -67,7 +64,7 @@ impl Bench {
                 write_down(name, &results)?;
             }
         }
-        Ok(ExitCode::SUCCESS)
+        Ok(())
     }
 
     /// Runs a benchmark and returns its output.

@@ -1,10 +1,6 @@
 //! The command `cargo xtask book`.
 
-use std::{
-    fs,
-    path::Path,
-    process::{Command, ExitCode},
-};
+use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context as _, Result, bail};
 use imds_ebpf_build::Host;
@@ -23,7 +19,7 @@ const PROJECT: &str = "
 - [Changes](CHANGELOG.md)
 ";
 
-pub(crate) fn run() -> Result<ExitCode> {
+pub(crate) fn run() -> Result<()> {
     if Host::current().find("mdbook").is_none() {
         bail!("mdbook is not installed: run `cargo install mdbook --locked`");
     }
@@ -40,7 +36,7 @@ pub(crate) fn run() -> Result<ExitCode> {
     fs::write(source.join("SUMMARY.md"), table_of_contents(&pages)).context("failed to write SUMMARY.md")?;
     execute(Command::new("mdbook").arg("build").arg(root()).env("MDBOOK_BOOK__SRC", &source))?;
     print_status("the site is in target/book");
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 /// Returns the table of contents of the site, whose root is the repository's.

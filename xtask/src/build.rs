@@ -1,9 +1,6 @@
 //! The command `cargo xtask build`.
 
-use std::{
-    path::PathBuf,
-    process::{Command, ExitCode},
-};
+use std::{path::PathBuf, process::Command};
 
 use anyhow::Result;
 
@@ -12,9 +9,9 @@ use crate::{
     workspace::{artifacts, cargo, execute, print_status, root},
 };
 
-pub(crate) fn run() -> Result<ExitCode> {
+pub(crate) fn run() -> Result<()> {
     print_status(format_args!("built {}", release()?.display()));
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 /// Builds the agent in release mode and returns its path.

@@ -1,7 +1,5 @@
 //! The command `cargo xtask ebpf`.
 
-use std::process::ExitCode;
-
 use anyhow::{Context as _, Result, ensure};
 use imds_ebpf_build::Object;
 
@@ -21,7 +19,7 @@ pub(crate) struct Ebpf {
 }
 
 impl Ebpf {
-    pub(crate) fn run(self) -> Result<ExitCode> {
+    pub(crate) fn run(self) -> Result<()> {
         setup::ensure(Purpose::Ebpf)?;
         let workspace = root().canonicalize().context("failed to find the workspace")?;
         let built = Object::compile(&workspace, &artifacts("ebpf")?)?;
@@ -30,7 +28,7 @@ impl Ebpf {
         } else {
             print_status(format_args!("wrote {}", built.store(&workspace)?.display()));
         }
-        Ok(ExitCode::SUCCESS)
+        Ok(())
     }
 }
 

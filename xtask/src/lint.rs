@@ -1,6 +1,6 @@
 //! The command `cargo xtask lint`.
 
-use std::process::{Command, ExitCode};
+use std::process::Command;
 
 use anyhow::Result;
 use imds_ebpf_build::Toolchain;
@@ -10,7 +10,7 @@ use crate::{
     workspace::{artifacts, cargo, execute, root},
 };
 
-pub(crate) fn run() -> Result<ExitCode> {
+pub(crate) fn run() -> Result<()> {
     execute(cargo("fmt").args(["--all", "--check"]))?;
 
     setup::ensure(Purpose::Lint)?;
@@ -22,6 +22,5 @@ pub(crate) fn run() -> Result<ExitCode> {
     )?;
 
     let target_dir = artifacts("ebpf-lint")?;
-    execute(&mut Toolchain::detect()?.clippy(root(), &target_dir))?;
-    Ok(ExitCode::SUCCESS)
+    execute(&mut Toolchain::detect()?.clippy(root(), &target_dir))
 }

@@ -72,7 +72,7 @@ impl Command {
             Self::Setup(setup) => setup.run(),
             Self::Book => book::run(),
             Self::Build => build::run(),
-            Self::Run(run) => run.run(),
+            Self::Run(run) => return run.run(),
             Self::Test(test) => test.run(),
             Self::Lint => lint::run(),
             Self::Deny(deny) => deny.run(),
@@ -83,11 +83,12 @@ impl Command {
             Self::Ebpf(ebpf) => ebpf.run(),
             Self::Faults(faults) => faults.run(),
             Self::Fuzz(fuzz) => fuzz.run(),
-            Self::Manifests(manifests) => manifests.run(),
+            Self::Manifests(manifests) => return manifests.run(),
             Self::Bench(bench) => bench.run(),
             Self::Soak(soak) => soak.run(),
-            Self::Vm(vm) => vm.run(),
-        }
+            Self::Vm(vm) => return vm.run(),
+        }?;
+        Ok(ExitCode::SUCCESS)
     }
 }
 

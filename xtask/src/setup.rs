@@ -1,6 +1,6 @@
 //! The command `cargo xtask setup`: requirements for building and testing.
 
-use std::{fmt, process::ExitCode};
+use std::fmt;
 
 use anyhow::{Context as _, Result, bail};
 use imds_ebpf_build::{Compiler, DEBIAN_PACKAGES, Host, Survey, compiles_programs, linker_install};
@@ -105,7 +105,7 @@ const CARGO_DENY: CargoTool = CargoTool { program: "cargo-deny", version: "0.20.
 const CLIPPY_PACKAGE: &str = "rust-web-clippy";
 
 impl Setup {
-    pub(crate) fn run(self) -> Result<ExitCode> {
+    pub(crate) fn run(self) -> Result<()> {
         let (host, purposes) =
             (Host::current(), [Purpose::Build, Purpose::Ebpf, Purpose::Test, Purpose::Lint]);
         let missing = Missing::find(&host, &purposes);
@@ -120,7 +120,7 @@ impl Setup {
             toolchain.compiler(),
             toolchain.linker().display()
         ));
-        Ok(ExitCode::SUCCESS)
+        Ok(())
     }
 }
 
@@ -267,7 +267,7 @@ impl Missing {
             install.args([program, "--version", version, "--locked", "--quiet"]).args(*arguments);
             execute(&mut install).with_context(|| format!("failed to build {program}"))?;
         }
-        let left = Self::on(host, purposes);
+        let left = Self::find(host, purposes);
         if !left.is_empty() {
             bail!("still missing after setup: {left}");
         }

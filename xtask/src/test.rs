@@ -1,6 +1,6 @@
 //! The command `cargo xtask test`.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use nix::unistd::Uid;
@@ -22,12 +22,11 @@ pub(crate) struct Test {
 pub(crate) const HOST_CRATES: [&str; 4] = ["--workspace", "--exclude", "imds-ebpf", "--locked"];
 
 impl Test {
-    pub(crate) fn run(self) -> Result<ExitCode> {
+    pub(crate) fn run(self) -> Result<()> {
         let agent = prepare()?;
         let mut test = cargo("test");
         test.args(HOST_CRATES).arg("--no-fail-fast").arg("--").args(self.filter).env("IMDS_AGENT", agent);
-        execute(&mut test)?;
-        Ok(ExitCode::SUCCESS)
+        execute(&mut test)
     }
 }
 

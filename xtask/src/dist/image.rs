@@ -1,6 +1,6 @@
 //! The command `cargo xtask image`.
 
-use std::process::{Command, ExitCode};
+use std::process::Command;
 
 use anyhow::{Context as _, Result};
 
@@ -19,7 +19,7 @@ pub(crate) struct Image {
 }
 
 impl Image {
-    pub(crate) fn run(self) -> Result<ExitCode> {
+    pub(crate) fn run(self) -> Result<()> {
         setup::ensure(Purpose::Image)?;
         let dir = build_binary()?;
         let mut podman = Command::new("podman");
@@ -27,6 +27,6 @@ impl Image {
         podman.arg(root().join("deploy/image/Containerfile")).arg(&dir);
         execute(&mut podman).context("failed to build the image")?;
         print_status(format_args!("built the image {}", self.tag));
-        Ok(ExitCode::SUCCESS)
+        Ok(())
     }
 }
