@@ -28,9 +28,12 @@ const MAX_ERRORS: usize = 50;
 #[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct File {
-    pub(super) mode: ModeName,
-    pub(super) on_deny: OnDenyName,
-    pub(super) on_deny_errno: ErrnoName,
+    #[serde(with = "ModeName")]
+    pub(super) mode: Mode,
+    #[serde(with = "DenyActionName")]
+    pub(super) on_deny: DenyAction,
+    #[serde(with = "DenyErrnoName")]
+    pub(super) on_deny_errno: DenyErrno,
     pub(super) provider: Spanned<String>,
     pub(super) extra_endpoints: Vec<Spanned<String>>,
     pub(super) hooks: Spanned<HooksTable>,
@@ -47,9 +50,9 @@ pub(super) struct File {
 impl Default for File {
     fn default() -> Self {
         Self {
-            mode: ModeName::default(),
-            on_deny: OnDenyName::default(),
-            on_deny_errno: ErrnoName::default(),
+            mode: Mode::default(),
+            on_deny: DenyAction::default(),
+            on_deny_errno: DenyErrno::default(),
             provider: Spanned::new(0..0, "auto".to_owned()),
             extra_endpoints: Vec::new(),
             hooks: Spanned::new(0..0, HooksTable::default()),
@@ -94,7 +97,7 @@ impl File {
     /// Returns the enabled hooks. The allow list of the node is the switch of its hook.
     pub(super) fn hooks(&self) -> Hooks {
         let node_allow = if self.node.is_empty() { 0 } else { Hook::NodeAllow.bit() };
-        Hooks::from(self.hooks.get_ref()).and(Hooks::from_bits(node_allow))
+        Hooks::from(self.hooks.get_ref()).union(Hooks::from_bits(node_allow))
     }
 
     /// Returns the file with the `socket` hook off.
@@ -171,59 +174,29 @@ fn message(error: &Error, source: SourceFile<'_>) -> String {
     }
 }
 
-#[derive(Clone, Copy, Default, Deserialize, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub(super) enum ModeName {
-    #[default]
+/// Names of [`Mode`] in the file.
+#[derive(Deserialize, Serialize)]
+#[serde(remote = "Mode", rename_all = "lowercase")]
+enum ModeName {
     Enforce,
     Audit,
     Off,
 }
 
-impl From<ModeName> for Mode {
-    fn from(mode: ModeName) -> Self {
-        match mode {
-            ModeName::Enforce => Self::Enforce,
-            ModeName::Audit => Self::Audit,
-            ModeName::Off => Self::Off,
-        }
-    }
-}
-
-#[derive(Clone, Copy, Default, Deserialize, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub(super) enum OnDenyName {
-    #[default]
+/// Names of [`DenyAction`] in the file.
+#[derive(Deserialize, Serialize)]
+#[serde(remote = "DenyAction", rename_all = "lowercase")]
+enum DenyActionName {
     Drop,
     Reject,
 }
 
-impl From<OnDenyName> for DenyAction {
-    fn from(name: OnDenyName) -> Self {
-        match name {
-            OnDenyName::Drop => Self::Drop,
-            OnDenyName::Reject => Self::Reject,
-        }
-    }
-}
-
-#[derive(Clone, Copy, Default, Deserialize, Serialize)]
-#[serde(rename_all = "UPPERCASE")]
-pub(super) enum ErrnoName {
-    #[default]
+/// Names of [`DenyErrno`] in the file.
+#[derive(Deserialize, Serialize)]
+#[serde(remote = "DenyErrno", rename_all = "UPPERCASE")]
+enum DenyErrnoName {
     Eperm,
     Econnrefused,
     Ehostunreach,
     Enetunreach,
-}
-
-impl From<ErrnoName> for DenyErrno {
-    fn from(name: ErrnoName) -> Self {
-        match name {
-            ErrnoName::Eperm => Self::Eperm,
-            ErrnoName::Econnrefused => Self::Econnrefused,
-            ErrnoName::Ehostunreach => Self::Ehostunreach,
-            ErrnoName::Enetunreach => Self::Enetunreach,
-        }
-    }
 }

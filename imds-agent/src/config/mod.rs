@@ -188,7 +188,7 @@ impl Config {
             let message = "exempt.namespace: needs the pod watch, but kubernetes.enabled = \"no\"";
             diagnostics.push(source.error(name.span(), message.to_owned()));
         }
-        let mode = file.mode.into();
+        let mode = file.mode;
         let node_allow = file.node.parse(source, &mut diagnostics);
         let hooks = file.hooks();
         let sendmsg = file.hooks.get_ref().sendmsg(source, &mut diagnostics);
@@ -215,8 +215,8 @@ impl Config {
         }
         Ok(Self {
             mode,
-            on_deny: file.on_deny.into(),
-            on_deny_errno: file.on_deny_errno.into(),
+            on_deny: file.on_deny,
+            on_deny_errno: file.on_deny_errno,
             hooks,
             sendmsg,
             mark,
@@ -248,7 +248,7 @@ impl Config {
         let node_allow = node_allow.filter(|_| node_diagnostics.is_empty());
         let file = File { mode, node, ..File::default() };
         let config = Self {
-            mode: mode.into(),
+            mode,
             hooks: file.hooks(),
             node_allow,
             text: file.to_toml(),
