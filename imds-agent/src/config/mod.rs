@@ -247,13 +247,7 @@ impl Config {
         let node = if node_diagnostics.is_empty() { node } else { NodeTable::default() };
         let node_allow = node_allow.filter(|_| node_diagnostics.is_empty());
         let file = File { mode, node, ..File::default() };
-        let config = Self {
-            mode,
-            hooks: file.hooks(),
-            node_allow,
-            text: file.to_toml(),
-            ..Self::default()
-        };
+        let config = Self { mode, hooks: file.hooks(), node_allow, text: file.to_toml(), ..Self::default() };
         if !metrics_diagnostics.is_empty() {
             return config;
         }
