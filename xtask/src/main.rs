@@ -49,7 +49,7 @@ enum Command {
     Build,
     Run(run::Run),
     Test(test::Test),
-    /// Check formatting and prose, and run clippy, for the BPF crate on its own target too; warnings are errors
+    /// Check formatting and prose, and run clippy on all crates; warnings are errors
     Lint,
     Deny(deny::Deny),
     /// Demonstrate the agent on a node, two pods and a metadata service in temporary network namespaces

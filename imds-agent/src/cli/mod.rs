@@ -98,7 +98,7 @@ enum Command {
     Report(report::ReportArgs),
     /// Check kernel features, permissions and other programs on this node, and print remedies. Changes nothing
     Doctor(output::OutputArgs),
-    /// Send test packets on this node: checks that pods are denied, and that exempt pods and the node are not
+    /// Send test packets on this node, to check that pods are denied, and that exempt pods and the node are not
     Verify(output::OutputArgs),
     /// Check a configuration file, or show the effective configuration
     Config(config::ConfigArgs),

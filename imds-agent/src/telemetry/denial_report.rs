@@ -24,7 +24,7 @@ use crate::{
     node::netns,
 };
 
-/// Schema version of the JSON output. Fields are only added while it stays the same.
+/// Schema version of the JSON output. Removed and changed fields increase it.
 const SCHEMA: u32 = 1;
 /// Maximum length of a rule's name in characters.
 const MAX_NAME: usize = 63;
@@ -32,7 +32,7 @@ const MAX_NAME: usize = 63;
 /// Report that `imds-agent report` prints.
 #[derive(Clone, Debug, Serialize)]
 pub struct DenialReport {
-    /// Schema version. Fields are only added while it stays the same.
+    /// Schema version. Removed and changed fields increase it.
     pub schema: u32,
     /// Directory of the pinned maps, programs and links.
     pub pin_dir: PathBuf,

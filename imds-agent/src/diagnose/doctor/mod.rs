@@ -34,7 +34,7 @@ use crate::{
     version::VERSION,
 };
 
-/// Schema version of the JSON output. Fields are only added while it stays the same.
+/// Schema version of the JSON output. Removed and changed fields increase it.
 const SCHEMA: u32 = 1;
 
 /// Explains the rules in the output of `iptables-save` or `nft --json`, for a node that protects the endpoints of `provider`

@@ -52,7 +52,7 @@ use crate::{
     version::VERSION,
 };
 
-/// Schema version of the JSON output. Fields are only added while it stays the same.
+/// Schema version of the JSON output. Removed and changed fields increase it.
 const SCHEMA: u32 = 1;
 /// Hook name of checks of a whole path through the node.
 const PATH: &str = "path";

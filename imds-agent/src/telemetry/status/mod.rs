@@ -39,7 +39,7 @@ use crate::{
     version::VERSION,
 };
 
-/// Schema version of the JSON output. Fields are only added while it stays the same.
+/// Schema version of the JSON output. Removed and changed fields increase it.
 const SCHEMA: u32 = 1;
 /// Maximum number of attempts to read a status during which the policy does not change.
 const ATTEMPTS: usize = 5;
